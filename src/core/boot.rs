@@ -1,0 +1,199 @@
+//! How a node begins: from what its disk remembers, or as the first of a new cluster, or as a stranger.
+
+use std::net::{Ipv4Addr, SocketAddr};
+
+use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
+
+use crate::{
+    model::{
+        BootId, ClusterId, ClusterRecord, ClusterSettings, Difference, Identity, Incarnation,
+        MemberRecord, NodeId, NodeName, SettingsWish, Slot, Time, Version, Vtep,
+    },
+    wire::{Key, Record},
+};
+
+use super::{
+    Counters, Directory, Dirty, FIRST_WRITE, Home, Membership, Node, Output, SlotTable,
+    join::{Joining, LeaseSearch},
+    push::PushQueue,
+    sync::SyncRound,
+};
+
+/// What a node is told from outside. Nothing in it is remembered; the disk has the rest.
+#[derive(Clone, Debug)]
+pub struct NodeConfig {
+    pub node: NodeId,
+    pub boot: BootId,
+    pub name: NodeName,
+    /// Where peers reach this node's QUIC endpoint.
+    pub address: SocketAddr,
+    pub vtep: Vtep,
+    pub founding: Founding,
+    /// How many seeds there are; the shell knows their names.
+    pub seeds: usize,
+    /// The cluster that the join token names.
+    pub cluster: Option<ClusterId>,
+    /// What the operator wrote down about the cluster.
+    pub wish: SettingsWish,
+    /// First address of the subnet this node would like.
+    pub prefer_subnet: Option<Ipv4Addr>,
+    /// Seed of all randomness in the node: from the OS in production, from the run's seed in simulation.
+    pub rng_seed: [u8; 32],
+}
+
+/// What to do where the disk remembers no cluster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Founding {
+    Create(ClusterSettings),
+    Join,
+}
+
+/// Why a node cannot begin. Nothing has been written.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum StartError {
+    #[error(
+        "this host is in no cluster: start the first node of a new one with --init, \
+         or join one with --join HOST and its token"
+    )]
+    NoCluster,
+    #[error(
+        "the token is for cluster {token}, but this host's state belongs to cluster {state}: \
+         use that cluster's token, or remove the state directory to start anew"
+    )]
+    OtherCluster { token: ClusterId, state: ClusterId },
+    #[error("{0}: the settings of a cluster cannot be changed; correct or leave out that setting")]
+    Settings(Difference),
+    /// The node had handed everything over; only the clean-up was cut short.
+    #[error("this host left its cluster: its state is only good for being removed")]
+    HasLeft,
+}
+
+impl Node {
+    /// Begins with the records that the database holds, in any order.
+    pub fn start(
+        now: Time,
+        config: NodeConfig,
+        saved: Vec<(Key, Record)>,
+    ) -> Result<Self, StartError> {
+        let mut memory = Memory::default();
+        saved.into_iter().for_each(|(_, record)| memory.recall(record));
+        let starts = memory.starts.saturating_add(1);
+        let mut rng = StdRng::from_seed(config.rng_seed);
+        let me = MemberRecord {
+            node: config.node,
+            version: Version { starts, change: 0 },
+            boot: config.boot,
+            name: config.name.clone(),
+            address: config.address,
+            vtep: config.vtep,
+            left: false,
+        };
+        if memory.directory.get(me.node).is_some_and(|record| record.left) {
+            return Err(StartError::HasLeft);
+        }
+        let home = match (memory.cluster, config.founding) {
+            (Some(cluster), _) => Some(resume(cluster, &memory.runs, &config)?),
+            (None, Founding::Create(settings)) => Some(found(settings, me.node, &config, &mut rng)),
+            (None, Founding::Join) if config.seeds == 0 => return Err(StartError::NoCluster),
+            (None, Founding::Join) => None,
+        };
+        let founded = home.is_some() && memory.cluster.is_none();
+        let witnesses = memory.directory.peers(me.node).map(|record| record.node).collect();
+        let identity = Identity { node: me.node, incarnation: Incarnation { starts, renewals: 0 } };
+        let mut node = Self {
+            membership: Membership::new(identity, StdRng::from_rng(&mut rng)),
+            joining: Joining::new(now, config.seeds),
+            sync: SyncRound::new(now, config.seeds, witnesses),
+            push: PushQueue::default(),
+            directory: memory.directory,
+            counters: Counters::default(),
+            calls: super::Calls::default(),
+            dirty: Dirty::default(),
+            outputs: std::collections::VecDeque::new(),
+            leaving: None,
+            programmed: None,
+            view_stale: true,
+            lease_write: 0,
+            writes: 0,
+            home,
+            me,
+            config,
+            rng,
+        };
+        node.begin(now, founded);
+        Ok(node)
+    }
+
+    /// The first outputs: the start itself is on disk before anything is said.
+    fn begin(&mut self, now: Time, founded: bool) {
+        let starts = Record::Starts(self.me.version.starts).encode();
+        self.writes = FIRST_WRITE;
+        let seq = Some(self.writes);
+        self.outputs.push_back(Output::Write { records: vec![(Key::Starts, starts)], seq });
+        if founded && let Some(home) = &self.home {
+            let everything = home.slots.runs().to_vec();
+            let changed: Vec<_> = everything.into_iter().map(|run| (run, None)).collect();
+            self.dirty.mark(Key::Cluster, true);
+            self.note_slots(&changed);
+        }
+        if self.home.is_some() {
+            self.publish_self(now);
+        }
+        self.advance(now);
+    }
+}
+
+/// What the records of a database add up to.
+#[derive(Default)]
+struct Memory {
+    starts: u32,
+    cluster: Option<ClusterRecord>,
+    directory: Directory,
+    runs: Vec<crate::model::Run>,
+}
+
+impl Memory {
+    fn recall(&mut self, record: Record) {
+        match record {
+            Record::Starts(starts) => self.starts = starts,
+            Record::Cluster(cluster) => self.cluster = Some(cluster),
+            Record::Slots(runs) => self.runs.extend(runs),
+            Record::Member(record) => {
+                self.directory.merge(&record);
+            }
+        }
+    }
+}
+
+fn resume(
+    cluster: ClusterRecord,
+    runs: &[crate::model::Run],
+    config: &NodeConfig,
+) -> Result<Home, StartError> {
+    if let Some(token) = config.cluster.filter(|token| *token != cluster.id) {
+        return Err(StartError::OtherCluster { token, state: cluster.id });
+    }
+    if let Some(difference) = config.wish.difference(&cluster.settings) {
+        return Err(StartError::Settings(difference));
+    }
+    let mut slots = SlotTable::empty(cluster.settings.pool);
+    slots.merge(runs);
+    Ok(Home { cluster, slots, search: LeaseSearch::new(preferred(&cluster, config)) })
+}
+
+fn found(
+    settings: ClusterSettings,
+    founder: NodeId,
+    config: &NodeConfig,
+    rng: &mut StdRng,
+) -> Home {
+    let cluster = ClusterRecord { id: ClusterId::from_bytes(rng.random()), settings };
+    let mut slots = SlotTable::founded_by(settings.pool, founder);
+    let prefer = preferred(&cluster, config);
+    slots.lease_own(founder, prefer);
+    Home { cluster, slots, search: LeaseSearch::new(prefer) }
+}
+
+pub(super) fn preferred(cluster: &ClusterRecord, config: &NodeConfig) -> Option<Slot> {
+    config.prefer_subnet.and_then(|address| cluster.settings.pool.slot_at(address))
+}

@@ -1,0 +1,127 @@
+//! What each node says about itself: the newest member record of every node ever known.
+//!
+//! Each record has one writer, the node it describes. Records of nodes that left stay, so that a
+//! late copy from elsewhere cannot bring them back.
+
+use std::collections::{BTreeMap, btree_map::Entry};
+
+use crate::{
+    model::{MemberRecord, NodeId},
+    wire::{Buckets, Record},
+};
+
+use super::rank::state_hash;
+
+/// More members than this, departed ones included, are not recorded.
+pub const MAX_MEMBERS: usize = 1 << 14;
+
+#[derive(Clone, Debug, Default)]
+pub struct Directory {
+    records: BTreeMap<NodeId, MemberRecord>,
+}
+
+impl Directory {
+    /// Takes the record if it is newer than ours. Says whether it was.
+    pub fn merge(&mut self, record: &MemberRecord) -> bool {
+        let full = self.records.len() >= MAX_MEMBERS;
+        match self.records.entry(record.node) {
+            Entry::Vacant(_) if full => {
+                tracing::warn!(node = %record.node, "member ignored: the directory holds {MAX_MEMBERS}");
+                false
+            }
+            Entry::Vacant(entry) => {
+                entry.insert(record.clone());
+                true
+            }
+            Entry::Occupied(mut entry) => {
+                let newer = precedence(record) > precedence(entry.get());
+                if newer {
+                    entry.insert(record.clone());
+                }
+                newer
+            }
+        }
+    }
+
+    pub fn get(&self, node: NodeId) -> Option<&MemberRecord> {
+        self.records.get(&node)
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = &MemberRecord> {
+        self.records.values()
+    }
+
+    /// Members that have not left, other than `me`: those who may own slots and hold newer facts.
+    pub fn peers(&self, me: NodeId) -> impl Iterator<Item = &MemberRecord> {
+        self.records.values().filter(move |record| record.node != me && !record.left)
+    }
+
+    pub fn bucket(&self, bucket: usize) -> impl Iterator<Item = &MemberRecord> {
+        self.records.values().filter(move |record| Buckets::of_node(record.node) == bucket)
+    }
+
+    /// One hash per bucket; the order of arrival makes no difference.
+    pub fn hashes(&self) -> [u64; Buckets::COUNT] {
+        let mut hashes = [0; Buckets::COUNT];
+        for record in self.records.values() {
+            hashes[Buckets::of_node(record.node)] ^=
+                state_hash(&Record::Member(record.clone()).encode());
+        }
+        hashes
+    }
+}
+
+/// The greatest is kept. Two different records of one version come from a copied state directory; the
+/// rest of the key makes all nodes keep the same one.
+fn precedence(record: &MemberRecord) -> impl Ord {
+    let address = (record.address, record.vtep, record.name.clone());
+    (record.version, record.left, record.boot, address)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use crate::model::{BootId, Mac, Version, Vtep};
+
+    use super::*;
+
+    fn record(seed: u8, starts: u32, boot: u8, left: bool) -> MemberRecord {
+        let node = NodeId::of_public_key(&[seed; 32]);
+        MemberRecord {
+            node,
+            version: Version { starts, change: 0 },
+            boot: BootId::from_bytes([boot; 8]),
+            name: "n".parse().expect("name"),
+            address: "192.0.2.1:1".parse().expect("address"),
+            vtep: Vtep { mac: Mac::of_node(node), underlay: [192, 0, 2, 1].into() },
+            left,
+        }
+    }
+
+    #[test]
+    fn a_departed_member_is_no_peer_and_old_news_do_not_revive_it() {
+        let mut directory = Directory::default();
+        assert!(directory.merge(&record(1, 2, 0, true)));
+        assert!(!directory.merge(&record(1, 1, 0, false)));
+        assert_eq!(directory.peers(NodeId::of_public_key(&[9; 32])).count(), 0);
+    }
+
+    proptest! {
+        #[test]
+        fn the_order_of_arrival_makes_no_difference(
+            parts in prop::collection::vec((0_u8..3, 0_u32..3, 0_u8..3, any::<bool>()), 0..20),
+        ) {
+            let records: Vec<_> = parts.iter().map(|&(s, v, b, l)| record(s, v, b, l)).collect();
+            let (mut forth, mut back) = (Directory::default(), Directory::default());
+            for record in &records {
+                forth.merge(record);
+            }
+            for record in records.iter().rev().chain(&records) {
+                back.merge(record);
+            }
+            prop_assert_eq!(forth.hashes(), back.hashes());
+            prop_assert_eq!(forth.records, back.records);
+        }
+    }
+}

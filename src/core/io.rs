@@ -1,0 +1,132 @@
+//! Everything that can happen to a node and everything it can ask for: the core's whole boundary.
+
+use std::net::SocketAddr;
+
+use crate::{
+    model::{NodeId, Time},
+    wire::{Key, Refusal},
+};
+
+use super::view::View;
+
+/// Numbers the durable writes of one process. An output that depends on one names it in `after`.
+pub type WriteSeq = u64;
+
+/// A question this node asked; it is answered exactly once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct CallId(pub u64);
+
+/// A question a peer asked, as numbered by whoever carries the answer back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ReplyId(pub u64);
+
+/// What happens to a node. Peers are authenticated: `from` is proven by the transport.
+#[derive(Clone, Debug)]
+pub enum Input {
+    /// A frame that wants no answer.
+    Message {
+        from: NodeId,
+        bytes: Vec<u8>,
+    },
+    /// A frame that wants one; it leaves as [`Output::Reply`].
+    Request {
+        from: NodeId,
+        reply: ReplyId,
+        bytes: Vec<u8>,
+    },
+    /// The end of a call of ours. Whoever carries calls ends each one, in time, once.
+    Answer {
+        call: CallId,
+        result: Result<(NodeId, Vec<u8>), CallError>,
+    },
+    /// The time asked for by `Node::poll_timeout` has come.
+    Timeout,
+    Command(Command),
+}
+
+/// What an operator asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Hand all slots to an heir and go for good.
+    Leave,
+    /// Compare states with a peer now rather than at the next round.
+    Sync,
+}
+
+/// Whom to call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    Member {
+        node: NodeId,
+        address: SocketAddr,
+    },
+    /// The n-th configured seed: its name is resolved anew for each call.
+    Seed(usize),
+}
+
+/// Why a call brought no answer. None of them changed any state.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CallError {
+    #[error("no answer: {0}")]
+    Unreachable(String),
+    /// The handshake failed on somebody's certificate: the secrets differ.
+    #[error("the handshake was refused: {0}")]
+    Rejected(String),
+    /// The address is our own.
+    #[error("that is this node itself")]
+    Myself,
+}
+
+/// What a node asks for. Outputs with `after: n` may leave only once write `n` is durable; the order of
+/// outputs is otherwise free.
+#[derive(Clone, Debug)]
+pub enum Output {
+    /// A frame for a member, lossy.
+    Send {
+        to: NodeId,
+        address: SocketAddr,
+        bytes: Vec<u8>,
+        after: WriteSeq,
+    },
+    Call {
+        call: CallId,
+        to: Target,
+        bytes: Vec<u8>,
+        after: WriteSeq,
+    },
+    Reply {
+        reply: ReplyId,
+        bytes: Vec<u8>,
+        after: WriteSeq,
+    },
+    /// Records to write, in one batch. With a number: flush, then report the number as durable.
+    Write {
+        records: Vec<(Key, Vec<u8>)>,
+        seq: Option<WriteSeq>,
+    },
+    /// What the kernel is to be made equal to; replaces any earlier one.
+    Program {
+        view: View,
+        after: WriteSeq,
+    },
+    /// [`Command::Leave`] cannot be done, for this reason; the node goes on as before.
+    CannotLeave(String),
+    /// The node's work is over.
+    Stop(Stop),
+}
+
+/// Why a node stops of its own accord.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// It left; everything it owned belongs to the heir now (nobody, if it was the last one).
+    Left { heir: Option<NodeId> },
+    /// A seed refused it for a reason that will not go away.
+    Refused(Refusal),
+    /// Every seed refused its certificate.
+    Rejected { seed: usize, why: String },
+}
+
+/// The earlier of two deadlines.
+pub(super) fn earlier(a: Option<Time>, b: Option<Time>) -> Option<Time> {
+    a.into_iter().chain(b).min()
+}

@@ -1,0 +1,339 @@
+//! Who is alive: SWIM, by foca, wrapped once and exposed nowhere else.
+//!
+//! foca is driven sans-IO: packets and due timers go in, packets, timers and notices come out. Three of
+//! its traps are handled here and only here: a node that refuted a suspicion is still told that it is
+//! down (the notice is dropped), every heal renews identities (peers are keyed by node, a renewal is
+//! nothing), and its settings depend on the cluster's size (they follow it). What is down here is an
+//! opinion: nothing in this module may touch ownership or the kernel.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    num::{NonZeroU8, NonZeroU32, NonZeroUsize},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use foca::{
+    AccumulatingRuntime, Codec as _, Config, Foca, Member, Message, NoCustomBroadcast,
+    OwnedNotification, PeriodicParams, State, Timer,
+};
+use rand::rngs::StdRng;
+
+use crate::{
+    model::{Identity, NodeId, Time},
+    wire::{Buckets, DATAGRAM_MAX, SwimCodec},
+};
+
+use super::rank::state_hash;
+
+/// Largest SWIM packet: a datagram less the frame around it, with room for the frame to grow.
+const PACKET_MAX: usize = DATAGRAM_MAX - 20;
+
+/// A member as gossip sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Liveness {
+    Alive,
+    Suspect,
+    Down,
+}
+
+/// What the rest of the node learns from gossip.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Notice {
+    Send {
+        to: NodeId,
+        packet: Bytes,
+    },
+    Up(NodeId),
+    Down(NodeId),
+    /// Somebody believed us dead; we go on under this identity.
+    Renewed(Identity),
+}
+
+pub struct Membership {
+    foca: Foca<Identity, SwimCodec, StdRng, NoCustomBroadcast>,
+    runtime: AccumulatingRuntime<Identity>,
+    /// Armed timers by due time; the number keeps equal times in order of arming.
+    timers: BTreeMap<(Time, u64), Timer<Identity>>,
+    armed: u64,
+    /// The cluster size that foca's settings were made for.
+    tuned_for: u32,
+    notices: VecDeque<Notice>,
+}
+
+impl Membership {
+    pub fn new(identity: Identity, rng: StdRng) -> Self {
+        Self {
+            foca: Foca::new(identity, settings(1), rng, SwimCodec),
+            runtime: AccumulatingRuntime::new(),
+            timers: BTreeMap::new(),
+            armed: 0,
+            tuned_for: 1,
+            notices: VecDeque::new(),
+        }
+    }
+
+    pub fn identity(&self) -> Identity {
+        *self.foca.identity()
+    }
+
+    /// A SWIM packet from an authenticated peer.
+    pub fn handle_packet(&mut self, now: Time, packet: &[u8]) {
+        let result = self.foca.handle_data(packet, &mut self.runtime);
+        self.collect(now, "packet", result);
+    }
+
+    /// Members that somebody credible holds as alive, or that talk to us.
+    pub fn introduce(&mut self, now: Time, identities: impl Iterator<Item = Identity>) {
+        let me = self.identity().node;
+        let members: Vec<_> = identities.filter(|id| id.node != me).map(Member::alive).collect();
+        let result = self.foca.apply_many(members.into_iter(), true, &mut self.runtime);
+        self.collect(now, "introduce", result);
+    }
+
+    /// Goes on under a newer identity, because a peer believes that this one is down.
+    pub fn renew(&mut self, now: Time) {
+        if let Some(identity) = foca::Identity::renew(&self.identity()) {
+            self.adopt(now, identity);
+        }
+    }
+
+    /// Goes on under `identity`, which must be newer than the present one.
+    pub fn adopt(&mut self, now: Time, identity: Identity) {
+        let result = self.foca.change_identity(identity, &mut self.runtime);
+        self.notices.push_back(Notice::Renewed(identity));
+        self.collect(now, "change identity", result);
+    }
+
+    /// Tells the others that this node goes away on purpose.
+    pub fn leave(&mut self, now: Time) {
+        let result = self.foca.leave_cluster(&mut self.runtime);
+        self.collect(now, "leave", result);
+    }
+
+    pub fn next_timeout(&self) -> Option<Time> {
+        self.timers.keys().next().map(|(due, _)| *due)
+    }
+
+    /// Serves every timer that is due, in foca's own order of preference.
+    pub fn handle_timeout(&mut self, now: Time) {
+        let later = self.timers.split_off(&(now + Duration::from_nanos(1), 0));
+        let mut due: Vec<_> = std::mem::replace(&mut self.timers, later).into_values().collect();
+        due.sort();
+        for timer in due {
+            let result = self.foca.handle_timer(timer, &mut self.runtime);
+            self.collect(now, "timer", result);
+        }
+    }
+
+    pub fn poll_notice(&mut self) -> Option<Notice> {
+        self.notices.pop_front()
+    }
+
+    pub fn is_active(&self, node: NodeId) -> bool {
+        self.foca.iter_members().any(|member| member.id().node == node)
+    }
+
+    /// Members held as alive or suspect, this node included, in order of their ids.
+    pub fn active(&self) -> BTreeMap<NodeId, Identity> {
+        let others = self.foca.iter_members().map(|member| *member.id());
+        others.chain([self.identity()]).map(|identity| (identity.node, identity)).collect()
+    }
+
+    /// Gossip's opinion on everybody it has heard of, this node excluded.
+    pub fn opinions(&self) -> BTreeMap<NodeId, Liveness> {
+        let mut opinions = BTreeMap::new();
+        for member in self.foca.iter_membership_state() {
+            let liveness = match member.state() {
+                State::Alive => Liveness::Alive,
+                State::Suspect => Liveness::Suspect,
+                State::Down => Liveness::Down,
+            };
+            // An old identity may linger as down beside the one that replaced it.
+            opinions
+                .entry(member.id().node)
+                .and_modify(|known: &mut Liveness| *known = liveness.min(*known))
+                .or_insert(liveness);
+        }
+        opinions
+    }
+
+    /// One hash per bucket over the active members.
+    pub fn hashes(&self) -> [u64; Buckets::COUNT] {
+        let mut hashes = [0; Buckets::COUNT];
+        for (node, identity) in self.active() {
+            let Identity { incarnation, .. } = identity;
+            let mut bytes = [0; 16];
+            bytes[..8].copy_from_slice(node.as_bytes());
+            bytes[8..12].copy_from_slice(&incarnation.starts.to_le_bytes());
+            bytes[12..].copy_from_slice(&incarnation.renewals.to_le_bytes());
+            hashes[Buckets::of_node(node)] ^= state_hash(&bytes);
+        }
+        hashes
+    }
+
+    fn collect(&mut self, now: Time, what: &'static str, result: Result<(), foca::Error>) {
+        if let Err(error) = result {
+            // All are survivable: stale packets, packets of our own, an interrupted probe cycle.
+            tracing::trace!(what, %error, "swim");
+        }
+        while let Some((after, timer)) = self.runtime.to_schedule() {
+            self.armed += 1;
+            self.timers.insert((now + after, self.armed), timer);
+        }
+        while let Some((to, packet)) = self.runtime.to_send() {
+            if self.is_stray_down_notice(&to, &packet) {
+                tracing::trace!(to = %to.node, "dropped a down notice to a member that is active");
+                continue;
+            }
+            self.notices.push_back(Notice::Send { to: to.node, packet });
+        }
+        while let Some(notification) = self.runtime.to_notify() {
+            match notification {
+                OwnedNotification::MemberUp(id) => self.notices.push_back(Notice::Up(id.node)),
+                OwnedNotification::MemberDown(id) if !self.is_active(id.node) => {
+                    self.notices.push_back(Notice::Down(id.node));
+                }
+                OwnedNotification::Rejoin(identity) => {
+                    self.notices.push_back(Notice::Renewed(identity));
+                }
+                _ => {}
+            }
+        }
+        self.tune();
+    }
+
+    /// foca sends "you are down" also when the suspicion it stems from was refuted in time.
+    fn is_stray_down_notice(&self, to: &Identity, packet: &[u8]) -> bool {
+        SwimCodec.decode_header(packet).is_ok_and(|header| header.message == Message::TurnUndead)
+            && self.foca.iter_members().any(|member| member.id() == to)
+    }
+
+    /// Follows the cluster's size when it has doubled or halved.
+    fn tune(&mut self) {
+        let size = u32::try_from(self.foca.num_members() + 1).unwrap_or(u32::MAX);
+        if size >= self.tuned_for.saturating_mul(2) || size <= self.tuned_for / 2 {
+            match self.foca.set_config(settings(size)) {
+                Ok(()) => self.tuned_for = size,
+                Err(error) => tracing::error!(%error, size, "swim settings refused"),
+            }
+        }
+    }
+}
+
+impl foca::Identity for Identity {
+    type Addr = NodeId;
+
+    fn renew(&self) -> Option<Self> {
+        let mut renewed = *self;
+        renewed.incarnation.renewals = renewed.incarnation.renewals.checked_add(1)?;
+        Some(renewed)
+    }
+
+    fn addr(&self) -> NodeId {
+        self.node
+    }
+
+    fn win_addr_conflict(&self, adversary: &Self) -> bool {
+        self.incarnation > adversary.incarnation
+    }
+}
+
+/// Probe every second; suspect for at least 5 s, so that a starved CPU is not a death.
+fn settings(cluster_size: u32) -> Config {
+    const fn count(n: usize) -> NonZeroUsize {
+        NonZeroUsize::new(n).expect("not zero")
+    }
+    const fn every(seconds: u64, members: usize) -> Option<PeriodicParams> {
+        Some(PeriodicParams {
+            frequency: Duration::from_secs(seconds),
+            num_members: count(members),
+        })
+    }
+    let size = NonZeroU32::new(cluster_size).unwrap_or(NonZeroU32::MIN);
+    let lan = Config::new_lan(size);
+    Config {
+        suspect_to_down_after: lan.suspect_to_down_after.max(Duration::from_secs(5)),
+        max_transmissions: lan.max_transmissions.max(NonZeroU8::new(3).expect("not zero")),
+        max_packet_size: count(PACKET_MAX),
+        periodic_announce: every(10, 1),
+        periodic_announce_to_down_members: every(10, 2),
+        ..lan
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::SeedableRng as _;
+
+    use crate::model::Incarnation;
+
+    use super::*;
+
+    fn identity(seed: u8) -> Identity {
+        let node = NodeId::of_public_key(&[seed; 32]);
+        Identity { node, incarnation: Incarnation { starts: 1, renewals: 0 } }
+    }
+
+    fn member(seed: u8) -> Membership {
+        Membership::new(identity(seed), StdRng::from_seed([seed; 32]))
+    }
+
+    /// Runs timers and delivers packets between `members` without loss until `until`.
+    fn run(members: &mut [Membership], until: Time) {
+        loop {
+            let Some(now) = members.iter().filter_map(Membership::next_timeout).min() else {
+                return;
+            };
+            if now > until {
+                return;
+            }
+            members.iter_mut().for_each(|member| member.handle_timeout(now));
+            while let Some((to, packet)) = members.iter_mut().find_map(|member| {
+                std::iter::from_fn(|| member.poll_notice()).find_map(|notice| match notice {
+                    Notice::Send { to, packet } => Some((to, packet)),
+                    _ => None,
+                })
+            }) {
+                if let Some(member) = members.iter_mut().find(|m| m.identity().node == to) {
+                    member.handle_packet(now, &packet);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn one_introduction_is_enough_and_a_silent_member_goes_down() {
+        let mut members = vec![member(1), member(2)];
+        members[0].introduce(Time::ZERO, [identity(2)].into_iter());
+        run(&mut members, Time::ZERO + Duration::from_secs(3));
+        assert_eq!(members[1].active().len(), 2, "the probe introduced the prober");
+
+        let lost = members.pop().expect("two members").identity().node;
+        run(&mut members, Time::ZERO + Duration::from_secs(15));
+        assert_eq!(members[0].opinions()[&lost], Liveness::Down);
+        assert!(!members[0].is_active(lost));
+    }
+
+    #[test]
+    fn equal_views_have_equal_hashes_and_a_renewal_changes_them() {
+        let (mut one, mut two) = (member(1), member(2));
+        one.introduce(Time::ZERO, [identity(2)].into_iter());
+        two.introduce(Time::ZERO, [identity(1)].into_iter());
+        assert_eq!(one.hashes(), two.hashes());
+        two.renew(Time::ZERO);
+        assert_ne!(one.hashes(), two.hashes());
+        assert!(two.identity().incarnation > identity(2).incarnation);
+    }
+
+    #[test]
+    fn an_identity_costs_at_most_18_bytes_a_packet() {
+        assert!(PACKET_MAX < DATAGRAM_MAX - 10);
+        let newest = Incarnation { starts: u32::MAX, renewals: u32::MAX };
+        let member = Member::alive(Identity { incarnation: newest, ..identity(1) });
+        let mut bytes = Vec::new();
+        SwimCodec.encode_member(&member, &mut bytes).expect("memory");
+        assert!(bytes.len() <= 8 + 5 + 5 + 2, "{}", bytes.len());
+    }
+}

@@ -1,0 +1,112 @@
+//! Telling everybody what is new, at once.
+//!
+//! Whoever learns something new passes it on to the members at distances 1, 2, 4, 8 ... on the ring of
+//! active members in order of their ids. With equal views that reaches everybody in log2(n) hops, each
+//! from several sides, and costs each node log2(n) frames a change. What is lost anyway is found by
+//! comparison (`sync`). Nothing here decides what is true.
+
+use std::{collections::BTreeSet, time::Duration};
+
+use crate::{
+    model::{Identity, NodeId, Run, Time},
+    wire::{Facts, Frame, Push},
+};
+
+use super::Node;
+
+/// Changes within this span after a push wait for it to end and travel together.
+const GATHER: Duration = Duration::from_millis(5);
+
+/// More than this many changes at once are left to comparison.
+const MAX_PENDING: usize = 4096;
+
+#[derive(Default)]
+pub(super) struct PushQueue {
+    members: BTreeSet<NodeId>,
+    slots: Vec<Run>,
+    active: BTreeSet<Identity>,
+    /// Where the news came from; if all came from one node, that node is left out.
+    sources: BTreeSet<Option<NodeId>>,
+    due: Option<Time>,
+    last: Option<Time>,
+}
+
+impl PushQueue {
+    pub(super) fn add(&mut self, now: Time, news: &Facts, from: Option<NodeId>) {
+        if self.members.len() + self.slots.len() + news.members.len() + news.slots.len()
+            > MAX_PENDING
+        {
+            return;
+        }
+        self.members.extend(news.members.iter().map(|record| record.node));
+        self.slots.extend_from_slice(&news.slots);
+        self.active.extend(&news.active);
+        self.sources.insert(from);
+        let earliest = self.last.map_or(now, |last| now.max(last + GATHER));
+        self.due.get_or_insert(earliest);
+    }
+
+    pub(super) fn due(&self) -> Option<Time> {
+        self.due
+    }
+}
+
+impl Node {
+    /// Sends what has gathered, if it is time.
+    pub(super) fn flush_push(&mut self, now: Time) {
+        if self.push.due.is_none_or(|due| now < due) {
+            return;
+        }
+        let last = Some(now);
+        let queue = std::mem::replace(&mut self.push, PushQueue { last, ..PushQueue::default() });
+        let active = self.membership.active();
+        let members: Vec<_> =
+            queue.members.iter().filter_map(|node| self.directory.get(*node).cloned()).collect();
+        let known = members.iter().filter_map(|record| active.get(&record.node).copied());
+        let facts = Facts {
+            active: known.chain(queue.active).collect::<BTreeSet<_>>().into_iter().collect(),
+            members,
+            slots: queue.slots,
+        };
+        let only_source = match queue.sources.iter().collect::<Vec<_>>()[..] {
+            [Some(source)] => Some(*source),
+            _ => None,
+        };
+        let ring: Vec<NodeId> = active.into_keys().collect();
+        let payload = Push { facts }.encode();
+        let after = self.after();
+        for to in fingers(&ring, self.me.node).filter(|to| Some(*to) != only_source) {
+            self.send(to, Frame::Push(&payload), after);
+        }
+    }
+}
+
+/// The members at distances 1, 2, 4 ... after `me` on a sorted ring that contains it.
+fn fingers(ring: &[NodeId], me: NodeId) -> impl Iterator<Item = NodeId> + '_ {
+    let at = ring.partition_point(|node| *node < me);
+    (0..usize::BITS)
+        .map(|power| 1_usize << power)
+        .take_while(|distance| *distance < ring.len())
+        .map(move |distance| ring[(at + distance) % ring.len()])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_member_is_reached_within_log2_n_hops() {
+        for n in [1_u8, 2, 3, 10, 100, 250] {
+            let mut ring: Vec<_> = (0..n).map(|seed| NodeId::of_public_key(&[seed; 32])).collect();
+            ring.sort();
+            let mut reached = BTreeSet::from([ring[0]]);
+            let mut hops = 0;
+            while reached.len() < ring.len() {
+                let next: Vec<_> = reached.iter().flat_map(|node| fingers(&ring, *node)).collect();
+                reached.extend(next);
+                hops += 1;
+            }
+            assert!(hops <= u16::from(n).next_power_of_two().ilog2(), "{n} members, {hops} hops");
+        }
+    }
+}

@@ -1,0 +1,158 @@
+//! Answers to peers. Each request gets exactly one answer, a refusal with its reason if need be.
+
+use std::collections::BTreeSet;
+
+use crate::{
+    model::{ClusterId, Identity, NodeId, Run, Time},
+    wire::{Facts, Frame, GrantWish, Hello, Refusal, Request, Response, Welcome},
+};
+
+use super::{
+    Node, Output, ReplyId,
+    slots::{Change, Grant},
+};
+
+impl Node {
+    pub(super) fn serve(&mut self, now: Time, from: NodeId, reply: ReplyId, bytes: &[u8]) {
+        let response = match Frame::decode(bytes) {
+            Ok((cluster, Frame::Request(payload))) => match Request::decode(payload) {
+                Ok(request) => self.respond(now, from, cluster, request),
+                Err(error) => self.unreadable(from, &error),
+            },
+            Ok(_) => self.unreadable(from, &"a stream must begin with a request"),
+            Err(error) => self.unreadable(from, &error),
+        };
+        let cluster = self.cluster_id().unwrap_or(ClusterId::UNKNOWN);
+        let bytes = Frame::Response(&response.encode()).encode(cluster);
+        self.outputs.push_back(Output::Reply { reply, bytes, after: self.after() });
+    }
+
+    fn respond(
+        &mut self,
+        now: Time,
+        from: NodeId,
+        cluster: ClusterId,
+        request: Request,
+    ) -> Response {
+        let refused = match self.cluster_id() {
+            None => Some(Refusal::NotReady),
+            Some(ours) if cluster != ours && cluster != ClusterId::UNKNOWN => {
+                Some(Refusal::OtherCluster { ours: cluster, theirs: ours })
+            }
+            _ if self.directory.get(from).is_some_and(|record| record.left) => Some(Refusal::Left),
+            _ => None,
+        };
+        if let Some(refusal) = refused {
+            return Response::Refused(refusal);
+        }
+        match request {
+            Request::Hello(hello) => self.on_hello(now, from, hello),
+            Request::Compare(roots) => {
+                let ours = self.buckets();
+                if ours.roots() == roots {
+                    Response::Same
+                } else {
+                    Response::Differ(Box::new(ours))
+                }
+            }
+            Request::Exchange { buckets, identity, facts } => {
+                self.on_exchange(now, from, buckets, identity, &facts)
+            }
+            Request::Grant(wish) => match self.grant(now, from, wish) {
+                Ok(facts) => Response::Granted(facts),
+                Err(refusal) => Response::Refused(refusal),
+            },
+            Request::Handover(facts) => {
+                self.learn(now, &facts, Some(from));
+                Response::Accepted
+            }
+        }
+    }
+
+    fn on_hello(&mut self, now: Time, from: NodeId, hello: Hello) -> Response {
+        let Some(home) = &self.home else { return Response::Refused(Refusal::NotReady) };
+        if let Some(difference) = hello.settings.difference(&home.cluster.settings) {
+            return Response::Refused(Refusal::Settings(difference));
+        }
+        if hello.member.node != from || hello.identity.node != from {
+            let why = "a greeting must be about the node that sends it".to_owned();
+            return Response::Refused(Refusal::Unreadable(why));
+        }
+        tracing::info!(node = %from, name = %hello.member.name, address = %hello.member.address, "joining");
+        let facts =
+            Facts { members: vec![hello.member], active: vec![hello.identity], ..Facts::default() };
+        self.learn(now, &facts, Some(from));
+        let no_slot = self.grant(now, from, hello.grant).err();
+        match &self.home {
+            Some(home) => Response::Welcome(Box::new(Welcome::everything(self, home, no_slot))),
+            None => Response::Refused(Refusal::NotReady),
+        }
+    }
+
+    /// Gives `to` a slot of this node's own. The answer waits for the write.
+    fn grant(&mut self, now: Time, to: NodeId, wish: GrantWish) -> Result<Facts, Refusal> {
+        let me = self.me.node;
+        if !self.sync.synced() {
+            return Err(Refusal::NotSynced);
+        }
+        let Some(home) = self.home.as_mut().filter(|_| self.leaving.is_none()) else {
+            return Err(Refusal::NotReady);
+        };
+        let prefer = wish.prefer.and_then(|address| home.cluster.settings.pool.slot_at(address));
+        let changes = match home.slots.grant(me, to, prefer)? {
+            Grant::Again(slots) => return Ok(Facts { slots, ..Facts::default() }),
+            Grant::New(changes) => changes,
+        };
+        let slots: Vec<Run> = changes.iter().map(|(run, _)| *run).collect();
+        let count: u32 = slots.iter().map(|run| run.len).sum();
+        tracing::info!(%to, name = self.name_of(to), slots = count, "granted");
+        self.counters.grants += 1;
+        self.note_own_change(now, changes);
+        Ok(Facts { slots, ..Facts::default() })
+    }
+
+    fn on_exchange(
+        &mut self,
+        now: Time,
+        from: NodeId,
+        buckets: u32,
+        identity: Identity,
+        theirs: &Facts,
+    ) -> Response {
+        if identity.node != from {
+            let why = "an exchange must carry the identity of the node that sends it".to_owned();
+            return Response::Refused(Refusal::Unreadable(why));
+        }
+        self.learn(now, theirs, Some(from));
+        self.sync.witness(from);
+        self.membership.introduce(now, [identity].into_iter());
+        let mut facts = self.facts_in(buckets);
+        let known: BTreeSet<_> = theirs.members.iter().map(|r| (r.node, r.version)).collect();
+        facts.members.retain(|record| !known.contains(&(record.node, record.version)));
+        let known: BTreeSet<_> = theirs.active.iter().collect();
+        facts.active.retain(|identity| !known.contains(identity));
+        let slots: BTreeSet<_> = theirs.slots.iter().map(|run| (run.start, run.len)).collect();
+        facts
+            .slots
+            .retain(|run| !slots.contains(&(run.start, run.len)) || !theirs.slots.contains(run));
+        let holds_you_down = !self.membership.is_active(from);
+        Response::Facts { facts, holds_you_down }
+    }
+
+    /// Slots that this node itself wrote a new record for.
+    pub(super) fn note_own_change(&mut self, now: Time, changes: Vec<Change>) {
+        if changes.is_empty() {
+            return;
+        }
+        self.note_slots(&changes);
+        let slots = changes.into_iter().map(|(run, _)| run).collect();
+        self.push.add(now, &Facts { slots, ..Facts::default() }, None);
+        self.sync.unsettle(now);
+        self.recheck_lease(now);
+    }
+
+    fn unreadable(&mut self, from: NodeId, error: &dyn std::fmt::Display) -> Response {
+        self.note_malformed(from, error);
+        Response::Refused(Refusal::Unreadable(error.to_string()))
+    }
+}

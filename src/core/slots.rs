@@ -1,0 +1,310 @@
+//! The ownership table: which node owns which slot of the pool, and the only rules that change it.
+//!
+//! Each slot has one writer, its owner, so there is nothing to vote on: a grant is a record that the
+//! owner writes, and merging two tables keeps the newer record of each slot. Merging is commutative,
+//! associative and idempotent. Liveness and clocks play no part here, and nothing here does IO: the
+//! caller makes a change durable before it tells anybody.
+
+use std::{cmp::Reverse, collections::BTreeMap};
+
+use crate::{
+    model::{NodeId, Pool, Run, Slot, SlotRecord, SlotState},
+    wire::{Buckets, Refusal},
+};
+
+use super::rank::{slot_score, state_hash};
+
+/// Records of all slots of one pool, as maximal runs in slot order.
+#[derive(Clone, Debug)]
+pub struct SlotTable {
+    pool: Pool,
+    /// Sorted, disjoint, within the pool; neighbours that touch have different records.
+    runs: Vec<Run>,
+}
+
+/// What a merge did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Merged {
+    /// The parts that were new here, with what they replaced.
+    pub changed: Vec<Change>,
+    /// Pairs of records with one epoch and different contents (ours, theirs): a promise was broken.
+    pub violations: Vec<(Slot, SlotRecord, SlotRecord)>,
+}
+
+/// A run as it is now, and the record that its slots shared before (none: unknown until now).
+pub type Change = (Run, Option<SlotRecord>);
+
+/// An answer to a node that asked for a slot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Grant {
+    New(Vec<Change>),
+    /// It owned slots already: these.
+    Again(Vec<Run>),
+}
+
+/// How the slots of the pool are divided right now.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Census {
+    pub leased: u32,
+    /// Spare slots by owner.
+    pub spare: BTreeMap<NodeId, u32>,
+}
+
+impl SlotTable {
+    /// A table that knows nothing yet.
+    pub const fn empty(pool: Pool) -> Self {
+        Self { pool, runs: Vec::new() }
+    }
+
+    /// The table of a new cluster: everything is the founder's spare at epoch 0.
+    pub fn founded_by(pool: Pool, founder: NodeId) -> Self {
+        let record =
+            SlotRecord { epoch: 0, owner: founder, state: SlotState::Spare, granter: founder };
+        let run = Run { start: Slot(*pool.slots().start()), len: pool.slot_count(), record };
+        Self { pool, runs: vec![run] }
+    }
+
+    pub fn runs(&self) -> &[Run] {
+        &self.runs
+    }
+
+    pub fn record(&self, slot: Slot) -> Option<SlotRecord> {
+        let after = self.runs.partition_point(|run| run.start <= slot);
+        let run = self.runs.get(after.checked_sub(1)?)?;
+        (slot.0 < run.end()).then_some(run.record)
+    }
+
+    /// The slots in use by `node`, lowest first. More than one only until it gives the others back.
+    pub fn leased_by(&self, node: NodeId) -> impl Iterator<Item = Slot> + '_ {
+        self.runs_of(node).filter(|run| run.record.state == SlotState::Leased).flat_map(Run::slots)
+    }
+
+    pub fn runs_of(&self, owner: NodeId) -> impl Iterator<Item = &Run> + '_ {
+        self.runs.iter().filter(move |run| run.record.owner == owner)
+    }
+
+    pub fn census(&self) -> Census {
+        let mut census = Census::default();
+        for run in &self.runs {
+            match run.record.state {
+                SlotState::Leased => census.leased += run.len,
+                SlotState::Spare => *census.spare.entry(run.record.owner).or_default() += run.len,
+            }
+        }
+        census
+    }
+
+    /// Takes over what is newer in `theirs`; parts outside the pool are ignored.
+    pub fn merge(&mut self, theirs: &[Run]) -> Merged {
+        let mut merged = Merged::default();
+        for run in theirs {
+            for (part, ours) in self.overlaps(*run) {
+                match ours {
+                    Some(ours) if ours == part.record || ours.epoch > part.record.epoch => {}
+                    Some(ours) if ours.epoch == part.record.epoch => {
+                        self.settle(part, ours, &mut merged);
+                    }
+                    _ => {
+                        self.set(part);
+                        merged.changed.push((part, ours));
+                    }
+                }
+            }
+        }
+        merged
+    }
+
+    /// Gives `to` the spare slot of `me` that suits it best and half of the rest (or, if it owns
+    /// slots already, names those again). The change is in the table; the caller makes it durable.
+    pub fn grant(
+        &mut self,
+        me: NodeId,
+        to: NodeId,
+        prefer: Option<Slot>,
+    ) -> Result<Grant, Refusal> {
+        let known: Vec<Run> = self.runs_of(to).copied().collect();
+        if !known.is_empty() {
+            return Ok(Grant::Again(known));
+        }
+        let preferred_elsewhere = prefer
+            .and_then(|slot| self.record(slot))
+            .is_some_and(|record| record.state == SlotState::Spare && record.owner != me);
+        if preferred_elsewhere {
+            return Err(self.no_spare());
+        }
+        let Some(chosen) = self.choose(me, to, prefer) else {
+            return Err(self.no_spare());
+        };
+        let mut granted = vec![self.rewrite(chosen, 1, me, to, SlotState::Leased)];
+        granted.extend(self.donate_half(me, to));
+        Ok(Grant::New(granted))
+    }
+
+    /// Turns a spare slot of `me` into its lease.
+    pub fn lease_own(&mut self, me: NodeId, prefer: Option<Slot>) -> Option<Change> {
+        let chosen = self.choose(me, me, prefer)?;
+        Some(self.rewrite(chosen, 1, me, me, SlotState::Leased))
+    }
+
+    /// Turns a lease of `me` that it does not need into a spare.
+    pub fn release_own(&mut self, me: NodeId, slot: Slot) -> Option<Change> {
+        let record = self.record(slot)?;
+        (record.owner == me && record.state == SlotState::Leased)
+            .then(|| self.rewrite(slot, 1, me, me, SlotState::Spare))
+    }
+
+    /// Makes everything that `me` owns a spare of `heir`.
+    pub fn hand_over(&mut self, me: NodeId, heir: NodeId) -> Vec<Change> {
+        let owned: Vec<Run> = self.runs_of(me).copied().collect();
+        owned
+            .into_iter()
+            .map(|run| self.rewrite(run.start, run.len, me, heir, SlotState::Spare))
+            .collect()
+    }
+
+    /// The bucket of a slot: equal, contiguous parts of the pool, so that runs stay whole.
+    pub fn bucket_of(&self, slot: Slot) -> usize {
+        (slot.0.saturating_sub(*self.pool.slots().start()) / self.bucket_width()) as usize
+    }
+
+    /// The runs of one bucket, cut at its borders.
+    pub fn bucket(&self, bucket: usize) -> Vec<Run> {
+        let width = self.bucket_width();
+        let start = self.pool.slots().start() + bucket as u32 * width;
+        self.runs.iter().filter_map(|run| clip(run, start, start.saturating_add(width))).collect()
+    }
+
+    /// One hash per bucket; equal tables have equal hashes.
+    pub fn hashes(&self) -> [u64; Buckets::COUNT] {
+        std::array::from_fn(|bucket| {
+            let runs = self.bucket(bucket);
+            if runs.is_empty() { 0 } else { state_hash(&crate::wire::Record::Slots(runs).encode()) }
+        })
+    }
+
+    fn bucket_width(&self) -> u32 {
+        self.pool.slot_count().div_ceil(Buckets::COUNT as u32)
+    }
+
+    fn spares_of(&self, owner: NodeId) -> impl Iterator<Item = Run> + '_ {
+        self.runs_of(owner).filter(|run| run.record.state == SlotState::Spare).copied()
+    }
+
+    /// The spare slot of `owner` for `user`: the preferred one, or else the best by rendezvous score.
+    fn choose(&self, owner: NodeId, user: NodeId, prefer: Option<Slot>) -> Option<Slot> {
+        let spares = || self.spares_of(owner).flat_map(|run| run.slots());
+        prefer
+            .filter(|slot| spares().any(|spare| spare == *slot))
+            .or_else(|| spares().max_by_key(|slot| (slot_score(user, *slot), Reverse(*slot))))
+    }
+
+    fn no_spare(&self) -> Refusal {
+        let census = self.census();
+        match census.spare.values().sum() {
+            0 => Refusal::Exhausted { total: self.pool.slot_count(), leased: census.leased },
+            spare_elsewhere => Refusal::NoSpareHere { spare_elsewhere },
+        }
+    }
+
+    /// Half of the spares of `me`, rounded down, from the top of its range: whole runs where possible.
+    fn donate_half(&mut self, me: NodeId, to: NodeId) -> Vec<Change> {
+        let spares: Vec<Run> = self.spares_of(me).collect();
+        let mut left = spares.iter().map(|run| run.len).sum::<u32>() / 2;
+        let mut donated = Vec::new();
+        for run in spares.iter().rev() {
+            let len = run.len.min(left);
+            if len == 0 {
+                break;
+            }
+            left -= len;
+            donated.push(self.rewrite(Slot(run.end() - len), len, me, to, SlotState::Spare));
+        }
+        donated
+    }
+
+    /// Writes the next record of slots that share one record and belong to `me`.
+    fn rewrite(
+        &mut self,
+        start: Slot,
+        len: u32,
+        me: NodeId,
+        owner: NodeId,
+        state: SlotState,
+    ) -> Change {
+        let before = self.record(start);
+        debug_assert!(before.is_some_and(|r| r.owner == me), "only the owner writes {start:?}");
+        let epoch = before.map_or(0, |record| record.epoch + 1);
+        let run = Run { start, len, record: SlotRecord { epoch, owner, state, granter: me } };
+        self.set(run);
+        (run, before)
+    }
+
+    /// Two records of one epoch: all nodes keep the same one, whichever they saw first.
+    fn settle(&mut self, part: Run, ours: SlotRecord, merged: &mut Merged) {
+        for slot in part.slots() {
+            let theirs = part.record;
+            merged.violations.push((slot, ours, theirs));
+            if precedence(slot, &theirs) > precedence(slot, &ours) {
+                let run = Run { start: slot, len: 1, record: theirs };
+                self.set(run);
+                merged.changed.push((run, Some(ours)));
+            }
+        }
+    }
+
+    /// Cuts `run` at the borders of our runs and pairs each part with our record there.
+    fn overlaps(&self, run: Run) -> Vec<(Run, Option<SlotRecord>)> {
+        let pool = self.pool.slots();
+        let mut parts = Vec::new();
+        let mut at = run.start.0.max(*pool.start());
+        let end = run.end().min(pool.end() + 1);
+        while at < end {
+            let next = self.runs.partition_point(|ours| ours.end() <= at);
+            let (ours, until) = match self.runs.get(next) {
+                Some(ours) if ours.start.0 <= at => (Some(ours.record), ours.end()),
+                Some(ours) => (None, ours.start.0),
+                None => (None, end),
+            };
+            let len = until.min(end) - at;
+            parts.push((Run { start: Slot(at), len, record: run.record }, ours));
+            at += len;
+        }
+        parts
+    }
+
+    /// Overwrites a range, keeping the runs maximal.
+    fn set(&mut self, new: Run) {
+        let (start, end) = (new.start.0, new.end());
+        let first = self.runs.partition_point(|run| run.end() < start);
+        let last = self.runs.partition_point(|run| run.start.0 <= end);
+        let mut middle: Vec<Run> = Vec::with_capacity(3);
+        let touched = &self.runs[first..last];
+        middle.extend(touched.iter().filter_map(|run| clip(run, 0, start)));
+        middle.push(new);
+        middle.extend(touched.iter().filter_map(|run| clip(run, end, u32::MAX)));
+        middle.dedup_by(|next, run| {
+            let joins = run.record == next.record && run.end() == next.start.0;
+            if joins {
+                run.len += next.len;
+            }
+            joins
+        });
+        self.runs.splice(first..last, middle);
+    }
+}
+
+/// The part of a run within `[start, end)`.
+fn clip(run: &Run, start: u32, end: u32) -> Option<Run> {
+    let from = run.start.0.max(start);
+    let to = run.end().min(end);
+    (from < to).then(|| Run { start: Slot(from), len: to - from, record: run.record })
+}
+
+/// A total order on records of one slot; the greatest is kept. Within one epoch (which only a broken
+/// promise brings about) the owner with the lower rank for the slot stays.
+fn precedence(slot: Slot, record: &SlotRecord) -> (u64, Reverse<u64>, SlotRecord) {
+    (record.epoch, Reverse(slot_score(record.owner, slot)), *record)
+}
+
+#[cfg(test)]
+mod tests;

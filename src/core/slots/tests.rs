@@ -1,0 +1,226 @@
+use proptest::prelude::*;
+
+use crate::model::PoolSpec;
+
+use super::*;
+
+fn pool(network: &str, len: u8) -> Pool {
+    Pool::new(&PoolSpec {
+        network: network.parse().expect("network"),
+        subnet_len: Some(len),
+        subnet_min: None,
+        subnet_max: None,
+    })
+    .expect("pool")
+}
+
+fn node(seed: u8) -> NodeId {
+    NodeId::of_public_key(&[seed; 32])
+}
+
+/// A table as the plain map that it stands for.
+fn as_map(table: &SlotTable) -> BTreeMap<u32, SlotRecord> {
+    table.runs().iter().flat_map(|run| run.slots().map(|slot| (slot.0, run.record))).collect()
+}
+
+/// The runs that a grant names.
+fn granted(grant: Result<Grant, Refusal>) -> Vec<Run> {
+    match grant.expect("a spare") {
+        Grant::New(changes) => changes.into_iter().map(|(run, _)| run).collect(),
+        Grant::Again(runs) => runs,
+    }
+}
+
+fn assert_canonical(table: &SlotTable) {
+    for pair in table.runs().windows(2) {
+        assert!(pair[0].end() <= pair[1].start.0, "sorted and disjoint: {pair:?}");
+        let touching = pair[0].end() == pair[1].start.0;
+        assert!(!touching || pair[0].record != pair[1].record, "maximal: {pair:?}");
+    }
+}
+
+#[test]
+fn a_grant_gives_one_lease_and_half_of_the_spares() {
+    let mut table = SlotTable::founded_by(pool("10.42.0.0/16", 24), node(1));
+    let (own, _) = table.lease_own(node(1), None).expect("a spare");
+    assert_eq!(own.record.state, SlotState::Leased);
+    let granted = granted(table.grant(node(1), node(2), None));
+    assert_eq!(granted.iter().map(|run| run.len).sum::<u32>(), 1 + 253 / 2);
+    assert_eq!(table.leased_by(node(2)).count(), 1);
+    assert!(granted.iter().all(|run| run.record.epoch == 1 && run.record.granter == node(1)));
+    assert_canonical(&table);
+    assert_eq!(as_map(&table).len(), 255, "every slot has exactly one record");
+}
+
+#[test]
+fn asking_again_gives_the_same_answer_and_changes_nothing() {
+    let mut table = SlotTable::founded_by(pool("10.42.0.0/16", 24), node(1));
+    let first: u32 = granted(table.grant(node(1), node(2), None)).iter().map(|r| r.len).sum();
+    let before = table.runs().to_vec();
+    let again: u32 = granted(table.grant(node(1), node(2), None)).iter().map(|r| r.len).sum();
+    assert_eq!(first, again);
+    assert_eq!(table.runs(), before);
+}
+
+#[test]
+fn a_preferred_slot_is_honoured_when_free_and_left_to_its_owner_otherwise() {
+    let mut table = SlotTable::founded_by(pool("10.42.0.0/16", 24), node(1));
+    table.grant(node(1), node(2), Some(Slot(9))).expect("spares");
+    assert_eq!(table.leased_by(node(2)).collect::<Vec<_>>(), [Slot(9)]);
+    let elsewhere = table.spares_of(node(2)).next().expect("node 2 has spares").start;
+    let refusal = table.grant(node(1), node(3), Some(elsewhere)).expect_err("node 2 must be asked");
+    assert!(matches!(refusal, Refusal::NoSpareHere { spare_elsewhere } if spare_elsewhere > 0));
+    table.grant(node(1), node(3), Some(Slot(9))).expect("taken, so another one is given");
+    assert_ne!(table.leased_by(node(3)).next(), Some(Slot(9)));
+}
+
+#[test]
+fn an_exhausted_pool_says_how_it_is_divided() {
+    let mut table = SlotTable::founded_by(pool("10.42.0.0/24", 26), node(1));
+    for seed in 1..=3 {
+        if seed == 1 {
+            table.lease_own(node(1), None).expect("three slots");
+        } else {
+            let donor = *table.census().spare.keys().next().expect("spare left");
+            table.grant(donor, node(seed), None).expect("spare left");
+        }
+    }
+    let refusal = table.grant(node(1), node(9), None).expect_err("full");
+    assert_eq!(refusal, Refusal::Exhausted { total: 3, leased: 3 });
+}
+
+#[test]
+fn leaving_hands_everything_to_the_heir_as_spares() {
+    let mut table = SlotTable::founded_by(pool("10.42.0.0/16", 24), node(1));
+    table.grant(node(1), node(2), None).expect("spares");
+    let owned: u32 = table.runs_of(node(2)).map(|run| run.len).sum();
+    let moved = table.hand_over(node(2), node(1));
+    assert_eq!(moved.iter().map(|(run, _)| run.len).sum::<u32>(), owned);
+    assert_eq!(table.runs_of(node(2)).count(), 0);
+    assert_eq!(table.census().spare[&node(1)], 255);
+}
+
+#[test]
+fn one_epoch_with_two_owners_is_reported_and_settled_alike_on_both_sides() {
+    let pool = pool("10.42.0.0/24", 26);
+    let mut one = SlotTable::founded_by(pool, node(1));
+    let mut two = SlotTable::founded_by(pool, node(2));
+    let (ours, theirs) = (one.runs().to_vec(), two.runs().to_vec());
+    assert_eq!(one.merge(&theirs).violations.len(), 3);
+    assert_eq!(two.merge(&ours).violations.len(), 3);
+    assert_eq!(one.runs(), two.runs());
+}
+
+#[test]
+fn records_outside_the_pool_are_ignored() {
+    let mut table = SlotTable::founded_by(pool("10.42.0.0/24", 26), node(1));
+    let before = table.runs().to_vec();
+    let record = SlotRecord { epoch: 9, ..before[0].record };
+    let outside =
+        [Run { start: Slot(4), len: u32::MAX, record }, Run { start: Slot(0), len: 1, record }];
+    assert_eq!(table.merge(&outside), Merged::default());
+    assert_eq!(table.runs(), before);
+}
+
+#[test]
+fn buckets_cover_the_table_and_localise_a_difference() {
+    let one = SlotTable::founded_by(pool("10.42.0.0/16", 24), node(1));
+    let covered: u32 = (0..Buckets::COUNT).flat_map(|b| one.bucket(b)).map(|run| run.len).sum();
+    assert_eq!(covered, 255);
+    let mut two = one.clone();
+    two.lease_own(node(1), Some(Slot(100))).expect("spare");
+    let (a, b) = (one.hashes(), two.hashes());
+    let differing: Vec<usize> = (0..Buckets::COUNT).filter(|&i| a[i] != b[i]).collect();
+    assert_eq!(differing, [one.bucket_of(Slot(100))]);
+}
+
+/// Runs as any sequence of faulty or honest nodes could send them.
+fn any_runs() -> impl Strategy<Value = Vec<Run>> {
+    let run = (0_u32..40, 1_u32..20, 0_u64..3, 0_u8..3, any::<bool>()).prop_map(
+        |(start, len, epoch, owner, leased)| Run {
+            start: Slot(start),
+            len,
+            record: SlotRecord {
+                epoch,
+                owner: node(owner),
+                state: if leased { SlotState::Leased } else { SlotState::Spare },
+                granter: node(0),
+            },
+        },
+    );
+    prop::collection::vec(run, 0..12)
+}
+
+fn merged(parts: &[&[Run]]) -> BTreeMap<u32, SlotRecord> {
+    let mut table = SlotTable::empty(pool("10.42.0.0/19", 24));
+    for part in parts {
+        table.merge(part);
+        assert_canonical(&table);
+    }
+    as_map(&table)
+}
+
+/// A merge through another table, as it happens when a third node passes the records on.
+fn relayed(parts: &[&[Run]]) -> Vec<Run> {
+    let mut table = SlotTable::empty(pool("10.42.0.0/19", 24));
+    for part in parts {
+        table.merge(part);
+    }
+    table.runs().to_vec()
+}
+
+proptest! {
+    #[test]
+    fn merging_is_commutative_associative_and_idempotent(
+        a in any_runs(), b in any_runs(), c in any_runs(),
+    ) {
+        let all = merged(&[&a, &b, &c]);
+        prop_assert_eq!(&all, &merged(&[&c, &b, &a]), "commutative");
+        prop_assert_eq!(&all, &merged(&[&relayed(&[&b, &c]), &a]), "associative");
+        prop_assert_eq!(&all, &merged(&[&a, &b, &c, &a, &relayed(&[&a, &b, &c])]), "idempotent");
+    }
+
+    #[test]
+    fn what_changed_is_what_differs(a in any_runs(), b in any_runs()) {
+        let mut table = SlotTable::empty(pool("10.42.0.0/19", 24));
+        table.merge(&a);
+        let before = as_map(&table);
+        let changed = table.merge(&b).changed;
+        let after = as_map(&table);
+        let named: std::collections::BTreeSet<u32> =
+            changed.iter().flat_map(|(run, _)| run.slots()).map(|slot| slot.0).collect();
+        let differing: std::collections::BTreeSet<u32> =
+            after.iter().filter(|(slot, r)| before.get(slot) != Some(r)).map(|(s, _)| *s).collect();
+        prop_assert_eq!(named, differing);
+    }
+
+    #[test]
+    fn epochs_never_go_back(a in any_runs(), b in any_runs()) {
+        let mut table = SlotTable::empty(pool("10.42.0.0/19", 24));
+        table.merge(&a);
+        let before = as_map(&table);
+        table.merge(&b);
+        for (slot, record) in as_map(&table) {
+            prop_assert!(before.get(&slot).is_none_or(|old| old.epoch <= record.epoch));
+        }
+    }
+
+    #[test]
+    fn joins_in_any_order_never_share_a_slot(donors in prop::collection::vec(0_usize..8, 1..60)) {
+        let mut table = SlotTable::founded_by(pool("10.42.0.0/16", 24), node(0));
+        table.lease_own(node(0), None);
+        let mut members = vec![node(0)];
+        for (seed, donor) in donors.into_iter().enumerate() {
+            let joiner = node(u8::try_from(seed).expect("60 at most") + 1);
+            let donor = members[donor % members.len()];
+            if table.grant(donor, joiner, None).is_ok() {
+                members.push(joiner);
+            }
+        }
+        assert_canonical(&table);
+        prop_assert_eq!(as_map(&table).len(), 255);
+        for member in members {
+            prop_assert_eq!(table.leased_by(member).count(), 1);
+        }
+    }
+}

@@ -1,0 +1,155 @@
+//! What a node can say about itself and the cluster: a picture for people and tests, never for decisions.
+
+use std::net::{IpAddr, SocketAddr};
+
+use ipnet::Ipv4Net;
+use serde::Serialize;
+
+use crate::model::{
+    ClusterId, ClusterSettings, Mac, MemberRecord, NodeId, NodeName, Run, SlotState,
+};
+
+use super::{Counters, Liveness, Node};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Phase {
+    /// Looking for a member that lets it in.
+    Joining,
+    /// In the cluster, and looking for a subnet.
+    Leaseless,
+    /// In the cluster with a subnet.
+    Member,
+    /// Handing over.
+    Leaving,
+}
+
+#[derive(Clone, Debug, Serialize)]
+pub struct NodeStatus {
+    pub node: NodeId,
+    pub name: NodeName,
+    pub phase: Phase,
+    pub cluster: Option<ClusterId>,
+    pub settings: Option<ClusterSettings>,
+    pub subnet: Option<Ipv4Net>,
+    pub slots: SlotCounts,
+    /// The last comparison with a peer found no difference (or there is no peer).
+    pub settled: bool,
+    /// A comparison with a peer has succeeded since the start (or there is no peer).
+    pub synced: bool,
+    pub members: Vec<MemberStatus>,
+    /// What stands in the way, as sentences.
+    pub problems: Vec<String>,
+    pub counters: Counters,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct SlotCounts {
+    pub total: u32,
+    pub leased: u32,
+    pub spare: u32,
+    pub own_spare: u32,
+}
+
+#[derive(Clone, Debug, Serialize)]
+pub struct MemberStatus {
+    pub node: NodeId,
+    pub name: NodeName,
+    pub me: bool,
+    /// None: gossip has not met it since this node started.
+    pub liveness: Option<Liveness>,
+    pub left: bool,
+    pub address: SocketAddr,
+    pub underlay: IpAddr,
+    pub vtep_mac: Mac,
+    pub subnets: Vec<Ipv4Net>,
+    pub spare: u32,
+}
+
+impl Node {
+    pub fn status(&self) -> NodeStatus {
+        let me = self.me.node;
+        let alone = self.is_alone();
+        let pool = self.home.as_ref().map(|home| home.cluster.settings.pool);
+        let subnet = self.view().map(|view| view.own.subnet);
+        let phase = match (&self.home, &self.leaving, subnet) {
+            (_, Some(_), _) => Phase::Leaving,
+            (None, _, _) => Phase::Joining,
+            (_, _, None) => Phase::Leaseless,
+            _ => Phase::Member,
+        };
+        let census = self.home.as_ref().map(|home| home.slots.census()).unwrap_or_default();
+        NodeStatus {
+            node: me,
+            name: self.me.name.clone(),
+            phase,
+            cluster: self.cluster_id(),
+            settings: self.home.as_ref().map(|home| home.cluster.settings),
+            subnet,
+            slots: SlotCounts {
+                total: pool.map_or(0, |pool| pool.slot_count()),
+                leased: census.leased,
+                spare: census.spare.values().sum(),
+                own_spare: census.spare.get(&me).copied().unwrap_or(0),
+            },
+            settled: alone || self.sync.settled(),
+            synced: alone || self.sync.synced(),
+            members: self.member_statuses(),
+            problems: self.problems(phase),
+            counters: self.counters,
+        }
+    }
+
+    fn member_statuses(&self) -> Vec<MemberStatus> {
+        let opinions = self.membership.opinions();
+        let slots = self.home.as_ref().map(|home| (home, home.cluster.settings.pool));
+        let member = |record: &MemberRecord| {
+            let is_me = record.node == self.me.node;
+            let runs = slots.iter().flat_map(|(home, _)| home.slots.runs_of(record.node));
+            let (leased, spare): (Vec<_>, Vec<_>) =
+                runs.partition(|run| run.record.state == SlotState::Leased);
+            let subnets = leased.into_iter().flat_map(|run: &Run| run.slots());
+            MemberStatus {
+                node: record.node,
+                name: record.name.clone(),
+                me: is_me,
+                liveness: if is_me {
+                    Some(Liveness::Alive)
+                } else {
+                    opinions.get(&record.node).copied()
+                },
+                left: record.left,
+                address: record.address,
+                underlay: record.vtep.underlay,
+                vtep_mac: record.vtep.mac,
+                subnets: slots
+                    .map(|(_, pool)| subnets.map(|slot| pool.subnet(slot)).collect())
+                    .unwrap_or_default(),
+                spare: spare.iter().map(|run| run.len).sum(),
+            }
+        };
+        let mut members: Vec<_> = self.directory.iter().map(member).collect();
+        members.sort_by(|a, b| (&a.name, a.node).cmp(&(&b.name, b.node)));
+        members
+    }
+
+    fn problems(&self, phase: Phase) -> Vec<String> {
+        let mut problems = Vec::new();
+        if phase == Phase::Joining {
+            problems.extend(self.joining.refusal.iter().map(|r| format!("a seed refused: {r}")));
+            for (seed, error) in self.joining.seed_errors().enumerate() {
+                problems.extend(error.map(|error| format!("seed {}: {error}", seed + 1)));
+            }
+        }
+        if let (Phase::Leaseless, Some(home)) = (phase, &self.home) {
+            problems.extend(home.search.refusal.iter().map(|r| format!("no subnet yet: {r}")));
+        }
+        if self.counters.violations > 0 {
+            problems.push(format!(
+                "{} slots had two owners at one epoch: a state directory was copied or rolled back",
+                self.counters.violations
+            ));
+        }
+        problems
+    }
+}

@@ -1,0 +1,235 @@
+//! Comparing states with one peer at a time, so that whatever was missed is found.
+//!
+//! A round sends three hashes to a random member, one that gossip holds as down included, or to a seed
+//! that is not in view: islands and healed partitions find together this way, for ever. Only what
+//! differs is exchanged; where nothing does, a round costs its hashes.
+
+use std::{collections::BTreeSet, time::Duration};
+
+use rand::prelude::IteratorRandom as _;
+
+use crate::{
+    model::{NodeId, Time},
+    wire::{Buckets, Facts, Request, Response, Roots},
+};
+
+use super::{CallError, Node, Purpose, Target, rank::state_hash};
+
+/// Between rounds when the last one found no difference.
+const CALM: Duration = Duration::from_secs(10);
+/// Between rounds while something has changed, or differed, since.
+const BUSY: Duration = Duration::from_secs(1);
+/// Between tries until the first comparison since the start has succeeded.
+const FIRST: Duration = Duration::from_millis(250);
+
+type Answer = Result<(NodeId, Response), CallError>;
+
+pub(super) struct SyncRound {
+    due: Time,
+    /// Whom the round under way is with.
+    partner: Option<Target>,
+    /// A peer's state equalled ours after our last change.
+    settled: bool,
+    /// A comparison has been completed since the start with one of the `witnesses`, if there are any.
+    synced: bool,
+    /// Members that were known before the start: only they can have seen what this node's own disk
+    /// may have lost. A joiner that knows the cluster through this node alone proves nothing.
+    witnesses: BTreeSet<NodeId>,
+    rounds: u64,
+    /// Which node answers at each seed, once known.
+    seeds: Vec<Option<NodeId>>,
+}
+
+impl SyncRound {
+    pub(super) fn new(now: Time, seeds: usize, witnesses: BTreeSet<NodeId>) -> Self {
+        Self {
+            synced: witnesses.is_empty(),
+            witnesses,
+            due: now,
+            partner: None,
+            settled: false,
+            rounds: 0,
+            seeds: vec![None; seeds],
+        }
+    }
+
+    pub(super) fn due(&self) -> Time {
+        self.due
+    }
+
+    pub(super) fn synced(&self) -> bool {
+        self.synced
+    }
+
+    pub(super) fn settled(&self) -> bool {
+        self.settled
+    }
+
+    pub(super) fn note_seed(&mut self, seed: usize, node: NodeId) {
+        self.seeds[seed] = Some(node);
+    }
+
+    /// Something changed: compare soon.
+    pub(super) fn unsettle(&mut self, now: Time) {
+        self.settled = false;
+        self.due = self.due.min(now + BUSY);
+    }
+
+    /// Compare now.
+    pub(super) fn hasten(&mut self, now: Time) {
+        self.due = self.due.min(now);
+    }
+
+    /// We have all that `peer` had.
+    pub(super) fn witness(&mut self, peer: NodeId) {
+        self.synced |= self.witnesses.contains(&peer);
+    }
+
+    /// A comparison with `peer` succeeded; `same` if it found no difference.
+    pub(super) fn complete(&mut self, now: Time, peer: NodeId, same: bool) {
+        self.partner = None;
+        self.witness(peer);
+        self.settled = same;
+        self.due = now + if same { CALM } else { BUSY };
+    }
+}
+
+impl Node {
+    pub(super) fn step_sync(&mut self, now: Time) {
+        if self.home.is_none() || now < self.sync.due {
+            return;
+        }
+        let base = if !self.sync.synced {
+            FIRST
+        } else if self.sync.settled {
+            CALM
+        } else {
+            BUSY
+        };
+        self.sync.due = now + self.jittered(base);
+        if self.sync.partner.is_some() {
+            return;
+        }
+        self.sync.rounds += 1;
+        let Some(partner) = self.choose_partner() else {
+            self.sync.settled = self.is_alone();
+            return;
+        };
+        self.sync.partner = Some(partner);
+        let request = Request::Compare(self.buckets().roots());
+        let after = self.after();
+        self.call(partner, Purpose::Compare, &request, after);
+    }
+
+    /// Mostly active members; every fourth round anybody; a seed that is not in view every other one.
+    fn choose_partner(&mut self) -> Option<Target> {
+        let me = self.me.node;
+        let missing: Vec<usize> = (0..self.sync.seeds.len())
+            .filter(|&seed| {
+                self.sync.seeds[seed]
+                    .is_none_or(|node| node != me && !self.membership.is_active(node))
+            })
+            .collect();
+        let any = self.sync.rounds % 4 == 0;
+        let peers = self.directory.peers(me);
+        let peer = peers
+            .filter(|record| any || self.membership.is_active(record.node))
+            .choose(&mut self.rng)
+            .or_else(|| self.directory.peers(me).choose(&mut self.rng))
+            .map(|record| Target::Member { node: record.node, address: record.address });
+        let turn = (self.sync.rounds / 2) as usize;
+        if !missing.is_empty() && (self.sync.rounds % 2 == 1 || peer.is_none()) {
+            return Some(Target::Seed(missing[turn % missing.len()]));
+        }
+        peer
+    }
+
+    pub(super) fn on_compare_answer(&mut self, now: Time, answer: Answer) {
+        let Some(partner) = self.sync.partner else { return };
+        if let (Target::Seed(seed), Ok((from, _))) = (partner, &answer) {
+            self.sync.note_seed(seed, *from);
+        }
+        match answer {
+            Ok((from, Response::Same)) => {
+                self.counters.syncs_same += 1;
+                self.sync.complete(now, from, true);
+            }
+            Ok((_, Response::Differ(theirs))) => {
+                self.counters.syncs_different += 1;
+                let buckets = self.buckets().differing(&theirs);
+                let facts = self.facts_in(buckets);
+                let identity = self.membership.identity();
+                let request = Request::Exchange { buckets, identity, facts };
+                let after = self.after();
+                self.call(partner, Purpose::Exchange, &request, after);
+            }
+            Ok((from, Response::Refused(refusal))) => {
+                tracing::warn!(peer = %from, %refusal, "comparison refused");
+                self.sync.partner = None;
+            }
+            Ok((from, _)) => {
+                self.note_malformed(from, &"no answer to a comparison");
+                self.sync.partner = None;
+            }
+            Err(error) => {
+                if let (Target::Seed(seed), CallError::Myself) = (partner, &error) {
+                    self.sync.note_seed(seed, self.me.node);
+                }
+                tracing::debug!(?partner, %error, "no comparison");
+                self.sync.partner = None;
+            }
+        }
+    }
+
+    pub(super) fn on_exchange_answer(&mut self, now: Time, answer: Answer) {
+        self.sync.partner = None;
+        match answer {
+            Ok((from, Response::Facts { facts, holds_you_down })) => {
+                self.sync.complete(now, from, false);
+                self.learn(now, &facts, Some(from));
+                if holds_you_down {
+                    self.membership.renew(now);
+                    self.sync.hasten(now);
+                }
+            }
+            Ok((from, _)) => self.note_malformed(from, &"no answer to an exchange"),
+            Err(error) => tracing::debug!(%error, "exchange cut off"),
+        }
+    }
+
+    pub(super) fn buckets(&self) -> Buckets {
+        Buckets {
+            members: self.directory.hashes(),
+            slots: self.home.as_ref().map_or([0; Buckets::COUNT], |home| home.slots.hashes()),
+            active: self.membership.hashes(),
+        }
+    }
+
+    /// Our facts in the buckets of a mask.
+    pub(super) fn facts_in(&self, mask: u32) -> Facts {
+        let wanted = |bucket: &usize| mask & (1 << bucket) != 0;
+        let buckets: Vec<usize> = (0..Buckets::COUNT).filter(wanted).collect();
+        let members = buckets.iter().flat_map(|b| self.directory.bucket(*b).cloned()).collect();
+        let slots = self
+            .home
+            .iter()
+            .flat_map(|home| buckets.iter().flat_map(|bucket| home.slots.bucket(*bucket)))
+            .collect();
+        let active = self
+            .membership
+            .active()
+            .into_values()
+            .filter(|identity| wanted(&Buckets::of_node(identity.node)))
+            .collect();
+        Facts { members, slots, active }
+    }
+}
+
+impl Buckets {
+    pub(super) fn roots(&self) -> Roots {
+        let root = |hashes: &[u64; Self::COUNT]| {
+            state_hash(&hashes.iter().flat_map(|hash| hash.to_le_bytes()).collect::<Vec<_>>())
+        };
+        Roots { members: root(&self.members), slots: root(&self.slots), active: root(&self.active) }
+    }
+}

@@ -1,0 +1,501 @@
+//! Nodes in one thread under virtual time, with a network that can be cut and disks that forget what
+//! was not flushed. Just enough of a world to state the rules of joining, restarting and leaving.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{Ipv4Addr, SocketAddr},
+};
+
+use super::*;
+use crate::model::{BootId, ClusterSettings, Mac, Pool, PoolSpec, SettingsWish, Vtep};
+
+const LATENCY: Duration = Duration::from_millis(1);
+const NO_ANSWER_AFTER: Duration = Duration::from_secs(5);
+
+struct Host {
+    node: Option<Node>,
+    config: NodeConfig,
+    disk: BTreeMap<String, Vec<u8>>,
+    view: Option<View>,
+    stopped: Option<Stop>,
+    starts: u8,
+}
+
+enum Event {
+    Message { from: NodeId, to: NodeId, bytes: Vec<u8> },
+    Request { from: NodeId, to: NodeId, call: CallId, bytes: Vec<u8> },
+    Answer { to: NodeId, call: CallId, result: Result<(NodeId, Vec<u8>), CallError> },
+}
+
+struct World {
+    now: Time,
+    hosts: BTreeMap<NodeId, Host>,
+    order: Vec<NodeId>,
+    events: BTreeMap<(Time, u64), Event>,
+    sequence: u64,
+    /// Nodes that nothing reaches and that reach nobody.
+    cut: BTreeSet<NodeId>,
+    /// Answers to these nodes are lost.
+    deaf: BTreeSet<NodeId>,
+}
+
+fn settings(network: &str, len: u8) -> ClusterSettings {
+    let pool = Pool::new(&PoolSpec {
+        network: network.parse().expect("network"),
+        subnet_len: Some(len),
+        subnet_min: None,
+        subnet_max: None,
+    });
+    ClusterSettings { pool: pool.expect("pool"), vni: 1, vxlan_port: 8472 }
+}
+
+fn config(seed: u8, founding: Founding) -> NodeConfig {
+    let node = NodeId::of_public_key(&[seed; 32]);
+    let underlay = Ipv4Addr::new(192, 0, 2, seed);
+    NodeConfig {
+        node,
+        boot: BootId::from_bytes([seed; 8]),
+        name: format!("n{seed}").parse().expect("name"),
+        address: SocketAddr::new(underlay.into(), 8473),
+        vtep: Vtep { mac: Mac::of_node(node), underlay: underlay.into() },
+        founding,
+        seeds: usize::from(founding == Founding::Join),
+        cluster: None,
+        wish: SettingsWish::default(),
+        prefer_subnet: None,
+        rng_seed: [seed; 32],
+    }
+}
+
+impl World {
+    /// A world of one founder.
+    fn new(settings: ClusterSettings) -> Self {
+        let mut world = Self {
+            now: Time::ZERO,
+            hosts: BTreeMap::new(),
+            order: Vec::new(),
+            events: BTreeMap::new(),
+            sequence: 0,
+            cut: BTreeSet::new(),
+            deaf: BTreeSet::new(),
+        };
+        world.boot(config(1, Founding::Create(settings)));
+        world
+    }
+
+    fn with_members(count: u8) -> Self {
+        let mut world = Self::new(settings("10.42.0.0/16", 24));
+        for seed in 2..=count {
+            world.boot(config(seed, Founding::Join));
+        }
+        world.run_for(Duration::from_secs(4));
+        world
+    }
+
+    fn boot(&mut self, config: NodeConfig) {
+        let id = config.node;
+        self.order.push(id);
+        let disk = BTreeMap::new();
+        let host = Host { node: None, config, disk, view: None, stopped: None, starts: 0 };
+        self.hosts.insert(id, host);
+        self.start(id);
+    }
+
+    fn start(&mut self, id: NodeId) {
+        let host = self.hosts.get_mut(&id).expect("known host");
+        host.starts += 1;
+        let mut config = host.config.clone();
+        config.boot = BootId::from_bytes([host.starts; 8]);
+        config.rng_seed[31] = host.starts;
+        let saved = host
+            .disk
+            .iter()
+            .map(|(key, value)| Record::decode(key.as_bytes(), value).expect("own record"));
+        host.node = Some(Node::start(self.now, config, saved.collect()).expect("starts"));
+        self.drain(id);
+    }
+
+    fn stop(&mut self, id: NodeId) {
+        self.hosts.get_mut(&id).expect("known host").node = None;
+    }
+
+    fn input(&mut self, id: NodeId, input: Input) {
+        let now = self.now;
+        if let Some(node) = self.hosts.get_mut(&id).and_then(|host| host.node.as_mut()) {
+            node.handle(now, input);
+            self.drain(id);
+        }
+    }
+
+    fn drain(&mut self, id: NodeId) {
+        let Some(mut node) = self.hosts.get_mut(&id).and_then(|host| host.node.take()) else {
+            return;
+        };
+        let mut outputs = Vec::new();
+        while let Some(output) = node.poll_output() {
+            outputs.push(output);
+        }
+        let host = self.hosts.get_mut(&id).expect("known host");
+        host.node = Some(node);
+        // All writes of a turn are flushed before anything of that turn leaves.
+        for output in &outputs {
+            if let Output::Write { records, .. } = output {
+                for (key, value) in records {
+                    host.disk.insert(key.to_string(), value.clone());
+                }
+            }
+        }
+        for output in outputs {
+            self.carry_out(id, output);
+        }
+    }
+
+    fn carry_out(&mut self, from: NodeId, output: Output) {
+        match output {
+            Output::Send { to, bytes, .. } => {
+                self.schedule(LATENCY, Event::Message { from, to, bytes });
+            }
+            Output::Call { call, to, bytes, .. } => {
+                let to = match to {
+                    Target::Member { node, .. } => node,
+                    Target::Seed(_) => self.order[0],
+                };
+                self.schedule(LATENCY, Event::Request { from, to, call, bytes });
+            }
+            Output::Reply { reply, bytes, .. } => {
+                let (to, call) = unpack(reply, &self.order);
+                let lost = self.deaf.contains(&to) || self.cut.contains(&from);
+                let result = if lost {
+                    Err(CallError::Unreachable("lost".to_owned()))
+                } else {
+                    Ok((from, bytes))
+                };
+                let after = if lost { NO_ANSWER_AFTER } else { LATENCY };
+                self.schedule(after, Event::Answer { to, call, result });
+            }
+            Output::Program { view, .. } => self.host_mut(from).view = Some(view),
+            Output::Stop(stop) => {
+                self.host_mut(from).stopped = Some(stop);
+                self.stop(from);
+            }
+            Output::Write { .. } | Output::CannotLeave(_) => {}
+        }
+    }
+
+    fn schedule(&mut self, after: Duration, event: Event) {
+        self.sequence += 1;
+        self.events.insert((self.now + after, self.sequence), event);
+    }
+
+    fn run_for(&mut self, span: Duration) {
+        let until = self.now + span;
+        loop {
+            let timers = self.hosts.iter().filter_map(|(id, host)| {
+                host.node.as_ref().and_then(Node::poll_timeout).map(|at| (at, *id))
+            });
+            let timer = timers.min();
+            let event = self.events.first_key_value().map(|((at, _), _)| *at);
+            let next = earlier(timer.map(|(at, _)| at), event).filter(|at| *at <= until);
+            let Some(next) = next else { break };
+            self.now = self.now.max(next);
+            if event.is_some_and(|at| at <= next) {
+                let (_, event) = self.events.pop_first().expect("an event is due");
+                self.deliver(event);
+            } else if let Some((_, id)) = timer {
+                self.input(id, Input::Timeout);
+            }
+        }
+        self.now = until;
+    }
+
+    fn deliver(&mut self, event: Event) {
+        match event {
+            Event::Message { from, to, bytes } => {
+                if !self.cut.contains(&from) && !self.cut.contains(&to) {
+                    self.input(to, Input::Message { from, bytes });
+                }
+            }
+            Event::Request { from, to, call, bytes } => {
+                let up = self.hosts.get(&to).is_some_and(|host| host.node.is_some());
+                if up && !self.cut.contains(&from) && !self.cut.contains(&to) {
+                    let reply = pack(from, call, &self.order);
+                    self.input(to, Input::Request { from, reply, bytes });
+                } else {
+                    let result = Err(CallError::Unreachable("nobody".to_owned()));
+                    self.schedule(NO_ANSWER_AFTER, Event::Answer { to: from, call, result });
+                }
+            }
+            Event::Answer { to, call, result } => self.input(to, Input::Answer { call, result }),
+        }
+    }
+
+    fn host_mut(&mut self, id: NodeId) -> &mut Host {
+        self.hosts.get_mut(&id).expect("known host")
+    }
+
+    fn node(&self, n: usize) -> &Node {
+        self.hosts[&self.order[n]].node.as_ref().expect("runs")
+    }
+
+    fn subnet(&self, n: usize) -> Option<Ipv4Net> {
+        self.node(n).status().subnet
+    }
+
+    fn running(&self) -> impl Iterator<Item = &Host> {
+        self.hosts.values().filter(|host| host.node.is_some())
+    }
+
+    /// Every running node has its own subnet, and every view has all the others and nobody else.
+    fn assert_mesh(&self) {
+        let views: Vec<&View> =
+            self.running().map(|host| host.view.as_ref().expect("programmed")).collect();
+        let subnets: BTreeSet<_> = views.iter().map(|view| view.own.subnet).collect();
+        assert_eq!(subnets.len(), views.len(), "subnets are distinct");
+        for view in &views {
+            let peers: BTreeSet<_> =
+                view.peers.values().flat_map(|peer| peer.leases.iter().map(|l| l.1)).collect();
+            let others: BTreeSet<_> =
+                subnets.iter().copied().filter(|subnet| *subnet != view.own.subnet).collect();
+            assert_eq!(peers, others);
+        }
+    }
+}
+
+/// A reply number that holds who asked and under which call.
+fn pack(from: NodeId, call: CallId, order: &[NodeId]) -> ReplyId {
+    let index = order.iter().position(|id| *id == from).expect("known host") as u64;
+    ReplyId(call.0 << 16 | index)
+}
+
+fn unpack(reply: ReplyId, order: &[NodeId]) -> (NodeId, CallId) {
+    (order[(reply.0 & 0xffff) as usize], CallId(reply.0 >> 16))
+}
+
+#[test]
+fn a_joiner_is_known_everywhere_within_a_few_round_trips() {
+    let mut world = World::with_members(10);
+    world.boot(config(11, Founding::Join));
+    world.run_for(LATENCY * 20);
+    world.assert_mesh();
+}
+
+#[test]
+fn all_at_once_gives_every_node_its_own_subnet() {
+    let mut world = World::new(settings("10.42.0.0/16", 24));
+    for seed in 2..=40 {
+        world.boot(config(seed, Founding::Join));
+    }
+    world.run_for(Duration::from_secs(3));
+    world.assert_mesh();
+    assert_eq!(world.running().count(), 40, "nobody gave up");
+}
+
+#[test]
+fn a_quiet_cluster_settles_and_compares_by_hashes_only() {
+    let mut world = World::with_members(8);
+    world.run_for(Duration::from_secs(30));
+    let before: u64 = (0..8).map(|n| world.node(n).status().counters.syncs_different).sum();
+    world.run_for(Duration::from_secs(60));
+    let after: u64 = (0..8).map(|n| world.node(n).status().counters.syncs_different).sum();
+    assert_eq!(before, after);
+    assert!((0..8).all(|n| world.node(n).status().settled));
+}
+
+#[test]
+fn a_restarted_node_has_its_subnet_at_once_and_alone() {
+    let mut world = World::with_members(3);
+    world.run_for(Duration::from_secs(2));
+    let (id, subnet) = (world.order[2], world.subnet(2));
+    world.stop(id);
+    world.cut.insert(id);
+    world.host_mut(id).view = None;
+    world.start(id);
+    let view = world.hosts[&id].view.clone().expect("programmed without any peer");
+    assert_eq!(Some(view.own.subnet), subnet);
+    assert_eq!(view.peers.len(), 2);
+    assert!(!view.sweep, "an old database must not remove anybody");
+    world.cut.clear();
+    world.run_for(Duration::from_secs(10));
+    assert!(world.hosts[&id].view.as_ref().expect("programmed").sweep);
+    world.assert_mesh();
+}
+
+#[test]
+fn a_lost_database_is_no_lost_subnet_while_a_peer_remembers() {
+    let mut world = World::with_members(3);
+    let (id, subnet) = (world.order[2], world.subnet(2));
+    world.run_for(Duration::from_secs(20));
+    world.stop(id);
+    world.host_mut(id).disk.clear();
+    world.start(id);
+    world.run_for(Duration::from_secs(5));
+    assert_eq!(world.subnet(2), subnet);
+    world.run_for(Duration::from_secs(20));
+    assert!((0..3).all(|n| world.node(n).status().settled), "the new start outranks the old one");
+    world.assert_mesh();
+}
+
+#[test]
+fn nothing_is_granted_between_a_restart_and_the_first_comparison() {
+    let mut world = World::with_members(2);
+    let founder = world.order[0];
+    world.stop(world.order[1]);
+    world.stop(founder);
+    world.start(founder);
+    world.boot(config(3, Founding::Join));
+    world.run_for(Duration::from_secs(8));
+    assert_eq!(world.node(2).status().phase, Phase::Leaseless);
+    let problems = world.node(2).status().problems.join(" ");
+    assert!(problems.contains("has not compared its state"), "{problems}");
+    let second = world.order[1];
+    world.start(second);
+    world.run_for(Duration::from_secs(8));
+    world.assert_mesh();
+}
+
+#[test]
+fn an_answer_that_is_lost_loses_no_slot() {
+    let mut world = World::with_members(3);
+    let joiner = config(4, Founding::Join);
+    world.deaf.insert(joiner.node);
+    world.boot(joiner);
+    world.run_for(Duration::from_secs(2));
+    let leased = world.node(0).status().slots.leased;
+    assert_eq!(leased, 4, "granted, unknown to the joiner");
+    world.deaf.clear();
+    world.run_for(Duration::from_secs(8));
+    world.assert_mesh();
+    assert_eq!(world.node(0).status().slots.leased, 4, "asked again, got the same one");
+}
+
+#[test]
+fn down_members_keep_their_subnets_and_their_place_in_every_view() {
+    let mut world = World::with_members(4);
+    let lost = world.order[3];
+    world.cut.insert(lost);
+    world.run_for(Duration::from_secs(60));
+    let status = world.node(0).status();
+    let member = status.members.iter().find(|m| m.node == lost).expect("still listed");
+    assert_eq!(member.liveness, Some(Liveness::Down));
+    assert!(world.hosts[&world.order[0]].view.as_ref().expect("view").peers.contains_key(&lost));
+    world.cut.clear();
+    world.run_for(Duration::from_secs(30));
+    assert!((0..4).all(|n| world.node(n).status().settled), "healed");
+    world.assert_mesh();
+}
+
+#[test]
+fn leaving_hands_over_everything_and_is_known_everywhere() {
+    let mut world = World::with_members(4);
+    let leaver = world.order[2];
+    world.input(leaver, Input::Command(Command::Leave));
+    world.run_for(LATENCY * 20);
+    assert!(matches!(world.hosts[&leaver].stopped, Some(Stop::Left { heir: Some(_) })));
+    world.assert_mesh();
+    let slots = world.node(0).status().slots;
+    assert_eq!((slots.total, slots.leased, slots.spare), (255, 3, 252));
+}
+
+#[test]
+fn the_last_member_may_just_go_and_one_without_reachable_peers_may_not() {
+    let mut world = World::new(settings("10.42.0.0/16", 24));
+    let only = world.order[0];
+    world.input(only, Input::Command(Command::Leave));
+    assert_eq!(world.hosts[&only].stopped, Some(Stop::Left { heir: None }));
+
+    let mut world = World::with_members(2);
+    let stranded = world.order[1];
+    world.cut.insert(stranded);
+    world.run_for(Duration::from_secs(30));
+    world.input(stranded, Input::Command(Command::Leave));
+    assert_eq!(world.hosts[&stranded].stopped, None);
+    assert_eq!(world.node(1).status().phase, Phase::Member, "goes on as before");
+}
+
+#[test]
+fn contradicting_joiners_are_refused_by_name_and_leave_no_trace() {
+    let mut world = World::with_members(2);
+    let mut other_vni = config(3, Founding::Join);
+    other_vni.wish.vni = Some(7);
+    let mut other_cluster = config(4, Founding::Join);
+    other_cluster.cluster = Some(ClusterId::from_bytes([9; 8]));
+    let (vni, cluster) = (other_vni.node, other_cluster.node);
+    world.boot(other_vni);
+    world.boot(other_cluster);
+    world.run_for(Duration::from_secs(1));
+    let said = |id: NodeId| match &world.hosts[&id].stopped {
+        Some(Stop::Refused(refusal)) => refusal.to_string(),
+        other => panic!("{other:?}"),
+    };
+    assert!(said(vni).contains("vni is 7 here and 1 in the cluster"), "{}", said(vni));
+    assert!(said(cluster).contains("0909090909090909"), "{}", said(cluster));
+    assert_eq!(world.node(0).status().members.len(), 2);
+    assert_eq!(world.node(0).status().slots.leased, 2);
+}
+
+#[test]
+fn a_full_pool_is_said_and_a_freed_subnet_is_taken() {
+    let mut world = World::new(settings("10.42.0.0/24", 26));
+    for seed in 2..=4 {
+        world.boot(config(seed, Founding::Join));
+        world.run_for(Duration::from_secs(2));
+    }
+    let last = world.node(3).status();
+    assert_eq!(last.phase, Phase::Leaseless);
+    assert!(last.problems.join(" ").contains("all 3 subnets are leased"), "{:?}", last.problems);
+    let leaver = world.order[1];
+    world.input(leaver, Input::Command(Command::Leave));
+    world.run_for(Duration::from_secs(5));
+    world.assert_mesh();
+}
+
+#[test]
+fn what_reveals_a_grant_waits_for_the_write_that_holds_it() {
+    let mut node =
+        Node::start(Time::ZERO, config(1, Founding::Create(settings("10.42.0.0/16", 24))), vec![])
+            .expect("starts");
+    while node.poll_output().is_some() {}
+    let joiner = config(2, Founding::Join);
+    let mut stranger = Node::start(Time::ZERO, joiner.clone(), vec![]).expect("starts");
+    let hello = std::iter::from_fn(|| stranger.poll_output())
+        .find_map(|output| match output {
+            Output::Call { bytes, .. } => Some(bytes),
+            _ => None,
+        })
+        .expect("a stranger greets its seed");
+    let request = Input::Request { from: joiner.node, reply: ReplyId(1), bytes: hello };
+    node.handle(Time::ZERO + LATENCY, request);
+    let mut durable = None;
+    let mut waits = Vec::new();
+    while let Some(output) = node.poll_output() {
+        match output {
+            Output::Write { records, seq } => {
+                assert!(records.iter().any(|(key, _)| matches!(key, Key::Slots(_))));
+                durable = seq;
+            }
+            Output::Reply { after, .. } | Output::Program { after, .. } => waits.push(after),
+            Output::Send { after, .. } => waits.push(after),
+            _ => {}
+        }
+    }
+    let durable = durable.expect("a durable write");
+    assert!(waits.len() >= 2 && waits.iter().all(|after| *after == durable), "{waits:?}");
+}
+
+#[test]
+fn foreign_and_broken_messages_change_nothing() {
+    let mut world = World::with_members(2);
+    let (one, two) = (world.order[0], world.order[1]);
+    let before = world.node(0).status().slots;
+    for bytes in [
+        vec![],
+        vec![9, 9, 9],
+        Frame::Push(b"junk").encode(world.node(0).cluster_id().expect("cluster")),
+        Frame::Push(&Push { facts: Facts::default() }.encode())
+            .encode(ClusterId::from_bytes([7; 8])),
+    ] {
+        world.input(one, Input::Message { from: two, bytes });
+    }
+    assert_eq!(world.node(0).status().counters.malformed, 4);
+    assert_eq!(world.node(0).status().slots, before);
+}

@@ -1,0 +1,20 @@
+//! The vocabulary: plain data and its own arithmetic, nothing else.
+//!
+//! Every other module speaks in these types, so one idea has one name in the whole program.
+//! Nothing here may do IO, know a protocol, or decide anything about other nodes.
+
+mod cluster;
+mod id;
+mod lease;
+mod member;
+mod pool;
+mod time;
+mod vtep;
+
+pub use cluster::{ClusterRecord, ClusterSettings, Difference, SettingsWish};
+pub use id::{BootId, ClusterId, IdError, NodeId};
+pub use lease::{Run, SlotRecord, SlotState};
+pub use member::{Identity, Incarnation, MemberRecord, NodeName, NodeNameError, Version};
+pub use pool::{MAX_SLOTS, Pool, PoolError, PoolSpec, Slot};
+pub use time::Time;
+pub use vtep::{Mac, Vtep};

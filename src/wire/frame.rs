@@ -1,0 +1,114 @@
+//! The outermost layer of every message between nodes: version, kind, cluster, payload.
+//!
+//! The cluster id is in each frame, so that two clusters that share a secret are told apart by name
+//! before a single byte of the payload is read.
+
+use crate::model::ClusterId;
+
+use super::WireError;
+
+/// Version of everything below this layer. Peers also negotiate it as part of the ALPN name.
+pub const WIRE_VERSION: u8 = 1;
+
+/// Largest frame that goes into a QUIC datagram: what a fresh quinn connection surely carries
+/// (1,162 bytes), less a margin. Larger frames take a stream.
+pub const DATAGRAM_MAX: usize = 1150;
+
+/// Largest frame on a stream. A full table of 65,536 single-slot runs is under 2 MiB.
+pub const STREAM_MAX: usize = 4 << 20;
+
+const HEADER: usize = 10;
+
+/// A message as it travels. `payload` is still unparsed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Frame<'a> {
+    /// A SWIM packet, laid out by foca with [`super::SwimCodec`].
+    Swim(&'a [u8]),
+    /// Facts that are new to the sender: [`super::Push`].
+    Push(&'a [u8]),
+    /// A question on a stream: [`super::Request`].
+    Request(&'a [u8]),
+    /// Its answer on the same stream: [`super::Response`].
+    Response(&'a [u8]),
+}
+
+impl<'a> Frame<'a> {
+    pub fn encode(self, cluster: ClusterId) -> Vec<u8> {
+        let (kind, payload) = match self {
+            Self::Swim(payload) => (1, payload),
+            Self::Push(payload) => (2, payload),
+            Self::Request(payload) => (3, payload),
+            Self::Response(payload) => (4, payload),
+        };
+        let mut bytes = Vec::with_capacity(HEADER + payload.len());
+        bytes.extend_from_slice(&[WIRE_VERSION, kind]);
+        bytes.extend_from_slice(cluster.as_bytes());
+        bytes.extend_from_slice(payload);
+        bytes
+    }
+
+    /// Splits a frame; the payload is not looked at.
+    pub fn decode(bytes: &'a [u8]) -> Result<(ClusterId, Self), WireError> {
+        let (&theirs, rest) = bytes.split_first().ok_or(WireError::Truncated)?;
+        if theirs != WIRE_VERSION {
+            return Err(WireError::Version { theirs, ours: WIRE_VERSION });
+        }
+        if bytes.len() > STREAM_MAX {
+            return Err(WireError::TooLong { got: bytes.len(), limit: STREAM_MAX });
+        }
+        let (&kind, rest) = rest.split_first().ok_or(WireError::Truncated)?;
+        let (cluster, payload) = rest.split_first_chunk::<8>().ok_or(WireError::Truncated)?;
+        let frame = match kind {
+            1 => Self::Swim(payload),
+            2 => Self::Push(payload),
+            3 => Self::Request(payload),
+            4 => Self::Response(payload),
+            other => return Err(WireError::Kind(other)),
+        };
+        Ok((ClusterId::from_bytes(*cluster), frame))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn another_version_is_refused_by_name() {
+        let mut bytes = Frame::Push(b"x").encode(ClusterId::UNKNOWN);
+        bytes[0] = 9;
+        let error = Frame::decode(&bytes).expect_err("version 9");
+        assert_eq!(error, WireError::Version { theirs: 9, ours: WIRE_VERSION });
+        assert!(error.to_string().contains("upgrade the older one"), "{error}");
+    }
+
+    #[test]
+    fn unknown_kinds_and_short_frames_are_refused() {
+        let cluster = ClusterId::from_bytes([5; 8]);
+        let mut bytes = Frame::Swim(b"").encode(cluster);
+        for cut in 0..bytes.len() {
+            assert!(Frame::decode(&bytes[..cut]).is_err(), "cut at {cut}");
+        }
+        bytes[1] = 200;
+        assert_eq!(Frame::decode(&bytes), Err(WireError::Kind(200)));
+    }
+
+    proptest! {
+        #[test]
+        fn frames_round_trip(
+            id in any::<[u8; 8]>(), kind in 0..4, payload in prop::collection::vec(any::<u8>(), 0..64),
+        ) {
+            let cluster = ClusterId::from_bytes(id);
+            let frame = match kind {
+                0 => Frame::Swim(&payload),
+                1 => Frame::Push(&payload),
+                2 => Frame::Request(&payload),
+                _ => Frame::Response(&payload),
+            };
+            let bytes = frame.encode(cluster);
+            prop_assert_eq!(Frame::decode(&bytes), Ok((cluster, frame)));
+        }
+    }
+}

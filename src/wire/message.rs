@@ -1,0 +1,266 @@
+//! What nodes say to each other beside SWIM: pushed facts, and questions with answers.
+//!
+//! Enums are only ever appended to; a published struct never changes its fields.
+
+use std::net::Ipv4Addr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::model::{
+    ClusterId, ClusterRecord, Difference, Identity, MemberRecord, NodeId, Run, SettingsWish,
+};
+
+use super::{
+    WireError,
+    codec::{decode, encode},
+};
+
+/// Replicated state, or a part of it. Merging it twice, or in another order, changes nothing.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Facts {
+    pub members: Vec<MemberRecord>,
+    pub slots: Vec<Run>,
+    /// Members that the sender holds as alive, in the incarnation it knows.
+    pub active: Vec<Identity>,
+}
+
+impl Facts {
+    pub fn is_empty(&self) -> bool {
+        self.members.is_empty() && self.slots.is_empty() && self.active.is_empty()
+    }
+}
+
+/// Facts that were new to the sender, told at once to those who may not have them yet.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Push {
+    pub facts: Facts,
+}
+
+/// Asked on a stream of its own; each gets exactly one [`Response`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Request {
+    /// "Let me in": from a node that knows no cluster record yet.
+    Hello(Hello),
+    /// "Is your state the same as mine?"
+    Compare(Roots),
+    /// "Here is mine in these buckets; what do you have beyond it?"
+    Exchange { buckets: u32, identity: Identity, facts: Facts },
+    /// "Give me a slot of yours."
+    Grant(GrantWish),
+    /// "These slots are yours now; say that you have them."
+    Handover(Facts),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Response {
+    Welcome(Box<Welcome>),
+    /// States are equal.
+    Same,
+    /// They are not; these are mine.
+    Differ(Box<Buckets>),
+    /// What the asker lacked; `holds_you_down`: renew your identity, I believe that you are down.
+    Facts {
+        facts: Facts,
+        holds_you_down: bool,
+    },
+    /// The asker owns these slots now (also when it asked before). Flushed at the granter.
+    Granted(Facts),
+    Accepted,
+    Refused(Refusal),
+}
+
+/// A joiner's introduction.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    pub member: MemberRecord,
+    pub identity: Identity,
+    pub settings: SettingsWish,
+    pub grant: GrantWish,
+}
+
+/// Which slot a node would like. Asking again for the same reason gets the same slot: the granter
+/// sees in its table that the asker owns one already.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GrantWish {
+    /// First address of the subnet it would prefer.
+    pub prefer: Option<Ipv4Addr>,
+}
+
+/// Everything a joiner needs, its own slot included if this node had one to spare.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Welcome {
+    pub cluster: ClusterRecord,
+    pub facts: Facts,
+    /// Why `facts` holds no slot for the joiner, if it does not.
+    pub no_slot: Option<Refusal>,
+}
+
+/// One hash per kind of fact: all there is to say when nothing differs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Roots {
+    pub members: u64,
+    pub slots: u64,
+    pub active: u64,
+}
+
+/// One hash per bucket and kind of fact: members fall into a bucket by id, slots by number.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Buckets {
+    pub members: [u64; Buckets::COUNT],
+    pub slots: [u64; Buckets::COUNT],
+    pub active: [u64; Buckets::COUNT],
+}
+
+impl Buckets {
+    pub const COUNT: usize = 32;
+
+    /// The buckets in which two states differ, as a bit mask.
+    pub fn differing(&self, other: &Self) -> u32 {
+        (0..Self::COUNT)
+            .filter(|&i| {
+                self.members[i] != other.members[i]
+                    || self.slots[i] != other.slots[i]
+                    || self.active[i] != other.active[i]
+            })
+            .fold(0, |mask, i| mask | 1 << i)
+    }
+
+    /// The bucket of a node, by the first bits of its id (a hash, so evenly spread).
+    pub const fn of_node(node: NodeId) -> usize {
+        (node.as_bytes()[0] >> 3) as usize
+    }
+}
+
+/// Why a node said no. Every variant is one sentence with its cause and, where there is one, the fix.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub enum Refusal {
+    #[error(
+        "the node belongs to cluster {theirs}, this one to {ours}: clusters never merge; \
+         join with a token of cluster {theirs}, or remove the state directory first"
+    )]
+    OtherCluster { ours: ClusterId, theirs: ClusterId },
+    #[error("{0}: change the joiner's setting or leave it out")]
+    Settings(Difference),
+    #[error("the node is not in a cluster yet itself")]
+    NotReady,
+    #[error(
+        "the node has not compared its state with a peer since it started, so it grants nothing"
+    )]
+    NotSynced,
+    #[error("all {total} subnets are leased: {leased} leased, none spare; use a larger network")]
+    Exhausted { total: u32, leased: u32 },
+    #[error("the node has no spare subnet: {spare_elsewhere} are spare at other nodes")]
+    NoSpareHere { spare_elsewhere: u32 },
+    #[error("the node left the cluster for good")]
+    Left,
+    #[error("the request was not understood: {0}")]
+    Unreadable(String),
+}
+
+macro_rules! payload {
+    ($($name:ident: $what:literal),+) => {$(
+        impl $name {
+            pub fn encode(&self) -> Vec<u8> {
+                encode(self)
+            }
+
+            pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
+                decode($what, bytes)
+            }
+        }
+    )+};
+}
+
+payload!(Push: "push", Request: "request", Response: "response");
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use crate::model::{
+        BootId, Incarnation, Mac, NodeName, Slot, SlotRecord, SlotState, Version, Vtep,
+    };
+
+    use super::*;
+
+    fn node(seed: u8) -> NodeId {
+        NodeId::of_public_key(&[seed; 32])
+    }
+
+    fn member(seed: u8) -> MemberRecord {
+        MemberRecord {
+            node: node(seed),
+            version: Version { starts: 3, change: 1 },
+            boot: BootId::from_bytes([seed; 8]),
+            name: "edge-1".parse::<NodeName>().expect("name"),
+            address: "192.0.2.1:8473".parse().expect("address"),
+            vtep: Vtep { mac: Mac::of_node(node(seed)), underlay: [192, 0, 2, 1].into() },
+            left: false,
+        }
+    }
+
+    fn facts() -> Facts {
+        let record =
+            SlotRecord { epoch: 4, owner: node(1), state: SlotState::Spare, granter: node(2) };
+        Facts {
+            members: vec![member(1), member(2)],
+            slots: vec![Run { start: Slot(1), len: 254, record }],
+            active: vec![Identity { node: node(1), incarnation: Incarnation::default() }],
+        }
+    }
+
+    #[test]
+    fn messages_round_trip() {
+        let request =
+            Request::Exchange { buckets: 0xffff_0000, identity: facts().active[0], facts: facts() };
+        assert_eq!(Request::decode(&request.encode()), Ok(request));
+        let response = Response::Refused(Refusal::Exhausted { total: 255, leased: 255 });
+        assert_eq!(Response::decode(&response.encode()), Ok(response));
+        let push = Push { facts: facts() };
+        assert_eq!(Push::decode(&push.encode()), Ok(push));
+    }
+
+    #[test]
+    fn a_member_with_its_grant_fits_one_datagram_many_times_over() {
+        let push = Push { facts: facts() };
+        assert!(push.encode().len() < 200, "{}", push.encode().len());
+    }
+
+    #[test]
+    fn cut_off_and_padded_messages_are_refused() {
+        let bytes = Push { facts: facts() }.encode();
+        for cut in 0..bytes.len() {
+            assert!(Push::decode(&bytes[..cut]).is_err(), "cut at {cut}");
+        }
+        let padded = [&bytes[..], b"!"].concat();
+        let error = Push::decode(&padded).expect_err("padded").to_string();
+        assert!(error.contains("1 bytes are left over"), "{error}");
+    }
+
+    #[test]
+    fn a_huge_length_prefix_is_refused_without_allocating() {
+        // varint marker for u64, then 2^60 members
+        let mut bytes = vec![253];
+        bytes.extend_from_slice(&(1_u64 << 60).to_le_bytes());
+        assert!(Push::decode(&bytes).is_err());
+    }
+
+    #[test]
+    fn differing_buckets_are_named() {
+        let mut one = Buckets::default();
+        let two = Buckets::default();
+        assert_eq!(one.differing(&two), 0);
+        one.members[0] = 1;
+        one.slots[31] = 1;
+        assert_eq!(one.differing(&two), 1 | 1 << 31);
+    }
+
+    proptest! {
+        #[test]
+        fn random_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..512)) {
+            let _ = Push::decode(&bytes);
+            let _ = Request::decode(&bytes);
+            let _ = Response::decode(&bytes);
+        }
+    }
+}

@@ -1,0 +1,20 @@
+//! Bytes to model and back: the only place that parses what came from outside.
+//!
+//! Everything foreign (datagrams, streams, database records, join tokens) enters through here, bounded
+//! and versioned. Nothing here decides anything; it never panics on any input.
+
+mod codec;
+mod frame;
+mod message;
+mod record;
+mod swim;
+mod token;
+
+pub use codec::WireError;
+pub use frame::{DATAGRAM_MAX, Frame, STREAM_MAX, WIRE_VERSION};
+pub use message::{
+    Buckets, Facts, GrantWish, Hello, Push, Refusal, Request, Response, Roots, Welcome,
+};
+pub use record::{Key, Record, RecordError};
+pub use swim::SwimCodec;
+pub use token::{MIN_SECRET_LEN, Secret, Token, TokenError};

@@ -1,0 +1,150 @@
+//! Records of the local database: a version byte, the value, a checksum.
+//!
+//! sled reports a flipped bit as a panic or not at all, so each record carries its own CRC-32 and a
+//! record that fails it is an error here, never a wrong fact.
+
+use std::fmt;
+
+use crate::model::{ClusterRecord, MemberRecord, NodeId, Run};
+
+use super::{
+    WireError,
+    codec::{decode, encode},
+};
+
+const RECORD_VERSION: u8 = 1;
+
+/// Where a record is kept. The text form is the key in the database.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Key {
+    /// How often this agent has started.
+    Starts,
+    Cluster,
+    /// All runs of slots whose bucket this is.
+    Slots(u8),
+    Member(NodeId),
+}
+
+/// What is kept there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Record {
+    Starts(u32),
+    Cluster(ClusterRecord),
+    Slots(Vec<Run>),
+    Member(MemberRecord),
+}
+
+/// A database entry that cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("database record {key:?}: {why}")]
+pub struct RecordError {
+    pub key: String,
+    pub why: String,
+}
+
+impl Record {
+    pub fn encode(&self) -> Vec<u8> {
+        let value = match self {
+            Self::Starts(starts) => encode(starts),
+            Self::Cluster(cluster) => encode(cluster),
+            Self::Slots(runs) => encode(runs),
+            Self::Member(member) => encode(member),
+        };
+        let mut bytes = vec![RECORD_VERSION];
+        bytes.extend_from_slice(&value);
+        let checksum = crc32fast::hash(&bytes);
+        bytes.extend_from_slice(&checksum.to_le_bytes());
+        bytes
+    }
+
+    /// Reads one database entry.
+    pub fn decode(key: &[u8], bytes: &[u8]) -> Result<(Key, Self), RecordError> {
+        let fail =
+            |why: String| RecordError { key: String::from_utf8_lossy(key).into_owned(), why };
+        let parsed = Key::parse(key).ok_or_else(|| fail("unknown key".to_owned()))?;
+        let value = checked(bytes).map_err(&fail)?;
+        let record = match parsed {
+            Key::Starts => decode("starts", value).map(Self::Starts),
+            Key::Cluster => decode("cluster", value).map(Self::Cluster),
+            Key::Slots(_) => decode("slots", value).map(Self::Slots),
+            Key::Member(_) => decode("member", value).map(Self::Member),
+        };
+        record.map(|record| (parsed, record)).map_err(|error: WireError| fail(error.to_string()))
+    }
+}
+
+impl Key {
+    fn parse(bytes: &[u8]) -> Option<Self> {
+        let text = std::str::from_utf8(bytes).ok()?;
+        match text.split_once('/') {
+            None if text == "starts" => Some(Self::Starts),
+            None if text == "cluster" => Some(Self::Cluster),
+            Some(("slots", bucket)) => bucket.parse().ok().map(Self::Slots),
+            Some(("member", node)) => node.parse().ok().map(Self::Member),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Starts => f.write_str("starts"),
+            Self::Cluster => f.write_str("cluster"),
+            Self::Slots(bucket) => write!(f, "slots/{bucket:02}"),
+            Self::Member(node) => write!(f, "member/{node}"),
+        }
+    }
+}
+
+fn checked(bytes: &[u8]) -> Result<&[u8], String> {
+    let (body, checksum) = bytes.split_last_chunk::<4>().ok_or("cut off")?;
+    if crc32fast::hash(body) != u32::from_le_bytes(*checksum) {
+        return Err("checksum does not match".to_owned());
+    }
+    match body.split_first() {
+        Some((&RECORD_VERSION, value)) => Ok(value),
+        Some((version, _)) => Err(format!(
+            "written by a newer gossamer (record version {version}, this build reads \
+             {RECORD_VERSION}): run that version or newer"
+        )),
+        None => Err("empty".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_round_trip_through_their_text() {
+        let node = NodeId::of_public_key(&[3; 32]);
+        for key in [Key::Starts, Key::Cluster, Key::Slots(0), Key::Slots(31), Key::Member(node)] {
+            assert_eq!(Key::parse(key.to_string().as_bytes()), Some(key));
+        }
+        assert_eq!(Key::parse(b"member/xyz"), None);
+        assert_eq!(Key::parse(&[0xff]), None);
+    }
+
+    #[test]
+    fn every_flipped_bit_is_noticed() {
+        let bytes = Record::Starts(77).encode();
+        let key = Key::Starts.to_string();
+        assert_eq!(Record::decode(key.as_bytes(), &bytes), Ok((Key::Starts, Record::Starts(77))));
+        for bit in 0..bytes.len() * 8 {
+            let mut damaged = bytes.clone();
+            damaged[bit / 8] ^= 1 << (bit % 8);
+            let error = Record::decode(key.as_bytes(), &damaged).expect_err("damaged");
+            assert!(error.to_string().contains("starts"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_newer_version_says_so() {
+        let mut body = vec![9, 1];
+        let checksum = crc32fast::hash(&body);
+        body.extend_from_slice(&checksum.to_le_bytes());
+        let error = Record::decode(b"starts", &body).expect_err("newer").to_string();
+        assert!(error.contains("newer gossamer"), "{error}");
+    }
+}

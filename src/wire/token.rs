@@ -1,0 +1,153 @@
+//! The join token: cluster id, secret and seeds as one word to copy from host to host.
+//!
+//! `gsm1.` and then base32 (no padding, lower case) of the encoded fields and a CRC-32. A mistyped
+//! token is told apart from a wrong one, because the checksum covers every character.
+
+use std::{fmt, str::FromStr};
+
+use data_encoding::BASE32_NOPAD;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::model::ClusterId;
+
+use super::codec::{decode, encode};
+
+/// Whoever dials a node sees a signature that depends on the secret, so it must be too long to guess.
+pub const MIN_SECRET_LEN: usize = 16;
+
+const PREFIX: &str = "gsm1.";
+const MAX_SEEDS: usize = 64;
+const MAX_TEXT: usize = 8192;
+
+/// The cluster's shared secret. Never printed, not even by `{:?}`.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Secret(Vec<u8>);
+
+impl Secret {
+    /// # Errors
+    /// If it is shorter than [`MIN_SECRET_LEN`] bytes.
+    pub fn new(bytes: Vec<u8>) -> Result<Self, TokenError> {
+        if bytes.len() < MIN_SECRET_LEN {
+            return Err(TokenError::WeakSecret { len: bytes.len() });
+        }
+        Ok(Self(bytes))
+    }
+
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// A name for the secret that can be shown: eight digits of its hash.
+    pub fn fingerprint(&self) -> String {
+        let hash = Sha256::new().chain_update(b"gossamer secret").chain_update(&self.0).finalize();
+        hash.iter().take(4).map(|byte| format!("{byte:02x}")).collect()
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Secret({})", self.fingerprint())
+    }
+}
+
+/// Everything a node needs to enter a cluster.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Token {
+    pub cluster: ClusterId,
+    pub secret: Secret,
+    /// `HOST:PORT` of members, tried beside those of `--join`.
+    pub seeds: Vec<String>,
+}
+
+impl fmt::Display for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut bytes = encode(self);
+        let checksum = crc32fast::hash(&bytes);
+        bytes.extend_from_slice(&checksum.to_le_bytes());
+        write!(f, "{PREFIX}{}", BASE32_NOPAD.encode(&bytes).to_ascii_lowercase())
+    }
+}
+
+impl FromStr for Token {
+    type Err = TokenError;
+
+    fn from_str(text: &str) -> Result<Self, TokenError> {
+        let body = text.trim().strip_prefix(PREFIX).ok_or(TokenError::NotAToken)?;
+        if body.len() > MAX_TEXT {
+            return Err(TokenError::Damaged);
+        }
+        let bytes = BASE32_NOPAD
+            .decode(body.to_ascii_uppercase().as_bytes())
+            .map_err(|_| TokenError::Damaged)?;
+        let (body, checksum) = bytes.split_last_chunk::<4>().ok_or(TokenError::Damaged)?;
+        if crc32fast::hash(body) != u32::from_le_bytes(*checksum) {
+            return Err(TokenError::Damaged);
+        }
+        let token: Self = decode("token", body).map_err(|_| TokenError::Damaged)?;
+        if token.secret.0.len() < MIN_SECRET_LEN {
+            return Err(TokenError::WeakSecret { len: token.secret.0.len() });
+        }
+        if token.seeds.len() > MAX_SEEDS {
+            return Err(TokenError::Damaged);
+        }
+        Ok(token)
+    }
+}
+
+/// A token that cannot be used. The text of the token is never repeated: it holds the secret.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TokenError {
+    #[error("token: it does not begin with {PREFIX:?}: paste what `gossamer token` printed")]
+    NotAToken,
+    #[error("token: a character is missing or wrong: copy it again from `gossamer token`")]
+    Damaged,
+    #[error(
+        "token: its secret has {len} bytes, at least {MIN_SECRET_LEN} are needed: \
+         make one with `gossamer token --new`"
+    )]
+    WeakSecret { len: usize },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn token() -> Token {
+        Token {
+            cluster: ClusterId::from_bytes([1; 8]),
+            secret: Secret::new(vec![7; 32]).expect("long enough"),
+            seeds: vec!["host-1:8473".to_owned()],
+        }
+    }
+
+    #[test]
+    fn tokens_round_trip_in_either_case() {
+        let text = token().to_string();
+        assert_eq!(text.parse(), Ok(token()));
+        assert_eq!(format!("  {text}\n").parse(), Ok(token()));
+        let upper = format!("{PREFIX}{}", text[PREFIX.len()..].to_ascii_uppercase());
+        assert_eq!(upper.parse(), Ok(token()));
+    }
+
+    #[test]
+    fn every_mistyped_character_is_noticed() {
+        let text = token().to_string();
+        for i in PREFIX.len()..text.len() {
+            let mut wrong = text.clone().into_bytes();
+            wrong[i] = if wrong[i] == b'a' { b'b' } else { b'a' };
+            let wrong = String::from_utf8(wrong).expect("ASCII");
+            assert!(wrong.parse::<Token>().is_err(), "character {i}");
+        }
+        assert_eq!("hunter2".parse::<Token>(), Err(TokenError::NotAToken));
+        assert_eq!(text[..text.len() - 2].parse::<Token>(), Err(TokenError::Damaged));
+    }
+
+    #[test]
+    fn weak_secrets_are_refused_and_no_secret_is_ever_shown() {
+        assert_eq!(Secret::new(vec![0; 15]), Err(TokenError::WeakSecret { len: 15 }));
+        let weak = Token { secret: Secret(vec![1]), ..token() }.to_string();
+        assert_eq!(weak.parse::<Token>(), Err(TokenError::WeakSecret { len: 1 }));
+        assert!(!format!("{:?}", token()).contains("7, 7"));
+    }
+}
