@@ -1,3 +1,4 @@
 pub mod core;
+pub mod dataplane;
 pub mod model;
 pub mod wire;

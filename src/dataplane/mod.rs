@@ -1,0 +1,10 @@
+//! From the view to the kernel: what should be there, what is, and the operations between.
+//!
+//! - [`desired`]: view -> device and entries (pure)
+//! - [`plan`]: desired and actual -> ordered operations (pure)
+//! - `kernel`: dump and apply, by netlink
+//!
+//! Nobody else touches the kernel's tables, and nothing here decides who is a peer.
+
+pub mod desired;
+pub mod plan;

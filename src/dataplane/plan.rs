@@ -1,0 +1,358 @@
+//! The difference between what is and what should be, as operations in a safe order.
+//!
+//! Three rules: what is right is not touched; everything is added before anything is removed; and for
+//! one peer an entry is written before the entry that leads to it (FDB, neighbour, route) and removed
+//! after it. So after every prefix of a plan each peer that worked before, and is still wanted, works.
+
+use std::net::{IpAddr, Ipv4Addr};
+
+use ipnet::Ipv4Net;
+
+use super::desired::{Desired, Device, Hop, Tables};
+use crate::model::Mac;
+
+/// What a dump found on our account.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Actual {
+    /// The device of our name, if there is one and it is a VXLAN.
+    pub device: Option<Found>,
+    pub tables: Tables,
+    /// Further routes of our protocol, to be removed: other metrics or gateways for one destination.
+    pub surplus_routes: Vec<(Ipv4Net, Hop)>,
+    /// Further FDB entries of one MAC, to be removed.
+    pub surplus_fdb: Vec<(Mac, IpAddr)>,
+}
+
+/// Our device as it was found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Found {
+    pub index: u32,
+    pub up: bool,
+    pub device: Device,
+    /// MAC learning is on, or another attribute that cannot be changed on a live device is wrong.
+    pub foreign: bool,
+    /// All its IPv4 addresses with their prefix lengths.
+    pub addresses: Vec<(Ipv4Addr, u8)>,
+}
+
+/// One change to the kernel. All are idempotent: "exists already" and "gone already" are success.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Op {
+    DeleteDevice,
+    CreateDevice(Device),
+    SetMac(Mac),
+    SetMtu(u32),
+    SetUp,
+    AddAddress(Ipv4Addr),
+    RemoveAddress(Ipv4Addr, u8),
+    /// Add or replace.
+    SetFdb(Mac, IpAddr),
+    SetNeighbour(Ipv4Addr, Mac),
+    SetRoute(Ipv4Net, Hop),
+    RemoveRoute(Ipv4Net, Hop),
+    RemoveNeighbour(Ipv4Addr),
+    RemoveFdb(Mac, IpAddr),
+}
+
+/// The operations that turn `actual` into `desired`; none, if they agree.
+pub fn plan(desired: &Desired, actual: &Actual) -> Vec<Op> {
+    let mut ops = Vec::new();
+    let kept = plan_device(&desired.device, actual.device.as_ref(), &mut ops);
+    // A device that is made anew has lost all entries on it, routes included.
+    let fresh = Actual::default();
+    let actual = if kept { actual } else { &fresh };
+    plan_additions(&desired.tables, &actual.tables, &mut ops);
+    if desired.sweep {
+        plan_removals(&desired.tables, actual, &mut ops);
+    }
+    ops
+}
+
+/// Says whether the present device is kept.
+fn plan_device(wanted: &Device, found: Option<&Found>, ops: &mut Vec<Op>) -> bool {
+    let Some(found) = found else {
+        ops.extend([Op::CreateDevice(wanted.clone()), Op::SetUp, Op::AddAddress(wanted.address)]);
+        return false;
+    };
+    let is = &found.device;
+    let fixed = |device: &Device| (device.vni, device.port, device.local, device.link);
+    if found.foreign || fixed(is) != fixed(wanted) {
+        ops.push(Op::DeleteDevice);
+        ops.extend([Op::CreateDevice(wanted.clone()), Op::SetUp, Op::AddAddress(wanted.address)]);
+        return false;
+    }
+    if is.mac != wanted.mac {
+        ops.push(Op::SetMac(wanted.mac));
+    }
+    if is.mtu != wanted.mtu {
+        ops.push(Op::SetMtu(wanted.mtu));
+    }
+    if !found.up {
+        ops.push(Op::SetUp);
+    }
+    if !found.addresses.contains(&(wanted.address, 32)) {
+        ops.push(Op::AddAddress(wanted.address));
+    }
+    let others = found.addresses.iter().filter(|address| **address != (wanted.address, 32));
+    ops.extend(others.map(|(address, len)| Op::RemoveAddress(*address, *len)));
+    true
+}
+
+fn plan_additions(wanted: &Tables, is: &Tables, ops: &mut Vec<Op>) {
+    for (mac, underlay) in &wanted.fdb {
+        if is.fdb.get(mac) != Some(underlay) {
+            ops.push(Op::SetFdb(*mac, *underlay));
+        }
+    }
+    for (address, mac) in &wanted.neighbours {
+        if is.neighbours.get(address) != Some(mac) {
+            ops.push(Op::SetNeighbour(*address, *mac));
+        }
+    }
+    for (subnet, hop) in &wanted.routes {
+        if is.routes.get(subnet) != Some(hop) {
+            ops.push(Op::SetRoute(*subnet, *hop));
+        }
+    }
+}
+
+fn plan_removals(wanted: &Tables, actual: &Actual, ops: &mut Vec<Op>) {
+    let is = &actual.tables;
+    for (subnet, hop) in &is.routes {
+        // A route with another metric is another route to the kernel: the old one would stay.
+        if wanted.routes.get(subnet).is_none_or(|new| new.metric != hop.metric) {
+            ops.push(Op::RemoveRoute(*subnet, *hop));
+        }
+    }
+    ops.extend(actual.surplus_routes.iter().map(|(subnet, hop)| Op::RemoveRoute(*subnet, *hop)));
+    let gone = is.neighbours.keys().filter(|address| !wanted.neighbours.contains_key(address));
+    ops.extend(gone.map(|address| Op::RemoveNeighbour(*address)));
+    let gone = is.fdb.iter().filter(|(mac, _)| !wanted.fdb.contains_key(mac));
+    ops.extend(gone.map(|(mac, underlay)| Op::RemoveFdb(*mac, *underlay)));
+    ops.extend(actual.surplus_fdb.iter().map(|(mac, underlay)| Op::RemoveFdb(*mac, *underlay)));
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::{super::desired::Underlay, *};
+    use crate::{
+        core::{Own, Peer, View},
+        model::{ClusterSettings, NodeId, Pool, PoolSpec, Slot, Vtep},
+    };
+
+    /// A view from (node, slot) pairs; the first is this node.
+    pub fn view(members: &[(u8, u32)]) -> View {
+        let spec = PoolSpec {
+            network: "10.42.0.0/16".parse().expect("network"),
+            subnet_len: None,
+            subnet_min: None,
+            subnet_max: None,
+        };
+        let pool = Pool::new(&spec).expect("pool");
+        let vtep = |seed: u8| Vtep {
+            mac: Mac::of_node(NodeId::of_public_key(&[seed; 32])),
+            underlay: [192, 0, 2, seed].into(),
+        };
+        let (own, peers) = members.split_first().expect("at least this node");
+        let slot = Slot(own.1);
+        let peers = peers.iter().map(|&(seed, slot)| {
+            let slot = Slot(slot);
+            let peer = Peer {
+                name: "peer".parse().expect("name"),
+                vtep: vtep(seed),
+                leases: vec![(slot, pool.subnet(slot))],
+            };
+            (NodeId::of_public_key(&[seed; 32]), peer)
+        });
+        View {
+            settings: ClusterSettings { pool, vni: 1, vxlan_port: 8472 },
+            own: Own { slot, subnet: pool.subnet(slot), vtep: vtep(own.0) },
+            peers: peers.collect(),
+            sweep: true,
+        }
+    }
+
+    pub fn underlay() -> Underlay {
+        Underlay { link: 2, local: [192, 0, 2, 1].into(), mtu: 1450 }
+    }
+
+    fn desired(members: &[(u8, u32)]) -> Desired {
+        Desired::new(&view(members), &underlay())
+    }
+
+    /// A kernel, as far as a plan can tell: what each operation does to the tables.
+    #[derive(Clone, Debug, Default)]
+    struct Model {
+        device: Option<Found>,
+        fdb: BTreeMap<Mac, IpAddr>,
+        neighbours: BTreeMap<Ipv4Addr, Mac>,
+        routes: BTreeMap<(Ipv4Net, u32), Ipv4Addr>,
+    }
+
+    impl Model {
+        fn apply(&mut self, op: &Op) {
+            match op.clone() {
+                Op::DeleteDevice => *self = Self::default(),
+                Op::CreateDevice(device) => {
+                    assert!(self.device.is_none(), "the name is taken");
+                    let addresses = Vec::new();
+                    let index = 7;
+                    self.device =
+                        Some(Found { index, up: false, device, foreign: false, addresses });
+                }
+                Op::SetMac(mac) => self.found().device.mac = mac,
+                Op::SetMtu(mtu) => self.found().device.mtu = mtu,
+                Op::SetUp => self.found().up = true,
+                Op::AddAddress(address) => self.found().addresses.push((address, 32)),
+                Op::RemoveAddress(address, len) => {
+                    self.found().addresses.retain(|a| *a != (address, len));
+                }
+                Op::SetFdb(mac, underlay) => _ = self.fdb.insert(mac, underlay),
+                Op::SetNeighbour(address, mac) => _ = self.neighbours.insert(address, mac),
+                Op::SetRoute(subnet, hop) => {
+                    assert!(
+                        self.found().up,
+                        "the kernel refuses routes over a device that is down"
+                    );
+                    self.routes.insert((subnet, hop.metric), hop.via);
+                }
+                Op::RemoveRoute(subnet, hop) => _ = self.routes.remove(&(subnet, hop.metric)),
+                Op::RemoveNeighbour(address) => _ = self.neighbours.remove(&address),
+                Op::RemoveFdb(mac, _) => _ = self.fdb.remove(&mac),
+            }
+        }
+
+        fn found(&mut self) -> &mut Found {
+            self.device.as_mut().expect("the device exists")
+        }
+
+        fn actual(&self) -> Actual {
+            let mut actual = Actual { device: self.device.clone(), ..Actual::default() };
+            actual.tables.fdb = self.fdb.clone();
+            actual.tables.neighbours = self.neighbours.clone();
+            for (&(subnet, metric), &via) in &self.routes {
+                let hop = Hop { via, metric };
+                if let Some(before) = actual.tables.routes.insert(subnet, hop) {
+                    actual.surplus_routes.push((subnet, before));
+                }
+            }
+            actual
+        }
+
+        fn settle(&mut self, desired: &Desired) {
+            plan(desired, &self.actual()).iter().for_each(|op| self.apply(op));
+        }
+
+        /// Where a packet to `subnet` ends: route, then neighbour, then FDB.
+        fn forward(&self, subnet: Ipv4Net) -> Option<IpAddr> {
+            let mut routes = self.routes.range((subnet, 0)..=(subnet, u32::MAX));
+            let via = routes.next()?.1;
+            let mac = self.neighbours.get(via)?;
+            self.fdb.get(mac).copied()
+        }
+    }
+
+    #[test]
+    fn an_empty_kernel_gets_device_first_and_each_peer_from_its_end() {
+        let ops = plan(&desired(&[(1, 9), (2, 7)]), &Actual::default());
+        let kinds: Vec<String> = ops
+            .iter()
+            .map(|op| format!("{op:?}").split(['(', '{', ' ']).next().expect("name").to_owned())
+            .collect();
+        assert_eq!(
+            kinds,
+            ["CreateDevice", "SetUp", "AddAddress", "SetFdb", "SetNeighbour", "SetRoute"]
+        );
+    }
+
+    #[test]
+    fn without_leave_to_sweep_nothing_is_removed() {
+        let mut kernel = Model::default();
+        kernel.settle(&desired(&[(1, 9), (2, 7), (3, 8)]));
+        let timid = Desired { sweep: false, ..desired(&[(1, 9), (2, 7)]) };
+        assert_eq!(plan(&timid, &kernel.actual()), []);
+        kernel.settle(&desired(&[(1, 9), (2, 7)]));
+        assert_eq!(kernel.routes.len(), 1);
+    }
+
+    #[test]
+    fn a_device_with_other_fixed_attributes_is_replaced_with_all_its_entries() {
+        let mut kernel = Model::default();
+        kernel.settle(&desired(&[(1, 9), (2, 7)]));
+        let mut moved = desired(&[(1, 9), (2, 7)]);
+        moved.device.local = [192, 0, 2, 99].into();
+        let ops = plan(&moved, &kernel.actual());
+        assert!(matches!(ops[..2], [Op::DeleteDevice, Op::CreateDevice(_)]));
+        kernel.settle(&moved);
+        assert_eq!(plan(&moved, &kernel.actual()), []);
+        assert!(kernel.forward("10.42.7.0/24".parse().expect("subnet")).is_some());
+    }
+
+    #[test]
+    fn strange_addresses_and_changed_attributes_are_put_right_in_place() {
+        let wanted = desired(&[(1, 9), (2, 7)]);
+        let mut kernel = Model::default();
+        kernel.settle(&wanted);
+        let found = kernel.found();
+        found.device.mtu = 1400;
+        found.device.mac = Mac::from_bytes([2; 6]);
+        found.addresses.push(([169, 254, 1, 1].into(), 16));
+        let ops = plan(&wanted, &kernel.actual());
+        assert_eq!(ops.len(), 3, "{ops:?}");
+        kernel.settle(&wanted);
+        assert_eq!(plan(&wanted, &kernel.actual()), []);
+    }
+
+    /// Distinct nodes with distinct slots; the first is always node 1.
+    fn any_members() -> impl Strategy<Value = Vec<(u8, u32)>> {
+        (prop::collection::btree_map(2_u8..12, 1_u32..40, 0..8), 41_u32..44).prop_map(
+            |(peers, own)| {
+                let mut taken = std::collections::BTreeSet::new();
+                let peers = peers.into_iter().filter(|(_, slot)| taken.insert(*slot));
+                [(1, own)].into_iter().chain(peers).collect()
+            },
+        )
+    }
+
+    proptest! {
+        #[test]
+        fn applying_a_plan_gives_the_desired_state_and_then_there_is_nothing_to_do(
+            before in any_members(), after in any_members(),
+        ) {
+            let mut kernel = Model::default();
+            kernel.settle(&desired(&before));
+            let wanted = desired(&after);
+            kernel.settle(&wanted);
+            prop_assert_eq!(kernel.actual().tables, wanted.tables.clone());
+            prop_assert_eq!(plan(&wanted, &kernel.actual()), []);
+        }
+
+        #[test]
+        fn every_prefix_of_a_plan_keeps_working_peers_working(
+            before in any_members(), after in any_members(),
+        ) {
+            let (before, after) = (desired(&before), desired(&after));
+            let mut kernel = Model::default();
+            kernel.settle(&before);
+            let ends = |tables: &Tables, subnet: &Ipv4Net| {
+                let mac = tables.neighbours.get(&tables.routes.get(subnet)?.via)?;
+                tables.fdb.get(mac).copied()
+            };
+            for op in plan(&after, &kernel.actual()) {
+                kernel.apply(&op);
+                for subnet in before.tables.routes.keys() {
+                    let (old, new) = (ends(&before.tables, subnet), ends(&after.tables, subnet));
+                    if new.is_some() {
+                        let now = kernel.forward(*subnet);
+                        prop_assert!(now.is_some(), "{subnet} is cut off by {op:?}");
+                        prop_assert!(now == old || now == new, "{subnet} leads astray");
+                    }
+                }
+            }
+        }
+    }
+}
