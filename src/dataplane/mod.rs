@@ -7,4 +7,6 @@
 //! Nobody else touches the kernel's tables, and nothing here decides who is a peer.
 
 pub mod desired;
+#[cfg(feature = "agent")]
+pub mod kernel;
 pub mod plan;

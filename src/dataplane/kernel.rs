@@ -1,0 +1,477 @@
+//! The real kernel: dumps what is there on our account and applies operations, by netlink.
+//!
+//! Ours is what can be recognised without memory: the VXLAN device of our name, permanent neighbours and
+//! FDB entries on it, and routes with our protocol number. Objects of others are neither listed nor
+//! touched. A failing operation never stops the others; each failure is named.
+
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr},
+};
+
+use ipnet::Ipv4Net;
+use rtnetlink::{
+    LinkUnspec, LinkVxlan, RouteMessageBuilder,
+    packet_core::{NLM_F_CREATE, NLM_F_REPLACE},
+    packet_route::{
+        AddressFamily, RouteNetlinkMessage,
+        link::{
+            AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoVxlan, LinkAttribute, LinkInfo,
+        },
+        neighbour::{
+            NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
+        },
+        route::{
+            RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteType,
+        },
+    },
+};
+
+use super::{
+    desired::{Desired, Device, Hop, ROUTE_PROTOCOL, Tables},
+    plan::{Actual, Found, Op, plan},
+};
+use crate::{
+    model::Mac,
+    netlink::{Change, Netlink, link::Link},
+};
+
+/// "There is no such thing" in its three spellings: what was to be removed is gone already.
+const GONE: [i32; 3] = [2, 3, 19];
+const EEXIST: i32 = 17;
+
+/// The kernel's tables of the network namespace in which it was opened.
+pub struct Kernel {
+    netlink: Netlink,
+}
+
+/// What one pass over the kernel did.
+#[derive(Debug, Default)]
+pub struct Report {
+    /// Operations that were carried out.
+    pub done: usize,
+    /// Operations that the kernel refused, with the reason.
+    pub failed: Vec<(Op, io::Error)>,
+}
+
+/// Why the device cannot be made. The rest of the plan was not tried.
+#[derive(Debug, thiserror::Error)]
+pub enum KernelError {
+    #[error(
+        "VNI {vni} on UDP port {port} is in use by device {holder}: stop what made it \
+         (is flannel running here?), or choose another vni or vxlan_port for the cluster"
+    )]
+    VniTaken { vni: u32, port: u16, holder: String },
+    #[error(
+        "UDP port {port} is taken by another socket, so the VXLAN device {name} cannot listen on it: \
+         free the port, or choose another vxlan_port for the cluster"
+    )]
+    PortTaken { name: String, port: u16 },
+    #[error(
+        "the device name {name} is taken by a {kind} device: rename or remove that device, \
+         or choose another vni for the cluster"
+    )]
+    NameTaken { name: String, kind: String },
+    #[error("the kernel cannot make VXLAN devices: load or build the vxlan module")]
+    NoVxlan,
+    #[error("not permitted to change network settings: run as root or grant CAP_NET_ADMIN")]
+    NotPermitted,
+    #[error("netlink: {0}")]
+    Netlink(#[from] io::Error),
+}
+
+impl Kernel {
+    /// Opens the kernel of the present network namespace.
+    pub fn open() -> io::Result<Self> {
+        Ok(Self { netlink: Netlink::open()? })
+    }
+
+    /// Makes the kernel equal to `desired`: dump, difference, operations.
+    pub fn reconcile(&mut self, desired: &Desired) -> Result<Report, KernelError> {
+        let actual = self.observe(&desired.device.name)?;
+        self.apply(desired, plan(desired, &actual))
+    }
+
+    /// Everything on our account.
+    pub fn observe(&mut self, name: &str) -> Result<Actual, KernelError> {
+        let Some(link) = self.netlink.link(name)? else {
+            return Ok(Actual::default());
+        };
+        if link.kind != "vxlan" {
+            let kind = if link.kind.is_empty() { "physical".to_owned() } else { link.kind };
+            return Err(KernelError::NameTaken { name: name.to_owned(), kind });
+        }
+        let mut actual = Actual { tables: self.neighbours(link.index)?, ..Actual::default() };
+        self.fdb(link.index, &mut actual)?;
+        for (subnet, hop) in self.our_routes(link.index)? {
+            if let Some(before) = actual.tables.routes.insert(subnet, hop) {
+                actual.surplus_routes.push((subnet, before));
+            }
+        }
+        actual.device = Some(self.found(&link)?);
+        Ok(actual)
+    }
+
+    /// Removes our device, and with it every entry on it.
+    pub fn remove(&mut self, name: &str) -> Result<bool, KernelError> {
+        match self.netlink.link(name)? {
+            Some(link) if link.kind == "vxlan" => {
+                self.netlink.delete_link(link.index)?;
+                Ok(true)
+            }
+            _ => Ok(false),
+        }
+    }
+
+    fn apply(&mut self, desired: &Desired, ops: Vec<Op>) -> Result<Report, KernelError> {
+        let (device_ops, entry_ops): (Vec<_>, Vec<_>) = ops.into_iter().partition(Op::is_of_device);
+        let mut report = Report::default();
+        for op in device_ops {
+            self.apply_to_device(&desired.device, &op)
+                .map_err(|error| self.explain(desired, error))?;
+            report.done += 1;
+        }
+        if entry_ops.is_empty() {
+            return Ok(report);
+        }
+        let index = self.netlink.index_of(&desired.device.name)?;
+        let changes = entry_ops.iter().map(|op| change(op, index)).collect();
+        let mut failed = vec![None; entry_ops.len()];
+        for refused in self.netlink.apply(changes)? {
+            if !(entry_ops[refused.index].is_removal() && GONE.contains(&refused.errno)) {
+                failed[refused.index] = Some(refused.errno);
+            }
+        }
+        for (op, errno) in entry_ops.into_iter().zip(failed) {
+            match errno {
+                Some(errno) => report.failed.push((op, io::Error::from_raw_os_error(errno))),
+                None => report.done += 1,
+            }
+        }
+        Ok(report)
+    }
+
+    fn apply_to_device(&mut self, device: &Device, op: &Op) -> io::Result<()> {
+        let name = &device.name;
+        match op {
+            Op::CreateDevice(device) => self.netlink.create_link(device_message(device)),
+            Op::DeleteDevice => {
+                let index = self.netlink.index_of(name)?;
+                self.netlink.delete_link(index)
+            }
+            Op::SetMac(mac) => self.set(name, |link| link.address(mac.as_bytes().to_vec())),
+            Op::SetMtu(mtu) => self.set(name, |link| link.mtu(*mtu)),
+            Op::SetUp => self.set(name, |link| link.up()),
+            Op::AddAddress(address) => {
+                let index = self.netlink.index_of(name)?;
+                self.netlink.add_address(index, IpAddr::V4(*address), 32)
+            }
+            Op::RemoveAddress(address, len) => {
+                let index = self.netlink.index_of(name)?;
+                self.netlink.remove_address(index, IpAddr::V4(*address), *len)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn set(
+        &mut self,
+        name: &str,
+        change: impl FnOnce(
+            rtnetlink::LinkMessageBuilder<LinkUnspec>,
+        ) -> rtnetlink::LinkMessageBuilder<LinkUnspec>,
+    ) -> io::Result<()> {
+        let index = self.netlink.index_of(name)?;
+        self.netlink.set_link(change(LinkUnspec::new_with_index(index)))
+    }
+
+    /// Finds the cause behind the kernel's number; a device that could not be brought up is removed.
+    fn explain(&mut self, desired: &Desired, error: io::Error) -> KernelError {
+        let Device { name, vni, port, .. } = &desired.device;
+        match error.raw_os_error() {
+            Some(1) => KernelError::NotPermitted,
+            Some(95) => KernelError::NoVxlan,
+            Some(98) => {
+                let _ = self.remove(name);
+                KernelError::PortTaken { name: name.clone(), port: *port }
+            }
+            Some(EEXIST) => {
+                let links = self.netlink.links().unwrap_or_default();
+                let holder = links
+                    .into_iter()
+                    .find(|link| link.name != *name && fixed_attributes(link).0 == (*vni, *port))
+                    .map_or_else(|| "unknown".to_owned(), |link| link.name);
+                KernelError::VniTaken { vni: *vni, port: *port, holder }
+            }
+            _ => KernelError::Netlink(error),
+        }
+    }
+
+    fn found(&mut self, link: &Link) -> io::Result<Found> {
+        let ((vni, port), local, underlay, foreign) = fixed_attributes(link);
+        let addresses = self.netlink.addresses()?.into_iter().filter(|a| a.link == link.index);
+        let addresses: Vec<_> = addresses
+            .filter_map(|address| match address.ip {
+                IpAddr::V4(ip) => Some((ip, address.prefix_len)),
+                IpAddr::V6(_) => None,
+            })
+            .collect();
+        let device = Device {
+            name: link.name.clone(),
+            vni,
+            port,
+            mac: link.mac.unwrap_or(Mac::from_bytes([0; 6])),
+            mtu: link.mtu,
+            local,
+            link: underlay,
+            address: Ipv4Addr::UNSPECIFIED,
+        };
+        Ok(Found { index: link.index, up: link.up, device, foreign, addresses })
+    }
+
+    fn neighbours(&mut self, index: u32) -> io::Result<Tables> {
+        let mut tables = Tables::default();
+        for entry in self.dump_neighbours(AddressFamily::Inet, index)? {
+            let permanent = entry.header.state == NeighbourState::Permanent;
+            if let (Some(NeighbourAddress::Inet(ip)), Some(mac), true) =
+                (destination(&entry), lladdr(&entry), permanent)
+            {
+                tables.neighbours.insert(*ip, mac);
+            }
+        }
+        Ok(tables)
+    }
+
+    fn fdb(&mut self, index: u32, actual: &mut Actual) -> io::Result<()> {
+        for entry in self.dump_neighbours(AddressFamily::Bridge, index)? {
+            let (Some(mac), Some(destination)) = (lladdr(&entry), destination(&entry)) else {
+                continue;
+            };
+            let underlay = match destination {
+                NeighbourAddress::Inet(ip) => IpAddr::V4(*ip),
+                NeighbourAddress::Inet6(ip) => IpAddr::V6(*ip),
+                NeighbourAddress::Other(bytes) => match ip_from(bytes) {
+                    Some(ip) => ip,
+                    None => continue,
+                },
+                _ => continue,
+            };
+            if actual.tables.fdb.contains_key(&mac) {
+                actual.surplus_fdb.push((mac, underlay));
+            } else {
+                actual.tables.fdb.insert(mac, underlay);
+            }
+        }
+        Ok(())
+    }
+
+    fn dump_neighbours(
+        &mut self,
+        family: AddressFamily,
+        index: u32,
+    ) -> io::Result<Vec<NeighbourMessage>> {
+        let mut filter = NeighbourMessage::default();
+        filter.header.family = family;
+        match family {
+            AddressFamily::Bridge => filter.header.ifindex = index,
+            _ => filter.attributes.push(NeighbourAttribute::IfIndex(index)),
+        }
+        let found = self.netlink.dump(&RouteNetlinkMessage::GetNeighbour(filter))?;
+        Ok(found
+            .into_iter()
+            .filter_map(|message| match message {
+                RouteNetlinkMessage::NewNeighbour(entry) if entry.header.ifindex == index => {
+                    Some(entry)
+                }
+                _ => None,
+            })
+            .collect())
+    }
+
+    /// Routes of our protocol over the device.
+    fn our_routes(&mut self, device: u32) -> io::Result<Vec<(Ipv4Net, Hop)>> {
+        let mut filter = RouteMessage::default();
+        filter.header.address_family = AddressFamily::Inet;
+        filter.header.table = RouteHeader::RT_TABLE_MAIN;
+        filter.header.protocol = RouteProtocol::Other(ROUTE_PROTOCOL);
+        filter.attributes.push(RouteAttribute::Oif(device));
+        let found = self.netlink.dump(&RouteNetlinkMessage::GetRoute(filter))?;
+        Ok(found
+            .into_iter()
+            .filter_map(|message| match message {
+                RouteNetlinkMessage::NewRoute(route) => our_route(&route),
+                _ => None,
+            })
+            .collect())
+    }
+}
+
+impl Op {
+    fn is_of_device(&self) -> bool {
+        matches!(
+            self,
+            Self::DeleteDevice
+                | Self::CreateDevice(_)
+                | Self::SetMac(_)
+                | Self::SetMtu(_)
+                | Self::SetUp
+                | Self::AddAddress(_)
+                | Self::RemoveAddress(..)
+        )
+    }
+
+    fn is_removal(&self) -> bool {
+        matches!(self, Self::RemoveRoute(..) | Self::RemoveNeighbour(_) | Self::RemoveFdb(..))
+    }
+}
+
+/// No IPv6 address of its own: it would send router solicitations into the tunnel.
+fn device_message(device: &Device) -> rtnetlink::packet_route::link::LinkMessage {
+    let inet6 = AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(In6AddrGenMode::None)]);
+    let builder = LinkVxlan::new(&device.name, device.vni)
+        .dev(device.link)
+        .port(device.port)
+        .learning(false)
+        .mtu(device.mtu)
+        .address(device.mac.as_bytes().to_vec())
+        .append_extra_attribute(LinkAttribute::AfSpecUnspec(vec![inet6]));
+    match device.local {
+        IpAddr::V4(local) => builder.local(local),
+        IpAddr::V6(local) => builder.local6(local),
+    }
+    .build()
+}
+
+/// (VNI, port), local address, underlay interface, and whether it is not a device as we make them.
+fn fixed_attributes(link: &Link) -> ((u32, u16), IpAddr, u32, bool) {
+    let (mut vni, mut port, mut underlay, mut foreign) = (0, 0, 0, false);
+    let mut local = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+    let infos = link.message.attributes.iter().filter_map(|attribute| match attribute {
+        LinkAttribute::LinkInfo(infos) => Some(infos),
+        _ => None,
+    });
+    let data = infos.flatten().filter_map(|info| match info {
+        LinkInfo::Data(InfoData::Vxlan(data)) => Some(data),
+        _ => None,
+    });
+    for info in data.flatten() {
+        match info {
+            InfoVxlan::Id(id) => vni = *id,
+            InfoVxlan::Port(number) => port = *number,
+            InfoVxlan::Link(index) => underlay = *index,
+            InfoVxlan::Local(ip) => local = IpAddr::V4(*ip),
+            InfoVxlan::Local6(ip) => local = IpAddr::V6(*ip),
+            InfoVxlan::Learning(on) => foreign |= *on,
+            InfoVxlan::CollectMetadata(on) => foreign |= *on,
+            InfoVxlan::Group(ip) => foreign |= !ip.is_unspecified(),
+            InfoVxlan::Group6(ip) => foreign |= !ip.is_unspecified(),
+            _ => {}
+        }
+    }
+    ((vni, port), local, underlay, foreign)
+}
+
+fn change(op: &Op, index: u32) -> Change {
+    let replace = NLM_F_CREATE | NLM_F_REPLACE;
+    let (message, flags) = match op {
+        Op::SetFdb(mac, underlay) => {
+            (RouteNetlinkMessage::NewNeighbour(fdb_message(index, *mac, *underlay)), replace)
+        }
+        Op::RemoveFdb(mac, underlay) => {
+            (RouteNetlinkMessage::DelNeighbour(fdb_message(index, *mac, *underlay)), 0)
+        }
+        Op::SetNeighbour(address, mac) => (
+            RouteNetlinkMessage::NewNeighbour(neighbour_message(index, *address, Some(*mac))),
+            replace,
+        ),
+        Op::RemoveNeighbour(address) => {
+            (RouteNetlinkMessage::DelNeighbour(neighbour_message(index, *address, None)), 0)
+        }
+        Op::SetRoute(subnet, hop) => {
+            (RouteNetlinkMessage::NewRoute(route_message(index, *subnet, *hop)), replace)
+        }
+        Op::RemoveRoute(subnet, hop) => {
+            (RouteNetlinkMessage::DelRoute(route_message(index, *subnet, *hop)), 0)
+        }
+        _ => unreachable!("{op:?} is an operation on the device"),
+    };
+    Change { message, flags }
+}
+
+fn fdb_message(index: u32, mac: Mac, underlay: IpAddr) -> NeighbourMessage {
+    let mut message = NeighbourMessage::default();
+    message.header.family = AddressFamily::Bridge;
+    message.header.ifindex = index;
+    message.header.state = NeighbourState::Permanent;
+    message.header.flags = NeighbourFlags::Own;
+    message.attributes = vec![
+        NeighbourAttribute::LinkLayerAddress(mac.as_bytes().to_vec()),
+        NeighbourAttribute::Destination(underlay.into()),
+    ];
+    message
+}
+
+fn neighbour_message(index: u32, address: Ipv4Addr, mac: Option<Mac>) -> NeighbourMessage {
+    let mut message = NeighbourMessage::default();
+    message.header.family = AddressFamily::Inet;
+    message.header.ifindex = index;
+    message.header.state = NeighbourState::Permanent;
+    message.attributes.push(NeighbourAttribute::Destination(address.into()));
+    let lladdr = mac.map(|mac| NeighbourAttribute::LinkLayerAddress(mac.as_bytes().to_vec()));
+    message.attributes.extend(lladdr);
+    message
+}
+
+fn route_message(index: u32, subnet: Ipv4Net, hop: Hop) -> RouteMessage {
+    RouteMessageBuilder::<Ipv4Addr>::new()
+        .destination_prefix(subnet.network(), subnet.prefix_len())
+        .gateway(hop.via)
+        .output_interface(index)
+        .protocol(RouteProtocol::Other(ROUTE_PROTOCOL))
+        .priority(hop.metric)
+        .onlink()
+        .build()
+}
+
+fn our_route(route: &RouteMessage) -> Option<(Ipv4Net, Hop)> {
+    let header = &route.header;
+    if header.protocol != RouteProtocol::Other(ROUTE_PROTOCOL) || header.kind != RouteType::Unicast
+    {
+        return None;
+    }
+    let (mut network, mut via, mut metric) = (Ipv4Addr::UNSPECIFIED, Ipv4Addr::UNSPECIFIED, 0);
+    for attribute in &route.attributes {
+        match attribute {
+            RouteAttribute::Destination(RouteAddress::Inet(ip)) => network = *ip,
+            RouteAttribute::Gateway(RouteAddress::Inet(ip)) => via = *ip,
+            RouteAttribute::Priority(priority) => metric = *priority,
+            _ => {}
+        }
+    }
+    let subnet = Ipv4Net::new(network, header.destination_prefix_length).ok()?;
+    Some((subnet, Hop { via, metric }))
+}
+
+fn destination(entry: &NeighbourMessage) -> Option<&NeighbourAddress> {
+    entry.attributes.iter().find_map(|attribute| match attribute {
+        NeighbourAttribute::Destination(address) => Some(address),
+        _ => None,
+    })
+}
+
+fn lladdr(entry: &NeighbourMessage) -> Option<Mac> {
+    entry.attributes.iter().find_map(|attribute| match attribute {
+        NeighbourAttribute::LinkLayerAddress(bytes) => {
+            bytes.as_slice().try_into().ok().map(Mac::from_bytes)
+        }
+        _ => None,
+    })
+}
+
+/// The underlay address of an FDB entry, which the packet crate leaves as bytes.
+fn ip_from(bytes: &[u8]) -> Option<IpAddr> {
+    <[u8; 4]>::try_from(bytes)
+        .map(IpAddr::from)
+        .or_else(|_| <[u8; 16]>::try_from(bytes).map(IpAddr::from))
+        .ok()
+}

@@ -1,0 +1,215 @@
+//! A blocking netlink route socket: batches of changes and dumps, nothing else.
+//!
+//! Messages are built with `rtnetlink` and its packet crates. The sending is ours because a bulk of
+//! entries must travel in few system calls with every failure tied to its message, and because nothing
+//! may report success for work that was not done (both measured against the asynchronous handle).
+//! Interfaces are made and found in [`link`]. What to program is not decided here.
+
+pub mod link;
+
+use std::{fmt, io, time::Duration};
+
+use rtnetlink::{
+    packet_core::{
+        NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage,
+        NetlinkPayload,
+    },
+    packet_route::RouteNetlinkMessage,
+    sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE},
+};
+
+/// Messages per system call. Without this bound more failures than the receive buffer holds could come
+/// back at once (it takes about 250).
+const BATCH_MESSAGES: usize = 128;
+/// The kernel answers at once; silence this long means that the answer was lost.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+/// A dump that other changes interrupt is asked for again, this many times.
+const DUMP_TRIES: usize = 8;
+/// The kernel never sends more in one message to a reader with a buffer of this size.
+const RECEIVE_BUFFER: usize = 1 << 16;
+
+/// One change: the message and its `NLM_F_*` flags beside request and acknowledgement.
+pub struct Change {
+    pub message: RouteNetlinkMessage,
+    pub flags: u16,
+}
+
+/// A change that the kernel refused; `index` is its place in the batch.
+#[derive(Debug)]
+pub struct Refused {
+    pub index: usize,
+    pub errno: i32,
+}
+
+/// A socket in the network namespace of the thread that opened it, for good.
+pub struct Netlink {
+    socket: Socket,
+    sequence: u32,
+    buffer: Vec<u8>,
+}
+
+impl Netlink {
+    pub fn open() -> io::Result<Self> {
+        let mut socket = Socket::new(NETLINK_ROUTE)?;
+        socket.bind_auto()?;
+        socket.connect(&SocketAddr::new(0, 0))?;
+        socket.set_cap_ack(true)?;
+        // Without strict checking the kernel ignores the filters of a dump silently.
+        socket.set_netlink_get_strict_chk(true)?;
+        socket2::SockRef::from(&socket).set_read_timeout(Some(ANSWER_TIMEOUT))?;
+        Ok(Self { socket, sequence: 0, buffer: Vec::with_capacity(RECEIVE_BUFFER) })
+    }
+
+    /// Carries out all changes, in order, and names those that the kernel refused.
+    pub fn apply(&mut self, changes: Vec<Change>) -> io::Result<Vec<Refused>> {
+        let mut refused = Vec::new();
+        let mut changes = changes.into_iter();
+        let mut done = 0;
+        loop {
+            let batch: Vec<Change> = changes.by_ref().take(BATCH_MESSAGES).collect();
+            if batch.is_empty() {
+                return Ok(refused);
+            }
+            let count = batch.len();
+            self.apply_batch(batch, done, &mut refused)?;
+            done += count;
+        }
+    }
+
+    /// Carries out one change; a refusal is an error with the kernel's number.
+    pub fn apply_one(&mut self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
+        match self.apply(vec![Change { message, flags }])?.first() {
+            Some(refused) => Err(io::Error::from_raw_os_error(refused.errno)),
+            None => Ok(()),
+        }
+    }
+
+    /// All objects that match the message, from one undisturbed pass.
+    pub fn dump(&mut self, message: &RouteNetlinkMessage) -> io::Result<Vec<RouteNetlinkMessage>> {
+        for _ in 0..DUMP_TRIES {
+            if let Some(found) = self.dump_once(message.clone())? {
+                return Ok(found);
+            }
+        }
+        Err(io::Error::new(io::ErrorKind::Interrupted, "the kernel's tables change too fast"))
+    }
+
+    fn apply_batch(
+        &mut self,
+        batch: Vec<Change>,
+        done: usize,
+        refused: &mut Vec<Refused>,
+    ) -> io::Result<()> {
+        let first = self.sequence.wrapping_add(1);
+        let last_index = batch.len() - 1;
+        let mut bytes = Vec::new();
+        for (i, Change { message, flags }) in batch.into_iter().enumerate() {
+            // Refusals come back in any case; one acknowledgement tells that all is done.
+            let ack = if i == last_index { NLM_F_ACK } else { 0 };
+            self.append(message, NLM_F_REQUEST | ack | flags, &mut bytes);
+        }
+        let last = self.sequence;
+        send_all(&self.socket, &bytes)?;
+        loop {
+            let mut acknowledged = false;
+            for message in self.receive()? {
+                let index = message.header.sequence_number.wrapping_sub(first) as usize;
+                if index > last_index {
+                    continue;
+                }
+                if let NetlinkPayload::Error(error) = message.payload {
+                    acknowledged |= message.header.sequence_number == last;
+                    if let Some(code) = error.code {
+                        refused.push(Refused { index: done + index, errno: -code.get() });
+                    }
+                }
+            }
+            if acknowledged {
+                return Ok(());
+            }
+        }
+    }
+
+    /// None if the tables changed meanwhile, so that the result may lack entries.
+    fn dump_once(
+        &mut self,
+        message: RouteNetlinkMessage,
+    ) -> io::Result<Option<Vec<RouteNetlinkMessage>>> {
+        let mut bytes = Vec::new();
+        self.append(message, NLM_F_REQUEST | NLM_F_DUMP, &mut bytes);
+        let sequence = self.sequence;
+        send_all(&self.socket, &bytes)?;
+        let mut found = Vec::new();
+        let mut interrupted = false;
+        loop {
+            for message in self.receive()? {
+                if message.header.sequence_number != sequence {
+                    continue;
+                }
+                interrupted |= message.header.flags & NLM_F_DUMP_INTR != 0;
+                match message.payload {
+                    NetlinkPayload::InnerMessage(inner) => found.push(inner),
+                    NetlinkPayload::Done(_) => return Ok((!interrupted).then_some(found)),
+                    NetlinkPayload::Error(error) => return Err(error.to_io()),
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    fn append(&mut self, message: RouteNetlinkMessage, flags: u16, bytes: &mut Vec<u8>) {
+        self.sequence = self.sequence.wrapping_add(1);
+        let mut header = NetlinkHeader::default();
+        header.flags = flags;
+        header.sequence_number = self.sequence;
+        let mut message = NetlinkMessage::new(header, NetlinkPayload::from(message));
+        message.finalize();
+        let start = bytes.len();
+        // Each message begins on a multiple of four bytes (NLMSG_ALIGN).
+        bytes.resize((start + message.buffer_len()).next_multiple_of(4), 0);
+        message.serialize(&mut bytes[start..]);
+    }
+
+    fn receive(&mut self) -> io::Result<Vec<NetlinkMessage<RouteNetlinkMessage>>> {
+        self.buffer.clear();
+        self.buffer.reserve(RECEIVE_BUFFER);
+        self.socket.recv(&mut self.buffer, 0).map_err(|error| match error.kind() {
+            io::ErrorKind::WouldBlock => {
+                io::Error::new(io::ErrorKind::TimedOut, "the kernel did not answer")
+            }
+            _ => error,
+        })?;
+        parse_messages(&self.buffer)
+    }
+}
+
+impl fmt::Debug for Netlink {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Netlink").field("sequence", &self.sequence).finish_non_exhaustive()
+    }
+}
+
+/// Every message of one datagram. One that the packet crate cannot read is left out: it is about an
+/// object that is none of ours.
+pub fn parse_messages(bytes: &[u8]) -> io::Result<Vec<NetlinkMessage<RouteNetlinkMessage>>> {
+    let mut messages = Vec::new();
+    let mut rest = bytes;
+    while let Some(length) = rest.first_chunk::<4>() {
+        let length = u32::from_ne_bytes(*length) as usize;
+        let message = rest
+            .get(..length)
+            .filter(|_| length >= 16)
+            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "cut off netlink message"))?;
+        match NetlinkMessage::deserialize(message) {
+            Ok(message) => messages.push(message),
+            Err(error) => tracing::debug!(%error, "netlink message not understood"),
+        }
+        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+    }
+    Ok(messages)
+}
+
+fn send_all(socket: &Socket, bytes: &[u8]) -> io::Result<()> {
+    let sent = socket.send(bytes, 0)?;
+    if sent == bytes.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
+}

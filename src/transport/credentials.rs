@@ -1,0 +1,177 @@
+//! From the cluster's secret to certificates: no secret, no handshake.
+//!
+//! The secret gives, by HKDF-SHA256, the key of a certificate authority that is the same on all nodes.
+//! Each node issues itself a certificate for its own Ed25519 key under it. Both sides of a handshake
+//! verify; the peer's [`NodeId`] is the hash of the key that it proved to hold. Certificates are valid
+//! from 1970 on and practically for ever, so that a wrong clock never costs a node its cluster.
+
+use std::{fmt, sync::Arc};
+
+use hkdf::Hkdf;
+use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
+use rcgen::{
+    BasicConstraints, Certificate, CertificateParams, DistinguishedName, DnType,
+    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PKCS_ED25519, SerialNumber,
+    date_time_ymd,
+};
+use rustls::{
+    RootCertStore,
+    client::Resumption,
+    pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer},
+    server::{ParsedCertificate, WebPkiClientVerifier},
+    version::TLS13,
+};
+use sha2::Sha256;
+
+use crate::{
+    model::NodeId,
+    wire::{Secret, WIRE_VERSION},
+};
+
+/// The name in every certificate: what proves membership is the signature, not the name.
+pub(super) const SERVER_NAME: &str = "gossamer";
+
+/// RFC 8410 PKCS#8 v1 wrapping of an Ed25519 seed.
+const PKCS8_ED25519: [u8; 16] =
+    [0x30, 0x2e, 2, 1, 0, 0x30, 5, 6, 3, 0x2b, 0x65, 0x70, 4, 0x22, 4, 0x20];
+
+/// A node's private key: what it is, for as long as it lives.
+#[derive(Clone)]
+pub struct NodeKey {
+    seed: [u8; 32],
+    id: NodeId,
+}
+
+impl NodeKey {
+    pub fn from_seed(seed: [u8; 32]) -> Result<Self, CredentialError> {
+        let public = key_pair(&seed)?.public_key_raw().to_vec();
+        let public = <[u8; 32]>::try_from(public).map_err(|_| CredentialError::Key)?;
+        Ok(Self { seed, id: NodeId::of_public_key(&public) })
+    }
+
+    pub const fn seed(&self) -> &[u8; 32] {
+        &self.seed
+    }
+
+    pub const fn id(&self) -> NodeId {
+        self.id
+    }
+}
+
+impl fmt::Debug for NodeKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "NodeKey({})", self.id)
+    }
+}
+
+/// TLS settings for both roles.
+#[derive(Clone)]
+pub struct Credentials {
+    pub(super) server: Arc<QuicServerConfig>,
+    pub(super) client: Arc<QuicClientConfig>,
+    pub(super) me: NodeId,
+}
+
+/// A failure of the cryptographic libraries; none is to be expected.
+#[derive(Debug, thiserror::Error)]
+pub enum CredentialError {
+    #[error("certificates: {0}")]
+    Certificate(#[from] rcgen::Error),
+    #[error("TLS: {0}")]
+    Tls(#[from] rustls::Error),
+    #[error("TLS: {0}")]
+    Verifier(#[from] rustls::server::VerifierBuilderError),
+    #[error("TLS: {0}")]
+    Cipher(#[from] quinn::crypto::rustls::NoInitialCipherSuite),
+    #[error("the key is not an Ed25519 key")]
+    Key,
+}
+
+impl Credentials {
+    pub fn new(secret: &Secret, key: &NodeKey) -> Result<Self, CredentialError> {
+        let (authority, issuer) = authority(secret)?;
+        let leaf_key = key_pair(&key.seed)?;
+        let leaf = leaf_params()?.signed_by(&leaf_key, &issuer)?;
+        let chain = vec![leaf.der().clone()];
+        let private = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(pkcs8(&key.seed)));
+
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let mut roots = RootCertStore::empty();
+        roots.add(authority.der().clone())?;
+        let roots = Arc::new(roots);
+        let verifier =
+            WebPkiClientVerifier::builder_with_provider(roots.clone(), provider.clone()).build()?;
+        let mut server = rustls::ServerConfig::builder_with_provider(provider.clone())
+            .with_protocol_versions(&[&TLS13])?
+            .with_client_cert_verifier(verifier)
+            .with_single_cert(chain.clone(), private.clone_key())?;
+        server.send_tls13_tickets = 0;
+        let mut client = rustls::ClientConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[&TLS13])?
+            .with_root_certificates(roots)
+            .with_client_auth_cert(chain, private)?;
+        client.resumption = Resumption::disabled();
+        let protocol = format!("gossamer/{WIRE_VERSION}").into_bytes();
+        server.alpn_protocols = vec![protocol.clone()];
+        client.alpn_protocols = vec![protocol];
+        Ok(Self {
+            server: Arc::new(QuicServerConfig::try_from(server)?),
+            client: Arc::new(QuicClientConfig::try_from(client)?),
+            me: key.id,
+        })
+    }
+}
+
+/// The node at the other end of an established connection.
+pub(super) fn peer_of(connection: &quinn::Connection) -> Option<NodeId> {
+    let identity = connection.peer_identity()?.downcast::<Vec<CertificateDer<'static>>>().ok()?;
+    let leaf = ParsedCertificate::try_from(identity.first()?).ok()?;
+    // SubjectPublicKeyInfo of Ed25519 (RFC 8410): twelve fixed bytes, then the key.
+    let info = leaf.subject_public_key_info();
+    let key = info.get(12..)?;
+    Some(NodeId::of_public_key(key.try_into().ok()?))
+}
+
+fn authority(secret: &Secret) -> Result<(Certificate, Issuer<'static, KeyPair>), CredentialError> {
+    let mut seed = [0; 32];
+    Hkdf::<Sha256>::new(Some(b"gossamer"), secret.as_bytes())
+        .expand(b"cluster certificate authority, ed25519 seed", &mut seed)
+        .map_err(|_| CredentialError::Key)?;
+    let key = key_pair(&seed)?;
+    let mut params = common_params(CertificateParams::default());
+    params.distinguished_name = common_name("gossamer cluster");
+    params.serial_number = Some(SerialNumber::from(1_u64));
+    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+    let certificate = params.self_signed(&key)?;
+    Ok((certificate, Issuer::new(params, key)))
+}
+
+fn leaf_params() -> Result<CertificateParams, CredentialError> {
+    let mut params = common_params(CertificateParams::new([SERVER_NAME.to_owned()])?);
+    params.distinguished_name = common_name("gossamer node");
+    params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+    params.extended_key_usages =
+        vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+    Ok(params)
+}
+
+fn common_params(mut params: CertificateParams) -> CertificateParams {
+    params.not_before = date_time_ymd(1970, 1, 1);
+    params.not_after = date_time_ymd(9999, 12, 31);
+    params
+}
+
+fn common_name(name: &str) -> DistinguishedName {
+    let mut distinguished = DistinguishedName::new();
+    distinguished.push(DnType::CommonName, name);
+    distinguished
+}
+
+fn key_pair(seed: &[u8; 32]) -> Result<KeyPair, rcgen::Error> {
+    KeyPair::from_pkcs8_der_and_sign_algo(&PrivatePkcs8KeyDer::from(pkcs8(seed)), &PKCS_ED25519)
+}
+
+fn pkcs8(seed: &[u8; 32]) -> Vec<u8> {
+    [&PKCS8_ED25519[..], seed].concat()
+}

@@ -1,0 +1,405 @@
+//! The endpoint: dialling, accepting, and one connection per pair of nodes.
+//!
+//! Owned by one loop, which hands every [`Event`] back to [`Transport::handle`]; the tasks it starts
+//! share nothing with it but the channel of events.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    io,
+    net::{SocketAddr, UdpSocket},
+    sync::Arc,
+    time::Duration,
+};
+
+use quinn::{
+    ClientConfig, Connection, Endpoint, EndpointConfig, IdleTimeout, ServerConfig, TransportConfig,
+    VarInt,
+};
+use tokio::sync::mpsc;
+
+use super::{
+    connection::{Event, Events, ask, call_error, read, send_stream},
+    credentials::{Credentials, SERVER_NAME, peer_of},
+};
+use crate::{
+    core::{CallError, CallId, Input, ReplyId},
+    model::NodeId,
+};
+
+/// Events that wait for the loop; readers of streams wait, datagrams are shed.
+const EVENT_QUEUE: usize = 4096;
+/// Frames that wait for a connection; the oldest is dropped.
+const FRAME_QUEUE: usize = 32;
+const CALL_QUEUE: usize = 8;
+/// Connections not used for this long are dropped and made again when needed.
+const IDLE: Duration = Duration::from_secs(60);
+const DIAL_TIMEOUT: Duration = Duration::from_secs(4);
+/// Handshakes of strangers under way at once; more must first prove their address.
+const MAX_HANDSHAKES: usize = 256;
+/// Addresses of one name that are tried.
+const MAX_ADDRESSES: usize = 8;
+
+/// The UDP socket cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    #[error(
+        "listen {address}: the UDP port is in use: is another gossamer running here? \
+         stop it or choose another --listen"
+    )]
+    InUse { address: SocketAddr },
+    #[error("listen {address}: {error}")]
+    Io { address: SocketAddr, error: io::Error },
+}
+
+/// The way back to a peer that asked.
+#[derive(Debug)]
+pub struct Reply(quinn::SendStream);
+
+pub struct Transport {
+    endpoint: Endpoint,
+    client: ClientConfig,
+    me: NodeId,
+    events: Events,
+    peers: BTreeMap<NodeId, Link>,
+    replies: BTreeMap<ReplyId, Reply>,
+    next_reply: u64,
+}
+
+/// The connection to a peer, or what waits for one.
+#[derive(Default)]
+struct Link {
+    connection: Option<Connection>,
+    dialling: bool,
+    frames: VecDeque<Vec<u8>>,
+    calls: VecDeque<(CallId, Vec<u8>)>,
+}
+
+impl Transport {
+    /// Binds the socket and accepts connections from then on. Must be called within a tokio runtime.
+    pub fn bind(
+        address: SocketAddr,
+        credentials: &Credentials,
+    ) -> Result<(Self, mpsc::Receiver<Event>), BindError> {
+        let fail = |error: io::Error| match error.kind() {
+            io::ErrorKind::AddrInUse => BindError::InUse { address },
+            _ => BindError::Io { address, error },
+        };
+        let socket = UdpSocket::bind(address).map_err(fail)?;
+        let (events, receiver) = mpsc::channel(EVENT_QUEUE);
+        let settings = Arc::new(settings());
+        let mut server = ServerConfig::with_crypto(credentials.server.clone());
+        server.transport_config(settings.clone());
+        server.max_incoming(MAX_HANDSHAKES);
+        let mut client = ClientConfig::new(credentials.client.clone());
+        client.transport_config(settings);
+        let runtime = Arc::new(quinn::TokioRuntime);
+        let endpoint = Endpoint::new(EndpointConfig::default(), Some(server), socket, runtime)
+            .map_err(fail)?;
+        tokio::spawn(accept(endpoint.clone(), events.clone()));
+        let transport = Self {
+            endpoint,
+            client,
+            me: credentials.me,
+            events,
+            peers: BTreeMap::new(),
+            replies: BTreeMap::new(),
+            next_reply: 0,
+        };
+        Ok((transport, receiver))
+    }
+
+    pub fn local_address(&self) -> io::Result<SocketAddr> {
+        self.endpoint.local_addr()
+    }
+
+    /// How many peers there is a connection to.
+    pub fn connections(&self) -> usize {
+        self.peers.values().filter(|link| link.live().is_some()).count()
+    }
+
+    /// Takes note of an event; what concerns the node comes back as an input.
+    pub fn handle(&mut self, event: Event) -> Option<Input> {
+        match event {
+            Event::Connected { peer, connection, inbound } => {
+                self.connected(peer, connection, inbound);
+                None
+            }
+            Event::Closed { peer, stable_id } => {
+                self.closed(peer, stable_id);
+                None
+            }
+            Event::DialFailed { peer, error } => {
+                self.dial_failed(peer, &error);
+                None
+            }
+            Event::Message { from, bytes } => Some(Input::Message { from, bytes }),
+            Event::Request { from, bytes, stream } => {
+                self.next_reply += 1;
+                let reply = ReplyId(self.next_reply);
+                self.replies.insert(reply, Reply(stream));
+                Some(Input::Request { from, reply, bytes })
+            }
+            Event::Answer { call, result } => Some(Input::Answer { call, result }),
+        }
+    }
+
+    /// Sends a frame, or loses it.
+    pub fn send(&mut self, to: NodeId, address: SocketAddr, bytes: Vec<u8>) {
+        let link = self.peers.entry(to).or_default();
+        if let Some(connection) = link.live() {
+            return send_on(connection, bytes);
+        }
+        if link.frames.len() >= FRAME_QUEUE {
+            link.frames.pop_front();
+        }
+        link.frames.push_back(bytes);
+        self.dial(to, address);
+    }
+
+    /// Asks a member. The answer, or the reason for none, comes as an event.
+    pub fn call(&mut self, call: CallId, to: NodeId, address: SocketAddr, bytes: Vec<u8>) {
+        let link = self.peers.entry(to).or_default();
+        if let Some(connection) = link.live() {
+            tokio::spawn(ask_on(call, to, connection.clone(), bytes, self.events.clone()));
+            return;
+        }
+        if link.calls.len() >= CALL_QUEUE {
+            let result = Err(CallError::Unreachable("too many calls wait for it".to_owned()));
+            let _ = self.events.try_send(Event::Answer { call, result });
+            return;
+        }
+        link.calls.push_back((call, bytes));
+        self.dial(to, address);
+    }
+
+    /// Asks whoever answers at a name, `HOST:PORT`.
+    pub fn call_name(&self, call: CallId, name: String, bytes: Vec<u8>) {
+        let (endpoint, client) = (self.endpoint.clone(), self.client.clone());
+        let (events, me) = (self.events.clone(), self.me);
+        tokio::spawn(async move {
+            let result = match connect_name(&endpoint, &client, &name, &events, me).await {
+                Ok((peer, connection)) => ask(peer, &connection, &bytes).await,
+                Err(error) => Err(error),
+            };
+            let _ = events.send(Event::Answer { call, result }).await;
+        });
+    }
+
+    /// Answers a question; the peer may be gone by now.
+    pub fn reply(&mut self, reply: ReplyId, bytes: Vec<u8>) {
+        if let Some(Reply(mut stream)) = self.replies.remove(&reply) {
+            tokio::spawn(async move {
+                if stream.write_all(&bytes).await.is_ok() {
+                    let _ = stream.finish();
+                    let _ = stream.stopped().await;
+                }
+            });
+        }
+    }
+
+    /// Lets what was sent arrive, then closes everything.
+    pub async fn close(self) {
+        const LINGER: Duration = Duration::from_millis(200);
+        // A graceful close discards unacknowledged datagrams, so give them a moment first.
+        tokio::time::sleep(LINGER).await;
+        self.endpoint.close(VarInt::from_u32(0), b"leaving");
+        let _ = tokio::time::timeout(LINGER, self.endpoint.wait_idle()).await;
+    }
+
+    fn dial(&mut self, peer: NodeId, address: SocketAddr) {
+        let Some(link) = self.peers.get_mut(&peer) else { return };
+        if std::mem::replace(&mut link.dialling, true) {
+            return;
+        }
+        let (endpoint, client) = (self.endpoint.clone(), self.client.clone());
+        let events = self.events.clone();
+        tokio::spawn(async move {
+            let event = match connect(&endpoint, &client, address).await {
+                Ok((found, connection)) if found == peer => {
+                    tokio::spawn(read(peer, connection.clone(), events.clone()));
+                    Event::Connected { peer, connection, inbound: false }
+                }
+                Ok((found, connection)) => {
+                    connection.close(VarInt::from_u32(1), b"another node was expected");
+                    let why = format!("{address} is node {found} now, not {peer}");
+                    Event::DialFailed { peer, error: CallError::Unreachable(why) }
+                }
+                Err(error) => Event::DialFailed { peer, error },
+            };
+            let _ = events.send(event).await;
+        });
+    }
+
+    fn connected(&mut self, peer: NodeId, connection: Connection, inbound: bool) {
+        let link = self.peers.entry(peer).or_default();
+        link.dialling &= inbound;
+        // Two nodes that dial each other at once keep the connection of the smaller id; the other one
+        // is still read, and dropped when it idles.
+        let preferred = inbound == (peer < self.me);
+        if link.live().is_none() || preferred {
+            link.connection = Some(connection.clone());
+        }
+        for bytes in link.frames.drain(..) {
+            send_on(&connection, bytes);
+        }
+        for (call, bytes) in link.calls.drain(..) {
+            tokio::spawn(ask_on(call, peer, connection.clone(), bytes, self.events.clone()));
+        }
+    }
+
+    fn closed(&mut self, peer: NodeId, stable_id: usize) {
+        if let Some(link) = self.peers.get_mut(&peer)
+            && link.connection.as_ref().is_some_and(|c| c.stable_id() == stable_id)
+        {
+            link.connection = None;
+            if link.is_unused() {
+                self.peers.remove(&peer);
+            }
+        }
+    }
+
+    fn dial_failed(&mut self, peer: NodeId, error: &CallError) {
+        tracing::debug!(%peer, %error, "not connected");
+        let Some(link) = self.peers.get_mut(&peer) else { return };
+        link.dialling = false;
+        link.frames.clear();
+        for (call, _) in link.calls.drain(..) {
+            let answer = Event::Answer { call, result: Err(error.clone()) };
+            let events = self.events.clone();
+            tokio::spawn(async move { events.send(answer).await });
+        }
+        if link.is_unused() {
+            self.peers.remove(&peer);
+        }
+    }
+}
+
+impl Link {
+    fn live(&self) -> Option<&Connection> {
+        self.connection.as_ref().filter(|connection| connection.close_reason().is_none())
+    }
+
+    fn is_unused(&self) -> bool {
+        self.connection.is_none()
+            && !self.dialling
+            && self.frames.is_empty()
+            && self.calls.is_empty()
+    }
+}
+
+/// Small buffers, few streams, no keep-alive, and no search for larger packets: 1,200 bytes do.
+fn settings() -> TransportConfig {
+    let mut settings = TransportConfig::default();
+    settings
+        .max_idle_timeout(Some(
+            IdleTimeout::try_from(IDLE).unwrap_or(VarInt::from_u32(60_000).into()),
+        ))
+        .initial_rtt(Duration::from_millis(50))
+        .max_concurrent_bidi_streams(VarInt::from_u32(32))
+        .max_concurrent_uni_streams(VarInt::from_u32(32))
+        .stream_receive_window(VarInt::from_u32(1 << 19))
+        .receive_window(VarInt::from_u32(1 << 20))
+        .datagram_receive_buffer_size(Some(1 << 17))
+        .datagram_send_buffer_size(1 << 17)
+        .mtu_discovery_config(None);
+    settings
+}
+
+async fn accept(endpoint: Endpoint, events: Events) {
+    while let Some(incoming) = endpoint.accept().await {
+        // Under a flood of handshakes each must first show that its address is its own.
+        if endpoint.open_connections() > MAX_HANDSHAKES && !incoming.remote_address_validated() {
+            let _ = incoming.retry();
+            continue;
+        }
+        let events = events.clone();
+        tokio::spawn(async move {
+            let address = incoming.remote_address();
+            match incoming.await {
+                Ok(connection) => match peer_of(&connection) {
+                    Some(peer) => {
+                        let event = Event::Connected {
+                            peer,
+                            connection: connection.clone(),
+                            inbound: true,
+                        };
+                        let _ = events.send(event).await;
+                        read(peer, connection, events).await;
+                    }
+                    None => connection.close(VarInt::from_u32(2), b"unreadable certificate"),
+                },
+                Err(error) => tracing::debug!(%address, %error, "handshake failed"),
+            }
+        });
+    }
+}
+
+async fn connect(
+    endpoint: &Endpoint,
+    client: &ClientConfig,
+    address: SocketAddr,
+) -> Result<(NodeId, Connection), CallError> {
+    let connecting = endpoint
+        .connect_with(client.clone(), address, SERVER_NAME)
+        .map_err(|error| CallError::Unreachable(format!("{address}: {error}")))?;
+    let connection = tokio::time::timeout(DIAL_TIMEOUT, connecting)
+        .await
+        .map_err(|_| CallError::Unreachable(format!("{address} does not answer")))?
+        .map_err(|error| call_error(&error, address))?;
+    let peer = peer_of(&connection)
+        .ok_or_else(|| CallError::Unreachable(format!("{address}: unreadable certificate")))?;
+    Ok((peer, connection))
+}
+
+/// Connects to the first address of a name that answers.
+async fn connect_name(
+    endpoint: &Endpoint,
+    client: &ClientConfig,
+    name: &str,
+    events: &Events,
+    me: NodeId,
+) -> Result<(NodeId, Connection), CallError> {
+    let ipv4 = endpoint.local_addr().is_ok_and(|local| local.is_ipv4());
+    let addresses: Vec<SocketAddr> = tokio::net::lookup_host(name)
+        .await
+        .map_err(|error| CallError::Unreachable(format!("{name}: {error}")))?
+        .filter(|address| address.is_ipv4() == ipv4)
+        .take(MAX_ADDRESSES)
+        .collect();
+    let mut last = CallError::Unreachable(format!("{name} has no usable address"));
+    for address in addresses {
+        match connect(endpoint, client, address).await {
+            Ok((peer, connection)) if peer == me => {
+                connection.close(VarInt::from_u32(3), b"myself");
+                last = CallError::Myself;
+            }
+            Ok((peer, connection)) => {
+                tokio::spawn(read(peer, connection.clone(), events.clone()));
+                let known =
+                    Event::Connected { peer, connection: connection.clone(), inbound: false };
+                let _ = events.send(known).await;
+                return Ok((peer, connection));
+            }
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+async fn ask_on(call: CallId, peer: NodeId, on: Connection, bytes: Vec<u8>, events: Events) {
+    let result = ask(peer, &on, &bytes).await;
+    let _ = events.send(Event::Answer { call, result }).await;
+}
+
+fn send_on(connection: &Connection, bytes: Vec<u8>) {
+    if connection.max_datagram_size().is_some_and(|max| bytes.len() <= max) {
+        if let Err(error) = connection.send_datagram(bytes.into()) {
+            tracing::debug!(%error, "frame lost");
+        }
+    } else {
+        tokio::spawn(send_stream(connection.clone(), bytes));
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,182 @@
+use std::net::Ipv4Addr;
+
+use super::{super::NodeKey, *};
+use crate::wire::Secret;
+
+type Side = (Transport, mpsc::Receiver<Event>);
+
+fn bind(secret: u8, key: u8) -> Side {
+    let secret = Secret::new(vec![secret; 32]).expect("long enough");
+    let key = NodeKey::from_seed([key; 32]).expect("any seed is a key");
+    let credentials = Credentials::new(&secret, &key).expect("credentials");
+    Transport::bind((Ipv4Addr::LOCALHOST, 0).into(), &credentials).expect("loopback")
+}
+
+fn address(side: &Side) -> SocketAddr {
+    side.0.local_address().expect("bound")
+}
+
+/// The next thing that concerns the node itself.
+async fn next_input(side: &mut Side) -> Input {
+    loop {
+        let event = side.1.recv().await.expect("the endpoint lives");
+        if let Some(input) = side.0.handle(event) {
+            return input;
+        }
+    }
+}
+
+/// The next thing that concerns `side`, while `other` keeps going.
+async fn next_while(side: &mut Side, other: &mut Side) -> Input {
+    loop {
+        tokio::select! {
+            Some(event) = side.1.recv() => {
+                if let Some(input) = side.0.handle(event) {
+                    return input;
+                }
+            }
+            Some(event) = other.1.recv() => assert!(other.0.handle(event).is_none()),
+        }
+    }
+}
+
+#[tokio::test]
+async fn frames_and_questions_reach_a_member_and_its_id_is_proven() {
+    let (mut one, mut two) = (bind(1, 1), bind(1, 2));
+    let to = address(&two);
+    let two_id = two.0.me;
+    one.0.send(two_id, to, b"small".to_vec());
+    let Input::Message { from, bytes } = next_while(&mut two, &mut one).await else { panic!("a message") };
+    assert_eq!((from, bytes.as_slice()), (one.0.me, &b"small"[..]));
+
+    one.0.send(two_id, to, vec![7; 100_000]);
+    let Input::Message { bytes, .. } = next_while(&mut two, &mut one).await else { panic!("a message") };
+    assert_eq!(bytes, vec![7; 100_000], "too large for a datagram, so it took a stream");
+
+    // The answer travels back over the connection that the other side dialled.
+    let back = address(&one);
+    two.0.call(CallId(5), one.0.me, back, b"question".to_vec());
+    let Input::Request { reply, bytes, .. } = next_while(&mut one, &mut two).await else { panic!("asked") };
+    assert_eq!(bytes, b"question");
+    one.0.reply(reply, b"answer".to_vec());
+    let Input::Answer { call, result } = next_while(&mut two, &mut one).await else { panic!("answered") };
+    assert_eq!((call, result), (CallId(5), Ok((one.0.me, b"answer".to_vec()))));
+    assert_eq!((one.0.connections(), two.0.connections()), (1, 1));
+}
+
+#[tokio::test]
+async fn without_the_secret_nobody_gets_past_the_handshake() {
+    let (stranger, mut member) = (bind(2, 1), bind(1, 2));
+    let mut stranger = stranger;
+    let to = address(&member).to_string();
+    stranger.0.call_name(CallId(1), to, b"let me in".to_vec());
+    let Input::Answer { result: Err(error), .. } = next_input(&mut stranger).await else {
+        panic!("no answer")
+    };
+    assert!(matches!(&error, CallError::Rejected(_)), "{error:?}");
+    assert!(error.to_string().contains("use the token of its cluster"), "{error}");
+    assert!(member.1.try_recv().is_err(), "the member saw neither connection nor bytes");
+
+    // A dialler that accepts any server still shows a certificate of its own secret, or none.
+    let roots = danger::client_without_certificate();
+    let connecting =
+        stranger.0.endpoint.connect_with(roots, address(&member), SERVER_NAME).expect("dials");
+    if let Ok(connection) = connecting.await {
+        let _ = connection.send_datagram(b"let me in".to_vec().into());
+        connection.closed().await;
+    }
+    assert!(member.1.try_recv().is_err(), "the member saw neither connection nor bytes");
+}
+
+#[tokio::test]
+async fn calls_end_when_nobody_is_there_or_somebody_else_is() {
+    let (mut one, two) = (bind(1, 1), bind(1, 2));
+    let expected = NodeKey::from_seed([9; 32]).expect("key").id();
+    one.0.call(CallId(1), expected, address(&two), b"hello".to_vec());
+    let Input::Answer { result: Err(error), .. } = next_input(&mut one).await else { panic!() };
+    assert!(error.to_string().contains("is node"), "{error}");
+
+    let own = address(&one).to_string();
+    one.0.call_name(CallId(2), own, b"hello".to_vec());
+    let Input::Answer { result: Err(error), .. } = next_input(&mut one).await else { panic!() };
+    assert_eq!(error, CallError::Myself);
+
+    one.0.call_name(CallId(3), "no-such-host.invalid:1".to_owned(), b"hello".to_vec());
+    let Input::Answer { result: Err(error), .. } = next_input(&mut one).await else { panic!() };
+    assert!(error.to_string().contains("no-such-host.invalid"), "{error}");
+}
+
+#[tokio::test]
+async fn a_taken_port_is_named() {
+    let one = bind(1, 1);
+    let secret = Secret::new(vec![1; 32]).expect("long enough");
+    let key = NodeKey::from_seed([2; 32]).expect("key");
+    let credentials = Credentials::new(&secret, &key).expect("credentials");
+    let error = Transport::bind(address(&one), &credentials).err().expect("taken").to_string();
+    assert!(error.contains("in use") && error.contains("--listen"), "{error}");
+}
+
+mod danger {
+    //! What an attacker would run: a TLS client that trusts everybody and has no certificate.
+
+    use rustls::{
+        DigitallySignedStruct, Error, SignatureScheme,
+        client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+        pki_types::{CertificateDer, ServerName, UnixTime},
+        version::TLS13,
+    };
+
+    use super::*;
+    use crate::wire::WIRE_VERSION;
+
+    #[derive(Debug)]
+    struct TrustAnybody;
+
+    impl ServerCertVerifier for TrustAnybody {
+        fn verify_server_cert(
+            &self,
+            _: &CertificateDer<'_>,
+            _: &[CertificateDer<'_>],
+            _: &ServerName<'_>,
+            _: &[u8],
+            _: UnixTime,
+        ) -> Result<ServerCertVerified, Error> {
+            Ok(ServerCertVerified::assertion())
+        }
+
+        fn verify_tls12_signature(
+            &self,
+            _: &[u8],
+            _: &CertificateDer<'_>,
+            _: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, Error> {
+            Ok(HandshakeSignatureValid::assertion())
+        }
+
+        fn verify_tls13_signature(
+            &self,
+            _: &[u8],
+            _: &CertificateDer<'_>,
+            _: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, Error> {
+            Ok(HandshakeSignatureValid::assertion())
+        }
+
+        fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+            vec![SignatureScheme::ED25519]
+        }
+    }
+
+    pub fn client_without_certificate() -> ClientConfig {
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let mut tls = rustls::ClientConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[&TLS13])
+            .expect("TLS 1.3")
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(TrustAnybody))
+            .with_no_client_auth();
+        tls.alpn_protocols = vec![format!("gossamer/{WIRE_VERSION}").into_bytes()];
+        let quic = quinn::crypto::rustls::QuicClientConfig::try_from(tls).expect("suites");
+        ClientConfig::new(Arc::new(quic))
+    }
+}

@@ -1,0 +1,13 @@
+//! QUIC between nodes: one UDP socket for both roles, mutual TLS from the cluster's secret.
+//!
+//! Frames travel as datagrams (or, if too large, on a one-way stream); a question and its answer share a
+//! two-way stream. Everything is bounded: queues drop their oldest frames, streams are few, every call
+//! ends in time. Frames are not looked into here, and who a peer is comes from its certificate alone.
+
+mod connection;
+mod credentials;
+mod endpoint;
+
+pub use connection::Event;
+pub use credentials::{CredentialError, Credentials, NodeKey};
+pub use endpoint::{BindError, Reply, Transport};
