@@ -4,5 +4,7 @@ pub mod model;
 #[cfg(feature = "agent")]
 pub mod netlink;
 #[cfg(feature = "agent")]
+pub mod store;
+#[cfg(feature = "agent")]
 pub mod transport;
 pub mod wire;

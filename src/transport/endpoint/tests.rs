@@ -46,20 +46,28 @@ async fn frames_and_questions_reach_a_member_and_its_id_is_proven() {
     let to = address(&two);
     let two_id = two.0.me;
     one.0.send(two_id, to, b"small".to_vec());
-    let Input::Message { from, bytes } = next_while(&mut two, &mut one).await else { panic!("a message") };
+    let Input::Message { from, bytes } = next_while(&mut two, &mut one).await else {
+        panic!("a message")
+    };
     assert_eq!((from, bytes.as_slice()), (one.0.me, &b"small"[..]));
 
     one.0.send(two_id, to, vec![7; 100_000]);
-    let Input::Message { bytes, .. } = next_while(&mut two, &mut one).await else { panic!("a message") };
+    let Input::Message { bytes, .. } = next_while(&mut two, &mut one).await else {
+        panic!("a message")
+    };
     assert_eq!(bytes, vec![7; 100_000], "too large for a datagram, so it took a stream");
 
     // The answer travels back over the connection that the other side dialled.
     let back = address(&one);
     two.0.call(CallId(5), one.0.me, back, b"question".to_vec());
-    let Input::Request { reply, bytes, .. } = next_while(&mut one, &mut two).await else { panic!("asked") };
+    let Input::Request { reply, bytes, .. } = next_while(&mut one, &mut two).await else {
+        panic!("asked")
+    };
     assert_eq!(bytes, b"question");
     one.0.reply(reply, b"answer".to_vec());
-    let Input::Answer { call, result } = next_while(&mut two, &mut one).await else { panic!("answered") };
+    let Input::Answer { call, result } = next_while(&mut two, &mut one).await else {
+        panic!("answered")
+    };
     assert_eq!((call, result), (CallId(5), Ok((one.0.me, b"answer".to_vec()))));
     assert_eq!((one.0.connections(), two.0.connections()), (1, 1));
 }

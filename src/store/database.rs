@@ -1,0 +1,210 @@
+//! sled, held at arm's length.
+//!
+//! Measured on sled 0.34.7: `flush` returns before any fsync, so a durable write syncs the file itself;
+//! its own periodic flush costs two fsyncs a second for ever, so it is off; a damaged file is a panic or
+//! silent loss, never an error, so opening and reading happens under `catch_unwind` and each record
+//! carries a checksum.
+
+use std::{
+    fs, io,
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::{Path, PathBuf},
+};
+
+use crate::wire::{Key, Record, TokenError};
+
+/// Damaged databases that are kept for a post-mortem; the oldest goes first.
+const MAX_QUARANTINED: u32 = 3;
+
+/// An open database.
+pub struct Database {
+    sled: sled::Db,
+    /// The same file as sled's own, to sync it.
+    file: fs::File,
+}
+
+/// What opening found.
+pub struct Opened {
+    pub database: Database,
+    pub records: Vec<(Key, Record)>,
+    /// Where an unreadable database was put, and why it was unreadable.
+    pub quarantined: Option<(PathBuf, String)>,
+}
+
+/// Why the node's memory cannot be used. None of them lost anything.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    #[error("state_dir: {}: {error}", path.display())]
+    Directory { path: PathBuf, error: io::Error },
+    #[error(
+        "state_dir: {} is in use: is another gossamer running with it? \
+         stop that one or choose another --state-dir", path.display()
+    )]
+    InUse { path: PathBuf },
+    #[error(
+        "state_dir: {} holds no key: restore it, or remove the whole directory to become a new node",
+        path.display()
+    )]
+    Key { path: PathBuf },
+    #[error("state_dir: {}: {error}", path.display())]
+    Token { path: PathBuf, error: TokenError },
+    #[error("database: {0}")]
+    Database(String),
+}
+
+impl Database {
+    /// Opens the database and reads all of it. One that cannot be read is moved aside, and an empty one
+    /// takes its place.
+    pub fn open(path: &Path) -> Result<Opened, StoreError> {
+        match try_open(path) {
+            Ok((database, records)) => Ok(Opened { database, records, quarantined: None }),
+            Err(Failure::InUse) => Err(StoreError::InUse { path: path.to_owned() }),
+            Err(Failure::Io(error)) => Err(StoreError::Directory { path: path.to_owned(), error }),
+            Err(Failure::Damaged(why)) => {
+                let aside = quarantine(path)
+                    .map_err(|error| StoreError::Directory { path: path.to_owned(), error })?;
+                let (database, records) =
+                    try_open(path).map_err(|_| StoreError::Database(why.clone()))?;
+                Ok(Opened { database, records, quarantined: Some((aside, why)) })
+            }
+        }
+    }
+
+    /// Writes a batch, all or nothing, and has it out of this process before it returns. `durable`: on
+    /// the disk as well.
+    pub fn write(&self, records: &[(Key, Vec<u8>)], durable: bool) -> Result<(), StoreError> {
+        let mut batch = sled::Batch::default();
+        for (key, value) in records {
+            batch.insert(key.to_string().into_bytes(), value.as_slice());
+        }
+        let written = || -> Result<(), String> {
+            self.sled.apply_batch(batch).map_err(|error| error.to_string())?;
+            self.sled.flush().map_err(|error| error.to_string())?;
+            if durable { self.file.sync_data().map_err(|error| error.to_string()) } else { Ok(()) }
+        };
+        written().map_err(StoreError::Database)
+    }
+}
+
+enum Failure {
+    InUse,
+    Io(io::Error),
+    Damaged(String),
+}
+
+fn try_open(path: &Path) -> Result<(Database, Vec<(Key, Record)>), Failure> {
+    let opened = catch_unwind(AssertUnwindSafe(|| {
+        let sled = sled::Config::default()
+            .path(path)
+            .cache_capacity(1 << 20)
+            .segment_size(64 << 10)
+            .mode(sled::Mode::LowSpace)
+            .flush_every_ms(None)
+            .open()
+            .map_err(|error| match error {
+                // sled locks its file and reports the other holder as a generic error.
+                sled::Error::Io(error) if error.to_string().contains("could not acquire lock") => {
+                    Failure::InUse
+                }
+                sled::Error::Io(error) => Failure::Io(error),
+                other => Failure::Damaged(other.to_string()),
+            })?;
+        let file = fs::File::open(path.join("db")).map_err(Failure::Io)?;
+        let records = sled
+            .iter()
+            .map(|entry| {
+                let (key, value) = entry.map_err(|error| Failure::Damaged(error.to_string()))?;
+                Record::decode(&key, &value).map_err(|error| Failure::Damaged(error.to_string()))
+            })
+            .collect::<Result<Vec<_>, Failure>>()?;
+        Ok((Database { sled, file }, records))
+    }));
+    opened.unwrap_or_else(|panic| {
+        let why = panic
+            .downcast_ref::<String>()
+            .cloned()
+            .or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()))
+            .unwrap_or_else(|| "the database engine failed".to_owned());
+        Err(Failure::Damaged(why))
+    })
+}
+
+fn quarantine(path: &Path) -> io::Result<PathBuf> {
+    let aside = |n: u32| path.with_extension(format!("damaged-{n}"));
+    let oldest = aside(MAX_QUARANTINED);
+    if oldest.exists() {
+        fs::remove_dir_all(&oldest)?;
+    }
+    for n in (1..MAX_QUARANTINED).rev().filter(|n| aside(*n).exists()) {
+        fs::rename(aside(n), aside(n + 1))?;
+    }
+    fs::rename(path, aside(1))?;
+    Ok(aside(1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn starts(opened: &Opened) -> Option<&Record> {
+        opened.records.iter().find(|(key, _)| *key == Key::Starts).map(|(_, record)| record)
+    }
+
+    fn write(database: &Database, value: u32) {
+        let record = Record::Starts(value).encode();
+        database.write(&[(Key::Starts, record)], true).expect("written");
+    }
+
+    #[test]
+    fn what_was_written_is_there_after_opening_again() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let path = dir.path().join("db");
+        write(&Database::open(&path).expect("opens").database, 7);
+        let opened = Database::open(&path).expect("opens again");
+        assert_eq!(starts(&opened), Some(&Record::Starts(7)));
+        assert!(opened.quarantined.is_none());
+    }
+
+    #[test]
+    fn a_second_process_is_told_who_is_in_the_way() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let path = dir.path().join("db");
+        let _held = Database::open(&path).expect("opens");
+        let error = Database::open(&path).err().expect("locked").to_string();
+        assert!(error.contains("another gossamer"), "{error}");
+    }
+
+    #[test]
+    fn any_damage_ends_in_a_usable_database_and_never_in_a_wrong_record() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let mut quarantined = 0;
+        for round in 0..24_usize {
+            let path = dir.path().join(format!("db-{round}"));
+            let database = Database::open(&path).expect("opens").database;
+            for value in 0..50 {
+                write(&database, value);
+                let filler = |bucket| (Key::Slots(bucket), Record::Starts(value).encode().repeat(20));
+                database.write(&(0..32).map(filler).collect::<Vec<_>>(), false).expect("written");
+            }
+            let intact = |bucket| (Key::Slots(bucket), Record::Slots(Vec::new()).encode());
+            database.write(&(0..32).map(intact).collect::<Vec<_>>(), true).expect("written");
+            drop(database);
+            let file = path.join("db");
+            let mut bytes = fs::read(&file).expect("read");
+            let at = bytes.len() * round / 24;
+            match round % 3 {
+                0 => bytes[at] ^= 0x55,
+                1 => bytes.truncate(at),
+                _ => bytes[at..].fill(0xff),
+            }
+            fs::write(&file, bytes).expect("damage");
+            let opened = Database::open(&path).expect("a usable database");
+            quarantined += usize::from(opened.quarantined.is_some());
+            if let Some(record) = starts(&opened) {
+                assert!(matches!(record, Record::Starts(0..50)), "{record:?}");
+            }
+            write(&opened.database, 99);
+        }
+        assert!(quarantined > 0, "some damage must have been noticed");
+    }
+}

@@ -1,0 +1,17 @@
+//! What a node remembers: its key, its token, and the records of its database.
+//!
+//! The state directory (mode 0700) holds
+//!
+//! - `node.key`: the node's Ed25519 seed, outside the database so that a lost database is no new node
+//! - `token`: cluster id and secret, for restarts without `--token`
+//! - `db/`: sled, the records of [`crate::wire::Record`]
+//!
+//! Nothing here knows what a record means. A database that cannot be read is moved aside and named once.
+
+mod database;
+mod directory;
+mod writer;
+
+pub use database::{Database, Opened, StoreError};
+pub use directory::StateDir;
+pub use writer::{Writer, Written};
