@@ -1,5 +1,15 @@
+#[cfg(feature = "agent")]
+pub mod agent;
+#[cfg(feature = "agent")]
+pub mod api;
+#[cfg(feature = "agent")]
+pub mod cli;
+#[cfg(feature = "agent")]
+pub mod config;
 pub mod core;
 pub mod dataplane;
+#[cfg(feature = "agent")]
+pub mod lab;
 pub mod model;
 #[cfg(feature = "agent")]
 pub mod netlink;

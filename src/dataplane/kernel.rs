@@ -6,7 +6,7 @@
 
 use std::{
     io,
-    net::{IpAddr, Ipv4Addr},
+    net::{IpAddr, Ipv4Addr, UdpSocket},
 };
 
 use ipnet::Ipv4Net;
@@ -92,6 +92,29 @@ impl Kernel {
         self.apply(desired, plan(desired, &actual))
     }
 
+    /// Finds out, before anything is made, whether the device could be.
+    pub fn preflight(&mut self, name: &str, vni: u32, port: u16) -> Result<(), KernelError> {
+        let vxlans: Vec<Link> =
+            self.netlink.links()?.into_iter().filter(|link| link.kind == "vxlan").collect();
+        if let Some(holder) = vxlans.iter().find(|l| fixed_attributes(l).0 == (vni, port)) {
+            // One of our own name is left from an earlier life and will be taken over.
+            return if holder.name == name {
+                Ok(())
+            } else {
+                Err(KernelError::VniTaken { vni, port, holder: holder.name.clone() })
+            };
+        }
+        self.observe(name)?;
+        // VXLAN devices of one namespace share the kernel's socket; anybody else's blocks it.
+        let shared = vxlans.iter().any(|link| fixed_attributes(link).0.1 == port);
+        match UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && !shared => {
+                Err(KernelError::PortTaken { name: name.to_owned(), port })
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Everything on our account.
     pub fn observe(&mut self, name: &str) -> Result<Actual, KernelError> {
         let Some(link) = self.netlink.link(name)? else {
@@ -154,7 +177,13 @@ impl Kernel {
     fn apply_to_device(&mut self, device: &Device, op: &Op) -> io::Result<()> {
         let name = &device.name;
         match op {
-            Op::CreateDevice(device) => self.netlink.create_link(device_message(device)),
+            Op::CreateDevice(device) => {
+                self.netlink.create_link(device_message(device))?;
+                // A device with an IPv6 address of its own would send router solicitations into the
+                // tunnel. Where the kernel has no IPv6 there is nothing to turn off.
+                let _ = self.set(name, |link| link.append_extra_attribute(no_ipv6_address()));
+                Ok(())
+            }
             Op::DeleteDevice => {
                 let index = self.netlink.index_of(name)?;
                 self.netlink.delete_link(index)
@@ -325,16 +354,18 @@ impl Op {
     }
 }
 
-/// No IPv6 address of its own: it would send router solicitations into the tunnel.
+fn no_ipv6_address() -> LinkAttribute {
+    let none = AfSpecInet6::AddrGenMode(In6AddrGenMode::None);
+    LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![none])])
+}
+
 fn device_message(device: &Device) -> rtnetlink::packet_route::link::LinkMessage {
-    let inet6 = AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(In6AddrGenMode::None)]);
     let builder = LinkVxlan::new(&device.name, device.vni)
         .dev(device.link)
         .port(device.port)
         .learning(false)
         .mtu(device.mtu)
-        .address(device.mac.as_bytes().to_vec())
-        .append_extra_attribute(LinkAttribute::AfSpecUnspec(vec![inet6]));
+        .address(device.mac.as_bytes().to_vec());
     match device.local {
         IpAddr::V4(local) => builder.local(local),
         IpAddr::V6(local) => builder.local6(local),

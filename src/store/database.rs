@@ -183,7 +183,8 @@ mod tests {
             let database = Database::open(&path).expect("opens").database;
             for value in 0..50 {
                 write(&database, value);
-                let filler = |bucket| (Key::Slots(bucket), Record::Starts(value).encode().repeat(20));
+                let filler =
+                    |bucket| (Key::Slots(bucket), Record::Starts(value).encode().repeat(20));
                 database.write(&(0..32).map(filler).collect::<Vec<_>>(), false).expect("written");
             }
             let intact = |bucket| (Key::Slots(bucket), Record::Slots(Vec::new()).encode());

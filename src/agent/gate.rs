@@ -1,0 +1,70 @@
+//! Holds back what may not leave before a write is durable.
+
+use std::collections::VecDeque;
+
+use crate::core::{Output, WriteSeq};
+
+/// Frames held while the disk is slow or full; then the oldest lossy ones are dropped.
+const MAX_HELD: usize = 8192;
+
+/// Outputs in order, each with the write it waits for.
+#[derive(Default)]
+pub struct Gate {
+    durable: WriteSeq,
+    held: VecDeque<(WriteSeq, Output)>,
+}
+
+impl Gate {
+    /// Gives the output back if it may leave now, or keeps it.
+    pub fn pass(&mut self, output: Output) -> Option<Output> {
+        let after = match &output {
+            Output::Send { after, .. }
+            | Output::Call { after, .. }
+            | Output::Reply { after, .. }
+            | Output::Program { after, .. } => *after,
+            Output::Write { .. } | Output::CannotLeave(_) | Output::Stop(_) => 0,
+        };
+        if after <= self.durable {
+            return Some(output);
+        }
+        if self.held.len() >= MAX_HELD
+            && let Some(lossy) =
+                self.held.iter().position(|(_, held)| matches!(held, Output::Send { .. }))
+        {
+            self.held.remove(lossy);
+        }
+        self.held.push_back((after, output));
+        None
+    }
+
+    /// Everything up to this write is on disk: what may leave now, in order.
+    pub fn open(&mut self, seq: WriteSeq) -> Vec<Output> {
+        self.durable = self.durable.max(seq);
+        let (free, held) =
+            std::mem::take(&mut self.held).into_iter().partition(|(after, _)| *after <= seq);
+        self.held = held;
+        let free: VecDeque<(WriteSeq, Output)> = free;
+        free.into_iter().map(|(_, output)| output).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::ReplyId;
+
+    fn reply(number: u64, after: WriteSeq) -> Output {
+        Output::Reply { reply: ReplyId(number), bytes: Vec::new(), after }
+    }
+
+    #[test]
+    fn outputs_wait_for_their_own_write_and_no_other() {
+        let mut gate = Gate::default();
+        assert!(gate.pass(reply(1, 0)).is_some());
+        assert!(gate.pass(reply(2, 2)).is_none());
+        assert!(gate.pass(reply(3, 1)).is_none());
+        assert!(matches!(gate.open(1)[..], [Output::Reply { reply: ReplyId(3), .. }]));
+        assert!(matches!(gate.open(2)[..], [Output::Reply { reply: ReplyId(2), .. }]));
+        assert!(gate.pass(reply(4, 2)).is_some());
+    }
+}

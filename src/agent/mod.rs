@@ -1,0 +1,456 @@
+//! The shell: one loop that feeds the core and carries out what it asks for.
+//!
+//! Events (network, disk, kernel, operator, clock, signals) come in one at a time, become inputs of the
+//! core, and its outputs are executed. The loop owns everything; there is no lock. Decisions are the
+//! core's: here is only IO. SIGTERM ends the agent and leaves the kernel's state in place.
+
+mod gate;
+mod programmer;
+mod start;
+mod status;
+mod subnet_env;
+mod underlay;
+
+use std::{
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::{mpsc, oneshot},
+};
+
+use self::{
+    gate::Gate,
+    programmer::{Outcome, Programmer, Wish},
+    underlay::Chosen,
+};
+use crate::{
+    api::{ApiRequest, Question},
+    config::Config,
+    core::{Command, Input, Node, Output, Stop, Target, View},
+    dataplane::{
+        desired::{Desired, Underlay},
+        kernel::{Kernel, KernelError},
+    },
+    model::{ClusterId, NodeId, Time},
+    store::{StateDir, Writer, Written},
+    transport::{Event, Transport},
+    wire::{Key, Secret, Token},
+};
+
+pub use start::{StartFailure, random, run};
+pub use status::{AgentStatus, KernelStatus};
+
+/// The kernel is compared with the view at least this often.
+const RECONCILE: Duration = Duration::from_secs(10);
+/// Again after a failure.
+const RECONCILE_RETRY: Duration = Duration::from_secs(1);
+/// A turn of the loop that takes longer is logged: everything else waits for it.
+const SLOW_TURN: Duration = Duration::from_millis(100);
+/// Events taken in one turn before the outputs are carried out.
+const EVENTS_PER_TURN: usize = 64;
+/// A node that cannot use the kernel gives its new subnet back within this time, or just goes.
+const GIVE_BACK: Duration = Duration::from_secs(5);
+
+/// How an agent ended that had started well.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// A signal: all state stays, in the kernel too.
+    Stopped,
+    /// The node left its cluster: nothing of it is left on this host.
+    Left { heir: Option<NodeId> },
+    /// It cannot go on; the sentence says why.
+    Failed(String),
+}
+
+/// The agent between start and end.
+struct Agent {
+    node: Node,
+    clock: Clock,
+    transport: Transport,
+    writer: Writer,
+    gate: Gate,
+    programmer: Programmer,
+    kernel: KernelState,
+    underlay: Chosen,
+    config: Config,
+    state: StateDir,
+    secret: Secret,
+    /// Whether this process created the state, so that a refusal may remove it.
+    fresh: bool,
+    /// Who waits for convergence, and for how many members.
+    waiters: Vec<Waiter>,
+    leave_reply: Option<oneshot::Sender<Result<Option<String>, String>>>,
+    store_problem: Option<String>,
+    /// Set when the kernel refuses the device of a node that has only just come.
+    giving_up: Option<(String, Instant)>,
+    ending: Option<Ending>,
+}
+
+/// What the loop knows of the kernel.
+#[derive(Default)]
+struct KernelState {
+    wanted: Option<View>,
+    wishes: u64,
+    answered: u64,
+    /// The device has been made equal to the view at least once.
+    programmed_once: bool,
+    problem: Option<String>,
+    operations: u64,
+    next: Option<Instant>,
+}
+
+struct Waiter {
+    members: usize,
+    deadline: Instant,
+    reply: oneshot::Sender<AgentStatus>,
+}
+
+/// The only reader of the monotonic clock.
+struct Clock(Instant);
+
+impl Clock {
+    fn now(&self) -> Time {
+        Time::from_nanos(u64::try_from(self.0.elapsed().as_nanos()).unwrap_or(u64::MAX))
+    }
+
+    fn instant(&self, time: Time) -> Instant {
+        self.0 + time.since(Time::ZERO)
+    }
+}
+
+/// What comes in from threads and from the control socket.
+enum Notice {
+    Disk(Written),
+    Kernel(Outcome),
+    Api(ApiRequest),
+}
+
+impl Agent {
+    async fn run(
+        mut self,
+        mut network: mpsc::Receiver<Event>,
+        mut notices: mpsc::UnboundedReceiver<Notice>,
+    ) -> std::io::Result<Ending> {
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        self.carry_out();
+        while self.ending.is_none() {
+            let wake = tokio::time::Instant::from_std(self.next_deadline());
+            let turn = tokio::select! {
+                biased;
+                _ = terminate.recv() => { self.ending = Some(Ending::Stopped); continue }
+                _ = interrupt.recv() => { self.ending = Some(Ending::Stopped); continue }
+                () = tokio::time::sleep_until(wake) => {
+                    let turn = Instant::now();
+                    self.on_deadline(turn);
+                    turn
+                }
+                Some(notice) = notices.recv() => {
+                    let turn = Instant::now();
+                    self.on_notice(notice);
+                    turn
+                }
+                Some(event) = network.recv() => {
+                    let turn = Instant::now();
+                    self.on_network(event);
+                    for _ in 1..EVENTS_PER_TURN {
+                        let Ok(event) = network.try_recv() else { break };
+                        self.on_network(event);
+                    }
+                    turn
+                }
+            };
+            self.carry_out();
+            self.serve_waiters();
+            let took = turn.elapsed();
+            if took > SLOW_TURN {
+                tracing::warn!(?took, "a turn of the event loop was slow");
+            }
+        }
+        Ok(self.finish().await)
+    }
+
+    fn next_deadline(&self) -> Instant {
+        let far = Instant::now() + Duration::from_secs(3600);
+        let core = self.node.poll_timeout().map(|at| self.clock.instant(at));
+        let waiters = self.waiters.iter().map(|waiter| waiter.deadline);
+        let giving_up = self.giving_up.as_ref().map(|(_, until)| *until);
+        core.into_iter()
+            .chain(self.kernel.next)
+            .chain(waiters)
+            .chain(giving_up)
+            .fold(far, Instant::min)
+    }
+
+    fn on_deadline(&mut self, now: Instant) {
+        if self.node.poll_timeout().is_some_and(|at| self.clock.instant(at) <= now) {
+            self.input(Input::Timeout);
+        }
+        if self.kernel.next.is_some_and(|at| at <= now) {
+            self.program();
+        }
+        if let Some((why, _)) = self.giving_up.take_if(|(_, until)| *until <= now) {
+            self.ending = Some(Ending::Failed(why));
+        }
+    }
+
+    fn on_network(&mut self, event: Event) {
+        if let Some(input) = self.transport.handle(event) {
+            self.input(input);
+        }
+    }
+
+    fn on_notice(&mut self, notice: Notice) {
+        match notice {
+            Notice::Disk(Written::Durable(seq)) => {
+                for output in self.gate.open(seq) {
+                    self.execute(output);
+                }
+            }
+            Notice::Disk(Written::Failing(why)) => {
+                tracing::error!(%why, "cannot write to the state directory: nothing new is granted");
+                self.store_problem = Some(why);
+            }
+            Notice::Disk(Written::Recovered) => {
+                tracing::info!("the state directory can be written again");
+                self.store_problem = None;
+            }
+            Notice::Kernel(outcome) => self.on_kernel(outcome),
+            Notice::Api(request) => self.on_api(request),
+        }
+    }
+
+    fn input(&mut self, input: Input) {
+        self.node.handle(self.clock.now(), input);
+    }
+
+    fn carry_out(&mut self) {
+        while let Some(output) = self.node.poll_output() {
+            if let Some(output) = self.gate.pass(output) {
+                self.execute(output);
+            }
+        }
+    }
+
+    fn execute(&mut self, output: Output) {
+        match output {
+            Output::Send { to, address, bytes, .. } => self.transport.send(to, address, bytes),
+            Output::Call { call, to: Target::Member { node, address }, bytes, .. } => {
+                self.transport.call(call, node, address, bytes);
+            }
+            Output::Call { call, to: Target::Seed(seed), bytes, .. } => {
+                let name = self.config.seeds.get(seed).cloned().unwrap_or_default();
+                self.transport.call_name(call, name, bytes);
+            }
+            Output::Reply { reply, bytes, .. } => self.transport.reply(reply, bytes),
+            Output::Write { records, seq } => {
+                if records.iter().any(|(key, _)| *key == Key::Cluster) {
+                    self.save_token();
+                }
+                self.writer.write(records, seq);
+            }
+            Output::Program { view, .. } => {
+                self.kernel.wanted = Some(view);
+                self.program();
+            }
+            Output::CannotLeave(why) => {
+                if let Some(reply) = self.leave_reply.take() {
+                    let _ = reply.send(Err(why));
+                }
+            }
+            Output::Stop(stop) => self.on_stop(stop),
+        }
+    }
+
+    /// A restart needs no `--token` once the node is in the cluster.
+    fn save_token(&mut self) {
+        let token = self.token(Vec::new());
+        if let Err(error) = token.map_or(Ok(()), |token| self.state.save_token(&token)) {
+            tracing::error!(%error, "the token could not be saved: a restart will need --token");
+        }
+    }
+
+    fn token(&self, seeds: Vec<String>) -> Option<Token> {
+        let cluster: ClusterId = self.node.status().cluster?;
+        Some(Token { cluster, secret: self.secret.clone(), seeds })
+    }
+
+    fn program(&mut self) {
+        let Some(view) = &self.kernel.wanted else { return };
+        let Chosen { link, local, mtu, .. } = self.underlay;
+        let desired = Desired::new(view, &Underlay { link, local, mtu });
+        self.kernel.wishes += 1;
+        self.kernel.next = Some(Instant::now() + RECONCILE);
+        self.programmer.program(Wish { number: self.kernel.wishes, desired });
+    }
+
+    fn on_kernel(&mut self, Outcome { number, result }: Outcome) {
+        self.kernel.answered = number;
+        match result {
+            Ok(report) => {
+                self.kernel.operations += report.done as u64;
+                if report.done > 0 {
+                    tracing::debug!(operations = report.done, "kernel programmed");
+                }
+                self.note_kernel_failures(&report.failed);
+                if !self.kernel.programmed_once {
+                    self.kernel.programmed_once = true;
+                    tracing::info!("data plane ready");
+                }
+                self.write_subnet_env();
+            }
+            Err(error) => {
+                self.kernel.next = Some(Instant::now() + RECONCILE_RETRY);
+                self.on_kernel_error(&error);
+            }
+        }
+    }
+
+    fn note_kernel_failures(&mut self, failed: &[(crate::dataplane::plan::Op, std::io::Error)]) {
+        let problem = failed.first().map(|(op, error)| {
+            format!("{} kernel entries refused, the first: {op:?}: {error}", failed.len())
+        });
+        if problem.is_some() {
+            self.kernel.next = Some(Instant::now() + RECONCILE_RETRY);
+        }
+        if let Some(problem) = problem.as_ref().filter(|p| self.kernel.problem.as_ref() != Some(p))
+        {
+            tracing::error!("{problem}");
+        }
+        self.kernel.problem = problem;
+    }
+
+    /// Before the first success this host cannot be a member: say why and go. Later on, keep trying.
+    fn on_kernel_error(&mut self, error: &KernelError) {
+        let why = error.to_string();
+        if self.kernel.problem.as_ref() != Some(&why) {
+            tracing::error!("{why}");
+        }
+        self.kernel.problem = Some(why.clone());
+        if self.kernel.programmed_once || self.giving_up.is_some() {
+            return;
+        }
+        if self.fresh {
+            tracing::info!("giving the subnet back");
+            self.giving_up = Some((why, Instant::now() + GIVE_BACK));
+            self.input(Input::Command(Command::Leave));
+        } else {
+            self.ending = Some(Ending::Failed(why));
+        }
+    }
+
+    fn write_subnet_env(&self) {
+        let Some(view) = &self.kernel.wanted else { return };
+        let network = view.settings.pool.network();
+        let path = &self.config.subnet_file;
+        if let Err(error) = subnet_env::write(path, network, view.own.subnet, self.underlay.mtu) {
+            tracing::error!(file = %path.display(), %error, "subnet file not written");
+        }
+    }
+
+    fn on_stop(&mut self, stop: Stop) {
+        self.ending = Some(match stop {
+            Stop::Left { heir } => match self.giving_up.take() {
+                Some((why, _)) => Ending::Failed(why),
+                None => Ending::Left { heir },
+            },
+            Stop::Refused(refusal) => Ending::Failed(format!("join refused: {refusal}")),
+            Stop::Rejected { seed, why } => {
+                let name = self.config.seeds.get(seed).map_or("?", String::as_str);
+                Ending::Failed(format!("join {name}: {why}"))
+            }
+        });
+    }
+
+    /// Ends what must end, and removes what must not stay.
+    async fn finish(mut self) -> Ending {
+        let ending = self.ending.take().unwrap_or(Ending::Stopped);
+        let device = self
+            .kernel
+            .wanted
+            .as_ref()
+            .map(|view| crate::dataplane::desired::device_name(view.settings.vni));
+        self.transport.close().await;
+        drop(self.programmer);
+        drop(self.writer);
+        let refused = self.fresh && matches!(ending, Ending::Failed(_));
+        if matches!(ending, Ending::Left { .. }) || refused {
+            if self.kernel.programmed_once {
+                remove_traces(device, self.config.subnet_file.clone());
+            }
+            if let Err(error) = self.state.wipe() {
+                tracing::error!(%error, "state not removed");
+            }
+        }
+        if let Some(reply) = self.leave_reply.take() {
+            let answer = match &ending {
+                Ending::Left { heir } => Ok(heir.map(|heir| heir.to_string())),
+                Ending::Failed(why) => Err(why.clone()),
+                Ending::Stopped => Err("the agent was stopped before it had left".to_owned()),
+            };
+            let _ = reply.send(answer);
+            // The reply travels through another task; it must be on its way before the process ends.
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        ending
+    }
+
+    fn on_api(&mut self, ApiRequest { question, reply }: ApiRequest) {
+        match question {
+            Question::Status => reply.status(self.status()),
+            Question::Wait { seconds, members } => {
+                let deadline = Instant::now() + Duration::from_secs(seconds);
+                self.input(Input::Command(Command::Sync));
+                self.waiters.extend(reply.into_status().map(|reply| Waiter {
+                    members,
+                    deadline,
+                    reply,
+                }));
+            }
+            Question::Token => {
+                let address = self.node.status().members.into_iter().find(|member| member.me);
+                let seeds = address.map(|me| me.address.to_string()).into_iter().collect();
+                reply.token(self.token(seeds).map(|token| token.to_string()));
+            }
+            Question::Leave => match (&self.leave_reply, reply.into_leave()) {
+                (None, Some(reply)) => {
+                    self.leave_reply = Some(reply);
+                    self.input(Input::Command(Command::Leave));
+                }
+                (Some(_), Some(reply)) => {
+                    let _ = reply.send(Err("it is leaving already".to_owned()));
+                }
+                (_, None) => {}
+            },
+        }
+    }
+
+    fn serve_waiters(&mut self) {
+        if self.waiters.is_empty() {
+            return;
+        }
+        let status = self.status();
+        let now = Instant::now();
+        for waiter in std::mem::take(&mut self.waiters) {
+            let enough = status.members_alive() >= waiter.members;
+            if (status.converged && enough) || waiter.deadline <= now {
+                let _ = waiter.reply.send(status.clone());
+            } else {
+                self.waiters.push(waiter);
+            }
+        }
+    }
+}
+
+fn remove_traces(device: Option<String>, subnet_file: PathBuf) {
+    let removed = Kernel::open()
+        .map_err(KernelError::from)
+        .and_then(|mut kernel| device.map_or(Ok(false), |device| kernel.remove(&device)));
+    if let Err(error) = removed {
+        tracing::error!(%error, "the device was not removed");
+    }
+    let _ = std::fs::remove_file(subnet_file);
+}

@@ -1,0 +1,171 @@
+//! From a configuration to a running agent, in an order that leaves nothing half done: what can be
+//! refused is checked before anything is written, and what is written first is removed on refusal.
+
+use std::{io, time::Instant};
+
+use tokio::sync::mpsc;
+
+use super::{Agent, Clock, Ending, Gate, KernelState, Notice, Programmer, underlay};
+use crate::{
+    api,
+    config::{Config, ConfigError},
+    core::{Founding, Node, NodeConfig, StartError},
+    dataplane::{
+        desired::device_name,
+        kernel::{Kernel, KernelError},
+    },
+    model::{BootId, ClusterId, Mac, Time, Vtep},
+    netlink::Netlink,
+    store::{Database, Opened, StateDir, StoreError, Writer},
+    transport::{BindError, CredentialError, Credentials, NodeKey, Transport},
+    wire::{Secret, Token, TokenError},
+};
+
+const SECRET_LEN: usize = 32;
+
+/// Why an agent did not start. Each is one sentence with the cause and the fix.
+#[derive(Debug, thiserror::Error)]
+pub enum StartFailure {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Underlay(#[from] underlay::UnderlayError),
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    #[error(transparent)]
+    Node(#[from] StartError),
+    #[error(transparent)]
+    Credentials(#[from] CredentialError),
+    #[error(transparent)]
+    Secret(#[from] TokenError),
+    #[error("join: a token is needed: pass --token-file with the output of `gossamer token`")]
+    NoToken,
+    #[error(transparent)]
+    Socket(#[from] api::SocketError),
+    #[error("the system gives no random bytes: {0}")]
+    Random(#[from] getrandom::Error),
+    #[error("{0}")]
+    Io(#[from] io::Error),
+}
+
+/// Runs an agent until it ends. Must be called within a tokio runtime.
+pub async fn run(config: Config) -> Result<Ending, StartFailure> {
+    let state = StateDir::open(&config.state_dir)?;
+    let fresh = state.node_key()?.is_none();
+    match start(config, state.clone(), fresh).await {
+        Ok(ending) => Ok(ending),
+        Err(failure) => {
+            if fresh {
+                state.wipe()?;
+            }
+            Err(failure)
+        }
+    }
+}
+
+async fn start(config: Config, state: StateDir, fresh: bool) -> Result<Ending, StartFailure> {
+    let Opened { database, records, quarantined } = Database::open(&state.database())?;
+    if let Some((aside, why)) = quarantined {
+        tracing::error!(
+            %why,
+            moved_to = %aside.display(),
+            "the database was unreadable and was moved aside: this node rejoins with the same key"
+        );
+    }
+    let knows_cluster = records.iter().any(|(key, _)| *key == crate::wire::Key::Cluster);
+    let token = config.token.clone().or(state.token()?);
+    let secret = match &token {
+        Some(token) => token.secret.clone(),
+        None if config.create.is_some() => Secret::new(random::<SECRET_LEN>()?.to_vec())?,
+        None if config.seeds.is_empty() && !knows_cluster => {
+            return Err(StartError::NoCluster.into());
+        }
+        None => return Err(StartFailure::NoToken),
+    };
+    let key = match state.node_key()? {
+        Some(seed) => NodeKey::from_seed(seed)?,
+        None => {
+            let key = NodeKey::from_seed(random()?)?;
+            state.save_node_key(key.seed())?;
+            key
+        }
+    };
+    let chosen = underlay::choose(&mut Netlink::open()?, &config)?;
+    let kernel = Kernel::open()?;
+    if !knows_cluster {
+        let (vni, port) = (config.wish.vni.unwrap_or(1), config.wish.vxlan_port.unwrap_or(8472));
+        Kernel::open()?.preflight(&device_name(vni), vni, port)?;
+    }
+    let (transport, network) = Transport::bind(config.listen, &Credentials::new(&secret, &key)?)?;
+    let port = transport.local_address()?.port();
+    let (ip, advertised) = config.advertise.unwrap_or((chosen.local, None));
+    let node = NodeConfig {
+        node: key.id(),
+        boot: BootId::from_bytes(random()?),
+        name: config.name.clone(),
+        address: (ip, advertised.unwrap_or(port)).into(),
+        vtep: Vtep { mac: Mac::of_node(key.id()), underlay: ip },
+        founding: config.create.map_or(Founding::Join, Founding::Create),
+        seeds: config.seeds.len(),
+        cluster: token.as_ref().and_then(Token::known_cluster),
+        wish: config.wish,
+        prefer_subnet: config.prefer_subnet,
+        rng_seed: random()?,
+    };
+    let node = Node::start(Time::ZERO, node, records)?;
+    tracing::info!(
+        node = %key.id(),
+        name = %config.name,
+        underlay = %format_args!("{} ({})", chosen.local, chosen.name),
+        version = env!("CARGO_PKG_VERSION"),
+        "starting"
+    );
+
+    let (sender, notices) = mpsc::unbounded_channel();
+    let report = sender.clone();
+    let writer = Writer::start(database, move |written| _ = report.send(Notice::Disk(written)))?;
+    let report = sender.clone();
+    let programmer =
+        Programmer::start(kernel, move |outcome| _ = report.send(Notice::Kernel(outcome)))?;
+    let report = sender;
+    let _socket =
+        api::serve(&config.socket, move |request| report.send(Notice::Api(request)).is_ok())?;
+    let agent = Agent {
+        node,
+        clock: Clock(Instant::now()),
+        transport,
+        writer,
+        gate: Gate::default(),
+        programmer,
+        kernel: KernelState::default(),
+        underlay: chosen,
+        config,
+        state,
+        secret,
+        fresh,
+        waiters: Vec::new(),
+        leave_reply: None,
+        store_problem: None,
+        giving_up: None,
+        ending: None,
+    };
+    Ok(agent.run(network, notices).await?)
+}
+
+impl Token {
+    /// The cluster that the token names; one made before there was a cluster names none.
+    pub(crate) fn known_cluster(&self) -> Option<ClusterId> {
+        (self.cluster != ClusterId::UNKNOWN).then_some(self.cluster)
+    }
+}
+
+/// Bytes from the operating system's generator.
+pub fn random<const N: usize>() -> Result<[u8; N], getrandom::Error> {
+    let mut bytes = [0; N];
+    getrandom::fill(&mut bytes)?;
+    Ok(bytes)
+}

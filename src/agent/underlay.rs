@@ -1,0 +1,135 @@
+//! Which interface carries the tunnels, and under which address: flannel's ways of choosing.
+//!
+//! Without a choice: the interface of the default route; without one of those, the one by which a seed
+//! is reached; without seeds, the only candidate there is.
+
+use std::net::{IpAddr, SocketAddr};
+
+use crate::{
+    config::{Config, IfaceChoice},
+    dataplane::desired::overhead,
+    netlink::{
+        Netlink,
+        link::{Address, Link, Path},
+    },
+};
+
+/// The chosen end of the underlay.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Chosen {
+    pub name: String,
+    pub link: u32,
+    pub local: IpAddr,
+    /// MTU of the overlay device.
+    pub mtu: u32,
+}
+
+/// No interface can be chosen.
+#[derive(Debug, thiserror::Error)]
+pub enum UnderlayError {
+    #[error("iface: {what}; interfaces with addresses are: {candidates}")]
+    NoMatch { what: String, candidates: String },
+    #[error(
+        "mtu: {mtu} does not fit interface {iface} with MTU {underlay}: use at most {most} \
+         or leave it out"
+    )]
+    Mtu { mtu: u32, iface: String, underlay: u32, most: u32 },
+    #[error("netlink: {0}")]
+    Netlink(#[from] std::io::Error),
+}
+
+/// Chooses once, from the interfaces as they are now.
+pub fn choose(netlink: &mut Netlink, config: &Config) -> Result<Chosen, UnderlayError> {
+    let host = Host { links: netlink.links()?, addresses: netlink.addresses()? };
+    let found = match &config.iface {
+        IfaceChoice::Name(name) => host.by_name(name),
+        IfaceChoice::Address(ip) => host.by_address(*ip),
+        IfaceChoice::Regex(regex) => host
+            .usable()
+            .find(|(_, address)| regex.is_match(&address.ip.to_string()))
+            .or_else(|| host.usable().find(|(link, _)| regex.is_match(&link.name))),
+        IfaceChoice::CanReach(ip) => netlink.path_to(*ip)?.and_then(|path| host.by_path(path)),
+        IfaceChoice::Default => host.by_default(netlink, config)?,
+    };
+    let (link, address) = found.ok_or_else(|| host.no_match(&config.iface))?;
+    let most = link.mtu.saturating_sub(overhead(address.ip));
+    let mtu = config.mtu.unwrap_or(most);
+    if mtu > most {
+        let iface = link.name.clone();
+        return Err(UnderlayError::Mtu { mtu, iface, underlay: link.mtu, most });
+    }
+    Ok(Chosen { name: link.name.clone(), link: link.index, local: address.ip, mtu })
+}
+
+struct Host {
+    links: Vec<Link>,
+    addresses: Vec<Address>,
+}
+
+impl Host {
+    /// Interfaces that are up, with each of their addresses, better addresses first.
+    fn usable(&self) -> impl Iterator<Item = (&Link, &Address)> {
+        let mut addresses: Vec<&Address> = self.addresses.iter().collect();
+        addresses.sort_by_key(|address| (address.ip.is_ipv6(), address.demerits));
+        addresses.into_iter().filter_map(|address| {
+            let link = self.links.iter().find(|link| link.index == address.link)?;
+            let carries = link.up && !link.loopback && link.kind != "vxlan";
+            carries.then_some((link, address))
+        })
+    }
+
+    fn by_name(&self, name: &str) -> Option<(&Link, &Address)> {
+        self.usable().find(|(link, _)| link.name == name)
+    }
+
+    fn by_address(&self, ip: IpAddr) -> Option<(&Link, &Address)> {
+        self.usable().find(|(_, address)| address.ip == ip)
+    }
+
+    fn by_path(&self, path: Path) -> Option<(&Link, &Address)> {
+        let on_link = || self.usable().filter(move |(link, _)| link.index == path.link);
+        on_link().find(|(_, address)| Some(address.ip) == path.source).or_else(|| on_link().next())
+    }
+
+    fn by_default(
+        &self,
+        netlink: &mut Netlink,
+        config: &Config,
+    ) -> Result<Option<(&Link, &Address)>, UnderlayError> {
+        if !config.listen.ip().is_unspecified() {
+            return Ok(self.by_address(config.listen.ip()));
+        }
+        if let Some(found) = config.advertise.and_then(|(ip, _)| self.by_address(ip)) {
+            return Ok(Some(found));
+        }
+        if let Some(found) = netlink.default_path()?.and_then(|path| self.by_path(path)) {
+            return Ok(Some(found));
+        }
+        for seed in config.seeds.iter().filter_map(|seed| seed.parse::<SocketAddr>().ok()) {
+            if let Some(found) = netlink.path_to(seed.ip())?.and_then(|path| self.by_path(path)) {
+                return Ok(Some(found));
+            }
+        }
+        let first = self.usable().next();
+        let only = first.filter(|(link, _)| self.usable().all(|(l, _)| l.index == link.index));
+        Ok(only)
+    }
+
+    fn no_match(&self, choice: &IfaceChoice) -> UnderlayError {
+        let what = match choice {
+            IfaceChoice::Name(name) => format!("no interface {name} that is up with an address"),
+            IfaceChoice::Address(ip) => format!("no interface that is up has address {ip}"),
+            IfaceChoice::Regex(regex) => format!("no interface that is up matches {regex}"),
+            IfaceChoice::CanReach(ip) => format!("no interface leads to {ip}"),
+            IfaceChoice::Default => {
+                "there is no default route, so choose an interface with --iface".to_owned()
+            }
+        };
+        let list: Vec<_> = self
+            .usable()
+            .map(|(link, address)| format!("{} ({})", link.name, address.ip))
+            .collect();
+        let candidates = if list.is_empty() { "none".to_owned() } else { list.join(", ") };
+        UnderlayError::NoMatch { what, candidates }
+    }
+}

@@ -1,0 +1,10 @@
+//! The control socket: HTTP with JSON on a unix socket, for `gossamer status` and for `curl`.
+//!
+//! Requests become questions to the agent's loop and wait for its answer; nothing here knows or changes
+//! state. The socket is for its owner only (mode 0600).
+
+mod client;
+mod server;
+
+pub use client::{ClientError, get, post};
+pub use server::{ApiRequest, Question, Reply, Socket, SocketError, serve};

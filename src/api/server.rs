@@ -1,0 +1,195 @@
+//! The agent's end of the control socket.
+
+use std::{
+    fs, io,
+    os::unix::{
+        fs::{FileTypeExt as _, PermissionsExt as _},
+        net::UnixStream,
+    },
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use axum::{
+    Json, Router,
+    extract::{Query, State},
+    http::StatusCode,
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use serde::Deserialize;
+use serde_json::json;
+use tokio::{net::UnixListener, sync::oneshot};
+
+use crate::agent::AgentStatus;
+
+/// Longest wait for convergence that can be asked for, in seconds.
+const MAX_WAIT: u64 = 3600;
+
+/// What is asked over the socket.
+#[derive(Debug)]
+pub enum Question {
+    Status,
+    /// Status once it has converged with this many members, or when the time is over.
+    Wait {
+        seconds: u64,
+        members: usize,
+    },
+    Token,
+    Leave,
+}
+
+/// A question and the way back for its answer.
+#[derive(Debug)]
+pub struct ApiRequest {
+    pub question: Question,
+    pub reply: Reply,
+}
+
+/// The way back, by kind of answer.
+#[derive(Debug)]
+pub enum Reply {
+    Status(oneshot::Sender<AgentStatus>),
+    Token(oneshot::Sender<Option<String>>),
+    Leave(oneshot::Sender<Result<Option<String>, String>>),
+}
+
+impl Reply {
+    pub fn status(self, status: AgentStatus) {
+        if let Self::Status(reply) = self {
+            let _ = reply.send(status);
+        }
+    }
+
+    pub fn token(self, token: Option<String>) {
+        if let Self::Token(reply) = self {
+            let _ = reply.send(token);
+        }
+    }
+
+    pub fn into_status(self) -> Option<oneshot::Sender<AgentStatus>> {
+        match self {
+            Self::Status(reply) => Some(reply),
+            _ => None,
+        }
+    }
+
+    pub fn into_leave(self) -> Option<oneshot::Sender<Result<Option<String>, String>>> {
+        match self {
+            Self::Leave(reply) => Some(reply),
+            _ => None,
+        }
+    }
+}
+
+/// The socket cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum SocketError {
+    #[error(
+        "socket: an agent is already listening on {}: stop it or choose another --socket",
+        path.display()
+    )]
+    InUse { path: PathBuf },
+    #[error("socket: {} is there and is no socket: remove it or choose another --socket", path.display())]
+    NotASocket { path: PathBuf },
+    #[error("socket: {}: {error}", path.display())]
+    Io { path: PathBuf, error: io::Error },
+}
+
+/// A listening control socket; its file goes when this is dropped.
+#[derive(Debug)]
+pub struct Socket(PathBuf);
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+type Ask = Arc<dyn Fn(ApiRequest) -> bool + Send + Sync>;
+
+/// Listens and serves in tasks of its own. `ask` hands a request to the agent's loop.
+pub fn serve(
+    path: &Path,
+    ask: impl Fn(ApiRequest) -> bool + Send + Sync + 'static,
+) -> Result<Socket, SocketError> {
+    let fail = |error| SocketError::Io { path: path.to_owned(), error };
+    if let Some(directory) = path.parent() {
+        fs::create_dir_all(directory).map_err(fail)?;
+    }
+    remove_stale(path)?;
+    let listener = UnixListener::bind(path).map_err(fail)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(fail)?;
+    let ask: Ask = Arc::new(ask);
+    let router = Router::new()
+        .route("/v1/status", get(status))
+        .route("/v1/token", get(token))
+        .route("/v1/leave", post(leave))
+        .with_state(ask);
+    tokio::spawn(async move { axum::serve(listener, router).await });
+    Ok(Socket(path.to_owned()))
+}
+
+/// A socket that nobody listens on is left from an agent that was killed.
+fn remove_stale(path: &Path) -> Result<(), SocketError> {
+    let path = path.to_owned();
+    match fs::symlink_metadata(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(SocketError::Io { path, error }),
+        Ok(meta) if !meta.file_type().is_socket() => Err(SocketError::NotASocket { path }),
+        Ok(_) if UnixStream::connect(&path).is_ok() => Err(SocketError::InUse { path }),
+        Ok(_) => fs::remove_file(&path).map_err(|error| SocketError::Io { path, error }),
+    }
+}
+
+#[derive(Deserialize)]
+struct WaitQuery {
+    wait: Option<u64>,
+    members: Option<usize>,
+}
+
+async fn status(State(ask): State<Ask>, Query(query): Query<WaitQuery>) -> Response {
+    let question = match query.wait {
+        Some(seconds) => {
+            Question::Wait { seconds: seconds.min(MAX_WAIT), members: query.members.unwrap_or(1) }
+        }
+        None => Question::Status,
+    };
+    answer(&ask, question, Reply::Status, |status| Json(status).into_response()).await
+}
+
+async fn token(State(ask): State<Ask>) -> Response {
+    answer(&ask, Question::Token, Reply::Token, |token| match token {
+        Some(token) => Json(json!({ "token": token })).into_response(),
+        None => {
+            problem(StatusCode::CONFLICT, "this node is in no cluster yet: it is still joining")
+        }
+    })
+    .await
+}
+
+async fn leave(State(ask): State<Ask>) -> Response {
+    answer(&ask, Question::Leave, Reply::Leave, |left| match left {
+        Ok(heir) => Json(json!({ "left": true, "heir": heir })).into_response(),
+        Err(why) => problem(StatusCode::CONFLICT, &why),
+    })
+    .await
+}
+
+async fn answer<T>(
+    ask: &Ask,
+    question: Question,
+    reply: impl FnOnce(oneshot::Sender<T>) -> Reply,
+    render: impl FnOnce(T) -> Response,
+) -> Response {
+    let (sender, receiver) = oneshot::channel();
+    let accepted = ask(ApiRequest { question, reply: reply(sender) });
+    match receiver.await {
+        Ok(value) if accepted => render(value),
+        _ => problem(StatusCode::SERVICE_UNAVAILABLE, "the agent is going down"),
+    }
+}
+
+fn problem(status: StatusCode, error: &str) -> Response {
+    (status, Json(json!({ "error": error }))).into_response()
+}

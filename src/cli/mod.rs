@@ -1,0 +1,105 @@
+//! The command line: one file per subcommand, thin clients of the library and of the control socket.
+//!
+//! Exit codes: 0 done, 1 failed (one sentence on stderr says why and what to do), 2 wrong usage,
+//! 3 the agent runs but has not converged.
+
+mod agent;
+mod demo;
+mod lab;
+mod leave;
+mod status;
+mod table;
+mod token;
+
+use std::{fmt::Display, future::Future, path::PathBuf, process::ExitCode};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::config::DEFAULT_SOCKET;
+
+/// A VXLAN overlay for containers without etcd: hosts agree on subnets by gossip.
+#[derive(Debug, Parser)]
+#[command(name = "gossamer", version, arg_required_else_help = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the agent on this host
+    Agent(Box<agent::AgentArgs>),
+    /// Show this node, its subnet and its peers
+    Status(status::StatusArgs),
+    /// List the members of the cluster
+    Members(Client),
+    /// List the subnets and who owns them
+    Leases(Client),
+    /// Print the token by which other hosts join
+    Token(token::TokenArgs),
+    /// Leave the cluster for good: hand over the subnet and remove everything from this host
+    Leave(Client),
+    /// See it work: a cluster on this machine in namespaces of its own, no set-up and no root needed
+    Demo(demo::DemoArgs),
+    /// Run a command in fresh user, mount, process and network namespaces
+    #[command(hide = true)]
+    Lab(lab::LabArgs),
+}
+
+/// What every client of the control socket takes.
+#[derive(Debug, Args)]
+struct Client {
+    /// The agent's control socket
+    #[arg(long, env = "GOSSAMER_SOCKET", default_value = DEFAULT_SOCKET, value_name = "FILE")]
+    socket: PathBuf,
+    /// How to print
+    #[arg(short, long, value_enum, default_value_t, value_name = "FORMAT")]
+    output: Format,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+enum Format {
+    #[default]
+    Text,
+    Json,
+}
+
+/// Runs what was asked for.
+pub fn run(cli: Cli) -> ExitCode {
+    match cli.command {
+        Command::Agent(args) => agent::run(*args),
+        Command::Status(args) => status::status(&args),
+        Command::Members(client) => status::members(&client),
+        Command::Leases(client) => status::leases(&client),
+        Command::Token(args) => token::run(&args),
+        Command::Leave(client) => leave::run(&client),
+        Command::Demo(args) => demo::run(&args),
+        Command::Lab(args) => lab::run(&args),
+    }
+}
+
+/// Says why a command failed.
+fn fail(error: impl Display) -> ExitCode {
+    eprintln!("gossamer: {error}");
+    ExitCode::FAILURE
+}
+
+/// Runs a future on a runtime of this thread alone; the agent needs no more.
+fn block_on<T>(future: impl Future<Output = T>) -> std::io::Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    Ok(runtime.block_on(future))
+}
+
+/// Asks the agent and prints the answer, as it came or by `text`.
+fn ask_and_print(
+    client: &Client,
+    ask: impl Future<Output = Result<serde_json::Value, crate::api::ClientError>>,
+    text: impl FnOnce(&serde_json::Value) -> String,
+) -> Result<serde_json::Value, ExitCode> {
+    let answer = block_on(ask).map_err(fail)?.map_err(fail)?;
+    match client.output {
+        Format::Json => println!("{answer:#}"),
+        Format::Text => print!("{}", text(&answer)),
+    }
+    Ok(answer)
+}

@@ -1,0 +1,187 @@
+//! `gossamer status`, `members` and `leases`: three looks at one answer of the agent.
+
+use std::{fmt::Write as _, process::ExitCode};
+
+use clap::Args;
+use serde_json::Value;
+
+use super::{Client, ask_and_print, table::table};
+use crate::api;
+
+const NOT_CONVERGED: u8 = 3;
+
+#[derive(Debug, Args)]
+pub struct StatusArgs {
+    /// Wait until the node has converged, for at most this many seconds
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "60", value_name = "SECONDS")]
+    wait: Option<u64>,
+    /// With --wait: until so many members are alive, this one included
+    #[arg(long, requires = "wait", default_value_t = 1, value_name = "COUNT")]
+    members: usize,
+    #[command(flatten)]
+    client: Client,
+}
+
+/// Exit code 0 if converged, 3 if not.
+pub fn status(args: &StatusArgs) -> ExitCode {
+    let target = match args.wait {
+        Some(seconds) => format!("/v1/status?wait={seconds}&members={}", args.members),
+        None => "/v1/status".to_owned(),
+    };
+    match ask_and_print(&args.client, api::get(&args.client.socket, &target), status_text) {
+        Ok(answer) if answer["converged"] == true => ExitCode::SUCCESS,
+        Ok(_) => ExitCode::from(NOT_CONVERGED),
+        Err(code) => code,
+    }
+}
+
+pub fn members(client: &Client) -> ExitCode {
+    show(client, "members", members_text)
+}
+
+pub fn leases(client: &Client) -> ExitCode {
+    show(client, "leases", leases_text)
+}
+
+fn show(client: &Client, what: &str, text: fn(&Value) -> String) -> ExitCode {
+    let ask = async {
+        let status = api::get(&client.socket, "/v1/status").await?;
+        Ok(match what {
+            "leases" => leases_of(&status),
+            _ => status["members"].clone(),
+        })
+    };
+    ask_and_print(client, ask, text).map_or_else(|code| code, |_| ExitCode::SUCCESS)
+}
+
+/// Only what concerns addresses: who holds which subnet and how many spares.
+fn leases_of(status: &Value) -> Value {
+    let lease = |member: &Value| {
+        serde_json::json!({
+            "node": member["node"], "name": member["name"], "liveness": member["liveness"],
+            "subnets": member["subnets"], "spare": member["spare"],
+        })
+    };
+    let owners = status["members"].as_array().into_iter().flatten().filter(|m| m["left"] == false);
+    serde_json::json!({
+        "network": status["settings"]["pool"]["network"],
+        "slots": status["slots"],
+        "owners": owners.map(lease).collect::<Vec<_>>(),
+    })
+}
+
+fn status_text(status: &Value) -> String {
+    let kernel = &status["kernel"];
+    let alive = count(status, |member| member["liveness"] == "alive");
+    let known = count(status, |_| true);
+    let state = match (status["converged"].as_bool(), text(&status["phase"])) {
+        (Some(true), _) => "converged".to_owned(),
+        (_, phase) => format!("not converged ({phase})"),
+    };
+    let rows = [
+        ("node", format!("{} ({})", text(&status["name"]), text(&status["node"]))),
+        ("state", state),
+        ("cluster", text(&status["cluster"])),
+        (
+            "subnet",
+            format!(
+                "{} of {}",
+                text(&status["subnet"]),
+                text(&status["settings"]["pool"]["network"])
+            ),
+        ),
+        ("members", format!("{alive} alive of {known}")),
+        ("slots", slots_text(&status["slots"])),
+        (
+            "underlay",
+            format!(
+                "{} on {}",
+                text(&kernel["underlay_address"]),
+                text(&kernel["underlay_interface"])
+            ),
+        ),
+        (
+            "kernel",
+            format!(
+                "{}, mtu {}, {}",
+                text(&kernel["device"]),
+                kernel["mtu"],
+                if kernel["in_sync"] == true { "in sync" } else { "not in sync" }
+            ),
+        ),
+    ];
+    let mut out = String::new();
+    for (name, value) in rows {
+        let _ = writeln!(out, "{name:<9} {value}");
+    }
+    for problem in status["problems"].as_array().into_iter().flatten() {
+        let _ = writeln!(out, "problem   {}", text(problem));
+    }
+    out
+}
+
+fn members_text(members: &Value) -> String {
+    let rows: Vec<[String; 6]> = members
+        .as_array()
+        .into_iter()
+        .flatten()
+        .map(|member| {
+            let liveness = match (&member["left"], &member["me"]) {
+                (Value::Bool(true), _) => "left".to_owned(),
+                (_, Value::Bool(true)) => "alive (me)".to_owned(),
+                _ => text(&member["liveness"]),
+            };
+            [
+                text(&member["name"]),
+                text(&member["node"]),
+                liveness,
+                list(&member["subnets"]),
+                text(&member["address"]),
+                text(&member["vtep_mac"]),
+            ]
+        })
+        .collect();
+    table(["NAME", "NODE", "STATE", "SUBNET", "ADDRESS", "VTEP MAC"], &rows)
+}
+
+fn leases_text(leases: &Value) -> String {
+    let rows: Vec<[String; 4]> = leases["owners"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .map(|owner| {
+            [
+                list(&owner["subnets"]),
+                text(&owner["name"]),
+                text(&owner["liveness"]),
+                text(&owner["spare"]),
+            ]
+        })
+        .collect();
+    let mut out = table(["SUBNET", "NODE", "STATE", "SPARE"], &rows);
+    let _ = writeln!(out, "\n{}: {}", text(&leases["network"]), slots_text(&leases["slots"]));
+    out
+}
+
+fn slots_text(slots: &Value) -> String {
+    format!("{} leased, {} spare of {}", slots["leased"], slots["spare"], slots["total"])
+}
+
+fn count(status: &Value, which: impl Fn(&Value) -> bool) -> usize {
+    let members = status["members"].as_array().into_iter().flatten();
+    members.filter(|member| member["left"] == false && which(member)).count()
+}
+
+fn list(values: &Value) -> String {
+    let texts: Vec<String> = values.as_array().into_iter().flatten().map(text).collect();
+    if texts.is_empty() { "-".to_owned() } else { texts.join(",") }
+}
+
+/// A value without quotes; "-" for none.
+fn text(value: &Value) -> String {
+    match value {
+        Value::Null => "-".to_owned(),
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    }
+}

@@ -1,0 +1,48 @@
+//! `gossamer token`: the token of the running cluster, or a new one for a cluster to be.
+
+use std::process::ExitCode;
+
+use clap::Args;
+use serde_json::json;
+
+use super::{Client, Format, ask_and_print, fail};
+use crate::{
+    agent::random,
+    api,
+    model::ClusterId,
+    wire::{Secret, Token},
+};
+
+#[derive(Debug, Args)]
+pub struct TokenArgs {
+    /// Make a token for a cluster that does not exist yet: give it to the first node and to the others
+    #[arg(long)]
+    new: bool,
+    #[command(flatten)]
+    client: Client,
+}
+
+pub fn run(args: &TokenArgs) -> ExitCode {
+    if args.new {
+        return match new_token() {
+            Ok(token) if args.client.output == Format::Json => {
+                println!("{:#}", json!({ "token": token.to_string() }));
+                ExitCode::SUCCESS
+            }
+            Ok(token) => {
+                println!("{token}");
+                ExitCode::SUCCESS
+            }
+            Err(error) => fail(error),
+        };
+    }
+    let ask = api::get(&args.client.socket, "/v1/token");
+    let text =
+        |answer: &serde_json::Value| format!("{}\n", answer["token"].as_str().unwrap_or_default());
+    ask_and_print(&args.client, ask, text).map_or_else(|code| code, |_| ExitCode::SUCCESS)
+}
+
+fn new_token() -> anyhow::Result<Token> {
+    let secret = Secret::new(random::<32>()?.to_vec())?;
+    Ok(Token { cluster: ClusterId::UNKNOWN, secret, seeds: Vec::new() })
+}

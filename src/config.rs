@@ -1,0 +1,349 @@
+//! Flags, environment and TOML file into one typed configuration.
+//!
+//! Every setting has one name: `--subnet-len`, `GOSSAMER_SUBNET_LEN` and `subnet_len = ...` are the same.
+//! A flag outranks the environment, which outranks the file, which outranks a flannel `net-conf.json`.
+//! What cannot work is refused here, with the field, its value and the fix; nothing is read later.
+
+use std::{
+    fs,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+};
+
+use ipnet::Ipv4Net;
+use regex_lite::Regex;
+use serde::Deserialize;
+
+use crate::{
+    model::{ClusterSettings, NodeName, Pool, PoolSpec, SettingsWish},
+    wire::{Token, TokenError},
+};
+
+mod net_conf;
+#[cfg(test)]
+mod tests;
+
+pub const DEFAULT_SOCKET: &str = "/run/gossamer/gossamer.sock";
+pub const DEFAULT_PORT: u16 = 8473;
+const DEFAULT_NETWORK: &str = "10.42.0.0/16";
+const DEFAULT_VXLAN_PORT: u16 = 8472;
+
+/// Everything that can be set, as it was written. Nothing here is checked yet.
+#[derive(Clone, Debug, Default, PartialEq, Eq, clap::Args, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Settings {
+    /// Create a new cluster, unless this host is in one already
+    #[arg(long, env = "GOSSAMER_INIT", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    pub init: Option<bool>,
+    /// A member to join by, HOST[:PORT]; repeatable. Names are resolved anew at each try
+    #[arg(long, env = "GOSSAMER_JOIN", value_delimiter = ',', value_name = "HOST[:PORT]")]
+    pub join: Vec<String>,
+    /// The cluster's token, from `gossamer token`. Visible in `ps`: prefer the file or GOSSAMER_TOKEN
+    #[arg(long, env = "GOSSAMER_TOKEN", hide_env_values = true, value_name = "TOKEN")]
+    pub token: Option<String>,
+    /// A file with the token, readable by its owner only
+    #[arg(long, env = "GOSSAMER_TOKEN_FILE", value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
+    /// Where this node keeps its key and its database [default: /var/lib/gossamer]
+    #[arg(long, env = "GOSSAMER_STATE_DIR", value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+    /// The control socket [default: /run/gossamer/gossamer.sock]
+    #[arg(long, env = "GOSSAMER_SOCKET", value_name = "FILE")]
+    pub socket: Option<PathBuf>,
+    /// Where flannel's subnet.env is written [default: /run/gossamer/subnet.env]
+    #[arg(long, env = "GOSSAMER_SUBNET_FILE", value_name = "FILE")]
+    pub subnet_file: Option<PathBuf>,
+    /// UDP address for gossip, IP[:PORT] [default: 0.0.0.0:8473]
+    #[arg(long, env = "GOSSAMER_LISTEN", value_name = "IP[:PORT]")]
+    pub listen: Option<String>,
+    /// Address given to peers, IP[:PORT]; behind NAT one that this host does not have
+    /// [default: the underlay address]
+    #[arg(long, env = "GOSSAMER_ADVERTISE", value_name = "IP[:PORT]")]
+    pub advertise: Option<String>,
+    /// Underlay interface, by name or address [default: that of the default route]
+    #[arg(long, env = "GOSSAMER_IFACE", value_name = "NAME|IP")]
+    pub iface: Option<String>,
+    /// Underlay interface: the first whose address, or else whose name, matches
+    #[arg(long, env = "GOSSAMER_IFACE_REGEX", value_name = "REGEX")]
+    pub iface_regex: Option<String>,
+    /// Underlay interface: the one by which this address is reached
+    #[arg(long, env = "GOSSAMER_IFACE_CAN_REACH", value_name = "IP")]
+    pub iface_can_reach: Option<IpAddr>,
+    /// The cluster's addresses [default: 10.42.0.0/16]
+    #[arg(long, env = "GOSSAMER_NETWORK", value_name = "CIDR")]
+    pub network: Option<Ipv4Net>,
+    /// Prefix length of each node's subnet [default: 24, or network + 2 if that is narrower than /22]
+    #[arg(long, env = "GOSSAMER_SUBNET_LEN", value_name = "BITS")]
+    pub subnet_len: Option<u8>,
+    /// First subnet to lease [default: the second of the network]
+    #[arg(long, env = "GOSSAMER_SUBNET_MIN", value_name = "IP")]
+    pub subnet_min: Option<Ipv4Addr>,
+    /// Last subnet to lease [default: the last of the network]
+    #[arg(long, env = "GOSSAMER_SUBNET_MAX", value_name = "IP")]
+    pub subnet_max: Option<Ipv4Addr>,
+    /// The subnet this node would like, if it is free
+    #[arg(long, env = "GOSSAMER_PREFER_SUBNET", value_name = "IP")]
+    pub prefer_subnet: Option<Ipv4Addr>,
+    /// VXLAN network identifier [default: 1]
+    #[arg(long, env = "GOSSAMER_VNI", value_name = "NUMBER")]
+    pub vni: Option<u32>,
+    /// UDP port of the VXLAN device [default: 8472]
+    #[arg(long, env = "GOSSAMER_VXLAN_PORT", value_name = "PORT")]
+    pub vxlan_port: Option<u16>,
+    /// MTU of the overlay device [default: the underlay's, less 50 (IPv4) or 70 (IPv6)]
+    #[arg(long, env = "GOSSAMER_MTU", value_name = "BYTES")]
+    pub mtu: Option<u32>,
+    /// Name of this node in tables [default: the host name]
+    #[arg(long, env = "GOSSAMER_NODE_NAME", value_name = "NAME")]
+    pub node_name: Option<String>,
+    /// Cluster settings from a flannel net-conf.json
+    #[arg(long, env = "GOSSAMER_NET_CONFIG", value_name = "FILE")]
+    pub net_config: Option<PathBuf>,
+    /// What to log: error, warn, info, debug, trace, or filters by module [default: info]
+    #[arg(long, env = "GOSSAMER_LOG", value_name = "FILTER")]
+    pub log: Option<String>,
+    /// How to log [default: text]
+    #[arg(long, env = "GOSSAMER_LOG_FORMAT", value_enum, value_name = "FORMAT")]
+    pub log_format: Option<LogFormat>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    #[default]
+    Text,
+    Json,
+}
+
+/// A complete configuration of one agent. All of it has been checked.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The settings of the cluster to create where this host is in none.
+    pub create: Option<ClusterSettings>,
+    /// `HOST:PORT` of seeds.
+    pub seeds: Vec<String>,
+    pub token: Option<Token>,
+    pub state_dir: PathBuf,
+    pub socket: PathBuf,
+    pub subnet_file: PathBuf,
+    pub listen: SocketAddr,
+    pub advertise: Option<(IpAddr, Option<u16>)>,
+    pub iface: IfaceChoice,
+    pub wish: SettingsWish,
+    pub prefer_subnet: Option<Ipv4Addr>,
+    pub mtu: Option<u32>,
+    pub name: NodeName,
+}
+
+/// How the underlay interface is chosen; flannel's ways.
+#[derive(Clone, Debug)]
+pub enum IfaceChoice {
+    Default,
+    Name(String),
+    Address(IpAddr),
+    Regex(Regex),
+    CanReach(IpAddr),
+}
+
+/// A setting that cannot work: where it is, what is wrong, how to put it right.
+#[derive(Debug, thiserror::Error)]
+#[error("{field}: {problem}")]
+pub struct ConfigError {
+    pub field: String,
+    pub problem: String,
+}
+
+impl Settings {
+    /// Fills in from the files what flags and environment left open.
+    pub fn complete(self, file: Option<&Path>) -> Result<Self, ConfigError> {
+        let from_file = match file {
+            Some(path) => Self::from_toml(path)?,
+            None => Self::default(),
+        };
+        let merged = self.or(from_file);
+        match merged.net_config.clone() {
+            Some(path) => {
+                let fallback = net_conf::read(&path)?;
+                Ok(merged.or(fallback))
+            }
+            None => Ok(merged),
+        }
+    }
+
+    fn from_toml(path: &Path) -> Result<Self, ConfigError> {
+        let field = || format!("config {}", path.display());
+        let text = fs::read_to_string(path).map_err(|e| bad(field(), e))?;
+        toml::from_str(&text).map_err(|e| bad(field(), e.to_string().trim_end()))
+    }
+
+    fn or(self, other: Self) -> Self {
+        let list = |ours: Vec<String>, theirs| if ours.is_empty() { theirs } else { ours };
+        Self {
+            init: self.init.or(other.init),
+            join: list(self.join, other.join),
+            token: self.token.or(other.token),
+            token_file: self.token_file.or(other.token_file),
+            state_dir: self.state_dir.or(other.state_dir),
+            socket: self.socket.or(other.socket),
+            subnet_file: self.subnet_file.or(other.subnet_file),
+            listen: self.listen.or(other.listen),
+            advertise: self.advertise.or(other.advertise),
+            iface: self.iface.or(other.iface),
+            iface_regex: self.iface_regex.or(other.iface_regex),
+            iface_can_reach: self.iface_can_reach.or(other.iface_can_reach),
+            network: self.network.or(other.network),
+            subnet_len: self.subnet_len.or(other.subnet_len),
+            subnet_min: self.subnet_min.or(other.subnet_min),
+            subnet_max: self.subnet_max.or(other.subnet_max),
+            prefer_subnet: self.prefer_subnet.or(other.prefer_subnet),
+            vni: self.vni.or(other.vni),
+            vxlan_port: self.vxlan_port.or(other.vxlan_port),
+            mtu: self.mtu.or(other.mtu),
+            node_name: self.node_name.or(other.node_name),
+            net_config: self.net_config.or(other.net_config),
+            log: self.log.or(other.log),
+            log_format: self.log_format.or(other.log_format),
+        }
+    }
+
+    /// Checks everything that can be checked without a network.
+    pub fn check(self) -> Result<Config, ConfigError> {
+        let token = self.read_token()?;
+        let wish = SettingsWish {
+            network: self.network,
+            subnet_len: self.subnet_len,
+            subnet_min: self.subnet_min,
+            subnet_max: self.subnet_max,
+            vni: self.vni,
+            vxlan_port: self.vxlan_port,
+        };
+        let settings = cluster_settings(&wish)?;
+        let init = self.init.unwrap_or(false);
+        if init && !self.join.is_empty() {
+            let problem = "--init creates a cluster and --join enters one: use one of the two";
+            return Err(bad("init", problem));
+        }
+        let mut seeds = self.join.clone();
+        if !init && seeds.is_empty() {
+            seeds.extend(token.iter().flat_map(|token| token.seeds.clone()));
+        }
+        let seeds = seeds.iter().map(|seed| with_port("join", seed)).collect::<Result<_, _>>()?;
+        if let Some(mtu) = self.mtu.filter(|mtu| !(576..=65_000).contains(mtu)) {
+            return Err(bad("mtu", format!("{mtu} is out of range: use 576 to 65000")));
+        }
+        let listen = match &self.listen {
+            Some(text) => {
+                let (ip, port) = address("listen", text)?;
+                SocketAddr::new(ip, port.unwrap_or(DEFAULT_PORT))
+            }
+            None => SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), DEFAULT_PORT),
+        };
+        let advertise = self.advertise.as_deref().map(|text| address("advertise", text));
+        let path = |given: Option<PathBuf>, default: &str| given.unwrap_or_else(|| default.into());
+        Ok(Config {
+            create: init.then_some(settings),
+            seeds,
+            token,
+            listen,
+            advertise: advertise.transpose()?,
+            iface: self.iface_choice()?,
+            name: node_name(self.node_name)?,
+            state_dir: path(self.state_dir, "/var/lib/gossamer"),
+            socket: path(self.socket, DEFAULT_SOCKET),
+            subnet_file: path(self.subnet_file, "/run/gossamer/subnet.env"),
+            wish,
+            prefer_subnet: self.prefer_subnet,
+            mtu: self.mtu,
+        })
+    }
+
+    fn read_token(&self) -> Result<Option<Token>, ConfigError> {
+        let parse = |field: &str, text: &str| {
+            text.parse().map(Some).map_err(|error: TokenError| bad(field, error))
+        };
+        match (&self.token, &self.token_file) {
+            (Some(_), Some(_)) => Err(bad("token", "set token or token_file, not both")),
+            (Some(text), None) => parse("token", text),
+            (None, Some(path)) => {
+                let field = format!("token_file {}", path.display());
+                let meta = fs::metadata(path).map_err(|e| bad(field.clone(), e))?;
+                if meta.permissions().mode() & 0o077 != 0 {
+                    let problem = "others may read it: run chmod 600 on it";
+                    return Err(bad(field, problem));
+                }
+                let text = fs::read_to_string(path).map_err(|e| bad(field.clone(), e))?;
+                parse(&field, &text)
+            }
+            (None, None) => Ok(None),
+        }
+    }
+
+    fn iface_choice(&self) -> Result<IfaceChoice, ConfigError> {
+        match (&self.iface, &self.iface_regex, self.iface_can_reach) {
+            (Some(text), None, None) => Ok(text
+                .parse()
+                .map_or_else(|_| IfaceChoice::Name(text.clone()), IfaceChoice::Address)),
+            (None, Some(text), None) => {
+                Regex::new(text).map(IfaceChoice::Regex).map_err(|e| bad("iface_regex", e))
+            }
+            (None, None, Some(ip)) => Ok(IfaceChoice::CanReach(ip)),
+            (None, None, None) => Ok(IfaceChoice::Default),
+            _ => {
+                Err(bad("iface", "use one of iface, iface_regex and iface_can_reach, not several"))
+            }
+        }
+    }
+}
+
+/// The settings of a cluster in which whatever the operator left open has its default.
+fn cluster_settings(wish: &SettingsWish) -> Result<ClusterSettings, ConfigError> {
+    let default = || DEFAULT_NETWORK.parse().unwrap_or_default();
+    let pool = Pool::new(&PoolSpec {
+        network: wish.network.unwrap_or_else(default),
+        subnet_len: wish.subnet_len,
+        subnet_min: wish.subnet_min,
+        subnet_max: wish.subnet_max,
+    });
+    let vni = wish.vni.unwrap_or(1);
+    if !(1..1 << 24).contains(&vni) {
+        return Err(bad("vni", format!("{vni} is out of range: use 1 to 16777215")));
+    }
+    let vxlan_port = wish.vxlan_port.unwrap_or(DEFAULT_VXLAN_PORT);
+    if vxlan_port == 0 {
+        return Err(bad("vxlan_port", "0 is no port: use 1 to 65535"));
+    }
+    let pool = pool.map_err(|error| bad("pool", error))?;
+    Ok(ClusterSettings { pool, vni, vxlan_port })
+}
+
+fn node_name(given: Option<String>) -> Result<NodeName, ConfigError> {
+    let host = || nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok());
+    let text = given.or_else(host).unwrap_or_default();
+    text.parse().map_err(|error| bad("node_name", error))
+}
+
+/// `HOST`, `HOST:PORT`, `IPv6` or `[IPv6]:PORT` as `HOST:PORT`.
+fn with_port(field: &str, text: &str) -> Result<String, ConfigError> {
+    if let Ok(ip) = text.parse::<IpAddr>() {
+        return Ok(SocketAddr::new(ip, DEFAULT_PORT).to_string());
+    }
+    let (host, port) = text.rsplit_once(':').unwrap_or((text, ""));
+    let port_is_fine = port.is_empty() != text.contains(':')
+        && (port.is_empty() || port.parse::<u16>().is_ok_and(|p| p > 0));
+    if host.is_empty() || !port_is_fine || text.contains(char::is_whitespace) {
+        return Err(bad(field, format!("{text:?} is not HOST or HOST:PORT")));
+    }
+    Ok(if port.is_empty() { format!("{text}:{DEFAULT_PORT}") } else { text.to_owned() })
+}
+
+fn address(field: &str, text: &str) -> Result<(IpAddr, Option<u16>), ConfigError> {
+    text.parse::<SocketAddr>()
+        .map(|address| (address.ip(), Some(address.port())))
+        .or_else(|_| text.parse::<IpAddr>().map(|ip| (ip, None)))
+        .map_err(|_| bad(field, format!("{text:?} is not IP or IP:PORT")))
+}
+
+fn bad(field: impl Into<String>, problem: impl std::fmt::Display) -> ConfigError {
+    ConfigError { field: field.into(), problem: problem.to_string() }
+}

@@ -1,0 +1,105 @@
+use super::*;
+
+fn with_toml(flags: Settings, text: &str) -> Result<Settings, ConfigError> {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let path = dir.path().join("gossamer.toml");
+    fs::write(&path, text).expect("write");
+    flags.complete(Some(&path))
+}
+
+fn problem(settings: Settings) -> String {
+    settings.check().expect_err("must be refused").to_string()
+}
+
+#[test]
+fn flags_outrank_the_file_and_the_file_outranks_the_defaults() {
+    let flags = Settings { vni: Some(7), ..Settings::default() };
+    let merged = with_toml(flags, "vni = 9\nmtu = 1400\njoin = ['a']").expect("valid");
+    let config = merged.check().expect("valid");
+    assert_eq!(config.wish.vni, Some(7));
+    assert_eq!(config.mtu, Some(1400));
+    assert_eq!(config.seeds, ["a:8473"]);
+    assert_eq!(config.listen.to_string(), "0.0.0.0:8473");
+}
+
+#[test]
+fn the_annotated_example_is_valid_and_names_every_setting() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("config/gossamer.toml");
+    Settings::default().complete(Some(&path)).expect("valid").check().expect("usable");
+    let text = fs::read_to_string(path).expect("read");
+    // Uncommented, each example line must be a known setting with a value of its type.
+    for line in text.lines().filter_map(|line| line.strip_prefix("# ")) {
+        if line.split_once(" = ").is_some_and(|(key, _)| !key.contains(' ')) {
+            toml::from_str::<Settings>(line).expect(line);
+        }
+    }
+    let command = <Settings as clap::Args>::augment_args(clap::Command::new("test"));
+    for argument in command.get_arguments() {
+        let name = argument.get_id().as_str();
+        assert!(text.contains(&format!("{name} = ")), "{name} is missing from the example");
+    }
+}
+
+#[test]
+fn an_unknown_key_is_named_with_its_line() {
+    let error = with_toml(Settings::default(), "vni = 1\nvnii = 2").expect_err("unknown key");
+    let error = error.to_string();
+    assert!(error.contains("vnii") && error.contains("line 2"), "{error}");
+}
+
+#[test]
+fn settings_that_cannot_work_are_refused_by_name() {
+    let base = Settings::default;
+    let seed = |text: &str| Settings { join: vec![text.to_owned()], ..base() };
+    for (settings, words) in [
+        (Settings { init: Some(true), ..seed("a") }, "use one of the two"),
+        (Settings { network: "10.42.0.0/29".parse().ok(), ..base() }, "too small"),
+        (Settings { subnet_len: Some(8), ..base() }, "subnet_len 8"),
+        (Settings { vni: Some(1 << 24), ..base() }, "vni: 16777216"),
+        (Settings { vxlan_port: Some(0), ..base() }, "vxlan_port"),
+        (Settings { mtu: Some(100), ..base() }, "mtu: 100"),
+        (Settings { listen: Some("here".to_owned()), ..base() }, "listen: \"here\""),
+        (Settings { node_name: Some("two words".to_owned()), ..base() }, "two words"),
+        (Settings { iface_regex: Some("(".to_owned()), ..base() }, "iface_regex"),
+        (
+            Settings {
+                iface: Some("eth0".to_owned()),
+                iface_can_reach: Some([1, 1, 1, 1].into()),
+                ..base()
+            },
+            "not several",
+        ),
+        (Settings { token: Some("hunter2".to_owned()), ..base() }, "gossamer token"),
+        (seed("a:b:c"), "a:b:c"),
+        (seed(":1"), "HOST:PORT"),
+        (seed("a:0"), "a:0"),
+        (seed("a:99999"), "a:99999"),
+    ] {
+        let error = problem(settings);
+        assert!(error.contains(words), "{error:?} should say {words:?}");
+    }
+}
+
+#[test]
+fn seeds_get_the_default_port() {
+    for (given, wanted) in [
+        ("host", "host:8473"),
+        ("host:1", "host:1"),
+        ("192.0.2.1", "192.0.2.1:8473"),
+        ("192.0.2.1:9", "192.0.2.1:9"),
+        ("2001:db8::1", "[2001:db8::1]:8473"),
+        ("[2001:db8::1]:9", "[2001:db8::1]:9"),
+    ] {
+        assert_eq!(with_port("join", given).expect(given), wanted);
+    }
+}
+
+#[test]
+fn a_token_file_that_others_can_read_is_refused() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let path = dir.path().join("token");
+    fs::write(&path, "gsm1.x").expect("write");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).expect("chmod");
+    let error = problem(Settings { token_file: Some(path), ..Settings::default() });
+    assert!(error.contains("chmod 600"), "{error}");
+}

@@ -1,0 +1,129 @@
+//! A real agent as a child process on a host of the lab.
+
+use std::{
+    fs::File,
+    io,
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Stdio},
+    time::Duration,
+};
+
+use ipnet::Ipv4Net;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use serde_json::Value;
+
+use super::Host;
+use crate::api;
+
+/// A running `gossamer agent`. Killed when dropped.
+#[derive(Debug)]
+pub struct Agent {
+    child: Child,
+    socket: PathBuf,
+    log: PathBuf,
+}
+
+impl Agent {
+    /// Starts `program agent` on a host, with all its files in the host's directory.
+    pub fn start(program: &Path, host: &Host, arguments: &[&str]) -> io::Result<Self> {
+        let log = host.dir.join("log");
+        let file = File::options().create(true).append(true).open(&log)?;
+        let socket = host.dir.join("gossamer.sock");
+        let mut command = Command::new(program);
+        command
+            .arg("agent")
+            .args(["--node-name", &host.name])
+            .arg("--state-dir")
+            .arg(host.dir.join("state"))
+            .arg("--socket")
+            .arg(&socket)
+            .arg("--subnet-file")
+            .arg(host.dir.join("subnet.env"))
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(file);
+        let child = host.netns.spawn(&mut command)?;
+        Ok(Self { child, socket, log })
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Everything it has logged, earlier runs on this host included.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Asks over the control socket, waiting for the agent to open it if need be.
+    pub fn ask(&mut self, target: &str, patience: Duration) -> anyhow::Result<Value> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(async {
+            tokio::time::timeout(patience, async {
+                loop {
+                    match api::get(&self.socket, target).await {
+                        Err(api::ClientError::NoAgent { .. }) => {}
+                        Err(error) => anyhow::bail!("{error}; its log:\n{}", self.log()),
+                        Ok(answer) => return Ok(answer),
+                    }
+                    if let Some(status) = self.child.try_wait()? {
+                        anyhow::bail!("the agent ended ({status}):\n{}", self.log());
+                    }
+                    tokio::time::sleep(Duration::from_millis(2)).await;
+                }
+            })
+            .await
+            .map_err(|_| anyhow::anyhow!("no answer from the agent:\n{}", self.log()))?
+        })
+    }
+
+    /// Waits until the node has converged with so many members; gives its status.
+    pub fn wait_converged(&mut self, members: usize, patience: Duration) -> anyhow::Result<Value> {
+        let target = format!("/v1/status?wait={}&members={members}", patience.as_secs());
+        let status = self.ask(&target, patience + Duration::from_secs(5))?;
+        if status["converged"] != true {
+            anyhow::bail!("not converged: {status:#}\n{}", self.log());
+        }
+        Ok(status)
+    }
+
+    /// The subnet in a status.
+    pub fn subnet(status: &Value) -> anyhow::Result<Ipv4Net> {
+        let text = status["subnet"].as_str().ok_or_else(|| anyhow::anyhow!("no subnet"))?;
+        Ok(text.parse()?)
+    }
+
+    /// Makes it leave the cluster for good, and waits for its end.
+    pub fn leave(&mut self) -> anyhow::Result<Value> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let answer = runtime.block_on(api::post(&self.socket, "/v1/leave"))?;
+        self.child.wait()?;
+        Ok(answer)
+    }
+
+    /// Sends a signal and waits for the end.
+    pub fn end(&mut self, signal: Signal) -> io::Result<ExitStatus> {
+        kill(Pid::from_raw(self.child.id().cast_signed()), signal)?;
+        self.child.wait()
+    }
+
+    /// Waits for an end of its own accord.
+    pub fn wait(&mut self) -> io::Result<ExitStatus> {
+        self.child.wait()
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

@@ -1,0 +1,94 @@
+//! Entering fresh namespaces: user (unless root), mount, process and network.
+//!
+//! The process tree below dies with its first process, so nothing is ever left behind, however it ends.
+
+use std::{
+    fs, io,
+    os::unix::process::{CommandExt as _, ExitStatusExt as _},
+    process::{Command, ExitCode},
+};
+
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, unshare},
+    unistd::{Gid, Uid, getgid, getuid},
+};
+
+/// Set in the environment of everything that runs inside.
+pub const INSIDE: &str = "GOSSAMER_LAB";
+
+/// This machine does not let us make namespaces.
+#[derive(Debug, thiserror::Error)]
+pub enum EnterError {
+    #[error(
+        "no namespaces for ordinary users here ({error}): run as root, or allow them: \
+         sysctl -w user.max_user_namespaces=10000 (and, where they exist, \
+         kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0)"
+    )]
+    Forbidden { error: io::Error },
+    #[error(
+        "cannot make namespaces as root ({error}): a container needs CAP_SYS_ADMIN (--privileged)"
+    )]
+    NotPrivileged { error: io::Error },
+    #[error("inside the namespaces: {0}")]
+    Inside(#[from] io::Error),
+}
+
+/// Runs a command in namespaces of its own and gives its exit code. The process must have one thread.
+pub fn enter(command: &mut Command) -> Result<ExitCode, EnterError> {
+    let (uid, gid) = (getuid(), getgid());
+    let own = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWPID;
+    if !uid.is_root() || unshare(own).is_err() {
+        unshare(own | CloneFlags::CLONE_NEWUSER).map_err(|error| match uid.is_root() {
+            true => EnterError::NotPrivileged { error: error.into() },
+            false => EnterError::Forbidden { error: error.into() },
+        })?;
+        map_to_root(uid, gid).map_err(|error| EnterError::Forbidden { error })?;
+    }
+    private_run().map_err(|error| match uid.is_root() {
+        true => EnterError::Inside(error),
+        false => EnterError::Forbidden { error },
+    })?;
+    let status = command.env(INSIDE, "1").process_group(0).spawn().map_err(|error| {
+        let program = command.get_program().to_string_lossy();
+        io::Error::new(error.kind(), format!("{program}: {error}"))
+    });
+    let code = wait_and_pass_signals(status?)?;
+    Ok(ExitCode::from(code))
+}
+
+/// The command has a process group of its own; a signal to us ends it first, so that it can clean up.
+fn wait_and_pass_signals(mut child: std::process::Child) -> io::Result<u8> {
+    use nix::sys::signal::{SigSet, Signal, kill};
+    let pid = nix::unistd::Pid::from_raw(child.id().cast_signed());
+    let mut signals = SigSet::empty();
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGCHLD] {
+        signals.add(signal);
+    }
+    signals.thread_block()?;
+    loop {
+        if let Some(status) = child.try_wait()? {
+            let code = status.code().or(status.signal().map(|signal| 128 + signal)).unwrap_or(1);
+            return Ok(u8::try_from(code).unwrap_or(1));
+        }
+        match signals.wait()? {
+            Signal::SIGCHLD => {}
+            signal => kill(pid, signal)?,
+        }
+    }
+}
+
+/// Root inside is the caller outside.
+fn map_to_root(uid: Uid, gid: Gid) -> io::Result<()> {
+    fs::write("/proc/self/setgroups", "deny")?;
+    fs::write("/proc/self/uid_map", format!("0 {uid} 1"))?;
+    fs::write("/proc/self/gid_map", format!("0 {gid} 1"))
+}
+
+/// A `/run` of our own, for sockets, states and the names of network namespaces.
+fn private_run() -> io::Result<()> {
+    let none: Option<&str> = None;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
+    mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::empty(), Some("mode=0755"))?;
+    fs::create_dir_all("/run/netns")
+}

@@ -1,0 +1,19 @@
+//! A cluster on one machine: hosts as network namespaces on a bridge, each with a real agent and a pod.
+//!
+//! For the demo, the tests and the benchmarks. Everything is made inside private namespaces, entered by
+//! [`enter`], so it works without root and nothing of it can outlive or disturb anything else. Nothing
+//! of the product may use this module.
+
+mod agent;
+mod enter;
+mod host;
+mod netns;
+mod ping;
+mod show;
+
+pub use agent::Agent;
+pub use enter::{EnterError, enter};
+pub use host::{Host, Lab, Pod};
+pub use netns::NetNs;
+pub use ping::Pinger;
+pub use show::tables;

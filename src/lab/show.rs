@@ -1,0 +1,48 @@
+//! The kernel's tables of a host, in the words of `ip` and `bridge`, read by netlink.
+
+use std::{fmt::Write as _, io};
+
+use super::Host;
+use crate::dataplane::{
+    desired::ROUTE_PROTOCOL,
+    kernel::Kernel,
+    plan::{Actual, Found},
+};
+
+/// What `ip -d link`, `ip route`, `ip neigh` and `bridge fdb` would print of our device.
+pub fn tables(host: &Host, device: &str) -> io::Result<String> {
+    let actual = host.netns.run(|| {
+        let mut kernel = Kernel::open()?;
+        kernel.observe(device).map_err(io::Error::other)
+    })?;
+    Ok(render(device, &actual))
+}
+
+fn render(name: &str, actual: &Actual) -> String {
+    let mut out = String::new();
+    if let Some(Found { device, addresses, .. }) = &actual.device {
+        let _ = writeln!(out, "{name}: mtu {} link/ether {}", device.mtu, device.mac);
+        let _ = writeln!(
+            out,
+            "    vxlan id {} local {} dstport {} nolearning",
+            device.vni, device.local, device.port
+        );
+        for (address, len) in addresses {
+            let _ = writeln!(out, "    inet {address}/{len}");
+        }
+    }
+    for (subnet, hop) in &actual.tables.routes {
+        let (via, metric) = (hop.via, hop.metric);
+        let _ = writeln!(
+            out,
+            "{subnet} via {via} dev {name} proto {ROUTE_PROTOCOL} metric {metric} onlink"
+        );
+    }
+    for (address, mac) in &actual.tables.neighbours {
+        let _ = writeln!(out, "{address} dev {name} lladdr {mac} PERMANENT");
+    }
+    for (mac, underlay) in &actual.tables.fdb {
+        let _ = writeln!(out, "{mac} dev {name} dst {underlay} self permanent");
+    }
+    out
+}

@@ -1,0 +1,123 @@
+//! What the integration tests share: namespaces of their own, and the tools whose word counts.
+
+use std::{
+    path::Path,
+    process::{Command, Output},
+    time::{Duration, Instant},
+};
+
+use gossamer::lab::{Agent, Host, Lab, NetNs};
+
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+pub fn program() -> &'static Path {
+    Path::new(env!("CARGO_BIN_EXE_gossamer"))
+}
+
+/// Runs the body of a test in fresh user, mount, process and network namespaces, by running this test
+/// alone once more inside them. Where the machine forbids that, says so and skips the test.
+pub fn isolated(test: &str, body: impl FnOnce(&mut Lab) -> anyhow::Result<()>) {
+    if std::env::var_os("GOSSAMER_LAB").is_some() {
+        let mut lab = Lab::new().expect("a lab inside the namespaces");
+        return body(&mut lab).unwrap_or_else(|error| panic!("{error:?}"));
+    }
+    let probe =
+        Command::new(program()).args(["lab", "--", "true"]).output().expect("gossamer runs");
+    if !probe.status.success() {
+        let why = String::from_utf8_lossy(&probe.stderr);
+        println!("SKIPPED {test}: {}", why.trim());
+        return;
+    }
+    let this = std::env::current_exe().expect("the path of this test");
+    let output = Command::new(program())
+        .args(["lab", "--"])
+        .arg(this)
+        .args([test, "--exact", "--nocapture", "--test-threads=1"])
+        .output()
+        .expect("gossamer lab runs");
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    print!("{}", text(&output.stdout));
+    assert!(
+        output.status.success() && text(&output.stdout).contains("1 passed"),
+        "in its namespaces the test failed:\n{}",
+        text(&output.stderr)
+    );
+}
+
+/// A cluster of `count` hosts; the first one created it.
+pub struct Cluster {
+    pub hosts: Vec<Host>,
+    pub agents: Vec<Agent>,
+    pub token: String,
+}
+
+impl Cluster {
+    /// Starts hosts number 1 to `count`, and waits until all have converged.
+    pub fn start(lab: &mut Lab, count: u16) -> anyhow::Result<Self> {
+        let mut cluster = Self { hosts: Vec::new(), agents: Vec::new(), token: String::new() };
+        let first = lab.host(1, "n1")?;
+        let mut agent = Agent::start(program(), &first, &["--init"])?;
+        agent.wait_converged(1, PATIENCE)?;
+        cluster.token = token_of(&mut agent)?;
+        cluster.hosts.push(first);
+        cluster.agents.push(agent);
+        for number in 2..=count {
+            cluster.join(lab, number)?;
+        }
+        cluster.converge()?;
+        Ok(cluster)
+    }
+
+    /// Adds a host that joins; does not wait for it.
+    pub fn join(&mut self, lab: &mut Lab, number: u16) -> anyhow::Result<()> {
+        let host = lab.host(number, &format!("n{number}"))?;
+        let agent = self.start_agent(&host, &[])?;
+        self.hosts.push(host);
+        self.agents.push(agent);
+        Ok(())
+    }
+
+    pub fn start_agent(&self, host: &Host, more: &[&str]) -> anyhow::Result<Agent> {
+        let seed = self.hosts[0].ip.to_string();
+        let arguments = [&["--join", &seed, "--token", &self.token], more].concat();
+        Ok(Agent::start(program(), host, &arguments)?)
+    }
+
+    pub fn converge(&mut self) -> anyhow::Result<()> {
+        let count = self.agents.len();
+        self.agents.iter_mut().try_for_each(|agent| agent.wait_converged(count, PATIENCE).map(drop))
+    }
+}
+
+pub fn token_of(agent: &mut Agent) -> anyhow::Result<String> {
+    let answer = agent.ask("/v1/token", PATIENCE)?;
+    Ok(answer["token"].as_str().expect("a token").to_owned())
+}
+
+/// What a tool prints when it runs in a namespace.
+pub fn tool(netns: &NetNs, command: &str) -> String {
+    let output = run(netns, command);
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{command}: {error}");
+    String::from_utf8(output.stdout).expect("UTF-8")
+}
+
+pub fn run(netns: &NetNs, command: &str) -> Output {
+    let mut words = command.split_whitespace();
+    let mut tool = Command::new(words.next().expect("a command"));
+    tool.args(words).stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
+    netns.spawn(&mut tool).and_then(std::process::Child::wait_with_output).expect(command)
+}
+
+/// Waits until a tool's output satisfies a condition; gives that output.
+pub fn eventually(netns: &NetNs, command: &str, wanted: impl Fn(&str) -> bool) -> String {
+    let start = Instant::now();
+    loop {
+        let output = tool(netns, command);
+        if wanted(&output) {
+            return output;
+        }
+        assert!(start.elapsed() < PATIENCE, "`{command}` never said what was expected:\n{output}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
