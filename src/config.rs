@@ -27,7 +27,7 @@ mod tests;
 pub const DEFAULT_SOCKET: &str = "/run/gossamer/gossamer.sock";
 pub const DEFAULT_PORT: u16 = 8473;
 const DEFAULT_NETWORK: &str = "10.42.0.0/16";
-const DEFAULT_VXLAN_PORT: u16 = 8472;
+pub const DEFAULT_VXLAN_PORT: u16 = 8472;
 
 /// Everything that can be set, as it was written. Nothing here is checked yet.
 #[derive(Clone, Debug, Default, PartialEq, Eq, clap::Args, Deserialize)]

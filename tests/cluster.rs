@@ -1,31 +1,264 @@
 //! The main job on a real kernel: join, reach each other's pods, restart, leave.
+//!
+//! Results are checked with `ip`, `bridge` and `ping`, never with our own reader.
 
 mod common;
 
-use std::time::Duration;
+use std::{
+    fs,
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
 
-use common::{Cluster, PATIENCE, eventually, isolated, tool};
-use gossamer::lab::{Agent, Pinger};
+use common::{Cluster, PATIENCE, eventually, isolated, program, run, tool};
+use gossamer::lab::{Agent, Host, NetNs, Pinger, Pod};
 use nix::sys::signal::Signal;
+
+fn pods(cluster: &mut Cluster) -> anyhow::Result<Vec<Pod>> {
+    let count = cluster.agents.len();
+    let pairs = cluster.hosts.iter().zip(&mut cluster.agents);
+    pairs
+        .map(|(host, agent)| {
+            let status = agent.wait_converged(count, PATIENCE)?;
+            Ok(host.pod(Agent::subnet(&status)?, 1450)?)
+        })
+        .collect()
+}
+
+fn assert_pings(from: &Pod, to: &Pod) {
+    let reply = tool(&from.netns, &format!("ping -c 1 -W 2 {}", to.ip));
+    assert!(reply.contains(" 1 received"), "{reply}");
+}
+
+/// `ip monitor` and `bridge monitor` in a namespace, until asked what they saw.
+struct Monitor(Vec<Child>);
+
+impl Monitor {
+    fn start(netns: &NetNs) -> anyhow::Result<Self> {
+        let watch = |program: &str, arguments: &[&str]| {
+            netns.spawn(Command::new(program).args(arguments).stdout(Stdio::piped()))
+        };
+        let monitors = vec![
+            watch("ip", &["monitor", "link", "route", "neigh", "address"])?,
+            watch("bridge", &["monitor", "fdb"])?,
+        ];
+        Ok(Self(monitors))
+    }
+
+    fn seen(self) -> anyhow::Result<String> {
+        let mut seen = String::new();
+        for mut child in self.0 {
+            child.kill()?;
+            seen += &String::from_utf8(child.wait_with_output()?.stdout)?;
+        }
+        Ok(seen)
+    }
+}
 
 #[test]
 fn pods_on_three_hosts_reach_each_other() {
     isolated("pods_on_three_hosts_reach_each_other", |lab| {
         let mut cluster = Cluster::start(lab, 3)?;
-        let mut pods = Vec::new();
-        for (host, agent) in cluster.hosts.iter().zip(&mut cluster.agents) {
-            let status = agent.wait_converged(3, PATIENCE)?;
-            pods.push(host.pod(Agent::subnet(&status)?, 1450)?);
-        }
+        let pods = pods(&mut cluster)?;
         for from in &pods {
             for to in pods.iter().filter(|to| to.ip != from.ip) {
-                let reply = tool(&from.netns, &format!("ping -c 1 -W 2 {}", to.ip));
-                assert!(reply.contains("1 received"), "{reply}");
+                assert_pings(from, to);
                 // 1,422 bytes and 28 of headers are the full MTU; nothing may be fragmented.
                 let full = format!("ping -c 1 -W 2 -s 1422 -M do {}", to.ip);
-                assert!(tool(&from.netns, &full).contains("1 received"));
+                assert!(tool(&from.netns, &full).contains(" 1 received"));
             }
         }
+        Ok(())
+    });
+}
+
+#[test]
+fn the_kernel_holds_what_flannel_would_program() {
+    isolated("the_kernel_holds_what_flannel_would_program", |lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let status = cluster.agents[1].wait_converged(2, PATIENCE)?;
+        let peer = status["members"].as_array().expect("members").iter().find(|m| m["me"] == true);
+        let peer = peer.expect("the second node itself");
+        let (mac, underlay) = (peer["vtep_mac"].as_str(), peer["underlay"].as_str());
+        let (mac, underlay) = (mac.expect("mac"), underlay.expect("underlay"));
+        let subnet = Agent::subnet(&status)?;
+        let vtep = subnet.network();
+
+        let first = &cluster.hosts[0].netns;
+        let route = tool(first, "ip -4 route show dev gossamer.1");
+        assert!(route.contains(&format!("{subnet} via {vtep} proto 73")), "{route}");
+        assert!(route.contains("onlink") && route.lines().count() == 1, "{route}");
+        let neighbour = tool(first, "ip -4 neigh show dev gossamer.1");
+        assert_eq!(neighbour.trim(), format!("{vtep} lladdr {mac} PERMANENT"));
+        let fdb = tool(first, "bridge fdb show dev gossamer.1");
+        assert_eq!(fdb.trim(), format!("{mac} dst {underlay} self permanent"));
+
+        let second = &cluster.hosts[1].netns;
+        let device = tool(second, "ip -d addr show dev gossamer.1");
+        for words in [
+            format!("link/ether {mac}"),
+            "mtu 1450".to_owned(),
+            format!("vxlan id 1 local {underlay} dev eth0"),
+            "dstport 8472 nolearning".to_owned(),
+            format!("inet {vtep}/32 scope global gossamer.1"),
+        ] {
+            assert!(device.contains(&words), "{words:?} is missing in\n{device}");
+        }
+        assert!(!device.contains("inet6"), "no IPv6 address of its own:\n{device}");
+        let env = fs::read_to_string(cluster.hosts[1].dir.join("subnet.env"))?;
+        let gateway = subnet.hosts().next().expect("addresses");
+        assert_eq!(
+            env,
+            format!(
+                "FLANNEL_NETWORK=10.42.0.0/16\nFLANNEL_SUBNET={gateway}/24\n\
+                 FLANNEL_MTU=1450\nFLANNEL_IPMASQ=false\n"
+            )
+        );
+        Ok(())
+    });
+}
+
+#[test]
+fn ten_hosts_that_start_at_once_all_get_their_own_subnet() {
+    isolated("ten_hosts_that_start_at_once_all_get_their_own_subnet", |lab| {
+        let token =
+            String::from_utf8(Command::new(program()).args(["token", "--new"]).output()?.stdout)?;
+        let token = token.trim();
+        let hosts: Vec<Host> =
+            (1..=10).map(|n| lab.host(n, &format!("n{n}"))).collect::<Result<_, _>>()?;
+        let seed = hosts[0].ip.to_string();
+        let mut agents = Vec::new();
+        for (n, host) in hosts.iter().enumerate() {
+            let arguments: &[&str] = if n == 0 {
+                &["--init", "--token", token]
+            } else {
+                &["--join", &seed, "--token", token]
+            };
+            agents.push(Agent::start(program(), host, arguments)?);
+        }
+        let mut subnets = std::collections::BTreeSet::new();
+        for agent in &mut agents {
+            subnets.insert(Agent::subnet(&agent.wait_converged(10, PATIENCE)?)?);
+        }
+        assert_eq!(subnets.len(), 10);
+        for host in &hosts {
+            eventually(&host.netns, "ip route show proto 73", |routes| routes.lines().count() == 9);
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn restarts_lose_no_packet_and_touch_no_entry() {
+    isolated("restarts_lose_no_packet_and_touch_no_entry", |lab| {
+        let mut cluster = Cluster::start(lab, 3)?;
+        let pods = pods(&mut cluster)?;
+        let before = tool(&cluster.hosts[1].netns, "bridge fdb show dev gossamer.1");
+        let monitor = Monitor::start(&cluster.hosts[1].netns)?;
+        let mut pinger = Pinger::new(&pods[0].netns)?;
+        let target = pods[1].ip;
+        let stream =
+            std::thread::spawn(move || pinger.stream(target, 300, Duration::from_millis(10)));
+        for signal in [Signal::SIGTERM, Signal::SIGKILL] {
+            cluster.agents[1].end(signal)?;
+            // With its state it needs neither seeds nor a token.
+            cluster.agents[1] = Agent::start(program(), &cluster.hosts[1], &[])?;
+            cluster.agents[1].wait_converged(3, PATIENCE)?;
+        }
+        let answered = stream.join().expect("no panic")?;
+        assert_eq!(answered, 300, "packets were lost");
+        let seen = monitor.seen()?;
+        assert!(!seen.contains("gossamer.1"), "the kernel was touched:\n{seen}");
+        assert_eq!(tool(&cluster.hosts[1].netns, "bridge fdb show dev gossamer.1"), before);
+        Ok(())
+    });
+}
+
+#[test]
+fn the_monitor_of_these_tests_sees_changes() {
+    isolated("the_monitor_of_these_tests_sees_changes", |lab| {
+        let cluster = Cluster::start(lab, 2)?;
+        let netns = &cluster.hosts[0].netns;
+        let monitor = Monitor::start(netns)?;
+        std::thread::sleep(Duration::from_millis(200));
+        tool(netns, "ip neigh replace 10.42.0.9 lladdr 02:00:00:00:00:09 dev gossamer.1");
+        tool(netns, "bridge fdb add 02:00:00:00:00:09 dev gossamer.1 dst 10.99.0.99");
+        std::thread::sleep(Duration::from_millis(200));
+        let seen = monitor.seen()?;
+        assert!(seen.matches("02:00:00:00:00:09").count() >= 2, "{seen}");
+        Ok(())
+    });
+}
+
+#[test]
+fn a_host_that_comes_back_needs_nobody() {
+    isolated("a_host_that_comes_back_needs_nobody", |lab| {
+        let mut cluster = Cluster::start(lab, 3)?;
+        let netns = |cluster: &Cluster, command: &str| tool(&cluster.hosts[1].netns, command);
+        let subnet = Agent::subnet(&cluster.agents[1].wait_converged(3, PATIENCE)?)?;
+        let device = netns(&cluster, "ip -br link show dev gossamer.1");
+        cluster.agents[1].end(Signal::SIGTERM)?;
+        // As after a reboot with the cable pulled: no device, no file, nobody to ask.
+        netns(&cluster, "ip link del gossamer.1");
+        fs::remove_file(cluster.hosts[1].dir.join("subnet.env"))?;
+        lab.set_cable(2, false)?;
+        cluster.agents[1] = Agent::start(program(), &cluster.hosts[1], &[])?;
+        let status = cluster.agents[1].ask("/v1/status", PATIENCE)?;
+        assert_eq!(Agent::subnet(&status)?, subnet);
+        let netns = &cluster.hosts[1].netns;
+        eventually(netns, "ip -4 route show proto 73", |routes| routes.lines().count() == 2);
+        let mac = |line: &str| line.split_whitespace().nth(2).map(str::to_owned);
+        let now = tool(netns, "ip -br link show dev gossamer.1");
+        assert_eq!(mac(&now), mac(&device), "the VTEP is the same");
+        let env = fs::read_to_string(cluster.hosts[1].dir.join("subnet.env"))?;
+        assert!(env.contains(&format!("FLANNEL_SUBNET={}", subnet.hosts().next().expect("hosts"))));
+        lab.set_cable(2, true)?;
+        cluster.converge()
+    });
+}
+
+#[test]
+fn leaving_takes_every_trace_along_and_the_others_forget_the_way() {
+    isolated("leaving_takes_every_trace_along_and_the_others_forget_the_way", |lab| {
+        let mut cluster = Cluster::start(lab, 3)?;
+        let leaver = &cluster.hosts[2];
+        let answer = cluster.agents[2].leave()?;
+        assert_eq!(answer["left"], true);
+        assert!(!run(&leaver.netns, "ip link show gossamer.1").status.success(), "device is gone");
+        assert!(!leaver.dir.join("subnet.env").exists());
+        assert_eq!(fs::read_dir(leaver.dir.join("state"))?.count(), 0, "no state is left");
+        for host in &cluster.hosts[..2] {
+            for (command, entries) in [
+                ("ip -4 route show proto 73", 1),
+                ("ip -4 neigh show dev gossamer.1", 1),
+                ("bridge fdb show dev gossamer.1", 1),
+            ] {
+                eventually(&host.netns, command, |output| output.lines().count() == entries);
+            }
+        }
+        let status = cluster.agents[0].ask("/v1/status", PATIENCE)?;
+        assert_eq!(status["slots"]["leased"], 2);
+        assert_eq!(status["slots"]["spare"], 253);
+        // Whoever left may come back, as a new node.
+        cluster.agents[2] = cluster.start_agent(&cluster.hosts[2], &[])?;
+        cluster.converge()
+    });
+}
+
+#[test]
+fn entries_of_a_dead_process_are_swept_once_a_peer_agrees() {
+    isolated("entries_of_a_dead_process_are_swept_once_a_peer_agrees", |lab| {
+        let mut cluster = Cluster::start(lab, 3)?;
+        cluster.agents[0].end(Signal::SIGKILL)?;
+        cluster.agents[2].leave()?;
+        let stale = tool(&cluster.hosts[0].netns, "ip route show proto 73");
+        assert_eq!(stale.lines().count(), 2, "nobody was there to remove it");
+        cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &[])?;
+        let routes = eventually(&cluster.hosts[0].netns, "ip route show proto 73", |routes| {
+            routes.lines().count() == 1
+        });
+        let subnet = Agent::subnet(&cluster.agents[1].wait_converged(2, PATIENCE)?)?;
+        assert!(routes.contains(&subnet.to_string()), "{routes}");
         Ok(())
     });
 }

@@ -368,6 +368,8 @@ impl Agent {
     /// Ends what must end, and removes what must not stay.
     async fn finish(mut self) -> Ending {
         let ending = self.ending.take().unwrap_or(Ending::Stopped);
+        self.input(Input::Command(Command::Save));
+        self.carry_out();
         let device = self
             .kernel
             .wanted

@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 use super::{Agent, Clock, Ending, Gate, KernelState, Notice, Programmer, underlay};
 use crate::{
     api,
-    config::{Config, ConfigError},
+    config::{Config, ConfigError, DEFAULT_VXLAN_PORT},
     core::{Founding, Node, NodeConfig, StartError},
     dataplane::{
         desired::device_name,
@@ -18,7 +18,7 @@ use crate::{
     netlink::Netlink,
     store::{Database, Opened, StateDir, StoreError, Writer},
     transport::{BindError, CredentialError, Credentials, NodeKey, Transport},
-    wire::{Secret, Token, TokenError},
+    wire::{Record, Secret, Token, TokenError},
 };
 
 const SECRET_LEN: usize = 32;
@@ -76,12 +76,15 @@ async fn start(config: Config, state: StateDir, fresh: bool) -> Result<Ending, S
             "the database was unreadable and was moved aside: this node rejoins with the same key"
         );
     }
-    let knows_cluster = records.iter().any(|(key, _)| *key == crate::wire::Key::Cluster);
+    let known_cluster = records.iter().find_map(|(_, record)| match record {
+        Record::Cluster(cluster) => Some(*cluster),
+        _ => None,
+    });
     let token = config.token.clone().or(state.token()?);
     let secret = match &token {
         Some(token) => token.secret.clone(),
         None if config.create.is_some() => Secret::new(random::<SECRET_LEN>()?.to_vec())?,
-        None if config.seeds.is_empty() && !knows_cluster => {
+        None if config.seeds.is_empty() && known_cluster.is_none() => {
             return Err(StartError::NoCluster.into());
         }
         None => return Err(StartFailure::NoToken),
@@ -95,11 +98,14 @@ async fn start(config: Config, state: StateDir, fresh: bool) -> Result<Ending, S
         }
     };
     let chosen = underlay::choose(&mut Netlink::open()?, &config)?;
-    let kernel = Kernel::open()?;
-    if !knows_cluster {
-        let (vni, port) = (config.wish.vni.unwrap_or(1), config.wish.vxlan_port.unwrap_or(8472));
-        Kernel::open()?.preflight(&device_name(vni), vni, port)?;
-    }
+    let mut kernel = Kernel::open()?;
+    let (vni, port) = match known_cluster {
+        Some(cluster) => (cluster.settings.vni, cluster.settings.vxlan_port),
+        None => {
+            (config.wish.vni.unwrap_or(1), config.wish.vxlan_port.unwrap_or(DEFAULT_VXLAN_PORT))
+        }
+    };
+    kernel.preflight(&device_name(vni), vni, port)?;
     let (transport, network) = Transport::bind(config.listen, &Credentials::new(&secret, &key)?)?;
     let port = transport.local_address()?.port();
     let (ip, advertised) = config.advertise.unwrap_or((chosen.local, None));

@@ -51,6 +51,8 @@ pub enum Command {
     Leave,
     /// Compare states with a peer now rather than at the next round.
     Sync,
+    /// The process is about to end: write what has only been gathered so far.
+    Save,
 }
 
 /// Whom to call.

@@ -159,6 +159,7 @@ impl Node {
             Input::Timeout => self.membership.handle_timeout(now),
             Input::Command(Command::Leave) => self.start_leaving(),
             Input::Command(Command::Sync) => self.sync.hasten(now),
+            Input::Command(Command::Save) => self.dirty.lazy_at = Some(now),
         }
         self.advance(now);
     }

@@ -38,7 +38,10 @@ use crate::{
 
 /// "There is no such thing" in its three spellings: what was to be removed is gone already.
 const GONE: [i32; 3] = [2, 3, 19];
+const EPERM: i32 = 1;
 const EEXIST: i32 = 17;
+const EOPNOTSUPP: i32 = 95;
+const EADDRINUSE: i32 = 98;
 
 /// The kernel's tables of the network namespace in which it was opened.
 pub struct Kernel {
@@ -94,6 +97,12 @@ impl Kernel {
 
     /// Finds out, before anything is made, whether the device could be.
     pub fn preflight(&mut self, name: &str, vni: u32, port: u16) -> Result<(), KernelError> {
+        // The kernel checks the permission to change anything before it looks for the interface.
+        if let Err(error) = self.netlink.delete_link(i32::MAX.cast_unsigned())
+            && error.raw_os_error() == Some(EPERM)
+        {
+            return Err(KernelError::NotPermitted);
+        }
         let vxlans: Vec<Link> =
             self.netlink.links()?.into_iter().filter(|link| link.kind == "vxlan").collect();
         if let Some(holder) = vxlans.iter().find(|l| fixed_attributes(l).0 == (vni, port)) {
@@ -218,9 +227,9 @@ impl Kernel {
     fn explain(&mut self, desired: &Desired, error: io::Error) -> KernelError {
         let Device { name, vni, port, .. } = &desired.device;
         match error.raw_os_error() {
-            Some(1) => KernelError::NotPermitted,
-            Some(95) => KernelError::NoVxlan,
-            Some(98) => {
+            Some(EPERM) => KernelError::NotPermitted,
+            Some(EOPNOTSUPP) => KernelError::NoVxlan,
+            Some(EADDRINUSE) => {
                 let _ = self.remove(name);
                 KernelError::PortTaken { name: name.clone(), port: *port }
             }

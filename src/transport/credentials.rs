@@ -67,6 +67,9 @@ impl fmt::Debug for NodeKey {
 /// TLS settings for both roles.
 #[derive(Clone)]
 pub struct Credentials {
+    /// The same after a restart, so that peers which still hold a connection to the process before are
+    /// told at once that it is gone (stateless reset, RFC 9000, 10.3) instead of waiting it out.
+    pub(super) reset_key: [u8; 64],
     pub(super) server: Arc<QuicServerConfig>,
     pub(super) client: Arc<QuicClientConfig>,
     pub(super) me: NodeId,
@@ -115,6 +118,7 @@ impl Credentials {
         server.alpn_protocols = vec![protocol.clone()];
         client.alpn_protocols = vec![protocol];
         Ok(Self {
+            reset_key: derive(&key.seed, b"stateless reset")?,
             server: Arc::new(QuicServerConfig::try_from(server)?),
             client: Arc::new(QuicClientConfig::try_from(client)?),
             me: key.id,
@@ -133,11 +137,8 @@ pub(super) fn peer_of(connection: &quinn::Connection) -> Option<NodeId> {
 }
 
 fn authority(secret: &Secret) -> Result<(Certificate, Issuer<'static, KeyPair>), CredentialError> {
-    let mut seed = [0; 32];
-    Hkdf::<Sha256>::new(Some(b"gossamer"), secret.as_bytes())
-        .expand(b"cluster certificate authority, ed25519 seed", &mut seed)
-        .map_err(|_| CredentialError::Key)?;
-    let key = key_pair(&seed)?;
+    let key =
+        key_pair(&derive(secret.as_bytes(), b"cluster certificate authority, ed25519 seed")?)?;
     let mut params = common_params(CertificateParams::default());
     params.distinguished_name = common_name("gossamer cluster");
     params.serial_number = Some(SerialNumber::from(1_u64));
@@ -145,6 +146,15 @@ fn authority(secret: &Secret) -> Result<(Certificate, Issuer<'static, KeyPair>),
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
     let certificate = params.self_signed(&key)?;
     Ok((certificate, Issuer::new(params, key)))
+}
+
+/// HKDF-SHA256 (RFC 5869): bytes for one purpose from a secret.
+fn derive<const N: usize>(secret: &[u8], purpose: &[u8]) -> Result<[u8; N], CredentialError> {
+    let mut bytes = [0; N];
+    Hkdf::<Sha256>::new(Some(b"gossamer"), secret)
+        .expand(purpose, &mut bytes)
+        .map_err(|_| CredentialError::Key)?;
+    Ok(bytes)
 }
 
 fn leaf_params() -> Result<CertificateParams, CredentialError> {

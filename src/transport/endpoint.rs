@@ -8,13 +8,15 @@ use std::{
     io,
     net::{SocketAddr, UdpSocket},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use quinn::{
     ClientConfig, Connection, Endpoint, EndpointConfig, IdleTimeout, ServerConfig, TransportConfig,
     VarInt,
 };
+use quinn_proto::HashedConnectionIdGenerator;
+use ring::hmac;
 use tokio::sync::mpsc;
 
 use super::{
@@ -69,6 +71,7 @@ pub struct Transport {
 #[derive(Default)]
 struct Link {
     connection: Option<Connection>,
+    since: Option<Instant>,
     dialling: bool,
     frames: VecDeque<Vec<u8>>,
     calls: VecDeque<(CallId, Vec<u8>)>,
@@ -93,7 +96,7 @@ impl Transport {
         let mut client = ClientConfig::new(credentials.client.clone());
         client.transport_config(settings);
         let runtime = Arc::new(quinn::TokioRuntime);
-        let endpoint = Endpoint::new(EndpointConfig::default(), Some(server), socket, runtime)
+        let endpoint = Endpoint::new(endpoint_settings(credentials), Some(server), socket, runtime)
             .map_err(fail)?;
         tokio::spawn(accept(endpoint.clone(), events.clone()));
         let transport = Self {
@@ -234,10 +237,12 @@ impl Transport {
         let link = self.peers.entry(peer).or_default();
         link.dialling &= inbound;
         // Two nodes that dial each other at once keep the connection of the smaller id; the other one
-        // is still read, and dropped when it idles.
-        let preferred = inbound == (peer < self.me);
-        if link.live().is_none() || preferred {
+        // is still read, and dropped when it idles. Later on a new connection means that the peer has
+        // lost the old one.
+        let at_once = link.since.is_some_and(|since| since.elapsed() < DIAL_TIMEOUT);
+        if link.live().is_none() || !at_once || inbound == (peer < self.me) {
             link.connection = Some(connection.clone());
+            link.since = Some(Instant::now());
         }
         for bytes in link.frames.drain(..) {
             send_on(&connection, bytes);
@@ -285,6 +290,17 @@ impl Link {
             && self.frames.is_empty()
             && self.calls.is_empty()
     }
+}
+
+fn endpoint_settings(credentials: &Credentials) -> EndpointConfig {
+    let key = hmac::Key::new(hmac::HMAC_SHA256, &credentials.reset_key);
+    let mut settings = EndpointConfig::new(Arc::new(key));
+    // Connection ids of the process before must be recognised, or they are ignored in silence.
+    let [id_key, ..] = *credentials.reset_key.as_chunks::<8>().0 else { return settings };
+    settings.cid_generator(move || {
+        Box::new(HashedConnectionIdGenerator::from_key(u64::from_le_bytes(id_key)))
+    });
+    settings
 }
 
 /// Small buffers, few streams, no keep-alive, and no search for larger packets: 1,200 bytes do.
