@@ -1,3 +1,31 @@
+//! gossamer: a VXLAN overlay without etcd. Hosts find each other by gossip, agree which host owns which
+//! subnet, and each programs its own kernel so that the pods of all hosts reach each other.
+//!
+//! # The map
+//!
+//! Three rings; arrows say who may import whom.
+//!
+//! ```text
+//!  main -> cli -> agent -> core -> wire -> model         the pure ring: core, wire, model,
+//!                   |        ^                           dataplane::{desired, plan}
+//!                   +-> dataplane::kernel, netlink, store, transport, api     the adapters
+//! ```
+//!
+//! - **The pure ring** decides. It reads no clock, draws no randomness of its own, opens no file and no
+//!   socket, and compiles without the feature `agent`.
+//!   [`model`] is the vocabulary, [`wire`] the only parser of foreign bytes, [`core`] one node as a state
+//!   machine, [`dataplane::desired`] what the kernel should hold, [`dataplane::plan`] how it gets there.
+//! - **Adapters** each know one outside thing: [`dataplane::kernel`] and [`netlink`] the kernel,
+//!   [`store`] the disk, [`transport`] QUIC, [`api`] the control socket.
+//! - **The shell**, [`agent`], is one loop that feeds the core and carries out what it asks for.
+//!   [`config`] and [`cli`] are its front. [`lab`] builds clusters in namespaces for the demo, the tests
+//!   and the benchmarks.
+//!
+//! # Where to start reading
+//!
+//! [`core`] (the machine), `core/slots.rs` (who owns what), [`dataplane::desired`],
+//! [`dataplane::plan`], [`agent`] (the loop). Together with this file they explain the product.
+
 #[cfg(feature = "agent")]
 pub mod agent;
 #[cfg(feature = "agent")]
@@ -6,10 +34,12 @@ pub mod api;
 pub mod cli;
 #[cfg(feature = "agent")]
 pub mod config;
+#[warn(clippy::disallowed_methods)]
 pub mod core;
 pub mod dataplane;
 #[cfg(feature = "agent")]
 pub mod lab;
+#[warn(clippy::disallowed_methods)]
 pub mod model;
 #[cfg(feature = "agent")]
 pub mod netlink;
@@ -17,4 +47,5 @@ pub mod netlink;
 pub mod store;
 #[cfg(feature = "agent")]
 pub mod transport;
+#[warn(clippy::disallowed_methods)]
 pub mod wire;

@@ -22,14 +22,16 @@ pub struct StatusArgs {
     client: Client,
 }
 
-/// Exit code 0 if converged, 3 if not.
+/// Exit code 0 if converged (with as many members as were asked for), 3 if not.
 pub fn status(args: &StatusArgs) -> ExitCode {
     let target = match args.wait {
         Some(seconds) => format!("/v1/status?wait={seconds}&members={}", args.members),
         None => "/v1/status".to_owned(),
     };
     match ask_and_print(&args.client, api::get(&args.client.socket, &target), status_text) {
-        Ok(answer) if answer["converged"] == true => ExitCode::SUCCESS,
+        Ok(answer) if answer["converged"] == true && alive(&answer) >= args.members => {
+            ExitCode::SUCCESS
+        }
         Ok(_) => ExitCode::from(NOT_CONVERGED),
         Err(code) => code,
     }
@@ -72,7 +74,7 @@ fn leases_of(status: &Value) -> Value {
 
 fn status_text(status: &Value) -> String {
     let kernel = &status["kernel"];
-    let alive = count(status, |member| member["liveness"] == "alive");
+    let alive = alive(status);
     let known = count(status, |_| true);
     let state = match (status["converged"].as_bool(), text(&status["phase"])) {
         (Some(true), _) => "converged".to_owned(),
@@ -165,6 +167,10 @@ fn leases_text(leases: &Value) -> String {
 
 fn slots_text(slots: &Value) -> String {
     format!("{} leased, {} spare of {}", slots["leased"], slots["spare"], slots["total"])
+}
+
+fn alive(status: &Value) -> usize {
+    count(status, |member| member["liveness"] == "alive")
 }
 
 fn count(status: &Value, which: impl Fn(&Value) -> bool) -> usize {

@@ -242,23 +242,20 @@ impl foca::Identity for Identity {
 
 /// Probe every second; suspect for at least 5 s, so that a starved CPU is not a death.
 fn settings(cluster_size: u32) -> Config {
-    const fn count(n: usize) -> NonZeroUsize {
-        NonZeroUsize::new(n).expect("not zero")
-    }
-    const fn every(seconds: u64, members: usize) -> Option<PeriodicParams> {
-        Some(PeriodicParams {
-            frequency: Duration::from_secs(seconds),
-            num_members: count(members),
-        })
-    }
+    const ONE: NonZeroUsize = NonZeroUsize::MIN;
+    const TWO: NonZeroUsize = ONE.saturating_add(1);
+    const PACKET: NonZeroUsize = NonZeroUsize::new(PACKET_MAX).unwrap();
+    const TRANSMISSIONS_MIN: NonZeroU8 = NonZeroU8::new(3).unwrap();
+    let every_10_s =
+        |num_members| Some(PeriodicParams { frequency: Duration::from_secs(10), num_members });
     let size = NonZeroU32::new(cluster_size).unwrap_or(NonZeroU32::MIN);
     let lan = Config::new_lan(size);
     Config {
         suspect_to_down_after: lan.suspect_to_down_after.max(Duration::from_secs(5)),
-        max_transmissions: lan.max_transmissions.max(NonZeroU8::new(3).expect("not zero")),
-        max_packet_size: count(PACKET_MAX),
-        periodic_announce: every(10, 1),
-        periodic_announce_to_down_members: every(10, 2),
+        max_transmissions: lan.max_transmissions.max(TRANSMISSIONS_MIN),
+        max_packet_size: PACKET,
+        periodic_announce: every_10_s(ONE),
+        periodic_announce_to_down_members: every_10_s(TWO),
         ..lan
     }
 }
@@ -329,7 +326,6 @@ mod tests {
 
     #[test]
     fn an_identity_costs_at_most_18_bytes_a_packet() {
-        assert!(PACKET_MAX < DATAGRAM_MAX - 10);
         let newest = Incarnation { starts: u32::MAX, renewals: u32::MAX };
         let member = Member::alive(Identity { incarnation: newest, ..identity(1) });
         let mut bytes = Vec::new();

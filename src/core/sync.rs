@@ -17,8 +17,9 @@ use super::{CallError, Node, Purpose, Target, rank::state_hash};
 
 /// Between rounds when the last one found no difference.
 const CALM: Duration = Duration::from_secs(10);
-/// Between rounds while something has changed, or differed, since.
-const BUSY: Duration = Duration::from_secs(1);
+/// Between rounds while something has changed, or differed, since: doubling from the first to the last.
+const BUSY_FIRST: Duration = Duration::from_millis(200);
+const BUSY_LAST: Duration = Duration::from_secs(1);
 /// Between tries until the first comparison since the start has succeeded.
 const FIRST: Duration = Duration::from_millis(250);
 
@@ -30,6 +31,8 @@ pub(super) struct SyncRound {
     partner: Option<Target>,
     /// A peer's state equalled ours after our last change.
     settled: bool,
+    /// The present pause between rounds, while not settled.
+    busy: Duration,
     /// A comparison has been completed since the start with one of the `witnesses`, if there are any.
     synced: bool,
     /// Members that were known before the start: only they can have seen what this node's own disk
@@ -48,6 +51,7 @@ impl SyncRound {
             due: now,
             partner: None,
             settled: false,
+            busy: BUSY_FIRST,
             rounds: 0,
             seeds: vec![None; seeds],
         }
@@ -71,8 +75,10 @@ impl SyncRound {
 
     /// Something changed: compare soon.
     pub(super) fn unsettle(&mut self, now: Time) {
-        self.settled = false;
-        self.due = self.due.min(now + BUSY);
+        if std::mem::replace(&mut self.settled, false) {
+            self.busy = BUSY_FIRST;
+        }
+        self.due = self.due.min(now + self.busy);
     }
 
     /// Compare now.
@@ -90,7 +96,7 @@ impl SyncRound {
         self.partner = None;
         self.witness(peer);
         self.settled = same;
-        self.due = now + if same { CALM } else { BUSY };
+        self.due = now + if same { CALM } else { self.busy };
     }
 }
 
@@ -99,13 +105,12 @@ impl Node {
         if self.home.is_none() || now < self.sync.due {
             return;
         }
-        let base = if !self.sync.synced {
-            FIRST
-        } else if self.sync.settled {
-            CALM
-        } else {
-            BUSY
+        let base = match (self.sync.synced, self.sync.settled) {
+            (false, _) => FIRST,
+            (true, true) => CALM,
+            (true, false) => self.sync.busy,
         };
+        self.sync.busy = (self.sync.busy * 2).min(BUSY_LAST);
         self.sync.due = now + self.jittered(base);
         if self.sync.partner.is_some() {
             return;
@@ -130,7 +135,7 @@ impl Node {
                     .is_none_or(|node| node != me && !self.membership.is_active(node))
             })
             .collect();
-        let any = self.sync.rounds % 4 == 0;
+        let any = self.sync.rounds.is_multiple_of(4);
         let peers = self.directory.peers(me);
         let peer = peers
             .filter(|record| any || self.membership.is_active(record.node))
@@ -138,7 +143,7 @@ impl Node {
             .or_else(|| self.directory.peers(me).choose(&mut self.rng))
             .map(|record| Target::Member { node: record.node, address: record.address });
         let turn = (self.sync.rounds / 2) as usize;
-        if !missing.is_empty() && (self.sync.rounds % 2 == 1 || peer.is_none()) {
+        if !missing.is_empty() && (!self.sync.rounds.is_multiple_of(2) || peer.is_none()) {
             return Some(Target::Seed(missing[turn % missing.len()]));
         }
         peer

@@ -294,10 +294,8 @@ impl Kernel {
                 },
                 _ => continue,
             };
-            if actual.tables.fdb.contains_key(&mac) {
-                actual.surplus_fdb.push((mac, underlay));
-            } else {
-                actual.tables.fdb.insert(mac, underlay);
+            if let Some(before) = actual.tables.fdb.insert(mac, underlay) {
+                actual.surplus_fdb.push((mac, before));
             }
         }
         Ok(())

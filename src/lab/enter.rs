@@ -53,12 +53,13 @@ pub fn enter(command: &mut Command) -> Result<ExitCode, EnterError> {
         let program = command.get_program().to_string_lossy();
         io::Error::new(error.kind(), format!("{program}: {error}"))
     });
-    let code = wait_and_pass_signals(status?)?;
+    let code = wait(status?)?;
     Ok(ExitCode::from(code))
 }
 
-/// The command has a process group of its own; a signal to us ends it first, so that it can clean up.
-fn wait_and_pass_signals(mut child: std::process::Child) -> io::Result<u8> {
+/// A signal to us ends the command at once, and with it, as the first process of its namespaces,
+/// everything inside: there is nothing outside to clean up.
+fn wait(mut child: std::process::Child) -> io::Result<u8> {
     use nix::sys::signal::{SigSet, Signal, kill};
     let pid = nix::unistd::Pid::from_raw(child.id().cast_signed());
     let mut signals = SigSet::empty();
@@ -73,7 +74,7 @@ fn wait_and_pass_signals(mut child: std::process::Child) -> io::Result<u8> {
         }
         match signals.wait()? {
             Signal::SIGCHLD => {}
-            signal => kill(pid, signal)?,
+            _ => kill(pid, Signal::SIGKILL)?,
         }
     }
 }

@@ -8,6 +8,7 @@ use std::{
 };
 
 use ipnet::Ipv4Net;
+use nix::mount::{MsFlags, mount};
 use rtnetlink::{LinkBridge, LinkUnspec, LinkVeth};
 
 use super::NetNs;
@@ -44,6 +45,10 @@ pub struct Pod {
 impl Lab {
     /// Must run inside namespaces made by [`super::enter`].
     pub fn new() -> io::Result<Self> {
+        // The numbers of processes as they are in here. Some containers forbid it; then /proc shows
+        // those outside, which only measurements would mind.
+        let none: Option<&str> = None;
+        let _ = mount(Some("proc"), "/proc", Some("proc"), MsFlags::empty(), none);
         let mut netlink = Netlink::open()?;
         let lo = netlink.index_of("lo")?;
         netlink.set_link(LinkUnspec::new_with_index(lo).up())?;
@@ -93,9 +98,8 @@ impl Host {
         let netns = NetNs::new(&format!("{}-pod", self.name))?;
         let mut outside = self.netns.netlink()?;
         let mut addresses = subnet.hosts();
-        let (gateway, ip) = match (addresses.next(), addresses.next()) {
-            (Some(gateway), Some(ip)) => (gateway, ip),
-            _ => return Err(io::Error::other(format!("{subnet} has no room for a pod"))),
+        let (Some(gateway), Some(ip)) = (addresses.next(), addresses.next()) else {
+            return Err(io::Error::other(format!("{subnet} has no room for a pod")));
         };
         outside.create_link(LinkBridge::new("pods").mtu(mtu).build())?;
         let bridge = outside.index_of("pods")?;

@@ -29,8 +29,9 @@ impl Pinger {
 
     /// Sends one request and waits for its reply: the round trip, or None if none came in time.
     pub fn ping(&mut self, to: Ipv4Addr, timeout: Duration) -> io::Result<Option<Duration>> {
-        let sequence = self.send(to)?;
+        // On one machine the reply may be here before the call that sends returns.
         let sent = Instant::now();
+        let sequence = self.send(to)?;
         while let Some(left) = timeout.checked_sub(sent.elapsed()).filter(|left| !left.is_zero()) {
             match self.receive(left)? {
                 Some((from, number)) if (from, number) == (to, sequence) => {

@@ -106,9 +106,9 @@ pub struct Roots {
 /// One hash per bucket and kind of fact: members fall into a bucket by id, slots by number.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Buckets {
-    pub members: [u64; Buckets::COUNT],
-    pub slots: [u64; Buckets::COUNT],
-    pub active: [u64; Buckets::COUNT],
+    pub members: [u64; Self::COUNT],
+    pub slots: [u64; Self::COUNT],
+    pub active: [u64; Self::COUNT],
 }
 
 impl Buckets {

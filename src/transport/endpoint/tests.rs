@@ -115,34 +115,6 @@ async fn calls_end_when_nobody_is_there_or_somebody_else_is() {
 }
 
 #[tokio::test]
-async fn a_peer_that_restarted_is_reached_again_at_once() {
-    let (mut one, mut two) = (bind(1, 1), bind(1, 2));
-    let (to, two_id) = (address(&two), two.0.me);
-    one.0.send(two_id, to, b"before".to_vec());
-    next_while(&mut two, &mut one).await;
-    // Gone without a word, and back under the same key and address.
-    let secret = Secret::new(vec![1; 32]).expect("long enough");
-    let key = NodeKey::from_seed([2; 32]).expect("key");
-    two.0.endpoint.rebind(UdpSocket::bind("127.0.0.1:0").expect("another port")).expect("moved");
-    let credentials = Credentials::new(&secret, &key).expect("credentials");
-    let mut again = Transport::bind(to, &credentials).expect("the port is free");
-    let start = Instant::now();
-    let got = async {
-        loop {
-            one.0.send(two_id, to, b"after".to_vec());
-            let patience = tokio::time::sleep(Duration::from_millis(20));
-            tokio::select! {
-                Some(event) = one.1.recv() => { one.0.handle(event); }
-                Some(event) = again.1.recv() => if again.0.handle(event).is_some() { break },
-                () = patience => {}
-            }
-        }
-    };
-    tokio::time::timeout(Duration::from_secs(10), got).await.expect("reached again");
-    assert!(start.elapsed() < IDLE / 10, "found out by a reset, not by silence");
-}
-
-#[tokio::test]
 async fn a_taken_port_is_named() {
     let one = bind(1, 1);
     let secret = Secret::new(vec![1; 32]).expect("long enough");

@@ -16,7 +16,10 @@ pub fn program() -> &'static Path {
 
 /// Runs the body of a test in fresh user, mount, process and network namespaces, by running this test
 /// alone once more inside them. Where the machine forbids that, says so and skips the test.
-pub fn isolated(test: &str, body: impl FnOnce(&mut Lab) -> anyhow::Result<()>) {
+pub fn isolated<F: FnOnce(&mut Lab) -> anyhow::Result<()>>(body: F) {
+    // The closure's type is named after the test that it stands in: it::module::test::{{closure}}.
+    let closure = std::any::type_name::<F>();
+    let test = closure.trim_start_matches("it::").trim_end_matches("::{{closure}}");
     if std::env::var_os("GOSSAMER_LAB").is_some() {
         let mut lab = Lab::new().expect("a lab inside the namespaces");
         return body(&mut lab).unwrap_or_else(|error| panic!("{error:?}"));

@@ -2,15 +2,13 @@
 //!
 //! Results are checked with `ip`, `bridge` and `ping`, never with our own reader.
 
-mod common;
-
 use std::{
     fs,
     process::{Child, Command, Stdio},
     time::Duration,
 };
 
-use common::{Cluster, PATIENCE, eventually, isolated, program, run, tool};
+use crate::common::{Cluster, PATIENCE, eventually, isolated, program, run, tool};
 use gossamer::lab::{Agent, Host, NetNs, Pinger, Pod};
 use nix::sys::signal::Signal;
 
@@ -57,7 +55,7 @@ impl Monitor {
 
 #[test]
 fn pods_on_three_hosts_reach_each_other() {
-    isolated("pods_on_three_hosts_reach_each_other", |lab| {
+    isolated(|lab| {
         let mut cluster = Cluster::start(lab, 3)?;
         let pods = pods(&mut cluster)?;
         for from in &pods {
@@ -74,7 +72,7 @@ fn pods_on_three_hosts_reach_each_other() {
 
 #[test]
 fn the_kernel_holds_what_flannel_would_program() {
-    isolated("the_kernel_holds_what_flannel_would_program", |lab| {
+    isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let status = cluster.agents[1].wait_converged(2, PATIENCE)?;
         let peer = status["members"].as_array().expect("members").iter().find(|m| m["me"] == true);
@@ -120,7 +118,7 @@ fn the_kernel_holds_what_flannel_would_program() {
 
 #[test]
 fn ten_hosts_that_start_at_once_all_get_their_own_subnet() {
-    isolated("ten_hosts_that_start_at_once_all_get_their_own_subnet", |lab| {
+    isolated(|lab| {
         let token =
             String::from_utf8(Command::new(program()).args(["token", "--new"]).output()?.stdout)?;
         let token = token.trim();
@@ -150,7 +148,7 @@ fn ten_hosts_that_start_at_once_all_get_their_own_subnet() {
 
 #[test]
 fn restarts_lose_no_packet_and_touch_no_entry() {
-    isolated("restarts_lose_no_packet_and_touch_no_entry", |lab| {
+    isolated(|lab| {
         let mut cluster = Cluster::start(lab, 3)?;
         let pods = pods(&mut cluster)?;
         let before = tool(&cluster.hosts[1].netns, "bridge fdb show dev gossamer.1");
@@ -175,8 +173,26 @@ fn restarts_lose_no_packet_and_touch_no_entry() {
 }
 
 #[test]
+fn a_node_killed_and_restarted_is_up_for_all_again_at_once() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 3)?;
+        // Of any two nodes one has the smaller id, so each is restarted: connections to the killed
+        // process must not be waited out on either side.
+        for n in 0..3 {
+            cluster.agents[n].end(Signal::SIGKILL)?;
+            cluster.agents[n] = Agent::start(program(), &cluster.hosts[n], &[])?;
+            cluster.converge()?;
+        }
+        std::thread::sleep(Duration::from_secs(8));
+        let log: String = cluster.agents.iter().map(Agent::log).collect();
+        assert!(!log.contains("member down"), "{log}");
+        Ok(())
+    });
+}
+
+#[test]
 fn the_monitor_of_these_tests_sees_changes() {
-    isolated("the_monitor_of_these_tests_sees_changes", |lab| {
+    isolated(|lab| {
         let cluster = Cluster::start(lab, 2)?;
         let netns = &cluster.hosts[0].netns;
         let monitor = Monitor::start(netns)?;
@@ -192,7 +208,7 @@ fn the_monitor_of_these_tests_sees_changes() {
 
 #[test]
 fn a_host_that_comes_back_needs_nobody() {
-    isolated("a_host_that_comes_back_needs_nobody", |lab| {
+    isolated(|lab| {
         let mut cluster = Cluster::start(lab, 3)?;
         let netns = |cluster: &Cluster, command: &str| tool(&cluster.hosts[1].netns, command);
         let subnet = Agent::subnet(&cluster.agents[1].wait_converged(3, PATIENCE)?)?;
@@ -219,7 +235,7 @@ fn a_host_that_comes_back_needs_nobody() {
 
 #[test]
 fn leaving_takes_every_trace_along_and_the_others_forget_the_way() {
-    isolated("leaving_takes_every_trace_along_and_the_others_forget_the_way", |lab| {
+    isolated(|lab| {
         let mut cluster = Cluster::start(lab, 3)?;
         let leaver = &cluster.hosts[2];
         let answer = cluster.agents[2].leave()?;
@@ -247,7 +263,7 @@ fn leaving_takes_every_trace_along_and_the_others_forget_the_way() {
 
 #[test]
 fn entries_of_a_dead_process_are_swept_once_a_peer_agrees() {
-    isolated("entries_of_a_dead_process_are_swept_once_a_peer_agrees", |lab| {
+    isolated(|lab| {
         let mut cluster = Cluster::start(lab, 3)?;
         cluster.agents[0].end(Signal::SIGKILL)?;
         cluster.agents[2].leave()?;

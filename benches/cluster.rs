@@ -1,0 +1,297 @@
+//! How fast a cluster forms and what an agent costs at rest: real agents on real kernels, in network
+//! namespaces on one machine. `cargo bench --bench cluster [-- SIZE ...]`.
+//!
+//! The clock: a netlink socket in each namespace sees every route, neighbour and FDB entry as the kernel
+//! announces it. All hosts share the cores of this machine, so figures of many nodes are bound by its
+//! CPU; compare them only with figures from the same machine.
+
+#![allow(clippy::expect_used)]
+
+use std::{
+    fs,
+    path::Path,
+    process::{Command, ExitCode},
+    sync::mpsc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use gossamer::{
+    dataplane::desired::ROUTE_PROTOCOL,
+    lab::{self, Agent, Host, Lab, NetNs},
+    netlink::parse_messages,
+};
+use rtnetlink::{
+    packet_core::NetlinkPayload,
+    packet_route::{
+        AddressFamily, RouteNetlinkMessage, neighbour::NeighbourState, route::RouteProtocol,
+    },
+    sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE},
+};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_gossamer");
+const SIZES: [usize; 3] = [3, 10, 30];
+const PATIENCE: Duration = Duration::from_secs(60);
+const AT_REST: Duration = Duration::from_secs(20);
+const ENTRIES_PER_PEER: usize = 3;
+
+/// flannel v0.28.9 with etcd 3.4 on a 2-core machine of the same kind, measured earlier with the same
+/// kind of clock; medians in ms: (joiner seen by all others, joiner complete, all at once).
+const FLANNEL: [(usize, [u32; 3]); 4] =
+    [(3, [39, 167, 217]), (10, [42, 170, 598]), (30, [68, 193, 2185]), (100, [197, 406, 12_927])];
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
+    if std::env::var_os("GOSSAMER_LAB").is_none() {
+        let this = std::env::current_exe().expect("the path of this program");
+        return lab::enter(Command::new(this).args(arguments)).unwrap_or_else(|error| {
+            println!("SKIPPED: {error}");
+            ExitCode::SUCCESS
+        });
+    }
+    let sizes: Vec<usize> = arguments.iter().filter_map(|a| a.parse().ok()).collect();
+    measure(if sizes.is_empty() { &SIZES } else { &sizes }).expect("measured");
+    ExitCode::SUCCESS
+}
+
+fn measure(sizes: &[usize]) -> anyhow::Result<()> {
+    let size = fs::metadata(PROGRAM)?.len() as f64 / 1e6;
+    println!("program: {size:.1} MB\n");
+    println!(
+        "ms, median (min-max); flannel + etcd in brackets, measured earlier on such a machine\n"
+    );
+    println!(
+        "nodes  joiner seen by all others   joiner complete             all at once to full mesh"
+    );
+    let mut lab = Lab::new()?;
+    let mut rest = Vec::new();
+    for &size in sizes {
+        let rounds = if size <= 10 { 10 } else { 5 };
+        let hosts = hosts(&mut lab, size)?;
+        let mut seen = Vec::new();
+        let mut complete = Vec::new();
+        let mut at_once = Vec::new();
+        for round in 0..rounds {
+            at_once.push(all_at_once(&hosts)?);
+            let (others, own, agents) = joiner(&hosts)?;
+            seen.push(others);
+            complete.push(own);
+            if round == rounds - 1 {
+                rest.push((size, at_rest(&agents)));
+            }
+        }
+        let flannel = FLANNEL.iter().find(|(n, _)| *n == size).map(|(_, figures)| figures);
+        let cell = |times: Vec<Duration>, i: usize| {
+            let peer = flannel.map(|figures| format!(" [{}]", figures[i])).unwrap_or_default();
+            format!("{:<27}", format!("{}{peer}", summary(times)))
+        };
+        println!("{size:<6} {} {} {}", cell(seen, 0), cell(complete, 1), cell(at_once, 2));
+    }
+    println!(
+        "\nat rest for {AT_REST:?}      [flannel: 36-38 MB of which 9-10 anonymous, CPU 0.20-0.26 %, and etcd]"
+    );
+    println!("nodes  RSS MB (anonymous)  CPU % of a core, median of the agents");
+    for (size, (rss, anonymous, cpu)) in rest {
+        println!("{size:<6} {rss:.1} ({anonymous:.1})          {cpu:.3}");
+    }
+    Ok(())
+}
+
+fn hosts(lab: &mut Lab, size: usize) -> anyhow::Result<Vec<Host>> {
+    // Each size has numbers of its own: hosts stay until the end.
+    let base = (size * 40) as u16;
+    let host = |n| Ok(lab.host(base + n, &format!("s{size}-{n}"))?);
+    (1..=size as u16).map(host).collect()
+}
+
+/// Everybody starts at the same moment, nobody knows anything but one address.
+fn all_at_once(hosts: &[Host]) -> anyhow::Result<Duration> {
+    let (watch, start) = (Watch::start(hosts)?, Instant::now());
+    let mut agents = boot(hosts, &new_token()?)?;
+    let done = watch.until(hosts.len(), |_| (hosts.len() - 1) * ENTRIES_PER_PEER)?;
+    tear_down(hosts, &mut agents)?;
+    Ok(done.duration_since(start))
+}
+
+/// One more host joins a cluster at rest.
+fn joiner(hosts: &[Host]) -> anyhow::Result<(Duration, Duration, Vec<Agent>)> {
+    let token = new_token()?;
+    let (last, others) = hosts.split_last().expect("at least two hosts");
+    let mut agents = boot(others, &token)?;
+    for agent in &mut agents {
+        agent.wait_converged(others.len(), PATIENCE)?;
+    }
+    let seed = hosts[0].ip.to_string();
+    let (watch, start) = (Watch::start(hosts)?, Instant::now());
+    agents.push(Agent::start(Path::new(PROGRAM), last, &["--join", &seed, "--token", &token])?);
+    let mut times = [None, None];
+    let (mut theirs, mut own) = (vec![0; others.len()], 0);
+    while times.contains(&None) {
+        let (host, at) = watch.next()?;
+        match theirs.get_mut(host) {
+            Some(count) => *count += 1,
+            None => own += 1,
+        }
+        if times[0].is_none() && theirs.iter().all(|count| *count >= ENTRIES_PER_PEER) {
+            times[0] = Some(at - start);
+        }
+        if times[1].is_none() && own >= others.len() * ENTRIES_PER_PEER {
+            times[1] = Some(at - start);
+        }
+    }
+    let at_rest = agents;
+    let [Some(seen), Some(complete)] = times else { unreachable!("both were waited for") };
+    Ok((seen, complete, at_rest))
+}
+
+fn boot(hosts: &[Host], token: &str) -> anyhow::Result<Vec<Agent>> {
+    let seed = hosts[0].ip.to_string();
+    for host in hosts {
+        clean(host)?;
+    }
+    hosts
+        .iter()
+        .enumerate()
+        .map(|(n, host)| {
+            let enter: &[&str] = if n == 0 { &["--init"] } else { &["--join", &seed] };
+            Ok(Agent::start(Path::new(PROGRAM), host, &[enter, &["--token", token]].concat())?)
+        })
+        .collect()
+}
+
+fn tear_down(hosts: &[Host], agents: &mut Vec<Agent>) -> anyhow::Result<()> {
+    agents.clear();
+    hosts.iter().try_for_each(clean)
+}
+
+fn clean(host: &Host) -> anyhow::Result<()> {
+    let _ = fs::remove_dir_all(host.dir.join("state"));
+    let mut netlink = host.netns.netlink()?;
+    if let Some(link) = netlink.link("gossamer.1")? {
+        netlink.delete_link(link.index)?;
+    }
+    Ok(())
+}
+
+fn new_token() -> anyhow::Result<String> {
+    let output = Command::new(PROGRAM).args(["token", "--new"]).output()?;
+    Ok(String::from_utf8(output.stdout)?.trim().to_owned())
+}
+
+/// Sees entries of ours appear, in all namespaces, and when.
+struct Watch {
+    events: mpsc::Receiver<(usize, Instant)>,
+}
+
+impl Watch {
+    fn start(hosts: &[Host]) -> anyhow::Result<Self> {
+        let (sender, events) = mpsc::channel();
+        for (n, host) in hosts.iter().enumerate() {
+            let socket = multicast(&host.netns)?;
+            let sender = sender.clone();
+            thread::spawn(move || {
+                let mut buffer = Vec::with_capacity(1 << 16);
+                loop {
+                    buffer.clear();
+                    if socket.recv(&mut buffer, 0).is_err() {
+                        return;
+                    }
+                    let at = Instant::now();
+                    let ours = parse_messages(&buffer).unwrap_or_default().into_iter().filter(|m| {
+                        matches!(&m.payload, NetlinkPayload::InnerMessage(inner) if is_new_entry(inner))
+                    });
+                    for _ in ours {
+                        if sender.send((n, at)).is_err() {
+                            return;
+                        }
+                    }
+                }
+            });
+        }
+        Ok(Self { events })
+    }
+
+    fn next(&self) -> anyhow::Result<(usize, Instant)> {
+        Ok(self.events.recv_timeout(PATIENCE)?)
+    }
+
+    /// When each of `hosts` has as many entries as it should.
+    fn until(&self, hosts: usize, wanted: impl Fn(usize) -> usize) -> anyhow::Result<Instant> {
+        let mut counts = vec![0; hosts];
+        loop {
+            let (host, at) = self.next()?;
+            counts[host] += 1;
+            if counts.iter().enumerate().all(|(n, count)| *count >= wanted(n)) {
+                return Ok(at);
+            }
+        }
+    }
+}
+
+fn multicast(netns: &NetNs) -> anyhow::Result<Socket> {
+    const NEIGHBOURS: u32 = 3;
+    const IPV4_ROUTES: u32 = 7;
+    Ok(netns.run(|| {
+        let mut socket = Socket::new(NETLINK_ROUTE)?;
+        socket.bind(&SocketAddr::new(0, 0))?;
+        socket.set_rx_buf_sz(4 << 20)?;
+        socket.add_membership(NEIGHBOURS)?;
+        socket.add_membership(IPV4_ROUTES)?;
+        Ok(socket)
+    })?)
+}
+
+fn is_new_entry(message: &RouteNetlinkMessage) -> bool {
+    match message {
+        RouteNetlinkMessage::NewRoute(route) => {
+            route.header.protocol == RouteProtocol::Other(ROUTE_PROTOCOL)
+        }
+        RouteNetlinkMessage::NewNeighbour(entry) => {
+            entry.header.state == NeighbourState::Permanent
+                && matches!(entry.header.family, AddressFamily::Inet | AddressFamily::Bridge)
+        }
+        _ => false,
+    }
+}
+
+/// Resident and anonymous memory in MB and CPU in percent of a core; medians over the agents.
+fn at_rest(agents: &[Agent]) -> (f64, f64, f64) {
+    thread::sleep(Duration::from_secs(5));
+    let before: Vec<f64> = agents.iter().map(|agent| cpu_seconds(agent.pid())).collect();
+    thread::sleep(AT_REST);
+    let used = agents
+        .iter()
+        .zip(before)
+        .map(|(agent, before)| (cpu_seconds(agent.pid()) - before) / AT_REST.as_secs_f64() * 100.0);
+    let memory =
+        |field| agents.iter().map(|agent| status_kib(agent.pid(), field) / 1024.0).collect();
+    (median(memory("VmRSS:")), median(memory("RssAnon:")), median(used.collect()))
+}
+
+fn cpu_seconds(pid: u32) -> f64 {
+    // Nanoseconds on a CPU (sched_info), finer than the clock ticks of /proc/PID/stat.
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let nanos = threads.filter_map(|thread| {
+        let text = fs::read_to_string(thread.path().join("schedstat")).ok()?;
+        text.split_whitespace().next()?.parse::<f64>().ok()
+    });
+    nanos.sum::<f64>() / 1e9
+}
+
+fn status_kib(pid: u32, field: &str) -> f64 {
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix(field));
+    line.and_then(|line| line.split_whitespace().next()?.parse().ok()).unwrap_or(f64::NAN)
+}
+
+fn summary(times: Vec<Duration>) -> String {
+    let ms: Vec<f64> = times.iter().map(|time| time.as_secs_f64() * 1e3).collect();
+    let min = ms.iter().copied().fold(f64::INFINITY, f64::min);
+    let max = ms.iter().copied().fold(0.0, f64::max);
+    format!("{:.0} ({min:.0}-{max:.0})", median(ms))
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}

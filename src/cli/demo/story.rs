@@ -1,0 +1,294 @@
+//! The steps of the demo. Each is verified; the first that is not ends it.
+
+use std::{
+    net::Ipv4Addr,
+    path::PathBuf,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, ensure};
+use ipnet::Ipv4Net;
+use nix::sys::signal::Signal;
+
+use super::screen::{Screen, span};
+use crate::{
+    cli::table::table,
+    dataplane::desired::device_name,
+    lab::{Agent, Host, Lab, Pinger, Pod, tables},
+};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+const PING_TIMEOUT: Duration = Duration::from_secs(2);
+const POD_MTU: u32 = 1450;
+/// Pings at 10 ms while an agent is dead.
+const STREAM: u16 = 150;
+
+struct Story {
+    screen: Screen,
+    program: PathBuf,
+    hosts: Vec<Host>,
+    agents: Vec<Agent>,
+    subnets: Vec<Ipv4Net>,
+    pods: Vec<Pod>,
+    token: String,
+}
+
+pub fn tell(nodes: u16, keep: bool) -> anyhow::Result<()> {
+    let mut story = Story {
+        screen: Screen::new(),
+        program: std::env::current_exe()?,
+        hosts: Vec::new(),
+        agents: Vec::new(),
+        subnets: Vec::new(),
+        pods: Vec::new(),
+        token: String::new(),
+    };
+    println!(
+        "gossamer demo: {nodes} hosts in network namespaces, each with a real agent and a pod\n"
+    );
+    story.build(nodes)?;
+    story.create()?;
+    story.join()?;
+    story.lease_table()?;
+    story.ping_all()?;
+    story.kernel_tables()?;
+    story.kill()?;
+    story.restart()?;
+    story.leave()?;
+    if keep {
+        story.rejoin()?;
+    }
+    story.screen.summary();
+    if keep {
+        story.keep();
+    }
+    Ok(())
+}
+
+impl Story {
+    fn build(&mut self, nodes: u16) -> anyhow::Result<()> {
+        let hosts = &mut self.hosts;
+        self.screen.step("an underlay: hosts on a bridge", || {
+            let mut lab = Lab::new()?;
+            for number in 1..=nodes {
+                hosts.push(lab.host(number, &format!("n{number}"))?);
+            }
+            let (first, last) = (hosts[0].ip, hosts[hosts.len() - 1].ip);
+            Ok(((), format!("n1 to n{nodes}, {first} to {last}")))
+        })
+    }
+
+    fn create(&mut self) -> anyhow::Result<()> {
+        let (program, host) = (&self.program, &self.hosts[0]);
+        let (agent, token) = self.screen.step("n1 creates the cluster", || {
+            let mut agent = Agent::start(program, host, &["--init"])?;
+            let status = agent.wait_converged(1, PATIENCE)?;
+            let answer = agent.ask("/v1/token", PATIENCE)?;
+            let token = answer["token"].as_str().context("no token")?.to_owned();
+            let subnet = Agent::subnet(&status)?;
+            Ok(((agent, token), format!("cluster {}, n1 has {subnet}", text(&status["cluster"]))))
+        })?;
+        self.agents.push(agent);
+        self.token = token;
+        Ok(())
+    }
+
+    fn join(&mut self) -> anyhow::Result<()> {
+        let count = self.hosts.len();
+        let what = format!("n2 to n{count} join at once, and everybody knows everybody");
+        let (program, hosts, token) = (&self.program, &self.hosts, &self.token);
+        let (agents, subnets) = (&mut self.agents, &mut self.subnets);
+        self.screen.step(&what, || {
+            let seed = hosts[0].ip.to_string();
+            for host in &hosts[1..] {
+                agents.push(Agent::start(program, host, &["--join", &seed, "--token", token])?);
+            }
+            let begun = Instant::now();
+            for agent in agents.iter_mut() {
+                subnets.push(Agent::subnet(&agent.wait_converged(count, PATIENCE)?)?);
+            }
+            for (n, subnet) in subnets.iter().enumerate() {
+                ensure!(!subnets[..n].contains(subnet), "{subnet} was leased twice");
+            }
+            Ok((
+                (),
+                format!(
+                    "{count} subnets, none twice, converged {} after the start",
+                    span(begun.elapsed())
+                ),
+            ))
+        })
+    }
+
+    fn lease_table(&mut self) -> anyhow::Result<()> {
+        let rows: Vec<[String; 3]> = self
+            .hosts
+            .iter()
+            .zip(&self.subnets)
+            .map(|(host, subnet)| [host.name.clone(), host.ip.to_string(), subnet.to_string()])
+            .collect();
+        self.screen.details(table(["HOST", "UNDERLAY", "SUBNET"], &rows));
+        Ok(())
+    }
+
+    fn ping_all(&mut self) -> anyhow::Result<()> {
+        let (hosts, subnets, pods) = (&self.hosts, &self.subnets, &mut self.pods);
+        let rows =
+            self.screen.step("a pod on each host, and every pod pings every other", || {
+                for (host, subnet) in hosts.iter().zip(subnets) {
+                    pods.push(host.pod(*subnet, POD_MTU)?);
+                }
+                let mut rows = Vec::new();
+                let mut pairs = 0;
+                for (host, from) in hosts.iter().zip(pods.iter()) {
+                    let mut pinger = Pinger::new(&from.netns)?;
+                    let mut row = vec![format!("{} {}", host.name, from.ip)];
+                    for to in pods.iter() {
+                        row.push(if to.ip == from.ip {
+                            "-".to_owned()
+                        } else {
+                            pairs += 1;
+                            reach(&mut pinger, to.ip)?
+                        });
+                    }
+                    rows.push(row);
+                }
+                Ok((rows, format!("{pairs} of {pairs} pairs answer")))
+            })?;
+        // Wide matrices say nothing that the step has not said.
+        if rows.len() <= 6 {
+            let header = hosts.iter().map(|host| format!("-> {}", host.name));
+            let header: Vec<String> = ["pod".to_owned()].into_iter().chain(header).collect();
+            self.screen.details(matrix(&header, &rows));
+        }
+        Ok(())
+    }
+
+    fn kernel_tables(&mut self) -> anyhow::Result<()> {
+        let (host, peers) = (&self.hosts[0], self.hosts.len() - 1);
+        let device = device_name(1);
+        let shown =
+            self.screen.step("what n1's kernel holds: device, routes, neighbours, FDB", || {
+                let shown = tables(host, &device)?;
+                ensure!(
+                    routes(&shown) == peers,
+                    "{} routes for {peers} peers:\n{shown}",
+                    routes(&shown)
+                );
+                Ok((shown, format!("three entries for each of {peers} peers")))
+            })?;
+        self.screen.details(shown);
+        Ok(())
+    }
+
+    fn kill(&mut self) -> anyhow::Result<()> {
+        let (from, to) = (&self.pods[0], self.pods[1].ip);
+        let agent = &mut self.agents[1];
+        self.screen.step("the agent of n2 is killed (SIGKILL) under a ping every 10 ms", || {
+            let mut pinger = Pinger::new(&from.netns)?;
+            let stream =
+                thread::spawn(move || pinger.stream(to, STREAM, Duration::from_millis(10)));
+            agent.end(Signal::SIGKILL)?;
+            let answered = stream.join().map_err(|_| anyhow::anyhow!("the ping panicked"))??;
+            ensure!(answered == STREAM, "{} of {STREAM} packets were lost", STREAM - answered);
+            Ok(((), format!("0 of {STREAM} packets lost: the kernel forwards without it")))
+        })
+    }
+
+    fn restart(&mut self) -> anyhow::Result<()> {
+        let (program, hosts, agents) = (&self.program, &self.hosts, &mut self.agents);
+        let (before, count) = (self.subnets[1], self.hosts.len());
+        let (from, to) = (&self.pods[0], self.pods[1].ip);
+        self.screen.step("it is started again, without seeds or token", || {
+            let begun = Instant::now();
+            agents[1] = Agent::start(program, &hosts[1], &[])?;
+            let after = Agent::subnet(&agents[1].ask("/v1/status", PATIENCE)?)?;
+            let ready = begun.elapsed();
+            ensure!(after == before, "it had {before} and has {after} now");
+            agents[1].wait_converged(count, PATIENCE)?;
+            reach(&mut Pinger::new(&from.netns)?, to)?;
+            Ok(((), format!("same subnet {after}, known {} after the start", span(ready))))
+        })
+    }
+
+    fn leave(&mut self) -> anyhow::Result<()> {
+        let last = self.hosts.len() - 1;
+        let what = format!("n{} leaves for good", last + 1);
+        let (hosts, agents, subnet) = (&self.hosts, &mut self.agents, self.subnets[last]);
+        let shown = self.screen.step(&what, || {
+            agents[last].leave()?;
+            let begun = Instant::now();
+            let device = device_name(1);
+            for host in &hosts[..last] {
+                loop {
+                    let shown = tables(host, &device)?;
+                    if routes(&shown) == last - 1 && !shown.contains(&subnet.to_string()) {
+                        break;
+                    }
+                    ensure!(begun.elapsed() < PATIENCE, "{} still has its entries", host.name);
+                    thread::sleep(Duration::from_millis(1));
+                }
+            }
+            let gone = span(begun.elapsed());
+            let shown = tables(&hosts[0], &device)?;
+            Ok((shown, format!("its entries are gone from all others after {gone}")))
+        })?;
+        self.screen.details(shown);
+        Ok(())
+    }
+
+    /// For --keep: a whole cluster to look around in.
+    fn rejoin(&mut self) -> anyhow::Result<()> {
+        let last = self.hosts.len() - 1;
+        let what = format!("n{} joins again, as a new node", last + 1);
+        let (program, hosts, token) = (&self.program, &self.hosts, &self.token);
+        let agents = &mut self.agents;
+        self.screen.step(&what, || {
+            let seed = hosts[0].ip.to_string();
+            agents[last] =
+                Agent::start(program, &hosts[last], &["--join", &seed, "--token", token])?;
+            let status = agents[last].wait_converged(last + 1, PATIENCE)?;
+            Ok(((), format!("it has {}", Agent::subnet(&status)?)))
+        })
+    }
+
+    fn keep(&self) {
+        println!(
+            "\nThe cluster keeps running until Ctrl-C. From another terminal:\n\n  \
+             gossamer demo exec n1 -- gossamer status --socket {}\n  \
+             gossamer demo exec n1 -- ip route\n  \
+             gossamer demo exec n1-pod -- ping {}\n",
+            self.agents[0].socket().display(),
+            self.pods[1].ip
+        );
+        loop {
+            thread::park();
+        }
+    }
+}
+
+/// The round trip to a pod. The first packet may have to wait for the pods' own ARP.
+fn reach(pinger: &mut Pinger, to: Ipv4Addr) -> anyhow::Result<String> {
+    pinger.ping(to, PING_TIMEOUT)?;
+    let round_trip =
+        pinger.ping(to, PING_TIMEOUT)?.with_context(|| format!("{to} does not answer"))?;
+    Ok(span(round_trip))
+}
+
+fn routes(shown: &str) -> usize {
+    shown.lines().filter(|line| line.contains(" via ")).count()
+}
+
+fn matrix(header: &[String], rows: &[Vec<String>]) -> String {
+    let lines = std::iter::once(header).chain(rows.iter().map(Vec::as_slice));
+    let width = lines.clone().flatten().map(|cell| cell.chars().count()).max().unwrap_or(0) + 2;
+    lines
+        .map(|cells| cells.iter().map(|cell| format!("{cell:<width$}")).collect::<String>())
+        .map(|line| format!("{}\n", line.trim_end()))
+        .collect()
+}
+
+fn text(value: &serde_json::Value) -> &str {
+    value.as_str().unwrap_or("?")
+}

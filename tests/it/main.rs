@@ -1,0 +1,9 @@
+//! Integration tests: the real program on real kernels, in namespaces of their own.
+
+// A test that cannot go on should say so at once.
+#![allow(clippy::expect_used, clippy::panic)]
+
+mod cli;
+mod cluster;
+mod common;
+mod refusals;

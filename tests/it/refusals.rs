@@ -1,0 +1,194 @@
+//! What cannot work is refused with one clear sentence and exit code 1, and leaves nothing behind.
+
+use std::{
+    fs,
+    process::{Command, Stdio},
+};
+
+use crate::common::{Cluster, isolated, program, run, tool};
+use gossamer::lab::{Agent, Host, Lab};
+
+/// Runs an agent that must end by itself with code 1, and checks what it said and left.
+fn refused(host: &Host, arguments: &[&str], words: &[&str]) -> anyhow::Result<()> {
+    let mut agent = Agent::start(program(), host, arguments)?;
+    let status = agent.wait()?;
+    let log = agent.log();
+    assert_eq!(status.code(), Some(1), "{log}");
+    let last = log.lines().filter(|line| line.starts_with("gossamer: ")).collect::<Vec<_>>();
+    assert_eq!(last.len(), 1, "one sentence:\n{log}");
+    for word in words {
+        assert!(last[0].contains(word), "{word:?} is missing in {:?}", last[0]);
+    }
+    assert_clean(host);
+    fs::remove_file(host.dir.join("log"))?;
+    Ok(())
+}
+
+fn assert_clean(host: &Host) {
+    let state = host.dir.join("state");
+    let left = fs::read_dir(&state).map(|files| files.count()).unwrap_or(0);
+    assert_eq!(left, 0, "state is left in {}", state.display());
+    assert!(!run(&host.netns, "ip link show gossamer.1").status.success(), "a device is left");
+    assert!(!host.dir.join("subnet.env").exists());
+    assert!(!host.dir.join("gossamer.sock").exists());
+}
+
+fn new_token() -> String {
+    let output = Command::new(program()).args(["token", "--new"]).output().expect("runs");
+    String::from_utf8(output.stdout).expect("UTF-8").trim().to_owned()
+}
+
+#[test]
+fn joiners_that_do_not_belong() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let stranger = lab.host(9, "stranger")?;
+        let (seed, token) = (cluster.hosts[0].ip.to_string(), cluster.token.clone());
+        refused(&stranger, &["--join", &seed, "--token", &new_token()], &["certificate", "token"])?;
+        refused(&stranger, &["--join", &seed], &["a token is needed", "gossamer token"])?;
+        refused(&stranger, &[], &["--init", "--join"])?;
+        for (flag, value, words) in [
+            ("--vni", "7", "vni is 7 here and 1 in the cluster"),
+            ("--vxlan-port", "4789", "vxlan_port is 4789 here and 8472"),
+            ("--network", "10.99.0.0/16", "network is 10.99.0.0/16 here and 10.42.0.0/16"),
+            ("--subnet-len", "25", "subnet_len is 25 here and 24"),
+        ] {
+            refused(&stranger, &["--join", &seed, "--token", &token, flag, value], &[words])?;
+        }
+        // Another cluster with the same secret: told apart by its id.
+        let other = lab.host(10, "other")?;
+        let secret = new_token();
+        let mut founder = Agent::start(program(), &other, &["--init", "--token", &secret])?;
+        founder.wait_converged(1, crate::common::PATIENCE)?;
+        let theirs = crate::common::token_of(&mut founder)?;
+        let third = lab.host(11, "third")?;
+        let mut founder = Agent::start(program(), &third, &["--init", "--token", &secret])?;
+        founder.wait_converged(1, crate::common::PATIENCE)?;
+        let seed = third.ip.to_string();
+        refused(&stranger, &["--join", &seed, "--token", &theirs], &["clusters never merge"])?;
+
+        let status = cluster.agents[0].ask("/v1/status", crate::common::PATIENCE)?;
+        assert_eq!(status["members"].as_array().map(Vec::len), Some(2), "no trace in the cluster");
+        assert_eq!(status["slots"]["leased"], 2);
+        Ok(())
+    });
+}
+
+#[test]
+fn a_host_that_joined_keeps_to_its_cluster() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        cluster.agents[1].end(nix::sys::signal::Signal::SIGTERM)?;
+        let host = &cluster.hosts[1];
+        let before = tool(&host.netns, "ip route show proto 73");
+        for (arguments, words) in [
+            (["--vni", "7"], "vni is 7 here and 1 in the cluster"),
+            (["--mtu", "1480"], "at most 1450"),
+        ] {
+            let mut agent = Agent::start(program(), host, &arguments)?;
+            assert_eq!(agent.wait()?.code(), Some(1));
+            assert!(agent.log().contains(words), "{}", agent.log());
+        }
+        assert_eq!(tool(&host.netns, "ip route show proto 73"), before, "nothing was touched");
+        cluster.agents[1] = Agent::start(program(), &cluster.hosts[1], &[])?;
+        cluster.converge()
+    });
+}
+
+#[test]
+fn hosts_where_something_is_in_the_way() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        let host = lab.host(2, "n2")?;
+        let (seed, token) = (cluster.hosts[0].ip.to_string(), cluster.token.clone());
+        let join = ["--join", seed.as_str(), "--token", token.as_str()];
+        let with = |more: &[&'static str]| [&join[..], more].concat();
+
+        tool(&host.netns, "ip link add flannel.1 type vxlan id 1 dstport 8472 dev eth0 nolearning");
+        refused(&host, &join, &["VNI 1", "8472", "flannel.1", "is flannel running"])?;
+        tool(&host.netns, "ip link del flannel.1");
+
+        tool(&host.netns, "ip link add gossamer.1 type bridge");
+        let mut agent = Agent::start(program(), &host, &join)?;
+        assert_eq!(agent.wait()?.code(), Some(1));
+        assert!(agent.log().contains("gossamer.1 is taken by a bridge"), "{}", agent.log());
+        assert!(tool(&host.netns, "ip -d link show gossamer.1").contains("bridge"), "untouched");
+        tool(&host.netns, "ip link del gossamer.1");
+        fs::remove_file(host.dir.join("log"))?;
+
+        let taken = host.netns.run(|| std::net::UdpSocket::bind("0.0.0.0:8472"))?;
+        refused(&host, &join, &["UDP port 8472", "taken"])?;
+        drop(taken);
+        let taken = host.netns.run(|| std::net::UdpSocket::bind("0.0.0.0:8473"))?;
+        refused(&host, &join, &["0.0.0.0:8473", "in use", "--listen"])?;
+        drop(taken);
+
+        refused(&host, &with(&["--iface", "eth7"]), &["eth7", "eth0 (10.99.0.11)"])?;
+        refused(&host, &with(&["--mtu", "9000"]), &["9000", "at most 1450"])?;
+        refused(&host, &with(&["--network", "10.42.0.0/30"]), &["too small"])?;
+
+        let mut agent = cluster.start_agent(&host, &[])?;
+        agent.wait_converged(2, crate::common::PATIENCE)?;
+        let second = Agent::start(program(), &host, &join).and_then(|mut second| second.wait())?;
+        assert_eq!(second.code(), Some(1));
+        assert!(agent.log().contains("another gossamer"), "{}", agent.log());
+        agent.wait_converged(2, crate::common::PATIENCE)?;
+        let status = cluster.agents[0].ask("/v1/status", crate::common::PATIENCE)?;
+        assert_eq!(status["slots"]["leased"], 2, "refused hosts hold no subnet");
+        Ok(())
+    });
+}
+
+#[test]
+fn a_vni_that_only_the_cluster_knows_is_given_back_when_it_is_taken() {
+    isolated(|lab| {
+        let first = lab.host(1, "n1")?;
+        let mut founder = Agent::start(program(), &first, &["--init", "--vni", "42"])?;
+        founder.wait_converged(1, crate::common::PATIENCE)?;
+        let token = crate::common::token_of(&mut founder)?;
+        let host = lab.host(2, "n2")?;
+        tool(&host.netns, "ip link add other type vxlan id 42 dstport 8472 dev eth0");
+        let seed = first.ip.to_string();
+        refused(&host, &["--join", &seed, "--token", &token], &["VNI 42", "device other"])?;
+        let status = founder.wait_converged(1, crate::common::PATIENCE)?;
+        assert_eq!(status["slots"]["leased"], 1, "the subnet was given back");
+        Ok(())
+    });
+}
+
+#[test]
+fn without_the_capability_it_says_which_one() {
+    isolated(|lab: &mut Lab| {
+        let host = lab.host(1, "n1")?;
+        let mut agent = Command::new("setpriv");
+        agent
+            .args(["--bounding-set=-net_admin", "--inh-caps=-net_admin"])
+            .arg(program())
+            .args(["agent", "--init", "--state-dir"])
+            .arg(host.dir.join("state"))
+            .arg("--socket")
+            .arg(host.dir.join("gossamer.sock"))
+            .stderr(Stdio::piped());
+        let output = host.netns.spawn(&mut agent)?.wait_with_output()?;
+        let said = String::from_utf8(output.stderr)?;
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(said.contains("CAP_NET_ADMIN"), "{said}");
+        assert_clean(&host);
+        Ok(())
+    });
+}
+
+#[test]
+fn wrong_usage_is_code_2_and_an_unknown_key_names_its_line() {
+    let run = |arguments: &[&str]| Command::new(program()).args(arguments).output().expect("runs");
+    assert_eq!(run(&["agent", "--nonsense"]).status.code(), Some(2));
+    assert_eq!(run(&["agent", "--vni", "many"]).status.code(), Some(2));
+    assert_eq!(run(&[]).status.code(), Some(2));
+    let dir = tempfile::tempdir().expect("tempdir");
+    let file = dir.path().join("gossamer.toml");
+    fs::write(&file, "vni = 1\nsubnetlen = 24\n").expect("written");
+    let output = run(&["agent", "--config", file.to_str().expect("UTF-8")]);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("line 2") && said.contains("subnetlen"), "{said}");
+}
