@@ -8,6 +8,7 @@
 #![allow(clippy::expect_used)]
 
 use std::{
+    collections::BTreeSet,
     fs,
     path::Path,
     process::{Command, ExitCode},
@@ -24,7 +25,9 @@ use gossamer::{
 use rtnetlink::{
     packet_core::NetlinkPayload,
     packet_route::{
-        AddressFamily, RouteNetlinkMessage, neighbour::NeighbourState, route::RouteProtocol,
+        AddressFamily, RouteNetlinkMessage,
+        neighbour::{NeighbourAttribute, NeighbourState},
+        route::{RouteAttribute, RouteProtocol},
     },
     sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE},
 };
@@ -106,16 +109,18 @@ fn hosts(lab: &mut Lab, size: usize) -> anyhow::Result<Vec<Host>> {
 
 /// Everybody starts at the same moment, nobody knows anything but one address.
 fn all_at_once(hosts: &[Host]) -> anyhow::Result<Duration> {
+    let token = new_token()?;
+    hosts.iter().try_for_each(clean)?;
     let (watch, start) = (Watch::start(hosts)?, Instant::now());
-    let mut agents = boot(hosts, &new_token()?)?;
-    let done = watch.until(hosts.len(), |_| (hosts.len() - 1) * ENTRIES_PER_PEER)?;
-    tear_down(hosts, &mut agents)?;
+    let _agents = boot(hosts, &token)?;
+    let done = watch.until(hosts.len() * (hosts.len() - 1) * ENTRIES_PER_PEER)?;
     Ok(done.duration_since(start))
 }
 
 /// One more host joins a cluster at rest.
 fn joiner(hosts: &[Host]) -> anyhow::Result<(Duration, Duration, Vec<Agent>)> {
     let token = new_token()?;
+    hosts.iter().try_for_each(clean)?;
     let (last, others) = hosts.split_last().expect("at least two hosts");
     let mut agents = boot(others, &token)?;
     for agent in &mut agents {
@@ -139,16 +144,12 @@ fn joiner(hosts: &[Host]) -> anyhow::Result<(Duration, Duration, Vec<Agent>)> {
             times[1] = Some(at - start);
         }
     }
-    let at_rest = agents;
     let [Some(seen), Some(complete)] = times else { unreachable!("both were waited for") };
-    Ok((seen, complete, at_rest))
+    Ok((seen, complete, agents))
 }
 
 fn boot(hosts: &[Host], token: &str) -> anyhow::Result<Vec<Agent>> {
     let seed = hosts[0].ip.to_string();
-    for host in hosts {
-        clean(host)?;
-    }
     hosts
         .iter()
         .enumerate()
@@ -159,11 +160,7 @@ fn boot(hosts: &[Host], token: &str) -> anyhow::Result<Vec<Agent>> {
         .collect()
 }
 
-fn tear_down(hosts: &[Host], agents: &mut Vec<Agent>) -> anyhow::Result<()> {
-    agents.clear();
-    hosts.iter().try_for_each(clean)
-}
-
+/// No state and no device: deleting one takes the kernel tens of milliseconds, so it is not timed.
 fn clean(host: &Host) -> anyhow::Result<()> {
     let _ = fs::remove_dir_all(host.dir.join("state"));
     let mut netlink = host.netns.netlink()?;
@@ -191,17 +188,19 @@ impl Watch {
             let sender = sender.clone();
             thread::spawn(move || {
                 let mut buffer = Vec::with_capacity(1 << 16);
+                let mut seen = BTreeSet::new();
                 loop {
                     buffer.clear();
                     if socket.recv(&mut buffer, 0).is_err() {
                         return;
                     }
                     let at = Instant::now();
-                    let ours = parse_messages(&buffer).unwrap_or_default().into_iter().filter(|m| {
-                        matches!(&m.payload, NetlinkPayload::InnerMessage(inner) if is_new_entry(inner))
-                    });
-                    for _ in ours {
-                        if sender.send((n, at)).is_err() {
+                    for message in parse_messages(&buffer).unwrap_or_default() {
+                        let NetlinkPayload::InnerMessage(inner) = message.payload else { continue };
+                        if let Some(key) = key_of_entry(&inner)
+                            && seen.insert(key)
+                            && sender.send((n, at)).is_err()
+                        {
                             return;
                         }
                     }
@@ -215,16 +214,10 @@ impl Watch {
         Ok(self.events.recv_timeout(PATIENCE)?)
     }
 
-    /// When each of `hosts` has as many entries as it should.
-    fn until(&self, hosts: usize, wanted: impl Fn(usize) -> usize) -> anyhow::Result<Instant> {
-        let mut counts = vec![0; hosts];
-        loop {
-            let (host, at) = self.next()?;
-            counts[host] += 1;
-            if counts.iter().enumerate().all(|(n, count)| *count >= wanted(n)) {
-                return Ok(at);
-            }
-        }
+    /// When so many entries have appeared in all.
+    fn until(&self, wanted: usize) -> anyhow::Result<Instant> {
+        (1..wanted).try_for_each(|_| self.next().map(drop))?;
+        Ok(self.next()?.1)
     }
 }
 
@@ -241,16 +234,24 @@ fn multicast(netns: &NetNs) -> anyhow::Result<Socket> {
     })?)
 }
 
-fn is_new_entry(message: &RouteNetlinkMessage) -> bool {
+/// What tells an entry of ours from the others, if the message announces one.
+fn key_of_entry(message: &RouteNetlinkMessage) -> Option<String> {
     match message {
-        RouteNetlinkMessage::NewRoute(route) => {
-            route.header.protocol == RouteProtocol::Other(ROUTE_PROTOCOL)
+        RouteNetlinkMessage::NewRoute(route)
+            if route.header.protocol == RouteProtocol::Other(ROUTE_PROTOCOL) =>
+        {
+            let to = |a: &&RouteAttribute| matches!(a, RouteAttribute::Destination(_));
+            Some(format!("{:?}", route.attributes.iter().find(to)))
         }
-        RouteNetlinkMessage::NewNeighbour(entry) => {
-            entry.header.state == NeighbourState::Permanent
-                && matches!(entry.header.family, AddressFamily::Inet | AddressFamily::Bridge)
+        RouteNetlinkMessage::NewNeighbour(entry)
+            if entry.header.state == NeighbourState::Permanent
+                && matches!(entry.header.family, AddressFamily::Inet | AddressFamily::Bridge) =>
+        {
+            let mac =
+                |a: &&NeighbourAttribute| matches!(a, NeighbourAttribute::LinkLayerAddress(_));
+            Some(format!("{:?} {:?}", entry.header.family, entry.attributes.iter().find(mac)))
         }
-        _ => false,
+        _ => None,
     }
 }
 

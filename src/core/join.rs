@@ -17,10 +17,12 @@ use super::{
 };
 
 /// The next seed is tried when the one before has not answered within this time.
-const NEXT_SEED_AFTER: Duration = Duration::from_millis(250);
+const NEXT_SEED_AFTER: Duration = Duration::from_millis(100);
 /// Pause after all seeds were tried: the first, and the longest it grows to.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// A seed that is in no cluster yet itself is asked again this soon.
+const NOT_READY_PAUSE: Duration = Duration::from_millis(20);
 /// Greetings on their way at once.
 const MAX_OPEN_HELLOS: usize = 4;
 /// Pause after all donors were asked in vain.
@@ -46,6 +48,8 @@ pub(super) struct LeaseSearch {
     tried: BTreeSet<NodeId>,
     open: bool,
     next_try: Option<Time>,
+    /// The lease last found.
+    held: Option<Slot>,
     pub(super) refusal: Option<Refusal>,
 }
 
@@ -69,7 +73,14 @@ impl Joining {
 
 impl LeaseSearch {
     pub(super) fn new(prefer: Option<Slot>) -> Self {
-        Self { prefer, tried: BTreeSet::new(), open: false, next_try: None, refusal: None }
+        Self {
+            prefer,
+            tried: BTreeSet::new(),
+            open: false,
+            next_try: None,
+            held: None,
+            refusal: None,
+        }
     }
 }
 
@@ -98,7 +109,7 @@ impl Node {
         if joining.next_seed == 0 {
             let pause = joining.pause;
             joining.pause = (pause * 2).min(LONGEST_PAUSE);
-            self.joining.next_try = now + self.jittered(pause.max(NEXT_SEED_AFTER));
+            self.joining.next_try = now + self.jittered(pause);
         } else {
             joining.next_try = now + NEXT_SEED_AFTER;
         }
@@ -161,7 +172,7 @@ impl Node {
             {
                 self.outputs.push_back(Output::Stop(Stop::Refused(refusal)));
             }
-            _ => self.joining.next_try = self.joining.next_try.min(now + NEXT_SEED_AFTER),
+            _ => self.joining.next_try = self.joining.next_try.min(now + NOT_READY_PAUSE),
         }
     }
 
@@ -194,7 +205,10 @@ impl Node {
         if let [keep, surplus @ ..] = leased.as_slice() {
             home.search.tried.clear();
             home.search.refusal = None;
-            tracing::info!(slot = keep.0, surplus = surplus.len(), "lease held");
+            if home.search.held.replace(*keep) != Some(*keep) {
+                let subnet = home.cluster.settings.pool.subnet(*keep);
+                tracing::info!(%subnet, "this node's subnet");
+            }
             let released: Vec<_> =
                 surplus.iter().filter_map(|slot| home.slots.release_own(me, *slot)).collect();
             self.note_own_change(now, released);

@@ -246,6 +246,7 @@ fn settings(cluster_size: u32) -> Config {
     const TWO: NonZeroUsize = ONE.saturating_add(1);
     const PACKET: NonZeroUsize = NonZeroUsize::new(PACKET_MAX).unwrap();
     const TRANSMISSIONS_MIN: NonZeroU8 = NonZeroU8::new(3).unwrap();
+    const THREE: NonZeroUsize = ONE.saturating_add(2);
     let every_10_s =
         |num_members| Some(PeriodicParams { frequency: Duration::from_secs(10), num_members });
     let size = NonZeroU32::new(cluster_size).unwrap_or(NonZeroU32::MIN);
@@ -254,6 +255,11 @@ fn settings(cluster_size: u32) -> Config {
         suspect_to_down_after: lan.suspect_to_down_after.max(Duration::from_secs(5)),
         max_transmissions: lan.max_transmissions.max(TRANSMISSIONS_MIN),
         max_packet_size: PACKET,
+        // News travel by push; this carries suspicions and their refutations.
+        periodic_gossip: Some(PeriodicParams {
+            frequency: Duration::from_millis(500),
+            num_members: THREE,
+        }),
         periodic_announce: every_10_s(ONE),
         periodic_announce_to_down_members: every_10_s(TWO),
         ..lan
