@@ -90,9 +90,7 @@ fn measure(sizes: &[usize]) -> anyhow::Result<()> {
         };
         println!("{size:<6} {} {} {}", cell(seen, 0), cell(complete, 1), cell(at_once, 2));
     }
-    println!(
-        "\nat rest for {AT_REST:?}      [flannel: 36-38 MB of which 9-10 anonymous, CPU 0.20-0.26 %, and etcd]"
-    );
+    println!("\nat rest for {AT_REST:?} [flannel: 36-38 MB (9-10), CPU 0.20-0.26 %, and etcd]");
     println!("nodes  RSS MB (anonymous)  CPU % of a core, median of the agents");
     for (size, (rss, anonymous, cpu)) in rest {
         println!("{size:<6} {rss:.1} ({anonymous:.1})          {cpu:.3}");

@@ -13,7 +13,8 @@ const NOT_CONVERGED: u8 = 3;
 #[derive(Debug, Args)]
 pub struct StatusArgs {
     /// Wait until the node has converged, for at most this many seconds
-    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "60", value_name = "SECONDS")]
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "60")]
+    #[arg(value_name = "SECONDS")]
     wait: Option<u64>,
     /// With --wait: until so many members are alive, this one included
     #[arg(long, requires = "wait", default_value_t = 1, value_name = "COUNT")]

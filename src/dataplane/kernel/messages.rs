@@ -1,0 +1,188 @@
+//! Our entries and device as netlink messages, and back.
+//!
+//! Shapes only: what is sent when, and what a refusal means, is said in the parent module.
+
+use std::net::{IpAddr, Ipv4Addr};
+
+use ipnet::Ipv4Net;
+use rtnetlink::{
+    LinkVxlan, RouteMessageBuilder,
+    packet_core::{NLM_F_CREATE, NLM_F_REPLACE},
+    packet_route::{
+        AddressFamily, RouteNetlinkMessage,
+        link::{
+            AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoVxlan, LinkAttribute,
+            LinkInfo, LinkMessage,
+        },
+        neighbour::{
+            NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
+        },
+        route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteType},
+    },
+};
+
+use super::super::{
+    desired::{Device, Hop, ROUTE_PROTOCOL},
+    plan::Op,
+};
+use crate::{
+    model::Mac,
+    netlink::{Change, link::Link},
+};
+
+/// The attribute by which a device gets no IPv6 address of its own.
+pub(super) fn no_ipv6_address() -> LinkAttribute {
+    let none = AfSpecInet6::AddrGenMode(In6AddrGenMode::None);
+    LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![none])])
+}
+
+pub(super) fn device_message(device: &Device) -> LinkMessage {
+    let builder = LinkVxlan::new(&device.name, device.vni)
+        .dev(device.link)
+        .port(device.port)
+        .learning(false)
+        .mtu(device.mtu)
+        .address(device.mac.as_bytes().to_vec());
+    match device.local {
+        IpAddr::V4(local) => builder.local(local),
+        IpAddr::V6(local) => builder.local6(local),
+    }
+    .build()
+}
+
+/// (VNI, port), local address, underlay interface, and whether it is not a device as we make them.
+pub(super) fn fixed_attributes(link: &Link) -> ((u32, u16), IpAddr, u32, bool) {
+    let (mut vni, mut port, mut underlay, mut foreign) = (0, 0, 0, false);
+    let mut local = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+    let infos = link.message.attributes.iter().filter_map(|attribute| match attribute {
+        LinkAttribute::LinkInfo(infos) => Some(infos),
+        _ => None,
+    });
+    let data = infos.flatten().filter_map(|info| match info {
+        LinkInfo::Data(InfoData::Vxlan(data)) => Some(data),
+        _ => None,
+    });
+    for info in data.flatten() {
+        match info {
+            InfoVxlan::Id(id) => vni = *id,
+            InfoVxlan::Port(number) => port = *number,
+            InfoVxlan::Link(index) => underlay = *index,
+            InfoVxlan::Local(ip) => local = IpAddr::V4(*ip),
+            InfoVxlan::Local6(ip) => local = IpAddr::V6(*ip),
+            InfoVxlan::Learning(on) => foreign |= *on,
+            InfoVxlan::CollectMetadata(on) => foreign |= *on,
+            InfoVxlan::Group(ip) => foreign |= !ip.is_unspecified(),
+            InfoVxlan::Group6(ip) => foreign |= !ip.is_unspecified(),
+            _ => {}
+        }
+    }
+    ((vni, port), local, underlay, foreign)
+}
+
+pub(super) fn change(op: &Op, index: u32) -> Change {
+    let replace = NLM_F_CREATE | NLM_F_REPLACE;
+    let (message, flags) = match op {
+        Op::SetFdb(mac, underlay) => {
+            (RouteNetlinkMessage::NewNeighbour(fdb_message(index, *mac, *underlay)), replace)
+        }
+        Op::RemoveFdb(mac, underlay) => {
+            (RouteNetlinkMessage::DelNeighbour(fdb_message(index, *mac, *underlay)), 0)
+        }
+        Op::SetNeighbour(address, mac) => (
+            RouteNetlinkMessage::NewNeighbour(neighbour_message(index, *address, Some(*mac))),
+            replace,
+        ),
+        Op::RemoveNeighbour(address) => {
+            (RouteNetlinkMessage::DelNeighbour(neighbour_message(index, *address, None)), 0)
+        }
+        Op::SetRoute(subnet, hop) => {
+            (RouteNetlinkMessage::NewRoute(route_message(index, *subnet, *hop)), replace)
+        }
+        Op::RemoveRoute(subnet, hop) => {
+            (RouteNetlinkMessage::DelRoute(route_message(index, *subnet, *hop)), 0)
+        }
+        _ => unreachable!("{op:?} is an operation on the device"),
+    };
+    Change { message, flags }
+}
+
+fn fdb_message(index: u32, mac: Mac, underlay: IpAddr) -> NeighbourMessage {
+    let mut message = NeighbourMessage::default();
+    message.header.family = AddressFamily::Bridge;
+    message.header.ifindex = index;
+    message.header.state = NeighbourState::Permanent;
+    message.header.flags = NeighbourFlags::Own;
+    message.attributes = vec![
+        NeighbourAttribute::LinkLayerAddress(mac.as_bytes().to_vec()),
+        NeighbourAttribute::Destination(underlay.into()),
+    ];
+    message
+}
+
+fn neighbour_message(index: u32, address: Ipv4Addr, mac: Option<Mac>) -> NeighbourMessage {
+    let mut message = NeighbourMessage::default();
+    message.header.family = AddressFamily::Inet;
+    message.header.ifindex = index;
+    message.header.state = NeighbourState::Permanent;
+    message.attributes.push(NeighbourAttribute::Destination(address.into()));
+    let lladdr = mac.map(|mac| NeighbourAttribute::LinkLayerAddress(mac.as_bytes().to_vec()));
+    message.attributes.extend(lladdr);
+    message
+}
+
+fn route_message(index: u32, subnet: Ipv4Net, hop: Hop) -> RouteMessage {
+    RouteMessageBuilder::<Ipv4Addr>::new()
+        .destination_prefix(subnet.network(), subnet.prefix_len())
+        .gateway(hop.via)
+        .output_interface(index)
+        .protocol(RouteProtocol::Other(ROUTE_PROTOCOL))
+        .priority(hop.metric)
+        .onlink()
+        .build()
+}
+
+pub(super) fn our_route(route: &RouteMessage) -> Option<(Ipv4Net, Hop)> {
+    let header = &route.header;
+    if header.protocol != RouteProtocol::Other(ROUTE_PROTOCOL) || header.kind != RouteType::Unicast
+    {
+        return None;
+    }
+    let (mut network, mut via, mut metric) = (Ipv4Addr::UNSPECIFIED, Ipv4Addr::UNSPECIFIED, 0);
+    for attribute in &route.attributes {
+        match attribute {
+            RouteAttribute::Destination(RouteAddress::Inet(ip)) => network = *ip,
+            RouteAttribute::Gateway(RouteAddress::Inet(ip)) => via = *ip,
+            RouteAttribute::Priority(priority) => metric = *priority,
+            _ => {}
+        }
+    }
+    let subnet = Ipv4Net::new(network, header.destination_prefix_length).ok()?;
+    Some((subnet, Hop { via, metric }))
+}
+
+/// NDA_DST: of a neighbour its address, of an FDB entry the underlay address of the VTEP.
+pub(super) fn destination(entry: &NeighbourMessage) -> Option<IpAddr> {
+    entry.attributes.iter().find_map(|attribute| match attribute {
+        NeighbourAttribute::Destination(NeighbourAddress::Inet(ip)) => Some(IpAddr::V4(*ip)),
+        NeighbourAttribute::Destination(NeighbourAddress::Inet6(ip)) => Some(IpAddr::V6(*ip)),
+        // The packet crate leaves those of FDB entries as bytes.
+        NeighbourAttribute::Destination(NeighbourAddress::Other(bytes)) => ip_from(bytes),
+        _ => None,
+    })
+}
+
+pub(super) fn lladdr(entry: &NeighbourMessage) -> Option<Mac> {
+    entry.attributes.iter().find_map(|attribute| match attribute {
+        NeighbourAttribute::LinkLayerAddress(bytes) => {
+            bytes.as_slice().try_into().ok().map(Mac::from_bytes)
+        }
+        _ => None,
+    })
+}
+
+fn ip_from(bytes: &[u8]) -> Option<IpAddr> {
+    <[u8; 4]>::try_from(bytes)
+        .map(IpAddr::from)
+        .or_else(|_| <[u8; 16]>::try_from(bytes).map(IpAddr::from))
+        .ok()
+}

@@ -1,0 +1,123 @@
+//! Rules about the source itself that no compiler knows.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+/// A file that needs more than this is two rooms.
+const MAX_LINES: usize = 500;
+const MAX_WIDTH: usize = 110;
+
+/// What the pure ring is made of, below src/.
+const PURE: [&str; 5] = ["model/", "wire/", "core/", "dataplane/desired.rs", "dataplane/plan.rs"];
+
+/// What would bring the world into it: IO, clocks, luck, threads, and modules of the other rings.
+const IMPURE: [&str; 24] = [
+    "tokio",
+    "quinn",
+    "rustls",
+    "sled",
+    "rtnetlink",
+    "netlink::",
+    "nix::",
+    "socket2",
+    "getrandom",
+    "std::fs",
+    "std::io",
+    "std::env",
+    "std::process",
+    "std::thread",
+    "std::sync",
+    "UdpSocket",
+    "TcpStream",
+    "UnixStream",
+    "Instant",
+    "SystemTime",
+    "HashMap",
+    "HashSet",
+    "rand::rng(",
+    "crate::agent",
+];
+
+/// All of our Rust files with their paths below the project's root.
+fn sources() -> Vec<(String, String)> {
+    fn collect(directory: &Path, files: &mut Vec<PathBuf>) {
+        for entry in fs::read_dir(directory).expect("readable").flatten() {
+            let path = entry.path();
+            if path.is_dir() {
+                collect(&path, files);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                files.push(path);
+            }
+        }
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut files = Vec::new();
+    ["src", "tests", "benches"].iter().for_each(|part| collect(&root.join(part), &mut files));
+    files.sort();
+    assert!(files.len() > 40, "the sources were not found");
+    files
+        .into_iter()
+        .map(|path| {
+            let name = path.strip_prefix(root).expect("below the root").display().to_string();
+            (name, fs::read_to_string(path).expect("UTF-8"))
+        })
+        .collect()
+}
+
+/// The program part of a file: without comments, and without its tests.
+fn code(text: &str) -> impl Iterator<Item = (usize, &str)> {
+    text.lines()
+        .enumerate()
+        .take_while(|(_, line)| !line.starts_with("#[cfg(test)]"))
+        .map(|(number, line)| (number + 1, line.split("//").next().unwrap_or_default()))
+}
+
+#[test]
+fn the_pure_ring_imports_no_io_no_clock_and_no_luck() {
+    let mut found = Vec::new();
+    let mut looked_at = 0;
+    for (name, text) in sources() {
+        let Some(below) = name.strip_prefix("src/") else { continue };
+        if !PURE.iter().any(|pure| below.starts_with(pure)) || below.ends_with("tests.rs") {
+            continue;
+        }
+        looked_at += 1;
+        for (number, line) in code(&text) {
+            let impure = IMPURE.iter().filter(|word| line.contains(**word));
+            found.extend(impure.map(|word| format!("{name}:{number}: {word}")));
+        }
+    }
+    assert!(looked_at > 20, "the pure ring was not found");
+    assert!(found.is_empty(), "{found:#?}");
+}
+
+#[test]
+fn every_file_says_what_it_is_and_keeps_to_a_size() {
+    let mut found = Vec::new();
+    for (name, text) in sources() {
+        if !text.starts_with("//!") && !name.ends_with("tests.rs") {
+            found.push(format!("{name}: does not open with what it is"));
+        }
+        let lines = text.lines().count();
+        if lines > MAX_LINES && !name.ends_with("tests.rs") {
+            found.push(format!("{name}: {lines} lines"));
+        }
+        let wide = text.lines().enumerate().filter(|(_, line)| line.chars().count() > MAX_WIDTH);
+        found.extend(wide.map(|(number, _)| format!("{name}:{}: too wide", number + 1)));
+    }
+    assert!(found.is_empty(), "{found:#?}");
+}
+
+#[test]
+fn bincode_is_named_in_one_module_only() {
+    let named: Vec<String> = sources()
+        .into_iter()
+        .filter(|(name, text)| {
+            name.starts_with("src/") && code(text).any(|(_, line)| line.contains("bincode"))
+        })
+        .map(|(name, _)| name)
+        .collect();
+    assert_eq!(named, ["src/wire/codec.rs"]);
+}
