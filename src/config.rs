@@ -36,7 +36,7 @@ pub struct Settings {
     /// Create a new cluster, unless this host is in one already
     #[arg(long, env = "GOSSAMER_INIT", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
     pub init: Option<bool>,
-    /// A member to join by, HOST[:PORT]; repeatable. Names are resolved anew at each try
+    /// A member to join by, HOST or HOST:PORT; repeatable. Names are resolved anew at each try
     #[arg(long, env = "GOSSAMER_JOIN", value_delimiter = ',', value_name = "HOST[:PORT]")]
     pub join: Vec<String>,
     /// The cluster's token, from `gossamer token`. Visible in `ps`: prefer the file or GOSSAMER_TOKEN
@@ -54,10 +54,10 @@ pub struct Settings {
     /// Where flannel's subnet.env is written [default: /run/gossamer/subnet.env]
     #[arg(long, env = "GOSSAMER_SUBNET_FILE", value_name = "FILE")]
     pub subnet_file: Option<PathBuf>,
-    /// UDP address for gossip, IP[:PORT] [default: 0.0.0.0:8473]
+    /// UDP address for gossip, IP or IP:PORT [default: 0.0.0.0:8473]
     #[arg(long, env = "GOSSAMER_LISTEN", value_name = "IP[:PORT]")]
     pub listen: Option<String>,
-    /// Address given to peers, IP[:PORT]; behind NAT one that this host does not have
+    /// Address given to peers, IP or IP:PORT; behind NAT one that this host does not have
     /// [default: the underlay address]
     #[arg(long, env = "GOSSAMER_ADVERTISE", value_name = "IP[:PORT]")]
     pub advertise: Option<String>,

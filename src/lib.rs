@@ -26,6 +26,9 @@
 //! [`core`] (the machine), `core/slots.rs` (who owns what), [`dataplane::desired`],
 //! [`dataplane::plan`], [`agent`] (the loop). Together with this file they explain the product.
 
+// The documentation is for readers of the source: it may point at private rooms.
+#![allow(rustdoc::private_intra_doc_links)]
+
 #[cfg(feature = "agent")]
 pub mod agent;
 #[cfg(feature = "agent")]

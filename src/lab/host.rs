@@ -43,7 +43,7 @@ pub struct Pod {
 }
 
 impl Lab {
-    /// Must run inside namespaces made by [`super::enter`].
+    /// Must run inside namespaces made by [`super::enter()`].
     pub fn new() -> io::Result<Self> {
         // The numbers of processes as they are in here. Some containers forbid it; then /proc shows
         // those outside, which only measurements would mind.

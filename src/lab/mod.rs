@@ -1,7 +1,7 @@
 //! A cluster on one machine: hosts as network namespaces on a bridge, each with a real agent and a pod.
 //!
 //! For the demo, the tests and the benchmarks. Everything is made inside private namespaces, entered by
-//! [`enter`], so it works without root and nothing of it can outlive or disturb anything else. Nothing
+//! [`enter()`], so it works without root and nothing of it can outlive or disturb anything else. Nothing
 //! of the product may use this module.
 
 mod agent;
