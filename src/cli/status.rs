@@ -1,18 +1,20 @@
 //! `gossamer status`, `members` and `leases`: three looks at one answer of the agent.
 
-use std::{fmt::Write as _, process::ExitCode};
+use std::{fmt::Write as _, process::ExitCode, time::Duration};
 
 use clap::Args;
 use serde_json::Value;
 
 use super::{Client, ask_and_print, table::table};
-use crate::api;
+use crate::api::{self, ClientError};
 
 const NOT_CONVERGED: u8 = 3;
+/// Between looks for a socket that is not there yet.
+const RETRY: Duration = Duration::from_millis(50);
 
 #[derive(Debug, Args)]
 pub struct StatusArgs {
-    /// Wait until the node has converged, for at most this many seconds
+    /// Wait until the node has converged (or until there is an agent at all), at most so many seconds
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "60")]
     #[arg(value_name = "SECONDS")]
     wait: Option<u64>,
@@ -25,16 +27,33 @@ pub struct StatusArgs {
 
 /// Exit code 0 if converged (with as many members as were asked for), 3 if not.
 pub fn status(args: &StatusArgs) -> ExitCode {
-    let target = match args.wait {
-        Some(seconds) => format!("/v1/status?wait={seconds}&members={}", args.members),
-        None => "/v1/status".to_owned(),
-    };
-    match ask_and_print(&args.client, api::get(&args.client.socket, &target), status_text) {
+    match ask_and_print(&args.client, ask(args), status_text) {
         Ok(answer) if answer["converged"] == true && alive(&answer) >= args.members => {
             ExitCode::SUCCESS
         }
         Ok(_) => ExitCode::from(NOT_CONVERGED),
         Err(code) => code,
+    }
+}
+
+/// Who waits for an agent may have started it a moment ago: its socket is waited for as well.
+async fn ask(args: &StatusArgs) -> Result<Value, ClientError> {
+    let socket = &args.client.socket;
+    let Some(seconds) = args.wait else { return api::get(socket, "/v1/status").await };
+    let target = format!("/v1/status?wait={seconds}&members={}", args.members);
+    let patience = Duration::from_secs(seconds);
+    let answered = tokio::time::timeout(patience, async {
+        loop {
+            match api::get(socket, &target).await {
+                Err(ClientError::NoAgent { .. }) => tokio::time::sleep(RETRY).await,
+                answer => return answer,
+            }
+        }
+    });
+    match answered.await {
+        Ok(answer) => answer,
+        // The agent itself answers when the time is over; it may be a moment late.
+        Err(_) => api::get(socket, "/v1/status").await,
     }
 }
 
