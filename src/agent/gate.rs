@@ -4,7 +4,8 @@ use std::collections::VecDeque;
 
 use crate::core::{Output, WriteSeq};
 
-/// Frames held while the disk is slow or full; then the oldest lossy ones are dropped.
+/// Outputs held while the disk is slow or full; then the oldest frames and answers are dropped, which
+/// peers take as lost on the way.
 const MAX_HELD: usize = 8192;
 
 /// Outputs in order, each with the write it waits for.
@@ -28,8 +29,10 @@ impl Gate {
             return Some(output);
         }
         if self.held.len() >= MAX_HELD
-            && let Some(lossy) =
-                self.held.iter().position(|(_, held)| matches!(held, Output::Send { .. }))
+            && let Some(lossy) = self
+                .held
+                .iter()
+                .position(|(_, held)| matches!(held, Output::Send { .. } | Output::Reply { .. }))
         {
             self.held.remove(lossy);
         }

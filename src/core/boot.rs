@@ -112,6 +112,7 @@ impl Node {
             outputs: std::collections::VecDeque::new(),
             leaving: None,
             programmed: None,
+            outranked: std::collections::BTreeSet::new(),
             view_stale: true,
             lease_write: 0,
             writes: 0,

@@ -88,7 +88,7 @@ impl Node {
     pub(super) fn next_join_step(&self) -> Option<Time> {
         match &self.home {
             None => (self.joining.open < MAX_OPEN_HELLOS).then_some(self.joining.next_try),
-            Some(home) => home.search.next_try,
+            Some(home) => home.search.next_try.filter(|_| self.leaving.is_none()),
         }
     }
 
@@ -234,7 +234,10 @@ impl Node {
         let me = self.me.node;
         let Some(home) = &mut self.home else { return };
         let spares = home.slots.census().spare;
-        let untried = |node: &NodeId| *node != me && !home.search.tried.contains(node);
+        let untried = |node: &NodeId| {
+            let reachable = *node != me && self.directory.get(*node).is_some();
+            reachable && !home.search.tried.contains(node)
+        };
         let wanted = home
             .search
             .prefer

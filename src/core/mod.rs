@@ -7,6 +7,7 @@
 //! - [`membership`]: who is alive (SWIM); an opinion, which changes nothing else
 //! - [`slots`]: who owns which slot; the table and its rules
 //! - [`directory`]: what each node says about itself
+//! - `learn`: merging what others say
 //! - `join`: from stranger to member with a lease
 //! - `push`, `sync`: how a change reaches everybody: at once, and surely
 //! - `serve`: answers to peers
@@ -16,6 +17,7 @@ mod boot;
 mod directory;
 mod io;
 mod join;
+mod learn;
 mod leave;
 mod membership;
 mod push;
@@ -54,8 +56,8 @@ use self::{
     sync::SyncRound,
 };
 use crate::{
-    model::{ClusterId, ClusterRecord, Incarnation, MemberRecord, NodeId, Slot, SlotState, Time},
-    wire::{Facts, Frame, Key, Push, Record, Request, Response},
+    model::{BootId, ClusterId, ClusterRecord, MemberRecord, NodeId, Slot, SlotState, Time},
+    wire::{Frame, Key, Push, Record, Request, Response},
 };
 
 /// How long facts learned from others may wait to be written: they can be had again, and flash wears.
@@ -84,6 +86,8 @@ pub struct Node {
     dirty: Dirty,
     /// The number of the latest durable write asked for.
     writes: WriteSeq,
+    /// Processes with this node's key that it has gone above; bounded by what peers remember of it.
+    outranked: BTreeSet<BootId>,
     /// The write that holds the last change of this node's own slots.
     lease_write: WriteSeq,
     /// The view last asked to be programmed, and whether something it is made of has changed since.
@@ -141,6 +145,8 @@ struct Dirty {
 pub struct Counters {
     /// Broken promises of single ownership, each settled alike on all nodes.
     pub violations: u64,
+    /// Records of another process that runs with this node's key.
+    pub clones: u64,
     /// Frames and answers that could not be read.
     pub malformed: u64,
     pub grants: u64,
@@ -159,7 +165,7 @@ impl Node {
             Input::Timeout => self.membership.handle_timeout(now),
             Input::Command(Command::Leave) => self.start_leaving(),
             Input::Command(Command::Sync) => self.sync.hasten(now),
-            Input::Command(Command::Save) => self.dirty.lazy_at = Some(now),
+            Input::Command(Command::Save) => self.dirty.hasten(now),
         }
         self.advance(now);
     }
@@ -231,78 +237,6 @@ impl Node {
             Purpose::AskHeir { heir } => self.on_heir_answer(heir, answer),
             Purpose::Handover { keeper } => self.on_handover_answer(now, keeper, answer),
         }
-    }
-
-    /// Merges what somebody told; what is new is passed on, except to whom it came from.
-    fn learn(&mut self, now: Time, facts: &Facts, from: Option<NodeId>) {
-        let news = self.absorb(now, facts);
-        if !news.is_empty() {
-            self.sync.unsettle(now);
-            self.push.add(now, &news, from);
-        }
-    }
-
-    /// Merges what somebody told and says what of it was new.
-    fn absorb(&mut self, now: Time, facts: &Facts) -> Facts {
-        let mut news = Facts::default();
-        for record in &facts.members {
-            if self.merge_member(now, record) {
-                news.members.push(record.clone());
-            }
-        }
-        if let Some(home) = &mut self.home {
-            let merged = home.slots.merge(&facts.slots);
-            self.counters.violations += merged.violations.len() as u64;
-            for (slot, ours, theirs) in &merged.violations {
-                tracing::error!(?slot, ?ours, ?theirs, "two owners of one slot at one epoch");
-            }
-            self.note_slots(&merged.changed);
-            news.slots = merged.changed.into_iter().map(|(run, _)| run).collect();
-        }
-        if !news.slots.is_empty() {
-            self.recheck_lease(now);
-        }
-        self.membership.introduce(now, facts.active.iter().copied());
-        news
-    }
-
-    /// Takes a newer member record. One about this node is from an earlier life of it whose database
-    /// was lost: this life must outrank it.
-    fn merge_member(&mut self, now: Time, record: &MemberRecord) -> bool {
-        if record.node == self.me.node {
-            if record.version.starts >= self.me.version.starts && record.boot != self.me.boot {
-                self.outrank(now, record.version.starts);
-            }
-            return false;
-        }
-        let new = self.directory.merge(record);
-        if new {
-            self.dirty.mark(Key::Member(record.node), false);
-            self.view_stale = true;
-        }
-        new
-    }
-
-    fn outrank(&mut self, now: Time, starts: u32) {
-        self.me.version.starts = starts.saturating_add(1);
-        tracing::warn!(
-            starts = self.me.version.starts,
-            "peers remember a later start of this node than its own state: going on above it"
-        );
-        self.dirty.mark(Key::Starts, true);
-        let mut identity = self.membership.identity();
-        identity.incarnation = Incarnation { starts: self.me.version.starts, renewals: 0 };
-        self.membership.adopt(now, identity);
-        self.publish_self(now);
-    }
-
-    /// Tells everybody the present version of this node's own record.
-    fn publish_self(&mut self, now: Time) {
-        self.directory.merge(&self.me);
-        self.dirty.mark(Key::Member(self.me.node), false);
-        let facts = Facts { members: vec![self.me.clone()], ..Facts::default() };
-        self.push.add(now, &facts, None);
-        self.sync.unsettle(now);
     }
 
     /// Slots that changed: to be written, and before anything else where this node gains or loses one.
@@ -473,6 +407,11 @@ impl Node {
 }
 
 impl Dirty {
+    /// Has what has gathered written now.
+    fn hasten(&mut self, now: Time) {
+        self.lazy_at = self.lazy_at.map(|at| at.min(now));
+    }
+
     fn mark(&mut self, key: Key, durable: bool) {
         self.keys.insert(key);
         self.durable |= durable;

@@ -144,6 +144,13 @@ impl Node {
         if let (Phase::Leaseless, Some(home)) = (phase, &self.home) {
             problems.extend(home.search.refusal.iter().map(|r| format!("no subnet yet: {r}")));
         }
+        if self.counters.clones > 0 {
+            problems.push(
+                "another process runs with this node's key: its state directory was copied; \
+                 stop one of the two, remove its state directory, and let it join as a new node"
+                    .to_owned(),
+            );
+        }
         if self.counters.violations > 0 {
             problems.push(format!(
                 "{} slots had two owners at one epoch: a state directory was copied or rolled back",

@@ -8,6 +8,7 @@ use std::{
 
 use super::*;
 use crate::model::{BootId, ClusterSettings, Mac, Pool, PoolSpec, SettingsWish, Vtep};
+use crate::wire::Facts;
 
 const LATENCY: Duration = Duration::from_millis(1);
 const NO_ANSWER_AFTER: Duration = Duration::from_secs(5);
@@ -333,6 +334,46 @@ fn a_lost_database_is_no_lost_subnet_while_a_peer_remembers() {
     world.run_for(Duration::from_secs(20));
     assert!((0..3).all(|n| world.node(n).status().settled), "the new start outranks the old one");
     world.assert_mesh();
+}
+
+#[test]
+fn a_copied_state_directory_is_named_and_starts_no_race() {
+    let mut world = World::with_members(3);
+    let id = world.order[2];
+    world.run_for(Duration::from_secs(5));
+    // A second process with the same key and disk tells a peer about itself, again and again.
+    let record = |world: &World, starts: u32| MemberRecord {
+        version: crate::model::Version { starts, change: 0 },
+        boot: BootId::from_bytes([99; 8]),
+        ..world.node(2).me.clone()
+    };
+    for round in 0..20 {
+        let clone = record(&world, world.node(2).me.version.starts + 1);
+        let facts = Facts { members: vec![clone], ..Facts::default() };
+        let cluster = world.node(2).cluster_id().expect("in a cluster");
+        let bytes = Frame::Push(&Push { facts }.encode()).encode(cluster);
+        world.input(id, Input::Message { from: world.order[0], bytes });
+        let expected = if round == 0 { 0 } else { round };
+        assert_eq!(world.node(2).status().counters.clones, expected);
+    }
+    assert!(world.node(2).me.version.starts < 10, "it went above the other once, not twenty times");
+    assert!(world.node(2).status().problems.join(" ").contains("was copied"));
+}
+
+#[test]
+fn no_node_ever_asks_to_be_woken_in_the_past() {
+    let mut world = World::with_members(4);
+    world.cut.insert(world.order[1]);
+    let leaver = world.order[2];
+    world.input(leaver, Input::Command(Command::Leave));
+    for _ in 0..2_000 {
+        world.run_for(Duration::from_millis(1));
+        for host in world.running() {
+            let at =
+                host.node.as_ref().and_then(Node::poll_timeout).expect("something is always due");
+            assert!(at > world.now, "{} spins", host.config.name);
+        }
+    }
 }
 
 #[test]

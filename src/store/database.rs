@@ -6,6 +6,7 @@
 //! carries a checksum.
 
 use std::{
+    collections::BTreeMap,
     fs, io,
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
@@ -72,7 +73,7 @@ impl Database {
 
     /// Writes a batch, all or nothing, and has it out of this process before it returns. `durable`: on
     /// the disk as well.
-    pub fn write(&self, records: &[(Key, Vec<u8>)], durable: bool) -> Result<(), StoreError> {
+    pub fn write(&self, records: &BTreeMap<Key, Vec<u8>>, durable: bool) -> Result<(), StoreError> {
         let mut batch = sled::Batch::default();
         for (key, value) in records {
             batch.insert(key.to_string().into_bytes(), value.as_slice());
@@ -152,7 +153,7 @@ mod tests {
 
     fn write(database: &Database, value: u32) {
         let record = Record::Starts(value).encode();
-        database.write(&[(Key::Starts, record)], true).expect("written");
+        database.write(&BTreeMap::from([(Key::Starts, record)]), true).expect("written");
     }
 
     #[test]
@@ -185,10 +186,10 @@ mod tests {
                 write(&database, value);
                 let filler =
                     |bucket| (Key::Slots(bucket), Record::Starts(value).encode().repeat(20));
-                database.write(&(0..32).map(filler).collect::<Vec<_>>(), false).expect("written");
+                database.write(&(0..32).map(filler).collect(), false).expect("written");
             }
             let intact = |bucket| (Key::Slots(bucket), Record::Slots(Vec::new()).encode());
-            database.write(&(0..32).map(intact).collect::<Vec<_>>(), true).expect("written");
+            database.write(&(0..32).map(intact).collect(), true).expect("written");
             drop(database);
             let file = path.join("db");
             let mut bytes = fs::read(&file).expect("read");

@@ -1,9 +1,10 @@
 //! The thread that writes: batches go in, numbers of durable ones come out, in order.
 //!
-//! A batch that fails is tried again until it succeeds, because outputs of the node wait for it; the
-//! node itself goes on meanwhile. The queue is bounded by the loop, which has one batch a turn.
+//! Batches that wait behind a slow disk are written as one: a later value of a key replaces the earlier
+//! one, so what waits is never more than the database itself. One that fails is tried again until it
+//! succeeds, because outputs of the node wait for it; the node itself goes on meanwhile.
 
-use std::{sync::mpsc, thread, time::Duration};
+use std::{collections::BTreeMap, sync::mpsc, thread, time::Duration};
 
 use super::{Database, StoreError};
 use crate::{core::WriteSeq, wire::Key};
@@ -36,7 +37,13 @@ impl Writer {
         let (batches, queue) = mpsc::channel::<Batch>();
         let thread = thread::Builder::new()
             .name("store".to_owned())
-            .spawn(move || queue.into_iter().for_each(|batch| write(&database, batch, &report)))
+            .spawn(move || {
+                while let Ok(first) = queue.recv() {
+                    let mut pending = Pending::default();
+                    pending.add(first);
+                    write(&database, &queue, pending, &report);
+                }
+            })
             .map_err(|error| StoreError::Database(format!("no thread for it: {error}")))?;
         Ok(Self { batches: Some(batches), thread: Some(thread) })
     }
@@ -59,9 +66,30 @@ impl Drop for Writer {
     }
 }
 
-fn write(database: &Database, (records, seq): Batch, report: &impl Fn(Written)) {
+/// Batches on their way to the disk, as one.
+#[derive(Default)]
+struct Pending {
+    records: BTreeMap<Key, Vec<u8>>,
+    seq: Option<WriteSeq>,
+}
+
+impl Pending {
+    fn add(&mut self, (records, seq): Batch) {
+        self.records.extend(records);
+        self.seq = self.seq.max(seq);
+    }
+}
+
+fn write(
+    database: &Database,
+    queue: &mpsc::Receiver<Batch>,
+    mut pending: Pending,
+    report: &impl Fn(Written),
+) {
     let mut failed = false;
-    while let Err(error) = database.write(&records, seq.is_some()) {
+    loop {
+        queue.try_iter().for_each(|batch| pending.add(batch));
+        let Err(error) = database.write(&pending.records, pending.seq.is_some()) else { break };
         if !failed {
             report(Written::Failing(error.to_string()));
         }
@@ -71,7 +99,7 @@ fn write(database: &Database, (records, seq): Batch, report: &impl Fn(Written)) 
     if failed {
         report(Written::Recovered);
     }
-    if let Some(seq) = seq {
+    if let Some(seq) = pending.seq {
         report(Written::Durable(seq));
     }
 }

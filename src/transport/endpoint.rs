@@ -33,6 +33,8 @@ const EVENT_QUEUE: usize = 4096;
 /// Frames that wait for a connection; the oldest is dropped.
 const FRAME_QUEUE: usize = 32;
 const CALL_QUEUE: usize = 8;
+/// Questions that wait for our answer; they pile up only while a disk does not write.
+const MAX_REPLIES: usize = 1024;
 /// Connections not used for this long are dropped and made again when needed.
 const IDLE: Duration = Duration::from_secs(60);
 const DIAL_TIMEOUT: Duration = Duration::from_secs(4);
@@ -140,6 +142,9 @@ impl Transport {
                 self.next_reply += 1;
                 let reply = ReplyId(self.next_reply);
                 self.replies.insert(reply, Reply(stream));
+                if self.replies.len() > MAX_REPLIES {
+                    self.replies.pop_first();
+                }
                 Some(Input::Request { from, reply, bytes })
             }
             Event::Answer { call, result } => Some(Input::Answer { call, result }),
@@ -167,9 +172,8 @@ impl Transport {
             return;
         }
         if link.calls.len() >= CALL_QUEUE {
-            let result = Err(CallError::Unreachable("too many calls wait for it".to_owned()));
-            let _ = self.events.try_send(Event::Answer { call, result });
-            return;
+            return self
+                .answer(call, CallError::Unreachable("too many calls wait for it".to_owned()));
         }
         link.calls.push_back((call, bytes));
         self.dial(to, address);
@@ -268,14 +272,17 @@ impl Transport {
         let Some(link) = self.peers.get_mut(&peer) else { return };
         link.dialling = false;
         link.frames.clear();
-        for (call, _) in link.calls.drain(..) {
-            let answer = Event::Answer { call, result: Err(error.clone()) };
-            let events = self.events.clone();
-            tokio::spawn(async move { events.send(answer).await });
-        }
+        let calls = std::mem::take(&mut link.calls);
         if link.is_unused() {
             self.peers.remove(&peer);
         }
+        calls.into_iter().for_each(|(call, _)| self.answer(call, error.clone()));
+    }
+
+    /// Ends a call that got no further. Through the queue like any other answer, however full it is.
+    fn answer(&self, call: CallId, error: CallError) {
+        let (events, result) = (self.events.clone(), Err(error));
+        tokio::spawn(async move { events.send(Event::Answer { call, result }).await });
     }
 }
 
