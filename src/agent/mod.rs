@@ -309,9 +309,10 @@ impl Agent {
         }
     }
 
-    fn note_kernel_failures(&mut self, failed: &[(crate::dataplane::plan::Op, std::io::Error)]) {
-        let problem = failed.first().map(|(op, error)| {
-            format!("{} kernel entries refused, the first: {op:?}: {error}", failed.len())
+    fn note_kernel_failures(&mut self, failed: &[String]) {
+        let problem = failed.first().map(|first| match failed.len() {
+            1 => format!("a kernel entry was refused: {first}"),
+            count => format!("{count} kernel entries were refused, the first: {first}"),
         });
         if problem.is_some() {
             self.kernel.next = Some(Instant::now() + RECONCILE_RETRY);

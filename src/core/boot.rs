@@ -1,22 +1,27 @@
 //! How a node begins: from what its disk remembers, or as the first of a new cluster, or as a stranger.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::{
+    collections::{BTreeSet, VecDeque},
+    net::{Ipv4Addr, SocketAddr},
+};
 
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 
 use crate::{
     model::{
         BootId, ClusterId, ClusterRecord, ClusterSettings, Difference, Identity, Incarnation,
-        MemberRecord, NodeId, NodeName, SettingsWish, Slot, Time, Version, Vtep,
+        MemberRecord, NodeId, NodeName, Run, SettingsWish, Slot, Time, Version, Vtep,
     },
     wire::{Key, Record},
 };
 
 use super::{
-    Counters, Directory, Dirty, FIRST_WRITE, Home, Membership, Node, Output, SlotTable,
-    join::{Joining, LeaseSearch},
+    Calls, Counters, Directory, Dirty, FIRST_WRITE, Home, Membership, Node, Output, SlotTable,
+    join::Joining,
+    lease::LeaseSearch,
+    leave::Leaving,
     push::PushQueue,
-    sync::SyncRound,
+    sync::{Doubt, SyncRound},
 };
 
 /// What a node is told from outside. Nothing in it is remembered; the disk has the rest.
@@ -63,8 +68,10 @@ pub enum StartError {
     OtherCluster { token: ClusterId, state: ClusterId },
     #[error("{0}: the settings of a cluster cannot be changed; correct or leave out that setting")]
     Settings(Difference),
-    /// The node had handed everything over; only the clean-up was cut short.
-    #[error("this host left its cluster: its state is only good for being removed")]
+    #[error(
+        "this host left its cluster, and of that cluster nothing is known here any more: \
+         remove the state directory to join as a new node"
+    )]
     HasLeft,
 }
 
@@ -79,6 +86,10 @@ impl Node {
         saved.into_iter().for_each(|(_, record)| memory.recall(record));
         let starts = memory.starts.saturating_add(1);
         let mut rng = StdRng::from_seed(config.rng_seed);
+        let has_left = memory.directory.get(config.node).is_some_and(|record| record.left);
+        if has_left && memory.cluster.is_none() {
+            return Err(StartError::HasLeft);
+        }
         let me = MemberRecord {
             node: config.node,
             version: Version { starts, change: 0 },
@@ -86,34 +97,37 @@ impl Node {
             name: config.name.clone(),
             address: config.address,
             vtep: config.vtep,
-            left: false,
+            left: has_left,
         };
-        if memory.directory.get(me.node).is_some_and(|record| record.left) {
-            return Err(StartError::HasLeft);
-        }
         let home = match (memory.cluster, config.founding) {
-            (Some(cluster), _) => Some(resume(cluster, &memory.runs, &config)?),
-            (None, Founding::Create(settings)) => Some(found(settings, me.node, &config, &mut rng)),
+            (Some(cluster), _) => Some(resume(now, cluster, &memory.runs, &config)?),
+            (None, Founding::Create(settings)) => {
+                Some(found(now, settings, me.node, &config, &mut rng))
+            }
             (None, Founding::Join) if config.seeds == 0 => return Err(StartError::NoCluster),
             (None, Founding::Join) => None,
         };
         let founded = home.is_some() && memory.cluster.is_none();
-        let witnesses = memory.directory.peers(me.node).map(|record| record.node).collect();
+        let leaving = match &home {
+            Some(home) if has_left => Some(Leaving::resumed(now, &me, &home.slots)),
+            _ => None,
+        };
         let identity = Identity { node: me.node, incarnation: Incarnation { starts, renewals: 0 } };
         let mut node = Self {
             membership: Membership::new(identity, StdRng::from_rng(&mut rng)),
             joining: Joining::new(now, config.seeds),
-            sync: SyncRound::new(now, config.seeds, witnesses),
+            sync: SyncRound::new(now, config.seeds, memory.doubt(me.node)),
             push: PushQueue::default(),
             directory: memory.directory,
             counters: Counters::default(),
-            calls: super::Calls::default(),
+            calls: Calls::default(),
             dirty: Dirty::default(),
-            outputs: std::collections::VecDeque::new(),
-            leaving: None,
+            outputs: VecDeque::new(),
+            leaving,
             programmed: None,
-            outranked: std::collections::BTreeSet::new(),
+            outranked: BTreeSet::new(),
             view_stale: true,
+            identity_write: FIRST_WRITE,
             lease_write: 0,
             writes: 0,
             home,
@@ -150,7 +164,7 @@ struct Memory {
     starts: u32,
     cluster: Option<ClusterRecord>,
     directory: Directory,
-    runs: Vec<crate::model::Run>,
+    runs: Vec<Run>,
 }
 
 impl Memory {
@@ -166,9 +180,20 @@ impl Memory {
     }
 }
 
+impl Memory {
+    /// Who could know of something that this memory lacks: members that owned slots by it.
+    fn doubt(&self, me: NodeId) -> Doubt {
+        let owners: BTreeSet<_> = self.runs.iter().map(|run| run.record.owner).collect();
+        let members = self.directory.peers(me).map(|record| record.node);
+        let witnesses: BTreeSet<_> = members.filter(|node| owners.contains(node)).collect();
+        if witnesses.is_empty() { Doubt::None } else { Doubt::AnyOf(witnesses) }
+    }
+}
+
 fn resume(
+    now: Time,
     cluster: ClusterRecord,
-    runs: &[crate::model::Run],
+    runs: &[Run],
     config: &NodeConfig,
 ) -> Result<Home, StartError> {
     if let Some(token) = config.cluster.filter(|token| *token != cluster.id) {
@@ -179,10 +204,11 @@ fn resume(
     }
     let mut slots = SlotTable::empty(cluster.settings.pool);
     slots.merge(runs);
-    Ok(Home { cluster, slots, search: LeaseSearch::new(preferred(&cluster, config)) })
+    Ok(Home { cluster, slots, search: LeaseSearch::new(now, preferred(&cluster, config)) })
 }
 
 fn found(
+    now: Time,
     settings: ClusterSettings,
     founder: NodeId,
     config: &NodeConfig,
@@ -192,7 +218,7 @@ fn found(
     let mut slots = SlotTable::founded_by(settings.pool, founder);
     let prefer = preferred(&cluster, config);
     slots.lease_own(founder, prefer);
-    Home { cluster, slots, search: LeaseSearch::new(prefer) }
+    Home { cluster, slots, search: LeaseSearch::new(now, prefer) }
 }
 
 pub(super) fn preferred(cluster: &ClusterRecord, config: &NodeConfig) -> Option<Slot> {

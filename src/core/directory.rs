@@ -43,6 +43,11 @@ impl Directory {
         }
     }
 
+    /// Whether a record of this node would be kept.
+    pub fn has_room_for(&self, node: NodeId) -> bool {
+        self.records.len() < MAX_MEMBERS || self.records.contains_key(&node)
+    }
+
     pub fn get(&self, node: NodeId) -> Option<&MemberRecord> {
         self.records.get(&node)
     }

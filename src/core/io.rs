@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use crate::{
-    model::{NodeId, Time},
+    model::NodeId,
     wire::{Key, Refusal},
 };
 
@@ -53,6 +53,8 @@ pub enum Command {
     Sync,
     /// The process is about to end: write what has only been gathered so far.
     Save,
+    /// The disk has lost what was written: write everything again.
+    SaveAll,
 }
 
 /// Whom to call.
@@ -126,9 +128,4 @@ pub enum Stop {
     Refused(Refusal),
     /// Every seed refused its certificate.
     Rejected { seed: usize, why: String },
-}
-
-/// The earlier of two deadlines.
-pub(super) fn earlier(a: Option<Time>, b: Option<Time>) -> Option<Time> {
-    a.into_iter().chain(b).min()
 }

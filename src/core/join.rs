@@ -1,19 +1,18 @@
-//! From stranger to member with a lease.
+//! From stranger to member.
 //!
 //! A stranger asks its seeds, a few at a time, until one welcomes it; that answer holds the cluster, all
-//! facts and usually a slot. A member without a lease (its seed had no spare, or its lease went to the
-//! heir of a node that was declared gone) asks those who have spares, one after the other, for ever.
+//! facts and usually a slot. What a member does that got none is in `lease`.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::time::Duration;
 
 use crate::{
-    model::{NodeId, Slot, SlotState, Time},
-    wire::{Facts, GrantWish, Hello, Key, Refusal, Request, Response, Welcome},
+    model::{NodeId, Time},
+    wire::{GrantWish, Hello, Key, Refusal, Request, Response, Welcome},
 };
 
 use super::{
-    CallError, Home, Node, Output, Purpose, SlotTable, Stop, Target, boot::preferred,
-    rank::peer_score,
+    Answer, CallError, Home, Node, Output, Purpose, SlotTable, Stop, Target, boot::preferred,
+    lease::LeaseSearch,
 };
 
 /// The next seed is tried when the one before has not answered within this time.
@@ -21,35 +20,20 @@ const NEXT_SEED_AFTER: Duration = Duration::from_millis(100);
 /// Pause after all seeds were tried: the first, and the longest it grows to.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
-/// A seed that is in no cluster yet itself is asked again this soon.
+/// A seed that is in no cluster yet itself is asked again this soon; the pause doubles up to the longest.
 const NOT_READY_PAUSE: Duration = Duration::from_millis(20);
 /// Greetings on their way at once.
 const MAX_OPEN_HELLOS: usize = 4;
-/// Pause after all donors were asked in vain.
-const DONOR_PAUSE: Duration = Duration::from_secs(2);
-
-type Answer = Result<(NodeId, Response), CallError>;
 
 /// A stranger's search for somebody who lets it in.
 pub(super) struct Joining {
     next_seed: usize,
     next_try: Time,
     pause: Duration,
+    not_ready_pause: Duration,
     open: usize,
     /// The last word of each seed.
     said: Vec<Option<CallError>>,
-    pub(super) refusal: Option<Refusal>,
-}
-
-/// A member's search for a lease.
-pub(super) struct LeaseSearch {
-    /// The slot it would like, until its owner has been asked in vain.
-    prefer: Option<Slot>,
-    tried: BTreeSet<NodeId>,
-    open: bool,
-    next_try: Option<Time>,
-    /// The lease last found.
-    held: Option<Slot>,
     pub(super) refusal: Option<Refusal>,
 }
 
@@ -59,6 +43,7 @@ impl Joining {
             next_seed: 0,
             next_try: now,
             pause: FIRST_PAUSE,
+            not_ready_pause: NOT_READY_PAUSE,
             open: 0,
             said: vec![None; seeds],
             refusal: None,
@@ -71,25 +56,10 @@ impl Joining {
     }
 }
 
-impl LeaseSearch {
-    pub(super) fn new(prefer: Option<Slot>) -> Self {
-        Self {
-            prefer,
-            tried: BTreeSet::new(),
-            open: false,
-            next_try: None,
-            held: None,
-            refusal: None,
-        }
-    }
-}
-
 impl Node {
     pub(super) fn next_join_step(&self) -> Option<Time> {
-        match &self.home {
-            None => (self.joining.open < MAX_OPEN_HELLOS).then_some(self.joining.next_try),
-            Some(home) => home.search.next_try.filter(|_| self.leaving.is_none()),
-        }
+        let may_ask = self.home.is_none() && self.joining.open < MAX_OPEN_HELLOS;
+        may_ask.then_some(self.joining.next_try)
     }
 
     /// Greets the next seed when it is its turn.
@@ -119,8 +89,7 @@ impl Node {
             settings: self.config.wish,
             grant: GrantWish { prefer: self.config.prefer_subnet },
         };
-        let after = self.after();
-        self.call(Target::Seed(seed), Purpose::Hello { seed }, &Request::Hello(hello), after);
+        self.call(Target::Seed(seed), Purpose::Hello { seed }, &Request::Hello(hello));
     }
 
     pub(super) fn on_hello_answer(&mut self, now: Time, seed: usize, answer: Answer) {
@@ -138,7 +107,7 @@ impl Node {
     }
 
     fn enter(&mut self, now: Time, from: NodeId, welcome: Welcome) {
-        let Welcome { cluster, facts, no_slot } = welcome;
+        let Welcome { cluster, facts, returning, no_slot } = welcome;
         match &self.home {
             // A second seed answered too. What it granted is ours by the table and is given back.
             Some(home) if home.cluster.id == cluster.id => self.learn(now, &facts, None),
@@ -147,7 +116,7 @@ impl Node {
             }
             None => {
                 tracing::info!(cluster = %cluster.id, members = facts.members.len(), "joined");
-                let search = LeaseSearch::new(preferred(&cluster, &self.config));
+                let search = LeaseSearch::new(now, preferred(&cluster, &self.config));
                 let slots = SlotTable::empty(cluster.settings.pool);
                 self.home = Some(Home { cluster, slots, search });
                 self.dirty.mark(Key::Cluster, true);
@@ -155,6 +124,9 @@ impl Node {
                 self.dirty.mark(Key::Member(self.me.node), false);
                 // The seed passes on what is new; all the rest is old news to everybody else.
                 self.absorb(now, &facts);
+                if returning {
+                    self.doubt_memory();
+                }
                 self.sync.complete(now, from, false);
                 if let Some(home) = &mut self.home {
                     home.search.refusal = no_slot;
@@ -164,15 +136,22 @@ impl Node {
     }
 
     fn on_refusal(&mut self, now: Time, from: NodeId, refusal: Refusal) {
-        tracing::warn!(peer = %from, %refusal, "a seed refused this node");
-        self.joining.refusal = Some(refusal.clone());
+        let joining = &mut self.joining;
+        if joining.refusal.as_ref() != Some(&refusal) {
+            tracing::warn!(peer = %from, %refusal, "a seed refused this node");
+            joining.refusal = Some(refusal.clone());
+        }
         match refusal {
-            Refusal::OtherCluster { .. } | Refusal::Settings(_) | Refusal::Left
-                if self.home.is_none() =>
-            {
+            _ if self.home.is_some() => {}
+            Refusal::OtherCluster { .. } | Refusal::Settings(_) | Refusal::Left => {
                 self.outputs.push_back(Output::Stop(Stop::Refused(refusal)));
             }
-            _ => self.joining.next_try = self.joining.next_try.min(now + NOT_READY_PAUSE),
+            Refusal::NotReady => {
+                let pause = joining.not_ready_pause;
+                joining.not_ready_pause = (pause * 2).min(LONGEST_PAUSE);
+                joining.next_try = joining.next_try.min(now + pause);
+            }
+            _ => {}
         }
     }
 
@@ -190,107 +169,5 @@ impl Node {
         if self.joining.next_seed != 0 {
             self.joining.next_try = now;
         }
-    }
-
-    /// Sees to it that this node has exactly one lease.
-    pub(super) fn step_lease(&mut self, now: Time) {
-        let me = self.me.node;
-        let synced = self.sync.synced() || self.is_alone();
-        let Some(home) = &mut self.home else { return };
-        if self.leaving.is_some() || home.search.next_try.is_none_or(|at| now < at) {
-            return;
-        }
-        home.search.next_try = None;
-        let leased: Vec<Slot> = home.slots.leased_by(me).collect();
-        if let [keep, surplus @ ..] = leased.as_slice() {
-            home.search.tried.clear();
-            home.search.refusal = None;
-            if home.search.held.replace(*keep) != Some(*keep) {
-                let subnet = home.cluster.settings.pool.subnet(*keep);
-                tracing::info!(%subnet, "this node's subnet");
-            }
-            let released: Vec<_> =
-                surplus.iter().filter_map(|slot| home.slots.release_own(me, *slot)).collect();
-            self.note_own_change(now, released);
-            return;
-        }
-        if synced && let Some(change) = home.slots.lease_own(me, home.search.prefer) {
-            self.note_own_change(now, vec![change]);
-            return;
-        }
-        if !home.search.open {
-            self.ask_donor(now);
-        }
-    }
-
-    /// Has another look for a lease at the next step: the table changed.
-    pub(super) fn recheck_lease(&mut self, now: Time) {
-        if let Some(home) = &mut self.home {
-            home.search.next_try = Some(now);
-        }
-    }
-
-    fn ask_donor(&mut self, now: Time) {
-        let me = self.me.node;
-        let Some(home) = &mut self.home else { return };
-        let spares = home.slots.census().spare;
-        let untried = |node: &NodeId| {
-            let reachable = *node != me && self.directory.get(*node).is_some();
-            reachable && !home.search.tried.contains(node)
-        };
-        let wanted = home
-            .search
-            .prefer
-            .and_then(|slot| home.slots.record(slot))
-            .filter(|record| record.state == SlotState::Spare && untried(&record.owner));
-        let candidates = || spares.keys().copied().filter(untried);
-        let active = self.membership.active();
-        let donor = wanted.map(|record| record.owner).or_else(|| {
-            candidates()
-                .filter(|node| active.contains_key(node))
-                .max_by_key(|donor| peer_score(me, *donor))
-                .or_else(|| candidates().max_by_key(|donor| peer_score(me, *donor)))
-        });
-        let Some(donor) = donor else {
-            home.search.tried.clear();
-            home.search.prefer = None;
-            let pause = self.jittered(DONOR_PAUSE);
-            if let Some(home) = &mut self.home {
-                home.search.next_try = Some(now + pause);
-            }
-            self.sync.hasten(now);
-            return;
-        };
-        home.search.open = true;
-        let prefer =
-            home.search.prefer.map(|slot| home.cluster.settings.pool.subnet(slot).network());
-        let after = self.after();
-        let request = Request::Grant(GrantWish { prefer });
-        self.call_member(donor, Purpose::Grant { donor }, &request, after);
-    }
-
-    pub(super) fn on_grant_answer(&mut self, now: Time, donor: NodeId, answer: Answer) {
-        let Some(home) = &mut self.home else { return };
-        home.search.open = false;
-        home.search.next_try = Some(now);
-        home.search.tried.insert(donor);
-        match answer {
-            Ok((_, Response::Granted(facts))) => self.learn(now, &facts, Some(donor)),
-            Ok((_, Response::Refused(refusal))) => home.search.refusal = Some(refusal),
-            Ok((from, _)) => self.note_malformed(from, &"no answer to a grant request"),
-            Err(error) => tracing::debug!(%donor, %error, "donor did not answer"),
-        }
-    }
-}
-
-impl Welcome {
-    /// Everything there is, for a node that knows nothing.
-    pub(super) fn everything(node: &Node, home: &Home, no_slot: Option<Refusal>) -> Self {
-        let facts = Facts {
-            members: node.directory.iter().cloned().collect(),
-            slots: home.slots.runs().to_vec(),
-            active: node.membership.active().into_values().collect(),
-        };
-        Self { cluster: home.cluster, facts, no_slot }
     }
 }

@@ -3,12 +3,14 @@
 //! A fact is news if merging it changed something. Truth is decided by the table and the directory alone;
 //! here it is only carried to them, and what follows from it is set going.
 
+use std::collections::BTreeSet;
+
 use crate::{
     model::{Incarnation, MemberRecord, NodeId, Time},
     wire::{Facts, Key},
 };
 
-use super::Node;
+use super::{Node, sync::Doubt};
 
 impl Node {
     /// Merges what somebody told; what is new is passed on, except to whom it came from.
@@ -72,16 +74,29 @@ impl Node {
             return;
         }
         self.outranked.insert(record.boot);
+        self.doubt_memory();
         self.me.version.starts = record.version.starts.saturating_add(1);
         tracing::warn!(
             starts = self.me.version.starts,
             "peers remember a later start of this node than its own state: going on above it"
         );
         self.dirty.mark(Key::Starts, true);
+        self.identity_write = self.after();
         let mut identity = self.membership.identity();
         identity.incarnation = Incarnation { starts: self.me.version.starts, renewals: 0 };
         self.membership.adopt(now, identity);
         self.publish_self(now);
+    }
+
+    /// This node has lost its memory. It may have granted slots that not everybody has heard of, so all
+    /// who are there are asked before it writes another record.
+    pub(super) fn doubt_memory(&mut self) {
+        let me = self.me.node;
+        let there: BTreeSet<_> =
+            self.membership.active().into_keys().filter(|node| *node != me).collect();
+        if !there.is_empty() {
+            self.sync.doubt(Doubt::AllOf(there));
+        }
     }
 
     /// Tells everybody the present version of this node's own record.

@@ -1,28 +1,42 @@
 //! Going for good: everything this node owns goes to an heir, and the node goes only once somebody has it.
 //!
-//! First the heir is asked whether it is there; only then are the records written, for a record cannot be
-//! taken back. If the heir dies in that moment, any other member may keep the records for it.
+//! First the heir is asked whether it will; only then are the records written, for a record cannot be
+//! taken back. From then on this node's disk is the only place that knows, so it goes on offering the
+//! records, to any member if the heir has died in that moment, and over restarts, until one has them.
 
 use std::{collections::BTreeSet, time::Duration};
 
 use crate::{
-    model::{NodeId, Time},
+    model::{NodeId, Run, Time},
     wire::{Facts, Key, Request, Response},
 };
 
-use super::{CallError, Node, Output, Purpose, Stop, rank::peer_score};
+use super::{Answer, Node, Output, Purpose, SlotTable, Stop, rank::peer_score};
 
 const RETRY: Duration = Duration::from_secs(1);
-
-type Answer = Result<(NodeId, Response), CallError>;
 
 pub(super) struct Leaving {
     /// Asked in vain.
     tried: BTreeSet<NodeId>,
-    /// Set once the records are written.
-    handed: Option<(NodeId, Facts)>,
+    heir: Option<NodeId>,
+    /// What somebody must accept, once it is written.
+    handed: Option<Facts>,
     /// All keepers were asked in vain: once more then.
     retry_at: Option<Time>,
+}
+
+impl Leaving {
+    fn new() -> Self {
+        Self { tried: BTreeSet::new(), heir: None, handed: None, retry_at: None }
+    }
+
+    /// The leave that a crash or a signal cut short after the records were written.
+    pub(super) fn resumed(now: Time, me: &crate::model::MemberRecord, slots: &SlotTable) -> Self {
+        let given = |run: &&Run| run.record.granter == me.node && run.record.owner != me.node;
+        let slots = slots.runs().iter().filter(given).copied().collect();
+        let facts = Facts { members: vec![me.clone()], slots, active: Vec::new() };
+        Self { handed: Some(facts), retry_at: Some(now), ..Self::new() }
+    }
 }
 
 impl Node {
@@ -34,7 +48,13 @@ impl Node {
             self.outputs.push_back(Output::Stop(Stop::Left { heir: None }));
             return;
         }
-        self.leaving = Some(Leaving { tried: BTreeSet::new(), handed: None, retry_at: None });
+        if !self.sync.synced() {
+            return self.cannot_leave(
+                "this node has not met anybody since its start who would know what it granted \
+                 before: try again when it has",
+            );
+        }
+        self.leaving = Some(Leaving::new());
         self.ask_next_heir();
     }
 
@@ -43,91 +63,114 @@ impl Node {
     }
 
     pub(super) fn step_leave(&mut self, now: Time) {
-        if self.next_leave_step().is_some_and(|at| at <= now) {
-            if let Some(leaving) = &mut self.leaving {
-                leaving.retry_at = None;
-                leaving.tried.clear();
-            }
-            self.hand_to_next(now);
+        if self.next_leave_step().is_none_or(|at| now < at) {
+            return;
         }
+        if self.is_alone() {
+            self.outputs.push_back(Output::Stop(Stop::Left { heir: None }));
+        }
+        if let Some(leaving) = &mut self.leaving {
+            leaving.retry_at = None;
+            leaving.tried.clear();
+        }
+        self.hand_to_next(now);
     }
 
-    fn next_candidate(&self) -> Option<NodeId> {
+    /// Peers that have not been asked in vain, the best suited first.
+    fn candidates(&self) -> Vec<NodeId> {
         let me = self.me.node;
-        let leaving = self.leaving.as_ref()?;
-        self.directory
-            .peers(me)
-            .map(|record| record.node)
-            .filter(|node| !leaving.tried.contains(node) && self.membership.is_active(*node))
-            .max_by_key(|node| peer_score(me, *node))
+        let tried = self.leaving.as_ref().map(|leaving| &leaving.tried);
+        let untried = |node: &NodeId| tried.is_none_or(|tried| !tried.contains(node));
+        let mut candidates: Vec<_> =
+            self.directory.peers(me).map(|record| record.node).filter(untried).collect();
+        candidates.sort_by_key(|node| {
+            std::cmp::Reverse((self.membership.is_active(*node), peer_score(me, *node)))
+        });
+        candidates
     }
 
     fn ask_next_heir(&mut self) {
-        let Some(heir) = self.next_candidate() else {
-            self.leaving = None;
-            let why = "no other member answers, and its subnets must go to somebody: \
-                       try again when one does"
-                .to_owned();
-            self.outputs.push_back(Output::CannotLeave(why));
-            return;
-        };
-        let request = Request::Compare(self.buckets().roots());
-        let after = self.after();
-        self.call_member(heir, Purpose::AskHeir { heir }, &request, after);
+        let heir = self.candidates().into_iter().find(|node| self.membership.is_active(*node));
+        match heir {
+            Some(heir) => {
+                self.call_member(heir, Purpose::AskHeir { heir }, &Request::BeMyHeir);
+            }
+            None => {
+                self.leaving = None;
+                self.cannot_leave(
+                    "no other member answers, and its subnets must go to somebody: \
+                     try again when one does",
+                );
+            }
+        }
+    }
+
+    fn cannot_leave(&mut self, why: &str) {
+        self.outputs.push_back(Output::CannotLeave(why.to_owned()));
     }
 
     pub(super) fn on_heir_answer(&mut self, heir: NodeId, answer: Answer) {
-        let (Some(leaving), Some(home)) = (&mut self.leaving, &mut self.home) else { return };
+        let Some(leaving) = &mut self.leaving else { return };
         leaving.tried.insert(heir);
         match answer {
-            Ok((_, Response::Same | Response::Differ(_))) => {
-                let me = self.me.node;
-                let changes = home.slots.hand_over(me, heir);
-                let slots = changes.iter().map(|(run, _)| *run).collect();
-                self.me.left = true;
-                self.me.version.change += 1;
-                self.directory.merge(&self.me);
-                self.dirty.mark(Key::Member(me), true);
-                let facts = Facts { members: vec![self.me.clone()], slots, active: Vec::new() };
-                leaving.handed = Some((heir, facts));
+            Ok((_, Response::Accepted)) => {
                 leaving.tried.clear();
-                self.note_slots(&changes);
+                self.hand_over(heir);
                 self.hand_to(heir);
             }
             _ => self.ask_next_heir(),
         }
     }
 
+    /// Writes everything this node owns over to the heir.
+    fn hand_over(&mut self, heir: NodeId) {
+        let (Some(leaving), Some(home)) = (&mut self.leaving, &mut self.home) else { return };
+        let me = self.me.node;
+        let changes = home.slots.hand_over(me, heir);
+        self.me.left = true;
+        self.me.version.change += 1;
+        self.directory.merge(&self.me);
+        self.dirty.mark(Key::Member(me), true);
+        let facts = leaving.handed.get_or_insert_default();
+        facts.members = vec![self.me.clone()];
+        facts.slots.extend(changes.iter().map(|(run, _)| *run));
+        leaving.heir = Some(heir);
+        self.note_slots(&changes);
+    }
+
     fn hand_to(&mut self, keeper: NodeId) {
-        let Some((_, facts)) = self.leaving.as_ref().and_then(|l| l.handed.clone()) else { return };
-        let after = self.after();
-        self.call_member(keeper, Purpose::Handover { keeper }, &Request::Handover(facts), after);
+        let handed = self.leaving.as_ref().and_then(|leaving| leaving.handed.clone());
+        if let Some(facts) = handed {
+            self.call_member(keeper, Purpose::Handover { keeper }, &Request::Handover(facts));
+        }
     }
 
     fn hand_to_next(&mut self, now: Time) {
-        match self.next_candidate() {
-            Some(keeper) => self.hand_to(keeper),
-            None => {
-                if let Some(leaving) = &mut self.leaving {
-                    leaving.retry_at = Some(now + RETRY);
-                }
-            }
+        match (self.candidates().first(), &mut self.leaving) {
+            (Some(keeper), _) => self.hand_to(*keeper),
+            (None, Some(leaving)) => leaving.retry_at = Some(now + RETRY),
+            (None, None) => {}
         }
     }
 
     pub(super) fn on_handover_answer(&mut self, now: Time, keeper: NodeId, answer: Answer) {
         let Some(leaving) = &mut self.leaving else { return };
         leaving.tried.insert(keeper);
-        let Some((heir, facts)) = leaving.handed.clone() else { return };
-        if let Ok((_, Response::Accepted)) = answer {
-            self.push.add(now, &facts, None);
-            self.flush_push(now);
-            self.membership.leave(now);
-            self.drain_membership(now);
-            self.outputs.push_back(Output::Stop(Stop::Left { heir: Some(heir) }));
-        } else {
+        let (heir, facts) = (leaving.heir, leaving.handed.clone().unwrap_or_default());
+        if !matches!(answer, Ok((_, Response::Accepted))) {
             tracing::warn!(%keeper, "did not accept the handover, asking another member");
-            self.hand_to_next(now);
+            return self.hand_to_next(now);
         }
+        let me = self.me.node;
+        if self.home.as_ref().is_some_and(|home| home.slots.runs_of(me).next().is_some()) {
+            // A grant to this node was on its way when it left.
+            self.hand_over(heir.unwrap_or(keeper));
+            return self.hand_to(keeper);
+        }
+        self.push.add(now, &facts, None);
+        self.flush_push(now);
+        self.membership.leave(now);
+        self.drain_membership(now);
+        self.outputs.push_back(Output::Stop(Stop::Left { heir }));
     }
 }

@@ -8,7 +8,7 @@
 //! - [`slots`]: who owns which slot; the table and its rules
 //! - [`directory`]: what each node says about itself
 //! - `learn`: merging what others say
-//! - `join`: from stranger to member with a lease
+//! - `join`: from stranger to member; `lease`: having exactly one subnet
 //! - `push`, `sync`: how a change reaches everybody: at once, and surely
 //! - `serve`: answers to peers
 //! - `leave`: handing over and going
@@ -18,6 +18,7 @@ mod directory;
 mod io;
 mod join;
 mod learn;
+mod lease;
 mod leave;
 mod membership;
 mod push;
@@ -29,13 +30,14 @@ mod sync;
 #[cfg(test)]
 mod tests;
 mod view;
+mod writes;
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
+    net::SocketAddr,
     time::Duration,
 };
 
-use ipnet::Ipv4Net;
 use rand::{RngExt as _, rngs::StdRng};
 
 pub use boot::{Founding, NodeConfig, StartError};
@@ -47,24 +49,21 @@ pub use view::{Own, Peer, View};
 
 use self::{
     directory::Directory,
-    io::earlier,
-    join::{Joining, LeaseSearch},
+    join::Joining,
+    lease::LeaseSearch,
     leave::Leaving,
     membership::{Membership, Notice},
     push::PushQueue,
-    slots::{Change, SlotTable},
+    slots::SlotTable,
     sync::SyncRound,
+    writes::Dirty,
 };
 use crate::{
-    model::{BootId, ClusterId, ClusterRecord, MemberRecord, NodeId, Slot, SlotState, Time},
-    wire::{Frame, Key, Push, Record, Request, Response},
+    model::{BootId, ClusterId, ClusterRecord, MemberRecord, NodeId, Time},
+    wire::{Frame, Push, Request, Response},
 };
 
-/// How long facts learned from others may wait to be written: they can be had again, and flash wears.
-const LAZY_WRITE: Duration = Duration::from_secs(1);
-
-/// The write of the start itself. Nothing leaves before it: an incarnation that was seen is never used
-/// a second time.
+/// The write of the start itself, the first of each process.
 const FIRST_WRITE: WriteSeq = 1;
 
 /// A node. Feed it with [`Node::handle`], then drain [`Node::poll_output`].
@@ -88,6 +87,9 @@ pub struct Node {
     writes: WriteSeq,
     /// Processes with this node's key that it has gone above; bounded by what peers remember of it.
     outranked: BTreeSet<BootId>,
+    /// The write that holds the present start. Nothing leaves before it: an incarnation that was seen is
+    /// never used a second time.
+    identity_write: WriteSeq,
     /// The write that holds the last change of this node's own slots.
     lease_write: WriteSeq,
     /// The view last asked to be programmed, and whether something it is made of has changed since.
@@ -130,15 +132,8 @@ enum Purpose {
     },
 }
 
-/// Records that changed since they were last written.
-#[derive(Default)]
-struct Dirty {
-    keys: BTreeSet<Key>,
-    /// Something among them must be on disk before anybody hears of it.
-    durable: bool,
-    /// When the rest is written at the latest.
-    lazy_at: Option<Time>,
-}
+/// How a question ended: who answered, and what.
+type Answer = Result<(NodeId, Response), CallError>;
 
 /// Counts since the start, for status and metrics.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
@@ -166,6 +161,7 @@ impl Node {
             Input::Command(Command::Leave) => self.start_leaving(),
             Input::Command(Command::Sync) => self.sync.hasten(now),
             Input::Command(Command::Save) => self.dirty.hasten(now),
+            Input::Command(Command::SaveAll) => self.write_everything(),
         }
         self.advance(now);
     }
@@ -179,12 +175,13 @@ impl Node {
         let deadlines = [
             self.membership.next_timeout(),
             self.next_join_step(),
+            self.next_lease_step(),
             self.next_leave_step(),
             self.push.due(),
             self.home.as_ref().map(|_| self.sync.due()),
             self.dirty.lazy_at,
         ];
-        deadlines.into_iter().fold(None, earlier)
+        deadlines.into_iter().flatten().min()
     }
 
     /// Everything that is due by time or follows from the last input.
@@ -239,27 +236,12 @@ impl Node {
         }
     }
 
-    /// Slots that changed: to be written, and before anything else where this node gains or loses one.
-    fn note_slots(&mut self, changes: &[Change]) {
-        let me = self.me.node;
-        let Some(home) = &self.home else { return };
-        for (run, before) in changes {
-            let mine = run.record.owner == me || before.is_some_and(|record| record.owner == me);
-            let (first, last) = (run.start, Slot(run.end().saturating_sub(1)));
-            for bucket in home.slots.bucket_of(first)..=home.slots.bucket_of(last) {
-                self.dirty.mark(Key::Slots(bucket as u8), mine);
-            }
-            if mine {
-                self.lease_write = self.writes + 1;
-            }
-            self.view_stale = true;
-        }
-    }
-
     fn drain_membership(&mut self, now: Time) {
         while let Some(notice) = self.membership.poll_notice() {
             match notice {
-                Notice::Send { to, packet } => self.send(to, Frame::Swim(&packet), FIRST_WRITE),
+                Notice::Send { to, packet } => {
+                    self.send(to, Frame::Swim(&packet), self.identity_write)
+                }
                 Notice::Up(node) => {
                     tracing::info!(%node, name = self.name_of(node), "member up");
                     if self.directory.get(node).is_none() {
@@ -277,81 +259,6 @@ impl Node {
         }
     }
 
-    /// Writes what changed: at once and durably, or lazily in one batch with whatever else comes.
-    fn write_changes(&mut self, now: Time) {
-        if self.dirty.keys.is_empty() {
-            return;
-        }
-        let due = *self.dirty.lazy_at.get_or_insert(now + LAZY_WRITE);
-        if !self.dirty.durable && now < due {
-            return;
-        }
-        let Dirty { keys, durable, .. } = std::mem::take(&mut self.dirty);
-        let seq = durable.then(|| {
-            self.writes += 1;
-            self.writes
-        });
-        let records = keys.into_iter().filter_map(|key| Some((key, self.record(key)?.encode())));
-        let records = records.collect();
-        self.outputs.push_back(Output::Write { records, seq });
-    }
-
-    fn record(&self, key: Key) -> Option<Record> {
-        match key {
-            Key::Starts => Some(Record::Starts(self.me.version.starts)),
-            Key::Cluster => Some(Record::Cluster(self.home.as_ref()?.cluster)),
-            Key::Slots(bucket) => {
-                Some(Record::Slots(self.home.as_ref()?.slots.bucket(usize::from(bucket))))
-            }
-            Key::Member(node) => self.directory.get(node).cloned().map(Record::Member),
-        }
-    }
-
-    /// Asks for the kernel to be made equal to the view, if the view changed. What this node says it
-    /// owns is used only once that is on its own disk.
-    fn program(&mut self) {
-        let sweep_is_new = self.programmed.as_ref().is_some_and(|v| v.sweep != self.may_sweep());
-        if !std::mem::take(&mut self.view_stale) && !sweep_is_new {
-            return;
-        }
-        let Some(view) = self.view() else { return };
-        if self.programmed.as_ref() != Some(&view) {
-            self.programmed = Some(view.clone());
-            self.outputs.push_back(Output::Program { view, after: self.lease_write });
-        }
-    }
-
-    fn view(&self) -> Option<View> {
-        let me = self.me.node;
-        let Home { cluster, slots, .. } = self.home.as_ref()?;
-        let pool = cluster.settings.pool;
-        let mut leases: BTreeMap<NodeId, Vec<(Slot, Ipv4Net)>> = BTreeMap::new();
-        for run in slots.runs().iter().filter(|run| run.record.state == SlotState::Leased) {
-            let subnets = run.slots().map(|slot| (slot, pool.subnet(slot)));
-            leases.entry(run.record.owner).or_default().extend(subnets);
-        }
-        let (slot, subnet) = *leases.get(&me)?.first()?;
-        let peer = |record: &MemberRecord| {
-            let leases = leases.get(&record.node)?.clone();
-            Some((record.node, Peer { name: record.name.clone(), vtep: record.vtep, leases }))
-        };
-        Some(View {
-            settings: cluster.settings,
-            own: Own { slot, subnet, vtep: self.me.vtep },
-            peers: self.directory.peers(me).filter_map(peer).collect(),
-            sweep: self.may_sweep(),
-        })
-    }
-
-    fn may_sweep(&self) -> bool {
-        self.sync.synced() || self.is_alone()
-    }
-
-    /// The number of the write that everything known by now will be part of.
-    fn after(&self) -> WriteSeq {
-        self.writes + u64::from(self.dirty.durable)
-    }
-
     fn send(&mut self, to: NodeId, frame: Frame<'_>, after: WriteSeq) {
         let (Some(cluster), Some(record)) = (self.cluster_id(), self.directory.get(to)) else {
             return;
@@ -360,20 +267,42 @@ impl Node {
         self.outputs.push_back(Output::Send { to, address, bytes: frame.encode(cluster), after });
     }
 
-    fn call(&mut self, to: Target, purpose: Purpose, request: &Request, after: WriteSeq) {
+    fn call(&mut self, to: Target, purpose: Purpose, request: &Request) {
         let cluster = self.cluster_id().or(self.config.cluster).unwrap_or(ClusterId::UNKNOWN);
         let bytes = Frame::Request(&request.encode()).encode(cluster);
         self.calls.next += 1;
         let call = CallId(self.calls.next);
         self.calls.open.insert(call, purpose);
-        self.outputs.push_back(Output::Call { call, to, bytes, after });
+        self.outputs.push_back(Output::Call { call, to, bytes, after: self.after() });
     }
 
-    fn call_member(&mut self, node: NodeId, purpose: Purpose, request: &Request, after: WriteSeq) {
-        if let Some(record) = self.directory.get(node) {
-            let to = Target::Member { node, address: record.address };
-            self.call(to, purpose, request, after);
+    /// Says whether there is anybody to call: a node without a record has no address.
+    fn call_member(&mut self, node: NodeId, purpose: Purpose, request: &Request) -> bool {
+        let target = self.target(node);
+        if let Some(target) = target {
+            self.call(target, purpose, request);
         }
+        target.is_some()
+    }
+
+    fn target(&self, node: NodeId) -> Option<Target> {
+        let address = self.directory.get(node)?.address;
+        Some(Target::Member { node, address })
+    }
+
+    /// The cluster this node is in.
+    pub fn cluster(&self) -> Option<&ClusterRecord> {
+        self.home.as_ref().map(|home| &home.cluster)
+    }
+
+    /// Addresses of other members, for a host that has to find them again without its database.
+    pub fn member_addresses(&self) -> impl Iterator<Item = SocketAddr> + '_ {
+        self.directory.peers(self.me.node).map(|record| record.address)
+    }
+
+    /// Where peers reach this node.
+    pub fn address(&self) -> SocketAddr {
+        self.me.address
     }
 
     fn cluster_id(&self) -> Option<ClusterId> {
@@ -403,18 +332,6 @@ impl Node {
         self.counters.malformed += 1;
         let ours = self.cluster_id();
         tracing::warn!(peer = %from, ?ours, %theirs, "message of another cluster ignored");
-    }
-}
-
-impl Dirty {
-    /// Has what has gathered written now.
-    fn hasten(&mut self, now: Time) {
-        self.lazy_at = self.lazy_at.map(|at| at.min(now));
-    }
-
-    fn mark(&mut self, key: Key, durable: bool) {
-        self.keys.insert(key);
-        self.durable |= durable;
     }
 }
 

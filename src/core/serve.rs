@@ -8,7 +8,7 @@ use crate::{
 };
 
 use super::{
-    Node, Output, ReplyId,
+    Home, MAX_MEMBERS, Node, Output, ReplyId,
     slots::{Change, Grant},
 };
 
@@ -39,6 +39,8 @@ impl Node {
             Some(ours) if cluster != ours && cluster != ClusterId::UNKNOWN => {
                 Some(Refusal::OtherCluster { ours: cluster, theirs: ours })
             }
+            // A leaver whose records nobody had accepted yet may still bring them.
+            _ if matches!(request, Request::Handover(_)) => None,
             _ if self.directory.get(from).is_some_and(|record| record.left) => Some(Refusal::Left),
             _ => None,
         };
@@ -62,8 +64,12 @@ impl Node {
                 Ok(facts) => Response::Granted(facts),
                 Err(refusal) => Response::Refused(refusal),
             },
+            _ if self.leaving.is_some() => Response::Refused(Refusal::Leaving),
+            Request::BeMyHeir => Response::Accepted,
             Request::Handover(facts) => {
                 self.learn(now, &facts, Some(from));
+                // Whoever hands over wipes its own copy next: none of this may wait to be written.
+                self.dirty.durable |= !self.dirty.keys.is_empty();
                 Response::Accepted
             }
         }
@@ -78,13 +84,22 @@ impl Node {
             let why = "a greeting must be about the node that sends it".to_owned();
             return Response::Refused(Refusal::Unreadable(why));
         }
+        if !self.directory.has_room_for(from) {
+            return Response::Refused(Refusal::Full { limit: MAX_MEMBERS as u32 });
+        }
         tracing::info!(node = %from, name = %hello.member.name, address = %hello.member.address, "joining");
+        let known = self.directory.get(from);
+        let returning = known.is_some_and(|record| record.boot != hello.member.boot);
         let facts =
             Facts { members: vec![hello.member], active: vec![hello.identity], ..Facts::default() };
         self.learn(now, &facts, Some(from));
         let no_slot = self.grant(now, from, hello.grant).err();
         match &self.home {
-            Some(home) => Response::Welcome(Box::new(Welcome::everything(self, home, no_slot))),
+            Some(home) => {
+                let facts = self.everything(home);
+                let cluster = home.cluster;
+                Response::Welcome(Box::new(Welcome { cluster, facts, returning, no_slot }))
+            }
             None => Response::Refused(Refusal::NotReady),
         }
     }
@@ -154,5 +169,14 @@ impl Node {
     fn unreadable(&mut self, from: NodeId, error: &dyn std::fmt::Display) -> Response {
         self.note_malformed(from, error);
         Response::Refused(Refusal::Unreadable(error.to_string()))
+    }
+
+    /// Everything there is, for a node that knows nothing.
+    fn everything(&self, home: &Home) -> Facts {
+        Facts {
+            members: self.directory.iter().cloned().collect(),
+            slots: home.slots.runs().to_vec(),
+            active: self.membership.active().into_values().collect(),
+        }
     }
 }

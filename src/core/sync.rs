@@ -13,7 +13,7 @@ use crate::{
     wire::{Buckets, Facts, Request, Response, Roots},
 };
 
-use super::{CallError, Node, Purpose, Target, rank::state_hash};
+use super::{Answer, CallError, Node, Purpose, Target, rank::state_hash};
 
 /// Between rounds when the last one found no difference.
 const CALM: Duration = Duration::from_secs(10);
@@ -23,33 +23,40 @@ const BUSY_LAST: Duration = Duration::from_secs(1);
 /// Between tries until the first comparison since the start has succeeded.
 const FIRST: Duration = Duration::from_millis(250);
 
-type Answer = Result<(NodeId, Response), CallError>;
+/// Whether this node's own memory may lack records that it wrote, and who can tell. While in doubt it
+/// writes no new ones.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Doubt {
+    None,
+    /// After a restart: members that owned slots before it. A joiner that knows the cluster through this
+    /// node alone owns none and proves nothing.
+    AnyOf(BTreeSet<NodeId>),
+    /// After the loss of the database: everybody who was there when this node came back.
+    AllOf(BTreeSet<NodeId>),
+}
 
 pub(super) struct SyncRound {
     due: Time,
-    /// Whom the round under way is with.
+    /// Whom the round under way is with, and who answered there.
     partner: Option<Target>,
+    answered: Option<NodeId>,
     /// A peer's state equalled ours after our last change.
     settled: bool,
     /// The present pause between rounds, while not settled.
     busy: Duration,
-    /// A comparison has been completed since the start with one of the `witnesses`, if there are any.
-    synced: bool,
-    /// Members that were known before the start: only they can have seen what this node's own disk
-    /// may have lost. A joiner that knows the cluster through this node alone proves nothing.
-    witnesses: BTreeSet<NodeId>,
+    doubt: Doubt,
     rounds: u64,
     /// Which node answers at each seed, once known.
     seeds: Vec<Option<NodeId>>,
 }
 
 impl SyncRound {
-    pub(super) fn new(now: Time, seeds: usize, witnesses: BTreeSet<NodeId>) -> Self {
+    pub(super) fn new(now: Time, seeds: usize, doubt: Doubt) -> Self {
         Self {
-            synced: witnesses.is_empty(),
-            witnesses,
+            doubt,
             due: now,
             partner: None,
+            answered: None,
             settled: false,
             busy: BUSY_FIRST,
             rounds: 0,
@@ -61,8 +68,13 @@ impl SyncRound {
         self.due
     }
 
+    /// This node's memory of what it wrote itself is beyond doubt.
     pub(super) fn synced(&self) -> bool {
-        self.synced
+        self.doubt == Doubt::None
+    }
+
+    pub(super) fn doubt(&mut self, doubt: Doubt) {
+        self.doubt = doubt;
     }
 
     pub(super) fn settled(&self) -> bool {
@@ -88,7 +100,25 @@ impl SyncRound {
 
     /// We have all that `peer` had.
     pub(super) fn witness(&mut self, peer: NodeId) {
-        self.synced |= self.witnesses.contains(&peer);
+        let settled = match &mut self.doubt {
+            Doubt::None => return,
+            Doubt::AnyOf(peers) => peers.contains(&peer),
+            Doubt::AllOf(peers) => {
+                peers.remove(&peer);
+                peers.is_empty()
+            }
+        };
+        if settled {
+            self.doubt = Doubt::None;
+        }
+    }
+
+    /// Whom to ask first.
+    fn witnesses(&self) -> Option<&BTreeSet<NodeId>> {
+        match &self.doubt {
+            Doubt::None => None,
+            Doubt::AnyOf(peers) | Doubt::AllOf(peers) => Some(peers),
+        }
     }
 
     /// A comparison with `peer` succeeded; `same` if it found no difference.
@@ -105,7 +135,7 @@ impl Node {
         if self.home.is_none() || now < self.sync.due {
             return;
         }
-        let base = match (self.sync.synced, self.sync.settled) {
+        let base = match (self.sync.synced(), self.sync.settled) {
             (false, _) => FIRST,
             (true, true) => CALM,
             (true, false) => self.sync.busy,
@@ -122,28 +152,32 @@ impl Node {
         };
         self.sync.partner = Some(partner);
         let request = Request::Compare(self.buckets().roots());
-        let after = self.after();
-        self.call(partner, Purpose::Compare, &request, after);
+        self.call(partner, Purpose::Compare, &request);
     }
 
-    /// Mostly active members; every fourth round anybody; a seed that is not in view every other one.
+    /// Mostly active members, those first who can end a doubt; every fourth round anybody; a seed that is
+    /// not in view every other one.
     fn choose_partner(&mut self) -> Option<Target> {
         let me = self.me.node;
+        let rounds = self.sync.rounds;
         let missing: Vec<usize> = (0..self.sync.seeds.len())
             .filter(|&seed| {
                 self.sync.seeds[seed]
                     .is_none_or(|node| node != me && !self.membership.is_active(node))
             })
             .collect();
-        let any = self.sync.rounds.is_multiple_of(4);
-        let peers = self.directory.peers(me);
-        let peer = peers
+        let witness = |node: &NodeId| self.sync.witnesses().is_none_or(|set| set.contains(node));
+        let any = rounds.is_multiple_of(4);
+        let rng = &mut self.rng;
+        let peers = || self.directory.peers(me);
+        let peer = peers()
             .filter(|record| any || self.membership.is_active(record.node))
-            .choose(&mut self.rng)
-            .or_else(|| self.directory.peers(me).choose(&mut self.rng))
+            .filter(|record| witness(&record.node))
+            .choose(rng)
+            .or_else(|| peers().choose(rng))
             .map(|record| Target::Member { node: record.node, address: record.address });
-        let turn = (self.sync.rounds / 2) as usize;
-        if !missing.is_empty() && (!self.sync.rounds.is_multiple_of(2) || peer.is_none()) {
+        let turn = (rounds / 2) as usize;
+        if !missing.is_empty() && (!rounds.is_multiple_of(2) || peer.is_none()) {
             return Some(Target::Seed(missing[turn % missing.len()]));
         }
         peer
@@ -159,14 +193,16 @@ impl Node {
                 self.counters.syncs_same += 1;
                 self.sync.complete(now, from, true);
             }
-            Ok((_, Response::Differ(theirs))) => {
+            Ok((from, Response::Differ(theirs))) => {
                 self.counters.syncs_different += 1;
+                self.sync.answered = Some(from);
                 let buckets = self.buckets().differing(&theirs);
                 let facts = self.facts_in(buckets);
                 let identity = self.membership.identity();
                 let request = Request::Exchange { buckets, identity, facts };
-                let after = self.after();
-                self.call(partner, Purpose::Exchange, &request, after);
+                // By its record, if there is one: a seed's name may lead to another node next time.
+                let partner = self.target(from).unwrap_or(partner);
+                self.call(partner, Purpose::Exchange, &request);
             }
             Ok((from, Response::Refused(refusal))) => {
                 tracing::warn!(peer = %from, %refusal, "comparison refused");
@@ -190,8 +226,11 @@ impl Node {
         self.sync.partner = None;
         match answer {
             Ok((from, Response::Facts { facts, holds_you_down })) => {
-                self.sync.complete(now, from, false);
                 self.learn(now, &facts, Some(from));
+                // Facts are facts from anybody, but only whoever was compared with has told all it had.
+                if self.sync.answered.take() == Some(from) {
+                    self.sync.complete(now, from, false);
+                }
                 if holds_you_down {
                     self.membership.renew(now);
                     self.sync.hasten(now);

@@ -1,32 +1,33 @@
 //! The difference between what is and what should be, as operations in a safe order.
 //!
-//! Three rules: what is right is not touched; everything is added before anything is removed; and for
+//! Four rules: what is right is not touched; everything is added before anything is removed; and for
 //! one peer an entry is written before the entry that leads to it (FDB, neighbour, route) and removed
-//! after it. So after every prefix of a plan each peer that worked before, and is still wanted, works.
+//! after it; and what is not ours is never overwritten. So after every prefix of a plan each peer that worked before, and is still wanted, works.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, Ipv4Addr},
+};
 
 use ipnet::Ipv4Net;
 
 use super::desired::{Desired, Device, Hop, Tables};
 use crate::model::Mac;
 
-/// What a dump found on our account.
+/// What a dump found on our account. The kernel allows several FDB entries of one MAC and several routes
+/// to one subnet, so these are sets.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Actual {
     /// The device of our name, if there is one and it is a VXLAN.
     pub device: Option<Found>,
-    pub tables: Tables,
-    /// Further routes of our protocol, to be removed: other metrics or gateways for one destination.
-    pub surplus_routes: Vec<(Ipv4Net, Hop)>,
-    /// Further FDB entries of one MAC, to be removed.
-    pub surplus_fdb: Vec<(Mac, IpAddr)>,
+    pub fdb: BTreeSet<(Mac, IpAddr)>,
+    pub neighbours: BTreeMap<Ipv4Addr, Mac>,
+    pub routes: BTreeSet<(Ipv4Net, Hop)>,
 }
 
 /// Our device as it was found.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Found {
-    pub index: u32,
     pub up: bool,
     pub device: Device,
     /// MAC learning is on, or another attribute that cannot be changed on a live device is wrong.
@@ -48,7 +49,10 @@ pub enum Op {
     /// Add or replace.
     SetFdb(Mac, IpAddr),
     SetNeighbour(Ipv4Addr, Mac),
-    SetRoute(Ipv4Net, Hop),
+    /// Add, unless another program has a route to the same subnet with the same metric.
+    AddRoute(Ipv4Net, Hop),
+    /// Replace a route of ours with the same metric.
+    ReplaceRoute(Ipv4Net, Hop),
     RemoveRoute(Ipv4Net, Hop),
     RemoveNeighbour(Ipv4Addr),
     RemoveFdb(Mac, IpAddr),
@@ -57,13 +61,19 @@ pub enum Op {
 /// The operations that turn `actual` into `desired`; none, if they agree.
 pub fn plan(desired: &Desired, actual: &Actual) -> Vec<Op> {
     let mut ops = Vec::new();
+    let mut actual = actual.clone();
     let kept = plan_device(&desired.device, actual.device.as_ref(), &mut ops);
-    // A device that is made anew has lost all entries on it, routes included.
-    let fresh = Actual::default();
-    let actual = if kept { actual } else { &fresh };
-    plan_additions(&desired.tables, &actual.tables, &mut ops);
+    if !kept {
+        // A device that is made anew has lost all entries on it, routes included.
+        actual = Actual::default();
+    }
+    if ops.iter().any(|op| matches!(op, Op::SetMac(_))) {
+        // The kernel forgets the neighbours of a device whose address changes.
+        actual.neighbours.clear();
+    }
+    plan_additions(&desired.tables, &actual, &mut ops);
     if desired.sweep {
-        plan_removals(&desired.tables, actual, &mut ops);
+        plan_removals(&desired.tables, &actual, &mut ops);
     }
     ops
 }
@@ -98,9 +108,9 @@ fn plan_device(wanted: &Device, found: Option<&Found>, ops: &mut Vec<Op>) -> boo
     true
 }
 
-fn plan_additions(wanted: &Tables, is: &Tables, ops: &mut Vec<Op>) {
+fn plan_additions(wanted: &Tables, is: &Actual, ops: &mut Vec<Op>) {
     for (mac, underlay) in &wanted.fdb {
-        if is.fdb.get(mac) != Some(underlay) {
+        if !is.fdb.contains(&(*mac, *underlay)) {
             ops.push(Op::SetFdb(*mac, *underlay));
         }
     }
@@ -110,26 +120,29 @@ fn plan_additions(wanted: &Tables, is: &Tables, ops: &mut Vec<Op>) {
         }
     }
     for (subnet, hop) in &wanted.routes {
-        if is.routes.get(subnet) != Some(hop) {
-            ops.push(Op::SetRoute(*subnet, *hop));
+        let same_metric = |(to, old): &(Ipv4Net, Hop)| to == subnet && old.metric == hop.metric;
+        if is.routes.contains(&(*subnet, *hop)) {
+            continue;
         }
+        ops.push(match is.routes.iter().any(same_metric) {
+            true => Op::ReplaceRoute(*subnet, *hop),
+            false => Op::AddRoute(*subnet, *hop),
+        });
     }
 }
 
-fn plan_removals(wanted: &Tables, actual: &Actual, ops: &mut Vec<Op>) {
-    let is = &actual.tables;
+fn plan_removals(wanted: &Tables, is: &Actual, ops: &mut Vec<Op>) {
     for (subnet, hop) in &is.routes {
-        // A route with another metric is another route to the kernel: the old one would stay.
+        // One with the metric of the wanted one has been replaced by it.
         if wanted.routes.get(subnet).is_none_or(|new| new.metric != hop.metric) {
             ops.push(Op::RemoveRoute(*subnet, *hop));
         }
     }
-    ops.extend(actual.surplus_routes.iter().map(|(subnet, hop)| Op::RemoveRoute(*subnet, *hop)));
     let gone = is.neighbours.keys().filter(|address| !wanted.neighbours.contains_key(address));
     ops.extend(gone.map(|address| Op::RemoveNeighbour(*address)));
-    let gone = is.fdb.iter().filter(|(mac, _)| !wanted.fdb.contains_key(mac));
+    // Of a wanted MAC the first wrong entry has been replaced already; removing it again is no error.
+    let gone = is.fdb.iter().filter(|(mac, underlay)| wanted.fdb.get(mac) != Some(underlay));
     ops.extend(gone.map(|(mac, underlay)| Op::RemoveFdb(*mac, *underlay)));
-    ops.extend(actual.surplus_fdb.iter().map(|(mac, underlay)| Op::RemoveFdb(*mac, *underlay)));
 }
 
 #[cfg(test)]
@@ -161,11 +174,7 @@ pub(super) mod tests {
         let slot = Slot(own.1);
         let peers = peers.iter().map(|&(seed, slot)| {
             let slot = Slot(slot);
-            let peer = Peer {
-                name: "peer".parse().expect("name"),
-                vtep: vtep(seed),
-                leases: vec![(slot, pool.subnet(slot))],
-            };
+            let peer = Peer { vtep: vtep(seed), leases: vec![(slot, pool.subnet(slot))] };
             (NodeId::of_public_key(&[seed; 32]), peer)
         });
         View {
@@ -188,7 +197,7 @@ pub(super) mod tests {
     #[derive(Clone, Debug, Default)]
     struct Model {
         device: Option<Found>,
-        fdb: BTreeMap<Mac, IpAddr>,
+        fdb: BTreeSet<(Mac, IpAddr)>,
         neighbours: BTreeMap<Ipv4Addr, Mac>,
         routes: BTreeMap<(Ipv4Net, u32), Ipv4Addr>,
     }
@@ -199,30 +208,42 @@ pub(super) mod tests {
                 Op::DeleteDevice => *self = Self::default(),
                 Op::CreateDevice(device) => {
                     assert!(self.device.is_none(), "the name is taken");
-                    let addresses = Vec::new();
-                    let index = 7;
-                    self.device =
-                        Some(Found { index, up: false, device, foreign: false, addresses });
+                    let found = Found { up: false, device, foreign: false, addresses: Vec::new() };
+                    self.device = Some(found);
                 }
-                Op::SetMac(mac) => self.found().device.mac = mac,
+                Op::SetMac(mac) => {
+                    self.found().device.mac = mac;
+                    self.neighbours.clear();
+                }
                 Op::SetMtu(mtu) => self.found().device.mtu = mtu,
                 Op::SetUp => self.found().up = true,
                 Op::AddAddress(address) => self.found().addresses.push((address, 32)),
                 Op::RemoveAddress(address, len) => {
                     self.found().addresses.retain(|a| *a != (address, len));
                 }
-                Op::SetFdb(mac, underlay) => _ = self.fdb.insert(mac, underlay),
+                Op::SetFdb(mac, underlay) => {
+                    // Replaces the first destination of the MAC, whichever that is.
+                    if let Some(first) = self.fdb.iter().find(|(m, _)| *m == mac).copied() {
+                        self.fdb.remove(&first);
+                    }
+                    self.fdb.insert((mac, underlay));
+                }
                 Op::SetNeighbour(address, mac) => _ = self.neighbours.insert(address, mac),
-                Op::SetRoute(subnet, hop) => {
+                Op::AddRoute(subnet, hop) => {
                     assert!(
                         self.found().up,
                         "the kernel refuses routes over a device that is down"
                     );
-                    self.routes.insert((subnet, hop.metric), hop.via);
+                    let before = self.routes.insert((subnet, hop.metric), hop.via);
+                    assert_eq!(before, None, "the kernel refuses a second route with one metric");
+                }
+                Op::ReplaceRoute(subnet, hop) => {
+                    let before = self.routes.insert((subnet, hop.metric), hop.via);
+                    assert!(before.is_some(), "only what is ours is replaced");
                 }
                 Op::RemoveRoute(subnet, hop) => _ = self.routes.remove(&(subnet, hop.metric)),
                 Op::RemoveNeighbour(address) => _ = self.neighbours.remove(&address),
-                Op::RemoveFdb(mac, _) => _ = self.fdb.remove(&mac),
+                Op::RemoveFdb(mac, underlay) => _ = self.fdb.remove(&(mac, underlay)),
             }
         }
 
@@ -231,16 +252,22 @@ pub(super) mod tests {
         }
 
         fn actual(&self) -> Actual {
-            let mut actual = Actual { device: self.device.clone(), ..Actual::default() };
-            actual.tables.fdb = self.fdb.clone();
-            actual.tables.neighbours = self.neighbours.clone();
-            for (&(subnet, metric), &via) in &self.routes {
-                let hop = Hop { via, metric };
-                if let Some(before) = actual.tables.routes.insert(subnet, hop) {
-                    actual.surplus_routes.push((subnet, before));
-                }
+            let routes = self.routes.iter();
+            Actual {
+                device: self.device.clone(),
+                fdb: self.fdb.clone(),
+                neighbours: self.neighbours.clone(),
+                routes: routes
+                    .map(|(&(subnet, metric), &via)| (subnet, Hop { via, metric }))
+                    .collect(),
             }
-            actual
+        }
+
+        fn holds(&self, tables: &Tables) -> bool {
+            let actual = self.actual();
+            actual.fdb == tables.fdb.clone().into_iter().collect()
+                && actual.neighbours == tables.neighbours
+                && actual.routes == tables.routes.clone().into_iter().collect()
         }
 
         fn settle(&mut self, desired: &Desired) {
@@ -252,7 +279,7 @@ pub(super) mod tests {
             let mut routes = self.routes.range((subnet, 0)..=(subnet, u32::MAX));
             let via = routes.next()?.1;
             let mac = self.neighbours.get(via)?;
-            self.fdb.get(mac).copied()
+            self.fdb.iter().find(|(known, _)| known == mac).map(|(_, underlay)| *underlay)
         }
     }
 
@@ -265,7 +292,7 @@ pub(super) mod tests {
             .collect();
         assert_eq!(
             kinds,
-            ["CreateDevice", "SetUp", "AddAddress", "SetFdb", "SetNeighbour", "SetRoute"]
+            ["CreateDevice", "SetUp", "AddAddress", "SetFdb", "SetNeighbour", "AddRoute"]
         );
     }
 
@@ -301,17 +328,35 @@ pub(super) mod tests {
         found.device.mtu = 1400;
         found.device.mac = Mac::from_bytes([2; 6]);
         found.addresses.push(([169, 254, 1, 1].into(), 16));
-        let ops = plan(&wanted, &kernel.actual());
-        assert_eq!(ops.len(), 3, "{ops:?}");
         kernel.settle(&wanted);
         assert_eq!(plan(&wanted, &kernel.actual()), []);
+        assert!(kernel.holds(&wanted.tables), "the neighbours that went with the MAC are back");
+    }
+
+    #[test]
+    fn doubles_of_a_wanted_entry_go_and_the_wanted_one_stays() {
+        let wanted = desired(&[(1, 9), (2, 7)]);
+        let mut kernel = Model::default();
+        kernel.settle(&wanted);
+        let (subnet, hop) = wanted.tables.routes.first_key_value().expect("one route");
+        let (mac, _) = wanted.tables.fdb.first_key_value().expect("one entry");
+        for metric in [hop.metric - 1, hop.metric + 1] {
+            kernel.routes.insert((*subnet, metric), hop.via);
+        }
+        for last in [3, 200] {
+            kernel.fdb.insert((*mac, [192, 0, 2, last].into()));
+        }
+        let ops = plan(&wanted, &kernel.actual());
+        assert_eq!(ops.len(), 4, "{ops:?}");
+        kernel.settle(&wanted);
+        assert!(kernel.holds(&wanted.tables));
     }
 
     /// Distinct nodes with distinct slots; the first is always node 1.
     fn any_members() -> impl Strategy<Value = Vec<(u8, u32)>> {
         (prop::collection::btree_map(2_u8..12, 1_u32..40, 0..8), 41_u32..44).prop_map(
             |(peers, own)| {
-                let mut taken = std::collections::BTreeSet::new();
+                let mut taken = BTreeSet::new();
                 let peers = peers.into_iter().filter(|(_, slot)| taken.insert(*slot));
                 [(1, own)].into_iter().chain(peers).collect()
             },
@@ -327,7 +372,7 @@ pub(super) mod tests {
             kernel.settle(&desired(&before));
             let wanted = desired(&after);
             kernel.settle(&wanted);
-            prop_assert_eq!(kernel.actual().tables, wanted.tables.clone());
+            prop_assert!(kernel.holds(&wanted.tables));
             prop_assert_eq!(plan(&wanted, &kernel.actual()), []);
         }
 

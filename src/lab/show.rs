@@ -31,17 +31,17 @@ fn render(name: &str, actual: &Actual) -> String {
             let _ = writeln!(out, "    inet {address}/{len}");
         }
     }
-    for (subnet, hop) in &actual.tables.routes {
+    for (subnet, hop) in &actual.routes {
         let (via, metric) = (hop.via, hop.metric);
         let _ = writeln!(
             out,
             "{subnet} via {via} dev {name} proto {ROUTE_PROTOCOL} metric {metric} onlink"
         );
     }
-    for (address, mac) in &actual.tables.neighbours {
+    for (address, mac) in &actual.neighbours {
         let _ = writeln!(out, "{address} dev {name} lladdr {mac} PERMANENT");
     }
-    for (mac, underlay) in &actual.tables.fdb {
+    for (mac, underlay) in &actual.fdb {
         let _ = writeln!(out, "{mac} dev {name} dst {underlay} self permanent");
     }
     out

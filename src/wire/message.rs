@@ -47,7 +47,9 @@ pub enum Request {
     Exchange { buckets: u32, identity: Identity, facts: Facts },
     /// "Give me a slot of yours."
     Grant(GrantWish),
-    /// "These slots are yours now; say that you have them."
+    /// "I am leaving; would you take my slots?"
+    BeMyHeir,
+    /// "I have left; these are the records of it. Say that you have them."
     Handover(Facts),
 }
 
@@ -91,6 +93,8 @@ pub struct GrantWish {
 pub struct Welcome {
     pub cluster: ClusterRecord,
     pub facts: Facts,
+    /// The joiner has been here before, as another process: it has lost its memory.
+    pub returning: bool,
     /// Why `facts` holds no slot for the joiner, if it does not.
     pub no_slot: Option<Refusal>,
 }
@@ -151,8 +155,12 @@ pub enum Refusal {
     Exhausted { total: u32, leased: u32 },
     #[error("the node has no spare subnet: {spare_elsewhere} are spare at other nodes")]
     NoSpareHere { spare_elsewhere: u32 },
-    #[error("the node left the cluster for good")]
+    #[error("this node left the cluster for good: remove its state directory to join as a new one")]
     Left,
+    #[error("the node is leaving the cluster itself")]
+    Leaving,
+    #[error("the cluster knows {limit} members, departed ones included, and records no more")]
+    Full { limit: u32 },
     #[error("the request was not understood: {0}")]
     Unreadable(String),
 }

@@ -7,7 +7,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use ipnet::Ipv4Net;
 use rtnetlink::{
     LinkVxlan, RouteMessageBuilder,
-    packet_core::{NLM_F_CREATE, NLM_F_REPLACE},
+    packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE},
     packet_route::{
         AddressFamily, RouteNetlinkMessage,
         link::{
@@ -95,8 +95,12 @@ pub(super) fn change(op: &Op, index: u32) -> Change {
         Op::RemoveNeighbour(address) => {
             (RouteNetlinkMessage::DelNeighbour(neighbour_message(index, *address, None)), 0)
         }
-        Op::SetRoute(subnet, hop) => {
-            (RouteNetlinkMessage::NewRoute(route_message(index, *subnet, *hop)), replace)
+        Op::AddRoute(subnet, hop) => (
+            RouteNetlinkMessage::NewRoute(route_message(index, *subnet, *hop)),
+            NLM_F_CREATE | NLM_F_EXCL,
+        ),
+        Op::ReplaceRoute(subnet, hop) => {
+            (RouteNetlinkMessage::NewRoute(route_message(index, *subnet, *hop)), NLM_F_REPLACE)
         }
         Op::RemoveRoute(subnet, hop) => {
             (RouteNetlinkMessage::DelRoute(route_message(index, *subnet, *hop)), 0)

@@ -7,6 +7,7 @@
 mod messages;
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
     io,
     net::{IpAddr, Ipv4Addr, UdpSocket},
 };
@@ -25,7 +26,7 @@ use self::messages::{
     change, destination, device_message, fixed_attributes, lladdr, no_ipv6_address, our_route,
 };
 use super::{
-    desired::{Desired, Device, Hop, ROUTE_PROTOCOL, Tables},
+    desired::{Desired, Device, Hop, ROUTE_PROTOCOL},
     plan::{Actual, Found, Op, plan},
 };
 use crate::{
@@ -50,8 +51,8 @@ pub struct Kernel {
 pub struct Report {
     /// Operations that were carried out.
     pub done: usize,
-    /// Operations that the kernel refused, with the reason.
-    pub failed: Vec<(Op, io::Error)>,
+    /// What the kernel refused, as sentences.
+    pub failed: Vec<String>,
 }
 
 /// Why the device cannot be made. The rest of the plan was not tried.
@@ -130,13 +131,12 @@ impl Kernel {
             let kind = if link.kind.is_empty() { "physical".to_owned() } else { link.kind };
             return Err(KernelError::NameTaken { name: name.to_owned(), kind });
         }
-        let mut actual = Actual { tables: self.neighbours(link.index)?, ..Actual::default() };
-        self.fdb(link.index, &mut actual)?;
-        for (subnet, hop) in self.our_routes(link.index)? {
-            if let Some(before) = actual.tables.routes.insert(subnet, hop) {
-                actual.surplus_routes.push((subnet, before));
-            }
-        }
+        let mut actual = Actual {
+            neighbours: self.neighbours(link.index)?,
+            fdb: self.fdb(link.index)?,
+            routes: self.our_routes(link.index)?,
+            device: None,
+        };
         actual.device = Some(self.found(&link)?);
         Ok(actual)
     }
@@ -173,7 +173,7 @@ impl Kernel {
         }
         for (op, errno) in entry_ops.into_iter().zip(failed) {
             match errno {
-                Some(errno) => report.failed.push((op, io::Error::from_raw_os_error(errno))),
+                Some(errno) => report.failed.push(explain_entry(&op, errno)),
                 None => report.done += 1,
             }
         }
@@ -259,32 +259,24 @@ impl Kernel {
             link: underlay,
             address: Ipv4Addr::UNSPECIFIED,
         };
-        Ok(Found { index: link.index, up: link.up, device, foreign, addresses })
+        Ok(Found { up: link.up, device, foreign, addresses })
     }
 
-    fn neighbours(&mut self, index: u32) -> io::Result<Tables> {
-        let mut tables = Tables::default();
-        for entry in self.dump_neighbours(AddressFamily::Inet, index)? {
-            let permanent = entry.header.state == NeighbourState::Permanent;
-            if let (Some(IpAddr::V4(ip)), Some(mac), true) =
-                (destination(&entry), lladdr(&entry), permanent)
-            {
-                tables.neighbours.insert(ip, mac);
-            }
-        }
-        Ok(tables)
+    fn neighbours(&mut self, index: u32) -> io::Result<BTreeMap<Ipv4Addr, Mac>> {
+        let permanent = |entry: &NeighbourMessage| entry.header.state == NeighbourState::Permanent;
+        let entries = self.dump_neighbours(AddressFamily::Inet, index)?.into_iter();
+        Ok(entries
+            .filter(permanent)
+            .filter_map(|entry| match (destination(&entry), lladdr(&entry)) {
+                (Some(IpAddr::V4(ip)), Some(mac)) => Some((ip, mac)),
+                _ => None,
+            })
+            .collect())
     }
 
-    fn fdb(&mut self, index: u32, actual: &mut Actual) -> io::Result<()> {
-        for entry in self.dump_neighbours(AddressFamily::Bridge, index)? {
-            let (Some(mac), Some(underlay)) = (lladdr(&entry), destination(&entry)) else {
-                continue;
-            };
-            if let Some(before) = actual.tables.fdb.insert(mac, underlay) {
-                actual.surplus_fdb.push((mac, before));
-            }
-        }
-        Ok(())
+    fn fdb(&mut self, index: u32) -> io::Result<BTreeSet<(Mac, IpAddr)>> {
+        let entries = self.dump_neighbours(AddressFamily::Bridge, index)?.into_iter();
+        Ok(entries.filter_map(|entry| Some((lladdr(&entry)?, destination(&entry)?))).collect())
     }
 
     fn dump_neighbours(
@@ -311,7 +303,7 @@ impl Kernel {
     }
 
     /// Routes of our protocol over the device.
-    fn our_routes(&mut self, device: u32) -> io::Result<Vec<(Ipv4Net, Hop)>> {
+    fn our_routes(&mut self, device: u32) -> io::Result<BTreeSet<(Ipv4Net, Hop)>> {
         let mut filter = RouteMessage::default();
         filter.header.address_family = AddressFamily::Inet;
         filter.header.table = RouteHeader::RT_TABLE_MAIN;
@@ -344,5 +336,15 @@ impl Op {
 
     fn is_removal(&self) -> bool {
         matches!(self, Self::RemoveRoute(..) | Self::RemoveNeighbour(_) | Self::RemoveFdb(..))
+    }
+}
+
+fn explain_entry(op: &Op, errno: i32) -> String {
+    match op {
+        Op::AddRoute(subnet, Hop { metric, .. }) if errno == EEXIST => format!(
+            "another program has a route to {subnet} with metric {metric}: remove it \
+             (ip route show {subnet})"
+        ),
+        _ => format!("{op:?}: {}", io::Error::from_raw_os_error(errno)),
     }
 }

@@ -1,0 +1,158 @@
+//! Seeing to it that this node has exactly one lease.
+//!
+//! A member without one (its seed had no spare) makes one of its own spares its lease, or asks those who
+//! have spares, one after the other, for ever. A member with several (two seeds answered) keeps the one
+//! that is in use and makes the others spares.
+
+use std::{collections::BTreeSet, time::Duration};
+
+use crate::{
+    model::{NodeId, Slot, SlotState, Time},
+    wire::{GrantWish, Refusal, Request, Response},
+};
+
+use super::{Answer, Node, Purpose, SlotTable, rank::peer_score};
+
+/// Pause after all donors were asked in vain.
+const DONOR_PAUSE: Duration = Duration::from_secs(2);
+
+/// A member's search for a lease.
+pub(super) struct LeaseSearch {
+    /// The slot it would like, until its owner has been asked in vain.
+    prefer: Option<Slot>,
+    tried: BTreeSet<NodeId>,
+    open: bool,
+    next_try: Option<Time>,
+    /// The lease last found.
+    held: Option<Slot>,
+    pub(super) refusal: Option<Refusal>,
+}
+
+impl LeaseSearch {
+    pub(super) fn new(now: Time, prefer: Option<Slot>) -> Self {
+        Self {
+            prefer,
+            tried: BTreeSet::new(),
+            open: false,
+            next_try: Some(now),
+            held: None,
+            refusal: None,
+        }
+    }
+
+    /// Which of the leased slots of `me` is the one in use: the one that was, or else the one that was
+    /// asked for. Another one would take the addresses away from under running pods.
+    pub(super) fn own_slot(&self, slots: &SlotTable, me: NodeId) -> Option<Slot> {
+        let is_leased = |slot: &Slot| slots.leased_by(me).any(|leased| leased == *slot);
+        let known = [self.held, self.prefer].into_iter().flatten().find(is_leased);
+        known.or_else(|| slots.leased_by(me).next())
+    }
+}
+
+impl Node {
+    pub(super) fn next_lease_step(&self) -> Option<Time> {
+        self.home.as_ref()?.search.next_try.filter(|_| self.leaving.is_none())
+    }
+
+    /// Sees to it that this node has exactly one lease.
+    pub(super) fn step_lease(&mut self, now: Time) {
+        let me = self.me.node;
+        let synced = self.sync.synced() || self.is_alone();
+        let Some(home) = &mut self.home else { return };
+        if self.leaving.is_some() || home.search.next_try.is_none_or(|at| now < at) {
+            return;
+        }
+        home.search.next_try = None;
+        if let Some(own) = home.search.own_slot(&home.slots, me) {
+            home.search.tried.clear();
+            home.search.refusal = None;
+            if home.search.held.replace(own) != Some(own) {
+                let subnet = home.cluster.settings.pool.subnet(own);
+                tracing::info!(%subnet, "this node's subnet");
+                self.view_stale = true;
+            }
+            if synced {
+                self.give_back_all_but(now, own);
+            }
+            return;
+        }
+        if synced && let Some(change) = home.slots.lease_own(me, home.search.prefer) {
+            self.note_own_change(now, vec![change]);
+            return;
+        }
+        if !home.search.open {
+            self.ask_donor(now);
+        }
+    }
+
+    fn give_back_all_but(&mut self, now: Time, own: Slot) {
+        let me = self.me.node;
+        let Some(home) = &mut self.home else { return };
+        let surplus: Vec<Slot> = home.slots.leased_by(me).filter(|slot| *slot != own).collect();
+        let released =
+            surplus.into_iter().filter_map(|slot| home.slots.release_own(me, slot)).collect();
+        self.note_own_change(now, released);
+    }
+
+    /// Has another look for a lease at the next step: the table changed.
+    pub(super) fn recheck_lease(&mut self, now: Time) {
+        if let Some(home) = &mut self.home {
+            home.search.next_try = Some(now);
+        }
+    }
+
+    fn ask_donor(&mut self, now: Time) {
+        let me = self.me.node;
+        let Some(home) = &mut self.home else { return };
+        let spares = home.slots.census().spare;
+        let untried = |node: &NodeId| *node != me && !home.search.tried.contains(node);
+        let wanted = home
+            .search
+            .prefer
+            .and_then(|slot| home.slots.record(slot))
+            .filter(|record| record.state == SlotState::Spare && untried(&record.owner));
+        let candidates = || spares.keys().copied().filter(untried);
+        let active = self.membership.active();
+        let donor = wanted.map(|record| record.owner).or_else(|| {
+            candidates()
+                .filter(|node| active.contains_key(node))
+                .max_by_key(|donor| peer_score(me, *donor))
+                .or_else(|| candidates().max_by_key(|donor| peer_score(me, *donor)))
+        });
+        let Some(donor) = donor else {
+            home.search.tried.clear();
+            home.search.prefer = None;
+            let pause = self.jittered(DONOR_PAUSE);
+            if let Some(home) = &mut self.home {
+                home.search.next_try = Some(now + pause);
+            }
+            self.sync.hasten(now);
+            return;
+        };
+        let pool = home.cluster.settings.pool;
+        let prefer = home.search.prefer.map(|slot| pool.subnet(slot).network());
+        let request = Request::Grant(GrantWish { prefer });
+        let asked = self.call_member(donor, Purpose::Grant { donor }, &request);
+        if let Some(home) = &mut self.home {
+            home.search.open = asked;
+            if !asked {
+                // Known by its slots alone: its record is on its way, or lost with it.
+                home.search.tried.insert(donor);
+                home.search.next_try = Some(now);
+            }
+        }
+    }
+
+    pub(super) fn on_grant_answer(&mut self, now: Time, donor: NodeId, answer: Answer) {
+        let Some(home) = &mut self.home else { return };
+        home.search.open = false;
+        home.search.next_try = Some(now);
+        home.search.tried.insert(donor);
+        match answer {
+            Ok((_, Response::Granted(facts))) => self.learn(now, &facts, Some(donor)),
+            Ok((_, Response::Refused(refusal))) => home.search.refusal = Some(refusal),
+            Ok((from, _)) => self.note_malformed(from, &"no answer to a grant request"),
+            Err(error) => tracing::debug!(%donor, %error, "donor did not answer"),
+        }
+    }
+}
