@@ -54,7 +54,7 @@ pub struct Settings {
     /// Where flannel's subnet.env is written [default: /run/gossamer/subnet.env]
     #[arg(long, env = "GOSSAMER_SUBNET_FILE", value_name = "FILE")]
     pub subnet_file: Option<PathBuf>,
-    /// UDP address for gossip, IP or IP:PORT [default: 0.0.0.0:8473]
+    /// UDP address for gossip, IP or IP:PORT [default: all addresses, port 8473]
     #[arg(long, env = "GOSSAMER_LISTEN", value_name = "IP[:PORT]")]
     pub listen: Option<String>,
     /// Address given to peers, IP or IP:PORT; behind NAT one that this host does not have
@@ -127,7 +127,8 @@ pub struct Config {
     pub state_dir: PathBuf,
     pub socket: PathBuf,
     pub subnet_file: PathBuf,
-    pub listen: SocketAddr,
+    /// None: port 8473 on all addresses of the underlay's family.
+    pub listen: Option<SocketAddr>,
     pub advertise: Option<(IpAddr, Option<u16>)>,
     pub iface: IfaceChoice,
     pub wish: SettingsWish,
@@ -235,9 +236,9 @@ impl Settings {
         let listen = match &self.listen {
             Some(text) => {
                 let (ip, port) = address("listen", text)?;
-                SocketAddr::new(ip, port.unwrap_or(DEFAULT_PORT))
+                Some(SocketAddr::new(ip, port.unwrap_or(DEFAULT_PORT)))
             }
-            None => SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), DEFAULT_PORT),
+            None => None,
         };
         let advertise = self.advertise.as_deref().map(|text| address("advertise", text));
         let path = |given: Option<PathBuf>, default: &str| given.unwrap_or_else(|| default.into());

@@ -12,7 +12,9 @@ mod subnet_env;
 mod underlay;
 
 use std::{
-    path::PathBuf,
+    collections::BTreeSet,
+    path::Path,
+    rc::Rc,
     time::{Duration, Instant},
 };
 
@@ -23,7 +25,7 @@ use tokio::{
 
 use self::{
     gate::Gate,
-    programmer::{Outcome, Programmer, Wish},
+    programmer::{Goal, Outcome, Programmer},
     underlay::Chosen,
 };
 use crate::{
@@ -31,10 +33,10 @@ use crate::{
     config::Config,
     core::{Command, Input, Node, Output, Stop, Target, View},
     dataplane::{
-        desired::{Desired, Underlay},
+        desired::{Desired, Underlay, device_name},
         kernel::{Kernel, KernelError},
     },
-    model::{ClusterId, NodeId, Time},
+    model::{NodeId, Time},
     store::{StateDir, Writer, Written},
     transport::{Event, Transport},
     wire::{Key, Secret, Token},
@@ -51,6 +53,8 @@ const RECONCILE_RETRY: Duration = Duration::from_secs(1);
 const SLOW_TURN: Duration = Duration::from_millis(100);
 /// Events taken in one turn before the outputs are carried out.
 const EVENTS_PER_TURN: usize = 64;
+/// Seeds that are saved: those that were given, then members.
+const MAX_SAVED_SEEDS: usize = 8;
 /// A node that cannot use the kernel gives its new subnet back within this time, or just goes.
 const GIVE_BACK: Duration = Duration::from_secs(5);
 
@@ -76,7 +80,9 @@ struct Agent {
     kernel: KernelState,
     underlay: Chosen,
     config: Config,
-    state: StateDir,
+    state: Rc<StateDir>,
+    /// The token as it was last saved.
+    saved_token: Option<Token>,
     secret: Secret,
     /// Whether this process created the state, so that a refusal may remove it.
     fresh: bool,
@@ -93,7 +99,7 @@ struct Agent {
 #[derive(Default)]
 struct KernelState {
     wanted: Option<View>,
-    wishes: u64,
+    goals: u64,
     answered: u64,
     /// The device has been made equal to the view at least once.
     programmed_once: bool,
@@ -121,6 +127,13 @@ impl Clock {
     }
 }
 
+/// What a turn of the loop begins with.
+enum Arrival {
+    Deadline,
+    Notice(Notice),
+    Network(Event),
+}
+
 /// What comes in from threads and from the control socket.
 enum Notice {
     Disk(Written),
@@ -139,30 +152,25 @@ impl Agent {
         self.carry_out();
         while self.ending.is_none() {
             let wake = tokio::time::Instant::from_std(self.next_deadline());
-            let turn = tokio::select! {
+            let first = tokio::select! {
                 biased;
                 _ = terminate.recv() => { self.ending = Some(Ending::Stopped); continue }
                 _ = interrupt.recv() => { self.ending = Some(Ending::Stopped); continue }
-                () = tokio::time::sleep_until(wake) => {
-                    let turn = Instant::now();
-                    self.on_deadline(turn);
-                    turn
-                }
-                Some(notice) = notices.recv() => {
-                    let turn = Instant::now();
-                    self.on_notice(notice);
-                    turn
-                }
-                Some(event) = network.recv() => {
-                    let turn = Instant::now();
-                    self.on_network(event);
-                    for _ in 1..EVENTS_PER_TURN {
-                        let Ok(event) = network.try_recv() else { break };
-                        self.on_network(event);
-                    }
-                    turn
-                }
+                () = tokio::time::sleep_until(wake) => Arrival::Deadline,
+                Some(notice) = notices.recv() => Arrival::Notice(notice),
+                Some(event) = network.recv() => Arrival::Network(event),
             };
+            let turn = Instant::now();
+            self.on_arrival(first, turn);
+            // Whatever woke the loop, nobody waits behind it for another turn.
+            for _ in 0..EVENTS_PER_TURN {
+                let Ok(notice) = notices.try_recv() else { break };
+                self.on_arrival(Arrival::Notice(notice), turn);
+            }
+            for _ in 0..EVENTS_PER_TURN {
+                let Ok(event) = network.try_recv() else { break };
+                self.on_arrival(Arrival::Network(event), turn);
+            }
             self.carry_out();
             self.serve_waiters();
             let took = turn.elapsed();
@@ -171,6 +179,14 @@ impl Agent {
             }
         }
         Ok(self.finish().await)
+    }
+
+    fn on_arrival(&mut self, arrival: Arrival, now: Instant) {
+        match arrival {
+            Arrival::Deadline => self.on_deadline(now),
+            Arrival::Notice(notice) => self.on_notice(notice),
+            Arrival::Network(event) => self.on_network(event),
+        }
     }
 
     fn next_deadline(&self) -> Instant {
@@ -218,6 +234,10 @@ impl Agent {
                 tracing::info!("the state directory can be written again");
                 self.store_problem = None;
             }
+            Notice::Disk(Written::Emptied) => {
+                tracing::error!("the database was lost and is written anew");
+                self.input(Input::Command(Command::SaveAll));
+            }
             Notice::Kernel(outcome) => self.on_kernel(outcome),
             Notice::Api(request) => self.on_api(request),
         }
@@ -247,7 +267,7 @@ impl Agent {
             }
             Output::Reply { reply, bytes, .. } => self.transport.reply(reply, bytes),
             Output::Write { records, seq } => {
-                if records.iter().any(|(key, _)| *key == Key::Cluster) {
+                if records.iter().any(|(key, _)| matches!(key, Key::Cluster | Key::Member(_))) {
                     self.save_token();
                 }
                 self.writer.write(records, seq);
@@ -265,16 +285,27 @@ impl Agent {
         }
     }
 
-    /// A restart needs no `--token` once the node is in the cluster.
+    /// A restart needs no `--token` and no `--join` once the node is in the cluster, not even if its
+    /// database is lost.
     fn save_token(&mut self) {
-        let token = self.token(Vec::new());
-        if let Err(error) = token.map_or(Ok(()), |token| self.state.save_token(&token)) {
-            tracing::error!(%error, "the token could not be saved: a restart will need --token");
+        let mut seeds = self.config.seeds.clone();
+        seeds.extend(self.node.member_addresses().map(|address| address.to_string()));
+        let mut known = BTreeSet::new();
+        seeds.retain(|seed| known.insert(seed.clone()));
+        seeds.truncate(MAX_SAVED_SEEDS);
+        let token = self.token(seeds);
+        if token.is_none() || token == self.saved_token {
+            return;
         }
+        if let Some(Err(error)) = token.as_ref().map(|token| self.state.save_token(token)) {
+            tracing::error!(%error, "the token could not be saved");
+            return;
+        }
+        self.saved_token = token;
     }
 
     fn token(&self, seeds: Vec<String>) -> Option<Token> {
-        let cluster: ClusterId = self.node.status().cluster?;
+        let cluster = self.node.cluster()?.id;
         Some(Token { cluster, secret: self.secret.clone(), seeds })
     }
 
@@ -282,9 +313,9 @@ impl Agent {
         let Some(view) = &self.kernel.wanted else { return };
         let Chosen { link, local, mtu, .. } = self.underlay;
         let desired = Desired::new(view, &Underlay { link, local, mtu });
-        self.kernel.wishes += 1;
+        self.kernel.goals += 1;
         self.kernel.next = Some(Instant::now() + RECONCILE);
-        self.programmer.program(Wish { number: self.kernel.wishes, desired });
+        self.programmer.program(Goal { number: self.kernel.goals, desired });
     }
 
     fn on_kernel(&mut self, Outcome { number, result }: Outcome) {
@@ -371,19 +402,13 @@ impl Agent {
         let ending = self.ending.take().unwrap_or(Ending::Stopped);
         self.input(Input::Command(Command::Save));
         self.carry_out();
-        let device = self
-            .kernel
-            .wanted
-            .as_ref()
-            .map(|view| crate::dataplane::desired::device_name(view.settings.vni));
+        let device = self.node.cluster().map(|cluster| device_name(cluster.settings.vni));
         self.transport.close().await;
         drop(self.programmer);
         drop(self.writer);
         let refused = self.fresh && matches!(ending, Ending::Failed(_));
         if matches!(ending, Ending::Left { .. }) || refused {
-            if self.kernel.programmed_once {
-                remove_traces(device, self.config.subnet_file.clone());
-            }
+            remove_traces(device, &self.config.subnet_file);
             if let Err(error) = self.state.wipe() {
                 tracing::error!(%error, "state not removed");
             }
@@ -414,8 +439,7 @@ impl Agent {
                 }));
             }
             Question::Token => {
-                let address = self.node.status().members.into_iter().find(|member| member.me);
-                let seeds = address.map(|me| me.address.to_string()).into_iter().collect();
+                let seeds = vec![self.node.address().to_string()];
                 reply.token(self.token(seeds).map(|token| token.to_string()));
             }
             Question::Leave => match (&self.leave_reply, reply.into_leave()) {
@@ -448,10 +472,11 @@ impl Agent {
     }
 }
 
-fn remove_traces(device: Option<String>, subnet_file: PathBuf) {
-    let removed = Kernel::open()
-        .map_err(KernelError::from)
-        .and_then(|mut kernel| device.map_or(Ok(false), |device| kernel.remove(&device)));
+/// Takes away the device, with every entry on it, and the file.
+fn remove_traces(device: Option<String>, subnet_file: &Path) {
+    let Some(device) = device else { return };
+    let removed =
+        Kernel::open().map_err(KernelError::from).and_then(|mut kernel| kernel.remove(&device));
     if let Err(error) = removed {
         tracing::error!(%error, "the device was not removed");
     }

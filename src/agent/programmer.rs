@@ -1,6 +1,6 @@
 //! The thread that owns the kernel: it makes it equal to the latest view, and says how that went.
 //!
-//! Netlink calls block, so they have a thread of their own. Only the newest wish counts: those that
+//! Netlink calls block, so they have a thread of their own. Only the newest goal counts: those that
 //! piled up behind a slow kernel are skipped.
 
 use std::{io, sync::mpsc, thread};
@@ -11,12 +11,12 @@ use crate::dataplane::{
 };
 
 /// What to make the kernel equal to; the number tells the answers apart.
-pub struct Wish {
+pub struct Goal {
     pub number: u64,
     pub desired: Desired,
 }
 
-/// How a wish went.
+/// How a goal was reached, or not.
 #[derive(Debug)]
 pub struct Outcome {
     pub number: u64,
@@ -24,7 +24,8 @@ pub struct Outcome {
 }
 
 pub struct Programmer {
-    wishes: mpsc::Sender<Wish>,
+    goals: Option<mpsc::Sender<Goal>>,
+    thread: Option<thread::JoinHandle<()>>,
 }
 
 impl Programmer {
@@ -32,18 +33,30 @@ impl Programmer {
         mut kernel: Kernel,
         report: impl Fn(Outcome) + Send + 'static,
     ) -> io::Result<Self> {
-        let (wishes, queue) = mpsc::channel::<Wish>();
-        thread::Builder::new().name("kernel".to_owned()).spawn(move || {
+        let (goals, queue) = mpsc::channel::<Goal>();
+        let thread = thread::Builder::new().name("kernel".to_owned()).spawn(move || {
             while let Ok(first) = queue.recv() {
-                let Wish { number, desired } = queue.try_iter().last().unwrap_or(first);
+                let Goal { number, desired } = queue.try_iter().last().unwrap_or(first);
                 report(Outcome { number, result: kernel.reconcile(&desired) });
             }
         })?;
-        Ok(Self { wishes })
+        Ok(Self { goals: Some(goals), thread: Some(thread) })
     }
 
-    pub fn program(&self, wish: Wish) {
-        // The thread ends only when this sender is dropped.
-        let _ = self.wishes.send(wish);
+    pub fn program(&self, goal: Goal) {
+        if let Some(goals) = &self.goals {
+            // The thread ends only when this sender is dropped.
+            let _ = goals.send(goal);
+        }
+    }
+}
+
+/// Waits for the pass under way: afterwards nothing touches the kernel any more.
+impl Drop for Programmer {
+    fn drop(&mut self) {
+        drop(self.goals.take());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
     }
 }

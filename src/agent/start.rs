@@ -1,14 +1,19 @@
 //! From a configuration to a running agent, in an order that leaves nothing half done: what can be
 //! refused is checked before anything is written, and what is written first is removed on refusal.
 
-use std::{io, time::Instant};
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    rc::Rc,
+    time::Instant,
+};
 
 use tokio::sync::mpsc;
 
 use super::{Agent, Clock, Ending, Gate, KernelState, Notice, Programmer, underlay};
 use crate::{
     api,
-    config::{Config, ConfigError, DEFAULT_VXLAN_PORT},
+    config::{Config, ConfigError, DEFAULT_PORT, DEFAULT_VXLAN_PORT},
     core::{Founding, Node, NodeConfig, StartError},
     dataplane::{
         desired::device_name,
@@ -44,6 +49,21 @@ pub enum StartFailure {
     Secret(#[from] TokenError),
     #[error("join: a token is needed: pass --token-file with the output of `gossamer token`")]
     NoToken,
+    #[error(
+        "init: the token is of cluster {0}, which exists: enter it with --join, \
+         or use a token made by `gossamer token --new`"
+    )]
+    TokenOfACluster(ClusterId),
+    #[error(
+        "state_dir: this host is in cluster {0}, but its database is lost and no other member is known: \
+         name one with --join, or remove the state directory to start anew"
+    )]
+    LostDatabase(ClusterId),
+    #[error(
+        "listen: {listen} does not receive what is sent to the underlay address {underlay}: \
+         leave it out, or set --advertise or --iface"
+    )]
+    Listen { listen: SocketAddr, underlay: IpAddr },
     #[error(transparent)]
     Socket(#[from] api::SocketError),
     #[error("the system gives no random bytes: {0}")]
@@ -54,7 +74,7 @@ pub enum StartFailure {
 
 /// Runs an agent until it ends. Must be called within a tokio runtime.
 pub async fn run(config: Config) -> Result<Ending, StartFailure> {
-    let state = StateDir::open(&config.state_dir)?;
+    let state = Rc::new(StateDir::open(&config.state_dir)?);
     let fresh = state.node_key()?.is_none();
     match start(config, state.clone(), fresh).await {
         Ok(ending) => Ok(ending),
@@ -67,7 +87,19 @@ pub async fn run(config: Config) -> Result<Ending, StartFailure> {
     }
 }
 
-async fn start(config: Config, state: StateDir, fresh: bool) -> Result<Ending, StartFailure> {
+async fn start(
+    mut config: Config,
+    state: Rc<StateDir>,
+    fresh: bool,
+) -> Result<Ending, StartFailure> {
+    let key = match state.node_key()? {
+        Some(seed) => NodeKey::from_seed(seed)?,
+        None => {
+            let key = NodeKey::from_seed(random()?)?;
+            state.save_node_key(key.seed())?;
+            key
+        }
+    };
     let Opened { database, records, quarantined } = Database::open(&state.database())?;
     if let Some((aside, why)) = quarantined {
         tracing::error!(
@@ -80,7 +112,9 @@ async fn start(config: Config, state: StateDir, fresh: bool) -> Result<Ending, S
         Record::Cluster(cluster) => Some(*cluster),
         _ => None,
     });
-    let token = config.token.clone().or(state.token()?);
+    let saved = state.token()?;
+    remember(&mut config, saved.as_ref(), known_cluster.is_some())?;
+    let token = config.token.clone().or(saved);
     let secret = match &token {
         Some(token) => token.secret.clone(),
         None if config.create.is_some() => Secret::new(random::<SECRET_LEN>()?.to_vec())?,
@@ -88,14 +122,6 @@ async fn start(config: Config, state: StateDir, fresh: bool) -> Result<Ending, S
             return Err(StartError::NoCluster.into());
         }
         None => return Err(StartFailure::NoToken),
-    };
-    let key = match state.node_key()? {
-        Some(seed) => NodeKey::from_seed(seed)?,
-        None => {
-            let key = NodeKey::from_seed(random()?)?;
-            state.save_node_key(key.seed())?;
-            key
-        }
     };
     let chosen = underlay::choose(&mut Netlink::open()?, &config)?;
     let mut kernel = Kernel::open()?;
@@ -106,7 +132,8 @@ async fn start(config: Config, state: StateDir, fresh: bool) -> Result<Ending, S
         }
     };
     kernel.preflight(&device_name(vni), vni, port)?;
-    let (transport, network) = Transport::bind(config.listen, &Credentials::new(&secret, &key)?)?;
+    let (transport, network) =
+        Transport::bind(listen_address(&config, chosen.local)?, &Credentials::new(&secret, &key)?)?;
     let port = transport.local_address()?.port();
     let (ip, advertised) = config.advertise.unwrap_or((chosen.local, None));
     let node = NodeConfig {
@@ -133,7 +160,9 @@ async fn start(config: Config, state: StateDir, fresh: bool) -> Result<Ending, S
 
     let (sender, notices) = mpsc::unbounded_channel();
     let report = sender.clone();
-    let writer = Writer::start(database, move |written| _ = report.send(Notice::Disk(written)))?;
+    let writer = Writer::start(database, state.database(), move |written| {
+        let _ = report.send(Notice::Disk(written));
+    })?;
     let report = sender.clone();
     let programmer =
         Programmer::start(kernel, move |outcome| _ = report.send(Notice::Kernel(outcome)))?;
@@ -151,6 +180,7 @@ async fn start(config: Config, state: StateDir, fresh: bool) -> Result<Ending, S
         underlay: chosen,
         config,
         state,
+        saved_token: token.filter(|_| known_cluster.is_some()),
         secret,
         fresh,
         waiters: Vec::new(),
@@ -162,11 +192,42 @@ async fn start(config: Config, state: StateDir, fresh: bool) -> Result<Ending, S
     Ok(agent.run(network, notices).await?)
 }
 
-impl Token {
-    /// The cluster that the token names; one made before there was a cluster names none.
-    pub(crate) fn known_cluster(&self) -> Option<ClusterId> {
-        (self.cluster != ClusterId::UNKNOWN).then_some(self.cluster)
+/// Where gossip listens; peers must be able to reach it at the underlay address.
+fn listen_address(config: &Config, underlay: IpAddr) -> Result<SocketAddr, StartFailure> {
+    match config.listen {
+        None if underlay.is_ipv4() => Ok((Ipv4Addr::UNSPECIFIED, DEFAULT_PORT).into()),
+        None => Ok((Ipv6Addr::UNSPECIFIED, DEFAULT_PORT).into()),
+        Some(listen) if listen.is_ipv4() && underlay.is_ipv6() && config.advertise.is_none() => {
+            Err(StartFailure::Listen { listen, underlay })
+        }
+        Some(listen) => Ok(listen),
     }
+}
+
+/// Fills in what the last run knew. A host that was in a cluster never creates another one, not even when
+/// its database is gone: it finds the old one again.
+fn remember(
+    config: &mut Config,
+    saved: Option<&Token>,
+    knows_cluster: bool,
+) -> Result<(), StartFailure> {
+    if let (Some(given), Some(_), false) =
+        (config.token.as_ref().and_then(Token::known_cluster), config.create, knows_cluster)
+    {
+        return Err(StartFailure::TokenOfACluster(given));
+    }
+    if config.seeds.is_empty()
+        && let Some(saved) = saved
+    {
+        config.seeds.clone_from(&saved.seeds);
+    }
+    if let (Some(cluster), false) = (saved.and_then(Token::known_cluster), knows_cluster) {
+        if config.seeds.is_empty() {
+            return Err(StartFailure::LostDatabase(cluster));
+        }
+        config.create = None;
+    }
+    Ok(())
 }
 
 /// Bytes from the operating system's generator.

@@ -47,7 +47,7 @@ impl Agent {
         node.problems
             .extend(self.store_problem.iter().map(|why| format!("state directory: {why}")));
         let in_sync = kernel.wanted.is_some()
-            && kernel.answered == kernel.wishes
+            && kernel.answered == kernel.goals
             && kernel.programmed_once
             && kernel.problem.is_none();
         let converged = node.phase == Phase::Member && node.settled && in_sync;

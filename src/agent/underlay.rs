@@ -96,8 +96,8 @@ impl Host {
         netlink: &mut Netlink,
         config: &Config,
     ) -> Result<Option<(&Link, &Address)>, UnderlayError> {
-        if !config.listen.ip().is_unspecified() {
-            return Ok(self.by_address(config.listen.ip()));
+        if let Some(listen) = config.listen.filter(|listen| !listen.ip().is_unspecified()) {
+            return Ok(self.by_address(listen.ip()));
         }
         if let Some(found) = config.advertise.and_then(|(ip, _)| self.by_address(ip)) {
             return Ok(Some(found));

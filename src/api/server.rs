@@ -2,10 +2,7 @@
 
 use std::{
     fs, io,
-    os::unix::{
-        fs::{FileTypeExt as _, PermissionsExt as _},
-        net::UnixStream,
-    },
+    os::unix::{fs::FileTypeExt as _, net::UnixStream},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -17,6 +14,7 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{get, post},
 };
+use nix::sys::stat::{Mode, umask};
 use serde::Deserialize;
 use serde_json::json;
 use tokio::{net::UnixListener, sync::oneshot};
@@ -118,8 +116,11 @@ pub fn serve(
         fs::create_dir_all(directory).map_err(fail)?;
     }
     remove_stale(path)?;
-    let listener = UnixListener::bind(path).map_err(fail)?;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(fail)?;
+    // Made for its owner alone from the first moment on: the token can be read over it.
+    let before = umask(Mode::from_bits_truncate(0o177));
+    let listener = UnixListener::bind(path);
+    umask(before);
+    let listener = listener.map_err(fail)?;
     let ask: Ask = Arc::new(ask);
     let router = Router::new()
         .route("/v1/status", get(status))

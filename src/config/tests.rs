@@ -19,7 +19,7 @@ fn flags_outrank_the_file_and_the_file_outranks_the_defaults() {
     assert_eq!(config.wish.vni, Some(7));
     assert_eq!(config.mtu, Some(1400));
     assert_eq!(config.seeds, ["a:8473"]);
-    assert_eq!(config.listen.to_string(), "0.0.0.0:8473");
+    assert_eq!(config.listen, None);
 }
 
 #[test]

@@ -1,8 +1,9 @@
 //! The difference between what is and what should be, as operations in a safe order.
 //!
-//! Four rules: what is right is not touched; everything is added before anything is removed; and for
-//! one peer an entry is written before the entry that leads to it (FDB, neighbour, route) and removed
-//! after it; and what is not ours is never overwritten. So after every prefix of a plan each peer that worked before, and is still wanted, works.
+//! Four rules: what is right is not touched; everything is added before anything is removed; for one peer
+//! an entry is written before the entry that leads to it (FDB, neighbour, route) and removed after it; and
+//! what is not ours is never overwritten. So after every prefix of a plan each peer that worked before, and
+//! is still wanted, works.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -10,16 +10,24 @@ use std::{
     fs, io,
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
 };
+
+use nix::fcntl::{Flock, FlockArg};
 
 use crate::wire::{Key, Record, TokenError};
 
 /// Damaged databases that are kept for a post-mortem; the oldest goes first.
 const MAX_QUARANTINED: u32 = 3;
 
-/// An open database.
+/// How long closing waits for sled's own threads to let go of the file.
+const CLOSE_PATIENCE: Duration = Duration::from_secs(5);
+
+/// An open database. Dropping it waits until the file can be opened again.
 pub struct Database {
-    sled: sled::Db,
+    /// Taken when it is closed.
+    sled: Option<sled::Db>,
     /// The same file as sled's own, to sync it.
     file: fs::File,
 }
@@ -49,6 +57,13 @@ pub enum StoreError {
     Key { path: PathBuf },
     #[error("state_dir: {}: {error}", path.display())]
     Token { path: PathBuf, error: TokenError },
+    #[error(
+        "state_dir: {} is in use by something else: it is neither empty nor a state directory; \
+         choose another --state-dir", path.display()
+    )]
+    NotOurs { path: PathBuf },
+    #[error("database: {0}: a newer gossamer wrote it; run that version or a later one")]
+    Newer(String),
     #[error("database: {0}")]
     Database(String),
 }
@@ -60,6 +75,7 @@ impl Database {
         match try_open(path) {
             Ok((database, records)) => Ok(Opened { database, records, quarantined: None }),
             Err(Failure::InUse) => Err(StoreError::InUse { path: path.to_owned() }),
+            Err(Failure::Newer(why)) => Err(StoreError::Newer(why)),
             Err(Failure::Io(error)) => Err(StoreError::Directory { path: path.to_owned(), error }),
             Err(Failure::Damaged(why)) => {
                 let aside = quarantine(path)
@@ -79,17 +95,35 @@ impl Database {
             batch.insert(key.to_string().into_bytes(), value.as_slice());
         }
         let written = || -> Result<(), String> {
-            self.sled.apply_batch(batch).map_err(|error| error.to_string())?;
-            self.sled.flush().map_err(|error| error.to_string())?;
+            let sled = self.sled.as_ref().ok_or("closed")?;
+            sled.apply_batch(batch).map_err(|error| error.to_string())?;
+            sled.flush().map_err(|error| error.to_string())?;
             if durable { self.file.sync_data().map_err(|error| error.to_string()) } else { Ok(()) }
         };
         written().map_err(StoreError::Database)
     }
 }
 
+impl Drop for Database {
+    fn drop(&mut self) {
+        drop(self.sled.take());
+        let Ok(mut file) = self.file.try_clone() else { return };
+        let begun = Instant::now();
+        while begun.elapsed() < CLOSE_PATIENCE {
+            // Its lock is on the file, so a handle of our own can tell when it is gone.
+            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                Ok(_) => return,
+                Err((again, _)) => file = again,
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
 enum Failure {
     InUse,
     Io(io::Error),
+    Newer(String),
     Damaged(String),
 }
 
@@ -115,10 +149,13 @@ fn try_open(path: &Path) -> Result<(Database, Vec<(Key, Record)>), Failure> {
             .iter()
             .map(|entry| {
                 let (key, value) = entry.map_err(|error| Failure::Damaged(error.to_string()))?;
-                Record::decode(&key, &value).map_err(|error| Failure::Damaged(error.to_string()))
+                Record::decode(&key, &value).map_err(|error| match error.newer {
+                    true => Failure::Newer(error.to_string()),
+                    false => Failure::Damaged(error.to_string()),
+                })
             })
             .collect::<Result<Vec<_>, Failure>>()?;
-        Ok((Database { sled, file }, records))
+        Ok((Database { sled: Some(sled), file }, records))
     }));
     opened.unwrap_or_else(|panic| {
         let why = panic
@@ -173,6 +210,22 @@ mod tests {
         let _held = Database::open(&path).expect("opens");
         let error = Database::open(&path).err().expect("locked").to_string();
         assert!(error.contains("another gossamer"), "{error}");
+    }
+
+    #[test]
+    fn what_a_newer_version_wrote_is_left_alone() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let path = dir.path().join("db");
+        let database = Database::open(&path).expect("opens").database;
+        let sled = database.sled.as_ref().expect("open");
+        sled.insert("pods/10.42.7.2", Record::Starts(1).encode()).expect("written");
+        sled.flush().expect("flushed");
+        drop(database);
+        for _ in 0..2 {
+            let error = Database::open(&path).err().expect("refused").to_string();
+            assert!(error.contains("pods/10.42.7.2") && error.contains("newer"), "{error}");
+        }
+        assert_eq!(fs::read_dir(dir.path()).expect("readable").count(), 1, "nothing moved aside");
     }
 
     #[test]

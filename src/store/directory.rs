@@ -1,6 +1,9 @@
-//! The state directory and the two small files in it.
+//! The state directory and the small files in it.
+//!
+//! It belongs to one process at a time, and a directory with anything else in it is never taken for one.
 
 use std::{
+    ffi::OsStr,
     fs, io,
     io::Write as _,
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _},
@@ -8,62 +11,88 @@ use std::{
 };
 
 use data_encoding::HEXLOWER;
+use nix::fcntl::{Flock, FlockArg};
 
 use super::StoreError;
 use crate::wire::Token;
 
-/// A directory that only its owner can enter.
-#[derive(Clone, Debug)]
+const KEY: &str = "node.key";
+const TOKEN: &str = "token";
+const LOCK: &str = "lock";
+const DATABASE: &str = "db";
+
+/// A directory that only its owner can enter, held by this process.
+#[derive(Debug)]
 pub struct StateDir {
     path: PathBuf,
+    _lock: Flock<fs::File>,
 }
 
 impl StateDir {
-    /// Makes the directory, or closes an existing one to others.
+    /// Takes the directory, making it if need be. Nothing is changed in one that is not ours.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
         let fail = |error| StoreError::Directory { path: path.to_owned(), error };
         fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(fail)?;
+        let names: Vec<_> = fs::read_dir(path)
+            .and_then(|entries| entries.map(|entry| Ok(entry?.file_name())).collect())
+            .map_err(fail)?;
+        let ours = names.iter().all(|name| name == LOCK) || names.iter().any(|name| name == KEY);
+        if !ours {
+            return Err(StoreError::NotOurs { path: path.to_owned() });
+        }
         fs::set_permissions(path, fs::Permissions::from_mode(0o700)).map_err(fail)?;
-        Ok(Self { path: path.to_owned() })
+        let lock = fs::OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(path.join(LOCK))
+            .map_err(fail)?;
+        let lock = Flock::lock(lock, FlockArg::LockExclusiveNonblock)
+            .map_err(|_| StoreError::InUse { path: path.to_owned() })?;
+        Ok(Self { path: path.to_owned(), _lock: lock })
     }
 
     pub fn database(&self) -> PathBuf {
-        self.path.join("db")
+        self.path.join(DATABASE)
     }
 
     /// The seed of the node's key, if it has one.
     pub fn node_key(&self) -> Result<Option<[u8; 32]>, StoreError> {
-        let path = self.path.join("node.key");
+        let path = self.path.join(KEY);
         let Some(text) = read_if_there(&path)? else { return Ok(None) };
         let seed = HEXLOWER.decode(text.trim().as_bytes()).ok().and_then(|b| b.try_into().ok());
         seed.map(Some).ok_or(StoreError::Key { path })
     }
 
     pub fn save_node_key(&self, seed: &[u8; 32]) -> Result<(), StoreError> {
-        self.save("node.key", &format!("{}\n", HEXLOWER.encode(seed)))
+        self.save(KEY, &format!("{}\n", HEXLOWER.encode(seed)))
     }
 
-    /// The token that this node entered its cluster with.
+    /// How this node entered its cluster, and where it would find it again.
     pub fn token(&self) -> Result<Option<Token>, StoreError> {
-        let path = self.path.join("token");
+        let path = self.path.join(TOKEN);
         let Some(text) = read_if_there(&path)? else { return Ok(None) };
         text.parse().map(Some).map_err(|error| StoreError::Token { path, error })
     }
 
     pub fn save_token(&self, token: &Token) -> Result<(), StoreError> {
-        self.save("token", &format!("{token}\n"))
+        self.save(TOKEN, &format!("{token}\n"))
     }
 
-    /// Forgets everything: the next start is that of a new node.
+    /// Forgets everything that was ever kept here: the next start is that of a new node.
     pub fn wipe(&self) -> Result<(), StoreError> {
-        for name in ["node.key", "token"] {
-            let path = self.path.join(name);
-            gone_is_fine(fs::remove_file(&path))
-                .map_err(|error| StoreError::Directory { path, error })?;
+        let fail = |error| StoreError::Directory { path: self.path.clone(), error };
+        for entry in fs::read_dir(&self.path).map_err(fail)? {
+            let entry = entry.map_err(fail)?;
+            let path = entry.path();
+            match is_ours(&entry.file_name()) {
+                true if path.is_dir() => fs::remove_dir_all(&path).map_err(fail)?,
+                true => fs::remove_file(&path).map_err(fail)?,
+                false => {}
+            }
         }
-        let path = self.database();
-        gone_is_fine(fs::remove_dir_all(&path))
-            .map_err(|error| StoreError::Directory { path, error })
+        Ok(())
     }
 
     /// Replaces a file so that a crash leaves either the old or the new one.
@@ -71,7 +100,10 @@ impl StateDir {
         let path = self.path.join(name);
         let written = || {
             let temporary = self.path.join(format!("{name}.new"));
-            gone_is_fine(fs::remove_file(&temporary))?;
+            match fs::remove_file(&temporary) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
             let mut file =
                 fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
             file.write_all(text.as_bytes())?;
@@ -83,6 +115,13 @@ impl StateDir {
     }
 }
 
+/// Everything that this module or the database ever makes here.
+fn is_ours(name: &OsStr) -> bool {
+    let Some(name) = name.to_str() else { return false };
+    let name = name.strip_suffix(".new").unwrap_or(name);
+    [KEY, TOKEN, LOCK, DATABASE].contains(&name) || name.starts_with("db.damaged-")
+}
+
 fn read_if_there(path: &Path) -> Result<Option<String>, StoreError> {
     match fs::read_to_string(path) {
         Ok(text) => Ok(Some(text)),
@@ -91,9 +130,38 @@ fn read_if_there(path: &Path) -> Result<Option<String>, StoreError> {
     }
 }
 
-fn gone_is_fine(result: io::Result<()>) -> io::Result<()> {
-    match result {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        other => other,
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_of_somebody_elses_is_refused_and_untouched() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        fs::create_dir(dir.path().join("db")).expect("their database");
+        fs::write(dir.path().join("token"), "theirs").expect("their token");
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).expect("chmod");
+        let error = StateDir::open(dir.path()).expect_err("not ours").to_string();
+        assert!(error.contains("something else"), "{error}");
+        assert_eq!(fs::read_dir(dir.path()).expect("readable").count(), 2);
+        let mode = fs::metadata(dir.path()).expect("metadata").permissions().mode();
+        assert_eq!(mode & 0o777, 0o755);
+    }
+
+    #[test]
+    fn one_process_at_a_time_and_a_wipe_leaves_nothing_of_ours() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let state = StateDir::open(dir.path()).expect("opens");
+        let error = StateDir::open(dir.path()).expect_err("held").to_string();
+        assert!(error.contains("another gossamer"), "{error}");
+        state.save_node_key(&[7; 32]).expect("saved");
+        assert_eq!(state.node_key().expect("read"), Some([7; 32]));
+        fs::create_dir(dir.path().join("db.damaged-1")).expect("made");
+        fs::write(dir.path().join("notes"), "not ours").expect("written");
+        state.wipe().expect("wiped");
+        let left: Vec<_> = fs::read_dir(dir.path())
+            .expect("readable")
+            .map(|entry| entry.expect("entry").file_name())
+            .collect();
+        assert_eq!(left, ["notes"]);
     }
 }

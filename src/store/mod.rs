@@ -3,7 +3,9 @@
 //! The state directory (mode 0700) holds
 //!
 //! - `node.key`: the node's Ed25519 seed, outside the database so that a lost database is no new node
-//! - `token`: cluster id and secret, for restarts without `--token`
+//! - `token`: cluster id, secret and addresses of members, for restarts without flags and for the day on
+//!   which the database is lost
+//! - `lock`: held while a process runs here
 //! - `db/`: sled, the records of [`crate::wire::Record`]
 //!
 //! Nothing here knows what a record means. A database that cannot be read is moved aside and named once.

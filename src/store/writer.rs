@@ -4,7 +4,14 @@
 //! one, so what waits is never more than the database itself. One that fails is tried again until it
 //! succeeds, because outputs of the node wait for it; the node itself goes on meanwhile.
 
-use std::{collections::BTreeMap, sync::mpsc, thread, time::Duration};
+use std::{
+    collections::BTreeMap,
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::PathBuf,
+    sync::mpsc,
+    thread,
+    time::Duration,
+};
 
 use super::{Database, StoreError};
 use crate::{core::WriteSeq, wire::Key};
@@ -16,10 +23,12 @@ const RETRY: Duration = Duration::from_secs(1);
 pub enum Written {
     /// Everything up to this write is on disk.
     Durable(WriteSeq),
-    /// A batch failed and will be tried again.
+    /// The disk does not take it; it is tried again and again.
     Failing(String),
-    /// The batch that failed is written now.
+    /// It does again.
     Recovered,
+    /// The database had to be started anew and is empty but for what waited to be written.
+    Emptied,
 }
 
 type Batch = (Vec<(Key, Vec<u8>)>, Option<WriteSeq>);
@@ -32,16 +41,18 @@ pub struct Writer {
 impl Writer {
     pub fn start(
         database: Database,
+        path: PathBuf,
         report: impl Fn(Written) + Send + 'static,
     ) -> Result<Self, StoreError> {
         let (batches, queue) = mpsc::channel::<Batch>();
         let thread = thread::Builder::new()
             .name("store".to_owned())
             .spawn(move || {
+                let mut disk = Disk { path, database: Some(database), report };
                 while let Ok(first) = queue.recv() {
                     let mut pending = Pending::default();
                     pending.add(first);
-                    write(&database, &queue, pending, &report);
+                    disk.write(&queue, pending);
                 }
             })
             .map_err(|error| StoreError::Database(format!("no thread for it: {error}")))?;
@@ -80,26 +91,59 @@ impl Pending {
     }
 }
 
-fn write(
-    database: &Database,
-    queue: &mpsc::Receiver<Batch>,
-    mut pending: Pending,
-    report: &impl Fn(Written),
-) {
-    let mut failed = false;
-    loop {
-        queue.try_iter().for_each(|batch| pending.add(batch));
-        let Err(error) = database.write(&pending.records, pending.seq.is_some()) else { break };
-        if !failed {
-            report(Written::Failing(error.to_string()));
+/// The database, which one failure makes unusable: sled remembers an error for as long as it is open.
+struct Disk<R> {
+    path: PathBuf,
+    database: Option<Database>,
+    report: R,
+}
+
+impl<R: Fn(Written)> Disk<R> {
+    fn write(&mut self, queue: &mpsc::Receiver<Batch>, mut pending: Pending) {
+        let mut failed = false;
+        loop {
+            queue.try_iter().for_each(|batch| pending.add(batch));
+            let Err(why) = self.try_write(&pending) else { break };
+            if !failed {
+                (self.report)(Written::Failing(why));
+            }
+            failed = true;
+            thread::sleep(RETRY);
         }
-        failed = true;
-        thread::sleep(RETRY);
+        if failed {
+            (self.report)(Written::Recovered);
+        }
+        if let Some(seq) = pending.seq {
+            (self.report)(Written::Durable(seq));
+        }
     }
-    if failed {
-        report(Written::Recovered);
+
+    /// Writes to the open database, or to a newly opened one after a failure.
+    fn try_write(&mut self, pending: &Pending) -> Result<(), String> {
+        let database = match self.database.take() {
+            Some(database) => database,
+            None => self.reopen()?,
+        };
+        let written = catch_unwind(AssertUnwindSafe(|| {
+            database.write(&pending.records, pending.seq.is_some())
+        }));
+        if let Ok(Ok(())) = written {
+            self.database = Some(database);
+            return Ok(());
+        }
+        // Closing an engine that has failed may fail as well.
+        let _ = catch_unwind(AssertUnwindSafe(|| drop(database)));
+        match written {
+            Ok(Err(error)) => Err(error.to_string()),
+            _ => Err("the database engine failed".to_owned()),
+        }
     }
-    if let Some(seq) = pending.seq {
-        report(Written::Durable(seq));
+
+    fn reopen(&self) -> Result<Database, String> {
+        let opened = Database::open(&self.path).map_err(|error| error.to_string())?;
+        if opened.quarantined.is_some() || opened.records.is_empty() {
+            (self.report)(Written::Emptied);
+        }
+        Ok(opened.database)
     }
 }

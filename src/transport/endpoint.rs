@@ -5,6 +5,7 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
+    future::IntoFuture as _,
     io,
     net::{SocketAddr, UdpSocket},
     sync::Arc,
@@ -17,7 +18,7 @@ use quinn::{
 };
 use quinn_proto::HashedConnectionIdGenerator;
 use ring::hmac;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 
 use super::{
     connection::{Event, Events, ask, call_error, read, send_stream},
@@ -38,8 +39,10 @@ const MAX_REPLIES: usize = 1024;
 /// Connections not used for this long are dropped and made again when needed.
 const IDLE: Duration = Duration::from_secs(60);
 const DIAL_TIMEOUT: Duration = Duration::from_secs(4);
-/// Handshakes of strangers under way at once; more must first prove their address.
+/// Handshakes of others under way at once. Each may cost about 40 KiB and a millisecond of CPU.
 const MAX_HANDSHAKES: usize = 256;
+/// A call by name, with all of its addresses, ends after this time.
+const NAME_TIMEOUT: Duration = Duration::from_secs(8);
 /// Addresses of one name that are tried.
 const MAX_ADDRESSES: usize = 8;
 
@@ -184,10 +187,14 @@ impl Transport {
         let (endpoint, client) = (self.endpoint.clone(), self.client.clone());
         let (events, me) = (self.events.clone(), self.me);
         tokio::spawn(async move {
-            let result = match connect_name(&endpoint, &client, &name, &events, me).await {
-                Ok((peer, connection)) => ask(peer, &connection, &bytes).await,
-                Err(error) => Err(error),
+            let asked = async {
+                let (peer, connection) =
+                    connect_name(&endpoint, &client, &name, &events, me).await?;
+                ask(peer, &connection, &bytes).await
             };
+            let result = tokio::time::timeout(NAME_TIMEOUT, asked)
+                .await
+                .unwrap_or_else(|_| Err(CallError::Unreachable(format!("{name} does not answer"))));
             let _ = events.send(Event::Answer { call, result }).await;
         });
     }
@@ -333,30 +340,34 @@ fn settings() -> TransportConfig {
 }
 
 async fn accept(endpoint: Endpoint, events: Events) {
+    let handshakes = Arc::new(Semaphore::new(MAX_HANDSHAKES));
     while let Some(incoming) = endpoint.accept().await {
-        // Under a flood of handshakes each must first show that its address is its own.
-        if endpoint.open_connections() > MAX_HANDSHAKES && !incoming.remote_address_validated() {
+        // Under a flood each must first show that its address is its own; beyond the bound none gets in.
+        let crowded = handshakes.available_permits() < MAX_HANDSHAKES / 2;
+        if crowded && !incoming.remote_address_validated() {
             let _ = incoming.retry();
             continue;
         }
+        let Ok(permit) = handshakes.clone().try_acquire_owned() else {
+            incoming.refuse();
+            continue;
+        };
         let events = events.clone();
         tokio::spawn(async move {
             let address = incoming.remote_address();
-            match incoming.await {
-                Ok(connection) => match peer_of(&connection) {
-                    Some(peer) => {
-                        let event = Event::Connected {
-                            peer,
-                            connection: connection.clone(),
-                            inbound: true,
-                        };
-                        let _ = events.send(event).await;
-                        read(peer, connection, events).await;
-                    }
-                    None => connection.close(VarInt::from_u32(2), b"unreadable certificate"),
-                },
-                Err(error) => tracing::debug!(%address, %error, "handshake failed"),
-            }
+            let connection = match tokio::time::timeout(DIAL_TIMEOUT, incoming.into_future()).await
+            {
+                Ok(Ok(connection)) => connection,
+                Ok(Err(error)) => return tracing::debug!(%address, %error, "handshake failed"),
+                Err(_) => return tracing::debug!(%address, "handshake not finished in time"),
+            };
+            drop(permit);
+            let Some(peer) = peer_of(&connection) else {
+                return connection.close(VarInt::from_u32(2), b"unreadable certificate");
+            };
+            let event = Event::Connected { peer, connection: connection.clone(), inbound: true };
+            let _ = events.send(event).await;
+            read(peer, connection, events).await;
         });
     }
 }
@@ -386,11 +397,11 @@ async fn connect_name(
     events: &Events,
     me: NodeId,
 ) -> Result<(NodeId, Connection), CallError> {
-    let ipv4 = endpoint.local_addr().is_ok_and(|local| local.is_ipv4());
+    let ipv4_only = endpoint.local_addr().is_ok_and(|local| local.is_ipv4());
     let addresses: Vec<SocketAddr> = tokio::net::lookup_host(name)
         .await
         .map_err(|error| CallError::Unreachable(format!("{name}: {error}")))?
-        .filter(|address| address.is_ipv4() == ipv4)
+        .filter(|address| address.is_ipv4() || !ipv4_only)
         .take(MAX_ADDRESSES)
         .collect();
     let mut last = CallError::Unreachable(format!("{name} has no usable address"));

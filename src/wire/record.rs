@@ -40,6 +40,8 @@ pub enum Record {
 pub struct RecordError {
     pub key: String,
     pub why: String,
+    /// It is sound, but a newer gossamer wrote it.
+    pub newer: bool,
 }
 
 impl Record {
@@ -59,10 +61,17 @@ impl Record {
 
     /// Reads one database entry.
     pub fn decode(key: &[u8], bytes: &[u8]) -> Result<(Key, Self), RecordError> {
-        let fail =
-            |why: String| RecordError { key: String::from_utf8_lossy(key).into_owned(), why };
-        let parsed = Key::parse(key).ok_or_else(|| fail("unknown key".to_owned()))?;
-        let value = checked(bytes).map_err(&fail)?;
+        let name = || String::from_utf8_lossy(key).into_owned();
+        let newer = |why: String| RecordError { key: name(), why, newer: true };
+        let fail = |why: String| RecordError { key: name(), why, newer: false };
+        let (version, value) = checked(bytes).map_err(|why| fail(why.to_owned()))?;
+        if version != RECORD_VERSION {
+            return Err(newer(format!(
+                "its version is {version}, this build reads {RECORD_VERSION}"
+            )));
+        }
+        let parsed =
+            Key::parse(key).ok_or_else(|| newer("an unknown kind of record".to_owned()))?;
         let record = match parsed {
             Key::Starts => decode("starts", value).map(Self::Starts),
             Key::Cluster => decode("cluster", value).map(Self::Cluster),
@@ -97,19 +106,14 @@ impl fmt::Display for Key {
     }
 }
 
-fn checked(bytes: &[u8]) -> Result<&[u8], String> {
+/// Version and value of a record whose checksum is right.
+fn checked(bytes: &[u8]) -> Result<(u8, &[u8]), &'static str> {
     let (body, checksum) = bytes.split_last_chunk::<4>().ok_or("cut off")?;
     if crc32fast::hash(body) != u32::from_le_bytes(*checksum) {
-        return Err("checksum does not match".to_owned());
+        return Err("checksum does not match");
     }
-    match body.split_first() {
-        Some((&RECORD_VERSION, value)) => Ok(value),
-        Some((version, _)) => Err(format!(
-            "written by a newer gossamer (record version {version}, this build reads \
-             {RECORD_VERSION}): run that version or newer"
-        )),
-        None => Err("empty".to_owned()),
-    }
+    let (version, value) = body.split_first().ok_or("empty")?;
+    Ok((*version, value))
 }
 
 #[cfg(test)]
@@ -135,6 +139,7 @@ mod tests {
             let mut damaged = bytes.clone();
             damaged[bit / 8] ^= 1 << (bit % 8);
             let error = Record::decode(key.as_bytes(), &damaged).expect_err("damaged");
+            assert!(!error.newer);
             assert!(error.to_string().contains("starts"), "{error}");
         }
     }
@@ -144,7 +149,9 @@ mod tests {
         let mut body = vec![9, 1];
         let checksum = crc32fast::hash(&body);
         body.extend_from_slice(&checksum.to_le_bytes());
-        let error = Record::decode(b"starts", &body).expect_err("newer").to_string();
-        assert!(error.contains("newer gossamer"), "{error}");
+        let error = Record::decode(b"starts", &body).expect_err("newer");
+        assert!(error.newer && error.to_string().contains("version is 9"), "{error}");
+        let unknown = Record::decode(b"pods/1", &Record::Starts(1).encode()).expect_err("unknown");
+        assert!(unknown.newer);
     }
 }

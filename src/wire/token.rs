@@ -60,6 +60,13 @@ pub struct Token {
     pub seeds: Vec<String>,
 }
 
+impl Token {
+    /// The cluster that the token names; one made before there was a cluster names none.
+    pub fn known_cluster(&self) -> Option<ClusterId> {
+        (self.cluster != ClusterId::UNKNOWN).then_some(self.cluster)
+    }
+}
+
 impl fmt::Display for Token {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut bytes = encode(self);

@@ -1,0 +1,178 @@
+//! Disks that fill up or forget, routes of others, and other things that happen to hosts.
+
+use std::{fs, io::Write as _, path::Path, process::Command};
+
+use gossamer::lab::{Agent, Host};
+use nix::{
+    mount::{MsFlags, mount},
+    sys::signal::Signal,
+};
+
+use crate::common::{Cluster, PATIENCE, eventually, isolated, program, run, tool};
+
+fn lose_database(host: &Host) -> anyhow::Result<()> {
+    Ok(fs::remove_dir_all(host.dir.join("state/db"))?)
+}
+
+#[test]
+fn a_host_that_lost_its_database_finds_its_cluster_and_its_subnet_again() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 3)?;
+        let id = cluster.agents[1].wait_converged(3, PATIENCE)?["cluster"].clone();
+        // The founder, whose unit still says --init, and a joiner without any flags.
+        for (n, arguments) in [(0, &["--init"][..]), (1, &[][..])] {
+            let subnet = Agent::subnet(&cluster.agents[n].wait_converged(3, PATIENCE)?)?;
+            cluster.agents[n].end(Signal::SIGTERM)?;
+            lose_database(&cluster.hosts[n])?;
+            cluster.agents[n] = Agent::start(program(), &cluster.hosts[n], arguments)?;
+            let status = cluster.agents[n].wait_converged(3, PATIENCE)?;
+            assert_eq!(status["cluster"], id, "no second cluster was founded");
+            assert_eq!(Agent::subnet(&status)?, subnet, "a peer remembered it");
+        }
+        cluster.converge()
+    });
+}
+
+#[test]
+fn a_founder_that_was_alone_and_lost_its_database_says_what_to_do() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        cluster.agents[0].end(Signal::SIGTERM)?;
+        lose_database(&cluster.hosts[0])?;
+        let mut again = Agent::start(program(), &cluster.hosts[0], &["--init"])?;
+        assert_eq!(again.wait()?.code(), Some(1));
+        assert!(again.log().contains("its database is lost"), "{}", again.log());
+        assert!(cluster.hosts[0].dir.join("state/node.key").exists(), "nothing was removed");
+        Ok(())
+    });
+}
+
+#[test]
+fn a_full_disk_delays_grants_and_loses_nothing() {
+    isolated(|lab| {
+        let first = lab.host(1, "n1")?;
+        let state = first.dir.join("state");
+        fs::create_dir_all(&state)?;
+        mount(Some("tmpfs"), &state, Some("tmpfs"), MsFlags::empty(), Some("size=4m"))?;
+        let mut founder = Agent::start(program(), &first, &["--init"])?;
+        founder.wait_converged(1, PATIENCE)?;
+        let token = crate::common::token_of(&mut founder)?;
+        fill(&state)?;
+
+        let second = lab.host(2, "n2")?;
+        let seed = first.ip.to_string();
+        let mut joiner = Agent::start(program(), &second, &["--join", &seed, "--token", &token])?;
+        let problem = |status: &serde_json::Value| status["problems"].to_string();
+        let begun = std::time::Instant::now();
+        while !problem(&founder.ask("/v1/status", PATIENCE)?).contains("state directory") {
+            assert!(begun.elapsed() < PATIENCE, "a full disk is a problem to be named");
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        }
+        fs::remove_file(state.join("filler"))?;
+        joiner.wait_converged(2, PATIENCE)?;
+        founder.wait_converged(2, PATIENCE)?;
+        assert!(!problem(&founder.ask("/v1/status", PATIENCE)?).contains("state directory"));
+        founder.end(Signal::SIGKILL)?;
+        let mut founder = Agent::start(program(), &first, &[])?;
+        let status = founder.wait_converged(2, PATIENCE)?;
+        assert_eq!(status["slots"]["leased"], 2, "what was granted then is on the disk now");
+        Ok(())
+    });
+}
+
+fn fill(directory: &Path) -> anyhow::Result<()> {
+    let mut file = fs::File::create(directory.join("filler"))?;
+    while file.write_all(&[0; 512]).is_ok() {}
+    Ok(())
+}
+
+#[test]
+fn a_route_of_another_program_is_reported_and_not_touched() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        let host = &cluster.hosts[0].netns;
+        // The subnet and the metric that the next joiner's route will have.
+        tool(host, "ip route add 10.42.7.0/24 via 10.99.0.1 proto static metric 8");
+        let second = lab.host(2, "n2")?;
+        let mut joiner = cluster.start_agent(&second, &["--prefer-subnet", "10.42.7.0"])?;
+        let subnet = Agent::subnet(&joiner.ask("/v1/status?wait=20&members=2", PATIENCE)?)?;
+        assert_eq!(subnet.to_string(), "10.42.7.0/24");
+        let begun = std::time::Instant::now();
+        loop {
+            let status = cluster.agents[0].ask("/v1/status", PATIENCE)?;
+            let problems = status["problems"].to_string();
+            if problems.contains("another program has a route to 10.42.7.0/24") {
+                break;
+            }
+            assert!(begun.elapsed() < PATIENCE, "{status:#}");
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        }
+        let routes = tool(host, "ip route show 10.42.7.0/24");
+        assert!(routes.contains("via 10.99.0.1 dev eth0 proto static"), "{routes}");
+        // Gone is the obstacle, and the agent sees it by itself.
+        tool(host, "ip route del 10.42.7.0/24 via 10.99.0.1 metric 8");
+        eventually(host, "ip route show 10.42.7.0/24", |routes| routes.contains("proto 73"));
+        Ok(())
+    });
+}
+
+#[test]
+fn an_ipv6_underlay_carries_the_ipv4_overlay() {
+    isolated(|lab| {
+        let mut hosts = Vec::new();
+        for n in 1..=2 {
+            let host = lab.host(n, &format!("n{n}"))?;
+            let added = run(&host.netns, &format!("ip addr add fd99::{n}/64 dev eth0 nodad"));
+            if !added.status.success() {
+                let _ = writeln!(std::io::stderr(), "SKIPPED: the kernel has no IPv6");
+                return Ok(());
+            }
+            hosts.push(host);
+        }
+        let mut founder = Agent::start(program(), &hosts[0], &["--init", "--iface", "fd99::1"])?;
+        founder.wait_converged(1, PATIENCE)?;
+        let token = crate::common::token_of(&mut founder)?;
+        let arguments = ["--iface", "fd99::2", "--join", "fd99::1", "--token", &token];
+        let mut joiner = Agent::start(program(), &hosts[1], &arguments)?;
+        let mut pods = Vec::new();
+        for (host, agent) in hosts.iter().zip([&mut founder, &mut joiner]) {
+            let status = agent.wait_converged(2, PATIENCE)?;
+            pods.push(host.pod(Agent::subnet(&status)?, 1430)?);
+        }
+        let full = format!("ping -c 1 -W 2 -s 1402 -M do {}", pods[1].ip);
+        assert!(tool(&pods[0].netns, &full).contains(" 1 received"));
+        let fdb = tool(&hosts[0].netns, "bridge fdb show dev gossamer.1");
+        assert!(fdb.contains("dst fd99::2"), "{fdb}");
+        Ok(())
+    });
+}
+
+#[test]
+fn an_init_with_the_token_of_a_cluster_is_refused() {
+    isolated(|lab| {
+        let cluster = Cluster::start(lab, 1)?;
+        let host = lab.host(2, "n2")?;
+        let arguments = ["--init", "--token", cluster.token.as_str()];
+        let mut agent = Agent::start(program(), &host, &arguments)?;
+        assert_eq!(agent.wait()?.code(), Some(1));
+        assert!(agent.log().contains("which exists"), "{}", agent.log());
+        Ok(())
+    });
+}
+
+#[test]
+fn status_can_wait_for_an_agent_that_is_about_to_start() {
+    isolated(|lab| {
+        let host = lab.host(1, "n1")?;
+        let socket = host.dir.join("gossamer.sock");
+        let waiting = Command::new(program())
+            .args(["status", "--wait=20", "--socket"])
+            .arg(&socket)
+            .stdout(std::process::Stdio::piped())
+            .spawn()?;
+        let _agent = Agent::start(program(), &host, &["--init"])?;
+        let output = waiting.wait_with_output()?;
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+        Ok(())
+    });
+}
