@@ -29,7 +29,7 @@ use self::{
     underlay::Chosen,
 };
 use crate::{
-    api::{ApiRequest, Question},
+    api::{AgentStatus, ApiRequest, Question},
     config::Config,
     core::{Command, Input, Node, Output, Stop, Target, View},
     dataplane::{
@@ -43,7 +43,6 @@ use crate::{
 };
 
 pub use start::{StartFailure, random, run};
-pub use status::{AgentStatus, KernelStatus};
 
 /// The kernel is compared with the view at least this often.
 const RECONCILE: Duration = Duration::from_secs(10);
@@ -130,12 +129,12 @@ impl Clock {
 /// What a turn of the loop begins with.
 enum Arrival {
     Deadline,
-    Notice(Notice),
+    News(News),
     Network(Event),
 }
 
 /// What comes in from threads and from the control socket.
-enum Notice {
+enum News {
     Disk(Written),
     Kernel(Outcome),
     Api(ApiRequest),
@@ -145,7 +144,7 @@ impl Agent {
     async fn run(
         mut self,
         mut network: mpsc::Receiver<Event>,
-        mut notices: mpsc::UnboundedReceiver<Notice>,
+        mut threads: mpsc::UnboundedReceiver<News>,
     ) -> std::io::Result<Ending> {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
@@ -157,15 +156,15 @@ impl Agent {
                 _ = terminate.recv() => { self.ending = Some(Ending::Stopped); continue }
                 _ = interrupt.recv() => { self.ending = Some(Ending::Stopped); continue }
                 () = tokio::time::sleep_until(wake) => Arrival::Deadline,
-                Some(notice) = notices.recv() => Arrival::Notice(notice),
+                Some(news) = threads.recv() => Arrival::News(news),
                 Some(event) = network.recv() => Arrival::Network(event),
             };
             let turn = Instant::now();
             self.on_arrival(first, turn);
             // Whatever woke the loop, nobody waits behind it for another turn.
             for _ in 0..EVENTS_PER_TURN {
-                let Ok(notice) = notices.try_recv() else { break };
-                self.on_arrival(Arrival::Notice(notice), turn);
+                let Ok(news) = threads.try_recv() else { break };
+                self.on_arrival(Arrival::News(news), turn);
             }
             for _ in 0..EVENTS_PER_TURN {
                 let Ok(event) = network.try_recv() else { break };
@@ -184,7 +183,7 @@ impl Agent {
     fn on_arrival(&mut self, arrival: Arrival, now: Instant) {
         match arrival {
             Arrival::Deadline => self.on_deadline(now),
-            Arrival::Notice(notice) => self.on_notice(notice),
+            Arrival::News(news) => self.on_news(news),
             Arrival::Network(event) => self.on_network(event),
         }
     }
@@ -219,27 +218,27 @@ impl Agent {
         }
     }
 
-    fn on_notice(&mut self, notice: Notice) {
-        match notice {
-            Notice::Disk(Written::Durable(seq)) => {
+    fn on_news(&mut self, news: News) {
+        match news {
+            News::Disk(Written::Durable(seq)) => {
                 for output in self.gate.open(seq) {
                     self.execute(output);
                 }
             }
-            Notice::Disk(Written::Failing(why)) => {
+            News::Disk(Written::Failing(why)) => {
                 tracing::error!(%why, "cannot write to the state directory: nothing new is granted");
                 self.store_problem = Some(why);
             }
-            Notice::Disk(Written::Recovered) => {
+            News::Disk(Written::Recovered) => {
                 tracing::info!("the state directory can be written again");
                 self.store_problem = None;
             }
-            Notice::Disk(Written::Emptied) => {
+            News::Disk(Written::Emptied) => {
                 tracing::error!("the database was lost and is written anew");
                 self.input(Input::Command(Command::SaveAll));
             }
-            Notice::Kernel(outcome) => self.on_kernel(outcome),
-            Notice::Api(request) => self.on_api(request),
+            News::Kernel(outcome) => self.on_kernel(outcome),
+            News::Api(request) => self.on_api(request),
         }
     }
 

@@ -10,7 +10,7 @@ use std::{
 
 use tokio::sync::mpsc;
 
-use super::{Agent, Clock, Ending, Gate, KernelState, Notice, Programmer, underlay};
+use super::{Agent, Clock, Ending, Gate, KernelState, News, Programmer, underlay};
 use crate::{
     api,
     config::{Config, ConfigError, DEFAULT_PORT, DEFAULT_VXLAN_PORT},
@@ -158,17 +158,17 @@ async fn start(
         "starting"
     );
 
-    let (sender, notices) = mpsc::unbounded_channel();
+    let (sender, threads) = mpsc::unbounded_channel();
     let report = sender.clone();
     let writer = Writer::start(database, state.database(), move |written| {
-        let _ = report.send(Notice::Disk(written));
+        let _ = report.send(News::Disk(written));
     })?;
     let report = sender.clone();
     let programmer =
-        Programmer::start(kernel, move |outcome| _ = report.send(Notice::Kernel(outcome)))?;
+        Programmer::start(kernel, move |outcome| _ = report.send(News::Kernel(outcome)))?;
     let report = sender;
     let _socket =
-        api::serve(&config.socket, move |request| report.send(Notice::Api(request)).is_ok())?;
+        api::serve(&config.socket, move |request| report.send(News::Api(request)).is_ok())?;
     let agent = Agent {
         node,
         clock: Clock(Instant::now()),
@@ -189,7 +189,7 @@ async fn start(
         giving_up: None,
         ending: None,
     };
-    Ok(agent.run(network, notices).await?)
+    Ok(agent.run(network, threads).await?)
 }
 
 /// Where gossip listens; peers must be able to reach it at the underlay address.

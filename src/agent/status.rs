@@ -1,43 +1,11 @@
-//! The agent's own part of the status: kernel, disk, connections, and whether all is as it should be.
-
-use std::net::IpAddr;
-
-use serde::Serialize;
+//! Filling in the status: what the core says, and the shell's part: kernel, disk, connections.
 
 use super::Agent;
-use crate::core::{Liveness, NodeStatus, Phase};
-
-/// Everything `gossamer status` shows.
-#[derive(Clone, Debug, Serialize)]
-pub struct AgentStatus {
-    pub version: &'static str,
-    /// This node has its subnet, its state equals that of a peer, and the kernel equals its view.
-    pub converged: bool,
-    #[serde(flatten)]
-    pub node: NodeStatus,
-    pub kernel: KernelStatus,
-    pub connections: usize,
-}
-
-#[derive(Clone, Debug, Serialize)]
-pub struct KernelStatus {
-    pub device: Option<String>,
-    pub mtu: u32,
-    pub underlay_interface: String,
-    pub underlay_address: IpAddr,
-    /// The kernel has been made equal to the present view.
-    pub in_sync: bool,
-    /// Operations carried out since the start.
-    pub operations: u64,
-}
-
-impl AgentStatus {
-    /// Members that gossip holds as alive, this node included.
-    pub fn members_alive(&self) -> usize {
-        let alive = |liveness| liveness == Some(Liveness::Alive);
-        self.node.members.iter().filter(|m| alive(m.liveness) && !m.left).count()
-    }
-}
+use crate::{
+    api::{AgentStatus, KernelStatus},
+    core::Phase,
+    dataplane::desired::device_name,
+};
 
 impl Agent {
     pub(super) fn status(&self) -> AgentStatus {
@@ -52,7 +20,7 @@ impl Agent {
             && kernel.problem.is_none();
         let converged = node.phase == Phase::Member && node.settled && in_sync;
         let device = kernel.wanted.as_ref();
-        let device = device.map(|v| crate::dataplane::desired::device_name(v.settings.vni));
+        let device = device.map(|v| device_name(v.settings.vni));
         AgentStatus {
             version: env!("CARGO_PKG_VERSION"),
             converged,

@@ -5,6 +5,8 @@
 
 mod client;
 mod server;
+mod status;
 
 pub use client::{ClientError, get, post};
 pub use server::{ApiRequest, Question, Reply, Socket, SocketError, serve};
+pub use status::{AgentStatus, KernelStatus};

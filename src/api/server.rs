@@ -19,7 +19,7 @@ use serde::Deserialize;
 use serde_json::json;
 use tokio::{net::UnixListener, sync::oneshot};
 
-use crate::agent::AgentStatus;
+use super::AgentStatus;
 
 /// Longest wait for convergence that can be asked for, in seconds.
 const MAX_WAIT: u64 = 3600;

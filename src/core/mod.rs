@@ -41,7 +41,6 @@ use std::{
 use rand::{RngExt as _, rngs::StdRng};
 
 pub use boot::{Founding, NodeConfig, StartError};
-pub use directory::MAX_MEMBERS;
 pub use io::{CallError, CallId, Command, Input, Output, ReplyId, Stop, Target, WriteSeq};
 pub use membership::Liveness;
 pub use status::{MemberStatus, NodeStatus, Phase, SlotCounts};
@@ -135,7 +134,7 @@ enum Purpose {
 /// How a question ended: who answered, and what.
 type Answer = Result<(NodeId, Response), CallError>;
 
-/// Counts since the start, for status and metrics.
+/// Counts since the start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Counters {
     /// Broken promises of single ownership, each settled alike on all nodes.

@@ -8,7 +8,7 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use crate::{
-    model::{Identity, NodeId, Run, Time},
+    model::{NodeId, Run, Time},
     wire::{Facts, Frame, Push},
 };
 
@@ -24,7 +24,6 @@ const MAX_PENDING: usize = 4096;
 pub(super) struct PushQueue {
     members: BTreeSet<NodeId>,
     slots: Vec<Run>,
-    active: BTreeSet<Identity>,
     /// Where the news came from; if all came from one node, that node is left out.
     sources: BTreeSet<Option<NodeId>>,
     due: Option<Time>,
@@ -40,7 +39,6 @@ impl PushQueue {
         }
         self.members.extend(news.members.iter().map(|record| record.node));
         self.slots.extend_from_slice(&news.slots);
-        self.active.extend(&news.active);
         self.sources.insert(from);
         let earliest = self.last.map_or(now, |last| now.max(last + GATHER));
         self.due.get_or_insert(earliest);
@@ -63,11 +61,7 @@ impl Node {
         let members: Vec<_> =
             queue.members.iter().filter_map(|node| self.directory.get(*node).cloned()).collect();
         let known = members.iter().filter_map(|record| active.get(&record.node).copied());
-        let facts = Facts {
-            active: known.chain(queue.active).collect::<BTreeSet<_>>().into_iter().collect(),
-            members,
-            slots: queue.slots,
-        };
+        let facts = Facts { active: known.collect(), members, slots: queue.slots };
         let only_source = match queue.sources.iter().collect::<Vec<_>>()[..] {
             [Some(source)] => Some(*source),
             _ => None,

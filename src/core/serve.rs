@@ -8,7 +8,8 @@ use crate::{
 };
 
 use super::{
-    Home, MAX_MEMBERS, Node, Output, ReplyId,
+    Home, Node, Output, ReplyId,
+    directory::MAX_MEMBERS,
     slots::{Change, Grant},
 };
 

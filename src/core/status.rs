@@ -56,7 +56,7 @@ pub struct MemberStatus {
     pub node: NodeId,
     pub name: NodeName,
     pub me: bool,
-    /// None: gossip has not met it since this node started.
+    /// None: gossip knows nothing of it (any more): not met since the start, or down for a day.
     pub liveness: Option<Liveness>,
     pub left: bool,
     pub address: SocketAddr,
@@ -147,7 +147,8 @@ impl Node {
         if self.counters.clones > 0 {
             problems.push(
                 "another process runs with this node's key: its state directory was copied; \
-                 stop one of the two, remove its state directory, and let it join as a new node"
+                 stop one of the two, remove its state directory, restart the other, and let the first \
+                 join as a new node"
                     .to_owned(),
             );
         }

@@ -23,7 +23,6 @@ pub struct View {
 /// This node's end of the tunnels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Own {
-    pub slot: Slot,
     pub subnet: Ipv4Net,
     pub vtep: Vtep,
 }
@@ -68,7 +67,7 @@ impl Node {
         };
         Some(View {
             settings: cluster.settings,
-            own: Own { slot, subnet, vtep: self.me.vtep },
+            own: Own { subnet, vtep: self.me.vtep },
             peers: self.directory.peers(me).filter_map(peer).collect(),
             sweep: self.may_sweep(),
         })

@@ -6,7 +6,9 @@
 //!
 //! Nobody else touches the kernel's tables, and nothing here decides who is a peer.
 
+#[warn(clippy::disallowed_methods)]
 pub mod desired;
 #[cfg(feature = "agent")]
 pub mod kernel;
+#[warn(clippy::disallowed_methods)]
 pub mod plan;

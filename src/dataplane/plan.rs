@@ -172,7 +172,6 @@ pub(super) mod tests {
             underlay: [192, 0, 2, seed].into(),
         };
         let (own, peers) = members.split_first().expect("at least this node");
-        let slot = Slot(own.1);
         let peers = peers.iter().map(|&(seed, slot)| {
             let slot = Slot(slot);
             let peer = Peer { vtep: vtep(seed), leases: vec![(slot, pool.subnet(slot))] };
@@ -180,7 +179,7 @@ pub(super) mod tests {
         });
         View {
             settings: ClusterSettings { pool, vni: 1, vxlan_port: 8472 },
-            own: Own { slot, subnet: pool.subnet(slot), vtep: vtep(own.0) },
+            own: Own { subnet: pool.subnet(Slot(own.1)), vtep: vtep(own.0) },
             peers: peers.collect(),
             sweep: true,
         }

@@ -23,11 +23,6 @@ impl NodeId {
         id.copy_from_slice(&hash[..8]);
         Self(id)
     }
-
-    /// The first eight digits: enough to tell nodes apart in a table.
-    pub fn short(&self) -> String {
-        self.to_string()[..8].to_owned()
-    }
 }
 
 /// One process of an agent. Two live ones for one [`NodeId`] mean a copied state directory.
@@ -124,7 +119,6 @@ mod tests {
     fn text_form_round_trips_and_rejects_other_texts() {
         let id = NodeId::of_public_key(&[7; 32]);
         assert_eq!(id.to_string().parse::<NodeId>(), Ok(id));
-        assert_eq!(id.short(), id.to_string()[..8]);
         for bad in ["", "12", "zz00000000000000", "00000000000000001", "+1+1+1+1+1+1+1+1"] {
             let error = bad.parse::<ClusterId>().expect_err(bad).to_string();
             assert!(error.contains("16 hexadecimal digits"), "{error}");

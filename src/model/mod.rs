@@ -5,16 +5,16 @@
 
 mod cluster;
 mod id;
-mod lease;
 mod member;
 mod pool;
+mod slot;
 mod time;
 mod vtep;
 
 pub use cluster::{ClusterRecord, ClusterSettings, Difference, SettingsWish};
 pub use id::{BootId, ClusterId, IdError, NodeId};
-pub use lease::{Run, SlotRecord, SlotState};
 pub use member::{Identity, Incarnation, MemberRecord, NodeName, NodeNameError, Version};
 pub use pool::{MAX_SLOTS, Pool, PoolError, PoolSpec, Slot};
+pub use slot::{Run, SlotRecord, SlotState};
 pub use time::Time;
 pub use vtep::{Mac, Vtep};

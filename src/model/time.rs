@@ -2,11 +2,7 @@
 //!
 //! Wall clocks decide nothing in gossamer, so there is no type for them here.
 
-use std::{
-    fmt,
-    ops::{Add, AddAssign},
-    time::Duration,
-};
+use std::{fmt, ops::Add, time::Duration};
 
 /// A point on the node's monotonic clock; only differences mean anything.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -31,12 +27,6 @@ impl Add<Duration> for Time {
 
     fn add(self, span: Duration) -> Self {
         Self(self.0.saturating_add(u64::try_from(span.as_nanos()).unwrap_or(u64::MAX)))
-    }
-}
-
-impl AddAssign<Duration> for Time {
-    fn add_assign(&mut self, span: Duration) {
-        *self = *self + span;
     }
 }
 

@@ -29,7 +29,7 @@ const DUMP_TRIES: usize = 8;
 const RECEIVE_BUFFER: usize = 1 << 16;
 
 /// One change: the message and its `NLM_F_*` flags beside request and acknowledgement.
-pub struct Change {
+pub struct Request {
     pub message: RouteNetlinkMessage,
     pub flags: u16,
 }
@@ -61,12 +61,12 @@ impl Netlink {
     }
 
     /// Carries out all changes, in order, and names those that the kernel refused.
-    pub fn apply(&mut self, changes: Vec<Change>) -> io::Result<Vec<Refused>> {
+    pub fn apply(&mut self, changes: Vec<Request>) -> io::Result<Vec<Refused>> {
         let mut refused = Vec::new();
         let mut changes = changes.into_iter();
         let mut done = 0;
         loop {
-            let batch: Vec<Change> = changes.by_ref().take(BATCH_MESSAGES).collect();
+            let batch: Vec<Request> = changes.by_ref().take(BATCH_MESSAGES).collect();
             if batch.is_empty() {
                 return Ok(refused);
             }
@@ -78,7 +78,7 @@ impl Netlink {
 
     /// Carries out one change; a refusal is an error with the kernel's number.
     pub fn apply_one(&mut self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
-        match self.apply(vec![Change { message, flags }])?.first() {
+        match self.apply(vec![Request { message, flags }])?.first() {
             Some(refused) => Err(io::Error::from_raw_os_error(refused.errno)),
             None => Ok(()),
         }
@@ -96,14 +96,14 @@ impl Netlink {
 
     fn apply_batch(
         &mut self,
-        batch: Vec<Change>,
+        batch: Vec<Request>,
         done: usize,
         refused: &mut Vec<Refused>,
     ) -> io::Result<()> {
         let first = self.sequence.wrapping_add(1);
         let last_index = batch.len() - 1;
         let mut bytes = Vec::new();
-        for (i, Change { message, flags }) in batch.into_iter().enumerate() {
+        for (i, Request { message, flags }) in batch.into_iter().enumerate() {
             // Refusals come back in any case; one acknowledgement tells that all is done.
             let ack = if i == last_index { NLM_F_ACK } else { 0 };
             self.append(message, NLM_F_REQUEST | ack | flags, &mut bytes);

@@ -13,8 +13,8 @@ use std::{
 };
 
 use quinn::{
-    ClientConfig, Connection, Endpoint, EndpointConfig, IdleTimeout, ServerConfig, TransportConfig,
-    VarInt,
+    ClientConfig, Connection, Endpoint, EndpointConfig, IdleTimeout, SendStream, ServerConfig,
+    TransportConfig, VarInt,
 };
 use quinn_proto::HashedConnectionIdGenerator;
 use ring::hmac;
@@ -58,23 +58,20 @@ pub enum BindError {
     Io { address: SocketAddr, error: io::Error },
 }
 
-/// The way back to a peer that asked.
-#[derive(Debug)]
-pub struct Reply(quinn::SendStream);
-
 pub struct Transport {
     endpoint: Endpoint,
     client: ClientConfig,
     me: NodeId,
     events: Events,
-    peers: BTreeMap<NodeId, Link>,
-    replies: BTreeMap<ReplyId, Reply>,
+    peers: BTreeMap<NodeId, PeerLink>,
+    /// The ways back to peers that asked.
+    replies: BTreeMap<ReplyId, SendStream>,
     next_reply: u64,
 }
 
 /// The connection to a peer, or what waits for one.
 #[derive(Default)]
-struct Link {
+struct PeerLink {
     connection: Option<Connection>,
     since: Option<Instant>,
     dialling: bool,
@@ -144,7 +141,7 @@ impl Transport {
             Event::Request { from, bytes, stream } => {
                 self.next_reply += 1;
                 let reply = ReplyId(self.next_reply);
-                self.replies.insert(reply, Reply(stream));
+                self.replies.insert(reply, stream);
                 if self.replies.len() > MAX_REPLIES {
                     self.replies.pop_first();
                 }
@@ -201,7 +198,7 @@ impl Transport {
 
     /// Answers a question; the peer may be gone by now.
     pub fn reply(&mut self, reply: ReplyId, bytes: Vec<u8>) {
-        if let Some(Reply(mut stream)) = self.replies.remove(&reply) {
+        if let Some(mut stream) = self.replies.remove(&reply) {
             tokio::spawn(async move {
                 if stream.write_all(&bytes).await.is_ok() {
                     let _ = stream.finish();
@@ -293,7 +290,7 @@ impl Transport {
     }
 }
 
-impl Link {
+impl PeerLink {
     fn live(&self) -> Option<&Connection> {
         self.connection.as_ref().filter(|connection| connection.close_reason().is_none())
     }

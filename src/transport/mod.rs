@@ -10,4 +10,4 @@ mod endpoint;
 
 pub use connection::Event;
 pub use credentials::{CredentialError, Credentials, NodeKey};
-pub use endpoint::{BindError, Reply, Transport};
+pub use endpoint::{BindError, Transport};

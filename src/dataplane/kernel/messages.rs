@@ -27,7 +27,7 @@ use super::super::{
 };
 use crate::{
     model::Mac,
-    netlink::{Change, link::Link},
+    netlink::{Request, link::Link},
 };
 
 /// The attribute by which a device gets no IPv6 address of its own.
@@ -79,7 +79,7 @@ pub(super) fn fixed_attributes(link: &Link) -> ((u32, u16), IpAddr, u32, bool) {
     ((vni, port), local, underlay, foreign)
 }
 
-pub(super) fn change(op: &Op, index: u32) -> Change {
+pub(super) fn request(op: &Op, index: u32) -> Request {
     let replace = NLM_F_CREATE | NLM_F_REPLACE;
     let (message, flags) = match op {
         Op::SetFdb(mac, underlay) => {
@@ -107,7 +107,7 @@ pub(super) fn change(op: &Op, index: u32) -> Change {
         }
         _ => unreachable!("{op:?} is an operation on the device"),
     };
-    Change { message, flags }
+    Request { message, flags }
 }
 
 fn fdb_message(index: u32, mac: Mac, underlay: IpAddr) -> NeighbourMessage {

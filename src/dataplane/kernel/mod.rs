@@ -23,7 +23,7 @@ use rtnetlink::{
 };
 
 use self::messages::{
-    change, destination, device_message, fixed_attributes, lladdr, no_ipv6_address, our_route,
+    destination, device_message, fixed_attributes, lladdr, no_ipv6_address, our_route, request,
 };
 use super::{
     desired::{Desired, Device, Hop, ROUTE_PROTOCOL},
@@ -164,7 +164,7 @@ impl Kernel {
             return Ok(report);
         }
         let index = self.netlink.index_of(&desired.device.name)?;
-        let changes = entry_ops.iter().map(|op| change(op, index)).collect();
+        let changes = entry_ops.iter().map(|op| request(op, index)).collect();
         let mut failed = vec![None; entry_ops.len()];
         for refused in self.netlink.apply(changes)? {
             if !(entry_ops[refused.index].is_removal() && GONE.contains(&refused.errno)) {

@@ -1,0 +1,39 @@
+//! The answer to "how are you": what `gossamer status` shows and scripts read.
+
+use std::net::IpAddr;
+
+use serde::Serialize;
+
+use crate::core::{Liveness, NodeStatus};
+
+/// Everything `gossamer status` shows.
+#[derive(Clone, Debug, Serialize)]
+pub struct AgentStatus {
+    pub version: &'static str,
+    /// This node has its subnet, its state equals that of a peer, and the kernel equals its view.
+    pub converged: bool,
+    #[serde(flatten)]
+    pub node: NodeStatus,
+    pub kernel: KernelStatus,
+    pub connections: usize,
+}
+
+#[derive(Clone, Debug, Serialize)]
+pub struct KernelStatus {
+    pub device: Option<String>,
+    pub mtu: u32,
+    pub underlay_interface: String,
+    pub underlay_address: IpAddr,
+    /// The kernel has been made equal to the present view.
+    pub in_sync: bool,
+    /// Operations carried out since the start.
+    pub operations: u64,
+}
+
+impl AgentStatus {
+    /// Members that gossip holds as alive, this node included.
+    pub fn members_alive(&self) -> usize {
+        let alive = |liveness| liveness == Some(Liveness::Alive);
+        self.node.members.iter().filter(|m| alive(m.liveness) && !m.left).count()
+    }
+}
