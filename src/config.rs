@@ -24,6 +24,7 @@ mod net_conf;
 #[cfg(test)]
 mod tests;
 
+pub const DEFAULT_STATE_DIR: &str = "/var/lib/gossamer";
 pub const DEFAULT_SOCKET: &str = "/run/gossamer/gossamer.sock";
 pub const DEFAULT_PORT: u16 = 8473;
 const DEFAULT_NETWORK: &str = "10.42.0.0/16";
@@ -85,6 +86,10 @@ pub struct Settings {
     /// The subnet this node would like, if it is free
     #[arg(long, env = "GOSSAMER_PREFER_SUBNET", value_name = "IP")]
     pub prefer_subnet: Option<Ipv4Addr>,
+    /// Node names are unique by construction: a down member of this node's name is its predecessor, is
+    /// forgotten, and its subnet taken over
+    #[arg(long, env = "GOSSAMER_REPLACE_BY_NAME", num_args = 0..=1, default_missing_value = "true")]
+    pub replace_by_name: Option<bool>,
     /// VXLAN network identifier [default: 1]
     #[arg(long, env = "GOSSAMER_VNI", value_name = "NUMBER")]
     pub vni: Option<u32>,
@@ -133,6 +138,7 @@ pub struct Config {
     pub iface: IfaceChoice,
     pub wish: SettingsWish,
     pub prefer_subnet: Option<Ipv4Addr>,
+    pub replace_by_name: bool,
     pub mtu: Option<u32>,
     pub name: NodeName,
 }
@@ -198,6 +204,7 @@ impl Settings {
             subnet_min: self.subnet_min.or(other.subnet_min),
             subnet_max: self.subnet_max.or(other.subnet_max),
             prefer_subnet: self.prefer_subnet.or(other.prefer_subnet),
+            replace_by_name: self.replace_by_name.or(other.replace_by_name),
             vni: self.vni.or(other.vni),
             vxlan_port: self.vxlan_port.or(other.vxlan_port),
             mtu: self.mtu.or(other.mtu),
@@ -250,11 +257,12 @@ impl Settings {
             advertise: advertise.transpose()?,
             iface: self.iface_choice()?,
             name: node_name(self.node_name)?,
-            state_dir: path(self.state_dir, "/var/lib/gossamer"),
+            state_dir: path(self.state_dir, DEFAULT_STATE_DIR),
             socket: path(self.socket, DEFAULT_SOCKET),
             subnet_file: path(self.subnet_file, "/run/gossamer/subnet.env"),
             wish,
             prefer_subnet: self.prefer_subnet,
+            replace_by_name: self.replace_by_name.unwrap_or(false),
             mtu: self.mtu,
         })
     }

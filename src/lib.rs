@@ -18,6 +18,7 @@
 //! - **Adapters** each know one outside thing: [`dataplane::kernel`] and [`netlink`] the kernel,
 //!   [`store`] the disk, [`transport`] QUIC, [`api`] the control socket.
 //! - **The shell**, [`agent`], is one loop that feeds the core and carries out what it asks for.
+//!   `sim` (feature `sim`) runs many cores in a simulated world.
 //!   [`config`] and [`cli`] are its front. [`lab`] builds clusters in namespaces for the demo, the tests
 //!   and the benchmarks.
 //!
@@ -46,6 +47,9 @@ pub mod lab;
 pub mod model;
 #[cfg(feature = "agent")]
 pub mod netlink;
+#[cfg(any(test, feature = "sim"))]
+#[warn(clippy::disallowed_methods)]
+pub mod sim;
 #[cfg(feature = "agent")]
 pub mod store;
 #[cfg(feature = "agent")]

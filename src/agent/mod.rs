@@ -4,7 +4,8 @@
 //! core, and its outputs are executed. The loop owns everything; there is no lock. Decisions are the
 //! core's: here is only IO. SIGTERM ends the agent and leaves the kernel's state in place.
 
-mod gate;
+mod data_plane;
+mod owners;
 mod programmer;
 mod start;
 mod status;
@@ -24,38 +25,32 @@ use tokio::{
 };
 
 use self::{
-    gate::Gate,
-    programmer::{Goal, Outcome, Programmer},
+    data_plane::KernelState,
+    programmer::{Outcome, Programmer},
     underlay::Chosen,
 };
 use crate::{
-    api::{AgentStatus, ApiRequest, Question},
+    api::{AgentStatus, Question},
     config::Config,
-    core::{Command, Input, Node, Output, Stop, Target, View},
+    core::{Command, Gate, Input, Node, Output, Stop, Target},
     dataplane::{
-        desired::{Desired, Underlay, device_name},
+        desired::device_name,
         kernel::{Kernel, KernelError},
     },
     model::{NodeId, Time},
-    store::{StateDir, Writer, Written},
+    store::{History, StateDir, Writer, Written},
     transport::{Event, Transport},
-    wire::{Key, Secret, Token},
+    wire::{Secret, Token},
 };
 
 pub use start::{StartFailure, random, run};
 
-/// The kernel is compared with the view at least this often.
-const RECONCILE: Duration = Duration::from_secs(10);
-/// Again after a failure.
-const RECONCILE_RETRY: Duration = Duration::from_secs(1);
 /// A turn of the loop that takes longer is logged: everything else waits for it.
 const SLOW_TURN: Duration = Duration::from_millis(100);
 /// Events taken in one turn before the outputs are carried out.
 const EVENTS_PER_TURN: usize = 64;
 /// Seeds that are saved: those that were given, then members.
 const MAX_SAVED_SEEDS: usize = 8;
-/// A node that cannot use the kernel gives its new subnet back within this time, or just goes.
-const GIVE_BACK: Duration = Duration::from_secs(5);
 
 /// How an agent ended that had started well.
 #[derive(Debug, PartialEq, Eq)]
@@ -64,6 +59,8 @@ pub enum Ending {
     Stopped,
     /// The node left its cluster: nothing of it is left on this host.
     Left { heir: Option<NodeId> },
+    /// It is no member any more under this identity, and is to join as a new node.
+    Anew,
     /// It cannot go on; the sentence says why.
     Failed(String),
 }
@@ -82,6 +79,7 @@ struct Agent {
     state: Rc<StateDir>,
     /// The token as it was last saved.
     saved_token: Option<Token>,
+    history: History,
     secret: Secret,
     /// Whether this process created the state, so that a refusal may remove it.
     fresh: bool,
@@ -92,19 +90,6 @@ struct Agent {
     /// Set when the kernel refuses the device of a node that has only just come.
     giving_up: Option<(String, Instant)>,
     ending: Option<Ending>,
-}
-
-/// What the loop knows of the kernel.
-#[derive(Default)]
-struct KernelState {
-    wanted: Option<View>,
-    goals: u64,
-    answered: u64,
-    /// The device has been made equal to the view at least once.
-    programmed_once: bool,
-    problem: Option<String>,
-    operations: u64,
-    next: Option<Instant>,
 }
 
 struct Waiter {
@@ -137,7 +122,7 @@ enum Arrival {
 enum News {
     Disk(Written),
     Kernel(Outcome),
-    Api(ApiRequest),
+    Api(Question),
 }
 
 impl Agent {
@@ -221,6 +206,8 @@ impl Agent {
     fn on_news(&mut self, news: News) {
         match news {
             News::Disk(Written::Durable(seq)) => {
+                // Not before: a token that names a cluster says that the database knew it.
+                self.save_token();
                 for output in self.gate.open(seq) {
                     self.execute(output);
                 }
@@ -266,15 +253,19 @@ impl Agent {
             }
             Output::Reply { reply, bytes, .. } => self.transport.reply(reply, bytes),
             Output::Write { records, seq } => {
-                if records.iter().any(|(key, _)| matches!(key, Key::Cluster | Key::Member(_))) {
-                    self.save_token();
-                }
                 self.writer.write(records, seq);
             }
             Output::Program { view, .. } => {
                 self.kernel.wanted = Some(view);
+                self.kernel.withdrawn = false;
                 self.program();
             }
+            Output::Withdraw => {
+                self.kernel.wanted = None;
+                self.kernel.withdrawn = true;
+                self.program();
+            }
+            Output::Owned(changes) => self.note_owners(&changes),
             Output::CannotLeave(why) => {
                 if let Some(reply) = self.leave_reply.take() {
                     let _ = reply.send(Err(why));
@@ -308,86 +299,19 @@ impl Agent {
         Some(Token { cluster, secret: self.secret.clone(), seeds })
     }
 
-    fn program(&mut self) {
-        let Some(view) = &self.kernel.wanted else { return };
-        let Chosen { link, local, mtu, .. } = self.underlay;
-        let desired = Desired::new(view, &Underlay { link, local, mtu });
-        self.kernel.goals += 1;
-        self.kernel.next = Some(Instant::now() + RECONCILE);
-        self.programmer.program(Goal { number: self.kernel.goals, desired });
-    }
-
-    fn on_kernel(&mut self, Outcome { number, result }: Outcome) {
-        self.kernel.answered = number;
-        match result {
-            Ok(report) => {
-                self.kernel.operations += report.done as u64;
-                if report.done > 0 {
-                    tracing::debug!(operations = report.done, "kernel programmed");
-                }
-                self.note_kernel_failures(&report.failed);
-                if !self.kernel.programmed_once {
-                    self.kernel.programmed_once = true;
-                    tracing::info!("data plane ready");
-                }
-                self.write_subnet_env();
-            }
-            Err(error) => {
-                self.kernel.next = Some(Instant::now() + RECONCILE_RETRY);
-                self.on_kernel_error(&error);
-            }
-        }
-    }
-
-    fn note_kernel_failures(&mut self, failed: &[String]) {
-        let problem = failed.first().map(|first| match failed.len() {
-            1 => format!("a kernel entry was refused: {first}"),
-            count => format!("{count} kernel entries were refused, the first: {first}"),
-        });
-        if problem.is_some() {
-            self.kernel.next = Some(Instant::now() + RECONCILE_RETRY);
-        }
-        if let Some(problem) = problem.as_ref().filter(|p| self.kernel.problem.as_ref() != Some(p))
-        {
-            tracing::error!("{problem}");
-        }
-        self.kernel.problem = problem;
-    }
-
-    /// Before the first success this host cannot be a member: say why and go. Later on, keep trying.
-    fn on_kernel_error(&mut self, error: &KernelError) {
-        let why = error.to_string();
-        if self.kernel.problem.as_ref() != Some(&why) {
-            tracing::error!("{why}");
-        }
-        self.kernel.problem = Some(why.clone());
-        if self.kernel.programmed_once || self.giving_up.is_some() {
-            return;
-        }
-        if self.fresh {
-            tracing::info!("giving the subnet back");
-            self.giving_up = Some((why, Instant::now() + GIVE_BACK));
-            self.input(Input::Command(Command::Leave));
-        } else {
-            self.ending = Some(Ending::Failed(why));
-        }
-    }
-
-    fn write_subnet_env(&self) {
-        let Some(view) = &self.kernel.wanted else { return };
-        let network = view.settings.pool.network();
-        let path = &self.config.subnet_file;
-        if let Err(error) = subnet_env::write(path, network, view.own.subnet, self.underlay.mtu) {
-            tracing::error!(file = %path.display(), %error, "subnet file not written");
-        }
-    }
-
     fn on_stop(&mut self, stop: Stop) {
         self.ending = Some(match stop {
             Stop::Left { heir } => match self.giving_up.take() {
                 Some((why, _)) => Ending::Failed(why),
                 None => Ending::Left { heir },
             },
+            Stop::Expelled { heir } => {
+                tracing::error!(
+                    heir = heir.map(tracing::field::display),
+                    "the cluster holds this node as gone for good: it joins as a new one, with another subnet"
+                );
+                Ending::Anew
+            }
             Stop::Refused(refusal) => Ending::Failed(format!("join refused: {refusal}")),
             Stop::Rejected { seed, why } => {
                 let name = self.config.seeds.get(seed).map_or("?", String::as_str);
@@ -406,17 +330,21 @@ impl Agent {
         drop(self.programmer);
         drop(self.writer);
         let refused = self.fresh && matches!(ending, Ending::Failed(_));
-        if matches!(ending, Ending::Left { .. }) || refused {
+        if matches!(ending, Ending::Left { .. } | Ending::Anew) || refused {
             remove_traces(device, &self.config.subnet_file);
-            if let Err(error) = self.state.wipe() {
-                tracing::error!(%error, "state not removed");
-            }
+        }
+        if (matches!(ending, Ending::Left { .. }) || refused)
+            && let Err(error) = self.state.wipe()
+        {
+            tracing::error!(%error, "state not removed");
         }
         if let Some(reply) = self.leave_reply.take() {
             let answer = match &ending {
                 Ending::Left { heir } => Ok(heir.map(|heir| heir.to_string())),
                 Ending::Failed(why) => Err(why.clone()),
-                Ending::Stopped => Err("the agent was stopped before it had left".to_owned()),
+                Ending::Stopped | Ending::Anew => {
+                    Err("the agent was stopped before it had left".to_owned())
+                }
             };
             let _ = reply.send(answer);
             // The reply travels through another task; it must be on its way before the process ends.
@@ -425,32 +353,40 @@ impl Agent {
         ending
     }
 
-    fn on_api(&mut self, ApiRequest { question, reply }: ApiRequest) {
+    fn on_api(&mut self, question: Question) {
         match question {
-            Question::Status => reply.status(self.status()),
-            Question::Wait { seconds, members } => {
+            Question::Status { reply } => _ = reply.send(self.status()),
+            Question::Wait { seconds, members, reply } => {
                 let deadline = Instant::now() + Duration::from_secs(seconds);
                 self.input(Input::Command(Command::Sync));
-                self.waiters.extend(reply.into_status().map(|reply| Waiter {
-                    members,
-                    deadline,
-                    reply,
-                }));
+                self.waiters.push(Waiter { members, deadline, reply });
             }
-            Question::Token => {
+            Question::Token { reply } => {
                 let seeds = vec![self.node.address().to_string()];
-                reply.token(self.token(seeds).map(|token| token.to_string()));
+                let _ = reply.send(self.token(seeds).map(|token| token.to_string()));
             }
-            Question::Leave => match (&self.leave_reply, reply.into_leave()) {
-                (None, Some(reply)) => {
-                    self.leave_reply = Some(reply);
-                    self.input(Input::Command(Command::Leave));
-                }
-                (Some(_), Some(reply)) => {
-                    let _ = reply.send(Err("it is leaving already".to_owned()));
-                }
-                (_, None) => {}
-            },
+            Question::Leave { reply } if self.leave_reply.is_some() => {
+                let _ = reply.send(Err("it is leaving already".to_owned()));
+            }
+            Question::Leave { reply } => {
+                self.leave_reply = Some(reply);
+                self.input(Input::Command(Command::Leave));
+            }
+            Question::Forget { node, force, reply } => {
+                let forgotten = self.node.forget(self.clock.now(), &node, force);
+                let _ = reply.send(match forgotten {
+                    Ok(id) => Ok(self.forget_progress(id)),
+                    Err(why) => Err(why.to_string()),
+                });
+            }
+            Question::ResetIdentity { reply } => {
+                let _ = reply.send(Ok(()));
+                self.ending = Some(Ending::Anew);
+            }
+            Question::History { reply } => {
+                let lines = self.history.read();
+                let _ = reply.send(lines.map_err(|error| format!("history: {error}")));
+            }
         }
     }
 

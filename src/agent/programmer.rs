@@ -13,7 +13,13 @@ use crate::dataplane::{
 /// What to make the kernel equal to; the number tells the answers apart.
 pub struct Goal {
     pub number: u64,
-    pub desired: Desired,
+    pub state: State,
+}
+
+pub enum State {
+    Overlay(Desired),
+    /// No device of this name, and so no entry on it.
+    Nothing(String),
 }
 
 /// How a goal was reached, or not.
@@ -36,8 +42,12 @@ impl Programmer {
         let (goals, queue) = mpsc::channel::<Goal>();
         let thread = thread::Builder::new().name("kernel".to_owned()).spawn(move || {
             while let Ok(first) = queue.recv() {
-                let Goal { number, desired } = queue.try_iter().last().unwrap_or(first);
-                report(Outcome { number, result: kernel.reconcile(&desired) });
+                let Goal { number, state } = queue.try_iter().last().unwrap_or(first);
+                let result = match state {
+                    State::Overlay(desired) => kernel.reconcile(&desired),
+                    State::Nothing(device) => kernel.remove(&device).map(|_| Report::default()),
+                };
+                report(Outcome { number, result });
             }
         })?;
         Ok(Self { goals: Some(goals), thread: Some(thread) })

@@ -72,12 +72,18 @@ pub enum StartFailure {
     Io(#[from] io::Error),
 }
 
-/// Runs an agent until it ends. Must be called within a tokio runtime.
+/// Runs an agent until it ends. Must be called within a tokio runtime of its own, which takes the sockets
+/// along when it is dropped. After [`Ending::Anew`] it is to be called again.
 pub async fn run(config: Config) -> Result<Ending, StartFailure> {
     let state = Rc::new(StateDir::open(&config.state_dir)?);
     let fresh = state.node_key()?.is_none();
     match start(config, state.clone(), fresh).await {
-        Ok(ending) => Ok(ending),
+        Ok(ending) => {
+            if ending == Ending::Anew {
+                state.new_identity(&random()?)?;
+            }
+            Ok(ending)
+        }
         Err(failure) => {
             if fresh {
                 state.wipe()?;
@@ -123,6 +129,11 @@ async fn start(
         }
         None => return Err(StartFailure::NoToken),
     };
+    if token.is_none() {
+        // Of a cluster that is founded now: the secret is on disk before the database can be.
+        let seeds = Vec::new();
+        state.save_token(&Token { cluster: ClusterId::UNKNOWN, secret: secret.clone(), seeds })?;
+    }
     let chosen = underlay::choose(&mut Netlink::open()?, &config)?;
     let mut kernel = Kernel::open()?;
     let (vni, port) = match known_cluster {
@@ -147,6 +158,7 @@ async fn start(
         cluster: token.as_ref().and_then(Token::known_cluster),
         wish: config.wish,
         prefer_subnet: config.prefer_subnet,
+        replace_by_name: config.replace_by_name,
         rng_seed: random()?,
     };
     let node = Node::start(Time::ZERO, node, records)?;
@@ -179,6 +191,7 @@ async fn start(
         kernel: KernelState::default(),
         underlay: chosen,
         config,
+        history: state.history(),
         state,
         saved_token: token.filter(|_| known_cluster.is_some()),
         secret,

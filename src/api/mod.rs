@@ -8,5 +8,5 @@ mod server;
 mod status;
 
 pub use client::{ClientError, get, post};
-pub use server::{ApiRequest, Question, Reply, Socket, SocketError, serve};
+pub use server::{Question, Socket, SocketError, serve};
 pub use status::{AgentStatus, KernelStatus};

@@ -16,68 +16,47 @@ use axum::{
 };
 use nix::sys::stat::{Mode, umask};
 use serde::Deserialize;
-use serde_json::json;
-use tokio::{net::UnixListener, sync::oneshot};
+use serde_json::{Value, json};
+use tokio::{
+    net::UnixListener,
+    sync::oneshot::{self, Sender},
+};
 
 use super::AgentStatus;
 
 /// Longest wait for convergence that can be asked for, in seconds.
 const MAX_WAIT: u64 = 3600;
 
-/// What is asked over the socket.
+/// What is asked over the socket, with the way back for the answer.
 #[derive(Debug)]
 pub enum Question {
-    Status,
+    Status {
+        reply: Sender<AgentStatus>,
+    },
     /// Status once it has converged with this many members, or when the time is over.
     Wait {
         seconds: u64,
         members: usize,
+        reply: Sender<AgentStatus>,
     },
-    Token,
-    Leave,
-}
-
-/// A question and the way back for its answer.
-#[derive(Debug)]
-pub struct ApiRequest {
-    pub question: Question,
-    pub reply: Reply,
-}
-
-/// The way back, by kind of answer.
-#[derive(Debug)]
-pub enum Reply {
-    Status(oneshot::Sender<AgentStatus>),
-    Token(oneshot::Sender<Option<String>>),
-    Leave(oneshot::Sender<Result<Option<String>, String>>),
-}
-
-impl Reply {
-    pub fn status(self, status: AgentStatus) {
-        if let Self::Status(reply) = self {
-            let _ = reply.send(status);
-        }
-    }
-
-    pub fn token(self, token: Option<String>) {
-        if let Self::Token(reply) = self {
-            let _ = reply.send(token);
-        }
-    }
-
-    pub fn into_status(self) -> Option<oneshot::Sender<AgentStatus>> {
-        match self {
-            Self::Status(reply) => Some(reply),
-            _ => None,
-        }
-    }
-
-    pub fn into_leave(self) -> Option<oneshot::Sender<Result<Option<String>, String>>> {
-        match self {
-            Self::Leave(reply) => Some(reply),
-            _ => None,
-        }
-    }
+    Token {
+        reply: Sender<Option<String>>,
+    },
+    /// Answered with the heir, or why it cannot leave.
+    Leave {
+        reply: Sender<Result<Option<String>, String>>,
+    },
+    Forget {
+        node: String,
+        force: bool,
+        reply: Sender<Result<Value, String>>,
+    },
+    ResetIdentity {
+        reply: Sender<Result<(), String>>,
+    },
+    History {
+        reply: Sender<Result<Vec<Value>, String>>,
+    },
 }
 
 /// The socket cannot be had.
@@ -104,12 +83,12 @@ impl Drop for Socket {
     }
 }
 
-type Ask = Arc<dyn Fn(ApiRequest) -> bool + Send + Sync>;
+type Ask = Arc<dyn Fn(Question) -> bool + Send + Sync>;
 
 /// Listens and serves in tasks of its own. `ask` hands a request to the agent's loop.
 pub fn serve(
     path: &Path,
-    ask: impl Fn(ApiRequest) -> bool + Send + Sync + 'static,
+    ask: impl Fn(Question) -> bool + Send + Sync + 'static,
 ) -> Result<Socket, SocketError> {
     let fail = |error| SocketError::Io { path: path.to_owned(), error };
     if let Some(directory) = path.parent() {
@@ -126,6 +105,9 @@ pub fn serve(
         .route("/v1/status", get(status))
         .route("/v1/token", get(token))
         .route("/v1/leave", post(leave))
+        .route("/v1/forget", post(forget))
+        .route("/v1/reset-identity", post(reset_identity))
+        .route("/v1/history", get(history))
         .with_state(ask);
     tokio::spawn(async move { axum::serve(listener, router).await });
     Ok(Socket(path.to_owned()))
@@ -149,45 +131,75 @@ struct WaitQuery {
     members: Option<usize>,
 }
 
+#[derive(Deserialize)]
+struct ForgetQuery {
+    node: String,
+    #[serde(default)]
+    force: bool,
+}
+
 async fn status(State(ask): State<Ask>, Query(query): Query<WaitQuery>) -> Response {
-    let question = match query.wait {
-        Some(seconds) => {
-            Question::Wait { seconds: seconds.min(MAX_WAIT), members: query.members.unwrap_or(1) }
-        }
-        None => Question::Status,
+    let question = |reply| match query.wait {
+        Some(seconds) => Question::Wait {
+            seconds: seconds.min(MAX_WAIT),
+            members: query.members.unwrap_or(1),
+            reply,
+        },
+        None => Question::Status { reply },
     };
-    answer(&ask, question, Reply::Status, |status| Json(status).into_response()).await
+    answer(&ask, question, |status| Json(status).into_response()).await
 }
 
 async fn token(State(ask): State<Ask>) -> Response {
-    answer(&ask, Question::Token, Reply::Token, |token| match token {
-        Some(token) => Json(json!({ "token": token })).into_response(),
-        None => {
-            problem(StatusCode::CONFLICT, "this node is in no cluster yet: it is still joining")
-        }
-    })
+    answer(
+        &ask,
+        |reply| Question::Token { reply },
+        |token| match token {
+            Some(token) => Json(json!({ "token": token })).into_response(),
+            None => {
+                problem(StatusCode::CONFLICT, "this node is in no cluster yet: it is still joining")
+            }
+        },
+    )
     .await
 }
 
 async fn leave(State(ask): State<Ask>) -> Response {
-    answer(&ask, Question::Leave, Reply::Leave, |left| match left {
-        Ok(heir) => Json(json!({ "left": true, "heir": heir })).into_response(),
-        Err(why) => problem(StatusCode::CONFLICT, &why),
-    })
-    .await
+    let left = |heir| json!({ "left": true, "heir": heir });
+    answer(&ask, |reply| Question::Leave { reply }, |result| done(result.map(left))).await
+}
+
+async fn forget(State(ask): State<Ask>, Query(query): Query<ForgetQuery>) -> Response {
+    let ForgetQuery { node, force } = query;
+    answer(&ask, |reply| Question::Forget { node, force, reply }, done).await
+}
+
+async fn reset_identity(State(ask): State<Ask>) -> Response {
+    let reset = |()| json!({ "reset": true });
+    answer(&ask, |reply| Question::ResetIdentity { reply }, |result| done(result.map(reset))).await
+}
+
+async fn history(State(ask): State<Ask>) -> Response {
+    answer(&ask, |reply| Question::History { reply }, |result| done(result.map(Value::Array))).await
 }
 
 async fn answer<T>(
     ask: &Ask,
-    question: Question,
-    reply: impl FnOnce(oneshot::Sender<T>) -> Reply,
+    question: impl FnOnce(Sender<T>) -> Question,
     render: impl FnOnce(T) -> Response,
 ) -> Response {
     let (sender, receiver) = oneshot::channel();
-    let accepted = ask(ApiRequest { question, reply: reply(sender) });
+    let accepted = ask(question(sender));
     match receiver.await {
         Ok(value) if accepted => render(value),
         _ => problem(StatusCode::SERVICE_UNAVAILABLE, "the agent is going down"),
+    }
+}
+
+fn done(result: Result<Value, String>) -> Response {
+    match result {
+        Ok(value) => Json(value).into_response(),
+        Err(why) => problem(StatusCode::CONFLICT, &why),
     }
 }
 

@@ -33,8 +33,14 @@ pub fn run(args: AgentArgs) -> ExitCode {
         Ok(config) => config,
         Err(error) => return fail(error),
     };
-    match block_on(agent::run(config)) {
-        Ok(Ok(Ending::Stopped | Ending::Left { .. })) => ExitCode::SUCCESS,
+    let ended = loop {
+        match block_on(agent::run(config.clone())) {
+            Ok(Ok(Ending::Anew)) => {}
+            ended => break ended,
+        }
+    };
+    match ended {
+        Ok(Ok(Ending::Stopped | Ending::Anew | Ending::Left { .. })) => ExitCode::SUCCESS,
         Ok(Ok(Ending::Failed(why))) => fail(why),
         Ok(Err(failure)) => fail(failure),
         Err(error) => fail(error),

@@ -5,8 +5,11 @@
 
 mod agent;
 mod demo;
+mod forget;
 mod lab;
+mod lease;
 mod leave;
+mod reset;
 mod status;
 mod table;
 mod token;
@@ -34,11 +37,17 @@ enum Command {
     /// List the members of the cluster
     Members(Client),
     /// List the subnets and who owns them
-    Leases(Client),
+    Leases(status::LeasesArgs),
+    /// Look at the history of subnets
+    Lease(lease::LeaseArgs),
     /// Print the token by which other hosts join
     Token(token::TokenArgs),
     /// Leave the cluster for good: hand over the subnet and remove everything from this host
     Leave(Client),
+    /// Remove a member that is gone for good, and reclaim its subnets
+    Forget(forget::ForgetArgs),
+    /// Make this host a new node of its cluster: the cure for a copied state directory
+    ResetIdentity(reset::ResetArgs),
     /// See it work: a cluster on this machine in namespaces of its own, no set-up and no root needed
     Demo(demo::DemoArgs),
     /// Run a command in fresh user, mount, process and network namespaces
@@ -70,9 +79,12 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::Agent(args) => agent::run(*args),
         Command::Status(args) => status::status(&args),
         Command::Members(client) => status::members(&client),
-        Command::Leases(client) => status::leases(&client),
+        Command::Leases(args) => status::leases(&args),
+        Command::Lease(args) => lease::run(&args),
         Command::Token(args) => token::run(&args),
         Command::Leave(client) => leave::run(&client),
+        Command::Forget(args) => forget::run(&args),
+        Command::ResetIdentity(args) => reset::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::Lab(args) => lab::run(&args),
     }

@@ -61,8 +61,21 @@ pub fn members(client: &Client) -> ExitCode {
     show(client, "members", members_text)
 }
 
-pub fn leases(client: &Client) -> ExitCode {
-    show(client, "leases", leases_text)
+#[derive(Debug, Args)]
+pub struct LeasesArgs {
+    /// Only the spare subnets, and who can give them
+    #[arg(long)]
+    free: bool,
+    #[command(flatten)]
+    client: Client,
+}
+
+pub fn leases(args: &LeasesArgs) -> ExitCode {
+    if args.free {
+        show(&args.client, "free", free_text)
+    } else {
+        show(&args.client, "leases", leases_text)
+    }
 }
 
 fn show(client: &Client, what: &str, text: fn(&Value) -> String) -> ExitCode {
@@ -70,6 +83,7 @@ fn show(client: &Client, what: &str, text: fn(&Value) -> String) -> ExitCode {
         let status = api::get(&client.socket, "/v1/status").await?;
         Ok(match what {
             "leases" => leases_of(&status),
+            "free" => status["spares"].clone(),
             _ => status["members"].clone(),
         })
     };
@@ -136,6 +150,15 @@ fn status_text(status: &Value) -> String {
     for (name, value) in rows {
         let _ = writeln!(out, "{name:<9} {value}");
     }
+    for node in status["reclaiming"].as_array().into_iter().flatten() {
+        let waits = match &node["waits_for"] {
+            Value::Array(missing) if missing.is_empty() => "all have acknowledged".to_owned(),
+            missing @ Value::Array(_) => format!("waits for {}", list(missing)),
+            _ => format!("by {}", text(&node["heir"])),
+        };
+        let name = text(&node["name"]);
+        let _ = writeln!(out, "reclaims  {} subnets of {name}, forgotten: {waits}", node["slots"]);
+    }
     for problem in status["problems"].as_array().into_iter().flatten() {
         let _ = writeln!(out, "problem   {}", text(problem));
     }
@@ -148,9 +171,10 @@ fn members_text(members: &Value) -> String {
         .into_iter()
         .flatten()
         .map(|member| {
-            let liveness = match (&member["left"], &member["me"]) {
-                (Value::Bool(true), _) => "left".to_owned(),
-                (_, Value::Bool(true)) => "alive (me)".to_owned(),
+            let liveness = match (&member["left"], &member["forgotten"], &member["me"]) {
+                (Value::Bool(true), _, _) => "left".to_owned(),
+                (_, Value::Bool(true), _) => "forgotten".to_owned(),
+                (_, _, Value::Bool(true)) => "alive (me)".to_owned(),
                 _ => text(&member["liveness"]),
             };
             [
@@ -185,6 +209,22 @@ fn leases_text(leases: &Value) -> String {
     out
 }
 
+fn free_text(spares: &Value) -> String {
+    let rows: Vec<[String; 4]> = spares
+        .as_array()
+        .into_iter()
+        .flatten()
+        .map(|spare| {
+            let subnets = match (&spare["first"], &spare["last"]) {
+                (first, last) if first == last => text(first),
+                (first, last) => format!("{} to {}", text(first), text(last)),
+            };
+            [subnets, text(&spare["count"]), text(&spare["name"]), text(&spare["liveness"])]
+        })
+        .collect();
+    table(["SUBNETS", "COUNT", "NODE", "STATE"], &rows)
+}
+
 fn slots_text(slots: &Value) -> String {
     format!("{} leased, {} spare of {}", slots["leased"], slots["spare"], slots["total"])
 }
@@ -195,7 +235,9 @@ fn alive(status: &Value) -> usize {
 
 fn count(status: &Value, which: impl Fn(&Value) -> bool) -> usize {
     let members = status["members"].as_array().into_iter().flatten();
-    members.filter(|member| member["left"] == false && which(member)).count()
+    members
+        .filter(|member| member["left"] == false && member["forgotten"] == false && which(member))
+        .count()
 }
 
 fn list(values: &Value) -> String {

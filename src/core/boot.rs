@@ -16,10 +16,13 @@ use crate::{
 };
 
 use super::{
-    Calls, Counters, Directory, Dirty, FIRST_WRITE, Home, Membership, Node, Output, SlotTable,
+    Asked, Calls, Counters, Directory, Dirty, FIRST_WRITE, Home, InUse, Membership, Node, Output,
+    SlotTable,
+    forget::Forgetting,
     join::Joining,
     lease::LeaseSearch,
     leave::Leaving,
+    planted::{Bug, planted},
     push::PushQueue,
     sync::{Doubt, SyncRound},
 };
@@ -42,6 +45,8 @@ pub struct NodeConfig {
     pub wish: SettingsWish,
     /// First address of the subnet this node would like.
     pub prefer_subnet: Option<Ipv4Addr>,
+    /// Names are unique by construction: a down member of this node's name is its predecessor, and gone.
+    pub replace_by_name: bool,
     /// Seed of all randomness in the node: from the OS in production, from the run's seed in simulation.
     pub rng_seed: [u8; 32],
 }
@@ -84,7 +89,7 @@ impl Node {
     ) -> Result<Self, StartError> {
         let mut memory = Memory::default();
         saved.into_iter().for_each(|(_, record)| memory.recall(record));
-        let starts = memory.starts.saturating_add(1);
+        let starts = if planted(Bug::ForgetStarts) { 1 } else { memory.starts.saturating_add(1) };
         let mut rng = StdRng::from_seed(config.rng_seed);
         let has_left = memory.directory.get(config.node).is_some_and(|record| record.left);
         if has_left && memory.cluster.is_none() {
@@ -108,10 +113,7 @@ impl Node {
             (None, Founding::Join) => None,
         };
         let founded = home.is_some() && memory.cluster.is_none();
-        let leaving = match &home {
-            Some(home) if has_left => Some(Leaving::resumed(now, &me, &home.slots)),
-            _ => None,
-        };
+        let leaving = (home.is_some() && has_left).then(|| Leaving::resumed(now));
         let identity = Identity { node: me.node, incarnation: Incarnation { starts, renewals: 0 } };
         let mut node = Self {
             membership: Membership::new(identity, StdRng::from_rng(&mut rng)),
@@ -124,9 +126,14 @@ impl Node {
             dirty: Dirty::default(),
             outputs: VecDeque::new(),
             leaving,
-            programmed: None,
+            forgetting: Forgetting::default(),
+            in_use: InUse::Unknown,
+            asked: Asked::Nothing,
+            clone: None,
+            could_write: false,
             outranked: BTreeSet::new(),
             view_stale: true,
+            moved: BTreeSet::new(),
             identity_write: FIRST_WRITE,
             lease_write: 0,
             writes: 0,
@@ -176,17 +183,25 @@ impl Memory {
             Record::Member(record) => {
                 self.directory.merge(&record);
             }
+            Record::Forget(forget) => {
+                self.directory.merge_forget(&forget);
+            }
         }
     }
 }
 
 impl Memory {
-    /// Who could know of something that this memory lacks: members that owned slots by it.
+    /// Who could know of something that this memory lacks: any member that owned slots by it, or else all
+    /// there are.
     fn doubt(&self, me: NodeId) -> Doubt {
         let owners: BTreeSet<_> = self.runs.iter().map(|run| run.record.owner).collect();
-        let members = self.directory.peers(me).map(|record| record.node);
-        let witnesses: BTreeSet<_> = members.filter(|node| owners.contains(node)).collect();
-        if witnesses.is_empty() { Doubt::None } else { Doubt::AnyOf(witnesses) }
+        let members: BTreeSet<_> = self.directory.peers(me).map(|record| record.node).collect();
+        let witnesses = &members & &owners;
+        match (witnesses.is_empty(), members.is_empty()) {
+            (false, _) => Doubt::AnyOf(witnesses),
+            (true, false) => Doubt::AllOf(members),
+            (true, true) => Doubt::None,
+        }
     }
 }
 

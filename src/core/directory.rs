@@ -6,11 +6,14 @@
 use std::collections::{BTreeMap, btree_map::Entry};
 
 use crate::{
-    model::{MemberRecord, NodeId},
+    model::{Forget, MemberRecord, NodeId},
     wire::{Buckets, Record},
 };
 
-use super::rank::state_hash;
+use super::{
+    planted::{Bug, planted},
+    rank::state_hash,
+};
 
 /// More members than this, departed ones included, are not recorded.
 pub const MAX_MEMBERS: usize = 1 << 14;
@@ -18,6 +21,8 @@ pub const MAX_MEMBERS: usize = 1 << 14;
 #[derive(Clone, Debug, Default)]
 pub struct Directory {
     records: BTreeMap<NodeId, MemberRecord>,
+    /// Who was forgotten: never more than have a record.
+    forgets: BTreeMap<NodeId, Forget>,
 }
 
 impl Directory {
@@ -34,7 +39,8 @@ impl Directory {
                 true
             }
             Entry::Occupied(mut entry) => {
-                let newer = precedence(record) > precedence(entry.get());
+                let newer = precedence(record) > precedence(entry.get())
+                    || planted(Bug::IgnoreVersions) && record != entry.get();
                 if newer {
                     entry.insert(record.clone());
                 }
@@ -56,9 +62,42 @@ impl Directory {
         self.records.values()
     }
 
-    /// Members that have not left, other than `me`: those who may own slots and hold newer facts.
+    /// Members that are not gone, other than `me`: those who may write records and hold newer facts.
     pub fn peers(&self, me: NodeId) -> impl Iterator<Item = &MemberRecord> {
-        self.records.values().filter(move |record| record.node != me && !record.left)
+        self.records.values().filter(move |record| {
+            record.node != me && !record.left && !self.forgets.contains_key(&record.node)
+        })
+    }
+
+    /// Takes the word that a node is gone, unless a greater one is known. Says whether it was new.
+    pub fn merge_forget(&mut self, forget: &Forget) -> bool {
+        let full = self.forgets.len() >= MAX_MEMBERS;
+        match self.forgets.entry(forget.node) {
+            Entry::Vacant(_) if full => false,
+            Entry::Vacant(entry) => {
+                entry.insert(*forget);
+                true
+            }
+            Entry::Occupied(mut entry) => {
+                let newer = forget > entry.get();
+                if newer {
+                    entry.insert(*forget);
+                }
+                newer
+            }
+        }
+    }
+
+    pub fn forgotten(&self, node: NodeId) -> Option<&Forget> {
+        self.forgets.get(&node)
+    }
+
+    pub fn forgets(&self) -> impl Iterator<Item = &Forget> {
+        self.forgets.values()
+    }
+
+    pub fn forgets_in(&self, bucket: usize) -> impl Iterator<Item = &Forget> {
+        self.forgets.values().filter(move |forget| Buckets::of_node(forget.node) == bucket)
     }
 
     pub fn bucket(&self, bucket: usize) -> impl Iterator<Item = &MemberRecord> {
@@ -71,6 +110,9 @@ impl Directory {
         for record in self.records.values() {
             hashes[Buckets::of_node(record.node)] ^=
                 state_hash(&Record::Member(record.clone()).encode());
+        }
+        for forget in self.forgets.values() {
+            hashes[Buckets::of_node(forget.node)] ^= state_hash(&Record::Forget(*forget).encode());
         }
         hashes
     }

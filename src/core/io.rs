@@ -2,12 +2,14 @@
 
 use std::net::SocketAddr;
 
+use ipnet::Ipv4Net;
+
 use crate::{
     model::NodeId,
     wire::{Key, Refusal},
 };
 
-use super::view::View;
+use super::{slots::Change, view::View};
 
 /// Numbers the durable writes of one process. An output that depends on one names it in `after`.
 pub type WriteSeq = u64;
@@ -41,6 +43,8 @@ pub enum Input {
     },
     /// The time asked for by `Node::poll_timeout` has come.
     Timeout,
+    /// The kernel is equal now to what was asked for: it uses this subnet, or none.
+    InUse(Option<Ipv4Net>),
     Command(Command),
 }
 
@@ -113,6 +117,10 @@ pub enum Output {
         view: View,
         after: WriteSeq,
     },
+    /// The kernel is to hold nothing of ours any more; replaces [`Output::Program`].
+    Withdraw,
+    /// Slots that changed hands, for the audit log.
+    Owned(Vec<Change>),
     /// [`Command::Leave`] cannot be done, for this reason; the node goes on as before.
     CannotLeave(String),
     /// The node's work is over.
@@ -124,6 +132,9 @@ pub enum Output {
 pub enum Stop {
     /// It left; everything it owned belongs to the heir now (nobody, if it was the last one).
     Left { heir: Option<NodeId> },
+    /// The others hold this identity as gone: forgotten (then there is an heir), or left before its state was
+    /// restored. Its host may come back under a new one.
+    Expelled { heir: Option<NodeId> },
     /// A seed refused it for a reason that will not go away.
     Refused(Refusal),
     /// Every seed refused its certificate.

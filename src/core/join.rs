@@ -124,10 +124,11 @@ impl Node {
                 self.dirty.mark(Key::Member(self.me.node), false);
                 // The seed passes on what is new; all the rest is old news to everybody else.
                 self.absorb(now, &facts);
+                self.counters.rollbacks = 0;
                 if returning {
                     self.doubt_memory();
                 }
-                self.sync.complete(now, from, false);
+                self.compared(now, from, false);
                 if let Some(home) = &mut self.home {
                     home.search.refusal = no_slot;
                 }
@@ -143,9 +144,10 @@ impl Node {
         }
         match refusal {
             _ if self.home.is_some() => {}
-            Refusal::OtherCluster { .. } | Refusal::Settings(_) | Refusal::Left => {
+            Refusal::OtherCluster { .. } | Refusal::Settings(_) => {
                 self.outputs.push_back(Output::Stop(Stop::Refused(refusal)));
             }
+            Refusal::Left | Refusal::Forgotten { .. } => self.on_expulsion(&refusal),
             Refusal::NotReady => {
                 let pause = joining.not_ready_pause;
                 joining.not_ready_pause = (pause * 2).min(LONGEST_PAUSE);
@@ -153,6 +155,17 @@ impl Node {
             }
             _ => {}
         }
+    }
+
+    /// The cluster holds this node as gone: its state is from before, or it was written off.
+    pub(super) fn on_expulsion(&mut self, refusal: &Refusal) {
+        let heir = match refusal {
+            _ if self.leaving.is_some() => return,
+            Refusal::Forgotten { heir } => Some(*heir),
+            Refusal::Left => None,
+            _ => return,
+        };
+        self.outputs.push_back(Output::Stop(Stop::Expelled { heir }));
     }
 
     fn on_no_welcome(&mut self, now: Time, seed: usize, error: CallError) {

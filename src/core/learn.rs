@@ -3,14 +3,19 @@
 //! A fact is news if merging it changed something. Truth is decided by the table and the directory alone;
 //! here it is only carried to them, and what follows from it is set going.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, time::Duration};
 
 use crate::{
     model::{Incarnation, MemberRecord, NodeId, Time},
     wire::{Facts, Key},
 };
 
-use super::{Node, sync::Doubt};
+use super::{CloneSeen, Node, sync::Doubt};
+
+/// A node with a copy tells the world about itself again this often.
+const SPEAK_UP: Duration = Duration::from_secs(10);
+/// A copy that was silent for so long is none any more.
+const CLONE_GONE: Duration = Duration::from_secs(120);
 
 impl Node {
     /// Merges what somebody told; what is new is passed on, except to whom it came from.
@@ -25,6 +30,7 @@ impl Node {
     /// Merges what somebody told and says what of it was new.
     pub(super) fn absorb(&mut self, now: Time, facts: &Facts) -> Facts {
         let mut news = Facts::default();
+        let mut forgotten_writes = 0;
         for record in &facts.members {
             if self.merge_member(now, record) {
                 news.members.push(record.clone());
@@ -36,11 +42,24 @@ impl Node {
             for (slot, ours, theirs) in &merged.violations {
                 tracing::error!(?slot, ?ours, ?theirs, "two owners of one slot at one epoch");
             }
+            let me = self.me.node;
+            let unknown = merged.changed.iter().filter(|(run, _)| run.record.granter == me);
+            forgotten_writes = unknown.map(|(run, _)| u64::from(run.len)).sum();
             self.note_slots(&merged.changed);
             news.slots = merged.changed.into_iter().map(|(run, _)| run).collect();
         }
+        if forgotten_writes > 0 {
+            self.on_rollback(forgotten_writes);
+        }
         if !news.slots.is_empty() {
             self.recheck_lease(now);
+            self.recheck_forgets(now);
+            self.decline_late_grants(now, &news.slots);
+        }
+        for forget in &facts.forgets {
+            if self.merge_forget(now, forget) {
+                news.forgets.push(*forget);
+            }
         }
         self.membership.introduce(now, facts.active.iter().copied());
         news
@@ -58,6 +77,9 @@ impl Node {
         if new {
             self.dirty.mark(Key::Member(record.node), false);
             self.view_stale = true;
+            if record.left {
+                self.lose_witness(record.node);
+            }
         }
         new
     }
@@ -66,12 +88,24 @@ impl Node {
     /// whose database was lost: this life goes on above it. From another process that lives now, which
     /// answers by going above us in turn: a copied state directory, and nothing to be won by a race.
     fn on_another_self(&mut self, now: Time, record: &MemberRecord) {
-        if self.outranked.contains(&record.boot) {
-            if self.counters.clones == 0 {
-                tracing::error!(address = %record.address, "another process runs with this node's key");
-            }
+        // Once a peer's state was equal to ours, no earlier life of ours can come up that outranks this one.
+        let known_best = self.counters.syncs_same > 0;
+        if known_best || self.outranked.contains(&record.boot) {
             self.counters.clones += 1;
-            return;
+            let before = self.clone.replace(CloneSeen { address: record.address, at: now });
+            match before {
+                // The other one must hear of this one too, but two copies that outbid each other would never
+                // end, so each speaks up rarely.
+                Some(seen) if now.since(seen.at) < SPEAK_UP => {
+                    self.clone = Some(CloneSeen { at: seen.at, ..seen });
+                    return;
+                }
+                Some(_) => {}
+                None => tracing::error!(
+                    here = %self.me.address, there = %record.address,
+                    "another process runs with this node's key: nothing is granted"
+                ),
+            }
         }
         self.outranked.insert(record.boot);
         self.doubt_memory();
@@ -88,14 +122,52 @@ impl Node {
         self.publish_self(now);
     }
 
+    /// Peers show records that this node wrote and does not remember. Every one is flushed before anybody
+    /// hears of it, so its state directory was rolled back, and there may be more that it does not know of.
+    fn on_rollback(&mut self, records: u64) {
+        if self.counters.rollbacks == 0 {
+            tracing::error!(
+                records,
+                "the state directory was rolled back: peers know more of this node"
+            );
+        }
+        self.counters.rollbacks += records;
+        let me = self.me.node;
+        let peers: BTreeSet<_> = self.directory.peers(me).map(|record| record.node).collect();
+        if !peers.is_empty() {
+            self.sync.doubt(Doubt::AllOf(peers));
+        }
+    }
+
     /// This node has lost its memory. It may have granted slots that not everybody has heard of, so all
     /// who are there are asked before it writes another record.
     pub(super) fn doubt_memory(&mut self) {
         let me = self.me.node;
-        let there: BTreeSet<_> =
-            self.membership.active().into_keys().filter(|node| *node != me).collect();
+        let there = self.membership.active().into_keys();
+        let there: BTreeSet<_> = there.filter(|node| *node != me && !self.is_gone(*node)).collect();
         if !there.is_empty() {
             self.sync.doubt(Doubt::AllOf(there));
+        }
+    }
+
+    /// A member is gone that could have told what this node's memory lacks: then all the others together
+    /// must, among whom is whoever has its knowledge.
+    pub(super) fn lose_witness(&mut self, node: NodeId) {
+        let me = self.me.node;
+        let peers = || self.directory.peers(me).map(|record| record.node).collect();
+        self.sync.lose_witness(node, peers);
+    }
+
+    /// Whether this node may write new records of ownership: its memory is beyond doubt.
+    pub(super) fn may_write(&self) -> bool {
+        (self.sync.synced() || self.is_alone()) && self.clone.is_none()
+    }
+
+    /// A copy that was not heard of for long is gone, or has another identity by now.
+    pub(super) fn forgive_clone(&mut self, now: Time) {
+        if self.clone.as_ref().is_some_and(|seen| now.since(seen.at) > CLONE_GONE) {
+            self.clone = None;
+            self.doubt_memory();
         }
     }
 

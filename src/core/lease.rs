@@ -11,7 +11,11 @@ use crate::{
     wire::{GrantWish, Refusal, Request, Response},
 };
 
-use super::{Answer, Node, Purpose, SlotTable, rank::peer_score};
+use super::{
+    Answer, InUse, Node, Purpose, SlotTable,
+    planted::{Bug, planted},
+    rank::peer_score,
+};
 
 /// Pause after all donors were asked in vain.
 const DONOR_PAUSE: Duration = Duration::from_secs(2);
@@ -40,6 +44,12 @@ impl LeaseSearch {
         }
     }
 
+    /// From now on another slot than the present one is the one to use.
+    pub(super) fn prefer_from_now(&mut self, slot: Slot) {
+        self.held = None;
+        self.prefer = Some(slot);
+    }
+
     /// Which of the leased slots of `me` is the one in use: the one that was, or else the one that was
     /// asked for. Another one would take the addresses away from under running pods.
     pub(super) fn own_slot(&self, slots: &SlotTable, me: NodeId) -> Option<Slot> {
@@ -57,7 +67,7 @@ impl Node {
     /// Sees to it that this node has exactly one lease.
     pub(super) fn step_lease(&mut self, now: Time) {
         let me = self.me.node;
-        let synced = self.sync.synced() || self.is_alone();
+        let synced = self.may_write();
         let Some(home) = &mut self.home else { return };
         if self.leaving.is_some() || home.search.next_try.is_none_or(|at| now < at) {
             return;
@@ -71,7 +81,10 @@ impl Node {
                 tracing::info!(%subnet, "this node's subnet");
                 self.view_stale = true;
             }
-            if synced {
+            // Not before the kernel has moved over: what is given back may be leased to somebody at once.
+            let in_use = home.cluster.settings.pool.subnet(own);
+            let moved = self.in_use == InUse::Subnet(in_use) || planted(Bug::GiveBackInUse);
+            if synced && moved {
                 self.give_back_all_but(now, own);
             }
             return;
@@ -89,6 +102,7 @@ impl Node {
         let me = self.me.node;
         let Some(home) = &mut self.home else { return };
         let surplus: Vec<Slot> = home.slots.leased_by(me).filter(|slot| *slot != own).collect();
+        self.counters.surplus += surplus.len() as u64;
         let released =
             surplus.into_iter().filter_map(|slot| home.slots.release_own(me, slot)).collect();
         self.note_own_change(now, released);

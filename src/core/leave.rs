@@ -11,31 +11,39 @@ use crate::{
     wire::{Facts, Key, Request, Response},
 };
 
-use super::{Answer, Node, Output, Purpose, SlotTable, Stop, rank::peer_score};
+use super::{
+    Answer, InUse, Node, Output, Purpose, Stop,
+    planted::{Bug, planted},
+    rank::peer_score,
+};
 
 const RETRY: Duration = Duration::from_secs(1);
 
 pub(super) struct Leaving {
     /// Asked in vain.
     tried: BTreeSet<NodeId>,
+    /// Who agreed to take everything. From then on this node uses its subnet no more: the heir may lease
+    /// it to somebody in the moment in which it is told.
     heir: Option<NodeId>,
-    /// What somebody must accept, once it is written.
-    handed: Option<Facts>,
+    /// The records are written, and somebody must accept them.
+    handed: bool,
     /// All keepers were asked in vain: once more then.
     retry_at: Option<Time>,
 }
 
 impl Leaving {
     fn new() -> Self {
-        Self { tried: BTreeSet::new(), heir: None, handed: None, retry_at: None }
+        Self { tried: BTreeSet::new(), heir: None, handed: false, retry_at: None }
+    }
+
+    /// Whether the subnet is in use no more.
+    pub(super) const fn withdraws(&self) -> bool {
+        self.heir.is_some()
     }
 
     /// The leave that a crash or a signal cut short after the records were written.
-    pub(super) fn resumed(now: Time, me: &crate::model::MemberRecord, slots: &SlotTable) -> Self {
-        let given = |run: &&Run| run.record.granter == me.node && run.record.owner != me.node;
-        let slots = slots.runs().iter().filter(given).copied().collect();
-        let facts = Facts { members: vec![me.clone()], slots, active: Vec::new() };
-        Self { handed: Some(facts), retry_at: Some(now), ..Self::new() }
+    pub(super) fn resumed(now: Time) -> Self {
+        Self { handed: true, retry_at: Some(now), ..Self::new() }
     }
 }
 
@@ -115,10 +123,22 @@ impl Node {
         match answer {
             Ok((_, Response::Accepted)) => {
                 leaving.tried.clear();
-                self.hand_over(heir);
-                self.hand_to(heir);
+                leaving.heir = Some(heir);
+                self.view_stale = true;
+                if self.in_use == InUse::Nothing || planted(Bug::LeaveWithoutWithdrawal) {
+                    self.on_withdrawn();
+                }
             }
             _ => self.ask_next_heir(),
+        }
+    }
+
+    /// The kernel uses no subnet of ours any more.
+    pub(super) fn on_withdrawn(&mut self) {
+        let unwritten = self.leaving.as_ref().filter(|leaving| !leaving.handed);
+        if let Some(heir) = unwritten.and_then(|leaving| leaving.heir) {
+            self.hand_over(heir);
+            self.hand_to(heir);
         }
     }
 
@@ -131,18 +151,15 @@ impl Node {
         self.me.version.change += 1;
         self.directory.merge(&self.me);
         self.dirty.mark(Key::Member(me), true);
-        let facts = leaving.handed.get_or_insert_default();
-        facts.members = vec![self.me.clone()];
-        facts.slots.extend(changes.iter().map(|(run, _)| *run));
-        leaving.heir = Some(heir);
+        leaving.handed = true;
         self.note_slots(&changes);
     }
 
     fn hand_to(&mut self, keeper: NodeId) {
-        let handed = self.leaving.as_ref().and_then(|leaving| leaving.handed.clone());
-        if let Some(facts) = handed {
-            self.call_member(keeper, Purpose::Handover { keeper }, &Request::Handover(facts));
-        }
+        let Some(home) = &self.home else { return };
+        // Not only what it gives away: it may be the only one who knows of something else.
+        let facts = self.everything(home);
+        self.call_member(keeper, Purpose::Handover { keeper }, &Request::Handover(facts));
     }
 
     fn hand_to_next(&mut self, now: Time) {
@@ -156,8 +173,9 @@ impl Node {
     pub(super) fn on_handover_answer(&mut self, now: Time, keeper: NodeId, answer: Answer) {
         let Some(leaving) = &mut self.leaving else { return };
         leaving.tried.insert(keeper);
-        let (heir, facts) = (leaving.heir, leaving.handed.clone().unwrap_or_default());
-        if !matches!(answer, Ok((_, Response::Accepted))) {
+        let heir = leaving.heir;
+        let accepted = matches!(answer, Ok((_, Response::Accepted)));
+        if !accepted && !planted(Bug::LeaveWithoutAcceptance) {
             tracing::warn!(%keeper, "did not accept the handover, asking another member");
             return self.hand_to_next(now);
         }
@@ -167,6 +185,10 @@ impl Node {
             self.hand_over(heir.unwrap_or(keeper));
             return self.hand_to(keeper);
         }
+        let mine = |run: &&Run| run.record.granter == me;
+        let slots = self.home.iter().flat_map(|home| home.slots.runs()).filter(mine).copied();
+        let facts =
+            Facts { members: vec![self.me.clone()], slots: slots.collect(), ..Facts::default() };
         self.push.add(now, &facts, None);
         self.flush_push(now);
         self.membership.leave(now);

@@ -18,9 +18,10 @@ use foca::{
     OwnedNotification, PeriodicParams, State, Timer,
 };
 use rand::rngs::StdRng;
+use serde::Serialize;
 
 use crate::{
-    model::{Identity, NodeId, Time},
+    model::{Identity, NodeId, Suspicion, Time},
     wire::{Buckets, DATAGRAM_MAX, SwimCodec},
 };
 
@@ -30,7 +31,7 @@ use super::rank::state_hash;
 const PACKET_MAX: usize = DATAGRAM_MAX - 20;
 
 /// A member as gossip sees it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Liveness {
     Alive,
@@ -46,6 +47,8 @@ pub enum Notice {
         packet: Bytes,
     },
     Up(NodeId),
+    /// This node's own probe of a member failed. It will be down unless it refutes that.
+    Suspect(Suspicion),
     Down(NodeId),
     /// Somebody believed us dead; we go on under this identity.
     Renewed(Identity),
@@ -59,6 +62,8 @@ pub struct Membership {
     armed: u64,
     /// The cluster size that foca's settings were made for.
     tuned_for: u32,
+    /// foca's own count of this node's refutations, as last sent.
+    refutation: u16,
     notices: VecDeque<Notice>,
 }
 
@@ -70,6 +75,7 @@ impl Membership {
             timers: BTreeMap::new(),
             armed: 0,
             tuned_for: 1,
+            refutation: 0,
             notices: VecDeque::new(),
         }
     }
@@ -104,6 +110,24 @@ impl Membership {
         let result = self.foca.change_identity(identity, &mut self.runtime);
         self.notices.push_back(Notice::Renewed(identity));
         self.collect(now, "change identity", result);
+    }
+
+    /// Somebody suspects this node. Says under which count of refutations it is alive all the same.
+    pub fn refute(&mut self, now: Time, suspicion: &Suspicion) -> Suspicion {
+        if suspicion.identity == self.identity() {
+            let Suspicion { identity, refutation } = *suspicion;
+            let suspect = Member::new(identity, refutation, State::Suspect);
+            let result = self.foca.apply_many([suspect].into_iter(), false, &mut self.runtime);
+            self.collect(now, "refute", result);
+        }
+        Suspicion { identity: self.identity(), refutation: self.refutation }
+    }
+
+    /// A suspect answered.
+    pub fn absolve(&mut self, now: Time, alive: &Suspicion) {
+        let member = Member::new(alive.identity, alive.refutation, State::Alive);
+        let result = self.foca.apply_many([member].into_iter(), true, &mut self.runtime);
+        self.collect(now, "absolve", result);
     }
 
     /// Tells the others that this node goes away on purpose.
@@ -180,10 +204,20 @@ impl Membership {
         }
         while let Some((after, timer)) = self.runtime.to_schedule() {
             self.armed += 1;
+            if let Timer::ChangeSuspectToDown { member_id, incarnation, .. } = &timer {
+                let suspicion = Suspicion { identity: *member_id, refutation: *incarnation };
+                self.notices.push_back(Notice::Suspect(suspicion));
+            }
             self.timers.insert((now + after, self.armed), timer);
         }
         while let Some((to, packet)) = self.runtime.to_send() {
-            if self.is_stray_down_notice(&to, &packet) {
+            let header = SwimCodec.decode_header(packet.as_ref());
+            if let Ok(header) = &header
+                && header.src == self.identity()
+            {
+                self.refutation = header.src_incarnation;
+            }
+            if header.is_ok_and(|header| self.is_stray_down_notice(&to, &header.message)) {
                 tracing::trace!(to = %to.node, "dropped a down notice to a member that is active");
                 continue;
             }
@@ -205,9 +239,8 @@ impl Membership {
     }
 
     /// foca sends "you are down" also when the suspicion it stems from was refuted in time.
-    fn is_stray_down_notice(&self, to: &Identity, packet: &[u8]) -> bool {
-        SwimCodec.decode_header(packet).is_ok_and(|header| header.message == Message::TurnUndead)
-            && self.foca.iter_members().any(|member| member.id() == to)
+    fn is_stray_down_notice(&self, to: &Identity, message: &Message<Identity>) -> bool {
+        *message == Message::TurnUndead && self.foca.iter_members().any(|member| member.id() == to)
     }
 
     /// Follows the cluster's size when it has doubled or halved.
@@ -240,7 +273,7 @@ impl foca::Identity for Identity {
     }
 }
 
-/// Probe every second; suspect for at least 5 s, so that a starved CPU is not a death.
+/// Probe every second; suspect for at least 6 s, so that a starved CPU is not a death.
 fn settings(cluster_size: u32) -> Config {
     const ONE: NonZeroUsize = NonZeroUsize::MIN;
     const TWO: NonZeroUsize = ONE.saturating_add(1);
@@ -252,7 +285,8 @@ fn settings(cluster_size: u32) -> Config {
     let size = NonZeroU32::new(cluster_size).unwrap_or(NonZeroU32::MIN);
     let lan = Config::new_lan(size);
     Config {
-        suspect_to_down_after: lan.suspect_to_down_after.max(Duration::from_secs(5)),
+        // Longer than a call takes to fail: a suspect is asked on a stream before it is called down.
+        suspect_to_down_after: lan.suspect_to_down_after.max(Duration::from_secs(6)),
         max_transmissions: lan.max_transmissions.max(TRANSMISSIONS_MIN),
         max_packet_size: PACKET,
         // News travel by push; this carries suspicions and their refutations.

@@ -11,16 +11,19 @@
 //! - `join`: from stranger to member; `lease`: having exactly one subnet
 //! - `push`, `sync`: how a change reaches everybody: at once, and surely
 //! - `serve`: answers to peers
-//! - `leave`: handing over and going
+//! - `leave`: handing over and going; `forget`: reclaiming what others left behind
 
 mod boot;
 mod directory;
+mod forget;
+mod gate;
 mod io;
 mod join;
 mod learn;
 mod lease;
 mod leave;
 mod membership;
+pub mod planted;
 mod push;
 mod rank;
 mod serve;
@@ -38,28 +41,34 @@ use std::{
     time::Duration,
 };
 
+use ipnet::Ipv4Net;
 use rand::{RngExt as _, rngs::StdRng};
 
 pub use boot::{Founding, NodeConfig, StartError};
+pub use forget::{CannotForget, Reclaiming};
+pub use gate::Gate;
 pub use io::{CallError, CallId, Command, Input, Output, ReplyId, Stop, Target, WriteSeq};
 pub use membership::Liveness;
+pub use slots::Change;
 pub use status::{MemberStatus, NodeStatus, Phase, SlotCounts};
 pub use view::{Own, Peer, View};
 
 use self::{
     directory::Directory,
+    forget::Forgetting,
     join::Joining,
     lease::LeaseSearch,
     leave::Leaving,
     membership::{Membership, Notice},
+    planted::{Bug, planted},
     push::PushQueue,
     slots::SlotTable,
     sync::SyncRound,
     writes::Dirty,
 };
 use crate::{
-    model::{BootId, ClusterId, ClusterRecord, MemberRecord, NodeId, Time},
-    wire::{Frame, Push, Request, Response},
+    model::{BootId, ClusterId, ClusterRecord, Forget, MemberRecord, NodeId, Run, Slot, Time},
+    wire::{Frame, Push, Request, Response, Roots},
 };
 
 /// The write of the start itself, the first of each process.
@@ -78,12 +87,17 @@ pub struct Node {
     home: Option<Home>,
     joining: Joining,
     leaving: Option<Leaving>,
+    forgetting: Forgetting,
     push: PushQueue,
     sync: SyncRound,
     calls: Calls,
     dirty: Dirty,
     /// The number of the latest durable write asked for.
     writes: WriteSeq,
+    /// Another process that lives with this node's key, if it was heard of lately.
+    clone: Option<CloneSeen>,
+    /// Whether this node's memory was beyond doubt after the last input.
+    could_write: bool,
     /// Processes with this node's key that it has gone above; bounded by what peers remember of it.
     outranked: BTreeSet<BootId>,
     /// The write that holds the present start. Nothing leaves before it: an incarnation that was seen is
@@ -91,11 +105,38 @@ pub struct Node {
     identity_write: WriteSeq,
     /// The write that holds the last change of this node's own slots.
     lease_write: WriteSeq,
-    /// The view last asked to be programmed, and whether something it is made of has changed since.
-    programmed: Option<View>,
+    /// What the kernel is known to use.
+    in_use: InUse,
+    asked: Asked,
+    /// Whether something that the view is made of has changed since.
     view_stale: bool,
+    /// Slots that were leased and then changed hands, since the start.
+    moved: BTreeSet<Slot>,
     counters: Counters,
     outputs: VecDeque<Output>,
+}
+
+/// The subnet in the kernel: pods live in it, whatever the table says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum InUse {
+    /// Nothing was heard from the kernel since the start.
+    Unknown,
+    Nothing,
+    Subnet(Ipv4Net),
+}
+
+/// A copy of this node, as last heard of.
+struct CloneSeen {
+    address: SocketAddr,
+    at: Time,
+}
+
+/// What was last asked of the kernel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Asked {
+    Nothing,
+    Overlay(View),
+    Withdraw,
 }
 
 /// The cluster this node belongs to.
@@ -112,15 +153,24 @@ struct Calls {
     open: BTreeMap<CallId, Purpose>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 enum Purpose {
     Hello {
         seed: usize,
     },
-    Compare,
-    Exchange,
+    Compare {
+        partner: Target,
+    },
+    Exchange {
+        partner: Target,
+        with: NodeId,
+    },
     Grant {
         donor: NodeId,
+    },
+    /// Is a suspect alive?
+    AreYouThere {
+        node: NodeId,
     },
     /// Is the heir there?
     AskHeir {
@@ -128,6 +178,10 @@ enum Purpose {
     },
     Handover {
         keeper: NodeId,
+    },
+    Acknowledge {
+        node: NodeId,
+        forgets: Vec<Forget>,
     },
 }
 
@@ -144,6 +198,16 @@ pub struct Counters {
     /// Frames and answers that could not be read.
     pub malformed: u64,
     pub grants: u64,
+    /// Times that a forgotten node's slots were taken over.
+    pub reclaims: u64,
+    /// Records of this node's own that it did not remember: its state directory was rolled back.
+    pub rollbacks: u64,
+    /// Times that gossip called a member down.
+    pub downs: u64,
+    /// Leases of its own that it did not need and made spares.
+    pub surplus: u64,
+    /// Late grants of forgotten nodes, passed on to their heirs.
+    pub declined: u64,
     /// Rounds of comparison that ended in "same" / "different".
     pub syncs_same: u64,
     pub syncs_different: u64,
@@ -156,6 +220,7 @@ impl Node {
             Input::Message { from, bytes } => self.handle_message(now, from, &bytes),
             Input::Request { from, reply, bytes } => self.serve(now, from, reply, &bytes),
             Input::Answer { call, result } => self.handle_answer(now, call, result),
+            Input::InUse(subnet) => self.on_in_use(now, subnet),
             Input::Timeout => self.membership.handle_timeout(now),
             Input::Command(Command::Leave) => self.start_leaving(),
             Input::Command(Command::Sync) => self.sync.hasten(now),
@@ -176,6 +241,7 @@ impl Node {
             self.next_join_step(),
             self.next_lease_step(),
             self.next_leave_step(),
+            self.next_forget_step(),
             self.push.due(),
             self.home.as_ref().map(|_| self.sync.due()),
             self.dirty.lazy_at,
@@ -185,9 +251,15 @@ impl Node {
 
     /// Everything that is due by time or follows from the last input.
     fn advance(&mut self, now: Time) {
+        let may_write = self.may_write();
+        if std::mem::replace(&mut self.could_write, may_write) != may_write {
+            self.recheck_lease(now);
+            self.recheck_forgets(now);
+        }
         self.step_join(now);
         self.step_lease(now);
         self.step_leave(now);
+        self.step_forget(now);
         self.step_sync(now);
         self.drain_membership(now);
         self.write_changes(now);
@@ -197,6 +269,9 @@ impl Node {
 
     fn handle_message(&mut self, now: Time, from: NodeId, bytes: &[u8]) {
         let Some(cluster) = self.cluster_id() else { return };
+        if self.directory.forgotten(from).is_some() {
+            return;
+        }
         match Frame::decode(bytes) {
             Ok((theirs, _)) if theirs != cluster => {
                 self.note_foreign(from, theirs);
@@ -228,10 +303,32 @@ impl Node {
         match purpose {
             Purpose::Hello { seed } => self.on_hello_answer(now, seed, answer),
             Purpose::Grant { donor } => self.on_grant_answer(now, donor, answer),
-            Purpose::Compare => self.on_compare_answer(now, answer),
-            Purpose::Exchange => self.on_exchange_answer(now, answer),
+            Purpose::Compare { partner } => self.on_compare_answer(now, partner, answer),
+            Purpose::Exchange { partner, with } => {
+                self.on_exchange_answer(now, partner, with, answer);
+            }
+            Purpose::AreYouThere { node } => match answer {
+                Ok((from, Response::Here(alive)))
+                    if from == node && alive.identity.node == node =>
+                {
+                    self.membership.absolve(now, &alive);
+                }
+                Ok((from, _)) => self.note_malformed(from, &"no answer to a suspicion"),
+                Err(error) => tracing::debug!(%node, %error, "a suspect does not answer"),
+            },
             Purpose::AskHeir { heir } => self.on_heir_answer(heir, answer),
             Purpose::Handover { keeper } => self.on_handover_answer(now, keeper, answer),
+            Purpose::Acknowledge { node, forgets } => {
+                self.on_acknowledgement(now, node, &forgets, answer);
+            }
+        }
+    }
+
+    fn on_in_use(&mut self, now: Time, subnet: Option<Ipv4Net>) {
+        self.in_use = subnet.map_or(InUse::Nothing, InUse::Subnet);
+        match subnet {
+            Some(_) => self.recheck_lease(now),
+            None => self.on_withdrawn(),
         }
     }
 
@@ -247,8 +344,18 @@ impl Node {
                         self.sync.hasten(now);
                     }
                 }
+                Notice::Suspect(suspicion) => {
+                    let node = suspicion.identity.node;
+                    let request = Request::AreYouThere(suspicion);
+                    self.call_member(node, Purpose::AreYouThere { node }, &request);
+                }
                 Notice::Down(node) => {
+                    self.counters.downs += 1;
                     tracing::info!(%node, name = self.name_of(node), "member down");
+                    self.replace_predecessor(now);
+                    if planted(Bug::DownFreesSlots) {
+                        self.vouch(now, node, true);
+                    }
                 }
                 Notice::Renewed(identity) => {
                     tracing::debug!(?identity.incarnation, "identity renewed");
@@ -304,6 +411,16 @@ impl Node {
         self.me.address
     }
 
+    /// Who owns which slot, as far as this node knows.
+    pub fn slots(&self) -> Option<&[Run]> {
+        self.home.as_ref().map(|home| home.slots.runs())
+    }
+
+    /// Hashes of everything that members agree on.
+    pub fn roots(&self) -> Roots {
+        self.buckets().roots()
+    }
+
     fn cluster_id(&self) -> Option<ClusterId> {
         self.home.as_ref().map(|home| home.cluster.id)
     }
@@ -313,7 +430,8 @@ impl Node {
         self.directory.peers(self.me.node).next().is_none()
     }
 
-    fn name_of(&self, node: NodeId) -> &str {
+    /// "?" for one that is not known.
+    pub fn name_of(&self, node: NodeId) -> &str {
         self.directory.get(node).map_or("?", |record| record.name.as_str())
     }
 

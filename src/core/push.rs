@@ -24,6 +24,7 @@ const MAX_PENDING: usize = 4096;
 pub(super) struct PushQueue {
     members: BTreeSet<NodeId>,
     slots: Vec<Run>,
+    forgets: BTreeSet<NodeId>,
     /// Where the news came from; if all came from one node, that node is left out.
     sources: BTreeSet<Option<NodeId>>,
     due: Option<Time>,
@@ -39,6 +40,7 @@ impl PushQueue {
         }
         self.members.extend(news.members.iter().map(|record| record.node));
         self.slots.extend_from_slice(&news.slots);
+        self.forgets.extend(news.forgets.iter().map(|forget| forget.node));
         self.sources.insert(from);
         let earliest = self.last.map_or(now, |last| now.max(last + GATHER));
         self.due.get_or_insert(earliest);
@@ -61,7 +63,13 @@ impl Node {
         let members: Vec<_> =
             queue.members.iter().filter_map(|node| self.directory.get(*node).cloned()).collect();
         let known = members.iter().filter_map(|record| active.get(&record.node).copied());
-        let facts = Facts { active: known.collect(), members, slots: queue.slots };
+        let forgets = queue.forgets.iter().filter_map(|node| self.directory.forgotten(*node));
+        let facts = Facts {
+            active: known.collect(),
+            forgets: forgets.copied().collect(),
+            members,
+            slots: queue.slots,
+        };
         let only_source = match queue.sources.iter().collect::<Vec<_>>()[..] {
             [Some(source)] => Some(*source),
             _ => None,

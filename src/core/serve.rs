@@ -4,12 +4,13 @@ use std::collections::BTreeSet;
 
 use crate::{
     model::{ClusterId, Identity, NodeId, Run, Time},
-    wire::{Facts, Frame, GrantWish, Hello, Refusal, Request, Response, Welcome},
+    wire::{Facts, Frame, GrantWish, Hello, Key, Refusal, Request, Response, Welcome},
 };
 
 use super::{
     Home, Node, Output, ReplyId,
     directory::MAX_MEMBERS,
+    planted::{Bug, planted},
     slots::{Change, Grant},
 };
 
@@ -43,13 +44,19 @@ impl Node {
             // A leaver whose records nobody had accepted yet may still bring them.
             _ if matches!(request, Request::Handover(_)) => None,
             _ if self.directory.get(from).is_some_and(|record| record.left) => Some(Refusal::Left),
-            _ => None,
+            _ => {
+                let forget = self.directory.forgotten(from);
+                forget.map(|forget| Refusal::Forgotten { heir: forget.heir })
+            }
         };
         if let Some(refusal) = refused {
             return Response::Refused(refusal);
         }
         match request {
             Request::Hello(hello) => self.on_hello(now, from, hello),
+            Request::AreYouThere(suspicion) => {
+                Response::Here(self.membership.refute(now, &suspicion))
+            }
             Request::Compare(roots) => {
                 let ours = self.buckets();
                 if ours.roots() == roots {
@@ -65,12 +72,20 @@ impl Node {
                 Ok(facts) => Response::Granted(facts),
                 Err(refusal) => Response::Refused(refusal),
             },
+            Request::Acknowledge { forgets, buckets } => {
+                let lacks = self.facts_in(buckets.differing(&self.buckets()));
+                self.learn(now, &Facts { forgets, ..Facts::default() }, Some(from));
+                // Known before, it may still wait to be flushed.
+                self.dirty.mark(Key::Member(from), true);
+                Response::Acknowledged(lacks)
+            }
             _ if self.leaving.is_some() => Response::Refused(Refusal::Leaving),
             Request::BeMyHeir => Response::Accepted,
             Request::Handover(facts) => {
                 self.learn(now, &facts, Some(from));
-                // Whoever hands over wipes its own copy next: none of this may wait to be written.
-                self.dirty.durable |= !self.dirty.keys.is_empty();
+                // Whoever hands over wipes its own copy next: none of this may wait to be flushed, and
+                // neither may what was learned of it before.
+                self.dirty.mark(Key::Member(from), true);
                 Response::Accepted
             }
         }
@@ -108,8 +123,11 @@ impl Node {
     /// Gives `to` a slot of this node's own. The answer waits for the write.
     fn grant(&mut self, now: Time, to: NodeId, wish: GrantWish) -> Result<Facts, Refusal> {
         let me = self.me.node;
-        if !self.sync.synced() {
+        if !self.sync.synced() && !planted(Bug::DonateBeforeSync) {
             return Err(Refusal::NotSynced);
+        }
+        if self.clone.is_some() {
+            return Err(Refusal::Cloned);
         }
         let Some(home) = self.home.as_mut().filter(|_| self.leaving.is_none()) else {
             return Err(Refusal::NotReady);
@@ -161,7 +179,10 @@ impl Node {
             return;
         }
         self.note_slots(&changes);
-        let slots = changes.into_iter().map(|(run, _)| run).collect();
+        // As they are now: of two changes of one slot only the last one is on disk.
+        let Some(home) = &self.home else { return };
+        let slots = changes.iter().flat_map(|(run, _)| home.slots.range(run.start.0, run.end()));
+        let slots = slots.collect();
         self.push.add(now, &Facts { slots, ..Facts::default() }, None);
         self.sync.unsettle(now);
         self.recheck_lease(now);
@@ -172,12 +193,13 @@ impl Node {
         Response::Refused(Refusal::Unreadable(error.to_string()))
     }
 
-    /// Everything there is, for a node that knows nothing.
-    fn everything(&self, home: &Home) -> Facts {
+    /// Everything there is, for a node that knows nothing, or from one that will soon know nothing.
+    pub(super) fn everything(&self, home: &Home) -> Facts {
         Facts {
             members: self.directory.iter().cloned().collect(),
             slots: home.slots.runs().to_vec(),
             active: self.membership.active().into_values().collect(),
+            forgets: self.directory.forgets().copied().collect(),
         }
     }
 }

@@ -12,7 +12,13 @@ use crate::{
     wire::{Buckets, Refusal},
 };
 
-use super::rank::{slot_score, state_hash};
+use super::{
+    planted::{Bug, planted},
+    rank::{slot_score, state_hash},
+};
+
+/// The epoch counts an owner's records in its lower half, and how often the slot was reclaimed in its upper.
+const GENERATION_SHIFT: u32 = 32;
 
 /// Records of all slots of one pool, as maximal runs in slot order.
 #[derive(Clone, Debug)]
@@ -100,6 +106,12 @@ impl SlotTable {
         for run in theirs {
             for (part, ours) in self.overlaps(*run) {
                 match ours {
+                    Some(ours)
+                        if planted(Bug::MergeByLowerEpoch) && ours.epoch > part.record.epoch =>
+                    {
+                        self.set(part);
+                        merged.changed.push((part, Some(ours)));
+                    }
                     Some(ours) if ours == part.record || ours.epoch > part.record.epoch => {}
                     Some(ours) if ours.epoch == part.record.epoch => {
                         self.settle(part, ours, &mut merged);
@@ -123,7 +135,7 @@ impl SlotTable {
         prefer: Option<Slot>,
     ) -> Result<Grant, Refusal> {
         let known: Vec<Run> = self.runs_of(to).copied().collect();
-        if !known.is_empty() {
+        if !known.is_empty() && !planted(Bug::GrantAgainAnew) {
             return Ok(Grant::Again(known));
         }
         let preferred_elsewhere = prefer
@@ -162,6 +174,32 @@ impl SlotTable {
             .collect()
     }
 
+    /// Makes spares of `me` of everything that the forgotten node `gone` owned. The new epochs outrank any
+    /// that it, or somebody to whom it granted, or an heir of an earlier round, can have written.
+    pub fn reclaim(&mut self, me: NodeId, gone: NodeId, round: u32) -> Vec<Change> {
+        let owned: Vec<Run> = self.runs_of(gone).copied().collect();
+        let mut changes = Vec::new();
+        for run in owned {
+            let generation = (run.record.epoch >> GENERATION_SHIFT) + u64::from(round);
+            let epoch = if planted(Bug::ReclaimKeepsGeneration) {
+                run.record.epoch + 1
+            } else {
+                generation << GENERATION_SHIFT
+            };
+            let record = SlotRecord { epoch, owner: me, state: SlotState::Spare, granter: me };
+            let new = Run { record, ..run };
+            self.set(new);
+            changes.push((new, Some(run.record)));
+        }
+        changes
+    }
+
+    /// Gives slots that `me` owns and never used to `heir`.
+    pub fn pass_on(&mut self, run: Run, me: NodeId, heir: NodeId) -> Option<Change> {
+        (self.record(run.start)? == run.record)
+            .then(|| self.rewrite(run.start, run.len, me, heir, SlotState::Spare))
+    }
+
     /// The bucket of a slot: equal, contiguous parts of the pool, so that runs stay whole.
     pub fn bucket_of(&self, slot: Slot) -> usize {
         (slot.0.saturating_sub(*self.pool.slots().start()) / self.bucket_width()) as usize
@@ -171,7 +209,12 @@ impl SlotTable {
     pub fn bucket(&self, bucket: usize) -> Vec<Run> {
         let width = self.bucket_width();
         let start = self.pool.slots().start() + bucket as u32 * width;
-        self.runs.iter().filter_map(|run| clip(run, start, start.saturating_add(width))).collect()
+        self.range(start, start.saturating_add(width)).collect()
+    }
+
+    /// The runs in `[start, end)`, cut at its borders.
+    pub fn range(&self, start: u32, end: u32) -> impl Iterator<Item = Run> + '_ {
+        self.runs.iter().filter_map(move |run| clip(run, start, end))
     }
 
     /// One hash per bucket; equal tables have equal hashes.
@@ -233,7 +276,8 @@ impl SlotTable {
     ) -> Change {
         let before = self.record(start);
         debug_assert!(before.is_some_and(|r| r.owner == me), "only the owner writes {start:?}");
-        let epoch = before.map_or(0, |record| record.epoch + 1);
+        let raise = u64::from(!planted(Bug::SameEpoch) || owner == me);
+        let epoch = before.map_or(0, |record| record.epoch + raise);
         let run = Run { start, len, record: SlotRecord { epoch, owner, state, granter: me } };
         self.set(run);
         (run, before)

@@ -1,15 +1,18 @@
 //! What a node can say about itself and the cluster: a picture for people and tests, never for decisions.
 
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, SocketAddr},
+};
 
 use ipnet::Ipv4Net;
 use serde::Serialize;
 
 use crate::model::{
-    ClusterId, ClusterSettings, Mac, MemberRecord, NodeId, NodeName, Run, SlotState,
+    ClusterId, ClusterSettings, Mac, MemberRecord, NodeId, NodeName, Run, Slot, SlotState,
 };
 
-use super::{Counters, Liveness, Node};
+use super::{Counters, Liveness, Node, Reclaiming};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -38,6 +41,10 @@ pub struct NodeStatus {
     /// A comparison with a peer has succeeded since the start (or there is no peer).
     pub synced: bool,
     pub members: Vec<MemberStatus>,
+    /// Spare subnets, as ranges.
+    pub spares: Vec<SpareRange>,
+    /// Forgotten nodes whose subnets are not back in the pool yet.
+    pub reclaiming: Vec<Reclaiming>,
     /// What stands in the way, as sentences.
     pub problems: Vec<String>,
     pub counters: Counters,
@@ -51,6 +58,17 @@ pub struct SlotCounts {
     pub own_spare: u32,
 }
 
+/// Spare subnets in a row, of one owner.
+#[derive(Clone, Debug, Serialize)]
+pub struct SpareRange {
+    pub first: Ipv4Net,
+    pub last: Ipv4Net,
+    pub count: u32,
+    pub node: NodeId,
+    pub name: String,
+    pub liveness: Option<Liveness>,
+}
+
 #[derive(Clone, Debug, Serialize)]
 pub struct MemberStatus {
     pub node: NodeId,
@@ -59,6 +77,7 @@ pub struct MemberStatus {
     /// None: gossip knows nothing of it (any more): not met since the start, or down for a day.
     pub liveness: Option<Liveness>,
     pub left: bool,
+    pub forgotten: bool,
     pub address: SocketAddr,
     pub underlay: IpAddr,
     pub vtep_mac: Mac,
@@ -95,6 +114,8 @@ impl Node {
             settled: alone || self.sync.settled(),
             synced: alone || self.sync.synced(),
             members: self.member_statuses(),
+            spares: self.spares(),
+            reclaiming: self.reclaiming(),
             problems: self.problems(phase),
             counters: self.counters,
         }
@@ -119,6 +140,7 @@ impl Node {
                     opinions.get(&record.node).copied()
                 },
                 left: record.left,
+                forgotten: self.directory.forgotten(record.node).is_some(),
                 address: record.address,
                 underlay: record.vtep.underlay,
                 vtep_mac: record.vtep.mac,
@@ -133,6 +155,48 @@ impl Node {
         members
     }
 
+    fn spares(&self) -> Vec<SpareRange> {
+        let Some(home) = &self.home else { return Vec::new() };
+        let pool = home.cluster.settings.pool;
+        let opinions = self.membership.opinions();
+        let liveness = |node: NodeId| match node == self.me.node {
+            true => Some(Liveness::Alive),
+            false => opinions.get(&node).copied(),
+        };
+        let spares = home.slots.runs().iter().filter(|run| run.record.state == SlotState::Spare);
+        spares
+            .map(|run| SpareRange {
+                first: pool.subnet(run.start),
+                last: pool.subnet(Slot(run.end().saturating_sub(1))),
+                count: run.len,
+                node: run.record.owner,
+                name: self.name_of(run.record.owner).to_owned(),
+                liveness: liveness(run.record.owner),
+            })
+            .collect()
+    }
+
+    /// Who has spares that this node cannot have, and what helps.
+    fn stranded(&self) -> Option<String> {
+        let spares = self.spares();
+        let count = |alive: bool| -> u32 {
+            let reachable =
+                |spare: &&SpareRange| (spare.liveness == Some(Liveness::Alive)) == alive;
+            spares.iter().filter(reachable).map(|spare| spare.count).sum()
+        };
+        let (reachable, stranded) = (count(true), count(false));
+        if reachable > 0 || stranded == 0 {
+            return None;
+        }
+        let away: BTreeSet<&str> = spares.iter().map(|spare| spare.name.as_str()).collect();
+        let names = away.iter().copied().collect::<Vec<_>>().join(", ");
+        let example = away.first().copied().unwrap_or_default();
+        Some(format!(
+            "no reachable member has a spare subnet, and {stranded} are spare at members that do not answer \
+             ({names}): bring one back, or if it is gone for good, run `gossamer forget {example}`"
+        ))
+    }
+
     fn problems(&self, phase: Phase) -> Vec<String> {
         let mut problems = Vec::new();
         if phase == Phase::Joining {
@@ -143,14 +207,26 @@ impl Node {
         }
         if let (Phase::Leaseless, Some(home)) = (phase, &self.home) {
             problems.extend(home.search.refusal.iter().map(|r| format!("no subnet yet: {r}")));
+            problems.extend(self.stranded());
         }
-        if self.counters.clones > 0 {
-            problems.push(
-                "another process runs with this node's key: its state directory was copied; \
-                 stop one of the two, remove its state directory, restart the other, and let the first \
-                 join as a new node"
-                    .to_owned(),
-            );
+        if let Some(clone) = &self.clone {
+            problems.push(format!(
+                "this node's key is in use twice, at {} and at {}: its state directory was copied. Neither \
+                 grants subnets until you run `gossamer reset-identity` on one of the two",
+                self.me.address, clone.address
+            ));
+        }
+        if self.counters.rollbacks > 0 {
+            problems.push(format!(
+                "peers hold {} records that this node wrote and does not remember: its state directory \
+                 was rolled back to an older copy{}",
+                self.counters.rollbacks,
+                if self.may_write() {
+                    "; all members were asked since, and it has caught up"
+                } else {
+                    "; it grants nothing until it has compared with all members"
+                }
+            ));
         }
         if self.counters.violations > 0 {
             problems.push(format!(

@@ -13,15 +13,20 @@ use crate::{
     wire::{Buckets, Facts, Request, Response, Roots},
 };
 
-use super::{Answer, CallError, Node, Purpose, Target, rank::state_hash};
+use super::{
+    Answer, CallError, Node, Purpose, Target,
+    planted::{Bug, planted},
+    rank::state_hash,
+};
 
 /// Between rounds when the last one found no difference.
 const CALM: Duration = Duration::from_secs(10);
 /// Between rounds while something has changed, or differed, since: doubling from the first to the last.
 const BUSY_FIRST: Duration = Duration::from_millis(200);
 const BUSY_LAST: Duration = Duration::from_secs(1);
-/// Between tries until the first comparison since the start has succeeded.
+/// Between rounds right after the start, and while this node's own memory is in doubt.
 const FIRST: Duration = Duration::from_millis(250);
+const FIRST_ROUNDS: u64 = 64;
 
 /// Whether this node's own memory may lack records that it wrote, and who can tell. While in doubt it
 /// writes no new ones.
@@ -37,26 +42,46 @@ pub(super) enum Doubt {
 
 pub(super) struct SyncRound {
     due: Time,
-    /// Whom the round under way is with, and who answered there.
-    partner: Option<Target>,
-    answered: Option<NodeId>,
+    /// Whether a comparison is under way with a member, and with a seed: one that is silent for long must not
+    /// hold up the other.
+    open: Open,
     /// A peer's state equalled ours after our last change.
     settled: bool,
     /// The present pause between rounds, while not settled.
     busy: Duration,
     doubt: Doubt,
+    /// Members compared with since the start: what the table says of their slots was true at that moment.
+    heard: BTreeSet<NodeId>,
+    /// There are active members among those who were not heard.
+    curious: bool,
     rounds: u64,
     /// Which node answers at each seed, once known.
     seeds: Vec<Option<NodeId>>,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Open {
+    member: bool,
+    seed: bool,
+}
+
+impl Open {
+    const fn with(&mut self, partner: Target) -> &mut bool {
+        match partner {
+            Target::Member { .. } => &mut self.member,
+            Target::Seed(_) => &mut self.seed,
+        }
+    }
 }
 
 impl SyncRound {
     pub(super) fn new(now: Time, seeds: usize, doubt: Doubt) -> Self {
         Self {
             doubt,
+            heard: BTreeSet::new(),
+            curious: true,
             due: now,
-            partner: None,
-            answered: None,
+            open: Open::default(),
             settled: false,
             busy: BUSY_FIRST,
             rounds: 0,
@@ -71,6 +96,10 @@ impl SyncRound {
     /// This node's memory of what it wrote itself is beyond doubt.
     pub(super) fn synced(&self) -> bool {
         self.doubt == Doubt::None
+    }
+
+    pub(super) fn heard(&self, node: NodeId) -> bool {
+        self.heard.contains(&node)
     }
 
     pub(super) fn doubt(&mut self, doubt: Doubt) {
@@ -113,6 +142,17 @@ impl SyncRound {
         }
     }
 
+    pub(super) fn lose_witness(&mut self, node: NodeId, peers: impl Fn() -> BTreeSet<NodeId>) {
+        let (Doubt::AnyOf(witnesses) | Doubt::AllOf(witnesses)) = &mut self.doubt else { return };
+        witnesses.remove(&node);
+        if witnesses.is_empty() {
+            self.doubt = match (&self.doubt, peers()) {
+                (Doubt::AnyOf(_), peers) if !peers.is_empty() => Doubt::AllOf(peers),
+                _ => Doubt::None,
+            };
+        }
+    }
+
     /// Whom to ask first.
     fn witnesses(&self) -> Option<&BTreeSet<NodeId>> {
         match &self.doubt {
@@ -121,42 +161,54 @@ impl SyncRound {
         }
     }
 
-    /// A comparison with `peer` succeeded; `same` if it found no difference.
-    pub(super) fn complete(&mut self, now: Time, peer: NodeId, same: bool) {
-        self.partner = None;
+    /// This node is not sure of its own memory yet, or has only just begun to hear the others.
+    fn is_new(&self) -> bool {
+        !self.synced() || self.curious && self.rounds < FIRST_ROUNDS
+    }
+
+    fn complete(&mut self, now: Time, peer: NodeId, same: bool) {
+        self.heard.insert(peer);
         self.witness(peer);
         self.settled = same;
-        self.due = now + if same { CALM } else { self.busy };
+        self.due = now
+            + match same {
+                _ if self.is_new() => FIRST,
+                true if self.curious => BUSY_LAST,
+                true => CALM,
+                false => self.busy,
+            };
     }
 }
 
 impl Node {
     pub(super) fn step_sync(&mut self, now: Time) {
+        self.forgive_clone(now);
         if self.home.is_none() || now < self.sync.due {
             return;
         }
-        let base = match (self.sync.synced(), self.sync.settled) {
-            (false, _) => FIRST,
-            (true, true) => CALM,
-            (true, false) => self.sync.busy,
+        let base = match self.sync.settled {
+            _ if self.sync.is_new() => FIRST,
+            true if self.sync.curious => BUSY_LAST,
+            true => CALM,
+            false => self.sync.busy,
         };
         self.sync.busy = (self.sync.busy * 2).min(BUSY_LAST);
         self.sync.due = now + self.jittered(base);
-        if self.sync.partner.is_some() {
-            return;
-        }
         self.sync.rounds += 1;
-        let Some(partner) = self.choose_partner() else {
-            self.sync.settled = self.is_alone();
-            return;
-        };
-        self.sync.partner = Some(partner);
+        let me = self.me.node;
+        let active = self.membership.active();
+        self.sync.curious = active.keys().any(|node| *node != me && !self.sync.heard(*node));
+        if self.is_alone() {
+            self.sync.settled = true;
+        }
+        let Some(partner) = self.choose_partner() else { return };
+        *self.sync.open.with(partner) = true;
         let request = Request::Compare(self.buckets().roots());
-        self.call(partner, Purpose::Compare, &request);
+        self.call(partner, Purpose::Compare { partner }, &request);
     }
 
-    /// Mostly active members, those first who can end a doubt; every fourth round anybody; a seed that is
-    /// not in view every other one.
+    /// Mostly active members, those first who can end a doubt or were not heard yet; every fourth round
+    /// anybody; a seed that is not in view every other one.
     fn choose_partner(&mut self) -> Option<Target> {
         let me = self.me.node;
         let rounds = self.sync.rounds;
@@ -166,70 +218,90 @@ impl Node {
                     .is_none_or(|node| node != me && !self.membership.is_active(node))
             })
             .collect();
-        let witness = |node: &NodeId| self.sync.witnesses().is_none_or(|set| set.contains(node));
-        let any = rounds.is_multiple_of(4);
+        let witness = |node: &NodeId| match self.sync.witnesses() {
+            Some(witnesses) => witnesses.contains(node),
+            None => !self.sync.heard.contains(node),
+        };
+        let any = rounds.is_multiple_of(4) && !planted(Bug::NoAnnounceAfterHeal);
         let rng = &mut self.rng;
         let peers = || self.directory.peers(me);
         let peer = peers()
             .filter(|record| any || self.membership.is_active(record.node))
             .filter(|record| witness(&record.node))
             .choose(rng)
-            .or_else(|| peers().choose(rng))
+            .or_else(|| peers().filter(|_| !planted(Bug::NoAnnounceAfterHeal)).choose(rng))
+            .filter(|_| !self.sync.open.member)
             .map(|record| Target::Member { node: record.node, address: record.address });
         let turn = (rounds / 2) as usize;
-        if !missing.is_empty() && (!rounds.is_multiple_of(2) || peer.is_none()) {
+        let missing = if planted(Bug::NoAnnounceAfterHeal) { Vec::new() } else { missing };
+        if !missing.is_empty()
+            && !self.sync.open.seed
+            && (!rounds.is_multiple_of(2) || peer.is_none())
+        {
             return Some(Target::Seed(missing[turn % missing.len()]));
         }
         peer
     }
 
-    pub(super) fn on_compare_answer(&mut self, now: Time, answer: Answer) {
-        let Some(partner) = self.sync.partner else { return };
+    /// A comparison with `peer` succeeded; `same` if it found no difference.
+    pub(super) fn compared(&mut self, now: Time, peer: NodeId, same: bool) {
+        // An entry in the kernel may be judged by its owner's word now.
+        self.view_stale |= !self.sync.heard(peer);
+        self.sync.complete(now, peer, same);
+    }
+
+    pub(super) fn on_compare_answer(&mut self, now: Time, partner: Target, answer: Answer) {
+        *self.sync.open.with(partner) = false;
         if let (Target::Seed(seed), Ok((from, _))) = (partner, &answer) {
             self.sync.note_seed(seed, *from);
         }
         match answer {
             Ok((from, Response::Same)) => {
                 self.counters.syncs_same += 1;
-                self.sync.complete(now, from, true);
+                self.compared(now, from, true);
+                self.recheck_forgets(now);
+                self.replace_predecessor(now);
             }
             Ok((from, Response::Differ(theirs))) => {
                 self.counters.syncs_different += 1;
-                self.sync.answered = Some(from);
                 let buckets = self.buckets().differing(&theirs);
                 let facts = self.facts_in(buckets);
                 let identity = self.membership.identity();
                 let request = Request::Exchange { buckets, identity, facts };
-                // By its record, if there is one: a seed's name may lead to another node next time.
-                let partner = self.target(from).unwrap_or(partner);
-                self.call(partner, Purpose::Exchange, &request);
+                // To the same place: of a member that has moved our record may be old.
+                *self.sync.open.with(partner) = true;
+                self.call(partner, Purpose::Exchange { partner, with: from }, &request);
             }
             Ok((from, Response::Refused(refusal))) => {
                 tracing::warn!(peer = %from, %refusal, "comparison refused");
-                self.sync.partner = None;
+                self.on_expulsion(&refusal);
             }
             Ok((from, _)) => {
                 self.note_malformed(from, &"no answer to a comparison");
-                self.sync.partner = None;
             }
             Err(error) => {
                 if let (Target::Seed(seed), CallError::Myself) = (partner, &error) {
                     self.sync.note_seed(seed, self.me.node);
                 }
                 tracing::debug!(?partner, %error, "no comparison");
-                self.sync.partner = None;
             }
         }
     }
 
-    pub(super) fn on_exchange_answer(&mut self, now: Time, answer: Answer) {
-        self.sync.partner = None;
+    pub(super) fn on_exchange_answer(
+        &mut self,
+        now: Time,
+        partner: Target,
+        with: NodeId,
+        answer: Answer,
+    ) {
+        *self.sync.open.with(partner) = false;
         match answer {
             Ok((from, Response::Facts { facts, holds_you_down })) => {
                 self.learn(now, &facts, Some(from));
                 // Facts are facts from anybody, but only whoever was compared with has told all it had.
-                if self.sync.answered.take() == Some(from) {
-                    self.sync.complete(now, from, false);
+                if from == with {
+                    self.compared(now, from, false);
                 }
                 if holds_you_down {
                     self.membership.renew(now);
@@ -254,9 +326,11 @@ impl Node {
         let wanted = |bucket: &usize| mask & (1 << bucket) != 0;
         let buckets: Vec<usize> = (0..Buckets::COUNT).filter(wanted).collect();
         let members = buckets.iter().flat_map(|b| self.directory.bucket(*b).cloned()).collect();
+        let forgets = buckets.iter().flat_map(|b| self.directory.forgets_in(*b).copied()).collect();
         let slots = self
             .home
             .iter()
+            .filter(|_| !planted(Bug::NeverExchangeSlots))
             .flat_map(|home| buckets.iter().flat_map(|bucket| home.slots.bucket(*bucket)))
             .collect();
         let active = self
@@ -265,7 +339,7 @@ impl Node {
             .into_values()
             .filter(|identity| wanted(&Buckets::of_node(identity.node)))
             .collect();
-        Facts { members, slots, active }
+        Facts { members, slots, active, forgets }
     }
 }
 

@@ -1,12 +1,16 @@
 //! What the kernel must know: the converged state, boiled down to tunnels and subnets.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, net::Ipv4Addr, ops::RangeInclusive};
 
 use ipnet::Ipv4Net;
 
 use crate::model::{ClusterSettings, MemberRecord, NodeId, Slot, SlotState, Vtep};
 
-use super::{Home, Node, Output};
+use super::{
+    Asked, Home, Node, Output,
+    leave::Leaving,
+    planted::{Bug, planted},
+};
 
 /// One node's picture of the overlay. Equal views mean equal kernel tables.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -15,9 +19,10 @@ pub struct View {
     pub own: Own,
     /// Every member with a lease, whether it is alive or not: being down is an opinion.
     pub peers: BTreeMap<NodeId, Peer>,
-    /// Whether entries of nobody's may be removed: not before the first comparison with a peer since
-    /// the start, lest an old database sweeps away a newer member.
-    pub sweep: bool,
+    /// Where entries that are in no peer's name must stay: addresses of slots about which nobody was heard
+    /// since the start who can know. A process that was killed may have programmed more than its disk
+    /// remembers, and removing that would cut off a member that works.
+    pub unheard: Vec<RangeInclusive<Ipv4Addr>>,
 }
 
 /// This node's end of the tunnels.
@@ -39,19 +44,30 @@ impl Node {
     /// Asks for the kernel to be made equal to the view, if the view changed. What this node says it
     /// owns is used only once that is on its own disk.
     pub(super) fn program(&mut self) {
-        let sweep_is_new = self.programmed.as_ref().is_some_and(|v| v.sweep != self.may_sweep());
-        if !std::mem::take(&mut self.view_stale) && !sweep_is_new {
+        if !std::mem::take(&mut self.view_stale) {
             return;
         }
-        let Some(view) = self.view() else { return };
-        if self.programmed.as_ref() != Some(&view) {
-            self.programmed = Some(view.clone());
+        let Some(view) = self.view() else {
+            let goes = self.leaving.as_ref().is_some_and(Leaving::withdraws);
+            if goes && self.asked == Asked::Nothing || matches!(self.asked, Asked::Overlay(_)) {
+                self.asked = Asked::Withdraw;
+                self.outputs.push_back(Output::Withdraw);
+            }
+            return;
+        };
+        let asked = Asked::Overlay(view.clone());
+        if self.asked != asked {
+            self.asked = asked;
             self.outputs.push_back(Output::Program { view, after: self.lease_write });
         }
     }
 
+    /// None without a subnet to use: there is no lease, or it is about to be handed over.
     pub(super) fn view(&self) -> Option<View> {
         let me = self.me.node;
+        if self.leaving.as_ref().is_some_and(Leaving::withdraws) {
+            return None;
+        }
         let Home { cluster, slots, search } = self.home.as_ref()?;
         let pool = cluster.settings.pool;
         let mut leases: BTreeMap<NodeId, Vec<(Slot, Ipv4Net)>> = BTreeMap::new();
@@ -69,11 +85,46 @@ impl Node {
             settings: cluster.settings,
             own: Own { subnet, vtep: self.me.vtep },
             peers: self.directory.peers(me).filter_map(peer).collect(),
-            sweep: self.may_sweep(),
+            unheard: if planted(Bug::SweepAtOnce) { Vec::new() } else { self.unheard() },
         })
     }
 
-    pub(super) fn may_sweep(&self) -> bool {
-        self.sync.synced() || self.is_alone()
+    /// A slot's owner is the only one who can have leased it to somebody else. So what the table says of it
+    /// is the last word if the owner has been compared with, or if this node has seen it change hands
+    /// itself.
+    fn unheard(&self) -> Vec<RangeInclusive<Ipv4Addr>> {
+        let Some(home) = &self.home else { return Vec::new() };
+        let pool = home.cluster.settings.pool;
+        let mut unheard: Vec<RangeInclusive<u32>> = Vec::new();
+        let mut next = *pool.slots().start();
+        let mut add = |range: RangeInclusive<u32>| match unheard.last_mut() {
+            _ if range.is_empty() => {}
+            Some(last) if *last.end() + 1 == *range.start() => {
+                *last = *last.start()..=*range.end();
+            }
+            _ => unheard.push(range),
+        };
+        for run in home.slots.runs() {
+            // No record, so nobody was heard.
+            add(next..=run.start.0.saturating_sub(1));
+            next = run.end();
+            let owner = run.record.owner;
+            if owner == self.me.node || self.sync.heard(owner) {
+                continue;
+            }
+            let mut from = run.start.0;
+            for moved in self.moved.range(run.start..Slot(run.end())) {
+                add(from..=moved.0.saturating_sub(1));
+                from = moved.0 + 1;
+            }
+            add(from..=run.end() - 1);
+        }
+        add(next..=*pool.slots().end());
+        let addresses = |range: RangeInclusive<u32>| {
+            let (first, last) =
+                (pool.subnet(Slot(*range.start())), pool.subnet(Slot(*range.end())));
+            first.network()..=last.broadcast()
+        };
+        unheard.into_iter().map(addresses).collect()
     }
 }

@@ -7,7 +7,7 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use crate::{
-    model::{Slot, Time},
+    model::{Slot, SlotState, Time},
     wire::{Buckets, Key, Record},
 };
 
@@ -49,10 +49,20 @@ impl Node {
             for bucket in home.slots.bucket_of(first)..=home.slots.bucket_of(last) {
                 self.dirty.mark(Key::Slots(bucket as u8), mine);
             }
+            if before.is_some_and(|record| record.state == SlotState::Leased) {
+                self.moved.extend(run.slots());
+            }
             if mine {
                 self.lease_write = self.writes + 1;
             }
             self.view_stale = true;
+        }
+        let moved = |(run, before): &&Change| {
+            before.is_some_and(|old| (old.owner, old.state) != (run.record.owner, run.record.state))
+        };
+        let moved: Vec<Change> = changes.iter().filter(moved).copied().collect();
+        if !moved.is_empty() {
+            self.outputs.push_back(Output::Owned(moved));
         }
     }
 
@@ -83,6 +93,7 @@ impl Node {
                 Some(Record::Slots(self.home.as_ref()?.slots.bucket(usize::from(bucket))))
             }
             Key::Member(node) => self.directory.get(node).cloned().map(Record::Member),
+            Key::Forget(node) => self.directory.forgotten(node).copied().map(Record::Forget),
         }
     }
 
@@ -90,8 +101,12 @@ impl Node {
     pub(super) fn write_everything(&mut self) {
         let members: Vec<_> =
             self.directory.iter().map(|record| Key::Member(record.node)).collect();
+        let forgets: Vec<_> =
+            self.directory.forgets().map(|forget| Key::Forget(forget.node)).collect();
         let slots = (0..Buckets::COUNT as u8).map(Key::Slots);
-        for key in [Key::Starts, Key::Cluster].into_iter().chain(slots).chain(members) {
+        let all =
+            [Key::Starts, Key::Cluster].into_iter().chain(slots).chain(members).chain(forgets);
+        for key in all {
             self.dirty.mark(key, true);
         }
     }

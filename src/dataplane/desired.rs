@@ -11,6 +11,7 @@
 use std::{
     collections::BTreeMap,
     net::{IpAddr, Ipv4Addr},
+    ops::RangeInclusive,
 };
 
 use ipnet::Ipv4Net;
@@ -70,8 +71,8 @@ pub struct Hop {
 pub struct Desired {
     pub device: Device,
     pub tables: Tables,
-    /// Whether entries that are not in `tables` may be removed.
-    pub sweep: bool,
+    /// Addresses whose entries stay although they are not in `tables`: see [`View::unheard`].
+    pub unheard: Vec<RangeInclusive<Ipv4Addr>>,
 }
 
 /// What the view does not know: this host's end of the underlay.
@@ -105,7 +106,7 @@ impl Desired {
             link: underlay.link,
             address: view.own.subnet.network(),
         };
-        Self { device, tables, sweep: view.sweep }
+        Self { device, tables, unheard: view.unheard.clone() }
     }
 }
 

@@ -3,11 +3,14 @@
 //! - [`desired`]: view -> device and entries (pure)
 //! - [`plan`]: desired and actual -> ordered operations (pure)
 //! - `kernel`: dump and apply, by netlink
+//! - `fake`: a kernel in memory, for property tests and the simulator
 //!
 //! Nobody else touches the kernel's tables, and nothing here decides who is a peer.
 
 #[warn(clippy::disallowed_methods)]
 pub mod desired;
+#[cfg(any(test, feature = "sim"))]
+pub mod fake;
 #[cfg(feature = "agent")]
 pub mod kernel;
 #[warn(clippy::disallowed_methods)]

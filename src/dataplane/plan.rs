@@ -13,7 +13,10 @@ use std::{
 use ipnet::Ipv4Net;
 
 use super::desired::{Desired, Device, Hop, Tables};
-use crate::model::Mac;
+use crate::{
+    core::planted::{Bug, planted},
+    model::Mac,
+};
 
 /// What a dump found on our account. The kernel allows several FDB entries of one MAC and several routes
 /// to one subnet, so these are sets.
@@ -72,10 +75,12 @@ pub fn plan(desired: &Desired, actual: &Actual) -> Vec<Op> {
         // The kernel forgets the neighbours of a device whose address changes.
         actual.neighbours.clear();
     }
-    plan_additions(&desired.tables, &actual, &mut ops);
-    if desired.sweep {
-        plan_removals(&desired.tables, &actual, &mut ops);
+    if planted(Bug::RemoveBeforeAdd) {
+        ops.extend(actual.routes.iter().map(|(subnet, hop)| Op::RemoveRoute(*subnet, *hop)));
+        actual.routes.clear();
     }
+    plan_additions(&desired.tables, &actual, &mut ops);
+    plan_removals(desired, &actual, &mut ops);
     ops
 }
 
@@ -132,27 +137,38 @@ fn plan_additions(wanted: &Tables, is: &Actual, ops: &mut Vec<Op>) {
     }
 }
 
-fn plan_removals(wanted: &Tables, is: &Actual, ops: &mut Vec<Op>) {
+fn plan_removals(desired: &Desired, is: &Actual, ops: &mut Vec<Op>) {
+    let wanted = &desired.tables;
+    let stays = |address: &Ipv4Addr| desired.unheard.iter().any(|range| range.contains(address));
     for (subnet, hop) in &is.routes {
+        if stays(&subnet.network()) && !wanted.routes.contains_key(subnet) {
+            continue;
+        }
         // One with the metric of the wanted one has been replaced by it.
         if wanted.routes.get(subnet).is_none_or(|new| new.metric != hop.metric) {
             ops.push(Op::RemoveRoute(*subnet, *hop));
         }
     }
-    let gone = is.neighbours.keys().filter(|address| !wanted.neighbours.contains_key(address));
-    ops.extend(gone.map(|address| Op::RemoveNeighbour(*address)));
+    let unwanted = |address: &Ipv4Addr| !wanted.neighbours.contains_key(address);
+    let (stay, gone): (Vec<_>, Vec<_>) =
+        is.neighbours.iter().filter(|(address, _)| unwanted(address)).partition(|(a, _)| stays(a));
+    ops.extend(gone.into_iter().map(|(address, _)| Op::RemoveNeighbour(*address)));
     // Of a wanted MAC the first wrong entry has been replaced already; removing it again is no error.
-    let gone = is.fdb.iter().filter(|(mac, underlay)| wanted.fdb.get(mac) != Some(underlay));
+    let gone = is.fdb.iter().filter(|(mac, underlay)| match wanted.fdb.get(mac) {
+        Some(wanted) => wanted != underlay,
+        None => !stay.iter().any(|(_, stays)| *stays == mac),
+    });
     ops.extend(gone.map(|(mac, underlay)| Op::RemoveFdb(*mac, *underlay)));
 }
 
 #[cfg(test)]
 pub(super) mod tests {
-    use std::collections::BTreeMap;
-
     use proptest::prelude::*;
 
-    use super::{super::desired::Underlay, *};
+    use super::{
+        super::{desired::Underlay, fake::FakeKernel},
+        *,
+    };
     use crate::{
         core::{Own, Peer, View},
         model::{ClusterSettings, NodeId, Pool, PoolSpec, Slot, Vtep},
@@ -181,7 +197,7 @@ pub(super) mod tests {
             settings: ClusterSettings { pool, vni: 1, vxlan_port: 8472 },
             own: Own { subnet: pool.subnet(Slot(own.1)), vtep: vtep(own.0) },
             peers: peers.collect(),
-            sweep: true,
+            unheard: Vec::new(),
         }
     }
 
@@ -191,96 +207,6 @@ pub(super) mod tests {
 
     fn desired(members: &[(u8, u32)]) -> Desired {
         Desired::new(&view(members), &underlay())
-    }
-
-    /// A kernel, as far as a plan can tell: what each operation does to the tables.
-    #[derive(Clone, Debug, Default)]
-    struct Model {
-        device: Option<Found>,
-        fdb: BTreeSet<(Mac, IpAddr)>,
-        neighbours: BTreeMap<Ipv4Addr, Mac>,
-        routes: BTreeMap<(Ipv4Net, u32), Ipv4Addr>,
-    }
-
-    impl Model {
-        fn apply(&mut self, op: &Op) {
-            match op.clone() {
-                Op::DeleteDevice => *self = Self::default(),
-                Op::CreateDevice(device) => {
-                    assert!(self.device.is_none(), "the name is taken");
-                    let found = Found { up: false, device, foreign: false, addresses: Vec::new() };
-                    self.device = Some(found);
-                }
-                Op::SetMac(mac) => {
-                    self.found().device.mac = mac;
-                    self.neighbours.clear();
-                }
-                Op::SetMtu(mtu) => self.found().device.mtu = mtu,
-                Op::SetUp => self.found().up = true,
-                Op::AddAddress(address) => self.found().addresses.push((address, 32)),
-                Op::RemoveAddress(address, len) => {
-                    self.found().addresses.retain(|a| *a != (address, len));
-                }
-                Op::SetFdb(mac, underlay) => {
-                    // Replaces the first destination of the MAC, whichever that is.
-                    if let Some(first) = self.fdb.iter().find(|(m, _)| *m == mac).copied() {
-                        self.fdb.remove(&first);
-                    }
-                    self.fdb.insert((mac, underlay));
-                }
-                Op::SetNeighbour(address, mac) => _ = self.neighbours.insert(address, mac),
-                Op::AddRoute(subnet, hop) => {
-                    assert!(
-                        self.found().up,
-                        "the kernel refuses routes over a device that is down"
-                    );
-                    let before = self.routes.insert((subnet, hop.metric), hop.via);
-                    assert_eq!(before, None, "the kernel refuses a second route with one metric");
-                }
-                Op::ReplaceRoute(subnet, hop) => {
-                    let before = self.routes.insert((subnet, hop.metric), hop.via);
-                    assert!(before.is_some(), "only what is ours is replaced");
-                }
-                Op::RemoveRoute(subnet, hop) => _ = self.routes.remove(&(subnet, hop.metric)),
-                Op::RemoveNeighbour(address) => _ = self.neighbours.remove(&address),
-                Op::RemoveFdb(mac, underlay) => _ = self.fdb.remove(&(mac, underlay)),
-            }
-        }
-
-        fn found(&mut self) -> &mut Found {
-            self.device.as_mut().expect("the device exists")
-        }
-
-        fn actual(&self) -> Actual {
-            let routes = self.routes.iter();
-            Actual {
-                device: self.device.clone(),
-                fdb: self.fdb.clone(),
-                neighbours: self.neighbours.clone(),
-                routes: routes
-                    .map(|(&(subnet, metric), &via)| (subnet, Hop { via, metric }))
-                    .collect(),
-            }
-        }
-
-        fn holds(&self, tables: &Tables) -> bool {
-            let actual = self.actual();
-            actual.fdb == tables.fdb.clone().into_iter().collect()
-                && actual.neighbours == tables.neighbours
-                && actual.routes == tables.routes.clone().into_iter().collect()
-        }
-
-        fn settle(&mut self, desired: &Desired) {
-            plan(desired, &self.actual()).iter().for_each(|op| self.apply(op));
-        }
-
-        /// Where a packet to `subnet` ends: route, then neighbour, then FDB.
-        fn forward(&self, subnet: Ipv4Net) -> Option<IpAddr> {
-            let mut routes = self.routes.range((subnet, 0)..=(subnet, u32::MAX));
-            let via = routes.next()?.1;
-            let mac = self.neighbours.get(via)?;
-            self.fdb.iter().find(|(known, _)| known == mac).map(|(_, underlay)| *underlay)
-        }
     }
 
     #[test]
@@ -297,46 +223,48 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn without_leave_to_sweep_nothing_is_removed() {
-        let mut kernel = Model::default();
+    fn nothing_is_removed_of_slots_about_which_nobody_was_heard() {
+        let mut kernel = FakeKernel::default();
         kernel.settle(&desired(&[(1, 9), (2, 7), (3, 8)]));
-        let timid = Desired { sweep: false, ..desired(&[(1, 9), (2, 7)]) };
-        assert_eq!(plan(&timid, &kernel.actual()), []);
+        let slot_8 =
+            "10.42.8.0".parse().expect("address")..="10.42.8.255".parse().expect("address");
+        let timid = Desired { unheard: vec![slot_8], ..desired(&[(1, 9), (2, 7)]) };
+        assert_eq!(plan(&timid, &kernel.dump()), []);
         kernel.settle(&desired(&[(1, 9), (2, 7)]));
         assert_eq!(kernel.routes.len(), 1);
     }
 
     #[test]
     fn a_device_with_other_fixed_attributes_is_replaced_with_all_its_entries() {
-        let mut kernel = Model::default();
+        let mut kernel = FakeKernel::default();
         kernel.settle(&desired(&[(1, 9), (2, 7)]));
         let mut moved = desired(&[(1, 9), (2, 7)]);
         moved.device.local = [192, 0, 2, 99].into();
-        let ops = plan(&moved, &kernel.actual());
+        let ops = plan(&moved, &kernel.dump());
         assert!(matches!(ops[..2], [Op::DeleteDevice, Op::CreateDevice(_)]));
         kernel.settle(&moved);
-        assert_eq!(plan(&moved, &kernel.actual()), []);
+        assert_eq!(plan(&moved, &kernel.dump()), []);
         assert!(kernel.forward("10.42.7.0/24".parse().expect("subnet")).is_some());
     }
 
     #[test]
     fn strange_addresses_and_changed_attributes_are_put_right_in_place() {
         let wanted = desired(&[(1, 9), (2, 7)]);
-        let mut kernel = Model::default();
+        let mut kernel = FakeKernel::default();
         kernel.settle(&wanted);
-        let found = kernel.found();
+        let found = kernel.device.as_mut().expect("the device exists");
         found.device.mtu = 1400;
         found.device.mac = Mac::from_bytes([2; 6]);
         found.addresses.push(([169, 254, 1, 1].into(), 16));
         kernel.settle(&wanted);
-        assert_eq!(plan(&wanted, &kernel.actual()), []);
+        assert_eq!(plan(&wanted, &kernel.dump()), []);
         assert!(kernel.holds(&wanted.tables), "the neighbours that went with the MAC are back");
     }
 
     #[test]
     fn doubles_of_a_wanted_entry_go_and_the_wanted_one_stays() {
         let wanted = desired(&[(1, 9), (2, 7)]);
-        let mut kernel = Model::default();
+        let mut kernel = FakeKernel::default();
         kernel.settle(&wanted);
         let (subnet, hop) = wanted.tables.routes.first_key_value().expect("one route");
         let (mac, _) = wanted.tables.fdb.first_key_value().expect("one entry");
@@ -346,7 +274,7 @@ pub(super) mod tests {
         for last in [3, 200] {
             kernel.fdb.insert((*mac, [192, 0, 2, last].into()));
         }
-        let ops = plan(&wanted, &kernel.actual());
+        let ops = plan(&wanted, &kernel.dump());
         assert_eq!(ops.len(), 4, "{ops:?}");
         kernel.settle(&wanted);
         assert!(kernel.holds(&wanted.tables));
@@ -368,12 +296,12 @@ pub(super) mod tests {
         fn applying_a_plan_gives_the_desired_state_and_then_there_is_nothing_to_do(
             before in any_members(), after in any_members(),
         ) {
-            let mut kernel = Model::default();
+            let mut kernel = FakeKernel::default();
             kernel.settle(&desired(&before));
             let wanted = desired(&after);
             kernel.settle(&wanted);
             prop_assert!(kernel.holds(&wanted.tables));
-            prop_assert_eq!(plan(&wanted, &kernel.actual()), []);
+            prop_assert_eq!(plan(&wanted, &kernel.dump()), []);
         }
 
         #[test]
@@ -381,18 +309,18 @@ pub(super) mod tests {
             before in any_members(), after in any_members(),
         ) {
             let (before, after) = (desired(&before), desired(&after));
-            let mut kernel = Model::default();
+            let mut kernel = FakeKernel::default();
             kernel.settle(&before);
             let ends = |tables: &Tables, subnet: &Ipv4Net| {
                 let mac = tables.neighbours.get(&tables.routes.get(subnet)?.via)?;
                 tables.fdb.get(mac).copied()
             };
-            for op in plan(&after, &kernel.actual()) {
-                kernel.apply(&op);
+            for op in plan(&after, &kernel.dump()) {
+                kernel.apply(&op).expect("nothing in its way");
                 for subnet in before.tables.routes.keys() {
                     let (old, new) = (ends(&before.tables, subnet), ends(&after.tables, subnet));
                     if new.is_some() {
-                        let now = kernel.forward(*subnet);
+                        let now = kernel.forward(*subnet).map(|(_, underlay)| underlay);
                         prop_assert!(now.is_some(), "{subnet} is cut off by {op:?}");
                         prop_assert!(now == old || now == new, "{subnet} leads astray");
                     }

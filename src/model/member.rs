@@ -23,6 +23,14 @@ pub struct Identity {
     pub incarnation: Incarnation,
 }
 
+/// A member that did not answer, in the incarnation that was probed. The last number is SWIM's own: it counts
+/// refutations of one identity.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Suspicion {
+    pub identity: Identity,
+    pub refutation: u16,
+}
+
 /// Version of a [`MemberRecord`]; only the node itself makes new ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Version {

@@ -4,6 +4,7 @@
 //! Nothing here may do IO, know a protocol, or decide anything about other nodes.
 
 mod cluster;
+mod forget;
 mod id;
 mod member;
 mod pool;
@@ -12,8 +13,11 @@ mod time;
 mod vtep;
 
 pub use cluster::{ClusterRecord, ClusterSettings, Difference, SettingsWish};
+pub use forget::Forget;
 pub use id::{BootId, ClusterId, IdError, NodeId};
-pub use member::{Identity, Incarnation, MemberRecord, NodeName, NodeNameError, Version};
+pub use member::{
+    Identity, Incarnation, MemberRecord, NodeName, NodeNameError, Suspicion, Version,
+};
 pub use pool::{MAX_SLOTS, Pool, PoolError, PoolSpec, Slot};
 pub use slot::{Run, SlotRecord, SlotState};
 pub use time::Time;

@@ -13,7 +13,7 @@ use std::{
 use data_encoding::HEXLOWER;
 use nix::fcntl::{Flock, FlockArg};
 
-use super::StoreError;
+use super::{History, StoreError, history};
 use crate::wire::Token;
 
 const KEY: &str = "node.key";
@@ -80,6 +80,22 @@ impl StateDir {
         self.save(TOKEN, &format!("{token}\n"))
     }
 
+    /// The log of changes of ownership.
+    pub fn history(&self) -> History {
+        History::new(&self.path)
+    }
+
+    /// Forgets who this node was, and what it knew; how it entered its cluster stays. In this order: a new
+    /// key never meets an old database.
+    pub fn new_identity(&self, seed: &[u8; 32]) -> Result<(), StoreError> {
+        let fail = |error| StoreError::Directory { path: self.path.clone(), error };
+        match fs::remove_dir_all(self.database()) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(fail(error)),
+            _ => {}
+        }
+        self.save_node_key(seed)
+    }
+
     /// Forgets everything that was ever kept here: the next start is that of a new node.
     pub fn wipe(&self) -> Result<(), StoreError> {
         let fail = |error| StoreError::Directory { path: self.path.clone(), error };
@@ -119,7 +135,8 @@ impl StateDir {
 fn is_ours(name: &OsStr) -> bool {
     let Some(name) = name.to_str() else { return false };
     let name = name.strip_suffix(".new").unwrap_or(name);
-    [KEY, TOKEN, LOCK, DATABASE].contains(&name) || name.starts_with("db.damaged-")
+    [KEY, TOKEN, LOCK, DATABASE, history::FILE, history::OLDER].contains(&name)
+        || name.starts_with("db.damaged-")
 }
 
 fn read_if_there(path: &Path) -> Result<Option<String>, StoreError> {

@@ -5,6 +5,7 @@
 //! - `node.key`: the node's Ed25519 seed, outside the database so that a lost database is no new node
 //! - `token`: cluster id, secret and addresses of members, for restarts without flags and for the day on
 //!   which the database is lost
+//! - `history`: changes of ownership, for people
 //! - `lock`: held while a process runs here
 //! - `db/`: sled, the records of [`crate::wire::Record`]
 //!
@@ -12,8 +13,10 @@
 
 mod database;
 mod directory;
+mod history;
 mod writer;
 
 pub use database::{Database, Opened, StoreError};
 pub use directory::StateDir;
+pub use history::History;
 pub use writer::{Writer, Written};

@@ -7,7 +7,8 @@ use std::net::Ipv4Addr;
 use serde::{Deserialize, Serialize};
 
 use crate::model::{
-    ClusterId, ClusterRecord, Difference, Identity, MemberRecord, NodeId, Run, SettingsWish,
+    ClusterId, ClusterRecord, Difference, Forget, Identity, MemberRecord, NodeId, Run,
+    SettingsWish, Suspicion,
 };
 
 use super::{
@@ -22,11 +23,15 @@ pub struct Facts {
     pub slots: Vec<Run>,
     /// Members that the sender holds as alive, in the incarnation it knows.
     pub active: Vec<Identity>,
+    pub forgets: Vec<Forget>,
 }
 
 impl Facts {
     pub fn is_empty(&self) -> bool {
-        self.members.is_empty() && self.slots.is_empty() && self.active.is_empty()
+        self.members.is_empty()
+            && self.slots.is_empty()
+            && self.active.is_empty()
+            && self.forgets.is_empty()
     }
 }
 
@@ -51,6 +56,10 @@ pub enum Request {
     BeMyHeir,
     /// "I have left; these are the records of it. Say that you have them."
     Handover(Facts),
+    /// "You did not answer me. If you are alive, refute that."
+    AreYouThere(Suspicion),
+    /// "These nodes are gone and I am their heir. Make that durable, and tell me what I lack."
+    Acknowledge { forgets: Vec<Forget>, buckets: Box<Buckets> },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,6 +78,10 @@ pub enum Response {
     Granted(Facts),
     Accepted,
     Refused(Refusal),
+    /// The asked one is alive, under this count of refutations.
+    Here(Suspicion),
+    /// It is durable; this is what the asker lacked.
+    Acknowledged(Facts),
 }
 
 /// A joiner's introduction.
@@ -100,7 +113,7 @@ pub struct Welcome {
 }
 
 /// One hash per kind of fact: all there is to say when nothing differs.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Roots {
     pub members: u64,
     pub slots: u64,
@@ -163,6 +176,10 @@ pub enum Refusal {
     Full { limit: u32 },
     #[error("the request was not understood: {0}")]
     Unreadable(String),
+    #[error("this node was forgotten: its subnets belong to {heir} now")]
+    Forgotten { heir: NodeId },
+    #[error("another process runs with this node's key, so neither grants anything")]
+    Cloned,
 }
 
 macro_rules! payload {
@@ -214,6 +231,7 @@ mod tests {
             members: vec![member(1), member(2)],
             slots: vec![Run { start: Slot(1), len: 254, record }],
             active: vec![Identity { node: node(1), incarnation: Incarnation::default() }],
+            forgets: Vec::new(),
         }
     }
 

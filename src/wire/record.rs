@@ -5,7 +5,7 @@
 
 use std::fmt;
 
-use crate::model::{ClusterRecord, MemberRecord, NodeId, Run};
+use crate::model::{ClusterRecord, Forget, MemberRecord, NodeId, Run};
 
 use super::{
     WireError,
@@ -23,6 +23,7 @@ pub enum Key {
     /// All runs of slots whose bucket this is.
     Slots(u8),
     Member(NodeId),
+    Forget(NodeId),
 }
 
 /// What is kept there.
@@ -32,6 +33,7 @@ pub enum Record {
     Cluster(ClusterRecord),
     Slots(Vec<Run>),
     Member(MemberRecord),
+    Forget(Forget),
 }
 
 /// A database entry that cannot be used.
@@ -51,6 +53,7 @@ impl Record {
             Self::Cluster(cluster) => encode(cluster),
             Self::Slots(runs) => encode(runs),
             Self::Member(member) => encode(member),
+            Self::Forget(forget) => encode(forget),
         };
         let mut bytes = vec![RECORD_VERSION];
         bytes.extend_from_slice(&value);
@@ -77,6 +80,7 @@ impl Record {
             Key::Cluster => decode("cluster", value).map(Self::Cluster),
             Key::Slots(_) => decode("slots", value).map(Self::Slots),
             Key::Member(_) => decode("member", value).map(Self::Member),
+            Key::Forget(_) => decode("forget", value).map(Self::Forget),
         };
         record.map(|record| (parsed, record)).map_err(|error: WireError| fail(error.to_string()))
     }
@@ -90,6 +94,7 @@ impl Key {
             None if text == "cluster" => Some(Self::Cluster),
             Some(("slots", bucket)) => bucket.parse().ok().map(Self::Slots),
             Some(("member", node)) => node.parse().ok().map(Self::Member),
+            Some(("forget", node)) => node.parse().ok().map(Self::Forget),
             _ => None,
         }
     }
@@ -102,6 +107,7 @@ impl fmt::Display for Key {
             Self::Cluster => f.write_str("cluster"),
             Self::Slots(bucket) => write!(f, "slots/{bucket:02}"),
             Self::Member(node) => write!(f, "member/{node}"),
+            Self::Forget(node) => write!(f, "forget/{node}"),
         }
     }
 }

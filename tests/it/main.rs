@@ -3,6 +3,7 @@
 // A test that cannot go on should say so at once.
 #![allow(clippy::expect_used, clippy::panic)]
 
+mod agreement;
 mod cli;
 mod cluster;
 mod common;

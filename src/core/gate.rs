@@ -1,8 +1,12 @@
-//! Holds back what may not leave before a write is durable.
+//! Holds back what may not leave before a write is durable: between the node and whoever carries out
+//! what it asks for, in production and in simulation alike.
 
 use std::collections::VecDeque;
 
-use crate::core::{Output, WriteSeq};
+use super::{
+    Output, WriteSeq,
+    planted::{Bug, planted},
+};
 
 /// Outputs held while the disk is slow or full; then the oldest frames and answers are dropped, which
 /// peers take as lost on the way.
@@ -23,9 +27,13 @@ impl Gate {
             | Output::Call { after, .. }
             | Output::Reply { after, .. }
             | Output::Program { after, .. } => *after,
-            Output::Write { .. } | Output::CannotLeave(_) | Output::Stop(_) => 0,
+            Output::Write { .. }
+            | Output::Withdraw
+            | Output::Owned(_)
+            | Output::CannotLeave(_)
+            | Output::Stop(_) => 0,
         };
-        if after <= self.durable {
+        if after <= self.durable || planted(Bug::AnswerBeforeFlush) {
             return Some(output);
         }
         if self.held.len() >= MAX_HELD
@@ -53,8 +61,7 @@ impl Gate {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::core::ReplyId;
+    use super::{super::ReplyId, *};
 
     fn reply(number: u64, after: WriteSeq) -> Output {
         Output::Reply { reply: ReplyId(number), bytes: Vec::new(), after }

@@ -1,0 +1,175 @@
+//! Convergence measured against its ceilings, in virtual time, on a quiet network.
+//!
+//! The clock starts before the change that is measured. Datagrams take 0.5 to 1.5 ms.
+
+use std::time::Duration;
+
+use super::world::World;
+use crate::model::{ClusterSettings, Pool, PoolSpec, Time};
+
+/// What is measured at one size, each with its ceiling.
+struct Figure {
+    what: String,
+    measured: f64,
+    ceiling: f64,
+    unit: &'static str,
+}
+
+/// Measures and prints everything. Says whether all ceilings hold.
+pub fn print_all(large: bool) -> bool {
+    let sizes: &[usize] = if large { &[100, 500, 1000] } else { &[100, 500] };
+    let mut all = true;
+    for &nodes in sizes {
+        for figure in at_size(nodes) {
+            let Figure { what, measured, ceiling, unit } = figure;
+            let holds = measured <= ceiling;
+            all &= holds;
+            let verdict = if holds { "" } else { "  ABOVE THE CEILING" };
+            println!(
+                "{nodes:>5} nodes  {what:<58} {measured:>8.2} {unit:<7} (<= {ceiling} {unit}){verdict}"
+            );
+        }
+    }
+    let figure = lossy(100);
+    all &= figure.measured <= figure.ceiling;
+    println!("  100 nodes  {:<58} {:>8} (<= {})", figure.what, figure.measured, figure.ceiling);
+    all
+}
+
+fn at_size(nodes: usize) -> Vec<Figure> {
+    let ceiling = |small: f64, middle: f64, large: f64| match nodes {
+        0..=100 => small,
+        101..=500 => middle,
+        _ => large,
+    };
+    let seconds = |span: Duration| span.as_secs_f64();
+    let mut figures = Vec::new();
+    let mut figure = |what: &str, measured: f64, ceiling: f64, unit| {
+        figures.push(Figure { what: what.to_owned(), measured, ceiling, unit });
+    };
+
+    let mut world = cluster(nodes);
+    let started = until(&mut world, Duration::from_secs(120), |world| settled(world, nodes));
+    figure(
+        "simultaneous start: full view, full tables",
+        seconds(started),
+        ceiling(5.0, 20.0, 40.0),
+        "s",
+    );
+
+    world.run_for(Duration::from_secs(60));
+    let (before, span) = (world.traffic, Duration::from_secs(60));
+    world.run_for(span);
+    let bits = (world.traffic.bytes - before.bytes) as f64 * 8.0;
+    figure(
+        "quiet traffic per node, comparisons included",
+        bits / seconds(span) / nodes as f64 / 1000.0,
+        5.0,
+        "kbit/s",
+    );
+
+    let joiner = world.add_joiner(&[nodes / 2]);
+    let begun = world.now;
+    world.start(joiner);
+    let mut known = Vec::new();
+    while known.len() < nodes && world.now.since(begun) < Duration::from_secs(30) {
+        world.run_for(Duration::from_millis(5));
+        let count = (0..nodes).filter(|host| routes(&world, *host) >= nodes).count();
+        known
+            .extend(std::iter::repeat_n(world.now.since(begun), count.saturating_sub(known.len())));
+    }
+    let p99 = known.get(nodes * 99 / 100).copied().unwrap_or(Duration::from_secs(999));
+    figure("a joiner programmed everywhere (99 %)", seconds(p99), ceiling(0.5, 1.0, 1.0), "s");
+
+    let nodes = nodes + 1;
+    for one in 0..nodes / 2 {
+        for other in nodes / 2..nodes {
+            world.network.cut(one, other);
+            world.network.cut(other, one);
+        }
+    }
+    world.run_for(Duration::from_secs(60));
+    // Each half has news for the other.
+    let (left, right) = (world.add_joiner(&[0]), world.add_joiner(&[nodes - 1]));
+    for (joiner, half) in [(left, 0..nodes / 2), (right, nodes / 2..nodes)] {
+        for other in (0..nodes).filter(|other| !half.contains(other)) {
+            world.network.cut(joiner, other);
+            world.network.cut(other, joiner);
+        }
+        world.start(joiner);
+    }
+    world.run_for(Duration::from_secs(5));
+    world.network.mend();
+    let healed = until(&mut world, Duration::from_secs(120), |world| settled(world, nodes + 2));
+    figure(
+        "healed after a 60 s split into halves",
+        seconds(healed),
+        ceiling(10.0, 15.0, 30.0),
+        "s",
+    );
+    if let Some(violation) = &world.oracle.violation {
+        figure(&format!("violation: {violation}"), 1.0, 0.0, "");
+    }
+    figures
+}
+
+/// Living members that are held as down at a loss of 10 % for ten minutes.
+fn lossy(nodes: usize) -> Figure {
+    let mut world = cluster(nodes);
+    until(&mut world, Duration::from_secs(60), |world| settled(world, nodes));
+    world.network.loss = 0.1;
+    let before = downs(&world);
+    world.run_for(Duration::from_secs(600));
+    let measured = (downs(&world) - before) as f64;
+    let what = "living members called down in 600 s at 10 % loss".to_owned();
+    Figure { what, measured, ceiling: 0.0, unit: "" }
+}
+
+fn downs(world: &World) -> u64 {
+    world.hosts.iter().filter_map(|host| host.node()).map(|node| node.status().counters.downs).sum()
+}
+
+/// All start at once; each knows three of the others as seeds.
+fn cluster(nodes: usize) -> World {
+    let spec = PoolSpec {
+        network: "10.0.0.0/8".parse().unwrap_or_default(),
+        subnet_len: Some(20),
+        subnet_min: None,
+        subnet_max: None,
+    };
+    let pool = match Pool::new(&spec) {
+        Ok(pool) => pool,
+        Err(error) => unreachable!("{error}"),
+    };
+    let mut world = World::new(nodes as u64, ClusterSettings { pool, vni: 1, vxlan_port: 8472 });
+    world.oracle.light = true;
+    world.add_founder();
+    for _ in 1..nodes {
+        world.add_joiner(&[0, 1, 2]);
+    }
+    (0..nodes).for_each(|host| world.start(host));
+    world
+}
+
+/// Every kernel has a way to every other host, and all states are equal.
+fn settled(world: &World, nodes: usize) -> bool {
+    let hosts = world.hosts.len().min(nodes);
+    if (0..hosts).any(|host| routes(world, host) + 1 < nodes) {
+        return false;
+    }
+    let mut roots = world.hosts.iter().filter_map(|host| Some(host.node()?.roots()));
+    let first = roots.next();
+    roots.all(|other| Some(other) == first)
+}
+
+fn routes(world: &World, host: usize) -> usize {
+    world.hosts[host].kernel.routes.len()
+}
+
+fn until(world: &mut World, limit: Duration, reached: impl Fn(&World) -> bool) -> Duration {
+    let begun: Time = world.now;
+    while !reached(world) && world.now.since(begun) < limit {
+        world.run_for(Duration::from_millis(50));
+    }
+    world.now.since(begun)
+}

@@ -1,0 +1,26 @@
+//! Many nodes in one thread under virtual time: the production core, unchanged, in a modelled world.
+//!
+//! Our hard bugs lie where gossip, ownership, disks and kernels meet, and only a world that models all
+//! four under one clock and one seed reaches them in large numbers. QUIC is modelled, not run; nothing in
+//! here reads a clock or draws luck that does not come from the seed.
+//!
+//! - [`world`]: the queue of events; `deeds`: what nodes ask for, done; [`host`]: a machine; [`network`],
+//!   [`disk`]: what surrounds a node (its kernel is [`crate::dataplane::fake`])
+//! - [`oracle`]: the judge of safety at every event
+//! - [`faults`]: what goes wrong in a run, drawn from the seed
+//! - [`rest`]: what must hold once all is calm
+//! - [`run`]: one seed from start to verdict; [`campaign`]: many of them; [`figures`]: how fast
+
+pub mod campaign;
+mod deeds;
+pub mod disk;
+pub mod faults;
+pub mod figures;
+pub mod host;
+pub mod network;
+pub mod oracle;
+pub mod rest;
+pub mod run;
+#[cfg(test)]
+mod tests;
+pub mod world;

@@ -1,0 +1,231 @@
+//! Agreement between real processes: partitions made with nft, joiners in both halves, kills, forgetting,
+//! and a state directory that was copied.
+
+use std::{fs, path::Path, process::Command, time::Duration};
+
+use crate::common::{Cluster, PATIENCE, isolated, program, run, tool};
+use gossamer::lab::{Agent, Host, Lab, Pod};
+use nix::sys::signal::Signal;
+
+/// Time for a member that is gone to be called down.
+const DOWN_PATIENCE: Duration = Duration::from_secs(40);
+
+/// Drops everything between two groups of hosts, in both directions. Says whether `nft` is there to do it.
+fn cut(hosts: &[&Host], others: &[&Host]) -> bool {
+    let there = Command::new("nft").arg("--version").output().is_ok_and(|out| out.status.success());
+    if !there {
+        eprintln!("SKIPPED: a partition needs `nft` (Debian: nftables)");
+        return false;
+    }
+    for (ours, theirs) in [(hosts, others), (others, hosts)] {
+        for host in ours {
+            tool(&host.netns, "nft add table inet cut");
+            tool(
+                &host.netns,
+                "nft add chain inet cut input { type filter hook input priority 0 ; }",
+            );
+            for other in theirs {
+                tool(
+                    &host.netns,
+                    &format!("nft add rule inet cut input ip saddr {} drop", other.ip),
+                );
+            }
+        }
+    }
+    true
+}
+
+fn mend(hosts: &[&Host]) {
+    hosts.iter().for_each(|host| _ = run(&host.netns, "nft delete table inet cut"));
+}
+
+fn subnet_of(agent: &mut Agent, members: usize) -> anyhow::Result<String> {
+    Ok(Agent::subnet(&agent.wait_converged(members, PATIENCE)?)?.to_string())
+}
+
+fn assert_all_reach_all(cluster: &mut Cluster) -> anyhow::Result<()> {
+    let count = cluster.agents.len();
+    let mut pods: Vec<Pod> = Vec::new();
+    for (host, agent) in cluster.hosts.iter().zip(&mut cluster.agents) {
+        let status = agent.wait_converged(count, DOWN_PATIENCE)?;
+        pods.push(host.pod(Agent::subnet(&status)?, 1450)?);
+    }
+    for from in &pods {
+        for to in pods.iter().filter(|to| to.ip != from.ip) {
+            let reply = tool(&from.netns, &format!("ping -c 1 -W 2 {}", to.ip));
+            assert!(reply.contains(" 1 received"), "{reply}");
+        }
+    }
+    Ok(())
+}
+
+fn joiner(cluster: &mut Cluster, lab: &mut Lab, number: u16, seed: usize) -> anyhow::Result<Host> {
+    let host = lab.host(number, &format!("n{number}"))?;
+    let seed = cluster.hosts[seed].ip.to_string();
+    let arguments = ["--join", &seed, "--token", &cluster.token];
+    cluster.agents.push(Agent::start(program(), &host, &arguments)?);
+    Ok(host)
+}
+
+#[test]
+fn both_halves_of_a_partition_take_joiners_and_become_one_again() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 5)?;
+        let (left_new, right_new) = {
+            let hosts: Vec<&Host> = cluster.hosts.iter().collect();
+            let (left, right) = hosts.split_at(2);
+            if !cut(left, right) {
+                return Ok(());
+            }
+            // The rules for the joiners are made before they come: they are on one side each.
+            (6, 7)
+        };
+        let left_host = joiner(&mut cluster, lab, left_new, 0)?;
+        let right_host = joiner(&mut cluster, lab, right_new, 4)?;
+        {
+            let hosts: Vec<&Host> = cluster.hosts.iter().collect();
+            cut(&[&left_host], &hosts[2..]);
+            cut(&[&right_host], &[&hosts[..2], &[&left_host]].concat());
+        }
+        let one = subnet_of(&mut cluster.agents[5], 1)?;
+        let other = subnet_of(&mut cluster.agents[6], 1)?;
+        assert_ne!(one, other, "each half gave its own");
+
+        // In the middle of it a member of each half dies and comes back.
+        for number in [1, 3] {
+            cluster.agents[number].end(Signal::SIGKILL)?;
+            cluster.agents[number] = Agent::start(program(), &cluster.hosts[number], &[])?;
+        }
+        cluster.hosts.extend([left_host, right_host]);
+        mend(&cluster.hosts.iter().collect::<Vec<_>>());
+        assert_all_reach_all(&mut cluster)?;
+        assert_eq!(subnet_of(&mut cluster.agents[5], 7)?, one, "nobody was renumbered");
+        assert_eq!(subnet_of(&mut cluster.agents[6], 7)?, other);
+        let start = std::time::Instant::now();
+        while !one_table_everywhere(&cluster) {
+            assert!(start.elapsed() < PATIENCE, "tables differ");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        Ok(())
+    });
+}
+
+fn one_table_everywhere(cluster: &Cluster) -> bool {
+    let leases: Vec<String> = cluster
+        .agents
+        .iter()
+        .map(|agent| {
+            let socket = agent.socket().display();
+            let output = Command::new(program())
+                .args(["leases", "-o", "json", "--socket", &socket.to_string()])
+                .output();
+            let mut table: serde_json::Value =
+                serde_json::from_slice(&output.expect("runs").stdout).expect("JSON");
+            for owner in table["owners"].as_array_mut().into_iter().flatten() {
+                // An opinion, which may differ for a while.
+                owner["liveness"].take();
+            }
+            table["owners"].to_string()
+        })
+        .collect();
+    leases.windows(2).all(|pair| pair[0] == pair[1])
+}
+
+#[test]
+fn a_member_that_is_gone_is_forgotten_and_one_that_returns_is_a_new_node() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 3)?;
+        let lost = subnet_of(&mut cluster.agents[2], 3)?;
+        let client = |agent: &Agent, arguments: &[&str]| {
+            let socket = agent.socket().display().to_string();
+            Command::new(program()).args(arguments).args(["--socket", &socket]).output()
+        };
+        let alive = client(&cluster.agents[0], &["forget", "n3"])?;
+        assert!(!alive.status.success());
+        let said = String::from_utf8_lossy(&alive.stderr).into_owned();
+        assert!(said.contains("n3 is alive") && said.contains("gossamer leave"), "{said}");
+
+        cluster.agents[2].end(Signal::SIGKILL)?;
+        let start = std::time::Instant::now();
+        while !client(&cluster.agents[0], &["forget", "n3"])?.status.success() {
+            assert!(start.elapsed() < DOWN_PATIENCE, "n3 never went down");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        for agent in &mut cluster.agents[..2] {
+            let start = std::time::Instant::now();
+            while agent.ask("/v1/status", PATIENCE)?["slots"]["leased"] != 2 {
+                assert!(start.elapsed() < PATIENCE, "its slots were not reclaimed");
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        }
+        let routes = tool(&cluster.hosts[0].netns, "ip route show proto 73");
+        assert!(!routes.contains(&lost), "{routes}");
+        let history = client(&cluster.agents[0], &["lease", "history"])?;
+        let history = String::from_utf8(history.stdout)?;
+        assert!(history.contains("n3") && history.contains(&lost), "{history}");
+
+        // It was not gone after all: it is told, and joins as a new node.
+        cluster.agents[2] = Agent::start(program(), &cluster.hosts[2], &[])?;
+        assert_all_reach_all(&mut cluster)?;
+        let log = cluster.agents[2].log();
+        assert!(log.contains("holds this node as gone for good"), "{log}");
+        Ok(())
+    });
+}
+
+#[test]
+fn a_copied_state_directory_is_named_on_both_hosts_and_cured_on_one() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 3)?;
+        let copy = lab.host(4, "n4")?;
+        cluster.agents[2].end(Signal::SIGTERM)?;
+        copy_directory(&cluster.hosts[2].dir.join("state"), &copy.dir.join("state"))?;
+        cluster.agents[2] = Agent::start(program(), &cluster.hosts[2], &[])?;
+        cluster.agents.push(Agent::start(program(), &copy, &[])?);
+        cluster.hosts.push(copy);
+        for number in [2, 3] {
+            let start = std::time::Instant::now();
+            loop {
+                let status = cluster.agents[number].ask("/v1/status", PATIENCE)?;
+                let problems = status["problems"].to_string();
+                let both = [2, 3].map(|n: usize| cluster.hosts[n].ip.to_string());
+                if problems.contains("reset-identity")
+                    && both.iter().all(|ip| problems.contains(ip))
+                {
+                    break;
+                }
+                assert!(start.elapsed() < DOWN_PATIENCE, "not named: {problems}");
+                std::thread::sleep(Duration::from_millis(100));
+            }
+        }
+        let socket = cluster.agents[3].socket().display().to_string();
+        let reset =
+            Command::new(program()).args(["reset-identity", "--socket", &socket]).output()?;
+        assert!(reset.status.success(), "{reset:?}");
+        let start = std::time::Instant::now();
+        let node = |status: &serde_json::Value| status["node"].to_string();
+        loop {
+            let status = [2, 3].map(|n: usize| cluster.agents[n].ask("/v1/status", PATIENCE));
+            if let [Ok(one), Ok(other)] = &status
+                && node(one) != node(other)
+            {
+                return Ok(());
+            }
+            assert!(start.elapsed() < PATIENCE, "still one identity: {}", cluster.agents[3].log());
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    });
+}
+
+fn copy_directory(from: &Path, to: &Path) -> std::io::Result<()> {
+    fs::create_dir_all(to)?;
+    for entry in fs::read_dir(from)?.flatten() {
+        let target = to.join(entry.file_name());
+        if entry.file_type()?.is_dir() {
+            copy_directory(&entry.path(), &target)?;
+        } else {
+            fs::copy(entry.path(), target)?;
+        }
+    }
+    Ok(())
+}
