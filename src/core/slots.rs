@@ -351,4 +351,6 @@ fn precedence(slot: Slot, record: &SlotRecord) -> (u64, Reverse<u64>, SlotRecord
 }
 
 #[cfg(test)]
+mod model;
+#[cfg(test)]
 mod tests;

@@ -7,7 +7,7 @@ use crate::common::{Cluster, PATIENCE, isolated, program, run, tool};
 use gossamer::lab::{Agent, Host, Lab, Pod};
 use nix::sys::signal::Signal;
 
-/// Time for a member that is gone to be called down.
+/// Time for members that are gone to be called down, and for all to agree on that.
 const DOWN_PATIENCE: Duration = Duration::from_secs(40);
 
 /// Drops everything between two groups of hosts, in both directions. Says whether `nft` is there to do it.
@@ -40,7 +40,7 @@ fn mend(hosts: &[&Host]) {
 }
 
 fn subnet_of(agent: &mut Agent, members: usize) -> anyhow::Result<String> {
-    Ok(Agent::subnet(&agent.wait_converged(members, PATIENCE)?)?.to_string())
+    Ok(Agent::subnet(&agent.wait_converged(members, DOWN_PATIENCE)?)?.to_string())
 }
 
 fn assert_all_reach_all(cluster: &mut Cluster) -> anyhow::Result<()> {

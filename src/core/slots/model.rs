@@ -1,0 +1,188 @@
+//! Every state of a small cluster, without exception: three nodes, three slots, the production table.
+//!
+//! The network is the set of all tables ever sent: each may arrive anywhere, any number of times, at any
+//! time, or never. A crash takes a node back to what it has flushed, and it grants nothing before it has
+//! compared with another. In no state that can be reached do two records of one slot and epoch differ, or
+//! two nodes have one slot in use by what is on their disks.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use super::{Grant, SlotTable, state_hash};
+use crate::{
+    model::{NodeId, Pool, PoolSpec, Run, SlotState},
+    wire::Record,
+};
+
+const NODES: usize = 3;
+/// How often anybody may grant and crash on one path: what bounds the search.
+const MAX_GRANTS: u8 = 3;
+const MAX_CRASHES: u8 = 1;
+
+#[derive(Clone)]
+struct Node {
+    table: SlotTable,
+    disk: SlotTable,
+    /// Since a crash, until it has compared with another.
+    doubts: bool,
+}
+
+#[derive(Clone)]
+struct State {
+    nodes: Vec<Node>,
+    /// Tables that are under way, for ever, by their encoding.
+    sent: BTreeMap<Vec<u8>, Vec<Run>>,
+    grants: u8,
+    crashes: u8,
+}
+
+/// The rules that can be left out, to see that the search would notice.
+#[derive(Clone, Copy)]
+struct Rules {
+    flush_first: bool,
+    raise_epoch: bool,
+}
+
+fn id(node: usize) -> NodeId {
+    NodeId::of_public_key(&[node as u8; 32])
+}
+
+fn pool() -> Pool {
+    let spec = PoolSpec {
+        network: "10.42.0.0/24".parse().expect("network"),
+        subnet_len: Some(26),
+        subnet_min: None,
+        subnet_max: None,
+    };
+    Pool::new(&spec).expect("pool")
+}
+
+impl State {
+    fn first() -> Self {
+        let mut founded = SlotTable::founded_by(pool(), id(0));
+        founded.lease_own(id(0), None);
+        let founder = Node { table: founded.clone(), disk: founded, doubts: false };
+        let empty = SlotTable::empty(pool());
+        let stranger = Node { table: empty.clone(), disk: empty, doubts: false };
+        let nodes = vec![founder, stranger.clone(), stranger];
+        Self { nodes, sent: BTreeMap::new(), grants: 0, crashes: 0 }
+    }
+
+    /// What tells states apart.
+    fn key(&self) -> Vec<u8> {
+        let mut key = vec![self.grants, self.crashes];
+        for node in &self.nodes {
+            for table in [&node.table, &node.disk] {
+                key.extend(Record::Slots(table.runs().to_vec()).encode());
+            }
+            key.push(u8::from(node.doubts));
+        }
+        key.extend(self.sent.keys().flatten());
+        key
+    }
+
+    fn say(&mut self, runs: &[Run]) {
+        self.sent.insert(Record::Slots(runs.to_vec()).encode(), runs.to_vec());
+    }
+
+    fn successors(&self, rules: Rules) -> Vec<Self> {
+        let mut next = Vec::new();
+        let mut step = |change: &dyn Fn(&mut Self)| {
+            let mut state = self.clone();
+            change(&mut state);
+            next.push(state);
+        };
+        for node in 0..NODES {
+            step(&|state| {
+                // Everything that was decided is flushed, and only then said.
+                state.nodes[node].disk = state.nodes[node].table.clone();
+                let runs = state.nodes[node].disk.runs().to_vec();
+                state.say(&runs);
+            });
+            if self.crashes < MAX_CRASHES {
+                step(&|state| {
+                    state.nodes[node].table = state.nodes[node].disk.clone();
+                    state.nodes[node].doubts = true;
+                    state.crashes += 1;
+                });
+            }
+            for runs in self.sent.values() {
+                step(&|state| {
+                    state.nodes[node].table.merge(runs);
+                });
+            }
+            for other in (0..NODES).filter(|other| *other != node) {
+                step(&|state| {
+                    let theirs = state.nodes[other].disk.runs().to_vec();
+                    state.nodes[node].table.merge(&theirs);
+                    state.nodes[node].doubts = false;
+                });
+                if self.grants < MAX_GRANTS && !self.nodes[node].doubts {
+                    step(&|state| state.grant(node, other, rules));
+                }
+            }
+        }
+        next
+    }
+
+    fn grant(&mut self, node: usize, to: usize, rules: Rules) {
+        self.grants += 1;
+        let table = &mut self.nodes[node].table;
+        let Ok(Grant::New(changes)) = table.grant(id(node), id(to), None) else { return };
+        let mut runs: Vec<Run> = changes.iter().map(|(run, _)| *run).collect();
+        if !rules.raise_epoch {
+            for run in &mut runs {
+                run.record.epoch -= 1;
+                table.set(*run);
+            }
+        }
+        if !rules.flush_first {
+            self.say(&runs);
+        }
+    }
+
+    fn is_safe(&self) -> bool {
+        let disks = self.nodes.iter().map(|node| node.disk.runs());
+        let all = self.sent.values().map(Vec::as_slice).chain(disks).flatten();
+        let records: BTreeSet<_> =
+            all.flat_map(|run| run.slots().map(|slot| (slot, run.record))).collect();
+        let mut known = BTreeSet::new();
+        let one_record_an_epoch =
+            records.iter().all(|(slot, record)| known.insert((*slot, record.epoch)));
+        let mut used = BTreeSet::new();
+        let one_user_a_slot = self.nodes.iter().enumerate().all(|(number, node)| {
+            let own = |run: &&Run| {
+                run.record.owner == id(number) && run.record.state == SlotState::Leased
+            };
+            node.disk.runs().iter().filter(own).flat_map(Run::slots).all(|slot| used.insert(slot))
+        });
+        one_record_an_epoch && one_user_a_slot
+    }
+}
+
+/// Visits everything that can be reached; says how many states there are, and whether all are safe.
+fn explore(rules: Rules) -> (usize, bool) {
+    let first = State::first();
+    let mut seen = BTreeSet::from([state_hash(&first.key())]);
+    let mut queue = VecDeque::from([first]);
+    while let Some(state) = queue.pop_front() {
+        if !state.is_safe() {
+            return (seen.len(), false);
+        }
+        let next = state.successors(rules).into_iter();
+        queue.extend(next.filter(|next| seen.insert(state_hash(&next.key()))));
+    }
+    (seen.len(), true)
+}
+
+#[test]
+fn no_reachable_state_has_two_owners_of_a_slot() {
+    let (states, safe) = explore(Rules { flush_first: true, raise_epoch: true });
+    println!("{states} states");
+    assert!(safe && states > 1_000, "{states} states");
+}
+
+#[test]
+fn leaving_out_a_rule_is_noticed() {
+    assert!(!explore(Rules { flush_first: false, raise_epoch: true }).1);
+    assert!(!explore(Rules { flush_first: true, raise_epoch: false }).1);
+}
