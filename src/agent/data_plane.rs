@@ -27,6 +27,7 @@ const GIVE_BACK: Duration = Duration::from_secs(5);
 const RECONCILE: Duration = Duration::from_secs(10);
 /// Again after a failure.
 const RECONCILE_RETRY: Duration = Duration::from_secs(1);
+
 /// What the loop knows of the kernel.
 #[derive(Default)]
 pub(super) struct KernelState {

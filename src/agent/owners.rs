@@ -39,7 +39,7 @@ impl Agent {
 
     pub(super) fn forget_progress(&self, node: NodeId) -> Value {
         let reclaiming =
-            self.node.status().reclaiming.into_iter().find(|reclaiming| reclaiming.node == node);
+            self.node.reclaiming().into_iter().find(|reclaiming| reclaiming.node == node);
         json!({
             "node": node,
             "name": self.node.name_of(node),

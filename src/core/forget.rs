@@ -324,7 +324,7 @@ impl Node {
     }
 
     /// What stands between forgotten nodes and the pool.
-    pub(super) fn reclaiming(&self) -> Vec<Reclaiming> {
+    pub fn reclaiming(&self) -> Vec<Reclaiming> {
         let Some(home) = &self.home else { return Vec::new() };
         let name = |node: NodeId| self.name_of(node).to_owned();
         let reclaiming = |forget: &Forget| {

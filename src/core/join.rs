@@ -124,7 +124,6 @@ impl Node {
                 self.dirty.mark(Key::Member(self.me.node), false);
                 // The seed passes on what is new; all the rest is old news to everybody else.
                 self.absorb(now, &facts);
-                self.counters.rollbacks = 0;
                 if returning {
                     self.doubt_memory();
                 }

@@ -43,7 +43,11 @@ impl Node {
                 tracing::error!(?slot, ?ours, ?theirs, "two owners of one slot at one epoch");
             }
             let me = self.me.node;
-            let unknown = merged.changed.iter().filter(|(run, _)| run.record.granter == me);
+            // Of a slot that it knew before: who has lost its whole database remembers nothing.
+            let unknown = merged
+                .changed
+                .iter()
+                .filter(|(run, before)| run.record.granter == me && before.is_some());
             forgotten_writes = unknown.map(|(run, _)| u64::from(run.len)).sum();
             self.note_slots(&merged.changed);
             news.slots = merged.changed.into_iter().map(|(run, _)| run).collect();
@@ -132,8 +136,7 @@ impl Node {
             );
         }
         self.counters.rollbacks += records;
-        let me = self.me.node;
-        let peers: BTreeSet<_> = self.directory.peers(me).map(|record| record.node).collect();
+        let peers = self.roster();
         if !peers.is_empty() {
             self.sync.doubt(Doubt::AllOf(peers));
         }
@@ -153,9 +156,13 @@ impl Node {
     /// A member is gone that could have told what this node's memory lacks: then all the others together
     /// must, among whom is whoever has its knowledge.
     pub(super) fn lose_witness(&mut self, node: NodeId) {
-        let me = self.me.node;
-        let peers = || self.directory.peers(me).map(|record| record.node).collect();
-        self.sync.lose_witness(node, peers);
+        let others = self.roster();
+        self.sync.lose_witness(node, others);
+    }
+
+    /// All other members that are not gone.
+    fn roster(&self) -> BTreeSet<NodeId> {
+        self.directory.peers(self.me.node).map(|record| record.node).collect()
     }
 
     /// Whether this node may write new records of ownership: its memory is beyond doubt.

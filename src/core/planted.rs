@@ -35,7 +35,7 @@ pub enum Bug {
     ForgetStarts,
     /// A second grant to the same joiner is another slot than the first, and the first is forgotten.
     GrantAgainAnew,
-    /// Pushes are never passed on, and comparisons never exchange slots.
+    /// Comparisons never exchange slots.
     NeverExchangeSlots,
     /// A member record is taken whatever its version.
     IgnoreVersions,

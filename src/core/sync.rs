@@ -142,12 +142,12 @@ impl SyncRound {
         }
     }
 
-    pub(super) fn lose_witness(&mut self, node: NodeId, peers: impl Fn() -> BTreeSet<NodeId>) {
+    pub(super) fn lose_witness(&mut self, node: NodeId, others: BTreeSet<NodeId>) {
         let (Doubt::AnyOf(witnesses) | Doubt::AllOf(witnesses)) = &mut self.doubt else { return };
         witnesses.remove(&node);
         if witnesses.is_empty() {
-            self.doubt = match (&self.doubt, peers()) {
-                (Doubt::AnyOf(_), peers) if !peers.is_empty() => Doubt::AllOf(peers),
+            self.doubt = match &self.doubt {
+                Doubt::AnyOf(_) if !others.is_empty() => Doubt::AllOf(others),
                 _ => Doubt::None,
             };
         }
@@ -161,6 +161,16 @@ impl SyncRound {
         }
     }
 
+    /// Until the next round.
+    fn pause(&self) -> Duration {
+        match self.settled {
+            _ if self.is_new() => FIRST,
+            true if self.curious => BUSY_LAST,
+            true => CALM,
+            false => self.busy,
+        }
+    }
+
     /// This node is not sure of its own memory yet, or has only just begun to hear the others.
     fn is_new(&self) -> bool {
         !self.synced() || self.curious && self.rounds < FIRST_ROUNDS
@@ -170,13 +180,7 @@ impl SyncRound {
         self.heard.insert(peer);
         self.witness(peer);
         self.settled = same;
-        self.due = now
-            + match same {
-                _ if self.is_new() => FIRST,
-                true if self.curious => BUSY_LAST,
-                true => CALM,
-                false => self.busy,
-            };
+        self.due = now + self.pause();
     }
 }
 
@@ -186,12 +190,7 @@ impl Node {
         if self.home.is_none() || now < self.sync.due {
             return;
         }
-        let base = match self.sync.settled {
-            _ if self.sync.is_new() => FIRST,
-            true if self.sync.curious => BUSY_LAST,
-            true => CALM,
-            false => self.sync.busy,
-        };
+        let base = self.sync.pause();
         self.sync.busy = (self.sync.busy * 2).min(BUSY_LAST);
         self.sync.due = now + self.jittered(base);
         self.sync.rounds += 1;

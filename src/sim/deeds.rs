@@ -90,8 +90,7 @@ impl World {
     pub(super) fn send(&mut self, index: usize, to: NodeId, address: SocketAddr, bytes: Vec<u8>) {
         let from = self.hosts[index].key;
         self.oracle.on_sent(from, &bytes);
-        self.traffic.frames += 1;
-        self.traffic.bytes += bytes.len() as u64;
+        self.sent += bytes.len() as u64;
         let Some(host) = self.listener(address, Some(to)) else { return };
         // What does not fit a datagram takes a stream.
         let arrivals = if bytes.len() > crate::wire::DATAGRAM_MAX {
@@ -110,8 +109,7 @@ impl World {
         let Some(process) = &mut host.process else { return };
         process.open_calls.insert(call);
         self.oracle.on_sent(from, &bytes);
-        self.traffic.calls += 1;
-        self.traffic.bytes += bytes.len() as u64;
+        self.sent += bytes.len() as u64;
         let (address, expected) = match to {
             Target::Member { node, address } => (Some(address), Some(node)),
             Target::Seed(seed) => (self.seed(index, seed), None),
@@ -136,7 +134,7 @@ impl World {
     pub(super) fn reply(&mut self, index: usize, reply: ReplyId, bytes: Vec<u8>) {
         let from = self.hosts[index].key;
         self.oracle.on_sent(from, &bytes);
-        self.traffic.bytes += bytes.len() as u64;
+        self.sent += bytes.len() as u64;
         let Some((to, life, call)) = self.replies.remove(&reply.0) else { return };
         match self.network.stream(index, to) {
             Some(after) => {

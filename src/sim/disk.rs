@@ -23,10 +23,6 @@ pub struct Disk {
 }
 
 impl Disk {
-    pub fn with(flushed: Contents) -> Self {
-        Self { flushed, ..Self::default() }
-    }
-
     pub fn queue(&mut self, records: Vec<(Key, Vec<u8>)>, seq: Option<WriteSeq>) {
         self.queued.push_back((records.into_iter().collect(), seq));
     }

@@ -58,9 +58,9 @@ fn at_size(nodes: usize) -> Vec<Figure> {
     );
 
     world.run_for(Duration::from_secs(60));
-    let (before, span) = (world.traffic, Duration::from_secs(60));
+    let (before, span) = (world.sent, Duration::from_secs(60));
     world.run_for(span);
-    let bits = (world.traffic.bytes - before.bytes) as f64 * 8.0;
+    let bits = (world.sent - before) as f64 * 8.0;
     figure(
         "quiet traffic per node, comparisons included",
         bits / seconds(span) / nodes as f64 / 1000.0,

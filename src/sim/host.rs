@@ -203,7 +203,7 @@ impl Host {
     }
 
     /// As `agent::start` makes it.
-    pub fn config(&self, wish: SettingsWish) -> NodeConfig {
+    pub fn config(&self) -> NodeConfig {
         let remembers = self.saved_cluster.is_some();
         let mut seed = [0; 32];
         seed[..24].copy_from_slice(&self.luck);
@@ -224,7 +224,7 @@ impl Host {
             },
             seeds: self.seed_count(),
             cluster: self.saved_cluster,
-            wish,
+            wish: SettingsWish::default(),
             prefer_subnet: None,
             replace_by_name: self.replaces,
             rng_seed: seed,

@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     core::{CallError, CallId, Command, Gate, Input, Node, ReplyId, StartError},
-    model::{ClusterSettings, NodeId, SettingsWish, Time},
+    model::{ClusterSettings, NodeId, Time},
     wire::{Frame, Request, Response},
 };
 
@@ -36,7 +36,8 @@ pub struct World {
     pub settings: ClusterSettings,
     /// Chances of a process's surroundings: disks, kernels.
     pub luck: StdRng,
-    pub traffic: Traffic,
+    /// Bytes that nodes have sent so far.
+    pub sent: u64,
     /// Some host has lost its database.
     pub disk_lost: bool,
     queue: BTreeMap<(Time, u64), Event>,
@@ -46,14 +47,6 @@ pub struct World {
     trace: SipHasher13,
     turns: u32,
     luck_of_hosts: StdRng,
-}
-
-/// What has been sent so far.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Traffic {
-    pub frames: u64,
-    pub bytes: u64,
-    pub calls: u64,
 }
 
 /// What can happen. Processes are named by host and life: what was meant for an earlier one is void.
@@ -111,7 +104,7 @@ impl World {
             oracle: Oracle::default(),
             settings,
             luck: stream(2),
-            traffic: Traffic::default(),
+            sent: 0,
             disk_lost: false,
             queue: BTreeMap::new(),
             sequence: 0,
@@ -184,7 +177,7 @@ impl World {
         }
         host.life += 1;
         host.stopped = None;
-        let config = host.config(SettingsWish::default());
+        let config = host.config();
         let records = match host.disk.records() {
             Ok(records) => records,
             Err(error) => return self.oracle.accuse(|| format!("host {index}: {error}")),

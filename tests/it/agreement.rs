@@ -1,9 +1,14 @@
 //! Agreement between real processes: partitions made with nft, joiners in both halves, kills, forgetting,
 //! and a state directory that was copied.
 
-use std::{fs, path::Path, process::Command, time::Duration};
+use std::{
+    fs,
+    path::Path,
+    process::{Command, Output},
+    time::Duration,
+};
 
-use crate::common::{Cluster, PATIENCE, isolated, program, run, tool};
+use crate::common::{Cluster, PATIENCE, isolated, program, run, tool, wait_until};
 use gossamer::lab::{Agent, Host, Lab, Pod};
 use nix::sys::signal::Signal;
 
@@ -39,6 +44,13 @@ fn mend(hosts: &[&Host]) {
     hosts.iter().for_each(|host| _ = run(&host.netns, "nft delete table inet cut"));
 }
 
+/// The program as an operator runs it on an agent's host.
+fn client(agent: &Agent, arguments: &[&str]) -> Output {
+    let socket = agent.socket().display().to_string();
+    let mut command = Command::new(program());
+    command.args(arguments).args(["--socket", &socket]).output().expect("gossamer runs")
+}
+
 fn subnet_of(agent: &mut Agent, members: usize) -> anyhow::Result<String> {
     Ok(Agent::subnet(&agent.wait_converged(members, DOWN_PATIENCE)?)?.to_string())
 }
@@ -71,17 +83,13 @@ fn joiner(cluster: &mut Cluster, lab: &mut Lab, number: u16, seed: usize) -> any
 fn both_halves_of_a_partition_take_joiners_and_become_one_again() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 5)?;
-        let (left_new, right_new) = {
-            let hosts: Vec<&Host> = cluster.hosts.iter().collect();
-            let (left, right) = hosts.split_at(2);
-            if !cut(left, right) {
-                return Ok(());
-            }
-            // The rules for the joiners are made before they come: they are on one side each.
-            (6, 7)
-        };
-        let left_host = joiner(&mut cluster, lab, left_new, 0)?;
-        let right_host = joiner(&mut cluster, lab, right_new, 4)?;
+        let hosts: Vec<&Host> = cluster.hosts.iter().collect();
+        let (left, right) = hosts.split_at(2);
+        if !cut(left, right) {
+            return Ok(());
+        }
+        let left_host = joiner(&mut cluster, lab, 6, 0)?;
+        let right_host = joiner(&mut cluster, lab, 7, 4)?;
         {
             let hosts: Vec<&Host> = cluster.hosts.iter().collect();
             cut(&[&left_host], &hosts[2..]);
@@ -101,11 +109,7 @@ fn both_halves_of_a_partition_take_joiners_and_become_one_again() {
         assert_all_reach_all(&mut cluster)?;
         assert_eq!(subnet_of(&mut cluster.agents[5], 7)?, one, "nobody was renumbered");
         assert_eq!(subnet_of(&mut cluster.agents[6], 7)?, other);
-        let start = std::time::Instant::now();
-        while !one_table_everywhere(&cluster) {
-            assert!(start.elapsed() < PATIENCE, "tables differ");
-            std::thread::sleep(Duration::from_millis(50));
-        }
+        wait_until("tables differ", PATIENCE, || one_table_everywhere(&cluster));
         Ok(())
     });
 }
@@ -115,12 +119,9 @@ fn one_table_everywhere(cluster: &Cluster) -> bool {
         .agents
         .iter()
         .map(|agent| {
-            let socket = agent.socket().display();
-            let output = Command::new(program())
-                .args(["leases", "-o", "json", "--socket", &socket.to_string()])
-                .output();
+            let output = client(agent, &["leases", "-o", "json"]);
             let mut table: serde_json::Value =
-                serde_json::from_slice(&output.expect("runs").stdout).expect("JSON");
+                serde_json::from_slice(&output.stdout).expect("JSON");
             for owner in table["owners"].as_array_mut().into_iter().flatten() {
                 // An opinion, which may differ for a while.
                 owner["liveness"].take();
@@ -136,31 +137,24 @@ fn a_member_that_is_gone_is_forgotten_and_one_that_returns_is_a_new_node() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 3)?;
         let lost = subnet_of(&mut cluster.agents[2], 3)?;
-        let client = |agent: &Agent, arguments: &[&str]| {
-            let socket = agent.socket().display().to_string();
-            Command::new(program()).args(arguments).args(["--socket", &socket]).output()
-        };
-        let alive = client(&cluster.agents[0], &["forget", "n3"])?;
+        let alive = client(&cluster.agents[0], &["forget", "n3"]);
         assert!(!alive.status.success());
         let said = String::from_utf8_lossy(&alive.stderr).into_owned();
         assert!(said.contains("n3 is alive") && said.contains("gossamer leave"), "{said}");
 
         cluster.agents[2].end(Signal::SIGKILL)?;
-        let start = std::time::Instant::now();
-        while !client(&cluster.agents[0], &["forget", "n3"])?.status.success() {
-            assert!(start.elapsed() < DOWN_PATIENCE, "n3 never went down");
-            std::thread::sleep(Duration::from_millis(100));
-        }
+        wait_until("n3 never went down", DOWN_PATIENCE, || {
+            client(&cluster.agents[0], &["forget", "n3"]).status.success()
+        });
         for agent in &mut cluster.agents[..2] {
-            let start = std::time::Instant::now();
-            while agent.ask("/v1/status", PATIENCE)?["slots"]["leased"] != 2 {
-                assert!(start.elapsed() < PATIENCE, "its slots were not reclaimed");
-                std::thread::sleep(Duration::from_millis(20));
-            }
+            wait_until("its slots were not reclaimed", PATIENCE, || {
+                let status = agent.ask("/v1/status", PATIENCE).expect("a status");
+                status["slots"]["leased"] == 2
+            });
         }
         let routes = tool(&cluster.hosts[0].netns, "ip route show proto 73");
         assert!(!routes.contains(&lost), "{routes}");
-        let history = client(&cluster.agents[0], &["lease", "history"])?;
+        let history = client(&cluster.agents[0], &["lease", "history"]);
         let history = String::from_utf8(history.stdout)?;
         assert!(history.contains("n3") && history.contains(&lost), "{history}");
 
@@ -184,36 +178,20 @@ fn a_copied_state_directory_is_named_on_both_hosts_and_cured_on_one() {
         cluster.agents.push(Agent::start(program(), &copy, &[])?);
         cluster.hosts.push(copy);
         for number in [2, 3] {
-            let start = std::time::Instant::now();
-            loop {
-                let status = cluster.agents[number].ask("/v1/status", PATIENCE)?;
-                let problems = status["problems"].to_string();
-                let both = [2, 3].map(|n: usize| cluster.hosts[n].ip.to_string());
-                if problems.contains("reset-identity")
-                    && both.iter().all(|ip| problems.contains(ip))
-                {
-                    break;
-                }
-                assert!(start.elapsed() < DOWN_PATIENCE, "not named: {problems}");
-                std::thread::sleep(Duration::from_millis(100));
-            }
+            let both = [2, 3].map(|n: usize| cluster.hosts[n].ip.to_string());
+            wait_until("the copy is not named", DOWN_PATIENCE, || {
+                let status = cluster.agents[number].ask("/v1/status", PATIENCE);
+                let problems = status.expect("a status")["problems"].to_string();
+                problems.contains("reset-identity") && both.iter().all(|ip| problems.contains(ip))
+            });
         }
-        let socket = cluster.agents[3].socket().display().to_string();
-        let reset =
-            Command::new(program()).args(["reset-identity", "--socket", &socket]).output()?;
+        let reset = client(&cluster.agents[3], &["reset-identity"]);
         assert!(reset.status.success(), "{reset:?}");
-        let start = std::time::Instant::now();
-        let node = |status: &serde_json::Value| status["node"].to_string();
-        loop {
+        wait_until("still one identity", PATIENCE, || {
             let status = [2, 3].map(|n: usize| cluster.agents[n].ask("/v1/status", PATIENCE));
-            if let [Ok(one), Ok(other)] = &status
-                && node(one) != node(other)
-            {
-                return Ok(());
-            }
-            assert!(start.elapsed() < PATIENCE, "still one identity: {}", cluster.agents[3].log());
-            std::thread::sleep(Duration::from_millis(50));
-        }
+            matches!(&status, [Ok(one), Ok(other)] if one["node"] != other["node"])
+        });
+        Ok(())
     });
 }
 

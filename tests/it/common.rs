@@ -114,6 +114,15 @@ pub fn run(netns: &NetNs, command: &str) -> Output {
     netns.spawn(&mut tool).and_then(std::process::Child::wait_with_output).expect(command)
 }
 
+/// Asks again and again until the answer is yes.
+pub fn wait_until(what: &str, patience: Duration, mut reached: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !reached() {
+        assert!(start.elapsed() < patience, "{what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
 /// Waits until a tool's output satisfies a condition; gives that output.
 pub fn eventually(netns: &NetNs, command: &str, wanted: impl Fn(&str) -> bool) -> String {
     let start = Instant::now();
