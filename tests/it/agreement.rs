@@ -152,8 +152,9 @@ fn a_member_that_is_gone_is_forgotten_and_one_that_returns_is_a_new_node() {
                 status["slots"]["leased"] == 2
             });
         }
-        let routes = tool(&cluster.hosts[0].netns, "ip route show proto 73");
-        assert!(!routes.contains(&lost), "{routes}");
+        wait_until("the way to it is still there", PATIENCE, || {
+            !tool(&cluster.hosts[0].netns, "ip route show proto 73").contains(&lost)
+        });
         let history = client(&cluster.agents[0], &["lease", "history"]);
         let history = String::from_utf8(history.stdout)?;
         assert!(history.contains("n3") && history.contains(&lost), "{history}");
