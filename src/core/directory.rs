@@ -23,6 +23,8 @@ pub struct Directory {
     records: BTreeMap<NodeId, MemberRecord>,
     /// Who was forgotten: never more than have a record.
     forgets: BTreeMap<NodeId, Forget>,
+    /// One per bucket, always that of both.
+    hashes: [u64; Buckets::COUNT],
 }
 
 impl Directory {
@@ -35,6 +37,7 @@ impl Directory {
                 false
             }
             Entry::Vacant(entry) => {
+                self.hashes[Buckets::of_node(record.node)] ^= member_hash(record);
                 entry.insert(record.clone());
                 true
             }
@@ -42,7 +45,9 @@ impl Directory {
                 let newer = precedence(record) > precedence(entry.get())
                     || planted(Bug::IgnoreVersions) && record != entry.get();
                 if newer {
-                    entry.insert(record.clone());
+                    let before = entry.insert(record.clone());
+                    self.hashes[Buckets::of_node(record.node)] ^=
+                        member_hash(&before) ^ member_hash(record);
                 }
                 newer
             }
@@ -75,13 +80,16 @@ impl Directory {
         match self.forgets.entry(forget.node) {
             Entry::Vacant(_) if full => false,
             Entry::Vacant(entry) => {
+                self.hashes[Buckets::of_node(forget.node)] ^= forget_hash(forget);
                 entry.insert(*forget);
                 true
             }
             Entry::Occupied(mut entry) => {
                 let newer = forget > entry.get();
                 if newer {
-                    entry.insert(*forget);
+                    let before = entry.insert(*forget);
+                    self.hashes[Buckets::of_node(forget.node)] ^=
+                        forget_hash(&before) ^ forget_hash(forget);
                 }
                 newer
             }
@@ -97,25 +105,25 @@ impl Directory {
     }
 
     pub fn forgets_in(&self, bucket: usize) -> impl Iterator<Item = &Forget> {
-        self.forgets.values().filter(move |forget| Buckets::of_node(forget.node) == bucket)
+        self.forgets.range(Buckets::nodes(bucket)).map(|(_, forget)| forget)
     }
 
     pub fn bucket(&self, bucket: usize) -> impl Iterator<Item = &MemberRecord> {
-        self.records.values().filter(move |record| Buckets::of_node(record.node) == bucket)
+        self.records.range(Buckets::nodes(bucket)).map(|(_, record)| record)
     }
 
     /// One hash per bucket; the order of arrival makes no difference.
-    pub fn hashes(&self) -> [u64; Buckets::COUNT] {
-        let mut hashes = [0; Buckets::COUNT];
-        for record in self.records.values() {
-            hashes[Buckets::of_node(record.node)] ^=
-                state_hash(&Record::Member(record.clone()).encode());
-        }
-        for forget in self.forgets.values() {
-            hashes[Buckets::of_node(forget.node)] ^= state_hash(&Record::Forget(*forget).encode());
-        }
-        hashes
+    pub const fn hashes(&self) -> [u64; Buckets::COUNT] {
+        self.hashes
     }
+}
+
+fn member_hash(record: &MemberRecord) -> u64 {
+    state_hash(&Record::Member(record.clone()).encode())
+}
+
+fn forget_hash(forget: &Forget) -> u64 {
+    state_hash(&Record::Forget(*forget).encode())
 }
 
 /// The greatest is kept. Two different records of one version come from a copied state directory; the

@@ -65,6 +65,8 @@ pub struct Membership {
     /// foca's own count of this node's refutations, as last sent.
     refutation: u16,
     notices: VecDeque<Notice>,
+    /// Members held as alive or suspect, this node excluded: foca's own search is linear.
+    active: BTreeMap<NodeId, Identity>,
 }
 
 impl Membership {
@@ -77,6 +79,7 @@ impl Membership {
             tuned_for: 1,
             refutation: 0,
             notices: VecDeque::new(),
+            active: BTreeMap::new(),
         }
     }
 
@@ -156,13 +159,14 @@ impl Membership {
     }
 
     pub fn is_active(&self, node: NodeId) -> bool {
-        self.foca.iter_members().any(|member| member.id().node == node)
+        self.active.contains_key(&node)
     }
 
     /// Members held as alive or suspect, this node included, in order of their ids.
     pub fn active(&self) -> BTreeMap<NodeId, Identity> {
-        let others = self.foca.iter_members().map(|member| *member.id());
-        others.chain([self.identity()]).map(|identity| (identity.node, identity)).collect()
+        let mut active = self.active.clone();
+        active.insert(self.identity().node, self.identity());
+        active
     }
 
     /// Gossip's opinion on everybody it has heard of, this node excluded.
@@ -186,8 +190,8 @@ impl Membership {
     /// One hash per bucket over the active members.
     pub fn hashes(&self) -> [u64; Buckets::COUNT] {
         let mut hashes = [0; Buckets::COUNT];
-        for (node, identity) in self.active() {
-            let Identity { incarnation, .. } = identity;
+        for Identity { node, incarnation } in self.active.values().copied().chain([self.identity()])
+        {
             let mut bytes = [0; 16];
             bytes[..8].copy_from_slice(node.as_bytes());
             bytes[8..12].copy_from_slice(&incarnation.starts.to_le_bytes());
@@ -210,6 +214,9 @@ impl Membership {
             }
             self.timers.insert((now + after, self.armed), timer);
         }
+        while let Some(notification) = self.runtime.to_notify() {
+            self.on_notification(notification);
+        }
         while let Some((to, packet)) = self.runtime.to_send() {
             let header = SwimCodec.decode_header(packet.as_ref());
             if let Ok(header) = &header
@@ -223,24 +230,37 @@ impl Membership {
             }
             self.notices.push_back(Notice::Send { to: to.node, packet });
         }
-        while let Some(notification) = self.runtime.to_notify() {
-            match notification {
-                OwnedNotification::MemberUp(id) => self.notices.push_back(Notice::Up(id.node)),
-                OwnedNotification::MemberDown(id) if !self.is_active(id.node) => {
-                    self.notices.push_back(Notice::Down(id.node));
-                }
-                OwnedNotification::Rejoin(identity) => {
-                    self.notices.push_back(Notice::Renewed(identity));
-                }
-                _ => {}
-            }
-        }
+        debug_assert!(
+            self.foca.num_members() == self.active.len()
+                && self.foca.iter_members().all(|m| self.active.get(&m.id().node) == Some(m.id())),
+            "what foca told is what it holds"
+        );
         self.tune();
+    }
+
+    fn on_notification(&mut self, notification: OwnedNotification<Identity>) {
+        match notification {
+            OwnedNotification::MemberUp(id) => {
+                self.active.insert(id.node, id);
+                self.notices.push_back(Notice::Up(id.node));
+            }
+            OwnedNotification::Rename(_, id) => {
+                self.active.entry(id.node).and_modify(|known| *known = id);
+            }
+            OwnedNotification::MemberDown(id) => {
+                self.active.remove(&id.node);
+                self.notices.push_back(Notice::Down(id.node));
+            }
+            OwnedNotification::Rejoin(identity) => {
+                self.notices.push_back(Notice::Renewed(identity));
+            }
+            _ => {}
+        }
     }
 
     /// foca sends "you are down" also when the suspicion it stems from was refuted in time.
     fn is_stray_down_notice(&self, to: &Identity, message: &Message<Identity>) -> bool {
-        *message == Message::TurnUndead && self.foca.iter_members().any(|member| member.id() == to)
+        *message == Message::TurnUndead && self.active.get(&to.node) == Some(to)
     }
 
     /// Follows the cluster's size when it has doubled or halved.

@@ -26,6 +26,8 @@ pub struct SlotTable {
     pool: Pool,
     /// Sorted, disjoint, within the pool; neighbours that touch have different records.
     runs: Vec<Run>,
+    /// One per bucket, always that of `runs`.
+    hashes: [u64; Buckets::COUNT],
 }
 
 /// What a merge did.
@@ -58,16 +60,17 @@ pub struct Census {
 
 impl SlotTable {
     /// A table that knows nothing yet.
-    pub const fn empty(pool: Pool) -> Self {
-        Self { pool, runs: Vec::new() }
+    pub fn empty(pool: Pool) -> Self {
+        Self { pool, runs: Vec::new(), hashes: [0; Buckets::COUNT] }
     }
 
     /// The table of a new cluster: everything is the founder's spare at epoch 0.
     pub fn founded_by(pool: Pool, founder: NodeId) -> Self {
         let record =
             SlotRecord { epoch: 0, owner: founder, state: SlotState::Spare, granter: founder };
-        let run = Run { start: Slot(*pool.slots().start()), len: pool.slot_count(), record };
-        Self { pool, runs: vec![run] }
+        let mut table = Self::empty(pool);
+        table.set(Run { start: Slot(*pool.slots().start()), len: pool.slot_count(), record });
+        table
     }
 
     pub fn runs(&self) -> &[Run] {
@@ -214,15 +217,14 @@ impl SlotTable {
 
     /// The runs in `[start, end)`, cut at its borders.
     pub fn range(&self, start: u32, end: u32) -> impl Iterator<Item = Run> + '_ {
-        self.runs.iter().filter_map(move |run| clip(run, start, end))
+        let first = self.runs.partition_point(|run| run.end() <= start);
+        let last = self.runs.partition_point(|run| run.start.0 < end);
+        self.runs[first..last.max(first)].iter().filter_map(move |run| clip(run, start, end))
     }
 
     /// One hash per bucket; equal tables have equal hashes.
-    pub fn hashes(&self) -> [u64; Buckets::COUNT] {
-        std::array::from_fn(|bucket| {
-            let runs = self.bucket(bucket);
-            if runs.is_empty() { 0 } else { state_hash(&crate::wire::Record::Slots(runs).encode()) }
-        })
+    pub const fn hashes(&self) -> [u64; Buckets::COUNT] {
+        self.hashes
     }
 
     fn bucket_width(&self) -> u32 {
@@ -333,8 +335,31 @@ impl SlotTable {
             }
             joins
         });
+        touched.to_vec().iter().chain(&middle).for_each(|run| self.toggle(run));
         self.runs.splice(first..last, middle);
     }
+
+    /// Adds a run to the hashes of its buckets, or takes it out again.
+    fn toggle(&mut self, run: &Run) {
+        let width = self.bucket_width();
+        for bucket in self.bucket_of(run.start)..=self.bucket_of(Slot(run.end() - 1)) {
+            let start = self.pool.slots().start() + bucket as u32 * width;
+            let part = clip(run, start, start.saturating_add(width));
+            self.hashes[bucket] ^= part.as_ref().map_or(0, run_hash);
+        }
+    }
+}
+
+fn run_hash(run: &Run) -> u64 {
+    let SlotRecord { epoch, owner, state, granter } = run.record;
+    let mut bytes = [0; 33];
+    bytes[..4].copy_from_slice(&run.start.0.to_le_bytes());
+    bytes[4..8].copy_from_slice(&run.len.to_le_bytes());
+    bytes[8..16].copy_from_slice(&epoch.to_le_bytes());
+    bytes[16..24].copy_from_slice(owner.as_bytes());
+    bytes[24..32].copy_from_slice(granter.as_bytes());
+    bytes[32] = u8::from(state == SlotState::Leased);
+    state_hash(&bytes)
 }
 
 /// The part of a run within `[start, end)`.

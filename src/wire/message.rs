@@ -2,7 +2,7 @@
 //!
 //! Enums are only ever appended to; a published struct never changes its fields.
 
-use std::net::Ipv4Addr;
+use std::{net::Ipv4Addr, ops::RangeInclusive};
 
 use serde::{Deserialize, Serialize};
 
@@ -145,6 +145,14 @@ impl Buckets {
     /// The bucket of a node, by the first bits of its id (a hash, so evenly spread).
     pub const fn of_node(node: NodeId) -> usize {
         (node.as_bytes()[0] >> 3) as usize
+    }
+
+    /// All nodes whose bucket this is.
+    pub fn nodes(bucket: usize) -> RangeInclusive<NodeId> {
+        let (mut first, mut last) = ([0; 8], [0xff; 8]);
+        first[0] = (bucket << 3) as u8;
+        last[0] = first[0] | 7;
+        NodeId::from_bytes(first)..=NodeId::from_bytes(last)
     }
 }
 

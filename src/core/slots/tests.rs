@@ -37,6 +37,17 @@ fn assert_canonical(table: &SlotTable) {
         let touching = pair[0].end() == pair[1].start.0;
         assert!(!touching || pair[0].record != pair[1].record, "maximal: {pair:?}");
     }
+    assert_eq!(table.hashes(), rebuilt(table).hashes());
+}
+
+/// The same table, by another way.
+fn rebuilt(table: &SlotTable) -> SlotTable {
+    let mut other = SlotTable::empty(table.pool);
+    let singly = table.runs().iter().flat_map(|run| run.slots().map(|start| (start, run.record)));
+    let mut singly: Vec<_> = singly.map(|(start, record)| Run { start, len: 1, record }).collect();
+    singly.reverse();
+    other.merge(&singly);
+    other
 }
 
 #[test]
