@@ -16,7 +16,7 @@ use regex_lite::Regex;
 use serde::Deserialize;
 
 use crate::{
-    model::{ClusterSettings, NodeName, Pool, PoolSpec, SettingsWish},
+    model::{ClusterSettings, NodeName, Pool, PoolSpec, Quorum, QuorumError, SettingsWish},
     wire::{Token, TokenError},
 };
 
@@ -90,6 +90,12 @@ pub struct Settings {
     /// forgotten, and its subnet taken over
     #[arg(long, env = "GOSSAMER_REPLACE_BY_NAME", num_args = 0..=1, default_missing_value = "true")]
     pub replace_by_name: Option<bool>,
+    /// Forget a member that most voters have missed for so long, as in "12h" [default: never]
+    #[arg(long, env = "GOSSAMER_FORGET_AFTER", value_name = "SPAN")]
+    pub forget_after: Option<String>,
+    /// Names of the 3, 5 or 7 nodes that vote on that: the same on all of them
+    #[arg(long, env = "GOSSAMER_VOTERS", value_delimiter = ',', value_name = "NAME,NAME")]
+    pub voters: Vec<String>,
     /// VXLAN network identifier [default: 1]
     #[arg(long, env = "GOSSAMER_VNI", value_name = "NUMBER")]
     pub vni: Option<u32>,
@@ -139,6 +145,7 @@ pub struct Config {
     pub wish: SettingsWish,
     pub prefer_subnet: Option<Ipv4Addr>,
     pub replace_by_name: bool,
+    pub quorum: Option<Quorum>,
     pub mtu: Option<u32>,
     pub name: NodeName,
 }
@@ -205,6 +212,8 @@ impl Settings {
             subnet_max: self.subnet_max.or(other.subnet_max),
             prefer_subnet: self.prefer_subnet.or(other.prefer_subnet),
             replace_by_name: self.replace_by_name.or(other.replace_by_name),
+            forget_after: self.forget_after.or(other.forget_after),
+            voters: list(self.voters, other.voters),
             vni: self.vni.or(other.vni),
             vxlan_port: self.vxlan_port.or(other.vxlan_port),
             mtu: self.mtu.or(other.mtu),
@@ -248,6 +257,7 @@ impl Settings {
             None => None,
         };
         let advertise = self.advertise.as_deref().map(|text| address("advertise", text));
+        let quorum = quorum(self.forget_after.as_deref(), &self.voters)?;
         let path = |given: Option<PathBuf>, default: &str| given.unwrap_or_else(|| default.into());
         Ok(Config {
             create: init.then_some(settings),
@@ -263,6 +273,7 @@ impl Settings {
             wish,
             prefer_subnet: self.prefer_subnet,
             replace_by_name: self.replace_by_name.unwrap_or(false),
+            quorum,
             mtu: self.mtu,
         })
     }
@@ -324,6 +335,22 @@ fn cluster_settings(wish: &SettingsWish) -> Result<ClusterSettings, ConfigError>
     }
     let pool = pool.map_err(|error| bad("pool", error))?;
     Ok(ClusterSettings { pool, vni, vxlan_port })
+}
+
+fn quorum(forget_after: Option<&str>, voters: &[String]) -> Result<Option<Quorum>, ConfigError> {
+    let Some(text) = forget_after.filter(|text| *text != "never") else { return Ok(None) };
+    let span = humantime::parse_duration(text).map_err(|error| {
+        bad("forget_after", format!("{text:?}: {error}; write a span as in \"12h\", or \"never\""))
+    })?;
+    let parse = |name: &String| name.parse().map_err(|error| bad("voters", error));
+    let voters: Vec<NodeName> = voters.iter().map(parse).collect::<Result<_, _>>()?;
+    Quorum::new(span, &voters).map(Some).map_err(|error| {
+        let field = match error {
+            QuorumError::Voters(_) => "voters",
+            QuorumError::TooShort(..) => "forget_after",
+        };
+        bad(field, error)
+    })
 }
 
 fn node_name(given: Option<String>) -> Result<NodeName, ConfigError> {

@@ -159,6 +159,7 @@ async fn start(
         wish: config.wish,
         prefer_subnet: config.prefer_subnet,
         replace_by_name: config.replace_by_name,
+        quorum: config.quorum.clone(),
         rng_seed: random()?,
     };
     let node = Node::start(Time::ZERO, node, records)?;

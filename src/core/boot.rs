@@ -10,7 +10,7 @@ use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 use crate::{
     model::{
         BootId, ClusterId, ClusterRecord, ClusterSettings, Difference, Identity, Incarnation,
-        MemberRecord, NodeId, NodeName, Run, SettingsWish, Slot, Time, Version, Vtep,
+        MemberRecord, NodeId, NodeName, Quorum, Run, SettingsWish, Slot, Time, Version, Vtep,
     },
     wire::{Key, Record},
 };
@@ -25,6 +25,7 @@ use super::{
     planted::{Bug, planted},
     push::PushQueue,
     sync::{Doubt, SyncRound},
+    vote::Voting,
 };
 
 /// What a node is told from outside. Nothing in it is remembered; the disk has the rest.
@@ -47,6 +48,8 @@ pub struct NodeConfig {
     pub prefer_subnet: Option<Ipv4Addr>,
     /// Names are unique by construction: a down member of this node's name is its predecessor, and gone.
     pub replace_by_name: bool,
+    /// By time alone nobody is forgotten otherwise.
+    pub quorum: Option<Quorum>,
     /// Seed of all randomness in the node: from the OS in production, from the run's seed in simulation.
     pub rng_seed: [u8; 32],
 }
@@ -127,6 +130,7 @@ impl Node {
             outputs: VecDeque::new(),
             leaving,
             forgetting: Forgetting::default(),
+            voting: Voting::new(now),
             in_use: InUse::Unknown,
             asked: Asked::Nothing,
             clone: None,

@@ -56,6 +56,12 @@ impl Node {
             self.outputs.push_back(Output::Stop(Stop::Left { heir: None }));
             return;
         }
+        if self.clone.is_some() {
+            return self.cannot_leave(
+                "another process runs with this node's key, and its subnet is in use there too: run \
+                 `gossamer reset-identity` on one of the two first",
+            );
+        }
         if !self.sync.synced() {
             return self.cannot_leave(
                 "this node has not met anybody since its start who would know what it granted \

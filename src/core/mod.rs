@@ -11,7 +11,8 @@
 //! - `join`: from stranger to member; `lease`: having exactly one subnet
 //! - `push`, `sync`: how a change reaches everybody: at once, and surely
 //! - `serve`: answers to peers
-//! - `leave`: handing over and going; `forget`: reclaiming what others left behind
+//! - `leave`: handing over and going; `forget`: reclaiming what others left behind; `vote`: forgetting by
+//!   time alone
 
 mod boot;
 mod directory;
@@ -33,6 +34,7 @@ mod sync;
 #[cfg(test)]
 mod tests;
 mod view;
+mod vote;
 mod writes;
 
 use std::{
@@ -64,6 +66,7 @@ use self::{
     push::PushQueue,
     slots::SlotTable,
     sync::SyncRound,
+    vote::Voting,
     writes::Dirty,
 };
 use crate::{
@@ -88,6 +91,7 @@ pub struct Node {
     joining: Joining,
     leaving: Option<Leaving>,
     forgetting: Forgetting,
+    voting: Voting,
     push: PushQueue,
     sync: SyncRound,
     calls: Calls,
@@ -183,6 +187,11 @@ enum Purpose {
         node: NodeId,
         forgets: Vec<Forget>,
     },
+    /// Has a voter missed a node as well?
+    Vote {
+        voter: NodeId,
+        node: NodeId,
+    },
 }
 
 /// How a question ended: who answered, and what.
@@ -200,6 +209,8 @@ pub struct Counters {
     pub grants: u64,
     /// Times that a forgotten node's slots were taken over.
     pub reclaims: u64,
+    /// Members that this node forgot because most voters had missed them for long.
+    pub voted_gone: u64,
     /// Records of this node's own that it did not remember: its state directory was rolled back.
     pub rollbacks: u64,
     /// Times that gossip called a member down.
@@ -242,6 +253,7 @@ impl Node {
             self.next_lease_step(),
             self.next_leave_step(),
             self.next_forget_step(),
+            self.next_vote_step(),
             self.push.due(),
             self.home.as_ref().map(|_| self.sync.due()),
             self.dirty.lazy_at,
@@ -260,6 +272,7 @@ impl Node {
         self.step_lease(now);
         self.step_leave(now);
         self.step_forget(now);
+        self.step_vote(now);
         self.step_sync(now);
         self.drain_membership(now);
         self.write_changes(now);
@@ -321,6 +334,7 @@ impl Node {
             Purpose::Acknowledge { node, forgets } => {
                 self.on_acknowledgement(now, node, &forgets, answer);
             }
+            Purpose::Vote { voter, node } => self.on_vote(now, voter, node, answer),
         }
     }
 

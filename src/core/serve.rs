@@ -79,6 +79,7 @@ impl Node {
                 self.dirty.mark(Key::Member(from), true);
                 Response::Acknowledged(lacks)
             }
+            Request::HaveYouMissed { node, quorum } => Response::Vote(self.vote(node, &quorum)),
             _ if self.leaving.is_some() => Response::Refused(Refusal::Leaving),
             Request::BeMyHeir => Response::Accepted,
             Request::Handover(facts) => {

@@ -234,6 +234,7 @@ impl Node {
                 self.counters.violations
             ));
         }
+        problems.extend(self.vote_problems());
         problems
     }
 }

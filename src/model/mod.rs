@@ -8,6 +8,7 @@ mod forget;
 mod id;
 mod member;
 mod pool;
+mod quorum;
 mod slot;
 mod time;
 mod vtep;
@@ -19,6 +20,7 @@ pub use member::{
     Identity, Incarnation, MemberRecord, NodeName, NodeNameError, Suspicion, Version,
 };
 pub use pool::{MAX_SLOTS, Pool, PoolError, PoolSpec, Slot};
+pub use quorum::{Quorum, QuorumError};
 pub use slot::{Run, SlotRecord, SlotState};
 pub use time::Time;
 pub use vtep::{Mac, Vtep};

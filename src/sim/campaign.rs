@@ -22,7 +22,7 @@ const TWICE_EVERY: u64 = 50;
 const ENOUGH: u64 = 1000;
 
 /// Situations without which a campaign has proved little.
-pub const MUST_REACH: [&str; 22] = [
+pub const MUST_REACH: [&str; 23] = [
     "partition",
     "blackout",
     "address changed",
@@ -33,6 +33,7 @@ pub const MUST_REACH: [&str; 22] = [
     "died",
     "forgotten",
     "forget refused",
+    "forgotten by voters",
     "expelled",
     "recreated",
     "disk lost",

@@ -6,7 +6,7 @@ use std::{collections::BTreeSet, fmt, net::Ipv4Addr, str::FromStr, time::Duratio
 use rand::{RngExt as _, prelude::IteratorRandom as _, rngs::StdRng};
 
 use super::{disk::Disk, host::Host, world::World};
-use crate::core::Command;
+use crate::{core::Command, model::Quorum};
 
 /// A kind of fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -50,6 +50,8 @@ pub enum Fault {
     Clone,
     /// Breaks it: a member that runs is forgotten.
     ForgetAlive,
+    /// Breaks it: members are forgotten by time, among them such as are only cut off.
+    Voters,
 }
 
 impl Fault {
@@ -76,8 +78,8 @@ impl Fault {
     ];
 
     /// Those under which two owners may come about, and must be found out.
-    pub const BREAKING: [Self; 4] =
-        [Self::LoseDisk, Self::Rollback, Self::Clone, Self::ForgetAlive];
+    pub const BREAKING: [Self; 5] =
+        [Self::LoseDisk, Self::Rollback, Self::Clone, Self::ForgetAlive, Self::Voters];
 }
 
 impl FromStr for Fault {
@@ -130,7 +132,12 @@ impl Faults {
             let most = if rng.random_ratio(1, 3) { 30_000 } else { 5_000 };
             world.network.tail = Duration::from_millis(rng.random_range(50..most));
         }
+        if on(Fault::Voters) {
+            let names = world.hosts.iter().take(3).filter_map(|host| host.name.parse().ok());
+            world.quorum = Quorum::new(Quorum::SHORTEST, &names.collect::<Vec<_>>()).ok();
+        }
         for host in &mut world.hosts {
+            host.quorum.clone_from(&world.quorum);
             if on(Fault::SlowDisk) {
                 let slow = Duration::from_millis(rng.random_range(5..2000));
                 host.disk_latency = (Duration::from_millis(1), slow);
@@ -155,6 +162,9 @@ impl Faults {
         match fault {
             Fault::Loss | Fault::Doubles | Fault::Late | Fault::SlowDisk => {}
             Fault::SlowKernel | Fault::Drift => {}
+            // Of the voters, the first three hosts, most stay.
+            Fault::Voters if host < 2 => {}
+            Fault::Voters => _ = die(world, host),
             Fault::Partition | Fault::OneWay if rng.random_bool(0.4) => world.network.mend(),
             Fault::Partition => partition(world, rng),
             Fault::OneWay => world.network.cut(host, rng.random_range(0..hosts)),

@@ -15,7 +15,7 @@ use crate::{
         desired::{Desired, Underlay},
         fake::FakeKernel,
     },
-    model::{BootId, ClusterId, ClusterSettings, Mac, NodeId, SettingsWish, Time, Vtep},
+    model::{BootId, ClusterId, ClusterSettings, Mac, NodeId, Quorum, SettingsWish, Time, Vtep},
     wire::{Key, Record},
 };
 
@@ -58,6 +58,8 @@ pub struct Host {
     pub life: u32,
     /// Its agent runs with `replace_by_name`.
     pub replaces: bool,
+    /// Who of the cluster forgets by time.
+    pub quorum: Option<Quorum>,
     pub stopped: Option<Stop>,
     pub disk_latency: (Duration, Duration),
     /// From a new view to the pass that programs it.
@@ -141,6 +143,7 @@ impl Host {
             process: None,
             life: 0,
             replaces: false,
+            quorum: None,
             stopped: None,
             disk_latency: DISK_LATENCY,
             kernel_latency: KERNEL_LATENCY,
@@ -227,6 +230,7 @@ impl Host {
             wish: SettingsWish::default(),
             prefer_subnet: None,
             replace_by_name: self.replaces,
+            quorum: self.quorum.clone(),
             rng_seed: seed,
         }
     }

@@ -19,6 +19,8 @@ use crate::model::{ClusterSettings, Pool, PoolSpec};
 pub const CALM_CEILING: Duration = Duration::from_secs(60);
 /// The same where a proviso was broken: of a copied identity nothing is granted for two minutes.
 pub const LENIENT_CEILING: Duration = Duration::from_secs(400);
+/// Where voters forget, the operator steps in when they should long have done so: most may be dead.
+const OPERATOR_AFTER_VOTERS: Duration = Duration::from_secs(150);
 /// How long it must then stay right.
 const STAY: Duration = Duration::from_secs(15);
 const LOOK_EVERY: Duration = Duration::from_millis(250);
@@ -148,7 +150,9 @@ fn calm_phase(world: &mut World) -> Option<Duration> {
                 break;
             }
         }
-        forget_the_dead(world);
+        if world.quorum.is_none() || world.now.since(begun) > OPERATOR_AFTER_VOTERS {
+            forget_the_dead(world);
+        }
         correct_seeds(world);
         if world.oracle.violation.is_some() {
             return None;
@@ -209,6 +213,7 @@ fn note_counters(world: &mut World) {
         for (what, times) in [
             ("granted", counters.grants),
             ("reclaimed", counters.reclaims),
+            ("forgotten by voters", counters.voted_gone),
             ("rollback noticed", counters.rollbacks),
             ("clone noticed", counters.clones),
             ("two owners settled", counters.violations),

@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     core::{CallError, CallId, Command, Gate, Input, Node, ReplyId, StartError},
-    model::{ClusterSettings, NodeId, Time},
+    model::{ClusterSettings, NodeId, Quorum, Time},
     wire::{Frame, Request, Response},
 };
 
@@ -38,6 +38,8 @@ pub struct World {
     pub luck: StdRng,
     /// Bytes that nodes have sent so far.
     pub sent: u64,
+    /// Who of the cluster forgets by time.
+    pub quorum: Option<Quorum>,
     /// Some host has lost its database.
     pub disk_lost: bool,
     queue: BTreeMap<(Time, u64), Event>,
@@ -105,6 +107,7 @@ impl World {
             settings,
             luck: stream(2),
             sent: 0,
+            quorum: None,
             disk_lost: false,
             queue: BTreeMap::new(),
             sequence: 0,
@@ -121,7 +124,9 @@ impl World {
         let index = self.hosts.len();
         let mut luck = [0; 24];
         self.luck_of_hosts.fill(&mut luck);
-        self.hosts.push(Host::new(index, luck));
+        let mut host = Host::new(index, luck);
+        host.quorum.clone_from(&self.quorum);
+        self.hosts.push(host);
         self.places = by_address(&self.hosts);
         index
     }
@@ -408,7 +413,7 @@ impl World {
         }
     }
 
-    pub(super) fn input(&mut self, index: usize, input: Input) {
+    pub fn input(&mut self, index: usize, input: Input) {
         let Some(process) = &mut self.hosts[index].process else { return };
         if let Some(waiting) = &mut process.paused {
             // The socket's buffer: what does not fit is lost.

@@ -7,7 +7,7 @@ use std::{net::Ipv4Addr, ops::RangeInclusive};
 use serde::{Deserialize, Serialize};
 
 use crate::model::{
-    ClusterId, ClusterRecord, Difference, Forget, Identity, MemberRecord, NodeId, Run,
+    ClusterId, ClusterRecord, Difference, Forget, Identity, MemberRecord, NodeId, Quorum, Run,
     SettingsWish, Suspicion,
 };
 
@@ -60,6 +60,8 @@ pub enum Request {
     AreYouThere(Suspicion),
     /// "These nodes are gone and I am their heir. Make that durable, and tell me what I lack."
     Acknowledge { forgets: Vec<Forget>, buckets: Box<Buckets> },
+    /// "This is our rule. Have you missed that member for so long yourself?"
+    HaveYouMissed { node: NodeId, quorum: Quorum },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -82,6 +84,17 @@ pub enum Response {
     Here(Suspicion),
     /// It is durable; this is what the asker lacked.
     Acknowledged(Facts),
+    Vote(Vote),
+}
+
+/// What a voter has seen of a member.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Vote {
+    /// Nothing for as long as the rule says.
+    Missed,
+    Seen,
+    /// The asked one is no voter, or by another rule.
+    OtherRule,
 }
 
 /// A joiner's introduction.

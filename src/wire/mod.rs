@@ -13,7 +13,7 @@ mod token;
 pub use codec::WireError;
 pub use frame::{DATAGRAM_MAX, Frame, STREAM_MAX, WIRE_VERSION};
 pub use message::{
-    Buckets, Facts, GrantWish, Hello, Push, Refusal, Request, Response, Roots, Welcome,
+    Buckets, Facts, GrantWish, Hello, Push, Refusal, Request, Response, Roots, Vote, Welcome,
 };
 pub use record::{Key, Record, RecordError};
 pub use swim::SwimCodec;

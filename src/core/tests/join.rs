@@ -1,0 +1,242 @@
+//! From stranger to member with a subnet.
+
+use super::*;
+use crate::{model::MemberRecord, sim::host::Host};
+
+#[test]
+fn a_joiner_is_known_everywhere_within_a_few_round_trips() {
+    let mut world = World::with_members(10);
+    world.join();
+    world.run_for(LATENCY * 20);
+    world.assert_right();
+}
+
+#[test]
+fn all_at_once_gives_every_node_its_own_subnet() {
+    let mut world = World::founded(settings("10.42.0.0/16", 24));
+    (1..40).for_each(|_| _ = world.join());
+    world.run_for(seconds(3));
+    world.assert_right();
+    assert_eq!(world.running(), 40, "nobody gave up");
+}
+
+#[test]
+fn a_quiet_cluster_settles_and_compares_by_hashes_only() {
+    let mut world = World::with_members(8);
+    world.run_for(seconds(30));
+    let differing = |world: &World| -> u64 {
+        (0..8).map(|host| world.node(host).status().counters.syncs_different).sum()
+    };
+    let before = differing(&world);
+    world.run_for(seconds(60));
+    assert_eq!(before, differing(&world));
+    assert!(world.all_settled());
+}
+
+#[test]
+fn no_node_ever_asks_to_be_woken_in_the_past() {
+    let mut world = World::with_members(4);
+    world.isolate(1..2);
+    world.command(2, Command::Leave);
+    for _ in 0..2_000 {
+        world.run_for(Duration::from_millis(1));
+        for host in &world.hosts {
+            let Some(node) = host.node() else { continue };
+            let at = node.poll_timeout().expect("something is always due");
+            assert!(at > world.now, "{} spins", host.name);
+        }
+    }
+}
+
+#[test]
+fn an_answer_that_is_lost_loses_no_slot() {
+    let mut world = World::with_members(3);
+    // Its question arrives, and the answer, which waits for the donor's disk, does not.
+    let joiner = world.join();
+    while world.leased(0) < 4 {
+        world.run_for(Duration::from_micros(100));
+    }
+    world.isolate(joiner..joiner + 1);
+    world.run_for(seconds(2));
+    assert_eq!(world.leased(0), 4, "granted, unknown to the joiner");
+    assert_eq!(world.node(joiner).status().phase, Phase::Joining);
+    world.network.mend();
+    world.run_for(seconds(12));
+    world.assert_right();
+    assert_eq!(world.leased(0), 4, "asked again, got the same one");
+}
+
+#[test]
+fn down_members_keep_their_subnets_and_the_way_to_them() {
+    let mut world = World::with_members(4);
+    world.isolate(3..4);
+    world.run_for(seconds(60));
+    let lost = world.hosts[3].key;
+    let status = world.node(0).status();
+    let member = status.members.iter().find(|m| m.node == lost).expect("still listed");
+    assert_eq!(member.liveness, Some(Liveness::Down));
+    world.assert_right();
+    world.network.mend();
+    world.run_for(seconds(30));
+    assert!(world.all_settled(), "healed");
+    world.assert_right();
+}
+
+#[test]
+fn the_subnet_in_use_stays_when_a_second_one_turns_up() {
+    let mut world = World::with_members(3);
+    let (id, founder) = (world.hosts[2].key, world.hosts[0].key);
+    let subnet = world.subnet(2).expect("a subnet");
+    // A grant from long ago, by a seed whose answer never came: a lower slot than the one in use.
+    let home = world.node(0).home.as_ref().expect("in a cluster");
+    let spare = home.slots.runs_of(founder).find(|run| {
+        run.record.state == SlotState::Spare
+            && home.cluster.settings.pool.subnet(run.start) < subnet
+    });
+    let spare = *spare.expect("a lower spare");
+    let record = SlotRecord {
+        epoch: spare.record.epoch + 1,
+        owner: id,
+        state: SlotState::Leased,
+        granter: founder,
+    };
+    world.oracle.lenient = true;
+    let run = Run { start: spare.start, len: 1, record };
+    world.push(0, 2, Facts { slots: vec![run], ..Facts::default() });
+    world.run_for(seconds(5));
+    assert_eq!(world.subnet(2), Some(subnet), "pods live in it");
+    assert_eq!(world.leased(0), 3, "the other one was given back");
+    world.assert_right();
+}
+
+#[test]
+fn strangers_that_are_each_others_seeds_become_patient() {
+    let mut world = World::new(1, settings("10.42.0.0/16", 24));
+    for seed in [1, 0] {
+        let host = world.add_joiner(&[seed]);
+        world.start(host);
+    }
+    world.run_for(seconds(60));
+    let before = world.sent;
+    world.run_for(seconds(60));
+    let greeting = 200;
+    assert!(world.sent - before < 150 * greeting, "{} bytes in a minute", world.sent - before);
+}
+
+#[test]
+fn a_full_pool_is_said_and_a_freed_subnet_is_taken() {
+    let mut world = World::founded(settings("10.42.0.0/24", 26));
+    for _ in 1..4 {
+        world.join();
+        world.run_for(seconds(2));
+    }
+    assert_eq!(world.node(3).status().phase, Phase::Leaseless);
+    let problems = world.problems(3);
+    assert!(problems.contains("all 3 subnets are leased"), "{problems}");
+    world.command(1, Command::Leave);
+    world.run_for(seconds(5));
+    assert!(world.subnet(3).is_some());
+    world.assert_right();
+}
+
+#[test]
+fn what_reveals_a_grant_waits_for_the_write_that_holds_it() {
+    let founding = Founding::Create(settings("10.42.0.0/16", 24));
+    let config = |index: u8, founding| {
+        let host = Host::new(usize::from(index), [index; 24]);
+        NodeConfig { founding, seeds: 1, ..host.config() }
+    };
+    let mut node = Node::start(Time::ZERO, config(0, founding), vec![]).expect("starts");
+    outputs(&mut node).for_each(drop);
+    let joiner = config(1, Founding::Join);
+    let mut stranger = Node::start(Time::ZERO, joiner.clone(), vec![]).expect("starts");
+    let hello = outputs(&mut stranger).find_map(|output| match output {
+        Output::Call { bytes, .. } => Some(bytes),
+        _ => None,
+    });
+    let bytes = hello.expect("a stranger greets its seed");
+    let request = Input::Request { from: joiner.node, reply: ReplyId(1), bytes };
+    node.handle(Time::ZERO + LATENCY, request);
+    let mut durable = None;
+    let mut waits = Vec::new();
+    for output in outputs(&mut node) {
+        match output {
+            Output::Write { records, seq } => {
+                assert!(records.iter().any(|(key, _)| matches!(key, crate::wire::Key::Slots(_))));
+                durable = seq;
+            }
+            Output::Reply { after, .. } | Output::Program { after, .. } => waits.push(after),
+            Output::Send { after, .. } => waits.push(after),
+            _ => {}
+        }
+    }
+    let durable = durable.expect("a durable write");
+    assert!(waits.len() >= 2 && waits.iter().all(|after| *after == durable), "{waits:?}");
+}
+
+#[test]
+fn foreign_and_broken_messages_change_nothing() {
+    let mut world = World::with_members(2);
+    let from = world.hosts[1].key;
+    let before = world.node(0).status().slots;
+    for bytes in [
+        vec![],
+        vec![9, 9, 9],
+        Frame::Push(b"junk").encode(world.node(0).cluster_id().expect("cluster")),
+        Frame::Push(&Push { facts: Facts::default() }.encode())
+            .encode(ClusterId::from_bytes([7; 8])),
+    ] {
+        world.input(0, Input::Message { from, bytes });
+    }
+    assert_eq!(world.node(0).status().counters.malformed, 4);
+    assert_eq!(world.node(0).status().slots, before);
+}
+
+#[test]
+fn clusters_that_were_founded_apart_never_merge() {
+    let mut world = World::with_members(2);
+    let other = World::new(2, settings("10.42.0.0/16", 24));
+    let mut host = Host::new(7, [7; 24]);
+    host.creates = Some(other.settings);
+    let stranger = Node::start(Time::ZERO, host.config(), Vec::new()).expect("starts");
+    let mine = world.node(0).cluster_id().expect("a cluster");
+    let theirs = stranger.cluster_id().expect("a cluster");
+    assert_ne!(mine, theirs);
+
+    let compare = Request::Compare(stranger.roots());
+    let bytes = Frame::Request(&compare.encode()).encode(theirs);
+    let before = world.node(0).roots();
+    let now = world.now;
+    let node = world.node_mut(0);
+    node.handle(now, Input::Request { from: stranger.me.node, reply: ReplyId(9), bytes });
+    let answer = outputs(node).find_map(|output| match output {
+        Output::Reply { bytes, .. } => read_response(&bytes).ok(),
+        _ => None,
+    });
+    let Some(Response::Refused(refusal)) = answer else { panic!("{answer:?}") };
+    let said = refusal.to_string();
+    assert!(said.contains(&mine.to_string()) && said.contains(&theirs.to_string()), "{said}");
+    assert_eq!(world.node(0).roots(), before, "nothing was taken over");
+}
+
+#[test]
+fn a_copied_state_directory_is_named_and_starts_no_race() {
+    let mut world = World::with_members(3);
+    world.run_for(seconds(5));
+    // A second process with the same key and disk tells about itself, again and again.
+    for round in 0..20 {
+        let me = world.node(2).me.clone();
+        let starts = me.version.starts + 1;
+        let version = crate::model::Version { starts, change: 0 };
+        let clone = MemberRecord { version, boot: BootId::from_bytes([99; 8]), ..me };
+        world.push(0, 2, Facts { members: vec![clone], ..Facts::default() });
+        assert_eq!(world.node(2).status().counters.clones, round + 1);
+    }
+    assert!(world.node(2).me.version.starts < 10, "it went above the other once, not twenty times");
+    assert!(world.problems(2).contains("was copied"));
+    // Its subnet may be in use on both hosts: nobody may be given it.
+    world.command(2, Command::Leave);
+    world.run_for(seconds(5));
+    assert_eq!(world.node(2).status().phase, Phase::Member);
+    assert_eq!(world.leased(0), 3);
+}
