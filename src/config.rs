@@ -338,7 +338,10 @@ fn cluster_settings(wish: &SettingsWish) -> Result<ClusterSettings, ConfigError>
 }
 
 fn quorum(forget_after: Option<&str>, voters: &[String]) -> Result<Option<Quorum>, ConfigError> {
-    let Some(text) = forget_after.filter(|text| *text != "never") else { return Ok(None) };
+    let Some(text) = forget_after.filter(|text| *text != "never") else {
+        let problem = "without forget_after they decide nothing: set it, or leave them out";
+        return if voters.is_empty() { Ok(None) } else { Err(bad("voters", problem)) };
+    };
     let span = humantime::parse_duration(text).map_err(|error| {
         bad("forget_after", format!("{text:?}: {error}; write a span as in \"12h\", or \"never\""))
     })?;

@@ -50,6 +50,11 @@ fn an_unknown_key_is_named_with_its_line() {
 #[test]
 fn settings_that_cannot_work_are_refused_by_name() {
     let base = Settings::default;
+    let voting = |after: &str, voters: &[&str]| Settings {
+        forget_after: Some(after.to_owned()),
+        voters: voters.iter().map(ToString::to_string).collect(),
+        ..base()
+    };
     let seed = |text: &str| Settings { join: vec![text.to_owned()], ..base() };
     for (settings, words) in [
         (Settings { init: Some(true), ..seed("a") }, "use one of the two"),
@@ -58,6 +63,11 @@ fn settings_that_cannot_work_are_refused_by_name() {
         (Settings { vni: Some(1 << 24), ..base() }, "vni: 16777216"),
         (Settings { vxlan_port: Some(0), ..base() }, "vxlan_port"),
         (Settings { mtu: Some(100), ..base() }, "mtu: 100"),
+        (voting("soon", &["a", "b", "c"]), "forget_after: \"soon\""),
+        (voting("10s", &["a", "b", "c"]), "forget_after: 10s is too short"),
+        (voting("12h", &["a", "b"]), "voters: 2 voters cannot decide"),
+        (voting("12h", &["a", "b", "c d"]), "voters"),
+        (voting("never", &["a", "b", "c"]), "voters: without forget_after"),
         (Settings { listen: Some("here".to_owned()), ..base() }, "listen: \"here\""),
         (Settings { node_name: Some("two words".to_owned()), ..base() }, "two words"),
         (Settings { iface_regex: Some("(".to_owned()), ..base() }, "iface_regex"),

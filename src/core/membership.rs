@@ -30,6 +30,11 @@ use super::rank::state_hash;
 /// Largest SWIM packet: a datagram less the frame around it, with room for the frame to grow.
 const PACKET_MAX: usize = DATAGRAM_MAX - 20;
 
+/// A timer that is served so much too late tells of this process, not of its peers.
+const PAUSE: Duration = Duration::from_millis(500);
+/// What waits in the socket is read within this.
+const CATCH_UP: Duration = Duration::from_millis(250);
+
 /// A member as gossip sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -145,12 +150,25 @@ impl Membership {
 
     /// Serves every timer that is due, in foca's own order of preference.
     pub fn handle_timeout(&mut self, now: Time) {
+        self.make_up_for_a_pause(now);
         let later = self.timers.split_off(&(now + Duration::from_nanos(1), 0));
         let mut due: Vec<_> = std::mem::replace(&mut self.timers, later).into_values().collect();
         due.sort();
         for timer in due {
             let result = self.foca.handle_timer(timer, &mut self.runtime);
             self.collect(now, "timer", result);
+        }
+    }
+
+    /// A process that was frozen or starved has not heard the answers that came meanwhile: its timers prove
+    /// nothing about anybody. All of them move to after those answers, at their old distances.
+    fn make_up_for_a_pause(&mut self, now: Time) {
+        let late = self.next_timeout().map_or(Duration::ZERO, |due| now.since(due));
+        if late > PAUSE {
+            let timers = std::mem::take(&mut self.timers).into_iter();
+            let moved =
+                timers.map(|((due, number), timer)| ((due + late + CATCH_UP, number), timer));
+            self.timers = moved.collect();
         }
     }
 
@@ -371,6 +389,27 @@ mod tests {
         run(&mut members, Time::ZERO + Duration::from_secs(15));
         assert_eq!(members[0].opinions()[&lost], Liveness::Down);
         assert!(!members[0].is_active(lost));
+    }
+
+    #[test]
+    fn who_was_frozen_accuses_nobody_of_its_own_silence() {
+        let mut members = vec![member(1), member(2)];
+        members[0].introduce(Time::ZERO, [identity(2)].into_iter());
+        run(&mut members, Time::ZERO + Duration::from_secs(3));
+        let mut peer = members.pop().expect("two members");
+        // The peer is silent until it is suspected; then this process is frozen for longer than a suspicion
+        // lasts, and the refutation waits in its socket.
+        run(&mut members, Time::ZERO + Duration::from_secs(7));
+        assert_eq!(members[0].opinions()[&identity(2).node], Liveness::Suspect);
+        let now = Time::ZERO + Duration::from_secs(30);
+        members[0].handle_timeout(now);
+        let suspicion = Suspicion { identity: peer.identity(), refutation: 0 };
+        let alive = peer.refute(now, &suspicion);
+        members[0].absolve(now + Duration::from_millis(1), &alive);
+        let mut both = vec![members.remove(0), peer];
+        run(&mut both, now + Duration::from_secs(20));
+        assert_eq!(both[0].opinions()[&identity(2).node], Liveness::Alive);
+        assert_eq!(both[1].identity(), identity(2), "nobody made it renew itself");
     }
 
     #[test]
