@@ -311,6 +311,10 @@ impl foca::Identity for Identity {
     }
 }
 
+/// Clusters up to this size are probed once a second by each member; larger ones ever less often, so that a
+/// member meets each of the others about as often as before and their connections stay open.
+const PROBED_EACH_SECOND: u32 = 250;
+
 /// Probe every second; suspect for at least 6 s, so that a starved CPU is not a death.
 fn settings(cluster_size: u32) -> Config {
     const ONE: NonZeroUsize = NonZeroUsize::MIN;
@@ -323,6 +327,9 @@ fn settings(cluster_size: u32) -> Config {
     let size = NonZeroU32::new(cluster_size).unwrap_or(NonZeroU32::MIN);
     let lan = Config::new_lan(size);
     Config {
+        probe_period: Duration::from_secs(1).mul_f64(
+            f64::from(cluster_size.max(PROBED_EACH_SECOND)) / f64::from(PROBED_EACH_SECOND),
+        ),
         // Longer than a call takes to fail: a suspect is asked on a stream before it is called down.
         suspect_to_down_after: lan.suspect_to_down_after.max(Duration::from_secs(6)),
         max_transmissions: lan.max_transmissions.max(TRANSMISSIONS_MIN),

@@ -90,8 +90,8 @@ impl World {
     pub(super) fn send(&mut self, index: usize, to: NodeId, address: SocketAddr, bytes: Vec<u8>) {
         let from = self.hosts[index].key;
         self.oracle.on_sent(from, &bytes);
-        self.sent += bytes.len() as u64;
         let Some(host) = self.listener(address, Some(to)) else { return };
+        self.network.count(self.now, index, host, bytes.len());
         // What does not fit a datagram takes a stream.
         let arrivals = if bytes.len() > crate::wire::DATAGRAM_MAX {
             self.network.stream(index, host).into_iter().collect()
@@ -109,7 +109,7 @@ impl World {
         let Some(process) = &mut host.process else { return };
         process.open_calls.insert(call);
         self.oracle.on_sent(from, &bytes);
-        self.sent += bytes.len() as u64;
+        let size = bytes.len();
         let (address, expected) = match to {
             Target::Member { node, address } => (Some(address), Some(node)),
             Target::Seed(seed) => (self.seed(index, seed), None),
@@ -123,6 +123,9 @@ impl World {
             );
         }
         let arrival = listener.and_then(|to| Some((to, self.network.stream(index, to)?)));
+        if let Some(to) = listener {
+            self.network.count(self.now, index, to, size);
+        }
         if let Some((to, after)) = arrival {
             let request = Event::Request { from, from_host: index, life, call, to, bytes };
             self.schedule(after, request);
@@ -134,8 +137,8 @@ impl World {
     pub(super) fn reply(&mut self, index: usize, reply: ReplyId, bytes: Vec<u8>) {
         let from = self.hosts[index].key;
         self.oracle.on_sent(from, &bytes);
-        self.sent += bytes.len() as u64;
         let Some((to, life, call)) = self.replies.remove(&reply.0) else { return };
+        self.network.count(self.now, index, to, bytes.len());
         match self.network.stream(index, to) {
             Some(after) => {
                 self.schedule(after, Event::Answer { to, life, call, result: Ok((from, bytes)) });

@@ -36,8 +36,6 @@ pub struct World {
     pub settings: ClusterSettings,
     /// Chances of a process's surroundings: disks, kernels.
     pub luck: StdRng,
-    /// Bytes that nodes have sent so far.
-    pub sent: u64,
     /// Who of the cluster forgets by time.
     pub quorum: Option<Quorum>,
     /// Some host has lost its database.
@@ -106,7 +104,6 @@ impl World {
             oracle: Oracle::default(),
             settings,
             luck: stream(2),
-            sent: 0,
             quorum: None,
             disk_lost: false,
             queue: BTreeMap::new(),

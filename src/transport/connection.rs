@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, time::Duration};
 
-use quinn::{Connection, ConnectionError, RecvStream, SendStream};
+use quinn::{Connection, ConnectionError, RecvStream, SendStream, VarInt};
 use tokio::sync::mpsc;
 
 use crate::{
@@ -82,7 +82,14 @@ pub(super) async fn ask(
         send.finish()?;
         anyhow::Ok(recv.read_to_end(STREAM_MAX).await?)
     };
-    match tokio::time::timeout(CALL_TIMEOUT, answer).await {
+    let received = || connection.stats().udp_rx.datagrams;
+    let before = received();
+    let answer = tokio::time::timeout(CALL_TIMEOUT, answer).await;
+    if answer.is_err() && received() == before {
+        // Not even an acknowledgement: whoever was there has gone, or moved.
+        connection.close(VarInt::from_u32(2), b"silent");
+    }
+    match answer {
         Ok(Ok(bytes)) => Ok((peer, bytes)),
         // The connection knows best why its streams failed.
         Ok(Err(error)) => Err(connection.close_reason().map_or_else(

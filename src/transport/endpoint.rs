@@ -36,8 +36,11 @@ const FRAME_QUEUE: usize = 32;
 const CALL_QUEUE: usize = 8;
 /// Questions that wait for our answer; they pile up only while a disk does not write.
 const MAX_REPLIES: usize = 1024;
-/// Connections not used for this long are dropped and made again when needed.
-const IDLE: Duration = Duration::from_secs(60);
+/// Connections not used for this long are dropped and made again when needed. Gossip meets a peer now and
+/// then for as long as it is a member; a handshake is 4 KB, a connection that waits costs memory only.
+const IDLE: Duration = Duration::from_secs(600);
+/// Connections kept open: about 10 MB. The one that was not used for longest makes way.
+const MAX_CONNECTIONS: usize = 256;
 const DIAL_TIMEOUT: Duration = Duration::from_secs(4);
 /// Handshakes of others under way at once. Each may cost about 40 KiB and a millisecond of CPU.
 const MAX_HANDSHAKES: usize = 256;
@@ -74,6 +77,8 @@ pub struct Transport {
 struct PeerLink {
     connection: Option<Connection>,
     since: Option<Instant>,
+    /// When something last went this way, or came.
+    used: Option<Instant>,
     dialling: bool,
     frames: VecDeque<Vec<u8>>,
     calls: VecDeque<(CallId, Vec<u8>)>,
@@ -137,8 +142,12 @@ impl Transport {
                 self.dial_failed(peer, &error);
                 None
             }
-            Event::Message { from, bytes } => Some(Input::Message { from, bytes }),
+            Event::Message { from, bytes } => {
+                self.touch(from);
+                Some(Input::Message { from, bytes })
+            }
             Event::Request { from, bytes, stream } => {
+                self.touch(from);
                 self.next_reply += 1;
                 let reply = ReplyId(self.next_reply);
                 self.replies.insert(reply, stream);
@@ -154,6 +163,7 @@ impl Transport {
     /// Sends a frame, or loses it.
     pub fn send(&mut self, to: NodeId, address: SocketAddr, bytes: Vec<u8>) {
         let link = self.peers.entry(to).or_default();
+        link.used = Some(Instant::now());
         if let Some(connection) = link.live() {
             return send_on(connection, bytes);
         }
@@ -167,6 +177,7 @@ impl Transport {
     /// Asks a member. The answer, or the reason for none, comes as an event.
     pub fn call(&mut self, call: CallId, to: NodeId, address: SocketAddr, bytes: Vec<u8>) {
         let link = self.peers.entry(to).or_default();
+        link.used = Some(Instant::now());
         if let Some(connection) = link.live() {
             tokio::spawn(ask_on(call, to, connection.clone(), bytes, self.events.clone()));
             return;
@@ -252,11 +263,28 @@ impl Transport {
             link.connection = Some(connection.clone());
             link.since = Some(Instant::now());
         }
+        link.used = Some(Instant::now());
         for bytes in link.frames.drain(..) {
             send_on(&connection, bytes);
         }
         for (call, bytes) in link.calls.drain(..) {
             tokio::spawn(ask_on(call, peer, connection.clone(), bytes, self.events.clone()));
+        }
+        self.make_room();
+    }
+
+    fn touch(&mut self, peer: NodeId) {
+        if let Some(link) = self.peers.get_mut(&peer) {
+            link.used = Some(Instant::now());
+        }
+    }
+
+    fn make_room(&mut self) {
+        if self.connections() > MAX_CONNECTIONS {
+            let live = self.peers.values().filter_map(|link| Some((link.used, link.live()?)));
+            if let Some((_, connection)) = live.min_by_key(|(used, _)| *used) {
+                connection.close(VarInt::from_u32(0), b"others are needed more");
+            }
         }
     }
 
@@ -323,7 +351,7 @@ fn settings() -> TransportConfig {
     let mut settings = TransportConfig::default();
     settings
         .max_idle_timeout(Some(
-            IdleTimeout::try_from(IDLE).unwrap_or(VarInt::from_u32(60_000).into()),
+            IdleTimeout::try_from(IDLE).unwrap_or(VarInt::from_u32(600_000).into()),
         ))
         .initial_rtt(FIRST_RTT)
         .max_concurrent_bidi_streams(VarInt::from_u32(32))

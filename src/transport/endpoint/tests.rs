@@ -5,9 +5,10 @@ use crate::wire::Secret;
 
 type Side = (Transport, mpsc::Receiver<Event>);
 
-fn bind(secret: u8, key: u8) -> Side {
+fn bind(secret: u8, key: u16) -> Side {
     let secret = Secret::new(vec![secret; 32]).expect("long enough");
-    let key = NodeKey::from_seed([key; 32]).expect("any seed is a key");
+    let seed = std::array::from_fn(|byte| key.to_le_bytes()[byte % 2]);
+    let key = NodeKey::from_seed(seed).expect("any seed is a key");
     let credentials = Credentials::new(&secret, &key).expect("credentials");
     Transport::bind((Ipv4Addr::LOCALHOST, 0).into(), &credentials).expect("loopback")
 }
@@ -187,4 +188,67 @@ mod danger {
         let quic = quinn::crypto::rustls::QuicClientConfig::try_from(tls).expect("suites");
         ClientConfig::new(Arc::new(quic))
     }
+}
+
+/// The way between two endpoints, which can be blocked.
+async fn relay(to: SocketAddr) -> (SocketAddr, Arc<std::sync::atomic::AtomicBool>) {
+    let socket = tokio::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("loopback");
+    let address = socket.local_addr().expect("bound");
+    let open = Arc::new(std::sync::atomic::AtomicBool::new(true));
+    let passes = open.clone();
+    tokio::spawn(async move {
+        let (mut buffer, mut dialler) = ([0; 2048], None);
+        while let Ok((len, from)) = socket.recv_from(&mut buffer).await {
+            let next = if from == to { dialler } else { Some(to) };
+            dialler = if from == to { dialler } else { Some(from) };
+            if let Some(next) = next.filter(|_| passes.load(std::sync::atomic::Ordering::Relaxed)) {
+                let _ = socket.send_to(&buffer[..len], next).await;
+            }
+        }
+    });
+    (address, open)
+}
+
+#[tokio::test]
+async fn a_connection_on_which_nothing_comes_back_is_made_anew() {
+    let (mut one, mut two) = (bind(1, 1), bind(1, 2));
+    let two_id = two.0.me;
+    let (way, open) = relay(address(&two)).await;
+    one.0.send(two_id, way, b"hello".to_vec());
+    next_while(&mut two, &mut one).await;
+    assert_eq!(one.0.connections(), 1);
+
+    open.store(false, std::sync::atomic::Ordering::Relaxed);
+    one.0.call(CallId(1), two_id, way, b"question".to_vec());
+    let Input::Answer { result: Err(_), .. } = next_input(&mut one).await else {
+        panic!("silence")
+    };
+    assert_eq!(one.0.connections(), 0);
+
+    open.store(true, std::sync::atomic::Ordering::Relaxed);
+    one.0.call(CallId(2), two_id, way, b"question".to_vec());
+    let Input::Request { reply, .. } = next_while(&mut two, &mut one).await else {
+        panic!("asked")
+    };
+    two.0.reply(reply, b"answer".to_vec());
+    let Input::Answer { result, .. } = next_while(&mut one, &mut two).await else { panic!("none") };
+    assert_eq!(result, Ok((two_id, b"answer".to_vec())));
+}
+
+#[tokio::test]
+async fn the_connection_that_was_not_used_for_longest_makes_way() {
+    let mut hub = bind(1, 0);
+    let to = address(&hub);
+    let mut spokes: Vec<Side> = Vec::new();
+    for key in 1..=MAX_CONNECTIONS as u16 + 1 {
+        let mut spoke = bind(1, key);
+        spoke.0.send(hub.0.me, to, b"hello".to_vec());
+        next_while(&mut hub, &mut spoke).await;
+        spokes.push(spoke);
+    }
+    assert_eq!(hub.0.connections(), MAX_CONNECTIONS);
+    let kept =
+        |spoke: &Side| hub.0.peers.get(&spoke.0.me).is_some_and(|link| link.live().is_some());
+    assert!(!kept(&spokes[0]), "the first is the longest unused");
+    assert!(spokes[1..].iter().all(kept));
 }
