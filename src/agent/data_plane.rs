@@ -1,17 +1,20 @@
 //! The loop's side of the data plane: what the kernel is to be made equal to, and what it said.
 //!
-//! The kernel's own thread does the work (`programmer`); here goals are numbered, failures become problems
-//! with a retry, and the core hears what is in use.
+//! The kernel's own thread does the work and repeats it (`programmer`); here goals are numbered, failures become
+//! problems, repairs are counted, and the core hears what is in use and where this host is.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
 use ipnet::Ipv4Net;
 
 use super::{
     Agent, Ending,
-    programmer::{Goal, Outcome, State},
+    programmer::{Goal, Outcome, State, Told},
     subnet_env,
-    underlay::Chosen,
+    underlay::{Chosen, UnderlayError},
 };
 use crate::{
     core::{Command, Input, View},
@@ -23,11 +26,6 @@ use crate::{
 
 /// A node that cannot use the kernel gives its new subnet back within this time, or just goes.
 const GIVE_BACK: Duration = Duration::from_secs(5);
-/// The kernel is compared with the view at least this often.
-const RECONCILE: Duration = Duration::from_secs(10);
-/// Again after a failure.
-const RECONCILE_RETRY: Duration = Duration::from_secs(1);
-
 /// What the loop knows of the kernel.
 #[derive(Default)]
 pub(super) struct KernelState {
@@ -40,8 +38,13 @@ pub(super) struct KernelState {
     /// The device has been made equal to the view at least once.
     pub(super) programmed_once: bool,
     pub(super) problem: Option<String>,
+    /// Why the underlay cannot be used as it is.
+    pub(super) underlay_problem: Option<String>,
+    /// Routes of other programs that outrank ours, as sentences.
+    pub(super) rivals: Vec<String>,
     pub(super) operations: u64,
-    pub(super) next: Option<Instant>,
+    /// What other programs had changed and was put right, by kind.
+    pub(super) repairs: BTreeMap<&'static str, u64>,
 }
 
 impl Agent {
@@ -55,17 +58,33 @@ impl Agent {
             _ => return,
         };
         self.kernel.goals += 1;
-        self.kernel.next = Some(Instant::now() + RECONCILE);
         self.programmer.program(Goal { number: self.kernel.goals, state });
     }
 
-    pub(super) fn on_kernel(&mut self, Outcome { number, result }: Outcome) {
+    pub(super) fn on_told(&mut self, told: Told) {
+        match told {
+            Told::Outcome(outcome) => self.on_kernel(outcome),
+            Told::Underlay(underlay) => self.on_underlay(underlay),
+            Told::Rivals(rivals) => {
+                rivals.iter().for_each(|rival| tracing::warn!("{rival}"));
+                self.kernel.rivals = rivals;
+            }
+        }
+    }
+
+    fn on_kernel(&mut self, Outcome { number, repair, result }: Outcome) {
         self.kernel.answered = number;
         match result {
             Ok(report) => {
-                self.kernel.operations += report.done as u64;
-                if report.done > 0 {
-                    tracing::debug!(operations = report.done, "kernel programmed");
+                let operations: u64 = report.done.values().sum();
+                self.kernel.operations += operations;
+                if repair && operations > 0 {
+                    tracing::warn!(done = ?report.done, "put right what another program had changed");
+                    for (kind, count) in &report.done {
+                        *self.kernel.repairs.entry(kind).or_default() += count;
+                    }
+                } else if operations > 0 {
+                    tracing::debug!(operations, "kernel programmed");
                 }
                 self.note_kernel_failures(&report.failed);
                 self.tell_what_is_in_use();
@@ -79,11 +98,39 @@ impl Agent {
                 }
                 self.write_subnet_env();
             }
-            Err(error) => {
-                self.kernel.next = Some(Instant::now() + RECONCILE_RETRY);
-                self.on_kernel_error(&error);
-            }
+            Err(error) => self.on_kernel_error(&error),
         }
+    }
+
+    /// The interface that carries the tunnels has changed, or what makes it the chosen one.
+    fn on_underlay(&mut self, underlay: Result<Chosen, UnderlayError>) {
+        let chosen = match underlay {
+            Ok(chosen) => chosen,
+            Err(error) => {
+                let why = format!("the underlay has changed, and nothing there will do: {error}");
+                if self.kernel.underlay_problem.as_ref() != Some(&why) {
+                    tracing::error!("{why}");
+                }
+                self.kernel.underlay_problem = Some(why);
+                return;
+            }
+        };
+        self.kernel.underlay_problem = None;
+        let before = std::mem::replace(&mut self.underlay, chosen);
+        let now = &self.underlay;
+        if before == *now {
+            return;
+        }
+        let what =
+            |chosen: &Chosen| format!("{} ({}, MTU {})", chosen.local, chosen.name, chosen.mtu);
+        tracing::warn!(before = what(&before), now = what(now), "the underlay has changed");
+        if before.local != now.local && self.config.advertise.is_none() {
+            let input = Input::Moved { underlay: now.local };
+            self.transport.moved();
+            self.input(input);
+        }
+        self.program();
+        self.carry_out();
     }
 
     /// The core gives a subnet away only when the kernel does not use it any more.
@@ -102,9 +149,6 @@ impl Agent {
             1 => format!("a kernel entry was refused: {first}"),
             count => format!("{count} kernel entries were refused, the first: {first}"),
         });
-        if problem.is_some() {
-            self.kernel.next = Some(Instant::now() + RECONCILE_RETRY);
-        }
         if let Some(problem) = problem.as_ref().filter(|p| self.kernel.problem.as_ref() != Some(p))
         {
             tracing::error!("{problem}");

@@ -26,7 +26,7 @@ use tokio::{
 
 use self::{
     data_plane::KernelState,
-    programmer::{Outcome, Programmer},
+    programmer::{Programmer, Told},
     underlay::Chosen,
 };
 use crate::{
@@ -121,7 +121,7 @@ enum Arrival {
 /// What comes in from threads and from the control socket.
 enum News {
     Disk(Written),
-    Kernel(Outcome),
+    Kernel(Told),
     Api(Question),
 }
 
@@ -178,19 +178,12 @@ impl Agent {
         let core = self.node.poll_timeout().map(|at| self.clock.instant(at));
         let waiters = self.waiters.iter().map(|waiter| waiter.deadline);
         let giving_up = self.giving_up.as_ref().map(|(_, until)| *until);
-        core.into_iter()
-            .chain(self.kernel.next)
-            .chain(waiters)
-            .chain(giving_up)
-            .fold(far, Instant::min)
+        core.into_iter().chain(waiters).chain(giving_up).fold(far, Instant::min)
     }
 
     fn on_deadline(&mut self, now: Instant) {
         if self.node.poll_timeout().is_some_and(|at| self.clock.instant(at) <= now) {
             self.input(Input::Timeout);
-        }
-        if self.kernel.next.is_some_and(|at| at <= now) {
-            self.program();
         }
         if let Some((why, _)) = self.giving_up.take_if(|(_, until)| *until <= now) {
             self.ending = Some(Ending::Failed(why));
@@ -224,7 +217,7 @@ impl Agent {
                 tracing::error!("the database was lost and is written anew");
                 self.input(Input::Command(Command::SaveAll));
             }
-            News::Kernel(outcome) => self.on_kernel(outcome),
+            News::Kernel(told) => self.on_told(told),
             News::Api(request) => self.on_api(request),
         }
     }

@@ -1,14 +1,35 @@
-//! The thread that owns the kernel: it makes it equal to the latest view, and says how that went.
+//! The thread that owns the kernel: it makes it equal to the latest view, keeps it so, and says how that went.
 //!
-//! Netlink calls block, so they have a thread of their own. Only the newest goal counts: those that
+//! Netlink calls block, so they have a thread of their own. It wakes for a new goal, for a change that
+//! somebody else made to our part of the kernel, and by a slow timer. Only the newest goal counts: those that
 //! piled up behind a slow kernel are skipped.
 
-use std::{io, sync::mpsc, thread};
-
-use crate::dataplane::{
-    desired::Desired,
-    kernel::{Kernel, KernelError, Report},
+use std::{
+    io::{self, Read as _, Write as _},
+    os::{fd::AsFd as _, unix::net::UnixStream},
+    sync::mpsc::{self, TryRecvError},
+    thread,
+    time::{Duration, Instant},
 };
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::underlay::{Chosen, UnderlayError, choose_again};
+use crate::{
+    config::Config,
+    dataplane::{
+        desired::Desired,
+        kernel::{Kernel, KernelError, Report, Touched},
+    },
+    netlink::Netlink,
+};
+
+/// The kernel is compared with the goal at least this often.
+const RECONCILE: Duration = Duration::from_secs(10);
+/// Again after a failure.
+const RETRY: Duration = Duration::from_secs(1);
+/// At least so long between two repairs: what changes without end must not take a whole CPU.
+const REPAIR_GAP: Duration = Duration::from_millis(20);
 
 /// What to make the kernel equal to; the number tells the answers apart.
 pub struct Goal {
@@ -22,42 +43,75 @@ pub enum State {
     Nothing(String),
 }
 
+/// What the thread has to say.
+#[derive(Debug)]
+pub enum Told {
+    Outcome(Outcome),
+    /// The interface that carries the tunnels is another one, or has another address or MTU; or there is
+    /// none that would do.
+    Underlay(Result<Chosen, UnderlayError>),
+    /// Routes of other programs that outrank ours; none any more, if empty.
+    Rivals(Vec<String>),
+}
+
 /// How a goal was reached, or not.
 #[derive(Debug)]
 pub struct Outcome {
     pub number: u64,
+    /// The goal had been reached before, and something has changed since.
+    pub repair: bool,
     pub result: Result<Report, KernelError>,
 }
 
 pub struct Programmer {
     goals: Option<mpsc::Sender<Goal>>,
+    alarm: UnixStream,
     thread: Option<thread::JoinHandle<()>>,
 }
 
 impl Programmer {
     pub fn start(
-        mut kernel: Kernel,
-        report: impl Fn(Outcome) + Send + 'static,
+        kernel: Kernel,
+        config: Config,
+        chosen: Chosen,
+        tell: impl Fn(Told) + Send + 'static,
     ) -> io::Result<Self> {
         let (goals, queue) = mpsc::channel::<Goal>();
-        let thread = thread::Builder::new().name("kernel".to_owned()).spawn(move || {
-            while let Ok(first) = queue.recv() {
-                let Goal { number, state } = queue.try_iter().last().unwrap_or(first);
-                let result = match state {
-                    State::Overlay(desired) => kernel.reconcile(&desired),
-                    State::Nothing(device) => kernel.remove(&device).map(|_| Report::default()),
-                };
-                report(Outcome { number, result });
-            }
-        })?;
-        Ok(Self { goals: Some(goals), thread: Some(thread) })
+        let (alarm, woken) = UnixStream::pair()?;
+        alarm.set_nonblocking(true)?;
+        woken.set_nonblocking(true)?;
+        let netlink = Netlink::open()?;
+        let worker = Worker {
+            kernel,
+            netlink,
+            config,
+            chosen,
+            goals: queue,
+            woken,
+            tell,
+            goal: None,
+            reached: false,
+            touched: Touched::default(),
+            rivals: Vec::new(),
+            due: None,
+            worked: None,
+        };
+        let thread =
+            thread::Builder::new().name("kernel".to_owned()).spawn(move || worker.run())?;
+        Ok(Self { goals: Some(goals), alarm, thread: Some(thread) })
     }
 
     pub fn program(&self, goal: Goal) {
         if let Some(goals) = &self.goals {
             // The thread ends only when this sender is dropped.
             let _ = goals.send(goal);
+            self.wake();
         }
+    }
+
+    fn wake(&self) {
+        // If it is full the thread is about to wake anyway.
+        let _ = (&self.alarm).write(&[0]);
     }
 }
 
@@ -65,8 +119,141 @@ impl Programmer {
 impl Drop for Programmer {
     fn drop(&mut self) {
         drop(self.goals.take());
+        self.wake();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
+    }
+}
+
+struct Worker<F> {
+    kernel: Kernel,
+    netlink: Netlink,
+    config: Config,
+    chosen: Chosen,
+    goals: mpsc::Receiver<Goal>,
+    woken: UnixStream,
+    tell: F,
+    goal: Option<Goal>,
+    /// The kernel has been equal to the goal.
+    reached: bool,
+    touched: Touched,
+    /// As last told.
+    rivals: Vec<String>,
+    due: Option<Instant>,
+    worked: Option<Instant>,
+}
+
+impl<F: Fn(Told)> Worker<F> {
+    fn run(mut self) {
+        while self.take_goals() {
+            if let Err(error) = self.listen() {
+                tracing::error!(%error, "cannot hear of changes in the kernel");
+                self.touched = Touched::EVERYTHING;
+                thread::sleep(RETRY);
+            }
+            if std::mem::take(&mut self.touched.underlay) {
+                self.look_at_underlay();
+            }
+            let now = Instant::now();
+            let is_due = self.due.is_some_and(|due| due <= now);
+            let may_repair = self.worked.is_none_or(|worked| now >= worked + REPAIR_GAP);
+            if is_due || (self.touched.ours && may_repair) {
+                self.work();
+            }
+            if self.reached && std::mem::take(&mut self.touched.rival) {
+                self.look_for_rivals();
+            }
+            self.wait();
+        }
+    }
+
+    /// Says whether the agent still runs.
+    fn take_goals(&mut self) -> bool {
+        loop {
+            match self.goals.try_recv() {
+                Ok(goal) => {
+                    self.goal = Some(goal);
+                    self.reached = false;
+                    self.due = Some(Instant::now());
+                }
+                Err(TryRecvError::Empty) => return true,
+                Err(TryRecvError::Disconnected) => return false,
+            }
+        }
+    }
+
+    fn listen(&mut self) -> io::Result<()> {
+        let desired = match &self.goal {
+            Some(Goal { state: State::Overlay(desired), .. }) => Some(desired),
+            _ => None,
+        };
+        let more = self.kernel.touched(desired)?;
+        self.touched.ours |= more.ours;
+        self.touched.underlay |= more.underlay;
+        self.touched.rival |= more.rival;
+        Ok(())
+    }
+
+    fn work(&mut self) {
+        self.touched.ours = false;
+        let Some(Goal { number, state }) = &self.goal else { return };
+        let result = match state {
+            State::Overlay(desired) => self.kernel.reconcile(desired),
+            State::Nothing(device) => self.kernel.remove(device).map(|_| Report::default()),
+        };
+        let now = Instant::now();
+        self.worked = Some(now);
+        let clean = result.as_ref().is_ok_and(|report| report.failed.is_empty());
+        self.due = Some(now + if clean { RECONCILE } else { RETRY });
+        let repair = self.reached;
+        self.reached |= result.is_ok();
+        self.touched.rival |= !repair && matches!(state, State::Overlay(_));
+        (self.tell)(Told::Outcome(Outcome { number: *number, repair, result }));
+    }
+
+    fn look_at_underlay(&mut self) {
+        match choose_again(&mut self.netlink, &self.config, &self.chosen) {
+            Ok(chosen) => {
+                self.chosen = chosen.clone();
+                (self.tell)(Told::Underlay(Ok(chosen)));
+            }
+            Err(error) => (self.tell)(Told::Underlay(Err(error))),
+        }
+    }
+
+    fn look_for_rivals(&mut self) {
+        let Some(Goal { state: State::Overlay(desired), .. }) = &self.goal else { return };
+        match self.kernel.rivals(desired) {
+            Ok(rivals) if rivals == self.rivals => {}
+            Ok(rivals) => {
+                self.rivals.clone_from(&rivals);
+                (self.tell)(Told::Rivals(rivals));
+            }
+            Err(error) => tracing::debug!(%error, "routes of others not read"),
+        }
+    }
+
+    fn wait(&mut self) {
+        let now = Instant::now();
+        let repair_at = self.worked.filter(|_| self.touched.ours).map(|at| at + REPAIR_GAP);
+        let until = self.due.into_iter().chain(repair_at).min();
+        let timeout = until.map_or(PollTimeout::NONE, |until| {
+            // A whole millisecond more than none, or it would spin through the last one.
+            let left = until.saturating_duration_since(now).as_millis() + 1;
+            PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+        });
+        let mut fds = [
+            PollFd::new(self.woken.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.kernel.changes(), PollFlags::POLLIN),
+        ];
+        if let Err(error) = poll(&mut fds, timeout)
+            && error != nix::errno::Errno::EINTR
+        {
+            tracing::error!(%error, "poll");
+            thread::sleep(RETRY);
+        }
+        let mut bytes = [0; 64];
+        while (&self.woken).read(&mut bytes).is_ok_and(|read| read == bytes.len()) {}
     }
 }

@@ -177,8 +177,9 @@ async fn start(
         let _ = report.send(News::Disk(written));
     })?;
     let report = sender.clone();
-    let programmer =
-        Programmer::start(kernel, move |outcome| _ = report.send(News::Kernel(outcome)))?;
+    let programmer = Programmer::start(kernel, config.clone(), chosen.clone(), move |told| {
+        let _ = report.send(News::Kernel(told));
+    })?;
     let report = sender;
     let _socket =
         api::serve(&config.socket, move |request| report.send(News::Api(request)).is_ok())?;

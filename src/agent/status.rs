@@ -12,6 +12,8 @@ impl Agent {
         let mut node = self.node.status();
         let kernel = &self.kernel;
         node.problems.extend(kernel.problem.clone());
+        node.problems.extend(kernel.underlay_problem.clone());
+        node.problems.extend(kernel.rivals.iter().cloned());
         node.problems
             .extend(self.store_problem.iter().map(|why| format!("state directory: {why}")));
         let in_sync = kernel.wanted.is_some()
@@ -31,6 +33,7 @@ impl Agent {
                 underlay_address: self.underlay.local,
                 in_sync,
                 operations: kernel.operations,
+                repairs: kernel.repairs.clone(),
             },
             connections: self.transport.connections(),
             node,

@@ -38,20 +38,38 @@ pub enum UnderlayError {
     Netlink(#[from] std::io::Error),
 }
 
-/// Chooses once, from the interfaces as they are now.
+/// Chooses from the interfaces as they are now.
 pub fn choose(netlink: &mut Netlink, config: &Config) -> Result<Chosen, UnderlayError> {
-    let host = Host { links: netlink.links()?, addresses: netlink.addresses()? };
-    let found = match &config.iface {
-        IfaceChoice::Name(name) => host.by_name(name),
-        IfaceChoice::Address(ip) => host.by_address(*ip),
-        IfaceChoice::Regex(regex) => host
-            .usable()
-            .find(|(_, address)| regex.is_match(&address.ip.to_string()))
-            .or_else(|| host.usable().find(|(link, _)| regex.is_match(&link.name))),
-        IfaceChoice::CanReach(ip) => netlink.path_to(*ip)?.and_then(|path| host.by_path(path)),
-        IfaceChoice::Default => host.by_default(netlink, config)?,
+    let host = Host::look(netlink)?;
+    let found = match host.by_config(netlink, config)? {
+        None if matches!(config.iface, IfaceChoice::Default) => host.only_candidate(),
+        found => found,
     };
-    let (link, address) = found.ok_or_else(|| host.no_match(&config.iface))?;
+    found.ok_or_else(|| host.no_match(&config.iface)).and_then(|found| chosen(found, config))
+}
+
+/// Chooses anew because something about the interfaces has changed. What was chosen stays for as long as it
+/// has its address, up or down; then another address of the same interface is taken before another interface.
+pub fn choose_again(
+    netlink: &mut Netlink,
+    config: &Config,
+    present: &Chosen,
+) -> Result<Chosen, UnderlayError> {
+    let host = Host::look(netlink)?;
+    let fixed = config.listen.is_some_and(|listen| !listen.ip().is_unspecified());
+    let found = match host.kept(present) {
+        Some(found) => Some(found),
+        None if fixed || matches!(config.iface, IfaceChoice::Address(_)) => None,
+        None => host.by_name(&present.name),
+    };
+    let found = match found {
+        None => host.by_config(netlink, config)?,
+        found => found,
+    };
+    found.ok_or_else(|| host.no_match(&config.iface)).and_then(|found| chosen(found, config))
+}
+
+fn chosen((link, address): (&Link, &Address), config: &Config) -> Result<Chosen, UnderlayError> {
     let most = link.mtu.saturating_sub(overhead(address.ip));
     let mtu = config.mtu.unwrap_or(most);
     if mtu > most {
@@ -67,6 +85,35 @@ struct Host {
 }
 
 impl Host {
+    fn look(netlink: &mut Netlink) -> Result<Self, UnderlayError> {
+        Ok(Self { links: netlink.links()?, addresses: netlink.addresses()? })
+    }
+
+    fn by_config(
+        &self,
+        netlink: &mut Netlink,
+        config: &Config,
+    ) -> Result<Option<(&Link, &Address)>, UnderlayError> {
+        Ok(match &config.iface {
+            IfaceChoice::Name(name) => self.by_name(name),
+            IfaceChoice::Address(ip) => self.by_address(*ip),
+            IfaceChoice::Regex(regex) => self
+                .usable()
+                .find(|(_, address)| regex.is_match(&address.ip.to_string()))
+                .or_else(|| self.usable().find(|(link, _)| regex.is_match(&link.name))),
+            IfaceChoice::CanReach(ip) => netlink.path_to(*ip)?.and_then(|path| self.by_path(path)),
+            IfaceChoice::Default => self.by_default(netlink, config)?,
+        })
+    }
+
+    /// What was chosen before, if it still has its address.
+    fn kept(&self, present: &Chosen) -> Option<(&Link, &Address)> {
+        let link = self.links.iter().find(|link| link.index == present.link)?;
+        let on_link =
+            |address: &&Address| address.link == link.index && address.ip == present.local;
+        Some((link, self.addresses.iter().find(on_link)?))
+    }
+
     /// Interfaces that are up, with each of their addresses, better addresses first.
     fn usable(&self) -> impl Iterator<Item = (&Link, &Address)> {
         let mut addresses: Vec<&Address> = self.addresses.iter().collect();
@@ -110,9 +157,12 @@ impl Host {
                 return Ok(Some(found));
             }
         }
+        Ok(None)
+    }
+
+    fn only_candidate(&self) -> Option<(&Link, &Address)> {
         let first = self.usable().next();
-        let only = first.filter(|(link, _)| self.usable().all(|(l, _)| l.index == link.index));
-        Ok(only)
+        first.filter(|(link, _)| self.usable().all(|(l, _)| l.index == link.index))
     }
 
     fn no_match(&self, choice: &IfaceChoice) -> UnderlayError {

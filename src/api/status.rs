@@ -1,5 +1,7 @@
 //! The answer to "how are you": what `gossamer status` shows and scripts read.
 
+use std::collections::BTreeMap;
+
 use std::net::IpAddr;
 
 use serde::Serialize;
@@ -28,6 +30,8 @@ pub struct KernelStatus {
     pub in_sync: bool,
     /// Operations carried out since the start.
     pub operations: u64,
+    /// What other programs had changed and was put right, by kind.
+    pub repairs: BTreeMap<&'static str, u64>,
 }
 
 impl AgentStatus {

@@ -1,6 +1,6 @@
 //! Everything that can happen to a node and everything it can ask for: the core's whole boundary.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use ipnet::Ipv4Net;
 
@@ -45,6 +45,10 @@ pub enum Input {
     Timeout,
     /// The kernel is equal now to what was asked for: it uses this subnet, or none.
     InUse(Option<Ipv4Net>),
+    /// This host has another underlay address from now on; the port stays.
+    Moved {
+        underlay: IpAddr,
+    },
     Command(Command),
 }
 

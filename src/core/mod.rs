@@ -39,7 +39,7 @@ mod writes;
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     time::Duration,
 };
 
@@ -232,6 +232,7 @@ impl Node {
             Input::Request { from, reply, bytes } => self.serve(now, from, reply, &bytes),
             Input::Answer { call, result } => self.handle_answer(now, call, result),
             Input::InUse(subnet) => self.on_in_use(now, subnet),
+            Input::Moved { underlay } => self.on_moved(now, underlay),
             Input::Timeout => self.membership.handle_timeout(now),
             Input::Command(Command::Leave) => self.start_leaving(),
             Input::Command(Command::Sync) => self.sync.hasten(now),
@@ -343,6 +344,18 @@ impl Node {
         match subnet {
             Some(_) => self.recheck_lease(now),
             None => self.on_withdrawn(),
+        }
+    }
+
+    /// The same node with the same subnet elsewhere: all others are told at once.
+    fn on_moved(&mut self, now: Time, underlay: IpAddr) {
+        self.me.version.change += 1;
+        self.me.address.set_ip(underlay);
+        self.me.vtep.underlay = underlay;
+        self.view_stale = true;
+        if self.home.is_some() {
+            self.publish_self(now);
+            self.sync.hasten(now);
         }
     }
 

@@ -62,6 +62,20 @@ pub enum Op {
     RemoveFdb(Mac, IpAddr),
 }
 
+impl Op {
+    /// What it changes, for counts.
+    pub const fn kind(&self) -> &'static str {
+        match self {
+            Self::DeleteDevice | Self::CreateDevice(_) => "device",
+            Self::SetMac(_) | Self::SetMtu(_) | Self::SetUp => "device attribute",
+            Self::AddAddress(_) | Self::RemoveAddress(..) => "address",
+            Self::SetFdb(..) | Self::RemoveFdb(..) => "FDB entry",
+            Self::SetNeighbour(..) | Self::RemoveNeighbour(_) => "neighbour",
+            Self::AddRoute(..) | Self::ReplaceRoute(..) | Self::RemoveRoute(..) => "route",
+        }
+    }
+}
+
 /// The operations that turn `actual` into `desired`; none, if they agree.
 pub fn plan(desired: &Desired, actual: &Actual) -> Vec<Op> {
     let mut ops = Vec::new();

@@ -219,6 +219,16 @@ impl Transport {
         }
     }
 
+    /// This host has another address: connections that peers have opened lead to the old one, so all are made
+    /// anew when they are next needed.
+    pub fn moved(&mut self) {
+        for link in self.peers.values_mut() {
+            if let Some(connection) = link.connection.take() {
+                connection.close(VarInt::from_u32(0), b"moved");
+            }
+        }
+    }
+
     /// Lets what was sent arrive, then closes everything.
     pub async fn close(self) {
         const LINGER: Duration = Duration::from_millis(200);

@@ -9,4 +9,5 @@ mod cluster;
 mod common;
 mod mishaps;
 mod refusals;
+mod repair;
 mod tidy;

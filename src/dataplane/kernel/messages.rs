@@ -151,17 +151,29 @@ pub(super) fn our_route(route: &RouteMessage) -> Option<(Ipv4Net, Hop)> {
     {
         return None;
     }
-    let (mut network, mut via, mut metric) = (Ipv4Addr::UNSPECIFIED, Ipv4Addr::UNSPECIFIED, 0);
-    for attribute in &route.attributes {
-        match attribute {
-            RouteAttribute::Destination(RouteAddress::Inet(ip)) => network = *ip,
-            RouteAttribute::Gateway(RouteAddress::Inet(ip)) => via = *ip,
-            RouteAttribute::Priority(priority) => metric = *priority,
-            _ => {}
-        }
-    }
-    let subnet = Ipv4Net::new(network, header.destination_prefix_length).ok()?;
-    Some((subnet, Hop { via, metric }))
+    let via = route.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Gateway(RouteAddress::Inet(ip)) => Some(*ip),
+        _ => None,
+    });
+    let via = via.unwrap_or(Ipv4Addr::UNSPECIFIED);
+    Some((subnet_of(route)?, Hop { via, metric: metric_of(route) }))
+}
+
+pub(super) fn metric_of(route: &RouteMessage) -> u32 {
+    let priority = route.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Priority(priority) => Some(*priority),
+        _ => None,
+    });
+    priority.unwrap_or(0)
+}
+
+/// Where an IPv4 route leads; none for a default route.
+pub(super) fn subnet_of(route: &RouteMessage) -> Option<Ipv4Net> {
+    let network = route.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Destination(RouteAddress::Inet(ip)) => Some(*ip),
+        _ => None,
+    })?;
+    Ipv4Net::new(network, route.header.destination_prefix_length).ok()
 }
 
 /// NDA_DST: of a neighbour its address, of an FDB entry the underlay address of the VTEP.

@@ -5,11 +5,13 @@
 //! touched. A failing operation never stops the others; each failure is named.
 
 mod messages;
+mod watch;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     io,
     net::{IpAddr, Ipv4Addr, UdpSocket},
+    os::fd::{AsFd as _, BorrowedFd},
 };
 
 use ipnet::Ipv4Net;
@@ -25,13 +27,14 @@ use rtnetlink::{
 use self::messages::{
     destination, device_message, fixed_attributes, lladdr, no_ipv6_address, our_route, request,
 };
+pub use self::watch::Touched;
 use super::{
     desired::{Desired, Device, Hop, ROUTE_PROTOCOL},
     plan::{Actual, Found, Op, plan},
 };
 use crate::{
     model::Mac,
-    netlink::{Netlink, link::Link},
+    netlink::{Netlink, link::Link, monitor::Monitor},
 };
 
 /// "There is no such thing" in its three spellings: what was to be removed is gone already.
@@ -44,13 +47,16 @@ const EADDRINUSE: i32 = 98;
 /// The kernel's tables of the network namespace in which it was opened.
 pub struct Kernel {
     netlink: Netlink,
+    monitor: Monitor,
+    /// The index that our device had when it was last seen.
+    device: Option<u32>,
 }
 
 /// What one pass over the kernel did.
 #[derive(Debug, Default)]
 pub struct Report {
-    /// Operations that were carried out.
-    pub done: usize,
+    /// Operations that were carried out, by what they changed.
+    pub done: BTreeMap<&'static str, u64>,
     /// What the kernel refused, as sentences.
     pub failed: Vec<String>,
 }
@@ -84,11 +90,44 @@ pub enum KernelError {
 impl Kernel {
     /// Opens the kernel of the present network namespace.
     pub fn open() -> io::Result<Self> {
-        Ok(Self { netlink: Netlink::open()? })
+        Ok(Self { netlink: Netlink::open()?, monitor: Monitor::open()?, device: None })
+    }
+
+    /// Readable when something has changed somewhere.
+    pub fn changes(&self) -> BorrowedFd<'_> {
+        self.monitor.as_fd()
+    }
+
+    /// Reads what has changed, and says what of it is our business.
+    pub fn touched(&mut self, desired: Option<&Desired>) -> io::Result<Touched> {
+        let heard = self.monitor.read()?;
+        let mut touched = Touched::default();
+        match desired {
+            Some(_) if heard.overrun => touched = Touched::EVERYTHING,
+            Some(desired) => {
+                heard.messages.iter().for_each(|m| touched.add(m, desired, self.device));
+            }
+            None => {}
+        }
+        Ok(touched)
+    }
+
+    /// Routes of other programs that outrank ours to the same subnets, as sentences.
+    pub fn rivals(&mut self, desired: &Desired) -> io::Result<Vec<String>> {
+        let mut filter = RouteMessage::default();
+        filter.header.address_family = AddressFamily::Inet;
+        filter.header.table = RouteHeader::RT_TABLE_MAIN;
+        let found = self.netlink.dump(&RouteNetlinkMessage::GetRoute(filter))?;
+        let routes = found.iter().filter_map(|message| match message {
+            RouteNetlinkMessage::NewRoute(route) => Some(route),
+            _ => None,
+        });
+        Ok(routes.filter_map(|route| rival(route, desired)).collect())
     }
 
     /// Makes the kernel equal to `desired`: dump, difference, operations.
     pub fn reconcile(&mut self, desired: &Desired) -> Result<Report, KernelError> {
+        self.take_the_name_back(&desired.device)?;
         let actual = self.observe(&desired.device.name)?;
         self.apply(desired, plan(desired, &actual))
     }
@@ -131,6 +170,7 @@ impl Kernel {
             let kind = if link.kind.is_empty() { "physical".to_owned() } else { link.kind };
             return Err(KernelError::NameTaken { name: name.to_owned(), kind });
         }
+        self.device = Some(link.index);
         let mut actual = Actual {
             neighbours: self.neighbours(link.index)?,
             fdb: self.fdb(link.index)?,
@@ -152,13 +192,38 @@ impl Kernel {
         }
     }
 
+    /// Our device under another name is still the one that carries the pods' traffic.
+    fn take_the_name_back(&mut self, wanted: &Device) -> io::Result<()> {
+        let links = self.netlink.links()?;
+        let is_ours = |link: &&Link| {
+            link.kind == "vxlan"
+                && link.mac == Some(wanted.mac)
+                && fixed_attributes(link).0 == (wanted.vni, wanted.port)
+        };
+        let renamed = links.iter().find(is_ours).filter(|link| link.name != wanted.name);
+        let Some(link) = renamed.filter(|_| links.iter().all(|link| link.name != wanted.name))
+        else {
+            return Ok(());
+        };
+        let change = || LinkUnspec::new_with_index(link.index);
+        let rename = || change().name(wanted.name.clone());
+        match self.netlink.set_link(rename()) {
+            // Kernels before 6.2 rename only what is down; what is lost by that is put back.
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
+                self.netlink.set_link(change().down())?;
+                self.netlink.set_link(rename())
+            }
+            result => result,
+        }
+    }
+
     fn apply(&mut self, desired: &Desired, ops: Vec<Op>) -> Result<Report, KernelError> {
         let (device_ops, entry_ops): (Vec<_>, Vec<_>) = ops.into_iter().partition(Op::is_of_device);
         let mut report = Report::default();
         for op in device_ops {
             self.apply_to_device(&desired.device, &op)
                 .map_err(|error| self.explain(desired, error))?;
-            report.done += 1;
+            *report.done.entry(op.kind()).or_default() += 1;
         }
         if entry_ops.is_empty() {
             return Ok(report);
@@ -174,7 +239,7 @@ impl Kernel {
         for (op, errno) in entry_ops.into_iter().zip(failed) {
             match errno {
                 Some(errno) => report.failed.push(explain_entry(&op, errno)),
-                None => report.done += 1,
+                None => *report.done.entry(op.kind()).or_default() += 1,
             }
         }
         Ok(report)
@@ -337,6 +402,23 @@ impl Op {
     fn is_removal(&self) -> bool {
         matches!(self, Self::RemoveRoute(..) | Self::RemoveNeighbour(_) | Self::RemoveFdb(..))
     }
+}
+
+/// Says so, if another program's route takes the packets to one of our peers.
+fn rival(route: &RouteMessage, desired: &Desired) -> Option<String> {
+    if route.header.protocol == RouteProtocol::Other(ROUTE_PROTOCOL) {
+        return None;
+    }
+    let subnet = messages::subnet_of(route)?;
+    let ours = desired.tables.routes.get(&subnet)?;
+    let metric = messages::metric_of(route);
+    (metric < ours.metric).then(|| {
+        format!(
+            "another program's route takes the packets to {subnet}: its metric is {metric}, ours is {}; \
+             remove it (ip route del {subnet} metric {metric})",
+            ours.metric
+        )
+    })
 }
 
 fn explain_entry(op: &Op, errno: i32) -> String {

@@ -1,0 +1,130 @@
+//! Whether a change that the kernel tells about is any of our business.
+//!
+//! Our own changes are heard like everybody's, so an event counts only if it contradicts what should be
+//! there. What is to be done about it is found out by a dump, never from the event.
+
+use std::net::IpAddr;
+
+use rtnetlink::packet_route::{
+    AddressFamily, RouteNetlinkMessage,
+    address::{AddressAttribute, AddressMessage},
+    link::LinkMessage,
+    neighbour::{NeighbourMessage, NeighbourState},
+    route::{RouteAttribute, RouteHeader, RouteMessage, RouteProtocol},
+};
+
+use super::messages::{destination, lladdr, our_route};
+use crate::{
+    dataplane::desired::{Desired, ROUTE_PROTOCOL},
+    netlink::link::Link,
+};
+
+/// What has to be looked at again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Touched {
+    /// Something on our account is not as it should be.
+    pub ours: bool,
+    /// The interface that carries the tunnels, or the way by which it was chosen.
+    pub underlay: bool,
+    /// Another program's route to a subnet of a peer.
+    pub rival: bool,
+}
+
+impl Touched {
+    pub const EVERYTHING: Self = Self { ours: true, underlay: true, rival: true };
+
+    /// Adds what `message` says, for the device with index `device`.
+    pub fn add(&mut self, message: &RouteNetlinkMessage, desired: &Desired, device: Option<u32>) {
+        use RouteNetlinkMessage as Message;
+        match message {
+            Message::NewLink(link) => self.add_link(link, desired, device, true),
+            Message::DelLink(link) => self.add_link(link, desired, device, false),
+            Message::NewAddress(address) => self.add_address(address, desired, device, true),
+            Message::DelAddress(address) => self.add_address(address, desired, device, false),
+            Message::NewNeighbour(entry) if Some(entry.header.ifindex) == device => {
+                self.ours |= !is_right(entry, desired, true);
+            }
+            Message::DelNeighbour(entry) if Some(entry.header.ifindex) == device => {
+                self.ours |= !is_right(entry, desired, false);
+            }
+            Message::NewRoute(route) => self.add_route(route, desired, true),
+            Message::DelRoute(route) => self.add_route(route, desired, false),
+            _ => {}
+        }
+    }
+
+    fn add_link(
+        &mut self,
+        message: &LinkMessage,
+        desired: &Desired,
+        device: Option<u32>,
+        present: bool,
+    ) {
+        let wanted = &desired.device;
+        let link = Link::from(message.clone());
+        self.underlay |= link.index == wanted.link;
+        if link.name == wanted.name || Some(link.index) == device {
+            let right = present
+                && link.name == wanted.name
+                && link.up
+                && link.mtu == wanted.mtu
+                && link.mac == Some(wanted.mac);
+            self.ours |= !right;
+        }
+    }
+
+    fn add_address(
+        &mut self,
+        message: &AddressMessage,
+        desired: &Desired,
+        device: Option<u32>,
+        present: bool,
+    ) {
+        // The index is the same in an address of either family.
+        self.underlay |= message.header.index == desired.device.link;
+        if Some(message.header.index) == device {
+            let ours = message.attributes.iter().any(|attribute| {
+                matches!(attribute, AddressAttribute::Local(ip) if *ip == desired.device.address)
+            });
+            self.ours |= ours != present;
+        }
+    }
+
+    fn add_route(&mut self, route: &RouteMessage, desired: &Desired, present: bool) {
+        if route.header.table != RouteHeader::RT_TABLE_MAIN {
+            return;
+        }
+        self.underlay |= route.header.destination_prefix_length == 0;
+        if route.header.protocol != RouteProtocol::Other(ROUTE_PROTOCOL) {
+            self.rival |= super::messages::subnet_of(route)
+                .is_some_and(|subnet| desired.tables.routes.contains_key(&subnet));
+            return;
+        }
+        let wanted = our_route(route).is_some_and(|(subnet, hop)| {
+            desired.tables.routes.get(&subnet) == Some(&hop) && leads_over_a_device(route)
+        });
+        self.ours |= wanted != present;
+    }
+}
+
+fn leads_over_a_device(route: &RouteMessage) -> bool {
+    route.attributes.iter().any(|attribute| matches!(attribute, RouteAttribute::Oif(_)))
+}
+
+/// Whether the appearance of this entry, or its end, leaves the tables as they should be.
+fn is_right(entry: &NeighbourMessage, desired: &Desired, present: bool) -> bool {
+    let tables = &desired.tables;
+    // Dead and temporary entries of others come and go by themselves.
+    let permanent = entry.header.state == NeighbourState::Permanent;
+    let (to, mac) = (destination(entry), lladdr(entry));
+    if entry.header.family == AddressFamily::Bridge {
+        let (Some(to), Some(mac)) = (to, mac) else { return true };
+        let wanted = tables.fdb.get(&mac) == Some(&to);
+        return wanted == present;
+    }
+    let Some(IpAddr::V4(ip)) = to else { return true };
+    match tables.neighbours.get(&ip) {
+        Some(wanted) => present && permanent && mac == Some(*wanted),
+        None => !(present && permanent),
+    }
+}

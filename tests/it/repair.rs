@@ -1,0 +1,158 @@
+//! What other hands do to the kernel is put right at once: long before the slow comparison, which comes every
+//! ten seconds.
+
+use std::time::{Duration, Instant};
+
+use crate::common::{Cluster, PATIENCE, eventually, isolated, run, tool, wait_until};
+use gossamer::lab::{Agent, Host, Pod};
+
+/// Shorter than the pause between two slow comparisons.
+const AT_ONCE: Duration = Duration::from_secs(5);
+
+/// All that is on our account on a host, as the system's own tools show it.
+fn tables(host: &Host) -> String {
+    let shown = |command: &str| {
+        let output = run(&host.netns, command);
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let mut lines: Vec<&str> = text.lines().map(str::trim).collect();
+        lines.sort_unstable();
+        lines.join("\n")
+    };
+    // Without the interface's index, which a new device has of its own.
+    let device = shown("ip -d -4 addr show dev gossamer.1");
+    let device: Vec<&str> =
+        device.lines().map(|line| line.split_once(": ").map_or(line, |(_, rest)| rest)).collect();
+    [
+        shown("ip -4 route show proto 73"),
+        shown("ip -4 neigh show dev gossamer.1 nud permanent"),
+        shown("bridge fdb show dev gossamer.1"),
+        device.join("\n"),
+    ]
+    .join("\n--\n")
+}
+
+fn pods(cluster: &mut Cluster) -> anyhow::Result<Vec<Pod>> {
+    let mut pods = Vec::new();
+    for (host, agent) in cluster.hosts.iter().zip(&mut cluster.agents) {
+        let status = agent.wait_converged(cluster.hosts.len(), PATIENCE)?;
+        pods.push(host.pod(Agent::subnet(&status)?, 1450)?);
+    }
+    Ok(pods)
+}
+
+fn assert_both_ways(pods: &[Pod]) {
+    for (from, to) in [(&pods[0], &pods[1]), (&pods[1], &pods[0])] {
+        let reply = tool(&from.netns, &format!("ping -c 1 -W 2 {}", to.ip));
+        assert!(reply.contains(" 1 received"), "{reply}");
+    }
+}
+
+#[test]
+fn what_is_deleted_altered_or_renamed_is_put_right_at_once() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 3)?;
+        let pods = pods(&mut cluster)?;
+        let before = tables(&cluster.hosts[0]);
+        let status = cluster.agents[1].ask("/v1/status", PATIENCE)?;
+        let members = status["members"].as_array().expect("members").clone();
+        let peer = members.iter().find(|member| member["me"] == true).expect("itself");
+        let mac = peer["vtep_mac"].as_str().expect("a MAC");
+        let subnet = Agent::subnet(&status)?;
+        let (vtep, underlay) = (subnet.network(), cluster.hosts[1].ip);
+        let vandalism = [
+            vec![format!("bridge fdb del {mac} dev gossamer.1 dst {underlay}")],
+            vec![format!("bridge fdb replace {mac} dev gossamer.1 dst 10.99.255.1")],
+            vec!["bridge fdb append 02:00:00:00:00:99 dev gossamer.1 dst 10.99.255.1".to_owned()],
+            vec![format!("ip neigh del {vtep} dev gossamer.1")],
+            vec![format!("ip neigh replace {vtep} lladdr 02:00:00:00:00:99 dev gossamer.1")],
+            vec![format!("ip neigh replace {vtep} lladdr {mac} dev gossamer.1 nud reachable")],
+            vec!["ip neigh flush dev gossamer.1 nud permanent".to_owned()],
+            vec![format!("ip route del {subnet}")],
+            vec!["ip route flush dev gossamer.1".to_owned()],
+            vec![
+                "ip route add 10.42.250.0/24 via 10.42.250.0 dev gossamer.1 onlink proto 73"
+                    .to_owned(),
+            ],
+            vec!["ip addr flush dev gossamer.1".to_owned()],
+            vec!["ip addr add 192.0.2.9/24 dev gossamer.1".to_owned()],
+            vec!["ip link set gossamer.1 down".to_owned()],
+            vec!["ip link set gossamer.1 down".to_owned(), "ip link set gossamer.1 up".to_owned()],
+            vec!["ip link set gossamer.1 mtu 1300".to_owned()],
+            vec!["ip link set gossamer.1 address 02:00:00:00:00:99".to_owned()],
+            vec!["ip link del gossamer.1".to_owned()],
+            vec![
+                "ip link set gossamer.1 down".to_owned(),
+                "ip link set gossamer.1 name stolen".to_owned(),
+            ],
+            vec!["ip link set eth0 down".to_owned(), "ip link set eth0 up".to_owned()],
+        ];
+        for commands in vandalism {
+            // Some of them may be undone before the next one comes.
+            commands.iter().for_each(|command| _ = run(&cluster.hosts[0].netns, command));
+            let begun = Instant::now();
+            let last = commands.last().expect("a command").clone();
+            wait_until(&last, AT_ONCE, || tables(&cluster.hosts[0]) == before);
+            println!("{:>6.1?} ms  {last}", begun.elapsed().as_secs_f64() * 1000.0);
+            assert_both_ways(&pods);
+        }
+        let status = cluster.agents[0].ask("/v1/status", PATIENCE)?;
+        let repairs = &status["kernel"]["repairs"];
+        for kind in ["FDB entry", "neighbour", "route", "address", "device", "device attribute"] {
+            assert!(repairs[kind].as_u64() > Some(0), "{kind}: {repairs}");
+        }
+        let log = cluster.agents[0].log();
+        assert!(log.contains("put right what another program had changed"), "{log}");
+        Ok(())
+    });
+}
+
+#[test]
+fn a_host_that_gets_another_address_or_mtu_keeps_its_subnet_and_its_pods_connections() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 3)?;
+        let pods = pods(&mut cluster)?;
+        assert_both_ways(&pods);
+        let subnet = Agent::subnet(&cluster.agents[1].ask("/v1/status", PATIENCE)?)?;
+        let host = &cluster.hosts[1].netns;
+        tool(host, "ip addr flush dev eth0");
+        tool(host, "ip addr add 10.99.7.7/16 dev eth0");
+        let peer = &cluster.hosts[0].netns;
+        eventually(peer, "bridge fdb show dev gossamer.1", |fdb| {
+            fdb.contains("dst 10.99.7.7 ") && fdb.lines().count() == 2
+        });
+        eventually(host, "ip -d link show gossamer.1", |link| link.contains("local 10.99.7.7 "));
+        eventually(host, "ip -4 route show proto 73", |routes| routes.lines().count() == 2);
+        assert_both_ways(&pods);
+        let status = cluster.agents[1].wait_converged(3, PATIENCE)?;
+        assert_eq!(Agent::subnet(&status)?, subnet);
+        let log = cluster.agents[1].log();
+        assert!(log.contains("the underlay has changed"), "{log}");
+
+        tool(host, "ip link set eth0 mtu 1400");
+        eventually(host, "ip link show gossamer.1", |link| link.contains("mtu 1350 "));
+        let env = cluster.hosts[1].dir.join("subnet.env");
+        wait_until("subnet.env has the old MTU", AT_ONCE, || {
+            std::fs::read_to_string(&env).is_ok_and(|env| env.contains("FLANNEL_MTU=1350"))
+        });
+        Ok(())
+    });
+}
+
+#[test]
+fn a_route_of_another_program_that_outranks_ours_is_named_until_it_is_gone() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let subnet = Agent::subnet(&cluster.agents[1].ask("/v1/status", PATIENCE)?)?;
+        let host = &cluster.hosts[0].netns;
+        tool(host, &format!("ip route add {subnet} via 10.99.0.1 metric 0 proto static"));
+        let named = |agent: &mut Agent| {
+            let status = agent.ask("/v1/status", PATIENCE).expect("a status");
+            status["problems"].to_string().contains(&format!("takes the packets to {subnet}"))
+        };
+        wait_until("it is not named", AT_ONCE, || named(&mut cluster.agents[0]));
+        assert_eq!(tool(host, &format!("ip route show {subnet}")).lines().count(), 2, "untouched");
+        tool(host, &format!("ip route del {subnet} via 10.99.0.1 metric 0"));
+        wait_until("it is still named", AT_ONCE, || !named(&mut cluster.agents[0]));
+        Ok(())
+    });
+}
