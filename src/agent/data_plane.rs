@@ -1,7 +1,7 @@
 //! The loop's side of the data plane: what the kernel is to be made equal to, and what it said.
 //!
-//! The kernel's own thread does the work and repeats it (`programmer`); here goals are numbered, failures become
-//! problems, repairs are counted, and the core hears what is in use and where this host is.
+//! The kernel's own thread does the work and repeats it (`programmer`); here goals are numbered, failures
+//! become problems, repairs are counted, and the core hears what is in use and where this host is.
 
 use std::{
     collections::BTreeMap,

@@ -1,4 +1,5 @@
-//! The thread that owns the kernel: it makes it equal to the latest view, keeps it so, and says how that went.
+//! The thread that owns the kernel: it makes it equal to the latest view, keeps it so, and says how that
+//! went.
 //!
 //! Netlink calls block, so they have a thread of their own. It wakes for a new goal, for a change that
 //! somebody else made to our part of the kernel, and by a slow timer. Only the newest goal counts: those that

@@ -113,7 +113,21 @@ impl Node {
         }
         self.outranked.insert(record.boot);
         self.doubt_memory();
-        self.me.version.starts = record.version.starts.saturating_add(1);
+        self.go_above(now, record.version.starts);
+    }
+
+    /// A peer holds this node as down under an incarnation, and must be told of a newer one. Its own
+    /// suffices, unless another process has run with this node's key and was heard of by gossip alone.
+    pub(super) fn rise_above(&mut self, now: Time, theirs: Incarnation) {
+        if theirs > self.membership.identity().incarnation {
+            self.go_above(now, theirs.starts);
+        } else {
+            self.membership.renew(now);
+        }
+    }
+
+    fn go_above(&mut self, now: Time, starts: u32) {
+        self.me.version.starts = starts.saturating_add(1);
         tracing::warn!(
             starts = self.me.version.starts,
             "peers remember a later start of this node than its own state: going on above it"

@@ -21,7 +21,7 @@ use rand::rngs::StdRng;
 use serde::Serialize;
 
 use crate::{
-    model::{Identity, NodeId, Suspicion, Time},
+    model::{Identity, Incarnation, NodeId, Suspicion, Time},
     wire::{Buckets, DATAGRAM_MAX, SwimCodec},
 };
 
@@ -178,6 +178,13 @@ impl Membership {
 
     pub fn is_active(&self, node: NodeId) -> bool {
         self.active.contains_key(&node)
+    }
+
+    /// As far as gossip has heard of a node; the first possible one, if it has not.
+    pub fn newest_incarnation(&self, node: NodeId) -> Incarnation {
+        let known = self.foca.iter_membership_state().map(|member| *member.id());
+        let incarnations = known.filter(|id| id.node == node).map(|id| id.incarnation);
+        incarnations.max().unwrap_or_default()
     }
 
     /// Members held as alive or suspect, this node included, in order of their ids.
@@ -348,8 +355,6 @@ fn settings(cluster_size: u32) -> Config {
 #[cfg(test)]
 mod tests {
     use rand::SeedableRng as _;
-
-    use crate::model::Incarnation;
 
     use super::*;
 

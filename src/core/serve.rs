@@ -162,16 +162,19 @@ impl Node {
         self.sync.witness(from);
         self.membership.introduce(now, [identity].into_iter());
         let mut facts = self.facts_in(buckets);
-        let known: BTreeSet<_> = theirs.members.iter().map(|r| (r.node, r.version)).collect();
-        facts.members.retain(|record| !known.contains(&(record.node, record.version)));
+        // Two copies of one node may be of one version.
+        let known: BTreeSet<_> =
+            theirs.members.iter().map(|r| (r.node, r.version, r.boot)).collect();
+        facts.members.retain(|r| !known.contains(&(r.node, r.version, r.boot)));
         let known: BTreeSet<_> = theirs.active.iter().collect();
         facts.active.retain(|identity| !known.contains(identity));
         let slots: BTreeSet<_> = theirs.slots.iter().map(|run| (run.start, run.len)).collect();
         facts
             .slots
             .retain(|run| !slots.contains(&(run.start, run.len)) || !theirs.slots.contains(run));
-        let holds_you_down = !self.membership.is_active(from);
-        Response::Facts { facts, holds_you_down }
+        let down_as =
+            (!self.membership.is_active(from)).then(|| self.membership.newest_incarnation(from));
+        Response::Facts { facts, down_as }
     }
 
     /// Slots that this node itself wrote a new record for.

@@ -296,14 +296,14 @@ impl Node {
     ) {
         *self.sync.open.with(partner) = false;
         match answer {
-            Ok((from, Response::Facts { facts, holds_you_down })) => {
+            Ok((from, Response::Facts { facts, down_as })) => {
                 self.learn(now, &facts, Some(from));
                 // Facts are facts from anybody, but only whoever was compared with has told all it had.
                 if from == with {
                     self.compared(now, from, false);
                 }
-                if holds_you_down {
-                    self.membership.renew(now);
+                if let Some(incarnation) = down_as {
+                    self.rise_above(now, incarnation);
                     self.sync.hasten(now);
                 }
             }

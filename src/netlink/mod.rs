@@ -3,7 +3,8 @@
 //! Messages are built with `rtnetlink` and its packet crates. The sending is ours because a bulk of
 //! entries must travel in few system calls with every failure tied to its message, and because nothing
 //! may report success for work that was not done (both measured against the asynchronous handle).
-//! Interfaces are made and found in [`link`]; [`monitor`] hears of changes. What to program is not decided here.
+//! Interfaces are made and found in [`link`]; [`monitor`] hears of changes. What to program is not decided
+//! here.
 
 pub mod link;
 pub mod monitor;

@@ -236,7 +236,7 @@ impl Host {
     }
 
     /// Of those given, or else of those remembered.
-    fn seed_count(&self) -> usize {
+    pub fn seed_count(&self) -> usize {
         if self.seeds.is_empty() { self.saved_seeds.len() } else { self.seeds.len() }
     }
 

@@ -150,8 +150,7 @@ impl World {
         let copy = self.add_host();
         let original = &self.hosts[index];
         let (key, disk, cluster) = (original.key, original.disk.clone(), original.saved_cluster);
-        let mut seeds = original.seeds.clone();
-        seeds.push(index);
+        let seeds = original.seeds.clone();
         let saved_seeds = original.saved_seeds.clone();
         let host = &mut self.hosts[copy];
         (host.key, host.disk, host.saved_cluster) = (key, disk, cluster);
@@ -164,7 +163,13 @@ impl World {
     /// `gossamer reset-identity` on a host whose agent does not run.
     pub fn reset_identity(&mut self, index: usize) {
         self.change_kernel(index, |host| host.kernel = Default::default());
+        let members = self.hosts.iter().filter(|host| host.power && host.saved_cluster.is_some());
+        let members = members.map(|host| host.index).filter(|member| *member != index).collect();
         let host = &mut self.hosts[index];
+        if host.seed_count() == 0 {
+            // A copy of the founder's state from when it was alone: the operator names somebody to join.
+            host.seeds = members;
+        }
         host.new_identity();
         // What it was before is another host.
         host.former.clear();

@@ -7,8 +7,8 @@ use std::{net::Ipv4Addr, ops::RangeInclusive};
 use serde::{Deserialize, Serialize};
 
 use crate::model::{
-    ClusterId, ClusterRecord, Difference, Forget, Identity, MemberRecord, NodeId, Quorum, Run,
-    SettingsWish, Suspicion,
+    ClusterId, ClusterRecord, Difference, Forget, Identity, Incarnation, MemberRecord, NodeId,
+    Quorum, Run, SettingsWish, Suspicion,
 };
 
 use super::{
@@ -71,10 +71,11 @@ pub enum Response {
     Same,
     /// They are not; these are mine.
     Differ(Box<Buckets>),
-    /// What the asker lacked; `holds_you_down`: renew your identity, I believe that you are down.
+    /// What the asker lacked. If it is not held as alive, also the newest incarnation that is known of it,
+    /// or the first possible one: it must go above that to be believed.
     Facts {
         facts: Facts,
-        holds_you_down: bool,
+        down_as: Option<Incarnation>,
     },
     /// The asker owns these slots now (also when it asked before). Flushed at the granter.
     Granted(Facts),

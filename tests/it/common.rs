@@ -127,7 +127,8 @@ pub fn wait_until(what: &str, patience: Duration, mut reached: impl FnMut() -> b
 pub fn eventually(netns: &NetNs, command: &str, wanted: impl Fn(&str) -> bool) -> String {
     let start = Instant::now();
     loop {
-        let output = tool(netns, command);
+        // What it asks for may not be there yet.
+        let output = String::from_utf8(run(netns, command).stdout).expect("UTF-8");
         if wanted(&output) {
             return output;
         }

@@ -224,6 +224,22 @@ fn clusters_that_were_founded_apart_never_merge() {
 }
 
 #[test]
+fn copies_that_start_in_one_moment_both_hear_of_each_other() {
+    let mut world = World::with_members(3);
+    world.run_for(seconds(2));
+    world.oracle.lenient = true;
+    world.kill(2);
+    // Their records have one version, and only the boot tells them apart.
+    world.clone_host(2);
+    world.start(2);
+    world.run_for(seconds(20));
+    for copy in [2, 3] {
+        let problems = world.problems(copy);
+        assert!(problems.contains("was copied"), "host {copy}: {problems}");
+    }
+}
+
+#[test]
 fn a_copied_state_directory_is_named_and_starts_no_race() {
     let mut world = World::with_members(3);
     world.run_for(seconds(5));
