@@ -9,6 +9,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use ipnet::Ipv4Net;
@@ -96,6 +97,10 @@ pub struct Settings {
     /// Names of the 3, 5 or 7 nodes that vote on that: the same on all of them
     #[arg(long, env = "GOSSAMER_VOTERS", value_delimiter = ',', value_name = "NAME,NAME")]
     pub voters: Vec<String>,
+    /// A peer's subnet is unreachable by route when gossip holds it as down and its kernel has not answered for
+    /// so long, or "never" [default: 10s]
+    #[arg(long, env = "GOSSAMER_WITHDRAW_AFTER", value_name = "SPAN")]
+    pub withdraw_after: Option<String>,
     /// VXLAN network identifier [default: 1]
     #[arg(long, env = "GOSSAMER_VNI", value_name = "NUMBER")]
     pub vni: Option<u32>,
@@ -146,6 +151,7 @@ pub struct Config {
     pub prefer_subnet: Option<Ipv4Addr>,
     pub replace_by_name: bool,
     pub quorum: Option<Quorum>,
+    pub withdraw_after: Option<Duration>,
     pub mtu: Option<u32>,
     pub name: NodeName,
 }
@@ -214,6 +220,7 @@ impl Settings {
             replace_by_name: self.replace_by_name.or(other.replace_by_name),
             forget_after: self.forget_after.or(other.forget_after),
             voters: list(self.voters, other.voters),
+            withdraw_after: self.withdraw_after.or(other.withdraw_after),
             vni: self.vni.or(other.vni),
             vxlan_port: self.vxlan_port.or(other.vxlan_port),
             mtu: self.mtu.or(other.mtu),
@@ -274,6 +281,10 @@ impl Settings {
             prefer_subnet: self.prefer_subnet,
             replace_by_name: self.replace_by_name.unwrap_or(false),
             quorum,
+            withdraw_after: span(
+                "withdraw_after",
+                self.withdraw_after.as_deref().unwrap_or("10s"),
+            )?,
             mtu: self.mtu,
         })
     }
@@ -337,14 +348,21 @@ fn cluster_settings(wish: &SettingsWish) -> Result<ClusterSettings, ConfigError>
     Ok(ClusterSettings { pool, vni, vxlan_port })
 }
 
+/// A span of time; none for "never".
+fn span(field: &str, text: &str) -> Result<Option<Duration>, ConfigError> {
+    if text == "never" {
+        return Ok(None);
+    }
+    humantime::parse_duration(text).map(Some).map_err(|error| {
+        bad(field, format!("{text:?}: {error}; write a span as in \"12h\", or \"never\""))
+    })
+}
+
 fn quorum(forget_after: Option<&str>, voters: &[String]) -> Result<Option<Quorum>, ConfigError> {
-    let Some(text) = forget_after.filter(|text| *text != "never") else {
+    let Some(span) = span("forget_after", forget_after.unwrap_or("never"))? else {
         let problem = "without forget_after they decide nothing: set it, or leave them out";
         return if voters.is_empty() { Ok(None) } else { Err(bad("voters", problem)) };
     };
-    let span = humantime::parse_duration(text).map_err(|error| {
-        bad("forget_after", format!("{text:?}: {error}; write a span as in \"12h\", or \"never\""))
-    })?;
     let parse = |name: &String| name.parse().map_err(|error| bad("voters", error));
     let voters: Vec<NodeName> = voters.iter().map(parse).collect::<Result<_, _>>()?;
     Quorum::new(span, &voters).map(Some).map_err(|error| {

@@ -42,6 +42,8 @@ pub mod config;
 pub mod core;
 pub mod dataplane;
 #[cfg(feature = "agent")]
+pub mod icmp;
+#[cfg(feature = "agent")]
 pub mod lab;
 #[warn(clippy::disallowed_methods)]
 pub mod model;

@@ -4,7 +4,7 @@
 //! become problems, repairs are counted, and the core hears what is in use and where this host is.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     time::{Duration, Instant},
 };
 
@@ -22,6 +22,7 @@ use crate::{
         desired::{Desired, Underlay, device_name},
         kernel::KernelError,
     },
+    model::NodeId,
 };
 
 /// A node that cannot use the kernel gives its new subnet back within this time, or just goes.
@@ -33,6 +34,8 @@ pub(super) struct KernelState {
     /// What the core was last told that the kernel uses.
     pub(super) in_use: Option<Option<Ipv4Net>>,
     pub(super) withdrawn: bool,
+    /// Peers whose subnets are unreachable: neither gossip nor their kernels have answered for long.
+    pub(super) withdrawn_peers: BTreeSet<NodeId>,
     pub(super) goals: u64,
     pub(super) answered: u64,
     /// The device has been made equal to the view at least once.
@@ -51,10 +54,14 @@ impl Agent {
     pub(super) fn program(&mut self) {
         let Chosen { link, local, mtu, .. } = self.underlay;
         let state = match (&self.kernel.wanted, self.node.cluster()) {
-            (Some(view), _) => State::Overlay(Desired::new(view, &Underlay { link, local, mtu })),
-            (None, Some(cluster)) if self.kernel.withdrawn => {
-                State::Nothing(device_name(cluster.settings.vni))
+            (Some(view), _) => {
+                let underlay = Underlay { link, local, mtu };
+                State::Overlay(Desired::new(view, &underlay, &self.kernel.withdrawn_peers))
             }
+            (None, Some(cluster)) if self.kernel.withdrawn => State::Nothing {
+                device: device_name(cluster.settings.vni),
+                network: cluster.settings.pool.network(),
+            },
             _ => return,
         };
         self.kernel.goals += 1;

@@ -6,6 +6,7 @@
 
 mod data_plane;
 mod owners;
+mod probe;
 mod programmer;
 mod start;
 mod status;
@@ -19,6 +20,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use ipnet::Ipv4Net;
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::{mpsc, oneshot},
@@ -26,6 +28,7 @@ use tokio::{
 
 use self::{
     data_plane::KernelState,
+    probe::Prober,
     programmer::{Programmer, Told},
     underlay::Chosen,
 };
@@ -37,6 +40,7 @@ use crate::{
         desired::device_name,
         kernel::{Kernel, KernelError},
     },
+    icmp::Echo,
     model::{NodeId, Time},
     store::{History, StateDir, Writer, Written},
     transport::{Event, Transport},
@@ -74,6 +78,7 @@ struct Agent {
     gate: Gate,
     programmer: Programmer,
     kernel: KernelState,
+    prober: Prober,
     underlay: Chosen,
     config: Config,
     state: Rc<StateDir>,
@@ -116,6 +121,7 @@ enum Arrival {
     Deadline,
     News(News),
     Network(Event),
+    Echo(Echo),
 }
 
 /// What comes in from threads and from the control socket.
@@ -130,6 +136,7 @@ impl Agent {
         mut self,
         mut network: mpsc::Receiver<Event>,
         mut threads: mpsc::UnboundedReceiver<News>,
+        mut echoes: mpsc::Receiver<Echo>,
     ) -> std::io::Result<Ending> {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
@@ -143,6 +150,7 @@ impl Agent {
                 () = tokio::time::sleep_until(wake) => Arrival::Deadline,
                 Some(news) = threads.recv() => Arrival::News(news),
                 Some(event) = network.recv() => Arrival::Network(event),
+                Some(echo) = echoes.recv() => Arrival::Echo(echo),
             };
             let turn = Instant::now();
             self.on_arrival(first, turn);
@@ -170,6 +178,7 @@ impl Agent {
             Arrival::Deadline => self.on_deadline(now),
             Arrival::News(news) => self.on_news(news),
             Arrival::Network(event) => self.on_network(event),
+            Arrival::Echo(echo) => self.on_echo(echo),
         }
     }
 
@@ -178,12 +187,19 @@ impl Agent {
         let core = self.node.poll_timeout().map(|at| self.clock.instant(at));
         let waiters = self.waiters.iter().map(|waiter| waiter.deadline);
         let giving_up = self.giving_up.as_ref().map(|(_, until)| *until);
-        core.into_iter().chain(waiters).chain(giving_up).fold(far, Instant::min)
+        core.into_iter()
+            .chain(self.next_probe())
+            .chain(waiters)
+            .chain(giving_up)
+            .fold(far, Instant::min)
     }
 
     fn on_deadline(&mut self, now: Instant) {
         if self.node.poll_timeout().is_some_and(|at| self.clock.instant(at) <= now) {
             self.input(Input::Timeout);
+        }
+        if self.next_probe().is_some_and(|at| at <= now) {
+            self.probe();
         }
         if let Some((why, _)) = self.giving_up.take_if(|(_, until)| *until <= now) {
             self.ending = Some(Ending::Failed(why));
@@ -318,13 +334,16 @@ impl Agent {
         let ending = self.ending.take().unwrap_or(Ending::Stopped);
         self.input(Input::Command(Command::Save));
         self.carry_out();
-        let device = self.node.cluster().map(|cluster| device_name(cluster.settings.vni));
+        let traces = self
+            .node
+            .cluster()
+            .map(|cluster| (device_name(cluster.settings.vni), cluster.settings.pool.network()));
         self.transport.close().await;
         drop(self.programmer);
         drop(self.writer);
         let refused = self.fresh && matches!(ending, Ending::Failed(_));
         if matches!(ending, Ending::Left { .. } | Ending::Anew) || refused {
-            remove_traces(device, &self.config.subnet_file);
+            remove_traces(traces, &self.config.subnet_file);
         }
         if (matches!(ending, Ending::Left { .. }) || refused)
             && let Err(error) = self.state.wipe()
@@ -400,11 +419,12 @@ impl Agent {
     }
 }
 
-/// Takes away the device, with every entry on it, and the file.
-fn remove_traces(device: Option<String>, subnet_file: &Path) {
-    let Some(device) = device else { return };
-    let removed =
-        Kernel::open().map_err(KernelError::from).and_then(|mut kernel| kernel.remove(&device));
+/// Takes away the device, with every entry on it, routes into the network, and the file.
+fn remove_traces(traces: Option<(String, Ipv4Net)>, subnet_file: &Path) {
+    let Some((device, network)) = traces else { return };
+    let removed = Kernel::open()
+        .map_err(KernelError::from)
+        .and_then(|mut kernel| kernel.remove(&device, network));
     if let Err(error) = removed {
         tracing::error!(%error, "the device was not removed");
     }

@@ -13,6 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use ipnet::Ipv4Net;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::underlay::{Chosen, UnderlayError, choose_again};
@@ -40,8 +41,11 @@ pub struct Goal {
 
 pub enum State {
     Overlay(Desired),
-    /// No device of this name, and so no entry on it.
-    Nothing(String),
+    /// No device of this name, no entry on it, and no route of ours into this network.
+    Nothing {
+        device: String,
+        network: Ipv4Net,
+    },
 }
 
 /// What the thread has to say.
@@ -201,7 +205,9 @@ impl<F: Fn(Told)> Worker<F> {
         let Some(Goal { number, state }) = &self.goal else { return };
         let result = match state {
             State::Overlay(desired) => self.kernel.reconcile(desired),
-            State::Nothing(device) => self.kernel.remove(device).map(|_| Report::default()),
+            State::Nothing { device, network } => {
+                self.kernel.remove(device, *network).map(|()| Report::default())
+            }
         };
         let now = Instant::now();
         self.worked = Some(now);

@@ -10,7 +10,7 @@ use std::{
 
 use tokio::sync::mpsc;
 
-use super::{Agent, Clock, Ending, Gate, KernelState, News, Programmer, underlay};
+use super::{Agent, Clock, Ending, Gate, KernelState, News, Prober, Programmer, underlay};
 use crate::{
     api,
     config::{Config, ConfigError, DEFAULT_PORT, DEFAULT_VXLAN_PORT},
@@ -183,6 +183,7 @@ async fn start(
     let report = sender;
     let _socket =
         api::serve(&config.socket, move |request| report.send(News::Api(request)).is_ok())?;
+    let (prober, echoes) = Prober::start(u16::from_ne_bytes(random()?), config.withdraw_after);
     let agent = Agent {
         node,
         clock: Clock(Instant::now()),
@@ -191,6 +192,7 @@ async fn start(
         gate: Gate::default(),
         programmer,
         kernel: KernelState::default(),
+        prober,
         underlay: chosen,
         config,
         history: state.history(),
@@ -204,7 +206,7 @@ async fn start(
         giving_up: None,
         ending: None,
     };
-    Ok(agent.run(network, threads).await?)
+    Ok(agent.run(network, threads, echoes).await?)
 }
 
 /// Where gossip listens; peers must be able to reach it at the underlay address.

@@ -16,6 +16,8 @@ impl Agent {
         node.problems.extend(kernel.rivals.iter().cloned());
         node.problems
             .extend(self.store_problem.iter().map(|why| format!("state directory: {why}")));
+        let paths = self.path_statuses();
+        node.problems.extend(paths.iter().filter_map(|path| path.problem.clone()));
         let in_sync = kernel.wanted.is_some()
             && kernel.answered == kernel.goals
             && kernel.programmed_once
@@ -35,6 +37,7 @@ impl Agent {
                 operations: kernel.operations,
                 repairs: kernel.repairs.clone(),
             },
+            paths,
             connections: self.transport.connections(),
             node,
         }

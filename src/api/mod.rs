@@ -9,4 +9,4 @@ mod status;
 
 pub use client::{ClientError, get, post};
 pub use server::{Question, Socket, SocketError, serve};
-pub use status::{AgentStatus, KernelStatus};
+pub use status::{AgentStatus, KernelStatus, PathStatus};

@@ -1,12 +1,14 @@
 //! The answer to "how are you": what `gossamer status` shows and scripts read.
 
-use std::collections::BTreeMap;
-
-use std::net::IpAddr;
+use std::{collections::BTreeMap, net::IpAddr};
 
 use serde::Serialize;
 
-use crate::core::{Liveness, NodeStatus};
+use crate::{
+    core::{Liveness, NodeStatus},
+    dataplane::paths::PathState,
+    model::NodeId,
+};
 
 /// Everything `gossamer status` shows.
 #[derive(Clone, Debug, Serialize)]
@@ -17,7 +19,21 @@ pub struct AgentStatus {
     #[serde(flatten)]
     pub node: NodeStatus,
     pub kernel: KernelStatus,
+    /// Whether packets get through to each peer with a subnet.
+    pub paths: Vec<PathStatus>,
     pub connections: usize,
+}
+
+/// The way to one peer through the overlay.
+#[derive(Clone, Debug, Serialize)]
+pub struct PathStatus {
+    pub node: NodeId,
+    pub name: String,
+    pub state: PathState,
+    /// Of the last request that was answered.
+    pub round_trip_ms: Option<f64>,
+    /// What is wrong, and what helps.
+    pub problem: Option<String>,
 }
 
 #[derive(Clone, Debug, Serialize)]

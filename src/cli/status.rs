@@ -84,10 +84,25 @@ fn show(client: &Client, what: &str, text: fn(&Value) -> String) -> ExitCode {
         Ok(match what {
             "leases" => leases_of(&status),
             "free" => status["spares"].clone(),
-            _ => status["members"].clone(),
+            _ => members_of(&status),
         })
     };
     ask_and_print(client, ask, text).map_or_else(|code| code, |_| ExitCode::SUCCESS)
+}
+
+/// Each member, with what is known of the way to it.
+fn members_of(status: &Value) -> Value {
+    let path = |node: &Value| {
+        let mut paths = status["paths"].as_array().into_iter().flatten();
+        let path = paths.find(|path| path["node"] == *node);
+        path.map(|path| serde_json::json!({"state": path["state"], "round_trip_ms": path["round_trip_ms"]}))
+    };
+    let members = status["members"].as_array().into_iter().flatten().cloned();
+    let with_path = members.map(|mut member| {
+        member["path"] = path(&member["node"]).unwrap_or(Value::Null);
+        member
+    });
+    with_path.collect()
 }
 
 /// Only what concerns addresses: who holds which subnet and how many spares.
@@ -166,7 +181,11 @@ fn status_text(status: &Value) -> String {
 }
 
 fn members_text(members: &Value) -> String {
-    let rows: Vec<[String; 6]> = members
+    let path = |path: &Value| match (text(&path["state"]), path["round_trip_ms"].as_f64()) {
+        (state, Some(span)) if state == "ok" => format!("{span:.1} ms"),
+        (state, _) => state,
+    };
+    let rows: Vec<[String; 7]> = members
         .as_array()
         .into_iter()
         .flatten()
@@ -181,13 +200,14 @@ fn members_text(members: &Value) -> String {
                 text(&member["name"]),
                 text(&member["node"]),
                 liveness,
+                path(&member["path"]),
                 list(&member["subnets"]),
                 text(&member["address"]),
                 text(&member["vtep_mac"]),
             ]
         })
         .collect();
-    table(["NAME", "NODE", "STATE", "SUBNET", "ADDRESS", "VTEP MAC"], &rows)
+    table(["NAME", "NODE", "STATE", "PATH", "SUBNET", "ADDRESS", "VTEP MAC"], &rows)
 }
 
 fn leases_text(leases: &Value) -> String {

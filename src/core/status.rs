@@ -1,7 +1,7 @@
 //! What a node can say about itself and the cluster: a picture for people and tests, never for decisions.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
 };
 
@@ -86,6 +86,11 @@ pub struct MemberStatus {
 }
 
 impl Node {
+    /// Gossip's opinion on everybody it has heard of.
+    pub fn opinions(&self) -> BTreeMap<NodeId, Liveness> {
+        self.membership.opinions()
+    }
+
     pub fn status(&self) -> NodeStatus {
         let me = self.me.node;
         let alone = self.is_alone();

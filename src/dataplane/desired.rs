@@ -9,7 +9,7 @@
 //! Pure: equal views give equal results, and no clock or kernel is asked.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr},
     ops::RangeInclusive,
 };
@@ -18,7 +18,7 @@ use ipnet::Ipv4Net;
 
 use crate::{
     core::View,
-    model::{Mac, Slot},
+    model::{Mac, NodeId, Slot},
 };
 
 /// `rtm_protocol` of every route of ours: how they are recognised without any memory.
@@ -59,11 +59,20 @@ pub struct Tables {
     pub routes: BTreeMap<Ipv4Net, Hop>,
 }
 
-/// Where a route leads: always over our device.
+/// The value of a route.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Hop {
-    pub via: Ipv4Addr,
+    pub way: Way,
     pub metric: u32,
+}
+
+/// Where a route leads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Way {
+    /// Over our device, to the VTEP with this overlay address.
+    Overlay(Ipv4Addr),
+    /// Nowhere: whoever sends there is told at once.
+    Unreachable,
 }
 
 /// Everything that should be in the kernel on our account.
@@ -71,6 +80,8 @@ pub struct Hop {
 pub struct Desired {
     pub device: Device,
     pub tables: Tables,
+    /// The pool's network: routes of ours into it are ours wherever they lead.
+    pub network: Ipv4Net,
     /// Addresses whose entries stay although they are not in `tables`: see [`View::unheard`].
     pub unheard: Vec<RangeInclusive<Ipv4Addr>>,
 }
@@ -86,14 +97,21 @@ pub struct Underlay {
 }
 
 impl Desired {
-    pub fn new(view: &View, underlay: &Underlay) -> Self {
+    /// Subnets of `withdrawn` peers are unreachable, but for the address at which their kernel would answer.
+    pub fn new(view: &View, underlay: &Underlay, withdrawn: &BTreeSet<NodeId>) -> Self {
         let mut tables = Tables::default();
-        for peer in view.peers.values() {
+        for (node, peer) in &view.peers {
             for &(slot, subnet) in &peer.leases {
-                let via = subnet.network();
+                let vtep = subnet.network();
+                let (overlay, metric) = (Way::Overlay(vtep), metric(slot));
                 tables.fdb.insert(peer.vtep.mac, peer.vtep.underlay);
-                tables.neighbours.insert(via, peer.vtep.mac);
-                tables.routes.insert(subnet, Hop { via, metric: metric(slot) });
+                tables.neighbours.insert(vtep, peer.vtep.mac);
+                if withdrawn.contains(node) {
+                    tables.routes.insert(vtep.into(), Hop { way: overlay, metric });
+                    tables.routes.insert(subnet, Hop { way: Way::Unreachable, metric });
+                } else {
+                    tables.routes.insert(subnet, Hop { way: overlay, metric });
+                }
             }
         }
         let device = Device {
@@ -106,7 +124,8 @@ impl Desired {
             link: underlay.link,
             address: view.own.subnet.network(),
         };
-        Self { device, tables, unheard: view.unheard.clone() }
+        let network = view.settings.pool.network();
+        Self { device, tables, network, unheard: view.unheard.clone() }
     }
 }
 
@@ -130,17 +149,27 @@ mod tests {
     #[test]
     fn a_peer_is_three_entries_as_flannel_writes_them() {
         let view = view(&[(1, 9), (2, 7)]);
-        let desired = Desired::new(&view, &underlay());
+        let desired = Desired::new(&view, &underlay(), &BTreeSet::new());
         let peer = view.peers.values().next().expect("one peer");
         let gateway: Ipv4Addr = "10.42.7.0".parse().expect("address");
         assert_eq!(desired.tables.fdb[&peer.vtep.mac], peer.vtep.underlay);
         assert_eq!(desired.tables.neighbours[&gateway], peer.vtep.mac);
         let subnet = "10.42.7.0/24".parse().expect("subnet");
-        assert_eq!(desired.tables.routes[&subnet], Hop { via: gateway, metric: 8 });
+        assert_eq!(desired.tables.routes[&subnet], Hop { way: Way::Overlay(gateway), metric: 8 });
         assert_eq!(desired.device.address.to_string(), "10.42.9.0");
         assert_eq!(desired.device.mac, view.own.vtep.mac);
         let subnet_of_own = "10.42.9.0/24".parse().expect("subnet");
         assert!(!desired.tables.routes.contains_key(&subnet_of_own), "no route to ourselves");
+    }
+
+    #[test]
+    fn a_withdrawn_peers_subnet_is_unreachable_and_its_kernel_can_still_be_asked() {
+        let view = view(&[(1, 9), (2, 7)]);
+        let desired = Desired::new(&view, &underlay(), &view.peers.keys().copied().collect());
+        let way = |subnet: &str| desired.tables.routes[&subnet.parse().expect("subnet")].way;
+        assert_eq!(way("10.42.7.0/24"), Way::Unreachable);
+        assert_eq!(way("10.42.7.0/32"), Way::Overlay([10, 42, 7, 0].into()));
+        assert_eq!((desired.tables.fdb.len(), desired.tables.neighbours.len()), (1, 1));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use std::{
 use ipnet::Ipv4Net;
 
 use super::{
-    desired::{Desired, Tables},
+    desired::{Desired, Tables, Way},
     plan::{Actual, Found, Op, plan},
 };
 use crate::model::Mac;
@@ -24,8 +24,8 @@ pub struct FakeKernel {
     pub device: Option<Found>,
     pub fdb: BTreeSet<(Mac, IpAddr)>,
     pub neighbours: BTreeMap<Ipv4Addr, Mac>,
-    /// (destination, metric) -> gateway, as the kernel keys them.
-    pub routes: BTreeMap<(Ipv4Net, u32), Ipv4Addr>,
+    /// (destination, metric) -> where to, as the kernel keys them.
+    pub routes: BTreeMap<(Ipv4Net, u32), Way>,
 }
 
 /// What the kernel said no to.
@@ -40,7 +40,7 @@ impl FakeKernel {
     pub fn dump(&self) -> Actual {
         let routes = self.routes.iter();
         let routes =
-            routes.map(|(&(subnet, metric), &via)| (subnet, super::desired::Hop { via, metric }));
+            routes.map(|(&(subnet, metric), &way)| (subnet, super::desired::Hop { way, metric }));
         Actual {
             device: self.device.clone(),
             fdb: self.fdb.clone(),
@@ -58,7 +58,10 @@ impl FakeKernel {
                 let found = Found { up: false, device, foreign: false, addresses: Vec::new() };
                 self.device = Some(found);
             }
-            Op::DeleteDevice => *self = Self::default(),
+            Op::DeleteDevice => {
+                self.routes.retain(|_, way| *way == Way::Unreachable);
+                *self = Self { routes: std::mem::take(&mut self.routes), ..Self::default() };
+            }
             Op::RemoveRoute(subnet, hop) => _ = self.routes.remove(&(subnet, hop.metric)),
             Op::RemoveNeighbour(address) => _ = self.neighbours.remove(&address),
             Op::RemoveFdb(mac, underlay) => _ = self.fdb.remove(&(mac, underlay)),
@@ -78,7 +81,7 @@ impl FakeKernel {
                 match (op, taken) {
                     (Op::AddRoute(..), true) => return refused("File exists"),
                     (Op::ReplaceRoute(..), false) => return refused("No such process"),
-                    _ => _ = self.routes.insert((subnet, hop.metric), hop.via),
+                    _ => _ = self.routes.insert((subnet, hop.metric), hop.way),
                 }
             }
             on_device => {
@@ -115,11 +118,12 @@ impl FakeKernel {
             && actual.routes == tables.routes.clone().into_iter().collect()
     }
 
-    /// Where a packet to `subnet` goes: by the route of the lowest metric, its gateway's neighbour entry, and
+    /// Where a packet to `subnet` goes: by the route of the lowest metric, its VTEP's neighbour entry, and
     /// the FDB entry of that MAC.
     pub fn forward(&self, subnet: Ipv4Net) -> Option<(Mac, IpAddr)> {
         let mut routes = self.routes.range((subnet, 0)..=(subnet, u32::MAX));
-        let mac = self.neighbours.get(routes.next()?.1)?;
+        let Way::Overlay(vtep) = routes.next()?.1 else { return None };
+        let mac = self.neighbours.get(vtep)?;
         self.fdb.iter().find(|(known, _)| known == mac).copied()
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! - [`desired`]: view -> device and entries (pure)
 //! - [`plan`]: desired and actual -> ordered operations (pure)
+//! - [`paths`]: whether packets get through to each peer (pure)
 //! - `kernel`: dump and apply, by netlink
 //! - `fake`: a kernel in memory, for property tests and the simulator
 //!
@@ -13,5 +14,7 @@ pub mod desired;
 pub mod fake;
 #[cfg(feature = "agent")]
 pub mod kernel;
+#[warn(clippy::disallowed_methods)]
+pub mod paths;
 #[warn(clippy::disallowed_methods)]
 pub mod plan;

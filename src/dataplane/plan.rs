@@ -12,7 +12,7 @@ use std::{
 
 use ipnet::Ipv4Net;
 
-use super::desired::{Desired, Device, Hop, Tables};
+use super::desired::{Desired, Device, Hop, Tables, Way};
 use crate::{
     core::planted::{Bug, planted},
     model::Mac,
@@ -83,7 +83,9 @@ pub fn plan(desired: &Desired, actual: &Actual) -> Vec<Op> {
     let kept = plan_device(&desired.device, actual.device.as_ref(), &mut ops);
     if !kept {
         // A device that is made anew has lost all entries on it, routes included.
-        actual = Actual::default();
+        let elsewhere = |(_, hop): &(Ipv4Net, Hop)| !matches!(hop.way, Way::Overlay(_));
+        let routes = actual.routes.into_iter().filter(elsewhere).collect();
+        actual = Actual { routes, ..Actual::default() };
     }
     if ops.iter().any(|op| matches!(op, Op::SetMac(_))) {
         // The kernel forgets the neighbours of a device whose address changes.
@@ -220,7 +222,7 @@ pub(super) mod tests {
     }
 
     fn desired(members: &[(u8, u32)]) -> Desired {
-        Desired::new(&view(members), &underlay())
+        Desired::new(&view(members), &underlay(), &BTreeSet::new())
     }
 
     #[test]
@@ -246,6 +248,27 @@ pub(super) mod tests {
         assert_eq!(plan(&timid, &kernel.dump()), []);
         kernel.settle(&desired(&[(1, 9), (2, 7)]));
         assert_eq!(kernel.routes.len(), 1);
+    }
+
+    #[test]
+    fn a_peer_is_withdrawn_and_restored_by_one_change_of_its_route() {
+        let view = view(&[(1, 9), (2, 7)]);
+        let mut kernel = FakeKernel::default();
+        kernel.settle(&desired(&[(1, 9), (2, 7)]));
+        let withdrawn = Desired::new(&view, &underlay(), &view.peers.keys().copied().collect());
+        let subnet: Ipv4Net = "10.42.7.0/24".parse().expect("subnet");
+        let replaced = |ops: &[Op]| {
+            ops.iter().any(|op| matches!(op, Op::ReplaceRoute(to, _) if *to == subnet))
+        };
+        assert!(replaced(&plan(&withdrawn, &kernel.dump())));
+        kernel.settle(&withdrawn);
+        assert_eq!(kernel.forward(subnet), None);
+        // A new device finds the route that is on none.
+        kernel.apply(&Op::DeleteDevice).expect("there is one");
+        kernel.settle(&withdrawn);
+        assert!(kernel.holds(&withdrawn.tables));
+        kernel.settle(&desired(&[(1, 9), (2, 7)]));
+        assert!(kernel.holds(&desired(&[(1, 9), (2, 7)]).tables));
     }
 
     #[test]
@@ -283,7 +306,7 @@ pub(super) mod tests {
         let (subnet, hop) = wanted.tables.routes.first_key_value().expect("one route");
         let (mac, _) = wanted.tables.fdb.first_key_value().expect("one entry");
         for metric in [hop.metric - 1, hop.metric + 1] {
-            kernel.routes.insert((*subnet, metric), hop.via);
+            kernel.routes.insert((*subnet, metric), hop.way);
         }
         for last in [3, 200] {
             kernel.fdb.insert((*mac, [192, 0, 2, last].into()));
@@ -326,7 +349,8 @@ pub(super) mod tests {
             let mut kernel = FakeKernel::default();
             kernel.settle(&before);
             let ends = |tables: &Tables, subnet: &Ipv4Net| {
-                let mac = tables.neighbours.get(&tables.routes.get(subnet)?.via)?;
+                let Way::Overlay(vtep) = tables.routes.get(subnet)?.way else { return None };
+                let mac = tables.neighbours.get(&vtep)?;
                 tables.fdb.get(mac).copied()
             };
             for op in plan(&after, &kernel.dump()) {

@@ -4,7 +4,7 @@ use std::{fmt::Write as _, io};
 
 use super::Host;
 use crate::dataplane::{
-    desired::ROUTE_PROTOCOL,
+    desired::{ROUTE_PROTOCOL, Way},
     kernel::Kernel,
     plan::{Actual, Found},
 };
@@ -13,7 +13,7 @@ use crate::dataplane::{
 pub fn tables(host: &Host, device: &str) -> io::Result<String> {
     let actual = host.netns.run(|| {
         let mut kernel = Kernel::open()?;
-        kernel.observe(device).map_err(io::Error::other)
+        kernel.observe(device, None).map_err(io::Error::other)
     })?;
     Ok(render(device, &actual))
 }
@@ -32,11 +32,16 @@ fn render(name: &str, actual: &Actual) -> String {
         }
     }
     for (subnet, hop) in &actual.routes {
-        let (via, metric) = (hop.via, hop.metric);
-        let _ = writeln!(
-            out,
-            "{subnet} via {via} dev {name} proto {ROUTE_PROTOCOL} metric {metric} onlink"
-        );
+        let (protocol, metric) = (ROUTE_PROTOCOL, hop.metric);
+        let _ = match hop.way {
+            Way::Overlay(vtep) => writeln!(
+                out,
+                "{subnet} via {vtep} dev {name} proto {protocol} metric {metric} onlink"
+            ),
+            Way::Unreachable => {
+                writeln!(out, "unreachable {subnet} proto {protocol} metric {metric}")
+            }
+        };
     }
     for (address, mac) in &actual.neighbours {
         let _ = writeln!(out, "{address} dev {name} lladdr {mac} PERMANENT");

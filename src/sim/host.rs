@@ -242,7 +242,7 @@ impl Host {
 
     pub fn desired(&self, view: &View) -> Desired {
         let local = IpAddr::V4(self.underlay);
-        Desired::new(view, &Underlay { link: 2, local, mtu: 1450 })
+        Desired::new(view, &Underlay { link: 2, local, mtu: 1450 }, &BTreeSet::new())
     }
 }
 

@@ -1,14 +1,9 @@
 //! Agreement between real processes: partitions made with nft, joiners in both halves, kills, forgetting,
 //! and a state directory that was copied.
 
-use std::{
-    fs,
-    path::Path,
-    process::{Command, Output},
-    time::Duration,
-};
+use std::{fs, path::Path, process::Command, time::Duration};
 
-use crate::common::{Cluster, PATIENCE, isolated, program, run, tool, wait_until};
+use crate::common::{Cluster, PATIENCE, client, isolated, program, run, tool, wait_until};
 use gossamer::lab::{Agent, Host, Lab, Pod};
 use nix::sys::signal::Signal;
 
@@ -42,13 +37,6 @@ fn cut(hosts: &[&Host], others: &[&Host]) -> bool {
 
 fn mend(hosts: &[&Host]) {
     hosts.iter().for_each(|host| _ = run(&host.netns, "nft delete table inet cut"));
-}
-
-/// The program as an operator runs it on an agent's host.
-fn client(agent: &Agent, arguments: &[&str]) -> Output {
-    let socket = agent.socket().display().to_string();
-    let mut command = Command::new(program());
-    command.args(arguments).args(["--socket", &socket]).output().expect("gossamer runs")
 }
 
 fn subnet_of(agent: &mut Agent, members: usize) -> anyhow::Result<String> {

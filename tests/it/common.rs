@@ -114,6 +114,13 @@ pub fn run(netns: &NetNs, command: &str) -> Output {
     netns.spawn(&mut tool).and_then(std::process::Child::wait_with_output).expect(command)
 }
 
+/// The program as an operator runs it on an agent's host.
+pub fn client(agent: &Agent, arguments: &[&str]) -> Output {
+    let socket = agent.socket().display().to_string();
+    let mut command = Command::new(program());
+    command.args(arguments).args(["--socket", &socket]).output().expect("gossamer runs")
+}
+
 /// Asks again and again until the answer is yes.
 pub fn wait_until(what: &str, patience: Duration, mut reached: impl FnMut() -> bool) {
     let start = Instant::now();

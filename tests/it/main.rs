@@ -8,6 +8,7 @@ mod cli;
 mod cluster;
 mod common;
 mod mishaps;
+mod paths;
 mod refusals;
 mod repair;
 mod tidy;

@@ -22,7 +22,7 @@ use rtnetlink::{
 };
 
 use super::super::{
-    desired::{Device, Hop, ROUTE_PROTOCOL},
+    desired::{Device, Hop, ROUTE_PROTOCOL, Way},
     plan::Op,
 };
 use crate::{
@@ -135,28 +135,43 @@ fn neighbour_message(index: u32, address: Ipv4Addr, mac: Option<Mac>) -> Neighbo
 }
 
 fn route_message(index: u32, subnet: Ipv4Net, hop: Hop) -> RouteMessage {
-    RouteMessageBuilder::<Ipv4Addr>::new()
+    let route = RouteMessageBuilder::<Ipv4Addr>::new()
         .destination_prefix(subnet.network(), subnet.prefix_len())
-        .gateway(hop.via)
-        .output_interface(index)
         .protocol(RouteProtocol::Other(ROUTE_PROTOCOL))
-        .priority(hop.metric)
-        .onlink()
-        .build()
+        .priority(hop.metric);
+    match hop.way {
+        Way::Overlay(vtep) => route.gateway(vtep).output_interface(index).onlink().build(),
+        Way::Unreachable => route.kind(RouteType::Unreachable).build(),
+    }
 }
 
-pub(super) fn our_route(route: &RouteMessage) -> Option<(Ipv4Net, Hop)> {
+/// A route of our protocol over the device with this index, or one that leads nowhere.
+pub(super) fn our_route(route: &RouteMessage, device: Option<u32>) -> Option<(Ipv4Net, Hop)> {
     let header = &route.header;
-    if header.protocol != RouteProtocol::Other(ROUTE_PROTOCOL) || header.kind != RouteType::Unicast
-    {
+    if header.protocol != RouteProtocol::Other(ROUTE_PROTOCOL) {
         return None;
     }
-    let via = route.attributes.iter().find_map(|attribute| match attribute {
-        RouteAttribute::Gateway(RouteAddress::Inet(ip)) => Some(*ip),
-        _ => None,
-    });
-    let via = via.unwrap_or(Ipv4Addr::UNSPECIFIED);
-    Some((subnet_of(route)?, Hop { via, metric: metric_of(route) }))
+    let find =
+        |wanted: fn(&RouteAttribute) -> Option<u32>| route.attributes.iter().find_map(wanted);
+    let way = match header.kind {
+        RouteType::Unreachable => Way::Unreachable,
+        RouteType::Unicast => {
+            let over = find(|attribute| match attribute {
+                RouteAttribute::Oif(index) => Some(*index),
+                _ => None,
+            });
+            let via = find(|attribute| match attribute {
+                RouteAttribute::Gateway(RouteAddress::Inet(ip)) => Some((*ip).into()),
+                _ => None,
+            });
+            if device.is_none() || over != device {
+                return None;
+            }
+            Way::Overlay(Ipv4Addr::from(via.unwrap_or(0)))
+        }
+        _ => return None,
+    };
+    Some((subnet_of(route)?, Hop { way, metric: metric_of(route) }))
 }
 
 pub(super) fn metric_of(route: &RouteMessage) -> u32 {

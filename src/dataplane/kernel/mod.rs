@@ -20,7 +20,7 @@ use rtnetlink::{
     packet_route::{
         AddressFamily, RouteNetlinkMessage,
         neighbour::{NeighbourAttribute, NeighbourMessage, NeighbourState},
-        route::{RouteAttribute, RouteHeader, RouteMessage, RouteProtocol},
+        route::{RouteHeader, RouteMessage, RouteProtocol},
     },
 };
 
@@ -29,7 +29,7 @@ use self::messages::{
 };
 pub use self::watch::Touched;
 use super::{
-    desired::{Desired, Device, Hop, ROUTE_PROTOCOL},
+    desired::{Desired, Device, Hop, ROUTE_PROTOCOL, Way},
     plan::{Actual, Found, Op, plan},
 };
 use crate::{
@@ -128,7 +128,7 @@ impl Kernel {
     /// Makes the kernel equal to `desired`: dump, difference, operations.
     pub fn reconcile(&mut self, desired: &Desired) -> Result<Report, KernelError> {
         self.take_the_name_back(&desired.device)?;
-        let actual = self.observe(&desired.device.name)?;
+        let actual = self.observe(&desired.device.name, Some(desired.network))?;
         self.apply(desired, plan(desired, &actual))
     }
 
@@ -150,7 +150,7 @@ impl Kernel {
                 Err(KernelError::VniTaken { vni, port, holder: holder.name.clone() })
             };
         }
-        self.observe(name)?;
+        self.observe(name, None)?;
         // VXLAN devices of one namespace share the kernel's socket; anybody else's blocks it.
         let shared = vxlans.iter().any(|link| fixed_attributes(link).0.1 == port);
         match UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)) {
@@ -161,10 +161,11 @@ impl Kernel {
         }
     }
 
-    /// Everything on our account.
-    pub fn observe(&mut self, name: &str) -> Result<Actual, KernelError> {
+    /// Everything on our account: on the device of this name, and routes of ours into this network.
+    pub fn observe(&mut self, name: &str, network: Option<Ipv4Net>) -> Result<Actual, KernelError> {
         let Some(link) = self.netlink.link(name)? else {
-            return Ok(Actual::default());
+            let routes = self.our_routes(None, network)?;
+            return Ok(Actual { routes, ..Actual::default() });
         };
         if link.kind != "vxlan" {
             let kind = if link.kind.is_empty() { "physical".to_owned() } else { link.kind };
@@ -174,21 +175,26 @@ impl Kernel {
         let mut actual = Actual {
             neighbours: self.neighbours(link.index)?,
             fdb: self.fdb(link.index)?,
-            routes: self.our_routes(link.index)?,
+            routes: self.our_routes(Some(link.index), network)?,
             device: None,
         };
         actual.device = Some(self.found(&link)?);
         Ok(actual)
     }
 
-    /// Removes our device, and with it every entry on it.
-    pub fn remove(&mut self, name: &str) -> Result<bool, KernelError> {
+    /// Removes our device, every entry on it, and our routes into this network that are on no device.
+    pub fn remove(&mut self, name: &str, network: Ipv4Net) -> Result<(), KernelError> {
+        self.remove_device(name)?;
+        let routes = self.our_routes(None, Some(network))?.into_iter();
+        let ops: Vec<Op> = routes.map(|(subnet, hop)| Op::RemoveRoute(subnet, hop)).collect();
+        self.netlink.apply(ops.iter().map(|op| request(op, 0)).collect())?;
+        Ok(())
+    }
+
+    fn remove_device(&mut self, name: &str) -> io::Result<()> {
         match self.netlink.link(name)? {
-            Some(link) if link.kind == "vxlan" => {
-                self.netlink.delete_link(link.index)?;
-                Ok(true)
-            }
-            _ => Ok(false),
+            Some(link) if link.kind == "vxlan" => self.netlink.delete_link(link.index),
+            _ => Ok(()),
         }
     }
 
@@ -290,7 +296,7 @@ impl Kernel {
             Some(EPERM) => KernelError::NotPermitted,
             Some(EOPNOTSUPP) => KernelError::NoVxlan,
             Some(EADDRINUSE) => {
-                let _ = self.remove(name);
+                let _ = self.remove_device(name);
                 KernelError::PortTaken { name: name.clone(), port: *port }
             }
             Some(EEXIST) => {
@@ -367,19 +373,27 @@ impl Kernel {
             .collect())
     }
 
-    /// Routes of our protocol over the device.
-    fn our_routes(&mut self, device: u32) -> io::Result<BTreeSet<(Ipv4Net, Hop)>> {
+    /// Routes of our protocol over the device, and those into the network that are on no device: another instance
+    /// on this host has a device and a network of its own.
+    fn our_routes(
+        &mut self,
+        device: Option<u32>,
+        network: Option<Ipv4Net>,
+    ) -> io::Result<BTreeSet<(Ipv4Net, Hop)>> {
         let mut filter = RouteMessage::default();
         filter.header.address_family = AddressFamily::Inet;
         filter.header.table = RouteHeader::RT_TABLE_MAIN;
         filter.header.protocol = RouteProtocol::Other(ROUTE_PROTOCOL);
-        filter.attributes.push(RouteAttribute::Oif(device));
         let found = self.netlink.dump(&RouteNetlinkMessage::GetRoute(filter))?;
         Ok(found
             .into_iter()
             .filter_map(|message| match message {
-                RouteNetlinkMessage::NewRoute(route) => our_route(&route),
+                RouteNetlinkMessage::NewRoute(route) => our_route(&route, device),
                 _ => None,
+            })
+            .filter(|(subnet, hop)| {
+                matches!(hop.way, Way::Overlay(_))
+                    || network.is_some_and(|network| network.contains(subnet))
             })
             .collect())
     }

@@ -10,7 +10,7 @@ use rtnetlink::packet_route::{
     address::{AddressAttribute, AddressMessage},
     link::LinkMessage,
     neighbour::{NeighbourMessage, NeighbourState},
-    route::{RouteAttribute, RouteHeader, RouteMessage, RouteProtocol},
+    route::{RouteHeader, RouteMessage, RouteProtocol},
 };
 
 use super::messages::{destination, lladdr, our_route};
@@ -47,8 +47,8 @@ impl Touched {
             Message::DelNeighbour(entry) if Some(entry.header.ifindex) == device => {
                 self.ours |= !is_right(entry, desired, false);
             }
-            Message::NewRoute(route) => self.add_route(route, desired, true),
-            Message::DelRoute(route) => self.add_route(route, desired, false),
+            Message::NewRoute(route) => self.add_route(route, desired, device, true),
+            Message::DelRoute(route) => self.add_route(route, desired, device, false),
             _ => {}
         }
     }
@@ -90,7 +90,13 @@ impl Touched {
         }
     }
 
-    fn add_route(&mut self, route: &RouteMessage, desired: &Desired, present: bool) {
+    fn add_route(
+        &mut self,
+        route: &RouteMessage,
+        desired: &Desired,
+        device: Option<u32>,
+        present: bool,
+    ) {
         if route.header.table != RouteHeader::RT_TABLE_MAIN {
             return;
         }
@@ -100,15 +106,11 @@ impl Touched {
                 .is_some_and(|subnet| desired.tables.routes.contains_key(&subnet));
             return;
         }
-        let wanted = our_route(route).is_some_and(|(subnet, hop)| {
-            desired.tables.routes.get(&subnet) == Some(&hop) && leads_over_a_device(route)
-        });
-        self.ours |= wanted != present;
+        if let Some((subnet, hop)) = our_route(route, device) {
+            let wanted = desired.tables.routes.get(&subnet) == Some(&hop);
+            self.ours |= wanted != present;
+        }
     }
-}
-
-fn leads_over_a_device(route: &RouteMessage) -> bool {
-    route.attributes.iter().any(|attribute| matches!(attribute, RouteAttribute::Oif(_)))
 }
 
 /// Whether the appearance of this entry, or its end, leaves the tables as they should be.

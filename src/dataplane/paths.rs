@@ -1,0 +1,405 @@
+//! Whether packets get through: what has been asked of each peer's kernel through the overlay, and what came
+//! back.
+//!
+//! Gossip says whether an agent answers; this says whether a host's kernel forwards, which it does without its
+//! agent too. Only where both are silent for long is a peer's subnet withdrawn. A state machine without a clock
+//! or a socket: what is due is asked for by [`Paths::poll`], what came in is told. Nothing here touches ownership.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::Ipv4Addr,
+    time::Duration,
+};
+
+use serde::Serialize;
+
+use crate::{
+    core::Liveness,
+    model::{NodeId, Time},
+};
+
+/// Between two requests to a peer with which all is well.
+const CALM: Duration = Duration::from_secs(15);
+/// The same while something is wrong: no answer, or gossip does not hold it as alive.
+const ANXIOUS: Duration = Duration::from_secs(1);
+/// The same once it is withdrawn.
+const WITHDRAWN: Duration = Duration::from_secs(5);
+/// Between any two requests, so that a large cluster costs no more than a small one.
+const GAP: Duration = Duration::from_millis(20);
+/// Between two requests of full size to one peer.
+const FULL: Duration = Duration::from_secs(300);
+/// The same after one was lost.
+const FULL_AGAIN: Duration = Duration::from_secs(3);
+/// A request is lost when it has not been answered for so long.
+const LOST: Duration = Duration::from_millis(900);
+/// Requests lost in a row that make a verdict.
+const VERDICT: u32 = 3;
+/// A request of the peer's own that was heard within this time shows that its packets get here.
+const HEARD: Duration = Duration::from_secs(40);
+
+/// What is known of the way to one peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PathState {
+    /// Nothing was answered yet, and not enough was lost.
+    Unknown,
+    Ok,
+    /// Nothing gets through, though its agent answers.
+    Blocked,
+    /// Its packets get here, and ours do not get there.
+    OneWay,
+    /// Small packets get through, and those of full size do not.
+    MtuTooLarge,
+    /// Neither its agent nor its kernel answers.
+    Dead,
+    /// Dead for so long that its subnet is unreachable by route.
+    Withdrawn,
+}
+
+/// A request that is to be sent now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Probe {
+    pub to: Ipv4Addr,
+    pub sequence: u16,
+    /// As large as the overlay's MTU allows.
+    pub full: bool,
+}
+
+/// All peers.
+#[derive(Debug)]
+pub struct Paths {
+    peers: BTreeMap<NodeId, Path>,
+    by_address: BTreeMap<Ipv4Addr, NodeId>,
+    sequence: u16,
+    not_before: Time,
+    withdraw_after: Option<Duration>,
+}
+
+#[derive(Debug)]
+struct Path {
+    address: Ipv4Addr,
+    liveness: Option<Liveness>,
+    due: Time,
+    full_due: Time,
+    /// On its way: number, when, and whether of full size.
+    open: Option<(u16, Time, bool)>,
+    /// Lost since the last answer.
+    lost: u32,
+    full_lost: u32,
+    /// Since when nothing was answered that was asked.
+    silent_since: Option<Time>,
+    heard: Option<Time>,
+    round_trip: Option<Duration>,
+    withdrawn: bool,
+}
+
+impl Paths {
+    /// Without a span nothing is ever withdrawn.
+    pub fn new(withdraw_after: Option<Duration>) -> Self {
+        Self {
+            peers: BTreeMap::new(),
+            by_address: BTreeMap::new(),
+            sequence: 0,
+            not_before: Time::ZERO,
+            withdraw_after,
+        }
+    }
+
+    /// Who there is, where its kernel answers, and what gossip holds of it.
+    pub fn update(
+        &mut self,
+        now: Time,
+        peers: impl Iterator<Item = (NodeId, Ipv4Addr, Option<Liveness>)>,
+    ) {
+        let mut before = std::mem::take(&mut self.peers);
+        for (node, address, liveness) in peers {
+            let known = before.remove(&node).filter(|path| path.address == address);
+            let mut path = known.unwrap_or_else(|| Path::new(now, address));
+            if liveness != path.liveness && liveness != Some(Liveness::Alive) {
+                path.due = path.due.min(now);
+            }
+            path.liveness = liveness;
+            self.peers.insert(node, path);
+        }
+        self.by_address = self.peers.iter().map(|(node, path)| (path.address, *node)).collect();
+        self.judge(now);
+    }
+
+    /// The next request, if one is due.
+    pub fn poll(&mut self, now: Time) -> Option<Probe> {
+        if now < self.not_before {
+            return None;
+        }
+        let path = self.peers.values_mut().filter(|path| path.due <= now).min_by_key(|p| p.due)?;
+        path.lose(now);
+        self.sequence = self.sequence.wrapping_add(1);
+        let full = path.full_due <= now && path.lost == 0;
+        path.open = Some((self.sequence, now, full));
+        path.due = now + path.pause();
+        if full {
+            path.full_due = now + FULL;
+        }
+        self.not_before = now + GAP;
+        Some(Probe { to: path.address, sequence: self.sequence, full })
+    }
+
+    /// When [`Paths::poll`] has something to do.
+    pub fn next_due(&self) -> Option<Time> {
+        Some(self.peers.values().map(|path| path.due).min()?.max(self.not_before))
+    }
+
+    /// An answer of a peer's kernel.
+    pub fn on_answer(&mut self, now: Time, from: Ipv4Addr, sequence: u16) {
+        let Some(path) = self.path(from) else { return };
+        let Some((_, sent, full)) = path.open.take_if(|(number, ..)| *number == sequence) else {
+            return;
+        };
+        path.round_trip = Some(now.since(sent));
+        (path.lost, path.silent_since) = (0, None);
+        if full {
+            path.full_lost = 0;
+        }
+        path.due = now + path.pause();
+        if path.full_lost > 0 {
+            path.due = path.due.min(path.full_due.max(now));
+        }
+        self.judge(now);
+    }
+
+    /// A request by a peer, which our kernel has answered.
+    pub fn on_request(&mut self, now: Time, from: Ipv4Addr) {
+        if let Some(path) = self.path(from) {
+            path.heard = Some(now);
+        }
+    }
+
+    /// Peers that neither gossip nor their kernel has answered for.
+    pub fn withdrawn(&self) -> BTreeSet<NodeId> {
+        let withdrawn = self.peers.iter().filter(|(_, path)| path.withdrawn);
+        withdrawn.map(|(node, _)| *node).collect()
+    }
+
+    /// What is known of the way to each peer, and the last round trip.
+    pub fn states(
+        &self,
+        now: Time,
+    ) -> impl Iterator<Item = (NodeId, PathState, Option<Duration>)> + '_ {
+        self.peers.iter().map(move |(node, path)| (*node, path.state(now), path.round_trip))
+    }
+
+    fn path(&mut self, address: Ipv4Addr) -> Option<&mut Path> {
+        self.peers.get_mut(self.by_address.get(&address)?)
+    }
+
+    /// Withdraws and restores. To be called often: being withdrawn follows from time.
+    fn judge(&mut self, now: Time) {
+        let Some(patience) = self.withdraw_after else { return };
+        for path in self.peers.values_mut() {
+            path.lose(now);
+            let silent = path.silent_since.is_some_and(|since| now.since(since) >= patience);
+            path.withdrawn = path.is_down() && (path.withdrawn || silent) && path.lost > 0;
+        }
+    }
+}
+
+impl Path {
+    const fn new(now: Time, address: Ipv4Addr) -> Self {
+        Self {
+            address,
+            liveness: None,
+            due: now,
+            full_due: now,
+            open: None,
+            lost: 0,
+            full_lost: 0,
+            silent_since: None,
+            heard: None,
+            round_trip: None,
+            withdrawn: false,
+        }
+    }
+
+    fn is_down(&self) -> bool {
+        matches!(self.liveness, None | Some(Liveness::Down))
+    }
+
+    /// Counts the open request as lost when its time is over.
+    fn lose(&mut self, now: Time) {
+        let Some((_, sent, full)) = self.open.take_if(|(_, sent, _)| now.since(*sent) >= LOST)
+        else {
+            return;
+        };
+        if full {
+            // A small one follows, which tells whether it was the size.
+            self.full_lost += 1;
+            self.full_due = sent + if self.full_lost < VERDICT { FULL_AGAIN } else { CALM };
+            self.due = self.due.min(now);
+            return;
+        }
+        self.lost += 1;
+        self.silent_since.get_or_insert(sent);
+        self.due = self.due.min(sent + self.pause());
+    }
+
+    fn pause(&self) -> Duration {
+        match self.liveness {
+            _ if self.withdrawn => WITHDRAWN,
+            Some(Liveness::Alive) if self.lost == 0 => CALM,
+            _ => ANXIOUS,
+        }
+    }
+
+    fn state(&self, now: Time) -> PathState {
+        let heard = self.heard.is_some_and(|at| now.since(at) < HEARD);
+        match self.round_trip {
+            _ if self.withdrawn => PathState::Withdrawn,
+            _ if self.lost >= VERDICT && self.is_down() => PathState::Dead,
+            _ if self.lost >= VERDICT && heard => PathState::OneWay,
+            _ if self.lost >= VERDICT => PathState::Blocked,
+            _ if self.full_lost >= VERDICT => PathState::MtuTooLarge,
+            Some(_) => PathState::Ok,
+            None => PathState::Unknown,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PEER: Ipv4Addr = Ipv4Addr::new(10, 42, 7, 0);
+
+    /// A peer whose kernel answers while `answers` says so.
+    struct Story {
+        paths: Paths,
+        node: NodeId,
+        now: Time,
+        liveness: Liveness,
+        sent: u32,
+    }
+
+    impl Story {
+        fn new() -> Self {
+            let node = NodeId::of_public_key(&[1; 32]);
+            let paths = Paths::new(Some(Duration::from_secs(10)));
+            let mut story =
+                Self { paths, node, now: Time::ZERO, liveness: Liveness::Alive, sent: 0 };
+            story.update();
+            story
+        }
+
+        fn update(&mut self) {
+            let peer = (self.node, PEER, Some(self.liveness));
+            self.paths.update(self.now, [peer].into_iter());
+        }
+
+        fn run(&mut self, seconds: u64, answers: impl Fn(&Probe) -> bool) {
+            let end = self.now + Duration::from_secs(seconds);
+            while self.now < end {
+                self.now = self.now + Duration::from_millis(100);
+                self.update();
+                while let Some(probe) = self.paths.poll(self.now) {
+                    self.sent += 1;
+                    if answers(&probe) {
+                        let at = self.now + Duration::from_millis(1);
+                        self.paths.on_answer(at, PEER, probe.sequence);
+                    }
+                }
+            }
+        }
+
+        fn state(&self) -> PathState {
+            self.paths.states(self.now).next().expect("one peer").1
+        }
+    }
+
+    #[test]
+    fn a_peer_that_answers_is_ok_and_asked_rarely() {
+        let mut story = Story::new();
+        story.run(60, |_| true);
+        assert_eq!(story.state(), PathState::Ok);
+        assert!(story.sent <= 6, "{} requests in a minute", story.sent);
+    }
+
+    #[test]
+    fn down_is_not_dead_while_the_kernel_answers() {
+        let mut story = Story::new();
+        story.run(5, |_| true);
+        story.liveness = Liveness::Down;
+        story.run(60, |_| true);
+        assert_eq!(story.state(), PathState::Ok);
+        assert!(story.paths.withdrawn().is_empty());
+    }
+
+    #[test]
+    fn who_is_down_and_silent_is_withdrawn_in_time_and_back_with_the_first_answer() {
+        let mut story = Story::new();
+        story.run(20, |_| true);
+        story.liveness = Liveness::Suspect;
+        story.run(6, |_| false);
+        story.liveness = Liveness::Down;
+        story.run(3, |_| false);
+        assert_eq!(story.state(), PathState::Dead);
+        assert!(story.paths.withdrawn().is_empty(), "not for ten seconds");
+        story.run(4, |_| false);
+        assert_eq!(story.paths.withdrawn(), BTreeSet::from([story.node]));
+        let before = story.sent;
+        story.run(60, |_| false);
+        assert!(story.sent - before <= 13, "{} to a dead host", story.sent - before);
+        story.run(6, |_| true);
+        assert!(story.paths.withdrawn().is_empty());
+    }
+
+    #[test]
+    fn gossip_alone_brings_it_back_too() {
+        let mut story = Story::new();
+        story.liveness = Liveness::Down;
+        story.run(20, |_| false);
+        assert_eq!(story.state(), PathState::Withdrawn);
+        story.liveness = Liveness::Alive;
+        story.run(1, |_| false);
+        assert_eq!(story.state(), PathState::Blocked);
+    }
+
+    #[test]
+    fn a_live_agent_behind_a_blocked_tunnel_is_named_and_never_withdrawn() {
+        let mut story = Story::new();
+        story.run(40, |_| false);
+        assert_eq!(story.state(), PathState::Blocked);
+        story.paths.on_request(story.now, PEER);
+        assert_eq!(story.state(), PathState::OneWay);
+        assert!(story.paths.withdrawn().is_empty());
+    }
+
+    #[test]
+    fn full_packets_that_are_lost_where_small_ones_are_not_mean_the_mtu() {
+        let mut story = Story::new();
+        story.run(20, |probe| !probe.full);
+        assert_eq!(story.state(), PathState::MtuTooLarge);
+        story.run(30, |_| true);
+        assert_eq!(story.state(), PathState::Ok);
+    }
+
+    #[test]
+    fn a_thousand_peers_are_asked_no_faster_than_fifty_a_second() {
+        let mut paths = Paths::new(None);
+        let peers = |n: u32| {
+            (
+                NodeId::of_public_key(
+                    &[(n >> 8) as u8 + 1, n as u8].repeat(16).try_into().expect("32 bytes"),
+                ),
+                Ipv4Addr::from(n),
+                None,
+            )
+        };
+        let mut sent = 0;
+        for tick in 0..1_000 {
+            let now = Time::ZERO + Duration::from_millis(tick * 10);
+            paths.update(now, (0..1_000).map(peers));
+            while paths.poll(now).is_some() {
+                sent += 1;
+            }
+        }
+        assert!((450..=501).contains(&sent), "{sent} in ten seconds");
+    }
+}
