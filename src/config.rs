@@ -97,8 +97,8 @@ pub struct Settings {
     /// Names of the 3, 5 or 7 nodes that vote on that: the same on all of them
     #[arg(long, env = "GOSSAMER_VOTERS", value_delimiter = ',', value_name = "NAME,NAME")]
     pub voters: Vec<String>,
-    /// A peer's subnet is unreachable by route when gossip holds it as down and its kernel has not answered for
-    /// so long, or "never" [default: 10s]
+    /// A peer's subnet is unreachable by route when gossip holds it as down and its kernel has not answered
+    /// for so long, or "never" [default: 10s]
     #[arg(long, env = "GOSSAMER_WITHDRAW_AFTER", value_name = "SPAN")]
     pub withdraw_after: Option<String>,
     /// VXLAN network identifier [default: 1]

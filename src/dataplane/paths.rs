@@ -1,9 +1,10 @@
 //! Whether packets get through: what has been asked of each peer's kernel through the overlay, and what came
 //! back.
 //!
-//! Gossip says whether an agent answers; this says whether a host's kernel forwards, which it does without its
-//! agent too. Only where both are silent for long is a peer's subnet withdrawn. A state machine without a clock
-//! or a socket: what is due is asked for by [`Paths::poll`], what came in is told. Nothing here touches ownership.
+//! Gossip says whether an agent answers; this says whether a host's kernel forwards, which it does without
+//! its agent too. Only where both are silent for long is a peer's subnet withdrawn. A state machine without
+//! a clock or a socket: what is due is asked for by [`Paths::poll`], what came in is told. Nothing here
+//! touches ownership.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -373,8 +373,8 @@ impl Kernel {
             .collect())
     }
 
-    /// Routes of our protocol over the device, and those into the network that are on no device: another instance
-    /// on this host has a device and a network of its own.
+    /// Routes of our protocol over the device, and those into the network that are on no device: another
+    /// instance on this host has a device and a network of its own.
     fn our_routes(
         &mut self,
         device: Option<u32>,
