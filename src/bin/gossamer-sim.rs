@@ -52,7 +52,7 @@ enum Command {
     /// Plant defects one by one, and count the seeds until each is caught
     Planted {
         /// Give up after so many seeds
-        #[arg(long, default_value_t = 3000)]
+        #[arg(long, default_value_t = 10_000)]
         limit: u64,
     },
     /// Measure convergence against its ceilings, in virtual time

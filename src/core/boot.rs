@@ -94,8 +94,8 @@ impl Node {
         saved.into_iter().for_each(|(_, record)| memory.recall(record));
         let starts = if planted(Bug::ForgetStarts) { 1 } else { memory.starts.saturating_add(1) };
         let mut rng = StdRng::from_seed(config.rng_seed);
-        let has_left = memory.directory.get(config.node).is_some_and(|record| record.left);
-        if has_left && memory.cluster.is_none() {
+        let left_to = memory.directory.get(config.node).and_then(|record| record.left_to);
+        if left_to.is_some() && memory.cluster.is_none() {
             return Err(StartError::HasLeft);
         }
         let me = MemberRecord {
@@ -105,7 +105,7 @@ impl Node {
             name: config.name.clone(),
             address: config.address,
             vtep: config.vtep,
-            left: has_left,
+            left_to,
         };
         let home = match (memory.cluster, config.founding) {
             (Some(cluster), _) => Some(resume(now, cluster, &memory.runs, &config)?),
@@ -116,7 +116,7 @@ impl Node {
             (None, Founding::Join) => None,
         };
         let founded = home.is_some() && memory.cluster.is_none();
-        let leaving = (home.is_some() && has_left).then(|| Leaving::resumed(now));
+        let leaving = (home.is_some() && left_to.is_some()).then(|| Leaving::resumed(now));
         let identity = Identity { node: me.node, incarnation: Incarnation { starts, renewals: 0 } };
         let mut node = Self {
             membership: Membership::new(identity, StdRng::from_rng(&mut rng)),
@@ -141,6 +141,7 @@ impl Node {
             identity_write: FIRST_WRITE,
             lease_write: 0,
             writes: 0,
+            needed_write: 0,
             home,
             me,
             config,
@@ -154,8 +155,9 @@ impl Node {
     fn begin(&mut self, now: Time, founded: bool) {
         let starts = Record::Starts(self.me.version.starts).encode();
         self.writes = FIRST_WRITE;
-        let seq = Some(self.writes);
-        self.outputs.push_back(Output::Write { records: vec![(Key::Starts, starts)], seq });
+        self.needed_write = self.writes;
+        let records = vec![(Key::Starts, starts)];
+        self.outputs.push_back(Output::Write { records, seq: self.writes });
         if founded && let Some(home) = &self.home {
             let everything = home.slots.runs().to_vec();
             let changed: Vec<_> = everything.into_iter().map(|run| (run, None)).collect();

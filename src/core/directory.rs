@@ -70,7 +70,7 @@ impl Directory {
     /// Members that are not gone, other than `me`: those who may write records and hold newer facts.
     pub fn peers(&self, me: NodeId) -> impl Iterator<Item = &MemberRecord> {
         self.records.values().filter(move |record| {
-            record.node != me && !record.left && !self.forgets.contains_key(&record.node)
+            record.node != me && !record.has_left() && !self.forgets.contains_key(&record.node)
         })
     }
 
@@ -130,7 +130,7 @@ fn forget_hash(forget: &Forget) -> u64 {
 /// rest of the key makes all nodes keep the same one.
 fn precedence(record: &MemberRecord) -> impl Ord {
     let address = (record.address, record.vtep, record.name.clone());
-    (record.version, record.left, record.boot, address)
+    (record.version, record.left_to, record.boot, address)
 }
 
 #[cfg(test)]
@@ -150,7 +150,7 @@ mod tests {
             name: "n".parse().expect("name"),
             address: "192.0.2.1:1".parse().expect("address"),
             vtep: Vtep { mac: Mac::of_node(node), underlay: [192, 0, 2, 1].into() },
-            left,
+            left_to: left.then_some(node),
         }
     }
 

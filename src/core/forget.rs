@@ -35,7 +35,21 @@ const MAX_ASKED: usize = 16;
 pub(super) struct Forgetting {
     acknowledged: BTreeMap<Forget, BTreeSet<NodeId>>,
     asked: BTreeSet<NodeId>,
+    /// Grows when somebody is gone: what was asked before that no longer counts.
+    era: u64,
     retry_at: Option<Time>,
+}
+
+impl Forgetting {
+    /// Whoever had not acknowledged may have told what it knew to those who had: they are asked again.
+    pub(super) fn note_departure(&mut self, gone: NodeId) {
+        self.era += 1;
+        for (forget, heard) in &mut self.acknowledged {
+            if forget.node != gone && !heard.contains(&gone) {
+                heard.clear();
+            }
+        }
+    }
 }
 
 /// Why a node is not forgotten.
@@ -48,7 +62,7 @@ pub enum CannotForget {
     #[error("a node cannot forget itself: use `gossamer leave`")]
     Myself,
     #[error(
-        "{0} is alive: stop its agent first, or run `gossamer leave` on it. \
+        "{0} is alive, for all that is known: stop its agent first, or run `gossamer leave` on it. \
          If that host is out of your hands, --force forgets it all the same; its pods keep addresses that \
          others will be given"
     )]
@@ -85,8 +99,12 @@ impl Node {
             return Err(CannotForget::Leaving);
         }
         let node = self.member_called(whom)?;
-        let alive = self.membership.opinions().get(&node) == Some(&Liveness::Alive);
-        if alive && !force {
+        let gone = match self.membership.opinions().get(&node) {
+            Some(liveness) => *liveness == Liveness::Down,
+            // Right after a start nothing is known of anybody.
+            None => self.sync.settled(),
+        };
+        if !gone && !force {
             return Err(CannotForget::Alive(self.name_of(node).to_owned()));
         }
         self.vouch(now, node, force);
@@ -96,7 +114,7 @@ impl Node {
 
     fn member_called(&self, whom: &str) -> Result<NodeId, CannotForget> {
         let called = |record: &&MemberRecord| {
-            !record.left && (record.name.as_str() == whom || record.node.to_string() == whom)
+            !record.has_left() && (record.name.as_str() == whom || record.node.to_string() == whom)
         };
         let mut found: Vec<NodeId> =
             self.directory.iter().filter(called).map(|record| record.node).collect();
@@ -150,7 +168,7 @@ impl Node {
             self.dirty.mark(Key::Forget(forget.node), false);
             self.view_stale = true;
             self.forgetting.retry_at = Some(now);
-            self.lose_witness(forget.node);
+            self.note_departure(forget.node);
         }
         new
     }
@@ -158,7 +176,7 @@ impl Node {
     /// It left or was forgotten: it writes no more records.
     pub(super) fn is_gone(&self, node: NodeId) -> bool {
         self.directory.forgotten(node).is_some()
-            || self.directory.get(node).is_some_and(|record| record.left)
+            || self.directory.get(node).is_some_and(MemberRecord::has_left)
     }
 
     pub(super) fn next_forget_step(&self) -> Option<Time> {
@@ -180,7 +198,7 @@ impl Node {
         }
         self.forgetting.retry_at = Some(now + RETRY);
         for forget in &mine {
-            if self.missing(forget).next().is_none() || forget.forced {
+            if self.missing(forget).is_empty() || forget.forced {
                 self.reclaim(now, forget);
             }
         }
@@ -198,7 +216,7 @@ impl Node {
         let Some(home) = self.home.as_ref().filter(|_| self.sync.settled()) else { return };
         let owners: BTreeSet<NodeId> =
             home.slots.runs().iter().map(|run| run.record.owner).collect();
-        let active = self.membership.active();
+        let active = self.active();
         let orphaned = |node: &NodeId| match self.directory.forgotten(*node) {
             Some(forget) => self.is_gone(forget.heir),
             None => self.is_gone(*node),
@@ -221,27 +239,36 @@ impl Node {
             .copied()
     }
 
-    /// Members whose acknowledgement is missing.
-    fn missing(&self, forget: &Forget) -> impl Iterator<Item = NodeId> + '_ {
-        let heard = self.forgetting.acknowledged.get(forget).cloned().unwrap_or_default();
-        let careless = planted(Bug::ForgetWithoutAcknowledgements);
-        self.directory
-            .peers(self.me.node)
-            .map(|record| record.node)
-            .filter(move |node| !careless && !heard.contains(node))
+    /// Whose acknowledgement is missing: members, and those who are known only as owners of slots or as
+    /// whoever was told all by one that left. They may know of grants that nobody else has heard of.
+    fn missing(&self, forget: &Forget) -> BTreeSet<NodeId> {
+        if planted(Bug::ForgetWithoutAcknowledgements) {
+            return BTreeSet::new();
+        }
+        let heard = self.forgetting.acknowledged.get(forget);
+        let members = self.directory.peers(self.me.node).map(|record| record.node);
+        let keepers = self.directory.iter().filter_map(|record| record.left_to);
+        let runs = self.home.iter().flat_map(|home| home.slots.runs());
+        let owners: BTreeSet<NodeId> = runs.map(|run| run.record.owner).collect();
+        members
+            .chain(keepers)
+            .chain(owners)
+            .filter(|node| *node != self.me.node && !self.is_gone(*node))
+            .filter(|node| heard.is_none_or(|heard| !heard.contains(node)))
+            .collect()
     }
 
     fn ask_for_acknowledgement(&mut self, mine: &[Forget]) {
         let missing: BTreeSet<NodeId> =
-            mine.iter().flat_map(|forget| self.missing(forget).collect::<Vec<_>>()).collect();
+            mine.iter().flat_map(|forget| self.missing(forget)).collect();
         for node in missing {
             if self.forgetting.asked.len() >= MAX_ASKED || self.forgetting.asked.contains(&node) {
                 continue;
             }
             let request =
                 Request::Acknowledge { forgets: mine.to_vec(), buckets: Box::new(self.buckets()) };
-            let forgets = mine.to_vec();
-            if self.call_member(node, Purpose::Acknowledge { node, forgets }, &request) {
+            let (forgets, era) = (mine.to_vec(), self.forgetting.era);
+            if self.call_member(node, Purpose::Acknowledge { node, forgets, era }, &request) {
                 self.forgetting.asked.insert(node);
             }
         }
@@ -252,13 +279,14 @@ impl Node {
         now: Time,
         node: NodeId,
         forgets: &[Forget],
+        era: u64,
         answer: Answer,
     ) {
         self.forgetting.asked.remove(&node);
         match answer {
             Ok((from, Response::Acknowledged(facts))) if from == node => {
                 self.learn(now, &facts, Some(from));
-                for forget in forgets {
+                for forget in forgets.iter().filter(|_| era == self.forgetting.era) {
                     self.forgetting.acknowledged.entry(*forget).or_default().insert(node);
                 }
                 self.recheck_forgets(now);
@@ -326,11 +354,14 @@ impl Node {
     /// What stands between forgotten nodes and the pool.
     pub fn reclaiming(&self) -> Vec<Reclaiming> {
         let Some(home) = &self.home else { return Vec::new() };
-        let name = |node: NodeId| self.name_of(node).to_owned();
+        let name = |node: NodeId| match self.name_of(node) {
+            "?" => node.to_string(),
+            name => name.to_owned(),
+        };
         let reclaiming = |forget: &Forget| {
             let slots = home.slots.runs_of(forget.node).map(|run| run.len).sum();
-            let waits_for =
-                (forget.heir == self.me.node).then(|| self.missing(forget).map(name).collect());
+            let waits_for = (forget.heir == self.me.node)
+                .then(|| self.missing(forget).into_iter().map(name).collect());
             Reclaiming {
                 node: forget.node,
                 name: name(forget.node),

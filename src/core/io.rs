@@ -111,10 +111,10 @@ pub enum Output {
         bytes: Vec<u8>,
         after: WriteSeq,
     },
-    /// Records to write, in one batch. With a number: flush, then report the number as durable.
+    /// Records to write in one batch and to flush; then the number is to be reported as durable.
     Write {
         records: Vec<(Key, Vec<u8>)>,
-        seq: Option<WriteSeq>,
+        seq: WriteSeq,
     },
     /// What the kernel is to be made equal to; replaces any earlier one.
     Program {

@@ -3,10 +3,13 @@
 //! A fact is news if merging it changed something. Truth is decided by the table and the directory alone;
 //! here it is only carried to them, and what follows from it is set going.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use crate::{
-    model::{Incarnation, MemberRecord, NodeId, Time},
+    model::{Identity, Incarnation, MemberRecord, NodeId, Run, Time},
     wire::{Facts, Key},
 };
 
@@ -36,8 +39,9 @@ impl Node {
                 news.members.push(record.clone());
             }
         }
+        let theirs = self.timely(&facts.slots);
         if let Some(home) = &mut self.home {
-            let merged = home.slots.merge(&facts.slots);
+            let merged = home.slots.merge(&theirs);
             self.counters.violations += merged.violations.len() as u64;
             for (slot, ours, theirs) in &merged.violations {
                 tracing::error!(?slot, ?ours, ?theirs, "two owners of one slot at one epoch");
@@ -65,8 +69,27 @@ impl Node {
                 news.forgets.push(*forget);
             }
         }
-        self.membership.introduce(now, facts.active.iter().copied());
+        let there = facts.active.iter().filter(|identity| !self.is_gone(identity.node)).copied();
+        let there: Vec<_> = there.collect();
+        self.membership.introduce(now, there.into_iter());
         news
+    }
+
+    /// Without grants of a forgotten node to this one that come late, while this one may not write: it
+    /// would have to pass them on. They come again.
+    fn timely(&self, runs: &[Run]) -> Vec<Run> {
+        let late = |run: &&Run| {
+            run.record.owner == self.me.node
+                && self.directory.forgotten(run.record.granter).is_some()
+        };
+        let doubtful = !self.may_write();
+        runs.iter().filter(|run| !(doubtful && late(run))).copied().collect()
+    }
+
+    /// A member is gone: what it knew must be known from others.
+    pub(super) fn note_departure(&mut self, node: NodeId) {
+        self.lose_witness(node);
+        self.forgetting.note_departure(node);
     }
 
     /// Takes a newer member record.
@@ -81,8 +104,8 @@ impl Node {
         if new {
             self.dirty.mark(Key::Member(record.node), false);
             self.view_stale = true;
-            if record.left {
-                self.lose_witness(record.node);
+            if record.has_left() {
+                self.note_departure(record.node);
             }
         }
         new
@@ -160,8 +183,8 @@ impl Node {
     /// who are there are asked before it writes another record.
     pub(super) fn doubt_memory(&mut self) {
         let me = self.me.node;
-        let there = self.membership.active().into_keys();
-        let there: BTreeSet<_> = there.filter(|node| *node != me && !self.is_gone(*node)).collect();
+        let there = self.active().into_keys();
+        let there: BTreeSet<_> = there.filter(|node| *node != me).collect();
         if !there.is_empty() {
             self.sync.doubt(Doubt::AllOf(there));
         }
@@ -169,9 +192,17 @@ impl Node {
 
     /// A member is gone that could have told what this node's memory lacks: then all the others together
     /// must, among whom is whoever has its knowledge.
-    pub(super) fn lose_witness(&mut self, node: NodeId) {
+    fn lose_witness(&mut self, node: NodeId) {
         let others = self.roster();
         self.sync.lose_witness(node, others);
+    }
+
+    /// Members held as alive that are not gone, this node included. One that has left or was forgotten may
+    /// linger in gossip for a while.
+    pub(super) fn active(&self) -> BTreeMap<NodeId, Identity> {
+        let mut active = self.membership.active();
+        active.retain(|node, _| *node == self.me.node || !self.is_gone(*node));
+        active
     }
 
     /// All other members that are not gone.

@@ -117,6 +117,7 @@ impl Node {
 
     fn ask_donor(&mut self, now: Time) {
         let me = self.me.node;
+        let active = self.active();
         let Some(home) = &mut self.home else { return };
         let spares = home.slots.census().spare;
         let untried = |node: &NodeId| *node != me && !home.search.tried.contains(node);
@@ -126,7 +127,6 @@ impl Node {
             .and_then(|slot| home.slots.record(slot))
             .filter(|record| record.state == SlotState::Spare && untried(&record.owner));
         let candidates = || spares.keys().copied().filter(untried);
-        let active = self.membership.active();
         let donor = wanted.map(|record| record.owner).or_else(|| {
             candidates()
                 .filter(|node| active.contains_key(node))

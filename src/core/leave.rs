@@ -153,15 +153,18 @@ impl Node {
         let (Some(leaving), Some(home)) = (&mut self.leaving, &mut self.home) else { return };
         let me = self.me.node;
         let changes = home.slots.hand_over(me, heir);
-        self.me.left = true;
-        self.me.version.change += 1;
-        self.directory.merge(&self.me);
-        self.dirty.mark(Key::Member(me), true);
         leaving.handed = true;
         self.note_slots(&changes);
     }
 
+    /// Tells a member everything, the record that names it as the one who knows included.
     fn hand_to(&mut self, keeper: NodeId) {
+        if self.me.left_to != Some(keeper) {
+            self.me.left_to = Some(keeper);
+            self.me.version.change += 1;
+            self.directory.merge(&self.me);
+            self.dirty.mark(Key::Member(self.me.node), true);
+        }
         let Some(home) = &self.home else { return };
         // Not only what it gives away: it may be the only one who knows of something else.
         let facts = self.everything(home);
@@ -186,8 +189,11 @@ impl Node {
             return self.hand_to_next(now);
         }
         let me = self.me.node;
-        if self.home.as_ref().is_some_and(|home| home.slots.runs_of(me).next().is_some()) {
-            // A grant to this node was on its way when it left.
+        let still_owns =
+            self.home.as_ref().is_some_and(|home| home.slots.runs_of(me).next().is_some());
+        if still_owns && self.may_write() {
+            // A grant to this node was on its way when it left. In doubt it writes nothing, and others
+            // reclaim it.
             self.hand_over(heir.unwrap_or(keeper));
             return self.hand_to(keeper);
         }

@@ -131,6 +131,23 @@ impl Membership {
         Suspicion { identity: self.identity(), refutation: self.refutation }
     }
 
+    /// What is known of this identity, if it is held as down.
+    pub fn holds_down(&self, identity: &Identity) -> Option<Suspicion> {
+        if self.active.contains_key(&identity.node) {
+            return None;
+        }
+        let member = self.foca.iter_membership_state().find(|member| member.id() == identity)?;
+        let down = member.state() == State::Down;
+        down.then(|| Suspicion { identity: *identity, refutation: member.incarnation() })
+    }
+
+    /// A peer holds a member as down: it is, unless it says otherwise.
+    pub fn suspect(&mut self, now: Time, suspicion: &Suspicion) {
+        let member = Member::new(suspicion.identity, suspicion.refutation, State::Suspect);
+        let result = self.foca.apply_many([member].into_iter(), true, &mut self.runtime);
+        self.collect(now, "suspect", result);
+    }
+
     /// A suspect answered.
     pub fn absolve(&mut self, now: Time, alive: &Suspicion) {
         let member = Member::new(alive.identity, alive.refutation, State::Alive);
@@ -212,11 +229,11 @@ impl Membership {
         opinions
     }
 
-    /// One hash per bucket over the active members.
-    pub fn hashes(&self) -> [u64; Buckets::COUNT] {
+    /// One hash per bucket over the active members, without those who are `gone`.
+    pub fn hashes(&self, gone: impl Fn(NodeId) -> bool) -> [u64; Buckets::COUNT] {
         let mut hashes = [0; Buckets::COUNT];
-        for Identity { node, incarnation } in self.active.values().copied().chain([self.identity()])
-        {
+        let there = self.active.values().filter(|identity| !gone(identity.node));
+        for Identity { node, incarnation } in there.copied().chain([self.identity()]) {
             let mut bytes = [0; 16];
             bytes[..8].copy_from_slice(node.as_bytes());
             bytes[8..12].copy_from_slice(&incarnation.starts.to_le_bytes());
@@ -429,9 +446,10 @@ mod tests {
         let (mut one, mut two) = (member(1), member(2));
         one.introduce(Time::ZERO, [identity(2)].into_iter());
         two.introduce(Time::ZERO, [identity(1)].into_iter());
-        assert_eq!(one.hashes(), two.hashes());
+        let nobody = |_: NodeId| false;
+        assert_eq!(one.hashes(nobody), two.hashes(nobody));
         two.renew(Time::ZERO);
-        assert_ne!(one.hashes(), two.hashes());
+        assert_ne!(one.hashes(nobody), two.hashes(nobody));
         assert!(two.identity().incarnation > identity(2).incarnation);
     }
 

@@ -96,8 +96,9 @@ pub struct Node {
     sync: SyncRound,
     calls: Calls,
     dirty: Dirty,
-    /// The number of the latest durable write asked for.
+    /// The number of the latest write asked for, and of the latest that this node's word depends on.
     writes: WriteSeq,
+    needed_write: WriteSeq,
     /// Another process that lives with this node's key, if it was heard of lately.
     clone: Option<CloneSeen>,
     /// Whether this node's memory was beyond doubt after the last input.
@@ -186,6 +187,7 @@ enum Purpose {
     Acknowledge {
         node: NodeId,
         forgets: Vec<Forget>,
+        era: u64,
     },
     /// Has a voter missed a node as well?
     Vote {
@@ -308,6 +310,9 @@ impl Node {
     ) {
         let Some(purpose) = self.calls.open.remove(&call) else { return };
         let answer = result.and_then(|(from, bytes)| match read_response(&bytes) {
+            Ok(_) if self.directory.forgotten(from).is_some() => {
+                Err(CallError::Unreachable("it was forgotten meanwhile".to_owned()))
+            }
             Ok(response) => Ok((from, response)),
             Err(error) => {
                 self.note_malformed(from, &error);
@@ -327,13 +332,16 @@ impl Node {
                 {
                     self.membership.absolve(now, &alive);
                 }
+                Ok((from, Response::Refused(refusal))) => {
+                    tracing::debug!(peer = %from, %refusal, "a suspect refuses");
+                }
                 Ok((from, _)) => self.note_malformed(from, &"no answer to a suspicion"),
                 Err(error) => tracing::debug!(%node, %error, "a suspect does not answer"),
             },
             Purpose::AskHeir { heir } => self.on_heir_answer(heir, answer),
             Purpose::Handover { keeper } => self.on_handover_answer(now, keeper, answer),
-            Purpose::Acknowledge { node, forgets } => {
-                self.on_acknowledgement(now, node, &forgets, answer);
+            Purpose::Acknowledge { node, forgets, era } => {
+                self.on_acknowledgement(now, node, &forgets, era, answer);
             }
             Purpose::Vote { voter, node } => self.on_vote(now, voter, node, answer),
         }

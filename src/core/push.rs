@@ -59,7 +59,7 @@ impl Node {
         }
         let last = Some(now);
         let queue = std::mem::replace(&mut self.push, PushQueue { last, ..PushQueue::default() });
-        let active = self.membership.active();
+        let active = self.active();
         let members: Vec<_> =
             queue.members.iter().filter_map(|node| self.directory.get(*node).cloned()).collect();
         let known = members.iter().filter_map(|record| active.get(&record.node).copied());

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use crate::{
-    model::{ClusterId, Identity, NodeId, Run, Time},
+    model::{ClusterId, Identity, MemberRecord, NodeId, Run, Time},
     wire::{Facts, Frame, GrantWish, Hello, Key, Refusal, Request, Response, Welcome},
 };
 
@@ -43,7 +43,9 @@ impl Node {
             }
             // A leaver whose records nobody had accepted yet may still bring them.
             _ if matches!(request, Request::Handover(_)) => None,
-            _ if self.directory.get(from).is_some_and(|record| record.left) => Some(Refusal::Left),
+            _ if self.directory.get(from).is_some_and(MemberRecord::has_left) => {
+                Some(Refusal::Left)
+            }
             _ => {
                 let forget = self.directory.forgotten(from);
                 forget.map(|forget| Refusal::Forgotten { heir: forget.heir })
@@ -172,9 +174,11 @@ impl Node {
         facts
             .slots
             .retain(|run| !slots.contains(&(run.start, run.len)) || !theirs.slots.contains(run));
+        let down = theirs.active.iter().filter_map(|identity| self.membership.holds_down(identity));
+        let down = down.collect();
         let down_as =
             (!self.membership.is_active(from)).then(|| self.membership.newest_incarnation(from));
-        Response::Facts { facts, down_as }
+        Response::Facts { facts, down, down_as }
     }
 
     /// Slots that this node itself wrote a new record for.
@@ -202,7 +206,7 @@ impl Node {
         Facts {
             members: self.directory.iter().cloned().collect(),
             slots: home.slots.runs().to_vec(),
-            active: self.membership.active().into_values().collect(),
+            active: self.active().into_values().collect(),
             forgets: self.directory.forgets().copied().collect(),
         }
     }

@@ -144,7 +144,7 @@ impl Node {
                 } else {
                     opinions.get(&record.node).copied()
                 },
-                left: record.left,
+                left: record.has_left(),
                 forgotten: self.directory.forgotten(record.node).is_some(),
                 address: record.address,
                 underlay: record.vtep.underlay,

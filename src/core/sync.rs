@@ -195,7 +195,7 @@ impl Node {
         self.sync.due = now + self.jittered(base);
         self.sync.rounds += 1;
         let me = self.me.node;
-        let active = self.membership.active();
+        let active = self.active();
         self.sync.curious = active.keys().any(|node| *node != me && !self.sync.heard(*node));
         if self.is_alone() {
             self.sync.settled = true;
@@ -206,8 +206,9 @@ impl Node {
         self.call(partner, Purpose::Compare { partner }, &request);
     }
 
-    /// Mostly active members, those first who can end a doubt or were not heard yet; every fourth round
-    /// anybody; a seed that is not in view every other one.
+    /// In every second round one who can end a doubt or was not heard yet; it may be out of reach for long,
+    /// so in the others any member. Mostly active ones; every fourth round anybody; a seed that is not in
+    /// view every other one.
     fn choose_partner(&mut self) -> Option<Target> {
         let me = self.me.node;
         let rounds = self.sync.rounds;
@@ -222,11 +223,12 @@ impl Node {
             None => !self.sync.heard.contains(node),
         };
         let any = rounds.is_multiple_of(4) && !planted(Bug::NoAnnounceAfterHeal);
+        let choosy = rounds % 4 < 2;
         let rng = &mut self.rng;
         let peers = || self.directory.peers(me);
         let peer = peers()
             .filter(|record| any || self.membership.is_active(record.node))
-            .filter(|record| witness(&record.node))
+            .filter(|record| !choosy || witness(&record.node))
             .choose(rng)
             .or_else(|| peers().filter(|_| !planted(Bug::NoAnnounceAfterHeal)).choose(rng))
             .filter(|_| !self.sync.open.member)
@@ -296,8 +298,9 @@ impl Node {
     ) {
         *self.sync.open.with(partner) = false;
         match answer {
-            Ok((from, Response::Facts { facts, down_as })) => {
+            Ok((from, Response::Facts { facts, down, down_as })) => {
                 self.learn(now, &facts, Some(from));
+                down.iter().for_each(|suspicion| self.membership.suspect(now, suspicion));
                 // Facts are facts from anybody, but only whoever was compared with has told all it had.
                 if from == with {
                     self.compared(now, from, false);
@@ -306,6 +309,9 @@ impl Node {
                     self.rise_above(now, incarnation);
                     self.sync.hasten(now);
                 }
+            }
+            Ok((from, Response::Refused(refusal))) => {
+                tracing::debug!(peer = %from, %refusal, "exchange refused");
             }
             Ok((from, _)) => self.note_malformed(from, &"no answer to an exchange"),
             Err(error) => tracing::debug!(%error, "exchange cut off"),
@@ -316,7 +322,7 @@ impl Node {
         Buckets {
             members: self.directory.hashes(),
             slots: self.home.as_ref().map_or([0; Buckets::COUNT], |home| home.slots.hashes()),
-            active: self.membership.hashes(),
+            active: self.membership.hashes(|node| self.is_gone(node)),
         }
     }
 
@@ -333,7 +339,6 @@ impl Node {
             .flat_map(|home| buckets.iter().flat_map(|bucket| home.slots.bucket(*bucket)))
             .collect();
         let active = self
-            .membership
             .active()
             .into_values()
             .filter(|identity| wanted(&Buckets::of_node(identity.node)))

@@ -87,10 +87,17 @@ impl World {
     /// Nothing reaches these hosts, and nothing comes from them.
     fn isolate(&mut self, hosts: Range<usize>) {
         for one in hosts {
-            for other in (0..self.hosts.len()).filter(|other| *other != one) {
-                self.network.cut(one, other);
-                self.network.cut(other, one);
-            }
+            let others: Vec<usize> = (0..self.hosts.len()).filter(|other| *other != one).collect();
+            self.separate(&[one], &others);
+        }
+    }
+
+    fn separate(&mut self, ones: &[usize], others: &[usize]) {
+        for (one, other) in
+            ones.iter().flat_map(|one| others.iter().map(move |other| (*one, *other)))
+        {
+            self.network.cut(one, other);
+            self.network.cut(other, one);
         }
     }
 

@@ -107,6 +107,9 @@ impl Node {
     pub(super) fn on_vote(&mut self, now: Time, voter: NodeId, node: NodeId, answer: Answer) {
         let vote = match answer {
             Ok((from, Response::Vote(vote))) if from == voter => vote,
+            Ok((from, Response::Refused(refusal))) => {
+                return tracing::debug!(peer = %from, %refusal, "no vote");
+            }
             Ok((from, _)) => {
                 return self.note_malformed(from, &"no answer to a question of voters");
             }

@@ -1,8 +1,9 @@
-//! What is written when: at once and durably where this node's word depends on it, else gathered.
+//! What is written when: at once where this node's word depends on it, else gathered.
 //!
 //! Records of this node's own slots must be on disk before anybody hears of them; records learned from
-//! others can be had again, and flash wears, so they wait for each other. Nothing is written when nothing
-//! has changed.
+//! others can be had again, and flash wears, so they wait for each other, and nothing waits for them. All are
+//! flushed: what members know of each other's grants must survive a power cut too. Nothing is written when
+//! nothing has changed.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -76,10 +77,11 @@ impl Node {
             return;
         }
         let Dirty { keys, durable, .. } = std::mem::take(&mut self.dirty);
-        let seq = durable.then(|| {
-            self.writes += 1;
-            self.writes
-        });
+        self.writes += 1;
+        let seq = self.writes;
+        if durable {
+            self.needed_write = seq;
+        }
         let records = keys.into_iter().filter_map(|key| Some((key, self.record(key)?.encode())));
         let records = records.collect();
         self.outputs.push_back(Output::Write { records, seq });
@@ -111,8 +113,8 @@ impl Node {
         }
     }
 
-    /// The number of the write that everything known by now will be part of.
+    /// The number of the write that everything this node vouches for by now will be part of.
     pub(super) fn after(&self) -> WriteSeq {
-        self.writes + u64::from(self.dirty.durable)
+        if self.dirty.durable { self.writes + 1 } else { self.needed_write }
     }
 }

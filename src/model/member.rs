@@ -50,8 +50,14 @@ pub struct MemberRecord {
     /// Where peers reach its QUIC endpoint.
     pub address: SocketAddr,
     pub vtep: Vtep,
-    /// It left for good: its slots belong to an heir, and its id never comes back.
-    pub left: bool,
+    /// It left for good, and its id never comes back: this member has been told all that it knew.
+    pub left_to: Option<NodeId>,
+}
+
+impl MemberRecord {
+    pub const fn has_left(&self) -> bool {
+        self.left_to.is_some()
+    }
 }
 
 /// A host name as an attribute: for people, never identity. 1 to 63 visible ASCII characters.

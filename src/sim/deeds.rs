@@ -5,6 +5,7 @@ use std::{collections::BTreeSet, net::SocketAddr, time::Duration};
 use rand::RngExt as _;
 
 use super::{
+    disk::Contents,
     host::{Goal, Host, by_address},
     network::CALL_TIMEOUT,
     world::{Event, World},
@@ -53,6 +54,7 @@ impl World {
 
     pub(super) fn on_stop(&mut self, index: usize, stop: Stop) {
         self.hosts[index].process = None;
+        self.hosts[index].disk.kill_process();
         match &stop {
             Stop::Left { .. } => {
                 self.oracle.reach("left");
@@ -65,6 +67,7 @@ impl World {
                     self.oracle.accuse(|| format!("host {index} left and nobody has it on disk"));
                 }
                 self.change_kernel(index, |host| host.kernel = Default::default());
+                self.oracle.gone.insert(leaver);
                 self.hosts[index].new_identity();
                 self.hosts[index].power = false;
                 self.places = by_address(&self.hosts);
@@ -203,12 +206,30 @@ impl World {
             if news.keys().any(|key| matches!(key, Key::Cluster | Key::Member(_))) {
                 self.remember(index);
             }
+            self.judge_vouching(index, &news);
             for output in freed {
                 self.carry_out(index, output);
             }
         }
         if !self.hosts[index].disk.is_idle() {
             self.schedule_disk(index);
+        }
+    }
+
+    /// A host made anew vouches for its predecessor without asking an operator, who would not have done so
+    /// while somebody might know more: from then on the proviso is broken.
+    fn judge_vouching(&mut self, index: usize, news: &Contents) {
+        for key in news.keys() {
+            let Key::Forget(victim) = *key else { continue };
+            let destroyed =
+                |host: &Host| host.key == victim && !host.power && host.stopped.is_none();
+            if self.hosts[index].replaces
+                && self.hosts.iter().any(destroyed)
+                && !self.is_forgettable(victim, index)
+            {
+                self.oracle.reach("replaced outside the promise");
+                self.oracle.lenient = true;
+            }
         }
     }
 

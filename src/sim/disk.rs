@@ -1,7 +1,7 @@
-//! A host's disk: what is on it for sure, what a power cut would lose, and what has not been written yet.
+//! A host's disk: what is on it for sure, and what has not been flushed yet.
 //!
-//! Batches are written in order. One with a number is flushed, and everything before it with it. A killed
-//! process loses what it had not handed to the system; a power cut also loses what was not flushed.
+//! Batches are written in order, and each is flushed. A killed process loses what it had not handed to the
+//! system; of a power cut nobody knows whether the batches under way have arrived.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -16,14 +16,12 @@ pub type Contents = BTreeMap<Key, Vec<u8>>;
 #[derive(Clone, Debug, Default)]
 pub struct Disk {
     flushed: Contents,
-    /// Written, lost by a power cut.
-    written: VecDeque<Contents>,
     /// Asked for by the process, lost with it.
-    queued: VecDeque<(Contents, Option<WriteSeq>)>,
+    queued: VecDeque<(Contents, WriteSeq)>,
 }
 
 impl Disk {
-    pub fn queue(&mut self, records: Vec<(Key, Vec<u8>)>, seq: Option<WriteSeq>) {
+    pub fn queue(&mut self, records: Vec<(Key, Vec<u8>)>, seq: WriteSeq) {
         self.queued.push_back((records.into_iter().collect(), seq));
     }
 
@@ -31,12 +29,9 @@ impl Disk {
         self.queued.is_empty()
     }
 
-    /// Writes the next batch; if that flushed, says up to which number, and what is new on the disk.
+    /// Writes the next batch; says up to which number, and what is new on the disk.
     pub fn write_next(&mut self) -> Option<(WriteSeq, Contents)> {
-        let (records, seq) = self.queued.pop_front()?;
-        self.written.push_back(records);
-        let seq = seq?;
-        let news: Contents = self.written.drain(..).flatten().collect();
+        let (news, seq) = self.queued.pop_front()?;
         self.flushed.extend(news.clone());
         Some((seq, news))
     }
@@ -45,21 +40,21 @@ impl Disk {
         self.queued.clear();
     }
 
-    /// Only the first `kept` of the batches that were written and not flushed survive.
-    pub fn cut_power(&mut self, kept: usize) {
+    /// The first `kept` of the batches under way have arrived: these.
+    pub fn cut_power(&mut self, kept: usize) -> Contents {
+        let news: Contents = self.queued.drain(..kept).flat_map(|(contents, _)| contents).collect();
+        self.flushed.extend(news.clone());
         self.queued.clear();
-        self.written.truncate(kept);
+        news
     }
 
-    pub fn unflushed(&self) -> usize {
-        self.written.len()
+    pub fn under_way(&self) -> usize {
+        self.queued.len()
     }
 
     /// What a process that starts now finds.
-    pub fn contents(&self) -> Contents {
-        let mut contents = self.flushed.clone();
-        contents.extend(self.written.iter().flatten().map(|(key, bytes)| (*key, bytes.clone())));
-        contents
+    pub fn contents(&self) -> &Contents {
+        &self.flushed
     }
 
     /// A record that no power cut takes away.
@@ -71,8 +66,7 @@ impl Disk {
     /// # Errors
     /// The first record that cannot be read, which only the product's own encoding can bring about.
     pub fn records(&self) -> Result<Vec<(Key, Record)>, String> {
-        let contents = self.contents();
-        let entries = contents.iter();
+        let entries = self.contents().iter();
         entries
             .map(|(key, bytes)| {
                 Record::decode(key.to_string().as_bytes(), bytes).map_err(|error| error.to_string())

@@ -180,16 +180,27 @@ impl Host {
         let records = self.disk.records().unwrap_or_default();
         let forgotten = |node| records.iter().any(|(key, _)| *key == Key::Forget(node));
         let member = |(_, record): &(Key, Record)| match record {
-            Record::Member(record) if !record.left && !forgotten(record.node) => Some(record.node),
+            Record::Member(record) if !record.has_left() && !forgotten(record.node) => {
+                Some(record.node)
+            }
             _ => None,
         };
         records.iter().filter_map(member).collect()
     }
 
+    /// Whether it owns slots, for all that its disk says.
+    pub fn owns_by_its_disk(&self) -> bool {
+        let records = self.disk.records().unwrap_or_default();
+        records.iter().any(|(_, record)| match record {
+            Record::Slots(runs) => runs.iter().any(|run| run.record.owner == self.key),
+            _ => false,
+        })
+    }
+
     /// Whether its disk says for sure that a node has left.
     pub fn knows_as_left(&self, node: NodeId) -> bool {
         let record = self.disk.flushed(Key::Member(node));
-        record.is_some_and(|record| matches!(record, Record::Member(record) if record.left))
+        record.is_some_and(|record| matches!(record, Record::Member(record) if record.has_left()))
     }
 
     /// The subnet that this host's kernel uses, whether or not a process runs.

@@ -7,7 +7,7 @@
 //! - [`world`]: the queue of events; `deeds`: what nodes ask for, done; [`host`]: a machine; [`network`],
 //!   [`disk`]: what surrounds a node (its kernel is [`crate::dataplane::fake`])
 //! - [`oracle`]: the judge of safety at every event
-//! - [`faults`]: what goes wrong in a run, drawn from the seed
+//! - [`faults`]: what goes wrong in a run, drawn from the seed; `operator`: what people do
 //! - [`rest`]: what must hold once all is calm
 //! - [`run`]: one seed from start to verdict; [`campaign`]: many of them; [`figures`]: how fast
 
@@ -18,6 +18,7 @@ pub mod faults;
 pub mod figures;
 pub mod host;
 pub mod network;
+mod operator;
 pub mod oracle;
 pub mod rest;
 pub mod run;

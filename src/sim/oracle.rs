@@ -33,6 +33,8 @@ pub struct Oracle {
     founder: Option<NodeId>,
     /// Heirs of forgotten nodes, as first flushed.
     forgotten: BTreeMap<NodeId, BTreeSet<NodeId>>,
+    /// Identities whose hosts were switched off for good, or left: they use nothing.
+    pub gone: BTreeSet<NodeId>,
     /// Situations met, by name.
     pub reached: BTreeMap<&'static str, u64>,
     pub violation: Option<String>,
@@ -140,12 +142,20 @@ impl Oracle {
             None if generation == 0 => {
                 *self.founder.get_or_insert(record.granter) == record.granter
             }
+            // This is the heir of a forgotten owner, and nobody owns the slot since by its own disk.
             None => {
-                let mut owners = self.records.range((slot, 0)..(slot, generation));
-                owners.any(|(_, old)| {
+                let owners = self.records.range((slot, 0)..(slot, generation)).rev();
+                let inherits = |old: &SlotRecord| {
                     let heirs = self.forgotten.get(&old.owner);
                     heirs.is_some_and(|heirs| heirs.contains(&record.granter))
-                })
+                };
+                let owns = |epoch: u64, owner: NodeId| {
+                    let disk = self.epochs.get(&owner).and_then(|epochs| epochs.get(&slot));
+                    disk == Some(&epoch) && !self.gone.contains(&owner)
+                };
+                let mut last =
+                    owners.filter(|((_, epoch), old)| inherits(old) || owns(*epoch, old.owner));
+                last.next().is_some_and(|(_, old)| inherits(old))
             }
         };
         if !allowed {
@@ -221,7 +231,9 @@ fn facts(bytes: &[u8]) -> Option<Facts> {
         },
         Frame::Response(payload) => match Response::decode(payload).ok()? {
             Response::Welcome(welcome) => Some(welcome.facts),
-            Response::Facts { facts, .. } | Response::Granted(facts) => Some(facts),
+            Response::Facts { facts, .. }
+            | Response::Granted(facts)
+            | Response::Acknowledged(facts) => Some(facts),
             _ => None,
         },
     }

@@ -15,8 +15,9 @@ use super::{
 use crate::core::MemberStatus;
 use crate::model::{ClusterSettings, Pool, PoolSpec};
 
-/// How long everything may take to come right once the faults are over.
-pub const CALM_CEILING: Duration = Duration::from_secs(60);
+/// How long everything may take to come right once the faults are over. Longest where most members are
+/// dead: each must be called down, and then be forgotten by an operator.
+pub const CALM_CEILING: Duration = Duration::from_secs(90);
 /// The same where a proviso was broken: of a copied identity nothing is granted for two minutes.
 pub const LENIENT_CEILING: Duration = Duration::from_secs(400);
 /// Where voters forget, the operator steps in when they should long have done so: most may be dead.

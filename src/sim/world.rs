@@ -142,40 +142,6 @@ impl World {
         index
     }
 
-    /// A second machine from the disk of a first.
-    pub fn clone_host(&mut self, index: usize) {
-        if self.hosts.iter().any(|host| host.is_copy) || self.hosts[index].saved_cluster.is_none() {
-            return;
-        }
-        let copy = self.add_host();
-        let original = &self.hosts[index];
-        let (key, disk, cluster) = (original.key, original.disk.clone(), original.saved_cluster);
-        let seeds = original.seeds.clone();
-        let saved_seeds = original.saved_seeds.clone();
-        let host = &mut self.hosts[copy];
-        (host.key, host.disk, host.saved_cluster) = (key, disk, cluster);
-        (host.seeds, host.saved_seeds, host.is_copy) = (seeds, saved_seeds, true);
-        host.disk.kill_process();
-        self.oracle.reach("cloned");
-        self.start(copy);
-    }
-
-    /// `gossamer reset-identity` on a host whose agent does not run.
-    pub fn reset_identity(&mut self, index: usize) {
-        self.change_kernel(index, |host| host.kernel = Default::default());
-        let members = self.hosts.iter().filter(|host| host.power && host.saved_cluster.is_some());
-        let members = members.map(|host| host.index).filter(|member| *member != index).collect();
-        let host = &mut self.hosts[index];
-        if host.seed_count() == 0 {
-            // A copy of the founder's state from when it was alone: the operator names somebody to join.
-            host.seeds = members;
-        }
-        host.new_identity();
-        // What it was before is another host.
-        host.former.clear();
-        host.is_copy = false;
-    }
-
     pub fn start(&mut self, index: usize) {
         let now = self.now;
         let host = &mut self.hosts[index];
@@ -219,10 +185,13 @@ impl World {
 
     /// The machine loses power and comes back without its kernel's state and what was not flushed.
     pub fn cut_power(&mut self, index: usize) {
-        self.kill(index);
-        let unflushed = self.hosts[index].disk.unflushed();
-        let kept = self.luck.random_range(0..=unflushed);
-        self.hosts[index].disk.cut_power(kept);
+        let under_way = self.hosts[index].disk.under_way();
+        let kept = self.luck.random_range(0..=under_way);
+        let host = &mut self.hosts[index];
+        let (node, news) = (host.key, host.disk.cut_power(kept));
+        let unmet = host.process.take().map(|process| process.unmet).unwrap_or_default();
+        let met = (&unmet & &host.members_on_disk()).is_empty();
+        self.oracle.on_flushed(node, met, &news);
         self.change_kernel(index, |host| host.kernel = Default::default());
     }
 
@@ -230,6 +199,7 @@ impl World {
     pub fn destroy(&mut self, index: usize) {
         self.cut_power(index);
         self.hosts[index].power = false;
+        self.oracle.gone.insert(self.hosts[index].key);
         self.places = by_address(&self.hosts);
     }
 
@@ -253,45 +223,6 @@ impl World {
         let life = self.hosts[index].life;
         self.schedule(Duration::ZERO, Event::Timer { host: index, life });
         self.schedule(Duration::ZERO, Event::Disk { host: index, life });
-    }
-
-    /// An operator's word at one host that another is gone.
-    pub fn forget(&mut self, index: usize, victim: NodeId, force: bool) {
-        let now = self.now;
-        let host = &mut self.hosts[index];
-        let local = host.clock.local(now);
-        let Some(process) = host.process.as_mut().filter(|process| process.paused.is_none()) else {
-            return;
-        };
-        // If all it knew are gone by the operator's word, there is nobody left to meet.
-        process.unmet.clear();
-        let done = process.node.forget(local, &victim.to_string(), force);
-        match done {
-            Ok(_) => self.oracle.reach("forgotten"),
-            Err(_) => self.oracle.reach("forget refused"),
-        }
-        self.settle(index);
-        self.arm(index);
-    }
-
-    /// Whether everybody who uses a subnet is known to the issuer, or to somebody it will ask, and so on:
-    /// whoever was met by nobody but the victim is outside the promise.
-    pub fn is_forgettable(&self, victim: NodeId, issuer: usize) -> bool {
-        let roster = Host::members_on_disk;
-        let mut known = roster(&self.hosts[issuer]);
-        known.remove(&victim);
-        loop {
-            let hosts = self.hosts.iter().filter(|host| host.power && known.contains(&host.key));
-            let met: BTreeSet<NodeId> = hosts.flat_map(roster).collect();
-            let before = known.len();
-            known.extend(met);
-            if known.len() == before {
-                break;
-            }
-        }
-        let subnet_len = self.settings.pool.subnet_len();
-        let mut users = self.hosts.iter().filter(|host| host.subnet_in_use(subnet_len).is_some());
-        users.all(|host| known.contains(&host.key))
     }
 
     /// Bytes from a member that mean nothing: random ones, or sound ones with one byte changed.
@@ -443,7 +374,7 @@ impl World {
     }
 
     /// Carries out what a node asked for, and sees to its next wake-up.
-    fn settle(&mut self, index: usize) {
+    pub(super) fn settle(&mut self, index: usize) {
         while let Some(process) = &mut self.hosts[index].process {
             let Some(output) = process.node.poll_output() else { break };
             if let Some(output) = process.gate.pass(output) {
@@ -452,7 +383,7 @@ impl World {
         }
     }
 
-    fn arm(&mut self, index: usize) {
+    pub(super) fn arm(&mut self, index: usize) {
         let host = &mut self.hosts[index];
         let (clock, life) = (host.clock, host.life);
         let Some(process) = &mut host.process else { return };

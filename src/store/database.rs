@@ -87,9 +87,8 @@ impl Database {
         }
     }
 
-    /// Writes a batch, all or nothing, and has it out of this process before it returns. `durable`: on
-    /// the disk as well.
-    pub fn write(&self, records: &BTreeMap<Key, Vec<u8>>, durable: bool) -> Result<(), StoreError> {
+    /// Writes a batch, all or nothing, and has it on the disk before it returns.
+    pub fn write(&self, records: &BTreeMap<Key, Vec<u8>>) -> Result<(), StoreError> {
         let mut batch = sled::Batch::default();
         for (key, value) in records {
             batch.insert(key.to_string().into_bytes(), value.as_slice());
@@ -98,7 +97,7 @@ impl Database {
             let sled = self.sled.as_ref().ok_or("closed")?;
             sled.apply_batch(batch).map_err(|error| error.to_string())?;
             sled.flush().map_err(|error| error.to_string())?;
-            if durable { self.file.sync_data().map_err(|error| error.to_string()) } else { Ok(()) }
+            self.file.sync_data().map_err(|error| error.to_string())
         };
         written().map_err(StoreError::Database)
     }
@@ -190,7 +189,7 @@ mod tests {
 
     fn write(database: &Database, value: u32) {
         let record = Record::Starts(value).encode();
-        database.write(&BTreeMap::from([(Key::Starts, record)]), true).expect("written");
+        database.write(&BTreeMap::from([(Key::Starts, record)])).expect("written");
     }
 
     #[test]
@@ -239,10 +238,10 @@ mod tests {
                 write(&database, value);
                 let filler =
                     |bucket| (Key::Slots(bucket), Record::Starts(value).encode().repeat(20));
-                database.write(&(0..32).map(filler).collect(), false).expect("written");
+                database.write(&(0..32).map(filler).collect()).expect("written");
             }
             let intact = |bucket| (Key::Slots(bucket), Record::Slots(Vec::new()).encode());
-            database.write(&(0..32).map(intact).collect(), true).expect("written");
+            database.write(&(0..32).map(intact).collect()).expect("written");
             drop(database);
             let file = path.join("db");
             let mut bytes = fs::read(&file).expect("read");

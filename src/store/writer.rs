@@ -31,7 +31,7 @@ pub enum Written {
     Emptied,
 }
 
-type Batch = (Vec<(Key, Vec<u8>)>, Option<WriteSeq>);
+type Batch = (Vec<(Key, Vec<u8>)>, WriteSeq);
 
 pub struct Writer {
     batches: Option<mpsc::Sender<Batch>>,
@@ -59,7 +59,7 @@ impl Writer {
         Ok(Self { batches: Some(batches), thread: Some(thread) })
     }
 
-    pub fn write(&self, records: Vec<(Key, Vec<u8>)>, seq: Option<WriteSeq>) {
+    pub fn write(&self, records: Vec<(Key, Vec<u8>)>, seq: WriteSeq) {
         if let Some(batches) = &self.batches {
             // The receiver lives as long as its thread, which ends only when we drop the sender.
             let _ = batches.send((records, seq));
@@ -81,7 +81,7 @@ impl Drop for Writer {
 #[derive(Default)]
 struct Pending {
     records: BTreeMap<Key, Vec<u8>>,
-    seq: Option<WriteSeq>,
+    seq: WriteSeq,
 }
 
 impl Pending {
@@ -113,9 +113,7 @@ impl<R: Fn(Written)> Disk<R> {
         if failed {
             (self.report)(Written::Recovered);
         }
-        if let Some(seq) = pending.seq {
-            (self.report)(Written::Durable(seq));
-        }
+        (self.report)(Written::Durable(pending.seq));
     }
 
     /// Writes to the open database, or to a newly opened one after a failure.
@@ -124,9 +122,7 @@ impl<R: Fn(Written)> Disk<R> {
             Some(database) => database,
             None => self.reopen()?,
         };
-        let written = catch_unwind(AssertUnwindSafe(|| {
-            database.write(&pending.records, pending.seq.is_some())
-        }));
+        let written = catch_unwind(AssertUnwindSafe(|| database.write(&pending.records)));
         if let Ok(Ok(())) = written {
             self.database = Some(database);
             return Ok(());

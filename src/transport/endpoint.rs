@@ -7,7 +7,7 @@ use std::{
     collections::{BTreeMap, VecDeque},
     future::IntoFuture as _,
     io,
-    net::{SocketAddr, UdpSocket},
+    net::{IpAddr, SocketAddr, UdpSocket},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -44,6 +44,10 @@ const MAX_CONNECTIONS: usize = 256;
 const DIAL_TIMEOUT: Duration = Duration::from_secs(4);
 /// Handshakes of others under way at once. Each may cost about 40 KiB and a millisecond of CPU.
 const MAX_HANDSHAKES: usize = 256;
+/// The same from one address, so that one stranger cannot take them all.
+const MAX_HANDSHAKES_OF_ONE: usize = 64;
+/// A second connection to one peer is closed after this.
+const SPARE: Duration = Duration::from_secs(10);
 /// A call by name, with all of its addresses, ends after this time.
 const NAME_TIMEOUT: Duration = Duration::from_secs(8);
 /// Addresses of one name that are tried.
@@ -266,12 +270,16 @@ impl Transport {
         let link = self.peers.entry(peer).or_default();
         link.dialling &= inbound;
         // Two nodes that dial each other at once keep the connection of the smaller id; the other one
-        // is still read, and dropped when it idles. Later on a new connection means that the peer has
-        // lost the old one.
+        // is still read for a while. Later on a new connection means that the peer has lost the old one.
         let at_once = link.since.is_some_and(|since| since.elapsed() < DIAL_TIMEOUT);
-        if link.live().is_none() || !at_once || inbound == (peer < self.me) {
-            link.connection = Some(connection.clone());
+        let spare = if link.live().is_none() || !at_once || inbound == (peer < self.me) {
             link.since = Some(Instant::now());
+            link.connection.replace(connection.clone())
+        } else {
+            Some(connection.clone())
+        };
+        if let Some(spare) = spare {
+            tokio::spawn(close_later(spare));
         }
         link.used = Some(Instant::now());
         for bytes in link.frames.drain(..) {
@@ -374,8 +382,15 @@ fn settings() -> TransportConfig {
     settings
 }
 
+/// What is under way on it may end.
+async fn close_later(connection: Connection) {
+    tokio::time::sleep(SPARE).await;
+    connection.close(VarInt::from_u32(0), b"there is another one");
+}
+
 async fn accept(endpoint: Endpoint, events: Events) {
     let handshakes = Arc::new(Semaphore::new(MAX_HANDSHAKES));
+    let mut by_address: BTreeMap<IpAddr, Arc<Semaphore>> = BTreeMap::new();
     while let Some(incoming) = endpoint.accept().await {
         // Under a flood each must first show that its address is its own; beyond the bound none gets in.
         let crowded = handshakes.available_permits() < MAX_HANDSHAKES / 2;
@@ -383,7 +398,11 @@ async fn accept(endpoint: Endpoint, events: Events) {
             let _ = incoming.retry();
             continue;
         }
-        let Ok(permit) = handshakes.clone().try_acquire_owned() else {
+        by_address.retain(|_, free| free.available_permits() < MAX_HANDSHAKES_OF_ONE);
+        let own = by_address.entry(incoming.remote_address().ip().to_canonical());
+        let own = own.or_insert_with(|| Arc::new(Semaphore::new(MAX_HANDSHAKES_OF_ONE)));
+        let permits = (own.clone().try_acquire_owned(), handshakes.clone().try_acquire_owned());
+        let (Ok(one_of_its_own), Ok(one_of_all)) = permits else {
             incoming.refuse();
             continue;
         };
@@ -396,7 +415,7 @@ async fn accept(endpoint: Endpoint, events: Events) {
                 Ok(Err(error)) => return tracing::debug!(%address, %error, "handshake failed"),
                 Err(_) => return tracing::debug!(%address, "handshake not finished in time"),
             };
-            drop(permit);
+            drop((one_of_its_own, one_of_all));
             let Some(peer) = peer_of(&connection) else {
                 return connection.close(VarInt::from_u32(2), b"unreadable certificate");
             };

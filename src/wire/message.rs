@@ -71,10 +71,12 @@ pub enum Response {
     Same,
     /// They are not; these are mine.
     Differ(Box<Buckets>),
-    /// What the asker lacked. If it is not held as alive, also the newest incarnation that is known of it,
-    /// or the first possible one: it must go above that to be believed.
+    /// What the asker lacked; members that it holds as alive and the asked one as down. If the asker itself
+    /// is not held as alive, also the newest incarnation that is known of it, or the first possible one: it
+    /// must go above that to be believed.
     Facts {
         facts: Facts,
+        down: Vec<Suspicion>,
         down_as: Option<Incarnation>,
     },
     /// The asker owns these slots now (also when it asked before). Flushed at the granter.
@@ -242,7 +244,7 @@ mod tests {
             name: "edge-1".parse::<NodeName>().expect("name"),
             address: "192.0.2.1:8473".parse().expect("address"),
             vtep: Vtep { mac: Mac::of_node(node(seed)), underlay: [192, 0, 2, 1].into() },
-            left: false,
+            left_to: None,
         }
     }
 

@@ -50,6 +50,64 @@ fn nothing_is_reclaimed_before_every_member_has_acknowledged() {
 }
 
 #[test]
+fn who_acknowledged_is_asked_again_when_one_who_had_not_is_gone() {
+    let mut world = World::with_members(4);
+    // The third grants to a joiner that it and its neighbour alone have met, and dies.
+    let joiner = world.add_joiner(&[3]);
+    world.separate(&[0, 1], &[2, 3, joiner]);
+    world.start(joiner);
+    world.run_for(seconds(3));
+    let subnet = world.subnet(joiner).expect("granted");
+    let lost = world.lose(3);
+    world.forget_lost(0, lost);
+    world.run_for(seconds(5));
+    // Its neighbour tells one who has acknowledged already, and is gone before it could be asked itself.
+    world.network.mend();
+    world.separate(&[0], &[1, 2, joiner]);
+    world.run_for(seconds(15));
+    let neighbour = world.lose(2);
+    world.forget_lost(0, neighbour);
+    world.run_for(seconds(5));
+    world.network.mend();
+    world.run_for(seconds(30));
+    assert_eq!(world.subnet(joiner), Some(subnet));
+    world.assert_right();
+}
+
+#[test]
+fn a_leaver_names_who_knows_and_nothing_is_reclaimed_without_that_one() {
+    let mut world = World::with_members(3);
+    let joiner = world.add_joiner(&[2]);
+    world.separate(&[0, 1], &[2, joiner]);
+    world.start(joiner);
+    world.run_for(seconds(3));
+    let subnet = world.subnet(joiner).expect("granted");
+    // In their half only the joiner can be the heir; of it the others hear by one record alone.
+    world.run_for(seconds(30));
+    world.command(2, Command::Leave);
+    world.run_for(seconds(3));
+    assert!(matches!(world.hosts[2].stopped, Some(Stop::Left { .. })));
+    let record = world.node(joiner).directory.iter().find(|record| record.has_left());
+    let members = vec![record.expect("the leaver").clone()];
+    world.push(1, 0, Facts { members, ..Facts::default() });
+    world.run_for(seconds(20));
+    assert_eq!(world.node(0).status().counters.reclaims, 0);
+    world.network.mend();
+    world.run_for(seconds(30));
+    assert_eq!(world.subnet(joiner), Some(subnet));
+    world.assert_right();
+}
+
+#[test]
+fn right_after_a_start_nobody_is_known_to_be_gone() {
+    let mut world = World::with_members(2);
+    world.kill(0);
+    world.network.latency = (seconds(1), seconds(1));
+    world.start(0);
+    assert_eq!(world.forget_by_name(0, "n1"), Err(CannotForget::Alive("n1".to_owned())));
+}
+
+#[test]
 fn force_does_not_wait() {
     let mut world = World::with_members(4);
     let lost = world.lose(3);

@@ -34,6 +34,20 @@ fn a_quiet_cluster_settles_and_compares_by_hashes_only() {
 }
 
 #[test]
+fn one_pair_that_never_reaches_each_other_stops_no_comparison() {
+    let mut world = World::with_members(6);
+    let hidden = world.add_joiner(&[1]);
+    world.separate(&[0], &[hidden]);
+    world.start(hidden);
+    world.run_for(seconds(60));
+    let joiner = world.add_joiner(&[1]);
+    world.start(joiner);
+    world.run_for(seconds(10));
+    assert!(world.all_settled());
+    world.assert_right();
+}
+
+#[test]
 fn no_node_ever_asks_to_be_woken_in_the_past() {
     let mut world = World::with_members(4);
     world.isolate(1..2);
@@ -167,7 +181,7 @@ fn what_reveals_a_grant_waits_for_the_write_that_holds_it() {
         match output {
             Output::Write { records, seq } => {
                 assert!(records.iter().any(|(key, _)| matches!(key, crate::wire::Key::Slots(_))));
-                durable = seq;
+                durable = Some(seq);
             }
             Output::Reply { after, .. } | Output::Program { after, .. } => waits.push(after),
             Output::Send { after, .. } => waits.push(after),

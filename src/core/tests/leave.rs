@@ -19,7 +19,7 @@ fn a_leave_that_a_crash_cut_short_goes_on_after_the_restart() {
     world.run_for(seconds(2));
     // The heir agrees, the records are written, and nothing of this node arrives any more.
     world.command(2, Command::Leave);
-    while !world.node(2).me.left {
+    while !world.node(2).me.has_left() {
         world.run_for(Duration::from_micros(100));
     }
     world.isolate(2..3);
