@@ -27,6 +27,7 @@ mod tests;
 
 pub const DEFAULT_STATE_DIR: &str = "/var/lib/gossamer";
 pub const DEFAULT_SOCKET: &str = "/run/gossamer/gossamer.sock";
+pub const DEFAULT_SUBNET_FILE: &str = "/run/gossamer/subnet.env";
 pub const DEFAULT_PORT: u16 = 8473;
 const DEFAULT_NETWORK: &str = "10.42.0.0/16";
 pub const DEFAULT_VXLAN_PORT: u16 = 8472;
@@ -276,7 +277,7 @@ impl Settings {
             name: node_name(self.node_name)?,
             state_dir: path(self.state_dir, DEFAULT_STATE_DIR),
             socket: path(self.socket, DEFAULT_SOCKET),
-            subnet_file: path(self.subnet_file, "/run/gossamer/subnet.env"),
+            subnet_file: path(self.subnet_file, DEFAULT_SUBNET_FILE),
             wish,
             prefer_subnet: self.prefer_subnet,
             replace_by_name: self.replace_by_name.unwrap_or(false),

@@ -4,6 +4,7 @@
 //! 3 the agent runs but has not converged.
 
 mod agent;
+mod cleanup;
 mod demo;
 mod forget;
 mod lab;
@@ -48,6 +49,8 @@ enum Command {
     Forget(forget::ForgetArgs),
     /// Make this host a new node of its cluster: the cure for a copied state directory
     ResetIdentity(reset::ResetArgs),
+    /// Remove everything that gossamer has made on this host, whose agent does not run any more
+    Cleanup(cleanup::CleanupArgs),
     /// See it work: a cluster on this machine in namespaces of its own, no set-up and no root needed
     Demo(demo::DemoArgs),
     /// Run a command in fresh user, mount, process and network namespaces
@@ -85,6 +88,7 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::Leave(client) => leave::run(&client),
         Command::Forget(args) => forget::run(&args),
         Command::ResetIdentity(args) => reset::run(&args),
+        Command::Cleanup(args) => cleanup::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::Lab(args) => lab::run(&args),
     }

@@ -87,6 +87,59 @@ fn fill(directory: &Path) -> anyhow::Result<()> {
 }
 
 #[test]
+fn cleanup_takes_everything_of_ours_and_nothing_else() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 3)?;
+        let host = &cluster.hosts[1];
+        tool(
+            &host.netns,
+            "ip link add flannel.1 type vxlan id 9 dstport 9999 dev eth0 local 10.99.0.11",
+        );
+        tool(&host.netns, "ip route add 10.43.0.0/16 via 10.99.0.1 proto static");
+        let (state, env) = (host.dir.join("state"), host.dir.join("subnet.env"));
+        let (state_dir, file) = (state.display().to_string(), env.display().to_string());
+        let arguments = ["cleanup", "--state-dir", &state_dir, "--subnet-file", &file];
+        let socket = cluster.agents[1].socket().display().to_string();
+        let clean = |more: &str| {
+            run(
+                &host.netns,
+                &format!(
+                    "{} {} --socket {socket} {more}",
+                    program().display(),
+                    arguments.join(" ")
+                ),
+            )
+        };
+        let refused = clean("");
+        assert!(String::from_utf8_lossy(&refused.stderr).contains("gossamer leave"), "{refused:?}");
+        cluster.agents[1].end(Signal::SIGKILL)?;
+        tool(&host.netns, "ip route add unreachable 10.42.77.0/24 proto 73 metric 5");
+
+        let listed = clean("--dry-run");
+        let listed = String::from_utf8(listed.stdout)?;
+        for words in
+            ["would remove device gossamer.1", "route to 10.42.77.0/24", &file, "gossamer forget"]
+        {
+            assert!(listed.contains(words), "{words} is missing in\n{listed}");
+        }
+        assert!(!listed.contains("flannel") && !listed.contains("10.43"), "{listed}");
+        assert_eq!(tool(&host.netns, "ip route show proto 73").lines().count(), 3, "only listed");
+        assert!(clean("").status.success());
+        assert_eq!(tool(&host.netns, "ip route show proto 73"), "");
+        let links = tool(&host.netns, "ip -br link");
+        assert!(!links.contains("gossamer") && links.contains("flannel.1"), "{links}");
+        assert!(tool(&host.netns, "ip route").contains("10.43.0.0/16"), "not ours");
+        assert!(!state.exists() && !env.exists());
+        let again = clean("");
+        assert!(
+            String::from_utf8_lossy(&again.stdout).contains("nothing of gossamer"),
+            "{again:?}"
+        );
+        Ok(())
+    });
+}
+
+#[test]
 fn a_route_of_another_program_is_reported_and_not_touched() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;

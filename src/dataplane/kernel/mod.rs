@@ -26,6 +26,7 @@ use rtnetlink::{
 
 use self::messages::{
     destination, device_message, fixed_attributes, lladdr, no_ipv6_address, our_route, request,
+    subnet_of,
 };
 pub use self::watch::Touched;
 use super::{
@@ -34,7 +35,7 @@ use super::{
 };
 use crate::{
     model::Mac,
-    netlink::{Netlink, link::Link, monitor::Monitor},
+    netlink::{Netlink, Request, link::Link, monitor::Monitor},
 };
 
 /// "There is no such thing" in its three spellings: what was to be removed is gone already.
@@ -59,6 +60,13 @@ pub struct Report {
     pub done: BTreeMap<&'static str, u64>,
     /// What the kernel refused, as sentences.
     pub failed: Vec<String>,
+}
+
+/// What gossamer has left in a kernel.
+#[derive(Debug, Default)]
+pub struct Leftovers {
+    pub devices: Vec<String>,
+    pub routes: BTreeMap<Ipv4Net, RouteMessage>,
 }
 
 /// Why the device cannot be made. The rest of the plan was not tried.
@@ -189,6 +197,34 @@ impl Kernel {
         let ops: Vec<Op> = routes.map(|(subnet, hop)| Op::RemoveRoute(subnet, hop)).collect();
         self.netlink.apply(ops.iter().map(|op| request(op, 0)).collect())?;
         Ok(())
+    }
+
+    /// Everything in this namespace that can be recognised as made by gossamer, whatever its cluster's settings.
+    pub fn leftovers(&mut self) -> io::Result<Leftovers> {
+        let links = self.netlink.links()?.into_iter();
+        let ours = |link: &Link| {
+            let vni = link.name.strip_prefix("gossamer.").or(link.name.strip_prefix("gossam."));
+            link.kind == "vxlan" && vni.is_some_and(|vni| vni.parse::<u32>().is_ok())
+        };
+        let routes = self.routes_of_our_protocol()?.into_iter();
+        Ok(Leftovers {
+            devices: links.filter(ours).map(|link| link.name).collect(),
+            routes: routes.filter_map(|route| Some((subnet_of(&route)?, route))).collect(),
+        })
+    }
+
+    /// Removes what [`Kernel::leftovers`] found.
+    pub fn sweep(&mut self, leftovers: Leftovers) -> io::Result<()> {
+        for device in &leftovers.devices {
+            self.remove_device(device)?;
+        }
+        let gone = leftovers.routes.into_values().map(RouteNetlinkMessage::DelRoute);
+        let gone = gone.map(|message| Request { message, flags: 0 }).collect();
+        let refused = self.netlink.apply(gone)?;
+        match refused.iter().find(|refused| !GONE.contains(&refused.errno)) {
+            Some(refused) => Err(io::Error::from_raw_os_error(refused.errno)),
+            None => Ok(()),
+        }
     }
 
     fn remove_device(&mut self, name: &str) -> io::Result<()> {
@@ -380,6 +416,20 @@ impl Kernel {
         device: Option<u32>,
         network: Option<Ipv4Net>,
     ) -> io::Result<BTreeSet<(Ipv4Net, Hop)>> {
+        let found = self.routes_of_our_protocol()?;
+        Ok(found
+            .iter()
+            .filter_map(|route| our_route(route, device))
+            .filter(|(subnet, hop)| {
+                matches!(hop.way, Way::Overlay(_))
+                    || network.is_some_and(|network| network.contains(subnet))
+            })
+            .collect())
+    }
+}
+
+impl Kernel {
+    fn routes_of_our_protocol(&mut self) -> io::Result<Vec<RouteMessage>> {
         let mut filter = RouteMessage::default();
         filter.header.address_family = AddressFamily::Inet;
         filter.header.table = RouteHeader::RT_TABLE_MAIN;
@@ -388,12 +438,8 @@ impl Kernel {
         Ok(found
             .into_iter()
             .filter_map(|message| match message {
-                RouteNetlinkMessage::NewRoute(route) => our_route(&route, device),
+                RouteNetlinkMessage::NewRoute(route) => Some(route),
                 _ => None,
-            })
-            .filter(|(subnet, hop)| {
-                matches!(hop.way, Way::Overlay(_))
-                    || network.is_some_and(|network| network.contains(subnet))
             })
             .collect())
     }
@@ -423,7 +469,7 @@ fn rival(route: &RouteMessage, desired: &Desired) -> Option<String> {
     if route.header.protocol == RouteProtocol::Other(ROUTE_PROTOCOL) {
         return None;
     }
-    let subnet = messages::subnet_of(route)?;
+    let subnet = subnet_of(route)?;
     let ours = desired.tables.routes.get(&subnet)?;
     let metric = messages::metric_of(route);
     (metric < ours.metric).then(|| {

@@ -1,0 +1,160 @@
+//! How fast a kernel is programmed: three entries for each of many peers, from nothing, against what `bridge
+//! -batch` and `ip -batch` take for the same entries. `cargo bench --bench netlink [-- PEERS ...]`.
+//!
+//! Each run has a namespace of its own; the two ways take turns, and medians are compared.
+
+#![allow(clippy::expect_used)]
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::Write as _,
+    io,
+    net::Ipv4Addr,
+    process::{Command, ExitCode},
+    time::{Duration, Instant},
+};
+
+use gossamer::{
+    core::{Own, Peer, View},
+    dataplane::{
+        desired::{Desired, Underlay, Way},
+        kernel::Kernel,
+    },
+    lab::{self, Lab},
+    model::{ClusterSettings, Mac, NodeId, Pool, PoolSpec, Slot, Vtep},
+};
+
+const SIZES: [u32; 2] = [1_000, 10_000];
+const ROUNDS: usize = 5;
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
+    if std::env::var_os("GOSSAMER_LAB").is_none() {
+        let this = std::env::current_exe().expect("the path of this program");
+        return lab::enter(Command::new(this).args(arguments)).unwrap_or_else(|error| {
+            println!("SKIPPED: {error}");
+            ExitCode::SUCCESS
+        });
+    }
+    let sizes: Vec<u32> = arguments.iter().filter_map(|a| a.parse().ok()).collect();
+    println!("ms, median of {ROUNDS}: FDB, neighbour and route of every peer");
+    println!(
+        "peers    gossamer, from nothing   nothing to do   after the device was deleted   bridge + ip -batch"
+    );
+    let mut lab = Lab::new().expect("a lab");
+    let mut hosts = 0;
+    for &peers in if sizes.is_empty() { &SIZES[..] } else { &sizes } {
+        let next = || {
+            hosts += 1;
+            hosts
+        };
+        measure(&mut lab, peers, next).expect("measured");
+    }
+    ExitCode::SUCCESS
+}
+
+fn measure(lab: &mut Lab, peers: u32, mut next_host: impl FnMut() -> u16) -> io::Result<()> {
+    let mut times: [Vec<Duration>; 4] = Default::default();
+    for _ in 0..ROUNDS {
+        let number = next_host();
+        let host = lab.host(number, &format!("h{number}"))?;
+        let desired = desired(peers, host.ip, host.netns.netlink()?.index_of("eth0")?);
+        let ours = host.netns.run(|| {
+            let mut kernel = Kernel::open()?;
+            let mut timed = || {
+                let begun = Instant::now();
+                let report = kernel.reconcile(&desired).map_err(io::Error::other)?;
+                assert_eq!(report.failed, Vec::<String>::new());
+                Ok::<_, io::Error>(begun.elapsed())
+            };
+            let first = timed()?;
+            let nothing = timed()?;
+            assert!(
+                Command::new("ip").args(["link", "del", &desired.device.name]).status()?.success()
+            );
+            Ok([first, nothing, timed()?])
+        })?;
+        let number = next_host();
+        let host = lab.host(number, &format!("h{number}"))?;
+        let theirs = host.netns.run(|| batch(&desired, &host.dir))?;
+        for (times, time) in times.iter_mut().zip(ours.into_iter().chain([theirs])) {
+            times.push(time);
+        }
+    }
+    let [first, nothing, again, theirs] = times.map(median);
+    println!(
+        "{peers:>6}   {first:>10.1}               {nothing:>8.1}        {again:>10.1}                  \
+         {theirs:>10.1} ({:.1} times as long)",
+        theirs / first
+    );
+    Ok(())
+}
+
+fn median(mut times: Vec<Duration>) -> f64 {
+    times.sort();
+    times[times.len() / 2].as_secs_f64() * 1000.0
+}
+
+fn desired(peers: u32, local: Ipv4Addr, link: u32) -> Desired {
+    let spec = PoolSpec {
+        network: "10.0.0.0/9".parse().expect("network"),
+        subnet_len: Some(24),
+        subnet_min: None,
+        subnet_max: None,
+    };
+    let pool = Pool::new(&spec).expect("pool");
+    let node = |n: u32| NodeId::from_bytes((u64::from(n) + 1).to_be_bytes());
+    let vtep = |n: u32| Vtep {
+        mac: Mac::of_node(node(n)),
+        underlay: Ipv4Addr::from(0xac10_0000 + n).into(),
+    };
+    let peer = |n: u32| {
+        let slot = Slot(n + 1);
+        (node(n), Peer { vtep: vtep(n), leases: vec![(slot, pool.subnet(slot))] })
+    };
+    let view = View {
+        settings: ClusterSettings { pool, vni: 1, vxlan_port: 8472 },
+        own: Own { subnet: pool.subnet(Slot(1)), vtep: vtep(0) },
+        peers: (1..=peers).map(peer).collect::<BTreeMap<_, _>>(),
+        unheard: Vec::new(),
+    };
+    Desired::new(&view, &Underlay { link, local: local.into(), mtu: 1450 }, &BTreeSet::new())
+}
+
+/// The same entries by the system's tools; only the tools' work is timed.
+fn batch(desired: &Desired, directory: &std::path::Path) -> io::Result<Duration> {
+    let device = "vx";
+    let mac = desired.device.mac;
+    let create = format!(
+        "link add {device} address {mac} type vxlan id 1 dev eth0 dstport 8472 nolearning\nlink set {device} up\n"
+    );
+    let (mut fdb, mut rest) = (String::new(), String::new());
+    for (mac, underlay) in &desired.tables.fdb {
+        let _ = writeln!(fdb, "fdb replace {mac} dev {device} dst {underlay} self permanent");
+    }
+    for (address, mac) in &desired.tables.neighbours {
+        let _ = writeln!(rest, "neigh replace {address} lladdr {mac} dev {device} nud permanent");
+    }
+    for (subnet, hop) in &desired.tables.routes {
+        let Way::Overlay(via) = hop.way else { continue };
+        let _ = writeln!(
+            rest,
+            "route add {subnet} via {via} dev {device} onlink proto 73 metric {}",
+            hop.metric
+        );
+    }
+    let files = [("create", create), ("fdb", fdb), ("rest", rest)].map(|(name, text)| {
+        let path = directory.join(name);
+        std::fs::write(&path, text).map(|()| path)
+    });
+    let [create, fdb, rest] = files;
+    let run = |tool: &str, path: &std::path::Path| {
+        let done = Command::new(tool).arg("-batch").arg(path).status()?;
+        if done.success() { Ok(()) } else { Err(io::Error::other(format!("{tool} -batch failed"))) }
+    };
+    let begun = Instant::now();
+    run("ip", &create?)?;
+    run("bridge", &fdb?)?;
+    run("ip", &rest?)?;
+    Ok(begun.elapsed())
+}
