@@ -126,8 +126,8 @@ fn print(removed: &Removed, args: &CleanupArgs) {
     }
     if let Some(node) = &removed.node {
         println!(
-            "node {node} has not left its cluster: run `gossamer forget {node}` on another member to have its \
-             subnet back"
+            "node {node} has not left its cluster: `gossamer forget {node}` on another member gives \
+             its subnet back"
         );
     }
 }

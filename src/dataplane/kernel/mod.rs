@@ -199,7 +199,7 @@ impl Kernel {
         Ok(())
     }
 
-    /// Everything in this namespace that can be recognised as made by gossamer, whatever its cluster's settings.
+    /// Everything in this namespace that can be recognised as made by gossamer, of whatever cluster.
     pub fn leftovers(&mut self) -> io::Result<Leftovers> {
         let links = self.netlink.links()?.into_iter();
         let ours = |link: &Link| {
