@@ -45,12 +45,8 @@ const FLANNEL: [(usize, [u32; 3]); 4] =
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
-    if std::env::var_os("GOSSAMER_LAB").is_none() {
-        let this = std::env::current_exe().expect("the path of this program");
-        return lab::enter(Command::new(this).args(arguments)).unwrap_or_else(|error| {
-            println!("SKIPPED: {error}");
-            ExitCode::SUCCESS
-        });
+    if let Some(code) = lab::rerun_inside(&arguments) {
+        return code;
     }
     let sizes: Vec<usize> = arguments.iter().filter_map(|a| a.parse().ok()).collect();
     measure(if sizes.is_empty() { &SIZES } else { &sizes }).expect("measured");

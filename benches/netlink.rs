@@ -29,12 +29,8 @@ const ROUNDS: usize = 5;
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
-    if std::env::var_os("GOSSAMER_LAB").is_none() {
-        let this = std::env::current_exe().expect("the path of this program");
-        return lab::enter(Command::new(this).args(arguments)).unwrap_or_else(|error| {
-            println!("SKIPPED: {error}");
-            ExitCode::SUCCESS
-        });
+    if let Some(code) = lab::rerun_inside(&arguments) {
+        return code;
     }
     let sizes: Vec<u32> = arguments.iter().filter_map(|a| a.parse().ok()).collect();
     println!("ms, median of {ROUNDS}: FDB, neighbour and route of every peer");
@@ -126,7 +122,8 @@ fn batch(desired: &Desired, directory: &std::path::Path) -> io::Result<Duration>
     let device = "vx";
     let mac = desired.device.mac;
     let create = format!(
-        "link add {device} address {mac} type vxlan id 1 dev eth0 dstport 8472 nolearning\nlink set {device} up\n"
+        "link add {device} address {mac} type vxlan id 1 dev eth0 dstport 8472 nolearning\n\
+         link set {device} up\n"
     );
     let (mut fdb, mut rest) = (String::new(), String::new());
     for (mac, underlay) in &desired.tables.fdb {

@@ -57,6 +57,21 @@ pub fn enter(command: &mut Command) -> Result<ExitCode, EnterError> {
     Ok(ExitCode::from(code))
 }
 
+/// For programs that live inside: runs this one once more in namespaces of its own, or says that it could not. None: it
+/// is inside already.
+pub fn rerun_inside(arguments: &[String]) -> Option<ExitCode> {
+    if std::env::var_os(INSIDE).is_some() {
+        return None;
+    }
+    let entered = std::env::current_exe()
+        .map_err(EnterError::Inside)
+        .and_then(|this| enter(Command::new(this).args(arguments)));
+    Some(entered.unwrap_or_else(|error| {
+        println!("SKIPPED: {error}");
+        ExitCode::SUCCESS
+    }))
+}
+
 /// A signal to us ends the command at once, and with it, as the first process of its namespaces,
 /// everything inside: there is nothing outside to clean up.
 fn wait(mut child: std::process::Child) -> io::Result<u8> {

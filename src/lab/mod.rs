@@ -12,7 +12,7 @@ mod ping;
 mod show;
 
 pub use agent::Agent;
-pub use enter::{EnterError, enter};
+pub use enter::{EnterError, enter, rerun_inside};
 pub use host::{Host, Lab, Pod};
 pub use netns::NetNs;
 pub use ping::Pinger;
