@@ -57,8 +57,8 @@ pub fn enter(command: &mut Command) -> Result<ExitCode, EnterError> {
     Ok(ExitCode::from(code))
 }
 
-/// For programs that live inside: runs this one once more in namespaces of its own, or says that it could not. None: it
-/// is inside already.
+/// For programs that live inside: runs this one once more in namespaces of its own, or says that it could
+/// not. None: it is inside already.
 pub fn rerun_inside(arguments: &[String]) -> Option<ExitCode> {
     if std::env::var_os(INSIDE).is_some() {
         return None;
