@@ -4,24 +4,20 @@
 
 use std::{
     fs,
+    io::{self, Read as _, Write as _},
+    net::{Ipv4Addr, TcpListener, TcpStream},
     process::{Child, Command, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::JoinHandle,
     time::Duration,
 };
 
 use crate::common::{Cluster, PATIENCE, eventually, isolated, program, run, tool};
 use gossamer::lab::{Agent, Host, NetNs, Pinger, Pod};
 use nix::sys::signal::Signal;
-
-fn pods(cluster: &mut Cluster) -> anyhow::Result<Vec<Pod>> {
-    let count = cluster.agents.len();
-    let pairs = cluster.hosts.iter().zip(&mut cluster.agents);
-    pairs
-        .map(|(host, agent)| {
-            let status = agent.wait_converged(count, PATIENCE)?;
-            Ok(host.pod(Agent::subnet(&status)?, 1450)?)
-        })
-        .collect()
-}
 
 fn assert_pings(from: &Pod, to: &Pod) {
     let reply = tool(&from.netns, &format!("ping -c 1 -W 2 {}", to.ip));
@@ -57,7 +53,7 @@ impl Monitor {
 fn pods_on_three_hosts_reach_each_other() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 3)?;
-        let pods = pods(&mut cluster)?;
+        let pods = cluster.pods()?;
         for from in &pods {
             for to in pods.iter().filter(|to| to.ip != from.ip) {
                 assert_pings(from, to);
@@ -150,7 +146,7 @@ fn ten_hosts_that_start_at_once_all_get_their_own_subnet() {
 fn restarts_lose_no_packet_and_touch_no_entry() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 3)?;
-        let pods = pods(&mut cluster)?;
+        let pods = cluster.pods()?;
         let before = tool(&cluster.hosts[1].netns, "bridge fdb show dev gossamer.1");
         let monitor = Monitor::start(&cluster.hosts[1].netns)?;
         let mut pinger = Pinger::new(&pods[0].netns)?;
@@ -168,6 +164,49 @@ fn restarts_lose_no_packet_and_touch_no_entry() {
         let seen = monitor.seen()?;
         assert!(!seen.contains("gossamer.1"), "the kernel was touched:\n{seen}");
         assert_eq!(tool(&cluster.hosts[1].netns, "bridge fdb show dev gossamer.1"), before);
+        Ok(())
+    });
+}
+
+/// One byte to and fro over one connection, every 10 ms until told to stop. Gives how many came back.
+fn talk(from: &Pod, to: &Pod, stop: Arc<AtomicBool>) -> io::Result<JoinHandle<io::Result<u32>>> {
+    let listener = to.netns.run(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, 9_000)))?;
+    let there = to.ip;
+    let mut here = from.netns.run(move || TcpStream::connect((there, 9_000)))?;
+    let (mut echo, _) = listener.accept()?;
+    std::thread::spawn(move || io::copy(&mut echo.try_clone()?, &mut echo));
+    here.set_read_timeout(Some(Duration::from_secs(2)))?;
+    Ok(std::thread::spawn(move || {
+        let mut came_back = 0;
+        while !stop.load(Ordering::Relaxed) {
+            here.write_all(&[7])?;
+            here.read_exact(&mut [0])?;
+            came_back += 1;
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(came_back)
+    }))
+}
+
+#[test]
+fn an_upgrade_of_all_agents_in_turn_loses_no_packet_and_no_connection() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 3)?;
+        let pods = cluster.pods()?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let talk = talk(&pods[0], &pods[1], stop.clone())?;
+        let mut pinger = Pinger::new(&pods[2].netns)?;
+        let target = pods[0].ip;
+        let stream =
+            std::thread::spawn(move || pinger.stream(target, 300, Duration::from_millis(10)));
+        for number in 0..3 {
+            cluster.agents[number].end(Signal::SIGTERM)?;
+            cluster.agents[number] = Agent::start(program(), &cluster.hosts[number], &[])?;
+            cluster.agents[number].wait_converged(3, PATIENCE)?;
+        }
+        assert_eq!(stream.join().expect("no panic")?, 300, "packets were lost");
+        stop.store(true, Ordering::Relaxed);
+        assert!(talk.join().expect("no panic")? > 50, "the connection stood still");
         Ok(())
     });
 }

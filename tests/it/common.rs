@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use gossamer::lab::{Agent, Host, Lab, NetNs};
+use gossamer::lab::{Agent, Host, Lab, NetNs, Pod};
 
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -86,6 +86,18 @@ impl Cluster {
         let seed = self.hosts[0].ip.to_string();
         let arguments = [&["--join", &seed, "--token", &self.token], more].concat();
         Ok(Agent::start(program(), host, &arguments)?)
+    }
+
+    /// A pod on each host, once all have converged.
+    pub fn pods(&mut self) -> anyhow::Result<Vec<Pod>> {
+        let count = self.agents.len();
+        let pairs = self.hosts.iter().zip(&mut self.agents);
+        pairs
+            .map(|(host, agent)| {
+                let status = agent.wait_converged(count, PATIENCE)?;
+                Ok(host.pod(Agent::subnet(&status)?, 1450)?)
+            })
+            .collect()
     }
 
     pub fn converge(&mut self) -> anyhow::Result<()> {

@@ -31,15 +31,6 @@ fn tables(host: &Host) -> String {
     .join("\n--\n")
 }
 
-fn pods(cluster: &mut Cluster) -> anyhow::Result<Vec<Pod>> {
-    let mut pods = Vec::new();
-    for (host, agent) in cluster.hosts.iter().zip(&mut cluster.agents) {
-        let status = agent.wait_converged(cluster.hosts.len(), PATIENCE)?;
-        pods.push(host.pod(Agent::subnet(&status)?, 1450)?);
-    }
-    Ok(pods)
-}
-
 fn assert_both_ways(pods: &[Pod]) {
     for (from, to) in [(&pods[0], &pods[1]), (&pods[1], &pods[0])] {
         let reply = tool(&from.netns, &format!("ping -c 1 -W 2 {}", to.ip));
@@ -51,7 +42,7 @@ fn assert_both_ways(pods: &[Pod]) {
 fn what_is_deleted_altered_or_renamed_is_put_right_at_once() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 3)?;
-        let pods = pods(&mut cluster)?;
+        let pods = cluster.pods()?;
         let before = tables(&cluster.hosts[0]);
         let status = cluster.agents[1].ask("/v1/status", PATIENCE)?;
         let members = status["members"].as_array().expect("members").clone();
@@ -110,7 +101,7 @@ fn what_is_deleted_altered_or_renamed_is_put_right_at_once() {
 fn a_host_that_gets_another_address_or_mtu_keeps_its_subnet_and_its_pods_connections() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 3)?;
-        let pods = pods(&mut cluster)?;
+        let pods = cluster.pods()?;
         assert_both_ways(&pods);
         let subnet = Agent::subnet(&cluster.agents[1].ask("/v1/status", PATIENCE)?)?;
         let host = &cluster.hosts[1].netns;
