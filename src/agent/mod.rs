@@ -164,6 +164,7 @@ impl Agent {
                 self.on_arrival(Arrival::Network(event), turn);
             }
             self.carry_out();
+            self.restore_paths();
             self.serve_waiters();
             let took = turn.elapsed();
             if took > SLOW_TURN {

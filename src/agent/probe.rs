@@ -123,6 +123,13 @@ impl Agent {
         self.follow_paths();
     }
 
+    /// Whoever gossip holds as alive again is not unreachable for a moment longer.
+    pub(super) fn restore_paths(&mut self) {
+        if self.kernel.withdrawn_peers.iter().any(|node| self.node.is_active(*node)) {
+            self.update_paths();
+        }
+    }
+
     fn follow_paths(&mut self) {
         let withdrawn = self.prober.paths.withdrawn();
         if withdrawn == self.kernel.withdrawn_peers {

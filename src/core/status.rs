@@ -86,6 +86,11 @@ pub struct MemberStatus {
 }
 
 impl Node {
+    /// Whether gossip holds a member as alive or suspect.
+    pub fn is_active(&self, node: NodeId) -> bool {
+        self.membership.is_active(node)
+    }
+
     /// Gossip's opinion on everybody it has heard of.
     pub fn opinions(&self) -> BTreeMap<NodeId, Liveness> {
         self.membership.opinions()
