@@ -56,8 +56,10 @@ fn at_size(nodes: usize) -> Vec<Figure> {
         "s",
     );
 
-    // By then everybody has met everybody it keeps a connection to.
-    world.run_for(Duration::from_secs(600));
+    // By the end of ten minutes everybody has met everybody it keeps a connection to. Where those are not
+    // all, that takes hours, and what is on the wire is not measured.
+    let all_connected = nodes <= 256;
+    world.run_for(Duration::from_secs(if all_connected { 600 } else { 60 }));
     let (before, span) =
         ((world.network.sent, world.network.sent_on_wire), Duration::from_secs(60));
     world.run_for(span);
@@ -68,12 +70,14 @@ fn at_size(nodes: usize) -> Vec<Figure> {
         5.0,
         "kbit/s",
     );
-    figure(
-        "the same on the wire, with QUIC, UDP, IP, handshakes",
-        kbits(world.network.sent_on_wire - before.1),
-        ceiling(10.0, 20.0, 20.0),
-        "kbit/s",
-    );
+    if all_connected {
+        figure(
+            "the same on the wire, with QUIC, UDP, IP, handshakes",
+            kbits(world.network.sent_on_wire - before.1),
+            10.0,
+            "kbit/s",
+        );
+    }
 
     let joiner = world.add_joiner(&[nodes / 2]);
     let begun = world.now;
