@@ -27,6 +27,7 @@ use crate::{
 
 /// A node that cannot use the kernel gives its new subnet back within this time, or just goes.
 const GIVE_BACK: Duration = Duration::from_secs(5);
+
 /// What the loop knows of the kernel.
 #[derive(Default)]
 pub(super) struct KernelState {
@@ -137,7 +138,6 @@ impl Agent {
             self.input(input);
         }
         self.program();
-        self.carry_out();
     }
 
     /// The core gives a subnet away only when the kernel does not use it any more.

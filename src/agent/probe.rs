@@ -26,7 +26,7 @@ const QUEUE: usize = 256;
 pub(super) struct Prober {
     socket: Option<Arc<UdpSocket>>,
     identifier: u16,
-    pub(super) paths: Paths,
+    paths: Paths,
     look_at: Instant,
 }
 

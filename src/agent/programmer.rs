@@ -193,10 +193,7 @@ impl<F: Fn(Told)> Worker<F> {
             Some(Goal { state: State::Overlay(desired), .. }) => Some(desired),
             _ => None,
         };
-        let more = self.kernel.touched(desired)?;
-        self.touched.ours |= more.ours;
-        self.touched.underlay |= more.underlay;
-        self.touched.rival |= more.rival;
+        self.touched.merge(self.kernel.touched(desired)?);
         Ok(())
     }
 
@@ -220,13 +217,11 @@ impl<F: Fn(Told)> Worker<F> {
     }
 
     fn look_at_underlay(&mut self) {
-        match choose_again(&mut self.netlink, &self.config, &self.chosen) {
-            Ok(chosen) => {
-                self.chosen = chosen.clone();
-                (self.tell)(Told::Underlay(Ok(chosen)));
-            }
-            Err(error) => (self.tell)(Told::Underlay(Err(error))),
+        let found = choose_again(&mut self.netlink, &self.config, &self.chosen);
+        if let Ok(chosen) = &found {
+            self.chosen.clone_from(chosen);
         }
+        (self.tell)(Told::Underlay(found));
     }
 
     fn look_for_rivals(&mut self) {

@@ -1,3 +1,5 @@
+//! What a configuration may be, and what is said of one that is not.
+
 use super::*;
 
 fn with_toml(flags: Settings, text: &str) -> Result<Settings, ConfigError> {

@@ -291,10 +291,7 @@ impl Node {
                 }
                 self.recheck_forgets(now);
             }
-            Ok((from, Response::Refused(refusal))) => {
-                tracing::debug!(peer = %from, %refusal, "no acknowledgement");
-            }
-            Ok((from, _)) => self.note_malformed(from, &"no acknowledgement"),
+            Ok((from, other)) => self.note_unexpected(from, &other, "no acknowledgement"),
             Err(error) => tracing::debug!(%node, %error, "no acknowledgement"),
         }
     }

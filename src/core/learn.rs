@@ -4,6 +4,7 @@
 //! here it is only carried to them, and what follows from it is set going.
 
 use std::{
+    borrow::Cow,
     collections::{BTreeMap, BTreeSet},
     time::Duration,
 };
@@ -77,13 +78,15 @@ impl Node {
 
     /// Without grants of a forgotten node to this one that come late, while this one may not write: it
     /// would have to pass them on. They come again.
-    fn timely(&self, runs: &[Run]) -> Vec<Run> {
+    fn timely<'a>(&self, runs: &'a [Run]) -> Cow<'a, [Run]> {
+        if self.may_write() {
+            return Cow::Borrowed(runs);
+        }
         let late = |run: &&Run| {
             run.record.owner == self.me.node
                 && self.directory.forgotten(run.record.granter).is_some()
         };
-        let doubtful = !self.may_write();
-        runs.iter().filter(|run| !(doubtful && late(run))).copied().collect()
+        runs.iter().filter(|run| !late(run)).copied().collect()
     }
 
     /// A member is gone: what it knew must be known from others.

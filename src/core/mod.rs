@@ -332,10 +332,9 @@ impl Node {
                 {
                     self.membership.absolve(now, &alive);
                 }
-                Ok((from, Response::Refused(refusal))) => {
-                    tracing::debug!(peer = %from, %refusal, "a suspect refuses");
+                Ok((from, other)) => {
+                    self.note_unexpected(from, &other, "no answer to a suspicion");
                 }
-                Ok((from, _)) => self.note_malformed(from, &"no answer to a suspicion"),
                 Err(error) => tracing::debug!(%node, %error, "a suspect does not answer"),
             },
             Purpose::AskHeir { heir } => self.on_heir_answer(heir, answer),
@@ -473,6 +472,14 @@ impl Node {
     /// A span between `base` and `base` and a quarter, so that nodes do not act in step.
     fn jittered(&mut self, base: Duration) -> Duration {
         base + base.mul_f64(self.rng.random_range(0.0..0.25))
+    }
+
+    /// A peer may refuse; any other response that was not asked for is a fault of its program.
+    fn note_unexpected(&mut self, from: NodeId, response: &Response, what: &str) {
+        match response {
+            Response::Refused(refusal) => tracing::debug!(peer = %from, %refusal, "{what}"),
+            _ => self.note_malformed(from, &what),
+        }
     }
 
     fn note_malformed(&mut self, from: NodeId, error: &dyn std::fmt::Display) {

@@ -310,10 +310,7 @@ impl Node {
                     self.sync.hasten(now);
                 }
             }
-            Ok((from, Response::Refused(refusal))) => {
-                tracing::debug!(peer = %from, %refusal, "exchange refused");
-            }
-            Ok((from, _)) => self.note_malformed(from, &"no answer to an exchange"),
+            Ok((from, other)) => self.note_unexpected(from, &other, "no answer to an exchange"),
             Err(error) => tracing::debug!(%error, "exchange cut off"),
         }
     }

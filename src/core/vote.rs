@@ -85,10 +85,8 @@ impl Node {
             self.voting.missing.get(&node).is_some_and(|absence| absence.votes.contains(voter))
         };
         for voter in self.voters(quorum).filter(|voter| !voted(voter)).collect::<Vec<_>>() {
-            if voter != self.me.node {
-                let request = Request::HaveYouMissed { node, quorum: quorum.clone() };
-                self.call_member(voter, Purpose::Vote { voter, node }, &request);
-            }
+            let request = Request::HaveYouMissed { node, quorum: quorum.clone() };
+            self.call_member(voter, Purpose::Vote { voter, node }, &request);
         }
     }
 
@@ -107,12 +105,7 @@ impl Node {
     pub(super) fn on_vote(&mut self, now: Time, voter: NodeId, node: NodeId, answer: Answer) {
         let vote = match answer {
             Ok((from, Response::Vote(vote))) if from == voter => vote,
-            Ok((from, Response::Refused(refusal))) => {
-                return tracing::debug!(peer = %from, %refusal, "no vote");
-            }
-            Ok((from, _)) => {
-                return self.note_malformed(from, &"no answer to a question of voters");
-            }
+            Ok((from, other)) => return self.note_unexpected(from, &other, "no vote"),
             Err(error) => return tracing::debug!(%voter, %error, "no vote"),
         };
         if vote == Vote::OtherRule {

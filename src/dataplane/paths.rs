@@ -164,7 +164,7 @@ impl Paths {
         if path.full_lost > 0 {
             path.due = path.due.min(path.full_due.max(now));
         }
-        self.judge(now);
+        path.withdrawn = false;
     }
 
     /// A request by a peer, which our kernel has answered.

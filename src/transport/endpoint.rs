@@ -13,8 +13,8 @@ use std::{
 };
 
 use quinn::{
-    ClientConfig, Connection, Endpoint, EndpointConfig, IdleTimeout, SendStream, ServerConfig,
-    TransportConfig, VarInt,
+    ClientConfig, Connection, Endpoint, EndpointConfig, SendStream, ServerConfig, TransportConfig,
+    VarInt,
 };
 use quinn_proto::HashedConnectionIdGenerator;
 use ring::hmac;
@@ -368,9 +368,7 @@ const FIRST_RTT: Duration = Duration::from_millis(20);
 fn settings() -> TransportConfig {
     let mut settings = TransportConfig::default();
     settings
-        .max_idle_timeout(Some(
-            IdleTimeout::try_from(IDLE).unwrap_or(VarInt::from_u32(600_000).into()),
-        ))
+        .max_idle_timeout(Some(VarInt::from_u32(IDLE.as_millis() as u32).into()))
         .initial_rtt(FIRST_RTT)
         .max_concurrent_bidi_streams(VarInt::from_u32(32))
         .max_concurrent_uni_streams(VarInt::from_u32(32))

@@ -142,6 +142,12 @@ pub fn wait_until(what: &str, patience: Duration, mut reached: impl FnMut() -> b
     }
 }
 
+/// Whether one of the problems in an agent's status says so.
+pub fn has_problem(agent: &mut Agent, words: &str) -> bool {
+    let status = agent.ask("/v1/status", PATIENCE).expect("a status");
+    status["problems"].to_string().contains(words)
+}
+
 /// Waits until a tool's output satisfies a condition; gives that output.
 pub fn eventually(netns: &NetNs, command: &str, wanted: impl Fn(&str) -> bool) -> String {
     let start = Instant::now();

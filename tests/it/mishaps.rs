@@ -8,7 +8,9 @@ use nix::{
     sys::signal::Signal,
 };
 
-use crate::common::{Cluster, PATIENCE, eventually, isolated, program, run, tool};
+use crate::common::{
+    Cluster, PATIENCE, eventually, has_problem, isolated, program, run, tool, wait_until,
+};
 
 fn lose_database(host: &Host) -> anyhow::Result<()> {
     Ok(fs::remove_dir_all(host.dir.join("state/db"))?)
@@ -62,16 +64,12 @@ fn a_full_disk_delays_grants_and_loses_nothing() {
         let second = lab.host(2, "n2")?;
         let seed = first.ip.to_string();
         let mut joiner = Agent::start(program(), &second, &["--join", &seed, "--token", &token])?;
-        let problem = |status: &serde_json::Value| status["problems"].to_string();
-        let begun = std::time::Instant::now();
-        while !problem(&founder.ask("/v1/status", PATIENCE)?).contains("state directory") {
-            assert!(begun.elapsed() < PATIENCE, "a full disk is a problem to be named");
-            std::thread::sleep(std::time::Duration::from_millis(50));
-        }
+        let named = |founder: &mut Agent| has_problem(founder, "state directory");
+        wait_until("a full disk is a problem to be named", PATIENCE, || named(&mut founder));
         fs::remove_file(state.join("filler"))?;
         joiner.wait_converged(2, PATIENCE)?;
         founder.wait_converged(2, PATIENCE)?;
-        assert!(!problem(&founder.ask("/v1/status", PATIENCE)?).contains("state directory"));
+        assert!(!named(&mut founder));
         founder.end(Signal::SIGKILL)?;
         let mut founder = Agent::start(program(), &first, &[])?;
         let status = founder.wait_converged(2, PATIENCE)?;
@@ -150,16 +148,8 @@ fn a_route_of_another_program_is_reported_and_not_touched() {
         let mut joiner = cluster.start_agent(&second, &["--prefer-subnet", "10.42.7.0"])?;
         let subnet = Agent::subnet(&joiner.ask("/v1/status?wait=20&members=2", PATIENCE)?)?;
         assert_eq!(subnet.to_string(), "10.42.7.0/24");
-        let begun = std::time::Instant::now();
-        loop {
-            let status = cluster.agents[0].ask("/v1/status", PATIENCE)?;
-            let problems = status["problems"].to_string();
-            if problems.contains("another program has a route to 10.42.7.0/24") {
-                break;
-            }
-            assert!(begun.elapsed() < PATIENCE, "{status:#}");
-            std::thread::sleep(std::time::Duration::from_millis(50));
-        }
+        let said = "another program has a route to 10.42.7.0/24";
+        wait_until("it is not named", PATIENCE, || has_problem(&mut cluster.agents[0], said));
         let routes = tool(host, "ip route show 10.42.7.0/24");
         assert!(routes.contains("via 10.99.0.1 dev eth0 proto static"), "{routes}");
         // Gone is the obstacle, and the agent sees it by itself.

@@ -5,17 +5,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::common::{Cluster, PATIENCE, client, eventually, isolated, run, tool, wait_until};
+use crate::common::{
+    Cluster, PATIENCE, client, eventually, has_problem, isolated, run, tool, wait_until,
+};
 use gossamer::lab::{Agent, Pinger};
 use nix::sys::signal::Signal;
 
 /// Time for a lost request to become a verdict: they are sent every 15 seconds while all is well.
 const VERDICT: Duration = Duration::from_secs(30);
-
-fn has_problem(agent: &mut Agent, words: &str) -> bool {
-    let status = agent.ask("/v1/status", PATIENCE).expect("a status");
-    status["problems"].to_string().contains(words)
-}
 
 fn path(agent: &mut Agent, name: &str) -> String {
     let status = agent.ask("/v1/status", PATIENCE).expect("a status");

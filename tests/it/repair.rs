@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::common::{Cluster, PATIENCE, eventually, isolated, run, tool, wait_until};
+use crate::common::{Cluster, PATIENCE, eventually, has_problem, isolated, run, tool, wait_until};
 use gossamer::lab::{Agent, Host, Pod};
 
 /// Shorter than the pause between two slow comparisons.
@@ -136,10 +136,8 @@ fn a_route_of_another_program_that_outranks_ours_is_named_until_it_is_gone() {
         let subnet = Agent::subnet(&cluster.agents[1].ask("/v1/status", PATIENCE)?)?;
         let host = &cluster.hosts[0].netns;
         tool(host, &format!("ip route add {subnet} via 10.99.0.1 metric 0 proto static"));
-        let named = |agent: &mut Agent| {
-            let status = agent.ask("/v1/status", PATIENCE).expect("a status");
-            status["problems"].to_string().contains(&format!("takes the packets to {subnet}"))
-        };
+        let said = format!("takes the packets to {subnet}");
+        let named = |agent: &mut Agent| has_problem(agent, &said);
         wait_until("it is not named", AT_ONCE, || named(&mut cluster.agents[0]));
         assert_eq!(tool(host, &format!("ip route show {subnet}")).lines().count(), 2, "untouched");
         tool(host, &format!("ip route del {subnet} via 10.99.0.1 metric 0"));

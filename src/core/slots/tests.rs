@@ -1,3 +1,5 @@
+//! The ownership table against its laws, by example and by property.
+
 use proptest::prelude::*;
 
 use crate::model::PoolSpec;

@@ -33,6 +33,12 @@ pub struct Touched {
 impl Touched {
     pub const EVERYTHING: Self = Self { ours: true, underlay: true, rival: true };
 
+    pub const fn merge(&mut self, more: Self) {
+        self.ours |= more.ours;
+        self.underlay |= more.underlay;
+        self.rival |= more.rival;
+    }
+
     /// Adds what `message` says, for the device with index `device`.
     pub fn add(&mut self, message: &RouteNetlinkMessage, desired: &Desired, device: Option<u32>) {
         use RouteNetlinkMessage as Message;

@@ -1,3 +1,5 @@
+//! Two endpoints on loopback: who gets in, and what becomes of connections.
+
 use std::net::Ipv4Addr;
 
 use super::{super::NodeKey, *};
