@@ -92,12 +92,8 @@ fn median(mut times: Vec<Duration>) -> f64 {
 }
 
 fn desired(peers: u32, local: Ipv4Addr, link: u32) -> Desired {
-    let spec = PoolSpec {
-        network: "10.0.0.0/9".parse().expect("network"),
-        subnet_len: Some(24),
-        subnet_min: None,
-        subnet_max: None,
-    };
+    let spec =
+        PoolSpec { subnet_len: Some(24), ..PoolSpec::of("10.0.0.0/9".parse().expect("network")) };
     let pool = Pool::new(&spec).expect("pool");
     let node = |n: u32| NodeId::from_bytes((u64::from(n) + 1).to_be_bytes());
     let vtep = |n: u32| Vtep {
@@ -106,15 +102,15 @@ fn desired(peers: u32, local: Ipv4Addr, link: u32) -> Desired {
     };
     let peer = |n: u32| {
         let slot = Slot(n + 1);
-        (node(n), Peer { vtep: vtep(n), leases: vec![(slot, pool.subnet(slot))] })
+        (node(n), Peer { vtep: vtep(n), leases: vec![(slot, pool.subnets(slot))] })
     };
     let view = View {
         settings: ClusterSettings { pool, vni: 1, vxlan_port: 8472 },
-        own: Own { subnet: pool.subnet(Slot(1)), vtep: vtep(0) },
+        own: Own { subnets: pool.subnets(Slot(1)), vtep: vtep(0) },
         peers: (1..=peers).map(peer).collect::<BTreeMap<_, _>>(),
         unheard: Vec::new(),
     };
-    Desired::new(&view, &Underlay { link, local: local.into(), mtu: 1450 }, &BTreeSet::new())
+    Desired::new(&view, &Underlay::of_tunnels(link, local.into(), 1450), &BTreeSet::new())
 }
 
 /// The same entries by the system's tools; only the tools' work is timed.

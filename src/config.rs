@@ -6,17 +6,18 @@
 
 use std::{
     fs,
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{IpAddr, SocketAddr},
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     time::Duration,
 };
 
-use ipnet::Ipv4Net;
+use ipnet::{IpNet, Ipv6Net};
 use regex_lite::Regex;
 use serde::Deserialize;
 
 use crate::{
+    dataplane::desired::Mode,
     model::{ClusterSettings, NodeName, Pool, PoolSpec, Quorum, QuorumError, SettingsWish},
     wire::{Token, TokenError},
 };
@@ -73,21 +74,27 @@ pub struct Settings {
     /// Underlay interface: the one by which this address is reached
     #[arg(long, env = "GOSSAMER_IFACE_CAN_REACH", value_name = "IP")]
     pub iface_can_reach: Option<IpAddr>,
-    /// The cluster's addresses [default: 10.42.0.0/16]
+    /// The cluster's addresses; IPv6, if it is to have no IPv4 [default: 10.42.0.0/16]
     #[arg(long, env = "GOSSAMER_NETWORK", value_name = "CIDR")]
-    pub network: Option<Ipv4Net>,
-    /// Prefix length of each node's subnet [default: 24, or network + 2 if that is narrower than /22]
+    pub network: Option<IpNet>,
+    /// Prefix length of each node's subnet [default: 24 (IPv6: 64), or network + 2 if that is narrower]
     #[arg(long, env = "GOSSAMER_SUBNET_LEN", value_name = "BITS")]
     pub subnet_len: Option<u8>,
     /// First subnet to lease [default: the second of the network]
     #[arg(long, env = "GOSSAMER_SUBNET_MIN", value_name = "IP")]
-    pub subnet_min: Option<Ipv4Addr>,
+    pub subnet_min: Option<IpAddr>,
     /// Last subnet to lease [default: the last of the network]
     #[arg(long, env = "GOSSAMER_SUBNET_MAX", value_name = "IP")]
-    pub subnet_max: Option<Ipv4Addr>,
+    pub subnet_max: Option<IpAddr>,
+    /// IPv6 addresses beside those of IPv4 (dual stack)
+    #[arg(long, env = "GOSSAMER_NETWORK6", value_name = "CIDR")]
+    pub network6: Option<Ipv6Net>,
+    /// Prefix length of each node's IPv6 subnet in a dual stack [default: 64]
+    #[arg(long, env = "GOSSAMER_SUBNET_LEN6", value_name = "BITS")]
+    pub subnet_len6: Option<u8>,
     /// The subnet this node would like, if it is free
     #[arg(long, env = "GOSSAMER_PREFER_SUBNET", value_name = "IP")]
-    pub prefer_subnet: Option<Ipv4Addr>,
+    pub prefer_subnet: Option<IpAddr>,
     /// Node names are unique by construction: a down member of this node's name is its predecessor, is
     /// forgotten, and its subnet taken over
     #[arg(long, env = "GOSSAMER_REPLACE_BY_NAME", num_args = 0..=1, default_missing_value = "true")]
@@ -102,6 +109,10 @@ pub struct Settings {
     /// for so long, or "never" [default: 10s]
     #[arg(long, env = "GOSSAMER_WITHDRAW_AFTER", value_name = "SPAN")]
     pub withdraw_after: Option<String>,
+    /// How packets get to peers: through a tunnel, directly where the underlay allows it, or only so
+    /// [default: vxlan]
+    #[arg(long, env = "GOSSAMER_MODE", value_enum, value_name = "MODE")]
+    pub mode: Option<Mode>,
     /// VXLAN network identifier [default: 1]
     #[arg(long, env = "GOSSAMER_VNI", value_name = "NUMBER")]
     pub vni: Option<u32>,
@@ -149,10 +160,11 @@ pub struct Config {
     pub advertise: Option<(IpAddr, Option<u16>)>,
     pub iface: IfaceChoice,
     pub wish: SettingsWish,
-    pub prefer_subnet: Option<Ipv4Addr>,
+    pub prefer_subnet: Option<IpAddr>,
     pub replace_by_name: bool,
     pub quorum: Option<Quorum>,
     pub withdraw_after: Option<Duration>,
+    pub mode: Mode,
     pub mtu: Option<u32>,
     pub name: NodeName,
 }
@@ -217,11 +229,14 @@ impl Settings {
             subnet_len: self.subnet_len.or(other.subnet_len),
             subnet_min: self.subnet_min.or(other.subnet_min),
             subnet_max: self.subnet_max.or(other.subnet_max),
+            network6: self.network6.or(other.network6),
+            subnet_len6: self.subnet_len6.or(other.subnet_len6),
             prefer_subnet: self.prefer_subnet.or(other.prefer_subnet),
             replace_by_name: self.replace_by_name.or(other.replace_by_name),
             forget_after: self.forget_after.or(other.forget_after),
             voters: list(self.voters, other.voters),
             withdraw_after: self.withdraw_after.or(other.withdraw_after),
+            mode: self.mode.or(other.mode),
             vni: self.vni.or(other.vni),
             vxlan_port: self.vxlan_port.or(other.vxlan_port),
             mtu: self.mtu.or(other.mtu),
@@ -240,6 +255,8 @@ impl Settings {
             subnet_len: self.subnet_len,
             subnet_min: self.subnet_min,
             subnet_max: self.subnet_max,
+            network6: self.network6,
+            subnet_len6: self.subnet_len6,
             vni: self.vni,
             vxlan_port: self.vxlan_port,
         };
@@ -256,6 +273,10 @@ impl Settings {
         let seeds = seeds.iter().map(|seed| with_port("join", seed)).collect::<Result<_, _>>()?;
         if let Some(mtu) = self.mtu.filter(|mtu| !(576..=65_000).contains(mtu)) {
             return Err(bad("mtu", format!("{mtu} is out of range: use 576 to 65000")));
+        }
+        let ipv6 = settings.pool.networks().iter().any(|network| network.addr().is_ipv6());
+        if let Some(mtu) = self.mtu.filter(|mtu| ipv6 && *mtu < 1280) {
+            return Err(bad("mtu", format!("{mtu} is too small for IPv6: use at least 1280")));
         }
         let listen = match &self.listen {
             Some(text) => {
@@ -286,6 +307,7 @@ impl Settings {
                 "withdraw_after",
                 self.withdraw_after.as_deref().unwrap_or("10s"),
             )?,
+            mode: self.mode.unwrap_or_default(),
             mtu: self.mtu,
         })
     }
@@ -330,12 +352,14 @@ impl Settings {
 
 /// The settings of a cluster in which whatever the operator left open has its default.
 fn cluster_settings(wish: &SettingsWish) -> Result<ClusterSettings, ConfigError> {
-    let default = || DEFAULT_NETWORK.parse().unwrap_or_default();
+    let default = || IpNet::V4(DEFAULT_NETWORK.parse().unwrap_or_default());
     let pool = Pool::new(&PoolSpec {
         network: wish.network.unwrap_or_else(default),
         subnet_len: wish.subnet_len,
         subnet_min: wish.subnet_min,
         subnet_max: wish.subnet_max,
+        network6: wish.network6,
+        subnet_len6: wish.subnet_len6,
     });
     let vni = wish.vni.unwrap_or(1);
     if !(1..1 << 24).contains(&vni) {

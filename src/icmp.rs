@@ -1,56 +1,93 @@
-//! ICMP echo (RFC 792): questions that every kernel answers, whatever runs on it.
+//! ICMP echo (RFC 792, RFC 4443): questions that every kernel answers, whatever runs on it.
 
-use std::{io, net::Ipv4Addr};
+use std::{io, net::IpAddr};
 
 use socket2::{Domain, Protocol, Socket, Type};
 
-const ECHO_REQUEST: u8 = 8;
-const ECHO_REPLY: u8 = 0;
-/// Headers of IPv4 and ICMP: what a packet is larger than its payload.
-pub const HEADERS: u32 = 28;
 /// Payload of an ordinary request.
 pub const SMALL: usize = 56;
 /// Enough of a packet to parse it.
 pub const PARSED: usize = 128;
 
+/// Of which IP an echo is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    Inet,
+    Inet6,
+}
+
 /// What came in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Echo {
-    pub from: Ipv4Addr,
+    pub from: IpAddr,
     /// The number of our request that this answers; none, if it is a request of somebody else.
     pub answers: Option<u16>,
 }
 
-/// A raw socket of the present network namespace; takes CAP_NET_RAW. It also sees requests of others to this
-/// host, which the kernel answers.
-pub fn open() -> io::Result<Socket> {
-    Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::ICMPV4))
-}
-
-/// A request with `payload` zero bytes; the kernel puts the IP header before it.
-pub fn request(identifier: u16, sequence: u16, payload: usize) -> Vec<u8> {
-    let mut packet = vec![0_u8; 8 + payload];
-    packet[0] = ECHO_REQUEST;
-    packet[4..6].copy_from_slice(&identifier.to_be_bytes());
-    packet[6..8].copy_from_slice(&sequence.to_be_bytes());
-    let sum = checksum(&packet);
-    packet[2..4].copy_from_slice(&sum.to_be_bytes());
-    packet
-}
-
-/// Reads an IPv4 packet as a raw socket gives it; none, if it is no echo that concerns whoever has this
-/// identifier.
-pub fn parse(identifier: u16, packet: &[u8]) -> Option<Echo> {
-    let header = usize::from(packet.first()? & 0x0f) * 4;
-    let from = Ipv4Addr::from(<[u8; 4]>::try_from(packet.get(12..16)?).ok()?);
-    let icmp = packet.get(header..)?;
-    let number = u16::from_be_bytes(icmp.get(6..8)?.try_into().ok()?);
-    match *icmp.first()? {
-        ECHO_REPLY if *icmp.get(4..6)? == identifier.to_be_bytes() => {
-            Some(Echo { from, answers: Some(number) })
+impl Family {
+    pub const fn of(address: IpAddr) -> Self {
+        match address {
+            IpAddr::V4(_) => Self::Inet,
+            IpAddr::V6(_) => Self::Inet6,
         }
-        ECHO_REQUEST => Some(Echo { from, answers: None }),
-        _ => None,
+    }
+
+    /// A raw socket of the present network namespace; takes CAP_NET_RAW. It also sees requests of others to
+    /// this host, which the kernel answers.
+    pub fn open(self) -> io::Result<Socket> {
+        match self {
+            Self::Inet => Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::ICMPV4)),
+            Self::Inet6 => Socket::new(Domain::IPV6, Type::RAW, Some(Protocol::ICMPV6)),
+        }
+    }
+
+    /// Headers of IP and ICMP: what a packet is larger than its payload.
+    pub const fn headers(self) -> u32 {
+        match self {
+            Self::Inet => 28,
+            Self::Inet6 => 48,
+        }
+    }
+
+    /// A request with `payload` zero bytes; the kernel puts the IP header before it, and with IPv6 the
+    /// checksum into it.
+    pub fn request(self, identifier: u16, sequence: u16, payload: usize) -> Vec<u8> {
+        let mut packet = vec![0_u8; 8 + payload];
+        (packet[0], _) = self.types();
+        packet[4..6].copy_from_slice(&identifier.to_be_bytes());
+        packet[6..8].copy_from_slice(&sequence.to_be_bytes());
+        if self == Self::Inet {
+            let sum = checksum(&packet);
+            packet[2..4].copy_from_slice(&sum.to_be_bytes());
+        }
+        packet
+    }
+
+    /// Reads a packet as a raw socket gives it, with IPv4 after its header; none, if it is no echo that
+    /// concerns whoever has this identifier.
+    pub fn parse(self, identifier: u16, from: IpAddr, packet: &[u8]) -> Option<Echo> {
+        let header = match self {
+            Self::Inet => usize::from(packet.first()? & 0x0f) * 4,
+            Self::Inet6 => 0,
+        };
+        let icmp = packet.get(header..)?;
+        let number = u16::from_be_bytes(icmp.get(6..8)?.try_into().ok()?);
+        let (request, reply) = self.types();
+        match *icmp.first()? {
+            kind if kind == reply && *icmp.get(4..6)? == identifier.to_be_bytes() => {
+                Some(Echo { from, answers: Some(number) })
+            }
+            kind if kind == request => Some(Echo { from, answers: None }),
+            _ => None,
+        }
+    }
+
+    /// The types of request and reply.
+    const fn types(self) -> (u8, u8) {
+        match self {
+            Self::Inet => (8, 0),
+            Self::Inet6 => (128, 129),
+        }
     }
 }
 
@@ -72,18 +109,24 @@ mod tests {
 
     #[test]
     fn the_checksum_of_a_packet_with_its_checksum_is_zero() {
-        assert_eq!(checksum(&request(7, 9, 5)), 0);
+        assert_eq!(checksum(&Family::Inet.request(7, 9, 5)), 0);
     }
 
     #[test]
     fn only_whole_echoes_of_ours_are_answers() {
-        let mut packet = vec![0x45, 0, 0, 0, 0, 0, 0, 0, 64, 1, 0, 0, 10, 42, 7, 0, 10, 42, 9, 0];
-        packet.extend(request(7, 9, 4));
-        let from = Ipv4Addr::new(10, 42, 7, 0);
-        assert_eq!(parse(7, &packet), Some(Echo { from, answers: None }));
-        packet[20] = ECHO_REPLY;
-        assert_eq!(parse(7, &packet), Some(Echo { from, answers: Some(9) }));
-        assert_eq!(parse(8, &packet), None, "of somebody else");
-        (0..28).for_each(|length| assert_eq!(parse(7, &packet[..length]), None));
+        let ip_header = [0x45, 0, 0, 0, 0, 0, 0, 0, 64, 1, 0, 0, 10, 42, 7, 0, 10, 42, 9, 0];
+        for (family, header, reply) in
+            [(Family::Inet, &ip_header[..], 0), (Family::Inet6, &[][..], 129)]
+        {
+            let from = IpAddr::from([10, 42, 7, 0]);
+            let mut packet = header.to_vec();
+            packet.extend(family.request(7, 9, 4));
+            let parse = |identifier, packet: &[u8]| family.parse(identifier, from, packet);
+            assert_eq!(parse(7, &packet), Some(Echo { from, answers: None }));
+            packet[header.len()] = reply;
+            assert_eq!(parse(7, &packet), Some(Echo { from, answers: Some(9) }));
+            assert_eq!(parse(8, &packet), None, "of somebody else");
+            (0..header.len() + 8).for_each(|len| assert_eq!(parse(7, &packet[..len]), None));
+        }
     }
 }

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 
 use super::{
     Agent, Ending,
@@ -19,7 +19,7 @@ use super::{
 use crate::{
     core::{Command, Input, View},
     dataplane::{
-        desired::{Desired, Underlay, device_name},
+        desired::{Desired, device_name},
         kernel::KernelError,
     },
     model::NodeId,
@@ -33,7 +33,7 @@ const GIVE_BACK: Duration = Duration::from_secs(5);
 pub(super) struct KernelState {
     pub(super) wanted: Option<View>,
     /// What the core was last told that the kernel uses.
-    pub(super) in_use: Option<Option<Ipv4Net>>,
+    pub(super) in_use: Option<Option<IpNet>>,
     pub(super) withdrawn: bool,
     /// Peers whose subnets are unreachable: neither gossip nor their kernels have answered for long.
     pub(super) withdrawn_peers: BTreeSet<NodeId>,
@@ -53,15 +53,14 @@ pub(super) struct KernelState {
 
 impl Agent {
     pub(super) fn program(&mut self) {
-        let Chosen { link, local, mtu, .. } = self.underlay;
         let state = match (&self.kernel.wanted, self.node.cluster()) {
             (Some(view), _) => {
-                let underlay = Underlay { link, local, mtu };
+                let underlay = self.underlay.with_mode(self.config.mode);
                 State::Overlay(Desired::new(view, &underlay, &self.kernel.withdrawn_peers))
             }
             (None, Some(cluster)) if self.kernel.withdrawn => State::Nothing {
                 device: device_name(cluster.settings.vni),
-                network: cluster.settings.pool.network(),
+                pool: cluster.settings.pool,
             },
             _ => return,
         };
@@ -145,7 +144,7 @@ impl Agent {
         if self.kernel.answered != self.kernel.goals {
             return;
         }
-        let in_use = self.kernel.wanted.as_ref().map(|view| view.own.subnet);
+        let in_use = self.kernel.wanted.as_ref().map(|view| view.own.subnets.first);
         if self.kernel.in_use.replace(in_use) != Some(in_use) {
             self.input(Input::InUse(in_use));
         }
@@ -186,9 +185,9 @@ impl Agent {
 
     fn write_subnet_env(&self) {
         let Some(view) = &self.kernel.wanted else { return };
-        let network = view.settings.pool.network();
+        let networks = view.settings.pool.networks();
         let path = &self.config.subnet_file;
-        if let Err(error) = subnet_env::write(path, network, view.own.subnet, self.underlay.mtu) {
+        if let Err(error) = subnet_env::write(path, networks, view.own.subnets, self.underlay.mtu) {
             tracing::error!(file = %path.display(), %error, "subnet file not written");
         }
     }

@@ -20,7 +20,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ipnet::Ipv4Net;
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::{mpsc, oneshot},
@@ -41,7 +40,7 @@ use crate::{
         kernel::{Kernel, KernelError},
     },
     icmp::Echo,
-    model::{NodeId, Time},
+    model::{NodeId, Pool, Time},
     store::{History, StateDir, Writer, Written},
     transport::{Event, Transport},
     wire::{Secret, Token},
@@ -338,7 +337,7 @@ impl Agent {
         let traces = self
             .node
             .cluster()
-            .map(|cluster| (device_name(cluster.settings.vni), cluster.settings.pool.network()));
+            .map(|cluster| (device_name(cluster.settings.vni), cluster.settings.pool));
         self.transport.close().await;
         drop(self.programmer);
         drop(self.writer);
@@ -420,12 +419,12 @@ impl Agent {
     }
 }
 
-/// Takes away the device, with every entry on it, routes into the network, and the file.
-fn remove_traces(traces: Option<(String, Ipv4Net)>, subnet_file: &Path) {
-    let Some((device, network)) = traces else { return };
+/// Takes away the device, with every entry on it, routes into the pool's networks, and the file.
+fn remove_traces(traces: Option<(String, Pool)>, subnet_file: &Path) {
+    let Some((device, pool)) = traces else { return };
     let removed = Kernel::open()
         .map_err(KernelError::from)
-        .and_then(|mut kernel| kernel.remove(&device, network));
+        .and_then(|mut kernel| kernel.remove(&device, &pool));
     if let Err(error) = removed {
         tracing::error!(%error, "the device was not removed");
     }

@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -12,8 +12,11 @@ use tokio::{net::UdpSocket, sync::mpsc};
 use super::Agent;
 use crate::{
     api::PathStatus,
-    dataplane::paths::{PathState, Paths},
-    icmp::{self, Echo},
+    dataplane::{
+        desired::Way,
+        paths::{PathState, Paths, Subject},
+    },
+    icmp::{self, Echo, Family},
     model::NodeId,
 };
 
@@ -22,46 +25,62 @@ const LOOK: Duration = Duration::from_secs(1);
 /// Echoes that wait for the loop; more are shed.
 const QUEUE: usize = 256;
 
-/// The socket, if there is one, and what is known by it.
+/// The sockets, if there are any, and what is known by them.
 pub(super) struct Prober {
-    socket: Option<Arc<UdpSocket>>,
+    inet: Option<Arc<UdpSocket>>,
+    inet6: Option<Arc<UdpSocket>>,
     identifier: u16,
     paths: Paths,
     look_at: Instant,
 }
 
 impl Prober {
-    /// Opens the socket and reads it in a task; without the privilege nobody is probed, and nobody withdrawn.
+    /// Opens the sockets, each read by a task; without the privilege nobody is probed, and nobody withdrawn.
     pub(super) fn start(
         identifier: u16,
         withdraw_after: Option<Duration>,
     ) -> (Self, mpsc::Receiver<Echo>) {
         let (echoes, receiver) = mpsc::channel(QUEUE);
-        let socket = open().inspect_err(|error| {
-            tracing::warn!(%error, "the overlay is not probed: that takes CAP_NET_RAW");
-        });
-        let socket = socket.ok().map(Arc::new);
-        if let Some(socket) = socket.clone() {
-            tokio::spawn(read(socket, identifier, echoes));
+        let start = |family: Family| {
+            let socket = open(family)
+                .inspect_err(|error| tracing::debug!(?family, %error, "no socket to probe with"));
+            let socket = Arc::new(socket.ok()?);
+            tokio::spawn(read(family, socket.clone(), identifier, echoes.clone()));
+            Some(socket)
+        };
+        let (inet, inet6) = (start(Family::Inet), start(Family::Inet6));
+        let blind = inet.is_none() && inet6.is_none();
+        if blind {
+            tracing::warn!("the overlay is not probed: that takes CAP_NET_RAW");
         }
-        let paths = Paths::new(withdraw_after.filter(|_| socket.is_some()));
-        (Self { socket, identifier, paths, look_at: Instant::now() }, receiver)
+        let paths = Paths::new(withdraw_after.filter(|_| !blind));
+        (Self { inet, inet6, identifier, paths, look_at: Instant::now() }, receiver)
+    }
+
+    fn send(&self, to: IpAddr, sequence: u16, payload: usize) -> io::Result<usize> {
+        let family = Family::of(to);
+        let socket = match family {
+            Family::Inet => self.inet.as_ref(),
+            Family::Inet6 => self.inet6.as_ref(),
+        };
+        let packet = family.request(self.identifier, sequence, payload);
+        socket.ok_or(io::ErrorKind::Unsupported)?.try_send_to(&packet, SocketAddr::new(to, 0))
     }
 }
 
 /// To tokio it is like any socket that sends and receives packets.
-fn open() -> io::Result<UdpSocket> {
-    let socket = icmp::open()?;
+fn open(family: Family) -> io::Result<UdpSocket> {
+    let socket = family.open()?;
     socket.set_nonblocking(true)?;
     UdpSocket::from_std(socket.into())
 }
 
-async fn read(socket: Arc<UdpSocket>, identifier: u16, echoes: mpsc::Sender<Echo>) {
+async fn read(family: Family, socket: Arc<UdpSocket>, identifier: u16, echoes: mpsc::Sender<Echo>) {
     let mut buffer = [0; icmp::PARSED];
     while !echoes.is_closed() {
-        match socket.recv(&mut buffer).await {
-            Ok(length) => {
-                if let Some(echo) = icmp::parse(identifier, &buffer[..length]) {
+        match socket.recv_from(&mut buffer).await {
+            Ok((length, from)) => {
+                if let Some(echo) = family.parse(identifier, from.ip(), &buffer[..length]) {
                     // A loop that is busy sheds them, as a network would.
                     let _ = echoes.try_send(echo);
                 }
@@ -73,7 +92,7 @@ async fn read(socket: Arc<UdpSocket>, identifier: u16, echoes: mpsc::Sender<Echo
 
 impl Agent {
     pub(super) fn next_probe(&self) -> Option<Instant> {
-        self.prober.socket.as_ref()?;
+        self.prober.inet.as_ref().or(self.prober.inet6.as_ref())?;
         self.kernel.wanted.as_ref().filter(|_| self.kernel.programmed_once)?;
         let due = self.prober.paths.next_due().map(|at| self.clock.instant(at));
         Some(due.map_or(self.prober.look_at, |due| due.min(self.prober.look_at)))
@@ -85,16 +104,12 @@ impl Agent {
             self.prober.look_at = now + LOOK;
             self.update_paths();
         }
-        let full = self.underlay.mtu.saturating_sub(icmp::HEADERS) as usize;
         let now = self.clock.now();
-        let Prober { socket: Some(socket), identifier, paths, .. } = &mut self.prober else {
-            return;
-        };
-        while let Some(probe) = paths.poll(now) {
-            let payload = if probe.full { full } else { icmp::SMALL };
-            let packet = icmp::request(*identifier, probe.sequence, payload);
+        while let Some(probe) = self.prober.paths.poll(now) {
+            let full = self.underlay.mtu.saturating_sub(Family::of(probe.to).headers());
+            let payload = if probe.full { full as usize } else { icmp::SMALL };
             // What cannot be sent is not answered.
-            if let Err(error) = socket.try_send_to(&packet, SocketAddr::new(probe.to.into(), 0)) {
+            if let Err(error) = self.prober.send(probe.to, probe.sequence, payload) {
                 tracing::trace!(to = %probe.to, %error, "probe not sent");
             }
         }
@@ -116,8 +131,13 @@ impl Agent {
         let Some(view) = &self.kernel.wanted else { return };
         let opinions = self.node.opinions();
         let peers = view.peers.iter().filter_map(|(node, peer)| {
-            let (_, subnet) = peer.leases.first()?;
-            Some((*node, subnet.network(), opinions.get(node).copied()))
+            let (_, subnets) = peer.leases.first()?;
+            Some(Subject {
+                node: *node,
+                vtep: subnets.first.network(),
+                underlay: peer.vtep.underlay,
+                liveness: opinions.get(node).copied(),
+            })
         });
         self.prober.paths.update(self.clock.now(), peers);
         self.follow_paths();
@@ -163,8 +183,27 @@ impl Agent {
     /// What is wrong, and what helps.
     fn path_problem(&self, node: NodeId, state: PathState) -> Option<String> {
         let view = self.kernel.wanted.as_ref()?;
-        let (there, here) = (view.peers.get(&node)?.vtep.underlay, view.own.vtep.underlay);
+        let peer = view.peers.get(&node)?;
+        let (there, here) = (peer.vtep.underlay, view.own.vtep.underlay);
         let (port, name) = (view.settings.vxlan_port, self.node.name_of(node));
+        let (_, subnets) = peer.leases.first()?;
+        let lost = matches!(state, PathState::Blocked | PathState::OneWay);
+        match self.underlay.with_mode(self.config.mode).way(there, subnets.first) {
+            Way::Unreachable => {
+                return Some(format!(
+                    "{name} ({there}) is not on this host's underlay network, and mode host-gw uses no \
+                     tunnels: use mode = \"direct\" on all nodes"
+                ));
+            }
+            Way::Direct { .. } if lost => {
+                return Some(format!(
+                    "packets to {name} go to {there} without a tunnel, and are lost: let the underlay carry \
+                     {} (in a cloud: turn off its check of source and destination), or use mode = \"vxlan\"",
+                    view.settings.pool.network()
+                ));
+            }
+            _ => {}
+        }
         match state {
             PathState::Blocked => Some(format!(
                 "the tunnel to {name} is blocked, though its agent answers: allow UDP {port} from {here} to \

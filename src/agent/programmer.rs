@@ -13,7 +13,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ipnet::Ipv4Net;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::underlay::{Chosen, UnderlayError, choose_again};
@@ -23,6 +22,7 @@ use crate::{
         desired::Desired,
         kernel::{Kernel, KernelError, Report, Touched},
     },
+    model::Pool,
     netlink::Netlink,
 };
 
@@ -41,10 +41,10 @@ pub struct Goal {
 
 pub enum State {
     Overlay(Desired),
-    /// No device of this name, no entry on it, and no route of ours into this network.
+    /// No device of this name, no entry on it, and no route of ours into this pool's networks.
     Nothing {
         device: String,
-        network: Ipv4Net,
+        pool: Pool,
     },
 }
 
@@ -202,8 +202,8 @@ impl<F: Fn(Told)> Worker<F> {
         let Some(Goal { number, state }) = &self.goal else { return };
         let result = match state {
             State::Overlay(desired) => self.kernel.reconcile(desired),
-            State::Nothing { device, network } => {
-                self.kernel.remove(device, *network).map(|()| Report::default())
+            State::Nothing { device, pool } => {
+                self.kernel.remove(device, pool).map(|()| Report::default())
             }
         };
         let now = Instant::now();

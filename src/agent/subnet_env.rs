@@ -1,12 +1,18 @@
 //! `subnet.env`, flannel's file to the letter: how other programs learn this host's subnet.
 
-use std::{fs, io, path::Path};
+use std::{
+    fs, io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    path::Path,
+};
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
+
+use crate::model::Subnets;
 
 /// Writes the file, unless it says so already. Readers see the old or the new file, never half of one.
-pub fn write(path: &Path, network: Ipv4Net, subnet: Ipv4Net, mtu: u32) -> io::Result<()> {
-    let text = contents(network, subnet, mtu);
+pub fn write(path: &Path, networks: Subnets, subnets: Subnets, mtu: u32) -> io::Result<()> {
+    let text = contents(networks, subnets, mtu);
     if fs::read_to_string(path).is_ok_and(|present| present == text) {
         return Ok(());
     }
@@ -18,16 +24,24 @@ pub fn write(path: &Path, network: Ipv4Net, subnet: Ipv4Net, mtu: u32) -> io::Re
     fs::rename(&temporary, path)
 }
 
-fn contents(network: Ipv4Net, subnet: Ipv4Net, mtu: u32) -> String {
-    // flannel gives the first usable address with the subnet's length, not the network address.
-    let gateway = subnet.hosts().next().unwrap_or(subnet.network());
-    let len = subnet.prefix_len();
-    format!(
-        "FLANNEL_NETWORK={network}\n\
-         FLANNEL_SUBNET={gateway}/{len}\n\
-         FLANNEL_MTU={mtu}\n\
-         FLANNEL_IPMASQ=false\n"
-    )
+fn contents(networks: Subnets, subnets: Subnets, mtu: u32) -> String {
+    let pairs = networks.iter().zip(subnets.iter());
+    let lines: String = pairs
+        .map(|(network, subnet)| {
+            let prefix = if subnet.addr().is_ipv4() { "FLANNEL" } else { "FLANNEL_IPV6" };
+            let (gateway, len) = (gateway(subnet), subnet.prefix_len());
+            format!("{prefix}_NETWORK={network}\n{prefix}_SUBNET={gateway}/{len}\n")
+        })
+        .collect();
+    format!("{lines}FLANNEL_MTU={mtu}\nFLANNEL_IPMASQ=false\n")
+}
+
+/// The first usable address, as flannel gives it: the one after the network address.
+fn gateway(subnet: IpNet) -> IpAddr {
+    match subnet.network() {
+        IpAddr::V4(network) => Ipv4Addr::from(u32::from(network) + 1).into(),
+        IpAddr::V6(network) => Ipv6Addr::from(u128::from(network) + 1).into(),
+    }
 }
 
 #[cfg(test)]
@@ -38,16 +52,43 @@ mod tests {
     fn the_file_is_flannels_to_the_letter() {
         let dir = tempfile::tempdir().expect("tempdir");
         let path = dir.path().join("run/subnet.env");
-        let network = "10.42.0.0/16".parse().expect("network");
-        let subnet = "10.42.64.0/24".parse().expect("subnet");
-        write(&path, network, subnet, 1450).expect("written");
+        let networks = subnets("10.42.0.0/16", None);
+        let ours = subnets("10.42.64.0/24", None);
+        write(&path, networks, ours, 1450).expect("written");
         assert_eq!(
             fs::read_to_string(&path).expect("read"),
             "FLANNEL_NETWORK=10.42.0.0/16\nFLANNEL_SUBNET=10.42.64.1/24\n\
              FLANNEL_MTU=1450\nFLANNEL_IPMASQ=false\n"
         );
         let before = fs::metadata(&path).expect("metadata").modified().expect("time");
-        write(&path, network, subnet, 1450).expect("unchanged");
+        write(&path, networks, ours, 1450).expect("unchanged");
         assert_eq!(fs::metadata(&path).expect("metadata").modified().expect("time"), before);
+    }
+
+    #[test]
+    fn ipv6_has_lines_of_its_own_beside_ipv4_or_alone() {
+        let dual = contents(
+            subnets("10.42.0.0/16", Some("fd42::/48")),
+            subnets("10.42.64.0/24", Some("fd42:0:0:40::/64")),
+            1430,
+        );
+        let lines: Vec<&str> = dual.lines().collect();
+        assert_eq!(
+            lines[1..4],
+            [
+                "FLANNEL_SUBNET=10.42.64.1/24",
+                "FLANNEL_IPV6_NETWORK=fd42::/48",
+                "FLANNEL_IPV6_SUBNET=fd42:0:0:40::1/64",
+            ]
+        );
+        let alone = contents(subnets("fd42::/48", None), subnets("fd42:0:0:40::/64", None), 1430);
+        assert!(alone.starts_with("FLANNEL_IPV6_NETWORK=fd42::/48\n"), "{alone}");
+    }
+
+    fn subnets(first: &str, second: Option<&str>) -> Subnets {
+        Subnets {
+            first: first.parse().expect("network"),
+            second: second.map(|text| text.parse().expect("network")),
+        }
     }
 }

@@ -5,9 +5,11 @@
 
 use std::net::{IpAddr, SocketAddr};
 
+use ipnet::IpNet;
+
 use crate::{
     config::{Config, IfaceChoice},
-    dataplane::desired::overhead,
+    dataplane::desired::{Mode, Underlay, overhead},
     netlink::{
         Netlink,
         link::{Address, Link, Path},
@@ -20,8 +22,20 @@ pub struct Chosen {
     pub name: String,
     pub link: u32,
     pub local: IpAddr,
-    /// MTU of the overlay device.
+    /// Networks of the interface: their hosts are reached without a router.
+    pub networks: Vec<IpNet>,
+    /// MTU of the overlay, for pods.
     pub mtu: u32,
+    /// MTU of the overlay device: the same, unless packets go without a tunnel and may be larger.
+    pub tunnel_mtu: u32,
+}
+
+impl Chosen {
+    /// As the data plane uses it.
+    pub fn with_mode(&self, mode: Mode) -> Underlay {
+        let Self { link, local, ref networks, tunnel_mtu, .. } = *self;
+        Underlay { link, local, networks: networks.clone(), tunnel_mtu, mode }
+    }
 }
 
 /// No interface can be chosen.
@@ -45,7 +59,7 @@ pub fn choose(netlink: &mut Netlink, config: &Config) -> Result<Chosen, Underlay
         None if matches!(config.iface, IfaceChoice::Default) => host.only_candidate(),
         found => found,
     };
-    found.ok_or_else(|| host.no_match(&config.iface)).and_then(|found| chosen(found, config))
+    found.ok_or_else(|| host.no_match(&config.iface)).and_then(|found| host.chosen(found, config))
 }
 
 /// Chooses anew because something about the interfaces has changed. What was chosen stays for as long as it
@@ -66,17 +80,7 @@ pub fn choose_again(
         None => host.by_config(netlink, config)?,
         found => found,
     };
-    found.ok_or_else(|| host.no_match(&config.iface)).and_then(|found| chosen(found, config))
-}
-
-fn chosen((link, address): (&Link, &Address), config: &Config) -> Result<Chosen, UnderlayError> {
-    let most = link.mtu.saturating_sub(overhead(address.ip));
-    let mtu = config.mtu.unwrap_or(most);
-    if mtu > most {
-        let iface = link.name.clone();
-        return Err(UnderlayError::Mtu { mtu, iface, underlay: link.mtu, most });
-    }
-    Ok(Chosen { name: link.name.clone(), link: link.index, local: address.ip, mtu })
+    found.ok_or_else(|| host.no_match(&config.iface)).and_then(|found| host.chosen(found, config))
 }
 
 struct Host {
@@ -87,6 +91,31 @@ struct Host {
 impl Host {
     fn look(netlink: &mut Netlink) -> Result<Self, UnderlayError> {
         Ok(Self { links: netlink.links()?, addresses: netlink.addresses()? })
+    }
+
+    fn chosen(
+        &self,
+        (link, address): (&Link, &Address),
+        config: &Config,
+    ) -> Result<Chosen, UnderlayError> {
+        let tunnelled = link.mtu.saturating_sub(overhead(address.ip));
+        let most = if config.mode == Mode::HostGw { link.mtu } else { tunnelled };
+        let mtu = config.mtu.unwrap_or(most);
+        if mtu > most {
+            let iface = link.name.clone();
+            return Err(UnderlayError::Mtu { mtu, iface, underlay: link.mtu, most });
+        }
+        let on_link = self.addresses.iter().filter(|address| address.link == link.index);
+        let networks =
+            on_link.filter_map(|address| IpNet::new(address.ip, address.prefix_len).ok());
+        Ok(Chosen {
+            name: link.name.clone(),
+            link: link.index,
+            local: address.ip,
+            networks: networks.map(|network| network.trunc()).collect(),
+            mtu,
+            tunnel_mtu: mtu.min(tunnelled),
+        })
     }
 
     fn by_config(

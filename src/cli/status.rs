@@ -121,6 +121,10 @@ fn leases_of(status: &Value) -> Value {
     })
 }
 
+fn of_network(subnet: &Value, network: &Value) -> String {
+    format!("{} of {}", text(subnet), text(network))
+}
+
 fn status_text(status: &Value) -> String {
     let kernel = &status["kernel"];
     let alive = alive(status);
@@ -133,14 +137,7 @@ fn status_text(status: &Value) -> String {
         ("node", format!("{} ({})", text(&status["name"]), text(&status["node"]))),
         ("state", state),
         ("cluster", text(&status["cluster"])),
-        (
-            "subnet",
-            format!(
-                "{} of {}",
-                text(&status["subnet"]),
-                text(&status["settings"]["pool"]["network"])
-            ),
-        ),
+        ("subnet", of_network(&status["subnet"], &status["settings"]["pool"]["network"])),
         ("members", format!("{alive} alive of {known}")),
         ("slots", slots_text(&status["slots"])),
         (
@@ -161,8 +158,11 @@ fn status_text(status: &Value) -> String {
             ),
         ),
     ];
+    let subnet6 = status["subnet6"].as_str().map(|_| {
+        ("subnet6", of_network(&status["subnet6"], &status["settings"]["pool"]["network6"]))
+    });
     let mut out = String::new();
-    for (name, value) in rows {
+    for (name, value) in rows.into_iter().chain(subnet6) {
         let _ = writeln!(out, "{name:<9} {value}");
     }
     for node in status["reclaiming"].as_array().into_iter().flatten() {

@@ -8,7 +8,7 @@ use std::{fs, path::Path};
 use serde_json::{Map, Value};
 
 use super::{ConfigError, Settings, bad};
-use crate::dataplane::desired::overhead;
+use crate::dataplane::desired::{Mode, overhead};
 
 /// Reads the file into the settings that it stands for.
 pub(super) fn read(path: &Path) -> Result<Settings, ConfigError> {
@@ -20,28 +20,52 @@ pub(super) fn read(path: &Path) -> Result<Settings, ConfigError> {
 fn parse(text: &str) -> Result<Settings, String> {
     let object: Map<String, Value> = serde_json::from_str(text).map_err(|e| e.to_string())?;
     let mut settings = Settings::default();
+    let (mut ipv4, mut ipv6) = (true, false);
     for (key, value) in &object {
         match key.to_ascii_lowercase().as_str() {
             "network" => settings.network = Some(from_text(key, value)?),
             "subnetlen" => settings.subnet_len = Some(from_number(key, value)?),
             "subnetmin" => settings.subnet_min = Some(from_text(key, value)?),
             "subnetmax" => settings.subnet_max = Some(from_text(key, value)?),
+            "ipv6network" => settings.network6 = Some(from_text(key, value)?),
+            "ipv6subnetlen" => settings.subnet_len6 = Some(from_number(key, value)?),
             "backend" => backend(value, &mut settings)?,
-            "enableipv4" if value == &Value::Bool(true) => {}
-            "enableipv6" if value == &Value::Bool(false) => {}
+            "enableipv4" => ipv4 = from_bool(key, value)?,
+            "enableipv6" => ipv6 = from_bool(key, value)?,
             "enablenftables" => {}
             _ => return Err(format!("{key} = {value} is not supported: remove it")),
         }
     }
+    choose_families(&mut settings, ipv4, ipv6)?;
     Ok(settings)
+}
+
+/// Network and IPv6Network may both be there; which of them count, the two switches say.
+fn choose_families(settings: &mut Settings, ipv4: bool, ipv6: bool) -> Result<(), String> {
+    if !ipv6 {
+        (settings.network6, settings.subnet_len6) = (None, None);
+    } else if settings.network6.is_none() {
+        return Err("EnableIPv6 is true: set IPv6Network as well".to_owned());
+    }
+    if ipv4 {
+        return Ok(());
+    }
+    let network6 = settings.network6.take().ok_or("EnableIPv4 is false: set EnableIPv6")?;
+    settings.network = Some(network6.into());
+    settings.subnet_len = settings.subnet_len6.take();
+    (settings.subnet_min, settings.subnet_max) = (None, None);
+    Ok(())
 }
 
 fn backend(value: &Value, settings: &mut Settings) -> Result<(), String> {
     let object = value.as_object().ok_or("Backend must be an object")?;
     for (key, value) in object {
         match key.to_ascii_lowercase().as_str() {
-            "type" if value.as_str().is_some_and(|text| text.eq_ignore_ascii_case("vxlan")) => {}
-            "type" => return Err(format!("Backend.Type is {value}: only \"vxlan\" is supported")),
+            "type" => match value.as_str().map(str::to_ascii_lowercase).as_deref() {
+                Some("vxlan") => {}
+                Some("host-gw") => settings.mode = Some(Mode::HostGw),
+                _ => return Err(format!("Backend.Type is {value}: use \"vxlan\" or \"host-gw\"")),
+            },
             "vni" => settings.vni = Some(from_number(key, value)?),
             "port" => match from_number(key, value)? {
                 0_u16 => {}
@@ -53,11 +77,17 @@ fn backend(value: &Value, settings: &mut Settings) -> Result<(), String> {
                 let ipv4 = std::net::Ipv4Addr::UNSPECIFIED.into();
                 settings.mtu = Some(underlay.saturating_sub(overhead(ipv4)));
             }
-            "learning" | "gbp" | "directrouting" if value == &Value::Bool(false) => {}
+            "directrouting" if from_bool(key, value)? => settings.mode = Some(Mode::Direct),
+            "directrouting" => {}
+            "learning" | "gbp" if value == &Value::Bool(false) => {}
             _ => return Err(format!("Backend.{key} = {value} is not supported: remove it")),
         }
     }
     Ok(())
+}
+
+fn from_bool(key: &str, value: &Value) -> Result<bool, String> {
+    value.as_bool().ok_or_else(|| format!("{key} is {value}: use true or false"))
 }
 
 fn from_text<T: std::str::FromStr>(key: &str, value: &Value) -> Result<T, String> {
@@ -92,10 +122,25 @@ mod tests {
     }
 
     #[test]
+    fn both_families_and_ways_without_a_tunnel_are_understood() {
+        let dual = r#""Network": "10.244.0.0/16", "EnableIPv6": true, "IPv6Network": "fd42::/48""#;
+        let settings = parse(&format!("{{{dual}, \"Backend\": {{\"Type\": \"host-gw\"}}}}"));
+        let settings = settings.expect("understood");
+        assert_eq!(settings.network6, "fd42::/48".parse().ok());
+        assert_eq!(settings.mode, Some(Mode::HostGw));
+        let alone = parse(&format!("{{{dual}, \"EnableIPv4\": false}}")).expect("understood");
+        assert_eq!((alone.network, alone.network6), ("fd42::/48".parse().ok(), None));
+        let direct = r#"{"Backend": {"Type": "vxlan", "DirectRouting": true}}"#;
+        assert_eq!(parse(direct).expect("understood").mode, Some(Mode::Direct));
+    }
+
+    #[test]
     fn what_is_not_supported_is_named() {
         for (text, word) in [
             (r#"{"Network": "10.244.0.0/16", "Backend": {"Type": "wireguard"}}"#, "wireguard"),
-            (r#"{"EnableIPv6": true}"#, "EnableIPv6"),
+            (r#"{"EnableIPv6": true}"#, "IPv6Network"),
+            (r#"{"EnableIPv4": false}"#, "EnableIPv6"),
+            (r#"{"EnableIPv4": "no"}"#, "true or false"),
             (r#"{"Backend": {"Type": "vxlan", "Learning": true}}"#, "Learning"),
             (r#"{"SubnetLen": 300}"#, "SubnetLen"),
             (r#"{"Network": "ten"}"#, "Network"),

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeSet, VecDeque},
-    net::{Ipv4Addr, SocketAddr},
+    net::{IpAddr, SocketAddr},
 };
 
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
@@ -45,7 +45,7 @@ pub struct NodeConfig {
     /// What the operator wrote down about the cluster.
     pub wish: SettingsWish,
     /// First address of the subnet this node would like.
-    pub prefer_subnet: Option<Ipv4Addr>,
+    pub prefer_subnet: Option<IpAddr>,
     /// Names are unique by construction: a down member of this node's name is its predecessor, and gone.
     pub replace_by_name: bool,
     /// By time alone nobody is forgotten otherwise.

@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 
 use crate::{
     model::NodeId,
@@ -44,7 +44,7 @@ pub enum Input {
     /// The time asked for by `Node::poll_timeout` has come.
     Timeout,
     /// The kernel is equal now to what was asked for: it uses this subnet, or none.
-    InUse(Option<Ipv4Net>),
+    InUse(Option<IpNet>),
     /// This host has another underlay address from now on; the port stays.
     Moved {
         underlay: IpAddr,

@@ -10,7 +10,7 @@
 //! - `learn`: merging what others say
 //! - `join`: from stranger to member; `lease`: having exactly one subnet
 //! - `push`, `sync`: how a change reaches everybody: at once, and surely
-//! - `serve`: answers to peers
+//! - `serve`: answers to peers; `strange`: messages that are of no use
 //! - `leave`: handing over and going; `forget`: reclaiming what others left behind; `vote`: forgetting by
 //!   time alone
 
@@ -30,6 +30,7 @@ mod rank;
 mod serve;
 mod slots;
 mod status;
+mod strange;
 mod sync;
 #[cfg(test)]
 mod tests;
@@ -43,7 +44,7 @@ use std::{
     time::Duration,
 };
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use rand::{RngExt as _, rngs::StdRng};
 
 pub use boot::{Founding, NodeConfig, StartError};
@@ -65,6 +66,7 @@ use self::{
     planted::{Bug, planted},
     push::PushQueue,
     slots::SlotTable,
+    strange::read_response,
     sync::SyncRound,
     vote::Voting,
     writes::Dirty,
@@ -127,7 +129,7 @@ enum InUse {
     /// Nothing was heard from the kernel since the start.
     Unknown,
     Nothing,
-    Subnet(Ipv4Net),
+    Subnet(IpNet),
 }
 
 /// A copy of this node, as last heard of.
@@ -346,7 +348,7 @@ impl Node {
         }
     }
 
-    fn on_in_use(&mut self, now: Time, subnet: Option<Ipv4Net>) {
+    fn on_in_use(&mut self, now: Time, subnet: Option<IpNet>) {
         self.in_use = subnet.map_or(InUse::Nothing, InUse::Subnet);
         match subnet {
             Some(_) => self.recheck_lease(now),
@@ -472,34 +474,5 @@ impl Node {
     /// A span between `base` and `base` and a quarter, so that nodes do not act in step.
     fn jittered(&mut self, base: Duration) -> Duration {
         base + base.mul_f64(self.rng.random_range(0.0..0.25))
-    }
-
-    /// A peer may refuse; any other response that was not asked for is a fault of its program.
-    fn note_unexpected(&mut self, from: NodeId, response: &Response, what: &str) {
-        match response {
-            Response::Refused(refusal) => tracing::debug!(peer = %from, %refusal, "{what}"),
-            _ => self.note_malformed(from, &what),
-        }
-    }
-
-    fn note_malformed(&mut self, from: NodeId, error: &dyn std::fmt::Display) {
-        self.counters.malformed += 1;
-        tracing::warn!(peer = %from, name = self.name_of(from), %error, "unreadable message ignored");
-    }
-
-    fn note_foreign(&mut self, from: NodeId, theirs: ClusterId) {
-        self.counters.malformed += 1;
-        let ours = self.cluster_id();
-        tracing::warn!(peer = %from, ?ours, %theirs, "message of another cluster ignored");
-    }
-}
-
-fn read_response(bytes: &[u8]) -> Result<Response, String> {
-    match Frame::decode(bytes) {
-        Ok((_, Frame::Response(payload))) => {
-            Response::decode(payload).map_err(|error| error.to_string())
-        }
-        Ok(_) => Err("the answer is not a response".to_owned()),
-        Err(error) => Err(error.to_string()),
     }
 }

@@ -5,7 +5,7 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use serde::Serialize;
 
 use crate::model::{
@@ -34,7 +34,9 @@ pub struct NodeStatus {
     pub phase: Phase,
     pub cluster: Option<ClusterId>,
     pub settings: Option<ClusterSettings>,
-    pub subnet: Option<Ipv4Net>,
+    pub subnet: Option<IpNet>,
+    /// In a dual-stack overlay the IPv6 subnet beside it.
+    pub subnet6: Option<IpNet>,
     pub slots: SlotCounts,
     /// The last comparison with a peer found no difference (or there is no peer).
     pub settled: bool,
@@ -61,8 +63,8 @@ pub struct SlotCounts {
 /// Spare subnets in a row, of one owner.
 #[derive(Clone, Debug, Serialize)]
 pub struct SpareRange {
-    pub first: Ipv4Net,
-    pub last: Ipv4Net,
+    pub first: IpNet,
+    pub last: IpNet,
     pub count: u32,
     pub node: NodeId,
     pub name: String,
@@ -81,7 +83,7 @@ pub struct MemberStatus {
     pub address: SocketAddr,
     pub underlay: IpAddr,
     pub vtep_mac: Mac,
-    pub subnets: Vec<Ipv4Net>,
+    pub subnets: Vec<IpNet>,
     pub spare: u32,
 }
 
@@ -100,8 +102,8 @@ impl Node {
         let me = self.me.node;
         let alone = self.is_alone();
         let pool = self.home.as_ref().map(|home| home.cluster.settings.pool);
-        let subnet = self.view().map(|view| view.own.subnet);
-        let phase = match (&self.home, &self.leaving, subnet) {
+        let subnets = self.view().map(|view| view.own.subnets);
+        let phase = match (&self.home, &self.leaving, subnets) {
             (_, Some(_), _) => Phase::Leaving,
             (None, _, _) => Phase::Joining,
             (_, _, None) => Phase::Leaseless,
@@ -114,7 +116,8 @@ impl Node {
             phase,
             cluster: self.cluster_id(),
             settings: self.home.as_ref().map(|home| home.cluster.settings),
-            subnet,
+            subnet: subnets.map(|subnets| subnets.first),
+            subnet6: subnets.and_then(|subnets| subnets.second),
             slots: SlotCounts {
                 total: pool.map_or(0, |pool| pool.slot_count()),
                 leased: census.leased,
@@ -155,7 +158,7 @@ impl Node {
                 underlay: record.vtep.underlay,
                 vtep_mac: record.vtep.mac,
                 subnets: slots
-                    .map(|(_, pool)| subnets.map(|slot| pool.subnet(slot)).collect())
+                    .map(|(_, pool)| subnets.flat_map(|slot| pool.subnets(slot).iter()).collect())
                     .unwrap_or_default(),
                 spare: spare.iter().map(|run| run.len).sum(),
             }

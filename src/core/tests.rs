@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 
 use super::*;
 use crate::{
@@ -23,10 +23,8 @@ const LATENCY: Duration = Duration::from_millis(2);
 
 fn settings(network: &str, len: u8) -> ClusterSettings {
     let pool = Pool::new(&PoolSpec {
-        network: network.parse().expect("network"),
         subnet_len: Some(len),
-        subnet_min: None,
-        subnet_max: None,
+        ..PoolSpec::of(network.parse().expect("network"))
     });
     ClusterSettings { pool: pool.expect("pool"), vni: 1, vxlan_port: 8472 }
 }
@@ -72,7 +70,7 @@ impl World {
         &mut self.hosts[host].process.as_mut().expect("runs").node
     }
 
-    fn subnet(&self, host: usize) -> Option<Ipv4Net> {
+    fn subnet(&self, host: usize) -> Option<IpNet> {
         self.node(host).status().subnet
     }
 

@@ -1,10 +1,8 @@
 //! What the kernel must know: the converged state, boiled down to tunnels and subnets.
 
-use std::{collections::BTreeMap, net::Ipv4Addr, ops::RangeInclusive};
+use std::{collections::BTreeMap, ops::RangeInclusive};
 
-use ipnet::Ipv4Net;
-
-use crate::model::{ClusterSettings, MemberRecord, NodeId, Slot, SlotState, Vtep};
+use crate::model::{ClusterSettings, MemberRecord, NodeId, Slot, SlotState, Subnets, Vtep};
 
 use super::{
     Asked, Home, Node, Output,
@@ -19,16 +17,16 @@ pub struct View {
     pub own: Own,
     /// Every member with a lease, whether it is alive or not: being down is an opinion.
     pub peers: BTreeMap<NodeId, Peer>,
-    /// Where entries that are in no peer's name must stay: addresses of slots about which nobody was heard
-    /// since the start who can know. A process that was killed may have programmed more than its disk
-    /// remembers, and removing that would cut off a member that works.
-    pub unheard: Vec<RangeInclusive<Ipv4Addr>>,
+    /// Slots whose entries must stay although they are in no peer's name: nobody was heard since the start
+    /// who can know of them. A process that was killed may have programmed more than its disk remembers,
+    /// and removing that would cut off a member that works.
+    pub unheard: Vec<RangeInclusive<u32>>,
 }
 
 /// This node's end of the tunnels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Own {
-    pub subnet: Ipv4Net,
+    pub subnets: Subnets,
     pub vtep: Vtep,
 }
 
@@ -37,7 +35,7 @@ pub struct Own {
 pub struct Peer {
     pub vtep: Vtep,
     /// Its leases, lowest slot first; more than one only for moments.
-    pub leases: Vec<(Slot, Ipv4Net)>,
+    pub leases: Vec<(Slot, Subnets)>,
 }
 
 impl Node {
@@ -70,20 +68,20 @@ impl Node {
         }
         let Home { cluster, slots, search } = self.home.as_ref()?;
         let pool = cluster.settings.pool;
-        let mut leases: BTreeMap<NodeId, Vec<(Slot, Ipv4Net)>> = BTreeMap::new();
+        let mut leases: BTreeMap<NodeId, Vec<(Slot, Subnets)>> = BTreeMap::new();
         for run in slots.runs().iter().filter(|run| run.record.state == SlotState::Leased) {
-            let subnets = run.slots().map(|slot| (slot, pool.subnet(slot)));
+            let subnets = run.slots().map(|slot| (slot, pool.subnets(slot)));
             leases.entry(run.record.owner).or_default().extend(subnets);
         }
         let slot = search.own_slot(slots, me)?;
-        let subnet = pool.subnet(slot);
+        let subnets = pool.subnets(slot);
         let peer = |record: &MemberRecord| {
             let leases = leases.get(&record.node)?.clone();
             Some((record.node, Peer { vtep: record.vtep, leases }))
         };
         Some(View {
             settings: cluster.settings,
-            own: Own { subnet, vtep: self.me.vtep },
+            own: Own { subnets, vtep: self.me.vtep },
             peers: self.directory.peers(me).filter_map(peer).collect(),
             unheard: if planted(Bug::SweepAtOnce) { Vec::new() } else { self.unheard() },
         })
@@ -92,7 +90,7 @@ impl Node {
     /// A slot's owner is the only one who can have leased it to somebody else. So what the table says of it
     /// is the last word if the owner has been compared with, or if this node has seen it change hands
     /// itself.
-    fn unheard(&self) -> Vec<RangeInclusive<Ipv4Addr>> {
+    fn unheard(&self) -> Vec<RangeInclusive<u32>> {
         let Some(home) = &self.home else { return Vec::new() };
         let pool = home.cluster.settings.pool;
         let mut unheard: Vec<RangeInclusive<u32>> = Vec::new();
@@ -120,11 +118,6 @@ impl Node {
             add(from..=run.end() - 1);
         }
         add(next..=*pool.slots().end());
-        let addresses = |range: RangeInclusive<u32>| {
-            let (first, last) =
-                (pool.subnet(Slot(*range.start())), pool.subnet(Slot(*range.end())));
-            first.network()..=last.broadcast()
-        };
-        unheard.into_iter().map(addresses).collect()
+        unheard
     }
 }

@@ -6,19 +6,23 @@
 //! - neighbour: `10.42.7.0 lladdr m dev gossamer.1 nud permanent` (who the gateway is)
 //! - route: `10.42.7.0/24 via 10.42.7.0 dev gossamer.1 onlink` (what goes to that gateway)
 //!
+//! In a dual-stack overlay the second and third exist once per family; the tunnel may be of either. A peer
+//! that is routed to directly has only a route, over the underlay to its host.
+//!
 //! Pure: equal views give equal results, and no clock or kernel is asked.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{IpAddr, Ipv4Addr},
+    net::IpAddr,
     ops::RangeInclusive,
 };
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
 
 use crate::{
     core::View,
-    model::{Mac, NodeId, Slot},
+    model::{Mac, NodeId, Pool, Slot, Vtep},
 };
 
 /// `rtm_protocol` of every route of ours: how they are recognised without any memory.
@@ -44,8 +48,8 @@ pub struct Device {
     pub local: IpAddr,
     /// Index of the underlay interface.
     pub link: u32,
-    /// The VTEP's overlay address: the first of this node's subnet, as a /32.
-    pub address: Ipv4Addr,
+    /// The VTEP's overlay addresses: the first of each of this node's subnets, as a /32 or /128.
+    pub addresses: BTreeSet<IpAddr>,
 }
 
 /// The entries of the three tables that belong to us, each by its kernel key.
@@ -54,9 +58,9 @@ pub struct Tables {
     /// MAC -> underlay address.
     pub fdb: BTreeMap<Mac, IpAddr>,
     /// Overlay address -> MAC.
-    pub neighbours: BTreeMap<Ipv4Addr, Mac>,
+    pub neighbours: BTreeMap<IpAddr, Mac>,
     /// Destination -> gateway and metric.
-    pub routes: BTreeMap<Ipv4Net, Hop>,
+    pub routes: BTreeMap<IpNet, Hop>,
 }
 
 /// The value of a route.
@@ -70,7 +74,9 @@ pub struct Hop {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Way {
     /// Over our device, to the VTEP with this overlay address.
-    Overlay(Ipv4Addr),
+    Overlay(IpAddr),
+    /// Over the underlay interface with this index, to the host with this underlay address.
+    Direct { gateway: IpAddr, link: u32 },
     /// Nowhere: whoever sends there is told at once.
     Unreachable,
 }
@@ -80,20 +86,58 @@ pub enum Way {
 pub struct Desired {
     pub device: Device,
     pub tables: Tables,
-    /// The pool's network: routes of ours into it are ours wherever they lead.
-    pub network: Ipv4Net,
-    /// Addresses whose entries stay although they are not in `tables`: see [`View::unheard`].
-    pub unheard: Vec<RangeInclusive<Ipv4Addr>>,
+    /// Routes with our protocol number into its networks are ours, wherever they lead.
+    pub pool: Pool,
+    /// Slots whose entries stay although they are not in `tables`: see [`View::unheard`].
+    pub unheard: Vec<RangeInclusive<u32>>,
+}
+
+/// How packets get to a peer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "agent", derive(clap::ValueEnum))]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// Always through a tunnel.
+    #[default]
+    Vxlan,
+    /// Without a tunnel where the peer is on the same underlay network.
+    Direct,
+    /// Never through a tunnel: peers on other networks are unreachable.
+    HostGw,
 }
 
 /// What the view does not know: this host's end of the underlay.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Underlay {
     pub link: u32,
     /// The source address of tunnel packets; behind NAT not the one that peers are told.
     pub local: IpAddr,
+    /// Networks of the interface: their hosts are reached without a router.
+    pub networks: Vec<IpNet>,
     /// MTU of the overlay device.
-    pub mtu: u32,
+    pub tunnel_mtu: u32,
+    pub mode: Mode,
+}
+
+impl Underlay {
+    /// Where nothing goes without a tunnel.
+    pub const fn of_tunnels(link: u32, local: IpAddr, tunnel_mtu: u32) -> Self {
+        Self { link, local, networks: Vec::new(), tunnel_mtu, mode: Mode::Vxlan }
+    }
+
+    /// The way to a subnet of the peer with this underlay address.
+    pub fn way(&self, peer: IpAddr, subnet: IpNet) -> Way {
+        let near = self.networks.iter().any(|network| network.contains(&peer));
+        // No kernel routes IPv6 by an IPv4 gateway; the reverse is fine.
+        let routable = peer.is_ipv6() || subnet.addr().is_ipv4();
+        match self.mode {
+            Mode::Direct | Mode::HostGw if near && routable => {
+                Way::Direct { gateway: peer, link: self.link }
+            }
+            Mode::Vxlan | Mode::Direct => Way::Overlay(subnet.network()),
+            Mode::HostGw => Way::Unreachable,
+        }
+    }
 }
 
 impl Desired {
@@ -101,17 +145,11 @@ impl Desired {
     pub fn new(view: &View, underlay: &Underlay, withdrawn: &BTreeSet<NodeId>) -> Self {
         let mut tables = Tables::default();
         for (node, peer) in &view.peers {
-            for &(slot, subnet) in &peer.leases {
-                let vtep = subnet.network();
-                let (overlay, metric) = (Way::Overlay(vtep), metric(slot));
-                tables.fdb.insert(peer.vtep.mac, peer.vtep.underlay);
-                tables.neighbours.insert(vtep, peer.vtep.mac);
-                if withdrawn.contains(node) {
-                    tables.routes.insert(vtep.into(), Hop { way: overlay, metric });
-                    tables.routes.insert(subnet, Hop { way: Way::Unreachable, metric });
-                } else {
-                    tables.routes.insert(subnet, Hop { way: overlay, metric });
-                }
+            let withdrawn = withdrawn.contains(node);
+            for (slot, subnets) in &peer.leases {
+                subnets.iter().for_each(|subnet| {
+                    tables.add(&peer.vtep, subnet, *slot, underlay, withdrawn);
+                });
             }
         }
         let device = Device {
@@ -119,13 +157,51 @@ impl Desired {
             vni: view.settings.vni,
             port: view.settings.vxlan_port,
             mac: view.own.vtep.mac,
-            mtu: underlay.mtu,
+            mtu: underlay.tunnel_mtu,
             local: underlay.local,
             link: underlay.link,
-            address: view.own.subnet.network(),
+            addresses: view.own.subnets.iter().map(|subnet| subnet.network()).collect(),
         };
-        let network = view.settings.pool.network();
-        Self { device, tables, network, unheard: view.unheard.clone() }
+        Self { device, tables, pool: view.settings.pool, unheard: view.unheard.clone() }
+    }
+
+    /// Whether any packets go without a tunnel.
+    pub fn has_direct(&self) -> bool {
+        self.tables.routes.values().any(|hop| matches!(hop.way, Way::Direct { .. }))
+    }
+
+    /// Whether an entry about this address is to stay although it is not wanted: its slot is in nobody's
+    /// name, and who could know of it was not heard.
+    pub fn stays(&self, address: IpAddr) -> bool {
+        let Some(slot) = self.pool.slot_of(address) else { return false };
+        let known = |subnet: IpNet| self.tables.routes.contains_key(&subnet);
+        self.unheard.iter().any(|slots| slots.contains(&slot.0))
+            && !self.pool.subnets(slot).iter().any(known)
+    }
+}
+
+impl Tables {
+    /// Adds the entries of one subnet of a peer.
+    fn add(
+        &mut self,
+        peer: &Vtep,
+        subnet: IpNet,
+        slot: Slot,
+        underlay: &Underlay,
+        withdrawn: bool,
+    ) {
+        let (vtep, metric) = (subnet.network(), metric(slot));
+        let way = underlay.way(peer.underlay, subnet);
+        if matches!(way, Way::Overlay(_)) {
+            self.fdb.insert(peer.mac, peer.underlay);
+            self.neighbours.insert(vtep, peer.mac);
+        }
+        if withdrawn {
+            self.routes.insert(vtep.into(), Hop { way, metric });
+            self.routes.insert(subnet, Hop { way: Way::Unreachable, metric });
+        } else {
+            self.routes.insert(subnet, Hop { way, metric });
+        }
     }
 }
 
@@ -144,19 +220,19 @@ const fn metric(slot: Slot) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dataplane::plan::tests::{underlay, view};
+    use crate::dataplane::plan::tests::{dual_stack_view, underlay, view};
 
     #[test]
     fn a_peer_is_three_entries_as_flannel_writes_them() {
         let view = view(&[(1, 9), (2, 7)]);
         let desired = Desired::new(&view, &underlay(), &BTreeSet::new());
         let peer = view.peers.values().next().expect("one peer");
-        let gateway: Ipv4Addr = "10.42.7.0".parse().expect("address");
+        let gateway: IpAddr = "10.42.7.0".parse().expect("address");
         assert_eq!(desired.tables.fdb[&peer.vtep.mac], peer.vtep.underlay);
         assert_eq!(desired.tables.neighbours[&gateway], peer.vtep.mac);
         let subnet = "10.42.7.0/24".parse().expect("subnet");
         assert_eq!(desired.tables.routes[&subnet], Hop { way: Way::Overlay(gateway), metric: 8 });
-        assert_eq!(desired.device.address.to_string(), "10.42.9.0");
+        assert_eq!(desired.device.addresses, BTreeSet::from([[10, 42, 9, 0].into()]));
         assert_eq!(desired.device.mac, view.own.vtep.mac);
         let subnet_of_own = "10.42.9.0/24".parse().expect("subnet");
         assert!(!desired.tables.routes.contains_key(&subnet_of_own), "no route to ourselves");
@@ -170,6 +246,38 @@ mod tests {
         assert_eq!(way("10.42.7.0/24"), Way::Unreachable);
         assert_eq!(way("10.42.7.0/32"), Way::Overlay([10, 42, 7, 0].into()));
         assert_eq!((desired.tables.fdb.len(), desired.tables.neighbours.len()), (1, 1));
+    }
+
+    #[test]
+    fn a_dual_stack_peer_has_one_tunnel_and_both_families_through_it() {
+        let view = dual_stack_view(&[(1, 9), (2, 7)]);
+        let desired = Desired::new(&view, &underlay(), &BTreeSet::new());
+        let Tables { fdb, neighbours, routes } = &desired.tables;
+        assert_eq!((fdb.len(), neighbours.len(), routes.len()), (1, 2, 2));
+        let vtep: IpAddr = "fd42:0:0:7::".parse().expect("address");
+        let subnet = "fd42:0:0:7::/64".parse().expect("subnet");
+        assert_eq!(routes[&subnet].way, Way::Overlay(vtep));
+        assert_eq!(Some(&neighbours[&vtep]), fdb.keys().next());
+        assert_eq!(desired.device.addresses.len(), 2);
+    }
+
+    #[test]
+    fn peers_on_the_underlay_network_are_routed_to_directly_and_others_by_tunnel_or_not_at_all() {
+        let mut view = dual_stack_view(&[(1, 9), (2, 7), (3, 8)]);
+        let far = view.peers.values_mut().find(|peer| peer.leases[0].0 == Slot(8));
+        far.expect("there is one").vtep.underlay = [198, 51, 100, 3].into();
+        let ways = |mode| {
+            let desired = Desired::new(&view, &Underlay { mode, ..underlay() }, &BTreeSet::new());
+            let way = |subnet: &str| desired.tables.routes[&subnet.parse().expect("subnet")].way;
+            let ways = ["10.42.7.0/24", "10.42.8.0/24", "fd42:0:0:7::/64"].map(way);
+            (ways, desired.tables.fdb.len())
+        };
+        let near = Way::Direct { gateway: [192, 0, 2, 2].into(), link: 2 };
+        let tunnel = Way::Overlay([10, 42, 8, 0].into());
+        let tunnel6 = Way::Overlay("fd42:0:0:7::".parse().expect("address"));
+        // An IPv4 gateway is none for IPv6.
+        assert_eq!(ways(Mode::Direct), ([near, tunnel, tunnel6], 2));
+        assert_eq!(ways(Mode::HostGw), ([near, Way::Unreachable, Way::Unreachable], 0));
     }
 
     #[test]

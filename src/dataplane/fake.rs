@@ -7,14 +7,14 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{IpAddr, Ipv4Addr},
+    net::IpAddr,
 };
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 
 use super::{
-    desired::{Desired, Tables, Way},
-    plan::{Actual, Found, Op, plan},
+    desired::{Desired, Hop, Tables, Way},
+    plan::{Actual, Found, Op, full_len, plan},
 };
 use crate::model::Mac;
 
@@ -23,9 +23,9 @@ use crate::model::Mac;
 pub struct FakeKernel {
     pub device: Option<Found>,
     pub fdb: BTreeSet<(Mac, IpAddr)>,
-    pub neighbours: BTreeMap<Ipv4Addr, Mac>,
+    pub neighbours: BTreeMap<IpAddr, Mac>,
     /// (destination, metric) -> where to, as the kernel keys them.
-    pub routes: BTreeMap<(Ipv4Net, u32), Way>,
+    pub routes: BTreeMap<(IpNet, u32), Way>,
 }
 
 /// What the kernel said no to.
@@ -39,8 +39,7 @@ pub struct Refused {
 impl FakeKernel {
     pub fn dump(&self) -> Actual {
         let routes = self.routes.iter();
-        let routes =
-            routes.map(|(&(subnet, metric), &way)| (subnet, super::desired::Hop { way, metric }));
+        let routes = routes.map(|(&(subnet, metric), &way)| (subnet, Hop { way, metric }));
         Actual {
             device: self.device.clone(),
             fdb: self.fdb.clone(),
@@ -59,7 +58,7 @@ impl FakeKernel {
                 self.device = Some(found);
             }
             Op::DeleteDevice => {
-                self.routes.retain(|_, way| *way == Way::Unreachable);
+                self.routes.retain(|_, way| !matches!(way, Way::Overlay(_)));
                 *self = Self { routes: std::mem::take(&mut self.routes), ..Self::default() };
             }
             Op::RemoveRoute(subnet, hop) => _ = self.routes.remove(&(subnet, hop.metric)),
@@ -93,7 +92,7 @@ impl FakeKernel {
                     }
                     Op::SetMtu(mtu) => found.device.mtu = mtu,
                     Op::SetUp => found.up = true,
-                    Op::AddAddress(address) => found.addresses.push((address, 32)),
+                    Op::AddAddress(address) => found.addresses.push((address, full_len(address))),
                     Op::RemoveAddress(address, len) => {
                         found.addresses.retain(|known| *known != (address, len));
                     }
@@ -120,7 +119,7 @@ impl FakeKernel {
 
     /// Where a packet to `subnet` goes: by the route of the lowest metric, its VTEP's neighbour entry, and
     /// the FDB entry of that MAC.
-    pub fn forward(&self, subnet: Ipv4Net) -> Option<(Mac, IpAddr)> {
+    pub fn forward(&self, subnet: IpNet) -> Option<(Mac, IpAddr)> {
         let mut routes = self.routes.range((subnet, 0)..=(subnet, u32::MAX));
         let Way::Overlay(vtep) = routes.next()?.1 else { return None };
         let mac = self.neighbours.get(vtep)?;

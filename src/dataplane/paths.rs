@@ -8,7 +8,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::Ipv4Addr,
+    net::IpAddr,
     time::Duration,
 };
 
@@ -60,17 +60,28 @@ pub enum PathState {
 /// A request that is to be sent now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Probe {
-    pub to: Ipv4Addr,
+    pub to: IpAddr,
     pub sequence: u16,
     /// As large as the overlay's MTU allows.
     pub full: bool,
+}
+
+/// A peer as gossip and the view have it.
+#[derive(Clone, Copy, Debug)]
+pub struct Subject {
+    pub node: NodeId,
+    /// Its VTEP's overlay address, at which its kernel answers.
+    pub vtep: IpAddr,
+    /// From which it asks, where its packets come without a tunnel.
+    pub underlay: IpAddr,
+    pub liveness: Option<Liveness>,
 }
 
 /// All peers.
 #[derive(Debug)]
 pub struct Paths {
     peers: BTreeMap<NodeId, Path>,
-    by_address: BTreeMap<Ipv4Addr, NodeId>,
+    by_address: BTreeMap<IpAddr, NodeId>,
     sequence: u16,
     not_before: Time,
     withdraw_after: Option<Duration>,
@@ -78,7 +89,7 @@ pub struct Paths {
 
 #[derive(Debug)]
 struct Path {
-    address: Ipv4Addr,
+    address: IpAddr,
     liveness: Option<Liveness>,
     due: Time,
     full_due: Time,
@@ -106,23 +117,20 @@ impl Paths {
         }
     }
 
-    /// Who there is, where its kernel answers, and what gossip holds of it.
-    pub fn update(
-        &mut self,
-        now: Time,
-        peers: impl Iterator<Item = (NodeId, Ipv4Addr, Option<Liveness>)>,
-    ) {
+    /// Who there is.
+    pub fn update(&mut self, now: Time, peers: impl Iterator<Item = Subject>) {
         let mut before = std::mem::take(&mut self.peers);
-        for (node, address, liveness) in peers {
-            let known = before.remove(&node).filter(|path| path.address == address);
-            let mut path = known.unwrap_or_else(|| Path::new(now, address));
+        self.by_address.clear();
+        for Subject { node, vtep, underlay, liveness } in peers {
+            let known = before.remove(&node).filter(|path| path.address == vtep);
+            let mut path = known.unwrap_or_else(|| Path::new(now, vtep));
             if liveness != path.liveness && liveness != Some(Liveness::Alive) {
                 path.due = path.due.min(now);
             }
             path.liveness = liveness;
             self.peers.insert(node, path);
+            self.by_address.extend([(vtep, node), (underlay, node)]);
         }
-        self.by_address = self.peers.iter().map(|(node, path)| (path.address, *node)).collect();
         self.judge(now);
     }
 
@@ -150,7 +158,7 @@ impl Paths {
     }
 
     /// An answer of a peer's kernel.
-    pub fn on_answer(&mut self, now: Time, from: Ipv4Addr, sequence: u16) {
+    pub fn on_answer(&mut self, now: Time, from: IpAddr, sequence: u16) {
         let Some(path) = self.path(from) else { return };
         let Some((_, sent, full)) = path.open.take_if(|(number, ..)| *number == sequence) else {
             return;
@@ -168,7 +176,7 @@ impl Paths {
     }
 
     /// A request by a peer, which our kernel has answered.
-    pub fn on_request(&mut self, now: Time, from: Ipv4Addr) {
+    pub fn on_request(&mut self, now: Time, from: IpAddr) {
         if let Some(path) = self.path(from) {
             path.heard = Some(now);
         }
@@ -188,7 +196,7 @@ impl Paths {
         self.peers.iter().map(move |(node, path)| (*node, path.state(now), path.round_trip))
     }
 
-    fn path(&mut self, address: Ipv4Addr) -> Option<&mut Path> {
+    fn path(&mut self, address: IpAddr) -> Option<&mut Path> {
         self.peers.get_mut(self.by_address.get(&address)?)
     }
 
@@ -204,7 +212,7 @@ impl Paths {
 }
 
 impl Path {
-    const fn new(now: Time, address: Ipv4Addr) -> Self {
+    const fn new(now: Time, address: IpAddr) -> Self {
         Self {
             address,
             liveness: None,
@@ -266,9 +274,11 @@ impl Path {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+
     use super::*;
 
-    const PEER: Ipv4Addr = Ipv4Addr::new(10, 42, 7, 0);
+    const PEER: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 42, 7, 0));
 
     /// A peer whose kernel answers while `answers` says so.
     struct Story {
@@ -290,7 +300,9 @@ mod tests {
         }
 
         fn update(&mut self) {
-            let peer = (self.node, PEER, Some(self.liveness));
+            let underlay = IpAddr::from([192, 0, 2, 7]);
+            let (node, liveness) = (self.node, Some(self.liveness));
+            let peer = Subject { node, vtep: PEER, underlay, liveness };
             self.paths.update(self.now, [peer].into_iter());
         }
 
@@ -385,13 +397,10 @@ mod tests {
     fn a_thousand_peers_are_asked_no_faster_than_fifty_a_second() {
         let mut paths = Paths::new(None);
         let peers = |n: u32| {
-            (
-                NodeId::of_public_key(
-                    &[(n >> 8) as u8 + 1, n as u8].repeat(16).try_into().expect("32 bytes"),
-                ),
-                Ipv4Addr::from(n),
-                None,
-            )
+            let bytes = [(n >> 8) as u8 + 1, n as u8].repeat(16);
+            let node = NodeId::of_public_key(&bytes.try_into().expect("32 bytes"));
+            let vtep = Ipv4Addr::from(n).into();
+            Subject { node, vtep, underlay: vtep, liveness: None }
         };
         let mut sent = 0;
         for tick in 0..1_000 {

@@ -7,10 +7,10 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{IpAddr, Ipv4Addr},
+    net::IpAddr,
 };
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 
 use super::desired::{Desired, Device, Hop, Tables, Way};
 use crate::{
@@ -25,8 +25,8 @@ pub struct Actual {
     /// The device of our name, if there is one and it is a VXLAN.
     pub device: Option<Found>,
     pub fdb: BTreeSet<(Mac, IpAddr)>,
-    pub neighbours: BTreeMap<Ipv4Addr, Mac>,
-    pub routes: BTreeSet<(Ipv4Net, Hop)>,
+    pub neighbours: BTreeMap<IpAddr, Mac>,
+    pub routes: BTreeSet<(IpNet, Hop)>,
 }
 
 /// Our device as it was found.
@@ -36,8 +36,8 @@ pub struct Found {
     pub device: Device,
     /// MAC learning is on, or another attribute that cannot be changed on a live device is wrong.
     pub foreign: bool,
-    /// All its IPv4 addresses with their prefix lengths.
-    pub addresses: Vec<(Ipv4Addr, u8)>,
+    /// All its addresses with their prefix lengths, but for link-local ones.
+    pub addresses: Vec<(IpAddr, u8)>,
 }
 
 /// One change to the kernel. All are idempotent: "exists already" and "gone already" are success.
@@ -48,17 +48,17 @@ pub enum Op {
     SetMac(Mac),
     SetMtu(u32),
     SetUp,
-    AddAddress(Ipv4Addr),
-    RemoveAddress(Ipv4Addr, u8),
+    AddAddress(IpAddr),
+    RemoveAddress(IpAddr, u8),
     /// Add or replace.
     SetFdb(Mac, IpAddr),
-    SetNeighbour(Ipv4Addr, Mac),
+    SetNeighbour(IpAddr, Mac),
     /// Add, unless another program has a route to the same subnet with the same metric.
-    AddRoute(Ipv4Net, Hop),
+    AddRoute(IpNet, Hop),
     /// Replace a route of ours with the same metric.
-    ReplaceRoute(Ipv4Net, Hop),
-    RemoveRoute(Ipv4Net, Hop),
-    RemoveNeighbour(Ipv4Addr),
+    ReplaceRoute(IpNet, Hop),
+    RemoveRoute(IpNet, Hop),
+    RemoveNeighbour(IpAddr),
     RemoveFdb(Mac, IpAddr),
 }
 
@@ -83,7 +83,7 @@ pub fn plan(desired: &Desired, actual: &Actual) -> Vec<Op> {
     let kept = plan_device(&desired.device, actual.device.as_ref(), &mut ops);
     if !kept {
         // A device that is made anew has lost all entries on it, routes included.
-        let elsewhere = |(_, hop): &(Ipv4Net, Hop)| !matches!(hop.way, Way::Overlay(_));
+        let elsewhere = |(_, hop): &(IpNet, Hop)| !matches!(hop.way, Way::Overlay(_));
         let routes = actual.routes.into_iter().filter(elsewhere).collect();
         actual = Actual { routes, ..Actual::default() };
     }
@@ -103,14 +103,14 @@ pub fn plan(desired: &Desired, actual: &Actual) -> Vec<Op> {
 /// Says whether the present device is kept.
 fn plan_device(wanted: &Device, found: Option<&Found>, ops: &mut Vec<Op>) -> bool {
     let Some(found) = found else {
-        ops.extend([Op::CreateDevice(wanted.clone()), Op::SetUp, Op::AddAddress(wanted.address)]);
+        create_device(wanted, ops);
         return false;
     };
     let is = &found.device;
     let fixed = |device: &Device| (device.vni, device.port, device.local, device.link);
     if found.foreign || fixed(is) != fixed(wanted) {
         ops.push(Op::DeleteDevice);
-        ops.extend([Op::CreateDevice(wanted.clone()), Op::SetUp, Op::AddAddress(wanted.address)]);
+        create_device(wanted, ops);
         return false;
     }
     if is.mac != wanted.mac {
@@ -122,12 +122,23 @@ fn plan_device(wanted: &Device, found: Option<&Found>, ops: &mut Vec<Op>) -> boo
     if !found.up {
         ops.push(Op::SetUp);
     }
-    if !found.addresses.contains(&(wanted.address, 32)) {
-        ops.push(Op::AddAddress(wanted.address));
-    }
-    let others = found.addresses.iter().filter(|address| **address != (wanted.address, 32));
+    let there = |wanted: &&IpAddr| found.addresses.contains(&(**wanted, full_len(**wanted)));
+    let missing = wanted.addresses.iter().filter(|address| !there(address));
+    ops.extend(missing.map(|address| Op::AddAddress(*address)));
+    let ours = |(ip, len): &(IpAddr, u8)| wanted.addresses.contains(ip) && *len == full_len(*ip);
+    let others = found.addresses.iter().filter(|address| !ours(address));
     ops.extend(others.map(|(address, len)| Op::RemoveAddress(*address, *len)));
     true
+}
+
+fn create_device(wanted: &Device, ops: &mut Vec<Op>) {
+    ops.extend([Op::CreateDevice(wanted.clone()), Op::SetUp]);
+    ops.extend(wanted.addresses.iter().map(|address| Op::AddAddress(*address)));
+}
+
+/// Prefix length of a single address.
+pub const fn full_len(address: IpAddr) -> u8 {
+    if address.is_ipv4() { 32 } else { 128 }
 }
 
 fn plan_additions(wanted: &Tables, is: &Actual, ops: &mut Vec<Op>) {
@@ -142,7 +153,7 @@ fn plan_additions(wanted: &Tables, is: &Actual, ops: &mut Vec<Op>) {
         }
     }
     for (subnet, hop) in &wanted.routes {
-        let same_metric = |(to, old): &(Ipv4Net, Hop)| to == subnet && old.metric == hop.metric;
+        let same_metric = |(to, old): &(IpNet, Hop)| to == subnet && old.metric == hop.metric;
         if is.routes.contains(&(*subnet, *hop)) {
             continue;
         }
@@ -155,9 +166,8 @@ fn plan_additions(wanted: &Tables, is: &Actual, ops: &mut Vec<Op>) {
 
 fn plan_removals(desired: &Desired, is: &Actual, ops: &mut Vec<Op>) {
     let wanted = &desired.tables;
-    let stays = |address: &Ipv4Addr| desired.unheard.iter().any(|range| range.contains(address));
     for (subnet, hop) in &is.routes {
-        if stays(&subnet.network()) && !wanted.routes.contains_key(subnet) {
+        if desired.stays(subnet.network()) {
             continue;
         }
         // One with the metric of the wanted one has been replaced by it.
@@ -165,9 +175,12 @@ fn plan_removals(desired: &Desired, is: &Actual, ops: &mut Vec<Op>) {
             ops.push(Op::RemoveRoute(*subnet, *hop));
         }
     }
-    let unwanted = |address: &Ipv4Addr| !wanted.neighbours.contains_key(address);
-    let (stay, gone): (Vec<_>, Vec<_>) =
-        is.neighbours.iter().filter(|(address, _)| unwanted(address)).partition(|(a, _)| stays(a));
+    let unwanted = |address: &IpAddr| !wanted.neighbours.contains_key(address);
+    let (stay, gone): (Vec<_>, Vec<_>) = is
+        .neighbours
+        .iter()
+        .filter(|(address, _)| unwanted(address))
+        .partition(|(address, _)| desired.stays(**address));
     ops.extend(gone.into_iter().map(|(address, _)| Op::RemoveNeighbour(*address)));
     // Of a wanted MAC the first wrong entry has been replaced already; removing it again is no error.
     let gone = is.fdb.iter().filter(|(mac, underlay)| match wanted.fdb.get(mac) {
@@ -192,12 +205,15 @@ pub(super) mod tests {
 
     /// A view from (node, slot) pairs; the first is this node.
     pub fn view(members: &[(u8, u32)]) -> View {
-        let spec = PoolSpec {
-            network: "10.42.0.0/16".parse().expect("network"),
-            subnet_len: None,
-            subnet_min: None,
-            subnet_max: None,
-        };
+        view_in(PoolSpec::of("10.42.0.0/16".parse().expect("network")), members)
+    }
+
+    pub fn dual_stack_view(members: &[(u8, u32)]) -> View {
+        let ipv4 = PoolSpec::of("10.42.0.0/16".parse().expect("network"));
+        view_in(PoolSpec { network6: "fd42::/48".parse().ok(), ..ipv4 }, members)
+    }
+
+    fn view_in(spec: PoolSpec, members: &[(u8, u32)]) -> View {
         let pool = Pool::new(&spec).expect("pool");
         let vtep = |seed: u8| Vtep {
             mac: Mac::of_node(NodeId::of_public_key(&[seed; 32])),
@@ -206,19 +222,20 @@ pub(super) mod tests {
         let (own, peers) = members.split_first().expect("at least this node");
         let peers = peers.iter().map(|&(seed, slot)| {
             let slot = Slot(slot);
-            let peer = Peer { vtep: vtep(seed), leases: vec![(slot, pool.subnet(slot))] };
+            let peer = Peer { vtep: vtep(seed), leases: vec![(slot, pool.subnets(slot))] };
             (NodeId::of_public_key(&[seed; 32]), peer)
         });
         View {
             settings: ClusterSettings { pool, vni: 1, vxlan_port: 8472 },
-            own: Own { subnet: pool.subnet(Slot(own.1)), vtep: vtep(own.0) },
+            own: Own { subnets: pool.subnets(Slot(own.1)), vtep: vtep(own.0) },
             peers: peers.collect(),
             unheard: Vec::new(),
         }
     }
 
     pub fn underlay() -> Underlay {
-        Underlay { link: 2, local: [192, 0, 2, 1].into(), mtu: 1450 }
+        let networks = vec!["192.0.2.0/24".parse().expect("network")];
+        Underlay { networks, ..Underlay::of_tunnels(2, [192, 0, 2, 1].into(), 1450) }
     }
 
     fn desired(members: &[(u8, u32)]) -> Desired {
@@ -242,9 +259,7 @@ pub(super) mod tests {
     fn nothing_is_removed_of_slots_about_which_nobody_was_heard() {
         let mut kernel = FakeKernel::default();
         kernel.settle(&desired(&[(1, 9), (2, 7), (3, 8)]));
-        let slot_8 =
-            "10.42.8.0".parse().expect("address")..="10.42.8.255".parse().expect("address");
-        let timid = Desired { unheard: vec![slot_8], ..desired(&[(1, 9), (2, 7)]) };
+        let timid = Desired { unheard: vec![8..=8], ..desired(&[(1, 9), (2, 7)]) };
         assert_eq!(plan(&timid, &kernel.dump()), []);
         kernel.settle(&desired(&[(1, 9), (2, 7)]));
         assert_eq!(kernel.routes.len(), 1);
@@ -256,7 +271,7 @@ pub(super) mod tests {
         let mut kernel = FakeKernel::default();
         kernel.settle(&desired(&[(1, 9), (2, 7)]));
         let withdrawn = Desired::new(&view, &underlay(), &view.peers.keys().copied().collect());
-        let subnet: Ipv4Net = "10.42.7.0/24".parse().expect("subnet");
+        let subnet: IpNet = "10.42.7.0/24".parse().expect("subnet");
         let replaced = |ops: &[Op]| {
             ops.iter().any(|op| matches!(op, Op::ReplaceRoute(to, _) if *to == subnet))
         };
@@ -348,7 +363,7 @@ pub(super) mod tests {
             let (before, after) = (desired(&before), desired(&after));
             let mut kernel = FakeKernel::default();
             kernel.settle(&before);
-            let ends = |tables: &Tables, subnet: &Ipv4Net| {
+            let ends = |tables: &Tables, subnet: &IpNet| {
                 let Way::Overlay(vtep) = tables.routes.get(subnet)?.way else { return None };
                 let mac = tables.neighbours.get(&vtep)?;
                 tables.fdb.get(mac).copied()

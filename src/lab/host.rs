@@ -71,6 +71,8 @@ impl Lab {
         inside.set_link(LinkUnspec::new_with_index(eth0).up())?;
         inside.add_route(Ipv4Net::default(), ROUTER)?;
         netns.sysctl("net/ipv4/ip_forward", "1")?;
+        // Where the kernel has no IPv6 there is nothing to forward.
+        let _ = netns.sysctl("net/ipv6/conf/all/forwarding", "1");
         let dir = PathBuf::from("/run/lab").join(name);
         std::fs::create_dir_all(&dir)?;
         Ok(Host { name: name.to_owned(), ip, netns, dir })

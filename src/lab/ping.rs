@@ -9,7 +9,7 @@ use std::{
 use socket2::Socket;
 
 use super::NetNs;
-use crate::icmp;
+use crate::icmp::{self, Family};
 
 /// Asks from one namespace.
 pub struct Pinger {
@@ -21,7 +21,7 @@ pub struct Pinger {
 impl Pinger {
     pub fn new(netns: &NetNs) -> io::Result<Self> {
         let identifier = (std::process::id() & 0xffff) as u16;
-        Ok(Self { socket: netns.run(icmp::open)?, identifier, sequence: 0 })
+        Ok(Self { socket: netns.run(|| Family::Inet.open())?, identifier, sequence: 0 })
     }
 
     /// Sends one request and waits for its reply: the round trip, or None if none came in time.
@@ -63,7 +63,7 @@ impl Pinger {
 
     fn send(&mut self, to: Ipv4Addr) -> io::Result<()> {
         self.sequence = self.sequence.wrapping_add(1);
-        let packet = icmp::request(self.identifier, self.sequence, icmp::SMALL);
+        let packet = Family::Inet.request(self.identifier, self.sequence, icmp::SMALL);
         self.socket.send_to(&packet, &SocketAddr::new(IpAddr::V4(to), 0).into())?;
         Ok(())
     }
@@ -73,8 +73,13 @@ impl Pinger {
         self.socket.set_read_timeout(Some(timeout.max(Duration::from_micros(1))))?;
         let mut buffer = [0; icmp::PARSED];
         match (&self.socket).read(&mut buffer) {
-            Ok(length) => Ok(icmp::parse(self.identifier, &buffer[..length])
-                .and_then(|echo| Some((echo.from, echo.answers?)))),
+            Ok(length) => {
+                let source =
+                    buffer[..length].get(12..16).and_then(|ip| <[u8; 4]>::try_from(ip).ok());
+                let from = Ipv4Addr::from(source.unwrap_or_default());
+                let echo = Family::Inet.parse(self.identifier, from.into(), &buffer[..length]);
+                Ok(echo.and_then(|echo| Some((from, echo.answers?))))
+            }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
             Err(error) => Err(error),
         }

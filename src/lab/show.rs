@@ -38,6 +38,10 @@ fn render(name: &str, actual: &Actual) -> String {
                 out,
                 "{subnet} via {vtep} dev {name} proto {protocol} metric {metric} onlink"
             ),
+            Way::Direct { gateway, link } => writeln!(
+                out,
+                "{subnet} via {gateway} dev {link} proto {protocol} metric {metric} onlink"
+            ),
             Way::Unreachable => {
                 writeln!(out, "unreachable {subnet} proto {protocol} metric {metric}")
             }

@@ -1,8 +1,8 @@
 //! What all nodes of a cluster share: its id, its pool and its VXLAN settings.
 
-use std::{fmt, net::Ipv4Addr};
+use std::{fmt, net::IpAddr};
 
-use ipnet::Ipv4Net;
+use ipnet::{IpNet, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
 use super::{ClusterId, Pool};
@@ -27,10 +27,12 @@ pub struct ClusterSettings {
 /// What a joiner's operator wrote down; fields left out accept whatever the cluster has.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SettingsWish {
-    pub network: Option<Ipv4Net>,
+    pub network: Option<IpNet>,
     pub subnet_len: Option<u8>,
-    pub subnet_min: Option<Ipv4Addr>,
-    pub subnet_max: Option<Ipv4Addr>,
+    pub subnet_min: Option<IpAddr>,
+    pub subnet_max: Option<IpAddr>,
+    pub network6: Option<Ipv6Net>,
+    pub subnet_len6: Option<u8>,
     pub vni: Option<u32>,
     pub vxlan_port: Option<u16>,
 }
@@ -40,10 +42,13 @@ impl SettingsWish {
     pub fn difference(&self, cluster: &ClusterSettings) -> Option<Difference> {
         let pool = &cluster.pool;
         let bound = |slot: u32| pool.subnet(super::Slot(slot)).network();
+        let (network6, len6) = pool.second().unzip();
         differs("network", self.network, pool.network())
             .or_else(|| differs("subnet_len", self.subnet_len, pool.subnet_len()))
             .or_else(|| differs("subnet_min", self.subnet_min, bound(*pool.slots().start())))
             .or_else(|| differs("subnet_max", self.subnet_max, bound(*pool.slots().end())))
+            .or_else(|| differs_if_any("network6", self.network6.map(IpNet::from), network6))
+            .or_else(|| differs_if_any("subnet_len6", self.subnet_len6, len6))
             .or_else(|| differs("vni", self.vni, cluster.vni))
             .or_else(|| differs("vxlan_port", self.vxlan_port, cluster.vxlan_port))
     }
@@ -76,27 +81,41 @@ fn differs<T: PartialEq + fmt::Display>(
     })
 }
 
+/// The same for a setting that the cluster may not have at all.
+fn differs_if_any<T: PartialEq + fmt::Display>(
+    field: &str,
+    wish: Option<T>,
+    cluster: Option<T>,
+) -> Option<Difference> {
+    match cluster {
+        Some(cluster) => differs(field, wish, cluster),
+        None => wish.map(|wish| Difference {
+            field: field.to_owned(),
+            joiner: wish.to_string(),
+            cluster: "none".to_owned(),
+        }),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::{super::PoolSpec, *};
 
     #[test]
     fn a_wish_differs_only_in_what_it_says() {
-        let pool = Pool::new(&PoolSpec {
-            network: "10.42.0.0/16".parse().expect("network"),
-            subnet_len: None,
-            subnet_min: None,
-            subnet_max: None,
-        })
-        .expect("pool");
+        let pool =
+            Pool::new(&PoolSpec::of("10.42.0.0/16".parse().expect("network"))).expect("pool");
         let cluster = ClusterSettings { pool, vni: 1, vxlan_port: 8472 };
         assert_eq!(SettingsWish::default().difference(&cluster), None);
         let same = SettingsWish {
             vni: Some(1),
-            subnet_min: Some(Ipv4Addr::new(10, 42, 1, 0)),
+            subnet_min: "10.42.1.0".parse().ok(),
             ..SettingsWish::default()
         };
         assert_eq!(same.difference(&cluster), None);
+        let dual = SettingsWish { network6: "fd42::/48".parse().ok(), ..SettingsWish::default() };
+        let said = dual.difference(&cluster).expect("differs").to_string();
+        assert_eq!(said, "network6 is fd42::/48 here and none in the cluster");
         let other = SettingsWish { vni: Some(7), ..SettingsWish::default() };
         let said = other.difference(&cluster).expect("differs").to_string();
         assert_eq!(said, "vni is 7 here and 1 in the cluster");

@@ -19,7 +19,7 @@ pub use id::{BootId, ClusterId, IdError, NodeId};
 pub use member::{
     Identity, Incarnation, MemberRecord, NodeName, NodeNameError, Suspicion, Version,
 };
-pub use pool::{MAX_SLOTS, Pool, PoolError, PoolSpec, Slot};
+pub use pool::{MAX_SLOTS, Pool, PoolError, PoolSpec, Slot, Subnets};
 pub use quorum::{Quorum, QuorumError};
 pub use slot::{Run, SlotRecord, SlotState};
 pub use time::Time;

@@ -19,6 +19,8 @@ use rtnetlink::{
 use super::Netlink;
 use crate::model::Mac;
 
+const ENODEV: i32 = 19;
+
 /// An interface as the kernel lists it.
 #[derive(Clone, Debug)]
 pub struct Link {
@@ -63,7 +65,14 @@ impl Netlink {
     }
 
     pub fn link(&mut self, name: &str) -> io::Result<Option<Link>> {
-        Ok(self.links()?.into_iter().find(|link| link.name == name))
+        let mut wanted = LinkMessage::default();
+        wanted.attributes.push(LinkAttribute::IfName(name.to_owned()));
+        match self.get(RouteNetlinkMessage::GetLink(wanted)) {
+            Ok(RouteNetlinkMessage::NewLink(message)) => Ok(Some(Link::from(message))),
+            Ok(_) => Err(io::Error::new(io::ErrorKind::InvalidData, "no link in the answer")),
+            Err(error) if error.raw_os_error() == Some(ENODEV) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// The index of an interface that must exist.

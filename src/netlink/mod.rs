@@ -132,6 +132,22 @@ impl Netlink {
         }
     }
 
+    /// The object that a message asks for by name or number.
+    pub fn get(&mut self, message: RouteNetlinkMessage) -> io::Result<RouteNetlinkMessage> {
+        let mut bytes = Vec::new();
+        self.append(message, NLM_F_REQUEST, &mut bytes);
+        let sequence = self.sequence;
+        send_all(&self.socket, &bytes)?;
+        loop {
+            let ours = |message: &NetlinkMessage<_>| message.header.sequence_number == sequence;
+            match self.receive()?.into_iter().find(ours).map(|message| message.payload) {
+                Some(NetlinkPayload::InnerMessage(found)) => return Ok(found),
+                Some(NetlinkPayload::Error(error)) => return Err(error.to_io()),
+                _ => {}
+            }
+        }
+    }
+
     /// None if the tables changed meanwhile, so that the result may lack entries.
     fn dump_once(
         &mut self,

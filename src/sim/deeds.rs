@@ -293,7 +293,7 @@ impl World {
         }
         let Some(process) = &mut self.hosts[index].process else { return };
         let subnet = match process.goal.get_or_insert(goal) {
-            Goal::Overlay(view) => Some(view.own.subnet),
+            Goal::Overlay(view) => Some(view.own.subnets.first),
             Goal::Nothing => None,
         };
         self.schedule_kernel(index, again.unwrap_or(RECONCILE));

@@ -142,12 +142,8 @@ fn downs(world: &World) -> u64 {
 
 /// All start at once; each knows three of the others as seeds.
 fn cluster(nodes: usize) -> World {
-    let spec = PoolSpec {
-        network: "10.0.0.0/8".parse().unwrap_or_default(),
-        subnet_len: Some(20),
-        subnet_min: None,
-        subnet_max: None,
-    };
+    let spec =
+        PoolSpec { subnet_len: Some(20), ..PoolSpec::of("10.0.0.0/8".parse().unwrap_or_default()) };
     let pool = match Pool::new(&spec) {
         Ok(pool) => pool,
         Err(error) => unreachable!("{error}"),

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 
 use super::disk::Disk;
 use crate::{
@@ -15,7 +15,9 @@ use crate::{
         desired::{Desired, Underlay},
         fake::FakeKernel,
     },
-    model::{BootId, ClusterId, ClusterSettings, Mac, NodeId, Quorum, SettingsWish, Time, Vtep},
+    model::{
+        BootId, ClusterId, ClusterSettings, Mac, NodeId, Pool, Quorum, SettingsWish, Time, Vtep,
+    },
     wire::{Key, Record},
 };
 
@@ -204,10 +206,10 @@ impl Host {
     }
 
     /// The subnet that this host's kernel uses, whether or not a process runs.
-    pub fn subnet_in_use(&self, subnet_len: u8) -> Option<Ipv4Net> {
+    pub fn subnet_in_use(&self, pool: &Pool) -> Option<IpNet> {
         let found = self.kernel.device.as_ref()?;
         let (address, _) = found.addresses.first()?;
-        Ipv4Net::new(*address, subnet_len).ok().map(|subnet| subnet.trunc())
+        Some(pool.subnet(pool.slot_of(*address)?))
     }
 
     /// Where packets for this host's pods must be sent.
@@ -252,8 +254,8 @@ impl Host {
     }
 
     pub fn desired(&self, view: &View) -> Desired {
-        let local = IpAddr::V4(self.underlay);
-        Desired::new(view, &Underlay { link: 2, local, mtu: 1450 }, &BTreeSet::new())
+        let underlay = Underlay::of_tunnels(2, self.underlay.into(), 1450);
+        Desired::new(view, &underlay, &BTreeSet::new())
     }
 }
 

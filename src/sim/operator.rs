@@ -74,9 +74,8 @@ impl World {
                 break;
             }
         }
-        let subnet_len = self.settings.pool.subnet_len();
-        let holds =
-            |host: &&Host| host.subnet_in_use(subnet_len).is_some() || host.owns_by_its_disk();
+        let pool = self.settings.pool;
+        let holds = |host: &&Host| host.subnet_in_use(&pool).is_some() || host.owns_by_its_disk();
         let there = self.hosts.iter().filter(|host| host.power && host.key != victim);
         there.filter(holds).all(|host| known.contains(&host.key))
     }

@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 
 use crate::{
     dataplane::plan::Op,
@@ -29,7 +29,7 @@ pub struct Oracle {
     records: BTreeMap<(u32, u64), SlotRecord>,
     /// What each identity's disk has held: highest epoch by slot.
     epochs: BTreeMap<NodeId, BTreeMap<u32, u64>>,
-    users: BTreeMap<Ipv4Net, BTreeSet<usize>>,
+    users: BTreeMap<IpNet, BTreeSet<usize>>,
     founder: Option<NodeId>,
     /// Heirs of forgotten nodes, as first flushed.
     forgotten: BTreeMap<NodeId, BTreeSet<NodeId>>,
@@ -183,7 +183,7 @@ impl Oracle {
     }
 
     /// The subnet that a host's kernel uses has changed.
-    pub fn on_use(&mut self, host: usize, before: Option<Ipv4Net>, after: Option<Ipv4Net>) {
+    pub fn on_use(&mut self, host: usize, before: Option<IpNet>, after: Option<IpNet>) {
         if before == after {
             return;
         }
@@ -199,17 +199,17 @@ impl Oracle {
         }
     }
 
-    pub fn user_of(&self, subnet: Ipv4Net) -> Option<usize> {
+    pub fn user_of(&self, subnet: IpNet) -> Option<usize> {
         self.users.get(&subnet)?.first().copied()
     }
 
-    pub fn shared_subnets(&self) -> impl Iterator<Item = (&Ipv4Net, &BTreeSet<usize>)> {
+    pub fn shared_subnets(&self) -> impl Iterator<Item = (&IpNet, &BTreeSet<usize>)> {
         self.users.iter().filter(|(_, users)| users.len() > 1)
     }
 
     /// D4: `host` removes a kernel entry; `works` says whether by that entry packets reach a user of the
     /// subnet who is there to stay.
-    pub fn on_op(&mut self, host: usize, op: &Op, works: impl Fn(usize, Ipv4Net) -> bool) {
+    pub fn on_op(&mut self, host: usize, op: &Op, works: impl Fn(usize, IpNet) -> bool) {
         let Op::RemoveRoute(subnet, _) = op else { return };
         let user = self.user_of(*subnet).filter(|user| *user != host && works(*user, *subnet));
         if let Some(user) = user {

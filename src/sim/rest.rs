@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 
 use super::{host::Host, world::World};
 use crate::core::{Node, Phase};
@@ -22,13 +22,13 @@ pub fn unsettled(world: &World) -> Option<String> {
 /// time.
 pub fn broken(world: &World) -> Option<String> {
     let live: Vec<&Host> = world.hosts.iter().filter(|host| host.process.is_some()).collect();
-    let subnet_len = world.settings.pool.subnet_len();
+    let pool = &world.settings.pool;
     let slots = world.settings.pool.slot_count() as usize;
-    let mut subnets: BTreeMap<usize, Ipv4Net> = BTreeMap::new();
+    let mut subnets: BTreeMap<usize, IpNet> = BTreeMap::new();
     for host in &live {
         let index = host.index;
         let phase = host.node().map(|node| node.status().phase);
-        let subnet = host.subnet_in_use(subnet_len);
+        let subnet = host.subnet_in_use(pool);
         match (phase, subnet) {
             (Some(Phase::Member), Some(subnet)) => _ = subnets.insert(index, subnet),
             // More hosts than subnets: some have to wait.
@@ -49,19 +49,24 @@ pub fn broken(world: &World) -> Option<String> {
 fn packets_arrive(
     world: &World,
     live: &[&Host],
-    subnets: &BTreeMap<usize, Ipv4Net>,
+    subnets: &BTreeMap<usize, IpNet>,
 ) -> Option<String> {
     // A host that is down for now is a member all the same.
     let members = world.hosts.iter().filter(|host| host.power);
+    let pool = &world.settings.pool;
+    let all_of = |subnet: IpNet| {
+        let slot = pool.slot_of(subnet.network());
+        slot.into_iter().flat_map(|slot| pool.subnets(slot).iter())
+    };
     let known: BTreeSet<_> =
-        members.filter_map(|host| host.subnet_in_use(world.settings.pool.subnet_len())).collect();
+        members.filter_map(|host| host.subnet_in_use(pool)).flat_map(all_of).collect();
     for host in live {
         for (peer, subnet) in subnets.iter().filter(|(peer, _)| **peer != host.index) {
             let end = &world.hosts[*peer];
             let right = end.tunnel_end();
-            let hop = host.kernel.forward(*subnet);
-            if subnets.contains_key(&host.index) && hop != right {
-                let from = host.index;
+            let wrong = all_of(*subnet).find(|subnet| host.kernel.forward(*subnet) != right);
+            if let Some(subnet) = wrong.filter(|_| subnets.contains_key(&host.index)) {
+                let (from, hop) = (host.index, host.kernel.forward(subnet));
                 return Some(format!("{subnet}: host {from} sends to {hop:?}, not {right:?}"));
             }
         }

@@ -105,17 +105,16 @@ impl Plan {
     }
 }
 
-/// Small pools now and then: scarcity has bugs of its own.
+/// Small pools now and then, for scarcity has bugs of its own, and some of two families.
 fn settings(nodes: usize, rng: &mut StdRng) -> ClusterSettings {
     let subnet_len = match rng.random_range(0..4) {
         0 => 24 - (32 - (nodes as u32 + 1).leading_zeros()) as u8 - 1,
         _ => 24,
     };
     let spec = PoolSpec {
-        network: "10.42.0.0/16".parse().unwrap_or_default(),
         subnet_len: Some(subnet_len),
-        subnet_min: None,
-        subnet_max: None,
+        network6: "fd42::/48".parse().ok().filter(|_| nodes.is_multiple_of(3)),
+        ..PoolSpec::of("10.42.0.0/16".parse().unwrap_or_default())
     };
     match Pool::new(&spec) {
         Ok(pool) => ClusterSettings { pool, vni: 1, vxlan_port: 8472 },

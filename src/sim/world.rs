@@ -403,10 +403,10 @@ impl World {
 
     /// Any change of a kernel, seen by the judge.
     pub fn change_kernel(&mut self, index: usize, change: impl FnOnce(&mut Host)) {
-        let subnet_len = self.settings.pool.subnet_len();
-        let before = self.hosts[index].subnet_in_use(subnet_len);
+        let pool = self.settings.pool;
+        let before = self.hosts[index].subnet_in_use(&pool);
         change(&mut self.hosts[index]);
-        let after = self.hosts[index].subnet_in_use(subnet_len);
+        let after = self.hosts[index].subnet_in_use(&pool);
         self.oracle.on_use(index, before, after);
     }
 

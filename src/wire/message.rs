@@ -2,7 +2,7 @@
 //!
 //! Enums are only ever appended to; a published struct never changes its fields.
 
-use std::{net::Ipv4Addr, ops::RangeInclusive};
+use std::{net::IpAddr, ops::RangeInclusive};
 
 use serde::{Deserialize, Serialize};
 
@@ -114,7 +114,7 @@ pub struct Hello {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GrantWish {
     /// First address of the subnet it would prefer.
-    pub prefer: Option<Ipv4Addr>,
+    pub prefer: Option<IpAddr>,
 }
 
 /// Everything a joiner needs, its own slot included if this node had one to spare.

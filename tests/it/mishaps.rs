@@ -160,37 +160,6 @@ fn a_route_of_another_program_is_reported_and_not_touched() {
 }
 
 #[test]
-fn an_ipv6_underlay_carries_the_ipv4_overlay() {
-    isolated(|lab| {
-        let mut hosts = Vec::new();
-        for n in 1..=2 {
-            let host = lab.host(n, &format!("n{n}"))?;
-            let added = run(&host.netns, &format!("ip addr add fd99::{n}/64 dev eth0 nodad"));
-            if !added.status.success() {
-                let _ = writeln!(std::io::stderr(), "SKIPPED: the kernel has no IPv6");
-                return Ok(());
-            }
-            hosts.push(host);
-        }
-        let mut founder = Agent::start(program(), &hosts[0], &["--init", "--iface", "fd99::1"])?;
-        founder.wait_converged(1, PATIENCE)?;
-        let token = crate::common::token_of(&mut founder)?;
-        let arguments = ["--iface", "fd99::2", "--join", "fd99::1", "--token", &token];
-        let mut joiner = Agent::start(program(), &hosts[1], &arguments)?;
-        let mut pods = Vec::new();
-        for (host, agent) in hosts.iter().zip([&mut founder, &mut joiner]) {
-            let status = agent.wait_converged(2, PATIENCE)?;
-            pods.push(host.pod(Agent::subnet(&status)?, 1430)?);
-        }
-        let full = format!("ping -c 1 -W 2 -s 1402 -M do {}", pods[1].ip);
-        assert!(tool(&pods[0].netns, &full).contains(" 1 received"));
-        let fdb = tool(&hosts[0].netns, "bridge fdb show dev gossamer.1");
-        assert!(fdb.contains("dst fd99::2"), "{fdb}");
-        Ok(())
-    });
-}
-
-#[test]
 fn an_init_with_the_token_of_a_cluster_is_refused() {
     isolated(|lab| {
         let cluster = Cluster::start(lab, 1)?;

@@ -47,12 +47,8 @@ fn id(node: usize) -> NodeId {
 }
 
 fn pool() -> Pool {
-    let spec = PoolSpec {
-        network: "10.42.0.0/24".parse().expect("network"),
-        subnet_len: Some(26),
-        subnet_min: None,
-        subnet_max: None,
-    };
+    let spec =
+        PoolSpec { subnet_len: Some(26), ..PoolSpec::of("10.42.0.0/24".parse().expect("network")) };
     Pool::new(&spec).expect("pool")
 }
 

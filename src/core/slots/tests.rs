@@ -8,10 +8,8 @@ use super::*;
 
 fn pool(network: &str, len: u8) -> Pool {
     Pool::new(&PoolSpec {
-        network: network.parse().expect("network"),
         subnet_len: Some(len),
-        subnet_min: None,
-        subnet_max: None,
+        ..PoolSpec::of(network.parse().expect("network"))
     })
     .expect("pool")
 }

@@ -4,9 +4,9 @@
 
 use std::net::{IpAddr, Ipv4Addr};
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use rtnetlink::{
-    LinkVxlan, RouteMessageBuilder,
+    LinkVxlan,
     packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE},
     packet_route::{
         AddressFamily, RouteNetlinkMessage,
@@ -17,7 +17,10 @@ use rtnetlink::{
         neighbour::{
             NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
         },
-        route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteType},
+        route::{
+            RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol,
+            RouteType, RouteVia,
+        },
     },
 };
 
@@ -123,9 +126,9 @@ fn fdb_message(index: u32, mac: Mac, underlay: IpAddr) -> NeighbourMessage {
     message
 }
 
-fn neighbour_message(index: u32, address: Ipv4Addr, mac: Option<Mac>) -> NeighbourMessage {
+fn neighbour_message(index: u32, address: IpAddr, mac: Option<Mac>) -> NeighbourMessage {
     let mut message = NeighbourMessage::default();
-    message.header.family = AddressFamily::Inet;
+    message.header.family = family_of(address);
     message.header.ifindex = index;
     message.header.state = NeighbourState::Permanent;
     message.attributes.push(NeighbourAttribute::Destination(address.into()));
@@ -134,44 +137,70 @@ fn neighbour_message(index: u32, address: Ipv4Addr, mac: Option<Mac>) -> Neighbo
     message
 }
 
-fn route_message(index: u32, subnet: Ipv4Net, hop: Hop) -> RouteMessage {
-    let route = RouteMessageBuilder::<Ipv4Addr>::new()
-        .destination_prefix(subnet.network(), subnet.prefix_len())
-        .protocol(RouteProtocol::Other(ROUTE_PROTOCOL))
-        .priority(hop.metric);
-    match hop.way {
-        Way::Overlay(vtep) => route.gateway(vtep).output_interface(index).onlink().build(),
-        Way::Unreachable => route.kind(RouteType::Unreachable).build(),
+fn route_message(index: u32, subnet: IpNet, hop: Hop) -> RouteMessage {
+    let mut message = RouteMessage::default();
+    message.header.address_family = family_of(subnet.addr());
+    message.header.table = RouteHeader::RT_TABLE_MAIN;
+    message.header.protocol = RouteProtocol::Other(ROUTE_PROTOCOL);
+    message.header.destination_prefix_length = subnet.prefix_len();
+    message.header.kind = RouteType::Unicast;
+    message.attributes = vec![
+        RouteAttribute::Destination(subnet.addr().into()),
+        RouteAttribute::Priority(hop.metric),
+    ];
+    let (gateway, link) = match hop.way {
+        Way::Overlay(vtep) => (vtep, index),
+        Way::Direct { gateway, link } => (gateway, link),
+        Way::Unreachable => {
+            message.header.kind = RouteType::Unreachable;
+            return message;
+        }
+    };
+    message.header.flags = RouteFlags::Onlink;
+    message.attributes.push(RouteAttribute::Oif(link));
+    message.attributes.push(match (subnet, gateway) {
+        (IpNet::V4(_), IpAddr::V6(gateway)) => RouteAttribute::Via(RouteVia::Inet6(gateway)),
+        (_, gateway) => RouteAttribute::Gateway(gateway.into()),
+    });
+    message
+}
+
+const fn family_of(address: IpAddr) -> AddressFamily {
+    match address {
+        IpAddr::V4(_) => AddressFamily::Inet,
+        IpAddr::V6(_) => AddressFamily::Inet6,
     }
 }
 
-/// A route of our protocol over the device with this index, or one that leads nowhere.
-pub(super) fn our_route(route: &RouteMessage, device: Option<u32>) -> Option<(Ipv4Net, Hop)> {
+/// A route of our protocol: over the device with this index, over another one, or leading nowhere.
+pub(super) fn our_route(route: &RouteMessage, device: Option<u32>) -> Option<(IpNet, Hop)> {
     let header = &route.header;
     if header.protocol != RouteProtocol::Other(ROUTE_PROTOCOL) {
         return None;
     }
-    let find =
-        |wanted: fn(&RouteAttribute) -> Option<u32>| route.attributes.iter().find_map(wanted);
     let way = match header.kind {
         RouteType::Unreachable => Way::Unreachable,
         RouteType::Unicast => {
-            let over = find(|attribute| match attribute {
+            let link = route.attributes.iter().find_map(|attribute| match attribute {
                 RouteAttribute::Oif(index) => Some(*index),
                 _ => None,
-            });
-            let via = find(|attribute| match attribute {
-                RouteAttribute::Gateway(RouteAddress::Inet(ip)) => Some((*ip).into()),
-                _ => None,
-            });
-            if device.is_none() || over != device {
-                return None;
-            }
-            Way::Overlay(Ipv4Addr::from(via.unwrap_or(0)))
+            })?;
+            let gateway = route.attributes.iter().find_map(gateway_of);
+            let gateway = gateway.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
+            if Some(link) == device { Way::Overlay(gateway) } else { Way::Direct { gateway, link } }
         }
         _ => return None,
     };
     Some((subnet_of(route)?, Hop { way, metric: metric_of(route) }))
+}
+
+fn gateway_of(attribute: &RouteAttribute) -> Option<IpAddr> {
+    match attribute {
+        RouteAttribute::Gateway(RouteAddress::Inet(ip)) => Some((*ip).into()),
+        RouteAttribute::Gateway(RouteAddress::Inet6(ip))
+        | RouteAttribute::Via(RouteVia::Inet6(ip)) => Some((*ip).into()),
+        _ => None,
+    }
 }
 
 pub(super) fn metric_of(route: &RouteMessage) -> u32 {
@@ -182,13 +211,14 @@ pub(super) fn metric_of(route: &RouteMessage) -> u32 {
     priority.unwrap_or(0)
 }
 
-/// Where an IPv4 route leads; none for a default route.
-pub(super) fn subnet_of(route: &RouteMessage) -> Option<Ipv4Net> {
+/// Where a route leads; none for a default route.
+pub(super) fn subnet_of(route: &RouteMessage) -> Option<IpNet> {
     let network = route.attributes.iter().find_map(|attribute| match attribute {
-        RouteAttribute::Destination(RouteAddress::Inet(ip)) => Some(*ip),
+        RouteAttribute::Destination(RouteAddress::Inet(ip)) => Some(IpAddr::from(*ip)),
+        RouteAttribute::Destination(RouteAddress::Inet6(ip)) => Some(IpAddr::from(*ip)),
         _ => None,
     })?;
-    Ipv4Net::new(network, route.header.destination_prefix_length).ok()
+    IpNet::new(network, route.header.destination_prefix_length).ok()
 }
 
 /// NDA_DST: of a neighbour its address, of an FDB entry the underlay address of the VTEP.

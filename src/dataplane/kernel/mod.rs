@@ -4,38 +4,29 @@
 //! FDB entries on it, and routes with our protocol number. Objects of others are neither listed nor
 //! touched. A failing operation never stops the others; each failure is named.
 
+mod leftovers;
 mod messages;
+mod observe;
 mod watch;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     io,
-    net::{IpAddr, Ipv4Addr, UdpSocket},
+    net::{Ipv4Addr, UdpSocket},
     os::fd::{AsFd as _, BorrowedFd},
 };
 
-use ipnet::Ipv4Net;
-use rtnetlink::{
-    LinkMessageBuilder, LinkUnspec,
-    packet_route::{
-        AddressFamily, RouteNetlinkMessage,
-        neighbour::{NeighbourAttribute, NeighbourMessage, NeighbourState},
-        route::{RouteHeader, RouteMessage, RouteProtocol},
-    },
-};
+use rtnetlink::{LinkMessageBuilder, LinkUnspec};
 
-use self::messages::{
-    destination, device_message, fixed_attributes, lladdr, no_ipv6_address, our_route, request,
-    subnet_of,
-};
-pub use self::watch::Touched;
+use self::messages::{device_message, fixed_attributes, no_ipv6_address, request};
+pub use self::{leftovers::Leftovers, watch::Touched};
 use super::{
-    desired::{Desired, Device, Hop, ROUTE_PROTOCOL, Way},
-    plan::{Actual, Found, Op, plan},
+    desired::{Desired, Device, Hop},
+    plan::{Op, full_len, plan},
 };
 use crate::{
-    model::Mac,
-    netlink::{Netlink, Request, link::Link, monitor::Monitor},
+    model::Pool,
+    netlink::{Netlink, link::Link, monitor::Monitor},
 };
 
 /// "There is no such thing" in its three spellings: what was to be removed is gone already.
@@ -60,13 +51,6 @@ pub struct Report {
     pub done: BTreeMap<&'static str, u64>,
     /// What the kernel refused, as sentences.
     pub failed: Vec<String>,
-}
-
-/// What gossamer has left in a kernel.
-#[derive(Debug, Default)]
-pub struct Leftovers {
-    pub devices: Vec<String>,
-    pub routes: BTreeMap<Ipv4Net, RouteMessage>,
 }
 
 /// Why the device cannot be made. The rest of the plan was not tried.
@@ -120,23 +104,10 @@ impl Kernel {
         Ok(touched)
     }
 
-    /// Routes of other programs that outrank ours to the same subnets, as sentences.
-    pub fn rivals(&mut self, desired: &Desired) -> io::Result<Vec<String>> {
-        let mut filter = RouteMessage::default();
-        filter.header.address_family = AddressFamily::Inet;
-        filter.header.table = RouteHeader::RT_TABLE_MAIN;
-        let found = self.netlink.dump(&RouteNetlinkMessage::GetRoute(filter))?;
-        let routes = found.iter().filter_map(|message| match message {
-            RouteNetlinkMessage::NewRoute(route) => Some(route),
-            _ => None,
-        });
-        Ok(routes.filter_map(|route| rival(route, desired)).collect())
-    }
-
     /// Makes the kernel equal to `desired`: dump, difference, operations.
     pub fn reconcile(&mut self, desired: &Desired) -> Result<Report, KernelError> {
         self.take_the_name_back(&desired.device)?;
-        let actual = self.observe(&desired.device.name, Some(desired.network))?;
+        let actual = self.observe(&desired.device.name, Some(&desired.pool))?;
         self.apply(desired, plan(desired, &actual))
     }
 
@@ -169,62 +140,13 @@ impl Kernel {
         }
     }
 
-    /// Everything on our account: on the device of this name, and routes of ours into this network.
-    pub fn observe(&mut self, name: &str, network: Option<Ipv4Net>) -> Result<Actual, KernelError> {
-        let Some(link) = self.netlink.link(name)? else {
-            let routes = self.our_routes(None, network)?;
-            return Ok(Actual { routes, ..Actual::default() });
-        };
-        if link.kind != "vxlan" {
-            let kind = if link.kind.is_empty() { "physical".to_owned() } else { link.kind };
-            return Err(KernelError::NameTaken { name: name.to_owned(), kind });
-        }
-        self.device = Some(link.index);
-        let mut actual = Actual {
-            neighbours: self.neighbours(link.index)?,
-            fdb: self.fdb(link.index)?,
-            routes: self.our_routes(Some(link.index), network)?,
-            device: None,
-        };
-        actual.device = Some(self.found(&link)?);
-        Ok(actual)
-    }
-
-    /// Removes our device, every entry on it, and our routes into this network that are on no device.
-    pub fn remove(&mut self, name: &str, network: Ipv4Net) -> Result<(), KernelError> {
+    /// Removes our device, every entry on it, and our routes into this pool's networks that are not on it.
+    pub fn remove(&mut self, name: &str, pool: &Pool) -> Result<(), KernelError> {
         self.remove_device(name)?;
-        let routes = self.our_routes(None, Some(network))?.into_iter();
+        let routes = self.our_routes(None, Some(pool))?.into_iter();
         let ops: Vec<Op> = routes.map(|(subnet, hop)| Op::RemoveRoute(subnet, hop)).collect();
         self.netlink.apply(ops.iter().map(|op| request(op, 0)).collect())?;
         Ok(())
-    }
-
-    /// Everything in this namespace that can be recognised as made by gossamer, of whatever cluster.
-    pub fn leftovers(&mut self) -> io::Result<Leftovers> {
-        let links = self.netlink.links()?.into_iter();
-        let ours = |link: &Link| {
-            let vni = link.name.strip_prefix("gossamer.").or(link.name.strip_prefix("gossam."));
-            link.kind == "vxlan" && vni.is_some_and(|vni| vni.parse::<u32>().is_ok())
-        };
-        let routes = self.routes_of_our_protocol()?.into_iter();
-        Ok(Leftovers {
-            devices: links.filter(ours).map(|link| link.name).collect(),
-            routes: routes.filter_map(|route| Some((subnet_of(&route)?, route))).collect(),
-        })
-    }
-
-    /// Removes what [`Kernel::leftovers`] found.
-    pub fn sweep(&mut self, leftovers: Leftovers) -> io::Result<()> {
-        for device in &leftovers.devices {
-            self.remove_device(device)?;
-        }
-        let gone = leftovers.routes.into_values().map(RouteNetlinkMessage::DelRoute);
-        let gone = gone.map(|message| Request { message, flags: 0 }).collect();
-        let refused = self.netlink.apply(gone)?;
-        match refused.iter().find(|refused| !GONE.contains(&refused.errno)) {
-            Some(refused) => Err(io::Error::from_raw_os_error(refused.errno)),
-            None => Ok(()),
-        }
     }
 
     fn remove_device(&mut self, name: &str) -> io::Result<()> {
@@ -236,17 +158,16 @@ impl Kernel {
 
     /// Our device under another name is still the one that carries the pods' traffic.
     fn take_the_name_back(&mut self, wanted: &Device) -> io::Result<()> {
+        if self.netlink.link(&wanted.name)?.is_some() {
+            return Ok(());
+        }
         let links = self.netlink.links()?;
         let is_ours = |link: &&Link| {
             link.kind == "vxlan"
                 && link.mac == Some(wanted.mac)
                 && fixed_attributes(link).0 == (wanted.vni, wanted.port)
         };
-        let renamed = links.iter().find(is_ours).filter(|link| link.name != wanted.name);
-        let Some(link) = renamed.filter(|_| links.iter().all(|link| link.name != wanted.name))
-        else {
-            return Ok(());
-        };
+        let Some(link) = links.iter().find(is_ours) else { return Ok(()) };
         let change = || LinkUnspec::new_with_index(link.index);
         let rename = || change().name(wanted.name.clone());
         match self.netlink.set_link(rename()) {
@@ -306,11 +227,11 @@ impl Kernel {
             Op::SetUp => self.set(name, |link| link.up()),
             Op::AddAddress(address) => {
                 let index = self.netlink.index_of(name)?;
-                self.netlink.add_address(index, IpAddr::V4(*address), 32)
+                self.netlink.add_address(index, *address, full_len(*address))
             }
             Op::RemoveAddress(address, len) => {
                 let index = self.netlink.index_of(name)?;
-                self.netlink.remove_address(index, IpAddr::V4(*address), *len)
+                self.netlink.remove_address(index, *address, *len)
             }
             _ => Ok(()),
         }
@@ -346,103 +267,6 @@ impl Kernel {
             _ => KernelError::Netlink(error),
         }
     }
-
-    fn found(&mut self, link: &Link) -> io::Result<Found> {
-        let ((vni, port), local, underlay, foreign) = fixed_attributes(link);
-        let addresses = self.netlink.addresses()?.into_iter().filter(|a| a.link == link.index);
-        let addresses: Vec<_> = addresses
-            .filter_map(|address| match address.ip {
-                IpAddr::V4(ip) => Some((ip, address.prefix_len)),
-                IpAddr::V6(_) => None,
-            })
-            .collect();
-        let device = Device {
-            name: link.name.clone(),
-            vni,
-            port,
-            mac: link.mac.unwrap_or(Mac::from_bytes([0; 6])),
-            mtu: link.mtu,
-            local,
-            link: underlay,
-            address: Ipv4Addr::UNSPECIFIED,
-        };
-        Ok(Found { up: link.up, device, foreign, addresses })
-    }
-
-    fn neighbours(&mut self, index: u32) -> io::Result<BTreeMap<Ipv4Addr, Mac>> {
-        let permanent = |entry: &NeighbourMessage| entry.header.state == NeighbourState::Permanent;
-        let entries = self.dump_neighbours(AddressFamily::Inet, index)?.into_iter();
-        Ok(entries
-            .filter(permanent)
-            .filter_map(|entry| match (destination(&entry), lladdr(&entry)) {
-                (Some(IpAddr::V4(ip)), Some(mac)) => Some((ip, mac)),
-                _ => None,
-            })
-            .collect())
-    }
-
-    fn fdb(&mut self, index: u32) -> io::Result<BTreeSet<(Mac, IpAddr)>> {
-        let entries = self.dump_neighbours(AddressFamily::Bridge, index)?.into_iter();
-        Ok(entries.filter_map(|entry| Some((lladdr(&entry)?, destination(&entry)?))).collect())
-    }
-
-    fn dump_neighbours(
-        &mut self,
-        family: AddressFamily,
-        index: u32,
-    ) -> io::Result<Vec<NeighbourMessage>> {
-        let mut filter = NeighbourMessage::default();
-        filter.header.family = family;
-        match family {
-            AddressFamily::Bridge => filter.header.ifindex = index,
-            _ => filter.attributes.push(NeighbourAttribute::IfIndex(index)),
-        }
-        let found = self.netlink.dump(&RouteNetlinkMessage::GetNeighbour(filter))?;
-        Ok(found
-            .into_iter()
-            .filter_map(|message| match message {
-                RouteNetlinkMessage::NewNeighbour(entry) if entry.header.ifindex == index => {
-                    Some(entry)
-                }
-                _ => None,
-            })
-            .collect())
-    }
-
-    /// Routes of our protocol over the device, and those into the network that are on no device: another
-    /// instance on this host has a device and a network of its own.
-    fn our_routes(
-        &mut self,
-        device: Option<u32>,
-        network: Option<Ipv4Net>,
-    ) -> io::Result<BTreeSet<(Ipv4Net, Hop)>> {
-        let found = self.routes_of_our_protocol()?;
-        Ok(found
-            .iter()
-            .filter_map(|route| our_route(route, device))
-            .filter(|(subnet, hop)| {
-                matches!(hop.way, Way::Overlay(_))
-                    || network.is_some_and(|network| network.contains(subnet))
-            })
-            .collect())
-    }
-}
-
-impl Kernel {
-    fn routes_of_our_protocol(&mut self) -> io::Result<Vec<RouteMessage>> {
-        let mut filter = RouteMessage::default();
-        filter.header.address_family = AddressFamily::Inet;
-        filter.header.table = RouteHeader::RT_TABLE_MAIN;
-        filter.header.protocol = RouteProtocol::Other(ROUTE_PROTOCOL);
-        let found = self.netlink.dump(&RouteNetlinkMessage::GetRoute(filter))?;
-        Ok(found
-            .into_iter()
-            .filter_map(|message| match message {
-                RouteNetlinkMessage::NewRoute(route) => Some(route),
-                _ => None,
-            })
-            .collect())
-    }
 }
 
 impl Op {
@@ -462,23 +286,6 @@ impl Op {
     fn is_removal(&self) -> bool {
         matches!(self, Self::RemoveRoute(..) | Self::RemoveNeighbour(_) | Self::RemoveFdb(..))
     }
-}
-
-/// Says so, if another program's route takes the packets to one of our peers.
-fn rival(route: &RouteMessage, desired: &Desired) -> Option<String> {
-    if route.header.protocol == RouteProtocol::Other(ROUTE_PROTOCOL) {
-        return None;
-    }
-    let subnet = subnet_of(route)?;
-    let ours = desired.tables.routes.get(&subnet)?;
-    let metric = messages::metric_of(route);
-    (metric < ours.metric).then(|| {
-        format!(
-            "another program's route takes the packets to {subnet}: its metric is {metric}, ours is {}; \
-             remove it (ip route del {subnet} metric {metric})",
-            ours.metric
-        )
-    })
 }
 
 fn explain_entry(op: &Op, errno: i32) -> String {

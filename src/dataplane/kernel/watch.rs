@@ -3,8 +3,6 @@
 //! Our own changes are heard like everybody's, so an event counts only if it contradicts what should be
 //! there. What is to be done about it is found out by a dump, never from the event.
 
-use std::net::IpAddr;
-
 use rtnetlink::packet_route::{
     AddressFamily, RouteNetlinkMessage,
     address::{AddressAttribute, AddressMessage},
@@ -68,7 +66,11 @@ impl Touched {
     ) {
         let wanted = &desired.device;
         let link = Link::from(message.clone());
-        self.underlay |= link.index == wanted.link;
+        if link.index == wanted.link {
+            self.underlay = true;
+            // The kernel says nothing about the IPv4 routes that go with an interface.
+            self.ours |= desired.has_direct();
+        }
         if link.name == wanted.name || Some(link.index) == device {
             let right = present
                 && link.name == wanted.name
@@ -90,7 +92,8 @@ impl Touched {
         self.underlay |= message.header.index == desired.device.link;
         if Some(message.header.index) == device {
             let ours = message.attributes.iter().any(|attribute| {
-                matches!(attribute, AddressAttribute::Local(ip) if *ip == desired.device.address)
+                matches!(attribute, AddressAttribute::Local(ip) | AddressAttribute::Address(ip)
+                    if desired.device.addresses.contains(ip))
             });
             self.ours |= ours != present;
         }
@@ -130,7 +133,7 @@ fn is_right(entry: &NeighbourMessage, desired: &Desired, present: bool) -> bool 
         let wanted = tables.fdb.get(&mac) == Some(&to);
         return wanted == present;
     }
-    let Some(IpAddr::V4(ip)) = to else { return true };
+    let Some(ip) = to else { return true };
     match tables.neighbours.get(&ip) {
         Some(wanted) => present && permanent && mac == Some(*wanted),
         None => !(present && permanent),

@@ -1,0 +1,51 @@
+//! What gossamer has left in a kernel, of whatever cluster, and its removal.
+//!
+//! Only what can be recognised without memory is listed, and only what was listed is removed.
+
+use std::{collections::BTreeMap, io};
+
+use ipnet::IpNet;
+use rtnetlink::packet_route::{RouteNetlinkMessage, route::RouteMessage};
+
+use super::{GONE, Kernel, messages::subnet_of};
+use crate::{
+    dataplane::desired::ROUTE_PROTOCOL,
+    netlink::{Request, link::Link},
+};
+
+/// What was found.
+#[derive(Debug, Default)]
+pub struct Leftovers {
+    pub devices: Vec<String>,
+    pub routes: BTreeMap<IpNet, RouteMessage>,
+}
+
+impl Kernel {
+    /// Everything in this namespace that can be recognised as made by gossamer.
+    pub fn leftovers(&mut self) -> io::Result<Leftovers> {
+        let links = self.netlink.links()?.into_iter();
+        let ours = |link: &Link| {
+            let vni = link.name.strip_prefix("gossamer.").or(link.name.strip_prefix("gossam."));
+            link.kind == "vxlan" && vni.is_some_and(|vni| vni.parse::<u32>().is_ok())
+        };
+        let routes = self.main_routes(Some(ROUTE_PROTOCOL))?.into_iter();
+        Ok(Leftovers {
+            devices: links.filter(ours).map(|link| link.name).collect(),
+            routes: routes.filter_map(|route| Some((subnet_of(&route)?, route))).collect(),
+        })
+    }
+
+    /// Removes what [`Kernel::leftovers`] found.
+    pub fn sweep(&mut self, leftovers: Leftovers) -> io::Result<()> {
+        for device in &leftovers.devices {
+            self.remove_device(device)?;
+        }
+        let gone = leftovers.routes.into_values().map(RouteNetlinkMessage::DelRoute);
+        let gone = gone.map(|message| Request { message, flags: 0 }).collect();
+        let refused = self.netlink.apply(gone)?;
+        match refused.iter().find(|refused| !GONE.contains(&refused.errno)) {
+            Some(refused) => Err(io::Error::from_raw_os_error(refused.errno)),
+            None => Ok(()),
+        }
+    }
+}

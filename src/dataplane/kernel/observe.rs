@@ -1,0 +1,178 @@
+//! What is there on our account: the device, and the entries of the three tables.
+//!
+//! Reads only. What should be there is compared with it in `plan`.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    net::IpAddr,
+};
+
+use ipnet::IpNet;
+use rtnetlink::packet_route::{
+    AddressFamily, RouteNetlinkMessage,
+    neighbour::{NeighbourAttribute, NeighbourMessage, NeighbourState},
+    route::{RouteHeader, RouteMessage, RouteProtocol},
+};
+
+use super::{
+    Kernel, KernelError,
+    messages::{destination, fixed_attributes, lladdr, metric_of, our_route, subnet_of},
+};
+use crate::{
+    dataplane::{
+        desired::{Desired, Device, Hop, ROUTE_PROTOCOL, Way},
+        plan::{Actual, Found},
+    },
+    model::{Mac, Pool},
+    netlink::link::Link,
+};
+
+impl Kernel {
+    /// Everything on our account: on the device of this name, and routes of ours into this pool's networks.
+    pub fn observe(&mut self, name: &str, pool: Option<&Pool>) -> Result<Actual, KernelError> {
+        let Some(link) = self.netlink.link(name)? else {
+            let routes = self.our_routes(None, pool)?;
+            return Ok(Actual { routes, ..Actual::default() });
+        };
+        if link.kind != "vxlan" {
+            let kind = if link.kind.is_empty() { "physical".to_owned() } else { link.kind };
+            return Err(KernelError::NameTaken { name: name.to_owned(), kind });
+        }
+        self.device = Some(link.index);
+        Ok(Actual {
+            neighbours: self.neighbours(link.index)?,
+            fdb: self.fdb(link.index)?,
+            routes: self.our_routes(Some(link.index), pool)?,
+            device: Some(self.found(&link)?),
+        })
+    }
+
+    /// Routes of other programs that outrank ours to the same subnets, as sentences.
+    pub fn rivals(&mut self, desired: &Desired) -> io::Result<Vec<String>> {
+        let routes = self.main_routes(None)?;
+        Ok(routes.iter().filter_map(|route| rival(route, desired)).collect())
+    }
+
+    /// The main table, of both families; of one protocol or of all.
+    pub(super) fn main_routes(&mut self, protocol: Option<u8>) -> io::Result<Vec<RouteMessage>> {
+        let mut routes = Vec::new();
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            let mut filter = RouteMessage::default();
+            filter.header.address_family = family;
+            filter.header.table = RouteHeader::RT_TABLE_MAIN;
+            filter.header.protocol = protocol.map_or(RouteProtocol::Unspec, RouteProtocol::Other);
+            let found = match self.netlink.dump(&RouteNetlinkMessage::GetRoute(filter)) {
+                // A kernel without IPv6.
+                Err(_) if family == AddressFamily::Inet6 => continue,
+                found => found?,
+            };
+            routes.extend(found.into_iter().filter_map(|message| match message {
+                RouteNetlinkMessage::NewRoute(route) if route.header.address_family == family => {
+                    Some(route)
+                }
+                _ => None,
+            }));
+        }
+        Ok(routes)
+    }
+
+    fn found(&mut self, link: &Link) -> io::Result<Found> {
+        let ((vni, port), local, underlay, foreign) = fixed_attributes(link);
+        let on_it = self.netlink.addresses()?.into_iter().filter(|a| a.link == link.index);
+        let not_link_local = |ip: &IpAddr| match ip {
+            IpAddr::V4(_) => true,
+            IpAddr::V6(ip) => !ip.is_unicast_link_local(),
+        };
+        let addresses = on_it.map(|address| (address.ip, address.prefix_len));
+        let device = Device {
+            name: link.name.clone(),
+            vni,
+            port,
+            mac: link.mac.unwrap_or(Mac::from_bytes([0; 6])),
+            mtu: link.mtu,
+            local,
+            link: underlay,
+            addresses: BTreeSet::new(),
+        };
+        let addresses = addresses.filter(|(ip, _)| not_link_local(ip)).collect();
+        Ok(Found { up: link.up, device, foreign, addresses })
+    }
+
+    fn neighbours(&mut self, index: u32) -> io::Result<BTreeMap<IpAddr, Mac>> {
+        let permanent = |entry: &NeighbourMessage| entry.header.state == NeighbourState::Permanent;
+        let mut entries = self.dump_neighbours(AddressFamily::Inet, index)?;
+        // A kernel without IPv6 has none of those.
+        entries.extend(self.dump_neighbours(AddressFamily::Inet6, index).unwrap_or_default());
+        Ok(entries
+            .iter()
+            .filter(|entry| permanent(entry))
+            .filter_map(|entry| Some((destination(entry)?, lladdr(entry)?)))
+            .collect())
+    }
+
+    fn fdb(&mut self, index: u32) -> io::Result<BTreeSet<(Mac, IpAddr)>> {
+        let entries = self.dump_neighbours(AddressFamily::Bridge, index)?.into_iter();
+        Ok(entries.filter_map(|entry| Some((lladdr(&entry)?, destination(&entry)?))).collect())
+    }
+
+    fn dump_neighbours(
+        &mut self,
+        family: AddressFamily,
+        index: u32,
+    ) -> io::Result<Vec<NeighbourMessage>> {
+        let mut filter = NeighbourMessage::default();
+        filter.header.family = family;
+        match family {
+            AddressFamily::Bridge => filter.header.ifindex = index,
+            _ => filter.attributes.push(NeighbourAttribute::IfIndex(index)),
+        }
+        let found = self.netlink.dump(&RouteNetlinkMessage::GetNeighbour(filter))?;
+        Ok(found
+            .into_iter()
+            .filter_map(|message| match message {
+                RouteNetlinkMessage::NewNeighbour(entry)
+                    if entry.header.ifindex == index && entry.header.family == family =>
+                {
+                    Some(entry)
+                }
+                _ => None,
+            })
+            .collect())
+    }
+
+    /// Routes of our protocol over the device, and those into the pool's networks wherever they lead:
+    /// another instance on this host has a device and networks of its own.
+    pub(super) fn our_routes(
+        &mut self,
+        device: Option<u32>,
+        pool: Option<&Pool>,
+    ) -> io::Result<BTreeSet<(IpNet, Hop)>> {
+        let found = self.main_routes(Some(ROUTE_PROTOCOL))?;
+        let inside = |subnet: &IpNet| {
+            pool.is_some_and(|pool| pool.networks().iter().any(|network| network.contains(subnet)))
+        };
+        Ok(found
+            .iter()
+            .filter_map(|route| our_route(route, device))
+            .filter(|(subnet, hop)| matches!(hop.way, Way::Overlay(_)) || inside(subnet))
+            .collect())
+    }
+}
+
+/// Says so, if another program's route takes the packets to one of our peers.
+fn rival(route: &RouteMessage, desired: &Desired) -> Option<String> {
+    if route.header.protocol == RouteProtocol::Other(ROUTE_PROTOCOL) {
+        return None;
+    }
+    let subnet = subnet_of(route)?;
+    let ours = desired.tables.routes.get(&subnet)?;
+    let metric = metric_of(route);
+    (metric < ours.metric).then(|| {
+        format!(
+            "another program's route takes the packets to {subnet}: its metric is {metric}, ours is {}; \
+             remove it (ip route del {subnet} metric {metric})",
+            ours.metric
+        )
+    })
+}

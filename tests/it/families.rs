@@ -1,0 +1,144 @@
+//! IPv6 above and below: overlays and underlays of either family and of both.
+
+use std::io::Write as _;
+
+use gossamer::lab::{Agent, Host, Lab, NetNs};
+use ipnet::IpNet;
+
+use crate::common::{PATIENCE, eventually, isolated, program, run, token_of, tool};
+
+/// Two hosts of which each has an IPv6 address on the underlay too; none, if the kernel has no IPv6.
+fn hosts(lab: &mut Lab) -> anyhow::Result<Option<[Host; 2]>> {
+    let hosts = [lab.host(1, "n1")?, lab.host(2, "n2")?];
+    for (n, host) in (1..).zip(&hosts) {
+        let added = run(&host.netns, &format!("ip addr add fd99::{n}/64 dev eth0 nodad"));
+        if !added.status.success() {
+            let _ = writeln!(std::io::stderr(), "SKIPPED: the kernel has no IPv6");
+            return Ok(None);
+        }
+    }
+    Ok(Some(hosts))
+}
+
+/// A cluster of the two; `first` founds it.
+fn cluster(hosts: &[Host; 2], underlays: [&str; 2], first: &[&str]) -> anyhow::Result<[Agent; 2]> {
+    let founding = [&["--init", "--iface", underlays[0]], first].concat();
+    let mut founder = Agent::start(program(), &hosts[0], &founding)?;
+    founder.wait_converged(1, PATIENCE)?;
+    let token = token_of(&mut founder)?;
+    let arguments = ["--iface", underlays[1], "--join", underlays[0], "--token", &token];
+    let mut agents = [founder, Agent::start(program(), &hosts[1], &arguments)?];
+    agents.iter_mut().try_for_each(|agent| agent.wait_converged(2, PATIENCE).map(drop))?;
+    Ok(agents)
+}
+
+/// A pod with the second address of the IPv6 subnet, behind a bridge that has the first.
+fn pod6(host: &Host, subnet: IpNet) -> anyhow::Result<(NetNs, String)> {
+    let netns = NetNs::new(&format!("{}-pod6", host.name))?;
+    let base = subnet.network();
+    for command in [
+        "ip link add pods6 type bridge".to_owned(),
+        format!("ip addr add {base}1/64 dev pods6 nodad"),
+        format!("ip link add pod6 type veth peer name eth0 netns {}-pod6", host.name),
+        "ip link set pod6 master pods6 up".to_owned(),
+        "ip link set pods6 up".to_owned(),
+    ] {
+        tool(&host.netns, &command);
+    }
+    tool(&netns, &format!("ip addr add {base}2/64 dev eth0 nodad"));
+    tool(&netns, "ip link set eth0 up");
+    tool(&netns, &format!("ip route add default via {base}1"));
+    Ok((netns, format!("{base}2")))
+}
+
+fn subnet_of(agent: &mut Agent, field: &str) -> anyhow::Result<IpNet> {
+    let status = agent.ask("/v1/status", PATIENCE)?;
+    Ok(status[field].as_str().expect("a subnet").parse()?)
+}
+
+fn assert_pings(from: &NetNs, to: &str, payload: u32) {
+    // The first may wait for the pods' own neighbour discovery.
+    run(from, &format!("ping -c 1 -W 2 {to}"));
+    let said = tool(from, &format!("ping -c 1 -W 2 -s {payload} -M do {to}"));
+    assert!(said.contains(" 1 received"), "{said}");
+}
+
+#[test]
+fn an_ipv6_underlay_carries_the_ipv4_overlay() {
+    isolated(|lab| {
+        let Some(hosts) = hosts(lab)? else { return Ok(()) };
+        let mut agents = cluster(&hosts, ["fd99::1", "fd99::2"], &[])?;
+        let mut pods = Vec::new();
+        for (host, agent) in hosts.iter().zip(&mut agents) {
+            pods.push(host.pod(Agent::subnet(&agent.ask("/v1/status", PATIENCE)?)?, 1430)?);
+        }
+        assert_pings(&pods[0].netns, &pods[1].ip.to_string(), 1402);
+        let fdb = tool(&hosts[0].netns, "bridge fdb show dev gossamer.1");
+        assert!(fdb.contains("dst fd99::2"), "{fdb}");
+        Ok(())
+    });
+}
+
+#[test]
+fn both_families_go_through_one_tunnel() {
+    isolated(|lab| {
+        let Some(hosts) = hosts(lab)? else { return Ok(()) };
+        let underlays = hosts.each_ref().map(|host| host.ip.to_string());
+        let underlays = underlays.each_ref().map(String::as_str);
+        let mut agents = cluster(&hosts, underlays, &["--network6", "fd42::/48"])?;
+        let mut pods = Vec::new();
+        for (host, agent) in hosts.iter().zip(&mut agents) {
+            let subnet = Agent::subnet(&agent.ask("/v1/status", PATIENCE)?)?;
+            pods.push((host.pod(subnet, 1450)?, pod6(host, subnet_of(agent, "subnet6")?)?));
+        }
+        assert_pings(&pods[0].0.netns, &pods[1].0.ip.to_string(), 1422);
+        assert_pings(&pods[0].1.0, &pods[1].1.1, 1402);
+        let env = std::fs::read_to_string(hosts[1].dir.join("subnet.env"))?;
+        assert!(env.contains("FLANNEL_SUBNET=10.42.") && env.contains("FLANNEL_IPV6_SUBNET=fd42:"));
+
+        // Repaired like the first: by the event, with both families on.
+        let host = &hosts[0].netns;
+        let subnet = subnet_of(&mut agents[1], "subnet6")?;
+        tool(host, &format!("ip -6 route del {subnet}"));
+        eventually(host, "ip -6 route show proto 73", |routes| {
+            routes.contains(&subnet.to_string())
+        });
+        tool(host, "ip link set gossamer.1 down");
+        tool(host, "ip link del gossamer.1");
+        eventually(host, "ip -6 route show proto 73", |routes| {
+            routes.contains(&subnet.to_string())
+        });
+        assert_pings(&pods[0].1.0, &pods[1].1.1, 1402);
+        agents[0].leave()?;
+        for left in ["ip route show proto 73", "ip -6 route show proto 73"] {
+            assert_eq!(tool(host, left), "");
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn a_cluster_can_do_without_ipv4() {
+    isolated(|lab| {
+        let Some(hosts) = hosts(lab)? else { return Ok(()) };
+        for host in &hosts {
+            tool(&host.netns, "ip -4 addr flush dev eth0");
+        }
+        let mut agents = cluster(&hosts, ["fd99::1", "fd99::2"], &["--network", "fd42::/48"])?;
+        let mut pods = Vec::new();
+        for (host, agent) in hosts.iter().zip(&mut agents) {
+            pods.push(pod6(host, subnet_of(agent, "subnet")?)?);
+        }
+        assert_pings(&pods[0].0, &pods[1].1, 1382);
+        // The probe's verdict, which comes from the peer's kernel.
+        for agent in &mut agents {
+            crate::common::wait_until("the path is unknown", PATIENCE, || {
+                let status = agent.ask("/v1/status", PATIENCE).expect("a status");
+                status["paths"][0]["state"] == "ok"
+            });
+        }
+        let env = std::fs::read_to_string(hosts[1].dir.join("subnet.env"))?;
+        assert!(env.starts_with("FLANNEL_IPV6_NETWORK=fd42::/48\n"), "{env}");
+        Ok(())
+    });
+}

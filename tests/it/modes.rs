@@ -1,0 +1,131 @@
+//! Ways without a tunnel, and from one way to another.
+
+use std::{process::Command, time::Duration};
+
+use gossamer::lab::{Agent, Host, Lab, Pinger};
+use nix::sys::signal::Signal;
+
+use crate::common::{Cluster, PATIENCE, eventually, has_problem, isolated, tool, wait_until};
+
+fn routes(host: &Host) -> String {
+    tool(&host.netns, "ip route show proto 73")
+}
+
+/// Neighbours and FDB entries, whose order is no order.
+fn entries(host: &Host) -> Vec<String> {
+    let commands = ["bridge fdb show dev gossamer.1", "ip neigh show dev gossamer.1 nud permanent"];
+    let text = commands.map(|command| tool(&host.netns, command)).concat();
+    let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
+    lines.sort();
+    lines
+}
+
+/// Starts every agent again with other arguments, as an operator who changes the mode does.
+fn restart_all(cluster: &mut Cluster, arguments: &[&str]) -> anyhow::Result<()> {
+    for number in 0..cluster.hosts.len() {
+        cluster.agents[number].end(Signal::SIGTERM)?;
+        cluster.agents[number] = cluster.start_agent(&cluster.hosts[number], arguments)?;
+    }
+    cluster.converge()
+}
+
+/// A host behind the router of the underlay, in a network of its own.
+fn far_host(lab: &mut Lab, number: u16) -> anyhow::Result<Host> {
+    let host = lab.host(number, &format!("n{number}"))?;
+    for command in [
+        "ip addr flush dev eth0".to_owned(),
+        format!("ip addr add 10.98.0.{number}/16 dev eth0"),
+        "ip route add default via 10.98.0.1".to_owned(),
+    ] {
+        tool(&host.netns, &command);
+    }
+    let run = |command: &str| Command::new("sh").args(["-c", command]).status();
+    anyhow::ensure!(run("ip addr add 10.98.0.1/16 dev underlay")?.success());
+    anyhow::ensure!(run("echo 1 > /proc/sys/net/ipv4/ip_forward")?.success());
+    Ok(host)
+}
+
+#[test]
+fn a_change_of_mode_loses_no_packet_and_leaves_nothing_of_the_old() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 3)?;
+        let pods = cluster.pods()?;
+        let tunnels: Vec<_> =
+            cluster.hosts.iter().map(|host| (routes(host), entries(host))).collect();
+        let mut pinger = Pinger::new(&pods[0].netns)?;
+        let to = pods[1].ip;
+        let pinging = std::thread::spawn(move || {
+            pinger.stream(to, 600, Duration::from_millis(10)).map(|answered| (pinger, answered))
+        });
+        for mode in ["direct", "host-gw"] {
+            restart_all(&mut cluster, &["--mode", mode])?;
+            for host in &cluster.hosts {
+                let routes = routes(host);
+                assert_eq!(routes.matches("via 10.99.0.").count(), 2, "{mode}: {routes}");
+                assert_eq!(routes.lines().count(), 2, "{mode}: {routes}");
+                assert!(entries(host).is_empty(), "{mode}: {:?}", entries(host));
+            }
+        }
+        let env = std::fs::read_to_string(cluster.hosts[0].dir.join("subnet.env"))?;
+        assert!(env.contains("FLANNEL_MTU=1500"), "{env}");
+        restart_all(&mut cluster, &["--mode", "vxlan"])?;
+        for (host, before) in cluster.hosts.iter().zip(tunnels) {
+            assert_eq!((routes(host), entries(host)), before);
+        }
+        let (_, answered) = pinging.join().expect("the pinger ends")?;
+        assert_eq!(answered, 600);
+        Ok(())
+    });
+}
+
+#[test]
+fn direct_routes_come_back_after_the_underlay_was_down() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        let second = lab.host(2, "n2")?;
+        cluster.agents.push(cluster.start_agent(&second, &["--mode", "direct"])?);
+        cluster.hosts.push(second);
+        cluster.converge()?;
+        let host = &cluster.hosts[1];
+        let before = routes(host);
+        assert!(before.contains(&format!("via {} dev eth0", cluster.hosts[0].ip)), "{before}");
+        for command in ["ip link set eth0 down", "ip link set eth0 up"] {
+            tool(&host.netns, command);
+        }
+        eventually(&host.netns, "ip route show proto 73", |routes| routes == before);
+        let subnet = before.split_whitespace().next().expect("a subnet");
+        tool(&host.netns, &format!("ip route replace {subnet} via 10.99.0.1 proto 73 metric 9"));
+        eventually(&host.netns, "ip route show proto 73", |routes| routes == before);
+        Ok(())
+    });
+}
+
+#[test]
+fn peers_behind_a_router_have_a_tunnel_or_are_named() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let far = far_host(lab, 3)?;
+        cluster.agents.push(cluster.start_agent(&far, &[])?);
+        cluster.hosts.push(far);
+        restart_all(&mut cluster, &["--mode", "direct"])?;
+        let pods = cluster.pods()?;
+        for (to, via) in [(1, "dev eth0"), (2, "dev gossamer.1")] {
+            let subnet = Agent::subnet(&cluster.agents[to].ask("/v1/status", PATIENCE)?)?;
+            let route = tool(&cluster.hosts[0].netns, &format!("ip route show {subnet}"));
+            assert!(route.contains(via), "{route}");
+            let mut pinger = Pinger::new(&pods[0].netns)?;
+            wait_until("no answer", PATIENCE, || {
+                pinger.ping(pods[to].ip, Duration::from_secs(1)).is_ok_and(|got| got.is_some())
+            });
+        }
+
+        cluster.agents[0].end(Signal::SIGTERM)?;
+        cluster.agents[0] = cluster.start_agent(&cluster.hosts[0], &["--mode", "host-gw"])?;
+        wait_until("it is not named", PATIENCE, || {
+            has_problem(&mut cluster.agents[0], "n3 (10.98.0.3) is not on this host's underlay")
+        });
+        let routes = routes(&cluster.hosts[0]);
+        assert_eq!(routes.matches("unreachable").count(), 1, "{routes}");
+        Ok(())
+    });
+}
