@@ -17,7 +17,10 @@ use regex_lite::Regex;
 use serde::Deserialize;
 
 use crate::{
-    dataplane::desired::Mode,
+    dataplane::{
+        desired::Mode,
+        firewall::{Policy, TABLE},
+    },
     model::{ClusterSettings, NodeName, Pool, PoolSpec, Quorum, QuorumError, SettingsWish},
     wire::{Token, TokenError},
 };
@@ -113,6 +116,15 @@ pub struct Settings {
     /// [default: vxlan]
     #[arg(long, env = "GOSSAMER_MODE", value_enum, value_name = "MODE")]
     pub mode: Option<Mode>,
+    /// Take tunnel packets from members alone, by a table of nftables [default: true]
+    #[arg(long, env = "GOSSAMER_GUARD", num_args = 0..=1, default_missing_value = "true")]
+    pub guard: Option<bool>,
+    /// Let pods speak to the outside under this host's address, by the same table [default: false]
+    #[arg(long, env = "GOSSAMER_IP_MASQ", num_args = 0..=1, default_missing_value = "true")]
+    pub ip_masq: Option<bool>,
+    /// Set the sysctls that packets need to pass, instead of only naming those that are wrong
+    #[arg(long, env = "GOSSAMER_SET_SYSCTLS", num_args = 0..=1, default_missing_value = "true")]
+    pub set_sysctls: Option<bool>,
     /// VXLAN network identifier [default: 1]
     #[arg(long, env = "GOSSAMER_VNI", value_name = "NUMBER")]
     pub vni: Option<u32>,
@@ -165,6 +177,9 @@ pub struct Config {
     pub quorum: Option<Quorum>,
     pub withdraw_after: Option<Duration>,
     pub mode: Mode,
+    pub firewall: Policy,
+    /// Sysctls that keep packets from passing are set, not only named.
+    pub set_sysctls: bool,
     pub mtu: Option<u32>,
     pub name: NodeName,
 }
@@ -237,6 +252,9 @@ impl Settings {
             voters: list(self.voters, other.voters),
             withdraw_after: self.withdraw_after.or(other.withdraw_after),
             mode: self.mode.or(other.mode),
+            guard: self.guard.or(other.guard),
+            ip_masq: self.ip_masq.or(other.ip_masq),
+            set_sysctls: self.set_sysctls.or(other.set_sysctls),
             vni: self.vni.or(other.vni),
             vxlan_port: self.vxlan_port.or(other.vxlan_port),
             mtu: self.mtu.or(other.mtu),
@@ -308,6 +326,12 @@ impl Settings {
                 self.withdraw_after.as_deref().unwrap_or("10s"),
             )?,
             mode: self.mode.unwrap_or_default(),
+            firewall: Policy {
+                table: TABLE.to_owned(),
+                guard: self.guard.unwrap_or(true),
+                masquerade: self.ip_masq.unwrap_or(false),
+            },
+            set_sysctls: self.set_sysctls.unwrap_or(false),
             mtu: self.mtu,
         })
     }

@@ -14,12 +14,14 @@ use super::{
     Agent, Ending,
     programmer::{Goal, Outcome, State, Told},
     subnet_env,
+    surroundings::HostState,
     underlay::{Chosen, UnderlayError},
 };
 use crate::{
     core::{Command, Input, View},
     dataplane::{
         desired::{Desired, device_name},
+        firewall::Firewall,
         kernel::KernelError,
     },
     model::NodeId,
@@ -46,6 +48,8 @@ pub(super) struct KernelState {
     pub(super) underlay_problem: Option<String>,
     /// Routes of other programs that outrank ours, as sentences.
     pub(super) rivals: Vec<String>,
+    /// Firewall and sysctls.
+    pub(super) host: HostState,
     pub(super) operations: u64,
     /// What other programs had changed and was put right, by kind.
     pub(super) repairs: BTreeMap<&'static str, u64>,
@@ -56,11 +60,13 @@ impl Agent {
         let state = match (&self.kernel.wanted, self.node.cluster()) {
             (Some(view), _) => {
                 let underlay = self.underlay.with_mode(self.config.mode);
-                State::Overlay(Desired::new(view, &underlay, &self.kernel.withdrawn_peers))
+                let desired = Desired::new(view, &underlay, &self.kernel.withdrawn_peers);
+                State::Overlay(Box::new(desired), Firewall::new(view, &self.config.firewall))
             }
             (None, Some(cluster)) if self.kernel.withdrawn => State::Nothing {
                 device: device_name(cluster.settings.vni),
                 pool: cluster.settings.pool,
+                table: self.config.firewall.table.clone(),
             },
             _ => return,
         };
@@ -76,6 +82,7 @@ impl Agent {
                 rivals.iter().for_each(|rival| tracing::warn!("{rival}"));
                 self.kernel.rivals = rivals;
             }
+            Told::Host(state) => self.on_host(state),
         }
     }
 
@@ -107,6 +114,16 @@ impl Agent {
             }
             Err(error) => self.on_kernel_error(&error),
         }
+    }
+
+    fn on_host(&mut self, state: HostState) {
+        let known = &self.kernel.host.problems;
+        state.problems.iter().filter(|p| !known.contains(p)).for_each(|p| tracing::error!("{p}"));
+        for kind in &state.repaired {
+            tracing::warn!("put right what another program had changed: {kind}");
+            *self.kernel.repairs.entry(kind).or_default() += 1;
+        }
+        self.kernel.host = state;
     }
 
     /// The interface that carries the tunnels has changed, or what makes it the chosen one.
@@ -187,7 +204,8 @@ impl Agent {
         let Some(view) = &self.kernel.wanted else { return };
         let networks = view.settings.pool.networks();
         let path = &self.config.subnet_file;
-        if let Err(error) = subnet_env::write(path, networks, view.own.subnets, self.underlay.mtu) {
+        let (mtu, masquerade) = (self.underlay.mtu, self.config.firewall.masquerade);
+        if let Err(error) = subnet_env::write(path, networks, view.own.subnets, mtu, masquerade) {
             tracing::error!(file = %path.display(), %error, "subnet file not written");
         }
     }

@@ -11,11 +11,11 @@ mod programmer;
 mod start;
 mod status;
 mod subnet_env;
+mod surroundings;
 mod underlay;
 
 use std::{
     collections::BTreeSet,
-    path::Path,
     rc::Rc,
     time::{Duration, Instant},
 };
@@ -37,7 +37,7 @@ use crate::{
     core::{Command, Gate, Input, Node, Output, Stop, Target},
     dataplane::{
         desired::device_name,
-        kernel::{Kernel, KernelError},
+        kernel::{FirewallTable, Kernel, KernelError},
     },
     icmp::Echo,
     model::{NodeId, Pool, Time},
@@ -343,7 +343,7 @@ impl Agent {
         drop(self.writer);
         let refused = self.fresh && matches!(ending, Ending::Failed(_));
         if matches!(ending, Ending::Left { .. } | Ending::Anew) || refused {
-            remove_traces(traces, &self.config.subnet_file);
+            remove_traces(traces, &self.config);
         }
         if (matches!(ending, Ending::Left { .. }) || refused)
             && let Err(error) = self.state.wipe()
@@ -420,7 +420,7 @@ impl Agent {
 }
 
 /// Takes away the device, with every entry on it, routes into the pool's networks, and the file.
-fn remove_traces(traces: Option<(String, Pool)>, subnet_file: &Path) {
+fn remove_traces(traces: Option<(String, Pool)>, config: &Config) {
     let Some((device, pool)) = traces else { return };
     let removed = Kernel::open()
         .map_err(KernelError::from)
@@ -428,5 +428,9 @@ fn remove_traces(traces: Option<(String, Pool)>, subnet_file: &Path) {
     if let Err(error) = removed {
         tracing::error!(%error, "the device was not removed");
     }
-    let _ = std::fs::remove_file(subnet_file);
+    let removed = FirewallTable::open().and_then(|mut table| table.remove(&config.firewall.table));
+    if let Err(error) = removed {
+        tracing::debug!(%error, "no table of nftables removed");
+    }
+    let _ = std::fs::remove_file(&config.subnet_file);
 }

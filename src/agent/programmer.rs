@@ -15,11 +15,15 @@ use std::{
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::underlay::{Chosen, UnderlayError, choose_again};
+use super::{
+    surroundings::{HostState, Surroundings},
+    underlay::{Chosen, UnderlayError, choose_again},
+};
 use crate::{
     config::Config,
     dataplane::{
         desired::Desired,
+        firewall::Firewall,
         kernel::{Kernel, KernelError, Report, Touched},
     },
     model::Pool,
@@ -40,11 +44,13 @@ pub struct Goal {
 }
 
 pub enum State {
-    Overlay(Desired),
-    /// No device of this name, no entry on it, and no route of ours into this pool's networks.
+    Overlay(Box<Desired>, Firewall),
+    /// No device of this name, no entry on it, no route of ours into this pool's networks, and no such table
+    /// of nftables.
     Nothing {
         device: String,
         pool: Pool,
+        table: String,
     },
 }
 
@@ -57,6 +63,8 @@ pub enum Told {
     Underlay(Result<Chosen, UnderlayError>),
     /// Routes of other programs that outrank ours; none any more, if empty.
     Rivals(Vec<String>),
+    /// Firewall and sysctls are not as they were when last told.
+    Host(HostState),
 }
 
 /// How a goal was reached, or not.
@@ -86,7 +94,10 @@ impl Programmer {
         alarm.set_nonblocking(true)?;
         woken.set_nonblocking(true)?;
         let netlink = Netlink::open()?;
+        let surroundings = Surroundings::open(config.mode, config.set_sysctls);
         let worker = Worker {
+            surroundings,
+            table_touched: false,
             kernel,
             netlink,
             config,
@@ -133,6 +144,8 @@ impl Drop for Programmer {
 
 struct Worker<F> {
     kernel: Kernel,
+    surroundings: Surroundings,
+    table_touched: bool,
     netlink: Netlink,
     config: Config,
     chosen: Chosen,
@@ -163,6 +176,9 @@ impl<F: Fn(Told)> Worker<F> {
             let now = Instant::now();
             let is_due = self.due.is_some_and(|due| due <= now);
             let may_repair = self.worked.is_none_or(|worked| now >= worked + REPAIR_GAP);
+            if is_due || (self.table_touched && may_repair) {
+                self.look_around();
+            }
             if is_due || (self.touched.ours && may_repair) {
                 self.work();
             }
@@ -189,22 +205,42 @@ impl<F: Fn(Told)> Worker<F> {
     }
 
     fn listen(&mut self) -> io::Result<()> {
-        let desired = match &self.goal {
-            Some(Goal { state: State::Overlay(desired), .. }) => Some(desired),
+        let overlay = match &self.goal {
+            Some(Goal { state: State::Overlay(desired, firewall), .. }) => {
+                Some((desired, firewall))
+            }
             _ => None,
         };
-        self.touched.merge(self.kernel.touched(desired)?);
+        self.touched.merge(self.kernel.touched(overlay.map(|(desired, _)| &**desired))?);
+        let table = overlay.map_or("", |(_, firewall)| &firewall.table);
+        self.table_touched |= self.surroundings.touched(table)?;
         Ok(())
+    }
+
+    /// Before the tunnels: a new member is let in before it is spoken to.
+    fn look_around(&mut self) {
+        self.table_touched = false;
+        let Some(Goal { state: State::Overlay(desired, firewall), .. }) = &self.goal else {
+            return;
+        };
+        let state = self.surroundings.look_after(desired, firewall, &self.chosen.name);
+        self.worked = Some(Instant::now());
+        if let Some(state) = state {
+            (self.tell)(Told::Host(state));
+        }
     }
 
     fn work(&mut self) {
         self.touched.ours = false;
         let Some(Goal { number, state }) = &self.goal else { return };
         let result = match state {
-            State::Overlay(desired) => self.kernel.reconcile(desired),
-            State::Nothing { device, pool } => {
-                self.kernel.remove(device, pool).map(|()| Report::default())
-            }
+            State::Overlay(desired, _) => self.kernel.reconcile(desired),
+            State::Nothing { device, pool, table } => self
+                .surroundings
+                .remove(table)
+                .map_err(KernelError::from)
+                .and_then(|()| self.kernel.remove(device, pool))
+                .map(|()| Report::default()),
         };
         let now = Instant::now();
         self.worked = Some(now);
@@ -212,7 +248,7 @@ impl<F: Fn(Told)> Worker<F> {
         self.due = Some(now + if clean { RECONCILE } else { RETRY });
         let repair = self.reached;
         self.reached |= result.is_ok();
-        self.touched.rival |= !repair && matches!(state, State::Overlay(_));
+        self.touched.rival |= !repair && matches!(state, State::Overlay(..));
         (self.tell)(Told::Outcome(Outcome { number: *number, repair, result }));
     }
 
@@ -225,7 +261,7 @@ impl<F: Fn(Told)> Worker<F> {
     }
 
     fn look_for_rivals(&mut self) {
-        let Some(Goal { state: State::Overlay(desired), .. }) = &self.goal else { return };
+        let Some(Goal { state: State::Overlay(desired, _), .. }) = &self.goal else { return };
         match self.kernel.rivals(desired) {
             Ok(rivals) if rivals == self.rivals => {}
             Ok(rivals) => {
@@ -238,17 +274,18 @@ impl<F: Fn(Told)> Worker<F> {
 
     fn wait(&mut self) {
         let now = Instant::now();
-        let repair_at = self.worked.filter(|_| self.touched.ours).map(|at| at + REPAIR_GAP);
+        let repair = self.touched.ours || self.table_touched;
+        let repair_at = self.worked.filter(|_| repair).map(|at| at + REPAIR_GAP);
         let until = self.due.into_iter().chain(repair_at).min();
         let timeout = until.map_or(PollTimeout::NONE, |until| {
             // A whole millisecond more than none, or it would spin through the last one.
             let left = until.saturating_duration_since(now).as_millis() + 1;
             PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
         });
-        let mut fds = [
-            PollFd::new(self.woken.as_fd(), PollFlags::POLLIN),
-            PollFd::new(self.kernel.changes(), PollFlags::POLLIN),
-        ];
+        let sources =
+            [Some(self.woken.as_fd()), Some(self.kernel.changes()), self.surroundings.changes()];
+        let mut fds: Vec<PollFd<'_>> =
+            sources.into_iter().flatten().map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
         if let Err(error) = poll(&mut fds, timeout)
             && error != nix::errno::Errno::EINTR
         {

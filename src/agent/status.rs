@@ -13,7 +13,7 @@ impl Agent {
         let kernel = &self.kernel;
         node.problems.extend(kernel.problem.clone());
         node.problems.extend(kernel.underlay_problem.clone());
-        node.problems.extend(kernel.rivals.iter().cloned());
+        node.problems.extend(kernel.rivals.iter().chain(&kernel.host.problems).cloned());
         node.problems
             .extend(self.store_problem.iter().map(|why| format!("state directory: {why}")));
         let paths = self.path_statuses();
@@ -36,6 +36,7 @@ impl Agent {
                 in_sync,
                 operations: kernel.operations,
                 repairs: kernel.repairs.clone(),
+                strangers_dropped: kernel.host.dropped,
             },
             paths,
             connections: self.transport.connections(),

@@ -11,8 +11,14 @@ use ipnet::IpNet;
 use crate::model::Subnets;
 
 /// Writes the file, unless it says so already. Readers see the old or the new file, never half of one.
-pub fn write(path: &Path, networks: Subnets, subnets: Subnets, mtu: u32) -> io::Result<()> {
-    let text = contents(networks, subnets, mtu);
+pub fn write(
+    path: &Path,
+    networks: Subnets,
+    subnets: Subnets,
+    mtu: u32,
+    masquerade: bool,
+) -> io::Result<()> {
+    let text = contents(networks, subnets, mtu, masquerade);
     if fs::read_to_string(path).is_ok_and(|present| present == text) {
         return Ok(());
     }
@@ -24,7 +30,7 @@ pub fn write(path: &Path, networks: Subnets, subnets: Subnets, mtu: u32) -> io::
     fs::rename(&temporary, path)
 }
 
-fn contents(networks: Subnets, subnets: Subnets, mtu: u32) -> String {
+fn contents(networks: Subnets, subnets: Subnets, mtu: u32, masquerade: bool) -> String {
     let pairs = networks.iter().zip(subnets.iter());
     let lines: String = pairs
         .map(|(network, subnet)| {
@@ -33,7 +39,7 @@ fn contents(networks: Subnets, subnets: Subnets, mtu: u32) -> String {
             format!("{prefix}_NETWORK={network}\n{prefix}_SUBNET={gateway}/{len}\n")
         })
         .collect();
-    format!("{lines}FLANNEL_MTU={mtu}\nFLANNEL_IPMASQ=false\n")
+    format!("{lines}FLANNEL_MTU={mtu}\nFLANNEL_IPMASQ={masquerade}\n")
 }
 
 /// The first usable address, as flannel gives it: the one after the network address.
@@ -54,14 +60,14 @@ mod tests {
         let path = dir.path().join("run/subnet.env");
         let networks = subnets("10.42.0.0/16", None);
         let ours = subnets("10.42.64.0/24", None);
-        write(&path, networks, ours, 1450).expect("written");
+        write(&path, networks, ours, 1450, false).expect("written");
         assert_eq!(
             fs::read_to_string(&path).expect("read"),
             "FLANNEL_NETWORK=10.42.0.0/16\nFLANNEL_SUBNET=10.42.64.1/24\n\
              FLANNEL_MTU=1450\nFLANNEL_IPMASQ=false\n"
         );
         let before = fs::metadata(&path).expect("metadata").modified().expect("time");
-        write(&path, networks, ours, 1450).expect("unchanged");
+        write(&path, networks, ours, 1450, false).expect("unchanged");
         assert_eq!(fs::metadata(&path).expect("metadata").modified().expect("time"), before);
     }
 
@@ -71,6 +77,7 @@ mod tests {
             subnets("10.42.0.0/16", Some("fd42::/48")),
             subnets("10.42.64.0/24", Some("fd42:0:0:40::/64")),
             1430,
+            true,
         );
         let lines: Vec<&str> = dual.lines().collect();
         assert_eq!(
@@ -81,7 +88,9 @@ mod tests {
                 "FLANNEL_IPV6_SUBNET=fd42:0:0:40::1/64",
             ]
         );
-        let alone = contents(subnets("fd42::/48", None), subnets("fd42:0:0:40::/64", None), 1430);
+        let alone =
+            contents(subnets("fd42::/48", None), subnets("fd42:0:0:40::/64", None), 1430, true);
+        assert!(alone.ends_with("FLANNEL_IPMASQ=true\n"), "{alone}");
         assert!(alone.starts_with("FLANNEL_IPV6_NETWORK=fd42::/48\n"), "{alone}");
     }
 

@@ -48,6 +48,8 @@ pub struct KernelStatus {
     pub operations: u64,
     /// What other programs had changed and was put right, by kind.
     pub repairs: BTreeMap<&'static str, u64>,
+    /// Tunnel packets that came from no member and were dropped by the guard.
+    pub strangers_dropped: u64,
 }
 
 impl AgentStatus {

@@ -15,7 +15,10 @@ use super::{Client, Format, block_on, fail};
 use crate::{
     api::{self, ClientError},
     config::{DEFAULT_STATE_DIR, DEFAULT_SUBNET_FILE},
-    dataplane::kernel::Kernel,
+    dataplane::{
+        firewall::TABLE,
+        kernel::{FirewallTable, Kernel},
+    },
     store::StateDir,
     transport::NodeKey,
 };
@@ -61,6 +64,8 @@ pub fn run(args: &CleanupArgs) -> ExitCode {
 struct Removed {
     devices: Vec<String>,
     routes: Vec<String>,
+    /// Of nftables.
+    tables: Vec<String>,
     files: Vec<PathBuf>,
     /// The node whose key was in the state directory. It has not left its cluster.
     node: Option<String>,
@@ -69,7 +74,12 @@ struct Removed {
 fn cleanup(args: &CleanupArgs) -> anyhow::Result<Removed> {
     let mut kernel = Kernel::open()?;
     let leftovers = kernel.leftovers()?;
+    // Without nftables in the kernel there is no table in it.
+    let mut firewall = FirewallTable::open().ok();
+    let ours = |name: &str| name == TABLE || name.starts_with(&format!("{TABLE}-"));
+    let tables = firewall.as_mut().and_then(|firewall| firewall.tables(ours).ok());
     let mut removed = Removed {
+        tables: tables.unwrap_or_default(),
         devices: leftovers.devices.clone(),
         routes: leftovers.routes.keys().map(ToString::to_string).collect(),
         ..Removed::default()
@@ -92,6 +102,9 @@ fn cleanup(args: &CleanupArgs) -> anyhow::Result<Removed> {
         return Ok(removed);
     }
     kernel.sweep(leftovers)?;
+    if let Some(firewall) = &mut firewall {
+        removed.tables.iter().try_for_each(|table| firewall.remove(table))?;
+    }
     files.into_iter().try_for_each(|path| remove_file(path))?;
     if let Some(state) = state {
         state.wipe()?;
@@ -118,8 +131,9 @@ fn print(removed: &Removed, args: &CleanupArgs) {
     let devices =
         removed.devices.iter().map(|name| format!("device {name} with all entries on it"));
     let routes = removed.routes.iter().map(|subnet| format!("route to {subnet}"));
+    let tables = removed.tables.iter().map(|name| format!("nftables table inet {name}"));
     let files = removed.files.iter().map(|path| path.display().to_string());
-    let all: Vec<String> = devices.chain(routes).chain(files).collect();
+    let all: Vec<String> = devices.chain(routes).chain(tables).chain(files).collect();
     all.iter().for_each(|what| println!("{verb} {what}"));
     if all.is_empty() {
         println!("nothing of gossamer is on this host");

@@ -138,6 +138,13 @@ fn status_text(status: &Value) -> String {
         ("state", state),
         ("cluster", text(&status["cluster"])),
         ("subnet", of_network(&status["subnet"], &status["settings"]["pool"]["network"])),
+        (
+            "",
+            match &status["subnet6"] {
+                Value::Null => String::new(),
+                subnet6 => of_network(subnet6, &status["settings"]["pool"]["network6"]),
+            },
+        ),
         ("members", format!("{alive} alive of {known}")),
         ("slots", slots_text(&status["slots"])),
         (
@@ -158,11 +165,8 @@ fn status_text(status: &Value) -> String {
             ),
         ),
     ];
-    let subnet6 = status["subnet6"].as_str().map(|_| {
-        ("subnet6", of_network(&status["subnet6"], &status["settings"]["pool"]["network6"]))
-    });
     let mut out = String::new();
-    for (name, value) in rows.into_iter().chain(subnet6) {
+    for (name, value) in rows.into_iter().filter(|(_, value)| !value.is_empty()) {
         let _ = writeln!(out, "{name:<9} {value}");
     }
     for node in status["reclaiming"].as_array().into_iter().flatten() {

@@ -2,6 +2,7 @@
 //!
 //! - [`desired`]: view -> device and entries (pure)
 //! - [`plan`]: desired and actual -> ordered operations (pure)
+//! - [`firewall`]: view -> our table in nftables (pure)
 //! - [`paths`]: whether packets get through to each peer (pure)
 //! - `kernel`: dump and apply, by netlink
 //! - `fake`: a kernel in memory, for property tests and the simulator
@@ -12,6 +13,8 @@
 pub mod desired;
 #[cfg(any(test, feature = "sim"))]
 pub mod fake;
+#[warn(clippy::disallowed_methods)]
+pub mod firewall;
 #[cfg(feature = "agent")]
 pub mod kernel;
 #[warn(clippy::disallowed_methods)]

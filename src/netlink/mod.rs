@@ -6,8 +6,10 @@
 //! Interfaces are made and found in [`link`]; [`monitor`] hears of changes. What to program is not decided
 //! here.
 
+pub mod attributes;
 pub mod link;
 pub mod monitor;
+pub mod nftables;
 
 use std::{fmt, io, time::Duration};
 

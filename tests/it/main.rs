@@ -8,6 +8,7 @@ mod cli;
 mod cluster;
 mod common;
 mod families;
+mod firewall;
 mod mishaps;
 mod modes;
 mod paths;

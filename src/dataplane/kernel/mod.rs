@@ -4,9 +4,11 @@
 //! FDB entries on it, and routes with our protocol number. Objects of others are neither listed nor
 //! touched. A failing operation never stops the others; each failure is named.
 
+mod firewall;
 mod leftovers;
 mod messages;
 mod observe;
+pub mod sysctl;
 mod watch;
 
 use std::{
@@ -19,7 +21,11 @@ use std::{
 use rtnetlink::{LinkMessageBuilder, LinkUnspec};
 
 use self::messages::{device_message, fixed_attributes, no_ipv6_address, request};
-pub use self::{leftovers::Leftovers, watch::Touched};
+pub use self::{
+    firewall::{FirewallTable, Pass},
+    leftovers::Leftovers,
+    watch::Touched,
+};
 use super::{
     desired::{Desired, Device, Hop},
     plan::{Op, full_len, plan},

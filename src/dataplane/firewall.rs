@@ -1,0 +1,84 @@
+//! What nftables should hold for a view: one table of our own, and nothing outside it.
+//!
+//! - the guard: tunnel packets are taken from members' underlay addresses alone, for VXLAN has no secret of
+//!   its own and whoever may send to its port could speak into every pod;
+//! - masquerade, if wanted: pods speak to the outside under this host's address, and processes of this host
+//!   to remote pods under its overlay address, so that the answers come back.
+//!
+//! Pure. Rules of others are neither read nor touched here.
+
+use std::{collections::BTreeSet, net::IpAddr};
+
+use ipnet::IpNet;
+
+use crate::core::View;
+
+/// The name of our table, and how those of named instances begin.
+pub const TABLE: &str = "gossamer";
+
+/// What this host's operator wants of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Policy {
+    pub table: String,
+    pub guard: bool,
+    pub masquerade: bool,
+}
+
+/// The table as it should be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Firewall {
+    pub table: String,
+    pub guard: Option<Guard>,
+    /// Per family the overlay's network and this host's subnet in it; empty without masquerade.
+    pub masquerade: Vec<(IpNet, IpNet)>,
+}
+
+/// Who may send to the VXLAN port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Guard {
+    pub port: u16,
+    pub vni: u32,
+    pub members: BTreeSet<IpAddr>,
+    /// Addresses that were let in before stay: not everybody was heard who may know a member.
+    pub lenient: bool,
+}
+
+impl Firewall {
+    pub fn new(view: &View, policy: &Policy) -> Self {
+        let guard = policy.guard.then(|| Guard {
+            port: view.settings.vxlan_port,
+            vni: view.settings.vni,
+            members: view.peers.values().map(|peer| peer.vtep.underlay).collect(),
+            lenient: !view.unheard.is_empty(),
+        });
+        let networks = view.settings.pool.networks().iter();
+        let masquerade = networks.zip(view.own.subnets.iter()).filter(|_| policy.masquerade);
+        Self { table: policy.table.clone(), guard, masquerade: masquerade.collect() }
+    }
+
+    /// Whether there is anything to put into a table.
+    pub fn is_empty(&self) -> bool {
+        self.guard.is_none() && self.masquerade.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dataplane::plan::tests::dual_stack_view;
+
+    #[test]
+    fn members_of_the_view_are_let_in_and_each_family_is_masqueraded() {
+        let view = dual_stack_view(&[(1, 9), (2, 7)]);
+        let policy = Policy { table: TABLE.to_owned(), guard: true, masquerade: true };
+        let firewall = Firewall::new(&view, &policy);
+        let guard = firewall.guard.as_ref().expect("a guard");
+        assert_eq!(guard.members, BTreeSet::from([[192, 0, 2, 2].into()]));
+        assert!(!guard.lenient);
+        let own: Vec<String> =
+            firewall.masquerade.iter().map(|(_, subnet)| subnet.to_string()).collect();
+        assert_eq!(own, ["10.42.9.0/24", "fd42:0:0:9::/64"]);
+        let nothing = Policy { guard: false, masquerade: false, ..policy };
+        assert!(Firewall::new(&view, &nothing).is_empty());
+    }
+}

@@ -1,0 +1,356 @@
+//! Our table in nftables: written in one transaction, compared with what was written, and put right.
+//!
+//! The kernel gives rules back in a form of its own. So what is right is remembered as the kernel showed it
+//! after our own transaction, and anything else found later is somebody's change; the table is then written
+//! anew as a whole, which no packet notices. Members come and go one by one.
+
+use std::{collections::BTreeSet, io, net::IpAddr};
+
+use ipnet::IpNet;
+use rtnetlink::packet_core::{NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL};
+
+use crate::{
+    dataplane::firewall::{Firewall, Guard},
+    netlink::{
+        attributes::{self, Attributes},
+        nftables::{ANY, Base, Field, INET, Kind, Nftables, Object, Rule, Step, base_chain},
+    },
+};
+
+const GUARD_CHAIN: &str = "guard";
+const MASQUERADE_CHAIN: &str = "masquerade";
+/// Elements per message: an attribute holds no more than 65,531 bytes.
+const ELEMENTS: usize = 1_500;
+/// Hooks and priorities of linux/netfilter.h and linux/netfilter_ipv4.h: before connections are tracked, and
+/// where source addresses are rewritten.
+const PREROUTING: u32 = 0;
+const FORWARD: u32 = 2;
+const POSTROUTING: u32 = 4;
+const RAW: i32 = -300;
+const SOURCE_NAT: i32 = 100;
+/// Where the VNI stands, counted from the UDP header (RFC 7348, 5).
+const VNI_OFFSET: u32 = 12;
+const PORT_OFFSET: u32 = 2;
+
+/// The table, as it is in the kernel.
+pub struct FirewallTable {
+    nftables: Nftables,
+    written: Option<Written>,
+}
+
+/// What a pass over the table did.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Pass {
+    /// Transactions that were needed.
+    pub changed: bool,
+    /// Somebody else had changed the table.
+    pub repaired: bool,
+    /// Tunnel packets of strangers that were dropped since the table was written.
+    pub dropped: u64,
+}
+
+/// What was last put into the kernel, and how the kernel shows that.
+struct Written {
+    firewall: Firewall,
+    members: BTreeSet<IpAddr>,
+    shown: Shown,
+}
+
+/// The table's parts that nobody but us may change, without counters.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Shown {
+    table: Vec<Vec<u8>>,
+    chains: Vec<Vec<u8>>,
+    rules: Vec<(String, Vec<u8>)>,
+}
+
+impl FirewallTable {
+    pub fn open() -> io::Result<Self> {
+        Ok(Self { nftables: Nftables::open()?, written: None })
+    }
+
+    /// Makes the table equal to `wanted`.
+    pub fn reconcile(&mut self, wanted: &Firewall) -> io::Result<Pass> {
+        let (shown, dropped) = self.look(&wanted.table)?;
+        let present = self.members(&wanted.table)?;
+        let members = wanted_members(wanted, &present);
+        let Some(written) = &mut self.written else {
+            if wanted.is_empty() && shown == Shown::default() {
+                return Ok(Pass::default());
+            }
+            self.write(wanted, members)?;
+            return Ok(Pass { changed: true, ..Pass::default() });
+        };
+        let touched = written.shown != shown || written.members != present;
+        if touched || !written.firewall.equals_but_for_members(wanted) {
+            self.write(wanted, members)?;
+            return Ok(Pass { changed: true, repaired: touched, dropped });
+        }
+        if members == present {
+            return Ok(Pass { dropped, ..Pass::default() });
+        }
+        let mut steps = Vec::new();
+        let new: Vec<IpAddr> = members.difference(&present).copied().collect();
+        let gone: Vec<IpAddr> = present.difference(&members).copied().collect();
+        add_elements(&wanted.table, Kind::NewElements, &new, &mut steps);
+        add_elements(&wanted.table, Kind::DelElements, &gone, &mut steps);
+        self.nftables.transaction(&steps)?;
+        written.members = members;
+        Ok(Pass { changed: true, dropped, ..Pass::default() })
+    }
+
+    /// Removes a table and everything in it; one that is not there is no error.
+    pub fn remove(&mut self, table: &str) -> io::Result<()> {
+        self.written = None;
+        // A table that is not there cannot be deleted, and one that is can be created again.
+        self.nftables.transaction(&[create_table(table), delete_table(table)])
+    }
+
+    /// Tables of both families whose name is wanted.
+    pub fn tables(&mut self, wanted: impl Fn(&str) -> bool) -> io::Result<Vec<String>> {
+        let tables = self.nftables.dump(Kind::GetTable, INET, &Attributes::new())?;
+        let names = tables.iter().map(|table| name_of(table, 1));
+        Ok(names.filter(|name| wanted(name)).map(str::to_owned).collect())
+    }
+
+    /// Chains of others that drop what is forwarded unless a rule lets it pass, in tables where no rule
+    /// names one of our networks: `ip filter FORWARD`, for one, where Docker runs.
+    pub fn closed_forward_chains(&mut self, networks: &[IpNet]) -> io::Result<Vec<String>> {
+        let mut closed = Vec::new();
+        for chain in self.nftables.dump(Kind::GetChain, ANY, &Attributes::new())? {
+            let be32 =
+                |payload: Option<&[u8]>| payload?.first_chunk().copied().map(u32::from_be_bytes);
+            let hook = attributes::find(&chain.attributes, 4).unwrap_or_default();
+            let forward = be32(attributes::find(hook, 1)) == Some(FORWARD);
+            let drops = be32(attributes::find(&chain.attributes, 5)) == Some(0);
+            let family = match chain.family {
+                1 => "inet",
+                2 => "ip",
+                10 => "ip6",
+                _ => continue,
+            };
+            let ours = networks.iter().filter(|net| match family {
+                "ip" => net.addr().is_ipv4(),
+                "ip6" => net.addr().is_ipv6(),
+                _ => true,
+            });
+            if !(forward && drops) || ours.clone().count() == 0 {
+                continue;
+            }
+            let table = name_of(&chain, 1).to_owned();
+            let filter = Attributes::new().text(1, &table);
+            let rules = self.nftables.dump(Kind::GetRule, chain.family, &filter)?;
+            if !ours.clone().all(|network| rules.iter().any(|rule| names(rule, *network))) {
+                closed.push(format!("{family} {table} {}", name_of(&chain, 3)));
+            }
+        }
+        Ok(closed)
+    }
+
+    fn write(&mut self, wanted: &Firewall, members: BTreeSet<IpAddr>) -> io::Result<()> {
+        let table = &wanted.table;
+        let mut steps = vec![create_table(table), delete_table(table)];
+        if !wanted.is_empty() {
+            steps.push(create_table(table));
+        }
+        if let Some(guard) = &wanted.guard {
+            add_guard(table, guard, &members, &mut steps);
+        }
+        if !wanted.masquerade.is_empty() {
+            add_masquerade(table, &wanted.masquerade, &mut steps);
+        }
+        self.written = None;
+        self.nftables.transaction(&steps)?;
+        let (shown, _) = self.look(table)?;
+        self.written = Some(Written { firewall: wanted.clone(), members, shown });
+        Ok(())
+    }
+
+    /// The table as it is, and how many packets its rules have counted.
+    fn look(&mut self, table: &str) -> io::Result<(Shown, u64)> {
+        let (mut shown, mut counted) = (Shown::default(), 0);
+        let ours = |object: &Object| object.family == INET && name_of(object, 1) == table;
+        for object in self.nftables.dump(Kind::GetTable, INET, &Attributes::new())? {
+            if ours(&object) {
+                shown.table.push(parts(&object, &[2]));
+            }
+        }
+        for object in self.nftables.dump(Kind::GetChain, INET, &Attributes::new())? {
+            if ours(&object) {
+                shown.chains.push(parts(&object, &[3, 4, 5, 7]));
+            }
+        }
+        let filter = Attributes::new().text(1, table);
+        for object in self.nftables.dump(Kind::GetRule, INET, &filter)?.iter().filter(|o| ours(o)) {
+            let mut right = Vec::new();
+            let expressions = attributes::find(&object.attributes, 4).unwrap_or_default();
+            for (_, expression) in attributes::read(expressions) {
+                let name = attributes::find(expression, 1).map(attributes::text);
+                if name == Some("counter") {
+                    let data = attributes::find(expression, 2).unwrap_or_default();
+                    let packets = attributes::find(data, 2).and_then(<[u8]>::first_chunk);
+                    counted += packets.map_or(0, |bytes| u64::from_be_bytes(*bytes));
+                } else {
+                    right.extend(expression);
+                }
+            }
+            shown.rules.push((name_of(object, 2).to_owned(), right));
+        }
+        Ok((shown, counted))
+    }
+
+    fn members(&mut self, table: &str) -> io::Result<BTreeSet<IpAddr>> {
+        let mut members = BTreeSet::new();
+        for set in [SET4, SET6] {
+            let filter = Attributes::new().text(1, table).text(2, set);
+            for object in self.nftables.dump(Kind::GetElements, INET, &filter)? {
+                let list = attributes::find(&object.attributes, 3).unwrap_or_default();
+                members.extend(attributes::read(list).filter_map(|(_, element)| {
+                    address(attributes::find(attributes::find(element, 1)?, 1)?)
+                }));
+            }
+        }
+        Ok(members)
+    }
+}
+
+const SET4: &str = "members4";
+const SET6: &str = "members6";
+
+impl Firewall {
+    fn equals_but_for_members(&self, other: &Self) -> bool {
+        let place = |guard: &Guard| (guard.port, guard.vni);
+        self.table == other.table
+            && self.masquerade == other.masquerade
+            && self.guard.as_ref().map(place) == other.guard.as_ref().map(place)
+    }
+}
+
+fn wanted_members(wanted: &Firewall, present: &BTreeSet<IpAddr>) -> BTreeSet<IpAddr> {
+    match &wanted.guard {
+        Some(guard) if guard.lenient => &guard.members | present,
+        Some(guard) => guard.members.clone(),
+        None => BTreeSet::new(),
+    }
+}
+
+fn add_guard(table: &str, guard: &Guard, members: &BTreeSet<IpAddr>, steps: &mut Vec<Step>) {
+    let families = [
+        // Type and length of the elements as the `nft` program knows them.
+        (SET4, 7, 4, IpAddr::from([0; 4])),
+        (SET6, 8, 16, IpAddr::from([0; 16])),
+    ];
+    for (id, (set, kind, length, _)) in (1..).zip(families) {
+        let named = Attributes::new().text(1, table).text(2, set);
+        let of_addresses = named.be32(3, 0).be32(4, kind).be32(5, length).be32(10, id);
+        steps.push(create(Kind::NewSet, of_addresses));
+    }
+    let all: Vec<IpAddr> = members.iter().copied().collect();
+    add_elements(table, Kind::NewElements, &all, steps);
+    steps.push(create(Kind::NewChain, base_chain(table, GUARD_CHAIN, "filter", PREROUTING, RAW)));
+    for (set, _, _, like) in families {
+        let rule = Rule::new()
+            .family_of(like)
+            .udp()
+            .holds(Base::Transport, PORT_OFFSET, &guard.port.to_be_bytes())
+            .holds(Base::Transport, VNI_OFFSET, &guard.vni.to_be_bytes()[1..])
+            .source_outside(set, like)
+            .count()
+            .drop();
+        steps.push(append(table, GUARD_CHAIN, &rule));
+    }
+}
+
+fn add_masquerade(table: &str, networks: &[(IpNet, IpNet)], steps: &mut Vec<Step>) {
+    let chain = base_chain(table, MASQUERADE_CHAIN, "nat", POSTROUTING, SOURCE_NAT);
+    steps.push(create(Kind::NewChain, chain));
+    for (network, own) in networks {
+        let multicast = match network {
+            IpNet::V4(_) => IpNet::new_assert([224, 0, 0, 0].into(), 4),
+            IpNet::V6(_) => IpNet::new_assert([0xff00, 0, 0, 0, 0, 0, 0, 0].into(), 8),
+        };
+        let of_family = || Rule::new().family_of(network.addr());
+        let from = |inside| of_family().address(Field::Source, *network, inside);
+        for rule in [
+            // Between pods, and from hosts by their overlay address.
+            from(true).address(Field::Destination, *network, true).leave_chain(),
+            // From outside to pods here, who may want to know whom they serve.
+            of_family().address(Field::Destination, *own, true).leave_chain(),
+            from(true).address(Field::Destination, multicast, false).masquerade(),
+            // From this host, under an address that the remote pod would answer by another way.
+            from(false).address(Field::Destination, *network, true).masquerade(),
+        ] {
+            steps.push(append(table, MASQUERADE_CHAIN, &rule));
+        }
+    }
+}
+
+fn add_elements(table: &str, kind: Kind, addresses: &[IpAddr], steps: &mut Vec<Step>) {
+    let of = |v4: bool| addresses.iter().filter(move |ip| ip.is_ipv4() == v4).collect::<Vec<_>>();
+    for (set, addresses) in [(SET4, of(true)), (SET6, of(false))] {
+        for some in addresses.chunks(ELEMENTS) {
+            let list = some.iter().fold(Attributes::new(), |list, address| {
+                let bytes = match address {
+                    IpAddr::V4(ip) => ip.octets().to_vec(),
+                    IpAddr::V6(ip) => ip.octets().to_vec(),
+                };
+                let key = Attributes::new().nest(1, &Attributes::new().put(1, &bytes));
+                list.nest(1, &key)
+            });
+            let attributes = Attributes::new().text(1, table).text(2, set).nest(3, &list);
+            let flags = if kind == Kind::NewElements { NLM_F_CREATE } else { 0 };
+            steps.push(Step { kind, flags, attributes });
+        }
+    }
+}
+
+fn create_table(table: &str) -> Step {
+    let attributes = Attributes::new().text(1, table).be32(2, 0);
+    Step { kind: Kind::NewTable, flags: NLM_F_CREATE, attributes }
+}
+
+fn delete_table(table: &str) -> Step {
+    Step { kind: Kind::DelTable, flags: 0, attributes: Attributes::new().text(1, table) }
+}
+
+const fn create(kind: Kind, attributes: Attributes) -> Step {
+    Step { kind, flags: NLM_F_CREATE | NLM_F_EXCL, attributes }
+}
+
+fn append(table: &str, chain: &str, rule: &Rule) -> Step {
+    let attributes = Attributes::new().text(1, table).text(2, chain).nest(4, rule.expressions());
+    Step { kind: Kind::NewRule, flags: NLM_F_CREATE | NLM_F_APPEND, attributes }
+}
+
+fn name_of(object: &Object, kind: u16) -> &str {
+    attributes::find(&object.attributes, kind).map(attributes::text).unwrap_or_default()
+}
+
+/// These attributes of an object, one after another.
+fn parts(object: &Object, wanted: &[u16]) -> Vec<u8> {
+    let all = attributes::read(&object.attributes);
+    all.filter(|(kind, _)| wanted.contains(kind)).flat_map(|(_, bytes)| bytes.to_vec()).collect()
+}
+
+/// Whether a rule compares something with the whole bytes of the network's prefix.
+fn names(rule: &Object, network: IpNet) -> bool {
+    let octets = match network.network() {
+        IpAddr::V4(ip) => ip.octets().to_vec(),
+        IpAddr::V6(ip) => ip.octets().to_vec(),
+    };
+    let whole = &octets[..usize::from(network.prefix_len() / 8)];
+    let expressions = attributes::find(&rule.attributes, 4).unwrap_or_default();
+    attributes::read(expressions).any(|(_, expression)| {
+        let compared = attributes::find(expression, 2)
+            .filter(|_| attributes::find(expression, 1).map(attributes::text) == Some("cmp"))
+            .and_then(|data| attributes::find(attributes::find(data, 3)?, 1));
+        compared.is_some_and(|bytes| bytes.starts_with(whole))
+    })
+}
+
+fn address(bytes: &[u8]) -> Option<IpAddr> {
+    <[u8; 4]>::try_from(bytes)
+        .map(IpAddr::from)
+        .or_else(|_| <[u8; 16]>::try_from(bytes).map(IpAddr::from))
+        .ok()
+}

@@ -1,0 +1,110 @@
+//! What the host's sysctls must be for pods to reach each other. Read and, if the operator wants that, set.
+//!
+//! Only what is named here is ever written, and only to what it says.
+
+use std::{fs, path::Path};
+
+use crate::dataplane::desired::{Desired, Mode};
+
+/// Below `/proc/sys`.
+const ROOT: &str = "/proc/sys";
+
+/// One setting that has to be right.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sysctl {
+    /// With slashes.
+    name: String,
+    value: &'static str,
+    /// The setting of all interfaces counts as well: the larger of the two is in force.
+    all: Option<String>,
+    wrong: &'static str,
+    consequence: &'static str,
+}
+
+/// What has to be right for this data plane.
+pub fn wanted(desired: &Desired, mode: Mode, underlay: &str) -> Vec<Sysctl> {
+    let families = || desired.pool.networks().iter().map(|network| network.addr().is_ipv4());
+    let forwarding = |ipv4| Sysctl {
+        name: if ipv4 { "net/ipv4/ip_forward" } else { "net/ipv6/conf/all/forwarding" }.to_owned(),
+        value: "1",
+        all: None,
+        wrong: "0",
+        consequence: "this host forwards no packets, so its pods reach nobody",
+    };
+    // Where some packets take the tunnel and others do not, the answer may come by the other way.
+    let loose = |interface: &str| Sysctl {
+        name: format!("net/ipv4/conf/{interface}/rp_filter"),
+        value: "2",
+        all: Some("net/ipv4/conf/all/rp_filter".to_owned()),
+        wrong: "1",
+        consequence: "packets that come by another way than they go are dropped",
+    };
+    let mut wanted: Vec<Sysctl> = families().map(forwarding).collect();
+    if mode != Mode::Vxlan && families().any(|ipv4| ipv4) {
+        wanted.extend([loose(&desired.device.name), loose(underlay)]);
+    }
+    wanted
+}
+
+impl Sysctl {
+    /// What is wrong with it as it is, and what helps; nothing, if it is right or not there.
+    pub fn problem(&self) -> Option<String> {
+        let Self { name, value, all, wrong, consequence } = self;
+        let own = read(name)?;
+        let in_force = all.as_deref().and_then(read).map_or(own.clone(), |all| all.max(own));
+        (in_force == *wrong).then(|| {
+            let name = dotted(name);
+            format!(
+                "{name} is {in_force}: {consequence}; run sysctl -w {name}={value}, or set \
+                 set_sysctls = true here"
+            )
+        })
+    }
+
+    /// Makes it right.
+    pub fn set(&self) -> Result<(), String> {
+        fs::write(Path::new(ROOT).join(&self.name), self.value).map_err(|error| {
+            format!("{} cannot be set to {}: {error}", dotted(&self.name), self.value)
+        })
+    }
+}
+
+/// As the `sysctl` program writes names: an interface may have dots in its own.
+fn dotted(name: &str) -> String {
+    name.chars()
+        .map(|c| {
+            if c == '/' {
+                '.'
+            } else if c == '.' {
+                '/'
+            } else {
+                c
+            }
+        })
+        .collect()
+}
+
+fn read(name: &str) -> Option<String> {
+    Some(fs::read_to_string(Path::new(ROOT).join(name)).ok()?.trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use crate::dataplane::plan::tests::{dual_stack_view, underlay, view};
+
+    #[test]
+    fn each_family_must_be_forwarded_and_mixed_ways_must_be_let_in() {
+        let names = |view, mode| -> Vec<String> {
+            let desired = Desired::new(&view, &underlay(), &BTreeSet::new());
+            wanted(&desired, mode, "eth0.5").iter().map(|sysctl| dotted(&sysctl.name)).collect()
+        };
+        assert_eq!(names(view(&[(1, 9)]), Mode::Vxlan), ["net.ipv4.ip_forward"]);
+        let dual = names(dual_stack_view(&[(1, 9)]), Mode::Direct);
+        assert_eq!(dual[1], "net.ipv6.conf.all.forwarding");
+        assert_eq!(dual[2], "net.ipv4.conf.gossamer/1.rp_filter");
+        assert_eq!(dual[3], "net.ipv4.conf.eth0/5.rp_filter");
+    }
+}

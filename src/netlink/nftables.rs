@@ -1,0 +1,379 @@
+//! nf_tables by netlink (linux/netfilter/nf_tables.h): transactions, dumps, and the few expressions that
+//! gossamer's rules are made of.
+//!
+//! By hand, because no library does it without a C library or the `nft` program (the one that does is under
+//! the GPL). Shapes only: what the tables hold is said in `dataplane::kernel::firewall`.
+
+use std::{
+    io,
+    net::IpAddr,
+    os::fd::{AsFd, BorrowedFd},
+    time::Duration,
+};
+
+use rtnetlink::{
+    packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST},
+    sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER},
+};
+
+use super::{RECEIVE_BUFFER, attributes, attributes::Attributes, send_all};
+
+/// `NFPROTO_INET`: tables for both families.
+pub const INET: u8 = 1;
+/// Every family, in a request.
+pub const ANY: u8 = 0;
+
+const SUBSYSTEM: u16 = 10;
+const BATCH_BEGIN: u16 = 0x10;
+const BATCH_END: u16 = 0x11;
+const NLMSG_ERROR: u16 = 2;
+const NLMSG_DONE: u16 = 3;
+/// `struct nlmsghdr` and `struct nfgenmsg`.
+const HEADERS: usize = 20;
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+/// A transaction of 16,384 addresses of either family fits.
+const SEND_BUFFER: usize = 1 << 20;
+const ENOENT: i32 = 2;
+const ENOBUFS: i32 = 105;
+/// `NFNLGRP_NFTABLES`.
+const GROUP: u32 = 7;
+
+/// `NFT_MSG_*`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    NewTable = 0,
+    GetTable = 1,
+    DelTable = 2,
+    NewChain = 3,
+    GetChain = 4,
+    NewRule = 6,
+    GetRule = 7,
+    NewSet = 9,
+    NewElements = 12,
+    GetElements = 13,
+    DelElements = 14,
+}
+
+/// One step of a transaction.
+#[derive(Clone, Debug)]
+pub struct Step {
+    pub kind: Kind,
+    /// `NLM_F_*` beside request and acknowledgement.
+    pub flags: u16,
+    pub attributes: Attributes,
+}
+
+/// An object as the kernel lists it.
+#[derive(Clone, Debug)]
+pub struct Object {
+    pub family: u8,
+    pub attributes: Vec<u8>,
+}
+
+/// A socket in the network namespace of the thread that opened it.
+pub struct Nftables {
+    socket: Socket,
+    sequence: u32,
+    buffer: Vec<u8>,
+}
+
+impl Nftables {
+    pub fn open() -> io::Result<Self> {
+        let mut socket = Socket::new(NETLINK_NETFILTER)?;
+        socket.bind_auto()?;
+        socket.connect(&SocketAddr::new(0, 0))?;
+        let options = socket2::SockRef::from(&socket);
+        options.set_read_timeout(Some(ANSWER_TIMEOUT))?;
+        options.set_send_buffer_size(SEND_BUFFER)?;
+        Ok(Self { socket, sequence: 0, buffer: Vec::with_capacity(RECEIVE_BUFFER) })
+    }
+
+    /// Carries out all steps on tables of both families, or none; the error is that of the first that failed.
+    pub fn transaction(&mut self, steps: &[Step]) -> io::Result<()> {
+        let mut bytes = Vec::new();
+        self.append(BATCH_BEGIN, NLM_F_REQUEST, 0, SUBSYSTEM, &[], &mut bytes);
+        let first = self.sequence.wrapping_add(1);
+        for (i, step) in steps.iter().enumerate() {
+            // Failures come back in any case; the last acknowledgement tells that all is done.
+            let ack = if i + 1 == steps.len() { NLM_F_ACK } else { 0 };
+            let kind = SUBSYSTEM << 8 | step.kind as u16;
+            let flags = NLM_F_REQUEST | ack | step.flags;
+            self.append(kind, flags, INET, 0, step.attributes.as_bytes(), &mut bytes);
+        }
+        let last = self.sequence;
+        self.append(BATCH_END, NLM_F_REQUEST, 0, SUBSYSTEM, &[], &mut bytes);
+        send_all(&self.socket, &bytes)?;
+        loop {
+            for message in self.receive()? {
+                let of_ours = message.sequence.wrapping_sub(first) <= steps.len() as u32;
+                match message.error.filter(|_| of_ours) {
+                    Some(0) if message.sequence == last => return Ok(()),
+                    Some(0) | None => {}
+                    Some(errno) => return Err(io::Error::from_raw_os_error(errno)),
+                }
+            }
+        }
+    }
+
+    /// All objects that match; of a table that is not there, none.
+    pub fn dump(&mut self, kind: Kind, family: u8, filter: &Attributes) -> io::Result<Vec<Object>> {
+        let mut bytes = Vec::new();
+        let flags = NLM_F_REQUEST | NLM_F_DUMP;
+        let kind = SUBSYSTEM << 8 | kind as u16;
+        self.append(kind, flags, family, 0, filter.as_bytes(), &mut bytes);
+        let sequence = self.sequence;
+        send_all(&self.socket, &bytes)?;
+        let mut found = Vec::new();
+        loop {
+            for message in self.receive()?.into_iter().filter(|m| m.sequence == sequence) {
+                match (message.error, message.done) {
+                    (Some(ENOENT), _) | (_, true) => return Ok(found),
+                    (Some(errno), _) => return Err(io::Error::from_raw_os_error(errno)),
+                    (None, false) => found.push(message.object),
+                }
+            }
+        }
+    }
+
+    fn append(
+        &mut self,
+        kind: u16,
+        flags: u16,
+        family: u8,
+        resource: u16,
+        attributes: &[u8],
+        bytes: &mut Vec<u8>,
+    ) {
+        self.sequence = self.sequence.wrapping_add(1);
+        bytes.extend(((HEADERS + attributes.len()) as u32).to_ne_bytes());
+        bytes.extend(kind.to_ne_bytes());
+        bytes.extend(flags.to_ne_bytes());
+        bytes.extend(self.sequence.to_ne_bytes());
+        bytes.extend([0; 4]);
+        bytes.extend([family, 0]);
+        bytes.extend(resource.to_be_bytes());
+        // Always a multiple of four, like every attribute.
+        bytes.extend(attributes);
+    }
+
+    fn receive(&mut self) -> io::Result<Vec<Answer>> {
+        self.buffer.clear();
+        self.buffer.reserve(RECEIVE_BUFFER);
+        self.socket.recv(&mut self.buffer, 0).map_err(|error| match error.kind() {
+            io::ErrorKind::WouldBlock => {
+                io::Error::new(io::ErrorKind::TimedOut, "the kernel did not answer")
+            }
+            _ => error,
+        })?;
+        Ok(answers(&self.buffer).collect())
+    }
+}
+
+/// Hears of changes to tables.
+pub struct Changes {
+    socket: Socket,
+    buffer: Vec<u8>,
+}
+
+impl Changes {
+    pub fn open() -> io::Result<Self> {
+        let mut socket = Socket::new(NETLINK_NETFILTER)?;
+        socket.bind(&SocketAddr::new(0, 0))?;
+        socket.add_membership(GROUP)?;
+        socket.set_non_blocking(true)?;
+        Ok(Self { socket, buffer: Vec::with_capacity(RECEIVE_BUFFER) })
+    }
+
+    /// Whether anything in this table has changed, or may have.
+    pub fn touched(&mut self, table: &str) -> io::Result<bool> {
+        let mut touched = false;
+        loop {
+            self.buffer.clear();
+            self.buffer.reserve(RECEIVE_BUFFER);
+            match self.socket.recv(&mut self.buffer, 0) {
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(touched),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) if error.raw_os_error() == Some(ENOBUFS) => touched = true,
+                Err(error) => return Err(error),
+            }
+            // In every kind of object the first attribute names the table.
+            let of_table = |answer: Answer| {
+                let name = attributes::find(&answer.object.attributes, 1);
+                name.is_some_and(|name| attributes::text(name) == table)
+            };
+            touched |= answers(&self.buffer).any(of_table);
+        }
+    }
+}
+
+impl AsFd for Changes {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+struct Answer {
+    sequence: u32,
+    /// 0 is an acknowledgement.
+    error: Option<i32>,
+    done: bool,
+    object: Object,
+}
+
+fn answers(bytes: &[u8]) -> impl Iterator<Item = Answer> {
+    let mut rest = bytes;
+    std::iter::from_fn(move || {
+        let length = u32::from_ne_bytes(*rest.first_chunk()?) as usize;
+        let message = rest.get(..length).filter(|_| length >= HEADERS)?;
+        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+        let kind = u16::from_ne_bytes(*message.get(4..)?.first_chunk()?);
+        let sequence = u32::from_ne_bytes(*message.get(8..)?.first_chunk()?);
+        let errno = -i32::from_ne_bytes(*message.get(16..)?.first_chunk()?);
+        Some(Answer {
+            sequence,
+            error: (kind == NLMSG_ERROR).then_some(errno),
+            done: kind == NLMSG_DONE,
+            object: Object { family: message[16], attributes: message[HEADERS..].to_vec() },
+        })
+    })
+}
+
+/// Expressions of a rule, in order.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Rule(Attributes);
+
+/// Where in a packet something is read.
+#[derive(Clone, Copy, Debug)]
+pub enum Base {
+    Network = 1,
+    Transport = 2,
+}
+
+/// What is compared with, in a packet's address.
+#[derive(Clone, Copy, Debug)]
+pub enum Field {
+    Source,
+    Destination,
+}
+
+const REGISTER: u32 = 1;
+const EQUAL: u32 = 0;
+const UNEQUAL: u32 = 1;
+const META_NFPROTO: u32 = 15;
+const META_L4PROTO: u32 = 16;
+const ACCEPT: u32 = 1;
+const DROP: u32 = 0;
+const RETURN: i32 = -5;
+/// `NF_NAT_RANGE_PROTO_RANDOM_FULLY`
+const RANDOM_FULLY: u32 = 1 << 4;
+
+impl Rule {
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Packets of the family of this address.
+    pub fn family_of(self, address: IpAddr) -> Self {
+        let number = if address.is_ipv4() { 2 } else { 10 };
+        self.meta(META_NFPROTO).compare(EQUAL, &[number])
+    }
+
+    pub fn udp(self) -> Self {
+        self.meta(META_L4PROTO).compare(EQUAL, &[17])
+    }
+
+    /// These bytes stand at this place.
+    pub fn holds(self, base: Base, offset: u32, bytes: &[u8]) -> Self {
+        self.load(base, offset, bytes.len() as u32).compare(EQUAL, bytes)
+    }
+
+    /// The address is in the network, or is not.
+    pub fn address(self, field: Field, network: ipnet::IpNet, inside: bool) -> Self {
+        let bits = |ip| match ip {
+            IpAddr::V4(ip) => ip.octets().to_vec(),
+            IpAddr::V6(ip) => ip.octets().to_vec(),
+        };
+        let (value, mask) = (bits(network.network()), bits(network.netmask()));
+        let loaded = self.load_address(field, network.addr());
+        loaded.mask(&mask).compare(if inside { EQUAL } else { UNEQUAL }, &value)
+    }
+
+    /// The source address is not in this set, which holds addresses of the family of `like`.
+    pub fn source_outside(self, set: &str, like: IpAddr) -> Self {
+        let lookup = Attributes::new().text(1, set).be32(2, REGISTER).be32(5, 1);
+        self.load_address(Field::Source, like).expression("lookup", &lookup)
+    }
+
+    pub fn count(self) -> Self {
+        let zero = 0_u64.to_be_bytes();
+        self.expression("counter", &Attributes::new().put(1, &zero).put(2, &zero))
+    }
+
+    pub fn drop(self) -> Self {
+        self.verdict(DROP)
+    }
+
+    pub fn leave_chain(self) -> Self {
+        self.verdict(RETURN.cast_unsigned())
+    }
+
+    /// To the address of the interface by which the packet leaves, with a random port.
+    pub fn masquerade(self) -> Self {
+        self.expression("masq", &Attributes::new().be32(1, RANDOM_FULLY))
+    }
+
+    pub const fn expressions(&self) -> &Attributes {
+        &self.0
+    }
+
+    fn meta(self, key: u32) -> Self {
+        self.expression("meta", &Attributes::new().be32(1, REGISTER).be32(2, key))
+    }
+
+    fn load(self, base: Base, offset: u32, length: u32) -> Self {
+        let place = Attributes::new().be32(1, REGISTER).be32(2, base as u32);
+        self.expression("payload", &place.be32(3, offset).be32(4, length))
+    }
+
+    fn load_address(self, field: Field, like: IpAddr) -> Self {
+        let (offset, length) = match (like, field) {
+            (IpAddr::V4(_), Field::Source) => (12, 4),
+            (IpAddr::V4(_), Field::Destination) => (16, 4),
+            (IpAddr::V6(_), Field::Source) => (8, 16),
+            (IpAddr::V6(_), Field::Destination) => (24, 16),
+        };
+        self.load(Base::Network, offset, length)
+    }
+
+    fn mask(self, mask: &[u8]) -> Self {
+        let value = |bytes: &[u8]| Attributes::new().put(1, bytes);
+        let registers = Attributes::new().be32(1, REGISTER).be32(2, REGISTER);
+        let length = registers.be32(3, mask.len() as u32);
+        let zero = vec![0; mask.len()];
+        self.expression("bitwise", &length.nest(4, &value(mask)).nest(5, &value(&zero)))
+    }
+
+    fn compare(self, operator: u32, value: &[u8]) -> Self {
+        let value = Attributes::new().put(1, value);
+        self.expression(
+            "cmp",
+            &Attributes::new().be32(1, REGISTER).be32(2, operator).nest(3, &value),
+        )
+    }
+
+    fn verdict(self, code: u32) -> Self {
+        let verdict = Attributes::new().nest(2, &Attributes::new().be32(1, code));
+        self.expression("immediate", &Attributes::new().be32(1, 0).nest(2, &verdict))
+    }
+
+    fn expression(self, name: &str, data: &Attributes) -> Self {
+        Self(self.0.nest(1, &Attributes::new().text(1, name).nest(2, data)))
+    }
+}
+
+/// A base chain that accepts what no rule decides.
+pub fn base_chain(table: &str, name: &str, kind: &str, hook: u32, priority: i32) -> Attributes {
+    let hook = Attributes::new().be32(1, hook).be32(2, priority.cast_unsigned());
+    Attributes::new().text(1, table).text(3, name).nest(4, &hook).be32(5, ACCEPT).text(7, kind)
+}

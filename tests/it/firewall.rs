@@ -1,0 +1,238 @@
+//! Our table of nftables: who may send to the VXLAN port, masquerade, and what becomes of the table when
+//! others lay hands on it. And what else of a host keeps packets from passing.
+
+use std::time::{Duration, Instant};
+
+use gossamer::lab::{Agent, Host, Lab, NetNs, Pinger, Pod};
+use nix::sys::signal::Signal;
+
+use crate::common::{Cluster, PATIENCE, eventually, has_problem, isolated, run, tool, wait_until};
+
+/// Shorter than the pause between two slow comparisons.
+const AT_ONCE: Duration = Duration::from_secs(5);
+
+/// The table as `nft` shows it, without its counts.
+fn table(netns: &NetNs) -> String {
+    let shown = run(netns, "nft -s list table inet gossamer");
+    String::from_utf8(shown.stdout).expect("UTF-8")
+}
+
+fn restart(cluster: &mut Cluster, number: usize, arguments: &[&str]) -> anyhow::Result<()> {
+    cluster.agents[number].end(Signal::SIGTERM)?;
+    cluster.agents[number] = cluster.start_agent(&cluster.hosts[number], arguments)?;
+    cluster.agents[number].wait_converged(cluster.hosts.len(), PATIENCE)?;
+    Ok(())
+}
+
+/// How many echo requests have reached a namespace.
+fn echoes(netns: &NetNs) -> u64 {
+    let counters = tool(netns, "cat /proc/net/snmp");
+    let mut lines = counters.lines().filter(|line| line.starts_with("Icmp:"));
+    let (names, values) = (lines.next().expect("names"), lines.next().expect("values"));
+    let place = names.split(' ').position(|name| name == "InEchos").expect("InEchos");
+    values.split(' ').nth(place).and_then(|value| value.parse().ok()).expect("a number")
+}
+
+/// A host that is no member speaks VXLAN to the first host, as if it were one.
+fn forge(stranger: &Host, victim: &Host, to: &Pod) {
+    let link = tool(&victim.netns, "ip -br link show gossamer.1");
+    let mac = link.split_whitespace().nth(2).expect("a MAC");
+    let exists = run(&stranger.netns, "ip link show forged").status.success();
+    if !exists {
+        for command in [
+            format!(
+                "ip link add forged type vxlan id 1 dstport 8472 local {} dev eth0 nolearning",
+                stranger.ip
+            ),
+            "ip addr add 10.42.254.0/32 dev forged".to_owned(),
+            "ip link set forged up".to_owned(),
+            format!("bridge fdb add {mac} dev forged dst {}", victim.ip),
+            format!("ip neigh add 10.42.253.0 lladdr {mac} dev forged nud permanent"),
+            format!("ip route add {} via 10.42.253.0 dev forged onlink", to.ip),
+        ] {
+            tool(&stranger.netns, &command);
+        }
+    }
+    run(&stranger.netns, &format!("ping -c 3 -i 0.1 -W 1 {}", to.ip));
+}
+
+#[test]
+fn tunnel_packets_of_strangers_are_dropped_and_those_of_a_new_member_pass_at_once() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let pods = cluster.pods()?;
+        let stranger = lab.host(3, "n3")?;
+        restart(&mut cluster, 0, &["--guard", "false"])?;
+        assert_eq!(table(&cluster.hosts[0].netns), "", "no table without a guard");
+        forge(&stranger, &cluster.hosts[0], &pods[0]);
+        let open = echoes(&pods[0].netns);
+        assert!(open >= 3, "the forgery is none: {open}");
+
+        restart(&mut cluster, 0, &[])?;
+        forge(&stranger, &cluster.hosts[0], &pods[0]);
+        assert_eq!(echoes(&pods[0].netns), open, "let in");
+        wait_until("the strangers are not counted", PATIENCE, || {
+            let status = cluster.agents[0].ask("/v1/status", PATIENCE).expect("a status");
+            status["kernel"]["strangers_dropped"].as_u64() >= Some(3)
+        });
+
+        // The same host as a member.
+        tool(&stranger.netns, "ip link del forged");
+        let mut joiner = cluster.start_agent(&stranger, &[])?;
+        let subnet = Agent::subnet(&joiner.wait_converged(3, PATIENCE)?)?;
+        let pod = stranger.pod(subnet, 1450)?;
+        cluster.agents[0].wait_converged(3, PATIENCE)?;
+        let mut pinger = Pinger::new(&pod.netns)?;
+        // The first packet waits for the pods' own ARP.
+        assert!(pinger.ping(pods[0].ip, Duration::from_secs(2))?.is_some());
+        assert_eq!(pinger.stream(pods[0].ip, 50, Duration::from_millis(10))?, 50);
+
+        joiner.leave()?;
+        let gone = |table: &str| !table.contains(&stranger.ip.to_string());
+        eventually(&cluster.hosts[0].netns, "nft list set inet gossamer members4", gone);
+        assert_eq!(table(&stranger.netns), "", "a leaver leaves nothing");
+        Ok(())
+    });
+}
+
+#[test]
+fn the_table_is_put_right_whatever_is_done_to_it() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        restart(&mut cluster, 0, &["--ip-masq"])?;
+        let host = &cluster.hosts[0].netns;
+        let whole = table(host);
+        assert!(
+            whole.contains("@members4") && whole.contains("masquerade fully-random"),
+            "{whole}"
+        );
+        let member = cluster.hosts[1].ip;
+        let deeds = [
+            "nft flush ruleset".to_owned(),
+            "nft delete table inet gossamer".to_owned(),
+            "nft flush chain inet gossamer guard".to_owned(),
+            "nft insert rule inet gossamer guard accept".to_owned(),
+            "nft add chain inet gossamer mine".to_owned(),
+            format!("nft delete element inet gossamer members4 {{ {member} }}"),
+            "nft add element inet gossamer members4 { 192.0.2.66 }".to_owned(),
+        ];
+        for deed in &deeds {
+            tool(host, deed);
+            let begun = Instant::now();
+            wait_until(deed, AT_ONCE, || table(host) == whole);
+            println!("{:>4} ms after {deed}", begun.elapsed().as_millis());
+        }
+        let status = cluster.agents[0].ask("/v1/status", PATIENCE)?;
+        let repairs = status["kernel"]["repairs"]["firewall"].as_u64();
+        assert_eq!(repairs, Some(deeds.len() as u64), "{status:#}");
+        Ok(())
+    });
+}
+
+#[test]
+fn a_restart_with_other_settings_leaves_nothing_of_the_old_table() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let plain = table(&cluster.hosts[0].netns);
+        restart(&mut cluster, 0, &["--ip-masq"])?;
+        restart(&mut cluster, 0, &[])?;
+        assert_eq!(table(&cluster.hosts[0].netns), plain);
+        restart(&mut cluster, 0, &["--guard", "false"])?;
+        assert_eq!(table(&cluster.hosts[0].netns), "");
+        Ok(())
+    });
+}
+
+/// Counts packets from an address that come in.
+fn count_from(netns: &NetNs, source: &str) {
+    tool(netns, "nft add table ip seen");
+    tool(netns, "nft flush table ip seen");
+    tool(netns, "nft add chain ip seen input { type filter hook input priority 0 ; }");
+    tool(netns, &format!("nft add rule ip seen input ip saddr {source} counter"));
+}
+
+fn has_counted(netns: &NetNs) -> bool {
+    !tool(netns, "nft list table ip seen").contains("packets 0 ")
+}
+
+#[test]
+fn pods_reach_the_outside_and_hosts_reach_remote_pods_by_masquerade() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let pods = cluster.pods()?;
+        let router = "10.99.0.1".parse()?;
+        let mut pinger = Pinger::new(&pods[0].netns)?;
+        assert_eq!(
+            pinger.ping(router, Duration::from_millis(500))?,
+            None,
+            "the router knows no pods"
+        );
+        restart(&mut cluster, 0, &["--ip-masq"])?;
+        wait_until("no answer from outside", PATIENCE, || {
+            pinger.ping(router, Duration::from_millis(500)).is_ok_and(|answer| answer.is_some())
+        });
+        let env = std::fs::read_to_string(cluster.hosts[0].dir.join("subnet.env"))?;
+        assert!(env.contains("FLANNEL_IPMASQ=true"), "{env}");
+
+        // Between pods no address is changed, and a host's own is, on its way to a remote pod.
+        count_from(&pods[1].netns, &pods[0].ip.to_string());
+        assert!(pinger.ping(pods[1].ip, Duration::from_secs(2))?.is_some());
+        assert!(has_counted(&pods[1].netns), "the address of the pod was changed");
+        let subnet = Agent::subnet(&cluster.agents[0].ask("/v1/status", PATIENCE)?)?;
+        count_from(&pods[1].netns, &subnet.network().to_string());
+        let host = &cluster.hosts[0];
+        let said = tool(&host.netns, &format!("ping -c 1 -W 2 -I {} {}", host.ip, pods[1].ip));
+        assert!(said.contains(" 1 received") && has_counted(&pods[1].netns), "{said}");
+        Ok(())
+    });
+}
+
+#[test]
+fn chains_and_sysctls_that_keep_pods_apart_are_named_with_what_helps() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        let host = &cluster.hosts[0].netns;
+        for command in [
+            "nft add table ip filter",
+            "nft add chain ip filter FORWARD { type filter hook forward priority 0 ; policy drop ; }",
+            "sysctl -w net.ipv4.ip_forward=0",
+        ] {
+            tool(host, command);
+        }
+        let agent = &mut cluster.agents[0];
+        for said in
+            ["iptables -I FORWARD -s 10.42.0.0/16 -j ACCEPT", "sysctl -w net.ipv4.ip_forward=1"]
+        {
+            wait_until(said, PATIENCE, || has_problem(agent, said));
+        }
+        let host = &cluster.hosts[0].netns;
+        tool(host, "nft add rule ip filter FORWARD ip saddr 10.42.0.0/16 accept");
+        tool(host, "sysctl -w net.ipv4.ip_forward=1");
+        wait_until("still named", PATIENCE, || {
+            !has_problem(agent, "FORWARD") && !has_problem(agent, "ip_forward")
+        });
+        Ok(())
+    });
+}
+
+#[test]
+fn sysctls_are_set_where_the_operator_wants_that() {
+    isolated(|lab: &mut Lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        let host = &cluster.hosts[0].netns;
+        for name in ["ip_forward=0", "conf.all.rp_filter=1"] {
+            tool(host, &format!("sysctl -w net.ipv4.{name}"));
+        }
+        restart(&mut cluster, 0, &["--set-sysctls", "--mode", "direct"])?;
+        let host = &cluster.hosts[0].netns;
+        let right = |name: &str, value: &str| {
+            eventually(host, &format!("cat /proc/sys/net/ipv4/{name}"), |now| now.trim() == value);
+        };
+        right("ip_forward", "1");
+        right("conf/gossamer.1/rp_filter", "2");
+        right("conf/eth0/rp_filter", "2");
+        tool(host, "sysctl -w net.ipv4.ip_forward=0");
+        right("ip_forward", "1");
+        Ok(())
+    });
+}
