@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 use super::{Agent, Clock, Ending, Gate, KernelState, News, Prober, Programmer, underlay};
 use crate::{
     api,
-    config::{Config, ConfigError, DEFAULT_PORT, DEFAULT_VXLAN_PORT},
+    config::{Config, ConfigError, DEFAULT_VXLAN_PORT},
     core::{Founding, Node, NodeConfig, StartError},
     dataplane::{
         desired::device_name,
@@ -138,9 +138,7 @@ async fn start(
     let mut kernel = Kernel::open()?;
     let (vni, port) = match known_cluster {
         Some(cluster) => (cluster.settings.vni, cluster.settings.vxlan_port),
-        None => {
-            (config.wish.vni.unwrap_or(1), config.wish.vxlan_port.unwrap_or(DEFAULT_VXLAN_PORT))
-        }
+        None => (config.vni, config.wish.vxlan_port.unwrap_or(DEFAULT_VXLAN_PORT)),
     };
     kernel.preflight(&device_name(vni), vni, port)?;
     let (transport, network) =
@@ -212,8 +210,8 @@ async fn start(
 /// Where gossip listens; peers must be able to reach it at the underlay address.
 fn listen_address(config: &Config, underlay: IpAddr) -> Result<SocketAddr, StartFailure> {
     match config.listen {
-        None if underlay.is_ipv4() => Ok((Ipv4Addr::UNSPECIFIED, DEFAULT_PORT).into()),
-        None => Ok((Ipv6Addr::UNSPECIFIED, DEFAULT_PORT).into()),
+        None if underlay.is_ipv4() => Ok((Ipv4Addr::UNSPECIFIED, config.port).into()),
+        None => Ok((Ipv6Addr::UNSPECIFIED, config.port).into()),
         Some(listen) if listen.is_ipv4() && underlay.is_ipv6() && config.advertise.is_none() => {
             Err(StartFailure::Listen { listen, underlay })
         }

@@ -4,6 +4,8 @@
 //! it owns.
 
 use std::{
+    collections::BTreeSet,
+    ffi::OsString,
     fs, io,
     path::{Path, PathBuf},
     process::ExitCode,
@@ -11,10 +13,10 @@ use std::{
 
 use clap::Args;
 
-use super::{Client, Format, block_on, fail};
+use super::{Format, block_on, fail};
 use crate::{
     api::{self, ClientError},
-    config::{DEFAULT_STATE_DIR, DEFAULT_SUBNET_FILE},
+    config::Instance,
     dataplane::{
         firewall::TABLE,
         kernel::{FirewallTable, Kernel},
@@ -28,34 +30,73 @@ pub struct CleanupArgs {
     /// Only list what would be removed
     #[arg(long)]
     dry_run: bool,
-    /// Where the state is
-    #[arg(long, env = "GOSSAMER_STATE_DIR", default_value = DEFAULT_STATE_DIR, value_name = "DIR")]
-    state_dir: PathBuf,
-    /// Where flannel's subnet.env was written
-    #[arg(long, env = "GOSSAMER_SUBNET_FILE", default_value = DEFAULT_SUBNET_FILE, value_name = "FILE")]
-    subnet_file: PathBuf,
-    #[command(flatten)]
-    client: Client,
+    /// Where the state is [default: /var/lib/gossamer, and those of all named instances]
+    #[arg(long, env = "GOSSAMER_STATE_DIR", value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+    /// Where flannel's subnet.env was written [default: as with the state]
+    #[arg(long, env = "GOSSAMER_SUBNET_FILE", value_name = "FILE")]
+    subnet_file: Option<PathBuf>,
+    /// The agent's control socket [default: as with the state]
+    #[arg(long, env = "GOSSAMER_SOCKET", value_name = "FILE")]
+    socket: Option<PathBuf>,
+    /// How to print
+    #[arg(short, long, value_enum, default_value_t, value_name = "FORMAT")]
+    output: Format,
 }
 
 pub fn run(args: &CleanupArgs) -> ExitCode {
-    match block_on(api::get(&args.client.socket, "/v1/status")) {
-        Ok(Err(ClientError::NoAgent { .. })) => {}
-        Ok(Ok(_)) => {
-            return fail(
-                "an agent runs here: `gossamer leave` hands its subnet over and removes everything; or stop \
-                 it first",
-            );
+    let places = Places::find(args);
+    for socket in &places.sockets {
+        match block_on(api::get(socket, "/v1/status")) {
+            Ok(Err(ClientError::NoAgent { .. })) => {}
+            Ok(Ok(_)) => {
+                return fail(format_args!(
+                    "an agent runs here ({}): `gossamer leave` hands its subnet over and removes everything; \
+                     or stop it first",
+                    socket.display()
+                ));
+            }
+            Ok(Err(error)) => return fail(error),
+            Err(error) => return fail(error),
         }
-        Ok(Err(error)) => return fail(error),
-        Err(error) => return fail(error),
     }
-    match cleanup(args) {
+    match cleanup(args, &places) {
         Ok(removed) => {
             print(&removed, args);
             ExitCode::SUCCESS
         }
         Err(error) => fail(error),
+    }
+}
+
+/// Where files of gossamer may be.
+struct Places {
+    state_dirs: Vec<PathBuf>,
+    subnet_files: Vec<PathBuf>,
+    sockets: Vec<PathBuf>,
+}
+
+impl Places {
+    /// What was named; otherwise those of every instance of which there is a trace.
+    fn find(args: &CleanupArgs) -> Self {
+        let directories =
+            ["/run", "/var/lib"].into_iter().filter_map(|path| fs::read_dir(path).ok());
+        let names = directories.flatten().flatten().map(|entry| entry.file_name());
+        let instance = |name: OsString| {
+            let rest = name.to_str()?.strip_prefix(TABLE)?.to_owned();
+            rest.strip_prefix('-').unwrap_or(&rest).parse::<Instance>().ok()
+        };
+        let mut instances: Vec<Instance> = names.filter_map(instance).collect();
+        instances.push(Instance::default());
+        let all = |given: &Option<PathBuf>, path: fn(&Instance) -> PathBuf| match given {
+            Some(given) => vec![given.clone()],
+            None => instances.iter().map(path).collect::<BTreeSet<_>>().into_iter().collect(),
+        };
+        Self {
+            state_dirs: all(&args.state_dir, Instance::state_dir),
+            subnet_files: all(&args.subnet_file, Instance::subnet_file),
+            sockets: all(&args.socket, Instance::socket),
+        }
     }
 }
 
@@ -67,11 +108,11 @@ struct Removed {
     /// Of nftables.
     tables: Vec<String>,
     files: Vec<PathBuf>,
-    /// The node whose key was in the state directory. It has not left its cluster.
-    node: Option<String>,
+    /// Nodes whose keys were in the state directories. They have not left their clusters.
+    nodes: Vec<String>,
 }
 
-fn cleanup(args: &CleanupArgs) -> anyhow::Result<Removed> {
+fn cleanup(args: &CleanupArgs, places: &Places) -> anyhow::Result<Removed> {
     let mut kernel = Kernel::open()?;
     let leftovers = kernel.leftovers()?;
     // Without nftables in the kernel there is no table in it.
@@ -79,24 +120,22 @@ fn cleanup(args: &CleanupArgs) -> anyhow::Result<Removed> {
     let ours = |name: &str| name == TABLE || name.starts_with(&format!("{TABLE}-"));
     let tables = firewall.as_mut().and_then(|firewall| firewall.tables(ours).ok());
     let mut removed = Removed {
-        tables: tables.unwrap_or_default(),
         devices: leftovers.devices.clone(),
         routes: leftovers.routes.keys().map(ToString::to_string).collect(),
+        tables: tables.unwrap_or_default(),
         ..Removed::default()
     };
-    let files = [&args.subnet_file, &args.client.socket];
-    removed.files.extend(files.into_iter().filter(|path| path.exists()).cloned());
-    let state = match args.state_dir.exists() {
+    let files = || places.subnet_files.iter().chain(&places.sockets);
+    removed.files.extend(files().filter(|path| path.exists()).cloned());
+    let mut states = Vec::new();
+    for path in places.state_dirs.iter().filter(|path| path.exists()) {
         // Refuses a directory that is somebody else's.
-        true => Some(StateDir::open(&args.state_dir)?),
-        false => None,
-    };
-    if let Some(state) = &state {
-        removed.files.push(args.state_dir.clone());
-        let seed = state.node_key()?;
-        removed.node = seed
-            .map(|seed| Ok::<_, anyhow::Error>(NodeKey::from_seed(seed)?.id().to_string()))
-            .transpose()?;
+        let state = StateDir::open(path)?;
+        if let Some(seed) = state.node_key()? {
+            removed.nodes.push(NodeKey::from_seed(seed)?.id().to_string());
+        }
+        removed.files.push(path.clone());
+        states.push((state, path));
     }
     if args.dry_run {
         return Ok(removed);
@@ -105,12 +144,12 @@ fn cleanup(args: &CleanupArgs) -> anyhow::Result<Removed> {
     if let Some(firewall) = &mut firewall {
         removed.tables.iter().try_for_each(|table| firewall.remove(table))?;
     }
-    files.into_iter().try_for_each(|path| remove_file(path))?;
-    if let Some(state) = state {
+    files().try_for_each(|path| remove_file(path))?;
+    for (state, path) in states {
         state.wipe()?;
         drop(state);
         // Unless there is something of somebody else's in it.
-        let _ = fs::remove_dir(&args.state_dir);
+        let _ = fs::remove_dir(path);
     }
     Ok(removed)
 }
@@ -123,7 +162,7 @@ fn remove_file(path: &Path) -> io::Result<()> {
 }
 
 fn print(removed: &Removed, args: &CleanupArgs) {
-    if args.client.output == Format::Json {
+    if args.output == Format::Json {
         println!("{:#}", serde_json::json!({ "dry_run": args.dry_run, "removed": removed }));
         return;
     }
@@ -138,7 +177,7 @@ fn print(removed: &Removed, args: &CleanupArgs) {
     if all.is_empty() {
         println!("nothing of gossamer is on this host");
     }
-    if let Some(node) = &removed.node {
+    for node in &removed.nodes {
         println!(
             "node {node} has not left its cluster: `gossamer forget {node}` on another member gives \
              its subnet back"

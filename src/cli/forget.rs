@@ -23,7 +23,7 @@ pub struct ForgetArgs {
 pub fn run(args: &ForgetArgs) -> ExitCode {
     let name: String = args.node.bytes().map(|byte| format!("%{byte:02x}")).collect();
     let target = format!("/v1/forget?node={name}&force={}", args.force);
-    ask_and_print(&args.client, api::post(&args.client.socket, &target), text)
+    ask_and_print(&args.client, api::post(&args.client.socket(), &target), text)
         .map_or_else(|code| code, |_| ExitCode::SUCCESS)
 }
 

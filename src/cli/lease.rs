@@ -25,7 +25,7 @@ enum LeaseCommand {
 
 pub fn run(args: &LeaseArgs) -> ExitCode {
     let LeaseCommand::History(client) = &args.command;
-    ask_and_print(client, api::get(&client.socket, "/v1/history"), text)
+    ask_and_print(client, api::get(&client.socket(), "/v1/history"), text)
         .map_or_else(|code| code, |_| ExitCode::SUCCESS)
 }
 

@@ -10,6 +10,6 @@ pub fn run(client: &Client) -> ExitCode {
         Some(heir) => format!("left: all subnets of this node belong to {heir} now\n"),
         None => "left: this was the last member, the cluster is gone\n".to_owned(),
     };
-    ask_and_print(client, api::post(&client.socket, "/v1/leave"), text)
+    ask_and_print(client, api::post(&client.socket(), "/v1/leave"), text)
         .map_or_else(|code| code, |_| ExitCode::SUCCESS)
 }

@@ -19,7 +19,7 @@ use std::{fmt::Display, future::Future, path::PathBuf, process::ExitCode};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::config::DEFAULT_SOCKET;
+use crate::config::Instance;
 
 /// A VXLAN overlay for containers without etcd: hosts agree on subnets by gossip.
 #[derive(Debug, Parser)]
@@ -61,12 +61,21 @@ enum Command {
 /// What every client of the control socket takes.
 #[derive(Debug, Args)]
 struct Client {
-    /// The agent's control socket
-    #[arg(long, env = "GOSSAMER_SOCKET", default_value = DEFAULT_SOCKET, value_name = "FILE")]
-    socket: PathBuf,
+    /// Name of the overlay, where this host has several
+    #[arg(long, env = "GOSSAMER_INSTANCE", default_value_t, value_name = "NAME")]
+    instance: Instance,
+    /// The agent's control socket [default: /run/gossamer/gossamer.sock]
+    #[arg(long, env = "GOSSAMER_SOCKET", value_name = "FILE")]
+    socket: Option<PathBuf>,
     /// How to print
     #[arg(short, long, value_enum, default_value_t, value_name = "FORMAT")]
     output: Format,
+}
+
+impl Client {
+    fn socket(&self) -> PathBuf {
+        self.socket.clone().unwrap_or_else(|| self.instance.socket())
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]

@@ -11,21 +11,20 @@ use super::{Client, Format, block_on, fail};
 use crate::{
     agent::random,
     api::{self, ClientError},
-    config::DEFAULT_STATE_DIR,
     store::StateDir,
 };
 
 #[derive(Debug, Args)]
 pub struct ResetArgs {
     /// Where the state is, if no agent runs
-    #[arg(long, env = "GOSSAMER_STATE_DIR", default_value = DEFAULT_STATE_DIR, value_name = "DIR")]
-    state_dir: PathBuf,
+    #[arg(long, env = "GOSSAMER_STATE_DIR", value_name = "DIR")]
+    state_dir: Option<PathBuf>,
     #[command(flatten)]
     client: Client,
 }
 
 pub fn run(args: &ResetArgs) -> ExitCode {
-    let asked = match block_on(api::post(&args.client.socket, "/v1/reset-identity")) {
+    let asked = match block_on(api::post(&args.client.socket(), "/v1/reset-identity")) {
         Ok(asked) => asked,
         Err(error) => return fail(error),
     };
@@ -45,11 +44,12 @@ pub fn run(args: &ResetArgs) -> ExitCode {
 }
 
 fn reset(args: &ResetArgs) -> anyhow::Result<()> {
-    if !args.state_dir.exists() {
+    let state_dir = args.state_dir.clone().unwrap_or_else(|| args.client.instance.state_dir());
+    if !state_dir.exists() {
         anyhow::bail!(
             "state_dir: {} does not exist: name it with --state-dir",
-            args.state_dir.display()
+            state_dir.display()
         );
     }
-    Ok(StateDir::open(&args.state_dir)?.new_identity(&random()?)?)
+    Ok(StateDir::open(&state_dir)?.new_identity(&random()?)?)
 }

@@ -38,7 +38,7 @@ pub fn status(args: &StatusArgs) -> ExitCode {
 
 /// Who waits for an agent may have started it a moment ago: its socket is waited for as well.
 async fn ask(args: &StatusArgs) -> Result<Value, ClientError> {
-    let socket = &args.client.socket;
+    let socket = &args.client.socket();
     let Some(seconds) = args.wait else { return api::get(socket, "/v1/status").await };
     let target = format!("/v1/status?wait={seconds}&members={}", args.members);
     let patience = Duration::from_secs(seconds);
@@ -80,7 +80,7 @@ pub fn leases(args: &LeasesArgs) -> ExitCode {
 
 fn show(client: &Client, what: &str, text: fn(&Value) -> String) -> ExitCode {
     let ask = async {
-        let status = api::get(&client.socket, "/v1/status").await?;
+        let status = api::get(&client.socket(), "/v1/status").await?;
         Ok(match what {
             "leases" => leases_of(&status),
             "free" => status["spares"].clone(),

@@ -36,7 +36,8 @@ pub fn run(args: &TokenArgs) -> ExitCode {
             Err(error) => fail(error),
         };
     }
-    let ask = api::get(&args.client.socket, "/v1/token");
+    let socket = args.client.socket();
+    let ask = api::get(&socket, "/v1/token");
     let text =
         |answer: &serde_json::Value| format!("{}\n", answer["token"].as_str().unwrap_or_default());
     ask_and_print(&args.client, ask, text).map_or_else(|code| code, |_| ExitCode::SUCCESS)

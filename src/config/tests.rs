@@ -1,5 +1,7 @@
 //! What a configuration may be, and what is said of one that is not.
 
+use std::path::Path;
+
 use super::*;
 
 fn with_toml(flags: Settings, text: &str) -> Result<Settings, ConfigError> {
@@ -102,7 +104,7 @@ fn seeds_get_the_default_port() {
         ("2001:db8::1", "[2001:db8::1]:8473"),
         ("[2001:db8::1]:9", "[2001:db8::1]:9"),
     ] {
-        assert_eq!(with_port("join", given).expect(given), wanted);
+        assert_eq!(with_port("join", given, 8473).expect(given), wanted);
     }
 }
 

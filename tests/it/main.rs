@@ -9,6 +9,7 @@ mod cluster;
 mod common;
 mod families;
 mod firewall;
+mod instances;
 mod mishaps;
 mod modes;
 mod paths;

@@ -113,11 +113,18 @@ fn cleanup_takes_everything_of_ours_and_nothing_else() {
         cluster.agents[1].end(Signal::SIGKILL)?;
         tool(&host.netns, "ip route add unreachable 10.42.77.0/24 proto 73 metric 5");
 
+        tool(&host.netns, "nft add table inet gossamer-old");
+        tool(&host.netns, "nft add table inet mine");
+
         let listed = clean("--dry-run");
         let listed = String::from_utf8(listed.stdout)?;
-        for words in
-            ["would remove device gossamer.1", "route to 10.42.77.0/24", &file, "gossamer forget"]
-        {
+        for words in [
+            "would remove device gossamer.1",
+            "route to 10.42.77.0/24",
+            "would remove nftables table inet gossamer-old",
+            &file,
+            "gossamer forget",
+        ] {
             assert!(listed.contains(words), "{words} is missing in\n{listed}");
         }
         assert!(!listed.contains("flannel") && !listed.contains("10.43"), "{listed}");
@@ -127,6 +134,7 @@ fn cleanup_takes_everything_of_ours_and_nothing_else() {
         let links = tool(&host.netns, "ip -br link");
         assert!(!links.contains("gossamer") && links.contains("flannel.1"), "{links}");
         assert!(tool(&host.netns, "ip route").contains("10.43.0.0/16"), "not ours");
+        assert_eq!(tool(&host.netns, "nft list tables"), "table inet mine\n");
         assert!(!state.exists() && !env.exists());
         let again = clean("");
         assert!(

@@ -7,11 +7,8 @@ use std::{collections::BTreeMap, io};
 use ipnet::IpNet;
 use rtnetlink::packet_route::{RouteNetlinkMessage, route::RouteMessage};
 
-use super::{GONE, Kernel, messages::subnet_of};
-use crate::{
-    dataplane::desired::ROUTE_PROTOCOL,
-    netlink::{Request, link::Link},
-};
+use super::{GONE, Kernel, is_gossamers, messages::subnet_of};
+use crate::{dataplane::desired::ROUTE_PROTOCOL, netlink::Request};
 
 /// What was found.
 #[derive(Debug, Default)]
@@ -24,13 +21,9 @@ impl Kernel {
     /// Everything in this namespace that can be recognised as made by gossamer.
     pub fn leftovers(&mut self) -> io::Result<Leftovers> {
         let links = self.netlink.links()?.into_iter();
-        let ours = |link: &Link| {
-            let vni = link.name.strip_prefix("gossamer.").or(link.name.strip_prefix("gossam."));
-            link.kind == "vxlan" && vni.is_some_and(|vni| vni.parse::<u32>().is_ok())
-        };
         let routes = self.main_routes(Some(ROUTE_PROTOCOL))?.into_iter();
         Ok(Leftovers {
-            devices: links.filter(ours).map(|link| link.name).collect(),
+            devices: links.filter(is_gossamers).map(|link| link.name).collect(),
             routes: routes.filter_map(|route| Some((subnet_of(&route)?, route))).collect(),
         })
     }

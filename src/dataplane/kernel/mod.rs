@@ -14,10 +14,11 @@ mod watch;
 use std::{
     collections::BTreeMap,
     io,
-    net::{Ipv4Addr, UdpSocket},
+    net::{IpAddr, Ipv4Addr, UdpSocket},
     os::fd::{AsFd as _, BorrowedFd},
 };
 
+use ipnet::IpNet;
 use rtnetlink::{LinkMessageBuilder, LinkUnspec};
 
 use self::messages::{device_message, fixed_attributes, no_ipv6_address, request};
@@ -77,6 +78,11 @@ pub enum KernelError {
          or choose another vni for the cluster"
     )]
     NameTaken { name: String, kind: String },
+    #[error(
+        "network {network} of the overlay holds {address} of interface {interface}, so packets would take \
+         the wrong way: choose another network for the cluster"
+    )]
+    Overlap { network: IpNet, address: IpAddr, interface: String },
     #[error("the kernel cannot make VXLAN devices: load or build the vxlan module")]
     NoVxlan,
     #[error("not permitted to change network settings: run as root or grant CAP_NET_ADMIN")]
@@ -114,6 +120,9 @@ impl Kernel {
     pub fn reconcile(&mut self, desired: &Desired) -> Result<Report, KernelError> {
         self.take_the_name_back(&desired.device)?;
         let actual = self.observe(&desired.device.name, Some(&desired.pool))?;
+        if actual.device.is_none() {
+            self.refuse_overlap(desired)?;
+        }
         self.apply(desired, plan(desired, &actual))
     }
 
@@ -184,6 +193,23 @@ impl Kernel {
             }
             result => result,
         }
+    }
+
+    /// The underlay's address, or one of another overlay's device, must not be in a network of this overlay.
+    fn refuse_overlap(&mut self, desired: &Desired) -> Result<(), KernelError> {
+        let links = self.netlink.links()?;
+        for address in self.netlink.addresses()? {
+            let network = desired.pool.networks().iter().find(|net| net.contains(&address.ip));
+            let holder = links.iter().find(|link| {
+                let fatal = link.index == desired.device.link || is_gossamers(link);
+                link.index == address.link && fatal && link.name != desired.device.name
+            });
+            if let (Some(network), Some(link)) = (network, holder) {
+                let (address, interface) = (address.ip, link.name.clone());
+                return Err(KernelError::Overlap { network, address, interface });
+            }
+        }
+        Ok(())
     }
 
     fn apply(&mut self, desired: &Desired, ops: Vec<Op>) -> Result<Report, KernelError> {
@@ -273,6 +299,12 @@ impl Kernel {
             _ => KernelError::Netlink(error),
         }
     }
+}
+
+/// Whether a device is named and made as gossamer does it.
+fn is_gossamers(link: &Link) -> bool {
+    let vni = link.name.strip_prefix("gossamer.").or(link.name.strip_prefix("gossam."));
+    link.kind == "vxlan" && vni.is_some_and(|vni| vni.parse::<u32>().is_ok())
 }
 
 impl Op {

@@ -1,0 +1,127 @@
+//! Several overlays on the same hosts.
+
+use gossamer::lab::{Host, Lab, NetNs};
+
+use crate::common::{PATIENCE, eventually, isolated, program, run, tool, wait_until};
+
+/// An agent with the files that follow from its instance's name; the lab's directory stands for `/`.
+struct Agent(std::process::Child);
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn start(host: &Host, arguments: &str) -> Agent {
+    let mut command = std::process::Command::new(program());
+    let files = |name: &str| host.dir.join(name).display().to_string();
+    command.arg("agent").args(arguments.split(' ')).stderr(std::process::Stdio::null());
+    // Hosts share the file system here, so only what is not the instance's own is named.
+    if !arguments.contains("--instance") {
+        command.args(["--state-dir", &files("state"), "--socket", &files("socket")]);
+        command.args(["--subnet-file", &files("subnet.env")]);
+    }
+    Agent(host.netns.spawn(&mut command).expect("it starts"))
+}
+
+/// A client on the agent's host.
+fn ask(host: &Host, arguments: &str) -> String {
+    let said = run(&host.netns, &format!("{} {arguments}", program().display()));
+    String::from_utf8(said.stdout).expect("UTF-8")
+}
+
+fn converged(host: &Host, socket: &str, members: usize) -> serde_json::Value {
+    let asked = format!("status --wait=20 --members {members} -o json {socket}");
+    let status = ask(host, &asked);
+    serde_json::from_str(&status).unwrap_or_else(|error| panic!("{asked}: {error}: {status}"))
+}
+
+fn devices(netns: &NetNs) -> usize {
+    tool(netns, "ip -br link show type vxlan").lines().count()
+}
+
+#[test]
+fn two_overlays_share_a_host_and_nothing_else() {
+    isolated(|lab: &mut Lab| {
+        let host = lab.host(1, "n1")?;
+        // The instance's own directory is made below this one.
+        let none: Option<&str> = None;
+        let flags = nix::mount::MsFlags::empty();
+        nix::mount::mount(Some("tmpfs"), "/var/lib", Some("tmpfs"), flags, none)?;
+        let plain = format!("--socket {}", host.dir.join("socket").display());
+        let _first = start(&host, "--init");
+        let one = converged(&host, &plain, 1);
+        let _blue = start(&host, "--init --instance blue --network 10.43.0.0/16");
+        let two = converged(&host, "--instance blue", 1);
+        assert_eq!(one["kernel"]["device"], "gossamer.1");
+        assert_eq!(two["kernel"]["device"], "gossamer.739354");
+        assert_eq!(devices(&host.netns), 2);
+        let tables = tool(&host.netns, "nft list tables");
+        assert_eq!(tables, "table inet gossamer\ntable inet gossamer-blue\n");
+
+        // A host that is in both.
+        let both = lab.host(2, "n2")?;
+        let token = ask(&host, &format!("token {plain}"));
+        let blue_token = ask(&host, "token --instance blue");
+        let join = |token: &str| format!("--join {} --token {}", host.ip, token.trim());
+        let _second = start(&both, &join(&token));
+        let plain2 = format!("--socket {}", both.dir.join("socket").display());
+        converged(&both, &plain2, 2);
+        let files = |name: &str| both.dir.join(name).display().to_string();
+        let _blue2 = start(
+            &both,
+            &format!(
+                "--instance blue {} --state-dir {} --socket {} --subnet-file {}",
+                join(&blue_token),
+                files("blue"),
+                files("blue.sock"),
+                files("blue.env")
+            ),
+        );
+        let blue2 = converged(&both, &format!("--socket {}", files("blue.sock")), 2);
+        // By name alone, at the port that follows from the instance.
+        assert_eq!(blue2["settings"]["vni"], 739_354);
+        let vtep = |status: &serde_json::Value| {
+            let subnet: ipnet::IpNet =
+                status["subnet"].as_str().expect("one").parse().expect("one");
+            subnet.network()
+        };
+        for status in [converged(&host, &plain, 2), converged(&host, "--instance blue", 2)] {
+            let to = vtep(&status);
+            wait_until("no answer", PATIENCE, || {
+                run(&both.netns, &format!("ping -c 1 -W 1 {to}")).status.success()
+            });
+        }
+
+        // One leaves, and the other does not notice.
+        let left = ask(&host, "leave --instance blue");
+        assert!(left.contains("left"), "{left}");
+        eventually(&host.netns, "nft list tables", |tables| tables == "table inet gossamer\n");
+        assert_eq!(devices(&host.netns), 1);
+        let to = vtep(&converged(&host, &plain, 2));
+        tool(&both.netns, &format!("ping -c 1 -W 1 {to}"));
+        Ok(())
+    });
+}
+
+#[test]
+fn networks_that_overlap_are_refused() {
+    isolated(|lab| {
+        let host = lab.host(1, "n1")?;
+        let refused = |arguments: &[&str]| -> anyhow::Result<String> {
+            let mut agent = gossamer::lab::Agent::start(program(), &host, arguments)?;
+            assert_eq!(agent.wait()?.code(), Some(1));
+            Ok(agent.log())
+        };
+        let log = refused(&["--init", "--network", "10.96.0.0/12"])?;
+        assert!(log.contains("network 10.96.0.0/12 of the overlay holds 10.99.0.10"), "{log}");
+        assert_eq!(devices(&host.netns), 0);
+        tool(&host.netns, "ip link add gossamer.7 type vxlan id 7 dstport 8472 dev eth0");
+        tool(&host.netns, "ip addr add 10.42.7.0/32 dev gossamer.7");
+        let log = refused(&["--init"])?;
+        assert!(log.contains("holds 10.42.7.0 of interface gossamer.7"), "{log}");
+        Ok(())
+    });
+}
