@@ -16,7 +16,7 @@ use ipnet::IpNet;
 use regex_lite::Regex;
 
 use crate::{
-    dataplane::{desired::Mode, firewall::Policy},
+    dataplane::{demand::Program, desired::Mode, firewall::Policy},
     model::{ClusterSettings, NodeName, Pool, PoolSpec, Quorum, QuorumError, SettingsWish},
     wire::{Token, TokenError},
 };
@@ -57,6 +57,9 @@ pub struct Config {
     pub vni: u32,
     /// UDP port for gossip, unless `listen` names one.
     pub port: u16,
+    pub program: Program,
+    /// Entries made on demand go when their peer was not used for so long.
+    pub idle_after: Duration,
     pub mode: Mode,
     pub firewall: Policy,
     /// Sysctls that keep packets from passing are set, not only named.
@@ -133,6 +136,13 @@ impl Settings {
         };
         let advertise = self.advertise.as_deref().map(|text| address("advertise", text));
         let quorum = quorum(self.forget_after.as_deref(), &self.voters)?;
+        let (mode, program) = (self.mode.unwrap_or_default(), self.program.unwrap_or_default());
+        if program == Program::OnDemand && mode != Mode::Vxlan {
+            let problem = "on-demand is for tunnels: leave it out, or use mode = \"vxlan\"";
+            return Err(bad("program", problem));
+        }
+        let idle_after = span("idle_after", self.idle_after.as_deref().unwrap_or("5m"))?
+            .unwrap_or(Duration::MAX);
         Ok(Config {
             vni: wish.vni.unwrap_or(instance.vni()),
             port: instance.port(),
@@ -154,7 +164,9 @@ impl Settings {
                 "withdraw_after",
                 self.withdraw_after.as_deref().unwrap_or("10s"),
             )?,
-            mode: self.mode.unwrap_or_default(),
+            program,
+            idle_after,
+            mode,
             firewall: Policy {
                 table: instance.table(),
                 guard: self.guard.unwrap_or(true),

@@ -12,7 +12,7 @@ use ipnet::IpNet;
 
 use super::{
     Agent, Ending,
-    programmer::{Goal, Outcome, State, Told},
+    programmer::{DemandState, Goal, Outcome, State, Told},
     subnet_env,
     surroundings::HostState,
     underlay::{Chosen, UnderlayError},
@@ -48,6 +48,7 @@ pub(super) struct KernelState {
     pub(super) underlay_problem: Option<String>,
     /// Routes of other programs that outrank ours, as sentences.
     pub(super) rivals: Vec<String>,
+    pub(super) demand: DemandState,
     /// Firewall and sysctls.
     pub(super) host: HostState,
     pub(super) operations: u64,
@@ -83,6 +84,7 @@ impl Agent {
                 self.kernel.rivals = rivals;
             }
             Told::Host(state) => self.on_host(state),
+            Told::Demand(state) => self.on_demand(state),
         }
     }
 
@@ -113,6 +115,18 @@ impl Agent {
                 self.write_subnet_env();
             }
             Err(error) => self.on_kernel_error(&error),
+        }
+    }
+
+    fn on_demand(&mut self, state: DemandState) {
+        let before = std::mem::replace(&mut self.kernel.demand, state);
+        let now = &self.kernel.demand;
+        if now.in_use.is_none() && now.answered > before.answered {
+            // All peers are programmed, so an entry was gone and nobody had told.
+            *self.kernel.repairs.entry("miss").or_default() += now.answered - before.answered;
+        }
+        if now.in_use != before.in_use {
+            self.update_paths();
         }
     }
 

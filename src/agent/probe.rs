@@ -12,6 +12,7 @@ use tokio::{net::UdpSocket, sync::mpsc};
 use super::Agent;
 use crate::{
     api::PathStatus,
+    core::Liveness,
     dataplane::{
         desired::Way,
         paths::{PathState, Paths, Subject},
@@ -130,17 +131,30 @@ impl Agent {
     pub(super) fn update_paths(&mut self) {
         let Some(view) = &self.kernel.wanted else { return };
         let opinions = self.node.opinions();
+        let in_use = self.kernel.demand.in_use.as_ref();
         let peers = view.peers.iter().filter_map(|(node, peer)| {
             let (_, subnets) = peer.leases.first()?;
-            Some(Subject {
+            let liveness = opinions.get(node).copied();
+            let subject = Subject {
                 node: *node,
                 vtep: subnets.first.network(),
                 underlay: peer.vtep.underlay,
-                liveness: opinions.get(node).copied(),
-            })
+                liveness,
+                // With entries on demand a question is a use, and would keep them for ever.
+                ask: in_use.is_none() || self.is_in_doubt(*node, liveness),
+            };
+            in_use.is_none_or(|macs| macs.contains(&peer.vtep.mac)).then_some(subject)
         });
-        self.prober.paths.update(self.clock.now(), peers);
+        let peers: Vec<Subject> = peers.collect();
+        self.prober.paths.update(self.clock.now(), peers.into_iter());
         self.follow_paths();
+    }
+
+    /// Whether asking a peer could lead to its withdrawal.
+    fn is_in_doubt(&self, node: NodeId, liveness: Option<Liveness>) -> bool {
+        liveness != Some(Liveness::Alive)
+            && self.config.withdraw_after.is_some()
+            && !self.kernel.withdrawn_peers.contains(&node)
     }
 
     /// Whoever gossip holds as alive again is not unreachable for a moment longer.

@@ -6,6 +6,7 @@
 //! piled up behind a slow kernel are skipped.
 
 use std::{
+    collections::BTreeSet,
     io::{self, Read as _, Write as _},
     os::{fd::AsFd as _, unix::net::UnixStream},
     sync::mpsc::{self, TryRecvError},
@@ -22,11 +23,13 @@ use super::{
 use crate::{
     config::Config,
     dataplane::{
+        demand::Demand,
         desired::Desired,
         firewall::Firewall,
         kernel::{Kernel, KernelError, Report, Touched},
+        plan::Op,
     },
-    model::Pool,
+    model::{Mac, Pool},
     netlink::Netlink,
 };
 
@@ -63,8 +66,21 @@ pub enum Told {
     Underlay(Result<Chosen, UnderlayError>),
     /// Routes of other programs that outrank ours; none any more, if empty.
     Rivals(Vec<String>),
+    /// What the kernel has asked for, and who is in use.
+    Demand(DemandState),
     /// Firewall and sysctls are not as they were when last told.
     Host(HostState),
+}
+
+/// Misses since the start, and what follows from them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DemandState {
+    /// About peers: answered from the view.
+    pub answered: u64,
+    /// About addresses and MACs of nobody.
+    pub unknown: u64,
+    /// Peers whose entries are in the kernel, by their MACs; none, if that is all of them.
+    pub in_use: Option<BTreeSet<Mac>>,
 }
 
 /// How a goal was reached, or not.
@@ -96,6 +112,10 @@ impl Programmer {
         let netlink = Netlink::open()?;
         let surroundings = Surroundings::open(config.mode, config.set_sysctls);
         let worker = Worker {
+            demand: Demand::new(config.program),
+            part: None,
+            demand_told: DemandState::default(),
+            demand_told_at: Instant::now(),
             surroundings,
             table_touched: false,
             kernel,
@@ -144,6 +164,11 @@ impl Drop for Programmer {
 
 struct Worker<F> {
     kernel: Kernel,
+    demand: Demand,
+    /// What of the goal is to be in the kernel now; none, if that is all of it.
+    part: Option<Box<Desired>>,
+    demand_told: DemandState,
+    demand_told_at: Instant,
     surroundings: Surroundings,
     table_touched: bool,
     netlink: Netlink,
@@ -195,6 +220,7 @@ impl<F: Fn(Told)> Worker<F> {
             match self.goals.try_recv() {
                 Ok(goal) => {
                     self.goal = Some(goal);
+                    self.choose_part();
                     self.reached = false;
                     self.due = Some(Instant::now());
                 }
@@ -205,15 +231,65 @@ impl<F: Fn(Told)> Worker<F> {
     }
 
     fn listen(&mut self) -> io::Result<()> {
-        let overlay = match &self.goal {
-            Some(Goal { state: State::Overlay(desired, firewall), .. }) => {
-                Some((desired, firewall))
-            }
-            _ => None,
+        let Some(Goal { state: State::Overlay(all, firewall), .. }) = &self.goal else {
+            return self.kernel.touched(None).map(drop);
         };
-        self.touched.merge(self.kernel.touched(overlay.map(|(desired, _)| &**desired))?);
-        let table = overlay.map_or("", |(_, firewall)| &firewall.table);
-        self.table_touched |= self.surroundings.touched(table)?;
+        let desired = self.part.as_ref().unwrap_or(all);
+        let (touched, misses) = self.kernel.touched(Some(desired))?;
+        self.touched.merge(touched);
+        self.table_touched |= self.surroundings.touched(&firewall.table)?;
+        if misses.is_empty() {
+            return Ok(());
+        }
+        let ops: Vec<Op> =
+            misses.into_iter().flat_map(|miss| self.demand.answer(all, miss)).collect();
+        let answered = self.kernel.answer(&ops);
+        self.choose_part();
+        self.tell_demand();
+        answered
+    }
+
+    /// With entries on demand only a part of the goal is to be in the kernel.
+    fn choose_part(&mut self) {
+        let Some(Goal { state: State::Overlay(all, _), .. }) = &self.goal else {
+            self.part = None;
+            return;
+        };
+        if self.demand.in_use().is_none() {
+            return;
+        }
+        if self.part.is_none()
+            && let Ok(actual) = self.kernel.observe(&all.device.name, None)
+        {
+            let ours = actual.fdb.iter().map(|(mac, _)| *mac);
+            self.demand.adopt(ours.filter(|mac| all.tables.fdb.contains_key(mac)));
+        }
+        self.part = Some(Box::new(self.demand.part_of(all)));
+    }
+
+    fn tell_demand(&mut self) {
+        let Demand { answered, unknown, .. } = self.demand;
+        let state = DemandState { answered, unknown, in_use: self.demand.in_use().cloned() };
+        // Questions about nobody may come in any number.
+        let only_unknown = DemandState { unknown, ..self.demand_told.clone() } == state;
+        if state == self.demand_told || only_unknown && self.demand_told_at.elapsed() < RETRY {
+            return;
+        }
+        self.demand_told = state.clone();
+        self.demand_told_at = Instant::now();
+        (self.tell)(Told::Demand(state));
+    }
+
+    /// Takes away what nobody needs any more.
+    fn age(&mut self) -> io::Result<()> {
+        if self.demand.in_use().is_none() {
+            return Ok(());
+        }
+        let idle = self.kernel.idle(self.config.idle_after)?;
+        let gone = self.demand.age(idle.into_iter());
+        self.kernel.answer(&gone)?;
+        self.choose_part();
+        self.tell_demand();
         Ok(())
     }
 
@@ -232,9 +308,12 @@ impl<F: Fn(Told)> Worker<F> {
 
     fn work(&mut self) {
         self.touched.ours = false;
+        if let Err(error) = self.age() {
+            tracing::debug!(%error, "peers that are not used any more not found out");
+        }
         let Some(Goal { number, state }) = &self.goal else { return };
         let result = match state {
-            State::Overlay(desired, _) => self.kernel.reconcile(desired),
+            State::Overlay(all, _) => self.kernel.reconcile(self.part.as_ref().unwrap_or(all)),
             State::Nothing { device, pool, table } => self
                 .surroundings
                 .remove(table)

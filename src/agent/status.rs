@@ -1,5 +1,7 @@
 //! Filling in the status: what the core says, and the shell's part: kernel, disk, connections.
 
+use std::collections::BTreeSet;
+
 use super::Agent;
 use crate::{
     api::{AgentStatus, KernelStatus},
@@ -37,6 +39,9 @@ impl Agent {
                 operations: kernel.operations,
                 repairs: kernel.repairs.clone(),
                 strangers_dropped: kernel.host.dropped,
+                peers_in_use: kernel.demand.in_use.as_ref().map(BTreeSet::len),
+                misses_answered: kernel.demand.answered,
+                misses_unknown: kernel.demand.unknown,
             },
             paths,
             connections: self.transport.connections(),

@@ -50,6 +50,12 @@ pub struct KernelStatus {
     pub repairs: BTreeMap<&'static str, u64>,
     /// Tunnel packets that came from no member and were dropped by the guard.
     pub strangers_dropped: u64,
+    /// Peers that have entries in the kernel; none, if all of them always have.
+    pub peers_in_use: Option<usize>,
+    /// Entries that the kernel asked for and was given.
+    pub misses_answered: u64,
+    /// Addresses and MACs of nobody that the kernel asked for.
+    pub misses_unknown: u64,
 }
 
 impl AgentStatus {

@@ -10,7 +10,7 @@ use ipnet::{IpNet, Ipv6Net};
 use serde::Deserialize;
 
 use super::{ConfigError, bad, net_conf};
-use crate::dataplane::desired::Mode;
+use crate::dataplane::{demand::Program, desired::Mode};
 
 /// Everything that can be set, as it was written. Nothing here is checked yet.
 #[derive(Clone, Debug, Default, PartialEq, Eq, clap::Args, Deserialize)]
@@ -95,6 +95,12 @@ pub struct Settings {
     /// [default: vxlan]
     #[arg(long, env = "GOSSAMER_MODE", value_enum, value_name = "MODE")]
     pub mode: Option<Mode>,
+    /// Program all peers, or each when the first packet goes to it [default: all]
+    #[arg(long, env = "GOSSAMER_PROGRAM", value_enum, value_name = "WHICH")]
+    pub program: Option<Program>,
+    /// With on-demand: a peer loses its entries when it was not used for so long [default: 5m]
+    #[arg(long, env = "GOSSAMER_IDLE_AFTER", value_name = "SPAN")]
+    pub idle_after: Option<String>,
     /// Take tunnel packets from members alone, by a table of nftables [default: true]
     #[arg(long, env = "GOSSAMER_GUARD", num_args = 0..=1, default_missing_value = "true")]
     pub guard: Option<bool>,
@@ -186,6 +192,8 @@ impl Settings {
             voters: list(self.voters, other.voters),
             withdraw_after: self.withdraw_after.or(other.withdraw_after),
             mode: self.mode.or(other.mode),
+            program: self.program.or(other.program),
+            idle_after: self.idle_after.or(other.idle_after),
             guard: self.guard.or(other.guard),
             ip_masq: self.ip_masq.or(other.ip_masq),
             set_sysctls: self.set_sysctls.or(other.set_sysctls),

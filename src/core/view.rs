@@ -1,6 +1,6 @@
 //! What the kernel must know: the converged state, boiled down to tunnels and subnets.
 
-use std::{collections::BTreeMap, ops::RangeInclusive};
+use std::{collections::BTreeMap, ops::Range};
 
 use crate::model::{ClusterSettings, MemberRecord, NodeId, Slot, SlotState, Subnets, Vtep};
 
@@ -20,7 +20,7 @@ pub struct View {
     /// Slots whose entries must stay although they are in no peer's name: nobody was heard since the start
     /// who can know of them. A process that was killed may have programmed more than its disk remembers,
     /// and removing that would cut off a member that works.
-    pub unheard: Vec<RangeInclusive<u32>>,
+    pub unheard: Vec<Range<u32>>,
 }
 
 /// This node's end of the tunnels.
@@ -90,21 +90,19 @@ impl Node {
     /// A slot's owner is the only one who can have leased it to somebody else. So what the table says of it
     /// is the last word if the owner has been compared with, or if this node has seen it change hands
     /// itself.
-    fn unheard(&self) -> Vec<RangeInclusive<u32>> {
+    fn unheard(&self) -> Vec<Range<u32>> {
         let Some(home) = &self.home else { return Vec::new() };
         let pool = home.cluster.settings.pool;
-        let mut unheard: Vec<RangeInclusive<u32>> = Vec::new();
+        let mut unheard: Vec<Range<u32>> = Vec::new();
         let mut next = *pool.slots().start();
-        let mut add = |range: RangeInclusive<u32>| match unheard.last_mut() {
+        let mut add = |range: Range<u32>| match unheard.last_mut() {
             _ if range.is_empty() => {}
-            Some(last) if *last.end() + 1 == *range.start() => {
-                *last = *last.start()..=*range.end();
-            }
+            Some(last) if last.end == range.start => last.end = range.end,
             _ => unheard.push(range),
         };
         for run in home.slots.runs() {
             // No record, so nobody was heard.
-            add(next..=run.start.0.saturating_sub(1));
+            add(next..run.start.0);
             next = run.end();
             let owner = run.record.owner;
             if owner == self.me.node || self.sync.heard(owner) {
@@ -112,12 +110,12 @@ impl Node {
             }
             let mut from = run.start.0;
             for moved in self.moved.range(run.start..Slot(run.end())) {
-                add(from..=moved.0.saturating_sub(1));
+                add(from..moved.0);
                 from = moved.0 + 1;
             }
-            add(from..=run.end() - 1);
+            add(from..run.end());
         }
-        add(next..=*pool.slots().end());
+        add(next..pool.slots().end() + 1);
         unheard
     }
 }

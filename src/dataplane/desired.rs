@@ -14,7 +14,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
-    ops::RangeInclusive,
+    ops::Range,
 };
 
 use ipnet::IpNet;
@@ -77,6 +77,8 @@ pub enum Way {
     Overlay(IpAddr),
     /// Over the underlay interface with this index, to the host with this underlay address.
     Direct { gateway: IpAddr, link: u32 },
+    /// Over our device, to whoever the kernel is told when it asks.
+    OnDemand,
     /// Nowhere: whoever sends there is told at once.
     Unreachable,
 }
@@ -88,8 +90,8 @@ pub struct Desired {
     pub tables: Tables,
     /// Routes with our protocol number into its networks are ours, wherever they lead.
     pub pool: Pool,
-    /// Slots whose entries stay although they are not in `tables`: see [`View::unheard`].
-    pub unheard: Vec<RangeInclusive<u32>>,
+    /// Slots of nobody whose entries stay although they are not in `tables`: see [`View::unheard`].
+    pub unheard: Vec<Range<u32>>,
 }
 
 /// How packets get to a peer.
@@ -162,7 +164,7 @@ impl Desired {
             link: underlay.link,
             addresses: view.own.subnets.iter().map(|subnet| subnet.network()).collect(),
         };
-        Self { device, tables, pool: view.settings.pool, unheard: view.unheard.clone() }
+        Self { device, tables, pool: view.settings.pool, unheard: unheard_of_nobody(view) }
     }
 
     /// Whether any packets go without a tunnel.
@@ -173,10 +175,8 @@ impl Desired {
     /// Whether an entry about this address is to stay although it is not wanted: its slot is in nobody's
     /// name, and who could know of it was not heard.
     pub fn stays(&self, address: IpAddr) -> bool {
-        let Some(slot) = self.pool.slot_of(address) else { return false };
-        let known = |subnet: IpNet| self.tables.routes.contains_key(&subnet);
-        self.unheard.iter().any(|slots| slots.contains(&slot.0))
-            && !self.pool.subnets(slot).iter().any(known)
+        let slot = self.pool.slot_of(address);
+        slot.is_some_and(|slot| self.unheard.iter().any(|slots| slots.contains(&slot.0)))
     }
 }
 
@@ -203,6 +203,23 @@ impl Tables {
             self.routes.insert(subnet, Hop { way, metric });
         }
     }
+}
+
+/// Of the slots about which nobody was heard, those that no peer is known to have leased.
+fn unheard_of_nobody(view: &View) -> Vec<Range<u32>> {
+    let leases = view.peers.values().flat_map(|peer| &peer.leases);
+    let leased: BTreeSet<u32> = leases.map(|(slot, _)| slot.0).collect();
+    let mut rest = Vec::new();
+    for range in &view.unheard {
+        let mut from = range.start;
+        for slot in leased.range(range.clone()) {
+            rest.push(from..*slot);
+            from = slot + 1;
+        }
+        rest.push(from..range.end);
+    }
+    rest.retain(|range| !range.is_empty());
+    rest
 }
 
 /// `gossamer.<VNI>`, shortened where that would exceed the kernel's 15 characters.
@@ -278,6 +295,15 @@ mod tests {
         // An IPv4 gateway is none for IPv6.
         assert_eq!(ways(Mode::Direct), ([near, tunnel, tunnel6], 2));
         assert_eq!(ways(Mode::HostGw), ([near, Way::Unreachable, Way::Unreachable], 0));
+    }
+
+    #[test]
+    fn what_a_peer_is_known_to_have_leased_is_not_in_doubt() {
+        let mut view = view(&[(1, 9), (2, 7), (3, 8)]);
+        view.unheard = vec![0..9, 20..31];
+        let desired = Desired::new(&view, &underlay(), &BTreeSet::new());
+        assert_eq!(desired.unheard, [0..7, 20..31]);
+        assert!(desired.stays([10, 42, 6, 9].into()) && !desired.stays([10, 42, 7, 0].into()));
     }
 
     #[test]

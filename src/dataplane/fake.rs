@@ -58,7 +58,7 @@ impl FakeKernel {
                 self.device = Some(found);
             }
             Op::DeleteDevice => {
-                self.routes.retain(|_, way| !matches!(way, Way::Overlay(_)));
+                self.routes.retain(|_, way| !matches!(way, Way::Overlay(_) | Way::OnDemand));
                 *self = Self { routes: std::mem::take(&mut self.routes), ..Self::default() };
             }
             Op::RemoveRoute(subnet, hop) => _ = self.routes.remove(&(subnet, hop.metric)),
@@ -71,7 +71,9 @@ impl FakeKernel {
                 }
                 self.fdb.insert((mac, underlay));
             }
-            Op::SetNeighbour(address, mac) if !absent => _ = self.neighbours.insert(address, mac),
+            Op::SetNeighbour(address, mac) | Op::Resolve(address, mac) if !absent => {
+                _ = self.neighbours.insert(address, mac)
+            }
             Op::AddRoute(subnet, hop) | Op::ReplaceRoute(subnet, hop) => {
                 if !self.device.as_ref().is_some_and(|found| found.up) {
                     return refused("Network is down");

@@ -2,6 +2,7 @@
 //!
 //! - [`desired`]: view -> device and entries (pure)
 //! - [`plan`]: desired and actual -> ordered operations (pure)
+//! - [`demand`]: what the kernel misses, and what it is told (pure)
 //! - [`firewall`]: view -> our table in nftables (pure)
 //! - [`paths`]: whether packets get through to each peer (pure)
 //! - `kernel`: dump and apply, by netlink
@@ -9,6 +10,8 @@
 //!
 //! Nobody else touches the kernel's tables, and nothing here decides who is a peer.
 
+#[warn(clippy::disallowed_methods)]
+pub mod demand;
 #[warn(clippy::disallowed_methods)]
 pub mod desired;
 #[cfg(any(test, feature = "sim"))]

@@ -75,6 +75,8 @@ pub struct Subject {
     /// From which it asks, where its packets come without a tunnel.
     pub underlay: IpAddr,
     pub liveness: Option<Liveness>,
+    /// It may be asked; otherwise what is known of it stays as it is, for as long as gossip says the same.
+    pub ask: bool,
 }
 
 /// All peers.
@@ -91,6 +93,7 @@ pub struct Paths {
 struct Path {
     address: IpAddr,
     liveness: Option<Liveness>,
+    ask: bool,
     due: Time,
     full_due: Time,
     /// On its way: number, when, and whether of full size.
@@ -121,13 +124,14 @@ impl Paths {
     pub fn update(&mut self, now: Time, peers: impl Iterator<Item = Subject>) {
         let mut before = std::mem::take(&mut self.peers);
         self.by_address.clear();
-        for Subject { node, vtep, underlay, liveness } in peers {
+        for Subject { node, vtep, underlay, liveness, ask } in peers {
             let known = before.remove(&node).filter(|path| path.address == vtep);
             let mut path = known.unwrap_or_else(|| Path::new(now, vtep));
             if liveness != path.liveness && liveness != Some(Liveness::Alive) {
                 path.due = path.due.min(now);
             }
             path.liveness = liveness;
+            path.ask = ask;
             self.peers.insert(node, path);
             self.by_address.extend([(vtep, node), (underlay, node)]);
         }
@@ -139,7 +143,8 @@ impl Paths {
         if now < self.not_before {
             return None;
         }
-        let path = self.peers.values_mut().filter(|path| path.due <= now).min_by_key(|p| p.due)?;
+        let due = self.peers.values_mut().filter(|path| path.ask && path.due <= now);
+        let path = due.min_by_key(|path| path.due)?;
         path.lose(now);
         self.sequence = self.sequence.wrapping_add(1);
         let full = path.full_due <= now && path.lost == 0;
@@ -154,7 +159,8 @@ impl Paths {
 
     /// When [`Paths::poll`] has something to do.
     pub fn next_due(&self) -> Option<Time> {
-        Some(self.peers.values().map(|path| path.due).min()?.max(self.not_before))
+        let asked = self.peers.values().filter(|path| path.ask);
+        Some(asked.map(|path| path.due).min()?.max(self.not_before))
     }
 
     /// An answer of a peer's kernel.
@@ -216,6 +222,7 @@ impl Path {
         Self {
             address,
             liveness: None,
+            ask: true,
             due: now,
             full_due: now,
             open: None,
@@ -286,6 +293,7 @@ mod tests {
         node: NodeId,
         now: Time,
         liveness: Liveness,
+        ask: bool,
         sent: u32,
     }
 
@@ -293,8 +301,14 @@ mod tests {
         fn new() -> Self {
             let node = NodeId::of_public_key(&[1; 32]);
             let paths = Paths::new(Some(Duration::from_secs(10)));
-            let mut story =
-                Self { paths, node, now: Time::ZERO, liveness: Liveness::Alive, sent: 0 };
+            let mut story = Self {
+                paths,
+                node,
+                now: Time::ZERO,
+                liveness: Liveness::Alive,
+                ask: true,
+                sent: 0,
+            };
             story.update();
             story
         }
@@ -302,7 +316,7 @@ mod tests {
         fn update(&mut self) {
             let underlay = IpAddr::from([192, 0, 2, 7]);
             let (node, liveness) = (self.node, Some(self.liveness));
-            let peer = Subject { node, vtep: PEER, underlay, liveness };
+            let peer = Subject { node, vtep: PEER, underlay, liveness, ask: self.ask };
             self.paths.update(self.now, [peer].into_iter());
         }
 
@@ -364,6 +378,20 @@ mod tests {
     }
 
     #[test]
+    fn who_may_not_be_asked_stays_withdrawn_until_gossip_has_it_back() {
+        let mut story = Story::new();
+        story.liveness = Liveness::Down;
+        story.run(20, |_| false);
+        (story.ask, story.sent) = (false, 0);
+        story.run(60, |_| true);
+        assert_eq!((story.state(), story.sent), (PathState::Withdrawn, 0));
+        assert_eq!(story.paths.next_due(), None);
+        story.liveness = Liveness::Alive;
+        story.update();
+        assert!(story.paths.withdrawn().is_empty());
+    }
+
+    #[test]
     fn gossip_alone_brings_it_back_too() {
         let mut story = Story::new();
         story.liveness = Liveness::Down;
@@ -400,7 +428,7 @@ mod tests {
             let bytes = [(n >> 8) as u8 + 1, n as u8].repeat(16);
             let node = NodeId::of_public_key(&bytes.try_into().expect("32 bytes"));
             let vtep = Ipv4Addr::from(n).into();
-            Subject { node, vtep, underlay: vtep, liveness: None }
+            Subject { node, vtep, underlay: vtep, liveness: None, ask: true }
         };
         let mut sent = 0;
         for tick in 0..1_000 {

@@ -53,6 +53,8 @@ pub enum Op {
     /// Add or replace.
     SetFdb(Mac, IpAddr),
     SetNeighbour(IpAddr, Mac),
+    /// A neighbour that is not permanent: it lets a packet go that waits for it.
+    Resolve(IpAddr, Mac),
     /// Add, unless another program has a route to the same subnet with the same metric.
     AddRoute(IpNet, Hop),
     /// Replace a route of ours with the same metric.
@@ -70,7 +72,7 @@ impl Op {
             Self::SetMac(_) | Self::SetMtu(_) | Self::SetUp => "device attribute",
             Self::AddAddress(_) | Self::RemoveAddress(..) => "address",
             Self::SetFdb(..) | Self::RemoveFdb(..) => "FDB entry",
-            Self::SetNeighbour(..) | Self::RemoveNeighbour(_) => "neighbour",
+            Self::SetNeighbour(..) | Self::Resolve(..) | Self::RemoveNeighbour(_) => "neighbour",
             Self::AddRoute(..) | Self::ReplaceRoute(..) | Self::RemoveRoute(..) => "route",
         }
     }
@@ -83,7 +85,8 @@ pub fn plan(desired: &Desired, actual: &Actual) -> Vec<Op> {
     let kept = plan_device(&desired.device, actual.device.as_ref(), &mut ops);
     if !kept {
         // A device that is made anew has lost all entries on it, routes included.
-        let elsewhere = |(_, hop): &(IpNet, Hop)| !matches!(hop.way, Way::Overlay(_));
+        let elsewhere =
+            |(_, hop): &(IpNet, Hop)| !matches!(hop.way, Way::Overlay(_) | Way::OnDemand);
         let routes = actual.routes.into_iter().filter(elsewhere).collect();
         actual = Actual { routes, ..Actual::default() };
     }
@@ -259,7 +262,7 @@ pub(super) mod tests {
     fn nothing_is_removed_of_slots_about_which_nobody_was_heard() {
         let mut kernel = FakeKernel::default();
         kernel.settle(&desired(&[(1, 9), (2, 7), (3, 8)]));
-        let timid = Desired { unheard: vec![8..=8], ..desired(&[(1, 9), (2, 7)]) };
+        let timid = Desired { unheard: vec![8..9, 50..60], ..desired(&[(1, 9), (2, 7)]) };
         assert_eq!(plan(&timid, &kernel.dump()), []);
         kernel.settle(&desired(&[(1, 9), (2, 7)]));
         assert_eq!(kernel.routes.len(), 1);

@@ -5,6 +5,7 @@
 //! of the product may use this module.
 
 mod agent;
+mod crowd;
 mod enter;
 mod host;
 mod netns;
@@ -12,6 +13,7 @@ mod ping;
 mod show;
 
 pub use agent::Agent;
+pub use crowd::add_crowd;
 pub use enter::{EnterError, enter, rerun_inside};
 pub use host::{Host, Lab, Pod};
 pub use netns::NetNs;

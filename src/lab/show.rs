@@ -42,6 +42,9 @@ fn render(name: &str, actual: &Actual) -> String {
                 out,
                 "{subnet} via {gateway} dev {link} proto {protocol} metric {metric} onlink"
             ),
+            Way::OnDemand => {
+                writeln!(out, "{subnet} dev {name} proto {protocol} metric {metric} scope link")
+            }
             Way::Unreachable => {
                 writeln!(out, "unreachable {subnet} proto {protocol} metric {metric}")
             }

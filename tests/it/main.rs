@@ -7,6 +7,7 @@ mod agreement;
 mod cli;
 mod cluster;
 mod common;
+mod demand;
 mod families;
 mod firewall;
 mod instances;

@@ -19,7 +19,7 @@ use rtnetlink::{
         },
         route::{
             RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol,
-            RouteType, RouteVia,
+            RouteScope, RouteType, RouteVia,
         },
     },
 };
@@ -44,6 +44,8 @@ pub(super) fn device_message(device: &Device) -> LinkMessage {
         .dev(device.link)
         .port(device.port)
         .learning(false)
+        .l2miss(true)
+        .l3miss(true)
         .mtu(device.mtu)
         .address(device.mac.as_bytes().to_vec());
     match device.local {
@@ -95,6 +97,11 @@ pub(super) fn request(op: &Op, index: u32) -> Request {
             RouteNetlinkMessage::NewNeighbour(neighbour_message(index, *address, Some(*mac))),
             replace,
         ),
+        Op::Resolve(address, mac) => {
+            let mut message = neighbour_message(index, *address, Some(*mac));
+            message.header.state = NeighbourState::Reachable;
+            (RouteNetlinkMessage::NewNeighbour(message), replace)
+        }
         Op::RemoveNeighbour(address) => {
             (RouteNetlinkMessage::DelNeighbour(neighbour_message(index, *address, None)), 0)
         }
@@ -151,6 +158,11 @@ fn route_message(index: u32, subnet: IpNet, hop: Hop) -> RouteMessage {
     let (gateway, link) = match hop.way {
         Way::Overlay(vtep) => (vtep, index),
         Way::Direct { gateway, link } => (gateway, link),
+        Way::OnDemand => {
+            message.header.scope = RouteScope::Link;
+            message.attributes.push(RouteAttribute::Oif(index));
+            return message;
+        }
         Way::Unreachable => {
             message.header.kind = RouteType::Unreachable;
             return message;
@@ -185,9 +197,14 @@ pub(super) fn our_route(route: &RouteMessage, device: Option<u32>) -> Option<(Ip
                 RouteAttribute::Oif(index) => Some(*index),
                 _ => None,
             })?;
-            let gateway = route.attributes.iter().find_map(gateway_of);
-            let gateway = gateway.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
-            if Some(link) == device { Way::Overlay(gateway) } else { Way::Direct { gateway, link } }
+            match route.attributes.iter().find_map(gateway_of) {
+                Some(vtep) if Some(link) == device => Way::Overlay(vtep),
+                None if Some(link) == device => Way::OnDemand,
+                gateway => {
+                    let gateway = gateway.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
+                    Way::Direct { gateway, link }
+                }
+            }
         }
         _ => return None,
     };

@@ -21,13 +21,17 @@ use std::{
 use ipnet::IpNet;
 use rtnetlink::{LinkMessageBuilder, LinkUnspec};
 
-use self::messages::{device_message, fixed_attributes, no_ipv6_address, request};
 pub use self::{
     firewall::{FirewallTable, Pass},
     leftovers::Leftovers,
     watch::Touched,
 };
+use self::{
+    messages::{device_message, fixed_attributes, no_ipv6_address, request},
+    watch::miss,
+};
 use super::{
+    demand::Miss,
     desired::{Desired, Device, Hop},
     plan::{Op, full_len, plan},
 };
@@ -42,6 +46,9 @@ const EPERM: i32 = 1;
 const EEXIST: i32 = 17;
 const EOPNOTSUPP: i32 = 95;
 const EADDRINUSE: i32 = 98;
+
+/// Questions that are answered in one turn; the kernel asks again.
+const MAX_MISSES: usize = 4_096;
 
 /// The kernel's tables of the network namespace in which it was opened.
 pub struct Kernel {
@@ -102,18 +109,24 @@ impl Kernel {
         self.monitor.as_fd()
     }
 
-    /// Reads what has changed, and says what of it is our business.
-    pub fn touched(&mut self, desired: Option<&Desired>) -> io::Result<Touched> {
+    /// Reads what has changed, and says what of it is our business, and what the kernel asks for.
+    pub fn touched(&mut self, desired: Option<&Desired>) -> io::Result<(Touched, Vec<Miss>)> {
         let heard = self.monitor.read()?;
+        let Some(desired) = desired else { return Ok((Touched::default(), Vec::new())) };
         let mut touched = Touched::default();
-        match desired {
-            Some(_) if heard.overrun => touched = Touched::EVERYTHING,
-            Some(desired) => {
-                heard.messages.iter().for_each(|m| touched.add(m, desired, self.device));
-            }
-            None => {}
+        heard.messages.iter().for_each(|message| touched.add(message, desired, self.device));
+        if heard.overrun {
+            touched = Touched::EVERYTHING;
         }
-        Ok(touched)
+        let misses = heard.messages.iter().filter_map(|message| miss(message, self.device?));
+        Ok((touched, misses.take(MAX_MISSES).collect()))
+    }
+
+    /// Carries out operations on entries, without looking first. What cannot be done is left to the next
+    /// [`Kernel::reconcile`].
+    pub fn answer(&mut self, ops: &[Op]) -> io::Result<()> {
+        let Some(index) = self.device.filter(|_| !ops.is_empty()) else { return Ok(()) };
+        self.netlink.apply(ops.iter().map(|op| request(op, index)).collect()).map(drop)
     }
 
     /// Makes the kernel equal to `desired`: dump, difference, operations.
@@ -248,6 +261,7 @@ impl Kernel {
                 // A device with an IPv6 address of its own would send router solicitations into the
                 // tunnel. Where the kernel has no IPv6 there is nothing to turn off.
                 let _ = self.set(name, |link| link.append_extra_attribute(no_ipv6_address()));
+                ask_us_for_neighbours(name);
                 Ok(())
             }
             Op::DeleteDevice => {
@@ -305,6 +319,17 @@ impl Kernel {
 fn is_gossamers(link: &Link) -> bool {
     let vni = link.name.strip_prefix("gossamer.").or(link.name.strip_prefix("gossam."));
     link.kind == "vxlan" && vni.is_some_and(|vni| vni.parse::<u32>().is_ok())
+}
+
+/// Makes the kernel ask user space for neighbours instead of the network, where nobody would answer. If that
+/// cannot be set, entries that are missing are put right by the slow timer alone.
+fn ask_us_for_neighbours(device: &str) {
+    for family in ["ipv4", "ipv6"] {
+        for (name, value) in [("app_solicit", "3"), ("mcast_solicit", "0"), ("ucast_solicit", "0")]
+        {
+            let _ = sysctl::write(&format!("net/{family}/neigh/{device}/{name}"), value);
+        }
+    }
 }
 
 impl Op {

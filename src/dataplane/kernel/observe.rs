@@ -6,6 +6,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     io,
     net::IpAddr,
+    time::Duration,
 };
 
 use ipnet::IpNet;
@@ -27,6 +28,9 @@ use crate::{
     model::{Mac, Pool},
     netlink::link::Link,
 };
+
+/// `USER_HZ` is 100 on every architecture that matters here.
+const MS_PER_TICK: u64 = 10;
 
 impl Kernel {
     /// Everything on our account: on the device of this name, and routes of ours into this pool's networks.
@@ -111,6 +115,20 @@ impl Kernel {
             .collect())
     }
 
+    /// To which MACs on our device nothing was sent for so long.
+    pub fn idle(&mut self, after: Duration) -> io::Result<Vec<Mac>> {
+        let Some(index) = self.device else { return Ok(Vec::new()) };
+        let entries = self.dump_neighbours(AddressFamily::Bridge, index)?;
+        let unused = |entry: &NeighbourMessage| {
+            let info = entry.attributes.iter().find_map(|attribute| match attribute {
+                NeighbourAttribute::CacheInfo(info) => Some(info.used),
+                _ => None,
+            });
+            info.is_some_and(|ticks| Duration::from_millis(u64::from(ticks) * MS_PER_TICK) >= after)
+        };
+        Ok(entries.iter().filter(|entry| unused(entry)).filter_map(lladdr).collect())
+    }
+
     fn fdb(&mut self, index: u32) -> io::Result<BTreeSet<(Mac, IpAddr)>> {
         let entries = self.dump_neighbours(AddressFamily::Bridge, index)?.into_iter();
         Ok(entries.filter_map(|entry| Some((lladdr(&entry)?, destination(&entry)?))).collect())
@@ -155,7 +173,9 @@ impl Kernel {
         Ok(found
             .iter()
             .filter_map(|route| our_route(route, device))
-            .filter(|(subnet, hop)| matches!(hop.way, Way::Overlay(_)) || inside(subnet))
+            .filter(|(subnet, hop)| {
+                matches!(hop.way, Way::Overlay(_) | Way::OnDemand) || inside(subnet)
+            })
             .collect())
     }
 }

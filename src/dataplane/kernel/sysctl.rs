@@ -2,7 +2,7 @@
 //!
 //! Only what is named here is ever written, and only to what it says.
 
-use std::{fs, path::Path};
+use std::{fs, io, path::Path};
 
 use crate::dataplane::desired::{Desired, Mode};
 
@@ -63,7 +63,7 @@ impl Sysctl {
 
     /// Makes it right.
     pub fn set(&self) -> Result<(), String> {
-        fs::write(Path::new(ROOT).join(&self.name), self.value).map_err(|error| {
+        write(&self.name, self.value).map_err(|error| {
             format!("{} cannot be set to {}: {error}", dotted(&self.name), self.value)
         })
     }
@@ -82,6 +82,10 @@ fn dotted(name: &str) -> String {
             }
         })
         .collect()
+}
+
+pub(super) fn write(name: &str, value: &str) -> io::Result<()> {
+    fs::write(Path::new(ROOT).join(name), value)
 }
 
 fn read(name: &str) -> Option<String> {

@@ -13,7 +13,10 @@ use rtnetlink::packet_route::{
 
 use super::messages::{destination, lladdr, our_route};
 use crate::{
-    dataplane::desired::{Desired, ROUTE_PROTOCOL},
+    dataplane::{
+        demand::Miss,
+        desired::{Desired, ROUTE_PROTOCOL},
+    },
     netlink::link::Link,
 };
 
@@ -119,6 +122,18 @@ impl Touched {
             let wanted = desired.tables.routes.get(&subnet) == Some(&hop);
             self.ours |= wanted != present;
         }
+    }
+}
+
+/// What the kernel asks for, if it is about the device with this index.
+pub fn miss(message: &RouteNetlinkMessage, device: u32) -> Option<Miss> {
+    let RouteNetlinkMessage::GetNeighbour(asked) = message else { return None };
+    // A miss in the FDB comes without an address, and not as one of a bridge.
+    match (destination(asked), lladdr(asked)) {
+        _ if asked.header.ifindex != device => None,
+        (Some(address), _) => Some(Miss::Address(address)),
+        (None, Some(mac)) => Some(Miss::Tunnel(mac)),
+        (None, None) => None,
     }
 }
 

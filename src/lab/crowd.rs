@@ -1,0 +1,77 @@
+//! Members that do not exist: a cluster of a thousand as its members see it, on a machine that could not run
+//! one.
+//!
+//! Written into the database of a node whose agent is stopped, as if they had joined by it. When it starts
+//! again all others learn of them. Gossip never meets them, so they count as down.
+
+use std::{collections::BTreeMap, net::Ipv4Addr};
+
+use super::Host;
+use crate::{
+    model::{BootId, Mac, MemberRecord, NodeId, Run, Slot, SlotRecord, SlotState, Version, Vtep},
+    store::{Database, StateDir},
+    transport::NodeKey,
+    wire::{Key, Record},
+};
+
+/// Adds `count` members, each with one of the host's spare subnets.
+pub fn add_crowd(host: &Host, count: u16) -> anyhow::Result<()> {
+    let state = StateDir::open(&host.dir.join("state"))?;
+    let seed = state.node_key()?.ok_or_else(|| anyhow::anyhow!("no node ever ran there"))?;
+    let me = NodeKey::from_seed(seed)?.id();
+    let opened = Database::open(&state.database())?;
+    let mut members = (1..=count).map(member);
+    let mut written: BTreeMap<Key, Vec<u8>> = BTreeMap::new();
+    for (key, record) in opened.records {
+        let Record::Slots(runs) = record else { continue };
+        let mut leased = Vec::new();
+        for run in runs {
+            let spare = run.record.owner == me && run.record.state == SlotState::Spare;
+            for slot in run.slots() {
+                let member = if spare { members.next() } else { None };
+                leased.push(match member {
+                    Some(member) => {
+                        let run = lease(slot, &member, run.record);
+                        let key = Key::Member(member.node);
+                        written.insert(key, Record::Member(member).encode());
+                        run
+                    }
+                    None => Run { start: slot, len: 1, record: run.record },
+                });
+            }
+        }
+        written.insert(key, Record::Slots(leased).encode());
+    }
+    anyhow::ensure!(members.next().is_none(), "{} has too few spare subnets", host.name);
+    Ok(opened.database.write(&written)?)
+}
+
+fn lease(slot: Slot, member: &MemberRecord, before: SlotRecord) -> Run {
+    let record = SlotRecord {
+        epoch: before.epoch + 1,
+        owner: member.node,
+        state: SlotState::Leased,
+        granter: before.owner,
+    };
+    Run { start: slot, len: 1, record }
+}
+
+/// The `number`-th: in a network behind the underlay's router, where nobody is.
+fn member(number: u16) -> MemberRecord {
+    let mut key = [0; 32];
+    key[..2].copy_from_slice(&number.to_be_bytes());
+    let node = NodeId::of_public_key(&key);
+    let [high, low] = number.to_be_bytes();
+    let ip = Ipv4Addr::new(10, 98, high, low);
+    let name = format!("crowd-{number}");
+    MemberRecord {
+        node,
+        version: Version { starts: 1, change: 0 },
+        boot: BootId::from_bytes([1; 8]),
+        // Letters, digits and a hyphen are a name.
+        name: name.parse().unwrap_or_else(|_| unreachable!("{name}")),
+        address: (ip, 8473).into(),
+        vtep: Vtep { mac: Mac::of_node(node), underlay: ip.into() },
+        left_to: None,
+    }
+}

@@ -1,0 +1,117 @@
+//! Entries that the kernel asks for: misses, and a kernel that holds only the peers in use.
+
+use std::time::Duration;
+
+use gossamer::lab::{Agent, NetNs, Pinger, add_crowd};
+use nix::sys::signal::Signal;
+
+use crate::common::{
+    Cluster, PATIENCE, eventually, isolated, program, run, token_of, tool, wait_until,
+};
+
+/// Entries of ours: routes, neighbours, FDB entries.
+fn entries(netns: &NetNs) -> [usize; 3] {
+    [
+        "ip route show proto 73",
+        "ip neigh show dev gossamer.1 nud permanent",
+        "bridge fdb show dev gossamer.1",
+    ]
+    .map(|command| tool(netns, command).lines().count())
+}
+
+#[test]
+fn what_the_kernel_misses_about_nobody_is_counted() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let host = &cluster.hosts[0].netns;
+        assert!(tool(host, "ip -d link show gossamer.1").contains("l2miss l3miss"));
+        for command in [
+            "ip neigh add 10.42.250.9 lladdr 02:00:00:00:00:99 dev gossamer.1 nud reachable",
+            "ip route add 10.42.250.0/24 via 10.42.250.9 dev gossamer.1 onlink proto static",
+            "ip route add 10.42.251.0/24 via 10.42.251.9 dev gossamer.1 onlink proto static",
+        ] {
+            tool(host, command);
+        }
+        for nobody in ["10.42.250.5", "10.42.251.5"] {
+            run(host, &format!("ping -c 1 -W 1 {nobody}"));
+        }
+        wait_until("not counted", PATIENCE, || {
+            let status = cluster.agents[0].ask("/v1/status", PATIENCE).expect("a status");
+            status["kernel"]["misses_unknown"].as_u64() >= Some(2)
+        });
+        Ok(())
+    });
+}
+
+#[test]
+fn a_neighbour_that_fails_is_answered_from_the_view() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let pods = cluster.pods()?;
+        let subnet = Agent::subnet(&cluster.agents[1].ask("/v1/status", PATIENCE)?)?;
+        let host = &cluster.hosts[0].netns;
+        // No event tells of what was deleted while nobody could hear; the kernel's question does.
+        let stopped = nix::unistd::Pid::from_raw(cluster.agents[0].pid().cast_signed());
+        nix::sys::signal::kill(stopped, Signal::SIGSTOP)?;
+        tool(host, &format!("ip neigh del {} dev gossamer.1", subnet.network()));
+        let mut pinger = Pinger::new(&pods[0].netns)?;
+        assert_eq!(pinger.ping(pods[1].ip, Duration::from_millis(300))?, None);
+        nix::sys::signal::kill(stopped, Signal::SIGCONT)?;
+        wait_until("no answer", PATIENCE, || {
+            pinger.ping(pods[1].ip, Duration::from_millis(300)).is_ok_and(|got| got.is_some())
+        });
+        let status = cluster.agents[0].ask("/v1/status", PATIENCE)?;
+        assert!(status["kernel"]["misses_answered"].as_u64() >= Some(1), "{status:#}");
+        assert!(status["kernel"]["repairs"]["miss"].as_u64() >= Some(1), "{status:#}");
+        Ok(())
+    });
+}
+
+#[test]
+fn on_demand_the_kernel_holds_ten_peers_of_a_thousand() {
+    isolated(|lab| {
+        let hosts = [lab.host(1, "n1")?, lab.host(2, "n2")?];
+        // Who of the crowd is used would be withdrawn after a while, and forgotten later than the others.
+        let on_demand =
+            ["--program", "on-demand", "--idle-after", "3s", "--withdraw-after", "never"];
+        let founding = ["--init", "--network", "10.32.0.0/12", "--subnet-len", "24"];
+        let mut first = Agent::start(program(), &hosts[0], &[&founding[..], &on_demand].concat())?;
+        first.wait_converged(1, PATIENCE)?;
+        let token = token_of(&mut first)?;
+        let seed = hosts[0].ip.to_string();
+        let join = ["--join", &seed, "--token", &token];
+        let mut second = Agent::start(program(), &hosts[1], &[&join[..], &on_demand].concat())?;
+        second.wait_converged(2, PATIENCE)?;
+        first.end(Signal::SIGTERM)?;
+        add_crowd(&hosts[0], 1_000)?;
+        let seed = hosts[1].ip.to_string();
+        let arguments = [&["--join", &seed][..], &on_demand].concat();
+        let mut first = Agent::start(program(), &hosts[0], &arguments)?;
+        let mut members = 0;
+        wait_until("the crowd is unknown", PATIENCE, || {
+            let status = second.ask("/v1/status", PATIENCE).expect("a status");
+            members = status["members"].as_array().map_or(0, Vec::len);
+            members == 1_002
+        });
+        let mut pods = Vec::new();
+        for (host, agent) in hosts.iter().zip([&mut first, &mut second]) {
+            pods.push(host.pod(Agent::subnet(&agent.wait_converged(2, PATIENCE)?)?, 1450)?);
+        }
+        let host = &hosts[0].netns;
+        assert_eq!(entries(host), [1, 0, 0], "one route for all");
+
+        // Nine of the crowd, which does not answer, and a peer that does, from the first packet on.
+        for slot in 1..=9 {
+            run(host, &format!("ping -c 1 -W 1 -w 1 10.32.{}.7", slot * 4));
+        }
+        let mut pinger = Pinger::new(&pods[0].netns)?;
+        assert!(pinger.ping(pods[1].ip, Duration::from_secs(2))?.is_some(), "the first packet");
+        assert_eq!(pinger.stream(pods[1].ip, 100, Duration::from_millis(5))?, 100);
+        let [routes, neighbours, fdb] = entries(host);
+        assert!((2..=11).contains(&routes) && neighbours <= 10 && fdb <= 10, "{routes} routes");
+        eventually(host, "ip route show proto 73", |routes| routes.lines().count() == 1);
+        assert_eq!(entries(host), [1, 0, 0], "nobody is in use any more");
+        assert!(pinger.ping(pods[1].ip, Duration::from_secs(2))?.is_some(), "used again");
+        Ok(())
+    });
+}
