@@ -2,10 +2,10 @@
 //!
 //! The kernel reports two kinds of misses: nobody's MAC is known for an address (`RTM_GETNEIGH` with an
 //! address, as `app_solicit` makes it), and no tunnel for a MAC (the same with a MAC, as `l2miss` makes it).
-//! With all peers programmed a miss means that an entry is gone. With `program = "on-demand"` it is how a peer
-//! gets its entries at all: one route catches the packets for the whole pool, the first of them asks for its
-//! peer, and a peer to which nothing was sent for long loses its entries again. So the kernel's state grows
-//! with the peers in use, and not with the cluster.
+//! With all peers programmed a miss means that an entry is gone. With `program = "on-demand"` it is how a
+//! peer gets its entries at all: one route catches the packets for the whole pool, the first of them asks
+//! for its peer, and a peer to which nothing was sent for long loses its entries again. So the kernel's
+//! state grows with the peers in use, and not with the cluster.
 //!
 //! Pure. Who is a peer is not decided here, and nothing that was not asked for is answered.
 
