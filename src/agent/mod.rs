@@ -6,6 +6,7 @@
 
 mod data_plane;
 mod owners;
+mod ping;
 mod probe;
 mod programmer;
 mod start;
@@ -27,6 +28,7 @@ use tokio::{
 
 use self::{
     data_plane::KernelState,
+    ping::Round,
     probe::Prober,
     programmer::{Programmer, Told},
     underlay::Chosen,
@@ -89,6 +91,8 @@ struct Agent {
     fresh: bool,
     /// Who waits for convergence, and for how many members.
     waiters: Vec<Waiter>,
+    /// Pings that wait for answers.
+    rounds: Vec<Round>,
     leave_reply: Option<oneshot::Sender<Result<Option<String>, String>>>,
     store_problem: Option<String>,
     /// Set when the kernel refuses the device of a node that has only just come.
@@ -165,6 +169,7 @@ impl Agent {
             self.carry_out();
             self.restore_paths();
             self.serve_waiters();
+            self.end_rounds();
             let took = turn.elapsed();
             if took > SLOW_TURN {
                 tracing::warn!(?took, "a turn of the event loop was slow");
@@ -186,10 +191,12 @@ impl Agent {
         let far = Instant::now() + Duration::from_secs(3600);
         let core = self.node.poll_timeout().map(|at| self.clock.instant(at));
         let waiters = self.waiters.iter().map(|waiter| waiter.deadline);
+        let rounds = self.rounds.iter().map(Round::deadline);
         let giving_up = self.giving_up.as_ref().map(|(_, until)| *until);
         core.into_iter()
             .chain(self.next_probe())
             .chain(waiters)
+            .chain(rounds)
             .chain(giving_up)
             .fold(far, Instant::min)
     }
@@ -280,6 +287,7 @@ impl Agent {
                     let _ = reply.send(Err(why));
                 }
             }
+            Output::Answered { node, answered } => self.on_answered(node, answered),
             Output::Stop(stop) => self.on_stop(stop),
         }
     }
@@ -395,6 +403,7 @@ impl Agent {
                 let _ = reply.send(Ok(()));
                 self.ending = Some(Ending::Anew);
             }
+            Question::Ping { node, reply } => self.begin_ping(&node, reply),
             Question::History { reply } => {
                 let lines = self.history.read();
                 let _ = reply.send(lines.map_err(|error| format!("history: {error}")));

@@ -58,7 +58,11 @@ impl Prober {
         (Self { inet, inet6, identifier, paths, look_at: Instant::now() }, receiver)
     }
 
-    fn send(&self, to: IpAddr, sequence: u16, payload: usize) -> io::Result<usize> {
+    pub(super) fn next_sequence(&mut self) -> u16 {
+        self.paths.next_sequence()
+    }
+
+    pub(super) fn send(&self, to: IpAddr, sequence: u16, payload: usize) -> io::Result<usize> {
         let family = Family::of(to);
         let socket = match family {
             Family::Inet => self.inet.as_ref(),
@@ -117,6 +121,9 @@ impl Agent {
     }
 
     pub(super) fn on_echo(&mut self, echo: Echo) {
+        if self.on_ping_echo(&echo) {
+            return;
+        }
         let now = self.clock.now();
         match echo.answers {
             Some(sequence) => self.prober.paths.on_answer(now, echo.from, sequence),

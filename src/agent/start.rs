@@ -199,6 +199,7 @@ async fn start(
         secret,
         fresh,
         waiters: Vec::new(),
+        rounds: Vec::new(),
         leave_reply: None,
         store_problem: None,
         giving_up: None,

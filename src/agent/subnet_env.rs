@@ -43,7 +43,7 @@ fn contents(networks: Subnets, subnets: Subnets, mtu: u32, masquerade: bool) -> 
 }
 
 /// The first usable address, as flannel gives it: the one after the network address.
-fn gateway(subnet: IpNet) -> IpAddr {
+pub(super) fn gateway(subnet: IpNet) -> IpAddr {
     match subnet.network() {
         IpAddr::V4(network) => Ipv4Addr::from(u32::from(network) + 1).into(),
         IpAddr::V6(network) => Ipv6Addr::from(u128::from(network) + 1).into(),

@@ -4,9 +4,11 @@
 //! state. The socket is for its owner only (mode 0600).
 
 mod client;
+mod ping;
 mod server;
 mod status;
 
 pub use client::{ClientError, get, post};
+pub use ping::{PingReport, Reach};
 pub use server::{Question, Socket, SocketError, serve};
 pub use status::{AgentStatus, KernelStatus, PathStatus};

@@ -22,7 +22,7 @@ use tokio::{
     sync::oneshot::{self, Sender},
 };
 
-use super::AgentStatus;
+use super::{AgentStatus, PingReport};
 
 /// Longest wait for convergence that can be asked for, in seconds.
 const MAX_WAIT: u64 = 3600;
@@ -53,6 +53,11 @@ pub enum Question {
     },
     ResetIdentity {
         reply: Sender<Result<(), String>>,
+    },
+    /// One round of questions to a member.
+    Ping {
+        node: String,
+        reply: Sender<Result<PingReport, String>>,
     },
     History {
         reply: Sender<Result<Vec<Value>, String>>,
@@ -107,6 +112,7 @@ pub fn serve(
         .route("/v1/leave", post(leave))
         .route("/v1/forget", post(forget))
         .route("/v1/reset-identity", post(reset_identity))
+        .route("/v1/ping", get(ping))
         .route("/v1/history", get(history))
         .with_state(ask);
     tokio::spawn(async move { axum::serve(listener, router).await });
@@ -129,6 +135,11 @@ fn remove_stale(path: &Path) -> Result<(), SocketError> {
 struct WaitQuery {
     wait: Option<u64>,
     members: Option<usize>,
+}
+
+#[derive(Deserialize)]
+struct PingQuery {
+    node: String,
 }
 
 #[derive(Deserialize)]
@@ -177,6 +188,15 @@ async fn forget(State(ask): State<Ask>, Query(query): Query<ForgetQuery>) -> Res
 async fn reset_identity(State(ask): State<Ask>) -> Response {
     let reset = |()| json!({ "reset": true });
     answer(&ask, |reply| Question::ResetIdentity { reply }, |result| done(result.map(reset))).await
+}
+
+async fn ping(State(ask): State<Ask>, Query(query): Query<PingQuery>) -> Response {
+    let PingQuery { node } = query;
+    let render = |result: Result<PingReport, String>| match result {
+        Ok(report) => Json(report).into_response(),
+        Err(why) => problem(StatusCode::NOT_FOUND, &why),
+    };
+    answer(&ask, |reply| Question::Ping { node, reply }, render).await
 }
 
 async fn history(State(ask): State<Ask>) -> Response {

@@ -10,6 +10,7 @@ mod forget;
 mod lab;
 mod lease;
 mod leave;
+mod ping;
 mod reset;
 mod status;
 mod table;
@@ -39,6 +40,8 @@ enum Command {
     Members(Client),
     /// List the subnets and who owns them
     Leases(status::LeasesArgs),
+    /// Ask a member over the underlay, through the overlay and at its pods' gateway
+    Ping(ping::PingArgs),
     /// Look at the history of subnets
     Lease(lease::LeaseArgs),
     /// Print the token by which other hosts join
@@ -92,6 +95,7 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::Status(args) => status::status(&args),
         Command::Members(client) => status::members(&client),
         Command::Leases(args) => status::leases(&args),
+        Command::Ping(args) => ping::run(&args),
         Command::Lease(args) => lease::run(&args),
         Command::Token(args) => token::run(&args),
         Command::Leave(client) => leave::run(&client),

@@ -112,7 +112,7 @@ impl Node {
         Ok(node)
     }
 
-    fn member_called(&self, whom: &str) -> Result<NodeId, CannotForget> {
+    pub(super) fn member_called(&self, whom: &str) -> Result<NodeId, CannotForget> {
         let called = |record: &&MemberRecord| {
             !record.has_left() && (record.name.as_str() == whom || record.node.to_string() == whom)
         };

@@ -31,6 +31,7 @@ impl Gate {
             | Output::Withdraw
             | Output::Owned(_)
             | Output::CannotLeave(_)
+            | Output::Answered { .. }
             | Output::Stop(_) => 0,
         };
         if after <= self.durable || planted(Bug::AnswerBeforeFlush) {

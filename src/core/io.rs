@@ -127,6 +127,13 @@ pub enum Output {
     Owned(Vec<Change>),
     /// [`Command::Leave`] cannot be done, for this reason; the node goes on as before.
     CannotLeave(String),
+    /// Whether a member answered that [`Node::ping`] had asked.
+    ///
+    /// [`Node::ping`]: super::Node::ping
+    Answered {
+        node: NodeId,
+        answered: bool,
+    },
     /// The node's work is over.
     Stop(Stop),
 }

@@ -13,6 +13,7 @@
 //! - `serve`: answers to peers; `strange`: messages that are of no use
 //! - `leave`: handing over and going; `forget`: reclaiming what others left behind; `vote`: forgetting by
 //!   time alone
+//! - `ping`: an operator's question
 
 mod boot;
 mod directory;
@@ -24,6 +25,7 @@ mod learn;
 mod lease;
 mod leave;
 mod membership;
+mod ping;
 pub mod planted;
 mod push;
 mod rank;
@@ -196,6 +198,10 @@ enum Purpose {
         voter: NodeId,
         node: NodeId,
     },
+    /// An operator wants to know.
+    Ping {
+        node: NodeId,
+    },
 }
 
 /// How a question ended: who answered, and what.
@@ -345,6 +351,7 @@ impl Node {
                 self.on_acknowledgement(now, node, &forgets, era, answer);
             }
             Purpose::Vote { voter, node } => self.on_vote(now, voter, node, answer),
+            Purpose::Ping { node } => self.on_ping_answer(node, &answer),
         }
     }
 
@@ -427,8 +434,13 @@ impl Node {
         target.is_some()
     }
 
+    /// Where a member's endpoint is.
+    pub fn address_of(&self, node: NodeId) -> Option<SocketAddr> {
+        self.directory.get(node).map(|record| record.address)
+    }
+
     fn target(&self, node: NodeId) -> Option<Target> {
-        let address = self.directory.get(node)?.address;
+        let address = self.address_of(node)?;
         Some(Target::Member { node, address })
     }
 

@@ -146,15 +146,22 @@ impl Paths {
         let due = self.peers.values_mut().filter(|path| path.ask && path.due <= now);
         let path = due.min_by_key(|path| path.due)?;
         path.lose(now);
-        self.sequence = self.sequence.wrapping_add(1);
+        let sequence = self.sequence.wrapping_add(1);
+        self.sequence = sequence;
         let full = path.full_due <= now && path.lost == 0;
-        path.open = Some((self.sequence, now, full));
+        path.open = Some((sequence, now, full));
         path.due = now + path.pause();
         if full {
             path.full_due = now + FULL;
         }
         self.not_before = now + GAP;
-        Some(Probe { to: path.address, sequence: self.sequence, full })
+        Some(Probe { to: path.address, sequence, full })
+    }
+
+    /// A number for a request of somebody else's, that no request of ours has.
+    pub const fn next_sequence(&mut self) -> u16 {
+        self.sequence = self.sequence.wrapping_add(1);
+        self.sequence
     }
 
     /// When [`Paths::poll`] has something to do.

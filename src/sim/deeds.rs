@@ -46,7 +46,7 @@ impl World {
             Output::Withdraw => {
                 self.pursue(index, Goal::Nothing);
             }
-            Output::Owned(_) => {}
+            Output::Owned(_) | Output::Answered { .. } => {}
             Output::CannotLeave(_) => self.hosts[index].going = false,
             Output::Stop(stop) => self.on_stop(index, stop),
         }

@@ -111,3 +111,37 @@ fn a_path_that_is_narrower_than_the_underlay_is_named() {
         Ok(())
     });
 }
+
+#[test]
+fn ping_shows_underlay_overlay_and_pod_path_side_by_side() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        cluster.pods()?;
+        let ping = |agent: &Agent, node: &str| {
+            let output = client(agent, &["ping", node, "-c", "2", "-i", "10ms"]);
+            let text = String::from_utf8_lossy(&output.stdout).into_owned();
+            (output.status.code(), text + &String::from_utf8_lossy(&output.stderr))
+        };
+        let (code, said) = ping(&cluster.agents[0], "n2");
+        assert_eq!((code, said.matches(" ms").count()), (Some(0), 6), "{said}");
+        assert!(said.contains("10.99.0.11:8473") && said.contains("2 of 2"), "{said}");
+
+        let host = &cluster.hosts[0].netns;
+        tool(host, "nft add table inet block");
+        tool(host, "nft add chain inet block out { type filter hook output priority 0 ; }");
+        tool(host, "nft add rule inet block out udp dport 8472 drop");
+        let (code, said) = ping(&cluster.agents[0], "n2");
+        assert_eq!((code, said.matches("no answer").count()), (Some(1), 4), "{said}");
+        assert!(said.contains("nothing comes through the tunnel"), "{said}");
+
+        cluster.agents[1].end(Signal::SIGKILL)?;
+        tool(host, "nft delete table inet block");
+        let (code, said) = ping(&cluster.agents[0], "n2");
+        assert_eq!(code, Some(0), "{said}");
+        assert!(said.contains("its kernel forwards all the same"), "{said}");
+        let (code, said) = ping(&cluster.agents[0], "n9");
+        assert_eq!(code, Some(1));
+        assert!(said.contains("no member is called n9"), "{said}");
+        Ok(())
+    });
+}

@@ -1,0 +1,106 @@
+//! `gossamer ping`: underlay, overlay and pod path to one member, side by side.
+
+use std::{
+    process::ExitCode,
+    thread,
+    time::{Duration, Instant},
+};
+
+use clap::Args;
+use serde_json::{Value, json};
+
+use super::{Client, Format, block_on, fail};
+use crate::api;
+
+/// The three ways, as the answer calls them.
+const WAYS: [&str; 3] = ["underlay", "overlay", "pods"];
+
+#[derive(Debug, Args)]
+pub struct PingArgs {
+    /// Name or id of a member
+    node: String,
+    /// How many rounds
+    #[arg(short, long, default_value_t = 3, value_name = "NUMBER")]
+    count: u32,
+    /// Between two rounds
+    #[arg(short, long, default_value = "1s", value_parser = humantime::parse_duration, value_name = "SPAN")]
+    interval: Duration,
+    #[command(flatten)]
+    client: Client,
+}
+
+/// Fails if the overlay did not answer once, though it was asked.
+pub fn run(args: &PingArgs) -> ExitCode {
+    let name: String = args.node.bytes().map(|byte| format!("%{byte:02x}")).collect();
+    let target = format!("/v1/ping?node={name}");
+    let socket = args.client.socket();
+    let text = args.client.output == Format::Text;
+    let mut rounds: Vec<Value> = Vec::new();
+    for number in 1..=args.count.max(1) {
+        let begun = Instant::now();
+        let round = match block_on(api::get(&socket, &target)) {
+            Ok(Ok(round)) => round,
+            Ok(Err(error)) => return fail(error),
+            Err(error) => return fail(error),
+        };
+        if text && number == 1 {
+            print!("{}", header(&round));
+        }
+        if text {
+            println!("{}", line(&number.to_string(), WAYS.map(|way| time(&round[way]))));
+        }
+        rounds.push(round);
+        if number < args.count {
+            thread::sleep(args.interval.saturating_sub(begun.elapsed()));
+        }
+    }
+    let answered =
+        |way: &str| rounds.iter().filter(|round| round[way]["round_trip_ms"].is_number()).count();
+    if text {
+        println!("{}", line("", WAYS.map(|way| format!("{} of {}", answered(way), rounds.len()))));
+        rounds.last().into_iter().for_each(|last| print!("{}", verdict(last)));
+    } else {
+        println!("{:#}", json!({ "rounds": rounds }));
+    }
+    if answered("overlay") == 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+}
+
+fn header(round: &Value) -> String {
+    let to = WAYS.map(|way| round[way]["to"].as_str().unwrap_or("-").to_owned());
+    format!(
+        "{} ({})\n{}\n{}\n",
+        round["name"].as_str().unwrap_or("?"),
+        round["node"].as_str().unwrap_or("?"),
+        line("", ["underlay (QUIC)", "overlay (VTEP)", "pods (gateway)"].map(str::to_owned)),
+        line("", to)
+    )
+}
+
+fn line(number: &str, cells: [String; 3]) -> String {
+    let [underlay, overlay, pods] = cells;
+    format!("{number:>4}  {underlay:<28}{overlay:<28}{pods}").trim_end().to_owned()
+}
+
+fn time(reach: &Value) -> String {
+    match (reach["to"].is_null(), reach["round_trip_ms"].as_f64()) {
+        (true, _) => "-".to_owned(),
+        (_, Some(ms)) => format!("{ms:.2} ms"),
+        _ => "no answer".to_owned(),
+    }
+}
+
+/// What the answers mean together.
+fn verdict(round: &Value) -> String {
+    let answered = WAYS.map(|way| round[way]["round_trip_ms"].is_number());
+    let words = match (round["problem"].as_str(), answered) {
+        (Some(problem), _) => problem,
+        (None, [_, true, false]) => {
+            "pods: nobody has the gateway's address there yet, which is so until a pod runs"
+        }
+        (None, [false, true, _]) => "its agent does not answer; its kernel forwards all the same",
+        (None, [true, false, _]) => "its agent answers, and nothing comes through the tunnel",
+        (None, [false, false, _]) => "neither its agent nor its kernel answers",
+        _ => return String::new(),
+    };
+    format!("{words}\n")
+}
