@@ -3,6 +3,7 @@
 //! The command enters namespaces of its own and runs itself there (`inside`), as their first process:
 //! when that ends, however it ends, the kernel ends everything below it.
 
+mod chaos;
 mod exec;
 mod screen;
 mod story;
@@ -23,11 +24,21 @@ pub struct DemoArgs {
     /// How many hosts
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(2..=i64::from(MAX_NODES)))]
     nodes: u16,
+    #[command(flatten)]
+    story: StoryArgs,
+    #[command(subcommand)]
+    command: Option<DemoCommand>,
+}
+
+/// What is shown.
+#[derive(Clone, Copy, Debug, Args)]
+struct StoryArgs {
+    /// Lay hands on a host's kernel while its pod talks, and show what that costs
+    #[arg(long)]
+    chaos: bool,
     /// Leave the cluster running afterwards, until Ctrl-C
     #[arg(long)]
     keep: bool,
-    #[command(subcommand)]
-    command: Option<DemoCommand>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -38,15 +49,15 @@ enum DemoCommand {
     #[command(hide = true)]
     Inside {
         nodes: u16,
-        #[arg(long)]
-        keep: bool,
+        #[command(flatten)]
+        story: StoryArgs,
     },
 }
 
 pub fn run(args: &DemoArgs) -> ExitCode {
     match &args.command {
         Some(DemoCommand::Exec(exec)) => exec::run(exec),
-        Some(DemoCommand::Inside { nodes, keep }) => inside(*nodes, *keep),
+        Some(DemoCommand::Inside { nodes, story }) => inside(*nodes, *story),
         None => enter(args),
     }
 }
@@ -58,19 +69,20 @@ fn enter(args: &DemoArgs) -> ExitCode {
     };
     let mut command = Command::new(program);
     command.args(["demo", "inside", &args.nodes.to_string()]);
-    command.args(args.keep.then_some("--keep"));
+    command.args(args.story.chaos.then_some("--chaos"));
+    command.args(args.story.keep.then_some("--keep"));
     match lab::enter(&mut command) {
         Ok(code) => code,
         Err(error) => fail(format_args!("demo: {error}")),
     }
 }
 
-fn inside(nodes: u16, keep: bool) -> ExitCode {
+fn inside(nodes: u16, story: StoryArgs) -> ExitCode {
     // Should the outer process be killed, nothing may stay behind.
     if let Err(error) = set_pdeathsig(Signal::SIGKILL) {
         return fail(error);
     }
-    match story::tell(nodes, keep) {
+    match story::tell(nodes, story) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(format_args!("demo: {error}")),
     }

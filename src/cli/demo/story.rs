@@ -11,7 +11,11 @@ use anyhow::{Context as _, ensure};
 use ipnet::Ipv4Net;
 use nix::sys::signal::Signal;
 
-use super::screen::{Screen, span};
+use super::{
+    StoryArgs,
+    chaos::vandalise,
+    screen::{Screen, span},
+};
 use crate::{
     cli::table::table,
     dataplane::desired::device_name,
@@ -34,7 +38,7 @@ struct Story {
     token: String,
 }
 
-pub fn tell(nodes: u16, keep: bool) -> anyhow::Result<()> {
+pub fn tell(nodes: u16, StoryArgs { chaos, keep }: StoryArgs) -> anyhow::Result<()> {
     let mut story = Story {
         screen: Screen::new(),
         program: std::env::current_exe()?,
@@ -53,6 +57,9 @@ pub fn tell(nodes: u16, keep: bool) -> anyhow::Result<()> {
     story.lease_table()?;
     story.ping_all()?;
     story.kernel_tables()?;
+    if chaos {
+        story.chaos()?;
+    }
     story.kill()?;
     story.restart()?;
     story.leave()?;
@@ -179,6 +186,18 @@ impl Story {
                 Ok((shown, format!("three entries for each of {peers} peers")))
             })?;
         self.screen.details(shown);
+        Ok(())
+    }
+
+    fn chaos(&mut self) -> anyhow::Result<()> {
+        let (host, pods) = (&self.hosts[0], &self.pods);
+        let what = "n1's kernel is vandalised while its pod pings another every 5 ms";
+        let rows = self.screen.step(what, || {
+            let rows = vandalise(host, &device_name(1), &pods[0], &pods[1])?;
+            let text = format!("{} deeds, all put right by n1 itself", rows.len());
+            Ok((rows, text))
+        })?;
+        self.screen.details(table(["CAUSE", "PUT RIGHT AFTER", "PACKETS LOST"], &rows));
         Ok(())
     }
 
