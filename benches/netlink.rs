@@ -1,5 +1,6 @@
 //! How fast a kernel is programmed: three entries for each of many peers, from nothing, against what `bridge
-//! -batch` and `ip -batch` take for the same entries. `cargo bench --bench netlink [-- PEERS ...]`.
+//! -batch` and `ip -batch` take for the same entries, and the kernel for the same bytes.
+//! `cargo bench --bench netlink [-- PEERS ...]`.
 //!
 //! Each run has a namespace of its own; the two ways take turns, and medians are compared.
 
@@ -17,11 +18,13 @@ use std::{
 use gossamer::{
     core::{Own, Peer, View},
     dataplane::{
-        desired::{Desired, Underlay, Way},
-        kernel::Kernel,
+        desired::{Desired, Device, Tables, Underlay, Way},
+        kernel::{Kernel, requests},
+        plan::{Actual, Found, plan},
     },
     lab::{self, Lab},
     model::{ClusterSettings, Mac, NodeId, Pool, PoolSpec, Slot, Vtep},
+    netlink::{Netlink, Request},
 };
 
 const SIZES: [u32; 2] = [1_000, 10_000];
@@ -35,7 +38,8 @@ fn main() -> ExitCode {
     let sizes: Vec<u32> = arguments.iter().filter_map(|a| a.parse().ok()).collect();
     println!("ms, median of {ROUNDS}: FDB, neighbour and route of every peer");
     println!(
-        "peers    gossamer, from nothing   nothing to do   after the device was deleted   bridge + ip -batch"
+        "peers    gossamer, from nothing   nothing to do   after the device was deleted   \
+         bridge + ip -batch             encoded before, only sent"
     );
     let mut lab = Lab::new().expect("a lab");
     let mut hosts = 0;
@@ -50,7 +54,7 @@ fn main() -> ExitCode {
 }
 
 fn measure(lab: &mut Lab, peers: u32, mut next_host: impl FnMut() -> u16) -> io::Result<()> {
-    let mut times: [Vec<Duration>; 4] = Default::default();
+    let mut times: [Vec<Duration>; 5] = Default::default();
     for _ in 0..ROUNDS {
         let number = next_host();
         let host = lab.host(number, &format!("h{number}"))?;
@@ -73,15 +77,19 @@ fn measure(lab: &mut Lab, peers: u32, mut next_host: impl FnMut() -> u16) -> io:
         let number = next_host();
         let host = lab.host(number, &format!("h{number}"))?;
         let theirs = host.netns.run(|| batch(&desired, &host.dir))?;
-        for (times, time) in times.iter_mut().zip(ours.into_iter().chain([theirs])) {
+        let number = next_host();
+        let host = lab.host(number, &format!("h{number}"))?;
+        let bytes = host.netns.run(|| send_encoded(&desired))?;
+        for (times, time) in times.iter_mut().zip(ours.into_iter().chain([theirs, bytes])) {
             times.push(time);
         }
     }
-    let [first, nothing, again, theirs] = times.map(median);
+    let [first, nothing, again, theirs, bytes] = times.map(median);
     println!(
         "{peers:>6}   {first:>10.1}               {nothing:>8.1}        {again:>10.1}                  \
-         {theirs:>10.1} ({:.1} times as long)",
-        theirs / first
+         {theirs:>8.1} ({:.1} times as long)   {bytes:>8.1} (gossamer: {:.2} times as long)",
+        theirs / first,
+        first / bytes
     );
     Ok(())
 }
@@ -92,8 +100,10 @@ fn median(mut times: Vec<Duration>) -> f64 {
 }
 
 fn desired(peers: u32, local: Ipv4Addr, link: u32) -> Desired {
-    let spec =
-        PoolSpec { subnet_len: Some(24), ..PoolSpec::of("10.0.0.0/9".parse().expect("network")) };
+    let spec = PoolSpec {
+        subnet_len: Some(24),
+        ..PoolSpec::of("100.64.0.0/10".parse().expect("network"))
+    };
     let pool = Pool::new(&spec).expect("pool");
     let node = |n: u32| NodeId::from_bytes((u64::from(n) + 1).to_be_bytes());
     let vtep = |n: u32| Vtep {
@@ -111,6 +121,38 @@ fn desired(peers: u32, local: Ipv4Addr, link: u32) -> Desired {
         unheard: Vec::new(),
     };
     Desired::new(&view, &Underlay::of_tunnels(link, local.into(), 1450), &BTreeSet::new())
+}
+
+/// The same entries as bytes that were encoded before, on a device that is there: what the kernel needs.
+fn send_encoded(desired: &Desired) -> io::Result<Duration> {
+    let mut netlink = Netlink::open()?;
+    // The underlay interface has another index on each host.
+    let device = Device { link: netlink.index_of("eth0")?, ..desired.device.clone() };
+    let alone = Desired { device, tables: Tables::default(), ..desired.clone() };
+    Kernel::open()?.reconcile(&alone).map_err(io::Error::other)?;
+    let index = netlink.index_of(&desired.device.name)?;
+    let addresses = desired.device.addresses.iter();
+    let found = Found {
+        up: true,
+        device: desired.device.clone(),
+        foreign: false,
+        addresses: addresses.map(|ip| (*ip, 32)).collect(),
+    };
+    let there = Actual { device: Some(found), ..Actual::default() };
+    let mut changes = requests(&plan(desired, &there), index).into_iter();
+    let mut batches = Vec::new();
+    loop {
+        let some: Vec<Request> = changes.by_ref().take(128).collect();
+        if some.is_empty() {
+            break;
+        }
+        batches.push(netlink.encode(some));
+    }
+    let begun = Instant::now();
+    for batch in &batches {
+        assert_eq!(netlink.send(batch)?.len(), 0, "nothing is refused");
+    }
+    Ok(begun.elapsed())
 }
 
 /// The same entries by the system's tools; only the tools' work is timed.

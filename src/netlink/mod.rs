@@ -45,6 +45,14 @@ pub struct Refused {
     pub errno: i32,
 }
 
+/// Changes that travel together.
+pub struct Batch {
+    bytes: Vec<u8>,
+    /// Sequence number of the first.
+    first: u32,
+    messages: usize,
+}
+
 /// A socket in the network namespace of the thread that opened it, for good.
 pub struct Netlink {
     socket: Socket,
@@ -70,13 +78,52 @@ impl Netlink {
         let mut changes = changes.into_iter();
         let mut done = 0;
         loop {
-            let batch: Vec<Request> = changes.by_ref().take(BATCH_MESSAGES).collect();
-            if batch.is_empty() {
+            let some: Vec<Request> = changes.by_ref().take(BATCH_MESSAGES).collect();
+            if some.is_empty() {
                 return Ok(refused);
             }
-            let count = batch.len();
-            self.apply_batch(batch, done, &mut refused)?;
-            done += count;
+            let batch = self.encode(some);
+            for Refused { index, errno } in self.send(&batch)? {
+                refused.push(Refused { index: done + index, errno });
+            }
+            done += batch.messages;
+        }
+    }
+
+    /// Changes as bytes, for one system call: at most 128 of them.
+    pub fn encode(&mut self, changes: Vec<Request>) -> Batch {
+        let first = self.sequence.wrapping_add(1);
+        let messages = changes.len();
+        let mut bytes = Vec::new();
+        for (i, Request { message, flags }) in changes.into_iter().enumerate() {
+            // Refusals come back in any case; one acknowledgement tells that all is done.
+            let ack = if i + 1 == messages { NLM_F_ACK } else { 0 };
+            self.append(message, NLM_F_REQUEST | ack | flags, &mut bytes);
+        }
+        Batch { bytes, first, messages }
+    }
+
+    /// Sends a batch and waits until it is done.
+    pub fn send(&mut self, batch: &Batch) -> io::Result<Vec<Refused>> {
+        send_all(&self.socket, &batch.bytes)?;
+        let mut refused = Vec::new();
+        loop {
+            let mut acknowledged = false;
+            for message in self.receive()? {
+                let index = message.header.sequence_number.wrapping_sub(batch.first) as usize;
+                if index >= batch.messages {
+                    continue;
+                }
+                if let NetlinkPayload::Error(error) = message.payload {
+                    acknowledged |= index + 1 == batch.messages;
+                    if let Some(code) = error.code {
+                        refused.push(Refused { index, errno: -code.get() });
+                    }
+                }
+            }
+            if acknowledged {
+                return Ok(refused);
+            }
         }
     }
 
@@ -96,42 +143,6 @@ impl Netlink {
             }
         }
         Err(io::Error::new(io::ErrorKind::Interrupted, "the kernel's tables change too fast"))
-    }
-
-    fn apply_batch(
-        &mut self,
-        batch: Vec<Request>,
-        done: usize,
-        refused: &mut Vec<Refused>,
-    ) -> io::Result<()> {
-        let first = self.sequence.wrapping_add(1);
-        let last_index = batch.len() - 1;
-        let mut bytes = Vec::new();
-        for (i, Request { message, flags }) in batch.into_iter().enumerate() {
-            // Refusals come back in any case; one acknowledgement tells that all is done.
-            let ack = if i == last_index { NLM_F_ACK } else { 0 };
-            self.append(message, NLM_F_REQUEST | ack | flags, &mut bytes);
-        }
-        let last = self.sequence;
-        send_all(&self.socket, &bytes)?;
-        loop {
-            let mut acknowledged = false;
-            for message in self.receive()? {
-                let index = message.header.sequence_number.wrapping_sub(first) as usize;
-                if index > last_index {
-                    continue;
-                }
-                if let NetlinkPayload::Error(error) = message.payload {
-                    acknowledged |= message.header.sequence_number == last;
-                    if let Some(code) = error.code {
-                        refused.push(Refused { index: done + index, errno: -code.get() });
-                    }
-                }
-            }
-            if acknowledged {
-                return Ok(());
-            }
-        }
     }
 
     /// The object that a message asks for by name or number.

@@ -37,7 +37,7 @@ use super::{
 };
 use crate::{
     model::Pool,
-    netlink::{Netlink, link::Link, monitor::Monitor},
+    netlink::{Netlink, Request, link::Link, monitor::Monitor},
 };
 
 /// "There is no such thing" in its three spellings: what was to be removed is gone already.
@@ -126,7 +126,7 @@ impl Kernel {
     /// [`Kernel::reconcile`].
     pub fn answer(&mut self, ops: &[Op]) -> io::Result<()> {
         let Some(index) = self.device.filter(|_| !ops.is_empty()) else { return Ok(()) };
-        self.netlink.apply(ops.iter().map(|op| request(op, index)).collect()).map(drop)
+        self.netlink.apply(requests(ops, index)).map(drop)
     }
 
     /// Makes the kernel equal to `desired`: dump, difference, operations.
@@ -173,7 +173,7 @@ impl Kernel {
         self.remove_device(name)?;
         let routes = self.our_routes(None, Some(pool))?.into_iter();
         let ops: Vec<Op> = routes.map(|(subnet, hop)| Op::RemoveRoute(subnet, hop)).collect();
-        self.netlink.apply(ops.iter().map(|op| request(op, 0)).collect())?;
+        self.netlink.apply(requests(&ops, 0))?;
         Ok(())
     }
 
@@ -237,9 +237,8 @@ impl Kernel {
             return Ok(report);
         }
         let index = self.netlink.index_of(&desired.device.name)?;
-        let changes = entry_ops.iter().map(|op| request(op, index)).collect();
         let mut failed = vec![None; entry_ops.len()];
-        for refused in self.netlink.apply(changes)? {
+        for refused in self.netlink.apply(requests(&entry_ops, index))? {
             if !(entry_ops[refused.index].is_removal() && GONE.contains(&refused.errno)) {
                 failed[refused.index] = Some(refused.errno);
             }
@@ -313,6 +312,14 @@ impl Kernel {
             _ => KernelError::Netlink(error),
         }
     }
+}
+
+/// Operations on entries as changes for a device with this index.
+///
+/// # Panics
+/// If one of them is an operation on the device itself.
+pub fn requests(ops: &[Op], index: u32) -> Vec<Request> {
+    ops.iter().map(|op| request(op, index)).collect()
 }
 
 /// Whether a device is named and made as gossamer does it.
