@@ -27,7 +27,7 @@ mod settings;
 #[cfg(test)]
 mod tests;
 
-pub use instance::{BadInstance, Instance};
+pub use instance::{BadInstance, Instance, NAME};
 pub use settings::{LogFormat, Settings};
 
 const DEFAULT_NETWORK: &str = "10.42.0.0/16";
@@ -168,7 +168,6 @@ impl Settings {
             idle_after,
             mode,
             firewall: Policy {
-                table: instance.table(),
                 guard: self.guard.unwrap_or(true),
                 masquerade: self.ip_masq.unwrap_or(false),
             },

@@ -67,7 +67,6 @@ impl Agent {
             (None, Some(cluster)) if self.kernel.withdrawn => State::Nothing {
                 device: device_name(cluster.settings.vni),
                 pool: cluster.settings.pool,
-                table: self.config.firewall.table.clone(),
             },
             _ => return,
         };

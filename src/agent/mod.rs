@@ -17,6 +17,7 @@ mod underlay;
 
 use std::{
     collections::BTreeSet,
+    path::Path,
     rc::Rc,
     time::{Duration, Instant},
 };
@@ -279,7 +280,11 @@ impl Agent {
             Output::Withdraw => {
                 self.kernel.wanted = None;
                 self.kernel.withdrawn = true;
-                self.program();
+                if self.has_made_something() {
+                    self.program();
+                } else {
+                    self.input(Input::InUse(None));
+                }
             }
             Output::Owned(changes) => self.note_owners(&changes),
             Output::CannotLeave(why) => {
@@ -337,6 +342,11 @@ impl Agent {
         });
     }
 
+    /// Whether anything in the kernel can be of this node. What cannot is another overlay's.
+    const fn has_made_something(&self) -> bool {
+        !self.fresh || self.kernel.programmed_once
+    }
+
     /// Ends what must end, and removes what must not stay.
     async fn finish(mut self) -> Ending {
         let ending = self.ending.take().unwrap_or(Ending::Stopped);
@@ -346,12 +356,14 @@ impl Agent {
             .node
             .cluster()
             .map(|cluster| (device_name(cluster.settings.vni), cluster.settings.pool));
+        let made_something = self.has_made_something();
         self.transport.close().await;
         drop(self.programmer);
         drop(self.writer);
         let refused = self.fresh && matches!(ending, Ending::Failed(_));
-        if matches!(ending, Ending::Left { .. } | Ending::Anew) || refused {
-            remove_traces(traces, &self.config);
+        let ends = matches!(ending, Ending::Left { .. } | Ending::Anew) || refused;
+        if ends && made_something {
+            remove_traces(traces, &self.config.subnet_file);
         }
         if (matches!(ending, Ending::Left { .. }) || refused)
             && let Err(error) = self.state.wipe()
@@ -429,7 +441,7 @@ impl Agent {
 }
 
 /// Takes away the device, with every entry on it, routes into the pool's networks, and the file.
-fn remove_traces(traces: Option<(String, Pool)>, config: &Config) {
+fn remove_traces(traces: Option<(String, Pool)>, subnet_file: &Path) {
     let Some((device, pool)) = traces else { return };
     let removed = Kernel::open()
         .map_err(KernelError::from)
@@ -437,9 +449,9 @@ fn remove_traces(traces: Option<(String, Pool)>, config: &Config) {
     if let Err(error) = removed {
         tracing::error!(%error, "the device was not removed");
     }
-    let removed = FirewallTable::open().and_then(|mut table| table.remove(&config.firewall.table));
+    let removed = FirewallTable::open().and_then(|mut table| table.remove(&device));
     if let Err(error) = removed {
         tracing::debug!(%error, "no table of nftables removed");
     }
-    let _ = std::fs::remove_file(&config.subnet_file);
+    let _ = std::fs::remove_file(subnet_file);
 }

@@ -209,11 +209,19 @@ impl Agent {
         let (port, name) = (view.settings.vxlan_port, self.node.name_of(node));
         let (_, subnets) = peer.leases.first()?;
         let lost = matches!(state, PathState::Blocked | PathState::OneWay);
-        match self.underlay.with_mode(self.config.mode).way(there, subnets.first) {
+        let underlay = self.underlay.with_mode(self.config.mode);
+        let ways: Vec<Way> = subnets.iter().map(|subnet| underlay.way(there, subnet)).collect();
+        match ways[0] {
             Way::Unreachable => {
                 return Some(format!(
                     "{name} ({there}) is not on this host's underlay network, and mode host-gw uses no \
                      tunnels: use mode = \"direct\" on all nodes"
+                ));
+            }
+            _ if ways.contains(&Way::Unreachable) => {
+                return Some(format!(
+                    "the IPv6 subnet of {name} is unreachable: mode host-gw cannot route it by its underlay \
+                     address {there}; use mode = \"direct\" on all nodes"
                 ));
             }
             Way::Direct { .. } if lost => {

@@ -48,12 +48,11 @@ pub struct Goal {
 
 pub enum State {
     Overlay(Box<Desired>, Firewall),
-    /// No device of this name, no entry on it, no route of ours into this pool's networks, and no such table
-    /// of nftables.
+    /// No device of this name, no entry on it, no table of nftables that is called like it, and no route of
+    /// ours into this pool's networks.
     Nothing {
         device: String,
         pool: Pool,
-        table: String,
     },
 }
 
@@ -114,6 +113,8 @@ impl Programmer {
         let worker = Worker {
             demand: Demand::new(config.program),
             part: None,
+            part_is_new: false,
+            adopted: false,
             demand_told: DemandState::default(),
             demand_told_at: Instant::now(),
             surroundings,
@@ -167,6 +168,9 @@ struct Worker<F> {
     demand: Demand,
     /// What of the goal is to be in the kernel now; none, if that is all of it.
     part: Option<Box<Desired>>,
+    /// It is another one than the kernel was last made equal to.
+    part_is_new: bool,
+    adopted: bool,
     demand_told: DemandState,
     demand_told_at: Instant,
     surroundings: Surroundings,
@@ -202,10 +206,13 @@ impl<F: Fn(Told)> Worker<F> {
             let is_due = self.due.is_some_and(|due| due <= now);
             let may_repair = self.worked.is_none_or(|worked| now >= worked + REPAIR_GAP);
             if is_due || (self.table_touched && may_repair) {
-                self.look_around();
+                self.write_table();
             }
             if is_due || (self.touched.ours && may_repair) {
                 self.work();
+            }
+            if is_due {
+                self.look_around();
             }
             if self.reached && std::mem::take(&mut self.touched.rival) {
                 self.look_for_rivals();
@@ -232,6 +239,8 @@ impl<F: Fn(Told)> Worker<F> {
 
     fn listen(&mut self) -> io::Result<()> {
         let Some(Goal { state: State::Overlay(all, firewall), .. }) = &self.goal else {
+            // Read all the same: what is not read wakes this thread again and again.
+            self.surroundings.touched("")?;
             return self.kernel.touched(None).map(drop);
         };
         let desired = self.part.as_ref().unwrap_or(all);
@@ -258,13 +267,23 @@ impl<F: Fn(Told)> Worker<F> {
         if self.demand.in_use().is_none() {
             return;
         }
-        if self.part.is_none()
-            && let Ok(actual) = self.kernel.observe(&all.device.name, None)
-        {
-            let ours = actual.fdb.iter().map(|(mac, _)| *mac);
-            self.demand.adopt(ours.filter(|mac| all.tables.fdb.contains_key(mac)));
+        self.demand.keep_peers(all);
+        let part = self.demand.part_of(all);
+        self.part_is_new |= self.part.as_ref().is_none_or(|before| **before != part);
+        self.part = Some(Box::new(part));
+    }
+
+    /// Peers that an earlier process had in use. Until they are known nothing is removed.
+    fn adopt(&mut self) -> Result<(), KernelError> {
+        let Some(Goal { state: State::Overlay(all, _), .. }) = &self.goal else { return Ok(()) };
+        if self.adopted || self.demand.in_use().is_none() {
+            return Ok(());
         }
-        self.part = Some(Box::new(self.demand.part_of(all)));
+        let actual = self.kernel.observe(&all.device.name, None)?;
+        self.demand.adopt(actual.fdb.iter().map(|(mac, _)| *mac));
+        self.adopted = true;
+        self.choose_part();
+        Ok(())
     }
 
     fn tell_demand(&mut self) {
@@ -286,49 +305,74 @@ impl<F: Fn(Told)> Worker<F> {
             return Ok(());
         }
         let idle = self.kernel.idle(self.config.idle_after)?;
-        let gone = self.demand.age(idle.into_iter());
-        self.kernel.answer(&gone)?;
+        self.demand.age(idle.into_iter());
+        // Those that let a first packet go, and those that nobody could answer: a pod that tries all
+        // addresses must not fill the kernel's table.
+        let passing: Vec<Op> =
+            self.kernel.passing()?.into_iter().map(Op::RemoveNeighbour).collect();
+        self.kernel.answer(&passing)?;
         self.choose_part();
         self.tell_demand();
         Ok(())
     }
 
     /// Before the tunnels: a new member is let in before it is spoken to.
-    fn look_around(&mut self) {
+    fn write_table(&mut self) {
         self.table_touched = false;
-        let Some(Goal { state: State::Overlay(desired, firewall), .. }) = &self.goal else {
-            return;
-        };
-        let state = self.surroundings.look_after(desired, firewall, &self.chosen.name);
+        let Some(Goal { state: State::Overlay(_, firewall), .. }) = &self.goal else { return };
+        self.surroundings.write_table(firewall);
         self.worked = Some(Instant::now());
-        if let Some(state) = state {
+        self.tell_host();
+    }
+
+    fn look_around(&mut self) {
+        let Some(Goal { state: State::Overlay(desired, _), .. }) = &self.goal else { return };
+        self.surroundings.look(desired, &self.chosen.name);
+        self.tell_host();
+    }
+
+    fn tell_host(&mut self) {
+        if let Some(state) = self.surroundings.news() {
             (self.tell)(Told::Host(state));
         }
     }
 
     fn work(&mut self) {
         self.touched.ours = false;
+        let result = self.adopt().and_then(|()| self.bring_about());
+        let now = Instant::now();
+        self.worked = Some(now);
+        let Some(Goal { number, state }) = &self.goal else { return };
+        let clean = result.as_ref().is_ok_and(|report| report.failed.is_empty());
+        self.due = Some(now + if clean { RECONCILE } else { RETRY });
+        // What follows from another part of the goal is nobody's doing.
+        let repair = self.reached && !std::mem::take(&mut self.part_is_new);
+        self.touched.rival |= !self.reached && matches!(state, State::Overlay(..));
+        self.reached |= result.is_ok();
+        (self.tell)(Told::Outcome(Outcome { number: *number, repair, result }));
+    }
+
+    fn bring_about(&mut self) -> Result<Report, KernelError> {
         if let Err(error) = self.age() {
             tracing::debug!(%error, "peers that are not used any more not found out");
         }
-        let Some(Goal { number, state }) = &self.goal else { return };
-        let result = match state {
-            State::Overlay(all, _) => self.kernel.reconcile(self.part.as_ref().unwrap_or(all)),
-            State::Nothing { device, pool, table } => self
-                .surroundings
-                .remove(table)
-                .map_err(KernelError::from)
-                .and_then(|()| self.kernel.remove(device, pool))
-                .map(|()| Report::default()),
-        };
-        let now = Instant::now();
-        self.worked = Some(now);
-        let clean = result.as_ref().is_ok_and(|report| report.failed.is_empty());
-        self.due = Some(now + if clean { RECONCILE } else { RETRY });
-        let repair = self.reached;
-        self.reached |= result.is_ok();
-        self.touched.rival |= !repair && matches!(state, State::Overlay(..));
-        (self.tell)(Told::Outcome(Outcome { number: *number, repair, result }));
+        match &self.goal {
+            Some(Goal { state: State::Overlay(all, _), .. }) => {
+                let report = self.kernel.reconcile(self.part.as_ref().unwrap_or(all))?;
+                // Without it only events tell of missing entries; on demand there would be none at all.
+                match self.kernel.be_asked() {
+                    Err(error) if self.demand.in_use().is_some() => Err(error.into()),
+                    _ => Ok(report),
+                }
+            }
+            Some(Goal { state: State::Nothing { device, pool }, .. }) => {
+                if let Err(error) = self.surroundings.remove(device) {
+                    tracing::error!(%error, "the table of nftables was not removed");
+                }
+                self.kernel.remove(device, pool).map(|()| Report::default())
+            }
+            None => Ok(Report::default()),
+        }
     }
 
     fn look_at_underlay(&mut self) {
@@ -340,8 +384,8 @@ impl<F: Fn(Told)> Worker<F> {
     }
 
     fn look_for_rivals(&mut self) {
-        let Some(Goal { state: State::Overlay(desired, _), .. }) = &self.goal else { return };
-        match self.kernel.rivals(desired) {
+        let Some(Goal { state: State::Overlay(all, _), .. }) = &self.goal else { return };
+        match self.kernel.rivals(self.part.as_ref().unwrap_or(all)) {
             Ok(rivals) if rivals == self.rivals => {}
             Ok(rivals) => {
                 self.rivals.clone_from(&rivals);

@@ -141,6 +141,10 @@ async fn start(
         None => (config.vni, config.wish.vxlan_port.unwrap_or(DEFAULT_VXLAN_PORT)),
     };
     kernel.preflight(&device_name(vni), vni, port)?;
+    let settings = known_cluster.map(|cluster| cluster.settings).or(config.create);
+    if let Some(settings) = settings {
+        kernel.refuse_overlap(&device_name(vni), chosen.link, &settings.pool)?;
+    }
     let (transport, network) =
         Transport::bind(listen_address(&config, chosen.local)?, &Credentials::new(&secret, &key)?)?;
     let port = transport.local_address()?.port();

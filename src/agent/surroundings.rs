@@ -4,8 +4,10 @@
 //! is said, and tried again.
 
 use std::{
+    collections::BTreeSet,
     io,
     os::fd::{AsFd as _, BorrowedFd},
+    time::Instant,
 };
 
 use crate::{
@@ -16,6 +18,10 @@ use crate::{
     },
     netlink::nftables::Changes,
 };
+
+/// Chains of others may have very many rules: reading them takes no more than one part in so many of the
+/// time.
+const SHARE: u32 = 1_000;
 
 /// As it was last seen.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -32,8 +38,15 @@ pub struct Surroundings {
     changes: Option<Changes>,
     mode: Mode,
     set_sysctls: bool,
-    /// What was put right once is put right again only if somebody else has changed it.
-    has_set: bool,
+    /// Sysctls that were right when last looked at.
+    right: BTreeSet<String>,
+    table_problem: Option<String>,
+    problems: Vec<String>,
+    dropped: u64,
+    repaired: Vec<&'static str>,
+    /// Before this, chains of others are not read again.
+    read_chains_at: Instant,
+    chain_problems: Vec<String>,
     told: HostState,
 }
 
@@ -45,7 +58,13 @@ impl Surroundings {
             changes: Changes::open().ok(),
             mode,
             set_sysctls,
-            has_set: false,
+            right: BTreeSet::new(),
+            table_problem: None,
+            problems: Vec::new(),
+            dropped: 0,
+            repaired: Vec::new(),
+            read_chains_at: Instant::now(),
+            chain_problems: Vec::new(),
             told: HostState::default(),
         }
     }
@@ -60,38 +79,64 @@ impl Surroundings {
         self.changes.as_mut().map_or(Ok(false), |changes| changes.touched(table))
     }
 
-    /// Looks after everything; gives the state if it is another one than before.
-    pub fn look_after(
-        &mut self,
-        desired: &Desired,
-        firewall: &Firewall,
-        underlay: &str,
-    ) -> Option<HostState> {
-        let mut state = HostState { dropped: self.told.dropped, ..HostState::default() };
-        match self.write_table(firewall) {
-            Ok(pass) => {
-                state.dropped = pass.dropped;
-                state.repaired.extend(pass.repaired.then_some("firewall"));
+    /// Makes our table equal to what is wanted. Where masquerade is impossible the guard is not given up.
+    pub fn write_table(&mut self, firewall: &Firewall) {
+        let written = self.try_write(firewall).or_else(|error| {
+            let guard_alone = Firewall { masquerade: Vec::new(), ..firewall.clone() };
+            if guard_alone != *firewall {
+                self.try_write(&guard_alone)?;
             }
-            Err(error) => state.problems.push(format!(
+            Err(error)
+        });
+        self.table_problem = match written {
+            Ok(pass) => {
+                self.dropped = self.dropped.max(pass.dropped);
+                self.repaired.extend(pass.repaired.then_some("firewall"));
+                None
+            }
+            Err(error) => Some(format!(
                 "nftables: {error}: load the modules nf_tables, nf_nat and nft_masq, or set guard = false \
                  and ip_masq = false"
             )),
+        };
+    }
+
+    /// Looks at sysctls and, now and then, at chains of others.
+    pub fn look(&mut self, desired: &Desired, underlay: &str) {
+        let begun = Instant::now();
+        if self.read_chains_at <= begun {
+            let networks: Vec<_> = desired.pool.networks().iter().collect();
+            let chains = self.table.as_mut().ok().map(|t| t.closed_forward_chains(&networks));
+            let closed = chains.and_then(Result::ok).unwrap_or_default();
+            self.chain_problems = closed.iter().map(|chain| closed_chain(chain, desired)).collect();
+            self.read_chains_at = begun + begun.elapsed() * SHARE;
         }
-        let networks: Vec<_> = desired.pool.networks().iter().collect();
-        if let Ok(table) = &mut self.table {
-            let closed = table.closed_forward_chains(&networks).unwrap_or_default();
-            state.problems.extend(closed.iter().map(|chain| closed_chain(chain, desired)));
-        }
+        self.problems.clear();
         for setting in sysctl::wanted(desired, self.mode, underlay) {
-            let Some(problem) = setting.problem() else { continue };
+            let Some(problem) = setting.problem() else {
+                self.right.insert(setting.name().to_owned());
+                continue;
+            };
+            let was_right = self.right.remove(setting.name());
             match setting.set() {
-                _ if !self.set_sysctls => state.problems.push(problem),
-                Ok(()) => state.repaired.extend(self.has_set.then_some("sysctl")),
-                Err(error) => state.problems.push(error),
+                _ if !self.set_sysctls => self.problems.push(problem),
+                Ok(()) => {
+                    self.right.insert(setting.name().to_owned());
+                    self.repaired.extend(was_right.then_some("sysctl"));
+                }
+                Err(error) => self.problems.push(error),
             }
         }
-        self.has_set = true;
+    }
+
+    /// The state, if it is another one than last time.
+    pub fn news(&mut self) -> Option<HostState> {
+        let problems = self.table_problem.iter().chain(&self.chain_problems).chain(&self.problems);
+        let state = HostState {
+            problems: problems.cloned().collect(),
+            dropped: self.dropped,
+            repaired: std::mem::take(&mut self.repaired),
+        };
         let news = state != self.told;
         self.told = HostState { repaired: Vec::new(), ..state.clone() };
         news.then_some(state)
@@ -106,7 +151,7 @@ impl Surroundings {
         }
     }
 
-    fn write_table(&mut self, firewall: &Firewall) -> io::Result<Pass> {
+    fn try_write(&mut self, firewall: &Firewall) -> io::Result<Pass> {
         match &mut self.table {
             Ok(table) => table.reconcile(firewall),
             Err(_) if firewall.is_empty() => Ok(Pass::default()),
@@ -126,8 +171,8 @@ fn closed_chain(chain: &str, desired: &Desired) -> String {
     };
     let network = network.unwrap_or(desired.pool.network()).to_string();
     format!(
-        "chain {chain} drops what is forwarded, pods' packets too, unless a rule lets it pass (Docker does \
-         that): add {}, and the same with the destination",
+        "chain {chain} drops what is forwarded, and no rule in it seems to let pods' packets pass (Docker \
+         closes it): add {}, and the same with the destination",
         rule.replace("NETWORK", &network)
     )
 }

@@ -22,6 +22,9 @@ pub struct Chosen {
     pub name: String,
     pub link: u32,
     pub local: IpAddr,
+    /// Source of tunnel packets: what peers are told, where this host has that address, for that is what
+    /// their guards let in.
+    pub source: IpAddr,
     /// Networks of the interface: their hosts are reached without a router.
     pub networks: Vec<IpNet>,
     /// MTU of the overlay, for pods.
@@ -33,7 +36,7 @@ pub struct Chosen {
 impl Chosen {
     /// As the data plane uses it.
     pub fn with_mode(&self, mode: Mode) -> Underlay {
-        let Self { link, local, ref networks, tunnel_mtu, .. } = *self;
+        let Self { link, source: local, ref networks, tunnel_mtu, .. } = *self;
         Underlay { link, local, networks: networks.clone(), tunnel_mtu, mode }
     }
 }
@@ -112,6 +115,11 @@ impl Host {
             name: link.name.clone(),
             link: link.index,
             local: address.ip,
+            source: config
+                .advertise
+                .map(|(ip, _)| ip)
+                .filter(|ip| self.addresses.iter().any(|address| address.ip == *ip))
+                .unwrap_or(address.ip),
             networks: networks.map(|network| network.trunc()).collect(),
             mtu,
             tunnel_mtu: mtu.min(tunnelled),

@@ -16,9 +16,9 @@ use clap::Args;
 use super::{Format, block_on, fail};
 use crate::{
     api::{self, ClientError},
-    config::Instance,
+    config::{Instance, NAME},
     dataplane::{
-        firewall::TABLE,
+        desired::is_device_name,
         kernel::{FirewallTable, Kernel},
     },
     store::StateDir,
@@ -46,7 +46,7 @@ pub struct CleanupArgs {
 
 pub fn run(args: &CleanupArgs) -> ExitCode {
     let places = Places::find(args);
-    for socket in &places.sockets {
+    for socket in places.sockets.iter().chain(&places.all_sockets) {
         match block_on(api::get(socket, "/v1/status")) {
             Ok(Err(ClientError::NoAgent { .. })) => {}
             Ok(Ok(_)) => {
@@ -74,6 +74,8 @@ struct Places {
     state_dirs: Vec<PathBuf>,
     subnet_files: Vec<PathBuf>,
     sockets: Vec<PathBuf>,
+    /// Of every instance, named here or not: what is in the kernel may be theirs.
+    all_sockets: Vec<PathBuf>,
 }
 
 impl Places {
@@ -83,7 +85,7 @@ impl Places {
             ["/run", "/var/lib"].into_iter().filter_map(|path| fs::read_dir(path).ok());
         let names = directories.flatten().flatten().map(|entry| entry.file_name());
         let instance = |name: OsString| {
-            let rest = name.to_str()?.strip_prefix(TABLE)?.to_owned();
+            let rest = name.to_str()?.strip_prefix(NAME)?.to_owned();
             rest.strip_prefix('-').unwrap_or(&rest).parse::<Instance>().ok()
         };
         let mut instances: Vec<Instance> = names.filter_map(instance).collect();
@@ -96,6 +98,7 @@ impl Places {
             state_dirs: all(&args.state_dir, Instance::state_dir),
             subnet_files: all(&args.subnet_file, Instance::subnet_file),
             sockets: all(&args.socket, Instance::socket),
+            all_sockets: all(&None, Instance::socket),
         }
     }
 }
@@ -117,11 +120,10 @@ fn cleanup(args: &CleanupArgs, places: &Places) -> anyhow::Result<Removed> {
     let leftovers = kernel.leftovers()?;
     // Without nftables in the kernel there is no table in it.
     let mut firewall = FirewallTable::open().ok();
-    let ours = |name: &str| name == TABLE || name.starts_with(&format!("{TABLE}-"));
-    let tables = firewall.as_mut().and_then(|firewall| firewall.tables(ours).ok());
+    let tables = firewall.as_mut().and_then(|firewall| firewall.tables(is_device_name).ok());
     let mut removed = Removed {
         devices: leftovers.devices.clone(),
-        routes: leftovers.routes.keys().map(ToString::to_string).collect(),
+        routes: leftovers.routes.iter().map(|(subnet, _)| subnet.to_string()).collect(),
         tables: tables.unwrap_or_default(),
         ..Removed::default()
     };

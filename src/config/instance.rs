@@ -7,10 +7,10 @@ use std::{fmt, path::PathBuf, str::FromStr};
 
 use sha2::{Digest as _, Sha256};
 
-use crate::dataplane::firewall::TABLE;
-
 /// UDP port for gossip of the instance without a name.
 const PORT: u16 = 8473;
+/// How all directories begin.
+pub const NAME: &str = "gossamer";
 const MAX_LEN: usize = 20;
 
 /// The name of an overlay on a host; the first one needs none.
@@ -19,22 +19,22 @@ pub struct Instance(Option<String>);
 
 impl Instance {
     pub fn state_dir(&self) -> PathBuf {
-        format!("/var/lib/{}", self.table()).into()
+        format!("/var/lib/{}", self.directory()).into()
     }
 
     /// The control socket.
     pub fn socket(&self) -> PathBuf {
-        format!("/run/{}/gossamer.sock", self.table()).into()
+        format!("/run/{}/gossamer.sock", self.directory()).into()
     }
 
     /// flannel's file.
     pub fn subnet_file(&self) -> PathBuf {
-        format!("/run/{}/subnet.env", self.table()).into()
+        format!("/run/{}/subnet.env", self.directory()).into()
     }
 
-    /// The table of nftables.
-    pub fn table(&self) -> String {
-        self.0.as_ref().map_or_else(|| TABLE.to_owned(), |name| format!("{TABLE}-{name}"))
+    /// How its directories are called.
+    fn directory(&self) -> String {
+        self.0.as_ref().map_or_else(|| NAME.to_owned(), |name| format!("{NAME}-{name}"))
     }
 
     /// VXLAN network identifier of a cluster founded under this name. Short enough for the device's name.
@@ -89,7 +89,7 @@ mod tests {
     #[test]
     fn a_name_gives_everything_that_two_overlays_must_not_share() {
         let plain = Instance::default();
-        assert_eq!((plain.vni(), plain.port(), plain.table().as_str()), (1, 8473, "gossamer"));
+        assert_eq!((plain.vni(), plain.port()), (1, 8473));
         assert_eq!(plain.socket(), PathBuf::from("/run/gossamer/gossamer.sock"));
         let blue: Instance = "blue".parse().expect("a name");
         assert_eq!(blue.state_dir(), PathBuf::from("/var/lib/gossamer-blue"));

@@ -11,6 +11,8 @@
 
 use std::{collections::BTreeSet, net::IpAddr};
 
+use ipnet::IpNet;
+
 use super::{
     desired::{Desired, Hop, Way},
     plan::Op,
@@ -19,9 +21,6 @@ use crate::model::{Mac, Slot};
 
 /// Metric of the route for the whole pool: worse than any peer's own.
 const POOL_METRIC: u32 = 1_000;
-/// Addresses whose question was answered and whose answers are still in the kernel; more are forgotten,
-/// which costs the kernel one entry each until it cleans up by itself.
-const MAX_PASSING: usize = 1_024;
 
 /// What the kernel did not know.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,7 +48,6 @@ pub enum Program {
 pub struct Demand {
     program: Program,
     in_use: BTreeSet<Mac>,
-    passing: BTreeSet<IpAddr>,
     /// Misses that were answered from the view.
     pub answered: u64,
     /// Misses about addresses and MACs of nobody.
@@ -77,7 +75,7 @@ impl Demand {
         tables.neighbours.retain(|_, mac| self.in_use.contains(mac));
         let used = |address: IpAddr| tables.neighbours.contains_key(&address);
         tables.routes.retain(|subnet, _| used(subnet.network()));
-        let whole = Hop { way: Way::OnDemand, metric: POOL_METRIC };
+        let whole = Hop { way: Way::Device, metric: POOL_METRIC };
         tables.routes.extend(all.pool.networks().iter().map(|network| (network, whole)));
         part
     }
@@ -90,10 +88,10 @@ impl Demand {
     /// What answers a miss; nothing, if it is about nobody.
     pub fn answer(&mut self, all: &Desired, miss: Miss) -> Vec<Op> {
         let ops = match miss {
-            Miss::Tunnel(mac) => {
-                let underlay = all.tables.fdb.get(&mac);
-                underlay.map(|underlay| vec![Op::SetFdb(mac, *underlay)])
-            }
+            Miss::Tunnel(mac) => all.tables.fdb.get(&mac).map(|underlay| {
+                self.use_it(mac);
+                vec![Op::SetFdb(mac, *underlay)]
+            }),
             Miss::Address(address) => self.introduce(all, address),
         };
         match ops {
@@ -103,11 +101,20 @@ impl Demand {
         ops.unwrap_or_default()
     }
 
-    /// Removes what was only needed for the packet that asked, and says whose entries are to go: to these
-    /// MACs nothing was sent for long.
-    pub fn age(&mut self, idle: impl Iterator<Item = Mac>) -> Vec<Op> {
+    /// To these MACs nothing was sent for long: their entries are to go.
+    pub fn age(&mut self, idle: impl Iterator<Item = Mac>) {
         idle.for_each(|mac| _ = self.in_use.remove(&mac));
-        std::mem::take(&mut self.passing).into_iter().map(Op::RemoveNeighbour).collect()
+    }
+
+    /// Who is no peer any more is not in use.
+    pub fn keep_peers(&mut self, all: &Desired) {
+        self.in_use.retain(|mac| all.tables.fdb.contains_key(mac));
+    }
+
+    fn use_it(&mut self, mac: Mac) {
+        if self.program == Program::OnDemand {
+            self.in_use.insert(mac);
+        }
     }
 
     /// All entries of the peer that has an address, and an answer for the packet that waits for it.
@@ -125,15 +132,14 @@ impl Demand {
             let underlay = tables.fdb.get(mac)?;
             ops.extend([Op::SetFdb(*mac, *underlay), Op::SetNeighbour(vtep, *mac)]);
             if self.program == Program::OnDemand {
-                ops.push(Op::AddRoute(subnet, *hop));
-                self.in_use.insert(*mac);
+                let to_gateway = tables.routes.get_key_value(&IpNet::from(vtep));
+                let routes = to_gateway.into_iter().chain([(&subnet, hop)]);
+                ops.extend(routes.map(|(to, hop)| Op::AddRoute(*to, *hop)));
             }
+            self.use_it(*mac);
             if subnet.contains(&address) && vtep != address && hop.way == Way::Overlay(vtep) {
                 answer = Some(Op::Resolve(address, *mac));
             }
-        }
-        if answer.is_some() && self.passing.len() < MAX_PASSING {
-            self.passing.insert(address);
         }
         ops.extend(answer);
         (!ops.is_empty()).then_some(ops)
@@ -144,6 +150,7 @@ impl Demand {
 mod tests {
     use super::*;
     use crate::dataplane::{
+        desired::Tables,
         fake::FakeKernel,
         plan::{
             plan,
@@ -187,12 +194,12 @@ mod tests {
         }
         assert!(kernel.neighbours.contains_key(&pod), "the packet that asked can go");
         assert!(kernel.forward("10.42.8.0/24".parse().expect("subnet")).is_some());
-        demand.age(std::iter::empty()).iter().for_each(|op| kernel.apply(op).expect("possible"));
-        assert!(!kernel.neighbours.contains_key(&pod), "the next go by the peer's own entries");
+        // The next packets go by the peer's own entries.
+        kernel.apply(&Op::RemoveNeighbour(pod)).expect("possible");
         assert_eq!(plan(&demand.part_of(&all), &kernel.dump()), [], "nothing else to do");
 
         // A new process finds it in use, and only silence ends that.
-        let mut demand = Demand::new(Program::OnDemand);
+        demand = Demand::new(Program::OnDemand);
         demand.adopt(kernel.dump().fdb.iter().map(|(mac, _)| *mac));
         kernel.settle(&demand.part_of(&all));
         assert_eq!(kernel.fdb.len(), 1);
@@ -200,5 +207,12 @@ mod tests {
         demand.age(idle.into_iter());
         kernel.settle(&demand.part_of(&all));
         assert_eq!((kernel.routes.len(), kernel.fdb.len(), kernel.neighbours.len()), (1, 0, 0));
+
+        // A neighbour that outlived the peer's other entries asks for the tunnel alone.
+        let mac = all.tables.neighbours[&address("10.42.8.0")];
+        assert_eq!(demand.answer(&all, Miss::Tunnel(mac)).len(), 1);
+        assert!(demand.part_of(&all).tables.fdb.contains_key(&mac), "and keeps it");
+        demand.keep_peers(&Desired { tables: Tables::default(), ..all });
+        assert_eq!(demand.in_use().map(BTreeSet::len), Some(0));
     }
 }

@@ -77,8 +77,8 @@ pub enum Way {
     Overlay(IpAddr),
     /// Over the underlay interface with this index, to the host with this underlay address.
     Direct { gateway: IpAddr, link: u32 },
-    /// Over our device, to whoever the kernel is told when it asks.
-    OnDemand,
+    /// Over our device, to whoever has the address itself.
+    Device,
     /// Nowhere: whoever sends there is told at once.
     Unreachable,
 }
@@ -196,8 +196,13 @@ impl Tables {
             self.fdb.insert(peer.mac, peer.underlay);
             self.neighbours.insert(vtep, peer.mac);
         }
-        if withdrawn {
+        if vtep.is_ipv6() && matches!(way, Way::Overlay(_)) {
+            // Even with `onlink` IPv6 wants to find the gateway over the device by which it is to be reached.
+            self.routes.insert(vtep.into(), Hop { way: Way::Device, metric });
+        } else if withdrawn {
             self.routes.insert(vtep.into(), Hop { way, metric });
+        }
+        if withdrawn {
             self.routes.insert(subnet, Hop { way: Way::Unreachable, metric });
         } else {
             self.routes.insert(subnet, Hop { way, metric });
@@ -226,6 +231,12 @@ fn unheard_of_nobody(view: &View) -> Vec<Range<u32>> {
 pub fn device_name(vni: u32) -> String {
     let name = format!("gossamer.{vni}");
     if name.len() <= 15 { name } else { format!("gossam.{vni}") }
+}
+
+/// Whether a device, or a table of nftables, has the name of one of ours.
+pub fn is_device_name(name: &str) -> bool {
+    let vni = name.strip_prefix("gossamer.").or(name.strip_prefix("gossam."));
+    vni.is_some_and(|vni| vni.parse::<u32>().is_ok())
 }
 
 /// Spreads routes over 255 metrics: the kernel keeps routes of one device, protocol and metric in one
@@ -270,7 +281,8 @@ mod tests {
         let view = dual_stack_view(&[(1, 9), (2, 7)]);
         let desired = Desired::new(&view, &underlay(), &BTreeSet::new());
         let Tables { fdb, neighbours, routes } = &desired.tables;
-        assert_eq!((fdb.len(), neighbours.len(), routes.len()), (1, 2, 2));
+        // The third route leads to the IPv6 gateway itself.
+        assert_eq!((fdb.len(), neighbours.len(), routes.len()), (1, 2, 3));
         let vtep: IpAddr = "fd42:0:0:7::".parse().expect("address");
         let subnet = "fd42:0:0:7::/64".parse().expect("subnet");
         assert_eq!(routes[&subnet].way, Way::Overlay(vtep));

@@ -58,7 +58,7 @@ impl FakeKernel {
                 self.device = Some(found);
             }
             Op::DeleteDevice => {
-                self.routes.retain(|_, way| !matches!(way, Way::Overlay(_) | Way::OnDemand));
+                self.routes.retain(|_, way| !matches!(way, Way::Overlay(_) | Way::Device));
                 *self = Self { routes: std::mem::take(&mut self.routes), ..Self::default() };
             }
             Op::RemoveRoute(subnet, hop) => _ = self.routes.remove(&(subnet, hop.metric)),

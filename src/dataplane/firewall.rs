@@ -11,15 +11,12 @@ use std::{collections::BTreeSet, net::IpAddr};
 
 use ipnet::IpNet;
 
+use super::desired::device_name;
 use crate::core::View;
-
-/// The name of our table, and how those of named instances begin.
-pub const TABLE: &str = "gossamer";
 
 /// What this host's operator wants of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Policy {
-    pub table: String,
     pub guard: bool,
     pub masquerade: bool,
 }
@@ -27,6 +24,7 @@ pub struct Policy {
 /// The table as it should be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Firewall {
+    /// Called like the device, so that overlays on one host have one each.
     pub table: String,
     pub guard: Option<Guard>,
     /// Per family the overlay's network and this host's subnet in it; empty without masquerade.
@@ -53,7 +51,7 @@ impl Firewall {
         });
         let networks = view.settings.pool.networks().iter();
         let masquerade = networks.zip(view.own.subnets.iter()).filter(|_| policy.masquerade);
-        Self { table: policy.table.clone(), guard, masquerade: masquerade.collect() }
+        Self { table: device_name(view.settings.vni), guard, masquerade: masquerade.collect() }
     }
 
     /// Whether there is anything to put into a table.
@@ -70,7 +68,7 @@ mod tests {
     #[test]
     fn members_of_the_view_are_let_in_and_each_family_is_masqueraded() {
         let view = dual_stack_view(&[(1, 9), (2, 7)]);
-        let policy = Policy { table: TABLE.to_owned(), guard: true, masquerade: true };
+        let policy = Policy { guard: true, masquerade: true };
         let firewall = Firewall::new(&view, &policy);
         let guard = firewall.guard.as_ref().expect("a guard");
         assert_eq!(guard.members, BTreeSet::from([[192, 0, 2, 2].into()]));
@@ -78,7 +76,7 @@ mod tests {
         let own: Vec<String> =
             firewall.masquerade.iter().map(|(_, subnet)| subnet.to_string()).collect();
         assert_eq!(own, ["10.42.9.0/24", "fd42:0:0:9::/64"]);
-        let nothing = Policy { guard: false, masquerade: false, ..policy };
+        let nothing = Policy { guard: false, masquerade: false };
         assert!(Firewall::new(&view, &nothing).is_empty());
     }
 }

@@ -6,6 +6,7 @@
 //! is still wanted, works.
 
 use std::{
+    cmp::Reverse,
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
 };
@@ -85,8 +86,7 @@ pub fn plan(desired: &Desired, actual: &Actual) -> Vec<Op> {
     let kept = plan_device(&desired.device, actual.device.as_ref(), &mut ops);
     if !kept {
         // A device that is made anew has lost all entries on it, routes included.
-        let elsewhere =
-            |(_, hop): &(IpNet, Hop)| !matches!(hop.way, Way::Overlay(_) | Way::OnDemand);
+        let elsewhere = |(_, hop): &(IpNet, Hop)| !matches!(hop.way, Way::Overlay(_) | Way::Device);
         let routes = actual.routes.into_iter().filter(elsewhere).collect();
         actual = Actual { routes, ..Actual::default() };
     }
@@ -155,7 +155,10 @@ fn plan_additions(wanted: &Tables, is: &Actual, ops: &mut Vec<Op>) {
             ops.push(Op::SetNeighbour(*address, *mac));
         }
     }
-    for (subnet, hop) in &wanted.routes {
+    // What leads to a gateway comes before what leads over it.
+    let mut routes: Vec<_> = wanted.routes.iter().collect();
+    routes.sort_by_key(|(subnet, _)| Reverse(subnet.prefix_len()));
+    for (subnet, hop) in routes {
         let same_metric = |(to, old): &(IpNet, Hop)| to == subnet && old.metric == hop.metric;
         if is.routes.contains(&(*subnet, *hop)) {
             continue;
@@ -169,7 +172,9 @@ fn plan_additions(wanted: &Tables, is: &Actual, ops: &mut Vec<Op>) {
 
 fn plan_removals(desired: &Desired, is: &Actual, ops: &mut Vec<Op>) {
     let wanted = &desired.tables;
-    for (subnet, hop) in &is.routes {
+    let mut routes: Vec<_> = is.routes.iter().collect();
+    routes.sort_by_key(|(subnet, _)| subnet.prefix_len());
+    for (subnet, hop) in routes {
         if desired.stays(subnet.network()) {
             continue;
         }

@@ -42,7 +42,7 @@ fn render(name: &str, actual: &Actual) -> String {
                 out,
                 "{subnet} via {gateway} dev {link} proto {protocol} metric {metric} onlink"
             ),
-            Way::OnDemand => {
+            Way::Device => {
                 writeln!(out, "{subnet} dev {name} proto {protocol} metric {metric} scope link")
             }
             Way::Unreachable => {

@@ -12,11 +12,11 @@ use std::{
 };
 
 use rtnetlink::{
-    packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST},
+    packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST},
     sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER},
 };
 
-use super::{RECEIVE_BUFFER, attributes, attributes::Attributes, send_all};
+use super::{DUMP_TRIES, RECEIVE_BUFFER, attributes, attributes::Attributes, send_all};
 
 /// `NFPROTO_INET`: tables for both families.
 pub const INET: u8 = 1;
@@ -31,9 +31,12 @@ const NLMSG_DONE: u16 = 3;
 /// `struct nlmsghdr` and `struct nfgenmsg`.
 const HEADERS: usize = 20;
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
-/// A transaction of 16,384 addresses of either family fits.
+/// As far as the system's limit allows.
 const SEND_BUFFER: usize = 1 << 20;
 const ENOENT: i32 = 2;
+const EINVAL: i32 = 22;
+const EPROTONOSUPPORT: i32 = 93;
+const EOPNOTSUPP: i32 = 95;
 const ENOBUFS: i32 = 105;
 /// `NFNLGRP_NFTABLES`.
 const GROUP: u32 = 7;
@@ -92,7 +95,8 @@ impl Nftables {
     pub fn transaction(&mut self, steps: &[Step]) -> io::Result<()> {
         let mut bytes = Vec::new();
         self.append(BATCH_BEGIN, NLM_F_REQUEST, 0, SUBSYSTEM, &[], &mut bytes);
-        let first = self.sequence.wrapping_add(1);
+        // What is wrong with the subsystem as a whole comes back under the number of the beginning.
+        let begin = self.sequence;
         for (i, step) in steps.iter().enumerate() {
             // Failures come back in any case; the last acknowledgement tells that all is done.
             let ack = if i + 1 == steps.len() { NLM_F_ACK } else { 0 };
@@ -105,7 +109,7 @@ impl Nftables {
         send_all(&self.socket, &bytes)?;
         loop {
             for message in self.receive()? {
-                let of_ours = message.sequence.wrapping_sub(first) <= steps.len() as u32;
+                let of_ours = message.sequence.wrapping_sub(begin) <= steps.len() as u32 + 1;
                 match message.error.filter(|_| of_ours) {
                     Some(0) if message.sequence == last => return Ok(()),
                     Some(0) | None => {}
@@ -115,8 +119,23 @@ impl Nftables {
         }
     }
 
-    /// All objects that match; of a table that is not there, none.
+    /// All objects that match, from one undisturbed pass; of a table that is not there, none.
     pub fn dump(&mut self, kind: Kind, family: u8, filter: &Attributes) -> io::Result<Vec<Object>> {
+        for _ in 0..DUMP_TRIES {
+            if let Some(found) = self.dump_once(kind, family, filter)? {
+                return Ok(found);
+            }
+        }
+        Err(io::Error::new(io::ErrorKind::Interrupted, "the tables of nftables change too fast"))
+    }
+
+    /// None if something changed meanwhile.
+    fn dump_once(
+        &mut self,
+        kind: Kind,
+        family: u8,
+        filter: &Attributes,
+    ) -> io::Result<Option<Vec<Object>>> {
         let mut bytes = Vec::new();
         let flags = NLM_F_REQUEST | NLM_F_DUMP;
         let kind = SUBSYSTEM << 8 | kind as u16;
@@ -124,10 +143,12 @@ impl Nftables {
         let sequence = self.sequence;
         send_all(&self.socket, &bytes)?;
         let mut found = Vec::new();
+        let mut interrupted = false;
         loop {
             for message in self.receive()?.into_iter().filter(|m| m.sequence == sequence) {
+                interrupted |= message.interrupted;
                 match (message.error, message.done) {
-                    (Some(ENOENT), _) | (_, true) => return Ok(found),
+                    (Some(ENOENT), _) | (_, true) => return Ok((!interrupted).then_some(found)),
                     (Some(errno), _) => return Err(io::Error::from_raw_os_error(errno)),
                     (None, false) => found.push(message.object),
                 }
@@ -167,6 +188,12 @@ impl Nftables {
         })?;
         Ok(answers(&self.buffer).collect())
     }
+}
+
+/// Whether the error says that the kernel has no nftables.
+pub fn is_missing(error: &io::Error) -> bool {
+    // EINVAL is what a kernel says that cannot load the subsystem.
+    matches!(error.raw_os_error(), Some(EINVAL | EPROTONOSUPPORT | EOPNOTSUPP))
 }
 
 /// Hears of changes to tables.
@@ -218,6 +245,7 @@ struct Answer {
     /// 0 is an acknowledgement.
     error: Option<i32>,
     done: bool,
+    interrupted: bool,
     object: Object,
 }
 
@@ -228,12 +256,14 @@ fn answers(bytes: &[u8]) -> impl Iterator<Item = Answer> {
         let message = rest.get(..length).filter(|_| length >= HEADERS)?;
         rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
         let kind = u16::from_ne_bytes(*message.get(4..)?.first_chunk()?);
+        let flags = u16::from_ne_bytes(*message.get(6..)?.first_chunk()?);
         let sequence = u32::from_ne_bytes(*message.get(8..)?.first_chunk()?);
         let errno = -i32::from_ne_bytes(*message.get(16..)?.first_chunk()?);
         Some(Answer {
             sequence,
             error: (kind == NLMSG_ERROR).then_some(errno),
             done: kind == NLMSG_DONE,
+            interrupted: flags & NLM_F_DUMP_INTR != 0,
             object: Object { family: message[16], attributes: message[HEADERS..].to_vec() },
         })
     })
@@ -288,6 +318,11 @@ impl Rule {
         self.load(base, offset, bytes.len() as u32).compare(EQUAL, bytes)
     }
 
+    /// Others stand there; a packet that ends before does not match.
+    pub fn lacks(self, base: Base, offset: u32, bytes: &[u8]) -> Self {
+        self.load(base, offset, bytes.len() as u32).compare(UNEQUAL, bytes)
+    }
+
     /// The address is in the network, or is not.
     pub fn address(self, field: Field, network: ipnet::IpNet, inside: bool) -> Self {
         let bits = |ip| match ip {
@@ -299,9 +334,9 @@ impl Rule {
         loaded.mask(&mask).compare(if inside { EQUAL } else { UNEQUAL }, &value)
     }
 
-    /// The source address is not in this set, which holds addresses of the family of `like`.
-    pub fn source_outside(self, set: &str, like: IpAddr) -> Self {
-        let lookup = Attributes::new().text(1, set).be32(2, REGISTER).be32(5, 1);
+    /// The source address is in this set, which holds addresses of the family of `like`.
+    pub fn source_inside(self, set: &str, like: IpAddr) -> Self {
+        let lookup = Attributes::new().text(1, set).be32(2, REGISTER);
         self.load_address(Field::Source, like).expression("lookup", &lookup)
     }
 

@@ -112,6 +112,16 @@ fn on_demand_the_kernel_holds_ten_peers_of_a_thousand() {
         eventually(host, "ip route show proto 73", |routes| routes.lines().count() == 1);
         assert_eq!(entries(host), [1, 0, 0], "nobody is in use any more");
         assert!(pinger.ping(pods[1].ip, Duration::from_secs(2))?.is_some(), "used again");
+
+        // What an agent did not live to remove must not be in the way of the next.
+        first.end(Signal::SIGKILL)?;
+        let mut first = Agent::start(program(), &hosts[0], &arguments)?;
+        first.wait_converged(2, PATIENCE)?;
+        eventually(host, "ip route show proto 73", |routes| routes.lines().count() == 1);
+        assert!(pinger.ping(pods[1].ip, Duration::from_secs(2))?.is_some());
+        assert_eq!(pinger.stream(pods[1].ip, 100, Duration::from_millis(5))?, 100);
+        let status = first.ask("/v1/status", PATIENCE)?;
+        assert_eq!(status["kernel"]["repairs"], serde_json::json!({}), "ageing is nobody's doing");
         Ok(())
     });
 }

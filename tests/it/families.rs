@@ -38,6 +38,7 @@ fn pod6(host: &Host, subnet: IpNet) -> anyhow::Result<(NetNs, String)> {
     let base = subnet.network();
     for command in [
         "ip link add pods6 type bridge".to_owned(),
+        "sysctl -w net.ipv6.conf.pods6.disable_ipv6=0".to_owned(),
         format!("ip addr add {base}1/64 dev pods6 nodad"),
         format!("ip link add pod6 type veth peer name eth0 netns {}-pod6", host.name),
         "ip link set pod6 master pods6 up".to_owned(),
@@ -123,6 +124,8 @@ fn a_cluster_can_do_without_ipv4() {
         let Some(hosts) = hosts(lab)? else { return Ok(()) };
         for host in &hosts {
             tool(&host.netns, "ip -4 addr flush dev eth0");
+            // As hardened hosts have it.
+            tool(&host.netns, "sysctl -w net.ipv6.conf.default.disable_ipv6=1");
         }
         let mut agents = cluster(&hosts, ["fd99::1", "fd99::2"], &["--network", "fd42::/48"])?;
         let mut pods = Vec::new();
@@ -130,6 +133,21 @@ fn a_cluster_can_do_without_ipv4() {
             pods.push(pod6(host, subnet_of(agent, "subnet")?)?);
         }
         assert_pings(&pods[0].0, &pods[1].1, 1382);
+        // Without tunnels, and back, over the route that was in the way of the gateway.
+        for mode in ["direct", "vxlan"] {
+            for (number, (host, seed)) in hosts.iter().zip(["fd99::2", "fd99::1"]).enumerate() {
+                agents[number].end(nix::sys::signal::Signal::SIGTERM)?;
+                let iface = format!("fd99::{}", number + 1);
+                let arguments = ["--iface", &iface, "--join", seed, "--mode", mode];
+                agents[number] = Agent::start(program(), host, &arguments)?;
+            }
+            agents.iter_mut().try_for_each(|agent| agent.wait_converged(2, PATIENCE).map(drop))?;
+            let via = if mode == "direct" { "via fd99::2 dev eth0" } else { "dev gossamer.1" };
+            let subnet = subnet_of(&mut agents[1], "subnet")?;
+            let route = tool(&hosts[0].netns, &format!("ip -6 route show {subnet}"));
+            assert!(route.contains(via), "{mode}: {route}");
+            assert_pings(&pods[0].0, &pods[1].1, 1382);
+        }
         // The probe's verdict, which comes from the peer's kernel.
         for agent in &mut agents {
             crate::common::wait_until("the path is unknown", PATIENCE, || {

@@ -6,14 +6,16 @@ use std::time::{Duration, Instant};
 use gossamer::lab::{Agent, Host, Lab, NetNs, Pinger, Pod};
 use nix::sys::signal::Signal;
 
-use crate::common::{Cluster, PATIENCE, eventually, has_problem, isolated, run, tool, wait_until};
+use crate::common::{
+    Cluster, PATIENCE, eventually, has_problem, isolated, program, run, tool, wait_until,
+};
 
 /// Shorter than the pause between two slow comparisons.
 const AT_ONCE: Duration = Duration::from_secs(5);
 
 /// The table as `nft` shows it, without its counts.
 fn table(netns: &NetNs) -> String {
-    let shown = run(netns, "nft -s list table inet gossamer");
+    let shown = run(netns, "nft -s list table inet gossamer.1");
     String::from_utf8(shown.stdout).expect("UTF-8")
 }
 
@@ -76,6 +78,12 @@ fn tunnel_packets_of_strangers_are_dropped_and_those_of_a_new_member_pass_at_onc
             status["kernel"]["strangers_dropped"].as_u64() >= Some(3)
         });
 
+        // Nor do fragments, the first of which is too short to show the VNI.
+        tool(&stranger.netns, "ip link set eth0 mtu 576");
+        run(&stranger.netns, &format!("ping -c 3 -i 0.1 -W 1 -s 1200 {}", pods[0].ip));
+        assert_eq!(echoes(&pods[0].netns), open, "let in piecemeal");
+        tool(&stranger.netns, "ip link set eth0 mtu 1500");
+
         // The same host as a member.
         tool(&stranger.netns, "ip link del forged");
         let mut joiner = cluster.start_agent(&stranger, &[])?;
@@ -89,10 +97,92 @@ fn tunnel_packets_of_strangers_are_dropped_and_those_of_a_new_member_pass_at_onc
 
         joiner.leave()?;
         let gone = |table: &str| !table.contains(&stranger.ip.to_string());
-        eventually(&cluster.hosts[0].netns, "nft list set inet gossamer members4", gone);
+        eventually(&cluster.hosts[0].netns, "nft list set inet gossamer.1 members4", gone);
         assert_eq!(table(&stranger.netns), "", "a leaver leaves nothing");
         Ok(())
     });
+}
+
+#[test]
+fn networks_of_others_at_the_same_port_are_none_of_the_guards_business() {
+    isolated(|lab| {
+        let cluster = Cluster::start(lab, 1)?;
+        let host = &cluster.hosts[0];
+        let stranger = lab.host(2, "n2")?;
+        // Another network for this host itself, and one that it only forwards, to what is behind it.
+        tool(&host.netns, "ip link add other type vxlan id 9 dstport 8472 dev eth0 nolearning");
+        let behind = NetNs::new("behind")?;
+        for (netns, command) in [
+            (&host.netns, "ip addr add 10.60.0.1/24 dev other".to_owned()),
+            (&host.netns, "ip link set other up".to_owned()),
+            (
+                &host.netns,
+                format!("bridge fdb add 00:00:00:00:00:00 dev other dst {}", stranger.ip),
+            ),
+            (&host.netns, "ip link add inside type veth peer name eth0 netns behind".to_owned()),
+            (&host.netns, "ip addr add 10.70.0.1/24 dev inside".to_owned()),
+            (&host.netns, "ip link set inside up".to_owned()),
+            (&behind, "ip addr add 10.70.0.2/24 dev eth0".to_owned()),
+            (&behind, "ip link set eth0 up".to_owned()),
+            (&behind, "ip route add default via 10.70.0.1".to_owned()),
+            (
+                &behind,
+                "ip link add vx type vxlan id 1 dstport 8472 dev eth0 remote 10.99.0.11".to_owned(),
+            ),
+            (&behind, "ip addr add 10.61.0.1/24 dev vx".to_owned()),
+            (&behind, "ip link set vx up".to_owned()),
+            (&stranger.netns, format!("ip route add 10.70.0.0/24 via {}", host.ip)),
+            (
+                &stranger.netns,
+                format!(
+                    "ip link add other type vxlan id 9 dstport 8472 dev eth0 remote {}",
+                    host.ip
+                ),
+            ),
+            (&stranger.netns, "ip addr add 10.60.0.2/24 dev other".to_owned()),
+            (&stranger.netns, "ip link set other up".to_owned()),
+            (
+                &stranger.netns,
+                "ip link add vx type vxlan id 1 dstport 8472 dev eth0 remote 10.70.0.2".to_owned(),
+            ),
+            (&stranger.netns, "ip addr add 10.61.0.2/24 dev vx".to_owned()),
+            (&stranger.netns, "ip link set vx up".to_owned()),
+        ] {
+            tool(netns, &command);
+        }
+        for to in ["10.60.0.1", "10.61.0.1"] {
+            tool(&stranger.netns, &format!("ping -c 2 -i 0.2 -W 2 {to}"));
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn an_agent_that_waits_for_its_cluster_costs_nothing_while_others_change_their_tables() {
+    isolated(|lab| {
+        let host = lab.host(1, "n1")?;
+        let token = gossamer_token()?;
+        let arguments = ["--join", "10.99.0.99", "--token", &token];
+        let mut agent = Agent::start(program(), &host, &arguments)?;
+        agent.ask("/v1/status", PATIENCE)?;
+        tool(&host.netns, "nft add table inet mine");
+        let used = || {
+            let stat =
+                std::fs::read_to_string(format!("/proc/{}/stat", agent.pid())).expect("stat");
+            let fields: Vec<&str> = stat.rsplit(") ").next().expect("fields").split(' ').collect();
+            fields[11].parse::<u64>().expect("ticks") + fields[12].parse::<u64>().expect("ticks")
+        };
+        let before = used();
+        std::thread::sleep(Duration::from_secs(1));
+        // In hundredths of a second.
+        assert!(used() - before < 30, "{} ticks in a second", used() - before);
+        Ok(())
+    });
+}
+
+fn gossamer_token() -> anyhow::Result<String> {
+    let output = std::process::Command::new(program()).args(["token", "--new"]).output()?;
+    Ok(String::from_utf8(output.stdout)?.trim().to_owned())
 }
 
 #[test]
@@ -109,12 +199,12 @@ fn the_table_is_put_right_whatever_is_done_to_it() {
         let member = cluster.hosts[1].ip;
         let deeds = [
             "nft flush ruleset".to_owned(),
-            "nft delete table inet gossamer".to_owned(),
-            "nft flush chain inet gossamer guard".to_owned(),
-            "nft insert rule inet gossamer guard accept".to_owned(),
-            "nft add chain inet gossamer mine".to_owned(),
-            format!("nft delete element inet gossamer members4 {{ {member} }}"),
-            "nft add element inet gossamer members4 { 192.0.2.66 }".to_owned(),
+            "nft delete table inet gossamer.1".to_owned(),
+            "nft flush chain inet gossamer.1 guard".to_owned(),
+            "nft insert rule inet gossamer.1 guard accept".to_owned(),
+            "nft add chain inet gossamer.1 mine".to_owned(),
+            format!("nft delete element inet gossamer.1 members4 {{ {member} }}"),
+            "nft add element inet gossamer.1 members4 { 192.0.2.66 }".to_owned(),
         ];
         for deed in &deeds {
             tool(host, deed);

@@ -2,7 +2,7 @@
 
 use gossamer::lab::{Host, Lab, NetNs};
 
-use crate::common::{PATIENCE, eventually, isolated, program, run, tool, wait_until};
+use crate::common::{Cluster, PATIENCE, eventually, isolated, program, run, tool, wait_until};
 
 /// An agent with the files that follow from its instance's name; the lab's directory stands for `/`.
 struct Agent(std::process::Child);
@@ -59,7 +59,7 @@ fn two_overlays_share_a_host_and_nothing_else() {
         assert_eq!(two["kernel"]["device"], "gossamer.739354");
         assert_eq!(devices(&host.netns), 2);
         let tables = tool(&host.netns, "nft list tables");
-        assert_eq!(tables, "table inet gossamer\ntable inet gossamer-blue\n");
+        assert_eq!(tables, "table inet gossamer.1\ntable inet gossamer.739354\n");
 
         // A host that is in both.
         let both = lab.host(2, "n2")?;
@@ -98,10 +98,55 @@ fn two_overlays_share_a_host_and_nothing_else() {
         // One leaves, and the other does not notice.
         let left = ask(&host, "leave --instance blue");
         assert!(left.contains("left"), "{left}");
-        eventually(&host.netns, "nft list tables", |tables| tables == "table inet gossamer\n");
+        eventually(&host.netns, "nft list tables", |tables| tables == "table inet gossamer.1\n");
         assert_eq!(devices(&host.netns), 1);
         let to = vtep(&converged(&host, &plain, 2));
         tool(&both.netns, &format!("ping -c 1 -W 1 {to}"));
+        Ok(())
+    });
+}
+
+#[test]
+fn an_overlay_that_is_refused_leaves_the_other_one_alone() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let pods = cluster.pods()?;
+        let host = &cluster.hosts[0];
+        let before =
+            tool(&host.netns, "ip route show proto 73") + &tool(&host.netns, "nft list tables");
+        let files = |name: &str| host.dir.join(name).display().to_string();
+        // The same network, the same files but for what must differ; the network of all, a part of it.
+        for network in ["10.42.0.0/16", "10.42.128.0/17", "10.40.0.0/14"] {
+            let mut command = std::process::Command::new(program());
+            command.args(["agent", "--init", "--vni", "2"]);
+            command.args(["--listen", "0.0.0.0:8474", "--network", network]);
+            command.args(["--state-dir", &files("other"), "--socket", &files("other.sock")]);
+            command.args(["--subnet-file", &files("other.env")]);
+            let refused = host.netns.spawn(command.stderr(std::process::Stdio::piped()))?;
+            let said = String::from_utf8(refused.wait_with_output()?.stderr)?;
+            assert!(said.contains("overlap"), "{network}: {said}");
+        }
+        let after =
+            tool(&host.netns, "ip route show proto 73") + &tool(&host.netns, "nft list tables");
+        assert_eq!(after, before);
+        tool(&pods[0].netns, &format!("ping -c 1 -W 2 {}", pods[1].ip));
+
+        // With a network of its own it does no harm, though it has no name.
+        let arguments = format!(
+            "agent --init --vni 2 --listen 0.0.0.0:8474 --network 10.50.0.0/16 --state-dir {} --socket {} \
+             --subnet-file {}",
+            files("third"),
+            files("third.sock"),
+            files("third.env")
+        );
+        let mut command = std::process::Command::new(program());
+        command.args(arguments.split_whitespace()).stderr(std::process::Stdio::null());
+        let _third = Agent(host.netns.spawn(&mut command)?);
+        converged(host, &format!("--socket {}", files("third.sock")), 1);
+        let tables = tool(&host.netns, "nft list tables");
+        assert_eq!(tables, "table inet gossamer.1\ntable inet gossamer.2\n");
+        let status = cluster.agents[0].ask("/v1/status", PATIENCE)?;
+        assert_eq!(status["kernel"]["repairs"], serde_json::json!({}), "they fight");
         Ok(())
     });
 }
@@ -116,12 +161,15 @@ fn networks_that_overlap_are_refused() {
             Ok(agent.log())
         };
         let log = refused(&["--init", "--network", "10.96.0.0/12"])?;
-        assert!(log.contains("network 10.96.0.0/12 of the overlay holds 10.99.0.10"), "{log}");
+        assert!(
+            log.contains("network 10.96.0.0/12 of the overlay and 10.99.0.10/32 of interface"),
+            "{log}"
+        );
         assert_eq!(devices(&host.netns), 0);
         tool(&host.netns, "ip link add gossamer.7 type vxlan id 7 dstport 8472 dev eth0");
         tool(&host.netns, "ip addr add 10.42.7.0/32 dev gossamer.7");
         let log = refused(&["--init"])?;
-        assert!(log.contains("holds 10.42.7.0 of interface gossamer.7"), "{log}");
+        assert!(log.contains("and 10.42.7.0/32 of interface gossamer.7"), "{log}");
         Ok(())
     });
 }

@@ -113,7 +113,7 @@ fn cleanup_takes_everything_of_ours_and_nothing_else() {
         cluster.agents[1].end(Signal::SIGKILL)?;
         tool(&host.netns, "ip route add unreachable 10.42.77.0/24 proto 73 metric 5");
 
-        tool(&host.netns, "nft add table inet gossamer-old");
+        tool(&host.netns, "nft add table inet gossamer.77");
         tool(&host.netns, "nft add table inet mine");
 
         let listed = clean("--dry-run");
@@ -121,7 +121,7 @@ fn cleanup_takes_everything_of_ours_and_nothing_else() {
         for words in [
             "would remove device gossamer.1",
             "route to 10.42.77.0/24",
-            "would remove nftables table inet gossamer-old",
+            "would remove nftables table inet gossamer.77",
             &file,
             "gossamer forget",
         ] {

@@ -1,5 +1,5 @@
-//! `gossamer demo --chaos`: somebody lays hands on a host's kernel while its pod is talking, and a table shows
-//! how long that lasts and what it costs.
+//! `gossamer demo --chaos`: somebody lays hands on a host's kernel while its pod is talking, and a table
+//! shows how long that lasts and what it costs.
 //!
 //! Done by netlink, so that no other program is needed. The agent under test is told nothing.
 
@@ -15,7 +15,6 @@ use super::screen::span;
 use crate::{
     dataplane::{
         desired::{Hop, Way},
-        firewall::TABLE,
         kernel::{FirewallTable, Kernel},
         plan::{Actual, Op},
     },
@@ -66,8 +65,8 @@ const DEEDS: [(Deed, &str); 13] = [
     (Deed::DropTable, "our table of nftables deleted"),
 ];
 
-/// Does everything to `host` while `from`, a pod of it, pings `to`; gives a row for each deed: what, after how
-/// long it was undone, and how many packets were lost.
+/// Does everything to `host` while `from`, a pod of it, pings `to`; gives a row for each deed: what, after
+/// how long it was undone, and how many packets were lost.
 pub fn vandalise(
     host: &Host,
     device: &str,
@@ -97,7 +96,7 @@ pub fn vandalise(
 /// Everything of ours, as the kernel has it now.
 fn shown(host: &Host, device: &str) -> io::Result<(String, Vec<String>)> {
     let tables_of_nft =
-        || FirewallTable::open().and_then(|mut nft| nft.tables(|name| name == TABLE));
+        || FirewallTable::open().and_then(|mut nft| nft.tables(|name| name == device));
     // Without nftables in the kernel there is no table to lose.
     let of_nft = host.netns.run(tables_of_nft).unwrap_or_default();
     Ok((tables(host, device)?, of_nft))
@@ -126,7 +125,7 @@ impl Deed {
                 let addresses = actual.device.map(|found| found.addresses).unwrap_or_default();
                 addresses.iter().try_for_each(|(ip, len)| netlink.remove_address(index, *ip, *len))
             }
-            _ => FirewallTable::open()?.remove(TABLE),
+            _ => FirewallTable::open()?.remove(device),
         }
     }
 

@@ -9,11 +9,12 @@ use std::{collections::BTreeSet, io, net::IpAddr};
 use ipnet::IpNet;
 use rtnetlink::packet_core::{NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL};
 
+use super::forward::closed_forward_chains;
 use crate::{
     dataplane::firewall::{Firewall, Guard},
     netlink::{
         attributes::{self, Attributes},
-        nftables::{ANY, Base, Field, INET, Kind, Nftables, Object, Rule, Step, base_chain},
+        nftables::{Base, Field, INET, Kind, Nftables, Object, Rule, Step, base_chain, is_missing},
     },
 };
 
@@ -21,10 +22,12 @@ const GUARD_CHAIN: &str = "guard";
 const MASQUERADE_CHAIN: &str = "masquerade";
 /// Elements per message: an attribute holds no more than 65,531 bytes.
 const ELEMENTS: usize = 1_500;
-/// Hooks and priorities of linux/netfilter.h and linux/netfilter_ipv4.h: before connections are tracked, and
-/// where source addresses are rewritten.
-const PREROUTING: u32 = 0;
-const FORWARD: u32 = 2;
+/// Bytes: what a socket's buffer takes where nobody has raised its limit (`net.core.wmem_max`).
+const MAX_TRANSACTION: usize = 300_000;
+/// Hooks and priorities of linux/netfilter.h and linux/netfilter_ipv4.h: what is for this host, before all
+/// other rules about that (what it only forwards is none of our business), and where source addresses are
+/// rewritten.
+const INPUT: u32 = 1;
 const POSTROUTING: u32 = 4;
 const RAW: i32 = -300;
 const SOURCE_NAT: i32 = 100;
@@ -36,16 +39,18 @@ const PORT_OFFSET: u32 = 2;
 pub struct FirewallTable {
     nftables: Nftables,
     written: Option<Written>,
+    /// Members that an earlier process let in and this one has not heard of.
+    adopted: Option<BTreeSet<IpAddr>>,
+    /// Counted by rules that are gone.
+    dropped_before: u64,
 }
 
 /// What a pass over the table did.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Pass {
-    /// Transactions that were needed.
-    pub changed: bool,
     /// Somebody else had changed the table.
     pub repaired: bool,
-    /// Tunnel packets of strangers that were dropped since the table was written.
+    /// Tunnel packets of strangers that were dropped.
     pub dropped: u64,
 }
 
@@ -66,44 +71,62 @@ struct Shown {
 
 impl FirewallTable {
     pub fn open() -> io::Result<Self> {
-        Ok(Self { nftables: Nftables::open()?, written: None })
+        Ok(Self { nftables: Nftables::open()?, written: None, adopted: None, dropped_before: 0 })
     }
 
     /// Makes the table equal to `wanted`.
     pub fn reconcile(&mut self, wanted: &Firewall) -> io::Result<Pass> {
-        let (shown, dropped) = self.look(&wanted.table)?;
-        let present = self.members(&wanted.table)?;
-        let members = wanted_members(wanted, &present);
-        let Some(written) = &mut self.written else {
-            if wanted.is_empty() && shown == Shown::default() {
-                return Ok(Pass::default());
-            }
-            self.write(wanted, members)?;
-            return Ok(Pass { changed: true, ..Pass::default() });
+        let (shown, counted) = match self.look(&wanted.table) {
+            // A kernel without nftables holds nothing of ours.
+            Err(error) if wanted.is_empty() && is_missing(&error) => return Ok(Pass::default()),
+            looked => looked?,
         };
-        let touched = written.shown != shown || written.members != present;
-        if touched || !written.firewall.equals_but_for_members(wanted) {
+        let present = self.members(&wanted.table)?;
+        let members = self.wanted_members(wanted, &present);
+        let dropped = self.dropped_before + counted;
+        let Some(written) = &mut self.written else {
+            if !(wanted.is_empty() && shown == Shown::default()) {
+                self.write(wanted, members)?;
+            }
+            return Ok(Pass::default());
+        };
+        let repaired = written.shown != shown || written.members != present;
+        if repaired || !written.firewall.equals_but_for_members(wanted) {
+            self.dropped_before = dropped;
             self.write(wanted, members)?;
-            return Ok(Pass { changed: true, repaired: touched, dropped });
+        } else if members != present {
+            let mut steps = Vec::new();
+            let new: Vec<IpAddr> = members.difference(&present).copied().collect();
+            let gone: Vec<IpAddr> = present.difference(&members).copied().collect();
+            add_elements(&wanted.table, Kind::NewElements, &new, &mut steps);
+            add_elements(&wanted.table, Kind::DelElements, &gone, &mut steps);
+            written.members = members;
+            self.carry_out(&steps)?;
         }
-        if members == present {
-            return Ok(Pass { dropped, ..Pass::default() });
-        }
-        let mut steps = Vec::new();
-        let new: Vec<IpAddr> = members.difference(&present).copied().collect();
-        let gone: Vec<IpAddr> = present.difference(&members).copied().collect();
-        add_elements(&wanted.table, Kind::NewElements, &new, &mut steps);
-        add_elements(&wanted.table, Kind::DelElements, &gone, &mut steps);
-        self.nftables.transaction(&steps)?;
-        written.members = members;
-        Ok(Pass { changed: true, dropped, ..Pass::default() })
+        Ok(Pass { repaired, dropped })
+    }
+
+    /// With partial knowledge, members that an earlier process let in stay. What has once been in a view of
+    /// this one is no longer in doubt, and whoever is put into the set by others is no member.
+    fn wanted_members(
+        &mut self,
+        wanted: &Firewall,
+        present: &BTreeSet<IpAddr>,
+    ) -> BTreeSet<IpAddr> {
+        let Some(guard) = &wanted.guard else { return BTreeSet::new() };
+        let adopted = self.adopted.get_or_insert_with(|| present.clone());
+        adopted.retain(|address| guard.lenient && !guard.members.contains(address));
+        &guard.members | adopted
     }
 
     /// Removes a table and everything in it; one that is not there is no error.
     pub fn remove(&mut self, table: &str) -> io::Result<()> {
         self.written = None;
         // A table that is not there cannot be deleted, and one that is can be created again.
-        self.nftables.transaction(&[create_table(table), delete_table(table)])
+        match self.nftables.transaction(&[create_table(table), delete_table(table)]) {
+            Err(error) if is_missing(&error) => Ok(()),
+            removed => removed,
+        }
     }
 
     /// Tables of both families whose name is wanted.
@@ -113,38 +136,9 @@ impl FirewallTable {
         Ok(names.filter(|name| wanted(name)).map(str::to_owned).collect())
     }
 
-    /// Chains of others that drop what is forwarded unless a rule lets it pass, in tables where no rule
-    /// names one of our networks: `ip filter FORWARD`, for one, where Docker runs.
+    /// See [`closed_forward_chains`].
     pub fn closed_forward_chains(&mut self, networks: &[IpNet]) -> io::Result<Vec<String>> {
-        let mut closed = Vec::new();
-        for chain in self.nftables.dump(Kind::GetChain, ANY, &Attributes::new())? {
-            let be32 =
-                |payload: Option<&[u8]>| payload?.first_chunk().copied().map(u32::from_be_bytes);
-            let hook = attributes::find(&chain.attributes, 4).unwrap_or_default();
-            let forward = be32(attributes::find(hook, 1)) == Some(FORWARD);
-            let drops = be32(attributes::find(&chain.attributes, 5)) == Some(0);
-            let family = match chain.family {
-                1 => "inet",
-                2 => "ip",
-                10 => "ip6",
-                _ => continue,
-            };
-            let ours = networks.iter().filter(|net| match family {
-                "ip" => net.addr().is_ipv4(),
-                "ip6" => net.addr().is_ipv6(),
-                _ => true,
-            });
-            if !(forward && drops) || ours.clone().count() == 0 {
-                continue;
-            }
-            let table = name_of(&chain, 1).to_owned();
-            let filter = Attributes::new().text(1, &table);
-            let rules = self.nftables.dump(Kind::GetRule, chain.family, &filter)?;
-            if !ours.clone().all(|network| rules.iter().any(|rule| names(rule, *network))) {
-                closed.push(format!("{family} {table} {}", name_of(&chain, 3)));
-            }
-        }
-        Ok(closed)
+        closed_forward_chains(&mut self.nftables, networks)
     }
 
     fn write(&mut self, wanted: &Firewall, members: BTreeSet<IpAddr>) -> io::Result<()> {
@@ -160,9 +154,30 @@ impl FirewallTable {
             add_masquerade(table, &wanted.masquerade, &mut steps);
         }
         self.written = None;
-        self.nftables.transaction(&steps)?;
+        self.carry_out(&steps)?;
         let (shown, _) = self.look(table)?;
+        let rules = steps.iter().filter(|step| step.kind == Kind::NewRule).count();
+        if shown.rules.len() != rules {
+            return Err(io::Error::other("another program changes the table at the same time"));
+        }
         self.written = Some(Written { firewall: wanted.clone(), members, shown });
+        Ok(())
+    }
+
+    /// One transaction, unless that is more than a socket's buffer takes: then the members come before the
+    /// chains that look them up.
+    fn carry_out(&mut self, steps: &[Step]) -> io::Result<()> {
+        let mut rest = steps;
+        while !rest.is_empty() {
+            let mut bytes = 0;
+            let fits = rest.iter().take_while(|step| {
+                bytes += step.attributes.as_bytes().len();
+                bytes <= MAX_TRANSACTION
+            });
+            let (now, later) = rest.split_at(fits.count().max(1));
+            self.nftables.transaction(now)?;
+            rest = later;
+        }
         Ok(())
     }
 
@@ -226,14 +241,6 @@ impl Firewall {
     }
 }
 
-fn wanted_members(wanted: &Firewall, present: &BTreeSet<IpAddr>) -> BTreeSet<IpAddr> {
-    match &wanted.guard {
-        Some(guard) if guard.lenient => &guard.members | present,
-        Some(guard) => guard.members.clone(),
-        None => BTreeSet::new(),
-    }
-}
-
 fn add_guard(table: &str, guard: &Guard, members: &BTreeSet<IpAddr>, steps: &mut Vec<Step>) {
     let families = [
         // Type and length of the elements as the `nft` program knows them.
@@ -247,18 +254,18 @@ fn add_guard(table: &str, guard: &Guard, members: &BTreeSet<IpAddr>, steps: &mut
     }
     let all: Vec<IpAddr> = members.iter().copied().collect();
     add_elements(table, Kind::NewElements, &all, steps);
-    steps.push(create(Kind::NewChain, base_chain(table, GUARD_CHAIN, "filter", PREROUTING, RAW)));
+    steps.push(create(Kind::NewChain, base_chain(table, GUARD_CHAIN, "filter", INPUT, RAW)));
+    let to_port =
+        || Rule::new().udp().holds(Base::Transport, PORT_OFFSET, &guard.port.to_be_bytes());
     for (set, _, _, like) in families {
-        let rule = Rule::new()
-            .family_of(like)
-            .udp()
-            .holds(Base::Transport, PORT_OFFSET, &guard.port.to_be_bytes())
-            .holds(Base::Transport, VNI_OFFSET, &guard.vni.to_be_bytes()[1..])
-            .source_outside(set, like)
-            .count()
-            .drop();
-        steps.push(append(table, GUARD_CHAIN, &rule));
+        let of_member = to_port().family_of(like).source_inside(set, like);
+        steps.push(append(table, GUARD_CHAIN, &of_member.leave_chain()));
     }
+    // Networks of others at the same port. What is too short to tell is none of them.
+    let vni = &guard.vni.to_be_bytes()[1..];
+    let of_others = to_port().lacks(Base::Transport, VNI_OFFSET, vni);
+    steps.push(append(table, GUARD_CHAIN, &of_others.leave_chain()));
+    steps.push(append(table, GUARD_CHAIN, &to_port().count().drop()));
 }
 
 fn add_masquerade(table: &str, networks: &[(IpNet, IpNet)], steps: &mut Vec<Step>) {
@@ -322,7 +329,7 @@ fn append(table: &str, chain: &str, rule: &Rule) -> Step {
     Step { kind: Kind::NewRule, flags: NLM_F_CREATE | NLM_F_APPEND, attributes }
 }
 
-fn name_of(object: &Object, kind: u16) -> &str {
+pub(super) fn name_of(object: &Object, kind: u16) -> &str {
     attributes::find(&object.attributes, kind).map(attributes::text).unwrap_or_default()
 }
 
@@ -330,22 +337,6 @@ fn name_of(object: &Object, kind: u16) -> &str {
 fn parts(object: &Object, wanted: &[u16]) -> Vec<u8> {
     let all = attributes::read(&object.attributes);
     all.filter(|(kind, _)| wanted.contains(kind)).flat_map(|(_, bytes)| bytes.to_vec()).collect()
-}
-
-/// Whether a rule compares something with the whole bytes of the network's prefix.
-fn names(rule: &Object, network: IpNet) -> bool {
-    let octets = match network.network() {
-        IpAddr::V4(ip) => ip.octets().to_vec(),
-        IpAddr::V6(ip) => ip.octets().to_vec(),
-    };
-    let whole = &octets[..usize::from(network.prefix_len() / 8)];
-    let expressions = attributes::find(&rule.attributes, 4).unwrap_or_default();
-    attributes::read(expressions).any(|(_, expression)| {
-        let compared = attributes::find(expression, 2)
-            .filter(|_| attributes::find(expression, 1).map(attributes::text) == Some("cmp"))
-            .and_then(|data| attributes::find(attributes::find(data, 3)?, 1));
-        compared.is_some_and(|bytes| bytes.starts_with(whole))
-    })
 }
 
 fn address(bytes: &[u8]) -> Option<IpAddr> {

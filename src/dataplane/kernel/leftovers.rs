@@ -2,7 +2,7 @@
 //!
 //! Only what can be recognised without memory is listed, and only what was listed is removed.
 
-use std::{collections::BTreeMap, io};
+use std::io;
 
 use ipnet::IpNet;
 use rtnetlink::packet_route::{RouteNetlinkMessage, route::RouteMessage};
@@ -14,7 +14,7 @@ use crate::{dataplane::desired::ROUTE_PROTOCOL, netlink::Request};
 #[derive(Debug, Default)]
 pub struct Leftovers {
     pub devices: Vec<String>,
-    pub routes: BTreeMap<IpNet, RouteMessage>,
+    pub routes: Vec<(IpNet, RouteMessage)>,
 }
 
 impl Kernel {
@@ -33,7 +33,8 @@ impl Kernel {
         for device in &leftovers.devices {
             self.remove_device(device)?;
         }
-        let gone = leftovers.routes.into_values().map(RouteNetlinkMessage::DelRoute);
+        let gone =
+            leftovers.routes.into_iter().map(|(_, route)| RouteNetlinkMessage::DelRoute(route));
         let gone = gone.map(|message| Request { message, flags: 0 }).collect();
         let refused = self.netlink.apply(gone)?;
         match refused.iter().find(|refused| !GONE.contains(&refused.errno)) {

@@ -17,6 +17,9 @@ use rtnetlink::{
         neighbour::{
             NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
         },
+        neighbour_table::{
+            NeighbourTableAttribute, NeighbourTableMessage, NeighbourTableParameter,
+        },
         route::{
             RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol,
             RouteScope, RouteType, RouteVia,
@@ -37,6 +40,24 @@ use crate::{
 pub(super) fn no_ipv6_address() -> LinkAttribute {
     let none = AfSpecInet6::AddrGenMode(In6AddrGenMode::None);
     LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![none])])
+}
+
+/// Neighbours on the device with this index are asked for in user space, three times, and nowhere else.
+pub(super) fn solicit_us(table: &str, index: u32) -> RouteNetlinkMessage {
+    use NeighbourTableParameter as Parameter;
+    let mut message = NeighbourTableMessage::default();
+    message.header.family =
+        if table == "arp_cache" { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    message.attributes = vec![
+        NeighbourTableAttribute::Name(table.to_owned()),
+        NeighbourTableAttribute::Parms(vec![
+            Parameter::Ifindex(index),
+            Parameter::AppProbes(3),
+            Parameter::McastProbes(0),
+            Parameter::UcastProbes(0),
+        ]),
+    ];
+    RouteNetlinkMessage::SetNeighbourTable(message)
 }
 
 pub(super) fn device_message(device: &Device) -> LinkMessage {
@@ -158,7 +179,7 @@ fn route_message(index: u32, subnet: IpNet, hop: Hop) -> RouteMessage {
     let (gateway, link) = match hop.way {
         Way::Overlay(vtep) => (vtep, index),
         Way::Direct { gateway, link } => (gateway, link),
-        Way::OnDemand => {
+        Way::Device => {
             message.header.scope = RouteScope::Link;
             message.attributes.push(RouteAttribute::Oif(index));
             return message;
@@ -199,7 +220,7 @@ pub(super) fn our_route(route: &RouteMessage, device: Option<u32>) -> Option<(Ip
             })?;
             match route.attributes.iter().find_map(gateway_of) {
                 Some(vtep) if Some(link) == device => Way::Overlay(vtep),
-                None if Some(link) == device => Way::OnDemand,
+                None if Some(link) == device => Way::Device,
                 gateway => {
                     let gateway = gateway.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
                     Way::Direct { gateway, link }

@@ -5,6 +5,7 @@
 //! touched. A failing operation never stops the others; each failure is named.
 
 mod firewall;
+mod forward;
 mod leftovers;
 mod messages;
 mod observe;
@@ -19,7 +20,7 @@ use std::{
 };
 
 use ipnet::IpNet;
-use rtnetlink::{LinkMessageBuilder, LinkUnspec};
+use rtnetlink::{LinkMessageBuilder, LinkUnspec, packet_core::NLM_F_REPLACE};
 
 pub use self::{
     firewall::{FirewallTable, Pass},
@@ -27,12 +28,12 @@ pub use self::{
     watch::Touched,
 };
 use self::{
-    messages::{device_message, fixed_attributes, no_ipv6_address, request},
+    messages::{device_message, fixed_attributes, no_ipv6_address, our_route, request, solicit_us},
     watch::miss,
 };
 use super::{
     demand::Miss,
-    desired::{Desired, Device, Hop},
+    desired::{Desired, Device, Hop, ROUTE_PROTOCOL, Way, is_device_name},
     plan::{Op, full_len, plan},
 };
 use crate::{
@@ -86,10 +87,15 @@ pub enum KernelError {
     )]
     NameTaken { name: String, kind: String },
     #[error(
-        "network {network} of the overlay holds {address} of interface {interface}, so packets would take \
+        "network {network} of the overlay and {what} of interface {interface} overlap, so packets would take \
          the wrong way: choose another network for the cluster"
     )]
-    Overlap { network: IpNet, address: IpAddr, interface: String },
+    Overlap { network: IpNet, what: IpNet, interface: String },
+    #[error(
+        "no IPv6 address can be given to {name}: IPv6 is turned off in this kernel (ipv6.disable, or \
+         net.ipv6.conf.all.disable_ipv6); turn it on, or use a cluster without IPv6"
+    )]
+    NoIpv6 { name: String },
     #[error("the kernel cannot make VXLAN devices: load or build the vxlan module")]
     NoVxlan,
     #[error("not permitted to change network settings: run as root or grant CAP_NET_ADMIN")]
@@ -122,6 +128,19 @@ impl Kernel {
         Ok((touched, misses.take(MAX_MISSES).collect()))
     }
 
+    /// Makes the kernel ask us for neighbours on our device instead of the network, where nobody would
+    /// answer.
+    pub fn be_asked(&mut self) -> io::Result<()> {
+        let Some(index) = self.device else { return Ok(()) };
+        for table in ["arp_cache", "ndisc_cache"] {
+            let asked = self.netlink.apply_one(solicit_us(table, index), NLM_F_REPLACE);
+            if table == "arp_cache" {
+                asked?;
+            }
+        }
+        Ok(())
+    }
+
     /// Carries out operations on entries, without looking first. What cannot be done is left to the next
     /// [`Kernel::reconcile`].
     pub fn answer(&mut self, ops: &[Op]) -> io::Result<()> {
@@ -134,7 +153,7 @@ impl Kernel {
         self.take_the_name_back(&desired.device)?;
         let actual = self.observe(&desired.device.name, Some(&desired.pool))?;
         if actual.device.is_none() {
-            self.refuse_overlap(desired)?;
+            self.refuse_overlap(&desired.device.name, desired.device.link, &desired.pool)?;
         }
         self.apply(desired, plan(desired, &actual))
     }
@@ -208,18 +227,38 @@ impl Kernel {
         }
     }
 
-    /// The underlay's address, or one of another overlay's device, must not be in a network of this overlay.
-    fn refuse_overlap(&mut self, desired: &Desired) -> Result<(), KernelError> {
+    /// The underlay's address must not be in a network of this overlay, nor anything of another overlay on
+    /// this host.
+    pub fn refuse_overlap(
+        &mut self,
+        name: &str,
+        underlay: u32,
+        pool: &Pool,
+    ) -> Result<(), KernelError> {
         let links = self.netlink.links()?;
+        let networks = || pool.networks().iter();
+        let other = |index: u32| {
+            links.iter().find(|link| {
+                let concerned = link.index == underlay || is_gossamers(link);
+                link.index == index && concerned && link.name != name
+            })
+        };
         for address in self.netlink.addresses()? {
-            let network = desired.pool.networks().iter().find(|net| net.contains(&address.ip));
-            let holder = links.iter().find(|link| {
-                let fatal = link.index == desired.device.link || is_gossamers(link);
-                link.index == address.link && fatal && link.name != desired.device.name
-            });
-            if let (Some(network), Some(link)) = (network, holder) {
-                let (address, interface) = (address.ip, link.name.clone());
-                return Err(KernelError::Overlap { network, address, interface });
+            let network = networks().find(|network| network.contains(&address.ip));
+            if let (Some(network), Some(link)) = (network, other(address.link)) {
+                let (what, interface) = (IpNet::from(address.ip), link.name.clone());
+                return Err(KernelError::Overlap { network, what, interface });
+            }
+        }
+        for route in self.main_routes(Some(ROUTE_PROTOCOL))? {
+            let Some((what, Hop { way: Way::Direct { link, .. }, .. })) = our_route(&route, None)
+            else {
+                continue;
+            };
+            let overlaps = |network: &IpNet| network.contains(&what) || what.contains(network);
+            let holder = other(link).filter(|link| is_gossamers(link));
+            if let (Some(network), Some(link)) = (networks().find(overlaps), holder) {
+                return Err(KernelError::Overlap { network, what, interface: link.name.clone() });
             }
         }
         Ok(())
@@ -230,7 +269,7 @@ impl Kernel {
         let mut report = Report::default();
         for op in device_ops {
             self.apply_to_device(&desired.device, &op)
-                .map_err(|error| self.explain(desired, error))?;
+                .map_err(|error| self.explain(desired, &op, error))?;
             *report.done.entry(op.kind()).or_default() += 1;
         }
         if entry_ops.is_empty() {
@@ -260,7 +299,6 @@ impl Kernel {
                 // A device with an IPv6 address of its own would send router solicitations into the
                 // tunnel. Where the kernel has no IPv6 there is nothing to turn off.
                 let _ = self.set(name, |link| link.append_extra_attribute(no_ipv6_address()));
-                ask_us_for_neighbours(name);
                 Ok(())
             }
             Op::DeleteDevice => {
@@ -271,6 +309,10 @@ impl Kernel {
             Op::SetMtu(mtu) => self.set(name, |link| link.mtu(*mtu)),
             Op::SetUp => self.set(name, |link| link.up()),
             Op::AddAddress(address) => {
+                if address.is_ipv6() {
+                    // Where new devices begin without IPv6; if it cannot be written, the address says so.
+                    let _ = sysctl::write(&format!("net/ipv6/conf/{name}/disable_ipv6"), "0");
+                }
                 let index = self.netlink.index_of(name)?;
                 self.netlink.add_address(index, *address, full_len(*address))
             }
@@ -292,9 +334,12 @@ impl Kernel {
     }
 
     /// Finds the cause behind the kernel's number; a device that could not be brought up is removed.
-    fn explain(&mut self, desired: &Desired, error: io::Error) -> KernelError {
+    fn explain(&mut self, desired: &Desired, op: &Op, error: io::Error) -> KernelError {
         let Device { name, vni, port, .. } = &desired.device;
         match error.raw_os_error() {
+            _ if matches!(op, Op::AddAddress(IpAddr::V6(_))) => {
+                KernelError::NoIpv6 { name: name.clone() }
+            }
             Some(EPERM) => KernelError::NotPermitted,
             Some(EOPNOTSUPP) => KernelError::NoVxlan,
             Some(EADDRINUSE) => {
@@ -324,19 +369,7 @@ pub fn requests(ops: &[Op], index: u32) -> Vec<Request> {
 
 /// Whether a device is named and made as gossamer does it.
 fn is_gossamers(link: &Link) -> bool {
-    let vni = link.name.strip_prefix("gossamer.").or(link.name.strip_prefix("gossam."));
-    link.kind == "vxlan" && vni.is_some_and(|vni| vni.parse::<u32>().is_ok())
-}
-
-/// Makes the kernel ask user space for neighbours instead of the network, where nobody would answer. If that
-/// cannot be set, entries that are missing are put right by the slow timer alone.
-fn ask_us_for_neighbours(device: &str) {
-    for family in ["ipv4", "ipv6"] {
-        for (name, value) in [("app_solicit", "3"), ("mcast_solicit", "0"), ("ucast_solicit", "0")]
-        {
-            let _ = sysctl::write(&format!("net/{family}/neigh/{device}/{name}"), value);
-        }
-    }
+    link.kind == "vxlan" && is_device_name(&link.name)
 }
 
 impl Op {

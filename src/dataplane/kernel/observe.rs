@@ -17,7 +17,7 @@ use rtnetlink::packet_route::{
 };
 
 use super::{
-    Kernel, KernelError,
+    Kernel, KernelError, is_gossamers,
     messages::{destination, fixed_attributes, lladdr, metric_of, our_route, subnet_of},
 };
 use crate::{
@@ -170,13 +170,35 @@ impl Kernel {
         let inside = |subnet: &IpNet| {
             pool.is_some_and(|pool| pool.networks().iter().any(|network| network.contains(subnet)))
         };
-        Ok(found
+        let mut routes: BTreeSet<(IpNet, Hop)> = found
             .iter()
             .filter_map(|route| our_route(route, device))
             .filter(|(subnet, hop)| {
-                matches!(hop.way, Way::Overlay(_) | Way::OnDemand) || inside(subnet)
+                matches!(hop.way, Way::Overlay(_) | Way::Device) || inside(subnet)
             })
-            .collect())
+            .collect();
+        if routes.iter().any(|(_, hop)| matches!(hop.way, Way::Direct { .. })) {
+            let links = self.netlink.links()?;
+            let others: Vec<u32> =
+                links.iter().filter(|link| is_gossamers(link)).map(|link| link.index).collect();
+            routes.retain(
+                |(_, hop)| !matches!(hop.way, Way::Direct { link, .. } if others.contains(&link)),
+            );
+        }
+        Ok(routes)
+    }
+
+    /// Neighbours on our device that are not permanent: answers that were needed once, and questions that
+    /// nobody could answer.
+    pub fn passing(&mut self) -> io::Result<Vec<IpAddr>> {
+        let Some(index) = self.device else { return Ok(Vec::new()) };
+        let mut entries = self.dump_neighbours(AddressFamily::Inet, index)?;
+        entries.extend(self.dump_neighbours(AddressFamily::Inet6, index).unwrap_or_default());
+        let over = |entry: &&NeighbourMessage| {
+            use NeighbourState as State;
+            !matches!(entry.header.state, State::Permanent | State::Noarp | State::Incomplete)
+        };
+        Ok(entries.iter().filter(over).filter_map(destination).collect())
     }
 }
 

@@ -47,6 +47,10 @@ pub fn wanted(desired: &Desired, mode: Mode, underlay: &str) -> Vec<Sysctl> {
 }
 
 impl Sysctl {
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// What is wrong with it as it is, and what helps; nothing, if it is right or not there.
     pub fn problem(&self) -> Option<String> {
         let Self { name, value, all, wrong, consequence } = self;
