@@ -3,7 +3,13 @@
 
 use std::time::{Duration, Instant};
 
-use gossamer::lab::{Agent, Host, Lab, NetNs, Pinger, Pod};
+use gossamer::{
+    dataplane::{
+        firewall::{Firewall, Guard},
+        kernel::FirewallTable,
+    },
+    lab::{Agent, Host, Lab, NetNs, Pinger, Pod},
+};
 use nix::sys::signal::Signal;
 
 use crate::common::{
@@ -78,10 +84,10 @@ fn tunnel_packets_of_strangers_are_dropped_and_those_of_a_new_member_pass_at_onc
             status["kernel"]["strangers_dropped"].as_u64() >= Some(3)
         });
 
-        // Nor do fragments, the first of which is too short to show the VNI.
+        // Nor do they pass piecemeal.
         tool(&stranger.netns, "ip link set eth0 mtu 576");
         run(&stranger.netns, &format!("ping -c 3 -i 0.1 -W 1 -s 1200 {}", pods[0].ip));
-        assert_eq!(echoes(&pods[0].netns), open, "let in piecemeal");
+        assert_eq!(echoes(&pods[0].netns), open, "let in as fragments");
         tool(&stranger.netns, "ip link set eth0 mtu 1500");
 
         // The same host as a member.
@@ -229,6 +235,48 @@ fn a_restart_with_other_settings_leaves_nothing_of_the_old_table() {
         assert_eq!(table(&cluster.hosts[0].netns), plain);
         restart(&mut cluster, 0, &["--guard", "false"])?;
         assert_eq!(table(&cluster.hosts[0].netns), "");
+        Ok(())
+    });
+}
+
+#[test]
+fn with_partial_knowledge_those_let_in_before_stay_and_nobody_else_comes_in() {
+    isolated(|lab| {
+        let host = lab.host(1, "n1")?;
+        let wanted = |members: &[u8], lenient| Firewall {
+            table: "gossamer.1".to_owned(),
+            guard: Some(Guard {
+                port: 8472,
+                vni: 1,
+                members: members.iter().map(|last| [192, 0, 2, *last].into()).collect(),
+                lenient,
+            }),
+            masquerade: Vec::new(),
+        };
+        let members = || {
+            let set = tool(&host.netns, "nft list set inet gossamer.1 members4");
+            let found: Vec<u8> =
+                (1..9).filter(|last| set.contains(&format!("192.0.2.{last}"))).collect();
+            found
+        };
+        let open = || host.netns.run(FirewallTable::open);
+        open()?.reconcile(&wanted(&[1, 2], false))?;
+        // Another process, which has not heard of 2.
+        let mut table = open()?;
+        table.reconcile(&wanted(&[1], true))?;
+        assert_eq!(members(), [1, 2]);
+        for deed in [
+            "nft delete table inet gossamer.1",
+            "nft add element inet gossamer.1 members4 { 192.0.2.7 }",
+        ] {
+            tool(&host.netns, deed);
+            assert!(table.reconcile(&wanted(&[1], true))?.repaired, "{deed}");
+            assert_eq!(members(), [1, 2], "{deed}");
+        }
+        // It is heard of, and leaves.
+        table.reconcile(&wanted(&[1, 2], true))?;
+        table.reconcile(&wanted(&[1], true))?;
+        assert_eq!(members(), [1]);
         Ok(())
     });
 }
