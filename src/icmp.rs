@@ -1,13 +1,23 @@
 //! ICMP echo (RFC 792, RFC 4443): questions that every kernel answers, whatever runs on it.
 
-use std::{io, net::IpAddr};
+use std::{
+    io::{self, IoSliceMut},
+    net::IpAddr,
+    os::fd::AsRawFd,
+};
 
+use nix::sys::socket::{
+    ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, setsockopt,
+    sockopt::{Ipv4PacketInfo, Ipv6RecvPacketInfo},
+};
 use socket2::{Domain, Protocol, Socket, Type};
 
 /// Payload of an ordinary request.
 pub const SMALL: usize = 56;
 /// Enough of a packet to parse it.
-pub const PARSED: usize = 128;
+const PARSED: usize = 128;
+/// Enough for what the kernel says about where a packet came in.
+const CONTROL: usize = 128;
 
 /// Of which IP an echo is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,6 +32,8 @@ pub struct Echo {
     pub from: IpAddr,
     /// The number of our request that this answers; none, if it is a request of somebody else.
     pub answers: Option<u16>,
+    /// Index of the interface by which it came.
+    pub interface: u32,
 }
 
 impl Family {
@@ -36,9 +48,44 @@ impl Family {
     /// this host, which the kernel answers.
     pub fn open(self) -> io::Result<Socket> {
         match self {
-            Self::Inet => Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::ICMPV4)),
-            Self::Inet6 => Socket::new(Domain::IPV6, Type::RAW, Some(Protocol::ICMPV6)),
+            Self::Inet => {
+                let socket = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::ICMPV4))?;
+                setsockopt(&socket, Ipv4PacketInfo, &true)?;
+                Ok(socket)
+            }
+            Self::Inet6 => {
+                let socket = Socket::new(Domain::IPV6, Type::RAW, Some(Protocol::ICMPV6))?;
+                setsockopt(&socket, Ipv6RecvPacketInfo, &true)?;
+                Ok(socket)
+            }
         }
+    }
+
+    /// Takes the next packet from a socket; none, if it is no echo that concerns whoever has this identifier.
+    pub fn receive(self, socket: &impl AsRawFd, identifier: u16) -> io::Result<Option<Echo>> {
+        let mut buffer = [0; PARSED];
+        let mut control = vec![0; CONTROL];
+        let mut parts = [IoSliceMut::new(&mut buffer)];
+        let flags = MsgFlags::empty();
+        let message =
+            recvmsg::<SockaddrStorage>(socket.as_raw_fd(), &mut parts, Some(&mut control), flags)?;
+        let from = message.address.as_ref().and_then(|address| {
+            let ipv4 = address.as_sockaddr_in().map(|address| IpAddr::V4(address.ip()));
+            ipv4.or_else(|| address.as_sockaddr_in6().map(|address| IpAddr::V6(address.ip())))
+        });
+        let mut interface = 0;
+        for control in message.cmsgs()? {
+            match control {
+                ControlMessageOwned::Ipv4PacketInfo(info) => {
+                    interface = info.ipi_ifindex.cast_unsigned();
+                }
+                ControlMessageOwned::Ipv6PacketInfo(info) => interface = info.ipi6_ifindex,
+                _ => {}
+            }
+        }
+        let length = message.bytes;
+        let packet = buffer.get(..length).unwrap_or_default();
+        Ok(from.and_then(|from| self.parse(identifier, from, interface, packet)))
     }
 
     /// Headers of IP and ICMP: what a packet is larger than its payload.
@@ -65,7 +112,7 @@ impl Family {
 
     /// Reads a packet as a raw socket gives it, with IPv4 after its header; none, if it is no echo that
     /// concerns whoever has this identifier.
-    pub fn parse(self, identifier: u16, from: IpAddr, packet: &[u8]) -> Option<Echo> {
+    fn parse(self, identifier: u16, from: IpAddr, interface: u32, packet: &[u8]) -> Option<Echo> {
         let header = match self {
             Self::Inet => usize::from(packet.first()? & 0x0f) * 4,
             Self::Inet6 => 0,
@@ -75,9 +122,9 @@ impl Family {
         let (request, reply) = self.types();
         match *icmp.first()? {
             kind if kind == reply && *icmp.get(4..6)? == identifier.to_be_bytes() => {
-                Some(Echo { from, answers: Some(number) })
+                Some(Echo { from, answers: Some(number), interface })
             }
-            kind if kind == request => Some(Echo { from, answers: None }),
+            kind if kind == request => Some(Echo { from, answers: None, interface }),
             _ => None,
         }
     }
@@ -121,10 +168,10 @@ mod tests {
             let from = IpAddr::from([10, 42, 7, 0]);
             let mut packet = header.to_vec();
             packet.extend(family.request(7, 9, 4));
-            let parse = |identifier, packet: &[u8]| family.parse(identifier, from, packet);
-            assert_eq!(parse(7, &packet), Some(Echo { from, answers: None }));
+            let parse = |identifier, packet: &[u8]| family.parse(identifier, from, 3, packet);
+            assert_eq!(parse(7, &packet), Some(Echo { from, answers: None, interface: 3 }));
             packet[header.len()] = reply;
-            assert_eq!(parse(7, &packet), Some(Echo { from, answers: Some(9) }));
+            assert_eq!(parse(7, &packet), Some(Echo { from, answers: Some(9), interface: 3 }));
             assert_eq!(parse(8, &packet), None, "of somebody else");
             (0..header.len() + 8).for_each(|len| assert_eq!(parse(7, &packet[..len]), None));
         }

@@ -41,6 +41,8 @@ pub(super) struct KernelState {
     pub(super) withdrawn_peers: BTreeSet<NodeId>,
     pub(super) goals: u64,
     pub(super) answered: u64,
+    /// Its index, as long as there is one.
+    pub(super) device: Option<u32>,
     /// The device has been made equal to the view at least once.
     pub(super) programmed_once: bool,
     pub(super) problem: Option<String>,
@@ -91,6 +93,7 @@ impl Agent {
         self.kernel.answered = number;
         match result {
             Ok(report) => {
+                self.kernel.device = report.device;
                 let operations: u64 = report.done.values().sum();
                 self.kernel.operations += operations;
                 if repair && operations > 0 {

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::{net::UdpSocket, sync::mpsc};
+use tokio::{io::Interest, net::UdpSocket, sync::mpsc};
 
 use super::Agent;
 use crate::{
@@ -81,15 +81,11 @@ fn open(family: Family) -> io::Result<UdpSocket> {
 }
 
 async fn read(family: Family, socket: Arc<UdpSocket>, identifier: u16, echoes: mpsc::Sender<Echo>) {
-    let mut buffer = [0; icmp::PARSED];
     while !echoes.is_closed() {
-        match socket.recv_from(&mut buffer).await {
-            Ok((length, from)) => {
-                if let Some(echo) = family.parse(identifier, from.ip(), &buffer[..length]) {
-                    // A loop that is busy sheds them, as a network would.
-                    let _ = echoes.try_send(echo);
-                }
-            }
+        let next = || family.receive(&*socket, identifier);
+        match socket.async_io(Interest::READABLE, next).await {
+            // A loop that is busy sheds them, as a network would.
+            Ok(echo) => _ = echo.map(|echo| echoes.try_send(echo)),
             Err(error) => tracing::debug!(%error, "echo not read"),
         }
     }
@@ -126,7 +122,10 @@ impl Agent {
         }
         let now = self.clock.now();
         match echo.answers {
-            Some(sequence) => self.prober.paths.on_answer(now, echo.from, sequence),
+            Some(sequence) => {
+                let elsewhere = self.kernel.device.is_some_and(|device| device != echo.interface);
+                self.prober.paths.on_answer(now, echo.from, sequence, elsewhere);
+            }
             None => self.prober.paths.on_request(now, echo.from),
         }
         if !self.kernel.withdrawn_peers.is_empty() {
@@ -231,6 +230,8 @@ impl Agent {
                     view.settings.pool.network()
                 ));
             }
+            // Whoever is spoken to directly may answer as it likes.
+            Way::Direct { .. } if state == PathState::Asymmetric => return None,
             _ => {}
         }
         match state {
@@ -240,6 +241,11 @@ impl Agent {
             )),
             PathState::OneWay => Some(format!(
                 "packets to {name} are lost, those from it arrive: allow UDP {port} from {here} to {there}"
+            )),
+            PathState::Asymmetric => Some(format!(
+                "packets to {name} go through the tunnel, and its answers come without: another route or \
+                 another mode leads it here (there: ip route get {}); rp_filter and firewalls may drop that",
+                view.own.subnets.first.network()
             )),
             PathState::MtuTooLarge => Some(format!(
                 "packets of {} bytes to {name} are lost, small ones arrive: some link between {here} and \

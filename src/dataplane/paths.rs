@@ -52,6 +52,8 @@ pub enum PathState {
     Blocked,
     /// Its packets get here, and ours do not get there.
     OneWay,
+    /// Its answers come by another way than our requests go.
+    Asymmetric,
     /// Small packets get through, and those of full size do not.
     MtuTooLarge,
     /// Neither its agent nor its kernel answers.
@@ -108,6 +110,8 @@ struct Path {
     silent_since: Option<Time>,
     heard: Option<Time>,
     round_trip: Option<Duration>,
+    /// The last answer came from elsewhere.
+    astray: bool,
     withdrawn: bool,
 }
 
@@ -174,14 +178,15 @@ impl Paths {
         Some(asked.map(|path| path.due).min()?.max(self.not_before))
     }
 
-    /// An answer of a peer's kernel.
-    pub fn on_answer(&mut self, now: Time, from: IpAddr, sequence: u16) {
+    /// An answer of a peer's kernel, through the tunnel or from elsewhere.
+    pub fn on_answer(&mut self, now: Time, from: IpAddr, sequence: u16, elsewhere: bool) {
         let Some(path) = self.path(from) else { return };
         let Some((_, sent, full)) = path.open.take_if(|(number, ..)| *number == sequence) else {
             return;
         };
         path.round_trip = Some(now.since(sent));
         (path.lost, path.silent_since) = (0, None);
+        path.astray = elsewhere;
         if full {
             path.full_lost = 0;
         }
@@ -243,6 +248,7 @@ impl Path {
             silent_since: None,
             heard: None,
             round_trip: None,
+            astray: false,
             withdrawn: false,
         }
     }
@@ -289,6 +295,7 @@ impl Path {
             _ if self.lost >= VERDICT && heard => PathState::OneWay,
             _ if self.lost >= VERDICT => PathState::Blocked,
             _ if self.full_lost >= VERDICT => PathState::MtuTooLarge,
+            Some(_) if self.astray => PathState::Asymmetric,
             Some(_) => PathState::Ok,
             None => PathState::Unknown,
         }
@@ -345,7 +352,7 @@ mod tests {
                     self.sent += 1;
                     if answers(&probe) {
                         let at = self.now + Duration::from_millis(1);
-                        self.paths.on_answer(at, PEER, probe.sequence);
+                        self.paths.on_answer(at, PEER, probe.sequence, false);
                     }
                 }
             }
@@ -457,7 +464,7 @@ mod tests {
                 while let Some(probe) = paths.poll(now) {
                     sent += 1;
                     if answers {
-                        paths.on_answer(now, probe.to, probe.sequence);
+                        paths.on_answer(now, probe.to, probe.sequence, false);
                     }
                 }
             }

@@ -1,7 +1,7 @@
 //! `ping` from inside a namespace, so that no such program is needed.
 
 use std::{
-    io::{self, Read as _},
+    io,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     time::{Duration, Instant},
 };
@@ -30,7 +30,7 @@ impl Pinger {
         let sent = Instant::now();
         self.send(to)?;
         while let Some(left) = timeout.checked_sub(sent.elapsed()).filter(|left| !left.is_zero()) {
-            if self.receive(left)? == Some((to, self.sequence)) {
+            if self.receive(left)? == Some((to.into(), self.sequence)) {
                 return Ok(Some(sent.elapsed()));
             }
         }
@@ -48,7 +48,8 @@ impl Pinger {
             while let Some(left) =
                 next.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())
             {
-                answered += u16::from(self.receive(left)?.is_some_and(|(from, _)| from == to));
+                answered +=
+                    u16::from(self.receive(left)?.is_some_and(|(from, _)| from == IpAddr::V4(to)));
             }
         }
         let grace = Instant::now() + Duration::from_millis(500);
@@ -56,7 +57,8 @@ impl Pinger {
             && let Some(left) = grace.checked_duration_since(Instant::now())
             && !left.is_zero()
         {
-            answered += u16::from(self.receive(left)?.is_some_and(|(from, _)| from == to));
+            answered +=
+                u16::from(self.receive(left)?.is_some_and(|(from, _)| from == IpAddr::V4(to)));
         }
         Ok(answered)
     }
@@ -69,17 +71,10 @@ impl Pinger {
     }
 
     /// The next reply to us: from whom, and its number. None if the time is over or it was something else.
-    fn receive(&self, timeout: Duration) -> io::Result<Option<(Ipv4Addr, u16)>> {
+    fn receive(&self, timeout: Duration) -> io::Result<Option<(IpAddr, u16)>> {
         self.socket.set_read_timeout(Some(timeout.max(Duration::from_micros(1))))?;
-        let mut buffer = [0; icmp::PARSED];
-        match (&self.socket).read(&mut buffer) {
-            Ok(length) => {
-                let source =
-                    buffer[..length].get(12..16).and_then(|ip| <[u8; 4]>::try_from(ip).ok());
-                let from = Ipv4Addr::from(source.unwrap_or_default());
-                let echo = Family::Inet.parse(self.identifier, from.into(), &buffer[..length]);
-                Ok(echo.and_then(|echo| Some((from, echo.answers?))))
-            }
+        match Family::Inet.receive(&self.socket, self.identifier) {
+            Ok(echo) => Ok(echo.and_then(|echo| Some((echo.from, echo.answers?)))),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
             Err(error) => Err(error),
         }

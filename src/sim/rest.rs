@@ -70,7 +70,9 @@ fn packets_arrive(
                 return Some(format!("{subnet}: host {from} sends to {hop:?}, not {right:?}"));
             }
         }
-        let stale = host.kernel.routes.keys().find(|(subnet, _)| !known.contains(subnet));
+        // Into a subnet leads also what leads to its gateway.
+        let used = |subnet: &IpNet| known.iter().any(|known| known.contains(subnet));
+        let stale = host.kernel.routes.keys().find(|(subnet, _)| !used(subnet));
         if let Some((subnet, _)) = stale {
             return Some(format!("host {} has a route to {subnet}, which nobody uses", host.index));
         }

@@ -113,6 +113,22 @@ fn a_path_that_is_narrower_than_the_underlay_is_named() {
 }
 
 #[test]
+fn answers_that_come_by_another_way_are_named() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let subnet = Agent::subnet(&cluster.agents[0].ask("/v1/status", PATIENCE)?)?;
+        let (here, there) = (cluster.hosts[0].ip, &cluster.hosts[1].netns);
+        tool(there, &format!("ip route add {}/32 via {here} dev eth0", subnet.network()));
+        let said = "its answers come without";
+        wait_until("it is not named", VERDICT, || has_problem(&mut cluster.agents[0], said));
+        assert!(path(&mut cluster.agents[0], "n2").contains("asymmetric"));
+        tool(there, &format!("ip route del {}/32", subnet.network()));
+        wait_until("it is still named", VERDICT, || !has_problem(&mut cluster.agents[0], said));
+        Ok(())
+    });
+}
+
+#[test]
 fn ping_shows_underlay_overlay_and_pod_path_side_by_side() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;

@@ -66,6 +66,8 @@ pub struct Report {
     pub done: BTreeMap<&'static str, u64>,
     /// What the kernel refused, as sentences.
     pub failed: Vec<String>,
+    /// Index of our device.
+    pub device: Option<u32>,
 }
 
 /// Why the device cannot be made. The rest of the plan was not tried.
@@ -155,7 +157,9 @@ impl Kernel {
         if actual.device.is_none() {
             self.refuse_overlap(&desired.device.name, desired.device.link, &desired.pool)?;
         }
-        self.apply(desired, plan(desired, &actual))
+        let mut report = self.apply(desired, plan(desired, &actual))?;
+        report.device = self.device;
+        Ok(report)
     }
 
     /// Finds out, before anything is made, whether the device could be.
@@ -272,10 +276,11 @@ impl Kernel {
                 .map_err(|error| self.explain(desired, &op, error))?;
             *report.done.entry(op.kind()).or_default() += 1;
         }
-        if entry_ops.is_empty() {
-            return Ok(report);
-        }
-        let index = self.netlink.index_of(&desired.device.name)?;
+        let index = match self.device {
+            Some(index) if report.done.is_empty() => index,
+            _ => self.netlink.index_of(&desired.device.name)?,
+        };
+        self.device = Some(index);
         let mut failed = vec![None; entry_ops.len()];
         for refused in self.netlink.apply(requests(&entry_ops, index))? {
             if !(entry_ops[refused.index].is_removal() && GONE.contains(&refused.errno)) {
