@@ -117,9 +117,12 @@ impl Surroundings {
                 self.right.insert(setting.name().to_owned());
                 continue;
             };
+            if !self.set_sysctls {
+                self.problems.push(problem);
+                continue;
+            }
             let was_right = self.right.remove(setting.name());
             match setting.set() {
-                _ if !self.set_sysctls => self.problems.push(problem),
                 Ok(()) => {
                     self.right.insert(setting.name().to_owned());
                     self.repaired.extend(was_right.then_some("sysctl"));

@@ -344,6 +344,8 @@ fn chains_and_sysctls_that_keep_pods_apart_are_named_with_what_helps() {
             wait_until(said, PATIENCE, || has_problem(agent, said));
         }
         let host = &cluster.hosts[0].netns;
+        let forwarding = "cat /proc/sys/net/ipv4/ip_forward";
+        assert_eq!(tool(host, forwarding), "0\n", "named, and not changed");
         tool(host, "nft add rule ip filter FORWARD ip saddr 10.42.0.0/16 accept");
         tool(host, "sysctl -w net.ipv4.ip_forward=1");
         wait_until("still named", PATIENCE, || {
