@@ -2,7 +2,15 @@
 //!
 //! Exit codes: 0 no promise was broken and every situation was met, 1 otherwise, 2 wrong usage.
 
-use std::{collections::BTreeSet, ops::RangeInclusive, process::ExitCode, time::Instant};
+use std::{
+    collections::BTreeSet,
+    num::NonZero,
+    ops::RangeInclusive,
+    process::ExitCode,
+    sync::atomic::{AtomicUsize, Ordering},
+    thread,
+    time::Instant,
+};
 
 use clap::{Parser, Subcommand};
 use gossamer::{
@@ -138,16 +146,24 @@ fn summary(cli: &Cli, report: &Report, seconds: f64) -> String {
 }
 
 fn planted(limit: u64) -> ExitCode {
-    let mut escaped = 0;
-    for bug in Bug::ALL {
-        match seeds_to_catch(bug, limit) {
-            Some((seeds, violation)) => println!("{bug:<32?} {seeds:>5} seeds  {violation:.100}"),
-            None => {
-                escaped += 1;
-                println!("{bug:<32?} not caught in {limit} seeds");
+    let (next, escaped) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let hunt = || {
+        while let Some(bug) = Bug::ALL.get(next.fetch_add(1, Ordering::Relaxed)) {
+            match seeds_to_catch(*bug, limit) {
+                Some((seeds, why)) => println!("{bug:<32?} {seeds:>5} seeds  {why:.100}"),
+                None => {
+                    escaped.fetch_add(1, Ordering::Relaxed);
+                    println!("{bug:<32?} not caught in {limit} seeds");
+                }
             }
         }
-    }
+    };
+    thread::scope(|scope| {
+        for _ in 0..thread::available_parallelism().map_or(1, NonZero::get) {
+            scope.spawn(hunt);
+        }
+    });
+    let escaped = escaped.into_inner();
     println!("{} of {} planted bugs caught", Bug::ALL.len() - escaped, Bug::ALL.len());
     if escaped == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
