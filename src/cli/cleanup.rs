@@ -46,7 +46,7 @@ pub struct CleanupArgs {
 
 pub fn run(args: &CleanupArgs) -> ExitCode {
     let places = Places::find(args);
-    for socket in places.sockets.iter().chain(&places.all_sockets) {
+    for socket in places.sockets.iter().chain(&places.all_sockets).collect::<BTreeSet<_>>() {
         match block_on(api::get(socket, "/v1/status")) {
             Ok(Err(ClientError::NoAgent { .. })) => {}
             Ok(Ok(_)) => {

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::Args;
 use serde_json::Value;
 
-use super::{Client, ask_and_print};
+use super::{Client, ask_and_print, escaped};
 use crate::api;
 
 #[derive(Debug, Args)]
@@ -21,7 +21,7 @@ pub struct ForgetArgs {
 }
 
 pub fn run(args: &ForgetArgs) -> ExitCode {
-    let name: String = args.node.bytes().map(|byte| format!("%{byte:02x}")).collect();
+    let name = escaped(&args.node);
     let target = format!("/v1/forget?node={name}&force={}", args.force);
     ask_and_print(&args.client, api::post(&args.client.socket(), &target), text)
         .map_or_else(|code| code, |_| ExitCode::SUCCESS)

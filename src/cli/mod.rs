@@ -119,6 +119,11 @@ fn block_on<T>(future: impl Future<Output = T>) -> std::io::Result<T> {
     Ok(runtime.block_on(future))
 }
 
+/// A text as part of a query: every byte escaped, whatever it is.
+fn escaped(text: &str) -> String {
+    text.bytes().map(|byte| format!("%{byte:02x}")).collect()
+}
+
 /// Asks the agent and prints the answer, as it came or by `text`.
 fn ask_and_print(
     client: &Client,

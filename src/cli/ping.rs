@@ -9,7 +9,7 @@ use std::{
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::{Client, Format, block_on, fail};
+use super::{Client, Format, block_on, escaped, fail};
 use crate::api;
 
 /// The three ways, as the answer calls them.
@@ -31,7 +31,7 @@ pub struct PingArgs {
 
 /// Fails if the overlay did not answer once, though it was asked.
 pub fn run(args: &PingArgs) -> ExitCode {
-    let name: String = args.node.bytes().map(|byte| format!("%{byte:02x}")).collect();
+    let name = escaped(&args.node);
     let target = format!("/v1/ping?node={name}");
     let socket = args.client.socket();
     let text = args.client.output == Format::Text;

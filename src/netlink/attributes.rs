@@ -1,6 +1,8 @@
 //! Netlink attributes as bytes (`struct nlattr`, linux/netlink.h), for protocols that the packet crates do
 //! not speak.
 
+use std::net::IpAddr;
+
 /// Marks an attribute that holds attributes.
 const NESTED: u16 = 0x8000;
 const KIND: u16 = 0x3fff;
@@ -61,6 +63,22 @@ pub fn read(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
 /// The payload of the first attribute of this kind.
 pub fn find(bytes: &[u8], wanted: u16) -> Option<&[u8]> {
     read(bytes).find(|(kind, _)| *kind == wanted).map(|(_, payload)| payload)
+}
+
+/// An IP address as bytes in network order: 4 or 16.
+pub fn octets(address: IpAddr) -> Vec<u8> {
+    match address {
+        IpAddr::V4(ip) => ip.octets().to_vec(),
+        IpAddr::V6(ip) => ip.octets().to_vec(),
+    }
+}
+
+/// The same back; none, if there are neither 4 nor 16 bytes.
+pub fn address(bytes: &[u8]) -> Option<IpAddr> {
+    <[u8; 4]>::try_from(bytes)
+        .map(IpAddr::from)
+        .or_else(|_| <[u8; 16]>::try_from(bytes).map(IpAddr::from))
+        .ok()
 }
 
 /// A payload as text, without the zero byte that ends it.

@@ -29,6 +29,7 @@ const BATCH_MESSAGES: usize = 128;
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// A dump that other changes interrupt is asked for again, this many times.
 const DUMP_TRIES: usize = 8;
+const ENOBUFS: i32 = 105;
 /// The kernel never sends more in one message to a reader with a buffer of this size.
 const RECEIVE_BUFFER: usize = 1 << 16;
 
@@ -62,13 +63,10 @@ pub struct Netlink {
 
 impl Netlink {
     pub fn open() -> io::Result<Self> {
-        let mut socket = Socket::new(NETLINK_ROUTE)?;
-        socket.bind_auto()?;
-        socket.connect(&SocketAddr::new(0, 0))?;
+        let socket = open_socket(NETLINK_ROUTE)?;
         socket.set_cap_ack(true)?;
         // Without strict checking the kernel ignores the filters of a dump silently.
         socket.set_netlink_get_strict_chk(true)?;
-        socket2::SockRef::from(&socket).set_read_timeout(Some(ANSWER_TIMEOUT))?;
         Ok(Self { socket, sequence: 0, buffer: Vec::with_capacity(RECEIVE_BUFFER) })
     }
 
@@ -202,14 +200,7 @@ impl Netlink {
     }
 
     fn receive(&mut self) -> io::Result<Vec<NetlinkMessage<RouteNetlinkMessage>>> {
-        self.buffer.clear();
-        self.buffer.reserve(RECEIVE_BUFFER);
-        self.socket.recv(&mut self.buffer, 0).map_err(|error| match error.kind() {
-            io::ErrorKind::WouldBlock => {
-                io::Error::new(io::ErrorKind::TimedOut, "the kernel did not answer")
-            }
-            _ => error,
-        })?;
+        receive(&self.socket, &mut self.buffer)?;
         parse_messages(&self.buffer)
     }
 }
@@ -238,6 +229,46 @@ pub fn parse_messages(bytes: &[u8]) -> io::Result<Vec<NetlinkMessage<RouteNetlin
         rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
     }
     Ok(messages)
+}
+
+/// A socket that talks to the kernel, and waits only so long for its answers.
+fn open_socket(protocol: isize) -> io::Result<Socket> {
+    let mut socket = Socket::new(protocol)?;
+    socket.bind_auto()?;
+    socket.connect(&SocketAddr::new(0, 0))?;
+    socket2::SockRef::from(&socket).set_read_timeout(Some(ANSWER_TIMEOUT))?;
+    Ok(socket)
+}
+
+/// The kernel's next answer, in the place of what is in the buffer.
+fn receive(socket: &Socket, buffer: &mut Vec<u8>) -> io::Result<()> {
+    buffer.clear();
+    buffer.reserve(RECEIVE_BUFFER);
+    socket.recv(buffer, 0).map(drop).map_err(|error| match error.kind() {
+        io::ErrorKind::WouldBlock => {
+            io::Error::new(io::ErrorKind::TimedOut, "the kernel did not answer")
+        }
+        _ => error,
+    })
+}
+
+/// Everything that waits in a socket that does not block, datagram by datagram. Says whether some was lost
+/// because there was more than the socket holds.
+fn drain(
+    socket: &Socket,
+    buffer: &mut Vec<u8>,
+    mut each: impl FnMut(&[u8]) -> io::Result<()>,
+) -> io::Result<bool> {
+    let mut overrun = false;
+    loop {
+        match receive(socket, buffer) {
+            Ok(()) => each(buffer)?,
+            Err(error) if error.kind() == io::ErrorKind::TimedOut => return Ok(overrun),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if error.raw_os_error() == Some(ENOBUFS) => overrun = true,
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 fn send_all(socket: &Socket, bytes: &[u8]) -> io::Result<()> {

@@ -13,13 +13,12 @@ use rtnetlink::{
     sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE},
 };
 
-use super::{RECEIVE_BUFFER, parse_messages};
+use super::{RECEIVE_BUFFER, drain, parse_messages};
 
 /// `RTNLGRP_*` of linux/rtnetlink.h: links, neighbours, addresses and routes of both families.
 const GROUPS: [u32; 6] = [1, 3, 5, 7, 9, 11];
 /// Some 20,000 changes: more than one burst of a busy host.
 const SOCKET_BUFFER: usize = 8 << 20;
-const ENOBUFS: i32 = 105;
 
 /// A socket that hears of all changes in its network namespace.
 pub struct Monitor {
@@ -55,25 +54,15 @@ impl Monitor {
     /// Takes everything that has come.
     pub fn read(&mut self) -> io::Result<Heard> {
         let mut heard = Heard::default();
-        loop {
-            self.buffer.clear();
-            self.buffer.reserve(RECEIVE_BUFFER);
-            match self.socket.recv(&mut self.buffer, 0) {
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(heard),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) if error.raw_os_error() == Some(ENOBUFS) => {
-                    heard.overrun = true;
-                    continue;
-                }
-                Err(error) => return Err(error),
-            }
-            for message in parse_messages(&self.buffer)? {
+        heard.overrun = drain(&self.socket, &mut self.buffer, |bytes| {
+            for message in parse_messages(bytes)? {
                 if let NetlinkPayload::InnerMessage(inner) = message.payload {
                     heard.messages.push(inner);
                 }
             }
-        }
+            Ok(())
+        })?;
+        Ok(heard)
     }
 }
 

@@ -8,7 +8,6 @@ use std::{
     io,
     net::IpAddr,
     os::fd::{AsFd, BorrowedFd},
-    time::Duration,
 };
 
 use rtnetlink::{
@@ -16,7 +15,10 @@ use rtnetlink::{
     sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER},
 };
 
-use super::{DUMP_TRIES, RECEIVE_BUFFER, attributes, attributes::Attributes, send_all};
+use super::{
+    DUMP_TRIES, RECEIVE_BUFFER, attributes, attributes::Attributes, drain, open_socket, receive,
+    send_all,
+};
 
 /// `NFPROTO_INET`: tables for both families.
 pub const INET: u8 = 1;
@@ -30,14 +32,12 @@ const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 /// `struct nlmsghdr` and `struct nfgenmsg`.
 const HEADERS: usize = 20;
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// As far as the system's limit allows.
 const SEND_BUFFER: usize = 1 << 20;
 const ENOENT: i32 = 2;
 const EINVAL: i32 = 22;
 const EPROTONOSUPPORT: i32 = 93;
 const EOPNOTSUPP: i32 = 95;
-const ENOBUFS: i32 = 105;
 /// `NFNLGRP_NFTABLES`.
 const GROUP: u32 = 7;
 
@@ -82,12 +82,8 @@ pub struct Nftables {
 
 impl Nftables {
     pub fn open() -> io::Result<Self> {
-        let mut socket = Socket::new(NETLINK_NETFILTER)?;
-        socket.bind_auto()?;
-        socket.connect(&SocketAddr::new(0, 0))?;
-        let options = socket2::SockRef::from(&socket);
-        options.set_read_timeout(Some(ANSWER_TIMEOUT))?;
-        options.set_send_buffer_size(SEND_BUFFER)?;
+        let socket = open_socket(NETLINK_NETFILTER)?;
+        socket2::SockRef::from(&socket).set_send_buffer_size(SEND_BUFFER)?;
         Ok(Self { socket, sequence: 0, buffer: Vec::with_capacity(RECEIVE_BUFFER) })
     }
 
@@ -178,14 +174,7 @@ impl Nftables {
     }
 
     fn receive(&mut self) -> io::Result<Vec<Answer>> {
-        self.buffer.clear();
-        self.buffer.reserve(RECEIVE_BUFFER);
-        self.socket.recv(&mut self.buffer, 0).map_err(|error| match error.kind() {
-            io::ErrorKind::WouldBlock => {
-                io::Error::new(io::ErrorKind::TimedOut, "the kernel did not answer")
-            }
-            _ => error,
-        })?;
+        receive(&self.socket, &mut self.buffer)?;
         Ok(answers(&self.buffer).collect())
     }
 }
@@ -214,23 +203,16 @@ impl Changes {
     /// Whether anything in this table has changed, or may have.
     pub fn touched(&mut self, table: &str) -> io::Result<bool> {
         let mut touched = false;
-        loop {
-            self.buffer.clear();
-            self.buffer.reserve(RECEIVE_BUFFER);
-            match self.socket.recv(&mut self.buffer, 0) {
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(touched),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) if error.raw_os_error() == Some(ENOBUFS) => touched = true,
-                Err(error) => return Err(error),
-            }
-            // In every kind of object the first attribute names the table.
-            let of_table = |answer: Answer| {
-                let name = attributes::find(&answer.object.attributes, 1);
-                name.is_some_and(|name| attributes::text(name) == table)
-            };
-            touched |= answers(&self.buffer).any(of_table);
-        }
+        // In every kind of object the first attribute names the table.
+        let of_table = |answer: Answer| {
+            let name = attributes::find(&answer.object.attributes, 1);
+            name.is_some_and(|name| attributes::text(name) == table)
+        };
+        let overrun = drain(&self.socket, &mut self.buffer, |bytes| {
+            touched |= answers(bytes).any(of_table);
+            Ok(())
+        })?;
+        Ok(touched || overrun)
     }
 }
 
@@ -325,11 +307,8 @@ impl Rule {
 
     /// The address is in the network, or is not.
     pub fn address(self, field: Field, network: ipnet::IpNet, inside: bool) -> Self {
-        let bits = |ip| match ip {
-            IpAddr::V4(ip) => ip.octets().to_vec(),
-            IpAddr::V6(ip) => ip.octets().to_vec(),
-        };
-        let (value, mask) = (bits(network.network()), bits(network.netmask()));
+        let value = attributes::octets(network.network());
+        let mask = attributes::octets(network.netmask());
         let loaded = self.load_address(field, network.addr());
         loaded.mask(&mask).compare(if inside { EQUAL } else { UNEQUAL }, &value)
     }

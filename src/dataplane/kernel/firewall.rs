@@ -221,7 +221,7 @@ impl FirewallTable {
             for object in self.nftables.dump(Kind::GetElements, INET, &filter)? {
                 let list = attributes::find(&object.attributes, 3).unwrap_or_default();
                 members.extend(attributes::read(list).filter_map(|(_, element)| {
-                    address(attributes::find(attributes::find(element, 1)?, 1)?)
+                    attributes::address(attributes::find(attributes::find(element, 1)?, 1)?)
                 }));
             }
         }
@@ -297,11 +297,8 @@ fn add_elements(table: &str, kind: Kind, addresses: &[IpAddr], steps: &mut Vec<S
     for (set, addresses) in [(SET4, of(true)), (SET6, of(false))] {
         for some in addresses.chunks(ELEMENTS) {
             let list = some.iter().fold(Attributes::new(), |list, address| {
-                let bytes = match address {
-                    IpAddr::V4(ip) => ip.octets().to_vec(),
-                    IpAddr::V6(ip) => ip.octets().to_vec(),
-                };
-                let key = Attributes::new().nest(1, &Attributes::new().put(1, &bytes));
+                let value = Attributes::new().put(1, &attributes::octets(**address));
+                let key = Attributes::new().nest(1, &value);
                 list.nest(1, &key)
             });
             let attributes = Attributes::new().text(1, table).text(2, set).nest(3, &list);
@@ -337,11 +334,4 @@ pub(super) fn name_of(object: &Object, kind: u16) -> &str {
 fn parts(object: &Object, wanted: &[u16]) -> Vec<u8> {
     let all = attributes::read(&object.attributes);
     all.filter(|(kind, _)| wanted.contains(kind)).flat_map(|(_, bytes)| bytes.to_vec()).collect()
-}
-
-fn address(bytes: &[u8]) -> Option<IpAddr> {
-    <[u8; 4]>::try_from(bytes)
-        .map(IpAddr::from)
-        .or_else(|_| <[u8; 16]>::try_from(bytes).map(IpAddr::from))
-        .ok()
 }

@@ -3,7 +3,7 @@
 //! Each base chain has to let a packet pass, so none of ours can open what one of theirs closes. They are
 //! only read, to say so.
 
-use std::{io, net::IpAddr};
+use std::io;
 
 use ipnet::IpNet;
 
@@ -60,10 +60,7 @@ fn is_closed(chain: &Object) -> bool {
 /// Whether a rule accepts packets of the network by name, or such as a set or nothing but their interface
 /// tells: what those hold is not read.
 fn may_accept(rule: &Object, network: IpNet) -> bool {
-    let octets = match network.network() {
-        IpAddr::V4(ip) => ip.octets().to_vec(),
-        IpAddr::V6(ip) => ip.octets().to_vec(),
-    };
+    let octets = attributes::octets(network.network());
     let whole = &octets[..usize::from(network.prefix_len() / 8)];
     let list = attributes::find(&rule.attributes, 4).unwrap_or_default();
     let (mut named, mut accepts, mut by_set) = (false, false, false);

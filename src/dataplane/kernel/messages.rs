@@ -33,7 +33,7 @@ use super::super::{
 };
 use crate::{
     model::Mac,
-    netlink::{Request, link::Link},
+    netlink::{Request, attributes, link::Link},
 };
 
 /// The attribute by which a device gets no IPv6 address of its own.
@@ -265,7 +265,9 @@ pub(super) fn destination(entry: &NeighbourMessage) -> Option<IpAddr> {
         NeighbourAttribute::Destination(NeighbourAddress::Inet(ip)) => Some(IpAddr::V4(*ip)),
         NeighbourAttribute::Destination(NeighbourAddress::Inet6(ip)) => Some(IpAddr::V6(*ip)),
         // The packet crate leaves those of FDB entries as bytes.
-        NeighbourAttribute::Destination(NeighbourAddress::Other(bytes)) => ip_from(bytes),
+        NeighbourAttribute::Destination(NeighbourAddress::Other(bytes)) => {
+            attributes::address(bytes)
+        }
         _ => None,
     })
 }
@@ -277,11 +279,4 @@ pub(super) fn lladdr(entry: &NeighbourMessage) -> Option<Mac> {
         }
         _ => None,
     })
-}
-
-fn ip_from(bytes: &[u8]) -> Option<IpAddr> {
-    <[u8; 4]>::try_from(bytes)
-        .map(IpAddr::from)
-        .or_else(|_| <[u8; 16]>::try_from(bytes).map(IpAddr::from))
-        .ok()
 }
