@@ -44,6 +44,8 @@ pub struct Device {
     pub port: u16,
     pub mac: Mac,
     pub mtu: u32,
+    /// Tells operators, and other overlays on this host, which networks are in it.
+    pub alias: String,
     /// Source address of the tunnel packets: an address of this host.
     pub local: IpAddr,
     /// Index of the underlay interface.
@@ -160,6 +162,7 @@ impl Desired {
             port: view.settings.vxlan_port,
             mac: view.own.vtep.mac,
             mtu: underlay.tunnel_mtu,
+            alias: device_alias(&view.settings.pool),
             local: underlay.local,
             link: underlay.link,
             addresses: view.own.subnets.iter().map(|subnet| subnet.network()).collect(),
@@ -231,6 +234,17 @@ fn unheard_of_nobody(view: &View) -> Vec<Range<u32>> {
 pub fn device_name(vni: u32) -> String {
     let name = format!("gossamer.{vni}");
     if name.len() <= 15 { name } else { format!("gossam.{vni}") }
+}
+
+/// The networks of an overlay, for `ip link`.
+fn device_alias(pool: &Pool) -> String {
+    let networks: Vec<String> = pool.networks().iter().map(|network| network.to_string()).collect();
+    format!("gossamer {}", networks.join(" "))
+}
+
+/// The networks that stand in a device's alias.
+pub fn networks_in_alias(alias: &str) -> impl Iterator<Item = IpNet> {
+    alias.split_whitespace().filter_map(|word| word.parse().ok())
 }
 
 /// Whether a device, or a table of nftables, has the name of one of ours.

@@ -54,7 +54,8 @@ impl FakeKernel {
         match op.clone() {
             Op::CreateDevice(_) if !absent => return refused("File exists"),
             Op::CreateDevice(device) => {
-                let found = Found { up: false, device, foreign: false, addresses: Vec::new() };
+                let found =
+                    Found { up: false, device: *device, foreign: false, addresses: Vec::new() };
                 self.device = Some(found);
             }
             Op::DeleteDevice => {
@@ -93,6 +94,7 @@ impl FakeKernel {
                         self.neighbours.clear();
                     }
                     Op::SetMtu(mtu) => found.device.mtu = mtu,
+                    Op::SetAlias(alias) => found.device.alias = alias,
                     Op::SetUp => found.up = true,
                     Op::AddAddress(address) => found.addresses.push((address, full_len(address))),
                     Op::RemoveAddress(address, len) => {

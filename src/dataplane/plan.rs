@@ -45,9 +45,10 @@ pub struct Found {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Op {
     DeleteDevice,
-    CreateDevice(Device),
+    CreateDevice(Box<Device>),
     SetMac(Mac),
     SetMtu(u32),
+    SetAlias(String),
     SetUp,
     AddAddress(IpAddr),
     RemoveAddress(IpAddr, u8),
@@ -70,7 +71,9 @@ impl Op {
     pub const fn kind(&self) -> &'static str {
         match self {
             Self::DeleteDevice | Self::CreateDevice(_) => "device",
-            Self::SetMac(_) | Self::SetMtu(_) | Self::SetUp => "device attribute",
+            Self::SetMac(_) | Self::SetMtu(_) | Self::SetAlias(_) | Self::SetUp => {
+                "device attribute"
+            }
             Self::AddAddress(_) | Self::RemoveAddress(..) => "address",
             Self::SetFdb(..) | Self::RemoveFdb(..) => "FDB entry",
             Self::SetNeighbour(..) | Self::Resolve(..) | Self::RemoveNeighbour(_) => "neighbour",
@@ -122,6 +125,9 @@ fn plan_device(wanted: &Device, found: Option<&Found>, ops: &mut Vec<Op>) -> boo
     if is.mtu != wanted.mtu {
         ops.push(Op::SetMtu(wanted.mtu));
     }
+    if is.alias != wanted.alias {
+        ops.push(Op::SetAlias(wanted.alias.clone()));
+    }
     if !found.up {
         ops.push(Op::SetUp);
     }
@@ -135,7 +141,8 @@ fn plan_device(wanted: &Device, found: Option<&Found>, ops: &mut Vec<Op>) -> boo
 }
 
 fn create_device(wanted: &Device, ops: &mut Vec<Op>) {
-    ops.extend([Op::CreateDevice(wanted.clone()), Op::SetUp]);
+    let alias = Op::SetAlias(wanted.alias.clone());
+    ops.extend([Op::CreateDevice(Box::new(wanted.clone())), alias, Op::SetUp]);
     ops.extend(wanted.addresses.iter().map(|address| Op::AddAddress(*address)));
 }
 
@@ -259,7 +266,15 @@ pub(super) mod tests {
             .collect();
         assert_eq!(
             kinds,
-            ["CreateDevice", "SetUp", "AddAddress", "SetFdb", "SetNeighbour", "AddRoute"]
+            [
+                "CreateDevice",
+                "SetAlias",
+                "SetUp",
+                "AddAddress",
+                "SetFdb",
+                "SetNeighbour",
+                "AddRoute"
+            ]
         );
     }
 

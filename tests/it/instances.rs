@@ -116,7 +116,7 @@ fn an_overlay_that_is_refused_leaves_the_other_one_alone() {
             tool(&host.netns, "ip route show proto 73") + &tool(&host.netns, "nft list tables");
         let files = |name: &str| host.dir.join(name).display().to_string();
         // The same network, the same files but for what must differ; the network of all, a part of it.
-        for network in ["10.42.0.0/16", "10.42.128.0/17", "10.40.0.0/14"] {
+        for network in ["10.42.0.0/16", "10.42.128.0/17", "10.42.0.0/17", "10.40.0.0/14"] {
             let mut command = std::process::Command::new(program());
             command.args(["agent", "--init", "--vni", "2"]);
             command.args(["--listen", "0.0.0.0:8474", "--network", network]);

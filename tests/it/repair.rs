@@ -68,6 +68,7 @@ fn what_is_deleted_altered_or_renamed_is_put_right_at_once() {
             vec!["ip addr add 192.0.2.9/24 dev gossamer.1".to_owned()],
             vec!["ip link set gossamer.1 down".to_owned()],
             vec!["ip link set gossamer.1 down".to_owned(), "ip link set gossamer.1 up".to_owned()],
+            vec!["ip link set gossamer.1 alias somebody".to_owned()],
             vec!["ip link set gossamer.1 mtu 1300".to_owned()],
             vec!["ip link set gossamer.1 address 02:00:00:00:00:99".to_owned()],
             vec!["ip link del gossamer.1".to_owned()],

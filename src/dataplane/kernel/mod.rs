@@ -20,7 +20,9 @@ use std::{
 };
 
 use ipnet::IpNet;
-use rtnetlink::{LinkMessageBuilder, LinkUnspec, packet_core::NLM_F_REPLACE};
+use rtnetlink::{
+    LinkMessageBuilder, LinkUnspec, packet_core::NLM_F_REPLACE, packet_route::link::LinkAttribute,
+};
 
 pub use self::{
     firewall::{FirewallTable, Pass},
@@ -28,12 +30,12 @@ pub use self::{
     watch::Touched,
 };
 use self::{
-    messages::{device_message, fixed_attributes, no_ipv6_address, our_route, request, solicit_us},
+    messages::{alias_of, device_message, fixed_attributes, no_ipv6_address, request, solicit_us},
     watch::miss,
 };
 use super::{
     demand::Miss,
-    desired::{Desired, Device, Hop, ROUTE_PROTOCOL, Way, is_device_name},
+    desired::{Desired, Device, Hop, is_device_name, networks_in_alias},
     plan::{Op, full_len, plan},
 };
 use crate::{
@@ -231,8 +233,8 @@ impl Kernel {
         }
     }
 
-    /// The underlay's address must not be in a network of this overlay, nor anything of another overlay on
-    /// this host.
+    /// The underlay's address must not be in a network of this overlay, nor may another overlay on this host
+    /// have a network in common with it.
     pub fn refuse_overlap(
         &mut self,
         name: &str,
@@ -240,29 +242,19 @@ impl Kernel {
         pool: &Pool,
     ) -> Result<(), KernelError> {
         let links = self.netlink.links()?;
-        let networks = || pool.networks().iter();
-        let other = |index: u32| {
-            links.iter().find(|link| {
-                let concerned = link.index == underlay || is_gossamers(link);
-                link.index == index && concerned && link.name != name
-            })
-        };
-        for address in self.netlink.addresses()? {
-            let network = networks().find(|network| network.contains(&address.ip));
-            if let (Some(network), Some(link)) = (network, other(address.link)) {
-                let (what, interface) = (IpNet::from(address.ip), link.name.clone());
-                return Err(KernelError::Overlap { network, what, interface });
-            }
-        }
-        for route in self.main_routes(Some(ROUTE_PROTOCOL))? {
-            let Some((what, Hop { way: Way::Direct { link, .. }, .. })) = our_route(&route, None)
-            else {
-                continue;
-            };
+        let all = self.netlink.addresses()?;
+        let of_underlay = all.iter().filter(|address| address.link == underlay);
+        let addresses = of_underlay.map(|address| (IpNet::from(address.ip), address.link));
+        let others = links.iter().filter(|link| is_gossamers(link) && link.name != name);
+        let networks = others.flat_map(|link| {
+            networks_in_alias(alias_of(link)).map(|network| (network, link.index))
+        });
+        for (what, holder) in addresses.chain(networks) {
             let overlaps = |network: &IpNet| network.contains(&what) || what.contains(network);
-            let holder = other(link).filter(|link| is_gossamers(link));
-            if let (Some(network), Some(link)) = (networks().find(overlaps), holder) {
-                return Err(KernelError::Overlap { network, what, interface: link.name.clone() });
+            if let Some(network) = pool.networks().iter().find(overlaps) {
+                let holder = links.iter().find(|link| link.index == holder);
+                let interface = holder.map(|link| link.name.clone()).unwrap_or_default();
+                return Err(KernelError::Overlap { network, what, interface });
             }
         }
         Ok(())
@@ -312,6 +304,10 @@ impl Kernel {
             }
             Op::SetMac(mac) => self.set(name, |link| link.address(mac.as_bytes().to_vec())),
             Op::SetMtu(mtu) => self.set(name, |link| link.mtu(*mtu)),
+            Op::SetAlias(alias) => {
+                let alias = LinkAttribute::IfAlias(alias.clone());
+                self.set(name, |link| link.append_extra_attribute(alias))
+            }
             Op::SetUp => self.set(name, |link| link.up()),
             Op::AddAddress(address) => {
                 if address.is_ipv6() {
@@ -385,6 +381,7 @@ impl Op {
                 | Self::CreateDevice(_)
                 | Self::SetMac(_)
                 | Self::SetMtu(_)
+                | Self::SetAlias(_)
                 | Self::SetUp
                 | Self::AddAddress(_)
                 | Self::RemoveAddress(..)
