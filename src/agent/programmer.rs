@@ -205,11 +205,15 @@ impl<F: Fn(Told)> Worker<F> {
             let now = Instant::now();
             let is_due = self.due.is_some_and(|due| due <= now);
             let may_repair = self.worked.is_none_or(|worked| now >= worked + REPAIR_GAP);
-            if is_due || (self.table_touched && may_repair) {
-                self.write_table();
+            let verify = self.table_touched && may_repair || is_due && self.reached;
+            if is_due || verify {
+                self.see_to_table(verify);
             }
             if is_due || (self.touched.ours && may_repair) {
                 self.work();
+            }
+            if is_due && self.surroundings.is_table_unread() {
+                self.see_to_table(true);
             }
             if is_due {
                 self.look_around();
@@ -316,11 +320,16 @@ impl<F: Fn(Told)> Worker<F> {
         Ok(())
     }
 
-    /// Before the tunnels: a new member is let in before it is spoken to.
-    fn write_table(&mut self) {
-        self.table_touched = false;
+    /// Before the tunnels: a new member is let in before it is spoken to. It does not wait for the whole
+    /// table to be read.
+    fn see_to_table(&mut self, verify: bool) {
         let Some(Goal { state: State::Overlay(_, firewall), .. }) = &self.goal else { return };
-        self.surroundings.write_table(firewall);
+        if verify {
+            self.table_touched = false;
+            self.surroundings.verify_table(firewall);
+        } else {
+            self.surroundings.write_table(firewall);
+        }
         self.worked = Some(Instant::now());
         self.tell_host();
     }

@@ -7,14 +7,14 @@ use std::{
     collections::BTreeSet,
     io,
     os::fd::{AsFd as _, BorrowedFd},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use crate::{
     dataplane::{
         desired::{Desired, Mode},
         firewall::Firewall,
-        kernel::{FirewallTable, Pass, sysctl},
+        kernel::{FirewallTable, sysctl},
     },
     netlink::nftables::Changes,
 };
@@ -22,6 +22,8 @@ use crate::{
 /// Chains of others may have very many rules: reading them takes no more than one part in so many of the
 /// time.
 const SHARE: u32 = 1_000;
+/// What the kernel refused is tried again after so long. Every try changes the table.
+const TRY_AGAIN: Duration = Duration::from_secs(60);
 
 /// As it was last seen.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -41,6 +43,8 @@ pub struct Surroundings {
     /// Sysctls that were right when last looked at.
     right: BTreeSet<String>,
     table_problem: Option<String>,
+    /// The kernel would not have the masquerade.
+    refused_at: Option<Instant>,
     problems: Vec<String>,
     dropped: u64,
     repaired: Vec<&'static str>,
@@ -60,6 +64,7 @@ impl Surroundings {
             set_sysctls,
             right: BTreeSet::new(),
             table_problem: None,
+            refused_at: None,
             problems: Vec::new(),
             dropped: 0,
             repaired: Vec::new(),
@@ -79,26 +84,22 @@ impl Surroundings {
         self.changes.as_mut().map_or(Ok(false), |changes| changes.touched(table))
     }
 
-    /// Makes our table equal to what is wanted. Where masquerade is impossible the guard is not given up.
+    /// Makes our table equal to what is wanted, without reading it.
     pub fn write_table(&mut self, firewall: &Firewall) {
-        let written = self.try_write(firewall).or_else(|error| {
-            let guard_alone = Firewall { masquerade: Vec::new(), ..firewall.clone() };
-            if guard_alone != *firewall {
-                self.try_write(&guard_alone)?;
-            }
-            Err(error)
-        });
-        self.table_problem = match written {
-            Ok(pass) => {
-                self.dropped = self.dropped.max(pass.dropped);
-                self.repaired.extend(pass.repaired.then_some("firewall"));
-                None
-            }
-            Err(error) => Some(format!(
-                "nftables: {error}: load the modules nf_tables, nf_nat and nft_masq, or set guard = false \
-                 and ip_masq = false"
-            )),
-        };
+        self.on_table(firewall, FirewallTable::write);
+    }
+
+    /// Reads our table, and puts right what is wrong in it.
+    pub fn verify_table(&mut self, firewall: &Firewall) {
+        if let Some(pass) = self.on_table(firewall, FirewallTable::verify) {
+            self.dropped = self.dropped.max(pass.dropped);
+            self.repaired.extend(pass.repaired.then_some("firewall"));
+        }
+    }
+
+    /// Whether what was written has not been read since.
+    pub fn is_table_unread(&self) -> bool {
+        self.table.as_ref().is_ok_and(FirewallTable::is_unread)
     }
 
     /// Looks at sysctls and, now and then, at chains of others.
@@ -154,13 +155,42 @@ impl Surroundings {
         }
     }
 
-    fn try_write(&mut self, firewall: &Firewall) -> io::Result<Pass> {
-        match &mut self.table {
-            Ok(table) => table.reconcile(firewall),
-            Err(_) if firewall.is_empty() => Ok(Pass::default()),
-            Err(error) => Err(io::Error::new(error.kind(), error.to_string())),
+    /// Where masquerade is impossible the guard is not given up.
+    fn on_table<T>(
+        &mut self,
+        firewall: &Firewall,
+        act: impl Fn(&mut FirewallTable, &Firewall) -> io::Result<T>,
+    ) -> Option<T> {
+        let table = match &mut self.table {
+            Ok(table) => table,
+            Err(_) if firewall.is_empty() => return None,
+            Err(error) => {
+                self.table_problem = Some(no_table(error));
+                return None;
+            }
+        };
+        if self.refused_at.is_none_or(|at| at.elapsed() >= TRY_AGAIN) {
+            match act(table, firewall) {
+                Ok(done) => {
+                    (self.refused_at, self.table_problem) = (None, None);
+                    return Some(done);
+                }
+                Err(error) => self.table_problem = Some(no_table(&error)),
+            }
+            if firewall.guard.is_none() || firewall.masquerade.is_empty() {
+                return None;
+            }
+            self.refused_at = Some(Instant::now());
         }
+        act(table, &Firewall { masquerade: Vec::new(), ..firewall.clone() }).ok()
     }
+}
+
+fn no_table(error: &io::Error) -> String {
+    format!(
+        "nftables: {error}: load the modules nf_tables, nf_nat and nft_masq, or set guard = false and \
+         ip_masq = false"
+    )
 }
 
 /// Rules of ours cannot open what a chain of somebody else closes: each chain has to let a packet pass.

@@ -30,6 +30,8 @@ pub struct Link {
     pub kind: String,
     pub mac: Option<Mac>,
     pub mtu: u32,
+    /// What `ip link set alias` gave it; empty without.
+    pub alias: String,
     pub up: bool,
     pub loopback: bool,
     pub message: LinkMessage,
@@ -179,6 +181,7 @@ impl From<LinkMessage> for Link {
             kind: String::new(),
             mac: None,
             mtu: 0,
+            alias: String::new(),
             up: message.header.flags.contains(LinkFlags::Up),
             loopback: message.header.flags.contains(LinkFlags::Loopback),
             message: LinkMessage::default(),
@@ -187,6 +190,7 @@ impl From<LinkMessage> for Link {
             match attribute {
                 LinkAttribute::IfName(name) => link.name.clone_from(name),
                 LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
+                LinkAttribute::IfAlias(alias) => link.alias.clone_from(alias),
                 LinkAttribute::Address(bytes) => {
                     link.mac = bytes.as_slice().try_into().ok().map(Mac::from_bytes);
                 }

@@ -11,6 +11,9 @@ use gossamer::lab::{Agent, Host, Lab, NetNs, Pod};
 
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
+/// No test takes a quarter of that.
+const LIMIT_SECONDS: &str = "240";
+
 pub fn program() -> &'static Path {
     Path::new(env!("CARGO_BIN_EXE_gossamer"))
 }
@@ -34,7 +37,10 @@ pub fn isolated<F: FnOnce(&mut Lab) -> anyhow::Result<()>>(body: F) {
         return;
     }
     let this = std::env::current_exe().expect("the path of this test");
-    let output = Command::new(program())
+    // A program that was to end and did not must not hold up all tests.
+    let output = Command::new("timeout")
+        .arg(LIMIT_SECONDS)
+        .arg(program())
         .args(["lab", "--"])
         .arg(this)
         .args([test, "--exact", "--nocapture", "--test-threads=1"])
@@ -44,7 +50,8 @@ pub fn isolated<F: FnOnce(&mut Lab) -> anyhow::Result<()>>(body: F) {
     print!("{}", text(&output.stdout));
     assert!(
         output.status.success() && text(&output.stdout).contains("1 passed"),
-        "in its namespaces the test failed:\n{}",
+        "in its namespaces the test failed ({}):\n{}",
+        output.status,
         text(&output.stderr)
     );
 }

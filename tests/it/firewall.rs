@@ -263,22 +263,22 @@ fn with_partial_knowledge_those_let_in_before_stay_and_nobody_else_comes_in() {
             found
         };
         let open = || host.netns.run(FirewallTable::open);
-        open()?.reconcile(&wanted(&[1, 2], false))?;
+        open()?.write(&wanted(&[1, 2], false))?;
         // Another process, which has not heard of 2.
         let mut table = open()?;
-        table.reconcile(&wanted(&[1], true))?;
+        table.verify(&wanted(&[1], true))?;
         assert_eq!(members(), [1, 2]);
         for deed in [
             "nft delete table inet gossamer.1",
             "nft add element inet gossamer.1 members4 { 192.0.2.7 }",
         ] {
             tool(&host.netns, deed);
-            assert!(table.reconcile(&wanted(&[1], true))?.repaired, "{deed}");
+            assert!(table.verify(&wanted(&[1], true))?.repaired, "{deed}");
             assert_eq!(members(), [1, 2], "{deed}");
         }
         // It is heard of, and leaves.
-        table.reconcile(&wanted(&[1, 2], true))?;
-        table.reconcile(&wanted(&[1], true))?;
+        table.verify(&wanted(&[1, 2], true))?;
+        table.verify(&wanted(&[1], true))?;
         assert_eq!(members(), [1]);
         Ok(())
     });

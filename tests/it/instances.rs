@@ -167,9 +167,9 @@ fn networks_that_overlap_are_refused() {
         );
         assert_eq!(devices(&host.netns), 0);
         tool(&host.netns, "ip link add gossamer.7 type vxlan id 7 dstport 8472 dev eth0");
-        tool(&host.netns, "ip addr add 10.42.7.0/32 dev gossamer.7");
+        tool(&host.netns, "ip link set gossamer.7 alias 10.42.7.0/24");
         let log = refused(&["--init"])?;
-        assert!(log.contains("and 10.42.7.0/32 of interface gossamer.7"), "{log}");
+        assert!(log.contains("and 10.42.7.0/24 of interface gossamer.7"), "{log}");
         Ok(())
     });
 }

@@ -41,8 +41,12 @@ pub struct FirewallTable {
     written: Option<Written>,
     /// Members that an earlier process let in and this one has not heard of.
     adopted: Option<BTreeSet<IpAddr>>,
+    /// When last read.
+    dropped: u64,
     /// Counted by rules that are gone.
     dropped_before: u64,
+    /// A change of members was refused: the table was not as it should have been.
+    refused: bool,
 }
 
 /// What a pass over the table did.
@@ -58,7 +62,9 @@ pub struct Pass {
 struct Written {
     firewall: Firewall,
     members: BTreeSet<IpAddr>,
-    shown: Shown,
+    rules: usize,
+    /// Not known before it was read for the first time.
+    shown: Option<Shown>,
 }
 
 /// The table's parts that nobody but us may change, without counters.
@@ -71,52 +77,90 @@ struct Shown {
 
 impl FirewallTable {
     pub fn open() -> io::Result<Self> {
-        Ok(Self { nftables: Nftables::open()?, written: None, adopted: None, dropped_before: 0 })
+        Ok(Self {
+            nftables: Nftables::open()?,
+            written: None,
+            adopted: None,
+            dropped: 0,
+            dropped_before: 0,
+            refused: false,
+        })
     }
 
-    /// Makes the table equal to `wanted`.
-    pub fn reconcile(&mut self, wanted: &Firewall) -> io::Result<Pass> {
-        let (shown, counted) = match self.look(&wanted.table) {
-            // A kernel without nftables holds nothing of ours.
-            Err(error) if wanted.is_empty() && is_missing(&error) => return Ok(Pass::default()),
-            looked => looked?,
+    /// Makes the table equal to `wanted`, on the assumption that it still holds what was last written. That
+    /// a new member waits for; whether the assumption is true, [`FirewallTable::verify`] finds out.
+    pub fn write(&mut self, wanted: &Firewall) -> io::Result<()> {
+        let members = self.wanted_members(wanted)?;
+        let Some(written) = self.written.take_if(|w| w.firewall.equals_but_for_members(wanted))
+        else {
+            return self.write_anew(wanted, members);
         };
-        let present = self.members(&wanted.table)?;
-        let members = self.wanted_members(wanted, &present);
-        let dropped = self.dropped_before + counted;
-        let Some(written) = &mut self.written else {
-            if !(wanted.is_empty() && shown == Shown::default()) {
-                self.write(wanted, members)?;
+        let mut steps = Vec::new();
+        let new: Vec<IpAddr> = members.difference(&written.members).copied().collect();
+        let gone: Vec<IpAddr> = written.members.difference(&members).copied().collect();
+        add_elements(&wanted.table, Kind::NewElements, &new, &mut steps);
+        add_elements(&wanted.table, Kind::DelElements, &gone, &mut steps);
+        match self.carry_out(&steps) {
+            Err(_) => {
+                self.refused = true;
+                self.write_anew(wanted, members)
             }
-            return Ok(Pass::default());
-        };
-        let repaired = written.shown != shown || written.members != present;
-        if repaired || !written.firewall.equals_but_for_members(wanted) {
-            self.dropped_before = dropped;
-            self.write(wanted, members)?;
-        } else if members != present {
-            let mut steps = Vec::new();
-            let new: Vec<IpAddr> = members.difference(&present).copied().collect();
-            let gone: Vec<IpAddr> = present.difference(&members).copied().collect();
-            add_elements(&wanted.table, Kind::NewElements, &new, &mut steps);
-            add_elements(&wanted.table, Kind::DelElements, &gone, &mut steps);
-            written.members = members;
-            self.carry_out(&steps)?;
+            Ok(()) => {
+                self.written = Some(Written { members, ..written });
+                Ok(())
+            }
         }
-        Ok(Pass { repaired, dropped })
+    }
+
+    /// Whether it is still to be found out how the kernel shows what was written.
+    pub fn is_unread(&self) -> bool {
+        self.written.as_ref().is_some_and(|written| written.shown.is_none())
+    }
+
+    /// Reads the table, and writes it anew if it is not as it was last written.
+    pub fn verify(&mut self, wanted: &Firewall) -> io::Result<Pass> {
+        self.write(wanted)?;
+        let Some(written) = &mut self.written else { return Ok(Pass::default()) };
+        let (shown, counted) = look(&mut self.nftables, &wanted.table)?;
+        let present = members_in(&mut self.nftables, &wanted.table)?;
+        self.dropped = self.dropped_before + counted;
+        let right = written.is_shown_by(&shown, &present);
+        if right {
+            written.shown = Some(shown);
+        } else {
+            let members = self.wanted_members(wanted)?;
+            self.write_anew(wanted, members)?;
+            self.read_back(&wanted.table)?;
+        }
+        let repaired = std::mem::take(&mut self.refused) || !right;
+        Ok(Pass { repaired, dropped: self.dropped })
+    }
+
+    /// Learns how the kernel shows what has just been written.
+    fn read_back(&mut self, table: &str) -> io::Result<()> {
+        let Some(written) = &mut self.written else { return Ok(()) };
+        let (shown, _) = look(&mut self.nftables, table)?;
+        let present = members_in(&mut self.nftables, table)?;
+        if !written.is_shown_by(&shown, &present) {
+            return Err(io::Error::other("another program changes the table at the same time"));
+        }
+        written.shown = Some(shown);
+        Ok(())
     }
 
     /// With partial knowledge, members that an earlier process let in stay. What has once been in a view of
     /// this one is no longer in doubt, and whoever is put into the set by others is no member.
-    fn wanted_members(
-        &mut self,
-        wanted: &Firewall,
-        present: &BTreeSet<IpAddr>,
-    ) -> BTreeSet<IpAddr> {
-        let Some(guard) = &wanted.guard else { return BTreeSet::new() };
-        let adopted = self.adopted.get_or_insert_with(|| present.clone());
+    fn wanted_members(&mut self, wanted: &Firewall) -> io::Result<BTreeSet<IpAddr>> {
+        let Some(guard) = &wanted.guard else { return Ok(BTreeSet::new()) };
+        let mut adopted = match self.adopted.take() {
+            Some(adopted) => adopted,
+            None if guard.lenient => members_in(&mut self.nftables, &wanted.table)?,
+            None => BTreeSet::new(),
+        };
         adopted.retain(|address| guard.lenient && !guard.members.contains(address));
-        &guard.members | adopted
+        let members = &guard.members | &adopted;
+        self.adopted = Some(adopted);
+        Ok(members)
     }
 
     /// Removes a table and everything in it; one that is not there is no error.
@@ -141,7 +185,7 @@ impl FirewallTable {
         closed_forward_chains(&mut self.nftables, networks)
     }
 
-    fn write(&mut self, wanted: &Firewall, members: BTreeSet<IpAddr>) -> io::Result<()> {
+    fn write_anew(&mut self, wanted: &Firewall, members: BTreeSet<IpAddr>) -> io::Result<()> {
         let table = &wanted.table;
         let mut steps = vec![create_table(table), delete_table(table)];
         if !wanted.is_empty() {
@@ -154,13 +198,14 @@ impl FirewallTable {
             add_masquerade(table, &wanted.masquerade, &mut steps);
         }
         self.written = None;
-        self.carry_out(&steps)?;
-        let (shown, _) = self.look(table)?;
-        let rules = steps.iter().filter(|step| step.kind == Kind::NewRule).count();
-        if shown.rules.len() != rules {
-            return Err(io::Error::other("another program changes the table at the same time"));
+        self.dropped_before = self.dropped;
+        match self.carry_out(&steps) {
+            // A kernel without nftables holds nothing of ours.
+            Err(error) if wanted.is_empty() && is_missing(&error) => return Ok(()),
+            written => written?,
         }
-        self.written = Some(Written { firewall: wanted.clone(), members, shown });
+        let rules = steps.iter().filter(|step| step.kind == Kind::NewRule).count();
+        self.written = Some(Written { firewall: wanted.clone(), members, rules, shown: None });
         Ok(())
     }
 
@@ -180,52 +225,15 @@ impl FirewallTable {
         }
         Ok(())
     }
+}
 
-    /// The table as it is, and how many packets its rules have counted.
-    fn look(&mut self, table: &str) -> io::Result<(Shown, u64)> {
-        let (mut shown, mut counted) = (Shown::default(), 0);
-        let ours = |object: &Object| object.family == INET && name_of(object, 1) == table;
-        for object in self.nftables.dump(Kind::GetTable, INET, &Attributes::new())? {
-            if ours(&object) {
-                shown.table.push(parts(&object, &[2]));
-            }
-        }
-        for object in self.nftables.dump(Kind::GetChain, INET, &Attributes::new())? {
-            if ours(&object) {
-                shown.chains.push(parts(&object, &[3, 4, 5, 7]));
-            }
-        }
-        let filter = Attributes::new().text(1, table);
-        for object in self.nftables.dump(Kind::GetRule, INET, &filter)?.iter().filter(|o| ours(o)) {
-            let mut right = Vec::new();
-            let expressions = attributes::find(&object.attributes, 4).unwrap_or_default();
-            for (_, expression) in attributes::read(expressions) {
-                let name = attributes::find(expression, 1).map(attributes::text);
-                if name == Some("counter") {
-                    let data = attributes::find(expression, 2).unwrap_or_default();
-                    let packets = attributes::find(data, 2).and_then(<[u8]>::first_chunk);
-                    counted += packets.map_or(0, |bytes| u64::from_be_bytes(*bytes));
-                } else {
-                    right.extend(expression);
-                }
-            }
-            shown.rules.push((name_of(object, 2).to_owned(), right));
-        }
-        Ok((shown, counted))
-    }
-
-    fn members(&mut self, table: &str) -> io::Result<BTreeSet<IpAddr>> {
-        let mut members = BTreeSet::new();
-        for set in [SET4, SET6] {
-            let filter = Attributes::new().text(1, table).text(2, set);
-            for object in self.nftables.dump(Kind::GetElements, INET, &filter)? {
-                let list = attributes::find(&object.attributes, 3).unwrap_or_default();
-                members.extend(attributes::read(list).filter_map(|(_, element)| {
-                    attributes::address(attributes::find(attributes::find(element, 1)?, 1)?)
-                }));
-            }
-        }
-        Ok(members)
+impl Written {
+    fn is_shown_by(&self, shown: &Shown, members: &BTreeSet<IpAddr>) -> bool {
+        let rules_are_right = match &self.shown {
+            Some(before) => before == shown,
+            None => self.rules == shown.rules.len(),
+        };
+        rules_are_right && self.members == *members
     }
 }
 
@@ -239,6 +247,53 @@ impl Firewall {
             && self.masquerade == other.masquerade
             && self.guard.as_ref().map(place) == other.guard.as_ref().map(place)
     }
+}
+
+/// The table as it is, and how many packets its rules have counted.
+fn look(nftables: &mut Nftables, table: &str) -> io::Result<(Shown, u64)> {
+    let (mut shown, mut counted) = (Shown::default(), 0);
+    let ours = |object: &Object| object.family == INET && name_of(object, 1) == table;
+    for object in nftables.dump(Kind::GetTable, INET, &Attributes::new())? {
+        if ours(&object) {
+            shown.table.push(parts(&object, &[2]));
+        }
+    }
+    for object in nftables.dump(Kind::GetChain, INET, &Attributes::new())? {
+        if ours(&object) {
+            shown.chains.push(parts(&object, &[3, 4, 5, 7]));
+        }
+    }
+    let filter = Attributes::new().text(1, table);
+    for object in nftables.dump(Kind::GetRule, INET, &filter)?.iter().filter(|o| ours(o)) {
+        let mut right = Vec::new();
+        let expressions = attributes::find(&object.attributes, 4).unwrap_or_default();
+        for (_, expression) in attributes::read(expressions) {
+            let name = attributes::find(expression, 1).map(attributes::text);
+            if name == Some("counter") {
+                let data = attributes::find(expression, 2).unwrap_or_default();
+                let packets = attributes::find(data, 2).and_then(<[u8]>::first_chunk);
+                counted += packets.map_or(0, |bytes| u64::from_be_bytes(*bytes));
+            } else {
+                right.extend(expression);
+            }
+        }
+        shown.rules.push((name_of(object, 2).to_owned(), right));
+    }
+    Ok((shown, counted))
+}
+
+fn members_in(nftables: &mut Nftables, table: &str) -> io::Result<BTreeSet<IpAddr>> {
+    let mut members = BTreeSet::new();
+    for set in [SET4, SET6] {
+        let filter = Attributes::new().text(1, table).text(2, set);
+        for object in nftables.dump(Kind::GetElements, INET, &filter)? {
+            let list = attributes::find(&object.attributes, 3).unwrap_or_default();
+            members.extend(attributes::read(list).filter_map(|(_, element)| {
+                attributes::address(attributes::find(attributes::find(element, 1)?, 1)?)
+            }));
+        }
+    }
+    Ok(members)
 }
 
 fn add_guard(table: &str, guard: &Guard, members: &BTreeSet<IpAddr>, steps: &mut Vec<Step>) {

@@ -76,15 +76,6 @@ pub(super) fn device_message(device: &Device) -> LinkMessage {
     .build()
 }
 
-/// What `ip link set alias` gave the device; empty without.
-pub(super) fn alias_of(link: &Link) -> &str {
-    let alias = link.message.attributes.iter().find_map(|attribute| match attribute {
-        LinkAttribute::IfAlias(alias) => Some(alias.as_str()),
-        _ => None,
-    });
-    alias.unwrap_or_default()
-}
-
 /// (VNI, port), local address, underlay interface, and whether it is not a device as we make them.
 pub(super) fn fixed_attributes(link: &Link) -> ((u32, u16), IpAddr, u32, bool) {
     let (mut vni, mut port, mut underlay, mut foreign) = (0, 0, 0, false);

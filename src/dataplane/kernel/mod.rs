@@ -30,7 +30,7 @@ pub use self::{
     watch::Touched,
 };
 use self::{
-    messages::{alias_of, device_message, fixed_attributes, no_ipv6_address, request, solicit_us},
+    messages::{device_message, fixed_attributes, no_ipv6_address, request, solicit_us},
     watch::miss,
 };
 use super::{
@@ -246,9 +246,8 @@ impl Kernel {
         let of_underlay = all.iter().filter(|address| address.link == underlay);
         let addresses = of_underlay.map(|address| (IpNet::from(address.ip), address.link));
         let others = links.iter().filter(|link| is_gossamers(link) && link.name != name);
-        let networks = others.flat_map(|link| {
-            networks_in_alias(alias_of(link)).map(|network| (network, link.index))
-        });
+        let networks = others
+            .flat_map(|link| networks_in_alias(&link.alias).map(|network| (network, link.index)));
         for (what, holder) in addresses.chain(networks) {
             let overlaps = |network: &IpNet| network.contains(&what) || what.contains(network);
             if let Some(network) = pool.networks().iter().find(overlaps) {

@@ -18,7 +18,7 @@ use rtnetlink::packet_route::{
 
 use super::{
     Kernel, KernelError, is_gossamers,
-    messages::{alias_of, destination, fixed_attributes, lladdr, metric_of, our_route, subnet_of},
+    messages::{destination, fixed_attributes, lladdr, metric_of, our_route, subnet_of},
 };
 use crate::{
     dataplane::{
@@ -95,7 +95,7 @@ impl Kernel {
             port,
             mac: link.mac.unwrap_or(Mac::from_bytes([0; 6])),
             mtu: link.mtu,
-            alias: alias_of(link).to_owned(),
+            alias: link.alias.clone(),
             local,
             link: underlay,
             addresses: BTreeSet::new(),

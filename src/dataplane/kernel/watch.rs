@@ -79,6 +79,7 @@ impl Touched {
                 && link.name == wanted.name
                 && link.up
                 && link.mtu == wanted.mtu
+                && link.alias == wanted.alias
                 && link.mac == Some(wanted.mac);
             self.ours |= !right;
         }
