@@ -7,9 +7,11 @@
 //! here.
 
 pub mod attributes;
+pub mod ethtool;
 pub mod link;
 pub mod monitor;
 pub mod nftables;
+mod raw;
 
 use std::{fmt, io, time::Duration};
 

@@ -11,13 +11,16 @@ use std::{
 };
 
 use rtnetlink::{
-    packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST},
+    packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST},
     sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER},
 };
 
 use super::{
-    DUMP_TRIES, RECEIVE_BUFFER, attributes, attributes::Attributes, drain, open_socket, receive,
-    send_all,
+    DUMP_TRIES, RECEIVE_BUFFER, attributes,
+    attributes::Attributes,
+    drain, open_socket,
+    raw::{Answer, answers, append},
+    receive, send_all,
 };
 
 /// `NFPROTO_INET`: tables for both families.
@@ -28,10 +31,6 @@ pub const ANY: u8 = 0;
 const SUBSYSTEM: u16 = 10;
 const BATCH_BEGIN: u16 = 0x10;
 const BATCH_END: u16 = 0x11;
-const NLMSG_ERROR: u16 = 2;
-const NLMSG_DONE: u16 = 3;
-/// `struct nlmsghdr` and `struct nfgenmsg`.
-const HEADERS: usize = 20;
 /// As far as the system's limit allows.
 const SEND_BUFFER: usize = 1 << 20;
 const ENOENT: i32 = 2;
@@ -90,7 +89,8 @@ impl Nftables {
     /// Carries out all steps on tables of both families, or none; the error is that of the first that failed.
     pub fn transaction(&mut self, steps: &[Step]) -> io::Result<()> {
         let mut bytes = Vec::new();
-        self.append(BATCH_BEGIN, NLM_F_REQUEST, 0, SUBSYSTEM, &[], &mut bytes);
+        let subsystem = nfgenmsg(ANY, SUBSYSTEM);
+        self.append(BATCH_BEGIN, NLM_F_REQUEST, subsystem, &Attributes::new(), &mut bytes);
         // What is wrong with the subsystem as a whole comes back under the number of the beginning.
         let begin = self.sequence;
         for (i, step) in steps.iter().enumerate() {
@@ -98,10 +98,10 @@ impl Nftables {
             let ack = if i + 1 == steps.len() { NLM_F_ACK } else { 0 };
             let kind = SUBSYSTEM << 8 | step.kind as u16;
             let flags = NLM_F_REQUEST | ack | step.flags;
-            self.append(kind, flags, INET, 0, step.attributes.as_bytes(), &mut bytes);
+            self.append(kind, flags, nfgenmsg(INET, 0), &step.attributes, &mut bytes);
         }
         let last = self.sequence;
-        self.append(BATCH_END, NLM_F_REQUEST, 0, SUBSYSTEM, &[], &mut bytes);
+        self.append(BATCH_END, NLM_F_REQUEST, subsystem, &Attributes::new(), &mut bytes);
         send_all(&self.socket, &bytes)?;
         loop {
             for message in self.receive()? {
@@ -135,7 +135,7 @@ impl Nftables {
         let mut bytes = Vec::new();
         let flags = NLM_F_REQUEST | NLM_F_DUMP;
         let kind = SUBSYSTEM << 8 | kind as u16;
-        self.append(kind, flags, family, 0, filter.as_bytes(), &mut bytes);
+        self.append(kind, flags, nfgenmsg(family, 0), filter, &mut bytes);
         let sequence = self.sequence;
         send_all(&self.socket, &bytes)?;
         let mut found = Vec::new();
@@ -146,7 +146,8 @@ impl Nftables {
                 match (message.error, message.done) {
                     (Some(ENOENT), _) | (_, true) => return Ok((!interrupted).then_some(found)),
                     (Some(errno), _) => return Err(io::Error::from_raw_os_error(errno)),
-                    (None, false) => found.push(message.object),
+                    (None, false) => found
+                        .push(Object { family: message.own[0], attributes: message.attributes }),
                 }
             }
         }
@@ -156,27 +157,24 @@ impl Nftables {
         &mut self,
         kind: u16,
         flags: u16,
-        family: u8,
-        resource: u16,
-        attributes: &[u8],
+        own: [u8; 4],
+        attributes: &Attributes,
         bytes: &mut Vec<u8>,
     ) {
         self.sequence = self.sequence.wrapping_add(1);
-        bytes.extend(((HEADERS + attributes.len()) as u32).to_ne_bytes());
-        bytes.extend(kind.to_ne_bytes());
-        bytes.extend(flags.to_ne_bytes());
-        bytes.extend(self.sequence.to_ne_bytes());
-        bytes.extend([0; 4]);
-        bytes.extend([family, 0]);
-        bytes.extend(resource.to_be_bytes());
-        // Always a multiple of four, like every attribute.
-        bytes.extend(attributes);
+        append(kind, flags, self.sequence, own, attributes, bytes);
     }
 
     fn receive(&mut self) -> io::Result<Vec<Answer>> {
         receive(&self.socket, &mut self.buffer)?;
         Ok(answers(&self.buffer).collect())
     }
+}
+
+/// `struct nfgenmsg`: family, version and, in network order, which subsystem a batch is for.
+const fn nfgenmsg(family: u8, resource: u16) -> [u8; 4] {
+    let [high, low] = resource.to_be_bytes();
+    [family, 0, high, low]
 }
 
 /// Whether the error says that the kernel has no nftables.
@@ -205,7 +203,7 @@ impl Changes {
         let mut touched = false;
         // In every kind of object the first attribute names the table.
         let of_table = |answer: Answer| {
-            let name = attributes::find(&answer.object.attributes, 1);
+            let name = attributes::find(&answer.attributes, 1);
             name.is_some_and(|name| attributes::text(name) == table)
         };
         let overrun = drain(&self.socket, &mut self.buffer, |bytes| {
@@ -220,35 +218,6 @@ impl AsFd for Changes {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
-}
-
-struct Answer {
-    sequence: u32,
-    /// 0 is an acknowledgement.
-    error: Option<i32>,
-    done: bool,
-    interrupted: bool,
-    object: Object,
-}
-
-fn answers(bytes: &[u8]) -> impl Iterator<Item = Answer> {
-    let mut rest = bytes;
-    std::iter::from_fn(move || {
-        let length = u32::from_ne_bytes(*rest.first_chunk()?) as usize;
-        let message = rest.get(..length).filter(|_| length >= HEADERS)?;
-        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
-        let kind = u16::from_ne_bytes(*message.get(4..)?.first_chunk()?);
-        let flags = u16::from_ne_bytes(*message.get(6..)?.first_chunk()?);
-        let sequence = u32::from_ne_bytes(*message.get(8..)?.first_chunk()?);
-        let errno = -i32::from_ne_bytes(*message.get(16..)?.first_chunk()?);
-        Some(Answer {
-            sequence,
-            error: (kind == NLMSG_ERROR).then_some(errno),
-            done: kind == NLMSG_DONE,
-            interrupted: flags & NLM_F_DUMP_INTR != 0,
-            object: Object { family: message[16], attributes: message[HEADERS..].to_vec() },
-        })
-    })
 }
 
 /// Expressions of a rule, in order.

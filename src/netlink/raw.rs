@@ -1,0 +1,85 @@
+//! Messages of protocols that the packet crates do not speak: `struct nlmsghdr`, four bytes whose meaning is
+//! the protocol's own (`struct nfgenmsg`, `struct genlmsghdr`), and attributes.
+//!
+//! Shapes only; nothing is sent here.
+
+use rtnetlink::packet_core::NLM_F_DUMP_INTR;
+
+use super::attributes::Attributes;
+
+const NLMSG_ERROR: u16 = 2;
+const NLMSG_DONE: u16 = 3;
+/// `struct nlmsghdr` and the protocol's four bytes.
+const HEADERS: usize = 20;
+
+/// A message of the kernel.
+pub struct Answer {
+    pub sequence: u32,
+    /// 0 is an acknowledgement.
+    pub error: Option<i32>,
+    /// The end of a dump.
+    pub done: bool,
+    /// Something changed during the dump.
+    pub interrupted: bool,
+    /// The protocol's four bytes.
+    pub own: [u8; 4],
+    pub attributes: Vec<u8>,
+}
+
+/// Appends a request; every one begins on a multiple of four bytes, like every attribute.
+pub fn append(
+    kind: u16,
+    flags: u16,
+    sequence: u32,
+    own: [u8; 4],
+    attributes: &Attributes,
+    bytes: &mut Vec<u8>,
+) {
+    let attributes = attributes.as_bytes();
+    bytes.extend(((HEADERS + attributes.len()) as u32).to_ne_bytes());
+    bytes.extend(kind.to_ne_bytes());
+    bytes.extend(flags.to_ne_bytes());
+    bytes.extend(sequence.to_ne_bytes());
+    bytes.extend([0; 4]);
+    bytes.extend(own);
+    bytes.extend(attributes);
+}
+
+/// The messages of one datagram, up to the first that is cut off.
+pub fn answers(bytes: &[u8]) -> impl Iterator<Item = Answer> {
+    let mut rest = bytes;
+    std::iter::from_fn(move || {
+        let length = u32::from_ne_bytes(*rest.first_chunk()?) as usize;
+        let message = rest.get(..length).filter(|_| length >= HEADERS)?;
+        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+        let kind = u16::from_ne_bytes(*message.get(4..)?.first_chunk()?);
+        let flags = u16::from_ne_bytes(*message.get(6..)?.first_chunk()?);
+        let own = *message.get(16..)?.first_chunk()?;
+        Some(Answer {
+            sequence: u32::from_ne_bytes(*message.get(8..)?.first_chunk()?),
+            error: (kind == NLMSG_ERROR).then_some(-i32::from_ne_bytes(own)),
+            done: kind == NLMSG_DONE,
+            interrupted: flags & NLM_F_DUMP_INTR != 0,
+            own,
+            attributes: message[HEADERS..].to_vec(),
+        })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whole_messages_are_read_and_what_is_cut_off_is_not() {
+        let attributes = Attributes::new().text(1, "abcd");
+        let mut bytes = Vec::new();
+        append(7, 0, 1, [2, 0, 0, 0], &attributes, &mut bytes);
+        append(NLMSG_ERROR, 0, 2, (-17_i32).to_ne_bytes(), &Attributes::new(), &mut bytes);
+        let read: Vec<Answer> = answers(&bytes).collect();
+        assert_eq!((read.len(), read[0].sequence, read[0].own[0]), (2, 1, 2));
+        assert_eq!((read[0].error, read[1].error), (None, Some(17)));
+        assert_eq!(read[0].attributes, attributes.as_bytes());
+        assert_eq!(answers(&bytes[..bytes.len() - 1]).count(), 1);
+    }
+}
