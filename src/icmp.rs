@@ -1,4 +1,6 @@
-//! ICMP echo (RFC 792, RFC 4443): questions that every kernel answers, whatever runs on it.
+//! ICMP (RFC 792, RFC 4443): questions that every kernel answers, whatever runs on it.
+//!
+//! Echoes, and what a kernel says about a datagram for which nobody waits.
 
 use std::{
     io::{self, IoSliceMut},
@@ -12,10 +14,14 @@ use nix::sys::socket::{
 };
 use socket2::{Domain, Protocol, Socket, Type};
 
+use crate::netlink::attributes::address;
+
 /// Payload of an ordinary request.
 pub const SMALL: usize = 56;
 /// Enough of a packet to parse it.
 const PARSED: usize = 128;
+/// `IPPROTO_UDP`
+const UDP: u8 = 17;
 /// Enough for what the kernel says about where a packet came in.
 const CONTROL: usize = 128;
 
@@ -26,14 +32,32 @@ pub enum Family {
     Inet6,
 }
 
+/// By what answers are recognised as ours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Asker {
+    /// Of echo requests.
+    pub identifier: u16,
+    /// UDP port from which datagrams are sent.
+    pub port: u16,
+}
+
 /// What came in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Echo {
+pub struct Heard {
     pub from: IpAddr,
-    /// The number of our request that this answers; none, if it is a request of somebody else.
-    pub answers: Option<u16>,
     /// Index of the interface by which it came.
     pub interface: u32,
+    pub what: What,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum What {
+    /// Somebody else's request.
+    Request,
+    /// The answer to our request with this number.
+    Answer(u16),
+    /// Our datagram has arrived whole, and nobody waits for it.
+    Refusal,
 }
 
 impl Family {
@@ -61,8 +85,8 @@ impl Family {
         }
     }
 
-    /// Takes the next packet from a socket; none, if it is no echo that concerns whoever has this identifier.
-    pub fn receive(self, socket: &impl AsRawFd, identifier: u16) -> io::Result<Option<Echo>> {
+    /// Takes the next packet from a socket; none, if it does not concern whoever asks.
+    pub fn receive(self, socket: &impl AsRawFd, asker: Asker) -> io::Result<Option<Heard>> {
         let mut buffer = [0; PARSED];
         let mut control = vec![0; CONTROL];
         let mut parts = [IoSliceMut::new(&mut buffer)];
@@ -85,7 +109,7 @@ impl Family {
         }
         let length = message.bytes;
         let packet = buffer.get(..length).unwrap_or_default();
-        Ok(from.and_then(|from| self.parse(identifier, from, interface, packet)))
+        Ok(from.and_then(|from| self.parse(asker, from, interface, packet)))
     }
 
     /// Headers of IP and ICMP: what a packet is larger than its payload.
@@ -110,9 +134,9 @@ impl Family {
         packet
     }
 
-    /// Reads a packet as a raw socket gives it, with IPv4 after its header; none, if it is no echo that
-    /// concerns whoever has this identifier.
-    fn parse(self, identifier: u16, from: IpAddr, interface: u32, packet: &[u8]) -> Option<Echo> {
+    /// Reads a packet as a raw socket gives it, with IPv4 after its header; none, if it does not
+    /// concern whoever asks.
+    fn parse(self, asker: Asker, from: IpAddr, interface: u32, packet: &[u8]) -> Option<Heard> {
         let header = match self {
             Self::Inet => usize::from(packet.first()? & 0x0f) * 4,
             Self::Inet6 => 0,
@@ -120,12 +144,37 @@ impl Family {
         let icmp = packet.get(header..)?;
         let number = u16::from_be_bytes(icmp.get(6..8)?.try_into().ok()?);
         let (request, reply) = self.types();
-        match *icmp.first()? {
-            kind if kind == reply && *icmp.get(4..6)? == identifier.to_be_bytes() => {
-                Some(Echo { from, answers: Some(number), interface })
+        let what = match *icmp.first()? {
+            kind if kind == reply => {
+                let ours = *icmp.get(4..6)? == asker.identifier.to_be_bytes();
+                ours.then_some(What::Answer(number))?
             }
-            kind if kind == request => Some(Echo { from, answers: None, interface }),
-            _ => None,
+            kind if kind == request => What::Request,
+            kind if kind == self.unreachable() => {
+                let from_port = self.refused(icmp.get(8..)?, from)?;
+                (from_port == asker.port).then_some(What::Refusal)?
+            }
+            _ => return None,
+        };
+        Some(Heard { from, interface, what })
+    }
+
+    /// The source port of the datagram that is quoted after an ICMP header, if it was sent to `to`.
+    fn refused(self, quoted: &[u8], to: IpAddr) -> Option<u16> {
+        let (protocol, destination, length) = match self {
+            Self::Inet => (9, 16..20, usize::from(quoted.first()? & 0x0f) * 4),
+            Self::Inet6 => (6, 24..40, 40),
+        };
+        let sent_there = address(quoted.get(destination)?) == Some(to);
+        let port = quoted.get(length..)?.first_chunk()?;
+        (sent_there && *quoted.get(protocol)? == UDP).then_some(u16::from_be_bytes(*port))
+    }
+
+    /// The type of "destination unreachable".
+    const fn unreachable(self) -> u8 {
+        match self {
+            Self::Inet => 3,
+            Self::Inet6 => 1,
         }
     }
 
@@ -168,12 +217,39 @@ mod tests {
             let from = IpAddr::from([10, 42, 7, 0]);
             let mut packet = header.to_vec();
             packet.extend(family.request(7, 9, 4));
-            let parse = |identifier, packet: &[u8]| family.parse(identifier, from, 3, packet);
-            assert_eq!(parse(7, &packet), Some(Echo { from, answers: None, interface: 3 }));
+            let parse = |identifier, packet: &[u8]| {
+                family.parse(Asker { identifier, port: 1 }, from, 3, packet).map(|heard| heard.what)
+            };
+            assert_eq!(parse(7, &packet), Some(What::Request));
             packet[header.len()] = reply;
-            assert_eq!(parse(7, &packet), Some(Echo { from, answers: Some(9), interface: 3 }));
+            assert_eq!(parse(7, &packet), Some(What::Answer(9)));
             assert_eq!(parse(8, &packet), None, "of somebody else");
             (0..header.len() + 8).for_each(|len| assert_eq!(parse(7, &packet[..len]), None));
         }
+    }
+
+    #[test]
+    fn only_what_is_said_of_our_datagram_by_whom_it_was_sent_to_is_a_refusal() {
+        let ip_header = [0x45, 0, 0, 0, 0, 0, 0, 0, 64, 1, 0, 0, 10, 42, 7, 0, 10, 42, 9, 0];
+        let mut quoted =
+            [0x45, 0, 0, 0, 0, 0, 0, 0, 64, 17, 0, 0, 10, 42, 9, 0, 10, 42, 7, 0].to_vec();
+        quoted.extend([0x12, 0x34, 0x82, 0x9a, 0, 8, 0, 0]);
+        let packet = [&ip_header[..], &[3, 3, 0, 0, 0, 0, 0, 0], &quoted].concat();
+        let parse = |port, from: [u8; 4], packet: &[u8]| {
+            let asker = Asker { identifier: 7, port };
+            Family::Inet.parse(asker, from.into(), 3, packet).map(|heard| heard.what)
+        };
+        let peer = [10, 42, 7, 0];
+        assert_eq!(parse(0x1234, peer, &packet), Some(What::Refusal));
+        assert_eq!(parse(0x1235, peer, &packet), None, "of somebody else");
+        assert_eq!(parse(0x1234, [10, 42, 7, 1], &packet), None, "from somewhere on the way");
+        (0..packet.len() - 6).for_each(|len| assert_eq!(parse(0x1234, peer, &packet[..len]), None));
+        let from: IpAddr = "fd42:0:0:7::".parse().expect("an address");
+        let mut quoted = [0; 48];
+        (quoted[6], quoted[40], quoted[41]) = (17, 0x12, 0x34);
+        quoted[24..40].copy_from_slice(&crate::netlink::attributes::octets(from));
+        let packet = [&[1, 4, 0, 0, 0, 0, 0, 0], &quoted[..]].concat();
+        let heard = Family::Inet6.parse(Asker { identifier: 7, port: 0x1234 }, from, 3, &packet);
+        assert_eq!(heard.map(|heard| heard.what), Some(What::Refusal));
     }
 }

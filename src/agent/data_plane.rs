@@ -43,6 +43,8 @@ pub(super) struct KernelState {
     pub(super) answered: u64,
     /// Its index, as long as there is one.
     pub(super) device: Option<u32>,
+    /// Whether checksums are left to it, as far as is known.
+    pub(super) checksum_offload: Option<bool>,
     /// The device has been made equal to the view at least once.
     pub(super) programmed_once: bool,
     pub(super) problem: Option<String>,
@@ -63,7 +65,8 @@ impl Agent {
         let state = match (&self.kernel.wanted, self.node.cluster()) {
             (Some(view), _) => {
                 let underlay = self.underlay.with_mode(self.config.mode);
-                let desired = Desired::new(view, &underlay, &self.kernel.withdrawn_peers);
+                let mut desired = Desired::new(view, &underlay, &self.kernel.withdrawn_peers);
+                desired.device.checksum_offload = self.prober.wanted_offload();
                 State::Overlay(Box::new(desired), Firewall::new(view, &self.config.firewall))
             }
             (None, Some(cluster)) if self.kernel.withdrawn => State::Nothing {
@@ -94,6 +97,7 @@ impl Agent {
         match result {
             Ok(report) => {
                 self.kernel.device = report.device;
+                self.kernel.checksum_offload = report.checksum_offload;
                 let operations: u64 = report.done.values().sum();
                 self.kernel.operations += operations;
                 if repair && operations > 0 {

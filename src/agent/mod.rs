@@ -42,7 +42,7 @@ use crate::{
         desired::device_name,
         kernel::{FirewallTable, Kernel, KernelError},
     },
-    icmp::Echo,
+    icmp::Heard,
     model::{NodeId, Pool, Time},
     store::{History, StateDir, Writer, Written},
     transport::{Event, Transport},
@@ -125,7 +125,7 @@ enum Arrival {
     Deadline,
     News(News),
     Network(Event),
-    Echo(Echo),
+    Heard(Heard),
 }
 
 /// What comes in from threads and from the control socket.
@@ -140,7 +140,7 @@ impl Agent {
         mut self,
         mut network: mpsc::Receiver<Event>,
         mut threads: mpsc::UnboundedReceiver<News>,
-        mut echoes: mpsc::Receiver<Echo>,
+        mut heard: mpsc::Receiver<Heard>,
     ) -> std::io::Result<Ending> {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
@@ -154,7 +154,7 @@ impl Agent {
                 () = tokio::time::sleep_until(wake) => Arrival::Deadline,
                 Some(news) = threads.recv() => Arrival::News(news),
                 Some(event) = network.recv() => Arrival::Network(event),
-                Some(echo) = echoes.recv() => Arrival::Echo(echo),
+                Some(heard) = heard.recv() => Arrival::Heard(heard),
             };
             let turn = Instant::now();
             self.on_arrival(first, turn);
@@ -184,7 +184,7 @@ impl Agent {
             Arrival::Deadline => self.on_deadline(now),
             Arrival::News(news) => self.on_news(news),
             Arrival::Network(event) => self.on_network(event),
-            Arrival::Echo(echo) => self.on_echo(echo),
+            Arrival::Heard(heard) => self.on_heard(heard),
         }
     }
 

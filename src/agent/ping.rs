@@ -13,7 +13,7 @@ use tokio::sync::oneshot;
 use super::{Agent, subnet_env::gateway};
 use crate::{
     api::{PingReport, Reach},
-    icmp::{self, Echo},
+    icmp,
     model::NodeId,
 };
 
@@ -94,13 +94,13 @@ impl Agent {
         }
     }
 
-    /// Says whether an echo was meant for a round.
-    pub(super) fn on_ping_echo(&mut self, echo: &Echo) -> bool {
+    /// Says whether an answer to a request with this number was meant for a round.
+    pub(super) fn on_ping_answer(&mut self, from: IpAddr, number: u16) -> bool {
         for Round { report, begun, sequences, .. } in &mut self.rounds {
             for (reach, sequence) in
                 [&mut report.overlay, &mut report.pods].into_iter().zip(sequences)
             {
-                if sequence.is_some() && *sequence == echo.answers && reach.to == Some(echo.from) {
+                if *sequence == Some(number) && reach.to == Some(from) {
                     reach.round_trip_ms.get_or_insert(milliseconds(begun.elapsed()));
                     return true;
                 }

@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -15,24 +15,39 @@ use crate::{
     core::Liveness,
     dataplane::{
         desired::Way,
-        paths::{PathState, Paths, Subject},
+        offload::Offload,
+        paths::{Kind, PathState, Paths, Subject},
     },
-    icmp::{self, Echo, Family},
+    icmp::{self, Asker, Family, Heard, What},
     model::NodeId,
 };
 
 /// What follows from time alone is looked at this often.
 const LOOK: Duration = Duration::from_secs(1);
-/// Echoes that wait for the loop; more are shed.
+/// What was heard and waits for the loop; more is shed.
 const QUEUE: usize = 256;
+/// A port at which nobody waits for datagrams, as traceroute has it.
+const NOBODY: u16 = 33_434;
+
+/// What cures it, for the log.
+const TRIAL: &str = "with checksums filled in by the kernel";
 
 /// The sockets, if there are any, and what is known by them.
 pub(super) struct Prober {
-    inet: Option<Arc<UdpSocket>>,
-    inet6: Option<Arc<UdpSocket>>,
-    identifier: u16,
+    inet: Option<Sockets>,
+    inet6: Option<Sockets>,
     paths: Paths,
+    offload: Offload,
     look_at: Instant,
+}
+
+/// Of one family.
+struct Sockets {
+    family: Family,
+    echoes: Arc<UdpSocket>,
+    /// Never read: what is said of its datagrams is heard by the other one.
+    datagrams: std::net::UdpSocket,
+    asker: Asker,
 }
 
 impl Prober {
@@ -40,14 +55,14 @@ impl Prober {
     pub(super) fn start(
         identifier: u16,
         withdraw_after: Option<Duration>,
-    ) -> (Self, mpsc::Receiver<Echo>) {
-        let (echoes, receiver) = mpsc::channel(QUEUE);
+    ) -> (Self, mpsc::Receiver<Heard>) {
+        let (heard, receiver) = mpsc::channel(QUEUE);
         let start = |family: Family| {
-            let socket = open(family)
+            let opened = Sockets::open(family, identifier)
                 .inspect_err(|error| tracing::debug!(?family, %error, "no socket to probe with"));
-            let socket = Arc::new(socket.ok()?);
-            tokio::spawn(read(family, socket.clone(), identifier, echoes.clone()));
-            Some(socket)
+            let sockets = opened.ok()?;
+            tokio::spawn(read(family, sockets.echoes.clone(), sockets.asker, heard.clone()));
+            Some(sockets)
         };
         let (inet, inet6) = (start(Family::Inet), start(Family::Inet6));
         let blind = inet.is_none() && inet6.is_none();
@@ -55,38 +70,65 @@ impl Prober {
             tracing::warn!("the overlay is not probed: that takes CAP_NET_RAW");
         }
         let paths = Paths::new(withdraw_after.filter(|_| !blind));
-        (Self { inet, inet6, identifier, paths, look_at: Instant::now() }, receiver)
+        let (offload, look_at) = (Offload::default(), Instant::now());
+        (Self { inet, inet6, paths, offload, look_at }, receiver)
+    }
+
+    /// How the checksum offload should be on the device; none, if that is not our business.
+    pub(super) const fn wanted_offload(&self) -> Option<bool> {
+        self.offload.wanted()
     }
 
     pub(super) fn next_sequence(&mut self) -> u16 {
         self.paths.next_sequence()
     }
 
+    /// Asks for an echo.
     pub(super) fn send(&self, to: IpAddr, sequence: u16, payload: usize) -> io::Result<usize> {
-        let family = Family::of(to);
-        let socket = match family {
+        let Sockets { family, echoes, asker, .. } = self.sockets(to)?;
+        let packet = family.request(asker.identifier, sequence, payload);
+        echoes.try_send_to(&packet, SocketAddr::new(to, 0))
+    }
+
+    fn send_datagram(&self, to: IpAddr) -> io::Result<usize> {
+        self.sockets(to)?.datagrams.send_to(&[], SocketAddr::new(to, NOBODY))
+    }
+
+    fn sockets(&self, to: IpAddr) -> io::Result<&Sockets> {
+        let sockets = match Family::of(to) {
             Family::Inet => self.inet.as_ref(),
             Family::Inet6 => self.inet6.as_ref(),
         };
-        let packet = family.request(self.identifier, sequence, payload);
-        socket.ok_or(io::ErrorKind::Unsupported)?.try_send_to(&packet, SocketAddr::new(to, 0))
+        sockets.ok_or_else(|| io::ErrorKind::Unsupported.into())
     }
 }
 
-/// To tokio it is like any socket that sends and receives packets.
-fn open(family: Family) -> io::Result<UdpSocket> {
-    let socket = family.open()?;
-    socket.set_nonblocking(true)?;
-    UdpSocket::from_std(socket.into())
+impl Sockets {
+    fn open(family: Family, identifier: u16) -> io::Result<Self> {
+        let raw = family.open()?;
+        raw.set_nonblocking(true)?;
+        let any = match family {
+            Family::Inet => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+            Family::Inet6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+        };
+        let datagrams = std::net::UdpSocket::bind((any, 0))?;
+        datagrams.set_nonblocking(true)?;
+        // As little as the kernel allows, for nobody reads it.
+        socket2::SockRef::from(&datagrams).set_recv_buffer_size(0)?;
+        let asker = Asker { identifier, port: datagrams.local_addr()?.port() };
+        // To tokio it is like any socket that sends and receives packets.
+        let echoes = Arc::new(UdpSocket::from_std(raw.into())?);
+        Ok(Self { family, echoes, datagrams, asker })
+    }
 }
 
-async fn read(family: Family, socket: Arc<UdpSocket>, identifier: u16, echoes: mpsc::Sender<Echo>) {
-    while !echoes.is_closed() {
-        let next = || family.receive(&*socket, identifier);
+async fn read(family: Family, socket: Arc<UdpSocket>, asker: Asker, heard: mpsc::Sender<Heard>) {
+    while !heard.is_closed() {
+        let next = || family.receive(&*socket, asker);
         match socket.async_io(Interest::READABLE, next).await {
-            // A loop that is busy sheds them, as a network would.
-            Ok(echo) => _ = echo.map(|echo| echoes.try_send(echo)),
-            Err(error) => tracing::debug!(%error, "echo not read"),
+            // A loop that is busy sheds it, as a network would.
+            Ok(message) => _ = message.map(|message| heard.try_send(message)),
+            Err(error) => tracing::debug!(%error, "ICMP not read"),
         }
     }
 }
@@ -108,25 +150,28 @@ impl Agent {
         let now = self.clock.now();
         while let Some(probe) = self.prober.paths.poll(now) {
             let full = self.underlay.mtu.saturating_sub(Family::of(probe.to).headers());
-            let payload = if probe.full { full as usize } else { icmp::SMALL };
+            let sent = match probe.kind {
+                Kind::Small => self.prober.send(probe.to, probe.sequence, icmp::SMALL),
+                Kind::Full => self.prober.send(probe.to, probe.sequence, full as usize),
+                Kind::Datagram => self.prober.send_datagram(probe.to),
+            };
             // What cannot be sent is not answered.
-            if let Err(error) = self.prober.send(probe.to, probe.sequence, payload) {
+            if let Err(error) = sent {
                 tracing::trace!(to = %probe.to, %error, "probe not sent");
             }
         }
     }
 
-    pub(super) fn on_echo(&mut self, echo: Echo) {
-        if self.on_ping_echo(&echo) {
-            return;
-        }
+    pub(super) fn on_heard(&mut self, heard: Heard) {
         let now = self.clock.now();
-        match echo.answers {
-            Some(sequence) => {
-                let elsewhere = self.kernel.device.is_some_and(|device| device != echo.interface);
-                self.prober.paths.on_answer(now, echo.from, sequence, elsewhere);
+        match heard.what {
+            What::Answer(sequence) if self.on_ping_answer(heard.from, sequence) => return,
+            What::Answer(sequence) => {
+                let elsewhere = self.kernel.device.is_some_and(|device| device != heard.interface);
+                self.prober.paths.on_answer(now, heard.from, sequence, elsewhere);
             }
-            None => self.prober.paths.on_request(now, echo.from),
+            What::Request => self.prober.paths.on_request(now, heard.from),
+            What::Refusal => self.prober.paths.on_refusal(now, heard.from),
         }
         if !self.kernel.withdrawn_peers.is_empty() {
             self.follow_paths();
@@ -154,6 +199,39 @@ impl Agent {
         let peers: Vec<Subject> = peers.collect();
         self.prober.paths.update(self.clock.now(), peers.into_iter());
         self.follow_paths();
+        self.judge_offload();
+    }
+
+    /// Where datagrams do not arrive through the tunnel, though echoes do, tries without checksum offload.
+    fn judge_offload(&mut self) {
+        let now = self.clock.now();
+        let mut deaf = self.prober.paths.deaf();
+        deaf.retain(|node| self.has_tunnel(*node));
+        let Prober { offload, paths, .. } = &mut self.prober;
+        let (before, was_guilty) = (offload.wanted(), offload.is_guilty());
+        let is_on = self.kernel.checksum_offload;
+        if let Some(peers) = offload.conclude(now, is_on, deaf, |node| paths.datagrams(node)) {
+            tracing::info!(
+                peers = peers.len(),
+                "echoes come back and datagrams do not: trying {TRIAL}"
+            );
+            paths.ask_anew(now, &peers);
+        } else if offload.is_guilty() && !was_guilty {
+            tracing::warn!(
+                "packets whose checksums were left to the network card did not arrive: {TRIAL} from now on"
+            );
+            *self.kernel.repairs.entry("checksum offload").or_default() += 1;
+        }
+        if offload.wanted() != before {
+            self.program();
+        }
+    }
+
+    fn has_tunnel(&self, node: NodeId) -> bool {
+        let peer = self.kernel.wanted.as_ref().and_then(|view| view.peers.get(&node));
+        let first = peer.and_then(|peer| Some((peer.vtep.underlay, peer.leases.first()?.1.first)));
+        let underlay = self.underlay.with_mode(self.config.mode);
+        first.is_some_and(|(there, subnet)| matches!(underlay.way(there, subnet), Way::Overlay(_)))
     }
 
     /// Whether asking a peer could lead to its withdrawal.

@@ -185,7 +185,7 @@ async fn start(
     let report = sender;
     let _socket =
         api::serve(&config.socket, move |request| report.send(News::Api(request)).is_ok())?;
-    let (prober, echoes) = Prober::start(u16::from_ne_bytes(random()?), config.withdraw_after);
+    let (prober, heard) = Prober::start(u16::from_ne_bytes(random()?), config.withdraw_after);
     let agent = Agent {
         node,
         clock: Clock(Instant::now()),
@@ -209,7 +209,7 @@ async fn start(
         giving_up: None,
         ending: None,
     };
-    Ok(agent.run(network, threads, echoes).await?)
+    Ok(agent.run(network, threads, heard).await?)
 }
 
 /// Where gossip listens; peers must be able to reach it at the underlay address.

@@ -38,6 +38,7 @@ impl Agent {
                 in_sync,
                 operations: kernel.operations,
                 repairs: kernel.repairs.clone(),
+                checksum_offload: kernel.checksum_offload,
                 strangers_dropped: kernel.host.dropped,
                 peers_in_use: kernel.demand.in_use.as_ref().map(BTreeSet::len),
                 misses_answered: kernel.demand.answered,

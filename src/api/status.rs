@@ -48,6 +48,9 @@ pub struct KernelStatus {
     pub operations: u64,
     /// What other programs had changed and was put right, by kind.
     pub repairs: BTreeMap<&'static str, u64>,
+    /// Whether checksums of tunnelled packets are left to the network card, as far as is known; false also
+    /// after they were found not to arrive then.
+    pub checksum_offload: Option<bool>,
     /// Tunnel packets that came from no member and were dropped by the guard.
     pub strangers_dropped: u64,
     /// Peers that have entries in the kernel; none, if all of them always have.

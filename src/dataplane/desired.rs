@@ -52,6 +52,8 @@ pub struct Device {
     pub link: u32,
     /// The VTEP's overlay addresses: the first of each of this node's subnets, as a /32 or /128.
     pub addresses: BTreeSet<IpAddr>,
+    /// Whether checksums of what is sent are left to hardware; none: as it is, or not known.
+    pub checksum_offload: Option<bool>,
 }
 
 /// The entries of the three tables that belong to us, each by its kernel key.
@@ -166,6 +168,7 @@ impl Desired {
             local: underlay.local,
             link: underlay.link,
             addresses: view.own.subnets.iter().map(|subnet| subnet.network()).collect(),
+            checksum_offload: None,
         };
         Self { device, tables, pool: view.settings.pool, unheard: unheard_of_nobody(view) }
     }

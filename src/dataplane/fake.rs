@@ -95,6 +95,7 @@ impl FakeKernel {
                     }
                     Op::SetMtu(mtu) => found.device.mtu = mtu,
                     Op::SetAlias(alias) => found.device.alias = alias,
+                    Op::SetChecksumOffload(on) => found.device.checksum_offload = Some(on),
                     Op::SetUp => found.up = true,
                     Op::AddAddress(address) => found.addresses.push((address, full_len(address))),
                     Op::RemoveAddress(address, len) => {

@@ -4,6 +4,7 @@
 //! - [`plan`]: desired and actual -> ordered operations (pure)
 //! - [`demand`]: what the kernel misses, and what it is told (pure)
 //! - [`firewall`]: view -> our table in nftables (pure)
+//! - [`offload`]: whether checksums can be left to the device (pure)
 //! - [`paths`]: whether packets get through to each peer (pure)
 //! - `kernel`: dump and apply, by netlink
 //! - `fake`: a kernel in memory, for property tests and the simulator
@@ -20,6 +21,8 @@ pub mod fake;
 pub mod firewall;
 #[cfg(feature = "agent")]
 pub mod kernel;
+#[warn(clippy::disallowed_methods)]
+pub mod offload;
 #[warn(clippy::disallowed_methods)]
 pub mod paths;
 #[warn(clippy::disallowed_methods)]

@@ -29,10 +29,10 @@ const WITHDRAWN: Duration = Duration::from_secs(5);
 const GAP: Duration = Duration::from_millis(20);
 /// The same while all is well with the peer that is asked.
 const CALM_GAP: Duration = Duration::from_millis(100);
-/// Between two requests of full size to one peer.
-const FULL: Duration = Duration::from_secs(300);
+/// Between two special requests of one kind to one peer.
+const SPECIAL: Duration = Duration::from_secs(300);
 /// The same after one was lost.
-const FULL_AGAIN: Duration = Duration::from_secs(3);
+const SPECIAL_AGAIN: Duration = Duration::from_secs(3);
 /// A request is lost when it has not been answered for so long.
 const LOST: Duration = Duration::from_millis(900);
 /// Requests lost in a row that make a verdict.
@@ -67,8 +67,18 @@ pub enum PathState {
 pub struct Probe {
     pub to: IpAddr,
     pub sequence: u16,
-    /// As large as the overlay's MTU allows.
-    pub full: bool,
+    pub kind: Kind,
+}
+
+/// What is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A small echo.
+    Small,
+    /// An echo as large as the overlay's MTU allows.
+    Full,
+    /// A datagram that nobody waits for. A kernel says so only where its checksum is right.
+    Datagram,
 }
 
 /// A peer as gossip and the view have it.
@@ -100,12 +110,12 @@ struct Path {
     liveness: Option<Liveness>,
     ask: bool,
     due: Time,
-    full_due: Time,
-    /// On its way: number, when, and whether of full size.
-    open: Option<(u16, Time, bool)>,
+    /// On its way.
+    open: Option<(Probe, Time)>,
     /// Lost since the last answer.
     lost: u32,
-    full_lost: u32,
+    full: Special,
+    datagram: Special,
     /// Since when nothing was answered that was asked.
     silent_since: Option<Time>,
     heard: Option<Time>,
@@ -113,6 +123,16 @@ struct Path {
     /// The last answer came from elsewhere.
     astray: bool,
     withdrawn: bool,
+}
+
+/// Requests of one kind that are made now and then, and only while small echoes are answered.
+#[derive(Clone, Copy, Debug)]
+struct Special {
+    due: Time,
+    /// Since the last answer.
+    lost: u32,
+    /// Since it was begun.
+    answered: bool,
 }
 
 impl Paths {
@@ -156,14 +176,15 @@ impl Paths {
         path.lose(now);
         let sequence = self.sequence.wrapping_add(1);
         self.sequence = sequence;
-        let full = path.full_due <= now && path.lost == 0;
-        path.open = Some((sequence, now, full));
+        let kind = path.kind_due(now);
+        let probe = Probe { to: path.address, sequence, kind };
+        path.open = Some((probe, now));
         path.due = now + path.pause();
-        if full {
-            path.full_due = now + FULL;
+        if let Some(special) = path.special(kind) {
+            special.due = now + SPECIAL;
         }
         self.not_before = now + if path.is_calm() { CALM_GAP } else { GAP };
-        Some(Probe { to: path.address, sequence, full })
+        Some(probe)
     }
 
     /// A number for a request of somebody else's, that no request of ours has.
@@ -181,20 +202,38 @@ impl Paths {
     /// An answer of a peer's kernel, through the tunnel or from elsewhere.
     pub fn on_answer(&mut self, now: Time, from: IpAddr, sequence: u16, elsewhere: bool) {
         let Some(path) = self.path(from) else { return };
-        let Some((_, sent, full)) = path.open.take_if(|(number, ..)| *number == sequence) else {
-            return;
-        };
+        let echo = |probe: &Probe| probe.kind != Kind::Datagram && probe.sequence == sequence;
+        let Some((probe, sent)) = path.open.take_if(|(probe, _)| echo(probe)) else { return };
         path.round_trip = Some(now.since(sent));
-        (path.lost, path.silent_since) = (0, None);
         path.astray = elsewhere;
-        if full {
-            path.full_lost = 0;
+        path.answered(now, probe.kind);
+    }
+
+    /// A peer's kernel has said that nobody waits for a datagram.
+    pub fn on_refusal(&mut self, now: Time, from: IpAddr) {
+        let Some(path) = self.path(from) else { return };
+        if path.open.take_if(|(probe, _)| probe.kind == Kind::Datagram).is_some() {
+            path.answered(now, Kind::Datagram);
         }
-        path.due = now + path.pause();
-        if path.full_lost > 0 {
-            path.due = path.due.min(path.full_due.max(now));
+    }
+
+    /// Peers from which echoes come back, and no answers to datagrams.
+    pub fn deaf(&self) -> BTreeSet<NodeId> {
+        let deaf = self.peers.iter().filter(|(_, path)| path.datagrams() == Some(false));
+        deaf.map(|(node, _)| *node).collect()
+    }
+
+    /// Forgets what became of datagrams to these peers, and sends new ones.
+    pub fn ask_anew(&mut self, now: Time, peers: &BTreeSet<NodeId>) {
+        for (_, path) in self.peers.iter_mut().filter(|(node, _)| peers.contains(node)) {
+            path.datagram = Special::new(now);
+            path.due = path.due.min(now);
         }
-        path.withdrawn = false;
+    }
+
+    /// Whether datagrams to a peer arrive, once that is clear; false for one that is gone.
+    pub fn datagrams(&self, node: NodeId) -> Option<bool> {
+        self.peers.get(&node).map_or(Some(false), Path::datagrams)
     }
 
     /// A request by a peer, which our kernel has answered.
@@ -241,10 +280,10 @@ impl Path {
             liveness: None,
             ask: true,
             due: now,
-            full_due: now,
             open: None,
             lost: 0,
-            full_lost: 0,
+            full: Special::new(now),
+            datagram: Special::new(now),
             silent_since: None,
             heard: None,
             round_trip: None,
@@ -259,20 +298,54 @@ impl Path {
 
     /// Counts the open request as lost when its time is over.
     fn lose(&mut self, now: Time) {
-        let Some((_, sent, full)) = self.open.take_if(|(_, sent, _)| now.since(*sent) >= LOST)
-        else {
-            return;
-        };
-        if full {
-            // A small one follows, which tells whether it was the size.
-            self.full_lost += 1;
-            self.full_due = sent + if self.full_lost < VERDICT { FULL_AGAIN } else { CALM };
+        let over = |(_, sent): &mut (Probe, Time)| now.since(*sent) >= LOST;
+        let Some((probe, sent)) = self.open.take_if(over) else { return };
+        if let Some(special) = self.special(probe.kind) {
+            special.lost += 1;
+            special.due = sent
+                + match probe.kind {
+                    _ if special.lost < VERDICT => SPECIAL_AGAIN,
+                    Kind::Full => CALM,
+                    // A firewall may drop them for ever.
+                    _ => SPECIAL,
+                };
+            // A small one follows, which tells whether it was the kind.
             self.due = self.due.min(now);
             return;
         }
         self.lost += 1;
         self.silent_since.get_or_insert(sent);
         self.due = self.due.min(sent + self.pause());
+    }
+
+    fn answered(&mut self, now: Time, kind: Kind) {
+        (self.lost, self.silent_since, self.withdrawn) = (0, None, false);
+        if let Some(special) = self.special(kind) {
+            (special.lost, special.answered) = (0, true);
+        }
+        let next = self.full.due.min(self.datagram.due);
+        self.due = (now + self.pause()).min(next.max(now));
+    }
+
+    fn kind_due(&self, now: Time) -> Kind {
+        match self.lost {
+            0 if self.full.due <= now => Kind::Full,
+            0 if self.datagram.due <= now => Kind::Datagram,
+            _ => Kind::Small,
+        }
+    }
+
+    const fn special(&mut self, kind: Kind) -> Option<&mut Special> {
+        match kind {
+            Kind::Small => None,
+            Kind::Full => Some(&mut self.full),
+            Kind::Datagram => Some(&mut self.datagram),
+        }
+    }
+
+    fn datagrams(&self) -> Option<bool> {
+        let clear = self.datagram.answered || self.datagram.lost >= VERDICT && self.lost == 0;
+        clear.then_some(self.datagram.lost == 0)
     }
 
     fn is_calm(&self) -> bool {
@@ -294,11 +367,17 @@ impl Path {
             _ if self.lost >= VERDICT && self.is_down() => PathState::Dead,
             _ if self.lost >= VERDICT && heard => PathState::OneWay,
             _ if self.lost >= VERDICT => PathState::Blocked,
-            _ if self.full_lost >= VERDICT => PathState::MtuTooLarge,
+            _ if self.full.lost >= VERDICT => PathState::MtuTooLarge,
             Some(_) if self.astray => PathState::Asymmetric,
             Some(_) => PathState::Ok,
             None => PathState::Unknown,
         }
+    }
+}
+
+impl Special {
+    const fn new(now: Time) -> Self {
+        Self { due: now, lost: 0, answered: false }
     }
 }
 
@@ -352,7 +431,10 @@ mod tests {
                     self.sent += 1;
                     if answers(&probe) {
                         let at = self.now + Duration::from_millis(1);
-                        self.paths.on_answer(at, PEER, probe.sequence, false);
+                        match probe.kind {
+                            Kind::Datagram => self.paths.on_refusal(at, PEER),
+                            _ => self.paths.on_answer(at, PEER, probe.sequence, false),
+                        }
                     }
                 }
             }
@@ -438,10 +520,23 @@ mod tests {
     #[test]
     fn full_packets_that_are_lost_where_small_ones_are_not_mean_the_mtu() {
         let mut story = Story::new();
-        story.run(20, |probe| !probe.full);
+        story.run(20, |probe| probe.kind != Kind::Full);
         assert_eq!(story.state(), PathState::MtuTooLarge);
         story.run(30, |_| true);
         assert_eq!(story.state(), PathState::Ok);
+    }
+
+    #[test]
+    fn datagrams_that_are_lost_where_echoes_are_not_are_noticed_and_asked_about_anew() {
+        let mut story = Story::new();
+        story.run(20, |probe| probe.kind != Kind::Datagram);
+        let peer = BTreeSet::from([story.node]);
+        assert_eq!((story.state(), story.paths.deaf()), (PathState::Ok, peer.clone()));
+        story.paths.ask_anew(story.now, &peer);
+        assert_eq!(story.paths.datagrams(story.node), None);
+        story.run(2, |_| true);
+        assert_eq!(story.paths.datagrams(story.node), Some(true));
+        assert!(story.paths.deaf().is_empty());
     }
 
     #[test]
@@ -465,6 +560,7 @@ mod tests {
                     sent += 1;
                     if answers {
                         paths.on_answer(now, probe.to, probe.sequence, false);
+                        paths.on_refusal(now, probe.to);
                     }
                 }
             }

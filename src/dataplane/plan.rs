@@ -49,6 +49,7 @@ pub enum Op {
     SetMac(Mac),
     SetMtu(u32),
     SetAlias(String),
+    SetChecksumOffload(bool),
     SetUp,
     AddAddress(IpAddr),
     RemoveAddress(IpAddr, u8),
@@ -71,9 +72,11 @@ impl Op {
     pub const fn kind(&self) -> &'static str {
         match self {
             Self::DeleteDevice | Self::CreateDevice(_) => "device",
-            Self::SetMac(_) | Self::SetMtu(_) | Self::SetAlias(_) | Self::SetUp => {
-                "device attribute"
-            }
+            Self::SetMac(_)
+            | Self::SetMtu(_)
+            | Self::SetAlias(_)
+            | Self::SetChecksumOffload(_)
+            | Self::SetUp => "device attribute",
             Self::AddAddress(_) | Self::RemoveAddress(..) => "address",
             Self::SetFdb(..) | Self::RemoveFdb(..) => "FDB entry",
             Self::SetNeighbour(..) | Self::Resolve(..) | Self::RemoveNeighbour(_) => "neighbour",
@@ -128,6 +131,9 @@ fn plan_device(wanted: &Device, found: Option<&Found>, ops: &mut Vec<Op>) -> boo
     if is.alias != wanted.alias {
         ops.push(Op::SetAlias(wanted.alias.clone()));
     }
+    if is.checksum_offload != wanted.checksum_offload {
+        ops.extend(wanted.checksum_offload.map(Op::SetChecksumOffload));
+    }
     if !found.up {
         ops.push(Op::SetUp);
     }
@@ -142,7 +148,9 @@ fn plan_device(wanted: &Device, found: Option<&Found>, ops: &mut Vec<Op>) -> boo
 
 fn create_device(wanted: &Device, ops: &mut Vec<Op>) {
     let alias = Op::SetAlias(wanted.alias.clone());
-    ops.extend([Op::CreateDevice(Box::new(wanted.clone())), alias, Op::SetUp]);
+    ops.extend([Op::CreateDevice(Box::new(wanted.clone())), alias]);
+    ops.extend(wanted.checksum_offload.map(Op::SetChecksumOffload));
+    ops.push(Op::SetUp);
     ops.extend(wanted.addresses.iter().map(|address| Op::AddAddress(*address)));
 }
 

@@ -9,19 +9,20 @@ use std::{
 use socket2::Socket;
 
 use super::NetNs;
-use crate::icmp::{self, Family};
+use crate::icmp::{self, Asker, Family, Heard, What};
 
 /// Asks from one namespace.
 pub struct Pinger {
     socket: Socket,
-    identifier: u16,
+    asker: Asker,
     sequence: u16,
 }
 
 impl Pinger {
     pub fn new(netns: &NetNs) -> io::Result<Self> {
-        let identifier = (std::process::id() & 0xffff) as u16;
-        Ok(Self { socket: netns.run(|| Family::Inet.open())?, identifier, sequence: 0 })
+        // It sends no datagrams.
+        let asker = Asker { identifier: (std::process::id() & 0xffff) as u16, port: 0 };
+        Ok(Self { socket: netns.run(|| Family::Inet.open())?, asker, sequence: 0 })
     }
 
     /// Sends one request and waits for its reply: the round trip, or None if none came in time.
@@ -65,7 +66,7 @@ impl Pinger {
 
     fn send(&mut self, to: Ipv4Addr) -> io::Result<()> {
         self.sequence = self.sequence.wrapping_add(1);
-        let packet = Family::Inet.request(self.identifier, self.sequence, icmp::SMALL);
+        let packet = Family::Inet.request(self.asker.identifier, self.sequence, icmp::SMALL);
         self.socket.send_to(&packet, &SocketAddr::new(IpAddr::V4(to), 0).into())?;
         Ok(())
     }
@@ -73,8 +74,9 @@ impl Pinger {
     /// The next reply to us: from whom, and its number. None if the time is over or it was something else.
     fn receive(&self, timeout: Duration) -> io::Result<Option<(IpAddr, u16)>> {
         self.socket.set_read_timeout(Some(timeout.max(Duration::from_micros(1))))?;
-        match Family::Inet.receive(&self.socket, self.identifier) {
-            Ok(echo) => Ok(echo.and_then(|echo| Some((echo.from, echo.answers?)))),
+        match Family::Inet.receive(&self.socket, self.asker) {
+            Ok(Some(Heard { from, what: What::Answer(number), .. })) => Ok(Some((from, number))),
+            Ok(_) => Ok(None),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
             Err(error) => Err(error),
         }

@@ -8,6 +8,7 @@ use std::{
 };
 
 use gossamer::lab::{Agent, Host, Lab, NetNs, Pod};
+use nix::sys::signal::Signal;
 
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -93,6 +94,14 @@ impl Cluster {
         let seed = self.hosts[0].ip.to_string();
         let arguments = [&["--join", &seed, "--token", &self.token], more].concat();
         Ok(Agent::start(program(), host, &arguments)?)
+    }
+
+    /// Ends one, starts it again, and waits until it has converged.
+    pub fn restart(&mut self, number: usize, arguments: &[&str]) -> anyhow::Result<()> {
+        self.agents[number].end(Signal::SIGTERM)?;
+        self.agents[number] = self.start_agent(&self.hosts[number], arguments)?;
+        self.agents[number].wait_converged(self.hosts.len(), PATIENCE)?;
+        Ok(())
     }
 
     /// A pod on each host, once all have converged.

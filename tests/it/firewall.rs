@@ -10,7 +10,6 @@ use gossamer::{
     },
     lab::{Agent, Host, Lab, NetNs, Pinger, Pod},
 };
-use nix::sys::signal::Signal;
 
 use crate::common::{
     Cluster, PATIENCE, eventually, has_problem, isolated, program, run, tool, wait_until,
@@ -26,13 +25,6 @@ const RARELY: Duration = Duration::from_secs(90);
 fn table(netns: &NetNs) -> String {
     let shown = run(netns, "nft -s list table inet gossamer.1");
     String::from_utf8(shown.stdout).expect("UTF-8")
-}
-
-fn restart(cluster: &mut Cluster, number: usize, arguments: &[&str]) -> anyhow::Result<()> {
-    cluster.agents[number].end(Signal::SIGTERM)?;
-    cluster.agents[number] = cluster.start_agent(&cluster.hosts[number], arguments)?;
-    cluster.agents[number].wait_converged(cluster.hosts.len(), PATIENCE)?;
-    Ok(())
 }
 
 /// How many echo requests have reached a namespace.
@@ -73,13 +65,13 @@ fn tunnel_packets_of_strangers_are_dropped_and_those_of_a_new_member_pass_at_onc
         let mut cluster = Cluster::start(lab, 2)?;
         let pods = cluster.pods()?;
         let stranger = lab.host(3, "n3")?;
-        restart(&mut cluster, 0, &["--guard", "false"])?;
+        cluster.restart(0, &["--guard", "false"])?;
         assert_eq!(table(&cluster.hosts[0].netns), "", "no table without a guard");
         forge(&stranger, &cluster.hosts[0], &pods[0]);
         let open = echoes(&pods[0].netns);
         assert!(open >= 3, "the forgery is none: {open}");
 
-        restart(&mut cluster, 0, &[])?;
+        cluster.restart(0, &[])?;
         forge(&stranger, &cluster.hosts[0], &pods[0]);
         assert_eq!(echoes(&pods[0].netns), open, "let in");
         wait_until("the strangers are not counted", PATIENCE, || {
@@ -198,7 +190,7 @@ fn gossamer_token() -> anyhow::Result<String> {
 fn the_table_is_put_right_whatever_is_done_to_it() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
-        restart(&mut cluster, 0, &["--ip-masq"])?;
+        cluster.restart(0, &["--ip-masq"])?;
         let host = &cluster.hosts[0].netns;
         let whole = table(host);
         assert!(
@@ -233,10 +225,10 @@ fn a_restart_with_other_settings_leaves_nothing_of_the_old_table() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let plain = table(&cluster.hosts[0].netns);
-        restart(&mut cluster, 0, &["--ip-masq"])?;
-        restart(&mut cluster, 0, &[])?;
+        cluster.restart(0, &["--ip-masq"])?;
+        cluster.restart(0, &[])?;
         assert_eq!(table(&cluster.hosts[0].netns), plain);
-        restart(&mut cluster, 0, &["--guard", "false"])?;
+        cluster.restart(0, &["--guard", "false"])?;
         assert_eq!(table(&cluster.hosts[0].netns), "");
         Ok(())
     });
@@ -308,7 +300,7 @@ fn pods_reach_the_outside_and_hosts_reach_remote_pods_by_masquerade() {
             None,
             "the router knows no pods"
         );
-        restart(&mut cluster, 0, &["--ip-masq"])?;
+        cluster.restart(0, &["--ip-masq"])?;
         wait_until("no answer from outside", PATIENCE, || {
             pinger.ping(router, Duration::from_millis(500)).is_ok_and(|answer| answer.is_some())
         });
@@ -366,7 +358,7 @@ fn sysctls_are_set_where_the_operator_wants_that() {
         for name in ["ip_forward=0", "conf.all.rp_filter=1"] {
             tool(host, &format!("sysctl -w net.ipv4.{name}"));
         }
-        restart(&mut cluster, 0, &["--set-sysctls", "--mode", "direct"])?;
+        cluster.restart(0, &["--set-sysctls", "--mode", "direct"])?;
         let host = &cluster.hosts[0].netns;
         let right = |name: &str, value: &str| {
             eventually(host, &format!("cat /proc/sys/net/ipv4/{name}"), |now| now.trim() == value);

@@ -13,6 +13,7 @@ mod firewall;
 mod instances;
 mod mishaps;
 mod modes;
+mod offload;
 mod paths;
 mod refusals;
 mod repair;

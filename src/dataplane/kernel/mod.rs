@@ -40,7 +40,12 @@ use super::{
 };
 use crate::{
     model::Pool,
-    netlink::{Netlink, Request, link::Link, monitor::Monitor},
+    netlink::{
+        Netlink, Request,
+        ethtool::{Ethtool, TX_CHECKSUM},
+        link::Link,
+        monitor::Monitor,
+    },
 };
 
 /// "There is no such thing" in its three spellings: what was to be removed is gone already.
@@ -57,6 +62,8 @@ const MAX_MISSES: usize = 4_096;
 pub struct Kernel {
     netlink: Netlink,
     monitor: Monitor,
+    /// None where the kernel is too old for it.
+    ethtool: Option<Ethtool>,
     /// The index that our device had when it was last seen.
     device: Option<u32>,
 }
@@ -70,6 +77,8 @@ pub struct Report {
     pub failed: Vec<String>,
     /// Index of our device.
     pub device: Option<u32>,
+    /// Whether checksums are left to it, as far as is known.
+    pub checksum_offload: Option<bool>,
 }
 
 /// Why the device cannot be made. The rest of the plan was not tried.
@@ -111,7 +120,8 @@ pub enum KernelError {
 impl Kernel {
     /// Opens the kernel of the present network namespace.
     pub fn open() -> io::Result<Self> {
-        Ok(Self { netlink: Netlink::open()?, monitor: Monitor::open()?, device: None })
+        let (netlink, monitor) = (Netlink::open()?, Monitor::open()?);
+        Ok(Self { netlink, monitor, ethtool: Ethtool::open().ok(), device: None })
     }
 
     /// Readable when something has changed somewhere.
@@ -161,6 +171,8 @@ impl Kernel {
         }
         let mut report = self.apply(desired, plan(desired, &actual))?;
         report.device = self.device;
+        let found = actual.device.and_then(|found| found.device.checksum_offload);
+        report.checksum_offload = desired.device.checksum_offload.or(found);
         Ok(report)
     }
 
@@ -307,6 +319,10 @@ impl Kernel {
                 let alias = LinkAttribute::IfAlias(alias.clone());
                 self.set(name, |link| link.append_extra_attribute(alias))
             }
+            Op::SetChecksumOffload(on) => {
+                let index = self.netlink.index_of(name)?;
+                self.ethtool.as_mut().map_or(Ok(()), |tool| tool.set(index, TX_CHECKSUM, *on))
+            }
             Op::SetUp => self.set(name, |link| link.up()),
             Op::AddAddress(address) => {
                 if address.is_ipv6() {
@@ -381,6 +397,7 @@ impl Op {
                 | Self::SetMac(_)
                 | Self::SetMtu(_)
                 | Self::SetAlias(_)
+                | Self::SetChecksumOffload(_)
                 | Self::SetUp
                 | Self::AddAddress(_)
                 | Self::RemoveAddress(..)

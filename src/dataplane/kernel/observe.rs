@@ -26,7 +26,7 @@ use crate::{
         plan::{Actual, Found},
     },
     model::{Mac, Pool},
-    netlink::link::Link,
+    netlink::{ethtool::TX_CHECKSUM, link::Link},
 };
 
 /// `USER_HZ` is 100 on every architecture that matters here.
@@ -99,6 +99,10 @@ impl Kernel {
             local,
             link: underlay,
             addresses: BTreeSet::new(),
+            checksum_offload: self
+                .ethtool
+                .as_mut()
+                .and_then(|tool| tool.is_on(link.index, TX_CHECKSUM).ok()),
         };
         let addresses = addresses.filter(|(ip, _)| not_link_local(ip)).collect();
         Ok(Found { up: link.up, device, foreign, addresses })
