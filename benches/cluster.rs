@@ -19,7 +19,7 @@ use std::{
 
 use gossamer::{
     dataplane::desired::ROUTE_PROTOCOL,
-    lab::{self, Agent, Host, Lab, NetNs},
+    lab::{self, Agent, Host, Lab, NetNs, cpu_seconds, memory_mib},
     netlink::parse_messages,
 };
 use rtnetlink::{
@@ -258,25 +258,8 @@ fn at_rest(agents: &[Agent]) -> (f64, f64, f64) {
         .iter()
         .zip(before)
         .map(|(agent, before)| (cpu_seconds(agent.pid()) - before) / AT_REST.as_secs_f64() * 100.0);
-    let memory =
-        |field| agents.iter().map(|agent| status_kib(agent.pid(), field) / 1024.0).collect();
+    let memory = |field| agents.iter().map(|agent| memory_mib(agent.pid(), field)).collect();
     (median(memory("VmRSS:")), median(memory("RssAnon:")), median(used.collect()))
-}
-
-fn cpu_seconds(pid: u32) -> f64 {
-    // Nanoseconds on a CPU (sched_info), finer than the clock ticks of /proc/PID/stat.
-    let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
-    let nanos = threads.filter_map(|thread| {
-        let text = fs::read_to_string(thread.path().join("schedstat")).ok()?;
-        text.split_whitespace().next()?.parse::<f64>().ok()
-    });
-    nanos.sum::<f64>() / 1e9
-}
-
-fn status_kib(pid: u32, field: &str) -> f64 {
-    let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let line = text.lines().find_map(|line| line.strip_prefix(field));
-    line.and_then(|line| line.split_whitespace().next()?.parse().ok()).unwrap_or(f64::NAN)
 }
 
 fn summary(times: Vec<Duration>) -> String {

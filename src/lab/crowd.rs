@@ -1,8 +1,8 @@
-//! Members that do not exist: a cluster of a thousand as its members see it, on a machine that could not run
+//! Members that never joined: a cluster of a thousand as its members see it, on a machine that could not run
 //! one.
 //!
 //! Written into the database of a node whose agent is stopped, as if they had joined by it. When it starts
-//! again all others learn of them. Gossip never meets them, so they count as down.
+//! again all others learn of them.
 
 use std::{collections::BTreeMap, net::Ipv4Addr};
 
@@ -14,15 +14,15 @@ use crate::{
     wire::{Key, Record},
 };
 
-/// Adds `count` members, each with one of the host's spare subnets.
-pub fn add_crowd(host: &Host, count: u16) -> anyhow::Result<()> {
+/// Adds these members, each with one of the host's spare subnets; gives all that is in the database then.
+pub fn add_crowd(host: &Host, crowd: &[MemberRecord]) -> anyhow::Result<Vec<(Key, Record)>> {
     let state = StateDir::open(&host.dir.join("state"))?;
     let seed = state.node_key()?.ok_or_else(|| anyhow::anyhow!("no node ever ran there"))?;
     let me = NodeKey::from_seed(seed)?.id();
     let opened = Database::open(&state.database())?;
-    let mut members = (1..=count).map(member);
+    let mut members = crowd.iter();
     let mut written: BTreeMap<Key, Vec<u8>> = BTreeMap::new();
-    for (key, record) in opened.records {
+    for (key, record) in &opened.records {
         let Record::Slots(runs) = record else { continue };
         let mut leased = Vec::new();
         for run in runs {
@@ -31,19 +31,20 @@ pub fn add_crowd(host: &Host, count: u16) -> anyhow::Result<()> {
                 let member = if spare { members.next() } else { None };
                 leased.push(match member {
                     Some(member) => {
-                        let run = lease(slot, &member, run.record);
-                        let key = Key::Member(member.node);
-                        written.insert(key, Record::Member(member).encode());
-                        run
+                        let record = Record::Member(member.clone()).encode();
+                        written.insert(Key::Member(member.node), record);
+                        lease(slot, member, run.record)
                     }
                     None => Run { start: slot, len: 1, record: run.record },
                 });
             }
         }
-        written.insert(key, Record::Slots(leased).encode());
+        written.insert(*key, Record::Slots(leased).encode());
     }
     anyhow::ensure!(members.next().is_none(), "{} has too few spare subnets", host.name);
-    Ok(opened.database.write(&written)?)
+    opened.database.write(&written)?;
+    drop(opened.database);
+    Ok(Database::open(&state.database())?.records)
 }
 
 fn lease(slot: Slot, member: &MemberRecord, before: SlotRecord) -> Run {
@@ -56,8 +57,8 @@ fn lease(slot: Slot, member: &MemberRecord, before: SlotRecord) -> Run {
     Run { start: slot, len: 1, record }
 }
 
-/// The `number`-th: in a network behind the underlay's router, where nobody is.
-fn member(number: u16) -> MemberRecord {
+/// One in a network behind the underlay's router, where nobody is; gossip will never meet it.
+pub fn absent_member(number: u16) -> MemberRecord {
     let mut key = [0; 32];
     key[..2].copy_from_slice(&number.to_be_bytes());
     let node = NodeId::of_public_key(&key);

@@ -5,6 +5,7 @@
 //! of the product may use this module.
 
 mod agent;
+mod cost;
 mod crowd;
 mod enter;
 mod host;
@@ -13,7 +14,8 @@ mod ping;
 mod show;
 
 pub use agent::Agent;
-pub use crowd::add_crowd;
+pub use cost::{cpu_seconds, memory_mib};
+pub use crowd::{absent_member, add_crowd};
 pub use enter::{EnterError, enter, rerun_inside};
 pub use host::{Host, Lab, Pod};
 pub use netns::NetNs;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use gossamer::lab::{Agent, NetNs, Pinger, add_crowd};
+use gossamer::lab::{Agent, NetNs, Pinger, absent_member, add_crowd};
 use nix::sys::signal::Signal;
 
 use crate::common::{
@@ -83,7 +83,7 @@ fn on_demand_the_kernel_holds_ten_peers_of_a_thousand() {
         let mut second = Agent::start(program(), &hosts[1], &[&join[..], &on_demand].concat())?;
         second.wait_converged(2, PATIENCE)?;
         first.end(Signal::SIGTERM)?;
-        add_crowd(&hosts[0], 1_000)?;
+        add_crowd(&hosts[0], &(1..=1_000).map(absent_member).collect::<Vec<_>>())?;
         let seed = hosts[1].ip.to_string();
         let arguments = [&["--join", &seed][..], &on_demand].concat();
         let mut first = Agent::start(program(), &hosts[0], &arguments)?;

@@ -1,0 +1,336 @@
+//! What one agent costs in a cluster of a thousand: `cargo bench --bench thousand [-- MEMBERS]`.
+//!
+//! The agent is real, with its kernel, database and QUIC. The others are the production core in one process:
+//! they speak to each other in memory and to the agent by QUIC, each from an endpoint of its own. Their host's
+//! kernel answers for all their VTEPs through a real tunnel, and asks back as often as a thousand kernels
+//! would.
+
+#![allow(clippy::expect_used)]
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::Path,
+    process::{Command, ExitCode},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, ensure};
+use gossamer::{
+    core::{CallId, Founding, Gate, Input, Node, NodeConfig, Output, ReplyId, Target},
+    icmp::{self, Family},
+    lab::{self, Agent, Host, Lab, cpu_seconds, memory_mib},
+    model::{BootId, Mac, MemberRecord, NodeId, SettingsWish, Time, Version, Vtep},
+    transport::{CredentialError, Credentials, Event, NodeKey, Transport},
+    wire::{Key, Record, Secret, Token},
+};
+use nix::sys::signal::Signal;
+use tokio::sync::mpsc;
+
+const MEMBERS: usize = 1_000;
+const PATIENCE: Duration = Duration::from_secs(300);
+const PORT: u16 = 20_000;
+/// Room for 4,096 subnets.
+const NETWORK: &str = "172.16.0.0/12";
+/// Until what a start costs is over.
+const SETTLE: Duration = Duration::from_secs(20);
+const AT_REST: Duration = Duration::from_secs(20);
+/// Between two requests that the members together send to the agent's VTEP.
+const ASKED: Duration = Duration::from_millis(100);
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
+    if let Some(code) = lab::rerun_inside(&arguments) {
+        return code;
+    }
+    let members = arguments.iter().find_map(|a| a.parse().ok()).unwrap_or(MEMBERS);
+    measure(members).expect("measured");
+    ExitCode::SUCCESS
+}
+
+fn measure(members: usize) -> anyhow::Result<()> {
+    let mut lab = Lab::new()?;
+    let host = lab.host(1, "agent")?;
+    let others = lab.host(2, "others")?;
+    let program = Path::new(env!("CARGO_BIN_EXE_gossamer"));
+    let mut agent = Agent::start(program, &host, &["--init", "--network", NETWORK])?;
+    let status = agent.wait_converged(1, PATIENCE)?;
+    let answer = agent.ask("/v1/token", PATIENCE)?;
+    let token: Token = answer["token"].as_str().context("no token")?.parse()?;
+    let own = &status["members"][0];
+    let mac = own["vtep_mac"].as_str().context("no MAC")?;
+    tunnel(&others, host.ip, Agent::subnet(&status)?.network(), mac)?;
+
+    agent.end(Signal::SIGTERM)?;
+    let keys: Vec<NodeKey> = (0..members).map(key).collect::<Result<_, _>>()?;
+    let records: Vec<MemberRecord> =
+        keys.iter().enumerate().map(|(n, key)| member(n, key.id(), others.ip)).collect();
+    let saved = lab::add_crowd(&host, &records)?;
+    let begun = Instant::now();
+    let target = Agent::subnet(&status)?.network();
+    thread::spawn(move || {
+        others.netns.run(|| {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            runtime.block_on(async {
+                let crowd = Crowd::start(&keys, records, &saved, &token.secret).expect("a crowd");
+                crowd.run(target).await;
+            });
+            Ok(())
+        })
+    });
+    let mut agent = Agent::start(program, &host, &[])?;
+    agent.wait_converged(members + 1, PATIENCE)?;
+    println!(
+        "all {} have started and are known as alive after {:.1?}",
+        members + 1,
+        begun.elapsed()
+    );
+
+    thread::sleep(SETTLE);
+    let before = cpu_seconds(agent.pid());
+    thread::sleep(AT_REST);
+    let cpu = (cpu_seconds(agent.pid()) - before) / AT_REST.as_secs_f64() * 100.0;
+    let memory = |field| memory_mib(agent.pid(), field);
+    let (rss, anonymous) = (memory("VmRSS:"), memory("RssAnon:"));
+    let status = agent.ask("/v1/status", PATIENCE)?;
+    if std::env::var_os("SHOW").is_some() {
+        println!("{:#}\n{:#}\n{:#}", status["members"][1], status["paths"], status["kernel"]);
+    }
+    let count = |list: &str, field: &str, value: &str| {
+        let all = status[list].as_array().map(Vec::as_slice).unwrap_or_default();
+        all.iter().filter(|item| item[field] == value).count()
+    };
+    println!(
+        "alive {}, answering through the tunnel {}, connections {}",
+        count("members", "liveness", "alive"),
+        count("paths", "state", "ok"),
+        status["connections"]
+    );
+    println!("one agent among {members}, at rest for {AT_REST:?} (goals: 40 MiB, 0.2 %)");
+    println!("RSS {rss:.1} MiB (anonymous {anonymous:.1}), CPU {cpu:.3} % of a core");
+    Ok(())
+}
+
+/// The other end of the agent's tunnel to everybody: a kernel that has all addresses.
+fn tunnel(host: &Host, remote: Ipv4Addr, vtep: Ipv4Addr, mac: &str) -> anyhow::Result<()> {
+    let commands = [
+        format!(
+            "ip link add vx type vxlan id 1 dev eth0 local {} dstport 8472 nolearning",
+            host.ip
+        ),
+        "ip link set vx up mtu 1450".to_owned(),
+        "ip link set lo up".to_owned(),
+        format!("ip route add local {NETWORK} dev lo"),
+        format!("ip route add table 7 {vtep} dev vx"),
+        // The agent's address is the only one that is not here.
+        "ip rule add priority 100 table local".to_owned(),
+        "ip rule del priority 0".to_owned(),
+        format!("ip rule add to {vtep} table 7 priority 10"),
+        format!("ip neigh add {vtep} lladdr {mac} dev vx nud permanent"),
+        format!("bridge fdb add {mac} dev vx dst {remote}"),
+        // Frames for each member's MAC are for this host.
+        "nft add table netdev others".to_owned(),
+        "nft add chain netdev others in { type filter hook ingress device vx priority 0 ; }"
+            .to_owned(),
+        "nft add rule netdev others in meta pkttype set host".to_owned(),
+    ];
+    for command in commands {
+        let mut words = command.split_whitespace();
+        let mut tool = Command::new(words.next().context("a command")?);
+        let done = host.netns.spawn(tool.args(words))?.wait()?;
+        ensure!(done.success(), "{command} failed");
+    }
+    Ok(())
+}
+
+fn key(number: usize) -> Result<NodeKey, CredentialError> {
+    let mut seed = [7; 32];
+    seed[..8].copy_from_slice(&(number as u64).to_le_bytes());
+    NodeKey::from_seed(seed)
+}
+
+fn member(number: usize, node: NodeId, ip: Ipv4Addr) -> MemberRecord {
+    MemberRecord {
+        node,
+        version: Version { starts: 1, change: 0 },
+        boot: BootId::from_bytes([1; 8]),
+        name: format!("n{number}").parse().expect("a name"),
+        address: (ip, PORT + number as u16).into(),
+        vtep: Vtep { mac: Mac::of_node(node), underlay: ip.into() },
+        left_to: None,
+    }
+}
+
+/// One of the others.
+struct Member {
+    id: NodeId,
+    node: Node,
+    gate: Gate,
+    transport: Transport,
+    vtep: Option<IpAddr>,
+    timer: Option<Time>,
+}
+
+/// All of them, and what is on its way between them.
+struct Crowd {
+    members: Vec<Member>,
+    places: BTreeMap<NodeId, usize>,
+    inputs: VecDeque<(usize, Input)>,
+    /// Who waits for an answer in memory.
+    replies: BTreeMap<ReplyId, (usize, CallId)>,
+    asked: u64,
+    timers: BTreeSet<(Time, usize)>,
+    arrivals: mpsc::UnboundedReceiver<(usize, Event)>,
+    epoch: Instant,
+}
+
+impl Crowd {
+    /// All begin with the same database.
+    fn start(
+        keys: &[NodeKey],
+        records: Vec<MemberRecord>,
+        saved: &[(Key, Record)],
+        secret: &Secret,
+    ) -> anyhow::Result<Self> {
+        let (events, arrivals) = mpsc::unbounded_channel();
+        let mut crowd = Self {
+            members: Vec::new(),
+            places: records.iter().enumerate().map(|(n, record)| (record.node, n)).collect(),
+            inputs: VecDeque::new(),
+            replies: BTreeMap::new(),
+            // Far above the numbers that transports give to questions.
+            asked: 1 << 60,
+            timers: BTreeSet::new(),
+            arrivals,
+            epoch: Instant::now(),
+        };
+        for (number, (key, record)) in keys.iter().zip(records).enumerate() {
+            let (transport, mut network) =
+                Transport::bind(record.address, &Credentials::new(secret, key)?)?;
+            let events = events.clone();
+            tokio::spawn(async move {
+                while let Some(event) = network.recv().await {
+                    let _ = events.send((number, event));
+                }
+            });
+            let mut rng_seed = [7; 32];
+            rng_seed[..8].copy_from_slice(record.node.as_bytes());
+            let config = NodeConfig {
+                node: record.node,
+                boot: BootId::from_bytes([2; 8]),
+                name: record.name,
+                address: record.address,
+                vtep: record.vtep,
+                founding: Founding::Join,
+                seeds: 0,
+                cluster: None,
+                wish: SettingsWish::default(),
+                prefer_subnet: None,
+                replace_by_name: false,
+                quorum: None,
+                rng_seed,
+            };
+            let (id, gate) = (record.node, Gate::default());
+            let node = Node::start(crowd.now(), config, saved.to_vec())?;
+            crowd.members.push(Member { id, node, gate, transport, vtep: None, timer: None });
+        }
+        (0..crowd.members.len()).for_each(|number| crowd.carry_out(number));
+        Ok(crowd)
+    }
+
+    async fn run(mut self, agent: Ipv4Addr) {
+        let mut asks = tokio::time::interval(ASKED);
+        loop {
+            let now = self.now();
+            while let Some((at, member)) = self.timers.first().copied().filter(|(at, _)| *at <= now)
+            {
+                self.timers.remove(&(at, member));
+                self.inputs.push_back((member, Input::Timeout));
+            }
+            while let Some((member, input)) = self.inputs.pop_front() {
+                self.members[member].node.handle(now, input);
+                self.carry_out(member);
+            }
+            let next = self.timers.first().map_or(Duration::MAX, |(at, _)| at.since(self.now()));
+            tokio::select! {
+                Some((member, event)) = self.arrivals.recv() => {
+                    let input = self.members[member].transport.handle(event);
+                    self.inputs.extend(input.map(|input| (member, input)));
+                }
+                _ = asks.tick() => self.ask(agent),
+                () = tokio::time::sleep(next.min(ASKED)) => {}
+            }
+        }
+    }
+
+    /// One of the members asks the agent's kernel for an echo.
+    fn ask(&mut self, agent: Ipv4Addr) {
+        self.asked += 1;
+        let member = self.members.get(self.asked as usize % self.members.len());
+        let Some(from) = member.and_then(|member| member.vtep) else { return };
+        let sent = Family::Inet.open().and_then(|socket| {
+            socket.bind(&SocketAddr::new(from, 0).into())?;
+            let request = Family::Inet.request(1, self.asked as u16, icmp::SMALL);
+            socket.send_to(&request, &SocketAddr::from((agent, 0)).into())
+        });
+        sent.expect("an echo request");
+    }
+
+    fn now(&self) -> Time {
+        Time::from_nanos(self.epoch.elapsed().as_nanos() as u64)
+    }
+
+    fn carry_out(&mut self, member: usize) {
+        while let Some(output) = self.members[member].node.poll_output() {
+            if let Some(output) = self.members[member].gate.pass(output) {
+                self.execute(member, output);
+            }
+        }
+        let Member { node, timer, .. } = &mut self.members[member];
+        let (before, after) = (*timer, node.poll_timeout());
+        *timer = after;
+        self.timers.extend(after.map(|at| (at, member)));
+        if let Some(before) = before.filter(|_| before != after) {
+            self.timers.remove(&(before, member));
+        }
+    }
+
+    fn execute(&mut self, member: usize, output: Output) {
+        let from = self.members[member].id;
+        match output {
+            Output::Send { to, address, bytes, .. } => match self.places.get(&to) {
+                Some(place) => self.inputs.push_back((*place, Input::Message { from, bytes })),
+                None => self.members[member].transport.send(to, address, bytes),
+            },
+            Output::Call { call, to: Target::Member { node, address }, bytes, .. } => {
+                let Some(place) = self.places.get(&node) else {
+                    return self.members[member].transport.call(call, node, address, bytes);
+                };
+                self.asked += 1;
+                let reply = ReplyId(self.asked);
+                self.replies.insert(reply, (member, call));
+                self.inputs.push_back((*place, Input::Request { from, reply, bytes }));
+            }
+            Output::Reply { reply, bytes, .. } => match self.replies.remove(&reply) {
+                Some((asker, call)) => {
+                    self.inputs
+                        .push_back((asker, Input::Answer { call, result: Ok((from, bytes)) }));
+                }
+                None => self.members[member].transport.reply(reply, bytes),
+            },
+            Output::Write { seq, .. } => {
+                for output in self.members[member].gate.open(seq) {
+                    self.execute(member, output);
+                }
+            }
+            Output::Program { view, .. } => {
+                let subnet = view.own.subnets.first;
+                self.members[member].vtep = Some(subnet.network());
+                self.inputs.push_back((member, Input::InUse(Some(subnet))));
+            }
+            Output::Owned(_) | Output::Answered { .. } => {}
+            other => println!("{from} wants {other:?}"),
+        }
+    }
+}
