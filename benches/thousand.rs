@@ -34,7 +34,7 @@ const PORT: u16 = 20_000;
 /// Room for 4,096 subnets.
 const NETWORK: &str = "172.16.0.0/12";
 /// Until what a start costs is over.
-const SETTLE: Duration = Duration::from_secs(20);
+const SETTLE: Duration = Duration::from_secs(60);
 const AT_REST: Duration = Duration::from_secs(20);
 /// Between two requests that the members together send to the agent's VTEP.
 const ASKED: Duration = Duration::from_millis(100);
@@ -94,9 +94,6 @@ fn measure(members: usize) -> anyhow::Result<()> {
     let memory = |field| memory_mib(agent.pid(), field);
     let (rss, anonymous) = (memory("VmRSS:"), memory("RssAnon:"));
     let status = agent.ask("/v1/status", PATIENCE)?;
-    if std::env::var_os("SHOW").is_some() {
-        println!("{:#}\n{:#}\n{:#}", status["members"][1], status["paths"], status["kernel"]);
-    }
     let count = |list: &str, field: &str, value: &str| {
         let all = status[list].as_array().map(Vec::as_slice).unwrap_or_default();
         all.iter().filter(|item| item[field] == value).count()

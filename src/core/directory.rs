@@ -3,7 +3,7 @@
 //! Each record has one writer, the node it describes. Records of nodes that left stay, so that a
 //! late copy from elsewhere cannot bring them back.
 
-use std::collections::{BTreeMap, btree_map::Entry};
+use std::collections::{BTreeMap, BTreeSet, btree_map::Entry};
 
 use crate::{
     model::{Forget, MemberRecord, NodeId},
@@ -23,6 +23,8 @@ pub struct Directory {
     records: BTreeMap<NodeId, MemberRecord>,
     /// Who was forgotten: never more than have a record.
     forgets: BTreeMap<NodeId, Forget>,
+    /// Whose records say that they have left.
+    left: BTreeSet<NodeId>,
     /// One per bucket, always that of both.
     hashes: [u64; Buckets::COUNT],
 }
@@ -31,7 +33,7 @@ impl Directory {
     /// Takes the record if it is newer than ours. Says whether it was.
     pub fn merge(&mut self, record: &MemberRecord) -> bool {
         let full = self.records.len() >= MAX_MEMBERS;
-        match self.records.entry(record.node) {
+        let taken = match self.records.entry(record.node) {
             Entry::Vacant(_) if full => {
                 tracing::warn!(node = %record.node, "member ignored: the directory holds {MAX_MEMBERS}");
                 false
@@ -51,7 +53,19 @@ impl Directory {
                 }
                 newer
             }
+        };
+        if taken && record.has_left() {
+            self.left.insert(record.node);
+        } else if taken {
+            self.left.remove(&record.node);
         }
+        taken
+    }
+
+    /// Who has left or was forgotten, each once.
+    pub fn gone(&self) -> impl Iterator<Item = NodeId> {
+        let left = self.left.iter().filter(|node| !self.forgets.contains_key(node));
+        self.forgets.keys().chain(left).copied()
     }
 
     /// Whether a record of this node would be kept.

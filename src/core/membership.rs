@@ -72,6 +72,8 @@ pub struct Membership {
     notices: VecDeque<Notice>,
     /// Members held as alive or suspect, this node excluded: foca's own search is linear.
     active: BTreeMap<NodeId, Identity>,
+    /// One per bucket, always that of `active`.
+    hashes: [u64; Buckets::COUNT],
 }
 
 impl Membership {
@@ -85,6 +87,7 @@ impl Membership {
             refutation: 0,
             notices: VecDeque::new(),
             active: BTreeMap::new(),
+            hashes: [0; Buckets::COUNT],
         }
     }
 
@@ -204,6 +207,11 @@ impl Membership {
         incarnations.max().unwrap_or_default()
     }
 
+    /// Members held as alive or suspect, without this node.
+    pub fn others(&self) -> impl Iterator<Item = NodeId> {
+        self.active.keys().copied()
+    }
+
     /// Members held as alive or suspect, this node included, in order of their ids.
     pub fn active(&self) -> BTreeMap<NodeId, Identity> {
         let mut active = self.active.clone();
@@ -229,18 +237,27 @@ impl Membership {
         opinions
     }
 
-    /// One hash per bucket over the active members, without those who are `gone`.
-    pub fn hashes(&self, gone: impl Fn(NodeId) -> bool) -> [u64; Buckets::COUNT] {
-        let mut hashes = [0; Buckets::COUNT];
-        let there = self.active.values().filter(|identity| !gone(identity.node));
-        for Identity { node, incarnation } in there.copied().chain([self.identity()]) {
-            let mut bytes = [0; 16];
-            bytes[..8].copy_from_slice(node.as_bytes());
-            bytes[8..12].copy_from_slice(&incarnation.starts.to_le_bytes());
-            bytes[12..].copy_from_slice(&incarnation.renewals.to_le_bytes());
-            hashes[Buckets::of_node(node)] ^= state_hash(&bytes);
+    /// One hash per bucket over the active members and this node, without those who are `gone`; each of them is
+    /// named once.
+    pub fn hashes(&self, gone: impl Iterator<Item = NodeId>) -> [u64; Buckets::COUNT] {
+        let mut hashes = self.hashes;
+        let there = gone.filter_map(|node| self.active.get(&node));
+        for identity in there.chain([&self.identity()]) {
+            hashes[Buckets::of_node(identity.node)] ^= identity_hash(identity);
         }
         hashes
+    }
+
+    fn activate(&mut self, identity: Identity) {
+        self.deactivate(identity.node);
+        self.hashes[Buckets::of_node(identity.node)] ^= identity_hash(&identity);
+        self.active.insert(identity.node, identity);
+    }
+
+    fn deactivate(&mut self, node: NodeId) {
+        if let Some(before) = self.active.remove(&node) {
+            self.hashes[Buckets::of_node(node)] ^= identity_hash(&before);
+        }
     }
 
     fn collect(&mut self, now: Time, what: &'static str, result: Result<(), foca::Error>) {
@@ -283,14 +300,14 @@ impl Membership {
     fn on_notification(&mut self, notification: OwnedNotification<Identity>) {
         match notification {
             OwnedNotification::MemberUp(id) => {
-                self.active.insert(id.node, id);
+                self.activate(id);
                 self.notices.push_back(Notice::Up(id.node));
             }
-            OwnedNotification::Rename(_, id) => {
-                self.active.entry(id.node).and_modify(|known| *known = id);
+            OwnedNotification::Rename(_, id) if self.active.contains_key(&id.node) => {
+                self.activate(id);
             }
             OwnedNotification::MemberDown(id) => {
-                self.active.remove(&id.node);
+                self.deactivate(id.node);
                 self.notices.push_back(Notice::Down(id.node));
             }
             OwnedNotification::Rejoin(identity) => {
@@ -315,6 +332,14 @@ impl Membership {
             }
         }
     }
+}
+
+fn identity_hash(Identity { node, incarnation }: &Identity) -> u64 {
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(node.as_bytes());
+    bytes[8..12].copy_from_slice(&incarnation.starts.to_le_bytes());
+    bytes[12..].copy_from_slice(&incarnation.renewals.to_le_bytes());
+    state_hash(&bytes)
 }
 
 impl foca::Identity for Identity {
@@ -446,10 +471,9 @@ mod tests {
         let (mut one, mut two) = (member(1), member(2));
         one.introduce(Time::ZERO, [identity(2)].into_iter());
         two.introduce(Time::ZERO, [identity(1)].into_iter());
-        let nobody = |_: NodeId| false;
-        assert_eq!(one.hashes(nobody), two.hashes(nobody));
+        assert_eq!(one.hashes(std::iter::empty()), two.hashes(std::iter::empty()));
         two.renew(Time::ZERO);
-        assert_ne!(one.hashes(nobody), two.hashes(nobody));
+        assert_ne!(one.hashes(std::iter::empty()), two.hashes(std::iter::empty()));
         assert!(two.identity().incarnation > identity(2).incarnation);
     }
 

@@ -27,6 +27,9 @@ const BUSY_LAST: Duration = Duration::from_secs(1);
 /// Between rounds right after the start, and while this node's own memory is in doubt.
 const FIRST: Duration = Duration::from_millis(250);
 const FIRST_ROUNDS: u64 = 64;
+/// The view is made anew when one in so many of those heard are new to it, or after so many rounds.
+const VIEW_SHARE: usize = 16;
+const VIEW_ROUNDS: u64 = 16;
 
 /// Whether this node's own memory may lack records that it wrote, and who can tell. While in doubt it
 /// writes no new ones.
@@ -52,6 +55,8 @@ pub(super) struct SyncRound {
     doubt: Doubt,
     /// Members compared with since the start: what the table says of their slots was true at that moment.
     heard: BTreeSet<NodeId>,
+    /// Those among them whom the view does not reflect yet.
+    newly_heard: usize,
     /// There are active members among those who were not heard.
     curious: bool,
     rounds: u64,
@@ -79,6 +84,7 @@ impl SyncRound {
         Self {
             doubt,
             heard: BTreeSet::new(),
+            newly_heard: 0,
             curious: true,
             due: now,
             open: Open::default(),
@@ -177,7 +183,6 @@ impl SyncRound {
     }
 
     fn complete(&mut self, now: Time, peer: NodeId, same: bool) {
-        self.heard.insert(peer);
         self.witness(peer);
         self.settled = same;
         self.due = now + self.pause();
@@ -194,9 +199,10 @@ impl Node {
         self.sync.busy = (self.sync.busy * 2).min(BUSY_LAST);
         self.sync.due = now + self.jittered(base);
         self.sync.rounds += 1;
-        let me = self.me.node;
-        let active = self.active();
-        self.sync.curious = active.keys().any(|node| *node != me && !self.sync.heard(*node));
+        let unheard = |node: NodeId| !self.sync.heard(node) && !self.is_gone(node);
+        self.sync.curious = self.membership.others().any(unheard);
+        let is_turn = !self.sync.curious || self.sync.rounds.is_multiple_of(VIEW_ROUNDS);
+        self.view_stale |= is_turn && std::mem::take(&mut self.sync.newly_heard) > 0;
         if self.is_alone() {
             self.sync.settled = true;
         }
@@ -246,9 +252,18 @@ impl Node {
 
     /// A comparison with `peer` succeeded; `same` if it found no difference.
     pub(super) fn compared(&mut self, now: Time, peer: NodeId, same: bool) {
-        // An entry in the kernel may be judged by its owner's word now.
-        self.view_stale |= !self.sync.heard(peer);
+        self.hear(peer);
         self.sync.complete(now, peer, same);
+    }
+
+    /// What is known of a peer's slots is its own word. Entries in the kernel may be judged by that now; in a
+    /// large cluster not after each of them, for that takes a look at all.
+    fn hear(&mut self, peer: NodeId) {
+        let SyncRound { heard, newly_heard, .. } = &mut self.sync;
+        *newly_heard += usize::from(heard.insert(peer));
+        if *newly_heard * VIEW_SHARE >= heard.len() {
+            self.view_stale |= std::mem::take(newly_heard) > 0;
+        }
     }
 
     pub(super) fn on_compare_answer(&mut self, now: Time, partner: Target, answer: Answer) {
@@ -319,7 +334,7 @@ impl Node {
         Buckets {
             members: self.directory.hashes(),
             slots: self.home.as_ref().map_or([0; Buckets::COUNT], |home| home.slots.hashes()),
-            active: self.membership.hashes(|node| self.is_gone(node)),
+            active: self.membership.hashes(self.directory.gone()),
         }
     }
 

@@ -102,6 +102,8 @@ pub struct Paths {
     sequence: u16,
     not_before: Time,
     withdraw_after: Option<Duration>,
+    /// When the next one of all is due. Asked for far more often than it changes.
+    next: Option<Time>,
 }
 
 #[derive(Debug)]
@@ -144,6 +146,7 @@ impl Paths {
             sequence: 0,
             not_before: Time::ZERO,
             withdraw_after,
+            next: None,
         }
     }
 
@@ -163,11 +166,12 @@ impl Paths {
             self.by_address.extend([(vtep, node), (underlay, node)]);
         }
         self.judge(now);
+        self.look_ahead();
     }
 
     /// The next request, if one is due.
     pub fn poll(&mut self, now: Time) -> Option<Probe> {
-        if now < self.not_before {
+        if self.next_due().is_none_or(|due| now < due) {
             return None;
         }
         let due = self.peers.values_mut().filter(|path| path.ask && path.due <= now);
@@ -184,6 +188,7 @@ impl Paths {
             special.due = now + SPECIAL;
         }
         self.not_before = now + if path.is_calm() { CALM_GAP } else { GAP };
+        self.look_ahead();
         Some(probe)
     }
 
@@ -195,8 +200,12 @@ impl Paths {
 
     /// When [`Paths::poll`] has something to do.
     pub fn next_due(&self) -> Option<Time> {
+        Some(self.next?.max(self.not_before))
+    }
+
+    fn look_ahead(&mut self) {
         let asked = self.peers.values().filter(|path| path.ask);
-        Some(asked.map(|path| path.due).min()?.max(self.not_before))
+        self.next = asked.map(|path| path.due).min();
     }
 
     /// An answer of a peer's kernel, through the tunnel or from elsewhere.
@@ -207,6 +216,7 @@ impl Paths {
         path.round_trip = Some(now.since(sent));
         path.astray = elsewhere;
         path.answered(now, probe.kind);
+        self.look_ahead();
     }
 
     /// A peer's kernel has said that nobody waits for a datagram.
@@ -214,6 +224,7 @@ impl Paths {
         let Some(path) = self.path(from) else { return };
         if path.open.take_if(|(probe, _)| probe.kind == Kind::Datagram).is_some() {
             path.answered(now, Kind::Datagram);
+            self.look_ahead();
         }
     }
 
@@ -229,6 +240,7 @@ impl Paths {
             path.datagram = Special::new(now);
             path.due = path.due.min(now);
         }
+        self.look_ahead();
     }
 
     /// Whether datagrams to a peer arrive, once that is clear; false for one that is gone.
