@@ -214,14 +214,17 @@ impl Node {
     /// and those of a forgotten one whose heir is gone as well.
     fn inherit(&mut self, now: Time) {
         let Some(home) = self.home.as_ref().filter(|_| self.sync.settled()) else { return };
-        let owners: BTreeSet<NodeId> =
-            home.slots.runs().iter().map(|run| run.record.owner).collect();
-        let active = self.active();
         let orphaned = |node: &NodeId| match self.directory.forgotten(*node) {
             Some(forget) => self.is_gone(forget.heir),
             None => self.is_gone(*node),
         };
-        for node in owners.into_iter().filter(orphaned).collect::<Vec<_>>() {
+        let owners = home.slots.runs().iter().map(|run| run.record.owner);
+        let orphans: BTreeSet<NodeId> = owners.filter(orphaned).collect();
+        if orphans.is_empty() {
+            return;
+        }
+        let active = self.active();
+        for node in orphans {
             let best = active.keys().max_by_key(|heir| peer_score(node, **heir));
             if best == Some(&self.me.node) {
                 self.vouch(now, node, false);

@@ -6,10 +6,10 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
-use rand::prelude::IteratorRandom as _;
+use rand::prelude::IndexedRandom as _;
 
 use crate::{
-    model::{NodeId, Time},
+    model::{MemberRecord, NodeId, Time},
     wire::{Buckets, Facts, Request, Response, Roots},
 };
 
@@ -230,13 +230,18 @@ impl Node {
         };
         let any = rounds.is_multiple_of(4) && !planted(Bug::NoAnnounceAfterHeal);
         let choosy = rounds % 4 < 2;
-        let rng = &mut self.rng;
-        let peers = || self.directory.peers(me);
-        let peer = peers()
-            .filter(|record| any || self.membership.is_active(record.node))
-            .filter(|record| !choosy || witness(&record.node))
-            .choose(rng)
-            .or_else(|| peers().filter(|_| !planted(Bug::NoAnnounceAfterHeal)).choose(rng))
+        let all: Vec<&MemberRecord> = self.directory.peers(me).collect();
+        let wanted = |record: &&&MemberRecord| {
+            (any || self.membership.is_active(record.node)) && (!choosy || witness(&record.node))
+        };
+        let preferred: Vec<&MemberRecord> = all.iter().filter(wanted).copied().collect();
+        let from = match preferred.is_empty() {
+            true if planted(Bug::NoAnnounceAfterHeal) => &preferred,
+            true => &all,
+            false => &preferred,
+        };
+        let peer = from
+            .choose(&mut self.rng)
             .filter(|_| !self.sync.open.member)
             .map(|record| Target::Member { node: record.node, address: record.address });
         let turn = (rounds / 2) as usize;

@@ -216,7 +216,8 @@ impl Faults {
             Fault::Clone => world.clone_host(host),
             Fault::ForgetAlive => {
                 let victim = world.hosts[rng.random_range(0..hosts)].key;
-                if members(world) > 2 {
+                // Whoever forgets all others, and is forgotten by all, stays apart: outside the promise.
+                if members(world) > 2 && world.hosts[host].members_on_disk().len() > 2 {
                     world.forget(host, victim, true);
                 }
             }
