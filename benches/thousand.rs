@@ -37,7 +37,7 @@ const NETWORK: &str = "172.16.0.0/12";
 const SETTLE: Duration = Duration::from_secs(60);
 const AT_REST: Duration = Duration::from_secs(20);
 /// Between two requests that the members together send to the agent's VTEP.
-const ASKED: Duration = Duration::from_millis(100);
+const ASKED: Duration = Duration::from_millis(200);
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();

@@ -27,6 +27,9 @@ const BUSY_LAST: Duration = Duration::from_secs(1);
 /// Between rounds right after the start, and while this node's own memory is in doubt.
 const FIRST: Duration = Duration::from_millis(250);
 const FIRST_ROUNDS: u64 = 64;
+/// In clusters up to this size; in larger ones members get to know each other more slowly, for most of them
+/// have to be connected to first.
+const COMPARED_EACH_SECOND: u32 = 250;
 /// The view is made anew when one in so many of those heard are new to it, or after so many rounds.
 const VIEW_SHARE: usize = 16;
 const VIEW_ROUNDS: u64 = 16;
@@ -57,6 +60,8 @@ pub(super) struct SyncRound {
     heard: BTreeSet<NodeId>,
     /// Those among them whom the view does not reflect yet.
     newly_heard: usize,
+    /// How many members are active.
+    others: u32,
     /// There are active members among those who were not heard.
     curious: bool,
     rounds: u64,
@@ -85,6 +90,7 @@ impl SyncRound {
             doubt,
             heard: BTreeSet::new(),
             newly_heard: 0,
+            others: 0,
             curious: true,
             due: now,
             open: Open::default(),
@@ -171,7 +177,7 @@ impl SyncRound {
     fn pause(&self) -> Duration {
         match self.settled {
             _ if self.is_new() => FIRST,
-            true if self.curious => BUSY_LAST,
+            true if self.curious => BUSY_LAST * (self.others / COMPARED_EACH_SECOND).max(1),
             true => CALM,
             false => self.busy,
         }
@@ -201,6 +207,7 @@ impl Node {
         self.sync.rounds += 1;
         let unheard = |node: NodeId| !self.sync.heard(node) && !self.is_gone(node);
         self.sync.curious = self.membership.others().any(unheard);
+        self.sync.others = self.membership.others().count() as u32;
         let is_turn = !self.sync.curious || self.sync.rounds.is_multiple_of(VIEW_ROUNDS);
         self.view_stale |= is_turn && std::mem::take(&mut self.sync.newly_heard) > 0;
         if self.is_alone() {

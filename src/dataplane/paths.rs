@@ -28,7 +28,7 @@ const WITHDRAWN: Duration = Duration::from_secs(5);
 /// Between any two requests, so that a large cluster costs no more than a small one.
 const GAP: Duration = Duration::from_millis(20);
 /// The same while all is well with the peer that is asked.
-const CALM_GAP: Duration = Duration::from_millis(100);
+const CALM_GAP: Duration = Duration::from_millis(200);
 /// Between two special requests of one kind to one peer.
 const SPECIAL: Duration = Duration::from_secs(300);
 /// The same after one was lost.
