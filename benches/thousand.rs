@@ -1,9 +1,9 @@
 //! What one agent costs in a cluster of a thousand: `cargo bench --bench thousand [-- MEMBERS]`.
 //!
-//! The agent is real, with its kernel, database and QUIC. The others are the production core in one process:
-//! they speak to each other in memory and to the agent by QUIC, each from an endpoint of its own. Their host's
-//! kernel answers for all their VTEPs through a real tunnel, and asks back as often as a thousand kernels
-//! would.
+//! The agent is real, with its kernel, database and QUIC. The others are the production core in one
+//! process: they speak to each other in memory and to the agent by QUIC, each from an endpoint of its own.
+//! Their host's kernel answers for all their VTEPs through a real tunnel, and asks back as often as a
+//! thousand kernels would.
 
 #![allow(clippy::expect_used)]
 

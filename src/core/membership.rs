@@ -237,8 +237,8 @@ impl Membership {
         opinions
     }
 
-    /// One hash per bucket over the active members and this node, without those who are `gone`; each of them is
-    /// named once.
+    /// One hash per bucket over the active members and this node, without those who are `gone`; each of
+    /// them is named once.
     pub fn hashes(&self, gone: impl Iterator<Item = NodeId>) -> [u64; Buckets::COUNT] {
         let mut hashes = self.hashes;
         let there = gone.filter_map(|node| self.active.get(&node));
