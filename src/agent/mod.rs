@@ -18,7 +18,7 @@ mod underlay;
 use std::{
     collections::BTreeSet,
     path::Path,
-    rc::Rc,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -83,7 +83,7 @@ struct Agent {
     prober: Prober,
     underlay: Chosen,
     config: Config,
-    state: Rc<StateDir>,
+    state: Arc<StateDir>,
     /// The token as it was last saved.
     saved_token: Option<Token>,
     history: History,

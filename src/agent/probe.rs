@@ -39,6 +39,8 @@ pub(super) struct Prober {
     paths: Paths,
     offload: Offload,
     look_at: Instant,
+    /// The goal of the kernel, and the hash of gossip's opinions, that `paths` was told of.
+    told: Option<(u64, u64)>,
 }
 
 /// Of one family.
@@ -71,7 +73,7 @@ impl Prober {
         }
         let paths = Paths::new(withdraw_after.filter(|_| !blind));
         let (offload, look_at) = (Offload::default(), Instant::now());
-        (Self { inet, inet6, paths, offload, look_at }, receiver)
+        (Self { inet, inet6, paths, offload, look_at, told: None }, receiver)
     }
 
     /// How the checksum offload should be on the device; none, if that is not our business.
@@ -146,6 +148,7 @@ impl Agent {
         if self.prober.look_at <= now {
             self.prober.look_at = now + LOOK;
             self.update_paths();
+            self.judge_offload();
         }
         let now = self.clock.now();
         while let Some(probe) = self.prober.paths.poll(now) {
@@ -181,8 +184,15 @@ impl Agent {
     /// Tells the probe who there is, and what gossip holds of them.
     pub(super) fn update_paths(&mut self) {
         let Some(view) = &self.kernel.wanted else { return };
-        let opinions = self.node.opinions();
+        let now = self.clock.now();
         let in_use = self.kernel.demand.in_use.as_ref();
+        let news = in_use.is_none().then(|| (self.kernel.goals, self.node.opinions_hash()));
+        if news.is_some() && self.prober.told == news {
+            self.prober.paths.judge(now);
+            return self.follow_paths();
+        }
+        self.prober.told = news;
+        let opinions = self.node.opinions();
         let peers = view.peers.iter().filter_map(|(node, peer)| {
             let (_, subnets) = peer.leases.first()?;
             let liveness = opinions.get(node).copied();
@@ -197,9 +207,8 @@ impl Agent {
             in_use.is_none_or(|macs| macs.contains(&peer.vtep.mac)).then_some(subject)
         });
         let peers: Vec<Subject> = peers.collect();
-        self.prober.paths.update(self.clock.now(), peers.into_iter());
+        self.prober.paths.update(now, peers.into_iter());
         self.follow_paths();
-        self.judge_offload();
     }
 
     /// Where datagrams do not arrive through the tunnel, though echoes do, tries without checksum offload.

@@ -4,7 +4,7 @@
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    rc::Rc,
+    sync::Arc,
     time::Instant,
 };
 
@@ -75,7 +75,7 @@ pub enum StartFailure {
 /// Runs an agent until it ends. Must be called within a tokio runtime of its own, which takes the sockets
 /// along when it is dropped. After [`Ending::Anew`] it is to be called again.
 pub async fn run(config: Config) -> Result<Ending, StartFailure> {
-    let state = Rc::new(StateDir::open(&config.state_dir)?);
+    let state = Arc::new(StateDir::open(&config.state_dir)?);
     let fresh = state.node_key()?.is_none();
     match start(config, state.clone(), fresh).await {
         Ok(ending) => {
@@ -95,7 +95,7 @@ pub async fn run(config: Config) -> Result<Ending, StartFailure> {
 
 async fn start(
     mut config: Config,
-    state: Rc<StateDir>,
+    state: Arc<StateDir>,
     fresh: bool,
 ) -> Result<Ending, StartFailure> {
     let key = match state.node_key()? {

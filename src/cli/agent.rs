@@ -34,9 +34,13 @@ pub fn run(args: AgentArgs) -> ExitCode {
         Err(error) => return fail(error),
     };
     let ended = loop {
-        match block_on(agent::run(config.clone())) {
-            Ok(Ok(Ending::Anew)) => {}
-            ended => break ended,
+        // A task is woken in memory; the future that a runtime blocks on, by way of the kernel.
+        let agent = agent::run(config.clone());
+        match block_on(async { tokio::spawn(agent).await }) {
+            Ok(Ok(Ok(Ending::Anew))) => {}
+            Ok(Ok(ended)) => break Ok(ended),
+            Ok(Err(panicked)) => std::panic::resume_unwind(panicked.into_panic()),
+            Err(error) => break Err(error),
         }
     };
     match ended {

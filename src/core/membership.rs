@@ -8,6 +8,7 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
+    hash::{DefaultHasher, Hash as _, Hasher as _},
     num::{NonZeroU8, NonZeroU32, NonZeroUsize},
     time::Duration,
 };
@@ -237,6 +238,15 @@ impl Membership {
         opinions
     }
 
+    /// Another one whenever an opinion has changed.
+    pub fn opinions_hash(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        for member in self.foca.iter_membership_state() {
+            (member.id(), member.state() as u8).hash(&mut hasher);
+        }
+        hasher.finish()
+    }
+
     /// One hash per bucket over the active members and this node, without those who are `gone`; each of
     /// them is named once.
     pub fn hashes(&self, gone: impl Iterator<Item = NodeId>) -> [u64; Buckets::COUNT] {
@@ -265,11 +275,16 @@ impl Membership {
             // All are survivable: stale packets, packets of our own, an interrupted probe cycle.
             tracing::trace!(what, %error, "swim");
         }
-        while let Some((after, timer)) = self.runtime.to_schedule() {
+        while let Some((mut after, timer)) = self.runtime.to_schedule() {
             self.armed += 1;
-            if let Timer::ChangeSuspectToDown { member_id, incarnation, .. } = &timer {
-                let suspicion = Suspicion { identity: *member_id, refutation: *incarnation };
-                self.notices.push_back(Notice::Suspect(suspicion));
+            match &timer {
+                // foca's own period cannot be changed while it runs.
+                Timer::ProbeRandomMember(_) => after = after.mul_f64(self.stretch()),
+                Timer::ChangeSuspectToDown { member_id, incarnation, .. } => {
+                    let suspicion = Suspicion { identity: *member_id, refutation: *incarnation };
+                    self.notices.push_back(Notice::Suspect(suspicion));
+                }
+                _ => {}
             }
             self.timers.insert((now + after, self.armed), timer);
         }
@@ -322,6 +337,11 @@ impl Membership {
         *message == Message::TurnUndead && self.active.get(&to.node) == Some(to)
     }
 
+    /// How much slower than in a small cluster members are probed.
+    fn stretch(&self) -> f64 {
+        f64::max(self.foca.num_members() as f64 / PROBED_EACH_SECOND, 1.0)
+    }
+
     /// Follows the cluster's size when it has doubled or halved.
     fn tune(&mut self) {
         let size = u32::try_from(self.foca.num_members() + 1).unwrap_or(u32::MAX);
@@ -362,9 +382,12 @@ impl foca::Identity for Identity {
 
 /// Clusters up to this size are probed once a second by each member; larger ones ever less often, so that a
 /// member meets each of the others about as often as before and their connections stay open.
-const PROBED_EACH_SECOND: u32 = 250;
+const PROBED_EACH_SECOND: f64 = 250.0;
+/// How long a member is suspected before it is called down. Suspects are asked on a stream, and a call fails
+/// in less than that; a starved CPU is not a death. In a large cluster it need not take longer.
+const SUSPECTED_MIN: Duration = Duration::from_secs(6);
+const SUSPECTED_MAX: Duration = Duration::from_secs(8);
 
-/// Probe every second; suspect for at least 6 s, so that a starved CPU is not a death.
 fn settings(cluster_size: u32) -> Config {
     const ONE: NonZeroUsize = NonZeroUsize::MIN;
     const TWO: NonZeroUsize = ONE.saturating_add(1);
@@ -376,11 +399,7 @@ fn settings(cluster_size: u32) -> Config {
     let size = NonZeroU32::new(cluster_size).unwrap_or(NonZeroU32::MIN);
     let lan = Config::new_lan(size);
     Config {
-        probe_period: Duration::from_secs(1).mul_f64(
-            f64::from(cluster_size.max(PROBED_EACH_SECOND)) / f64::from(PROBED_EACH_SECOND),
-        ),
-        // Longer than a call takes to fail: a suspect is asked on a stream before it is called down.
-        suspect_to_down_after: lan.suspect_to_down_after.max(Duration::from_secs(6)),
+        suspect_to_down_after: lan.suspect_to_down_after.clamp(SUSPECTED_MIN, SUSPECTED_MAX),
         max_transmissions: lan.max_transmissions.max(TRANSMISSIONS_MIN),
         max_packet_size: PACKET,
         // News travel by push; this carries suspicions and their refutations.
@@ -395,94 +414,4 @@ fn settings(cluster_size: u32) -> Config {
 }
 
 #[cfg(test)]
-mod tests {
-    use rand::SeedableRng as _;
-
-    use super::*;
-
-    fn identity(seed: u8) -> Identity {
-        let node = NodeId::of_public_key(&[seed; 32]);
-        Identity { node, incarnation: Incarnation { starts: 1, renewals: 0 } }
-    }
-
-    fn member(seed: u8) -> Membership {
-        Membership::new(identity(seed), StdRng::from_seed([seed; 32]))
-    }
-
-    /// Runs timers and delivers packets between `members` without loss until `until`.
-    fn run(members: &mut [Membership], until: Time) {
-        loop {
-            let Some(now) = members.iter().filter_map(Membership::next_timeout).min() else {
-                return;
-            };
-            if now > until {
-                return;
-            }
-            members.iter_mut().for_each(|member| member.handle_timeout(now));
-            while let Some((to, packet)) = members.iter_mut().find_map(|member| {
-                std::iter::from_fn(|| member.poll_notice()).find_map(|notice| match notice {
-                    Notice::Send { to, packet } => Some((to, packet)),
-                    _ => None,
-                })
-            }) {
-                if let Some(member) = members.iter_mut().find(|m| m.identity().node == to) {
-                    member.handle_packet(now, &packet);
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn one_introduction_is_enough_and_a_silent_member_goes_down() {
-        let mut members = vec![member(1), member(2)];
-        members[0].introduce(Time::ZERO, [identity(2)].into_iter());
-        run(&mut members, Time::ZERO + Duration::from_secs(3));
-        assert_eq!(members[1].active().len(), 2, "the probe introduced the prober");
-
-        let lost = members.pop().expect("two members").identity().node;
-        run(&mut members, Time::ZERO + Duration::from_secs(15));
-        assert_eq!(members[0].opinions()[&lost], Liveness::Down);
-        assert!(!members[0].is_active(lost));
-    }
-
-    #[test]
-    fn who_was_frozen_accuses_nobody_of_its_own_silence() {
-        let mut members = vec![member(1), member(2)];
-        members[0].introduce(Time::ZERO, [identity(2)].into_iter());
-        run(&mut members, Time::ZERO + Duration::from_secs(3));
-        let mut peer = members.pop().expect("two members");
-        // The peer is silent until it is suspected; then this process is frozen for longer than a suspicion
-        // lasts, and the refutation waits in its socket.
-        run(&mut members, Time::ZERO + Duration::from_secs(7));
-        assert_eq!(members[0].opinions()[&identity(2).node], Liveness::Suspect);
-        let now = Time::ZERO + Duration::from_secs(30);
-        members[0].handle_timeout(now);
-        let suspicion = Suspicion { identity: peer.identity(), refutation: 0 };
-        let alive = peer.refute(now, &suspicion);
-        members[0].absolve(now + Duration::from_millis(1), &alive);
-        let mut both = vec![members.remove(0), peer];
-        run(&mut both, now + Duration::from_secs(20));
-        assert_eq!(both[0].opinions()[&identity(2).node], Liveness::Alive);
-        assert_eq!(both[1].identity(), identity(2), "nobody made it renew itself");
-    }
-
-    #[test]
-    fn equal_views_have_equal_hashes_and_a_renewal_changes_them() {
-        let (mut one, mut two) = (member(1), member(2));
-        one.introduce(Time::ZERO, [identity(2)].into_iter());
-        two.introduce(Time::ZERO, [identity(1)].into_iter());
-        assert_eq!(one.hashes(std::iter::empty()), two.hashes(std::iter::empty()));
-        two.renew(Time::ZERO);
-        assert_ne!(one.hashes(std::iter::empty()), two.hashes(std::iter::empty()));
-        assert!(two.identity().incarnation > identity(2).incarnation);
-    }
-
-    #[test]
-    fn an_identity_costs_at_most_18_bytes_a_packet() {
-        let newest = Incarnation { starts: u32::MAX, renewals: u32::MAX };
-        let member = Member::alive(Identity { incarnation: newest, ..identity(1) });
-        let mut bytes = Vec::new();
-        SwimCodec.encode_member(&member, &mut bytes).expect("memory");
-        assert!(bytes.len() <= 8 + 5 + 5 + 2, "{}", bytes.len());
-    }
-}
+mod tests;

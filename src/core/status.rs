@@ -80,6 +80,8 @@ pub struct MemberStatus {
     pub liveness: Option<Liveness>,
     pub left: bool,
     pub forgotten: bool,
+    /// It was compared with since the start of this agent: what is known of its slots is its own word.
+    pub heard: bool,
     pub address: SocketAddr,
     pub underlay: IpAddr,
     pub vtep_mac: Mac,
@@ -96,6 +98,11 @@ impl Node {
     /// Gossip's opinion on everybody it has heard of.
     pub fn opinions(&self) -> BTreeMap<NodeId, Liveness> {
         self.membership.opinions()
+    }
+
+    /// Another one whenever an opinion has changed.
+    pub fn opinions_hash(&self) -> u64 {
+        self.membership.opinions_hash()
     }
 
     pub fn status(&self) -> NodeStatus {
@@ -154,6 +161,7 @@ impl Node {
                 },
                 left: record.has_left(),
                 forgotten: self.directory.forgotten(record.node).is_some(),
+                heard: is_me || self.sync.heard(record.node),
                 address: record.address,
                 underlay: record.vtep.underlay,
                 vtep_mac: record.vtep.mac,

@@ -102,9 +102,11 @@ pub struct Paths {
     sequence: u16,
     not_before: Time,
     withdraw_after: Option<Duration>,
-    /// When the next one of all is due. Asked for far more often than it changes.
-    next: Option<Time>,
+    /// Who is asked when: first those in doubt, then those with whom all is well.
+    queues: Queues,
 }
+
+type Queues = [BTreeSet<(Time, NodeId)>; 2];
 
 #[derive(Debug)]
 struct Path {
@@ -146,7 +148,7 @@ impl Paths {
             sequence: 0,
             not_before: Time::ZERO,
             withdraw_after,
-            next: None,
+            queues: Queues::default(),
         }
     }
 
@@ -154,6 +156,7 @@ impl Paths {
     pub fn update(&mut self, now: Time, peers: impl Iterator<Item = Subject>) {
         let mut before = std::mem::take(&mut self.peers);
         self.by_address.clear();
+        self.queues = Queues::default();
         for Subject { node, vtep, underlay, liveness, ask } in peers {
             let known = before.remove(&node).filter(|path| path.address == vtep);
             let mut path = known.unwrap_or_else(|| Path::new(now, vtep));
@@ -162,11 +165,13 @@ impl Paths {
             }
             path.liveness = liveness;
             path.ask = ask;
+            if let Some((queue, due)) = path.turn() {
+                self.queues[queue].insert((due, node));
+            }
             self.peers.insert(node, path);
             self.by_address.extend([(vtep, node), (underlay, node)]);
         }
         self.judge(now);
-        self.look_ahead();
     }
 
     /// The next request, if one is due.
@@ -174,21 +179,23 @@ impl Paths {
         if self.next_due().is_none_or(|due| now < due) {
             return None;
         }
-        let due = self.peers.values_mut().filter(|path| path.ask && path.due <= now);
-        // Those in doubt do not wait behind the others.
-        let path = due.min_by_key(|path| (path.is_calm(), path.due))?;
-        path.lose(now);
-        let sequence = self.sequence.wrapping_add(1);
-        self.sequence = sequence;
-        let kind = path.kind_due(now);
-        let probe = Probe { to: path.address, sequence, kind };
-        path.open = Some((probe, now));
-        path.due = now + path.pause();
-        if let Some(special) = path.special(kind) {
-            special.due = now + SPECIAL;
-        }
-        self.not_before = now + if path.is_calm() { CALM_GAP } else { GAP };
-        self.look_ahead();
+        let due = self.queues.iter().filter_map(BTreeSet::first).find(|(due, _)| *due <= now);
+        let (_, node) = *due?;
+        let sequence = self.next_sequence();
+        let mut probe = None;
+        self.change(node, |path| {
+            path.lose(now);
+            let kind = path.kind_due(now);
+            let asked = Probe { to: path.address, sequence, kind };
+            path.open = Some((asked, now));
+            path.due = now + path.pause();
+            if let Some(special) = path.special(kind) {
+                special.due = now + SPECIAL;
+            }
+            probe = Some((asked, if path.is_calm() { CALM_GAP } else { GAP }));
+        });
+        let (probe, gap) = probe?;
+        self.not_before = now + gap;
         Some(probe)
     }
 
@@ -200,32 +207,28 @@ impl Paths {
 
     /// When [`Paths::poll`] has something to do.
     pub fn next_due(&self) -> Option<Time> {
-        Some(self.next?.max(self.not_before))
-    }
-
-    fn look_ahead(&mut self) {
-        let asked = self.peers.values().filter(|path| path.ask);
-        self.next = asked.map(|path| path.due).min();
+        let first = self.queues.iter().filter_map(BTreeSet::first).map(|(due, _)| *due).min()?;
+        Some(first.max(self.not_before))
     }
 
     /// An answer of a peer's kernel, through the tunnel or from elsewhere.
     pub fn on_answer(&mut self, now: Time, from: IpAddr, sequence: u16, elsewhere: bool) {
-        let Some(path) = self.path(from) else { return };
         let echo = |probe: &Probe| probe.kind != Kind::Datagram && probe.sequence == sequence;
-        let Some((probe, sent)) = path.open.take_if(|(probe, _)| echo(probe)) else { return };
-        path.round_trip = Some(now.since(sent));
-        path.astray = elsewhere;
-        path.answered(now, probe.kind);
-        self.look_ahead();
+        self.change_at(from, |path| {
+            let Some((probe, sent)) = path.open.take_if(|(probe, _)| echo(probe)) else { return };
+            path.round_trip = Some(now.since(sent));
+            path.astray = elsewhere;
+            path.answered(now, probe.kind);
+        });
     }
 
     /// A peer's kernel has said that nobody waits for a datagram.
     pub fn on_refusal(&mut self, now: Time, from: IpAddr) {
-        let Some(path) = self.path(from) else { return };
-        if path.open.take_if(|(probe, _)| probe.kind == Kind::Datagram).is_some() {
-            path.answered(now, Kind::Datagram);
-            self.look_ahead();
-        }
+        self.change_at(from, |path| {
+            if path.open.take_if(|(probe, _)| probe.kind == Kind::Datagram).is_some() {
+                path.answered(now, Kind::Datagram);
+            }
+        });
     }
 
     /// Peers from which echoes come back, and no answers to datagrams.
@@ -236,11 +239,12 @@ impl Paths {
 
     /// Forgets what became of datagrams to these peers, and sends new ones.
     pub fn ask_anew(&mut self, now: Time, peers: &BTreeSet<NodeId>) {
-        for (_, path) in self.peers.iter_mut().filter(|(node, _)| peers.contains(node)) {
-            path.datagram = Special::new(now);
-            path.due = path.due.min(now);
+        for node in peers {
+            self.change(*node, |path| {
+                path.datagram = Special::new(now);
+                path.due = path.due.min(now);
+            });
         }
-        self.look_ahead();
     }
 
     /// Whether datagrams to a peer arrive, once that is clear; false for one that is gone.
@@ -250,9 +254,7 @@ impl Paths {
 
     /// A request by a peer, which our kernel has answered.
     pub fn on_request(&mut self, now: Time, from: IpAddr) {
-        if let Some(path) = self.path(from) {
-            path.heard = Some(now);
-        }
+        self.change_at(from, |path| path.heard = Some(now));
     }
 
     /// Peers that neither gossip nor their kernel has answered for.
@@ -270,17 +272,27 @@ impl Paths {
         self.peers.iter().map(move |(node, path)| (*node, path.state(now, peers), path.round_trip))
     }
 
-    fn path(&mut self, address: IpAddr) -> Option<&mut Path> {
-        self.peers.get_mut(self.by_address.get(&address)?)
+    /// Withdraws and restores. To be called often: being withdrawn follows from time.
+    pub fn judge(&mut self, now: Time) {
+        let Some(patience) = self.withdraw_after else { return };
+        for (node, path) in &mut self.peers {
+            path.change(*node, &mut self.queues, |path| {
+                path.lose(now);
+                let silent = path.silent_since.is_some_and(|since| now.since(since) >= patience);
+                path.withdrawn = path.is_down() && (path.withdrawn || silent) && path.lost > 0;
+            });
+        }
     }
 
-    /// Withdraws and restores. To be called often: being withdrawn follows from time.
-    fn judge(&mut self, now: Time) {
-        let Some(patience) = self.withdraw_after else { return };
-        for path in self.peers.values_mut() {
-            path.lose(now);
-            let silent = path.silent_since.is_some_and(|since| now.since(since) >= patience);
-            path.withdrawn = path.is_down() && (path.withdrawn || silent) && path.lost > 0;
+    fn change_at(&mut self, address: IpAddr, what: impl FnOnce(&mut Path)) {
+        if let Some(node) = self.by_address.get(&address) {
+            self.change(*node, what);
+        }
+    }
+
+    fn change(&mut self, node: NodeId, what: impl FnOnce(&mut Path)) {
+        if let Some(path) = self.peers.get_mut(&node) {
+            path.change(node, &mut self.queues, what);
         }
     }
 }
@@ -302,6 +314,27 @@ impl Path {
             astray: false,
             withdrawn: false,
         }
+    }
+
+    /// Whatever changes, this path stands in the queue where it belongs.
+    fn change(&mut self, node: NodeId, queues: &mut Queues, what: impl FnOnce(&mut Self)) {
+        let before = self.turn();
+        what(self);
+        let after = self.turn();
+        if before == after {
+            return;
+        }
+        if let Some((queue, due)) = before {
+            queues[queue].remove(&(due, node));
+        }
+        if let Some((queue, due)) = after {
+            queues[queue].insert((due, node));
+        }
+    }
+
+    /// In which queue it waits, and until when.
+    fn turn(&self) -> Option<(usize, Time)> {
+        self.ask.then(|| (usize::from(self.is_calm()), self.due))
     }
 
     fn is_down(&self) -> bool {
