@@ -34,8 +34,8 @@ const PORT: u16 = 20_000;
 /// Room for 4,096 subnets.
 const NETWORK: &str = "172.16.0.0/12";
 /// Until what a start costs is over.
-const SETTLE: Duration = Duration::from_secs(60);
-const AT_REST: Duration = Duration::from_secs(30);
+const SETTLE: Duration = Duration::from_secs(30);
+const AT_REST: Duration = Duration::from_secs(60);
 /// Between two requests that the members together send to the agent's VTEP.
 const ASKED: Duration = Duration::from_millis(200);
 

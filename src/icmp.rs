@@ -5,14 +5,14 @@
 use std::{
     io::{self, IoSliceMut},
     net::IpAddr,
-    os::fd::AsRawFd,
+    os::fd::{AsFd, AsRawFd},
 };
 
 use nix::sys::socket::{
     ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, setsockopt,
     sockopt::{Ipv4PacketInfo, Ipv6RecvPacketInfo},
 };
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockFilter, SockRef, Socket, Type};
 
 use crate::netlink::attributes::address;
 
@@ -68,8 +68,8 @@ impl Family {
         }
     }
 
-    /// A raw socket of the present network namespace; takes CAP_NET_RAW. It also sees requests of others to
-    /// this host, which the kernel answers.
+    /// A raw socket of the present network namespace; takes CAP_NET_RAW. It sees everything that comes to
+    /// this host, requests too, which the kernel answers.
     pub fn open(self) -> io::Result<Socket> {
         match self {
             Self::Inet => {
@@ -83,6 +83,43 @@ impl Family {
                 Ok(socket)
             }
         }
+    }
+
+    /// Lets the kernel pass on only what concerns whoever asks, with or without requests of others, so that
+    /// nobody else's pings wake it.
+    pub fn filter(self, socket: &impl AsFd, asker: Asker, requests: bool) -> io::Result<()> {
+        SockRef::from(socket).attach_filter(&self.program(asker, requests))
+    }
+
+    /// For the kernel's packet filter (`linux/filter.h`): X is where the ICMP header begins, behind that of
+    /// IPv4, which raw sockets get too.
+    fn program(self, asker: Asker, requests: bool) -> [SockFilter; 9] {
+        use nix::libc::{
+            BPF_B, BPF_H, BPF_IMM, BPF_IND, BPF_JEQ, BPF_JMP, BPF_LD, BPF_LDX, BPF_MSH, BPF_RET,
+        };
+        const HEADER_LENGTH: u32 = BPF_LDX | BPF_B | BPF_MSH;
+        const X: u32 = BPF_LDX | BPF_IMM;
+        const BYTE: u32 = BPF_LD | BPF_B | BPF_IND;
+        const HALF: u32 = BPF_LD | BPF_H | BPF_IND;
+        let step = |code, operand| SockFilter::new(code as u16, 0, 0, operand);
+        let when = |value, then, otherwise| {
+            SockFilter::new((BPF_JMP | BPF_JEQ) as u16, then, otherwise, value)
+        };
+        let (request, reply) = self.types();
+        [
+            match self {
+                Self::Inet => step(HEADER_LENGTH, 0),
+                Self::Inet6 => step(X, 0),
+            },
+            step(BYTE, 0),
+            when(reply.into(), 2, 0),
+            when(self.unreachable().into(), 3, 0),
+            when(request.into(), if requests { 2 } else { 3 }, 3),
+            step(HALF, 4),
+            when(asker.identifier.into(), 0, 1),
+            step(BPF_RET, u32::MAX),
+            step(BPF_RET, 0),
+        ]
     }
 
     /// Takes the next packet from a socket; none, if it does not concern whoever asks.
@@ -201,6 +238,8 @@ fn checksum(bytes: &[u8]) -> u16 {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::net::UnixDatagram;
+
     use super::*;
 
     #[test]
@@ -225,6 +264,33 @@ mod tests {
             assert_eq!(parse(7, &packet), Some(What::Answer(9)));
             assert_eq!(parse(8, &packet), None, "of somebody else");
             (0..header.len() + 8).for_each(|len| assert_eq!(parse(7, &packet[..len]), None));
+        }
+    }
+
+    /// The kernel filters what comes to a socket of any kind.
+    #[test]
+    fn the_kernel_passes_on_what_concerns_us_and_requests_only_when_asked_to() {
+        let ip_header = [0x45, 0, 0, 0, 0, 0, 0, 0, 64, 1, 0, 0, 10, 42, 7, 0, 10, 42, 9, 0];
+        for (family, header) in [(Family::Inet, &ip_header[..]), (Family::Inet6, &[][..])] {
+            let passes = |requests, kind, identifier: u16| {
+                let (to, from) = UnixDatagram::pair().expect("sockets");
+                from.set_nonblocking(true).expect("a socket");
+                family.filter(&from, Asker { identifier: 7, port: 1 }, requests).expect("a filter");
+                let mut packet = [header, &family.request(identifier, 9, 4)].concat();
+                packet[header.len()] = kind;
+                to.send(&packet).is_ok() && from.recv(&mut [0; 64]).is_ok()
+            };
+            let (request, reply) = family.types();
+            for (kind, identifier, quiet, curious) in [
+                (reply, 7, true, true),
+                (reply, 8, false, false),
+                (request, 8, false, true),
+                (family.unreachable(), 0, true, true),
+                (5, 7, false, false),
+            ] {
+                assert_eq!(passes(false, kind, identifier), quiet, "{family:?} {kind}");
+                assert_eq!(passes(true, kind, identifier), curious, "{family:?} {kind}");
+            }
         }
     }
 

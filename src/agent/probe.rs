@@ -41,6 +41,8 @@ pub(super) struct Prober {
     look_at: Instant,
     /// The goal of the kernel, and the hash of gossip's opinions, that `paths` was told of.
     told: Option<(u64, u64)>,
+    /// Whether requests of others are heard, too.
+    hears_requests: bool,
 }
 
 /// Of one family.
@@ -73,7 +75,7 @@ impl Prober {
         }
         let paths = Paths::new(withdraw_after.filter(|_| !blind));
         let (offload, look_at) = (Offload::default(), Instant::now());
-        (Self { inet, inet6, paths, offload, look_at, told: None }, receiver)
+        (Self { inet, inet6, paths, offload, look_at, told: None, hears_requests: true }, receiver)
     }
 
     /// How the checksum offload should be on the device; none, if that is not our business.
@@ -94,6 +96,19 @@ impl Prober {
 
     fn send_datagram(&self, to: IpAddr) -> io::Result<usize> {
         self.sockets(to)?.datagrams.send_to(&[], SocketAddr::new(to, NOBODY))
+    }
+
+    /// Hears what peers ask where that can tell something.
+    fn listen(&mut self) {
+        let requests = !self.paths.are_calm();
+        if std::mem::replace(&mut self.hears_requests, requests) == requests {
+            return;
+        }
+        for Sockets { family, echoes, asker, .. } in self.inet.iter().chain(&self.inet6) {
+            if let Err(error) = family.filter(echoes, *asker, requests) {
+                tracing::debug!(%error, "ICMP not filtered");
+            }
+        }
     }
 
     fn sockets(&self, to: IpAddr) -> io::Result<&Sockets> {
@@ -118,6 +133,7 @@ impl Sockets {
         // As little as the kernel allows, for nobody reads it.
         socket2::SockRef::from(&datagrams).set_recv_buffer_size(0)?;
         let asker = Asker { identifier, port: datagrams.local_addr()?.port() };
+        family.filter(&raw, asker, true)?;
         // To tokio it is like any socket that sends and receives packets.
         let echoes = Arc::new(UdpSocket::from_std(raw.into())?);
         Ok(Self { family, echoes, datagrams, asker })
@@ -163,6 +179,7 @@ impl Agent {
                 tracing::trace!(to = %probe.to, %error, "probe not sent");
             }
         }
+        self.prober.listen();
     }
 
     pub(super) fn on_heard(&mut self, heard: Heard) {

@@ -25,10 +25,13 @@ const CALM: Duration = Duration::from_secs(15);
 const ANXIOUS: Duration = Duration::from_secs(1);
 /// The same once it is withdrawn.
 const WITHDRAWN: Duration = Duration::from_secs(5);
-/// Between any two requests, so that a large cluster costs no more than a small one.
+/// Between any two requests while something is wrong with the peers that are asked, so that a large cluster
+/// costs no more than a small one.
 const GAP: Duration = Duration::from_millis(20);
-/// The same while all is well with the peer that is asked.
-const CALM_GAP: Duration = Duration::from_millis(200);
+/// Peers with which all is well are asked several at a time, for each time costs a sleeper its rest: so many,
+const CALM_BURST: u32 = 5;
+/// and then nobody for so long.
+const CALM_GAP: Duration = Duration::from_secs(1);
 /// Between two special requests of one kind to one peer.
 const SPECIAL: Duration = Duration::from_secs(300);
 /// The same after one was lost.
@@ -37,8 +40,8 @@ const SPECIAL_AGAIN: Duration = Duration::from_secs(3);
 const LOST: Duration = Duration::from_millis(900);
 /// Requests lost in a row that make a verdict.
 const VERDICT: u32 = 3;
-/// A request of the peer's own that was heard within this time, and twice the time in which it can have asked
-/// everybody, shows that its packets get here.
+/// A request of the peer's own that was heard within this time shows that its packets get here. Whoever gets
+/// no answers asks once a second, and less often where that is a thousand.
 const HEARD: Duration = Duration::from_secs(40);
 
 /// What is known of the way to one peer.
@@ -100,10 +103,13 @@ pub struct Paths {
     peers: BTreeMap<NodeId, Path>,
     by_address: BTreeMap<IpAddr, NodeId>,
     sequence: u16,
-    not_before: Time,
     withdraw_after: Option<Duration>,
     /// Who is asked when: first those in doubt, then those with whom all is well.
     queues: Queues,
+    /// Nobody in a queue is asked earlier.
+    not_before: [Time; 2],
+    /// Asked in the present burst.
+    burst: u32,
 }
 
 type Queues = [BTreeSet<(Time, NodeId)>; 2];
@@ -146,7 +152,8 @@ impl Paths {
             peers: BTreeMap::new(),
             by_address: BTreeMap::new(),
             sequence: 0,
-            not_before: Time::ZERO,
+            not_before: [Time::ZERO; 2],
+            burst: 0,
             withdraw_after,
             queues: Queues::default(),
         }
@@ -179,8 +186,7 @@ impl Paths {
         if self.next_due().is_none_or(|due| now < due) {
             return None;
         }
-        let due = self.queues.iter().filter_map(BTreeSet::first).find(|(due, _)| *due <= now);
-        let (_, node) = *due?;
+        let (_, node) = self.turns().find(|(due, _)| *due <= now)?;
         let sequence = self.next_sequence();
         let mut probe = None;
         self.change(node, |path| {
@@ -192,11 +198,21 @@ impl Paths {
             if let Some(special) = path.special(kind) {
                 special.due = now + SPECIAL;
             }
-            probe = Some((asked, if path.is_calm() { CALM_GAP } else { GAP }));
+            probe = Some((asked, path.is_calm()));
         });
-        let (probe, gap) = probe?;
-        self.not_before = now + gap;
+        let (probe, is_calm) = probe?;
+        self.burst = (self.burst + u32::from(is_calm)) % CALM_BURST;
+        self.not_before[usize::from(is_calm)] = match (is_calm, self.burst) {
+            (false, _) => now + GAP,
+            (true, 0) => now + CALM_GAP,
+            (true, _) => now,
+        };
         Some(probe)
+    }
+
+    /// All is well with everybody, so that requests of the peers' own tell nothing.
+    pub fn are_calm(&self) -> bool {
+        self.queues[0].is_empty()
     }
 
     /// A number for a request of somebody else's, that no request of ours has.
@@ -207,8 +223,15 @@ impl Paths {
 
     /// When [`Paths::poll`] has something to do.
     pub fn next_due(&self) -> Option<Time> {
-        let first = self.queues.iter().filter_map(BTreeSet::first).map(|(due, _)| *due).min()?;
-        Some(first.max(self.not_before))
+        self.turns().map(|(due, _)| due).min()
+    }
+
+    /// Who is asked next from each queue, and when.
+    fn turns(&self) -> impl Iterator<Item = (Time, NodeId)> {
+        let firsts = self.queues.iter().zip(self.not_before);
+        firsts.filter_map(|(queue, not_before)| {
+            queue.first().map(|(due, node)| (*due.max(&not_before), *node))
+        })
     }
 
     /// An answer of a peer's kernel, through the tunnel or from elsewhere.
@@ -268,8 +291,7 @@ impl Paths {
         &self,
         now: Time,
     ) -> impl Iterator<Item = (NodeId, PathState, Option<Duration>)> + '_ {
-        let peers = self.peers.len() as u32;
-        self.peers.iter().map(move |(node, path)| (*node, path.state(now, peers), path.round_trip))
+        self.peers.iter().map(move |(node, path)| (*node, path.state(now), path.round_trip))
     }
 
     /// Withdraws and restores. To be called often: being withdrawn follows from time.
@@ -405,8 +427,8 @@ impl Path {
         }
     }
 
-    fn state(&self, now: Time, peers: u32) -> PathState {
-        let heard = self.heard.is_some_and(|at| now.since(at) < HEARD + CALM_GAP * 2 * peers);
+    fn state(&self, now: Time) -> PathState {
+        let heard = self.heard.is_some_and(|at| now.since(at) < HEARD);
         match self.round_trip {
             _ if self.withdrawn => PathState::Withdrawn,
             _ if self.lost >= VERDICT && self.is_down() => PathState::Dead,
