@@ -16,14 +16,12 @@ use crate::{
     dataplane::{
         desired::Way,
         offload::Offload,
-        paths::{Kind, PathState, Paths, Subject},
+        paths::{Kind, LOOK, PathState, Paths, Subject},
     },
     icmp::{self, Asker, Family, Heard, What},
     model::NodeId,
 };
 
-/// What follows from time alone is looked at this often.
-const LOOK: Duration = Duration::from_secs(1);
 /// What was heard and waits for the loop; more is shed.
 const QUEUE: usize = 256;
 /// A port at which nobody waits for datagrams, as traceroute has it.

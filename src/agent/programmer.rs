@@ -33,8 +33,11 @@ use crate::{
     netlink::Netlink,
 };
 
-/// The kernel is compared with the goal at least this often.
+/// The kernel is compared with the goal at least this often with up to so many routes. With more of them it
+/// takes longer, and is done less often.
 const RECONCILE: Duration = Duration::from_secs(10);
+const RECONCILED: f64 = 250.0;
+const RECONCILE_MAX: Duration = Duration::from_secs(60);
 /// Again after a failure.
 const RETRY: Duration = Duration::from_secs(1);
 /// At least so long between two repairs: what changes without end must not take a whole CPU.
@@ -353,7 +356,13 @@ impl<F: Fn(Told)> Worker<F> {
         self.worked = Some(now);
         let Some(Goal { number, state }) = &self.goal else { return };
         let clean = result.as_ref().is_ok_and(|report| report.failed.is_empty());
-        self.due = Some(now + if clean { RECONCILE } else { RETRY });
+        let routes = match state {
+            State::Overlay(all, _) => self.part.as_ref().unwrap_or(all).tables.routes.len(),
+            State::Nothing { .. } => 0,
+        };
+        let pause = RECONCILE.mul_f64(routes as f64 / RECONCILED);
+        let pause = pause.clamp(RECONCILE, RECONCILE_MAX);
+        self.due = Some(now + if clean { pause } else { RETRY });
         // What follows from another part of the goal is nobody's doing.
         let repair = self.reached && !std::mem::take(&mut self.part_is_new);
         self.touched.rival |= !self.reached && matches!(state, State::Overlay(..));

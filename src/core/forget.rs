@@ -133,11 +133,12 @@ impl Node {
         }
     }
 
-    /// Its record was lost with it, but it owns slots or was somebody's heir.
+    /// Its record was lost with it, but it owns slots, or was somebody's heir, or told all by one that left.
     fn is_remembered(&self, node: NodeId) -> bool {
         let owns = |home: &super::Home| home.slots.runs_of(node).next().is_some();
         let inherits = self.directory.forgets().any(|forget| forget.heir == node);
-        inherits || self.home.as_ref().is_some_and(owns)
+        let keeps = self.directory.iter().any(|record| record.left_to == Some(node));
+        inherits || keeps || self.home.as_ref().is_some_and(owns)
     }
 
     /// Puts down that `node` is gone and this node its heir; over an earlier word only where that one's heir

@@ -34,6 +34,10 @@ impl Gate {
             | Output::Answered { .. }
             | Output::Stop(_) => 0,
         };
+        // The kernel must not be given back what it has just been told to let go of.
+        if matches!(output, Output::Withdraw) {
+            self.held.retain(|(_, held)| !matches!(held, Output::Program { .. }));
+        }
         if after <= self.durable || planted(Bug::AnswerBeforeFlush) {
             return Some(output);
         }
@@ -62,7 +66,13 @@ impl Gate {
 
 #[cfg(test)]
 mod tests {
-    use super::{super::ReplyId, *};
+    use std::collections::BTreeMap;
+
+    use super::{
+        super::{ReplyId, View, view::Own},
+        *,
+    };
+    use crate::model::{ClusterSettings, Mac, Pool, PoolSpec, Slot, Vtep};
 
     fn reply(number: u64, after: WriteSeq) -> Output {
         Output::Reply { reply: ReplyId(number), bytes: Vec::new(), after }
@@ -77,5 +87,25 @@ mod tests {
         assert!(matches!(gate.open(1)[..], [Output::Reply { reply: ReplyId(3), .. }]));
         assert!(matches!(gate.open(2)[..], [Output::Reply { reply: ReplyId(2), .. }]));
         assert!(gate.pass(reply(4, 2)).is_some());
+    }
+
+    /// A view that waited on a slow disk was programmed after the subnet had been given away.
+    #[test]
+    fn what_the_kernel_lets_go_of_does_not_come_back_when_the_disk_is_ready() {
+        let mut gate = Gate::default();
+        let settings = ClusterSettings {
+            pool: Pool::new(&PoolSpec::of("10.42.0.0/16".parse().expect("a network")))
+                .expect("a pool"),
+            vni: 1,
+            vxlan_port: 8472,
+        };
+        let subnets = settings.pool.subnets(Slot(*settings.pool.slots().start()));
+        let vtep = Vtep { mac: Mac::from_bytes([2; 6]), underlay: [192, 0, 2, 1].into() };
+        let own = Own { subnets, vtep };
+        let view = View { settings, own, peers: BTreeMap::new(), unheard: Vec::new() };
+        assert!(gate.pass(Output::Program { view, after: 1 }).is_none());
+        assert!(gate.pass(reply(1, 1)).is_none());
+        assert!(gate.pass(Output::Withdraw).is_some());
+        assert!(matches!(gate.open(1)[..], [Output::Reply { .. }]));
     }
 }

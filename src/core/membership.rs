@@ -66,6 +66,8 @@ pub struct Membership {
     /// Armed timers by due time; the number keeps equal times in order of arming.
     timers: BTreeMap<(Time, u64), Timer<Identity>>,
     armed: u64,
+    /// The timer of the next gossip and its delay, while there is nothing to gossip about.
+    idle_gossip: Option<(Duration, Timer<Identity>)>,
     /// The cluster size that foca's settings were made for.
     tuned_for: u32,
     /// foca's own count of this node's refutations, as last sent.
@@ -84,6 +86,7 @@ impl Membership {
             runtime: AccumulatingRuntime::new(),
             timers: BTreeMap::new(),
             armed: 0,
+            idle_gossip: None,
             tuned_for: 1,
             refutation: 0,
             notices: VecDeque::new(),
@@ -276,8 +279,11 @@ impl Membership {
             tracing::trace!(what, %error, "swim");
         }
         while let Some((mut after, timer)) = self.runtime.to_schedule() {
-            self.armed += 1;
             match &timer {
+                Timer::PeriodicGossip(_) => {
+                    self.idle_gossip = Some((after, timer));
+                    continue;
+                }
                 // foca's own period cannot be changed while it runs.
                 Timer::ProbeRandomMember(_) => after = after.mul_f64(self.stretch()),
                 Timer::ChangeSuspectToDown { member_id, incarnation, .. } => {
@@ -286,7 +292,12 @@ impl Membership {
                 }
                 _ => {}
             }
-            self.timers.insert((now + after, self.armed), timer);
+            self.arm(now + after, timer);
+        }
+        if self.foca.updates_backlog() > 0
+            && let Some((after, timer)) = self.idle_gossip.take()
+        {
+            self.arm(now + after, timer);
         }
         while let Some(notification) = self.runtime.to_notify() {
             self.on_notification(notification);
@@ -310,6 +321,11 @@ impl Membership {
             "what foca told is what it holds"
         );
         self.tune();
+    }
+
+    fn arm(&mut self, at: Time, timer: Timer<Identity>) {
+        self.armed += 1;
+        self.timers.insert((at, self.armed), timer);
     }
 
     fn on_notification(&mut self, notification: OwnedNotification<Identity>) {

@@ -28,8 +28,8 @@ const BUSY_LAST: Duration = Duration::from_secs(1);
 const FIRST: Duration = Duration::from_millis(250);
 const FIRST_ROUNDS: u64 = 64;
 /// In clusters up to this size; in larger ones members get to know each other more slowly, for most of them
-/// have to be connected to first.
-const COMPARED_EACH_SECOND: u32 = 250;
+/// have to be connected to first. At most as slowly as they compare for ever.
+const COMPARED_EACH_SECOND: u32 = 100;
 /// The view is made anew when one in so many of those heard are new to it, or after so many rounds.
 const VIEW_SHARE: usize = 16;
 const VIEW_ROUNDS: u64 = 16;
@@ -177,7 +177,9 @@ impl SyncRound {
     fn pause(&self) -> Duration {
         match self.settled {
             _ if self.is_new() => FIRST,
-            true if self.curious => BUSY_LAST * (self.others / COMPARED_EACH_SECOND).max(1),
+            true if self.curious => {
+                (BUSY_LAST * (self.others / COMPARED_EACH_SECOND).max(1)).min(CALM)
+            }
             true => CALM,
             false => self.busy,
         }

@@ -19,6 +19,8 @@ use crate::{
     model::{NodeId, Time},
 };
 
+/// [`Paths::judge`] and [`Paths::poll`] are to be called this often.
+pub const LOOK: Duration = Duration::from_secs(1);
 /// Between two requests to a peer with which all is well.
 const CALM: Duration = Duration::from_secs(15);
 /// The same while something is wrong: no answer, or gossip does not hold it as alive.
@@ -30,8 +32,8 @@ const WITHDRAWN: Duration = Duration::from_secs(5);
 const GAP: Duration = Duration::from_millis(20);
 /// Peers with which all is well are asked several at a time, for each time costs a sleeper its rest: so many,
 const CALM_BURST: u32 = 5;
-/// and then nobody for so long.
-const CALM_GAP: Duration = Duration::from_secs(1);
+/// and then nobody until the next [`LOOK`], which may be a little early.
+const CALM_GAP: Duration = Duration::from_millis(900);
 /// Between two special requests of one kind to one peer.
 const SPECIAL: Duration = Duration::from_secs(300);
 /// The same after one was lost.
@@ -113,6 +115,8 @@ pub struct Paths {
 }
 
 type Queues = [BTreeSet<(Time, NodeId)>; 2];
+const DOUBTED: usize = 0;
+const CALMED: usize = 1;
 
 #[derive(Debug)]
 struct Path {
@@ -172,7 +176,7 @@ impl Paths {
             }
             path.liveness = liveness;
             path.ask = ask;
-            if let Some((queue, due)) = path.turn() {
+            if let Some((queue, due)) = path.place() {
                 self.queues[queue].insert((due, node));
             }
             self.peers.insert(node, path);
@@ -183,10 +187,8 @@ impl Paths {
 
     /// The next request, if one is due.
     pub fn poll(&mut self, now: Time) -> Option<Probe> {
-        if self.next_due().is_none_or(|due| now < due) {
-            return None;
-        }
-        let (_, node) = self.turns().find(|(due, _)| *due <= now)?;
+        let mut turns = [DOUBTED, CALMED].into_iter().filter_map(|queue| self.turn(queue));
+        let (_, node) = turns.find(|(due, _)| *due <= now)?;
         let sequence = self.next_sequence();
         let mut probe = None;
         self.change(node, |path| {
@@ -202,17 +204,17 @@ impl Paths {
         });
         let (probe, is_calm) = probe?;
         self.burst = (self.burst + u32::from(is_calm)) % CALM_BURST;
-        self.not_before[usize::from(is_calm)] = match (is_calm, self.burst) {
-            (false, _) => now + GAP,
-            (true, 0) => now + CALM_GAP,
-            (true, _) => now,
-        };
+        match (is_calm, self.burst) {
+            (false, _) => self.not_before[DOUBTED] = now + GAP,
+            (true, 0) => self.not_before[CALMED] = now + CALM_GAP,
+            (true, _) => {}
+        }
         Some(probe)
     }
 
     /// All is well with everybody, so that requests of the peers' own tell nothing.
     pub fn are_calm(&self) -> bool {
-        self.queues[0].is_empty()
+        self.queues[DOUBTED].is_empty()
     }
 
     /// A number for a request of somebody else's, that no request of ours has.
@@ -221,17 +223,15 @@ impl Paths {
         self.sequence
     }
 
-    /// When [`Paths::poll`] has something to do.
+    /// When [`Paths::poll`] has something to do that does not wait for [`LOOK`].
     pub fn next_due(&self) -> Option<Time> {
-        self.turns().map(|(due, _)| due).min()
+        Some(self.turn(DOUBTED)?.0)
     }
 
-    /// Who is asked next from each queue, and when.
-    fn turns(&self) -> impl Iterator<Item = (Time, NodeId)> {
-        let firsts = self.queues.iter().zip(self.not_before);
-        firsts.filter_map(|(queue, not_before)| {
-            queue.first().map(|(due, node)| (*due.max(&not_before), *node))
-        })
+    /// Who is asked next from a queue, and when.
+    fn turn(&self, queue: usize) -> Option<(Time, NodeId)> {
+        let (due, node) = self.queues[queue].first()?;
+        Some((*due.max(&self.not_before[queue]), *node))
     }
 
     /// An answer of a peer's kernel, through the tunnel or from elsewhere.
@@ -340,9 +340,9 @@ impl Path {
 
     /// Whatever changes, this path stands in the queue where it belongs.
     fn change(&mut self, node: NodeId, queues: &mut Queues, what: impl FnOnce(&mut Self)) {
-        let before = self.turn();
+        let before = self.place();
         what(self);
-        let after = self.turn();
+        let after = self.place();
         if before == after {
             return;
         }
@@ -355,8 +355,8 @@ impl Path {
     }
 
     /// In which queue it waits, and until when.
-    fn turn(&self) -> Option<(usize, Time)> {
-        self.ask.then(|| (usize::from(self.is_calm()), self.due))
+    fn place(&self) -> Option<(usize, Time)> {
+        self.ask.then(|| (if self.is_calm() { CALMED } else { DOUBTED }, self.due))
     }
 
     fn is_down(&self) -> bool {
@@ -416,7 +416,10 @@ impl Path {
     }
 
     fn is_calm(&self) -> bool {
-        self.liveness == Some(Liveness::Alive) && self.lost == 0 && self.round_trip.is_some()
+        let undecided = |special: Special| (1..VERDICT).contains(&special.lost);
+        let is_clear = self.round_trip.is_some() && self.lost == 0;
+        let is_clear = is_clear && !undecided(self.full) && !undecided(self.datagram);
+        self.liveness == Some(Liveness::Alive) && is_clear
     }
 
     fn pause(&self) -> Duration {

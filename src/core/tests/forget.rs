@@ -99,6 +99,32 @@ fn a_leaver_names_who_knows_and_nothing_is_reclaimed_without_that_one() {
 }
 
 #[test]
+fn whom_only_a_leavers_record_names_can_be_forgotten() {
+    let mut world = World::with_members(3);
+    let joiner = world.add_joiner(&[2]);
+    world.separate(&[0, 1], &[2, joiner]);
+    world.start(joiner);
+    world.run_for(seconds(30));
+    world.command(2, Command::Leave);
+    world.run_for(seconds(3));
+    let record = world.node(joiner).directory.iter().find(|record| record.has_left());
+    let members = vec![record.expect("the leaver").clone()];
+    // Nobody there has ever met it, and it dies.
+    let lost = world.hosts[joiner].key;
+    world.destroy(joiner);
+    world.push(1, 0, Facts { members, ..Facts::default() });
+    world.run_for(seconds(10));
+    let reclaims = |world: &World| -> u64 {
+        (0..2).map(|host| world.node(host).status().counters.reclaims).sum()
+    };
+    assert_eq!(reclaims(&world), 0);
+    world.forget_lost(0, lost);
+    world.run_for(seconds(10));
+    assert!(reclaims(&world) > 0);
+    world.assert_right();
+}
+
+#[test]
 fn right_after_a_start_nobody_is_known_to_be_gone() {
     let mut world = World::with_members(2);
     world.kill(0);
