@@ -114,6 +114,11 @@ impl SyncRound {
         self.heard.contains(&node)
     }
 
+    /// Some member was compared with since the start.
+    pub(super) fn has_heard(&self) -> bool {
+        !self.heard.is_empty()
+    }
+
     pub(super) fn doubt(&mut self, doubt: Doubt) {
         self.doubt = doubt;
     }
