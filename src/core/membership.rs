@@ -278,6 +278,10 @@ impl Membership {
             // All are survivable: stale packets, packets of our own, an interrupted probe cycle.
             tracing::trace!(what, %error, "swim");
         }
+        // Under a new identity foca is at rest until somebody is heard from: nobody would be found dead.
+        if let Err(error) = self.foca.apply_many(std::iter::empty(), false, &mut self.runtime) {
+            tracing::debug!(%error, "swim");
+        }
         while let Some((mut after, timer)) = self.runtime.to_schedule() {
             match &timer {
                 Timer::PeriodicGossip(_) => {

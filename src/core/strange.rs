@@ -13,7 +13,10 @@ impl Node {
     /// A peer may refuse; any other response that was not asked for is a fault of its program.
     pub(super) fn note_unexpected(&mut self, from: NodeId, response: &Response, what: &str) {
         match response {
-            Response::Refused(refusal) => tracing::debug!(peer = %from, %refusal, "{what}"),
+            Response::Refused(refusal) => {
+                tracing::debug!(peer = %from, %refusal, "{what}");
+                self.on_expulsion(refusal);
+            }
             _ => self.note_malformed(from, &what),
         }
     }

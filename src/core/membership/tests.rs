@@ -71,6 +71,18 @@ fn who_was_frozen_accuses_nobody_of_its_own_silence() {
 }
 
 #[test]
+fn who_goes_on_under_a_new_identity_finds_out_who_is_dead_though_it_hears_nobody() {
+    let mut members = vec![member(1), member(2)];
+    members[0].introduce(Time::ZERO, [identity(2)].into_iter());
+    run(&mut members, Time::ZERO + Duration::from_secs(3));
+    members.pop();
+    let now = Time::ZERO + Duration::from_secs(3);
+    members[0].renew(now);
+    run(&mut members, now + Duration::from_secs(15));
+    assert_eq!(members[0].opinions()[&identity(2).node], Liveness::Down);
+}
+
+#[test]
 fn in_a_large_cluster_members_are_probed_more_slowly() {
     let mut member = member(0);
     let others = (0..1_000_u32).map(|number| Identity {
