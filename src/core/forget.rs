@@ -101,7 +101,8 @@ impl Node {
         let node = self.member_called(whom)?;
         let gone = match self.membership.opinions().get(&node) {
             Some(liveness) => *liveness == Liveness::Down,
-            // Right after a start nothing is known of anybody, until somebody has told whom it holds as alive.
+            // Right after a start nothing is known of anybody, until a member has told whom it holds as
+            // alive.
             None => self.sync.has_heard(),
         };
         if !gone && !force {

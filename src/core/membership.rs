@@ -289,7 +289,9 @@ impl Membership {
                     continue;
                 }
                 // foca's own period cannot be changed while it runs.
-                Timer::ProbeRandomMember(_) => after = after.mul_f64(self.stretch()),
+                Timer::ProbeRandomMember(_) | Timer::PeriodicAnnounce(_) => {
+                    after = after.mul_f64(self.stretch());
+                }
                 Timer::ChangeSuspectToDown { member_id, incarnation, .. } => {
                     let suspicion = Suspicion { identity: *member_id, refutation: *incarnation };
                     self.notices.push_back(Notice::Suspect(suspicion));
@@ -357,7 +359,7 @@ impl Membership {
         *message == Message::TurnUndead && self.active.get(&to.node) == Some(to)
     }
 
-    /// How much slower than in a small cluster members are probed.
+    /// How much slower than in a small cluster members are probed and announced to.
     fn stretch(&self) -> f64 {
         f64::max(self.foca.num_members() as f64 / PROBED_EACH_SECOND, 1.0)
     }
