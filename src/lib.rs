@@ -37,6 +37,8 @@ pub mod api;
 #[cfg(feature = "agent")]
 pub mod cli;
 #[cfg(feature = "agent")]
+pub mod cni;
+#[cfg(feature = "agent")]
 pub mod config;
 #[warn(clippy::disallowed_methods)]
 pub mod core;
@@ -49,6 +51,8 @@ pub mod lab;
 pub mod model;
 #[cfg(feature = "agent")]
 pub mod netlink;
+#[warn(clippy::disallowed_methods)]
+pub mod pods;
 #[cfg(any(test, feature = "sim"))]
 #[warn(clippy::disallowed_methods)]
 pub mod sim;

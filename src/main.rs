@@ -3,8 +3,15 @@
 use std::process::ExitCode;
 
 use clap::Parser as _;
-use gossamer::cli::{Cli, run};
+use gossamer::{
+    cli::{Cli, run},
+    cni,
+};
 
 fn main() -> ExitCode {
+    // A container runtime calls by this, without arguments.
+    if std::env::var_os(cni::COMMAND).is_some() && std::env::args_os().len() == 1 {
+        return cni::run();
+    }
     run(Cli::parse())
 }

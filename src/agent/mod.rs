@@ -7,6 +7,7 @@
 mod data_plane;
 mod owners;
 mod ping;
+mod pods;
 mod probe;
 mod programmer;
 mod start;
@@ -14,6 +15,7 @@ mod status;
 mod subnet_env;
 mod surroundings;
 mod underlay;
+mod wirer;
 
 use std::{
     collections::BTreeSet,
@@ -30,9 +32,11 @@ use tokio::{
 use self::{
     data_plane::KernelState,
     ping::Round,
+    pods::PodState,
     probe::Prober,
     programmer::{Programmer, Told},
     underlay::Chosen,
+    wirer::{Wired, Wirer},
 };
 use crate::{
     api::{AgentStatus, Question},
@@ -81,6 +85,8 @@ struct Agent {
     programmer: Programmer,
     kernel: KernelState,
     prober: Prober,
+    pods: PodState,
+    wirer: Wirer,
     underlay: Chosen,
     config: Config,
     state: Arc<StateDir>,
@@ -132,6 +138,7 @@ enum Arrival {
 enum News {
     Disk(Written),
     Kernel(Told),
+    Pods(Wired),
     Api(Question),
 }
 
@@ -240,8 +247,11 @@ impl Agent {
             News::Disk(Written::Emptied) => {
                 tracing::error!("the database was lost and is written anew");
                 self.input(Input::Command(Command::SaveAll));
+                self.save_pods();
             }
+            News::Disk(Written::Saved(number)) => self.on_saved(number),
             News::Kernel(told) => self.on_told(told),
+            News::Pods(wired) => self.on_wired(wired),
             News::Api(request) => self.on_api(request),
         }
     }
@@ -359,6 +369,7 @@ impl Agent {
         let made_something = self.has_made_something();
         self.transport.close().await;
         drop(self.programmer);
+        drop(self.wirer);
         drop(self.writer);
         let refused = self.fresh && matches!(ending, Ending::Failed(_));
         let ends = matches!(ending, Ending::Left { .. } | Ending::Anew) || refused;
@@ -416,6 +427,10 @@ impl Agent {
                 self.ending = Some(Ending::Anew);
             }
             Question::Ping { node, reply } => self.begin_ping(&node, reply),
+            Question::Attach { request, reply } => self.attach(&request, reply),
+            Question::Detach { request, reply } => self.detach(&request, reply),
+            Question::Check { request, reply } => self.check_pod(&request, reply),
+            Question::Pods { reply } => _ = reply.send(self.pod_statuses()),
             Question::History { reply } => {
                 let lines = self.history.read();
                 let _ = reply.send(lines.map_err(|error| format!("history: {error}")));

@@ -10,11 +10,12 @@ use std::{
 
 use tokio::sync::oneshot;
 
-use super::{Agent, subnet_env::gateway};
+use super::Agent;
 use crate::{
     api::{PingReport, Reach},
     icmp,
     model::NodeId,
+    pods::gateway,
 };
 
 /// What has not answered by then does not answer.

@@ -10,7 +10,9 @@ use std::{
 
 use tokio::sync::mpsc;
 
-use super::{Agent, Clock, Ending, Gate, KernelState, News, Prober, Programmer, underlay};
+use super::{
+    Agent, Clock, Ending, Gate, KernelState, News, PodState, Prober, Programmer, Wirer, underlay,
+};
 use crate::{
     api,
     config::{Config, ConfigError, DEFAULT_VXLAN_PORT},
@@ -164,6 +166,7 @@ async fn start(
         quorum: config.quorum.clone(),
         rng_seed: random()?,
     };
+    let pods = PodState::remember(&records);
     let node = Node::start(Time::ZERO, node, records)?;
     tracing::info!(
         node = %key.id(),
@@ -182,6 +185,10 @@ async fn start(
     let programmer = Programmer::start(kernel, config.clone(), chosen.clone(), move |told| {
         let _ = report.send(News::Kernel(told));
     })?;
+    let report = sender.clone();
+    let wirer = Wirer::start(move |wired| {
+        let _ = report.send(News::Pods(wired));
+    })?;
     let report = sender;
     let _socket =
         api::serve(&config.socket, move |request| report.send(News::Api(request)).is_ok())?;
@@ -195,6 +202,8 @@ async fn start(
         programmer,
         kernel: KernelState::default(),
         prober,
+        pods,
+        wirer,
         underlay: chosen,
         config,
         history: state.history(),

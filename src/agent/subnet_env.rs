@@ -1,14 +1,8 @@
 //! `subnet.env`, flannel's file to the letter: how other programs learn this host's subnet.
 
-use std::{
-    fs, io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
-    path::Path,
-};
+use std::{fs, io, path::Path};
 
-use ipnet::IpNet;
-
-use crate::model::Subnets;
+use crate::{model::Subnets, pods::gateway};
 
 /// Writes the file, unless it says so already. Readers see the old or the new file, never half of one.
 pub fn write(
@@ -40,14 +34,6 @@ fn contents(networks: Subnets, subnets: Subnets, mtu: u32, masquerade: bool) -> 
         })
         .collect();
     format!("{lines}FLANNEL_MTU={mtu}\nFLANNEL_IPMASQ={masquerade}\n")
-}
-
-/// The first usable address, as flannel gives it: the one after the network address.
-pub(super) fn gateway(subnet: IpNet) -> IpAddr {
-    match subnet.network() {
-        IpAddr::V4(network) => Ipv4Addr::from(u32::from(network) + 1).into(),
-        IpAddr::V6(network) => Ipv6Addr::from(u128::from(network) + 1).into(),
-    }
 }
 
 #[cfg(test)]

@@ -5,9 +5,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use http_body_util::{BodyExt as _, Empty};
+use http_body_util::{BodyExt as _, Full};
 use hyper::{Method, Request, body::Bytes, client::conn::http1};
 use hyper_util::rt::TokioIo;
+use serde::Serialize;
 use serde_json::Value;
 use tokio::net::UnixStream;
 
@@ -21,21 +22,40 @@ pub enum ClientError {
     NoAgent { path: PathBuf },
     #[error("not permitted to use {}: run as the user that runs the agent (root?)", path.display())]
     NotPermitted { path: PathBuf },
-    #[error("{0}")]
-    Refused(String),
+    #[error("{why}")]
+    Refused {
+        why: String,
+        /// The whole answer.
+        answer: Value,
+    },
     #[error("the agent at {} did not answer: {why}", path.display())]
     Broken { path: PathBuf, why: String },
 }
 
 pub async fn get(socket: &Path, target: &str) -> Result<Value, ClientError> {
-    request(socket, Method::GET, target).await
+    request(socket, Method::GET, target, Bytes::new()).await
 }
 
 pub async fn post(socket: &Path, target: &str) -> Result<Value, ClientError> {
-    request(socket, Method::POST, target).await
+    request(socket, Method::POST, target, Bytes::new()).await
 }
 
-async fn request(socket: &Path, method: Method, target: &str) -> Result<Value, ClientError> {
+pub async fn post_json(
+    socket: &Path,
+    target: &str,
+    body: &impl Serialize,
+) -> Result<Value, ClientError> {
+    let body = serde_json::to_vec(body)
+        .map_err(|error| ClientError::Broken { path: socket.to_owned(), why: error.to_string() })?;
+    request(socket, Method::POST, target, body.into()).await
+}
+
+async fn request(
+    socket: &Path,
+    method: Method,
+    target: &str,
+    body: Bytes,
+) -> Result<Value, ClientError> {
     let path = || socket.to_owned();
     let broken = |error: &dyn std::fmt::Display| ClientError::Broken {
         path: path(),
@@ -55,7 +75,8 @@ async fn request(socket: &Path, method: Method, target: &str) -> Result<Value, C
         .method(method)
         .uri(target)
         .header("host", "gossamer")
-        .body(Empty::<Bytes>::new())
+        .header("content-type", "application/json")
+        .body(Full::new(body))
         .map_err(|error| broken(&error))?;
     let response = sender.send_request(request).await.map_err(|error| broken(&error))?;
     let status = response.status();
@@ -65,5 +86,5 @@ async fn request(socket: &Path, method: Method, target: &str) -> Result<Value, C
         return Ok(value);
     }
     let why = value["error"].as_str().map_or_else(|| status.to_string(), str::to_owned);
-    Err(ClientError::Refused(why))
+    Err(ClientError::Refused { why, answer: value })
 }

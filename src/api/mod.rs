@@ -5,10 +5,14 @@
 
 mod client;
 mod ping;
+mod pods;
 mod server;
 mod status;
 
-pub use client::{ClientError, get, post};
+pub use client::{ClientError, get, post, post_json};
 pub use ping::{PingReport, Reach};
+pub use pods::{
+    AttachRequest, Attached, AttachedAddress, AttachmentName, PodError, PodErrorKind, PodStatus,
+};
 pub use server::{Question, Socket, SocketError, serve};
 pub use status::{AgentStatus, KernelStatus, PathStatus};

@@ -15,14 +15,17 @@ use axum::{
     routing::{get, post},
 };
 use nix::sys::stat::{Mode, umask};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::{
     net::UnixListener,
     sync::oneshot::{self, Sender},
 };
 
-use super::{AgentStatus, PingReport};
+use super::{
+    AgentStatus, AttachRequest, Attached, AttachmentName, PingReport, PodError, PodErrorKind,
+    PodStatus,
+};
 
 /// Longest wait for convergence that can be asked for, in seconds.
 const MAX_WAIT: u64 = 3600;
@@ -61,6 +64,23 @@ pub enum Question {
     },
     History {
         reply: Sender<Result<Vec<Value>, String>>,
+    },
+    Attach {
+        request: AttachRequest,
+        reply: Sender<Result<Attached, PodError>>,
+    },
+    /// Answered with whether there was anything.
+    Detach {
+        request: AttachmentName,
+        reply: Sender<Result<bool, PodError>>,
+    },
+    /// Whether the kernel still has it as it was made.
+    Check {
+        request: AttachmentName,
+        reply: Sender<Result<bool, PodError>>,
+    },
+    Pods {
+        reply: Sender<Vec<PodStatus>>,
     },
 }
 
@@ -114,6 +134,10 @@ pub fn serve(
         .route("/v1/reset-identity", post(reset_identity))
         .route("/v1/ping", get(ping))
         .route("/v1/history", get(history))
+        .route("/v1/pods", get(pods))
+        .route("/v1/pods/attach", post(attach))
+        .route("/v1/pods/detach", post(detach))
+        .route("/v1/pods/check", post(check))
         .with_state(ask);
     tokio::spawn(async move { axum::serve(listener, router).await });
     Ok(Socket(path.to_owned()))
@@ -201,6 +225,42 @@ async fn ping(State(ask): State<Ask>, Query(query): Query<PingQuery>) -> Respons
 
 async fn history(State(ask): State<Ask>) -> Response {
     answer(&ask, |reply| Question::History { reply }, |result| done(result.map(Value::Array))).await
+}
+
+async fn pods(State(ask): State<Ask>) -> Response {
+    let render = |pods: Vec<PodStatus>| Json(json!({ "pods": pods })).into_response();
+    answer(&ask, |reply| Question::Pods { reply }, render).await
+}
+
+async fn attach(State(ask): State<Ask>, Json(request): Json<AttachRequest>) -> Response {
+    answer(&ask, |reply| Question::Attach { request, reply }, connected).await
+}
+
+async fn detach(State(ask): State<Ask>, Json(request): Json<AttachmentName>) -> Response {
+    let render = |result: Result<bool, PodError>| {
+        connected(result.map(|was_there| json!({ "was_there": was_there })))
+    };
+    answer(&ask, |reply| Question::Detach { request, reply }, render).await
+}
+
+async fn check(State(ask): State<Ask>, Json(request): Json<AttachmentName>) -> Response {
+    let render =
+        |result: Result<bool, PodError>| connected(result.map(|whole| json!({ "whole": whole })));
+    answer(&ask, |reply| Question::Check { request, reply }, render).await
+}
+
+fn connected(result: Result<impl Serialize, PodError>) -> Response {
+    match result {
+        Ok(value) => Json(value).into_response(),
+        Err(error) => {
+            let status = match error.kind {
+                PodErrorKind::NotReady => StatusCode::SERVICE_UNAVAILABLE,
+                PodErrorKind::Failed => StatusCode::INTERNAL_SERVER_ERROR,
+                _ => StatusCode::CONFLICT,
+            };
+            (status, Json(error)).into_response()
+        }
+    }
 }
 
 async fn answer<T>(

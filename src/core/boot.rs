@@ -192,6 +192,8 @@ impl Memory {
             Record::Forget(forget) => {
                 self.directory.merge_forget(&forget);
             }
+            // Of this host alone, and the shell's.
+            Record::Pod(_) => {}
         }
     }
 }

@@ -96,6 +96,8 @@ impl Node {
             }
             Key::Member(node) => self.directory.get(node).cloned().map(Record::Member),
             Key::Forget(node) => self.directory.forgotten(node).copied().map(Record::Forget),
+            // The shell keeps those.
+            Key::Pod(_) => None,
         }
     }
 

@@ -61,7 +61,7 @@ impl NetNs {
     }
 
     pub fn netlink(&self) -> io::Result<Netlink> {
-        self.run(Netlink::open)
+        Netlink::open_in(&self.file)
     }
 
     /// Sets `net/...` below /proc/sys.

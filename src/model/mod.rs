@@ -7,6 +7,7 @@ mod cluster;
 mod forget;
 mod id;
 mod member;
+mod pod;
 mod pool;
 mod quorum;
 mod slot;
@@ -19,6 +20,7 @@ pub use id::{BootId, ClusterId, IdError, NodeId};
 pub use member::{
     Identity, Incarnation, MemberRecord, NodeName, NodeNameError, Suspicion, Version,
 };
+pub use pod::{Addresses, Attachment, AttachmentError, Pod};
 pub use pool::{MAX_SLOTS, Pool, PoolError, PoolSpec, Slot, Subnets};
 pub use quorum::{Quorum, QuorumError};
 pub use slot::{Run, SlotRecord, SlotState};

@@ -284,7 +284,7 @@ impl UnderlayRoute {
     }
 }
 
-fn address_message(link: u32, ip: IpAddr, prefix_len: u8) -> AddressMessage {
+pub(crate) fn address_message(link: u32, ip: IpAddr, prefix_len: u8) -> AddressMessage {
     match ip {
         IpAddr::V4(ip) => {
             AddressMessageBuilder::<Ipv4Addr>::new().index(link).address(ip, prefix_len).build()

@@ -13,7 +13,9 @@ pub mod monitor;
 pub mod nftables;
 mod raw;
 
-use std::{fmt, io, time::Duration};
+use std::{fmt, io, os::fd::AsFd, thread, time::Duration};
+
+use nix::sched::{CloneFlags, setns};
 
 use rtnetlink::{
     packet_core::{
@@ -70,6 +72,22 @@ impl Netlink {
         // Without strict checking the kernel ignores the filters of a dump silently.
         socket.set_netlink_get_strict_chk(true)?;
         Ok(Self { socket, sequence: 0, buffer: Vec::with_capacity(RECEIVE_BUFFER) })
+    }
+
+    /// A socket in another network namespace, for good.
+    ///
+    /// # Errors
+    /// `EINVAL` if that is none.
+    pub fn open_in(netns: &(impl AsFd + Sync)) -> io::Result<Self> {
+        // A thread of its own: one that could not come back would do everything else there.
+        let opened = thread::scope(|scope| {
+            let inside = scope.spawn(|| {
+                setns(netns, CloneFlags::CLONE_NEWNET)?;
+                Self::open()
+            });
+            inside.join()
+        });
+        opened.unwrap_or_else(|_| Err(io::Error::other("a namespace thread panicked")))
     }
 
     /// Carries out all changes, in order, and names those that the kernel refused.

@@ -87,11 +87,15 @@ impl Database {
         }
     }
 
-    /// Writes a batch, all or nothing, and has it on the disk before it returns.
+    /// Writes a batch, all or nothing, and has it on the disk before it returns. An empty value removes its
+    /// record.
     pub fn write(&self, records: &BTreeMap<Key, Vec<u8>>) -> Result<(), StoreError> {
         let mut batch = sled::Batch::default();
         for (key, value) in records {
-            batch.insert(key.to_string().into_bytes(), value.as_slice());
+            match value.as_slice() {
+                [] => batch.remove(key.to_string().into_bytes()),
+                value => batch.insert(key.to_string().into_bytes(), value),
+            }
         }
         let written = || -> Result<(), String> {
             let sled = self.sled.as_ref().ok_or("closed")?;
@@ -200,6 +204,17 @@ mod tests {
         let opened = Database::open(&path).expect("opens again");
         assert_eq!(starts(&opened), Some(&Record::Starts(7)));
         assert!(opened.quarantined.is_none());
+    }
+
+    #[test]
+    fn an_empty_value_removes_a_record() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let path = dir.path().join("db");
+        let database = Database::open(&path).expect("opens").database;
+        write(&database, 7);
+        database.write(&BTreeMap::from([(Key::Starts, Vec::new())])).expect("written");
+        drop(database);
+        assert!(Database::open(&path).expect("opens again").records.is_empty());
     }
 
     #[test]

@@ -21,8 +21,10 @@ const RETRY: Duration = Duration::from_secs(1);
 /// News from the writer.
 #[derive(Debug)]
 pub enum Written {
-    /// Everything up to this write is on disk.
+    /// Everything up to this write of the core's is on disk.
     Durable(WriteSeq),
+    /// So is what was to be saved under this number.
+    Saved(u64),
     /// The disk does not take it; it is tried again and again.
     Failing(String),
     /// It does again.
@@ -31,7 +33,13 @@ pub enum Written {
     Emptied,
 }
 
-type Batch = (Vec<(Key, Vec<u8>)>, WriteSeq);
+type Records = Vec<(Key, Vec<u8>)>;
+
+/// On whose behalf something is written.
+enum Batch {
+    Core(Records, WriteSeq),
+    Shell(Records, u64),
+}
 
 pub struct Writer {
     batches: Option<mpsc::Sender<Batch>>,
@@ -59,10 +67,17 @@ impl Writer {
         Ok(Self { batches: Some(batches), thread: Some(thread) })
     }
 
-    pub fn write(&self, records: Vec<(Key, Vec<u8>)>, seq: WriteSeq) {
+    pub fn write(&self, records: Records, seq: WriteSeq) {
         if let Some(batches) = &self.batches {
             // The receiver lives as long as its thread, which ends only when we drop the sender.
-            let _ = batches.send((records, seq));
+            let _ = batches.send(Batch::Core(records, seq));
+        }
+    }
+
+    /// Writes what is not the core's; an empty value removes its record.
+    pub fn save(&self, records: Records, number: u64) {
+        if let Some(batches) = &self.batches {
+            let _ = batches.send(Batch::Shell(records, number));
         }
     }
 }
@@ -81,13 +96,22 @@ impl Drop for Writer {
 #[derive(Default)]
 struct Pending {
     records: BTreeMap<Key, Vec<u8>>,
-    seq: WriteSeq,
+    seq: Option<WriteSeq>,
+    saved: Vec<u64>,
 }
 
 impl Pending {
-    fn add(&mut self, (records, seq): Batch) {
-        self.records.extend(records);
-        self.seq = self.seq.max(seq);
+    fn add(&mut self, batch: Batch) {
+        match batch {
+            Batch::Core(records, seq) => {
+                self.records.extend(records);
+                self.seq = self.seq.max(Some(seq));
+            }
+            Batch::Shell(records, number) => {
+                self.records.extend(records);
+                self.saved.push(number);
+            }
+        }
     }
 }
 
@@ -113,7 +137,10 @@ impl<R: Fn(Written)> Disk<R> {
         if failed {
             (self.report)(Written::Recovered);
         }
-        (self.report)(Written::Durable(pending.seq));
+        if let Some(seq) = pending.seq {
+            (self.report)(Written::Durable(seq));
+        }
+        pending.saved.into_iter().for_each(|number| (self.report)(Written::Saved(number)));
     }
 
     /// Writes to the open database, or to a newly opened one after a failure.

@@ -3,9 +3,9 @@
 //! sled reports a flipped bit as a panic or not at all, so each record carries its own CRC-32 and a
 //! record that fails it is an error here, never a wrong fact.
 
-use std::fmt;
+use std::{fmt, net::IpAddr};
 
-use crate::model::{ClusterRecord, Forget, MemberRecord, NodeId, Run};
+use crate::model::{ClusterRecord, Forget, MemberRecord, NodeId, Pod, Run};
 
 use super::{
     WireError,
@@ -24,6 +24,8 @@ pub enum Key {
     Slots(u8),
     Member(NodeId),
     Forget(NodeId),
+    /// The pod with this address, the first of its addresses.
+    Pod(IpAddr),
 }
 
 /// What is kept there.
@@ -34,6 +36,7 @@ pub enum Record {
     Slots(Vec<Run>),
     Member(MemberRecord),
     Forget(Forget),
+    Pod(Pod),
 }
 
 /// A database entry that cannot be used.
@@ -54,6 +57,7 @@ impl Record {
             Self::Slots(runs) => encode(runs),
             Self::Member(member) => encode(member),
             Self::Forget(forget) => encode(forget),
+            Self::Pod(pod) => encode(pod),
         };
         let mut bytes = vec![RECORD_VERSION];
         bytes.extend_from_slice(&value);
@@ -81,6 +85,7 @@ impl Record {
             Key::Slots(_) => decode("slots", value).map(Self::Slots),
             Key::Member(_) => decode("member", value).map(Self::Member),
             Key::Forget(_) => decode("forget", value).map(Self::Forget),
+            Key::Pod(_) => decode("pod", value).map(Self::Pod),
         };
         record.map(|record| (parsed, record)).map_err(|error: WireError| fail(error.to_string()))
     }
@@ -95,6 +100,7 @@ impl Key {
             Some(("slots", bucket)) => bucket.parse().ok().map(Self::Slots),
             Some(("member", node)) => node.parse().ok().map(Self::Member),
             Some(("forget", node)) => node.parse().ok().map(Self::Forget),
+            Some(("pod", address)) => address.parse().ok().map(Self::Pod),
             _ => None,
         }
     }
@@ -108,6 +114,7 @@ impl fmt::Display for Key {
             Self::Slots(bucket) => write!(f, "slots/{bucket:02}"),
             Self::Member(node) => write!(f, "member/{node}"),
             Self::Forget(node) => write!(f, "forget/{node}"),
+            Self::Pod(address) => write!(f, "pod/{address}"),
         }
     }
 }
@@ -129,7 +136,10 @@ mod tests {
     #[test]
     fn keys_round_trip_through_their_text() {
         let node = NodeId::of_public_key(&[3; 32]);
-        for key in [Key::Starts, Key::Cluster, Key::Slots(0), Key::Slots(31), Key::Member(node)] {
+        let pods =
+            ["10.42.7.2", "fd42:0:0:7::2"].map(|ip| Key::Pod(ip.parse().expect("an address")));
+        let others = [Key::Starts, Key::Cluster, Key::Slots(0), Key::Slots(31), Key::Member(node)];
+        for key in pods.into_iter().chain(others) {
             assert_eq!(Key::parse(key.to_string().as_bytes()), Some(key));
         }
         assert_eq!(Key::parse(b"member/xyz"), None);

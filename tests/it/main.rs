@@ -6,6 +6,7 @@
 mod agreement;
 mod cli;
 mod cluster;
+mod cni;
 mod common;
 mod demand;
 mod families;

@@ -1,0 +1,288 @@
+//! The loop's side of pods: addresses are given and taken back, kept on disk, and cables are made.
+//!
+//! An answer is given when both the disk and the kernel have done their part. What fails half-way is taken
+//! back. The work itself is the writer's and the wirer's; here nothing waits.
+
+use std::{collections::BTreeMap, path::PathBuf};
+
+use tokio::sync::oneshot::Sender;
+
+use super::{
+    Agent,
+    wirer::{Job, Wired},
+};
+use crate::{
+    api::{
+        AttachRequest, Attached, AttachedAddress, AttachmentName, PodError, PodErrorKind, PodStatus,
+    },
+    model::{Attachment, Pod},
+    pods::{
+        NoAddress, Pods, Wish, gateway,
+        wiring::{Bridge, Connected, WiringError, link_name},
+    },
+    wire::{Key, Record},
+};
+
+/// Pods of this node, and what is under way with them.
+#[derive(Default)]
+pub(super) struct PodState {
+    table: Pods,
+    number: u64,
+    attaching: BTreeMap<u64, Attaching>,
+    detaching: BTreeMap<u64, Detaching>,
+}
+
+/// Waits for the disk and for the kernel.
+struct Attaching {
+    bridge: Bridge,
+    pod: Pod,
+    saved: bool,
+    connected: Option<Connected>,
+    reply: Sender<Result<Attached, PodError>>,
+}
+
+/// Waits for the kernel, and then for the disk.
+struct Detaching {
+    attachment: Attachment,
+    reply: Sender<Result<bool, PodError>>,
+}
+
+impl PodState {
+    /// From what the disk has.
+    pub(super) fn remember(records: &[(Key, Record)]) -> Self {
+        let pods = records.iter().filter_map(|(_, record)| match record {
+            Record::Pod(pod) => Some(pod.clone()),
+            _ => None,
+        });
+        Self { table: Pods::new(pods), ..Self::default() }
+    }
+
+    fn next(&mut self) -> u64 {
+        self.number += 1;
+        self.number
+    }
+}
+
+impl Agent {
+    pub(super) fn attach(
+        &mut self,
+        request: &AttachRequest,
+        reply: Sender<Result<Attached, PodError>>,
+    ) {
+        match self.give_address(request) {
+            Err(error) => _ = reply.send(Err(error)),
+            Ok((bridge, pod, netns)) => {
+                let number = self.pods.next();
+                self.writer.save(vec![record(&pod)], number);
+                self.wirer.ask(Job::Connect {
+                    number,
+                    bridge: bridge.clone(),
+                    pod: pod.clone(),
+                    netns,
+                });
+                let attaching = Attaching { bridge, pod, saved: false, connected: None, reply };
+                self.pods.attaching.insert(number, attaching);
+            }
+        }
+    }
+
+    fn give_address(
+        &mut self,
+        request: &AttachRequest,
+    ) -> Result<(Bridge, Pod, PathBuf), PodError> {
+        let attachment =
+            Attachment::new(&request.container, &request.interface).map_err(PodError::invalid)?;
+        let netns = request.netns()?;
+        if let Some(why) = &self.store_problem {
+            let why = format!("the state directory cannot be written: {why}");
+            return Err(PodError::new(PodErrorKind::NotReady, why));
+        }
+        let view = self.kernel.wanted.as_ref().filter(|_| self.kernel.programmed_once);
+        let not_ready =
+            || PodError::new(PodErrorKind::NotReady, "this node has no subnet in use yet");
+        let view = view.ok_or_else(not_ready)?;
+        let bridge = Bridge {
+            name: bridge_name(view.settings.vni),
+            subnets: view.own.subnets,
+            mtu: self.underlay.mtu,
+        };
+        let now = self.clock.now();
+        self.pods.table.serve(Some(view.own.subnets));
+        let wish = Wish {
+            attachment,
+            owner: request.owner.clone(),
+            netns: netns.display().to_string(),
+            addresses: request.addresses.clone(),
+        };
+        let pod = self.pods.table.attach(now, wish)?.clone();
+        Ok((bridge, pod, netns.to_owned()))
+    }
+
+    pub(super) fn detach(
+        &mut self,
+        request: &AttachmentName,
+        reply: Sender<Result<bool, PodError>>,
+    ) {
+        match Attachment::new(&request.container, &request.interface) {
+            Err(error) => _ = reply.send(Err(PodError::invalid(error))),
+            Ok(attachment) => {
+                let number = self.pods.next();
+                self.wirer.ask(Job::Disconnect { number, attachment: attachment.clone() });
+                self.pods.detaching.insert(number, Detaching { attachment, reply });
+            }
+        }
+    }
+
+    /// Whether the kernel still has what a pod was given.
+    pub(super) fn check_pod(
+        &mut self,
+        name: &AttachmentName,
+        reply: Sender<Result<bool, PodError>>,
+    ) {
+        let known = Attachment::new(&name.container, &name.interface)
+            .map_err(PodError::invalid)
+            .and_then(|attachment| {
+                let pod = self.pods.table.get(&attachment).cloned();
+                pod.ok_or_else(|| PodError::invalid(format!("{attachment}: no such pod here")))
+            });
+        match known {
+            Err(error) => _ = reply.send(Err(error)),
+            Ok(pod) => self.wirer.ask(Job::Check { pod, reply }),
+        }
+    }
+
+    pub(super) fn on_wired(&mut self, wired: Wired) {
+        match wired {
+            Wired::Connected { number, result: Ok(connected) } => {
+                if let Some(attaching) = self.pods.attaching.get_mut(&number) {
+                    attaching.connected = Some(connected);
+                }
+                self.finish_attaching(number);
+            }
+            Wired::Connected { number, result: Err(error) } => {
+                let Some(attaching) = self.pods.attaching.remove(&number) else { return };
+                let Attaching { pod, reply, .. } = attaching;
+                tracing::warn!(pod = %pod.attachment, %error, "not connected");
+                self.forget_pod(number, &pod.attachment);
+                let _ = reply.send(Err(error.into()));
+            }
+            Wired::Disconnected { number, result: Ok(was_there) } => {
+                let Some(Detaching { attachment, .. }) = self.pods.detaching.get(&number) else {
+                    return;
+                };
+                let attachment = attachment.clone();
+                if !self.forget_pod(number, &attachment)
+                    && let Some(detaching) = self.pods.detaching.remove(&number)
+                {
+                    let _ = detaching.reply.send(Ok(was_there));
+                }
+            }
+            Wired::Disconnected { number, result: Err(error) } => {
+                if let Some(Detaching { attachment, reply }) = self.pods.detaching.remove(&number) {
+                    tracing::warn!(pod = %attachment, %error, "not disconnected");
+                    let what = format!("removing {}: {error}", link_name(&attachment));
+                    let _ = reply.send(Err(PodError::new(PodErrorKind::Failed, what)));
+                }
+            }
+        }
+    }
+
+    /// Something of ours is on disk.
+    pub(super) fn on_saved(&mut self, number: u64) {
+        if let Some(detaching) = self.pods.detaching.remove(&number) {
+            let _ = detaching.reply.send(Ok(true));
+        }
+        if let Some(attaching) = self.pods.attaching.get_mut(&number) {
+            attaching.saved = true;
+        }
+        self.finish_attaching(number);
+    }
+
+    /// Takes the addresses of a pod back and removes its record; false, if there is none.
+    fn forget_pod(&mut self, number: u64, attachment: &Attachment) -> bool {
+        let pod = self.pods.table.detach(self.clock.now(), attachment);
+        let gone = pod.map(|pod| (Key::Pod(pod.addresses.first), Vec::new()));
+        let was_there = gone.is_some();
+        if let Some(gone) = gone {
+            self.writer.save(vec![gone], number);
+        }
+        was_there
+    }
+
+    fn finish_attaching(&mut self, number: u64) {
+        let is_done = |attaching: &Attaching| attaching.saved && attaching.connected.is_some();
+        if !self.pods.attaching.get(&number).is_some_and(is_done) {
+            return;
+        }
+        let Some(attaching) = self.pods.attaching.remove(&number) else { return };
+        let Attaching { bridge, pod, connected: Some(connected), reply, .. } = attaching else {
+            return;
+        };
+        tracing::info!(pod = %pod.attachment, address = %pod.addresses.first, "connected");
+        let addresses = pod.addresses.iter().zip(bridge.subnets.iter()).map(|(ip, subnet)| {
+            let address = ipnet::IpNet::new_assert(ip, subnet.prefix_len());
+            AttachedAddress { address, gateway: gateway(subnet) }
+        });
+        let _ = reply.send(Ok(Attached {
+            mac: connected.mac,
+            link: link_name(&pod.attachment),
+            link_mac: connected.link_mac,
+            bridge: bridge.name,
+            bridge_mac: connected.bridge_mac,
+            mtu: bridge.mtu,
+            addresses: addresses.collect(),
+        }));
+    }
+
+    /// All of them, for a database that was lost.
+    pub(super) fn save_pods(&mut self) {
+        let records = self.pods.table.iter().map(record).collect();
+        let number = self.pods.next();
+        self.writer.save(records, number);
+    }
+
+    pub(super) fn pod_statuses(&self) -> Vec<PodStatus> {
+        let status = |pod: &Pod| PodStatus {
+            container: pod.attachment.container().to_owned(),
+            interface: pod.attachment.interface().to_owned(),
+            owner: pod.owner.clone(),
+            addresses: pod.addresses.iter().collect(),
+            link: link_name(&pod.attachment),
+            netns: pod.netns.clone(),
+        };
+        self.pods.table.iter().map(status).collect()
+    }
+}
+
+/// Of an overlay with this VNI.
+fn bridge_name(vni: u32) -> String {
+    if vni == 1 { "gsm0".to_owned() } else { format!("gsm{vni}") }
+}
+
+fn record(pod: &Pod) -> (Key, Vec<u8>) {
+    (Key::Pod(pod.addresses.first), Record::Pod(pod.clone()).encode())
+}
+
+impl From<NoAddress> for PodError {
+    fn from(error: NoAddress) -> Self {
+        let kind = match error {
+            NoAddress::NoSubnet => PodErrorKind::NotReady,
+            NoAddress::Attached { .. } => PodErrorKind::Invalid,
+            NoAddress::Exhausted(_) => PodErrorKind::Exhausted,
+            NoAddress::Outside { .. } | NoAddress::Taken { .. } | NoAddress::TwoPlaces { .. } => {
+                PodErrorKind::Address
+            }
+        };
+        Self::new(kind, error)
+    }
+}
+
+impl From<WiringError> for PodError {
+    fn from(error: WiringError) -> Self {
+        let kind = match error {
+            WiringError::Kernel { .. } | WiringError::Lacks(_) => PodErrorKind::Failed,
+            _ => PodErrorKind::Invalid,
+        };
+        Self::new(kind, error)
+    }
+}

@@ -1,0 +1,77 @@
+//! What went wrong, by the numbers of the specification (section "Error").
+
+use serde_json::{Value, json};
+
+use crate::api::{ClientError, PodError, PodErrorKind};
+
+/// A failure, as the runtime is told it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CniError {
+    pub code: u32,
+    pub msg: String,
+    pub details: String,
+}
+
+/// The specification's numbers; from 100 on they are a plugin's own.
+pub mod code {
+    pub const INCOMPATIBLE_VERSION: u32 = 1;
+    pub const BAD_ENVIRONMENT: u32 = 4;
+    pub const IO: u32 = 5;
+    pub const UNDECODABLE: u32 = 6;
+    pub const BAD_CONFIG: u32 = 7;
+    pub const TRY_LATER: u32 = 11;
+    pub const NOT_AVAILABLE: u32 = 50;
+    /// Ours: the node's subnet is used up.
+    pub const EXHAUSTED: u32 = 100;
+    /// Ours: the address that was asked for cannot be had.
+    pub const ADDRESS: u32 = 101;
+}
+
+impl CniError {
+    pub fn new(code: u32, msg: impl ToString) -> Self {
+        Self { code, msg: msg.to_string(), details: String::new() }
+    }
+
+    pub fn to_json(&self, version: &str) -> Value {
+        json!({
+            "cniVersion": version,
+            "code": self.code,
+            "msg": self.msg,
+            "details": self.details,
+        })
+    }
+}
+
+impl From<ClientError> for CniError {
+    fn from(error: ClientError) -> Self {
+        match error {
+            ClientError::NoAgent { .. } => Self {
+                code: code::TRY_LATER,
+                msg: "the gossamer agent does not run on this host".to_owned(),
+                details: error.to_string(),
+            },
+            ClientError::Refused { ref answer, .. } => {
+                match serde_json::from_value::<PodError>(answer.clone()) {
+                    Ok(error) => error.into(),
+                    Err(_) => Self::new(code::IO, error),
+                }
+            }
+            ClientError::NotPermitted { .. } | ClientError::Broken { .. } => {
+                Self::new(code::IO, error)
+            }
+        }
+    }
+}
+
+impl From<PodError> for CniError {
+    fn from(PodError { kind, error }: PodError) -> Self {
+        let code = match kind {
+            PodErrorKind::NotReady => code::TRY_LATER,
+            PodErrorKind::Invalid => code::BAD_ENVIRONMENT,
+            PodErrorKind::Address => code::ADDRESS,
+            PodErrorKind::Exhausted => code::EXHAUSTED,
+            PodErrorKind::Failed => code::IO,
+        };
+        Self::new(code, error)
+    }
+}

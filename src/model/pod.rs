@@ -1,0 +1,112 @@
+//! A container's place in the overlay: which interface of which container has which addresses.
+
+use std::{fmt, net::IpAddr};
+
+use serde::{Deserialize, Serialize};
+
+/// One interface of one container. What is asked for, and what is given back, is called by this.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Attachment {
+    container: String,
+    interface: String,
+}
+
+/// A name that a runtime may not give.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum AttachmentError {
+    #[error(
+        "container id {0:?}: it begins with a letter or digit, goes on with those, \"_\", \".\" and \"-\", \
+         and has at most 128 characters"
+    )]
+    Container(String),
+    #[error(
+        "interface name {0:?}: it has 1 to 15 bytes without \"/\", \":\" and white space, and is not \".\" \
+         or \"..\""
+    )]
+    Interface(String),
+}
+
+/// Longer ones are nobody's: docker and containerd have 64.
+const CONTAINER_MAX: usize = 128;
+/// `IFNAMSIZ` less the zero at the end.
+const INTERFACE_MAX: usize = 15;
+
+impl Attachment {
+    /// # Errors
+    /// Names that CNI (SPEC.md, section 2) or the kernel (`dev_valid_name`) do not allow.
+    pub fn new(container: &str, interface: &str) -> Result<Self, AttachmentError> {
+        let plain = |c: char| c.is_ascii_alphanumeric();
+        let allowed = |c: char| plain(c) || matches!(c, '_' | '.' | '-');
+        if !container.starts_with(plain)
+            || !container.chars().all(allowed)
+            || container.len() > CONTAINER_MAX
+        {
+            return Err(AttachmentError::Container(container.to_owned()));
+        }
+        let forbidden = |c: char| matches!(c, '/' | ':') || c.is_whitespace() || c.is_control();
+        if interface.is_empty()
+            || interface.len() > INTERFACE_MAX
+            || matches!(interface, "." | "..")
+            || interface.contains(forbidden)
+        {
+            return Err(AttachmentError::Interface(interface.to_owned()));
+        }
+        Ok(Self { container: container.to_owned(), interface: interface.to_owned() })
+    }
+
+    pub fn container(&self) -> &str {
+        &self.container
+    }
+
+    pub fn interface(&self) -> &str {
+        &self.interface
+    }
+}
+
+impl fmt::Display for Attachment {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.container, self.interface)
+    }
+}
+
+/// An attachment with its addresses, as it is kept on disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pod {
+    pub attachment: Attachment,
+    /// On whose behalf: a runtime may collect only what is its own.
+    pub owner: String,
+    pub addresses: Addresses,
+    /// Path of the network namespace, for people.
+    pub netns: String,
+}
+
+/// One address, or in a dual-stack overlay one of each family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Addresses {
+    pub first: IpAddr,
+    pub second: Option<IpAddr>,
+}
+
+impl Addresses {
+    pub fn iter(self) -> impl Iterator<Item = IpAddr> {
+        std::iter::once(self.first).chain(self.second)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_that_could_lead_elsewhere_are_refused() {
+        assert!(Attachment::new("3f9a-b.c_d", "eth0").is_ok());
+        for container in ["", "-a", ".", "..", "a/b", "../etc", "a b", "ä", &"a".repeat(129)] {
+            let error = Attachment::new(container, "eth0").expect_err(container).to_string();
+            assert!(error.contains("container id"), "{error}");
+        }
+        for interface in ["", ".", "..", "a/b", "a:1", "a b", "a\n", "sixteen-is-too-m"] {
+            let error = Attachment::new("a", interface).expect_err(interface).to_string();
+            assert!(error.contains("interface name"), "{error}");
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! Who has which of this node's addresses, and which is given next.
+//!
+//! A table without a clock, a disk or a kernel: what was given and taken back is told to whoever keeps it.
+//! A pod has the same place in each subnet of its node, so one number stands for both of its addresses; the
+//! first place is the gateway's. What was given back rests for a while before it is given again, for others
+//! may still hold on to whom they knew there. Which subnets this node has is not decided here.
+
+use std::{collections::BTreeMap, net::IpAddr, time::Duration};
+
+use ipnet::IpNet;
+
+use crate::model::{Addresses, Attachment, Pod, Subnets, Time};
+
+#[cfg(test)]
+mod tests;
+#[cfg(feature = "agent")]
+pub mod wiring;
+
+/// An address that was given back rests for so long, unless there is no other.
+const REST: Duration = Duration::from_secs(120);
+/// Places in one subnet: as many as an IPv4 /16 has. IPv6 subnets are never used up.
+const PLACES: u32 = 1 << 16;
+/// Of the gateway, which is this host.
+const GATEWAY: u32 = 1;
+
+/// Why there is no address for a pod.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NoAddress {
+    #[error("this node has no subnet yet")]
+    NoSubnet,
+    #[error("{attachment} has an address already: {address}")]
+    Attached { attachment: Attachment, address: IpAddr },
+    #[error("address {address}: it is not one for pods of this node's subnet {subnet}")]
+    Outside { address: IpAddr, subnet: IpNet },
+    #[error("address {address}: {holder} has it")]
+    Taken { address: IpAddr, holder: Attachment },
+    #[error(
+        "addresses {first} and {second}: a pod has the same place in both subnets, and these are two places"
+    )]
+    TwoPlaces { first: IpAddr, second: IpAddr },
+    #[error("all {0} addresses of this node's subnet are in use: see `gossamer pods`")]
+    Exhausted(usize),
+}
+
+/// What somebody asks for.
+#[derive(Clone, Debug)]
+pub struct Wish {
+    pub attachment: Attachment,
+    /// On whose behalf.
+    pub owner: String,
+    /// Path of the network namespace.
+    pub netns: String,
+    /// Those that it must have; any, if empty.
+    pub addresses: Vec<IpAddr>,
+}
+
+/// All pods of this node.
+#[derive(Debug, Default)]
+pub struct Pods {
+    subnets: Option<Subnets>,
+    pods: BTreeMap<Attachment, Pod>,
+    holders: BTreeMap<IpAddr, Attachment>,
+    /// When addresses were given back, by the first of each pod.
+    resting: BTreeMap<IpAddr, Time>,
+}
+
+impl Pods {
+    /// Pods of an earlier run.
+    pub fn new(pods: impl IntoIterator<Item = Pod>) -> Self {
+        let mut all = Self::default();
+        pods.into_iter().for_each(|pod| all.insert(pod));
+        all
+    }
+
+    /// Which subnets this node has. Pods with addresses of others keep them.
+    pub fn serve(&mut self, subnets: Option<Subnets>) {
+        self.subnets = subnets;
+    }
+
+    pub const fn subnets(&self) -> Option<Subnets> {
+        self.subnets
+    }
+
+    /// Gives a pod its addresses: those it wishes for, or the lowest ones that have rested.
+    ///
+    /// # Errors
+    /// Why not; nothing has changed then.
+    pub fn attach(
+        &mut self,
+        now: Time,
+        Wish { attachment, owner, netns, addresses: wishes }: Wish,
+    ) -> Result<&Pod, NoAddress> {
+        let subnets = self.subnets.ok_or(NoAddress::NoSubnet)?;
+        if let Some(pod) = self.pods.get(&attachment) {
+            let address = pod.addresses.first;
+            return Err(NoAddress::Attached { attachment, address });
+        }
+        let place = match wishes.as_slice() {
+            [] => self.free_place(now, subnets)?,
+            wishes => self.wished_place(subnets, wishes)?,
+        };
+        let addresses = addresses_at(subnets, place);
+        let pod = Pod { attachment: attachment.clone(), owner, addresses, netns };
+        self.resting.remove(&addresses.first);
+        self.insert(pod);
+        Ok(&self.pods[&attachment])
+    }
+
+    /// Takes the addresses of a pod back, if it has any.
+    pub fn detach(&mut self, now: Time, attachment: &Attachment) -> Option<Pod> {
+        let pod = self.pods.remove(attachment)?;
+        for address in pod.addresses.iter() {
+            self.holders.remove(&address);
+        }
+        self.resting.retain(|_, since| now.since(*since) < REST);
+        self.resting.insert(pod.addresses.first, now);
+        Some(pod)
+    }
+
+    pub fn get(&self, attachment: &Attachment) -> Option<&Pod> {
+        self.pods.get(attachment)
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = &Pod> {
+        self.pods.values()
+    }
+
+    fn insert(&mut self, pod: Pod) {
+        for address in pod.addresses.iter() {
+            self.holders.insert(address, pod.attachment.clone());
+        }
+        self.pods.insert(pod.attachment.clone(), pod);
+    }
+
+    /// The lowest free place that was not given back lately, or the one that has rested for longest.
+    fn free_place(&self, now: Time, subnets: Subnets) -> Result<u32, NoAddress> {
+        let last = last_place(subnets);
+        let mut longest: Option<(Time, u32)> = None;
+        for place in GATEWAY + 1..=last {
+            let addresses = addresses_at(subnets, place);
+            if addresses.iter().any(|address| self.holders.contains_key(&address)) {
+                continue;
+            }
+            match self.resting.get(&addresses.first) {
+                Some(since) if now.since(*since) < REST => {
+                    longest =
+                        Some(longest.map_or((*since, place), |best| best.min((*since, place))));
+                }
+                _ => return Ok(place),
+            }
+        }
+        let exhausted = NoAddress::Exhausted((last - GATEWAY) as usize);
+        longest.map(|(_, place)| place).ok_or(exhausted)
+    }
+
+    fn wished_place(&self, subnets: Subnets, wishes: &[IpAddr]) -> Result<u32, NoAddress> {
+        let mut wished: Option<(IpAddr, u32)> = None;
+        for &address in wishes {
+            let place = place_of(subnets, address)?;
+            if let Some(holder) = self.holders.get(&address) {
+                return Err(NoAddress::Taken { address, holder: holder.clone() });
+            }
+            if let Some((first, _)) = wished.filter(|(_, before)| *before != place) {
+                return Err(NoAddress::TwoPlaces { first, second: address });
+            }
+            wished = Some((address, place));
+        }
+        let Some((_, place)) = wished else { return Err(NoAddress::NoSubnet) };
+        let taken = |address: &IpAddr| self.holders.contains_key(address);
+        match addresses_at(subnets, place).iter().find(taken) {
+            Some(address) => {
+                Err(NoAddress::Taken { address, holder: self.holders[&address].clone() })
+            }
+            None => Ok(place),
+        }
+    }
+}
+
+/// The address of this host in a subnet of its own: the one after the network address, as flannel has it.
+pub fn gateway(subnet: IpNet) -> IpAddr {
+    address_at(subnet, GATEWAY)
+}
+
+fn addresses_at(subnets: Subnets, place: u32) -> Addresses {
+    let second = subnets.second.map(|subnet| address_at(subnet, place));
+    Addresses { first: address_at(subnets.first, place), second }
+}
+
+fn address_at(subnet: IpNet, place: u32) -> IpAddr {
+    match subnet.network() {
+        IpAddr::V4(network) => IpAddr::V4((u32::from(network) + place).into()),
+        IpAddr::V6(network) => IpAddr::V6((u128::from(network) + u128::from(place)).into()),
+    }
+}
+
+/// The last one for pods; in IPv4 the very last is for broadcasts.
+fn last_place(subnets: Subnets) -> u32 {
+    let last = |subnet: IpNet| {
+        let bits = u32::from(subnet.max_prefix_len() - subnet.prefix_len());
+        let places = 1_u64.checked_shl(bits).unwrap_or(u64::MAX).min(PLACES.into()) as u32;
+        places - if subnet.addr().is_ipv4() { 2 } else { 1 }
+    };
+    subnets.iter().map(last).min().unwrap_or(0)
+}
+
+fn place_of(subnets: Subnets, address: IpAddr) -> Result<u32, NoAddress> {
+    let same = |subnet: &IpNet| subnet.addr().is_ipv4() == address.is_ipv4();
+    let subnet = subnets.iter().find(same).unwrap_or(subnets.first);
+    let place = match (address, subnet.network()) {
+        (IpAddr::V4(address), IpAddr::V4(network)) => {
+            u32::from(address).checked_sub(network.into())
+        }
+        (IpAddr::V6(address), IpAddr::V6(network)) => {
+            let place = u128::from(address).checked_sub(network.into());
+            place.and_then(|place| place.try_into().ok())
+        }
+        _ => None,
+    };
+    place
+        .filter(|place| (GATEWAY + 1..=last_place(subnets)).contains(place))
+        .ok_or(NoAddress::Outside { address, subnet })
+}

@@ -1,0 +1,106 @@
+//! Stories of pods that come and go.
+
+use super::*;
+
+fn subnets(first: &str, second: Option<&str>) -> Subnets {
+    let parse = |text: &str| text.parse().expect("a network");
+    Subnets { first: parse(first), second: second.map(parse) }
+}
+
+fn pods(first: &str, second: Option<&str>) -> Pods {
+    let mut pods = Pods::default();
+    pods.serve(Some(subnets(first, second)));
+    pods
+}
+
+fn named(container: &str) -> Attachment {
+    Attachment::new(container, "eth0").expect("a name")
+}
+
+fn wish(container: &str, addresses: &[IpAddr]) -> Wish {
+    let [owner, netns] = ["cni/net", "/ns"].map(str::to_owned);
+    Wish { attachment: named(container), owner, netns, addresses: addresses.to_vec() }
+}
+
+fn ip(text: &str) -> IpAddr {
+    text.parse().expect("an address")
+}
+
+const fn at(seconds: u64) -> Time {
+    Time::from_nanos(seconds * 1_000_000_000)
+}
+
+impl Pods {
+    fn give(&mut self, now: Time, container: &str) -> Result<IpAddr, NoAddress> {
+        self.attach(now, wish(container, &[])).map(|pod| pod.addresses.first)
+    }
+
+    fn give_wished(&mut self, container: &str, wishes: &[IpAddr]) -> Result<Addresses, NoAddress> {
+        self.attach(at(0), wish(container, wishes)).map(|pod| pod.addresses)
+    }
+}
+
+#[test]
+fn the_lowest_address_is_given_and_one_that_was_given_back_rests() {
+    let mut pods = pods("10.42.7.0/24", None);
+    assert_eq!(pods.give(at(0), "a"), Ok(ip("10.42.7.2")));
+    assert_eq!(pods.give(at(0), "b"), Ok(ip("10.42.7.3")));
+    pods.detach(at(1), &named("a"));
+    assert_eq!(pods.give(at(2), "c"), Ok(ip("10.42.7.4")));
+    assert_eq!(pods.give(at(1) + REST, "d"), Ok(ip("10.42.7.2")));
+}
+
+#[test]
+fn when_all_others_are_in_use_the_one_that_rested_longest_is_given() {
+    let mut pods = pods("10.42.7.0/29", None);
+    for name in ["a", "b", "c", "d", "e"] {
+        assert!(pods.give(at(0), name).is_ok());
+    }
+    assert_eq!(pods.give(at(0), "f"), Err(NoAddress::Exhausted(5)));
+    pods.detach(at(2), &named("b"));
+    pods.detach(at(1), &named("d"));
+    assert_eq!(pods.give(at(3), "f"), Ok(ip("10.42.7.5")));
+    assert_eq!(pods.give(at(3), "g"), Ok(ip("10.42.7.3")));
+    assert_eq!(pods.iter().count(), 5);
+}
+
+#[test]
+fn a_pod_has_the_same_place_in_both_subnets() {
+    let mut pods = pods("10.42.7.0/24", Some("fd42:0:0:7::/64"));
+    let given = pods.give_wished("a", &[]).expect("addresses");
+    assert_eq!(given, Addresses { first: ip("10.42.7.2"), second: Some(ip("fd42:0:0:7::2")) });
+    let given = pods.give_wished("b", &[ip("fd42:0:0:7::9")]).expect("addresses");
+    assert_eq!(given.first, ip("10.42.7.9"));
+    let both = [ip("10.42.7.10"), ip("fd42:0:0:7::a")];
+    assert_eq!(pods.give_wished("c", &both).expect("addresses").second, Some(both[1]));
+    let two = pods.give_wished("d", &[ip("10.42.7.11"), ip("fd42:0:0:7::c")]);
+    assert!(matches!(two, Err(NoAddress::TwoPlaces { .. })), "{two:?}");
+}
+
+#[test]
+fn wishes_outside_or_taken_are_refused_and_change_nothing() {
+    let mut pods = pods("10.42.7.0/24", None);
+    for outside in ["10.42.7.0", "10.42.7.1", "10.42.7.255", "10.42.8.2", "10.42.6.2", "fd42::2"] {
+        let refused = pods.give_wished("a", &[ip(outside)]);
+        assert!(matches!(refused, Err(NoAddress::Outside { .. })), "{outside}: {refused:?}");
+    }
+    assert!(pods.give_wished("a", &[ip("10.42.7.254")]).is_ok());
+    let taken = pods.give_wished("b", &[ip("10.42.7.254")]).expect_err("taken").to_string();
+    assert!(taken.contains("a eth0 has it"), "{taken}");
+    let again = pods.give_wished("a", &[]);
+    assert!(matches!(again, Err(NoAddress::Attached { .. })), "{again:?}");
+    assert_eq!(pods.iter().count(), 1);
+}
+
+#[test]
+fn pods_of_an_earlier_run_and_of_another_subnet_keep_their_addresses() {
+    let mut before = pods("10.42.7.0/24", None);
+    before.give(at(0), "a").expect("an address");
+    let mut pods = Pods::new(before.iter().cloned());
+    assert_eq!(pods.give(at(0), "b"), Err(NoAddress::NoSubnet));
+    pods.serve(Some(subnets("10.42.7.0/24", None)));
+    assert_eq!(pods.give(at(0), "b"), Ok(ip("10.42.7.3")));
+    pods.serve(Some(subnets("10.42.9.0/24", None)));
+    assert_eq!(pods.get(&named("a")).map(|pod| pod.addresses.first), Some(ip("10.42.7.2")));
+    assert_eq!(pods.give(at(0), "c"), Ok(ip("10.42.9.2")));
+}

@@ -1,0 +1,278 @@
+//! A pod's cable: a veth pair from the bridge of this host's pods into a network namespace, with addresses
+//! and routes, by netlink alone.
+//!
+//! The kernel answers for what is there: an end on this host is known by its name, which follows from the
+//! attachment, so that whatever an agent left half-made is found again. Which addresses a pod has is not
+//! decided here.
+
+use std::{
+    fs::File,
+    io,
+    net::IpAddr,
+    os::fd::AsRawFd as _,
+    path::{Path, PathBuf},
+};
+
+use ipnet::IpNet;
+use rtnetlink::{
+    LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
+    packet_core::{NLM_F_CREATE, NLM_F_EXCL},
+    packet_route::{
+        RouteNetlinkMessage,
+        address::{AddressAttribute, AddressFlags},
+        link::{InfoBridgePort, InfoData, InfoPortData, InfoPortKind, InfoVeth, LinkMessage},
+    },
+};
+use sha2::{Digest as _, Sha256};
+
+use super::gateway;
+use crate::{
+    model::{Attachment, Mac, Pod, Subnets},
+    netlink::{Netlink, Request, link::address_message},
+};
+
+/// Of ends on this host; the rest is a hash.
+const PREFIX: &str = "gsm";
+/// So many bytes of the hash: the name has 13 characters, the kernel allows 15.
+const HASHED: usize = 5;
+/// `EINVAL`
+const INVALID: i32 = 22;
+
+/// Why a pod was not connected. Nothing of it is left.
+#[derive(Debug, thiserror::Error)]
+pub enum WiringError {
+    #[error("network namespace {}: {error}", path.display())]
+    NoNamespace { path: PathBuf, error: io::Error },
+    #[error("network namespace {}: that is none", .0.display())]
+    NotANamespace(PathBuf),
+    #[error("interface {interface}: there is one of that name in {} already", netns.display())]
+    InterfaceTaken { interface: String, netns: PathBuf },
+    #[error("{0}")]
+    Lacks(String),
+    #[error("{what}: {error}")]
+    Kernel { what: &'static str, error: io::Error },
+}
+
+/// What pods are plugged into.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bridge {
+    pub name: String,
+    pub subnets: Subnets,
+    /// Of the bridge, and of every pod.
+    pub mtu: u32,
+}
+
+/// A connected pod.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Connected {
+    pub mac: Mac,
+    pub link_mac: Option<Mac>,
+    pub bridge_mac: Option<Mac>,
+}
+
+/// Makes and removes cables on this host.
+#[derive(Debug)]
+pub struct Wiring(Netlink);
+
+impl Wiring {
+    pub fn open() -> io::Result<Self> {
+        Netlink::open().map(Self)
+    }
+
+    /// Plugs a pod in.
+    ///
+    /// # Errors
+    /// Why not; nothing of it is left then.
+    pub fn connect(
+        &mut self,
+        bridge: &Bridge,
+        pod: &Pod,
+        netns: &Path,
+    ) -> Result<Connected, WiringError> {
+        let (file, mut inside) = enter(netns)?;
+        let name = link_name(&pod.attachment);
+        let interface = pod.attachment.interface();
+        let present = inside.link(interface).map_err(failed("looking for the interface"))?;
+        if present.is_some() {
+            let interface = interface.to_owned();
+            return Err(WiringError::InterfaceTaken { interface, netns: netns.to_owned() });
+        }
+        let (port, bridge_mac) = self.provide(bridge).map_err(failed("making the bridge"))?;
+        // Of an attachment that nobody knows any more.
+        self.disconnect(&pod.attachment).map_err(failed("removing an old interface"))?;
+        let mac = mac_of(pod);
+        let connected = self
+            .plug(&name, interface, mac, &file, bridge, port)
+            .map_err(failed("making the interface"))
+            .and_then(|()| {
+                furnish(&mut inside, pod, bridge.subnets).map_err(failed("setting addresses"))
+            })
+            .and_then(|()| self.0.link(&name).map_err(failed("looking for the interface")));
+        match connected {
+            Ok(link) => Ok(Connected { mac, link_mac: link.and_then(|link| link.mac), bridge_mac }),
+            Err(error) => {
+                let _ = self.disconnect(&pod.attachment);
+                Err(error)
+            }
+        }
+    }
+
+    /// Pulls a pod's cable out; whether there was one.
+    pub fn disconnect(&mut self, attachment: &Attachment) -> io::Result<bool> {
+        match self.0.link(&link_name(attachment))? {
+            Some(link) => self.0.delete_link(link.index).map(|()| true),
+            None => Ok(false),
+        }
+    }
+
+    /// Looks whether a pod still has both ends of its cable, and its addresses.
+    ///
+    /// # Errors
+    /// What it lacks.
+    pub fn check(&mut self, pod: &Pod) -> Result<(), WiringError> {
+        let look = "looking for the interface";
+        let lacks = |what: String| Err(WiringError::Lacks(what));
+        let link = link_name(&pod.attachment);
+        if !self.0.link(&link).map_err(failed(look))?.is_some_and(|link| link.up) {
+            return lacks(format!("interface {link} of this host is gone or down"));
+        }
+        let (_, mut inside) = enter(Path::new(&pod.netns))?;
+        let interface = pod.attachment.interface();
+        let found = inside.link(interface).map_err(failed(look))?.filter(|link| link.up);
+        let Some(found) = found else {
+            return lacks(format!("interface {interface} in {} is gone or down", pod.netns));
+        };
+        let has = inside.addresses().map_err(failed("looking for addresses"))?;
+        let there = |ip: &IpAddr| has.iter().any(|has| has.link == found.index && has.ip == *ip);
+        match pod.addresses.iter().find(|ip| !there(ip)) {
+            Some(ip) => lacks(format!("interface {interface} in {} has lost {ip}", pod.netns)),
+            None => Ok(()),
+        }
+    }
+
+    /// Makes the bridge, or what it lacks; its index and MAC.
+    fn provide(&mut self, bridge: &Bridge) -> io::Result<(u32, Option<Mac>)> {
+        if self.0.link(&bridge.name)?.is_none() {
+            // Without one of its own it takes the lowest of its ports', which come and go.
+            let mac = mac_at(gateway(bridge.subnets.first)).as_bytes().to_vec();
+            let made = LinkBridge::new(&bridge.name).address(mac).mtu(bridge.mtu).up();
+            self.0.create_link(made.build())?;
+        }
+        let missing = || io::Error::from(io::ErrorKind::NotFound);
+        let link = self.0.link(&bridge.name)?.ok_or_else(missing)?;
+        if link.kind != "bridge" {
+            return Err(io::Error::other(format!("{} is no bridge", bridge.name)));
+        }
+        if !link.up || link.mtu != bridge.mtu {
+            self.0.set_link(LinkUnspec::new_with_index(link.index).mtu(bridge.mtu).up())?;
+        }
+        let has: Vec<_> = self.0.addresses()?;
+        for subnet in bridge.subnets.iter() {
+            let ip = gateway(subnet);
+            if !has.iter().any(|address| address.link == link.index && address.ip == ip) {
+                self.0.apply(vec![address_request(link.index, ip, subnet.prefix_len())])?;
+            }
+        }
+        Ok((link.index, link.mac))
+    }
+
+    fn plug(
+        &mut self,
+        name: &str,
+        interface: &str,
+        mac: Mac,
+        netns: &File,
+        bridge: &Bridge,
+        port: u32,
+    ) -> io::Result<()> {
+        let end = LinkMessageBuilder::<LinkUnspec>::new()
+            .name(interface)
+            .address(mac.as_bytes().to_vec())
+            .mtu(bridge.mtu)
+            .setns_by_fd(netns.as_raw_fd());
+        let pair = LinkVeth::new(name, interface)
+            .set_info_data(InfoData::Veth(InfoVeth::Peer(end.build())))
+            .mtu(bridge.mtu)
+            .controller(port)
+            .up();
+        self.0.create_link(pair.build())?;
+        // A pod may speak to itself by way of a service's address.
+        let hairpin = LinkUnspec::new_with_name(name)
+            .set_port_kind(InfoPortKind::Bridge)
+            .set_port_data(InfoPortData::BridgePort(vec![InfoBridgePort::HairpinMode(true)]));
+        self.0.apply_one(RouteNetlinkMessage::NewLink(hairpin.build()), 0)
+    }
+}
+
+/// The name of the end on this host.
+pub fn link_name(attachment: &Attachment) -> String {
+    let hash = Sha256::digest(attachment.to_string());
+    let digits: String = hash.iter().take(HASHED).map(|byte| format!("{byte:02x}")).collect();
+    format!("{PREFIX}{digits}")
+}
+
+/// A namespace, and a socket inside.
+fn enter(netns: &Path) -> Result<(File, Netlink), WiringError> {
+    let path = || netns.to_owned();
+    let file =
+        File::open(netns).map_err(|error| WiringError::NoNamespace { path: path(), error })?;
+    let inside = Netlink::open_in(&file).map_err(|error| match error.raw_os_error() {
+        Some(INVALID) => WiringError::NotANamespace(path()),
+        _ => WiringError::NoNamespace { path: path(), error },
+    })?;
+    Ok((file, inside))
+}
+
+/// Addresses and routes inside, in one system call.
+fn furnish(inside: &mut Netlink, pod: &Pod, subnets: Subnets) -> io::Result<()> {
+    let index = inside.index_of(pod.attachment.interface())?;
+    let up: LinkMessage = LinkUnspec::new_with_index(index).up().build();
+    let mut changes = vec![Request { message: RouteNetlinkMessage::SetLink(up), flags: 0 }];
+    for (ip, subnet) in pod.addresses.iter().zip(subnets.iter()) {
+        changes.push(address_request(index, ip, subnet.prefix_len()));
+        changes.push(default_route(index, subnet));
+    }
+    match inside.apply(changes)?.first() {
+        Some(refused) => Err(io::Error::from_raw_os_error(refused.errno)),
+        None => Ok(()),
+    }
+}
+
+fn address_request(link: u32, ip: IpAddr, prefix_len: u8) -> Request {
+    let mut message = address_message(link, ip, prefix_len);
+    // It is nobody else's: to ask around would take IPv6 a second.
+    message.attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
+    let flags = NLM_F_CREATE | NLM_F_EXCL;
+    Request { message: RouteNetlinkMessage::NewAddress(message), flags }
+}
+
+fn default_route(link: u32, subnet: IpNet) -> Request {
+    let message = match gateway(subnet) {
+        IpAddr::V4(via) => RouteMessageBuilder::<std::net::Ipv4Addr>::new()
+            .output_interface(link)
+            .gateway(via)
+            .build(),
+        IpAddr::V6(via) => RouteMessageBuilder::<std::net::Ipv6Addr>::new()
+            .output_interface(link)
+            .gateway(via)
+            .build(),
+    };
+    Request { message: RouteNetlinkMessage::NewRoute(message), flags: NLM_F_CREATE | NLM_F_EXCL }
+}
+
+/// Follows from the address, so that neighbours who remember an earlier holder of it are right.
+fn mac_of(pod: &Pod) -> Mac {
+    mac_at(pod.addresses.first)
+}
+
+fn mac_at(ip: IpAddr) -> Mac {
+    let [.., a, b, c, d] = match ip {
+        IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
+        IpAddr::V6(ip) => ip.octets(),
+    };
+    Mac::from_bytes([0x0a, 0x58, a, b, c, d])
+}
+
+const fn failed(what: &'static str) -> impl Fn(io::Error) -> WiringError {
+    move |error| WiringError::Kernel { what, error }
+}

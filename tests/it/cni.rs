@@ -1,0 +1,241 @@
+//! Containers by the CNI plugin, called as a runtime calls it; `ip` and `ping` say what came of it.
+
+use std::{
+    io::Write as _,
+    process::{Command, Stdio},
+};
+
+use gossamer::lab::{Agent, Host, NetNs};
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+
+use crate::common::{Cluster, PATIENCE, eventually, isolated, program, run, tool};
+
+/// A runtime on one host.
+struct Runtime<'a> {
+    agent: &'a Agent,
+    version: &'static str,
+}
+
+impl<'a> Runtime<'a> {
+    const fn new(agent: &'a Agent) -> Self {
+        Self { agent, version: "1.1.0" }
+    }
+
+    /// One call of the plugin: whether it succeeded, and what it printed.
+    fn call(&self, verb: &str, container: &str, more: &Value) -> (bool, Value) {
+        let mut config = json!({
+            "cniVersion": self.version,
+            "name": "pods",
+            "type": "gossamer",
+            "socket": self.agent.socket(),
+        });
+        for (key, value) in more.as_object().expect("an object") {
+            config[key] = value.clone();
+        }
+        let mut plugin = Command::new(program());
+        plugin
+            .env("CNI_COMMAND", verb)
+            .env("CNI_CONTAINERID", container)
+            .env("CNI_NETNS", format!("/run/netns/{container}"))
+            .env("CNI_IFNAME", "eth0")
+            .env("CNI_PATH", "/opt/cni/bin")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped());
+        let mut child = plugin.spawn().expect("the plugin starts");
+        let mut input = child.stdin.take().expect("a pipe");
+        input.write_all(config.to_string().as_bytes()).expect("written");
+        drop(input);
+        let output = child.wait_with_output().expect("the plugin ends");
+        let said = match output.stdout.as_slice() {
+            [] => Value::Null,
+            text => serde_json::from_slice(text).expect("JSON"),
+        };
+        (output.status.success(), said)
+    }
+
+    fn add(&self, container: &str) -> Value {
+        let (done, result) = self.call("ADD", container, &json!({}));
+        assert!(done, "{result}");
+        result
+    }
+
+    fn del(&self, container: &str) {
+        let (done, said) = self.call("DEL", container, &json!({}));
+        assert!(done && said.is_null(), "{said}");
+    }
+
+    fn refused(&self, verb: &str, container: &str, more: &Value) -> (u64, String) {
+        let (done, error) = self.call(verb, container, more);
+        assert!(!done, "{verb} {container} should have failed: {error}");
+        let code = error["code"].as_u64().expect("a number");
+        (code, error["msg"].as_str().expect("a text").to_owned())
+    }
+}
+
+fn address(result: &Value) -> String {
+    let text = result["ips"][0]["address"].as_str().expect("an address");
+    text.split('/').next().expect("an address").to_owned()
+}
+
+/// Ends of pods' cables on a host.
+fn cables(host: &Host) -> usize {
+    tool(&host.netns, "ip -o link show type veth master gsm0").lines().count()
+}
+
+fn pods(agent: &mut Agent) -> usize {
+    let answer = agent.ask("/v1/pods", PATIENCE).expect("pods");
+    answer["pods"].as_array().expect("a list").len()
+}
+
+#[test]
+fn pods_of_two_hosts_reach_each_other_at_full_size() {
+    isolated(|lab| {
+        let cluster = Cluster::start(lab, 2)?;
+        let (one, two) = (NetNs::new("one")?, NetNs::new("two")?);
+        let first = Runtime::new(&cluster.agents[0]).add("one");
+        let second = Runtime { version: "0.3.1", ..Runtime::new(&cluster.agents[1]) }.add("two");
+        assert_eq!(
+            (&first["interfaces"][2]["mtu"], &first["ips"][0]["version"]),
+            (&json!(1450), &Value::Null)
+        );
+        assert_eq!(
+            (&second["interfaces"][2]["mtu"], &second["ips"][0]["version"]),
+            (&Value::Null, &json!("4"))
+        );
+        let (here, there) = (address(&first), address(&second));
+        let shown = tool(&one, "ip addr show dev eth0");
+        assert!(shown.contains(&here) && shown.contains("mtu 1450"), "{shown}");
+        assert!(shown.contains(first["interfaces"][2]["mac"].as_str().expect("a MAC")), "{shown}");
+        // Largest that fits, unfragmented, both ways; and this host itself.
+        tool(&one, &format!("ping -c 2 -i 0.2 -W 2 -M do -s 1422 {there}"));
+        tool(&two, &format!("ping -c 2 -i 0.2 -W 2 -M do -s 1422 {here}"));
+        let gateway = first["ips"][0]["gateway"].as_str().expect("a gateway");
+        tool(&one, &format!("ping -c 1 -W 2 {gateway}"));
+        tool(&cluster.hosts[0].netns, &format!("ping -c 1 -W 2 {there}"));
+        Ok(())
+    });
+}
+
+#[test]
+fn pods_keep_their_addresses_over_restarts_and_give_them_back_once() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        let spaces: Vec<NetNs> =
+            ["a", "b", "c"].map(NetNs::new).into_iter().collect::<Result<_, _>>()?;
+        let runtime = Runtime::new(&cluster.agents[0]);
+        let a = runtime.add("a");
+        let (code, why) = runtime.refused("ADD", "a", &json!({}));
+        assert!(code == 4 && why.contains("has an address already"), "{code} {why}");
+        assert!(runtime.call("CHECK", "a", &json!({ "prevResult": a })).0);
+
+        cluster.agents[0].end(Signal::SIGKILL)?;
+        let runtime = Runtime::new(&cluster.agents[0]);
+        let (code, why) = runtime.refused("ADD", "b", &json!({}));
+        assert!(code == 11 && why.contains("does not run"), "{code} {why}");
+        assert_eq!(runtime.refused("STATUS", "b", &json!({})).0, 50);
+        cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &[])?;
+        cluster.converge()?;
+        let runtime = Runtime::new(&cluster.agents[0]);
+        assert!(runtime.call("STATUS", "b", &json!({})).0);
+        assert!(runtime.call("CHECK", "a", &json!({ "prevResult": a })).0);
+        let b = runtime.add("b");
+        assert_ne!(address(&a), address(&b));
+
+        tool(&spaces[0], "ip addr flush dev eth0");
+        let (code, why) = runtime.refused("CHECK", "a", &json!({ "prevResult": a }));
+        assert!(code == 5 && why.contains("has lost"), "{code} {why}");
+        runtime.del("a");
+        runtime.del("a");
+        assert!(!tool(&spaces[0], "ip -o link").contains("eth0"), "the interface is gone");
+        // What was given back rests.
+        assert_ne!(address(&runtime.add("c")), address(&a));
+        // With its namespace gone only the address is left to be given back.
+        run(&cluster.hosts[0].netns, "umount /run/netns/b");
+        drop(spaces);
+        runtime.del("b");
+        assert_eq!(pods(&mut cluster.agents[0]), 1);
+        eventually(&cluster.hosts[0].netns, "ip -o link show type veth master gsm0", |text| {
+            text.lines().count() == 1
+        });
+        Ok(())
+    });
+}
+
+#[test]
+fn what_cannot_be_connected_is_refused_and_leaves_nothing() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        let space = NetNs::new("a")?;
+        let runtime = Runtime::new(&cluster.agents[0]);
+        let (code, why) = runtime.refused("ADD", "nowhere", &json!({}));
+        assert!(code == 4 && why.contains("/run/netns/nowhere"), "{code} {why}");
+        std::fs::write("/run/netns/file", "")?;
+        let (code, why) = runtime.refused("ADD", "file", &json!({}));
+        assert!(code == 4 && why.contains("that is none"), "{code} {why}");
+        tool(&space, "ip link add eth0 type bridge");
+        let (code, why) = runtime.refused("ADD", "a", &json!({}));
+        assert!(code == 4 && why.contains("already"), "{code} {why}");
+        tool(&space, "ip link del eth0");
+        for (wish, wanted) in [("192.0.2.1", 101), ("10.42.0", 7)] {
+            let more = json!({ "runtimeConfig": { "ips": [wish] } });
+            assert_eq!(runtime.refused("ADD", "a", &more).0, wanted, "{wish}");
+        }
+        assert_eq!(runtime.refused("CHECK", "a", &json!({})).0, 4);
+        assert_eq!(pods(&mut cluster.agents[0]), 0);
+        let left = tool(&cluster.hosts[0].netns, "ip -o link show type veth");
+        assert!(!left.contains("gsm"), "{left}");
+
+        let runtime = Runtime::new(&cluster.agents[0]);
+        runtime.add("a");
+        assert_eq!(cables(&cluster.hosts[0]), 1);
+        Ok(())
+    });
+}
+
+#[test]
+fn what_the_runtime_does_not_know_any_more_is_collected_and_nothing_of_others() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        let _spaces: Vec<NetNs> =
+            ["a", "b", "c"].map(NetNs::new).into_iter().collect::<Result<_, _>>()?;
+        let runtime = Runtime::new(&cluster.agents[0]);
+        ["a", "b"].iter().for_each(|pod| _ = runtime.add(pod));
+        assert!(runtime.call("ADD", "c", &json!({ "name": "another" })).0);
+        let (code, _) = runtime.refused("GC", "", &json!({}));
+        assert_eq!((code, cables(&cluster.hosts[0])), (7, 3));
+        let valid =
+            json!({ "cni.dev/valid-attachments": [{ "containerID": "b", "ifname": "eth0" }] });
+        assert!(runtime.call("GC", "", &valid).0);
+        assert_eq!(cables(&cluster.hosts[0]), 2);
+        let left = cluster.agents[0].ask("/v1/pods", PATIENCE)?;
+        let names: Vec<_> =
+            left["pods"].as_array().expect("a list").iter().map(|pod| &pod["container"]).collect();
+        assert_eq!(names, ["b", "c"]);
+        Ok(())
+    });
+}
+
+#[test]
+fn many_at_once_all_succeed() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        let names: Vec<String> = (0..200).map(|number| format!("p{number}")).collect();
+        let _spaces: Vec<NetNs> =
+            names.iter().map(|name| NetNs::new(name)).collect::<Result<_, _>>()?;
+        let runtime = Runtime::new(&cluster.agents[0]);
+        let mut addresses: Vec<String> = std::thread::scope(|scope| {
+            let added: Vec<_> =
+                names.iter().map(|name| scope.spawn(|| address(&runtime.add(name)))).collect();
+            added.into_iter().map(|one| one.join().expect("added")).collect()
+        });
+        addresses.sort();
+        addresses.dedup();
+        assert_eq!((addresses.len(), cables(&cluster.hosts[0])), (200, 200));
+        std::thread::scope(|scope| {
+            names.iter().for_each(|name| _ = scope.spawn(|| runtime.del(name)))
+        });
+        assert_eq!((pods(&mut cluster.agents[0]), cables(&cluster.hosts[0])), (0, 0));
+        Ok(())
+    });
+}
