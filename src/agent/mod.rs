@@ -32,7 +32,7 @@ use tokio::{
 use self::{
     data_plane::KernelState,
     ping::Round,
-    pods::PodState,
+    pods::{PodState, bridge_name},
     probe::Prober,
     programmer::{Programmer, Told},
     underlay::Chosen,
@@ -48,6 +48,7 @@ use crate::{
     },
     icmp::Heard,
     model::{NodeId, Pool, Time},
+    pods::wiring::Wiring,
     store::{History, StateDir, Writer, Written},
     transport::{Event, Transport},
     wire::{Secret, Token},
@@ -375,6 +376,7 @@ impl Agent {
         let ends = matches!(ending, Ending::Left { .. } | Ending::Anew) || refused;
         if ends && made_something {
             remove_traces(traces, &self.config.subnet_file);
+            remove_pods(self.node.cluster().map(|cluster| cluster.settings.vni));
         }
         if (matches!(ending, Ending::Left { .. }) || refused)
             && let Err(error) = self.state.wipe()
@@ -430,7 +432,7 @@ impl Agent {
             Question::Attach { request, reply } => self.attach(&request, reply),
             Question::Detach { request, reply } => self.detach(&request, reply),
             Question::Check { request, reply } => self.check_pod(&request, reply),
-            Question::Pods { reply } => _ = reply.send(self.pod_statuses()),
+            Question::Pods { reply } => self.list_pods(reply),
             Question::History { reply } => {
                 let lines = self.history.read();
                 let _ = reply.send(lines.map_err(|error| format!("history: {error}")));
@@ -452,6 +454,15 @@ impl Agent {
                 self.waiters.push(waiter);
             }
         }
+    }
+}
+
+/// Pods of a node without a subnet are connected to nothing.
+fn remove_pods(vni: Option<u32>) {
+    let Some(vni) = vni else { return };
+    let removed = Wiring::open().and_then(|mut wiring| wiring.remove(&bridge_name(vni)));
+    if let Err(error) = removed {
+        tracing::error!(%error, "the pods' bridge was not removed");
     }
 }
 

@@ -241,7 +241,8 @@ impl Agent {
         self.writer.save(records, number);
     }
 
-    pub(super) fn pod_statuses(&self) -> Vec<PodStatus> {
+    /// Which of them the kernel still has is for the thread to say.
+    pub(super) fn list_pods(&self, reply: Sender<Vec<PodStatus>>) {
         let status = |pod: &Pod| PodStatus {
             container: pod.attachment.container().to_owned(),
             interface: pod.attachment.interface().to_owned(),
@@ -249,13 +250,15 @@ impl Agent {
             addresses: pod.addresses.iter().collect(),
             link: link_name(&pod.attachment),
             netns: pod.netns.clone(),
+            orphan: false,
         };
-        self.pods.table.iter().map(status).collect()
+        let pods = self.pods.table.iter().map(status).collect();
+        self.wirer.ask(Job::List { pods, reply });
     }
 }
 
 /// Of an overlay with this VNI.
-fn bridge_name(vni: u32) -> String {
+pub(super) fn bridge_name(vni: u32) -> String {
     if vni == 1 { "gsm0".to_owned() } else { format!("gsm{vni}") }
 }
 

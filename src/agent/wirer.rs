@@ -5,7 +5,7 @@ use std::{io, path::PathBuf, sync::mpsc, thread};
 use tokio::sync::oneshot::Sender;
 
 use crate::{
-    api::PodError,
+    api::{PodError, PodStatus},
     model::{Attachment, Pod},
     pods::wiring::{Bridge, Connected, Wiring, WiringError},
 };
@@ -27,6 +27,11 @@ pub enum Job {
     Check {
         pod: Pod,
         reply: Sender<Result<bool, PodError>>,
+    },
+    /// The same.
+    List {
+        pods: Vec<PodStatus>,
+        reply: Sender<Vec<PodStatus>>,
     },
 }
 
@@ -60,6 +65,15 @@ impl Wirer {
                     Job::Check { pod, reply } => {
                         let checked = wiring.check(&pod).map_err(PodError::from);
                         let _ = reply.send(checked.map(|()| true));
+                    }
+                    Job::List { mut pods, reply } => {
+                        match wiring.links() {
+                            Ok(links) => pods.iter_mut().for_each(|pod| {
+                                pod.orphan = !links.contains(&pod.link);
+                            }),
+                            Err(error) => tracing::warn!(%error, "links not listed"),
+                        }
+                        let _ = reply.send(pods);
                     }
                 }
             }

@@ -62,6 +62,8 @@ pub struct PodStatus {
     pub addresses: Vec<IpAddr>,
     pub link: String,
     pub netns: String,
+    /// The kernel has no such link any more: the container is gone, and nobody has said so.
+    pub orphan: bool,
 }
 
 /// Why a pod was not connected or disconnected. Nothing has changed.

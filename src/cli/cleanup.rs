@@ -21,6 +21,7 @@ use crate::{
         desired::is_device_name,
         kernel::{FirewallTable, Kernel},
     },
+    pods::wiring::Wiring,
     store::StateDir,
     transport::NodeKey,
 };
@@ -107,6 +108,8 @@ impl Places {
 #[derive(Debug, Default, serde::Serialize)]
 struct Removed {
     devices: Vec<String>,
+    /// With the cables of pods.
+    bridges: Vec<String>,
     routes: Vec<String>,
     /// Of nftables.
     tables: Vec<String>,
@@ -118,6 +121,7 @@ struct Removed {
 fn cleanup(args: &CleanupArgs, places: &Places) -> anyhow::Result<Removed> {
     let mut kernel = Kernel::open()?;
     let leftovers = kernel.leftovers()?;
+    let mut wiring = Wiring::open()?;
     // Without nftables in the kernel there is no table in it.
     let mut firewall = FirewallTable::open().ok();
     let tables = firewall.as_mut().and_then(|firewall| firewall.tables(is_device_name).ok());
@@ -125,6 +129,7 @@ fn cleanup(args: &CleanupArgs, places: &Places) -> anyhow::Result<Removed> {
         devices: leftovers.devices.clone(),
         routes: leftovers.routes.iter().map(|(subnet, _)| subnet.to_string()).collect(),
         tables: tables.unwrap_or_default(),
+        bridges: wiring.bridges()?,
         ..Removed::default()
     };
     let files = || places.subnet_files.iter().chain(&places.sockets);
@@ -143,6 +148,7 @@ fn cleanup(args: &CleanupArgs, places: &Places) -> anyhow::Result<Removed> {
         return Ok(removed);
     }
     kernel.sweep(leftovers)?;
+    removed.bridges.iter().try_for_each(|bridge| wiring.remove(bridge))?;
     if let Some(firewall) = &mut firewall {
         removed.tables.iter().try_for_each(|table| firewall.remove(table))?;
     }
@@ -171,10 +177,12 @@ fn print(removed: &Removed, args: &CleanupArgs) {
     let verb = if args.dry_run { "would remove" } else { "removed" };
     let devices =
         removed.devices.iter().map(|name| format!("device {name} with all entries on it"));
+    let bridges = removed.bridges.iter().map(|name| format!("bridge {name} with the pods on it"));
     let routes = removed.routes.iter().map(|subnet| format!("route to {subnet}"));
     let tables = removed.tables.iter().map(|name| format!("nftables table inet {name}"));
     let files = removed.files.iter().map(|path| path.display().to_string());
-    let all: Vec<String> = devices.chain(routes).chain(tables).chain(files).collect();
+    let all: Vec<String> =
+        devices.chain(bridges).chain(routes).chain(tables).chain(files).collect();
     all.iter().for_each(|what| println!("{verb} {what}"));
     if all.is_empty() {
         println!("nothing of gossamer is on this host");

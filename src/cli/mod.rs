@@ -5,12 +5,14 @@
 
 mod agent;
 mod cleanup;
+mod cni;
 mod demo;
 mod forget;
 mod lab;
 mod lease;
 mod leave;
 mod ping;
+mod pods;
 mod reset;
 mod status;
 mod table;
@@ -42,6 +44,10 @@ enum Command {
     Leases(status::LeasesArgs),
     /// Ask a member over the underlay, through the overlay and at its pods' gateway
     Ping(ping::PingArgs),
+    /// List this node's pods and their addresses
+    Pods(Client),
+    /// Install the CNI plugin for container runtimes
+    Cni(cni::CniArgs),
     /// Look at the history of subnets
     Lease(lease::LeaseArgs),
     /// Print the token by which other hosts join
@@ -96,6 +102,8 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::Members(client) => status::members(&client),
         Command::Leases(args) => status::leases(&args),
         Command::Ping(args) => ping::run(&args),
+        Command::Pods(client) => pods::run(&client),
+        Command::Cni(args) => cni::run(&args),
         Command::Lease(args) => lease::run(&args),
         Command::Token(args) => token::run(&args),
         Command::Leave(client) => leave::run(&client),

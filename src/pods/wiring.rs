@@ -6,6 +6,7 @@
 //! decided here.
 
 use std::{
+    collections::BTreeSet,
     fs::File,
     io,
     net::IpAddr,
@@ -20,7 +21,10 @@ use rtnetlink::{
     packet_route::{
         RouteNetlinkMessage,
         address::{AddressAttribute, AddressFlags},
-        link::{InfoBridgePort, InfoData, InfoPortData, InfoPortKind, InfoVeth, LinkMessage},
+        link::{
+            InfoBridgePort, InfoData, InfoPortData, InfoPortKind, InfoVeth, LinkAttribute,
+            LinkMessage,
+        },
     },
 };
 use sha2::{Digest as _, Sha256};
@@ -28,11 +32,16 @@ use sha2::{Digest as _, Sha256};
 use super::gateway;
 use crate::{
     model::{Attachment, Mac, Pod, Subnets},
-    netlink::{Netlink, Request, link::address_message},
+    netlink::{
+        Netlink, Request,
+        link::{Link, address_message},
+    },
 };
 
 /// Of ends on this host; the rest is a hash.
 const PREFIX: &str = "gsm";
+/// By which a bridge is known as ours.
+const ALIAS: &str = "gossamer pods";
 /// So many bytes of the hash: the name has 13 characters, the kernel allows 15.
 const HASHED: usize = 5;
 /// `EINVAL`
@@ -125,6 +134,32 @@ impl Wiring {
         }
     }
 
+    /// Names of all interfaces of this host.
+    pub fn links(&mut self) -> io::Result<BTreeSet<String>> {
+        Ok(self.0.links()?.into_iter().map(|link| link.name).collect())
+    }
+
+    /// Bridges of pods on this host, whichever overlay they are of.
+    pub fn bridges(&mut self) -> io::Result<Vec<String>> {
+        let ours = self.0.links()?.into_iter().filter(|link| link.alias == ALIAS);
+        Ok(ours.filter(|link| link.kind == "bridge").map(|link| link.name).collect())
+    }
+
+    /// Removes a bridge of pods with all cables on it.
+    pub fn remove(&mut self, bridge: &str) -> io::Result<()> {
+        let links = self.0.links()?;
+        let found = links.iter().find(|link| link.name == bridge && link.alias == ALIAS);
+        let Some(found) = found else { return Ok(()) };
+        let is_plugged = |link: &&Link| {
+            let into = LinkAttribute::Controller(found.index);
+            link.name.starts_with(PREFIX) && link.message.attributes.contains(&into)
+        };
+        for link in links.iter().filter(is_plugged).chain([found]) {
+            self.0.delete_link(link.index)?;
+        }
+        Ok(())
+    }
+
     /// Looks whether a pod still has both ends of its cable, and its addresses.
     ///
     /// # Errors
@@ -163,8 +198,9 @@ impl Wiring {
         if link.kind != "bridge" {
             return Err(io::Error::other(format!("{} is no bridge", bridge.name)));
         }
-        if !link.up || link.mtu != bridge.mtu {
-            self.0.set_link(LinkUnspec::new_with_index(link.index).mtu(bridge.mtu).up())?;
+        if !link.up || link.mtu != bridge.mtu || link.alias != ALIAS {
+            let change = LinkUnspec::new_with_index(link.index).mtu(bridge.mtu).alias(ALIAS).up();
+            self.0.set_link(change)?;
         }
         let has: Vec<_> = self.0.addresses()?;
         for subnet in bridge.subnets.iter() {

@@ -3,22 +3,23 @@
 use std::{
     io::Write as _,
     process::{Command, Stdio},
+    time::Duration,
 };
 
 use gossamer::lab::{Agent, Host, NetNs};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::common::{Cluster, PATIENCE, eventually, isolated, program, run, tool};
+use crate::common::{Cluster, PATIENCE, client, eventually, isolated, program, run, tool};
 
 /// A runtime on one host.
-struct Runtime<'a> {
+pub struct Runtime<'a> {
     agent: &'a Agent,
     version: &'static str,
 }
 
 impl<'a> Runtime<'a> {
-    const fn new(agent: &'a Agent) -> Self {
+    pub const fn new(agent: &'a Agent) -> Self {
         Self { agent, version: "1.1.0" }
     }
 
@@ -54,7 +55,7 @@ impl<'a> Runtime<'a> {
         (output.status.success(), said)
     }
 
-    fn add(&self, container: &str) -> Value {
+    pub fn add(&self, container: &str) -> Value {
         let (done, result) = self.call("ADD", container, &json!({}));
         assert!(done, "{result}");
         result
@@ -80,7 +81,8 @@ fn address(result: &Value) -> String {
 
 /// Ends of pods' cables on a host.
 fn cables(host: &Host) -> usize {
-    tool(&host.netns, "ip -o link show type veth master gsm0").lines().count()
+    let links = tool(&host.netns, "ip -o link show type veth");
+    links.lines().filter(|line| line.contains(": gsm")).count()
 }
 
 fn pods(agent: &mut Agent) -> usize {
@@ -238,4 +240,95 @@ fn many_at_once_all_succeed() {
         assert_eq!((pods(&mut cluster.agents[0]), cables(&cluster.hosts[0])), (0, 0));
         Ok(())
     });
+}
+
+#[test]
+fn an_agent_that_is_killed_at_any_moment_leaves_neither_address_nor_interface() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        let _space = NetNs::new("a")?;
+        let mut cut_short = 0;
+        for round in 0..16_u64 {
+            let done = std::thread::scope(|scope| {
+                let runtime = Runtime::new(&cluster.agents[0]);
+                let adding = scope.spawn(move || runtime.call("ADD", "a", &json!({})).0);
+                // From before it is asked to after it has answered.
+                std::thread::sleep(Duration::from_micros(2_000 + 700 * round));
+                let killed = nix::sys::signal::kill(
+                    nix::unistd::Pid::from_raw(cluster.agents[0].pid() as i32),
+                    Signal::SIGKILL,
+                );
+                killed.expect("killed");
+                adding.join().expect("the plugin ends")
+            });
+            cut_short += usize::from(!done);
+            cluster.agents[0].end(Signal::SIGKILL)?;
+            cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &[])?;
+            cluster.converge()?;
+            // What a runtime does whose ADD failed.
+            Runtime::new(&cluster.agents[0]).del("a");
+            assert_eq!(
+                (pods(&mut cluster.agents[0]), cables(&cluster.hosts[0])),
+                (0, 0),
+                "{round}"
+            );
+        }
+        assert!(cut_short > 0, "no ADD was cut short");
+        assert!(Runtime::new(&cluster.agents[0]).add("a")["ips"].is_array());
+        Ok(())
+    });
+}
+
+#[test]
+fn orphans_are_shown_and_a_node_that_leaves_takes_its_bridge_along() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let _space = NetNs::new("a")?;
+        Runtime::new(&cluster.agents[1]).add("a");
+        let shown = client(&cluster.agents[1], &["pods"]);
+        let shown = String::from_utf8(shown.stdout)?;
+        assert!(shown.contains("cni/pods") && shown.contains("connected"), "{shown}");
+        let link = tool(&cluster.hosts[1].netns, "ip -o link show type veth master gsm0");
+        let link = link.split([':', '@']).nth(1).expect("a name").trim();
+        tool(&cluster.hosts[1].netns, &format!("ip link del {link}"));
+        let shown = String::from_utf8(client(&cluster.agents[1], &["pods"]).stdout)?;
+        assert!(shown.contains("orphans:"), "{shown}");
+        cluster.agents[1].leave()?;
+        cluster.agents[1].wait()?;
+        let links = tool(&cluster.hosts[1].netns, "ip -br link");
+        assert!(!links.contains("gsm"), "{links}");
+        Ok(())
+    });
+}
+
+#[test]
+fn the_plugin_is_installed_where_runtimes_look_and_nobodys_changes_are_lost() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let [bin, conf] = ["bin", "net.d"].map(|name| dir.path().join(name));
+    let install = |more: &[&str]| {
+        let mut command = Command::new(program());
+        command.args(["cni", "install", "--bin-dir"]).arg(&bin).arg("--conf-dir").arg(&conf);
+        command.args(more).output().expect("gossamer runs")
+    };
+    for _ in 0..2 {
+        assert!(install(&[]).status.success());
+    }
+    let version = Command::new(bin.join("gossamer"))
+        .env("CNI_COMMAND", "VERSION")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .and_then(|mut child| {
+            child.stdin.take().expect("a pipe").write_all(br#"{"cniVersion": "1.0.0"}"#)?;
+            child.wait_with_output()
+        });
+    let version: Value = serde_json::from_slice(&version.expect("runs").stdout).expect("JSON");
+    assert_eq!(version["supportedVersions"], json!(["0.3.1", "0.4.0", "1.0.0", "1.1.0"]));
+    let file = conf.join("10-gossamer.conflist");
+    let list: Value = serde_json::from_slice(&std::fs::read(&file).expect("read")).expect("JSON");
+    assert_eq!(list["plugins"][0]["type"], "gossamer");
+    std::fs::write(&file, "{}").expect("written");
+    let refused = install(&[]);
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("--force"), "{refused:?}");
+    assert!(install(&["--force"]).status.success());
 }

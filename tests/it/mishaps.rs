@@ -2,14 +2,17 @@
 
 use std::{fs, io::Write as _, path::Path, process::Command};
 
-use gossamer::lab::{Agent, Host};
+use gossamer::lab::{Agent, Host, NetNs};
 use nix::{
     mount::{MsFlags, mount},
     sys::signal::Signal,
 };
 
-use crate::common::{
-    Cluster, PATIENCE, eventually, has_problem, isolated, program, run, tool, wait_until,
+use crate::{
+    cni::Runtime,
+    common::{
+        Cluster, PATIENCE, eventually, has_problem, isolated, program, run, tool, wait_until,
+    },
 };
 
 fn lose_database(host: &Host) -> anyhow::Result<()> {
@@ -108,6 +111,9 @@ fn cleanup_takes_everything_of_ours_and_nothing_else() {
                 ),
             )
         };
+        let _pod = NetNs::new("pod")?;
+        Runtime::new(&cluster.agents[1]).add("pod");
+        tool(&host.netns, "ip link add br0 type bridge");
         let refused = clean("");
         assert!(String::from_utf8_lossy(&refused.stderr).contains("gossamer leave"), "{refused:?}");
         cluster.agents[1].end(Signal::SIGKILL)?;
@@ -120,6 +126,7 @@ fn cleanup_takes_everything_of_ours_and_nothing_else() {
         let listed = String::from_utf8(listed.stdout)?;
         for words in [
             "would remove device gossamer.1",
+            "would remove bridge gsm0",
             "route to 10.42.77.0/24",
             "would remove nftables table inet gossamer.77",
             &file,
@@ -132,7 +139,8 @@ fn cleanup_takes_everything_of_ours_and_nothing_else() {
         assert!(clean("").status.success());
         assert_eq!(tool(&host.netns, "ip route show proto 73"), "");
         let links = tool(&host.netns, "ip -br link");
-        assert!(!links.contains("gossamer") && links.contains("flannel.1"), "{links}");
+        assert!(!links.contains("gossamer") && !links.contains("gsm"), "{links}");
+        assert!(links.contains("flannel.1") && links.contains("br0"), "{links}");
         assert!(tool(&host.netns, "ip route").contains("10.43.0.0/16"), "not ours");
         assert_eq!(tool(&host.netns, "nft list tables"), "table inet mine\n");
         assert!(!state.exists() && !env.exists());

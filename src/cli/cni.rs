@@ -1,0 +1,94 @@
+//! `gossamer cni install`: puts the plugin where container runtimes look for it.
+
+use std::{
+    fs, io,
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use anyhow::Context as _;
+use clap::{Args, Subcommand};
+
+use super::fail;
+
+/// What a runtime reads.
+const CONFLIST: &str = include_str!("../../config/10-gossamer.conflist");
+const CONFLIST_NAME: &str = "10-gossamer.conflist";
+/// As a network configuration names the plugin.
+const PLUGIN_NAME: &str = "gossamer";
+
+#[derive(Debug, Args)]
+pub struct CniArgs {
+    #[command(subcommand)]
+    command: CniCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum CniCommand {
+    /// Link this program into the plugins' directory and write the network configuration
+    Install(InstallArgs),
+}
+
+#[derive(Debug, Args)]
+struct InstallArgs {
+    /// Where the runtime looks for plugins
+    #[arg(long, default_value = "/opt/cni/bin", value_name = "DIR")]
+    bin_dir: PathBuf,
+    /// Where it looks for configurations
+    #[arg(long, default_value = "/etc/cni/net.d", value_name = "DIR")]
+    conf_dir: PathBuf,
+    /// Write over a configuration that was changed
+    #[arg(long)]
+    force: bool,
+}
+
+pub fn run(args: &CniArgs) -> ExitCode {
+    let CniCommand::Install(args) = &args.command;
+    match install(args) {
+        Ok(lines) => {
+            lines.iter().for_each(|line| println!("{line}"));
+            ExitCode::SUCCESS
+        }
+        Err(error) => fail(format_args!("{error:#}")),
+    }
+}
+
+fn install(args: &InstallArgs) -> anyhow::Result<Vec<String>> {
+    let program = std::env::current_exe().context("the path of this program")?;
+    let plugin = args.bin_dir.join(PLUGIN_NAME);
+    let conflist = args.conf_dir.join(CONFLIST_NAME);
+    let present = fs::read_to_string(&conflist).ok();
+    if present.is_some_and(|present| present != CONFLIST) && !args.force {
+        anyhow::bail!("{} was changed: keep it, or give --force", conflist.display());
+    }
+    let mut done = Vec::new();
+    // Installed there it needs no link.
+    if program != plugin {
+        link(&program, &plugin).with_context(|| plugin.display().to_string())?;
+        done.push(format!("{} -> {}", plugin.display(), program.display()));
+    }
+    replace(&conflist, CONFLIST).with_context(|| conflist.display().to_string())?;
+    done.push(conflist.display().to_string());
+    Ok(done)
+}
+
+/// Readers see the old or the new link, never none.
+fn link(program: &Path, plugin: &Path) -> io::Result<()> {
+    make_room(plugin)?;
+    let temporary = plugin.with_extension("new");
+    let _ = fs::remove_file(&temporary);
+    symlink(program, &temporary)?;
+    fs::rename(&temporary, plugin)
+}
+
+fn replace(path: &Path, text: &str) -> io::Result<()> {
+    make_room(path)?;
+    let temporary = path.with_extension("new");
+    fs::write(&temporary, text)?;
+    fs::rename(&temporary, path)
+}
+
+fn make_room(path: &Path) -> io::Result<()> {
+    path.parent().map_or(Ok(()), fs::create_dir_all)
+}
