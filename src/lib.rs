@@ -8,7 +8,7 @@
 //! ```text
 //!  main -> cli -> agent -> core -> wire -> model         the pure ring: core, wire, model,
 //!                   |        ^                           dataplane::{desired, plan}
-//!                   +-> dataplane::kernel, netlink, store, transport, api     the adapters
+//!                   +-> dataplane::kernel, pods::wiring, netlink, store, transport, api     the adapters
 //! ```
 //!
 //! - **The pure ring** decides. It reads no clock, draws no randomness of its own, opens no file and no
@@ -16,7 +16,8 @@
 //!   [`model`] is the vocabulary, [`wire`] the only parser of foreign bytes, [`core`] one node as a state
 //!   machine, [`dataplane::desired`] what the kernel should hold, [`dataplane::plan`] how it gets there.
 //! - **Adapters** each know one outside thing: [`dataplane::kernel`] and [`netlink`] the kernel,
-//!   [`store`] the disk, [`transport`] QUIC, [`api`] the control socket.
+//!   [`store`] the disk, [`transport`] QUIC, [`api`] the control socket. [`pods`] knows who has which of this
+//!   node's addresses, [`pods::wiring`] plugs containers in, [`cni`] is what their runtimes call.
 //! - **The shell**, [`agent`], is one loop that feeds the core and carries out what it asks for.
 //!   `sim` (feature `sim`) runs many cores in a simulated world.
 //!   [`config`] and [`cli`] are its front. [`lab`] builds clusters in namespaces for the demo, the tests

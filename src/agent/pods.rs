@@ -3,7 +3,10 @@
 //! An answer is given when both the disk and the kernel have done their part. What fails half-way is taken
 //! back. The work itself is the writer's and the wirer's; here nothing waits.
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+};
 
 use tokio::sync::oneshot::Sender;
 
@@ -41,13 +44,20 @@ struct Attaching {
     reply: Sender<Result<Attached, PodError>>,
 }
 
-/// Waits for the kernel, and then for the disk.
-struct Detaching {
-    attachment: Attachment,
-    reply: Sender<Result<bool, PodError>>,
+/// What an answer waits for.
+enum Detaching {
+    /// A pod that was known: its record must be gone.
+    Disk(Sender<Result<bool, PodError>>),
+    /// One that was not: there may be an interface all the same.
+    Kernel(Sender<Result<bool, PodError>>),
 }
 
 impl PodState {
+    /// Ends of pods' cables that should be there.
+    pub(super) fn links(&self) -> BTreeSet<String> {
+        self.table.iter().map(|pod| link_name(&pod.attachment)).collect()
+    }
+
     /// From what the disk has.
     pub(super) fn remember(records: &[(Key, Record)]) -> Self {
         let pods = records.iter().filter_map(|(_, record)| match record {
@@ -126,10 +136,28 @@ impl Agent {
         match Attachment::new(&request.container, &request.interface) {
             Err(error) => _ = reply.send(Err(PodError::invalid(error))),
             Ok(attachment) => {
+                self.give_up_attaching(&attachment);
                 let number = self.pods.next();
-                self.wirer.ask(Job::Disconnect { number, attachment: attachment.clone() });
-                self.pods.detaching.insert(number, Detaching { attachment, reply });
+                // The kernel takes long to remove an interface. The answer need not wait for that: whoever
+                // connects the same one again does.
+                let waits = match self.forget_pod(number, &attachment) {
+                    true => Detaching::Disk(reply),
+                    false => Detaching::Kernel(reply),
+                };
+                self.pods.detaching.insert(number, waits);
+                self.wirer.ask(Job::Disconnect { number, attachment });
             }
+        }
+    }
+
+    /// Who asked for it does not want it any more.
+    fn give_up_attaching(&mut self, attachment: &Attachment) {
+        let mut all = self.pods.attaching.iter();
+        let found = all.find(|(_, attaching)| attaching.pod.attachment == *attachment);
+        let number = found.map(|(number, _)| *number);
+        if let Some(attaching) = number.and_then(|number| self.pods.attaching.remove(&number)) {
+            let why = format!("{attachment} was disconnected meanwhile");
+            let _ = attaching.reply.send(Err(PodError::invalid(why)));
         }
     }
 
@@ -166,22 +194,20 @@ impl Agent {
                 self.forget_pod(number, &pod.attachment);
                 let _ = reply.send(Err(error.into()));
             }
-            Wired::Disconnected { number, result: Ok(was_there) } => {
-                let Some(Detaching { attachment, .. }) = self.pods.detaching.get(&number) else {
-                    return;
-                };
-                let attachment = attachment.clone();
-                if !self.forget_pod(number, &attachment)
-                    && let Some(detaching) = self.pods.detaching.remove(&number)
-                {
-                    let _ = detaching.reply.send(Ok(was_there));
+            Wired::Disconnected { number, attachment, result } => {
+                if let Err(error) = &result {
+                    tracing::error!(pod = %attachment, %error, "its interface was not removed");
                 }
-            }
-            Wired::Disconnected { number, result: Err(error) } => {
-                if let Some(Detaching { attachment, reply }) = self.pods.detaching.remove(&number) {
-                    tracing::warn!(pod = %attachment, %error, "not disconnected");
-                    let what = format!("removing {}: {error}", link_name(&attachment));
-                    let _ = reply.send(Err(PodError::new(PodErrorKind::Failed, what)));
+                let waits = |detaching: &mut Detaching| matches!(detaching, Detaching::Kernel(_));
+                let entry = self.pods.detaching.get_mut(&number).is_some_and(waits);
+                if let Some(Detaching::Kernel(reply)) =
+                    entry.then(|| self.pods.detaching.remove(&number)).flatten()
+                {
+                    let failed = |error| {
+                        let what = format!("removing {}: {error}", link_name(&attachment));
+                        PodError::new(PodErrorKind::Failed, what)
+                    };
+                    let _ = reply.send(result.map_err(failed));
                 }
             }
         }
@@ -189,8 +215,8 @@ impl Agent {
 
     /// Something of ours is on disk.
     pub(super) fn on_saved(&mut self, number: u64) {
-        if let Some(detaching) = self.pods.detaching.remove(&number) {
-            let _ = detaching.reply.send(Ok(true));
+        if let Some(Detaching::Disk(reply)) = self.pods.detaching.remove(&number) {
+            let _ = reply.send(Ok(true));
         }
         if let Some(attaching) = self.pods.attaching.get_mut(&number) {
             attaching.saved = true;

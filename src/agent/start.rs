@@ -11,7 +11,8 @@ use std::{
 use tokio::sync::mpsc;
 
 use super::{
-    Agent, Clock, Ending, Gate, KernelState, News, PodState, Prober, Programmer, Wirer, underlay,
+    Agent, Clock, Ending, Gate, KernelState, News, PodState, Prober, Programmer, Wirer,
+    bridge_name, underlay, wirer::Job,
 };
 use crate::{
     api,
@@ -109,6 +110,7 @@ async fn start(
         }
     };
     let Opened { database, records, quarantined } = Database::open(&state.database())?;
+    let lost = quarantined.is_some();
     if let Some((aside, why)) = quarantined {
         tracing::error!(
             %why,
@@ -189,6 +191,11 @@ async fn start(
     let wirer = Wirer::start(move |wired| {
         let _ = report.send(News::Pods(wired));
     })?;
+    if let (Some(cluster), false) = (known_cluster, lost) {
+        // All pods that are there are known, so the others are of nobody.
+        let bridge = bridge_name(cluster.settings.vni);
+        wirer.ask(Job::Sweep { bridge, keep: pods.links() });
+    }
     let report = sender;
     let _socket =
         api::serve(&config.socket, move |request| report.send(News::Api(request)).is_ok())?;

@@ -44,6 +44,8 @@ const PREFIX: &str = "gsm";
 const ALIAS: &str = "gossamer pods";
 /// So many bytes of the hash: the name has 13 characters, the kernel allows 15.
 const HASHED: usize = 5;
+/// `ENODEV`
+const GONE: i32 = 19;
 /// `EINVAL`
 const INVALID: i32 = 22;
 
@@ -126,12 +128,21 @@ impl Wiring {
         }
     }
 
-    /// Pulls a pod's cable out; whether there was one.
-    pub fn disconnect(&mut self, attachment: &Attachment) -> io::Result<bool> {
-        match self.0.link(&link_name(attachment))? {
-            Some(link) => self.0.delete_link(link.index).map(|()| true),
-            None => Ok(false),
+    /// Of a pod's end on this host, if there is one.
+    pub fn index(&mut self, attachment: &Attachment) -> io::Result<Option<u32>> {
+        Ok(self.0.link(&link_name(attachment))?.map(|link| link.index))
+    }
+
+    /// Removes an end on this host, and the other with it; whether there was one.
+    pub fn delete(&mut self, index: u32) -> io::Result<bool> {
+        match self.0.delete_link(index) {
+            Err(error) if error.raw_os_error() == Some(GONE) => Ok(false),
+            result => result.map(|()| true),
         }
+    }
+
+    fn disconnect(&mut self, attachment: &Attachment) -> io::Result<bool> {
+        self.index(attachment)?.map_or(Ok(false), |index| self.delete(index))
     }
 
     /// Names of all interfaces of this host.
@@ -147,17 +158,26 @@ impl Wiring {
 
     /// Removes a bridge of pods with all cables on it.
     pub fn remove(&mut self, bridge: &str) -> io::Result<()> {
+        self.sweep(bridge, &BTreeSet::new())?;
+        match self.0.link(bridge)?.filter(|link| link.alias == ALIAS) {
+            Some(link) => self.0.delete_link(link.index),
+            None => Ok(()),
+        }
+    }
+
+    /// Removes all cables on a bridge of pods but these; says how many.
+    pub fn sweep(&mut self, bridge: &str, keep: &BTreeSet<String>) -> io::Result<usize> {
         let links = self.0.links()?;
         let found = links.iter().find(|link| link.name == bridge && link.alias == ALIAS);
-        let Some(found) = found else { return Ok(()) };
-        let is_plugged = |link: &&Link| {
+        let Some(found) = found else { return Ok(0) };
+        let is_stray = |link: &&Link| {
             let into = LinkAttribute::Controller(found.index);
-            link.name.starts_with(PREFIX) && link.message.attributes.contains(&into)
+            let is_plugged = link.message.attributes.contains(&into);
+            is_plugged && link.name.starts_with(PREFIX) && !keep.contains(&link.name)
         };
-        for link in links.iter().filter(is_plugged).chain([found]) {
-            self.0.delete_link(link.index)?;
-        }
-        Ok(())
+        let strays: Vec<&Link> = links.iter().filter(is_stray).collect();
+        strays.iter().try_for_each(|link| self.0.delete_link(link.index))?;
+        Ok(strays.len())
     }
 
     /// Looks whether a pod still has both ends of its cable, and its addresses.

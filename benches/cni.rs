@@ -1,0 +1,150 @@
+//! What it takes to connect and to disconnect a container: gossamer's CNI plugin against Debian's `bridge`
+//! with `host-local`, as a runtime calls them. `cargo bench --bench cni [-- ROUNDS]`.
+//!
+//! Both take turns on one host, each with a namespace of its own in every round; the clock runs from the
+//! start of the plugin's process to its end. Needs `containernetworking-plugins`.
+
+#![allow(clippy::expect_used)]
+
+use std::{
+    io::Write as _,
+    path::{Path, PathBuf},
+    process::{Command, ExitCode, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, ensure};
+use gossamer::lab::{self, Agent, Host, Lab, NetNs};
+use serde_json::{Value, json};
+
+const ROUNDS: usize = 100;
+const PATIENCE: Duration = Duration::from_secs(20);
+const DEBIAN: &str = "/usr/lib/cni";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
+    if let Some(code) = lab::rerun_inside(&arguments) {
+        return code;
+    }
+    if !Path::new(DEBIAN).join("bridge").exists() {
+        println!("SKIPPED: containernetworking-plugins is not installed");
+        return ExitCode::SUCCESS;
+    }
+    let rounds = arguments.iter().find_map(|a| a.parse().ok()).unwrap_or(ROUNDS);
+    measure(rounds).expect("measured");
+    ExitCode::SUCCESS
+}
+
+/// A plugin with its configuration.
+struct Plugin {
+    name: &'static str,
+    program: PathBuf,
+    config: Value,
+    adding: Vec<f64>,
+    deleting: Vec<f64>,
+}
+
+fn measure(rounds: usize) -> anyhow::Result<()> {
+    let mut lab = Lab::new()?;
+    let host = lab.host(1, "host")?;
+    let program = Path::new(env!("CARGO_BIN_EXE_gossamer"));
+    let mut agent = Agent::start(program, &host, &["--init"])?;
+    agent.wait_converged(1, PATIENCE)?;
+    let leases = host.dir.join("host-local");
+    let mut plugins = [
+        Plugin::new(
+            "gossamer",
+            program.to_owned(),
+            json!({ "type": "gossamer", "socket": agent.socket() }),
+        ),
+        Plugin::new(
+            "bridge + host-local",
+            Path::new(DEBIAN).join("bridge"),
+            json!({
+                "type": "bridge",
+                "bridge": "cni0",
+                "isDefaultGateway": true,
+                "hairpinMode": true,
+                "mtu": 1450,
+                "ipam": {
+                    "type": "host-local",
+                    "dataDir": leases,
+                    "ranges": [[{ "subnet": "10.200.0.0/24" }]],
+                },
+            }),
+        ),
+    ];
+    for round in 0..rounds {
+        // Whoever is first has no advantage.
+        let order = if round % 2 == 0 { [0, 1] } else { [1, 0] };
+        for plugin in order {
+            plugins[plugin].round(&host, &format!("c{round}-{plugin}"))?;
+        }
+    }
+    println!("ms, median (min-max) of {rounds} rounds");
+    println!("{:<20}  {:<22}  {:<22}", "", "ADD", "DEL");
+    for plugin in &mut plugins {
+        let [add, del] = [&mut plugin.adding, &mut plugin.deleting].map(|times| summary(times));
+        println!("{:<20}  {add:<22}  {del:<22}", plugin.name);
+    }
+    let ratio = |of: fn(&Plugin) -> &Vec<f64>| median(of(&plugins[1])) / median(of(&plugins[0]));
+    println!(
+        "times as fast (goal: 4)  {:.1}  {:.1}",
+        ratio(|plugin| &plugin.adding),
+        ratio(|plugin| &plugin.deleting)
+    );
+    Ok(())
+}
+
+impl Plugin {
+    fn new(name: &'static str, program: PathBuf, mut config: Value) -> Self {
+        config["cniVersion"] = "1.0.0".into();
+        config["name"] = "bench".into();
+        Self { name, program, config, adding: Vec::new(), deleting: Vec::new() }
+    }
+
+    fn round(&mut self, host: &Host, container: &str) -> anyhow::Result<()> {
+        let _space = NetNs::new(container)?;
+        let added = self.call(host, "ADD", container)?;
+        let deleted = self.call(host, "DEL", container)?;
+        self.adding.push(added);
+        self.deleting.push(deleted);
+        Ok(())
+    }
+
+    /// Milliseconds.
+    fn call(&self, host: &Host, verb: &str, container: &str) -> anyhow::Result<f64> {
+        let mut command = Command::new(&self.program);
+        command
+            .env("CNI_COMMAND", verb)
+            .env("CNI_CONTAINERID", container)
+            .env("CNI_NETNS", format!("/run/netns/{container}"))
+            .env("CNI_IFNAME", "eth0")
+            .env("CNI_PATH", DEBIAN)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped());
+        let begun = Instant::now();
+        let mut child = host.netns.spawn(&mut command)?;
+        let mut input = child.stdin.take().context("a pipe")?;
+        input.write_all(self.config.to_string().as_bytes())?;
+        drop(input);
+        let output = child.wait_with_output()?;
+        let took = begun.elapsed();
+        let said = String::from_utf8_lossy(&output.stdout);
+        ensure!(output.status.success(), "{} {verb} failed: {said}", self.name);
+        Ok(took.as_secs_f64() * 1000.0)
+    }
+}
+
+fn summary(times: &mut [f64]) -> String {
+    let middle = median(times);
+    times.sort_by(f64::total_cmp);
+    let ends = times.first().zip(times.last()).map_or((0.0, 0.0), |(first, last)| (*first, *last));
+    format!("{middle:.1} ({:.1}-{:.1})", ends.0, ends.1)
+}
+
+fn median(times: &[f64]) -> f64 {
+    let mut sorted = times.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted.get(sorted.len() / 2).copied().unwrap_or(0.0)
+}
