@@ -19,7 +19,7 @@ use std::{
 
 use gossamer::{
     dataplane::desired::ROUTE_PROTOCOL,
-    lab::{self, Agent, Host, Lab, NetNs, cpu_seconds, memory_mib},
+    lab::{self, Agent, Host, Lab, NetNs, cpu_seconds, median, memory_mib, spread},
     netlink::parse_messages,
 };
 use rtnetlink::{
@@ -264,12 +264,5 @@ fn at_rest(agents: &[Agent]) -> (f64, f64, f64) {
 
 fn summary(times: Vec<Duration>) -> String {
     let ms: Vec<f64> = times.iter().map(|time| time.as_secs_f64() * 1e3).collect();
-    let min = ms.iter().copied().fold(f64::INFINITY, f64::min);
-    let max = ms.iter().copied().fold(0.0, f64::max);
-    format!("{:.0} ({min:.0}-{max:.0})", median(ms))
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+    spread(&ms, 0)
 }

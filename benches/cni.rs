@@ -14,7 +14,7 @@ use std::{
 };
 
 use anyhow::{Context as _, ensure};
-use gossamer::lab::{self, Agent, Host, Lab, NetNs};
+use gossamer::lab::{self, Agent, Host, Lab, NetNs, median, spread};
 use serde_json::{Value, json};
 
 const ROUNDS: usize = 100;
@@ -83,11 +83,12 @@ fn measure(rounds: usize) -> anyhow::Result<()> {
     }
     println!("ms, median (min-max) of {rounds} rounds");
     println!("{:<20}  {:<22}  {:<22}", "", "ADD", "DEL");
-    for plugin in &mut plugins {
-        let [add, del] = [&mut plugin.adding, &mut plugin.deleting].map(|times| summary(times));
+    for plugin in &plugins {
+        let [add, del] = [&plugin.adding, &plugin.deleting].map(|times| spread(times, 1));
         println!("{:<20}  {add:<22}  {del:<22}", plugin.name);
     }
-    let ratio = |of: fn(&Plugin) -> &Vec<f64>| median(of(&plugins[1])) / median(of(&plugins[0]));
+    let middle = |times: &Vec<f64>| median(times.clone());
+    let ratio = |of: fn(&Plugin) -> &Vec<f64>| middle(of(&plugins[1])) / middle(of(&plugins[0]));
     println!(
         "times as fast (goal: 4)  {:.1}  {:.1}",
         ratio(|plugin| &plugin.adding),
@@ -134,17 +135,4 @@ impl Plugin {
         ensure!(output.status.success(), "{} {verb} failed: {said}", self.name);
         Ok(took.as_secs_f64() * 1000.0)
     }
-}
-
-fn summary(times: &mut [f64]) -> String {
-    let middle = median(times);
-    times.sort_by(f64::total_cmp);
-    let ends = times.first().zip(times.last()).map_or((0.0, 0.0), |(first, last)| (*first, *last));
-    format!("{middle:.1} ({:.1}-{:.1})", ends.0, ends.1)
-}
-
-fn median(times: &[f64]) -> f64 {
-    let mut sorted = times.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    sorted.get(sorted.len() / 2).copied().unwrap_or(0.0)
 }

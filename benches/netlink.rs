@@ -94,9 +94,8 @@ fn measure(lab: &mut Lab, peers: u32, mut next_host: impl FnMut() -> u16) -> io:
     Ok(())
 }
 
-fn median(mut times: Vec<Duration>) -> f64 {
-    times.sort();
-    times[times.len() / 2].as_secs_f64() * 1000.0
+fn median(times: Vec<Duration>) -> f64 {
+    lab::median(times.iter().map(|time| time.as_secs_f64() * 1000.0).collect())
 }
 
 fn desired(peers: u32, local: Ipv4Addr, link: u32) -> Desired {

@@ -13,7 +13,7 @@ use std::{
 };
 
 use anyhow::{Context as _, ensure};
-use gossamer::lab::{self, Agent, Host, Lab, NetNs, Pod};
+use gossamer::lab::{self, Agent, Host, Lab, NetNs, Pod, median};
 
 const ROUNDS: usize = 12;
 const SECONDS: u32 = 2;
@@ -157,9 +157,4 @@ fn run(netns: &NetNs, command: &str) -> anyhow::Result<()> {
     let mut tool = Command::new(words.next().context("a command")?);
     ensure!(netns.spawn(tool.args(words))?.wait()?.success(), "{command} failed");
     Ok(())
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }

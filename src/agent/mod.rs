@@ -32,7 +32,7 @@ use tokio::{
 use self::{
     data_plane::KernelState,
     ping::Round,
-    pods::{PodState, bridge_name},
+    pods::PodState,
     probe::Prober,
     programmer::{Programmer, Told},
     underlay::Chosen,
@@ -48,7 +48,7 @@ use crate::{
     },
     icmp::Heard,
     model::{NodeId, Pool, Time},
-    pods::wiring::Wiring,
+    pods::wiring::{Wiring, bridge_name},
     store::{History, StateDir, Writer, Written},
     transport::{Event, Transport},
     wire::{Secret, Token},
@@ -363,10 +363,8 @@ impl Agent {
         let ending = self.ending.take().unwrap_or(Ending::Stopped);
         self.input(Input::Command(Command::Save));
         self.carry_out();
-        let traces = self
-            .node
-            .cluster()
-            .map(|cluster| (device_name(cluster.settings.vni), cluster.settings.pool));
+        let traces =
+            self.node.cluster().map(|cluster| (cluster.settings.vni, cluster.settings.pool));
         let made_something = self.has_made_something();
         self.transport.close().await;
         drop(self.programmer);
@@ -376,7 +374,6 @@ impl Agent {
         let ends = matches!(ending, Ending::Left { .. } | Ending::Anew) || refused;
         if ends && made_something {
             remove_traces(traces, &self.config.subnet_file);
-            remove_pods(self.node.cluster().map(|cluster| cluster.settings.vni));
         }
         if (matches!(ending, Ending::Left { .. }) || refused)
             && let Err(error) = self.state.wipe()
@@ -457,18 +454,11 @@ impl Agent {
     }
 }
 
-/// Pods of a node without a subnet are connected to nothing.
-fn remove_pods(vni: Option<u32>) {
-    let Some(vni) = vni else { return };
-    let removed = Wiring::open().and_then(|mut wiring| wiring.remove(&bridge_name(vni)));
-    if let Err(error) = removed {
-        tracing::error!(%error, "the pods' bridge was not removed");
-    }
-}
-
-/// Takes away the device, with every entry on it, routes into the pool's networks, and the file.
-fn remove_traces(traces: Option<(String, Pool)>, subnet_file: &Path) {
-    let Some((device, pool)) = traces else { return };
+/// Takes away the device of a VNI with every entry on it, routes into the pool's networks, the pods' bridge
+/// with their cables, and the file.
+fn remove_traces(traces: Option<(u32, Pool)>, subnet_file: &Path) {
+    let Some((vni, pool)) = traces else { return };
+    let device = device_name(vni);
     let removed = Kernel::open()
         .map_err(KernelError::from)
         .and_then(|mut kernel| kernel.remove(&device, &pool));
@@ -478,6 +468,10 @@ fn remove_traces(traces: Option<(String, Pool)>, subnet_file: &Path) {
     let removed = FirewallTable::open().and_then(|mut table| table.remove(&device));
     if let Err(error) = removed {
         tracing::debug!(%error, "no table of nftables removed");
+    }
+    let removed = Wiring::open().and_then(|mut wiring| wiring.remove(&bridge_name(vni)));
+    if let Err(error) = removed {
+        tracing::error!(%error, "the pods' bridge was not removed");
     }
     let _ = std::fs::remove_file(subnet_file);
 }

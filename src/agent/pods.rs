@@ -3,10 +3,7 @@
 //! An answer is given when both the disk and the kernel have done their part. What fails half-way is taken
 //! back. The work itself is the writer's and the wirer's; here nothing waits.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    path::PathBuf,
-};
+use std::collections::{BTreeMap, BTreeSet};
 
 use tokio::sync::oneshot::Sender;
 
@@ -21,7 +18,7 @@ use crate::{
     model::{Attachment, Pod},
     pods::{
         NoAddress, Pods, Wish, gateway,
-        wiring::{Bridge, Connected, WiringError, link_name},
+        wiring::{Bridge, Connected, WiringError, bridge_name, link_name},
     },
     wire::{Key, Record},
 };
@@ -32,7 +29,10 @@ pub(super) struct PodState {
     table: Pods,
     number: u64,
     attaching: BTreeMap<u64, Attaching>,
-    detaching: BTreeMap<u64, Detaching>,
+    /// Who waits until a record is gone from the disk: of pods that were known.
+    unrecording: BTreeMap<u64, Sender<Result<bool, PodError>>>,
+    /// Who waits for the kernel: of others, which may have an interface all the same.
+    unplugging: BTreeMap<u64, Sender<Result<bool, PodError>>>,
 }
 
 /// Waits for the disk and for the kernel.
@@ -42,14 +42,6 @@ struct Attaching {
     saved: bool,
     connected: Option<Connected>,
     reply: Sender<Result<Attached, PodError>>,
-}
-
-/// What an answer waits for.
-enum Detaching {
-    /// A pod that was known: its record must be gone.
-    Disk(Sender<Result<bool, PodError>>),
-    /// One that was not: there may be an interface all the same.
-    Kernel(Sender<Result<bool, PodError>>),
 }
 
 impl PodState {
@@ -81,25 +73,18 @@ impl Agent {
     ) {
         match self.give_address(request) {
             Err(error) => _ = reply.send(Err(error)),
-            Ok((bridge, pod, netns)) => {
+            Ok((bridge, pod)) => {
                 let number = self.pods.next();
                 self.writer.save(vec![record(&pod)], number);
-                self.wirer.ask(Job::Connect {
-                    number,
-                    bridge: bridge.clone(),
-                    pod: pod.clone(),
-                    netns,
-                });
+                let (on, one) = (bridge.clone(), pod.clone());
+                self.wirer.ask(Job::Connect { number, bridge: on, pod: one });
                 let attaching = Attaching { bridge, pod, saved: false, connected: None, reply };
                 self.pods.attaching.insert(number, attaching);
             }
         }
     }
 
-    fn give_address(
-        &mut self,
-        request: &AttachRequest,
-    ) -> Result<(Bridge, Pod, PathBuf), PodError> {
+    fn give_address(&mut self, request: &AttachRequest) -> Result<(Bridge, Pod), PodError> {
         let attachment =
             Attachment::new(&request.container, &request.interface).map_err(PodError::invalid)?;
         let netns = request.netns()?;
@@ -125,7 +110,7 @@ impl Agent {
             addresses: request.addresses.clone(),
         };
         let pod = self.pods.table.attach(now, wish)?.clone();
-        Ok((bridge, pod, netns.to_owned()))
+        Ok((bridge, pod))
     }
 
     pub(super) fn detach(
@@ -141,10 +126,10 @@ impl Agent {
                 // The kernel takes long to remove an interface. The answer need not wait for that: whoever
                 // connects the same one again does.
                 let waits = match self.forget_pod(number, &attachment) {
-                    true => Detaching::Disk(reply),
-                    false => Detaching::Kernel(reply),
+                    true => &mut self.pods.unrecording,
+                    false => &mut self.pods.unplugging,
                 };
-                self.pods.detaching.insert(number, waits);
+                waits.insert(number, reply);
                 self.wirer.ask(Job::Disconnect { number, attachment });
             }
         }
@@ -162,11 +147,7 @@ impl Agent {
     }
 
     /// Whether the kernel still has what a pod was given.
-    pub(super) fn check_pod(
-        &mut self,
-        name: &AttachmentName,
-        reply: Sender<Result<bool, PodError>>,
-    ) {
+    pub(super) fn check_pod(&mut self, name: &AttachmentName, reply: Sender<Result<(), PodError>>) {
         let known = Attachment::new(&name.container, &name.interface)
             .map_err(PodError::invalid)
             .and_then(|attachment| {
@@ -198,11 +179,7 @@ impl Agent {
                 if let Err(error) = &result {
                     tracing::error!(pod = %attachment, %error, "its interface was not removed");
                 }
-                let waits = |detaching: &mut Detaching| matches!(detaching, Detaching::Kernel(_));
-                let entry = self.pods.detaching.get_mut(&number).is_some_and(waits);
-                if let Some(Detaching::Kernel(reply)) =
-                    entry.then(|| self.pods.detaching.remove(&number)).flatten()
-                {
+                if let Some(reply) = self.pods.unplugging.remove(&number) {
                     let failed = |error| {
                         let what = format!("removing {}: {error}", link_name(&attachment));
                         PodError::new(PodErrorKind::Failed, what)
@@ -215,7 +192,7 @@ impl Agent {
 
     /// Something of ours is on disk.
     pub(super) fn on_saved(&mut self, number: u64) {
-        if let Some(Detaching::Disk(reply)) = self.pods.detaching.remove(&number) {
+        if let Some(reply) = self.pods.unrecording.remove(&number) {
             let _ = reply.send(Ok(true));
         }
         if let Some(attaching) = self.pods.attaching.get_mut(&number) {
@@ -227,12 +204,9 @@ impl Agent {
     /// Takes the addresses of a pod back and removes its record; false, if there is none.
     fn forget_pod(&mut self, number: u64, attachment: &Attachment) -> bool {
         let pod = self.pods.table.detach(self.clock.now(), attachment);
-        let gone = pod.map(|pod| (Key::Pod(pod.addresses.first), Vec::new()));
-        let was_there = gone.is_some();
-        if let Some(gone) = gone {
-            self.writer.save(vec![gone], number);
-        }
-        was_there
+        let Some(pod) = pod else { return false };
+        self.writer.save(vec![(Key::Pod(pod.addresses.first), Vec::new())], number);
+        true
     }
 
     fn finish_attaching(&mut self, number: u64) {
@@ -281,11 +255,6 @@ impl Agent {
         let pods = self.pods.table.iter().map(status).collect();
         self.wirer.ask(Job::List { pods, reply });
     }
-}
-
-/// Of an overlay with this VNI.
-pub(super) fn bridge_name(vni: u32) -> String {
-    if vni == 1 { "gsm0".to_owned() } else { format!("gsm{vni}") }
 }
 
 fn record(pod: &Pod) -> (Key, Vec<u8>) {

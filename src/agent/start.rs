@@ -11,8 +11,8 @@ use std::{
 use tokio::sync::mpsc;
 
 use super::{
-    Agent, Clock, Ending, Gate, KernelState, News, PodState, Prober, Programmer, Wirer,
-    bridge_name, underlay, wirer::Job,
+    Agent, Clock, Ending, Gate, KernelState, News, PodState, Prober, Programmer, Wirer, underlay,
+    wirer::Job,
 };
 use crate::{
     api,
@@ -24,6 +24,7 @@ use crate::{
     },
     model::{BootId, ClusterId, Mac, Time, Vtep},
     netlink::Netlink,
+    pods::wiring::bridge_name,
     store::{Database, Opened, StateDir, StoreError, Writer},
     transport::{BindError, CredentialError, Credentials, NodeKey, Transport},
     wire::{Record, Secret, Token, TokenError},

@@ -2,7 +2,7 @@
 
 use std::{fs, io, path::Path};
 
-use crate::{model::Subnets, pods::gateway};
+use crate::{model::Subnets, pods::gateway, store::replace};
 
 /// Writes the file, unless it says so already. Readers see the old or the new file, never half of one.
 pub fn write(
@@ -16,12 +16,7 @@ pub fn write(
     if fs::read_to_string(path).is_ok_and(|present| present == text) {
         return Ok(());
     }
-    if let Some(directory) = path.parent() {
-        fs::create_dir_all(directory)?;
-    }
-    let temporary = path.with_extension("env.new");
-    fs::write(&temporary, text)?;
-    fs::rename(&temporary, path)
+    replace(path, &text)
 }
 
 fn contents(networks: Subnets, subnets: Subnets, mtu: u32, masquerade: bool) -> String {

@@ -1,6 +1,6 @@
 //! The threads that plug pods in and pull them out: the loop never waits for them.
 
-use std::{collections::BTreeSet, io, path::PathBuf, sync::mpsc, thread};
+use std::{collections::BTreeSet, io, sync::mpsc, thread};
 
 use tokio::sync::oneshot::Sender;
 
@@ -17,7 +17,6 @@ pub enum Job {
         number: u64,
         bridge: Bridge,
         pod: Pod,
-        netns: PathBuf,
     },
     Disconnect {
         number: u64,
@@ -31,7 +30,7 @@ pub enum Job {
     /// Answered by the thread itself, for nothing follows from it.
     Check {
         pod: Pod,
-        reply: Sender<Result<bool, PodError>>,
+        reply: Sender<Result<(), PodError>>,
     },
     /// The same.
     List {
@@ -100,8 +99,8 @@ fn work(
 ) {
     for job in queue {
         match job {
-            Job::Connect { number, bridge, pod, netns } => {
-                let result = wiring.connect(&bridge, &pod, &netns);
+            Job::Connect { number, bridge, pod } => {
+                let result = wiring.connect(&bridge, &pod);
                 report(Wired::Connected { number, result });
             }
             Job::Disconnect { number, attachment } => match wiring.index(&attachment) {
@@ -118,8 +117,7 @@ fn work(
                 Err(error) => tracing::error!(%error, "interfaces of pods not looked at"),
             },
             Job::Check { pod, reply } => {
-                let checked = wiring.check(&pod).map_err(PodError::from);
-                let _ = reply.send(checked.map(|()| true));
+                let _ = reply.send(wiring.check(&pod).map_err(PodError::from));
             }
             Job::List { mut pods, reply } => {
                 match wiring.links() {

@@ -32,6 +32,12 @@ pub enum ClientError {
     Broken { path: PathBuf, why: String },
 }
 
+/// Runs a future on a runtime of this thread alone: clients need no more, and neither does the agent.
+pub fn block_on<T>(future: impl Future<Output = T>) -> io::Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    Ok(runtime.block_on(future))
+}
+
 pub async fn get(socket: &Path, target: &str) -> Result<Value, ClientError> {
     request(socket, Method::GET, target, Bytes::new()).await
 }

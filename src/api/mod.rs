@@ -9,7 +9,7 @@ mod pods;
 mod server;
 mod status;
 
-pub use client::{ClientError, get, post, post_json};
+pub use client::{ClientError, block_on, get, post, post_json};
 pub use ping::{PingReport, Reach};
 pub use pods::{
     AttachRequest, Attached, AttachedAddress, AttachmentName, PodError, PodErrorKind, PodStatus,

@@ -8,7 +8,7 @@ use std::{
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use crate::model::Mac;
+use crate::model::{Attachment, Mac};
 
 /// One interface of one container, to be connected.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -30,6 +30,13 @@ pub struct AttachRequest {
 pub struct AttachmentName {
     pub container: String,
     pub interface: String,
+}
+
+impl From<&Attachment> for AttachmentName {
+    fn from(attachment: &Attachment) -> Self {
+        let container = attachment.container().to_owned();
+        Self { container, interface: attachment.interface().to_owned() }
+    }
 }
 
 /// A connected interface.

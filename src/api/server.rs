@@ -77,7 +77,7 @@ pub enum Question {
     /// Whether the kernel still has it as it was made.
     Check {
         request: AttachmentName,
-        reply: Sender<Result<bool, PodError>>,
+        reply: Sender<Result<(), PodError>>,
     },
     Pods {
         reply: Sender<Vec<PodStatus>>,
@@ -233,23 +233,22 @@ async fn pods(State(ask): State<Ask>) -> Response {
 }
 
 async fn attach(State(ask): State<Ask>, Json(request): Json<AttachRequest>) -> Response {
-    answer(&ask, |reply| Question::Attach { request, reply }, connected).await
+    answer(&ask, |reply| Question::Attach { request, reply }, outcome).await
 }
 
 async fn detach(State(ask): State<Ask>, Json(request): Json<AttachmentName>) -> Response {
     let render = |result: Result<bool, PodError>| {
-        connected(result.map(|was_there| json!({ "was_there": was_there })))
+        outcome(result.map(|was_there| json!({ "was_there": was_there })))
     };
     answer(&ask, |reply| Question::Detach { request, reply }, render).await
 }
 
 async fn check(State(ask): State<Ask>, Json(request): Json<AttachmentName>) -> Response {
-    let render =
-        |result: Result<bool, PodError>| connected(result.map(|whole| json!({ "whole": whole })));
+    let render = |result: Result<(), PodError>| outcome(result.map(|()| json!({ "whole": true })));
     answer(&ask, |reply| Question::Check { request, reply }, render).await
 }
 
-fn connected(result: Result<impl Serialize, PodError>) -> Response {
+fn outcome(result: Result<impl Serialize, PodError>) -> Response {
     match result {
         Ok(value) => Json(value).into_response(),
         Err(error) => {

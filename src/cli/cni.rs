@@ -11,6 +11,7 @@ use anyhow::Context as _;
 use clap::{Args, Subcommand};
 
 use super::fail;
+use crate::store::replace;
 
 /// What a runtime reads.
 const CONFLIST: &str = include_str!("../../config/10-gossamer.conflist");
@@ -75,20 +76,11 @@ fn install(args: &InstallArgs) -> anyhow::Result<Vec<String>> {
 
 /// Readers see the old or the new link, never none.
 fn link(program: &Path, plugin: &Path) -> io::Result<()> {
-    make_room(plugin)?;
+    if let Some(directory) = plugin.parent() {
+        fs::create_dir_all(directory)?;
+    }
     let temporary = plugin.with_extension("new");
     let _ = fs::remove_file(&temporary);
     symlink(program, &temporary)?;
     fs::rename(&temporary, plugin)
-}
-
-fn replace(path: &Path, text: &str) -> io::Result<()> {
-    make_room(path)?;
-    let temporary = path.with_extension("new");
-    fs::write(&temporary, text)?;
-    fs::rename(&temporary, path)
-}
-
-fn make_room(path: &Path) -> io::Result<()> {
-    path.parent().map_or(Ok(()), fs::create_dir_all)
 }

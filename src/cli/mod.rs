@@ -22,7 +22,7 @@ use std::{fmt::Display, future::Future, path::PathBuf, process::ExitCode};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::config::Instance;
+use crate::{api::block_on, config::Instance};
 
 /// A VXLAN overlay for containers without etcd: hosts agree on subnets by gossip.
 #[derive(Debug, Parser)]
@@ -119,12 +119,6 @@ pub fn run(cli: Cli) -> ExitCode {
 fn fail(error: impl Display) -> ExitCode {
     eprintln!("gossamer: {error}");
     ExitCode::FAILURE
-}
-
-/// Runs a future on a runtime of this thread alone; the agent needs no more.
-fn block_on<T>(future: impl Future<Output = T>) -> std::io::Result<T> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    Ok(runtime.block_on(future))
 }
 
 /// A text as part of a query: every byte escaped, whatever it is.

@@ -7,6 +7,7 @@ use std::{
     process::ExitCode,
 };
 
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::{
@@ -49,14 +50,14 @@ fn carry_out(request: &CniRequest) -> Result<Option<Value>, CniError> {
         (Verb::Add, Some(attachment), Some(netns)) => {
             add(request, &socket, attachment, netns).map(Some)
         }
-        (Verb::Del, Some(attachment), _) => del(&socket, attachment).map(|()| None),
+        (Verb::Del, Some(attachment), _) => detach(&socket, attachment.into()).map(|()| None),
         (Verb::Version, ..) => Ok(Some(json!({
             "cniVersion": request.version,
             "supportedVersions": VERSIONS,
         }))),
         (Verb::Check, Some(attachment), _) => {
-            let name = named(attachment.container(), attachment.interface());
-            block_on(api::post_json(&socket, "/v1/pods/check", &name)).map(|_| None)
+            let name = AttachmentName::from(attachment);
+            ask(api::post_json(&socket, "/v1/pods/check", &name)).map(|_| None)
         }
         (Verb::Gc, ..) => collect(request, &socket).map(|()| None),
         (Verb::Status, ..) => status(&socket).map(|()| None),
@@ -79,18 +80,15 @@ fn add(
         netns: netns.to_owned(),
         addresses: request.addresses.clone(),
     };
-    let answer = block_on(api::post_json(socket, "/v1/pods/attach", &asked))?;
-    let attached: Attached = serde_json::from_value(answer).map_err(|error| {
-        CniError::new(code::UNDECODABLE, format!("the agent's answer: {error}"))
-    })?;
+    let answer = ask(api::post_json(socket, "/v1/pods/attach", &asked))?;
+    let attached: Attached = read(answer)?;
     let shown = netns.display().to_string();
     Ok(added(request.version, attachment.interface(), &shown, &attached))
 }
 
 /// Where nothing is there, that is what was wanted.
-fn del(socket: &Path, attachment: &Attachment) -> Result<(), CniError> {
-    let name = named(attachment.container(), attachment.interface());
-    block_on(api::post_json(socket, "/v1/pods/detach", &name)).map(drop)
+fn detach(socket: &Path, name: AttachmentName) -> Result<(), CniError> {
+    ask(api::post_json(socket, "/v1/pods/detach", &name)).map(drop)
 }
 
 /// Removes what this network has connected and the runtime does not know any more: all that can be.
@@ -98,31 +96,25 @@ fn collect(request: &CniRequest, socket: &Path) -> Result<(), CniError> {
     let valid = request.config.valid_attachments.as_ref().ok_or_else(|| {
         CniError::new(code::BAD_CONFIG, "cni.dev/valid-attachments is missing: nothing is removed")
     })?;
-    let answer = block_on(api::get(socket, "/v1/pods"))?;
-    let pods: Vec<PodStatus> = serde_json::from_value(answer["pods"].clone()).map_err(|error| {
-        CniError::new(code::UNDECODABLE, format!("the agent's answer: {error}"))
-    })?;
+    let answer = ask(api::get(socket, "/v1/pods"))?;
+    let pods: Vec<PodStatus> = read(answer["pods"].clone())?;
     let mut failed = Ok(());
     for PodStatus { container, interface, .. } in
         pods.into_iter().filter(|pod| pod.owner == request.owner())
     {
-        let known = ValidAttachment { container: container.clone(), interface: interface.clone() };
-        if !valid.contains(&known) {
-            let name = named(&container, &interface);
-            let removed = block_on(api::post_json(socket, "/v1/pods/detach", &name));
-            failed = failed.and(removed.map(drop));
+        let is_it = |known: &ValidAttachment| {
+            (&known.container, &known.interface) == (&container, &interface)
+        };
+        if !valid.iter().any(is_it) {
+            failed = failed.and(detach(socket, AttachmentName { container, interface }));
         }
     }
     failed
 }
 
-fn named(container: &str, interface: &str) -> AttachmentName {
-    AttachmentName { container: container.to_owned(), interface: interface.to_owned() }
-}
-
 fn status(socket: &Path) -> Result<(), CniError> {
     let unavailable = |error: CniError| CniError { code: code::NOT_AVAILABLE, ..error };
-    let status = block_on(api::get(socket, "/v1/status")).map_err(unavailable)?;
+    let status = ask(api::get(socket, "/v1/status")).map_err(unavailable)?;
     if status["subnet"].is_null() || status["kernel"]["in_sync"] != true {
         let why = "this node has no subnet in use yet: see `gossamer status`";
         return Err(CniError::new(code::NOT_AVAILABLE, why));
@@ -130,10 +122,13 @@ fn status(socket: &Path) -> Result<(), CniError> {
     Ok(())
 }
 
-fn block_on(
-    answer: impl Future<Output = Result<Value, api::ClientError>>,
-) -> Result<Value, CniError> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let runtime = runtime.map_err(|error| CniError::new(code::IO, error))?;
-    Ok(runtime.block_on(answer)?)
+fn ask(answer: impl Future<Output = Result<Value, api::ClientError>>) -> Result<Value, CniError> {
+    let answer = api::block_on(answer).map_err(|error| CniError::new(code::IO, error))?;
+    Ok(answer?)
+}
+
+fn read<T: DeserializeOwned>(answer: Value) -> Result<T, CniError> {
+    let unreadable =
+        |error| CniError::new(code::UNDECODABLE, format!("the agent's answer: {error}"));
+    serde_json::from_value(answer).map_err(unreadable)
 }

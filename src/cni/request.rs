@@ -69,7 +69,7 @@ struct RuntimeConfig {
     ips: Vec<String>,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Deserialize)]
 pub struct ValidAttachment {
     #[serde(rename = "containerID")]
     pub container: String,

@@ -190,8 +190,7 @@ impl Paths {
         let mut turns = [DOUBTED, CALMED].into_iter().filter_map(|queue| self.turn(queue));
         let (_, node) = turns.find(|(due, _)| *due <= now)?;
         let sequence = self.next_sequence();
-        let mut probe = None;
-        self.change(node, |path| {
+        let (probe, is_calm) = self.change(node, |path| {
             path.lose(now);
             let kind = path.kind_due(now);
             let asked = Probe { to: path.address, sequence, kind };
@@ -200,9 +199,8 @@ impl Paths {
             if let Some(special) = path.special(kind) {
                 special.due = now + SPECIAL;
             }
-            probe = Some((asked, path.is_calm()));
-        });
-        let (probe, is_calm) = probe?;
+            (asked, path.is_calm())
+        })?;
         self.burst = (self.burst + u32::from(is_calm)) % CALM_BURST;
         match (is_calm, self.burst) {
             (false, _) => self.not_before[DOUBTED] = now + GAP,
@@ -312,10 +310,9 @@ impl Paths {
         }
     }
 
-    fn change(&mut self, node: NodeId, what: impl FnOnce(&mut Path)) {
-        if let Some(path) = self.peers.get_mut(&node) {
-            path.change(node, &mut self.queues, what);
-        }
+    fn change<T>(&mut self, node: NodeId, what: impl FnOnce(&mut Path) -> T) -> Option<T> {
+        let path = self.peers.get_mut(&node)?;
+        Some(path.change(node, &mut self.queues, what))
     }
 }
 
@@ -339,19 +336,20 @@ impl Path {
     }
 
     /// Whatever changes, this path stands in the queue where it belongs.
-    fn change(&mut self, node: NodeId, queues: &mut Queues, what: impl FnOnce(&mut Self)) {
+    fn change<T>(
+        &mut self,
+        node: NodeId,
+        queues: &mut Queues,
+        what: impl FnOnce(&mut Self) -> T,
+    ) -> T {
         let before = self.place();
-        what(self);
+        let result = what(self);
         let after = self.place();
-        if before == after {
-            return;
+        if before != after {
+            before.map(|(queue, due)| queues[queue].remove(&(due, node)));
+            after.map(|(queue, due)| queues[queue].insert((due, node)));
         }
-        if let Some((queue, due)) = before {
-            queues[queue].remove(&(due, node));
-        }
-        if let Some((queue, due)) = after {
-            queues[queue].insert((due, node));
-        }
+        result
     }
 
     /// In which queue it waits, and until when.

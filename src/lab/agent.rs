@@ -65,8 +65,7 @@ impl Agent {
 
     /// Asks over the control socket, waiting for the agent to open it if need be.
     pub fn ask(&mut self, target: &str, patience: Duration) -> anyhow::Result<Value> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        runtime.block_on(async {
+        api::block_on(async {
             tokio::time::timeout(patience, async {
                 loop {
                     match api::get(&self.socket, target).await {
@@ -82,7 +81,7 @@ impl Agent {
             })
             .await
             .map_err(|_| anyhow::anyhow!("no answer from the agent:\n{}", self.log()))?
-        })
+        })?
     }
 
     /// Waits until the node has converged with so many members; gives its status.
@@ -103,8 +102,7 @@ impl Agent {
 
     /// Makes it leave the cluster for good, and waits for its end.
     pub fn leave(&mut self) -> anyhow::Result<Value> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let answer = runtime.block_on(api::post(&self.socket, "/v1/leave"))?;
+        let answer = api::block_on(api::post(&self.socket, "/v1/leave"))??;
         self.child.wait()?;
         Ok(answer)
     }

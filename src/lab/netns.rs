@@ -5,15 +5,14 @@ use std::{
     io,
     path::PathBuf,
     process::{Child, Command},
-    thread,
 };
 
 use nix::{
     mount::{MsFlags, mount},
-    sched::{CloneFlags, setns, unshare},
+    sched::{CloneFlags, unshare},
 };
 
-use crate::netlink::Netlink;
+use crate::netlink::{Netlink, in_thread, inside};
 
 /// A network namespace; it lives as long as its name is mounted.
 #[derive(Debug)]
@@ -49,10 +48,7 @@ impl NetNs {
 
     /// Runs a function in a thread that is inside. Sockets it opens stay inside for good.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
-        in_thread(|| {
-            setns(&self.file, CloneFlags::CLONE_NEWNET)?;
-            work()
-        })
+        inside(&self.file, work)
     }
 
     /// Starts a process inside.
@@ -68,10 +64,4 @@ impl NetNs {
     pub fn sysctl(&self, key: &str, value: &str) -> io::Result<()> {
         self.run(|| fs::write(PathBuf::from("/proc/sys").join(key), value))
     }
-}
-
-/// A thread of its own: a namespace once entered is never left.
-fn in_thread<T: Send>(work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
-    thread::scope(|scope| scope.spawn(work).join())
-        .unwrap_or_else(|_| Err(io::Error::other("a namespace thread panicked")))
 }

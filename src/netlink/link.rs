@@ -19,7 +19,8 @@ use rtnetlink::{
 use super::Netlink;
 use crate::model::Mac;
 
-const ENODEV: i32 = 19;
+/// What the kernel says of an interface that is gone.
+pub(crate) const ENODEV: i32 = 19;
 
 /// An interface as the kernel lists it.
 #[derive(Clone, Debug)]

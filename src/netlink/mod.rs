@@ -79,15 +79,7 @@ impl Netlink {
     /// # Errors
     /// `EINVAL` if that is none.
     pub fn open_in(netns: &(impl AsFd + Sync)) -> io::Result<Self> {
-        // A thread of its own: one that could not come back would do everything else there.
-        let opened = thread::scope(|scope| {
-            let inside = scope.spawn(|| {
-                setns(netns, CloneFlags::CLONE_NEWNET)?;
-                Self::open()
-            });
-            inside.join()
-        });
-        opened.unwrap_or_else(|_| Err(io::Error::other("a namespace thread panicked")))
+        inside(netns, Self::open)
     }
 
     /// Carries out all changes, in order, and names those that the kernel refused.
@@ -229,6 +221,23 @@ impl fmt::Debug for Netlink {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Netlink").field("sequence", &self.sequence).finish_non_exhaustive()
     }
+}
+
+/// Does something in another network namespace. Sockets that are opened stay there for good.
+pub fn inside<T: Send>(
+    netns: &(impl AsFd + Sync),
+    work: impl FnOnce() -> io::Result<T> + Send,
+) -> io::Result<T> {
+    in_thread(|| {
+        setns(netns, CloneFlags::CLONE_NEWNET)?;
+        work()
+    })
+}
+
+/// In a thread of its own: a namespace once entered is never left.
+pub fn in_thread<T: Send>(work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
+    thread::scope(|scope| scope.spawn(work).join())
+        .unwrap_or_else(|_| Err(io::Error::other("a namespace thread panicked")))
 }
 
 /// Every message of one datagram. One that the packet crate cannot read is left out: it is about an

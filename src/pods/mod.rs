@@ -77,10 +77,6 @@ impl Pods {
         self.subnets = subnets;
     }
 
-    pub const fn subnets(&self) -> Option<Subnets> {
-        self.subnets
-    }
-
     /// Gives a pod its addresses: those it wishes for, or the lowest ones that have rested.
     ///
     /// # Errors
@@ -97,7 +93,7 @@ impl Pods {
         }
         let place = match wishes.as_slice() {
             [] => self.free_place(now, subnets)?,
-            wishes => self.wished_place(subnets, wishes)?,
+            [first, ..] => self.wished_place(subnets, *first, &wishes)?,
         };
         let addresses = addresses_at(subnets, place);
         let pod = Pod { attachment: attachment.clone(), owner, addresses, netns };
@@ -153,25 +149,29 @@ impl Pods {
         longest.map(|(_, place)| place).ok_or(exhausted)
     }
 
-    fn wished_place(&self, subnets: Subnets, wishes: &[IpAddr]) -> Result<u32, NoAddress> {
-        let mut wished: Option<(IpAddr, u32)> = None;
-        for &address in wishes {
-            let place = place_of(subnets, address)?;
-            if let Some(holder) = self.holders.get(&address) {
-                return Err(NoAddress::Taken { address, holder: holder.clone() });
+    /// The one place of all wishes, of which `first` is one.
+    fn wished_place(
+        &self,
+        subnets: Subnets,
+        first: IpAddr,
+        wishes: &[IpAddr],
+    ) -> Result<u32, NoAddress> {
+        let place = place_of(subnets, first)?;
+        for &second in wishes {
+            let its = place_of(subnets, second)?;
+            self.expect_free(second)?;
+            if its != place {
+                return Err(NoAddress::TwoPlaces { first, second });
             }
-            if let Some((first, _)) = wished.filter(|(_, before)| *before != place) {
-                return Err(NoAddress::TwoPlaces { first, second: address });
-            }
-            wished = Some((address, place));
         }
-        let Some((_, place)) = wished else { return Err(NoAddress::NoSubnet) };
-        let taken = |address: &IpAddr| self.holders.contains_key(address);
-        match addresses_at(subnets, place).iter().find(taken) {
-            Some(address) => {
-                Err(NoAddress::Taken { address, holder: self.holders[&address].clone() })
-            }
-            None => Ok(place),
+        addresses_at(subnets, place).iter().try_for_each(|address| self.expect_free(address))?;
+        Ok(place)
+    }
+
+    fn expect_free(&self, address: IpAddr) -> Result<(), NoAddress> {
+        match self.holders.get(&address) {
+            Some(holder) => Err(NoAddress::Taken { address, holder: holder.clone() }),
+            None => Ok(()),
         }
     }
 }

@@ -34,20 +34,16 @@ use crate::{
     model::{Attachment, Mac, Pod, Subnets},
     netlink::{
         Netlink, Request,
-        link::{Link, address_message},
+        link::{ENODEV, Link, address_message},
     },
 };
 
-/// Of ends on this host; the rest is a hash.
+/// Of bridges, and of pods' ends on this host.
 const PREFIX: &str = "gsm";
 /// By which a bridge is known as ours.
 const ALIAS: &str = "gossamer pods";
 /// So many bytes of the hash: the name has 13 characters, the kernel allows 15.
 const HASHED: usize = 5;
-/// `ENODEV`
-const GONE: i32 = 19;
-/// `EINVAL`
-const INVALID: i32 = 22;
 
 /// Why a pod was not connected. Nothing of it is left.
 #[derive(Debug, thiserror::Error)]
@@ -94,14 +90,9 @@ impl Wiring {
     ///
     /// # Errors
     /// Why not; nothing of it is left then.
-    pub fn connect(
-        &mut self,
-        bridge: &Bridge,
-        pod: &Pod,
-        netns: &Path,
-    ) -> Result<Connected, WiringError> {
+    pub fn connect(&mut self, bridge: &Bridge, pod: &Pod) -> Result<Connected, WiringError> {
+        let netns = Path::new(&pod.netns);
         let (file, mut inside) = enter(netns)?;
-        let name = link_name(&pod.attachment);
         let interface = pod.attachment.interface();
         let present = inside.link(interface).map_err(failed("looking for the interface"))?;
         if present.is_some() {
@@ -111,16 +102,21 @@ impl Wiring {
         let (port, bridge_mac) = self.provide(bridge).map_err(failed("making the bridge"))?;
         // Of an attachment that nobody knows any more.
         self.disconnect(&pod.attachment).map_err(failed("removing an old interface"))?;
-        let mac = mac_of(pod);
         let connected = self
-            .plug(&name, interface, mac, &file, bridge, port)
+            .plug(pod, &file, bridge.mtu, port)
             .map_err(failed("making the interface"))
             .and_then(|()| {
                 furnish(&mut inside, pod, bridge.subnets).map_err(failed("setting addresses"))
             })
-            .and_then(|()| self.0.link(&name).map_err(failed("looking for the interface")));
+            .and_then(|()| {
+                let name = link_name(&pod.attachment);
+                self.0.link(&name).map_err(failed("looking for the interface"))
+            });
         match connected {
-            Ok(link) => Ok(Connected { mac, link_mac: link.and_then(|link| link.mac), bridge_mac }),
+            Ok(link) => {
+                let link_mac = link.and_then(|link| link.mac);
+                Ok(Connected { mac: mac_of(pod), link_mac, bridge_mac })
+            }
             Err(error) => {
                 let _ = self.disconnect(&pod.attachment);
                 Err(error)
@@ -136,7 +132,7 @@ impl Wiring {
     /// Removes an end on this host, and the other with it; whether there was one.
     pub fn delete(&mut self, index: u32) -> io::Result<bool> {
         match self.0.delete_link(index) {
-            Err(error) if error.raw_os_error() == Some(GONE) => Ok(false),
+            Err(error) if error.raw_os_error() == Some(ENODEV) => Ok(false),
             result => result.map(|()| true),
         }
     }
@@ -160,7 +156,7 @@ impl Wiring {
     pub fn remove(&mut self, bridge: &str) -> io::Result<()> {
         self.sweep(bridge, &BTreeSet::new())?;
         match self.0.link(bridge)?.filter(|link| link.alias == ALIAS) {
-            Some(link) => self.0.delete_link(link.index),
+            Some(link) => self.delete(link.index).map(drop),
             None => Ok(()),
         }
     }
@@ -176,7 +172,7 @@ impl Wiring {
             is_plugged && link.name.starts_with(PREFIX) && !keep.contains(&link.name)
         };
         let strays: Vec<&Link> = links.iter().filter(is_stray).collect();
-        strays.iter().try_for_each(|link| self.0.delete_link(link.index))?;
+        strays.iter().try_for_each(|link| self.delete(link.index).map(drop))?;
         Ok(strays.len())
     }
 
@@ -207,14 +203,10 @@ impl Wiring {
 
     /// Makes the bridge, or what it lacks; its index and MAC.
     fn provide(&mut self, bridge: &Bridge) -> io::Result<(u32, Option<Mac>)> {
-        if self.0.link(&bridge.name)?.is_none() {
-            // Without one of its own it takes the lowest of its ports', which come and go.
-            let mac = mac_at(gateway(bridge.subnets.first)).as_bytes().to_vec();
-            let made = LinkBridge::new(&bridge.name).address(mac).mtu(bridge.mtu).up();
-            self.0.create_link(made.build())?;
-        }
-        let missing = || io::Error::from(io::ErrorKind::NotFound);
-        let link = self.0.link(&bridge.name)?.ok_or_else(missing)?;
+        let link = match self.0.link(&bridge.name)? {
+            Some(link) => link,
+            None => self.make(bridge)?,
+        };
         if link.kind != "bridge" {
             return Err(io::Error::other(format!("{} is no bridge", bridge.name)));
         }
@@ -232,32 +224,38 @@ impl Wiring {
         Ok((link.index, link.mac))
     }
 
-    fn plug(
-        &mut self,
-        name: &str,
-        interface: &str,
-        mac: Mac,
-        netns: &File,
-        bridge: &Bridge,
-        port: u32,
-    ) -> io::Result<()> {
+    fn make(&mut self, bridge: &Bridge) -> io::Result<Link> {
+        // Without a MAC of its own it takes the lowest of its ports', which come and go.
+        let mac = mac_at(gateway(bridge.subnets.first)).as_bytes().to_vec();
+        let made = LinkBridge::new(&bridge.name).address(mac).mtu(bridge.mtu).up();
+        self.0.create_link(made.build())?;
+        self.0.link(&bridge.name)?.ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+
+    fn plug(&mut self, pod: &Pod, netns: &File, mtu: u32, port: u32) -> io::Result<()> {
+        let (name, interface) = (link_name(&pod.attachment), pod.attachment.interface());
         let end = LinkMessageBuilder::<LinkUnspec>::new()
             .name(interface)
-            .address(mac.as_bytes().to_vec())
-            .mtu(bridge.mtu)
+            .address(mac_of(pod).as_bytes().to_vec())
+            .mtu(mtu)
             .setns_by_fd(netns.as_raw_fd());
-        let pair = LinkVeth::new(name, interface)
+        let pair = LinkVeth::new(&name, interface)
             .set_info_data(InfoData::Veth(InfoVeth::Peer(end.build())))
-            .mtu(bridge.mtu)
+            .mtu(mtu)
             .controller(port)
             .up();
         self.0.create_link(pair.build())?;
         // A pod may speak to itself by way of a service's address.
-        let hairpin = LinkUnspec::new_with_name(name)
+        let hairpin = LinkUnspec::new_with_name(&name)
             .set_port_kind(InfoPortKind::Bridge)
             .set_port_data(InfoPortData::BridgePort(vec![InfoBridgePort::HairpinMode(true)]));
         self.0.apply_one(RouteNetlinkMessage::NewLink(hairpin.build()), 0)
     }
+}
+
+/// The bridge of an overlay with this VNI.
+pub fn bridge_name(vni: u32) -> String {
+    if vni == 1 { format!("{PREFIX}0") } else { format!("{PREFIX}{vni}") }
 }
 
 /// The name of the end on this host.
@@ -272,8 +270,8 @@ fn enter(netns: &Path) -> Result<(File, Netlink), WiringError> {
     let path = || netns.to_owned();
     let file =
         File::open(netns).map_err(|error| WiringError::NoNamespace { path: path(), error })?;
-    let inside = Netlink::open_in(&file).map_err(|error| match error.raw_os_error() {
-        Some(INVALID) => WiringError::NotANamespace(path()),
+    let inside = Netlink::open_in(&file).map_err(|error| match error.kind() {
+        io::ErrorKind::InvalidInput => WiringError::NotANamespace(path()),
         _ => WiringError::NoNamespace { path: path(), error },
     })?;
     Ok((file, inside))

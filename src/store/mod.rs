@@ -14,9 +14,11 @@
 mod database;
 mod directory;
 mod history;
+mod replace;
 mod writer;
 
 pub use database::{Database, Opened, StoreError};
 pub use directory::StateDir;
 pub use history::History;
+pub use replace::replace;
 pub use writer::{Writer, Written};

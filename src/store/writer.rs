@@ -36,10 +36,12 @@ pub enum Written {
 type Records = Vec<(Key, Vec<u8>)>;
 
 /// On whose behalf something is written.
-enum Batch {
-    Core(Records, WriteSeq),
-    Shell(Records, u64),
+enum Whose {
+    Core(WriteSeq),
+    Shell(u64),
 }
+
+type Batch = (Records, Whose);
 
 pub struct Writer {
     batches: Option<mpsc::Sender<Batch>>,
@@ -68,16 +70,18 @@ impl Writer {
     }
 
     pub fn write(&self, records: Records, seq: WriteSeq) {
-        if let Some(batches) = &self.batches {
-            // The receiver lives as long as its thread, which ends only when we drop the sender.
-            let _ = batches.send(Batch::Core(records, seq));
-        }
+        self.send((records, Whose::Core(seq)));
     }
 
     /// Writes what is not the core's; an empty value removes its record.
     pub fn save(&self, records: Records, number: u64) {
+        self.send((records, Whose::Shell(number)));
+    }
+
+    fn send(&self, batch: Batch) {
         if let Some(batches) = &self.batches {
-            let _ = batches.send(Batch::Shell(records, number));
+            // The receiver lives as long as its thread, which ends only when we drop the sender.
+            let _ = batches.send(batch);
         }
     }
 }
@@ -101,16 +105,11 @@ struct Pending {
 }
 
 impl Pending {
-    fn add(&mut self, batch: Batch) {
-        match batch {
-            Batch::Core(records, seq) => {
-                self.records.extend(records);
-                self.seq = self.seq.max(Some(seq));
-            }
-            Batch::Shell(records, number) => {
-                self.records.extend(records);
-                self.saved.push(number);
-            }
+    fn add(&mut self, (records, whose): Batch) {
+        self.records.extend(records);
+        match whose {
+            Whose::Core(seq) => self.seq = self.seq.max(Some(seq)),
+            Whose::Shell(number) => self.saved.push(number),
         }
     }
 }

@@ -92,6 +92,17 @@ fn pods(agent: &mut Agent) -> usize {
     answer["pods"].as_array().expect("a list").len()
 }
 
+/// The first agent, once more.
+fn kill_and_start(cluster: &mut Cluster) -> anyhow::Result<()> {
+    cluster.agents[0].end(Signal::SIGKILL)?;
+    cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &[])?;
+    cluster.converge()
+}
+
+fn namespaces(names: &[&str]) -> std::io::Result<Vec<NetNs>> {
+    names.iter().map(|name| NetNs::new(name)).collect()
+}
+
 #[test]
 fn pods_of_two_hosts_reach_each_other_at_full_size() {
     isolated(|lab| {
@@ -125,8 +136,7 @@ fn pods_of_two_hosts_reach_each_other_at_full_size() {
 fn pods_keep_their_addresses_over_restarts_and_give_them_back_once() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
-        let spaces: Vec<NetNs> =
-            ["a", "b", "c"].map(NetNs::new).into_iter().collect::<Result<_, _>>()?;
+        let spaces: Vec<NetNs> = namespaces(&["a", "b", "c"])?;
         let runtime = Runtime::new(&cluster.agents[0]);
         let a = runtime.add("a");
         let (code, why) = runtime.refused("ADD", "a", &json!({}));
@@ -201,8 +211,7 @@ fn what_cannot_be_connected_is_refused_and_leaves_nothing() {
 fn what_the_runtime_does_not_know_any_more_is_collected_and_nothing_of_others() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
-        let _spaces: Vec<NetNs> =
-            ["a", "b", "c"].map(NetNs::new).into_iter().collect::<Result<_, _>>()?;
+        let _spaces: Vec<NetNs> = namespaces(&["a", "b", "c"])?;
         let runtime = Runtime::new(&cluster.agents[0]);
         ["a", "b"].iter().for_each(|pod| _ = runtime.add(pod));
         assert!(runtime.call("ADD", "c", &json!({ "name": "another" })).0);
@@ -265,16 +274,12 @@ fn an_agent_that_is_killed_at_any_moment_leaves_neither_address_nor_interface() 
                 adding.join().expect("the plugin ends")
             });
             cut_short += usize::from(!done);
-            cluster.agents[0].end(Signal::SIGKILL)?;
-            cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &[])?;
-            cluster.converge()?;
+            kill_and_start(&mut cluster)?;
             // What a runtime does whose ADD failed.
             Runtime::new(&cluster.agents[0]).del("a");
             if round % 2 == 0 {
                 // The interface may still be there then.
-                cluster.agents[0].end(Signal::SIGKILL)?;
-                cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &[])?;
-                cluster.converge()?;
+                kill_and_start(&mut cluster)?;
             }
             assert_eq!(pods(&mut cluster.agents[0]), 0, "{round}");
             wait_until("no interface is left", PATIENCE, || cables(&cluster.hosts[0]) == 0);

@@ -21,6 +21,25 @@ impl World {
     }
 }
 
+/// The third of three has left, and its heir is a joiner that the other two have never met. Gives the joiner
+/// and the leaver's record.
+fn a_leaver_and_its_heir() -> (World, usize, Vec<MemberRecord>) {
+    let mut world = World::with_members(3);
+    let joiner = world.add_joiner(&[2]);
+    world.separate(&[0, 1], &[2, joiner]);
+    world.start(joiner);
+    world.run_for(seconds(3));
+    assert!(world.subnet(joiner).is_some(), "granted");
+    // In their half only the joiner can be the heir; of it the others hear by one record alone.
+    world.run_for(seconds(30));
+    world.command(2, Command::Leave);
+    world.run_for(seconds(3));
+    assert!(matches!(world.hosts[2].stopped, Some(Stop::Left { .. })));
+    let record = world.node(joiner).directory.iter().find(|record| record.has_left());
+    let members = vec![record.expect("the leaver").clone()];
+    (world, joiner, members)
+}
+
 #[test]
 fn a_forgotten_members_subnets_are_spares_again_and_it_is_in_no_view() {
     let mut world = World::with_members(4);
@@ -76,19 +95,8 @@ fn who_acknowledged_is_asked_again_when_one_who_had_not_is_gone() {
 
 #[test]
 fn a_leaver_names_who_knows_and_nothing_is_reclaimed_without_that_one() {
-    let mut world = World::with_members(3);
-    let joiner = world.add_joiner(&[2]);
-    world.separate(&[0, 1], &[2, joiner]);
-    world.start(joiner);
-    world.run_for(seconds(3));
+    let (mut world, joiner, members) = a_leaver_and_its_heir();
     let subnet = world.subnet(joiner).expect("granted");
-    // In their half only the joiner can be the heir; of it the others hear by one record alone.
-    world.run_for(seconds(30));
-    world.command(2, Command::Leave);
-    world.run_for(seconds(3));
-    assert!(matches!(world.hosts[2].stopped, Some(Stop::Left { .. })));
-    let record = world.node(joiner).directory.iter().find(|record| record.has_left());
-    let members = vec![record.expect("the leaver").clone()];
     world.push(1, 0, Facts { members, ..Facts::default() });
     world.run_for(seconds(20));
     assert_eq!(world.node(0).status().counters.reclaims, 0);
@@ -100,15 +108,7 @@ fn a_leaver_names_who_knows_and_nothing_is_reclaimed_without_that_one() {
 
 #[test]
 fn whom_only_a_leavers_record_names_can_be_forgotten() {
-    let mut world = World::with_members(3);
-    let joiner = world.add_joiner(&[2]);
-    world.separate(&[0, 1], &[2, joiner]);
-    world.start(joiner);
-    world.run_for(seconds(30));
-    world.command(2, Command::Leave);
-    world.run_for(seconds(3));
-    let record = world.node(joiner).directory.iter().find(|record| record.has_left());
-    let members = vec![record.expect("the leaver").clone()];
+    let (mut world, joiner, members) = a_leaver_and_its_heir();
     // Nobody there has ever met it, and it dies.
     let lost = world.hosts[joiner].key;
     world.destroy(joiner);
