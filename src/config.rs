@@ -17,7 +17,10 @@ use regex_lite::Regex;
 
 use crate::{
     dataplane::{demand::Program, desired::Mode, firewall::Policy},
-    model::{ClusterSettings, NodeName, Pool, PoolSpec, Quorum, QuorumError, SettingsWish},
+    model::{
+        ClusterSettings, NodeName, Pool, PoolSpec, Quorum, QuorumError, SettingsWish,
+        check_interface_name,
+    },
     wire::{Token, TokenError},
 };
 
@@ -65,6 +68,8 @@ pub struct Config {
     /// Sysctls that keep packets from passing are set, not only named.
     pub set_sysctls: bool,
     pub mtu: Option<u32>,
+    /// What pods are plugged into, unless it is called after the VNI.
+    pub bridge: Option<String>,
     pub name: NodeName,
 }
 
@@ -120,6 +125,9 @@ impl Settings {
             .iter()
             .map(|seed| with_port("join", seed, instance.port()))
             .collect::<Result<_, _>>()?;
+        if let Some(name) = &self.bridge {
+            check_interface_name(name).map_err(|error| bad("bridge", error))?;
+        }
         if let Some(mtu) = self.mtu.filter(|mtu| !(576..=65_000).contains(mtu)) {
             return Err(bad("mtu", format!("{mtu} is out of range: use 576 to 65000")));
         }
@@ -173,6 +181,7 @@ impl Settings {
             },
             set_sysctls: self.set_sysctls.unwrap_or(false),
             mtu: self.mtu,
+            bridge: self.bridge,
         })
     }
 

@@ -119,6 +119,7 @@ impl Agent {
                     tracing::info!("data plane ready");
                 }
                 self.write_subnet_env();
+                self.keep_bridge();
             }
             Err(error) => self.on_kernel_error(&error),
         }

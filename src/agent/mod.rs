@@ -19,7 +19,6 @@ mod wirer;
 
 use std::{
     collections::BTreeSet,
-    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -48,7 +47,7 @@ use crate::{
     },
     icmp::Heard,
     model::{NodeId, Pool, Time},
-    pods::wiring::{Wiring, bridge_name},
+    pods::{bridge::bridge_name, wiring::Wiring},
     store::{History, StateDir, Writer, Written},
     transport::{Event, Transport},
     wire::{Secret, Token},
@@ -373,7 +372,7 @@ impl Agent {
         let refused = self.fresh && matches!(ending, Ending::Failed(_));
         let ends = matches!(ending, Ending::Left { .. } | Ending::Anew) || refused;
         if ends && made_something {
-            remove_traces(traces, &self.config.subnet_file);
+            remove_traces(traces, &self.config);
         }
         if (matches!(ending, Ending::Left { .. }) || refused)
             && let Err(error) = self.state.wipe()
@@ -456,7 +455,7 @@ impl Agent {
 
 /// Takes away the device of a VNI with every entry on it, routes into the pool's networks, the pods' bridge
 /// with their cables, and the file.
-fn remove_traces(traces: Option<(u32, Pool)>, subnet_file: &Path) {
+fn remove_traces(traces: Option<(u32, Pool)>, config: &Config) {
     let Some((vni, pool)) = traces else { return };
     let device = device_name(vni);
     let removed = Kernel::open()
@@ -469,9 +468,10 @@ fn remove_traces(traces: Option<(u32, Pool)>, subnet_file: &Path) {
     if let Err(error) = removed {
         tracing::debug!(%error, "no table of nftables removed");
     }
-    let removed = Wiring::open().and_then(|mut wiring| wiring.remove(&bridge_name(vni)));
+    let bridge = config.bridge.clone().unwrap_or_else(|| bridge_name(vni));
+    let removed = Wiring::open().and_then(|mut wiring| wiring.remove(&bridge));
     if let Err(error) = removed {
         tracing::error!(%error, "the pods' bridge was not removed");
     }
-    let _ = std::fs::remove_file(subnet_file);
+    let _ = std::fs::remove_file(&config.subnet_file);
 }

@@ -15,10 +15,13 @@ use crate::{
     api::{
         AttachRequest, Attached, AttachedAddress, AttachmentName, PodError, PodErrorKind, PodStatus,
     },
+    core::View,
     model::{Attachment, Pod},
     pods::{
-        NoAddress, Pods, Wish, gateway,
-        wiring::{Bridge, Connected, WiringError, bridge_name, link_name},
+        NoAddress, Pods, Wish,
+        bridge::{Bridge, bridge_name},
+        gateway,
+        wiring::{Connected, End, WiringError, link_name},
     },
     wire::{Key, Record},
 };
@@ -26,14 +29,19 @@ use crate::{
 /// Pods of this node, and what is under way with them.
 #[derive(Default)]
 pub(super) struct PodState {
-    table: Pods,
+    pub(super) table: Pods,
+    /// What their bridge is kept like.
+    bridge: Option<Bridge>,
     number: u64,
     attaching: BTreeMap<u64, Attaching>,
-    /// Who waits until a record is gone from the disk: of pods that were known.
-    unrecording: BTreeMap<u64, Sender<Result<bool, PodError>>>,
-    /// Who waits for the kernel: of others, which may have an interface all the same.
+    /// What is said when the disk has it.
+    saving: BTreeMap<u64, Answer>,
+    /// Who waits for the kernel: pods that nobody knows may have an interface all the same.
     unplugging: BTreeMap<u64, Sender<Result<bool, PodError>>>,
 }
+
+/// An answer that is on its way as soon as it may be.
+type Answer = Box<dyn FnOnce() + Send>;
 
 /// Waits for the disk and for the kernel.
 struct Attaching {
@@ -59,6 +67,7 @@ impl PodState {
         Self { table: Pods::new(pods), ..Self::default() }
     }
 
+    /// A number for something that is under way.
     fn next(&mut self) -> u64 {
         self.number += 1;
         self.number
@@ -66,6 +75,27 @@ impl PodState {
 }
 
 impl Agent {
+    /// Pods of an earlier run are plugged in as those of this one are; a subnet or an MTU may have changed.
+    pub(super) fn keep_bridge(&mut self) {
+        let bridge = self.kernel.wanted.as_ref().map(|view| self.bridge(view));
+        if self.pods.table.iter().next().is_none() || self.pods.bridge == bridge {
+            return;
+        }
+        self.pods.bridge.clone_from(&bridge);
+        if let Some(bridge) = bridge {
+            self.wirer.ask(Job::Keep { bridge, ports: self.pods.links() });
+        }
+    }
+
+    fn bridge(&self, view: &View) -> Bridge {
+        let name = || bridge_name(view.settings.vni);
+        Bridge {
+            name: self.config.bridge.clone().unwrap_or_else(name),
+            subnets: view.own.subnets,
+            mtu: self.underlay.mtu,
+        }
+    }
+
     pub(super) fn attach(
         &mut self,
         request: &AttachRequest,
@@ -73,44 +103,51 @@ impl Agent {
     ) {
         match self.give_address(request) {
             Err(error) => _ = reply.send(Err(error)),
-            Ok((bridge, pod)) => {
-                let number = self.pods.next();
-                self.writer.save(vec![record(&pod)], number);
-                let (on, one) = (bridge.clone(), pod.clone());
-                self.wirer.ask(Job::Connect { number, bridge: on, pod: one });
-                let attaching = Attaching { bridge, pod, saved: false, connected: None, reply };
-                self.pods.attaching.insert(number, attaching);
-            }
+            Ok((bridge, pod)) => self.connect(bridge, pod, End::Inside, reply),
         }
+    }
+
+    /// Answered when the pod is on disk and plugged in.
+    pub(super) fn connect(
+        &mut self,
+        bridge: Bridge,
+        pod: Pod,
+        end: End,
+        reply: Sender<Result<Attached, PodError>>,
+    ) {
+        let number = self.pods.next();
+        self.writer.save(vec![record(&pod)], number);
+        let (on, one) = (bridge.clone(), pod.clone());
+        self.wirer.ask(Job::Connect { number, bridge: on, pod: one, end });
+        self.pods.bridge = Some(bridge.clone());
+        let attaching = Attaching { bridge, pod, saved: false, connected: None, reply };
+        self.pods.attaching.insert(number, attaching);
     }
 
     fn give_address(&mut self, request: &AttachRequest) -> Result<(Bridge, Pod), PodError> {
         let attachment =
             Attachment::new(&request.container, &request.interface).map_err(PodError::invalid)?;
-        let netns = request.netns()?;
+        let netns = request.netns()?.display().to_string();
+        let bridge = self.ready_bridge()?;
+        let owner = request.owner.clone();
+        let addresses = request.addresses.clone();
+        let wish = Wish { attachment, owner, netns, addresses };
+        let pod = self.pods.table.attach(self.clock.now(), bridge.subnets, wish)?.clone();
+        Ok((bridge, pod))
+    }
+
+    /// What pods are plugged into.
+    ///
+    /// # Errors
+    /// As long as nobody can be.
+    pub(super) fn ready_bridge(&self) -> Result<Bridge, PodError> {
+        let not_ready = |why: String| PodError::new(PodErrorKind::NotReady, why);
         if let Some(why) = &self.store_problem {
-            let why = format!("the state directory cannot be written: {why}");
-            return Err(PodError::new(PodErrorKind::NotReady, why));
+            return Err(not_ready(format!("the state directory cannot be written: {why}")));
         }
         let view = self.kernel.wanted.as_ref().filter(|_| self.kernel.programmed_once);
-        let not_ready =
-            || PodError::new(PodErrorKind::NotReady, "this node has no subnet in use yet");
-        let view = view.ok_or_else(not_ready)?;
-        let bridge = Bridge {
-            name: bridge_name(view.settings.vni),
-            subnets: view.own.subnets,
-            mtu: self.underlay.mtu,
-        };
-        let now = self.clock.now();
-        self.pods.table.serve(Some(view.own.subnets));
-        let wish = Wish {
-            attachment,
-            owner: request.owner.clone(),
-            netns: netns.display().to_string(),
-            addresses: request.addresses.clone(),
-        };
-        let pod = self.pods.table.attach(now, wish)?.clone();
-        Ok((bridge, pod))
+        let view = view.ok_or_else(|| not_ready("this node has no subnet in use yet".to_owned()));
+        view.map(|view| self.bridge(view))
     }
 
     pub(super) fn detach(
@@ -125,11 +162,12 @@ impl Agent {
                 let number = self.pods.next();
                 // The kernel takes long to remove an interface. The answer need not wait for that: whoever
                 // connects the same one again does.
-                let waits = match self.forget_pod(number, &attachment) {
-                    true => &mut self.pods.unrecording,
-                    false => &mut self.pods.unplugging,
-                };
-                waits.insert(number, reply);
+                if self.forget_pod(number, &attachment) {
+                    let done = || _ = reply.send(Ok(true));
+                    self.pods.saving.insert(number, Box::new(done));
+                } else {
+                    self.pods.unplugging.insert(number, reply);
+                }
                 self.wirer.ask(Job::Disconnect { number, attachment });
             }
         }
@@ -175,6 +213,11 @@ impl Agent {
                 self.forget_pod(number, &pod.attachment);
                 let _ = reply.send(Err(error.into()));
             }
+            Wired::Mended(Ok(count)) => {
+                tracing::warn!(count, "put the pods' bridge right");
+                *self.kernel.repairs.entry("bridge").or_default() += count;
+            }
+            Wired::Mended(Err(error)) => tracing::error!(%error, "the pods' bridge"),
             Wired::Disconnected { number, attachment, result } => {
                 if let Err(error) = &result {
                     tracing::error!(pod = %attachment, %error, "its interface was not removed");
@@ -192,8 +235,8 @@ impl Agent {
 
     /// Something of ours is on disk.
     pub(super) fn on_saved(&mut self, number: u64) {
-        if let Some(reply) = self.pods.unrecording.remove(&number) {
-            let _ = reply.send(Ok(true));
+        if let Some(answer) = self.pods.saving.remove(&number) {
+            answer();
         }
         if let Some(attaching) = self.pods.attaching.get_mut(&number) {
             attaching.saved = true;
@@ -218,7 +261,6 @@ impl Agent {
         let Attaching { bridge, pod, connected: Some(connected), reply, .. } = attaching else {
             return;
         };
-        tracing::info!(pod = %pod.attachment, address = %pod.addresses.first, "connected");
         let addresses = pod.addresses.iter().zip(bridge.subnets.iter()).map(|(ip, subnet)| {
             let address = ipnet::IpNet::new_assert(ip, subnet.prefix_len());
             AttachedAddress { address, gateway: gateway(subnet) }
@@ -232,6 +274,7 @@ impl Agent {
             mtu: bridge.mtu,
             addresses: addresses.collect(),
         }));
+        tracing::info!(pod = %pod.attachment, address = %pod.addresses.first, "connected");
     }
 
     /// All of them, for a database that was lost.
@@ -264,7 +307,6 @@ fn record(pod: &Pod) -> (Key, Vec<u8>) {
 impl From<NoAddress> for PodError {
     fn from(error: NoAddress) -> Self {
         let kind = match error {
-            NoAddress::NoSubnet => PodErrorKind::NotReady,
             NoAddress::Attached { .. } => PodErrorKind::Invalid,
             NoAddress::Exhausted(_) => PodErrorKind::Exhausted,
             NoAddress::Outside { .. } | NoAddress::Taken { .. } | NoAddress::TwoPlaces { .. } => {

@@ -24,7 +24,7 @@ use crate::{
     },
     model::{BootId, ClusterId, Mac, Time, Vtep},
     netlink::Netlink,
-    pods::wiring::bridge_name,
+    pods::bridge::bridge_name,
     store::{Database, Opened, StateDir, StoreError, Writer},
     transport::{BindError, CredentialError, Credentials, NodeKey, Transport},
     wire::{Record, Secret, Token, TokenError},
@@ -194,7 +194,8 @@ async fn start(
     })?;
     if let (Some(cluster), false) = (known_cluster, lost) {
         // All pods that are there are known, so the others are of nobody.
-        let bridge = bridge_name(cluster.settings.vni);
+        let name = || bridge_name(cluster.settings.vni);
+        let bridge = config.bridge.clone().unwrap_or_else(name);
         wirer.ask(Job::Sweep { bridge, keep: pods.links() });
     }
     let report = sender;

@@ -18,6 +18,14 @@ impl Agent {
         node.problems.extend(kernel.rivals.iter().chain(&kernel.host.problems).cloned());
         node.problems
             .extend(self.store_problem.iter().map(|why| format!("state directory: {why}")));
+        let subnets = kernel.wanted.as_ref().map(|view| view.own.subnets);
+        let pods_outside = self.pods.table.outside(subnets).count();
+        if let (Some(subnets), 1..) = (subnets, pods_outside) {
+            node.problems.push(format!(
+                "{pods_outside} pods have addresses outside this node's subnet {}: start them anew",
+                subnets.first
+            ));
+        }
         let paths = self.path_statuses();
         node.problems.extend(paths.iter().filter_map(|path| path.problem.clone()));
         let in_sync = kernel.wanted.is_some()
@@ -45,6 +53,8 @@ impl Agent {
                 misses_unknown: kernel.demand.unknown,
             },
             paths,
+            pods: self.pods.table.iter().count(),
+            pods_outside,
             connections: self.transport.connections(),
             node,
         }

@@ -1,14 +1,34 @@
 //! The threads that plug pods in and pull them out: the loop never waits for them.
+//!
+//! What pods are plugged into is kept as it should be: this wakes when the kernel tells of a change to it,
+//! and by a slow timer.
 
-use std::{collections::BTreeSet, io, sync::mpsc, thread};
+use std::{
+    collections::BTreeSet,
+    io::{self, Read as _, Write as _},
+    os::{fd::AsFd as _, unix::net::UnixStream},
+    sync::mpsc::{self, TryRecvError},
+    thread,
+    time::{Duration, Instant},
+};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::sync::oneshot::Sender;
 
 use crate::{
     api::{PodError, PodStatus},
     model::{Attachment, Pod},
-    pods::wiring::{Bridge, Connected, Wiring, WiringError},
+    netlink::monitor::Monitor,
+    pods::{
+        bridge::Bridge,
+        wiring::{Connected, End, Wiring, WiringError, link_name},
+    },
 };
+
+/// The bridge is looked at this often, whatever the kernel tells.
+const LOOK: Duration = Duration::from_secs(10);
+/// At least so long between two repairs: what changes without end must not take a whole CPU.
+const GAP: Duration = Duration::from_millis(20);
 
 /// What is to be done, and the number under which it is answered.
 #[derive(Debug)]
@@ -17,10 +37,16 @@ pub enum Job {
         number: u64,
         bridge: Bridge,
         pod: Pod,
+        end: End,
     },
     Disconnect {
         number: u64,
         attachment: Attachment,
+    },
+    /// Keeps a bridge as it is to be from now on, with the ports of all pods on it.
+    Keep {
+        bridge: Bridge,
+        ports: BTreeSet<String>,
     },
     /// Removes what an agent that ended in the middle has left.
     Sweep {
@@ -42,35 +68,67 @@ pub enum Job {
 /// How it went.
 #[derive(Debug)]
 pub enum Wired {
-    Connected { number: u64, result: Result<Connected, WiringError> },
-    Disconnected { number: u64, attachment: Attachment, result: io::Result<bool> },
+    Connected {
+        number: u64,
+        result: Result<Connected, WiringError>,
+    },
+    Disconnected {
+        number: u64,
+        attachment: Attachment,
+        result: io::Result<bool>,
+    },
+    /// So much of the bridge and its ports was not as it should be, or why that is not known.
+    Mended(io::Result<u64>),
 }
 
 pub struct Wirer {
     jobs: Option<mpsc::Sender<Job>>,
+    alarm: UnixStream,
     thread: Option<thread::JoinHandle<()>>,
 }
 
 impl Wirer {
     pub fn start(report: impl Fn(Wired) + Send + Sync + 'static) -> io::Result<Self> {
         let (jobs, queue) = mpsc::channel();
+        let (alarm, woken) = UnixStream::pair()?;
+        alarm.set_nonblocking(true)?;
+        woken.set_nonblocking(true)?;
         let (wiring, reaper) = (Wiring::open()?, Wiring::open()?);
+        let monitor = Monitor::of_interfaces()?;
         let thread = thread::Builder::new().name("pods".to_owned()).spawn(move || {
             let (doomed, reaping) = mpsc::channel();
             thread::scope(|scope| {
                 scope.spawn(|| reap(reaper, reaping, &report));
-                work(wiring, queue, &doomed, &report);
-                drop(doomed);
+                let worker = Worker {
+                    wiring,
+                    monitor,
+                    jobs: queue,
+                    woken,
+                    doomed,
+                    report: &report,
+                    kept: None,
+                    ports: BTreeSet::new(),
+                    touched: false,
+                    looked: Instant::now(),
+                    worked: Instant::now(),
+                };
+                worker.run();
             });
         })?;
-        Ok(Self { jobs: Some(jobs), thread: Some(thread) })
+        Ok(Self { jobs: Some(jobs), alarm, thread: Some(thread) })
     }
 
     pub fn ask(&self, job: Job) {
         if let Some(jobs) = &self.jobs {
             // The thread ends only when this sender is dropped.
             let _ = jobs.send(job);
+            self.wake();
         }
+    }
+
+    fn wake(&self) {
+        // If it is full the thread is about to wake anyway.
+        let _ = (&self.alarm).write(&[0]);
     }
 }
 
@@ -78,6 +136,7 @@ impl Wirer {
 impl Drop for Wirer {
     fn drop(&mut self) {
         drop(self.jobs.take());
+        self.wake();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -91,44 +150,146 @@ struct Doomed {
     index: u32,
 }
 
-fn work(
-    mut wiring: Wiring,
-    queue: mpsc::Receiver<Job>,
-    doomed: &mpsc::Sender<Doomed>,
-    report: &impl Fn(Wired),
-) {
-    for job in queue {
-        match job {
-            Job::Connect { number, bridge, pod } => {
-                let result = wiring.connect(&bridge, &pod);
-                report(Wired::Connected { number, result });
+struct Worker<'a, F> {
+    wiring: Wiring,
+    monitor: Monitor,
+    jobs: mpsc::Receiver<Job>,
+    woken: UnixStream,
+    doomed: mpsc::Sender<Doomed>,
+    report: &'a F,
+    /// None, as long as there are no pods.
+    kept: Option<Bridge>,
+    ports: BTreeSet<String>,
+    touched: bool,
+    looked: Instant,
+    /// What the kernel tells of our own work is read when those who wait for it have their answers.
+    worked: Instant,
+}
+
+impl<F: Fn(Wired)> Worker<'_, F> {
+    fn run(mut self) {
+        while self.take_jobs() {
+            if self.worked.elapsed() < GAP {
+                self.wait();
+                continue;
             }
-            Job::Disconnect { number, attachment } => match wiring.index(&attachment) {
-                // The other thread lives as long as this one.
-                Ok(Some(index)) => _ = doomed.send(Doomed { number, attachment, index }),
-                Ok(None) => report(Wired::Disconnected { number, attachment, result: Ok(false) }),
-                Err(error) => {
-                    report(Wired::Disconnected { number, attachment, result: Err(error) });
+            match self.monitor.read() {
+                Ok(heard) => {
+                    let touched = self.wiring.is_touched(&self.ports, heard.messages);
+                    self.touched |= heard.overrun || touched;
                 }
-            },
-            Job::Sweep { bridge, keep } => match wiring.sweep(&bridge, &keep) {
+                Err(error) => {
+                    tracing::error!(%error, "cannot hear of changes of interfaces");
+                    thread::sleep(GAP);
+                }
+            }
+            self.mend();
+            self.wait();
+        }
+    }
+
+    /// Says whether the agent still runs.
+    fn take_jobs(&mut self) -> bool {
+        loop {
+            match self.jobs.try_recv() {
+                Ok(job) => {
+                    self.work(job);
+                    self.worked = Instant::now();
+                }
+                Err(TryRecvError::Empty) => return true,
+                Err(TryRecvError::Disconnected) => return false,
+            }
+        }
+    }
+
+    fn work(&mut self, job: Job) {
+        match job {
+            Job::Connect { number, bridge, pod, end } => {
+                let result = self.wiring.connect(&bridge, &pod, end);
+                self.kept = Some(bridge);
+                if result.is_ok() {
+                    self.ports.insert(link_name(&pod.attachment));
+                }
+                (self.report)(Wired::Connected { number, result });
+            }
+            Job::Disconnect { number, attachment } => {
+                self.ports.remove(&link_name(&attachment));
+                let gone = |result| {
+                    (self.report)(Wired::Disconnected {
+                        number,
+                        attachment: attachment.clone(),
+                        result,
+                    })
+                };
+                match self.wiring.index(&attachment) {
+                    // The other thread lives as long as this one.
+                    Ok(Some(index)) => _ = self.doomed.send(Doomed { number, attachment, index }),
+                    Ok(None) => gone(Ok(false)),
+                    Err(error) => gone(Err(error)),
+                }
+            }
+            Job::Keep { bridge, ports } => {
+                (self.kept, self.ports) = (Some(bridge), ports);
+                self.touched = true;
+            }
+            Job::Sweep { bridge, keep } => match self.wiring.sweep(&bridge, &keep) {
                 Ok(0) => {}
                 Ok(count) => tracing::warn!(count, "removed interfaces of pods that nobody knows"),
                 Err(error) => tracing::error!(%error, "interfaces of pods not looked at"),
             },
             Job::Check { pod, reply } => {
-                let _ = reply.send(wiring.check(&pod).map_err(PodError::from));
+                let _ = reply.send(self.wiring.check(&pod).map_err(PodError::from));
             }
             Job::List { mut pods, reply } => {
-                match wiring.links() {
+                match self.wiring.links() {
                     Ok(links) => {
-                        pods.iter_mut().for_each(|pod| pod.orphan = !links.contains(&pod.link));
+                        let is_orphan =
+                            |pod: &PodStatus| !pod.netns.is_empty() && !links.contains(&pod.link);
+                        pods.iter_mut().for_each(|pod| pod.orphan = is_orphan(pod));
                     }
                     Err(error) => tracing::warn!(%error, "links not listed"),
                 }
                 let _ = reply.send(pods);
             }
         }
+    }
+
+    fn mend(&mut self) {
+        let Some(bridge) = &self.kept else { return };
+        let pause = if self.touched { GAP } else { LOOK };
+        if self.looked.elapsed() < pause {
+            return;
+        }
+        let result = self.wiring.mend(bridge, &self.ports);
+        self.looked = Instant::now();
+        self.touched = false;
+        if !matches!(result, Ok(0)) {
+            (self.report)(Wired::Mended(result));
+        }
+    }
+
+    fn wait(&mut self) {
+        let quiet = GAP.saturating_sub(self.worked.elapsed());
+        let pause = if self.touched { GAP } else { LOOK };
+        let mend = self.kept.as_ref().map(|_| pause.saturating_sub(self.looked.elapsed()));
+        let (pause, sources) = match quiet.is_zero() {
+            true => (mend, [Some(self.woken.as_fd()), Some(self.monitor.as_fd())]),
+            false => (Some(quiet), [Some(self.woken.as_fd()), None]),
+        };
+        let timeout = pause.map_or(PollTimeout::NONE, |pause| {
+            // A whole millisecond more than none, or it would spin through the last one.
+            PollTimeout::try_from(pause.as_millis() + 1).unwrap_or(PollTimeout::MAX)
+        });
+        let mut fds: Vec<PollFd<'_>> =
+            sources.into_iter().flatten().map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+        if let Err(error) = poll(&mut fds, timeout)
+            && error != nix::errno::Errno::EINTR
+        {
+            tracing::error!(%error, "poll");
+            thread::sleep(LOOK);
+        }
+        let mut bytes = [0; 64];
+        while (&self.woken).read(&mut bytes).is_ok_and(|read| read == bytes.len()) {}
     }
 }
 

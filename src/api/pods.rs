@@ -45,7 +45,7 @@ pub struct Attached {
     pub mac: Mac,
     /// The other end of its cable, on this host.
     pub link: String,
-    pub link_mac: Option<Mac>,
+    pub link_mac: Mac,
     pub bridge: String,
     pub bridge_mac: Option<Mac>,
     /// Bytes.

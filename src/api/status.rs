@@ -21,6 +21,10 @@ pub struct AgentStatus {
     pub kernel: KernelStatus,
     /// Whether packets get through to each peer with a subnet.
     pub paths: Vec<PathStatus>,
+    /// Pods of this node.
+    pub pods: usize,
+    /// Those of them whose addresses are not of this node's subnet: nobody reaches them.
+    pub pods_outside: usize,
     pub connections: usize,
 }
 

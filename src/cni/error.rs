@@ -21,6 +21,8 @@ pub mod code {
     pub const BAD_CONFIG: u32 = 7;
     pub const TRY_LATER: u32 = 11;
     pub const NOT_AVAILABLE: u32 = 50;
+    /// And pods that are there may be cut off.
+    pub const NOT_AVAILABLE_AND_CUT_OFF: u32 = 51;
     /// Ours: the node's subnet is used up.
     pub const EXHAUSTED: u32 = 100;
     /// Ours: the address that was asked for cannot be had.

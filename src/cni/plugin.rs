@@ -114,7 +114,17 @@ fn collect(request: &CniRequest, socket: &Path) -> Result<(), CniError> {
 
 fn status(socket: &Path) -> Result<(), CniError> {
     let unavailable = |error: CniError| CniError { code: code::NOT_AVAILABLE, ..error };
-    let status = ask(api::get(socket, "/v1/status")).map_err(unavailable)?;
+    judge(&ask(api::get(socket, "/v1/status")).map_err(unavailable)?)
+}
+
+fn judge(status: &Value) -> Result<(), CniError> {
+    let cut_off = status["pods_outside"].as_u64().unwrap_or(0);
+    if cut_off > 0 {
+        let why = format!(
+            "{cut_off} pods have addresses of a subnet that this node has lost: start them anew"
+        );
+        return Err(CniError::new(code::NOT_AVAILABLE_AND_CUT_OFF, why));
+    }
     if status["subnet"].is_null() || status["kernel"]["in_sync"] != true {
         let why = "this node has no subnet in use yet: see `gossamer status`";
         return Err(CniError::new(code::NOT_AVAILABLE, why));
@@ -131,4 +141,23 @@ fn read<T: DeserializeOwned>(answer: Value) -> Result<T, CniError> {
     let unreadable =
         |error| CniError::new(code::UNDECODABLE, format!("the agent's answer: {error}"));
     serde_json::from_value(answer).map_err(unreadable)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_without_a_subnet_is_not_available_and_one_that_lost_it_cuts_pods_off() {
+        let status = |subnet: Value, in_sync: bool, outside: u64| {
+            let kernel = json!({ "in_sync": in_sync });
+            let status = json!({ "subnet": subnet, "kernel": kernel, "pods_outside": outside });
+            judge(&status).map_err(|error| error.code)
+        };
+        assert_eq!(status("10.42.7.0/24".into(), true, 0), Ok(()));
+        assert_eq!(status(Value::Null, true, 0), Err(50));
+        assert_eq!(status("10.42.7.0/24".into(), false, 0), Err(50));
+        assert_eq!(status("10.42.9.0/24".into(), true, 2), Err(51));
+        assert_eq!(status(Value::Null, false, 2), Err(51));
+    }
 }

@@ -20,11 +20,11 @@ pub fn added(version: &str, interface: &str, netns: &str, attached: &Attached) -
         sandbox.into_iter().for_each(|sandbox| put("sandbox", sandbox.into()));
         link
     };
-    let mac = |mac: Option<crate::model::Mac>| mac.map(|mac| mac.to_string());
+    let bridge_mac = attached.bridge_mac.map(|mac| mac.to_string());
     // The pod's own is the third.
     let interfaces = [
-        link(&attached.bridge, mac(attached.bridge_mac), None),
-        link(&attached.link, mac(attached.link_mac), None),
+        link(&attached.bridge, bridge_mac, None),
+        link(&attached.link, Some(attached.link_mac.to_string()), None),
         link(interface, Some(attached.mac.to_string()), Some(netns)),
     ];
     let ips: Vec<Value> = attached
@@ -61,7 +61,7 @@ mod tests {
         let attached = Attached {
             mac: Mac::from_bytes([0x0a, 0x58, 10, 42, 7, 2]),
             link: "gsm0123456789".to_owned(),
-            link_mac: None,
+            link_mac: Mac::from_bytes([0x0e, 1, 2, 3, 4, 5]),
             bridge: "gsm0".to_owned(),
             bridge_mac: None,
             mtu: 1450,

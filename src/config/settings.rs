@@ -119,6 +119,9 @@ pub struct Settings {
     /// MTU of the overlay device [default: the underlay's, less 50 (IPv4) or 70 (IPv6)]
     #[arg(long, env = "GOSSAMER_MTU", value_name = "BYTES")]
     pub mtu: Option<u32>,
+    /// Bridge that pods are plugged into [default: gsm0, or gsm and the VNI]
+    #[arg(long, env = "GOSSAMER_BRIDGE", value_name = "NAME")]
+    pub bridge: Option<String>,
     /// Name of this node in tables [default: the host name]
     #[arg(long, env = "GOSSAMER_NODE_NAME", value_name = "NAME")]
     pub node_name: Option<String>,
@@ -200,6 +203,7 @@ impl Settings {
             vni: self.vni.or(other.vni),
             vxlan_port: self.vxlan_port.or(other.vxlan_port),
             mtu: self.mtu.or(other.mtu),
+            bridge: self.bridge.or(other.bridge),
             node_name: self.node_name.or(other.node_name),
             net_config: self.net_config.or(other.net_config),
             log: self.log.or(other.log),

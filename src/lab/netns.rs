@@ -57,7 +57,7 @@ impl NetNs {
     }
 
     pub fn netlink(&self) -> io::Result<Netlink> {
-        Netlink::open_in(&self.file)
+        self.run(Netlink::open)
     }
 
     /// Sets `net/...` below /proc/sys.

@@ -20,7 +20,7 @@ pub use id::{BootId, ClusterId, IdError, NodeId};
 pub use member::{
     Identity, Incarnation, MemberRecord, NodeName, NodeNameError, Suspicion, Version,
 };
-pub use pod::{Addresses, Attachment, AttachmentError, Pod};
+pub use pod::{Addresses, Attachment, AttachmentError, Pod, check_interface_name};
 pub use pool::{MAX_SLOTS, Pool, PoolError, PoolSpec, Slot, Subnets};
 pub use quorum::{Quorum, QuorumError};
 pub use slot::{Run, SlotRecord, SlotState};

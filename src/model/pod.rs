@@ -43,14 +43,7 @@ impl Attachment {
         {
             return Err(AttachmentError::Container(container.to_owned()));
         }
-        let forbidden = |c: char| matches!(c, '/' | ':') || c.is_whitespace() || c.is_control();
-        if interface.is_empty()
-            || interface.len() > INTERFACE_MAX
-            || matches!(interface, "." | "..")
-            || interface.contains(forbidden)
-        {
-            return Err(AttachmentError::Interface(interface.to_owned()));
-        }
+        check_interface_name(interface)?;
         Ok(Self { container: container.to_owned(), interface: interface.to_owned() })
     }
 
@@ -67,6 +60,17 @@ impl fmt::Display for Attachment {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} {}", self.container, self.interface)
     }
+}
+
+/// # Errors
+/// Names that the kernel does not allow (`dev_valid_name`).
+pub fn check_interface_name(name: &str) -> Result<(), AttachmentError> {
+    let forbidden = |c: char| matches!(c, '/' | ':') || c.is_whitespace() || c.is_control();
+    let fits = (1..=INTERFACE_MAX).contains(&name.len());
+    if !fits || matches!(name, "." | "..") || name.contains(forbidden) {
+        return Err(AttachmentError::Interface(name.to_owned()));
+    }
+    Ok(())
 }
 
 /// An attachment with its addresses, as it is kept on disk.

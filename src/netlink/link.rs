@@ -11,7 +11,10 @@ use rtnetlink::{
     packet_route::{
         AddressFamily, RouteNetlinkMessage,
         address::{AddressAttribute, AddressHeaderFlags, AddressMessage, AddressScope},
-        link::{LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
+        link::{
+            AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute, LinkFlags, LinkInfo,
+            LinkMessage,
+        },
         route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType},
     },
 };
@@ -210,7 +213,7 @@ impl From<LinkMessage> for Link {
 }
 
 impl Address {
-    fn new(message: &AddressMessage) -> Option<Self> {
+    pub(crate) fn new(message: &AddressMessage) -> Option<Self> {
         let find = |local: bool| {
             message.attributes.iter().find_map(|attribute| match attribute {
                 AddressAttribute::Local(ip) if local => Some(*ip),
@@ -283,6 +286,12 @@ impl UnderlayRoute {
             && self.prefix_len <= full_len
             && (bits(to) ^ bits(self.destination)) & mask == 0
     }
+}
+
+/// The attribute by which a device gets no IPv6 address of its own.
+pub(crate) fn no_ipv6_address() -> LinkAttribute {
+    let none = AfSpecInet6::AddrGenMode(In6AddrGenMode::None);
+    LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![none])])
 }
 
 pub(crate) fn address_message(link: u32, ip: IpAddr, prefix_len: u8) -> AddressMessage {

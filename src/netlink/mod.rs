@@ -74,12 +74,16 @@ impl Netlink {
         Ok(Self { socket, sequence: 0, buffer: Vec::with_capacity(RECEIVE_BUFFER) })
     }
 
-    /// A socket in another network namespace, for good.
+    /// A socket in another network namespace, for good. This thread goes there and comes back to its
+    /// `home`: a thread of its own would take longer than the rest.
     ///
     /// # Errors
     /// `EINVAL` if that is none.
-    pub fn open_in(netns: &(impl AsFd + Sync)) -> io::Result<Self> {
-        inside(netns, Self::open)
+    pub fn open_in(netns: &impl AsFd, home: &impl AsFd) -> io::Result<Self> {
+        setns(netns, CloneFlags::CLONE_NEWNET)?;
+        let opened = Self::open();
+        setns(home, CloneFlags::CLONE_NEWNET)?;
+        opened
     }
 
     /// Carries out all changes, in order, and names those that the kernel refused.

@@ -16,7 +16,9 @@ use rtnetlink::{
 use super::{RECEIVE_BUFFER, drain, parse_messages};
 
 /// `RTNLGRP_*` of linux/rtnetlink.h: links, neighbours, addresses and routes of both families.
-const GROUPS: [u32; 6] = [1, 3, 5, 7, 9, 11];
+const EVERYTHING: [u32; 6] = [1, 3, 5, 7, 9, 11];
+/// Of them, links and addresses.
+const INTERFACES: [u32; 3] = [1, 5, 9];
 /// Some 20,000 changes: more than one burst of a busy host.
 const SOCKET_BUFFER: usize = 8 << 20;
 
@@ -35,10 +37,20 @@ pub struct Heard {
 }
 
 impl Monitor {
+    /// Hears of interfaces, neighbours and routes.
     pub fn open() -> io::Result<Self> {
+        Self::of(&EVERYTHING)
+    }
+
+    /// Hears of interfaces and their addresses alone.
+    pub fn of_interfaces() -> io::Result<Self> {
+        Self::of(&INTERFACES)
+    }
+
+    fn of(groups: &[u32]) -> io::Result<Self> {
         let mut socket = Socket::new(NETLINK_ROUTE)?;
         socket.bind(&SocketAddr::new(0, 0))?;
-        for group in GROUPS {
+        for &group in groups {
             // A kernel without IPv6 has no such group.
             let joined = socket.add_membership(group);
             if group < 9 {

@@ -11,6 +11,8 @@ use ipnet::IpNet;
 
 use crate::model::{Addresses, Attachment, Pod, Subnets, Time};
 
+#[cfg(feature = "agent")]
+pub mod bridge;
 #[cfg(test)]
 mod tests;
 #[cfg(feature = "agent")]
@@ -26,8 +28,6 @@ const GATEWAY: u32 = 1;
 /// Why there is no address for a pod.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NoAddress {
-    #[error("this node has no subnet yet")]
-    NoSubnet,
     #[error("{attachment} has an address already: {address}")]
     Attached { attachment: Attachment, address: IpAddr },
     #[error("address {address}: it is not one for pods of this node's subnet {subnet}")]
@@ -57,7 +57,6 @@ pub struct Wish {
 /// All pods of this node.
 #[derive(Debug, Default)]
 pub struct Pods {
-    subnets: Option<Subnets>,
     pods: BTreeMap<Attachment, Pod>,
     holders: BTreeMap<IpAddr, Attachment>,
     /// When addresses were given back, by the first of each pod.
@@ -72,21 +71,17 @@ impl Pods {
         all
     }
 
-    /// Which subnets this node has. Pods with addresses of others keep them.
-    pub fn serve(&mut self, subnets: Option<Subnets>) {
-        self.subnets = subnets;
-    }
-
-    /// Gives a pod its addresses: those it wishes for, or the lowest ones that have rested.
+    /// Gives a pod its addresses in the subnets that this node has now: those it wishes for, or the lowest
+    /// ones that have rested. Pods with addresses of earlier subnets keep them.
     ///
     /// # Errors
     /// Why not; nothing has changed then.
     pub fn attach(
         &mut self,
         now: Time,
+        subnets: Subnets,
         Wish { attachment, owner, netns, addresses: wishes }: Wish,
     ) -> Result<&Pod, NoAddress> {
-        let subnets = self.subnets.ok_or(NoAddress::NoSubnet)?;
         if let Some(pod) = self.pods.get(&attachment) {
             let address = pod.addresses.first;
             return Err(NoAddress::Attached { attachment, address });
@@ -111,6 +106,26 @@ impl Pods {
         self.resting.retain(|_, since| now.since(*since) < REST);
         self.resting.insert(pod.addresses.first, now);
         Some(pod)
+    }
+
+    /// Calls a pod by another name, and says where it is.
+    pub fn rename(&mut self, from: &Attachment, to: Attachment, netns: String) -> Option<&Pod> {
+        let pod = self.pods.remove(from)?;
+        self.insert(Pod { attachment: to.clone(), netns, ..pod });
+        self.pods.get(&to)
+    }
+
+    /// Who has an address.
+    pub fn holder(&self, address: IpAddr) -> Option<&Pod> {
+        self.pods.get(self.holders.get(&address)?)
+    }
+
+    /// Pods that others cannot reach any more, for their addresses are none of this node's.
+    pub fn outside(&self, subnets: Option<Subnets>) -> impl Iterator<Item = &Pod> {
+        let is_inside = move |address: IpAddr| {
+            subnets.is_some_and(|subnets| subnets.iter().any(|subnet| subnet.contains(&address)))
+        };
+        self.iter().filter(move |pod| !is_inside(pod.addresses.first))
     }
 
     pub fn get(&self, attachment: &Attachment) -> Option<&Pod> {

@@ -7,10 +7,14 @@ fn subnets(first: &str, second: Option<&str>) -> Subnets {
     Subnets { first: parse(first), second: second.map(parse) }
 }
 
-fn pods(first: &str, second: Option<&str>) -> Pods {
-    let mut pods = Pods::default();
-    pods.serve(Some(subnets(first, second)));
-    pods
+/// A node with its pods.
+struct Node {
+    subnets: Subnets,
+    pods: Pods,
+}
+
+fn pods(first: &str, second: Option<&str>) -> Node {
+    Node { subnets: subnets(first, second), pods: Pods::default() }
 }
 
 fn named(container: &str) -> Attachment {
@@ -30,13 +34,13 @@ const fn at(seconds: u64) -> Time {
     Time::from_nanos(seconds * 1_000_000_000)
 }
 
-impl Pods {
+impl Node {
     fn give(&mut self, now: Time, container: &str) -> Result<IpAddr, NoAddress> {
-        self.attach(now, wish(container, &[])).map(|pod| pod.addresses.first)
+        self.pods.attach(now, self.subnets, wish(container, &[])).map(|pod| pod.addresses.first)
     }
 
     fn give_wished(&mut self, container: &str, wishes: &[IpAddr]) -> Result<Addresses, NoAddress> {
-        self.attach(at(0), wish(container, wishes)).map(|pod| pod.addresses)
+        self.pods.attach(at(0), self.subnets, wish(container, wishes)).map(|pod| pod.addresses)
     }
 }
 
@@ -45,7 +49,7 @@ fn the_lowest_address_is_given_and_one_that_was_given_back_rests() {
     let mut pods = pods("10.42.7.0/24", None);
     assert_eq!(pods.give(at(0), "a"), Ok(ip("10.42.7.2")));
     assert_eq!(pods.give(at(0), "b"), Ok(ip("10.42.7.3")));
-    pods.detach(at(1), &named("a"));
+    pods.pods.detach(at(1), &named("a"));
     assert_eq!(pods.give(at(2), "c"), Ok(ip("10.42.7.4")));
     assert_eq!(pods.give(at(1) + REST, "d"), Ok(ip("10.42.7.2")));
 }
@@ -57,11 +61,11 @@ fn when_all_others_are_in_use_the_one_that_rested_longest_is_given() {
         assert!(pods.give(at(0), name).is_ok());
     }
     assert_eq!(pods.give(at(0), "f"), Err(NoAddress::Exhausted(5)));
-    pods.detach(at(2), &named("b"));
-    pods.detach(at(1), &named("d"));
+    pods.pods.detach(at(2), &named("b"));
+    pods.pods.detach(at(1), &named("d"));
     assert_eq!(pods.give(at(3), "f"), Ok(ip("10.42.7.5")));
     assert_eq!(pods.give(at(3), "g"), Ok(ip("10.42.7.3")));
-    assert_eq!(pods.iter().count(), 5);
+    assert_eq!(pods.pods.iter().count(), 5);
 }
 
 #[test]
@@ -89,18 +93,31 @@ fn wishes_outside_or_taken_are_refused_and_change_nothing() {
     assert!(taken.contains("a eth0 has it"), "{taken}");
     let again = pods.give_wished("a", &[]);
     assert!(matches!(again, Err(NoAddress::Attached { .. })), "{again:?}");
-    assert_eq!(pods.iter().count(), 1);
+    assert_eq!(pods.pods.iter().count(), 1);
 }
 
 #[test]
 fn pods_of_an_earlier_run_and_of_another_subnet_keep_their_addresses() {
     let mut before = pods("10.42.7.0/24", None);
     before.give(at(0), "a").expect("an address");
-    let mut pods = Pods::new(before.iter().cloned());
-    assert_eq!(pods.give(at(0), "b"), Err(NoAddress::NoSubnet));
-    pods.serve(Some(subnets("10.42.7.0/24", None)));
+    let mut pods = Node { pods: Pods::new(before.pods.iter().cloned()), ..before };
     assert_eq!(pods.give(at(0), "b"), Ok(ip("10.42.7.3")));
-    pods.serve(Some(subnets("10.42.9.0/24", None)));
-    assert_eq!(pods.get(&named("a")).map(|pod| pod.addresses.first), Some(ip("10.42.7.2")));
+    assert_eq!(pods.pods.outside(Some(pods.subnets)).count(), 0);
+    pods.subnets = subnets("10.42.9.0/24", None);
+    let known = pods.pods.get(&named("a"));
+    assert_eq!(known.map(|pod| pod.addresses.first), Some(ip("10.42.7.2")));
     assert_eq!(pods.give(at(0), "c"), Ok(ip("10.42.9.2")));
+    assert_eq!(pods.pods.outside(Some(pods.subnets)).count(), 2);
+    assert_eq!(pods.pods.outside(None).count(), 3);
+}
+
+#[test]
+fn a_pod_can_be_given_another_name_and_keeps_its_addresses() {
+    let mut pods = pods("10.42.7.0/24", None);
+    pods.give(at(0), "a").expect("an address");
+    let renamed = pods.pods.rename(&named("a"), named("b"), "/ns2".to_owned()).cloned();
+    assert_eq!(renamed.as_ref().map(|pod| pod.addresses.first), Some(ip("10.42.7.2")));
+    assert_eq!(pods.pods.holder(ip("10.42.7.2")), renamed.as_ref());
+    assert_eq!((pods.pods.get(&named("a")), pods.pods.iter().count()), (None, 1));
+    assert_eq!(pods.pods.rename(&named("a"), named("c"), String::new()), None);
 }

@@ -343,3 +343,51 @@ fn the_plugin_is_installed_where_runtimes_look_and_nobodys_changes_are_lost() {
     assert!(String::from_utf8_lossy(&refused.stderr).contains("--force"), "{refused:?}");
     assert!(install(&["--force"]).status.success());
 }
+
+#[test]
+fn what_others_do_to_the_bridge_is_put_right() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        cluster.agents[0].end(Signal::SIGTERM)?;
+        let bridge = ["--bridge", "pods0"];
+        cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &bridge)?;
+        cluster.converge()?;
+        let host = &cluster.hosts[0].netns;
+        let spaces = namespaces(&["a", "b"])?;
+        let runtime = Runtime::new(&cluster.agents[0]);
+        let (a, _) = (runtime.add("a"), runtime.add("b"));
+        let link = a["interfaces"][1]["name"].as_str().expect("a name");
+        let is_whole = |what: &str| {
+            wait_until(what, PATIENCE, || {
+                let ports = tool(host, "ip -o link show type veth master pods0 up");
+                let addresses = String::from_utf8(run(host, "ip addr show pods0").stdout);
+                ports.lines().count() == 2
+                    && addresses.is_ok_and(|text| text.contains("/24") && text.contains("state UP"))
+            });
+        };
+        for command in [
+            "ip addr flush dev pods0",
+            "ip link set pods0 down",
+            &format!("ip link set {link} nomaster"),
+            &format!("ip link set {link} down"),
+            "ip link del pods0",
+        ] {
+            tool(host, command);
+            // Commands that find nothing of it give no output.
+            is_whole(command);
+            let gateway = a["ips"][0]["gateway"].as_str().expect("a gateway");
+            tool(&spaces[0], &format!("ping -c 1 -W 2 {gateway}"));
+        }
+        let status = cluster.agents[0].ask("/v1/status", PATIENCE)?;
+        assert!(status["kernel"]["repairs"]["bridge"].as_u64() >= Some(5), "{status}");
+        // Over a restart too: who keeps it then has plugged nothing in.
+        cluster.agents[0].end(Signal::SIGTERM)?;
+        tool(&cluster.hosts[0].netns, "ip link del pods0");
+        cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &bridge)?;
+        let host = &cluster.hosts[0].netns;
+        eventually(host, "ip -o link show type veth up", |text| {
+            text.lines().filter(|line| line.contains("master pods0")).count() == 2
+        });
+        Ok(())
+    });
+}

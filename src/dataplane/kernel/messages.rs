@@ -10,10 +10,7 @@ use rtnetlink::{
     packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE},
     packet_route::{
         AddressFamily, RouteNetlinkMessage,
-        link::{
-            AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoVxlan, LinkAttribute,
-            LinkInfo, LinkMessage,
-        },
+        link::{InfoData, InfoVxlan, LinkAttribute, LinkInfo, LinkMessage},
         neighbour::{
             NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
         },
@@ -35,12 +32,6 @@ use crate::{
     model::Mac,
     netlink::{Request, attributes, link::Link},
 };
-
-/// The attribute by which a device gets no IPv6 address of its own.
-pub(super) fn no_ipv6_address() -> LinkAttribute {
-    let none = AfSpecInet6::AddrGenMode(In6AddrGenMode::None);
-    LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![none])])
-}
 
 /// Neighbours on the device with this index are asked for in user space, three times, and nowhere else.
 pub(super) fn solicit_us(table: &str, index: u32) -> RouteNetlinkMessage {

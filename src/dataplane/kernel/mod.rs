@@ -30,7 +30,7 @@ pub use self::{
     watch::Touched,
 };
 use self::{
-    messages::{device_message, fixed_attributes, no_ipv6_address, request, solicit_us},
+    messages::{device_message, fixed_attributes, request, solicit_us},
     watch::miss,
 };
 use super::{
@@ -43,7 +43,7 @@ use crate::{
     netlink::{
         Netlink, Request,
         ethtool::{Ethtool, TX_CHECKSUM},
-        link::Link,
+        link::{Link, no_ipv6_address},
         monitor::Monitor,
     },
 };

@@ -1,0 +1,192 @@
+//! What pods are plugged into: a bridge with the gateway's addresses, and their ports on it.
+//!
+//! Made when the first pod comes and put right whenever it is not as it should be. Which pods there are is
+//! not known here, only how their ports are called.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    net::IpAddr,
+};
+
+use rtnetlink::{
+    LinkBridge, LinkUnspec,
+    packet_core::{NLM_F_CREATE, NLM_F_EXCL},
+    packet_route::{
+        AddressFamily, RouteNetlinkMessage,
+        address::{AddressAttribute, AddressFlags},
+        link::{InfoBridgePort, InfoPortData, InfoPortKind, LinkAttribute},
+    },
+};
+
+use super::gateway;
+use crate::{
+    model::{Mac, Subnets},
+    netlink::{
+        Netlink, Request,
+        link::{Address, Link, address_message, no_ipv6_address},
+    },
+};
+
+/// By which a bridge is known as ours.
+pub(super) const ALIAS: &str = "gossamer pods";
+/// Of bridges, and of pods' ends on this host.
+pub(super) const PREFIX: &str = "gsm";
+
+/// What it should be like.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bridge {
+    pub name: String,
+    pub subnets: Subnets,
+    /// Of the bridge, and of every pod.
+    pub mtu: u32,
+}
+
+/// A bridge that is as it should be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Provided {
+    pub(super) bridge: Bridge,
+    pub(super) index: u32,
+    pub(super) mac: Option<Mac>,
+}
+
+/// The bridge of an overlay with this VNI, unless the operator names another.
+pub fn bridge_name(vni: u32) -> String {
+    if vni == 1 { format!("{PREFIX}0") } else { format!("{PREFIX}{vni}") }
+}
+
+/// Makes the bridge, or what it lacks. Says how much was not as it should be.
+pub(super) fn provide(netlink: &mut Netlink, bridge: &Bridge) -> io::Result<(Provided, u64)> {
+    let mut changes = 0;
+    let link = match netlink.link(&bridge.name)? {
+        Some(link) => link,
+        None => {
+            changes += 1;
+            make(netlink, bridge)?
+        }
+    };
+    if link.kind != "bridge" {
+        let why = format!("{} is there and is no bridge: choose another name", bridge.name);
+        return Err(io::Error::other(why));
+    }
+    if !is_as_it_should_be(&link, bridge) {
+        let change = LinkUnspec::new_with_index(link.index).mtu(bridge.mtu).alias(ALIAS).up();
+        netlink.set_link(change)?;
+        changes += 1;
+    }
+    let has: Vec<Address> = netlink.addresses()?;
+    for subnet in bridge.subnets.iter() {
+        let ip = gateway(subnet);
+        if !has.iter().any(|address| address.link == link.index && address.ip == ip) {
+            netlink.apply(vec![address_request(link.index, ip, subnet.prefix_len())])?;
+            changes += 1;
+        }
+    }
+    Ok((Provided { bridge: bridge.clone(), index: link.index, mac: link.mac }, changes))
+}
+
+/// Plugs those of the ports in again that are on no bridge, or on another one, or down. Says how many.
+pub(super) fn plug_again(
+    netlink: &mut Netlink,
+    provided: &Provided,
+    ports: &BTreeSet<String>,
+) -> io::Result<u64> {
+    let links = netlink.links()?;
+    let mut changes = 0;
+    for port in links.iter().filter(|link| ports.contains(&link.name)) {
+        if !is_plugged(port, provided.index) {
+            netlink
+                .set_link(LinkUnspec::new_with_index(port.index).controller(provided.index).up())?;
+            netlink.apply_one(port_settings(&port.name).message, 0)?;
+            changes += 1;
+        }
+    }
+    Ok(changes)
+}
+
+/// Whether something has happened to the bridge or to one of the ports, after which it is to be looked at
+/// again. What came last about each counts.
+pub(super) fn is_touched(
+    provided: &Provided,
+    ports: &BTreeSet<String>,
+    messages: Vec<RouteNetlinkMessage>,
+) -> bool {
+    let mut whole = BTreeMap::new();
+    for message in messages {
+        match message {
+            RouteNetlinkMessage::NewLink(message) => {
+                // What bridges tell in messages of their own lacks most attributes.
+                if message.header.interface_family != AddressFamily::Unspec {
+                    continue;
+                }
+                let link = Link::from(message);
+                if link.index == provided.index {
+                    whole.insert(link.index, is_as_it_should_be(&link, &provided.bridge));
+                } else if ports.contains(&link.name) {
+                    whole.insert(link.index, is_plugged(&link, provided.index));
+                }
+            }
+            RouteNetlinkMessage::DelLink(message) if message.header.index == provided.index => {
+                whole.insert(provided.index, false);
+            }
+            RouteNetlinkMessage::DelAddress(message) => {
+                let is_gateway = |address: &Address| {
+                    provided.bridge.subnets.iter().any(|subnet| gateway(subnet) == address.ip)
+                };
+                if Address::new(&message).filter(is_gateway).is_some() {
+                    return true;
+                }
+            }
+            _ => {}
+        }
+    }
+    whole.values().any(|whole| !whole)
+}
+
+/// How a port is set, before it is up: a pod may speak to itself by way of a service's address, and the port
+/// takes no address of its own.
+pub(super) fn port_settings(port: &str) -> Request {
+    let message = LinkUnspec::new_with_name(port)
+        .set_port_kind(InfoPortKind::Bridge)
+        .set_port_data(InfoPortData::BridgePort(vec![InfoBridgePort::HairpinMode(true)]))
+        .append_extra_attribute(no_ipv6_address());
+    Request { message: RouteNetlinkMessage::NewLink(message.build()), flags: 0 }
+}
+
+pub(super) fn address_request(link: u32, ip: IpAddr, prefix_len: u8) -> Request {
+    let mut message = address_message(link, ip, prefix_len);
+    // It is nobody else's: to ask around would take IPv6 a second.
+    message.attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
+    let flags = NLM_F_CREATE | NLM_F_EXCL;
+    Request { message: RouteNetlinkMessage::NewAddress(message), flags }
+}
+
+/// Of gateways and pods. Follows from the address, so that neighbours who remember an earlier holder of it
+/// are right.
+pub(super) fn mac_at(ip: IpAddr) -> Mac {
+    let [.., a, b, c, d] = match ip {
+        IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
+        IpAddr::V6(ip) => ip.octets(),
+    };
+    Mac::from_bytes([0x0a, 0x58, a, b, c, d])
+}
+
+pub(super) fn is_on(link: &Link, bridge: u32) -> bool {
+    link.message.attributes.contains(&LinkAttribute::Controller(bridge))
+}
+
+fn is_plugged(port: &Link, bridge: u32) -> bool {
+    port.up && is_on(port, bridge)
+}
+
+fn is_as_it_should_be(link: &Link, bridge: &Bridge) -> bool {
+    link.up && link.mtu == bridge.mtu && link.alias == ALIAS && link.name == bridge.name
+}
+
+fn make(netlink: &mut Netlink, bridge: &Bridge) -> io::Result<Link> {
+    // Without a MAC of its own it takes the lowest of its ports', which come and go.
+    let mac = mac_at(gateway(bridge.subnets.first)).as_bytes().to_vec();
+    let made = LinkBridge::new(&bridge.name).address(mac).mtu(bridge.mtu).up();
+    netlink.create_link(made.build())?;
+    netlink.link(&bridge.name)?.ok_or_else(|| io::ErrorKind::NotFound.into())
+}
