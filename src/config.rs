@@ -17,6 +17,7 @@ use regex_lite::Regex;
 
 use crate::{
     dataplane::{demand::Program, desired::Mode, firewall::Policy},
+    docker,
     model::{
         ClusterSettings, NodeName, Pool, PoolSpec, Quorum, QuorumError, SettingsWish,
         check_interface_name,
@@ -70,6 +71,8 @@ pub struct Config {
     pub mtu: Option<u32>,
     /// What pods are plugged into, unless it is called after the VNI.
     pub bridge: Option<String>,
+    /// The socket of Docker's network plugin, if it is served.
+    pub docker_plugin: Option<PathBuf>,
     pub name: NodeName,
 }
 
@@ -182,6 +185,7 @@ impl Settings {
             set_sysctls: self.set_sysctls.unwrap_or(false),
             mtu: self.mtu,
             bridge: self.bridge,
+            docker_plugin: self.docker_plugin.map(|dir| docker::socket_in(&dir, &instance)),
         })
     }
 

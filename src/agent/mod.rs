@@ -5,6 +5,7 @@
 //! core's: here is only IO. SIGTERM ends the agent and leaves the kernel's state in place.
 
 mod data_plane;
+mod docker;
 mod owners;
 mod ping;
 mod pods;
@@ -45,6 +46,7 @@ use crate::{
         desired::device_name,
         kernel::{FirewallTable, Kernel, KernelError},
     },
+    docker as docker_plugin,
     icmp::Heard,
     model::{NodeId, Pool, Time},
     pods::{bridge::bridge_name, wiring::Wiring},
@@ -140,6 +142,7 @@ enum News {
     Kernel(Told),
     Pods(Wired),
     Api(Question),
+    Docker(docker_plugin::Request),
 }
 
 impl Agent {
@@ -253,6 +256,7 @@ impl Agent {
             News::Kernel(told) => self.on_told(told),
             News::Pods(wired) => self.on_wired(wired),
             News::Api(request) => self.on_api(request),
+            News::Docker(request) => self.on_docker(request),
         }
     }
 

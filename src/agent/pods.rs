@@ -31,17 +31,17 @@ use crate::{
 pub(super) struct PodState {
     pub(super) table: Pods,
     /// What their bridge is kept like.
-    bridge: Option<Bridge>,
+    pub(super) bridge: Option<Bridge>,
     number: u64,
     attaching: BTreeMap<u64, Attaching>,
     /// What is said when the disk has it.
-    saving: BTreeMap<u64, Answer>,
+    pub(super) saving: BTreeMap<u64, Box<dyn FnOnce() + Send>>,
     /// Who waits for the kernel: pods that nobody knows may have an interface all the same.
-    unplugging: BTreeMap<u64, Sender<Result<bool, PodError>>>,
+    unplugging: BTreeMap<u64, Answer<bool>>,
 }
 
-/// An answer that is on its way as soon as it may be.
-type Answer = Box<dyn FnOnce() + Send>;
+/// Gives an answer as soon as it may be given.
+pub(super) type Answer<T> = Box<dyn FnOnce(Result<T, PodError>) + Send>;
 
 /// Waits for the disk and for the kernel.
 struct Attaching {
@@ -49,7 +49,7 @@ struct Attaching {
     pod: Pod,
     saved: bool,
     connected: Option<Connected>,
-    reply: Sender<Result<Attached, PodError>>,
+    reply: Answer<Attached>,
 }
 
 impl PodState {
@@ -68,7 +68,7 @@ impl PodState {
     }
 
     /// A number for something that is under way.
-    fn next(&mut self) -> u64 {
+    pub(super) fn next(&mut self) -> u64 {
         self.number += 1;
         self.number
     }
@@ -103,18 +103,15 @@ impl Agent {
     ) {
         match self.give_address(request) {
             Err(error) => _ = reply.send(Err(error)),
-            Ok((bridge, pod)) => self.connect(bridge, pod, End::Inside, reply),
+            Ok((bridge, pod)) => {
+                let answer = move |result| _ = reply.send(result);
+                self.connect(bridge, pod, End::Inside, Box::new(answer));
+            }
         }
     }
 
     /// Answered when the pod is on disk and plugged in.
-    pub(super) fn connect(
-        &mut self,
-        bridge: Bridge,
-        pod: Pod,
-        end: End,
-        reply: Sender<Result<Attached, PodError>>,
-    ) {
+    pub(super) fn connect(&mut self, bridge: Bridge, pod: Pod, end: End, reply: Answer<Attached>) {
         let number = self.pods.next();
         self.writer.save(vec![record(&pod)], number);
         let (on, one) = (bridge.clone(), pod.clone());
@@ -158,19 +155,27 @@ impl Agent {
         match Attachment::new(&request.container, &request.interface) {
             Err(error) => _ = reply.send(Err(PodError::invalid(error))),
             Ok(attachment) => {
-                self.give_up_attaching(&attachment);
-                let number = self.pods.next();
-                // The kernel takes long to remove an interface. The answer need not wait for that: whoever
-                // connects the same one again does.
-                if self.forget_pod(number, &attachment) {
-                    let done = || _ = reply.send(Ok(true));
-                    self.pods.saving.insert(number, Box::new(done));
-                } else {
-                    self.pods.unplugging.insert(number, reply);
-                }
-                self.wirer.ask(Job::Disconnect { number, attachment });
+                self.detach_then(&attachment, move |result| _ = reply.send(result));
             }
         }
+    }
+
+    /// Answered with whether there was anything.
+    pub(super) fn detach_then(
+        &mut self,
+        attachment: &Attachment,
+        answer: impl FnOnce(Result<bool, PodError>) + Send + 'static,
+    ) {
+        self.give_up_attaching(attachment);
+        let number = self.pods.next();
+        // The kernel takes long to remove an interface. The answer need not wait for that: whoever connects
+        // the same one again does.
+        if self.forget_pod(number, attachment) {
+            self.pods.saving.insert(number, Box::new(|| answer(Ok(true))));
+        } else {
+            self.pods.unplugging.insert(number, Box::new(answer));
+        }
+        self.wirer.ask(Job::Disconnect { number, attachment: attachment.clone() });
     }
 
     /// Who asked for it does not want it any more.
@@ -180,7 +185,7 @@ impl Agent {
         let number = found.map(|(number, _)| *number);
         if let Some(attaching) = number.and_then(|number| self.pods.attaching.remove(&number)) {
             let why = format!("{attachment} was disconnected meanwhile");
-            let _ = attaching.reply.send(Err(PodError::invalid(why)));
+            (attaching.reply)(Err(PodError::invalid(why)));
         }
     }
 
@@ -211,7 +216,7 @@ impl Agent {
                 let Attaching { pod, reply, .. } = attaching;
                 tracing::warn!(pod = %pod.attachment, %error, "not connected");
                 self.forget_pod(number, &pod.attachment);
-                let _ = reply.send(Err(error.into()));
+                reply(Err(error.into()));
             }
             Wired::Mended(Ok(count)) => {
                 tracing::warn!(count, "put the pods' bridge right");
@@ -227,7 +232,7 @@ impl Agent {
                         let what = format!("removing {}: {error}", link_name(&attachment));
                         PodError::new(PodErrorKind::Failed, what)
                     };
-                    let _ = reply.send(result.map_err(failed));
+                    reply(result.map_err(failed));
                 }
             }
         }
@@ -265,7 +270,7 @@ impl Agent {
             let address = ipnet::IpNet::new_assert(ip, subnet.prefix_len());
             AttachedAddress { address, gateway: gateway(subnet) }
         });
-        let _ = reply.send(Ok(Attached {
+        reply(Ok(Attached {
             mac: connected.mac,
             link: link_name(&pod.attachment),
             link_mac: connected.link_mac,
@@ -300,7 +305,7 @@ impl Agent {
     }
 }
 
-fn record(pod: &Pod) -> (Key, Vec<u8>) {
+pub(super) fn record(pod: &Pod) -> (Key, Vec<u8>) {
     (Key::Pod(pod.addresses.first), Record::Pod(pod.clone()).encode())
 }
 

@@ -22,6 +22,7 @@ use crate::{
         desired::device_name,
         kernel::{Kernel, KernelError},
     },
+    docker,
     model::{BootId, ClusterId, Mac, Time, Vtep},
     netlink::Netlink,
     pods::bridge::bridge_name,
@@ -198,9 +199,18 @@ async fn start(
         let bridge = config.bridge.clone().unwrap_or_else(name);
         wirer.ask(Job::Sweep { bridge, keep: pods.links() });
     }
-    let report = sender;
+    let report = sender.clone();
     let _socket =
         api::serve(&config.socket, move |request| report.send(News::Api(request)).is_ok())?;
+    let report = sender;
+    let _plugin = match &config.docker_plugin {
+        Some(path) => {
+            let (socket, listener) = api::Socket::listen(path)?;
+            docker::handle(listener, move |asked| report.send(News::Docker(asked)).is_ok());
+            Some(socket)
+        }
+        None => None,
+    };
     let (prober, heard) = Prober::start(u16::from_ne_bytes(random()?), config.withdraw_after);
     let agent = Agent {
         node,

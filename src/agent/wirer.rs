@@ -12,11 +12,12 @@ use std::{
     time::{Duration, Instant},
 };
 
+use ipnet::IpNet;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::sync::oneshot::Sender;
 
 use crate::{
-    api::{PodError, PodStatus},
+    api::{PodError, PodErrorKind, PodStatus},
     model::{Attachment, Pod},
     netlink::monitor::Monitor,
     pods::{
@@ -47,6 +48,13 @@ pub enum Job {
     Keep {
         bridge: Bridge,
         ports: BTreeSet<String>,
+    },
+    /// Removes a bridge on which there are no pods, for as long as there are none. Answered by the thread
+    /// itself, with the subnet that has no route then.
+    Vacate {
+        bridge: String,
+        subnet: IpNet,
+        reply: Sender<Result<IpNet, PodError>>,
     },
     /// Removes what an agent that ended in the middle has left.
     Sweep {
@@ -231,6 +239,14 @@ impl<F: Fn(Wired)> Worker<'_, F> {
             Job::Keep { bridge, ports } => {
                 (self.kept, self.ports) = (Some(bridge), ports);
                 self.touched = true;
+            }
+            Job::Vacate { bridge, subnet, reply } => {
+                self.kept = None;
+                let failed = |error| {
+                    let what = format!("removing {bridge}: {error}");
+                    PodError::new(PodErrorKind::Failed, what)
+                };
+                let _ = reply.send(self.wiring.remove(&bridge).map(|()| subnet).map_err(failed));
             }
             Job::Sweep { bridge, keep } => match self.wiring.sweep(&bridge, &keep) {
                 Ok(0) => {}

@@ -7,6 +7,7 @@ mod client;
 mod ping;
 mod pods;
 mod server;
+mod socket;
 mod status;
 
 pub use client::{ClientError, block_on, get, post, post_json};
@@ -14,5 +15,6 @@ pub use ping::{PingReport, Reach};
 pub use pods::{
     AttachRequest, Attached, AttachedAddress, AttachmentName, PodError, PodErrorKind, PodStatus,
 };
-pub use server::{Question, Socket, SocketError, serve};
+pub use server::{Question, serve};
+pub use socket::{Socket, SocketError};
 pub use status::{AgentStatus, KernelStatus, PathStatus};

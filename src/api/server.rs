@@ -1,11 +1,6 @@
 //! The agent's end of the control socket.
 
-use std::{
-    fs, io,
-    os::unix::{fs::FileTypeExt as _, net::UnixStream},
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{path::Path, sync::Arc};
 
 use axum::{
     Json, Router,
@@ -14,17 +9,13 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{get, post},
 };
-use nix::sys::stat::{Mode, umask};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use tokio::{
-    net::UnixListener,
-    sync::oneshot::{self, Sender},
-};
+use tokio::sync::oneshot::{self, Sender};
 
 use super::{
     AgentStatus, AttachRequest, Attached, AttachmentName, PingReport, PodError, PodErrorKind,
-    PodStatus,
+    PodStatus, Socket, SocketError,
 };
 
 /// Longest wait for convergence that can be asked for, in seconds.
@@ -84,30 +75,6 @@ pub enum Question {
     },
 }
 
-/// The socket cannot be had.
-#[derive(Debug, thiserror::Error)]
-pub enum SocketError {
-    #[error(
-        "socket: an agent is already listening on {}: stop it or choose another --socket",
-        path.display()
-    )]
-    InUse { path: PathBuf },
-    #[error("socket: {} is there and is no socket: remove it or choose another --socket", path.display())]
-    NotASocket { path: PathBuf },
-    #[error("socket: {}: {error}", path.display())]
-    Io { path: PathBuf, error: io::Error },
-}
-
-/// A listening control socket; its file goes when this is dropped.
-#[derive(Debug)]
-pub struct Socket(PathBuf);
-
-impl Drop for Socket {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.0);
-    }
-}
-
 type Ask = Arc<dyn Fn(Question) -> bool + Send + Sync>;
 
 /// Listens and serves in tasks of its own. `ask` hands a request to the agent's loop.
@@ -115,16 +82,7 @@ pub fn serve(
     path: &Path,
     ask: impl Fn(Question) -> bool + Send + Sync + 'static,
 ) -> Result<Socket, SocketError> {
-    let fail = |error| SocketError::Io { path: path.to_owned(), error };
-    if let Some(directory) = path.parent() {
-        fs::create_dir_all(directory).map_err(fail)?;
-    }
-    remove_stale(path)?;
-    // Made for its owner alone from the first moment on: the token can be read over it.
-    let before = umask(Mode::from_bits_truncate(0o177));
-    let listener = UnixListener::bind(path);
-    umask(before);
-    let listener = listener.map_err(fail)?;
+    let (socket, listener) = Socket::listen(path)?;
     let ask: Ask = Arc::new(ask);
     let router = Router::new()
         .route("/v1/status", get(status))
@@ -140,19 +98,7 @@ pub fn serve(
         .route("/v1/pods/check", post(check))
         .with_state(ask);
     tokio::spawn(async move { axum::serve(listener, router).await });
-    Ok(Socket(path.to_owned()))
-}
-
-/// A socket that nobody listens on is left from an agent that was killed.
-fn remove_stale(path: &Path) -> Result<(), SocketError> {
-    let path = path.to_owned();
-    match fs::symlink_metadata(&path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(SocketError::Io { path, error }),
-        Ok(meta) if !meta.file_type().is_socket() => Err(SocketError::NotASocket { path }),
-        Ok(_) if UnixStream::connect(&path).is_ok() => Err(SocketError::InUse { path }),
-        Ok(_) => fs::remove_file(&path).map_err(|error| SocketError::Io { path, error }),
-    }
+    Ok(socket)
 }
 
 #[derive(Deserialize)]

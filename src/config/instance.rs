@@ -33,7 +33,7 @@ impl Instance {
     }
 
     /// How its directories are called.
-    fn directory(&self) -> String {
+    pub fn directory(&self) -> String {
         self.0.as_ref().map_or_else(|| NAME.to_owned(), |name| format!("{NAME}-{name}"))
     }
 

@@ -10,7 +10,10 @@ use ipnet::{IpNet, Ipv6Net};
 use serde::Deserialize;
 
 use super::{ConfigError, bad, net_conf};
-use crate::dataplane::{demand::Program, desired::Mode};
+use crate::{
+    dataplane::{demand::Program, desired::Mode},
+    docker,
+};
 
 /// Everything that can be set, as it was written. Nothing here is checked yet.
 #[derive(Clone, Debug, Default, PartialEq, Eq, clap::Args, Deserialize)]
@@ -122,6 +125,10 @@ pub struct Settings {
     /// Bridge that pods are plugged into [default: gsm0, or gsm and the VNI]
     #[arg(long, env = "GOSSAMER_BRIDGE", value_name = "NAME")]
     pub bridge: Option<String>,
+    /// Serve Docker's network plugin on a socket in this directory [directory: /run/docker/plugins]
+    #[arg(long, env = "GOSSAMER_DOCKER_PLUGIN", num_args = 0..=1,
+          default_missing_value = docker::DIRECTORY, value_name = "DIR")]
+    pub docker_plugin: Option<PathBuf>,
     /// Name of this node in tables [default: the host name]
     #[arg(long, env = "GOSSAMER_NODE_NAME", value_name = "NAME")]
     pub node_name: Option<String>,
@@ -204,6 +211,7 @@ impl Settings {
             vxlan_port: self.vxlan_port.or(other.vxlan_port),
             mtu: self.mtu.or(other.mtu),
             bridge: self.bridge.or(other.bridge),
+            docker_plugin: self.docker_plugin.or(other.docker_plugin),
             node_name: self.node_name.or(other.node_name),
             net_config: self.net_config.or(other.net_config),
             log: self.log.or(other.log),

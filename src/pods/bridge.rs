@@ -186,7 +186,8 @@ fn is_as_it_should_be(link: &Link, bridge: &Bridge) -> bool {
 fn make(netlink: &mut Netlink, bridge: &Bridge) -> io::Result<Link> {
     // Without a MAC of its own it takes the lowest of its ports', which come and go.
     let mac = mac_at(gateway(bridge.subnets.first)).as_bytes().to_vec();
-    let made = LinkBridge::new(&bridge.name).address(mac).mtu(bridge.mtu).up();
+    // An MTU that it was born with would change with its ports; one that is set later stays.
+    let made = LinkBridge::new(&bridge.name).address(mac).up();
     netlink.create_link(made.build())?;
     netlink.link(&bridge.name)?.ok_or_else(|| io::ErrorKind::NotFound.into())
 }

@@ -172,6 +172,14 @@ fn pods_keep_their_addresses_over_restarts_and_give_them_back_once() {
         eventually(&cluster.hosts[0].netns, "ip -o link show type veth master gsm0", |text| {
             text.lines().count() == 1
         });
+        // A bridge without ports stays as it was, MTU included.
+        Runtime::new(&cluster.agents[0]).del("c");
+        let host = &cluster.hosts[0].netns;
+        eventually(host, "ip -o link show type veth master gsm0", str::is_empty);
+        let shown = tool(host, "ip link show gsm0");
+        assert!(shown.contains("mtu 1450"), "{shown}");
+        let status = cluster.agents[0].ask("/v1/status", PATIENCE)?;
+        assert_eq!(status["kernel"]["repairs"]["bridge"], Value::Null, "{status}");
         Ok(())
     });
 }

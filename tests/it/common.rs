@@ -33,9 +33,7 @@ pub fn isolated<F: FnOnce(&mut Lab) -> anyhow::Result<()>>(body: F) {
         Command::new(program()).args(["lab", "--", "true"]).output().expect("gossamer runs");
     if !probe.status.success() {
         let why = String::from_utf8_lossy(&probe.stderr);
-        // Not by a macro: the output of a test that passes is not shown.
-        let _ = writeln!(std::io::stderr(), "SKIPPED {test}: {}", why.trim());
-        return;
+        return skipped(test, why.trim());
     }
     let this = std::env::current_exe().expect("the path of this test");
     // A program that was to end and did not must not hold up all tests.
@@ -55,6 +53,12 @@ pub fn isolated<F: FnOnce(&mut Lab) -> anyhow::Result<()>>(body: F) {
         output.status,
         text(&output.stderr)
     );
+}
+
+/// Says that a test was not run, and for want of what.
+pub fn skipped(test: &str, why: &str) {
+    // Not by a macro: the output of a test that passes is not shown.
+    let _ = writeln!(std::io::stderr(), "SKIPPED {test}: {why}");
 }
 
 /// A cluster of `count` hosts; the first one created it.

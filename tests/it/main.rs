@@ -9,6 +9,7 @@ mod cluster;
 mod cni;
 mod common;
 mod demand;
+mod docker;
 mod families;
 mod firewall;
 mod instances;

@@ -1,0 +1,245 @@
+//! The loop's side of Docker's plugin: endpoints are pods that Docker gives addresses to before it names
+//! them.
+//!
+//! An address is reserved under its container's MAC, for the endpoint has no name yet; then it is the
+//! endpoint's until Docker deletes that. Everything is on disk before it is answered.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use tokio::sync::oneshot::Sender;
+
+use super::{Agent, pods::record, wirer::Job};
+use crate::{
+    api::{PodError, PodErrorKind},
+    docker::{Joined, OWNER, Request},
+    model::{Attachment, Pod, Subnets},
+    pods::{
+        Wish, gateway,
+        wiring::{End, loose_name},
+    },
+};
+
+/// In the place of an interface's name: Docker chooses that itself.
+const INTERFACE: &str = "docker";
+
+impl Agent {
+    pub(super) fn on_docker(&mut self, request: Request) {
+        match request {
+            Request::Pool { ipv6, named, reply } => self.docker_pool(ipv6, named, reply),
+            Request::Network { pools, reply } => _ = reply.send(self.docker_network(&pools)),
+            Request::Gateway { pool, reply } => {
+                let gateway = |subnet: IpNet| with_length(gateway(subnet), subnet);
+                let _ = reply.send(self.own_subnet(pool).map(gateway));
+            }
+            Request::Reserve { pool, address, mac, reply } => {
+                self.reserve(pool, address, mac, reply);
+            }
+            Request::Release { address, reply } => self.release(address, reply),
+            Request::Bind { endpoint, addresses, reply } => {
+                if let Err(error) = self.bind(&endpoint, &addresses) {
+                    let _ = reply.send(Err(error));
+                } else {
+                    self.save_endpoint(&endpoint, reply);
+                }
+            }
+            Request::Find { endpoint, reply } => {
+                let _ = reply.send(self.endpoint(&endpoint).map(drop));
+            }
+            Request::Join { endpoint, sandbox, reply } => self.join(&endpoint, sandbox, reply),
+            Request::Delete { endpoint, reply } => match attachment(&endpoint) {
+                Err(error) => _ = reply.send(Err(error)),
+                Ok(attachment) => self.remove_endpoint(&attachment, reply),
+            },
+        }
+    }
+
+    fn docker_pool(&mut self, ipv6: bool, named: bool, reply: Sender<Result<IpNet, PodError>>) {
+        let bridge = self.ready_bridge();
+        let subnet = bridge.as_ref().map_err(PodError::clone).and_then(|bridge| {
+            let found = bridge.subnets.iter().find(|subnet| subnet.addr().is_ipv6() == ipv6);
+            let family = if ipv6 { "IPv6" } else { "IPv4" };
+            found.ok_or_else(|| PodError::invalid(format!("this overlay has no {family}")))
+        });
+        match (bridge, subnet) {
+            (Ok(bridge), Ok(subnet)) if !named && !ipv6 && self.pods.bridge.is_some() => {
+                // Docker would find the bridge's route, ask for another pool, and so without end.
+                if self.pods.table.iter().next().is_some() {
+                    let why = format!(
+                        "this host has containers on {subnet} already, and Docker takes such a subnet only \
+                         if it is named: add --subnet {subnet}"
+                    );
+                    let _ = reply.send(Err(PodError::invalid(why)));
+                } else {
+                    self.pods.bridge = None;
+                    self.wirer.ask(Job::Vacate { bridge: bridge.name, subnet, reply });
+                }
+            }
+            (_, subnet) => _ = reply.send(subnet),
+        }
+    }
+
+    fn docker_network(&self, pools: &[IpNet]) -> Result<u32, PodError> {
+        pools.iter().try_for_each(|pool| self.own_subnet(*pool).map(drop))?;
+        Ok(self.ready_bridge()?.mtu)
+    }
+
+    /// A pool as this node has it now.
+    fn own_subnet(&self, pool: IpNet) -> Result<IpNet, PodError> {
+        let subnets = self.ready_bridge()?.subnets;
+        let found = subnets.iter().find(|subnet| *subnet == pool.trunc());
+        found.ok_or_else(|| {
+            PodError::invalid(format!(
+                "pool {pool}: this node's subnet is {}: create the network anew, with --ipam-driver gossamer",
+                subnets.first
+            ))
+        })
+    }
+
+    fn reserve(
+        &mut self,
+        pool: IpNet,
+        address: Option<IpAddr>,
+        mac: Option<String>,
+        reply: Sender<Result<IpNet, PodError>>,
+    ) {
+        match self.find_or_reserve(pool, address, mac.as_deref()) {
+            Err(error) => _ = reply.send(Err(error)),
+            Ok((pod, subnet)) => {
+                let given = pod.addresses.iter().find(|ip| subnet.contains(ip));
+                let given = with_length(given.unwrap_or(pod.addresses.first), subnet);
+                self.save_then(&pod, move || _ = reply.send(Ok(given)));
+            }
+        }
+    }
+
+    fn find_or_reserve(
+        &mut self,
+        pool: IpNet,
+        address: Option<IpAddr>,
+        mac: Option<&str>,
+    ) -> Result<(Pod, IpNet), PodError> {
+        let subnet = self.own_subnet(pool)?;
+        let who = match (mac, address) {
+            (Some(mac), _) => format!("mac-{}", mac.replace(':', "")),
+            (None, Some(address)) => format!("address-{}", address.to_string().replace(':', "-")),
+            (None, None) => {
+                return Err(PodError::invalid("an address for a container without a MAC"));
+            }
+        };
+        let attachment = attachment(&who)?;
+        // Of the other family, or asked for once more.
+        if let Some(pod) = self.pods.table.get(&attachment)
+            && address.is_none_or(|address| pod.addresses.iter().any(|ip| ip == address))
+        {
+            return Ok((pod.clone(), subnet));
+        }
+        let bridge = self.ready_bridge()?;
+        let addresses = address.into_iter().collect();
+        let wish = Wish { attachment, owner: OWNER.to_owned(), netns: String::new(), addresses };
+        let pod = self.pods.table.attach(self.clock.now(), bridge.subnets, wish)?.clone();
+        Ok((pod, subnet))
+    }
+
+    fn release(&mut self, address: IpAddr, reply: Sender<Result<(), PodError>>) {
+        match self.pods.table.holder(address).filter(|pod| pod.owner == OWNER) {
+            Some(pod) => self.remove_endpoint(&pod.attachment.clone(), reply),
+            // What is not held is free already.
+            None => _ = reply.send(Ok(())),
+        }
+    }
+
+    fn remove_endpoint(&mut self, attachment: &Attachment, reply: Sender<Result<(), PodError>>) {
+        self.detach_then(attachment, move |result| _ = reply.send(result.map(drop)));
+    }
+
+    fn bind(&mut self, endpoint: &str, addresses: &[IpAddr]) -> Result<(), PodError> {
+        let attachment = attachment(endpoint)?;
+        let not_ours = |address: &IpAddr| {
+            PodError::invalid(format!(
+                "address {address}: it was not given by gossamer: create the network with \
+                 --ipam-driver gossamer"
+            ))
+        };
+        let none = || PodError::invalid(format!("endpoint {endpoint}: it has no address"));
+        let first = addresses.first().ok_or_else(none)?;
+        let holder = self.pods.table.holder(*first).filter(|pod| pod.owner == OWNER);
+        let holder = holder.ok_or_else(|| not_ours(first))?;
+        if let Some(other) =
+            addresses.iter().find(|ip| !holder.addresses.iter().any(|has| has == **ip))
+        {
+            return Err(not_ours(other));
+        }
+        let held = holder.attachment.clone();
+        if held == attachment {
+            return Ok(());
+        }
+        if let Some(pod) = self.pods.table.get(&attachment) {
+            let has = pod.addresses.first;
+            return Err(PodError::invalid(format!("endpoint {endpoint}: it has {has} already")));
+        }
+        if !is_reservation(&held) {
+            let why = format!("address {first}: endpoint {} has it", held.container());
+            return Err(PodError::new(PodErrorKind::Address, why));
+        }
+        self.pods.table.rename(&held, attachment, String::new());
+        Ok(())
+    }
+
+    fn save_endpoint(&mut self, endpoint: &str, reply: Sender<Result<(), PodError>>) {
+        match self.endpoint(endpoint).cloned() {
+            Ok(pod) => self.save_then(&pod, move || _ = reply.send(Ok(()))),
+            Err(error) => _ = reply.send(Err(error)),
+        }
+    }
+
+    fn join(&mut self, endpoint: &str, sandbox: String, reply: Sender<Result<Joined, PodError>>) {
+        let ready =
+            self.endpoint(endpoint).cloned().and_then(|pod| Ok((self.ready_bridge()?, pod)));
+        let (bridge, pod) = match ready {
+            Ok(ready) => ready,
+            Err(error) => {
+                let _ = reply.send(Err(error));
+                return;
+            }
+        };
+        let attachment = pod.attachment;
+        let Some(pod) = self.pods.table.rename(&attachment, attachment.clone(), sandbox) else {
+            return;
+        };
+        let pod = pod.clone();
+        let networks = self.kernel.wanted.as_ref().map(|view| view.settings.pool.networks());
+        let routes = networks.into_iter().flat_map(Subnets::iter).filter_map(|network| {
+            let same = |subnet: &IpNet| network.contains(subnet);
+            Some((network, gateway(bridge.subnets.iter().find(same)?)))
+        });
+        let joined = Joined { interface: loose_name(&attachment), routes: routes.collect() };
+        let answer = move |result: Result<_, PodError>| _ = reply.send(result.map(|_| joined));
+        self.connect(bridge, pod, End::Loose, Box::new(answer));
+    }
+
+    fn endpoint(&self, endpoint: &str) -> Result<&Pod, PodError> {
+        let unknown =
+            || PodError::invalid(format!("endpoint {endpoint}: there is none of that name"));
+        self.pods.table.get(&attachment(endpoint)?).ok_or_else(unknown)
+    }
+
+    fn save_then(&mut self, pod: &Pod, answer: impl FnOnce() + Send + 'static) {
+        let number = self.pods.next();
+        self.writer.save(vec![record(pod)], number);
+        self.pods.saving.insert(number, Box::new(answer));
+    }
+}
+
+fn attachment(name: &str) -> Result<Attachment, PodError> {
+    Attachment::new(name, INTERFACE).map_err(PodError::invalid)
+}
+
+/// No endpoint has it yet.
+fn is_reservation(attachment: &Attachment) -> bool {
+    ["mac-", "address-"].iter().any(|prefix| attachment.container().starts_with(prefix))
+}
+
+fn with_length(ip: IpAddr, subnet: IpNet) -> IpNet {
+    IpNet::new_assert(ip, subnet.prefix_len())
+}

@@ -1,0 +1,377 @@
+//! Docker's network plugin: by the requests that Docker sends, and with real dockerds.
+
+use std::{
+    io::Write as _,
+    os::unix::fs::{PermissionsExt as _, symlink},
+    path::{Path, PathBuf},
+    process::{Child, Command, Output, Stdio},
+};
+
+use gossamer::{
+    api::{self, ClientError},
+    lab::{Agent, Host},
+};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use serde_json::{Value, json};
+
+use crate::common::{
+    Cluster, PATIENCE, client, eventually, isolated, program, run, skipped, tool, wait_until,
+};
+
+/// What Docker talks to.
+struct Plugin(PathBuf);
+
+impl Plugin {
+    fn on(host: &Host) -> Self {
+        Self(host.dir.join("plugins/gossamer.sock"))
+    }
+
+    fn ask(&self, method: &str, request: &Value) -> Value {
+        let target = format!("/{method}");
+        let answer = api::block_on(api::post_json(&self.0, &target, request)).expect("a runtime");
+        answer.unwrap_or_else(|error| panic!("{method}: {error}"))
+    }
+
+    fn done(&self, method: &str, request: &Value) -> Value {
+        let answer = self.ask(method, request);
+        assert!(answer["Err"].is_null() && answer["Error"].is_null(), "{method}: {answer}");
+        answer
+    }
+
+    fn refused(&self, method: &str, request: &Value) -> String {
+        let answer = self.ask(method, request);
+        let field = if method.starts_with("Ipam") { "Error" } else { "Err" };
+        answer[field].as_str().unwrap_or_else(|| panic!("{method}: {answer}")).to_owned()
+    }
+
+    /// An address for a container with this MAC.
+    fn address(&self, pool: &Value, mac: &str) -> String {
+        let options = json!({ "com.docker.network.endpoint.macaddress": mac });
+        let request = json!({ "PoolID": pool, "Address": "", "Options": options });
+        let answer = self.done("IpamDriver.RequestAddress", &request);
+        answer["Address"].as_str().expect("an address").to_owned()
+    }
+}
+
+/// Ends the agent of a host, and starts it with the plugin.
+fn serve(cluster: &mut Cluster, number: usize, end: Signal) -> anyhow::Result<()> {
+    cluster.agents[number].end(end)?;
+    let plugins = cluster.hosts[number].dir.join("plugins");
+    let plugins = plugins.to_str().expect("a path").to_owned();
+    let host = &cluster.hosts[number];
+    cluster.agents[number] = Agent::start(program(), host, &["--docker-plugin", &plugins])?;
+    cluster.converge()
+}
+
+fn pods(agent: &mut Agent) -> Vec<Value> {
+    let answer = agent.ask("/v1/pods", PATIENCE).expect("pods");
+    answer["pods"].as_array().expect("a list").clone()
+}
+
+#[test]
+fn dockers_requests_are_answered_and_nothing_is_lost_with_the_agent() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        serve(&mut cluster, 0, Signal::SIGTERM)?;
+        let plugin = Plugin::on(&cluster.hosts[0]);
+        let drivers = plugin.done("Plugin.Activate", &Value::Null);
+        assert_eq!(drivers["Implements"], json!(["NetworkDriver", "IpamDriver"]));
+        let pool = plugin.done("IpamDriver.RequestPool", &json!({ "Pool": "" }))["PoolID"].clone();
+        let network = |pool: &Value| json!({ "NetworkID": "n", "IPv4Data": [{ "Pool": pool }] });
+        plugin.done("NetworkDriver.CreateNetwork", &network(&pool));
+        let gateway = json!({ "RequestAddressType": "com.docker.network.gateway" });
+        let gateway = json!({ "PoolID": pool, "Options": gateway });
+        let gateway = plugin.done("IpamDriver.RequestAddress", &gateway)["Address"].clone();
+        assert!(gateway.as_str().is_some_and(|text| text.ends_with(".1/24")), "{gateway}");
+
+        let first = plugin.address(&pool, "02:42:00:00:00:01");
+        // Asked again, for the answer may have been lost.
+        assert_eq!(plugin.address(&pool, "02:42:00:00:00:01"), first);
+        let second = plugin.address(&pool, "02:42:00:00:00:02");
+        assert_ne!(first, second);
+        let endpoint = |id: &str, address: &str| json!({ "NetworkID": "n", "EndpointID": id, "Interface": { "Address": address } });
+        for _ in 0..2 {
+            let made = plugin.done("NetworkDriver.CreateEndpoint", &endpoint("e1", &first));
+            assert_eq!(made["Interface"], json!({}), "Docker has given all of it itself");
+        }
+        // Between two steps, and as if by a power cut.
+        serve(&mut cluster, 0, Signal::SIGKILL)?;
+        let join = json!({ "NetworkID": "n", "EndpointID": "e1", "SandboxKey": "/sandbox" });
+        let joined = plugin.done("NetworkDriver.Join", &join);
+        let via = gateway.as_str().and_then(|text| text.split('/').next());
+        assert_eq!(
+            joined["StaticRoutes"],
+            json!([{ "Destination": "10.42.0.0/16", "RouteType": 0, "NextHop": via }])
+        );
+        let name = joined["InterfaceName"]["SrcName"].as_str().expect("a name");
+        let host = &cluster.hosts[0].netns;
+        let shown = tool(host, &format!("ip link show {name}"));
+        assert!(shown.contains("mtu 1450"), "{shown}");
+        assert_eq!(pods(&mut cluster.agents[0]).len(), 2);
+
+        plugin.done("NetworkDriver.Leave", &join);
+        for _ in 0..2 {
+            plugin.done("NetworkDriver.DeleteEndpoint", &join);
+            for address in [&first, &second] {
+                let ip = address.split('/').next();
+                let request = json!({ "PoolID": pool, "Address": ip });
+                plugin.done("IpamDriver.ReleaseAddress", &request);
+            }
+        }
+        eventually(host, "ip -o link show type veth master gsm0", str::is_empty);
+        assert!(pods(&mut cluster.agents[0]).is_empty());
+        // With nothing on it the bridge makes way for a network whose subnet nobody has named.
+        plugin.done("IpamDriver.RequestPool", &json!({ "Pool": "" }));
+        assert!(!run(host, "ip link show gsm0").status.success());
+        Ok(())
+    });
+}
+
+#[test]
+fn what_docker_cannot_have_is_refused_and_changes_nothing() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        serve(&mut cluster, 0, Signal::SIGTERM)?;
+        let plugin = Plugin::on(&cluster.hosts[0]);
+        let pool = plugin.done("IpamDriver.RequestPool", &json!({ "Pool": "" }))["PoolID"].clone();
+        let first = plugin.address(&pool, "02:42:00:00:00:01");
+        let ip = first.split('/').next().expect("an address");
+        let endpoint = |id: &str, address: &str| json!({ "NetworkID": "n", "EndpointID": id, "Interface": { "Address": address } });
+        plugin.done("NetworkDriver.CreateEndpoint", &endpoint("e1", &first));
+        let foreign = json!({ "NetworkID": "n", "IPv4Data": [{ "Pool": "172.18.0.0/16" }] });
+        let option = json!({ "com.docker.network.generic": { "speed": "fast" } });
+        let option = json!({ "NetworkID": "n", "IPv4Data": [{ "Pool": pool }], "Options": option });
+        let any = "10.42.99.0/24";
+        let cases = [
+            ("NetworkDriver.CreateNetwork", foreign, "--ipam-driver gossamer"),
+            ("NetworkDriver.CreateNetwork", option, "option speed=fast"),
+            ("NetworkDriver.CreateEndpoint", endpoint("e2", "172.18.0.2/16"), "172.18.0.2"),
+            ("NetworkDriver.CreateEndpoint", endpoint("e2", &first), "endpoint e1 has it"),
+            ("NetworkDriver.CreateEndpoint", endpoint("e2", ""), "has no address"),
+            ("NetworkDriver.CreateEndpoint", endpoint("../e2", &first), "has no address"),
+            ("NetworkDriver.Join", json!({ "EndpointID": "e9" }), "endpoint e9"),
+            ("NetworkDriver.Join", json!({ "EndpointID": "../e1" }), "../e1"),
+            ("NetworkDriver.Leave", json!({ "EndpointID": "e9" }), "endpoint e9"),
+            ("NetworkDriver.EndpointOperInfo", json!({ "EndpointID": "e9" }), "endpoint e9"),
+            ("NetworkDriver.Join", json!({ "EndpointID": 9 }), "the request"),
+            ("IpamDriver.RequestPool", json!({ "Pool": any }), any),
+            ("IpamDriver.RequestPool", json!({ "Pool": "ten" }), "ten"),
+            (
+                "IpamDriver.RequestPool",
+                json!({ "Pool": pool, "SubPool": "10.42.1.0/28" }),
+                "ip-range",
+            ),
+            ("IpamDriver.RequestPool", json!({ "Pool": pool, "V6": true }), "no IPv6"),
+            (
+                "IpamDriver.RequestPool",
+                json!({ "Pool": pool, "Options": { "a": "b" } }),
+                "ipam-opt a=b",
+            ),
+            ("IpamDriver.RequestAddress", json!({ "PoolID": any, "Address": ip }), any),
+            ("IpamDriver.RequestAddress", json!({ "PoolID": pool, "Address": ip }), "has it"),
+            (
+                "IpamDriver.RequestAddress",
+                json!({ "PoolID": pool, "Address": "10.42.1.999" }),
+                "999",
+            ),
+        ];
+        for (method, request, word) in cases {
+            let why = plugin.refused(method, &request);
+            // A bad name is named before what it may have.
+            assert!(why.contains(word) || why.contains("container id"), "{method}: {why}");
+        }
+        let unknown = api::block_on(api::post_json(&plugin.0, "/NetworkDriver.Fly", &Value::Null))?;
+        assert!(matches!(unknown, Err(ClientError::Refused { .. })), "{unknown:?}");
+        let pods = pods(&mut cluster.agents[0]);
+        assert_eq!(pods.len(), 1, "{pods:?}");
+        assert_eq!((&pods[0]["container"], &pods[0]["orphan"]), (&json!("e1"), &json!(false)));
+
+        // What Docker would ask for without end is said at once, and what helps.
+        plugin.done("NetworkDriver.Join", &json!({ "EndpointID": "e1", "SandboxKey": "/s" }));
+        let why = plugin.refused("IpamDriver.RequestPool", &json!({ "Pool": "" }));
+        assert!(why.contains("--subnet"), "{why}");
+        plugin.done("IpamDriver.RequestPool", &json!({ "Pool": pool }));
+        Ok(())
+    });
+}
+
+/// A dockerd on a host, with files of its own. It is ended when dropped.
+struct Dockerd {
+    child: Child,
+    socket: String,
+}
+
+impl Dockerd {
+    fn start(host: &Host) -> Self {
+        let dir = host.dir.join("docker");
+        std::fs::create_dir_all(&dir).expect("a directory");
+        let (dir, plugins) = (dir.display(), host.dir.join("plugins"));
+        let socket = format!("unix://{dir}/docker.sock");
+        // Docker looks for plugins in one place of the file system, which has to be another on each host.
+        let script = format!(
+            "mkdir -p /run/docker && mount -t tmpfs none /run/docker && mkdir /run/docker/plugins && \
+             mount --bind {plugins} /run/docker/plugins && exec dockerd --host {socket} \
+             --data-root {dir}/data --exec-root {dir}/exec --pidfile {dir}/pid --storage-driver vfs",
+            plugins = plugins.display()
+        );
+        let log = std::fs::File::create(host.dir.join("dockerd.log")).expect("a log");
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "sh", "-c", &script]);
+        command.stdout(log.try_clone().expect("a log")).stderr(log);
+        let child = host.netns.spawn(&mut command).expect("dockerd starts");
+        let this = Self { child, socket };
+        wait_until("dockerd answers", PATIENCE, || this.run(&["version"]).status.success());
+        this
+    }
+
+    fn run(&self, arguments: &[&str]) -> Output {
+        let mut docker = Command::new("docker");
+        docker.args(["--host", &self.socket]).args(arguments).output().expect("docker runs")
+    }
+
+    fn done(&self, arguments: &[&str]) -> String {
+        let output = self.run(arguments);
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
+        assert!(output.status.success(), "docker {arguments:?}: {}", text(&output.stderr));
+        text(&output.stdout)
+    }
+
+    /// An image with nothing but busybox.
+    fn import(&self, host: &Host) {
+        let bin = host.dir.join("image/bin");
+        std::fs::create_dir_all(&bin).expect("a directory");
+        let busybox = bin.join("busybox");
+        std::fs::copy(BUSYBOX, &busybox).expect("busybox");
+        std::fs::set_permissions(&busybox, std::fs::Permissions::from_mode(0o755)).expect("set");
+        for applet in ["sh", "sleep", "ping", "httpd", "wget"] {
+            symlink("busybox", bin.join(applet)).expect("a link");
+        }
+        let packed =
+            Command::new("tar").arg("-C").arg(host.dir.join("image")).args(["-c", "."]).output();
+        let mut docker = Command::new("docker");
+        docker.args(["--host", &self.socket, "import", "-", "box"]);
+        let mut child = docker.stdin(Stdio::piped()).spawn().expect("docker runs");
+        let mut input = child.stdin.take().expect("a pipe");
+        input.write_all(&packed.expect("tar runs").stdout).expect("written");
+        drop(input);
+        assert!(child.wait().expect("docker ends").success());
+    }
+
+    fn address(&self, container: &str) -> String {
+        let format = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}";
+        self.done(&["inspect", "--format", format, container])
+    }
+}
+
+impl Drop for Dockerd {
+    fn drop(&mut self) {
+        let _ = kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGTERM);
+        let _ = self.child.wait();
+    }
+}
+
+/// Debian's `busybox-static`.
+const BUSYBOX: &str = "/usr/bin/busybox";
+
+#[test]
+fn containers_of_two_dockerds_reach_each_other() {
+    let missing = ["/usr/sbin/dockerd", BUSYBOX].iter().find(|path| !Path::new(path).exists());
+    if let Some(missing) = missing {
+        return skipped("containers_of_two_dockerds_reach_each_other", missing);
+    }
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        (0..2).try_for_each(|number| serve(&mut cluster, number, Signal::SIGTERM))?;
+        let mut docker: Vec<Dockerd> = cluster.hosts.iter().map(Dockerd::start).collect();
+        for (docker, host) in docker.iter().zip(&cluster.hosts) {
+            docker.import(host);
+            docker.done(&[
+                "network",
+                "create",
+                "-d",
+                "gossamer",
+                "--ipam-driver",
+                "gossamer",
+                "web",
+            ]);
+        }
+        let start = |docker: &Dockerd, name: &str| {
+            docker.done(&[
+                "run",
+                "-d",
+                "--stop-signal",
+                "KILL",
+                "--name",
+                name,
+                "--network",
+                "web",
+                "box",
+                "sleep",
+                "600",
+            ]);
+            docker.address(name)
+        };
+        let (one, two) = (start(&docker[0], "one"), start(&docker[1], "two"));
+        assert_ne!(one, two);
+        let ping = |docker: &Dockerd, from: &str, to: &str, size: &str| {
+            docker.done(&["exec", from, "ping", "-c", "2", "-W", "2", "-s", size, to]);
+        };
+        // The largest that fits (1450 less IP and ICMP), to each other; by name on one host; the outside.
+        ping(&docker[0], "one", &two, "1422");
+        ping(&docker[1], "two", &one, "1422");
+        let more = start(&docker[0], "more");
+        ping(&docker[0], "one", "more", "56");
+        ping(&docker[0], "one", "10.99.0.1", "56");
+        // A port that is published.
+        let serve_page = "mkdir /w && echo found > /w/page && httpd -f -h /w";
+        let page = [
+            "run",
+            "-d",
+            "--name",
+            "page",
+            "--network",
+            "web",
+            "-p",
+            "8088:80",
+            "box",
+            "sh",
+            "-c",
+            serve_page,
+        ];
+        docker[0].done(&page);
+        let url = format!("http://{}:8088/page", cluster.hosts[0].ip);
+        let fetch = format!("{BUSYBOX} wget -qO- {url}");
+        eventually(&cluster.hosts[1].netns, &fetch, |text| text.contains("found"));
+
+        // The agent goes and comes: nobody notices. Then Docker does, and finds everything again.
+        kill(Pid::from_raw(cluster.agents[0].pid().cast_signed()), Signal::SIGKILL)?;
+        ping(&docker[0], "one", &two, "1422");
+        serve(&mut cluster, 0, Signal::SIGKILL)?;
+        ping(&docker[1], "two", &one, "1422");
+        drop(docker.remove(0));
+        let docker_again = Dockerd::start(&cluster.hosts[0]);
+        docker_again.done(&["start", "one"]);
+        let again = docker_again.address("one");
+        ping(&docker_again, "one", &two, "1422");
+        assert!(again != two && again != more, "{again}");
+        docker_again.done(&["rm", "-f", "one", "more", "page"]);
+        docker_again.done(&["network", "rm", "web"]);
+        let listed = client(&cluster.agents[0], &["pods"]);
+        let listed = String::from_utf8(listed.stdout)?;
+        assert!(!listed.contains("docker"), "{listed}");
+        docker_again.done(&[
+            "network",
+            "create",
+            "-d",
+            "gossamer",
+            "--ipam-driver",
+            "gossamer",
+            "web",
+        ]);
+        drop((docker_again, docker));
+        Ok(())
+    });
+}
