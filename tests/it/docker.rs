@@ -217,25 +217,28 @@ impl Dockerd {
              --data-root {dir}/data --exec-root {dir}/exec --pidfile {dir}/pid --storage-driver vfs",
             plugins = plugins.display()
         );
-        let log = std::fs::File::create(host.dir.join("dockerd.log")).expect("a log");
+        let log = std::fs::File::options();
+        let log = log.clone().append(true).create(true).open(host.dir.join("dockerd.log"));
+        let log = log.expect("a log");
         let mut command = Command::new("unshare");
         command.args(["--mount", "sh", "-c", &script]);
         command.stdout(log.try_clone().expect("a log")).stderr(log);
         let child = host.netns.spawn(&mut command).expect("dockerd starts");
         let this = Self { child, socket };
-        wait_until("dockerd answers", PATIENCE, || this.run(&["version"]).status.success());
+        wait_until("dockerd answers", PATIENCE, || this.run("version").status.success());
         this
     }
 
-    fn run(&self, arguments: &[&str]) -> Output {
+    fn run(&self, arguments: &str) -> Output {
         let mut docker = Command::new("docker");
-        docker.args(["--host", &self.socket]).args(arguments).output().expect("docker runs")
+        docker.args(["--host", &self.socket]).args(arguments.split_whitespace());
+        docker.output().expect("docker runs")
     }
 
-    fn done(&self, arguments: &[&str]) -> String {
+    fn done(&self, arguments: &str) -> String {
         let output = self.run(arguments);
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
-        assert!(output.status.success(), "docker {arguments:?}: {}", text(&output.stderr));
+        assert!(output.status.success(), "docker {arguments}: {}", text(&output.stderr));
         text(&output.stdout)
     }
 
@@ -261,8 +264,8 @@ impl Dockerd {
     }
 
     fn address(&self, container: &str) -> String {
-        let format = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}";
-        self.done(&["inspect", "--format", format, container])
+        let format = "{{range.NetworkSettings.Networks}}{{.IPAddress}}{{end}}";
+        self.done(&format!("inspect --format {format} {container}"))
     }
 }
 
@@ -288,63 +291,31 @@ fn containers_of_two_dockerds_reach_each_other() {
         let mut docker: Vec<Dockerd> = cluster.hosts.iter().map(Dockerd::start).collect();
         for (docker, host) in docker.iter().zip(&cluster.hosts) {
             docker.import(host);
-            docker.done(&[
-                "network",
-                "create",
-                "-d",
-                "gossamer",
-                "--ipam-driver",
-                "gossamer",
-                "web",
-            ]);
+            docker.done("network create -d gossamer --ipam-driver gossamer web");
         }
-        let start = |docker: &Dockerd, name: &str| {
-            docker.done(&[
-                "run",
-                "-d",
-                "--stop-signal",
-                "KILL",
-                "--name",
-                name,
-                "--network",
-                "web",
-                "box",
-                "sleep",
-                "600",
-            ]);
+        let start = |docker: &Dockerd, name: &str, command: &str| {
+            let run = "run -d --stop-signal KILL --network web -p 80 --name";
+            docker.done(&format!("{run} {name} box {command}"));
             docker.address(name)
         };
-        let (one, two) = (start(&docker[0], "one"), start(&docker[1], "two"));
+        let (one, two) =
+            (start(&docker[0], "one", "sleep 600"), start(&docker[1], "two", "sleep 600"));
         assert_ne!(one, two);
         let ping = |docker: &Dockerd, from: &str, to: &str, size: &str| {
-            docker.done(&["exec", from, "ping", "-c", "2", "-W", "2", "-s", size, to]);
+            docker.done(&format!("exec {from} ping -c 2 -W 2 -s {size} {to}"));
         };
         // The largest that fits (1450 less IP and ICMP), to each other; by name on one host; the outside.
         ping(&docker[0], "one", &two, "1422");
         ping(&docker[1], "two", &one, "1422");
-        let more = start(&docker[0], "more");
+        let more = start(&docker[0], "more", "httpd -f -h /");
         ping(&docker[0], "one", "more", "56");
         ping(&docker[0], "one", "10.99.0.1", "56");
         // A port that is published.
-        let serve_page = "mkdir /w && echo found > /w/page && httpd -f -h /w";
-        let page = [
-            "run",
-            "-d",
-            "--name",
-            "page",
-            "--network",
-            "web",
-            "-p",
-            "8088:80",
-            "box",
-            "sh",
-            "-c",
-            serve_page,
-        ];
-        docker[0].done(&page);
-        let url = format!("http://{}:8088/page", cluster.hosts[0].ip);
+        let published = docker[0].done("port more 80/tcp");
+        let port = published.lines().next().and_then(|line| line.rsplit(':').next());
+        let url = format!("http://{}:{}/etc/hosts", cluster.hosts[0].ip, port.expect("a port"));
         let fetch = format!("{BUSYBOX} wget -qO- {url}");
-        eventually(&cluster.hosts[1].netns, &fetch, |text| text.contains("found"));
+        eventually(&cluster.hosts[1].netns, &fetch, |text| text.contains("localhost"));
 
         // The agent goes and comes: nobody notices. Then Docker does, and finds everything again.
         kill(Pid::from_raw(cluster.agents[0].pid().cast_signed()), Signal::SIGKILL)?;
@@ -353,24 +324,16 @@ fn containers_of_two_dockerds_reach_each_other() {
         ping(&docker[1], "two", &one, "1422");
         drop(docker.remove(0));
         let docker_again = Dockerd::start(&cluster.hosts[0]);
-        docker_again.done(&["start", "one"]);
+        docker_again.done("start one");
         let again = docker_again.address("one");
         ping(&docker_again, "one", &two, "1422");
         assert!(again != two && again != more, "{again}");
-        docker_again.done(&["rm", "-f", "one", "more", "page"]);
-        docker_again.done(&["network", "rm", "web"]);
+        docker_again.done("rm -f one more");
+        docker_again.done("network rm web");
         let listed = client(&cluster.agents[0], &["pods"]);
         let listed = String::from_utf8(listed.stdout)?;
         assert!(!listed.contains("docker"), "{listed}");
-        docker_again.done(&[
-            "network",
-            "create",
-            "-d",
-            "gossamer",
-            "--ipam-driver",
-            "gossamer",
-            "web",
-        ]);
+        docker_again.done("network create -d gossamer --ipam-driver gossamer web");
         drop((docker_again, docker));
         Ok(())
     });
