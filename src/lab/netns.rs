@@ -31,11 +31,19 @@ impl NetNs {
             unshare(CloneFlags::CLONE_NEWNET)?;
             let none: Option<&str> = None;
             mount(Some("/proc/thread-self/ns/net"), &mounted, none, MsFlags::MS_BIND, none)?;
-            let mut netlink = Netlink::open()?;
-            let index = netlink.index_of("lo")?;
-            netlink.set_link(rtnetlink::LinkUnspec::new_with_index(index).up())
+            set_loopback_up()
         })?;
         Ok(Self { name: name.to_owned(), file: File::open(path)? })
+    }
+
+    /// Makes one that lives as long as this value: `name` is no file's. Needs no mounts.
+    pub fn unnamed(name: &str) -> io::Result<Self> {
+        let file = in_thread(|| {
+            unshare(CloneFlags::CLONE_NEWNET)?;
+            set_loopback_up()?;
+            File::open("/proc/thread-self/ns/net")
+        })?;
+        Ok(Self { name: name.to_owned(), file })
     }
 
     pub fn name(&self) -> &str {
@@ -64,4 +72,10 @@ impl NetNs {
     pub fn sysctl(&self, key: &str, value: &str) -> io::Result<()> {
         self.run(|| fs::write(PathBuf::from("/proc/sys").join(key), value))
     }
+}
+
+fn set_loopback_up() -> io::Result<()> {
+    let mut netlink = Netlink::open()?;
+    let index = netlink.index_of("lo")?;
+    netlink.set_link(rtnetlink::LinkUnspec::new_with_index(index).up())
 }

@@ -1,11 +1,6 @@
 //! Docker's network plugin: by the requests that Docker sends, and with real dockerds.
 
-use std::{
-    io::Write as _,
-    os::unix::fs::{PermissionsExt as _, symlink},
-    path::{Path, PathBuf},
-    process::{Child, Command, Output, Stdio},
-};
+use std::path::{Path, PathBuf};
 
 use gossamer::{
     api::{self, ClientError},
@@ -17,8 +12,9 @@ use nix::{
 };
 use serde_json::{Value, json};
 
-use crate::common::{
-    Cluster, PATIENCE, client, eventually, isolated, program, run, skipped, tool, wait_until,
+use crate::{
+    common::{Cluster, PATIENCE, client, eventually, isolated, program, run, skipped, tool},
+    dockerd::{BUSYBOX, DOCKERD, Dockerd},
 };
 
 /// What Docker talks to.
@@ -198,90 +194,9 @@ fn what_docker_cannot_have_is_refused_and_changes_nothing() {
     });
 }
 
-/// A dockerd on a host, with files of its own. It is ended when dropped.
-struct Dockerd {
-    child: Child,
-    socket: String,
-}
-
-impl Dockerd {
-    fn start(host: &Host) -> Self {
-        let dir = host.dir.join("docker");
-        std::fs::create_dir_all(&dir).expect("a directory");
-        let (dir, plugins) = (dir.display(), host.dir.join("plugins"));
-        let socket = format!("unix://{dir}/docker.sock");
-        // Docker looks for plugins in one place of the file system, which has to be another on each host.
-        let script = format!(
-            "mkdir -p /run/docker && mount -t tmpfs none /run/docker && mkdir /run/docker/plugins && \
-             mount --bind {plugins} /run/docker/plugins && exec dockerd --host {socket} \
-             --data-root {dir}/data --exec-root {dir}/exec --pidfile {dir}/pid --storage-driver vfs",
-            plugins = plugins.display()
-        );
-        let log = std::fs::File::options();
-        let log = log.clone().append(true).create(true).open(host.dir.join("dockerd.log"));
-        let log = log.expect("a log");
-        let mut command = Command::new("unshare");
-        command.args(["--mount", "sh", "-c", &script]);
-        command.stdout(log.try_clone().expect("a log")).stderr(log);
-        let child = host.netns.spawn(&mut command).expect("dockerd starts");
-        let this = Self { child, socket };
-        wait_until("dockerd answers", PATIENCE, || this.run("version").status.success());
-        this
-    }
-
-    fn run(&self, arguments: &str) -> Output {
-        let mut docker = Command::new("docker");
-        docker.args(["--host", &self.socket]).args(arguments.split_whitespace());
-        docker.output().expect("docker runs")
-    }
-
-    fn done(&self, arguments: &str) -> String {
-        let output = self.run(arguments);
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
-        assert!(output.status.success(), "docker {arguments}: {}", text(&output.stderr));
-        text(&output.stdout)
-    }
-
-    /// An image with nothing but busybox.
-    fn import(&self, host: &Host) {
-        let bin = host.dir.join("image/bin");
-        std::fs::create_dir_all(&bin).expect("a directory");
-        let busybox = bin.join("busybox");
-        std::fs::copy(BUSYBOX, &busybox).expect("busybox");
-        std::fs::set_permissions(&busybox, std::fs::Permissions::from_mode(0o755)).expect("set");
-        for applet in ["sh", "sleep", "ping", "httpd", "wget"] {
-            symlink("busybox", bin.join(applet)).expect("a link");
-        }
-        let packed =
-            Command::new("tar").arg("-C").arg(host.dir.join("image")).args(["-c", "."]).output();
-        let mut docker = Command::new("docker");
-        docker.args(["--host", &self.socket, "import", "-", "box"]);
-        let mut child = docker.stdin(Stdio::piped()).spawn().expect("docker runs");
-        let mut input = child.stdin.take().expect("a pipe");
-        input.write_all(&packed.expect("tar runs").stdout).expect("written");
-        drop(input);
-        assert!(child.wait().expect("docker ends").success());
-    }
-
-    fn address(&self, container: &str) -> String {
-        let format = "{{range.NetworkSettings.Networks}}{{.IPAddress}}{{end}}";
-        self.done(&format!("inspect --format {format} {container}"))
-    }
-}
-
-impl Drop for Dockerd {
-    fn drop(&mut self) {
-        let _ = kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGTERM);
-        let _ = self.child.wait();
-    }
-}
-
-/// Debian's `busybox-static`.
-const BUSYBOX: &str = "/usr/bin/busybox";
-
 #[test]
 fn containers_of_two_dockerds_reach_each_other() {
-    let missing = ["/usr/sbin/dockerd", BUSYBOX].iter().find(|path| !Path::new(path).exists());
+    let missing = [DOCKERD, BUSYBOX].iter().find(|path| !Path::new(path).exists());
     if let Some(missing) = missing {
         return skipped("containers_of_two_dockerds_reach_each_other", missing);
     }

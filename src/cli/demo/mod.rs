@@ -5,6 +5,7 @@
 
 mod chaos;
 mod exec;
+mod node;
 mod screen;
 mod story;
 
@@ -45,6 +46,11 @@ struct StoryArgs {
 enum DemoCommand {
     /// Run a command on a host (n1) or in a pod (n1-pod) of a demo that was started with --keep
     Exec(exec::ExecArgs),
+    /// Be one host of a cluster of containers: what docker-compose.yml runs
+    Node(node::NodeArgs),
+    /// Be a router between networks of containers: wait until told to end
+    #[command(hide = true)]
+    Router,
     /// What the demo runs inside its namespaces
     #[command(hide = true)]
     Inside {
@@ -57,6 +63,8 @@ enum DemoCommand {
 pub fn run(args: &DemoArgs) -> ExitCode {
     match &args.command {
         Some(DemoCommand::Exec(exec)) => exec::run(exec),
+        Some(DemoCommand::Node(args)) => node::run(args),
+        Some(DemoCommand::Router) => node::route(),
         Some(DemoCommand::Inside { nodes, story }) => inside(*nodes, *story),
         None => enter(args),
     }
