@@ -16,6 +16,8 @@ use crate::store::replace;
 /// What a runtime reads.
 const CONFLIST: &str = include_str!("../../config/10-gossamer.conflist");
 const CONFLIST_NAME: &str = "10-gossamer.conflist";
+/// Another plugin that the configuration names.
+const PORTMAP: &str = "portmap";
 /// As a network configuration names the plugin.
 const PLUGIN_NAME: &str = "gossamer";
 
@@ -39,6 +41,9 @@ struct InstallArgs {
     /// Where it looks for configurations
     #[arg(long, default_value = "/etc/cni/net.d", value_name = "DIR")]
     conf_dir: PathBuf,
+    /// Copy this program instead of linking to it: out of a container, for one
+    #[arg(long)]
+    copy: bool,
     /// Write over a configuration that was changed
     #[arg(long)]
     force: bool,
@@ -66,21 +71,33 @@ fn install(args: &InstallArgs) -> anyhow::Result<Vec<String>> {
     let mut done = Vec::new();
     // Installed there it needs no link.
     if program != plugin {
-        link(&program, &plugin).with_context(|| plugin.display().to_string())?;
-        done.push(format!("{} -> {}", plugin.display(), program.display()));
+        put(&program, &plugin, args.copy).with_context(|| plugin.display().to_string())?;
+        let arrow = if args.copy { "=" } else { "->" };
+        done.push(format!("{} {arrow} {}", plugin.display(), program.display()));
     }
     replace(&conflist, CONFLIST).with_context(|| conflist.display().to_string())?;
     done.push(conflist.display().to_string());
+    if !args.bin_dir.join(PORTMAP).exists() {
+        done.push(format!(
+            "missing: {PORTMAP} in {}, which the configuration names for published ports: install the CNI \
+             plugins (Debian: containernetworking-plugins), or remove it from the configuration",
+            args.bin_dir.display()
+        ));
+    }
     Ok(done)
 }
 
-/// Readers see the old or the new link, never none.
-fn link(program: &Path, plugin: &Path) -> io::Result<()> {
+/// Readers see the old or the new program, never none.
+fn put(program: &Path, plugin: &Path, copy: bool) -> io::Result<()> {
     if let Some(directory) = plugin.parent() {
         fs::create_dir_all(directory)?;
     }
     let temporary = plugin.with_extension("new");
     let _ = fs::remove_file(&temporary);
-    symlink(program, &temporary)?;
+    if copy {
+        fs::copy(program, &temporary)?;
+    } else {
+        symlink(program, &temporary)?;
+    }
     fs::rename(&temporary, plugin)
 }

@@ -134,7 +134,7 @@ async fn respond(State(ask): State<Ask>, uri: Uri, body: Bytes) -> Response {
 async fn answer(ask: &Ask, method: &str, body: &[u8]) -> Option<Result<Value, Refused>> {
     Some(match method {
         "Plugin.Activate" => Ok(json!({ "Implements": ["NetworkDriver", "IpamDriver"] })),
-        // Scope "global" would be Swarm's; that containers of several hosts reach each other is another thing.
+        // A global scope is for Swarm; containers of several hosts reach each other without.
         "NetworkDriver.GetCapabilities" => {
             Ok(json!({ "Scope": "local", "ConnectivityScope": "global" }))
         }

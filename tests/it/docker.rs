@@ -52,6 +52,10 @@ impl Plugin {
     }
 }
 
+fn endpoint(id: &str, address: &str) -> Value {
+    json!({ "NetworkID": "n", "EndpointID": id, "Interface": { "Address": address } })
+}
+
 /// Ends the agent of a host, and starts it with the plugin.
 fn serve(cluster: &mut Cluster, number: usize, end: Signal) -> anyhow::Result<()> {
     cluster.agents[number].end(end)?;
@@ -88,7 +92,6 @@ fn dockers_requests_are_answered_and_nothing_is_lost_with_the_agent() {
         assert_eq!(plugin.address(&pool, "02:42:00:00:00:01"), first);
         let second = plugin.address(&pool, "02:42:00:00:00:02");
         assert_ne!(first, second);
-        let endpoint = |id: &str, address: &str| json!({ "NetworkID": "n", "EndpointID": id, "Interface": { "Address": address } });
         for _ in 0..2 {
             let made = plugin.done("NetworkDriver.CreateEndpoint", &endpoint("e1", &first));
             assert_eq!(made["Interface"], json!({}), "Docker has given all of it itself");
@@ -135,7 +138,6 @@ fn what_docker_cannot_have_is_refused_and_changes_nothing() {
         let pool = plugin.done("IpamDriver.RequestPool", &json!({ "Pool": "" }))["PoolID"].clone();
         let first = plugin.address(&pool, "02:42:00:00:00:01");
         let ip = first.split('/').next().expect("an address");
-        let endpoint = |id: &str, address: &str| json!({ "NetworkID": "n", "EndpointID": id, "Interface": { "Address": address } });
         plugin.done("NetworkDriver.CreateEndpoint", &endpoint("e1", &first));
         let foreign = json!({ "NetworkID": "n", "IPv4Data": [{ "Pool": "172.18.0.0/16" }] });
         let option = json!({ "com.docker.network.generic": { "speed": "fast" } });

@@ -1,8 +1,10 @@
 //! A real dockerd on a host of the lab, with files of its own.
 
 use std::{
+    fs,
     io::Write as _,
     os::unix::fs::{PermissionsExt as _, symlink},
+    path::Path,
     process::{Child, Command, Output, Stdio},
 };
 
@@ -18,6 +20,20 @@ use crate::common::{PATIENCE, wait_until};
 pub const BUSYBOX: &str = "/usr/bin/busybox";
 pub const DOCKERD: &str = "/usr/sbin/dockerd";
 
+/// A root directory with nothing but busybox.
+pub fn unpack_busybox(root: &Path) {
+    let bin = root.join("bin");
+    for directory in ["bin", "proc", "sys", "dev", "etc", "run", "tmp"] {
+        fs::create_dir_all(root.join(directory)).expect("a directory");
+    }
+    let busybox = bin.join("busybox");
+    fs::copy(BUSYBOX, &busybox).expect("busybox");
+    fs::set_permissions(&busybox, fs::Permissions::from_mode(0o755)).expect("set");
+    for applet in ["sh", "sleep", "ping", "httpd", "wget"] {
+        symlink("busybox", bin.join(applet)).expect("a link");
+    }
+}
+
 /// A dockerd on a host, with files of its own. It is ended when dropped.
 pub struct Dockerd {
     child: Child,
@@ -27,7 +43,7 @@ pub struct Dockerd {
 impl Dockerd {
     pub fn start(host: &Host) -> Self {
         let dir = host.dir.join("docker");
-        std::fs::create_dir_all(&dir).expect("a directory");
+        fs::create_dir_all(&dir).expect("a directory");
         let (dir, plugins) = (dir.display(), host.dir.join("plugins"));
         let socket = format!("unix://{dir}/docker.sock");
         // Docker looks for plugins in one place of the file system, which has to be another on each host.
@@ -38,7 +54,7 @@ impl Dockerd {
             plugins = plugins.display()
         );
         let file = host.dir.join("dockerd.log");
-        let log = std::fs::File::options().append(true).create(true).open(file).expect("a log");
+        let log = fs::File::options().append(true).create(true).open(file).expect("a log");
         let mut command = Command::new("unshare");
         command.args(["--mount", "sh", "-c", &script]);
         command.stdout(log.try_clone().expect("a log")).stderr(log);
@@ -63,14 +79,7 @@ impl Dockerd {
 
     /// An image with nothing but busybox.
     pub fn import(&self, host: &Host) {
-        let bin = host.dir.join("image/bin");
-        std::fs::create_dir_all(&bin).expect("a directory");
-        let busybox = bin.join("busybox");
-        std::fs::copy(BUSYBOX, &busybox).expect("busybox");
-        std::fs::set_permissions(&busybox, std::fs::Permissions::from_mode(0o755)).expect("set");
-        for applet in ["sh", "sleep", "ping", "httpd", "wget"] {
-            symlink("busybox", bin.join(applet)).expect("a link");
-        }
+        unpack_busybox(&host.dir.join("image"));
         let packed =
             Command::new("tar").arg("-C").arg(host.dir.join("image")).args(["-c", "."]).output();
         let mut docker = Command::new("docker");

@@ -21,4 +21,5 @@ mod offload;
 mod paths;
 mod refusals;
 mod repair;
+mod runtimes;
 mod tidy;
