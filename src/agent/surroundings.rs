@@ -107,9 +107,14 @@ impl Surroundings {
         let begun = Instant::now();
         if self.read_chains_at <= begun {
             let networks: Vec<_> = desired.pool.networks().iter().collect();
-            let chains = self.table.as_mut().ok().map(|t| t.closed_forward_chains(&networks));
-            let closed = chains.and_then(Result::ok).unwrap_or_default();
-            self.chain_problems = closed.iter().map(|chain| closed_chain(chain, desired)).collect();
+            let mut chains = (Vec::new(), Vec::new());
+            if let Ok(table) = &mut self.table {
+                chains.0 = table.closed_forward_chains(&networks).unwrap_or_default();
+                chains.1 = table.direct_access_drops(&networks).unwrap_or_default();
+            }
+            let closed = chains.0.iter().map(|chain| closed_chain(chain, desired));
+            let drops = chains.1.iter().map(|chain| direct_access(chain, desired));
+            self.chain_problems = closed.chain(drops).collect();
             self.read_chains_at = begun + begun.elapsed() * SHARE;
         }
         self.problems.clear();
@@ -190,6 +195,15 @@ fn no_table(error: &io::Error) -> String {
     format!(
         "nftables: {error}: load the modules nf_tables, nf_nat and nft_masq, or set guard = false and \
          ip_masq = false"
+    )
+}
+
+fn direct_access(chain: &str, desired: &Desired) -> String {
+    format!(
+        "chain {chain} drops what other hosts send to containers on a bridge of Docker's (Docker 28 and \
+         later): start dockerd with --allow-direct-routing, or make the network with \
+         -o com.docker.network.bridge.trusted_host_interfaces={}, or with -d gossamer",
+        desired.device.name
     )
 }
 

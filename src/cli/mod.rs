@@ -7,6 +7,7 @@ mod agent;
 mod cleanup;
 mod cni;
 mod demo;
+mod docker_opts;
 mod forget;
 mod lab;
 mod lease;
@@ -48,6 +49,8 @@ enum Command {
     Pods(Client),
     /// Install the CNI plugin for container runtimes
     Cni(cni::CniArgs),
+    /// Print how dockerd gives its own bridge this node's subnet
+    DockerOpts(docker_opts::DockerOptsArgs),
     /// Look at the history of subnets
     Lease(lease::LeaseArgs),
     /// Print the token by which other hosts join
@@ -104,6 +107,7 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::Ping(args) => ping::run(&args),
         Command::Pods(client) => pods::run(&client),
         Command::Cni(args) => cni::run(&args),
+        Command::DockerOpts(args) => docker_opts::run(&args),
         Command::Lease(args) => lease::run(&args),
         Command::Token(args) => token::run(&args),
         Command::Leave(client) => leave::run(&client),

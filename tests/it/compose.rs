@@ -63,7 +63,7 @@ fn five_hosts_as_containers_survive_what_happens_to_containers() {
     isolated(|lab: &mut Lab| {
         let host = lab.host(1, "machine")?;
         std::fs::create_dir_all(host.dir.join("plugins"))?;
-        let docker = Dockerd::start(&host);
+        let docker = Dockerd::start(&host, "");
         let compose = Compose(&docker);
         compose.done("up --build --detach");
         let all = ["node1", "node2", "node3", "node4", "node5"];

@@ -205,7 +205,8 @@ fn containers_of_two_dockerds_reach_each_other() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         (0..2).try_for_each(|number| serve(&mut cluster, number, Signal::SIGTERM))?;
-        let mut docker: Vec<Dockerd> = cluster.hosts.iter().map(Dockerd::start).collect();
+        let mut docker: Vec<Dockerd> =
+            cluster.hosts.iter().map(|host| Dockerd::start(host, "")).collect();
         for (docker, host) in docker.iter().zip(&cluster.hosts) {
             docker.import(host);
             docker.done("network create -d gossamer --ipam-driver gossamer web");
@@ -240,7 +241,7 @@ fn containers_of_two_dockerds_reach_each_other() {
         serve(&mut cluster, 0, Signal::SIGKILL)?;
         ping(&docker[1], "two", &one, "1422");
         drop(docker.remove(0));
-        let docker_again = Dockerd::start(&cluster.hosts[0]);
+        let docker_again = Dockerd::start(&cluster.hosts[0], "");
         docker_again.done("start one");
         let again = docker_again.address("one");
         ping(&docker_again, "one", &two, "1422");
@@ -252,6 +253,31 @@ fn containers_of_two_dockerds_reach_each_other() {
         assert!(!listed.contains("docker"), "{listed}");
         docker_again.done("network create -d gossamer --ipam-driver gossamer web");
         drop((docker_again, docker));
+        Ok(())
+    });
+}
+
+#[test]
+fn dockers_own_bridge_takes_the_nodes_subnet() {
+    if let Some(missing) = [DOCKERD, BUSYBOX].iter().find(|path| !Path::new(path).exists()) {
+        return skipped("dockers_own_bridge_takes_the_nodes_subnet", missing);
+    }
+    isolated(|lab| {
+        let cluster = Cluster::start(lab, 2)?;
+        let mut dockerds = Vec::new();
+        for host in &cluster.hosts {
+            std::fs::create_dir_all(host.dir.join("plugins"))?;
+            let mut gossamer = std::process::Command::new(program());
+            gossamer.arg("docker-opts").arg("--subnet-file").arg(host.dir.join("subnet.env"));
+            let options = String::from_utf8(gossamer.output()?.stdout)?;
+            assert!(options.contains("--ip-masq=true --mtu=1450"), "{options}");
+            let docker = Dockerd::start(host, &options);
+            docker.import(host);
+            docker.done("run -d --stop-signal KILL --name box box sleep 600");
+            dockerds.push(docker);
+        }
+        let there = dockerds[1].address("box");
+        dockerds[0].done(&format!("exec box ping -c 2 -W 2 -s 1422 {there}"));
         Ok(())
     });
 }

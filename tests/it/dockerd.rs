@@ -41,7 +41,7 @@ pub struct Dockerd {
 }
 
 impl Dockerd {
-    pub fn start(host: &Host) -> Self {
+    pub fn start(host: &Host, options: &str) -> Self {
         let dir = host.dir.join("docker");
         fs::create_dir_all(&dir).expect("a directory");
         let (dir, plugins) = (dir.display(), host.dir.join("plugins"));
@@ -50,7 +50,8 @@ impl Dockerd {
         let script = format!(
             "mkdir -p /run/docker && mount -t tmpfs none /run/docker && mkdir /run/docker/plugins && \
              mount --bind {plugins} /run/docker/plugins && exec dockerd --host {socket} \
-             --data-root {dir}/data --exec-root {dir}/exec --pidfile {dir}/pid --storage-driver vfs",
+             --data-root {dir}/data --exec-root {dir}/exec --pidfile {dir}/pid \
+             --storage-driver vfs {options}",
             plugins = plugins.display()
         );
         let file = host.dir.join("dockerd.log");

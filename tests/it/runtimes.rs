@@ -2,12 +2,13 @@
 
 use std::{
     fs,
+    io::Write as _,
     os::unix::fs::symlink,
     path::{Path, PathBuf},
-    process::{Child, Command, Output},
+    process::{Child, Command, Output, Stdio},
 };
 
-use gossamer::lab::{Agent, Host};
+use gossamer::lab::{Agent, Host, NetNs};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -15,7 +16,7 @@ use nix::{
 use serde_json::{Value, json};
 
 use crate::{
-    common::{Cluster, PATIENCE, isolated, program, skipped, wait_until},
+    common::{Cluster, PATIENCE, isolated, program, skipped, tool, wait_until},
     dockerd::{BUSYBOX, unpack_busybox},
 };
 
@@ -181,8 +182,8 @@ impl<'a> Podman<'a> {
             .args(["--tmpdir", &format!("{d}/tmp"), "--storage-driver", "vfs"])
             .args(arguments.split_whitespace())
             .env("CONTAINERS_CONF", self.dir.join("containers.conf"))
-            .stdout(std::process::Stdio::piped())
-            .stderr(std::process::Stdio::piped());
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
         let child = self.host.netns.spawn(&mut command).expect("podman starts");
         let output = child.wait_with_output().expect("podman ends");
         assert!(output.status.success(), "podman {arguments}: {}", text(&output));
@@ -215,6 +216,61 @@ fn containers_of_podman_reach_each_other() {
         drop(podmans);
         let left: Vec<Vec<String>> = cluster.agents.iter_mut().map(addresses).collect();
         assert_eq!(left, [Vec::<String>::new(), Vec::new()]);
+        Ok(())
+    });
+}
+
+/// flannel's own plugin gives its work to `bridge` and `host-local`, with what it reads in `subnet.env`
+/// (flannel-io/cni-plugin, README). Debian does not have it: here the same is given to the same.
+#[test]
+fn flannels_way_to_connect_pods_finds_what_it_needs_in_our_file() {
+    if let Some(why) = missing(&[PLUGINS]) {
+        return skipped("flannels_way_to_connect_pods_finds_what_it_needs_in_our_file", &why);
+    }
+    isolated(|lab| {
+        let cluster = Cluster::start(lab, 2)?;
+        let mut pods = Vec::new();
+        for host in &cluster.hosts {
+            let env = fs::read_to_string(host.dir.join("subnet.env"))?;
+            let field = |name: &str| {
+                let mut fields = env.lines().filter_map(|line| line.split_once('='));
+                fields.find(|(key, _)| *key == name).map(|(_, value)| value).expect("a field")
+            };
+            let subnet: ipnet::Ipv4Net = field("FLANNEL_SUBNET").parse()?;
+            let mtu: u32 = field("FLANNEL_MTU").parse()?;
+            let config = json!({
+                "cniVersion": "1.0.0", "name": "cbr0", "type": "bridge", "bridge": "cni0",
+                "mtu": mtu, "isGateway": true, "hairpinMode": true,
+                "ipMasq": field("FLANNEL_IPMASQ") != "true",
+                "ipam": {
+                    "type": "host-local",
+                    "dataDir": host.dir.join("host-local"),
+                    "ranges": [[{ "subnet": subnet.trunc() }]],
+                    "routes": [{ "dst": field("FLANNEL_NETWORK") }],
+                },
+            });
+            let name = format!("{}-flannel", host.name);
+            let netns = NetNs::new(&name)?;
+            let mut bridge = Command::new(Path::new(PLUGINS).join("bridge"));
+            bridge
+                .env("CNI_COMMAND", "ADD")
+                .env("CNI_CONTAINERID", &name)
+                .env("CNI_NETNS", format!("/run/netns/{name}"))
+                .env("CNI_IFNAME", "eth0")
+                .env("CNI_PATH", PLUGINS)
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped());
+            let mut child = host.netns.spawn(&mut bridge)?;
+            let mut input = child.stdin.take().expect("a pipe");
+            input.write_all(config.to_string().as_bytes())?;
+            drop(input);
+            let output = child.wait_with_output()?;
+            assert!(output.status.success(), "{}", text(&output));
+            let result: Value = serde_json::from_slice(&output.stdout)?;
+            let address = result["ips"][0]["address"].as_str().expect("an address");
+            pods.push((netns, address.parse::<ipnet::Ipv4Net>()?.addr()));
+        }
+        tool(&pods[0].0, &format!("ping -c 2 -i 0.2 -W 2 -M do -s 1422 {}", pods[1].1));
         Ok(())
     });
 }

@@ -9,7 +9,7 @@ use std::{collections::BTreeSet, io, net::IpAddr};
 use ipnet::IpNet;
 use rtnetlink::packet_core::{NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL};
 
-use super::forward::closed_forward_chains;
+use super::forward::{closed_forward_chains, direct_access_drops};
 use crate::{
     dataplane::firewall::{Firewall, Guard},
     netlink::{
@@ -178,6 +178,11 @@ impl FirewallTable {
         let tables = self.nftables.dump(Kind::GetTable, INET, &Attributes::new())?;
         let names = tables.iter().map(|table| name_of(table, 1));
         Ok(names.filter(|name| wanted(name)).map(str::to_owned).collect())
+    }
+
+    /// See [`direct_access_drops`].
+    pub fn direct_access_drops(&mut self, networks: &[IpNet]) -> io::Result<Vec<String>> {
+        direct_access_drops(&mut self.nftables, networks)
     }
 
     /// See [`closed_forward_chains`].

@@ -3,7 +3,7 @@
 //! Each base chain has to let a packet pass, so none of ours can open what one of theirs closes. They are
 //! only read, to say so.
 
-use std::io;
+use std::{io, net::IpAddr};
 
 use ipnet::IpNet;
 
@@ -15,7 +15,10 @@ use crate::netlink::{
 
 /// `NF_INET_FORWARD`
 const FORWARD: u32 = 2;
+/// `NF_INET_PRE_ROUTING`
+const PREROUTING: u32 = 0;
 const ACCEPT: u32 = 1;
+const DROP: u32 = 0;
 
 /// Base chains that drop what is forwarded unless a rule lets it pass, and have no rule that seems to let one
 /// of these networks pass: `ip filter FORWARD`, for one, where Docker runs.
@@ -51,10 +54,64 @@ pub fn closed_forward_chains(
 }
 
 fn is_closed(chain: &Object) -> bool {
-    let be32 = |payload: Option<&[u8]>| payload?.first_chunk().copied().map(u32::from_be_bytes);
     let hook = attributes::find(&chain.attributes, 4).unwrap_or_default();
     let drops = be32(attributes::find(&chain.attributes, 5)) == Some(0);
     be32(attributes::find(hook, 1)) == Some(FORWARD) && drops
+}
+
+/// Base chains before routing in which packets to single addresses of these networks are dropped. Docker
+/// from version 28 on lets nobody but its own bridge speak to a container's address: `ip raw PREROUTING`.
+pub fn direct_access_drops(nftables: &mut Nftables, networks: &[IpNet]) -> io::Result<Vec<String>> {
+    let mut dropping = Vec::new();
+    for chain in nftables.dump(Kind::GetChain, ANY, &Attributes::new())? {
+        let Some(family) = [(2, "ip"), (10, "ip6")].into_iter().find(|(f, _)| *f == chain.family)
+        else {
+            continue;
+        };
+        let hook = attributes::find(&chain.attributes, 4).unwrap_or_default();
+        if be32(attributes::find(hook, 1)) != Some(PREROUTING) {
+            continue;
+        }
+        let (table, name) = (name_of(&chain, 1), name_of(&chain, 3));
+        let filter = Attributes::new().text(1, table).text(2, name);
+        let rules = nftables.dump(Kind::GetRule, chain.family, &filter)?;
+        if rules.iter().any(|rule| drops_one_of(rule, networks)) {
+            dropping.push(format!("{} {table} {name}", family.1));
+        }
+    }
+    Ok(dropping)
+}
+
+fn drops_one_of(rule: &Object, networks: &[IpNet]) -> bool {
+    let list = attributes::find(&rule.attributes, 4).unwrap_or_default();
+    let (mut named, mut drops) = (false, false);
+    for (_, expression) in attributes::read(list) {
+        let data = attributes::find(expression, 2).unwrap_or_default();
+        match attributes::find(expression, 1).map(attributes::text) {
+            Some("cmp") => {
+                let value = attributes::find(data, 3).and_then(|data| attributes::find(data, 1));
+                let address = value.and_then(address_of);
+                named |= address.is_some_and(|ip| networks.iter().any(|net| net.contains(&ip)));
+            }
+            Some("immediate") => drops |= verdict(data) == Some(&DROP.to_be_bytes()[..]),
+            _ => {}
+        }
+    }
+    named && drops
+}
+
+fn address_of(bytes: &[u8]) -> Option<IpAddr> {
+    let four = <[u8; 4]>::try_from(bytes).map(IpAddr::from);
+    four.or_else(|_| <[u8; 16]>::try_from(bytes).map(IpAddr::from)).ok()
+}
+
+fn verdict(immediate: &[u8]) -> Option<&[u8]> {
+    let verdict = attributes::find(attributes::find(immediate, 2)?, 2)?;
+    attributes::find(verdict, 1)
+}
+
+fn be32(payload: Option<&[u8]>) -> Option<u32> {
+    payload?.first_chunk().copied().map(u32::from_be_bytes)
 }
 
 /// Whether a rule accepts packets of the network by name, or such as a set or nothing but their interface
@@ -71,9 +128,7 @@ fn may_accept(rule: &Object, network: IpNet) -> bool {
             Some("cmp") => named |= value(3).is_some_and(|bytes| bytes.starts_with(whole)),
             Some("lookup") => by_set = true,
             Some("immediate") => {
-                let verdict = attributes::find(data, 2).and_then(|data| attributes::find(data, 2));
-                let code = verdict.and_then(|verdict| attributes::find(verdict, 1));
-                accepts |= code == Some(&ACCEPT.to_be_bytes()[..]);
+                accepts |= verdict(data) == Some(&ACCEPT.to_be_bytes()[..]);
             }
             _ => {}
         }

@@ -1,0 +1,74 @@
+//! `gossamer docker-opts`: what dockerd is to be started with so that its own bridge gives containers
+//! addresses of this node's subnet, as flannel's `mk-docker-opts.sh` does.
+
+use std::{fs, path::PathBuf, process::ExitCode};
+
+use anyhow::{Context as _, anyhow};
+use clap::Args;
+use serde_json::{Map, Value};
+
+use super::fail;
+use crate::config::Instance;
+
+#[derive(Debug, Args)]
+pub struct DockerOptsArgs {
+    /// Name of the overlay, where this host has several
+    #[arg(long, env = "GOSSAMER_INSTANCE", default_value_t, value_name = "NAME")]
+    instance: Instance,
+    /// What the agent writes [default: /run/gossamer/subnet.env]
+    #[arg(long, env = "GOSSAMER_SUBNET_FILE", value_name = "FILE")]
+    subnet_file: Option<PathBuf>,
+    /// For Docker 28 and later, which lets no other host speak to its containers otherwise
+    #[arg(long)]
+    direct_routing: bool,
+    /// For /etc/docker/daemon.json instead of the command line
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(args: &DockerOptsArgs) -> ExitCode {
+    match options(args) {
+        Ok(options) if args.json => {
+            println!("{:#}", Value::from(options));
+            ExitCode::SUCCESS
+        }
+        Ok(options) => {
+            println!("{}", flags(&options));
+            ExitCode::SUCCESS
+        }
+        Err(error) => fail(format_args!("docker-opts: {error:#}")),
+    }
+}
+
+fn options(args: &DockerOptsArgs) -> anyhow::Result<Map<String, Value>> {
+    let path = args.subnet_file.clone().unwrap_or_else(|| args.instance.subnet_file());
+    let text = fs::read_to_string(&path)
+        .with_context(|| format!("{}: does the agent run?", path.display()))?;
+    let field = |name: &str| {
+        let mut fields = text.lines().filter_map(|line| line.split_once('='));
+        fields.find(|(key, _)| *key == name).map(|(_, value)| value.to_owned())
+    };
+    let need = |name: &str| field(name).ok_or_else(|| anyhow!("{}: no {name}", path.display()));
+    let mut options = Map::new();
+    options.insert("bip".to_owned(), need("FLANNEL_SUBNET")?.into());
+    let mtu: u32 = need("FLANNEL_MTU")?.parse().context("FLANNEL_MTU")?;
+    options.insert("mtu".to_owned(), mtu.into());
+    // One of the two is to do it.
+    options.insert("ip-masq".to_owned(), (need("FLANNEL_IPMASQ")? != "true").into());
+    if let Some(subnet) = field("FLANNEL_IPV6_SUBNET") {
+        options.insert("ipv6".to_owned(), true.into());
+        options.insert("fixed-cidr-v6".to_owned(), subnet.into());
+    }
+    if args.direct_routing {
+        options.insert("allow-direct-routing".to_owned(), true.into());
+    }
+    Ok(options)
+}
+
+fn flags(options: &Map<String, Value>) -> String {
+    let flag = |(name, value): (&String, &Value)| match value {
+        Value::String(text) => format!("--{name}={text}"),
+        other => format!("--{name}={other}"),
+    };
+    options.iter().map(flag).collect::<Vec<_>>().join(" ")
+}
