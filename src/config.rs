@@ -54,6 +54,8 @@ pub struct Config {
     pub iface: IfaceChoice,
     pub wish: SettingsWish,
     pub prefer_subnet: Option<IpAddr>,
+    /// The subnet that Kubernetes has given to this node; it leases this one, and gossip gives none.
+    pub pod_cidr: Option<IpNet>,
     pub replace_by_name: bool,
     pub quorum: Option<Quorum>,
     pub withdraw_after: Option<Duration>,
@@ -169,6 +171,7 @@ impl Settings {
             subnet_file: self.subnet_file.unwrap_or_else(|| instance.subnet_file()),
             wish,
             prefer_subnet: self.prefer_subnet,
+            pod_cidr: None,
             replace_by_name: self.replace_by_name.unwrap_or(false),
             quorum,
             withdraw_after: span(

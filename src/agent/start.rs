@@ -166,6 +166,7 @@ async fn start(
         cluster: token.as_ref().and_then(Token::known_cluster),
         wish: config.wish,
         prefer_subnet: config.prefer_subnet,
+        assigned: config.pod_cidr.map(|subnet| subnet.network()),
         replace_by_name: config.replace_by_name,
         quorum: config.quorum.clone(),
         rng_seed: random()?,

@@ -5,6 +5,7 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
+use ipnet::IpNet;
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 
 use crate::{
@@ -46,6 +47,10 @@ pub struct NodeConfig {
     pub wish: SettingsWish,
     /// First address of the subnet this node would like.
     pub prefer_subnet: Option<IpAddr>,
+    /// First address of the subnet that this node has been given from outside (Kubernetes). It leases that
+    /// one and no other, as all nodes of its cluster do; nobody grants anything, and the cluster needs no
+    /// founder: its id is `cluster`, which all of them know.
+    pub assigned: Option<IpAddr>,
     /// Names are unique by construction: a down member of this node's name is its predecessor, and gone.
     pub replace_by_name: bool,
     /// By time alone nobody is forgotten otherwise.
@@ -76,6 +81,8 @@ pub enum StartError {
     OtherCluster { token: ClusterId, state: ClusterId },
     #[error("{0}: the settings of a cluster cannot be changed; correct or leave out that setting")]
     Settings(Difference),
+    #[error("pod_cidr: {address} is outside the cluster's network {network}: set network")]
+    Assigned { address: IpAddr, network: IpNet },
     #[error(
         "this host left its cluster, and of that cluster nothing is known here any more: \
          remove the state directory to join as a new node"
@@ -115,6 +122,11 @@ impl Node {
             (None, Founding::Join) if config.seeds == 0 => return Err(StartError::NoCluster),
             (None, Founding::Join) => None,
         };
+        if let (Some(address), Some(home)) = (config.assigned, &home) {
+            let pool = home.cluster.settings.pool;
+            pool.slot_at(address)
+                .ok_or(StartError::Assigned { address, network: pool.network() })?;
+        }
         let founded = home.is_some() && memory.cluster.is_none();
         let leaving = (home.is_some() && left_to.is_some()).then(|| Leaving::resumed(now));
         let identity = Identity { node: me.node, incarnation: Incarnation { starts, renewals: 0 } };
@@ -227,7 +239,8 @@ fn resume(
     }
     let mut slots = SlotTable::empty(cluster.settings.pool);
     slots.merge(runs);
-    Ok(Home { cluster, slots, search: LeaseSearch::new(now, preferred(&cluster, config)) })
+    let search = LeaseSearch::new(now, preferred(&cluster, config), config.assigned.is_some());
+    Ok(Home { cluster, slots, search })
 }
 
 fn found(
@@ -237,13 +250,22 @@ fn found(
     config: &NodeConfig,
     rng: &mut StdRng,
 ) -> Home {
-    let cluster = ClusterRecord { id: ClusterId::from_bytes(rng.random()), settings };
+    let id = ClusterId::from_bytes(rng.random());
+    if config.assigned.is_some() {
+        let cluster = ClusterRecord { id: config.cluster.unwrap_or(id), settings };
+        let search = LeaseSearch::new(now, preferred(&cluster, config), true);
+        return Home { cluster, slots: SlotTable::empty(settings.pool), search };
+    }
+    let cluster = ClusterRecord { id, settings };
     let mut slots = SlotTable::founded_by(settings.pool, founder);
     let prefer = preferred(&cluster, config);
     slots.lease_own(founder, prefer);
-    Home { cluster, slots, search: LeaseSearch::new(now, prefer) }
+    Home { cluster, slots, search: LeaseSearch::new(now, prefer, false) }
 }
 
 pub(super) fn preferred(cluster: &ClusterRecord, config: &NodeConfig) -> Option<Slot> {
-    config.prefer_subnet.and_then(|address| cluster.settings.pool.slot_at(address))
+    config
+        .assigned
+        .or(config.prefer_subnet)
+        .and_then(|address| cluster.settings.pool.slot_at(address))
 }

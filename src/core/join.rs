@@ -116,7 +116,7 @@ impl Node {
             }
             None => {
                 tracing::info!(cluster = %cluster.id, members = facts.members.len(), "joined");
-                let search = LeaseSearch::new(now, preferred(&cluster, &self.config));
+                let search = LeaseSearch::new(now, preferred(&cluster, &self.config), false);
                 let slots = SlotTable::empty(cluster.settings.pool);
                 self.home = Some(Home { cluster, slots, search });
                 self.dirty.mark(Key::Cluster, true);

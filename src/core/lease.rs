@@ -17,6 +17,11 @@ use super::{
     rank::peer_score,
 };
 
+/// A node whose subnet is given from outside waits so long for others to tell who had it, where it has met
+/// nobody yet.
+const HEARSAY: Duration = Duration::from_secs(3);
+/// And looks again so often.
+const LOOK_AGAIN: Duration = Duration::from_millis(200);
 /// Pause after all donors were asked in vain.
 const DONOR_PAUSE: Duration = Duration::from_secs(2);
 
@@ -24,6 +29,12 @@ const DONOR_PAUSE: Duration = Duration::from_secs(2);
 pub(super) struct LeaseSearch {
     /// The slot it would like, until its owner has been asked in vain.
     prefer: Option<Slot>,
+    /// It is to have that one and no other: somebody else gives it.
+    assigned: bool,
+    /// When the search began.
+    since: Time,
+    /// A living member that has the subnet assigned to this node.
+    pub(super) rival: Option<NodeId>,
     tried: BTreeSet<NodeId>,
     open: bool,
     next_try: Option<Time>,
@@ -33,9 +44,12 @@ pub(super) struct LeaseSearch {
 }
 
 impl LeaseSearch {
-    pub(super) fn new(now: Time, prefer: Option<Slot>) -> Self {
+    pub(super) fn new(now: Time, prefer: Option<Slot>, assigned: bool) -> Self {
         Self {
             prefer,
+            assigned,
+            since: now,
+            rival: None,
             tried: BTreeSet::new(),
             open: false,
             next_try: Some(now),
@@ -54,6 +68,9 @@ impl LeaseSearch {
     /// asked for. Another one would take the addresses away from under running pods.
     pub(super) fn own_slot(&self, slots: &SlotTable, me: NodeId) -> Option<Slot> {
         let is_leased = |slot: &Slot| slots.leased_by(me).any(|leased| leased == *slot);
+        if self.assigned {
+            return self.prefer.filter(is_leased);
+        }
         let known = [self.held, self.prefer].into_iter().flatten().find(is_leased);
         known.or_else(|| slots.leased_by(me).next())
     }
@@ -76,6 +93,7 @@ impl Node {
         if let Some(own) = home.search.own_slot(&home.slots, me) {
             home.search.tried.clear();
             home.search.refusal = None;
+            home.search.rival = None;
             if home.search.held.replace(own) != Some(own) {
                 let subnet = home.cluster.settings.pool.subnet(own);
                 tracing::info!(%subnet, "this node's subnet");
@@ -89,6 +107,10 @@ impl Node {
             }
             return;
         }
+        if home.search.assigned {
+            self.claim(now);
+            return;
+        }
         if synced && let Some(change) = home.slots.lease_own(me, home.search.prefer) {
             self.note_own_change(now, vec![change]);
             return;
@@ -96,6 +118,31 @@ impl Node {
         if !home.search.open {
             self.ask_donor(now);
         }
+    }
+
+    /// Takes the subnet that was given to this node, unless a living member uses it: then somebody has given
+    /// it twice.
+    fn claim(&mut self, now: Time) {
+        let me = self.me.node;
+        let may_write = self.may_write();
+        let has_heard = self.sync.has_heard();
+        let active = self.active();
+        let Some(home) = &mut self.home else { return };
+        let search = &mut home.search;
+        let Some(slot) = search.prefer else { return };
+        let user = home.slots.record(slot).filter(|record| record.state == SlotState::Leased);
+        search.rival =
+            user.map(|record| record.owner).filter(|user| *user != me && active.contains_key(user));
+        let knows_enough = has_heard || self.config.seeds == 0 || now >= search.since + HEARSAY;
+        if search.rival.is_none() && may_write && knows_enough {
+            let change = home.slots.claim(me, slot);
+            self.note_own_change(now, vec![change]);
+            return;
+        }
+        if search.rival.is_some() && search.held.take().is_some() {
+            self.view_stale = true;
+        }
+        search.next_try = Some(now + LOOK_AGAIN);
     }
 
     fn give_back_all_but(&mut self, now: Time, own: Slot) {

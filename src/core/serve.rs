@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use crate::{
-    model::{ClusterId, Identity, MemberRecord, NodeId, Run, Time},
+    model::{ClusterId, Difference, Identity, MemberRecord, NodeId, Run, Time},
     wire::{Facts, Frame, GrantWish, Hello, Key, Refusal, Request, Response, Welcome},
 };
 
@@ -98,6 +98,10 @@ impl Node {
         let Some(home) = &self.home else { return Response::Refused(Refusal::NotReady) };
         if let Some(difference) = hello.settings.difference(&home.cluster.settings) {
             return Response::Refused(Refusal::Settings(difference));
+        }
+        if self.config.assigned.is_some() {
+            let [field, joiner, cluster] = ["lease_source", "gossip", "podcidr"].map(str::to_owned);
+            return Response::Refused(Refusal::Settings(Difference { field, joiner, cluster }));
         }
         if hello.member.node != from || hello.identity.node != from {
             let why = "a greeting must be about the node that sends it".to_owned();

@@ -161,6 +161,18 @@ impl SlotTable {
         Some(self.rewrite(chosen, 1, me, me, SlotState::Leased))
     }
 
+    /// Makes a slot the lease of `me` because somebody outside the cluster has given it: the new epoch
+    /// outranks any that an earlier user of it can have written.
+    pub fn claim(&mut self, me: NodeId, slot: Slot) -> Change {
+        let before = self.record(slot);
+        let generation = before.map_or(0, |record| record.epoch >> GENERATION_SHIFT) + 1;
+        let epoch = generation << GENERATION_SHIFT;
+        let record = SlotRecord { epoch, owner: me, state: SlotState::Leased, granter: me };
+        let run = Run { start: slot, len: 1, record };
+        self.set(run);
+        (run, before)
+    }
+
     /// Turns a lease of `me` that it does not need into a spare.
     pub fn release_own(&mut self, me: NodeId, slot: Slot) -> Option<Change> {
         let record = self.record(slot)?;

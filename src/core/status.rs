@@ -228,7 +228,21 @@ impl Node {
         }
         if let (Phase::Leaseless, Some(home)) = (phase, &self.home) {
             problems.extend(home.search.refusal.iter().map(|r| format!("no subnet yet: {r}")));
-            problems.extend(self.stranded());
+            if home.search.rival.is_none() {
+                problems.extend(self.stranded());
+            }
+        }
+        if let Some((home, rival)) = self.home.as_ref().and_then(|h| Some((h, h.search.rival?))) {
+            let subnet = self.config.assigned.and_then(|address| {
+                let pool = home.cluster.settings.pool;
+                Some(pool.subnet(pool.slot_at(address)?))
+            });
+            problems.push(format!(
+                "{} was given to this node and to {}, which uses it: give one of the two another (in Kubernetes: \
+                 spec.podCIDR of the node)",
+                subnet.map_or_else(String::new, |subnet| subnet.to_string()),
+                self.name_of(rival)
+            ));
         }
         if let Some(clone) = &self.clone {
             problems.push(format!(
@@ -249,7 +263,7 @@ impl Node {
                 }
             ));
         }
-        if self.counters.violations > 0 {
+        if self.counters.violations > 0 && self.config.assigned.is_none() {
             problems.push(format!(
                 "{} slots had two owners at one epoch: a state directory was copied or rolled back",
                 self.counters.violations

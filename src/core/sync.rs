@@ -213,7 +213,9 @@ impl Node {
         self.sync.due = now + self.jittered(base);
         self.sync.rounds += 1;
         let unheard = |node: NodeId| !self.sync.heard(node) && !self.is_gone(node);
-        self.sync.curious = self.membership.others().any(unheard);
+        // Without a founder everybody begins alone, and finds the others by its seeds.
+        let is_lonely = self.config.assigned.is_some() && self.is_alone();
+        self.sync.curious = is_lonely || self.membership.others().any(unheard);
         self.sync.others = self.membership.others().count() as u32;
         let is_turn = !self.sync.curious || self.sync.rounds.is_multiple_of(VIEW_ROUNDS);
         self.view_stale |= is_turn && std::mem::take(&mut self.sync.newly_heard) > 0;

@@ -12,6 +12,7 @@ use crate::{
     wire::Facts,
 };
 
+mod assigned;
 mod forget;
 mod join;
 mod leave;

@@ -95,6 +95,8 @@ impl Node {
         let pool = home.cluster.settings.pool;
         let mut unheard: Vec<Range<u32>> = Vec::new();
         let mut next = *pool.slots().start();
+        // Where nobody owns what is not leased there is nobody to hear of it.
+        let ownerless = self.config.assigned.is_some() && self.sync.synced();
         let mut add = |range: Range<u32>| match unheard.last_mut() {
             _ if range.is_empty() => {}
             Some(last) if last.end == range.start => last.end = range.end,
@@ -102,7 +104,9 @@ impl Node {
         };
         for run in home.slots.runs() {
             // No record, so nobody was heard.
-            add(next..run.start.0);
+            if !ownerless {
+                add(next..run.start.0);
+            }
             next = run.end();
             let owner = run.record.owner;
             if owner == self.me.node || self.sync.heard(owner) {
@@ -115,7 +119,9 @@ impl Node {
             }
             add(from..run.end());
         }
-        add(next..pool.slots().end() + 1);
+        if !ownerless {
+            add(next..pool.slots().end() + 1);
+        }
         unheard
     }
 }

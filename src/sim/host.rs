@@ -21,6 +21,8 @@ use crate::{
     wire::{Key, Record},
 };
 
+/// The cluster of hosts whose subnets somebody outside gives.
+const ASSIGNED: ClusterId = ClusterId::from_bytes([7; 8]);
 /// UDP port of every simulated endpoint.
 const PORT: u16 = 8473;
 
@@ -58,6 +60,8 @@ pub struct Host {
     pub process: Option<Process>,
     /// Counts processes: what was meant for an earlier one is void.
     pub life: u32,
+    /// First address of the subnet that somebody outside has given to it.
+    pub assigned: Option<Ipv4Addr>,
     /// Its agent runs with `replace_by_name`.
     pub replaces: bool,
     /// Who of the cluster forgets by time.
@@ -144,6 +148,7 @@ impl Host {
             going: false,
             process: None,
             life: 0,
+            assigned: None,
             replaces: false,
             quorum: None,
             stopped: None,
@@ -239,9 +244,10 @@ impl Host {
                 _ => Founding::Join,
             },
             seeds: self.seed_count(),
-            cluster: self.saved_cluster,
+            cluster: self.saved_cluster.or(self.assigned.map(|_| ASSIGNED)),
             wish: SettingsWish::default(),
             prefer_subnet: None,
+            assigned: self.assigned.map(Into::into),
             replace_by_name: self.replaces,
             quorum: self.quorum.clone(),
             rng_seed: seed,
