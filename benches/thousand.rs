@@ -236,6 +236,7 @@ impl Crowd {
                 cluster: None,
                 wish: SettingsWish::default(),
                 prefer_subnet: None,
+                assigned: None,
                 replace_by_name: false,
                 quorum: None,
                 rng_seed,

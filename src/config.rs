@@ -32,7 +32,7 @@ mod settings;
 mod tests;
 
 pub use instance::{BadInstance, Instance, NAME};
-pub use settings::{LogFormat, Settings};
+pub use settings::{LeaseSource, LogFormat, Settings};
 
 const DEFAULT_NETWORK: &str = "10.42.0.0/16";
 pub const DEFAULT_VXLAN_PORT: u16 = 8472;
@@ -54,8 +54,8 @@ pub struct Config {
     pub iface: IfaceChoice,
     pub wish: SettingsWish,
     pub prefer_subnet: Option<IpAddr>,
-    /// The subnet that Kubernetes has given to this node; it leases this one, and gossip gives none.
-    pub pod_cidr: Option<IpNet>,
+    /// Who says which subnet this node has, if that is not for gossip to find out.
+    pub pod_cidr: Option<PodCidr>,
     pub replace_by_name: bool,
     pub quorum: Option<Quorum>,
     pub withdraw_after: Option<Duration>,
@@ -76,6 +76,15 @@ pub struct Config {
     /// The socket of Docker's network plugin, if it is served.
     pub docker_plugin: Option<PathBuf>,
     pub name: NodeName,
+}
+
+/// Where the subnet stands that Kubernetes has given to this node.
+#[derive(Clone, Debug)]
+pub enum PodCidr {
+    Value(IpNet),
+    File(PathBuf),
+    /// In the node's object, by the API.
+    Api,
 }
 
 /// How the underlay interface is chosen; flannel's ways.
@@ -116,8 +125,19 @@ impl Settings {
             vni: self.vni,
             vxlan_port: self.vxlan_port,
         };
+        let pod_cidr = self.pod_cidr_source()?;
+        let mut wish = wish;
+        if pod_cidr.is_some() {
+            // Kubernetes begins with the first.
+            let network = wish.network.unwrap_or_else(default_network);
+            wish.subnet_min = wish.subnet_min.or(Some(network.network()));
+        }
         let settings = cluster_settings(&wish, &instance)?;
         let init = self.init.unwrap_or(false);
+        if init && pod_cidr.is_some() {
+            let problem = "with lease_source = \"podcidr\" no node is the first: leave it out";
+            return Err(bad("init", problem));
+        }
         if init && !self.join.is_empty() {
             let problem = "--init creates a cluster and --join enters one: use one of the two";
             return Err(bad("init", problem));
@@ -159,7 +179,7 @@ impl Settings {
         Ok(Config {
             vni: wish.vni.unwrap_or(instance.vni()),
             port: instance.port(),
-            create: init.then_some(settings),
+            create: (init || pod_cidr.is_some()).then_some(settings),
             seeds,
             token,
             listen,
@@ -171,7 +191,7 @@ impl Settings {
             subnet_file: self.subnet_file.unwrap_or_else(|| instance.subnet_file()),
             wish,
             prefer_subnet: self.prefer_subnet,
-            pod_cidr: None,
+            pod_cidr,
             replace_by_name: self.replace_by_name.unwrap_or(false),
             quorum,
             withdraw_after: span(
@@ -190,6 +210,28 @@ impl Settings {
             bridge: self.bridge,
             docker_plugin: self.docker_plugin.map(|dir| docker::socket_in(&dir, &instance)),
         })
+    }
+
+    fn pod_cidr_source(&self) -> Result<Option<PodCidr>, ConfigError> {
+        let source = match (self.pod_cidr, &self.pod_cidr_file) {
+            (Some(_), Some(_)) => {
+                return Err(bad("pod_cidr", "set pod_cidr or pod_cidr_file, not both"));
+            }
+            (Some(subnet), None) => PodCidr::Value(subnet),
+            (None, Some(path)) => PodCidr::File(path.clone()),
+            (None, None) => PodCidr::Api,
+        };
+        match self.lease_source.unwrap_or_default() {
+            LeaseSource::PodCidr if self.network6.is_some() => {
+                let problem = "a podCIDR is of one family: leave it out, or lease by gossip";
+                Err(bad("network6", problem))
+            }
+            LeaseSource::PodCidr => Ok(Some(source)),
+            LeaseSource::Gossip if matches!(source, PodCidr::Api) => Ok(None),
+            LeaseSource::Gossip => {
+                Err(bad("pod_cidr", "it is for lease_source = \"podcidr\": set that too"))
+            }
+        }
     }
 
     fn read_token(&self) -> Result<Option<Token>, ConfigError> {
@@ -230,14 +272,17 @@ impl Settings {
     }
 }
 
+fn default_network() -> IpNet {
+    IpNet::V4(DEFAULT_NETWORK.parse().unwrap_or_default())
+}
+
 /// The settings of a cluster in which whatever the operator left open has its default.
 fn cluster_settings(
     wish: &SettingsWish,
     instance: &Instance,
 ) -> Result<ClusterSettings, ConfigError> {
-    let default = || IpNet::V4(DEFAULT_NETWORK.parse().unwrap_or_default());
     let pool = Pool::new(&PoolSpec {
-        network: wish.network.unwrap_or_else(default),
+        network: wish.network.unwrap_or_else(default_network),
         subnet_len: wish.subnet_len,
         subnet_min: wish.subnet_min,
         subnet_max: wish.subnet_max,

@@ -6,6 +6,7 @@
 
 mod data_plane;
 mod docker;
+mod kubernetes;
 mod owners;
 mod ping;
 mod pods;

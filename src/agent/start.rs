@@ -8,11 +8,13 @@ use std::{
     time::Instant,
 };
 
+use ipnet::IpNet;
+use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 
 use super::{
-    Agent, Clock, Ending, Gate, KernelState, News, PodState, Prober, Programmer, Wirer, underlay,
-    wirer::Job,
+    Agent, Clock, Ending, Gate, KernelState, News, PodState, Prober, Programmer, Wirer, kubernetes,
+    underlay, wirer::Job,
 };
 use crate::{
     api,
@@ -23,7 +25,7 @@ use crate::{
         kernel::{Kernel, KernelError},
     },
     docker,
-    model::{BootId, ClusterId, Mac, Time, Vtep},
+    model::{BootId, ClusterId, ClusterRecord, ClusterSettings, Mac, Time, Vtep},
     netlink::Netlink,
     pods::bridge::bridge_name,
     store::{Database, Opened, StateDir, StoreError, Writer},
@@ -69,6 +71,11 @@ pub enum StartFailure {
          leave it out, or set --advertise or --iface"
     )]
     Listen { listen: SocketAddr, underlay: IpAddr },
+    #[error(
+        "pod_cidr: {subnet} is no subnet of length {len} of {network}: set network to the cluster's CIDR \
+         (of kube-controller-manager, or k3s server), and subnet_len to the nodes' mask"
+    )]
+    PodCidr { subnet: IpNet, network: IpNet, len: u8 },
     #[error(transparent)]
     Socket(#[from] api::SocketError),
     #[error("the system gives no random bytes: {0}")]
@@ -120,15 +127,41 @@ async fn start(
             "the database was unreadable and was moved aside: this node rejoins with the same key"
         );
     }
+    let given = match &config.pod_cidr {
+        Some(source) => Some(kubernetes::find(source, config.name.as_str(), &state).await?),
+        None => None,
+    };
     let known_cluster = records.iter().find_map(|(_, record)| match record {
         Record::Cluster(cluster) => Some(*cluster),
         _ => None,
     });
     let saved = state.token()?;
-    remember(&mut config, saved.as_ref(), known_cluster.is_some())?;
+    let assigned = match (&given, config.create) {
+        (Some(given), Some(settings)) => {
+            if config.seeds.is_empty() {
+                config.seeds.extend(saved.iter().flat_map(|token| token.seeds.clone()));
+            }
+            let others =
+                given.others.iter().map(|ip| SocketAddr::new(*ip, config.port).to_string());
+            config.seeds.extend(others);
+            Some((given.subnet, settings))
+        }
+        _ => {
+            remember(&mut config, saved.as_ref(), known_cluster.is_some())?;
+            None
+        }
+    };
+    if let Some((subnet, settings)) = assigned {
+        let pool = settings.pool;
+        if subnet.prefix_len() != pool.subnet_len() || !pool.network().contains(&subnet) {
+            let (network, len) = (pool.network(), pool.subnet_len());
+            return Err(StartFailure::PodCidr { subnet, network, len });
+        }
+    }
     let token = config.token.clone().or(saved);
     let secret = match &token {
         Some(token) => token.secret.clone(),
+        None if assigned.is_some() => return Err(StartFailure::NoToken),
         None if config.create.is_some() => Secret::new(random::<SECRET_LEN>()?.to_vec())?,
         None if config.seeds.is_empty() && known_cluster.is_none() => {
             return Err(StartError::NoCluster.into());
@@ -163,10 +196,13 @@ async fn start(
         vtep: Vtep { mac: Mac::of_node(key.id()), underlay: ip },
         founding: config.create.map_or(Founding::Join, Founding::Create),
         seeds: config.seeds.len(),
-        cluster: token.as_ref().and_then(Token::known_cluster),
+        cluster: match assigned {
+            Some((_, settings)) => Some(common_id(&secret, settings)),
+            None => token.as_ref().and_then(Token::known_cluster),
+        },
         wish: config.wish,
         prefer_subnet: config.prefer_subnet,
-        assigned: config.pod_cidr.map(|subnet| subnet.network()),
+        assigned: assigned.map(|(subnet, _)| subnet.network()),
         replace_by_name: config.replace_by_name,
         quorum: config.quorum.clone(),
         rng_seed: random()?,
@@ -239,6 +275,18 @@ async fn start(
         ending: None,
     };
     Ok(agent.run(network, threads, heard).await?)
+}
+
+/// The cluster of nodes whose subnets are given from outside has no founder who could make up an id: it
+/// follows from what all of them know. Nodes with other settings are in another cluster, and hear so.
+fn common_id(secret: &Secret, settings: ClusterSettings) -> ClusterId {
+    let record = Record::Cluster(ClusterRecord { id: ClusterId::UNKNOWN, settings }).encode();
+    let mut hash = Sha256::new();
+    hash.update(b"gossamer: a cluster without a founder");
+    hash.update(secret.as_bytes());
+    hash.update(record);
+    let hash = hash.finalize();
+    ClusterId::from_bytes(std::array::from_fn(|i| hash[i]))
 }
 
 /// Where gossip listens; peers must be able to reach it at the underlay address.

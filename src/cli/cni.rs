@@ -9,6 +9,7 @@ use std::{
 
 use anyhow::Context as _;
 use clap::{Args, Subcommand};
+use serde_json::Value;
 
 use super::fail;
 use crate::store::replace;
@@ -65,7 +66,9 @@ fn install(args: &InstallArgs) -> anyhow::Result<Vec<String>> {
     let plugin = args.bin_dir.join(PLUGIN_NAME);
     let conflist = args.conf_dir.join(CONFLIST_NAME);
     let present = fs::read_to_string(&conflist).ok();
-    if present.is_some_and(|present| present != CONFLIST) && !args.force {
+    let (whole, without_portmap) = (CONFLIST.to_owned(), without_portmap()?);
+    let is_ours = |present: &String| [&whole, &without_portmap].contains(&present);
+    if present.is_some_and(|present| !is_ours(&present)) && !args.force {
         anyhow::bail!("{} was changed: keep it, or give --force", conflist.display());
     }
     let mut done = Vec::new();
@@ -75,16 +78,27 @@ fn install(args: &InstallArgs) -> anyhow::Result<Vec<String>> {
         let arrow = if args.copy { "=" } else { "->" };
         done.push(format!("{} {arrow} {}", plugin.display(), program.display()));
     }
-    replace(&conflist, CONFLIST).with_context(|| conflist.display().to_string())?;
+    let has_portmap = args.bin_dir.join(PORTMAP).exists();
+    let text = if has_portmap { whole } else { without_portmap };
+    replace(&conflist, &text).with_context(|| conflist.display().to_string())?;
     done.push(conflist.display().to_string());
-    if !args.bin_dir.join(PORTMAP).exists() {
+    if !has_portmap {
         done.push(format!(
-            "missing: {PORTMAP} in {}, which the configuration names for published ports: install the CNI \
-             plugins (Debian: containernetworking-plugins), or remove it from the configuration",
+            "without published ports: there is no {PORTMAP} in {}; with the CNI plugins there (Debian: \
+             containernetworking-plugins), install once more",
             args.bin_dir.display()
         ));
     }
     Ok(done)
+}
+
+/// A runtime refuses every pod where one plugin of the list is missing.
+fn without_portmap() -> anyhow::Result<String> {
+    let mut list: Value = serde_json::from_str(CONFLIST)?;
+    if let Some(plugins) = list["plugins"].as_array_mut() {
+        plugins.retain(|plugin| plugin["type"] != PORTMAP);
+    }
+    Ok(format!("{list:#}\n"))
 }
 
 /// Readers see the old or the new program, never none.

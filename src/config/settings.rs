@@ -80,6 +80,15 @@ pub struct Settings {
     /// The subnet this node would like, if it is free
     #[arg(long, env = "GOSSAMER_PREFER_SUBNET", value_name = "IP")]
     pub prefer_subnet: Option<IpAddr>,
+    /// Who says which subnet this node has: the nodes among themselves, or Kubernetes [default: gossip]
+    #[arg(long, env = "GOSSAMER_LEASE_SOURCE", value_enum, value_name = "WHO")]
+    pub lease_source: Option<LeaseSource>,
+    /// With podcidr: that subnet, if it is not to be read from the API [default: spec.podCIDR of the node]
+    #[arg(long, env = "GOSSAMER_POD_CIDR", value_name = "CIDR")]
+    pub pod_cidr: Option<IpNet>,
+    /// With podcidr: a file with that subnet
+    #[arg(long, env = "GOSSAMER_POD_CIDR_FILE", value_name = "FILE")]
+    pub pod_cidr_file: Option<PathBuf>,
     /// Node names are unique by construction: a down member of this node's name is its predecessor, is
     /// forgotten, and its subnet taken over
     #[arg(long, env = "GOSSAMER_REPLACE_BY_NAME", num_args = 0..=1, default_missing_value = "true")]
@@ -141,6 +150,15 @@ pub struct Settings {
     /// How to log [default: text]
     #[arg(long, env = "GOSSAMER_LOG_FORMAT", value_enum, value_name = "FORMAT")]
     pub log_format: Option<LogFormat>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[clap(rename_all = "lowercase")]
+pub enum LeaseSource {
+    #[default]
+    Gossip,
+    PodCidr,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, Deserialize)]
@@ -210,6 +228,9 @@ impl Settings {
             vni: self.vni.or(other.vni),
             vxlan_port: self.vxlan_port.or(other.vxlan_port),
             mtu: self.mtu.or(other.mtu),
+            lease_source: self.lease_source.or(other.lease_source),
+            pod_cidr: self.pod_cidr.or(other.pod_cidr),
+            pod_cidr_file: self.pod_cidr_file.or(other.pod_cidr_file),
             bridge: self.bridge.or(other.bridge),
             docker_plugin: self.docker_plugin.or(other.docker_plugin),
             node_name: self.node_name.or(other.node_name),

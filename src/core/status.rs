@@ -238,7 +238,8 @@ impl Node {
                 Some(pool.subnet(pool.slot_at(address)?))
             });
             problems.push(format!(
-                "{} was given to this node and to {}, which uses it: give one of the two another (in Kubernetes: \
+                "{} was given to this node and to {}, which uses it: give one of the two another (in \
+                 Kubernetes: \
                  spec.podCIDR of the node)",
                 subnet.map_or_else(String::new, |subnet| subnet.to_string()),
                 self.name_of(rival)

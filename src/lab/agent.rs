@@ -29,6 +29,16 @@ pub struct Agent {
 impl Agent {
     /// Starts `program agent` on a host, with all its files in the host's directory.
     pub fn start(program: &Path, host: &Host, arguments: &[&str]) -> io::Result<Self> {
+        Self::start_with(program, host, arguments, &[])
+    }
+
+    /// The same, with these variables in its environment.
+    pub fn start_with(
+        program: &Path,
+        host: &Host,
+        arguments: &[&str],
+        variables: &[(&str, String)],
+    ) -> io::Result<Self> {
         let log = host.dir.join("log");
         let file = File::options().create(true).append(true).open(&log)?;
         let socket = host.dir.join("gossamer.sock");
@@ -43,6 +53,7 @@ impl Agent {
             .arg("--subnet-file")
             .arg(host.dir.join("subnet.env"))
             .args(arguments)
+            .envs(variables.iter().map(|(name, value)| (*name, value)))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(file);

@@ -11,6 +11,7 @@ use std::{
 };
 
 use data_encoding::HEXLOWER;
+use ipnet::IpNet;
 use nix::fcntl::{Flock, FlockArg};
 
 use super::{History, StoreError, history};
@@ -19,6 +20,7 @@ use crate::wire::Token;
 const KEY: &str = "node.key";
 const TOKEN: &str = "token";
 const LOCK: &str = "lock";
+const POD_CIDR: &str = "pod-cidr";
 const DATABASE: &str = "db";
 
 /// A directory that only its owner can enter, held by this process.
@@ -80,6 +82,20 @@ impl StateDir {
         self.save(TOKEN, &format!("{token}\n"))
     }
 
+    /// The subnet that Kubernetes gave to this node.
+    pub fn pod_cidr(&self) -> Result<Option<IpNet>, StoreError> {
+        let path = self.path.join(POD_CIDR);
+        let text = read_if_there(&path)?;
+        Ok(text.and_then(|text| text.trim().parse().ok()))
+    }
+
+    pub fn save_pod_cidr(&self, subnet: IpNet) -> Result<(), StoreError> {
+        if self.pod_cidr()? == Some(subnet) {
+            return Ok(());
+        }
+        self.save(POD_CIDR, &format!("{subnet}\n"))
+    }
+
     /// The log of changes of ownership.
     pub fn history(&self) -> History {
         History::new(&self.path)
@@ -135,7 +151,7 @@ impl StateDir {
 fn is_ours(name: &OsStr) -> bool {
     let Some(name) = name.to_str() else { return false };
     let name = name.strip_suffix(".new").unwrap_or(name);
-    [KEY, TOKEN, LOCK, DATABASE, history::FILE, history::OLDER].contains(&name)
+    [KEY, TOKEN, LOCK, POD_CIDR, DATABASE, history::FILE, history::OLDER].contains(&name)
         || name.starts_with("db.damaged-")
 }
 

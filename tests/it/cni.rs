@@ -346,6 +346,14 @@ fn the_plugin_is_installed_where_runtimes_look_and_nobodys_changes_are_lost() {
     let file = conf.join("10-gossamer.conflist");
     let list: Value = serde_json::from_slice(&std::fs::read(&file).expect("read")).expect("JSON");
     assert_eq!(list["plugins"][0]["type"], "gossamer");
+    // A list with a plugin that is not there would keep all pods from starting.
+    assert_eq!(list["plugins"].as_array().map(Vec::len), Some(1));
+    std::fs::write(bin.join("portmap"), "").expect("written");
+    assert!(install(&["--copy"]).status.success());
+    let list: Value = serde_json::from_slice(&std::fs::read(&file).expect("read")).expect("JSON");
+    assert_eq!(list["plugins"][1]["type"], "portmap");
+    let copied = std::fs::symlink_metadata(bin.join("gossamer")).expect("there");
+    assert!(copied.file_type().is_file(), "{copied:?}");
     std::fs::write(&file, "{}").expect("written");
     let refused = install(&[]);
     assert!(String::from_utf8_lossy(&refused.stderr).contains("--force"), "{refused:?}");

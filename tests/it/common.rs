@@ -126,6 +126,12 @@ impl Cluster {
     }
 }
 
+/// One for a cluster that is not there yet.
+pub fn gossamer_token() -> anyhow::Result<String> {
+    let output = Command::new(program()).args(["token", "--new"]).output()?;
+    Ok(String::from_utf8(output.stdout)?.trim().to_owned())
+}
+
 pub fn token_of(agent: &mut Agent) -> anyhow::Result<String> {
     let answer = agent.ask("/v1/token", PATIENCE)?;
     Ok(answer["token"].as_str().expect("a token").to_owned())

@@ -12,7 +12,8 @@ use gossamer::{
 };
 
 use crate::common::{
-    Cluster, PATIENCE, eventually, has_problem, isolated, program, run, tool, wait_until,
+    Cluster, PATIENCE, eventually, gossamer_token, has_problem, isolated, program, run, tool,
+    wait_until,
 };
 
 /// Shorter than the pause between two slow comparisons.
@@ -179,11 +180,6 @@ fn an_agent_that_waits_for_its_cluster_costs_nothing_while_others_change_their_t
         assert!(used() - before < 30, "{} ticks in a second", used() - before);
         Ok(())
     });
-}
-
-fn gossamer_token() -> anyhow::Result<String> {
-    let output = std::process::Command::new(program()).args(["token", "--new"]).output()?;
-    Ok(String::from_utf8(output.stdout)?.trim().to_owned())
 }
 
 #[test]

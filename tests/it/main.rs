@@ -15,6 +15,7 @@ mod dockerd;
 mod families;
 mod firewall;
 mod instances;
+mod kubernetes;
 mod mishaps;
 mod modes;
 mod offload;

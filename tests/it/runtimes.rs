@@ -38,7 +38,7 @@ fn install(host: &Host, agent: &Agent) -> (PathBuf, PathBuf) {
         .output();
     let output = output.expect("gossamer runs");
     let said = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success() && !said.contains("missing"), "{output:?}");
+    assert!(output.status.success() && !said.contains("without"), "{output:?}");
     let file = conf.join("10-gossamer.conflist");
     let text = fs::read_to_string(&file).expect("written");
     let mut list: Value = serde_json::from_str(&text).expect("JSON");
