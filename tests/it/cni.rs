@@ -407,3 +407,25 @@ fn what_others_do_to_the_bridge_is_put_right() {
         Ok(())
     });
 }
+
+#[test]
+fn a_subnet_that_is_used_up_is_said_and_what_is_given_back_is_given_again() {
+    isolated(|lab| {
+        let host = lab.host(1, "n1")?;
+        let small = ["--init", "--network", "10.42.0.0/24", "--subnet-len", "29"];
+        let mut agent = Agent::start(program(), &host, &small)?;
+        agent.wait_converged(1, PATIENCE)?;
+        let names = ["a", "b", "c", "d", "e", "f"];
+        let _spaces = namespaces(&names)?;
+        let runtime = Runtime::new(&agent);
+        let given: Vec<String> =
+            names[..5].iter().map(|name| address(&runtime.add(name))).collect();
+        let (code, why) = runtime.refused("ADD", "f", &json!({}));
+        assert!(code == 100 && why.contains("all 5 addresses"), "{code} {why}");
+        assert_eq!((cables(&host), pods(&mut agent)), (5, 5));
+        let runtime = Runtime::new(&agent);
+        runtime.del("c");
+        assert_eq!(address(&runtime.add("f")), given[2]);
+        Ok(())
+    });
+}

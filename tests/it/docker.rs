@@ -281,3 +281,34 @@ fn dockers_own_bridge_takes_the_nodes_subnet() {
         Ok(())
     });
 }
+
+#[test]
+fn in_dual_stack_a_container_has_the_same_place_in_both_pools() {
+    isolated(|lab| {
+        let host = lab.host(1, "n1")?;
+        let plugins = host.dir.join("plugins").display().to_string();
+        let dual = ["--init", "--network6", "fd42::/48", "--docker-plugin", &plugins];
+        let mut agent = Agent::start(program(), &host, &dual)?;
+        agent.wait_converged(1, PATIENCE)?;
+        let plugin = Plugin::on(&host);
+        let pool = |v6: bool| {
+            let request = json!({ "Pool": "", "V6": v6 });
+            plugin.done("IpamDriver.RequestPool", &request)["PoolID"].clone()
+        };
+        let pools = [pool(false), pool(true)];
+        let mac = "02:42:00:00:00:07";
+        let [first, second] = [0, 1].map(|family: usize| plugin.address(&pools[family], mac));
+        assert!(first.ends_with(".2/24") && second.ends_with("::2/64"), "{first} {second}");
+        let interface = json!({ "Address": first, "AddressIPv6": second });
+        let endpoint = json!({ "EndpointID": "e1", "Interface": interface });
+        plugin.done("NetworkDriver.CreateEndpoint", &endpoint);
+        let joined = plugin.done("NetworkDriver.Join", &json!({ "EndpointID": "e1" }));
+        assert_eq!(joined["StaticRoutes"].as_array().map(Vec::len), Some(2), "{joined}");
+        for address in [&first, &second] {
+            let ip = address.split('/').next();
+            plugin.done("IpamDriver.ReleaseAddress", &json!({ "PoolID": "", "Address": ip }));
+        }
+        assert!(pods(&mut agent).is_empty());
+        Ok(())
+    });
+}
