@@ -4,7 +4,7 @@
 //! An address is reserved under its container's MAC, for the endpoint has no name yet; then it is the
 //! endpoint's until Docker deletes that. Everything is on disk before it is answered.
 
-use std::net::IpAddr;
+use std::{collections::BTreeSet, net::IpAddr, time::Duration};
 
 use ipnet::IpNet;
 use tokio::sync::oneshot::Sender;
@@ -22,6 +22,11 @@ use crate::{
 
 /// In the place of an interface's name: Docker chooses that itself.
 const INTERFACE: &str = "docker";
+/// How the names of addresses begin that are held for a container, and for a network.
+const BY_MAC: &str = "mac-";
+const BY_ADDRESS: &str = "address-";
+/// Docker names the container's place in the network a moment after it has asked for an address.
+const RESERVED: Duration = Duration::from_secs(600);
 
 impl Agent {
     pub(super) fn on_docker(&mut self, request: Request) {
@@ -62,8 +67,8 @@ impl Agent {
             found.ok_or_else(|| PodError::invalid(format!("this overlay has no {family}")))
         });
         match (bridge, subnet) {
-            (Ok(bridge), Ok(subnet)) if !named && !ipv6 && self.pods.bridge.is_some() => {
-                // Docker would find the bridge's route, ask for another pool, and so without end.
+            (Ok(bridge), Ok(subnet)) if !named && !ipv6 => {
+                // Docker would find the route of a bridge, ask for another pool, and so without end.
                 if self.pods.table.iter().next().is_some() {
                     let why = format!(
                         "this host has containers on {subnet} already, and Docker takes such a subnet only \
@@ -121,19 +126,30 @@ impl Agent {
     ) -> Result<(Pod, IpNet), PodError> {
         let subnet = self.own_subnet(pool)?;
         let who = match (mac, address) {
-            (Some(mac), _) => format!("mac-{}", mac.replace(':', "")),
-            (None, Some(address)) => format!("address-{}", address.to_string().replace(':', "-")),
+            (Some(mac), _) => format!("{BY_MAC}{}", mac.replace(':', "")),
+            (None, Some(address)) => {
+                format!("{BY_ADDRESS}{}", address.to_string().replace(':', "-"))
+            }
             (None, None) => {
                 return Err(PodError::invalid("an address for a container without a MAC"));
             }
         };
         let attachment = attachment(&who)?;
-        // Of the other family, or asked for once more.
-        if let Some(pod) = self.pods.table.get(&attachment)
-            && address.is_none_or(|address| pod.addresses.iter().any(|ip| ip == address))
-        {
-            return Ok((pod.clone(), subnet));
+        if let Some(pod) = self.pods.table.get(&attachment) {
+            // Of the other family, or asked for once more.
+            if address.is_none_or(|address| pod.addresses.iter().any(|ip| ip == address)) {
+                return Ok((pod.clone(), subnet));
+            }
+            let first = pod.addresses.first;
+            self.forget_pod_unanswered(&attachment);
+            let why = format!(
+                "{} and {first}: a container has the same place in both subnets: give both addresses, \
+                 --ip and --ip6, or none",
+                address.unwrap_or(first)
+            );
+            return Err(PodError::new(PodErrorKind::Address, why));
         }
+        self.drop_old_reservations();
         let bridge = self.ready_bridge()?;
         let addresses = address.into_iter().collect();
         let wish = Wish { attachment, owner: OWNER.to_owned(), netns: String::new(), addresses };
@@ -142,7 +158,10 @@ impl Agent {
     }
 
     fn release(&mut self, address: IpAddr, reply: Sender<Result<(), PodError>>) {
-        match self.pods.table.holder(address).filter(|pod| pod.owner == OWNER) {
+        // Not of a container that is there: Docker deletes that first. The address may have been given again
+        // since, and this may be said for the second time.
+        let is_free = |pod: &&Pod| pod.owner == OWNER && pod.netns.is_empty();
+        match self.pods.table.holder(address).filter(is_free) {
             Some(pod) => self.remove_endpoint(&pod.attachment.clone(), reply),
             // What is not held is free already.
             None => _ = reply.send(Ok(())),
@@ -170,6 +189,10 @@ impl Agent {
         {
             return Err(not_ours(other));
         }
+        if !addresses.contains(&holder.addresses.first) {
+            let why = "it is in a network without the first family of the overlay";
+            return Err(PodError::invalid(format!("endpoint {endpoint}: {why}")));
+        }
         let held = holder.attachment.clone();
         if held == attachment {
             return Ok(());
@@ -182,7 +205,11 @@ impl Agent {
             let why = format!("address {first}: endpoint {} has it", held.container());
             return Err(PodError::new(PodErrorKind::Address, why));
         }
-        self.pods.table.rename(&held, attachment, String::new());
+        self.pods.table.rename(&held, attachment.clone(), String::new());
+        // A network of one family takes no more, and must not be told of routes of the other.
+        if addresses.len() == 1 {
+            self.pods.table.drop_second(&attachment);
+        }
         Ok(())
     }
 
@@ -211,7 +238,8 @@ impl Agent {
         let networks = self.kernel.wanted.as_ref().map(|view| view.settings.pool.networks());
         let routes = networks.into_iter().flat_map(Subnets::iter).filter_map(|network| {
             let same = |subnet: &IpNet| network.contains(subnet);
-            Some((network, gateway(bridge.subnets.iter().find(same)?)))
+            let has = pod.addresses.iter().any(|ip| network.contains(&ip));
+            Some((network, gateway(bridge.subnets.iter().find(same)?))).filter(|_| has)
         });
         let joined = Joined { interface: loose_name(&attachment), routes: routes.collect() };
         let answer = move |result: Result<_, PodError>| _ = reply.send(result.map(|_| joined));
@@ -222,6 +250,26 @@ impl Agent {
         let unknown =
             || PodError::invalid(format!("endpoint {endpoint}: there is none of that name"));
         self.pods.table.get(&attachment(endpoint)?).ok_or_else(unknown)
+    }
+
+    fn forget_pod_unanswered(&mut self, attachment: &Attachment) {
+        let number = self.pods.next();
+        self.forget_pod(number, attachment);
+    }
+
+    /// Of containers that never came: what asked for an address may have ended right after.
+    fn drop_old_reservations(&mut self) {
+        let now = self.clock.now();
+        let names = self.pods.table.iter().map(|pod| &pod.attachment);
+        let held: BTreeSet<_> =
+            names.filter(|name| name.container().starts_with(BY_MAC)).cloned().collect();
+        self.pods.reserved.retain(|name, _| held.contains(name));
+        for name in held {
+            let since = *self.pods.reserved.entry(name.clone()).or_insert(now);
+            if now.since(since) > RESERVED {
+                self.forget_pod_unanswered(&name);
+            }
+        }
     }
 
     fn save_then(&mut self, pod: &Pod, answer: impl FnOnce() + Send + 'static) {
@@ -237,7 +285,12 @@ fn attachment(name: &str) -> Result<Attachment, PodError> {
 
 /// No endpoint has it yet.
 fn is_reservation(attachment: &Attachment) -> bool {
-    ["mac-", "address-"].iter().any(|prefix| attachment.container().starts_with(prefix))
+    [BY_MAC, BY_ADDRESS].iter().any(|prefix| attachment.container().starts_with(prefix))
+}
+
+/// It is held for as long as a network of Docker's is there.
+pub(super) fn is_of_a_network(pod: &Pod) -> bool {
+    pod.owner == OWNER && pod.attachment.container().starts_with(BY_ADDRESS)
 }
 
 fn with_length(ip: IpAddr, subnet: IpNet) -> IpNet {

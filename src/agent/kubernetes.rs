@@ -12,7 +12,7 @@ use std::{
 };
 
 use http_body_util::{BodyExt as _, Empty, Limited};
-use hyper::{Request, body::Bytes, client::conn::http1};
+use hyper::{Request, StatusCode, body::Bytes, client::conn::http1};
 use hyper_util::rt::TokioIo;
 use ipnet::IpNet;
 use rustls::{
@@ -50,19 +50,24 @@ pub async fn find(source: &PodCidr, name: &str, state: &StateDir) -> Result<Give
     loop {
         let found = match source {
             PodCidr::Value(subnet) => Ok(Given { subnet: *subnet, others: Vec::new() }),
-            PodCidr::File(path) => read_file(path),
+            PodCidr::File(path) => read_file(path).map_err(Unknown::No),
             PodCidr::Api => ask(name).await,
         };
-        match found {
+        let (why, saved) = match found {
             Ok(given) => {
                 state.save_pod_cidr(given.subnet)?;
                 return Ok(given);
             }
-            Err(why) => {
-                if let Some(subnet) = state.pod_cidr()? {
-                    tracing::warn!(%why, %subnet, "Kubernetes was not asked: the subnet of the last run");
-                    return Ok(Given { subnet, others: Vec::new() });
-                }
+            Err(Unknown::Away(why)) => (why, state.pod_cidr()?),
+            // What it had may have been given to another node meanwhile.
+            Err(Unknown::No(why)) => (why, None),
+        };
+        match saved {
+            Some(subnet) => {
+                tracing::warn!(%why, %subnet, "Kubernetes was not asked: the subnet of the last run");
+                return Ok(Given { subnet, others: Vec::new() });
+            }
+            None => {
                 if why != said {
                     tracing::error!(%why, "this node's subnet is not known yet: trying again");
                     said = why;
@@ -81,14 +86,24 @@ fn read_file(path: &Path) -> Result<Given, String> {
     Ok(Given { subnet, others: Vec::new() })
 }
 
-async fn ask(name: &str) -> Result<Given, String> {
-    let api = Api::of_this_pod()?;
+/// Why a subnet is not known.
+enum Unknown {
+    /// Who was asked says so.
+    No(String),
+    /// Nobody could be asked.
+    Away(String),
+}
+
+async fn ask(name: &str) -> Result<Given, Unknown> {
+    let api = Api::of_this_pod().map_err(Unknown::No)?;
     let node = api.get(&format!("/api/v1/nodes/{name}")).await?;
     let text = node["spec"]["podCIDR"].as_str();
-    let text = text.ok_or_else(|| format!("node {name} has no spec.podCIDR yet"))?;
-    let subnet =
-        text.parse().map_err(|_| format!("node {name}: spec.podCIDR {text:?} is no subnet"))?;
-    let nodes = api.get(&format!("/api/v1/nodes?limit={SEEDS_MAX}")).await?;
+    let text = text.ok_or_else(|| Unknown::No(format!("node {name} has no spec.podCIDR yet")))?;
+    let subnet = text
+        .parse()
+        .map_err(|_| Unknown::No(format!("node {name}: spec.podCIDR {text:?} is no subnet")))?;
+    // Those that are known from before will do.
+    let nodes = api.get(&format!("/api/v1/nodes?limit={SEEDS_MAX}")).await.unwrap_or_default();
     Ok(Given { subnet, others: others(&nodes, name) })
 }
 
@@ -143,16 +158,25 @@ impl Api {
         Ok(Self { host, port, token: token.trim().to_owned(), tls: Arc::new(tls) })
     }
 
-    async fn get(&self, target: &str) -> Result<Value, String> {
+    async fn get(&self, target: &str) -> Result<Value, Unknown> {
         let failed = |error: &dyn std::fmt::Display| {
             format!("https://{}:{}{target}: {error}", self.host, self.port)
         };
         let asked = tokio::time::timeout(PATIENCE, self.request(target));
-        let answer = asked.await.map_err(|_| failed(&"no answer"))?;
-        answer.map_err(|error| failed(&error))
+        let answer = asked.await.map_err(|_| Unknown::Away(failed(&"no answer")))?;
+        match answer.map_err(|error| Unknown::Away(failed(&error)))? {
+            (status, body) if status.is_success() => {
+                serde_json::from_slice(&body).map_err(|error| Unknown::Away(failed(&error)))
+            }
+            (status, body) => {
+                let said = String::from_utf8_lossy(&body);
+                let why = failed(&format_args!("{status}: {}", said.trim()));
+                Err(if status.is_server_error() { Unknown::Away(why) } else { Unknown::No(why) })
+            }
+        }
     }
 
-    async fn request(&self, target: &str) -> anyhow::Result<Value> {
+    async fn request(&self, target: &str) -> anyhow::Result<(StatusCode, Bytes)> {
         let tcp = TcpStream::connect((self.host.as_str(), self.port)).await?;
         let name = ServerName::try_from(self.host.clone())?;
         let tls = tokio_rustls::TlsConnector::from(self.tls.clone()).connect(name, tcp).await?;
@@ -167,8 +191,7 @@ impl Api {
         let status = response.status();
         let body = Limited::new(response.into_body(), ANSWER_MAX).collect().await;
         let body = body.map_err(|error| anyhow::anyhow!(error))?.to_bytes();
-        anyhow::ensure!(status.is_success(), "{status}: {}", String::from_utf8_lossy(&body));
-        Ok(serde_json::from_slice(&body)?)
+        Ok((status, body))
     }
 }
 

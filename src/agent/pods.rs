@@ -3,12 +3,16 @@
 //! An answer is given when both the disk and the kernel have done their part. What fails half-way is taken
 //! back. The work itself is the writer's and the wirer's; here nothing waits.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use tokio::sync::oneshot::Sender;
 
 use super::{
     Agent,
+    docker::is_of_a_network,
     wirer::{Job, Wired},
 };
 use crate::{
@@ -16,13 +20,15 @@ use crate::{
         AttachRequest, Attached, AttachedAddress, AttachmentName, PodError, PodErrorKind, PodStatus,
     },
     core::View,
-    model::{Attachment, Pod},
+    docker,
+    model::{Attachment, Pod, Time},
     pods::{
         NoAddress, Pods, Wish,
         bridge::{Bridge, bridge_name},
         gateway,
         wiring::{Connected, End, WiringError, link_name},
     },
+    store::{StateDir, Writer},
     wire::{Key, Record},
 };
 
@@ -30,8 +36,12 @@ use crate::{
 #[derive(Default)]
 pub(super) struct PodState {
     pub(super) table: Pods,
+    /// Before anything else.
+    to_save: Vec<(Key, Vec<u8>)>,
     /// What their bridge is kept like.
     pub(super) bridge: Option<Bridge>,
+    /// Since when addresses are held for containers of Docker's that have not come yet.
+    pub(super) reserved: BTreeMap<Attachment, Time>,
     number: u64,
     attaching: BTreeMap<u64, Attaching>,
     /// What is said when the disk has it.
@@ -58,13 +68,39 @@ impl PodState {
         self.table.iter().map(|pod| link_name(&pod.attachment)).collect()
     }
 
-    /// From what the disk has.
-    pub(super) fn remember(records: &[(Key, Record)]) -> Self {
+    /// From what the disk has. After a new start of the host no container is there any more, whether or not
+    /// somebody will say so; addresses that a network of Docker's holds are not of containers.
+    pub(super) fn remember(records: &[(Key, Record)], same_boot: bool) -> Self {
         let pods = records.iter().filter_map(|(_, record)| match record {
             Record::Pod(pod) => Some(pod.clone()),
             _ => None,
         });
-        Self { table: Pods::new(pods), ..Self::default() }
+        let (known, gone): (Vec<Pod>, Vec<Pod>) =
+            pods.partition(|pod| same_boot || is_of_a_network(pod));
+        let removals = gone.iter().map(|pod| (Key::Pod(pod.addresses.first), Vec::new()));
+        Self { to_save: removals.collect(), table: Pods::new(known), ..Self::default() }
+    }
+
+    /// The disk has lost them, and the kernel has not.
+    pub(super) fn recover(&mut self, found: Vec<Pod>) {
+        if !found.is_empty() {
+            tracing::warn!(count = found.len(), "pods are known by their interfaces alone");
+        }
+        self.to_save = found.iter().map(record).collect();
+        self.table = Pods::new(found);
+    }
+
+    /// Writes down what has changed since the last run.
+    pub(super) fn begin(&mut self, writer: &Writer, state: &Arc<StateDir>) {
+        let number = self.next();
+        writer.save(std::mem::take(&mut self.to_save), number);
+        let state = state.clone();
+        let noted = move || {
+            if let Err(error) = state.note_boot() {
+                tracing::error!(%error, "the start of this host was not noted");
+            }
+        };
+        self.saving.insert(number, Box::new(noted));
     }
 
     /// A number for something that is under way.
@@ -215,7 +251,10 @@ impl Agent {
                 let Some(attaching) = self.pods.attaching.remove(&number) else { return };
                 let Attaching { pod, reply, .. } = attaching;
                 tracing::warn!(pod = %pod.attachment, %error, "not connected");
-                self.forget_pod(number, &pod.attachment);
+                // Docker has asked for the address before, and gives it back by itself.
+                if pod.owner != docker::OWNER {
+                    self.forget_pod(number, &pod.attachment);
+                }
                 reply(Err(error.into()));
             }
             Wired::Mended(Ok(count)) => {
@@ -250,7 +289,7 @@ impl Agent {
     }
 
     /// Takes the addresses of a pod back and removes its record; false, if there is none.
-    fn forget_pod(&mut self, number: u64, attachment: &Attachment) -> bool {
+    pub(super) fn forget_pod(&mut self, number: u64, attachment: &Attachment) -> bool {
         let pod = self.pods.table.detach(self.clock.now(), attachment);
         let Some(pod) = pod else { return false };
         self.writer.save(vec![(Key::Pod(pod.addresses.first), Vec::new())], number);

@@ -27,7 +27,7 @@ use crate::{
     docker,
     model::{BootId, ClusterId, ClusterRecord, ClusterSettings, Mac, Time, Vtep},
     netlink::Netlink,
-    pods::bridge::bridge_name,
+    pods::{bridge::bridge_name, wiring::Wiring},
     store::{Database, Opened, StateDir, StoreError, Writer},
     transport::{BindError, CredentialError, Credentials, NodeKey, Transport},
     wire::{Record, Secret, Token, TokenError},
@@ -119,7 +119,6 @@ async fn start(
         }
     };
     let Opened { database, records, quarantined } = Database::open(&state.database())?;
-    let lost = quarantined.is_some();
     if let Some((aside, why)) = quarantined {
         tracing::error!(
             %why,
@@ -207,7 +206,11 @@ async fn start(
         quorum: config.quorum.clone(),
         rng_seed: random()?,
     };
-    let pods = PodState::remember(&records);
+    let bridge = config.bridge.clone().unwrap_or_else(|| bridge_name(vni));
+    let mut pods = PodState::remember(&records, state.is_same_boot()?);
+    if known_cluster.is_none() && !fresh {
+        pods.recover(Wiring::open()?.found(&bridge)?);
+    }
     let node = Node::start(Time::ZERO, node, records)?;
     tracing::info!(
         node = %key.id(),
@@ -230,10 +233,9 @@ async fn start(
     let wirer = Wirer::start(move |wired| {
         let _ = report.send(News::Pods(wired));
     })?;
-    if let (Some(cluster), false) = (known_cluster, lost) {
+    pods.begin(&writer, &state);
+    if known_cluster.is_some() {
         // All pods that are there are known, so the others are of nobody.
-        let name = || bridge_name(cluster.settings.vni);
-        let bridge = config.bridge.clone().unwrap_or_else(name);
         wirer.ask(Job::Sweep { bridge, keep: pods.links() });
     }
     let report = sender.clone();

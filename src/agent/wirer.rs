@@ -118,6 +118,7 @@ impl Wirer {
                     ports: BTreeSet::new(),
                     touched: false,
                     looked: Instant::now(),
+                    failing: None,
                     worked: Instant::now(),
                 };
                 worker.run();
@@ -165,11 +166,13 @@ struct Worker<'a, F> {
     woken: UnixStream,
     doomed: mpsc::Sender<Doomed>,
     report: &'a F,
-    /// None, as long as there are no pods.
+    /// What is to be kept right: since the first pod came.
     kept: Option<Bridge>,
     ports: BTreeSet<String>,
     touched: bool,
     looked: Instant,
+    /// As last told.
+    failing: Option<String>,
     /// What the kernel tells of our own work is read when those who wait for it have their answers.
     worked: Instant,
 }
@@ -279,7 +282,10 @@ impl<F: Fn(Wired)> Worker<'_, F> {
         let result = self.wiring.mend(bridge, &self.ports);
         self.looked = Instant::now();
         self.touched = false;
-        if !matches!(result, Ok(0)) {
+        let why = result.as_ref().err().map(ToString::to_string);
+        let is_known = why.is_some() && why == self.failing;
+        self.failing = why;
+        if !is_known && !matches!(result, Ok(0)) {
             (self.report)(Wired::Mended(result));
         }
     }

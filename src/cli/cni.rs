@@ -68,9 +68,7 @@ fn install(args: &InstallArgs) -> anyhow::Result<Vec<String>> {
     let present = fs::read_to_string(&conflist).ok();
     let (whole, without_portmap) = (CONFLIST.to_owned(), without_portmap()?);
     let is_ours = |present: &String| [&whole, &without_portmap].contains(&present);
-    if present.is_some_and(|present| !is_ours(&present)) && !args.force {
-        anyhow::bail!("{} was changed: keep it, or give --force", conflist.display());
-    }
+    let was_changed = present.is_some_and(|present| !is_ours(&present));
     let mut done = Vec::new();
     // Installed there it needs no link.
     if program != plugin {
@@ -78,7 +76,12 @@ fn install(args: &InstallArgs) -> anyhow::Result<Vec<String>> {
         let arrow = if args.copy { "=" } else { "->" };
         done.push(format!("{} {arrow} {}", plugin.display(), program.display()));
     }
-    let has_portmap = args.bin_dir.join(PORTMAP).exists();
+    if was_changed && !args.force {
+        done.push(format!("{} was changed and stays: --force replaces it", conflist.display()));
+        return Ok(done);
+    }
+    // In a container a link that is right outside leads nowhere.
+    let has_portmap = fs::symlink_metadata(args.bin_dir.join(PORTMAP)).is_ok();
     let text = if has_portmap { whole } else { without_portmap };
     replace(&conflist, &text).with_context(|| conflist.display().to_string())?;
     done.push(conflist.display().to_string());

@@ -26,7 +26,13 @@ fn text(answer: &Value) -> String {
             addresses.collect::<Vec<_>>().join(", "),
             cell(&pod["link"]),
             cell(&pod["owner"]),
-            if pod["orphan"] == true { "orphan" } else { "connected" }.to_owned(),
+            match (pod["orphan"] == true, pod["netns"] == "") {
+                (true, _) => "orphan",
+                // For a container that Docker is about to start, or by a network of Docker's.
+                (_, true) => "reserved",
+                _ => "connected",
+            }
+            .to_owned(),
         ]
     };
     let rows: Vec<[String; 6]> = pods.iter().map(row).collect();

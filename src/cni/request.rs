@@ -153,7 +153,7 @@ fn unknown_version(version: &str) -> CniError {
     CniError { details, ..CniError::new(code::INCOMPATIBLE_VERSION, why) }
 }
 
-/// Addresses from the capability `ips`, or from `CNI_ARGS` ("IP=10.42.7.9;IP6=..." as others have it).
+/// Addresses from the capability `ips`, or from `CNI_ARGS` ("IP=10.42.7.9,fd42::9" as others have it).
 fn wishes(config: &NetworkConfig, arguments: Option<&str>) -> Result<Vec<IpAddr>, CniError> {
     let capability = config.runtime_config.ips.iter().map(|ip| ("runtimeConfig.ips", ip.as_str()));
     let pairs = arguments.into_iter().flat_map(|arguments| arguments.split(';'));

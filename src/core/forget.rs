@@ -304,7 +304,9 @@ impl Node {
     /// Takes what the forgotten node owned.
     fn reclaim(&mut self, now: Time, forget: &Forget) {
         let me = self.me.node;
+        // A node that was given its subnet from outside has no use for another one.
         let replaces = self.config.replace_by_name
+            && self.config.assigned.is_none()
             && self.directory.get(forget.node).is_some_and(|record| record.name == self.me.name);
         let may_write = self.may_write();
         let Some(home) = self.home.as_mut().filter(|_| may_write) else { return };

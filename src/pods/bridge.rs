@@ -55,18 +55,20 @@ pub fn bridge_name(vni: u32) -> String {
     if vni == 1 { format!("{PREFIX}0") } else { format!("{PREFIX}{vni}") }
 }
 
-/// Makes the bridge, or what it lacks. Says how much was not as it should be.
+/// Makes the bridge, or what it lacks, and takes away what it had for other subnets. Says how much was not
+/// as it should be.
 pub(super) fn provide(netlink: &mut Netlink, bridge: &Bridge) -> io::Result<(Provided, u64)> {
     let mut changes = 0;
     let link = match netlink.link(&bridge.name)? {
         Some(link) => link,
         None => {
             changes += 1;
+            remove_former(netlink, bridge)?;
             make(netlink, bridge)?
         }
     };
-    if link.kind != "bridge" {
-        let why = format!("{} is there and is no bridge: choose another name", bridge.name);
+    if link.kind != "bridge" || !is_ours(&link, bridge) {
+        let why = format!("{} is there and is not gossamer's: choose another name", bridge.name);
         return Err(io::Error::other(why));
     }
     if !is_as_it_should_be(&link, bridge) {
@@ -75,9 +77,17 @@ pub(super) fn provide(netlink: &mut Netlink, bridge: &Bridge) -> io::Result<(Pro
         changes += 1;
     }
     let has: Vec<Address> = netlink.addresses()?;
+    let mut has = has.iter().filter(|address| address.link == link.index);
+    // Of a subnet that is another node's by now, which could not be reached.
+    for address in has.clone().filter(|address| !bridge.is_gateway(address.ip)) {
+        if !is_link_local(address.ip) {
+            netlink.remove_address(link.index, address.ip, address.prefix_len)?;
+            changes += 1;
+        }
+    }
     for subnet in bridge.subnets.iter() {
         let ip = gateway(subnet);
-        if !has.iter().any(|address| address.link == link.index && address.ip == ip) {
+        if !has.any(|address| address.ip == ip) {
             netlink.apply(vec![address_request(link.index, ip, subnet.prefix_len())])?;
             changes += 1;
         }
@@ -97,7 +107,7 @@ pub(super) fn plug_again(
         if !is_plugged(port, provided.index) {
             netlink
                 .set_link(LinkUnspec::new_with_index(port.index).controller(provided.index).up())?;
-            netlink.apply_one(port_settings(&port.name).message, 0)?;
+            netlink.apply_one(hairpin(&port.name).message, 0)?;
             changes += 1;
         }
     }
@@ -130,10 +140,8 @@ pub(super) fn is_touched(
                 whole.insert(provided.index, false);
             }
             RouteNetlinkMessage::DelAddress(message) => {
-                let is_gateway = |address: &Address| {
-                    provided.bridge.subnets.iter().any(|subnet| gateway(subnet) == address.ip)
-                };
-                if Address::new(&message).filter(is_gateway).is_some() {
+                let address = Address::new(&message);
+                if address.is_some_and(|address| provided.bridge.is_gateway(address.ip)) {
                     return true;
                 }
             }
@@ -143,14 +151,19 @@ pub(super) fn is_touched(
     whole.values().any(|whole| !whole)
 }
 
-/// How a port is set, before it is up: a pod may speak to itself by way of a service's address, and the port
-/// takes no address of its own.
-pub(super) fn port_settings(port: &str) -> Request {
+/// A pod may speak to itself by way of a service's address.
+pub(super) fn hairpin(port: &str) -> Request {
     let message = LinkUnspec::new_with_name(port)
         .set_port_kind(InfoPortKind::Bridge)
-        .set_port_data(InfoPortData::BridgePort(vec![InfoBridgePort::HairpinMode(true)]))
-        .append_extra_attribute(no_ipv6_address());
+        .set_port_data(InfoPortData::BridgePort(vec![InfoBridgePort::HairpinMode(true)]));
     Request { message: RouteNetlinkMessage::NewLink(message.build()), flags: 0 }
+}
+
+/// A port needs no address of its own. Where the kernel has no IPv6, or none on a link this narrow, it
+/// refuses to hear of it.
+pub(super) fn without_address(port: &str) -> Request {
+    let message = LinkUnspec::new_with_name(port).append_extra_attribute(no_ipv6_address()).build();
+    Request { message: RouteNetlinkMessage::SetLink(message), flags: 0 }
 }
 
 pub(super) fn address_request(link: u32, ip: IpAddr, prefix_len: u8) -> Request {
@@ -173,6 +186,36 @@ pub(super) fn mac_at(ip: IpAddr) -> Mac {
 
 pub(super) fn is_on(link: &Link, bridge: u32) -> bool {
     link.message.attributes.contains(&LinkAttribute::Controller(bridge))
+}
+
+impl Bridge {
+    fn is_gateway(&self, ip: IpAddr) -> bool {
+        self.subnets.iter().any(|subnet| gateway(subnet) == ip)
+    }
+}
+
+/// Known by its alias, or by its MAC if an agent ended in the middle of making it.
+fn is_ours(link: &Link, bridge: &Bridge) -> bool {
+    link.alias == ALIAS || link.mac == Some(mac_at(gateway(bridge.subnets.first)))
+}
+
+/// The bridge was called otherwise: its address must not stay there. What was plugged into it is plugged in
+/// again.
+fn remove_former(netlink: &mut Netlink, bridge: &Bridge) -> io::Result<()> {
+    let links = netlink.links()?;
+    let has = netlink.addresses()?;
+    let former = |link: &&Link| {
+        let held = |address: &Address| address.link == link.index && bridge.is_gateway(address.ip);
+        link.alias == ALIAS && link.kind == "bridge" && has.iter().any(held)
+    };
+    links.iter().filter(former).try_for_each(|link| netlink.delete_link(link.index))
+}
+
+const fn is_link_local(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(ip) => ip.is_link_local(),
+        IpAddr::V6(ip) => ip.is_unicast_link_local(),
+    }
 }
 
 fn is_plugged(port: &Link, bridge: u32) -> bool {

@@ -115,6 +115,14 @@ impl Pods {
         self.pods.get(&to)
     }
 
+    /// Takes back the second address of a pod that uses none.
+    pub fn drop_second(&mut self, attachment: &Attachment) {
+        let second = self.pods.get_mut(attachment).and_then(|pod| pod.addresses.second.take());
+        if let Some(address) = second {
+            self.holders.remove(&address);
+        }
+    }
+
     /// Who has an address.
     pub fn holder(&self, address: IpAddr) -> Option<&Pod> {
         self.pods.get(self.holders.get(&address)?)

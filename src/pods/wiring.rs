@@ -30,7 +30,7 @@ use super::{
     gateway,
 };
 use crate::{
-    model::{Attachment, Mac, Pod, Subnets},
+    model::{Addresses, Attachment, Mac, Pod, Subnets},
     netlink::{
         Netlink, Refused, Request,
         link::{ENODEV, Link},
@@ -39,6 +39,13 @@ use crate::{
 
 /// So many bytes of the hash: the name has 13 characters, the kernel allows 15.
 const HASHED: usize = 5;
+
+/// The place in the batch of what the kernel may refuse.
+const WITHOUT_ADDRESS: usize = 2;
+/// How the alias of a pod's end on this host begins.
+const POD_ALIAS: &str = "gossamer pod ";
+/// The kernel takes no longer ones (`IFALIASZ` less the zero at the end).
+const ALIAS_MAX: usize = 255;
 
 /// Why a pod was not connected. Nothing of it is left.
 #[derive(Debug, thiserror::Error)]
@@ -111,13 +118,16 @@ impl Wiring {
             self.bridge = None;
             self.disconnect(&pod.attachment).map_err(failed("removing an old interface"))?;
             let port = self.port(bridge).map_err(failed("making the bridge"))?;
-            self.plug(pod, file, bridge.mtu, port).map_err(|error| match error.kind() {
-                io::ErrorKind::AlreadyExists => WiringError::InterfaceTaken {
-                    interface: pod.attachment.interface().to_owned(),
-                    netns: netns.to_owned(),
-                },
-                _ => failed("making the interface")(error),
-            })?;
+            if let Err(error) = self.plug(pod, file, bridge.mtu, port) {
+                let _ = self.disconnect(&pod.attachment);
+                return Err(match error.kind() {
+                    io::ErrorKind::AlreadyExists => WiringError::InterfaceTaken {
+                        interface: pod.attachment.interface().to_owned(),
+                        netns: netns.to_owned(),
+                    },
+                    _ => failed("making the interface")(error),
+                });
+            }
         }
         let furnished = match &mut inside {
             Some((_, inside)) => furnish(inside, pod, bridge.subnets),
@@ -168,6 +178,16 @@ impl Wiring {
     /// Names of all interfaces of this host.
     pub fn links(&mut self) -> io::Result<BTreeSet<String>> {
         Ok(self.netlink.links()?.into_iter().map(|link| link.name).collect())
+    }
+
+    /// Pods that are plugged into a bridge, by what their ends say: for a node that has lost its memory.
+    pub fn found(&mut self, bridge: &str) -> io::Result<Vec<Pod>> {
+        let links = self.netlink.links()?;
+        let Some(found) = links.iter().find(|link| link.name == bridge) else {
+            return Ok(Vec::new());
+        };
+        let ports = links.iter().filter(|link| is_on(link, found.index));
+        Ok(ports.filter_map(|port| from_alias(&port.alias)).collect())
     }
 
     /// Bridges of pods on this host, whichever overlay they are of.
@@ -246,13 +266,15 @@ impl Wiring {
             .address(link_mac(&pod.attachment).as_bytes().to_vec())
             .mtu(mtu)
             .controller(port);
-        let up = LinkUnspec::new_with_name(&name).up().build();
+        let up = LinkUnspec::new_with_name(&name).alias(alias(pod)).up().build();
         let made = Request {
             message: RouteNetlinkMessage::NewLink(pair.build()),
             flags: NLM_F_CREATE | NLM_F_EXCL,
         };
         let up = Request { message: RouteNetlinkMessage::SetLink(up), flags: 0 };
-        all_done(&self.netlink.apply(vec![made, bridge::port_settings(&name), up])?)
+        let changes = vec![made, bridge::hairpin(&name), bridge::without_address(&name), up];
+        let refused = self.netlink.apply(changes)?;
+        all_done(refused.iter().filter(|refused| refused.index != WITHOUT_ADDRESS))
     }
 
     /// A namespace, and a socket inside.
@@ -283,7 +305,7 @@ fn furnish(inside: &mut Netlink, pod: &Pod, subnets: Subnets) -> io::Result<()> 
         changes.push(address_request(index, ip, subnet.prefix_len()));
         changes.push(default_route(index, subnet));
     }
-    all_done(&inside.apply(changes)?)
+    all_done(inside.apply(changes)?.iter())
 }
 
 fn default_route(link: u32, subnet: IpNet) -> Request {
@@ -305,6 +327,28 @@ pub fn loose_name(attachment: &Attachment) -> String {
     link_name(attachment) + "p"
 }
 
+/// Who has which addresses behind a port, as far as it fits: the owner may have a long name.
+fn alias(pod: &Pod) -> String {
+    let addresses: Vec<String> = pod.addresses.iter().map(|ip| ip.to_string()).collect();
+    let mut alias = format!("{POD_ALIAS}{} {} {}", addresses.join(","), pod.attachment, pod.owner);
+    while alias.len() > ALIAS_MAX {
+        alias.pop();
+    }
+    alias
+}
+
+fn from_alias(alias: &str) -> Option<Pod> {
+    let mut words = alias.strip_prefix(POD_ALIAS)?.splitn(4, ' ');
+    let mut addresses = words.next()?.split(',').map(str::parse);
+    let first = addresses.next()?.ok()?;
+    let second = addresses.next().transpose().ok()?;
+    let attachment = Attachment::new(words.next()?, words.next()?).ok()?;
+    let owner = words.next().unwrap_or_default().to_owned();
+    // Where it is nobody knows any more; that it is somewhere is certain.
+    let netns = "?".to_owned();
+    Some(Pod { attachment, owner, addresses: Addresses { first, second }, netns })
+}
+
 fn link_mac(attachment: &Attachment) -> Mac {
     let [a, b, c, d, e] = hash(attachment);
     // Locally administered, and unlike those of pods.
@@ -316,10 +360,37 @@ fn hash(attachment: &Attachment) -> [u8; HASHED] {
     std::array::from_fn(|i| hash[i])
 }
 
-fn all_done(refused: &[Refused]) -> io::Result<()> {
-    refused.first().map_or(Ok(()), |refused| Err(io::Error::from_raw_os_error(refused.errno)))
+fn all_done<'a>(mut refused: impl Iterator<Item = &'a Refused>) -> io::Result<()> {
+    refused.next().map_or(Ok(()), |refused| Err(io::Error::from_raw_os_error(refused.errno)))
 }
 
 const fn failed(what: &'static str) -> impl Fn(io::Error) -> WiringError {
     move |error| WiringError::Kernel { what, error }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_alias_tells_all_of_a_pod_that_fits() {
+        let pod = |owner: &str, second: Option<&str>| Pod {
+            attachment: Attachment::new(&"a".repeat(128), "eth0").expect("a name"),
+            owner: owner.to_owned(),
+            addresses: Addresses {
+                first: [10, 42, 7, 2].into(),
+                second: second.map(|ip| ip.parse().expect("an address")),
+            },
+            netns: "?".to_owned(),
+        };
+        for pod in [pod("cni/net", None), pod("docker", Some("fd42:0:0:7::2"))] {
+            assert_eq!(from_alias(&alias(&pod)), Some(pod));
+        }
+        let long = pod(&"o".repeat(300), None);
+        let found = from_alias(&alias(&long)).expect("a pod");
+        assert_eq!((alias(&long).len(), found.addresses), (ALIAS_MAX, long.addresses));
+        for other in ["", "gossamer pods", "gossamer pod x", "gossamer pod 10.42.7.2 ../a eth0 o"] {
+            assert_eq!(from_alias(other), None, "{other}");
+        }
+    }
 }

@@ -19,6 +19,7 @@ use crate::wire::Token;
 
 const KEY: &str = "node.key";
 const TOKEN: &str = "token";
+const BOOT: &str = "boot";
 const LOCK: &str = "lock";
 const POD_CIDR: &str = "pod-cidr";
 const DATABASE: &str = "db";
@@ -96,6 +97,16 @@ impl StateDir {
         self.save(POD_CIDR, &format!("{subnet}\n"))
     }
 
+    /// Whether the host has not been started anew since [`Self::note_boot`]; true if that is not known.
+    pub fn is_same_boot(&self) -> Result<bool, StoreError> {
+        let (noted, now) = (read_if_there(&self.path.join(BOOT))?, boot_id());
+        Ok(noted.is_none_or(|noted| now.is_none_or(|now| now == noted)))
+    }
+
+    pub fn note_boot(&self) -> Result<(), StoreError> {
+        boot_id().map_or(Ok(()), |id| self.save(BOOT, &id))
+    }
+
     /// The log of changes of ownership.
     pub fn history(&self) -> History {
         History::new(&self.path)
@@ -151,8 +162,13 @@ impl StateDir {
 fn is_ours(name: &OsStr) -> bool {
     let Some(name) = name.to_str() else { return false };
     let name = name.strip_suffix(".new").unwrap_or(name);
-    [KEY, TOKEN, LOCK, POD_CIDR, DATABASE, history::FILE, history::OLDER].contains(&name)
+    [KEY, TOKEN, LOCK, BOOT, POD_CIDR, DATABASE, history::FILE, history::OLDER].contains(&name)
         || name.starts_with("db.damaged-")
+}
+
+/// Another one whenever the kernel starts (random(4)).
+fn boot_id() -> Option<String> {
+    fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()
 }
 
 fn read_if_there(path: &Path) -> Result<Option<String>, StoreError> {

@@ -5,6 +5,7 @@
 //! - `node.key`: the node's Ed25519 seed, outside the database so that a lost database is no new node
 //! - `token`: cluster id, secret and addresses of members, for restarts without flags and for the day on
 //!   which the database is lost
+//! - `boot`: which start of the host the pods are of
 //! - `pod-cidr`: the subnet that Kubernetes gave to this node, for the day on which it cannot be asked
 //! - `history`: changes of ownership, for people
 //! - `lock`: held while a process runs here

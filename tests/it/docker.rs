@@ -123,6 +123,9 @@ fn dockers_requests_are_answered_and_nothing_is_lost_with_the_agent() {
         eventually(host, "ip -o link show type veth master gsm0", str::is_empty);
         assert!(pods(&mut cluster.agents[0]).is_empty());
         // With nothing on it the bridge makes way for a network whose subnet nobody has named.
+        serve(&mut cluster, 0, Signal::SIGKILL)?;
+        let host = &cluster.hosts[0].netns;
+        assert!(run(host, "ip link show gsm0").status.success());
         plugin.done("IpamDriver.RequestPool", &json!({ "Pool": "" }));
         assert!(!run(host, "ip link show gsm0").status.success());
         Ok(())
@@ -302,12 +305,38 @@ fn in_dual_stack_a_container_has_the_same_place_in_both_pools() {
         let interface = json!({ "Address": first, "AddressIPv6": second });
         let endpoint = json!({ "EndpointID": "e1", "Interface": interface });
         plugin.done("NetworkDriver.CreateEndpoint", &endpoint);
-        let joined = plugin.done("NetworkDriver.Join", &json!({ "EndpointID": "e1" }));
+        let sandbox = json!({ "EndpointID": "e1", "SandboxKey": "/s1" });
+        let joined = plugin.done("NetworkDriver.Join", &sandbox);
         assert_eq!(joined["StaticRoutes"].as_array().map(Vec::len), Some(2), "{joined}");
-        for address in [&first, &second] {
+        // One of IPv4 alone must not be told of routes by a gateway that it cannot reach.
+        let alone = plugin.address(&pools[0], "02:42:00:00:00:08");
+        let interface = json!({ "Address": alone });
+        let endpoint = json!({ "EndpointID": "e2", "Interface": interface });
+        plugin.done("NetworkDriver.CreateEndpoint", &endpoint);
+        let sandbox = json!({ "EndpointID": "e2", "SandboxKey": "/s2" });
+        let joined = plugin.done("NetworkDriver.Join", &sandbox);
+        assert_eq!(joined["StaticRoutes"].as_array().map(Vec::len), Some(1), "{joined}");
+        // Two places for one container cannot be, and nothing is kept of the wish.
+        let mac = json!({ "com.docker.network.endpoint.macaddress": "02:42:00:00:00:09" });
+        let request =
+            |pool: &Value, ip: &str| json!({ "PoolID": pool, "Address": ip, "Options": mac });
+        plugin.done("IpamDriver.RequestAddress", &request(&pools[0], ""));
+        let sixth = format!("{}9", second.trim_end_matches("2/64"));
+        let why = plugin.refused("IpamDriver.RequestAddress", &request(&pools[1], &sixth));
+        assert!(why.contains("--ip and --ip6"), "{why}");
+        assert_eq!(pods(&mut agent).len(), 2);
+
+        let release = |address: &str| {
             let ip = address.split('/').next();
             plugin.done("IpamDriver.ReleaseAddress", &json!({ "PoolID": "", "Address": ip }));
+        };
+        // Said for the second time, when the address may be another container's.
+        release(&alone);
+        assert_eq!(pods(&mut agent).len(), 2);
+        for endpoint in ["e1", "e2"] {
+            plugin.done("NetworkDriver.DeleteEndpoint", &json!({ "EndpointID": endpoint }));
         }
+        [&first, &second, &alone].into_iter().for_each(|address| release(address));
         assert!(pods(&mut agent).is_empty());
         Ok(())
     });

@@ -103,7 +103,10 @@ fn api_server(addresses: [String; 3]) -> anyhow::Result<u16> {
             "status": { "addresses": addresses },
         })
     };
-    let nodes: Vec<_> = addresses.iter().enumerate().map(|(number, ip)| node(number, ip)).collect();
+    let mut nodes: Vec<_> =
+        addresses.iter().enumerate().map(|(number, ip)| node(number, ip)).collect();
+    // One that has been given none yet.
+    nodes.push(json!({ "metadata": { "name": "n4" }, "spec": {} }));
     thread::spawn(move || {
         for stream in listener.incoming().flatten() {
             let Ok(session) = rustls::ServerConnection::new(tls.clone()) else { return };
@@ -155,6 +158,11 @@ fn the_api_server_says_which_subnet_a_node_has_and_where_the_others_are() {
             agent.wait_converged(3, PATIENCE)?;
             assert_eq!(subnet(agent), format!("10.42.{number}.0/24"));
         }
+        let fourth = lab.host(4, "n4")?;
+        let waiting = start(&fourth, port)?;
+        wait_until("it says what it waits for", PATIENCE, || {
+            waiting.log().contains("node n4 has no spec.podCIDR yet")
+        });
         // Edge sites are cut off from their API server now and then: nobody listens on this port.
         agents[1].end(Signal::SIGTERM)?;
         agents[1] = start(&hosts[1], 1)?;

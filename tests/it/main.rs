@@ -20,6 +20,7 @@ mod mishaps;
 mod modes;
 mod offload;
 mod paths;
+mod pods;
 mod refusals;
 mod repair;
 mod runtimes;

@@ -15,7 +15,7 @@ use crate::{
     },
 };
 
-fn lose_database(host: &Host) -> anyhow::Result<()> {
+pub fn lose_database(host: &Host) -> anyhow::Result<()> {
     Ok(fs::remove_dir_all(host.dir.join("state/db"))?)
 }
 

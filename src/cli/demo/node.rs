@@ -111,15 +111,18 @@ fn stay(args: &NodeArgs) -> anyhow::Result<ExitCode> {
     });
     let (pods, token, init) = (args.pods, args.token_file.clone(), args.init);
     let routes = args.route.clone();
-    thread::spawn(move || {
+    let shown = thread::spawn(move || {
         let shown = serve(pods, init.then_some(token.as_path()), &routes);
-        if let Err(error) = shown {
+        if let Err(error) = &shown {
             eprintln!("demo node: {error:#}");
             let _ = kill(pid, Signal::SIGTERM);
         }
+        shown
     });
     let status = agent.wait()?;
-    Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    // It ends only if it fails.
+    let failed = shown.is_finished() || !status.success();
+    Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
 fn start_agent(args: &NodeArgs, signals: &SigSet) -> anyhow::Result<Child> {

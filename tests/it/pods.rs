@@ -1,0 +1,130 @@
+//! What becomes of pods and of their bridge when others lay hands on them, or memory is lost.
+
+use gossamer::lab::Agent;
+use nix::sys::signal::Signal;
+use serde_json::json;
+
+use crate::{
+    cni::{Runtime, address, cables, namespaces, pods},
+    common::{Cluster, PATIENCE, eventually, isolated, program, run, tool, wait_until},
+    mishaps::lose_database,
+};
+
+#[test]
+fn what_others_do_to_the_bridge_is_put_right() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        cluster.agents[0].end(Signal::SIGTERM)?;
+        let bridge = ["--bridge", "pods0"];
+        cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &bridge)?;
+        cluster.converge()?;
+        let host = &cluster.hosts[0].netns;
+        let spaces = namespaces(&["a", "b"])?;
+        let runtime = Runtime::new(&cluster.agents[0]);
+        let (a, _) = (runtime.add("a"), runtime.add("b"));
+        let link = a["interfaces"][1]["name"].as_str().expect("a name");
+        let is_whole = |what: &str| {
+            wait_until(what, PATIENCE, || {
+                let ports = tool(host, "ip -o link show type veth master pods0 up");
+                let addresses = String::from_utf8(run(host, "ip addr show pods0").stdout);
+                ports.lines().count() == 2
+                    && addresses.is_ok_and(|text| text.contains("/24") && text.contains("state UP"))
+            });
+        };
+        for command in [
+            "ip addr flush dev pods0",
+            "ip link set pods0 down",
+            &format!("ip link set {link} nomaster"),
+            &format!("ip link set {link} down"),
+            "ip link del pods0",
+        ] {
+            tool(host, command);
+            // Commands that find nothing of it give no output.
+            is_whole(command);
+            let gateway = a["ips"][0]["gateway"].as_str().expect("a gateway");
+            tool(&spaces[0], &format!("ping -c 1 -W 2 {gateway}"));
+        }
+        let status = cluster.agents[0].ask("/v1/status", PATIENCE)?;
+        assert!(status["kernel"]["repairs"]["bridge"].as_u64() >= Some(5), "{status}");
+        // Over a restart too: who keeps it then has plugged nothing in.
+        cluster.agents[0].end(Signal::SIGTERM)?;
+        tool(&cluster.hosts[0].netns, "ip link del pods0");
+        cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &bridge)?;
+        let host = &cluster.hosts[0].netns;
+        eventually(host, "ip -o link show type veth up", |text| {
+            text.lines().filter(|line| line.contains("master pods0")).count() == 2
+        });
+        Ok(())
+    });
+}
+
+#[test]
+fn pods_outlive_a_lost_database_and_not_a_new_start_of_the_host() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let spaces = namespaces(&["a", "b", "c"])?;
+        let a = Runtime::new(&cluster.agents[1]).add("a");
+        cluster.agents[1].end(Signal::SIGKILL)?;
+        lose_database(&cluster.hosts[1])?;
+        let start = |cluster: &mut Cluster| {
+            cluster.agents[1] = Agent::start(program(), &cluster.hosts[1], &[])?;
+            cluster.converge()
+        };
+        start(&mut cluster)?;
+        let log = cluster.agents[1].log();
+        assert!(log.contains("known by their interfaces"), "{log}");
+        let b = Runtime::new(&cluster.agents[1]).add("b");
+        assert_ne!(address(&a), address(&b));
+        let gateway = a["ips"][0]["gateway"].as_str().expect("a gateway");
+        // Once more: now the disk has them again, and nothing is swept away.
+        cluster.agents[1].end(Signal::SIGKILL)?;
+        start(&mut cluster)?;
+        assert_eq!((pods(&mut cluster.agents[1]), cables(&cluster.hosts[1])), (2, 2));
+        tool(&spaces[0], &format!("ping -c 1 -W 2 {gateway}"));
+
+        cluster.agents[1].end(Signal::SIGKILL)?;
+        std::fs::write(cluster.hosts[1].dir.join("state/boot"), "another start\n")?;
+        start(&mut cluster)?;
+        assert_eq!(pods(&mut cluster.agents[1]), 0);
+        Ok(())
+    });
+}
+
+#[test]
+fn a_bridge_of_somebody_else_is_left_alone_and_one_of_ours_may_get_another_name() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        let spaces = namespaces(&["a", "b"])?;
+        let a = Runtime::new(&cluster.agents[0]).add("a");
+        let gateway = a["ips"][0]["gateway"].as_str().expect("a gateway").to_owned();
+        let host = &cluster.hosts[0].netns;
+        // Of a subnet that this node had once.
+        tool(host, "ip addr add 10.42.250.1/24 dev gsm0");
+        tool(host, "ip link set gsm0 down");
+        eventually(host, "ip addr show gsm0", |text| {
+            !text.contains("10.42.250.1") && text.contains("state UP")
+        });
+        tool(host, "ip link add br0 type bridge");
+        cluster.agents[0].end(Signal::SIGTERM)?;
+        let start = |cluster: &mut Cluster, bridge: &str| {
+            cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &["--bridge", bridge])?;
+            cluster.converge()
+        };
+        start(&mut cluster, "br0")?;
+        let (code, why) = Runtime::new(&cluster.agents[0]).refused("ADD", "b", &json!({}));
+        assert!(code == 5 && why.contains("not gossamer's"), "{code} {why}");
+        assert_eq!(pods(&mut cluster.agents[0]), 1);
+        let host = &cluster.hosts[0].netns;
+        assert!(!tool(host, "ip addr show br0").contains("10.42."));
+
+        cluster.agents[0].end(Signal::SIGTERM)?;
+        start(&mut cluster, "pods0")?;
+        let host = &cluster.hosts[0].netns;
+        eventually(host, "ip -o link show type veth master pods0", |text| {
+            text.lines().count() == 1
+        });
+        assert!(!run(host, "ip link show gsm0").status.success());
+        tool(&spaces[0], &format!("ping -c 1 -W 2 {gateway}"));
+        Ok(())
+    });
+}
