@@ -73,6 +73,8 @@ pub struct Config {
     pub mtu: Option<u32>,
     /// What pods are plugged into, unless it is called after the VNI.
     pub bridge: Option<String>,
+    /// Where metrics and health can be read over TCP.
+    pub http: Option<SocketAddr>,
     /// The socket of Docker's network plugin, if it is served.
     pub docker_plugin: Option<PathBuf>,
     pub name: NodeName,
@@ -208,6 +210,7 @@ impl Settings {
             set_sysctls: self.set_sysctls.unwrap_or(false),
             mtu: self.mtu,
             bridge: self.bridge,
+            http: self.http,
             docker_plugin: self.docker_plugin.map(|dir| docker::socket_in(&dir, &instance)),
         })
     }

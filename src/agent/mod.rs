@@ -4,6 +4,7 @@
 //! core, and its outputs are executed. The loop owns everything; there is no lock. Decisions are the
 //! core's: here is only IO. SIGTERM ends the agent and leaves the kernel's state in place.
 
+mod alarm;
 mod data_plane;
 mod docker;
 mod kubernetes;

@@ -7,16 +7,14 @@
 
 use std::{
     collections::BTreeSet,
-    io::{self, Read as _, Write as _},
-    os::{fd::AsFd as _, unix::net::UnixStream},
+    io,
     sync::mpsc::{self, TryRecvError},
     thread,
     time::{Duration, Instant},
 };
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-
 use super::{
+    alarm::{Alarm, Sleeper, alarm},
     surroundings::{HostState, Surroundings},
     underlay::{Chosen, UnderlayError, choose_again},
 };
@@ -96,7 +94,7 @@ pub struct Outcome {
 
 pub struct Programmer {
     goals: Option<mpsc::Sender<Goal>>,
-    alarm: UnixStream,
+    alarm: Alarm,
     thread: Option<thread::JoinHandle<()>>,
 }
 
@@ -108,9 +106,7 @@ impl Programmer {
         tell: impl Fn(Told) + Send + 'static,
     ) -> io::Result<Self> {
         let (goals, queue) = mpsc::channel::<Goal>();
-        let (alarm, woken) = UnixStream::pair()?;
-        alarm.set_nonblocking(true)?;
-        woken.set_nonblocking(true)?;
+        let (alarm, sleeper) = alarm()?;
         let netlink = Netlink::open()?;
         let surroundings = Surroundings::open(config.mode, config.set_sysctls);
         let worker = Worker {
@@ -127,7 +123,7 @@ impl Programmer {
             config,
             chosen,
             goals: queue,
-            woken,
+            sleeper,
             tell,
             goal: None,
             reached: false,
@@ -145,13 +141,8 @@ impl Programmer {
         if let Some(goals) = &self.goals {
             // The thread ends only when this sender is dropped.
             let _ = goals.send(goal);
-            self.wake();
+            self.alarm.ring();
         }
-    }
-
-    fn wake(&self) {
-        // If it is full the thread is about to wake anyway.
-        let _ = (&self.alarm).write(&[0]);
     }
 }
 
@@ -159,7 +150,7 @@ impl Programmer {
 impl Drop for Programmer {
     fn drop(&mut self) {
         drop(self.goals.take());
-        self.wake();
+        self.alarm.ring();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -182,7 +173,7 @@ struct Worker<F> {
     config: Config,
     chosen: Chosen,
     goals: mpsc::Receiver<Goal>,
-    woken: UnixStream,
+    sleeper: Sleeper,
     tell: F,
     goal: Option<Goal>,
     /// The kernel has been equal to the goal.
@@ -418,22 +409,8 @@ impl<F: Fn(Told)> Worker<F> {
         let repair = self.touched.ours || self.table_touched;
         let repair_at = self.worked.filter(|_| repair).map(|at| at + REPAIR_GAP);
         let until = self.due.into_iter().chain(repair_at).min();
-        let timeout = until.map_or(PollTimeout::NONE, |until| {
-            // A whole millisecond more than none, or it would spin through the last one.
-            let left = until.saturating_duration_since(now).as_millis() + 1;
-            PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
-        });
-        let sources =
-            [Some(self.woken.as_fd()), Some(self.kernel.changes()), self.surroundings.changes()];
-        let mut fds: Vec<PollFd<'_>> =
-            sources.into_iter().flatten().map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
-        if let Err(error) = poll(&mut fds, timeout)
-            && error != nix::errno::Errno::EINTR
-        {
-            tracing::error!(%error, "poll");
-            thread::sleep(RETRY);
-        }
-        let mut bytes = [0; 64];
-        while (&self.woken).read(&mut bytes).is_ok_and(|read| read == bytes.len()) {}
+        let pause = until.map(|until| until.saturating_duration_since(now));
+        let changes = [Some(self.kernel.changes()), self.surroundings.changes()];
+        self.sleeper.wait(changes.into_iter().flatten(), pause);
     }
 }

@@ -3,7 +3,7 @@
 
 use std::{
     io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
     sync::Arc,
     time::Instant,
 };
@@ -76,6 +76,8 @@ pub enum StartFailure {
          (of kube-controller-manager, or k3s server), and subnet_len to the nodes' mask"
     )]
     PodCidr { subnet: IpNet, network: IpNet, len: u8 },
+    #[error("http: {address}: {error}: choose another address, or leave it out")]
+    Http { address: SocketAddr, error: io::Error },
     #[error(transparent)]
     Socket(#[from] api::SocketError),
     #[error("the system gives no random bytes: {0}")]
@@ -241,6 +243,12 @@ async fn start(
     let report = sender.clone();
     let _socket =
         api::serve(&config.socket, move |request| report.send(News::Api(request)).is_ok())?;
+    if let Some(address) = config.http {
+        let report = sender.clone();
+        let ask = move |request| report.send(News::Api(request)).is_ok();
+        let bound = TcpListener::bind(address).and_then(|listener| api::observe(listener, ask));
+        bound.map_err(|error| StartFailure::Http { address, error })?;
+    }
     let report = sender;
     let _plugin = match &config.docker_plugin {
         Some(path) => {

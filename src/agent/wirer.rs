@@ -5,17 +5,17 @@
 
 use std::{
     collections::BTreeSet,
-    io::{self, Read as _, Write as _},
-    os::{fd::AsFd as _, unix::net::UnixStream},
+    io,
+    os::fd::AsFd as _,
     sync::mpsc::{self, TryRecvError},
     thread,
     time::{Duration, Instant},
 };
 
 use ipnet::IpNet;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::sync::oneshot::Sender;
 
+use super::alarm::{Alarm, Sleeper, alarm};
 use crate::{
     api::{PodError, PodErrorKind, PodStatus},
     model::{Attachment, Pod},
@@ -91,16 +91,14 @@ pub enum Wired {
 
 pub struct Wirer {
     jobs: Option<mpsc::Sender<Job>>,
-    alarm: UnixStream,
+    alarm: Alarm,
     thread: Option<thread::JoinHandle<()>>,
 }
 
 impl Wirer {
     pub fn start(report: impl Fn(Wired) + Send + Sync + 'static) -> io::Result<Self> {
         let (jobs, queue) = mpsc::channel();
-        let (alarm, woken) = UnixStream::pair()?;
-        alarm.set_nonblocking(true)?;
-        woken.set_nonblocking(true)?;
+        let (alarm, sleeper) = alarm()?;
         let (wiring, reaper) = (Wiring::open()?, Wiring::open()?);
         let monitor = Monitor::of_interfaces()?;
         let thread = thread::Builder::new().name("pods".to_owned()).spawn(move || {
@@ -111,7 +109,7 @@ impl Wirer {
                     wiring,
                     monitor,
                     jobs: queue,
-                    woken,
+                    sleeper,
                     doomed,
                     report: &report,
                     kept: None,
@@ -131,13 +129,8 @@ impl Wirer {
         if let Some(jobs) = &self.jobs {
             // The thread ends only when this sender is dropped.
             let _ = jobs.send(job);
-            self.wake();
+            self.alarm.ring();
         }
-    }
-
-    fn wake(&self) {
-        // If it is full the thread is about to wake anyway.
-        let _ = (&self.alarm).write(&[0]);
     }
 }
 
@@ -145,7 +138,7 @@ impl Wirer {
 impl Drop for Wirer {
     fn drop(&mut self) {
         drop(self.jobs.take());
-        self.wake();
+        self.alarm.ring();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -163,7 +156,7 @@ struct Worker<'a, F> {
     wiring: Wiring,
     monitor: Monitor,
     jobs: mpsc::Receiver<Job>,
-    woken: UnixStream,
+    sleeper: Sleeper,
     doomed: mpsc::Sender<Doomed>,
     report: &'a F,
     /// What is to be kept right: since the first pod came.
@@ -292,26 +285,13 @@ impl<F: Fn(Wired)> Worker<'_, F> {
 
     fn wait(&mut self) {
         let quiet = GAP.saturating_sub(self.worked.elapsed());
+        if !quiet.is_zero() {
+            self.sleeper.wait([], Some(quiet));
+            return;
+        }
         let pause = if self.touched { GAP } else { LOOK };
         let mend = self.kept.as_ref().map(|_| pause.saturating_sub(self.looked.elapsed()));
-        let (pause, sources) = match quiet.is_zero() {
-            true => (mend, [Some(self.woken.as_fd()), Some(self.monitor.as_fd())]),
-            false => (Some(quiet), [Some(self.woken.as_fd()), None]),
-        };
-        let timeout = pause.map_or(PollTimeout::NONE, |pause| {
-            // A whole millisecond more than none, or it would spin through the last one.
-            PollTimeout::try_from(pause.as_millis() + 1).unwrap_or(PollTimeout::MAX)
-        });
-        let mut fds: Vec<PollFd<'_>> =
-            sources.into_iter().flatten().map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
-        if let Err(error) = poll(&mut fds, timeout)
-            && error != nix::errno::Errno::EINTR
-        {
-            tracing::error!(%error, "poll");
-            thread::sleep(LOOK);
-        }
-        let mut bytes = [0; 64];
-        while (&self.woken).read(&mut bytes).is_ok_and(|read| read == bytes.len()) {}
+        self.sleeper.wait([self.monitor.as_fd()], mend);
     }
 }
 

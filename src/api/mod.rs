@@ -4,6 +4,7 @@
 //! state. The socket is for its owner only (mode 0600).
 
 mod client;
+mod metrics;
 mod ping;
 mod pods;
 mod server;
@@ -15,6 +16,6 @@ pub use ping::{PingReport, Reach};
 pub use pods::{
     AttachRequest, Attached, AttachedAddress, AttachmentName, PodError, PodErrorKind, PodStatus,
 };
-pub use server::{Question, serve};
+pub use server::{Question, observe, serve};
 pub use socket::{Socket, SocketError};
 pub use status::{AgentStatus, KernelStatus, PathStatus};

@@ -1,11 +1,14 @@
 //! The agent's end of the control socket.
 
-use std::{path::Path, sync::Arc};
+use std::{io, net::TcpListener, path::Path, sync::Arc, time::Duration};
 
 use axum::{
     Json, Router,
     extract::{Query, State},
-    http::StatusCode,
+    http::{
+        HeaderMap, StatusCode,
+        header::{ACCEPT, CONTENT_TYPE},
+    },
     response::{IntoResponse, Response},
     routing::{get, post},
 };
@@ -16,10 +19,13 @@ use tokio::sync::oneshot::{self, Sender};
 use super::{
     AgentStatus, AttachRequest, Attached, AttachmentName, PingReport, PodError, PodErrorKind,
     PodStatus, Socket, SocketError,
+    metrics::{self, Page},
 };
 
 /// Longest wait for convergence that can be asked for, in seconds.
 const MAX_WAIT: u64 = 3600;
+/// A loop that does not answer for so long does nothing else either.
+const ALIVE_WITHIN: Duration = Duration::from_secs(2);
 
 /// What is asked over the socket, with the way back for the answer.
 #[derive(Debug)]
@@ -92,6 +98,7 @@ pub fn serve(
         .route("/v1/reset-identity", post(reset_identity))
         .route("/v1/ping", get(ping))
         .route("/v1/history", get(history))
+        .merge(observed())
         .route("/v1/pods", get(pods))
         .route("/v1/pods/attach", post(attach))
         .route("/v1/pods/detach", post(detach))
@@ -99,6 +106,55 @@ pub fn serve(
         .with_state(ask);
     tokio::spawn(async move { axum::serve(listener, router).await });
     Ok(socket)
+}
+
+/// The same questions for collectors and probes, over TCP: nothing here changes anything or tells a secret.
+pub fn observe(
+    listener: TcpListener,
+    ask: impl Fn(Question) -> bool + Send + Sync + 'static,
+) -> io::Result<()> {
+    listener.set_nonblocking(true)?;
+    let listener = tokio::net::TcpListener::from_std(listener)?;
+    let ask: Ask = Arc::new(ask);
+    tokio::spawn(async move { axum::serve(listener, observed().with_state(ask)).await });
+    Ok(())
+}
+
+fn observed() -> Router<Ask> {
+    Router::new()
+        .route("/metrics", get(collect))
+        .route("/healthz", get(healthz))
+        .route("/readyz", get(readyz))
+}
+
+async fn collect(State(ask): State<Ask>, headers: HeaderMap) -> Response {
+    let accept = headers.get(ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let render = |status: AgentStatus| {
+        let Page { content_type, text } = metrics::page(&status, accept);
+        ([(CONTENT_TYPE, content_type)], text).into_response()
+    };
+    answer(&ask, |reply| Question::Status { reply }, render).await
+}
+
+/// The loop answers.
+async fn healthz(State(ask): State<Ask>) -> Response {
+    let question = |reply| Question::Status { reply };
+    let asked = answer(&ask, question, |_| "alive\n".into_response());
+    let late = || problem(StatusCode::SERVICE_UNAVAILABLE, "the agent's loop does not answer");
+    tokio::time::timeout(ALIVE_WITHIN, asked).await.unwrap_or_else(|_| late())
+}
+
+/// It has its subnet, and its pods can be reached.
+async fn readyz(State(ask): State<Ask>) -> Response {
+    let render = |status: AgentStatus| {
+        if status.converged {
+            return "ready\n".into_response();
+        }
+        let why = status.node.problems.join("; ");
+        let why = if why.is_empty() { "it has not converged yet".to_owned() } else { why };
+        problem(StatusCode::SERVICE_UNAVAILABLE, &why)
+    };
+    answer(&ask, |reply| Question::Status { reply }, render).await
 }
 
 #[derive(Deserialize)]

@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
 };
 
@@ -134,6 +134,9 @@ pub struct Settings {
     /// Bridge that pods are plugged into [default: gsm0, or gsm and the VNI]
     #[arg(long, env = "GOSSAMER_BRIDGE", value_name = "NAME")]
     pub bridge: Option<String>,
+    /// Serve metrics and health by HTTP at this address, IP:PORT, to whoever reaches it [default: not]
+    #[arg(long, env = "GOSSAMER_HTTP", value_name = "IP:PORT")]
+    pub http: Option<SocketAddr>,
     /// Serve Docker's network plugin on a socket in this directory [directory: /run/docker/plugins]
     #[arg(long, env = "GOSSAMER_DOCKER_PLUGIN", num_args = 0..=1,
           default_missing_value = docker::DIRECTORY, value_name = "DIR")]
@@ -232,6 +235,7 @@ impl Settings {
             pod_cidr: self.pod_cidr.or(other.pod_cidr),
             pod_cidr_file: self.pod_cidr_file.or(other.pod_cidr_file),
             bridge: self.bridge.or(other.bridge),
+            http: self.http.or(other.http),
             docker_plugin: self.docker_plugin.or(other.docker_plugin),
             node_name: self.node_name.or(other.node_name),
             net_config: self.net_config.or(other.net_config),

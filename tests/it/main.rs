@@ -16,6 +16,7 @@ mod families;
 mod firewall;
 mod instances;
 mod kubernetes;
+mod metrics;
 mod mishaps;
 mod modes;
 mod offload;

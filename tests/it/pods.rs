@@ -83,9 +83,13 @@ fn pods_outlive_a_lost_database_and_not_a_new_start_of_the_host() {
         tool(&spaces[0], &format!("ping -c 1 -W 2 {gateway}"));
 
         cluster.agents[1].end(Signal::SIGKILL)?;
-        std::fs::write(cluster.hosts[1].dir.join("state/boot"), "another start\n")?;
+        let boot = cluster.hosts[1].dir.join("state/boot");
+        std::fs::write(&boot, "another start\n")?;
         start(&mut cluster)?;
         assert_eq!(pods(&mut cluster.agents[1]), 0);
+        wait_until("this start is noted", PATIENCE, || {
+            std::fs::read_to_string(&boot).is_ok_and(|noted| noted != "another start\n")
+        });
         Ok(())
     });
 }

@@ -1,0 +1,129 @@
+//! Metrics and health, read as collectors and probes read them.
+
+use std::{
+    collections::BTreeSet,
+    io::{Read as _, Write as _},
+    net::{Ipv4Addr, TcpStream},
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use gossamer::lab::{Agent, NetNs};
+
+use crate::{
+    cni::Runtime,
+    common::{Cluster, PATIENCE, isolated, program, skipped, wait_until},
+};
+
+const PORT: u16 = 9473;
+/// Debian's `prometheus`.
+const PROMTOOL: &str = "/usr/bin/promtool";
+
+/// Status line with headers, and body.
+fn get(netns: &NetNs, path: &str, accept: &str) -> (String, String) {
+    let answer = netns.run(|| {
+        let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, PORT))?;
+        let request = format!(
+            "GET {path} HTTP/1.1\r\nhost: x\r\naccept: {accept}\r\nconnection: close\r\n\r\n"
+        );
+        stream.write_all(request.as_bytes())?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        Ok(answer)
+    });
+    let answer = answer.expect("an answer");
+    let (head, body) = answer.split_once("\r\n\r\n").expect("a head");
+    (head.to_owned(), body.to_owned())
+}
+
+/// Sample by name and labels.
+fn sample(text: &str, name: &str) -> f64 {
+    let mut lines = text.lines().filter_map(|line| line.rsplit_once(' '));
+    let found = lines.find(|(series, _)| *series == name);
+    found.and_then(|(_, number)| number.parse().ok()).unwrap_or_else(|| panic!("{name}: {text}"))
+}
+
+#[test]
+fn collectors_and_probes_are_answered() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let address = format!("127.0.0.1:{PORT}");
+        cluster.restart(0, &["--http", &address])?;
+        let _space = NetNs::new("a")?;
+        Runtime::new(&cluster.agents[0]).add("a");
+        let host = &cluster.hosts[0].netns;
+        let (head, text) = get(host, "/metrics", "*/*");
+        assert!(head.contains("200") && head.contains("text/plain; version=0.0.4"), "{head}");
+        for (name, number) in [
+            ("gossamer_converged", 1.0),
+            ("gossamer_members{state=\"alive\"}", 2.0),
+            ("gossamer_members{state=\"down\"}", 0.0),
+            ("gossamer_subnets", 255.0),
+            ("gossamer_subnets_known{state=\"leased\"}", 2.0),
+            ("gossamer_pods", 1.0),
+            ("gossamer_kernel_in_sync", 1.0),
+        ] {
+            assert_eq!(sample(&text, name), number, "{name}");
+        }
+        assert!(sample(&text, "process_resident_memory_bytes") > 1e6);
+        assert!(text.contains("# TYPE gossamer_grants_total counter"), "{text}");
+        let (head, open) = get(host, "/metrics", "application/openmetrics-text; version=1.0.0");
+        assert!(head.contains("application/openmetrics-text"), "{head}");
+        assert!(open.contains("# TYPE gossamer_grants counter") && open.ends_with("# EOF\n"));
+        names_are_documented(&text);
+        lint(&text);
+
+        assert!(get(host, "/healthz", "*/*").0.contains("200"));
+        assert!(get(host, "/readyz", "*/*").0.contains("200"));
+        // Nothing that changes anything, or tells the token, is to be had here.
+        for path in ["/v1/token", "/v1/leave", "/v1/status", "/v1/pods"] {
+            assert!(get(host, path, "*/*").0.contains("404"), "{path}");
+        }
+        // One that has found nobody yet.
+        let third = lab.host(3, "n3")?;
+        let lost = ["--http", &address, "--join", "10.99.0.99", "--token", &cluster.token];
+        let _joining = Agent::start(program(), &third, &lost)?;
+        wait_until("it answers", PATIENCE, || {
+            third.netns.run(|| TcpStream::connect((Ipv4Addr::LOCALHOST, PORT))).is_ok()
+        });
+        assert!(get(&third.netns, "/healthz", "*/*").0.contains("200"));
+        assert!(get(&third.netns, "/readyz", "*/*").0.contains("503"));
+
+        cluster.agents[1].end(nix::sys::signal::Signal::SIGKILL)?;
+        let host = &cluster.hosts[0].netns;
+        wait_until("the dead member is counted", PATIENCE, || {
+            sample(&get(host, "/metrics", "*/*").1, "gossamer_members{state=\"down\"}") == 1.0
+        });
+        Ok(())
+    });
+}
+
+/// docs/METRICS.md has every metric there is, and no other.
+fn names_are_documented(text: &str) {
+    let shown: BTreeSet<&str> =
+        text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next()).collect();
+    let docs = include_str!("../../docs/METRICS.md");
+    let rows =
+        docs.lines().filter(|line| line.contains("| gauge |") || line.contains("| counter |"));
+    let listed: BTreeSet<&str> = rows.filter_map(|line| line.split('`').nth(1)).collect();
+    assert_eq!(shown, listed);
+}
+
+/// Prometheus' own opinion, where it is installed.
+fn lint(text: &str) {
+    if !Path::new(PROMTOOL).exists() {
+        return skipped("promtool", "prometheus is not installed");
+    }
+    let mut promtool = Command::new(PROMTOOL);
+    promtool.args(["check", "metrics"]).stdin(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = promtool.stdout(Stdio::piped()).spawn().expect("promtool starts");
+    let mut input = child.stdin.take().expect("a pipe");
+    input.write_all(text.as_bytes()).expect("written");
+    drop(input);
+    let output = child.wait_with_output().expect("promtool ends");
+    assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+    let rules =
+        Command::new(PROMTOOL).args(["check", "rules", "config/gossamer.rules.yml"]).output();
+    let rules = rules.expect("promtool runs");
+    assert!(rules.status.success(), "{rules:?}");
+}
