@@ -13,6 +13,7 @@ mod ping;
 mod pods;
 mod probe;
 mod programmer;
+mod service;
 mod start;
 mod status;
 mod subnet_env;
@@ -37,6 +38,7 @@ use self::{
     pods::PodState,
     probe::Prober,
     programmer::{Programmer, Told},
+    service::Service,
     underlay::Chosen,
     wirer::{Wired, Wirer},
 };
@@ -106,6 +108,7 @@ struct Agent {
     rounds: Vec<Round>,
     leave_reply: Option<oneshot::Sender<Result<Option<String>, String>>>,
     store_problem: Option<String>,
+    service: Service,
     /// Set when the kernel refuses the device of a node that has only just come.
     giving_up: Option<(String, Instant)>,
     ending: Option<Ending>,
@@ -183,6 +186,7 @@ impl Agent {
             self.restore_paths();
             self.serve_waiters();
             self.end_rounds();
+            self.report_to_service(turn);
             let took = turn.elapsed();
             if took > SLOW_TURN {
                 tracing::warn!(?took, "a turn of the event loop was slow");
@@ -208,6 +212,7 @@ impl Agent {
         let giving_up = self.giving_up.as_ref().map(|(_, until)| *until);
         core.into_iter()
             .chain(self.next_probe())
+            .chain(self.service.next())
             .chain(waiters)
             .chain(rounds)
             .chain(giving_up)
@@ -366,6 +371,7 @@ impl Agent {
     /// Ends what must end, and removes what must not stay.
     async fn finish(mut self) -> Ending {
         let ending = self.ending.take().unwrap_or(Ending::Stopped);
+        self.service.stopping();
         self.input(Input::Command(Command::Save));
         self.carry_out();
         let traces =

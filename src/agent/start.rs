@@ -13,8 +13,8 @@ use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 
 use super::{
-    Agent, Clock, Ending, Gate, KernelState, News, PodState, Prober, Programmer, Wirer, kubernetes,
-    underlay, wirer::Job,
+    Agent, Clock, Ending, Gate, KernelState, News, PodState, Prober, Programmer, Service, Wirer,
+    kubernetes, underlay, wirer::Job,
 };
 use crate::{
     api,
@@ -281,6 +281,7 @@ async fn start(
         rounds: Vec::new(),
         leave_reply: None,
         store_problem: None,
+        service: Service::new(Instant::now()),
         giving_up: None,
         ending: None,
     };

@@ -1,6 +1,6 @@
 //! Filling in the status: what the core says, and the shell's part: kernel, disk, connections.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, time::Instant};
 
 use super::Agent;
 use crate::{
@@ -10,6 +10,17 @@ use crate::{
 };
 
 impl Agent {
+    pub(super) fn report_to_service(&mut self, now: Instant) {
+        if !self.service.is_due(now) {
+            return;
+        }
+        let status = self.status();
+        let subnet = status.node.subnet.map_or("no subnet".to_owned(), |subnet| subnet.to_string());
+        let (alive, all) = (status.members_alive(), status.node.members.len());
+        let problem = status.node.problems.first().map_or_else(String::new, |p| format!("; {p}"));
+        self.service.report(now, format!("{subnet}, {alive} of {all} members alive{problem}"));
+    }
+
     pub(super) fn status(&self) -> AgentStatus {
         let mut node = self.node.status();
         let kernel = &self.kernel;

@@ -9,6 +9,7 @@ mod cni;
 mod demo;
 mod docker_opts;
 mod forget;
+mod generate;
 mod lab;
 mod lease;
 mod leave;
@@ -65,6 +66,10 @@ enum Command {
     Cleanup(cleanup::CleanupArgs),
     /// See it work: a cluster on this machine in namespaces of its own, no set-up and no root needed
     Demo(demo::DemoArgs),
+    /// Print what a shell needs to complete these commands
+    Completions(generate::CompletionsArgs),
+    /// Write a manual page for each command
+    Man(generate::ManArgs),
     /// Run a command in fresh user, mount, process and network namespaces
     #[command(hide = true)]
     Lab(lab::LabArgs),
@@ -107,6 +112,8 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::Ping(args) => ping::run(&args),
         Command::Pods(client) => pods::run(&client),
         Command::Cni(args) => cni::run(&args),
+        Command::Completions(args) => generate::completions(&args),
+        Command::Man(args) => generate::man(&args),
         Command::DockerOpts(args) => docker_opts::run(&args),
         Command::Lease(args) => lease::run(&args),
         Command::Token(args) => token::run(&args),

@@ -86,3 +86,22 @@ fn new_tokens_differ_and_need_no_agent() {
     };
     assert_ne!(token(), token());
 }
+
+#[test]
+fn completions_and_manual_pages_are_of_all_commands() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let run = |arguments: &[&str]| {
+        let output = Command::new(program()).args(arguments).output();
+        let output = output.expect("gossamer runs");
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).expect("UTF-8")
+    };
+    for shell in ["bash", "zsh", "fish"] {
+        assert!(run(&["completions", shell]).contains("docker-opts"), "{shell}");
+    }
+    run(&["man", dir.path().to_str().expect("UTF-8")]);
+    for page in ["gossamer.1", "gossamer-agent.1", "gossamer-cni-install.1"] {
+        let text = std::fs::read_to_string(dir.path().join(page)).expect(page);
+        assert!(text.contains(".SH NAME"), "{page}");
+    }
+}

@@ -25,4 +25,5 @@ mod pods;
 mod refusals;
 mod repair;
 mod runtimes;
+mod service;
 mod tidy;

@@ -1,0 +1,68 @@
+//! What systemd hears of an agent, on a socket of the test's own, and its opinion of the unit.
+
+use std::{collections::BTreeSet, os::unix::net::UnixDatagram, process::Command, time::Duration};
+
+use gossamer::lab::Agent;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+use crate::common::{PATIENCE, isolated, program, skipped};
+
+const UNIT: &str = "config/gossamer.service";
+
+#[test]
+fn systemd_hears_that_the_agent_has_started_how_it_is_and_that_its_loop_turns() {
+    isolated(|lab| {
+        let host = lab.host(1, "n1")?;
+        let path = host.dir.join("notify");
+        let systemd = UnixDatagram::bind(&path)?;
+        systemd.set_read_timeout(Some(PATIENCE))?;
+        let variables =
+            [("NOTIFY_SOCKET", path.display().to_string()), ("WATCHDOG_USEC", "400000".to_owned())];
+        let mut agent = Agent::start_with(program(), &host, &["--init"], &variables)?;
+        let hear = || -> anyhow::Result<Vec<String>> {
+            let mut buffer = [0; 4096];
+            let length = systemd.recv(&mut buffer)?;
+            let text = String::from_utf8_lossy(&buffer[..length]).into_owned();
+            Ok(text.lines().map(str::to_owned).collect())
+        };
+        let mut heard: BTreeSet<String> = hear()?.into_iter().collect();
+        assert!(heard.contains("READY=1"), "{heard:?}");
+        let mut beats = 0;
+        while beats < 3 || !heard.iter().any(|line| line.contains("1 of 1 members alive")) {
+            let lines = hear()?;
+            assert!(!lines.contains(&"READY=1".to_owned()), "once is enough");
+            beats += usize::from(lines.contains(&"WATCHDOG=1".to_owned()));
+            heard.extend(lines);
+        }
+        // A loop that does not turn is not heard of.
+        let pid = Pid::from_raw(agent.pid().cast_signed());
+        kill(pid, Signal::SIGSTOP)?;
+        systemd.set_read_timeout(Some(Duration::from_secs(1)))?;
+        while hear().is_ok() {}
+        kill(pid, Signal::SIGCONT)?;
+        systemd.set_read_timeout(Some(PATIENCE))?;
+        assert!(hear()?.contains(&"WATCHDOG=1".to_owned()));
+        agent.end(Signal::SIGTERM)?;
+        while !hear()?.contains(&"STOPPING=1".to_owned()) {}
+        Ok(())
+    });
+}
+
+#[test]
+fn the_unit_is_one_and_has_few_rights() {
+    let security =
+        Command::new("systemd-analyze").args(["security", "--offline=yes", UNIT]).output();
+    let Ok(security) = security else {
+        return skipped("the_unit_is_one_and_has_few_rights", "systemd-analyze is not installed");
+    };
+    let said = String::from_utf8_lossy(&security.stdout);
+    assert!(said.contains(": 3.") && said.contains(" OK "), "{said}");
+    let verified = Command::new("systemd-analyze").args(["verify", UNIT]).output();
+    let said = String::from_utf8_lossy(&verified.expect("it runs").stderr).into_owned();
+    // The program is not installed where this is tested.
+    let others = said.lines().filter(|line| !line.contains("/usr/bin/gossamer is not executable"));
+    assert_eq!(others.collect::<Vec<_>>(), Vec::<&str>::new());
+}
