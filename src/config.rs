@@ -22,6 +22,7 @@ use crate::{
         ClusterSettings, NodeName, Pool, PoolSpec, Quorum, QuorumError, SettingsWish,
         check_interface_name,
     },
+    pods::bridge::bridge_name,
     wire::{Token, TokenError},
 };
 
@@ -105,6 +106,13 @@ pub enum IfaceChoice {
 pub struct ConfigError {
     pub field: String,
     pub problem: String,
+}
+
+impl Config {
+    /// What pods are plugged into, in an overlay with this VNI.
+    pub fn bridge_name(&self, vni: u32) -> String {
+        self.bridge.clone().unwrap_or_else(|| bridge_name(vni))
+    }
 }
 
 impl Settings {

@@ -17,6 +17,7 @@ use crate::{
     pods::{
         Wish, gateway,
         wiring::{End, loose_name},
+        with_length,
     },
 };
 
@@ -69,7 +70,7 @@ impl Agent {
         match (bridge, subnet) {
             (Ok(bridge), Ok(subnet)) if !named && !ipv6 => {
                 // Docker would find the route of a bridge, ask for another pool, and so without end.
-                if self.pods.table.iter().next().is_some() {
+                if !self.pods.table.is_empty() {
                     let why = format!(
                         "this host has containers on {subnet} already, and Docker takes such a subnet only \
                          if it is named: add --subnet {subnet}"
@@ -291,8 +292,4 @@ fn is_reservation(attachment: &Attachment) -> bool {
 /// It is held for as long as a network of Docker's is there.
 pub(super) fn is_of_a_network(pod: &Pod) -> bool {
     pod.owner == OWNER && pod.attachment.container().starts_with(BY_ADDRESS)
-}
-
-fn with_length(ip: IpAddr, subnet: IpNet) -> IpNet {
-    IpNet::new_assert(ip, subnet.prefix_len())
 }

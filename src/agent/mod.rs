@@ -53,7 +53,7 @@ use crate::{
     docker as docker_plugin,
     icmp::Heard,
     model::{NodeId, Pool, Time},
-    pods::{bridge::bridge_name, wiring::Wiring},
+    pods::wiring::Wiring,
     store::{History, StateDir, Writer, Written},
     transport::{Event, Transport},
     wire::{Secret, Token},
@@ -480,7 +480,7 @@ fn remove_traces(traces: Option<(u32, Pool)>, config: &Config) {
     if let Err(error) = removed {
         tracing::debug!(%error, "no table of nftables removed");
     }
-    let bridge = config.bridge.clone().unwrap_or_else(|| bridge_name(vni));
+    let bridge = config.bridge_name(vni);
     let removed = Wiring::open().and_then(|mut wiring| wiring.remove(&bridge));
     if let Err(error) = removed {
         tracing::error!(%error, "the pods' bridge was not removed");

@@ -24,9 +24,10 @@ use crate::{
     model::{Attachment, Pod, Time},
     pods::{
         NoAddress, Pods, Wish,
-        bridge::{Bridge, bridge_name},
+        bridge::Bridge,
         gateway,
         wiring::{Connected, End, WiringError, link_name},
+        with_length,
     },
     store::{StateDir, Writer},
     wire::{Key, Record},
@@ -114,7 +115,7 @@ impl Agent {
     /// Pods of an earlier run are plugged in as those of this one are; a subnet or an MTU may have changed.
     pub(super) fn keep_bridge(&mut self) {
         let bridge = self.kernel.wanted.as_ref().map(|view| self.bridge(view));
-        if self.pods.table.iter().next().is_none() || self.pods.bridge == bridge {
+        if self.pods.table.is_empty() || self.pods.bridge == bridge {
             return;
         }
         self.pods.bridge.clone_from(&bridge);
@@ -124,9 +125,8 @@ impl Agent {
     }
 
     fn bridge(&self, view: &View) -> Bridge {
-        let name = || bridge_name(view.settings.vni);
         Bridge {
-            name: self.config.bridge.clone().unwrap_or_else(name),
+            name: self.config.bridge_name(view.settings.vni),
             subnets: view.own.subnets,
             mtu: self.underlay.mtu,
         }
@@ -306,7 +306,7 @@ impl Agent {
             return;
         };
         let addresses = pod.addresses.iter().zip(bridge.subnets.iter()).map(|(ip, subnet)| {
-            let address = ipnet::IpNet::new_assert(ip, subnet.prefix_len());
+            let address = with_length(ip, subnet);
             AttachedAddress { address, gateway: gateway(subnet) }
         });
         reply(Ok(Attached {

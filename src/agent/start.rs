@@ -27,7 +27,7 @@ use crate::{
     docker,
     model::{BootId, ClusterId, ClusterRecord, ClusterSettings, Mac, Time, Vtep},
     netlink::Netlink,
-    pods::{bridge::bridge_name, wiring::Wiring},
+    pods::wiring::Wiring,
     store::{Database, Opened, StateDir, StoreError, Writer},
     transport::{BindError, CredentialError, Credentials, NodeKey, Transport},
     wire::{Record, Secret, Token, TokenError},
@@ -208,7 +208,7 @@ async fn start(
         quorum: config.quorum.clone(),
         rng_seed: random()?,
     };
-    let bridge = config.bridge.clone().unwrap_or_else(|| bridge_name(vni));
+    let bridge = config.bridge_name(vni);
     let mut pods = PodState::remember(&records, state.is_same_boot()?);
     if known_cluster.is_none() && !fresh {
         pods.recover(Wiring::open()?.found(&bridge)?);

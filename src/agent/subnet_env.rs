@@ -2,7 +2,11 @@
 
 use std::{fs, io, path::Path};
 
-use crate::{model::Subnets, pods::gateway, store::replace};
+use crate::{
+    model::Subnets,
+    pods::gateway,
+    store::{PUBLIC, replace},
+};
 
 /// Writes the file, unless it says so already. Readers see the old or the new file, never half of one.
 pub fn write(
@@ -16,7 +20,7 @@ pub fn write(
     if fs::read_to_string(path).is_ok_and(|present| present == text) {
         return Ok(());
     }
-    replace(path, &text)
+    replace(path, &text, PUBLIC)
 }
 
 fn contents(networks: Subnets, subnets: Subnets, mtu: u32, masquerade: bool) -> String {

@@ -107,13 +107,10 @@ impl Surroundings {
         let begun = Instant::now();
         if self.read_chains_at <= begun {
             let networks: Vec<_> = desired.pool.networks().iter().collect();
-            let mut chains = (Vec::new(), Vec::new());
-            if let Ok(table) = &mut self.table {
-                chains.0 = table.closed_forward_chains(&networks).unwrap_or_default();
-                chains.1 = table.direct_access_drops(&networks).unwrap_or_default();
-            }
-            let closed = chains.0.iter().map(|chain| closed_chain(chain, desired));
-            let drops = chains.1.iter().map(|chain| direct_access(chain, desired));
+            let chains = self.table.as_mut().ok().map(|table| table.foreign_chains(&networks));
+            let chains = chains.and_then(Result::ok).unwrap_or_default();
+            let closed = chains.closed.iter().map(|chain| closed_chain(chain, desired));
+            let drops = chains.dropping.iter().map(|chain| direct_access(chain, desired));
             self.chain_problems = closed.chain(drops).collect();
             self.read_chains_at = begun + begun.elapsed() * SHARE;
         }

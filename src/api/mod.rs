@@ -16,6 +16,6 @@ pub use ping::{PingReport, Reach};
 pub use pods::{
     AttachRequest, Attached, AttachedAddress, AttachmentName, PodError, PodErrorKind, PodStatus,
 };
-pub use server::{Question, observe, serve};
+pub use server::{Question, observe, put, serve};
 pub use socket::{Socket, SocketError};
 pub use status::{AgentStatus, KernelStatus, PathStatus};

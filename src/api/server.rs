@@ -269,12 +269,20 @@ async fn answer<T>(
     question: impl FnOnce(Sender<T>) -> Question,
     render: impl FnOnce(T) -> Response,
 ) -> Response {
+    match put(&**ask, question).await {
+        Some(value) => render(value),
+        None => problem(StatusCode::SERVICE_UNAVAILABLE, "the agent is going down"),
+    }
+}
+
+/// Puts a question to the agent's loop, and waits for the answer; none, if the agent is going down.
+pub async fn put<Q, T>(
+    ask: &(dyn Fn(Q) -> bool + Send + Sync),
+    question: impl FnOnce(Sender<T>) -> Q,
+) -> Option<T> {
     let (sender, receiver) = oneshot::channel();
     let accepted = ask(question(sender));
-    match receiver.await {
-        Ok(value) if accepted => render(value),
-        _ => problem(StatusCode::SERVICE_UNAVAILABLE, "the agent is going down"),
-    }
+    receiver.await.ok().filter(|_| accepted)
 }
 
 fn done(result: Result<Value, String>) -> Response {

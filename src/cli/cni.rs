@@ -12,7 +12,7 @@ use clap::{Args, Subcommand};
 use serde_json::Value;
 
 use super::fail;
-use crate::store::replace;
+use crate::store::{PUBLIC, replace};
 
 /// What a runtime reads.
 const CONFLIST: &str = include_str!("../../config/10-gossamer.conflist");
@@ -83,7 +83,7 @@ fn install(args: &InstallArgs) -> anyhow::Result<Vec<String>> {
     // In a container a link that is right outside leads nowhere.
     let has_portmap = fs::symlink_metadata(args.bin_dir.join(PORTMAP)).is_ok();
     let text = if has_portmap { whole } else { without_portmap };
-    replace(&conflist, &text).with_context(|| conflist.display().to_string())?;
+    replace(&conflist, &text, PUBLIC).with_context(|| conflist.display().to_string())?;
     done.push(conflist.display().to_string());
     if !has_portmap {
         done.push(format!(

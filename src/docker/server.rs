@@ -17,13 +17,13 @@ use axum::{
 use ipnet::IpNet;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
-use tokio::{
-    net::UnixListener,
-    sync::oneshot::{self, Sender},
-};
+use tokio::{net::UnixListener, sync::oneshot::Sender};
 
 use super::message::{AddressRequest, CreateNetwork, EndpointRequest, MTU, RequestPool};
-use crate::{api::PodError, config::Instance};
+use crate::{
+    api::{self, PodError},
+    config::Instance,
+};
 
 /// Where Docker looks for sockets of plugins.
 pub const DIRECTORY: &str = "/run/docker/plugins";
@@ -222,19 +222,19 @@ async fn join(ask: &Ask, body: &[u8]) -> Result<Value, Refused> {
 async fn request_pool(ask: &Ask, body: &[u8]) -> Result<Value, Refused> {
     let RequestPool { pool, sub_pool, options, v6 } = parse(body)?;
     let named = (!pool.is_empty()).then(|| read::<IpNet>("subnet", &pool)).transpose()?;
-    let subnet =
-        put(ask, |reply| Request::Pool { ipv6: v6, named: named.is_some(), reply }).await?;
-    if let Some(named) = named.filter(|named| named.trunc() != subnet) {
-        return Err(Refused(format!(
-            "subnet {named}: this node's is {subnet}: give that, or none"
-        )));
-    }
     if !sub_pool.is_empty() {
         let why = "containers get addresses of the node's whole subnet: leave it out";
         return Err(Refused(format!("ip-range {sub_pool}: {why}")));
     }
     if let Some((name, value)) = options.iter().flatten().next() {
         return Err(Refused(format!("ipam-opt {name}={value}: there are none: leave it out")));
+    }
+    let subnet =
+        put(ask, |reply| Request::Pool { ipv6: v6, named: named.is_some(), reply }).await?;
+    if let Some(named) = named.filter(|named| named.trunc() != subnet) {
+        return Err(Refused(format!(
+            "subnet {named}: this node's is {subnet}: give that, or none"
+        )));
     }
     Ok(json!({ "PoolID": subnet, "Pool": subnet, "Data": {} }))
 }
@@ -271,11 +271,9 @@ async fn put<T>(
     ask: &Ask,
     request: impl FnOnce(Sender<Result<T, PodError>>) -> Request,
 ) -> Result<T, Refused> {
-    let (sender, receiver) = oneshot::channel();
-    let accepted = ask(request(sender));
-    match receiver.await {
-        Ok(result) if accepted => result.map_err(|error| Refused(error.error)),
-        _ => Err(Refused("gossamer's agent is going down".to_owned())),
+    match api::put(&**ask, request).await {
+        Some(result) => result.map_err(|error| Refused(error.error)),
+        None => Err(Refused("gossamer's agent is going down".to_owned())),
     }
 }
 

@@ -50,6 +50,12 @@ pub struct Refused {
     pub errno: i32,
 }
 
+impl Refused {
+    pub fn to_io(&self) -> io::Error {
+        io::Error::from_raw_os_error(self.errno)
+    }
+}
+
 /// Changes that travel together.
 pub struct Batch {
     bytes: Vec<u8>,
@@ -144,7 +150,7 @@ impl Netlink {
     /// Carries out one change; a refusal is an error with the kernel's number.
     pub fn apply_one(&mut self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
         match self.apply(vec![Request { message, flags }])?.first() {
-            Some(refused) => Err(io::Error::from_raw_os_error(refused.errno)),
+            Some(refused) => Err(refused.to_io()),
             None => Ok(()),
         }
     }

@@ -108,6 +108,10 @@ impl Pods {
         Some(pod)
     }
 
+    pub fn is_empty(&self) -> bool {
+        self.pods.is_empty()
+    }
+
     /// Calls a pod by another name, and says where it is.
     pub fn rename(&mut self, from: &Attachment, to: Attachment, netns: String) -> Option<&Pod> {
         let pod = self.pods.remove(from)?;
@@ -202,6 +206,11 @@ impl Pods {
 /// The address of this host in a subnet of its own: the one after the network address, as flannel has it.
 pub fn gateway(subnet: IpNet) -> IpAddr {
     address_at(subnet, GATEWAY)
+}
+
+/// An address as an interface in this subnet has it.
+pub fn with_length(ip: IpAddr, subnet: IpNet) -> IpNet {
+    IpNet::new_assert(ip, subnet.prefix_len())
 }
 
 fn addresses_at(subnets: Subnets, place: u32) -> Addresses {

@@ -361,7 +361,7 @@ fn hash(attachment: &Attachment) -> [u8; HASHED] {
 }
 
 fn all_done<'a>(mut refused: impl Iterator<Item = &'a Refused>) -> io::Result<()> {
-    refused.next().map_or(Ok(()), |refused| Err(io::Error::from_raw_os_error(refused.errno)))
+    refused.next().map_or(Ok(()), |refused| Err(refused.to_io()))
 }
 
 const fn failed(what: &'static str) -> impl Fn(io::Error) -> WiringError {

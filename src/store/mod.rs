@@ -22,5 +22,5 @@ mod writer;
 pub use database::{Database, Opened, StoreError};
 pub use directory::StateDir;
 pub use history::History;
-pub use replace::replace;
+pub use replace::{PRIVATE, PUBLIC, replace};
 pub use writer::{Writer, Written};

@@ -5,9 +5,9 @@
 //! is one line of output whenever it changes.
 
 use std::{
-    fs::{self, File},
+    fs,
     net::{IpAddr, Ipv4Addr},
-    os::{fd::AsRawFd as _, unix::fs::OpenOptionsExt as _},
+    os::fd::AsRawFd as _,
     path::{Path, PathBuf},
     process::{Child, Command, ExitCode},
     str::FromStr,
@@ -30,6 +30,7 @@ use crate::{
     config::Instance,
     lab::{NetNs, Pinger},
     netlink::Netlink,
+    store::{PRIVATE, replace},
 };
 
 /// Pods of a host have the addresses from this place on: the gateway has the one before.
@@ -155,7 +156,8 @@ fn serve(count: u32, token_file: Option<&Path>, routes: &[Route]) -> anyhow::Res
     let subnet = subnet.context("a subnet")?;
     if let Some(path) = token_file {
         let token = ask("/v1/token")?;
-        write_token(path, token["token"].as_str().context("a token")?)?;
+        let token = token["token"].as_str().context("a token")?;
+        replace(path, token, PRIVATE).with_context(|| path.display().to_string())?;
     }
     let spaces: Vec<NetNs> =
         (0..count).map(|pod| NetNs::unnamed(&format!("pod-{pod}"))).collect::<Result<_, _>>()?;
@@ -234,16 +236,6 @@ fn keep_routes(routes: &[Route]) -> anyhow::Result<()> {
         let _ = netlink.add_route(*network, *via);
     }
     Ok(())
-}
-
-/// Readers see all of it or none.
-fn write_token(path: &Path, token: &str) -> anyhow::Result<()> {
-    let new = path.with_extension("new");
-    let _ = fs::remove_file(&new);
-    let file = File::options().write(true).create_new(true).mode(0o600).open(&new);
-    file.and_then(|mut file| std::io::Write::write_all(&mut file, token.as_bytes()))
-        .and_then(|()| fs::rename(&new, path))
-        .with_context(|| path.display().to_string())
 }
 
 fn wait_until(what: &str, mut reached: impl FnMut() -> bool) -> anyhow::Result<()> {

@@ -9,7 +9,7 @@ use std::{collections::BTreeSet, io, net::IpAddr};
 use ipnet::IpNet;
 use rtnetlink::packet_core::{NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL};
 
-use super::forward::{closed_forward_chains, direct_access_drops};
+use super::forward::ForeignChains;
 use crate::{
     dataplane::firewall::{Firewall, Guard},
     netlink::{
@@ -180,14 +180,9 @@ impl FirewallTable {
         Ok(names.filter(|name| wanted(name)).map(str::to_owned).collect())
     }
 
-    /// See [`direct_access_drops`].
-    pub fn direct_access_drops(&mut self, networks: &[IpNet]) -> io::Result<Vec<String>> {
-        direct_access_drops(&mut self.nftables, networks)
-    }
-
-    /// See [`closed_forward_chains`].
-    pub fn closed_forward_chains(&mut self, networks: &[IpNet]) -> io::Result<Vec<String>> {
-        closed_forward_chains(&mut self.nftables, networks)
+    /// What others do with packets of these networks.
+    pub fn foreign_chains(&mut self, networks: &[IpNet]) -> io::Result<ForeignChains> {
+        ForeignChains::read(&mut self.nftables, networks)
     }
 
     fn write_anew(&mut self, wanted: &Firewall, members: BTreeSet<IpAddr>) -> io::Result<()> {

@@ -20,14 +20,34 @@ const PREROUTING: u32 = 0;
 const ACCEPT: u32 = 1;
 const DROP: u32 = 0;
 
+/// What chains of others do with packets of pods, as far as it could be read.
+#[derive(Debug, Default)]
+pub struct ForeignChains {
+    /// See [`closed_forward_chains`].
+    pub closed: Vec<String>,
+    /// See [`direct_access_drops`].
+    pub dropping: Vec<String>,
+}
+
+impl ForeignChains {
+    pub fn read(nftables: &mut Nftables, networks: &[IpNet]) -> io::Result<Self> {
+        let chains = nftables.dump(Kind::GetChain, ANY, &Attributes::new())?;
+        Ok(Self {
+            closed: closed_forward_chains(nftables, &chains, networks).unwrap_or_default(),
+            dropping: direct_access_drops(nftables, &chains, networks).unwrap_or_default(),
+        })
+    }
+}
+
 /// Base chains that drop what is forwarded unless a rule lets it pass, and have no rule that seems to let one
 /// of these networks pass: `ip filter FORWARD`, for one, where Docker runs.
-pub fn closed_forward_chains(
+fn closed_forward_chains(
     nftables: &mut Nftables,
+    chains: &[Object],
     networks: &[IpNet],
 ) -> io::Result<Vec<String>> {
     let mut closed = Vec::new();
-    for chain in nftables.dump(Kind::GetChain, ANY, &Attributes::new())? {
+    for chain in chains {
         let (family, has_ipv4, has_ipv6) = match chain.family {
             1 => ("inet", true, true),
             2 => ("ip", true, false),
@@ -36,10 +56,10 @@ pub fn closed_forward_chains(
         };
         let concerned = |net: &&IpNet| if net.addr().is_ipv4() { has_ipv4 } else { has_ipv6 };
         let mut ours = networks.iter().filter(concerned).peekable();
-        if !is_closed(&chain) || ours.peek().is_none() {
+        if !is_closed(chain) || ours.peek().is_none() {
             continue;
         }
-        let (table, name) = (name_of(&chain, 1), name_of(&chain, 3));
+        let (table, name) = (name_of(chain, 1), name_of(chain, 3));
         // Docker's chain for what its users add, and the chain itself.
         let mut rules = Vec::new();
         for chain_name in [name, "DOCKER-USER"] {
@@ -61,9 +81,13 @@ fn is_closed(chain: &Object) -> bool {
 
 /// Base chains before routing in which packets to single addresses of these networks are dropped. Docker
 /// from version 28 on lets nobody but its own bridge speak to a container's address: `ip raw PREROUTING`.
-pub fn direct_access_drops(nftables: &mut Nftables, networks: &[IpNet]) -> io::Result<Vec<String>> {
+fn direct_access_drops(
+    nftables: &mut Nftables,
+    chains: &[Object],
+    networks: &[IpNet],
+) -> io::Result<Vec<String>> {
     let mut dropping = Vec::new();
-    for chain in nftables.dump(Kind::GetChain, ANY, &Attributes::new())? {
+    for chain in chains {
         let Some(family) = [(2, "ip"), (10, "ip6")].into_iter().find(|(f, _)| *f == chain.family)
         else {
             continue;
@@ -72,7 +96,7 @@ pub fn direct_access_drops(nftables: &mut Nftables, networks: &[IpNet]) -> io::R
         if be32(attributes::find(hook, 1)) != Some(PREROUTING) {
             continue;
         }
-        let (table, name) = (name_of(&chain, 1), name_of(&chain, 3));
+        let (table, name) = (name_of(chain, 1), name_of(chain, 3));
         let filter = Attributes::new().text(1, table).text(2, name);
         let rules = nftables.dump(Kind::GetRule, chain.family, &filter)?;
         if rules.iter().any(|rule| drops_one_of(rule, networks)) {

@@ -38,7 +38,7 @@ impl Kernel {
         let gone = gone.map(|message| Request { message, flags: 0 }).collect();
         let refused = self.netlink.apply(gone)?;
         match refused.iter().find(|refused| !GONE.contains(&refused.errno)) {
-            Some(refused) => Err(io::Error::from_raw_os_error(refused.errno)),
+            Some(refused) => Err(refused.to_io()),
             None => Ok(()),
         }
     }
