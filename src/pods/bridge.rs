@@ -88,7 +88,8 @@ pub(super) fn provide(netlink: &mut Netlink, bridge: &Bridge) -> io::Result<(Pro
     for subnet in bridge.subnets.iter() {
         let ip = gateway(subnet);
         if !has.any(|address| address.ip == ip) {
-            netlink.apply(vec![address_request(link.index, ip, subnet.prefix_len())])?;
+            let Request { message, flags } = address_request(link.index, ip, subnet.prefix_len());
+            netlink.apply_one(message, flags)?;
             changes += 1;
         }
     }

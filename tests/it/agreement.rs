@@ -3,7 +3,9 @@
 
 use std::{fs, path::Path, process::Command, time::Duration};
 
-use crate::common::{Cluster, PATIENCE, client, isolated, program, run, tool, wait_until};
+use crate::common::{
+    Cluster, PATIENCE, client, isolated, program, run, status_where, tool, wait_until,
+};
 use gossamer::lab::{Agent, Host, Lab, Pod};
 use nix::sys::signal::Signal;
 
@@ -135,10 +137,7 @@ fn a_member_that_is_gone_is_forgotten_and_one_that_returns_is_a_new_node() {
             client(&cluster.agents[0], &["forget", "n3"]).status.success()
         });
         for agent in &mut cluster.agents[..2] {
-            wait_until("its slots were not reclaimed", PATIENCE, || {
-                let status = agent.ask("/v1/status", PATIENCE).expect("a status");
-                status["slots"]["leased"] == 2
-            });
+            status_where(agent, |status| status["slots"]["leased"] == 2);
         }
         wait_until("the way to it is still there", PATIENCE, || {
             !tool(&cluster.hosts[0].netns, "ip route show proto 73").contains(&lost)

@@ -9,6 +9,7 @@ use std::{
 
 use gossamer::lab::{Agent, Host, Lab, NetNs, Pod};
 use nix::sys::signal::Signal;
+use serde_json::Value;
 
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -164,6 +165,20 @@ pub fn wait_until(what: &str, patience: Duration, mut reached: impl FnMut() -> b
     let start = Instant::now();
     while !reached() {
         assert!(start.elapsed() < patience, "{what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Waits until an agent's status is as wanted; gives it. What a kernel or a pod shows at once, the
+/// agent's loop may hear of a moment later.
+pub fn status_where(agent: &mut Agent, wanted: impl Fn(&Value) -> bool) -> Value {
+    let start = Instant::now();
+    loop {
+        let status = agent.ask("/v1/status", PATIENCE).expect("a status");
+        if wanted(&status) {
+            return status;
+        }
+        assert!(start.elapsed() < PATIENCE, "not what was expected: {status:#}");
         std::thread::sleep(Duration::from_millis(20));
     }
 }

@@ -6,7 +6,7 @@ use gossamer::lab::{Agent, NetNs, Pinger, absent_member, add_crowd};
 use nix::sys::signal::Signal;
 
 use crate::common::{
-    Cluster, PATIENCE, eventually, isolated, program, run, token_of, tool, wait_until,
+    Cluster, PATIENCE, eventually, isolated, program, run, status_where, token_of, tool, wait_until,
 };
 
 /// Entries of ours: routes, neighbours, FDB entries.
@@ -35,8 +35,7 @@ fn what_the_kernel_misses_about_nobody_is_counted() {
         for nobody in ["10.42.250.5", "10.42.251.5"] {
             run(host, &format!("ping -c 1 -W 1 {nobody}"));
         }
-        wait_until("not counted", PATIENCE, || {
-            let status = cluster.agents[0].ask("/v1/status", PATIENCE).expect("a status");
+        status_where(&mut cluster.agents[0], |status| {
             status["kernel"]["misses_unknown"].as_u64() >= Some(2)
         });
         Ok(())
@@ -60,9 +59,10 @@ fn a_neighbour_that_fails_is_answered_from_the_view() {
         wait_until("no answer", PATIENCE, || {
             pinger.ping(pods[1].ip, Duration::from_millis(300)).is_ok_and(|got| got.is_some())
         });
-        let status = cluster.agents[0].ask("/v1/status", PATIENCE)?;
-        assert!(status["kernel"]["misses_answered"].as_u64() >= Some(1), "{status:#}");
-        assert!(status["kernel"]["repairs"]["miss"].as_u64() >= Some(1), "{status:#}");
+        status_where(&mut cluster.agents[0], |status| {
+            status["kernel"]["misses_answered"].as_u64() >= Some(1)
+                && status["kernel"]["repairs"]["miss"].as_u64() >= Some(1)
+        });
         Ok(())
     });
 }
@@ -87,11 +87,8 @@ fn on_demand_the_kernel_holds_ten_peers_of_a_thousand() {
         let seed = hosts[1].ip.to_string();
         let arguments = [&["--join", &seed][..], &on_demand].concat();
         let mut first = Agent::start(program(), &hosts[0], &arguments)?;
-        let mut members = 0;
-        wait_until("the crowd is unknown", PATIENCE, || {
-            let status = second.ask("/v1/status", PATIENCE).expect("a status");
-            members = status["members"].as_array().map_or(0, Vec::len);
-            members == 1_002
+        status_where(&mut second, |status| {
+            status["members"].as_array().is_some_and(|members| members.len() == 1_002)
         });
         let mut pods = Vec::new();
         for (host, agent) in hosts.iter().zip([&mut first, &mut second]) {

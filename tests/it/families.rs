@@ -5,7 +5,7 @@ use std::io::Write as _;
 use gossamer::lab::{Agent, Host, Lab, NetNs};
 use ipnet::IpNet;
 
-use crate::common::{PATIENCE, eventually, isolated, program, run, token_of, tool};
+use crate::common::{PATIENCE, eventually, isolated, program, run, status_where, token_of, tool};
 
 /// Two hosts of which each has an IPv6 address on the underlay too; none, if the kernel has no IPv6.
 fn hosts(lab: &mut Lab) -> anyhow::Result<Option<[Host; 2]>> {
@@ -150,10 +150,7 @@ fn a_cluster_can_do_without_ipv4() {
         }
         // The probe's verdict, which comes from the peer's kernel.
         for agent in &mut agents {
-            crate::common::wait_until("the path is unknown", PATIENCE, || {
-                let status = agent.ask("/v1/status", PATIENCE).expect("a status");
-                status["paths"][0]["state"] == "ok"
-            });
+            status_where(agent, |status| status["paths"][0]["state"] == "ok");
         }
         let env = std::fs::read_to_string(hosts[1].dir.join("subnet.env"))?;
         assert!(env.starts_with("FLANNEL_IPV6_NETWORK=fd42::/48\n"), "{env}");

@@ -12,8 +12,8 @@ use gossamer::{
 };
 
 use crate::common::{
-    Cluster, PATIENCE, eventually, gossamer_token, has_problem, isolated, program, run, tool,
-    wait_until,
+    Cluster, PATIENCE, eventually, gossamer_token, has_problem, isolated, program, run,
+    status_where, tool, wait_until,
 };
 
 /// Shorter than the pause between two slow comparisons.
@@ -75,8 +75,7 @@ fn tunnel_packets_of_strangers_are_dropped_and_those_of_a_new_member_pass_at_onc
         cluster.restart(0, &[])?;
         forge(&stranger, &cluster.hosts[0], &pods[0]);
         assert_eq!(echoes(&pods[0].netns), open, "let in");
-        wait_until("the strangers are not counted", PATIENCE, || {
-            let status = cluster.agents[0].ask("/v1/status", PATIENCE).expect("a status");
+        status_where(&mut cluster.agents[0], |status| {
             status["kernel"]["strangers_dropped"].as_u64() >= Some(3)
         });
 
@@ -209,9 +208,9 @@ fn the_table_is_put_right_whatever_is_done_to_it() {
             wait_until(deed, AT_ONCE, || table(host) == whole);
             println!("{:>4} ms after {deed}", begun.elapsed().as_millis());
         }
-        let status = cluster.agents[0].ask("/v1/status", PATIENCE)?;
-        let repairs = status["kernel"]["repairs"]["firewall"].as_u64();
-        assert_eq!(repairs, Some(deeds.len() as u64), "{status:#}");
+        status_where(&mut cluster.agents[0], |status| {
+            status["kernel"]["repairs"]["firewall"].as_u64() == Some(deeds.len() as u64)
+        });
         Ok(())
     });
 }

@@ -6,7 +6,9 @@ use serde_json::json;
 
 use crate::{
     cni::{Runtime, address, cables, namespaces, pods},
-    common::{Cluster, PATIENCE, eventually, isolated, program, run, tool, wait_until},
+    common::{
+        Cluster, PATIENCE, eventually, isolated, program, run, status_where, tool, wait_until,
+    },
     mishaps::lose_database,
 };
 
@@ -44,8 +46,9 @@ fn what_others_do_to_the_bridge_is_put_right() {
             let gateway = a["ips"][0]["gateway"].as_str().expect("a gateway");
             tool(&spaces[0], &format!("ping -c 1 -W 2 {gateway}"));
         }
-        let status = cluster.agents[0].ask("/v1/status", PATIENCE)?;
-        assert!(status["kernel"]["repairs"]["bridge"].as_u64() >= Some(5), "{status}");
+        status_where(&mut cluster.agents[0], |status| {
+            status["kernel"]["repairs"]["bridge"].as_u64() >= Some(5)
+        });
         // Over a restart too: who keeps it then has plugged nothing in.
         cluster.agents[0].end(Signal::SIGTERM)?;
         tool(&cluster.hosts[0].netns, "ip link del pods0");

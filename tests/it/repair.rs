@@ -3,7 +3,9 @@
 
 use std::time::{Duration, Instant};
 
-use crate::common::{Cluster, PATIENCE, eventually, has_problem, isolated, run, tool, wait_until};
+use crate::common::{
+    Cluster, PATIENCE, eventually, has_problem, isolated, run, status_where, tool, wait_until,
+};
 use gossamer::lab::{Agent, Host, Pod};
 
 /// Shorter than the pause between two slow comparisons.
@@ -87,11 +89,11 @@ fn what_is_deleted_altered_or_renamed_is_put_right_at_once() {
             println!("{:>6.1?} ms  {last}", begun.elapsed().as_secs_f64() * 1000.0);
             assert_both_ways(&pods);
         }
-        let status = cluster.agents[0].ask("/v1/status", PATIENCE)?;
-        let repairs = &status["kernel"]["repairs"];
-        for kind in ["FDB entry", "neighbour", "route", "address", "device", "device attribute"] {
-            assert!(repairs[kind].as_u64() > Some(0), "{kind}: {repairs}");
-        }
+        status_where(&mut cluster.agents[0], |status| {
+            let kinds =
+                ["FDB entry", "neighbour", "route", "address", "device", "device attribute"];
+            kinds.iter().all(|kind| status["kernel"]["repairs"][*kind].as_u64() > Some(0))
+        });
         let log = cluster.agents[0].log();
         assert!(log.contains("put right what another program had changed"), "{log}");
         Ok(())
