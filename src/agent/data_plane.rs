@@ -18,13 +18,15 @@ use super::{
     underlay::{Chosen, UnderlayError},
 };
 use crate::{
+    config::Config,
     core::{Command, Input, View},
     dataplane::{
         desired::{Desired, device_name},
         firewall::Firewall,
-        kernel::KernelError,
+        kernel::{FirewallTable, Kernel, KernelError},
     },
-    model::NodeId,
+    model::{NodeId, Pool},
+    pods::wiring::Wiring,
 };
 
 /// A node that cannot use the kernel gives its new subnet back within this time, or just goes.
@@ -103,7 +105,7 @@ impl Agent {
                 if repair && operations > 0 {
                     tracing::warn!(done = ?report.done, "put right what another program had changed");
                     for (kind, count) in &report.done {
-                        *self.kernel.repairs.entry(kind).or_default() += count;
+                        self.count_repair(kind, *count);
                     }
                 } else if operations > 0 {
                     tracing::debug!(operations, "kernel programmed");
@@ -128,11 +130,12 @@ impl Agent {
     fn on_demand(&mut self, state: DemandState) {
         let before = std::mem::replace(&mut self.kernel.demand, state);
         let now = &self.kernel.demand;
-        if now.in_use.is_none() && now.answered > before.answered {
+        let missed = now.answered.saturating_sub(before.answered);
+        if now.in_use.is_none() && missed > 0 {
             // All peers are programmed, so an entry was gone and nobody had told.
-            *self.kernel.repairs.entry("miss").or_default() += now.answered - before.answered;
+            self.count_repair("miss", missed);
         }
-        if now.in_use != before.in_use {
+        if self.kernel.demand.in_use != before.in_use {
             self.update_paths();
         }
     }
@@ -142,7 +145,7 @@ impl Agent {
         state.problems.iter().filter(|p| !known.contains(p)).for_each(|p| tracing::error!("{p}"));
         for kind in &state.repaired {
             tracing::warn!("put right what another program had changed: {kind}");
-            *self.kernel.repairs.entry(kind).or_default() += 1;
+            self.count_repair(kind, 1);
         }
         self.kernel.host = state;
     }
@@ -230,4 +233,27 @@ impl Agent {
             tracing::error!(file = %path.display(), %error, "subnet file not written");
         }
     }
+}
+
+/// Takes away the device of a VNI with every entry on it, routes into the pool's networks, the pods' bridge
+/// with their cables, and the file.
+pub(super) fn remove_traces(traces: Option<(u32, Pool)>, config: &Config) {
+    let Some((vni, pool)) = traces else { return };
+    let device = device_name(vni);
+    let removed = Kernel::open()
+        .map_err(KernelError::from)
+        .and_then(|mut kernel| kernel.remove(&device, &pool));
+    if let Err(error) = removed {
+        tracing::error!(%error, "the device was not removed");
+    }
+    let removed = FirewallTable::open().and_then(|mut table| table.remove(&device));
+    if let Err(error) = removed {
+        tracing::debug!(%error, "no table of nftables removed");
+    }
+    let bridge = config.bridge_name(vni);
+    let removed = Wiring::open().and_then(|mut wiring| wiring.remove(&bridge));
+    if let Err(error) = removed {
+        tracing::error!(%error, "the pods' bridge was not removed");
+    }
+    let _ = std::fs::remove_file(&config.subnet_file);
 }

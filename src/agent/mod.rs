@@ -7,17 +7,20 @@
 mod alarm;
 mod data_plane;
 mod docker;
+mod events;
 mod kubernetes;
 mod owners;
 mod ping;
 mod pods;
 mod probe;
 mod programmer;
+mod routes;
 mod service;
 mod start;
 mod status;
 mod subnet_env;
 mod surroundings;
+mod survey;
 mod underlay;
 mod wirer;
 
@@ -33,12 +36,14 @@ use tokio::{
 };
 
 use self::{
-    data_plane::KernelState,
+    data_plane::{KernelState, remove_traces},
+    events::Journal,
     ping::Round,
     pods::PodState,
     probe::Prober,
     programmer::{Programmer, Told},
     service::Service,
+    survey::Surveys,
     underlay::Chosen,
     wirer::{Wired, Wirer},
 };
@@ -46,14 +51,9 @@ use crate::{
     api::{AgentStatus, Question},
     config::Config,
     core::{Command, Gate, Input, Node, Output, Stop, Target},
-    dataplane::{
-        desired::device_name,
-        kernel::{FirewallTable, Kernel, KernelError},
-    },
     docker as docker_plugin,
     icmp::Heard,
-    model::{NodeId, Pool, Time},
-    pods::wiring::Wiring,
+    model::{NodeId, Time},
     store::{History, StateDir, Writer, Written},
     transport::{Event, Transport},
     wire::{Secret, Token},
@@ -109,6 +109,8 @@ struct Agent {
     leave_reply: Option<oneshot::Sender<Result<Option<String>, String>>>,
     store_problem: Option<String>,
     service: Service,
+    journal: Journal,
+    surveys: Surveys,
     /// Set when the kernel refuses the device of a node that has only just come.
     giving_up: Option<(String, Instant)>,
     ending: Option<Ending>,
@@ -186,7 +188,9 @@ impl Agent {
             self.restore_paths();
             self.serve_waiters();
             self.end_rounds();
+            self.end_surveys(turn);
             self.report_to_service(turn);
+            self.watch(turn);
             let took = turn.elapsed();
             if took > SLOW_TURN {
                 tracing::warn!(?took, "a turn of the event loop was slow");
@@ -213,6 +217,8 @@ impl Agent {
         core.into_iter()
             .chain(self.next_probe())
             .chain(self.service.next())
+            .chain([self.journal.next()])
+            .chain(self.surveys.deadline())
             .chain(waiters)
             .chain(rounds)
             .chain(giving_up)
@@ -314,6 +320,8 @@ impl Agent {
                 }
             }
             Output::Answered { node, answered } => self.on_answered(node, answered),
+            Output::Inquired { reply, inquiry } => self.on_inquired(reply, inquiry),
+            Output::Reported { node, number, report } => self.on_reported(node, number, report),
             Output::Stop(stop) => self.on_stop(stop),
         }
     }
@@ -441,6 +449,11 @@ impl Agent {
             Question::Detach { request, reply } => self.detach(&request, reply),
             Question::Check { request, reply } => self.check_pod(&request, reply),
             Question::Pods { reply } => self.list_pods(reply),
+            Question::Events { reply } => _ = reply.send(self.journal.feed()),
+            Question::Samples { reply } => _ = reply.send(self.journal.samples()),
+            Question::Matrix { reply } => self.show_matrix(reply),
+            Question::Routes { reply } => self.show_routes(reply),
+            Question::Peer { node, reply } => self.show_peer(&node, reply),
             Question::History { reply } => {
                 let lines = self.history.read();
                 let _ = reply.send(lines.map_err(|error| format!("history: {error}")));
@@ -463,27 +476,4 @@ impl Agent {
             }
         }
     }
-}
-
-/// Takes away the device of a VNI with every entry on it, routes into the pool's networks, the pods' bridge
-/// with their cables, and the file.
-fn remove_traces(traces: Option<(u32, Pool)>, config: &Config) {
-    let Some((vni, pool)) = traces else { return };
-    let device = device_name(vni);
-    let removed = Kernel::open()
-        .map_err(KernelError::from)
-        .and_then(|mut kernel| kernel.remove(&device, &pool));
-    if let Err(error) = removed {
-        tracing::error!(%error, "the device was not removed");
-    }
-    let removed = FirewallTable::open().and_then(|mut table| table.remove(&device));
-    if let Err(error) = removed {
-        tracing::debug!(%error, "no table of nftables removed");
-    }
-    let bridge = config.bridge_name(vni);
-    let removed = Wiring::open().and_then(|mut wiring| wiring.remove(&bridge));
-    if let Err(error) = removed {
-        tracing::error!(%error, "the pods' bridge was not removed");
-    }
-    let _ = std::fs::remove_file(&config.subnet_file);
 }

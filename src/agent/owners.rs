@@ -1,31 +1,29 @@
 //! What operators are told about ownership: the audit log, and how far a forgetting has come.
 
-use std::time::SystemTime;
-
 use serde_json::{Value, json};
 
-use super::Agent;
+use super::{Agent, events::wall_clock};
 use crate::{
+    api::{EventKind, EventLevel},
     core::Change,
-    model::{NodeId, Slot},
+    model::{NodeId, Run, Slot, SlotState},
 };
 
 impl Agent {
-    /// One line per change of owner; this is the only place where a wall clock is read, and nothing depends
-    /// on it.
+    /// One line per change of owner.
     pub(super) fn note_owners(&mut self, changes: &[Change]) {
         let Some(cluster) = self.node.cluster() else { return };
         let pool = cluster.settings.pool;
-        let at =
-            SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
-        let line = |(run, before): &Change| {
+        let at = wall_clock().as_secs();
+        let subnets = |run: &Run| {
             let first = pool.subnet(run.start);
             let last = pool.subnet(Slot(run.end().saturating_sub(1)));
-            let subnets =
-                if first == last { first.to_string() } else { format!("{first} to {last}") };
+            if first == last { first.to_string() } else { format!("{first} to {last}") }
+        };
+        let line = |(run, before): &Change| {
             json!({
                 "at": at,
-                "subnets": subnets,
+                "subnets": subnets(run),
                 "from": before.map(|record| self.display(record.owner)),
                 "to": self.display(run.record.owner),
                 "state": run.record.state,
@@ -34,7 +32,23 @@ impl Agent {
             })
         };
         let lines: Vec<Value> = changes.iter().map(line).collect();
+        // Who comes into a cluster learns of all spare subnets at once, which is no news.
+        let told = |(run, before): &Change| {
+            let owner = self.node.name_of(run.record.owner);
+            match (run.record.state, before) {
+                (SlotState::Leased, _) => {
+                    Some(format!("{} is the subnet of {owner}", subnets(run)))
+                }
+                (SlotState::Spare, None) => None,
+                (SlotState::Spare, Some(before)) => {
+                    let before = self.node.name_of(before.owner);
+                    Some(format!("{owner} has {} to spare, from {before}", subnets(run)))
+                }
+            }
+        };
+        let told = changes.iter().filter_map(told).collect();
         self.history.append(&lines);
+        self.journal.note_all(EventKind::Lease, EventLevel::Info, told);
     }
 
     pub(super) fn forget_progress(&self, node: NodeId) -> Value {

@@ -17,7 +17,8 @@ use super::{
 };
 use crate::{
     api::{
-        AttachRequest, Attached, AttachedAddress, AttachmentName, PodError, PodErrorKind, PodStatus,
+        AttachRequest, Attached, AttachedAddress, AttachmentName, EventKind, EventLevel, PodError,
+        PodErrorKind, PodStatus,
     },
     core::View,
     docker,
@@ -259,7 +260,7 @@ impl Agent {
             }
             Wired::Mended(Ok(count)) => {
                 tracing::warn!(count, "put the pods' bridge right");
-                *self.kernel.repairs.entry("bridge").or_default() += count;
+                self.count_repair("bridge", count);
             }
             Wired::Mended(Err(error)) => tracing::error!(%error, "the pods' bridge"),
             Wired::Disconnected { number, attachment, result } => {
@@ -292,6 +293,8 @@ impl Agent {
     pub(super) fn forget_pod(&mut self, number: u64, attachment: &Attachment) -> bool {
         let pod = self.pods.table.detach(self.clock.now(), attachment);
         let Some(pod) = pod else { return false };
+        let text = format!("{attachment} has given {} back", pod.addresses.first);
+        self.journal.note(EventKind::Pod, EventLevel::Info, text);
         self.writer.save(vec![(Key::Pod(pod.addresses.first), Vec::new())], number);
         true
     }
@@ -319,6 +322,8 @@ impl Agent {
             addresses: addresses.collect(),
         }));
         tracing::info!(pod = %pod.attachment, address = %pod.addresses.first, "connected");
+        let text = format!("{} has {}", pod.attachment, pod.addresses.first);
+        self.journal.note(EventKind::Pod, EventLevel::Info, text);
     }
 
     /// All of them, for a database that was lost.

@@ -16,10 +16,10 @@ use crate::{
     dataplane::{
         desired::Way,
         offload::Offload,
-        paths::{Kind, LOOK, PathState, Paths, Subject},
+        paths::{Kind, LOOK, Paths, Subject},
     },
     icmp::{self, Asker, Family, Heard, What},
-    model::NodeId,
+    model::{NodeId, PathState},
 };
 
 /// What was heard and waits for the loop; more is shed.
@@ -244,9 +244,9 @@ impl Agent {
             tracing::warn!(
                 "packets whose checksums were left to the network card did not arrive: {TRIAL} from now on"
             );
-            *self.kernel.repairs.entry("checksum offload").or_default() += 1;
+            self.count_repair("checksum offload", 1);
         }
-        if offload.wanted() != before {
+        if self.prober.offload.wanted() != before {
             self.program();
         }
     }
@@ -290,7 +290,6 @@ impl Agent {
     }
 
     pub(super) fn path_statuses(&self) -> Vec<PathStatus> {
-        let states = self.prober.paths.states(self.clock.now());
         let status =
             |(node, state, round_trip): (NodeId, PathState, Option<Duration>)| PathStatus {
                 node,
@@ -299,11 +298,18 @@ impl Agent {
                 round_trip_ms: round_trip.map(|span| span.as_secs_f64() * 1000.0),
                 problem: self.path_problem(node, state),
             };
-        states.map(status).collect()
+        self.path_states().map(status).collect()
+    }
+
+    /// The way to each peer with a subnet, and how long the last answer took.
+    pub(super) fn path_states(
+        &self,
+    ) -> impl Iterator<Item = (NodeId, PathState, Option<Duration>)> + '_ {
+        self.prober.paths.states(self.clock.now())
     }
 
     /// What is wrong, and what helps.
-    fn path_problem(&self, node: NodeId, state: PathState) -> Option<String> {
+    pub(super) fn path_problem(&self, node: NodeId, state: PathState) -> Option<String> {
         let view = self.kernel.wanted.as_ref()?;
         let peer = view.peers.get(&node)?;
         let (there, here) = (peer.vtep.underlay, view.own.vtep.underlay);

@@ -22,10 +22,10 @@ use crate::{
     config::Config,
     dataplane::{
         demand::Demand,
-        desired::Desired,
+        desired::{self, Desired},
         firewall::Firewall,
         kernel::{Kernel, KernelError, Report, Touched},
-        plan::Op,
+        plan::{Actual, Op},
     },
     model::{Mac, Pool},
     netlink::Netlink,
@@ -45,6 +45,15 @@ const REPAIR_GAP: Duration = Duration::from_millis(20);
 pub struct Goal {
     pub number: u64,
     pub state: State,
+}
+
+/// The tables as they should be, and what is there.
+pub type Tables = (desired::Tables, Actual);
+type Look = Box<dyn FnOnce(Result<Tables, String>) + Send>;
+
+enum Order {
+    Goal(Goal),
+    Look(Look),
 }
 
 pub enum State {
@@ -93,7 +102,7 @@ pub struct Outcome {
 }
 
 pub struct Programmer {
-    goals: Option<mpsc::Sender<Goal>>,
+    orders: Option<mpsc::Sender<Order>>,
     alarm: Alarm,
     thread: Option<thread::JoinHandle<()>>,
 }
@@ -105,7 +114,7 @@ impl Programmer {
         chosen: Chosen,
         tell: impl Fn(Told) + Send + 'static,
     ) -> io::Result<Self> {
-        let (goals, queue) = mpsc::channel::<Goal>();
+        let (orders, queue) = mpsc::channel::<Order>();
         let (alarm, sleeper) = alarm()?;
         let netlink = Netlink::open()?;
         let surroundings = Surroundings::open(config.mode, config.set_sysctls);
@@ -122,9 +131,10 @@ impl Programmer {
             netlink,
             config,
             chosen,
-            goals: queue,
+            orders: queue,
             sleeper,
             tell,
+            lookers: Vec::new(),
             goal: None,
             reached: false,
             touched: Touched::default(),
@@ -134,13 +144,22 @@ impl Programmer {
         };
         let thread =
             thread::Builder::new().name("kernel".to_owned()).spawn(move || worker.run())?;
-        Ok(Self { goals: Some(goals), alarm, thread: Some(thread) })
+        Ok(Self { orders: Some(orders), alarm, thread: Some(thread) })
     }
 
     pub fn program(&self, goal: Goal) {
-        if let Some(goals) = &self.goals {
+        self.order(Order::Goal(goal));
+    }
+
+    /// Reads the kernel's tables, once what was ordered before is under way.
+    pub fn look(&self, then: impl FnOnce(Result<Tables, String>) + Send + 'static) {
+        self.order(Order::Look(Box::new(then)));
+    }
+
+    fn order(&self, order: Order) {
+        if let Some(orders) = &self.orders {
             // The thread ends only when this sender is dropped.
-            let _ = goals.send(goal);
+            let _ = orders.send(order);
             self.alarm.ring();
         }
     }
@@ -149,7 +168,7 @@ impl Programmer {
 /// Waits for the pass under way: afterwards nothing touches the kernel any more.
 impl Drop for Programmer {
     fn drop(&mut self) {
-        drop(self.goals.take());
+        drop(self.orders.take());
         self.alarm.ring();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
@@ -172,7 +191,9 @@ struct Worker<F> {
     netlink: Netlink,
     config: Config,
     chosen: Chosen,
-    goals: mpsc::Receiver<Goal>,
+    orders: mpsc::Receiver<Order>,
+    /// Who wants to see the tables.
+    lookers: Vec<Look>,
     sleeper: Sleeper,
     tell: F,
     goal: Option<Goal>,
@@ -215,15 +236,30 @@ impl<F: Fn(Told)> Worker<F> {
             if self.reached && std::mem::take(&mut self.touched.rival) {
                 self.look_for_rivals();
             }
+            self.show_tables();
             self.wait();
+        }
+    }
+
+    fn show_tables(&mut self) {
+        for then in std::mem::take(&mut self.lookers) {
+            let Some(Goal { state: State::Overlay(all, _), .. }) = &self.goal else {
+                then(Err("this node has nothing in the kernel yet".to_owned()));
+                continue;
+            };
+            let desired = self.part.as_ref().unwrap_or(all);
+            let actual = self.kernel.observe(&desired.device.name, Some(&desired.pool));
+            let tables = actual.map(|actual| (desired.tables.clone(), actual));
+            then(tables.map_err(|error| error.to_string()));
         }
     }
 
     /// Says whether the agent still runs.
     fn take_goals(&mut self) -> bool {
         loop {
-            match self.goals.try_recv() {
-                Ok(goal) => {
+            match self.orders.try_recv() {
+                Ok(Order::Look(then)) => self.lookers.push(then),
+                Ok(Order::Goal(goal)) => {
                     self.goal = Some(goal);
                     self.choose_part();
                     self.reached = false;

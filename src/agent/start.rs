@@ -13,8 +13,8 @@ use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 
 use super::{
-    Agent, Clock, Ending, Gate, KernelState, News, PodState, Prober, Programmer, Service, Wirer,
-    kubernetes, underlay, wirer::Job,
+    Agent, Clock, Ending, Gate, Journal, KernelState, News, PodState, Prober, Programmer, Service,
+    Surveys, Wirer, kubernetes, underlay, wirer::Job,
 };
 use crate::{
     api,
@@ -282,6 +282,8 @@ async fn start(
         leave_reply: None,
         store_problem: None,
         service: Service::new(Instant::now()),
+        journal: Journal::new(Instant::now()),
+        surveys: Surveys::default(),
         giving_up: None,
         ending: None,
     };

@@ -23,38 +23,19 @@ impl Agent {
 
     pub(super) fn status(&self) -> AgentStatus {
         let mut node = self.node.status();
+        node.problems = self.problems();
         let kernel = &self.kernel;
-        node.problems.extend(kernel.problem.clone());
-        node.problems.extend(kernel.underlay_problem.clone());
-        node.problems.extend(kernel.rivals.iter().chain(&kernel.host.problems).cloned());
-        node.problems
-            .extend(self.store_problem.iter().map(|why| format!("state directory: {why}")));
-        let subnets = kernel.wanted.as_ref().map(|view| view.own.subnets);
-        let pods_outside = self.pods.table.outside(subnets).count();
-        if let (Some(subnets), 1..) = (subnets, pods_outside) {
-            node.problems.push(format!(
-                "{pods_outside} pods have addresses outside this node's subnet {}: start them anew",
-                subnets.first
-            ));
-        }
-        let paths = self.path_statuses();
-        node.problems.extend(paths.iter().filter_map(|path| path.problem.clone()));
-        let in_sync = kernel.wanted.is_some()
-            && kernel.answered == kernel.goals
-            && kernel.programmed_once
-            && kernel.problem.is_none();
-        let converged = node.phase == Phase::Member && node.settled && in_sync;
         let device = kernel.wanted.as_ref();
         let device = device.map(|v| device_name(v.settings.vni));
         AgentStatus {
             version: env!("CARGO_PKG_VERSION"),
-            converged,
+            converged: self.is_converged(),
             kernel: KernelStatus {
                 device,
                 mtu: self.underlay.mtu,
                 underlay_interface: self.underlay.name.clone(),
                 underlay_address: self.underlay.local,
-                in_sync,
+                in_sync: self.is_in_sync(),
                 operations: kernel.operations,
                 repairs: kernel.repairs.clone(),
                 checksum_offload: kernel.checksum_offload,
@@ -63,11 +44,46 @@ impl Agent {
                 misses_answered: kernel.demand.answered,
                 misses_unknown: kernel.demand.unknown,
             },
-            paths,
+            paths: self.path_statuses(),
             pods: self.pods.table.iter().count(),
-            pods_outside,
+            pods_outside: self.pods_outside(),
             connections: self.transport.connections(),
             node,
         }
+    }
+
+    /// Everything that is wrong, as sentences with what helps.
+    pub(super) fn problems(&self) -> Vec<String> {
+        let mut problems = self.node.problems();
+        let kernel = &self.kernel;
+        problems.extend(kernel.problem.iter().chain(&kernel.underlay_problem).cloned());
+        problems.extend(kernel.rivals.iter().chain(&kernel.host.problems).cloned());
+        problems.extend(self.store_problem.iter().map(|why| format!("state directory: {why}")));
+        let subnet = kernel.wanted.as_ref().map(|view| view.own.subnets.first);
+        if let (Some(subnet), outside @ 1..) = (subnet, self.pods_outside()) {
+            problems.push(format!(
+                "{outside} pods have addresses outside this node's subnet {subnet}: start them anew"
+            ));
+        }
+        let states = self.path_states();
+        problems.extend(states.filter_map(|(node, state, _)| self.path_problem(node, state)));
+        problems
+    }
+
+    pub(super) fn is_converged(&self) -> bool {
+        self.node.phase() == Phase::Member && self.node.is_settled() && self.is_in_sync()
+    }
+
+    fn is_in_sync(&self) -> bool {
+        let kernel = &self.kernel;
+        kernel.wanted.is_some()
+            && kernel.answered == kernel.goals
+            && kernel.programmed_once
+            && kernel.problem.is_none()
+    }
+
+    fn pods_outside(&self) -> usize {
+        let subnets = self.kernel.wanted.as_ref().map(|view| view.own.subnets);
+        self.pods.table.outside(subnets).count()
     }
 }

@@ -1,12 +1,17 @@
 //! The command line's end of the control socket.
 
 use std::{
+    fmt::Display,
     io,
     path::{Path, PathBuf},
 };
 
 use http_body_util::{BodyExt as _, Full};
-use hyper::{Method, Request, body::Bytes, client::conn::http1};
+use hyper::{
+    Method, Request, Response,
+    body::{Bytes, Incoming},
+    client::conn::http1,
+};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde_json::Value;
@@ -32,6 +37,12 @@ pub enum ClientError {
     Broken { path: PathBuf, why: String },
 }
 
+impl ClientError {
+    fn broken(socket: &Path, error: &dyn Display) -> Self {
+        Self::Broken { path: socket.to_owned(), why: error.to_string() }
+    }
+}
+
 /// Runs a future on a runtime of this thread alone: clients need no more, and neither does the agent.
 pub fn block_on<T>(future: impl Future<Output = T>) -> io::Result<T> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -51,9 +62,34 @@ pub async fn post_json(
     target: &str,
     body: &impl Serialize,
 ) -> Result<Value, ClientError> {
-    let body = serde_json::to_vec(body)
-        .map_err(|error| ClientError::Broken { path: socket.to_owned(), why: error.to_string() })?;
+    let body = serde_json::to_vec(body).map_err(|error| ClientError::broken(socket, &error))?;
     request(socket, Method::POST, target, body.into()).await
+}
+
+/// Hands over each event of a stream (server-sent events) until it ends.
+pub async fn follow(
+    socket: &Path,
+    target: &str,
+    mut each: impl FnMut(&Value),
+) -> Result<(), ClientError> {
+    let response = open(socket, Method::GET, target, Bytes::new()).await?;
+    if !response.status().is_success() {
+        return read(socket, response).await.map(drop);
+    }
+    let mut body = response.into_body();
+    let mut kept = Vec::new();
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|error| ClientError::broken(socket, &error))?;
+        kept.extend_from_slice(frame.data_ref().map_or(&[][..], |data| data));
+        while let Some(end) = kept.iter().position(|byte| *byte == b'\n') {
+            let line: Vec<u8> = kept.drain(..=end).collect();
+            let event = line.strip_prefix(b"data: ");
+            if let Some(Ok(event)) = event.map(serde_json::from_slice) {
+                each(&event);
+            }
+        }
+    }
+    Ok(())
 }
 
 async fn request(
@@ -62,11 +98,17 @@ async fn request(
     target: &str,
     body: Bytes,
 ) -> Result<Value, ClientError> {
+    read(socket, open(socket, method, target, body).await?).await
+}
+
+async fn open(
+    socket: &Path,
+    method: Method,
+    target: &str,
+    body: Bytes,
+) -> Result<Response<Incoming>, ClientError> {
+    let broken = |error: &dyn Display| ClientError::broken(socket, error);
     let path = || socket.to_owned();
-    let broken = |error: &dyn std::fmt::Display| ClientError::Broken {
-        path: path(),
-        why: error.to_string(),
-    };
     let stream = UnixStream::connect(socket).await.map_err(|error| match error.kind() {
         io::ErrorKind::PermissionDenied => ClientError::NotPermitted { path: path() },
         io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
@@ -84,7 +126,11 @@ async fn request(
         .header("content-type", "application/json")
         .body(Full::new(body))
         .map_err(|error| broken(&error))?;
-    let response = sender.send_request(request).await.map_err(|error| broken(&error))?;
+    sender.send_request(request).await.map_err(|error| broken(&error))
+}
+
+async fn read(socket: &Path, response: Response<Incoming>) -> Result<Value, ClientError> {
+    let broken = |error: &dyn Display| ClientError::broken(socket, error);
     let status = response.status();
     let body = response.into_body().collect().await.map_err(|error| broken(&error))?.to_bytes();
     let value: Value = serde_json::from_slice(&body).map_err(|error| broken(&error))?;

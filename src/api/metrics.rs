@@ -5,8 +5,7 @@
 
 use std::{collections::BTreeMap, fmt::Write as _, fs};
 
-use super::AgentStatus;
-use crate::core::Liveness;
+use super::{AgentStatus, MemberState};
 
 /// `Content-Type` of each of the two formats.
 const PLAIN: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -45,18 +44,16 @@ fn node(text: &mut Text, status: &AgentStatus) {
     text.number("has_subnet", "This node leases a subnet.", node.subnet.is_some());
     text.number("problems", "Problems that `gossamer status` names.", node.problems.len() as f64);
     let mut members =
-        BTreeMap::from(["alive", "suspect", "down", "left", "unknown"].map(|s| (s, 0)));
+        BTreeMap::from(["alive", "suspect", "down", "left", "unknown"].map(|s| (s.to_owned(), 0)));
     for member in &node.members {
-        let state = match member.liveness {
-            _ if member.left || member.forgotten => "left",
-            Some(Liveness::Alive) => "alive",
-            Some(Liveness::Suspect) => "suspect",
-            Some(Liveness::Down) => "down",
-            None => "unknown",
+        let state = match MemberState::of(member) {
+            gone if gone.is_gone() => MemberState::Left,
+            state => state,
         };
-        *members.entry(state).or_default() += 1;
+        *members.entry(state.to_string()).or_default() += 1;
     }
-    let by_state = members.iter().map(|(state, count)| ("state", *state, f64::from(*count)));
+    let by_state =
+        members.iter().map(|(state, count)| ("state", state.as_str(), f64::from(*count)));
     text.gauge("members", "Members by what gossip says of them, this one included.", by_state);
     let slots = &node.slots;
     text.number("subnets", "Subnets of the pool.", slots.total);

@@ -4,18 +4,25 @@
 //! state. The socket is for its owner only (mode 0600).
 
 mod client;
+mod dashboard;
+mod events;
+mod matrix;
 mod metrics;
 mod ping;
 mod pods;
+mod routes;
 mod server;
 mod socket;
 mod status;
 
-pub use client::{ClientError, block_on, get, post, post_json};
+pub use client::{ClientError, block_on, follow, get, post, post_json};
+pub use events::{Event, EventFeed, EventKind, EventLevel, SAMPLE_INTERVAL, Sample};
+pub use matrix::{Matrix, MatrixPath, MatrixRow};
 pub use ping::{PingReport, Reach};
 pub use pods::{
     AttachRequest, Attached, AttachedAddress, AttachmentName, PodError, PodErrorKind, PodStatus,
 };
+pub use routes::KernelEntry;
 pub use server::{Question, observe, put, serve};
 pub use socket::{Socket, SocketError};
-pub use status::{AgentStatus, KernelStatus, PathStatus};
+pub use status::{AgentStatus, KernelStatus, MemberState, PathStatus};

@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use serde::Serialize;
 
-use crate::{dataplane::paths::PathState, model::NodeId};
+use crate::model::{NodeId, PathState};
 
 /// What one round found.
 #[derive(Clone, Debug, Serialize)]

@@ -17,8 +17,9 @@ use serde_json::{Value, json};
 use tokio::sync::oneshot::{self, Sender};
 
 use super::{
-    AgentStatus, AttachRequest, Attached, AttachmentName, PingReport, PodError, PodErrorKind,
-    PodStatus, Socket, SocketError,
+    AgentStatus, AttachRequest, Attached, AttachmentName, EventFeed, KernelEntry, Matrix,
+    MatrixRow, PingReport, PodError, PodErrorKind, PodStatus, SAMPLE_INTERVAL, Sample, Socket,
+    SocketError, dashboard,
     metrics::{self, Page},
 };
 
@@ -79,6 +80,23 @@ pub enum Question {
     Pods {
         reply: Sender<Vec<PodStatus>>,
     },
+    Events {
+        reply: Sender<Result<EventFeed, String>>,
+    },
+    Samples {
+        reply: Sender<Vec<Sample>>,
+    },
+    Matrix {
+        reply: Sender<Arc<Matrix>>,
+    },
+    Routes {
+        reply: Sender<Result<Vec<KernelEntry>, String>>,
+    },
+    /// What a member says of itself.
+    Peer {
+        node: String,
+        reply: Sender<Result<Option<MatrixRow>, String>>,
+    },
 }
 
 type Ask = Arc<dyn Fn(Question) -> bool + Send + Sync>;
@@ -91,12 +109,13 @@ pub fn serve(
     let (socket, listener) = Socket::listen(path)?;
     let ask: Ask = Arc::new(ask);
     let router = Router::new()
-        .route("/v1/status", get(status))
         .route("/v1/token", get(token))
         .route("/v1/leave", post(leave))
         .route("/v1/forget", post(forget))
         .route("/v1/reset-identity", post(reset_identity))
         .route("/v1/ping", get(ping))
+        .route("/v1/routes", get(routes))
+        .route("/v1/peer", get(peer))
         .route("/v1/history", get(history))
         .merge(observed())
         .route("/v1/pods", get(pods))
@@ -108,20 +127,27 @@ pub fn serve(
     Ok(socket)
 }
 
-/// The same questions for collectors and probes, over TCP: nothing here changes anything or tells a secret.
+/// The dashboard, and what collectors and probes ask, over TCP: nothing here changes anything or tells a
+/// secret.
 pub fn observe(
     listener: TcpListener,
     ask: impl Fn(Question) -> bool + Send + Sync + 'static,
 ) -> io::Result<()> {
     listener.set_nonblocking(true)?;
+    let address = listener.local_addr()?;
     let listener = tokio::net::TcpListener::from_std(listener)?;
     let ask: Ask = Arc::new(ask);
-    tokio::spawn(async move { axum::serve(listener, observed().with_state(ask)).await });
+    let router = dashboard::only_for(address, observed().with_state(ask));
+    tokio::spawn(async move { axum::serve(listener, router).await });
     Ok(())
 }
 
 fn observed() -> Router<Ask> {
     Router::new()
+        .route("/v1/status", get(status))
+        .route("/v1/events", get(events))
+        .route("/v1/samples", get(samples))
+        .route("/v1/matrix", get(matrix))
         .route("/metrics", get(collect))
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
@@ -157,10 +183,43 @@ async fn readyz(State(ask): State<Ask>) -> Response {
     answer(&ask, |reply| Question::Status { reply }, render).await
 }
 
+/// Server-sent events, as the WHATWG's HTML standard has them: those that are kept, then what happens.
+async fn events(
+    State(ask): State<Ask>,
+    Query(query): Query<EventsQuery>,
+    headers: HeaderMap,
+) -> Response {
+    let seen = headers.get("last-event-id").and_then(|value| value.to_str().ok()?.parse().ok());
+    let follow = query.follow.unwrap_or(true);
+    let render = move |feed: Result<EventFeed, String>| match feed {
+        Ok(feed) if follow => dashboard::stream(feed, seen).into_response(),
+        Ok(feed) => Json(json!({ "events": feed.past })).into_response(),
+        Err(why) => problem(StatusCode::SERVICE_UNAVAILABLE, &why),
+    };
+    answer(&ask, |reply| Question::Events { reply }, render).await
+}
+
+async fn samples(State(ask): State<Ask>) -> Response {
+    let render = |samples: Vec<Sample>| {
+        let interval = SAMPLE_INTERVAL.as_secs();
+        Json(json!({ "interval_seconds": interval, "samples": samples })).into_response()
+    };
+    answer(&ask, |reply| Question::Samples { reply }, render).await
+}
+
+async fn matrix(State(ask): State<Ask>) -> Response {
+    answer(&ask, |reply| Question::Matrix { reply }, |matrix| Json(&*matrix).into_response()).await
+}
+
 #[derive(Deserialize)]
 struct WaitQuery {
     wait: Option<u64>,
     members: Option<usize>,
+}
+
+#[derive(Deserialize)]
+struct EventsQuery {
+    follow: Option<bool>,
 }
 
 #[derive(Deserialize)]
@@ -223,6 +282,20 @@ async fn ping(State(ask): State<Ask>, Query(query): Query<PingQuery>) -> Respons
         Err(why) => problem(StatusCode::NOT_FOUND, &why),
     };
     answer(&ask, |reply| Question::Ping { node, reply }, render).await
+}
+
+async fn routes(State(ask): State<Ask>) -> Response {
+    let entries = |entries: Vec<KernelEntry>| json!({ "entries": entries });
+    answer(&ask, |reply| Question::Routes { reply }, |result| done(result.map(entries))).await
+}
+
+async fn peer(State(ask): State<Ask>, Query(query): Query<PingQuery>) -> Response {
+    let PingQuery { node } = query;
+    let render = |result: Result<Option<MatrixRow>, String>| match result {
+        Ok(row) => Json(row).into_response(),
+        Err(why) => problem(StatusCode::NOT_FOUND, &why),
+    };
+    answer(&ask, |reply| Question::Peer { node, reply }, render).await
 }
 
 async fn history(State(ask): State<Ask>) -> Response {

@@ -1,13 +1,12 @@
 //! The answer to "how are you": what `gossamer status` shows and scripts read.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{collections::BTreeMap, fmt, net::IpAddr};
 
 use serde::Serialize;
 
 use crate::{
-    core::{Liveness, NodeStatus},
-    dataplane::paths::PathState,
-    model::NodeId,
+    core::{Liveness, MemberStatus, NodeStatus},
+    model::{NodeId, PathState},
 };
 
 /// Everything `gossamer status` shows.
@@ -65,10 +64,53 @@ pub struct KernelStatus {
     pub misses_unknown: u64,
 }
 
+/// A member in one word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum MemberState {
+    Alive,
+    Suspect,
+    Down,
+    /// Gossip knows nothing of it (any more).
+    Unknown,
+    Left,
+    Forgotten,
+}
+
+impl MemberState {
+    pub fn of(member: &MemberStatus) -> Self {
+        match member.liveness {
+            _ if member.forgotten => Self::Forgotten,
+            _ if member.left => Self::Left,
+            Some(Liveness::Alive) => Self::Alive,
+            Some(Liveness::Suspect) => Self::Suspect,
+            Some(Liveness::Down) => Self::Down,
+            None => Self::Unknown,
+        }
+    }
+
+    /// For good.
+    pub const fn is_gone(self) -> bool {
+        matches!(self, Self::Left | Self::Forgotten)
+    }
+}
+
+impl fmt::Display for MemberState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Alive => "alive",
+            Self::Suspect => "suspect",
+            Self::Down => "down",
+            Self::Unknown => "unknown",
+            Self::Left => "left",
+            Self::Forgotten => "forgotten",
+        })
+    }
+}
+
 impl AgentStatus {
     /// Members that gossip holds as alive, this node included.
     pub fn members_alive(&self) -> usize {
-        let alive = |liveness| liveness == Some(Liveness::Alive);
-        self.node.members.iter().filter(|m| alive(m.liveness) && !m.left).count()
+        let members = self.node.members.iter();
+        members.filter(|member| MemberState::of(member) == MemberState::Alive).count()
     }
 }

@@ -6,6 +6,7 @@
 use std::{
     collections::BTreeSet,
     ffi::OsString,
+    fmt::Write as _,
     fs, io,
     path::{Path, PathBuf},
     process::ExitCode,
@@ -170,27 +171,29 @@ fn remove_file(path: &Path) -> io::Result<()> {
 }
 
 fn print(removed: &Removed, args: &CleanupArgs) {
-    if args.output == Format::Json {
-        println!("{:#}", serde_json::json!({ "dry_run": args.dry_run, "removed": removed }));
-        return;
-    }
-    let verb = if args.dry_run { "would remove" } else { "removed" };
+    let answer = serde_json::json!({ "dry_run": args.dry_run, "removed": removed });
+    args.output.print(&answer, |_, _| removed_text(removed, args.dry_run));
+}
+
+fn removed_text(removed: &Removed, dry_run: bool) -> String {
+    let verb = if dry_run { "would remove" } else { "removed" };
     let devices =
         removed.devices.iter().map(|name| format!("device {name} with all entries on it"));
     let bridges = removed.bridges.iter().map(|name| format!("bridge {name} with the pods on it"));
     let routes = removed.routes.iter().map(|subnet| format!("route to {subnet}"));
     let tables = removed.tables.iter().map(|name| format!("nftables table inet {name}"));
     let files = removed.files.iter().map(|path| path.display().to_string());
-    let all: Vec<String> =
-        devices.chain(bridges).chain(routes).chain(tables).chain(files).collect();
-    all.iter().for_each(|what| println!("{verb} {what}"));
-    if all.is_empty() {
-        println!("nothing of gossamer is on this host");
+    let all = devices.chain(bridges).chain(routes).chain(tables).chain(files);
+    let mut text: String = all.map(|what| format!("{verb} {what}\n")).collect();
+    if text.is_empty() {
+        text.push_str("nothing of gossamer is on this host\n");
     }
     for node in &removed.nodes {
-        println!(
+        let _ = writeln!(
+            text,
             "node {node} has not left its cluster: `gossamer forget {node}` on another member gives \
              its subnet back"
         );
     }
+    text
 }

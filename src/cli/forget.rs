@@ -27,7 +27,7 @@ pub fn run(args: &ForgetArgs) -> ExitCode {
         .map_or_else(|code| code, |_| ExitCode::SUCCESS)
 }
 
-fn text(answer: &Value) -> String {
+fn text(answer: &Value, _: bool) -> String {
     let node = answer["name"].as_str().unwrap_or("?");
     let waits: Vec<&str> =
         answer["waits_for"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();

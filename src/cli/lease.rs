@@ -8,7 +8,7 @@ use std::{
 use clap::{Args, Subcommand};
 use serde_json::Value;
 
-use super::{Client, ask_and_print, table::table};
+use super::{Client, ask_and_print, output::table};
 use crate::api;
 
 #[derive(Debug, Args)]
@@ -29,7 +29,7 @@ pub fn run(args: &LeaseArgs) -> ExitCode {
         .map_or_else(|code| code, |_| ExitCode::SUCCESS)
 }
 
-fn text(lines: &Value) -> String {
+fn text(lines: &Value, _: bool) -> String {
     let cell = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
     let rows: Vec<[String; 6]> = lines
         .as_array()

@@ -6,7 +6,7 @@ use super::{Client, ask_and_print};
 use crate::api;
 
 pub fn run(client: &Client) -> ExitCode {
-    let text = |answer: &serde_json::Value| match answer["heir"].as_str() {
+    let text = |answer: &serde_json::Value, _: bool| match answer["heir"].as_str() {
         Some(heir) => format!("left: all subnets of this node belong to {heir} now\n"),
         None => "left: this was the last member, the cluster is gone\n".to_owned(),
     };

@@ -8,22 +8,28 @@ mod cleanup;
 mod cni;
 mod demo;
 mod docker_opts;
+mod events;
 mod forget;
 mod generate;
 mod lab;
 mod lease;
+mod leases;
 mod leave;
+mod members;
+mod output;
 mod ping;
 mod pods;
 mod reset;
+mod routes;
 mod status;
-mod table;
 mod token;
+mod version;
 
-use std::{fmt::Display, future::Future, path::PathBuf, process::ExitCode};
+use std::{fmt::Display, path::PathBuf, process::ExitCode};
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand};
 
+use self::output::{Format, ask_and_print};
 use crate::{api::block_on, config::Instance};
 
 /// A VXLAN overlay for containers without etcd: hosts agree on subnets by gossip.
@@ -43,7 +49,13 @@ enum Command {
     /// List the members of the cluster
     Members(Client),
     /// List the subnets and who owns them
-    Leases(status::LeasesArgs),
+    Leases(leases::LeasesArgs),
+    /// Show all that is known of one member
+    Peers(members::PeersArgs),
+    /// Show what this node wants in the kernel, beside what is there
+    Routes(routes::RoutesArgs),
+    /// Show what has happened at this node, and what happens
+    Events(events::EventsArgs),
     /// Ask a member over the underlay, through the overlay and at its pods' gateway
     Ping(ping::PingArgs),
     /// List this node's pods and their addresses
@@ -66,6 +78,8 @@ enum Command {
     Cleanup(cleanup::CleanupArgs),
     /// See it work: a cluster on this machine in namespaces of its own, no set-up and no root needed
     Demo(demo::DemoArgs),
+    /// Print the version of the program, and that of the agent that runs
+    Version(Client),
     /// Print what a shell needs to complete these commands
     Completions(generate::CompletionsArgs),
     /// Write a manual page for each command
@@ -95,20 +109,16 @@ impl Client {
     }
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-enum Format {
-    #[default]
-    Text,
-    Json,
-}
-
 /// Runs what was asked for.
 pub fn run(cli: Cli) -> ExitCode {
     match cli.command {
         Command::Agent(args) => agent::run(*args),
         Command::Status(args) => status::status(&args),
-        Command::Members(client) => status::members(&client),
-        Command::Leases(args) => status::leases(&args),
+        Command::Members(client) => members::members(&client),
+        Command::Leases(args) => leases::run(&args),
+        Command::Peers(args) => members::peers(&args),
+        Command::Routes(args) => routes::run(&args),
+        Command::Events(args) => events::run(&args),
         Command::Ping(args) => ping::run(&args),
         Command::Pods(client) => pods::run(&client),
         Command::Cni(args) => cni::run(&args),
@@ -122,6 +132,7 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::ResetIdentity(args) => reset::run(&args),
         Command::Cleanup(args) => cleanup::run(&args),
         Command::Demo(args) => demo::run(&args),
+        Command::Version(client) => version::run(&client),
         Command::Lab(args) => lab::run(&args),
     }
 }
@@ -135,18 +146,4 @@ fn fail(error: impl Display) -> ExitCode {
 /// A text as part of a query: every byte escaped, whatever it is.
 fn escaped(text: &str) -> String {
     text.bytes().map(|byte| format!("%{byte:02x}")).collect()
-}
-
-/// Asks the agent and prints the answer, as it came or by `text`.
-fn ask_and_print(
-    client: &Client,
-    ask: impl Future<Output = Result<serde_json::Value, crate::api::ClientError>>,
-    text: impl FnOnce(&serde_json::Value) -> String,
-) -> Result<serde_json::Value, ExitCode> {
-    let answer = block_on(ask).map_err(fail)?.map_err(fail)?;
-    match client.output {
-        Format::Json => println!("{answer:#}"),
-        Format::Text => print!("{}", text(&answer)),
-    }
-    Ok(answer)
 }

@@ -9,7 +9,7 @@ use std::{
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::{Client, Format, block_on, escaped, fail};
+use super::{Client, block_on, escaped, fail};
 use crate::api;
 
 /// The three ways, as the answer calls them.
@@ -34,7 +34,7 @@ pub fn run(args: &PingArgs) -> ExitCode {
     let name = escaped(&args.node);
     let target = format!("/v1/ping?node={name}");
     let socket = args.client.socket();
-    let text = args.client.output == Format::Text;
+    let text = args.client.output.is_text();
     let mut rounds: Vec<Value> = Vec::new();
     for number in 1..=args.count.max(1) {
         let begun = Instant::now();
@@ -60,7 +60,7 @@ pub fn run(args: &PingArgs) -> ExitCode {
         println!("{}", line("", WAYS.map(|way| format!("{} of {}", answered(way), rounds.len()))));
         rounds.last().into_iter().for_each(|last| print!("{}", verdict(last)));
     } else {
-        println!("{:#}", json!({ "rounds": rounds }));
+        args.client.output.print(&json!({ "rounds": rounds }), |_, _| String::new());
     }
     if answered("overlay") == 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use serde_json::Value;
 
-use super::{Client, ask_and_print, table::table};
+use super::{Client, ask_and_print, output::table};
 use crate::api;
 
 /// Enough of a container's id to tell it from others.
@@ -15,7 +15,7 @@ pub fn run(client: &Client) -> ExitCode {
         .map_or_else(|code| code, |_| ExitCode::SUCCESS)
 }
 
-fn text(answer: &Value) -> String {
+fn text(answer: &Value, _: bool) -> String {
     let cell = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let pods = answer["pods"].as_array().map(Vec::as_slice).unwrap_or_default();
     let row = |pod: &Value| {

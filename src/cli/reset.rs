@@ -7,7 +7,7 @@ use std::{path::PathBuf, process::ExitCode};
 
 use clap::Args;
 
-use super::{Client, Format, block_on, fail};
+use super::{Client, block_on, fail};
 use crate::{
     agent::random,
     api::{self, ClientError},
@@ -36,10 +36,7 @@ pub fn run(args: &ResetArgs) -> ExitCode {
         },
         Err(error) => return fail(error),
     };
-    match args.client.output {
-        Format::Text => println!("{said}"),
-        Format::Json => println!("{:#}", serde_json::json!({ "reset": true })),
-    }
+    args.client.output.print(&serde_json::json!({ "reset": true }), |_, _| format!("{said}\n"));
     ExitCode::SUCCESS
 }
 

@@ -1,16 +1,24 @@
-//! `gossamer status`, `members` and `leases`: three looks at one answer of the agent.
+//! `gossamer status`: one screen, what is wrong first.
 
-use std::{fmt::Write as _, process::ExitCode, time::Duration};
+use std::{collections::BTreeMap, fmt::Write as _, process::ExitCode, time::Duration};
 
 use clap::Args;
 use serde_json::Value;
 
-use super::{Client, ask_and_print, table::table};
+use super::{
+    Client,
+    leases::slots_text,
+    output::{ask_and_print, bad, doubtful, each, good, strong, text, wrapped},
+};
 use crate::api::{self, ClientError};
 
 const NOT_CONVERGED: u8 = 3;
 /// Between looks for a socket that is not there yet.
 const RETRY: Duration = Duration::from_millis(50);
+/// Columns of what stands before each line.
+const INDENT: usize = 10;
+/// Names in a row.
+const NAMES: usize = 5;
 
 #[derive(Debug, Args)]
 pub struct StatusArgs {
@@ -57,200 +65,111 @@ async fn ask(args: &StatusArgs) -> Result<Value, ClientError> {
     }
 }
 
-pub fn members(client: &Client) -> ExitCode {
-    show(client, "members", members_text)
-}
-
-#[derive(Debug, Args)]
-pub struct LeasesArgs {
-    /// Only the spare subnets, and who can give them
-    #[arg(long)]
-    free: bool,
-    #[command(flatten)]
-    client: Client,
-}
-
-pub fn leases(args: &LeasesArgs) -> ExitCode {
-    if args.free {
-        show(&args.client, "free", free_text)
-    } else {
-        show(&args.client, "leases", leases_text)
-    }
-}
-
-fn show(client: &Client, what: &str, text: fn(&Value) -> String) -> ExitCode {
-    let ask = async {
-        let status = api::get(&client.socket(), "/v1/status").await?;
-        Ok(match what {
-            "leases" => leases_of(&status),
-            "free" => status["spares"].clone(),
-            _ => members_of(&status),
-        })
-    };
-    ask_and_print(client, ask, text).map_or_else(|code| code, |_| ExitCode::SUCCESS)
-}
-
-/// Each member, with what is known of the way to it.
-fn members_of(status: &Value) -> Value {
-    let path = |node: &Value| {
-        let mut paths = status["paths"].as_array().into_iter().flatten();
-        let path = paths.find(|path| path["node"] == *node);
-        path.map(|path| serde_json::json!({"state": path["state"], "round_trip_ms": path["round_trip_ms"]}))
-    };
-    let members = status["members"].as_array().into_iter().flatten().cloned();
-    let with_path = members.map(|mut member| {
-        member["path"] = path(&member["node"]).unwrap_or(Value::Null);
-        member
-    });
-    with_path.collect()
-}
-
-/// Only what concerns addresses: who holds which subnet and how many spares.
-fn leases_of(status: &Value) -> Value {
-    let lease = |member: &Value| {
-        serde_json::json!({
-            "node": member["node"], "name": member["name"], "liveness": member["liveness"],
-            "subnets": member["subnets"], "spare": member["spare"],
-        })
-    };
-    let owners = status["members"].as_array().into_iter().flatten().filter(|m| m["left"] == false);
-    serde_json::json!({
-        "network": status["settings"]["pool"]["network"],
-        "slots": status["slots"],
-        "owners": owners.map(lease).collect::<Vec<_>>(),
-    })
-}
-
-fn of_network(subnet: &Value, network: &Value) -> String {
-    format!("{} of {}", text(subnet), text(network))
-}
-
-fn status_text(status: &Value) -> String {
-    let kernel = &status["kernel"];
-    let alive = alive(status);
-    let known = count(status, |_| true);
-    let state = match (status["converged"].as_bool(), text(&status["phase"])) {
-        (Some(true), _) => "converged".to_owned(),
-        (_, phase) => format!("not converged ({phase})"),
-    };
-    let rows = [
-        ("node", format!("{} ({})", text(&status["name"]), text(&status["node"]))),
-        ("state", state),
-        ("cluster", text(&status["cluster"])),
-        ("subnet", of_network(&status["subnet"], &status["settings"]["pool"]["network"])),
-        (
-            "",
-            match &status["subnet6"] {
-                Value::Null => String::new(),
-                subnet6 => of_network(subnet6, &status["settings"]["pool"]["network6"]),
-            },
-        ),
-        ("members", format!("{alive} alive of {known}")),
-        ("slots", slots_text(&status["slots"])),
-        (
-            "underlay",
-            format!(
-                "{} on {}",
-                text(&kernel["underlay_address"]),
-                text(&kernel["underlay_interface"])
-            ),
-        ),
-        (
-            "kernel",
-            format!(
-                "{}, mtu {}, {}",
-                text(&kernel["device"]),
-                kernel["mtu"],
-                if kernel["in_sync"] == true { "in sync" } else { "not in sync" }
-            ),
-        ),
-    ];
+fn status_text(status: &Value, wide: bool) -> String {
     let mut out = String::new();
-    for (name, value) in rows.into_iter().filter(|(_, value)| !value.is_empty()) {
-        let _ = writeln!(out, "{name:<9} {value}");
+    for problem in each(&status["problems"]) {
+        let words = wrapped(&text(problem), INDENT);
+        let _ = writeln!(out, "{}   {words}", bad("problem"));
     }
-    for node in status["reclaiming"].as_array().into_iter().flatten() {
-        let waits = match &node["waits_for"] {
-            Value::Array(missing) if missing.is_empty() => "all have acknowledged".to_owned(),
-            missing @ Value::Array(_) => format!("waits for {}", list(missing)),
-            _ => format!("by {}", text(&node["heir"])),
-        };
-        let name = text(&node["name"]);
-        let _ = writeln!(out, "reclaims  {} subnets of {name}, forgotten: {waits}", node["slots"]);
-    }
-    for problem in status["problems"].as_array().into_iter().flatten() {
-        let _ = writeln!(out, "problem   {}", text(problem));
-    }
-    out
-}
-
-fn members_text(members: &Value) -> String {
-    let path = |path: &Value| match (text(&path["state"]), path["round_trip_ms"].as_f64()) {
-        (state, Some(span)) if state == "ok" => format!("{span:.1} ms"),
-        (state, _) => state,
+    let (alive, known) = (alive(status), count(status, |_| true));
+    let state = match (status["converged"].as_bool(), text(&status["phase"])) {
+        (Some(true), _) => good("converged"),
+        (_, phase) => bad(format_args!("not converged ({phase})")),
     };
-    let rows: Vec<[String; 7]> = members
-        .as_array()
-        .into_iter()
-        .flatten()
-        .map(|member| {
-            let liveness = match (&member["left"], &member["forgotten"], &member["me"]) {
-                (Value::Bool(true), _, _) => "left".to_owned(),
-                (_, Value::Bool(true), _) => "forgotten".to_owned(),
-                (_, _, Value::Bool(true)) => "alive (me)".to_owned(),
-                _ => text(&member["liveness"]),
-            };
-            [
-                text(&member["name"]),
-                text(&member["node"]),
-                liveness,
-                path(&member["path"]),
-                list(&member["subnets"]),
-                text(&member["address"]),
-                text(&member["vtep_mac"]),
-            ]
-        })
-        .collect();
-    table(["NAME", "NODE", "STATE", "PATH", "SUBNET", "ADDRESS", "VTEP MAC"], &rows)
-}
-
-fn leases_text(leases: &Value) -> String {
-    let rows: Vec<[String; 4]> = leases["owners"]
-        .as_array()
-        .into_iter()
-        .flatten()
-        .map(|owner| {
-            [
-                list(&owner["subnets"]),
-                text(&owner["name"]),
-                text(&owner["liveness"]),
-                text(&owner["spare"]),
-            ]
-        })
-        .collect();
-    let mut out = table(["SUBNET", "NODE", "STATE", "SPARE"], &rows);
-    let _ = writeln!(out, "\n{}: {}", text(&leases["network"]), slots_text(&leases["slots"]));
+    let kernel = &status["kernel"];
+    let in_sync = if kernel["in_sync"] == true { "in sync" } else { "not in sync" };
+    let pool = &status["settings"]["pool"];
+    let of_network = |subnet: &Value, network: &Value| match subnet {
+        Value::Null => String::new(),
+        subnet => format!("{} of {}", text(subnet), text(network)),
+    };
+    let node = strong(text(&status["name"]));
+    let mut row = |name: &str, value: String| {
+        if !value.is_empty() {
+            let _ = writeln!(out, "{name:<9} {value}");
+        }
+    };
+    row("node", format!("{node} ({})", text(&status["node"])));
+    row("state", state);
+    row("cluster", text(&status["cluster"]));
+    row("subnet", of_network(&status["subnet"], &pool["network"]));
+    row("", of_network(&status["subnet6"], &pool["network6"]));
+    row("members", format!("{alive} alive of {known}{}", others(status)));
+    row("paths", paths(status));
+    row("slots", slots_text(&status["slots"]));
+    for node in each(&status["reclaiming"]) {
+        row("reclaims", reclaims(node));
+    }
+    let address = text(&kernel["underlay_address"]);
+    row("underlay", format!("{address} on {}", text(&kernel["underlay_interface"])));
+    row("kernel", format!("{}, mtu {}, {in_sync}", text(&kernel["device"]), kernel["mtu"]));
+    row("repairs", repairs(kernel));
+    row("pods", text(&status["pods"]));
+    if wide {
+        row("version", text(&status["version"]));
+        row("links", format!("{} connections to members", status["connections"]));
+    }
     out
 }
 
-fn free_text(spares: &Value) -> String {
-    let rows: Vec<[String; 4]> = spares
-        .as_array()
-        .into_iter()
-        .flatten()
-        .map(|spare| {
-            let subnets = match (&spare["first"], &spare["last"]) {
-                (first, last) if first == last => text(first),
-                (first, last) => format!("{} to {}", text(first), text(last)),
-            };
-            [subnets, text(&spare["count"]), text(&spare["name"]), text(&spare["liveness"])]
-        })
-        .collect();
-    table(["SUBNETS", "COUNT", "NODE", "STATE"], &rows)
+/// Members that are not alive, by what they are.
+fn others(status: &Value) -> String {
+    let mut by_state: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for member in each(&status["members"]) {
+        if is_present(member) && member["liveness"] != "alive" {
+            let state = member["liveness"].as_str().unwrap_or("unknown");
+            by_state.entry(state.to_owned()).or_default().push(text(&member["name"]));
+        }
+    }
+    let texts = by_state.iter().map(|(state, names)| format!(", {state}: {}", some(names)));
+    texts.map(doubtful).collect()
 }
 
-fn slots_text(slots: &Value) -> String {
-    format!("{} leased, {} spare of {}", slots["leased"], slots["spare"], slots["total"])
+fn paths(status: &Value) -> String {
+    let mut by_state: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for path in each(&status["paths"]) {
+        by_state.entry(text(&path["state"])).or_default().push(text(&path["name"]));
+    }
+    let ok = by_state.remove("ok").unwrap_or_default().len();
+    let unknown = by_state.remove("unknown").unwrap_or_default().len();
+    if ok + unknown + by_state.len() == 0 {
+        return String::new();
+    }
+    let mut line = format!("{ok} ok");
+    if unknown > 0 {
+        let _ = write!(line, ", {unknown} not known yet");
+    }
+    for (state, names) in by_state {
+        let _ = write!(line, ", {}", bad(format_args!("{state}: {}", some(&names))));
+    }
+    line
+}
+
+fn reclaims(node: &Value) -> String {
+    let waits = match &node["waits_for"] {
+        Value::Array(missing) if missing.is_empty() => "all have acknowledged".to_owned(),
+        Value::Array(missing) => {
+            let names: Vec<String> = missing.iter().map(text).collect();
+            format!("waits for {}", some(&names))
+        }
+        _ => format!("by {}", text(&node["heir"])),
+    };
+    format!("{} subnets of {}, forgotten: {waits}", node["slots"], text(&node["name"]))
+}
+
+fn repairs(kernel: &Value) -> String {
+    let kinds = kernel["repairs"].as_object().into_iter().flatten();
+    let kinds: Vec<String> = kinds.map(|(kind, count)| format!("{count} x {kind}")).collect();
+    kinds.join(", ")
+}
+
+/// A few names, and how many more there are.
+fn some(names: &[String]) -> String {
+    let shown = names.iter().take(NAMES).cloned().collect::<Vec<_>>().join(", ");
+    match names.len().saturating_sub(NAMES) {
+        0 => shown,
+        more => format!("{shown} and {more} more"),
+    }
 }
 
 fn alive(status: &Value) -> usize {
@@ -258,22 +177,10 @@ fn alive(status: &Value) -> usize {
 }
 
 fn count(status: &Value, which: impl Fn(&Value) -> bool) -> usize {
-    let members = status["members"].as_array().into_iter().flatten();
-    members
-        .filter(|member| member["left"] == false && member["forgotten"] == false && which(member))
-        .count()
+    each(&status["members"]).filter(|member| is_present(member) && which(member)).count()
 }
 
-fn list(values: &Value) -> String {
-    let texts: Vec<String> = values.as_array().into_iter().flatten().map(text).collect();
-    if texts.is_empty() { "-".to_owned() } else { texts.join(",") }
-}
-
-/// A value without quotes; "-" for none.
-fn text(value: &Value) -> String {
-    match value {
-        Value::Null => "-".to_owned(),
-        Value::String(text) => text.clone(),
-        other => other.to_string(),
-    }
+/// Neither gone nor forgotten.
+pub fn is_present(member: &Value) -> bool {
+    member["left"] == false && member["forgotten"] == false
 }

@@ -3,9 +3,9 @@
 use std::process::ExitCode;
 
 use clap::Args;
-use serde_json::json;
+use serde_json::{Value, json};
 
-use super::{Client, Format, ask_and_print, fail};
+use super::{Client, ask_and_print, fail};
 use crate::{
     agent::random,
     api,
@@ -25,12 +25,8 @@ pub struct TokenArgs {
 pub fn run(args: &TokenArgs) -> ExitCode {
     if args.new {
         return match new_token() {
-            Ok(token) if args.client.output == Format::Json => {
-                println!("{:#}", json!({ "token": token.to_string() }));
-                ExitCode::SUCCESS
-            }
             Ok(token) => {
-                println!("{token}");
+                args.client.output.print(&json!({ "token": token.to_string() }), text);
                 ExitCode::SUCCESS
             }
             Err(error) => fail(error),
@@ -38,9 +34,11 @@ pub fn run(args: &TokenArgs) -> ExitCode {
     }
     let socket = args.client.socket();
     let ask = api::get(&socket, "/v1/token");
-    let text =
-        |answer: &serde_json::Value| format!("{}\n", answer["token"].as_str().unwrap_or_default());
     ask_and_print(&args.client, ask, text).map_or_else(|code| code, |_| ExitCode::SUCCESS)
+}
+
+fn text(answer: &Value, _: bool) -> String {
+    format!("{}\n", answer["token"].as_str().unwrap_or_default())
 }
 
 fn new_token() -> anyhow::Result<Token> {

@@ -32,6 +32,8 @@ impl Gate {
             | Output::Owned(_)
             | Output::CannotLeave(_)
             | Output::Answered { .. }
+            | Output::Inquired { .. }
+            | Output::Reported { .. }
             | Output::Stop(_) => 0,
         };
         // The kernel must not be given back what it has just been told to let go of.

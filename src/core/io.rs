@@ -6,7 +6,7 @@ use ipnet::IpNet;
 
 use crate::{
     model::NodeId,
-    wire::{Key, Refusal},
+    wire::{Inquiry, Key, Refusal, Report},
 };
 
 use super::{slots::Change, view::View};
@@ -133,6 +133,21 @@ pub enum Output {
     Answered {
         node: NodeId,
         answered: bool,
+    },
+    /// A member wants to know; whoever carries this node answers with [`Node::report`].
+    ///
+    /// [`Node::report`]: super::Node::report
+    Inquired {
+        reply: ReplyId,
+        inquiry: Inquiry,
+    },
+    /// What a member answered that [`Node::inquire`] had asked, if anything.
+    ///
+    /// [`Node::inquire`]: super::Node::inquire
+    Reported {
+        node: NodeId,
+        number: u64,
+        report: Option<Box<Report>>,
     },
     /// The node's work is over.
     Stop(Stop),

@@ -13,12 +13,13 @@
 //! - `serve`: answers to peers; `strange`: messages that are of no use
 //! - `leave`: handing over and going; `forget`: reclaiming what others left behind; `vote`: forgetting by
 //!   time alone
-//! - `ping`: an operator's question
+//! - `ping`, `inquire`: an operator's questions
 
 mod boot;
 mod directory;
 mod forget;
 mod gate;
+mod inquire;
 mod io;
 mod join;
 mod learn;
@@ -202,6 +203,10 @@ enum Purpose {
     Ping {
         node: NodeId,
     },
+    Inquire {
+        node: NodeId,
+        number: u64,
+    },
 }
 
 /// How a question ended: who answered, and what.
@@ -352,6 +357,7 @@ impl Node {
             }
             Purpose::Vote { voter, node } => self.on_vote(now, voter, node, answer),
             Purpose::Ping { node } => self.on_ping_answer(node, &answer),
+            Purpose::Inquire { node, number } => self.on_inquiry_answer(node, number, answer),
         }
     }
 

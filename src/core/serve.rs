@@ -18,25 +18,30 @@ impl Node {
     pub(super) fn serve(&mut self, now: Time, from: NodeId, reply: ReplyId, bytes: &[u8]) {
         let response = match Frame::decode(bytes) {
             Ok((cluster, Frame::Request(payload))) => match Request::decode(payload) {
-                Ok(request) => self.respond(now, from, cluster, request),
+                Ok(request) => match self.refusal(from, cluster, &request) {
+                    Some(refusal) => Response::Refused(refusal),
+                    None => match self.respond(now, from, reply, request) {
+                        Some(response) => response,
+                        None => return,
+                    },
+                },
                 Err(error) => self.unreadable(from, &error),
             },
             Ok(_) => self.unreadable(from, &"a stream must begin with a request"),
             Err(error) => self.unreadable(from, &error),
         };
+        self.reply(reply, &response);
+    }
+
+    pub(super) fn reply(&mut self, reply: ReplyId, response: &Response) {
         let cluster = self.cluster_id().unwrap_or(ClusterId::UNKNOWN);
         let bytes = Frame::Response(&response.encode()).encode(cluster);
         self.outputs.push_back(Output::Reply { reply, bytes, after: self.after() });
     }
 
-    fn respond(
-        &mut self,
-        now: Time,
-        from: NodeId,
-        cluster: ClusterId,
-        request: Request,
-    ) -> Response {
-        let refused = match self.cluster_id() {
+    /// Whether the asker is somebody who gets no answer of any other kind.
+    fn refusal(&self, from: NodeId, cluster: ClusterId, request: &Request) -> Option<Refusal> {
+        match self.cluster_id() {
             None => Some(Refusal::NotReady),
             Some(ours) if cluster != ours && cluster != ClusterId::UNKNOWN => {
                 Some(Refusal::OtherCluster { ours: cluster, theirs: ours })
@@ -50,11 +55,18 @@ impl Node {
                 let forget = self.directory.forgotten(from);
                 forget.map(|forget| Refusal::Forgotten { heir: forget.heir })
             }
-        };
-        if let Some(refusal) = refused {
-            return Response::Refused(refusal);
         }
-        match request {
+    }
+
+    /// No response yet, if the shell has to give it.
+    fn respond(
+        &mut self,
+        now: Time,
+        from: NodeId,
+        reply: ReplyId,
+        request: Request,
+    ) -> Option<Response> {
+        Some(match request {
             Request::Hello(hello) => self.on_hello(now, from, hello),
             Request::AreYouThere(suspicion) => {
                 Response::Here(self.membership.refute(now, &suspicion))
@@ -82,6 +94,10 @@ impl Node {
                 Response::Acknowledged(lacks)
             }
             Request::HaveYouMissed { node, quorum } => Response::Vote(self.vote(node, &quorum)),
+            Request::Inquire(inquiry) => {
+                self.outputs.push_back(Output::Inquired { reply, inquiry });
+                return None;
+            }
             _ if self.leaving.is_some() => Response::Refused(Refusal::Leaving),
             Request::BeMyHeir => Response::Accepted,
             Request::Handover(facts) => {
@@ -91,7 +107,7 @@ impl Node {
                 self.dirty.mark(Key::Member(from), true);
                 Response::Accepted
             }
-        }
+        })
     }
 
     fn on_hello(&mut self, now: Time, from: NodeId, hello: Hello) -> Response {

@@ -107,20 +107,13 @@ impl Node {
 
     pub fn status(&self) -> NodeStatus {
         let me = self.me.node;
-        let alone = self.is_alone();
         let pool = self.home.as_ref().map(|home| home.cluster.settings.pool);
         let subnets = self.view().map(|view| view.own.subnets);
-        let phase = match (&self.home, &self.leaving, subnets) {
-            (_, Some(_), _) => Phase::Leaving,
-            (None, _, _) => Phase::Joining,
-            (_, _, None) => Phase::Leaseless,
-            _ => Phase::Member,
-        };
         let census = self.home.as_ref().map(|home| home.slots.census()).unwrap_or_default();
         NodeStatus {
             node: me,
             name: self.me.name.clone(),
-            phase,
+            phase: self.phase(),
             cluster: self.cluster_id(),
             settings: self.home.as_ref().map(|home| home.cluster.settings),
             subnet: subnets.map(|subnets| subnets.first),
@@ -131,14 +124,28 @@ impl Node {
                 spare: census.spare.values().sum(),
                 own_spare: census.spare.get(&me).copied().unwrap_or(0),
             },
-            settled: alone || self.sync.settled(),
-            synced: alone || self.sync.synced(),
+            settled: self.is_settled(),
+            synced: self.is_alone() || self.sync.synced(),
             members: self.member_statuses(),
             spares: self.spares(),
             reclaiming: self.reclaiming(),
-            problems: self.problems(phase),
+            problems: self.problems(),
             counters: self.counters,
         }
+    }
+
+    pub fn phase(&self) -> Phase {
+        match (&self.home, &self.leaving, self.view()) {
+            (_, Some(_), _) => Phase::Leaving,
+            (None, _, _) => Phase::Joining,
+            (_, _, None) => Phase::Leaseless,
+            _ => Phase::Member,
+        }
+    }
+
+    /// The last comparison with a peer found no difference (or there is no peer).
+    pub fn is_settled(&self) -> bool {
+        self.is_alone() || self.sync.settled()
     }
 
     fn member_statuses(&self) -> Vec<MemberStatus> {
@@ -218,7 +225,9 @@ impl Node {
         ))
     }
 
-    fn problems(&self, phase: Phase) -> Vec<String> {
+    /// What stands in the way, as sentences.
+    pub fn problems(&self) -> Vec<String> {
+        let phase = self.phase();
         let mut problems = Vec::new();
         if phase == Phase::Joining {
             problems.extend(self.joining.refusal.iter().map(|r| format!("a seed refused: {r}")));

@@ -12,6 +12,7 @@
 //! Nobody else touches the kernel's tables, and nothing here decides who is a peer.
 
 #[warn(clippy::disallowed_methods)]
+pub mod compare;
 pub mod demand;
 #[warn(clippy::disallowed_methods)]
 pub mod desired;

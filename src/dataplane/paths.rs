@@ -12,11 +12,9 @@ use std::{
     time::Duration,
 };
 
-use serde::Serialize;
-
 use crate::{
     core::Liveness,
-    model::{NodeId, Time},
+    model::{NodeId, PathState, Time},
 };
 
 /// [`Paths::judge`] and [`Paths::poll`] are to be called this often.
@@ -45,27 +43,6 @@ const VERDICT: u32 = 3;
 /// A request of the peer's own that was heard within this time shows that its packets get here. Whoever gets
 /// no answers asks once a second, and less often where that is a thousand.
 const HEARD: Duration = Duration::from_secs(40);
-
-/// What is known of the way to one peer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum PathState {
-    /// Nothing was answered yet, and not enough was lost.
-    Unknown,
-    Ok,
-    /// Nothing gets through, though its agent answers.
-    Blocked,
-    /// Its packets get here, and ours do not get there.
-    OneWay,
-    /// Its answers come by another way than our requests go.
-    Asymmetric,
-    /// Small packets get through, and those of full size do not.
-    MtuTooLarge,
-    /// Neither its agent nor its kernel answers.
-    Dead,
-    /// Dead for so long that its subnet is unreachable by route.
-    Withdrawn,
-}
 
 /// A request that is to be sent now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

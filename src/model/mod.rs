@@ -7,6 +7,7 @@ mod cluster;
 mod forget;
 mod id;
 mod member;
+mod path;
 mod pod;
 mod pool;
 mod quorum;
@@ -20,6 +21,7 @@ pub use id::{BootId, ClusterId, IdError, NodeId};
 pub use member::{
     Identity, Incarnation, MemberRecord, NodeName, NodeNameError, Suspicion, Version,
 };
+pub use path::PathState;
 pub use pod::{Addresses, Attachment, AttachmentError, Pod, check_interface_name};
 pub use pool::{MAX_SLOTS, Pool, PoolError, PoolSpec, Slot, Subnets};
 pub use quorum::{Quorum, QuorumError};

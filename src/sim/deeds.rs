@@ -46,7 +46,10 @@ impl World {
             Output::Withdraw => {
                 self.pursue(index, Goal::Nothing);
             }
-            Output::Owned(_) | Output::Answered { .. } => {}
+            Output::Owned(_)
+            | Output::Answered { .. }
+            | Output::Inquired { .. }
+            | Output::Reported { .. } => {}
             Output::CannotLeave(_) => self.hosts[index].going = false,
             Output::Stop(stop) => self.on_stop(index, stop),
         }

@@ -12,7 +12,7 @@ use crate::model::{
 };
 
 use super::{
-    WireError,
+    Inquiry, Report, WireError,
     codec::{decode, encode},
 };
 
@@ -62,6 +62,8 @@ pub enum Request {
     Acknowledge { forgets: Vec<Forget>, buckets: Box<Buckets> },
     /// "This is our rule. Have you missed that member for so long yourself?"
     HaveYouMissed { node: NodeId, quorum: Quorum },
+    /// An operator's question, or order.
+    Inquire(Inquiry),
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -88,6 +90,7 @@ pub enum Response {
     /// It is durable; this is what the asker lacked.
     Acknowledged(Facts),
     Vote(Vote),
+    Report(Box<Report>),
 }
 
 /// What a voter has seen of a member.

@@ -7,6 +7,7 @@ mod codec;
 mod frame;
 mod message;
 mod record;
+mod report;
 mod swim;
 mod token;
 
@@ -16,5 +17,6 @@ pub use message::{
     Buckets, Facts, GrantWish, Hello, Push, Refusal, Request, Response, Roots, Vote, Welcome,
 };
 pub use record::{Key, Record, RecordError};
+pub use report::{Inquiry, PathReport, Report, SecretId, SecretOrder};
 pub use swim::SwimCodec;
 pub use token::{MIN_SECRET_LEN, Secret, Token, TokenError};

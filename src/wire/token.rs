@@ -11,7 +11,10 @@ use sha2::{Digest, Sha256};
 
 use crate::model::ClusterId;
 
-use super::codec::{decode, encode};
+use super::{
+    SecretId,
+    codec::{decode, encode},
+};
 
 /// Whoever dials a node sees a signature that depends on the secret, so it must be too long to guess.
 pub const MIN_SECRET_LEN: usize = 16;
@@ -38,16 +41,15 @@ impl Secret {
         &self.0
     }
 
-    /// A name for the secret that can be shown: eight digits of its hash.
-    pub fn fingerprint(&self) -> String {
+    pub fn id(&self) -> SecretId {
         let hash = Sha256::new().chain_update(b"gossamer secret").chain_update(&self.0).finalize();
-        hash.iter().take(4).map(|byte| format!("{byte:02x}")).collect()
+        SecretId(std::array::from_fn(|i| hash[i]))
     }
 }
 
 impl fmt::Debug for Secret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Secret({})", self.fingerprint())
+        write!(f, "Secret({})", self.id())
     }
 }
 

@@ -2,7 +2,9 @@
 
 use std::process::{Command, Output};
 
-use crate::common::{Cluster, isolated, program};
+use std::{io::BufRead as _, process::Stdio};
+
+use crate::common::{Cluster, PATIENCE, isolated, program, status_where, tool, wait_until};
 use serde_json::Value;
 
 fn client(cluster: &Cluster, n: usize, arguments: &[&str]) -> Output {
@@ -65,8 +67,108 @@ fn status_members_leases_and_token() {
 }
 
 #[test]
+fn what_is_known_of_one_member_and_of_the_kernel_is_shown() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 3)?;
+        let _pods = cluster.pods()?;
+        // Until the paths are known.
+        for agent in &mut cluster.agents {
+            status_where(agent, |status| {
+                let paths = status["paths"].as_array().expect("paths");
+                paths.len() == 2 && paths.iter().all(|path| path["state"] == "ok")
+            });
+        }
+        let peer = text(&client(&cluster, 0, &["peers", "n2"]));
+        for words in [
+            "member     n2 (",
+            "gossip     alive",
+            "agent      10.99.0.11:8473 ",
+            " ms, path ",
+            "fdb ",
+            "neighbour ",
+            "route ",
+            "in the kernel",
+            "0 problems, 2 of 2 paths ok",
+        ] {
+            assert!(peer.contains(words), "{words:?} in\n{peer}");
+        }
+        let nobody = client(&cluster, 0, &["peers", "n9"]);
+        assert!(String::from_utf8_lossy(&nobody.stderr).contains("no member is called n9"));
+
+        let routes = client(&cluster, 0, &["routes"]);
+        assert!(routes.status.success(), "{}", text(&routes));
+        assert_eq!(text(&routes).matches(" same").count(), 6, "{}", text(&routes));
+        // An agent that is stopped puts nothing right; its kernel is compared when it goes on.
+        let entries = json(&client(&cluster, 0, &["routes", "-o", "json"]));
+        assert!(entries["entries"].as_array().is_some_and(|all| all.len() == 6), "{entries}");
+
+        // Whatever the format, and nothing of it in colours where nobody reads it on a terminal.
+        let yaml = text(&client(&cluster, 0, &["members", "-o", "yaml"]));
+        assert!(yaml.contains("  name: n2\n"), "{yaml}");
+        let wide = text(&client(&cluster, 0, &["members", "-o", "wide"]));
+        assert!(wide.contains("VTEP MAC") && !wide.contains('\u{1b}'), "{wide}");
+        for command in [&["status"][..], &["members"], &["leases"], &["routes"], &["peers", "n2"]] {
+            let shown = text(&client(&cluster, 0, command));
+            let too_wide = shown.lines().find(|line| line.chars().count() > 100);
+            assert_eq!(too_wide, None, "{command:?}");
+        }
+        let version = text(&client(&cluster, 0, &["version"]));
+        assert!(version.contains(", agent "), "{version}");
+        Ok(())
+    });
+}
+
+#[test]
+fn events_are_shown_as_they_happen_and_problems_come_first() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let socket = cluster.agents[0].socket();
+        let mut follower = Command::new(program())
+            .args(["events", "--follow", "-o", "json", "--socket"])
+            .arg(socket)
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let lines = std::io::BufReader::new(follower.stdout.take().expect("its output")).lines();
+        let mut events = lines
+            .map_while(Result::ok)
+            .map(|line| serde_json::from_str::<Value>(&line).expect("JSON"));
+        let mut wait_for = |kind: &str, words: &str| {
+            let fits = |event: &Value| {
+                event["kind"] == kind && event["text"].as_str().is_some_and(|t| t.contains(words))
+            };
+            events.find(|event| fits(event)).expect("the stream goes on")
+        };
+        wait_for("lease", "is the subnet of n2");
+        wait_for("member", "n2 is alive");
+        tool(&cluster.hosts[0].netns, "ip route flush root 10.42.0.0/16 proto 73");
+        let repair = wait_for("repair", "route");
+        assert_eq!(repair["level"], "warn");
+        for chain in [
+            "nft add table inet closed",
+            "nft add chain inet closed in { type filter hook input priority 0 ; }",
+            "nft add rule inet closed in udp dport 8472 drop",
+        ] {
+            tool(&cluster.hosts[1].netns, chain);
+        }
+        let warned = wait_for("path", "packets to n2");
+        assert_eq!(warned["level"], "warn");
+        wait_for("problem", "n2");
+        follower.kill()?;
+        follower.wait()?;
+        wait_until("no problem", PATIENCE, || {
+            let shown = text(&client(&cluster, 0, &["status"]));
+            shown.starts_with("problem   ") && shown.contains("UDP 8472")
+        });
+        let past = text(&client(&cluster, 0, &["events"]));
+        assert!(past.contains("repair   put right"), "{past}");
+        cluster.agents.clear();
+        Ok(())
+    });
+}
+
+#[test]
 fn without_an_agent_it_says_so() {
-    for command in ["status", "members", "leases", "token", "leave"] {
+    for command in ["status", "members", "leases", "routes", "events", "token", "leave"] {
         let output = Command::new(program())
             .args([command, "--socket", "/nonexistent/gossamer.sock"])
             .output()

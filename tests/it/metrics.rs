@@ -21,10 +21,14 @@ const PROMTOOL: &str = "/usr/bin/promtool";
 
 /// Status line with headers, and body.
 fn get(netns: &NetNs, path: &str, accept: &str) -> (String, String) {
+    get_from("127.0.0.1", netns, path, accept)
+}
+
+fn get_from(host: &str, netns: &NetNs, path: &str, accept: &str) -> (String, String) {
     let answer = netns.run(|| {
         let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, PORT))?;
         let request = format!(
-            "GET {path} HTTP/1.1\r\nhost: x\r\naccept: {accept}\r\nconnection: close\r\n\r\n"
+            "GET {path} HTTP/1.1\r\nhost: {host}\r\naccept: {accept}\r\nconnection: close\r\n\r\n"
         );
         stream.write_all(request.as_bytes())?;
         let mut answer = String::new();
@@ -52,6 +56,8 @@ fn collectors_and_probes_are_answered() {
         let _space = NetNs::new("a")?;
         Runtime::new(&cluster.agents[0]).add("a");
         let host = &cluster.hosts[0].netns;
+        let (head, _) = get_from("evil.example", host, "/v1/status", "*/*");
+        assert!(head.contains("421"), "a page from elsewhere: {head}");
         let (head, text) = get(host, "/metrics", "*/*");
         assert!(head.contains("200") && head.contains("text/plain; version=0.0.4"), "{head}");
         for (name, number) in [
@@ -76,7 +82,7 @@ fn collectors_and_probes_are_answered() {
         assert!(get(host, "/healthz", "*/*").0.contains("200"));
         assert!(get(host, "/readyz", "*/*").0.contains("200"));
         // Nothing that changes anything, or tells the token, is to be had here.
-        for path in ["/v1/token", "/v1/leave", "/v1/status", "/v1/pods"] {
+        for path in ["/v1/token", "/v1/leave", "/v1/forget", "/v1/pods"] {
             assert!(get(host, path, "*/*").0.contains("404"), "{path}");
         }
         // One that has found nobody yet.

@@ -17,7 +17,7 @@ use super::{
     screen::{Screen, span},
 };
 use crate::{
-    cli::table::table,
+    cli::output::table,
     dataplane::desired::device_name,
     lab::{Agent, Host, Lab, Pinger, Pod, tables},
 };

@@ -1,0 +1,48 @@
+//! Showing the kernel's tables beside what they should be.
+
+use std::collections::BTreeMap;
+
+use tokio::sync::oneshot::Sender;
+
+use super::{Agent, programmer::Tables};
+use crate::{
+    api::KernelEntry,
+    dataplane::compare::{Entry, Key, Verdict, compare},
+};
+
+impl Agent {
+    /// The kernel's own thread reads it, between two pieces of its work.
+    pub(super) fn show_routes(&self, reply: Sender<Result<Vec<KernelEntry>, String>>) {
+        let mut names: BTreeMap<Key, String> = BTreeMap::new();
+        for (node, peer) in self.kernel.wanted.iter().flat_map(|view| &view.peers) {
+            let name = self.node.name_of(*node);
+            names.insert(Key::Fdb(peer.vtep.mac), name.to_owned());
+            for subnet in peer.leases.iter().flat_map(|(_, subnets)| subnets.iter()) {
+                names.insert(Key::Route(subnet), name.to_owned());
+                names.insert(Key::Neighbour(subnet.network()), name.to_owned());
+            }
+        }
+        self.programmer.look(move |tables: Result<Tables, String>| {
+            let _ = reply.send(tables.map(|(wanted, actual)| {
+                let entries = compare(&wanted, &actual);
+                entries.into_iter().map(|(key, entry)| row(key, entry, &names)).collect()
+            }));
+        });
+    }
+}
+
+fn row(key: Key, entry: Entry, names: &BTreeMap<Key, String>) -> KernelEntry {
+    let (table, text) = match key {
+        Key::Route(subnet) => ("route", subnet.to_string()),
+        Key::Neighbour(ip) => ("neighbour", ip.to_string()),
+        Key::Fdb(mac) => ("fdb", mac.to_string()),
+    };
+    let verdict = match entry.verdict() {
+        Verdict::Same => "same",
+        Verdict::Missing => "missing",
+        Verdict::Different => "different",
+        Verdict::Surplus => "surplus",
+    };
+    let (peer, Entry { wanted, found }) = (names.get(&key).cloned(), entry);
+    KernelEntry { table, key: text, peer, wanted, found, verdict }
+}

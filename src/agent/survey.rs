@@ -1,0 +1,223 @@
+//! Asking all members at once: whom they reach, and which secrets they know.
+//!
+//! One survey at a time, a few members at once, each asked once and not waited for longer than that. Members
+//! that gossip does not hold as alive are not asked at all.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tokio::sync::oneshot::Sender;
+
+use super::Agent;
+use crate::{
+    api::{Matrix, MatrixPath, MatrixRow},
+    core::ReplyId,
+    model::NodeId,
+    wire::{Inquiry, PathReport, Report},
+};
+
+/// Members asked at once: each may take a handshake, which is a millisecond of CPU.
+const AT_ONCE: usize = 16;
+/// Members asked in all.
+const MAX_ASKED: usize = 256;
+/// What has not answered by then does not answer.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// A picture of all paths this young is given again.
+const FRESH: Duration = Duration::from_secs(3);
+/// Surveys that wait.
+const MAX_WAITING: usize = 16;
+
+/// What each member said; none, if it said nothing.
+pub(super) type Findings = BTreeMap<NodeId, Option<Report>>;
+type Then = Box<dyn FnOnce(&mut Agent, Findings) + Send>;
+
+#[derive(Default)]
+pub(super) struct Surveys {
+    /// The first one is under way.
+    queue: VecDeque<Survey>,
+    number: u64,
+    /// Who waits for the picture of all paths.
+    viewers: Vec<Sender<Arc<Matrix>>>,
+    matrix: Option<(Instant, Arc<Matrix>)>,
+}
+
+struct Survey {
+    number: u64,
+    inquiry: Inquiry,
+    /// Not asked yet.
+    left: VecDeque<NodeId>,
+    asked: BTreeSet<NodeId>,
+    findings: Findings,
+    /// From the moment it is the first one.
+    deadline: Option<Instant>,
+    then: Then,
+}
+
+impl Surveys {
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        self.queue.front()?.deadline
+    }
+}
+
+impl Agent {
+    /// Asks these members, and goes on with what they say. False, if too many surveys wait already.
+    pub(super) fn survey(
+        &mut self,
+        members: Vec<NodeId>,
+        inquiry: Inquiry,
+        then: impl FnOnce(&mut Self, Findings) + Send + 'static,
+    ) -> bool {
+        if self.surveys.queue.len() >= MAX_WAITING {
+            return false;
+        }
+        self.surveys.number += 1;
+        let (left, silent): (Vec<_>, Vec<_>) =
+            members.into_iter().partition(|node| self.node.is_active(*node));
+        self.surveys.queue.push_back(Survey {
+            number: self.surveys.number,
+            inquiry,
+            left: left.into(),
+            asked: BTreeSet::new(),
+            findings: silent.into_iter().map(|node| (node, None)).collect(),
+            deadline: None,
+            then: Box::new(then),
+        });
+        self.go_on_with_survey();
+        true
+    }
+
+    /// The way from each member to each other one.
+    pub(super) fn show_matrix(&mut self, reply: Sender<Arc<Matrix>>) {
+        if let Some((at, matrix)) = &self.surveys.matrix
+            && at.elapsed() < FRESH
+        {
+            return drop(reply.send(matrix.clone()));
+        }
+        self.surveys.viewers.push(reply);
+        if self.surveys.viewers.len() > 1 {
+            return;
+        }
+        let mut members: Vec<NodeId> = self.node.peers().collect();
+        let omitted = members.len().saturating_sub(MAX_ASKED);
+        members.truncate(MAX_ASKED);
+        if !self.survey(members, Inquiry::Report, move |agent, found| agent.draw(found, omitted)) {
+            // They hear that they get no answer.
+            self.surveys.viewers.clear();
+        }
+    }
+
+    /// How this node is, for others.
+    pub(super) fn own_report(&self) -> Report {
+        let path = |(node, state, round_trip): (NodeId, _, Option<Duration>)| PathReport {
+            node,
+            state,
+            round_trip_us: round_trip
+                .map(|span| u32::try_from(span.as_micros()).unwrap_or(u32::MAX)),
+        };
+        Report {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            problems: u32::try_from(self.problems().len()).unwrap_or(u32::MAX),
+            paths: self.path_states().map(path).collect(),
+            secrets: Vec::new(),
+            refused: None,
+        }
+    }
+
+    pub(super) fn on_inquired(&mut self, reply: ReplyId, inquiry: Inquiry) {
+        let report = match inquiry {
+            Inquiry::Report => self.own_report(),
+            Inquiry::Secret(_) => {
+                Report { refused: Some("not yet".to_owned()), ..self.own_report() }
+            }
+        };
+        self.node.report(reply, report);
+    }
+
+    /// Ends what has taken too long.
+    pub(super) fn end_surveys(&mut self, now: Instant) {
+        if self.surveys.deadline().is_some_and(|at| at <= now) {
+            self.go_on_with_survey();
+            self.carry_out();
+        }
+    }
+
+    pub(super) fn on_reported(&mut self, node: NodeId, number: u64, report: Option<Box<Report>>) {
+        let Some(survey) = self.surveys.queue.front_mut().filter(|s| s.number == number) else {
+            return;
+        };
+        if survey.asked.remove(&node) {
+            survey.findings.insert(node, report.map(|report| *report));
+        }
+        self.go_on_with_survey();
+    }
+
+    /// Asks the next ones, and ends a survey that is over.
+    pub(super) fn go_on_with_survey(&mut self) {
+        let now = Instant::now();
+        while let Some(survey) = self.surveys.queue.front_mut() {
+            let is_late = *survey.deadline.get_or_insert(now + PATIENCE) <= now;
+            while survey.asked.len() < AT_ONCE
+                && !is_late
+                && let Some(node) = survey.left.pop_front()
+            {
+                if self.node.inquire(node, survey.number, survey.inquiry.clone()) {
+                    survey.asked.insert(node);
+                } else {
+                    survey.findings.insert(node, None);
+                }
+            }
+            if !survey.asked.is_empty() && !is_late {
+                return;
+            }
+            let Some(survey) = self.surveys.queue.pop_front() else { return };
+            let mut findings = survey.findings;
+            findings.extend(survey.asked.into_iter().chain(survey.left).map(|node| (node, None)));
+            (survey.then)(self, findings);
+        }
+    }
+
+    /// What one member says of itself; nothing, if it does not answer.
+    pub(super) fn show_peer(
+        &mut self,
+        whom: &str,
+        reply: Sender<Result<Option<MatrixRow>, String>>,
+    ) {
+        let node = match self.node.find(whom) {
+            Ok(node) if node == self.node.id() => {
+                let row = self.row(node, Some(self.own_report()));
+                return drop(reply.send(Ok(Some(row))));
+            }
+            Ok(node) => node,
+            Err(why) => return drop(reply.send(Err(why))),
+        };
+        self.survey(vec![node], Inquiry::Report, move |agent, mut found| {
+            let report = found.remove(&node).flatten();
+            let _ = reply.send(Ok(report.map(|report| agent.row(node, Some(report)))));
+        });
+    }
+
+    fn row(&self, node: NodeId, report: Option<Report>) -> MatrixRow {
+        MatrixRow {
+            node,
+            name: self.node.name_of(node).to_owned(),
+            version: report.as_ref().map(|report| report.version.clone()),
+            problems: report.as_ref().map(|report| report.problems),
+            paths: report.map(|report| report.paths.iter().map(MatrixPath::from).collect()),
+        }
+    }
+
+    fn draw(&mut self, mut findings: Findings, omitted: usize) {
+        findings.insert(self.node.id(), Some(self.own_report()));
+        let mut rows: Vec<MatrixRow> =
+            findings.into_iter().map(|(node, report)| self.row(node, report)).collect();
+        rows.sort_by(|a, b| (&a.name, a.node).cmp(&(&b.name, b.node)));
+        let matrix = Arc::new(Matrix { rows, omitted });
+        self.surveys.matrix = Some((Instant::now(), matrix.clone()));
+        for viewer in self.surveys.viewers.drain(..) {
+            let _ = viewer.send(matrix.clone());
+        }
+    }
+}

@@ -1,0 +1,52 @@
+//! `gossamer events`: what has happened at this node, and what happens.
+
+use std::{
+    process::ExitCode,
+    time::{Duration, SystemTime},
+};
+
+use clap::Args;
+use serde_json::Value;
+
+use super::{
+    Client, Format, block_on, fail,
+    output::{ask_and_print, doubtful, each, text},
+};
+use crate::api;
+
+#[derive(Debug, Args)]
+pub struct EventsArgs {
+    /// Go on with what happens from now on, until Ctrl-C; JSON is then one object per line
+    #[arg(short, long)]
+    follow: bool,
+    #[command(flatten)]
+    client: Client,
+}
+
+pub fn run(args: &EventsArgs) -> ExitCode {
+    let socket = args.client.socket();
+    if !args.follow {
+        let ask = api::get(&socket, "/v1/events?follow=false");
+        let all = |events: &Value, _| each(&events["events"]).map(line).collect();
+        return ask_and_print(&args.client, ask, all)
+            .map_or_else(|code| code, |_| ExitCode::SUCCESS);
+    }
+    let format = args.client.output;
+    let show = |event: &Value| match format {
+        Format::Json => println!("{event}"),
+        Format::Yaml => format.print(&Value::from(vec![event.clone()]), |_, _| String::new()),
+        _ => anstream::print!("{}", line(event)),
+    };
+    match block_on(api::follow(&socket, "/v1/events", show)) {
+        Ok(Ok(())) => fail("the agent has ended"),
+        Ok(Err(error)) => fail(error),
+        Err(error) => fail(error),
+    }
+}
+
+fn line(event: &Value) -> String {
+    let at = SystemTime::UNIX_EPOCH + Duration::from_secs_f64(event["at"].as_f64().unwrap_or(0.0));
+    let (kind, words) = (text(&event["kind"]), text(&event["text"]));
+    let words = if event["level"] == "warn" { doubtful(words) } else { words };
+    format!("{}  {kind:<8} {words}\n", humantime::format_rfc3339_millis(at))
+}

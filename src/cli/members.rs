@@ -1,0 +1,135 @@
+//! `gossamer members` and `gossamer peers`: all members, and all that is known of one.
+
+use std::{fmt::Write as _, process::ExitCode};
+
+use clap::Args;
+use serde_json::{Value, json};
+
+use super::{
+    Client, escaped,
+    output::{ask_and_print, bad, doubtful, each, good, list, name, table, text, wrapped},
+};
+use crate::api::{self, ClientError};
+
+#[derive(Debug, Args)]
+pub struct PeersArgs {
+    /// Name or id of a member
+    node: String,
+    #[command(flatten)]
+    client: Client,
+}
+
+pub fn members(client: &Client) -> ExitCode {
+    let ask = async { Ok(members_of(&api::get(&client.socket(), "/v1/status").await?).collect()) };
+    ask_and_print(client, ask, members_text).map_or_else(|code| code, |_| ExitCode::SUCCESS)
+}
+
+/// Gossip, path, entries in the kernel, three pings, and what the member says of itself.
+pub fn peers(args: &PeersArgs) -> ExitCode {
+    let ask = about(&args.client, &args.node);
+    ask_and_print(&args.client, ask, |peer, _| peer_text(peer))
+        .map_or_else(|code| code, |_| ExitCode::SUCCESS)
+}
+
+async fn about(client: &Client, whom: &str) -> Result<Value, ClientError> {
+    let (socket, name) = (client.socket(), escaped(whom));
+    let ping = api::get(&socket, &format!("/v1/ping?node={name}")).await?;
+    let report = api::get(&socket, &format!("/v1/peer?node={name}")).await?;
+    let routes = api::get(&socket, "/v1/routes").await?;
+    let status = api::get(&socket, "/v1/status").await?;
+    let member = members_of(&status).find(|member| member["node"] == ping["node"]);
+    let member = member.unwrap_or_default();
+    let is_its = |entry: &&Value| entry["peer"] == member["name"];
+    let entries: Vec<&Value> = each(&routes["entries"]).filter(is_its).collect();
+    Ok(json!({ "member": member, "ping": ping, "entries": entries, "report": report }))
+}
+
+/// Each member, with what is known of the way to it.
+fn members_of(status: &Value) -> impl Iterator<Item = Value> {
+    let path = |node: &Value| {
+        let path = each(&status["paths"]).find(|path| path["node"] == *node)?;
+        Some(json!({ "state": path["state"], "round_trip_ms": path["round_trip_ms"] }))
+    };
+    each(&status["members"]).cloned().map(move |mut member| {
+        member["path"] = path(&member["node"]).unwrap_or(Value::Null);
+        member
+    })
+}
+
+fn members_text(members: &Value, wide: bool) -> String {
+    let row = |member: &Value| {
+        let [state, path] = [state(member), path(&member["path"])];
+        let subnets = list(&member["subnets"], wide);
+        [name(&member["name"], wide), state, path, subnets, text(&member["address"])]
+    };
+    if !wide {
+        let rows: Vec<_> = each(members).map(row).collect();
+        return table(["NAME", "STATE", "PATH", "SUBNET", "ADDRESS"], &rows);
+    }
+    let more = |member: &Value| {
+        let [name, state, path, subnets, address] = row(member);
+        let [node, spare, mac] = ["node", "spare", "vtep_mac"].map(|key| text(&member[key]));
+        [name, node, state, path, subnets, spare, address, mac]
+    };
+    let rows: Vec<_> = each(members).map(more).collect();
+    table(["NAME", "NODE", "STATE", "PATH", "SUBNET", "SPARE", "ADDRESS", "VTEP MAC"], &rows)
+}
+
+fn state(member: &Value) -> String {
+    match (&member["left"], &member["forgotten"], member["liveness"].as_str()) {
+        (Value::Bool(true), _, _) => "left".to_owned(),
+        (_, Value::Bool(true), _) => "forgotten".to_owned(),
+        _ if member["me"] == true => good("alive (me)"),
+        (_, _, Some("alive")) => good("alive"),
+        (_, _, Some(other)) => doubtful(other),
+        (_, _, None) => "-".to_owned(),
+    }
+}
+
+fn path(path: &Value) -> String {
+    match (path["state"].as_str(), path["round_trip_ms"].as_f64()) {
+        (Some("ok"), Some(span)) => format!("{span:.1} ms"),
+        (Some("ok" | "unknown") | None, _) => text(&path["state"]),
+        (Some(state), _) => bad(state),
+    }
+}
+
+fn peer_text(peer: &Value) -> String {
+    let (member, ping, report) = (&peer["member"], &peer["ping"], &peer["report"]);
+    let mut out = String::new();
+    let mut row = |name: &str, value: String| _ = writeln!(out, "{name:<10} {value}");
+    if let Some(problem) = ping["problem"].as_str() {
+        row(&bad("problem   "), wrapped(problem, 11));
+    }
+    row("member", format!("{} ({})", text(&member["name"]), text(&member["node"])));
+    let compared = if member["heard"] == true { "compared with" } else { "not compared with yet" };
+    row("gossip", format!("{}, {compared}", state(member)));
+    row("subnets", format!("{}, and {} spare", list(&member["subnets"], true), member["spare"]));
+    let vtep = format!("{} at {}", text(&member["vtep_mac"]), text(&member["underlay"]));
+    row("vtep", vtep);
+    let reach = |way: &str| {
+        let (to, span) = (&ping[way]["to"], ping[way]["round_trip_ms"].as_f64());
+        let took = span.map_or_else(|| bad("no answer"), |span| format!("{span:.2} ms"));
+        if to.is_null() { "-".to_owned() } else { format!("{} {took}", text(to)) }
+    };
+    row("agent", reach("underlay"));
+    row("overlay", format!("{}, path {}", reach("overlay"), path(&member["path"])));
+    row("pods", reach("pods"));
+    for entry in each(&peer["entries"]) {
+        let [table, key, wanted, verdict] =
+            ["table", "key", "wanted", "verdict"].map(|field| text(&entry[field]));
+        let verdict = if verdict == "same" { good("in the kernel") } else { bad(verdict) };
+        row(&table, format!("{key} {wanted}, {verdict}"));
+    }
+    match &report["version"] {
+        Value::Null => row("itself", "does not say how it is".to_owned()),
+        version => {
+            let blind = each(&report["paths"]).filter(|path| path["state"] != "ok").count();
+            let all = each(&report["paths"]).count();
+            let problems =
+                format!("{} problems, {} of {all} paths ok", report["problems"], all - blind);
+            row("itself", format!("version {}, {problems}", text(version)));
+        }
+    }
+    out
+}

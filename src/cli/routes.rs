@@ -1,0 +1,61 @@
+//! `gossamer routes`: what this node wants in the kernel, beside what is there.
+
+use std::{fmt::Write as _, process::ExitCode};
+
+use clap::Args;
+use serde_json::Value;
+
+use super::{
+    Client,
+    output::{ask_and_print, bad, each, list, name, table, text},
+};
+use crate::api;
+
+#[derive(Debug, Args)]
+pub struct RoutesArgs {
+    /// Only what differs
+    #[arg(long)]
+    differences: bool,
+    #[command(flatten)]
+    client: Client,
+}
+
+/// Fails if something differs.
+pub fn run(args: &RoutesArgs) -> ExitCode {
+    let ask = async {
+        let mut routes = api::get(&args.client.socket(), "/v1/routes").await?;
+        if let (true, Some(entries)) = (args.differences, routes["entries"].as_array_mut()) {
+            entries.retain(|entry| entry["verdict"] != "same");
+        }
+        Ok(routes)
+    };
+    match ask_and_print(&args.client, ask, routes_text) {
+        Ok(routes) if each(&routes["entries"]).all(|entry| entry["verdict"] == "same") => {
+            ExitCode::SUCCESS
+        }
+        Ok(_) => ExitCode::FAILURE,
+        Err(code) => code,
+    }
+}
+
+fn routes_text(routes: &Value, wide: bool) -> String {
+    let row = |entry: &Value| {
+        let [table, key, wanted, verdict] =
+            ["table", "key", "wanted", "verdict"].map(|field| text(&entry[field]));
+        let found = list(&entry["found"], true);
+        let verdict = if verdict == "same" { verdict } else { bad(verdict) };
+        [table, key, wanted, found, name(&entry["peer"], wide), verdict]
+    };
+    let rows: Vec<_> = each(&routes["entries"]).map(row).collect();
+    let mut out = table(["TABLE", "KEY", "WANTED", "IN THE KERNEL", "PEER", ""], &rows);
+    let differ = each(&routes["entries"]).filter(|entry| entry["verdict"] != "same").count();
+    let _ = match differ {
+        0 => writeln!(out, "\nthe kernel has what it should"),
+        count => writeln!(
+            out,
+            "\n{count} entries differ: the agent puts that right within a second, or `gossamer status` says \
+             why it cannot"
+        ),
+    };
+    out
+}

@@ -1,0 +1,32 @@
+//! `gossamer version`: of this program, of the agent that runs, and what both speak.
+
+use std::process::ExitCode;
+
+use serde_json::{Value, json};
+
+use super::{Client, block_on, fail, output::text};
+use crate::{
+    api::{self, ClientError},
+    wire::WIRE_VERSION,
+};
+
+/// Works without an agent.
+pub fn run(client: &Client) -> ExitCode {
+    let agent = match block_on(api::get(&client.socket(), "/v1/status")) {
+        Ok(Ok(status)) => status["version"].clone(),
+        Ok(Err(ClientError::NoAgent { .. })) => Value::Null,
+        Ok(Err(error)) => return fail(error),
+        Err(error) => return fail(error),
+    };
+    let program = env!("CARGO_PKG_VERSION");
+    let answer = json!({ "program": program, "agent": agent, "wire": WIRE_VERSION });
+    client.output.print(&answer, |answer, _| {
+        let agent = match &answer["agent"] {
+            Value::Null => "no agent runs".to_owned(),
+            agent if *agent == program => format!("agent {program}"),
+            agent => format!("agent {}: restart it to run this version", text(agent)),
+        };
+        format!("gossamer {program}, wire version {WIRE_VERSION}, {agent}\n")
+    });
+    ExitCode::SUCCESS
+}

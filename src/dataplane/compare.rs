@@ -1,0 +1,95 @@
+//! The three tables side by side, as they should be and as they are: for people who want to see it.
+//!
+//! Pure. What is done about a difference is `plan`'s business.
+
+use std::{collections::BTreeMap, net::IpAddr};
+
+use ipnet::IpNet;
+
+use super::{
+    desired::{Hop, Tables, Way},
+    plan::Actual,
+};
+use crate::model::Mac;
+
+/// By what the kernel tells entries of one table apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Key {
+    Route(IpNet),
+    Neighbour(IpAddr),
+    Fdb(Mac),
+}
+
+/// One entry.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Entry {
+    pub wanted: Option<String>,
+    /// The kernel allows several of one key.
+    pub found: Vec<String>,
+}
+
+/// What an entry is like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    Same,
+    Missing,
+    Different,
+    /// Nobody wants it.
+    Surplus,
+}
+
+impl Entry {
+    pub fn verdict(&self) -> Verdict {
+        match (&self.wanted, &self.found[..]) {
+            (Some(wanted), [found]) if wanted == found => Verdict::Same,
+            (Some(_), []) => Verdict::Missing,
+            (Some(_), _) => Verdict::Different,
+            (None, _) => Verdict::Surplus,
+        }
+    }
+}
+
+/// Every entry that should be there or is.
+pub fn compare(wanted: &Tables, actual: &Actual) -> BTreeMap<Key, Entry> {
+    let mut entries: BTreeMap<Key, Entry> = BTreeMap::new();
+    let mut want = |key, value| entries.entry(key).or_default().wanted = Some(value);
+    wanted.routes.iter().for_each(|(subnet, hop)| want(Key::Route(*subnet), hop_text(hop)));
+    wanted.neighbours.iter().for_each(|(ip, mac)| want(Key::Neighbour(*ip), mac.to_string()));
+    wanted.fdb.iter().for_each(|(mac, ip)| want(Key::Fdb(*mac), ip.to_string()));
+    let mut find = |key, value| entries.entry(key).or_default().found.push(value);
+    actual.routes.iter().for_each(|(subnet, hop)| find(Key::Route(*subnet), hop_text(hop)));
+    actual.neighbours.iter().for_each(|(ip, mac)| find(Key::Neighbour(*ip), mac.to_string()));
+    actual.fdb.iter().for_each(|(mac, ip)| find(Key::Fdb(*mac), ip.to_string()));
+    entries
+}
+
+/// As `ip route` has it, with the metric only where it is not the usual one.
+fn hop_text(hop: &Hop) -> String {
+    match hop.way {
+        Way::Overlay(gateway) => format!("via {gateway}"),
+        Way::Direct { gateway, .. } => format!("via {gateway} on the underlay"),
+        Way::Device => "on the device".to_owned(),
+        Way::Unreachable => "unreachable".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn differences_are_told_apart() {
+        let subnet = |n: u8| IpNet::new([10, 42, n, 0].into(), 24).expect("a subnet");
+        let hop = |n: u8| Hop { way: Way::Overlay([10, 42, n, 0].into()), metric: 0 };
+        let wanted =
+            Tables { routes: [1, 2, 3].map(|n| (subnet(n), hop(n))).into(), ..Tables::default() };
+        let actual = Actual {
+            routes: [(subnet(1), hop(1)), (subnet(3), hop(9)), (subnet(4), hop(4))].into(),
+            ..Actual::default()
+        };
+        let entries = compare(&wanted, &actual);
+        let verdicts: Vec<Verdict> = entries.values().map(Entry::verdict).collect();
+        let expected = [Verdict::Same, Verdict::Missing, Verdict::Different, Verdict::Surplus];
+        assert_eq!(verdicts, expected);
+    }
+}
