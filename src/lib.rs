@@ -48,6 +48,8 @@ pub mod dataplane;
 #[cfg(feature = "agent")]
 pub mod docker;
 #[cfg(feature = "agent")]
+pub mod doctor;
+#[cfg(feature = "agent")]
 pub mod icmp;
 #[cfg(feature = "agent")]
 pub mod lab;

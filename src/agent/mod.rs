@@ -8,6 +8,7 @@ mod alarm;
 mod data_plane;
 mod docker;
 mod events;
+mod knock;
 mod kubernetes;
 mod owners;
 mod ping;
@@ -59,7 +60,9 @@ use crate::{
     wire::{Secret, Token},
 };
 
+pub use knock::knock;
 pub use start::{StartFailure, random, run};
+pub use underlay::choose as choose_underlay;
 
 /// A turn of the loop that takes longer is logged: everything else waits for it.
 const SLOW_TURN: Duration = Duration::from_millis(100);

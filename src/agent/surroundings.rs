@@ -105,8 +105,8 @@ impl Surroundings {
     /// Looks at sysctls and, now and then, at chains of others.
     pub fn look(&mut self, desired: &Desired, underlay: &str) {
         let begun = Instant::now();
+        let networks: Vec<_> = desired.pool.networks().iter().collect();
         if self.read_chains_at <= begun {
-            let networks: Vec<_> = desired.pool.networks().iter().collect();
             let chains = self.table.as_mut().ok().map(|table| table.foreign_chains(&networks));
             let chains = chains.and_then(Result::ok).unwrap_or_default();
             let closed = chains.closed.iter().map(|chain| closed_chain(chain, desired));
@@ -115,7 +115,7 @@ impl Surroundings {
             self.read_chains_at = begun + begun.elapsed() * SHARE;
         }
         self.problems.clear();
-        for setting in sysctl::wanted(desired, self.mode, underlay) {
+        for setting in sysctl::wanted(&networks, &desired.device.name, self.mode, underlay) {
             let Some(problem) = setting.problem() else {
                 self.right.insert(setting.name().to_owned());
                 continue;

@@ -8,6 +8,7 @@ mod cleanup;
 mod cni;
 mod demo;
 mod docker_opts;
+mod doctor;
 mod events;
 mod forget;
 mod generate;
@@ -54,6 +55,8 @@ enum Command {
     Peers(members::PeersArgs),
     /// Show what this node wants in the kernel, beside what is there
     Routes(routes::RoutesArgs),
+    /// Find out what is wrong with this host, with or without a running agent
+    Doctor(Box<doctor::DoctorArgs>),
     /// Show what has happened at this node, and what happens
     Events(events::EventsArgs),
     /// Ask a member over the underlay, through the overlay and at its pods' gateway
@@ -118,6 +121,7 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::Leases(args) => leases::run(&args),
         Command::Peers(args) => members::peers(&args),
         Command::Routes(args) => routes::run(&args),
+        Command::Doctor(args) => doctor::run(*args),
         Command::Events(args) => events::run(&args),
         Command::Ping(args) => ping::run(&args),
         Command::Pods(client) => pods::run(&client),

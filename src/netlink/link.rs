@@ -41,6 +41,13 @@ pub struct Link {
     pub message: LinkMessage,
 }
 
+impl Link {
+    /// Whether it is a port of the bridge with this index.
+    pub fn is_plugged_into(&self, bridge: u32) -> bool {
+        self.message.attributes.contains(&LinkAttribute::Controller(bridge))
+    }
+}
+
 /// An address of an interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Address {

@@ -15,7 +15,7 @@ use rtnetlink::{
     packet_route::{
         AddressFamily, RouteNetlinkMessage,
         address::{AddressAttribute, AddressFlags},
-        link::{InfoBridgePort, InfoPortData, InfoPortKind, LinkAttribute},
+        link::{InfoBridgePort, InfoPortData, InfoPortKind},
     },
 };
 
@@ -185,10 +185,6 @@ pub(super) fn mac_at(ip: IpAddr) -> Mac {
     Mac::from_bytes([0x0a, 0x58, a, b, c, d])
 }
 
-pub(super) fn is_on(link: &Link, bridge: u32) -> bool {
-    link.message.attributes.contains(&LinkAttribute::Controller(bridge))
-}
-
 impl Bridge {
     fn is_gateway(&self, ip: IpAddr) -> bool {
         self.subnets.iter().any(|subnet| gateway(subnet) == ip)
@@ -220,7 +216,7 @@ const fn is_link_local(ip: IpAddr) -> bool {
 }
 
 fn is_plugged(port: &Link, bridge: u32) -> bool {
-    port.up && is_on(port, bridge)
+    port.up && port.is_plugged_into(bridge)
 }
 
 fn is_as_it_should_be(link: &Link, bridge: &Bridge) -> bool {

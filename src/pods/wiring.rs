@@ -26,7 +26,7 @@ use rtnetlink::{
 use sha2::{Digest as _, Sha256};
 
 use super::{
-    bridge::{self, ALIAS, Bridge, PREFIX, Provided, address_request, is_on, mac_at},
+    bridge::{self, ALIAS, Bridge, PREFIX, Provided, address_request, mac_at},
     gateway,
 };
 use crate::{
@@ -186,7 +186,7 @@ impl Wiring {
         let Some(found) = links.iter().find(|link| link.name == bridge) else {
             return Ok(Vec::new());
         };
-        let ports = links.iter().filter(|link| is_on(link, found.index));
+        let ports = links.iter().filter(|link| link.is_plugged_into(found.index));
         Ok(ports.filter_map(|port| from_alias(&port.alias)).collect())
     }
 
@@ -211,7 +211,9 @@ impl Wiring {
         let found = links.iter().find(|link| link.name == bridge && link.alias == ALIAS);
         let Some(found) = found else { return Ok(0) };
         let is_stray = |link: &&Link| {
-            is_on(link, found.index) && link.name.starts_with(PREFIX) && !keep.contains(&link.name)
+            link.is_plugged_into(found.index)
+                && link.name.starts_with(PREFIX)
+                && !keep.contains(&link.name)
         };
         let strays: Vec<&Link> = links.iter().filter(is_stray).collect();
         strays.iter().try_for_each(|link| self.delete(link.index).map(drop))?;

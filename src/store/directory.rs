@@ -74,9 +74,7 @@ impl StateDir {
 
     /// How this node entered its cluster, and where it would find it again.
     pub fn token(&self) -> Result<Option<Token>, StoreError> {
-        let path = self.path.join(TOKEN);
-        let Some(text) = read_if_there(&path)? else { return Ok(None) };
-        text.parse().map(Some).map_err(|error| StoreError::Token { path, error })
+        read_token(&self.path)
     }
 
     pub fn save_token(&self, token: &Token) -> Result<(), StoreError> {
@@ -169,6 +167,13 @@ fn is_ours(name: &OsStr) -> bool {
 /// Another one whenever the kernel starts (random(4)).
 fn boot_id() -> Option<String> {
     fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()
+}
+
+/// The token in a state directory, whoever holds that.
+pub fn read_token(state_dir: &Path) -> Result<Option<Token>, StoreError> {
+    let path = state_dir.join(TOKEN);
+    let Some(text) = read_if_there(&path)? else { return Ok(None) };
+    text.parse().map(Some).map_err(|error| StoreError::Token { path, error })
 }
 
 fn read_if_there(path: &Path) -> Result<Option<String>, StoreError> {

@@ -25,7 +25,7 @@ pub struct History {
 }
 
 impl History {
-    pub(super) fn new(directory: &Path) -> Self {
+    pub fn new(directory: &Path) -> Self {
         Self { directory: directory.to_owned(), failing: false }
     }
 

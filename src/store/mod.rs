@@ -20,7 +20,7 @@ mod replace;
 mod writer;
 
 pub use database::{Database, Opened, StoreError};
-pub use directory::StateDir;
+pub use directory::{StateDir, read_token};
 pub use history::History;
 pub use replace::{PRIVATE, PUBLIC, replace};
 pub use writer::{Writer, Written};

@@ -12,6 +12,7 @@ mod compose;
 mod demand;
 mod docker;
 mod dockerd;
+mod doctor;
 mod families;
 mod firewall;
 mod instances;

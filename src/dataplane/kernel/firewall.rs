@@ -9,7 +9,7 @@ use std::{collections::BTreeSet, io, net::IpAddr};
 use ipnet::IpNet;
 use rtnetlink::packet_core::{NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL};
 
-use super::forward::ForeignChains;
+use super::{forward::ForeignChains, ports::closed_ports};
 use crate::{
     dataplane::firewall::{Firewall, Guard},
     netlink::{
@@ -183,6 +183,11 @@ impl FirewallTable {
     /// What others do with packets of these networks.
     pub fn foreign_chains(&mut self, networks: &[IpNet]) -> io::Result<ForeignChains> {
         ForeignChains::read(&mut self.nftables, networks)
+    }
+
+    /// Base chains of others, and those of these UDP ports that they drop.
+    pub fn closed_ports(&mut self, ports: &[u16]) -> io::Result<BTreeSet<(String, u16)>> {
+        closed_ports(&mut self.nftables, ports)
     }
 
     fn write_anew(&mut self, wanted: &Firewall, members: BTreeSet<IpAddr>) -> io::Result<()> {

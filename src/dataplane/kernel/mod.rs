@@ -9,6 +9,7 @@ mod forward;
 mod leftovers;
 mod messages;
 mod observe;
+mod ports;
 pub mod sysctl;
 mod watch;
 

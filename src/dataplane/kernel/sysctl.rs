@@ -4,7 +4,9 @@
 
 use std::{fs, io, path::Path};
 
-use crate::dataplane::desired::{Desired, Mode};
+use ipnet::IpNet;
+
+use crate::dataplane::desired::Mode;
 
 /// Below `/proc/sys`.
 const ROOT: &str = "/proc/sys";
@@ -21,9 +23,9 @@ pub struct Sysctl {
     consequence: &'static str,
 }
 
-/// What has to be right for this data plane.
-pub fn wanted(desired: &Desired, mode: Mode, underlay: &str) -> Vec<Sysctl> {
-    let families = || desired.pool.networks().iter().map(|network| network.addr().is_ipv4());
+/// What has to be right for an overlay of these networks.
+pub fn wanted(networks: &[IpNet], device: &str, mode: Mode, underlay: &str) -> Vec<Sysctl> {
+    let families = || networks.iter().map(|network| network.addr().is_ipv4());
     let forwarding = |ipv4| Sysctl {
         name: if ipv4 { "net/ipv4/ip_forward" } else { "net/ipv6/conf/all/forwarding" }.to_owned(),
         value: "1",
@@ -41,7 +43,7 @@ pub fn wanted(desired: &Desired, mode: Mode, underlay: &str) -> Vec<Sysctl> {
     };
     let mut wanted: Vec<Sysctl> = families().map(forwarding).collect();
     if mode != Mode::Vxlan && families().any(|ipv4| ipv4) {
-        wanted.extend([loose(&desired.device.name), loose(underlay)]);
+        wanted.extend([loose(device), loose(underlay)]);
     }
     wanted
 }
@@ -53,15 +55,18 @@ impl Sysctl {
 
     /// What is wrong with it as it is, and what helps; nothing, if it is right or not there.
     pub fn problem(&self) -> Option<String> {
+        let (is, consequence, command) = self.wrong()?;
+        Some(format!("{is}: {consequence}; run {command}, or set set_sysctls = true here"))
+    }
+
+    /// The same in three parts: how it is, what follows, the command that helps.
+    pub fn wrong(&self) -> Option<(String, &'static str, String)> {
         let Self { name, value, all, wrong, consequence } = self;
         let own = read(name)?;
         let in_force = all.as_deref().and_then(read).map_or(own.clone(), |all| all.max(own));
+        let name = dotted(name);
         (in_force == *wrong).then(|| {
-            let name = dotted(name);
-            format!(
-                "{name} is {in_force}: {consequence}; run sysctl -w {name}={value}, or set \
-                 set_sysctls = true here"
-            )
+            (format!("{name} is {in_force}"), *consequence, format!("sysctl -w {name}={value}"))
         })
     }
 
@@ -98,16 +103,18 @@ fn read(name: &str) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
-
     use super::*;
-    use crate::dataplane::plan::tests::{dual_stack_view, underlay, view};
+    use crate::{
+        core::View,
+        dataplane::plan::tests::{dual_stack_view, view},
+    };
 
     #[test]
     fn each_family_must_be_forwarded_and_mixed_ways_must_be_let_in() {
-        let names = |view, mode| -> Vec<String> {
-            let desired = Desired::new(&view, &underlay(), &BTreeSet::new());
-            wanted(&desired, mode, "eth0.5").iter().map(|sysctl| dotted(&sysctl.name)).collect()
+        let names = |view: View, mode| -> Vec<String> {
+            let networks: Vec<IpNet> = view.settings.pool.networks().iter().collect();
+            let wanted = wanted(&networks, "gossamer.1", mode, "eth0.5");
+            wanted.iter().map(|sysctl| dotted(&sysctl.name)).collect()
         };
         assert_eq!(names(view(&[(1, 9)]), Mode::Vxlan), ["net.ipv4.ip_forward"]);
         let dual = names(dual_stack_view(&[(1, 9)]), Mode::Direct);

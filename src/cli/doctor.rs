@@ -1,0 +1,125 @@
+//! `gossamer doctor`: looks for everything that keeps this host's pods from being reached.
+
+use std::{fmt::Write as _, path::PathBuf, process::ExitCode, time::Duration};
+
+use clap::Args;
+use serde_json::{Value, json};
+
+use super::{
+    block_on, fail,
+    output::{bad, doubtful, each, good, text, wrapped},
+};
+use crate::{
+    api::{self, ClientError},
+    config::{Instance, Settings},
+    doctor::{self, Agent, Patient, Verdict, examine},
+};
+
+/// An agent that does not answer within this time does nothing else either.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Columns of what stands before each line.
+const INDENT: usize = 25;
+
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// The settings file of the agent
+    #[arg(long, env = "GOSSAMER_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Also write an archive for whoever helps: all of this, the agent's view and the host's tables,
+    /// without secrets
+    #[arg(long, value_name = "FILE")]
+    bundle: Option<PathBuf>,
+    /// How to print
+    #[arg(short, long, value_enum, default_value_t, value_name = "FORMAT")]
+    output: super::output::Format,
+    #[command(flatten)]
+    settings: Settings,
+}
+
+/// Exit code 0 if there is no problem, 1 if there is.
+pub fn run(args: DoctorArgs) -> ExitCode {
+    let patient = patient(&args);
+    let findings = examine(&patient);
+    if let Some(path) = &args.bundle
+        && let Err(error) = doctor::write_bundle(path, &patient, &findings, args.config.as_deref())
+    {
+        return fail(error);
+    }
+    let answer = json!({ "findings": findings });
+    args.output.print(&answer, findings_text);
+    if let Some(path) = args.bundle.filter(|_| args.output.is_text()) {
+        println!("written: {}", path.display());
+    }
+    if findings.iter().any(|finding| finding.verdict == Verdict::Problem) {
+        return ExitCode::FAILURE;
+    }
+    ExitCode::SUCCESS
+}
+
+fn patient(args: &DoctorArgs) -> Patient {
+    let completed = args.settings.clone().complete(args.config.as_deref());
+    let config = completed.and_then(Settings::check);
+    let socket = match &config {
+        Ok(config) => config.socket.clone(),
+        Err(_) => Instance::default().socket(),
+    };
+    let asking = async {
+        let status = api::get(&socket, "/v1/status").await?;
+        let routes = match api::get(&socket, "/v1/routes").await {
+            Err(ClientError::Refused { .. }) => Value::Null,
+            routes => routes?,
+        };
+        let events = api::get(&socket, "/v1/events?follow=false").await?;
+        Ok::<_, ClientError>(Agent { status, routes, events })
+    };
+    let asked = block_on(async { tokio::time::timeout(PATIENCE, asking).await });
+    let (agent, agent_error) = match asked {
+        Ok(Ok(Ok(agent))) => (Some(agent), None),
+        Ok(Ok(Err(error))) => (None, Some(error.to_string())),
+        Ok(Err(_)) => (None, Some(format!("the agent does not answer within {PATIENCE:?}"))),
+        Err(error) => (None, Some(error.to_string())),
+    };
+    Patient { config, agent, agent_error, socket }
+}
+
+fn findings_text(answer: &Value, wide: bool) -> String {
+    let mut out = String::new();
+    let count = |verdict: &str| {
+        each(&answer["findings"]).filter(|finding| finding["verdict"] == verdict).count()
+    };
+    let by_weight = |weights: &[&str]| {
+        let fits = |finding: &&Value| weights.contains(&finding["verdict"].as_str().unwrap_or(""));
+        each(&answer["findings"]).filter(fits).collect::<Vec<_>>()
+    };
+    // The worst comes last, where a terminal shows it.
+    let quiet = by_weight(&["ok", "skipped"]).into_iter();
+    let loud = by_weight(&["warning"]).into_iter().chain(by_weight(&["problem"]));
+    for finding in quiet.chain(loud) {
+        let verdict = match finding["verdict"].as_str() {
+            Some("ok") => good("ok      "),
+            Some("warning") => doubtful("warning "),
+            Some("problem") => bad("PROBLEM "),
+            _ => "skipped ".to_owned(),
+        };
+        let check = text(&finding["check"]);
+        let seen = wrapped(&text(&finding["seen"]), INDENT);
+        let _ = writeln!(out, "{verdict}  {check:<13}  {seen}");
+        for part in ["why", "fix"] {
+            if let Some(words) = finding[part].as_str() {
+                let _ = writeln!(out, "{:20}{part}  {}", "", wrapped(words, INDENT));
+            }
+        }
+    }
+    let (problems, warnings) = (count("problem"), count("warning"));
+    let all = doctor::CHECKS.len();
+    let _ = match (problems, warnings) {
+        (0, 0) => writeln!(out, "\n{}: {all} checks found nothing", good("healthy")),
+        _ => writeln!(out, "\n{problems} problems and {warnings} warnings in {all} checks"),
+    };
+    if wide {
+        for (check, what) in doctor::CHECKS {
+            let _ = writeln!(out, "{check:<13}  {what}");
+        }
+    }
+    out
+}

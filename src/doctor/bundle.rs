@@ -1,0 +1,95 @@
+//! A support archive: what the doctor saw, what the agent says, and the host's tables; without any secret.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::fs::OpenOptionsExt as _,
+    path::Path,
+    process::Command,
+};
+
+use flate2::{Compression, write::GzEncoder};
+use regex_lite::Regex;
+use serde_json::Value;
+
+use super::{Finding, Patient};
+
+/// What is asked of the host; a program that is not there is left out.
+const COMMANDS: [(&str, &str); 12] = [
+    ("links.txt", "ip -d -s link"),
+    ("addresses.txt", "ip address"),
+    ("routes.txt", "ip route show table all"),
+    ("routes6.txt", "ip -6 route show table all"),
+    ("neighbours.txt", "ip neigh"),
+    ("fdb.txt", "bridge fdb"),
+    ("rules.txt", "ip rule"),
+    ("sockets.txt", "ss -lunp"),
+    ("nftables.txt", "nft list ruleset"),
+    ("sysctls.txt", "sysctl net.ipv4.ip_forward net.ipv4.conf net.ipv6.conf.all"),
+    ("kernel.txt", "uname -a"),
+    ("log.txt", "journalctl -u gossamer -n 2000 --no-pager"),
+];
+/// Bytes of one file in the archive: its end counts.
+const MAX_FILE: usize = 4 << 20;
+const MEMBERS: [&str; 3] = ["/etc/os-release", "/proc/meminfo", "/run/gossamer/subnet.env"];
+
+/// Writes a `.tar.gz` that only its owner can read.
+///
+/// # Errors
+/// One sentence, if it cannot be written or is there already.
+pub fn write(
+    path: &Path,
+    patient: &Patient,
+    findings: &[Finding],
+    config: Option<&Path>,
+) -> Result<(), String> {
+    let fail = |error: io::Error| format!("bundle: {}: {error}", path.display());
+    let file =
+        fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(fail)?;
+    pack(file, patient, findings, config).map_err(fail)
+}
+
+fn pack(
+    file: File,
+    patient: &Patient,
+    findings: &[Finding],
+    config: Option<&Path>,
+) -> io::Result<()> {
+    let mut archive = tar::Builder::new(GzEncoder::new(file, Compression::default()));
+    // All that is like a token: `wire/token.rs`.
+    let token = Regex::new(r"gsm1\.[A-Za-z2-7]+").map_err(io::Error::other)?;
+    let mut add = |name: &str, text: &str| {
+        let text = token.replace_all(text, "gsm1.REDACTED");
+        let from = text.len().saturating_sub(MAX_FILE);
+        let bytes = text.as_bytes().get(from..).unwrap_or_default();
+        let mut header = tar::Header::new_gnu();
+        header.set_size(bytes.len() as u64);
+        header.set_mode(0o600);
+        archive.append_data(&mut header, format!("gossamer/{name}"), bytes)
+    };
+    let pretty = |value: &Value| format!("{value:#}\n");
+    add("doctor.json", &pretty(&serde_json::to_value(findings)?))?;
+    add("version.txt", concat!(env!("CARGO_PKG_VERSION"), "\n"))?;
+    if let Some(agent) = &patient.agent {
+        add("status.json", &pretty(&agent.status))?;
+        add("kernel-entries.json", &pretty(&agent.routes))?;
+        add("events.json", &pretty(&agent.events))?;
+    }
+    for path in MEMBERS {
+        if let Ok(text) = fs::read_to_string(path) {
+            add(&path.trim_start_matches('/').replace('/', "-"), &text)?;
+        }
+    }
+    if let Some(text) = config.and_then(|path| fs::read_to_string(path).ok()) {
+        add("config.toml", &text)?;
+    }
+    for (name, command) in COMMANDS {
+        let mut words = command.split(' ');
+        let Some(program) = words.next() else { continue };
+        if let Ok(output) = Command::new(program).args(words).output() {
+            let text = [output.stdout, output.stderr].concat();
+            add(name, &String::from_utf8_lossy(&text))?;
+        }
+    }
+    archive.into_inner()?.finish()?.sync_all()
+}

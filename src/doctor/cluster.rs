@@ -1,0 +1,342 @@
+//! The cluster as the agent sees it; without an agent, whether its members could be joined.
+
+use std::collections::BTreeMap;
+
+use serde_json::Value;
+
+use super::{Agent, Finding, Patient};
+use crate::{agent::knock, api::block_on};
+
+/// So often down within the events that are kept, and a member comes and goes.
+const FLAPS: usize = 3;
+
+pub fn examine(patient: &Patient, findings: &mut Vec<Finding>) {
+    let Some(agent) = &patient.agent else {
+        findings.push(no_agent(patient));
+        findings.extend(seeds(patient));
+        return;
+    };
+    let Agent { status, routes, events } = agent;
+    let mut told: Vec<&str> = Vec::new();
+    let paths = paths(status, &mut told);
+    let identity = identity(status, &mut told);
+    findings
+        .push(Finding::ok("seeds", format!("{} connections to members", status["connections"])));
+    findings.extend(complaints(status, &told, findings));
+    findings.extend(members(status, events));
+    findings.extend(paths);
+    findings.extend(addresses(status));
+    findings.push(identity);
+    findings.push(offload(status));
+    findings.push(tables(routes));
+}
+
+fn each<'a>(value: &'a Value, key: &str) -> impl Iterator<Item = &'a Value> {
+    value[key].as_array().into_iter().flatten()
+}
+
+fn text<'a>(value: &'a Value, key: &str) -> &'a str {
+    value[key].as_str().unwrap_or_default()
+}
+
+fn no_agent(patient: &Patient) -> Finding {
+    Finding::problem(
+        "agent",
+        patient.agent_error.clone().unwrap_or_else(|| "no agent answers".to_owned()),
+        "what it has programmed goes on working, but nothing is repaired and nobody new is reached",
+        "start it: systemctl start gossamer, or gossamer agent",
+    )
+}
+
+/// What the agent complains of that no other check has told.
+fn complaints(status: &Value, told: &[&str], findings: &[Finding]) -> Vec<Finding> {
+    let is_told = |problem: &str| {
+        told.contains(&problem)
+            || findings
+                .iter()
+                .any(|finding| finding.fix.is_some() && problem.starts_with(finding.seen.as_str()))
+    };
+    let problems = each(status, "problems").filter_map(Value::as_str);
+    let mut complaints: Vec<Finding> = problems
+        .filter(|problem| !is_told(problem))
+        .map(|problem| Finding::sentence("agent", problem))
+        .collect();
+    if status["converged"] != true && complaints.is_empty() {
+        complaints.push(Finding::problem(
+            "agent",
+            format!("it has not converged (it is {})", text(status, "phase")),
+            "until then its pods are not reached by all",
+            "wait a moment: gossamer status --wait; then see its log",
+        ));
+    }
+    if text(status, "version") != env!("CARGO_PKG_VERSION") {
+        complaints.push(Finding::warning(
+            "agent",
+            format!(
+                "it runs version {}, this is {}",
+                text(status, "version"),
+                env!("CARGO_PKG_VERSION")
+            ),
+            "the program was replaced, and the agent goes on with the old one",
+            "restart it, which costs no packet: systemctl restart gossamer",
+        ));
+    }
+    if complaints.is_empty() {
+        complaints
+            .push(Finding::ok("agent", format!("converged, with {}", text(status, "subnet"))));
+    }
+    complaints
+}
+
+fn members(status: &Value, events: &Value) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    let present = || {
+        each(status, "members")
+            .filter(|member| member["left"] == false && member["forgotten"] == false)
+    };
+    for member in present() {
+        let (name, state) = (text(member, "name"), text(member, "liveness"));
+        if state != "alive" && state != "suspect" {
+            let state = if state.is_empty() { "has not been heard of" } else { "is down" };
+            findings.push(Finding::problem(
+                "members",
+                format!("{name} ({}) {state}", text(member, "address")),
+                "its subnet stays its own: nobody else is given it, and its pods may still be reached",
+                format!("start its agent; if that host is gone for good: gossamer forget {name}"),
+            ));
+        }
+    }
+    let mut downs: BTreeMap<&str, usize> = BTreeMap::new();
+    for event in each(events, "events").filter(|event| event["kind"] == "member") {
+        if let Some(name) = text(event, "text").strip_suffix(" is down") {
+            *downs.entry(name).or_default() += 1;
+        }
+    }
+    for (name, count) in downs.into_iter().filter(|(_, count)| *count >= FLAPS) {
+        findings.push(Finding::warning(
+            "members",
+            format!("{name} was down {count} times"),
+            "a member that comes and goes is a bad link, an overloaded host, or an agent that crashes",
+            format!("gossamer events; on {name}: journalctl -u gossamer; gossamer ping {name}"),
+        ));
+    }
+    if findings.is_empty() {
+        findings.push(Finding::ok("members", format!("{} alive", present().count())));
+    }
+    findings
+}
+
+fn paths<'a>(status: &'a Value, told: &mut Vec<&'a str>) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    for path in each(status, "paths") {
+        let (name, state) = (text(path, "name"), text(path, "state"));
+        if let Some(problem) = path["problem"].as_str() {
+            told.push(problem);
+            findings.push(Finding::sentence("paths", problem));
+        } else if matches!(state, "dead" | "withdrawn") {
+            findings.push(Finding::problem(
+                "paths",
+                format!("{name} is {state}: neither its agent nor its kernel answers"),
+                "its pods are not reached",
+                format!("start that host, or if it is gone for good: gossamer forget {name}"),
+            ));
+        }
+    }
+    if findings.is_empty() {
+        let ok = each(status, "paths").filter(|path| path["state"] == "ok").count();
+        findings
+            .push(Finding::ok("paths", format!("{ok} of {} ok", each(status, "paths").count())));
+    }
+    findings
+}
+
+fn addresses(status: &Value) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    let present: Vec<&Value> = each(status, "members")
+        .filter(|member| member["left"] == false && member["forgotten"] == false)
+        .collect();
+    for (key, what) in [("address", "address"), ("underlay", "underlay address"), ("name", "name")]
+    {
+        let mut holders: BTreeMap<&str, Vec<String>> = BTreeMap::new();
+        for member in &present {
+            let who = format!("{} ({})", text(member, "name"), text(member, "node"));
+            holders.entry(text(member, key)).or_default().push(who);
+        }
+        for (value, holders) in holders.into_iter().filter(|(_, holders)| holders.len() > 1) {
+            let who = holders.join(", ");
+            let gone = "if one of them is a former self of the other: gossamer forget ID";
+            findings.push(match key {
+                "name" => Finding::warning(
+                    "addresses",
+                    format!("{} members are called {value}: {who}", holders.len()),
+                    "commands that take a name cannot tell them apart",
+                    format!("{gone}; otherwise set node_name"),
+                ),
+                _ => Finding::problem(
+                    "addresses",
+                    format!("{} members have the {what} {value}: {who}", holders.len()),
+                    "packets for the one reach the other",
+                    format!("{gone}; otherwise set advertise on each"),
+                ),
+            });
+        }
+        if key == "underlay" && !findings.is_empty() {
+            // The address of gossip is the same one, told already.
+            findings.dedup_by_key(|finding| finding.verdict);
+        }
+    }
+    if findings.is_empty() {
+        findings.push(Finding::ok("addresses", "each member has its own address and name"));
+    }
+    findings
+}
+
+fn identity<'a>(status: &'a Value, told: &mut Vec<&'a str>) -> Finding {
+    let mut problems = each(status, "problems").filter_map(Value::as_str);
+    let about = |problem: &&str| problem.contains("state directory was");
+    match problems.find(about) {
+        Some(problem) => {
+            told.push(problem);
+            Finding::sentence("identity", problem)
+        }
+        None => Finding::ok("identity", format!("this node alone is {}", text(status, "node"))),
+    }
+}
+
+fn offload(status: &Value) -> Finding {
+    let kernel = &status["kernel"];
+    if kernel["repairs"]["checksum offload"].as_u64() > Some(0) {
+        return Finding::warning(
+            "offload",
+            "packets whose checksums were left to the network card did not arrive",
+            "the agent has the kernel fill them in since, which costs some throughput",
+            format!(
+                "update the driver or firmware of {}, then restart the agent",
+                text(kernel, "underlay_interface")
+            ),
+        );
+    }
+    Finding::ok("offload", "checksums arrive as they should")
+}
+
+fn tables(routes: &Value) -> Finding {
+    let differ: Vec<&Value> =
+        each(routes, "entries").filter(|entry| entry["verdict"] != "same").collect();
+    match differ.first() {
+        None => Finding::ok(
+            "tables",
+            format!("{} entries, all as they should be", each(routes, "entries").count()),
+        ),
+        Some(first) => Finding::problem(
+            "tables",
+            format!(
+                "{} entries of the kernel differ, the first: {} {} is {}",
+                differ.len(),
+                text(first, "table"),
+                text(first, "key"),
+                text(first, "verdict")
+            ),
+            "somebody changes them faster than they are put right, or the kernel refuses them",
+            "gossamer routes --differences; see what else manages routes here (NetworkManager, FRR)",
+        ),
+    }
+}
+
+/// Whether members could be joined by what is configured.
+fn seeds(patient: &Patient) -> Vec<Finding> {
+    let Ok(config) = &patient.config else { return Vec::new() };
+    if config.seeds.is_empty() {
+        return vec![Finding::ok("seeds", "none are configured")];
+    }
+    let Some(token) = &config.token else {
+        return vec![Finding::skipped("seeds", "without a token none of them answers")];
+    };
+    let answers = match block_on(knock(&config.seeds, &token.secret)) {
+        Ok(Ok(answers)) => answers,
+        Ok(Err(error)) => return vec![Finding::skipped("seeds", error.to_string())],
+        Err(error) => return vec![Finding::skipped("seeds", error.to_string())],
+    };
+    let mut findings = Vec::new();
+    let reached = answers.iter().filter(|(_, answer)| answer.is_ok()).count();
+    for (seed, answer) in answers {
+        let Err(error) = answer else { continue };
+        let is_token = matches!(error, crate::core::CallError::Rejected(_));
+        let (why, fix) = if is_token {
+            (
+                "its secret is another one than ours",
+                "copy the token anew: on a member, gossamer token",
+            )
+        } else {
+            (
+                "a host joins by one member that it reaches",
+                "see that its agent runs and that UDP is open there: allow the port in both firewalls",
+            )
+        };
+        let seen = format!("{seed}: {error}");
+        // One that answers is enough.
+        findings.push(match reached {
+            0 => Finding::problem("seeds", seen, why, fix),
+            _ => Finding::warning("seeds", seen, why, fix),
+        });
+    }
+    if findings.is_empty() {
+        findings.push(Finding::ok("seeds", format!("{reached} answer, and take our secret")));
+    }
+    findings
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::{super::Verdict, *};
+
+    fn member(name: &str, address: &str) -> Value {
+        json!({
+            "name": name, "node": format!("id-{name}"), "address": address, "liveness": "alive",
+            "underlay": address.split(':').next(), "left": false, "forgotten": false,
+        })
+    }
+
+    fn is_bad(finding: &Finding, words: &str) -> bool {
+        finding.verdict > Verdict::Skipped && finding.seen.contains(words)
+    }
+
+    #[test]
+    fn addresses_and_names_that_two_members_have_are_named_once() {
+        let members = [member("a", "192.0.2.1:8473"), member("b", "192.0.2.1:8473")];
+        let found = addresses(&json!({ "members": members }));
+        assert!(found.len() == 1 && is_bad(&found[0], "the address 192.0.2.1:8473"), "{found:?}");
+        // Behind one address with two ports.
+        let members = [member("a", "192.0.2.1:1"), member("b", "192.0.2.1:2")];
+        let found = addresses(&json!({ "members": members }));
+        assert!(found.len() == 1 && is_bad(&found[0], "the underlay address"), "{found:?}");
+        let members = [member("a", "192.0.2.1:8473"), member("a", "192.0.2.2:8473")];
+        let found = addresses(&json!({ "members": members }));
+        assert!(found.len() == 1 && is_bad(&found[0], "are called a"), "{found:?}");
+        let members = [member("a", "192.0.2.1:8473"), member("b", "192.0.2.2:8473")];
+        assert_eq!(addresses(&json!({ "members": members }))[0].verdict, Verdict::Ok);
+    }
+
+    #[test]
+    fn a_member_that_comes_and_goes_is_named() {
+        let status = json!({ "members": [member("a", "192.0.2.1:8473")] });
+        let down = json!({ "kind": "member", "text": "a is down" });
+        let events = |count| json!({ "events": vec![down.clone(); count] });
+        assert_eq!(members(&status, &events(FLAPS - 1))[0].verdict, Verdict::Ok);
+        assert!(is_bad(&members(&status, &events(FLAPS))[0], "a was down 3 times"));
+    }
+
+    #[test]
+    fn copies_cards_and_entries_that_are_wrong_are_named() {
+        let problem = "this node's key is in use twice: its state directory was copied";
+        let mut told = Vec::new();
+        let status = json!({ "problems": [problem] });
+        assert!(is_bad(&identity(&status, &mut told), problem));
+        assert_eq!(told, [problem], "and nobody else tells it again");
+        let status = json!({ "kernel": { "repairs": { "checksum offload": 1 } } });
+        assert!(is_bad(&offload(&status), "checksums"));
+        let entry = json!({ "table": "fdb", "key": "aa", "verdict": "missing" });
+        assert!(is_bad(&tables(&json!({ "entries": [entry] })), "fdb aa is missing"));
+    }
+}

@@ -1,0 +1,292 @@
+//! The host without any agent: rights, kernel, interfaces, sysctls, ports, other overlays, MTUs.
+
+use std::{
+    fs, io,
+    net::{Ipv4Addr, UdpSocket},
+};
+
+use nix::sched::{CloneFlags, unshare};
+use rtnetlink::{LinkBridge, LinkVeth, LinkVxlan};
+
+use super::{Finding, Numbers, Patient};
+use crate::{
+    agent::choose_underlay,
+    dataplane::{
+        desired::{Mode, device_name},
+        firewall::Firewall,
+        kernel::{FirewallTable, Kernel, sysctl},
+    },
+    netlink::{Netlink, in_thread, link::Link},
+};
+
+/// Devices and ports of other overlays.
+const OTHERS: [(&str, &str); 6] = [
+    ("flannel", "flannel"),
+    ("weave", "Weave Net"),
+    ("cilium", "Cilium"),
+    ("vxlan.calico", "Calico"),
+    ("vxlan-", "Docker Swarm"),
+    ("genev_sys", "Open vSwitch"),
+];
+/// What IPv6 needs (RFC 8200, 5).
+const MIN_MTU: u32 = 1280;
+
+pub fn examine(patient: &Patient, findings: &mut Vec<Finding>) {
+    let numbers = patient.numbers();
+    let rights = privileges(findings);
+    if rights.all {
+        findings.push(kernel());
+    } else {
+        findings.push(Finding::skipped("kernel", "takes root"));
+    }
+    let mode = patient.config.as_ref().map_or(Mode::Vxlan, |config| config.mode);
+    let underlay = underlay(patient, findings);
+    sysctls(&numbers, mode, underlay.as_deref(), findings);
+    ports(patient, &numbers, findings);
+    match Netlink::open().and_then(|mut netlink| netlink.links()) {
+        Ok(links) => {
+            findings.extend(overlays(&links, &numbers));
+            findings.extend(mtu(patient, &links, underlay.as_deref()));
+        }
+        Err(error) => findings.push(Finding::skipped("overlays", format!("netlink: {error}"))),
+    }
+    overlap(patient, &numbers, findings);
+}
+
+struct Rights {
+    all: bool,
+}
+
+/// By `CapEff` of proc_pid_status(5); numbers of linux/capability.h.
+fn privileges(findings: &mut Vec<Finding>) -> Rights {
+    const NEEDED: [(u8, &str, &str); 3] = [
+        (12, "CAP_NET_ADMIN", "it cannot program the kernel"),
+        (13, "CAP_NET_RAW", "it cannot probe the overlay, and withdraws nobody"),
+        (21, "CAP_SYS_ADMIN", "it cannot connect pods (CNI, Docker)"),
+    ];
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let held = line.and_then(|text| u64::from_str_radix(text.trim(), 16).ok()).unwrap_or(0);
+    let lacking: Vec<_> = NEEDED.iter().filter(|(bit, ..)| held & 1 << bit == 0).collect();
+    for (_, name, consequence) in &lacking {
+        let fix = format!("run it as root, or with {name} (AmbientCapabilities= of its unit)");
+        let seen = format!("{name} is not held by this process");
+        findings.push(Finding::problem(
+            "privileges",
+            seen,
+            format!("without it {consequence}"),
+            fix,
+        ));
+    }
+    if lacking.is_empty() {
+        let names = NEEDED.map(|(_, name, _)| name).join(", ");
+        findings.push(Finding::ok("privileges", names));
+    }
+    Rights { all: lacking.is_empty() }
+}
+
+/// Makes one of each in a network namespace that is gone afterwards.
+fn kernel() -> Finding {
+    let trial = in_thread(|| {
+        unshare(CloneFlags::CLONE_NEWNET)?;
+        let mut netlink = Netlink::open()?;
+        let fail =
+            |what: &str, error: io::Error| io::Error::new(error.kind(), format!("{what}: {error}"));
+        netlink
+            .create_link(LinkVeth::new("a", "b").build())
+            .map_err(|error| fail("veth (module veth)", error))?;
+        netlink
+            .create_link(LinkBridge::new("c").build())
+            .map_err(|error| fail("bridge (module bridge)", error))?;
+        netlink
+            .create_link(LinkVxlan::new("d", 1).port(8472).build())
+            .map_err(|error| fail("VXLAN (module vxlan)", error))?;
+        let network = "10.42.0.0/16".parse().map_err(io::Error::other)?;
+        let firewall = Firewall {
+            table: "doctor".to_owned(),
+            guard: None,
+            masquerade: vec![(network, network)],
+        };
+        FirewallTable::open()
+            .and_then(|mut table| table.write(&firewall))
+            .map_err(|error| fail("nftables (modules nf_tables, nf_nat, nft_masq)", error))
+    });
+    match trial {
+        Ok(()) => Finding::ok("kernel", "VXLAN, veth, bridge and nftables can be made"),
+        Err(error) => Finding::problem(
+            "kernel",
+            error.to_string(),
+            "the overlay is made of these",
+            "load the module it names (modprobe), or install the kernel's extra modules",
+        ),
+    }
+}
+
+/// Gives the interface's name.
+fn underlay(patient: &Patient, findings: &mut Vec<Finding>) -> Option<String> {
+    let config = patient.config.as_ref().ok()?;
+    let chosen = Netlink::open().map_err(|error| error.to_string()).and_then(|mut netlink| {
+        choose_underlay(&mut netlink, config).map_err(|error| error.to_string())
+    });
+    match chosen {
+        Ok(chosen) => {
+            let seen = format!("{} on {}", chosen.local, chosen.name);
+            findings.push(Finding::ok("underlay", seen));
+            Some(chosen.name)
+        }
+        Err(error) => {
+            findings.push(Finding::problem(
+                "underlay",
+                error,
+                "members reach this host by the address of that interface",
+                "name it: iface = \"eth0\" (a name, an address or a regex), or give the host a default route",
+            ));
+            None
+        }
+    }
+}
+
+fn sysctls(numbers: &Numbers, mode: Mode, underlay: Option<&str>, findings: &mut Vec<Finding>) {
+    let device = device_name(numbers.vni);
+    let wanted = sysctl::wanted(&numbers.networks, &device, mode, underlay.unwrap_or("all"));
+    let wrong: Vec<_> = wanted.iter().filter_map(|setting| setting.wrong()).collect();
+    if wrong.is_empty() {
+        findings.push(Finding::ok("sysctls", "forwarding is on"));
+    }
+    findings.extend(wrong.into_iter().map(|(seen, why, command)| {
+        let fix = format!("{command} (and a file in /etc/sysctl.d), or set_sysctls = true");
+        Finding::problem("sysctls", seen, why, fix)
+    }));
+}
+
+/// With an agent both ports are its own.
+fn ports(patient: &Patient, numbers: &Numbers, findings: &mut Vec<Finding>) {
+    let before = findings.len();
+    if patient.agent.is_none() {
+        if let Err(error) = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, numbers.gossip_port)) {
+            findings.push(Finding::problem(
+                "ports",
+                format!("UDP {}: {error}", numbers.gossip_port),
+                "the agent listens there for gossip",
+                format!(
+                    "see who has it (ss -lunp 'sport = :{}'), and stop that, or set listen",
+                    numbers.gossip_port
+                ),
+            ));
+        }
+        let name = device_name(numbers.vni);
+        let free = Kernel::open()
+            .map_err(Into::into)
+            .and_then(|mut kernel| kernel.preflight(&name, numbers.vni, numbers.vxlan_port));
+        if let Err(error) = free {
+            findings.push(Finding::sentence("ports", &error.to_string()));
+        }
+    }
+    if findings.len() == before {
+        let seen =
+            format!("UDP {} and {} are free or ours", numbers.gossip_port, numbers.vxlan_port);
+        findings.push(Finding::ok("ports", seen));
+    }
+}
+
+fn overlays(links: &[Link], numbers: &Numbers) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    let own = device_name(numbers.vni);
+    for link in links.iter().filter(|link| link.name != own) {
+        let known = OTHERS.iter().find(|(prefix, _)| link.name.starts_with(prefix));
+        if let Some((_, whose)) = known {
+            findings.push(Finding::warning(
+                "overlays",
+                format!("interface {} is of {whose}", link.name),
+                "two overlays on one host give pods two networks, and often want the same UDP port",
+                format!("remove {whose} once its pods are gone (ip link del {})", link.name),
+            ));
+        }
+    }
+    if findings.is_empty() {
+        findings.push(Finding::ok("overlays", "no other overlay"));
+    }
+    findings
+}
+
+/// Networks of interfaces that are also the overlay's.
+fn overlap(patient: &Patient, numbers: &Numbers, findings: &mut Vec<Finding>) {
+    let Ok(mut netlink) = Netlink::open() else { return };
+    let (Ok(links), Ok(addresses)) = (netlink.links(), netlink.addresses()) else { return };
+    let bridge = patient.config.as_ref().ok().map(|config| config.bridge_name(numbers.vni));
+    let ours = [Some(device_name(numbers.vni)), bridge];
+    let subnets: Vec<ipnet::IpNet> = ["subnet", "subnet6"]
+        .into_iter()
+        .filter_map(|key| patient.status()?[key].as_str()?.parse().ok())
+        .collect();
+    for address in addresses {
+        let Some(link) = links.iter().find(|link| link.index == address.link) else { continue };
+        // Pods' bridges of whatever kind have an address of this node's own subnet.
+        let is_ours = ours.iter().flatten().any(|name| *name == link.name)
+            || subnets.iter().any(|subnet| subnet.contains(&address.ip));
+        let network = numbers.networks.iter().find(|network| network.contains(&address.ip));
+        if let (false, Some(network)) = (is_ours, network) {
+            findings.push(Finding::problem(
+                "overlays",
+                format!("{} on {} is in the overlay's network {network}", address.ip, link.name),
+                "addresses there lead out of that interface instead of to pods",
+                "give the overlay another network (--network when it is founded), or that interface",
+            ));
+        }
+    }
+}
+
+fn mtu(patient: &Patient, links: &[Link], underlay: Option<&str>) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    let vni = patient.numbers().vni;
+    let device = links.iter().find(|link| link.name == device_name(vni));
+    let carrier = underlay.and_then(|name| links.iter().find(|link| link.name == name));
+    let own = device.map(|device| device.mtu);
+    if let (Some(mtu), Some(carrier)) = (own, carrier)
+        && mtu + 50 > carrier.mtu
+    {
+        findings.push(Finding::problem(
+            "mtu",
+            format!("the overlay carries {mtu} bytes, {} only {}", carrier.name, carrier.mtu),
+            "large packets are lost, small ones get through: connections begin and then hang",
+            format!(
+                "set mtu = {} or less, or raise that of {}",
+                carrier.mtu.saturating_sub(50),
+                carrier.name
+            ),
+        ));
+    }
+    if let Some(mtu) = own.filter(|mtu| *mtu < MIN_MTU) {
+        findings.push(Finding::warning(
+            "mtu",
+            format!("the overlay carries {mtu} bytes"),
+            "the kernel turns IPv6 off on interfaces below 1280 bytes",
+            "raise the underlay's MTU, if pods are to speak IPv6",
+        ));
+    }
+    let bridge = patient.config.as_ref().ok().map(|config| config.bridge_name(vni));
+    let bridge = bridge.and_then(|name| links.iter().find(|link| link.name == name));
+    let pods = bridge.into_iter().flat_map(|bridge| {
+        links.iter().filter(|link| link.is_plugged_into(bridge.index)).chain([bridge])
+    });
+    for link in pods.filter(|link| own.is_some_and(|mtu| link.mtu > mtu)) {
+        findings.push(Finding::problem(
+            "mtu",
+            format!("{} has MTU {}, the overlay {}", link.name, link.mtu, own.unwrap_or_default()),
+            "large packets of that pod are lost on their way to other hosts",
+            format!(
+                "ip link set {} mtu {} (in the pod too), or start the pod anew",
+                link.name,
+                own.unwrap_or_default()
+            ),
+        ));
+    }
+    if findings.is_empty() {
+        let seen = match (own, carrier) {
+            (Some(mtu), Some(carrier)) => format!("{mtu} in {} of {}", carrier.mtu, carrier.name),
+            _ => "no overlay device yet".to_owned(),
+        };
+        findings.push(Finding::ok("mtu", seen));
+    }
+    findings
+}

@@ -1,0 +1,214 @@
+//! What this host remembers: settings, state directory, database, token, and the clock.
+
+use std::{
+    fs, io,
+    os::unix::fs::PermissionsExt as _,
+    path::Path,
+    time::{Duration, SystemTime},
+};
+
+use nix::sys::statvfs::statvfs;
+
+use super::{Finding, Patient};
+use crate::{
+    config::Config,
+    store::{Database, History, Opened, read_token},
+    wire::{Record, Token},
+};
+
+/// Less free space than this and a database of some thousand records may not be written.
+const SPACE: u64 = 16 << 20;
+/// No host of today has an earlier clock that is right: 2025-01-01.
+const EARLIEST: Duration = Duration::from_secs(1_735_689_600);
+/// A change of ownership that is so far in the future was noted by another clock.
+const TOLERANCE: u64 = 300;
+
+pub fn configuration(patient: &Patient, findings: &mut Vec<Finding>) {
+    findings.push(match &patient.config {
+        Ok(_) => Finding::ok("configuration", "all settings fit together"),
+        Err(error) => Finding::sentence("configuration", &error.to_string()),
+    });
+}
+
+pub fn examine(patient: &Patient, findings: &mut Vec<Finding>) {
+    let Ok(config) = &patient.config else {
+        let seen = "the settings cannot be used";
+        return findings.extend(["clock", "state", "token"].map(|c| Finding::skipped(c, seen)));
+    };
+    findings.push(clock(&config.state_dir));
+    let before = findings.len();
+    directory(&config.state_dir, findings);
+    if patient.agent.is_none() && findings.len() == before {
+        findings.extend(database(&config.state_dir));
+    }
+    if findings.len() == before {
+        let seen = match config.state_dir.exists() {
+            true => format!("{} can be read and written", config.state_dir.display()),
+            false => format!("{} is not there yet", config.state_dir.display()),
+        };
+        findings.push(Finding::ok("state", seen));
+    }
+    findings.push(token(patient, config));
+}
+
+fn clock(state_dir: &Path) -> Finding {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let text = |at: Duration| humantime::format_rfc3339_seconds(SystemTime::UNIX_EPOCH + at);
+    let why = "no lease depends on it, but certificates of others, logs and events do";
+    let fix =
+        "set it (timedatectl set-ntp true, or date -s), and give the host a clock that is kept";
+    if now < EARLIEST {
+        let seen = format!("this host believes it is {}", text(now));
+        return Finding::warning("clock", seen, why, fix);
+    }
+    let lines = History::new(state_dir).read().unwrap_or_default();
+    let last = lines.iter().filter_map(|line| line["at"].as_u64()).max().unwrap_or(0);
+    if last > now.as_secs() + TOLERANCE {
+        let seen = format!(
+            "it is {}, and this host noted a change of subnets at {}",
+            text(now),
+            text(Duration::from_secs(last))
+        );
+        return Finding::warning("clock", seen, why, fix);
+    }
+    Finding::ok("clock", text(now).to_string())
+}
+
+fn directory(path: &Path, findings: &mut Vec<Finding>) {
+    let Ok(meta) = fs::metadata(path) else { return };
+    let shown = path.display();
+    if meta.permissions().mode() & 0o077 != 0 {
+        findings.push(Finding::problem(
+            "state",
+            format!(
+                "{shown} can be entered by others (mode {:o})",
+                meta.permissions().mode() & 0o777
+            ),
+            "the secret and this node's key are in it",
+            format!("chmod 700 {shown}, then rotate the secret (gossamer secret add)"),
+        ));
+    }
+    let token = path.join("token");
+    let exposed = fs::metadata(&token).is_ok_and(|meta| meta.permissions().mode() & 0o077 != 0);
+    if exposed {
+        findings.push(Finding::problem(
+            "state",
+            format!("{} can be read by others", token.display()),
+            "whoever has the secret is a member",
+            format!("chmod 600 {}, then rotate the secret (gossamer secret add)", token.display()),
+        ));
+    }
+    if let Ok(space) = statvfs(path) {
+        let free = space.blocks_available() * space.fragment_size();
+        if free < SPACE {
+            findings.push(Finding::problem(
+                "state",
+                format!("{} KiB are free where {shown} is", free >> 10),
+                "what cannot be written is not granted: joins and new pods wait",
+                format!("make room (df -h {shown})"),
+            ));
+        }
+        if space.flags().contains(nix::sys::statvfs::FsFlags::ST_RDONLY) {
+            findings.push(Finding::problem(
+                "state",
+                format!("{shown} is on a file system that is mounted read-only"),
+                "the agent cannot keep its subnet, and does not start",
+                format!("mount -o remount,rw it (findmnt -T {shown}), or set state_dir"),
+            ));
+        }
+    }
+}
+
+/// Opens a copy: whatever is wrong with it, it stays as it is.
+fn database(state_dir: &Path) -> Option<Finding> {
+    let original = state_dir.join("db");
+    if !original.exists() {
+        return None;
+    }
+    let token = read_token(state_dir).ok().flatten();
+    let was_in_one = token.as_ref().and_then(Token::known_cluster).is_some();
+    let opened = copied(&original).and_then(|copy| {
+        let opened = Database::open(&copy).map_err(io::Error::other);
+        let found = opened.map(|Opened { quarantined, records, .. }| {
+            let knows = records.iter().any(|(_, record)| matches!(record, Record::Cluster(_)));
+            quarantined.map(|(_, why)| format!("cannot be read: {why}")).or_else(|| {
+                (!knows && was_in_one).then(|| "knows of no cluster any more".to_owned())
+            })
+        });
+        let _ = fs::remove_dir_all(copy.parent().unwrap_or(&copy));
+        found
+    });
+    match opened {
+        Ok(None) => None,
+        Ok(Some(why)) => Some(Finding::problem(
+            "state",
+            format!("the database {} {why}", original.display()),
+            "at its next start the agent asks the members for everything anew",
+            "nothing, if another member is reachable; or restore a backup of the whole state directory",
+        )),
+        Err(error) => Some(Finding::problem(
+            "state",
+            format!("the database {}: {error}", original.display()),
+            "the agent does not start without it",
+            "restore the state directory, or remove it to become a new node",
+        )),
+    }
+}
+
+/// A copy of the database in a directory of its own.
+fn copied(original: &Path) -> io::Result<std::path::PathBuf> {
+    let directory = std::env::temp_dir().join(format!("gossamer-doctor-{}", std::process::id()));
+    let copy = directory.join("db");
+    copy_all(original, &copy)?;
+    Ok(copy)
+}
+
+fn copy_all(from: &Path, to: &Path) -> io::Result<()> {
+    fs::create_dir_all(to)?;
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        let target = to.join(entry.file_name());
+        if entry.file_type()?.is_dir() {
+            copy_all(&entry.path(), &target)?;
+        } else {
+            fs::copy(entry.path(), target)?;
+        }
+    }
+    Ok(())
+}
+
+fn token(patient: &Patient, config: &Config) -> Finding {
+    let saved: Result<Option<Token>, _> = read_token(&config.state_dir);
+    let saved = match saved {
+        Ok(saved) => saved,
+        Err(error) => {
+            return Finding::problem(
+                "token",
+                error.to_string(),
+                "without it a lost database cannot be got back from the members",
+                "write it anew on another member (gossamer token), and pass it with --token-file",
+            );
+        }
+    };
+    let in_cluster = patient.status().and_then(|status| status["cluster"].as_str());
+    let given = config.token.as_ref().and_then(Token::known_cluster);
+    let known = saved.as_ref().and_then(Token::known_cluster);
+    let ours = in_cluster.map(str::to_owned).or(known.map(|cluster| cluster.to_string()));
+    match (given.map(|cluster| cluster.to_string()), ours) {
+        (Some(given), Some(ours)) if given != ours => Finding::problem(
+            "token",
+            format!("the token is of cluster {given}, this host is in {ours}"),
+            "clusters never merge: the agent keeps to the one it is in",
+            "leave the token out, or leave the cluster first (gossamer leave)",
+        ),
+        (_, Some(ours)) => Finding::ok("token", format!("of cluster {ours}")),
+        _ if config.token.is_some() || saved.is_some() => Finding::ok("token", "there is one"),
+        _ if config.create.is_some() => Finding::ok("token", "this host makes its own (init)"),
+        _ => Finding::problem(
+            "token",
+            "there is none",
+            "a host enters a cluster by its token, or founds one with --init",
+            "on a member: gossamer token > token; here: gossamer agent --token-file token",
+        ),
+    }
+}

@@ -1,0 +1,281 @@
+//! The doctor: nothing on a healthy host, and each fault that is planted by its name.
+
+use std::{
+    fs,
+    net::{Ipv4Addr, UdpSocket},
+    os::unix::fs::PermissionsExt as _,
+};
+
+use gossamer::lab::{Agent, Host, NetNs};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use crate::common::{
+    Cluster, PATIENCE, gossamer_token, isolated, program, run, status_where, tool,
+};
+
+/// What it finds on a host, with the host's own files.
+fn examine(host: &Host, more: &str) -> Vec<Value> {
+    let (socket, state) = (host.dir.join("gossamer.sock"), host.dir.join("state"));
+    let state = if more.contains("--state-dir") {
+        String::new()
+    } else {
+        format!("--state-dir {}", state.display())
+    };
+    let program = program().display();
+    let command = format!("{program} doctor -o json --socket {} {state} {more}", socket.display());
+    let output = run(&host.netns, &command);
+    let answer: Value = serde_json::from_slice(&output.stdout)
+        .unwrap_or_else(|error| panic!("{error}: {}", String::from_utf8_lossy(&output.stderr)));
+    let findings = answer["findings"].as_array().expect("findings").clone();
+    let bad = findings.iter().any(|finding| finding["verdict"] == "problem");
+    assert_eq!(output.status.code(), Some(i32::from(bad)), "{answer:#}");
+    findings
+}
+
+/// Findings that are not "ok".
+fn complaints(host: &Host, more: &str) -> Vec<Value> {
+    let mut findings = examine(host, more);
+    findings.retain(|finding| finding["verdict"] != "ok");
+    findings
+}
+
+#[track_caller]
+fn assert_named(host: &Host, more: &str, check: &str, words: &str) {
+    let complaints = complaints(host, more);
+    let is_it = |finding: &&Value| {
+        finding["check"] == check
+            && matches!(finding["verdict"].as_str(), Some("problem" | "warning"))
+            && finding.to_string().contains(words)
+    };
+    assert!(complaints.iter().any(|finding| is_it(&finding)), "{check} {words}: {complaints:#?}");
+}
+
+fn sh(netns: &NetNs, commands: &str) {
+    commands.split(" && ").for_each(|command| _ = tool(netns, command));
+}
+
+/// Check, words of the finding, and how to make the fault and to take it away again.
+const FAULTS: [(&str, &str, &str, &str); 9] = [
+    (
+        "sysctls",
+        "sysctl -w net.ipv4.ip_forward=1",
+        "sysctl -w net.ipv4.ip_forward=0",
+        "sysctl -w net.ipv4.ip_forward=1",
+    ),
+    (
+        "firewall",
+        "chain inet wall in drops UDP 8472",
+        "nft add table inet wall && nft add chain inet wall in { type filter hook input priority 0 ; } && \
+         nft add rule inet wall in udp dport 8472 drop",
+        "nft delete table inet wall",
+    ),
+    (
+        "firewall",
+        "iptables -I INPUT -p udp --dport 8473 -j ACCEPT",
+        "nft add table ip filter && \
+         nft add chain ip filter INPUT { type filter hook input priority 0 ; policy drop ; } && \
+         nft add rule ip filter INPUT ct state established accept && \
+         nft add rule ip filter INPUT udp dport 8472 accept && \
+         nft add rule ip filter INPUT tcp dport 22 accept",
+        "nft delete table ip filter",
+    ),
+    (
+        "forwarding",
+        "iptables -I FORWARD -s 10.42.0.0/16 -j ACCEPT",
+        "nft add table ip filter && \
+         nft add chain ip filter FORWARD { type filter hook forward priority 0 ; policy drop ; }",
+        "nft delete table ip filter",
+    ),
+    (
+        "docker",
+        "--allow-direct-routing",
+        "nft add table ip raw && \
+         nft add chain ip raw PREROUTING { type filter hook prerouting priority -300 ; } && \
+         nft add rule ip raw PREROUTING ip daddr 10.42.7.9 iifname != docker0 drop",
+        "nft delete table ip raw",
+    ),
+    (
+        "overlays",
+        "flannel.1 is of flannel",
+        "ip link add flannel.1 type vxlan id 9 dstport 8479",
+        "ip link del flannel.1",
+    ),
+    (
+        "overlays",
+        "10.42.250.5 on br0 is in the overlay's network",
+        "ip link add br0 type bridge && ip addr add 10.42.250.5/24 dev br0",
+        "ip link del br0",
+    ),
+    (
+        "mtu",
+        "gsm0 has MTU 9000, the overlay 1450",
+        "ip link add name gsm0 mtu 9000 type bridge",
+        "ip link del gsm0",
+    ),
+    (
+        "firewall",
+        "drops UDP 8472",
+        "iptables -A INPUT -p udp --dport 8472 -j DROP",
+        "iptables -D INPUT -p udp --dport 8472 -j DROP",
+    ),
+];
+
+#[test]
+fn what_is_planted_on_a_host_is_named_and_on_a_healthy_one_there_is_nothing() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 3)?;
+        for agent in &mut cluster.agents {
+            status_where(agent, |status| {
+                let mut paths = status["paths"].as_array().expect("paths").iter();
+                status["converged"] == true && paths.all(|path| path["state"] == "ok")
+            });
+        }
+        for host in &cluster.hosts {
+            let findings = examine(host, "");
+            let complaints: Vec<_> = findings.iter().filter(|f| f["verdict"] != "ok").collect();
+            assert!(complaints.is_empty(), "{}: {complaints:#?}", host.name);
+            assert!(findings.len() >= 22, "{findings:#?}");
+        }
+        let host = &cluster.hosts[0];
+        for (check, words, plant, remove) in FAULTS {
+            if plant.starts_with("iptables") && run_is_missing(&host.netns, "iptables --version") {
+                continue;
+            }
+            sh(&host.netns, plant);
+            assert_named(host, "", check, words);
+            sh(&host.netns, remove);
+        }
+        let state = host.dir.join("state");
+        for (file, mode, right, words) in [
+            (state.clone(), 0o755, 0o700, "chmod 700"),
+            (state.join("token"), 0o644, 0o600, "chmod 600"),
+        ] {
+            fs::set_permissions(&file, fs::Permissions::from_mode(mode))?;
+            assert_named(host, "", "state", words);
+            fs::set_permissions(&file, fs::Permissions::from_mode(right))?;
+        }
+        let history = fs::read_to_string(state.join("history"))?;
+        fs::write(state.join("history"), format!("{history}{{\"at\": 4000000000}}\n"))?;
+        assert_named(host, "", "clock", "2096-10-02");
+        fs::write(state.join("history"), history)?;
+        if !run_is_missing(&host.netns, "setpriv --version") {
+            let doctor = format!("setpriv --bounding-set=-net_raw {} doctor", program().display());
+            let said = String::from_utf8(run(&host.netns, &doctor).stdout)?;
+            assert!(said.contains("CAP_NET_RAW is not held"), "{said}");
+        }
+        // What is done about it repairs it: it is healthy again.
+        status_where(&mut cluster.agents[0], |status| status["problems"] == serde_json::json!([]));
+        assert_eq!(complaints(&cluster.hosts[0], ""), [Value::Null; 0]);
+
+        // An agent that hangs.
+        let pid = nix::unistd::Pid::from_raw(cluster.agents[0].pid().cast_signed());
+        nix::sys::signal::kill(pid, Signal::SIGSTOP)?;
+        assert_named(&cluster.hosts[0], "", "agent", "does not answer within 5s");
+        nix::sys::signal::kill(pid, Signal::SIGCONT)?;
+
+        // A neighbour's wall, and a member that is dead.
+        let wall = "nft add table inet wall && \
+                    nft add chain inet wall in { type filter hook input priority 0 ; } && \
+                    nft add rule inet wall in udp dport 8472 drop";
+        sh(&cluster.hosts[1].netns, wall);
+        status_where(&mut cluster.agents[0], |status| {
+            status["paths"].to_string().contains("one-way")
+        });
+        assert_named(
+            &cluster.hosts[0],
+            "",
+            "paths",
+            "allow UDP 8472 from 10.99.0.10 to 10.99.0.11",
+        );
+        cluster.agents[2].end(Signal::SIGKILL)?;
+        status_where(&mut cluster.agents[0], |status| {
+            status["members"].to_string().contains("down")
+        });
+        assert_named(&cluster.hosts[0], "", "members", "gossamer forget n3");
+        Ok(())
+    });
+}
+
+fn run_is_missing(netns: &NetNs, command: &str) -> bool {
+    let words: Vec<&str> = command.split(' ').collect();
+    let mut probe = std::process::Command::new(words[0]);
+    probe.args(&words[1..]).stdout(std::process::Stdio::null());
+    netns.spawn(&mut probe).is_err()
+}
+
+#[test]
+fn without_an_agent_it_says_what_would_keep_one_from_starting() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let (seed, token) = (cluster.hosts[0].ip, cluster.token.clone());
+        let third = lab.host(3, "n3")?;
+        let fresh = |more: &str| format!("--join {seed} --token {token} {more}");
+        let found = complaints(&third, &fresh(""));
+        assert_eq!(found.len(), 1, "an agent that does not run is all there is: {found:#?}");
+        assert_named(&third, &fresh(""), "agent", "systemctl start gossamer");
+
+        let taken = third.netns.run(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 8473)))?;
+        assert_named(&third, &fresh(""), "ports", "ss -lunp");
+        drop(taken);
+        let taken = third.netns.run(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 8472)))?;
+        assert_named(&third, &fresh(""), "ports", "UDP port 8472 is taken");
+        drop(taken);
+        assert_named(&third, &fresh("--iface nosuch0"), "underlay", "nosuch0");
+        assert_named(&third, "", "token", "gossamer token > token");
+        assert_named(
+            &third,
+            &fresh("--network 10.42.0.0/16 --subnet-len 12"),
+            "configuration",
+            "subnet_len",
+        );
+        let stranger = gossamer_token()?;
+        let wrong = format!("--join {seed} --token {stranger}");
+        assert_named(&third, &wrong, "seeds", "copy the token anew");
+        let nobody = format!("--join 10.99.0.99 --token {token}");
+        assert_named(&third, &nobody, "seeds", "10.99.0.99");
+        let half = format!("--join 10.99.0.99 --join {seed} --token {token}");
+        let found = complaints(&third, &half);
+        assert!(found.iter().any(|f| f["check"] == "seeds" && f["verdict"] == "warning"));
+
+        // A database that was damaged while nobody looked, and is left as it is.
+        cluster.agents[1].end(Signal::SIGTERM)?;
+        let host = &cluster.hosts[1];
+        let database = host.dir.join("state/db/db");
+        let mut bytes = fs::read(&database)?;
+        let whole = bytes.clone();
+        bytes.iter_mut().for_each(|byte| *byte ^= 0x5a);
+        fs::write(&database, &bytes)?;
+        assert_named(host, "", "state", "knows of no cluster");
+        assert_eq!(fs::read(&database)?, bytes, "nothing was changed");
+        fs::write(&database, whole)?;
+        assert!(complaints(host, "").iter().all(|finding| finding["check"] != "state"));
+        Ok(())
+    });
+}
+
+#[test]
+fn an_archive_for_whoever_helps_has_no_secret_in_it() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let host = &cluster.hosts[0];
+        let (config, bundle) = (host.dir.join("gossamer.toml"), host.dir.join("bundle.tar.gz"));
+        fs::write(&config, format!("token = \"{}\"\nmtu = 1400\n", cluster.token))?;
+        fs::set_permissions(&config, fs::Permissions::from_mode(0o600))?;
+        let more = format!("--config {} --bundle {}", config.display(), bundle.display());
+        examine(host, &more);
+        assert_eq!(fs::metadata(&bundle)?.permissions().mode() & 0o777, 0o600);
+        let listed = tool(&host.netns, &format!("tar -tzf {}", bundle.display()));
+        for name in ["doctor.json", "status.json", "config.toml", "links.txt", "nftables.txt"] {
+            assert!(listed.contains(&format!("gossamer/{name}")), "{name}: {listed}");
+        }
+        let all = tool(&host.netns, &format!("tar -xzOf {}", bundle.display()));
+        assert!(all.contains("token = \"gsm1.REDACTED\"") && all.contains("mtu = 1400"));
+        assert!(!all.contains(&cluster.token[5..]), "the token is in it");
+        let again = run(&host.netns, &format!("{} doctor {more}", program().display()));
+        let said = String::from_utf8(again.stderr)?;
+        assert!(said.contains("bundle: ") && said.contains("exists"), "{said}");
+        let _ = Agent::subnet(&cluster.agents[0].ask("/v1/status", PATIENCE)?)?;
+        Ok(())
+    });
+}
