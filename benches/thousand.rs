@@ -215,8 +215,10 @@ impl Crowd {
             epoch: Instant::now(),
         };
         for (number, (key, record)) in keys.iter().zip(records).enumerate() {
-            let (transport, mut network) =
-                Transport::bind(record.address, &Credentials::new(secret, key)?)?;
+            let (transport, mut network) = Transport::bind(
+                record.address,
+                &Credentials::new(std::slice::from_ref(secret), key)?,
+            )?;
             let events = events.clone();
             tokio::spawn(async move {
                 while let Some(event) = network.recv().await {

@@ -8,7 +8,7 @@ use std::{
     fs,
     net::{IpAddr, SocketAddr},
     os::unix::fs::PermissionsExt as _,
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::Duration,
 };
 
@@ -113,6 +113,21 @@ impl Config {
     pub fn bridge_name(&self, vni: u32) -> String {
         self.bridge.clone().unwrap_or_else(|| bridge_name(vni))
     }
+}
+
+/// A token in a file that nobody else can read.
+pub fn read_token_file(path: &Path) -> Result<Token, ConfigError> {
+    let field = format!("token_file {}", path.display());
+    let meta = fs::metadata(path).map_err(|error| bad(field.clone(), error))?;
+    if meta.permissions().mode() & 0o077 != 0 {
+        return Err(bad(field, "others may read it: run chmod 600 on it"));
+    }
+    let text = fs::read_to_string(path).map_err(|error| bad(field.clone(), error))?;
+    parse_token(&field, &text)
+}
+
+fn parse_token(field: &str, text: &str) -> Result<Token, ConfigError> {
+    text.parse().map_err(|error: TokenError| bad(field, error))
 }
 
 impl Settings {
@@ -246,22 +261,10 @@ impl Settings {
     }
 
     fn read_token(&self) -> Result<Option<Token>, ConfigError> {
-        let parse = |field: &str, text: &str| {
-            text.parse().map(Some).map_err(|error: TokenError| bad(field, error))
-        };
         match (&self.token, &self.token_file) {
             (Some(_), Some(_)) => Err(bad("token", "set token or token_file, not both")),
-            (Some(text), None) => parse("token", text),
-            (None, Some(path)) => {
-                let field = format!("token_file {}", path.display());
-                let meta = fs::metadata(path).map_err(|e| bad(field.clone(), e))?;
-                if meta.permissions().mode() & 0o077 != 0 {
-                    let problem = "others may read it: run chmod 600 on it";
-                    return Err(bad(field, problem));
-                }
-                let text = fs::read_to_string(path).map_err(|e| bad(field.clone(), e))?;
-                parse(&field, &text)
-            }
+            (Some(text), None) => parse_token("token", text).map(Some),
+            (None, Some(path)) => read_token_file(path).map(Some),
             (None, None) => Ok(None),
         }
     }

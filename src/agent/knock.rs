@@ -17,7 +17,8 @@ pub async fn knock(
     seeds: &[String],
     secret: &Secret,
 ) -> anyhow::Result<Vec<(String, Result<(), CallError>)>> {
-    let credentials = Credentials::new(secret, &NodeKey::from_seed(random()?)?)?;
+    let credentials =
+        Credentials::new(std::slice::from_ref(secret), &NodeKey::from_seed(random()?)?)?;
     let any: SocketAddr = (Ipv6Addr::UNSPECIFIED, 0).into();
     let bound = Transport::bind(any, &credentials);
     let bound = bound.or_else(|_| Transport::bind(([0, 0, 0, 0], 0).into(), &credentials));

@@ -16,6 +16,7 @@ mod pods;
 mod probe;
 mod programmer;
 mod routes;
+mod secrets;
 mod service;
 mod start;
 mod status;
@@ -57,7 +58,7 @@ use crate::{
     model::{NodeId, Time},
     store::{History, StateDir, Writer, Written},
     transport::{Event, Transport},
-    wire::{Secret, Token},
+    wire::{Keyring, Token},
 };
 
 pub use knock::knock;
@@ -102,7 +103,7 @@ struct Agent {
     /// The token as it was last saved.
     saved_token: Option<Token>,
     history: History,
-    secret: Secret,
+    keyring: Keyring,
     /// Whether this process created the state, so that a refusal may remove it.
     fresh: bool,
     /// Who waits for convergence, and for how many members.
@@ -350,7 +351,7 @@ impl Agent {
 
     fn token(&self, seeds: Vec<String>) -> Option<Token> {
         let cluster = self.node.cluster()?.id;
-        Some(Token { cluster, secret: self.secret.clone(), seeds })
+        Some(Token { cluster, secret: self.keyring.in_use().clone(), seeds })
     }
 
     fn on_stop(&mut self, stop: Stop) {
@@ -456,6 +457,7 @@ impl Agent {
             Question::Samples { reply } => _ = reply.send(self.journal.samples()),
             Question::Matrix { reply } => self.show_matrix(reply),
             Question::Routes { reply } => self.show_routes(reply),
+            Question::Secret { step, force, reply } => self.change_secret(step, force, reply),
             Question::Peer { node, reply } => self.show_peer(&node, reply),
             Question::History { reply } => {
                 let lines = self.history.read();

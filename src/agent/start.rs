@@ -30,7 +30,7 @@ use crate::{
     pods::wiring::Wiring,
     store::{Database, Opened, StateDir, StoreError, Writer},
     transport::{BindError, CredentialError, Credentials, NodeKey, Transport},
-    wire::{Record, Secret, Token, TokenError},
+    wire::{Keyring, Record, Secret, Token, TokenError},
 };
 
 const SECRET_LEN: usize = 32;
@@ -160,6 +160,7 @@ async fn start(
         }
     }
     let token = config.token.clone().or(saved);
+    let kept = state.keyring()?;
     let secret = match &token {
         Some(token) => token.secret.clone(),
         None if assigned.is_some() => return Err(StartFailure::NoToken),
@@ -174,6 +175,17 @@ async fn start(
         let seeds = Vec::new();
         state.save_token(&Token { cluster: ClusterId::UNKNOWN, secret: secret.clone(), seeds })?;
     }
+    let mut keyring = kept.unwrap_or_else(|| Keyring::new(secret.clone()));
+    if let Some(given) =
+        config.token.as_ref().filter(|token| keyring.has_dropped(token.secret.id()))
+    {
+        tracing::warn!(
+            secret = %given.secret.id(),
+            "the token of the configuration has a secret that the cluster has done with: replace it \
+             (gossamer token)"
+        );
+    }
+    keyring.bring(&secret);
     let chosen = underlay::choose(&mut Netlink::open()?, &config)?;
     let mut kernel = Kernel::open()?;
     let (vni, port) = match known_cluster {
@@ -185,8 +197,10 @@ async fn start(
     if let Some(settings) = settings {
         kernel.refuse_overlap(&device_name(vni), chosen.link, &settings.pool)?;
     }
-    let (transport, network) =
-        Transport::bind(listen_address(&config, chosen.local)?, &Credentials::new(&secret, &key)?)?;
+    let (transport, network) = Transport::bind(
+        listen_address(&config, chosen.local)?,
+        &Credentials::new(keyring.accepted(), &key)?,
+    )?;
     let port = transport.local_address()?.port();
     let (ip, advertised) = config.advertise.unwrap_or((chosen.local, None));
     let node = NodeConfig {
@@ -275,7 +289,7 @@ async fn start(
         history: state.history(),
         state,
         saved_token: token.filter(|_| known_cluster.is_some()),
-        secret,
+        keyring,
         fresh,
         waiters: Vec::new(),
         rounds: Vec::new(),

@@ -14,7 +14,6 @@ use tokio::sync::oneshot::Sender;
 use super::Agent;
 use crate::{
     api::{Matrix, MatrixPath, MatrixRow},
-    core::ReplyId,
     model::NodeId,
     wire::{Inquiry, PathReport, Report},
 };
@@ -121,19 +120,9 @@ impl Agent {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             problems: u32::try_from(self.problems().len()).unwrap_or(u32::MAX),
             paths: self.path_states().map(path).collect(),
-            secrets: Vec::new(),
+            secrets: self.keyring.ids(),
             refused: None,
         }
-    }
-
-    pub(super) fn on_inquired(&mut self, reply: ReplyId, inquiry: Inquiry) {
-        let report = match inquiry {
-            Inquiry::Report => self.own_report(),
-            Inquiry::Secret(_) => {
-                Report { refused: Some("not yet".to_owned()), ..self.own_report() }
-            }
-        };
-        self.node.report(reply, report);
     }
 
     /// Ends what has taken too long.

@@ -23,6 +23,6 @@ pub use pods::{
     AttachRequest, Attached, AttachedAddress, AttachmentName, PodError, PodErrorKind, PodStatus,
 };
 pub use routes::KernelEntry;
-pub use server::{Question, observe, put, serve};
+pub use server::{Question, SecretStep, observe, put, serve};
 pub use socket::{Socket, SocketError};
 pub use status::{AgentStatus, KernelStatus, MemberState, PathStatus};

@@ -16,6 +16,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::sync::oneshot::{self, Sender};
 
+use crate::wire::{Secret, SecretId, Token};
+
 use super::{
     AgentStatus, AttachRequest, Attached, AttachmentName, EventFeed, KernelEntry, Matrix,
     MatrixRow, PingReport, PodError, PodErrorKind, PodStatus, SAMPLE_INTERVAL, Sample, Socket,
@@ -92,11 +94,27 @@ pub enum Question {
     Routes {
         reply: Sender<Result<Vec<KernelEntry>, String>>,
     },
+    /// Answered with who accepts and who uses which.
+    Secret {
+        step: SecretStep,
+        force: bool,
+        reply: Sender<Result<Value, String>>,
+    },
     /// What a member says of itself.
     Peer {
         node: String,
         reply: Sender<Result<Option<MatrixRow>, String>>,
     },
+}
+
+/// A step of changing the cluster's secret.
+#[derive(Clone, Debug)]
+pub enum SecretStep {
+    List,
+    /// This one, or those there are to members that lack them.
+    Add(Option<Secret>),
+    Use(SecretId),
+    Drop(SecretId),
 }
 
 type Ask = Arc<dyn Fn(Question) -> bool + Send + Sync>;
@@ -113,6 +131,10 @@ pub fn serve(
         .route("/v1/leave", post(leave))
         .route("/v1/forget", post(forget))
         .route("/v1/reset-identity", post(reset_identity))
+        .route("/v1/secrets", get(secrets))
+        .route("/v1/secrets/add", post(add_secret))
+        .route("/v1/secrets/use", post(use_secret))
+        .route("/v1/secrets/drop", post(drop_secret))
         .route("/v1/ping", get(ping))
         .route("/v1/routes", get(routes))
         .route("/v1/peer", get(peer))
@@ -273,6 +295,44 @@ async fn forget(State(ask): State<Ask>, Query(query): Query<ForgetQuery>) -> Res
 async fn reset_identity(State(ask): State<Ask>) -> Response {
     let reset = |()| json!({ "reset": true });
     answer(&ask, |reply| Question::ResetIdentity { reply }, |result| done(result.map(reset))).await
+}
+
+/// A token carries the new secret; without one, those there are go to whoever lacks them.
+#[derive(Deserialize)]
+struct SecretBody {
+    token: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct SecretQuery {
+    secret: String,
+    #[serde(default)]
+    force: bool,
+}
+
+async fn secrets(State(ask): State<Ask>) -> Response {
+    change_secret(&ask, Ok(SecretStep::List), false).await
+}
+
+async fn add_secret(State(ask): State<Ask>, Json(body): Json<SecretBody>) -> Response {
+    let token = body.token.map(|token| token.parse::<Token>()).transpose();
+    let step = token.map(|token| SecretStep::Add(token.map(|token| token.secret)));
+    change_secret(&ask, step.map_err(|error| error.to_string()), false).await
+}
+
+async fn use_secret(State(ask): State<Ask>, Query(query): Query<SecretQuery>) -> Response {
+    change_secret(&ask, query.secret.parse().map(SecretStep::Use), query.force).await
+}
+
+async fn drop_secret(State(ask): State<Ask>, Query(query): Query<SecretQuery>) -> Response {
+    change_secret(&ask, query.secret.parse().map(SecretStep::Drop), query.force).await
+}
+
+async fn change_secret(ask: &Ask, step: Result<SecretStep, String>, force: bool) -> Response {
+    match step {
+        Ok(step) => answer(ask, |reply| Question::Secret { step, force, reply }, done).await,
+        Err(why) => problem(StatusCode::BAD_REQUEST, &why),
+    }
 }
 
 async fn ping(State(ask): State<Ask>, Query(query): Query<PingQuery>) -> Response {

@@ -22,6 +22,7 @@ mod ping;
 mod pods;
 mod reset;
 mod routes;
+mod secret;
 mod status;
 mod token;
 mod version;
@@ -71,6 +72,8 @@ enum Command {
     Lease(lease::LeaseArgs),
     /// Print the token by which other hosts join
     Token(token::TokenArgs),
+    /// Change the cluster's secret in three steps, while everybody goes on talking
+    Secret(secret::SecretArgs),
     /// Leave the cluster for good: hand over the subnet and remove everything from this host
     Leave(Client),
     /// Remove a member that is gone for good, and reclaim its subnets
@@ -131,6 +134,7 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::DockerOpts(args) => docker_opts::run(&args),
         Command::Lease(args) => lease::run(&args),
         Command::Token(args) => token::run(&args),
+        Command::Secret(args) => secret::run(&args),
         Command::Leave(client) => leave::run(&client),
         Command::Forget(args) => forget::run(&args),
         Command::ResetIdentity(args) => reset::run(&args),

@@ -41,7 +41,7 @@ fn text(answer: &Value, _: bool) -> String {
     format!("{}\n", answer["token"].as_str().unwrap_or_default())
 }
 
-fn new_token() -> anyhow::Result<Token> {
+pub fn new_token() -> anyhow::Result<Token> {
     let secret = Secret::new(random::<32>()?.to_vec())?;
     Ok(Token { cluster: ClusterId::UNKNOWN, secret, seeds: Vec::new() })
 }

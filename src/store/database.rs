@@ -58,6 +58,11 @@ pub enum StoreError {
     #[error("state_dir: {}: {error}", path.display())]
     Token { path: PathBuf, error: TokenError },
     #[error(
+        "state_dir: {}: {why}: restore it, or remove it and start with the token of another member",
+        path.display()
+    )]
+    Secrets { path: PathBuf, why: String },
+    #[error(
         "state_dir: {} is in use by something else: it is neither empty nor a state directory; \
          choose another --state-dir", path.display()
     )]

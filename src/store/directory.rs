@@ -15,10 +15,11 @@ use ipnet::IpNet;
 use nix::fcntl::{Flock, FlockArg};
 
 use super::{History, StoreError, history};
-use crate::wire::Token;
+use crate::wire::{Keyring, Token};
 
 const KEY: &str = "node.key";
 const TOKEN: &str = "token";
+const SECRETS: &str = "secrets";
 const BOOT: &str = "boot";
 const LOCK: &str = "lock";
 const POD_CIDR: &str = "pod-cidr";
@@ -79,6 +80,17 @@ impl StateDir {
 
     pub fn save_token(&self, token: &Token) -> Result<(), StoreError> {
         self.save(TOKEN, &format!("{token}\n"))
+    }
+
+    /// The secrets that this node accepts, if there ever was more than the token's.
+    pub fn keyring(&self) -> Result<Option<Keyring>, StoreError> {
+        let path = self.path.join(SECRETS);
+        let Some(text) = read_if_there(&path)? else { return Ok(None) };
+        text.parse().map(Some).map_err(|why| StoreError::Secrets { path, why })
+    }
+
+    pub fn save_keyring(&self, keyring: &Keyring) -> Result<(), StoreError> {
+        self.save(SECRETS, &keyring.to_string())
     }
 
     /// The subnet that Kubernetes gave to this node.

@@ -17,8 +17,8 @@ use rcgen::{
 use rustls::{
     RootCertStore,
     client::Resumption,
-    pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer},
-    server::{ParsedCertificate, WebPkiClientVerifier},
+    pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, UnixTime},
+    server::{ParsedCertificate, WebPkiClientVerifier, danger::ClientCertVerifier},
     version::TLS13,
 };
 use sha2::Sha256;
@@ -72,6 +72,7 @@ pub struct Credentials {
     pub(super) reset_key: [u8; 64],
     pub(super) server: Arc<QuicServerConfig>,
     pub(super) client: Arc<QuicClientConfig>,
+    verifier: Arc<dyn ClientCertVerifier>,
     pub(super) me: NodeId,
 }
 
@@ -91,8 +92,10 @@ pub enum CredentialError {
 }
 
 impl Credentials {
-    pub fn new(secret: &Secret, key: &NodeKey) -> Result<Self, CredentialError> {
-        let (authority, issuer) = authority(secret)?;
+    /// Accepts peers by any of these secrets, and proves itself by the first one.
+    pub fn new(secrets: &[Secret], key: &NodeKey) -> Result<Self, CredentialError> {
+        let in_use = secrets.first().ok_or(CredentialError::Key)?;
+        let (_, issuer) = authority(in_use)?;
         let leaf_key = key_pair(&key.seed)?;
         let leaf = leaf_params()?.signed_by(&leaf_key, &issuer)?;
         let chain = vec![leaf.der().clone()];
@@ -100,13 +103,15 @@ impl Credentials {
 
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let mut roots = RootCertStore::empty();
-        roots.add(authority.der().clone())?;
+        for secret in secrets {
+            roots.add(authority(secret)?.0.der().clone())?;
+        }
         let roots = Arc::new(roots);
         let verifier =
             WebPkiClientVerifier::builder_with_provider(roots.clone(), provider.clone()).build()?;
         let mut server = rustls::ServerConfig::builder_with_provider(provider.clone())
             .with_protocol_versions(&[&TLS13])?
-            .with_client_cert_verifier(verifier)
+            .with_client_cert_verifier(verifier.clone())
             .with_single_cert(chain.clone(), private.clone_key())?;
         server.send_tls13_tickets = 0;
         let mut client = rustls::ClientConfig::builder_with_provider(provider)
@@ -121,15 +126,27 @@ impl Credentials {
             reset_key: derive(&key.seed, b"stateless reset")?,
             server: Arc::new(QuicServerConfig::try_from(server)?),
             client: Arc::new(QuicClientConfig::try_from(client)?),
+            verifier,
             me: key.id,
         })
     }
+
+    /// Whether the peer at the other end would still be let in.
+    pub(super) fn accept(&self, connection: &quinn::Connection) -> bool {
+        let chain = chain_of(connection).unwrap_or_default();
+        let Some((leaf, more)) = chain.split_first() else { return false };
+        self.verifier.verify_client_cert(leaf, more, UnixTime::now()).is_ok()
+    }
+}
+
+fn chain_of(connection: &quinn::Connection) -> Option<Vec<CertificateDer<'static>>> {
+    connection.peer_identity()?.downcast().ok().map(|chain| *chain)
 }
 
 /// The node at the other end of an established connection.
 pub(super) fn peer_of(connection: &quinn::Connection) -> Option<NodeId> {
-    let identity = connection.peer_identity()?.downcast::<Vec<CertificateDer<'static>>>().ok()?;
-    let leaf = ParsedCertificate::try_from(identity.first()?).ok()?;
+    let chain = chain_of(connection)?;
+    let leaf = ParsedCertificate::try_from(chain.first()?).ok()?;
     // SubjectPublicKeyInfo of Ed25519 (RFC 8410): twelve fixed bytes, then the key.
     let info = leaf.subject_public_key_info();
     let key = info.get(12..)?;

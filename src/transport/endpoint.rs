@@ -100,12 +100,7 @@ impl Transport {
         };
         let socket = UdpSocket::bind(address).map_err(fail)?;
         let (events, receiver) = mpsc::channel(EVENT_QUEUE);
-        let settings = Arc::new(settings());
-        let mut server = ServerConfig::with_crypto(credentials.server.clone());
-        server.transport_config(settings.clone());
-        server.max_incoming(MAX_HANDSHAKES);
-        let mut client = ClientConfig::new(credentials.client.clone());
-        client.transport_config(settings);
+        let (server, client) = roles(credentials);
         let runtime = Arc::new(quinn::TokioRuntime);
         let endpoint = Endpoint::new(endpoint_settings(credentials), Some(server), socket, runtime)
             .map_err(fail)?;
@@ -220,6 +215,19 @@ impl Transport {
                     let _ = stream.stopped().await;
                 }
             });
+        }
+    }
+
+    /// From now on handshakes are made with these. Connections with peers that would not be let in any more
+    /// are closed; they are made anew when they are next needed.
+    pub fn use_credentials(&mut self, credentials: &Credentials) {
+        let (server, client) = roles(credentials);
+        self.endpoint.set_server_config(Some(server));
+        self.client = client;
+        for link in self.peers.values_mut() {
+            if let Some(connection) = link.connection.take_if(|held| !credentials.accept(held)) {
+                connection.close(VarInt::from_u32(0), b"its secret was dropped");
+            }
         }
     }
 
@@ -347,6 +355,17 @@ impl PeerLink {
             && self.frames.is_empty()
             && self.calls.is_empty()
     }
+}
+
+/// What this node is like when it is dialled, and when it dials.
+fn roles(credentials: &Credentials) -> (ServerConfig, ClientConfig) {
+    let settings = Arc::new(settings());
+    let mut server = ServerConfig::with_crypto(credentials.server.clone());
+    server.transport_config(settings.clone());
+    server.max_incoming(MAX_HANDSHAKES);
+    let mut client = ClientConfig::new(credentials.client.clone());
+    client.transport_config(settings);
+    (server, client)
 }
 
 fn endpoint_settings(credentials: &Credentials) -> EndpointConfig {

@@ -5,6 +5,7 @@
 
 mod codec;
 mod frame;
+mod keyring;
 mod message;
 mod record;
 mod report;
@@ -13,6 +14,7 @@ mod token;
 
 pub use codec::WireError;
 pub use frame::{DATAGRAM_MAX, Frame, STREAM_MAX, WIRE_VERSION};
+pub use keyring::Keyring;
 pub use message::{
     Buckets, Facts, GrantWish, Hello, Push, Refusal, Request, Response, Roots, Vote, Welcome,
 };

@@ -26,5 +26,6 @@ mod pods;
 mod refusals;
 mod repair;
 mod runtimes;
+mod secret;
 mod service;
 mod tidy;

@@ -11,7 +11,7 @@ fn bind(secret: u8, key: u16) -> Side {
     let secret = Secret::new(vec![secret; 32]).expect("long enough");
     let seed = std::array::from_fn(|byte| key.to_le_bytes()[byte % 2]);
     let key = NodeKey::from_seed(seed).expect("any seed is a key");
-    let credentials = Credentials::new(&secret, &key).expect("credentials");
+    let credentials = Credentials::new(&[secret], &key).expect("credentials");
     Transport::bind((Ipv4Addr::LOCALHOST, 0).into(), &credentials).expect("loopback")
 }
 
@@ -122,7 +122,7 @@ async fn a_taken_port_is_named() {
     let one = bind(1, 1);
     let secret = Secret::new(vec![1; 32]).expect("long enough");
     let key = NodeKey::from_seed([2; 32]).expect("key");
-    let credentials = Credentials::new(&secret, &key).expect("credentials");
+    let credentials = Credentials::new(&[secret], &key).expect("credentials");
     let error = Transport::bind(address(&one), &credentials).err().expect("taken").to_string();
     assert!(error.contains("in use") && error.contains("--listen"), "{error}");
 }

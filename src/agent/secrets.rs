@@ -1,0 +1,183 @@
+//! Changing the cluster's secret while everybody goes on talking.
+//!
+//! The operator asks one agent, which asks all others: whether they are ready for the step, then to do it.
+//! A step for which somebody is not ready is refused, and named; nothing has happened then.
+
+use serde_json::{Value, json};
+use tokio::sync::oneshot::Sender;
+
+use super::{Agent, survey::Findings};
+use crate::{
+    api::{EventKind, EventLevel, SecretStep},
+    core::ReplyId,
+    model::NodeId,
+    transport::{Credentials, NodeKey},
+    wire::{Inquiry, Report, SecretId, SecretOrder},
+};
+
+type Reply = Sender<Result<Value, String>>;
+
+/// What the mode with subnets from outside has to say.
+const ASSIGNED: &str = "with lease_source = \"podcidr\" the cluster's id follows from its secret: change \
+                        it where all agents get it from, and restart them together";
+
+impl Agent {
+    /// An operator's step, on all members.
+    pub(super) fn change_secret(&mut self, step: SecretStep, force: bool, reply: Reply) {
+        if self.config.pod_cidr.is_some() {
+            return drop(reply.send(Err(ASSIGNED.to_owned())));
+        }
+        let members: Vec<NodeId> = self.node.peers().collect();
+        match step {
+            SecretStep::List => self.tell_secrets(reply),
+            SecretStep::Add(secret) => {
+                // Without a new one: whoever lacks one of those there are is given it.
+                let all = self.keyring.accepted();
+                let orders = secret.map_or_else(|| all.to_vec(), |secret| vec![secret]);
+                let orders: Vec<SecretOrder> = orders.into_iter().map(SecretOrder::Add).collect();
+                self.give(members, orders, reply);
+            }
+            SecretStep::Use(id) => {
+                if !self.keyring.knows(id) {
+                    let why = format!("secret {id} is not known here: see `gossamer secret list`");
+                    return drop(reply.send(Err(why)));
+                }
+                let ready = move |report: &Report| report.secrets.contains(&id);
+                let lack = format!("have not got secret {id} (run `gossamer secret add` again)");
+                self.when_ready(members, ready, lack, force, SecretOrder::Use(id), reply);
+            }
+            SecretStep::Drop(id) => {
+                if self.keyring.in_use().id() == id {
+                    let why = format!("secret {id} is in use: use another one first");
+                    return drop(reply.send(Err(why)));
+                }
+                let ready = move |report: &Report| report.secrets.first() != Some(&id);
+                let lack = format!("still use secret {id} (run `gossamer secret use` again)");
+                self.when_ready(members, ready, lack, force, SecretOrder::Drop(id), reply);
+            }
+        }
+    }
+
+    /// Somebody else's operator.
+    pub(super) fn on_inquired(&mut self, reply: ReplyId, inquiry: Inquiry) {
+        let refused = match inquiry {
+            Inquiry::Report => None,
+            Inquiry::Secret(_) if self.config.pod_cidr.is_some() => Some(ASSIGNED.to_owned()),
+            Inquiry::Secret(order) => self.obey(&order).err(),
+        };
+        let report = Report { refused, ..self.own_report() };
+        self.node.report(reply, report);
+    }
+
+    /// Sends a step to all, if all are ready for it.
+    fn when_ready(
+        &mut self,
+        members: Vec<NodeId>,
+        ready: impl Fn(&Report) -> bool + Send + 'static,
+        lack: String,
+        force: bool,
+        order: SecretOrder,
+        reply: Reply,
+    ) {
+        let all = members.clone();
+        let then = move |agent: &mut Self, found: Findings| {
+            let names = |which: &dyn Fn(&Option<Report>) -> bool| {
+                let names = found.iter().filter(|(_, report)| which(report));
+                names.map(|(node, _)| agent.node.name_of(*node)).collect::<Vec<_>>().join(", ")
+            };
+            let silent = names(&|report| report.is_none());
+            let lacking = names(&|report| report.as_ref().is_some_and(|report| !ready(report)));
+            let mut why = Vec::new();
+            if !lacking.is_empty() {
+                why.push(format!("{lacking} {lack}"));
+            }
+            if !silent.is_empty() {
+                why.push(format!(
+                    "{silent} did not answer (a member that misses this gets in again with a new token; \
+                     --force goes on without it)"
+                ));
+            }
+            if !why.is_empty() && !force {
+                return drop(
+                    reply.send(Err(format!("not all members are ready: {}", why.join("; ")))),
+                );
+            }
+            agent.give(all, vec![order], reply);
+        };
+        self.survey(members, Inquiry::Report, then);
+    }
+
+    /// Sends steps to all, one after the other, does them here, and tells how it is then.
+    fn give(&mut self, members: Vec<NodeId>, mut orders: Vec<SecretOrder>, reply: Reply) {
+        let Some(order) = orders.pop() else { return self.tell_secrets(reply) };
+        if let SecretOrder::Add(_) = order
+            && let Err(why) = self.obey(&order)
+        {
+            return drop(reply.send(Err(why)));
+        }
+        let all = members.clone();
+        let inquiry = Inquiry::Secret(order.clone());
+        self.survey(members, inquiry, move |agent, _| {
+            // Those who were asked are ahead: whoever carries out a step last can still be understood by all.
+            match agent.obey(&order) {
+                Ok(()) => agent.give(all, orders, reply),
+                Err(why) => drop(reply.send(Err(why))),
+            }
+        });
+    }
+
+    /// Carries out a step here: on disk first, then on the network.
+    fn obey(&mut self, order: &SecretOrder) -> Result<(), String> {
+        let mut keyring = self.keyring.clone();
+        if !keyring.obey(order)? {
+            return Ok(());
+        }
+        self.state.save_keyring(&keyring).map_err(|error| error.to_string())?;
+        let seed = self.state.node_key().map_err(|error| error.to_string())?;
+        let seed = seed.ok_or("this node has no key any more")?;
+        let credentials = NodeKey::from_seed(seed)
+            .and_then(|key| Credentials::new(keyring.accepted(), &key))
+            .map_err(|error| error.to_string())?;
+        self.transport.use_credentials(&credentials);
+        self.keyring = keyring;
+        self.save_token();
+        let (id, what) = match order {
+            SecretOrder::Add(secret) => (secret.id(), "is accepted too"),
+            SecretOrder::Use(id) => (*id, "is in use"),
+            SecretOrder::Drop(id) => (*id, "is not accepted any more"),
+        };
+        let text = format!("secret {id} {what}");
+        tracing::info!("{text}");
+        self.journal.note(EventKind::Agent, EventLevel::Info, text);
+        Ok(())
+    }
+
+    /// Who accepts and who uses which.
+    fn tell_secrets(&mut self, reply: Reply) {
+        let members = self.node.peers().collect();
+        self.survey(members, Inquiry::Report, move |agent, mut found| {
+            found.insert(agent.node.id(), Some(agent.own_report()));
+            let name = |node: &NodeId| agent.node.name_of(*node).to_owned();
+            let who = |which: &dyn Fn(&Report) -> bool| -> Vec<String> {
+                let fits = found.iter().filter(|(_, r)| r.as_ref().is_some_and(which));
+                fits.map(|(node, _)| name(node)).collect()
+            };
+            let mut ids: Vec<SecretId> =
+                found.values().flatten().flat_map(|report| report.secrets.clone()).collect();
+            ids.sort();
+            ids.dedup();
+            let secret = |id: &SecretId| {
+                json!({
+                    "secret": id.to_string(),
+                    "used_by": who(&|report| report.secrets.first() == Some(id)),
+                    "accepted_by": who(&|report| report.secrets.contains(id)),
+                    "lacked_by": who(&|report| !report.secrets.contains(id)),
+                })
+            };
+            let silent: Vec<String> =
+                found.iter().filter(|(_, r)| r.is_none()).map(|(node, _)| name(node)).collect();
+            let secrets: Vec<Value> = ids.iter().map(secret).collect();
+            let _ = reply.send(Ok(json!({ "secrets": secrets, "silent": silent })));
+        });
+    }
+}
