@@ -159,7 +159,7 @@ pub fn observe(
     let address = listener.local_addr()?;
     let listener = tokio::net::TcpListener::from_std(listener)?;
     let ask: Ask = Arc::new(ask);
-    let router = dashboard::only_for(address, observed().with_state(ask));
+    let router = dashboard::only_for(address, observed().merge(dashboard::pages()).with_state(ask));
     tokio::spawn(async move { axum::serve(listener, router).await });
     Ok(())
 }

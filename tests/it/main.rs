@@ -4,11 +4,13 @@
 #![allow(clippy::expect_used, clippy::panic)]
 
 mod agreement;
+mod browser;
 mod cli;
 mod cluster;
 mod cni;
 mod common;
 mod compose;
+mod dashboard;
 mod demand;
 mod docker;
 mod dockerd;

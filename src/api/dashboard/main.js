@@ -1,0 +1,88 @@
+// The start: connects what is asked of the agent to the parts of the page that show it.
+
+import { showDetail } from "./detail.js";
+import { $, text } from "./dom.js";
+import { addEvent } from "./events.js";
+import { listen, poll } from "./feed.js";
+import { showHistory } from "./history.js";
+import { showMap } from "./map.js";
+import { showMatrix } from "./matrix.js";
+import { showMembers } from "./members.js";
+import { learn, model, onSelect, select } from "./model.js";
+import { showPool } from "./pool.js";
+import { showSilence, showSummary } from "./summary.js";
+import { clock } from "./words.js";
+
+const SECOND = 1000;
+const STATUS_EVERY = 2 * SECOND;
+const SLOW_EVERY = 10 * SECOND;
+
+// For tests of the page: each kind of answer has been drawn once.
+const awaited = new Set(["status", "matrix", "samples", "events"]);
+function arrived(kind) {
+  awaited.delete(kind);
+  if (awaited.size === 0) document.documentElement.dataset.ready = "true";
+}
+
+let heardAt = new Date();
+
+function onStatus(status) {
+  heardAt = new Date();
+  $("stale").hidden = true;
+  document.body.classList.remove("stale", "waiting");
+  learn(status);
+  showSummary();
+  showMap();
+  showMatrix();
+  showPool();
+  showMembers();
+  showDetail();
+  arrived("status");
+}
+
+function onSilence() {
+  const since = `No answer from the agent since ${clock(heardAt)}`;
+  text($("stale"), model.status ? `${since}. What you see is from then.` : `${since}.`);
+  $("stale").hidden = false;
+  showSilence();
+  document.body.classList.add("stale");
+}
+
+function onMatrix(matrix) {
+  model.matrix = matrix;
+  showMatrix();
+  showDetail();
+  arrived("matrix");
+}
+
+function onSamples({ samples }) {
+  model.samples = samples ?? [];
+  showHistory();
+  arrived("samples");
+}
+
+onSelect(() => {
+  showMap();
+  showMatrix();
+  showPool();
+  showMembers();
+  showDetail();
+});
+document.addEventListener("themechange", () => {
+  showMatrix(true);
+  showPool(true);
+});
+document.addEventListener("keydown", (event) => {
+  // In the filter, Escape empties the field.
+  if (event.key === "Escape" && model.selected && event.target.id !== "filter") select(null);
+});
+$("deselect").addEventListener("click", () => {
+  select(null);
+  // The button is gone now, and the focus with it.
+  $("map").querySelector("[tabindex='0']")?.focus({ preventScroll: true });
+});
+
+poll("v1/status", STATUS_EVERY, 5 * SECOND, onStatus, onSilence);
+poll("v1/matrix", SLOW_EVERY, 10 * SECOND, onMatrix);
+poll("v1/samples", SLOW_EVERY, 5 * SECOND, onSamples);
+listen("v1/events", addEvent, () => arrived("events"));

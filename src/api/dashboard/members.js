@@ -1,0 +1,122 @@
+// The table of members: sorted by any column, filtered by any word. Rows are kept and moved, never made anew,
+// so that focus and selected text survive a refresh.
+
+import { $, attr, el, keyed, text } from "./dom.js";
+import { icon, update } from "./icon.js";
+import { model, select } from "./model.js";
+import { MEMBERS, byName, isHere, memberLook, memberState, milliseconds, number, pathLook } from "./words.js";
+
+const path = (member) => model.paths.get(member.node);
+
+/** Heading, text of a cell, and what to sort by where that is something else. */
+const COLUMNS = [
+  ["Name", (member) => member.name],
+  ["State", memberState, (member) => Object.keys(MEMBERS).indexOf(memberState(member))],
+  ["Path", (member) => (member.me ? "this host" : (path(member)?.state ?? "–"))],
+  [
+    "Round trip",
+    (member) => milliseconds(path(member)?.round_trip_ms),
+    (member) => path(member)?.round_trip_ms ?? Infinity,
+  ],
+  ["Subnets", (member) => member.subnets.join(", ") || "–"],
+  ["Spare", (member) => number(member.spare), (member) => member.spare],
+  ["Underlay", (member) => member.underlay],
+  ["VTEP MAC", (member) => member.vtep_mac],
+  ["Node", (member) => member.node],
+];
+const NUMERIC = new Set(["Round trip", "Spare"]);
+
+let sorting = { column: 0, down: false };
+const table = $("members");
+const body = table.tBodies[0];
+/** The member whose name the Tab key reaches; arrow keys go on from there. */
+let stop = null;
+
+const headings = COLUMNS.map(([title], column) => {
+  const button = el("button", { type: "button" }, title);
+  button.addEventListener("click", () => {
+    sorting = { column, down: sorting.column === column && !sorting.down };
+    showMembers();
+  });
+  return el("th", { scope: "col", class: NUMERIC.has(title) ? "number" : "" }, button);
+});
+table.tHead.rows[0].append(...headings);
+$("filter").addEventListener("input", showMembers);
+body.addEventListener("focusin", ({ target }) => {
+  stop = target.closest("tr").dataset.node;
+  for (const row of body.rows) attr(nameIn(row), "tabindex", row.dataset.node === stop ? 0 : -1);
+});
+body.addEventListener("keydown", (event) => {
+  const row = event.target.closest("tr");
+  const to = {
+    ArrowUp: row.previousElementSibling,
+    ArrowDown: row.nextElementSibling,
+    Home: body.firstElementChild,
+    End: body.lastElementChild,
+  }[event.key];
+  if (!to) return;
+  event.preventDefault();
+  nameIn(to).focus();
+});
+
+export function showMembers() {
+  if (!model.status) return;
+  const all = [...model.members.values()];
+  const words = $("filter").value.toLowerCase().split(/\s+/).filter(Boolean);
+  const shown = all.filter((member) => {
+    const whole = COLUMNS.map(([, cell]) => cell(member))
+      .join(" ")
+      .toLowerCase();
+    return words.every((word) => whole.includes(word));
+  });
+  shown.sort(compare);
+  headings.forEach((heading, i) => {
+    attr(heading, "aria-sort", i !== sorting.column ? null : sorting.down ? "descending" : "ascending");
+  });
+  if (!shown.some(({ node }) => node === stop)) stop = shown[0]?.node;
+  keyed(body, shown, (member) => member.node, makeRow, showRow);
+  const gone = all.length - all.filter(isHere).length;
+  const known = `${number(all.length)} known${gone ? `, ${number(gone)} of them gone` : ""}`;
+  text($("filter-count"), words.length ? `${number(shown.length)} of ${known}` : known);
+}
+
+const nameIn = (row) => row.cells[0].firstChild;
+
+/** Equal ones by name, or rows would change places at each refresh. */
+function compare(a, b) {
+  const [, cell, key = cell] = COLUMNS[sorting.column];
+  const [left, right] = [key(a), key(b)];
+  const order = typeof left === "number" ? left - right || 0 : byName(left, right);
+  return (sorting.down ? -order : order) || byName(a.name, b.name) || (a.node < b.node ? -1 : 1);
+}
+
+function makeRow({ node }) {
+  const name = el("button", { type: "button" });
+  name.addEventListener("click", (event) => {
+    event.stopPropagation();
+    select(node);
+  });
+  const row = el("tr", { "data-node": node }, el("th", { scope: "row" }, name));
+  for (const [title] of COLUMNS.slice(1)) {
+    const cell = el("td", { class: NUMERIC.has(title) ? "number" : "" });
+    if (title === "State" || title === "Path") cell.append(icon(MEMBERS.unknown));
+    cell.append(el("span"));
+    row.append(cell);
+  }
+  row.addEventListener("click", () => {
+    // Who has just marked an address to copy it has not clicked.
+    if (getSelection().isCollapsed) select(node);
+  });
+  return row;
+}
+
+function showRow(row, member) {
+  const chosen = member.node === model.selected;
+  row.className = `${memberState(member)} ${member.me ? "me" : ""} ${chosen ? "chosen" : ""}`;
+  attr(nameIn(row), "aria-pressed", chosen);
+  attr(nameIn(row), "tabindex", member.node === stop ? 0 : -1);
+  COLUMNS.forEach(([, cell], i) => text(row.cells[i].lastChild, cell(member)));
+  update(row.cells[1].firstChild, memberLook(memberState(member)));
+  const way = path(member);
+  update(row.cells[2].firstChild, way ? pathLook(way.state) : { tone: "none", sign: "" });
+}

@@ -1,0 +1,129 @@
+// The first look: who this is, one verdict, what is wrong, and the key figures.
+
+import { $, attr, el, keyed, sentence, text } from "./dom.js";
+import { here, model } from "./model.js";
+import { count, milliseconds, number } from "./words.js";
+
+/** More sentences than this are folded away: one cause often has many. */
+const UNFOLDED = 6;
+
+const PHASES = {
+  joining: "it looks for a member that lets it in",
+  leaseless: "it is in the cluster and looks for a subnet",
+  leaving: "it hands its subnet over and leaves",
+};
+
+export function showSummary() {
+  const { status } = model;
+  document.title = `gossamer – ${status.name ?? "?"}`;
+  text($("name"), status.name ?? "–");
+  text($("node"), status.node ?? "–");
+  text($("cluster"), status.cluster ?? "none yet");
+  text($("version"), status.version ? `version ${status.version}` : "");
+  showVerdict(status);
+  showProblems(status.problems ?? []);
+  showFigures(status);
+}
+
+function showVerdict(status) {
+  const wrong = status.problems?.length ?? 0;
+  const problems = wrong ? count(wrong, "problem") : "";
+  const [tone, words] = !status.converged
+    ? ["bad", `Not converged: ${whyNot(status)}${wrong ? `; ${problems}` : ""}`]
+    : wrong
+      ? ["warn", problems]
+      : ["ok", "Converged"];
+  attr($("verdict"), "data-tone", tone);
+  text($("verdict"), words);
+}
+
+/** Nobody knows how it is now. */
+export function showSilence() {
+  attr($("verdict"), "data-tone", "none");
+  text($("verdict"), "Not known: no answer");
+}
+
+function whyNot(status) {
+  const phase = PHASES[status.phase];
+  if (phase) return phase;
+  if (!status.synced) return "it was not compared with a peer yet";
+  if (!status.settled) return "its state is not equal to a peer's yet";
+  if (!status.kernel?.in_sync) return "its kernel is not equal to its view yet";
+  return "it has not said why";
+}
+
+let known = null;
+
+function showProblems(problems) {
+  const list = [...new Set(problems)];
+  $("no-problems").hidden = list.length > 0;
+  attr($("problems"), "data-tone", list.length ? "warn" : "ok");
+  const make = () => el("li");
+  const same = (problem) => problem;
+  keyed($("problem-list"), list.slice(0, UNFOLDED), same, make, sentence);
+  const folded = list.slice(UNFOLDED);
+  const more = $("more-problems");
+  more.hidden = folded.length === 0;
+  text(more.firstElementChild, `${number(folded.length)} more`);
+  keyed(more.lastElementChild, folded, same, make, sentence);
+  announce(list);
+}
+
+/** A screen reader is told what is new, not all again. */
+function announce(list) {
+  const fresh = known && list.filter((problem) => !known.has(problem));
+  if (fresh?.length) {
+    const more = fresh.length > 1 ? ` And ${number(fresh.length - 1)} more.` : "";
+    text($("problem-news"), `New problem: ${fresh[0]}${more}`);
+  } else if (known?.size && list.length === 0) {
+    text($("problem-news"), "No problems any more.");
+  }
+  known = new Set(list);
+}
+
+function showFigures(status) {
+  const { slots, kernel, pods } = status;
+  const members = here();
+  const alive = members.filter((member) => member.liveness === "alive").length;
+  const answered = (status.paths ?? []).filter((path) => path.state === "ok" && path.round_trip_ms !== null);
+  const spans = answered.map((path) => path.round_trip_ms).sort((a, b) => a - b);
+  const repairs = Object.values(kernel?.repairs ?? {}).reduce((sum, value) => sum + value, 0);
+  const bad = (status.paths ?? []).filter((path) => !["ok", "unknown"].includes(path.state)).length;
+  const figures = [
+    ["Members alive", number(alive), `of ${number(members.length)}`],
+    [
+      "Own subnet",
+      status.subnet ?? "none",
+      status.subnet6 ?? `of ${status.settings?.pool?.network ?? "no pool yet"}`,
+    ],
+    [
+      "Leased",
+      number(slots?.leased ?? 0),
+      `${number(slots?.spare ?? 0)} spare of ${number(slots?.total ?? 0)}`,
+    ],
+    [
+      "Round trip",
+      milliseconds(spans[Math.floor(spans.length / 2)]),
+      spans.length ? `median; worst ${milliseconds(spans.at(-1))}` : "no peer answers",
+    ],
+    ["Own paths not ok", number(bad), `of ${number(status.paths?.length ?? 0)}`],
+    ["Repairs", number(repairs), "since the start"],
+    [
+      "Pods",
+      number(pods ?? 0),
+      status.pods_outside ? `${number(status.pods_outside)} outside the subnet` : "on this host",
+    ],
+  ];
+  const make = () => el("div", {}, el("dt"), el("dd", { class: "figure" }), el("dd", { class: "beneath" }));
+  keyed(
+    $("figures"),
+    figures,
+    ([name]) => name,
+    make,
+    (box, [name, value, beneath]) => {
+      text(box.children[0], name);
+      text(box.children[1], value);
+      text(box.children[2], beneath);
+    },
+  );
+}

@@ -1,0 +1,103 @@
+// The words and signs for states, in one place: map, matrix, table and legends must agree. A sign is a path in
+// a box of 10 by 10, which SVG and canvas both draw; it tells states apart without colours.
+
+const DISC = "M5 4.3a.7.7 0 1 0 .01 0zM5 3.2a1.8 1.8 0 1 0 .01 0z";
+const CROSS = "M3 3l4 4M7 3L3 7";
+
+export const PATHS = {
+  ok: { tone: "ok", sign: "M2.6 5.3l1.8 1.9 3.2-4.2", means: "packets get through" },
+  blocked: { tone: "bad", sign: CROSS, means: "nothing gets through, though the agent there answers" },
+  "one-way": {
+    tone: "warn",
+    sign: "M2 5h6M5.6 2.7L8 5 5.6 7.3",
+    means: "packets from there arrive, those to there are lost",
+  },
+  asymmetric: { tone: "warn", sign: "M2 3.6h5.6L6 2M8 6.4H2.4L4 8", means: "answers come by another way" },
+  "mtu-too-large": {
+    tone: "warn",
+    sign: "M2.4 2.2v5.6M7.6 2.2v5.6M2.4 5h5.2",
+    means: "small packets get through, those of full size do not",
+  },
+  dead: {
+    tone: "bad",
+    sign: "M5 2.2a2.8 2.8 0 1 0 .01 0zM3 7l4-4",
+    means: "neither agent nor kernel answers",
+  },
+  withdrawn: {
+    tone: "gone",
+    sign: "M2.6 2.6h4.8v4.8H2.6z",
+    means: "dead for so long that its subnet is unreachable by route",
+  },
+  unknown: {
+    tone: "none",
+    sign: "M3.4 3.9c0-2.4 3.4-2.2 3.2-.1C6.5 5 5 5 5 6.2M5 8h.01",
+    means: "nothing was answered yet",
+  },
+};
+/** A member that did not tell its paths. */
+export const SILENT = {
+  tone: "none",
+  sign: "M2.2 5h.01M5 5h.01M7.8 5h.01",
+  means: "this member did not answer",
+};
+
+export const MEMBERS = {
+  alive: { tone: "ok", sign: DISC },
+  suspect: { tone: "warn", sign: "M5 2.2a2.8 2.8 0 1 0 .01 0zM5 2.4v5.2" },
+  down: { tone: "bad", sign: CROSS },
+  left: { tone: "none", sign: "M2.4 5h5.2" },
+  forgotten: { tone: "none", sign: "M3 7l4-4" },
+  unknown: { tone: "none", sign: PATHS.unknown.sign },
+};
+
+const own = (table, key) => (Object.hasOwn(table, key) ? table[key] : table.unknown);
+export const pathLook = (state) => own(PATHS, state);
+export const memberLook = (state) => own(MEMBERS, state);
+
+export function memberState(member) {
+  if (member.left) return "left";
+  if (member.forgotten) return "forgotten";
+  return member.liveness ?? "unknown";
+}
+
+/** Neither left nor forgotten. */
+export const isHere = (member) => !member.left && !member.forgotten;
+
+/** Numbers in names count as numbers: n2 comes before n10. */
+export const byName = new Intl.Collator("en", { numeric: true }).compare;
+
+export const number = (value) => value.toLocaleString("en");
+
+export function count(value, one, many = `${one}s`) {
+  return `${number(value)} ${value === 1 ? one : many}`;
+}
+
+export function milliseconds(value) {
+  if (typeof value !== "number") return "–";
+  return `${value.toFixed(value < 10 ? 2 : value < 100 ? 1 : 0)} ms`;
+}
+
+export const clock = (date) => date.toLocaleTimeString("en-GB");
+
+/** The first few of a list in words, and how many more there are. */
+export function some(list, most) {
+  const shown = list.slice(0, most).join(", ");
+  return list.length > most ? `${shown} and ${number(list.length - most)} more` : shown;
+}
+
+/** The end of all names, from a dot on: where all hosts are of one domain, it tells nothing. */
+export function domainOf(names) {
+  const [first = "", ...others] = new Set(names);
+  if (!others.length) return "";
+  const ends = [...first.matchAll(/\./g)].map(({ index }) => first.slice(index));
+  return ends.find((end) => others.every((name) => name.endsWith(end))) ?? "";
+}
+
+/** Names often differ at the end only, so it is the middle that is left out. */
+export function shorten(name, room, domain = "") {
+  const own = name.slice(0, name.length - domain.length);
+  const most = Math.max(4, Math.floor(room));
+  if (own.length <= most) return own;
+  const head = Math.floor((most - 1) / 2);
+  return `${own.slice(0, head)}…${own.slice(own.length - (most - 1 - head))}`;
+}

@@ -1,0 +1,185 @@
+//! A headless Chromium, spoken to by the DevTools protocol over two pipes.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{BufRead as _, BufReader, Write as _},
+    path::Path,
+    process::{Child, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use gossamer::lab::NetNs;
+use nix::{sys::stat::Mode, unistd::mkfifo};
+use serde_json::{Value, json};
+
+const PROGRAM: &str = "chromium";
+/// It is started, opens a page and draws it, on a machine that does other things too.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+pub fn is_installed() -> bool {
+    let mut asked = Command::new(PROGRAM);
+    asked.arg("--version").stdout(Stdio::null()).stderr(Stdio::null());
+    asked.status().is_ok_and(|status| status.success())
+}
+
+/// One with one page. Ended when dropped.
+pub struct Browser {
+    child: Child,
+    orders: File,
+    answers: BufReader<File>,
+    session: Value,
+    number: u64,
+    /// What the page complained of: exceptions, errors on the console, refusals of its policy.
+    pub complaints: Vec<String>,
+    _profile: tempfile::TempDir,
+}
+
+impl Browser {
+    /// In a network namespace, with an empty page.
+    pub fn start(netns: &NetNs) -> anyhow::Result<Self> {
+        let profile = tempfile::tempdir()?;
+        let pipes = ["orders", "answers"].map(|name| profile.path().join(name));
+        for pipe in &pipes {
+            mkfifo(pipe, Mode::S_IRUSR | Mode::S_IWUSR)?;
+        }
+        let flags = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run \
+                     --disable-background-networking --disable-component-update --hide-scrollbars \
+                     --remote-debugging-pipe";
+        let script = format!(
+            "exec {PROGRAM} {flags} --user-data-dir={0} about:blank 3<{0}/orders 4>{0}/answers",
+            profile.path().display()
+        );
+        let log = File::create(profile.path().join("log"))?;
+        let mut command = Command::new("sh");
+        command.args(["-c", &script]).env("HOME", profile.path()).stdin(Stdio::null());
+        command.stdout(Stdio::null()).stderr(log);
+        let child = netns.spawn(&mut command)?;
+        // In the order in which the shell opens them: each waits for its other end.
+        let orders = OpenOptions::new().write(true).open(&pipes[0])?;
+        let answers = BufReader::new(File::open(&pipes[1])?);
+        let mut browser = Self {
+            child,
+            orders,
+            answers,
+            session: Value::Null,
+            number: 0,
+            complaints: Vec::new(),
+            _profile: profile,
+        };
+        let target = browser.order("Target.createTarget", json!({ "url": "about:blank" }))?;
+        let attach = json!({ "targetId": target["targetId"], "flatten": true });
+        browser.session = browser.order("Target.attachToTarget", attach)?["sessionId"].take();
+        for domain in ["Page", "Runtime", "Log"] {
+            browser.order(&format!("{domain}.enable"), json!({}))?;
+        }
+        Ok(browser)
+    }
+
+    /// As on a screen of this size, light or dark.
+    pub fn set_screen(&mut self, width: u32, height: u32, scheme: &str) -> anyhow::Result<()> {
+        let size = json!({
+            "width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500,
+        });
+        self.order("Emulation.setDeviceMetricsOverride", size)?;
+        let feature = json!({ "name": "prefers-color-scheme", "value": scheme });
+        self.order("Emulation.setEmulatedMedia", json!({ "features": [feature] }))?;
+        Ok(())
+    }
+
+    pub fn open(&mut self, url: &str) -> anyhow::Result<()> {
+        self.order("Page.navigate", json!({ "url": url }))?;
+        self.wait_for("document.documentElement?.dataset.ready === 'true'")
+    }
+
+    /// What an expression of JavaScript gives.
+    pub fn ask(&mut self, expression: &str) -> anyhow::Result<Value> {
+        let how = json!({ "expression": expression, "returnByValue": true, "awaitPromise": true });
+        let mut answer = self.order("Runtime.evaluate", how)?;
+        let thrown = answer["exceptionDetails"]["exception"]["description"].as_str();
+        anyhow::ensure!(thrown.is_none(), "{expression}: {thrown:?}");
+        Ok(answer["result"]["value"].take())
+    }
+
+    /// Waits until an expression is true.
+    pub fn wait_for(&mut self, expression: &str) -> anyhow::Result<()> {
+        let begun = Instant::now();
+        while self.ask(expression)? != true {
+            if begun.elapsed() > PATIENCE {
+                let page = self.ask("document.body.innerText")?;
+                anyhow::bail!("never: {expression}\n{page}\n{:?}", self.complaints);
+            }
+            thread::sleep(Duration::from_millis(50));
+        }
+        Ok(())
+    }
+
+    /// Presses and releases a key: "Tab", "Enter", "ArrowRight" ...
+    pub fn press(&mut self, key: &str) -> anyhow::Result<()> {
+        let code = match key {
+            "Tab" => 9,
+            "Enter" => 13,
+            "Escape" => 27,
+            "ArrowRight" => 39,
+            "ArrowDown" => 40,
+            other => anyhow::bail!("no such key: {other}"),
+        };
+        for kind in ["rawKeyDown", "keyUp"] {
+            let event = json!({
+                "type": kind, "key": key, "code": key, "windowsVirtualKeyCode": code,
+            });
+            self.order("Input.dispatchKeyEvent", event)?;
+        }
+        Ok(())
+    }
+
+    /// A picture of what the screen shows.
+    pub fn photograph(&mut self, path: &Path) -> anyhow::Result<()> {
+        let taken = self.order("Page.captureScreenshot", json!({ "format": "png" }))?;
+        let text = taken["data"].as_str().unwrap_or_default().as_bytes();
+        fs::write(path, data_encoding::BASE64.decode(text)?)?;
+        Ok(())
+    }
+
+    fn order(&mut self, method: &str, parameters: Value) -> anyhow::Result<Value> {
+        self.number += 1;
+        let mut order = json!({ "id": self.number, "method": method, "params": parameters });
+        if !self.session.is_null() {
+            order["sessionId"] = self.session.clone();
+        }
+        self.orders.write_all(format!("{order}\0").as_bytes())?;
+        loop {
+            let mut bytes = Vec::new();
+            self.answers.read_until(0, &mut bytes)?;
+            let Some((0, text)) = bytes.split_last() else {
+                anyhow::bail!("{method}: the browser has ended");
+            };
+            let mut message: Value = serde_json::from_slice(text)?;
+            if message["id"] == self.number {
+                anyhow::ensure!(message["error"].is_null(), "{method}: {}", message["error"]);
+                return Ok(message["result"].take());
+            }
+            self.listen(&message);
+        }
+    }
+
+    fn listen(&mut self, message: &Value) {
+        let parameters = &message["params"];
+        let is_bad = match message["method"].as_str() {
+            Some("Runtime.exceptionThrown") => true,
+            Some("Runtime.consoleAPICalled") => parameters["type"] == "error",
+            Some("Log.entryAdded") => parameters["entry"]["level"] == "error",
+            _ => false,
+        };
+        if is_bad {
+            self.complaints.push(parameters.to_string());
+        }
+    }
+}
+
+impl Drop for Browser {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

@@ -1,0 +1,275 @@
+//! The dashboard in a real browser: of a real cluster, and of a hundred members.
+
+use std::{
+    fs,
+    io::{Read as _, Write as _},
+    net::{Ipv4Addr, TcpListener, TcpStream},
+    path::{Path, PathBuf},
+    thread,
+};
+
+use gossamer::lab::NetNs;
+use serde_json::{Value, json};
+
+use crate::{
+    browser::{self, Browser},
+    common::{Cluster, isolated, skipped, tool},
+};
+
+const PORT: u16 = 9473;
+const URL: &str = "http://127.0.0.1:9473/";
+
+/// Says whether there is a browser; if not, that the test is skipped.
+fn has_browser(test: &str) -> bool {
+    let has = browser::is_installed();
+    if !has {
+        skipped(test, "chromium is not installed");
+    }
+    has
+}
+
+/// Where pictures go: a directory that outlives the test, if one is wanted.
+fn album() -> Option<PathBuf> {
+    std::env::var_os("GOSSAMER_SCREENSHOTS").map(PathBuf::from)
+}
+
+fn photograph(browser: &mut Browser, name: &str) -> anyhow::Result<()> {
+    match album() {
+        Some(album) => browser.photograph(&album.join(name)),
+        None => Ok(()),
+    }
+}
+
+/// Nothing sticks out, whatever the screen.
+fn assert_fits(browser: &mut Browser, width: u32) -> anyhow::Result<()> {
+    for scheme in ["light", "dark"] {
+        browser.set_screen(width, 800, scheme)?;
+        let wide = browser.ask("document.documentElement.scrollWidth")?;
+        assert!(wide.as_u64() <= Some(u64::from(width)), "{wide} at {width} in {scheme}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_real_cluster_is_shown_as_it_is_and_as_it_changes() {
+    if !has_browser("a_real_cluster_is_shown_as_it_is_and_as_it_changes") {
+        return;
+    }
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 3)?;
+        cluster.restart(0, &["--http", &format!("127.0.0.1:{PORT}")])?;
+        let mut browser = Browser::start(&cluster.hosts[0].netns)?;
+        browser.set_screen(1280, 900, "light")?;
+        browser.open(URL)?;
+        browser.wait_for("document.getElementById('verdict').innerText === 'Converged'")?;
+        let rows = "document.querySelectorAll('#members tbody tr').length";
+        assert_eq!(browser.ask(rows)?, 3);
+        let summary = "document.getElementById('matrix-summary').innerText";
+        browser.wait_for(&format!("{summary}.includes('6')"))?;
+        let problems = browser.ask("document.getElementById('problems').innerText")?;
+        assert!(problems.as_str().is_some_and(|text| text.contains("No problems")), "{problems}");
+        photograph(&mut browser, "dashboard-three.png")?;
+
+        // What happens is shown as it happens.
+        let host = &cluster.hosts[0].netns;
+        tool(host, "ip route flush root 10.42.0.0/16 proto 73");
+        let events = "document.getElementById('events').innerText";
+        browser.wait_for(&format!("{events}.includes('put right')"))?;
+        tool(host, "sysctl -w net.ipv4.ip_forward=0");
+        let problems = "document.getElementById('problems').innerText";
+        browser.wait_for(&format!("{problems}.includes('sysctl -w net.ipv4.ip_forward=1')"))?;
+        cluster.agents[2].end(nix::sys::signal::Signal::SIGKILL)?;
+        browser.wait_for("document.getElementById('members').innerText.includes('down')")?;
+        assert_eq!(browser.complaints, [""; 0]);
+        // Nor does it fall silent when nobody answers.
+        cluster.agents[0].end(nix::sys::signal::Signal::SIGTERM)?;
+        browser.wait_for("document.getElementById('stale').innerText.includes('No answer')")?;
+        assert_eq!(browser.ask(rows)?, 3, "the last picture stays");
+        Ok(())
+    });
+}
+
+#[test]
+fn a_hundred_members_can_be_looked_through_by_keyboard_and_on_a_phone() {
+    if !has_browser("a_hundred_members_can_be_looked_through_by_keyboard_and_on_a_phone") {
+        return;
+    }
+    isolated(|_| {
+        let netns = NetNs::new("page")?;
+        let listener = netns.run(|| TcpListener::bind((Ipv4Addr::LOCALHOST, PORT)))?;
+        thread::spawn(move || listener.incoming().flatten().for_each(serve));
+        let mut browser = Browser::start(&netns)?;
+        browser.set_screen(1600, 1200, "dark")?;
+        browser.open(URL)?;
+        assert_eq!(browser.ask("document.querySelectorAll('#members tbody tr').length")?, 100);
+        let summary = browser.ask("document.getElementById('matrix-summary').innerText")?;
+        let summary = summary.as_str().unwrap_or_default();
+        assert!(summary.contains("n7") && summary.contains("blocked"), "{summary}");
+        // Names are text, whatever is in them.
+        assert_eq!(browser.ask("document.querySelectorAll('#members b, #map b').length")?, 0);
+        photograph(&mut browser, "dashboard.png")?;
+
+        // To the map by keys alone, along its hosts, and to what is known of one.
+        for _ in 0..12 {
+            browser.press("Tab")?;
+            if browser.ask("!!document.activeElement.closest('#map')")? == true {
+                break;
+            }
+        }
+        let focused = "document.activeElement.closest('#map') !== null";
+        assert_eq!(browser.ask(focused)?, true, "the map is reached");
+        browser.press("ArrowRight")?;
+        browser.press("Enter")?;
+        let detail = browser.ask("document.getElementById('detail').innerText")?;
+        assert!(detail.as_str().is_some_and(|text| text.contains("10.42.")), "{detail}");
+        // The matrix is read cell by cell.
+        browser.ask("document.getElementById('matrix').focus()")?;
+        browser.press("ArrowRight")?;
+        browser.press("ArrowDown")?;
+        let cell = browser.ask("document.getElementById('matrix-cursor').innerText")?;
+        assert!(cell.as_str().is_some_and(|text| text.contains(" to ")), "{cell}");
+        // The theme is the reader's.
+        let scheme = "getComputedStyle(document.documentElement).colorScheme";
+        let before = browser.ask(scheme)?;
+        browser.ask("document.getElementById('theme').click()")?;
+        assert_ne!(browser.ask(scheme)?, before);
+        for width in [360, 800, 1600] {
+            assert_fits(&mut browser, width)?;
+        }
+        assert_eq!(browser.complaints, [""; 0]);
+        browser.set_screen(360, 800, "light")?;
+        photograph(&mut browser, "dashboard-phone.png")
+    });
+}
+
+/// The page's files as they are, and a cluster that is made up.
+fn serve(mut stream: TcpStream) {
+    let mut request = [0; 4096];
+    let length = stream.read(&mut request).unwrap_or(0);
+    let request = String::from_utf8_lossy(&request[..length]).into_owned();
+    let path = request.split(' ').nth(1).unwrap_or("/").to_owned();
+    let (content_type, body) = match path.as_str() {
+        "/v1/status" => ("application/json", status().to_string()),
+        "/v1/matrix" => ("application/json", matrix().to_string()),
+        "/v1/samples" => ("application/json", samples().to_string()),
+        "/v1/events" => {
+            let event = json!({
+                "number": 1, "at": 1_764_000_000.5, "kind": "member", "level": "warn",
+                "text": "n7 is down",
+            });
+            ("text/event-stream", format!("id: 1\ndata: {event}\n\n"))
+        }
+        path => {
+            let name = if path == "/" { "index.html" } else { path.trim_start_matches('/') };
+            let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/api/dashboard").join(name);
+            let content_type = match name.rsplit('.').next() {
+                Some("js") => "text/javascript",
+                Some("css") => "text/css",
+                _ => "text/html",
+            };
+            (content_type, fs::read_to_string(file).unwrap_or_default())
+        }
+    };
+    let head = format!(
+        "HTTP/1.1 200 OK\r\ncontent-type: {content_type}; charset=utf-8\r\nconnection: close\r\n\
+         content-security-policy: default-src 'none'; script-src 'self'; style-src 'self'; connect-src \
+         'self'; img-src 'self' data:\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
+    let _ = stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(body.as_bytes()));
+}
+
+fn id(number: u32) -> String {
+    format!("{:016x}", u64::from(number).wrapping_mul(0x9e37_79b9_7f4a_7c15))
+}
+
+fn name(number: u32) -> String {
+    if number == 50 { "<b>n50</b>".to_owned() } else { format!("n{number}") }
+}
+
+/// What n1 to n100 are like, and how n1 reaches them: one blocked, one down, one suspect.
+fn status() -> Value {
+    let liveness = |number| match number {
+        7 => "down",
+        9 => "suspect",
+        _ => "alive",
+    };
+    let members: Vec<Value> = (1..=100)
+        .map(|number| {
+            json!({
+                "node": id(number), "name": name(number), "me": number == 1,
+                "liveness": liveness(number), "left": false, "forgotten": number == 99,
+                "heard": true, "address": format!("10.99.{}.{number}:8473", number % 3),
+                "underlay": format!("10.99.{}.{number}", number % 3),
+                "vtep_mac": format!("02:00:00:00:00:{number:02x}"),
+                "subnets": [format!("10.42.{number}.0/24")], "spare": u32::from(number == 2) * 155,
+            })
+        })
+        .collect();
+    let paths: Vec<Value> = path_list(1);
+    json!({
+        "version": "0.1.0", "converged": true, "node": id(1), "name": "n1", "phase": "member",
+        "cluster": "0123456789abcdef", "subnet": "10.42.1.0/24", "subnet6": null,
+        "settings": {
+            "pool": {
+                "network": "10.42.0.0/16", "network6": null, "subnet_len": 24, "first": 1,
+                "last": 255, "subnet_len6": null,
+            },
+            "vni": 1, "vxlan_port": 8472,
+        },
+        "slots": { "total": 255, "leased": 100, "spare": 155, "own_spare": 0 },
+        "settled": true, "synced": true, "members": members, "paths": paths,
+        "spares": [{
+            "first": "10.42.101.0/24", "last": "10.42.255.0/24", "count": 155, "node": id(2),
+            "name": "n2", "liveness": "alive",
+        }],
+        "reclaiming": [{
+            "node": id(99), "name": "n99", "heir": id(2), "slots": 1, "waits_for": ["n7"],
+        }],
+        "problems": ["the tunnel to n7 is blocked: allow UDP 8472 from 10.99.1.1 to 10.99.1.7"],
+        "counters": { "grants": 3, "downs": 1 },
+        "kernel": {
+            "device": "gossamer.1", "mtu": 1450, "underlay_interface": "eth0",
+            "underlay_address": "10.99.1.1", "in_sync": true, "operations": 300,
+            "repairs": { "route": 2 }, "checksum_offload": true, "strangers_dropped": 0,
+            "peers_in_use": null, "misses_answered": 0, "misses_unknown": 0,
+        },
+        "pods": 4, "pods_outside": 0, "connections": 12,
+    })
+}
+
+fn path_list(from: u32) -> Vec<Value> {
+    let others = (1..=100).filter(|to| *to != from);
+    others
+        .map(|to| {
+            let state = if to == 7 || from == 7 { "blocked" } else { "ok" };
+            json!({
+                "node": id(to), "name": name(to), "state": state, "problem": null,
+                "round_trip_ms": 0.2 + f64::from((from * 31 + to * 17) % 40) / 50.0,
+            })
+        })
+        .collect()
+}
+
+fn matrix() -> Value {
+    let row = |from| {
+        // One does not answer.
+        let paths = if from == 7 { Value::Null } else { Value::from(path_list(from)) };
+        json!({
+            "node": id(from), "name": name(from), "version": "0.1.0", "problems": 0,
+            "paths": paths,
+        })
+    };
+    json!({ "rows": (1..=100).map(row).collect::<Vec<_>>(), "omitted": 0 })
+}
+
+fn samples() -> Value {
+    let sample = |number: u64| {
+        json!({
+            "at": 1_764_000_000 + number * 10, "members": 100, "alive": 100 - number % 3,
+            "converged": !number.is_multiple_of(50), "round_trip_ms": 0.3, "worst_round_trip_ms": 1.2,
+            "paths_ok": 98, "paths_bad": number % 2, "repairs": number / 40,
+        })
+    };
+    json!({ "interval_seconds": 10, "samples": (0..360).map(sample).collect::<Vec<_>>() })
+}
