@@ -15,6 +15,7 @@ mod ping;
 mod pods;
 mod probe;
 mod programmer;
+mod reload;
 mod routes;
 mod secrets;
 mod service;
@@ -62,6 +63,7 @@ use crate::{
 };
 
 pub use knock::knock;
+pub use reload::Reread;
 pub use start::{StartFailure, random, run};
 pub use underlay::choose as choose_underlay;
 
@@ -142,6 +144,8 @@ impl Clock {
 /// What a turn of the loop begins with.
 enum Arrival {
     Deadline,
+    /// The settings are to be read again.
+    Hangup,
     News(News),
     Network(Event),
     Heard(Heard),
@@ -162,9 +166,11 @@ impl Agent {
         mut network: mpsc::Receiver<Event>,
         mut threads: mpsc::UnboundedReceiver<News>,
         mut heard: mpsc::Receiver<Heard>,
+        reread: &Reread,
     ) -> std::io::Result<Ending> {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
+        let mut hangup = signal(SignalKind::hangup())?;
         self.carry_out();
         while self.ending.is_none() {
             let wake = tokio::time::Instant::from_std(self.next_deadline());
@@ -172,21 +178,22 @@ impl Agent {
                 biased;
                 _ = terminate.recv() => { self.ending = Some(Ending::Stopped); continue }
                 _ = interrupt.recv() => { self.ending = Some(Ending::Stopped); continue }
+                _ = hangup.recv() => Arrival::Hangup,
                 () = tokio::time::sleep_until(wake) => Arrival::Deadline,
                 Some(news) = threads.recv() => Arrival::News(news),
                 Some(event) = network.recv() => Arrival::Network(event),
                 Some(heard) = heard.recv() => Arrival::Heard(heard),
             };
             let turn = Instant::now();
-            self.on_arrival(first, turn);
+            self.on_arrival(first, turn, reread);
             // Whatever woke the loop, nobody waits behind it for another turn.
             for _ in 0..EVENTS_PER_TURN {
                 let Ok(news) = threads.try_recv() else { break };
-                self.on_arrival(Arrival::News(news), turn);
+                self.on_arrival(Arrival::News(news), turn, reread);
             }
             for _ in 0..EVENTS_PER_TURN {
                 let Ok(event) = network.try_recv() else { break };
-                self.on_arrival(Arrival::Network(event), turn);
+                self.on_arrival(Arrival::Network(event), turn, reread);
             }
             self.carry_out();
             self.restore_paths();
@@ -203,9 +210,10 @@ impl Agent {
         Ok(self.finish().await)
     }
 
-    fn on_arrival(&mut self, arrival: Arrival, now: Instant) {
+    fn on_arrival(&mut self, arrival: Arrival, now: Instant, reread: &Reread) {
         match arrival {
             Arrival::Deadline => self.on_deadline(now),
+            Arrival::Hangup => self.reload(reread),
             Arrival::News(news) => self.on_news(news),
             Arrival::Network(event) => self.on_network(event),
             Arrival::Heard(heard) => self.on_heard(heard),

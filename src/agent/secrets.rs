@@ -127,7 +127,7 @@ impl Agent {
     }
 
     /// Carries out a step here: on disk first, then on the network.
-    fn obey(&mut self, order: &SecretOrder) -> Result<(), String> {
+    pub(super) fn obey(&mut self, order: &SecretOrder) -> Result<(), String> {
         let mut keyring = self.keyring.clone();
         if !keyring.obey(order)? {
             return Ok(());

@@ -13,8 +13,8 @@ use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 
 use super::{
-    Agent, Clock, Ending, Gate, Journal, KernelState, News, PodState, Prober, Programmer, Service,
-    Surveys, Wirer, kubernetes, underlay, wirer::Job,
+    Agent, Clock, Ending, Gate, Journal, KernelState, News, PodState, Prober, Programmer, Reread,
+    Service, Surveys, Wirer, kubernetes, underlay, wirer::Job,
 };
 use crate::{
     api,
@@ -87,11 +87,11 @@ pub enum StartFailure {
 }
 
 /// Runs an agent until it ends. Must be called within a tokio runtime of its own, which takes the sockets
-/// along when it is dropped. After [`Ending::Anew`] it is to be called again.
-pub async fn run(config: Config) -> Result<Ending, StartFailure> {
+/// along when it is dropped. After [`Ending::Anew`] it is to be called again. `reread` is called at SIGHUP.
+pub async fn run(config: Config, reread: &Reread) -> Result<Ending, StartFailure> {
     let state = Arc::new(StateDir::open(&config.state_dir)?);
     let fresh = state.node_key()?.is_none();
-    match start(config, state.clone(), fresh).await {
+    match start(config, state.clone(), fresh, reread).await {
         Ok(ending) => {
             if ending == Ending::Anew {
                 state.new_identity(&random()?)?;
@@ -111,6 +111,7 @@ async fn start(
     mut config: Config,
     state: Arc<StateDir>,
     fresh: bool,
+    reread: &Reread,
 ) -> Result<Ending, StartFailure> {
     let key = match state.node_key()? {
         Some(seed) => NodeKey::from_seed(seed)?,
@@ -301,7 +302,7 @@ async fn start(
         giving_up: None,
         ending: None,
     };
-    Ok(agent.run(network, threads, heard).await?)
+    Ok(agent.run(network, threads, heard, reread).await?)
 }
 
 /// The cluster of nodes whose subnets are given from outside has no founder who could make up an id: it

@@ -1,13 +1,16 @@
 //! `gossamer agent`: settings, log, run.
 
-use std::{io::IsTerminal as _, path::PathBuf, process::ExitCode};
+use std::{io::IsTerminal as _, path::PathBuf, process::ExitCode, sync::Arc};
 
 use clap::Args;
-use tracing_subscriber::EnvFilter;
+use tracing_journald::{Priority, PriorityMappings};
+use tracing_subscriber::{
+    EnvFilter, fmt, layer::SubscriberExt as _, reload, util::SubscriberInitExt as _,
+};
 
 use super::{block_on, fail};
 use crate::{
-    agent::{self, Ending},
+    agent::{self, Ending, Reread},
     config::{LogFormat, Settings},
 };
 
@@ -21,21 +24,32 @@ pub struct AgentArgs {
 }
 
 pub fn run(args: AgentArgs) -> ExitCode {
-    let settings = match args.settings.complete(args.config.as_deref()) {
+    let settings = match args.settings.clone().complete(args.config.as_deref()) {
         Ok(settings) => settings,
         Err(error) => return fail(error),
     };
-    if let Err(error) = start_log(settings.log.as_deref(), settings.log_format.unwrap_or_default())
-    {
-        return fail(error);
-    }
+    let started = filter(settings.log.as_deref())
+        .and_then(|f| start_log(f, settings.log_format.unwrap_or_default()));
+    let set_filter = match started {
+        Ok(set_filter) => set_filter,
+        Err(error) => return fail(error),
+    };
     let config = match settings.check() {
         Ok(config) => config,
         Err(error) => return fail(error),
     };
+    let reread: Arc<Reread> = Arc::new(Box::new(move || {
+        let settings = args.settings.clone().complete(args.config.as_deref());
+        let settings = settings.map_err(|error| error.to_string())?;
+        let filter = filter(settings.log.as_deref())?;
+        let config = settings.check().map_err(|error| error.to_string())?;
+        set_filter(filter)?;
+        Ok(config)
+    }));
     let ended = loop {
         // A task is woken in memory; the future that a runtime blocks on, by way of the kernel.
-        let agent = agent::run(config.clone());
+        let (config, reread) = (config.clone(), reread.clone());
+        let agent = async move { agent::run(config, &reread).await };
         match block_on(async { tokio::spawn(agent).await }) {
             Ok(Ok(Ok(Ending::Anew))) => {}
             Ok(Ok(ended)) => break Ok(ended),
@@ -51,23 +65,40 @@ pub fn run(args: AgentArgs) -> ExitCode {
     }
 }
 
-fn start_log(filter: Option<&str>, format: LogFormat) -> Result<(), String> {
-    let filter = filter.unwrap_or("info");
-    // A bare level is about gossamer; libraries are heard from when something is wrong.
-    let filter = if filter.contains([',', '=']) {
-        filter.to_owned()
-    } else {
-        format!("warn,gossamer={filter}")
+/// A bare level is about gossamer; libraries are heard from when something is wrong.
+fn filter(text: Option<&str>) -> Result<EnvFilter, String> {
+    let text = text.unwrap_or("info");
+    let filter = match text.contains([',', '=']) {
+        true => text.to_owned(),
+        false => format!("warn,gossamer={text}"),
     };
-    let filter = EnvFilter::try_new(&filter)
-        .map_err(|error| format!("log: {filter:?} is not a filter: {error}"))?;
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal());
+    EnvFilter::try_new(&filter).map_err(|error| format!("log: {filter:?} is not a filter: {error}"))
+}
+
+/// Gives what changes the filter afterwards.
+fn start_log(
+    filter: EnvFilter,
+    format: LogFormat,
+) -> Result<impl Fn(EnvFilter) -> Result<(), String>, String> {
+    let (filter, handle) = reload::Layer::new(filter);
+    let log = fmt::layer().with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal());
+    let registry = tracing_subscriber::registry().with(filter);
     match format {
-        LogFormat::Text => log.with_target(false).init(),
-        LogFormat::Json => log.json().init(),
+        LogFormat::Text => registry.with(log.with_target(false)).init(),
+        LogFormat::Json => registry.with(log.json()).init(),
+        LogFormat::Journal => {
+            let journal = tracing_journald::layer().map_err(|error| {
+                format!("log_format: systemd's journal cannot be reached: {error}: use \"text\"")
+            })?;
+            let levels = PriorityMappings {
+                error: Priority::Error,
+                warn: Priority::Warning,
+                info: Priority::Informational,
+                debug: Priority::Debug,
+                trace: Priority::Debug,
+            };
+            registry.with(journal.with_priority_mappings(levels)).init();
+        }
     }
-    Ok(())
+    Ok(move |filter| handle.reload(filter).map_err(|error| error.to_string()))
 }

@@ -170,6 +170,8 @@ pub enum LogFormat {
     #[default]
     Text,
     Json,
+    /// systemd's journal, with the fields as its own (`F_NODE=...`)
+    Journal,
 }
 
 impl Settings {

@@ -50,6 +50,13 @@ impl Joining {
         }
     }
 
+    /// A seed that is none any more may still have answered.
+    fn note(&mut self, seed: usize, word: Option<CallError>) {
+        if let Some(said) = self.said.get_mut(seed) {
+            *said = word;
+        }
+    }
+
     /// The last word of each seed, for status.
     pub(super) fn seed_errors(&self) -> impl Iterator<Item = Option<String>> + '_ {
         self.said.iter().map(|said| said.as_ref().map(ToString::to_string))
@@ -57,6 +64,15 @@ impl Joining {
 }
 
 impl Node {
+    /// The operator names other seeds: so many.
+    pub fn set_seeds(&mut self, now: Time, seeds: usize) {
+        self.config.seeds = seeds;
+        self.joining.said = vec![None; seeds];
+        self.joining.next_seed = 0;
+        self.joining.next_try = now;
+        self.sync.set_seeds(seeds);
+    }
+
     pub(super) fn next_join_step(&self) -> Option<Time> {
         let may_ask = self.home.is_none() && self.joining.open < MAX_OPEN_HELLOS;
         may_ask.then_some(self.joining.next_try)
@@ -97,7 +113,7 @@ impl Node {
         match answer {
             Ok((from, Response::Welcome(welcome))) => {
                 self.sync.note_seed(seed, from);
-                self.joining.said[seed] = None;
+                self.joining.note(seed, None);
                 self.enter(now, from, *welcome);
             }
             Ok((from, Response::Refused(refusal))) => self.on_refusal(now, from, refusal),
@@ -172,10 +188,11 @@ impl Node {
         if matches!(error, CallError::Myself) {
             self.sync.note_seed(seed, self.me.node);
         }
-        self.joining.said[seed] = Some(error);
+        self.joining.note(seed, Some(error));
         let rejected = |said: &Option<CallError>| matches!(said, Some(CallError::Rejected(_)));
         if self.home.is_none() && self.joining.said.iter().all(rejected) {
-            let why = self.joining.said[seed].as_ref().map(ToString::to_string).unwrap_or_default();
+            let said = self.joining.said.get(seed).and_then(Option::as_ref);
+            let why = said.map(ToString::to_string).unwrap_or_default();
             self.outputs.push_back(Output::Stop(Stop::Rejected { seed, why }));
         }
         if self.joining.next_seed != 0 {

@@ -128,7 +128,14 @@ impl SyncRound {
     }
 
     pub(super) fn note_seed(&mut self, seed: usize, node: NodeId) {
-        self.seeds[seed] = Some(node);
+        // One that is none any more may still have answered.
+        if let Some(known) = self.seeds.get_mut(seed) {
+            *known = Some(node);
+        }
+    }
+
+    pub(super) fn set_seeds(&mut self, seeds: usize) {
+        self.seeds = vec![None; seeds];
     }
 
     /// Something changed: compare soon.

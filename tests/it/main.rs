@@ -25,6 +25,7 @@ mod modes;
 mod offload;
 mod paths;
 mod pods;
+mod prometheus;
 mod refusals;
 mod repair;
 mod runtimes;

@@ -1,6 +1,12 @@
 //! What systemd hears of an agent, on a socket of the test's own, and its opinion of the unit.
 
-use std::{collections::BTreeSet, os::unix::net::UnixDatagram, process::Command, time::Duration};
+use std::{
+    collections::BTreeSet,
+    fs,
+    os::unix::{fs::PermissionsExt as _, net::UnixDatagram},
+    process::Command,
+    time::Duration,
+};
 
 use gossamer::lab::Agent;
 use nix::{
@@ -8,7 +14,7 @@ use nix::{
     unistd::Pid,
 };
 
-use crate::common::{PATIENCE, isolated, program, skipped};
+use crate::common::{Cluster, PATIENCE, gossamer_token, isolated, program, skipped, wait_until};
 
 const UNIT: &str = "config/gossamer.service";
 
@@ -48,6 +54,66 @@ fn systemd_hears_that_the_agent_has_started_how_it_is_and_that_its_loop_turns() 
         agent.end(Signal::SIGTERM)?;
         while !hear()?.contains(&"STOPPING=1".to_owned()) {}
         Ok(())
+    });
+}
+
+#[test]
+fn a_hangup_has_log_seeds_and_token_read_again() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        let host = lab.host(2, "n2")?;
+        let settings = host.dir.join("gossamer.toml");
+        let write = |text: &str| -> anyhow::Result<()> {
+            fs::write(&settings, text)?;
+            fs::set_permissions(&settings, fs::Permissions::from_mode(0o600))?;
+            Ok(())
+        };
+        let token = gossamer_token()?;
+        // Seeds that nobody answers at, and the secret of another cluster.
+        write(&format!("join = [\"10.99.0.99\"]\ntoken = \"{token}\"\n"))?;
+        let config = settings.display().to_string();
+        let mut agent = Agent::start(program(), &host, &["--config", &config])?;
+        agent.ask("/v1/status", PATIENCE)?;
+        assert!(!agent.log().contains("DEBUG"));
+        let hangup = |agent: &Agent| kill(Pid::from_raw(agent.pid().cast_signed()), Signal::SIGHUP);
+        write("mtu = \"many\"\n")?;
+        hangup(&agent)?;
+        wait_until("not refused", PATIENCE, || agent.log().contains("nothing was changed"));
+
+        let right = &cluster.token;
+        write(&format!("join = [\"10.99.0.10\"]\ntoken = \"{right}\"\nlog = \"debug\"\n"))?;
+        hangup(&agent)?;
+        let status = agent.wait_converged(2, PATIENCE)?;
+        assert_eq!(status["name"], "n2");
+        assert!(agent.log().contains("DEBUG"), "{}", agent.log());
+        cluster.agents[0].wait_converged(2, PATIENCE)?;
+        Ok(())
+    });
+}
+
+#[test]
+fn the_journal_has_level_and_fields() {
+    isolated(|lab| {
+        let host = lab.host(1, "n1")?;
+        let format = ["--init", "--log-format", "journal"];
+        let mut blind = Agent::start(program(), &host, &format)?;
+        wait_until("it starts", PATIENCE, || blind.log().contains("log_format: systemd's journal"));
+        blind.end(Signal::SIGTERM)?;
+        fs::create_dir_all("/run/systemd/journal")?;
+        let journal = UnixDatagram::bind("/run/systemd/journal/socket")?;
+        journal.set_read_timeout(Some(PATIENCE))?;
+        let _agent = Agent::start(program(), &host, &format)?;
+        let mut buffer = [0; 8192];
+        loop {
+            let length = journal.recv(&mut buffer)?;
+            let entry = String::from_utf8_lossy(&buffer[..length]);
+            if entry.contains("starting") {
+                // Each field is its name, its length as eight bytes, and its value.
+                assert!(entry.contains("PRIORITY\n\u{1}\0\0\0\0\0\0\06\n"), "{entry:?}");
+                assert!(entry.contains("F_NODE\n") && entry.contains("F_UNDERLAY\n"), "{entry}");
+                return Ok(());
+            }
+        }
     });
 }
 
