@@ -23,6 +23,7 @@ mod metrics;
 mod mishaps;
 mod modes;
 mod offload;
+mod package;
 mod paths;
 mod pods;
 mod prometheus;

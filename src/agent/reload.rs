@@ -1,0 +1,47 @@
+//! SIGHUP: what can be changed while the agent runs is read again.
+//!
+//! That is the log's filter, the seeds and the token. All other settings take effect at the next start, which
+//! costs no packet. Settings that cannot be used change nothing.
+
+use super::Agent;
+use crate::{
+    api::{EventKind, EventLevel},
+    config::Config,
+    wire::SecretOrder,
+};
+
+/// Reads the settings again, and has the log follow them; says what is wrong with them.
+pub type Reread = Box<dyn Fn() -> Result<Config, String> + Send + Sync>;
+
+impl Agent {
+    pub(super) fn reload(&mut self, reread: &Reread) {
+        let config = match reread() {
+            Ok(config) => config,
+            Err(why) => {
+                tracing::error!(%why, "the settings cannot be used, and nothing was changed");
+                let text = format!("the settings cannot be used, and nothing was changed: {why}");
+                return self.journal.note(EventKind::Agent, EventLevel::Warn, text);
+            }
+        };
+        if config.seeds != self.config.seeds {
+            self.config.seeds = config.seeds;
+            self.node.set_seeds(self.clock.now(), self.config.seeds.len());
+        }
+        if let Some(token) = config.token
+            && self.config.pod_cidr.is_none()
+        {
+            let id = token.secret.id();
+            // A token that has not changed since before a rotation says nothing new.
+            if !self.keyring.knows(id) && !self.keyring.has_dropped(id) {
+                let steps = [SecretOrder::Add(token.secret.clone()), SecretOrder::Use(id)];
+                if let Err(why) = steps.iter().try_for_each(|step| self.obey(step)) {
+                    tracing::error!(%why, "the token of the settings was not taken");
+                }
+            }
+            self.config.token = Some(token);
+        }
+        tracing::info!(seeds = self.config.seeds.len(), "log, seeds and token were read again");
+        let text = "log, seeds and token were read again".to_owned();
+        self.journal.note(EventKind::Agent, EventLevel::Info, text);
+    }
+}

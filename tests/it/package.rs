@@ -1,0 +1,68 @@
+//! The Debian package, installed with its own scripts into a copy of this machine that is gone afterwards.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use crate::common::{isolated, skipped};
+
+/// Where `packaging/build-deb` puts it.
+fn package() -> Option<PathBuf> {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/debian");
+    let entries = fs::read_dir(directory).ok()?.flatten().map(|entry| entry.path());
+    entries.filter(|path| path.extension().is_some_and(|end| end == "deb")).max()
+}
+
+/// What a shell prints that must succeed.
+fn shell(script: &str) -> String {
+    let output = Command::new("sh").args(["-ec", script]).output().expect("sh runs");
+    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+    let (status, out, error) = (output.status, text(output.stdout), text(output.stderr));
+    assert!(status.success(), "{script}: {status}\n{out}\n{error}");
+    out
+}
+
+#[test]
+fn the_package_is_installed_upgraded_and_removed_without_a_trace() {
+    let test = "the_package_is_installed_upgraded_and_removed_without_a_trace";
+    let Some(package) = package() else {
+        return skipped(test, "there is no package: run packaging/build-deb");
+    };
+    isolated(|_| {
+        // The machine as it is below, and what the package changes above, in memory.
+        shell(
+            "mkdir -p /run/copy; mount -t tmpfs tmpfs /run/copy; cd /run/copy; mkdir up work root; \
+             mount -t overlay overlay -o lowerdir=/,upperdir=up,workdir=work root; \
+             mount --rbind /proc root/proc; mount --rbind /dev root/dev",
+        );
+        let inside = |command: &str| shell(&format!("chroot /run/copy/root {command}"));
+        fs::copy(&package, "/run/copy/root/root/gossamer.deb")?;
+        inside("dpkg -i /root/gossamer.deb");
+        assert!(inside("/usr/bin/gossamer version").contains("no agent runs"));
+        for file in [
+            "/lib/systemd/system/gossamer.service",
+            "/usr/share/man/man1/gossamer-doctor.1.gz",
+            "/usr/share/bash-completion/completions/gossamer",
+            "/usr/share/doc/gossamer/examples/grafana.json",
+        ] {
+            inside(&format!("test -s {file}"));
+        }
+        // It says what is missing, and is not started before it is told which cluster to be in.
+        let agent =
+            "sh -c '/usr/bin/gossamer agent --config /etc/gossamer/gossamer.toml 2>&1 || true'";
+        let said = inside(agent);
+        assert!(said.contains("--init") && said.contains("--join"), "{said}");
+        assert!(inside("sh -c 'systemctl is-enabled gossamer || true'").contains("disabled"));
+        // Settings outlive an upgrade and a removal.
+        inside("sh -c 'echo mtu = 1400 >> /etc/gossamer/gossamer.toml'");
+        inside("dpkg -i /root/gossamer.deb");
+        inside("dpkg -r gossamer");
+        inside("grep -q 'mtu = 1400' /etc/gossamer/gossamer.toml");
+        inside("test ! -e /usr/bin/gossamer");
+        inside("dpkg -P gossamer");
+        inside("test ! -e /etc/gossamer");
+        Ok(())
+    });
+}
