@@ -123,6 +123,6 @@ impl Agent {
     }
 }
 
-fn milliseconds(span: Duration) -> f64 {
+pub(super) fn milliseconds(span: Duration) -> f64 {
     span.as_secs_f64() * 1_000.0
 }

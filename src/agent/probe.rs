@@ -9,7 +9,7 @@ use std::{
 
 use tokio::{io::Interest, net::UdpSocket, sync::mpsc};
 
-use super::Agent;
+use super::{Agent, ping::milliseconds};
 use crate::{
     api::PathStatus,
     core::Liveness,
@@ -295,7 +295,8 @@ impl Agent {
                 node,
                 name: self.node.name_of(node).to_owned(),
                 state,
-                round_trip_ms: round_trip.map(|span| span.as_secs_f64() * 1000.0),
+                round_trip_ms: round_trip.map(milliseconds),
+                underlay_round_trip_ms: self.transport.round_trip(node).map(milliseconds),
                 problem: self.path_problem(node, state),
             };
         self.path_states().map(status).collect()

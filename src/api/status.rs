@@ -35,6 +35,8 @@ pub struct PathStatus {
     pub state: PathState,
     /// Of the last request that was answered.
     pub round_trip_ms: Option<f64>,
+    /// Over the underlay, between the two agents, as long as they have a connection.
+    pub underlay_round_trip_ms: Option<f64>,
     /// What is wrong, and what helps.
     pub problem: Option<String>,
 }

@@ -25,6 +25,7 @@ mod routes;
 mod secret;
 mod status;
 mod token;
+mod top;
 mod version;
 
 use std::{fmt::Display, path::PathBuf, process::ExitCode};
@@ -58,6 +59,8 @@ enum Command {
     Routes(routes::RoutesArgs),
     /// Find out what is wrong with this host, with or without a running agent
     Doctor(Box<doctor::DoctorArgs>),
+    /// Watch this node live, on a terminal
+    Top(Client),
     /// Show what has happened at this node, and what happens
     Events(events::EventsArgs),
     /// Ask a member over the underlay, through the overlay and at its pods' gateway
@@ -125,6 +128,7 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::Peers(args) => members::peers(&args),
         Command::Routes(args) => routes::run(&args),
         Command::Doctor(args) => doctor::run(*args),
+        Command::Top(client) => top::run(&client),
         Command::Events(args) => events::run(&args),
         Command::Ping(args) => ping::run(&args),
         Command::Pods(client) => pods::run(&client),

@@ -121,6 +121,11 @@ impl Transport {
         self.peers.values().filter(|link| link.live().is_some()).count()
     }
 
+    /// How long a packet to a peer and back takes, by QUIC's estimate; none without a connection.
+    pub fn round_trip(&self, peer: NodeId) -> Option<Duration> {
+        Some(self.peers.get(&peer)?.live()?.rtt())
+    }
+
     /// Takes note of an event; what concerns the node comes back as an input.
     pub fn handle(&mut self, event: Event) -> Option<Input> {
         match event {

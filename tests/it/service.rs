@@ -109,7 +109,7 @@ fn the_journal_has_level_and_fields() {
             let entry = String::from_utf8_lossy(&buffer[..length]);
             if entry.contains("starting") {
                 // Each field is its name, its length as eight bytes, and its value.
-                assert!(entry.contains("PRIORITY\n\u{1}\0\0\0\0\0\0\06\n"), "{entry:?}");
+                assert!(entry.contains("PRIORITY\n\u{1}\0\0\0\0\0\0\x006\n"), "{entry:?}");
                 assert!(entry.contains("F_NODE\n") && entry.contains("F_UNDERLAY\n"), "{entry}");
                 return Ok(());
             }
