@@ -1,4 +1,7 @@
-//! What one agent costs in a cluster of a thousand: `cargo bench --bench thousand [-- MEMBERS]`.
+//! What one agent costs in a cluster of a thousand: `cargo bench --bench thousand [-- MEMBERS] [watched]`.
+//!
+//! `GOSSAMER=PATH` measures that program: the static one, as it is shipped.
+//! `watched`: while somebody looks at its dashboard and a collector reads its metrics.
 //!
 //! The agent is real, with its kernel, database and QUIC. The others are the production core in one
 //! process: they speak to each other in memory and to the agent by QUIC, each from an endpoint of its own.
@@ -9,7 +12,8 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    io::{Read as _, Write as _},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream},
     path::Path,
     process::{Command, ExitCode},
     thread,
@@ -21,9 +25,10 @@ use gossamer::{
     core::{CallId, Founding, Gate, Input, Node, NodeConfig, Output, ReplyId, Target},
     icmp::{self, Family},
     lab::{self, Agent, Host, Lab, cpu_seconds, memory_mib},
-    model::{BootId, Mac, MemberRecord, NodeId, SettingsWish, Time, Version, Vtep},
+    model::{BootId, Mac, MemberRecord, NodeId, PathState, SettingsWish, Time, Version, Vtep},
+    netlink,
     transport::{CredentialError, Credentials, Event, NodeKey, Transport},
-    wire::{Key, Record, Secret, Token},
+    wire::{Key, PathReport, Record, Report, Secret, Token},
 };
 use nix::sys::signal::Signal;
 use tokio::sync::mpsc;
@@ -31,6 +36,7 @@ use tokio::sync::mpsc;
 const MEMBERS: usize = 1_000;
 const PATIENCE: Duration = Duration::from_secs(300);
 const PORT: u16 = 20_000;
+const HTTP: &str = "127.0.0.1:9473";
 /// Room for 4,096 subnets.
 const NETWORK: &str = "172.16.0.0/12";
 /// Until what a start costs is over.
@@ -45,15 +51,17 @@ fn main() -> ExitCode {
         return code;
     }
     let members = arguments.iter().find_map(|a| a.parse().ok()).unwrap_or(MEMBERS);
-    measure(members).expect("measured");
+    let watched = arguments.iter().any(|argument| argument == "watched");
+    measure(members, watched).expect("measured");
     ExitCode::SUCCESS
 }
 
-fn measure(members: usize) -> anyhow::Result<()> {
+fn measure(members: usize, watched: bool) -> anyhow::Result<()> {
     let mut lab = Lab::new()?;
     let host = lab.host(1, "agent")?;
     let others = lab.host(2, "others")?;
-    let program = Path::new(env!("CARGO_BIN_EXE_gossamer"));
+    let program = std::env::var_os("GOSSAMER");
+    let program = Path::new(program.as_deref().unwrap_or(env!("CARGO_BIN_EXE_gossamer").as_ref()));
     let mut agent = Agent::start(program, &host, &["--init", "--network", NETWORK])?;
     let status = agent.wait_converged(1, PATIENCE)?;
     let answer = agent.ask("/v1/token", PATIENCE)?;
@@ -79,7 +87,8 @@ fn measure(members: usize) -> anyhow::Result<()> {
             Ok(())
         })
     });
-    let mut agent = Agent::start(program, &host, &[])?;
+    let http: &[&str] = if watched { &["--http", HTTP] } else { &[] };
+    let mut agent = Agent::start(program, &host, http)?;
     agent.wait_converged(members + 1, PATIENCE)?;
     println!(
         "all {} have started and are known as alive after {:.1?}",
@@ -96,6 +105,9 @@ fn measure(members: usize) -> anyhow::Result<()> {
         ensure!(begun.elapsed() < PATIENCE, "not compared with all members");
     }
     println!("compared with all of them after another {:.1?}", begun.elapsed());
+    if watched {
+        watch(&host)?;
+    }
     thread::sleep(SETTLE);
     let before = cpu_seconds(agent.pid());
     thread::sleep(AT_REST);
@@ -115,6 +127,31 @@ fn measure(members: usize) -> anyhow::Result<()> {
     );
     println!("one agent among {members}, at rest for {AT_REST:?} (goals: 40 MiB, 0.2 %)");
     println!("RSS {rss:.1} MiB (anonymous {anonymous:.1}), CPU {cpu:.3} % of a core");
+    Ok(())
+}
+
+/// Asks what a dashboard asks, as often as it does, and what a collector does.
+fn watch(host: &Host) -> anyhow::Result<()> {
+    let ask = |path: &'static str, every: Duration| {
+        let netns = host.netns.file().try_clone();
+        netns.map(|netns| {
+            thread::spawn(move || {
+                let turn = || {
+                    let mut stream = TcpStream::connect(HTTP)?;
+                    stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes())?;
+                    stream.read_to_end(&mut Vec::new())
+                };
+                while netlink::inside(&netns, turn).is_ok() {
+                    thread::sleep(every);
+                }
+            });
+        })
+    };
+    ask("/v1/events", Duration::ZERO)?;
+    ask("/v1/status", Duration::from_secs(2))?;
+    ask("/v1/matrix", Duration::from_secs(10))?;
+    ask("/v1/samples", Duration::from_secs(10))?;
+    ask("/metrics", Duration::from_secs(10))?;
     Ok(())
 }
 
@@ -340,6 +377,19 @@ impl Crowd {
                 let subnet = view.own.subnets.first;
                 self.members[member].vtep = Some(subnet.network());
                 self.inputs.push_back((member, Input::InUse(Some(subnet))));
+            }
+            Output::Inquired { reply, .. } => {
+                let everybody = self.members.iter().map(|member| PathReport {
+                    node: member.id,
+                    state: PathState::Ok,
+                    round_trip_us: Some(300),
+                });
+                let report = Report { paths: everybody.collect(), ..Report::default() };
+                let node = &mut self.members[member].node;
+                node.report(reply, report);
+                while let Some(output) = self.members[member].node.poll_output() {
+                    self.execute(member, output);
+                }
             }
             Output::Owned(_) | Output::Answered { .. } => {}
             other => println!("{from} wants {other:?}"),
