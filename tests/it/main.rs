@@ -14,6 +14,7 @@ mod dashboard;
 mod demand;
 mod docker;
 mod dockerd;
+mod docs;
 mod doctor;
 mod families;
 mod firewall;

@@ -1,0 +1,260 @@
+//! What the documentation tells people to type is run, or at least understood.
+//!
+//! A page that begins with `<!-- run: hosts=3 -->` has transcripts: blocks marked `console` with lines such as
+//! `host1# COMMAND`. They are run from top to bottom on so many fresh hosts. Other lines are output, and not
+//! compared. A command must succeed, or end as `# exit N` behind it says; one that ends with `&` goes on.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+    process::{Child, Command, Output, Stdio},
+};
+
+use clap::{CommandFactory as _, Parser as _};
+use gossamer::{
+    cli::Cli,
+    lab::{Host, Lab},
+};
+
+use crate::common::{PATIENCE, isolated, program, wait_until};
+
+/// Pages with transcripts, each run by a test below.
+const RUN: [&str; 5] =
+    ["CLI.md", "GETTING-STARTED.md", "MIGRATION.md", "OPERATIONS.md", "TROUBLESHOOTING.md"];
+
+/// What a host has of its own: files of others do not show.
+const HOST: &str = "mount --make-rprivate /; mount -t tmpfs tmpfs /mnt; cp $PROGRAM /mnt/gossamer; \
+                    printf '%s' \"$SCP\" > /mnt/scp; chmod 755 /mnt/scp; mkdir /mnt/up /mnt/work; \
+                    mount -t overlay overlay -o lowerdir=/etc,upperdir=/mnt/up,workdir=/mnt/work /etc; \
+                    for d in /run /var/lib /opt /root; do mount -t tmpfs tmpfs $d; done; \
+                    mkdir /run/lock /var/lib/misc; hostname $NAME; \
+                    for n in 1 2 3 4; do echo 10.99.0.$((n + 9)) host$n >> /etc/hosts; done; echo ready > /mnt/ready; \
+                    exec sleep infinity";
+/// `scp FILE hostN:` among hosts that share a machine.
+const SCP: &str = "#!/bin/sh\nset -e\nfor last; do :; done\npid=$(cat /proc/1/root/tmp/${last%:*}.pid)\n\
+                   while [ $# -gt 1 ]; do case $1 in -*) ;; *) cp -p $1 /proc/$pid/root/root/ ;; esac; \
+                   shift; done\n";
+
+/// Seconds; what a page shows takes less.
+const LIMIT: &str = "60";
+
+struct Step {
+    line: usize,
+    host: usize,
+    command: String,
+    code: i32,
+}
+
+fn pages() -> Vec<(String, String)> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let docs = fs::read_dir(root.join("docs")).expect("docs/");
+    let docs = docs.map(|entry| entry.expect("an entry").path());
+    let all: BTreeSet<PathBuf> =
+        docs.filter(|path| path.extension().is_some_and(|end| end == "md")).collect();
+    all.into_iter()
+        .chain([root.join("README.md")])
+        .map(|path| {
+            let name = path.file_name().expect("a name").display().to_string();
+            (name, fs::read_to_string(path).expect("a page"))
+        })
+        .collect()
+}
+
+/// Blocks of a page, by what they are marked with: the line they begin after, and their lines.
+fn blocks<'a>(text: &'a str, mark: &str) -> Vec<(usize, Vec<&'a str>)> {
+    let (mut blocks, mut open): (Vec<(usize, Vec<&str>)>, Option<bool>) = (Vec::new(), None);
+    for (number, line) in text.lines().enumerate() {
+        match (line.trim_start().strip_prefix("```"), open) {
+            (Some(info), None) => {
+                open = Some(info.trim() == mark);
+                if info.trim() == mark {
+                    blocks.push((number + 1, Vec::new()));
+                }
+            }
+            (Some(_), Some(_)) => open = None,
+            (None, Some(true)) => {
+                blocks.last_mut().into_iter().for_each(|block| block.1.push(line))
+            }
+            _ => {}
+        }
+    }
+    blocks
+}
+
+/// The commands of a page's transcripts.
+fn steps(text: &str) -> Vec<Step> {
+    let mut steps = Vec::new();
+    for (first, lines) in blocks(text, "console") {
+        let mut lines = lines.into_iter().enumerate();
+        while let Some((number, line)) = lines.next() {
+            let Some((host, command)) = prompt(line) else { continue };
+            let mut command = command.to_owned();
+            while command.ends_with('\\') {
+                command.pop();
+                command.push_str(lines.next().map_or("", |(_, line)| line.trim_start()));
+            }
+            let (command, code) = match command.rsplit_once("# exit ") {
+                Some((command, code)) => (command.to_owned(), code.trim().parse().expect("a code")),
+                None => (command, 0),
+            };
+            steps.push(Step { line: first + number + 1, host, command, code });
+        }
+    }
+    steps
+}
+
+/// `host2# COMMAND`.
+fn prompt(line: &str) -> Option<(usize, &str)> {
+    let (host, command) = line.trim_start().strip_prefix("host")?.split_once("# ")?;
+    Some((host.parse().ok()?, command))
+}
+
+/// A host with files of its own; commands enter it.
+fn furnish(host: &Host) -> anyhow::Result<Child> {
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "--uts", "sh", "-ec", HOST]);
+    command.env("PROGRAM", program()).env("SCP", SCP).env("NAME", &host.name);
+    let child = host.netns.spawn(command.stdin(Stdio::null()))?;
+    fs::write(format!("/tmp/{}.pid", host.name), child.id().to_string())?;
+    let ready = PathBuf::from(format!("/proc/{}/root/mnt/ready", child.id()));
+    wait_until("the host is not furnished", PATIENCE, || ready.exists());
+    Ok(child)
+}
+
+fn enter(keeper: &Child, command: &str) -> Command {
+    let mut shell = Command::new("nsenter");
+    shell.args(["--mount", "--uts", "-t", &keeper.id().to_string(), "timeout", LIMIT, "sh", "-c"]);
+    shell.arg(format!("cd /root; {command}"));
+    shell.env("PATH", "/mnt:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
+    shell.env("HOME", "/root").env_remove("GOSSAMER_SOCKET").stdin(Stdio::null());
+    shell
+}
+
+fn run(lab: &mut Lab, name: &str) -> anyhow::Result<()> {
+    // Files of this test's own, for all processes in here.
+    let status = Command::new("mount").args(["-t", "tmpfs", "tmpfs", "/tmp"]).status()?;
+    anyhow::ensure!(status.success(), "no /tmp of its own");
+    let (_, text) = pages().into_iter().find(|(page, _)| page == name).expect("the page");
+    let count = text.lines().find_map(|line| line.strip_prefix("<!-- run: hosts="));
+    let count = count.and_then(|rest| rest.split(' ').next()?.parse::<u16>().ok());
+    let mut hosts = Vec::new();
+    for number in 1..=count.expect("a number of hosts") {
+        let host = lab.host(number, &format!("host{number}"))?;
+        let keeper = furnish(&host)?;
+        hosts.push((host, keeper));
+    }
+    let steps = steps(&text);
+    anyhow::ensure!(!steps.is_empty(), "{name} has no commands");
+    for Step { line, host, command, code } in steps {
+        let (host, keeper) = &hosts[host - 1];
+        let mut shell = enter(keeper, &command);
+        if command.trim_end().ends_with('&') {
+            shell.stdout(Stdio::null()).stderr(Stdio::null());
+            host.netns.spawn(&mut shell)?.wait()?;
+            continue;
+        }
+        shell.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let Output { status, stdout, stderr } = host.netns.spawn(&mut shell)?.wait_with_output()?;
+        let said = [stdout, stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+        anyhow::ensure!(
+            status.code() == Some(code),
+            "{name}:{line}: {}# {command}: {status}\n{}\n{}",
+            host.name,
+            said[0],
+            said[1]
+        );
+    }
+    for (_, keeper) in &mut hosts {
+        keeper.kill()?;
+        keeper.wait()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn the_first_steps_work() {
+    isolated(|lab| run(lab, "GETTING-STARTED.md"));
+}
+
+#[test]
+fn what_operators_do_works() {
+    isolated(|lab| run(lab, "OPERATIONS.md"));
+}
+
+#[test]
+fn what_helps_in_trouble_works() {
+    isolated(|lab| run(lab, "TROUBLESHOOTING.md"));
+}
+
+#[test]
+fn coming_from_elsewhere_works() {
+    isolated(|lab| run(lab, "MIGRATION.md"));
+}
+
+#[test]
+fn every_command_shown_works() {
+    isolated(|lab| run(lab, "CLI.md"));
+}
+
+#[test]
+fn all_pages_with_transcripts_are_run_and_all_commands_shown_are_understood() {
+    let mut with_transcripts = BTreeSet::new();
+    let mut understood = 0;
+    for (name, text) in pages() {
+        if text.lines().take(5).any(|line| line.starts_with("<!-- run:")) {
+            with_transcripts.insert(name.clone());
+        } else {
+            assert!(blocks(&text, "console").is_empty(), "{name} has transcripts and is not run");
+        }
+        for (first, lines) in blocks(&text, "sh") {
+            for (number, line) in lines.iter().enumerate() {
+                let line = prompt(line).map_or(line.trim(), |(_, command)| command);
+                let line = line.strip_prefix("sudo ").unwrap_or(line);
+                let Some(rest) = line.strip_prefix("gossamer ") else { continue };
+                let end = rest.find(['|', '>', '&', ';', '#', '`', '<']).unwrap_or(rest.len());
+                let words = rest[..end].split_whitespace().filter(|word| !word.starts_with('['));
+                let words = words.map(|word| word.trim_matches(['\'', '"', ']']));
+                let parsed = Cli::try_parse_from(["gossamer"].into_iter().chain(words));
+                let error = parsed.err().filter(clap::Error::use_stderr);
+                assert!(error.is_none(), "{name}:{}: {line}: {error:?}", first + number + 1);
+                understood += 1;
+            }
+        }
+    }
+    assert_eq!(with_transcripts, RUN.map(str::to_owned).into());
+    assert!(understood > 20, "{understood}");
+}
+
+#[test]
+fn the_reference_has_every_setting_and_every_command_and_no_other() {
+    let cli = Cli::command();
+    let agent = cli.find_subcommand("agent").expect("the agent");
+    let settings: BTreeSet<[String; 3]> = agent
+        .get_arguments()
+        .filter(|argument| !["help", "config"].contains(&argument.get_id().as_str()))
+        .map(|argument| {
+            let variable = argument.get_env().expect("a variable").display().to_string();
+            let flag = format!("--{}", argument.get_long().expect("a flag"));
+            [argument.get_id().to_string(), flag, variable]
+        })
+        .collect();
+    let page =
+        |wanted: &str| pages().into_iter().find(|(name, _)| name == wanted).expect("a page").1;
+    let configuration = page("CONFIGURATION.md");
+    let rows = configuration.lines().filter(|line| line.starts_with("| `"));
+    let cells = |row: &str| -> Vec<String> {
+        row.split('|').skip(1).map(|cell| cell.trim().trim_matches('`').to_owned()).collect()
+    };
+    let listed: BTreeSet<[String; 3]> = rows
+        .map(cells)
+        .filter(|cells| cells.len() > 3 && cells[1].starts_with("--"))
+        .filter_map(|cells| cells[..3].to_vec().try_into().ok())
+        .collect();
+    assert_eq!(listed, settings);
+    let commands = page("CLI.md");
+    for command in cli.get_subcommands().filter(|command| !command.is_hide_set()) {
+        let name = format!("gossamer {}", command.get_name());
+        assert!(commands.contains(&name), "{name}");
+    }
+}
