@@ -127,7 +127,10 @@ pub fn read_token_file(path: &Path) -> Result<Token, ConfigError> {
 }
 
 fn parse_token(field: &str, text: &str) -> Result<Token, ConfigError> {
-    text.parse().map_err(|error: TokenError| bad(field, error))
+    text.parse().map_err(|error: TokenError| {
+        let why = error.to_string();
+        bad(field, why.strip_prefix("token: ").unwrap_or(&why))
+    })
 }
 
 impl Settings {

@@ -413,7 +413,7 @@ impl Agent {
         }
         if let Some(reply) = self.leave_reply.take() {
             let answer = match &ending {
-                Ending::Left { heir } => Ok(heir.map(|heir| heir.to_string())),
+                Ending::Left { heir } => Ok(heir.map(|heir| self.node.name_of(heir).to_owned())),
                 Ending::Failed(why) => Err(why.clone()),
                 Ending::Stopped | Ending::Anew => {
                     Err("the agent was stopped before it had left".to_owned())

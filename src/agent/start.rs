@@ -322,11 +322,17 @@ fn listen_address(config: &Config, underlay: IpAddr) -> Result<SocketAddr, Start
     match config.listen {
         None if underlay.is_ipv4() => Ok((Ipv4Addr::UNSPECIFIED, config.port).into()),
         None => Ok((Ipv6Addr::UNSPECIFIED, config.port).into()),
-        Some(listen) if listen.is_ipv4() && underlay.is_ipv6() && config.advertise.is_none() => {
+        Some(listen) if config.advertise.is_none() && !receives(listen, underlay) => {
             Err(StartFailure::Listen { listen, underlay })
         }
         Some(listen) => Ok(listen),
     }
+}
+
+/// Whether what is sent to this host's underlay address comes in there.
+fn receives(listen: SocketAddr, underlay: IpAddr) -> bool {
+    let families = listen.is_ipv6() || underlay.is_ipv4();
+    families && (!listen.ip().is_loopback() || underlay.is_loopback())
 }
 
 /// Fills in what the last run knew. A host that was in a cluster never creates another one, not even when

@@ -14,6 +14,7 @@ use crate::{
         Netlink,
         link::{Address, Link, Path},
     },
+    pods::bridge,
 };
 
 /// The chosen end of the underlay.
@@ -72,7 +73,8 @@ pub fn choose_again(
     config: &Config,
     present: &Chosen,
 ) -> Result<Chosen, UnderlayError> {
-    let host = Host::look(netlink)?;
+    let over_ipv4 = Some(present.local.is_ipv4());
+    let host = Host { over_ipv4, ..Host::look(netlink)? };
     let fixed = config.listen.is_some_and(|listen| !listen.ip().is_unspecified());
     let found = match host.kept(present) {
         Some(found) => Some(found),
@@ -89,11 +91,13 @@ pub fn choose_again(
 struct Host {
     links: Vec<Link>,
     addresses: Vec<Address>,
+    /// The tunnels that there are go over IPv4, or over IPv6: only that will do.
+    over_ipv4: Option<bool>,
 }
 
 impl Host {
     fn look(netlink: &mut Netlink) -> Result<Self, UnderlayError> {
-        Ok(Self { links: netlink.links()?, addresses: netlink.addresses()? })
+        Ok(Self { links: netlink.links()?, addresses: netlink.addresses()?, over_ipv4: None })
     }
 
     fn chosen(
@@ -157,8 +161,12 @@ impl Host {
         addresses.sort_by_key(|address| (address.ip.is_ipv6(), address.demerits));
         addresses.into_iter().filter_map(|address| {
             let link = self.links.iter().find(|link| link.index == address.link)?;
-            let carries = link.up && !link.loopback && link.kind != "vxlan";
-            carries.then_some((link, address))
+            let is_ours = link.kind == "vxlan" || link.alias == bridge::ALIAS;
+            let carries = link.up && !link.loopback && !is_ours;
+            let ip = address.ip;
+            let reaches = !matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local());
+            let fits = self.over_ipv4.is_none_or(|over_ipv4| ip.is_ipv4() == over_ipv4);
+            (carries && reaches && fits).then_some((link, address))
         })
     }
 

@@ -8,7 +8,7 @@ use std::{
 
 use http_body_util::{BodyExt as _, Full};
 use hyper::{
-    Method, Request, Response,
+    Method, Request, Response, StatusCode,
     body::{Bytes, Incoming},
     client::conn::http1,
 };
@@ -27,6 +27,8 @@ pub enum ClientError {
     NoAgent { path: PathBuf },
     #[error("not permitted to use {}: run as the user that runs the agent (root?)", path.display())]
     NotPermitted { path: PathBuf },
+    #[error("the agent is going down")]
+    GoingDown,
     #[error("{why}")]
     Refused {
         why: String,
@@ -132,6 +134,9 @@ async fn open(
 async fn read(socket: &Path, response: Response<Incoming>) -> Result<Value, ClientError> {
     let broken = |error: &dyn Display| ClientError::broken(socket, error);
     let status = response.status();
+    if status == StatusCode::GONE {
+        return Err(ClientError::GoingDown);
+    }
     let body = response.into_body().collect().await.map_err(|error| broken(&error))?.to_bytes();
     let value: Value = serde_json::from_slice(&body).map_err(|error| broken(&error))?;
     if status.is_success() {

@@ -404,7 +404,7 @@ async fn answer<T>(
 ) -> Response {
     match put(&**ask, question).await {
         Some(value) => render(value),
-        None => problem(StatusCode::SERVICE_UNAVAILABLE, "the agent is going down"),
+        None => problem(StatusCode::GONE, "the agent is going down"),
     }
 }
 

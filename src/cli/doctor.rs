@@ -82,6 +82,10 @@ fn patient(args: &DoctorArgs) -> Patient {
     Patient { config, agent, agent_error, socket }
 }
 
+fn counted(count: usize, what: &str) -> String {
+    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
+}
+
 fn findings_text(answer: &Value, wide: bool) -> String {
     let mut out = String::new();
     let count = |verdict: &str| {
@@ -114,7 +118,12 @@ fn findings_text(answer: &Value, wide: bool) -> String {
     let all = doctor::CHECKS.len();
     let _ = match (problems, warnings) {
         (0, 0) => writeln!(out, "\n{}: {all} checks found nothing", good("healthy")),
-        _ => writeln!(out, "\n{problems} problems and {warnings} warnings in {all} checks"),
+        _ => writeln!(
+            out,
+            "\n{} and {} in {all} checks",
+            counted(problems, "problem"),
+            counted(warnings, "warning")
+        ),
     };
     if wide {
         for (check, what) in doctor::CHECKS {

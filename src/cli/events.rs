@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::{
     Client, Format, block_on, fail,
-    output::{ask_and_print, doubtful, each, text},
+    output::{ask_and_print, doubtful, each, put, text},
 };
 use crate::api;
 
@@ -33,9 +33,9 @@ pub fn run(args: &EventsArgs) -> ExitCode {
     }
     let format = args.client.output;
     let show = |event: &Value| match format {
-        Format::Json => println!("{event}"),
+        Format::Json => put(&format!("{event}\n")),
         Format::Yaml => format.print(&Value::from(vec![event.clone()]), |_, _| String::new()),
-        _ => anstream::print!("{}", line(event)),
+        _ => put(&line(event)),
     };
     match block_on(api::follow(&socket, "/v1/events", show)) {
         Ok(Ok(())) => fail("the agent has ended"),

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use super::{
     Client,
     output::{ask_and_print, each, list, name, table, text},
+    status::is_present,
 };
 use crate::api;
 
@@ -37,7 +38,7 @@ fn leases_of(status: &Value) -> Value {
             "subnets": member["subnets"], "spare": member["spare"],
         })
     };
-    let owners = each(&status["members"]).filter(|member| member["left"] == false);
+    let owners = each(&status["members"]).filter(|member| is_present(member));
     json!({
         "network": status["settings"]["pool"]["network"],
         "slots": status["slots"],

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use super::{
     Client, escaped,
     output::{ask_and_print, bad, doubtful, each, good, list, name, table, text, wrapped},
+    status::is_present,
 };
 use crate::api::{self, ClientError};
 
@@ -51,7 +52,8 @@ fn members_of(status: &Value) -> impl Iterator<Item = Value> {
         Some(json!({ "state": path["state"], "round_trip_ms": path["round_trip_ms"] }))
     };
     each(&status["members"]).cloned().map(move |mut member| {
-        member["path"] = path(&member["node"]).unwrap_or(Value::Null);
+        let path = path(&member["node"]).filter(|_| is_present(&member));
+        member["path"] = path.unwrap_or(Value::Null);
         member
     })
 }

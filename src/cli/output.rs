@@ -2,7 +2,7 @@
 //!
 //! Colours are for terminals: elsewhere, or with `NO_COLOR`, they are taken out again while printing.
 
-use std::{fmt::Display, future::Future, process::ExitCode};
+use std::{fmt::Display, future::Future, io::Write as _, process::ExitCode};
 
 use anstream::adapter::strip_str;
 use clap::ValueEnum;
@@ -31,16 +31,21 @@ impl Format {
     /// Prints an answer, as it came or by `text`, which is told whether there is room for all.
     pub fn print(self, answer: &Value, text: impl FnOnce(&Value, bool) -> String) {
         match self {
-            Self::Text => anstream::print!("{}", text(answer, false)),
-            Self::Wide => anstream::print!("{}", text(answer, true)),
-            Self::Json => println!("{answer:#}"),
-            Self::Yaml => print!("{}", serde_yaml_ng::to_string(answer).unwrap_or_default()),
+            Self::Text => put(&text(answer, false)),
+            Self::Wide => put(&text(answer, true)),
+            Self::Json => put(&format!("{answer:#}\n")),
+            Self::Yaml => put(&serde_yaml_ng::to_string(answer).unwrap_or_default()),
         }
     }
 
     pub const fn is_text(self) -> bool {
         matches!(self, Self::Text | Self::Wide)
     }
+}
+
+/// To standard output. Whoever reads only the beginning has what it wanted.
+pub fn put(text: &str) {
+    let _ = anstream::stdout().write_all(text.as_bytes());
 }
 
 /// Asks the agent and prints the answer.

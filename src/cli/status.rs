@@ -53,7 +53,10 @@ async fn ask(args: &StatusArgs) -> Result<Value, ClientError> {
     let answered = tokio::time::timeout(patience, async {
         loop {
             match api::get(socket, &target).await {
-                Err(ClientError::NoAgent { .. }) => tokio::time::sleep(RETRY).await,
+                // Also one that begins anew, as after reset-identity.
+                Err(ClientError::NoAgent { .. } | ClientError::GoingDown) => {
+                    tokio::time::sleep(RETRY).await;
+                }
                 answer => return answer,
             }
         }

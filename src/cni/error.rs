@@ -47,7 +47,7 @@ impl CniError {
 impl From<ClientError> for CniError {
     fn from(error: ClientError) -> Self {
         match error {
-            ClientError::NoAgent { .. } => Self {
+            ClientError::NoAgent { .. } | ClientError::GoingDown => Self {
                 code: code::TRY_LATER,
                 msg: "the gossamer agent does not run on this host".to_owned(),
                 details: error.to_string(),

@@ -27,6 +27,8 @@ pub struct Firewall {
     /// Called like the device, so that overlays on one host have one each.
     pub table: String,
     pub guard: Option<Guard>,
+    /// UDP port of the tunnels: what pods send there is never masqueraded, or it would pass for a member's.
+    pub port: u16,
     /// Per family the overlay's network and this host's subnet in it; empty without masquerade.
     pub masquerade: Vec<(IpNet, IpNet)>,
 }
@@ -51,7 +53,12 @@ impl Firewall {
         });
         let networks = view.settings.pool.networks().iter();
         let masquerade = networks.zip(view.own.subnets.iter()).filter(|_| policy.masquerade);
-        Self { table: device_name(view.settings.vni), guard, masquerade: masquerade.collect() }
+        Self {
+            table: device_name(view.settings.vni),
+            guard,
+            port: view.settings.vxlan_port,
+            masquerade: masquerade.collect(),
+        }
     }
 
     /// Whether there is anything to put into a table.

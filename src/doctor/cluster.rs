@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde_json::Value;
 
 use super::{Agent, Finding, Patient};
-use crate::{agent::knock, api::block_on};
+use crate::{agent::knock, api::block_on, core::CallError, store::read_token};
 
 /// So often down within the events that are kept, and a member comes and goes.
 const FLAPS: usize = 3;
@@ -245,13 +245,19 @@ fn tables(routes: &Value) -> Finding {
 /// Whether members could be joined by what is configured.
 fn seeds(patient: &Patient) -> Vec<Finding> {
     let Ok(config) = &patient.config else { return Vec::new() };
-    if config.seeds.is_empty() {
-        return vec![Finding::ok("seeds", "none are configured")];
+    // What the agent would fall back on, too.
+    let saved = read_token(&config.state_dir).ok().flatten();
+    let mut seeds = config.seeds.clone();
+    if seeds.is_empty() {
+        seeds.extend(saved.iter().flat_map(|token| token.seeds.clone()));
     }
-    let Some(token) = &config.token else {
+    if seeds.is_empty() {
+        return vec![Finding::ok("seeds", "none are configured, and none are known")];
+    }
+    let Some(token) = config.token.as_ref().or(saved.as_ref()) else {
         return vec![Finding::skipped("seeds", "without a token none of them answers")];
     };
-    let answers = match block_on(knock(&config.seeds, &token.secret)) {
+    let answers = match block_on(knock(&seeds, &token.secret)) {
         Ok(Ok(answers)) => answers,
         Ok(Err(error)) => return vec![Finding::skipped("seeds", error.to_string())],
         Err(error) => return vec![Finding::skipped("seeds", error.to_string())],
@@ -260,7 +266,7 @@ fn seeds(patient: &Patient) -> Vec<Finding> {
     let reached = answers.iter().filter(|(_, answer)| answer.is_ok()).count();
     for (seed, answer) in answers {
         let Err(error) = answer else { continue };
-        let is_token = matches!(error, crate::core::CallError::Rejected(_));
+        let is_token = matches!(error, CallError::Rejected(_));
         let (why, fix) = if is_token {
             (
                 "its secret is another one than ours",

@@ -105,6 +105,7 @@ fn kernel() -> Finding {
         let firewall = Firewall {
             table: "doctor".to_owned(),
             guard: None,
+            port: 8472,
             masquerade: vec![(network, network)],
         };
         FirewallTable::open()
@@ -124,6 +125,14 @@ fn kernel() -> Finding {
 
 /// Gives the interface's name.
 fn underlay(patient: &Patient, findings: &mut Vec<Finding>) -> Option<String> {
+    let kernel = patient.status().map(|status| &status["kernel"]);
+    if let Some((name, address)) = kernel.and_then(|kernel| {
+        Some((kernel["underlay_interface"].as_str()?, kernel["underlay_address"].as_str()?))
+    }) {
+        // What is wrong with it the agent says itself.
+        findings.push(Finding::ok("underlay", format!("{address} on {name}")));
+        return Some(name.to_owned());
+    }
     let config = patient.config.as_ref().ok()?;
     let chosen = Netlink::open().map_err(|error| error.to_string()).and_then(|mut netlink| {
         choose_underlay(&mut netlink, config).map_err(|error| error.to_string())

@@ -99,7 +99,7 @@ impl fmt::Debug for NodeName {
 
 /// A name that cannot be shown in a table or put on a command line.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("node_name {0:?} is not usable: write 1 to 63 ASCII characters without spaces")]
+#[error("{0:?} is not usable: write 1 to 63 ASCII characters without spaces")]
 pub struct NodeNameError(String);
 
 #[cfg(test)]

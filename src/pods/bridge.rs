@@ -29,7 +29,7 @@ use crate::{
 };
 
 /// By which a bridge is known as ours.
-pub(super) const ALIAS: &str = "gossamer pods";
+pub const ALIAS: &str = "gossamer pods";
 /// Of bridges, and of pods' ends on this host.
 pub(super) const PREFIX: &str = "gsm";
 

@@ -172,7 +172,8 @@ impl StateDir {
 fn is_ours(name: &OsStr) -> bool {
     let Some(name) = name.to_str() else { return false };
     let name = name.strip_suffix(".new").unwrap_or(name);
-    [KEY, TOKEN, LOCK, BOOT, POD_CIDR, DATABASE, history::FILE, history::OLDER].contains(&name)
+    [KEY, TOKEN, SECRETS, LOCK, BOOT, POD_CIDR, DATABASE, history::FILE, history::OLDER]
+        .contains(&name)
         || name.starts_with("db.damaged-")
 }
 
@@ -220,6 +221,8 @@ mod tests {
         let error = StateDir::open(dir.path()).expect_err("held").to_string();
         assert!(error.contains("another gossamer"), "{error}");
         state.save_node_key(&[7; 32]).expect("saved");
+        let secret = crate::wire::Secret::new(vec![7; 32]).expect("long enough");
+        state.save_keyring(&Keyring::new(secret)).expect("saved");
         assert_eq!(state.node_key().expect("read"), Some([7; 32]));
         fs::create_dir(dir.path().join("db.damaged-1")).expect("made");
         fs::write(dir.path().join("notes"), "not ours").expect("written");

@@ -63,6 +63,7 @@ pub enum BindError {
 pub struct Transport {
     endpoint: Endpoint,
     client: ClientConfig,
+    credentials: Credentials,
     me: NodeId,
     events: Events,
     peers: BTreeMap<NodeId, PeerLink>,
@@ -103,6 +104,7 @@ impl Transport {
         let transport = Self {
             endpoint,
             client,
+            credentials: credentials.clone(),
             me: credentials.me,
             events,
             peers: BTreeMap::new(),
@@ -224,6 +226,7 @@ impl Transport {
         let (server, client) = roles(credentials);
         self.endpoint.set_server_config(Some(server));
         self.client = client;
+        self.credentials = credentials.clone();
         for link in self.peers.values_mut() {
             if let Some(connection) = link.connection.take_if(|held| !credentials.accept(held)) {
                 connection.close(VarInt::from_u32(0), b"its secret was dropped");
@@ -275,6 +278,12 @@ impl Transport {
     }
 
     fn connected(&mut self, peer: NodeId, connection: Connection, inbound: bool) {
+        // It may have been begun before a secret was dropped.
+        if !self.credentials.accept(&connection) {
+            connection.close(VarInt::from_u32(0), b"its secret was dropped");
+            let error = CallError::Rejected("its secret was dropped".to_owned());
+            return self.dial_failed(peer, &error);
+        }
         let link = self.peers.entry(peer).or_default();
         link.dialling &= inbound;
         // Two nodes that dial each other at once keep the connection of the smaller id; the other one

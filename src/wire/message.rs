@@ -195,7 +195,7 @@ pub enum Refusal {
     Exhausted { total: u32, leased: u32 },
     #[error("the node has no spare subnet: {spare_elsewhere} are spare at other nodes")]
     NoSpareHere { spare_elsewhere: u32 },
-    #[error("this node left the cluster for good: remove its state directory to join as a new one")]
+    #[error("this node has left the cluster for good, and can only join as a new one")]
     Left,
     #[error("the node is leaving the cluster itself")]
     Leaving,

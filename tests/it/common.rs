@@ -8,7 +8,10 @@ use std::{
 };
 
 use gossamer::lab::{Agent, Host, Lab, NetNs, Pod};
-use nix::sys::signal::Signal;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use serde_json::Value;
 
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -167,6 +170,25 @@ pub fn wait_until(what: &str, patience: Duration, mut reached: impl FnMut() -> b
         assert!(start.elapsed() < patience, "{what}");
         std::thread::sleep(Duration::from_millis(20));
     }
+}
+
+/// Freezes an agent; returns when each of its threads stands still.
+pub fn freeze(agent: &Agent) -> anyhow::Result<()> {
+    let pid = agent.pid();
+    kill(Pid::from_raw(pid.cast_signed()), Signal::SIGSTOP)?;
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task"))?.collect::<Result<Vec<_>, _>>()?;
+    wait_until("it does not stand still", PATIENCE, || {
+        tasks.iter().all(|task| {
+            let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+            stat.rsplit(')').next().is_none_or(|rest| rest.trim_start().starts_with('T'))
+        })
+    });
+    Ok(())
+}
+
+/// Lets a frozen one go on.
+pub fn thaw(agent: &Agent) -> anyhow::Result<()> {
+    Ok(kill(Pid::from_raw(agent.pid().cast_signed()), Signal::SIGCONT)?)
 }
 
 /// Waits until an agent's status is as wanted; gives it. What a kernel or a pod shows at once, the

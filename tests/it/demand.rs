@@ -6,7 +6,8 @@ use gossamer::lab::{Agent, NetNs, Pinger, absent_member, add_crowd};
 use nix::sys::signal::Signal;
 
 use crate::common::{
-    Cluster, PATIENCE, eventually, isolated, program, run, status_where, token_of, tool, wait_until,
+    Cluster, PATIENCE, eventually, freeze, isolated, program, run, status_where, thaw, token_of,
+    tool, wait_until,
 };
 
 /// Entries of ours: routes, neighbours, FDB entries.
@@ -50,12 +51,11 @@ fn a_neighbour_that_fails_is_answered_from_the_view() {
         let subnet = Agent::subnet(&cluster.agents[1].ask("/v1/status", PATIENCE)?)?;
         let host = &cluster.hosts[0].netns;
         // No event tells of what was deleted while nobody could hear; the kernel's question does.
-        let stopped = nix::unistd::Pid::from_raw(cluster.agents[0].pid().cast_signed());
-        nix::sys::signal::kill(stopped, Signal::SIGSTOP)?;
+        freeze(&cluster.agents[0])?;
         tool(host, &format!("ip neigh del {} dev gossamer.1", subnet.network()));
         let mut pinger = Pinger::new(&pods[0].netns)?;
         assert_eq!(pinger.ping(pods[1].ip, Duration::from_millis(300))?, None);
-        nix::sys::signal::kill(stopped, Signal::SIGCONT)?;
+        thaw(&cluster.agents[0])?;
         wait_until("no answer", PATIENCE, || {
             pinger.ping(pods[1].ip, Duration::from_millis(300)).is_ok_and(|got| got.is_some())
         });

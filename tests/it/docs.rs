@@ -1,8 +1,8 @@
 //! What the documentation tells people to type is run, or at least understood.
 //!
-//! A page that begins with `<!-- run: hosts=3 -->` has transcripts: blocks marked `console` with lines such as
-//! `host1# COMMAND`. They are run from top to bottom on so many fresh hosts. Other lines are output, and not
-//! compared. A command must succeed, or end as `# exit N` behind it says; one that ends with `&` goes on.
+//! A page that begins with `<!-- run: hosts=3 -->` has transcripts: blocks marked `console` with lines such
+//! as `host1# COMMAND`. They are run from top to bottom on so many fresh hosts. Other lines are output, and
+//! not compared. A command must succeed, or end as `# exit N` behind it says; one that ends with `&` goes on.
 
 use std::{
     collections::BTreeSet,
@@ -29,8 +29,8 @@ const HOST: &str = "mount --make-rprivate /; mount -t tmpfs tmpfs /mnt; cp $PROG
                     mount -t overlay overlay -o lowerdir=/etc,upperdir=/mnt/up,workdir=/mnt/work /etc; \
                     for d in /run /var/lib /opt /root; do mount -t tmpfs tmpfs $d; done; \
                     mkdir /run/lock /var/lib/misc; hostname $NAME; \
-                    for n in 1 2 3 4; do echo 10.99.0.$((n + 9)) host$n >> /etc/hosts; done; echo ready > /mnt/ready; \
-                    exec sleep infinity";
+                    for n in 1 2 3 4; do echo 10.99.0.$((n + 9)) host$n >> /etc/hosts; done; \
+                    echo ready > /mnt/ready; exec sleep infinity";
 /// `scp FILE hostN:` among hosts that share a machine.
 const SCP: &str = "#!/bin/sh\nset -e\nfor last; do :; done\npid=$(cat /proc/1/root/tmp/${last%:*}.pid)\n\
                    while [ $# -gt 1 ]; do case $1 in -*) ;; *) cp -p $1 /proc/$pid/root/root/ ;; esac; \

@@ -11,7 +11,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::common::{
-    Cluster, PATIENCE, gossamer_token, isolated, program, run, status_where, tool,
+    Cluster, PATIENCE, freeze, gossamer_token, isolated, program, run, status_where, thaw, tool,
 };
 
 /// What it finds on a host, with the host's own files.
@@ -169,10 +169,9 @@ fn what_is_planted_on_a_host_is_named_and_on_a_healthy_one_there_is_nothing() {
         assert_eq!(complaints(&cluster.hosts[0], ""), [Value::Null; 0]);
 
         // An agent that hangs.
-        let pid = nix::unistd::Pid::from_raw(cluster.agents[0].pid().cast_signed());
-        nix::sys::signal::kill(pid, Signal::SIGSTOP)?;
+        freeze(&cluster.agents[0])?;
         assert_named(&cluster.hosts[0], "", "agent", "does not answer within 5s");
-        nix::sys::signal::kill(pid, Signal::SIGCONT)?;
+        thaw(&cluster.agents[0])?;
 
         // A neighbour's wall, and a member that is dead.
         let wall = "nft add table inet wall && \

@@ -1,7 +1,10 @@
 //! Our table of nftables: who may send to the VXLAN port, masquerade, and what becomes of the table when
 //! others lay hands on it. And what else of a host keeps packets from passing.
 
-use std::time::{Duration, Instant};
+use std::{
+    net::UdpSocket,
+    time::{Duration, Instant},
+};
 
 use gossamer::{
     dataplane::{
@@ -241,6 +244,7 @@ fn with_partial_knowledge_those_let_in_before_stay_and_nobody_else_comes_in() {
                 members: members.iter().map(|last| [192, 0, 2, *last].into()).collect(),
                 lenient,
             }),
+            port: 8472,
             masquerade: Vec::new(),
         };
         let members = || {
@@ -311,6 +315,25 @@ fn pods_reach_the_outside_and_hosts_reach_remote_pods_by_masquerade() {
         let host = &cluster.hosts[0];
         let said = tool(&host.netns, &format!("ping -c 1 -W 2 -I {} {}", host.ip, pods[1].ip));
         assert!(said.contains(" 1 received") && has_counted(&pods[1].netns), "{said}");
+
+        // What a pod sends to a member's tunnel port must not come from a member's address.
+        let [here, there] = [0, 1].map(|n| &cluster.hosts[n]);
+        for command in [
+            "nft add table ip probe",
+            "nft add chain ip probe in { type filter hook prerouting priority -400 ; }",
+            &format!("nft add rule ip probe in ip saddr {} udp sport 5555 counter", here.ip),
+            &format!("nft add rule ip probe in ip saddr {} udp sport 5555 counter", pods[0].ip),
+        ] {
+            tool(&there.netns, command);
+        }
+        pods[0].netns.run(|| {
+            let socket = UdpSocket::bind((pods[0].ip, 5555))?;
+            (0..5).try_for_each(|_| socket.send_to(&[8; 60], (there.ip, 8472)).map(drop))
+        })?;
+        let counted = eventually(&there.netns, "nft list chain ip probe in", |text| {
+            text.contains("packets 5 ")
+        });
+        assert!(counted.contains("packets 0 "), "some pass for a member's: {counted}");
         Ok(())
     });
 }

@@ -67,6 +67,12 @@ fn what_is_deleted_altered_or_renamed_is_put_right_at_once() {
                     .to_owned(),
             ],
             vec!["ip addr flush dev gossamer.1".to_owned()],
+            // A link-local address that is left is none to send tunnel packets from.
+            vec![
+                format!("ip addr del {}/16 dev eth0", cluster.hosts[0].ip),
+                format!("ip addr add {}/16 dev eth0", cluster.hosts[0].ip),
+                "ip route add default via 10.99.0.1".to_owned(),
+            ],
             vec!["ip addr add 192.0.2.9/24 dev gossamer.1".to_owned()],
             vec!["ip link set gossamer.1 down".to_owned()],
             vec!["ip link set gossamer.1 down".to_owned(), "ip link set gossamer.1 up".to_owned()],

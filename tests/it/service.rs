@@ -14,7 +14,9 @@ use nix::{
     unistd::Pid,
 };
 
-use crate::common::{Cluster, PATIENCE, gossamer_token, isolated, program, skipped, wait_until};
+use crate::common::{
+    Cluster, PATIENCE, freeze, gossamer_token, isolated, program, skipped, thaw, wait_until,
+};
 
 const UNIT: &str = "config/gossamer.service";
 
@@ -44,11 +46,10 @@ fn systemd_hears_that_the_agent_has_started_how_it_is_and_that_its_loop_turns() 
             heard.extend(lines);
         }
         // A loop that does not turn is not heard of.
-        let pid = Pid::from_raw(agent.pid().cast_signed());
-        kill(pid, Signal::SIGSTOP)?;
+        freeze(&agent)?;
         systemd.set_read_timeout(Some(Duration::from_secs(1)))?;
         while hear().is_ok() {}
-        kill(pid, Signal::SIGCONT)?;
+        thaw(&agent)?;
         systemd.set_read_timeout(Some(PATIENCE))?;
         assert!(hear()?.contains(&"WATCHDOG=1".to_owned()));
         agent.end(Signal::SIGTERM)?;

@@ -200,7 +200,7 @@ impl FirewallTable {
             add_guard(table, guard, &members, &mut steps);
         }
         if !wanted.masquerade.is_empty() {
-            add_masquerade(table, &wanted.masquerade, &mut steps);
+            add_masquerade(wanted, &mut steps);
         }
         self.written = None;
         self.dropped_before = self.dropped;
@@ -249,6 +249,7 @@ impl Firewall {
     fn equals_but_for_members(&self, other: &Self) -> bool {
         let place = |guard: &Guard| (guard.port, guard.vni);
         self.table == other.table
+            && self.port == other.port
             && self.masquerade == other.masquerade
             && self.guard.as_ref().map(place) == other.guard.as_ref().map(place)
     }
@@ -328,10 +329,14 @@ fn add_guard(table: &str, guard: &Guard, members: &BTreeSet<IpAddr>, steps: &mut
     steps.push(append(table, GUARD_CHAIN, &to_port().count().drop()));
 }
 
-fn add_masquerade(table: &str, networks: &[(IpNet, IpNet)], steps: &mut Vec<Step>) {
+fn add_masquerade(wanted: &Firewall, steps: &mut Vec<Step>) {
+    let Firewall { table, port, masquerade, .. } = wanted;
     let chain = base_chain(table, MASQUERADE_CHAIN, "nat", POSTROUTING, SOURCE_NAT);
     steps.push(create(Kind::NewChain, chain));
-    for (network, own) in networks {
+    // Under this host's address it would pass the guards of all members.
+    let to_port = Rule::new().udp().holds(Base::Transport, PORT_OFFSET, &port.to_be_bytes());
+    steps.push(append(table, MASQUERADE_CHAIN, &to_port.leave_chain()));
+    for (network, own) in masquerade {
         let multicast = match network {
             IpNet::V4(_) => IpNet::new_assert([224, 0, 0, 0].into(), 4),
             IpNet::V6(_) => IpNet::new_assert([0xff00, 0, 0, 0, 0, 0, 0, 0].into(), 8),

@@ -76,6 +76,21 @@ async fn frames_and_questions_reach_a_member_and_its_id_is_proven() {
 }
 
 #[tokio::test]
+async fn who_was_on_the_way_in_when_its_secret_was_dropped_stays_outside() {
+    let (mut member, mut late) = (bind(1, 1), bind(1, 2));
+    let (to, member_id) = (address(&member), member.0.me);
+    late.0.send(member_id, to, b"hello".to_vec());
+    // The handshake is over, and the loop has not heard of it yet.
+    let connected = member.1.recv().await.expect("an event");
+    assert!(matches!(connected, Event::Connected { .. }), "{connected:?}");
+    let key = NodeKey::from_seed([9; 32]).expect("a key");
+    let newer = [Secret::new(vec![2; 32]).expect("long enough")];
+    member.0.use_credentials(&Credentials::new(&newer, &key).expect("credentials"));
+    assert!(member.0.handle(connected).is_none());
+    assert_eq!(member.0.connections(), 0);
+}
+
+#[tokio::test]
 async fn without_the_secret_nobody_gets_past_the_handshake() {
     let (stranger, mut member) = (bind(2, 1), bind(1, 2));
     let mut stranger = stranger;
