@@ -14,6 +14,7 @@ use super::Agent;
 use crate::{
     api::{Event, EventFeed, EventKind, EventLevel, MemberState, SAMPLE_INTERVAL, Sample},
     model::{NodeId, PathState},
+    wire::visible,
 };
 
 /// Events that are kept.
@@ -69,8 +70,8 @@ impl Journal {
 
     pub(super) fn note(&mut self, kind: EventKind, level: EventLevel, text: String) {
         self.number += 1;
-        let event =
-            Event { number: self.number, at: wall_clock().as_secs_f64(), kind, level, text };
+        let (number, at, text) = (self.number, wall_clock().as_secs_f64(), visible(&text));
+        let event = Event { number, at, kind, level, text };
         if self.kept.len() >= KEPT {
             self.kept.pop_front();
         }
@@ -90,12 +91,15 @@ impl Journal {
         }
     }
 
+    pub(super) fn past(&self) -> Vec<Event> {
+        self.kept.iter().cloned().collect()
+    }
+
     pub(super) fn feed(&self) -> Result<EventFeed, String> {
         if self.live.receiver_count() >= MAX_READERS {
             return Err(format!("{MAX_READERS} readers of events are enough: end one of them"));
         }
-        let past = self.kept.iter().cloned().collect();
-        Ok(EventFeed { past, live: self.live.subscribe() })
+        Ok(EventFeed { past: self.past(), live: self.live.subscribe() })
     }
 
     pub(super) fn samples(&self) -> Vec<Sample> {

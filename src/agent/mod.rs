@@ -46,12 +46,13 @@ use self::{
     probe::Prober,
     programmer::{Programmer, Told},
     service::Service,
+    status::Waiter,
     survey::Surveys,
     underlay::Chosen,
     wirer::{Wired, Wirer},
 };
 use crate::{
-    api::{AgentStatus, Question},
+    api::Question,
     config::Config,
     core::{Command, Gate, Input, Node, Output, Stop, Target},
     docker as docker_plugin,
@@ -59,7 +60,7 @@ use crate::{
     model::{NodeId, Time},
     store::{History, StateDir, Writer, Written},
     transport::{Event, Transport},
-    wire::{Keyring, Token},
+    wire::{Keyring, Token, visible},
 };
 
 pub use knock::knock;
@@ -102,6 +103,8 @@ struct Agent {
     underlay: Chosen,
     config: Config,
     state: Arc<StateDir>,
+    /// Of the settings alone.
+    given_seeds: Vec<String>,
     /// The token as it was last saved.
     saved_token: Option<Token>,
     history: History,
@@ -120,12 +123,6 @@ struct Agent {
     /// Set when the kernel refuses the device of a node that has only just come.
     giving_up: Option<(String, Instant)>,
     ending: Option<Ending>,
-}
-
-struct Waiter {
-    members: usize,
-    deadline: Instant,
-    reply: oneshot::Sender<AgentStatus>,
 }
 
 /// The only reader of the monotonic clock.
@@ -375,10 +372,10 @@ impl Agent {
                 );
                 Ending::Anew
             }
-            Stop::Refused(refusal) => Ending::Failed(format!("join refused: {refusal}")),
+            Stop::Refused(refusal) => Ending::Failed(visible(&format!("join refused: {refusal}"))),
             Stop::Rejected { seed, why } => {
                 let name = self.config.seeds.get(seed).map_or("?", String::as_str);
-                Ending::Failed(format!("join {name}: {why}"))
+                Ending::Failed(visible(&format!("join {name}: {why}")))
             }
         });
     }
@@ -432,7 +429,7 @@ impl Agent {
             Question::Wait { seconds, members, reply } => {
                 let deadline = Instant::now() + Duration::from_secs(seconds);
                 self.input(Input::Command(Command::Sync));
-                self.waiters.push(Waiter { members, deadline, reply });
+                self.add_waiter(Waiter { members, deadline, reply });
             }
             Question::Token { reply } => {
                 let seeds = vec![self.node.address().to_string()];
@@ -461,6 +458,7 @@ impl Agent {
             Question::Detach { request, reply } => self.detach(&request, reply),
             Question::Check { request, reply } => self.check_pod(&request, reply),
             Question::Pods { reply } => self.list_pods(reply),
+            Question::PastEvents { reply } => _ = reply.send(self.journal.past()),
             Question::Events { reply } => _ = reply.send(self.journal.feed()),
             Question::Samples { reply } => _ = reply.send(self.journal.samples()),
             Question::Matrix { reply } => self.show_matrix(reply),
@@ -470,22 +468,6 @@ impl Agent {
             Question::History { reply } => {
                 let lines = self.history.read();
                 let _ = reply.send(lines.map_err(|error| format!("history: {error}")));
-            }
-        }
-    }
-
-    fn serve_waiters(&mut self) {
-        if self.waiters.is_empty() {
-            return;
-        }
-        let status = self.status();
-        let now = Instant::now();
-        for waiter in std::mem::take(&mut self.waiters) {
-            let enough = status.members_alive() >= waiter.members;
-            if (status.converged && enough) || waiter.deadline <= now {
-                let _ = waiter.reply.send(status.clone());
-            } else {
-                self.waiters.push(waiter);
             }
         }
     }

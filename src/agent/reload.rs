@@ -23,8 +23,12 @@ impl Agent {
                 return self.journal.note(EventKind::Agent, EventLevel::Warn, text);
             }
         };
-        if config.seeds != self.config.seeds {
-            self.config.seeds = config.seeds;
+        if config.seeds != self.given_seeds {
+            // Those of the saved token and of Kubernetes stay.
+            let given = std::mem::replace(&mut self.given_seeds, config.seeds);
+            let others = self.config.seeds.iter().filter(|seed| !given.contains(seed));
+            let seeds = self.given_seeds.iter().chain(others).cloned().collect();
+            self.config.seeds = seeds;
             self.node.set_seeds(self.clock.now(), self.config.seeds.len());
         }
         if let Some(token) = config.token
@@ -32,7 +36,7 @@ impl Agent {
         {
             let id = token.secret.id();
             // A token that has not changed since before a rotation says nothing new.
-            if !self.keyring.knows(id) && !self.keyring.has_dropped(id) {
+            if self.keyring.is_news(id) {
                 let steps = [SecretOrder::Add(token.secret.clone()), SecretOrder::Use(id)];
                 if let Err(why) = steps.iter().try_for_each(|step| self.obey(step)) {
                     tracing::error!(%why, "the token of the settings was not taken");

@@ -29,13 +29,13 @@ impl Agent {
         }
         let members: Vec<NodeId> = self.node.peers().collect();
         match step {
-            SecretStep::List => self.tell_secrets(reply),
+            SecretStep::List => self.tell_secrets(Vec::new(), reply),
             SecretStep::Add(secret) => {
                 // Without a new one: whoever lacks one of those there are is given it.
                 let all = self.keyring.accepted();
                 let orders = secret.map_or_else(|| all.to_vec(), |secret| vec![secret]);
                 let orders: Vec<SecretOrder> = orders.into_iter().map(SecretOrder::Add).collect();
-                self.give(members, orders, reply);
+                self.give(members, orders, Vec::new(), reply);
             }
             SecretStep::Use(id) => {
                 if !self.keyring.knows(id) {
@@ -102,14 +102,20 @@ impl Agent {
                     reply.send(Err(format!("not all members are ready: {}", why.join("; ")))),
                 );
             }
-            agent.give(all, vec![order], reply);
+            agent.give(all, vec![order], Vec::new(), reply);
         };
         self.survey(members, Inquiry::Report, then);
     }
 
     /// Sends steps to all, one after the other, does them here, and tells how it is then.
-    fn give(&mut self, members: Vec<NodeId>, mut orders: Vec<SecretOrder>, reply: Reply) {
-        let Some(order) = orders.pop() else { return self.tell_secrets(reply) };
+    fn give(
+        &mut self,
+        members: Vec<NodeId>,
+        mut orders: Vec<SecretOrder>,
+        mut refused: Vec<String>,
+        reply: Reply,
+    ) {
+        let Some(order) = orders.pop() else { return self.tell_secrets(refused, reply) };
         if let SecretOrder::Add(_) = order
             && let Err(why) = self.obey(&order)
         {
@@ -117,10 +123,14 @@ impl Agent {
         }
         let all = members.clone();
         let inquiry = Inquiry::Secret(order.clone());
-        self.survey(members, inquiry, move |agent, _| {
+        self.survey(members, inquiry, move |agent, found| {
+            refused.extend(found.iter().filter_map(|(node, report)| {
+                let why = report.as_ref()?.refused.as_ref()?;
+                Some(format!("{}: {why}", agent.node.name_of(*node)))
+            }));
             // Those who were asked are ahead: whoever carries out a step last can still be understood by all.
             match agent.obey(&order) {
-                Ok(()) => agent.give(all, orders, reply),
+                Ok(()) => agent.give(all, orders, refused, reply),
                 Err(why) => drop(reply.send(Err(why))),
             }
         });
@@ -153,7 +163,7 @@ impl Agent {
     }
 
     /// Who accepts and who uses which.
-    fn tell_secrets(&mut self, reply: Reply) {
+    fn tell_secrets(&mut self, refused: Vec<String>, reply: Reply) {
         let members = self.node.peers().collect();
         self.survey(members, Inquiry::Report, move |agent, mut found| {
             found.insert(agent.node.id(), Some(agent.own_report()));
@@ -177,7 +187,9 @@ impl Agent {
             let silent: Vec<String> =
                 found.iter().filter(|(_, r)| r.is_none()).map(|(node, _)| name(node)).collect();
             let secrets: Vec<Value> = ids.iter().map(secret).collect();
-            let _ = reply.send(Ok(json!({ "secrets": secrets, "silent": silent })));
+            let _ = reply.send(Ok(json!({
+                "secrets": secrets, "silent": silent, "refused": refused,
+            })));
         });
     }
 }

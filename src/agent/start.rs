@@ -113,6 +113,7 @@ async fn start(
     fresh: bool,
     reread: &Reread,
 ) -> Result<Ending, StartFailure> {
+    let given_seeds = config.seeds.clone();
     let key = match state.node_key()? {
         Some(seed) => NodeKey::from_seed(seed)?,
         None => {
@@ -287,6 +288,7 @@ async fn start(
         wirer,
         underlay: chosen,
         config,
+        given_seeds,
         history: state.history(),
         state,
         saved_token: token.filter(|_| known_cluster.is_some()),

@@ -2,14 +2,52 @@
 
 use std::{collections::BTreeSet, time::Instant};
 
+use tokio::sync::oneshot;
+
 use super::Agent;
 use crate::{
     api::{AgentStatus, KernelStatus},
     core::Phase,
     dataplane::desired::device_name,
+    wire::visible,
 };
 
+/// Who waits for convergence; more are answered at once.
+const MAX_WAITERS: usize = 64;
+
+/// Wants to hear once this node has converged with so many members, or when the time is over.
+pub(super) struct Waiter {
+    pub(super) members: usize,
+    pub(super) deadline: Instant,
+    pub(super) reply: oneshot::Sender<AgentStatus>,
+}
+
 impl Agent {
+    pub(super) fn add_waiter(&mut self, waiter: Waiter) {
+        if self.waiters.len() < MAX_WAITERS {
+            self.waiters.push(waiter);
+        } else {
+            let _ = waiter.reply.send(self.status());
+        }
+    }
+
+    pub(super) fn serve_waiters(&mut self) {
+        self.waiters.retain(|waiter| !waiter.reply.is_closed());
+        if self.waiters.is_empty() {
+            return;
+        }
+        let status = self.status();
+        let now = Instant::now();
+        for waiter in std::mem::take(&mut self.waiters) {
+            let enough = status.members_alive() >= waiter.members;
+            if (status.converged && enough) || waiter.deadline <= now {
+                let _ = waiter.reply.send(status.clone());
+            } else {
+                self.waiters.push(waiter);
+            }
+        }
+    }
+
     pub(super) fn report_to_service(&mut self, now: Instant) {
         if !self.service.is_due(now) {
             return;
@@ -67,7 +105,8 @@ impl Agent {
         }
         let states = self.path_states();
         problems.extend(states.filter_map(|(node, state, _)| self.path_problem(node, state)));
-        problems
+        // Some repeat what others said.
+        problems.iter().map(|problem| visible(problem)).collect()
     }
 
     pub(super) fn is_converged(&self) -> bool {

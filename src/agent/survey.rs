@@ -5,10 +5,10 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
-    sync::Arc,
     time::{Duration, Instant},
 };
 
+use axum::body::Bytes;
 use tokio::sync::oneshot::Sender;
 
 use super::Agent;
@@ -39,8 +39,9 @@ pub(super) struct Surveys {
     queue: VecDeque<Survey>,
     number: u64,
     /// Who waits for the picture of all paths.
-    viewers: Vec<Sender<Arc<Matrix>>>,
-    matrix: Option<(Instant, Arc<Matrix>)>,
+    viewers: Vec<Sender<Bytes>>,
+    /// The last one, as it is sent.
+    matrix: Option<(Instant, Bytes)>,
 }
 
 struct Survey {
@@ -89,7 +90,7 @@ impl Agent {
     }
 
     /// The way from each member to each other one.
-    pub(super) fn show_matrix(&mut self, reply: Sender<Arc<Matrix>>) {
+    pub(super) fn show_matrix(&mut self, reply: Sender<Bytes>) {
         if let Some((at, matrix)) = &self.surveys.matrix
             && at.elapsed() < FRESH
         {
@@ -137,8 +138,13 @@ impl Agent {
         let Some(survey) = self.surveys.queue.front_mut().filter(|s| s.number == number) else {
             return;
         };
+        let known = self.node.peers().count() + 1;
         if survey.asked.remove(&node) {
-            survey.findings.insert(node, report.map(|report| *report));
+            let report = report.map(|mut report| {
+                report.paths.truncate(known);
+                *report
+            });
+            survey.findings.insert(node, report);
         }
         self.go_on_with_survey();
     }
@@ -203,7 +209,8 @@ impl Agent {
         let mut rows: Vec<MatrixRow> =
             findings.into_iter().map(|(node, report)| self.row(node, report)).collect();
         rows.sort_by(|a, b| (&a.name, a.node).cmp(&(&b.name, b.node)));
-        let matrix = Arc::new(Matrix { rows, omitted });
+        let matrix = serde_json::to_vec(&Matrix { rows, omitted }).unwrap_or_default();
+        let matrix = Bytes::from(matrix);
         self.surveys.matrix = Some((Instant::now(), matrix.clone()));
         for viewer in self.surveys.viewers.drain(..) {
             let _ = viewer.send(matrix.clone());

@@ -4,6 +4,7 @@ use std::{io, net::TcpListener, path::Path, sync::Arc, time::Duration};
 
 use axum::{
     Json, Router,
+    body::Bytes,
     extract::{Query, State},
     http::{
         HeaderMap, StatusCode,
@@ -19,9 +20,9 @@ use tokio::sync::oneshot::{self, Sender};
 use crate::wire::{Secret, SecretId, Token};
 
 use super::{
-    AgentStatus, AttachRequest, Attached, AttachmentName, EventFeed, KernelEntry, Matrix,
-    MatrixRow, PingReport, PodError, PodErrorKind, PodStatus, SAMPLE_INTERVAL, Sample, Socket,
-    SocketError, dashboard,
+    AgentStatus, AttachRequest, Attached, AttachmentName, Event, EventFeed, KernelEntry, MatrixRow,
+    PingReport, PodError, PodErrorKind, PodStatus, SAMPLE_INTERVAL, Sample, Socket, SocketError,
+    dashboard,
     metrics::{self, Page},
 };
 
@@ -85,11 +86,17 @@ pub enum Question {
     Events {
         reply: Sender<Result<EventFeed, String>>,
     },
+    PastEvents {
+        reply: Sender<Vec<Event>>,
+    },
     Samples {
         reply: Sender<Vec<Sample>>,
     },
+    /// Answered with a [`Matrix`] as JSON, encoded once for all who look at it.
+    ///
+    /// [`Matrix`]: super::Matrix
     Matrix {
-        reply: Sender<Arc<Matrix>>,
+        reply: Sender<Bytes>,
     },
     Routes {
         reply: Sender<Result<Vec<KernelEntry>, String>>,
@@ -127,6 +134,7 @@ pub fn serve(
     let (socket, listener) = Socket::listen(path)?;
     let ask: Ask = Arc::new(ask);
     let router = Router::new()
+        .route("/v1/status", get(status))
         .route("/v1/token", get(token))
         .route("/v1/leave", post(leave))
         .route("/v1/forget", post(forget))
@@ -159,14 +167,16 @@ pub fn observe(
     let address = listener.local_addr()?;
     let listener = tokio::net::TcpListener::from_std(listener)?;
     let ask: Ask = Arc::new(ask);
-    let router = dashboard::only_for(address, observed().merge(dashboard::pages()).with_state(ask));
+    let router = dashboard::only_for(
+        address,
+        observed().route("/v1/status", get(status_now)).merge(dashboard::pages()).with_state(ask),
+    );
     tokio::spawn(async move { axum::serve(listener, router).await });
     Ok(())
 }
 
 fn observed() -> Router<Ask> {
     Router::new()
-        .route("/v1/status", get(status))
         .route("/v1/events", get(events))
         .route("/v1/samples", get(samples))
         .route("/v1/matrix", get(matrix))
@@ -212,10 +222,12 @@ async fn events(
     headers: HeaderMap,
 ) -> Response {
     let seen = headers.get("last-event-id").and_then(|value| value.to_str().ok()?.parse().ok());
-    let follow = query.follow.unwrap_or(true);
+    if query.follow == Some(false) {
+        let render = |past: Vec<Event>| Json(json!({ "events": past })).into_response();
+        return answer(&ask, |reply| Question::PastEvents { reply }, render).await;
+    }
     let render = move |feed: Result<EventFeed, String>| match feed {
-        Ok(feed) if follow => dashboard::stream(feed, seen).into_response(),
-        Ok(feed) => Json(json!({ "events": feed.past })).into_response(),
+        Ok(feed) => dashboard::stream(feed, seen).into_response(),
         Err(why) => problem(StatusCode::SERVICE_UNAVAILABLE, &why),
     };
     answer(&ask, |reply| Question::Events { reply }, render).await
@@ -230,7 +242,8 @@ async fn samples(State(ask): State<Ask>) -> Response {
 }
 
 async fn matrix(State(ask): State<Ask>) -> Response {
-    answer(&ask, |reply| Question::Matrix { reply }, |matrix| Json(&*matrix).into_response()).await
+    let render = |json: Bytes| ([(CONTENT_TYPE, "application/json")], json).into_response();
+    answer(&ask, |reply| Question::Matrix { reply }, render).await
 }
 
 #[derive(Deserialize)]
@@ -266,6 +279,11 @@ async fn status(State(ask): State<Ask>, Query(query): Query<WaitQuery>) -> Respo
         None => Question::Status { reply },
     };
     answer(&ask, question, |status| Json(status).into_response()).await
+}
+
+/// For whoever may look and not wait.
+async fn status_now(State(ask): State<Ask>) -> Response {
+    answer(&ask, |reply| Question::Status { reply }, |status| Json(status).into_response()).await
 }
 
 async fn token(State(ask): State<Ask>) -> Response {

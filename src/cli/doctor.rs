@@ -69,7 +69,10 @@ fn patient(args: &DoctorArgs) -> Patient {
             Err(ClientError::Refused { .. }) => Value::Null,
             routes => routes?,
         };
-        let events = api::get(&socket, "/v1/events?follow=false").await?;
+        let events = match api::get(&socket, "/v1/events?follow=false").await {
+            Err(ClientError::Refused { .. }) => Value::Null,
+            events => events?,
+        };
         Ok::<_, ClientError>(Agent { status, routes, events })
     };
     let asked = block_on(async { tokio::time::timeout(PATIENCE, asking).await });

@@ -65,7 +65,11 @@ pub fn run(args: &SecretArgs) -> ExitCode {
         Step::Use(args) => ask_and_print(&args.client, change(args, "use"), secrets_text),
         Step::Drop(args) => ask_and_print(&args.client, change(args, "drop"), secrets_text),
     };
-    done.map_or_else(|code| code, |_| ExitCode::SUCCESS)
+    match done {
+        Ok(answer) if each(&answer["refused"]).next().is_some() => ExitCode::FAILURE,
+        Ok(_) => ExitCode::SUCCESS,
+        Err(code) => code,
+    }
 }
 
 async fn add(args: &AddArgs) -> Result<Value, ClientError> {
@@ -99,6 +103,9 @@ fn secrets_text(answer: &Value, wide: bool) -> String {
     };
     let rows: Vec<_> = each(&answer["secrets"]).map(row).collect();
     let mut out = table(["SECRET", "USED BY", "ACCEPTED BY", "LACKED BY"], &rows);
+    for refused in each(&answer["refused"]) {
+        let _ = writeln!(out, "{}", bad(format_args!("refused by {}", text(refused))));
+    }
     let silent: Vec<String> = each(&answer["silent"]).map(text).collect();
     if !silent.is_empty() {
         let _ = writeln!(out, "{}", bad(format_args!("no answer from {}", silent.join(", "))));

@@ -28,6 +28,8 @@ use crate::api::{self, ClientError};
 
 /// Between two looks.
 const LOOK: Duration = Duration::from_secs(1);
+/// Keys are not read while an agent that hangs is waited for.
+const PATIENCE: Duration = Duration::from_secs(2);
 /// Lines of events.
 const EVENTS: u16 = 8;
 
@@ -73,15 +75,17 @@ fn watch(client: &Client, mut draw: impl FnMut(&Picture) -> io::Result<()>) -> i
     let mut counted: Option<(Instant, [u64; 2])> = None;
     loop {
         let begun = Instant::now();
-        match block_on(look(&socket))? {
-            Ok((status, events)) => {
+        let asked = block_on(async { tokio::time::timeout(PATIENCE, look(&socket)).await })?;
+        match asked.map_err(|_| format!("the agent does not answer within {PATIENCE:?}")) {
+            Ok(Ok((status, events))) => {
                 let device = text(&status["kernel"]["device"]);
                 let now = bytes_of(&device).map(|bytes| (begun, bytes));
                 picture.traffic = counted.zip(now).map(|(before, now)| rate(before, now));
                 counted = now;
                 (picture.status, picture.events, picture.error) = (status, events, None);
             }
-            Err(error) => picture.error = Some(error.to_string()),
+            Ok(Err(error)) => picture.error = Some(error.to_string()),
+            Err(late) => picture.error = Some(late),
         }
         draw(&picture)?;
         while let Some(left) = LOOK.checked_sub(begun.elapsed()) {

@@ -190,7 +190,8 @@ impl Node {
         }
         self.joining.note(seed, Some(error));
         let rejected = |said: &Option<CallError>| matches!(said, Some(CallError::Rejected(_)));
-        if self.home.is_none() && self.joining.said.iter().all(rejected) {
+        let said = &self.joining.said;
+        if self.home.is_none() && !said.is_empty() && said.iter().all(rejected) {
             let said = self.joining.said.get(seed).and_then(Option::as_ref);
             let why = said.map(ToString::to_string).unwrap_or_default();
             self.outputs.push_back(Output::Stop(Stop::Rejected { seed, why }));

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde_json::Value;
 
 use super::{Agent, Finding, Patient};
-use crate::{agent::knock, api::block_on, core::CallError, store::read_token};
+use crate::{agent::knock, api::block_on, core::CallError, store::read_token, wire::visible};
 
 /// So often down within the events that are kept, and a member comes and goes.
 const FLAPS: usize = 3;
@@ -278,7 +278,7 @@ fn seeds(patient: &Patient) -> Vec<Finding> {
                 "see that its agent runs and that UDP is open there: allow the port in both firewalls",
             )
         };
-        let seen = format!("{seed}: {error}");
+        let seen = visible(&format!("{seed}: {error}"));
         // One that answers is enough.
         findings.push(match reached {
             0 => Finding::problem("seeds", seen, why, fix),

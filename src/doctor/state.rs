@@ -2,8 +2,8 @@
 
 use std::{
     fs, io,
-    os::unix::fs::PermissionsExt as _,
-    path::Path,
+    os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
+    path::{Path, PathBuf},
     time::{Duration, SystemTime},
 };
 
@@ -11,6 +11,7 @@ use nix::sys::statvfs::statvfs;
 
 use super::{Finding, Patient};
 use crate::{
+    agent::random,
     config::Config,
     store::{Database, History, Opened, read_token},
     wire::{Record, Token},
@@ -127,16 +128,14 @@ fn database(state_dir: &Path) -> Option<Finding> {
     }
     let token = read_token(state_dir).ok().flatten();
     let was_in_one = token.as_ref().and_then(Token::known_cluster).is_some();
-    let opened = copied(&original).and_then(|copy| {
-        let opened = Database::open(&copy).map_err(io::Error::other);
-        let found = opened.map(|Opened { quarantined, records, .. }| {
+    let opened = Copy::of(&original).and_then(|copy| {
+        let opened = Database::open(&copy.database()).map_err(io::Error::other);
+        opened.map(|Opened { quarantined, records, .. }| {
             let knows = records.iter().any(|(_, record)| matches!(record, Record::Cluster(_)));
             quarantined.map(|(_, why)| format!("cannot be read: {why}")).or_else(|| {
                 (!knows && was_in_one).then(|| "knows of no cluster any more".to_owned())
             })
-        });
-        let _ = fs::remove_dir_all(copy.parent().unwrap_or(&copy));
-        found
+        })
     });
     match opened {
         Ok(None) => None,
@@ -155,12 +154,28 @@ fn database(state_dir: &Path) -> Option<Finding> {
     }
 }
 
-/// A copy of the database in a directory of its own.
-fn copied(original: &Path) -> io::Result<std::path::PathBuf> {
-    let directory = std::env::temp_dir().join(format!("gossamer-doctor-{}", std::process::id()));
-    let copy = directory.join("db");
-    copy_all(original, &copy)?;
-    Ok(copy)
+/// A copy of the database in a directory that nobody else can enter or foresee. Gone when dropped.
+struct Copy(PathBuf);
+
+impl Copy {
+    fn of(original: &Path) -> io::Result<Self> {
+        let name = u64::from_ne_bytes(random().map_err(io::Error::other)?);
+        let directory = std::env::temp_dir().join(format!("gossamer-doctor-{name:016x}"));
+        fs::DirBuilder::new().mode(0o700).create(&directory)?;
+        let copy = Self(directory);
+        copy_all(original, &copy.database())?;
+        Ok(copy)
+    }
+
+    fn database(&self) -> PathBuf {
+        self.0.join("db")
+    }
+}
+
+impl Drop for Copy {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
 }
 
 fn copy_all(from: &Path, to: &Path) -> io::Result<()> {

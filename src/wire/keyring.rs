@@ -18,12 +18,14 @@ const MAX_DROPPED: usize = 64;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Keyring {
     secrets: Vec<Secret>,
+    /// Those of them that were in use before: an old token names one of these.
+    former: BTreeSet<SecretId>,
     dropped: Vec<SecretId>,
 }
 
 impl Keyring {
     pub fn new(secret: Secret) -> Self {
-        Self { secrets: vec![secret], dropped: Vec::new() }
+        Self { secrets: vec![secret], former: BTreeSet::new(), dropped: Vec::new() }
     }
 
     pub fn in_use(&self) -> &Secret {
@@ -59,12 +61,21 @@ impl Keyring {
         }
     }
 
+    /// Whether a token of this secret tells something new: it is not in use, and never was.
+    pub fn is_news(&self, id: SecretId) -> bool {
+        self.in_use().id() != id && !self.former.contains(&id) && !self.has_dropped(id)
+    }
+
     /// An operator has brought a token of this secret: it is the one to use, unless it is an old one.
     pub fn bring(&mut self, secret: &Secret) {
-        if !self.knows(secret.id()) && !self.has_dropped(secret.id()) {
-            self.secrets.insert(0, secret.clone());
-            self.secrets.truncate(MAX_SECRETS);
+        let id = secret.id();
+        if !self.is_news(id) {
+            return;
         }
+        self.former.insert(self.in_use().id());
+        self.secrets.retain(|known| known.id() != id);
+        self.secrets.insert(0, secret.clone());
+        self.secrets.truncate(MAX_SECRETS);
     }
 
     fn add(&mut self, secret: &Secret) -> Result<bool, String> {
@@ -85,7 +96,11 @@ impl Keyring {
     fn use_from_now_on(&mut self, id: SecretId) -> Result<bool, String> {
         let place = self.secrets.iter().position(|secret| secret.id() == id);
         let place = place.ok_or_else(|| format!("secret {id} is not known here: add it first"))?;
-        self.secrets[..=place].rotate_right(1);
+        if place > 0 {
+            self.former.insert(self.in_use().id());
+            self.former.remove(&id);
+            self.secrets[..=place].rotate_right(1);
+        }
         Ok(place > 0)
     }
 
@@ -95,6 +110,7 @@ impl Keyring {
         }
         let before = self.secrets.len();
         self.secrets.retain(|secret| secret.id() != id);
+        self.former.remove(&id);
         if !self.has_dropped(id) {
             self.dropped.insert(0, id);
             self.dropped.truncate(MAX_DROPPED);
@@ -107,7 +123,11 @@ impl Keyring {
 impl fmt::Display for Keyring {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (place, secret) in self.secrets.iter().enumerate() {
-            let word = if place == 0 { "use" } else { "accept" };
+            let word = match place {
+                0 => "use",
+                _ if self.former.contains(&secret.id()) => "former",
+                _ => "accept",
+            };
             writeln!(f, "{word} {}", BASE32_NOPAD.encode(secret.as_bytes()))?;
         }
         self.dropped.iter().try_for_each(|id| writeln!(f, "dropped {id}"))
@@ -118,15 +138,17 @@ impl FromStr for Keyring {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let (mut secrets, mut dropped) = (Vec::new(), Vec::new());
+        let (mut secrets, mut former, mut dropped) = (Vec::new(), BTreeSet::new(), Vec::new());
         for (number, line) in text.lines().enumerate() {
             // The line itself is never repeated: it may hold a secret.
             let wrong = || format!("line {} cannot be read", number + 1);
             let (word, value) = line.split_once(' ').ok_or_else(wrong)?;
             match word {
-                "use" | "accept" if secrets.len() < MAX_SECRETS => {
+                "use" | "accept" | "former" if secrets.len() < MAX_SECRETS => {
                     let bytes = BASE32_NOPAD.decode(value.as_bytes()).map_err(|_| wrong())?;
-                    secrets.push(Secret::new(bytes).map_err(|_| wrong())?);
+                    let secret = Secret::new(bytes).map_err(|_| wrong())?;
+                    former.extend((word == "former").then(|| secret.id()));
+                    secrets.push(secret);
                 }
                 "dropped" => dropped.push(value.parse().map_err(|_| wrong())?),
                 _ => return Err(wrong()),
@@ -136,7 +158,7 @@ impl FromStr for Keyring {
         if secrets.is_empty() || ids.len() < secrets.len() {
             return Err("it holds no secret, or one of them twice".to_owned());
         }
-        Ok(Self { secrets, dropped })
+        Ok(Self { secrets, former, dropped })
     }
 }
 
@@ -168,6 +190,14 @@ mod tests {
         assert_eq!(ring.ids(), [new.id()]);
         ring.bring(&secret(3));
         assert_eq!(ring.in_use(), &secret(3));
+        // One that was away since the first step knows the new one, and has not used it.
+        let mut away = Keyring::new(old.clone());
+        away.obey(&SecretOrder::Add(new.clone())).expect("added");
+        away.bring(&new);
+        assert_eq!(away.in_use(), &new);
+        away.bring(&old);
+        assert_eq!(away.in_use(), &new, "what was in use before is an old token");
+        assert_eq!(away.to_string().parse(), Ok(away));
     }
 
     #[test]

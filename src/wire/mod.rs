@@ -11,6 +11,7 @@ mod record;
 mod report;
 mod swim;
 mod token;
+mod visible;
 
 pub use codec::WireError;
 pub use frame::{DATAGRAM_MAX, Frame, STREAM_MAX, WIRE_VERSION};
@@ -22,3 +23,4 @@ pub use record::{Key, Record, RecordError};
 pub use report::{Inquiry, PathReport, Report, SecretId, SecretOrder};
 pub use swim::SwimCodec;
 pub use token::{MIN_SECRET_LEN, Secret, Token, TokenError};
+pub use visible::visible;

@@ -11,6 +11,10 @@ use crate::model::{NodeId, PathState};
 
 use super::Secret;
 
+/// No cluster records more members.
+const MAX_PATHS: usize = 16_384;
+const MAX_SECRETS: usize = 16;
+
 /// What is asked. Only ever appended to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Inquiry {
@@ -44,6 +48,18 @@ pub struct Report {
     pub secrets: Vec<SecretId>,
     /// Why an order was not carried out.
     pub refused: Option<String>,
+}
+
+impl Report {
+    /// Whether it is one that a member's program can have written: no longer than a large cluster makes it,
+    /// and with nothing in it that a terminal would obey.
+    pub fn is_plausible(&self) -> bool {
+        let texts = [Some(&self.version), self.refused.as_ref()];
+        let visible = |text: &&String| text.chars().all(|c| !c.is_control()) && text.len() <= 500;
+        texts.iter().flatten().all(visible)
+            && self.paths.len() <= MAX_PATHS
+            && self.secrets.len() <= MAX_SECRETS
+    }
 }
 
 /// The way from the one who reports to a peer.
@@ -87,6 +103,18 @@ impl FromStr for SecretId {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_terminal_would_obey_is_not_plausible_and_neither_is_too_much() {
+        let fine = Report { version: "0.1.0".to_owned(), ..Report::default() };
+        assert!(fine.is_plausible());
+        let escape = Report { version: "\u{1b}[2J".to_owned(), ..Report::default() };
+        let long = Report { refused: Some("x".repeat(501)), ..Report::default() };
+        let many = Report { secrets: vec![SecretId([0; 4]); MAX_SECRETS + 1], ..Report::default() };
+        for wrong in [escape, long, many] {
+            assert!(!wrong.is_plausible(), "{wrong:?}");
+        }
+    }
 
     #[test]
     fn the_name_of_a_secret_can_be_read_back() {

@@ -32,7 +32,7 @@ const HOST: &str = "mount --make-rprivate /; mount -t tmpfs tmpfs /mnt; cp $PROG
                     for n in 1 2 3 4; do echo 10.99.0.$((n + 9)) host$n >> /etc/hosts; done; \
                     echo ready > /mnt/ready; exec sleep infinity";
 /// `scp FILE hostN:` among hosts that share a machine.
-const SCP: &str = "#!/bin/sh\nset -e\nfor last; do :; done\npid=$(cat /proc/1/root/tmp/${last%:*}.pid)\n\
+const SCP: &str = "#!/bin/sh\nset -e\nfor last; do :; done\npid=$(cat /proc/1/root/run/lab/${last%:*}.pid)\n\
                    while [ $# -gt 1 ]; do case $1 in -*) ;; *) cp -p $1 /proc/$pid/root/root/ ;; esac; \
                    shift; done\n";
 
@@ -116,7 +116,7 @@ fn furnish(host: &Host) -> anyhow::Result<Child> {
     command.args(["--mount", "--uts", "sh", "-ec", HOST]);
     command.env("PROGRAM", program()).env("SCP", SCP).env("NAME", &host.name);
     let child = host.netns.spawn(command.stdin(Stdio::null()))?;
-    fs::write(format!("/tmp/{}.pid", host.name), child.id().to_string())?;
+    fs::write(format!("/run/lab/{}.pid", host.name), child.id().to_string())?;
     let ready = PathBuf::from(format!("/proc/{}/root/mnt/ready", child.id()));
     wait_until("the host is not furnished", PATIENCE, || ready.exists());
     Ok(child)
@@ -132,9 +132,6 @@ fn enter(keeper: &Child, command: &str) -> Command {
 }
 
 fn run(lab: &mut Lab, name: &str) -> anyhow::Result<()> {
-    // Files of this test's own, for all processes in here.
-    let status = Command::new("mount").args(["-t", "tmpfs", "tmpfs", "/tmp"]).status()?;
-    anyhow::ensure!(status.success(), "no /tmp of its own");
     let (_, text) = pages().into_iter().find(|(page, _)| page == name).expect("the page");
     let count = text.lines().find_map(|line| line.strip_prefix("<!-- run: hosts="));
     let count = count.and_then(|rest| rest.split(' ').next()?.parse::<u16>().ok());
