@@ -21,8 +21,8 @@
 //!   Docker does.
 //! - **The shell**, [`agent`], is one loop that feeds the core and carries out what it asks for.
 //!   `sim` (feature `sim`) runs many cores in a simulated world.
-//!   [`config`] and [`cli`] are its front. [`lab`] builds clusters in namespaces for the demo, the tests
-//!   and the benchmarks.
+//!   [`config`] and [`cli`] are its front, [`doctor`] looks for what is wrong with a host. [`lab`] builds
+//!   clusters in namespaces for the demo, the tests and the benchmarks.
 //!
 //! # Where to start reading
 //!
