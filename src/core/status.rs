@@ -108,7 +108,7 @@ impl Node {
     pub fn status(&self) -> NodeStatus {
         let me = self.me.node;
         let pool = self.home.as_ref().map(|home| home.cluster.settings.pool);
-        let subnets = self.view().map(|view| view.own.subnets);
+        let subnets = self.own_subnets();
         let census = self.home.as_ref().map(|home| home.slots.census()).unwrap_or_default();
         NodeStatus {
             node: me,
@@ -135,7 +135,7 @@ impl Node {
     }
 
     pub fn phase(&self) -> Phase {
-        match (&self.home, &self.leaving, self.view()) {
+        match (&self.home, &self.leaving, self.own_subnets()) {
             (_, Some(_), _) => Phase::Leaving,
             (None, _, _) => Phase::Joining,
             (_, _, None) => Phase::Leaseless,

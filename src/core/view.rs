@@ -60,21 +60,26 @@ impl Node {
         }
     }
 
-    /// None without a subnet to use: there is no lease, or it is about to be handed over.
-    pub(super) fn view(&self) -> Option<View> {
-        let me = self.me.node;
+    /// The subnets in use; none without a lease, or when it is about to be handed over.
+    pub(super) fn own_subnets(&self) -> Option<Subnets> {
         if self.leaving.as_ref().is_some_and(Leaving::withdraws) {
             return None;
         }
         let Home { cluster, slots, search } = self.home.as_ref()?;
+        Some(cluster.settings.pool.subnets(search.own_slot(slots, self.me.node)?))
+    }
+
+    /// None without a subnet to use: there is no lease, or it is about to be handed over.
+    pub(super) fn view(&self) -> Option<View> {
+        let me = self.me.node;
+        let subnets = self.own_subnets()?;
+        let Home { cluster, slots, .. } = self.home.as_ref()?;
         let pool = cluster.settings.pool;
         let mut leases: BTreeMap<NodeId, Vec<(Slot, Subnets)>> = BTreeMap::new();
         for run in slots.runs().iter().filter(|run| run.record.state == SlotState::Leased) {
             let subnets = run.slots().map(|slot| (slot, pool.subnets(slot)));
             leases.entry(run.record.owner).or_default().extend(subnets);
         }
-        let slot = search.own_slot(slots, me)?;
-        let subnets = pool.subnets(slot);
         let peer = |record: &MemberRecord| {
             let leases = leases.get(&record.node)?.clone();
             Some((record.node, Peer { vtep: record.vtep, leases }))
