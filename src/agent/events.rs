@@ -110,7 +110,8 @@ impl Journal {
 impl Agent {
     /// Looks at what has changed, if it is time to.
     pub(super) fn watch(&mut self, now: Instant) {
-        if now < self.journal.look_at {
+        // Woken for a sample, the loop must not turn until the next look is due.
+        if now < self.journal.look_at.min(self.journal.sample_at) {
             return;
         }
         self.journal.look_at = now + LOOK;
