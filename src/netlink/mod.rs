@@ -12,6 +12,7 @@ pub mod link;
 pub mod monitor;
 pub mod nftables;
 mod raw;
+pub mod route;
 
 use std::{fmt, io, os::fd::AsFd, thread, time::Duration};
 

@@ -1,0 +1,184 @@
+//! Routes asked of the kernel: which way a packet would take, and the rules that send it there.
+//!
+//! A lookup is the kernel's own decision (`RTM_GETROUTE` without `NLM_F_DUMP`), so policy rules, VRFs,
+//! more specific prefixes, reverse path filters and per-interface forwarding all take part in it.
+
+use std::{io, net::IpAddr};
+
+use rtnetlink::packet_route::{
+    AddressFamily, RouteNetlinkMessage,
+    route::{RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteProtocol, RouteType},
+    rule::{RuleAttribute, RuleMessage},
+};
+
+use super::Netlink;
+
+/// A packet whose way is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Query {
+    pub to: IpAddr,
+    /// Source address. With `input` it must not be an address of this host.
+    pub from: Option<IpAddr>,
+    /// Index of the interface by which the packet comes in; none for a packet of this host's own.
+    pub input: Option<u32>,
+    /// Index of the interface by which it has to leave.
+    pub output: Option<u32>,
+}
+
+impl Query {
+    /// A packet of this host's own to `to`.
+    pub const fn to(to: IpAddr) -> Self {
+        Self { to, from: None, input: None, output: None }
+    }
+
+    /// A packet that comes in by `input`, to be forwarded or delivered.
+    pub const fn forwarded(from: IpAddr, to: IpAddr, input: u32) -> Self {
+        Self { to, from: Some(from), input: Some(input), output: None }
+    }
+}
+
+/// The way that the kernel has chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Found {
+    /// Index of the interface by which the packet leaves; 0 if it leaves by none.
+    pub link: u32,
+    pub gateway: Option<IpAddr>,
+    /// Source address of a packet that has none yet.
+    pub source: Option<IpAddr>,
+    pub table: u32,
+    /// Unicast, local, unreachable, blackhole ...
+    pub kind: RouteType,
+}
+
+/// The entry of a table that has decided a lookup.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entry {
+    pub destination: Option<IpAddr>,
+    pub prefix_len: u8,
+    pub metric: u32,
+    pub table: u32,
+    pub protocol: RouteProtocol,
+}
+
+/// A policy rule (`ip rule`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rule {
+    pub priority: u32,
+    pub table: u32,
+}
+
+impl Netlink {
+    /// Asks the kernel for the way of a packet.
+    ///
+    /// # Errors
+    /// The kernel's answer to the packet itself, as `ip route get` shows it: `EHOSTUNREACH` and `ENETUNREACH`
+    /// where no route leads there or the input interface does not forward, `EXDEV` where the reverse path
+    /// filter drops it, `EINVAL` for a source address that no packet can have.
+    pub fn route(&mut self, query: &Query) -> io::Result<Found> {
+        let message = self.lookup(query, RouteFlags::LookupTable)?;
+        let mut found = Found {
+            link: 0,
+            gateway: None,
+            source: None,
+            table: u32::from(message.header.table),
+            kind: message.header.kind,
+        };
+        for attribute in &message.attributes {
+            match attribute {
+                RouteAttribute::Oif(index) => found.link = *index,
+                RouteAttribute::Gateway(address) => found.gateway = ip(address),
+                RouteAttribute::Via(via) => found.gateway = via_ip(via),
+                RouteAttribute::PrefSource(address) => found.source = ip(address),
+                RouteAttribute::Table(table) => found.table = *table,
+                _ => {}
+            }
+        }
+        Ok(found)
+    }
+
+    /// The entry by which the kernel decides on a packet. Kernels since 4.17 tell.
+    ///
+    /// # Errors
+    /// As for [`Netlink::route`].
+    pub fn route_entry(&mut self, query: &Query) -> io::Result<Entry> {
+        let message = self.lookup(query, RouteFlags::LookupTable | RouteFlags::FibMatch)?;
+        let mut entry = Entry {
+            destination: None,
+            prefix_len: message.header.destination_prefix_length,
+            metric: 0,
+            table: u32::from(message.header.table),
+            protocol: message.header.protocol,
+        };
+        for attribute in &message.attributes {
+            match attribute {
+                RouteAttribute::Destination(address) => entry.destination = ip(address),
+                RouteAttribute::Priority(metric) => entry.metric = *metric,
+                RouteAttribute::Table(table) => entry.table = *table,
+                _ => {}
+            }
+        }
+        Ok(entry)
+    }
+
+    /// The policy rules of a family, in the order in which the kernel follows them.
+    pub fn rules(&mut self, ipv4: bool) -> io::Result<Vec<Rule>> {
+        let mut filter = RuleMessage::default();
+        filter.header.family = if ipv4 { AddressFamily::Inet } else { AddressFamily::Inet6 };
+        let found = self.dump(&RouteNetlinkMessage::GetRule(filter))?;
+        let mut rules: Vec<Rule> = found.into_iter().filter_map(rule).collect();
+        rules.sort_by_key(|rule| rule.priority);
+        Ok(rules)
+    }
+
+    fn lookup(&mut self, query: &Query, flags: RouteFlags) -> io::Result<RouteMessage> {
+        let mut message = RouteMessage::default();
+        let (family, length) = match query.to {
+            IpAddr::V4(_) => (AddressFamily::Inet, 32),
+            IpAddr::V6(_) => (AddressFamily::Inet6, 128),
+        };
+        message.header.address_family = family;
+        message.header.destination_prefix_length = length;
+        message.header.flags = flags;
+        message.attributes.push(RouteAttribute::Destination(query.to.into()));
+        if let Some(from) = query.from {
+            message.header.source_prefix_length = length;
+            message.attributes.push(RouteAttribute::Source(from.into()));
+        }
+        message.attributes.extend(query.input.map(RouteAttribute::Iif));
+        message.attributes.extend(query.output.map(RouteAttribute::Oif));
+        match self.get(RouteNetlinkMessage::GetRoute(message))? {
+            RouteNetlinkMessage::NewRoute(found) => Ok(found),
+            _ => Err(io::Error::new(io::ErrorKind::InvalidData, "no route in the answer")),
+        }
+    }
+}
+
+fn rule(message: RouteNetlinkMessage) -> Option<Rule> {
+    let RouteNetlinkMessage::NewRule(message) = message else { return None };
+    let mut rule = Rule { priority: 0, table: u32::from(message.header.table) };
+    for attribute in &message.attributes {
+        match attribute {
+            RuleAttribute::Priority(priority) => rule.priority = *priority,
+            RuleAttribute::Table(table) => rule.table = *table,
+            _ => {}
+        }
+    }
+    Some(rule)
+}
+
+const fn ip(address: &RouteAddress) -> Option<IpAddr> {
+    match address {
+        RouteAddress::Inet(ip) => Some(IpAddr::V4(*ip)),
+        RouteAddress::Inet6(ip) => Some(IpAddr::V6(*ip)),
+        _ => None,
+    }
+}
+
+const fn via_ip(via: &rtnetlink::packet_route::route::RouteVia) -> Option<IpAddr> {
+    use rtnetlink::packet_route::route::RouteVia;
+    match via {
+        RouteVia::Inet(ip) => Some(IpAddr::V4(*ip)),
+        RouteVia::Inet6(ip) => Some(IpAddr::V6(*ip)),
+        _ => None,
+    }
+}
