@@ -18,7 +18,7 @@ use std::{
 use gossamer::{
     core::{Own, Peer, View},
     dataplane::{
-        desired::{Desired, Device, Tables, Underlay, Way},
+        desired::{Desired, Tables, Underlay, Way},
         kernel::{Kernel, requests},
         plan::{Actual, Found, plan},
     },
@@ -125,9 +125,7 @@ fn desired(peers: u32, local: Ipv4Addr, link: u32) -> Desired {
 /// The same entries as bytes that were encoded before, on a device that is there: what the kernel needs.
 fn send_encoded(desired: &Desired) -> io::Result<Duration> {
     let mut netlink = Netlink::open()?;
-    // The underlay interface has another index on each host.
-    let device = Device { link: netlink.index_of("eth0")?, ..desired.device.clone() };
-    let alone = Desired { device, tables: Tables::default(), ..desired.clone() };
+    let alone = Desired { tables: Tables::default(), ..desired.clone() };
     Kernel::open()?.reconcile(&alone).map_err(io::Error::other)?;
     let index = netlink.index_of(&desired.device.name)?;
     let addresses = desired.device.addresses.iter();

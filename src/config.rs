@@ -344,10 +344,14 @@ fn quorum(forget_after: Option<&str>, voters: &[String]) -> Result<Option<Quorum
     })
 }
 
+/// The name that was given must be usable as it is; that of the host is made so.
 fn node_name(given: Option<String>) -> Result<NodeName, ConfigError> {
-    let host = || nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok());
-    let text = given.or_else(host).unwrap_or_default();
-    text.parse().map_err(|error| bad("node_name", error))
+    if let Some(text) = given {
+        return text.parse().map_err(|error| bad("node_name", error));
+    }
+    let host = nix::unistd::gethostname().map_err(|error| bad("node_name", error))?;
+    NodeName::of_host(&host.to_string_lossy())
+        .ok_or_else(|| bad("node_name", "this host has no name: set one"))
 }
 
 /// `HOST`, `HOST:PORT`, `IPv6` or `[IPv6]:PORT` as `HOST:PORT`.

@@ -155,7 +155,10 @@ impl Agent {
         let chosen = match underlay {
             Ok(chosen) => chosen,
             Err(error) => {
-                let why = format!("the underlay has changed, and nothing there will do: {error}");
+                let why = format!(
+                    "no underlay: {error}; pods of this host reach each other, and those of other hosts \
+                     once the network is back"
+                );
                 if self.kernel.underlay_problem.as_ref() != Some(&why) {
                     tracing::error!("{why}");
                 }
@@ -171,13 +174,28 @@ impl Agent {
         }
         let what =
             |chosen: &Chosen| format!("{} ({}, MTU {})", chosen.local, chosen.name, chosen.mtu);
-        tracing::warn!(before = what(&before), now = what(now), "the underlay has changed");
+        if before.is_present() {
+            tracing::warn!(before = what(&before), now = what(now), "the underlay has changed");
+        } else {
+            tracing::info!(underlay = what(now), "the network is there");
+        }
+        self.save_underlay();
         if before.local != now.local && self.config.advertise.is_none() {
             let input = Input::Moved { underlay: now.local };
             self.transport.moved();
             self.input(input);
+        } else {
+            self.input(Input::Command(Command::Sync));
         }
         self.program();
+    }
+
+    /// A host that starts without a network serves its pods by what is saved here.
+    pub(super) fn save_underlay(&self) {
+        let Chosen { local, mtu, .. } = self.underlay;
+        if let Err(error) = self.state.save_underlay(local, mtu) {
+            tracing::error!(%error, "the underlay was not saved");
+        }
     }
 
     /// The core gives a subnet away only when the kernel does not use it any more.

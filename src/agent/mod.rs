@@ -25,6 +25,7 @@ mod subnet_env;
 mod surroundings;
 mod survey;
 mod underlay;
+mod waiting;
 mod wirer;
 
 use std::{

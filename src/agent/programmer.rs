@@ -16,7 +16,7 @@ use std::{
 use super::{
     alarm::{Alarm, Sleeper, alarm},
     surroundings::{HostState, Surroundings},
-    underlay::{Chosen, UnderlayError, choose_again},
+    underlay::{Chosen, UnderlayError, Watch, look_again},
 };
 use crate::{
     config::Config,
@@ -38,6 +38,8 @@ const RECONCILED: f64 = 250.0;
 const RECONCILE_MAX: Duration = Duration::from_secs(60);
 /// Again after a failure.
 const RETRY: Duration = Duration::from_secs(1);
+/// At least so long between two looks at the interfaces: containers come and go in crowds.
+const LOOK_GAP: Duration = Duration::from_millis(100);
 /// At least so long between two repairs: what changes without end must not take a whole CPU.
 const REPAIR_GAP: Duration = Duration::from_millis(20);
 
@@ -130,7 +132,8 @@ impl Programmer {
             kernel,
             netlink,
             config,
-            chosen,
+            underlay: Watch::new(Instant::now(), chosen),
+            looked: None,
             orders: queue,
             sleeper,
             tell,
@@ -190,7 +193,9 @@ struct Worker<F> {
     table_touched: bool,
     netlink: Netlink,
     config: Config,
-    chosen: Chosen,
+    underlay: Watch,
+    /// When the interfaces were last looked at.
+    looked: Option<Instant>,
     orders: mpsc::Receiver<Order>,
     /// Who wants to see the tables.
     lookers: Vec<Look>,
@@ -214,10 +219,10 @@ impl<F: Fn(Told)> Worker<F> {
                 self.touched = Touched::EVERYTHING;
                 thread::sleep(RETRY);
             }
-            if std::mem::take(&mut self.touched.underlay) {
-                self.look_at_underlay();
-            }
             let now = Instant::now();
+            if self.underlay_due().is_some_and(|due| due <= now) {
+                self.look_at_underlay(now);
+            }
             let is_due = self.due.is_some_and(|due| due <= now);
             let may_repair = self.worked.is_none_or(|worked| now >= worked + REPAIR_GAP);
             let verify = self.table_touched && may_repair || is_due && self.reached;
@@ -275,7 +280,9 @@ impl<F: Fn(Told)> Worker<F> {
         let Some(Goal { state: State::Overlay(all, firewall), .. }) = &self.goal else {
             // Read all the same: what is not read wakes this thread again and again.
             self.surroundings.touched("")?;
-            return self.kernel.touched(None).map(drop);
+            let (touched, _) = self.kernel.touched(None)?;
+            self.touched.merge(touched);
+            return Ok(());
         };
         let desired = self.part.as_ref().unwrap_or(all);
         let (touched, misses) = self.kernel.touched(Some(desired))?;
@@ -366,8 +373,10 @@ impl<F: Fn(Told)> Worker<F> {
 
     fn look_around(&mut self) {
         let Some(Goal { state: State::Overlay(desired, _), .. }) = &self.goal else { return };
-        self.surroundings.look(desired, &self.chosen.name);
+        self.surroundings.look(desired, &self.underlay.present().name);
         self.tell_host();
+        // An event may have been lost.
+        self.touched.underlay = true;
     }
 
     fn tell_host(&mut self) {
@@ -420,12 +429,19 @@ impl<F: Fn(Told)> Worker<F> {
         }
     }
 
-    fn look_at_underlay(&mut self) {
-        let found = choose_again(&mut self.netlink, &self.config, &self.chosen);
-        if let Ok(chosen) = &found {
-            self.chosen.clone_from(chosen);
+    fn underlay_due(&self) -> Option<Instant> {
+        let earliest = self.looked.map_or_else(Instant::now, |looked| looked + LOOK_GAP);
+        let touched = self.touched.underlay.then_some(earliest);
+        touched.into_iter().chain(self.underlay.due()).min()
+    }
+
+    fn look_at_underlay(&mut self, now: Instant) {
+        self.touched.underlay = false;
+        self.looked = Some(now);
+        let look = look_again(&mut self.netlink, &self.config, self.underlay.present());
+        if let Some(change) = self.underlay.step(now, look) {
+            (self.tell)(Told::Underlay(change));
         }
-        (self.tell)(Told::Underlay(found));
     }
 
     fn look_for_rivals(&mut self) {
@@ -444,7 +460,7 @@ impl<F: Fn(Told)> Worker<F> {
         let now = Instant::now();
         let repair = self.touched.ours || self.table_touched;
         let repair_at = self.worked.filter(|_| repair).map(|at| at + REPAIR_GAP);
-        let until = self.due.into_iter().chain(repair_at).min();
+        let until = self.due.into_iter().chain(repair_at).chain(self.underlay_due()).min();
         let pause = until.map(|until| until.saturating_duration_since(now));
         let changes = [Some(self.kernel.changes()), self.surroundings.changes()];
         self.sleeper.wait(changes.into_iter().flatten(), pause);

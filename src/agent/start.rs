@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 
 use super::{
     Agent, Clock, Ending, Gate, Journal, KernelState, News, PodState, Prober, Programmer, Reread,
-    Service, Surveys, Wirer, kubernetes, underlay, wirer::Job,
+    Service, Surveys, Wirer, kubernetes, underlay, waiting::wait_for_underlay, wirer::Job,
 };
 use crate::{
     api,
@@ -25,12 +25,12 @@ use crate::{
         kernel::{Kernel, KernelError},
     },
     docker,
-    model::{BootId, ClusterId, ClusterRecord, ClusterSettings, Mac, Time, Vtep},
+    model::{BootId, ClusterId, ClusterRecord, ClusterSettings, Mac, NodeId, Time, Vtep},
     netlink::Netlink,
     pods::wiring::Wiring,
     store::{Database, Opened, StateDir, StoreError, Writer},
     transport::{BindError, CredentialError, Credentials, NodeKey, Transport},
-    wire::{Keyring, Record, Secret, Token, TokenError},
+    wire::{Key, Keyring, Record, Secret, Token, TokenError},
 };
 
 const SECRET_LEN: usize = 32;
@@ -188,7 +188,23 @@ async fn start(
         );
     }
     keyring.bring(&secret);
-    let chosen = underlay::choose(&mut Netlink::open()?, &config)?;
+    let (sender, mut threads) = mpsc::unbounded_channel();
+    let report = sender.clone();
+    let _socket =
+        api::serve(&config.socket, move |request| report.send(News::Api(request)).is_ok())?;
+    let (chosen, waiters) = match underlay::choose(&mut Netlink::open()?, &config) {
+        Ok(chosen) => (chosen, Vec::new()),
+        Err(error) => match remembered_underlay(&state, &records, key.id())? {
+            Some(chosen) => {
+                tracing::warn!(%error, "this node starts without an underlay");
+                (chosen, Vec::new())
+            }
+            None => match wait_for_underlay(&config, key.id(), &mut threads).await? {
+                Some(found) => found,
+                None => return Ok(Ending::Stopped),
+            },
+        },
+    };
     let mut kernel = Kernel::open()?;
     let (vni, port) = match known_cluster {
         Some(cluster) => (cluster.settings.vni, cluster.settings.vxlan_port),
@@ -197,7 +213,7 @@ async fn start(
     kernel.preflight(&device_name(vni), vni, port)?;
     let settings = known_cluster.map(|cluster| cluster.settings).or(config.create);
     if let Some(settings) = settings {
-        kernel.refuse_overlap(&device_name(vni), chosen.link, &settings.pool)?;
+        kernel.refuse_overlap(&device_name(vni), chosen.local, &settings.pool)?;
     }
     let (transport, network) = Transport::bind(
         listen_address(&config, chosen.local)?,
@@ -238,7 +254,6 @@ async fn start(
         "starting"
     );
 
-    let (sender, threads) = mpsc::unbounded_channel();
     let report = sender.clone();
     let writer = Writer::start(database, state.database(), move |written| {
         let _ = report.send(News::Disk(written));
@@ -256,9 +271,6 @@ async fn start(
         // All pods that are there are known, so the others are of nobody.
         wirer.ask(Job::Sweep { bridge, keep: pods.links() });
     }
-    let report = sender.clone();
-    let _socket =
-        api::serve(&config.socket, move |request| report.send(News::Api(request)).is_ok())?;
     if let Some(address) = config.http {
         let report = sender.clone();
         let ask = move |request| report.send(News::Api(request)).is_ok();
@@ -294,7 +306,7 @@ async fn start(
         saved_token: token.filter(|_| known_cluster.is_some()),
         keyring,
         fresh,
-        waiters: Vec::new(),
+        waiters,
         rounds: Vec::new(),
         leave_reply: None,
         store_problem: None,
@@ -304,7 +316,26 @@ async fn start(
         giving_up: None,
         ending: None,
     };
+    if agent.underlay.is_present() {
+        agent.save_underlay();
+    }
     Ok(agent.run(network, threads, heard, reread).await?)
+}
+
+/// The end of the underlay that a member had when its host last had a network; none for a new node.
+fn remembered_underlay(
+    state: &StateDir,
+    records: &[(Key, Record)],
+    me: NodeId,
+) -> Result<Option<underlay::Chosen>, StoreError> {
+    let own = records.iter().find_map(|(_, record)| match record {
+        Record::Member(member) if member.node == me => Some(member.vtep.underlay),
+        _ => None,
+    });
+    let saved = state.underlay()?;
+    let local = own.map(|published| saved.map_or(published, |(local, _)| local));
+    let mtu = saved.map(|(_, mtu)| mtu);
+    Ok(local.map(|local| underlay::Chosen::remembered(local, mtu)))
 }
 
 /// The cluster of nodes whose subnets are given from outside has no founder who could make up an id: it

@@ -72,7 +72,7 @@ impl Agent {
                 device,
                 mtu: self.underlay.mtu,
                 underlay_interface: self.underlay.name.clone(),
-                underlay_address: self.underlay.local,
+                underlay_address: Some(self.underlay.local),
                 in_sync: self.is_in_sync(),
                 operations: kernel.operations,
                 repairs: kernel.repairs.clone(),

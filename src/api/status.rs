@@ -45,8 +45,10 @@ pub struct PathStatus {
 pub struct KernelStatus {
     pub device: Option<String>,
     pub mtu: u32,
+    /// Empty while the host has no network that could carry tunnels.
     pub underlay_interface: String,
-    pub underlay_address: IpAddr,
+    /// None before the first network of a new node.
+    pub underlay_address: Option<IpAddr>,
     /// The kernel has been made equal to the present view.
     pub in_sync: bool,
     /// Operations carried out since the start.

@@ -103,8 +103,14 @@ fn status_text(status: &Value, wide: bool) -> String {
     for node in each(&status["reclaiming"]) {
         row("reclaims", reclaims(node));
     }
-    let address = text(&kernel["underlay_address"]);
-    row("underlay", format!("{address} on {}", text(&kernel["underlay_interface"])));
+    let interface = text(&kernel["underlay_interface"]);
+    row(
+        "underlay",
+        match interface.as_str() {
+            "" => "none".to_owned(),
+            interface => format!("{} on {interface}", text(&kernel["underlay_address"])),
+        },
+    );
     row("kernel", format!("{}, mtu {}, {in_sync}", text(&kernel["device"]), kernel["mtu"]));
     row("repairs", repairs(kernel));
     row("pods", text(&status["pods"]));

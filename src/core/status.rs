@@ -17,6 +17,8 @@ use super::{Counters, Liveness, Node, Reclaiming};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Phase {
+    /// The host has no network over which it could join.
+    Waiting,
     /// Looking for a member that lets it in.
     Joining,
     /// In the cluster, and looking for a subnet.
@@ -87,6 +89,29 @@ pub struct MemberStatus {
     pub vtep_mac: Mac,
     pub subnets: Vec<IpNet>,
     pub spare: u32,
+}
+
+impl NodeStatus {
+    /// The status of a node that waits for a network, and why it does.
+    pub fn waiting(node: NodeId, name: NodeName, problem: String) -> Self {
+        Self {
+            node,
+            name,
+            phase: Phase::Waiting,
+            cluster: None,
+            settings: None,
+            subnet: None,
+            subnet6: None,
+            slots: SlotCounts::default(),
+            settled: false,
+            synced: false,
+            members: Vec::new(),
+            spares: Vec::new(),
+            reclaiming: Vec::new(),
+            problems: vec![problem],
+            counters: Counters::default(),
+        }
+    }
 }
 
 impl Node {

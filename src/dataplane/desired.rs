@@ -48,7 +48,8 @@ pub struct Device {
     pub alias: String,
     /// Source address of the tunnel packets: an address of this host.
     pub local: IpAddr,
-    /// Index of the underlay interface.
+    /// Index of the interface by which tunnel packets have to leave; 0 if they follow the routes, so that the
+    /// device outlives its interface and uses all of several uplinks.
     pub link: u32,
     /// The VTEP's overlay addresses: the first of each of this node's subnets, as a /32 or /128.
     pub addresses: BTreeSet<IpAddr>,
@@ -116,6 +117,8 @@ pub enum Mode {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Underlay {
     pub link: u32,
+    /// Tunnel packets have to leave by `link`, whatever the main table says.
+    pub pinned: bool,
     /// The source address of tunnel packets; behind NAT not the one that peers are told.
     pub local: IpAddr,
     /// Networks of the interface: their hosts are reached without a router.
@@ -128,7 +131,7 @@ pub struct Underlay {
 impl Underlay {
     /// Where nothing goes without a tunnel.
     pub const fn of_tunnels(link: u32, local: IpAddr, tunnel_mtu: u32) -> Self {
-        Self { link, local, networks: Vec::new(), tunnel_mtu, mode: Mode::Vxlan }
+        Self { link, pinned: false, local, networks: Vec::new(), tunnel_mtu, mode: Mode::Vxlan }
     }
 
     /// The way to a subnet of the peer with this underlay address.
@@ -166,16 +169,17 @@ impl Desired {
             mtu: underlay.tunnel_mtu,
             alias: device_alias(&view.settings.pool),
             local: underlay.local,
-            link: underlay.link,
+            link: if underlay.pinned { underlay.link } else { 0 },
             addresses: view.own.subnets.iter().map(|subnet| subnet.network()).collect(),
             checksum_offload: None,
         };
         Self { device, tables, pool: view.settings.pool, unheard: unheard_of_nobody(view) }
     }
 
-    /// Whether any packets go without a tunnel.
-    pub fn has_direct(&self) -> bool {
-        self.tables.routes.values().any(|hop| matches!(hop.way, Way::Direct { .. }))
+    /// Whether any packets leave without a tunnel, by the interface with this index.
+    pub fn has_direct_by(&self, index: u32) -> bool {
+        let by = |hop: &Hop| matches!(hop.way, Way::Direct { link, .. } if link == index);
+        self.tables.routes.values().any(by)
     }
 
     /// Whether an entry about this address is to stay although it is not wanted: its slot is in nobody's

@@ -127,7 +127,8 @@ fn kernel() -> Finding {
 fn underlay(patient: &Patient, findings: &mut Vec<Finding>) -> Option<String> {
     let kernel = patient.status().map(|status| &status["kernel"]);
     if let Some((name, address)) = kernel.and_then(|kernel| {
-        Some((kernel["underlay_interface"].as_str()?, kernel["underlay_address"].as_str()?))
+        let name = kernel["underlay_interface"].as_str().filter(|name| !name.is_empty());
+        Some((name?, kernel["underlay_address"].as_str()?))
     }) {
         // What is wrong with it the agent says itself.
         findings.push(Finding::ok("underlay", format!("{address} on {name}")));

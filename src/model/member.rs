@@ -60,6 +60,8 @@ impl MemberRecord {
     }
 }
 
+const MAX_NAME: usize = 63;
+
 /// A host name as an attribute: for people, never identity. 1 to 63 visible ASCII characters.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub struct NodeName(String);
@@ -70,11 +72,25 @@ impl NodeName {
     }
 }
 
+impl NodeName {
+    /// The name that a host has by itself, made fit for tables: what they cannot show becomes a hyphen, and
+    /// of a name that is too long the domain is left out, then the end. None of an empty one.
+    pub fn of_host(host: &str) -> Option<Self> {
+        let shown = |c: char| if c.is_ascii_graphic() { c } else { '-' };
+        let label = match host.split_once('.') {
+            Some((label, _)) if host.chars().count() > MAX_NAME && !label.is_empty() => label,
+            _ => host,
+        };
+        let name: String = label.chars().map(shown).take(MAX_NAME).collect();
+        (!name.is_empty()).then_some(Self(name))
+    }
+}
+
 impl FromStr for NodeName {
     type Err = NodeNameError;
 
     fn from_str(text: &str) -> Result<Self, NodeNameError> {
-        let valid = (1..=63).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_graphic());
+        let valid = (1..=MAX_NAME).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_graphic());
         if valid { Ok(Self(text.to_owned())) } else { Err(NodeNameError(text.to_owned())) }
     }
 }
@@ -110,6 +126,19 @@ mod tests {
     fn a_restart_outranks_every_renewal_before_it() {
         let renewed = Incarnation { starts: 3, renewals: u32::MAX };
         assert!(Incarnation { starts: 4, renewals: 0 } > renewed);
+    }
+
+    #[test]
+    fn host_name_that_tables_cannot_show_is_made_fit() {
+        let name = |host: &str| NodeName::of_host(host).map(|name| name.to_string());
+        let domain = ".compute.internal.example".repeat(3);
+        assert_eq!(name("node-1.example").as_deref(), Some("node-1.example"));
+        assert_eq!(name(&format!("ip-10-0-0-1{domain}")).as_deref(), Some("ip-10-0-0-1"));
+        assert_eq!(name(&"a".repeat(64)), Some("a".repeat(63)));
+        assert_eq!(name("zw\u{f6}lf hosts").as_deref(), Some("zw-lf-hosts"));
+        assert_eq!(name(""), None);
+        let long = format!(".{}", "b".repeat(80));
+        assert_eq!(name(&long).map(|name| name.len()), Some(63));
     }
 
     #[test]

@@ -15,7 +15,10 @@ use rtnetlink::{
             AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute, LinkFlags, LinkInfo,
             LinkMessage,
         },
-        route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType},
+        route::{
+            RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteNextHopFlags,
+            RouteType,
+        },
     },
 };
 
@@ -42,6 +45,14 @@ pub struct Link {
 }
 
 impl Link {
+    /// Index of the bridge, bond, team or VRF that it is a port of.
+    pub fn controller(&self) -> Option<u32> {
+        self.message.attributes.iter().find_map(|attribute| match attribute {
+            LinkAttribute::Controller(index) if *index != 0 => Some(*index),
+            _ => None,
+        })
+    }
+
     /// Whether it is a port of the bridge with this index.
     pub fn is_plugged_into(&self, bridge: u32) -> bool {
         self.message.attributes.contains(&LinkAttribute::Controller(bridge))
@@ -54,15 +65,25 @@ pub struct Address {
     pub link: u32,
     pub ip: IpAddr,
     pub prefix_len: u8,
-    /// Worse than another address of the same interface: link-local, temporary, dynamic or deprecated.
+    /// Worse than another address of the same interface: of a narrow scope, dynamic or temporary.
     pub demerits: u8,
+    /// May not be used (yet): duplicate address detection runs, or has found a duplicate.
+    pub tentative: bool,
+    /// New connections are not to use it any more.
+    pub deprecated: bool,
+    /// An IPv6 privacy address (RFC 8981), which another one replaces within a day.
+    pub temporary: bool,
 }
 
-/// What a route lookup gave.
+/// A default route of the main table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Path {
+pub struct DefaultRoute {
     pub link: u32,
+    /// The source address that the route itself names.
     pub source: Option<IpAddr>,
+    pub metric: u32,
+    /// Its interface has no carrier.
+    pub link_down: bool,
 }
 
 impl Netlink {
@@ -146,42 +167,60 @@ impl Netlink {
         self.apply_one(RouteNetlinkMessage::NewRoute(message), NLM_F_CREATE | NLM_F_EXCL)
     }
 
-    /// Over which interface, and from which address, packets to `to` would leave.
-    pub fn path_to(&mut self, to: IpAddr) -> io::Result<Option<Path>> {
-        let length = if to.is_ipv4() { 32 } else { 128 };
-        Ok(self
-            .routes(to.is_ipv4())?
-            .into_iter()
-            .filter(|route| route.leads_to(to, length))
-            .max_by_key(|route| (route.prefix_len, std::cmp::Reverse(route.metric)))
-            .map(|route| route.path))
-    }
-
-    /// The interface of the default route with the lowest metric.
-    pub fn default_path(&mut self) -> io::Result<Option<Path>> {
-        for ipv4 in [true, false] {
-            let routes = self.routes(ipv4)?.into_iter().filter(|route| route.prefix_len == 0);
-            if let Some(route) = routes.min_by_key(|route| route.metric) {
-                return Ok(Some(route.path));
-            }
-        }
-        Ok(None)
-    }
-
-    fn routes(&mut self, ipv4: bool) -> io::Result<Vec<UnderlayRoute>> {
+    /// The default routes of the main table, the one that the kernel prefers first. Of a multipath route each
+    /// next hop is one.
+    pub fn default_routes(&mut self, ipv4: bool) -> io::Result<Vec<DefaultRoute>> {
         let mut filter = RouteMessage::default();
         filter.header.address_family =
             if ipv4 { AddressFamily::Inet } else { AddressFamily::Inet6 };
         filter.header.table = RouteHeader::RT_TABLE_MAIN;
-        let found = self.dump(&RouteNetlinkMessage::GetRoute(filter))?;
-        Ok(found
-            .into_iter()
+        let found = match self.dump(&RouteNetlinkMessage::GetRoute(filter)) {
+            // A kernel without IPv6.
+            Err(_) if !ipv4 => return Ok(Vec::new()),
+            found => found?,
+        };
+        let mut routes: Vec<DefaultRoute> = found
+            .iter()
             .filter_map(|message| match message {
-                RouteNetlinkMessage::NewRoute(message) => UnderlayRoute::new(&message),
+                RouteNetlinkMessage::NewRoute(message) => Some(default_routes(message)),
                 _ => None,
             })
-            .collect())
+            .flatten()
+            .collect();
+        routes.sort_by_key(|route| (route.link_down, route.metric));
+        Ok(routes)
     }
+}
+
+/// The next hops of a default route; none of a route that is no default, or leads nowhere.
+fn default_routes(message: &RouteMessage) -> Vec<DefaultRoute> {
+    let header = &message.header;
+    if header.destination_prefix_length != 0 || header.kind != RouteType::Unicast {
+        return Vec::new();
+    }
+    let link_down = header.flags.intersects(RouteFlags::Linkdown | RouteFlags::Dead);
+    let mut route = DefaultRoute { link: 0, source: None, metric: 0, link_down };
+    let mut hops = Vec::new();
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::PrefSource(RouteAddress::Inet(ip)) => route.source = Some((*ip).into()),
+            RouteAttribute::PrefSource(RouteAddress::Inet6(ip)) => {
+                route.source = Some((*ip).into());
+            }
+            RouteAttribute::Priority(metric) => route.metric = *metric,
+            RouteAttribute::Oif(index) => route.link = *index,
+            RouteAttribute::MultiPath(several) => hops.extend(several.iter().map(|hop| {
+                let down = RouteNextHopFlags::Linkdown | RouteNextHopFlags::Dead;
+                (hop.interface_index, hop.flags.intersects(down))
+            })),
+            _ => {}
+        }
+    }
+    if hops.is_empty() {
+        hops.push((route.link, link_down));
+    }
+    let hops = hops.into_iter().filter(|(link, _)| *link != 0);
+    hops.map(|(link, link_down)| DefaultRoute { link, link_down, ..route }).collect()
 }
 
 impl From<LinkMessage> for Link {
@@ -233,65 +272,22 @@ impl Address {
         let header = &message.header;
         let bad = [
             header.scope != AddressScope::Universe,
-            header.flags.contains(AddressHeaderFlags::Deprecated),
             !header.flags.contains(AddressHeaderFlags::Permanent),
             ip.is_ipv6() && header.flags.contains(AddressHeaderFlags::Secondary),
         ];
         let demerits = bad.iter().rev().enumerate().map(|(i, bad)| u8::from(*bad) << i).sum();
-        Some(Self { link: header.index, ip, prefix_len: header.prefix_len, demerits })
-    }
-}
-
-struct UnderlayRoute {
-    destination: IpAddr,
-    prefix_len: u8,
-    metric: u32,
-    path: Path,
-}
-
-impl UnderlayRoute {
-    fn new(message: &RouteMessage) -> Option<Self> {
-        let ipv4 = message.header.address_family == AddressFamily::Inet;
-        let any = if ipv4 {
-            IpAddr::V4(Ipv4Addr::UNSPECIFIED)
-        } else {
-            IpAddr::V6(Ipv6Addr::UNSPECIFIED)
-        };
-        let mut route = Self {
-            destination: any,
-            prefix_len: message.header.destination_prefix_length,
-            metric: 0,
-            path: Path { link: 0, source: None },
-        };
-        for attribute in &message.attributes {
-            match attribute {
-                RouteAttribute::Destination(RouteAddress::Inet(ip)) => {
-                    route.destination = (*ip).into();
-                }
-                RouteAttribute::Destination(RouteAddress::Inet6(ip)) => {
-                    route.destination = (*ip).into();
-                }
-                RouteAttribute::PrefSource(RouteAddress::Inet(ip)) => {
-                    route.path.source = Some((*ip).into());
-                }
-                RouteAttribute::Priority(metric) => route.metric = *metric,
-                RouteAttribute::Oif(index) => route.path.link = *index,
-                _ => {}
-            }
-        }
-        let usable = message.header.kind == RouteType::Unicast && route.path.link != 0;
-        usable.then_some(route)
-    }
-
-    fn leads_to(&self, to: IpAddr, full_len: u8) -> bool {
-        let bits = |ip: IpAddr| match ip {
-            IpAddr::V4(ip) => u128::from(u32::from(ip)) << 96,
-            IpAddr::V6(ip) => u128::from(ip),
-        };
-        let mask = u128::MAX.checked_shl(128 - u32::from(self.prefix_len)).unwrap_or(0);
-        to.is_ipv4() == self.destination.is_ipv4()
-            && self.prefix_len <= full_len
-            && (bits(to) ^ bits(self.destination)) & mask == 0
+        let not_yet = AddressHeaderFlags::Tentative | AddressHeaderFlags::Dadfailed;
+        Some(Self {
+            link: header.index,
+            ip,
+            prefix_len: header.prefix_len,
+            demerits,
+            tentative: ip.is_ipv6()
+                && header.flags.intersects(not_yet)
+                && !header.flags.contains(AddressHeaderFlags::Optimistic),
+            deprecated: header.flags.contains(AddressHeaderFlags::Deprecated),
+            temporary: ip.is_ipv6() && header.flags.contains(AddressHeaderFlags::Secondary),
+        })
     }
 }
 

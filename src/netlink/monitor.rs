@@ -15,8 +15,8 @@ use rtnetlink::{
 
 use super::{RECEIVE_BUFFER, drain, parse_messages};
 
-/// `RTNLGRP_*` of linux/rtnetlink.h: links, neighbours, addresses and routes of both families.
-const EVERYTHING: [u32; 6] = [1, 3, 5, 7, 9, 11];
+/// `RTNLGRP_*` of linux/rtnetlink.h: links, neighbours, addresses, routes and rules of both families.
+const EVERYTHING: [u32; 8] = [1, 3, 5, 7, 8, 9, 11, 19];
 /// Of them, links and addresses.
 const INTERFACES: [u32; 3] = [1, 5, 9];
 /// Some 20,000 changes: more than one burst of a busy host.
@@ -37,7 +37,7 @@ pub struct Heard {
 }
 
 impl Monitor {
-    /// Hears of interfaces, neighbours and routes.
+    /// Hears of interfaces, neighbours, routes and rules.
     pub fn open() -> io::Result<Self> {
         Self::of(&EVERYTHING)
     }

@@ -6,6 +6,7 @@ use std::{
     ffi::OsStr,
     fs, io,
     io::Write as _,
+    net::IpAddr,
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
 };
@@ -23,6 +24,7 @@ const SECRETS: &str = "secrets";
 const BOOT: &str = "boot";
 const LOCK: &str = "lock";
 const POD_CIDR: &str = "pod-cidr";
+const UNDERLAY: &str = "underlay";
 const DATABASE: &str = "db";
 
 /// A directory that only its owner can enter, held by this process.
@@ -105,6 +107,22 @@ impl StateDir {
             return Ok(());
         }
         self.save(POD_CIDR, &format!("{subnet}\n"))
+    }
+
+    /// The underlay address of this host and the MTU of its overlay, as they last were.
+    pub fn underlay(&self) -> Result<Option<(IpAddr, u32)>, StoreError> {
+        let text = read_if_there(&self.path.join(UNDERLAY))?.unwrap_or_default();
+        let mut words = text.split_whitespace();
+        let address = words.next().and_then(|word| word.parse().ok());
+        let mtu = words.next().and_then(|word| word.parse().ok());
+        Ok(address.zip(mtu))
+    }
+
+    pub fn save_underlay(&self, address: IpAddr, mtu: u32) -> Result<(), StoreError> {
+        if self.underlay()? == Some((address, mtu)) {
+            return Ok(());
+        }
+        self.save(UNDERLAY, &format!("{address} {mtu}\n"))
     }
 
     /// Whether the host has not been started anew since [`Self::note_boot`]; true if that is not known.

@@ -12,12 +12,19 @@ use std::{
     future::IntoFuture as _,
     io,
     net::{IpAddr, SocketAddr, UdpSocket},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, Instant},
 };
 
 use quinn::{ClientConfig, Connection, Endpoint, SendStream, VarInt};
-use tokio::sync::{Semaphore, mpsc};
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::{
+    sync::{Semaphore, mpsc},
+    task::JoinSet,
+};
 
 use self::settings::{MAX_HANDSHAKES, endpoint_settings, roles};
 use super::{
@@ -47,6 +54,8 @@ const SPARE: Duration = Duration::from_secs(10);
 const NAME_TIMEOUT: Duration = Duration::from_secs(8);
 /// Addresses of one name that are tried.
 const MAX_ADDRESSES: usize = 8;
+/// The next address of a name is tried when the one before has not answered within this time (RFC 8305, 5).
+const NEXT_ADDRESS_AFTER: Duration = Duration::from_millis(250);
 
 /// The UDP socket cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -70,6 +79,8 @@ pub struct Transport {
     /// The ways back to peers that asked.
     replies: BTreeMap<ReplyId, SendStream>,
     next_reply: u64,
+    /// Calls by name so far: each begins with another address of the name.
+    calls_by_name: AtomicUsize,
 }
 
 /// The connection to a peer, or what waits for one.
@@ -94,7 +105,7 @@ impl Transport {
             io::ErrorKind::AddrInUse => BindError::InUse { address },
             _ => BindError::Io { address, error },
         };
-        let socket = UdpSocket::bind(address).map_err(fail)?;
+        let socket = bind_socket(address).map_err(fail)?;
         let (events, receiver) = mpsc::channel(EVENT_QUEUE);
         let (server, client) = roles(credentials);
         let runtime = Arc::new(quinn::TokioRuntime);
@@ -110,6 +121,7 @@ impl Transport {
             peers: BTreeMap::new(),
             replies: BTreeMap::new(),
             next_reply: 0,
+            calls_by_name: AtomicUsize::new(0),
         };
         Ok((transport, receiver))
     }
@@ -195,10 +207,11 @@ impl Transport {
     pub fn call_name(&self, call: CallId, name: String, bytes: Vec<u8>) {
         let (endpoint, client) = (self.endpoint.clone(), self.client.clone());
         let (events, me) = (self.events.clone(), self.me);
+        let turn = self.calls_by_name.fetch_add(1, Ordering::Relaxed);
         tokio::spawn(async move {
             let asked = async {
                 let (peer, connection) =
-                    connect_name(&endpoint, &client, &name, &events, me).await?;
+                    connect_name(&endpoint, &client, &name, turn, &events, me).await?;
                 ask(peer, &connection, &bytes).await
             };
             let result = tokio::time::timeout(NAME_TIMEOUT, asked)
@@ -427,39 +440,80 @@ async fn connect(
     Ok((peer, connection))
 }
 
-/// Connects to the first address of a name that answers.
+/// Connects to the address of a name that answers first. The addresses are tried staggered, both families in
+/// turn, and each time another one comes first: one that swallows packets holds up no join.
 async fn connect_name(
     endpoint: &Endpoint,
     client: &ClientConfig,
     name: &str,
+    turn: usize,
     events: &Events,
     me: NodeId,
 ) -> Result<(NodeId, Connection), CallError> {
     let ipv4_only = endpoint.local_addr().is_ok_and(|local| local.is_ipv4());
-    let addresses: Vec<SocketAddr> = tokio::net::lookup_host(name)
+    let resolved = tokio::net::lookup_host(name)
         .await
         .map_err(|error| CallError::Unreachable(format!("{name}: {error}")))?
-        .filter(|address| address.is_ipv4() || !ipv4_only)
-        .take(MAX_ADDRESSES)
-        .collect();
+        .filter(|address| address.is_ipv4() || !ipv4_only);
+    let mut tries = JoinSet::new();
+    for (place, address) in in_turn(resolved.collect(), turn).into_iter().enumerate() {
+        let (endpoint, client) = (endpoint.clone(), client.clone());
+        let delay = NEXT_ADDRESS_AFTER * u32::try_from(place).unwrap_or(u32::MAX);
+        tries.spawn(async move {
+            tokio::time::sleep(delay).await;
+            connect(&endpoint, &client, address).await
+        });
+    }
     let mut last = CallError::Unreachable(format!("{name} has no usable address"));
-    for address in addresses {
-        match connect(endpoint, client, address).await {
-            Ok((peer, connection)) if peer == me => {
+    while let Some(tried) = tries.join_next().await {
+        match tried {
+            Ok(Ok((peer, connection))) if peer == me => {
                 connection.close(VarInt::from_u32(3), b"myself");
                 last = CallError::Myself;
             }
-            Ok((peer, connection)) => {
+            Ok(Ok((peer, connection))) => {
                 tokio::spawn(read(peer, connection.clone(), events.clone()));
                 let known =
                     Event::Connected { peer, connection: connection.clone(), inbound: false };
                 let _ = events.send(known).await;
                 return Ok((peer, connection));
             }
-            Err(error) => last = error,
+            // That it is this node itself tells more than that another address is silent.
+            Ok(Err(error)) if last != CallError::Myself => last = error,
+            Ok(Err(_)) | Err(_) => {}
         }
     }
     Err(last)
+}
+
+/// Addresses in the order in which they are tried at this turn: families alternate (RFC 8305, 4), and the
+/// first becomes the last with each turn.
+fn in_turn(addresses: Vec<SocketAddr>, turn: usize) -> Vec<SocketAddr> {
+    let first_is_ipv4 = addresses.first().is_some_and(SocketAddr::is_ipv4);
+    let (preferred, others): (Vec<_>, Vec<_>) =
+        addresses.into_iter().partition(|address| address.is_ipv4() == first_is_ipv4);
+    let mut order = Vec::new();
+    for place in 0..preferred.len().max(others.len()) {
+        order.extend(preferred.get(place).into_iter().chain(others.get(place)).copied());
+    }
+    order.dedup();
+    if !order.is_empty() {
+        let first = turn % order.len();
+        order.rotate_left(first);
+    }
+    order.truncate(MAX_ADDRESSES);
+    order
+}
+
+/// A UDP socket for an address that the host may not have yet: it can come with the network.
+fn bind_socket(address: SocketAddr) -> io::Result<UdpSocket> {
+    let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))?;
+    match address {
+        SocketAddr::V4(_) => socket.set_freebind_v4(true)?,
+        SocketAddr::V6(_) => socket.set_freebind_v6(true)?,
+    }
+    socket.bind(&address.into())?;
+    Ok(socket.into())
 }
 
 async fn ask_on(call: CallId, peer: NodeId, on: Connection, bytes: Vec<u8>, events: Events) {

@@ -53,13 +53,13 @@ pub(super) fn solicit_us(table: &str, index: u32) -> RouteNetlinkMessage {
 
 pub(super) fn device_message(device: &Device) -> LinkMessage {
     let builder = LinkVxlan::new(&device.name, device.vni)
-        .dev(device.link)
         .port(device.port)
         .learning(false)
         .l2miss(true)
         .l3miss(true)
         .mtu(device.mtu)
         .address(device.mac.as_bytes().to_vec());
+    let builder = if device.link == 0 { builder } else { builder.dev(device.link) };
     match device.local {
         IpAddr::V4(local) => builder.local(local),
         IpAddr::V6(local) => builder.local6(local),

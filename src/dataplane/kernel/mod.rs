@@ -133,7 +133,6 @@ impl Kernel {
     /// Reads what has changed, and says what of it is our business, and what the kernel asks for.
     pub fn touched(&mut self, desired: Option<&Desired>) -> io::Result<(Touched, Vec<Miss>)> {
         let heard = self.monitor.read()?;
-        let Some(desired) = desired else { return Ok((Touched::default(), Vec::new())) };
         let mut touched = Touched::default();
         heard.messages.iter().for_each(|message| touched.add(message, desired, self.device));
         if heard.overrun {
@@ -168,7 +167,7 @@ impl Kernel {
         self.take_the_name_back(&desired.device)?;
         let actual = self.observe(&desired.device.name, Some(&desired.pool))?;
         if actual.device.is_none() {
-            self.refuse_overlap(&desired.device.name, desired.device.link, &desired.pool)?;
+            self.refuse_overlap(&desired.device.name, desired.device.local, &desired.pool)?;
         }
         let mut report = self.apply(desired, plan(desired, &actual))?;
         report.device = self.device;
@@ -251,12 +250,13 @@ impl Kernel {
     pub fn refuse_overlap(
         &mut self,
         name: &str,
-        underlay: u32,
+        underlay: IpAddr,
         pool: &Pool,
     ) -> Result<(), KernelError> {
         let links = self.netlink.links()?;
         let all = self.netlink.addresses()?;
-        let of_underlay = all.iter().filter(|address| address.link == underlay);
+        let carrier = all.iter().find(|address| address.ip == underlay).map(|found| found.link);
+        let of_underlay = all.iter().filter(|address| Some(address.link) == carrier);
         let addresses = of_underlay.map(|address| (IpNet::from(address.ip), address.link));
         let others = links.iter().filter(|link| is_gossamers(link) && link.name != name);
         let networks = others

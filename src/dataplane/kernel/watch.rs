@@ -6,7 +6,7 @@
 use rtnetlink::packet_route::{
     AddressFamily, RouteNetlinkMessage,
     address::{AddressAttribute, AddressMessage},
-    link::LinkMessage,
+    link::{LinkAttribute, LinkMessage},
     neighbour::{NeighbourMessage, NeighbourState},
     route::{RouteHeader, RouteMessage, RouteProtocol},
 };
@@ -25,7 +25,7 @@ use crate::{
 pub struct Touched {
     /// Something on our account is not as it should be.
     pub ours: bool,
-    /// The interface that carries the tunnels, or the way by which it was chosen.
+    /// An interface, address, route or rule of others: the underlay may be another one now.
     pub underlay: bool,
     /// Another program's route to a subnet of a peer.
     pub rival: bool,
@@ -41,8 +41,15 @@ impl Touched {
     }
 
     /// Adds what `message` says, for the device with index `device`.
-    pub fn add(&mut self, message: &RouteNetlinkMessage, desired: &Desired, device: Option<u32>) {
+    pub fn add(
+        &mut self,
+        message: &RouteNetlinkMessage,
+        desired: Option<&Desired>,
+        device: Option<u32>,
+    ) {
         use RouteNetlinkMessage as Message;
+        self.underlay |= may_move_underlay(message, device);
+        let Some(desired) = desired else { return };
         match message {
             Message::NewLink(link) => self.add_link(link, desired, device, true),
             Message::DelLink(link) => self.add_link(link, desired, device, false),
@@ -69,11 +76,8 @@ impl Touched {
     ) {
         let wanted = &desired.device;
         let link = Link::from(message.clone());
-        if link.index == wanted.link {
-            self.underlay = true;
-            // The kernel says nothing about the IPv4 routes that go with an interface.
-            self.ours |= desired.has_direct();
-        }
+        // The kernel says nothing about the IPv4 routes that go with an interface.
+        self.ours |= desired.has_direct_by(link.index);
         if link.name == wanted.name || Some(link.index) == device {
             let right = present
                 && link.name == wanted.name
@@ -92,8 +96,6 @@ impl Touched {
         device: Option<u32>,
         present: bool,
     ) {
-        // The index is the same in an address of either family.
-        self.underlay |= message.header.index == desired.device.link;
         if Some(message.header.index) == device {
             let ours = message.attributes.iter().any(|attribute| {
                 matches!(attribute, AddressAttribute::Local(ip) | AddressAttribute::Address(ip)
@@ -113,7 +115,6 @@ impl Touched {
         if route.header.table != RouteHeader::RT_TABLE_MAIN {
             return;
         }
-        self.underlay |= route.header.destination_prefix_length == 0;
         if route.header.protocol != RouteProtocol::Other(ROUTE_PROTOCOL) {
             self.rival |= super::messages::subnet_of(route)
                 .is_some_and(|subnet| desired.tables.routes.contains_key(&subnet));
@@ -123,6 +124,29 @@ impl Touched {
             let wanted = desired.tables.routes.get(&subnet) == Some(&hop);
             self.ours |= wanted != present;
         }
+    }
+}
+
+/// Whether the choice of the underlay may depend on what has changed. What concerns our own device, and ports
+/// of bridges, which come and go with pods, cannot.
+fn may_move_underlay(message: &RouteNetlinkMessage, device: Option<u32>) -> bool {
+    use RouteNetlinkMessage as Message;
+    match message {
+        Message::NewLink(link) | Message::DelLink(link) => {
+            let is_of_bridge = link.header.interface_family == AddressFamily::Bridge;
+            let is_port = link.attributes.iter().any(|attribute| {
+                matches!(attribute, LinkAttribute::Controller(index) if *index != 0)
+            });
+            Some(link.header.index) != device && !is_of_bridge && !is_port
+        }
+        Message::NewAddress(address) | Message::DelAddress(address) => {
+            Some(address.header.index) != device
+        }
+        Message::NewRoute(route) | Message::DelRoute(route) => {
+            route.header.protocol != RouteProtocol::Other(ROUTE_PROTOCOL)
+        }
+        Message::NewRule(_) | Message::DelRule(_) => true,
+        _ => false,
     }
 }
 

@@ -1,0 +1,191 @@
+//! When a change of the underlay counts.
+//!
+//! An address that is away for less than a second (DHCP renewal, a restarted network manager) changes
+//! nothing, and a better default route counts when it has stayed for two. Whatever makes the present
+//! address work again counts at once. No clock, no kernel: looks come in, changes go out.
+
+use std::time::{Duration, Instant};
+
+use super::{Chosen, Look, UnderlayError};
+
+/// An address may be away for so long.
+const GRACE: Duration = Duration::from_secs(1);
+/// A better interface has to be there for so long.
+const SETTLE: Duration = Duration::from_secs(2);
+/// Without an underlay, or with another one in sight, the interfaces are looked at this often, whatever the
+/// kernel tells.
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
+
+/// The state between looks.
+#[derive(Debug)]
+pub struct Watch {
+    present: Chosen,
+    /// Since when the present address is gone.
+    lost: Option<Instant>,
+    /// What is about to replace the present choice, and since when it is there.
+    coming: Option<(Chosen, Instant)>,
+    /// The problem that was told last.
+    told: Option<UnderlayError>,
+    look_at: Option<Instant>,
+}
+
+impl Watch {
+    /// Begins with the choice of the start. One that is only remembered is replaced as soon as there is
+    /// another.
+    pub fn new(now: Instant, present: Chosen) -> Self {
+        let look_at = (!present.is_present()).then_some(now);
+        Self { present, lost: None, coming: None, told: None, look_at }
+    }
+
+    pub const fn present(&self) -> &Chosen {
+        &self.present
+    }
+
+    /// When the interfaces are to be looked at, whatever the kernel tells.
+    pub const fn due(&self) -> Option<Instant> {
+        self.look_at
+    }
+
+    /// Takes in a look at the interfaces. Gives what has changed: the new choice, or a problem.
+    pub fn step(&mut self, now: Instant, look: Look) -> Option<Result<Chosen, UnderlayError>> {
+        let change = match look.found {
+            Ok(found) => self.on_found(now, found, look.present_holds).map(Ok),
+            Err(error) => self.on_nothing(now, error).map(Err),
+        };
+        let unsettled = self.lost.is_some() || self.coming.is_some() || self.told.is_some();
+        self.look_at = unsettled.then(|| now + LOOK_AGAIN);
+        change
+    }
+
+    fn on_found(&mut self, now: Instant, found: Chosen, present_holds: bool) -> Option<Chosen> {
+        if found.local == self.present.local && found.name == self.present.name {
+            (self.lost, self.coming) = (None, None);
+            let had_problem = self.told.take().is_some();
+            let is_news = found != self.present || had_problem;
+            self.present.clone_from(&found);
+            return is_news.then_some(found);
+        }
+        let wait = if !self.present.is_present() {
+            Duration::ZERO
+        } else if present_holds {
+            SETTLE
+        } else {
+            GRACE
+        };
+        self.lost = if present_holds { None } else { self.lost.or(Some(now)) };
+        let (_, there_since) = self
+            .coming
+            .take_if(|(coming, _)| coming.local == found.local && coming.name == found.name)
+            .unwrap_or((found.clone(), now));
+        // While there is nothing to lose the new one need not prove itself.
+        let since = if present_holds { there_since } else { self.lost.unwrap_or(there_since) };
+        if now.saturating_duration_since(since) < wait {
+            self.coming = Some((found, there_since));
+            return None;
+        }
+        (self.lost, self.told) = (None, None);
+        self.present.clone_from(&found);
+        Some(found)
+    }
+
+    fn on_nothing(&mut self, now: Instant, error: UnderlayError) -> Option<UnderlayError> {
+        self.coming = None;
+        let since = *self.lost.get_or_insert(now);
+        let patience = if self.present.is_present() { GRACE } else { Duration::ZERO };
+        let is_over = now.saturating_duration_since(since) >= patience;
+        if !is_over || self.told.as_ref() == Some(&error) {
+            return None;
+        }
+        self.told = Some(error.clone());
+        Some(error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn chosen(name: &str, last: u8, link: u32) -> Chosen {
+        Chosen {
+            name: name.to_owned(),
+            link,
+            ..Chosen::remembered([192, 0, 2, last].into(), Some(1450))
+        }
+    }
+
+    fn found(chosen: &Chosen, present_holds: bool) -> Look {
+        Look { found: Ok(chosen.clone()), present_holds }
+    }
+
+    fn nothing() -> Look {
+        let error = UnderlayError::NoMatch { what: "gone".to_owned(), candidates: String::new() };
+        Look { found: Err(error), present_holds: false }
+    }
+
+    fn ms(ms: u64) -> Duration {
+        Duration::from_millis(ms)
+    }
+
+    #[test]
+    fn address_away_for_less_than_a_second_changes_nothing() {
+        let (start, eth0) = (Instant::now(), chosen("eth0", 1, 2));
+        let mut watch = Watch::new(start, eth0.clone());
+        assert_eq!(watch.due(), None, "a choice that stands needs no timer");
+        assert_eq!(watch.step(start, nothing()), None);
+        assert_eq!(watch.due(), Some(start + LOOK_AGAIN));
+        assert_eq!(watch.step(start + ms(900), found(&eth0, true)), None);
+        assert_eq!(watch.due(), None);
+    }
+
+    #[test]
+    fn address_away_for_longer_is_told_once_and_its_return_at_once() {
+        let (start, eth0) = (Instant::now(), chosen("eth0", 1, 2));
+        let mut watch = Watch::new(start, eth0);
+        assert_eq!(watch.step(start, nothing()), None);
+        assert!(matches!(watch.step(start + ms(1000), nothing()), Some(Err(_))));
+        assert_eq!(watch.step(start + ms(1500), nothing()), None);
+        let again = chosen("eth0", 1, 7);
+        let back = watch.step(start + ms(1600), found(&again, true));
+        assert_eq!(back, Some(Ok(again)), "the interface was created again");
+        assert_eq!(watch.due(), None);
+    }
+
+    #[test]
+    fn better_interface_has_to_stay_for_two_seconds() {
+        let (start, eth0, lte) = (Instant::now(), chosen("eth0", 1, 2), chosen("wwan0", 9, 3));
+        let mut watch = Watch::new(start, lte.clone());
+        assert_eq!(watch.step(start, found(&eth0, true)), None);
+        assert_eq!(watch.step(start + ms(1500), found(&lte, true)), None, "it went again");
+        assert_eq!(watch.step(start + ms(1600), found(&eth0, true)), None);
+        assert_eq!(watch.step(start + ms(3500), found(&eth0, true)), None);
+        assert_eq!(watch.step(start + ms(3600), found(&eth0, true)), Some(Ok(eth0)));
+    }
+
+    #[test]
+    fn other_address_in_the_place_of_a_lost_one_counts_after_a_second() {
+        let (start, old, new) = (Instant::now(), chosen("eth0", 1, 2), chosen("eth0", 2, 2));
+        let mut watch = Watch::new(start, old);
+        assert_eq!(watch.step(start, nothing()), None);
+        assert_eq!(watch.step(start + ms(500), found(&new, false)), None);
+        assert_eq!(watch.step(start + ms(1000), found(&new, false)), Some(Ok(new)));
+    }
+
+    #[test]
+    fn host_without_network_takes_the_first_that_comes() {
+        let (start, eth0) = (Instant::now(), chosen("eth0", 1, 2));
+        let mut watch = Watch::new(start, Chosen::remembered([192, 0, 2, 5].into(), None));
+        assert_eq!(watch.due(), Some(start));
+        assert!(matches!(watch.step(start, nothing()), Some(Err(_))));
+        assert_eq!(watch.step(start + ms(500), nothing()), None);
+        assert_eq!(watch.step(start + ms(1000), found(&eth0, false)), Some(Ok(eth0)));
+        assert_eq!(watch.due(), None);
+    }
+
+    #[test]
+    fn other_mtu_of_the_same_interface_counts_at_once() {
+        let (start, eth0) = (Instant::now(), chosen("eth0", 1, 2));
+        let mut watch = Watch::new(start, eth0.clone());
+        let narrow = Chosen { mtu: 1350, ..eth0 };
+        assert_eq!(watch.step(start, found(&narrow, true)), Some(Ok(narrow)));
+    }
+}
