@@ -220,7 +220,7 @@ impl<F: Fn(Told)> Worker<F> {
                 thread::sleep(RETRY);
             }
             let now = Instant::now();
-            if self.underlay_due().is_some_and(|due| due <= now) {
+            if self.underlay_due(now).is_some_and(|due| due <= now) {
                 self.look_at_underlay(now);
             }
             let is_due = self.due.is_some_and(|due| due <= now);
@@ -429,8 +429,8 @@ impl<F: Fn(Told)> Worker<F> {
         }
     }
 
-    fn underlay_due(&self) -> Option<Instant> {
-        let earliest = self.looked.map_or_else(Instant::now, |looked| looked + LOOK_GAP);
+    fn underlay_due(&self, now: Instant) -> Option<Instant> {
+        let earliest = self.looked.map_or(now, |looked| looked + LOOK_GAP);
         let touched = self.touched.underlay.then_some(earliest);
         touched.into_iter().chain(self.underlay.due()).min()
     }
@@ -460,7 +460,7 @@ impl<F: Fn(Told)> Worker<F> {
         let now = Instant::now();
         let repair = self.touched.ours || self.table_touched;
         let repair_at = self.worked.filter(|_| repair).map(|at| at + REPAIR_GAP);
-        let until = self.due.into_iter().chain(repair_at).chain(self.underlay_due()).min();
+        let until = self.due.into_iter().chain(repair_at).chain(self.underlay_due(now)).min();
         let pause = until.map(|until| until.saturating_duration_since(now));
         let changes = [Some(self.kernel.changes()), self.surroundings.changes()];
         self.sleeper.wait(changes.into_iter().flatten(), pause);

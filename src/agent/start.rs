@@ -194,6 +194,7 @@ async fn start(
         api::serve(&config.socket, move |request| report.send(News::Api(request)).is_ok())?;
     let (chosen, waiters) = match underlay::choose(&mut Netlink::open()?, &config) {
         Ok(chosen) => (chosen, Vec::new()),
+        Err(error @ underlay::UnderlayError::Mtu { .. }) => return Err(error.into()),
         Err(error) => match remembered_underlay(&state, &records, key.id())? {
             Some(chosen) => {
                 tracing::warn!(%error, "this node starts without an underlay");

@@ -190,7 +190,7 @@ impl StateDir {
 fn is_ours(name: &OsStr) -> bool {
     let Some(name) = name.to_str() else { return false };
     let name = name.strip_suffix(".new").unwrap_or(name);
-    [KEY, TOKEN, SECRETS, LOCK, BOOT, POD_CIDR, DATABASE, history::FILE, history::OLDER]
+    [KEY, TOKEN, SECRETS, LOCK, BOOT, POD_CIDR, UNDERLAY, DATABASE, history::FILE, history::OLDER]
         .contains(&name)
         || name.starts_with("db.damaged-")
 }
@@ -241,6 +241,8 @@ mod tests {
         state.save_node_key(&[7; 32]).expect("saved");
         let secret = crate::wire::Secret::new(vec![7; 32]).expect("long enough");
         state.save_keyring(&Keyring::new(secret)).expect("saved");
+        state.save_underlay([192, 0, 2, 1].into(), 1450).expect("saved");
+        assert_eq!(state.underlay().expect("read"), Some(([192, 0, 2, 1].into(), 1450)));
         assert_eq!(state.node_key().expect("read"), Some([7; 32]));
         fs::create_dir(dir.path().join("db.damaged-1")).expect("made");
         fs::write(dir.path().join("notes"), "not ours").expect("written");

@@ -3,6 +3,7 @@
 //! Owned by one loop, which hands every [`Event`] back to [`Transport::handle`]; the tasks it starts
 //! share nothing with it but the channel of events.
 
+mod names;
 mod settings;
 #[cfg(test)]
 mod tests;
@@ -21,12 +22,12 @@ use std::{
 
 use quinn::{ClientConfig, Connection, Endpoint, SendStream, VarInt};
 use socket2::{Domain, Protocol, Socket, Type};
-use tokio::{
-    sync::{Semaphore, mpsc},
-    task::JoinSet,
-};
+use tokio::sync::{Semaphore, mpsc};
 
-use self::settings::{MAX_HANDSHAKES, endpoint_settings, roles};
+use self::{
+    names::connect_name,
+    settings::{MAX_HANDSHAKES, endpoint_settings, roles},
+};
 use super::{
     connection::{Event, Events, ask, call_error, read, send_stream},
     credentials::{Credentials, SERVER_NAME, peer_of},
@@ -52,10 +53,6 @@ const MAX_HANDSHAKES_OF_ONE: usize = 64;
 const SPARE: Duration = Duration::from_secs(10);
 /// A call by name, with all of its addresses, ends after this time.
 const NAME_TIMEOUT: Duration = Duration::from_secs(8);
-/// Addresses of one name that are tried.
-const MAX_ADDRESSES: usize = 8;
-/// The next address of a name is tried when the one before has not answered within this time (RFC 8305, 5).
-const NEXT_ADDRESS_AFTER: Duration = Duration::from_millis(250);
 
 /// The UDP socket cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -438,71 +435,6 @@ async fn connect(
     let peer = peer_of(&connection)
         .ok_or_else(|| CallError::Unreachable(format!("{address}: unreadable certificate")))?;
     Ok((peer, connection))
-}
-
-/// Connects to the address of a name that answers first. The addresses are tried staggered, both families in
-/// turn, and each time another one comes first: one that swallows packets holds up no join.
-async fn connect_name(
-    endpoint: &Endpoint,
-    client: &ClientConfig,
-    name: &str,
-    turn: usize,
-    events: &Events,
-    me: NodeId,
-) -> Result<(NodeId, Connection), CallError> {
-    let ipv4_only = endpoint.local_addr().is_ok_and(|local| local.is_ipv4());
-    let resolved = tokio::net::lookup_host(name)
-        .await
-        .map_err(|error| CallError::Unreachable(format!("{name}: {error}")))?
-        .filter(|address| address.is_ipv4() || !ipv4_only);
-    let mut tries = JoinSet::new();
-    for (place, address) in in_turn(resolved.collect(), turn).into_iter().enumerate() {
-        let (endpoint, client) = (endpoint.clone(), client.clone());
-        let delay = NEXT_ADDRESS_AFTER * u32::try_from(place).unwrap_or(u32::MAX);
-        tries.spawn(async move {
-            tokio::time::sleep(delay).await;
-            connect(&endpoint, &client, address).await
-        });
-    }
-    let mut last = CallError::Unreachable(format!("{name} has no usable address"));
-    while let Some(tried) = tries.join_next().await {
-        match tried {
-            Ok(Ok((peer, connection))) if peer == me => {
-                connection.close(VarInt::from_u32(3), b"myself");
-                last = CallError::Myself;
-            }
-            Ok(Ok((peer, connection))) => {
-                tokio::spawn(read(peer, connection.clone(), events.clone()));
-                let known =
-                    Event::Connected { peer, connection: connection.clone(), inbound: false };
-                let _ = events.send(known).await;
-                return Ok((peer, connection));
-            }
-            // That it is this node itself tells more than that another address is silent.
-            Ok(Err(error)) if last != CallError::Myself => last = error,
-            Ok(Err(_)) | Err(_) => {}
-        }
-    }
-    Err(last)
-}
-
-/// Addresses in the order in which they are tried at this turn: families alternate (RFC 8305, 4), and the
-/// first becomes the last with each turn.
-fn in_turn(addresses: Vec<SocketAddr>, turn: usize) -> Vec<SocketAddr> {
-    let first_is_ipv4 = addresses.first().is_some_and(SocketAddr::is_ipv4);
-    let (preferred, others): (Vec<_>, Vec<_>) =
-        addresses.into_iter().partition(|address| address.is_ipv4() == first_is_ipv4);
-    let mut order = Vec::new();
-    for place in 0..preferred.len().max(others.len()) {
-        order.extend(preferred.get(place).into_iter().chain(others.get(place)).copied());
-    }
-    order.dedup();
-    if !order.is_empty() {
-        let first = turn % order.len();
-        order.rotate_left(first);
-    }
-    order.truncate(MAX_ADDRESSES);
-    order
 }
 
 /// A UDP socket for an address that the host may not have yet: it can come with the network.

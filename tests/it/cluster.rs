@@ -92,7 +92,7 @@ fn the_kernel_holds_what_flannel_would_program() {
         for words in [
             format!("link/ether {mac}"),
             "mtu 1450".to_owned(),
-            format!("vxlan id 1 local {underlay} dev eth0"),
+            format!("vxlan id 1 local {underlay} srcport"),
             "dstport 8472 nolearning".to_owned(),
             format!("inet {vtep}/32 scope global gossamer.1"),
         ] {

@@ -124,6 +124,14 @@ impl Cluster {
             .collect()
     }
 
+    /// Waits until the agents, and one that is not of this value, have converged with so many members.
+    pub fn converge_with(&mut self, other: &mut Agent, count: usize) -> anyhow::Result<()> {
+        let agents = self.agents.iter_mut().chain([other]);
+        agents
+            .map(|agent| agent.wait_converged(count, PATIENCE))
+            .try_for_each(|done| done.map(drop))
+    }
+
     pub fn converge(&mut self) -> anyhow::Result<()> {
         let count = self.agents.len();
         self.agents.iter_mut().try_for_each(|agent| agent.wait_converged(count, PATIENCE).map(drop))

@@ -34,3 +34,4 @@ mod runtimes;
 mod secret;
 mod service;
 mod tidy;
+mod underlay;

@@ -109,7 +109,7 @@ impl From<io::Error> for UnderlayError {
 /// Chooses from the interfaces as they are now.
 pub fn choose(netlink: &mut Netlink, config: &Config) -> Result<Chosen, UnderlayError> {
     let host = Host::look(netlink, config)?;
-    match host.by_config(netlink, config)? {
+    match host.by_config(netlink, config, None)? {
         Some(found) => host.chosen(netlink, found, config),
         None => Err(host.no_match(&config.iface)),
     }
@@ -139,14 +139,12 @@ pub fn look_again(netlink: &mut Netlink, config: &Config, present: &Chosen) -> L
             host.candidates.retain(|candidate| candidate.ip == bound);
         }
         let held = host.held(present, &config.iface);
-        let best = host.by_config(netlink, config)?;
+        let best = host.by_config(netlink, config, Some(&present.name))?;
         let found = match (held, best) {
             (Some(held), Some(best)) if held.link != best.link => best,
             (Some(held), _) => held,
             (None, Some(best)) => best,
-            (None, None) => {
-                host.fading(present).ok_or_else(|| host.no_match(&config.iface))?
-            }
+            (None, None) => host.fading(present).ok_or_else(|| host.no_match(&config.iface))?,
         };
         Ok((host.chosen(netlink, found, config)?, held.is_some()))
     };
@@ -206,7 +204,13 @@ impl Host {
         link.up && (!link.loopback || is_named) && !is_ours && is_free && usable
     }
 
-    fn by_config(&self, netlink: &mut Netlink, config: &Config) -> io::Result<Option<Address>> {
+    /// The interface that the settings ask for. Without a default route the present one is preferred.
+    fn by_config(
+        &self,
+        netlink: &mut Netlink,
+        config: &Config,
+        present: Option<&str>,
+    ) -> io::Result<Option<Address>> {
         let by_regex = |regex: &regex_lite::Regex| {
             let by_address = self.find(|address| regex.is_match(&address.ip.to_string()));
             by_address.or_else(|| {
@@ -220,7 +224,7 @@ impl Host {
             IfaceChoice::Address(ip) => self.find(|address| address.ip == *ip),
             IfaceChoice::Regex(regex) => by_regex(regex),
             IfaceChoice::CanReach(ip) => self.by_route(netlink, *ip),
-            IfaceChoice::Default => match self.by_default(netlink, config)? {
+            IfaceChoice::Default => match self.by_default(netlink, config, present)? {
                 None => self.only_candidate(),
                 found => found,
             },
@@ -243,7 +247,12 @@ impl Host {
             .or_else(|| self.find(|address| address.link == found.link && of_family(address)))
     }
 
-    fn by_default(&self, netlink: &mut Netlink, config: &Config) -> io::Result<Option<Address>> {
+    fn by_default(
+        &self,
+        netlink: &mut Netlink,
+        config: &Config,
+        present: Option<&str>,
+    ) -> io::Result<Option<Address>> {
         if let Some(listen) = config.listen.filter(|listen| !listen.ip().is_unspecified()) {
             return Ok(self.find(|address| address.ip == listen.ip()));
         }
@@ -264,6 +273,9 @@ impl Host {
                 }
             }
         }
+        if let Some(found) = present.and_then(|name| self.by_name(name)) {
+            return Ok(Some(found));
+        }
         let seeds = config.seeds.iter().filter_map(|seed| seed.parse::<SocketAddr>().ok());
         let mut targets = DISTANT.into_iter().chain(seeds.map(|seed| seed.ip()));
         Ok(targets.find_map(|to| self.by_route(netlink, to)))
@@ -271,9 +283,8 @@ impl Host {
 
     /// A bridge with no route of its own is the home of virtual machines or containers.
     fn only_candidate(&self) -> Option<Address> {
-        let is_bridge = |address: &Address| {
-            self.link(address.link).is_none_or(|link| link.kind == "bridge")
-        };
+        let is_bridge =
+            |address: &Address| self.link(address.link).is_none_or(|link| link.kind == "bridge");
         let first = self.find(|address| !is_bridge(address))?;
         let others = self.candidates.iter().filter(|address| !is_bridge(address));
         others.copied().all(|address| address.link == first.link).then_some(first)
@@ -353,9 +364,11 @@ impl Host {
             IfaceChoice::Address(ip) => format!("no interface that is up has address {ip}"),
             IfaceChoice::Regex(regex) => format!("no interface that is up matches {regex}"),
             IfaceChoice::CanReach(ip) => format!("no interface leads to {ip}"),
-            IfaceChoice::Default => "there is no default route: wait for the network, or choose an \
+            IfaceChoice::Default => {
+                "there is no default route: wait for the network, or choose an \
                                      interface with --iface"
-                .to_owned(),
+                    .to_owned()
+            }
         };
         let named = |address: &Address| {
             self.link(address.link).map(|link| format!("{} ({})", link.name, address.ip))

@@ -134,9 +134,9 @@ fn may_move_underlay(message: &RouteNetlinkMessage, device: Option<u32>) -> bool
     match message {
         Message::NewLink(link) | Message::DelLink(link) => {
             let is_of_bridge = link.header.interface_family == AddressFamily::Bridge;
-            let is_port = link.attributes.iter().any(|attribute| {
-                matches!(attribute, LinkAttribute::Controller(index) if *index != 0)
-            });
+            let is_port = link.attributes.iter().any(
+                |attribute| matches!(attribute, LinkAttribute::Controller(index) if *index != 0),
+            );
             Some(link.header.index) != device && !is_of_bridge && !is_port
         }
         Message::NewAddress(address) | Message::DelAddress(address) => {

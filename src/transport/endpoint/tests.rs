@@ -218,7 +218,7 @@ async fn relay(to: SocketAddr) -> (SocketAddr, Arc<std::sync::atomic::AtomicBool
         while let Ok((len, from)) = socket.recv_from(&mut buffer).await {
             let next = if from == to { dialler } else { Some(to) };
             dialler = if from == to { dialler } else { Some(from) };
-            if let Some(next) = next.filter(|_| passes.load(std::sync::atomic::Ordering::Relaxed)) {
+            if let Some(next) = next.filter(|_| passes.load(Ordering::Relaxed)) {
                 let _ = socket.send_to(&buffer[..len], next).await;
             }
         }
@@ -235,14 +235,14 @@ async fn a_connection_on_which_nothing_comes_back_is_made_anew() {
     next_while(&mut two, &mut one).await;
     assert_eq!(one.0.connections(), 1);
 
-    open.store(false, std::sync::atomic::Ordering::Relaxed);
+    open.store(false, Ordering::Relaxed);
     one.0.call(CallId(1), two_id, way, b"question".to_vec());
     let Input::Answer { result: Err(_), .. } = next_input(&mut one).await else {
         panic!("silence")
     };
     assert_eq!(one.0.connections(), 0);
 
-    open.store(true, std::sync::atomic::Ordering::Relaxed);
+    open.store(true, Ordering::Relaxed);
     one.0.call(CallId(2), two_id, way, b"question".to_vec());
     let Input::Request { reply, .. } = next_while(&mut two, &mut one).await else {
         panic!("asked")
