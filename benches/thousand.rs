@@ -275,6 +275,7 @@ impl Crowd {
                 cluster: None,
                 wish: SettingsWish::default(),
                 prefer_subnet: None,
+                occupied: Vec::new(),
                 assigned: None,
                 replace_by_name: false,
                 quorum: None,

@@ -54,6 +54,8 @@ pub(super) struct KernelState {
     pub(super) underlay_problem: Option<String>,
     /// Routes of other programs that outrank ours, as sentences.
     pub(super) rivals: Vec<String>,
+    /// Addresses of this host inside the overlay's networks, as sentences.
+    pub(super) overlaps: Vec<String>,
     pub(super) demand: DemandState,
     /// Firewall and sysctls.
     pub(super) host: HostState,
@@ -88,6 +90,10 @@ impl Agent {
             Told::Rivals(rivals) => {
                 rivals.iter().for_each(|rival| tracing::warn!("{rival}"));
                 self.kernel.rivals = rivals;
+            }
+            Told::Overlaps(overlaps) => {
+                overlaps.iter().for_each(|overlap| tracing::warn!("{overlap}"));
+                self.kernel.overlaps = overlaps;
             }
             Told::Host(state) => self.on_host(state),
             Told::Demand(state) => self.on_demand(state),

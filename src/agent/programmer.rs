@@ -25,6 +25,7 @@ use crate::{
         desired::{self, Desired},
         firewall::Firewall,
         kernel::{Kernel, KernelError, Report, Touched},
+        overlap,
         plan::{Actual, Op},
     },
     model::{Mac, Pool},
@@ -77,6 +78,8 @@ pub enum Told {
     Underlay(Result<Chosen, UnderlayError>),
     /// Routes of other programs that outrank ours; none any more, if empty.
     Rivals(Vec<String>),
+    /// Addresses of this host inside the overlay's networks, as sentences.
+    Overlaps(Vec<String>),
     /// What the kernel has asked for, and who is in use.
     Demand(DemandState),
     /// Firewall and sysctls are not as they were when last told.
@@ -142,6 +145,7 @@ impl Programmer {
             reached: false,
             touched: Touched::default(),
             rivals: Vec::new(),
+            overlaps: Vec::new(),
             due: None,
             worked: None,
         };
@@ -207,6 +211,7 @@ struct Worker<F> {
     touched: Touched,
     /// As last told.
     rivals: Vec<String>,
+    overlaps: Vec<String>,
     due: Option<Instant>,
     worked: Option<Instant>,
 }
@@ -375,6 +380,7 @@ impl<F: Fn(Told)> Worker<F> {
         let Some(Goal { state: State::Overlay(desired, _), .. }) = &self.goal else { return };
         self.surroundings.look(desired, &self.underlay.present().name);
         self.tell_host();
+        self.look_for_overlaps();
         // An event may have been lost.
         self.touched.underlay = true;
     }
@@ -441,6 +447,25 @@ impl<F: Fn(Told)> Worker<F> {
         let look = look_again(&mut self.netlink, &self.config, self.underlay.present());
         if let Some(change) = self.underlay.step(now, look) {
             (self.tell)(Told::Underlay(change));
+        }
+        // What has changed may be an address inside the overlay's networks.
+        self.look_for_overlaps();
+    }
+
+    fn look_for_overlaps(&mut self) {
+        let Some(Goal { state: State::Overlay(all, _), .. }) = &self.goal else { return };
+        let networks: Vec<_> = all.pool.networks().iter().collect();
+        let slots = all.device.addresses.iter().filter_map(|ip| all.pool.slot_of(*ip));
+        let own: Vec<_> = slots.flat_map(|slot| all.pool.subnets(slot).iter()).collect();
+        match self.kernel.foreign_addresses() {
+            Ok(foreign) => {
+                let overlaps = overlap::problems(&foreign, &networks, &own);
+                if overlaps != self.overlaps {
+                    self.overlaps.clone_from(&overlaps);
+                    (self.tell)(Told::Overlaps(overlaps));
+                }
+            }
+            Err(error) => tracing::debug!(%error, "addresses of interfaces not read"),
         }
     }
 

@@ -23,9 +23,10 @@ use crate::{
     dataplane::{
         desired::device_name,
         kernel::{Kernel, KernelError},
+        overlap::{Foreign, ForeignKind},
     },
     docker,
-    model::{BootId, ClusterId, ClusterRecord, ClusterSettings, Mac, NodeId, Time, Vtep},
+    model::{BootId, ClusterId, ClusterRecord, ClusterSettings, Mac, NodeId, Pool, Time, Vtep},
     netlink::Netlink,
     pods::wiring::Wiring,
     store::{Database, Opened, StateDir, StoreError, Writer},
@@ -213,6 +214,10 @@ async fn start(
     };
     kernel.preflight(&device_name(vni), vni, port)?;
     let settings = known_cluster.map(|cluster| cluster.settings).or(config.create);
+    let foreign = kernel.foreign_networks()?;
+    if let (None, None, Some(created)) = (known_cluster, assigned, config.create) {
+        refuse_occupied(&foreign, &created.pool)?;
+    }
     if let Some(settings) = settings {
         kernel.refuse_overlap(&device_name(vni), chosen.local, &settings.pool)?;
     }
@@ -222,6 +227,18 @@ async fn start(
     )?;
     let port = transport.local_address()?.port();
     let (ip, advertised) = config.advertise.unwrap_or((chosen.local, None));
+    let bridge = config.bridge_name(vni);
+    let mut pods = PodState::remember(&records, state.is_same_boot()?);
+    if known_cluster.is_none() && !fresh {
+        pods.recover(Wiring::open()?.found(&bridge)?);
+    }
+    // Bridges hold this host's containers, and pods that run keep their addresses.
+    let occupied = foreign.into_iter().filter(|found| {
+        let has_pods =
+            pods.table.iter().any(|pod| pod.addresses.iter().any(|ip| found.network.contains(&ip)));
+        found.kind != ForeignKind::Bridge && !has_pods
+    });
+    let occupied = occupied.map(|found| found.network.trunc()).collect();
     let node = NodeConfig {
         node: key.id(),
         boot: BootId::from_bytes(random()?),
@@ -236,16 +253,12 @@ async fn start(
         },
         wish: config.wish,
         prefer_subnet: config.prefer_subnet,
+        occupied,
         assigned: assigned.map(|(subnet, _)| subnet.network()),
         replace_by_name: config.replace_by_name,
         quorum: config.quorum.clone(),
         rng_seed: random()?,
     };
-    let bridge = config.bridge_name(vni);
-    let mut pods = PodState::remember(&records, state.is_same_boot()?);
-    if known_cluster.is_none() && !fresh {
-        pods.recover(Wiring::open()?.found(&bridge)?);
-    }
     let node = Node::start(Time::ZERO, node, records)?;
     tracing::info!(
         node = %key.id(),
@@ -321,6 +334,20 @@ async fn start(
         agent.save_underlay();
     }
     Ok(agent.run(network, threads, heard, reread).await?)
+}
+
+/// A cluster is not created with networks that lead elsewhere on this host.
+fn refuse_occupied(foreign: &[Foreign], pool: &Pool) -> Result<(), KernelError> {
+    let networks: Vec<IpNet> = pool.networks().iter().collect();
+    let mut pairs = networks.iter().flat_map(|network| foreign.iter().map(move |f| (network, f)));
+    match pairs.find(|(network, found)| found.forbids(network)) {
+        None => Ok(()),
+        Some((network, found)) => Err(KernelError::Overlap {
+            network: *network,
+            what: found.network,
+            interface: found.interface.clone(),
+        }),
+    }
 }
 
 /// The end of the underlay that a member had when its host last had a network; none for a new node.

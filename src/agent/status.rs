@@ -95,7 +95,8 @@ impl Agent {
         let mut problems = self.node.problems();
         let kernel = &self.kernel;
         problems.extend(kernel.problem.iter().chain(&kernel.underlay_problem).cloned());
-        problems.extend(kernel.rivals.iter().chain(&kernel.host.problems).cloned());
+        problems.extend(kernel.rivals.iter().chain(&kernel.overlaps).cloned());
+        problems.extend(kernel.host.problems.iter().cloned());
         problems.extend(self.store_problem.iter().map(|why| format!("state directory: {why}")));
         let subnet = kernel.wanted.as_ref().map(|view| view.own.subnets.first);
         if let (Some(subnet), outside @ 1..) = (subnet, self.pods_outside()) {

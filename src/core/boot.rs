@@ -51,6 +51,8 @@ pub struct NodeConfig {
     /// one and no other, as all nodes of its cluster do; nobody grants anything, and the cluster needs no
     /// founder: its id is `cluster`, which all of them know.
     pub assigned: Option<IpAddr>,
+    /// Networks that this host uses for something else. It takes no subnet in them, if it has another.
+    pub occupied: Vec<IpNet>,
     /// Names are unique by construction: a down member of this node's name is its predecessor, and gone.
     pub replace_by_name: bool,
     /// By time alone nobody is forgotten otherwise.
@@ -239,7 +241,7 @@ fn resume(
     }
     let mut slots = SlotTable::empty(cluster.settings.pool);
     slots.merge(runs);
-    let search = LeaseSearch::new(now, preferred(&cluster, config), config.assigned.is_some());
+    let search = LeaseSearch::new(now, &cluster, config);
     Ok(Home { cluster, slots, search })
 }
 
@@ -253,14 +255,14 @@ fn found(
     let id = ClusterId::from_bytes(rng.random());
     if config.assigned.is_some() {
         let cluster = ClusterRecord { id: config.cluster.unwrap_or(id), settings };
-        let search = LeaseSearch::new(now, preferred(&cluster, config), true);
+        let search = LeaseSearch::new(now, &cluster, config);
         return Home { cluster, slots: SlotTable::empty(settings.pool), search };
     }
     let cluster = ClusterRecord { id, settings };
     let mut slots = SlotTable::founded_by(settings.pool, founder);
-    let prefer = preferred(&cluster, config);
-    slots.lease_own(founder, prefer);
-    Home { cluster, slots, search: LeaseSearch::new(now, prefer, false) }
+    let search = LeaseSearch::new(now, &cluster, config);
+    search.lease_own(&mut slots, founder);
+    Home { cluster, slots, search }
 }
 
 pub(super) fn preferred(cluster: &ClusterRecord, config: &NodeConfig) -> Option<Slot> {

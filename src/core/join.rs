@@ -11,8 +11,7 @@ use crate::{
 };
 
 use super::{
-    Answer, CallError, Home, Node, Output, Purpose, SlotTable, Stop, Target, boot::preferred,
-    lease::LeaseSearch,
+    Answer, CallError, Home, Node, Output, Purpose, SlotTable, Stop, Target, lease::LeaseSearch,
 };
 
 /// The next seed is tried when the one before has not answered within this time.
@@ -132,7 +131,7 @@ impl Node {
             }
             None => {
                 tracing::info!(cluster = %cluster.id, members = facts.members.len(), "joined");
-                let search = LeaseSearch::new(now, preferred(&cluster, &self.config), false);
+                let search = LeaseSearch::new(now, &cluster, &self.config);
                 let slots = SlotTable::empty(cluster.settings.pool);
                 self.home = Some(Home { cluster, slots, search });
                 self.dirty.mark(Key::Cluster, true);

@@ -4,15 +4,16 @@
 //! have spares, one after the other, for ever. A member with several (two seeds answered) keeps the one
 //! that is in use and makes the others spares.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{collections::BTreeSet, ops::Range, time::Duration};
 
 use crate::{
-    model::{NodeId, Slot, SlotState, Time},
+    model::{ClusterRecord, NodeId, Slot, SlotState, Time},
     wire::{GrantWish, Refusal, Request, Response},
 };
 
 use super::{
-    Answer, InUse, Node, Purpose, SlotTable,
+    Answer, Change, InUse, Node, NodeConfig, Purpose, SlotTable,
+    boot::preferred,
     planted::{Bug, planted},
     rank::peer_score,
 };
@@ -31,6 +32,8 @@ pub(super) struct LeaseSearch {
     prefer: Option<Slot>,
     /// It is to have that one and no other: somebody else gives it.
     assigned: bool,
+    /// Slots whose subnets lead elsewhere on this host.
+    occupied: Vec<Range<u32>>,
     /// When the search began.
     since: Time,
     /// A living member that has the subnet assigned to this node.
@@ -44,10 +47,13 @@ pub(super) struct LeaseSearch {
 }
 
 impl LeaseSearch {
-    pub(super) fn new(now: Time, prefer: Option<Slot>, assigned: bool) -> Self {
+    pub(super) fn new(now: Time, cluster: &ClusterRecord, config: &NodeConfig) -> Self {
+        let pool = cluster.settings.pool;
+        let occupied = config.occupied.iter().map(|network| pool.slots_in(network));
         Self {
-            prefer,
-            assigned,
+            prefer: preferred(cluster, config),
+            assigned: config.assigned.is_some(),
+            occupied: occupied.filter(|slots| !slots.is_empty()).collect(),
             since: now,
             rival: None,
             tried: BTreeSet::new(),
@@ -64,15 +70,35 @@ impl LeaseSearch {
         self.prefer = Some(slot);
     }
 
+    fn is_free(&self, slot: Slot) -> bool {
+        !self.occupied.iter().any(|slots| slots.contains(&slot.0))
+    }
+
+    /// Makes a spare slot of `me` its lease; one that leads elsewhere on this host only if there is no other.
+    pub(super) fn lease_own(&self, slots: &mut SlotTable, me: NodeId) -> Option<Change> {
+        let is_free = |slot| self.is_free(slot);
+        let free = slots.lease_own_where(me, self.prefer, is_free);
+        free.or_else(|| slots.lease_own_where(me, self.prefer, |_| true))
+    }
+
     /// Which of the leased slots of `me` is the one in use: the one that was, or else the one that was
-    /// asked for. Another one would take the addresses away from under running pods.
+    /// asked for. Another one would take the addresses away from under running pods. None, if all of them
+    /// lead elsewhere on this host and `me` has a spare one that does not.
     pub(super) fn own_slot(&self, slots: &SlotTable, me: NodeId) -> Option<Slot> {
         let is_leased = |slot: &Slot| slots.leased_by(me).any(|leased| leased == *slot);
         if self.assigned {
             return self.prefer.filter(is_leased);
         }
-        let known = [self.held, self.prefer].into_iter().flatten().find(is_leased);
-        known.or_else(|| slots.leased_by(me).next())
+        if let Some(held) = self.held.filter(is_leased) {
+            return Some(held);
+        }
+        let wanted = self.prefer.filter(is_leased);
+        let leased = || wanted.into_iter().chain(slots.leased_by(me));
+        if let Some(free) = leased().find(|slot| self.is_free(*slot)) {
+            return Some(free);
+        }
+        let has_better = slots.has_spare_where(me, |slot| self.is_free(slot));
+        leased().next().filter(|_| !has_better)
     }
 }
 
@@ -111,7 +137,7 @@ impl Node {
             self.claim(now);
             return;
         }
-        if synced && let Some(change) = home.slots.lease_own(me, home.search.prefer) {
+        if synced && let Some(change) = home.search.lease_own(&mut home.slots, me) {
             self.note_own_change(now, vec![change]);
             return;
         }

@@ -147,7 +147,7 @@ impl SlotTable {
         if preferred_elsewhere {
             return Err(self.no_spare());
         }
-        let Some(chosen) = self.choose(me, to, prefer) else {
+        let Some(chosen) = self.choose(me, to, prefer, |_| true) else {
             return Err(self.no_spare());
         };
         let mut granted = vec![self.rewrite(chosen, 1, me, to, SlotState::Leased)];
@@ -157,7 +157,17 @@ impl SlotTable {
 
     /// Turns a spare slot of `me` into its lease.
     pub fn lease_own(&mut self, me: NodeId, prefer: Option<Slot>) -> Option<Change> {
-        let chosen = self.choose(me, me, prefer)?;
+        self.lease_own_where(me, prefer, |_| true)
+    }
+
+    /// Turns a spare slot of `me` that is wanted into its lease.
+    pub fn lease_own_where(
+        &mut self,
+        me: NodeId,
+        prefer: Option<Slot>,
+        is_wanted: impl Fn(Slot) -> bool,
+    ) -> Option<Change> {
+        let chosen = self.choose(me, me, prefer, is_wanted)?;
         Some(self.rewrite(chosen, 1, me, me, SlotState::Leased))
     }
 
@@ -247,9 +257,21 @@ impl SlotTable {
         self.runs_of(owner).filter(|run| run.record.state == SlotState::Spare).copied()
     }
 
-    /// The spare slot of `owner` for `user`: the preferred one, or else the best by rendezvous score.
-    fn choose(&self, owner: NodeId, user: NodeId, prefer: Option<Slot>) -> Option<Slot> {
-        let spares = || self.spares_of(owner).flat_map(|run| run.slots());
+    /// Whether `node` has a spare slot that is wanted.
+    pub fn has_spare_where(&self, node: NodeId, is_wanted: impl Fn(Slot) -> bool) -> bool {
+        self.spares_of(node).flat_map(|run| run.slots()).any(is_wanted)
+    }
+
+    /// The spare slot of `owner` for `user` among those wanted: the preferred one, or else the best by rendezvous score.
+    fn choose(
+        &self,
+        owner: NodeId,
+        user: NodeId,
+        prefer: Option<Slot>,
+        is_wanted: impl Fn(Slot) -> bool,
+    ) -> Option<Slot> {
+        let all = || self.spares_of(owner).flat_map(|run| run.slots());
+        let spares = || all().filter(|slot| is_wanted(*slot));
         prefer
             .filter(|slot| spares().any(|spare| spare == *slot))
             .or_else(|| spares().max_by_key(|slot| (slot_score(user, *slot), Reverse(*slot))))

@@ -5,6 +5,7 @@
 //! - [`demand`]: what the kernel misses, and what it is told (pure)
 //! - [`firewall`]: view -> our table in nftables (pure)
 //! - [`offload`]: whether checksums can be left to the device (pure)
+//! - [`overlap`]: networks of the host that are also the overlay's (pure)
 //! - [`paths`]: whether packets get through to each peer (pure)
 //! - `kernel`: dump and apply, by netlink
 //! - `fake`: a kernel in memory, for property tests and the simulator
@@ -24,6 +25,8 @@ pub mod firewall;
 pub mod kernel;
 #[warn(clippy::disallowed_methods)]
 pub mod offload;
+#[warn(clippy::disallowed_methods)]
+pub mod overlap;
 #[warn(clippy::disallowed_methods)]
 pub mod paths;
 #[warn(clippy::disallowed_methods)]

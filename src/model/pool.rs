@@ -7,7 +7,7 @@
 use std::{
     fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
-    ops::RangeInclusive,
+    ops::{Range, RangeInclusive},
 };
 
 use ipnet::{IpNet, Ipv6Net};
@@ -201,6 +201,22 @@ impl Pool {
     pub fn slot_at(&self, address: IpAddr) -> Option<Slot> {
         let slot = self.slot_of(address)?;
         self.subnets(slot).iter().any(|subnet| subnet.network() == address).then_some(slot)
+    }
+
+    /// The slots with a subnet that has addresses of `network`.
+    pub fn slots_in(&self, network: &IpNet) -> Range<u32> {
+        let divisions = std::iter::once(&self.main).chain(&self.second);
+        let (first, last) = (self.first.0, self.last.0);
+        for division in divisions {
+            if network.contains(&division.network) {
+                return first..last + 1;
+            }
+            let ends = [network.network(), network.broadcast()].map(|end| division.position(end));
+            if let [Some(from), Some(to)] = ends {
+                return from.0.max(first)..(to.0 + 1).min(last + 1);
+            }
+        }
+        0..0
     }
 
     /// The slot with a subnet that holds `address`, if it may be leased.

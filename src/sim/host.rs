@@ -62,6 +62,8 @@ pub struct Host {
     pub life: u32,
     /// First address of the subnet that somebody outside has given to it.
     pub assigned: Option<Ipv4Addr>,
+    /// Networks that lead elsewhere on it.
+    pub occupied: Vec<IpNet>,
     /// Its agent runs with `replace_by_name`.
     pub replaces: bool,
     /// Who of the cluster forgets by time.
@@ -149,6 +151,7 @@ impl Host {
             process: None,
             life: 0,
             assigned: None,
+            occupied: Vec::new(),
             replaces: false,
             quorum: None,
             stopped: None,
@@ -247,6 +250,7 @@ impl Host {
             cluster: self.saved_cluster.or(self.assigned.map(|_| ASSIGNED)),
             wish: SettingsWish::default(),
             prefer_subnet: None,
+            occupied: self.occupied.clone(),
             assigned: self.assigned.map(Into::into),
             replace_by_name: self.replaces,
             quorum: self.quorum.clone(),

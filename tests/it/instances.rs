@@ -162,7 +162,7 @@ fn networks_that_overlap_are_refused() {
         };
         let log = refused(&["--init", "--network", "10.96.0.0/12"])?;
         assert!(
-            log.contains("network 10.96.0.0/12 of the overlay and 10.99.0.10/32 of interface"),
+            log.contains("network 10.96.0.0/12 of the overlay and 10.99.0.10/16 of interface"),
             "{log}"
         );
         assert_eq!(devices(&host.netns), 0);

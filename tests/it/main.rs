@@ -24,6 +24,7 @@ mod metrics;
 mod mishaps;
 mod modes;
 mod offload;
+mod overlap;
 mod package;
 mod paths;
 mod pods;

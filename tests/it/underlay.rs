@@ -355,3 +355,25 @@ fn ipv6_renumbering_moves_tunnels_to_the_preferred_address() {
         Ok(())
     });
 }
+
+#[test]
+fn seed_name_with_dead_addresses_delays_no_join() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        let host = lab.host(2, "n2")?;
+        // Packets to the first two are lost, and no ICMP says so.
+        let names = "10.99.0.200 seeds\n10.99.0.201 seeds\n10.99.0.10 seeds\n127.0.0.1 localhost\n";
+        std::fs::write("/run/lab/hosts", names)?;
+        outside("mount --bind /run/lab/hosts /etc/hosts");
+        for dead in ["10.99.0.200", "10.99.0.201"] {
+            tool(&host.netns, &format!("ip neigh add {dead} lladdr 02:00:00:00:00:01 dev eth0"));
+        }
+        let came = Instant::now();
+        let arguments = ["--join", "seeds", "--token", &cluster.token];
+        let mut agent = Agent::start(program(), &host, &arguments)?;
+        agent.wait_converged(2, PATIENCE)?;
+        // One after the other they would take four seconds each.
+        assert!(came.elapsed() < Duration::from_secs(4), "{:?}", came.elapsed());
+        cluster.converge_with(&mut agent, 2)
+    });
+}

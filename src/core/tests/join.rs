@@ -274,3 +274,40 @@ fn a_copied_state_directory_is_named_and_starts_no_race() {
     assert_eq!(world.node(2).status().phase, Phase::Member);
     assert_eq!(world.leased(0), 3);
 }
+
+#[test]
+fn joiner_whose_granted_subnet_leads_elsewhere_on_its_host_takes_a_spare_one() {
+    let probe = World::with_members(2);
+    let granted = probe.subnet(1).expect("a subnet");
+    // The same world, in which that subnet is on another interface of the joiner's host.
+    let mut world = World::founded(settings("10.42.0.0/16", 24));
+    let joiner = world.add_joiner(&[0]);
+    world.hosts[joiner].occupied = vec![granted];
+    world.start(joiner);
+    world.run_for(seconds(4));
+    let taken = world.subnet(joiner).expect("a subnet");
+    assert_ne!(taken, granted);
+    assert_eq!(world.leased(0), 2, "the other one is spare again");
+    world.assert_right();
+    // The whole pool leads elsewhere: any subnet is better than none.
+    let joiner = world.add_joiner(&[0]);
+    world.hosts[joiner].occupied = vec!["10.0.0.0/8".parse().expect("a network")];
+    world.start(joiner);
+    world.run_for(seconds(4));
+    assert!(world.subnet(joiner).is_some());
+    world.assert_right();
+    probe.assert_right();
+}
+
+#[test]
+fn restarted_node_whose_subnet_leads_elsewhere_by_now_moves_to_a_spare_one() {
+    let mut world = World::with_members(3);
+    let before = world.subnet(2).expect("a subnet");
+    world.kill(2);
+    world.run_for(seconds(1));
+    world.hosts[2].occupied = vec![before];
+    world.start(2);
+    world.run_for(seconds(15));
+    assert_ne!(world.subnet(2), Some(before));
+    world.assert_right();
+}

@@ -13,7 +13,7 @@ use ipnet::IpNet;
 use rtnetlink::packet_route::{
     AddressFamily, RouteNetlinkMessage,
     neighbour::{NeighbourAttribute, NeighbourMessage, NeighbourState},
-    route::{RouteHeader, RouteMessage, RouteProtocol},
+    route::{RouteAttribute, RouteHeader, RouteMessage, RouteProtocol},
 };
 
 use super::{
@@ -23,6 +23,7 @@ use super::{
 use crate::{
     dataplane::{
         desired::{Desired, Device, Hop, ROUTE_PROTOCOL, Way},
+        overlap::{Foreign, ForeignKind},
         plan::{Actual, Found},
     },
     model::{Mac, Pool},
@@ -50,6 +51,51 @@ impl Kernel {
             routes: self.our_routes(Some(link.index), pool)?,
             device: Some(self.found(&link)?),
         })
+    }
+
+    /// Networks of this host that are none of ours: addresses of interfaces, and routes of other programs in the
+    /// main table.
+    pub fn foreign_networks(&mut self) -> io::Result<Vec<Foreign>> {
+        let links = self.netlink.links()?;
+        let of = |index: u32| links.iter().find(|link| link.index == index);
+        let mut foreign = self.foreign_addresses()?;
+        for route in self.main_routes(None)? {
+            let by = route.attributes.iter().find_map(|attribute| match attribute {
+                RouteAttribute::Oif(index) => Some(*index),
+                _ => None,
+            });
+            let link = by.and_then(of);
+            let protocol = route.header.protocol;
+            // The kernel's own routes follow from addresses.
+            let is_known =
+                [RouteProtocol::Other(ROUTE_PROTOCOL), RouteProtocol::Kernel].contains(&protocol);
+            if is_known || link.is_some_and(is_ours) {
+                continue;
+            }
+            let interface = link.map(|link| link.name.clone()).unwrap_or_default();
+            let network = subnet_of(&route).filter(|network| network.prefix_len() > 0);
+            foreign.extend(network.map(|network| Foreign {
+                network,
+                interface,
+                kind: ForeignKind::Route,
+            }));
+        }
+        Ok(foreign)
+    }
+
+    /// Addresses of interfaces that are none of ours.
+    pub fn foreign_addresses(&mut self) -> io::Result<Vec<Foreign>> {
+        let links = self.netlink.links()?;
+        let addresses = self.netlink.addresses()?;
+        let foreign = addresses.into_iter().filter_map(|address| {
+            let link = links.iter().find(|link| link.index == address.link)?;
+            let network = IpNet::new(address.ip, address.prefix_len).ok()?;
+            let kind =
+                if link.kind == "bridge" { ForeignKind::Bridge } else { ForeignKind::Address };
+            let found = Foreign { network, interface: link.name.clone(), kind };
+            (!is_ours(link)).then_some(found)
+        });
+        Ok(foreign.collect())
     }
 
     /// Routes of other programs that outrank ours to the same subnets, as sentences.
@@ -205,6 +251,11 @@ impl Kernel {
         };
         Ok(entries.iter().filter(over).filter_map(destination).collect())
     }
+}
+
+/// Devices of overlays, and bridges and ports of pods, say so in their aliases.
+fn is_ours(link: &Link) -> bool {
+    is_gossamers(link) || link.alias.starts_with("gossamer ")
 }
 
 /// Says so, if another program's route takes the packets to one of our peers.

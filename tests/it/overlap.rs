@@ -1,0 +1,90 @@
+//! Networks of a host that are also the overlay's: refused, avoided, and named.
+
+use gossamer::lab::{Agent, Host};
+use nix::sys::signal::Signal;
+
+use crate::common::{
+    Cluster, PATIENCE, client, has_problem, isolated, program, run, status_where, tool, wait_until,
+};
+
+/// Gives a host another interface with an address.
+fn second_card(host: &Host, address: &str) {
+    tool(&host.netns, "ip link add eth1 type veth peer name eth1-peer");
+    tool(&host.netns, "ip link set eth1 up");
+    tool(&host.netns, &format!("ip addr add {address} dev eth1"));
+}
+
+#[test]
+fn cluster_whose_network_leads_elsewhere_on_its_first_host_is_refused() {
+    isolated(|lab| {
+        let cases = [
+            ("inside", "ip addr add 10.42.5.7/24 dev eth0", "10.42.5.7/24 of interface eth0"),
+            ("around", "ip addr add 10.1.1.1/8 dev eth0", "10.1.1.1/8 of interface eth0"),
+            ("route", "ip route add 10.42.7.0/24 via 10.99.0.1", "10.42.7.0/24 of interface eth0"),
+        ];
+        for (number, (name, command, said)) in cases.into_iter().enumerate() {
+            let host = lab.host(number as u16 + 1, name)?;
+            tool(&host.netns, command);
+            let mut agent = Agent::start(program(), &host, &["--init"])?;
+            assert_eq!(agent.wait()?.code(), Some(1), "{name}: {}", agent.log());
+            assert!(agent.log().contains(said), "{}", agent.log());
+            assert!(!run(&host.netns, "ip link show gossamer.1").status.success());
+        }
+        // A route around the whole network takes nothing away from it.
+        let host = lab.host(9, "wide")?;
+        tool(&host.netns, "ip route add 10.0.0.0/8 via 10.99.0.1");
+        let mut agent = Agent::start(program(), &host, &["--init"])?;
+        agent.wait_converged(1, PATIENCE)?;
+        Ok(())
+    });
+}
+
+#[test]
+fn joiner_takes_a_subnet_that_leads_nowhere_else_and_names_the_rest() {
+    isolated(|lab| {
+        let cluster = Cluster::start(lab, 1)?;
+        let host = lab.host(2, "n2")?;
+        second_card(&host, "10.42.200.7/24");
+        let mut agent = cluster.start_agent(&host, &["--prefer-subnet", "10.42.200.0"])?;
+        let status = agent.wait_converged(2, PATIENCE)?;
+        let subnet = Agent::subnet(&status)?;
+        assert_ne!(subnet.to_string(), "10.42.200.0/24");
+        status_where(&mut agent, |status| {
+            status["problems"].to_string().contains("10.42.200.7 on eth1")
+        });
+        let doctor = client(&agent, &["doctor"]);
+        let said = String::from_utf8_lossy(&doctor.stdout);
+        assert!(said.contains("10.42.200.7 on eth1"), "{said}");
+        // An address in its own subnet is as bad, and one that goes is forgotten.
+        let own = subnet.hosts().nth(20).expect("an address");
+        tool(&host.netns, &format!("ip addr add {own}/32 dev eth1"));
+        wait_until("it is not named", PATIENCE, || has_problem(&mut agent, &own.to_string()));
+        tool(&host.netns, "ip link del eth1");
+        wait_until("it is still named", PATIENCE, || !has_problem(&mut agent, "on eth1"));
+
+        // After a reboot, with the card in the node's own subnet, it moves to another one.
+        agent.end(Signal::SIGTERM)?;
+        tool(&host.netns, "ip link del gossamer.1");
+        second_card(&host, &format!("{own}/24"));
+        let mut agent = cluster.start_agent(&host, &[])?;
+        let status = agent.wait_converged(2, PATIENCE)?;
+        assert_ne!(Agent::subnet(&status)?, subnet);
+        Ok(())
+    });
+}
+
+#[test]
+fn bridge_of_containers_in_the_own_subnet_is_no_overlap() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        let pods = cluster.pods()?;
+        let subnet = Agent::subnet(&cluster.agents[0].ask("/v1/status", PATIENCE)?)?;
+        cluster.agents[0].end(Signal::SIGTERM)?;
+        cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &[])?;
+        let status = cluster.agents[0].wait_converged(1, PATIENCE)?;
+        assert_eq!(Agent::subnet(&status)?, subnet);
+        assert_eq!(status["problems"].as_array().map(Vec::len), Some(0), "{status:#}");
+        drop(pods);
+        Ok(())
+    });
+}
