@@ -40,6 +40,8 @@ pub struct Link {
     /// What `ip link set alias` gave it; empty without.
     pub alias: String,
     pub up: bool,
+    /// A cable, a radio link or the other end of the pair is there (`IFF_LOWER_UP`).
+    pub carrier: bool,
     pub loopback: bool,
     pub message: LinkMessage,
 }
@@ -233,6 +235,7 @@ impl From<LinkMessage> for Link {
             mtu: 0,
             alias: String::new(),
             up: message.header.flags.contains(LinkFlags::Up),
+            carrier: message.header.flags.contains(LinkFlags::LowerUp),
             loopback: message.header.flags.contains(LinkFlags::Loopback),
             message: LinkMessage::default(),
         };

@@ -160,6 +160,31 @@ fn carrier_loss_with_address_and_route_left_in_place_fails_over() {
 }
 
 #[test]
+fn only_uplink_without_carrier_or_down_is_named_until_it_is_back() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let host = &cluster.hosts[1].netns;
+        outside("ip link set port2 down");
+        wait_until("the lost carrier is not named", SOON, || {
+            has_problem(&mut cluster.agents[1], "eth0 has no carrier")
+        });
+        outside("ip link set port2 up");
+        wait_until("it is still named", SOON, || {
+            !has_problem(&mut cluster.agents[1], "no underlay")
+        });
+        tool(host, "ip link set eth0 down");
+        wait_until("the interface that is down is not named", SOON, || {
+            has_problem(&mut cluster.agents[1], "no underlay")
+        });
+        tool(host, "ip link set eth0 up");
+        tool(host, "ip route add default via 10.99.0.1");
+        cluster.converge()?;
+        assert!(!has_problem(&mut cluster.agents[1], "no underlay"));
+        Ok(())
+    });
+}
+
+#[test]
 fn known_node_without_network_serves_its_pods_and_connects_when_it_comes() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;

@@ -96,6 +96,8 @@ pub enum UnderlayError {
          or leave it out"
     )]
     Mtu { mtu: u32, iface: String, underlay: u32, most: u32 },
+    #[error("iface: {iface} has no carrier: is the cable plugged in, and the other end up?")]
+    NoCarrier { iface: String },
     #[error("netlink: {0}")]
     Netlink(String),
 }
@@ -146,6 +148,9 @@ pub fn look_again(netlink: &mut Netlink, config: &Config, present: &Chosen) -> L
             (None, Some(best)) => best,
             (None, None) => host.fading(present).ok_or_else(|| host.no_match(&config.iface))?,
         };
+        if let Some(link) = host.link(found.link).filter(|link| !link.carrier) {
+            return Err(UnderlayError::NoCarrier { iface: link.name.clone() });
+        }
         Ok((host.chosen(netlink, found, config)?, held.is_some()))
     };
     match look(netlink) {
@@ -305,7 +310,8 @@ impl Host {
     fn fading(&self, present: &Chosen) -> Option<Address> {
         let is_present = |address: &&Address| {
             let link = self.link(address.link);
-            address.ip == present.local && link.is_some_and(|link| link.name == present.name)
+            let is_there = |link: &Link| link.up && link.name == present.name;
+            address.ip == present.local && link.is_some_and(is_there)
         };
         self.addresses.iter().find(is_present).copied()
     }
@@ -419,10 +425,14 @@ fn sources(netlink: &mut Netlink, candidates: &[Address]) -> Vec<(u32, IpAddr)> 
     sources
 }
 
-/// Whether peers on other hosts could send to an address.
+/// Whether peers on other hosts could send to an address. Those between a host and its own translator of IPv4
+/// to IPv6 (RFC 7335) are the same on every host.
 const fn is_reachable(ip: IpAddr) -> bool {
     match ip {
-        IpAddr::V4(ip) => !ip.is_link_local() && !ip.is_loopback() && !ip.is_unspecified(),
+        IpAddr::V4(ip) => {
+            let is_translated = matches!(ip.octets(), [192, 0, 0, 0..=7]);
+            !ip.is_link_local() && !ip.is_loopback() && !ip.is_unspecified() && !is_translated
+        }
         IpAddr::V6(ip) => !ip.is_unicast_link_local() && !ip.is_loopback() && !ip.is_unspecified(),
     }
 }
