@@ -1,6 +1,6 @@
 //! ICMP (RFC 792, RFC 4443): questions that every kernel answers, whatever runs on it.
 //!
-//! Echoes, and what a kernel says about a datagram for which nobody waits.
+//! Echoes, and what a kernel says about a datagram that no process waits for.
 
 use std::{
     io::{self, IoSliceMut},
@@ -14,7 +14,7 @@ use nix::sys::socket::{
 };
 use socket2::{Domain, Protocol, SockFilter, SockRef, Socket, Type};
 
-use crate::netlink::attributes::address;
+use crate::{datagram, netlink::attributes::address};
 
 /// Payload of an ordinary request.
 pub const SMALL: usize = 56;
@@ -56,8 +56,10 @@ pub enum What {
     Request,
     /// The answer to our request with this number.
     Answer(u16),
-    /// Our datagram has arrived whole, and nobody waits for it.
-    Refusal,
+    /// Our datagram with this number has arrived whole, and an agent has answered it.
+    Arrival(u16),
+    /// The same, and the kernel has refused it: no process waits for it there.
+    Refusal(u16),
 }
 
 impl Family {
@@ -125,28 +127,8 @@ impl Family {
     /// Takes the next packet from a socket; none, if it does not concern whoever asks.
     pub fn receive(self, socket: &impl AsRawFd, asker: Asker) -> io::Result<Option<Heard>> {
         let mut buffer = [0; PARSED];
-        let mut control = vec![0; CONTROL];
-        let mut parts = [IoSliceMut::new(&mut buffer)];
-        let flags = MsgFlags::empty();
-        let message =
-            recvmsg::<SockaddrStorage>(socket.as_raw_fd(), &mut parts, Some(&mut control), flags)?;
-        let from = message.address.as_ref().and_then(|address| {
-            let ipv4 = address.as_sockaddr_in().map(|address| IpAddr::V4(address.ip()));
-            ipv4.or_else(|| address.as_sockaddr_in6().map(|address| IpAddr::V6(address.ip())))
-        });
-        let mut interface = 0;
-        for control in message.cmsgs()? {
-            match control {
-                ControlMessageOwned::Ipv4PacketInfo(info) => {
-                    interface = info.ipi_ifindex.cast_unsigned();
-                }
-                ControlMessageOwned::Ipv6PacketInfo(info) => interface = info.ipi6_ifindex,
-                _ => {}
-            }
-        }
-        let length = message.bytes;
-        let packet = buffer.get(..length).unwrap_or_default();
-        Ok(from.and_then(|from| self.parse(asker, from, interface, packet)))
+        let taken = take(socket, &mut buffer)?;
+        Ok(taken.and_then(|(from, interface, packet)| self.parse(asker, from, interface, packet)))
     }
 
     /// Headers of IP and ICMP: what a packet is larger than its payload.
@@ -188,23 +170,25 @@ impl Family {
             }
             kind if kind == request => What::Request,
             kind if kind == self.unreachable() => {
-                let from_port = self.refused(icmp.get(8..)?, from)?;
-                (from_port == asker.port).then_some(What::Refusal)?
+                let number = self.refused(icmp.get(8..)?, from, asker)?;
+                What::Refusal(number)
             }
             _ => return None,
         };
         Some(Heard { from, interface, what })
     }
 
-    /// The source port of the datagram that is quoted after an ICMP header, if it was sent to `to`.
-    fn refused(self, quoted: &[u8], to: IpAddr) -> Option<u16> {
+    /// The number of the datagram of ours that is quoted after an ICMP header, if it was sent to `to`.
+    fn refused(self, quoted: &[u8], to: IpAddr, asker: Asker) -> Option<u16> {
         let (protocol, destination, length) = match self {
             Self::Inet => (9, 16..20, usize::from(quoted.first()? & 0x0f) * 4),
             Self::Inet6 => (6, 24..40, 40),
         };
         let sent_there = address(quoted.get(destination)?) == Some(to);
-        let port = quoted.get(length..)?.first_chunk()?;
-        (sent_there && *quoted.get(protocol)? == UDP).then_some(u16::from_be_bytes(*port))
+        let port = u16::from_be_bytes(*quoted.get(length..)?.first_chunk()?);
+        let number = datagram::number_of(asker.identifier, quoted.get(length + 8..)?)?;
+        let is_ours = sent_there && *quoted.get(protocol)? == UDP && port == asker.port;
+        is_ours.then_some(number)
     }
 
     /// The type of "destination unreachable".
@@ -222,6 +206,35 @@ impl Family {
             Self::Inet6 => (128, 129),
         }
     }
+}
+
+/// Takes the next packet from a socket that says where it came in: the sender, the index of that interface,
+/// and as much of the packet as there is room for.
+pub fn take<'a>(
+    socket: &impl AsRawFd,
+    buffer: &'a mut [u8],
+) -> io::Result<Option<(IpAddr, u32, &'a [u8])>> {
+    let mut control = vec![0; CONTROL];
+    let mut parts = [IoSliceMut::new(buffer)];
+    let flags = MsgFlags::empty();
+    let message =
+        recvmsg::<SockaddrStorage>(socket.as_raw_fd(), &mut parts, Some(&mut control), flags)?;
+    let from = message.address.as_ref().and_then(|address| {
+        let ipv4 = address.as_sockaddr_in().map(|address| IpAddr::V4(address.ip()));
+        ipv4.or_else(|| address.as_sockaddr_in6().map(|address| IpAddr::V6(address.ip())))
+    });
+    let mut interface = 0;
+    for control in message.cmsgs()? {
+        match control {
+            ControlMessageOwned::Ipv4PacketInfo(info) => {
+                interface = info.ipi_ifindex.cast_unsigned();
+            }
+            ControlMessageOwned::Ipv6PacketInfo(info) => interface = info.ipi6_ifindex,
+            _ => {}
+        }
+    }
+    let length = message.bytes;
+    Ok(from.map(|from| (from, interface, buffer.get(..length).unwrap_or_default())))
 }
 
 /// The internet checksum (RFC 1071).
@@ -300,22 +313,24 @@ mod tests {
         let mut quoted =
             [0x45, 0, 0, 0, 0, 0, 0, 0, 64, 17, 0, 0, 10, 42, 9, 0, 10, 42, 7, 0].to_vec();
         quoted.extend([0x12, 0x34, 0x82, 0x9a, 0, 8, 0, 0]);
+        quoted.extend(&datagram::question(7, 9)[..10]);
         let packet = [&ip_header[..], &[3, 3, 0, 0, 0, 0, 0, 0], &quoted].concat();
         let parse = |port, from: [u8; 4], packet: &[u8]| {
             let asker = Asker { identifier: 7, port };
             Family::Inet.parse(asker, from.into(), 3, packet).map(|heard| heard.what)
         };
         let peer = [10, 42, 7, 0];
-        assert_eq!(parse(0x1234, peer, &packet), Some(What::Refusal));
+        assert_eq!(parse(0x1234, peer, &packet), Some(What::Refusal(9)));
         assert_eq!(parse(0x1235, peer, &packet), None, "of somebody else");
         assert_eq!(parse(0x1234, [10, 42, 7, 1], &packet), None, "from somewhere on the way");
-        (0..packet.len() - 6).for_each(|len| assert_eq!(parse(0x1234, peer, &packet[..len]), None));
+        (0..packet.len()).for_each(|len| assert_eq!(parse(0x1234, peer, &packet[..len]), None));
         let from: IpAddr = "fd42:0:0:7::".parse().expect("an address");
         let mut quoted = [0; 48];
         (quoted[6], quoted[40], quoted[41]) = (17, 0x12, 0x34);
         quoted[24..40].copy_from_slice(&crate::netlink::attributes::octets(from));
-        let packet = [&[1, 4, 0, 0, 0, 0, 0, 0], &quoted[..]].concat();
+        let question = &datagram::question(7, 9)[..10];
+        let packet = [&[1, 4, 0, 0, 0, 0, 0, 0], &quoted[..], question].concat();
         let heard = Family::Inet6.parse(Asker { identifier: 7, port: 0x1234 }, from, 3, &packet);
-        assert_eq!(heard.map(|heard| heard.what), Some(What::Refusal));
+        assert_eq!(heard.map(|heard| heard.what), Some(What::Refusal(9)));
     }
 }

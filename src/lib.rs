@@ -44,6 +44,8 @@ pub mod cni;
 pub mod config;
 #[warn(clippy::disallowed_methods)]
 pub mod core;
+#[cfg(feature = "agent")]
+pub mod datagram;
 pub mod dataplane;
 #[cfg(feature = "agent")]
 pub mod docker;

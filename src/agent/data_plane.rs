@@ -97,6 +97,7 @@ impl Agent {
             }
             Told::Host(state) => self.on_host(state),
             Told::Demand(state) => self.on_demand(state),
+            Told::Counted(counted) => self.on_counted(counted),
         }
     }
 

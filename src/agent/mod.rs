@@ -11,6 +11,7 @@ mod events;
 mod knock;
 mod kubernetes;
 mod owners;
+mod path_words;
 mod ping;
 mod pods;
 mod probe;

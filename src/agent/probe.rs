@@ -1,54 +1,56 @@
 //! The loop's side of the data path probe: requests out, answers in, and what follows for the kernel.
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
     io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, SocketAddr},
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use tokio::{io::Interest, net::UdpSocket, sync::mpsc};
 
-use super::{Agent, ping::milliseconds};
+use super::Agent;
 use crate::{
-    api::PathStatus,
+    api::{EventKind, EventLevel},
     core::Liveness,
+    datagram,
     dataplane::{
         desired::Way,
-        offload::Offload,
-        paths::{Kind, LOOK, Paths, Subject},
+        offload::{Ask, Offload},
+        paths::{By, Kind, LOOK, Paths, Subject},
     },
     icmp::{self, Asker, Family, Heard, What},
-    model::{NodeId, PathState},
+    model::NodeId,
 };
 
 /// What was heard and waits for the loop; more is shed.
 const QUEUE: usize = 256;
-/// A port at which nobody waits for datagrams, as traceroute has it.
-const NOBODY: u16 = 33_434;
-
-/// What cures it, for the log.
-const TRIAL: &str = "with checksums filled in by the kernel";
+/// Packets counted longer ago than this tell nothing about now.
+const COUNTED: Duration = Duration::from_secs(3);
 
 /// The sockets, if there are any, and what is known by them.
 pub(super) struct Prober {
     inet: Option<Sockets>,
     inet6: Option<Sockets>,
-    paths: Paths,
+    pub(super) paths: Paths,
     offload: Offload,
     look_at: Instant,
     /// The goal of the kernel, and the hash of gossip's opinions, that `paths` was told of.
     told: Option<(u64, u64)>,
     /// Whether requests of others are heard, too.
     hears_requests: bool,
+    /// Packets that have come from the agents of peers in doubt, when last looked.
+    received: BTreeMap<NodeId, u64>,
+    /// Tunnel packets that have come from members, and when they were counted.
+    counted: Option<(Instant, BTreeMap<IpAddr, u64>)>,
 }
 
 /// Of one family.
 struct Sockets {
     family: Family,
     echoes: Arc<UdpSocket>,
-    /// Never read: what is said of its datagrams is heard by the other one.
-    datagrams: std::net::UdpSocket,
+    datagrams: Arc<UdpSocket>,
     asker: Asker,
 }
 
@@ -63,7 +65,8 @@ impl Prober {
             let opened = Sockets::open(family, identifier)
                 .inspect_err(|error| tracing::debug!(?family, %error, "no socket to probe with"));
             let sockets = opened.ok()?;
-            tokio::spawn(read(family, sockets.echoes.clone(), sockets.asker, heard.clone()));
+            tokio::spawn(read_echoes(family, sockets.echoes.clone(), sockets.asker, heard.clone()));
+            tokio::spawn(read_datagrams(sockets.datagrams.clone(), sockets.asker, heard.clone()));
             Some(sockets)
         };
         let (inet, inet6) = (start(Family::Inet), start(Family::Inet6));
@@ -72,13 +75,28 @@ impl Prober {
             tracing::warn!("the overlay is not probed: that takes CAP_NET_RAW");
         }
         let paths = Paths::new(withdraw_after.filter(|_| !blind));
-        let (offload, look_at) = (Offload::default(), Instant::now());
-        (Self { inet, inet6, paths, offload, look_at, told: None, hears_requests: true }, receiver)
+        let prober = Self {
+            inet,
+            inet6,
+            paths,
+            offload: Offload::default(),
+            look_at: Instant::now(),
+            told: None,
+            hears_requests: true,
+            received: BTreeMap::new(),
+            counted: None,
+        };
+        (prober, receiver)
     }
 
     /// How the checksum offload should be on the device; none, if that is not our business.
     pub(super) const fn wanted_offload(&self) -> Option<bool> {
         self.offload.wanted()
+    }
+
+    /// Packets whose checksums were left to the network card do not arrive.
+    pub(super) const fn is_offload_guilty(&self) -> bool {
+        self.offload.is_guilty()
     }
 
     pub(super) fn next_sequence(&mut self) -> u16 {
@@ -92,8 +110,9 @@ impl Prober {
         echoes.try_send_to(&packet, SocketAddr::new(to, 0))
     }
 
-    fn send_datagram(&self, to: IpAddr) -> io::Result<usize> {
-        self.sockets(to)?.datagrams.send_to(&[], SocketAddr::new(to, NOBODY))
+    fn send_datagram(&self, to: SocketAddr, sequence: u16) -> io::Result<usize> {
+        let Sockets { datagrams, asker, .. } = self.sockets(to.ip())?;
+        datagrams.try_send_to(&datagram::question(asker.identifier, sequence), to)
     }
 
     /// Hears what peers ask where that can tell something.
@@ -122,29 +141,38 @@ impl Sockets {
     fn open(family: Family, identifier: u16) -> io::Result<Self> {
         let raw = family.open()?;
         raw.set_nonblocking(true)?;
-        let any = match family {
-            Family::Inet => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
-            Family::Inet6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
-        };
-        let datagrams = std::net::UdpSocket::bind((any, 0))?;
-        datagrams.set_nonblocking(true)?;
-        // As little as the kernel allows, for nobody reads it.
-        socket2::SockRef::from(&datagrams).set_recv_buffer_size(0)?;
+        let datagrams = datagram::open(family, identifier)?;
         let asker = Asker { identifier, port: datagrams.local_addr()?.port() };
         family.filter(&raw, asker, true)?;
         // To tokio it is like any socket that sends and receives packets.
         let echoes = Arc::new(UdpSocket::from_std(raw.into())?);
+        let datagrams = Arc::new(UdpSocket::from_std(datagrams)?);
         Ok(Self { family, echoes, datagrams, asker })
     }
 }
 
-async fn read(family: Family, socket: Arc<UdpSocket>, asker: Asker, heard: mpsc::Sender<Heard>) {
+async fn read_echoes(
+    family: Family,
+    socket: Arc<UdpSocket>,
+    asker: Asker,
+    heard: mpsc::Sender<Heard>,
+) {
     while !heard.is_closed() {
         let next = || family.receive(&*socket, asker);
         match socket.async_io(Interest::READABLE, next).await {
             // A loop that is busy sheds it, as a network would.
             Ok(message) => _ = message.map(|message| heard.try_send(message)),
             Err(error) => tracing::debug!(%error, "ICMP not read"),
+        }
+    }
+}
+
+async fn read_datagrams(socket: Arc<UdpSocket>, asker: Asker, heard: mpsc::Sender<Heard>) {
+    while !heard.is_closed() {
+        let next = || datagram::receive(&*socket, asker);
+        match socket.async_io(Interest::READABLE, next).await {
+            Ok(message) => _ = message.map(|message| heard.try_send(message)),
+            Err(error) => tracing::debug!(%error, "answers to datagrams not read"),
         }
     }
 }
@@ -162,6 +190,7 @@ impl Agent {
         if self.prober.look_at <= now {
             self.prober.look_at = now + LOOK;
             self.update_paths();
+            self.ask_other_witnesses();
             self.judge_offload();
         }
         let now = self.clock.now();
@@ -169,8 +198,14 @@ impl Agent {
             let full = self.underlay.mtu.saturating_sub(Family::of(probe.to).headers());
             let sent = match probe.kind {
                 Kind::Small => self.prober.send(probe.to, probe.sequence, icmp::SMALL),
-                Kind::Full => self.prober.send(probe.to, probe.sequence, full as usize),
-                Kind::Datagram => self.prober.send_datagram(probe.to),
+                Kind::Full { less } => {
+                    let payload = full.saturating_sub(less) as usize;
+                    self.prober.send(probe.to, probe.sequence, payload)
+                }
+                Kind::Datagram => {
+                    let port = self.node.address_of(probe.node).map_or(0, |address| address.port());
+                    self.prober.send_datagram(SocketAddr::new(probe.to, port), probe.sequence)
+                }
             };
             // What cannot be sent is not answered.
             if let Err(error) = sent {
@@ -182,14 +217,19 @@ impl Agent {
 
     pub(super) fn on_heard(&mut self, heard: Heard) {
         let now = self.clock.now();
+        let elsewhere = self.kernel.device.is_some_and(|device| device != heard.interface);
         match heard.what {
             What::Answer(sequence) if self.on_ping_answer(heard.from, sequence) => return,
             What::Answer(sequence) => {
-                let elsewhere = self.kernel.device.is_some_and(|device| device != heard.interface);
                 self.prober.paths.on_answer(now, heard.from, sequence, elsewhere);
             }
-            What::Request => self.prober.paths.on_request(now, heard.from),
-            What::Refusal => self.prober.paths.on_refusal(now, heard.from),
+            What::Request => self.prober.paths.on_packet(now, heard.from),
+            What::Arrival(sequence) => {
+                self.prober.paths.on_arrival(now, heard.from, sequence, By::Agent, elsewhere);
+            }
+            What::Refusal(sequence) => {
+                self.prober.paths.on_arrival(now, heard.from, sequence, By::Kernel, elsewhere);
+            }
         }
         if !self.kernel.withdrawn_peers.is_empty() {
             self.follow_paths();
@@ -226,29 +266,83 @@ impl Agent {
         self.follow_paths();
     }
 
+    /// Looks for other signs of life of peers that do not answer: what their agents send over the underlay,
+    /// and what comes from them through the tunnel.
+    fn ask_other_witnesses(&mut self) {
+        let doubted: BTreeSet<NodeId> = self.prober.paths.doubted().map(|(node, _)| node).collect();
+        let now = self.clock.now();
+        self.prober.received.retain(|node, _| doubted.contains(node));
+        for node in &doubted {
+            let Some(received) = self.transport.received(*node) else { continue };
+            let before = self.prober.received.insert(*node, received);
+            let spoke = before.is_some_and(|before| received > before);
+            self.prober.paths.on_agent(now, *node, spoke, self.transport.round_trip(*node));
+        }
+        if !doubted.is_empty() && self.config.firewall.guard {
+            self.programmer.count();
+        }
+    }
+
+    /// Hears how many tunnel packets have come from each member.
+    pub(super) fn on_counted(&mut self, counted: BTreeMap<IpAddr, u64>) {
+        let at = Instant::now();
+        let before = self.prober.counted.replace((at, counted));
+        let Some((_, before)) = before.filter(|(then, _)| at.duration_since(*then) < COUNTED)
+        else {
+            return;
+        };
+        let Some((_, counted)) = &self.prober.counted else { return };
+        let came = |address: &IpAddr| Some(counted.get(address)? > before.get(address)?);
+        let doubted = self.prober.paths.doubted().map(|(_, address)| address);
+        let heard: Vec<IpAddr> = doubted.filter(|address| came(address) == Some(true)).collect();
+        let now = self.clock.now();
+        heard.into_iter().for_each(|address| self.prober.paths.on_packet(now, address));
+        self.follow_paths();
+    }
+
     /// Where datagrams do not arrive through the tunnel, though echoes do, tries without checksum offload.
     fn judge_offload(&mut self) {
         let now = self.clock.now();
         let mut deaf = self.prober.paths.deaf();
         deaf.retain(|node| self.has_tunnel(*node));
+        // Unless the kernel has what was last ordered, it is not known how it is.
+        let is_settled = self.kernel.answered == self.kernel.goals;
+        let is_on = self.kernel.checksum_offload.filter(|_| is_settled);
         let Prober { offload, paths, .. } = &mut self.prober;
         let (before, was_guilty) = (offload.wanted(), offload.is_guilty());
-        let is_on = self.kernel.checksum_offload;
-        if let Some(peers) = offload.conclude(now, is_on, deaf, |node| paths.datagrams(node)) {
-            tracing::info!(
-                peers = peers.len(),
-                "echoes come back and datagrams do not: trying {TRIAL}"
-            );
-            paths.ask_anew(now, &peers);
-        } else if offload.is_guilty() && !was_guilty {
-            tracing::warn!(
-                "packets whose checksums were left to the network card did not arrive: {TRIAL} from now on"
-            );
-            self.count_repair("checksum offload", 1);
+        if let Some(Ask { peers, count }) =
+            offload.conclude(now, is_on, deaf, |node| paths.tally(node))
+        {
+            paths.ask_datagrams(now, &peers, count);
         }
-        if self.prober.offload.wanted() != before {
+        let (wanted, is_guilty) = (offload.wanted(), offload.is_guilty());
+        if is_guilty != was_guilty {
+            self.tell_of_offload(is_guilty);
+        }
+        if wanted != before {
+            tracing::info!(
+                ?wanted,
+                "checksum offload is tried: echoes came back, datagrams did not"
+            );
             self.program();
         }
+    }
+
+    fn tell_of_offload(&mut self, is_guilty: bool) {
+        let (level, text) = match is_guilty {
+            true => (
+                EventLevel::Warn,
+                "packets whose checksums were left to the network card do not arrive: checksum offload is \
+                 turned off on this host's tunnel device",
+            ),
+            false => (
+                EventLevel::Info,
+                "packets whose checksums are left to the network card arrive again: checksum offload is \
+                 turned on again",
+            ),
+        };
+        tracing::warn!("{text}");
+        self.journal.note(EventKind::Path, level, text.to_owned());
     }
 
     fn has_tunnel(&self, node: NodeId) -> bool {
@@ -287,81 +381,5 @@ impl Agent {
         }
         self.kernel.withdrawn_peers = withdrawn;
         self.program();
-    }
-
-    pub(super) fn path_statuses(&self) -> Vec<PathStatus> {
-        let status =
-            |(node, state, round_trip): (NodeId, PathState, Option<Duration>)| PathStatus {
-                node,
-                name: self.node.name_of(node).to_owned(),
-                state,
-                round_trip_ms: round_trip.map(milliseconds),
-                underlay_round_trip_ms: self.transport.round_trip(node).map(milliseconds),
-                problem: self.path_problem(node, state),
-            };
-        self.path_states().map(status).collect()
-    }
-
-    /// The way to each peer with a subnet, and how long the last answer took.
-    pub(super) fn path_states(
-        &self,
-    ) -> impl Iterator<Item = (NodeId, PathState, Option<Duration>)> + '_ {
-        self.prober.paths.states(self.clock.now())
-    }
-
-    /// What is wrong, and what helps.
-    pub(super) fn path_problem(&self, node: NodeId, state: PathState) -> Option<String> {
-        let view = self.kernel.wanted.as_ref()?;
-        let peer = view.peers.get(&node)?;
-        let (there, here) = (peer.vtep.underlay, view.own.vtep.underlay);
-        let (port, name) = (view.settings.vxlan_port, self.node.name_of(node));
-        let (_, subnets) = peer.leases.first()?;
-        let lost = matches!(state, PathState::Blocked | PathState::OneWay);
-        let underlay = self.underlay.with_mode(self.config.mode);
-        let ways: Vec<Way> = subnets.iter().map(|subnet| underlay.way(there, subnet)).collect();
-        match ways[0] {
-            Way::Unreachable => {
-                return Some(format!(
-                    "{name} ({there}) is not on this host's underlay network, and mode host-gw uses no \
-                     tunnels: use mode = \"direct\" on all nodes"
-                ));
-            }
-            _ if ways.contains(&Way::Unreachable) => {
-                return Some(format!(
-                    "the IPv6 subnet of {name} is unreachable: mode host-gw cannot route it by its underlay \
-                     address {there}; use mode = \"direct\" on all nodes"
-                ));
-            }
-            Way::Direct { .. } if lost => {
-                return Some(format!(
-                    "packets to {name} go to {there} without a tunnel, and are lost: let the underlay carry \
-                     {} (in a cloud: turn off its check of source and destination), or use mode = \"vxlan\"",
-                    view.settings.pool.network()
-                ));
-            }
-            // Whoever is spoken to directly may answer as it likes.
-            Way::Direct { .. } if state == PathState::Asymmetric => return None,
-            _ => {}
-        }
-        match state {
-            PathState::Blocked => Some(format!(
-                "the tunnel to {name} is blocked, though its agent answers: allow UDP {port} from {here} to \
-                 {there} and back"
-            )),
-            PathState::OneWay => Some(format!(
-                "packets to {name} are lost, those from it arrive: allow UDP {port} from {here} to {there}"
-            )),
-            PathState::Asymmetric => Some(format!(
-                "packets to {name} go through the tunnel, and its answers come without: another route or \
-                 another mode leads it here (there: ip route get {}); rp_filter and firewalls may drop that",
-                view.own.subnets.first.network()
-            )),
-            PathState::MtuTooLarge => Some(format!(
-                "packets of {} bytes to {name} are lost, small ones arrive: some link between {here} and \
-                 {there} carries less than this host's; set a smaller mtu on all nodes",
-                self.underlay.mtu
-            )),
-            _ => None,
-        }
     }
 }

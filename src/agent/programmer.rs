@@ -6,8 +6,9 @@
 //! piled up behind a slow kernel are skipped.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     io,
+    net::IpAddr,
     sync::mpsc::{self, TryRecvError},
     thread,
     time::{Duration, Instant},
@@ -57,6 +58,7 @@ type Look = Box<dyn FnOnce(Result<Tables, String>) + Send>;
 enum Order {
     Goal(Goal),
     Look(Look),
+    Count,
 }
 
 pub enum State {
@@ -84,6 +86,8 @@ pub enum Told {
     Demand(DemandState),
     /// Firewall and sysctls are not as they were when last told.
     Host(HostState),
+    /// How many tunnel packets have come from each member's underlay address, where the kernel counts them.
+    Counted(BTreeMap<IpAddr, u64>),
 }
 
 /// Misses since the start, and what follows from them.
@@ -141,6 +145,7 @@ impl Programmer {
             sleeper,
             tell,
             lookers: Vec::new(),
+            count: false,
             goal: None,
             reached: false,
             touched: Touched::default(),
@@ -161,6 +166,11 @@ impl Programmer {
     /// Reads the kernel's tables, once what was ordered before is under way.
     pub fn look(&self, then: impl FnOnce(Result<Tables, String>) + Send + 'static) {
         self.order(Order::Look(Box::new(then)));
+    }
+
+    /// Reads how many tunnel packets have come from each member.
+    pub fn count(&self) {
+        self.order(Order::Count);
     }
 
     fn order(&self, order: Order) {
@@ -203,6 +213,7 @@ struct Worker<F> {
     orders: mpsc::Receiver<Order>,
     /// Who wants to see the tables.
     lookers: Vec<Look>,
+    count: bool,
     sleeper: Sleeper,
     tell: F,
     goal: Option<Goal>,
@@ -247,6 +258,9 @@ impl<F: Fn(Told)> Worker<F> {
                 self.look_for_rivals();
             }
             self.show_tables();
+            if std::mem::take(&mut self.count) {
+                self.count_packets();
+            }
             self.wait();
         }
     }
@@ -264,11 +278,19 @@ impl<F: Fn(Told)> Worker<F> {
         }
     }
 
+    fn count_packets(&mut self) {
+        let Some(Goal { state: State::Overlay(_, firewall), .. }) = &self.goal else { return };
+        if let Some(counted) = self.surroundings.count_packets(&firewall.table) {
+            (self.tell)(Told::Counted(counted));
+        }
+    }
+
     /// Says whether the agent still runs.
     fn take_goals(&mut self) -> bool {
         loop {
             match self.orders.try_recv() {
                 Ok(Order::Look(then)) => self.lookers.push(then),
+                Ok(Order::Count) => self.count = true,
                 Ok(Order::Goal(goal)) => {
                     self.goal = Some(goal);
                     self.choose_part();

@@ -77,6 +77,7 @@ impl Agent {
                 operations: kernel.operations,
                 repairs: kernel.repairs.clone(),
                 checksum_offload: kernel.checksum_offload,
+                checksum_offload_fails: self.prober.is_offload_guilty(),
                 strangers_dropped: kernel.host.dropped,
                 peers_in_use: kernel.demand.in_use.as_ref().map(BTreeSet::len),
                 misses_answered: kernel.demand.answered,

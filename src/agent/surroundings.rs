@@ -4,8 +4,9 @@
 //! is said, and tried again.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     io,
+    net::IpAddr,
     os::fd::{AsFd as _, BorrowedFd},
     time::{Duration, Instant},
 };
@@ -22,6 +23,8 @@ use crate::{
 /// Chains of others may have very many rules: reading them takes no more than one part in so many of the
 /// time.
 const SHARE: u32 = 1_000;
+/// The same for the packets of members, which are read only while one of them is in doubt.
+const COUNT_SHARE: u32 = 100;
 /// What the kernel refused is tried again after so long. Every try changes the table.
 const TRY_AGAIN: Duration = Duration::from_secs(60);
 
@@ -51,6 +54,8 @@ pub struct Surroundings {
     /// Before this, chains of others are not read again.
     read_chains_at: Instant,
     chain_problems: Vec<String>,
+    /// Before this, packets are not counted again.
+    count_at: Instant,
     told: HostState,
 }
 
@@ -70,6 +75,7 @@ impl Surroundings {
             repaired: Vec::new(),
             read_chains_at: Instant::now(),
             chain_problems: Vec::new(),
+            count_at: Instant::now(),
             told: HostState::default(),
         }
     }
@@ -100,6 +106,15 @@ impl Surroundings {
     /// Whether what was written has not been read since.
     pub fn is_table_unread(&self) -> bool {
         self.table.as_ref().is_ok_and(FirewallTable::is_unread)
+    }
+
+    /// Tunnel packets by member, where they are counted. With very many members it is not done each time.
+    pub fn count_packets(&mut self, table: &str) -> Option<BTreeMap<IpAddr, u64>> {
+        let begun = Instant::now();
+        let tables = self.table.as_mut().ok().filter(|_| self.count_at <= begun)?;
+        let counted = tables.packets_of_members(table);
+        self.count_at = begun + begun.elapsed() * COUNT_SHARE;
+        counted.inspect_err(|error| tracing::debug!(%error, "packets of members not read")).ok()
     }
 
     /// Looks at sysctls and, now and then, at chains of others.

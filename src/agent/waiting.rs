@@ -86,6 +86,7 @@ fn status(config: &Config, node: NodeId, problem: String) -> AgentStatus {
         operations: 0,
         repairs: Default::default(),
         checksum_offload: None,
+        checksum_offload_fails: false,
         strangers_dropped: 0,
         peers_in_use: None,
         misses_answered: 0,

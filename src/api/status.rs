@@ -58,6 +58,8 @@ pub struct KernelStatus {
     /// Whether checksums of tunnelled packets are left to the network card, as far as is known; false also
     /// after they were found not to arrive then.
     pub checksum_offload: Option<bool>,
+    /// Packets whose checksums are left to the network card do not arrive, so that was turned off.
+    pub checksum_offload_fails: bool,
     /// Tunnel packets that came from no member and were dropped by the guard.
     pub strangers_dropped: u64,
     /// Peers that have entries in the kernel; none, if all of them always have.

@@ -327,7 +327,7 @@ mod tests {
             "name": "n1", "converged": true, "subnet": "10.42.2.0/24", "pods": 2,
             "members": [member("n1", true, "alive"), member("n20", false, "alive"),
                         member("n300", false, "down")],
-            "paths": [path("n20", "ok"), path("n300", "blocked")],
+            "paths": [path("n20", "ok"), path("n300", "unanswered")],
             "slots": { "leased": 3, "spare": 252 }, "problems": ["the tunnel to n300 is blocked"],
             "settings": { "pool": { "network": "10.42.0.0/16" } },
             "kernel": { "device": "gossamer.1", "underlay_interface": "eth0", "mtu": 1450,

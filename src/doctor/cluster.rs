@@ -205,7 +205,7 @@ fn identity<'a>(status: &'a Value, told: &mut Vec<&'a str>) -> Finding {
 
 fn offload(status: &Value) -> Finding {
     let kernel = &status["kernel"];
-    if kernel["repairs"]["checksum offload"].as_u64() > Some(0) {
+    if kernel["checksum_offload_fails"] == true {
         return Finding::warning(
             "offload",
             "packets whose checksums were left to the network card did not arrive",
@@ -340,7 +340,7 @@ mod tests {
         let status = json!({ "problems": [problem] });
         assert!(is_bad(&identity(&status, &mut told), problem));
         assert_eq!(told, [problem], "and nobody else tells it again");
-        let status = json!({ "kernel": { "repairs": { "checksum offload": 1 } } });
+        let status = json!({ "kernel": { "checksum_offload_fails": true } });
         assert!(is_bad(&offload(&status), "checksums"));
         let entry = json!({ "table": "fdb", "key": "aa", "verdict": "missing" });
         assert!(is_bad(&tables(&json!({ "entries": [entry] })), "fdb aa is missing"));

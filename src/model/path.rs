@@ -9,9 +9,9 @@ pub enum PathState {
     /// Nothing was answered yet, and not enough was lost.
     Unknown,
     Ok,
-    /// Nothing gets through, though its agent answers.
-    Blocked,
-    /// Its packets get here, and ours do not get there.
+    /// Nothing that is asked of it through the tunnel is answered: that may be closed, or only the questions.
+    Unanswered,
+    /// The same, though packets of its own arrive.
     OneWay,
     /// Its answers come by another way than our requests go.
     Asymmetric,
@@ -29,8 +29,8 @@ impl PathState {
         match self {
             Self::Unknown => "nothing is known yet",
             Self::Ok => "they get through",
-            Self::Blocked => "the tunnel is blocked, though its agent answers",
-            Self::OneWay => "they are lost, and those from there arrive",
+            Self::Unanswered => "nothing that is asked through the tunnel is answered",
+            Self::OneWay => "what is asked is not answered, and packets from there arrive",
             Self::Asymmetric => "the answers come by another way",
             Self::MtuTooLarge => "those of full size are lost",
             Self::Dead => "neither its agent nor its kernel answers",

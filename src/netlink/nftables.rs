@@ -289,8 +289,7 @@ impl Rule {
     }
 
     pub fn count(self) -> Self {
-        let zero = 0_u64.to_be_bytes();
-        self.expression("counter", &Attributes::new().put(1, &zero).put(2, &zero))
+        Self(self.0.nest(1, &counter()))
     }
 
     pub fn drop(self) -> Self {
@@ -353,6 +352,12 @@ impl Rule {
     fn expression(self, name: &str, data: &Attributes) -> Self {
         Self(self.0.nest(1, &Attributes::new().text(1, name).nest(2, data)))
     }
+}
+
+/// An expression that counts packets and bytes.
+pub fn counter() -> Attributes {
+    let zero = 0_u64.to_be_bytes();
+    Attributes::new().text(1, "counter").nest(2, &Attributes::new().put(1, &zero).put(2, &zero))
 }
 
 /// A base chain that accepts what no rule decides.

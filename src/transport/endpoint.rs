@@ -137,6 +137,11 @@ impl Transport {
         Some(self.peers.get(&peer)?.live()?.rtt())
     }
 
+    /// How many packets of a peer have come on its connection; none without one.
+    pub fn received(&self, peer: NodeId) -> Option<u64> {
+        Some(self.peers.get(&peer)?.live()?.stats().udp_rx.datagrams)
+    }
+
     /// Takes note of an event; what concerns the node comes back as an input.
     pub fn handle(&mut self, event: Event) -> Option<Input> {
         match event {

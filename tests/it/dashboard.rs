@@ -104,7 +104,7 @@ fn a_hundred_members_can_be_looked_through_by_keyboard_and_on_a_phone() {
         assert_eq!(browser.ask("document.querySelectorAll('#members tbody tr').length")?, 100);
         let summary = browser.ask("document.getElementById('matrix-summary').innerText")?;
         let summary = summary.as_str().unwrap_or_default();
-        assert!(summary.contains("n7") && summary.contains("blocked"), "{summary}");
+        assert!(summary.contains("n7") && summary.contains("unanswered"), "{summary}");
         // Names are text, whatever is in them.
         assert_eq!(browser.ask("document.querySelectorAll('#members b, #map b').length")?, 0);
         photograph(&mut browser, "dashboard.png")?;
@@ -187,7 +187,7 @@ fn name(number: u32) -> String {
     if number == 50 { "<b>n50</b>".to_owned() } else { format!("n{number}") }
 }
 
-/// What n1 to n100 are like, and how n1 reaches them: one blocked, one down, one suspect.
+/// What n1 to n100 are like, and how n1 reaches them: one unanswered, one down, one suspect.
 fn status() -> Value {
     let liveness = |number| match number {
         7 => "down",
@@ -242,7 +242,7 @@ fn path_list(from: u32) -> Vec<Value> {
     let others = (1..=100).filter(|to| *to != from);
     others
         .map(|to| {
-            let state = if to == 7 || from == 7 { "blocked" } else { "ok" };
+            let state = if to == 7 || from == 7 { "unanswered" } else { "ok" };
             json!({
                 "node": id(to), "name": name(to), "state": state, "problem": null,
                 "round_trip_ms": 0.2 + f64::from((from * 31 + to * 17) % 40) / 50.0,

@@ -8,11 +8,14 @@ use std::{
 
 use gossamer::lab::{Agent, Pod};
 
-use crate::common::{Cluster, PATIENCE, eventually, isolated, tool, wait_until};
+use crate::common::{
+    Cluster, PATIENCE, client, eventually, freeze, isolated, status_where, thaw, tool, wait_until,
+};
 
-/// Three requests that are lost, and three more.
-const TRIAL: Duration = Duration::from_secs(40);
+/// Three requests that are lost, six that are answered, six that are lost again.
+const TRIAL: Duration = Duration::from_secs(60);
 const FEATURE: &str = "ethtool -k gossamer.1";
+const OFF: &str = "tx-checksum-ip-generic: off";
 const HELLO: &[u8] = b"hello";
 
 /// A rule that drops UDP in the tunnel whose checksum is still the sum of the pseudo header (RFC 768): what
@@ -36,6 +39,10 @@ fn arrives(pods: &[Pod; 2]) -> io::Result<bool> {
     Ok(to.recv(&mut [0; 9]).is_ok())
 }
 
+fn has_event(agent: &Agent, words: &str) -> bool {
+    String::from_utf8_lossy(&client(agent, &["events"]).stdout).contains(words)
+}
+
 fn vtep(agent: &mut Agent) -> anyhow::Result<Ipv4Addr> {
     Ok(Agent::subnet(&agent.ask("/v1/status", PATIENCE)?)?.network())
 }
@@ -51,7 +58,7 @@ fn a_card_that_sends_unfinished_checksums_is_noticed_and_cured() {
         let there = &cluster.hosts[1].netns;
         tool(there, "nft add table ip card");
         tool(there, "nft add chain ip card in { type filter hook prerouting priority -300 ; }");
-        tool(there, &drop_unfinished(from, to, 0));
+        tool(there, &drop_unfinished(from, to, gossamer::datagram::SIZE));
         tool(there, &drop_unfinished(pods[0].ip, pods[1].ip, HELLO.len()));
         assert!(!arrives(&pods)?, "nothing is wrong yet");
         // What the agent knows was true before.
@@ -64,15 +71,16 @@ fn a_card_that_sends_unfinished_checksums_is_noticed_and_cured() {
             assert!(begun.elapsed() < TRIAL, "{}", tool(there, "nft list table ip card"));
         }
         println!("cured after {:?}", begun.elapsed());
-        wait_until("no verdict", TRIAL, || {
-            let status = cluster.agents[0].ask("/v1/status", PATIENCE).expect("a status");
-            status["kernel"]["repairs"]["checksum offload"] == 1
-        });
+        wait_until("no verdict", TRIAL, || has_event(&cluster.agents[0], "is turned off"));
+        eventually(host, FEATURE, |features| features.contains(OFF));
+        assert!(arrives(&pods)?);
         let status = cluster.agents[0].ask("/v1/status", PATIENCE)?;
         assert_eq!(status["kernel"]["checksum_offload"], false, "{status:#}");
+        assert_eq!(status["kernel"]["checksum_offload_fails"], true, "{status:#}");
+        assert_eq!(status["kernel"]["repairs"], serde_json::json!({}), "no other program did it");
         // A device that is made anew has it on again, and what was found out still holds.
         tool(host, "ip link del gossamer.1");
-        eventually(host, FEATURE, |features| features.contains("tx-checksum-ip-generic: off"));
+        eventually(host, FEATURE, |features| features.contains(OFF));
         assert!(arrives(&pods)?);
         Ok(())
     });
@@ -103,6 +111,51 @@ fn where_a_firewall_drops_datagrams_the_offload_is_left_on() {
         let status = cluster.agents[0].ask("/v1/status", PATIENCE)?;
         assert_eq!(status["paths"][0]["state"], "ok", "{status:#}");
         assert_eq!(status["kernel"]["repairs"], serde_json::json!({}), "{status:#}");
+        Ok(())
+    });
+}
+
+#[test]
+fn loss_of_two_packets_in_five_is_not_taken_for_the_card() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let there = &cluster.hosts[1].netns;
+        tool(there, "nft add table inet loss");
+        tool(there, "nft add chain inet loss in { type filter hook prerouting priority -300 ; }");
+        tool(there, "nft add rule inet loss in udp dport 8472 numgen random mod 100 < 40 drop");
+        // A restarted agent asks at once, and not five minutes later.
+        cluster.restart(0, &[])?;
+        let begun = Instant::now();
+        while begun.elapsed() < TRIAL {
+            assert!(!has_event(&cluster.agents[0], "is turned off"), "{}", cluster.agents[0].log());
+            std::thread::sleep(Duration::from_millis(500));
+        }
+        let there = &cluster.hosts[1].netns;
+        tool(there, "nft delete table inet loss");
+        let host = &cluster.hosts[0].netns;
+        wait_until("it stays off", TRIAL, || !tool(host, FEATURE).contains(OFF));
+        Ok(())
+    });
+}
+
+#[test]
+fn an_agent_that_stood_still_finds_fault_with_no_path_and_no_card() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        status_where(&mut cluster.agents[0], |status| status["paths"][0]["state"] == "ok");
+        for pause in [2, 6, 2, 2] {
+            freeze(&cluster.agents[0])?;
+            std::thread::sleep(Duration::from_secs(pause));
+            thaw(&cluster.agents[0])?;
+            let begun = Instant::now();
+            while begun.elapsed() < Duration::from_secs(3) {
+                let status = cluster.agents[0].ask("/v1/status", PATIENCE)?;
+                assert_eq!(status["paths"][0]["state"], "ok", "{status:#}");
+                assert_eq!(status["kernel"]["checksum_offload"], true, "{status:#}");
+            }
+        }
+        let log = cluster.agents[0].log();
+        assert!(!log.contains("offload is tried") && !log.contains("unreachable"), "{log}");
         Ok(())
     });
 }

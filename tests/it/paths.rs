@@ -1,6 +1,7 @@
 //! Whether packets get through is watched, and down is not dead.
 
 use std::{
+    net::Ipv4Addr,
     process::Command,
     time::{Duration, Instant},
 };
@@ -8,11 +9,13 @@ use std::{
 use crate::common::{
     Cluster, PATIENCE, client, eventually, has_problem, isolated, run, tool, wait_until,
 };
-use gossamer::lab::{Agent, Pinger};
+use gossamer::lab::{Agent, NetNs, Pinger};
 use nix::sys::signal::Signal;
 
 /// Time for a lost request to become a verdict: they are sent every 15 seconds while all is well.
 const VERDICT: Duration = Duration::from_secs(30);
+/// As configured without anything said about it.
+const WITHDRAW_AFTER: Duration = Duration::from_secs(10);
 
 fn path(agent: &mut Agent, name: &str) -> String {
     let status = agent.ask("/v1/status", PATIENCE).expect("a status");
@@ -48,6 +51,10 @@ fn a_host_without_power_is_withdrawn_and_restored_when_it_is_back() {
         let pod = cluster.hosts[1].pod(subnet, 1450)?;
         let host = &cluster.hosts[0].netns;
         let show = format!("ip route show proto 73 {subnet}");
+        // What has never answered is not withdrawn.
+        wait_until("the path is not known", PATIENCE, || {
+            path(&mut cluster.agents[0], "n2").contains("ok")
+        });
         lab.set_cable(2, false)?;
         let begun = Instant::now();
         eventually(host, &show, |route| route.starts_with("unreachable"));
@@ -70,7 +77,7 @@ fn a_host_without_power_is_withdrawn_and_restored_when_it_is_back() {
 }
 
 #[test]
-fn a_blocked_tunnel_is_named_with_the_rule_that_is_missing() {
+fn a_tunnel_that_is_closed_is_named_with_both_possible_causes() {
     isolated(|lab| {
         if Command::new("nft").arg("--version").output().is_err() {
             eprintln!("SKIPPED: blocking a port needs `nft` (Debian: nftables)");
@@ -86,17 +93,134 @@ fn a_blocked_tunnel_is_named_with_the_rule_that_is_missing() {
         tool(host, "nft add table inet block");
         tool(host, "nft add chain inet block input { type filter hook input priority 0 ; }");
         tool(host, "nft add rule inet block input udp dport 8472 drop");
-        let sentence = format!("allow UDP 8472 from {here} to {there}");
-        wait_until("it is not named", VERDICT, || has_problem(&mut cluster.agents[0], &sentence));
+        let between = |a: Ipv4Addr, b: Ipv4Addr| {
+            let way = [format!("way from {a} to {b}"), format!("way between {a} and {b}")];
+            move |agent: &mut Agent| {
+                let is_named = way.iter().any(|way| has_problem(agent, way));
+                is_named && has_problem(agent, "drops ICMP and UDP 8473")
+            }
+        };
+        let is_named = between(here, there);
+        wait_until("it is not named", VERDICT, || is_named(&mut cluster.agents[0]));
         // The other one cannot hear the answers to its own requests.
-        let sentence = format!("allow UDP 8472 from {there} to {here}");
-        wait_until("it is not named", VERDICT, || has_problem(&mut cluster.agents[1], &sentence));
+        let is_named = between(there, here);
+        wait_until("it is not named", VERDICT, || is_named(&mut cluster.agents[1]));
+        assert!(!has_problem(&mut cluster.agents[0], "allow UDP 8472"), "not known for certain");
         tool(host, "nft delete table inet block");
         wait_until("it is still named", PATIENCE, || {
             !has_problem(&mut cluster.agents[0], "8472")
                 && !has_problem(&mut cluster.agents[1], "8472")
         });
         Ok(())
+    });
+}
+
+/// Rules of a host that takes only what the documentation says it has to.
+const ONLY_WHAT_IS_DOCUMENTED: [&str; 3] =
+    ["ct state established,related accept", "iif lo accept", "udp dport { 8472, 8473 } accept"];
+
+fn close(host: &NetNs, hook: &str, policy: &str, rules: &[&str]) {
+    tool(host, &format!("nft add table inet wall_{hook}"));
+    let chain = format!("type filter hook {hook} priority 0 ; policy {policy} ;");
+    tool(host, &format!("nft add chain inet wall_{hook} wall {{ {chain} }}"));
+    rules.iter().for_each(|rule| {
+        tool(host, &format!("nft add rule inet wall_{hook} wall {rule}"));
+    });
+}
+
+fn is_down(agent: &Agent, name: &str) -> bool {
+    let members = String::from_utf8(client(agent, &["members"]).stdout).expect("UTF-8");
+    members.lines().any(|line| line.starts_with(name) && line.contains("down"))
+}
+
+/// Whether pods are reached for twice as long as a peer is given before it is withdrawn.
+fn stays_reached(from: &NetNs, pod: Ipv4Addr) -> anyhow::Result<()> {
+    let mut pinger = Pinger::new(from)?;
+    let begun = Instant::now();
+    while begun.elapsed() < 2 * WITHDRAW_AFTER {
+        let answer = pinger.ping(pod, Duration::from_secs(2))?;
+        assert!(answer.is_some(), "cut off after {:?}", begun.elapsed());
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    Ok(())
+}
+
+#[test]
+fn a_host_that_takes_only_documented_ports_keeps_its_pods_when_its_agent_ends() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let pods = cluster.pods()?;
+        wait_until("the path is not known", PATIENCE, || {
+            path(&mut cluster.agents[0], "n2").contains("ok")
+        });
+        close(&cluster.hosts[1].netns, "input", "drop", &ONLY_WHAT_IS_DOCUMENTED);
+        // An echo is lost, and its other witness speaks for the path.
+        let mut seen = Instant::now();
+        while seen.elapsed() < VERDICT {
+            assert!(
+                path(&mut cluster.agents[0], "n2").contains("ok"),
+                "{}",
+                cluster.agents[0].log()
+            );
+            assert!(!has_problem(&mut cluster.agents[0], "8472"));
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        cluster.agents[1].end(Signal::SIGTERM)?;
+        stays_reached(&pods[0].netns, pods[1].ip)?;
+        assert!(is_down(&cluster.agents[0], "n2"));
+        // What nobody has used for long is not cut off either.
+        seen = Instant::now();
+        while seen.elapsed() < 2 * WITHDRAW_AFTER {
+            let route = tool(&cluster.hosts[0].netns, "ip route show proto 73");
+            assert!(route.contains("via"), "{route}");
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn echoes_that_are_filtered_once_the_agent_is_dead_cut_no_pod_off_that_is_heard() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let pods = cluster.pods()?;
+        wait_until("the path is not known", PATIENCE, || {
+            path(&mut cluster.agents[0], "n2").contains("ok")
+        });
+        cluster.agents[1].end(Signal::SIGKILL)?;
+        wait_until("it is not down", PATIENCE, || is_down(&cluster.agents[0], "n2"));
+        // Neither echoes nor refusals: only what its pods send tells that it lives.
+        let only_pods = ["iifname gossamer.1 drop"];
+        close(&cluster.hosts[1].netns, "input", "accept", &only_pods);
+        stays_reached(&pods[0].netns, pods[1].ip)?;
+        assert!(path(&mut cluster.agents[0], "n2").contains("one-way"));
+        // Without power there are no packets of its own any more.
+        lab.set_cable(2, false)?;
+        eventually(&cluster.hosts[0].netns, "ip route show proto 73", |route| {
+            route.contains("unreachable")
+        });
+        Ok(())
+    });
+}
+
+#[test]
+fn a_host_that_sends_no_icmp_keeps_its_pods_when_its_agent_ends() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let pods = cluster.pods()?;
+        let host = &cluster.hosts[1].netns;
+        let rules = ["icmp type echo-reply counter drop", "meta l4proto icmp drop"];
+        close(host, "output", "accept", &rules);
+        wait_until("no echoes are lost", VERDICT, || {
+            let rules = tool(host, "nft list table inet wall_output");
+            let count = rules.split("packets ").nth(1).and_then(|rest| rest.split(' ').next());
+            count.is_some_and(|count| count.parse::<u32>().is_ok_and(|count| count >= 3))
+        });
+        // The agent outlives them by more than a host without power is heard of.
+        std::thread::sleep(Duration::from_secs(7));
+        assert!(path(&mut cluster.agents[0], "n2").contains("ok"));
+        cluster.agents[1].end(Signal::SIGKILL)?;
+        stays_reached(&pods[0].netns, pods[1].ip)
     });
 }
 
@@ -110,7 +234,15 @@ fn a_path_that_is_narrower_than_the_underlay_is_named() {
         assert!(narrow.success());
         let _agent = cluster.start_agent(&host, &[])?;
         wait_until("it is not named", VERDICT, || {
-            has_problem(&mut cluster.agents[0], "set a smaller mtu on all nodes")
+            // Between what there is room for, 4 bytes of a VLAN included, and what the search leaves.
+            (1_347..=1_354).any(|fits| {
+                let words = format!("those of {fits} arrive");
+                has_problem(&mut cluster.agents[0], &words)
+                    && has_problem(
+                        &mut cluster.agents[0],
+                        &format!("set mtu = {fits} on all nodes"),
+                    )
+            })
         });
         assert!(path(&mut cluster.agents[0], "n2").contains("mtu-too-large"));
         Ok(())

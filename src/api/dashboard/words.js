@@ -6,11 +6,11 @@ const CROSS = "M3 3l4 4M7 3L3 7";
 
 export const PATHS = {
   ok: { tone: "ok", sign: "M2.6 5.3l1.8 1.9 3.2-4.2", means: "packets get through" },
-  blocked: { tone: "bad", sign: CROSS, means: "nothing gets through, though the agent there answers" },
+  unanswered: { tone: "bad", sign: CROSS, means: "nothing that is asked through the tunnel is answered" },
   "one-way": {
     tone: "warn",
     sign: "M2 5h6M5.6 2.7L8 5 5.6 7.3",
-    means: "packets from there arrive, those to there are lost",
+    means: "packets from there arrive, and nothing that is asked there is answered",
   },
   asymmetric: { tone: "warn", sign: "M2 3.6h5.6L6 2M8 6.4H2.4L4 8", means: "answers come by another way" },
   "mtu-too-large": {

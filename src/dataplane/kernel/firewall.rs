@@ -4,7 +4,11 @@
 //! after our own transaction, and anything else found later is somebody's change; the table is then written
 //! anew as a whole, which no packet notices. Members come and go one by one.
 
-use std::{collections::BTreeSet, io, net::IpAddr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    net::IpAddr,
+};
 
 use ipnet::IpNet;
 use rtnetlink::packet_core::{NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL};
@@ -14,7 +18,9 @@ use crate::{
     dataplane::firewall::{Firewall, Guard},
     netlink::{
         attributes::{self, Attributes},
-        nftables::{Base, Field, INET, Kind, Nftables, Object, Rule, Step, base_chain, is_missing},
+        nftables::{
+            Base, Field, INET, Kind, Nftables, Object, Rule, Step, base_chain, counter, is_missing,
+        },
     },
 };
 
@@ -34,6 +40,9 @@ const SOURCE_NAT: i32 = 100;
 /// Where the VNI stands, counted from the UDP header (RFC 7348, 5).
 const VNI_OFFSET: u32 = 12;
 const PORT_OFFSET: u32 = 2;
+/// `NFTA_SET_EXPR`, `NFTA_SET_ELEM_EXPR`: what each element of a set does when it is found.
+const SET_EXPRESSION: u16 = 17;
+const ELEMENT_EXPRESSION: u16 = 7;
 
 /// The table, as it is in the kernel.
 pub struct FirewallTable {
@@ -173,6 +182,15 @@ impl FirewallTable {
         }
     }
 
+    /// How many tunnel packets have come from each member since its address is in the table. Empty where the
+    /// kernel does not count them (before 5.7), and without a guard.
+    pub fn packets_of_members(&mut self, table: &str) -> io::Result<BTreeMap<IpAddr, u64>> {
+        let mut packets = BTreeMap::new();
+        let counted = |address, element: &[u8]| Some((address, packets_of(element)?));
+        elements_of(&mut self.nftables, table, &mut packets, counted)?;
+        Ok(packets)
+    }
+
     /// Tables of both families whose name is wanted.
     pub fn tables(&mut self, wanted: impl Fn(&str) -> bool) -> io::Result<Vec<String>> {
         let tables = self.nftables.dump(Kind::GetTable, INET, &Attributes::new())?;
@@ -276,9 +294,7 @@ fn look(nftables: &mut Nftables, table: &str) -> io::Result<(Shown, u64)> {
         for (_, expression) in attributes::read(expressions) {
             let name = attributes::find(expression, 1).map(attributes::text);
             if name == Some("counter") {
-                let data = attributes::find(expression, 2).unwrap_or_default();
-                let packets = attributes::find(data, 2).and_then(<[u8]>::first_chunk);
-                counted += packets.map_or(0, |bytes| u64::from_be_bytes(*bytes));
+                counted += attributes::find(expression, 2).and_then(packets_in).unwrap_or(0);
             } else {
                 right.extend(expression);
             }
@@ -288,18 +304,40 @@ fn look(nftables: &mut Nftables, table: &str) -> io::Result<(Shown, u64)> {
     Ok((shown, counted))
 }
 
-fn members_in(nftables: &mut Nftables, table: &str) -> io::Result<BTreeSet<IpAddr>> {
-    let mut members = BTreeSet::new();
+/// The members in the sets, each with its attributes, of which `what` is made.
+fn elements_of<T: Extend<E>, E>(
+    nftables: &mut Nftables,
+    table: &str,
+    into: &mut T,
+    what: impl Fn(IpAddr, &[u8]) -> Option<E>,
+) -> io::Result<()> {
     for set in [SET4, SET6] {
         let filter = Attributes::new().text(1, table).text(2, set);
         for object in nftables.dump(Kind::GetElements, INET, &filter)? {
             let list = attributes::find(&object.attributes, 3).unwrap_or_default();
-            members.extend(attributes::read(list).filter_map(|(_, element)| {
-                attributes::address(attributes::find(attributes::find(element, 1)?, 1)?)
+            into.extend(attributes::read(list).filter_map(|(_, element)| {
+                let key = attributes::find(attributes::find(element, 1)?, 1)?;
+                what(attributes::address(key)?, element)
             }));
         }
     }
+    Ok(())
+}
+
+fn members_in(nftables: &mut Nftables, table: &str) -> io::Result<BTreeSet<IpAddr>> {
+    let mut members = BTreeSet::new();
+    elements_of(nftables, table, &mut members, |address, _| Some(address))?;
     Ok(members)
+}
+
+/// How many packets the element has been looked up for; none, if the kernel does not count.
+fn packets_of(element: &[u8]) -> Option<u64> {
+    packets_in(attributes::find(attributes::find(element, ELEMENT_EXPRESSION)?, 2)?)
+}
+
+/// As a counter shows them.
+fn packets_in(counter: &[u8]) -> Option<u64> {
+    Some(u64::from_be_bytes(*attributes::find(counter, 2)?.first_chunk()?))
 }
 
 fn add_guard(table: &str, guard: &Guard, members: &BTreeSet<IpAddr>, steps: &mut Vec<Step>) {
@@ -311,7 +349,9 @@ fn add_guard(table: &str, guard: &Guard, members: &BTreeSet<IpAddr>, steps: &mut
     for (id, (set, kind, length, _)) in (1..).zip(families) {
         let named = Attributes::new().text(1, table).text(2, set);
         let of_addresses = named.be32(3, 0).be32(4, kind).be32(5, length).be32(10, id);
-        steps.push(create(Kind::NewSet, of_addresses));
+        // Each element counts the packets that it was found for; kernels before 5.7 pass over that.
+        let counting = of_addresses.nest(SET_EXPRESSION, &counter());
+        steps.push(create(Kind::NewSet, counting));
     }
     let all: Vec<IpAddr> = members.iter().copied().collect();
     add_elements(table, Kind::NewElements, &all, steps);

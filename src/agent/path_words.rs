@@ -1,0 +1,105 @@
+//! What is known of the way to each peer, in the status; what is wrong with it, and what helps, as sentences.
+
+use std::time::Duration;
+
+use super::{Agent, ping::milliseconds};
+use crate::{
+    api::PathStatus,
+    dataplane::desired::Way,
+    model::{NodeId, PathState},
+};
+
+impl Agent {
+    pub(super) fn path_statuses(&self) -> Vec<PathStatus> {
+        let status =
+            |(node, state, round_trip): (NodeId, PathState, Option<Duration>)| PathStatus {
+                node,
+                name: self.node.name_of(node).to_owned(),
+                state,
+                round_trip_ms: round_trip.map(milliseconds),
+                underlay_round_trip_ms: self.transport.round_trip(node).map(milliseconds),
+                problem: self.path_problem(node, state),
+            };
+        self.path_states().map(status).collect()
+    }
+
+    /// The way to each peer with a subnet, and how long the last answer took.
+    pub(super) fn path_states(
+        &self,
+    ) -> impl Iterator<Item = (NodeId, PathState, Option<Duration>)> + '_ {
+        self.prober.paths.states(self.clock.now())
+    }
+
+    /// What is wrong, and what helps.
+    pub(super) fn path_problem(&self, node: NodeId, state: PathState) -> Option<String> {
+        let view = self.kernel.wanted.as_ref()?;
+        let peer = view.peers.get(&node)?;
+        let (there, here) = (peer.vtep.underlay, view.own.vtep.underlay);
+        let (port, name) = (view.settings.vxlan_port, self.node.name_of(node));
+        let gossip = self.node.address_of(node)?.port();
+        let (_, subnets) = peer.leases.first()?;
+        let lost = matches!(state, PathState::Unanswered | PathState::OneWay);
+        // What goes on there, gossip says already.
+        if lost && !self.prober.paths.is_alive(node) {
+            return None;
+        }
+        let underlay = self.underlay.with_mode(self.config.mode);
+        let ways: Vec<Way> = subnets.iter().map(|subnet| underlay.way(there, subnet)).collect();
+        match ways[0] {
+            Way::Unreachable => {
+                return Some(format!(
+                    "{name} ({there}) is not on this host's underlay network, and mode host-gw uses no \
+                     tunnels: use mode = \"direct\" on all nodes"
+                ));
+            }
+            _ if ways.contains(&Way::Unreachable) => {
+                return Some(format!(
+                    "the IPv6 subnet of {name} is unreachable: mode host-gw cannot route it by its underlay \
+                     address {there}; use mode = \"direct\" on all nodes"
+                ));
+            }
+            Way::Direct { .. } if lost => {
+                return Some(format!(
+                    "packets to {name} go to {there} without a tunnel, and are lost: let the underlay carry \
+                     {} (in a cloud: turn off its check of source and destination), or use mode = \"vxlan\"",
+                    view.settings.pool.network()
+                ));
+            }
+            // Whoever is spoken to directly may answer as it likes.
+            Way::Direct { .. } if state == PathState::Asymmetric => return None,
+            _ => {}
+        }
+        match state {
+            PathState::Unanswered => Some(format!(
+                "nothing that is asked of {name} through the tunnel is answered, though its agent lives: \
+                 either UDP {port} is closed on the way between {here} and {there}, or the firewall of \
+                 {name} drops ICMP and UDP {gossip} on its tunnel device, which harms no pod"
+            )),
+            PathState::OneWay => Some(format!(
+                "nothing that is asked of {name} through the tunnel is answered, though its packets arrive: \
+                 either UDP {port} is closed on the way from {here} to {there}, or the firewall of {name} \
+                 drops ICMP and UDP {gossip} on its tunnel device, which harms no pod"
+            )),
+            PathState::Asymmetric => Some(format!(
+                "packets to {name} go through the tunnel, and its answers come without: another route or \
+                 another mode leads it here (there: ip route get {}); rp_filter and firewalls may drop that",
+                view.own.subnets.first.network()
+            )),
+            PathState::MtuTooLarge => {
+                let mtu = self.underlay.mtu;
+                let (arrive, smaller) = match self.prober.paths.narrower_by(node) {
+                    Some(less) => {
+                        let fits = mtu.saturating_sub(less);
+                        (format!("those of {fits}"), format!("mtu = {fits}"))
+                    }
+                    None => ("small ones".to_owned(), "a smaller mtu".to_owned()),
+                };
+                Some(format!(
+                    "packets of {mtu} bytes to {name} are lost, {arrive} arrive: some link between {here} \
+                     and {there} carries less than this host's; set {smaller} on all nodes"
+                ))
+            }
+            _ => None,
+        }
+    }
+}
