@@ -12,9 +12,10 @@ use ipnet::IpNet;
 
 use super::{
     Agent, Ending,
-    programmer::{DemandState, Goal, Outcome, State, Told},
+    programmer::{Goal, State},
     subnet_env,
     surroundings::HostState,
+    told::{DemandState, Outcome, Told},
     underlay::{Chosen, UnderlayError},
 };
 use crate::{
@@ -252,9 +253,10 @@ impl Agent {
     fn write_subnet_env(&self) {
         let Some(view) = &self.kernel.wanted else { return };
         let networks = view.settings.pool.networks();
+        let subnets = self.subnets_of_pods(view.own.subnets);
         let path = &self.config.subnet_file;
         let (mtu, masquerade) = (self.underlay.mtu, self.config.firewall.masquerade);
-        if let Err(error) = subnet_env::write(path, networks, view.own.subnets, mtu, masquerade) {
+        if let Err(error) = subnet_env::write(path, networks, subnets, mtu, masquerade) {
             tracing::error!(file = %path.display(), %error, "subnet file not written");
         }
     }

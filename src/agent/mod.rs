@@ -10,6 +10,7 @@ mod docker;
 mod events;
 mod knock;
 mod kubernetes;
+mod limits;
 mod owners;
 mod path_words;
 mod ping;
@@ -25,6 +26,7 @@ mod status;
 mod subnet_env;
 mod surroundings;
 mod survey;
+mod told;
 mod underlay;
 mod waiting;
 mod wirer;
@@ -46,10 +48,11 @@ use self::{
     ping::Round,
     pods::PodState,
     probe::Prober,
-    programmer::{Programmer, Told},
+    programmer::Programmer,
     service::Service,
     status::Waiter,
     survey::Surveys,
+    told::Told,
     underlay::Chosen,
     wirer::{Wired, Wirer},
 };

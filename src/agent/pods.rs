@@ -128,7 +128,7 @@ impl Agent {
     fn bridge(&self, view: &View) -> Bridge {
         Bridge {
             name: self.config.bridge_name(view.settings.vni),
-            subnets: view.own.subnets,
+            subnets: self.subnets_of_pods(view.own.subnets),
             mtu: self.underlay.mtu,
         }
     }

@@ -6,9 +6,7 @@
 //! piled up behind a slow kernel are skipped.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
     io,
-    net::IpAddr,
     sync::mpsc::{self, TryRecvError},
     thread,
     time::{Duration, Instant},
@@ -16,8 +14,9 @@ use std::{
 
 use super::{
     alarm::{Alarm, Sleeper, alarm},
-    surroundings::{HostState, Surroundings},
-    underlay::{Chosen, UnderlayError, Watch, look_again},
+    surroundings::Surroundings,
+    told::{DemandState, Outcome, Told},
+    underlay::{Chosen, Watch, look_again},
 };
 use crate::{
     config::Config,
@@ -29,7 +28,7 @@ use crate::{
         overlap,
         plan::{Actual, Op},
     },
-    model::{Mac, Pool},
+    model::Pool,
     netlink::Netlink,
 };
 
@@ -69,45 +68,6 @@ pub enum State {
         device: String,
         pool: Pool,
     },
-}
-
-/// What the thread has to say.
-#[derive(Debug)]
-pub enum Told {
-    Outcome(Outcome),
-    /// The interface that carries the tunnels is another one, or has another address or MTU; or there is
-    /// none that would do.
-    Underlay(Result<Chosen, UnderlayError>),
-    /// Routes of other programs that outrank ours; none any more, if empty.
-    Rivals(Vec<String>),
-    /// Addresses of this host inside the overlay's networks, as sentences.
-    Overlaps(Vec<String>),
-    /// What the kernel has asked for, and who is in use.
-    Demand(DemandState),
-    /// Firewall and sysctls are not as they were when last told.
-    Host(HostState),
-    /// How many tunnel packets have come from each member's underlay address, where the kernel counts them.
-    Counted(BTreeMap<IpAddr, u64>),
-}
-
-/// Misses since the start, and what follows from them.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct DemandState {
-    /// About peers: answered from the view.
-    pub answered: u64,
-    /// About addresses and MACs of nobody.
-    pub unknown: u64,
-    /// Peers whose entries are in the kernel, by their MACs; none, if that is all of them.
-    pub in_use: Option<BTreeSet<Mac>>,
-}
-
-/// How a goal was reached, or not.
-#[derive(Debug)]
-pub struct Outcome {
-    pub number: u64,
-    /// The goal had been reached before, and something has changed since.
-    pub repair: bool,
-    pub result: Result<Report, KernelError>,
 }
 
 pub struct Programmer {

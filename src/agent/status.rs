@@ -96,6 +96,7 @@ impl Agent {
         let mut problems = self.node.problems();
         let kernel = &self.kernel;
         problems.extend(kernel.problem.iter().chain(&kernel.underlay_problem).cloned());
+        problems.extend(self.underlay_limits());
         problems.extend(kernel.rivals.iter().chain(&kernel.overlaps).cloned());
         problems.extend(kernel.host.problems.iter().cloned());
         problems.extend(self.store_problem.iter().map(|why| format!("state directory: {why}")));

@@ -36,6 +36,9 @@ pub const fn overhead(underlay: IpAddr) -> u32 {
     }
 }
 
+/// The smallest MTU with which a kernel lets an interface have IPv6 (RFC 8200, section 5).
+pub const IPV6_MTU_MIN: u32 = 1_280;
+
 /// The VXLAN device as it should be. All of it is compared with what is there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Device {
@@ -134,6 +137,11 @@ impl Underlay {
         Self { link, pinned: false, local, networks: Vec::new(), tunnel_mtu, mode: Mode::Vxlan }
     }
 
+    /// Whether the tunnel device can carry this family at all: where it cannot, the other one goes on.
+    pub const fn carries(&self, subnet: IpNet) -> bool {
+        matches!(subnet, IpNet::V4(_)) || self.tunnel_mtu >= IPV6_MTU_MIN
+    }
+
     /// The way to a subnet of the peer with this underlay address.
     pub fn way(&self, peer: IpAddr, subnet: IpNet) -> Way {
         let near = self.networks.iter().any(|network| network.contains(&peer));
@@ -156,11 +164,12 @@ impl Desired {
         for (node, peer) in &view.peers {
             let withdrawn = withdrawn.contains(node);
             for (slot, subnets) in &peer.leases {
-                subnets.iter().for_each(|subnet| {
+                subnets.iter().filter(|subnet| underlay.carries(*subnet)).for_each(|subnet| {
                     tables.add(&peer.vtep, subnet, *slot, underlay, withdrawn);
                 });
             }
         }
+        let own = view.own.subnets.iter().filter(|subnet| underlay.carries(*subnet));
         let device = Device {
             name: device_name(view.settings.vni),
             vni: view.settings.vni,
@@ -170,7 +179,7 @@ impl Desired {
             alias: device_alias(&view.settings.pool),
             local: underlay.local,
             link: if underlay.pinned { underlay.link } else { 0 },
-            addresses: view.own.subnets.iter().map(|subnet| subnet.network()).collect(),
+            addresses: own.map(|subnet| subnet.network()).collect(),
             checksum_offload: None,
         };
         Self { device, tables, pool: view.settings.pool, unheard: unheard_of_nobody(view) }
@@ -328,6 +337,16 @@ mod tests {
         // An IPv4 gateway is none for IPv6.
         assert_eq!(ways(Mode::Direct), ([near, tunnel, tunnel6], 2));
         assert_eq!(ways(Mode::HostGw), ([near, Way::Unreachable, Way::Unreachable], 0));
+    }
+
+    #[test]
+    fn an_underlay_that_is_too_small_for_ipv6_carries_ipv4_alone() {
+        let view = dual_stack_view(&[(1, 9), (2, 7)]);
+        let narrow = Underlay { tunnel_mtu: IPV6_MTU_MIN - 1, ..underlay() };
+        let desired = Desired::new(&view, &narrow, &BTreeSet::new());
+        let Tables { fdb, neighbours, routes } = &desired.tables;
+        assert_eq!((fdb.len(), neighbours.len(), routes.len()), (1, 1, 1));
+        assert!(desired.device.addresses.iter().all(IpAddr::is_ipv4));
     }
 
     #[test]

@@ -20,6 +20,7 @@ mod families;
 mod firewall;
 mod instances;
 mod kubernetes;
+mod limits;
 mod metrics;
 mod mishaps;
 mod modes;

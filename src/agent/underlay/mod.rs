@@ -52,6 +52,8 @@ pub struct Chosen {
     pub source: IpAddr,
     /// Networks of the interface: their hosts are reached without a router.
     pub networks: Vec<IpNet>,
+    /// MTU of the interface.
+    pub carried: u32,
     /// MTU of the overlay, for pods.
     pub mtu: u32,
     /// MTU of the overlay device: the same, unless packets go without a tunnel and may be larger.
@@ -62,6 +64,7 @@ impl Chosen {
     /// The end that a node remembers while its host has no network: pods of this host are served.
     pub fn remembered(local: IpAddr, mtu: Option<u32>) -> Self {
         let mtu = mtu.unwrap_or(ETHERNET_MTU - overhead(local));
+        let carried = mtu + overhead(local);
         Self {
             name: String::new(),
             link: 0,
@@ -69,6 +72,7 @@ impl Chosen {
             local,
             source: local,
             networks: Vec::new(),
+            carried,
             mtu,
             tunnel_mtu: mtu,
         }
@@ -344,6 +348,7 @@ impl Host {
             local: address.ip,
             source: advertised.unwrap_or(address.ip),
             networks: networks.map(|network| network.trunc()).collect(),
+            carried,
             mtu,
             tunnel_mtu: mtu.min(tunnelled),
         })

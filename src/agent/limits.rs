@@ -1,0 +1,97 @@
+//! What the underlay is too small for: named, for none of it can be seen from what fails.
+
+use std::net::IpAddr;
+
+use super::{Agent, underlay::Chosen};
+use crate::{
+    dataplane::desired::{IPV6_MTU_MIN, overhead},
+    model::{Pool, Subnets},
+};
+
+/// UDP datagrams that QUIC must be able to send (RFC 9000, section 14).
+const QUIC_DATAGRAM: u32 = 1_200;
+
+impl Agent {
+    /// The subnets that pods of this host can have addresses of: IPv6 needs a larger MTU than IPv4.
+    pub(super) fn subnets_of_pods(&self, subnets: Subnets) -> Subnets {
+        let carried =
+            |subnet: &ipnet::IpNet| subnet.addr().is_ipv4() || self.underlay.mtu >= IPV6_MTU_MIN;
+        Subnets { first: subnets.first, second: subnets.second.filter(carried) }
+    }
+
+    /// What this host's end of the underlay is too small for.
+    pub(super) fn underlay_limits(&self) -> Vec<String> {
+        let cluster = self.node.cluster().map(|cluster| cluster.settings.pool);
+        limits(&self.underlay, cluster.as_ref())
+    }
+}
+
+fn limits(chosen: &Chosen, pool: Option<&Pool>) -> Vec<String> {
+    let Chosen { name, local, carried, .. } = chosen;
+    let mut limits = Vec::new();
+    if !chosen.is_present() {
+        return limits;
+    }
+    let needed = QUIC_DATAGRAM + headers_of_udp(*local);
+    if *carried < needed {
+        limits.push(format!(
+            "interface {name} has MTU {carried}, and agents speak QUIC, which needs at least {needed} \
+             (RFC 9000): this host hears of no member; raise it on all hosts: ip link set {name} mtu {}",
+            IPV6_MTU_MIN + overhead(*local)
+        ));
+    }
+    let networks = pool.map(|pool| pool.networks().iter());
+    let ipv6 = networks.and_then(|mut all| all.find(|network| network.addr().is_ipv6()));
+    if let Some(ipv6) = ipv6.filter(|_| chosen.tunnel_mtu < IPV6_MTU_MIN) {
+        limits.push(format!(
+            "IPv6 ({ipv6}) is left out on this host: it needs an MTU of {IPV6_MTU_MIN} in the overlay, and \
+             interface {name} with MTU {carried} leaves {} (IPv4 goes on): ip link set {name} mtu {}",
+            chosen.tunnel_mtu,
+            IPV6_MTU_MIN + overhead(*local)
+        ));
+    }
+    limits
+}
+
+/// IP and UDP headers.
+const fn headers_of_udp(underlay: IpAddr) -> u32 {
+    match underlay {
+        IpAddr::V4(_) => 28,
+        IpAddr::V6(_) => 48,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::PoolSpec;
+
+    fn chosen(local: &str, carried: u32) -> Chosen {
+        let local: IpAddr = local.parse().expect("an address");
+        let mtu = carried - overhead(local);
+        let remembered = Chosen::remembered(local, Some(mtu));
+        Chosen { name: "eth0".to_owned(), ..remembered }
+    }
+
+    #[test]
+    fn an_mtu_below_that_of_quic_is_named_with_the_interface_and_the_minimum() {
+        for (local, minimum) in [("192.0.2.1", 1_228), ("2001:db8::1", 1_248)] {
+            assert!(limits(&chosen(local, minimum), None).is_empty());
+            let said = limits(&chosen(local, minimum - 1), None).join("");
+            let words = ["eth0".to_owned(), format!("MTU {}", minimum - 1), minimum.to_string()];
+            assert!(words.iter().all(|word| said.contains(word)), "{said}");
+        }
+        assert!(limits(&Chosen::remembered([192, 0, 2, 1].into(), Some(900)), None).is_empty());
+    }
+
+    #[test]
+    fn an_mtu_too_small_for_ipv6_is_named_where_the_cluster_has_ipv6() {
+        let ipv4 = PoolSpec::of("10.42.0.0/16".parse().expect("a network"));
+        let pool = Pool::new(&PoolSpec { network6: "fd42::/48".parse().ok(), ..ipv4 });
+        let pool = pool.expect("a pool");
+        assert!(limits(&chosen("192.0.2.1", 1_330), Some(&pool)).is_empty());
+        assert!(limits(&chosen("192.0.2.1", 1_329), None).is_empty());
+        let said = limits(&chosen("192.0.2.1", 1_329), Some(&pool)).join("");
+        assert!(said.contains("leaves 1279") && said.contains("mtu 1330"), "{said}");
+    }
+}

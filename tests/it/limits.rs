@@ -1,0 +1,75 @@
+//! Underlays that carry less than usual: named, and used as far as they go.
+
+use gossamer::lab::{Agent, Host};
+
+use crate::common::{
+    Cluster, PATIENCE, eventually, has_problem, isolated, program, run, status_where, token_of,
+    tool, wait_until,
+};
+
+fn set_mtu(host: &Host, mtu: u32) {
+    tool(&host.netns, &format!("ip link set eth0 mtu {mtu}"));
+}
+
+#[test]
+fn an_underlay_below_the_minimum_of_quic_is_named_by_creator_and_joiner() {
+    isolated(|lab| {
+        let hosts = [lab.host(1, "n1")?, lab.host(2, "n2")?];
+        hosts.iter().for_each(|host| set_mtu(host, 1_200));
+        let mut creator = Agent::start(program(), &hosts[0], &["--init"])?;
+        creator.wait_converged(1, PATIENCE)?;
+        let token = token_of(&mut creator)?;
+        let seed = hosts[0].ip.to_string();
+        let mut joiner = Agent::start(program(), &hosts[1], &["--join", &seed, "--token", &token])?;
+        for agent in [&mut creator, &mut joiner] {
+            wait_until("it is not named", PATIENCE, || {
+                has_problem(agent, "interface eth0 has MTU 1200")
+                    && has_problem(agent, "QUIC, which needs at least 1228")
+            });
+        }
+        hosts.iter().for_each(|host| set_mtu(host, 1_228));
+        creator.wait_converged(2, PATIENCE)?;
+        joiner.wait_converged(2, PATIENCE)?;
+        assert!(!has_problem(&mut creator, "QUIC") && !has_problem(&mut joiner, "QUIC"));
+        Ok(())
+    });
+}
+
+#[test]
+fn an_underlay_too_small_for_ipv6_carries_ipv4_in_dual_stack() {
+    isolated(|lab| {
+        let mut cluster =
+            Cluster { hosts: vec![lab.host(1, "n1")?], agents: Vec::new(), token: String::new() };
+        if !run(&cluster.hosts[0].netns, "ip addr add fd99::1/64 dev lo").status.success() {
+            eprintln!("SKIPPED: the kernel has no IPv6");
+            return Ok(());
+        }
+        set_mtu(&cluster.hosts[0], 1_300);
+        let arguments = ["--init", "--network6", "fd42::/48"];
+        let mut creator = Agent::start(program(), &cluster.hosts[0], &arguments)?;
+        creator.wait_converged(1, PATIENCE)?;
+        cluster.token = token_of(&mut creator)?;
+        cluster.agents.push(creator);
+        let second = lab.host(2, "n2")?;
+        set_mtu(&second, 1_300);
+        cluster.agents.push(cluster.start_agent(&second, &[])?);
+        cluster.hosts.push(second);
+        let pods = cluster.pods()?;
+        assert!(tool(&pods[0].netns, &format!("ping -c 1 -W 5 {}", pods[1].ip)).contains(" 1 rec"));
+        let host = &cluster.hosts[0];
+        let env = std::fs::read_to_string(host.dir.join("subnet.env"))?;
+        assert!(env.contains("FLANNEL_SUBNET") && !env.contains("IPV6"), "{env}");
+        let left_out = "IPv6 (fd42::/48) is left out on this host";
+        let addresses = "ip -6 addr show gossamer.1 scope global";
+        for (host, agent) in cluster.hosts.iter().zip(&mut cluster.agents) {
+            assert_eq!(tool(&host.netns, addresses), "");
+            status_where(agent, |status| status["problems"].to_string().contains(left_out));
+            set_mtu(host, 1_330);
+            eventually(&host.netns, addresses, |shown| shown.contains("fd42:"));
+            status_where(agent, |status| !status["problems"].to_string().contains(left_out));
+        }
+        let routes = tool(&cluster.hosts[0].netns, "ip -6 route show proto 73");
+        assert!(routes.contains("fd42:"), "{routes}");
+        Ok(())
+    });
+}
