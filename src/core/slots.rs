@@ -262,7 +262,8 @@ impl SlotTable {
         self.spares_of(node).flat_map(|run| run.slots()).any(is_wanted)
     }
 
-    /// The spare slot of `owner` for `user` among those wanted: the preferred one, or else the best by rendezvous score.
+    /// The spare slot of `owner` for `user` among those wanted: the preferred one, or else the best by
+    /// rendezvous score.
     fn choose(
         &self,
         owner: NodeId,

@@ -53,8 +53,8 @@ impl Kernel {
         })
     }
 
-    /// Networks of this host that are none of ours: addresses of interfaces, and routes of other programs in the
-    /// main table.
+    /// Networks of this host that are none of ours: addresses of interfaces, and routes of other programs
+    /// in the main table.
     pub fn foreign_networks(&mut self) -> io::Result<Vec<Foreign>> {
         let links = self.netlink.links()?;
         let of = |index: u32| links.iter().find(|link| link.index == index);
