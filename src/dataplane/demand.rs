@@ -74,7 +74,7 @@ impl Demand {
         tables.fdb.retain(|mac, _| self.in_use.contains(mac));
         tables.neighbours.retain(|_, mac| self.in_use.contains(mac));
         let used = |address: IpAddr| tables.neighbours.contains_key(&address);
-        tables.routes.retain(|subnet, _| used(subnet.network()));
+        tables.routes.retain(|subnet, hop| used(subnet.network()) || *hop == Hop::REFUSE);
         let whole = Hop { way: Way::Device, metric: POOL_METRIC };
         tables.routes.extend(all.pool.networks().iter().map(|network| (network, whole)));
         part
@@ -187,7 +187,11 @@ mod tests {
         let (all, mut demand) = (all(), Demand::new(Program::OnDemand));
         let mut kernel = FakeKernel::default();
         kernel.settle(&demand.part_of(&all));
-        assert_eq!((kernel.routes.len(), kernel.fdb.len()), (1, 0));
+        assert_eq!(
+            (kernel.routes.len(), kernel.fdb.len()),
+            (2, 0),
+            "the pool's and the own subnet's"
+        );
         let pod = address("10.42.8.17");
         for op in demand.answer(&all, Miss::Address(pod)) {
             kernel.apply(&op).expect("possible");
@@ -206,7 +210,7 @@ mod tests {
         let idle: Vec<Mac> = demand.in_use().expect("on demand").iter().copied().collect();
         demand.age(idle.into_iter());
         kernel.settle(&demand.part_of(&all));
-        assert_eq!((kernel.routes.len(), kernel.fdb.len(), kernel.neighbours.len()), (1, 0, 0));
+        assert_eq!((kernel.routes.len(), kernel.fdb.len(), kernel.neighbours.len()), (2, 0, 0));
 
         // A neighbour that outlived the peer's other entries asks for the tunnel alone.
         let mac = all.tables.neighbours[&address("10.42.8.0")];

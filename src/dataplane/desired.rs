@@ -9,6 +9,9 @@
 //! In a dual-stack overlay the second and third exist once per family; the tunnel may be of either. A peer
 //! that is routed to directly has only a route, over the underlay to its host.
 //!
+//! This node's own subnets have an `unreachable` route each, worse than any other: a packet for an address
+//! that no pod has must not leave by the default route. The bridge of whatever makes pods outranks it.
+//!
 //! Pure: equal views give equal results, and no clock or kernel is asked.
 
 use std::{
@@ -157,6 +160,11 @@ impl Underlay {
     }
 }
 
+impl Hop {
+    /// Refuses what nothing on this host takes.
+    pub const REFUSE: Self = Self { way: Way::Unreachable, metric: u32::MAX };
+}
+
 impl Desired {
     /// Subnets of `withdrawn` peers are unreachable, but for the address at which their kernel would answer.
     pub fn new(view: &View, underlay: &Underlay, withdrawn: &BTreeSet<NodeId>) -> Self {
@@ -170,6 +178,7 @@ impl Desired {
             }
         }
         let own = view.own.subnets.iter().filter(|subnet| underlay.carries(*subnet));
+        tables.routes.extend(own.clone().map(|subnet| (subnet, Hop::REFUSE)));
         let device = Device {
             name: device_name(view.settings.vni),
             vni: view.settings.vni,
@@ -293,7 +302,7 @@ mod tests {
         assert_eq!(desired.device.addresses, BTreeSet::from([[10, 42, 9, 0].into()]));
         assert_eq!(desired.device.mac, view.own.vtep.mac);
         let subnet_of_own = "10.42.9.0/24".parse().expect("subnet");
-        assert!(!desired.tables.routes.contains_key(&subnet_of_own), "no route to ourselves");
+        assert_eq!(desired.tables.routes[&subnet_of_own], Hop::REFUSE, "worse than any bridge's");
     }
 
     #[test]
@@ -311,8 +320,8 @@ mod tests {
         let view = dual_stack_view(&[(1, 9), (2, 7)]);
         let desired = Desired::new(&view, &underlay(), &BTreeSet::new());
         let Tables { fdb, neighbours, routes } = &desired.tables;
-        // The third route leads to the IPv6 gateway itself.
-        assert_eq!((fdb.len(), neighbours.len(), routes.len()), (1, 2, 3));
+        // The third route leads to the IPv6 gateway itself, the others refuse what is for this node.
+        assert_eq!((fdb.len(), neighbours.len(), routes.len()), (1, 2, 5));
         let vtep: IpAddr = "fd42:0:0:7::".parse().expect("address");
         let subnet = "fd42:0:0:7::/64".parse().expect("subnet");
         assert_eq!(routes[&subnet].way, Way::Overlay(vtep));

@@ -190,7 +190,7 @@ fn plan_removals(desired: &Desired, is: &Actual, ops: &mut Vec<Op>) {
     let mut routes: Vec<_> = is.routes.iter().collect();
     routes.sort_by_key(|(subnet, _)| subnet.prefix_len());
     for (subnet, hop) in routes {
-        if desired.stays(subnet.network()) {
+        if desired.stays(subnet.network()) && *hop != Hop::REFUSE {
             continue;
         }
         // One with the metric of the wanted one has been replaced by it.
@@ -281,6 +281,7 @@ pub(super) mod tests {
                 "AddAddress",
                 "SetFdb",
                 "SetNeighbour",
+                "AddRoute",
                 "AddRoute"
             ]
         );
@@ -293,7 +294,7 @@ pub(super) mod tests {
         let timid = Desired { unheard: vec![8..9, 50..60], ..desired(&[(1, 9), (2, 7)]) };
         assert_eq!(plan(&timid, &kernel.dump()), []);
         kernel.settle(&desired(&[(1, 9), (2, 7)]));
-        assert_eq!(kernel.routes.len(), 1);
+        assert_eq!(kernel.routes.len(), 2, "a peer's and this node's own");
     }
 
     #[test]

@@ -5,7 +5,10 @@
 use std::time::Duration;
 
 use super::world::World;
-use crate::model::{ClusterSettings, Pool, PoolSpec, Time};
+use crate::{
+    dataplane::desired::Way,
+    model::{ClusterSettings, Pool, PoolSpec, Time},
+};
 
 /// What is measured at one size, each with its ceiling.
 struct Figure {
@@ -170,7 +173,8 @@ fn settled(world: &World, nodes: usize) -> bool {
 }
 
 fn routes(world: &World, host: usize) -> usize {
-    world.hosts[host].kernel.routes.len()
+    let ways = world.hosts[host].kernel.routes.values();
+    ways.filter(|way| **way != Way::Unreachable).count()
 }
 
 fn until(world: &mut World, limit: Duration, reached: impl Fn(&World) -> bool) -> Duration {

@@ -258,13 +258,14 @@ fn is_ours(link: &Link) -> bool {
     is_gossamers(link) || link.alias.starts_with("gossamer ")
 }
 
-/// Says so, if another program's route takes the packets to one of our peers.
+/// Says so, if another program's route takes the packets to one of our peers. Those to this node's own pods
+/// are for other programs to take.
 fn rival(route: &RouteMessage, desired: &Desired) -> Option<String> {
     if route.header.protocol == RouteProtocol::Other(ROUTE_PROTOCOL) {
         return None;
     }
     let subnet = subnet_of(route)?;
-    let ours = desired.tables.routes.get(&subnet)?;
+    let ours = desired.tables.routes.get(&subnet).filter(|hop| **hop != Hop::REFUSE)?;
     let metric = metric_of(route);
     (metric < ours.metric).then(|| {
         format!(

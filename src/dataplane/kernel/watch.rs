@@ -15,7 +15,7 @@ use super::messages::{destination, lladdr, our_route};
 use crate::{
     dataplane::{
         demand::Miss,
-        desired::{Desired, ROUTE_PROTOCOL},
+        desired::{Desired, Hop, ROUTE_PROTOCOL},
     },
     netlink::link::Link,
 };
@@ -117,7 +117,8 @@ impl Touched {
         }
         if route.header.protocol != RouteProtocol::Other(ROUTE_PROTOCOL) {
             self.rival |= super::messages::subnet_of(route)
-                .is_some_and(|subnet| desired.tables.routes.contains_key(&subnet));
+                .and_then(|subnet| desired.tables.routes.get(&subnet))
+                .is_some_and(|hop| *hop != Hop::REFUSE);
             return;
         }
         if let Some((subnet, hop)) = our_route(route, device) {
