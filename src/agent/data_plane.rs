@@ -63,6 +63,8 @@ pub(super) struct KernelState {
     pub(super) operations: u64,
     /// What other programs had changed and was put right, by kind.
     pub(super) repairs: BTreeMap<&'static str, u64>,
+    /// When a repair of each kind was last logged, and how many since.
+    pub(super) logged: BTreeMap<&'static str, (Option<Instant>, u64)>,
 }
 
 impl Agent {
@@ -111,9 +113,8 @@ impl Agent {
                 let operations: u64 = report.done.values().sum();
                 self.kernel.operations += operations;
                 if repair && operations > 0 {
-                    tracing::warn!(done = ?report.done, "put right what another program had changed");
                     for (kind, count) in &report.done {
-                        self.count_repair(kind, *count);
+                        self.note_repair(kind, *count);
                     }
                 } else if operations > 0 {
                     tracing::debug!(operations, "kernel programmed");
@@ -152,8 +153,7 @@ impl Agent {
         let known = &self.kernel.host.problems;
         state.problems.iter().filter(|p| !known.contains(p)).for_each(|p| tracing::error!("{p}"));
         for kind in &state.repaired {
-            tracing::warn!("put right what another program had changed: {kind}");
-            self.count_repair(kind, 1);
+            self.note_repair(kind, 1);
         }
         self.kernel.host = state;
     }

@@ -27,6 +27,8 @@ const MAX_READERS: usize = 64;
 const ONE_BY_ONE: usize = 20;
 /// Between two looks at most; a loop that sleeps is woken for a sample only.
 const LOOK: Duration = Duration::from_secs(1);
+/// Between two lines of the log about repairs of one kind.
+const LOG_GAP: Duration = Duration::from_secs(10);
 const SAMPLES: usize = 360;
 
 pub(super) struct Journal {
@@ -129,6 +131,20 @@ impl Agent {
         *self.kernel.repairs.entry(kind).or_default() += count;
         let text = format!("put right what another program had changed: {count} x {kind}");
         self.journal.note(EventKind::Repair, EventLevel::Warn, text);
+    }
+
+    /// The same, and the log has it too: at most once in a while for each kind, with all that came between.
+    pub(super) fn note_repair(&mut self, kind: &'static str, count: u64) {
+        if count == 0 {
+            return;
+        }
+        self.count_repair(kind, count);
+        let (logged, since) = self.kernel.logged.entry(kind).or_default();
+        *since += count;
+        if logged.is_none_or(|at| at.elapsed() >= LOG_GAP) {
+            tracing::warn!(kind, count = *since, "put right what another program had changed");
+            (*logged, *since) = (Some(Instant::now()), 0);
+        }
     }
 
     fn watch_members(&mut self) {

@@ -11,6 +11,7 @@ mod events;
 mod knock;
 mod kubernetes;
 mod limits;
+mod opponents;
 mod owners;
 mod path_words;
 mod ping;

@@ -42,6 +42,8 @@ pub(super) struct PodState {
     to_save: Vec<(Key, Vec<u8>)>,
     /// What their bridge is kept like.
     pub(super) bridge: Option<Bridge>,
+    /// What is wrong with their bridge, as sentences.
+    pub(super) problems: Vec<String>,
     /// Since when addresses are held for containers of Docker's that have not come yet.
     pub(super) reserved: BTreeMap<Attachment, Time>,
     number: u64,
@@ -258,11 +260,19 @@ impl Agent {
                 }
                 reply(Err(error.into()));
             }
-            Wired::Mended(Ok(count)) => {
-                tracing::warn!(count, "put the pods' bridge right");
-                self.count_repair("bridge", count);
+            Wired::Mended(result, problems) => {
+                match result {
+                    Ok(mended) => {
+                        self.note_repair("bridge", mended.bridge + mended.ports);
+                        self.note_repair("sysctl", mended.sysctls);
+                    }
+                    Err(error) => tracing::error!(%error, "the pods' bridge"),
+                }
+                let known = &self.pods.problems;
+                let new = problems.iter().filter(|problem| !known.contains(problem));
+                new.for_each(|problem| tracing::error!("{problem}"));
+                self.pods.problems = problems;
             }
-            Wired::Mended(Err(error)) => tracing::error!(%error, "the pods' bridge"),
             Wired::Disconnected { number, attachment, result } => {
                 if let Err(error) = &result {
                     tracing::error!(pod = %attachment, %error, "its interface was not removed");

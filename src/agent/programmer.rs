@@ -23,6 +23,7 @@ use crate::{
     dataplane::{
         demand::Demand,
         desired::{self, Desired},
+        fight::Kind,
         firewall::Firewall,
         kernel::{Kernel, KernelError, Report, Touched},
         overlap,
@@ -200,8 +201,9 @@ impl<F: Fn(Told)> Worker<F> {
                 self.look_at_underlay(now);
             }
             let is_due = self.due.is_some_and(|due| due <= now);
-            let may_repair = self.worked.is_none_or(|worked| now >= worked + REPAIR_GAP);
-            let verify = self.table_touched && may_repair || is_due && self.reached;
+            let may_repair = |kind| self.repair_at(kind).is_none_or(|at| now >= at);
+            let verify = self.table_touched && may_repair(Kind::Firewall) || is_due && self.reached;
+            let may_repair = may_repair(Kind::Entries);
             if is_due || verify {
                 self.see_to_table(verify);
             }
@@ -223,6 +225,12 @@ impl<F: Fn(Told)> Worker<F> {
             }
             self.wait();
         }
+    }
+
+    /// Before this nothing of that kind is repaired once more.
+    fn repair_at(&self, kind: Kind) -> Option<Instant> {
+        let gap = REPAIR_GAP.max(self.surroundings.opponents.pause(kind));
+        self.worked.map(|worked| worked + gap)
     }
 
     fn show_tables(&mut self) {
@@ -386,12 +394,20 @@ impl<F: Fn(Told)> Worker<F> {
         };
         let pause = RECONCILE.mul_f64(routes as f64 / RECONCILED);
         let pause = pause.clamp(RECONCILE, RECONCILE_MAX);
-        self.due = Some(now + if clean { pause } else { RETRY });
+        let next = now + if clean { pause } else { RETRY };
+        // Repairs that follow one another must not put off what is looked at by the clock alone.
+        self.due = Some(self.due.filter(|due| *due > now).map_or(next, |due| due.min(next)));
         // What follows from another part of the goal is nobody's doing.
         let repair = self.reached && !std::mem::take(&mut self.part_is_new);
         self.touched.rival |= !self.reached && matches!(state, State::Overlay(..));
         self.reached |= result.is_ok();
+        let done = result.as_ref().ok().filter(|report| repair && !report.done.is_empty());
+        if let Some(report) = done {
+            let kinds: Vec<&str> = report.done.keys().copied().collect();
+            self.surroundings.opponents.note(Kind::Entries, &kinds.join(", "), report.device);
+        }
         (self.tell)(Told::Outcome(Outcome { number: *number, repair, result }));
+        self.tell_host();
     }
 
     fn bring_about(&mut self) -> Result<Report, KernelError> {
@@ -465,9 +481,10 @@ impl<F: Fn(Told)> Worker<F> {
 
     fn wait(&mut self) {
         let now = Instant::now();
-        let repair = self.touched.ours || self.table_touched;
-        let repair_at = self.worked.filter(|_| repair).map(|at| at + REPAIR_GAP);
-        let until = self.due.into_iter().chain(repair_at).chain(self.underlay_due(now)).min();
+        let entries = self.touched.ours.then(|| self.repair_at(Kind::Entries));
+        let table = self.table_touched.then(|| self.repair_at(Kind::Firewall));
+        let repairs = entries.into_iter().chain(table).flatten();
+        let until = self.due.into_iter().chain(repairs).chain(self.underlay_due(now)).min();
         let pause = until.map(|until| until.saturating_duration_since(now));
         let changes = [Some(self.kernel.changes()), self.surroundings.changes()];
         self.sleeper.wait(changes.into_iter().flatten(), pause);

@@ -99,6 +99,7 @@ impl Agent {
         problems.extend(self.underlay_limits());
         problems.extend(kernel.rivals.iter().chain(&kernel.overlaps).cloned());
         problems.extend(kernel.host.problems.iter().cloned());
+        problems.extend(self.pods.problems.iter().cloned());
         problems.extend(self.store_problem.iter().map(|why| format!("state directory: {why}")));
         let subnet = kernel.wanted.as_ref().map(|view| view.own.subnets.first);
         if let (Some(subnet), outside @ 1..) = (subnet, self.pods_outside()) {

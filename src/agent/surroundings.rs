@@ -11,11 +11,17 @@ use std::{
     time::{Duration, Instant},
 };
 
+use super::opponents::Opponents;
 use crate::{
     dataplane::{
         desired::{Desired, Mode},
+        fight::Kind,
         firewall::Firewall,
-        kernel::{FirewallTable, sysctl},
+        kernel::{
+            FirewallTable,
+            interface::{self, Ipv6},
+            sysctl,
+        },
     },
     netlink::nftables::Changes,
 };
@@ -45,6 +51,10 @@ pub struct Surroundings {
     set_sysctls: bool,
     /// Sysctls that were right when last looked at.
     right: BTreeSet<String>,
+    /// Interfaces that take router advertisements although this host forwards, because it was told to.
+    kept: BTreeSet<String>,
+    /// The device was closed to what comes out of it when last looked at.
+    was_closed: bool,
     table_problem: Option<String>,
     /// The kernel would not have the masquerade.
     refused_at: Option<Instant>,
@@ -56,6 +66,8 @@ pub struct Surroundings {
     chain_problems: Vec<String>,
     /// Before this, packets are not counted again.
     count_at: Instant,
+    /// Fights about the entries, the table and sysctls.
+    pub opponents: Opponents,
     told: HostState,
 }
 
@@ -68,6 +80,8 @@ impl Surroundings {
             mode,
             set_sysctls,
             right: BTreeSet::new(),
+            kept: BTreeSet::new(),
+            was_closed: false,
             table_problem: None,
             refused_at: None,
             problems: Vec::new(),
@@ -76,6 +90,7 @@ impl Surroundings {
             read_chains_at: Instant::now(),
             chain_problems: Vec::new(),
             count_at: Instant::now(),
+            opponents: Opponents::new(),
             told: HostState::default(),
         }
     }
@@ -99,7 +114,10 @@ impl Surroundings {
     pub fn verify_table(&mut self, firewall: &Firewall) {
         if let Some(pass) = self.on_table(firewall, FirewallTable::verify) {
             self.dropped = self.dropped.max(pass.dropped);
-            self.repaired.extend(pass.repaired.then_some("firewall"));
+            if pass.repaired {
+                self.repaired.push("firewall");
+                self.opponents.note(Kind::Firewall, &format!("inet {}", firewall.table), None);
+            }
         }
     }
 
@@ -141,20 +159,32 @@ impl Surroundings {
             }
             let was_right = self.right.remove(setting.name());
             match setting.set() {
-                Ok(()) => {
+                Ok(kept) => {
+                    self.kept.extend(kept);
                     self.right.insert(setting.name().to_owned());
                     self.repaired.extend(was_right.then_some("sysctl"));
                 }
                 Err(error) => self.problems.push(error),
             }
         }
+        let kept = sysctl::keep_advertisements(&self.kept);
+        let closed = interface::close(&desired.device.name, Ipv6::AsItIs);
+        // One that an earlier version has left is not as this one makes it.
+        let opened = closed.set > 0 && self.was_closed;
+        self.repaired.extend((kept || opened).then_some("sysctl"));
+        if self.repaired.contains(&"sysctl") {
+            self.opponents.note(Kind::Sysctls, "forwarding and what goes with it", None);
+        }
+        self.was_closed = closed.problems.is_empty();
+        self.problems.extend(closed.problems);
     }
 
     /// The state, if it is another one than last time.
     pub fn news(&mut self) -> Option<HostState> {
         let problems = self.table_problem.iter().chain(&self.chain_problems).chain(&self.problems);
+        let problems = problems.cloned().chain(self.opponents.problems());
         let state = HostState {
-            problems: problems.cloned().collect(),
+            problems: problems.collect(),
             dropped: self.dropped,
             repaired: std::mem::take(&mut self.repaired),
         };

@@ -15,13 +15,17 @@ use std::{
 use ipnet::IpNet;
 use tokio::sync::oneshot::Sender;
 
-use super::alarm::{Alarm, Sleeper, alarm};
+use super::{
+    alarm::{Alarm, Sleeper, alarm},
+    opponents::Opponents,
+};
 use crate::{
     api::{PodError, PodErrorKind, PodStatus},
+    dataplane::fight::Kind,
     model::{Attachment, Pod},
     netlink::monitor::Monitor,
     pods::{
-        bridge::Bridge,
+        bridge::{Bridge, Mended},
         wiring::{Connected, End, Wiring, WiringError, link_name},
     },
 };
@@ -85,8 +89,9 @@ pub enum Wired {
         attachment: Attachment,
         result: io::Result<bool>,
     },
-    /// So much of the bridge and its ports was not as it should be, or why that is not known.
-    Mended(io::Result<u64>),
+    /// How much of the bridge and its ports was not as it should be, or why that is not known; and what is
+    /// wrong with them in the long run.
+    Mended(io::Result<Mended>, Vec<String>),
 }
 
 pub struct Wirer {
@@ -117,6 +122,8 @@ impl Wirer {
                     touched: false,
                     looked: Instant::now(),
                     failing: None,
+                    opponents: Opponents::new(),
+                    problems: Vec::new(),
                     worked: Instant::now(),
                 };
                 worker.run();
@@ -166,6 +173,9 @@ struct Worker<'a, F> {
     looked: Instant,
     /// As last told.
     failing: Option<String>,
+    opponents: Opponents,
+    /// As last told.
+    problems: Vec<String>,
     /// What the kernel tells of our own work is read when those who wait for it have their answers.
     worked: Instant,
 }
@@ -267,20 +277,43 @@ impl<F: Fn(Wired)> Worker<'_, F> {
     }
 
     fn mend(&mut self) {
+        if self.kept.is_none() && !self.problems.is_empty() {
+            self.problems.clear();
+            (self.report)(Wired::Mended(Ok(Mended::default()), Vec::new()));
+        }
         let Some(bridge) = &self.kept else { return };
-        let pause = if self.touched { GAP } else { LOOK };
-        if self.looked.elapsed() < pause {
+        if self.looked.elapsed() < self.pause() {
             return;
         }
         let result = self.wiring.mend(bridge, &self.ports);
         self.looked = Instant::now();
         self.touched = false;
-        let why = result.as_ref().err().map(ToString::to_string);
-        let is_known = why.is_some() && why == self.failing;
-        self.failing = why;
-        if !is_known && !matches!(result, Ok(0)) {
-            (self.report)(Wired::Mended(result));
+        let mut problems = Vec::new();
+        let mut is_news = false;
+        if let Ok(mended) = &result {
+            if let Some((object, link)) = mended.object() {
+                self.opponents.note(Kind::Bridge, object, Some(link));
+            }
+            if mended.sysctls > 0 {
+                self.opponents.note(Kind::Sysctls, &bridge.name, None);
+            }
+            is_news = mended.count() > 0;
+            problems.clone_from(&mended.problems);
         }
+        problems.extend(self.opponents.problems());
+        is_news |= problems != self.problems;
+        self.problems.clone_from(&problems);
+        let why = result.as_ref().err().map(ToString::to_string);
+        is_news |= why.is_some() && why != self.failing;
+        self.failing = why;
+        if is_news {
+            (self.report)(Wired::Mended(result, problems));
+        }
+    }
+
+    /// Between two looks at the bridge. One that another program fights about is looked at more rarely.
+    fn pause(&self) -> Duration {
+        if self.touched { GAP.max(self.opponents.pause(Kind::Bridge)) } else { LOOK }
     }
 
     fn wait(&mut self) {
@@ -289,8 +322,7 @@ impl<F: Fn(Wired)> Worker<'_, F> {
             self.sleeper.wait([], Some(quiet));
             return;
         }
-        let pause = if self.touched { GAP } else { LOOK };
-        let mend = self.kept.as_ref().map(|_| pause.saturating_sub(self.looked.elapsed()));
+        let mend = self.kept.as_ref().map(|_| self.pause().saturating_sub(self.looked.elapsed()));
         self.sleeper.wait([self.monitor.as_fd()], mend);
     }
 }

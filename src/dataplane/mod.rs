@@ -3,6 +3,7 @@
 //! - [`desired`]: view -> device and entries (pure)
 //! - [`plan`]: desired and actual -> ordered operations (pure)
 //! - [`demand`]: what the kernel misses, and what it is told (pure)
+//! - [`fight`]: whether another program undoes our repairs (pure)
 //! - [`firewall`]: view -> our table in nftables (pure)
 //! - [`offload`]: whether checksums can be left to the device (pure)
 //! - [`overlap`]: networks of the host that are also the overlay's (pure)
@@ -19,6 +20,8 @@ pub mod demand;
 pub mod desired;
 #[cfg(any(test, feature = "sim"))]
 pub mod fake;
+#[warn(clippy::disallowed_methods)]
+pub mod fight;
 #[warn(clippy::disallowed_methods)]
 pub mod firewall;
 #[cfg(feature = "agent")]

@@ -21,6 +21,7 @@ use rtnetlink::{
 
 use super::gateway;
 use crate::{
+    dataplane::kernel::interface::{self, Ipv6},
     model::{Mac, Subnets},
     netlink::{
         Netlink, Request,
@@ -42,6 +43,29 @@ pub struct Bridge {
     pub mtu: u32,
 }
 
+/// How much was not as it should be, and what of it still is not.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Mended {
+    pub bridge: u64,
+    pub ports: u64,
+    pub sysctls: u64,
+    /// The last interface of which something was wrong, but for its sysctls.
+    last: Option<(String, u32)>,
+    /// What cannot be mended, as sentences with what helps.
+    pub problems: Vec<String>,
+}
+
+impl Mended {
+    pub const fn count(&self) -> u64 {
+        self.bridge + self.ports + self.sysctls
+    }
+
+    /// What was wrong beside sysctls, and the index of that interface.
+    pub fn object(&self) -> Option<(&str, u32)> {
+        self.last.as_ref().map(|(object, link)| (object.as_str(), *link))
+    }
+}
+
 /// A bridge that is as it should be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Provided {
@@ -55,14 +79,15 @@ pub fn bridge_name(vni: u32) -> String {
     if vni == 1 { format!("{PREFIX}0") } else { format!("{PREFIX}{vni}") }
 }
 
-/// Makes the bridge, or what it lacks, and takes away what it had for other subnets. Says how much was not
-/// as it should be.
-pub(super) fn provide(netlink: &mut Netlink, bridge: &Bridge) -> io::Result<(Provided, u64)> {
-    let mut changes = 0;
-    let link = match netlink.link(&bridge.name)? {
+/// Makes the bridge, or what it lacks, and takes away what it had for other subnets.
+pub(super) fn provide(netlink: &mut Netlink, bridge: &Bridge) -> io::Result<(Provided, Mended)> {
+    let mut mended = Mended::default();
+    let found = netlink.link(&bridge.name)?;
+    let is_new = found.is_none();
+    let link = match found {
         Some(link) => link,
         None => {
-            changes += 1;
+            mended.bridge += 1;
             remove_former(netlink, bridge)?;
             make(netlink, bridge)?
         }
@@ -71,10 +96,14 @@ pub(super) fn provide(netlink: &mut Netlink, bridge: &Bridge) -> io::Result<(Pro
         let why = format!("{} is there and is not gossamer's: choose another name", bridge.name);
         return Err(io::Error::other(why));
     }
+    // Before it is up: it hears nothing before that.
+    let closed = interface::close(&bridge.name, bridge.ipv6());
+    mended.sysctls += if is_new { 0 } else { closed.set };
+    mended.problems = closed.problems;
     if !is_as_it_should_be(&link, bridge) {
         let change = LinkUnspec::new_with_index(link.index).mtu(bridge.mtu).alias(ALIAS).up();
         netlink.set_link(change)?;
-        changes += 1;
+        mended.bridge += 1;
     }
     let has: Vec<Address> = netlink.addresses()?;
     let mut has = has.iter().filter(|address| address.link == link.index);
@@ -82,7 +111,7 @@ pub(super) fn provide(netlink: &mut Netlink, bridge: &Bridge) -> io::Result<(Pro
     for address in has.clone().filter(|address| !bridge.is_gateway(address.ip)) {
         if !is_link_local(address.ip) {
             netlink.remove_address(link.index, address.ip, address.prefix_len)?;
-            changes += 1;
+            mended.bridge += 1;
         }
     }
     for subnet in bridge.subnets.iter() {
@@ -90,29 +119,39 @@ pub(super) fn provide(netlink: &mut Netlink, bridge: &Bridge) -> io::Result<(Pro
         if !has.any(|address| address.ip == ip) {
             let Request { message, flags } = address_request(link.index, ip, subnet.prefix_len());
             netlink.apply_one(message, flags)?;
-            changes += 1;
+            mended.bridge += 1;
         }
     }
-    Ok((Provided { bridge: bridge.clone(), index: link.index, mac: link.mac }, changes))
+    if mended.bridge > 0 {
+        mended.last = Some((format!("bridge {}", bridge.name), link.index));
+    }
+    Ok((Provided { bridge: bridge.clone(), index: link.index, mac: link.mac }, mended))
 }
 
-/// Plugs those of the ports in again that are on no bridge, or on another one, or down. Says how many.
+/// Plugs those of the ports in again that are on no bridge, or on another one, or down, and closes them.
 pub(super) fn plug_again(
     netlink: &mut Netlink,
     provided: &Provided,
     ports: &BTreeSet<String>,
-) -> io::Result<u64> {
+    mended: &mut Mended,
+) -> io::Result<()> {
     let links = netlink.links()?;
-    let mut changes = 0;
     for port in links.iter().filter(|link| ports.contains(&link.name)) {
+        let closed = interface::close(&port.name, Ipv6::AsItIs);
+        mended.sysctls += closed.set;
+        // One of them stands for all.
+        if mended.problems.is_empty() {
+            mended.problems = closed.problems;
+        }
         if !is_plugged(port, provided.index) {
             netlink
                 .set_link(LinkUnspec::new_with_index(port.index).controller(provided.index).up())?;
             netlink.apply_one(hairpin(&port.name).message, 0)?;
-            changes += 1;
+            mended.ports += 1;
+            mended.last = Some((format!("port {}", port.name), port.index));
         }
     }
-    Ok(changes)
+    Ok(())
 }
 
 /// Whether something has happened to the bridge or to one of the ports, after which it is to be looked at
@@ -186,6 +225,12 @@ pub(super) fn mac_at(ip: IpAddr) -> Mac {
 }
 
 impl Bridge {
+    /// Without an IPv6 subnet it needs no IPv6 address. With one it needs the link-local one too: from there
+    /// the kernel asks for pods to which it forwards.
+    fn ipv6(&self) -> Ipv6 {
+        if self.subnets.iter().any(|subnet| subnet.addr().is_ipv6()) { Ipv6::On } else { Ipv6::Off }
+    }
+
     fn is_gateway(&self, ip: IpAddr) -> bool {
         self.subnets.iter().any(|subnet| gateway(subnet) == ip)
     }
@@ -227,7 +272,9 @@ fn make(netlink: &mut Netlink, bridge: &Bridge) -> io::Result<Link> {
     // Without a MAC of its own it takes the lowest of its ports', which come and go.
     let mac = mac_at(gateway(bridge.subnets.first)).as_bytes().to_vec();
     // An MTU that it was born with would change with its ports; one that is set later stays.
-    let made = LinkBridge::new(&bridge.name).address(mac).up();
-    netlink.create_link(made.build())?;
+    netlink.create_link(LinkBridge::new(&bridge.name).address(mac).build())?;
+    if bridge.ipv6() == Ipv6::Off {
+        let _ = netlink.apply_one(without_address(&bridge.name).message, 0);
+    }
     netlink.link(&bridge.name)?.ok_or_else(|| io::ErrorKind::NotFound.into())
 }

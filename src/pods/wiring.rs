@@ -26,10 +26,11 @@ use rtnetlink::{
 use sha2::{Digest as _, Sha256};
 
 use super::{
-    bridge::{self, ALIAS, Bridge, PREFIX, Provided, address_request, mac_at},
+    bridge::{self, ALIAS, Bridge, Mended, PREFIX, Provided, address_request, mac_at},
     gateway,
 };
 use crate::{
+    dataplane::kernel::interface::{self, Ipv6},
     model::{Addresses, Attachment, Mac, Pod, Subnets},
     netlink::{
         Netlink, Refused, Request,
@@ -145,12 +146,12 @@ impl Wiring {
     }
 
     /// Makes bridge and ports what they should be. Says how much was not.
-    pub fn mend(&mut self, bridge: &Bridge, ports: &BTreeSet<String>) -> io::Result<u64> {
+    pub fn mend(&mut self, bridge: &Bridge, ports: &BTreeSet<String>) -> io::Result<Mended> {
         self.bridge = None;
-        let (provided, changes) = bridge::provide(&mut self.netlink, bridge)?;
-        let plugged = bridge::plug_again(&mut self.netlink, &provided, ports)?;
+        let (provided, mut mended) = bridge::provide(&mut self.netlink, bridge)?;
+        bridge::plug_again(&mut self.netlink, &provided, ports, &mut mended)?;
         self.bridge = Some(provided);
-        Ok(changes + plugged)
+        Ok(mended)
     }
 
     /// Whether what the kernel tells makes [`Wiring::mend`] necessary.
@@ -274,9 +275,15 @@ impl Wiring {
             flags: NLM_F_CREATE | NLM_F_EXCL,
         };
         let up = Request { message: RouteNetlinkMessage::SetLink(up), flags: 0 };
-        let changes = vec![made, bridge::hairpin(&name), bridge::without_address(&name), up];
+        let changes = vec![made, bridge::hairpin(&name), bridge::without_address(&name)];
         let refused = self.netlink.apply(changes)?;
-        all_done(refused.iter().filter(|refused| refused.index != WITHOUT_ADDRESS))
+        all_done(refused.iter().filter(|refused| refused.index != WITHOUT_ADDRESS))?;
+        // What cannot be set is told when the bridge is looked at.
+        interface::close(&name, Ipv6::AsItIs);
+        if netns.is_none() {
+            interface::close(&loose_name(&pod.attachment), Ipv6::AsItIs);
+        }
+        all_done(self.netlink.apply(vec![up])?.iter())
     }
 
     /// A namespace, and a socket inside.

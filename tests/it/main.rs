@@ -18,6 +18,7 @@ mod docs;
 mod doctor;
 mod families;
 mod firewall;
+mod harm;
 mod instances;
 mod kubernetes;
 mod limits;

@@ -4,8 +4,10 @@
 //! FDB entries on it, and routes with our protocol number. Objects of others are neither listed nor
 //! touched. A failing operation never stops the others; each failure is named.
 
+mod advertised;
 mod firewall;
 mod forward;
+pub mod interface;
 mod leftovers;
 mod messages;
 mod observe;
@@ -31,6 +33,7 @@ pub use self::{
     watch::Touched,
 };
 use self::{
+    interface::Ipv6,
     messages::{device_message, fixed_attributes, request, solicit_us},
     watch::miss,
 };
@@ -308,6 +311,8 @@ impl Kernel {
                 // A device with an IPv6 address of its own would send router solicitations into the
                 // tunnel. Where the kernel has no IPv6 there is nothing to turn off.
                 let _ = self.set(name, |link| link.append_extra_attribute(no_ipv6_address()));
+                // Whatever cannot be set is named when the host's sysctls are looked at.
+                interface::close(name, Ipv6::AsItIs);
                 Ok(())
             }
             Op::DeleteDevice => {

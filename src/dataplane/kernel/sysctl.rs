@@ -2,10 +2,11 @@
 //!
 //! Only what is named here is ever written, and only to what it says.
 
-use std::{fs, io, path::Path};
+use std::{collections::BTreeSet, fs, io, path::Path};
 
 use ipnet::IpNet;
 
+use super::advertised::{Advertised, keep_again};
 use crate::dataplane::desired::Mode;
 
 /// Below `/proc/sys`.
@@ -21,6 +22,9 @@ pub struct Sysctl {
     all: Option<String>,
     wrong: &'static str,
     consequence: &'static str,
+    /// The underlay interface, if setting it would cost this host what it has learned from router
+    /// advertisements.
+    ends_advertisements: Option<String>,
 }
 
 /// What has to be right for an overlay of these networks.
@@ -32,6 +36,7 @@ pub fn wanted(networks: &[IpNet], device: &str, mode: Mode, underlay: &str) -> V
         all: None,
         wrong: "0",
         consequence: "this host forwards no packets, so its pods reach nobody",
+        ends_advertisements: (!ipv4).then(|| underlay.to_owned()),
     };
     // Where some packets take the tunnel and others do not, the answer may come by the other way.
     let loose = |interface: &str| Sysctl {
@@ -40,6 +45,7 @@ pub fn wanted(networks: &[IpNet], device: &str, mode: Mode, underlay: &str) -> V
         all: Some("net/ipv4/conf/all/rp_filter".to_owned()),
         wrong: "1",
         consequence: "packets that come by another way than they go are dropped",
+        ends_advertisements: None,
     };
     let mut wanted: Vec<Sysctl> = families().map(forwarding).collect();
     if mode != Mode::Vxlan && families().any(|ipv4| ipv4) {
@@ -61,25 +67,46 @@ impl Sysctl {
 
     /// The same in three parts: how it is, what follows, the command that helps.
     pub fn wrong(&self) -> Option<(String, &'static str, String)> {
-        let Self { name, value, all, wrong, consequence } = self;
+        let Self { name, value, all, wrong, consequence, .. } = self;
         let own = read(name)?;
         let in_force = all.as_deref().and_then(read).map_or(own.clone(), |all| all.max(own));
         let name = dotted(name);
         (in_force == *wrong).then(|| {
-            (format!("{name} is {in_force}"), *consequence, format!("sysctl -w {name}={value}"))
+            // In this order: once it forwards, what was learned is gone.
+            let first = self.advertised().map(|found| found.arguments()).unwrap_or_default();
+            let command = format!("sysctl -w {first}{name}={value}");
+            (format!("{name} is {in_force}"), *consequence, command)
         })
     }
 
-    /// Makes it right.
-    pub fn set(&self) -> Result<(), String> {
-        write(&self.name, self.value).map_err(|error| {
-            format!("{} cannot be set to {}: {error}", dotted(&self.name), self.value)
-        })
+    /// Makes it right. Gives the interfaces whose advertisements are taken only because of that.
+    ///
+    /// # Errors
+    /// Why it is left as it is.
+    pub fn set(&self) -> Result<BTreeSet<String>, String> {
+        let name = dotted(&self.name);
+        let left = |why: String| format!("{name} is left as it is: {why}");
+        let kept = match self.advertised() {
+            Ok(found) => found.keep().map_err(left)?,
+            Err(error) => return Err(left(format!("router advertisements: {error}"))),
+        };
+        write(&self.name, self.value)
+            .map_err(|error| format!("{name} cannot be set to {}: {error}", self.value))?;
+        Ok(kept)
+    }
+
+    fn advertised(&self) -> io::Result<Advertised> {
+        self.ends_advertisements.as_deref().map_or(Ok(Advertised::default()), Advertised::find)
     }
 }
 
+/// Interfaces that this process has made take advertisements do so again where they were made anew.
+pub fn keep_advertisements(interfaces: &BTreeSet<String>) -> bool {
+    interfaces.iter().filter(|interface| keep_again(interface)).count() > 0
+}
+
 /// As the `sysctl` program writes names: an interface may have dots in its own.
-fn dotted(name: &str) -> String {
+pub(super) fn dotted(name: &str) -> String {
     name.chars()
         .map(|c| {
             if c == '/' {
@@ -97,7 +124,7 @@ pub(super) fn write(name: &str, value: &str) -> io::Result<()> {
     fs::write(Path::new(ROOT).join(name), value)
 }
 
-fn read(name: &str) -> Option<String> {
+pub(super) fn read(name: &str) -> Option<String> {
     Some(fs::read_to_string(Path::new(ROOT).join(name)).ok()?.trim().to_owned())
 }
 

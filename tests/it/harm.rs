@@ -1,0 +1,336 @@
+//! No harm to the host: what pods, and gossamer itself, must not do to the machine they run on.
+
+use std::{
+    fs, io,
+    net::{Ipv6Addr, SocketAddrV6},
+    os::unix::fs::PermissionsExt as _,
+    path::PathBuf,
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use gossamer::lab::{Agent, Host, NetNs};
+use serde_json::Value;
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::{
+    cni::{Runtime, address, namespaces},
+    common::{
+        Cluster, PATIENCE, client, eventually, isolated, program, run, status_where, tool,
+        wait_until,
+    },
+};
+
+/// ICMPv6 types (RFC 4861).
+const ROUTER_ADVERTISEMENT: u8 = 134;
+
+/// Says from `eth0` of a namespace that there is a router.
+fn advertise(netns: &NetNs) -> anyhow::Result<()> {
+    let mut message = [0; 16];
+    message[0] = ROUTER_ADVERTISEMENT;
+    message[4] = 64;
+    message[6..8].copy_from_slice(&1_800_u16.to_be_bytes());
+    Ok(netns.run(|| {
+        let socket = Socket::new(Domain::IPV6, Type::RAW, Some(Protocol::ICMPV6))?;
+        socket.set_multicast_hops_v6(255)?;
+        socket.bind_device(Some(b"eth0"))?;
+        let index = nix::net::if_::if_nametoindex("eth0").map_err(io::Error::from)?;
+        let all_nodes = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
+        socket.send_to(&message, &SocketAddrV6::new(all_nodes, 0, 0, index).into()).map(drop)
+    })?)
+}
+
+/// Waits until an interface has a link-local address that may be used.
+fn wait_for_link_local(netns: &NetNs, interface: &str) {
+    eventually(netns, &format!("ip -6 addr show dev {interface} scope link"), |text| {
+        text.contains("fe80:") && !text.contains("tentative")
+    });
+}
+
+fn sysctl(netns: &NetNs, name: &str) -> String {
+    let path = PathBuf::from("/proc/sys").join(name);
+    netns.run(|| fs::read_to_string(path)).expect("a sysctl").trim().to_owned()
+}
+
+fn problems(agent: &mut Agent) -> String {
+    agent.ask("/v1/status", PATIENCE).expect("a status")["problems"].to_string()
+}
+
+/// A host that takes router advertisements, as one that forwards no IPv6 does.
+fn is_no_router(host: &Host) {
+    tool(&host.netns, "sysctl -qw net.ipv6.conf.all.forwarding=0");
+    tool(&host.netns, "sysctl -qw net.ipv6.conf.eth0.accept_ra=1");
+}
+
+/// Lets the agent run with mounts of its own, after these commands.
+fn with_mounts(host: &Host, commands: &str) -> io::Result<PathBuf> {
+    let script = host.dir.join("with-mounts");
+    let program = program().display();
+    let text = format!(
+        "#!/bin/sh\nexec unshare --mount sh -ec '{commands}; exec \"$@\"' sh {program} \"$@\"\n"
+    );
+    fs::write(&script, text)?;
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
+    Ok(script)
+}
+
+/// A program that does something again and again, until it is dropped.
+struct Opponent(std::process::Child);
+
+impl Opponent {
+    /// It is called `name`, for whoever looks at what runs.
+    fn start(host: &Host, name: &str, deed: &str) -> io::Result<Self> {
+        let shell = host.dir.join(name);
+        fs::copy("/bin/sh", &shell)?;
+        fs::set_permissions(&shell, fs::Permissions::from_mode(0o755))?;
+        let mut command = Command::new(shell);
+        let script = format!("while :; do {deed} 2>/dev/null; sleep 0.2; done");
+        command.args(["-c", &script]).stdin(Stdio::null());
+        Ok(Self(host.netns.spawn(&mut command)?))
+    }
+}
+
+impl Drop for Opponent {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_pod_that_says_it_is_a_router_gives_its_host_no_route() {
+    isolated(|lab| {
+        for (number, more) in [(1, &[][..]), (2, &["--network6", "fd42::/48"])] {
+            let host = lab.host(number, &format!("n{number}"))?;
+            is_no_router(&host);
+            let mut agent = Agent::start(program(), &host, &[&["--init"], more].concat())?;
+            agent.wait_converged(1, PATIENCE)?;
+            let name = format!("pod{number}");
+            let space = NetNs::new(&name)?;
+            let added = Runtime::new(&agent).add(&name);
+            let port = added["interfaces"][1]["name"].as_str().expect("a name").to_owned();
+            wait_for_link_local(&space, "eth0");
+            advertise(&space)?;
+            // Whatever the host hears, it has heard the advertisement before the echo.
+            let gateway = added["ips"][0]["gateway"].as_str().expect("a gateway");
+            tool(&space, &format!("ping -c 1 -W 2 {gateway}"));
+            assert_eq!(tool(&host.netns, "ip -6 route show default"), "");
+            for interface in ["gsm0", "gossamer.1", &port] {
+                for name in ["ipv6/conf/IF/accept_ra", "ipv6/conf/IF/accept_redirects"]
+                    .into_iter()
+                    .chain(["ipv4/conf/IF/accept_redirects", "ipv4/conf/IF/proxy_arp"])
+                {
+                    let name = format!("net/{}", name.replace("IF", interface));
+                    assert_eq!(sysctl(&host.netns, &name), "0", "{name}");
+                }
+            }
+            let on_bridge = tool(&host.netns, "ip -6 addr show dev gsm0");
+            if more.is_empty() {
+                assert_eq!(on_bridge, "", "no IPv6 address without an IPv6 subnet");
+            } else {
+                let gateway = added["ips"][1]["gateway"].as_str().expect("a gateway");
+                tool(&space, &format!("ping -c 1 -W 2 {gateway}"));
+                // From the host, and forwarded: for that the bridge asks from its link-local address.
+                let pod = added["ips"][1]["address"].as_str().expect("an address");
+                let pod = pod.split('/').next().expect("an address");
+                tool(&host.netns, "ip addr add fd99::1/64 dev eth0 nodad");
+                tool(&host.netns, "sysctl -qw net.ipv6.conf.all.forwarding=1");
+                tool(&host.netns, "ip -6 neigh flush dev gsm0");
+                let outside = lab.host(9, "outside")?;
+                tool(&outside.netns, "ip addr add fd99::9/64 dev eth0 nodad");
+                tool(&outside.netns, &format!("ip route add {pod} via fd99::1"));
+                tool(&outside.netns, &format!("ping -c 1 -W 5 {pod}"));
+            }
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn sysctls_that_others_open_are_closed_again_and_named_where_they_cannot_be() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        let _space = NetNs::new("a")?;
+        Runtime::new(&cluster.agents[0]).add("a");
+        let host = &cluster.hosts[0].netns;
+        tool(host, "sysctl -qw net.ipv6.conf.gsm0.accept_ra=2");
+        // The kernel tells of this; of a sysctl alone it does not.
+        tool(host, "ip link set gsm0 down");
+        wait_until("it stays open", PATIENCE, || {
+            sysctl(host, "net/ipv6/conf/gsm0/accept_ra") == "0"
+        });
+        status_where(&mut cluster.agents[0], |status| {
+            status["kernel"]["repairs"]["sysctl"].as_u64() >= Some(1)
+        });
+        assert_eq!(problems(&mut cluster.agents[0]), "[]");
+
+        let other = lab.host(2, "n2")?;
+        let _space = NetNs::new("b")?;
+        tool(&other.netns, "sysctl -qw net.ipv6.conf.default.forwarding=0");
+        let read_only = "mount --bind /proc/sys /proc/sys; mount -o remount,bind,ro /proc/sys";
+        let wrapped = with_mounts(&other, read_only)?;
+        let mut agent = Agent::start(&wrapped, &other, &["--init"])?;
+        status_where(&mut agent, |status| {
+            let named = status["problems"].to_string();
+            named.contains("net.ipv6.conf.gossamer/1.accept_ra is 1 and cannot be set to 0")
+                && named.contains("sysctl -w net.ipv6.conf.gossamer/1.accept_ra=0")
+        });
+        Runtime::new(&agent).add("b");
+        status_where(&mut agent, |status| {
+            status["problems"].to_string().contains("net.ipv6.conf.gsm0.accept_ra")
+        });
+        Ok(())
+    });
+}
+
+#[test]
+fn a_host_that_is_turned_into_a_router_keeps_what_it_has_learned_from_one() {
+    isolated(|lab| {
+        let router = lab.host(9, "router")?;
+        wait_for_link_local(&router.netns, "eth0");
+        let overlay = ["--init", "--network6", "fd42::/48"];
+        let mut hosts = Vec::new();
+        for number in 1..=3 {
+            let host = lab.host(number, &format!("n{number}"))?;
+            is_no_router(&host);
+            wait_for_link_local(&host.netns, "eth0");
+            hosts.push(host);
+        }
+        advertise(&router.netns)?;
+        let learned = |host: &Host| tool(&host.netns, "ip -6 route show default proto ra");
+        hosts.iter().for_each(|host| {
+            eventually(&host.netns, "ip -6 route show default proto ra", |text| !text.is_empty());
+        });
+        let forwards = |host: &Host| sysctl(&host.netns, "net/ipv6/conf/all/forwarding") == "1";
+
+        let setting = [&overlay[..], &["--set-sysctls"]].concat();
+        let mut agent = Agent::start(program(), &hosts[0], &setting)?;
+        agent.wait_converged(1, PATIENCE)?;
+        wait_until("it does not forward", PATIENCE, || forwards(&hosts[0]));
+        assert_ne!(learned(&hosts[0]), "");
+        assert_eq!(sysctl(&hosts[0].netns, "net/ipv6/conf/eth0/accept_ra"), "2");
+        assert_eq!(sysctl(&hosts[0].netns, "net/ipv6/conf/gossamer.1/accept_ra"), "0");
+
+        // Where that cannot be kept it is left a host that forwards nothing, and told why.
+        let setting_of_it = "/proc/sys/net/ipv6/conf/eth0/accept_ra";
+        let fixed = format!(
+            "echo 1 > /run/lab/n2/one; mount --bind /run/lab/n2/one {setting_of_it}; \
+             mount -o remount,bind,ro {setting_of_it}"
+        );
+        let wrapped = with_mounts(&hosts[1], &fixed)?;
+        let mut agent = Agent::start(&wrapped, &hosts[1], &setting)?;
+        let command = "run sysctl -w net.ipv6.conf.eth0.accept_ra=2";
+        status_where(&mut agent, |status| {
+            let named = status["problems"].to_string();
+            named.contains("eth0 has routes or addresses") && named.contains(command)
+        });
+        assert!(!forwards(&hosts[1]) && !learned(&hosts[1]).is_empty());
+
+        // The advice keeps it as well.
+        let mut agent = Agent::start(program(), &hosts[2], &overlay)?;
+        let advice = "sysctl -w net.ipv6.conf.eth0.accept_ra=2 net.ipv6.conf.all.forwarding=1";
+        status_where(&mut agent, |status| status["problems"].to_string().contains(advice));
+        tool(&hosts[2].netns, &advice.replace("-w", "-qw"));
+        assert!(forwards(&hosts[2]) && !learned(&hosts[2]).is_empty());
+        Ok(())
+    });
+}
+
+#[test]
+fn packets_for_addresses_that_no_pod_has_are_refused_here() {
+    isolated(|lab| {
+        let host = lab.host(1, "n1")?;
+        let mut agent = Agent::start(
+            program(),
+            &host,
+            &["--init", "--network6", "fd42::/48", "--prefer-subnet", "10.42.7.0"],
+        )?;
+        agent.wait_converged(1, PATIENCE)?;
+        tool(&host.netns, "ip addr add fd99::1/64 dev eth0 nodad");
+        tool(&host.netns, "ip -6 route add default via fd99::9");
+        let way = |to: &str| {
+            let output = run(&host.netns, &format!("ip route get {to}"));
+            String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
+        };
+        let unused = ["10.42.7.77", "fd42:0:0:7::77"];
+        let refused = |to: &&str| {
+            let way = way(to);
+            way.contains("No route to host") || way.contains("unreachable")
+        };
+        assert!(unused.iter().all(refused), "{:?}", unused.map(way));
+        // Repaired like every other, and no difference to what is wanted.
+        tool(&host.netns, "ip route del unreachable 10.42.7.0/24");
+        wait_until("it was not repaired", PATIENCE, || refused(&unused[0]));
+        assert!(client(&agent, &["routes"]).status.success());
+
+        // As soon as there are pods they are where the packets go.
+        let spaces = namespaces(&["a"])?;
+        let added = Runtime::new(&agent).add("a");
+        assert!(
+            unused.map(way).iter().all(|way| way.contains("dev gsm0")),
+            "{:?}",
+            unused.map(way)
+        );
+        tool(&host.netns, &format!("ping -c 1 -W 2 {}", address(&added)));
+        tool(&spaces[0], "ping -c 1 -W 2 10.42.7.1");
+        assert_eq!(problems(&mut agent), "[]");
+        agent.leave()?;
+        for family in ["-4", "-6"] {
+            assert_eq!(tool(&host.netns, &format!("ip {family} route show proto 73")), "");
+        }
+        Ok(())
+    });
+}
+
+/// Changes of one kind that were repaired.
+fn repairs(agent: &mut Agent, kind: &str) -> u64 {
+    let status: Value = agent.ask("/v1/status", PATIENCE).expect("a status");
+    status["kernel"]["repairs"][kind].as_u64().unwrap_or(0)
+}
+
+#[test]
+fn a_program_that_undoes_every_repair_is_named_and_not_answered_at_its_own_pace() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let _space = NetNs::new("a")?;
+        let added = Runtime::new(&cluster.agents[0]).add("a");
+        let port = added["interfaces"][1]["name"].as_str().expect("a name").to_owned();
+        let subnet = Agent::subnet(&cluster.agents[0].ask("/v1/status", PATIENCE)?)?;
+        let deed = format!("ip link set {port} nomaster");
+        let on_ports = Opponent::start(&cluster.hosts[0], "connmand", &deed)?;
+        let deed = format!("ip route del {subnet}");
+        let on_routes = Opponent::start(&cluster.hosts[1], "keepalived", &deed)?;
+        let said = |agent: &mut Agent, words: &[&str]| {
+            let status = agent.ask("/v1/status", PATIENCE).expect("a status");
+            let problems = status["problems"].as_array().expect("a list").clone();
+            let has = |problem: &Value| words.iter().all(|word| problem.to_string().contains(word));
+            problems.iter().any(has)
+        };
+        let port_named = ["keeps changing", &port, "repaired 10 times", "connmand"];
+        wait_until("the fight about the port is not named", Duration::from_secs(40), || {
+            said(&mut cluster.agents[0], &port_named)
+        });
+        let subnet_named = ["keeps changing", "route", "repaired 10 times", "keepalived"];
+        wait_until("the fight about the route is not named", Duration::from_secs(40), || {
+            said(&mut cluster.agents[1], &subnet_named)
+        });
+        let examined = client(&cluster.agents[0], &["doctor"]);
+        assert!(
+            !examined.status.success() && String::from_utf8_lossy(&examined.stdout).contains(&port)
+        );
+        // The other side acts five times a second.
+        let (before, begun) = (repairs(&mut cluster.agents[0], "bridge"), Instant::now());
+        wait_until("it is not repaired any more", PATIENCE, || {
+            repairs(&mut cluster.agents[0], "bridge") >= before + 5
+        });
+        assert!(begun.elapsed() > Duration::from_secs(3), "{:?}", begun.elapsed());
+        let log = cluster.agents[0].log();
+        let lines = log.lines().filter(|line| line.contains("put right")).count();
+        assert!(lines <= 6, "{log}");
+        // Whoever gives up has lost.
+        drop((on_ports, on_routes));
+        let host = &cluster.hosts[0].netns;
+        eventually(host, &format!("ip link show {port}"), |text| text.contains("master gsm0"));
+        Ok(())
+    });
+}
