@@ -69,6 +69,8 @@ pub struct Config {
     pub idle_after: Duration,
     pub mode: Mode,
     pub firewall: Policy,
+    /// Pods are held to the addresses that they were given.
+    pub anti_spoofing: bool,
     /// Sysctls that keep packets from passing are set, not only named.
     pub set_sysctls: bool,
     pub mtu: Option<u32>,
@@ -233,6 +235,7 @@ impl Settings {
                 guard: self.guard.unwrap_or(true),
                 masquerade: self.ip_masq.unwrap_or(false),
             },
+            anti_spoofing: self.anti_spoofing.unwrap_or(true),
             set_sysctls: self.set_sysctls.unwrap_or(false),
             mtu: self.mtu,
             bridge: self.bridge,

@@ -24,7 +24,7 @@ use crate::{
     dataplane::{
         desired::{Desired, device_name},
         firewall::Firewall,
-        kernel::{FirewallTable, Kernel, KernelError},
+        kernel::{FirewallTable, Kernel, KernelError, spoofing::Spoofing},
     },
     model::{NodeId, Pool},
     pods::wiring::Wiring,
@@ -276,6 +276,9 @@ pub(super) fn remove_traces(traces: Option<(u32, Pool)>, config: &Config) {
     let removed = FirewallTable::open().and_then(|mut table| table.remove(&device));
     if let Err(error) = removed {
         tracing::debug!(%error, "no table of nftables removed");
+    }
+    if let Err(error) = Spoofing::open().remove(&device) {
+        tracing::debug!(%error, "no table of nftables for bridges removed");
     }
     let bridge = config.bridge_name(vni);
     let removed = Wiring::open().and_then(|mut wiring| wiring.remove(&bridge));

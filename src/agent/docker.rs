@@ -13,7 +13,7 @@ use super::{Agent, pods::record, wirer::Job};
 use crate::{
     api::{PodError, PodErrorKind},
     docker::{Joined, OWNER, Request},
-    model::{Attachment, Pod, Subnets},
+    model::{Attachment, Mac, Pod, Subnets},
     pods::{
         Wish, gateway,
         wiring::{End, loose_name},
@@ -78,7 +78,12 @@ impl Agent {
                     let _ = reply.send(Err(PodError::invalid(why)));
                 } else {
                     self.pods.bridge = None;
-                    self.wirer.ask(Job::Vacate { bridge: bridge.name, subnet, reply });
+                    self.wirer.ask(Job::Vacate {
+                        bridge: bridge.name,
+                        table: bridge.table,
+                        subnet,
+                        reply,
+                    });
                 }
             }
             (_, subnet) => _ = reply.send(subnet),
@@ -207,6 +212,9 @@ impl Agent {
             return Err(PodError::new(PodErrorKind::Address, why));
         }
         self.pods.table.rename(&held, attachment.clone(), String::new());
+        if let Some(mac) = mac_in(&held) {
+            self.pods.macs.insert(attachment.clone(), mac);
+        }
         // A network of one family takes no more, and must not be told of routes of the other.
         if addresses.len() == 1 {
             self.pods.table.drop_second(&attachment);
@@ -282,6 +290,14 @@ impl Agent {
 
 fn attachment(name: &str) -> Result<Attachment, PodError> {
     Attachment::new(name, INTERFACE).map_err(PodError::invalid)
+}
+
+/// Docker gives it to the container, whoever asks.
+fn mac_in(reservation: &Attachment) -> Option<Mac> {
+    let digits = reservation.container().strip_prefix(BY_MAC)?;
+    let number = u64::from_str_radix(digits, 16).ok().filter(|_| digits.len() == 12)?;
+    let [_, _, bytes @ ..] = number.to_be_bytes();
+    Some(Mac::from_bytes(bytes))
 }
 
 /// No endpoint has it yet.

@@ -21,11 +21,12 @@ use crate::{
         PodErrorKind, PodStatus,
     },
     core::View,
+    dataplane::desired::device_name,
     docker,
-    model::{Attachment, Pod, Time},
+    model::{Attachment, Mac, Pod, Time},
     pods::{
         NoAddress, Pods, Wish,
-        bridge::Bridge,
+        bridge::{Bridge, Tenant, Tenants, mac_at},
         gateway,
         wiring::{Connected, End, WiringError, link_name},
         with_length,
@@ -42,6 +43,8 @@ pub(super) struct PodState {
     to_save: Vec<(Key, Vec<u8>)>,
     /// What their bridge is kept like.
     pub(super) bridge: Option<Bridge>,
+    /// MACs that Docker has given, as far as this process has heard of them.
+    pub(super) macs: BTreeMap<Attachment, Mac>,
     /// What is wrong with their bridge, as sentences.
     pub(super) problems: Vec<String>,
     /// Since when addresses are held for containers of Docker's that have not come yet.
@@ -70,6 +73,23 @@ impl PodState {
     /// Ends of pods' cables that should be there.
     pub(super) fn links(&self) -> BTreeSet<String> {
         self.table.iter().map(|pod| link_name(&pod.attachment)).collect()
+    }
+
+    /// Docker gives its containers MACs of its own.
+    fn mac(&self, pod: &Pod) -> Option<Mac> {
+        if pod.owner == docker::OWNER {
+            self.macs.get(&pod.attachment).copied()
+        } else {
+            Some(mac_at(pod.addresses.first))
+        }
+    }
+
+    /// Who is behind the cables that should be there.
+    fn tenants(&self) -> Tenants {
+        let tenant = |pod: &Pod| (link_name(&pod.attachment), Tenant::new(pod, self.mac(pod)));
+        // Addresses that are only held have no cable.
+        let held = |pod: &&Pod| pod.owner == docker::OWNER && pod.netns.is_empty();
+        self.table.iter().filter(|pod| !held(pod)).map(tenant).collect()
     }
 
     /// From what the disk has. After a new start of the host no container is there any more, whether or not
@@ -123,7 +143,7 @@ impl Agent {
         }
         self.pods.bridge.clone_from(&bridge);
         if let Some(bridge) = bridge {
-            self.wirer.ask(Job::Keep { bridge, ports: self.pods.links() });
+            self.wirer.ask(Job::Keep { bridge, tenants: self.pods.tenants() });
         }
     }
 
@@ -132,6 +152,8 @@ impl Agent {
             name: self.config.bridge_name(view.settings.vni),
             subnets: self.subnets_of_pods(view.own.subnets),
             mtu: self.underlay.mtu,
+            table: device_name(view.settings.vni),
+            anti_spoofing: self.config.anti_spoofing,
         }
     }
 
@@ -154,7 +176,8 @@ impl Agent {
         let number = self.pods.next();
         self.writer.save(vec![record(&pod)], number);
         let (on, one) = (bridge.clone(), pod.clone());
-        self.wirer.ask(Job::Connect { number, bridge: on, pod: one, end });
+        let mac = self.pods.mac(&pod);
+        self.wirer.ask(Job::Connect { number, bridge: on, pod: one, mac, end });
         self.pods.bridge = Some(bridge.clone());
         let attaching = Attaching { bridge, pod, saved: false, connected: None, reply };
         self.pods.attaching.insert(number, attaching);
@@ -265,6 +288,7 @@ impl Agent {
                     Ok(mended) => {
                         self.note_repair("bridge", mended.bridge + mended.ports);
                         self.note_repair("sysctl", mended.sysctls);
+                        self.note_repair("anti-spoofing", mended.spoofing);
                     }
                     Err(error) => tracing::error!(%error, "the pods' bridge"),
                 }
@@ -303,6 +327,7 @@ impl Agent {
     pub(super) fn forget_pod(&mut self, number: u64, attachment: &Attachment) -> bool {
         let pod = self.pods.table.detach(self.clock.now(), attachment);
         let Some(pod) = pod else { return false };
+        self.pods.macs.remove(attachment);
         let text = format!("{attachment} has given {} back", pod.addresses.first);
         self.journal.note(EventKind::Pod, EventLevel::Info, text);
         self.writer.save(vec![(Key::Pod(pod.addresses.first), Vec::new())], number);

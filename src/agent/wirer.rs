@@ -7,6 +7,7 @@ use std::{
     collections::BTreeSet,
     io,
     os::fd::AsFd as _,
+    path::Path,
     sync::mpsc::{self, TryRecvError},
     thread,
     time::{Duration, Instant},
@@ -21,11 +22,11 @@ use super::{
 };
 use crate::{
     api::{PodError, PodErrorKind, PodStatus},
-    dataplane::fight::Kind,
-    model::{Attachment, Pod},
+    dataplane::{fight::Kind, kernel::spoofing::Spoofing},
+    model::{Attachment, Mac, Pod},
     netlink::monitor::Monitor,
     pods::{
-        bridge::{Bridge, Mended},
+        bridge::{Bridge, Mended, Tenant, Tenants},
         wiring::{Connected, End, Wiring, WiringError, link_name},
     },
 };
@@ -42,6 +43,8 @@ pub enum Job {
         number: u64,
         bridge: Bridge,
         pod: Pod,
+        /// None where another program gives it one that this process has not heard of.
+        mac: Option<Mac>,
         end: End,
     },
     Disconnect {
@@ -51,12 +54,13 @@ pub enum Job {
     /// Keeps a bridge as it is to be from now on, with the ports of all pods on it.
     Keep {
         bridge: Bridge,
-        ports: BTreeSet<String>,
+        tenants: Tenants,
     },
     /// Removes a bridge on which there are no pods, for as long as there are none. Answered by the thread
     /// itself, with the subnet that has no route then.
     Vacate {
         bridge: String,
+        table: String,
         subnet: IpNet,
         reply: Sender<Result<IpNet, PodError>>,
     },
@@ -118,8 +122,10 @@ impl Wirer {
                     doomed,
                     report: &report,
                     kept: None,
-                    ports: BTreeSet::new(),
+                    tenants: Tenants::new(),
+                    spoofing: Spoofing::open(),
                     touched: false,
+                    table_touched: false,
                     looked: Instant::now(),
                     failing: None,
                     opponents: Opponents::new(),
@@ -168,8 +174,10 @@ struct Worker<'a, F> {
     report: &'a F,
     /// What is to be kept right: since the first pod came.
     kept: Option<Bridge>,
-    ports: BTreeSet<String>,
+    tenants: Tenants,
+    spoofing: Spoofing,
     touched: bool,
+    table_touched: bool,
     looked: Instant,
     /// As last told.
     failing: Option<String>,
@@ -189,13 +197,17 @@ impl<F: Fn(Wired)> Worker<'_, F> {
             }
             match self.monitor.read() {
                 Ok(heard) => {
-                    let touched = self.wiring.is_touched(&self.ports, heard.messages);
+                    let touched = self.wiring.is_touched(&self.tenants, heard.messages);
                     self.touched |= heard.overrun || touched;
                 }
                 Err(error) => {
                     tracing::error!(%error, "cannot hear of changes of interfaces");
                     thread::sleep(GAP);
                 }
+            }
+            match self.spoofing.touched() {
+                Ok(touched) => self.table_touched |= touched,
+                Err(error) => tracing::debug!(%error, "cannot hear of changes of nftables"),
             }
             self.mend();
             self.wait();
@@ -218,16 +230,25 @@ impl<F: Fn(Wired)> Worker<'_, F> {
 
     fn work(&mut self, job: Job) {
         match job {
-            Job::Connect { number, bridge, pod, end } => {
-                let result = self.wiring.connect(&bridge, &pod, end);
+            Job::Connect { number, bridge, pod, mac, end } => {
+                let cable = link_name(&pod.attachment);
+                let tenant = Tenant::new(&pod, mac);
+                if bridge.anti_spoofing {
+                    self.spoofing.let_in(&bridge, &cable, &tenant, &self.tenants);
+                }
+                let result = self.wiring.connect(&bridge, &pod, mac, end);
                 self.kept = Some(bridge);
                 if result.is_ok() {
-                    self.ports.insert(link_name(&pod.attachment));
+                    self.tenants.insert(cable, tenant);
+                } else {
+                    self.spoofing.shut_out(&cable);
                 }
                 (self.report)(Wired::Connected { number, result });
             }
             Job::Disconnect { number, attachment } => {
-                self.ports.remove(&link_name(&attachment));
+                let cable = link_name(&attachment);
+                self.tenants.remove(&cable);
+                self.spoofing.shut_out(&cable);
                 let gone = |result| {
                     (self.report)(Wired::Disconnected {
                         number,
@@ -242,12 +263,15 @@ impl<F: Fn(Wired)> Worker<'_, F> {
                     Err(error) => gone(Err(error)),
                 }
             }
-            Job::Keep { bridge, ports } => {
-                (self.kept, self.ports) = (Some(bridge), ports);
+            Job::Keep { bridge, tenants } => {
+                (self.kept, self.tenants) = (Some(bridge), tenants);
                 self.touched = true;
             }
-            Job::Vacate { bridge, subnet, reply } => {
+            Job::Vacate { bridge, table, subnet, reply } => {
                 self.kept = None;
+                if let Err(error) = self.spoofing.remove(&table) {
+                    tracing::warn!(%error, "the table bridge {table} of nftables was not removed");
+                }
                 let failed = |error| {
                     let what = format!("removing {bridge}: {error}");
                     PodError::new(PodErrorKind::Failed, what)
@@ -285,12 +309,17 @@ impl<F: Fn(Wired)> Worker<'_, F> {
         if self.looked.elapsed() < self.pause() {
             return;
         }
-        let result = self.wiring.mend(bridge, &self.ports);
+        let mut result = self.wiring.mend(bridge, &self.tenants);
+        for (cable, tenant) in self.tenants.iter_mut().filter(|(_, tenant)| tenant.mac.is_none()) {
+            tenant.mac = self.wiring.mac_behind(cable, Path::new(&tenant.netns));
+        }
+        let rewritten = self.spoofing.keep(bridge, &self.tenants, || self.wiring.links());
         self.looked = Instant::now();
-        self.touched = false;
+        (self.touched, self.table_touched) = (false, false);
         let mut problems = Vec::new();
         let mut is_news = false;
-        if let Ok(mended) = &result {
+        if let Ok(mended) = &mut result {
+            mended.spoofing = u64::from(rewritten);
             if let Some((object, link)) = mended.object() {
                 self.opponents.note(Kind::Bridge, object, Some(link));
             }
@@ -300,6 +329,10 @@ impl<F: Fn(Wired)> Worker<'_, F> {
             is_news = mended.count() > 0;
             problems.clone_from(&mended.problems);
         }
+        if rewritten {
+            self.opponents.note(Kind::Spoofing, &format!("bridge {}", bridge.table), None);
+        }
+        problems.extend(self.spoofing.problem().cloned());
         problems.extend(self.opponents.problems());
         is_news |= problems != self.problems;
         self.problems.clone_from(&problems);
@@ -313,7 +346,10 @@ impl<F: Fn(Wired)> Worker<'_, F> {
 
     /// Between two looks at the bridge. One that another program fights about is looked at more rarely.
     fn pause(&self) -> Duration {
-        if self.touched { GAP.max(self.opponents.pause(Kind::Bridge)) } else { LOOK }
+        let after = |touched: bool, kind| touched.then(|| GAP.max(self.opponents.pause(kind)));
+        let bridge = after(self.touched, Kind::Bridge);
+        let table = after(self.table_touched, Kind::Spoofing);
+        bridge.into_iter().chain(table).min().unwrap_or(LOOK)
     }
 
     fn wait(&mut self) {
@@ -323,7 +359,8 @@ impl<F: Fn(Wired)> Worker<'_, F> {
             return;
         }
         let mend = self.kept.as_ref().map(|_| self.pause().saturating_sub(self.looked.elapsed()));
-        self.sleeper.wait([self.monitor.as_fd()], mend);
+        let changes = [Some(self.monitor.as_fd()), self.spoofing.changes()];
+        self.sleeper.wait(changes.into_iter().flatten(), mend);
     }
 }
 

@@ -20,7 +20,7 @@ use crate::{
     config::{Instance, NAME},
     dataplane::{
         desired::is_device_name,
-        kernel::{FirewallTable, Kernel},
+        kernel::{FirewallTable, Kernel, spoofing::Spoofing},
     },
     pods::wiring::Wiring,
     store::StateDir,
@@ -112,8 +112,10 @@ struct Removed {
     /// With the cables of pods.
     bridges: Vec<String>,
     routes: Vec<String>,
-    /// Of nftables.
+    /// Of nftables, of both families.
     tables: Vec<String>,
+    /// The same, of bridges.
+    bridge_tables: Vec<String>,
     files: Vec<PathBuf>,
     /// Nodes whose keys were in the state directories. They have not left their clusters.
     nodes: Vec<String>,
@@ -123,6 +125,7 @@ fn cleanup(args: &CleanupArgs, places: &Places) -> anyhow::Result<Removed> {
     let mut kernel = Kernel::open()?;
     let leftovers = kernel.leftovers()?;
     let mut wiring = Wiring::open()?;
+    let mut spoofing = Spoofing::open();
     // Without nftables in the kernel there is no table in it.
     let mut firewall = FirewallTable::open().ok();
     let tables = firewall.as_mut().and_then(|firewall| firewall.tables(is_device_name).ok());
@@ -131,6 +134,7 @@ fn cleanup(args: &CleanupArgs, places: &Places) -> anyhow::Result<Removed> {
         routes: leftovers.routes.iter().map(|(subnet, _)| subnet.to_string()).collect(),
         tables: tables.unwrap_or_default(),
         bridges: wiring.bridges()?,
+        bridge_tables: spoofing.tables(is_device_name).unwrap_or_default(),
         ..Removed::default()
     };
     let files = || places.subnet_files.iter().chain(&places.sockets);
@@ -153,6 +157,7 @@ fn cleanup(args: &CleanupArgs, places: &Places) -> anyhow::Result<Removed> {
     if let Some(firewall) = &mut firewall {
         removed.tables.iter().try_for_each(|table| firewall.remove(table))?;
     }
+    removed.bridge_tables.iter().try_for_each(|table| spoofing.remove(table))?;
     files().try_for_each(|path| remove_file(path))?;
     for (state, path) in states {
         state.wipe()?;
@@ -182,8 +187,10 @@ fn removed_text(removed: &Removed, dry_run: bool) -> String {
     let bridges = removed.bridges.iter().map(|name| format!("bridge {name} with the pods on it"));
     let routes = removed.routes.iter().map(|subnet| format!("route to {subnet}"));
     let tables = removed.tables.iter().map(|name| format!("nftables table inet {name}"));
+    let bridge_tables =
+        removed.bridge_tables.iter().map(|name| format!("nftables table bridge {name}"));
     let files = removed.files.iter().map(|path| path.display().to_string());
-    let all = devices.chain(bridges).chain(routes).chain(tables).chain(files);
+    let all = devices.chain(bridges).chain(routes).chain(tables).chain(bridge_tables).chain(files);
     let mut text: String = all.map(|what| format!("{verb} {what}\n")).collect();
     if text.is_empty() {
         text.push_str("nothing of gossamer is on this host\n");

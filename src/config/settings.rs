@@ -119,6 +119,9 @@ pub struct Settings {
     /// Let pods speak to the outside under this host's address, by the same table [default: false]
     #[arg(long, env = "GOSSAMER_IP_MASQ", num_args = 0..=1, default_missing_value = "true")]
     pub ip_masq: Option<bool>,
+    /// Hold pods to the addresses and the MAC that they were given, by a table of nftables [default: true]
+    #[arg(long, env = "GOSSAMER_ANTI_SPOOFING", num_args = 0..=1, default_missing_value = "true")]
+    pub anti_spoofing: Option<bool>,
     /// Set the sysctls that packets need to pass, instead of only naming those that are wrong
     #[arg(long, env = "GOSSAMER_SET_SYSCTLS", num_args = 0..=1, default_missing_value = "true")]
     pub set_sysctls: Option<bool>,
@@ -229,6 +232,7 @@ impl Settings {
             idle_after: self.idle_after.or(other.idle_after),
             guard: self.guard.or(other.guard),
             ip_masq: self.ip_masq.or(other.ip_masq),
+            anti_spoofing: self.anti_spoofing.or(other.anti_spoofing),
             set_sysctls: self.set_sysctls.or(other.set_sysctls),
             vni: self.vni.or(other.vni),
             vxlan_port: self.vxlan_port.or(other.vxlan_port),

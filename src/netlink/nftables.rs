@@ -25,6 +25,8 @@ use super::{
 
 /// `NFPROTO_INET`: tables for both families.
 pub const INET: u8 = 1;
+/// `NFPROTO_BRIDGE`: tables for what passes bridges.
+pub const BRIDGE: u8 = 7;
 /// Every family, in a request.
 pub const ANY: u8 = 0;
 
@@ -34,6 +36,8 @@ const BATCH_END: u16 = 0x11;
 /// As far as the system's limit allows.
 const SEND_BUFFER: usize = 1 << 20;
 const ENOENT: i32 = 2;
+/// Bytes of an interface's name.
+pub const IFNAMSIZ: usize = 16;
 const EINVAL: i32 = 22;
 const EPROTONOSUPPORT: i32 = 93;
 const EOPNOTSUPP: i32 = 95;
@@ -88,6 +92,11 @@ impl Nftables {
 
     /// Carries out all steps on tables of both families, or none; the error is that of the first that failed.
     pub fn transaction(&mut self, steps: &[Step]) -> io::Result<()> {
+        self.transaction_in(INET, steps)
+    }
+
+    /// The same on tables of a family.
+    pub fn transaction_in(&mut self, family: u8, steps: &[Step]) -> io::Result<()> {
         let mut bytes = Vec::new();
         let subsystem = nfgenmsg(ANY, SUBSYSTEM);
         self.append(BATCH_BEGIN, NLM_F_REQUEST, subsystem, &Attributes::new(), &mut bytes);
@@ -98,7 +107,7 @@ impl Nftables {
             let ack = if i + 1 == steps.len() { NLM_F_ACK } else { 0 };
             let kind = SUBSYSTEM << 8 | step.kind as u16;
             let flags = NLM_F_REQUEST | ack | step.flags;
-            self.append(kind, flags, nfgenmsg(INET, 0), &step.attributes, &mut bytes);
+            self.append(kind, flags, nfgenmsg(family, 0), &step.attributes, &mut bytes);
         }
         let last = self.sequence;
         self.append(BATCH_END, NLM_F_REQUEST, subsystem, &Attributes::new(), &mut bytes);
@@ -113,6 +122,13 @@ impl Nftables {
                 }
             }
         }
+    }
+
+    /// By what the kernel tells changes of this socket from those of others.
+    pub fn port(&self) -> io::Result<u32> {
+        let mut address = SocketAddr::new(0, 0);
+        self.socket.get_address(&mut address)?;
+        Ok(address.port_number())
     }
 
     /// All objects that match, from one undisturbed pass; of a table that is not there, none.
@@ -198,13 +214,25 @@ impl Changes {
         Ok(Self { socket, buffer: Vec::with_capacity(RECEIVE_BUFFER) })
     }
 
-    /// Whether anything in this table has changed, or may have.
+    /// Whether anything in this table of both families has changed, or may have.
     pub fn touched(&mut self, table: &str) -> io::Result<bool> {
+        self.touched_in(INET, table, None)
+    }
+
+    /// The same of a table of a family, but for what a socket with this port has changed.
+    pub fn touched_in(
+        &mut self,
+        family: u8,
+        table: &str,
+        but_for: Option<u32>,
+    ) -> io::Result<bool> {
         let mut touched = false;
         // In every kind of object the first attribute names the table.
         let of_table = |answer: Answer| {
             let name = attributes::find(&answer.attributes, 1);
-            name.is_some_and(|name| attributes::text(name) == table)
+            answer.own[0] == family
+                && Some(answer.port) != but_for
+                && name.is_some_and(|name| attributes::text(name) == table)
         };
         let overrun = drain(&self.socket, &mut self.buffer, |bytes| {
             touched |= answers(bytes).any(of_table);
@@ -227,6 +255,7 @@ pub struct Rule(Attributes);
 /// Where in a packet something is read.
 #[derive(Clone, Copy, Debug)]
 pub enum Base {
+    Link = 0,
     Network = 1,
     Transport = 2,
 }
@@ -239,6 +268,12 @@ pub enum Field {
 }
 
 const REGISTER: u32 = 1;
+/// The first of the registers of 32 bits (`NFT_REG32_00`); the first four are `REGISTER`.
+const WORDS: u32 = 8;
+const META_PROTOCOL: u32 = 1;
+const META_IIFNAME: u32 = 6;
+/// `NFT_LOOKUP_F_INV`
+const NOT_FOUND: u32 = 1;
 const EQUAL: u32 = 0;
 const UNEQUAL: u32 = 1;
 const META_NFPROTO: u32 = 15;
@@ -288,12 +323,47 @@ impl Rule {
         self.load_address(Field::Source, like).expression("lookup", &lookup)
     }
 
+    /// By its number in the Ethernet header (IANA, IEEE 802).
+    pub fn ether_type(self, number: u16) -> Self {
+        self.meta(META_PROTOCOL).compare(EQUAL, &number.to_be_bytes())
+    }
+
+    /// By the number of what follows the headers of IPv6.
+    pub fn transport(self, number: u8) -> Self {
+        self.meta(META_L4PROTO).compare(EQUAL, &[number])
+    }
+
+    /// What stands there under this mask is, or is not, this.
+    pub fn masked(self, base: Base, offset: u32, mask: &[u8], value: &[u8], same: bool) -> Self {
+        let loaded = self.load(base, offset, mask.len() as u32).mask(mask);
+        loaded.compare(if same { EQUAL } else { UNEQUAL }, value)
+    }
+
+    /// The name of the input interface, with what stands at these places one after another, is in the set, or
+    /// is not. Each takes a multiple of four bytes there.
+    pub fn input_with(self, set: &str, places: &[(Base, u32, u32)], found: bool) -> Self {
+        let name = Attributes::new().be32(1, REGISTER).be32(2, META_IIFNAME);
+        let (mut rule, mut word) = (self.expression("meta", &name), IFNAMSIZ as u32 / 4);
+        for &(base, offset, length) in places {
+            let place = Attributes::new().be32(1, WORDS + word).be32(2, base as u32);
+            rule = rule.expression("payload", &place.be32(3, offset).be32(4, length));
+            word += length.div_ceil(4);
+        }
+        let lookup = Attributes::new().text(1, set).be32(2, REGISTER);
+        let lookup = if found { lookup } else { lookup.be32(5, NOT_FOUND) };
+        rule.expression("lookup", &lookup)
+    }
+
     pub fn count(self) -> Self {
         Self(self.0.nest(1, &counter()))
     }
 
     pub fn drop(self) -> Self {
         self.verdict(DROP)
+    }
+
+    pub fn accept(self) -> Self {
+        self.verdict(ACCEPT)
     }
 
     pub fn leave_chain(self) -> Self {

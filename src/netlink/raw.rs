@@ -15,6 +15,8 @@ const HEADERS: usize = 20;
 /// A message of the kernel.
 pub struct Answer {
     pub sequence: u32,
+    /// Port of the socket whose request it answers, or whose change it tells of; 0 is the kernel's.
+    pub port: u32,
     /// 0 is an acknowledgement.
     pub error: Option<i32>,
     /// The end of a dump.
@@ -57,6 +59,7 @@ pub fn answers(bytes: &[u8]) -> impl Iterator<Item = Answer> {
         let own = *message.get(16..)?.first_chunk()?;
         Some(Answer {
             sequence: u32::from_ne_bytes(*message.get(8..)?.first_chunk()?),
+            port: u32::from_ne_bytes(*message.get(12..)?.first_chunk()?),
             error: (kind == NLMSG_ERROR).then_some(-i32::from_ne_bytes(own)),
             done: kind == NLMSG_DONE,
             interrupted: flags & NLM_F_DUMP_INTR != 0,

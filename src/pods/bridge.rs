@@ -3,11 +3,7 @@
 //! Made when the first pod comes and put right whenever it is not as it should be. Which pods there are is
 //! not known here, only how their ports are called.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    io,
-    net::IpAddr,
-};
+use std::{collections::BTreeMap, io, net::IpAddr};
 
 use rtnetlink::{
     LinkBridge, LinkUnspec,
@@ -22,7 +18,7 @@ use rtnetlink::{
 use super::gateway;
 use crate::{
     dataplane::kernel::interface::{self, Ipv6},
-    model::{Mac, Subnets},
+    model::{Addresses, Mac, Pod, Subnets},
     netlink::{
         Netlink, Request,
         link::{Address, Link, address_message, no_ipv6_address},
@@ -41,6 +37,29 @@ pub struct Bridge {
     pub subnets: Subnets,
     /// Of the bridge, and of every pod.
     pub mtu: u32,
+    /// The table of nftables that holds pods to their addresses.
+    pub table: String,
+    /// Whether there is to be one.
+    pub anti_spoofing: bool,
+}
+
+/// Who is behind a port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tenant {
+    pub addresses: Addresses,
+    /// None where another program has given it, and nobody remembers.
+    pub mac: Option<Mac>,
+    /// Path of the network namespace.
+    pub netns: String,
+}
+
+/// By the names of the ports.
+pub type Tenants = BTreeMap<String, Tenant>;
+
+impl Tenant {
+    pub fn new(pod: &Pod, mac: Option<Mac>) -> Self {
+        Self { addresses: pod.addresses, mac, netns: pod.netns.clone() }
+    }
 }
 
 /// How much was not as it should be, and what of it still is not.
@@ -49,6 +68,8 @@ pub struct Mended {
     pub bridge: u64,
     pub ports: u64,
     pub sysctls: u64,
+    /// Whether the table that holds pods to their addresses was.
+    pub spoofing: u64,
     /// The last interface of which something was wrong, but for its sysctls.
     last: Option<(String, u32)>,
     /// What cannot be mended, as sentences with what helps.
@@ -57,7 +78,7 @@ pub struct Mended {
 
 impl Mended {
     pub const fn count(&self) -> u64 {
-        self.bridge + self.ports + self.sysctls
+        self.bridge + self.ports + self.sysctls + self.spoofing
     }
 
     /// What was wrong beside sysctls, and the index of that interface.
@@ -132,11 +153,11 @@ pub(super) fn provide(netlink: &mut Netlink, bridge: &Bridge) -> io::Result<(Pro
 pub(super) fn plug_again(
     netlink: &mut Netlink,
     provided: &Provided,
-    ports: &BTreeSet<String>,
+    ports: &Tenants,
     mended: &mut Mended,
 ) -> io::Result<()> {
     let links = netlink.links()?;
-    for port in links.iter().filter(|link| ports.contains(&link.name)) {
+    for port in links.iter().filter(|link| ports.contains_key(&link.name)) {
         let closed = interface::close(&port.name, Ipv6::AsItIs);
         mended.sysctls += closed.set;
         // One of them stands for all.
@@ -158,7 +179,7 @@ pub(super) fn plug_again(
 /// again. What came last about each counts.
 pub(super) fn is_touched(
     provided: &Provided,
-    ports: &BTreeSet<String>,
+    ports: &Tenants,
     messages: Vec<RouteNetlinkMessage>,
 ) -> bool {
     let mut whole = BTreeMap::new();
@@ -172,7 +193,7 @@ pub(super) fn is_touched(
                 let link = Link::from(message);
                 if link.index == provided.index {
                     whole.insert(link.index, is_as_it_should_be(&link, &provided.bridge));
-                } else if ports.contains(&link.name) {
+                } else if ports.contains_key(&link.name) {
                     whole.insert(link.index, is_plugged(&link, provided.index));
                 }
             }
@@ -216,7 +237,7 @@ pub(super) fn address_request(link: u32, ip: IpAddr, prefix_len: u8) -> Request 
 
 /// Of gateways and pods. Follows from the address, so that neighbours who remember an earlier holder of it
 /// are right.
-pub(super) fn mac_at(ip: IpAddr) -> Mac {
+pub fn mac_at(ip: IpAddr) -> Mac {
     let [.., a, b, c, d] = match ip {
         IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
         IpAddr::V6(ip) => ip.octets(),

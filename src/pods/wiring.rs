@@ -20,13 +20,13 @@ use rtnetlink::{
     packet_core::{NLM_F_CREATE, NLM_F_EXCL},
     packet_route::{
         RouteNetlinkMessage,
-        link::{InfoData, InfoVeth, LinkMessage},
+        link::{InfoData, InfoVeth, LinkAttribute, LinkMessage},
     },
 };
 use sha2::{Digest as _, Sha256};
 
 use super::{
-    bridge::{self, ALIAS, Bridge, Mended, PREFIX, Provided, address_request, mac_at},
+    bridge::{self, ALIAS, Bridge, Mended, PREFIX, Provided, Tenants, address_request, mac_at},
     gateway,
 };
 use crate::{
@@ -105,21 +105,24 @@ impl Wiring {
         &mut self,
         bridge: &Bridge,
         pod: &Pod,
+        mac: Option<Mac>,
         end: End,
     ) -> Result<Connected, WiringError> {
         let netns = Path::new(&pod.netns);
+        let mac = mac.unwrap_or_else(|| mac_at(pod.addresses.first));
         let mut inside = match end {
             End::Inside => Some(self.enter(netns)?),
             End::Loose => None,
         };
         let file = inside.as_ref().map(|(file, _)| file);
-        let plugged = self.port(bridge).and_then(|port| self.plug(pod, file, bridge.mtu, port));
+        let plugged =
+            self.port(bridge).and_then(|port| self.plug(pod, mac, file, bridge.mtu, port));
         if plugged.is_err() {
             // An interface of an attachment that nobody knows any more may be there, or another bridge.
             self.bridge = None;
             self.disconnect(&pod.attachment).map_err(failed("removing an old interface"))?;
             let port = self.port(bridge).map_err(failed("making the bridge"))?;
-            if let Err(error) = self.plug(pod, file, bridge.mtu, port) {
+            if let Err(error) = self.plug(pod, mac, file, bridge.mtu, port) {
                 let _ = self.disconnect(&pod.attachment);
                 return Err(match error.kind() {
                     io::ErrorKind::AlreadyExists => WiringError::InterfaceTaken {
@@ -139,14 +142,14 @@ impl Wiring {
             return Err(failed("setting addresses")(error));
         }
         Ok(Connected {
-            mac: mac_at(pod.addresses.first),
+            mac,
             link_mac: link_mac(&pod.attachment),
             bridge_mac: self.bridge.as_ref().and_then(|provided| provided.mac),
         })
     }
 
     /// Makes bridge and ports what they should be. Says how much was not.
-    pub fn mend(&mut self, bridge: &Bridge, ports: &BTreeSet<String>) -> io::Result<Mended> {
+    pub fn mend(&mut self, bridge: &Bridge, ports: &Tenants) -> io::Result<Mended> {
         self.bridge = None;
         let (provided, mut mended) = bridge::provide(&mut self.netlink, bridge)?;
         bridge::plug_again(&mut self.netlink, &provided, ports, &mut mended)?;
@@ -155,7 +158,7 @@ impl Wiring {
     }
 
     /// Whether what the kernel tells makes [`Wiring::mend`] necessary.
-    pub fn is_touched(&self, ports: &BTreeSet<String>, told: Vec<RouteNetlinkMessage>) -> bool {
+    pub fn is_touched(&self, ports: &Tenants, told: Vec<RouteNetlinkMessage>) -> bool {
         self.bridge.as_ref().is_some_and(|provided| bridge::is_touched(provided, ports, told))
     }
 
@@ -174,6 +177,14 @@ impl Wiring {
 
     fn disconnect(&mut self, attachment: &Attachment) -> io::Result<bool> {
         self.index(attachment)?.map_or(Ok(false), |index| self.delete(index))
+    }
+
+    /// The MAC at the other end of a cable whose pod another program has furnished.
+    pub fn mac_behind(&mut self, port: &str, netns: &Path) -> Option<Mac> {
+        let index = self.netlink.link(port).ok()??.index;
+        let (_, mut inside) = self.enter(netns).ok()?;
+        let is_its = |link: &Link| link.message.attributes.contains(&LinkAttribute::Link(index));
+        inside.links().ok()?.into_iter().find(is_its)?.mac
     }
 
     /// Names of all interfaces of this host.
@@ -255,11 +266,16 @@ impl Wiring {
         Ok(self.bridge.insert(provided).index)
     }
 
-    fn plug(&mut self, pod: &Pod, netns: Option<&File>, mtu: u32, port: u32) -> io::Result<()> {
+    fn plug(
+        &mut self,
+        pod: &Pod,
+        mac: Mac,
+        netns: Option<&File>,
+        mtu: u32,
+        port: u32,
+    ) -> io::Result<()> {
         let name = link_name(&pod.attachment);
-        let end = LinkMessageBuilder::<LinkUnspec>::new()
-            .address(mac_at(pod.addresses.first).as_bytes().to_vec())
-            .mtu(mtu);
+        let end = LinkMessageBuilder::<LinkUnspec>::new().address(mac.as_bytes().to_vec()).mtu(mtu);
         let end = match netns {
             Some(netns) => end.name(pod.attachment.interface()).setns_by_fd(netns.as_raw_fd()),
             None => end.name(loose_name(&pod.attachment)),

@@ -136,7 +136,9 @@ fn ten_hosts_that_start_at_once_all_get_their_own_subnet() {
         }
         assert_eq!(subnets.len(), 10);
         for host in &hosts {
-            eventually(&host.netns, "ip route show proto 73", |routes| routes.lines().count() == 9);
+            eventually(&host.netns, "ip route show proto 73 dev gossamer.1", |routes| {
+                routes.lines().count() == 9
+            });
         }
         Ok(())
     });
@@ -261,7 +263,9 @@ fn a_host_that_comes_back_needs_nobody() {
         let status = cluster.agents[1].ask("/v1/status", PATIENCE)?;
         assert_eq!(Agent::subnet(&status)?, subnet);
         let netns = &cluster.hosts[1].netns;
-        eventually(netns, "ip -4 route show proto 73", |routes| routes.lines().count() == 2);
+        eventually(netns, "ip -4 route show proto 73 dev gossamer.1", |routes| {
+            routes.lines().count() == 2
+        });
         let mac = |line: &str| line.split_whitespace().nth(2).map(str::to_owned);
         let now = tool(netns, "ip -br link show dev gossamer.1");
         assert_eq!(mac(&now), mac(&device), "the VTEP is the same");
@@ -284,7 +288,7 @@ fn leaving_takes_every_trace_along_and_the_others_forget_the_way() {
         assert_eq!(fs::read_dir(leaver.dir.join("state"))?.count(), 0, "no state is left");
         for host in &cluster.hosts[..2] {
             for (command, entries) in [
-                ("ip -4 route show proto 73", 1),
+                ("ip -4 route show proto 73 dev gossamer.1", 1),
                 ("ip -4 neigh show dev gossamer.1", 1),
                 ("bridge fdb show dev gossamer.1", 1),
             ] {
@@ -306,12 +310,12 @@ fn entries_of_a_dead_process_are_swept_once_a_peer_agrees() {
         let mut cluster = Cluster::start(lab, 3)?;
         cluster.agents[0].end(Signal::SIGKILL)?;
         cluster.agents[2].leave()?;
-        let stale = tool(&cluster.hosts[0].netns, "ip route show proto 73");
+        let show = "ip route show proto 73 dev gossamer.1";
+        let stale = tool(&cluster.hosts[0].netns, show);
         assert_eq!(stale.lines().count(), 2, "nobody was there to remove it");
         cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &[])?;
-        let routes = eventually(&cluster.hosts[0].netns, "ip route show proto 73", |routes| {
-            routes.lines().count() == 1
-        });
+        let routes =
+            eventually(&cluster.hosts[0].netns, show, |routes| routes.lines().count() == 1);
         let subnet = Agent::subnet(&cluster.agents[1].wait_converged(2, PATIENCE)?)?;
         assert!(routes.contains(&subnet.to_string()), "{routes}");
         Ok(())

@@ -13,7 +13,7 @@ use crate::common::{
 /// Entries of ours: routes, neighbours, FDB entries.
 fn entries(netns: &NetNs) -> [usize; 3] {
     [
-        "ip route show proto 73",
+        "ip route show proto 73 dev gossamer.1",
         "ip neigh show dev gossamer.1 nud permanent",
         "bridge fdb show dev gossamer.1",
     ]
@@ -106,7 +106,9 @@ fn on_demand_the_kernel_holds_ten_peers_of_a_thousand() {
         assert_eq!(pinger.stream(pods[1].ip, 100, Duration::from_millis(5))?, 100);
         let [routes, neighbours, fdb] = entries(host);
         assert!((2..=11).contains(&routes) && neighbours <= 10 && fdb <= 10, "{routes} routes");
-        eventually(host, "ip route show proto 73", |routes| routes.lines().count() == 1);
+        eventually(host, "ip route show proto 73 dev gossamer.1", |routes| {
+            routes.lines().count() == 1
+        });
         assert_eq!(entries(host), [1, 0, 0], "nobody is in use any more");
         assert!(pinger.ping(pods[1].ip, Duration::from_secs(2))?.is_some(), "used again");
 
@@ -114,7 +116,9 @@ fn on_demand_the_kernel_holds_ten_peers_of_a_thousand() {
         first.end(Signal::SIGKILL)?;
         let mut first = Agent::start(program(), &hosts[0], &arguments)?;
         first.wait_converged(2, PATIENCE)?;
-        eventually(host, "ip route show proto 73", |routes| routes.lines().count() == 1);
+        eventually(host, "ip route show proto 73 dev gossamer.1", |routes| {
+            routes.lines().count() == 1
+        });
         assert!(pinger.ping(pods[1].ip, Duration::from_secs(2))?.is_some());
         assert_eq!(pinger.stream(pods[1].ip, 100, Duration::from_millis(5))?, 100);
         let status = first.ask("/v1/status", PATIENCE)?;

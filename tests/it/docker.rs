@@ -110,10 +110,23 @@ fn dockers_requests_are_answered_and_nothing_is_lost_with_the_agent() {
         let shown = tool(host, &format!("ip link show {name}"));
         assert!(shown.contains("mtu 1450"), "{shown}");
         assert_eq!(pods(&mut cluster.agents[0]).len(), 2);
+        // Whoever comes with the MAC that Docker has given is let in with its address alone.
+        plugin.done("NetworkDriver.CreateEndpoint", &endpoint("e2", &second));
+        let other = json!({ "NetworkID": "n", "EndpointID": "e2", "SandboxKey": "/sandbox2" });
+        plugin.done("NetworkDriver.Join", &other);
+        let of_second = format!(". 02:42:00:00:00:02 . {}", second.trim_end_matches("/24"));
+        let allowed = || tool(&cluster.hosts[0].netns, "nft list table bridge gossamer.1");
+        assert!(allowed().contains(&of_second), "{}", allowed());
+        serve(&mut cluster, 0, Signal::SIGKILL)?;
+        let host = &cluster.hosts[0].netns;
+        let allowed = tool(host, "nft list table bridge gossamer.1");
+        assert!(allowed.contains(&of_second), "without its memory: {allowed}");
+        plugin.done("NetworkDriver.Leave", &other);
 
         plugin.done("NetworkDriver.Leave", &join);
         for _ in 0..2 {
             plugin.done("NetworkDriver.DeleteEndpoint", &join);
+            plugin.done("NetworkDriver.DeleteEndpoint", &other);
             for address in [&first, &second] {
                 let ip = address.split('/').next();
                 let request = json!({ "PoolID": pool, "Address": ip });

@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use gossamer::lab::{Agent, Host, NetNs};
+use gossamer::lab::{Agent, Host, NetNs, Pinger};
 use serde_json::Value;
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -23,6 +23,7 @@ use crate::{
 
 /// ICMPv6 types (RFC 4861).
 const ROUTER_ADVERTISEMENT: u8 = 134;
+const NEIGHBOUR_ADVERTISEMENT: u8 = 136;
 
 /// Says from `eth0` of a namespace that there is a router.
 fn advertise(netns: &NetNs) -> anyhow::Result<()> {
@@ -30,13 +31,33 @@ fn advertise(netns: &NetNs) -> anyhow::Result<()> {
     message[0] = ROUTER_ADVERTISEMENT;
     message[4] = 64;
     message[6..8].copy_from_slice(&1_800_u16.to_be_bytes());
+    say(netns, &message)
+}
+
+/// Says that an address is at the MAC of `eth0`, whatever is known of it.
+fn claim(netns: &NetNs, address: Ipv6Addr) -> anyhow::Result<()> {
+    let link = tool(netns, "ip -br link show dev eth0");
+    let mac: Vec<u8> = link
+        .split_whitespace()
+        .nth(2)
+        .expect("a MAC")
+        .split(':')
+        .map(|byte| u8::from_str_radix(byte, 16).expect("hex"))
+        .collect();
+    let override_flag = [0x20, 0, 0, 0];
+    let head = [NEIGHBOUR_ADVERTISEMENT, 0, 0, 0];
+    say(netns, &[&head[..], &override_flag, &address.octets(), &[2, 1], &mac].concat())
+}
+
+/// To all nodes; the kernel fills in the checksum.
+fn say(netns: &NetNs, message: &[u8]) -> anyhow::Result<()> {
     Ok(netns.run(|| {
         let socket = Socket::new(Domain::IPV6, Type::RAW, Some(Protocol::ICMPV6))?;
         socket.set_multicast_hops_v6(255)?;
         socket.bind_device(Some(b"eth0"))?;
         let index = nix::net::if_::if_nametoindex("eth0").map_err(io::Error::from)?;
         let all_nodes = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
-        socket.send_to(&message, &SocketAddrV6::new(all_nodes, 0, 0, index).into()).map(drop)
+        socket.send_to(message, &SocketAddrV6::new(all_nodes, 0, 0, index).into()).map(drop)
     })?)
 }
 
@@ -333,4 +354,112 @@ fn a_program_that_undoes_every_repair_is_named_and_not_answered_at_its_own_pace(
         eventually(host, &format!("ip link show {port}"), |text| text.contains("master gsm0"));
         Ok(())
     });
+}
+
+#[test]
+fn a_pod_cannot_use_an_address_or_a_mac_that_it_was_not_given() {
+    isolated(|lab| {
+        let host = lab.host(1, "n1")?;
+        let overlay = ["--init", "--network6", "fd42::/48", "--prefer-subnet", "10.42.7.0"];
+        let mut agent = Agent::start(program(), &host, &overlay)?;
+        agent.wait_converged(1, PATIENCE)?;
+        let spaces = namespaces(&["a", "b"])?;
+        let (a, b) = (Runtime::new(&agent).add("a"), Runtime::new(&agent).add("b"));
+        let ip = |added: &Value, n: usize| {
+            let text = added["ips"][n]["address"].as_str().expect("an address");
+            text.split('/').next().expect("an address").to_owned()
+        };
+        let mac = a["interfaces"][2]["mac"].as_str().expect("a MAC").to_owned();
+        let (a4, a6, b4, b6) = (ip(&a, 0), ip(&a, 1), ip(&b, 0), ip(&b, 1));
+        let reaches = |from: &str, to: &str| {
+            run(&spaces[0], &format!("ping -c 1 -W 1 -I {from} {to}")).status.success()
+        };
+        let all_works = || {
+            for to in [&b4, "10.42.7.1", &b6, "fd42:0:0:7::1"] {
+                let from = if to.contains(':') { &a6 } else { &a4 };
+                wait_until(to, PATIENCE, || reaches(from, to));
+            }
+        };
+        all_works();
+
+        // Addresses that it was not given, of its own subnet and of another.
+        for strange in ["10.42.7.99/24", "10.43.0.9/32", "fd42:0:0:7::99/64"] {
+            tool(&spaces[0], &format!("ip addr add {strange} dev eth0"));
+            let from = strange.split('/').next().expect("an address");
+            let to = if from.contains(':') { &b6 } else { &b4 };
+            assert!(!reaches(from, to), "{from} to {to}");
+            tool(&spaces[0], &format!("ip addr del {strange} dev eth0"));
+        }
+        // The address of another, taken while that one is known to all.
+        let known = |address: &str| tool(&host.netns, &format!("ip neigh show {address} dev gsm0"));
+        let lladdr = |address: &str| {
+            let text = known(address);
+            let words: Vec<&str> = text.split_whitespace().map(str::trim).collect();
+            words.windows(2).find(|pair| pair[0] == "lladdr").map(|pair| pair[1].to_owned())
+        };
+        tool(&host.netns, &format!("ping -c 1 -W 2 {b6}"));
+        let of_b = lladdr(&b6);
+        assert_ne!(of_b, Some(mac.clone()), "{}", known(&b6));
+        claim(&spaces[0], b6.parse()?)?;
+        assert!(reaches(&a6, "fd42:0:0:7::1"), "what came before has been heard");
+        assert_eq!(lladdr(&b6), of_b);
+        // Another MAC.
+        tool(&spaces[0], "ip link set eth0 address 02:00:00:00:00:99");
+        assert!(!reaches(&a4, "10.42.7.1") && !reaches(&a4, &b4));
+        tool(&spaces[0], &format!("ip link set eth0 address {mac}"));
+        all_works();
+
+        // What others do to the table is repaired, and nothing of it is left in the end.
+        let show = "nft -s list table bridge gossamer.1";
+        let table = || tool(&host.netns, show);
+        let wanted = words_of(&table());
+        for command in [
+            "nft flush chain bridge gossamer.1 pods",
+            "nft delete table bridge gossamer.1",
+            "nft add element bridge gossamer.1 macs { \"gsm1\" . 02:00:00:00:00:99 }",
+            "nft flush set bridge gossamer.1 macs",
+        ] {
+            tool(&host.netns, command);
+            eventually(&host.netns, show, |text| words_of(text) == wanted);
+            all_works();
+        }
+        status_where(&mut agent, |status| {
+            status["kernel"]["repairs"]["anti-spoofing"].as_u64() >= Some(4)
+        });
+        assert_eq!(problems(&mut agent), "[]");
+        Runtime::new(&agent).del("b");
+        eventually(&host.netns, show, |text| !text.contains(&b4));
+        assert!(table().contains(&a4));
+
+        // A restart costs no packet, and does without memory.
+        let mut pinger = Pinger::new(&spaces[0])?;
+        let pinging = std::thread::spawn(move || {
+            pinger.stream([10, 42, 7, 1].into(), 300, Duration::from_millis(10))
+        });
+        agent.end(nix::sys::signal::Signal::SIGTERM)?;
+        agent = Agent::start(program(), &host, &[])?;
+        agent.wait_converged(1, PATIENCE)?;
+        assert_eq!(pinging.join().expect("the pinger ends")?, 300);
+        agent.end(nix::sys::signal::Signal::SIGTERM)?;
+        agent = Agent::start(program(), &host, &["--anti-spoofing", "false"])?;
+        agent.wait_converged(1, PATIENCE)?;
+        eventually(&host.netns, "nft list tables", |text| !text.contains("bridge"));
+        agent.end(nix::sys::signal::Signal::SIGTERM)?;
+        agent = Agent::start(program(), &host, &[])?;
+        eventually(&host.netns, "nft list tables", |text| text.contains("bridge gossamer.1"));
+        agent.leave()?;
+        assert_eq!(tool(&host.netns, "nft list tables"), "");
+        Ok(())
+    });
+}
+
+/// What `nft` shows; the elements of a set have no order.
+fn words_of(table: &str) -> Vec<String> {
+    let mut words: Vec<String> = table
+        .split(|c: char| c.is_whitespace() || ",{}".contains(c))
+        .filter(|word| !word.is_empty())
+        .map(str::to_owned)
+        .collect();
+    words.sort_unstable();
+    words
 }

@@ -129,13 +129,14 @@ fn cleanup_takes_everything_of_ours_and_nothing_else() {
             "would remove bridge gsm0",
             "route to 10.42.77.0/24",
             "would remove nftables table inet gossamer.77",
+            "would remove nftables table bridge gossamer.1",
             &file,
             "gossamer forget",
         ] {
             assert!(listed.contains(words), "{words} is missing in\n{listed}");
         }
         assert!(!listed.contains("flannel") && !listed.contains("10.43"), "{listed}");
-        assert_eq!(tool(&host.netns, "ip route show proto 73").lines().count(), 3, "only listed");
+        assert_eq!(tool(&host.netns, "ip route show proto 73").lines().count(), 4, "only listed");
         assert!(clean("").status.success());
         assert_eq!(tool(&host.netns, "ip route show proto 73"), "");
         let links = tool(&host.netns, "ip -br link");

@@ -24,6 +24,48 @@ fn shell(script: &str) -> String {
     out
 }
 
+/// How the interfaces are called that gossamer makes.
+const OURS: [&str; 6] =
+    ["gossamer.1", "gossamer.999999", "gossam.16777215", "gsm0", "gsm16777215", "gsm0123456789"];
+
+/// `*` stands for anything; nothing else is special in these files.
+fn matches(pattern: &str, name: &str) -> bool {
+    match pattern.split_once('*') {
+        Some((before, "")) => name.starts_with(before),
+        Some(_) => panic!("{pattern}"),
+        None => pattern == name,
+    }
+}
+
+#[test]
+fn network_managers_are_told_to_leave_every_interface_of_ours_alone() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let read = |path: &str| fs::read_to_string(root.join(path)).expect(path);
+    let assets = read("Cargo.toml");
+    let networkd = read("packaging/network/05-gossamer.network");
+    let manager = read("packaging/network/10-gossamer.conf");
+    let value = |text: &str, key: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(key));
+        line.expect(key).to_owned()
+    };
+    assert_eq!(value(&networkd, "Unmanaged="), "yes");
+    let names = value(&networkd, "Name=");
+    let devices = value(&manager, "unmanaged-devices+=");
+    for name in OURS {
+        assert!(names.split(' ').any(|pattern| matches(pattern, name)), "{name}");
+        let mut patterns = devices.split(';').filter_map(|d| d.strip_prefix("interface-name:"));
+        assert!(patterns.any(|pattern| matches(pattern, name)), "{name}");
+    }
+    for other in ["eth0", "wlan0", "docker0", "cni0"] {
+        assert!(!names.split(' ').any(|pattern| matches(pattern, other)), "{other}");
+    }
+    for asset in
+        ["usr/lib/systemd/network/\", \"644\"", "usr/lib/NetworkManager/conf.d/\", \"644\""]
+    {
+        assert!(assets.contains(asset), "{asset}");
+    }
+}
+
 #[test]
 fn the_package_is_installed_upgraded_and_removed_without_a_trace() {
     let test = "the_package_is_installed_upgraded_and_removed_without_a_trace";
@@ -46,6 +88,8 @@ fn the_package_is_installed_upgraded_and_removed_without_a_trace() {
             "/usr/share/man/man1/gossamer-doctor.1.gz",
             "/usr/share/bash-completion/completions/gossamer",
             "/usr/share/doc/gossamer/examples/grafana.json",
+            "/usr/lib/systemd/network/05-gossamer.network",
+            "/usr/lib/NetworkManager/conf.d/10-gossamer.conf",
         ] {
             inside(&format!("test -s {file}"));
         }

@@ -68,7 +68,8 @@ fn a_host_without_power_is_withdrawn_and_restored_when_it_is_back() {
         // Its own kernel may wait a second for another answer of the underlay's ARP.
         for netns in [host, &cluster.hosts[1].netns] {
             eventually(netns, "ip route show proto 73", |routes| {
-                routes.matches(" via ").count() == 2 && routes.lines().count() == 2
+                // The third refuses what no pod of this node takes.
+                routes.matches(" via ").count() == 2 && routes.lines().count() == 3
             });
         }
         assert!(tool(host, &format!("ping -c 1 -W 2 {}", pod.ip)).contains(" 1 received"));

@@ -121,7 +121,9 @@ fn a_host_that_gets_another_address_or_mtu_keeps_its_subnet_and_its_pods_connect
             fdb.contains("dst 10.99.7.7 ") && fdb.lines().count() == 2
         });
         eventually(host, "ip -d link show gossamer.1", |link| link.contains("local 10.99.7.7 "));
-        eventually(host, "ip -4 route show proto 73", |routes| routes.lines().count() == 2);
+        eventually(host, "ip -4 route show proto 73 dev gossamer.1", |routes| {
+            routes.lines().count() == 2
+        });
         assert_both_ways(&pods);
         let status = cluster.agents[1].wait_converged(3, PATIENCE)?;
         assert_eq!(Agent::subnet(&status)?, subnet);

@@ -78,7 +78,7 @@ struct Written {
 
 /// The table's parts that nobody but us may change, without counters.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Shown {
+pub struct Shown {
     table: Vec<Vec<u8>>,
     chains: Vec<Vec<u8>>,
     rules: Vec<(String, Vec<u8>)>,
@@ -130,7 +130,7 @@ impl FirewallTable {
     pub fn verify(&mut self, wanted: &Firewall) -> io::Result<Pass> {
         self.write(wanted)?;
         let Some(written) = &mut self.written else { return Ok(Pass::default()) };
-        let (shown, counted) = look(&mut self.nftables, &wanted.table)?;
+        let (shown, counted) = look(&mut self.nftables, INET, &wanted.table)?;
         let present = members_in(&mut self.nftables, &wanted.table)?;
         self.dropped = self.dropped_before + counted;
         let right = written.is_shown_by(&shown, &present);
@@ -148,7 +148,7 @@ impl FirewallTable {
     /// Learns how the kernel shows what has just been written.
     fn read_back(&mut self, table: &str) -> io::Result<()> {
         let Some(written) = &mut self.written else { return Ok(()) };
-        let (shown, _) = look(&mut self.nftables, table)?;
+        let (shown, _) = look(&mut self.nftables, INET, table)?;
         let present = members_in(&mut self.nftables, table)?;
         if !written.is_shown_by(&shown, &present) {
             return Err(io::Error::other("another program changes the table at the same time"));
@@ -250,6 +250,12 @@ impl FirewallTable {
     }
 }
 
+impl Shown {
+    pub const fn rules(&self) -> usize {
+        self.rules.len()
+    }
+}
+
 impl Written {
     fn is_shown_by(&self, shown: &Shown, members: &BTreeSet<IpAddr>) -> bool {
         let rules_are_right = match &self.shown {
@@ -274,21 +280,21 @@ impl Firewall {
 }
 
 /// The table as it is, and how many packets its rules have counted.
-fn look(nftables: &mut Nftables, table: &str) -> io::Result<(Shown, u64)> {
+pub fn look(nftables: &mut Nftables, family: u8, table: &str) -> io::Result<(Shown, u64)> {
     let (mut shown, mut counted) = (Shown::default(), 0);
-    let ours = |object: &Object| object.family == INET && name_of(object, 1) == table;
-    for object in nftables.dump(Kind::GetTable, INET, &Attributes::new())? {
+    let ours = |object: &Object| object.family == family && name_of(object, 1) == table;
+    for object in nftables.dump(Kind::GetTable, family, &Attributes::new())? {
         if ours(&object) {
             shown.table.push(parts(&object, &[2]));
         }
     }
-    for object in nftables.dump(Kind::GetChain, INET, &Attributes::new())? {
+    for object in nftables.dump(Kind::GetChain, family, &Attributes::new())? {
         if ours(&object) {
             shown.chains.push(parts(&object, &[3, 4, 5, 7]));
         }
     }
     let filter = Attributes::new().text(1, table);
-    for object in nftables.dump(Kind::GetRule, INET, &filter)?.iter().filter(|o| ours(o)) {
+    for object in nftables.dump(Kind::GetRule, family, &filter)?.iter().filter(|o| ours(o)) {
         let mut right = Vec::new();
         let expressions = attributes::find(&object.attributes, 4).unwrap_or_default();
         for (_, expression) in attributes::read(expressions) {
@@ -413,20 +419,20 @@ fn add_elements(table: &str, kind: Kind, addresses: &[IpAddr], steps: &mut Vec<S
     }
 }
 
-fn create_table(table: &str) -> Step {
+pub fn create_table(table: &str) -> Step {
     let attributes = Attributes::new().text(1, table).be32(2, 0);
     Step { kind: Kind::NewTable, flags: NLM_F_CREATE, attributes }
 }
 
-fn delete_table(table: &str) -> Step {
+pub fn delete_table(table: &str) -> Step {
     Step { kind: Kind::DelTable, flags: 0, attributes: Attributes::new().text(1, table) }
 }
 
-const fn create(kind: Kind, attributes: Attributes) -> Step {
+pub const fn create(kind: Kind, attributes: Attributes) -> Step {
     Step { kind, flags: NLM_F_CREATE | NLM_F_EXCL, attributes }
 }
 
-fn append(table: &str, chain: &str, rule: &Rule) -> Step {
+pub fn append(table: &str, chain: &str, rule: &Rule) -> Step {
     let attributes = Attributes::new().text(1, table).text(2, chain).nest(4, rule.expressions());
     Step { kind: Kind::NewRule, flags: NLM_F_CREATE | NLM_F_APPEND, attributes }
 }

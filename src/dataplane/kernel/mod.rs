@@ -12,6 +12,7 @@ mod leftovers;
 mod messages;
 mod observe;
 mod ports;
+pub mod spoofing;
 pub mod sysctl;
 mod watch;
 
