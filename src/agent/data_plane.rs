@@ -12,6 +12,8 @@ use ipnet::IpNet;
 
 use super::{
     Agent, Ending,
+    auditor::Routing,
+    forwarder::Forwarding,
     programmer::{Goal, State},
     subnet_env,
     surroundings::HostState,
@@ -53,10 +55,12 @@ pub(super) struct KernelState {
     pub(super) problem: Option<String>,
     /// Why the underlay cannot be used as it is.
     pub(super) underlay_problem: Option<String>,
-    /// Routes of other programs that outrank ours, as sentences.
-    pub(super) rivals: Vec<String>,
     /// Addresses of this host inside the overlay's networks, as sentences.
     pub(super) overlaps: Vec<String>,
+    /// Where the kernel sends packets.
+    pub(super) routing: Routing,
+    /// Whether packets of pods are forwarded.
+    pub(super) forwarding: Forwarding,
     pub(super) demand: DemandState,
     /// Firewall and sysctls.
     pub(super) host: HostState,
@@ -82,6 +86,7 @@ impl Agent {
             },
             _ => return,
         };
+        self.update_forwarder();
         self.kernel.goals += 1;
         self.programmer.program(Goal { number: self.kernel.goals, state });
     }
@@ -90,9 +95,11 @@ impl Agent {
         match told {
             Told::Outcome(outcome) => self.on_kernel(outcome),
             Told::Underlay(underlay) => self.on_underlay(underlay),
-            Told::Rivals(rivals) => {
-                rivals.iter().for_each(|rival| tracing::warn!("{rival}"));
-                self.kernel.rivals = rivals;
+            Told::Routing(routing) => {
+                let known = &self.kernel.routing.problems;
+                let new = routing.problems.iter().filter(|problem| !known.contains(problem));
+                new.for_each(|problem| tracing::warn!("{problem}"));
+                self.kernel.routing = routing;
             }
             Told::Overlaps(overlaps) => {
                 overlaps.iter().for_each(|overlap| tracing::warn!("{overlap}"));
@@ -134,6 +141,15 @@ impl Agent {
             }
             Err(error) => self.on_kernel_error(&error),
         }
+    }
+
+    pub(super) fn on_forwarding(&mut self, state: Forwarding) {
+        let before = &self.kernel.forwarding;
+        let known =
+            |problem: &&String| before.problems.contains(problem) || before.input.contains(problem);
+        let told = state.problems.iter().chain(&state.input);
+        told.filter(|problem| !known(problem)).for_each(|problem| tracing::warn!("{problem}"));
+        self.kernel.forwarding = state;
     }
 
     fn on_demand(&mut self, state: DemandState) {

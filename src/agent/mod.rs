@@ -5,9 +5,11 @@
 //! core's: here is only IO. SIGTERM ends the agent and leaves the kernel's state in place.
 
 mod alarm;
+mod auditor;
 mod data_plane;
 mod docker;
 mod events;
+mod forwarder;
 mod knock;
 mod kubernetes;
 mod limits;
@@ -46,6 +48,7 @@ use tokio::{
 use self::{
     data_plane::{KernelState, remove_traces},
     events::Journal,
+    forwarder::{Forwarder, Forwarding},
     ping::Round,
     pods::PodState,
     probe::Prober,
@@ -102,6 +105,7 @@ struct Agent {
     writer: Writer,
     gate: Gate,
     programmer: Programmer,
+    forwarder: Forwarder,
     kernel: KernelState,
     prober: Prober,
     pods: PodState,
@@ -158,6 +162,7 @@ enum Arrival {
 enum News {
     Disk(Written),
     Kernel(Told),
+    Forwarding(Forwarding),
     Pods(Wired),
     Api(Question),
     Docker(docker_plugin::Request),
@@ -246,6 +251,7 @@ impl Agent {
         }
         if self.next_probe().is_some_and(|at| at <= now) {
             self.probe();
+            self.update_forwarder();
         }
         if let Some((why, _)) = self.giving_up.take_if(|(_, until)| *until <= now) {
             self.ending = Some(Ending::Failed(why));
@@ -282,6 +288,7 @@ impl Agent {
             }
             News::Disk(Written::Saved(number)) => self.on_saved(number),
             News::Kernel(told) => self.on_told(told),
+            News::Forwarding(state) => self.on_forwarding(state),
             News::Pods(wired) => self.on_wired(wired),
             News::Api(request) => self.on_api(request),
             News::Docker(request) => self.on_docker(request),
@@ -402,6 +409,7 @@ impl Agent {
         let made_something = self.has_made_something();
         self.transport.close().await;
         drop(self.programmer);
+        drop(self.forwarder);
         drop(self.wirer);
         drop(self.writer);
         let refused = self.fresh && matches!(ending, Ending::Failed(_));

@@ -43,6 +43,10 @@ impl Agent {
         if lost && !self.prober.paths.is_alive(node) {
             return None;
         }
+        // It never left, or its answer was lost here: that is told by its cause.
+        if lost && subnets.iter().any(|subnet| self.kernel.routing.astray.contains(&subnet)) {
+            return None;
+        }
         let underlay = self.underlay.with_mode(self.config.mode);
         let ways: Vec<Way> = subnets.iter().map(|subnet| underlay.way(there, subnet)).collect();
         match ways[0] {

@@ -173,6 +173,8 @@ impl Agent {
 
     /// Answered when the pod is on disk and plugged in.
     pub(super) fn connect(&mut self, bridge: Bridge, pod: Pod, end: End, reply: Answer<Attached>) {
+        // It may have the address that forwarding is tried from.
+        self.update_forwarder();
         let number = self.pods.next();
         self.writer.save(vec![record(&pod)], number);
         let (on, one) = (bridge.clone(), pod.clone());

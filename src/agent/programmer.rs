@@ -14,6 +14,7 @@ use std::{
 
 use super::{
     alarm::{Alarm, Sleeper, alarm},
+    auditor::{Auditor, Place},
     surroundings::Surroundings,
     told::{DemandState, Outcome, Told},
     underlay::{Chosen, Watch, look_again},
@@ -110,8 +111,8 @@ impl Programmer {
             goal: None,
             reached: false,
             touched: Touched::default(),
-            rivals: Vec::new(),
             overlaps: Vec::new(),
+            auditor: Auditor::new(Instant::now()),
             due: None,
             worked: None,
         };
@@ -182,8 +183,8 @@ struct Worker<F> {
     reached: bool,
     touched: Touched,
     /// As last told.
-    rivals: Vec<String>,
     overlaps: Vec<String>,
+    auditor: Auditor,
     due: Option<Instant>,
     worked: Option<Instant>,
 }
@@ -216,9 +217,7 @@ impl<F: Fn(Told)> Worker<F> {
             if is_due {
                 self.look_around();
             }
-            if self.reached && std::mem::take(&mut self.touched.rival) {
-                self.look_for_rivals();
-            }
+            self.audit();
             self.show_tables();
             if std::mem::take(&mut self.count) {
                 self.count_packets();
@@ -399,7 +398,7 @@ impl<F: Fn(Told)> Worker<F> {
         self.due = Some(self.due.filter(|due| *due > now).map_or(next, |due| due.min(next)));
         // What follows from another part of the goal is nobody's doing.
         let repair = self.reached && !std::mem::take(&mut self.part_is_new);
-        self.touched.rival |= !self.reached && matches!(state, State::Overlay(..));
+        self.touched.routing |= !self.reached;
         self.reached |= result.is_ok();
         let done = result.as_ref().ok().filter(|report| repair && !report.done.is_empty());
         if let Some(report) = done {
@@ -467,15 +466,22 @@ impl<F: Fn(Told)> Worker<F> {
         }
     }
 
-    fn look_for_rivals(&mut self) {
-        let Some(Goal { state: State::Overlay(all, _), .. }) = &self.goal else { return };
-        match self.kernel.rivals(self.part.as_ref().unwrap_or(all)) {
-            Ok(rivals) if rivals == self.rivals => {}
-            Ok(rivals) => {
-                self.rivals.clone_from(&rivals);
-                (self.tell)(Told::Rivals(rivals));
-            }
-            Err(error) => tracing::debug!(%error, "routes of others not read"),
+    /// Asks where the kernel sends packets. What is not programmed yet goes astray by design.
+    fn audit(&mut self) {
+        let now = Instant::now();
+        if std::mem::take(&mut self.touched.routing) {
+            self.auditor.touch(now, self.kernel.take_foreign());
+        }
+        let device = self.kernel.device().filter(|_| self.reached);
+        let (Some(Goal { state: State::Overlay(all, firewall), .. }), Some(device)) =
+            (&self.goal, device)
+        else {
+            return self.auditor.put_off(now);
+        };
+        let desired = self.part.as_ref().unwrap_or(all);
+        let place = Place::new(device, self.underlay.present(), firewall);
+        if let Some(routing) = self.auditor.look(now, &mut self.netlink, desired, place) {
+            (self.tell)(Told::Routing(routing));
         }
     }
 
@@ -484,7 +490,8 @@ impl<F: Fn(Told)> Worker<F> {
         let entries = self.touched.ours.then(|| self.repair_at(Kind::Entries));
         let table = self.table_touched.then(|| self.repair_at(Kind::Firewall));
         let repairs = entries.into_iter().chain(table).flatten();
-        let until = self.due.into_iter().chain(repairs).chain(self.underlay_due(now)).min();
+        let until = self.due.into_iter().chain(repairs).chain(self.underlay_due(now));
+        let until = until.chain([self.auditor.due()]).min();
         let pause = until.map(|until| until.saturating_duration_since(now));
         let changes = [Some(self.kernel.changes()), self.surroundings.changes()];
         self.sleeper.wait(changes.into_iter().flatten(), pause);

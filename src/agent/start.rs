@@ -13,8 +13,9 @@ use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 
 use super::{
-    Agent, Clock, Ending, Gate, Journal, KernelState, News, PodState, Prober, Programmer, Reread,
-    Service, Surveys, Wirer, kubernetes, underlay, waiting::wait_for_underlay, wirer::Job,
+    Agent, Clock, Ending, Forwarder, Gate, Journal, KernelState, News, PodState, Prober,
+    Programmer, Reread, Service, Surveys, Wirer, kubernetes, underlay, waiting::wait_for_underlay,
+    wirer::Job,
 };
 use crate::{
     api,
@@ -277,6 +278,10 @@ async fn start(
         let _ = report.send(News::Kernel(told));
     })?;
     let report = sender.clone();
+    let forwarder = Forwarder::start(move |state| {
+        let _ = report.send(News::Forwarding(state));
+    })?;
+    let report = sender.clone();
     let wirer = Wirer::start(move |wired| {
         let _ = report.send(News::Pods(wired));
     })?;
@@ -308,6 +313,7 @@ async fn start(
         writer,
         gate: Gate::default(),
         programmer,
+        forwarder,
         kernel: KernelState::default(),
         prober,
         pods,

@@ -82,6 +82,8 @@ impl Agent {
                 peers_in_use: kernel.demand.in_use.as_ref().map(BTreeSet::len),
                 misses_answered: kernel.demand.answered,
                 misses_unknown: kernel.demand.unknown,
+                routing: kernel.routing.status.clone(),
+                forwarding: kernel.forwarding.status.clone(),
             },
             paths: self.path_statuses(),
             pods: self.pods.table.iter().count(),
@@ -97,7 +99,12 @@ impl Agent {
         let kernel = &self.kernel;
         problems.extend(kernel.problem.iter().chain(&kernel.underlay_problem).cloned());
         problems.extend(self.underlay_limits());
-        problems.extend(kernel.rivals.iter().chain(&kernel.overlaps).cloned());
+        problems.extend(kernel.forwarding.input.iter().cloned());
+        // What is sent elsewhere is not forwarded either: one cause, one problem.
+        if !self.is_all_astray() {
+            problems.extend(kernel.forwarding.problems.iter().cloned());
+        }
+        problems.extend(kernel.routing.problems.iter().chain(&kernel.overlaps).cloned());
         problems.extend(kernel.host.problems.iter().cloned());
         problems.extend(self.pods.problems.iter().cloned());
         problems.extend(self.store_problem.iter().map(|why| format!("state directory: {why}")));
@@ -111,6 +118,15 @@ impl Agent {
         problems.extend(states.filter_map(|(node, state, _)| self.path_problem(node, state)));
         // Some repeat what others said.
         problems.iter().map(|problem| visible(problem)).collect()
+    }
+
+    /// Whether packets to every peer take a wrong way.
+    fn is_all_astray(&self) -> bool {
+        let astray = &self.kernel.routing.astray;
+        let peers = self.kernel.wanted.iter().flat_map(|view| view.peers.values());
+        let mut subnets = peers.filter_map(|peer| Some(peer.leases.first()?.1));
+        !astray.is_empty()
+            && subnets.all(|subnets| subnets.iter().any(|subnet| astray.contains(&subnet)))
     }
 
     pub(super) fn is_converged(&self) -> bool {

@@ -142,9 +142,8 @@ impl Surroundings {
         if self.read_chains_at <= begun {
             let chains = self.table.as_mut().ok().map(|table| table.foreign_chains(&networks));
             let chains = chains.and_then(Result::ok).unwrap_or_default();
-            let closed = chains.closed.iter().map(|chain| closed_chain(chain, desired));
             let drops = chains.dropping.iter().map(|chain| direct_access(chain, desired));
-            self.chain_problems = closed.chain(drops).collect();
+            self.chain_problems = drops.collect();
             self.read_chains_at = begun + begun.elapsed() * SHARE;
         }
         self.problems.clear();
@@ -246,22 +245,5 @@ fn direct_access(chain: &str, desired: &Desired) -> String {
          later): start dockerd with --allow-direct-routing, or make the network with \
          -o com.docker.network.bridge.trusted_host_interfaces={}, or with -d gossamer",
         desired.device.name
-    )
-}
-
-/// Rules of ours cannot open what a chain of somebody else closes: each chain has to let a packet pass.
-fn closed_chain(chain: &str, desired: &Desired) -> String {
-    let networks = desired.pool.networks();
-    let of = |ipv4: bool| networks.iter().find(|network| network.addr().is_ipv4() == ipv4);
-    let (rule, network) = match chain {
-        "ip filter FORWARD" => ("iptables -I FORWARD -s NETWORK -j ACCEPT", of(true)),
-        "ip6 filter FORWARD" => ("ip6tables -I FORWARD -s NETWORK -j ACCEPT", of(false)),
-        _ => ("a rule there that accepts NETWORK", Some(desired.pool.network())),
-    };
-    let network = network.unwrap_or(desired.pool.network()).to_string();
-    format!(
-        "chain {chain} drops what is forwarded, and no rule in it seems to let pods' packets pass (Docker \
-         closes it): add {}, and the same with the destination",
-        rule.replace("NETWORK", &network)
     )
 }

@@ -6,6 +6,7 @@ use std::{
 };
 
 use super::{
+    auditor::Routing,
     surroundings::HostState,
     underlay::{Chosen, UnderlayError},
 };
@@ -21,8 +22,8 @@ pub enum Told {
     /// The interface that carries the tunnels is another one, or has another address or MTU; or there is
     /// none that would do.
     Underlay(Result<Chosen, UnderlayError>),
-    /// Routes of other programs that outrank ours; none any more, if empty.
-    Rivals(Vec<String>),
+    /// Where the kernel sends packets is not where they should go, or is again.
+    Routing(Routing),
     /// Addresses of this host inside the overlay's networks, as sentences.
     Overlaps(Vec<String>),
     /// What the kernel has asked for, and who is in use.

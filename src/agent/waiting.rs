@@ -17,7 +17,7 @@ use super::{
     underlay::{self, Chosen, UnderlayError},
 };
 use crate::{
-    api::{AgentStatus, KernelStatus, PodError, PodErrorKind, Question},
+    api::{AgentStatus, CheckStatus, KernelStatus, PodError, PodErrorKind, Question},
     config::Config,
     core::NodeStatus,
     model::NodeId,
@@ -91,6 +91,8 @@ fn status(config: &Config, node: NodeId, problem: String) -> AgentStatus {
         peers_in_use: None,
         misses_answered: 0,
         misses_unknown: 0,
+        routing: CheckStatus::default(),
+        forwarding: CheckStatus::default(),
     };
     AgentStatus {
         version: env!("CARGO_PKG_VERSION"),

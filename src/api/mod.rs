@@ -25,4 +25,4 @@ pub use pods::{
 pub use routes::KernelEntry;
 pub use server::{Question, SecretStep, observe, put, serve};
 pub use socket::{Socket, SocketError};
-pub use status::{AgentStatus, KernelStatus, MemberState, PathStatus};
+pub use status::{AgentStatus, CheckState, CheckStatus, KernelStatus, MemberState, PathStatus};

@@ -68,6 +68,28 @@ pub struct KernelStatus {
     pub misses_answered: u64,
     /// Addresses and MACs of nobody that the kernel asked for.
     pub misses_unknown: u64,
+    /// Whether the kernel, when asked, sends packets of pods where they should go.
+    pub routing: CheckStatus,
+    /// Whether this host forwards packets of pods, by packets that were sent to find out.
+    pub forwarding: CheckStatus,
+}
+
+/// What has come of something that is tried from time to time.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct CheckStatus {
+    pub state: CheckState,
+    /// What was looked at, or why nothing was.
+    pub detail: String,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CheckState {
+    Ok,
+    Failing,
+    /// There was nothing to look at, or no way to.
+    #[default]
+    Skipped,
 }
 
 /// A member in one word.

@@ -2,9 +2,11 @@
 //!
 //! - [`desired`]: view -> device and entries (pure)
 //! - [`plan`]: desired and actual -> ordered operations (pure)
+//! - [`audit`]: where the kernel sends packets, and why not where they should go (pure)
 //! - [`demand`]: what the kernel misses, and what it is told (pure)
 //! - [`fight`]: whether another program undoes our repairs (pure)
 //! - [`firewall`]: view -> our table in nftables (pure)
+//! - [`forwarding`]: whether this host forwards what pods send and receive (pure)
 //! - [`offload`]: whether checksums can be left to the device (pure)
 //! - [`overlap`]: networks of the host that are also the overlay's (pure)
 //! - [`paths`]: whether packets get through to each peer (pure)
@@ -13,6 +15,8 @@
 //!
 //! Nobody else touches the kernel's tables, and nothing here decides who is a peer.
 
+#[warn(clippy::disallowed_methods)]
+pub mod audit;
 #[warn(clippy::disallowed_methods)]
 pub mod compare;
 pub mod demand;
@@ -24,6 +28,8 @@ pub mod fake;
 pub mod fight;
 #[warn(clippy::disallowed_methods)]
 pub mod firewall;
+#[warn(clippy::disallowed_methods)]
+pub mod forwarding;
 #[cfg(feature = "agent")]
 pub mod kernel;
 #[warn(clippy::disallowed_methods)]

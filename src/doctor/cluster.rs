@@ -55,6 +55,7 @@ fn complaints(status: &Value, told: &[&str], findings: &[Finding]) -> Vec<Findin
             || findings
                 .iter()
                 .any(|finding| finding.fix.is_some() && problem.starts_with(finding.seen.as_str()))
+            || findings.iter().any(|finding| finding.seen == problem)
     };
     let problems = each(status, "problems").filter_map(Value::as_str);
     let mut complaints: Vec<Finding> = problems

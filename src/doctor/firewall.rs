@@ -1,7 +1,9 @@
 //! Chains of others: what they do with our ports, and with packets of pods.
 
+use ipnet::IpNet;
+
 use super::{Finding, Patient};
-use crate::dataplane::kernel::FirewallTable;
+use crate::dataplane::kernel::{ClosedPort, FirewallTable, ForeignChains, open_port};
 
 pub fn examine(patient: &Patient, findings: &mut Vec<Finding>) {
     let numbers = patient.numbers();
@@ -17,43 +19,32 @@ pub fn examine(patient: &Patient, findings: &mut Vec<Finding>) {
             return findings.extend(checks.map(|check| Finding::skipped(check, &*seen)));
         }
     };
-    for (chain, port) in &closed {
-        let what = if *port == numbers.vxlan_port { "tunnel packets" } else { "gossip" };
-        let rule = match chain.split(' ').collect::<Vec<_>>()[..] {
-            ["ip", "filter", "INPUT"] => {
-                format!("iptables -I INPUT -p udp --dport {port} -j ACCEPT")
-            }
-            ["ip6", "filter", "INPUT"] => {
-                format!("ip6tables -I INPUT -p udp --dport {port} -j ACCEPT")
-            }
-            _ => format!("nft insert rule {chain} udp dport {port} accept"),
-        };
-        findings.push(Finding::problem(
-            "firewall",
-            format!("chain {chain} drops UDP {port}"),
-            format!("that is the port of {what}: members do not reach this host"),
-            rule,
-        ));
+    // Where packets are known to get in, reading rules has missed what lets them.
+    let is_tunnel = |port: u16| port == numbers.vxlan_port;
+    let paths =
+        || patient.status().and_then(|status| status["paths"].as_array()).into_iter().flatten();
+    let tunnels_work = paths().count() > 0 && paths().all(|path| path["state"] == "ok");
+    let gossip_works =
+        patient.status().is_some_and(|status| status["connections"].as_u64() > Some(0));
+    for ClosedPort { chain, port, by_port } in &closed {
+        let works = if is_tunnel(*port) { tunnels_work } else { gossip_works };
+        let what = if is_tunnel(*port) { "tunnel packets" } else { "gossip" };
+        let seen = format!("chain {chain} drops UDP {port}");
+        let fix = open_port(chain, *port);
+        findings.push(if works && !by_port {
+            let why =
+                format!("that is the port of {what}, by the form of its rules; so far they get in");
+            Finding::warning("firewall", seen, why, fix)
+        } else {
+            let why = format!("that is the port of {what}: members do not reach this host");
+            Finding::problem("firewall", seen, why, fix)
+        });
     }
     if closed.is_empty() {
         findings
             .push(Finding::ok("firewall", format!("UDP {} and {} are let in", ports[0], ports[1])));
     }
-    let network = numbers.networks.first().map_or("NETWORK".to_owned(), ToString::to_string);
-    for chain in &chains.closed {
-        findings.push(Finding::problem(
-            "forwarding",
-            format!(
-                "chain {chain} drops what is forwarded, and no rule in it seems to let pods' packets \
-                 pass"
-            ),
-            "each chain has to let a packet pass; Docker closes this one",
-            format!("iptables -I FORWARD -s {network} -j ACCEPT; iptables -I FORWARD -d {network} -j ACCEPT"),
-        ));
-    }
-    if chains.closed.is_empty() {
-        findings.push(Finding::ok("forwarding", "no chain is in the way of pods' packets"));
-    }
+    findings.extend(forwarding(patient, &chains, &numbers.networks));
     for chain in &chains.dropping {
         findings.push(Finding::problem(
             "docker",
@@ -65,4 +56,46 @@ pub fn examine(patient: &Patient, findings: &mut Vec<Finding>) {
     if chains.dropping.is_empty() {
         findings.push(Finding::ok("docker", "containers may be spoken to directly"));
     }
+}
+
+/// What the agent has found by trying; where it could not try, a guess by what chains look like.
+fn forwarding(patient: &Patient, chains: &ForeignChains, networks: &[IpNet]) -> Vec<Finding> {
+    let tried = patient.status().map(|status| &status["kernel"]["forwarding"]);
+    let detail = tried.and_then(|tried| tried["detail"].as_str()).unwrap_or("no agent tries it");
+    match tried.and_then(|tried| tried["state"].as_str()) {
+        Some("ok") => return vec![Finding::ok("forwarding", detail)],
+        Some("failing") => {
+            let problems =
+                patient.problems().filter(|problem| problem.contains("does not forward"));
+            let findings = problems.filter_map(|problem| problem.split_once(": "));
+            let findings = findings.map(|(seen, fix)| {
+                let why = "pods here do not reach others, or are not reached by them";
+                Finding::problem("forwarding", seen, why, fix)
+            });
+            let findings: Vec<Finding> = findings.collect();
+            if findings.is_empty() {
+                return vec![Finding::skipped(
+                    "forwarding",
+                    format!("{detail}: see the other checks"),
+                )];
+            }
+            return findings;
+        }
+        _ => {}
+    }
+    let guess = chains.guess().map(|chain| {
+        let of_family =
+            |network: &&IpNet| network.addr().is_ipv6() == chain.chain.starts_with("ip6 ");
+        let network = networks.iter().find(of_family).or(networks.first());
+        let fix =
+            network.map_or_else(|| "let the overlay's network pass".to_owned(), |n| chain.fix(*n));
+        Finding::warning(
+            "forwarding",
+            format!("{chain}, and no rule in it seems to let pods' packets pass"),
+            "a guess by the form of its rules: each chain has to let a packet pass",
+            fix,
+        )
+    });
+    let guess: Vec<Finding> = guess.collect();
+    if guess.is_empty() { vec![Finding::skipped("forwarding", detail)] } else { guess }
 }

@@ -8,6 +8,7 @@ mod bundle;
 mod cluster;
 mod firewall;
 mod host;
+mod routing;
 mod state;
 
 use std::path::PathBuf;
@@ -20,7 +21,7 @@ use crate::config::{Config, ConfigError, DEFAULT_VXLAN_PORT, Instance};
 pub use bundle::write as write_bundle;
 
 /// Everything that is looked at, in this order.
-pub const CHECKS: [(&str, &str); 22] = [
+pub const CHECKS: [(&str, &str); 23] = [
     ("configuration", "settings that contradict each other or cannot be read"),
     ("privileges", "capabilities that the agent needs"),
     ("kernel", "VXLAN, veth, bridges and nftables, tried in a namespace of their own"),
@@ -28,7 +29,8 @@ pub const CHECKS: [(&str, &str); 22] = [
     ("sysctls", "forwarding and reverse path filters"),
     ("ports", "other programs at the UDP ports of gossip and VXLAN"),
     ("firewall", "rules and policies that drop what comes in at those ports"),
-    ("forwarding", "chains that drop what is forwarded, as Docker's does"),
+    ("forwarding", "whether packets of pods pass this host, and the chain that drops them"),
+    ("routing", "where the kernel sends packets to peers, and what leads them elsewhere"),
     ("docker", "Docker 28's rule against direct access to containers"),
     ("overlays", "other overlays and routes in the way"),
     ("mtu", "the chain of MTUs from the underlay to the pods"),
@@ -126,6 +128,7 @@ pub fn examine(patient: &Patient) -> Vec<Finding> {
     state::configuration(patient, &mut findings);
     host::examine(patient, &mut findings);
     firewall::examine(patient, &mut findings);
+    routing::examine(patient, &mut findings);
     state::examine(patient, &mut findings);
     cluster::examine(patient, &mut findings);
     let place = |finding: &Finding| CHECKS.iter().position(|(name, _)| *name == finding.check);
@@ -144,6 +147,12 @@ struct Numbers {
 impl Patient {
     fn status(&self) -> Option<&Value> {
         self.agent.as_ref().map(|agent| &agent.status)
+    }
+
+    /// What the agent complains of.
+    fn problems(&self) -> impl Iterator<Item = &str> {
+        let problems = self.status().and_then(|status| status["problems"].as_array());
+        problems.into_iter().flatten().filter_map(Value::as_str)
     }
 
     fn numbers(&self) -> Numbers {

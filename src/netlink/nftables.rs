@@ -214,6 +214,16 @@ impl Changes {
         Ok(Self { socket, buffer: Vec::with_capacity(RECEIVE_BUFFER) })
     }
 
+    /// Whether anything has changed in any table, or may have.
+    pub fn any(&mut self) -> io::Result<bool> {
+        let mut any = false;
+        let overrun = drain(&self.socket, &mut self.buffer, |_| {
+            any = true;
+            Ok(())
+        })?;
+        Ok(any || overrun)
+    }
+
     /// Whether anything in this table of both families has changed, or may have.
     pub fn touched(&mut self, table: &str) -> io::Result<bool> {
         self.touched_in(INET, table, None)
@@ -276,6 +286,10 @@ const META_IIFNAME: u32 = 6;
 const NOT_FOUND: u32 = 1;
 const EQUAL: u32 = 0;
 const UNEQUAL: u32 = 1;
+const META_MARK: u32 = 3;
+const META_IIF: u32 = 4;
+/// Of every network namespace's `lo`.
+const LOOPBACK: u32 = 1;
 const META_NFPROTO: u32 = 15;
 const META_L4PROTO: u32 = 16;
 const ACCEPT: u32 = 1;
@@ -352,6 +366,24 @@ impl Rule {
         let lookup = Attributes::new().text(1, set).be32(2, REGISTER);
         let lookup = if found { lookup } else { lookup.be32(5, NOT_FOUND) };
         rule.expression("lookup", &lookup)
+    }
+
+    /// Packets of this host to itself.
+    pub fn from_loopback(self) -> Self {
+        self.meta(META_IIF).compare(EQUAL, &LOOPBACK.to_ne_bytes())
+    }
+
+    /// Packets with this mark, which only those with privileges can give them.
+    pub fn marked(self, mark: u32) -> Self {
+        self.meta(META_MARK).compare(EQUAL, &mark.to_ne_bytes())
+    }
+
+    /// Takes the mark away.
+    pub fn unmark(self) -> Self {
+        let zero = Attributes::new().put(1, &0_u32.to_ne_bytes());
+        let loaded = Attributes::new().be32(1, REGISTER).nest(2, &zero);
+        let set = Attributes::new().be32(2, META_MARK).be32(3, REGISTER);
+        self.expression("immediate", &loaded).expression("meta", &set)
     }
 
     pub fn count(self) -> Self {

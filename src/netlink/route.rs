@@ -8,8 +8,10 @@ use std::{io, net::IpAddr};
 use rtnetlink::packet_route::{
     AddressFamily, RouteNetlinkMessage,
     route::{RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteProtocol, RouteType},
-    rule::{RuleAttribute, RuleMessage},
+    rule::{RuleAction, RuleAttribute, RuleMessage},
 };
+
+use ipnet::IpNet;
 
 use super::Netlink;
 
@@ -61,10 +63,23 @@ pub struct Entry {
 }
 
 /// A policy rule (`ip rule`).
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rule {
     pub priority: u32,
+    /// Where the lookup goes on; 0 if the rule leads to no table of its own.
     pub table: u32,
+    /// Packets that match are dropped.
+    pub refuses: bool,
+}
+
+/// A route that leads nowhere, on purpose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    pub destination: IpNet,
+    pub table: u32,
+    /// As `ip route` calls it.
+    pub kind: &'static str,
+    pub protocol: RouteProtocol,
 }
 
 impl Netlink {
@@ -75,7 +90,7 @@ impl Netlink {
     /// where no route leads there or the input interface does not forward, `EXDEV` where the reverse path
     /// filter drops it, `EINVAL` for a source address that no packet can have.
     pub fn route(&mut self, query: &Query) -> io::Result<Found> {
-        let message = self.lookup(query, RouteFlags::LookupTable)?;
+        let message = self.lookup(query, RouteFlags::empty())?;
         let mut found = Found {
             link: 0,
             gateway: None,
@@ -101,7 +116,7 @@ impl Netlink {
     /// # Errors
     /// As for [`Netlink::route`].
     pub fn route_entry(&mut self, query: &Query) -> io::Result<Entry> {
-        let message = self.lookup(query, RouteFlags::LookupTable | RouteFlags::FibMatch)?;
+        let message = self.lookup(query, RouteFlags::FibMatch)?;
         let mut entry = Entry {
             destination: None,
             prefix_len: message.header.destination_prefix_length,
@@ -130,6 +145,29 @@ impl Netlink {
         Ok(rules)
     }
 
+    /// Routes of a family by which packets are dropped: in all tables, and of all programs.
+    pub fn refusals(&mut self, ipv4: bool) -> io::Result<Vec<Refusal>> {
+        let mut refusals = Vec::new();
+        for (kind, name) in [
+            (RouteType::Unreachable, "unreachable"),
+            (RouteType::BlackHole, "blackhole"),
+            (RouteType::Prohibit, "prohibit"),
+        ] {
+            let mut filter = RouteMessage::default();
+            filter.header.address_family =
+                if ipv4 { AddressFamily::Inet } else { AddressFamily::Inet6 };
+            filter.header.kind = kind;
+            let found = self.dump(&RouteNetlinkMessage::GetRoute(filter))?;
+            refusals.extend(found.into_iter().filter_map(|message| match message {
+                RouteNetlinkMessage::NewRoute(route) if route.header.kind == kind => {
+                    refusal(&route, name, ipv4)
+                }
+                _ => None,
+            }));
+        }
+        Ok(refusals)
+    }
+
     fn lookup(&mut self, query: &Query, flags: RouteFlags) -> io::Result<RouteMessage> {
         let mut message = RouteMessage::default();
         let (family, length) = match query.to {
@@ -138,7 +176,9 @@ impl Netlink {
         };
         message.header.address_family = family;
         message.header.destination_prefix_length = length;
-        message.header.flags = flags;
+        // IPv6 tells the table unasked, and refuses to be asked.
+        let table = if query.to.is_ipv4() { RouteFlags::LookupTable } else { RouteFlags::empty() };
+        message.header.flags = flags | table;
         message.attributes.push(RouteAttribute::Destination(query.to.into()));
         if let Some(from) = query.from {
             message.header.source_prefix_length = length;
@@ -155,7 +195,11 @@ impl Netlink {
 
 fn rule(message: RouteNetlinkMessage) -> Option<Rule> {
     let RouteNetlinkMessage::NewRule(message) = message else { return None };
-    let mut rule = Rule { priority: 0, table: u32::from(message.header.table) };
+    let refuses = matches!(
+        message.header.action,
+        RuleAction::Blackhole | RuleAction::Unreachable | RuleAction::Prohibit
+    );
+    let mut rule = Rule { priority: 0, table: u32::from(message.header.table), refuses };
     for attribute in &message.attributes {
         match attribute {
             RuleAttribute::Priority(priority) => rule.priority = *priority,
@@ -164,6 +208,20 @@ fn rule(message: RouteNetlinkMessage) -> Option<Rule> {
         }
     }
     Some(rule)
+}
+
+fn refusal(route: &RouteMessage, kind: &'static str, ipv4: bool) -> Option<Refusal> {
+    let mut network = if ipv4 { IpAddr::from([0; 4]) } else { IpAddr::from([0; 16]) };
+    let mut table = u32::from(route.header.table);
+    for attribute in &route.attributes {
+        match attribute {
+            RouteAttribute::Destination(address) => network = ip(address)?,
+            RouteAttribute::Table(number) => table = *number,
+            _ => {}
+        }
+    }
+    let destination = IpNet::new(network, route.header.destination_prefix_length).ok()?;
+    Some(Refusal { destination, table, kind, protocol: route.header.protocol })
 }
 
 const fn ip(address: &RouteAddress) -> Option<IpAddr> {

@@ -13,6 +13,8 @@ use crate::model::{Addresses, Attachment, Pod, Subnets, Time};
 
 #[cfg(feature = "agent")]
 pub mod bridge;
+#[cfg(feature = "agent")]
+pub mod standin;
 #[cfg(test)]
 mod tests;
 #[cfg(feature = "agent")]
@@ -206,6 +208,16 @@ impl Pods {
 /// The address of this host in a subnet of its own: the one after the network address, as flannel has it.
 pub fn gateway(subnet: IpNet) -> IpAddr {
     address_at(subnet, GATEWAY)
+}
+
+/// The last address of a subnet that a pod can have.
+pub fn last_address(subnet: IpNet) -> IpAddr {
+    last_addresses(Subnets { first: subnet, second: None }).first
+}
+
+/// The last addresses that a pod can have: they are given when there are no others.
+pub fn last_addresses(subnets: Subnets) -> Addresses {
+    addresses_at(subnets, last_place(subnets))
 }
 
 /// An address as an interface in this subnet has it.

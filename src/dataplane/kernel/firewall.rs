@@ -13,7 +13,10 @@ use std::{
 use ipnet::IpNet;
 use rtnetlink::packet_core::{NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL};
 
-use super::{forward::ForeignChains, ports::closed_ports};
+use super::{
+    forward::ForeignChains,
+    ports::{ClosedPort, closed_ports},
+};
 use crate::{
     dataplane::firewall::{Firewall, Guard},
     netlink::{
@@ -24,6 +27,8 @@ use crate::{
     },
 };
 
+/// Of tunnel packets that the agent sends to its own host, to try whether they are forwarded.
+pub const TRIAL_MARK: u32 = u32::from_be_bytes(*b"gsmP");
 const GUARD_CHAIN: &str = "guard";
 const MASQUERADE_CHAIN: &str = "masquerade";
 /// Elements per message: an attribute holds no more than 65,531 bytes.
@@ -204,7 +209,7 @@ impl FirewallTable {
     }
 
     /// Base chains of others, and those of these UDP ports that they drop.
-    pub fn closed_ports(&mut self, ports: &[u16]) -> io::Result<BTreeSet<(String, u16)>> {
+    pub fn closed_ports(&mut self, ports: &[u16]) -> io::Result<BTreeSet<ClosedPort>> {
         closed_ports(&mut self.nftables, ports)
     }
 
@@ -364,6 +369,9 @@ fn add_guard(table: &str, guard: &Guard, members: &BTreeSet<IpAddr>, steps: &mut
     steps.push(create(Kind::NewChain, base_chain(table, GUARD_CHAIN, "filter", INPUT, RAW)));
     let to_port =
         || Rule::new().udp().holds(Base::Transport, PORT_OFFSET, &guard.port.to_be_bytes());
+    // A trial of this host's own: a packet as if it came from a member. Behind the tunnel it is like any.
+    let of_trial = to_port().from_loopback().marked(TRIAL_MARK).unmark();
+    steps.push(append(table, GUARD_CHAIN, &of_trial.leave_chain()));
     for (set, _, _, like) in families {
         let of_member = to_port().family_of(like).source_inside(set, like);
         steps.push(append(table, GUARD_CHAIN, &of_member.leave_chain()));

@@ -1,82 +1,199 @@
 //! Chains of others that may keep pods' packets from passing.
 //!
 //! Each base chain has to let a packet pass, so none of ours can open what one of theirs closes. They are
-//! only read, to say so.
+//! only read, and reading explains: whether packets pass is tried (`dataplane::forwarding`).
 
-use std::{io, net::IpAddr};
+use std::{fmt, io, net::IpAddr};
 
 use ipnet::IpNet;
 
-use super::firewall::name_of;
-use crate::netlink::{
-    attributes::{self, Attributes},
-    nftables::{ANY, Kind, Nftables, Object},
+use super::{
+    firewall::name_of,
+    rules::{Base, Effect, base_of, effect, family_name, hook_name, is_conditional},
+};
+use crate::{
+    dataplane::desired::is_device_name,
+    netlink::{
+        attributes::{self, Attributes},
+        nftables::{ANY, Kind, Nftables, Object},
+    },
 };
 
 /// `NF_INET_FORWARD`
 const FORWARD: u32 = 2;
 /// `NF_INET_PRE_ROUTING`
 const PREROUTING: u32 = 0;
-const ACCEPT: u32 = 1;
-const DROP: u32 = 0;
+/// Of the families `inet`, `ip` and `ip6`: what comes to this host itself, and what it sends.
+const OWN_PACKETS: [u32; 2] = [1, 3];
+const BRIDGE: u8 = 7;
+const NETDEV: u8 = 5;
+/// Chains that are named at once.
+const NAMED: usize = 3;
 
 /// What chains of others do with packets of pods, as far as it could be read.
 #[derive(Debug, Default)]
 pub struct ForeignChains {
-    /// See [`closed_forward_chains`].
-    pub closed: Vec<String>,
+    /// Those that may drop what is forwarded, the likeliest first.
+    pub closing: Vec<Closing>,
     /// See [`direct_access_drops`].
     pub dropping: Vec<String>,
+}
+
+/// A chain that may drop what is forwarded.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Closing {
+    pub how: How,
+    /// Family, table and name, as `nft` takes them.
+    pub chain: String,
+    /// The base chain's hook.
+    pub hook: &'static str,
+    /// No rule in it seems to let the overlay's networks pass.
+    pub is_likely: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum How {
+    /// By a rule at its end that has no condition.
+    LastRule,
+    /// By its policy.
+    Policy,
+    /// By some rule, for some packets.
+    Rules,
 }
 
 impl ForeignChains {
     pub fn read(nftables: &mut Nftables, networks: &[IpNet]) -> io::Result<Self> {
         let chains = nftables.dump(Kind::GetChain, ANY, &Attributes::new())?;
         Ok(Self {
-            closed: closed_forward_chains(nftables, &chains, networks).unwrap_or_default(),
+            closing: closing_chains(nftables, &chains, networks).unwrap_or_default(),
             dropping: direct_access_drops(nftables, &chains, networks).unwrap_or_default(),
         })
     }
+
+    /// Base chains that drop whatever is forwarded unless a rule lets it pass, and have no rule that seems to
+    /// let these networks pass: a guess, for where it cannot be tried.
+    pub fn guess(&self) -> impl Iterator<Item = &Closing> {
+        let closes = |chain: &&Closing| chain.is_likely && chain.how != How::Rules;
+        self.closing.iter().filter(closes)
+    }
+
+    /// The likeliest chains to drop packets that do not pass.
+    pub fn suspects(&self) -> Vec<&Closing> {
+        let guess: Vec<&Closing> = self.guess().take(NAMED).collect();
+        if guess.is_empty() { self.closing.iter().take(NAMED).collect() } else { guess }
+    }
 }
 
-/// Base chains that drop what is forwarded unless a rule lets it pass, and have no rule that seems to let one
-/// of these networks pass: `ip filter FORWARD`, for one, where Docker runs.
-fn closed_forward_chains(
+impl Closing {
+    /// The command that lets a network pass.
+    pub fn fix(&self, network: IpNet) -> String {
+        let words: Vec<&str> = self.chain.split(' ').collect();
+        let iptables = |program: &str| {
+            format!(
+                "{program} -I FORWARD -s {network} -j ACCEPT; {program} -I FORWARD -d {network} -j ACCEPT"
+            )
+        };
+        match words[..] {
+            ["ip", "filter", "FORWARD"] => iptables("iptables"),
+            ["ip6", "filter", "FORWARD"] => iptables("ip6tables"),
+            [_, "firewalld", _] => format!(
+                "firewall-cmd --permanent --zone=trusted --add-source={network}; firewall-cmd --reload; or \
+                 nft insert rule {0} {1} saddr {network} accept, and the same with daddr",
+                self.chain,
+                protocol(network)
+            ),
+            ["netdev" | "bridge", table, _] => {
+                format!("see nft list table {} {table}", words[0])
+            }
+            _ => format!(
+                "nft insert rule {0} {1} saddr {network} accept; nft insert rule {0} {1} daddr {network} \
+                 accept",
+                self.chain,
+                protocol(network)
+            ),
+        }
+    }
+}
+
+const fn protocol(network: IpNet) -> &'static str {
+    match network {
+        IpNet::V4(_) => "ip",
+        IpNet::V6(_) => "ip6",
+    }
+}
+
+impl fmt::Display for Closing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let how = match self.how {
+            How::LastRule => "ends in a rule that drops or rejects",
+            How::Policy => "has the policy drop",
+            How::Rules => "has rules that drop or reject",
+        };
+        write!(f, "chain {} (hook {}) {how}", self.chain, self.hook)
+    }
+}
+
+/// Chains of others through which what is forwarded goes, and which may drop it.
+fn closing_chains(
     nftables: &mut Nftables,
     chains: &[Object],
     networks: &[IpNet],
-) -> io::Result<Vec<String>> {
-    let mut closed = Vec::new();
+) -> io::Result<Vec<Closing>> {
+    let mut closing = Vec::new();
     for chain in chains {
-        let (family, has_ipv4, has_ipv6) = match chain.family {
-            1 => ("inet", true, true),
-            2 => ("ip", true, false),
-            10 => ("ip6", false, true),
-            _ => continue,
+        let Some(base) = base_of(chain).filter(|base| is_on_the_way(chain.family, base)) else {
+            continue;
         };
-        let concerned = |net: &&IpNet| if net.addr().is_ipv4() { has_ipv4 } else { has_ipv6 };
-        let mut ours = networks.iter().filter(concerned).peekable();
-        if !is_closed(chain) || ours.peek().is_none() {
+        let (table, name) = (name_of(chain, 1), name_of(chain, 3));
+        let concerned = |net: &&IpNet| match chain.family {
+            2 => net.addr().is_ipv4(),
+            10 => net.addr().is_ipv6(),
+            _ => true,
+        };
+        let ours: Vec<IpNet> = networks.iter().filter(concerned).copied().collect();
+        if is_device_name(table) || ours.is_empty() {
             continue;
         }
-        let (table, name) = (name_of(chain, 1), name_of(chain, 3));
-        // Docker's chain for what its users add, and the chain itself.
-        let mut rules = Vec::new();
-        for chain_name in [name, "DOCKER-USER"] {
-            let filter = Attributes::new().text(1, table).text(2, chain_name);
-            rules.extend(nftables.dump(Kind::GetRule, chain.family, &filter)?);
-        }
-        if !ours.all(|network| rules.iter().any(|rule| may_accept(rule, *network))) {
-            closed.push(format!("{family} {table} {name}"));
-        }
+        let rules =
+            nftables.dump(Kind::GetRule, chain.family, &Attributes::new().text(1, table))?;
+        let (own, others): (Vec<_>, Vec<_>) =
+            rules.iter().partition(|rule| name_of(rule, 2) == name);
+        let Some(how) = how_it_closes(&own, &others, base) else { continue };
+        let accepts = |network: &IpNet| rules.iter().any(|rule| may_accept(rule, *network));
+        closing.push(Closing {
+            how,
+            chain: format!("{} {table} {name}", family_name(chain.family)),
+            hook: hook_name(chain.family, base.hook),
+            is_likely: base.hook == FORWARD && !ours.iter().all(accepts),
+        });
     }
-    Ok(closed)
+    closing.sort_by_key(|closing| (!closing.is_likely, closing.how));
+    Ok(closing)
 }
 
-fn is_closed(chain: &Object) -> bool {
-    let hook = attributes::find(&chain.attributes, 4).unwrap_or_default();
-    let drops = be32(attributes::find(&chain.attributes, 5)) == Some(0);
-    be32(attributes::find(hook, 1)) == Some(FORWARD) && drops
+/// Packets that are forwarded pass all hooks but those of this host's own.
+fn is_on_the_way(family: u8, base: &Base) -> bool {
+    match family {
+        1 | 2 | 10 => !OWN_PACKETS.contains(&base.hook),
+        BRIDGE | NETDEV => true,
+        _ => false,
+    }
+}
+
+/// Unconditional rules decide in their order; those of chains that it leads to are taken as conditional.
+fn how_it_closes(own: &[&Object], others: &[&Object], base: Base) -> Option<How> {
+    let ends = |rule: &&&Object| {
+        !is_conditional(rule) && matches!(effect(rule), Effect::Drops | Effect::Accepts)
+    };
+    match own.iter().find(ends).map(|rule| effect(rule)) {
+        Some(Effect::Drops) => return Some(How::LastRule),
+        None if base.drops => return Some(How::Policy),
+        _ => {}
+    }
+    let drops = |rule: &&Object| effect(rule) == Effect::Drops;
+    let leads = |rule: &&Object| effect(rule) == Effect::Leads;
+    let may_drop = own.iter().any(drops) || own.iter().any(leads) && others.iter().any(drops);
+    may_drop.then_some(How::Rules)
 }
 
 /// Base chains before routing in which packets to single addresses of these networks are dropped. Docker
@@ -87,20 +204,15 @@ fn direct_access_drops(
     networks: &[IpNet],
 ) -> io::Result<Vec<String>> {
     let mut dropping = Vec::new();
-    for chain in chains {
-        let Some(family) = [(2, "ip"), (10, "ip6")].into_iter().find(|(f, _)| *f == chain.family)
-        else {
-            continue;
-        };
-        let hook = attributes::find(&chain.attributes, 4).unwrap_or_default();
-        if be32(attributes::find(hook, 1)) != Some(PREROUTING) {
+    for chain in chains.iter().filter(|chain| [2, 10].contains(&chain.family)) {
+        if base_of(chain).is_none_or(|base| base.hook != PREROUTING) {
             continue;
         }
         let (table, name) = (name_of(chain, 1), name_of(chain, 3));
         let filter = Attributes::new().text(1, table).text(2, name);
         let rules = nftables.dump(Kind::GetRule, chain.family, &filter)?;
         if rules.iter().any(|rule| drops_one_of(rule, networks)) {
-            dropping.push(format!("{} {table} {name}", family.1));
+            dropping.push(format!("{} {table} {name}", family_name(chain.family)));
         }
     }
     Ok(dropping)
@@ -108,34 +220,11 @@ fn direct_access_drops(
 
 fn drops_one_of(rule: &Object, networks: &[IpNet]) -> bool {
     let list = attributes::find(&rule.attributes, 4).unwrap_or_default();
-    let (mut named, mut drops) = (false, false);
-    for (_, expression) in attributes::read(list) {
-        let data = attributes::find(expression, 2).unwrap_or_default();
-        match attributes::find(expression, 1).map(attributes::text) {
-            Some("cmp") => {
-                let value = attributes::find(data, 3).and_then(|data| attributes::find(data, 1));
-                let address = value.and_then(address_of);
-                named |= address.is_some_and(|ip| networks.iter().any(|net| net.contains(&ip)));
-            }
-            Some("immediate") => drops |= verdict(data) == Some(&DROP.to_be_bytes()[..]),
-            _ => {}
-        }
-    }
-    named && drops
-}
-
-fn address_of(bytes: &[u8]) -> Option<IpAddr> {
-    let four = <[u8; 4]>::try_from(bytes).map(IpAddr::from);
-    four.or_else(|_| <[u8; 16]>::try_from(bytes).map(IpAddr::from)).ok()
-}
-
-fn verdict(immediate: &[u8]) -> Option<&[u8]> {
-    let verdict = attributes::find(attributes::find(immediate, 2)?, 2)?;
-    attributes::find(verdict, 1)
-}
-
-fn be32(payload: Option<&[u8]>) -> Option<u32> {
-    payload?.first_chunk().copied().map(u32::from_be_bytes)
+    let named = attributes::read(list).any(|(_, expression)| {
+        let address = compared(expression).and_then(attributes::address);
+        address.is_some_and(|ip: IpAddr| networks.iter().any(|net| net.contains(&ip)))
+    });
+    named && effect(rule) == Effect::Drops
 }
 
 /// Whether a rule accepts packets of the network by name, or such as a set or nothing but their interface
@@ -144,18 +233,16 @@ fn may_accept(rule: &Object, network: IpNet) -> bool {
     let octets = attributes::octets(network.network());
     let whole = &octets[..usize::from(network.prefix_len() / 8)];
     let list = attributes::find(&rule.attributes, 4).unwrap_or_default();
-    let (mut named, mut accepts, mut by_set) = (false, false, false);
-    for (_, expression) in attributes::read(list) {
-        let data = attributes::find(expression, 2).unwrap_or_default();
-        let value = |kind| attributes::find(attributes::find(data, kind)?, 1);
-        match attributes::find(expression, 1).map(attributes::text) {
-            Some("cmp") => named |= value(3).is_some_and(|bytes| bytes.starts_with(whole)),
-            Some("lookup") => by_set = true,
-            Some("immediate") => {
-                accepts |= verdict(data) == Some(&ACCEPT.to_be_bytes()[..]);
-            }
-            _ => {}
-        }
-    }
-    accepts && (named || by_set)
+    let named = attributes::read(list).any(|(_, expression)| {
+        let is_set = attributes::find(expression, 1).map(attributes::text) == Some("lookup");
+        is_set || compared(expression).is_some_and(|bytes| bytes.starts_with(whole))
+    });
+    named && effect(rule) == Effect::Accepts
+}
+
+/// What a comparison compares with.
+fn compared(expression: &[u8]) -> Option<&[u8]> {
+    let is_comparison = attributes::find(expression, 1).map(attributes::text) == Some("cmp");
+    let data = attributes::find(expression, 2).filter(|_| is_comparison)?;
+    attributes::find(attributes::find(data, 3)?, 1)
 }

@@ -12,12 +12,13 @@ mod leftovers;
 mod messages;
 mod observe;
 mod ports;
+mod rules;
 pub mod spoofing;
 pub mod sysctl;
 mod watch;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io,
     net::{IpAddr, Ipv4Addr, UdpSocket},
     os::fd::{AsFd as _, BorrowedFd},
@@ -29,14 +30,16 @@ use rtnetlink::{
 };
 
 pub use self::{
-    firewall::{FirewallTable, Pass},
+    firewall::{FirewallTable, Pass, TRIAL_MARK},
+    forward::{Closing, ForeignChains},
     leftovers::Leftovers,
+    ports::{ClosedPort, open_port},
     watch::Touched,
 };
 use self::{
     interface::Ipv6,
     messages::{device_message, fixed_attributes, request, solicit_us},
-    watch::miss,
+    watch::{foreign_route, miss},
 };
 use super::{
     demand::Miss,
@@ -63,6 +66,9 @@ const EADDRINUSE: i32 = 98;
 /// Questions that are answered in one turn; the kernel asks again.
 const MAX_MISSES: usize = 4_096;
 
+/// Routes of others that are remembered until their ways are asked for.
+const MAX_FOREIGN: usize = 64;
+
 /// The kernel's tables of the network namespace in which it was opened.
 pub struct Kernel {
     netlink: Netlink,
@@ -71,6 +77,8 @@ pub struct Kernel {
     ethtool: Option<Ethtool>,
     /// The index that our device had when it was last seen.
     device: Option<u32>,
+    /// Addresses to which other programs have made routes since they were last taken.
+    foreign: BTreeSet<IpAddr>,
 }
 
 /// What one pass over the kernel did.
@@ -126,7 +134,23 @@ impl Kernel {
     /// Opens the kernel of the present network namespace.
     pub fn open() -> io::Result<Self> {
         let (netlink, monitor) = (Netlink::open()?, Monitor::open()?);
-        Ok(Self { netlink, monitor, ethtool: Ethtool::open().ok(), device: None })
+        Ok(Self {
+            netlink,
+            monitor,
+            ethtool: Ethtool::open().ok(),
+            device: None,
+            foreign: BTreeSet::new(),
+        })
+    }
+
+    /// Addresses of the overlay to which other programs have made routes.
+    pub fn take_foreign(&mut self) -> BTreeSet<IpAddr> {
+        std::mem::take(&mut self.foreign)
+    }
+
+    /// The index of our device, once it has been seen.
+    pub const fn device(&self) -> Option<u32> {
+        self.device
     }
 
     /// Readable when something has changed somewhere.
@@ -141,6 +165,11 @@ impl Kernel {
         heard.messages.iter().for_each(|message| touched.add(message, desired, self.device));
         if heard.overrun {
             touched = Touched::EVERYTHING;
+        }
+        if let Some(Desired { pool, .. }) = desired {
+            let foreign = heard.messages.iter().filter_map(foreign_route);
+            let inside = foreign.filter(|ip| pool.networks().iter().any(|net| net.contains(ip)));
+            self.foreign.extend(inside.take(MAX_FOREIGN.saturating_sub(self.foreign.len())));
         }
         let misses = heard.messages.iter().filter_map(|message| miss(message, self.device?));
         Ok((touched, misses.take(MAX_MISSES).collect()))

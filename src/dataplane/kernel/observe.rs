@@ -18,11 +18,11 @@ use rtnetlink::packet_route::{
 
 use super::{
     Kernel, KernelError, is_gossamers,
-    messages::{destination, fixed_attributes, lladdr, metric_of, our_route, subnet_of},
+    messages::{destination, fixed_attributes, lladdr, our_route, subnet_of},
 };
 use crate::{
     dataplane::{
-        desired::{Desired, Device, Hop, ROUTE_PROTOCOL, Way},
+        desired::{Device, Hop, ROUTE_PROTOCOL, Way},
         overlap::{Foreign, ForeignKind},
         plan::{Actual, Found},
     },
@@ -96,12 +96,6 @@ impl Kernel {
             (!is_ours(link)).then_some(found)
         });
         Ok(foreign.collect())
-    }
-
-    /// Routes of other programs that outrank ours to the same subnets, as sentences.
-    pub fn rivals(&mut self, desired: &Desired) -> io::Result<Vec<String>> {
-        let routes = self.main_routes(None)?;
-        Ok(routes.iter().filter_map(|route| rival(route, desired)).collect())
     }
 
     /// The main table, of both families; of one protocol or of all.
@@ -256,22 +250,4 @@ impl Kernel {
 /// Devices of overlays, and bridges and ports of pods, say so in their aliases.
 fn is_ours(link: &Link) -> bool {
     is_gossamers(link) || link.alias.starts_with("gossamer ")
-}
-
-/// Says so, if another program's route takes the packets to one of our peers. Those to this node's own pods
-/// are for other programs to take.
-fn rival(route: &RouteMessage, desired: &Desired) -> Option<String> {
-    if route.header.protocol == RouteProtocol::Other(ROUTE_PROTOCOL) {
-        return None;
-    }
-    let subnet = subnet_of(route)?;
-    let ours = desired.tables.routes.get(&subnet).filter(|hop| **hop != Hop::REFUSE)?;
-    let metric = metric_of(route);
-    (metric < ours.metric).then(|| {
-        format!(
-            "another program's route takes the packets to {subnet}: its metric is {metric}, ours is {}; \
-             remove it (ip route del {subnet} metric {metric})",
-            ours.metric
-        )
-    })
 }

@@ -5,7 +5,10 @@
 
 use std::{collections::BTreeSet, io};
 
-use super::firewall::name_of;
+use super::{
+    firewall::name_of,
+    rules::{self, base_of, expressions, family_name, text_of},
+};
 use crate::{
     dataplane::desired::is_device_name,
     netlink::{
@@ -16,78 +19,91 @@ use crate::{
 
 /// `NF_INET_LOCAL_IN`
 const INPUT: u32 = 1;
-/// Verdicts; negative ones lead into another chain (`NFT_JUMP`, `NFT_GOTO`).
-const DROP: i32 = 0;
-const ACCEPT: i32 = 1;
 
 /// What a rule does with all UDP packets to a port.
 #[derive(Debug, PartialEq, Eq)]
 enum Effect {
-    Drops,
+    Drops {
+        /// The rule names it.
+        by_port: bool,
+    },
     Accepts,
     /// It leads into another chain, whose rules are of the same table.
     Leads,
     Nothing,
 }
 
-/// Base chains of input that drop what comes to one of these ports, and which.
-pub fn closed_ports(nftables: &mut Nftables, ports: &[u16]) -> io::Result<BTreeSet<(String, u16)>> {
+/// A chain that drops what comes to a port.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ClosedPort {
+    /// Family, table and name.
+    pub chain: String,
+    pub port: u16,
+    /// By a rule that names it, not by what becomes of the rest.
+    pub by_port: bool,
+}
+
+/// Base chains of input that drop what comes to one of these ports.
+pub fn closed_ports(nftables: &mut Nftables, ports: &[u16]) -> io::Result<BTreeSet<ClosedPort>> {
     let chains = nftables.dump(Kind::GetChain, ANY, &Attributes::new())?;
     let mut closed = BTreeSet::new();
-    for chain in &chains {
-        let family = match chain.family {
-            1 => "inet",
-            2 => "ip",
-            10 => "ip6",
-            _ => continue,
-        };
+    for chain in chains.iter().filter(|chain| [1, 2, 10].contains(&chain.family)) {
         let (table, name) = (name_of(chain, 1), name_of(chain, 3));
-        let hook = attributes::find(&chain.attributes, 4).unwrap_or_default();
-        if number(attributes::find(hook, 1)) != Some(INPUT) || is_device_name(table) {
+        let Some(base) = base_of(chain).filter(|base| base.hook == INPUT) else { continue };
+        if is_device_name(table) {
             continue;
         }
-        let by_default = number(attributes::find(&chain.attributes, 5)) == Some(0);
         let filter = Attributes::new().text(1, table);
         let rules = nftables.dump(Kind::GetRule, chain.family, &filter)?;
         let (own, others): (Vec<_>, Vec<_>) =
             rules.iter().partition(|rule| name_of(rule, 2) == name);
         for port in ports {
-            if is_closed(&own, &others, *port, by_default) {
-                closed.insert((format!("{family} {table} {name}"), *port));
+            if let Some(by_port) = how_closed(&own, &others, *port, base.drops) {
+                let chain = format!("{} {table} {name}", family_name(chain.family));
+                closed.insert(ClosedPort { chain, port: *port, by_port });
             }
         }
     }
     Ok(closed)
 }
 
+/// The command that lets UDP to this port through a chain that [`closed_ports`] has named.
+pub fn open_port(chain: &str, port: u16) -> String {
+    match chain.split(' ').collect::<Vec<_>>()[..] {
+        ["ip", "filter", "INPUT"] => format!("iptables -I INPUT -p udp --dport {port} -j ACCEPT"),
+        ["ip6", "filter", "INPUT"] => format!("ip6tables -I INPUT -p udp --dport {port} -j ACCEPT"),
+        _ => format!("nft insert rule {chain} udp dport {port} accept"),
+    }
+}
+
 /// The first rule of the chain that concerns the port decides; one that leads elsewhere may.
-fn is_closed(own: &[&Object], others: &[&Object], port: u16, by_default: bool) -> bool {
+/// Says whether it does so by a rule that names the port.
+fn how_closed(own: &[&Object], others: &[&Object], port: u16, by_default: bool) -> Option<bool> {
     for rule in own {
         match effect(rule, port) {
-            Effect::Drops => return true,
-            Effect::Accepts => return false,
+            Effect::Drops { by_port } => return Some(by_port),
+            Effect::Accepts => return None,
             Effect::Leads => {
                 let effects = || others.iter().map(|rule| effect(rule, port));
                 if effects().any(|effect| effect == Effect::Accepts) {
-                    return false;
+                    return None;
                 }
-                if effects().any(|effect| effect == Effect::Drops) {
-                    return true;
+                // What drops everything there may be led to by something else.
+                if effects().any(|effect| effect == Effect::Drops { by_port: true }) {
+                    return Some(true);
                 }
             }
             Effect::Nothing => {}
         }
     }
-    by_default
+    by_default.then_some(false)
 }
 
 fn effect(rule: &Object, port: u16) -> Effect {
-    let list = attributes::find(&rule.attributes, 4).unwrap_or_default();
-    let (mut about, mut narrowed, mut by_set, mut verdict) = (false, false, false, None);
-    for (_, expression) in attributes::read(list) {
-        let data = attributes::find(expression, 2).unwrap_or_default();
-        match attributes::find(expression, 1).map(attributes::text) {
-            Some("cmp") => {
+    let (mut about, mut narrowed, mut by_set) = (false, false, false);
+    for (name, data) in expressions(rule) {
+        match name {
+            "cmp" => {
                 let value = attributes::find(data, 3).and_then(|data| attributes::find(data, 1));
                 match value.unwrap_or_default() {
                     bytes if bytes == port.to_be_bytes() => about = true,
@@ -96,46 +112,31 @@ fn effect(rule: &Object, port: u16) -> Effect {
                     _ => narrowed = true,
                 }
             }
-            // What of iptables has no expression of its own; see `struct xt_udp`.
-            Some("match") => match udp_match(data) {
+            // What of iptables has no expression of its own; see `struct xt_udp`. Any other, as `state` and
+            // `conntrack`, may match some packets and not others.
+            "match" => match udp_match(data) {
                 Some(range) if range.contains(&port) => about = true,
+                _ if text_of(data) == Some("comment") => {}
                 _ => narrowed = true,
             },
             // What a set holds is not read: it may be ports.
-            Some("lookup") => by_set = true,
-            Some("range" | "ct" | "limit" | "fib" | "socket") => narrowed = true,
-            Some("immediate") => verdict = verdict_of(data),
-            Some("reject") => verdict = Some(DROP),
-            Some("target") => {
-                let name = attributes::find(data, 1).map(attributes::text);
-                verdict = (name == Some("REJECT")).then_some(DROP);
-            }
+            "lookup" => by_set = true,
+            "range" | "ct" | "limit" | "fib" | "socket" => narrowed = true,
             _ => {}
         }
     }
-    match verdict {
+    match rules::effect(rule) {
         // Also what lets in some senders only: those it knows are members, hopefully.
-        Some(ACCEPT) if about || by_set || !narrowed => Effect::Accepts,
-        Some(DROP) if about && !narrowed && !by_set => Effect::Drops,
-        Some(code) if code < 0 => Effect::Leads,
+        rules::Effect::Accepts if about || by_set || !narrowed => Effect::Accepts,
+        rules::Effect::Drops if !narrowed && !by_set => Effect::Drops { by_port: about },
+        rules::Effect::Leads => Effect::Leads,
         _ => Effect::Nothing,
     }
 }
 
 /// The destination ports of `struct xt_udp` (linux/netfilter/xt_tcpudp.h), in host order.
 fn udp_match(data: &[u8]) -> Option<std::ops::RangeInclusive<u16>> {
-    let name = attributes::find(data, 1).map(attributes::text)?;
     let info = attributes::find(data, 3)?;
     let port = |at: usize| Some(u16::from_ne_bytes(*info.get(at..)?.first_chunk()?));
-    (name == "udp").then_some(port(4)?..=port(6)?)
-}
-
-fn verdict_of(immediate: &[u8]) -> Option<i32> {
-    let verdict = attributes::find(attributes::find(immediate, 2)?, 2)?;
-    let code = attributes::find(verdict, 1)?;
-    code.first_chunk().copied().map(i32::from_be_bytes)
-}
-
-fn number(payload: Option<&[u8]>) -> Option<u32> {
-    payload?.first_chunk().copied().map(u32::from_be_bytes)
+    (text_of(data) == Some("udp")).then_some(port(4)?..=port(6)?)
 }

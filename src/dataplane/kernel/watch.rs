@@ -3,6 +3,8 @@
 //! Our own changes are heard like everybody's, so an event counts only if it contradicts what should be
 //! there. What is to be done about it is found out by a dump, never from the event.
 
+use std::net::IpAddr;
+
 use rtnetlink::packet_route::{
     AddressFamily, RouteNetlinkMessage,
     address::{AddressAttribute, AddressMessage},
@@ -11,7 +13,7 @@ use rtnetlink::packet_route::{
     route::{RouteHeader, RouteMessage, RouteProtocol},
 };
 
-use super::messages::{destination, lladdr, our_route};
+use super::messages::{destination, lladdr, our_route, subnet_of};
 use crate::{
     dataplane::{
         demand::Miss,
@@ -27,17 +29,17 @@ pub struct Touched {
     pub ours: bool,
     /// An interface, address, route or rule of others: the underlay may be another one now.
     pub underlay: bool,
-    /// Another program's route to a subnet of a peer.
-    pub rival: bool,
+    /// An interface, address, route or rule of others: packets may take another way now.
+    pub routing: bool,
 }
 
 impl Touched {
-    pub const EVERYTHING: Self = Self { ours: true, underlay: true, rival: true };
+    pub const EVERYTHING: Self = Self { ours: true, underlay: true, routing: true };
 
     pub const fn merge(&mut self, more: Self) {
         self.ours |= more.ours;
         self.underlay |= more.underlay;
-        self.rival |= more.rival;
+        self.routing |= more.routing;
     }
 
     /// Adds what `message` says, for the device with index `device`.
@@ -48,7 +50,9 @@ impl Touched {
         device: Option<u32>,
     ) {
         use RouteNetlinkMessage as Message;
-        self.underlay |= may_move_underlay(message, device);
+        let is_of_others = may_lead_elsewhere(message, device);
+        self.underlay |= is_of_others;
+        self.routing |= is_of_others;
         let Some(desired) = desired else { return };
         match message {
             Message::NewLink(link) => self.add_link(link, desired, device, true),
@@ -116,9 +120,6 @@ impl Touched {
             return;
         }
         if route.header.protocol != RouteProtocol::Other(ROUTE_PROTOCOL) {
-            self.rival |= super::messages::subnet_of(route)
-                .and_then(|subnet| desired.tables.routes.get(&subnet))
-                .is_some_and(|hop| *hop != Hop::REFUSE);
             return;
         }
         if let Some((subnet, hop)) = our_route(route, device) {
@@ -128,9 +129,9 @@ impl Touched {
     }
 }
 
-/// Whether the choice of the underlay may depend on what has changed. What concerns our own device, and ports
-/// of bridges, which come and go with pods, cannot.
-fn may_move_underlay(message: &RouteNetlinkMessage, device: Option<u32>) -> bool {
+/// Whether packets may take another way because of a change: those of the underlay, and those of pods. What
+/// concerns our own device, and ports of bridges, which come and go with pods, does not lead them elsewhere.
+fn may_lead_elsewhere(message: &RouteNetlinkMessage, device: Option<u32>) -> bool {
     use RouteNetlinkMessage as Message;
     match message {
         Message::NewLink(link) | Message::DelLink(link) => {
@@ -149,6 +150,13 @@ fn may_move_underlay(message: &RouteNetlinkMessage, device: Option<u32>) -> bool
         Message::NewRule(_) | Message::DelRule(_) => true,
         _ => false,
     }
+}
+
+/// The first address of another program's new route, of whatever table; none of a default route.
+pub fn foreign_route(message: &RouteNetlinkMessage) -> Option<IpAddr> {
+    let RouteNetlinkMessage::NewRoute(route) = message else { return None };
+    let is_ours = route.header.protocol == RouteProtocol::Other(ROUTE_PROTOCOL);
+    subnet_of(route).filter(|_| !is_ours).map(|subnet| subnet.network())
 }
 
 /// What the kernel asks for, if it is about the device with this index.

@@ -1,0 +1,316 @@
+//! Asks the kernel for the way of packets, as [`crate::dataplane::audit`] wants it, and finds out why one
+//! does not go as it should.
+//!
+//! Part of the kernel's thread (`programmer`). Bounded: so many lookups per pass, and no more than one part
+//! in fifty of the time.
+
+use std::{
+    collections::BTreeSet,
+    fs, io,
+    net::IpAddr,
+    time::{Duration, Instant},
+};
+
+use ipnet::IpNet;
+use rtnetlink::packet_route::{
+    link::{InfoData, InfoVrf, LinkAttribute, LinkInfo},
+    route::{RouteProtocol, RouteType},
+};
+
+use super::underlay::Chosen;
+use crate::{
+    api::{CheckState, CheckStatus},
+    dataplane::{
+        audit::{Answer, Audit, Cause, Evidence, Expected, Fact, Ground, Own, Question},
+        desired::{Desired, ROUTE_PROTOCOL},
+        firewall::Firewall,
+    },
+    netlink::{
+        Netlink,
+        link::Link,
+        route::{Query, Refusal},
+    },
+};
+
+/// Between two passes while all is well.
+const CALM: Duration = Duration::from_secs(10);
+/// The same while something is not certain.
+const ANXIOUS: Duration = Duration::from_secs(1);
+/// After a change: what belongs together should be over.
+const SETTLE: Duration = Duration::from_millis(300);
+/// A pass takes no more than one part in so many of the time, unless the wait would be longer than this.
+const SHARE: u32 = 50;
+const LONGEST: Duration = Duration::from_secs(3);
+
+const EACCES: i32 = 13;
+const EINVAL: i32 = 22;
+const ENETUNREACH: i32 = 101;
+const EHOSTUNREACH: i32 = 113;
+
+/// What was found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Routing {
+    /// Why packets do not go as they should, with what helps.
+    pub problems: Vec<String>,
+    /// Subnets of peers whose packets take a wrong way.
+    pub astray: BTreeSet<IpNet>,
+    pub status: CheckStatus,
+}
+
+#[derive(Debug)]
+pub struct Auditor {
+    audit: Audit,
+    due: Instant,
+    not_before: Instant,
+    told: Routing,
+}
+
+/// Where this host stands.
+#[derive(Clone, Copy, Debug)]
+pub struct Place {
+    /// Index of the VXLAN device.
+    pub device: u32,
+    /// Index and address of the underlay interface.
+    pub underlay: u32,
+    pub local: IpAddr,
+    pub masquerade: bool,
+}
+
+impl Place {
+    pub fn new(device: u32, underlay: &Chosen, firewall: &Firewall) -> Self {
+        let masquerade = !firewall.masquerade.is_empty();
+        Self { device, underlay: underlay.link, local: underlay.local, masquerade }
+    }
+}
+
+impl Auditor {
+    pub fn new(now: Instant) -> Self {
+        Self { audit: Audit::default(), due: now, not_before: now, told: Routing::default() }
+    }
+
+    /// Something has changed that may lead packets elsewhere: routes to these addresses, for one.
+    pub fn touch(&mut self, now: Instant, addresses: impl IntoIterator<Item = IpAddr>) {
+        self.audit.begin();
+        self.audit.suspect(addresses);
+        self.due = self.due.min((now + SETTLE).max(self.not_before));
+    }
+
+    /// There is nothing to ask about yet.
+    pub fn put_off(&mut self, now: Instant) {
+        self.due = now + CALM;
+    }
+
+    pub const fn due(&self) -> Instant {
+        self.due
+    }
+
+    /// One pass, if it is due. Gives what is known, if it is something else than before.
+    pub fn look(
+        &mut self,
+        begun: Instant,
+        netlink: &mut Netlink,
+        desired: &Desired,
+        place: Place,
+    ) -> Option<Routing> {
+        if self.due > begun {
+            return None;
+        }
+        match self.pass(netlink, desired, place) {
+            Ok(()) => {}
+            Err(error) => tracing::debug!(%error, "the kernel was not asked for routes"),
+        }
+        let rest = (begun.elapsed() * SHARE).min(LONGEST);
+        let pause = if self.audit.is_unfinished() { ANXIOUS } else { CALM };
+        self.not_before = begun + rest.max(ANXIOUS);
+        self.due = begun + pause.max(rest);
+        let problems = self.audit.sentences(desired.pool.networks());
+        let (state, detail) = match (self.audit.subjects(), problems.as_slice()) {
+            (0, _) => (CheckState::Skipped, "there is no peer to ask about".to_owned()),
+            (count, []) => (CheckState::Ok, format!("{count} subnets of peers are routed to")),
+            (_, problems) => (CheckState::Failing, problems.join("; ")),
+        };
+        let astray = self.audit.astray();
+        let (state, detail) = match state {
+            CheckState::Ok if !astray.is_empty() => {
+                (CheckState::Failing, "packets to peers take a wrong way".to_owned())
+            }
+            _ => (state, detail),
+        };
+        let state = Routing { problems, astray, status: CheckStatus { state, detail } };
+        let is_news = state != self.told;
+        self.told.clone_from(&state);
+        is_news.then_some(state)
+    }
+
+    fn pass(&mut self, netlink: &mut Netlink, desired: &Desired, place: Place) -> io::Result<()> {
+        let ground = ground(netlink, desired, place)?;
+        let mut witness = Witness { netlink, desired, facts: None };
+        let questions = self.audit.questions(desired, &ground);
+        let results = questions.into_iter().map(|question| {
+            let cause = witness.ask(&question)?;
+            Ok((question, cause))
+        });
+        let results: Vec<_> = results.collect::<io::Result<_>>()?;
+        self.audit.conclude(results);
+        Ok(())
+    }
+}
+
+/// Which interface pods are behind is for the addresses to tell: our bridge, Docker's or one made by hand.
+fn ground(netlink: &mut Netlink, desired: &Desired, place: Place) -> io::Result<Ground> {
+    let has: Vec<(u32, IpAddr)> =
+        netlink.addresses()?.iter().map(|address| (address.link, address.ip)).collect();
+    let pool = &desired.pool;
+    let vtep = desired.device.addresses.first();
+    let subnets = vtep.and_then(|vtep| pool.slot_of(*vtep)).map(|slot| pool.subnets(slot));
+    let mut own: Vec<Own> = Vec::new();
+    for subnet in subnets.iter().flat_map(|subnets| subnets.iter()) {
+        let inside = own.iter().find_map(|own| own.inside);
+        own.push(Own::new(subnet, place.device, &has, inside));
+    }
+    let Place { device, underlay, local, masquerade } = place;
+    Ok(Ground { device, underlay, local, own, masquerade })
+}
+
+/// Answers questions; looks further only where an answer is wrong, and at everything once.
+struct Witness<'a> {
+    netlink: &'a mut Netlink,
+    desired: &'a Desired,
+    facts: Option<Facts>,
+}
+
+struct Facts {
+    links: Vec<Link>,
+    rules: [Vec<(u32, u32, bool)>; 2],
+    refusals: [Vec<Refusal>; 2],
+}
+
+impl Witness<'_> {
+    /// Why the kernel sends a packet elsewhere; nothing, if it does not.
+    fn ask(&mut self, question: &Question) -> io::Result<Option<Cause>> {
+        let query =
+            Query { to: question.to, from: question.from, input: question.input, output: None };
+        let answer = match self.netlink.route(&query) {
+            Ok(found) => match refusal(found.kind) {
+                Some(errno) => Answer::Refused(errno),
+                None => {
+                    Answer::Way { link: found.link, gateway: found.gateway, table: found.table }
+                }
+            },
+            Err(error) => match error.raw_os_error() {
+                Some(errno) => Answer::Refused(errno),
+                None => return Err(error),
+            },
+        };
+        if question.agrees(answer) {
+            return Ok(None);
+        }
+        let output = match answer {
+            Answer::Way { link, .. } => Some(link),
+            Answer::Refused(_) => None,
+        };
+        let evidence = self.evidence(question, &query, output)?;
+        Ok(Cause::of(question, answer, &evidence))
+    }
+
+    fn evidence(
+        &mut self,
+        question: &Question,
+        query: &Query,
+        output: Option<u32>,
+    ) -> io::Result<Evidence> {
+        let entry = self.netlink.route_entry(query).ok();
+        let connected = entry.is_some_and(|entry| entry.protocol == RouteProtocol::Kernel);
+        let entry = entry.and_then(|entry| {
+            let any = if query.to.is_ipv4() { [0; 4].into() } else { [0; 16].into() };
+            let to = IpNet::new(entry.destination.unwrap_or(any), entry.prefix_len).ok()?;
+            Some((to, entry.metric))
+        });
+        let back = question.from.and_then(|from| self.netlink.route(&Query::to(from)).ok());
+        let facts = match &mut self.facts {
+            Some(facts) => facts,
+            none => none.insert(Facts::gather(self.netlink)?),
+        };
+        let family = usize::from(query.to.is_ipv6());
+        let refusals = facts.refusals[family].iter();
+        let others =
+            refusals.filter(|refusal| refusal.protocol != RouteProtocol::Other(ROUTE_PROTOCOL));
+        Ok(Evidence {
+            input: query.input.and_then(|index| facts.of(index)),
+            output: output.and_then(|index| facts.of(index)),
+            wanted: match question.expected {
+                Expected::Way { link, .. } => facts.of(link),
+                Expected::Nowhere | Expected::Unfiltered => None,
+            },
+            back: back.map(|found| found.link),
+            entry,
+            connected,
+            ours: self.desired.tables.routes.get(&question.subject).map(|hop| hop.metric),
+            rules: facts.rules[family].clone(),
+            refusals: others.map(|r| (r.destination, r.kind, r.table)).collect(),
+            forwards: match query.to {
+                IpAddr::V4(_) => is_on("ipv4/ip_forward"),
+                IpAddr::V6(_) => is_on("ipv6/conf/all/forwarding"),
+            },
+        })
+    }
+}
+
+impl Facts {
+    fn gather(netlink: &mut Netlink) -> io::Result<Self> {
+        let mut rules = |ipv4| {
+            let rules = netlink.rules(ipv4).unwrap_or_default().into_iter();
+            rules.map(|rule| (rule.priority, rule.table, rule.refuses)).collect()
+        };
+        let rules = [rules(true), rules(false)];
+        let mut refusals = |ipv4| netlink.refusals(ipv4).unwrap_or_default();
+        let refusals = [refusals(true), refusals(false)];
+        Ok(Self { links: netlink.links()?, rules, refusals })
+    }
+
+    fn of(&self, index: u32) -> Option<Fact> {
+        let link = self.links.iter().find(|link| link.index == index)?;
+        let name = &link.name;
+        let controller = link.message.attributes.iter().find_map(|attribute| match attribute {
+            LinkAttribute::Controller(index) => Some(*index),
+            _ => None,
+        });
+        let vrf = self.links.iter().find(|vrf| Some(vrf.index) == controller && vrf.kind == "vrf");
+        Some(Fact {
+            name: name.clone(),
+            vrf: vrf.map(|vrf| (vrf.name.clone(), table_of(vrf).unwrap_or_default())),
+            forwards: is_on(&format!("ipv4/conf/{name}/forwarding")),
+            filters: is_on("ipv4/conf/all/rp_filter")
+                || is_on(&format!("ipv4/conf/{name}/rp_filter")),
+            without_ipv6: is_on(&format!("ipv6/conf/{name}/disable_ipv6")),
+        })
+    }
+}
+
+fn table_of(vrf: &Link) -> Option<u32> {
+    vrf.message.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::LinkInfo(infos) => infos.iter().find_map(|info| match info {
+            LinkInfo::Data(InfoData::Vrf(data)) => data.iter().find_map(|data| match data {
+                InfoVrf::TableId(table) => Some(*table),
+                _ => None,
+            }),
+            _ => None,
+        }),
+        _ => None,
+    })
+}
+
+/// With IPv6 the kernel shows such a route, with IPv4 it gives its error.
+const fn refusal(kind: RouteType) -> Option<i32> {
+    match kind {
+        RouteType::Unreachable => Some(EHOSTUNREACH),
+        RouteType::BlackHole => Some(EINVAL),
+        RouteType::Prohibit => Some(EACCES),
+        RouteType::Throw => Some(ENETUNREACH),
+        _ => None,
+    }
+}
+
+fn is_on(sysctl: &str) -> bool {
+    fs::read_to_string(format!("/proc/sys/net/{sysctl}")).is_ok_and(|value| value.trim() != "0")
+}

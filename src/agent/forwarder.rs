@@ -1,0 +1,428 @@
+//! The thread that tries whether this host forwards packets of pods, and finds out what drops them if not.
+//!
+//! It has a pod of its own on the bridge (`pods::standin`), for as long as there are pods and none needs its
+//! address. What follows from what it sees is decided in [`crate::dataplane::forwarding`]. Nothing waits
+//! for it, and each step is bounded.
+
+mod capture;
+mod explain;
+mod trial;
+
+use std::{
+    io,
+    net::IpAddr,
+    os::fd::AsFd as _,
+    sync::mpsc::{self, TryRecvError},
+    thread,
+    time::{Duration, Instant},
+};
+
+use self::trial::{Sockets, Trial};
+use super::{
+    Agent,
+    alarm::{Alarm, Sleeper, alarm},
+};
+use crate::{
+    api::{CheckState, CheckStatus},
+    dataplane::{
+        desired::{Way as Path, device_name},
+        forwarding::{Trials, Way},
+        kernel::TRIAL_MARK,
+    },
+    model::{Mac, PathState, Subnets},
+    netlink::{Netlink, nftables::Changes},
+    pods::{
+        last_addresses,
+        standin::{Shape, StandIn, link_name},
+    },
+};
+
+/// Rules of nftables have changed: what belongs together should be over.
+const SETTLE: Duration = Duration::from_millis(200);
+/// At least so long between two trials that changes of rules have caused.
+const GAP: Duration = Duration::from_secs(2);
+/// Where nothing can be tried, it is looked again whether it can.
+const LOOK: Duration = Duration::from_secs(15);
+/// The same where a first pod is about to bring the bridge.
+const LOOK_SOON: Duration = Duration::from_secs(1);
+/// Rules are read again after so long, while they are in the way.
+const READ: Duration = Duration::from_secs(10);
+/// They may be very many: reading them takes no more than one part in so many of the time.
+const SHARE: u32 = 100;
+/// Peers among which a trial chooses.
+const MAX_PEERS: usize = 64;
+
+/// All that a trial depends on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Setting {
+    /// None if a pod has one of its addresses.
+    pub shape: Option<Shape>,
+    /// There are pods, so that there is a bridge.
+    pub has_pods: bool,
+    /// Index of the VXLAN device.
+    pub device: u32,
+    /// Index of the interface by which packets leave that need no tunnel.
+    pub underlay: u32,
+    pub device_name: String,
+    pub mac: Mac,
+    pub vni: u32,
+    pub port: u16,
+    /// This host's address in the underlay.
+    pub local: IpAddr,
+    /// Of tunnel packets that the guard is to let in.
+    pub mark: Option<u32>,
+    /// Of the overlay.
+    pub networks: Subnets,
+    pub peers: Vec<Peer>,
+    /// Nothing that is asked of a member through its tunnel is answered.
+    pub unanswered: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Peer {
+    pub mac: Mac,
+    /// Its VTEP's addresses in the overlay, one of each family.
+    pub vteps: Vec<IpAddr>,
+    /// Packets to it and from it go through a tunnel.
+    pub tunnelled: bool,
+}
+
+/// What is known.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Forwarding {
+    pub status: CheckStatus,
+    /// As sentences with what helps.
+    pub problems: Vec<String>,
+    /// Why tunnel packets of members do not get in.
+    pub input: Vec<String>,
+}
+
+pub struct Forwarder {
+    orders: Option<mpsc::Sender<Option<Setting>>>,
+    alarm: Alarm,
+    thread: Option<thread::JoinHandle<()>>,
+    told: Option<Setting>,
+}
+
+impl Forwarder {
+    pub fn start(tell: impl Fn(Forwarding) + Send + 'static) -> io::Result<Self> {
+        let (orders, queue) = mpsc::channel();
+        let (alarm, sleeper) = alarm()?;
+        let worker = Worker {
+            netlink: Netlink::open()?,
+            changes: Changes::open().ok(),
+            orders: queue,
+            sleeper,
+            tell,
+            setting: None,
+            is_new: false,
+            standin: None,
+            trials: Trials::default(),
+            skipped: String::new(),
+            turn: 0,
+            due: Instant::now(),
+            tried: None,
+            read_at: None,
+            reasons: Vec::new(),
+            input: Vec::new(),
+            told: Forwarding::default(),
+        };
+        let thread =
+            thread::Builder::new().name("forwarding".to_owned()).spawn(move || worker.run())?;
+        Ok(Self { orders: Some(orders), alarm, thread: Some(thread), told: None })
+    }
+
+    fn set(&mut self, setting: Option<Setting>) {
+        if self.told == setting {
+            return;
+        }
+        self.told.clone_from(&setting);
+        if let Some(orders) = &self.orders {
+            // The thread ends only when this sender is dropped.
+            let _ = orders.send(setting);
+            self.alarm.ring();
+        }
+    }
+}
+
+/// Waits for the step under way: afterwards its pod is gone.
+impl Drop for Forwarder {
+    fn drop(&mut self) {
+        drop(self.orders.take());
+        self.alarm.ring();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+struct Worker<F> {
+    netlink: Netlink,
+    changes: Option<Changes>,
+    orders: mpsc::Receiver<Option<Setting>>,
+    sleeper: Sleeper,
+    tell: F,
+    setting: Option<Setting>,
+    /// It is another one than that of the last trial.
+    is_new: bool,
+    standin: Option<(StandIn, Sockets)>,
+    trials: Trials,
+    /// Why there was no trial; empty if there was one.
+    skipped: String,
+    turn: usize,
+    due: Instant,
+    tried: Option<Instant>,
+    /// Before this, rules are not read again.
+    read_at: Option<Instant>,
+    /// What may drop packets, by what was last read.
+    reasons: Vec<String>,
+    input: Vec<String>,
+    told: Forwarding,
+}
+
+impl<F: Fn(Forwarding)> Worker<F> {
+    fn run(mut self) {
+        while self.take_orders() {
+            let now = Instant::now();
+            if self.have_rules_changed() {
+                let earliest = self.tried.map_or(now, |tried| tried + GAP);
+                self.due = self.due.min(earliest.max(now + SETTLE));
+                self.read_at = None;
+            }
+            if self.due <= now {
+                self.look(now);
+                self.report();
+            }
+            let pause = self.due.saturating_duration_since(Instant::now());
+            let changes = self.changes.as_ref().map(|changes| changes.as_fd());
+            self.sleeper.wait(changes, Some(pause));
+        }
+        self.give_up();
+    }
+
+    /// Says whether the agent still runs.
+    fn take_orders(&mut self) -> bool {
+        loop {
+            match self.orders.try_recv() {
+                Ok(setting) => {
+                    self.setting = setting;
+                    self.is_new = true;
+                    self.due = Instant::now();
+                    let shape = self.setting.as_ref().and_then(|setting| setting.shape.as_ref());
+                    if shape.is_none() {
+                        // A pod needs the address now.
+                        self.give_up();
+                    }
+                }
+                Err(TryRecvError::Empty) => return true,
+                Err(TryRecvError::Disconnected) => return false,
+            }
+        }
+    }
+
+    fn have_rules_changed(&mut self) -> bool {
+        let changed = self.changes.as_mut().map_or(Ok(false), Changes::any);
+        changed.unwrap_or_else(|error| {
+            tracing::debug!(%error, "cannot hear of changes of nftables");
+            self.changes = None;
+            false
+        })
+    }
+
+    fn look(&mut self, now: Instant) {
+        self.is_new = false;
+        let Some(setting) = self.setting.clone() else {
+            self.give_up();
+            self.skip("this node has no subnet in use".to_owned());
+            self.due = now + LOOK;
+            return;
+        };
+        match self.try_it(&setting) {
+            Ok(()) => self.due = now + self.trials.pause(),
+            Err(why) => {
+                self.skip(why);
+                let is_coming = setting.has_pods && setting.shape.is_some();
+                self.due = now + if is_coming { LOOK_SOON } else { LOOK };
+            }
+        }
+        if self.is_new {
+            self.due = now;
+            return;
+        }
+        self.tried = Some(now);
+        self.read_rules(&setting);
+    }
+
+    /// One trial of each way.
+    ///
+    /// # Errors
+    /// Why there was none.
+    fn try_it(&mut self, setting: &Setting) -> Result<(), String> {
+        let Some(shape) = &setting.shape else {
+            return Err("a pod has the address that it is tried from".to_owned());
+        };
+        if setting.peers.is_empty() {
+            self.give_up();
+            return Err("there is no peer to try it with".to_owned());
+        }
+        let failed = |error: io::Error| match error.kind() {
+            io::ErrorKind::PermissionDenied => {
+                "it cannot be tried: that takes CAP_SYS_ADMIN and CAP_NET_RAW".to_owned()
+            }
+            _ => format!("it cannot be tried: {error}"),
+        };
+        let is_right = match &self.standin {
+            Some((standin, _)) => standin.is(&mut self.netlink, shape).map_err(failed)?,
+            None => false,
+        };
+        if !is_right {
+            self.give_up();
+            let made = StandIn::make(&mut self.netlink, shape).map_err(failed)?;
+            let standin =
+                made.ok_or_else(|| "there are no pods on a bridge of gossamer's".to_owned())?;
+            match Sockets::open(&standin, shape) {
+                Ok(sockets) => self.standin = Some((standin, sockets)),
+                Err(error) => {
+                    standin.remove(&mut self.netlink);
+                    return Err(failed(error));
+                }
+            }
+        }
+        let Some((standin, sockets)) = self.standin.take() else { return Ok(()) };
+        self.turn = self.turn.wrapping_add(1);
+        let seen = Trial { setting, sockets: &sockets, turn: self.turn }.run(|fds, pause| {
+            self.sleeper.wait(fds.iter().copied(), Some(pause));
+            // Whoever wants something else does not wait for the end of this.
+            self.take_orders() && !self.is_new
+        });
+        match seen {
+            Ok(seen) => seen.into_iter().for_each(|(way, seen)| self.trials.note(way, seen)),
+            Err(error) => tracing::debug!(%error, "forwarding was not tried"),
+        }
+        self.skipped.clear();
+        let shape = self.setting.as_ref().and_then(|setting| setting.shape.as_ref());
+        if shape.is_some() {
+            self.standin = Some((standin, sockets));
+        } else {
+            standin.remove(&mut self.netlink);
+        }
+        Ok(())
+    }
+
+    fn skip(&mut self, why: String) {
+        self.trials.forget();
+        self.skipped = why;
+    }
+
+    fn give_up(&mut self) {
+        if let Some((standin, _)) = self.standin.take() {
+            standin.remove(&mut self.netlink);
+        }
+    }
+
+    /// What may be in the way, where something is.
+    fn read_rules(&mut self, setting: &Setting) {
+        let closed = self.trials.closed();
+        if closed.is_empty() {
+            self.reasons.clear();
+        }
+        if !setting.unanswered {
+            self.input.clear();
+        }
+        let begun = Instant::now();
+        if closed.is_empty() && !setting.unanswered || self.read_at.is_some_and(|at| at > begun) {
+            return;
+        }
+        if !closed.is_empty() {
+            let port = self.standin.as_ref().map(|(standin, _)| standin.port());
+            self.reasons = explain::forwarding(&mut self.netlink, setting, port);
+        }
+        if setting.unanswered {
+            self.input = explain::input(setting);
+        }
+        self.read_at = Some(begun + READ.max(begun.elapsed() * SHARE));
+    }
+
+    fn report(&mut self) {
+        let closed: Vec<Way> = self.trials.closed();
+        let list =
+            |ways: &[Way]| ways.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        let open = self.trials.open();
+        let (state, detail) = match (closed.as_slice(), open.as_slice()) {
+            ([], []) if self.skipped.is_empty() => {
+                (CheckState::Skipped, "no peer has answered so far".to_owned())
+            }
+            ([], []) => (CheckState::Skipped, self.skipped.clone()),
+            ([], open) => (CheckState::Ok, format!("packets pass: {}", list(open))),
+            (closed, _) => (CheckState::Failing, format!("lost: {}", list(closed))),
+        };
+        let mut problems = Vec::new();
+        // Where it is turned off, that is told by the sysctl.
+        let told: Vec<Way> =
+            closed.into_iter().filter(|way| explain::is_forwarding_on(way.ipv4)).collect();
+        if !told.is_empty() {
+            problems.push(format!(
+                "this host does not forward packets of pods ({}): {}",
+                list(&told),
+                self.reasons.join("; ")
+            ));
+        }
+        let status = CheckStatus { state, detail };
+        let now = Forwarding { status, problems, input: self.input.clone() };
+        if now != self.told {
+            self.told.clone_from(&now);
+            (self.tell)(now);
+        }
+    }
+}
+
+impl Agent {
+    /// Tells the thread what to try, if that has changed.
+    pub(super) fn update_forwarder(&mut self) {
+        let setting = self.forwarder_setting();
+        self.forwarder.set(setting);
+    }
+
+    fn forwarder_setting(&self) -> Option<Setting> {
+        let view = self.kernel.wanted.as_ref().filter(|_| self.kernel.programmed_once)?;
+        let device = self.kernel.device?;
+        let subnets = view.own.subnets;
+        let addresses = last_addresses(subnets);
+        let is_free = addresses.iter().all(|ip| self.pods.table.holder(ip).is_none());
+        let vni = view.settings.vni;
+        let shape = is_free.then(|| Shape {
+            link: link_name(vni),
+            bridge: self.config.bridge_name(vni),
+            subnets,
+            addresses,
+            mtu: self.underlay.mtu,
+        });
+        let underlay = self.underlay.with_mode(self.config.mode);
+        let withdrawn = &self.kernel.withdrawn_peers;
+        let peers = view.peers.iter().filter(|(node, _)| !withdrawn.contains(node));
+        let peers = peers.filter_map(|(_, peer)| {
+            let (_, subnets) = peer.leases.first()?;
+            let way = underlay.way(peer.vtep.underlay, subnets.first);
+            Some(Peer {
+                mac: peer.vtep.mac,
+                vteps: subnets.iter().map(|subnet| subnet.network()).collect(),
+                tunnelled: matches!(way, Path::Overlay(_)),
+            })
+        });
+        Some(Setting {
+            shape,
+            has_pods: !self.pods.table.is_empty(),
+            device,
+            underlay: underlay.link,
+            device_name: device_name(vni),
+            mac: view.own.vtep.mac,
+            vni,
+            port: view.settings.vxlan_port,
+            local: underlay.local,
+            mark: self.config.firewall.guard.then_some(TRIAL_MARK),
+            networks: view.settings.pool.networks(),
+            peers: peers.take(MAX_PEERS).collect(),
+            unanswered: self.path_states().any(|(_, state, _)| state == PathState::Unanswered),
+        })
+    }
+}

@@ -1,0 +1,301 @@
+use super::*;
+use crate::dataplane::{
+    desired::Underlay,
+    plan::tests::{dual_stack_view, underlay, view},
+};
+
+const DEVICE: u32 = 7;
+const BRIDGE: u32 = 8;
+
+fn net(text: &str) -> IpNet {
+    text.parse().expect("a network")
+}
+
+fn desired(peers: u32) -> Desired {
+    let members: Vec<(u8, u32)> = (0..=peers).map(|n| (n as u8 + 1, n + 1)).collect();
+    Desired::new(&view(&members), &underlay(), &BTreeSet::new())
+}
+
+fn ground(inside: Option<u32>) -> Ground {
+    let has: Vec<_> = inside.map(|link| (link, [10, 42, 1, 1].into())).into_iter().collect();
+    Ground {
+        device: DEVICE,
+        underlay: 2,
+        local: [192, 0, 2, 1].into(),
+        own: vec![Own::new(net("10.42.1.0/24"), DEVICE, &has, None)],
+        masquerade: false,
+    }
+}
+
+fn cause(number: u32) -> Cause {
+    Cause::Table { table: number, priority: Some(number), interface: "d0".to_owned(), ipv4: true }
+}
+
+/// One pass in which the packets of one kind to some subjects go astray.
+fn pass(
+    audit: &mut Audit,
+    desired: &Desired,
+    astray: impl Fn(&Question) -> Option<Cause>,
+) -> usize {
+    let questions = audit.questions(desired, &ground(Some(BRIDGE)));
+    let count = questions.len();
+    audit.conclude(questions.into_iter().map(|question| (question, astray(&question))));
+    count
+}
+
+#[test]
+fn peers_are_asked_about_as_pods_send_and_receive() {
+    let questions = Audit::default().questions(&desired(1), &ground(Some(BRIDGE)));
+    let by_device = Expected::Way { link: DEVICE, gateway: Some([10, 42, 2, 0].into()) };
+    let of = |kind: Kind| questions.iter().filter(move |q| q.kind == kind).collect::<Vec<_>>();
+    let out = of(Kind::Out);
+    assert_eq!(
+        out.iter().take(4).map(|q| q.to.to_string()).collect::<Vec<_>>(),
+        ["10.42.2.1", "10.42.2.254", "10.42.2.128", "10.42.2.64"]
+    );
+    assert!(out.iter().all(|q| q.input == Some(BRIDGE) && q.expected == by_device));
+    assert!(out.iter().all(|q| q.from == Some([10, 42, 1, 254].into())));
+    assert_eq!((of(Kind::Own)[0].input, of(Kind::Own)[0].from), (None, None));
+    let comes_in = of(Kind::In)[0];
+    assert_eq!((comes_in.input, comes_in.to), (Some(DEVICE), [10, 42, 1, 254].into()));
+    assert_eq!(comes_in.expected, Expected::Way { link: BRIDGE, gateway: None });
+    let filtered = of(Kind::PodsToHost)[0];
+    assert_eq!((filtered.input, filtered.to), (Some(2), [192, 0, 2, 1].into()));
+    assert_eq!(of(Kind::HostsToPods)[0].from, Some([192, 0, 2, 2].into()));
+    // Without pods it is this host that sends, and nothing comes in.
+    let questions = Audit::default().questions(&desired(1), &ground(None));
+    assert!(questions.iter().all(|q| q.kind != Kind::In && q.kind != Kind::HostsToPods));
+    assert!(questions.iter().all(|q| q.kind == Kind::PodsToHost || q.input.is_none()));
+}
+
+#[test]
+fn each_family_is_asked_about_and_direct_and_withdrawn_peers_have_ways_of_their_own() {
+    let view = dual_stack_view(&[(1, 1), (2, 2), (3, 3)]);
+    let withdrawn = view.peers.keys().take(1).copied().collect();
+    let direct = Underlay { mode: crate::dataplane::desired::Mode::Direct, ..underlay() };
+    let desired = Desired::new(&view, &direct, &withdrawn);
+    let mut ground = ground(Some(BRIDGE));
+    let has = [(BRIDGE, "fd42:0:0:1::1".parse().expect("an address"))];
+    ground.own.push(Own::new(net("fd42:0:0:1::/64"), DEVICE, &has, None));
+    let questions = Audit::default().questions(&desired, &ground);
+    let is_lost = |q: &&Question| q.expected == Expected::Nowhere;
+    let lost: BTreeSet<IpNet> = questions.iter().filter(is_lost).map(|q| q.subject).collect();
+    assert_eq!(lost.len(), 2, "both families of one peer: {lost:?}");
+    let direct = questions.iter().filter(|q| q.kind == Kind::In && !lost.contains(&q.subject));
+    let inputs: BTreeMap<bool, Option<u32>> = direct.map(|q| (q.to.is_ipv4(), q.input)).collect();
+    assert_eq!(inputs, BTreeMap::from([(true, Some(2)), (false, Some(DEVICE))]));
+}
+
+#[test]
+fn a_cause_is_told_once_however_many_peers_it_concerns_and_only_if_it_lasts() {
+    let (desired, mut audit) = (desired(9), Audit::default());
+    let networks = desired.pool.networks();
+    let table = |q: &Question| (q.kind == Kind::Out).then(|| cause(52));
+    pass(&mut audit, &desired, table);
+    assert!(audit.sentences(networks).is_empty(), "it may be a change that is under way");
+    assert!(audit.is_unfinished());
+    pass(&mut audit, &desired, table);
+    let said = audit.sentences(networks);
+    assert_eq!(said.len(), 1, "{said:?}");
+    for words in ["10.42.2.0/24, 10.42.3.0/24, 10.42.4.0/24, 6 more", "table 52", "ip rule 52"] {
+        assert!(said[0].contains(words), "{words}: {said:?}");
+    }
+    assert_eq!(audit.astray().len(), 9);
+    assert!(!audit.is_unfinished());
+    pass(&mut audit, &desired, |_| None);
+    assert!(audit.sentences(networks).is_empty() && audit.astray().is_empty());
+}
+
+#[test]
+fn a_thousand_peers_are_asked_in_turn_and_those_in_doubt_each_time() {
+    let members: Vec<(u8, u32)> = (0..250).map(|n| (n as u8, n + 1)).collect();
+    let desired = Desired::new(&view(&members), &underlay(), &BTreeSet::new());
+    let mut audit = Audit::default();
+    audit.begin();
+    let doubted = net("10.42.9.0/24");
+    let mut asked = BTreeSet::new();
+    let mut passes = 0;
+    loop {
+        passes += 1;
+        let questions = audit.questions(&desired, &ground(Some(BRIDGE)));
+        assert!(questions.len() < QUESTIONS + 10, "{}", questions.len());
+        assert!(passes < 3 || questions.iter().any(|q| q.subject == doubted));
+        asked.extend(questions.iter().map(|q| q.subject));
+        let astray = |q: &Question| (q.subject == doubted).then(|| cause(52));
+        audit.conclude(questions.into_iter().map(|question| (question, astray(&question))));
+        if !audit.is_unfinished() {
+            break;
+        }
+    }
+    assert_eq!(asked.len(), 249);
+    assert!((3..=4).contains(&passes), "{passes}");
+    // One that is gone is in doubt no more.
+    let desired = Desired::new(&view(&[(1, 1), (2, 2)]), &underlay(), &BTreeSet::new());
+    pass(&mut audit, &desired, |_| None);
+    assert!(audit.astray().is_empty());
+}
+
+#[test]
+fn one_route_for_all_is_asked_about_where_no_other_outranks_it() {
+    let mut desired = desired(2);
+    let pool = net("10.42.0.0/16");
+    desired.tables.routes.insert(pool, Hop { way: Way::Device, metric: 1 });
+    let mut audit = Audit::default();
+    for _ in 0..300 {
+        let questions = audit.questions(&desired, &ground(Some(BRIDGE)));
+        let wide: Vec<_> = questions.iter().filter(|q| q.subject == pool).collect();
+        let covered = |ip: IpAddr| (1..4).any(|n| net(&format!("10.42.{n}.0/24")).contains(&ip));
+        let asked = wide.iter().filter(|q| matches!(q.kind, Kind::Out | Kind::Own));
+        assert!(asked.clone().count() > 1 && asked.clone().all(|q| !covered(q.to)), "{wide:?}");
+        audit.conclude(questions.into_iter().map(|question| (question, None)));
+    }
+}
+
+#[test]
+fn addresses_in_turn_find_a_narrow_route_in_few_passes() {
+    let subnet = net("10.42.7.0/24");
+    let narrow = net("10.42.7.64/27");
+    let found = (1..).find(|number| narrow.contains(&between(subnet, *number)));
+    assert!(found.is_some_and(|pass| pass <= 8), "{found:?}");
+    let six = net("fd42:0:0:7::/64");
+    assert!((1..99).all(|number| six.contains(&between(six, number))));
+    assert_eq!(between(net("10.42.7.1/32"), 3), net("10.42.7.1/32").addr());
+}
+
+#[test]
+fn an_address_that_went_astray_or_has_a_route_of_its_own_is_asked_about_again() {
+    let (desired, mut audit) = (desired(9), Audit::default());
+    let narrow: IpAddr = [10, 42, 3, 77].into();
+    pass(&mut audit, &desired, |_| None);
+    audit.suspect([narrow, [10, 42, 1, 9].into()]);
+    let astray = |q: &Question| (q.kind == Kind::Out && q.to == narrow).then(|| cause(52));
+    for _ in 0..5 {
+        pass(&mut audit, &desired, astray);
+    }
+    assert_eq!(audit.astray(), BTreeSet::from([net("10.42.3.0/24")]));
+    pass(&mut audit, &desired, |_| None);
+    assert!(audit.astray().is_empty());
+}
+
+#[test]
+fn what_wins_is_named_with_what_helps() {
+    let question = Question {
+        kind: Kind::Out,
+        subject: net("10.42.2.0/24"),
+        from: Some([10, 42, 1, 254].into()),
+        to: [10, 42, 2, 1].into(),
+        input: Some(BRIDGE),
+        expected: Expected::Way { link: DEVICE, gateway: Some([10, 42, 2, 0].into()) },
+    };
+    let fact = |name: &str| Fact { name: name.to_owned(), forwards: true, ..Fact::default() };
+    let healthy = Evidence {
+        input: Some(fact("gsm0")),
+        output: Some(fact("tun.0")),
+        wanted: Some(fact("gossamer.1")),
+        back: Some(BRIDGE),
+        ours: Some(3),
+        rules: vec![(0, 255, false), (5270, 52, false), (32766, 254, false)],
+        forwards: true,
+        ..Evidence::default()
+    };
+    let by = |table| Answer::Way { link: 3, gateway: None, table };
+    let in_vrf = Fact { vrf: Some(("blue".to_owned(), 10)), ..fact("gsm0") };
+    let refusals =
+        vec![(net("10.42.2.0/25"), "blackhole", MAIN), (net("10.42.0.0/16"), "prohibit", 99)];
+    let cases = [
+        (
+            question,
+            by(52),
+            healthy.clone(),
+            "ip rule add to 10.42.0.0/16 lookup main priority 5269",
+        ),
+        (question, by(60), healthy.clone(), "table 60 has a route for them (see ip rule)"),
+        (
+            question,
+            by(MAIN),
+            Evidence { entry: Some((net("10.42.2.0/24"), 0)), ..healthy.clone() },
+            "its metric is 0, ours is 3; remove it (ip route del 10.42.2.0/24 metric 0)",
+        ),
+        (
+            question,
+            by(MAIN),
+            Evidence { entry: Some((net("10.42.2.0/25"), 4)), ..healthy.clone() },
+            "more specific than the overlay's: remove it (ip route del 10.42.2.0/25 metric 4)",
+        ),
+        (
+            question,
+            by(10),
+            Evidence { input: Some(in_vrf.clone()), ..healthy.clone() },
+            "ip link set gsm0 nomaster",
+        ),
+        (
+            question,
+            Answer::Refused(113),
+            Evidence { input: Some(in_vrf), ..healthy.clone() },
+            "gsm0 is in VRF blue",
+        ),
+        (
+            question,
+            Answer::Refused(22),
+            Evidence { refusals: refusals.clone(), ..healthy.clone() },
+            "ip route del blackhole 10.42.2.0/25)",
+        ),
+        (
+            question,
+            Answer::Refused(113),
+            Evidence { input: Some(Fact { forwards: false, ..fact("br.7") }), ..healthy.clone() },
+            "sysctl -w net.ipv4.conf.br/7.forwarding=1",
+        ),
+        (
+            question,
+            Answer::Refused(13),
+            Evidence { rules: vec![(100, 0, true)], ..healthy.clone() },
+            "dropped by ip rule 100; let the overlay come first",
+        ),
+        (question, Answer::Refused(113), healthy.clone(), "find no way here: No route to host"),
+        (
+            Question { kind: Kind::PodsToHost, expected: Expected::Unfiltered, ..question },
+            Answer::Refused(22),
+            Evidence {
+                input: Some(Fact { filters: true, ..fact("eth0") }),
+                back: Some(DEVICE),
+                ..healthy.clone()
+            },
+            "rp_filter of eth0 drops packets of other nodes' pods to this host's own address",
+        ),
+        (
+            Question {
+                input: Some(DEVICE),
+                to: [10, 42, 1, 254].into(),
+                kind: Kind::In,
+                ..question
+            },
+            Answer::Refused(EXDEV),
+            Evidence { input: Some(fact("gossamer.1")), ..healthy.clone() },
+            "sysctl -w net.ipv4.conf.gossamer/1.rp_filter=2",
+        ),
+    ];
+    for (question, answer, evidence, words) in cases {
+        assert!(!question.agrees(answer), "{words}");
+        let cause = Cause::of(&question, answer, &evidence).expect(words);
+        let said = cause.sentence(question.kind, "10.42.2.0/24", net("10.42.0.0/16"));
+        assert!(said.as_ref().is_some_and(|said| said.contains(words)), "{words}: {said:?}");
+    }
+    // A route of a table to which no rule leads drops nothing.
+    let others = Evidence { refusals: refusals[1..].to_vec(), ..healthy.clone() };
+    let cause = Cause::of(&question, Answer::Refused(13), &others);
+    assert_eq!(cause, Some(Cause::Unknown { errno: 13 }));
+    // What is told as an overlap or by a sysctl, and what has nothing to do with the question.
+    let connected = Evidence { connected: true, ..healthy.clone() };
+    for cause in
+        [Cause::of(&question, by(255), &healthy), Cause::of(&question, by(MAIN), &connected)]
+    {
+        let cause = cause.expect("a cause");
+        assert_eq!(cause.sentence(Kind::Out, "", net("10.42.0.0/16")), None, "{cause:?}");
+    }
+    let off = Evidence { forwards: false, ..healthy.clone() };
+    let cause = Cause::of(&question, Answer::Refused(113), &off).expect("a cause");
+    assert_eq!(cause.sentence(Kind::Out, "", net("10.42.0.0/16")), None);
+    let other = Question { expected: Expected::Unfiltered, ..question };
+    assert_eq!(Cause::of(&other, Answer::Refused(22), &healthy), None);
+}

@@ -1,0 +1,153 @@
+//! Whether this host forwards what pods send and receive: what was seen of packets that had to be forwarded,
+//! and what follows from it.
+//!
+//! Two proofs that concern this host alone. *Out*: a pod's echo request to a peer's VTEP. It counts as lost
+//! here only where that peer answers this host itself at the same time, and where a datagram is not seen
+//! leaving either. *In*: a packet as if it came through the tunnel. It counts as lost only where it was seen
+//! coming out of the tunnel. Pure: packets are made here, and sent elsewhere.
+
+use std::{collections::BTreeMap, fmt, time::Duration};
+
+mod packet;
+
+pub use packet::{MAGIC, NONCE_LEN, Tunnelled};
+
+/// Between two trials while all is well.
+const CALM: Duration = Duration::from_secs(15);
+/// The same while packets are lost.
+const ANXIOUS: Duration = Duration::from_secs(1);
+/// So many trials in a row that end alike make a verdict.
+const VERDICT: u32 = 3;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Direction {
+    /// From pods to the overlay.
+    Out,
+    /// From the overlay to pods.
+    In,
+}
+
+/// Packets of one direction and family, which a host forwards by rules of their own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Way {
+    pub direction: Direction,
+    pub ipv4: bool,
+}
+
+/// How a trial ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seen {
+    Passed,
+    /// This host dropped it.
+    Lost,
+    /// It does not tell anything about this host.
+    Unclear,
+}
+
+/// What is known of each way.
+#[derive(Debug, Default)]
+pub struct Trials {
+    ways: BTreeMap<Way, Tally>,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Tally {
+    lost: u32,
+    unclear: u32,
+    passes: Option<bool>,
+}
+
+impl Trials {
+    pub fn note(&mut self, way: Way, seen: Seen) {
+        let tally = self.ways.entry(way).or_default();
+        match seen {
+            Seen::Passed => *tally = Tally { passes: Some(true), ..Tally::default() },
+            Seen::Lost => {
+                (tally.lost, tally.unclear) = (tally.lost + 1, 0);
+                if tally.lost >= VERDICT {
+                    tally.passes = Some(false);
+                }
+            }
+            Seen::Unclear => {
+                tally.unclear += 1;
+                if tally.unclear >= VERDICT {
+                    *tally = Tally::default();
+                }
+            }
+        }
+    }
+
+    /// Nothing can be tried any more, so nothing is known.
+    pub fn forget(&mut self) {
+        self.ways.clear();
+    }
+
+    /// Ways that packets do not pass.
+    pub fn closed(&self) -> Vec<Way> {
+        self.with(false)
+    }
+
+    /// Ways that packets pass.
+    pub fn open(&self) -> Vec<Way> {
+        self.with(true)
+    }
+
+    fn with(&self, passes: bool) -> Vec<Way> {
+        let ways = self.ways.iter().filter(|(_, tally)| tally.passes == Some(passes));
+        ways.map(|(way, _)| *way).collect()
+    }
+
+    /// Until the next trial.
+    pub fn pause(&self) -> Duration {
+        let lost = self.ways.values().any(|tally| tally.lost > 0);
+        if lost { ANXIOUS } else { CALM }
+    }
+}
+
+impl fmt::Display for Way {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let direction = match self.direction {
+            Direction::Out => "out",
+            Direction::In => "in",
+        };
+        write!(f, "IPv{} {direction}", if self.ipv4 { 4 } else { 6 })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OUT: Way = Way { direction: Direction::Out, ipv4: true };
+    const IN: Way = Way { direction: Direction::In, ipv4: true };
+
+    #[test]
+    fn a_way_is_closed_when_three_trials_in_a_row_are_lost_and_open_by_one_that_passes() {
+        let mut trials = Trials::default();
+        trials.note(OUT, Seen::Passed);
+        assert_eq!((trials.open(), trials.pause()), (vec![OUT], CALM));
+        for seen in [Seen::Lost, Seen::Lost, Seen::Passed, Seen::Lost, Seen::Lost] {
+            trials.note(OUT, seen);
+            assert!(trials.closed().is_empty());
+        }
+        assert_eq!(trials.pause(), ANXIOUS);
+        trials.note(IN, Seen::Passed);
+        trials.note(OUT, Seen::Lost);
+        assert_eq!((trials.closed(), trials.open()), (vec![OUT], vec![IN]));
+        trials.note(OUT, Seen::Passed);
+        assert_eq!((trials.closed(), trials.pause()), (vec![], CALM));
+    }
+
+    #[test]
+    fn what_is_unclear_for_long_is_not_known_any_more() {
+        let mut trials = Trials::default();
+        (0..VERDICT).for_each(|_| trials.note(OUT, Seen::Lost));
+        (1..VERDICT).for_each(|_| trials.note(OUT, Seen::Unclear));
+        assert_eq!(trials.closed(), [OUT]);
+        trials.note(OUT, Seen::Unclear);
+        assert!(trials.closed().is_empty() && trials.open().is_empty());
+        trials.note(OUT, Seen::Passed);
+        trials.forget();
+        assert!(trials.open().is_empty());
+    }
+}

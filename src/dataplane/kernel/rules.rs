@@ -1,0 +1,118 @@
+//! What a rule of nftables does with packets, as far as its form tells: also of those that iptables makes,
+//! whose targets and matches have no expressions of their own.
+
+use crate::netlink::{attributes, nftables::Object};
+
+/// Verdicts; negative ones lead into another chain (`NFT_JUMP`, `NFT_GOTO`), but for the one that goes back.
+const DROP: i32 = 0;
+const ACCEPT: i32 = 1;
+const RETURN: i32 = -5;
+
+/// Expressions that let a rule go on for some packets only. What they compare is not read here.
+const CONDITIONS: [&str; 7] = ["cmp", "lookup", "range", "match", "limit", "connlimit", "quota"];
+/// Matches of iptables that are none.
+const COMMENT: &str = "comment";
+
+/// What a base chain hangs on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Base {
+    pub hook: u32,
+    /// What no rule decides is dropped.
+    pub drops: bool,
+}
+
+/// What becomes of packets that match all conditions of a rule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Effect {
+    Drops,
+    Accepts,
+    /// They go through another chain of the same table.
+    Leads,
+    /// They go on to the next rule.
+    Nothing,
+}
+
+/// The hook and policy of a chain that is a base chain.
+pub fn base_of(chain: &Object) -> Option<Base> {
+    let hook = number(attributes::find(attributes::find(&chain.attributes, 4)?, 1))?;
+    let drops = number(attributes::find(&chain.attributes, 5)) == Some(0);
+    Some(Base { hook, drops })
+}
+
+pub const fn family_name(family: u8) -> &'static str {
+    match family {
+        1 => "inet",
+        2 => "ip",
+        3 => "arp",
+        5 => "netdev",
+        7 => "bridge",
+        10 => "ip6",
+        _ => "?",
+    }
+}
+
+/// As `nft` calls it.
+pub const fn hook_name(family: u8, hook: u32) -> &'static str {
+    match (family, hook) {
+        (5, 1) => "egress",
+        (5, _) | (_, 5) => "ingress",
+        (_, 0) => "prerouting",
+        (_, 1) => "input",
+        (_, 2) => "forward",
+        (_, 3) => "output",
+        _ => "postrouting",
+    }
+}
+
+/// Names and data of a rule's expressions.
+pub fn expressions(rule: &Object) -> impl Iterator<Item = (&str, &[u8])> {
+    let list = attributes::find(&rule.attributes, 4).unwrap_or_default();
+    attributes::read(list).filter_map(|(_, expression)| {
+        let name = attributes::text(attributes::find(expression, 1)?);
+        Some((name, attributes::find(expression, 2).unwrap_or_default()))
+    })
+}
+
+pub fn effect(rule: &Object) -> Effect {
+    let mut effect = Effect::Nothing;
+    for (name, data) in expressions(rule) {
+        match name {
+            "immediate" => {
+                effect = match verdict_of(data) {
+                    Some(DROP) => Effect::Drops,
+                    Some(ACCEPT) => Effect::Accepts,
+                    Some(RETURN) | None => effect,
+                    Some(code) if code < 0 => Effect::Leads,
+                    Some(_) => effect,
+                }
+            }
+            "reject" => effect = Effect::Drops,
+            "target" if matches!(text_of(data), Some("REJECT" | "DROP")) => effect = Effect::Drops,
+            // A map of verdicts.
+            "lookup" if number(attributes::find(data, 3)) == Some(0) => effect = Effect::Leads,
+            _ => {}
+        }
+    }
+    effect
+}
+
+/// Whether it leaves some packets alone.
+pub fn is_conditional(rule: &Object) -> bool {
+    expressions(rule)
+        .any(|(name, data)| CONDITIONS.contains(&name) && text_of(data) != Some(COMMENT))
+}
+
+/// The name of a target or match of iptables.
+pub fn text_of(data: &[u8]) -> Option<&str> {
+    attributes::find(data, 1).map(attributes::text)
+}
+
+pub fn verdict_of(immediate: &[u8]) -> Option<i32> {
+    let verdict = attributes::find(attributes::find(immediate, 2)?, 2)?;
+    let code = attributes::find(verdict, 1)?;
+    code.first_chunk().copied().map(i32::from_be_bytes)
+}
+
+pub fn number(payload: Option<&[u8]>) -> Option<u32> {
+    payload?.first_chunk().copied().map(u32::from_be_bytes)
+}

@@ -1,0 +1,72 @@
+//! Where the kernel sends packets to peers: what the agent has heard from it, or what it says now.
+
+use super::{Finding, Patient};
+use crate::{
+    dataplane::{desired::device_name, kernel::Kernel},
+    netlink::{Netlink, route::Query},
+    pods::gateway,
+};
+
+/// Routes of an agent that does not run, of which so many are asked about.
+const ASKED: usize = 64;
+
+pub fn examine(patient: &Patient, findings: &mut Vec<Finding>) {
+    let Some(status) = patient.status() else {
+        return findings.push(without_agent(&device_name(patient.numbers().vni)));
+    };
+    let check = &status["kernel"]["routing"];
+    let detail = check["detail"].as_str().unwrap_or("the agent is of another version");
+    match check["state"].as_str() {
+        Some("ok") => findings.push(Finding::ok("routing", detail)),
+        Some("failing") => {
+            let told = patient.problems().filter(|problem| detail.contains(problem));
+            let told: Vec<Finding> =
+                told.map(|problem| Finding::sentence("routing", problem)).collect();
+            if told.is_empty() {
+                let seen = format!("{detail}: see the other checks");
+                findings.push(Finding::skipped("routing", seen));
+            }
+            findings.extend(told);
+        }
+        _ => findings.push(Finding::skipped("routing", detail)),
+    }
+}
+
+/// What an agent has left in the kernel goes on working, unless something outranks it.
+fn without_agent(device: &str) -> Finding {
+    let asked = Kernel::open().and_then(|mut kernel| {
+        let mut netlink = Netlink::open()?;
+        let Some(link) = netlink.link(device)? else { return Ok(None) };
+        let routes = kernel.leftovers()?.routes;
+        let mut elsewhere = Vec::new();
+        let mut count = 0;
+        for (subnet, _) in routes.iter().filter(|(subnet, _)| !is_single(subnet)).take(ASKED) {
+            let Ok(found) = netlink.route(&Query::to(gateway(*subnet))) else { continue };
+            count += 1;
+            if found.link != link.index && found.table != MAIN {
+                elsewhere.push(format!("{subnet} (table {})", found.table));
+            }
+        }
+        Ok(Some((count, elsewhere)))
+    });
+    match asked {
+        Err(error) => Finding::skipped("routing", format!("netlink: {error}")),
+        Ok(None | Some((0, _))) => Finding::skipped("routing", "there are no routes to peers"),
+        Ok(Some((count, elsewhere))) if elsewhere.is_empty() => {
+            Finding::ok("routing", format!("{count} subnets of peers are routed to"))
+        }
+        Ok(Some((_, elsewhere))) => Finding::problem(
+            "routing",
+            format!("packets leave by another table than main: {}", elsewhere.join(", ")),
+            "the overlay's routes are in the main table",
+            "ip rule; let the overlay come first: ip rule add to NETWORK lookup main priority NUMBER",
+        ),
+    }
+}
+
+/// `RT_TABLE_MAIN`
+const MAIN: u32 = 254;
+
+fn is_single(subnet: &ipnet::IpNet) -> bool {
+    subnet.prefix_len() == subnet.max_prefix_len()
+}

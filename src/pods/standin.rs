@@ -1,0 +1,158 @@
+//! A pod of the agent's own: a network namespace without a name on the pods' bridge, whose packets are
+//! forwarded like those of any pod.
+//!
+//! The kernel removes the namespace with its cable as soon as the last file descriptor on it is closed, so
+//! that nothing is left of an agent that was killed. It has the last address of the subnet, which is given to
+//! a pod when there is no other; whoever uses this gives it up then.
+
+use std::{fs::File, io, os::fd::AsRawFd as _};
+
+use nix::sched::{CloneFlags, unshare};
+use rtnetlink::{
+    LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
+    packet_core::{NLM_F_CREATE, NLM_F_EXCL},
+    packet_route::{
+        RouteNetlinkMessage,
+        link::{InfoData, InfoVeth},
+    },
+};
+
+use super::{
+    bridge::{ALIAS, address_request, mac_at, without_address},
+    gateway,
+};
+use crate::{
+    model::{Addresses, Subnets},
+    netlink::{Netlink, Request, in_thread, inside, link::no_ipv6_address},
+};
+
+/// By which its end on this host is known.
+const OWN_ALIAS: &str = "gossamer forwarding trial";
+/// Its interface inside.
+const INNER: &str = "eth0";
+
+/// What it is to be like.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shape {
+    /// Name of its end on this host.
+    pub link: String,
+    pub bridge: String,
+    pub subnets: Subnets,
+    pub addresses: Addresses,
+    pub mtu: u32,
+}
+
+/// It exists for as long as this is kept.
+#[derive(Debug)]
+pub struct StandIn {
+    netns: File,
+    shape: Shape,
+    /// Indices of the bridge and of its port.
+    bridge: u32,
+    port: u32,
+}
+
+/// The name of its end on this host, in the overlay of this VNI: no pod's end is called like that.
+pub fn link_name(vni: u32) -> String {
+    format!("gsp.{vni}")
+}
+
+impl StandIn {
+    /// Makes it on a bridge of pods; without such a bridge there are no pods, and nothing is made.
+    pub fn make(netlink: &mut Netlink, shape: &Shape) -> io::Result<Option<Self>> {
+        let found = netlink.link(&shape.bridge)?;
+        let Some(bridge) = found.filter(|link| link.alias == ALIAS) else { return Ok(None) };
+        remove_former(netlink, &shape.link)?;
+        let netns = in_thread(|| {
+            unshare(CloneFlags::CLONE_NEWNET)?;
+            File::open("/proc/thread-self/ns/net")
+        })?;
+        let inner = LinkMessageBuilder::<LinkUnspec>::new()
+            .name(INNER.to_owned())
+            .address(mac_at(shape.addresses.first).as_bytes().to_vec())
+            .mtu(shape.mtu)
+            .setns_by_fd(netns.as_raw_fd());
+        let pair = LinkVeth::new(&shape.link, INNER)
+            .set_info_data(InfoData::Veth(InfoVeth::Peer(inner.build())))
+            .mtu(shape.mtu)
+            .controller(bridge.index);
+        netlink.create_link(pair.build())?;
+        let port = netlink.index_of(&shape.link)?;
+        let made = Self { netns, shape: shape.clone(), bridge: bridge.index, port };
+        // A port needs none; a kernel without IPv6 refuses to hear of it.
+        let Request { message, flags } = without_address(&shape.link);
+        let _ = netlink.apply_one(message, flags);
+        let up = LinkUnspec::new_with_index(port).alias(OWN_ALIAS).up();
+        let furnished = netlink.set_link(up).and_then(|()| made.furnish());
+        if let Err(error) = furnished {
+            made.remove(netlink);
+            return Err(error);
+        }
+        Ok(Some(made))
+    }
+
+    /// Whether it is still like this, on a bridge that is still there.
+    pub fn is(&self, netlink: &mut Netlink, shape: &Shape) -> io::Result<bool> {
+        let port = netlink.link(&self.shape.link)?;
+        let is_whole = port.is_some_and(|port| {
+            port.index == self.port && port.up && port.is_plugged_into(self.bridge)
+        });
+        Ok(is_whole && self.shape == *shape)
+    }
+
+    /// Does something inside. Sockets that are opened stay there for good.
+    pub fn inside<T: Send>(&self, work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
+        inside(&self.netns, work)
+    }
+
+    pub const fn port(&self) -> u32 {
+        self.port
+    }
+
+    /// Removes it at once: the kernel would take its time.
+    pub fn remove(self, netlink: &mut Netlink) {
+        // If it is gone, so much the better.
+        let _ = netlink.delete_link(self.port);
+    }
+
+    fn furnish(&self) -> io::Result<()> {
+        let Shape { addresses, subnets, .. } = &self.shape;
+        self.inside(|| {
+            let mut netlink = Netlink::open()?;
+            let index = netlink.index_of(INNER)?;
+            let quiet = LinkUnspec::new_with_index(index);
+            let _ = netlink.set_link(quiet.append_extra_attribute(no_ipv6_address()));
+            netlink.set_link(LinkUnspec::new_with_index(index).up())?;
+            for (ip, subnet) in addresses.iter().zip(subnets.iter()) {
+                let Request { message, flags } = address_request(index, ip, subnet.prefix_len());
+                netlink.apply_one(message, flags)?;
+                let via = gateway(subnet);
+                let route = match via {
+                    std::net::IpAddr::V4(via) => RouteMessageBuilder::<std::net::Ipv4Addr>::new()
+                        .output_interface(index)
+                        .gateway(via)
+                        .build(),
+                    std::net::IpAddr::V6(via) => RouteMessageBuilder::<std::net::Ipv6Addr>::new()
+                        .output_interface(index)
+                        .gateway(via)
+                        .build(),
+                };
+                let route = RouteNetlinkMessage::NewRoute(route);
+                netlink.apply_one(route, NLM_F_CREATE | NLM_F_EXCL)?;
+            }
+            Ok(())
+        })
+    }
+}
+
+/// Of an agent that was killed a moment ago: the kernel is about to remove it.
+fn remove_former(netlink: &mut Netlink, link: &str) -> io::Result<()> {
+    match netlink.link(link)? {
+        Some(former) if former.kind == "veth" => {
+            let _ = netlink.delete_link(former.index);
+            Ok(())
+        }
+        Some(_) => Err(io::Error::other(format!("an interface of others is called {link}"))),
+        None => Ok(()),
+    }
+}

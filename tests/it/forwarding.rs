@@ -1,0 +1,238 @@
+//! Whether a host forwards packets of pods is tried with packets, and what drops them is named.
+
+use gossamer::lab::{Agent, NetNs};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use crate::{
+    cni::{Runtime, namespaces},
+    common::{
+        Cluster, PATIENCE, eventually, has_problem, isolated, program, run, status_where, tool,
+        wait_until,
+    },
+};
+
+fn sh(netns: &NetNs, commands: &str) {
+    commands.split(" && ").for_each(|command| _ = tool(netns, command));
+}
+
+fn state(status: &Value) -> &str {
+    status["kernel"]["forwarding"]["state"].as_str().unwrap_or_default()
+}
+
+fn detail(status: &Value) -> &str {
+    status["kernel"]["forwarding"]["detail"].as_str().unwrap_or_default()
+}
+
+/// Two hosts with a pod each, whose agents have seen packets pass.
+fn with_pods(cluster: &mut Cluster, spaces: &mut Vec<NetNs>) -> anyhow::Result<()> {
+    spaces.extend(namespaces(&["a", "b"])?);
+    for (agent, name) in cluster.agents.iter_mut().zip(["a", "b"]) {
+        Runtime::new(agent).add(name);
+        status_where(agent, |status| {
+            let detail = detail(status);
+            detail.contains("IPv4 out") && detail.contains("IPv4 in") && state(status) == "ok"
+        });
+    }
+    Ok(())
+}
+
+const CHAIN: &str = "nft add table inet wall && \
+                     nft add chain inet wall f { type filter hook forward priority 0 ; }";
+
+/// Which ways are lost, what is named, and what closes them.
+const WALLS: [(&str, &str, &str); 7] = [
+    (
+        "(IPv4 out, IPv4 in)",
+        "chain inet wall f (hook forward) ends in a rule that drops or rejects",
+        "nft add rule inet wall f ct state established,related accept && \
+         nft add rule inet wall f iifname lo accept && \
+         nft add rule inet wall f reject with icmpx admin-prohibited",
+    ),
+    (
+        "(IPv4 out, IPv4 in)",
+        "nft insert rule inet wall f ip saddr 10.42.0.0/16 accept",
+        "nft add chain inet wall f { policy drop ; }",
+    ),
+    (
+        "(IPv4 in)",
+        "chain inet wall f (hook forward) has rules that drop or reject",
+        "nft add rule inet wall f iifname gossamer.1 ct state new drop",
+    ),
+    (
+        "(IPv4 out)",
+        "chain inet wall f (hook forward) has rules that drop or reject",
+        "nft add rule inet wall f iifname gsm0 ct state new drop",
+    ),
+    (
+        "(IPv4 out)",
+        "chain bridge wall in (hook input) has the policy drop",
+        "nft add table bridge wall && \
+         nft add chain bridge wall in { type filter hook input priority 0 ; policy drop ; }",
+    ),
+    (
+        "(IPv4 out)",
+        "chain netdev wall in (hook ingress)",
+        "nft add table netdev wall && \
+         nft add chain netdev wall in { type filter hook ingress device gsm0 priority 0 ; } && \
+         nft add rule netdev wall in ip saddr 10.42.0.0/16 drop",
+    ),
+    (
+        "(IPv4 in)",
+        "chain ip raw PREROUTING (hook prerouting) has rules that drop or reject",
+        "nft add table ip raw && \
+         nft add chain ip raw PREROUTING { type filter hook prerouting priority -300 ; } && \
+         nft add rule ip raw PREROUTING iifname { gsm0, gossamer.1 } ip ttl > 0 drop",
+    ),
+];
+
+#[test]
+fn a_wall_of_any_kind_is_noticed_by_packets_and_named_until_it_is_gone() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let mut spaces = Vec::new();
+        with_pods(&mut cluster, &mut spaces)?;
+        let host = &cluster.hosts[1].netns;
+        let agent = &mut cluster.agents[1];
+        for (ways, words, wall) in WALLS {
+            sh(host, CHAIN);
+            sh(host, wall);
+            let said = format!("does not forward packets of pods {ways}");
+            wait_until(wall, PATIENCE, || has_problem(agent, &said) && has_problem(agent, words));
+            let doctor =
+                format!("{} doctor --socket {}", program().display(), agent.socket().display());
+            let shown = String::from_utf8(run(host, &doctor).stdout)?;
+            assert!(shown.contains("PROBLEM   forwarding"), "{shown}");
+            for table in ["inet wall", "bridge wall", "netdev wall", "ip raw"] {
+                run(host, &format!("nft delete table {table}"));
+            }
+            wait_until("still named", PATIENCE, || !has_problem(agent, "does not forward"));
+        }
+        // Rules that look closed and let pods pass are no problem, whatever their form.
+        sh(host, CHAIN);
+        sh(
+            host,
+            "nft add chain inet wall pods && \
+                  nft add rule inet wall pods meta mark and 0 == 0 accept && \
+                  nft add chain inet wall f { policy drop ; } && \
+                  nft add rule inet wall f jump pods",
+        );
+        // Nor is one that drops echoes alone.
+        sh(host, "nft insert rule inet wall pods meta l4proto icmp drop");
+        sh(
+            host,
+            "nft add table ip count && nft add chain ip count f { type filter hook forward priority 9 ; } && \
+                  nft add rule ip count f udp dport 33435 counter",
+        );
+        eventually(host, "nft list chain ip count f", |text| {
+            text.contains("counter packets") && !text.contains("counter packets 0 ")
+        });
+        let status = agent.ask("/v1/status", PATIENCE)?;
+        assert_eq!(
+            (state(&status), &status["problems"]),
+            ("ok", &serde_json::json!([])),
+            "{status:#}"
+        );
+        Ok(())
+    });
+}
+
+#[test]
+fn each_family_is_tried() {
+    isolated(|lab| {
+        let first = lab.host(1, "n1")?;
+        let mut agent = Agent::start(program(), &first, &["--init", "--network6", "fd42::/48"])?;
+        agent.wait_converged(1, PATIENCE)?;
+        let token = crate::common::token_of(&mut agent)?;
+        let mut cluster = Cluster { hosts: vec![first], agents: vec![agent], token };
+        cluster.join(lab, 2)?;
+        cluster.converge()?;
+        let mut spaces = Vec::new();
+        with_pods(&mut cluster, &mut spaces)?;
+        let host = &cluster.hosts[1].netns;
+        let agent = &mut cluster.agents[1];
+        status_where(agent, |status| detail(status).contains("IPv6 in"));
+        sh(
+            host,
+            "nft add table ip6 wall && \
+                  nft add chain ip6 wall f { type filter hook forward priority 0 ; policy drop ; }",
+        );
+        wait_until("not named", PATIENCE, || {
+            has_problem(agent, "(IPv6 out, IPv6 in)") && has_problem(agent, "ip6 saddr fd42::/48")
+        });
+        let routes = tool(host, "ip -6 route show proto 73");
+        let subnet = routes.split_whitespace().find(|word| word.ends_with("::/64"));
+        let half = subnet.expect("the peer's subnet").replace("/64", "/65");
+        sh(host, &format!("nft delete table ip6 wall && ip -6 route add blackhole {half}"));
+        let words = format!("blackhole route to {half}");
+        wait_until(&words, PATIENCE, || has_problem(agent, &words));
+        Ok(())
+    });
+}
+
+#[test]
+fn the_agents_own_pod_makes_way_and_leaves_nothing() {
+    isolated(|lab| {
+        let first = lab.host(1, "n1")?;
+        let small = ["--init", "--network", "10.42.0.0/24", "--subnet-len", "29"];
+        let mut agent = Agent::start(program(), &first, &small)?;
+        agent.wait_converged(1, PATIENCE)?;
+        let token = crate::common::token_of(&mut agent)?;
+        let mut cluster = Cluster { hosts: vec![first], agents: vec![agent], token };
+        cluster.join(lab, 2)?;
+        cluster.converge()?;
+        let mut spaces = Vec::new();
+        with_pods(&mut cluster, &mut spaces)?;
+        let own = |cluster: &Cluster| {
+            tool(&cluster.hosts[1].netns, "ip -o link show type veth").contains("gsp.1")
+        };
+        assert!(own(&cluster));
+        assert_eq!(crate::cni::pods(&mut cluster.agents[1]), 1, "it is no pod");
+        // A /29 has five addresses for pods: the last is needed, and given up.
+        let more = namespaces(&["c", "d", "e", "f"])?;
+        let added: Vec<Value> = {
+            let runtime = Runtime::new(&cluster.agents[1]);
+            ["c", "d", "e", "f"].iter().map(|name| runtime.add(name)).collect()
+        };
+        wait_until("it does not make way", PATIENCE, || !own(&cluster));
+        let status = status_where(&mut cluster.agents[1], |status| state(status) == "skipped");
+        assert!(detail(&status).contains("a pod has the address"), "{status:#}");
+        let gateway = added[3]["ips"][0]["gateway"].as_str().expect("a gateway");
+        tool(&more[3], &format!("ping -c 1 -W 2 {gateway}"));
+        Runtime::new(&cluster.agents[1]).del("f");
+        wait_until("it does not come back", PATIENCE, || own(&cluster));
+        status_where(&mut cluster.agents[1], |status| state(status) == "ok");
+        // An agent that is killed takes it along, and so does one that leaves.
+        cluster.agents[1].end(Signal::SIGKILL)?;
+        wait_until("it is left behind", PATIENCE, || !own(&cluster));
+        cluster.agents[1] = cluster.start_agent(&cluster.hosts[1], &[])?;
+        cluster.agents[1].wait_converged(2, PATIENCE)?;
+        wait_until("it does not come back", PATIENCE, || own(&cluster));
+        cluster.agents[1].leave()?;
+        assert!(
+            !own(&cluster) && !run(&cluster.hosts[1].netns, "ip link show gsm0").status.success()
+        );
+        Ok(())
+    });
+}
+
+#[test]
+fn a_silent_peer_is_no_fault_of_this_host() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let mut spaces = Vec::new();
+        with_pods(&mut cluster, &mut spaces)?;
+        // It answers to nothing, and tunnel packets of this host do not get in there.
+        sh(&cluster.hosts[0].netns, "ip link set gossamer.1 down && ip link set eth0 down");
+        let host = &cluster.hosts[1].netns;
+        // Rules that change have it tried at once.
+        for number in 0..4 {
+            let before = tool(host, "cat /proc/net/snmp");
+            sh(host, &format!("nft add table ip t{number}"));
+            wait_until("it is not tried", PATIENCE, || tool(host, "cat /proc/net/snmp") != before);
+        }
+        let status = cluster.agents[1].ask("/v1/status", PATIENCE)?;
+        assert!(!status["problems"].to_string().contains("does not forward"), "{status:#}");
+        Ok(())
+    });
+}

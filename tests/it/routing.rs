@@ -1,0 +1,135 @@
+//! What leads packets elsewhere although every entry of the overlay is right: it is asked of the kernel, and
+//! named by its cause.
+
+use std::time::Duration;
+
+use gossamer::lab::{Agent, NetNs};
+
+use nix::sys::signal::Signal;
+
+use crate::common::{
+    Cluster, PATIENCE, has_problem, isolated, program, run, status_where, tool, wait_until,
+};
+
+fn sh(netns: &NetNs, commands: &str) {
+    commands.split(" && ").for_each(|command| _ = tool(netns, command));
+}
+
+fn doctor(netns: &NetNs, agent: &Agent) -> String {
+    let socket = agent.socket().display();
+    let output = run(netns, &format!("{} doctor --socket {socket}", program().display()));
+    String::from_utf8(output.stdout).expect("UTF-8")
+}
+
+/// What is named, how the fault is made, and how it is taken away; 10.42.2.0/24 stands for the peer's subnet.
+const FAULTS: [(&str, &str, &str); 7] = [
+    (
+        "table 52 has a route for them and comes before the main table (ip rule 5270)",
+        "ip route add 10.42.0.0/16 dev d0 table 52 && ip rule add lookup 52 pref 5270",
+        "ip rule del pref 5270 && ip route flush table 52",
+    ),
+    (
+        "ip rule add to 10.42.0.0/16 lookup main priority 99",
+        "ip rule add iif pods to 10.42.0.0/16 prohibit pref 100",
+        "ip rule del pref 100",
+    ),
+    (
+        "takes the packets to 10.42.2.0/24, by d0: its metric is 0",
+        "ip route add 10.42.2.0/24 dev d0 metric 0",
+        "ip route del 10.42.2.0/24 dev d0 metric 0",
+    ),
+    (
+        "10.42.2.128/26, by d0, because it is more specific",
+        "ip route add 10.42.2.128/26 dev d0",
+        "ip route del 10.42.2.128/26 dev d0",
+    ),
+    (
+        "dropped by the blackhole route to 10.42.2.0/25",
+        "ip route add blackhole 10.42.2.0/25",
+        "ip route del blackhole 10.42.2.0/25",
+    ),
+    (
+        "sysctl -w net.ipv4.conf.pods.forwarding=1",
+        "sysctl -w net.ipv4.conf.pods.forwarding=0",
+        "sysctl -w net.ipv4.conf.pods.forwarding=1",
+    ),
+    (
+        "rp_filter of eth0 drops packets of other nodes' pods to this host's own address",
+        "sysctl -w net.ipv4.conf.eth0.rp_filter=1",
+        "sysctl -w net.ipv4.conf.eth0.rp_filter=2",
+    ),
+];
+
+#[test]
+fn a_way_that_leads_elsewhere_is_named_by_its_cause_until_it_is_gone() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let subnet = Agent::subnet(&cluster.agents[1].ask("/v1/status", PATIENCE)?)?;
+        let prefix = subnet.to_string().replace("0/24", "");
+        let there = |text: &str| text.replace("10.42.2.", &prefix);
+        let _pods = cluster.pods()?;
+        let host = &cluster.hosts[0].netns;
+        sh(host, "ip link add d0 type veth peer name d1 && ip link set d0 up && ip link set d1 up");
+        let agent = &mut cluster.agents[0];
+        for (words, plant, remove) in FAULTS {
+            let (words, plant, remove) = (&there(words), &there(plant), &there(remove));
+            sh(host, plant);
+            wait_until(words, PATIENCE, || has_problem(agent, words));
+            let status = agent.ask("/v1/status", PATIENCE)?;
+            let problems = status["problems"].as_array().expect("problems");
+            assert_eq!(problems.len(), 1, "one cause, one problem: {problems:#?}");
+            let shown = doctor(host, agent);
+            assert!(shown.contains("PROBLEM   routing"), "{shown}");
+            sh(host, remove);
+            wait_until("still named", PATIENCE, || !has_problem(agent, words));
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn nobody_is_told_to_open_a_port_while_packets_take_another_way_here() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let host = &cluster.hosts[0].netns;
+        sh(host, "ip link add d0 type veth peer name d1 && ip link set d0 up && ip link set d1 up");
+        sh(host, "ip route add 10.42.0.0/16 dev d0 table 52 && ip rule add lookup 52 pref 5270");
+        let agent = &mut cluster.agents[0];
+        let status = status_where(agent, |status| {
+            let state = status["paths"][0]["state"].as_str().unwrap_or_default();
+            matches!(state, "unanswered" | "one-way")
+        });
+        assert!(status["problems"].to_string().contains("table 52"), "{status:#}");
+        assert!(!status["problems"].to_string().contains("UDP 8472"), "{status:#}");
+        // What it leaves behind is asked about without it.
+        agent.end(Signal::SIGTERM)?;
+        let shown = doctor(host, agent);
+        assert!(shown.contains("packets leave by another table than main"), "{shown}");
+        Ok(())
+    });
+}
+
+/// A VPN that takes all traffic but leaves what the main table knows better, as wg-quick makes it.
+#[test]
+fn rules_that_let_the_overlay_pass_are_no_problem() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let _pods = cluster.pods()?;
+        let host = &cluster.hosts[0].netns;
+        sh(host, "ip link add d0 type veth peer name d1 && ip link set d0 up && ip link set d1 up");
+        sh(host, "ip route add default dev d0 table 51820");
+        sh(
+            host,
+            "ip rule add not fwmark 51820 table 51820 && ip rule add table main suppress_prefixlength 0",
+        );
+        let agent = &mut cluster.agents[0];
+        let begun = std::time::Instant::now();
+        // Longer than what it takes to name one.
+        while begun.elapsed() < Duration::from_secs(4) {
+            let status = agent.ask("/v1/status", PATIENCE)?;
+            assert_eq!(status["problems"], serde_json::json!([]), "{status:#}");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        Ok(())
+    });
+}
