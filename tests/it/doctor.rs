@@ -148,7 +148,8 @@ fn what_is_planted_on_a_host_is_named_and_on_a_healthy_one_there_is_nothing() {
         for agent in &mut cluster.agents {
             status_where(agent, |status| {
                 let mut paths = status["paths"].as_array().expect("paths").iter();
-                status["converged"] == true && paths.all(|path| path["state"] == "ok")
+                let is_asked = status["kernel"]["routing"]["state"] == "ok";
+                status["converged"] == true && is_asked && paths.all(|path| path["state"] == "ok")
             });
         }
         for host in &cluster.hosts {
@@ -209,7 +210,7 @@ fn what_is_planted_on_a_host_is_named_and_on_a_healthy_one_there_is_nothing() {
             &cluster.hosts[0],
             "",
             "paths",
-            "allow UDP 8472 from 10.99.0.10 to 10.99.0.11",
+            "UDP 8472 is closed on the way from 10.99.0.10 to 10.99.0.11",
         );
         cluster.agents[2].end(Signal::SIGKILL)?;
         status_where(&mut cluster.agents[0], |status| {

@@ -17,7 +17,7 @@ use super::messages::{destination, lladdr, our_route, subnet_of};
 use crate::{
     dataplane::{
         demand::Miss,
-        desired::{Desired, Hop, ROUTE_PROTOCOL},
+        desired::{Desired, ROUTE_PROTOCOL},
     },
     netlink::link::Link,
 };
