@@ -1,0 +1,9 @@
+//! Real machines: Debian's kernels and its systemd, in software emulation. docs/TESTING.md says how to run them.
+
+// A test that cannot go on should say so at once.
+#![allow(clippy::expect_used, clippy::panic)]
+
+mod common;
+mod demo;
+#[allow(dead_code)]
+mod machine;
