@@ -51,9 +51,8 @@ pub fn on_machines<F>(needs: Needs, limit: Duration, body: F)
 where
     F: FnOnce(&mut World) -> anyhow::Result<()>,
 {
-    // The closure's type is named after the test that it stands in: machines::module::test::{{closure}}.
-    let closure = std::any::type_name::<F>();
-    let test = closure.trim_start_matches("machines::").trim_end_matches("::{{closure}}");
+    let thread = std::thread::current();
+    let test = thread.name().expect("a test runs in a thread of its name");
     if std::env::var_os("GOSSAMER_LAB").is_some() {
         let _lab = Lab::new().expect("a lab inside the namespaces");
         let mut world = World::new(&cache()).expect("a place for machines");

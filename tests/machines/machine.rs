@@ -407,7 +407,7 @@ impl Machine {
     pub fn monitor(&self, command: &str) -> anyhow::Result<String> {
         let mut stream = UnixStream::connect(self.dir.join(format!("{}.monitor", self.name)))?;
         stream.set_read_timeout(Some(SOON))?;
-        let mut until_prompt = |stream: &mut UnixStream| -> anyhow::Result<String> {
+        let until_prompt = |stream: &mut UnixStream| -> anyhow::Result<String> {
             let mut text = Vec::new();
             while !text.ends_with(b"(qemu) ") {
                 let mut chunk = [0; 4096];
@@ -441,6 +441,14 @@ impl Machine {
             &[],
             self.parcel,
         )?;
+        self.wait_ready()
+    }
+
+    /// Reboots it as an operator does, and waits until it takes commands again.
+    pub fn reboot(&mut self) -> anyhow::Result<()> {
+        // The answer may be lost on its way down.
+        let line = format!("0 {}\n", BASE64.encode(b"systemctl --no-block reboot"));
+        self.control.write_all(line.as_bytes())?;
         self.wait_ready()
     }
 

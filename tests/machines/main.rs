@@ -5,5 +5,10 @@
 
 mod common;
 mod demo;
-#[allow(dead_code)]
+mod hostile;
+mod hosts;
 mod machine;
+mod netem;
+mod package;
+mod pair;
+mod power;

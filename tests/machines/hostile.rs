@@ -1,0 +1,97 @@
+//! Network managers with configurations that take in every interface. The package tells them to leave
+//! gossamer's devices alone.
+
+use std::time::Duration;
+
+use anyhow::ensure;
+
+use crate::{
+    common::{Needs, on_machines, say},
+    machine::{Machine, SOON, World},
+    pair::{PATIENCE, Pair, status},
+};
+
+const LIMIT: Duration = Duration::from_secs(1200);
+/// Loss that is accepted outside the restart of the network manager itself.
+const ACCEPTED: f64 = 3.0;
+
+/// How often something of ours was put right, of all kinds.
+fn repairs(host: &mut Machine) -> anyhow::Result<u64> {
+    let status = status(host)?;
+    let kinds = status["kernel"]["repairs"].as_object().cloned().unwrap_or_default();
+    Ok(kinds.values().filter_map(serde_json::Value::as_u64).sum())
+}
+
+/// Restarts it by a script, which may cost packets; then nothing may.
+fn restart_and_watch(pair: &mut Pair, what: &str, script: &str) -> anyhow::Result<()> {
+    let during =
+        pair.lost_while(Duration::from_secs(5), |host| host.ok_within(script, PATIENCE).map(drop))?;
+    let before = repairs(&mut pair.hosts[1])?;
+    let after = pair.lost_while(Duration::from_secs(30), |_| Ok(()))?;
+    let fought = repairs(&mut pair.hosts[1])? - before;
+    say(&format!(
+        "{what}: {during} during the restart, {after} afterwards, {fought} repairs afterwards"
+    ));
+    ensure!(
+        after.percent() < ACCEPTED && after.sent > 200,
+        "{what}: {after} ({:.1} %) after the restart, {fought} repairs; {}",
+        after.percent(),
+        pair.hosts[1].run("gossamer status; networkctl; journalctl -n 30 --no-pager", SOON)?.text
+    );
+    ensure!(fought < 5, "{what}: {fought} repairs in 30 s: somebody fights for our devices");
+    Ok(())
+}
+
+#[test]
+#[ignore = "minutes"]
+fn networkd_that_takes_every_interface_leaves_pods_alone() {
+    on_machines(Needs::Package, LIMIT, networkd);
+}
+
+fn networkd(world: &mut World) -> anyhow::Result<()> {
+    let mut pair = Pair::new(world)?;
+    restart_and_watch(&mut pair, "networkd as it is", "systemctl restart systemd-networkd")?;
+    for section in ["Name=*", "Type=ether"] {
+        let script = format!(
+            "printf '[Match]\\n{section}\\n[Network]\\nDHCP=yes\\n' > /etc/systemd/network/90-all.network
+             systemctl restart systemd-networkd"
+        );
+        restart_and_watch(&mut pair, &format!("networkd with {section}"), &script)?;
+    }
+    let listed = pair.hosts[1].ok("networkctl --no-pager --no-legend")?;
+    for line in listed.lines().filter(|line| line.contains("gossamer.") || line.contains("gsm")) {
+        ensure!(line.contains("unmanaged"), "networkd manages our device: {line}");
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "minutes"]
+fn network_manager_that_takes_every_interface_leaves_pods_alone() {
+    on_machines(Needs::Package, LIMIT, network_manager);
+}
+
+fn network_manager(world: &mut World) -> anyhow::Result<()> {
+    let mut pair = Pair::new(world)?;
+    // It takes over the underlay's interface, with the same address, and everything else.
+    let script = "set -e
+        D=$(ls /sys/class/net | grep -E '^en' | head -1)
+        mkdir -p /etc/NetworkManager/conf.d /etc/NetworkManager/system-connections
+        printf '[device-all]\\nmatch-device=*\\nmanaged=1\\n' > /etc/NetworkManager/conf.d/90-all.conf
+        f=/etc/NetworkManager/system-connections/lan.nmconnection
+        printf '[connection]\\nid=lan\\ntype=ethernet\\ninterface-name=%s\\n[ipv4]\\nmethod=manual\\naddress1=10.77.0.2/24,10.77.0.1\\n[ipv6]\\nmethod=ignore\\n' $D > $f
+        chmod 600 $f
+        systemctl -q disable --now systemd-networkd.socket systemd-networkd.service 2>/dev/null
+        systemctl -q unmask NetworkManager.service
+        systemctl start NetworkManager.service
+        for i in $(seq 60); do nmcli -t -f DEVICE,STATE device | grep -q \"^$D:connected\" && exit 0; sleep 1; done
+        nmcli device; exit 1";
+    restart_and_watch(&mut pair, "NetworkManager started", script)?;
+    restart_and_watch(&mut pair, "NetworkManager restarted", "systemctl restart NetworkManager")?;
+    let listed = pair.hosts[1].ok("nmcli -t -f DEVICE,STATE device")?;
+    say(&format!("NetworkManager: {}", listed.trim().replace('\n', ", ")));
+    for line in listed.lines().filter(|line| line.contains("gossamer.") || line.contains("gsm")) {
+        ensure!(line.contains("unmanaged"), "NetworkManager manages our device: {line}");
+    }
+    Ok(())
+}

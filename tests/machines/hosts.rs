@@ -1,0 +1,83 @@
+//! Hosts in namespaces of one machine, in the network of all machines; an agent on each.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use serde_json::Value;
+
+use crate::machine::{Machine, SOON};
+
+/// Makes hosts 1 to `count`, 10.77.0.11 and on, and what they need to be told apart after a boot. They have
+/// their states on the disk, and all else in memory.
+pub fn add_hosts(machine: &mut Machine, count: u8) -> anyhow::Result<()> {
+    machine
+        .ok(&format!(
+            "set -e
+             mkdir -p /run/netns
+             for i in $(seq {count}); do
+               mkdir -p /root/h$i
+               echo netns add h$i
+               echo link add p$i type veth peer name eth0 netns h$i
+               echo link set p$i master lan up
+             done > /run/links
+             ip -batch /run/links
+             for i in $(seq {count}); do
+               printf 'addr add 10.77.0.%s/24 dev eth0\\nlink set lo up\\nlink set eth0 up\\nroute add default via 10.77.0.1\\n' $((10 + i)) > /run/links
+               ip -n h$i -batch /run/links
+               ip netns exec h$i sh -c 'echo 1 > /proc/sys/net/ipv4/ip_forward'
+             done"
+        ))
+        .map(drop)
+}
+
+/// A script that starts the agent of host `$i`.
+pub fn agent(arguments: &str) -> String {
+    format!(
+        "ip netns exec h$i gossamer agent --node-name h$i --state-dir /root/h$i/state --socket /run/h$i.sock \
+         --subnet-file /run/h$i.env {arguments} >> /run/h$i.log 2>&1 &"
+    )
+}
+
+/// What a command that prints JSON says on host `number`.
+pub fn ask(machine: &mut Machine, number: u8, command: &str) -> anyhow::Result<Value> {
+    let said = machine
+        .ok(&format!("gossamer {command} -o json --socket /run/h{number}.sock || [ $? = 3 ]"))?;
+    serde_json::from_str(&said).with_context(|| said)
+}
+
+/// Waits until host `number` has converged with so many members; gives its status.
+pub fn converged(machine: &mut Machine, number: u8, members: usize) -> anyhow::Result<Value> {
+    let wait = format!(
+        "gossamer status --wait=120 --members {members} -o json --socket /run/h{number}.sock"
+    );
+    let answer = machine.run(&wait, SOON + Duration::from_secs(30))?;
+    if answer.code != 0 {
+        let log = machine.ok(&format!("tail -30 /run/h{number}.log"))?;
+        anyhow::bail!("h{number} has not converged: {}\n{log}", answer.text);
+    }
+    Ok(serde_json::from_str(&answer.text)?)
+}
+
+/// Who owns what, in an order that does not depend on who is asked.
+pub fn table(machine: &mut Machine, number: u8) -> anyhow::Result<Vec<(String, String, String)>> {
+    let leases = ask(machine, number, "leases")?;
+    let owners = leases["owners"].as_array().context("owners")?;
+    let mut rows: Vec<_> = owners
+        .iter()
+        .map(|owner| {
+            (owner["node"].to_string(), owner["subnets"].to_string(), owner["spare"].to_string())
+        })
+        .collect();
+    rows.sort();
+    let mut subnets: Vec<&str> = owners
+        .iter()
+        .filter_map(|owner| owner["subnets"].as_array())
+        .flatten()
+        .filter_map(Value::as_str)
+        .collect();
+    let all = subnets.len();
+    subnets.sort_unstable();
+    subnets.dedup();
+    ensure!(subnets.len() == all, "a subnet has two owners: {leases:#}");
+    Ok(rows)
+}

@@ -1,0 +1,152 @@
+//! Two Debian hosts with the package, one cluster, and a pod on each.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use serde_json::Value;
+
+use crate::{
+    common::{ping_counts, say},
+    machine::{Machine, SOON, World},
+};
+
+/// The longest that an installation, or the start of an agent, takes in emulation.
+pub const PATIENCE: Duration = Duration::from_secs(180);
+
+pub struct Pair {
+    pub hosts: [Machine; 2],
+    /// Addresses of the pods.
+    pub pods: [String; 2],
+    pub subnets: [String; 2],
+}
+
+/// What ping has counted.
+#[derive(Clone, Copy, Debug)]
+pub struct Loss {
+    pub sent: u32,
+    pub lost: u32,
+}
+
+impl Loss {
+    pub fn percent(self) -> f64 {
+        f64::from(self.lost) * 100.0 / f64::from(self.sent.max(1))
+    }
+}
+
+impl std::fmt::Display for Loss {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} of {} packets lost", self.lost, self.sent)
+    }
+}
+
+/// Installs the package and writes the settings; does not start anything.
+pub fn install(machine: &mut Machine, settings: &str) -> anyhow::Result<()> {
+    machine.take_parcel()?;
+    machine.ok_within("dpkg -i /parcel/gossamer.deb 2>&1", PATIENCE)?;
+    // The one of the package is what is tested, not the one beside it.
+    machine.ok("rm -f /usr/local/bin/gossamer; test -x /usr/bin/gossamer")?;
+    machine.ok(&format!("printf '{settings}' >> /etc/gossamer/gossamer.toml")).map(drop)
+}
+
+pub fn status(machine: &mut Machine) -> anyhow::Result<Value> {
+    let said = machine.ok("gossamer status -o json || true")?;
+    serde_json::from_str(&said).with_context(|| said)
+}
+
+/// Waits until a host has converged with so many members; gives its subnet.
+pub fn converged(machine: &mut Machine, members: usize) -> anyhow::Result<String> {
+    let wait = format!("gossamer status --wait=150 --members {members} -o json 2>&1");
+    let answer = machine.run(&wait, PATIENCE)?;
+    if answer.code != 0 {
+        let journal = machine.ok("journalctl -b -u gossamer --no-pager | tail -40")?;
+        anyhow::bail!("{} has not converged: {}\n{journal}", machine.name(), answer.text);
+    }
+    let status: Value = serde_json::from_str(&answer.text)?;
+    Ok(status["subnet"].as_str().context("a subnet")?.to_owned())
+}
+
+/// A pod, connected as a container runtime does it; gives its address.
+pub fn add_pod(machine: &mut Machine) -> anyhow::Result<String> {
+    let said = machine.ok(
+        "test -e /opt/cni/bin/gossamer || gossamer cni install >/dev/null || exit 1
+         ip netns add pod || exit 1
+         echo '{\"cniVersion\": \"1.0.0\", \"name\": \"gossamer\", \"type\": \"gossamer\"}' |
+         CNI_COMMAND=ADD CNI_CONTAINERID=pod CNI_NETNS=/run/netns/pod CNI_IFNAME=eth0 CNI_PATH=/opt/cni/bin \
+         /opt/cni/bin/gossamer",
+    )?;
+    let answer: Value = serde_json::from_str(&said).with_context(|| said)?;
+    let address = answer["ips"][0]["address"].as_str().context("an address")?;
+    Ok(address.split('/').next().unwrap_or_default().to_owned())
+}
+
+impl Pair {
+    pub fn new(world: &World) -> anyhow::Result<Self> {
+        let mut first = world.clone_booted("v1", 1)?;
+        let mut second = world.clone_booted("v2", 2)?;
+        install(&mut first, "init = true\\nset_sysctls = true\\n")?;
+        first.ok_within("systemctl enable --now gossamer 2>&1", PATIENCE)?;
+        let mut subnets = [converged(&mut first, 1)?, String::new()];
+        let token = first.ok("gossamer token")?;
+        install(&mut second, "token_file = \"/etc/gossamer/token\"\\nset_sysctls = true\\n")?;
+        second.ok(&format!("umask 077; echo {} > /etc/gossamer/token", token.trim()))?;
+        second.ok_within("systemctl enable --now gossamer 2>&1", PATIENCE)?;
+        subnets[1] = converged(&mut second, 2)?;
+        converged(&mut first, 2)?;
+        let pods = [add_pod(&mut first)?, add_pod(&mut second)?];
+        say(&format!("two hosts and their pods: {}, {}", first.figures(), second.figures()));
+        let mut pair = Self { hosts: [first, second], pods, subnets };
+        // The first packet waits for neighbours.
+        let mut talk = || {
+            pair.start_ping()?;
+            pair.hosts[0].ok("sleep 1")?;
+            pair.stop_ping()
+        };
+        talk()?;
+        let loss = talk()?;
+        ensure!(loss.lost == 0 && loss.sent > 5, "before anything was done: {loss}");
+        Ok(pair)
+    }
+
+    /// The first host's pod asks the second one's, ten times a second.
+    pub fn start_ping(&mut self) -> anyhow::Result<()> {
+        let to = &self.pods[1];
+        self.hosts[0]
+            .ok(&format!(
+                "ip netns exec pod ping -n -i 0.1 {to} > /tmp/ping 2>&1 & echo $! > /tmp/ping.pid"
+            ))
+            .map(drop)
+    }
+
+    /// Ends that. The last two packets may have been on their way.
+    pub fn stop_ping(&mut self) -> anyhow::Result<Loss> {
+        let said = self.hosts[0].ok_within(
+            "kill -INT $(cat /tmp/ping.pid); while [ -e /proc/$(cat /tmp/ping.pid) ]; do sleep 0.1; done; cat /tmp/ping",
+            SOON,
+        )?;
+        let (sent, _) = ping_counts(&said)?;
+        let mut answered: Vec<u32> = said
+            .lines()
+            .filter(|line| line.contains("bytes from"))
+            .filter_map(|line| line.split("icmp_seq=").nth(1)?.split(' ').next()?.parse().ok())
+            .collect();
+        answered.sort_unstable();
+        answered.dedup();
+        let count = u32::try_from(answered.len())?;
+        let last = answered.last().copied().unwrap_or_default();
+        let on_the_way = (sent - last).min(2);
+        Ok(Loss { sent, lost: sent - on_the_way - count })
+    }
+
+    /// Packets lost while something is done to the second host, and for so long afterwards.
+    pub fn lost_while(
+        &mut self,
+        rest: Duration,
+        deed: impl FnOnce(&mut Machine) -> anyhow::Result<()>,
+    ) -> anyhow::Result<Loss> {
+        self.start_ping()?;
+        std::thread::sleep(Duration::from_secs(1));
+        deed(&mut self.hosts[1])?;
+        std::thread::sleep(rest);
+        self.stop_ping()
+    }
+}

@@ -1,0 +1,208 @@
+//! Reboots and power cuts.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use anyhow::ensure;
+use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
+
+use crate::{
+    common::{Needs, on_machines, say},
+    hosts::{add_hosts, agent, ask, converged, table},
+    machine::{Machine, Options, SOON, World},
+    pair::{self, Pair},
+};
+
+const CUTS: u32 = 20;
+const HOSTS: u8 = 4;
+
+#[test]
+#[ignore = "minutes"]
+fn host_rebooted_or_cut_from_power_keeps_its_subnet() {
+    on_machines(Needs::Package, Duration::from_secs(1200), reboot_and_cut);
+}
+
+fn reboot_and_cut(world: &mut World) -> anyhow::Result<()> {
+    let mut pair = Pair::new(world)?;
+    for cut in [false, true] {
+        let what = if cut { "power cut" } else { "reboot" };
+        match cut {
+            true => pair.hosts[1].power_on()?,
+            false => pair.hosts[1].reboot()?,
+        }
+        let subnet = pair::converged(&mut pair.hosts[1], 2)?;
+        ensure!(subnet == pair.subnets[1], "{what}: {subnet}, it was {}", pair.subnets[1]);
+        no_quarantine(&mut pair.hosts[1], "/var/lib/gossamer")?;
+        pair::converged(&mut pair.hosts[0], 2)?;
+        pair.pods[1] = pair::add_pod(&mut pair.hosts[1])?;
+        pair.lost_while(Duration::from_secs(1), |_| Ok(()))?;
+        let loss = pair.lost_while(Duration::from_secs(3), |_| Ok(()))?;
+        ensure!(loss.lost == 0, "{what}: a new pod afterwards: {loss}");
+        say(&format!("{what}: {subnet} again, {}", pair.hosts[1].figures()));
+    }
+    Ok(())
+}
+
+fn no_quarantine(machine: &mut Machine, states: &str) -> anyhow::Result<()> {
+    let found = machine.ok(&format!("find {states} -name '*damaged*'"))?;
+    ensure!(found.is_empty(), "a database was moved aside: {found}");
+    Ok(())
+}
+
+#[test]
+#[ignore = "a quarter of an hour"]
+fn hosts_cut_from_power_at_random_moments_keep_their_subnets() {
+    on_machines(Needs::Program, Duration::from_secs(3600), cuts);
+}
+
+/// Odd cuts are within the join to a cluster that has just been created, even ones within the restart. A
+/// cluster serves for two: nodes that were lost in their join keep what they were granted.
+fn cuts(world: &mut World) -> anyhow::Result<()> {
+    let seed = std::env::var("GOSSAMER_SEED").ok().and_then(|text| text.parse().ok());
+    let seed = seed.unwrap_or_else(|| u64::from(std::process::id()) ^ now_nanos());
+    say(&format!("power cuts: GOSSAMER_SEED={seed}"));
+    let mut luck = StdRng::seed_from_u64(seed);
+    let mut survivor = world.start(Options::mini("survivor", 1))?;
+    survivor.take_parcel()?;
+    add_hosts_at(&mut survivor)?;
+    let mut victim = world.start(Options::mini("victim", 2))?;
+    victim.take_parcel()?;
+    add_hosts(&mut victim, HOSTS)?;
+    let (mut said_before, mut joins_cut, mut restarts_cut) = (0, 0, 0);
+    for cut in 1..=CUTS {
+        let join = cut % 2 == 1;
+        if join {
+            create_cluster(&mut survivor, &mut victim)?;
+        }
+        // The console from here on is this cluster's.
+        let from = if join { victim.console().len() } else { cluster_began(&victim) };
+        if join {
+            victim.ok(&format!("echo CLUSTER {cut} > /dev/ttyS0"))?;
+        }
+        launch(&mut victim)?;
+        let delay = Duration::from_millis(luck.random_range(0..if join { 3_500 } else { 8_000 }));
+        std::thread::sleep(delay);
+        victim.kill()?;
+        let before = promises(&victim.console()[from..]);
+        said_before += before.len();
+        *(if join { &mut joins_cut } else { &mut restarts_cut }) +=
+            usize::from(HOSTS) - before.len();
+        victim.power_on()?;
+        add_hosts(&mut victim, HOSTS)?;
+        launch(&mut victim)?;
+        let members = usize::from(HOSTS) + 1;
+        for number in 1..=HOSTS {
+            let status = converged(&mut victim, number, members)?;
+            let name = format!("h{number}");
+            let subnet = status["subnet"].as_str().unwrap_or_default().to_owned();
+            if let Some(old) = before.get(&name) {
+                ensure!(*old == subnet, "cut {cut}: {name} had {old} and has {subnet}");
+            }
+        }
+        no_quarantine(&mut victim, "/root/h*")?;
+        let count = before.len();
+        say(&format!(
+            "cut {cut} of {CUTS} ({}), after {:.2} s: {count} of {HOSTS} had said a subnet, {count} kept it",
+            if join { "join" } else { "restart" },
+            delay.as_secs_f64()
+        ));
+        if !join {
+            // Tables become equal by comparing with a peer, every ten seconds.
+            let first = converged_table(&mut survivor)?;
+            for number in 1..=HOSTS {
+                let mut rows = table(&mut victim, number)?;
+                for _ in 0..60 {
+                    if rows == first {
+                        break;
+                    }
+                    std::thread::sleep(Duration::from_secs(1));
+                    rows = table(&mut victim, number)?;
+                }
+                ensure!(rows == first, "cut {cut}: h{number}:\n{rows:?}\nsurvivor:\n{first:?}");
+            }
+        }
+        end_agents(&mut victim)?;
+    }
+    say(&format!(
+        "{CUTS} cuts of {HOSTS} hosts: {said_before} times a subnet had been said, always the same afterwards; \
+         {joins_cut} joins and {restarts_cut} restarts were cut before that; {}",
+        survivor.figures()
+    ));
+    Ok(())
+}
+
+fn now_nanos() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.map_or(0, |now| u64::from(now.subsec_nanos()) << 20)
+}
+
+/// The survivor is one host, number 9.
+fn add_hosts_at(survivor: &mut Machine) -> anyhow::Result<()> {
+    survivor
+        .ok("set -e; ip netns add h9; ip link add p9 type veth peer name eth0 netns h9
+             ip link set p9 master lan up; ip -n h9 addr add 10.77.0.19/24 dev eth0
+             ip -n h9 link set lo up; ip -n h9 link set eth0 up; ip -n h9 route add default via 10.77.0.1
+             ip netns exec h9 sh -c 'echo 1 > /proc/sys/net/ipv4/ip_forward'; mkdir -p /root/h9")
+        .map(drop)
+}
+
+/// All states are gone, and the survivor creates another cluster.
+fn create_cluster(survivor: &mut Machine, victim: &mut Machine) -> anyhow::Result<()> {
+    end_agents(survivor)?;
+    survivor.ok(&format!("rm -rf /root/h9/state /run/h9.env; i=9; {}", agent("--init")))?;
+    converged(survivor, 9, 1)?;
+    let token = survivor.ok("gossamer token --socket /run/h9.sock")?;
+    let token = token.trim();
+    victim
+        .ok(&format!("rm -rf /root/h*/state; umask 077; echo {token} > /root/token; sync"))
+        .map(drop)
+}
+
+/// Starts the agents, and what tells the console each subnet that one of them has.
+fn launch(victim: &mut Machine) -> anyhow::Result<()> {
+    let agent = agent("--token-file /root/token");
+    victim
+        .ok(&format!(
+            "rm -f /run/h*.env
+             for i in $(seq {HOSTS}); do {agent} done
+             (left=$(seq {HOSTS})
+             while [ -n \"$left\" ]; do
+               for i in $left; do
+                 if [ -s /run/h$i.env ]; then
+                   . /run/h$i.env
+                   echo \"SAID h$i $FLANNEL_SUBNET\" > /dev/ttyS0
+                   left=$(echo $left | tr ' ' '\\n' | grep -v \"^$i\\$\")
+                 fi
+               done
+               sleep 0.03
+             done) > /dev/null 2>&1 &"
+        ))
+        .map(drop)
+}
+
+fn end_agents(machine: &mut Machine) -> anyhow::Result<()> {
+    machine
+        .ok_within("killall() { for p in $(pidof gossamer); do kill $p; done; }; killall; while pidof gossamer >/dev/null; do sleep 0.1; done", SOON)
+        .map(drop)
+}
+
+/// Where the last cluster begins in the console.
+fn cluster_began(victim: &Machine) -> usize {
+    victim.console().rfind("CLUSTER ").unwrap_or_default()
+}
+
+/// Host and subnet, from the console.
+fn promises(console: &str) -> BTreeMap<String, String> {
+    console
+        .lines()
+        .filter_map(|line| line.split("SAID ").nth(1)?.trim().split_once(' '))
+        .filter(|(_, subnet)| subnet.ends_with(".1/24"))
+        .map(|(name, subnet)| (name.to_owned(), subnet.replace(".1/24", ".0/24")))
+        .collect()
+}
+
+fn converged_table(survivor: &mut Machine) -> anyhow::Result<Vec<(String, String, String)>> {
+    converged(survivor, 9, usize::from(HOSTS) + 1)?;
+    let status = ask(survivor, 9, "status")?;
+    ensure!(status["counters"]["violations"] == 0, "{status:#}");
+    table(survivor, 9)
+}
