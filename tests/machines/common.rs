@@ -71,7 +71,9 @@ where
         lock.lock()?;
         let this = std::env::current_exe()?;
         // Its standard error is not caught: figures are for people, whether the test passes or not.
-        let output = Command::new("timeout")
+        // When this process is killed, so is all that it has started.
+        let output = Command::new("setpriv")
+            .args(["--pdeathsig", "TERM", "timeout"])
             .arg(limit.as_secs().to_string())
             .arg(env!("CARGO_BIN_EXE_gossamer"))
             .args(["lab", "--"])
@@ -106,7 +108,8 @@ fn missing(needs: Needs) -> Option<String> {
         let paths = std::env::var_os("PATH").unwrap_or_default();
         std::env::split_paths(&paths).any(|path| path.join(tool).is_file())
     };
-    for tool in ["qemu-system-x86_64", "qemu-img", "debootstrap", "mke2fs", "cpio", "ip"] {
+    for tool in ["qemu-system-x86_64", "qemu-img", "debootstrap", "mke2fs", "cpio", "ip", "setpriv"]
+    {
         if !has(tool) {
             return Some(format!("{tool} is not installed"));
         }

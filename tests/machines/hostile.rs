@@ -8,7 +8,7 @@ use anyhow::ensure;
 use crate::{
     common::{Needs, on_machines, say},
     machine::{Machine, SOON, World},
-    pair::{PATIENCE, Pair, status},
+    pair::{PATIENCE, Pair, add_pod, status},
 };
 
 const LIMIT: Duration = Duration::from_secs(1200);
@@ -73,21 +73,33 @@ fn network_manager_that_takes_every_interface_leaves_pods_alone() {
 
 fn network_manager(world: &mut World) -> anyhow::Result<()> {
     let mut pair = Pair::new(world)?;
-    // It takes over the underlay's interface, with the same address, and everything else.
+    // It takes over the underlay's interface, with the same address, and by another profile all that is like a
+    // network card.
     let script = "set -e
         D=$(ls /sys/class/net | grep -E '^en' | head -1)
         mkdir -p /etc/NetworkManager/conf.d /etc/NetworkManager/system-connections
         printf '[device-all]\\nmatch-device=*\\nmanaged=1\\n' > /etc/NetworkManager/conf.d/90-all.conf
         f=/etc/NetworkManager/system-connections/lan.nmconnection
-        printf '[connection]\\nid=lan\\ntype=ethernet\\ninterface-name=%s\\n[ipv4]\\nmethod=manual\\naddress1=10.77.0.2/24,10.77.0.1\\n[ipv6]\\nmethod=ignore\\n' $D > $f
-        chmod 600 $f
+        printf '%s\\n' '[connection]' id=lan type=ethernet interface-name=$D \\
+            '[ipv4]' method=manual address1=10.77.0.2/24,10.77.0.1 '[ipv6]' method=ignore > $f
+        all=/etc/NetworkManager/system-connections/all.nmconnection
+        printf '%s\\n' '[connection]' id=all type=ethernet multi-connect=3 autoconnect-priority=-9 \\
+            '[ipv4]' method=auto > $all
+        chmod 600 $f $all
         systemctl -q disable --now systemd-networkd.socket systemd-networkd.service 2>/dev/null
         systemctl -q unmask NetworkManager.service
         systemctl start NetworkManager.service
-        for i in $(seq 60); do nmcli -t -f DEVICE,STATE device | grep -q \"^$D:connected\" && exit 0; sleep 1; done
+        for i in $(seq 60); do
+            nmcli -t -f DEVICE,STATE device | grep -q \"^$D:connected\" && exit 0
+            sleep 1
+        done
         nmcli device; exit 1";
     restart_and_watch(&mut pair, "NetworkManager started", script)?;
     restart_and_watch(&mut pair, "NetworkManager restarted", "systemctl restart NetworkManager")?;
+    // What is new there looks to it like a cable that has just been plugged in.
+    pair.pods[1] = add_pod(&mut pair.hosts[1], "late")?;
+    let restart = "systemctl restart NetworkManager";
+    restart_and_watch(&mut pair, "a pod that is added to NetworkManager's host", restart)?;
     let listed = pair.hosts[1].ok("nmcli -t -f DEVICE,STATE device")?;
     say(&format!("NetworkManager: {}", listed.trim().replace('\n', ", ")));
     for line in listed.lines().filter(|line| line.contains("gossamer.") || line.contains("gsm")) {

@@ -22,7 +22,8 @@ pub fn add_hosts(machine: &mut Machine, count: u8) -> anyhow::Result<()> {
              done > /run/links
              ip -batch /run/links
              for i in $(seq {count}); do
-               printf 'addr add 10.77.0.%s/24 dev eth0\\nlink set lo up\\nlink set eth0 up\\nroute add default via 10.77.0.1\\n' $((10 + i)) > /run/links
+               printf '%s\\n' \"addr add 10.77.0.$((10 + i))/24 dev eth0\" 'link set lo up' \\
+                 'link set eth0 up' 'route add default via 10.77.0.1' > /run/links
                ip -n h$i -batch /run/links
                ip netns exec h$i sh -c 'echo 1 > /proc/sys/net/ipv4/ip_forward'
              done"

@@ -1,7 +1,6 @@
 //! Virtual machines: started, told what to do over a serial line, killed.
 
 use std::{
-    cell::Cell,
     ffi::OsString,
     fmt::Write as _,
     fs::{self, File},
@@ -9,6 +8,7 @@ use std::{
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    sync::Mutex,
     time::{Duration, Instant},
 };
 
@@ -31,7 +31,8 @@ const SNAPSHOT: &str = "booted";
 pub struct World {
     cache: PathBuf,
     dir: TempDir,
-    parcel: Cell<Option<u64>>,
+    parcel: Mutex<Option<u64>>,
+    booting: Mutex<()>,
 }
 
 /// How a machine is started.
@@ -86,7 +87,7 @@ impl World {
         }
         let dir = tempfile::Builder::new().prefix("run-").tempdir_in(cache)?;
         host("ip link add br0 type bridge && ip link set br0 up")?;
-        Ok(Self { cache: cache.to_owned(), dir, parcel: Cell::new(None) })
+        Ok(Self { cache: cache.to_owned(), dir, parcel: Mutex::new(None), booting: Mutex::new(()) })
     }
 
     /// The last lines of each console.
@@ -104,7 +105,8 @@ impl World {
     /// A disk with the program and the package, as a tar archive; how many bytes count.
     fn parcel(&self) -> anyhow::Result<(PathBuf, u64)> {
         let path = self.dir.path().join("parcel");
-        if let Some(size) = self.parcel.get() {
+        let mut known = self.parcel.lock().expect("no panic while packing");
+        if let Some(size) = *known {
             return Ok((path, size));
         }
         let files = self.dir.path().join("files");
@@ -121,7 +123,7 @@ impl World {
         let size = file.metadata()?.len();
         ensure!(size < PARCEL_SIZE, "the program is too large");
         file.set_len(PARCEL_SIZE)?;
-        self.parcel.set(Some(size));
+        *known = Some(size);
         Ok((path, size))
     }
 
@@ -200,8 +202,10 @@ impl World {
             &format!("tap,id=n0,ifname={tap},script=no,downscript=no"),
             "-device",
             &format!("virtio-net-pci,netdev=n0,mac=52:54:00:77:00:{index:02x},romfile="),
+            "-chardev",
+            &format!("file,id=c1,path={},append=on", file("serial")),
             "-serial",
-            &format!("file:{},append=on", file("serial")),
+            "chardev:c1",
             "-monitor",
             &format!("unix:{},server=on,wait=off", file("monitor")),
         ]
@@ -243,6 +247,7 @@ impl World {
         let version = String::from_utf8_lossy(&version);
         let version = version.split_whitespace().nth(3).unwrap_or("0").replace('/', "-");
         let path = self.cache.join(format!("snapshot-{}-{version}.qcow2", recipe.trim()));
+        let _one = self.booting.lock().expect("no panic while booting");
         if path.exists() {
             return Ok(path);
         }
@@ -397,7 +402,8 @@ impl Machine {
     pub fn take_parcel(&mut self) -> anyhow::Result<()> {
         let blocks = self.parcel.div_ceil(1 << 16);
         self.ok(&format!(
-            "mkdir -p /parcel && dd if=/dev/vdb bs=64K count={blocks} iflag=direct status=none | tar -x -C /parcel && \
+            "mkdir -p /parcel && \
+             dd if=/dev/vdb bs=64K count={blocks} iflag=direct status=none | tar -x -C /parcel && \
              ln -sf /parcel/gossamer /usr/local/bin/gossamer"
         ))
         .map(drop)

@@ -36,7 +36,8 @@ fn lossy(world: &mut World) -> anyhow::Result<()> {
     machine.ok("umask 077; gossamer token --socket /run/h1.sock > /root/token")?;
     let mut joins = Vec::new();
     for number in 2..=HOSTS {
-        // From the first line of its log to its subnet: what a process costs to start in emulation is not meant.
+        // From the first line of its log to its subnet: the start of a process is slow
+        // in emulation.
         let said = machine.ok(&format!(
             "i={number}
              up() {{ read -r a _ < /proc/uptime; echo $a; }}
@@ -80,8 +81,8 @@ fn lossy(world: &mut World) -> anyhow::Result<()> {
     }
     let worst = joins.iter().copied().fold(0.0, f64::max);
     say(&format!(
-        "{HOSTS} agents, 50 ms, 5 % loss, 20 % reordered, {} s: {downs} false downs, {suspicions} suspicions, \
-         {rate} bytes/s per agent, joins {} s, checksum offload turned off at {}; {}",
+        "{HOSTS} agents, 50 ms, 5 % loss, 20 % reordered, {} s: {downs} false downs, \
+         {suspicions} suspicions, {rate} bytes/s per agent, joins {} s, checksum offload turned off at {}; {}",
         WATCHED.as_secs(),
         joins.iter().map(|join| format!("{join:.2}")).collect::<Vec<_>>().join(" "),
         offload_off.len(),

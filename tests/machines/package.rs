@@ -48,7 +48,8 @@ fn start_order(world: &mut World) -> anyhow::Result<()> {
     // A stand-in for Docker: it asks the agent at the moment it is started.
     host.ok(
         "printf '[Unit]\\nAfter=network-online.target\\n[Service]\\nType=oneshot\\nRemainAfterExit=yes\\n\
-         ExecStart=/bin/sh -c \"gossamer status -o json > /root/docker-saw 2>&1; echo $? > /root/docker-code\"\\n\
+         ExecStart=/bin/sh -c \"gossamer status -o json > /root/docker-saw 2>&1; \
+         echo $? > /root/docker-code\"\\n\
          [Install]\\nWantedBy=multi-user.target\\n' > /etc/systemd/system/docker.service
          sed -i 's/\\$?/$$?/' /etc/systemd/system/docker.service
          systemctl -q enable docker gossamer",
@@ -63,7 +64,7 @@ fn start_order(world: &mut World) -> anyhow::Result<()> {
     let ready = moment(&mut host, "gossamer", "ActiveEnterTimestampMonotonic")?;
     let docker = moment(&mut host, "docker", "InactiveExitTimestampMonotonic")?;
     say(&format!(
-        "start order: online {:.1} s, started {:.1} s, ready {:.1} s, docker {:.1} s after the boot of the kernel",
+        "start order: online {:.1} s, started {:.1} s, ready {:.1} s, docker {:.1} s after the kernel",
         online as f64 / 1e6,
         begun as f64 / 1e6,
         ready as f64 / 1e6,

@@ -66,14 +66,14 @@ pub fn converged(machine: &mut Machine, members: usize) -> anyhow::Result<String
 }
 
 /// A pod, connected as a container runtime does it; gives its address.
-pub fn add_pod(machine: &mut Machine) -> anyhow::Result<String> {
-    let said = machine.ok(
+pub fn add_pod(machine: &mut Machine, name: &str) -> anyhow::Result<String> {
+    let said = machine.ok(&format!(
         "test -e /opt/cni/bin/gossamer || gossamer cni install >/dev/null || exit 1
-         ip netns add pod || exit 1
-         echo '{\"cniVersion\": \"1.0.0\", \"name\": \"gossamer\", \"type\": \"gossamer\"}' |
-         CNI_COMMAND=ADD CNI_CONTAINERID=pod CNI_NETNS=/run/netns/pod CNI_IFNAME=eth0 CNI_PATH=/opt/cni/bin \
-         /opt/cni/bin/gossamer",
-    )?;
+         ip netns add {name} || exit 1
+         echo '{{\"cniVersion\": \"1.0.0\", \"name\": \"gossamer\", \"type\": \"gossamer\"}}' |
+         CNI_COMMAND=ADD CNI_CONTAINERID={name} CNI_NETNS=/run/netns/{name} CNI_IFNAME=eth0 \
+         CNI_PATH=/opt/cni/bin /opt/cni/bin/gossamer"
+    ))?;
     let answer: Value = serde_json::from_str(&said).with_context(|| said)?;
     let address = answer["ips"][0]["address"].as_str().context("an address")?;
     Ok(address.split('/').next().unwrap_or_default().to_owned())
@@ -81,18 +81,27 @@ pub fn add_pod(machine: &mut Machine) -> anyhow::Result<String> {
 
 impl Pair {
     pub fn new(world: &World) -> anyhow::Result<Self> {
-        let mut first = world.clone_booted("v1", 1)?;
-        let mut second = world.clone_booted("v2", 2)?;
-        install(&mut first, "init = true\\nset_sysctls = true\\n")?;
+        let ready = |name, index, settings| -> anyhow::Result<Machine> {
+            let mut machine = world.clone_booted(name, index)?;
+            install(&mut machine, settings)?;
+            Ok(machine)
+        };
+        let (first, second) = std::thread::scope(|scope| {
+            let second = "token_file = \"/etc/gossamer/token\"\\nset_sysctls = true\\n";
+            let second = scope.spawn(|| ready("v2", 2, second));
+            (ready("v1", 1, "init = true\\nset_sysctls = true\\n"), second.join())
+        });
+        let mut first = first?;
+        let mut second = second.map_err(|_| anyhow::anyhow!("the second host's thread"))??;
+        say(&format!("two hosts with the package: {}, {}", first.figures(), second.figures()));
         first.ok_within("systemctl enable --now gossamer 2>&1", PATIENCE)?;
         let mut subnets = [converged(&mut first, 1)?, String::new()];
         let token = first.ok("gossamer token")?;
-        install(&mut second, "token_file = \"/etc/gossamer/token\"\\nset_sysctls = true\\n")?;
         second.ok(&format!("umask 077; echo {} > /etc/gossamer/token", token.trim()))?;
         second.ok_within("systemctl enable --now gossamer 2>&1", PATIENCE)?;
         subnets[1] = converged(&mut second, 2)?;
         converged(&mut first, 2)?;
-        let pods = [add_pod(&mut first)?, add_pod(&mut second)?];
+        let pods = [add_pod(&mut first, "pod")?, add_pod(&mut second, "pod")?];
         say(&format!("two hosts and their pods: {}, {}", first.figures(), second.figures()));
         let mut pair = Self { hosts: [first, second], pods, subnets };
         // The first packet waits for neighbours.
@@ -120,7 +129,8 @@ impl Pair {
     /// Ends that. The last two packets may have been on their way.
     pub fn stop_ping(&mut self) -> anyhow::Result<Loss> {
         let said = self.hosts[0].ok_within(
-            "kill -INT $(cat /tmp/ping.pid); while [ -e /proc/$(cat /tmp/ping.pid) ]; do sleep 0.1; done; cat /tmp/ping",
+            "p=$(cat /tmp/ping.pid); kill -INT $p
+             while [ -e /proc/$p ]; do sleep 0.1; done; cat /tmp/ping",
             SOON,
         )?;
         let (sent, _) = ping_counts(&said)?;
