@@ -31,6 +31,9 @@ pub fn add_hosts(machine: &mut Machine, count: u8) -> anyhow::Result<()> {
         .map(drop)
 }
 
+/// A moment, without a process that would take time of its own: descriptor 5 is a pipe that nothing comes from.
+pub const WAIT: &str = "read -r -t 0.02 -u 5";
+
 /// A script that starts the agent of host `$i`.
 pub fn agent(arguments: &str) -> String {
     format!(

@@ -26,6 +26,8 @@ pub const SOON: Duration = Duration::from_secs(120);
 /// A disk of one size, so that a snapshot of a machine fits to whatever is on it.
 const PARCEL_SIZE: u64 = 256 << 20;
 const SNAPSHOT: &str = "booted";
+/// To be raised when the devices of machines change: a snapshot fits to one set of them.
+const DEVICES: u32 = 1;
 
 /// What all machines of a test share: images, a network, a directory that is gone afterwards.
 pub struct World {
@@ -172,6 +174,7 @@ impl World {
             &memory.to_string(),
             "-nodefaults",
             "-no-user-config",
+            "-no-reboot",
             "-display",
             "none",
             "-name",
@@ -246,7 +249,7 @@ impl World {
         let version = Command::new("qemu-system-x86_64").arg("--version").output()?.stdout;
         let version = String::from_utf8_lossy(&version);
         let version = version.split_whitespace().nth(3).unwrap_or("0").replace('/', "-");
-        let path = self.cache.join(format!("snapshot-{}-{version}.qcow2", recipe.trim()));
+        let path = self.cache.join(format!("snapshot-{}-{version}-{DEVICES}.qcow2", recipe.trim()));
         let _one = self.booting.lock().expect("no panic while booting");
         if path.exists() {
             return Ok(path);
@@ -450,12 +453,18 @@ impl Machine {
         self.wait_ready()
     }
 
-    /// Reboots it as an operator does, and waits until it takes commands again.
+    /// Reboots it as an operator does, and waits until it takes commands again. qemu ends when the machine
+    /// would be reset: one that was started from a snapshot takes minutes to boot again by itself.
     pub fn reboot(&mut self) -> anyhow::Result<()> {
         // The answer may be lost on its way down.
         let line = format!("0 {}\n", BASE64.encode(b"systemctl --no-block reboot"));
         self.control.write_all(line.as_bytes())?;
-        self.wait_ready()
+        let start = Instant::now();
+        while self.child.try_wait()?.is_none() {
+            ensure!(start.elapsed() < BOOT, "{} does not go down", self.name);
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        self.power_on()
     }
 
     /// What its console has said so far.

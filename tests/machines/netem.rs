@@ -6,7 +6,7 @@ use anyhow::{Context as _, ensure};
 
 use crate::{
     common::{Needs, on_machines, say},
-    hosts::{add_hosts, agent, ask, converged, table},
+    hosts::{WAIT, add_hosts, agent, ask, converged, table},
     machine::{Options, World},
 };
 
@@ -40,17 +40,20 @@ fn lossy(world: &mut World) -> anyhow::Result<()> {
         // in emulation.
         let said = machine.ok(&format!(
             "i={number}
-             up() {{ read -r a _ < /proc/uptime; echo $a; }}
-             a=$(up); {}
-             until [ -s /run/h$i.log ]; do sleep 0.01; done; b=$(up)
-             for n in $(seq 6000); do [ -s /run/h$i.env ] && break; sleep 0.01; done
-             echo $a $b $(up)",
+             [ -e /run/tick ] || mkfifo /run/tick; exec 5<> /run/tick
+             read -r a _ < /proc/uptime; {}
+             until [ -s /run/h$i.log ]; do {WAIT}; done; read -r b _ < /proc/uptime
+             for n in {{1..3000}}; do [ -s /run/h$i.env ] && break; {WAIT}; done
+             read -r c _ < /proc/uptime; echo $a $b $c",
             agent("--token-file /root/token")
         ))?;
         let moments: Vec<f64> =
             said.split_whitespace().filter_map(|word| word.parse().ok()).collect();
         let [started, spoke, joined] = moments[..] else { anyhow::bail!("{said}") };
         joins.push(joined - started);
+        if joined - started > JOIN {
+            say(&machine.ok(&format!("head -c 3000 /run/h{number}.log; cat /proc/loadavg"))?);
+        }
         say(&format!(
             "h{number} had its subnet {:.2} s after its start ({:.2} s after its first line)",
             joined - started,

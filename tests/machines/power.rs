@@ -10,7 +10,7 @@ use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 
 use crate::{
     common::{Needs, on_machines, say},
-    hosts::{add_hosts, agent, ask, converged, table},
+    hosts::{WAIT, add_hosts, agent, ask, converged, table},
     machine::{Machine, Options, SOON, World},
     pair::{self, Pair},
 };
@@ -180,16 +180,19 @@ fn launch(victim: &mut Machine) -> anyhow::Result<()> {
         .ok(&format!(
             "rm -f /run/h*.env
              for i in $(seq {HOSTS}); do {agent} done
-             (left=$(seq {HOSTS})
+             [ -e /run/tick ] || mkfifo /run/tick
+             (exec 5<> /run/tick; left=$(echo $(seq {HOSTS}))
              while [ -n \"$left\" ]; do
+               rest=
                for i in $left; do
                  if [ -s /run/h$i.env ]; then
                    . /run/h$i.env
                    echo \"SAID h$i $FLANNEL_SUBNET\" > /dev/ttyS0
-                   left=$(echo $left | tr ' ' '\\n' | grep -v \"^$i\\$\")
+                 else
+                   rest=\"$rest $i\"
                  fi
                done
-               sleep 0.03
+               left=$rest; {WAIT}
              done) > /dev/null 2>&1 &"
         ))
         .map(drop)
