@@ -73,8 +73,8 @@ fn network_manager_that_takes_every_interface_leaves_pods_alone() {
 
 fn network_manager(world: &mut World) -> anyhow::Result<()> {
     let mut pair = Pair::new(world)?;
-    // It takes over the underlay's interface, with the same address, and by another profile all that is like a
-    // network card.
+    // It takes over the underlay's interface, with the same address, and by another profile all that is like
+    // a network card.
     let script = "set -e
         D=$(ls /sys/class/net | grep -E '^en' | head -1)
         mkdir -p /etc/NetworkManager/conf.d /etc/NetworkManager/system-connections

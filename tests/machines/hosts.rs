@@ -31,8 +31,12 @@ pub fn add_hosts(machine: &mut Machine, count: u8) -> anyhow::Result<()> {
         .map(drop)
 }
 
-/// A moment, without a process that would take time of its own: descriptor 5 is a pipe that nothing comes from.
+/// A moment, without a process that would take time of its own: nothing comes from descriptor 5, a pipe.
 pub const WAIT: &str = "read -r -t 0.02 -u 5";
+
+/// A script that ends all agents of a machine.
+pub const END_AGENTS: &str = "for p in $(pidof gossamer); do kill $p; done
+    while pidof gossamer > /dev/null; do sleep 0.1; done";
 
 /// A script that starts the agent of host `$i`.
 pub fn agent(arguments: &str) -> String {

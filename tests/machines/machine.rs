@@ -24,10 +24,10 @@ const BOOT: Duration = Duration::from_secs(300);
 /// What takes a moment, here.
 pub const SOON: Duration = Duration::from_secs(120);
 /// A disk of one size, so that a snapshot of a machine fits to whatever is on it.
-const PARCEL_SIZE: u64 = 256 << 20;
+const PARCEL_SIZE: u64 = 512 << 20;
 const SNAPSHOT: &str = "booted";
 /// To be raised when the devices of machines change: a snapshot fits to one set of them.
-const DEVICES: u32 = 1;
+const DEVICES: u32 = 2;
 
 /// What all machines of a test share: images, a network, a directory that is gone afterwards.
 pub struct World {
@@ -47,15 +47,16 @@ pub struct Options<'a> {
     /// Without systemd.
     pub mini: bool,
     pub memory: u16,
+    pub processors: u8,
 }
 
 impl<'a> Options<'a> {
     pub const fn mini(name: &'a str, index: u8) -> Self {
-        Self { name, index, kernel: "6.1", mini: true, memory: 512 }
+        Self { name, index, kernel: "6.1", mini: true, memory: 512, processors: 1 }
     }
 
     pub const fn systemd(name: &'a str, index: u8) -> Self {
-        Self { name, index, kernel: "6.1", mini: false, memory: 512 }
+        Self { name, index, kernel: "6.1", mini: false, memory: 512, processors: 1 }
     }
 }
 
@@ -145,7 +146,7 @@ impl World {
     }
 
     fn launch(&self, options: Options, more: &[&str]) -> anyhow::Result<Machine> {
-        let Options { name, index, kernel, mini, memory } = options;
+        let Options { name, index, kernel, mini, memory, processors } = options;
         let dir = self.dir.path();
         let file = |end: &str| dir.join(format!("{name}.{end}")).display().to_string();
         let boot = self.cache.join("boot");
@@ -169,7 +170,7 @@ impl World {
             "-accel",
             "tcg,thread=multi",
             "-smp",
-            "1",
+            &processors.to_string(),
             "-m",
             &memory.to_string(),
             "-nodefaults",

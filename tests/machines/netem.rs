@@ -6,8 +6,8 @@ use anyhow::{Context as _, ensure};
 
 use crate::{
     common::{Needs, on_machines, say},
-    hosts::{WAIT, add_hosts, agent, ask, converged, table},
-    machine::{Options, World},
+    hosts::{END_AGENTS, add_hosts, agent, ask, converged, table},
+    machine::{Machine, Options, World},
 };
 
 const HOSTS: u8 = 10;
@@ -21,45 +21,45 @@ fn members_on_a_lossy_network_are_never_held_as_down() {
     on_machines(Needs::Program, Duration::from_secs(1800), lossy);
 }
 
+/// A cluster of all hosts; gives the seconds that each join took.
+fn cluster(machine: &mut Machine) -> anyhow::Result<Vec<f64>> {
+    machine.ok(&format!("i=1; {}", agent("--init")))?;
+    converged(machine, 1, 1)?;
+    machine.ok("umask 077; gossamer token --socket /run/h1.sock > /root/token")?;
+    (2..=HOSTS).map(|number| join(machine, number)).collect()
+}
+
+/// Starts an agent; gives the seconds from the first line of its log to its subnet, by the guest's clock,
+/// which nothing sets.
+fn join(machine: &mut Machine, number: u8) -> anyhow::Result<f64> {
+    machine.ok(&format!("i={number}; {}", agent("--token-file /root/token")))?;
+    converged(machine, number, usize::from(number))?;
+    let log = machine.ok(&format!("cat /run/h{number}.log"))?;
+    let moment = |words: &str| -> anyhow::Result<f64> {
+        let line = log.lines().find(|line| line.contains(words));
+        let line = line.with_context(|| format!("h{number} does not say `{words}`:\n{log}"))?;
+        let time = line.split_once('T').context("a time")?.1;
+        let parts = time.split(['Z', ':']).take(3).map(str::parse);
+        Ok(parts.collect::<Result<Vec<f64>, _>>()?.iter().fold(0.0, |sum, part| sum * 60.0 + part))
+    };
+    Ok((moment("this node's subnet")? - moment("starting")?).rem_euclid(86_400.0))
+}
+
 fn lossy(world: &mut World) -> anyhow::Result<()> {
-    let options = Options { kernel: "6.12", memory: 1024, ..Options::mini("m1", 1) };
+    let options = Options { kernel: "6.12", memory: 1024, processors: 2, ..Options::mini("m1", 1) };
     let mut machine = world.start(options)?;
     machine.take_parcel()?;
     add_hosts(&mut machine, HOSTS)?;
+    // What joins cost in emulation where the network is good: cryptography, and other agents' work.
+    let good = cluster(&mut machine)?;
     machine.ok(&format!(
-        "for i in $(seq {HOSTS}); do
+        "{END_AGENTS}
+         for i in $(seq {HOSTS}); do
+           rm -rf /root/h$i/state /run/h$i.*; ip -n h$i link del gossamer.1
            tc -n h$i qdisc add dev eth0 root netem delay 50ms loss 5% reorder 20% limit 10000 || exit 1
          done"
     ))?;
-    machine.ok(&format!("i=1; {}", agent("--init")))?;
-    converged(&mut machine, 1, 1)?;
-    machine.ok("umask 077; gossamer token --socket /run/h1.sock > /root/token")?;
-    let mut joins = Vec::new();
-    for number in 2..=HOSTS {
-        // From the first line of its log to its subnet: the start of a process is slow
-        // in emulation.
-        let said = machine.ok(&format!(
-            "i={number}
-             [ -e /run/tick ] || mkfifo /run/tick; exec 5<> /run/tick
-             read -r a _ < /proc/uptime; {}
-             until [ -s /run/h$i.log ]; do {WAIT}; done; read -r b _ < /proc/uptime
-             for n in {{1..3000}}; do [ -s /run/h$i.env ] && break; {WAIT}; done
-             read -r c _ < /proc/uptime; echo $a $b $c",
-            agent("--token-file /root/token")
-        ))?;
-        let moments: Vec<f64> =
-            said.split_whitespace().filter_map(|word| word.parse().ok()).collect();
-        let [started, spoke, joined] = moments[..] else { anyhow::bail!("{said}") };
-        joins.push(joined - started);
-        if joined - started > JOIN {
-            say(&machine.ok(&format!("head -c 3000 /run/h{number}.log; cat /proc/loadavg"))?);
-        }
-        say(&format!(
-            "h{number} had its subnet {:.2} s after its start ({:.2} s after its first line)",
-            joined - started,
-            joined - spoke
-        ));
-    }
+    let bad = cluster(&mut machine)?;
     for number in 1..=HOSTS {
         converged(&mut machine, number, usize::from(HOSTS))?;
     }
@@ -82,13 +82,17 @@ fn lossy(world: &mut World) -> anyhow::Result<()> {
         let events = events["events"].as_array().cloned().unwrap_or_default();
         suspicions += events.iter().filter(|event| event.to_string().contains("suspect")).count();
     }
-    let worst = joins.iter().copied().fold(0.0, f64::max);
+    let seconds =
+        |joins: &[f64]| joins.iter().map(|join| format!("{join:.2}")).collect::<Vec<_>>().join(" ");
+    let worst = good.iter().zip(&bad).map(|(good, bad)| bad - good).fold(0.0, f64::max);
     say(&format!(
         "{HOSTS} agents, 50 ms, 5 % loss, 20 % reordered, {} s: {downs} false downs, \
-         {suspicions} suspicions, {rate} bytes/s per agent, joins {} s, checksum offload turned off at {}; {}",
+         {suspicions} suspicions, {rate} bytes/s per agent, checksum offload turned off at {}; \
+         joins {} s, on a good network {} s; {}",
         WATCHED.as_secs(),
-        joins.iter().map(|join| format!("{join:.2}")).collect::<Vec<_>>().join(" "),
         offload_off.len(),
+        seconds(&bad),
+        seconds(&good),
         machine.figures()
     ));
     ensure!(downs == 0, "{downs} times a member that runs was held as down");
@@ -98,7 +102,7 @@ fn lossy(world: &mut World) -> anyhow::Result<()> {
         let rows = table(&mut machine, number)?;
         ensure!(rows == first, "h{number} holds\n{rows:?}\nand h1\n{first:?}");
     }
-    ensure!(worst < JOIN, "a join took {worst:.2} s");
+    ensure!(worst < JOIN, "the network made a join take {worst:.2} s longer");
     ensure!(offload_off.is_empty(), "loss was taken for a broken card, at hosts {offload_off:?}");
     Ok(())
 }

@@ -10,7 +10,7 @@ use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 
 use crate::{
     common::{Needs, on_machines, say},
-    hosts::{WAIT, add_hosts, agent, ask, converged, table},
+    hosts::{END_AGENTS, WAIT, add_hosts, agent, ask, converged, table},
     machine::{Machine, Options, SOON, World},
     pair::{self, Pair},
 };
@@ -199,13 +199,7 @@ fn launch(victim: &mut Machine) -> anyhow::Result<()> {
 }
 
 fn end_agents(machine: &mut Machine) -> anyhow::Result<()> {
-    machine
-        .ok_within(
-            "for p in $(pidof gossamer); do kill $p; done
-             while pidof gossamer > /dev/null; do sleep 0.1; done",
-            SOON,
-        )
-        .map(drop)
+    machine.ok(END_AGENTS).map(drop)
 }
 
 /// Where the last cluster begins in the console.
