@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
+use serde_json::Value;
 
 use crate::{
     common::{Needs, on_machines, say},
@@ -71,7 +72,8 @@ fn lossy(world: &mut World) -> anyhow::Result<()> {
     let before = sent(machine.ok(&bytes)?);
     std::thread::sleep(WATCHED);
     let rate = (sent(machine.ok(&bytes)?) - before) / WATCHED.as_secs() / u64::from(HOSTS);
-    let (mut downs, mut suspicions, mut offload_off) = (0, 0, Vec::new());
+    let (mut downs, mut suspicions) = (0, 0);
+    let (mut offload_off, mut held_down) = (Vec::new(), Vec::new());
     for number in 1..=HOSTS {
         let status = ask(&mut machine, number, "status")?;
         downs += status["counters"]["downs"].as_u64().context("downs")?;
@@ -80,7 +82,12 @@ fn lossy(world: &mut World) -> anyhow::Result<()> {
         }
         let events = ask(&mut machine, number, "events")?;
         let events = events["events"].as_array().cloned().unwrap_or_default();
-        suspicions += events.iter().filter(|event| event.to_string().contains("suspect")).count();
+        let of = |word: &'static str| {
+            let text = |event: &Value| event["text"].as_str().unwrap_or_default().to_owned();
+            events.iter().map(text).filter(move |text| text.contains(word))
+        };
+        suspicions += of("suspect").count();
+        held_down.extend(of("down").map(|text| format!("h{number}: {text}")));
     }
     let seconds =
         |joins: &[f64]| joins.iter().map(|join| format!("{join:.2}")).collect::<Vec<_>>().join(" ");
@@ -95,7 +102,15 @@ fn lossy(world: &mut World) -> anyhow::Result<()> {
         seconds(&good),
         machine.figures()
     ));
-    ensure!(downs == 0, "{downs} times a member that runs was held as down");
+    // Agents whose processor is taken away for seconds look like dead ones.
+    let slow = machine
+        .ok("cat /run/h*.log | grep -o 'event loop was slow.*' | wc -l; cat /proc/loadavg")?;
+    say(&format!("slow turns of loops, and load: {}", slow.trim().replace('\n', ", ")));
+    ensure!(
+        downs == 0,
+        "{downs} times a member that runs was held as down: {:#?}",
+        held_down.iter().take(30).collect::<Vec<_>>()
+    );
     let first = table(&mut machine, 1)?;
     for number in 2..=HOSTS {
         converged(&mut machine, number, usize::from(HOSTS))?;
