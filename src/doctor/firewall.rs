@@ -62,6 +62,7 @@ pub fn examine(patient: &Patient, findings: &mut Vec<Finding>) {
 fn forwarding(patient: &Patient, chains: &ForeignChains, networks: &[IpNet]) -> Vec<Finding> {
     let tried = patient.status().map(|status| &status["kernel"]["forwarding"]);
     let detail = tried.and_then(|tried| tried["detail"].as_str()).unwrap_or("no agent tries it");
+    let detail = if detail.is_empty() { "it has not been tried yet" } else { detail };
     match tried.and_then(|tried| tried["state"].as_str()) {
         Some("ok") => return vec![Finding::ok("forwarding", detail)],
         Some("failing") => {

@@ -28,6 +28,9 @@ pub fn examine(patient: &Patient, findings: &mut Vec<Finding>) {
             }
             findings.extend(told);
         }
+        _ if detail.is_empty() => {
+            findings.push(Finding::skipped("routing", "the kernel has not been asked yet"));
+        }
         _ => findings.push(Finding::skipped("routing", detail)),
     }
 }
