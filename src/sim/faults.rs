@@ -6,10 +6,7 @@ use std::{collections::BTreeSet, fmt, net::Ipv4Addr, str::FromStr, time::Duratio
 use rand::{RngExt as _, prelude::IteratorRandom as _, rngs::StdRng};
 
 use super::{disk::Disk, host::Host, world::World};
-use crate::{
-    core::Command,
-    model::{Quorum, Slot},
-};
+use crate::{core::Command, model::Quorum};
 
 /// A kind of fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -45,8 +42,6 @@ pub enum Fault {
     Death,
     /// A host dies, and one made anew takes its name and place.
     Recreate,
-    /// Some subnets of the pool lead elsewhere on some hosts.
-    Occupied,
     /// Breaks the promise's proviso: a database is lost.
     LoseDisk,
     /// Breaks it: a disk is set back to an older state.
@@ -61,7 +56,7 @@ pub enum Fault {
 
 impl Fault {
     /// Those under which the promise holds.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 18] = [
         Self::Loss,
         Self::Doubles,
         Self::Late,
@@ -80,7 +75,6 @@ impl Fault {
         Self::Blackout,
         Self::Death,
         Self::Recreate,
-        Self::Occupied,
     ];
 
     /// Those under which two owners may come about, and must be found out.
@@ -142,12 +136,7 @@ impl Faults {
             let names = world.hosts.iter().take(3).filter_map(|host| host.name.parse().ok());
             world.quorum = Quorum::new(Quorum::SHORTEST, &names.collect::<Vec<_>>()).ok();
         }
-        let pool = world.settings.pool;
         for host in &mut world.hosts {
-            if on(Fault::Occupied) && rng.random() {
-                let slots = (0..rng.random_range(1..20)).map(|_| rng.random_range(pool.slots()));
-                host.occupied = slots.map(|slot| pool.subnet(Slot(slot))).collect();
-            }
             host.quorum.clone_from(&world.quorum);
             if on(Fault::SlowDisk) {
                 let slow = Duration::from_millis(rng.random_range(5..2000));
@@ -172,7 +161,7 @@ impl Faults {
         };
         match fault {
             Fault::Loss | Fault::Doubles | Fault::Late | Fault::SlowDisk => {}
-            Fault::SlowKernel | Fault::Drift | Fault::Occupied => {}
+            Fault::SlowKernel | Fault::Drift => {}
             // Of the voters, the first three hosts, most stay.
             Fault::Voters if host < 2 => {}
             Fault::Voters => _ = die(world, host),
