@@ -292,7 +292,7 @@ fn attachment(name: &str) -> Result<Attachment, PodError> {
     Attachment::new(name, INTERFACE).map_err(PodError::invalid)
 }
 
-/// Docker gives it to the container, whoever asks.
+/// Docker gives it to the container in any case.
 fn mac_in(reservation: &Attachment) -> Option<Mac> {
     let digits = reservation.container().strip_prefix(BY_MAC)?;
     let number = u64::from_str_radix(digits, 16).ok().filter(|_| digits.len() == 12)?;

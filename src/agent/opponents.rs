@@ -66,7 +66,7 @@ const SYSCTLS: [&str; 9] = [
 ];
 /// The kernel keeps so much of a program's name (`TASK_COMM_LEN` less the zero at the end).
 const COMM: usize = 15;
-/// More names help nobody.
+/// More names help no reader.
 const NAMED: usize = 3;
 
 /// The fights of one thread.

@@ -35,7 +35,7 @@ impl Capture {
         &self.0
     }
 
-    /// The payload of the next packet of a trial, whoever's; none if there is no more.
+    /// The payload of the next packet of any trial; none if there is no more.
     pub fn next(&mut self) -> io::Result<Option<Vec<u8>>> {
         let mut buffer = [0; 128];
         match self.0.read(&mut buffer) {
