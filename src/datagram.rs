@@ -17,7 +17,7 @@ use nix::sys::socket::{
 };
 use socket2::{SockFilter, SockRef};
 
-use crate::icmp::{Asker, Family, Heard, What, take};
+use crate::icmp::{Asker, Family, Heard, What, never_fragment, take};
 
 /// Servers ignore shorter ones (RFC 9000, 5.2.2).
 pub const SIZE: usize = 1_200;
@@ -45,19 +45,20 @@ pub fn open(family: Family, identifier: u16) -> io::Result<UdpSocket> {
         Family::Inet => setsockopt(&socket, Ipv4PacketInfo, &true)?,
         Family::Inet6 => setsockopt(&socket, Ipv6RecvPacketInfo, &true)?,
     }
+    never_fragment(&socket)?;
     SockRef::from(&socket).attach_filter(&filter(identifier))?;
     Ok(socket)
 }
 
-/// The question with this number.
-pub fn question(identifier: u16, number: u16) -> Vec<u8> {
+/// The question with this number, of `size` bytes, which is at least [`SIZE`].
+pub fn question(identifier: u16, number: u16, size: usize) -> Vec<u8> {
     let [a, b, c, d] = (u32::from(identifier) << 16 | u32::from(number)).to_be_bytes();
     let mut packet = vec![LONG_HEADER];
     packet.extend(NO_VERSION);
     for _ in 0..2 {
         packet.extend([ID_LENGTH, a, b, c, d]);
     }
-    packet.resize(SIZE, 0);
+    packet.resize(size.max(SIZE), 0);
     packet
 }
 
@@ -106,7 +107,7 @@ mod tests {
 
     #[test]
     fn a_question_is_recognised_in_what_is_quoted_of_it() {
-        let packet = question(7, 0x1234);
+        let packet = question(7, 0x1234, SIZE);
         assert_eq!(number_of(7, &packet[..20]), Some(0x1234));
         assert_eq!(number_of(8, &packet), None, "of another agent");
         (0..10).for_each(|len| assert_eq!(number_of(7, &packet[..len]), None));
@@ -119,11 +120,11 @@ mod tests {
         let asker = Asker { identifier: 7, port: to.1 };
         let sender = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).expect("a socket");
         let answer = |identifier| {
-            let mut packet = question(identifier, 9);
+            let mut packet = question(identifier, 9, SIZE);
             packet[1..5].fill(0);
             packet
         };
-        for packet in [vec![], vec![0x80; 20], question(7, 9), answer(8)] {
+        for packet in [vec![], vec![0x80; 20], question(7, 9, SIZE), answer(8)] {
             sender.send_to(&packet, to).expect("sent");
             let nothing = receive(&socket, asker).expect_err("nothing to read");
             assert_eq!(nothing.kind(), io::ErrorKind::WouldBlock, "{packet:?}");

@@ -12,6 +12,7 @@ use nix::sys::socket::{
     ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, setsockopt,
     sockopt::{Ipv4PacketInfo, Ipv6RecvPacketInfo},
 };
+use quinn_udp::{UdpSockRef, UdpSocketState};
 use socket2::{Domain, Protocol, SockFilter, SockRef, Socket, Type};
 
 use crate::{datagram, netlink::attributes::address};
@@ -62,6 +63,16 @@ pub enum What {
     Refusal(u16),
 }
 
+/// Makes a socket send packets whole, as large as the interface takes them, whatever MTU a route has or a
+/// router has told: such a packet is to find out whether that is still so (ip(7), `IP_PMTUDISC_PROBE`).
+///
+/// # Errors
+/// What the kernel says to the socket options.
+pub fn never_fragment(socket: &impl AsFd) -> io::Result<()> {
+    // What QUIC's sockets need, too, and where the options are set without unsafe code of our own.
+    UdpSocketState::new(UdpSockRef::from(socket)).map(drop)
+}
+
 impl Family {
     pub const fn of(address: IpAddr) -> Self {
         match address {
@@ -77,11 +88,13 @@ impl Family {
             Self::Inet => {
                 let socket = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::ICMPV4))?;
                 setsockopt(&socket, Ipv4PacketInfo, &true)?;
+                never_fragment(&socket)?;
                 Ok(socket)
             }
             Self::Inet6 => {
                 let socket = Socket::new(Domain::IPV6, Type::RAW, Some(Protocol::ICMPV6))?;
                 setsockopt(&socket, Ipv6RecvPacketInfo, &true)?;
+                never_fragment(&socket)?;
                 Ok(socket)
             }
         }
@@ -313,7 +326,7 @@ mod tests {
         let mut quoted =
             [0x45, 0, 0, 0, 0, 0, 0, 0, 64, 17, 0, 0, 10, 42, 9, 0, 10, 42, 7, 0].to_vec();
         quoted.extend([0x12, 0x34, 0x82, 0x9a, 0, 8, 0, 0]);
-        quoted.extend(&datagram::question(7, 9)[..10]);
+        quoted.extend(&datagram::question(7, 9, datagram::SIZE)[..10]);
         let packet = [&ip_header[..], &[3, 3, 0, 0, 0, 0, 0, 0], &quoted].concat();
         let parse = |port, from: [u8; 4], packet: &[u8]| {
             let asker = Asker { identifier: 7, port };
@@ -328,7 +341,7 @@ mod tests {
         let mut quoted = [0; 48];
         (quoted[6], quoted[40], quoted[41]) = (17, 0x12, 0x34);
         quoted[24..40].copy_from_slice(&crate::netlink::attributes::octets(from));
-        let question = &datagram::question(7, 9)[..10];
+        let question = &datagram::question(7, 9, datagram::SIZE)[..10];
         let packet = [&[1, 4, 0, 0, 0, 0, 0, 0], &quoted[..], question].concat();
         let heard = Family::Inet6.parse(Asker { identifier: 7, port: 0x1234 }, from, 3, &packet);
         assert_eq!(heard.map(|heard| heard.what), Some(What::Refusal(9)));

@@ -5,9 +5,10 @@
 //! in fifty of the time.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs, io,
     net::IpAddr,
+    ops::Bound,
     time::{Duration, Instant},
 };
 
@@ -40,6 +41,8 @@ const ANXIOUS: Duration = Duration::from_secs(1);
 const SETTLE: Duration = Duration::from_millis(300);
 /// A pass takes no more than one part in so many of the time, unless the wait would be longer than this.
 const SHARE: u32 = 50;
+/// Paths whose MTU is asked for in one pass.
+const PATHS: usize = 256;
 const LONGEST: Duration = Duration::from_secs(3);
 
 const EACCES: i32 = 13;
@@ -54,6 +57,9 @@ pub struct Routing {
     pub problems: Vec<String>,
     /// Subnets of peers whose packets take a wrong way.
     pub astray: BTreeSet<IpNet>,
+    /// MTU of the underlay's path to these hosts, where it is smaller than that of the interface: a router
+    /// has said so, or a route has it.
+    pub path_mtus: BTreeMap<IpAddr, u32>,
     pub status: CheckStatus,
 }
 
@@ -62,6 +68,9 @@ pub struct Auditor {
     audit: Audit,
     due: Instant,
     not_before: Instant,
+    path_mtus: BTreeMap<IpAddr, u32>,
+    /// The path whose MTU was asked for last.
+    path_asked: Option<IpAddr>,
     told: Routing,
 }
 
@@ -73,19 +82,29 @@ pub struct Place {
     /// Index and address of the underlay interface.
     pub underlay: u32,
     pub local: IpAddr,
+    /// Its MTU.
+    pub carried: u32,
     pub masquerade: bool,
 }
 
 impl Place {
     pub fn new(device: u32, underlay: &Chosen, firewall: &Firewall) -> Self {
         let masquerade = !firewall.masquerade.is_empty();
-        Self { device, underlay: underlay.link, local: underlay.local, masquerade }
+        let Chosen { link, local, carried, .. } = *underlay;
+        Self { device, underlay: link, local, carried, masquerade }
     }
 }
 
 impl Auditor {
     pub fn new(now: Instant) -> Self {
-        Self { audit: Audit::default(), due: now, not_before: now, told: Routing::default() }
+        Self {
+            audit: Audit::default(),
+            due: now,
+            not_before: now,
+            path_mtus: BTreeMap::new(),
+            path_asked: None,
+            told: Routing::default(),
+        }
     }
 
     /// Something has changed that may lead packets elsewhere: routes to these addresses, for one.
@@ -136,7 +155,9 @@ impl Auditor {
             }
             _ => (state, detail),
         };
-        let state = Routing { problems, astray, status: CheckStatus { state, detail } };
+        self.ask_path_mtus(netlink, desired, place);
+        let path_mtus = self.path_mtus.clone();
+        let state = Routing { problems, astray, path_mtus, status: CheckStatus { state, detail } };
         let is_news = state != self.told;
         self.told.clone_from(&state);
         is_news.then_some(state)
@@ -154,6 +175,24 @@ impl Auditor {
         self.audit.conclude(results);
         Ok(())
     }
+
+    /// Asks for the MTU of the path to each peer's host, as far as one pass gets.
+    fn ask_path_mtus(&mut self, netlink: &mut Netlink, desired: &Desired, place: Place) {
+        let hosts: BTreeSet<IpAddr> = desired.underlays().collect();
+        self.path_mtus.retain(|host, _| hosts.contains(host));
+        let begin = self.path_asked.map_or(Bound::Unbounded, Bound::Excluded);
+        let next = hosts.range((begin, Bound::Unbounded)).chain(&hosts);
+        let output = Some(desired.device.link).filter(|link| *link != 0);
+        for host in next.take(hosts.len().min(PATHS)).copied().collect::<Vec<_>>() {
+            self.path_asked = Some(host);
+            let found = netlink.route(&Query { output, ..Query::to(host) });
+            let mtu = found.ok().and_then(|found| found.mtu).filter(|mtu| *mtu < place.carried);
+            match mtu {
+                Some(mtu) => self.path_mtus.insert(host, mtu),
+                None => self.path_mtus.remove(&host),
+            };
+        }
+    }
 }
 
 /// Which interface pods are behind is for the addresses to tell: our bridge, Docker's or one made by hand.
@@ -168,7 +207,7 @@ fn ground(netlink: &mut Netlink, desired: &Desired, place: Place) -> io::Result<
         let inside = own.iter().find_map(|own| own.inside);
         own.push(Own::new(subnet, place.device, &has, inside));
     }
-    let Place { device, underlay, local, masquerade } = place;
+    let Place { device, underlay, local, masquerade, .. } = place;
     Ok(Ground { device, underlay, local, own, masquerade })
 }
 

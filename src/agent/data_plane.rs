@@ -44,6 +44,8 @@ pub(super) struct KernelState {
     pub(super) withdrawn: bool,
     /// Peers whose subnets are unreachable: neither gossip nor their kernels have answered for long.
     pub(super) withdrawn_peers: BTreeSet<NodeId>,
+    /// MTU of the packets to each peer whose path carries less than the overlay device.
+    pub(super) narrow: BTreeMap<NodeId, u32>,
     pub(super) goals: u64,
     pub(super) answered: u64,
     /// Its index, as long as there is one.
@@ -75,7 +77,8 @@ impl Agent {
     pub(super) fn program(&mut self) {
         let state = match (&self.kernel.wanted, self.node.cluster()) {
             (Some(view), _) => {
-                let underlay = self.underlay.with_mode(self.config.mode);
+                let mut underlay = self.underlay.with_mode(self.config.mode);
+                underlay.narrow.clone_from(&self.kernel.narrow);
                 let mut desired = Desired::new(view, &underlay, &self.kernel.withdrawn_peers);
                 desired.device.checksum_offload = self.prober.wanted_offload();
                 State::Overlay(Box::new(desired), Firewall::new(view, &self.config.firewall))
@@ -100,6 +103,7 @@ impl Agent {
                 let new = routing.problems.iter().filter(|problem| !known.contains(problem));
                 new.for_each(|problem| tracing::warn!("{problem}"));
                 self.kernel.routing = routing;
+                self.follow_path_mtus();
             }
             Told::Overlaps(overlaps) => {
                 overlaps.iter().for_each(|overlap| tracing::warn!("{overlap}"));

@@ -1,13 +1,20 @@
 //! What is known of the way to each peer, in the status; what is wrong with it, and what helps, as sentences.
 
-use std::time::Duration;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use super::{Agent, ping::milliseconds};
 use crate::{
-    api::PathStatus,
-    dataplane::desired::Way,
+    api::{EventKind, EventLevel, PathStatus},
+    core::Peer,
+    dataplane::desired::{Way, overhead},
     model::{NodeId, PathState},
 };
+
+/// No IPv4 path carries less (RFC 791 asks of hosts to take 576 bytes): a smaller MTU is no route's.
+const ROUTE_MTU_MIN: u32 = 576;
 
 impl Agent {
     pub(super) fn path_statuses(&self) -> Vec<PathStatus> {
@@ -18,9 +25,48 @@ impl Agent {
                 state,
                 round_trip_ms: round_trip.map(milliseconds),
                 underlay_round_trip_ms: self.transport.round_trip(node).map(milliseconds),
+                mtu: self.kernel.narrow.get(&node).copied(),
                 problem: self.path_problem(node, state),
             };
         self.path_states().map(status).collect()
+    }
+
+    /// Keeps packets to a peer to what its path carries: the kernel then says so to pods that send larger
+    /// ones (RFC 1191), where otherwise those are lost or fragmented in silence.
+    pub(super) fn follow_path_mtus(&mut self) {
+        let Some(view) = &self.kernel.wanted else { return };
+        let device = self.underlay.tunnel_mtu;
+        let headers = overhead(self.underlay.local);
+        let fits = |(node, peer): (&NodeId, &Peer)| {
+            let probed = self.prober.paths.narrower_by(*node);
+            let probed = probed.map(|less| self.underlay.mtu.saturating_sub(less));
+            let told = self.kernel.routing.path_mtus.get(&peer.vtep.underlay);
+            let told = told.map(|mtu| mtu.saturating_sub(headers));
+            let fits = probed.into_iter().chain(told).min()?;
+            (ROUTE_MTU_MIN..device).contains(&fits).then_some((*node, fits))
+        };
+        let narrow: BTreeMap<NodeId, u32> = view.peers.iter().filter_map(fits).collect();
+        if narrow == self.kernel.narrow {
+            return;
+        }
+        let before = std::mem::replace(&mut self.kernel.narrow, narrow);
+        let now = &self.kernel.narrow;
+        let changed = |node: &&NodeId| before.get(node) != now.get(node);
+        for node in
+            before.keys().chain(now.keys()).collect::<BTreeSet<_>>().into_iter().filter(changed)
+        {
+            let name = self.node.name_of(*node);
+            let text = match now.get(node) {
+                Some(mtu) => format!(
+                    "the path to {name} carries packets of {mtu} bytes, less than the {device} of this \
+                     host's overlay device: the MTU of its route is lowered to {mtu}"
+                ),
+                None => format!("the path to {name} carries packets of {device} bytes again"),
+            };
+            tracing::info!("{text}");
+            self.journal.note(EventKind::Path, EventLevel::Warn, text);
+        }
+        self.program();
     }
 
     /// The way to each peer with a subnet, and how long the last answer took.
@@ -98,9 +144,15 @@ impl Agent {
                     }
                     None => ("small ones".to_owned(), "a smaller mtu".to_owned()),
                 };
+                let lowered = match self.kernel.narrow.get(&node) {
+                    Some(mtu) => format!(
+                        "; the MTU of its route is lowered to {mtu}, which pods that hear ICMP follow"
+                    ),
+                    None => String::new(),
+                };
                 Some(format!(
                     "packets of {mtu} bytes to {name} are lost, {arrive} arrive: some link between {here} \
-                     and {there} carries less than this host's; set {smaller} on all nodes"
+                     and {there} carries less than this host's{lowered}; set {smaller} on all nodes"
                 ))
             }
             _ => None,

@@ -28,6 +28,8 @@ use crate::{
 const QUEUE: usize = 256;
 /// Packets counted longer ago than this tell nothing about now.
 const COUNTED: Duration = Duration::from_secs(3);
+/// Bytes in the largest datagram (RFC 768), less an IPv6 header.
+const DATAGRAM_MAX: u32 = 65_487;
 
 /// The sockets, if there are any, and what is known by them.
 pub(super) struct Prober {
@@ -110,9 +112,9 @@ impl Prober {
         echoes.try_send_to(&packet, SocketAddr::new(to, 0))
     }
 
-    fn send_datagram(&self, to: SocketAddr, sequence: u16) -> io::Result<usize> {
+    fn send_datagram(&self, to: SocketAddr, sequence: u16, size: usize) -> io::Result<usize> {
         let Sockets { datagrams, asker, .. } = self.sockets(to.ip())?;
-        datagrams.try_send_to(&datagram::question(asker.identifier, sequence), to)
+        datagrams.try_send_to(&datagram::question(asker.identifier, sequence, size), to)
     }
 
     /// Hears what peers ask where that can tell something.
@@ -204,15 +206,34 @@ impl Agent {
                 }
                 Kind::Datagram => {
                     let port = self.node.address_of(probe.node).map_or(0, |address| address.port());
-                    self.prober.send_datagram(SocketAddr::new(probe.to, port), probe.sequence)
+                    let to = SocketAddr::new(probe.to, port);
+                    self.prober.send_datagram(to, probe.sequence, datagram::SIZE)
                 }
             };
+            if matches!(probe.kind, Kind::Full { less: 0 }) {
+                self.fill_underlay(probe.node);
+            }
             // What cannot be sent is not answered.
             if let Err(error) = sent {
                 tracing::trace!(to = %probe.to, %error, "probe not sent");
             }
         }
         self.prober.listen();
+    }
+
+    /// Sends a peer's host one datagram as large as the underlay's interface takes it, without a tunnel. No
+    /// answer is waited for: a router that would have to fragment it tells the kernel, which is asked later.
+    /// Tunnel packets are fragmented in silence.
+    fn fill_underlay(&mut self, node: NodeId) {
+        let peer = self.kernel.wanted.as_ref().and_then(|view| view.peers.get(&node));
+        let (Some(peer), Some(gossip)) = (peer, self.node.address_of(node)) else { return };
+        let to = SocketAddr::new(peer.vtep.underlay, gossip.port());
+        let headers = Family::of(to.ip()).headers();
+        let size = self.underlay.carried.saturating_sub(headers).min(DATAGRAM_MAX) as usize;
+        let sequence = self.prober.next_sequence();
+        if let Err(error) = self.prober.send_datagram(to, sequence, size) {
+            tracing::trace!(%to, %error, "underlay not probed");
+        }
     }
 
     pub(super) fn on_heard(&mut self, heard: Heard) {
@@ -367,6 +388,7 @@ impl Agent {
     }
 
     fn follow_paths(&mut self) {
+        self.follow_path_mtus();
         let withdrawn = self.prober.paths.withdrawn();
         if withdrawn == self.kernel.withdrawn_peers {
             return;

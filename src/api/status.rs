@@ -37,6 +37,8 @@ pub struct PathStatus {
     pub round_trip_ms: Option<f64>,
     /// Over the underlay, between the two agents, as long as they have a connection.
     pub underlay_round_trip_ms: Option<f64>,
+    /// MTU of the packets to it in bytes, where its path carries less than the overlay device.
+    pub mtu: Option<u32>,
     /// What is wrong, and what helps.
     pub problem: Option<String>,
 }

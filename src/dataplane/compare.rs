@@ -65,12 +65,13 @@ pub fn compare(wanted: &Tables, actual: &Actual) -> BTreeMap<Key, Entry> {
 
 /// As `ip route` has it, with the metric only where it is not the usual one.
 fn hop_text(hop: &Hop) -> String {
-    match hop.way {
+    let way = match hop.way {
         Way::Overlay(gateway) => format!("via {gateway}"),
         Way::Direct { gateway, .. } => format!("via {gateway} on the underlay"),
         Way::Device => "on the device".to_owned(),
         Way::Unreachable => "unreachable".to_owned(),
-    }
+    };
+    hop.mtu.map_or_else(|| way.clone(), |mtu| format!("{way} mtu {mtu}"))
 }
 
 #[cfg(test)]
@@ -80,7 +81,7 @@ mod tests {
     #[test]
     fn differences_are_told_apart() {
         let subnet = |n: u8| IpNet::new([10, 42, n, 0].into(), 24).expect("a subnet");
-        let hop = |n: u8| Hop { way: Way::Overlay([10, 42, n, 0].into()), metric: 0 };
+        let hop = |n: u8| Hop::new(Way::Overlay([10, 42, n, 0].into()), 0);
         let wanted =
             Tables { routes: [1, 2, 3].map(|n| (subnet(n), hop(n))).into(), ..Tables::default() };
         let actual = Actual {

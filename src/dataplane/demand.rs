@@ -75,7 +75,7 @@ impl Demand {
         tables.neighbours.retain(|_, mac| self.in_use.contains(mac));
         let used = |address: IpAddr| tables.neighbours.contains_key(&address);
         tables.routes.retain(|subnet, hop| used(subnet.network()) || *hop == Hop::REFUSE);
-        let whole = Hop { way: Way::Device, metric: POOL_METRIC };
+        let whole = Hop::new(Way::Device, POOL_METRIC);
         tables.routes.extend(all.pool.networks().iter().map(|network| (network, whole)));
         part
     }

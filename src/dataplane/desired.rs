@@ -79,6 +79,8 @@ pub struct Tables {
 pub struct Hop {
     pub way: Way,
     pub metric: u32,
+    /// MTU of the packets that take it, in bytes; none: that of the device.
+    pub mtu: Option<u32>,
 }
 
 /// Where a route leads.
@@ -131,13 +133,23 @@ pub struct Underlay {
     pub networks: Vec<IpNet>,
     /// MTU of the overlay device.
     pub tunnel_mtu: u32,
+    /// MTU of the packets to each peer whose path carries less than the overlay device.
+    pub narrow: BTreeMap<NodeId, u32>,
     pub mode: Mode,
 }
 
 impl Underlay {
     /// Where nothing goes without a tunnel.
     pub const fn of_tunnels(link: u32, local: IpAddr, tunnel_mtu: u32) -> Self {
-        Self { link, pinned: false, local, networks: Vec::new(), tunnel_mtu, mode: Mode::Vxlan }
+        Self {
+            link,
+            pinned: false,
+            local,
+            networks: Vec::new(),
+            tunnel_mtu,
+            narrow: BTreeMap::new(),
+            mode: Mode::Vxlan,
+        }
     }
 
     /// Whether the tunnel device can carry this family at all: where it cannot, the other one goes on.
@@ -162,7 +174,12 @@ impl Underlay {
 
 impl Hop {
     /// Refuses what nothing on this host takes.
-    pub const REFUSE: Self = Self { way: Way::Unreachable, metric: u32::MAX };
+    pub const REFUSE: Self = Self::new(Way::Unreachable, u32::MAX);
+
+    /// A route for packets as large as the device takes them.
+    pub const fn new(way: Way, metric: u32) -> Self {
+        Self { way, metric, mtu: None }
+    }
 }
 
 impl Desired {
@@ -171,9 +188,14 @@ impl Desired {
         let mut tables = Tables::default();
         for (node, peer) in &view.peers {
             let withdrawn = withdrawn.contains(node);
+            let narrow = underlay.narrow.get(node).copied();
             for (slot, subnets) in &peer.leases {
                 subnets.iter().filter(|subnet| underlay.carries(*subnet)).for_each(|subnet| {
-                    tables.add(&peer.vtep, subnet, *slot, underlay, withdrawn);
+                    // IPv6 knows no smaller one: a packet of this size has to be carried.
+                    let mtu = narrow.filter(|mtu| subnet.addr().is_ipv4() || *mtu >= IPV6_MTU_MIN);
+                    let way = underlay.way(peer.vtep.underlay, subnet);
+                    let hop = Hop { mtu, ..Hop::new(way, metric(*slot)) };
+                    tables.add(&peer.vtep, subnet, hop, withdrawn);
                 });
             }
         }
@@ -194,6 +216,15 @@ impl Desired {
         Self { device, tables, pool: view.settings.pool, unheard: unheard_of_nobody(view) }
     }
 
+    /// Underlay addresses of the hosts to which packets go, with a tunnel or without.
+    pub fn underlays(&self) -> impl Iterator<Item = IpAddr> + '_ {
+        let gateway = |hop: &Hop| match hop.way {
+            Way::Direct { gateway, .. } => Some(gateway),
+            Way::Overlay(_) | Way::Device | Way::Unreachable => None,
+        };
+        self.tables.fdb.values().copied().chain(self.tables.routes.values().filter_map(gateway))
+    }
+
     /// Whether any packets leave without a tunnel, by the interface with this index.
     pub fn has_direct_by(&self, index: u32) -> bool {
         let by = |hop: &Hop| matches!(hop.way, Way::Direct { link, .. } if link == index);
@@ -210,30 +241,23 @@ impl Desired {
 
 impl Tables {
     /// Adds the entries of one subnet of a peer.
-    fn add(
-        &mut self,
-        peer: &Vtep,
-        subnet: IpNet,
-        slot: Slot,
-        underlay: &Underlay,
-        withdrawn: bool,
-    ) {
-        let (vtep, metric) = (subnet.network(), metric(slot));
-        let way = underlay.way(peer.underlay, subnet);
-        if matches!(way, Way::Overlay(_)) {
+    fn add(&mut self, peer: &Vtep, subnet: IpNet, hop: Hop, withdrawn: bool) {
+        let vtep = subnet.network();
+        let through_the_tunnel = matches!(hop.way, Way::Overlay(_));
+        if through_the_tunnel {
             self.fdb.insert(peer.mac, peer.underlay);
             self.neighbours.insert(vtep, peer.mac);
         }
-        if vtep.is_ipv6() && matches!(way, Way::Overlay(_)) {
+        if vtep.is_ipv6() && through_the_tunnel {
             // Even with `onlink` IPv6 wants to find the gateway over the device by which it is to be reached.
-            self.routes.insert(vtep.into(), Hop { way: Way::Device, metric });
+            self.routes.insert(vtep.into(), Hop::new(Way::Device, hop.metric));
         } else if withdrawn {
-            self.routes.insert(vtep.into(), Hop { way, metric });
+            self.routes.insert(vtep.into(), Hop { mtu: None, ..hop });
         }
         if withdrawn {
-            self.routes.insert(subnet, Hop { way: Way::Unreachable, metric });
+            self.routes.insert(subnet, Hop::new(Way::Unreachable, hop.metric));
         } else {
-            self.routes.insert(subnet, Hop { way, metric });
+            self.routes.insert(subnet, hop);
         }
     }
 }
@@ -298,7 +322,7 @@ mod tests {
         assert_eq!(desired.tables.fdb[&peer.vtep.mac], peer.vtep.underlay);
         assert_eq!(desired.tables.neighbours[&gateway], peer.vtep.mac);
         let subnet = "10.42.7.0/24".parse().expect("subnet");
-        assert_eq!(desired.tables.routes[&subnet], Hop { way: Way::Overlay(gateway), metric: 8 });
+        assert_eq!(desired.tables.routes[&subnet], Hop::new(Way::Overlay(gateway), 8));
         assert_eq!(desired.device.addresses, BTreeSet::from([[10, 42, 9, 0].into()]));
         assert_eq!(desired.device.mac, view.own.vtep.mac);
         let subnet_of_own = "10.42.9.0/24".parse().expect("subnet");
@@ -356,6 +380,20 @@ mod tests {
         let Tables { fdb, neighbours, routes } = &desired.tables;
         assert_eq!((fdb.len(), neighbours.len(), routes.len()), (1, 1, 2), "one of them refuses");
         assert!(desired.device.addresses.iter().all(IpAddr::is_ipv4));
+    }
+
+    #[test]
+    fn path_narrower_than_the_device_limits_the_routes_of_that_peer_alone() {
+        let view = dual_stack_view(&[(1, 9), (2, 7), (3, 8)]);
+        let node = NodeId::of_public_key(&[2; 32]);
+        let mtus = |mtu| {
+            let underlay = Underlay { narrow: [(node, mtu)].into(), ..underlay() };
+            let desired = Desired::new(&view, &underlay, &BTreeSet::new());
+            let mtu = |subnet: &str| desired.tables.routes[&subnet.parse().expect("subnet")].mtu;
+            ["10.42.7.0/24", "fd42:0:0:7::/64", "10.42.8.0/24"].map(mtu)
+        };
+        assert_eq!(mtus(1_350), [Some(1_350), Some(1_350), None]);
+        assert_eq!(mtus(1_279), [Some(1_279), None, None], "IPv6 has no MTU below 1280");
     }
 
     #[test]

@@ -24,8 +24,8 @@ pub struct FakeKernel {
     pub device: Option<Found>,
     pub fdb: BTreeSet<(Mac, IpAddr)>,
     pub neighbours: BTreeMap<IpAddr, Mac>,
-    /// (destination, metric) -> where to, as the kernel keys them.
-    pub routes: BTreeMap<(IpNet, u32), Way>,
+    /// Routes by destination and metric, as the kernel keys them.
+    pub routes: BTreeMap<(IpNet, u32), Hop>,
 }
 
 /// What the kernel said no to.
@@ -38,8 +38,7 @@ pub struct Refused {
 
 impl FakeKernel {
     pub fn dump(&self) -> Actual {
-        let routes = self.routes.iter();
-        let routes = routes.map(|(&(subnet, metric), &way)| (subnet, Hop { way, metric }));
+        let routes = self.routes.iter().map(|(&(subnet, _), &hop)| (subnet, hop));
         Actual {
             device: self.device.clone(),
             fdb: self.fdb.clone(),
@@ -59,7 +58,7 @@ impl FakeKernel {
                 self.device = Some(found);
             }
             Op::DeleteDevice => {
-                self.routes.retain(|_, way| !matches!(way, Way::Overlay(_) | Way::Device));
+                self.routes.retain(|_, hop| !matches!(hop.way, Way::Overlay(_) | Way::Device));
                 *self = Self { routes: std::mem::take(&mut self.routes), ..Self::default() };
             }
             Op::RemoveRoute(subnet, hop) => _ = self.routes.remove(&(subnet, hop.metric)),
@@ -83,7 +82,7 @@ impl FakeKernel {
                 match (op, taken) {
                     (Op::AddRoute(..), true) => return refused("File exists"),
                     (Op::ReplaceRoute(..), false) => return refused("No such process"),
-                    _ => _ = self.routes.insert((subnet, hop.metric), hop.way),
+                    _ => _ = self.routes.insert((subnet, hop.metric), hop),
                 }
             }
             on_device => {
@@ -126,8 +125,8 @@ impl FakeKernel {
     /// the FDB entry of that MAC.
     pub fn forward(&self, subnet: IpNet) -> Option<(Mac, IpAddr)> {
         let mut routes = self.routes.range((subnet, 0)..=(subnet, u32::MAX));
-        let Way::Overlay(vtep) = routes.next()?.1 else { return None };
-        let mac = self.neighbours.get(vtep)?;
+        let Way::Overlay(vtep) = routes.next()?.1.way else { return None };
+        let mac = self.neighbours.get(&vtep)?;
         self.fdb.iter().find(|(known, _)| known == mac).copied()
     }
 }

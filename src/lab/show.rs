@@ -33,14 +33,15 @@ fn render(name: &str, actual: &Actual) -> String {
     }
     for (subnet, hop) in &actual.routes {
         let (protocol, metric) = (ROUTE_PROTOCOL, hop.metric);
+        let mtu = hop.mtu.map(|mtu| format!(" mtu {mtu}")).unwrap_or_default();
         let _ = match hop.way {
             Way::Overlay(vtep) => writeln!(
                 out,
-                "{subnet} via {vtep} dev {name} proto {protocol} metric {metric} onlink"
+                "{subnet} via {vtep} dev {name} proto {protocol} metric {metric} onlink{mtu}"
             ),
             Way::Direct { gateway, link } => writeln!(
                 out,
-                "{subnet} via {gateway} dev {link} proto {protocol} metric {metric} onlink"
+                "{subnet} via {gateway} dev {link} proto {protocol} metric {metric} onlink{mtu}"
             ),
             Way::Device => {
                 writeln!(out, "{subnet} dev {name} proto {protocol} metric {metric} scope link")

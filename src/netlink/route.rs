@@ -7,7 +7,10 @@ use std::{io, net::IpAddr};
 
 use rtnetlink::packet_route::{
     AddressFamily, RouteNetlinkMessage,
-    route::{RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteProtocol, RouteType},
+    route::{
+        RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteMetric, RouteProtocol,
+        RouteType,
+    },
     rule::{RuleAction, RuleAttribute, RuleMessage},
 };
 
@@ -48,6 +51,8 @@ pub struct Found {
     /// Source address of a packet that has none yet.
     pub source: Option<IpAddr>,
     pub table: u32,
+    /// MTU of the path, where a route has one or a router has told it; none: that of the interface.
+    pub mtu: Option<u32>,
     /// Unicast, local, unreachable, blackhole ...
     pub kind: RouteType,
 }
@@ -96,6 +101,7 @@ impl Netlink {
             gateway: None,
             source: None,
             table: u32::from(message.header.table),
+            mtu: None,
             kind: message.header.kind,
         };
         for attribute in &message.attributes {
@@ -105,6 +111,12 @@ impl Netlink {
                 RouteAttribute::Via(via) => found.gateway = via_ip(via),
                 RouteAttribute::PrefSource(address) => found.source = ip(address),
                 RouteAttribute::Table(table) => found.table = *table,
+                RouteAttribute::Metrics(metrics) => {
+                    found.mtu = metrics.iter().find_map(|metric| match metric {
+                        RouteMetric::Mtu(mtu) => Some(*mtu),
+                        _ => None,
+                    });
+                }
                 _ => {}
             }
         }

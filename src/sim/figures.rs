@@ -173,8 +173,8 @@ fn settled(world: &World, nodes: usize) -> bool {
 }
 
 fn routes(world: &World, host: usize) -> usize {
-    let ways = world.hosts[host].kernel.routes.values();
-    ways.filter(|way| **way != Way::Unreachable).count()
+    let hops = world.hosts[host].kernel.routes.values();
+    hops.filter(|hop| hop.way != Way::Unreachable).count()
 }
 
 fn until(world: &mut World, limit: Duration, reached: impl Fn(&World) -> bool) -> Duration {

@@ -246,6 +246,58 @@ fn a_path_that_is_narrower_than_the_underlay_is_named() {
             })
         });
         assert!(path(&mut cluster.agents[0], "n2").contains("mtu-too-large"));
+        // The route is limited to what arrives, and no longer than that is so.
+        let routes = "ip route show proto 73 dev gossamer.1";
+        eventually(&cluster.hosts[0].netns, routes, |shown| shown.contains(" mtu 13"));
+        let wide = Command::new("ip").args(["link", "set", "port2", "mtu", "1500"]).status()?;
+        assert!(wide.success());
+        wait_until("the route is still limited", VERDICT, || {
+            !tool(&cluster.hosts[0].netns, routes).contains(" mtu ")
+        });
+        Ok(())
+    });
+}
+
+/// A link of less than the usual MTU behind a router, which fragments tunnel packets.
+#[test]
+fn path_mtu_told_by_a_router_limits_the_route_of_that_peer() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        let (router, far) = (lab.host(9, "router")?, lab.host(2, "n2")?);
+        for command in [
+            "ip link add narrow mtu 1400 type veth peer name wan mtu 1400 netns n2",
+            "ip addr add 10.98.0.1/24 dev narrow",
+            "ip link set narrow up",
+        ] {
+            tool(&router.netns, command);
+        }
+        for command in [
+            "ip link del eth0",
+            "ip addr add 10.98.0.2/24 dev wan",
+            "ip link set wan up",
+            "ip route add default via 10.98.0.1",
+        ] {
+            tool(&far.netns, command);
+        }
+        let near = &cluster.hosts[0].netns;
+        tool(near, &format!("ip route add 10.98.0.0/24 via {}", router.ip));
+        let mut agent = cluster.start_agent(&far, &[])?;
+        cluster.converge_with(&mut agent, 2)?;
+        let subnet = Agent::subnet(&agent.ask("/v1/status", PATIENCE)?)?;
+        let there = far.pod(subnet, 1_350)?;
+        let subnet = Agent::subnet(&cluster.agents[0].ask("/v1/status", PATIENCE)?)?;
+        let here = cluster.hosts[0].pod(subnet, 1_450)?;
+        let near = &cluster.hosts[0].netns;
+        wait_until("the route is not limited", VERDICT, || {
+            tool(near, "ip route show proto 73").contains(" mtu 1350")
+        });
+        let status = cluster.agents[0].ask("/v1/status", PATIENCE)?;
+        assert_eq!(status["paths"][0]["mtu"], 1_350);
+        // The pod is told the size that fits.
+        let said = run(&here.netns, &format!("ping -c 1 -W 2 -M do -s 1400 {}", there.ip));
+        let said = String::from_utf8_lossy(&said.stdout).into_owned();
+        assert!(said.contains("mtu = 1350") || said.contains("mtu=1350"), "{said}");
+        tool(&here.netns, &format!("ping -c 1 -W 5 -M do -s 1322 {}", there.ip));
         Ok(())
     });
 }

@@ -86,7 +86,8 @@ impl Chosen {
     /// The form in which the data plane uses it.
     pub fn with_mode(&self, mode: Mode) -> Underlay {
         let Self { link, pinned, source: local, ref networks, tunnel_mtu, .. } = *self;
-        Underlay { link, pinned, local, networks: networks.clone(), tunnel_mtu, mode }
+        let networks = networks.clone();
+        Underlay { pinned, networks, mode, ..Underlay::of_tunnels(link, local, tunnel_mtu) }
     }
 }
 

@@ -146,7 +146,7 @@ impl Deed {
                 routes.iter().map(|(subnet, hop)| Op::RemoveRoute(*subnet, *hop)).collect()
             }
             Self::ForeignRoute => {
-                let nowhere = |hop: &Hop| Hop { way: Way::Unreachable, ..*hop };
+                let nowhere = |hop: &Hop| Hop::new(Way::Unreachable, hop.metric);
                 routes.iter().map(|(net, hop)| Op::ReplaceRoute(*net, nowhere(hop))).collect()
             }
             _ => return None,

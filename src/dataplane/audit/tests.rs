@@ -139,7 +139,7 @@ fn a_thousand_peers_are_asked_in_turn_and_those_in_doubt_each_time() {
 fn one_route_for_all_is_asked_about_where_no_other_outranks_it() {
     let mut desired = desired(2);
     let pool = net("10.42.0.0/16");
-    desired.tables.routes.insert(pool, Hop { way: Way::Device, metric: 1 });
+    desired.tables.routes.insert(pool, Hop::new(Way::Device, 1));
     let mut audit = Audit::default();
     for _ in 0..300 {
         let questions = audit.questions(&desired, &ground(Some(BRIDGE)));

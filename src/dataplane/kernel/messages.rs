@@ -18,8 +18,8 @@ use rtnetlink::{
             NeighbourTableAttribute, NeighbourTableMessage, NeighbourTableParameter,
         },
         route::{
-            RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol,
-            RouteScope, RouteType, RouteVia,
+            RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric,
+            RouteProtocol, RouteScope, RouteType, RouteVia,
         },
     },
 };
@@ -32,6 +32,9 @@ use crate::{
     model::Mac,
     netlink::{Request, attributes, link::Link},
 };
+
+/// Bit of `RTAX_MTU` in the metrics that the kernel takes as they are (`RTAX_LOCK`).
+const MTU_LOCK: u32 = 1 << 2;
 
 /// Neighbours on the device with this index are asked for in user space, three times, and nowhere else.
 pub(super) fn solicit_us(table: &str, index: u32) -> RouteNetlinkMessage {
@@ -182,6 +185,13 @@ fn route_message(index: u32, subnet: IpNet, hop: Hop) -> RouteMessage {
     };
     message.header.flags = RouteFlags::Onlink;
     message.attributes.push(RouteAttribute::Oif(link));
+    if let Some(mtu) = hop.mtu {
+        // IPv6 forwards by the MTU of the device, unless that of the route is locked. With IPv4 the lock
+        // would end path MTU discovery.
+        let lock = subnet.addr().is_ipv6().then_some(RouteMetric::Lock(MTU_LOCK));
+        let metrics = lock.into_iter().chain([RouteMetric::Mtu(mtu)]).collect();
+        message.attributes.push(RouteAttribute::Metrics(metrics));
+    }
     message.attributes.push(match (subnet, gateway) {
         (IpNet::V4(_), IpAddr::V6(gateway)) => RouteAttribute::Via(RouteVia::Inet6(gateway)),
         (_, gateway) => RouteAttribute::Gateway(gateway.into()),
@@ -220,7 +230,7 @@ pub(super) fn our_route(route: &RouteMessage, device: Option<u32>) -> Option<(Ip
         }
         _ => return None,
     };
-    Some((subnet_of(route)?, Hop { way, metric: metric_of(route) }))
+    Some((subnet_of(route)?, Hop { mtu: mtu_of(route), ..Hop::new(way, metric_of(route)) }))
 }
 
 fn gateway_of(attribute: &RouteAttribute) -> Option<IpAddr> {
@@ -238,6 +248,17 @@ pub(super) fn metric_of(route: &RouteMessage) -> u32 {
         _ => None,
     });
     priority.unwrap_or(0)
+}
+
+fn mtu_of(route: &RouteMessage) -> Option<u32> {
+    let metrics = route.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Metrics(metrics) => Some(metrics),
+        _ => None,
+    });
+    metrics?.iter().find_map(|metric| match metric {
+        RouteMetric::Mtu(mtu) => Some(*mtu),
+        _ => None,
+    })
 }
 
 /// Where a route leads; none for a default route.
