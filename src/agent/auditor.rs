@@ -45,6 +45,9 @@ const SHARE: u32 = 50;
 const PATHS: usize = 256;
 const LONGEST: Duration = Duration::from_secs(3);
 
+/// Value of `rp_filter` (RFC 3704, strict).
+const STRICT: u8 = 1;
+
 const EACCES: i32 = 13;
 const EINVAL: i32 = 22;
 const ENETUNREACH: i32 = 101;
@@ -60,7 +63,19 @@ pub struct Routing {
     /// MTU of the underlay's path to these hosts, where it is smaller than that of the interface: a router
     /// has said so, or a route has it.
     pub path_mtus: BTreeMap<IpAddr, u32>,
+    /// Hosts whose tunnel packets do not leave by the underlay's interface.
+    pub detours: BTreeMap<IpAddr, Detour>,
     pub status: CheckStatus,
+}
+
+/// Where the tunnel packets to a host go instead. It may be right (a host with several uplinks), and is told
+/// only where no answer comes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Detour {
+    /// By this interface, and by which routing table.
+    By { interface: String, table: u32 },
+    /// Nowhere: the kernel's error.
+    Refused(String),
 }
 
 #[derive(Debug)]
@@ -69,7 +84,8 @@ pub struct Auditor {
     due: Instant,
     not_before: Instant,
     path_mtus: BTreeMap<IpAddr, u32>,
-    /// The path whose MTU was asked for last.
+    detours: BTreeMap<IpAddr, Detour>,
+    /// The host whose path was asked for last.
     path_asked: Option<IpAddr>,
     told: Routing,
 }
@@ -102,6 +118,7 @@ impl Auditor {
             due: now,
             not_before: now,
             path_mtus: BTreeMap::new(),
+            detours: BTreeMap::new(),
             path_asked: None,
             told: Routing::default(),
         }
@@ -155,9 +172,10 @@ impl Auditor {
             }
             _ => (state, detail),
         };
-        self.ask_path_mtus(netlink, desired, place);
-        let path_mtus = self.path_mtus.clone();
-        let state = Routing { problems, astray, path_mtus, status: CheckStatus { state, detail } };
+        self.ask_paths(netlink, desired, place);
+        let (path_mtus, detours) = (self.path_mtus.clone(), self.detours.clone());
+        let status = CheckStatus { state, detail };
+        let state = Routing { problems, astray, path_mtus, detours, status };
         let is_news = state != self.told;
         self.told.clone_from(&state);
         is_news.then_some(state)
@@ -176,21 +194,42 @@ impl Auditor {
         Ok(())
     }
 
-    /// Asks for the MTU of the path to each peer's host, as far as one pass gets.
-    fn ask_path_mtus(&mut self, netlink: &mut Netlink, desired: &Desired, place: Place) {
+    /// Asks for the way of tunnel packets to each peer's host, and its MTU, as far as one pass gets.
+    fn ask_paths(&mut self, netlink: &mut Netlink, desired: &Desired, place: Place) {
         let hosts: BTreeSet<IpAddr> = desired.underlays().collect();
         self.path_mtus.retain(|host, _| hosts.contains(host));
+        self.detours.retain(|host, _| hosts.contains(host));
+        let links = netlink.links().unwrap_or_default();
+        let link = |index: u32| links.iter().find(|link| link.index == index);
+        // An address of the loopback interface is one that packets never leave by.
+        let is_bound = link(place.underlay).is_some_and(|link| !link.loopback);
         let begin = self.path_asked.map_or(Bound::Unbounded, Bound::Excluded);
         let next = hosts.range((begin, Bound::Unbounded)).chain(&hosts);
         let output = Some(desired.device.link).filter(|link| *link != 0);
         for host in next.take(hosts.len().min(PATHS)).copied().collect::<Vec<_>>() {
             self.path_asked = Some(host);
-            let found = netlink.route(&Query { output, ..Query::to(host) });
+            let udp = Some(desired.device.port);
+            let from = Some(desired.device.local).filter(|local| local.is_ipv4() == host.is_ipv4());
+            let found = netlink.route(&Query { output, from, udp, ..Query::to(host) });
+            let detour =
+                match &found {
+                    Ok(found) => match refusal(found.kind) {
+                        Some(errno) => Some(Detour::Refused(reason(errno))),
+                        None => link(found.link).filter(|link| link.index != place.underlay).map(
+                            |link| Detour::By { interface: link.name.clone(), table: found.table },
+                        ),
+                    },
+                    Err(error) => error.raw_os_error().map(|errno| Detour::Refused(reason(errno))),
+                };
+            match detour.filter(|_| is_bound) {
+                Some(detour) => _ = self.detours.insert(host, detour),
+                None => _ = self.detours.remove(&host),
+            }
             let mtu = found.ok().and_then(|found| found.mtu).filter(|mtu| *mtu < place.carried);
             match mtu {
-                Some(mtu) => self.path_mtus.insert(host, mtu),
-                None => self.path_mtus.remove(&host),
-            };
+                Some(mtu) => _ = self.path_mtus.insert(host, mtu),
+                None => _ = self.path_mtus.remove(&host),
+            }
         }
     }
 }
@@ -227,8 +266,7 @@ struct Facts {
 impl Witness<'_> {
     /// Why the kernel sends a packet elsewhere; nothing, if it does not.
     fn ask(&mut self, question: &Question) -> io::Result<Option<Cause>> {
-        let query =
-            Query { to: question.to, from: question.from, input: question.input, output: None };
+        let query = Query { from: question.from, input: question.input, ..Query::to(question.to) };
         let answer = match self.netlink.route(&query) {
             Ok(found) => match refusal(found.kind) {
                 Some(errno) => Answer::Refused(errno),
@@ -319,8 +357,11 @@ impl Facts {
             name: name.clone(),
             vrf: vrf.map(|vrf| (vrf.name.clone(), table_of(vrf).unwrap_or_default())),
             forwards: is_on(&format!("ipv4/conf/{name}/forwarding")),
-            filters: is_on("ipv4/conf/all/rp_filter")
-                || is_on(&format!("ipv4/conf/{name}/rp_filter")),
+            filters: ["all", name.as_str()]
+                .map(|name| number(&format!("ipv4/conf/{name}/rp_filter")))
+                .into_iter()
+                .max()
+                == Some(STRICT),
             without_ipv6: is_on(&format!("ipv6/conf/{name}/disable_ipv6")),
         })
     }
@@ -350,6 +391,17 @@ const fn refusal(kind: RouteType) -> Option<i32> {
     }
 }
 
+/// As the kernel's users know it.
+fn reason(errno: i32) -> String {
+    io::Error::from_raw_os_error(errno).to_string()
+}
+
 fn is_on(sysctl: &str) -> bool {
-    fs::read_to_string(format!("/proc/sys/net/{sysctl}")).is_ok_and(|value| value.trim() != "0")
+    number(sysctl) != 0
+}
+
+/// Its value; 0 where there is none.
+fn number(sysctl: &str) -> u8 {
+    let value = fs::read_to_string(format!("/proc/sys/net/{sysctl}"));
+    value.ok().and_then(|value| value.trim().parse().ok()).unwrap_or(0)
 }

@@ -202,7 +202,9 @@ impl Agent {
         }
         let what =
             |chosen: &Chosen| format!("{} ({}, MTU {})", chosen.local, chosen.name, chosen.mtu);
-        if before.is_present() {
+        if before.is_present() && what(&before) == what(now) {
+            tracing::debug!(?before, ?now, "the underlay's interface has changed");
+        } else if before.is_present() {
             tracing::warn!(before = what(&before), now = what(now), "the underlay has changed");
         } else {
             tracing::info!(underlay = what(now), "the network is there");

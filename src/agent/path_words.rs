@@ -2,10 +2,11 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
     time::Duration,
 };
 
-use super::{Agent, ping::milliseconds};
+use super::{Agent, auditor::Detour, ping::milliseconds};
 use crate::{
     api::{EventKind, EventLevel, PathStatus},
     core::Peer,
@@ -76,6 +77,35 @@ impl Agent {
         self.prober.paths.states(self.clock.now())
     }
 
+    /// What a translator between the two hosts does to the peer's address, if the agent's packets show one.
+    fn translation(&self, node: NodeId, there: IpAddr) -> String {
+        let seen = self.transport.remote(node).map(|remote| remote.ip().to_canonical());
+        match seen.filter(|seen| *seen != there && seen.is_ipv4() == there.is_ipv4()) {
+            Some(seen) => format!(
+                "; packets of its agent come from {seen}: an address translator changes {there}, and \
+                 tunnels need advertise = an address there that UDP passes to unchanged"
+            ),
+            None => String::new(),
+        }
+    }
+
+    /// Why nothing reaches a silent peer: this host sends its tunnel packets elsewhere.
+    fn detour_problem(&self, name: &str, here: IpAddr, there: IpAddr, port: u16) -> Option<String> {
+        let underlay = &self.underlay.name;
+        let get = format!("ip route get {there} from {here} ipproto udp dport {port}; ip rule");
+        Some(match self.kernel.routing.detours.get(&there)? {
+            Detour::By { interface, table } => format!(
+                "tunnel packets to {name} ({there}) leave this host by {interface}, not by {underlay}, \
+                 which has its address {here}, and no answer comes: table {table} leads them there, by a \
+                 route or a rule of another program, such as a VPN ({get})"
+            ),
+            Detour::Refused(why) => format!(
+                "this host has no way to {name} ({there}) on the underlay: {why}; add the route that is \
+                 missing, or take away the one that refuses ({get})"
+            ),
+        })
+    }
+
     /// What is wrong, and what helps.
     pub(super) fn path_problem(&self, node: NodeId, state: PathState) -> Option<String> {
         let view = self.kernel.wanted.as_ref()?;
@@ -85,6 +115,11 @@ impl Agent {
         let gossip = self.node.address_of(node)?.port();
         let (_, subnets) = peer.leases.first()?;
         let lost = matches!(state, PathState::Unanswered | PathState::OneWay);
+        let is_dead = matches!(state, PathState::Dead | PathState::Withdrawn);
+        let is_silent = lost || is_dead || !self.prober.paths.is_alive(node);
+        if is_silent && let Some(problem) = self.detour_problem(name, here, there, port) {
+            return Some(problem);
+        }
         // What goes on there, gossip says already.
         if lost && !self.prober.paths.is_alive(node) {
             return None;
@@ -119,16 +154,20 @@ impl Agent {
             Way::Direct { .. } if state == PathState::Asymmetric => return None,
             _ => {}
         }
+        // Filters of both ends count as well as the network's.
+        let walls = " (by the network, by this host: nft list ruleset, iptables-legacy -S OUTPUT, ip xfrm \
+                     policy, or by the other: the same with INPUT, and ingress filters)";
+        let translated = self.translation(node, there);
         match state {
             PathState::Unanswered => Some(format!(
                 "nothing that is asked of {name} through the tunnel is answered, though its agent lives: \
-                 either UDP {port} is closed on the way between {here} and {there}, or the firewall of \
-                 {name} drops ICMP and UDP {gossip} on its tunnel device, which harms no pod"
+                 either UDP {port} is closed on the way between {here} and {there}{walls}, or the firewall \
+                 of {name} drops ICMP and UDP {gossip} on its tunnel device, which harms no pod{translated}"
             )),
             PathState::OneWay => Some(format!(
                 "nothing that is asked of {name} through the tunnel is answered, though its packets arrive: \
-                 either UDP {port} is closed on the way from {here} to {there}, or the firewall of {name} \
-                 drops ICMP and UDP {gossip} on its tunnel device, which harms no pod"
+                 either UDP {port} is closed on the way from {here} to {there}{walls}, or the firewall of \
+                 {name} drops ICMP and UDP {gossip} on its tunnel device, which harms no pod{translated}"
             )),
             PathState::Asymmetric => Some(format!(
                 "packets to {name} go through the tunnel, and its answers come without: another route or \

@@ -5,6 +5,8 @@
 //! somebody else made to our part of the kernel, and by a slow timer. Only the newest goal counts: those that
 //! piled up behind a slow kernel are skipped.
 
+mod looks;
+
 use std::{
     io,
     sync::mpsc::{self, TryRecvError},
@@ -14,10 +16,10 @@ use std::{
 
 use super::{
     alarm::{Alarm, Sleeper, alarm},
-    auditor::{Auditor, Place},
+    auditor::Auditor,
     surroundings::Surroundings,
     told::{DemandState, Outcome, Told},
-    underlay::{Chosen, Watch, look_again},
+    underlay::{Chosen, Watch},
 };
 use crate::{
     config::Config,
@@ -27,7 +29,6 @@ use crate::{
         fight::Kind,
         firewall::Firewall,
         kernel::{Kernel, KernelError, Report, Touched},
-        overlap,
         plan::{Actual, Op},
     },
     model::Pool,
@@ -259,7 +260,10 @@ impl<F: Fn(Told)> Worker<F> {
                 Ok(Order::Look(then)) => self.lookers.push(then),
                 Ok(Order::Count) => self.count = true,
                 Ok(Order::Goal(goal)) => {
+                    let had_peers = self.underlays().next().is_some();
                     self.goal = Some(goal);
+                    // Which uplink leads to them is known only now.
+                    self.touched.underlay |= !had_peers && self.underlays().next().is_some();
                     self.choose_part();
                     self.reached = false;
                     self.due = Some(Instant::now());
@@ -429,59 +433,6 @@ impl<F: Fn(Told)> Worker<F> {
                 self.kernel.remove(device, pool).map(|()| Report::default())
             }
             None => Ok(Report::default()),
-        }
-    }
-
-    fn underlay_due(&self, now: Instant) -> Option<Instant> {
-        let earliest = self.looked.map_or(now, |looked| looked + LOOK_GAP);
-        let touched = self.touched.underlay.then_some(earliest);
-        touched.into_iter().chain(self.underlay.due()).min()
-    }
-
-    fn look_at_underlay(&mut self, now: Instant) {
-        self.touched.underlay = false;
-        self.looked = Some(now);
-        let look = look_again(&mut self.netlink, &self.config, self.underlay.present());
-        if let Some(change) = self.underlay.step(now, look) {
-            (self.tell)(Told::Underlay(change));
-        }
-        // What has changed may be an address inside the overlay's networks.
-        self.look_for_overlaps();
-    }
-
-    fn look_for_overlaps(&mut self) {
-        let Some(Goal { state: State::Overlay(all, _), .. }) = &self.goal else { return };
-        let networks: Vec<_> = all.pool.networks().iter().collect();
-        let slots = all.device.addresses.iter().filter_map(|ip| all.pool.slot_of(*ip));
-        let own: Vec<_> = slots.flat_map(|slot| all.pool.subnets(slot).iter()).collect();
-        match self.kernel.foreign_addresses() {
-            Ok(foreign) => {
-                let overlaps = overlap::problems(&foreign, &networks, &own);
-                if overlaps != self.overlaps {
-                    self.overlaps.clone_from(&overlaps);
-                    (self.tell)(Told::Overlaps(overlaps));
-                }
-            }
-            Err(error) => tracing::debug!(%error, "addresses of interfaces not read"),
-        }
-    }
-
-    /// Asks where the kernel sends packets. What is not programmed yet goes astray by design.
-    fn audit(&mut self) {
-        let now = Instant::now();
-        if std::mem::take(&mut self.touched.routing) {
-            self.auditor.touch(now, self.kernel.take_foreign());
-        }
-        let device = self.kernel.device().filter(|_| self.reached);
-        let (Some(Goal { state: State::Overlay(all, firewall), .. }), Some(device)) =
-            (&self.goal, device)
-        else {
-            return self.auditor.put_off(now);
-        };
-        let desired = self.part.as_ref().unwrap_or(all);
-        let place = Place::new(device, self.underlay.present(), firewall);
-        if let Some(routing) = self.auditor.look(now, &mut self.netlink, desired, place) {
-            (self.tell)(Told::Routing(routing));
         }
     }
 

@@ -194,7 +194,11 @@ async fn start(
     let report = sender.clone();
     let _socket =
         api::serve(&config.socket, move |request| report.send(News::Api(request)).is_ok())?;
-    let (chosen, waiters) = match underlay::choose(&mut Netlink::open()?, &config) {
+    let peers = records.iter().filter_map(|(_, record)| match record {
+        Record::Member(member) if member.node != key.id() => Some(member.vtep.underlay),
+        _ => None,
+    });
+    let (chosen, waiters) = match underlay::choose(&mut Netlink::open()?, &config, peers) {
         Ok(chosen) => (chosen, Vec::new()),
         Err(error @ underlay::UnderlayError::Mtu { .. }) => return Err(error.into()),
         Err(error) => match remembered_underlay(&state, &records, key.id())? {

@@ -44,7 +44,7 @@ pub(super) async fn wait_for_underlay(
     let mut waiters: Vec<Waiter> = Vec::new();
     let mut told: Option<UnderlayError> = None;
     loop {
-        let error = match underlay::choose(&mut netlink, config) {
+        let error = match underlay::choose(&mut netlink, config, std::iter::empty()) {
             Ok(chosen) => return Ok(Some((chosen, waiters))),
             Err(error @ UnderlayError::NoMatch { .. }) => error,
             Err(error) => return Err(error.into()),

@@ -235,16 +235,18 @@ impl Audit {
             if questions.len() >= QUESTIONS {
                 break;
             }
-            last = Some(*subject);
+            last = Some((*subject, *hop));
             self.rest = self.rest.saturating_sub(1);
             if !doubted.contains(subject) {
                 self.ask(*subject, *hop, ground, addresses, &mut questions);
             }
         }
-        if let Some((subject, peer)) = last.zip(desired.tables.fdb.values().next()) {
+        // What comes from a subnet that is unreachable is refused by design.
+        let answered = last.filter(|(_, hop)| hop.way != Way::Unreachable);
+        if let Some(((subject, _), peer)) = answered.zip(desired.tables.fdb.values().next()) {
             questions.extend(filters(subject, *peer, ground));
         }
-        self.after = last;
+        self.after = last.map(|(subject, _)| subject);
         questions.retain(|question| {
             let there = question.there();
             !question.subject.contains(&there) || !is_outranked(question.subject, there)

@@ -103,7 +103,7 @@ fn members(status: &Value, events: &Value) -> Vec<Finding> {
                 "members",
                 format!("{name} ({}) {state}", text(member, "address")),
                 "its subnet stays its own: nobody else is given it, and its pods may still be reached",
-                format!("start its agent; if that host is gone for good: gossamer forget {name}"),
+                remedy(status, name),
             ));
         }
     }
@@ -127,6 +127,25 @@ fn members(status: &Value, events: &Value) -> Vec<Finding> {
     findings
 }
 
+/// What helps against a member that is down. To forget it is no advice where the fault may be on this host.
+fn remedy(status: &Value, name: &str) -> String {
+    let mut paths = each(status, "paths").filter(|path| text(path, "name") == name);
+    if paths.any(|path| path["problem"].is_string()) {
+        return "first what check `paths` says of it".to_owned();
+    }
+    let mut others = each(status, "members")
+        .filter(|member| member["node"] != status["node"] && member["left"] == false)
+        .filter(|member| member["forgotten"] == false);
+    let start = "start its agent";
+    if others.any(|member| text(member, "liveness") == "alive") {
+        return format!("{start}; if that host is gone for good: gossamer forget {name}");
+    }
+    format!(
+        "{start}; if it runs, this host may be cut off, for no other member answers: look at its network, \
+         routes (ip route get ADDRESS; ip neigh), and firewall"
+    )
+}
+
 fn paths<'a>(status: &'a Value, told: &mut Vec<&'a str>) -> Vec<Finding> {
     let mut findings = Vec::new();
     for path in each(status, "paths") {
@@ -139,7 +158,7 @@ fn paths<'a>(status: &'a Value, told: &mut Vec<&'a str>) -> Vec<Finding> {
                 "paths",
                 format!("{name} is {state}: neither its agent nor its kernel answers"),
                 "its pods are not reached",
-                format!("start that host, or if it is gone for good: gossamer forget {name}"),
+                remedy(status, name),
             ));
         }
     }

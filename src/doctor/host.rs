@@ -136,7 +136,7 @@ fn underlay(patient: &Patient, findings: &mut Vec<Finding>) -> Option<String> {
     }
     let config = patient.config.as_ref().ok()?;
     let chosen = Netlink::open().map_err(|error| error.to_string()).and_then(|mut netlink| {
-        choose_underlay(&mut netlink, config).map_err(|error| error.to_string())
+        choose_underlay(&mut netlink, config, std::iter::empty()).map_err(|error| error.to_string())
     });
     match chosen {
         Ok(chosen) => {

@@ -1,7 +1,7 @@
 //! Interfaces and addresses: made, changed and found.
 
 use std::{
-    io,
+    fs, io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
@@ -13,7 +13,7 @@ use rtnetlink::{
         address::{AddressAttribute, AddressHeaderFlags, AddressMessage, AddressScope},
         link::{
             AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute, LinkFlags, LinkInfo,
-            LinkMessage,
+            LinkMessage, Prop,
         },
         route::{
             RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteNextHopFlags,
@@ -53,6 +53,27 @@ impl Link {
             LinkAttribute::Controller(index) if *index != 0 => Some(*index),
             _ => None,
         })
+    }
+
+    /// Whether this is its name, or one of its alternative names (`ip link property add ... altname`).
+    pub fn is_called(&self, name: &str) -> bool {
+        let properties = self.message.attributes.iter().filter_map(|attribute| match attribute {
+            LinkAttribute::PropList(properties) => Some(properties),
+            _ => None,
+        });
+        let is_alternative =
+            |property: &Prop| matches!(property, Prop::AltIfName(other) if other == name);
+        self.name == name || properties.flatten().any(is_alternative)
+    }
+
+    /// Bytes in the largest packet of this family that it sends. IPv6 has an MTU of its own, which a router
+    /// may have told (RFC 4861).
+    pub fn mtu_of(&self, ipv4: bool) -> u32 {
+        let ipv6 = || {
+            let told = fs::read_to_string(format!("/proc/sys/net/ipv6/conf/{}/mtu", self.name));
+            told.ok().and_then(|told| told.trim().parse().ok())
+        };
+        if ipv4 { self.mtu } else { ipv6().unwrap_or(self.mtu).min(self.mtu) }
     }
 
     /// Whether it is a port of the bridge with this index.

@@ -18,6 +18,8 @@ use ipnet::IpNet;
 
 use super::Netlink;
 
+const IPPROTO_UDP: u8 = 17;
+
 /// A packet whose way is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Query {
@@ -28,17 +30,19 @@ pub struct Query {
     pub input: Option<u32>,
     /// Index of the interface by which it has to leave.
     pub output: Option<u32>,
+    /// Its destination port, if it is a UDP datagram: rules may ask for that.
+    pub udp: Option<u16>,
 }
 
 impl Query {
     /// A packet of this host's own to `to`.
     pub const fn to(to: IpAddr) -> Self {
-        Self { to, from: None, input: None, output: None }
+        Self { to, from: None, input: None, output: None, udp: None }
     }
 
     /// A packet that comes in by `input`, to be forwarded or delivered.
     pub const fn forwarded(from: IpAddr, to: IpAddr, input: u32) -> Self {
-        Self { to, from: Some(from), input: Some(input), output: None }
+        Self { from: Some(from), input: Some(input), ..Self::to(to) }
     }
 }
 
@@ -198,6 +202,11 @@ impl Netlink {
         }
         message.attributes.extend(query.input.map(RouteAttribute::Iif));
         message.attributes.extend(query.output.map(RouteAttribute::Oif));
+        if let Some(port) = query.udp {
+            // Kernels since 4.17 take them, older ones ignore them.
+            let udp = [RouteAttribute::IpProto(IPPROTO_UDP), RouteAttribute::Dport(port)];
+            message.attributes.extend(udp);
+        }
         match self.get(RouteNetlinkMessage::GetRoute(message))? {
             RouteNetlinkMessage::NewRoute(found) => Ok(found),
             _ => Err(io::Error::new(io::ErrorKind::InvalidData, "no route in the answer")),

@@ -137,6 +137,11 @@ impl Transport {
         Some(self.peers.get(&peer)?.live()?.rtt())
     }
 
+    /// From where the packets of a peer come; none without a connection.
+    pub fn remote(&self, peer: NodeId) -> Option<SocketAddr> {
+        Some(self.peers.get(&peer)?.live()?.remote_address())
+    }
+
     /// How many packets of a peer have come on its connection; none without one.
     pub fn received(&self, peer: NodeId) -> Option<u64> {
         Some(self.peers.get(&peer)?.live()?.stats().udp_rx.datagrams)

@@ -40,3 +40,4 @@ mod secret;
 mod service;
 mod tidy;
 mod underlay;
+mod uplinks;

@@ -72,7 +72,8 @@ pub struct Fact {
     pub vrf: Option<(String, u32)>,
     /// `net.ipv4.conf.NAME.forwarding`
     pub forwards: bool,
-    /// A reverse path filter is in force: `net.ipv4.conf.NAME.rp_filter`, or that of all interfaces.
+    /// A strict reverse path filter is in force: the larger of `net.ipv4.conf.NAME.rp_filter` and that of all
+    /// interfaces is 1.
     pub filters: bool,
     /// `net.ipv6.conf.NAME.disable_ipv6`
     pub without_ipv6: bool,

@@ -1,0 +1,192 @@
+//! Hosts with several uplinks: the one that leads to the peers carries tunnels, and tunnel packets that
+//! another program leads elsewhere are named.
+
+use std::time::Duration;
+
+use gossamer::lab::{Agent, Host};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use crate::common::{
+    Cluster, PATIENCE, client, eventually, has_problem, isolated, program, run, token_of, tool,
+    wait_until,
+};
+
+/// A peer that does not answer is named within so long: gossip takes 15 s, questions of the kernel 10 s.
+const NAMED: Duration = Duration::from_secs(60);
+/// A better default route counts after 2 s.
+const SETTLED: Duration = Duration::from_secs(5);
+
+/// A tunnel of a VPN, behind which no peer is, with an address in a network of its own.
+fn add_vpn(host: &Host) {
+    for command in [
+        "ip link add tun0 type veth peer name tun1",
+        "ip addr add 10.8.0.2/24 dev tun0",
+        "ip link set tun0 up",
+        "ip link set tun1 up",
+    ] {
+        tool(&host.netns, command);
+    }
+}
+
+fn underlay(agent: &mut Agent) -> (String, String) {
+    let status = agent.ask("/v1/status", PATIENCE).expect("a status");
+    let text = |key: &str| status["kernel"][key].as_str().unwrap_or_default().to_owned();
+    (text("underlay_interface"), text("underlay_address"))
+}
+
+fn is(interface: &str, address: &str) -> (String, String) {
+    (interface.to_owned(), address.to_owned())
+}
+
+#[test]
+fn better_default_route_that_leads_to_no_peer_moves_no_underlay() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let pods = cluster.pods()?;
+        let host = &cluster.hosts[1];
+        add_vpn(host);
+        tool(&host.netns, "ip route del default");
+        tool(&host.netns, "ip route add default via 10.99.0.1 dev eth0 metric 100");
+        tool(&host.netns, "ip route add default via 10.8.0.1 dev tun0 onlink metric 50");
+        std::thread::sleep(SETTLED);
+        let eth0 = is("eth0", "10.99.0.11");
+        assert_eq!(underlay(&mut cluster.agents[1]), eth0);
+        // Members are known on the disk, so that a start chooses no worse.
+        cluster.agents[1].end(Signal::SIGTERM)?;
+        cluster.agents[1] = Agent::start(program(), &cluster.hosts[1], &[])?;
+        cluster.agents[1].wait_converged(2, PATIENCE)?;
+        assert_eq!(underlay(&mut cluster.agents[1]), eth0);
+        tool(&pods[1].netns, &format!("ping -c 1 -W 5 {}", pods[0].ip));
+        Ok(())
+    });
+}
+
+#[test]
+fn creator_with_a_public_default_route_moves_to_the_network_of_its_first_peer() {
+    isolated(|lab| {
+        let (first, second) = (lab.host(1, "n1")?, lab.host(2, "n2")?);
+        for host in [&first, &second] {
+            add_vpn(host);
+            tool(&host.netns, "ip route replace default via 10.8.0.1 dev tun0 onlink");
+        }
+        let mut creator = Agent::start(program(), &first, &["--init"])?;
+        creator.wait_converged(1, PATIENCE)?;
+        assert_eq!(underlay(&mut creator), is("tun0", "10.8.0.2"), "nothing tells otherwise yet");
+        let token = token_of(&mut creator)?;
+        let seed = first.ip.to_string();
+        let mut joiner = Agent::start(program(), &second, &["--join", &seed, "--token", &token])?;
+        wait_until("it stays at the public address", PATIENCE, || {
+            underlay(&mut creator) == is("eth0", "10.99.0.10")
+        });
+        assert_eq!(underlay(&mut joiner), is("eth0", "10.99.0.11"), "its seed is in that network");
+        eventually(&second.netns, "bridge fdb show dev gossamer.1", |fdb| {
+            fdb.contains("dst 10.99.0.10 ")
+        });
+        Ok(())
+    });
+}
+
+#[test]
+fn host_with_its_only_address_on_lo_uses_it_unasked() {
+    isolated(|lab| {
+        let host = lab.host(1, "n1")?;
+        for command in [
+            "ip addr add 10.50.0.1/32 dev lo",
+            "ip addr flush dev eth0 scope global",
+            "ip route add default via 10.99.0.1 dev eth0 onlink src 10.50.0.1",
+        ] {
+            tool(&host.netns, command);
+        }
+        let mut agent = Agent::start(program(), &host, &["--init"])?;
+        agent.wait_converged(1, PATIENCE)?;
+        assert_eq!(underlay(&mut agent), is("lo", "10.50.0.1"));
+        Ok(())
+    });
+}
+
+#[test]
+fn interface_is_found_by_its_alternative_name() {
+    isolated(|lab| {
+        let host = lab.host(1, "n1")?;
+        let name = "enp1s0f0np0-behind-the-printer";
+        if !run(&host.netns, &format!("ip link property add dev eth0 altname {name}"))
+            .status
+            .success()
+        {
+            crate::common::skipped("altname", "the kernel or `ip` knows no alternative names");
+            return Ok(());
+        }
+        let mut agent = Agent::start(program(), &host, &["--init", "--iface", name])?;
+        agent.wait_converged(1, PATIENCE)?;
+        assert_eq!(underlay(&mut agent), is("eth0", "10.99.0.10"));
+        Ok(())
+    });
+}
+
+#[test]
+fn ipv6_underlay_is_used_up_to_the_mtu_that_its_router_has_told() {
+    isolated(|lab| {
+        let host = lab.host(1, "n1")?;
+        tool(&host.netns, "ip addr flush dev eth0 scope global");
+        let added = run(&host.netns, "ip addr add 2001:db8::1/64 dev eth0 nodad");
+        if !added.status.success() {
+            crate::common::skipped("MTU of IPv6", "the kernel has no IPv6");
+            return Ok(());
+        }
+        let mut agent = Agent::start(program(), &host, &["--init", "--iface", "eth0"])?;
+        agent.wait_converged(1, PATIENCE)?;
+        let is_mtu = |agent: &mut Agent, mtu: u32| {
+            agent.ask("/v1/status", PATIENCE).expect("a status")["kernel"]["mtu"] == mtu
+        };
+        assert!(is_mtu(&mut agent, 1_430));
+        tool(&host.netns, "sysctl -qw net.ipv6.conf.eth0.mtu=1400");
+        wait_until("it is still 1430", NAMED, || is_mtu(&mut agent, 1_330));
+        Ok(())
+    });
+}
+
+/// What is named, how the fault is made, and how it is taken away.
+const FAULTS: [(&str, &str, &str); 3] = [
+    (
+        "leave this host by tun0, not by eth0, which has its address 10.99.0.11, and no answer comes: \
+         table 77 leads them there",
+        "ip route add default dev tun0 table 77; ip rule add ipproto udp dport 8472 lookup 77 pref 100",
+        "ip rule del pref 100; ip route flush table 77",
+    ),
+    (
+        "leave this host by tun0",
+        "ip route add 10.99.0.0/16 dev tun0 table 52; ip rule add lookup 52 pref 5270",
+        "ip rule del pref 5270; ip route flush table 52",
+    ),
+    (
+        "this host has no way to n1 (10.99.0.10) on the underlay: Network is unreachable",
+        "ip route del default; ip route del 10.99.0.0/16 dev eth0",
+        "ip route add 10.99.0.0/16 dev eth0 src 10.99.0.11",
+    ),
+];
+
+#[test]
+fn tunnel_packets_led_elsewhere_are_named_by_interface_and_table() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let pods = cluster.pods()?;
+        let (host, agent) = (&cluster.hosts[1], &mut cluster.agents[1]);
+        add_vpn(host);
+        for (named, break_it, mend_it) in FAULTS {
+            break_it.split("; ").for_each(|command| _ = tool(&host.netns, command));
+            wait_until(named, NAMED, || has_problem(agent, named));
+            let doctor = String::from_utf8(client(agent, &["doctor"]).stdout)?;
+            assert!(!doctor.contains("gossamer forget"), "{doctor}");
+            mend_it.split("; ").for_each(|command| _ = tool(&host.netns, command));
+            let is_well = |agent: &mut Agent| {
+                let status: Value = agent.ask("/v1/status", PATIENCE).expect("a status");
+                status["problems"].as_array().is_some_and(Vec::is_empty)
+            };
+            wait_until("it is still named", NAMED, || is_well(agent));
+            let ping = format!("ping -c 1 -W 1 {}", pods[0].ip);
+            wait_until("pods stay apart", NAMED, || run(&pods[1].netns, &ping).status.success());
+        }
+        Ok(())
+    });
+}
