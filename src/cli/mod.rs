@@ -66,7 +66,7 @@ enum Command {
     /// Ask a member over the underlay, through the overlay and at its pods' gateway
     Ping(ping::PingArgs),
     /// List this node's pods and their addresses
-    Pods(Client),
+    Pods(pods::PodsArgs),
     /// Install the CNI plugin for container runtimes
     Cni(cni::CniArgs),
     /// Print how dockerd gives its own bridge this node's subnet
@@ -131,7 +131,7 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::Top(client) => top::run(&client),
         Command::Events(args) => events::run(&args),
         Command::Ping(args) => ping::run(&args),
-        Command::Pods(client) => pods::run(&client),
+        Command::Pods(args) => pods::run(&args),
         Command::Cni(args) => cni::run(&args),
         Command::Completions(args) => generate::completions(&args),
         Command::Man(args) => generate::man(&args),
