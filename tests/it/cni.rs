@@ -354,31 +354,36 @@ fn the_plugin_is_installed_where_runtimes_look_and_nobodys_changes_are_lost() {
     for _ in 0..2 {
         assert!(install(&[]).status.success());
     }
-    let version = Command::new(bin.join("gossamer"))
-        .env("CNI_COMMAND", "VERSION")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .and_then(|mut child| {
-            child.stdin.take().expect("a pipe").write_all(br#"{"cniVersion": "1.0.0"}"#)?;
-            child.wait_with_output()
-        });
-    let version: Value = serde_json::from_slice(&version.expect("runs").stdout).expect("JSON");
-    assert_eq!(
-        version["supportedVersions"],
-        json!(["0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"])
-    );
+    for plugin in ["gossamer", "loopback"] {
+        let (done, version) =
+            invoke(&bin.join(plugin), &[("CNI_COMMAND", "VERSION")], r#"{"cniVersion": "1.0.0"}"#);
+        let spoken = json!(["0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"]);
+        assert!(done && version["supportedVersions"] == spoken, "{version}");
+    }
     let file = conf.join("10-gossamer.conflist");
     let list: Value = serde_json::from_slice(&std::fs::read(&file).expect("read")).expect("JSON");
     assert_eq!(list["plugins"][0]["type"], "gossamer");
     // A list with a plugin that is not there would keep all pods from starting.
     assert_eq!(list["plugins"].as_array().map(Vec::len), Some(1));
     std::fs::write(bin.join("portmap"), "").expect("written");
+    // One that is there is another package's.
+    std::fs::remove_file(bin.join("loopback")).expect("removed");
+    std::fs::write(bin.join("loopback"), "theirs").expect("written");
     assert!(install(&["--copy"]).status.success());
     let list: Value = serde_json::from_slice(&std::fs::read(&file).expect("read")).expect("JSON");
     assert_eq!(list["plugins"][1]["type"], "portmap");
     let copied = std::fs::symlink_metadata(bin.join("gossamer")).expect("there");
     assert!(copied.file_type().is_file(), "{copied:?}");
+    let loopback = std::fs::read_to_string(bin.join("loopback")).expect("read");
+    assert_eq!(loopback, "theirs");
+    // The list of an earlier version is no change of an operator's.
+    let text = std::fs::read_to_string(&file).expect("read");
+    let earlier =
+        text.replace(r#"{ "ips": true, "mac": true, "dns": true }"#, r#"{ "ips": true }"#);
+    assert_ne!(earlier, text);
+    std::fs::write(&file, earlier).expect("written");
+    assert!(install(&[]).status.success());
+    assert_eq!(std::fs::read_to_string(&file).expect("read"), text);
     std::fs::write(&file, "{}").expect("written");
     let kept = install(&[]);
     assert!(kept.status.success() && String::from_utf8_lossy(&kept.stdout).contains("--force"));
