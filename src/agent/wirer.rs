@@ -275,6 +275,8 @@ impl<F: Fn(Wired)> Worker<'_, F> {
                 let tenant = Tenant::new(&pod, mac);
                 if bridge.anti_spoofing {
                     self.spoofing.let_in(&bridge, &cable, &tenant, &self.tenants);
+                } else {
+                    self.spoofing.remove_once(&bridge.table);
                 }
                 let result = self.wiring.connect(&bridge, &pod, mac, &end);
                 self.kept = Some(bridge);

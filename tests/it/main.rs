@@ -8,6 +8,7 @@ mod browser;
 mod cli;
 mod cluster;
 mod cni;
+mod cni_chain;
 mod cni_gone;
 mod cni_pods;
 mod cni_spec;

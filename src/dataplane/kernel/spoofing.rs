@@ -215,8 +215,8 @@ impl Spoofing {
         Ok(names)
     }
 
-    /// Of an earlier run with other settings.
-    fn remove_once(&mut self, table: &str) {
+    /// Removes the table of an earlier run with other settings, which would hold up new pods.
+    pub fn remove_once(&mut self, table: &str) {
         if std::mem::replace(&mut self.removed, true) {
             return;
         }
