@@ -41,6 +41,10 @@ impl Agent {
         request: &AttachRequest,
     ) -> Result<(), PodError> {
         let taken = |why: String| PodError::new(PodErrorKind::Address, format!("MAC {mac}: {why}"));
+        let [first, ..] = mac.as_bytes();
+        if first & 1 != 0 || mac.as_bytes() == &[0; 6] {
+            return Err(taken("it is not that of one interface".to_owned()));
+        }
         let others = self.pods.table.iter().filter(|pod| pod.attachment != *attachment);
         if let Some(pod) = others.into_iter().find(|pod| self.pods.mac(pod) == Some(mac)) {
             return Err(taken(format!("{} has it", pod.attachment)));

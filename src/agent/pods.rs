@@ -31,6 +31,7 @@ use crate::{
     pods::{
         Pods,
         bridge::{Bridge, Tenant, Tenants, mac_at},
+        furnish::DefaultRoute,
         gateway,
         wiring::{Connected, End, link_name},
         with_length,
@@ -196,7 +197,12 @@ impl Agent {
             Ok((bridge, pod)) => {
                 let answer = move |result| _ = reply.send(result);
                 let netns = netns.map(File::from);
-                let end = End::Inside { netns, default_route: request.default_route };
+                let default_route = match (request.default_route, request.others_first) {
+                    (false, _) => DefaultRoute::None,
+                    (true, false) => DefaultRoute::IfMissing,
+                    (true, true) => DefaultRoute::AfterOthers,
+                };
+                let end = End::Inside { netns, default_route };
                 self.connect(bridge, pod, end, Box::new(answer));
             }
         }

@@ -28,6 +28,9 @@ pub struct AttachRequest {
     /// Whether it gets default routes, for each family in which it has none.
     #[serde(default = "yes", skip_serializing_if = "is_yes")]
     pub default_route: bool,
+    /// Whether default routes that others give it precede its own, whichever comes first.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub others_first: bool,
 }
 
 const fn yes() -> bool {

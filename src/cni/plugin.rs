@@ -115,6 +115,7 @@ fn add(
         addresses: wishes.addresses.clone(),
         mac: wishes.mac,
         default_route: wishes.default_route,
+        others_first: false,
     };
     let attached: Attached = read(attach(socket, &asked, &netns)?)?;
     // Whatever was asked for earlier and is not done yet was not about this pod.

@@ -26,11 +26,25 @@ use crate::{
 /// What the kernel says of a route that is there already.
 const EEXIST: i32 = 17;
 
+/// Of a default route that others precede: netavark's have 100.
+const LATER: u32 = 200;
+
+/// Which default routes a pod gets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DefaultRoute {
+    None,
+    /// One for each family that has none yet.
+    IfMissing,
+    /// One that those of the pod's other networks precede, whichever of them is connected first.
+    AfterOthers,
+}
+
 /// A route that a pod was given.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Route {
     pub to: IpNet,
     pub via: IpAddr,
+    metric: Option<u32>,
 }
 
 /// A pod's namespace, entered.
@@ -47,7 +61,7 @@ impl Inside<'_> {
         &mut self,
         pod: &Pod,
         bridge: &Bridge,
-        default_route: bool,
+        default_route: DefaultRoute,
     ) -> io::Result<Vec<Route>> {
         let interface = pod.attachment.interface();
         let index = self.netlink.index_of(interface)?;
@@ -77,23 +91,36 @@ impl Inside<'_> {
         Ok(routes)
     }
 
-    /// The default route for each family that has none. Where another interface has it, or none is wanted,
-    /// the networks of the overlay, unless another interface of the pod is in them.
-    fn routes(&mut self, bridge: &Bridge, pod: &Pod, default: bool) -> io::Result<Vec<Route>> {
+    /// The default routes. A family without one of the pod's own, or with one that others precede, gets the
+    /// networks of the overlay, unless another interface of the pod is in them.
+    fn routes(
+        &mut self,
+        bridge: &Bridge,
+        pod: &Pod,
+        default: DefaultRoute,
+    ) -> io::Result<Vec<Route>> {
         let mut routes = Vec::new();
         let families = pod.addresses.iter().zip(bridge.subnets.iter());
         for ((_, subnet), network) in families.zip(bridge.networks.iter()) {
             let via = gateway(subnet);
-            if default && self.netlink.default_routes(via.is_ipv4())?.is_empty() {
-                routes.push(Route { to: everything(via), via });
-                continue;
+            match default {
+                DefaultRoute::None => {}
+                DefaultRoute::IfMissing => {
+                    if self.netlink.default_routes(via.is_ipv4())?.is_empty() {
+                        routes.push(Route { to: everything(via), via, metric: None });
+                        continue;
+                    }
+                }
+                DefaultRoute::AfterOthers => {
+                    routes.push(Route { to: everything(via), via, metric: Some(LATER) });
+                }
             }
             let has = self.netlink.addresses()?;
             if has.iter().any(|address| network.contains(&address.ip)) {
                 // Or this interface would answer for addresses of the other one, and take its packets.
                 self.inside(|| answer_for_own_addresses(pod.attachment.interface()))?;
             } else {
-                routes.push(Route { to: network, via });
+                routes.push(Route { to: network, via, metric: None });
             }
         }
         Ok(routes)
@@ -132,13 +159,13 @@ fn everything(family: IpAddr) -> IpNet {
     }
 }
 
-fn request(link: u32, Route { to, via }: Route) -> io::Result<Request> {
-    let message = RouteMessageBuilder::<IpAddr>::new()
+fn request(link: u32, Route { to, via, metric }: Route) -> io::Result<Request> {
+    let route = RouteMessageBuilder::<IpAddr>::new()
         .destination_prefix(to.network(), to.prefix_len())
         .and_then(|route| route.gateway(via))
         .map_err(io::Error::other)?
-        .output_interface(link)
-        .build();
-    let message = RouteNetlinkMessage::NewRoute(message);
+        .output_interface(link);
+    let route = metric.into_iter().fold(route, RouteMessageBuilder::priority);
+    let message = RouteNetlinkMessage::NewRoute(route.build());
     Ok(Request { message, flags: NLM_F_CREATE | NLM_F_EXCL })
 }

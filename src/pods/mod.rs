@@ -14,7 +14,7 @@ use crate::model::{Addresses, Attachment, Pod, Subnets, Time};
 #[cfg(feature = "agent")]
 pub mod bridge;
 #[cfg(feature = "agent")]
-mod furnish;
+pub mod furnish;
 #[cfg(feature = "agent")]
 pub mod standin;
 #[cfg(test)]

@@ -26,7 +26,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::{
     bridge::{self, ALIAS, Bridge, Mended, PREFIX, Provided, Tenants, mac_at},
-    furnish::{Inside, Route},
+    furnish::{DefaultRoute, Inside, Route},
 };
 use crate::{
     dataplane::kernel::interface::{self, Ipv6},
@@ -71,7 +71,7 @@ pub enum End {
     Inside {
         /// The namespace, where it was opened already; by its path, without.
         netns: Option<File>,
-        default_route: bool,
+        default_route: DefaultRoute,
     },
     /// On this host under a name of its own ([`loose_name`]), for a runtime that fetches it.
     Loose,

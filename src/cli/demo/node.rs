@@ -199,6 +199,7 @@ fn connect(socket: &Path, space: &NetNs, ip: Ipv4Addr) -> anyhow::Result<()> {
         addresses,
         mac: None,
         default_route: true,
+        others_first: false,
     };
     api::block_on(api::post_json(socket, "/v1/pods/attach", &request))??;
     Ok(())
