@@ -62,9 +62,9 @@ fn add(request: &CniRequest, netns: &Path) -> Result<Value, CniError> {
 }
 
 fn enter(path: &Path) -> Result<Netlink, CniError> {
-    let netns: File = netns::open(path)?;
+    let netns: File = netns::open("CNI_NETNS", path)?;
     let home = File::open(netns::OWN).map_err(failed)?;
-    Netlink::open_in(&netns, &home).map_err(|error| netns::unusable(path, &error))
+    Netlink::open_in(&netns, &home).map_err(|error| netns::unusable("CNI_NETNS", path, &error))
 }
 
 /// Its index, and whether it is up.

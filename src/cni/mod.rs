@@ -14,6 +14,7 @@ mod request;
 mod result;
 mod spool;
 
-pub use plugin::{COMMAND, run};
+pub use netns::open as open_netns;
+pub use plugin::{COMMAND, ask, connect, detach, disconnect, run};
 pub use request::LOOPBACK;
 pub use spool::{Note, Spool};

@@ -78,11 +78,11 @@ fn carry_out(request: &CniRequest) -> Result<Option<Value>, CniError> {
             add(request, &socket, attachment, netns, wishes).map(Some)
         }
         Asked::Del { attachment } => {
-            let note = Note::Detach(attachment.into());
-            undo(&socket, &note, || detach(&socket, &attachment.into())).map(|()| None)
+            disconnect(&socket, &attachment.into())?;
+            Ok(None)
         }
         Asked::Check { attachment, netns } => {
-            let opened = netns::open(netns)?;
+            let opened = netns::open("CNI_NETNS", netns)?;
             let name = AttachmentName::from(attachment);
             let checked =
                 ask(api::post_with(&socket, "/v1/pods/check", &name, Some(opened.into())));
@@ -92,7 +92,8 @@ fn carry_out(request: &CniRequest) -> Result<Option<Value>, CniError> {
             let (owner, valid) = (request.owner(), valid.clone());
             let collecting = || collect(&socket, &owner, &valid);
             let note = Note::Collect { owner: owner.clone(), valid: valid.clone() };
-            undo(&socket, &note, collecting).map(|()| None)
+            undo(&socket, &note, collecting)?;
+            Ok(None)
         }
         Asked::Status => status(&socket).map(|()| None),
         Asked::Version => Ok(None),
@@ -106,7 +107,7 @@ fn add(
     path: &Path,
     wishes: &Wishes,
 ) -> Result<Value, CniError> {
-    let netns = netns::open(path)?;
+    let netns = netns::open("CNI_NETNS", path)?;
     let asked = AttachRequest {
         container: attachment.container().to_owned(),
         interface: attachment.interface().to_owned(),
@@ -117,26 +118,48 @@ fn add(
         default_route: wishes.default_route,
         others_first: false,
     };
-    let attached: Attached = read(attach(socket, &asked, &netns)?)?;
-    // Whatever was asked for earlier and is not done yet was not about this pod.
-    let spool = Spool::beside(socket);
-    spool.drop(&Note::Detach(attachment.into()));
-    spool.drop(&Note::Collect { owner: request.owner(), valid: Vec::new() });
+    let attached = connect(socket, &asked, &netns)?;
     let shown = path.display().to_string();
     let made = Made::new(attachment.interface(), &shown, &attached, wishes.dns.clone());
     Ok(made.to_json(request.version))
 }
 
+/// Connects a pod.
+///
+/// # Errors
+/// Why the agent has not done it.
+pub fn connect(
+    socket: &Path,
+    asked: &AttachRequest,
+    netns: &File,
+) -> Result<Attached, ClientError> {
+    let attached = read(socket, attach(socket, asked, netns)?)?;
+    // Whatever was asked for earlier and is not done yet was not about this pod.
+    let spool = Spool::beside(socket);
+    let (container, interface) = (asked.container.clone(), asked.interface.clone());
+    spool.drop(&Note::Detach(AttachmentName { container, interface }));
+    spool.drop(&Note::Collect { owner: asked.owner.clone(), valid: Vec::new() });
+    Ok(attached)
+}
+
+/// Disconnects a pod, or notes it for the agent that is not there.
+///
+/// # Errors
+/// Why the agent has not done it.
+pub fn disconnect(socket: &Path, name: &AttachmentName) -> Result<(), ClientError> {
+    undo(socket, &Note::Detach(name.clone()), || detach(socket, name))
+}
+
 /// Waits for the kernel where what is needed is about to become free.
-fn attach(socket: &Path, asked: &impl Serialize, netns: &File) -> Result<Value, CniError> {
+fn attach(socket: &Path, asked: &impl Serialize, netns: &File) -> Result<Value, ClientError> {
     let start = Instant::now();
     loop {
-        let again = netns.try_clone().map_err(|error| CniError::new(code::IO, error))?;
+        let again = netns.try_clone().map_err(|error| broken(error.to_string()))?;
         match ask(api::post_with(socket, "/v1/pods/attach", asked, Some(again.into()))) {
             Err(error) if may_succeed_later(&error) && start.elapsed() < VANISHING => {
                 thread::sleep(PAUSE);
             }
-            answer => return Ok(answer?),
+            answer => return answer,
         }
     }
 }
@@ -153,19 +176,17 @@ fn refusal(error: &ClientError) -> Option<PodError> {
 }
 
 /// Where nothing is there, that is what was wanted.
-fn detach(socket: &Path, name: &AttachmentName) -> Result<(), ClientError> {
+///
+/// # Errors
+/// Why the agent has not done it.
+pub fn detach(socket: &Path, name: &AttachmentName) -> Result<(), ClientError> {
     ask(api::post_json(socket, "/v1/pods/detach", name)).map(drop)
 }
 
 /// Removes what a network has connected and the runtime does not know any more: all that can be.
 fn collect(socket: &Path, owner: &str, valid: &[AttachmentName]) -> Result<(), ClientError> {
     let answer = ask(api::get(socket, "/v1/pods"))?;
-    let unreadable = |error: serde_json::Error| ClientError::Broken {
-        path: socket.to_owned(),
-        why: error.to_string(),
-    };
-    let pods: Vec<PodStatus> =
-        serde_json::from_value(answer["pods"].clone()).map_err(unreadable)?;
+    let pods: Vec<PodStatus> = read(socket, answer["pods"].clone())?;
     let mut failed = Ok(());
     for PodStatus { container, interface, .. } in pods.into_iter().filter(|pod| pod.owner == owner)
     {
@@ -182,10 +203,10 @@ fn undo(
     socket: &Path,
     note: &Note,
     work: impl Fn() -> Result<(), ClientError>,
-) -> Result<(), CniError> {
+) -> Result<(), ClientError> {
     match work() {
         Err(error) if is_away(&error) => {}
-        done => return Ok(done?),
+        done => return done,
     }
     let spool = Spool::beside(socket);
     if let Err(error) = spool.put(note) {
@@ -236,8 +257,11 @@ fn judge(status: &Value) -> Result<(), CniError> {
     }
 }
 
-fn ask(answer: impl Future<Output = Result<Value, ClientError>>) -> Result<Value, ClientError> {
-    let broken = |why: String| ClientError::Broken { path: "the control socket".into(), why };
+/// Asks the agent, and does not wait for ever.
+///
+/// # Errors
+/// Why there is no answer.
+pub fn ask(answer: impl Future<Output = Result<Value, ClientError>>) -> Result<Value, ClientError> {
     let late = || Err(broken(format!("no answer within {} seconds", PATIENCE.as_secs())));
     let answer = api::block_on(async {
         tokio::time::timeout(PATIENCE, answer).await.unwrap_or_else(|_| late())
@@ -245,10 +269,13 @@ fn ask(answer: impl Future<Output = Result<Value, ClientError>>) -> Result<Value
     answer.unwrap_or_else(|error| Err(broken(error.to_string())))
 }
 
-fn read<T: DeserializeOwned>(answer: Value) -> Result<T, CniError> {
-    let unreadable =
-        |error| CniError::new(code::UNDECODABLE, format!("the agent's answer: {error}"));
-    serde_json::from_value(answer).map_err(unreadable)
+fn broken(why: String) -> ClientError {
+    ClientError::Broken { path: "the control socket".into(), why }
+}
+
+fn read<T: DeserializeOwned>(socket: &Path, answer: Value) -> Result<T, ClientError> {
+    serde_json::from_value(answer)
+        .map_err(|error| ClientError::Broken { path: socket.to_owned(), why: error.to_string() })
 }
 
 #[cfg(test)]
