@@ -120,7 +120,7 @@ fn without_portmap(list: &str) -> anyhow::Result<String> {
 }
 
 /// Readers see the old or the new program, never none.
-fn put(program: &Path, plugin: &Path, copy: bool) -> io::Result<()> {
+pub(super) fn put(program: &Path, plugin: &Path, copy: bool) -> io::Result<()> {
     if let Some(directory) = plugin.parent() {
         fs::create_dir_all(directory)?;
     }

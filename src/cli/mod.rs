@@ -19,6 +19,7 @@ mod leave;
 mod members;
 mod output;
 mod ping;
+mod podman;
 mod pods;
 mod reset;
 mod routes;
@@ -69,6 +70,8 @@ enum Command {
     Pods(pods::PodsArgs),
     /// Install the CNI plugin for container runtimes
     Cni(cni::CniArgs),
+    /// Install the plugin by which Podman makes networks in the overlay
+    Podman(podman::PodmanArgs),
     /// Print how dockerd gives its own bridge this node's subnet
     DockerOpts(docker_opts::DockerOptsArgs),
     /// Look at the history of subnets
@@ -133,6 +136,7 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::Ping(args) => ping::run(&args),
         Command::Pods(args) => pods::run(&args),
         Command::Cni(args) => cni::run(&args),
+        Command::Podman(args) => podman::run(&args),
         Command::Completions(args) => generate::completions(&args),
         Command::Man(args) => generate::man(&args),
         Command::DockerOpts(args) => docker_opts::run(&args),

@@ -30,6 +30,7 @@ mod limits;
 mod metrics;
 mod mishaps;
 mod modes;
+mod netavark;
 mod offload;
 mod overlap;
 mod package;
