@@ -35,6 +35,7 @@ mod offload;
 mod overlap;
 mod package;
 mod paths;
+mod podman;
 mod pods;
 mod prometheus;
 mod refusals;
