@@ -17,8 +17,8 @@
 //!   machine, [`dataplane::desired`] what the kernel should hold, [`dataplane::plan`] how it gets there.
 //! - **Adapters** each know one outside thing: [`dataplane::kernel`] and [`netlink`] the kernel,
 //!   [`store`] the disk, [`transport`] QUIC, [`api`] the control socket. [`pods`] knows who has which of this
-//!   node's addresses, [`pods::wiring`] plugs containers in; [`cni`] is what runtimes call, [`docker`] what
-//!   Docker does.
+//!   node's addresses, [`pods::wiring`] plugs containers in; [`cni`] and [`netavark`] are what
+//!   runtimes call, [`docker`] what Docker does.
 //! - **The shell**, [`agent`], is one loop that feeds the core and carries out what it asks for.
 //!   `sim` (feature `sim`) runs many cores in a simulated world.
 //!   [`config`] and [`cli`] are its front, [`doctor`] looks for what is wrong with a host. [`lab`] builds
@@ -57,6 +57,8 @@ pub mod icmp;
 pub mod lab;
 #[warn(clippy::disallowed_methods)]
 pub mod model;
+#[cfg(feature = "agent")]
+pub mod netavark;
 #[cfg(feature = "agent")]
 pub mod netlink;
 #[warn(clippy::disallowed_methods)]

@@ -17,6 +17,7 @@ mod opponents;
 mod owners;
 mod path_words;
 mod ping;
+mod pod_address;
 mod pods;
 mod probe;
 mod programmer;
@@ -31,6 +32,7 @@ mod surroundings;
 mod survey;
 mod told;
 mod underlay;
+mod vanished;
 mod waiting;
 mod wirer;
 
@@ -180,6 +182,7 @@ impl Agent {
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut hangup = signal(SignalKind::hangup())?;
         self.carry_out();
+        self.catch_up();
         while self.ending.is_none() {
             let wake = tokio::time::Instant::from_std(self.next_deadline());
             let first = tokio::select! {
@@ -468,10 +471,11 @@ impl Agent {
                 self.ending = Some(Ending::Anew);
             }
             Question::Ping { node, reply } => self.begin_ping(&node, reply),
-            Question::Attach { request, reply } => self.attach(&request, reply),
+            Question::Attach { request, netns, reply } => self.attach(request, netns, reply),
             Question::Detach { request, reply } => self.detach(&request, reply),
-            Question::Check { request, reply } => self.check_pod(&request, reply),
+            Question::Check { request, netns, reply } => self.check_pod(&request, netns, reply),
             Question::Pods { reply } => self.list_pods(reply),
+            Question::Release { reply } => self.release_vanished(reply),
             Question::PastEvents { reply } => _ = reply.send(self.journal.past()),
             Question::Events { reply } => _ = reply.send(self.journal.feed()),
             Question::Samples { reply } => _ = reply.send(self.journal.samples()),

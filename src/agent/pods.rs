@@ -5,6 +5,8 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fs::File,
+    os::fd::OwnedFd,
     sync::Arc,
 };
 
@@ -13,22 +15,25 @@ use tokio::sync::oneshot::Sender;
 use super::{
     Agent,
     docker::is_of_a_network,
+    pod_address::NotGiven,
+    vanished::Looking,
     wirer::{Job, Wired},
 };
 use crate::{
     api::{
-        AttachRequest, Attached, AttachedAddress, AttachmentName, EventKind, EventLevel, PodError,
-        PodErrorKind, PodStatus,
+        AttachRequest, Attached, AttachedAddress, AttachedRoute, AttachmentName, EventKind,
+        EventLevel, PodError, PodErrorKind, PodStatus,
     },
     core::View,
     dataplane::desired::device_name,
     docker,
     model::{Attachment, Mac, Pod, Time},
     pods::{
-        NoAddress, Pods, Wish,
+        Pods,
         bridge::{Bridge, Tenant, Tenants, mac_at},
+        furnish::DefaultRoute,
         gateway,
-        wiring::{Connected, End, WiringError, link_name},
+        wiring::{Connected, End, link_name},
         with_length,
     },
     store::{StateDir, Writer},
@@ -43,17 +48,22 @@ pub(super) struct PodState {
     to_save: Vec<(Key, Vec<u8>)>,
     /// What their bridge is kept like.
     pub(super) bridge: Option<Bridge>,
-    /// MACs that Docker has given, as far as this process has heard of them.
+    /// MACs that do not follow from addresses: those that Docker has given, as far as this process has heard
+    /// of them, and those that were asked for.
     pub(super) macs: BTreeMap<Attachment, Mac>,
     /// What is wrong with their bridge, as sentences.
     pub(super) problems: Vec<String>,
     /// Since when addresses are held for containers of Docker's that have not come yet.
     pub(super) reserved: BTreeMap<Attachment, Time>,
+    /// Cables that should be there and are not, as last told.
+    pub(super) absent: BTreeSet<String>,
+    /// What waits for a look at the cables.
+    pub(super) looking: BTreeMap<u64, Looking>,
     number: u64,
     attaching: BTreeMap<u64, Attaching>,
     /// What is said when the disk has it.
     pub(super) saving: BTreeMap<u64, Box<dyn FnOnce() + Send>>,
-    /// Who waits for the kernel: pods that nobody knows may have an interface all the same.
+    /// Answers that wait for the kernel: pods that are not known may have an interface all the same.
     unplugging: BTreeMap<u64, Answer<bool>>,
 }
 
@@ -76,12 +86,14 @@ impl PodState {
     }
 
     /// Docker gives its containers MACs of its own.
-    fn mac(&self, pod: &Pod) -> Option<Mac> {
-        if pod.owner == docker::OWNER {
-            self.macs.get(&pod.attachment).copied()
-        } else {
-            Some(mac_at(pod.addresses.first))
-        }
+    pub(super) fn mac(&self, pod: &Pod) -> Option<Mac> {
+        let given = self.macs.get(&pod.attachment).copied();
+        if pod.owner == docker::OWNER { given } else { given.or(Some(mac_at(pod.addresses.first))) }
+    }
+
+    /// Whether a pod is being connected.
+    pub(super) fn is_attaching(&self, attachment: &Attachment) -> bool {
+        self.attaching.values().any(|attaching| attaching.pod.attachment == *attachment)
     }
 
     /// Who is behind the cables that should be there.
@@ -151,6 +163,7 @@ impl Agent {
         Bridge {
             name: self.config.bridge_name(view.settings.vni),
             subnets: self.subnets_of_pods(view.own.subnets),
+            networks: self.subnets_of_pods(view.settings.pool.networks()),
             mtu: self.underlay.mtu,
             table: device_name(view.settings.vni),
             anti_spoofing: self.config.anti_spoofing,
@@ -159,14 +172,38 @@ impl Agent {
 
     pub(super) fn attach(
         &mut self,
-        request: &AttachRequest,
+        request: AttachRequest,
+        netns: Option<OwnedFd>,
         reply: Sender<Result<Attached, PodError>>,
     ) {
-        match self.give_address(request) {
-            Err(error) => _ = reply.send(Err(error)),
+        match self.give_address(&request) {
+            // A pod that is gone may stand in the way.
+            Err(NotGiven::Address(error)) if error.is_of_pods() => {
+                self.look(Looking::Attach { request, netns, reply });
+            }
+            given => self.attach_with(given, &request, netns, reply),
+        }
+    }
+
+    pub(super) fn attach_with(
+        &mut self,
+        given: Result<(Bridge, Pod), NotGiven>,
+        request: &AttachRequest,
+        netns: Option<OwnedFd>,
+        reply: Sender<Result<Attached, PodError>>,
+    ) {
+        match given {
+            Err(error) => _ = reply.send(Err(error.into())),
             Ok((bridge, pod)) => {
                 let answer = move |result| _ = reply.send(result);
-                self.connect(bridge, pod, End::Inside, Box::new(answer));
+                let netns = netns.map(File::from);
+                let default_route = match (request.default_route, request.others_first) {
+                    (false, _) => DefaultRoute::None,
+                    (true, false) => DefaultRoute::IfMissing,
+                    (true, true) => DefaultRoute::AfterOthers,
+                };
+                let end = End::Inside { netns, default_route };
+                self.connect(bridge, pod, end, Box::new(answer));
             }
         }
     }
@@ -183,18 +220,6 @@ impl Agent {
         self.pods.bridge = Some(bridge.clone());
         let attaching = Attaching { bridge, pod, saved: false, connected: None, reply };
         self.pods.attaching.insert(number, attaching);
-    }
-
-    fn give_address(&mut self, request: &AttachRequest) -> Result<(Bridge, Pod), PodError> {
-        let attachment =
-            Attachment::new(&request.container, &request.interface).map_err(PodError::invalid)?;
-        let netns = request.netns()?.display().to_string();
-        let bridge = self.ready_bridge()?;
-        let owner = request.owner.clone();
-        let addresses = request.addresses.clone();
-        let wish = Wish { attachment, owner, netns, addresses };
-        let pod = self.pods.table.attach(self.clock.now(), bridge.subnets, wish)?.clone();
-        Ok((bridge, pod))
     }
 
     /// What pods are plugged into.
@@ -244,6 +269,7 @@ impl Agent {
 
     /// Who asked for it does not want it any more.
     fn give_up_attaching(&mut self, attachment: &Attachment) {
+        self.pods.looking.retain(|_, looking| !looking.is_of(attachment));
         let mut all = self.pods.attaching.iter();
         let found = all.find(|(_, attaching)| attaching.pod.attachment == *attachment);
         let number = found.map(|(number, _)| *number);
@@ -254,16 +280,26 @@ impl Agent {
     }
 
     /// Whether the kernel still has what a pod was given.
-    pub(super) fn check_pod(&mut self, name: &AttachmentName, reply: Sender<Result<(), PodError>>) {
+    pub(super) fn check_pod(
+        &mut self,
+        name: &AttachmentName,
+        netns: Option<OwnedFd>,
+        reply: Sender<Result<(), PodError>>,
+    ) {
         let known = Attachment::new(&name.container, &name.interface)
             .map_err(PodError::invalid)
             .and_then(|attachment| {
                 let pod = self.pods.table.get(&attachment).cloned();
-                pod.ok_or_else(|| PodError::invalid(format!("{attachment}: no such pod here")))
+                let unknown = || format!("{attachment}: no such pod here");
+                pod.ok_or_else(|| PodError::new(PodErrorKind::Unknown, unknown()))
             });
         match known {
             Err(error) => _ = reply.send(Err(error)),
-            Ok(pod) => self.wirer.ask(Job::Check { pod, reply }),
+            Ok(pod) => {
+                let netns = netns.map(File::from);
+                let mac = self.pods.mac(&pod).filter(|_| self.config.anti_spoofing);
+                self.wirer.ask(Job::Check { pod, netns, mac, reply });
+            }
         }
     }
 
@@ -285,6 +321,8 @@ impl Agent {
                 }
                 reply(Err(error.into()));
             }
+            Wired::Looked { number, result } => self.on_looked(number, result),
+            Wired::Absent { links, confirmed } => self.on_absent(links, &confirmed),
             Wired::Mended(result, problems) => {
                 match result {
                     Ok(mended) => {
@@ -357,6 +395,11 @@ impl Agent {
             bridge_mac: connected.bridge_mac,
             mtu: bridge.mtu,
             addresses: addresses.collect(),
+            routes: connected
+                .routes
+                .iter()
+                .map(|route| AttachedRoute { to: route.to, via: route.via })
+                .collect(),
         }));
         tracing::info!(pod = %pod.attachment, address = %pod.addresses.first, "connected");
         let text = format!("{} has {}", pod.attachment, pod.addresses.first);
@@ -372,43 +415,23 @@ impl Agent {
 
     /// Which of them the kernel still has is for the thread to say.
     pub(super) fn list_pods(&self, reply: Sender<Vec<PodStatus>>) {
-        let status = |pod: &Pod| PodStatus {
-            container: pod.attachment.container().to_owned(),
-            interface: pod.attachment.interface().to_owned(),
-            owner: pod.owner.clone(),
-            addresses: pod.addresses.iter().collect(),
-            link: link_name(&pod.attachment),
-            netns: pod.netns.clone(),
-            orphan: false,
-        };
-        let pods = self.pods.table.iter().map(status).collect();
+        let pods = self.pods.table.iter().map(status_of).collect();
         self.wirer.ask(Job::List { pods, reply });
+    }
+}
+
+pub(super) fn status_of(pod: &Pod) -> PodStatus {
+    PodStatus {
+        container: pod.attachment.container().to_owned(),
+        interface: pod.attachment.interface().to_owned(),
+        owner: pod.owner.clone(),
+        addresses: pod.addresses.iter().collect(),
+        link: link_name(&pod.attachment),
+        netns: pod.netns.clone(),
+        orphan: false,
     }
 }
 
 pub(super) fn record(pod: &Pod) -> (Key, Vec<u8>) {
     (Key::Pod(pod.addresses.first), Record::Pod(pod.clone()).encode())
-}
-
-impl From<NoAddress> for PodError {
-    fn from(error: NoAddress) -> Self {
-        let kind = match error {
-            NoAddress::Attached { .. } => PodErrorKind::Invalid,
-            NoAddress::Exhausted(_) => PodErrorKind::Exhausted,
-            NoAddress::Outside { .. } | NoAddress::Taken { .. } | NoAddress::TwoPlaces { .. } => {
-                PodErrorKind::Address
-            }
-        };
-        Self::new(kind, error)
-    }
-}
-
-impl From<WiringError> for PodError {
-    fn from(error: WiringError) -> Self {
-        let kind = match error {
-            WiringError::Kernel { .. } | WiringError::Lacks(_) => PodErrorKind::Failed,
-            _ => PodErrorKind::Invalid,
-        };
-        Self::new(kind, error)
-    }
 }

@@ -237,6 +237,7 @@ async fn start(
     if known_cluster.is_none() && !fresh {
         pods.recover(Wiring::open()?.found(&bridge)?);
     }
+    pods.macs = Wiring::open()?.macs()?;
     // Bridges hold this host's containers, and pods that run keep their addresses.
     let occupied = foreign.into_iter().filter(|found| {
         let has_pods =

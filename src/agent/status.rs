@@ -86,7 +86,7 @@ impl Agent {
                 forwarding: kernel.forwarding.status.clone(),
             },
             paths: self.path_statuses(),
-            pods: self.pods.table.iter().count(),
+            pods: self.pods.table.iter().filter(|pod| self.is_present(pod)).count(),
             pods_outside: self.pods_outside(),
             connections: self.transport.connections(),
             node,
@@ -143,6 +143,7 @@ impl Agent {
 
     fn pods_outside(&self) -> usize {
         let subnets = self.kernel.wanted.as_ref().map(|view| view.own.subnets);
-        self.pods.table.outside(subnets).count()
+        let outside = self.pods.table.outside(subnets);
+        outside.filter(|pod| self.is_present(pod)).count()
     }
 }

@@ -129,6 +129,7 @@ fn answer(question: Question, status: &AgentStatus) -> Option<Waiter> {
         Question::Detach { reply, .. } => _ = reply.send(Ok(false)),
         Question::Check { reply, .. } => _ = reply.send(Err(not_ready())),
         Question::Pods { reply } => _ = reply.send(Vec::new()),
+        Question::Release { reply } => _ = reply.send(Ok(Vec::new())),
         Question::Events { reply } => _ = reply.send(Err(why())),
         Question::PastEvents { reply } => _ = reply.send(Vec::new()),
         Question::Samples { reply } => _ = reply.send(Vec::new()),

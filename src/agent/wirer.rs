@@ -4,7 +4,8 @@
 //! and by a slow timer.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
+    fs::File,
     io,
     os::fd::AsFd as _,
     path::Path,
@@ -72,13 +73,40 @@ pub enum Job {
     /// Answered by the thread itself, for nothing follows from it.
     Check {
         pod: Pod,
+        /// Its namespace, where it was opened already.
+        netns: Option<File>,
+        /// What it is held to.
+        mac: Option<Mac>,
         reply: Sender<Result<(), PodError>>,
     },
-    /// The same.
+    /// Looks which of these pods are gone.
+    Look {
+        number: u64,
+        pods: Vec<Suspect>,
+    },
+    /// Answered by the thread itself.
     List {
         pods: Vec<PodStatus>,
         reply: Sender<Vec<PodStatus>>,
     },
+}
+
+/// A pod that may be gone.
+#[derive(Debug)]
+pub struct Suspect {
+    /// Name of its cable's end on this host.
+    pub link: String,
+    /// Path of its network namespace.
+    pub netns: String,
+}
+
+/// Which pods are gone, by the names of their cables.
+#[derive(Debug, Default)]
+pub struct Looked {
+    /// The kernel has no such cable.
+    pub gone: BTreeSet<String>,
+    /// The kernel still has the cable, but no path leads to the namespace any more: it may be removing both.
+    pub going: BTreeSet<String>,
 }
 
 /// How it went.
@@ -92,6 +120,15 @@ pub enum Wired {
         number: u64,
         attachment: Attachment,
         result: io::Result<bool>,
+    },
+    Looked {
+        number: u64,
+        result: io::Result<Looked>,
+    },
+    /// Cables of pods that the kernel does not have, and those of them that it did not have a while ago.
+    Absent {
+        links: BTreeSet<String>,
+        confirmed: BTreeSet<String>,
     },
     /// How much of the bridge and its ports was not as it should be, or why that is not known; and what is
     /// wrong with them in the long run.
@@ -130,6 +167,7 @@ impl Wirer {
                     failing: None,
                     opponents: Opponents::new(),
                     problems: Vec::new(),
+                    absent: BTreeMap::new(),
                     worked: Instant::now(),
                 };
                 worker.run();
@@ -184,6 +222,8 @@ struct Worker<'a, F> {
     opponents: Opponents,
     /// As last told.
     problems: Vec<String>,
+    /// Since when cables of pods are not there.
+    absent: BTreeMap<String, Instant>,
     /// What the kernel tells of our own work is read when those who wait for it have their answers.
     worked: Instant,
 }
@@ -235,8 +275,10 @@ impl<F: Fn(Wired)> Worker<'_, F> {
                 let tenant = Tenant::new(&pod, mac);
                 if bridge.anti_spoofing {
                     self.spoofing.let_in(&bridge, &cable, &tenant, &self.tenants);
+                } else {
+                    self.spoofing.remove_once(&bridge.table);
                 }
-                let result = self.wiring.connect(&bridge, &pod, mac, end);
+                let result = self.wiring.connect(&bridge, &pod, mac, &end);
                 self.kept = Some(bridge);
                 if result.is_ok() {
                     self.tenants.insert(cable, tenant);
@@ -249,6 +291,9 @@ impl<F: Fn(Wired)> Worker<'_, F> {
                 let cable = link_name(&attachment);
                 self.tenants.remove(&cable);
                 self.spoofing.shut_out(&cable);
+                // Its addresses are of the container's other cables too.
+                let is_its = |other: &Tenant| other.container == attachment.container();
+                self.touched |= self.tenants.values().any(is_its);
                 let gone = |result| {
                     (self.report)(Wired::Disconnected {
                         number,
@@ -283,8 +328,13 @@ impl<F: Fn(Wired)> Worker<'_, F> {
                 Ok(count) => tracing::warn!(count, "removed interfaces of pods that nobody knows"),
                 Err(error) => tracing::error!(%error, "interfaces of pods not looked at"),
             },
-            Job::Check { pod, reply } => {
-                let _ = reply.send(self.wiring.check(&pod).map_err(PodError::from));
+            Job::Check { pod, netns, mac, reply } => {
+                let checked = self.wiring.check(&pod, netns.as_ref(), mac);
+                let _ = reply.send(checked.map_err(PodError::from));
+            }
+            Job::Look { number, pods } => {
+                let result = self.wiring.links().map(|links| look(pods, &links));
+                (self.report)(Wired::Looked { number, result });
             }
             Job::List { mut pods, reply } => {
                 match self.wiring.links() {
@@ -320,6 +370,7 @@ impl<F: Fn(Wired)> Worker<'_, F> {
         let mut is_news = false;
         if let Ok(mended) = &mut result {
             mended.spoofing = u64::from(rewritten);
+            note_absent(&mut self.absent, &mended.absent, self.looked, self.report);
             if let Some((object, link)) = mended.object() {
                 self.opponents.note(Kind::Bridge, object, Some(link));
             }
@@ -362,6 +413,43 @@ impl<F: Fn(Wired)> Worker<'_, F> {
         let changes = [Some(self.monitor.as_fd()), self.spoofing.changes()];
         self.sleeper.wait(changes.into_iter().flatten(), mend);
     }
+}
+
+/// Tells of cables that are not there, as often as that changes, and of those that have not been there for
+/// long enough.
+fn note_absent(
+    known: &mut BTreeMap<String, Instant>,
+    absent: &BTreeSet<String>,
+    now: Instant,
+    report: &impl Fn(Wired),
+) {
+    let before = known.len();
+    known.retain(|link, _| absent.contains(link));
+    let mut is_news = known.len() != before;
+    for link in absent {
+        is_news |= !known.contains_key(link);
+        known.entry(link.clone()).or_insert(now);
+    }
+    let confirmed: BTreeSet<String> = known
+        .iter()
+        .filter(|(_, since)| now.duration_since(**since) >= LOOK)
+        .map(|(link, _)| link.clone())
+        .collect();
+    if is_news || !confirmed.is_empty() {
+        report(Wired::Absent { links: absent.clone(), confirmed });
+    }
+}
+
+fn look(pods: Vec<Suspect>, links: &BTreeSet<String>) -> Looked {
+    let mut looked = Looked::default();
+    for Suspect { link, netns } in pods {
+        if !links.contains(&link) {
+            looked.gone.insert(link);
+        } else if Path::new(&netns).symlink_metadata().is_err() {
+            looked.going.insert(link);
+        }
+    }
+    looked
 }
 
 /// The kernel takes ten times as long to remove an interface as to make one: nobody waits behind that.

@@ -3,6 +3,7 @@
 use std::{
     fmt::Display,
     io,
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
 };
 
@@ -16,6 +17,8 @@ use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde_json::Value;
 use tokio::net::UnixStream;
+
+use super::descriptor::Carrier;
 
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
@@ -52,11 +55,11 @@ pub fn block_on<T>(future: impl Future<Output = T>) -> io::Result<T> {
 }
 
 pub async fn get(socket: &Path, target: &str) -> Result<Value, ClientError> {
-    request(socket, Method::GET, target, Bytes::new()).await
+    request(socket, Method::GET, target, Bytes::new(), None).await
 }
 
 pub async fn post(socket: &Path, target: &str) -> Result<Value, ClientError> {
-    request(socket, Method::POST, target, Bytes::new()).await
+    request(socket, Method::POST, target, Bytes::new(), None).await
 }
 
 pub async fn post_json(
@@ -64,8 +67,18 @@ pub async fn post_json(
     target: &str,
     body: &impl Serialize,
 ) -> Result<Value, ClientError> {
+    post_with(socket, target, body, None).await
+}
+
+/// The same, with a file descriptor for the agent.
+pub async fn post_with(
+    socket: &Path,
+    target: &str,
+    body: &impl Serialize,
+    descriptor: Option<OwnedFd>,
+) -> Result<Value, ClientError> {
     let body = serde_json::to_vec(body).map_err(|error| ClientError::broken(socket, &error))?;
-    request(socket, Method::POST, target, body.into()).await
+    request(socket, Method::POST, target, body.into(), descriptor).await
 }
 
 /// Hands over each event of a stream (server-sent events) until it ends.
@@ -74,7 +87,7 @@ pub async fn follow(
     target: &str,
     mut each: impl FnMut(&Value),
 ) -> Result<(), ClientError> {
-    let response = open(socket, Method::GET, target, Bytes::new()).await?;
+    let response = open(socket, Method::GET, target, Bytes::new(), None).await?;
     if !response.status().is_success() {
         return read(socket, response).await.map(drop);
     }
@@ -99,8 +112,9 @@ async fn request(
     method: Method,
     target: &str,
     body: Bytes,
+    descriptor: Option<OwnedFd>,
 ) -> Result<Value, ClientError> {
-    read(socket, open(socket, method, target, body).await?).await
+    read(socket, open(socket, method, target, body, descriptor).await?).await
 }
 
 async fn open(
@@ -108,6 +122,7 @@ async fn open(
     method: Method,
     target: &str,
     body: Bytes,
+    descriptor: Option<OwnedFd>,
 ) -> Result<Response<Incoming>, ClientError> {
     let broken = |error: &dyn Display| ClientError::broken(socket, error);
     let path = || socket.to_owned();
@@ -118,8 +133,9 @@ async fn open(
         }
         _ => broken(&error),
     })?;
+    let stream = TokioIo::new(Carrier::new(stream, descriptor));
     let (mut sender, connection) =
-        http1::handshake(TokioIo::new(stream)).await.map_err(|error| broken(&error))?;
+        http1::handshake(stream).await.map_err(|error| broken(&error))?;
     tokio::spawn(connection);
     let request = Request::builder()
         .method(method)

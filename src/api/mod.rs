@@ -5,6 +5,7 @@
 
 mod client;
 mod dashboard;
+mod descriptor;
 mod events;
 mod matrix;
 mod metrics;
@@ -15,12 +16,13 @@ mod server;
 mod socket;
 mod status;
 
-pub use client::{ClientError, block_on, follow, get, post, post_json};
+pub use client::{ClientError, block_on, follow, get, post, post_json, post_with};
 pub use events::{Event, EventFeed, EventKind, EventLevel, SAMPLE_INTERVAL, Sample};
 pub use matrix::{Matrix, MatrixPath, MatrixRow};
 pub use ping::{PingReport, Reach};
 pub use pods::{
-    AttachRequest, Attached, AttachedAddress, AttachmentName, PodError, PodErrorKind, PodStatus,
+    AttachRequest, Attached, AttachedAddress, AttachedRoute, AttachmentName, PodError,
+    PodErrorKind, PodStatus,
 };
 pub use routes::KernelEntry;
 pub use server::{Question, SecretStep, observe, put, serve};

@@ -22,6 +22,25 @@ pub struct AttachRequest {
     /// Those that it must have; any, if empty.
     #[serde(default)]
     pub addresses: Vec<IpAddr>,
+    /// That of its interface; one that follows from its address, without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<Mac>,
+    /// Whether it gets default routes, for each family in which it has none.
+    #[serde(default = "yes", skip_serializing_if = "is_yes")]
+    pub default_route: bool,
+    /// Whether default routes that others give it precede its own, whichever comes first.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub others_first: bool,
+}
+
+const fn yes() -> bool {
+    true
+}
+
+// serde hands over a reference.
+#[allow(clippy::trivially_copy_pass_by_ref)]
+const fn is_yes(value: &bool) -> bool {
+    *value
 }
 
 /// The same, to be disconnected or looked at.
@@ -51,6 +70,15 @@ pub struct Attached {
     /// Bytes.
     pub mtu: u32,
     pub addresses: Vec<AttachedAddress>,
+    /// Those that its namespace was given.
+    #[serde(default)]
+    pub routes: Vec<AttachedRoute>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AttachedRoute {
+    pub to: IpNet,
+    pub via: IpAddr,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,7 +97,7 @@ pub struct PodStatus {
     pub addresses: Vec<IpAddr>,
     pub link: String,
     pub netns: String,
-    /// The kernel has no such link any more: the container is gone, and nobody has said so.
+    /// The kernel has no such link any more: the container is gone, and its runtime has not said so.
     pub orphan: bool,
 }
 
@@ -79,6 +107,9 @@ pub struct PodStatus {
 pub struct PodError {
     pub kind: PodErrorKind,
     pub error: String,
+    /// The kernel is about to remove what stands in the way: ask again in a moment.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub again: bool,
 }
 
 /// What somebody who asks can do about it.
@@ -89,6 +120,8 @@ pub enum PodErrorKind {
     NotReady,
     /// Name other things: container, interface, namespace.
     Invalid,
+    /// There is no such pod.
+    Unknown,
     /// Ask for another address.
     Address,
     /// All addresses are in use.
@@ -99,7 +132,7 @@ pub enum PodErrorKind {
 
 impl PodError {
     pub fn new(kind: PodErrorKind, error: impl ToString) -> Self {
-        Self { kind, error: error.to_string() }
+        Self { kind, error: error.to_string(), again: false }
     }
 
     pub fn invalid(error: impl ToString) -> Self {
@@ -107,7 +140,20 @@ impl PodError {
     }
 }
 
+/// Longest name of an owner, in bytes: it is kept with every pod.
+const OWNER_MAX: usize = 256;
+
 impl AttachRequest {
+    /// On whose behalf a pod is connected.
+    ///
+    /// # Errors
+    /// For one that cannot be kept.
+    pub fn owner(&self) -> Result<&str, PodError> {
+        let fits = self.owner.len() <= OWNER_MAX && !self.owner.contains(char::is_control);
+        let error = || format!("owner: it has at most {OWNER_MAX} bytes and no control characters");
+        fits.then_some(self.owner.as_str()).ok_or_else(|| PodError::invalid(error()))
+    }
+
     /// A namespace is named by its whole path.
     ///
     /// # Errors

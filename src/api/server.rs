@@ -1,11 +1,11 @@
 //! The agent's end of the control socket.
 
-use std::{io, net::TcpListener, path::Path, sync::Arc, time::Duration};
+use std::{io, net::TcpListener, os::fd::OwnedFd, path::Path, sync::Arc, time::Duration};
 
 use axum::{
     Json, Router,
     body::Bytes,
-    extract::{Query, State},
+    extract::{ConnectInfo, Query, State},
     http::{
         HeaderMap, StatusCode,
         header::{ACCEPT, CONTENT_TYPE},
@@ -23,6 +23,7 @@ use super::{
     AgentStatus, AttachRequest, Attached, AttachmentName, Event, EventFeed, KernelEntry, MatrixRow,
     PingReport, PodError, PodErrorKind, PodStatus, SAMPLE_INTERVAL, Sample, Socket, SocketError,
     dashboard,
+    descriptor::{CarrierListener, Received},
     metrics::{self, Page},
 };
 
@@ -68,6 +69,8 @@ pub enum Question {
     },
     Attach {
         request: AttachRequest,
+        /// The network namespace, where the one who asks has opened it.
+        netns: Option<OwnedFd>,
         reply: Sender<Result<Attached, PodError>>,
     },
     /// Answered with whether there was anything.
@@ -78,10 +81,15 @@ pub enum Question {
     /// Whether the kernel still has it as it was made.
     Check {
         request: AttachmentName,
+        netns: Option<OwnedFd>,
         reply: Sender<Result<(), PodError>>,
     },
     Pods {
         reply: Sender<Vec<PodStatus>>,
+    },
+    /// Takes back the addresses of pods that are gone; answered with those pods.
+    Release {
+        reply: Sender<Result<Vec<PodStatus>, PodError>>,
     },
     Events {
         reply: Sender<Result<EventFeed, String>>,
@@ -152,8 +160,10 @@ pub fn serve(
         .route("/v1/pods/attach", post(attach))
         .route("/v1/pods/detach", post(detach))
         .route("/v1/pods/check", post(check))
+        .route("/v1/pods/release", post(release))
         .with_state(ask);
-    tokio::spawn(async move { axum::serve(listener, router).await });
+    let service = router.into_make_service_with_connect_info::<Received>();
+    tokio::spawn(async move { axum::serve(CarrierListener(listener), service).await });
     Ok(socket)
 }
 
@@ -385,8 +395,13 @@ async fn pods(State(ask): State<Ask>) -> Response {
     answer(&ask, |reply| Question::Pods { reply }, render).await
 }
 
-async fn attach(State(ask): State<Ask>, Json(request): Json<AttachRequest>) -> Response {
-    answer(&ask, |reply| Question::Attach { request, reply }, outcome).await
+async fn attach(
+    State(ask): State<Ask>,
+    ConnectInfo(received): ConnectInfo<Received>,
+    Json(request): Json<AttachRequest>,
+) -> Response {
+    let netns = received.take();
+    answer(&ask, |reply| Question::Attach { request, netns, reply }, outcome).await
 }
 
 async fn detach(State(ask): State<Ask>, Json(request): Json<AttachmentName>) -> Response {
@@ -396,9 +411,21 @@ async fn detach(State(ask): State<Ask>, Json(request): Json<AttachmentName>) -> 
     answer(&ask, |reply| Question::Detach { request, reply }, render).await
 }
 
-async fn check(State(ask): State<Ask>, Json(request): Json<AttachmentName>) -> Response {
+async fn check(
+    State(ask): State<Ask>,
+    ConnectInfo(received): ConnectInfo<Received>,
+    Json(request): Json<AttachmentName>,
+) -> Response {
+    let netns = received.take();
     let render = |result: Result<(), PodError>| outcome(result.map(|()| json!({ "whole": true })));
-    answer(&ask, |reply| Question::Check { request, reply }, render).await
+    answer(&ask, |reply| Question::Check { request, netns, reply }, render).await
+}
+
+async fn release(State(ask): State<Ask>) -> Response {
+    let render = |result: Result<Vec<PodStatus>, PodError>| {
+        outcome(result.map(|released| json!({ "released": released })))
+    };
+    answer(&ask, |reply| Question::Release { reply }, render).await
 }
 
 fn outcome(result: Result<impl Serialize, PodError>) -> Response {

@@ -17,6 +17,7 @@ use clap::Args;
 use super::{Format, block_on, fail};
 use crate::{
     api::{self, ClientError},
+    cni::Spool,
     config::{Instance, NAME},
     dataplane::{
         desired::is_device_name,
@@ -139,6 +140,9 @@ fn cleanup(args: &CleanupArgs, places: &Places) -> anyhow::Result<Removed> {
     };
     let files = || places.subnet_files.iter().chain(&places.sockets);
     removed.files.extend(files().filter(|path| path.exists()).cloned());
+    let spools: Vec<Spool> = places.sockets.iter().map(|socket| Spool::beside(socket)).collect();
+    let noted = spools.iter().map(Spool::path).filter(|path| path.is_dir());
+    removed.files.extend(noted.map(Path::to_owned));
     let mut states = Vec::new();
     for path in places.state_dirs.iter().filter(|path| path.exists()) {
         // Refuses a directory that is somebody else's.
@@ -159,6 +163,10 @@ fn cleanup(args: &CleanupArgs, places: &Places) -> anyhow::Result<Removed> {
     }
     removed.bridge_tables.iter().try_for_each(|table| spoofing.remove(table))?;
     files().try_for_each(|path| remove_file(path))?;
+    spools.iter().filter(|spool| spool.path().is_dir()).try_for_each(|spool| {
+        spool.read().iter().for_each(|note| spool.drop(note));
+        fs::remove_dir(spool.path())
+    })?;
     for (state, path) in states {
         state.wipe()?;
         drop(state);

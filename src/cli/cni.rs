@@ -1,4 +1,5 @@
-//! `gossamer cni install`: puts the plugin where container runtimes look for it.
+//! `gossamer cni install`: puts the plugin where container runtimes look for it, and `loopback` where there
+//! is none.
 
 use std::{
     fs, io,
@@ -12,11 +13,17 @@ use clap::{Args, Subcommand};
 use serde_json::Value;
 
 use super::fail;
-use crate::store::{PUBLIC, replace};
+use crate::{
+    cni::LOOPBACK,
+    store::{PUBLIC, replace},
+};
 
 /// What a runtime reads.
 const CONFLIST: &str = include_str!("../../config/10-gossamer.conflist");
 const CONFLIST_NAME: &str = "10-gossamer.conflist";
+/// Of this plugin, and what they were in the list of earlier versions: that is no change of an operator's.
+const CAPABILITIES: &str = r#"{ "ips": true, "mac": true, "dns": true }"#;
+const EARLIER_CAPABILITIES: &str = r#"{ "ips": true }"#;
 /// Another plugin that the configuration names.
 const PORTMAP: &str = "portmap";
 /// As a network configuration names the plugin.
@@ -30,7 +37,8 @@ pub struct CniArgs {
 
 #[derive(Debug, Subcommand)]
 enum CniCommand {
-    /// Link this program into the plugins' directory and write the network configuration
+    /// Link this program into the plugins' directory, as loopback too where there is none, and write the
+    /// network configuration
     Install(InstallArgs),
 }
 
@@ -66,9 +74,10 @@ fn install(args: &InstallArgs) -> anyhow::Result<Vec<String>> {
     let plugin = args.bin_dir.join(PLUGIN_NAME);
     let conflist = args.conf_dir.join(CONFLIST_NAME);
     let present = fs::read_to_string(&conflist).ok();
-    let (whole, without_portmap) = (CONFLIST.to_owned(), without_portmap()?);
-    let is_ours = |present: &String| [&whole, &without_portmap].contains(&present);
-    let was_changed = present.is_some_and(|present| !is_ours(&present));
+    let (whole, without_portmap) = (CONFLIST.to_owned(), without_portmap(CONFLIST)?);
+    let earlier = CONFLIST.replace(CAPABILITIES, EARLIER_CAPABILITIES);
+    let ours = [&whole, &without_portmap, &earlier, &self::without_portmap(&earlier)?];
+    let was_changed = present.is_some_and(|present| !ours.contains(&&present));
     let mut done = Vec::new();
     // Installed there it needs no link.
     if program != plugin {
@@ -76,11 +85,17 @@ fn install(args: &InstallArgs) -> anyhow::Result<Vec<String>> {
         let arrow = if args.copy { "=" } else { "->" };
         done.push(format!("{} {arrow} {}", plugin.display(), program.display()));
     }
+    let loopback = args.bin_dir.join(LOOPBACK);
+    // A runtime starts no pod without it. In a container a link that is right outside leads nowhere, but one
+    // to a file beside it is right everywhere.
+    if fs::symlink_metadata(&loopback).is_err() {
+        symlink(PLUGIN_NAME, &loopback).with_context(|| loopback.display().to_string())?;
+        done.push(format!("{} -> {PLUGIN_NAME}", loopback.display()));
+    }
     if was_changed && !args.force {
         done.push(format!("{} was changed and stays: --force replaces it", conflist.display()));
         return Ok(done);
     }
-    // In a container a link that is right outside leads nowhere.
     let has_portmap = fs::symlink_metadata(args.bin_dir.join(PORTMAP)).is_ok();
     let text = if has_portmap { whole } else { without_portmap };
     replace(&conflist, &text, PUBLIC).with_context(|| conflist.display().to_string())?;
@@ -96,8 +111,8 @@ fn install(args: &InstallArgs) -> anyhow::Result<Vec<String>> {
 }
 
 /// A runtime refuses every pod where one plugin of the list is missing.
-fn without_portmap() -> anyhow::Result<String> {
-    let mut list: Value = serde_json::from_str(CONFLIST)?;
+fn without_portmap(list: &str) -> anyhow::Result<String> {
+    let mut list: Value = serde_json::from_str(list)?;
     if let Some(plugins) = list["plugins"].as_array_mut() {
         plugins.retain(|plugin| plugin["type"] != PORTMAP);
     }
@@ -105,7 +120,7 @@ fn without_portmap() -> anyhow::Result<String> {
 }
 
 /// Readers see the old or the new program, never none.
-fn put(program: &Path, plugin: &Path, copy: bool) -> io::Result<()> {
+pub(super) fn put(program: &Path, plugin: &Path, copy: bool) -> io::Result<()> {
     if let Some(directory) = plugin.parent() {
         fs::create_dir_all(directory)?;
     }

@@ -19,6 +19,7 @@ mod leave;
 mod members;
 mod output;
 mod ping;
+mod podman;
 mod pods;
 mod reset;
 mod routes;
@@ -66,9 +67,11 @@ enum Command {
     /// Ask a member over the underlay, through the overlay and at its pods' gateway
     Ping(ping::PingArgs),
     /// List this node's pods and their addresses
-    Pods(Client),
+    Pods(pods::PodsArgs),
     /// Install the CNI plugin for container runtimes
     Cni(cni::CniArgs),
+    /// Install the plugin by which Podman makes networks in the overlay
+    Podman(podman::PodmanArgs),
     /// Print how dockerd gives its own bridge this node's subnet
     DockerOpts(docker_opts::DockerOptsArgs),
     /// Look at the history of subnets
@@ -131,8 +134,9 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::Top(client) => top::run(&client),
         Command::Events(args) => events::run(&args),
         Command::Ping(args) => ping::run(&args),
-        Command::Pods(client) => pods::run(&client),
+        Command::Pods(args) => pods::run(&args),
         Command::Cni(args) => cni::run(&args),
+        Command::Podman(args) => podman::run(&args),
         Command::Completions(args) => generate::completions(&args),
         Command::Man(args) => generate::man(&args),
         Command::DockerOpts(args) => docker_opts::run(&args),

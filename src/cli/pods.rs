@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use clap::Args;
 use serde_json::Value;
 
 use super::{Client, ask_and_print, output::table};
@@ -10,14 +11,46 @@ use crate::api;
 /// Enough of a container's id to tell it from others.
 const SHOWN: usize = 13;
 
-pub fn run(client: &Client) -> ExitCode {
-    ask_and_print(client, api::get(&client.socket(), "/v1/pods"), text)
-        .map_or_else(|code| code, |_| ExitCode::SUCCESS)
+#[derive(Debug, Args)]
+pub struct PodsArgs {
+    #[command(flatten)]
+    client: Client,
+    /// Take back the addresses of pods that are gone, and list those
+    #[arg(long)]
+    release: bool,
+}
+
+pub fn run(PodsArgs { client, release }: &PodsArgs) -> ExitCode {
+    let socket = client.socket();
+    let done = if *release {
+        ask_and_print(client, api::post(&socket, "/v1/pods/release"), released)
+    } else {
+        ask_and_print(client, api::get(&socket, "/v1/pods"), text)
+    };
+    done.map_or_else(|code| code, |_| ExitCode::SUCCESS)
 }
 
 fn text(answer: &Value, _: bool) -> String {
-    let cell = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let pods = answer["pods"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let mut text = table_of(pods);
+    if pods.iter().any(|pod| pod["orphan"] == true) {
+        text.push_str(
+            "orphans: the container is gone and its runtime has not said so; the agent takes such addresses \
+             back by itself, `gossamer pods --release` at once\n",
+        );
+    }
+    text
+}
+
+fn released(answer: &Value, _: bool) -> String {
+    match answer["released"].as_array().map(Vec::as_slice).unwrap_or_default() {
+        [] => "no pod is gone: nothing was taken back\n".to_owned(),
+        pods => table_of(pods),
+    }
+}
+
+fn table_of(pods: &[Value]) -> String {
+    let cell = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let row = |pod: &Value| {
         let addresses = pod["addresses"].as_array().into_iter().flatten().map(cell);
         [
@@ -36,12 +69,5 @@ fn text(answer: &Value, _: bool) -> String {
         ]
     };
     let rows: Vec<[String; 6]> = pods.iter().map(row).collect();
-    let mut text = table(["CONTAINER", "INTERFACE", "ADDRESSES", "LINK", "OWNER", "STATE"], &rows);
-    if pods.iter().any(|pod| pod["orphan"] == true) {
-        text.push_str(
-            "orphans: the container is gone and nobody has given its address back; the runtime's garbage \
-             collection does, or DEL\n",
-        );
-    }
-    text
+    table(["CONTAINER", "INTERFACE", "ADDRESSES", "LINK", "OWNER", "STATE"], &rows)
 }

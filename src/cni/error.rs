@@ -15,6 +15,10 @@ pub struct CniError {
 /// The specification's numbers; from 100 on they are a plugin's own.
 pub mod code {
     pub const INCOMPATIBLE_VERSION: u32 = 1;
+    /// The message has the key and the value.
+    pub const UNSUPPORTED_FIELD: u32 = 2;
+    pub const UNKNOWN_CONTAINER: u32 = 3;
+    /// The message has the names of the variables.
     pub const BAD_ENVIRONMENT: u32 = 4;
     pub const IO: u32 = 5;
     pub const UNDECODABLE: u32 = 6;
@@ -66,10 +70,11 @@ impl From<ClientError> for CniError {
 }
 
 impl From<PodError> for CniError {
-    fn from(PodError { kind, error }: PodError) -> Self {
+    fn from(PodError { kind, error, .. }: PodError) -> Self {
         let code = match kind {
             PodErrorKind::NotReady => code::TRY_LATER,
             PodErrorKind::Invalid => code::BAD_ENVIRONMENT,
+            PodErrorKind::Unknown => code::UNKNOWN_CONTAINER,
             PodErrorKind::Address => code::ADDRESS,
             PodErrorKind::Exhausted => code::EXHAUSTED,
             PodErrorKind::Failed => code::IO,

@@ -2,68 +2,101 @@
 
 use std::{
     collections::BTreeMap,
+    fs::File,
     io::{self, Read as _, Write as _},
     path::Path,
     process::ExitCode,
+    thread,
+    time::{Duration, Instant},
 };
 
-use serde::de::DeserializeOwned;
+use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 
 use super::{
+    Note, Spool,
+    config::Wishes,
     error::{CniError, code},
-    request::{CniRequest, INPUT_MAX, VERSIONS, ValidAttachment, Verb},
-    result::added,
+    loopback, netns,
+    request::{Asked, CniRequest, INPUT_MAX, VERSIONS},
+    result::Made,
 };
 use crate::{
-    api::{self, AttachRequest, Attached, AttachmentName, PodStatus},
+    api::{
+        self, AttachRequest, Attached, AttachmentName, ClientError, PodError, PodErrorKind,
+        PodStatus,
+    },
     model::Attachment,
 };
 
-/// A runtime sets it; whoever types a command does not.
+/// A runtime sets it, and a person who types a command does not.
 pub const COMMAND: &str = "CNI_COMMAND";
+/// An agent that is silent for so long hangs. Runtimes wait longer.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// So long the kernel may take to remove pods that are gone, when their addresses are needed.
+const VANISHING: Duration = Duration::from_secs(5);
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// Does what the runtime asks, with the answer or the error on standard output.
 pub fn run() -> ExitCode {
     let environment: BTreeMap<String, String> = std::env::vars_os()
         .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
         .collect();
+    let program = std::env::args_os().next().unwrap_or_default();
+    let program = Path::new(&program).file_name().and_then(|name| name.to_str());
     let mut input = Vec::new();
-    let read = io::stdin().take(INPUT_MAX).read_to_end(&mut input);
-    let read = read.map_err(|error| CniError::new(code::IO, format!("stdin: {error}")));
-    let request = read.and_then(|_| CniRequest::parse(&environment, &input));
-    let version = request.as_ref().map_or(VERSIONS[VERSIONS.len() - 1], |request| request.version);
-    let (answer, exit) = match request.and_then(|request| carry_out(&request)) {
+    let newest = VERSIONS[VERSIONS.len() - 1];
+    let done = match io::stdin().take(INPUT_MAX).read_to_end(&mut input) {
+        Err(error) => Err((CniError::new(code::IO, format!("stdin: {error}")), newest)),
+        Ok(_) => CniRequest::parse(program.unwrap_or_default(), &environment, &input)
+            .and_then(|request| carry_out(&request).map_err(|error| (error, request.version))),
+    };
+    let (answer, exit) = match done {
         Ok(answer) => (answer, ExitCode::SUCCESS),
-        Err(error) => (Some(error.to_json(version)), ExitCode::FAILURE),
+        Err((error, version)) => (Some(error.to_json(version)), ExitCode::FAILURE),
     };
     if let Some(answer) = answer {
-        // The runtime that does not listen is told nothing.
+        // A runtime that does not listen is told nothing.
         let _ = writeln!(io::stdout(), "{answer}");
     }
     exit
 }
 
 fn carry_out(request: &CniRequest) -> Result<Option<Value>, CniError> {
-    let socket = request.socket()?;
-    match (request.verb, &request.attachment, &request.netns) {
-        (Verb::Add, Some(attachment), Some(netns)) => {
-            add(request, &socket, attachment, netns).map(Some)
-        }
-        (Verb::Del, Some(attachment), _) => detach(&socket, attachment.into()).map(|()| None),
-        (Verb::Version, ..) => Ok(Some(json!({
+    if matches!(request.asked, Asked::Version) {
+        return Ok(Some(json!({
             "cniVersion": request.version,
             "supportedVersions": VERSIONS,
-        }))),
-        (Verb::Check, Some(attachment), _) => {
+        })));
+    }
+    if request.loopback {
+        return loopback::carry_out(request);
+    }
+    let socket = request.socket()?;
+    match &request.asked {
+        Asked::Add { attachment, netns, wishes } => {
+            add(request, &socket, attachment, netns, wishes).map(Some)
+        }
+        Asked::Del { attachment } => {
+            disconnect(&socket, &attachment.into())?;
+            Ok(None)
+        }
+        Asked::Check { attachment, netns } => {
+            let opened = netns::open("CNI_NETNS", netns)?;
             let name = AttachmentName::from(attachment);
-            ask(api::post_json(&socket, "/v1/pods/check", &name)).map(|_| None)
+            let checked =
+                ask(api::post_with(&socket, "/v1/pods/check", &name, Some(opened.into())));
+            Ok(checked.map(|_| None)?)
         }
-        (Verb::Gc, ..) => collect(request, &socket).map(|()| None),
-        (Verb::Status, ..) => status(&socket).map(|()| None),
-        (verb, ..) => {
-            Err(CniError::new(code::BAD_ENVIRONMENT, format!("{COMMAND}: {verb:?} cannot be done")))
+        Asked::Gc { valid } => {
+            let (owner, valid) = (request.owner(), valid.clone());
+            let collecting = || collect(&socket, &owner, &valid);
+            let note = Note::Collect { owner: owner.clone(), valid: valid.clone() };
+            undo(&socket, &note, collecting)?;
+            Ok(None)
         }
+        Asked::Status => status(&socket).map(|()| None),
+        Asked::Version => Ok(None),
     }
 }
 
@@ -71,76 +104,178 @@ fn add(
     request: &CniRequest,
     socket: &Path,
     attachment: &Attachment,
-    netns: &Path,
+    path: &Path,
+    wishes: &Wishes,
 ) -> Result<Value, CniError> {
+    let netns = netns::open("CNI_NETNS", path)?;
     let asked = AttachRequest {
         container: attachment.container().to_owned(),
         interface: attachment.interface().to_owned(),
         owner: request.owner(),
-        netns: netns.to_owned(),
-        addresses: request.addresses.clone(),
+        netns: path.to_owned(),
+        addresses: wishes.addresses.clone(),
+        mac: wishes.mac,
+        default_route: wishes.default_route,
+        others_first: false,
     };
-    let answer = ask(api::post_json(socket, "/v1/pods/attach", &asked))?;
-    let attached: Attached = read(answer)?;
-    let shown = netns.display().to_string();
-    Ok(added(request.version, attachment.interface(), &shown, &attached))
+    let attached = connect(socket, &asked, &netns)?;
+    let shown = path.display().to_string();
+    let made = Made::new(attachment.interface(), &shown, &attached, wishes.dns.clone());
+    Ok(made.to_json(request.version))
+}
+
+/// Connects a pod.
+///
+/// # Errors
+/// Why the agent has not done it.
+pub fn connect(
+    socket: &Path,
+    asked: &AttachRequest,
+    netns: &File,
+) -> Result<Attached, ClientError> {
+    let attached = read(socket, attach(socket, asked, netns)?)?;
+    // Whatever was asked for earlier and is not done yet was not about this pod.
+    let spool = Spool::beside(socket);
+    let (container, interface) = (asked.container.clone(), asked.interface.clone());
+    spool.drop(&Note::Detach(AttachmentName { container, interface }));
+    spool.drop(&Note::Collect { owner: asked.owner.clone(), valid: Vec::new() });
+    Ok(attached)
+}
+
+/// Disconnects a pod, or notes it for the agent that is not there.
+///
+/// # Errors
+/// Why the agent has not done it.
+pub fn disconnect(socket: &Path, name: &AttachmentName) -> Result<(), ClientError> {
+    undo(socket, &Note::Detach(name.clone()), || detach(socket, name))
+}
+
+/// Waits for the kernel where what is needed is about to become free.
+fn attach(socket: &Path, asked: &impl Serialize, netns: &File) -> Result<Value, ClientError> {
+    let start = Instant::now();
+    loop {
+        let again = netns.try_clone().map_err(|error| broken(error.to_string()))?;
+        match ask(api::post_with(socket, "/v1/pods/attach", asked, Some(again.into()))) {
+            Err(error) if may_succeed_later(&error) && start.elapsed() < VANISHING => {
+                thread::sleep(PAUSE);
+            }
+            answer => return answer,
+        }
+    }
+}
+
+fn may_succeed_later(error: &ClientError) -> bool {
+    refusal(error).is_some_and(|refusal| refusal.again)
+}
+
+fn refusal(error: &ClientError) -> Option<PodError> {
+    match error {
+        ClientError::Refused { answer, .. } => serde_json::from_value(answer.clone()).ok(),
+        _ => None,
+    }
 }
 
 /// Where nothing is there, that is what was wanted.
-fn detach(socket: &Path, name: AttachmentName) -> Result<(), CniError> {
-    ask(api::post_json(socket, "/v1/pods/detach", &name)).map(drop)
+///
+/// # Errors
+/// Why the agent has not done it.
+pub fn detach(socket: &Path, name: &AttachmentName) -> Result<(), ClientError> {
+    ask(api::post_json(socket, "/v1/pods/detach", name)).map(drop)
 }
 
-/// Removes what this network has connected and the runtime does not know any more: all that can be.
-fn collect(request: &CniRequest, socket: &Path) -> Result<(), CniError> {
-    let valid = request.config.valid_attachments.as_ref().ok_or_else(|| {
-        CniError::new(code::BAD_CONFIG, "cni.dev/valid-attachments is missing: nothing is removed")
-    })?;
+/// Removes what a network has connected and the runtime does not know any more: all that can be.
+fn collect(socket: &Path, owner: &str, valid: &[AttachmentName]) -> Result<(), ClientError> {
     let answer = ask(api::get(socket, "/v1/pods"))?;
-    let pods: Vec<PodStatus> = read(answer["pods"].clone())?;
+    let pods: Vec<PodStatus> = read(socket, answer["pods"].clone())?;
     let mut failed = Ok(());
-    for PodStatus { container, interface, .. } in
-        pods.into_iter().filter(|pod| pod.owner == request.owner())
+    for PodStatus { container, interface, .. } in pods.into_iter().filter(|pod| pod.owner == owner)
     {
-        let is_it = |known: &ValidAttachment| {
-            (&known.container, &known.interface) == (&container, &interface)
-        };
-        if !valid.iter().any(is_it) {
-            failed = failed.and(detach(socket, AttachmentName { container, interface }));
+        let name = AttachmentName { container, interface };
+        if !valid.contains(&name) {
+            failed = failed.and(detach(socket, &name));
         }
     }
     failed
 }
 
-fn status(socket: &Path) -> Result<(), CniError> {
-    let unavailable = |error: CniError| CniError { code: code::NOT_AVAILABLE, ..error };
-    judge(&ask(api::get(socket, "/v1/status")).map_err(unavailable)?)
-}
-
-fn judge(status: &Value) -> Result<(), CniError> {
-    let cut_off = status["pods_outside"].as_u64().unwrap_or(0);
-    if cut_off > 0 {
-        let why = format!(
-            "{cut_off} pods have addresses of a subnet that this node has lost: start them anew"
-        );
-        return Err(CniError::new(code::NOT_AVAILABLE_AND_CUT_OFF, why));
+/// Does what ends pods, or notes it for the agent that is not there.
+fn undo(
+    socket: &Path,
+    note: &Note,
+    work: impl Fn() -> Result<(), ClientError>,
+) -> Result<(), ClientError> {
+    match work() {
+        Err(error) if is_away(&error) => {}
+        done => return done,
     }
-    if status["subnet"].is_null() || status["kernel"]["in_sync"] != true {
-        let why = "this node has no subnet in use yet: see `gossamer status`";
-        return Err(CniError::new(code::NOT_AVAILABLE, why));
+    let spool = Spool::beside(socket);
+    if let Err(error) = spool.put(note) {
+        // The agent takes back the addresses of pods that are gone by itself.
+        eprintln!("gossamer: the agent does not run, and nothing was noted for it: {error}");
+        return Ok(());
+    }
+    // It may be back, and have read its notes a moment too early.
+    if work().is_ok() {
+        spool.drop(note);
     }
     Ok(())
 }
 
-fn ask(answer: impl Future<Output = Result<Value, api::ClientError>>) -> Result<Value, CniError> {
-    let answer = api::block_on(answer).map_err(|error| CniError::new(code::IO, error))?;
-    Ok(answer?)
+/// Whether the agent will be able to do it another time.
+fn is_away(error: &ClientError) -> bool {
+    match error {
+        ClientError::NoAgent { .. } | ClientError::GoingDown | ClientError::Broken { .. } => true,
+        ClientError::NotPermitted { .. } => false,
+        ClientError::Refused { .. } => {
+            refusal(error).is_some_and(|refusal| refusal.kind == PodErrorKind::NotReady)
+        }
+    }
 }
 
-fn read<T: DeserializeOwned>(answer: Value) -> Result<T, CniError> {
-    let unreadable =
-        |error| CniError::new(code::UNDECODABLE, format!("the agent's answer: {error}"));
-    serde_json::from_value(answer).map_err(unreadable)
+fn status(socket: &Path) -> Result<(), CniError> {
+    let unavailable = |error| CniError { code: code::NOT_AVAILABLE, ..CniError::from(error) };
+    judge(&ask(api::get(socket, "/v1/status")).map_err(unavailable)?)
+}
+
+/// Pods that have kept addresses of another subnet do not keep new ones from being connected.
+fn judge(status: &Value) -> Result<(), CniError> {
+    if !status["subnet"].is_null() && status["kernel"]["in_sync"] == true {
+        return Ok(());
+    }
+    match status["pods_outside"].as_u64().unwrap_or(0) {
+        0 => {
+            let why = "this node has no subnet in use yet: see `gossamer status`";
+            Err(CniError::new(code::NOT_AVAILABLE, why))
+        }
+        cut_off => {
+            let why = format!(
+                "this node has no subnet in use, and {cut_off} pods have addresses of one that it has lost: \
+                 see `gossamer status`"
+            );
+            Err(CniError::new(code::NOT_AVAILABLE_AND_CUT_OFF, why))
+        }
+    }
+}
+
+/// Asks the agent, and does not wait for ever.
+///
+/// # Errors
+/// Why there is no answer.
+pub fn ask(answer: impl Future<Output = Result<Value, ClientError>>) -> Result<Value, ClientError> {
+    let late = || Err(broken(format!("no answer within {} seconds", PATIENCE.as_secs())));
+    let answer = api::block_on(async {
+        tokio::time::timeout(PATIENCE, answer).await.unwrap_or_else(|_| late())
+    });
+    answer.unwrap_or_else(|error| Err(broken(error.to_string())))
+}
+
+fn broken(why: String) -> ClientError {
+    ClientError::Broken { path: "the control socket".into(), why }
+}
+
+fn read<T: DeserializeOwned>(socket: &Path, answer: Value) -> Result<T, ClientError> {
+    serde_json::from_value(answer)
+        .map_err(|error| ClientError::Broken { path: socket.to_owned(), why: error.to_string() })
 }
 
 #[cfg(test)]
@@ -148,16 +283,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_node_without_a_subnet_is_not_available_and_one_that_lost_it_cuts_pods_off() {
+    fn status_fails_only_without_a_subnet_in_use_and_says_whether_pods_are_cut_off() {
         let status = |subnet: Value, in_sync: bool, outside: u64| {
             let kernel = json!({ "in_sync": in_sync });
             let status = json!({ "subnet": subnet, "kernel": kernel, "pods_outside": outside });
             judge(&status).map_err(|error| error.code)
         };
         assert_eq!(status("10.42.7.0/24".into(), true, 0), Ok(()));
+        assert_eq!(status("10.42.9.0/24".into(), true, 2), Ok(()));
         assert_eq!(status(Value::Null, true, 0), Err(50));
         assert_eq!(status("10.42.7.0/24".into(), false, 0), Err(50));
-        assert_eq!(status("10.42.9.0/24".into(), true, 2), Err(51));
         assert_eq!(status(Value::Null, false, 2), Err(51));
     }
 }

@@ -1,20 +1,22 @@
-//! What the runtime asks: environment and the JSON on standard input. The only parser of both.
+//! What the runtime asks: its environment, and the configuration that comes with it.
 
 use std::{
     collections::BTreeMap,
-    net::IpAddr,
     path::{Path, PathBuf},
 };
 
-use serde::Deserialize;
-
-use super::error::{CniError, code};
-use crate::{config::Instance, model::Attachment};
+use super::{
+    config::{NetworkConfig, Wishes},
+    error::{CniError, code},
+};
+use crate::{api::AttachmentName, config::Instance, model::Attachment};
 
 /// Versions of the specification that are spoken, oldest first.
-pub const VERSIONS: [&str; 4] = ["0.3.1", "0.4.0", "1.0.0", "1.1.0"];
+pub const VERSIONS: [&str; 7] = ["0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
 /// Longest configuration that is read, in bytes.
 pub const INPUT_MAX: u64 = 1 << 20;
+/// The plugin that sets up a pod's `lo`, which is this program under another name.
+pub const LOOPBACK: &str = "loopback";
 
 /// Named by `CNI_COMMAND`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,106 +29,108 @@ pub enum Verb {
     Version,
 }
 
-/// A request, checked.
+/// A request, checked: what is to be done, with what that takes.
+#[derive(Debug)]
+pub enum Asked {
+    Add {
+        attachment: Attachment,
+        netns: PathBuf,
+        wishes: Wishes,
+    },
+    Del {
+        attachment: Attachment,
+    },
+    Check {
+        attachment: Attachment,
+        netns: PathBuf,
+    },
+    /// Removes all but these.
+    Gc {
+        valid: Vec<AttachmentName>,
+    },
+    Status,
+    Version,
+}
+
 #[derive(Debug)]
 pub struct CniRequest {
-    pub verb: Verb,
+    pub asked: Asked,
     /// In which the answer is to be.
     pub version: &'static str,
+    /// Whether the pod's `lo` is meant, and not its place in the overlay.
+    pub loopback: bool,
+    /// Name of the network.
+    pub network: String,
     pub config: NetworkConfig,
-    /// With ADD, DEL and CHECK.
-    pub attachment: Option<Attachment>,
-    /// With ADD and CHECK.
-    pub netns: Option<PathBuf>,
-    /// Those that the pod must have.
-    pub addresses: Vec<IpAddr>,
-}
-
-/// The part of the configuration that is ours.
-#[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct NetworkConfig {
-    #[serde(default)]
-    pub cni_version: String,
-    /// Of the network.
-    #[serde(default)]
-    pub name: String,
-    /// The agent's control socket, where it is not at its usual place.
-    pub socket: Option<PathBuf>,
-    /// Name of the overlay, where this host has several.
-    #[serde(default)]
-    pub instance: String,
-    #[serde(default)]
-    runtime_config: RuntimeConfig,
-    /// What the runtime still knows, with GC.
-    #[serde(rename = "cni.dev/valid-attachments", default)]
-    pub valid_attachments: Option<Vec<ValidAttachment>>,
-}
-
-#[derive(Debug, Default, Deserialize)]
-struct RuntimeConfig {
-    #[serde(default)]
-    ips: Vec<String>,
-}
-
-#[derive(Debug, Deserialize)]
-pub struct ValidAttachment {
-    #[serde(rename = "containerID")]
-    pub container: String,
-    #[serde(rename = "ifname")]
-    pub interface: String,
 }
 
 impl CniRequest {
+    /// `program` is the name by which this one was called.
+    ///
     /// # Errors
-    /// By the specification's numbers; it names what is wrong.
-    pub fn parse(environment: &BTreeMap<String, String>, input: &[u8]) -> Result<Self, CniError> {
-        let variable =
-            |name: &str| environment.get(name).map(String::as_str).filter(|v| !v.is_empty());
-        let missing = |name: &str| {
-            CniError::new(code::BAD_ENVIRONMENT, format!("{name} is not set in the environment"))
+    /// By the specification's numbers, with the version in which they are to be told; it names what is
+    /// wrong.
+    pub fn parse(
+        program: &str,
+        environment: &BTreeMap<String, String>,
+        input: &[u8],
+    ) -> Result<Self, (CniError, &'static str)> {
+        const NEWEST: &str = VERSIONS[VERSIONS.len() - 1];
+        let verb = verb(environment).map_err(|error| (error, NEWEST))?;
+        let config = match input.trim_ascii() {
+            // The oldest runtimes send nothing along with it.
+            [] if verb == Verb::Version => Ok(NetworkConfig::default()),
+            input => NetworkConfig::parse(input),
         };
-        let need = |name: &str| variable(name).ok_or_else(|| missing(name));
-        let verb = match need("CNI_COMMAND")? {
-            "ADD" => Verb::Add,
-            "DEL" => Verb::Del,
-            "CHECK" => Verb::Check,
-            "GC" => Verb::Gc,
-            "STATUS" => Verb::Status,
-            "VERSION" => Verb::Version,
-            other => {
-                let why =
-                    format!("CNI_COMMAND {other:?}: it is ADD, DEL, CHECK, GC, STATUS or VERSION");
-                return Err(CniError::new(code::BAD_ENVIRONMENT, why));
-            }
-        };
-        let config: NetworkConfig = serde_json::from_slice(input).map_err(|error| {
-            CniError::new(code::UNDECODABLE, format!("network configuration on stdin: {error}"))
-        })?;
-        let version = match VERSIONS.into_iter().find(|version| *version == config.cni_version) {
+        let config = config.map_err(|error| (error, NEWEST))?;
+        let named = config.version().map_err(|error| (error, NEWEST))?;
+        let version = match VERSIONS.into_iter().find(|version| *version == named) {
             Some(version) => version,
-            // Whoever asks for the versions need not know them.
-            None if verb == Verb::Version => VERSIONS[VERSIONS.len() - 1],
-            None => return Err(unknown_version(&config.cni_version)),
+            // What asks for the versions need not know them.
+            None if verb == Verb::Version => NEWEST,
+            // Configurations named none before there was a second.
+            None if named.is_empty() => VERSIONS[0],
+            None => return Err((unknown_version(&named), NEWEST)),
         };
-        let attachment = match verb {
-            Verb::Add | Verb::Del | Verb::Check => {
-                let attachment = Attachment::new(need("CNI_CONTAINERID")?, need("CNI_IFNAME")?);
-                Some(attachment.map_err(|error| CniError::new(code::BAD_ENVIRONMENT, error))?)
+        Self::read(program, environment, verb, version, config).map_err(|error| (error, version))
+    }
+
+    fn read(
+        program: &str,
+        environment: &BTreeMap<String, String>,
+        verb: Verb,
+        version: &'static str,
+        config: NetworkConfig,
+    ) -> Result<Self, CniError> {
+        let need = |name: &str| variable(environment, name).ok_or_else(|| missing(name));
+        let attachment = || {
+            let attachment = Attachment::new(need("CNI_CONTAINERID")?, need("CNI_IFNAME")?);
+            attachment.map_err(|error| {
+                let why = format!("CNI_CONTAINERID or CNI_IFNAME: {error}");
+                CniError::new(code::BAD_ENVIRONMENT, why)
+            })
+        };
+        let netns = || need("CNI_NETNS").map(|path| Path::new(path).to_owned());
+        expect_verb(verb, version)?;
+        let asked = match verb {
+            Verb::Add => {
+                let (attachment, netns) = (attachment()?, netns()?);
+                let arguments = arguments(variable(environment, "CNI_ARGS").unwrap_or_default())?;
+                Asked::Add { attachment, netns, wishes: config.wishes(&arguments)? }
             }
-            Verb::Gc | Verb::Status | Verb::Version => None,
+            Verb::Del => Asked::Del { attachment: attachment()? },
+            Verb::Check => Asked::Check { attachment: attachment()?, netns: netns()? },
+            Verb::Gc => Asked::Gc { valid: config.valid_attachments()? },
+            Verb::Status => Asked::Status,
+            Verb::Version => Asked::Version,
         };
-        let netns = match verb {
-            Verb::Add | Verb::Check => Some(Path::new(need("CNI_NETNS")?).to_owned()),
-            _ => None,
-        };
-        let addresses = wishes(&config, variable("CNI_ARGS"))?;
-        Ok(Self { verb, version, config, attachment, netns, addresses })
+        let loopback = program == LOOPBACK || config.kind()? == LOOPBACK;
+        Ok(Self { asked, version, loopback, network: config.name()?, config })
     }
 
     /// On whose behalf the agent keeps what this network asks for.
     pub fn owner(&self) -> String {
-        format!("cni/{}", self.config.name)
+        format!("cni/{}", self.network)
     }
 
     /// Where the agent listens.
@@ -134,117 +138,85 @@ impl CniRequest {
     /// # Errors
     /// For an instance that cannot be one.
     pub fn socket(&self) -> Result<PathBuf, CniError> {
-        if let Some(socket) = &self.config.socket {
-            return Ok(socket.clone());
+        if let Some(socket) = self.config.socket()? {
+            return Ok(socket);
         }
-        let instance: Result<Instance, _> = self.config.instance.parse();
+        let instance: Result<Instance, _> = self.config.instance()?.parse();
         let instance = instance
             .map_err(|error| CniError::new(code::BAD_CONFIG, format!("instance: {error}")))?;
         Ok(instance.socket())
     }
 }
 
-fn unknown_version(version: &str) -> CniError {
-    let why = match version {
-        "" => "cniVersion is missing".to_owned(),
-        version => format!("cniVersion {version}: this plugin does not speak it"),
+fn variable<'a>(environment: &'a BTreeMap<String, String>, name: &str) -> Option<&'a str> {
+    environment.get(name).map(String::as_str).filter(|value| !value.is_empty())
+}
+
+fn missing(name: &str) -> CniError {
+    CniError::new(code::BAD_ENVIRONMENT, format!("{name} is not set in the environment"))
+}
+
+fn verb(environment: &BTreeMap<String, String>) -> Result<Verb, CniError> {
+    match variable(environment, "CNI_COMMAND").ok_or_else(|| missing("CNI_COMMAND"))? {
+        "ADD" => Ok(Verb::Add),
+        "DEL" => Ok(Verb::Del),
+        "CHECK" => Ok(Verb::Check),
+        "GC" => Ok(Verb::Gc),
+        "STATUS" => Ok(Verb::Status),
+        "VERSION" => Ok(Verb::Version),
+        other => {
+            let why =
+                format!("CNI_COMMAND {other:?}: it is ADD, DEL, CHECK, GC, STATUS or VERSION");
+            Err(CniError::new(code::BAD_ENVIRONMENT, why))
+        }
+    }
+}
+
+/// Verbs that came later than others are not in earlier versions.
+fn expect_verb(verb: Verb, version: &'static str) -> Result<(), CniError> {
+    let since = match verb {
+        Verb::Add | Verb::Del | Verb::Version => VERSIONS[0],
+        Verb::Check => "0.4.0",
+        Verb::Gc | Verb::Status => "1.1.0",
     };
+    let place = |version| VERSIONS.iter().position(|other| *other == version);
+    if place(version) >= place(since) {
+        return Ok(());
+    }
+    let why = format!("CNI_COMMAND {verb:?}: cniVersion {version} has none: it came with {since}");
+    Err(CniError::new(code::INCOMPATIBLE_VERSION, why))
+}
+
+fn unknown_version(version: &str) -> CniError {
+    let why = format!("cniVersion {version}: this plugin does not speak it");
     let details = format!("it speaks {}", VERSIONS.join(", "));
     CniError { details, ..CniError::new(code::INCOMPATIBLE_VERSION, why) }
 }
 
-/// Addresses from the capability `ips`, or from `CNI_ARGS` ("IP=10.42.7.9,fd42::9" as others have it).
-fn wishes(config: &NetworkConfig, arguments: Option<&str>) -> Result<Vec<IpAddr>, CniError> {
-    let capability = config.runtime_config.ips.iter().map(|ip| ("runtimeConfig.ips", ip.as_str()));
-    let pairs = arguments.into_iter().flat_map(|arguments| arguments.split(';'));
-    let named = pairs.filter_map(|pair| pair.split_once('='));
-    let named = named.filter(|(key, _)| *key == "IP").map(|(_, value)| ("CNI_ARGS IP", value));
-    let mut found = Vec::new();
-    for (place, text) in
-        capability.chain(named.flat_map(|(p, v)| v.split(',').map(move |v| (p, v))))
-    {
-        // With or without the length of the subnet.
-        let ip = text.split('/').next().unwrap_or_default();
-        let ip = ip.parse().map_err(|_| {
-            CniError::new(code::BAD_CONFIG, format!("{place}: {text:?} is no address"))
-        })?;
-        found.push(ip);
+/// The pairs in `CNI_ARGS`. One that is not known is refused, unless the runtime says that it need not be.
+fn arguments(text: &str) -> Result<BTreeMap<String, String>, CniError> {
+    const IGNORE: &str = "IgnoreUnknown";
+    let bad = |why: String| CniError::new(code::BAD_ENVIRONMENT, format!("CNI_ARGS: {why}"));
+    let mut pairs = BTreeMap::new();
+    for pair in text.split(';').filter(|pair| !pair.trim().is_empty()) {
+        let (key, value) =
+            pair.split_once('=').ok_or_else(|| bad(format!("{pair:?} is no KEY=VALUE")))?;
+        pairs.insert(key.trim().to_owned(), value.trim().to_owned());
     }
-    Ok(found)
+    let ignore = pairs.get(IGNORE).map(|value| value.to_ascii_lowercase());
+    let ignore = match ignore.as_deref() {
+        None | Some("0" | "false") => false,
+        Some("1" | "true") => true,
+        Some(other) => return Err(bad(format!("{IGNORE}={other}: it is 1, true, 0 or false"))),
+    };
+    let is_unknown = |key: &&String| !["IP", "MAC", IGNORE].contains(&key.as_str());
+    match pairs.keys().find(is_unknown).filter(|_| !ignore) {
+        Some(key) => {
+            Err(bad(format!("{key} is not known here: set {IGNORE}=1 to have it ignored")))
+        }
+        None => Ok(pairs),
+    }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn parse(environment: &[(&str, &str)], input: &str) -> Result<CniRequest, CniError> {
-        let pairs =
-            environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
-        CniRequest::parse(&pairs.collect(), input.as_bytes())
-    }
-
-    const ADD: [(&str, &str); 4] = [
-        ("CNI_COMMAND", "ADD"),
-        ("CNI_CONTAINERID", "c1"),
-        ("CNI_NETNS", "/run/netns/c1"),
-        ("CNI_IFNAME", "eth0"),
-    ];
-    const CONFIG: &str = r#"{"cniVersion": "1.1.0", "name": "net", "type": "gossamer"}"#;
-
-    #[test]
-    fn a_whole_request_is_read() {
-        let mut environment = ADD.to_vec();
-        environment.push(("CNI_ARGS", "IgnoreUnknown=1;IP=10.42.7.9"));
-        let request = parse(&environment, CONFIG).expect("a request");
-        assert_eq!((request.verb, request.version), (Verb::Add, "1.1.0"));
-        assert_eq!(request.addresses, ["10.42.7.9".parse::<IpAddr>().expect("an address")]);
-        assert_eq!(request.socket(), Ok(PathBuf::from("/run/gossamer/gossamer.sock")));
-        let wish = r#"{"cniVersion": "0.4.0", "instance": "blue", "runtimeConfig": {"ips": ["fd42::9/64"]}}"#;
-        let request = parse(&ADD, wish).expect("a request");
-        assert_eq!(request.addresses, ["fd42::9".parse::<IpAddr>().expect("an address")]);
-        assert_eq!(request.socket(), Ok(PathBuf::from("/run/gossamer-blue/gossamer.sock")));
-    }
-
-    #[test]
-    fn what_is_missing_or_wrong_is_named_by_the_specifications_number() {
-        for name in ["CNI_COMMAND", "CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME"] {
-            let without: Vec<_> = ADD.into_iter().filter(|(other, _)| *other != name).collect();
-            let error = parse(&without, CONFIG).expect_err(name);
-            assert!(error.code == code::BAD_ENVIRONMENT && error.msg.contains(name), "{error:?}");
-        }
-        let with = |name: &'static str, value: &'static str| {
-            ADD.into_iter()
-                .map(|pair| if pair.0 == name { (name, value) } else { pair })
-                .collect::<Vec<_>>()
-        };
-        for (environment, config, wanted, word) in [
-            (with("CNI_COMMAND", "PLUG"), CONFIG, code::BAD_ENVIRONMENT, "PLUG"),
-            (with("CNI_CONTAINERID", "../etc"), CONFIG, code::BAD_ENVIRONMENT, "../etc"),
-            (with("CNI_IFNAME", "a/b"), CONFIG, code::BAD_ENVIRONMENT, "a/b"),
-            (ADD.to_vec(), "{", code::UNDECODABLE, "stdin"),
-            (ADD.to_vec(), "[]", code::UNDECODABLE, "stdin"),
-            (ADD.to_vec(), "{}", code::INCOMPATIBLE_VERSION, "missing"),
-            (ADD.to_vec(), r#"{"cniVersion": "2.0.0"}"#, code::INCOMPATIBLE_VERSION, "2.0.0"),
-            (
-                ADD.to_vec(),
-                r#"{"cniVersion": "1.0.0", "runtimeConfig": {"ips": ["x"]}}"#,
-                code::BAD_CONFIG,
-                "runtimeConfig.ips",
-            ),
-        ] {
-            let error = parse(&environment, config).expect_err(word);
-            assert!(error.code == wanted && error.msg.contains(word), "{error:?}");
-        }
-        let shouting = r#"{"cniVersion": "1.0.0", "instance": "Blue"}"#;
-        let error = parse(&ADD, shouting).expect("a request").socket().expect_err("no name");
-        assert!(error.code == code::BAD_CONFIG && error.msg.contains("instance"), "{error:?}");
-    }
-
-    #[test]
-    fn deletion_needs_no_namespace_and_the_versions_nothing() {
-        let del = [("CNI_COMMAND", "DEL"), ("CNI_CONTAINERID", "c1"), ("CNI_IFNAME", "eth0")];
-        assert_eq!(parse(&del, CONFIG).expect("a request").netns, None);
-        let version = parse(&[("CNI_COMMAND", "VERSION")], r#"{"cniVersion": "9.9"}"#);
-        assert_eq!(version.expect("a request").verb, Verb::Version);
-    }
-}
+mod tests;

@@ -1,54 +1,119 @@
 //! A connected pod as the runtime reads it: the formats of the specification's versions differ.
 
-use serde_json::{Value, json};
+use std::net::IpAddr;
 
-use crate::api::Attached;
+use ipnet::IpNet;
+use serde_json::{Map, Value, json};
 
-/// The answer to ADD (section "ADD Success").
-pub fn added(version: &str, interface: &str, netns: &str, attached: &Attached) -> Value {
-    let with_mtu = version == "1.1.0";
-    let old = version.starts_with("0.");
-    let link = |name: &str, mac: Option<String>, sandbox: Option<&str>| {
-        let mut link = json!({ "name": name });
-        let mut put = |key: &str, value: Value| {
-            _ = link.as_object_mut().map(|o| o.insert(key.to_owned(), value))
+use crate::api::{Attached, AttachedRoute};
+
+/// What ADD has made, in no version's format.
+#[derive(Debug, Default)]
+pub struct Made {
+    pub interfaces: Vec<Interface>,
+    /// All are of the last interface.
+    pub addresses: Vec<(IpNet, Option<IpAddr>)>,
+    pub routes: Vec<AttachedRoute>,
+    pub dns: Value,
+}
+
+#[derive(Debug, Default)]
+pub struct Interface {
+    pub name: String,
+    pub mac: Option<String>,
+    pub mtu: Option<u32>,
+    /// Path of the network namespace, unless it is the host's.
+    pub sandbox: Option<String>,
+}
+
+impl Made {
+    /// A pod's place in the overlay.
+    pub fn new(interface: &str, netns: &str, attached: &Attached, dns: Value) -> Self {
+        let link = |name: &str, mac: Option<String>, sandbox: Option<&str>| Interface {
+            name: name.to_owned(),
+            mac,
+            mtu: Some(attached.mtu),
+            sandbox: sandbox.map(str::to_owned),
         };
-        mac.into_iter().for_each(|mac| put("mac", mac.into()));
-        if with_mtu {
-            put("mtu", attached.mtu.into());
+        let bridge_mac = attached.bridge_mac.map(|mac| mac.to_string());
+        Self {
+            interfaces: vec![
+                link(&attached.bridge, bridge_mac, None),
+                link(&attached.link, Some(attached.link_mac.to_string()), None),
+                link(interface, Some(attached.mac.to_string()), Some(netns)),
+            ],
+            addresses: attached
+                .addresses
+                .iter()
+                .map(|one| (one.address, Some(one.gateway)))
+                .collect(),
+            routes: attached.routes.clone(),
+            dns,
         }
-        sandbox.into_iter().for_each(|sandbox| put("sandbox", sandbox.into()));
-        link
-    };
-    let bridge_mac = attached.bridge_mac.map(|mac| mac.to_string());
-    // The pod's own is the third.
-    let interfaces = [
-        link(&attached.bridge, bridge_mac, None),
-        link(&attached.link, Some(attached.link_mac.to_string()), None),
-        link(interface, Some(attached.mac.to_string()), Some(netns)),
-    ];
-    let ips: Vec<Value> = attached
-        .addresses
-        .iter()
-        .map(|one| {
-            let mut ip = json!({ "address": one.address, "gateway": one.gateway, "interface": 2 });
-            if old {
-                ip["version"] = if one.gateway.is_ipv4() { "4" } else { "6" }.into();
+    }
+
+    /// The answer to ADD (section "ADD Success" of the specification, and its earlier versions).
+    pub fn to_json(&self, version: &str) -> Value {
+        if matches!(version, "0.1.0" | "0.2.0") {
+            return self.to_oldest_json(version);
+        }
+        let interfaces: Vec<Value> =
+            self.interfaces.iter().map(|link| link.to_json(version == "1.1.0")).collect();
+        let owner = self.interfaces.len().saturating_sub(1);
+        let address = |(address, gateway): &(IpNet, Option<IpAddr>)| {
+            let mut ip = json!({ "address": address, "interface": owner });
+            if let Some(gateway) = gateway {
+                ip["gateway"] = json!(gateway);
+            }
+            if version.starts_with("0.") {
+                ip["version"] = if address.addr().is_ipv4() { "4" } else { "6" }.into();
             }
             ip
+        };
+        json!({
+            "cniVersion": version,
+            "interfaces": interfaces,
+            "ips": self.addresses.iter().map(address).collect::<Vec<_>>(),
+            "routes": self.routes.iter().map(route).collect::<Vec<_>>(),
+            "dns": self.dns,
         })
-        .collect();
-    let routes = attached.addresses.iter().map(|one| {
-        let all = if one.gateway.is_ipv4() { "0.0.0.0/0" } else { "::/0" };
-        json!({ "dst": all, "gw": one.gateway })
-    });
-    json!({
-        "cniVersion": version,
-        "interfaces": interfaces,
-        "ips": ips,
-        "routes": routes.collect::<Vec<_>>(),
-        "dns": {},
-    })
+    }
+
+    /// One address of each family, without interfaces.
+    fn to_oldest_json(&self, version: &str) -> Value {
+        let mut result = Map::new();
+        result.insert("cniVersion".to_owned(), version.into());
+        for (key, ipv4) in [("ip4", true), ("ip6", false)] {
+            let is_its = |(address, _): &&(IpNet, _)| address.addr().is_ipv4() == ipv4;
+            let Some((address, gateway)) = self.addresses.iter().find(is_its) else { continue };
+            let routes = self.routes.iter().filter(|route| route.via.is_ipv4() == ipv4);
+            let mut ip = json!({ "ip": address, "routes": routes.map(route).collect::<Vec<_>>() });
+            if let Some(gateway) = gateway {
+                ip["gateway"] = json!(gateway);
+            }
+            result.insert(key.to_owned(), ip);
+        }
+        result.insert("dns".to_owned(), self.dns.clone());
+        Value::Object(result)
+    }
+}
+
+impl Interface {
+    fn to_json(&self, with_mtu: bool) -> Value {
+        let mut link = Map::from_iter([("name".to_owned(), json!(self.name))]);
+        let texts = [("mac", &self.mac), ("sandbox", &self.sandbox)];
+        for (key, text) in texts.into_iter().filter_map(|(key, text)| Some((key, text.as_ref()?))) {
+            link.insert(key.to_owned(), json!(text));
+        }
+        if let Some(mtu) = self.mtu.filter(|_| with_mtu) {
+            link.insert("mtu".to_owned(), mtu.into());
+        }
+        Value::Object(link)
+    }
+}
+
+fn route(AttachedRoute { to, via }: &AttachedRoute) -> Value {
+    json!({ "dst": to, "gw": via })
 }
 
 #[cfg(test)]
@@ -69,8 +134,13 @@ mod tests {
                 address: "10.42.7.2/24".parse().expect("an address"),
                 gateway: [10, 42, 7, 1].into(),
             }],
+            routes: vec![AttachedRoute {
+                to: "0.0.0.0/0".parse().expect("a network"),
+                via: [10, 42, 7, 1].into(),
+            }],
         };
-        let new = added("1.1.0", "eth0", "/ns", &attached);
+        let made = Made::new("eth0", "/ns", &attached, json!({ "nameservers": ["10.42.0.10"] }));
+        let new = made.to_json("1.1.0");
         assert_eq!(
             new["interfaces"][2],
             json!({ "name": "eth0", "mac": "0a:58:0a:2a:07:02", "mtu": 1450, "sandbox": "/ns" })
@@ -80,11 +150,24 @@ mod tests {
             json!([{ "address": "10.42.7.2/24", "gateway": "10.42.7.1", "interface": 2 }])
         );
         assert_eq!(new["routes"], json!([{ "dst": "0.0.0.0/0", "gw": "10.42.7.1" }]));
-        let old = added("0.4.0", "eth0", "/ns", &attached);
+        assert_eq!(new["dns"]["nameservers"], json!(["10.42.0.10"]));
+        for version in ["0.3.0", "0.3.1", "0.4.0"] {
+            let old = made.to_json(version);
+            assert_eq!(
+                (&old["ips"][0]["version"], &old["interfaces"][2]["mtu"]),
+                (&json!("4"), &Value::Null)
+            );
+        }
+        assert_eq!(made.to_json("1.0.0")["ips"][0].get("version"), None);
+        let oldest = made.to_json("0.2.0");
         assert_eq!(
-            (&old["ips"][0]["version"], &old["interfaces"][2]["mtu"]),
-            (&json!("4"), &Value::Null)
+            oldest["ip4"],
+            json!({
+                "ip": "10.42.7.2/24",
+                "gateway": "10.42.7.1",
+                "routes": [{ "dst": "0.0.0.0/0", "gw": "10.42.7.1" }],
+            })
         );
-        assert_eq!(added("1.0.0", "eth0", "/ns", &attached)["ips"][0].get("version"), None);
+        assert_eq!((oldest.get("ip6"), oldest.get("interfaces")), (None, None));
     }
 }

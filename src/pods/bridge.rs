@@ -3,7 +3,11 @@
 //! Made when the first pod comes and put right whenever it is not as it should be. Which pods there are is
 //! not known here, only how their ports are called.
 
-use std::{collections::BTreeMap, io, net::IpAddr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    net::IpAddr,
+};
 
 use rtnetlink::{
     LinkBridge, LinkUnspec,
@@ -12,6 +16,7 @@ use rtnetlink::{
         AddressFamily, RouteNetlinkMessage,
         address::{AddressAttribute, AddressFlags},
         link::{InfoBridgePort, InfoPortData, InfoPortKind},
+        neighbour::{NeighbourAttribute, NeighbourMessage},
     },
 };
 
@@ -30,11 +35,16 @@ pub const ALIAS: &str = "gossamer pods";
 /// Of bridges, and of pods' ends on this host.
 pub(super) const PREFIX: &str = "gsm";
 
+/// How MACs begin that follow from addresses.
+const ADDRESS_MAC: [u8; 2] = [0x0a, 0x58];
+
 /// What it should be like.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Bridge {
     pub name: String,
     pub subnets: Subnets,
+    /// Of the whole overlay.
+    pub networks: Subnets,
     /// Of the bridge, and of every pod.
     pub mtu: u32,
     /// The table of nftables that holds pods to their addresses.
@@ -46,6 +56,8 @@ pub struct Bridge {
 /// Who is behind a port.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tenant {
+    /// Id of the container: its other interfaces are ports of their own.
+    pub container: String,
     pub addresses: Addresses,
     /// None where another program has given it, and nobody remembers.
     pub mac: Option<Mac>,
@@ -58,7 +70,8 @@ pub type Tenants = BTreeMap<String, Tenant>;
 
 impl Tenant {
     pub fn new(pod: &Pod, mac: Option<Mac>) -> Self {
-        Self { addresses: pod.addresses, mac, netns: pod.netns.clone() }
+        let container = pod.attachment.container().to_owned();
+        Self { container, addresses: pod.addresses, mac, netns: pod.netns.clone() }
     }
 }
 
@@ -74,6 +87,8 @@ pub struct Mended {
     last: Option<(String, u32)>,
     /// What cannot be mended, as sentences with what helps.
     pub problems: Vec<String>,
+    /// Names of ports that the kernel does not have.
+    pub absent: BTreeSet<String>,
 }
 
 impl Mended {
@@ -157,6 +172,8 @@ pub(super) fn plug_again(
     mended: &mut Mended,
 ) -> io::Result<()> {
     let links = netlink.links()?;
+    let there: BTreeSet<&String> = links.iter().map(|link| &link.name).collect();
+    mended.absent = ports.keys().filter(|name| !there.contains(name)).cloned().collect();
     for port in links.iter().filter(|link| ports.contains_key(&link.name)) {
         let closed = interface::close(&port.name, Ipv6::AsItIs);
         mended.sysctls += closed.set;
@@ -200,6 +217,12 @@ pub(super) fn is_touched(
             RouteNetlinkMessage::DelLink(message) if message.header.index == provided.index => {
                 whole.insert(provided.index, false);
             }
+            RouteNetlinkMessage::DelLink(message) => {
+                let link = Link::from(message);
+                if ports.contains_key(&link.name) {
+                    whole.insert(link.index, false);
+                }
+            }
             RouteNetlinkMessage::DelAddress(message) => {
                 let address = Address::new(&message);
                 if address.is_some_and(|address| provided.bridge.is_gateway(address.ip)) {
@@ -227,6 +250,15 @@ pub(super) fn without_address(port: &str) -> Request {
     Request { message: RouteNetlinkMessage::SetLink(message), flags: 0 }
 }
 
+/// What the kernel remembers of who had an address behind a bridge; it may remember nothing.
+pub(super) fn without_neighbour(bridge: u32, ip: IpAddr) -> Request {
+    let mut message = NeighbourMessage::default();
+    message.header.family = if ip.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    message.header.ifindex = bridge;
+    message.attributes.push(NeighbourAttribute::Destination(ip.into()));
+    Request { message: RouteNetlinkMessage::DelNeighbour(message), flags: 0 }
+}
+
 pub(super) fn address_request(link: u32, ip: IpAddr, prefix_len: u8) -> Request {
     let mut message = address_message(link, ip, prefix_len);
     // It is nobody else's: to ask around would take IPv6 a second.
@@ -242,7 +274,13 @@ pub fn mac_at(ip: IpAddr) -> Mac {
         IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
         IpAddr::V6(ip) => ip.octets(),
     };
-    Mac::from_bytes([0x0a, 0x58, a, b, c, d])
+    let [first, second] = ADDRESS_MAC;
+    Mac::from_bytes([first, second, a, b, c, d])
+}
+
+/// Whether a MAC is one that follows from an address.
+pub fn is_address_mac(mac: Mac) -> bool {
+    mac.as_bytes().starts_with(&ADDRESS_MAC)
 }
 
 impl Bridge {

@@ -14,6 +14,8 @@ use crate::model::{Addresses, Attachment, Pod, Subnets, Time};
 #[cfg(feature = "agent")]
 pub mod bridge;
 #[cfg(feature = "agent")]
+pub mod furnish;
+#[cfg(feature = "agent")]
 pub mod standin;
 #[cfg(test)]
 mod tests;
@@ -42,6 +44,13 @@ pub enum NoAddress {
     TwoPlaces { first: IpAddr, second: IpAddr },
     #[error("all {0} addresses of this node's subnet are in use: see `gossamer pods`")]
     Exhausted(usize),
+}
+
+impl NoAddress {
+    /// Whether other pods are in the way, which may be gone by now.
+    pub const fn is_of_pods(&self) -> bool {
+        matches!(self, Self::Attached { .. } | Self::Taken { .. } | Self::Exhausted(_))
+    }
 }
 
 /// What somebody asks for.

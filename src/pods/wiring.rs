@@ -6,32 +6,31 @@
 //! decided here.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs::File,
     io,
     net::IpAddr,
-    os::fd::AsRawFd as _,
+    os::{fd::AsRawFd as _, unix::fs::MetadataExt as _},
     path::{Path, PathBuf},
 };
 
-use ipnet::IpNet;
 use rtnetlink::{
-    LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
+    LinkMessageBuilder, LinkUnspec, LinkVeth,
     packet_core::{NLM_F_CREATE, NLM_F_EXCL},
     packet_route::{
         RouteNetlinkMessage,
-        link::{InfoData, InfoVeth, LinkAttribute, LinkMessage},
+        link::{InfoData, InfoVeth, LinkAttribute},
     },
 };
 use sha2::{Digest as _, Sha256};
 
 use super::{
-    bridge::{self, ALIAS, Bridge, Mended, PREFIX, Provided, Tenants, address_request, mac_at},
-    gateway,
+    bridge::{self, ALIAS, Bridge, Mended, PREFIX, Provided, Tenants, mac_at},
+    furnish::{DefaultRoute, Inside, Route},
 };
 use crate::{
     dataplane::kernel::interface::{self, Ipv6},
-    model::{Addresses, Attachment, Mac, Pod, Subnets},
+    model::{Addresses, Attachment, Mac, Pod},
     netlink::{
         Netlink, Refused, Request,
         link::{ENODEV, Link},
@@ -55,6 +54,8 @@ pub enum WiringError {
     NoNamespace { path: PathBuf, error: io::Error },
     #[error("network namespace {}: that is none", .0.display())]
     NotANamespace(PathBuf),
+    #[error("network namespace {}: that is this host's own", .0.display())]
+    Host(PathBuf),
     #[error("interface {interface}: there is one of that name in {} already", netns.display())]
     InterfaceTaken { interface: String, netns: PathBuf },
     #[error("{0}")]
@@ -64,20 +65,25 @@ pub enum WiringError {
 }
 
 /// Where a pod's end of its cable is to be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum End {
     /// In the pod's namespace, with addresses and routes.
-    Inside,
+    Inside {
+        /// The namespace, where it was opened already; by its path, without.
+        netns: Option<File>,
+        default_route: DefaultRoute,
+    },
     /// On this host under a name of its own ([`loose_name`]), for a runtime that fetches it.
     Loose,
 }
 
 /// A connected pod.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Connected {
     pub mac: Mac,
     pub link_mac: Mac,
     pub bridge_mac: Option<Mac>,
+    pub routes: Vec<Route>,
 }
 
 /// Makes and removes cables on this host.
@@ -106,12 +112,12 @@ impl Wiring {
         bridge: &Bridge,
         pod: &Pod,
         mac: Option<Mac>,
-        end: End,
+        end: &End,
     ) -> Result<Connected, WiringError> {
         let netns = Path::new(&pod.netns);
         let mac = mac.unwrap_or_else(|| mac_at(pod.addresses.first));
-        let mut inside = match end {
-            End::Inside => Some(self.enter(netns)?),
+        let inside = match end {
+            End::Inside { netns: opened, .. } => Some(self.enter(netns, opened.as_ref())?),
             End::Loose => None,
         };
         let file = inside.as_ref().map(|(file, _)| file);
@@ -133,18 +139,25 @@ impl Wiring {
                 });
             }
         }
-        let furnished = match &mut inside {
-            Some((_, inside)) => furnish(inside, pod, bridge.subnets),
-            None => Ok(()),
+        let furnished = match (inside, end) {
+            (Some((netns, netlink)), End::Inside { default_route, .. }) => {
+                let mut inside = Inside { netlink, netns: &netns, home: &self.home };
+                inside.furnish(pod, bridge, *default_route)
+            }
+            _ => Ok(Vec::new()),
         };
-        if let Err(error) = furnished {
-            let _ = self.disconnect(&pod.attachment);
-            return Err(failed("setting addresses")(error));
-        }
+        let routes = match furnished {
+            Ok(routes) => routes,
+            Err(error) => {
+                let _ = self.disconnect(&pod.attachment);
+                return Err(failed("setting addresses")(error));
+            }
+        };
         Ok(Connected {
             mac,
             link_mac: link_mac(&pod.attachment),
             bridge_mac: self.bridge.as_ref().and_then(|provided| provided.mac),
+            routes,
         })
     }
 
@@ -182,7 +195,7 @@ impl Wiring {
     /// The MAC at the other end of a cable whose pod another program has furnished.
     pub fn mac_behind(&mut self, port: &str, netns: &Path) -> Option<Mac> {
         let index = self.netlink.link(port).ok()??.index;
-        let (_, mut inside) = self.enter(netns).ok()?;
+        let (_, mut inside) = self.enter(netns, None).ok()?;
         let is_its = |link: &Link| link.message.attributes.contains(&LinkAttribute::Link(index));
         inside.links().ok()?.into_iter().find(is_its)?.mac
     }
@@ -199,7 +212,14 @@ impl Wiring {
             return Ok(Vec::new());
         };
         let ports = links.iter().filter(|link| link.is_plugged_into(found.index));
-        Ok(ports.filter_map(|port| from_alias(&port.alias)).collect())
+        Ok(ports.filter_map(|port| from_alias(&port.alias).map(|(pod, _)| pod)).collect())
+    }
+
+    /// MACs that pods of this host were given, where they do not follow from their addresses.
+    pub fn macs(&mut self) -> io::Result<BTreeMap<Attachment, Mac>> {
+        let links = self.netlink.links()?;
+        let pods = links.iter().filter_map(|link| from_alias(&link.alias));
+        Ok(pods.filter_map(|(pod, mac)| Some((pod.attachment, mac?))).collect())
     }
 
     /// Bridges of pods on this host, whichever overlay they are of.
@@ -232,23 +252,35 @@ impl Wiring {
         Ok(strays.len())
     }
 
-    /// Looks whether a pod still has both ends of its cable, and its addresses.
+    /// Looks whether a pod still has both ends of its cable, its addresses, and the MAC that it is held to.
     ///
     /// # Errors
     /// What it lacks.
-    pub fn check(&mut self, pod: &Pod) -> Result<(), WiringError> {
+    pub fn check(
+        &mut self,
+        pod: &Pod,
+        netns: Option<&File>,
+        mac: Option<Mac>,
+    ) -> Result<(), WiringError> {
         let look = "looking for the interface";
         let lacks = |what: String| Err(WiringError::Lacks(what));
         let link = link_name(&pod.attachment);
         if !self.netlink.link(&link).map_err(failed(look))?.is_some_and(|link| link.up) {
             return lacks(format!("interface {link} of this host is gone or down"));
         }
-        let (_, mut inside) = self.enter(Path::new(&pod.netns))?;
+        let (_, mut inside) = self.enter(Path::new(&pod.netns), netns)?;
         let interface = pod.attachment.interface();
         let found = inside.link(interface).map_err(failed(look))?.filter(|link| link.up);
         let Some(found) = found else {
             return lacks(format!("interface {interface} in {} is gone or down", pod.netns));
         };
+        if let (Some(wanted), Some(has)) = (mac, found.mac.filter(|has| Some(*has) != mac)) {
+            return lacks(format!(
+                "interface {interface} in {} has the MAC {has} and was given {wanted}: what it sends is \
+                 dropped; ask gossamer for a MAC (capability mac), not another plugin",
+                pod.netns
+            ));
+        }
         let has = inside.addresses().map_err(failed("looking for addresses"))?;
         let there = |ip: &IpAddr| has.iter().any(|has| has.link == found.index && has.ip == *ip);
         match pod.addresses.iter().find(|ip| !there(ip)) {
@@ -285,7 +317,7 @@ impl Wiring {
             .address(link_mac(&pod.attachment).as_bytes().to_vec())
             .mtu(mtu)
             .controller(port);
-        let up = LinkUnspec::new_with_name(&name).alias(alias(pod)).up().build();
+        let up = LinkUnspec::new_with_name(&name).alias(alias(pod, mac)).up().build();
         let made = Request {
             message: RouteNetlinkMessage::NewLink(pair.build()),
             flags: NLM_F_CREATE | NLM_F_EXCL,
@@ -299,20 +331,32 @@ impl Wiring {
         if netns.is_none() {
             interface::close(&loose_name(&pod.attachment), Ipv6::AsItIs);
         }
-        all_done(self.netlink.apply(vec![up])?.iter())
+        // A pod that had the address before may have had another MAC.
+        let forgotten = pod.addresses.iter().map(|ip| bridge::without_neighbour(port, ip));
+        let refused = self.netlink.apply(std::iter::once(up).chain(forgotten).collect())?;
+        all_done(refused.iter().filter(|refused| refused.index == 0))
     }
 
     /// A namespace, and a socket inside.
-    fn enter(&self, netns: &Path) -> Result<(File, Netlink), WiringError> {
+    fn enter(&self, netns: &Path, opened: Option<&File>) -> Result<(File, Netlink), WiringError> {
         let path = || netns.to_owned();
-        let file =
-            File::open(netns).map_err(|error| WiringError::NoNamespace { path: path(), error })?;
+        let no = |error| WiringError::NoNamespace { path: path(), error };
+        let file = opened.map_or_else(|| File::open(netns), File::try_clone).map_err(no)?;
+        if is_same(&file, &self.home).map_err(no)? {
+            return Err(WiringError::Host(path()));
+        }
         let inside = Netlink::open_in(&file, &self.home).map_err(|error| match error.kind() {
             io::ErrorKind::InvalidInput => WiringError::NotANamespace(path()),
-            _ => WiringError::NoNamespace { path: path(), error },
+            _ => no(error),
         })?;
         Ok((file, inside))
     }
+}
+
+/// Whether two files are the same namespace.
+pub fn is_same(one: &File, other: &File) -> io::Result<bool> {
+    let (one, other) = (one.metadata()?, other.metadata()?);
+    Ok((one.dev(), one.ino()) == (other.dev(), other.ino()))
 }
 
 /// The name of the end on this host.
@@ -321,57 +365,42 @@ pub fn link_name(attachment: &Attachment) -> String {
     format!("{PREFIX}{digits}")
 }
 
-/// Addresses and routes inside, in one system call.
-fn furnish(inside: &mut Netlink, pod: &Pod, subnets: Subnets) -> io::Result<()> {
-    let index = inside.index_of(pod.attachment.interface())?;
-    let up: LinkMessage = LinkUnspec::new_with_index(index).up().build();
-    let mut changes = vec![Request { message: RouteNetlinkMessage::SetLink(up), flags: 0 }];
-    for (ip, subnet) in pod.addresses.iter().zip(subnets.iter()) {
-        changes.push(address_request(index, ip, subnet.prefix_len()));
-        changes.push(default_route(index, subnet));
-    }
-    all_done(inside.apply(changes)?.iter())
-}
-
-fn default_route(link: u32, subnet: IpNet) -> Request {
-    let message = match gateway(subnet) {
-        IpAddr::V4(via) => RouteMessageBuilder::<std::net::Ipv4Addr>::new()
-            .output_interface(link)
-            .gateway(via)
-            .build(),
-        IpAddr::V6(via) => RouteMessageBuilder::<std::net::Ipv6Addr>::new()
-            .output_interface(link)
-            .gateway(via)
-            .build(),
-    };
-    Request { message: RouteNetlinkMessage::NewRoute(message), flags: NLM_F_CREATE | NLM_F_EXCL }
-}
-
 /// The name of a pod's own end until its runtime has fetched it.
 pub fn loose_name(attachment: &Attachment) -> String {
     link_name(attachment) + "p"
 }
 
-/// Who has which addresses behind a port, as far as it fits: the owner may have a long name.
-fn alias(pod: &Pod) -> String {
+/// Who has which addresses behind a port, as far as it fits: the owner may have a long name. A MAC that does
+/// not follow from the address is told too.
+fn alias(pod: &Pod, mac: Mac) -> String {
     let addresses: Vec<String> = pod.addresses.iter().map(|ip| ip.to_string()).collect();
-    let mut alias = format!("{POD_ALIAS}{} {} {}", addresses.join(","), pod.attachment, pod.owner);
+    let addresses = addresses.join(",");
+    let addresses = match mac == mac_at(pod.addresses.first) {
+        true => addresses,
+        false => format!("{addresses}={mac}"),
+    };
+    let mut alias = format!("{POD_ALIAS}{addresses} {} {}", pod.attachment, pod.owner);
     while alias.len() > ALIAS_MAX {
         alias.pop();
     }
     alias
 }
 
-fn from_alias(alias: &str) -> Option<Pod> {
+fn from_alias(alias: &str) -> Option<(Pod, Option<Mac>)> {
     let mut words = alias.strip_prefix(POD_ALIAS)?.splitn(4, ' ');
-    let mut addresses = words.next()?.split(',').map(str::parse);
+    let word = words.next()?;
+    let (addresses, mac) = match word.split_once('=') {
+        Some((addresses, mac)) => (addresses, Some(mac.parse().ok()?)),
+        None => (word, None),
+    };
+    let mut addresses = addresses.split(',').map(str::parse);
     let first = addresses.next()?.ok()?;
     let second = addresses.next().transpose().ok()?;
     let attachment = Attachment::new(words.next()?, words.next()?).ok()?;
     let owner = words.next().unwrap_or_default().to_owned();
-    // Where it is nobody knows any more; that it is somewhere is certain.
+    // Its path is not known any more; that it is somewhere is certain.
     let netns = "?".to_owned();
-    Some(Pod { attachment, owner, addresses: Addresses { first, second }, netns })
+    Some((Pod { attachment, owner, addresses: Addresses { first, second }, netns }, mac))
 }
 
 fn link_mac(attachment: &Attachment) -> Mac {
@@ -408,13 +437,23 @@ mod tests {
             },
             netns: "?".to_owned(),
         };
+        let usual = mac_at([10, 42, 7, 2].into());
+        let asked_for = Mac::from_bytes([2, 0, 0, 0, 0, 5]);
         for pod in [pod("cni/net", None), pod("docker", Some("fd42:0:0:7::2"))] {
-            assert_eq!(from_alias(&alias(&pod)), Some(pod));
+            let with_mac = from_alias(&alias(&pod, asked_for));
+            assert_eq!(with_mac, Some((pod.clone(), Some(asked_for))));
+            assert_eq!(from_alias(&alias(&pod, usual)), Some((pod, None)));
         }
         let long = pod(&"o".repeat(300), None);
-        let found = from_alias(&alias(&long)).expect("a pod");
-        assert_eq!((alias(&long).len(), found.addresses), (ALIAS_MAX, long.addresses));
-        for other in ["", "gossamer pods", "gossamer pod x", "gossamer pod 10.42.7.2 ../a eth0 o"] {
+        let (found, _) = from_alias(&alias(&long, usual)).expect("a pod");
+        assert_eq!((alias(&long, usual).len(), found.addresses), (ALIAS_MAX, long.addresses));
+        for other in [
+            "",
+            "gossamer pods",
+            "gossamer pod x",
+            "gossamer pod 10.42.7.2 ../a eth0 o",
+            "gossamer pod 10.42.7.2=x a eth0 o",
+        ] {
             assert_eq!(from_alias(other), None, "{other}");
         }
     }

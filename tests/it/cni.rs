@@ -2,6 +2,7 @@
 
 use std::{
     io::Write as _,
+    path::Path,
     process::{Command, Stdio},
     time::Duration,
 };
@@ -26,7 +27,31 @@ impl<'a> Runtime<'a> {
     }
 
     /// One call of the plugin: whether it succeeded, and what it printed.
-    fn call(&self, verb: &str, container: &str, more: &Value) -> (bool, Value) {
+    pub fn call(&self, verb: &str, container: &str, more: &Value) -> (bool, Value) {
+        self.call_with(verb, container, &[], more)
+    }
+
+    /// The same, with these variables in the place of the usual ones.
+    pub fn call_with(
+        &self,
+        verb: &str,
+        container: &str,
+        variables: &[(&str, &str)],
+        more: &Value,
+    ) -> (bool, Value) {
+        let netns = format!("/run/netns/{container}");
+        let usual = [
+            ("CNI_COMMAND", verb),
+            ("CNI_CONTAINERID", container),
+            ("CNI_NETNS", &netns),
+            ("CNI_IFNAME", "eth0"),
+            ("CNI_PATH", "/opt/cni/bin"),
+        ];
+        let all: Vec<_> = usual.into_iter().chain(variables.iter().copied()).collect();
+        invoke(program(), &all, &self.config(more).to_string())
+    }
+
+    pub fn config(&self, more: &Value) -> Value {
         let mut config = json!({
             "cniVersion": self.version,
             "name": "pods",
@@ -36,25 +61,7 @@ impl<'a> Runtime<'a> {
         for (key, value) in more.as_object().expect("an object") {
             config[key] = value.clone();
         }
-        let mut plugin = Command::new(program());
-        plugin
-            .env("CNI_COMMAND", verb)
-            .env("CNI_CONTAINERID", container)
-            .env("CNI_NETNS", format!("/run/netns/{container}"))
-            .env("CNI_IFNAME", "eth0")
-            .env("CNI_PATH", "/opt/cni/bin")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped());
-        let mut child = plugin.spawn().expect("the plugin starts");
-        let mut input = child.stdin.take().expect("a pipe");
-        input.write_all(config.to_string().as_bytes()).expect("written");
-        drop(input);
-        let output = child.wait_with_output().expect("the plugin ends");
-        let said = match output.stdout.as_slice() {
-            [] => Value::Null,
-            text => serde_json::from_slice(text).expect("JSON"),
-        };
-        (output.status.success(), said)
+        config
     }
 
     pub fn add(&self, container: &str) -> Value {
@@ -74,6 +81,21 @@ impl<'a> Runtime<'a> {
         let code = error["code"].as_u64().expect("a number");
         (code, error["msg"].as_str().expect("a text").to_owned())
     }
+}
+
+/// Runs a plugin: whether it succeeded, and what it printed.
+pub fn invoke(plugin: &Path, variables: &[(&str, &str)], input: &str) -> (bool, Value) {
+    let mut command = Command::new(plugin);
+    command.envs(variables.iter().copied()).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = command.spawn().expect("the plugin starts");
+    // One that refuses the environment may not read.
+    let _ = child.stdin.take().expect("a pipe").write_all(input.as_bytes());
+    let output = child.wait_with_output().expect("the plugin ends");
+    let said = match output.stdout.as_slice() {
+        [] => Value::Null,
+        text => serde_json::from_slice(text).expect("JSON"),
+    };
+    (output.status.success(), said)
 }
 
 pub fn address(result: &Value) -> String {
@@ -203,7 +225,7 @@ fn what_cannot_be_connected_is_refused_and_leaves_nothing() {
             let more = json!({ "runtimeConfig": { "ips": [wish] } });
             assert_eq!(runtime.refused("ADD", "a", &more).0, wanted, "{wish}");
         }
-        assert_eq!(runtime.refused("CHECK", "a", &json!({})).0, 4);
+        assert_eq!(runtime.refused("CHECK", "a", &json!({})).0, 3);
         assert_eq!(pods(&mut cluster.agents[0]), 0);
         let left = tool(&cluster.hosts[0].netns, "ip -o link show type veth");
         assert!(!left.contains("gsm"), "{left}");
@@ -332,28 +354,36 @@ fn the_plugin_is_installed_where_runtimes_look_and_nobodys_changes_are_lost() {
     for _ in 0..2 {
         assert!(install(&[]).status.success());
     }
-    let version = Command::new(bin.join("gossamer"))
-        .env("CNI_COMMAND", "VERSION")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .and_then(|mut child| {
-            child.stdin.take().expect("a pipe").write_all(br#"{"cniVersion": "1.0.0"}"#)?;
-            child.wait_with_output()
-        });
-    let version: Value = serde_json::from_slice(&version.expect("runs").stdout).expect("JSON");
-    assert_eq!(version["supportedVersions"], json!(["0.3.1", "0.4.0", "1.0.0", "1.1.0"]));
+    for plugin in ["gossamer", "loopback"] {
+        let (done, version) =
+            invoke(&bin.join(plugin), &[("CNI_COMMAND", "VERSION")], r#"{"cniVersion": "1.0.0"}"#);
+        let spoken = json!(["0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"]);
+        assert!(done && version["supportedVersions"] == spoken, "{version}");
+    }
     let file = conf.join("10-gossamer.conflist");
     let list: Value = serde_json::from_slice(&std::fs::read(&file).expect("read")).expect("JSON");
     assert_eq!(list["plugins"][0]["type"], "gossamer");
     // A list with a plugin that is not there would keep all pods from starting.
     assert_eq!(list["plugins"].as_array().map(Vec::len), Some(1));
     std::fs::write(bin.join("portmap"), "").expect("written");
+    // One that is there is another package's.
+    std::fs::remove_file(bin.join("loopback")).expect("removed");
+    std::fs::write(bin.join("loopback"), "theirs").expect("written");
     assert!(install(&["--copy"]).status.success());
     let list: Value = serde_json::from_slice(&std::fs::read(&file).expect("read")).expect("JSON");
     assert_eq!(list["plugins"][1]["type"], "portmap");
     let copied = std::fs::symlink_metadata(bin.join("gossamer")).expect("there");
     assert!(copied.file_type().is_file(), "{copied:?}");
+    let loopback = std::fs::read_to_string(bin.join("loopback")).expect("read");
+    assert_eq!(loopback, "theirs");
+    // The list of an earlier version is no change of an operator's.
+    let text = std::fs::read_to_string(&file).expect("read");
+    let earlier =
+        text.replace(r#"{ "ips": true, "mac": true, "dns": true }"#, r#"{ "ips": true }"#);
+    assert_ne!(earlier, text);
+    std::fs::write(&file, earlier).expect("written");
+    assert!(install(&[]).status.success());
+    assert_eq!(std::fs::read_to_string(&file).expect("read"), text);
     std::fs::write(&file, "{}").expect("written");
     let kept = install(&[]);
     assert!(kept.status.success() && String::from_utf8_lossy(&kept.stdout).contains("--force"));

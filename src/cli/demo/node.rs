@@ -191,7 +191,16 @@ fn connect(socket: &Path, space: &NetNs, ip: Ipv4Addr) -> anyhow::Result<()> {
     let (container, interface) = name();
     let netns = format!("/proc/{}/fd/{}", std::process::id(), space.file().as_raw_fd());
     let (owner, addresses) = ("demo".to_owned(), vec![IpAddr::V4(ip)]);
-    let request = AttachRequest { container, interface, owner, netns: netns.into(), addresses };
+    let request = AttachRequest {
+        container,
+        interface,
+        owner,
+        netns: netns.into(),
+        addresses,
+        mac: None,
+        default_route: true,
+        others_first: false,
+    };
     api::block_on(api::post_json(socket, "/v1/pods/attach", &request))??;
     Ok(())
 }

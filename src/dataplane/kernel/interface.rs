@@ -61,6 +61,39 @@ pub fn close(interface: &str, ipv6: Ipv6) -> Closed {
     closed
 }
 
+/// What became of IPv6 on an interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Switched {
+    On,
+    /// The kernel has no IPv6 at all.
+    NoKernel,
+    /// It has none on this interface.
+    NoInterface,
+}
+
+/// Lets an interface of the network namespace of this thread have IPv6 addresses, whatever is set for new
+/// ones.
+///
+/// # Errors
+/// Where it is off and may not be switched on.
+pub fn switch_on_ipv6(interface: &str) -> io::Result<Switched> {
+    let name = format!("net/ipv6/conf/{interface}/disable_ipv6");
+    match read(&name).as_deref() {
+        Some("0") => Ok(Switched::On),
+        Some(_) => write(&name, "0").map(|()| Switched::On),
+        None if read("net/ipv6/conf/all/disable_ipv6").is_some() => Ok(Switched::NoInterface),
+        None => Ok(Switched::NoKernel),
+    }
+}
+
+/// Lets an interface of the network namespace of this thread answer ARP for its own addresses alone. Where
+/// /proc/sys cannot be written it is as on every host with two interfaces in one network.
+pub fn answer_for_own_addresses(interface: &str) {
+    if let Err(error) = write(&format!("net/ipv4/conf/{interface}/arp_ignore"), "1") {
+        tracing::debug!(interface, %error, "arp_ignore was not set");
+    }
+}
+
 /// Whether a setting that is wrong has any effect as the others are.
 fn matters(interface: &str, family: &str, setting: &str) -> bool {
     let is = |name: &str, value: &str| {

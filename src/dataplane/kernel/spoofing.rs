@@ -120,7 +120,10 @@ impl Spoofing {
 
     /// Lets a pod in by its cable, before it is answered.
     pub fn let_in(&mut self, bridge: &Bridge, cable: &str, tenant: &Tenant, all: &Tenants) {
-        let one = Tenants::from([(cable.to_owned(), tenant.clone())]);
+        let its_others = all.iter().filter(|(_, other)| other.container == tenant.container);
+        let mut one: Tenants =
+            its_others.map(|(name, other)| (name.clone(), other.clone())).collect();
+        one.insert(cable.to_owned(), tenant.clone());
         let new = elements_of(&one);
         if let (Ok(nftables), Some(written)) = (&mut self.nftables, &mut self.written)
             && written.is_of(bridge)
@@ -212,8 +215,8 @@ impl Spoofing {
         Ok(names)
     }
 
-    /// Of an earlier run with other settings.
-    fn remove_once(&mut self, table: &str) {
+    /// Removes the table of an earlier run with other settings, which would hold up new pods.
+    pub fn remove_once(&mut self, table: &str) {
         if std::mem::replace(&mut self.removed, true) {
             return;
         }
@@ -357,14 +360,20 @@ fn rules() -> Vec<Rule> {
     ]
 }
 
+/// A container with several cables may answer by any of them for each of its addresses: which way its packets
+/// take is for its routes to say.
 fn elements_of(tenants: &Tenants) -> Elements {
+    let mut addresses: BTreeMap<&str, Vec<IpAddr>> = BTreeMap::new();
+    for tenant in tenants.values() {
+        addresses.entry(&tenant.container).or_default().extend(tenant.addresses.iter());
+    }
     let mut elements: Elements = SETS.map(|(set, ..)| (set, BTreeSet::new())).into();
     let mut add = |set, key| _ = elements.entry(set).or_default().insert(key);
     for (cable, tenant) in tenants {
         add(CABLES, name_bytes(cable).to_vec());
         let Some(mac) = tenant.mac else { continue };
         let key = [&name_bytes(cable)[..], mac.as_bytes(), &[0; 2]].concat();
-        for ip in tenant.addresses.iter() {
+        for &ip in addresses.get(tenant.container.as_str()).into_iter().flatten() {
             let set = if matches!(ip, IpAddr::V4(_)) { ADDRESSES4 } else { ADDRESSES6 };
             add(set, [&key[..], &attributes::octets(ip)].concat());
         }

@@ -1,0 +1,170 @@
+//! Pods that are gone: those that ended while the agent was away, and those whose runtime has not said so.
+//!
+//! A cable goes with its namespace, so a pod without one uses its addresses no more. They are taken back when
+//! a later look confirms it, and at once where they are needed.
+
+use std::{collections::BTreeSet, io, os::fd::OwnedFd};
+
+use tokio::sync::oneshot::Sender;
+
+use super::{
+    Agent,
+    pod_address::NotGiven,
+    pods::status_of,
+    wirer::{Job, Looked, Suspect},
+};
+use crate::{
+    api::{AttachRequest, Attached, AttachmentName, PodError, PodErrorKind, PodStatus},
+    cni::{Note, Spool},
+    docker,
+    model::{Attachment, Pod},
+    pods::{NoAddress, wiring::link_name},
+};
+
+/// What waits for a look at the cables.
+pub(super) enum Looking {
+    /// A pod for which there is no address, as long as all others are there.
+    Attach {
+        request: AttachRequest,
+        netns: Option<OwnedFd>,
+        reply: Sender<Result<Attached, PodError>>,
+    },
+    Release {
+        reply: Sender<Result<Vec<PodStatus>, PodError>>,
+    },
+}
+
+impl Looking {
+    pub(super) fn is_of(&self, attachment: &Attachment) -> bool {
+        match self {
+            Self::Attach { request, .. } => {
+                request.container == attachment.container()
+                    && request.interface == attachment.interface()
+            }
+            Self::Release { .. } => false,
+        }
+    }
+}
+
+impl Agent {
+    /// Does what the CNI plugin has noted while no agent ran.
+    pub(super) fn catch_up(&mut self) {
+        let spool = Spool::beside(&self.config.socket);
+        let notes = spool.read();
+        if notes.is_empty() {
+            return;
+        }
+        tracing::info!(count = notes.len(), "carrying out what the CNI plugin has noted");
+        for note in &notes {
+            let names = match note {
+                Note::Detach(name) => vec![name.clone()],
+                Note::Collect { owner, valid } => self.not_valid(owner, valid),
+            };
+            for AttachmentName { container, interface } in names {
+                match Attachment::new(&container, &interface) {
+                    Ok(attachment) => self.detach_then(&attachment, |_| ()),
+                    Err(error) => tracing::warn!(%error, "a note of the CNI plugin"),
+                }
+            }
+        }
+        // Behind all of them.
+        let number = self.pods.next();
+        let done = move || notes.iter().for_each(|note| spool.drop(note));
+        self.pods.saving.insert(number, Box::new(done));
+        self.writer.save(Vec::new(), number);
+    }
+
+    fn not_valid(&self, owner: &str, valid: &[AttachmentName]) -> Vec<AttachmentName> {
+        let its = self.pods.table.iter().filter(|pod| pod.owner == owner);
+        let names = its.map(|pod| AttachmentName::from(&pod.attachment));
+        names.filter(|name| !valid.contains(name)).collect()
+    }
+
+    /// Whether a pod is there, as far as is known.
+    pub(super) fn is_present(&self, pod: &Pod) -> bool {
+        !self.pods.absent.contains(&link_name(&pod.attachment))
+    }
+
+    /// Takes back the addresses of pods that are gone.
+    pub(super) fn release_vanished(&mut self, reply: Sender<Result<Vec<PodStatus>, PodError>>) {
+        self.look(Looking::Release { reply });
+    }
+
+    /// Asks which pods are gone. [`Agent::on_looked`] has the answer.
+    pub(super) fn look(&mut self, looking: Looking) {
+        let number = self.pods.next();
+        let pods = self
+            .suspects()
+            .map(|pod| Suspect { link: link_name(&pod.attachment), netns: pod.netns.clone() });
+        let job = Job::Look { number, pods: pods.collect() };
+        self.pods.looking.insert(number, looking);
+        self.wirer.ask(job);
+    }
+
+    /// Pods that may be gone. Docker gives back what it has asked for by itself.
+    fn suspects(&self) -> impl Iterator<Item = &Pod> {
+        let may_be = |pod: &&Pod| {
+            pod.owner != docker::OWNER
+                && !pod.netns.is_empty()
+                && !self.pods.is_attaching(&pod.attachment)
+        };
+        self.pods.table.iter().filter(may_be)
+    }
+
+    pub(super) fn on_looked(&mut self, number: u64, result: io::Result<Looked>) {
+        let Some(looking) = self.pods.looking.remove(&number) else { return };
+        let looked = result.map_err(|error| {
+            PodError::new(PodErrorKind::Failed, format!("looking for pods that are gone: {error}"))
+        });
+        match (looking, looked) {
+            (Looking::Release { reply }, Err(error)) => _ = reply.send(Err(error)),
+            (Looking::Attach { reply, .. }, Err(error)) => _ = reply.send(Err(error)),
+            (Looking::Release { reply }, Ok(looked)) => {
+                let released = self.take_back(&looked.gone);
+                let number = self.pods.next();
+                let answer = move || _ = reply.send(Ok(released));
+                self.pods.saving.insert(number, Box::new(answer));
+                self.writer.save(Vec::new(), number);
+            }
+            (Looking::Attach { request, netns, reply }, Ok(looked)) => {
+                self.take_back(&looked.gone);
+                match self.give_address(&request) {
+                    Err(NotGiven::Address(error)) => {
+                        let again = is_about_to_change(&error, &looked.going);
+                        let error = PodError { again, ..error.into() };
+                        let _ = reply.send(Err(error));
+                    }
+                    given => self.attach_with(given, &request, netns, reply),
+                }
+            }
+        }
+    }
+
+    /// What the bridge's keeper has seen. Pods that were gone a while ago too are forgotten.
+    pub(super) fn on_absent(&mut self, links: BTreeSet<String>, confirmed: &BTreeSet<String>) {
+        self.pods.absent = links;
+        self.take_back(confirmed);
+    }
+
+    /// Forgets pods by their cables; says which.
+    fn take_back(&mut self, links: &BTreeSet<String>) -> Vec<PodStatus> {
+        let is_gone = |pod: &&Pod| links.contains(&link_name(&pod.attachment));
+        let gone: Vec<Pod> = self.suspects().filter(is_gone).cloned().collect();
+        for pod in &gone {
+            let (name, address) = (&pod.attachment, pod.addresses.first);
+            tracing::info!(pod = %name, %address, "gone without notice: its addresses are free again");
+            self.detach_then(name, |_| ());
+        }
+        gone.iter().map(|pod| PodStatus { orphan: true, ..status_of(pod) }).collect()
+    }
+}
+
+/// Whether the kernel is removing a pod that is in the way.
+fn is_about_to_change(error: &NoAddress, going: &BTreeSet<String>) -> bool {
+    match error {
+        NoAddress::Attached { attachment, .. } => going.contains(&link_name(attachment)),
+        NoAddress::Taken { holder, .. } => going.contains(&link_name(holder)),
+        NoAddress::Exhausted(_) => !going.is_empty(),
+        NoAddress::Outside { .. } | NoAddress::TwoPlaces { .. } => false,
+    }
+}

@@ -1,0 +1,72 @@
+//! `gossamer podman install`: puts the network driver where Podman and netavark look for it.
+
+use std::{fmt::Write as _, path::PathBuf, process::ExitCode};
+
+use anyhow::Context as _;
+use clap::{Args, Subcommand};
+
+use super::{cni::put, fail};
+use crate::netavark::DRIVER;
+
+/// Where Podman looks unless its configuration says otherwise, in this order.
+const SEARCHED: [&str; 4] = [
+    "/usr/local/libexec/netavark",
+    "/usr/libexec/netavark",
+    "/usr/local/lib/netavark",
+    "/usr/lib/netavark",
+];
+
+#[derive(Debug, Args)]
+pub struct PodmanArgs {
+    #[command(subcommand)]
+    command: PodmanCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum PodmanCommand {
+    /// Link this program into the directory of netavark's plugins
+    Install(InstallArgs),
+}
+
+#[derive(Debug, Args)]
+struct InstallArgs {
+    /// Where Podman looks for network drivers
+    #[arg(long, default_value = SEARCHED[0], value_name = "DIR")]
+    dir: PathBuf,
+    /// Copy this program instead of linking to it: out of a container, for one
+    #[arg(long)]
+    copy: bool,
+}
+
+pub fn run(args: &PodmanArgs) -> ExitCode {
+    let PodmanCommand::Install(args) = &args.command;
+    match install(args) {
+        Ok(text) => {
+            print!("{text}");
+            ExitCode::SUCCESS
+        }
+        Err(error) => fail(format_args!("{error:#}")),
+    }
+}
+
+fn install(args: &InstallArgs) -> anyhow::Result<String> {
+    let program = std::env::current_exe().context("the path of this program")?;
+    let dir = std::path::absolute(&args.dir).with_context(|| args.dir.display().to_string())?;
+    let plugin = dir.join(DRIVER);
+    let mut text = String::new();
+    // Installed there it needs no link.
+    if program != plugin {
+        put(&program, &plugin, args.copy).with_context(|| plugin.display().to_string())?;
+        let arrow = if args.copy { "=" } else { "->" };
+        writeln!(text, "{} {arrow} {}", plugin.display(), program.display())?;
+    }
+    if !SEARCHED.iter().any(|searched| dir == PathBuf::from(searched)) {
+        writeln!(
+            text,
+            "Podman does not look there by itself: in /etc/containers/containers.conf, below [network], set \
+             netavark_plugin_dirs = [{dir:?}]"
+        )?;
+    }
+    writeln!(text, "next, as root: podman network create --driver {DRIVER} web")?;
+    Ok(text)
+}

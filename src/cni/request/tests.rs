@@ -1,0 +1,242 @@
+//! What runtimes send, and what is wrong with it.
+
+use std::net::IpAddr;
+
+use serde_json::{Value, json};
+
+use super::*;
+use crate::model::Mac;
+
+type Answer = Result<CniRequest, (CniError, &'static str)>;
+
+fn parse(environment: &[(&str, &str)], input: &str) -> Answer {
+    let pairs = environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+    CniRequest::parse("gossamer", &pairs.collect(), input.as_bytes())
+}
+
+const ADD: [(&str, &str); 4] = [
+    ("CNI_COMMAND", "ADD"),
+    ("CNI_CONTAINERID", "c1"),
+    ("CNI_NETNS", "/run/netns/c1"),
+    ("CNI_IFNAME", "eth0"),
+];
+const CONFIG: &str = r#"{"cniVersion": "1.1.0", "name": "net", "type": "gossamer"}"#;
+
+fn with<'a>(name: &'a str, value: &'a str) -> Vec<(&'a str, &'a str)> {
+    let others = ADD.into_iter().filter(|(other, _)| *other != name);
+    others.chain([(name, value)]).collect()
+}
+
+fn config(more: Value) -> String {
+    let mut config = json!({ "cniVersion": "1.1.0", "name": "net", "type": "gossamer" });
+    for (key, value) in more.as_object().expect("an object") {
+        config[key] = value.clone();
+    }
+    config.to_string()
+}
+
+fn wishes(arguments: &str, more: Value) -> Result<Wishes, CniError> {
+    match parse(&with("CNI_ARGS", arguments), &config(more)) {
+        Ok(CniRequest { asked: Asked::Add { wishes, .. }, .. }) => Ok(wishes),
+        Ok(other) => panic!("{other:?}"),
+        Err((error, _)) => Err(error),
+    }
+}
+
+fn ip(text: &str) -> IpAddr {
+    text.parse().expect("an address")
+}
+
+#[test]
+fn a_whole_request_is_read() {
+    let request = parse(&ADD, CONFIG).expect("a request");
+    assert_eq!((request.version, request.loopback), ("1.1.0", false));
+    assert_eq!(request.owner(), "cni/net");
+    assert_eq!(request.socket(), Ok(PathBuf::from("/run/gossamer/gossamer.sock")));
+    let Asked::Add { attachment, netns, .. } = request.asked else { panic!("not ADD") };
+    assert_eq!((attachment.container(), attachment.interface()), ("c1", "eth0"));
+    assert_eq!(netns, Path::new("/run/netns/c1"));
+    let request = parse(&ADD, &config(json!({ "instance": "blue" }))).expect("a request");
+    assert_eq!(request.socket(), Ok(PathBuf::from("/run/gossamer-blue/gossamer.sock")));
+}
+
+#[test]
+fn addresses_and_macs_are_read_from_every_place_that_a_runtime_uses() {
+    let mac = Some(Mac::from_bytes([2, 0, 0, 0, 0, 9]));
+    let text = "02:00:00:00:00:09";
+    for (arguments, more) in [
+        ("IP=10.42.7.9;MAC=02-00-00-00-00-09", json!({})),
+        ("", json!({ "runtimeConfig": { "ips": ["10.42.7.9/24"], "mac": text } })),
+        ("", json!({ "args": { "cni": { "ips": ["10.42.7.9"], "mac": text } } })),
+        ("IP=10.42.7.9", json!({ "runtimeConfig": { "ips": ["10.42.7.9"], "mac": text } })),
+        ("IP=10.42.7.9", json!({ "mac": text })),
+        ("IP=10.42.7.9;K8S_POD_NAME=a;IgnoreUnknown=1", json!({ "mac": text })),
+    ] {
+        let wishes = wishes(arguments, more.clone()).expect("wishes");
+        assert_eq!((wishes.addresses, wishes.mac), (vec![ip("10.42.7.9")], mac), "{more}");
+        assert!(wishes.default_route);
+    }
+    let both = wishes("IP=10.42.7.9,fd42::9", json!({ "isDefaultGateway": false }));
+    let both = both.expect("wishes");
+    assert_eq!(both.addresses, [ip("10.42.7.9"), ip("fd42::9")]);
+    assert_eq!((both.mac, both.default_route), (None, false));
+    // What is said of one pod goes before what is said of all.
+    let both = json!({ "mac": "02:00:00:00:00:01", "runtimeConfig": { "mac": text } });
+    assert_eq!(wishes("", both).expect("wishes").mac, mac);
+}
+
+#[test]
+fn dns_is_passed_on_and_what_the_runtime_says_goes_first() {
+    let network = json!({ "nameservers": ["10.0.0.1"], "domain": "a.test", "search": ["a.test"] });
+    let dns = |more| wishes("", more).expect("wishes").dns;
+    assert_eq!(dns(json!({ "dns": network })), network);
+    let runtime = json!({ "dns": { "servers": ["10.0.0.2"], "searches": ["b.test"] } });
+    assert_eq!(
+        dns(json!({ "dns": network, "runtimeConfig": runtime })),
+        json!({ "nameservers": ["10.0.0.2"], "domain": "a.test", "search": ["b.test"] })
+    );
+    assert_eq!(dns(json!({ "dns": null, "runtimeConfig": { "dns": null } })), json!({}));
+}
+
+#[test]
+fn null_and_unknown_keys_are_as_good_as_none() {
+    let nothing = json!({
+        "name": null, "socket": null, "instance": null, "isDefaultGateway": null, "dns": null,
+        "args": null, "prevResult": null, "mac": null, "capabilities": null,
+        "runtimeConfig": { "ips": null, "mac": null, "bandwidth": null, "portMappings": [1] },
+        "somebody": { "else": ["s"] },
+    });
+    let read = wishes("", nothing).expect("wishes");
+    assert_eq!(read, wishes("", json!({ "runtimeConfig": null })).expect("wishes"));
+    assert_eq!((read.addresses, read.mac, read.default_route), (vec![], None, true));
+}
+
+#[test]
+fn what_cannot_be_honoured_is_named_with_the_specifications_number() {
+    for (arguments, more, code, words) in [
+        ("", json!({ "runtimeConfig": { "ips": ["x"] } }), 7, "runtimeConfig.ips: \"x\""),
+        ("", json!({ "runtimeConfig": { "ips": ["10.0.0.1/99"] } }), 7, "10.0.0.1/99"),
+        ("", json!({ "runtimeConfig": { "ips": "10.42.7.9" } }), 7, "runtimeConfig.ips"),
+        ("", json!({ "runtimeConfig": { "mac": "01:00:5e:00:00:01" } }), 7, "runtimeConfig.mac"),
+        ("", json!({ "args": { "cni": { "mac": "x" } } }), 7, "args.cni.mac"),
+        ("", json!({ "isDefaultGateway": "no" }), 7, "isDefaultGateway"),
+        ("", json!({ "dns": { "nameservers": "10.0.0.1" } }), 7, "dns.nameservers"),
+        ("", json!({ "runtimeConfig": { "bandwidth": { "ingressRate": 8 } } }), 2, "ingressRate"),
+        ("", json!({ "runtimeConfig": { "ipRanges": [[{}]] } }), 2, "runtimeConfig.ipRanges"),
+        ("IP=x", json!({}), 4, "CNI_ARGS IP"),
+        ("MAC=00:00:00:00:00:00", json!({}), 4, "CNI_ARGS MAC"),
+        (
+            "MAC=02:00:00:00:00:01",
+            json!({ "runtimeConfig": { "mac": "02:00:00:00:00:02" } }),
+            4,
+            "says",
+        ),
+        ("GATEWAY=10.0.0.1", json!({}), 4, "GATEWAY"),
+        ("IgnoreUnknown=0;A=b", json!({}), 4, "A is not known"),
+        ("IgnoreUnknown=perhaps", json!({}), 4, "IgnoreUnknown=perhaps"),
+        ("IP", json!({}), 4, "KEY=VALUE"),
+    ] {
+        let error = wishes(arguments, more.clone()).expect_err(words);
+        assert!(error.code == code && error.msg.contains(words), "{arguments} {more}: {error:?}");
+    }
+}
+
+#[test]
+fn what_is_missing_or_wrong_is_named_by_the_specifications_number() {
+    for name in ["CNI_COMMAND", "CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME"] {
+        for environment in [with(name, ""), ADD.into_iter().filter(|(n, _)| *n != name).collect()] {
+            let (error, _) = parse(&environment, CONFIG).expect_err(name);
+            assert!(error.code == code::BAD_ENVIRONMENT && error.msg.contains(name), "{error:?}");
+        }
+    }
+    for (environment, config, wanted, word) in [
+        (with("CNI_COMMAND", "PLUG"), CONFIG, code::BAD_ENVIRONMENT, "PLUG"),
+        (with("CNI_CONTAINERID", "../etc"), CONFIG, code::BAD_ENVIRONMENT, "../etc"),
+        (with("CNI_IFNAME", "a/b"), CONFIG, code::BAD_ENVIRONMENT, "a/b"),
+        (ADD.to_vec(), "{", code::UNDECODABLE, "stdin"),
+        (ADD.to_vec(), "", code::UNDECODABLE, "stdin"),
+        (ADD.to_vec(), "[]", code::UNDECODABLE, "stdin"),
+        (ADD.to_vec(), r#"{"cniVersion": 1}"#, code::BAD_CONFIG, "cniVersion"),
+        (ADD.to_vec(), r#"{"cniVersion": "2.0.0"}"#, code::INCOMPATIBLE_VERSION, "2.0.0"),
+        (ADD.to_vec(), r#"{"cniVersion": "1.0"}"#, code::INCOMPATIBLE_VERSION, "1.0"),
+        (with("CNI_COMMAND", "GC"), CONFIG, code::BAD_CONFIG, "valid-attachments"),
+    ] {
+        let (error, _) = parse(&environment, config).expect_err(word);
+        assert!(error.code == wanted && error.msg.contains(word), "{error:?}");
+    }
+    let shouting = parse(&ADD, r#"{"cniVersion": "1.0.0", "instance": "Blue"}"#);
+    let error = shouting.expect("a request").socket().expect_err("no name");
+    assert!(error.code == code::BAD_CONFIG && error.msg.contains("instance"), "{error:?}");
+    let long = config(json!({ "name": "n".repeat(201) }));
+    assert_eq!(parse(&ADD, &long).expect_err("long").0.code, code::BAD_CONFIG);
+}
+
+#[test]
+fn deletion_needs_no_namespace_and_minds_nothing_that_is_for_adding() {
+    let more = json!({
+        "runtimeConfig": { "ips": ["x"], "mac": 7, "bandwidth": { "a": 1 } },
+        "isDefaultGateway": "no", "dns": 3, "args": [],
+    });
+    for arguments in ["", "A=b", "nonsense"] {
+        let del = [
+            ("CNI_COMMAND", "DEL"),
+            ("CNI_CONTAINERID", "c1"),
+            ("CNI_IFNAME", "eth0"),
+            ("CNI_NETNS", ""),
+            ("CNI_ARGS", arguments),
+        ];
+        let request = parse(&del, &config(more.clone())).expect("a request");
+        assert!(matches!(request.asked, Asked::Del { .. }), "{request:?}");
+    }
+}
+
+#[test]
+fn each_version_has_its_verbs_and_a_configuration_without_one_is_of_the_first() {
+    for (index, version) in VERSIONS.into_iter().enumerate() {
+        for (verb, since) in
+            [("ADD", 0), ("DEL", 0), ("VERSION", 0), ("CHECK", 4), ("GC", 6), ("STATUS", 6)]
+        {
+            let more = json!({ "cniVersion": version, "cni.dev/valid-attachments": [] });
+            let answer = parse(&with("CNI_COMMAND", verb), &config(more));
+            let code =
+                answer.map(|request| request.version).map_err(|(error, of)| (error.code, of));
+            let wanted = if index >= since { Ok(version) } else { Err((1, version)) };
+            assert_eq!(code, wanted, "{verb} {version}");
+        }
+    }
+    assert_eq!(parse(&ADD, "{}").expect("a request").version, "0.1.0");
+    for input in ["", r#"{"cniVersion": "9.9"}"#, "{}"] {
+        let version = parse(&[("CNI_COMMAND", "VERSION")], input).expect("a request");
+        assert!(matches!(version.asked, Asked::Version));
+    }
+}
+
+#[test]
+fn what_is_still_valid_is_read_under_both_keys_and_null_is_an_empty_list() {
+    let valid = |more| match parse(&with("CNI_COMMAND", "GC"), &config(more)) {
+        Ok(CniRequest { asked: Asked::Gc { valid }, .. }) => Ok(valid.len()),
+        Ok(other) => panic!("{other:?}"),
+        Err((error, _)) => Err(error.code),
+    };
+    let one = |id| json!([{ "containerID": id, "ifname": "eth0", "more": 1 }]);
+    assert_eq!(valid(json!({ "cni.dev/valid-attachments": null })), Ok(0));
+    assert_eq!(valid(json!({ "cni.dev/attachments": [] })), Ok(0));
+    assert_eq!(valid(json!({ "cni.dev/attachments": one("a") })), Ok(1));
+    // If they differ, less is removed.
+    let both = json!({ "cni.dev/attachments": one("a"), "cni.dev/valid-attachments": one("b") });
+    assert_eq!(valid(both), Ok(2));
+    assert_eq!(valid(json!({})), Err(7));
+    assert_eq!(valid(json!({ "cni.dev/valid-attachments": [{}] })), Err(7));
+}
+
+#[test]
+fn the_program_is_loopback_by_its_name_or_by_the_type_of_the_network() {
+    let environment: BTreeMap<String, String> =
+        ADD.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+    let loopback = |program, kind: &str| {
+        let config = config(json!({ "type": kind }));
+        CniRequest::parse(program, &environment, config.as_bytes()).expect("a request").loopback
+    };
+    assert!(loopback("loopback", "loopback") && loopback("gossamer", "loopback"));
+    assert!(loopback("loopback", "") && !loopback("gossamer", "gossamer"));
+}

@@ -1,0 +1,205 @@
+//! What runtimes have asked for while no agent ran, kept until it is back.
+//!
+//! A pod's end must not wait for an agent, or it cannot be deleted while the agent is being upgraded, or was
+//! removed. The folder is beside the control socket, below /run as a rule: after a new start of the host no
+//! pod is there any more. Its size is bounded, and what does not fit is not lost for good: the agent takes
+//! back the addresses of pods that are gone by itself.
+
+use std::{
+    fs::{self, DirBuilder, File, OpenOptions},
+    io::{self, Read as _},
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _},
+    path::{Path, PathBuf},
+};
+
+use data_encoding::HEXLOWER;
+use nix::{fcntl::OFlag, unistd::geteuid};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+
+use super::request::INPUT_MAX;
+use crate::{
+    api::AttachmentName,
+    store::{PRIVATE, replace},
+};
+
+/// Files in the folder.
+const NOTES_MAX: usize = 4096;
+/// Of the hash in a file's name.
+const HASHED: usize = 10;
+
+/// Something to be done.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Note {
+    Detach(AttachmentName),
+    /// All of an owner's but these.
+    Collect {
+        owner: String,
+        valid: Vec<AttachmentName>,
+    },
+}
+
+impl Note {
+    /// Of its file. What is asked for again takes the place of what was asked for before.
+    fn file_name(&self) -> String {
+        let (kind, text) = match self {
+            Self::Detach(AttachmentName { container, interface }) => {
+                ("del", format!("{container} {interface}"))
+            }
+            Self::Collect { owner, .. } => ("gc", owner.clone()),
+        };
+        format!("{kind}-{}", HEXLOWER.encode(&Sha256::digest(text)[..HASHED]))
+    }
+}
+
+/// The folder.
+#[derive(Debug)]
+pub struct Spool(PathBuf);
+
+impl Spool {
+    /// That of the agent which listens there.
+    pub fn beside(socket: &Path) -> Self {
+        let mut path = socket.as_os_str().to_owned();
+        path.push(".pending");
+        Self(path.into())
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// Keeps a note.
+    ///
+    /// # Errors
+    /// If the folder is full, of another user, or cannot be written.
+    pub fn put(&self, note: &Note) -> io::Result<()> {
+        if let Some(directory) = self.0.parent() {
+            fs::create_dir_all(directory)?;
+        }
+        match DirBuilder::new().mode(0o700).create(&self.0) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+            _ => self.expect_private()?,
+        }
+        let path = self.0.join(note.file_name());
+        if !path.exists() && fs::read_dir(&self.0)?.take(NOTES_MAX).count() == NOTES_MAX {
+            return Err(io::Error::other(format!("{} is full", self.0.display())));
+        }
+        replace(&path, &serde_json::to_string(note)?, PRIVATE)
+    }
+
+    /// Drops a note that has been carried out, or that no longer holds.
+    pub fn drop(&self, note: &Note) {
+        let _ = fs::remove_file(self.0.join(note.file_name()));
+    }
+
+    /// All notes. A file that is none is removed, with a word in the log.
+    pub fn read(&self) -> Vec<Note> {
+        let entries = match fs::read_dir(&self.0) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Vec::new(),
+            Err(error) => {
+                tracing::warn!(path = %self.0.display(), %error, "notes of the CNI plugin not read");
+                return Vec::new();
+            }
+        };
+        if let Err(error) = self.expect_private() {
+            tracing::warn!(%error, "notes of the CNI plugin not read");
+            return Vec::new();
+        }
+        let mut notes = Vec::new();
+        for entry in entries.flatten().take(NOTES_MAX) {
+            match read(&entry.path()) {
+                Ok(note) => notes.push(note),
+                Err(error) => {
+                    let path = entry.path();
+                    tracing::warn!(path = %path.display(), %error, "removed: no note of the CNI plugin");
+                    let _ = fs::remove_file(path);
+                }
+            }
+        }
+        notes
+    }
+
+    /// Only this user can have written what is in there.
+    fn expect_private(&self) -> io::Result<()> {
+        let meta = fs::symlink_metadata(&self.0)?;
+        if meta.is_dir() && meta.uid() == geteuid().as_raw() && meta.mode() & 0o077 == 0 {
+            return Ok(());
+        }
+        let why = format!("{}: it is not this user's alone: remove it", self.0.display());
+        Err(io::Error::other(why))
+    }
+}
+
+fn read(path: &Path) -> io::Result<Note> {
+    let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
+    let file: File = OpenOptions::new().read(true).custom_flags(flags.bits()).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::other("it is no file"));
+    }
+    let mut text = Vec::new();
+    file.take(INPUT_MAX).read_to_end(&mut text)?;
+    let note: Note = serde_json::from_slice(&text)?;
+    match path.file_name().is_some_and(|name| *name == *note.file_name()) {
+        true => Ok(note),
+        false => Err(io::Error::other("its name does not follow from what is in it")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{PermissionsExt as _, symlink};
+
+    use super::*;
+
+    fn detach(container: &str) -> Note {
+        let [container, interface] = [container, "eth0"].map(str::to_owned);
+        Note::Detach(AttachmentName { container, interface })
+    }
+
+    #[test]
+    fn notes_are_read_as_they_were_written_and_one_of_a_kind_is_kept() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let spool = Spool::beside(&dir.path().join("run/gossamer.sock"));
+        assert_eq!(spool.read(), []);
+        let collect = |valid| Note::Collect { owner: "cni/net".to_owned(), valid };
+        let one = AttachmentName { container: "a".to_owned(), interface: "eth0".to_owned() };
+        for note in [detach("a"), detach("a"), collect(Vec::new()), collect(vec![one.clone()])] {
+            spool.put(&note).expect("noted");
+        }
+        let mut notes = spool.read();
+        notes.sort_by_key(Note::file_name);
+        assert_eq!(notes, [detach("a"), collect(vec![one])]);
+        notes.iter().for_each(|note| spool.drop(note));
+        assert_eq!(spool.read(), []);
+    }
+
+    #[test]
+    fn what_is_no_note_is_removed_and_spoils_none() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let spool = Spool::beside(&dir.path().join("gossamer.sock"));
+        spool.put(&detach("a")).expect("noted");
+        let path = |name: &str| spool.0.join(name);
+        fs::write(path("del-0123"), "{").expect("written");
+        fs::write(path("del-4567"), serde_json::to_string(&detach("b")).expect("JSON"))
+            .expect("written");
+        symlink("/etc/passwd", path("link")).expect("a link");
+        fs::write(path("big"), vec![b' '; INPUT_MAX as usize + 1]).expect("written");
+        assert_eq!(spool.read(), [detach("a")]);
+        assert_eq!(fs::read_dir(&spool.0).expect("readable").count(), 1);
+    }
+
+    #[test]
+    fn a_folder_of_others_is_not_believed_and_a_full_one_takes_no_more() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let spool = Spool::beside(&dir.path().join("gossamer.sock"));
+        (0..NOTES_MAX).for_each(|number| spool.put(&detach(&number.to_string())).expect("noted"));
+        let full = spool.put(&detach("more")).expect_err("full").to_string();
+        assert!(full.contains("is full"), "{full}");
+        spool.put(&detach("0")).expect("it has a place already");
+        fs::set_permissions(&spool.0, fs::Permissions::from_mode(0o777)).expect("changed");
+        assert_eq!(spool.read(), []);
+        assert!(spool.put(&detach("0")).is_err());
+    }
+}

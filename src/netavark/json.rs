@@ -1,0 +1,272 @@
+//! What Podman and netavark say, as JSON, and what they are answered. Unknown fields are ignored, and a null
+//! is the same as an absent field: versions differ in both.
+
+use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
+
+use ipnet::IpNet;
+use serde::{Deserialize, Deserializer, de::DeserializeOwned};
+use serde_json::{Map, Value, json};
+
+use crate::{
+    api::{Attached, AttachedAddress},
+    config::Instance,
+    model::Mac,
+};
+
+/// Longest input that is read, in bytes.
+pub const INPUT_MAX: u64 = 1 << 20;
+/// Longest name of a network: its file is called after it.
+const NAME_MAX: usize = 250;
+
+/// Options of a network, as `podman network create -o` takes them.
+pub const INSTANCE: &str = "instance";
+pub const SOCKET: &str = "socket";
+
+/// A network: the fields that decide something here.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Network {
+    #[serde(deserialize_with = "or_default")]
+    pub name: String,
+    #[serde(deserialize_with = "or_default")]
+    pub options: BTreeMap<String, String>,
+    #[serde(deserialize_with = "or_default")]
+    pub ipam_options: BTreeMap<String, String>,
+    #[serde(deserialize_with = "or_default")]
+    pub subnets: Vec<Subnet>,
+    #[serde(deserialize_with = "or_default")]
+    pub routes: Vec<Value>,
+    #[serde(deserialize_with = "or_default")]
+    pub network_dns_servers: Vec<Value>,
+    #[serde(deserialize_with = "or_default")]
+    pub network_interface: String,
+    #[serde(deserialize_with = "or_default")]
+    pub internal: bool,
+    #[serde(deserialize_with = "or_default")]
+    pub ipv6_enabled: bool,
+}
+
+#[derive(Debug, Deserialize)]
+pub struct Subnet {
+    pub subnet: IpNet,
+    #[serde(default)]
+    pub gateway: Option<IpAddr>,
+    #[serde(default)]
+    pub lease_range: Option<Value>,
+}
+
+/// One container and one of its networks, to be connected or disconnected.
+#[derive(Debug, Deserialize)]
+pub struct Connection {
+    pub container_id: String,
+    #[serde(default, deserialize_with = "or_default")]
+    pub port_mappings: Vec<Value>,
+    pub network: Network,
+    pub network_options: ContainerOptions,
+}
+
+/// What a container wants of a network.
+#[derive(Debug, Deserialize)]
+pub struct ContainerOptions {
+    pub interface_name: String,
+    #[serde(default, deserialize_with = "or_default")]
+    pub static_ips: Vec<IpAddr>,
+    #[serde(default, deserialize_with = "or_default")]
+    static_mac: String,
+}
+
+/// Reads the network that Podman wants to create: whole, for it is given back, and the part that matters.
+///
+/// # Errors
+/// What cannot be read.
+pub fn network(input: &[u8]) -> Result<(Map<String, Value>, Network), String> {
+    let whole: Map<String, Value> = parse(input)?;
+    let network: Network = parse(input)?;
+    network.check_name()?;
+    Ok((whole, network))
+}
+
+/// Reads what netavark wants to connect or disconnect.
+///
+/// # Errors
+/// What cannot be read.
+pub fn connection(input: &[u8]) -> Result<Connection, String> {
+    let connection: Connection = parse(input)?;
+    connection.network.check_name()?;
+    Ok(connection)
+}
+
+/// netavark's `StatusBlock` of a connected container. Names are looked up where the host looks them up.
+pub fn status_block(interface: &str, attached: &Attached) -> Value {
+    let subnet = |one: &AttachedAddress| json!({ "ipnet": one.address, "gateway": one.gateway });
+    let subnets: Vec<Value> = attached.addresses.iter().map(subnet).collect();
+    json!({
+        "dns_search_domains": [],
+        "dns_server_ips": [],
+        "interfaces": { interface: { "mac_address": attached.mac, "subnets": subnets } },
+    })
+}
+
+impl Network {
+    fn check_name(&self) -> Result<(), String> {
+        match self.name.len() {
+            0 => Err("the network has no name".to_owned()),
+            1..=NAME_MAX => Ok(()),
+            _ => Err(format!("the network's name is longer than {NAME_MAX} bytes")),
+        }
+    }
+
+    /// Where the agent listens.
+    ///
+    /// # Errors
+    /// An option that names no place.
+    pub fn socket(&self) -> Result<PathBuf, String> {
+        if let Some(socket) = self.options.get(SOCKET).map(PathBuf::from) {
+            let relative =
+                || format!("option {SOCKET}={}: give its absolute path", socket.display());
+            return if socket.is_absolute() { Ok(socket) } else { Err(relative()) };
+        }
+        let name = self.options.get(INSTANCE).map_or("", String::as_str);
+        let instance: Result<Instance, _> = name.parse();
+        Ok(instance.map_err(|error| format!("option {INSTANCE}: {error}"))?.socket())
+    }
+}
+
+impl ContainerOptions {
+    /// The MAC that the container must have.
+    ///
+    /// # Errors
+    /// A text that is none.
+    pub fn mac(&self) -> Result<Option<Mac>, String> {
+        match self.static_mac.as_str() {
+            "" => Ok(None),
+            text => text.parse().map(Some),
+        }
+    }
+}
+
+fn parse<T: DeserializeOwned>(input: &[u8]) -> Result<T, String> {
+    if input.len() as u64 > INPUT_MAX {
+        return Err(format!("the request on stdin is longer than {INPUT_MAX} bytes"));
+    }
+    serde_json::from_slice(input).map_err(|error| format!("the request on stdin: {error}"))
+}
+
+fn or_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Default + Deserialize<'de>,
+{
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As netavark 1.14 sends it.
+    const SETUP: &str = r#"{
+        "container_id": "c4856cb8", "container_name": "a", "port_mappings": null,
+        "network": {
+            "dns_enabled": false, "driver": "gossamer", "id": "24f6", "internal": false, "ipv6_enabled": true,
+            "name": "web", "network_interface": null, "options": {"instance": "blue"},
+            "ipam_options": {"driver": "none"},
+            "subnets": [{"gateway": "10.42.0.1", "lease_range": null, "subnet": "10.42.0.0/16"}],
+            "routes": null, "network_dns_servers": null
+        },
+        "network_options": {
+            "aliases": ["c4856cb804ac"], "interface_name": "eth0", "static_ips": ["10.42.7.9"],
+            "static_mac": "02:00:00:00:00:09", "options": null
+        },
+        "a_field_of_later_versions": {"x": [1]}
+    }"#;
+
+    #[test]
+    fn a_whole_request_is_read() {
+        let read = connection(SETUP.as_bytes()).expect("a request");
+        assert_eq!((read.container_id.as_str(), read.network.name.as_str()), ("c4856cb8", "web"));
+        assert_eq!(read.network.socket(), Ok("/run/gossamer-blue/gossamer.sock".into()));
+        assert_eq!(read.network_options.static_ips, [IpAddr::from([10, 42, 7, 9])]);
+        assert_eq!(read.network_options.mac(), Ok(Some(Mac::from_bytes([2, 0, 0, 0, 0, 9]))));
+        assert!(read.port_mappings.is_empty());
+    }
+
+    #[test]
+    fn nulls_and_absent_fields_are_the_same() {
+        let little = r#"{"container_id": "c", "network": {"name": "web"},
+            "network_options": {"interface_name": "eth0"}}"#;
+        let nulls = r#"{"container_id": "c", "container_name": null, "port_mappings": null,
+            "network": {"name": "web", "options": null, "ipam_options": null, "subnets": null,
+                "internal": null, "ipv6_enabled": null, "network_interface": null},
+            "network_options": {"interface_name": "eth0", "static_ips": null, "static_mac": null}}"#;
+        for text in [little, nulls] {
+            let read = connection(text.as_bytes()).expect("a request");
+            assert_eq!(read.network.socket(), Ok("/run/gossamer/gossamer.sock".into()));
+            assert_eq!(read.network_options.mac(), Ok(None));
+            assert!(read.network.subnets.is_empty() && !read.network.internal);
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_named() {
+        let long = [b" ".repeat(INPUT_MAX as usize), SETUP.as_bytes().to_vec()].concat();
+        let nameless = SETUP.replace("\"web\"", "null");
+        let deep = format!("{}{}", "[".repeat(10_000), "]".repeat(10_000));
+        let endless = SETUP.replace("web", &"w".repeat(NAME_MAX + 1));
+        for (input, word) in [
+            (&b""[..], "stdin"),
+            (b"[]", "stdin"),
+            (b"{}", "container_id"),
+            (deep.as_bytes(), "stdin"),
+            (&long, "longer"),
+            (nameless.as_bytes(), "no name"),
+            (endless.as_bytes(), "longer"),
+        ] {
+            let error = connection(input).expect_err(word);
+            assert!(error.contains(word), "{error}");
+        }
+        let other = SETUP.replace("02:00:00:00:00:09", "02:00");
+        let read = connection(other.as_bytes()).expect("a request");
+        assert!(read.network_options.mac().expect_err("no MAC").contains("02:00"));
+        for (option, word) in
+            [(r#""socket": "run""#, "absolute"), (r#""instance": "Blue""#, "instance")]
+        {
+            let other = SETUP.replace(r#""instance": "blue""#, option);
+            let error = connection(other.as_bytes()).expect("a request").network.socket();
+            assert!(error.as_ref().is_err_and(|error| error.contains(word)), "{error:?}");
+        }
+    }
+
+    #[test]
+    fn a_connected_container_is_told_in_netavarks_format() {
+        let address = |address: &str, gateway: &str| AttachedAddress {
+            address: address.parse().expect("an address"),
+            gateway: gateway.parse().expect("an address"),
+        };
+        let attached = Attached {
+            mac: Mac::from_bytes([0x0a, 0x58, 10, 42, 7, 2]),
+            link: "gsm0123456789".to_owned(),
+            link_mac: Mac::from_bytes([0x0e, 1, 2, 3, 4, 5]),
+            bridge: "gsm0".to_owned(),
+            bridge_mac: None,
+            mtu: 1450,
+            routes: Vec::new(),
+            addresses: vec![
+                address("10.42.7.2/24", "10.42.7.1"),
+                address("fd42:0:0:7::2/64", "fd42:0:0:7::1"),
+            ],
+        };
+        let wanted = json!({
+            "dns_search_domains": [],
+            "dns_server_ips": [],
+            "interfaces": { "eth0": {
+                "mac_address": "0a:58:0a:2a:07:02",
+                "subnets": [
+                    { "ipnet": "10.42.7.2/24", "gateway": "10.42.7.1" },
+                    { "ipnet": "fd42:0:0:7::2/64", "gateway": "fd42:0:0:7::1" },
+                ],
+            }},
+        });
+        assert_eq!(status_block("eth0", &attached), wanted);
+    }
+}

@@ -1,0 +1,160 @@
+//! Pods that end without a word of their runtime, or while no agent runs.
+
+use std::time::Duration;
+
+use gossamer::lab::{Agent, NetNs};
+use nix::sys::signal::Signal;
+use serde_json::json;
+
+use crate::{
+    cni::{Runtime, address, cables, namespaces, pods},
+    common::{
+        Cluster, PATIENCE, client, eventually, isolated, program, status_where, tool, wait_until,
+    },
+};
+
+/// The agent looks every ten seconds, and believes what it has seen twice.
+const TAKEN_BACK: Duration = Duration::from_secs(60);
+
+/// Ends a namespace as the end of its last process does.
+fn end(space: NetNs) {
+    let path = format!("/run/netns/{}", space.name());
+    drop(space);
+    let unmounted = std::process::Command::new("umount").arg(&path).status().expect("umount");
+    assert!(unmounted.success(), "{path}");
+    std::fs::remove_file(path).expect("removed");
+}
+
+#[test]
+fn addresses_of_vanished_pods_are_given_again_as_soon_as_they_are_needed() {
+    isolated(|lab| {
+        let host = lab.host(1, "n1")?;
+        let small = ["--init", "--network", "10.42.0.0/24", "--subnet-len", "29"];
+        let mut agent = Agent::start(program(), &host, &small)?;
+        agent.wait_converged(1, PATIENCE)?;
+        let mut spaces = namespaces(&["a", "b", "c", "d", "e"])?;
+        let runtime = Runtime::new(&agent);
+        let given: Vec<String> =
+            spaces.iter().map(|space| address(&runtime.add(space.name()))).collect();
+        // One that is there is never taken for one that is gone.
+        let kept = spaces.remove(0);
+        spaces.into_iter().for_each(end);
+        // All at once, and at once after that: the kernel takes its time to remove them.
+        let _new = namespaces(&["f", "g", "h", "i", "j"])?;
+        let more = json!({ "runtimeConfig": { "ips": [given[3]] } });
+        let (done, fixed) = runtime.call("ADD", "f", &more);
+        assert!(done && address(&fixed) == given[3], "{fixed}");
+        ["g", "h", "i"].iter().for_each(|name| _ = runtime.add(name));
+        let (code, why) = runtime.refused("ADD", "j", &json!({}));
+        assert!(code == 100 && why.contains("all 5 addresses"), "{code} {why}");
+        let gateway = fixed["ips"][0]["gateway"].as_str().expect("a gateway");
+        tool(&kept, &format!("ping -c 1 -W 2 {gateway}"));
+        Ok(())
+    });
+}
+
+#[test]
+fn a_container_of_the_same_name_is_connected_again_after_it_vanished() {
+    isolated(|lab| {
+        let cluster = Cluster::start(lab, 1)?;
+        let space = NetNs::new("a")?;
+        let runtime = Runtime::new(&cluster.agents[0]);
+        runtime.add("a");
+        // Its cable is gone with its namespace, and another namespace has its name.
+        end(space);
+        wait_until("the cable is gone", PATIENCE, || cables(&cluster.hosts[0]) == 0);
+        let space = NetNs::new("a")?;
+        let added = runtime.add("a");
+        let gateway = added["ips"][0]["gateway"].as_str().expect("a gateway");
+        tool(&space, &format!("ping -c 1 -W 2 {gateway}"));
+        Ok(())
+    });
+}
+
+#[test]
+fn a_vanished_pod_is_no_pod_and_its_address_comes_back_by_itself() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        let mut spaces = namespaces(&["a", "b", "c"])?;
+        let runtime = Runtime::new(&cluster.agents[0]);
+        ["a", "b", "c"].iter().for_each(|name| _ = runtime.add(name));
+        end(spaces.remove(0));
+        // An agent that was away meanwhile knows no more of it than one that was there.
+        cluster.restart(0, &[])?;
+        end(spaces.remove(0));
+        status_where(&mut cluster.agents[0], |status| status["pods"] == 1);
+        let runtime = Runtime::new(&cluster.agents[0]);
+        let (done, said) = runtime.call("STATUS", "", &json!({}));
+        assert!(done, "{said}");
+        wait_until("their addresses are taken back", TAKEN_BACK, || {
+            pods(&mut cluster.agents[0]) == 1
+        });
+        assert!(cluster.agents[0].log().contains("gone without notice"));
+        assert_eq!(cables(&cluster.hosts[0]), 1);
+        Ok(())
+    });
+}
+
+#[test]
+fn release_takes_back_the_addresses_of_vanished_pods_and_of_no_others() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        let mut spaces = namespaces(&["a", "b"])?;
+        let runtime = Runtime::new(&cluster.agents[0]);
+        let (a, _) = (runtime.add("a"), runtime.add("b"));
+        end(spaces.remove(0));
+        wait_until("the cable is gone", PATIENCE, || cables(&cluster.hosts[0]) == 1);
+        let release = |agent: &Agent| {
+            let output = client(agent, &["pods", "--release"]);
+            assert!(output.status.success(), "{output:?}");
+            String::from_utf8(output.stdout).expect("UTF-8")
+        };
+        let said = release(&cluster.agents[0]);
+        assert!(said.contains(&address(&a)) && said.contains("orphan"), "{said}");
+        assert_eq!(pods(&mut cluster.agents[0]), 1);
+        let said = release(&cluster.agents[0]);
+        assert!(said.contains("no pod is gone"), "{said}");
+        Ok(())
+    });
+}
+
+#[test]
+fn what_ended_while_no_agent_ran_is_noted_and_done_when_it_is_back() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        let spaces = namespaces(&["a", "b", "c"])?;
+        let runtime = Runtime::new(&cluster.agents[0]);
+        let b = ["a", "b", "c"].map(|name| runtime.add(name))[1].clone();
+        let notes = format!("{}.pending", cluster.agents[0].socket().display());
+        let count = || std::fs::read_dir(&notes).map_or(0, Iterator::count);
+        cluster.agents[0].end(Signal::SIGKILL)?;
+        let runtime = Runtime::new(&cluster.agents[0]);
+        // Twice, one that is not known, and one whose namespace the runtime does not name.
+        ["a", "a", "unknown"].iter().for_each(|name| runtime.del(name));
+        let nowhere = [("CNI_NETNS", "")];
+        assert!(runtime.call_with("DEL", "a", &nowhere, &json!({ "prevResult": null })).0);
+        let valid =
+            json!({ "cni.dev/valid-attachments": [{ "containerID": "b", "ifname": "eth0" }] });
+        assert!(runtime.call("GC", "", &valid).0);
+        assert_eq!(count(), 3);
+        std::fs::write(format!("{notes}/del-of-somebody"), "{}")?;
+
+        cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &[])?;
+        cluster.converge()?;
+        wait_until("all notes are done", PATIENCE, || count() == 0);
+        let left = cluster.agents[0].ask("/v1/pods", PATIENCE)?;
+        let left = left["pods"].as_array().expect("a list");
+        assert!(left.len() == 1 && left[0]["container"] == "b", "{left:?}");
+        wait_until("their cables are gone", PATIENCE, || cables(&cluster.hosts[0]) == 1);
+        let gateway = b["ips"][0]["gateway"].as_str().expect("a gateway");
+        tool(&spaces[1], &format!("ping -c 1 -W 2 {gateway}"));
+
+        // What was noted is not done to a pod that came later.
+        let runtime = Runtime::new(&cluster.agents[0]);
+        runtime.add("a");
+        cluster.restart(0, &[])?;
+        assert_eq!(pods(&mut cluster.agents[0]), 2);
+        eventually(&spaces[0], "ip -o link", |links| links.contains("eth0"));
+        Ok(())
+    });
+}

@@ -1,0 +1,239 @@
+//! Pods that are not as usual: with a second interface, a MAC of their own, a namespace without a name.
+
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt as _,
+    path::PathBuf,
+    process::{Command, Stdio},
+};
+
+use gossamer::lab::{Agent, Host, NetNs};
+use serde_json::{Value, json};
+
+use crate::{
+    cni::{Runtime, address, cables, namespaces, pods},
+    common::{Cluster, PATIENCE, isolated, program, run, skipped, status_where, tool, wait_until},
+};
+
+fn gateway(result: &Value) -> &str {
+    result["ips"][0]["gateway"].as_str().expect("a gateway")
+}
+
+fn ping(from: &NetNs, to: &str) {
+    tool(from, &format!("ping -c 1 -W 2 {to}"));
+}
+
+#[test]
+fn a_second_interface_has_its_own_address_and_the_first_keeps_the_default_route() {
+    isolated(|lab| {
+        let cluster = Cluster::start(lab, 2)?;
+        let spaces = namespaces(&["a", "b", "c"])?;
+        let runtime = Runtime::new(&cluster.agents[0]);
+        let first = runtime.add("a");
+        let second = [("CNI_IFNAME", "net1")];
+        let (done, other) = runtime.call_with("ADD", "a", &second, &json!({ "name": "second" }));
+        assert!(done && address(&other) != address(&first), "{other}");
+        let default = tool(&spaces[0], "ip route show default");
+        assert!(default.lines().count() == 1 && default.contains("dev eth0"), "{default}");
+        // What is said is what was done.
+        assert_eq!((&other["routes"], other["ips"][0]["gateway"].is_string()), (&json!([]), true));
+        assert!(tool(&spaces[0], "ip addr show net1").contains(&address(&other)));
+        // Both can be reached, from this host and from the other.
+        runtime.add("b");
+        Runtime::new(&cluster.agents[1]).add("c");
+        for (from, result) in [(1, &first), (1, &other), (2, &first), (2, &other)] {
+            ping(&spaces[from], &address(result));
+        }
+        ping(&cluster.hosts[0].netns, &address(&other));
+        for (interface, name) in [("eth0", "pods"), ("net1", "second")] {
+            let checked = [("CNI_IFNAME", interface)];
+            let (whole, why) = runtime.call_with("CHECK", "a", &checked, &json!({ "name": name }));
+            assert!(whole, "{why}");
+        }
+        assert!(runtime.call_with("DEL", "a", &second, &json!({ "name": "second" })).0);
+        wait_until("its cable is gone", PATIENCE, || cables(&cluster.hosts[0]) == 2);
+        ping(&spaces[2], &address(&first));
+        assert!(tool(&spaces[0], "ip route show default").contains("dev eth0"));
+        Ok(())
+    });
+}
+
+#[test]
+fn a_default_route_of_another_network_stays_and_the_overlay_has_its_own() {
+    isolated(|lab| {
+        let cluster = Cluster::start(lab, 2)?;
+        let spaces = namespaces(&["a", "b", "c"])?;
+        // As another plugin has left it, whatever its metric.
+        tool(&spaces[0], "ip link add eth0 type bridge");
+        tool(&spaces[0], "ip addr add 192.0.2.2/24 dev eth0");
+        tool(&spaces[0], "ip link set eth0 up");
+        tool(&spaces[0], "ip route add default via 192.0.2.1 metric 100");
+        let runtime = Runtime::new(&cluster.agents[0]);
+        let (done, net1) = runtime.call_with("ADD", "a", &[("CNI_IFNAME", "net1")], &json!({}));
+        assert!(done, "{net1}");
+        let none = json!({ "isDefaultGateway": false });
+        let (done, b) = runtime.call("ADD", "b", &none);
+        assert!(done, "{b}");
+        assert_eq!(tool(&spaces[1], "ip route show default"), "");
+        let default = tool(&spaces[0], "ip route show default");
+        assert!(default.lines().count() == 1 && default.contains("192.0.2.1"), "{default}");
+        let c = Runtime::new(&cluster.agents[1]).add("c");
+        for (space, result) in [(&spaces[0], &net1), (&spaces[1], &b)] {
+            let wanted = json!([{ "dst": "10.42.0.0/16", "gw": gateway(result) }]);
+            assert_eq!(result["routes"], wanted);
+            ping(space, &address(&c));
+            ping(&spaces[2], &address(result));
+        }
+        Ok(())
+    });
+}
+
+/// A program that starts the agent with the capabilities of the systemd unit.
+fn with_few_capabilities(host: &Host) -> PathBuf {
+    let script = host.dir.join("gossamer-with-few-capabilities");
+    let text = format!(
+        "#!/bin/sh\nexec setpriv --bounding-set=-all,+net_admin,+net_raw,+sys_admin \\\n  \
+         --inh-caps=-all {} \"$@\"\n",
+        program().display()
+    );
+    fs::write(&script, text).expect("written");
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).expect("changed");
+    script
+}
+
+#[test]
+fn a_namespace_named_by_a_process_needs_no_capability_of_the_agent() {
+    if Command::new("setpriv").arg("--version").output().is_err() {
+        return skipped("a_namespace_named_by_a_process", "setpriv (util-linux) is not installed");
+    }
+    isolated(|lab| {
+        let host = lab.host(1, "n1")?;
+        let few = with_few_capabilities(&host);
+        let mut agent = Agent::start(&few, &host, &["--init"])?;
+        agent.wait_converged(1, PATIENCE)?;
+        let mut container = Command::new("unshare")
+            .args(["--net", "sleep", "infinity"])
+            .stdin(Stdio::null())
+            .spawn()?;
+        let path = format!("/proc/{}/ns/net", container.id());
+        let own = fs::read_link("/proc/self/ns/net")?;
+        wait_until("it has a namespace", PATIENCE, || {
+            fs::read_link(&path).is_ok_and(|netns| netns != own)
+        });
+        let named = [("CNI_NETNS", path.as_str())];
+        let runtime = Runtime::new(&agent);
+        let (done, added) = runtime.call_with("ADD", "c", &named, &json!({}));
+        assert!(done && added["interfaces"][2]["sandbox"] == path.as_str(), "{added}");
+        ping(&host.netns, &address(&added));
+        assert!(runtime.call_with("CHECK", "c", &named, &json!({ "prevResult": added })).0);
+        agent.end(nix::sys::signal::Signal::SIGTERM)?;
+        let mut agent = Agent::start(&few, &host, &[])?;
+        agent.wait_converged(1, PATIENCE)?;
+        let runtime = Runtime::new(&agent);
+        let (whole, why) = runtime.call_with("CHECK", "c", &named, &json!({}));
+        assert!(whole, "{why}");
+        ping(&host.netns, &address(&added));
+        // Its end is noticed like that of any other.
+        container.kill()?;
+        container.wait()?;
+        wait_until("its cable is gone", PATIENCE, || cables(&host) == 0);
+        status_where(&mut agent, |status| status["pods"] == 0);
+        let runtime = Runtime::new(&agent);
+        assert!(runtime.call_with("DEL", "c", &named, &json!({})).0);
+        assert_eq!(pods(&mut agent), 0);
+        Ok(())
+    });
+}
+
+#[test]
+fn the_hosts_own_namespace_is_refused_and_keeps_its_routes() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        let host = &cluster.hosts[0].netns;
+        let routes = tool(host, "ip route show default");
+        let runtime = Runtime::new(&cluster.agents[0]);
+        // Of the agent, by its process; and of the plugin itself.
+        let agents = format!("/proc/{}/ns/net", cluster.agents[0].pid());
+        for path in [agents.as_str(), "/proc/self/ns/net"] {
+            for verb in ["ADD", "CHECK"] {
+                let named = [("CNI_NETNS", path), ("CNI_IFNAME", "eth9")];
+                let (done, error) = runtime.call_with(verb, "c", &named, &json!({}));
+                assert!(!done, "{verb} {path}: {error}");
+                if verb == "ADD" {
+                    let why = error["msg"].as_str().expect("a text");
+                    assert!(error["code"] == 4 && why.contains("this host's own"), "{error}");
+                }
+            }
+        }
+        assert_eq!(tool(host, "ip route show default"), routes);
+        assert!(!run(host, "ip link show eth9").status.success());
+        assert_eq!(pods(&mut cluster.agents[0]), 0);
+        Ok(())
+    });
+}
+
+#[test]
+fn ipv6_that_is_off_in_a_namespace_is_on_for_the_pods_interface_alone() {
+    isolated(|lab| {
+        let host = lab.host(1, "n1")?;
+        let mut agent = Agent::start(program(), &host, &["--init", "--network6", "fd42::/48"])?;
+        agent.wait_converged(1, PATIENCE)?;
+        let spaces = namespaces(&["a", "b"])?;
+        spaces[0].sysctl("net/ipv6/conf/default/disable_ipv6", "1")?;
+        spaces[1].sysctl("net/ipv6/conf/all/disable_ipv6", "1")?;
+        let runtime = Runtime::new(&agent);
+        for space in &spaces {
+            let added = runtime.add(space.name());
+            let gateway = added["ips"][1]["gateway"].as_str().expect("a gateway");
+            assert!(gateway.starts_with("fd42:"), "{added}");
+            ping(space, gateway);
+            // What was said of all others is still said.
+            tool(space, "ip link add other type bridge");
+            tool(space, "ip link set other up");
+            assert_eq!(tool(space, "ip -6 addr show dev other"), "");
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn a_mac_that_is_asked_for_is_used_kept_over_restarts_and_given_to_one_pod_only() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        let spaces = namespaces(&["a", "b", "c"])?;
+        let runtime = Runtime::new(&cluster.agents[0]);
+        let mac = "02:12:34:56:78:9a";
+        let wish = json!({ "runtimeConfig": { "mac": mac } });
+        let (done, a) = runtime.call("ADD", "a", &wish);
+        assert!(done && a["interfaces"][2]["mac"] == mac, "{a}");
+        assert!(tool(&spaces[0], "ip link show dev eth0").contains(mac));
+        ping(&spaces[0], gateway(&a));
+        let (code, why) = runtime.refused("ADD", "b", &wish);
+        assert!(code == 101 && why.contains("a eth0 has it"), "{code} {why}");
+        let (code, why) = runtime.refused("ADD", "b", &json!({ "mac": "0a:58:0a:2a:00:01" }));
+        assert!(code == 101 && why.contains("0a:58"), "{code} {why}");
+        let arguments = [("CNI_ARGS", "IgnoreUnknown=1;K8S_POD_NAME=b;MAC=02-12-34-56-78-9B")];
+        let (done, b) = runtime.call_with("ADD", "b", &arguments, &json!({}));
+        assert!(done && b["interfaces"][2]["mac"] == "02:12:34:56:78:9b", "{b}");
+
+        cluster.restart(0, &[])?;
+        // What keeps pods to their MACs is made anew.
+        run(&cluster.hosts[0].netns, "nft delete table bridge gossamer.1");
+        let runtime = Runtime::new(&cluster.agents[0]);
+        runtime.add("c");
+        ping(&spaces[0], gateway(&a));
+        ping(&spaces[1], &address(&a));
+        assert!(runtime.call("CHECK", "a", &json!({ "prevResult": a })).0);
+        // Another plugin's MAC is named, for what comes from it is dropped.
+        tool(&spaces[2], "ip link set eth0 address 02:00:00:00:00:01");
+        let (code, why) = runtime.refused("CHECK", "c", &json!({}));
+        assert!(code == 5 && why.contains("capability mac"), "{code} {why}");
+        // What was given back may be given again.
+        runtime.del("a");
+        tool(&spaces[2], "ip link set eth0 down");
+        runtime.del("c");
+        let (done, c) = runtime.call("ADD", "c", &wish);
+        assert!(done && c["interfaces"][2]["mac"] == mac, "{c}");
+        Ok(())
+    });
+}

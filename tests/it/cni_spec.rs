@@ -1,0 +1,248 @@
+//! The CNI specification, verb by verb, version by version and error by error (SPEC.md 1.1.0).
+//!
+//! The specification leaves the codes 8 to 10 free. Code 51 takes a node that has lost its subnet while pods
+//! run: `cni::plugin` tests it.
+
+use gossamer::lab::Agent;
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+
+use crate::{
+    cni::{Runtime, address, invoke, namespaces, pods},
+    common::{Cluster, PATIENCE, isolated, program, tool},
+};
+
+/// With whether they have CHECK, and GC and STATUS.
+const VERSIONS: [(&str, bool, bool); 7] = [
+    ("0.1.0", false, false),
+    ("0.2.0", false, false),
+    ("0.3.0", false, false),
+    ("0.3.1", false, false),
+    ("0.4.0", true, false),
+    ("1.0.0", true, false),
+    ("1.1.0", true, true),
+];
+
+/// The address in a result of any version, and whether the result has the form of that version.
+fn address_of(version: &str, result: &Value) -> String {
+    assert_eq!(result["cniVersion"], version);
+    if matches!(version, "0.1.0" | "0.2.0") {
+        assert!(
+            result["ip4"]["gateway"].is_string()
+                && result["ip4"]["routes"][0]["dst"] == "0.0.0.0/0"
+        );
+        assert!(result.get("ips").is_none() && result.get("interfaces").is_none(), "{result}");
+        let address = result["ip4"]["ip"].as_str().expect("an address");
+        return address.split('/').next().expect("an address").to_owned();
+    }
+    let ip = &result["ips"][0];
+    let old = version.starts_with("0.");
+    assert_eq!((ip["version"] == "4", ip.get("version").is_some()), (old, old), "{result}");
+    let interface = &result["interfaces"][ip["interface"].as_u64().expect("an index") as usize];
+    assert!(interface["name"] == "eth0" && interface["sandbox"].is_string(), "{result}");
+    assert_eq!(interface.get("mtu").is_some(), version == "1.1.0", "{result}");
+    assert_eq!(result["routes"][0]["gw"], ip["gateway"]);
+    address(result)
+}
+
+#[test]
+fn every_version_has_its_verbs_and_its_format() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        let spaces = namespaces(&["a"])?;
+        for (version, check, gc) in VERSIONS {
+            let runtime = Runtime::new(&cluster.agents[0]);
+            let of = |more: Value| {
+                let mut config = more;
+                config["cniVersion"] = version.into();
+                config
+            };
+            let (done, result) = runtime.call("ADD", "a", &of(json!({})));
+            assert!(done, "{version}: {result}");
+            let ip = address_of(version, &result);
+            assert!(tool(&spaces[0], "ip addr show dev eth0").contains(&ip));
+            let (done, said) = runtime.call("VERSION", "a", &of(json!({})));
+            let spoken = VERSIONS.map(|(version, ..)| version);
+            assert!(done && said["supportedVersions"] == json!(spoken), "{said}");
+            let keep = json!([{ "containerID": "a", "ifname": "eth0" }]);
+            for (verb, there, more) in [
+                ("CHECK", check, json!({ "prevResult": result })),
+                ("STATUS", gc, json!({})),
+                ("GC", gc, json!({ "cni.dev/valid-attachments": keep })),
+            ] {
+                let (done, said) = runtime.call(verb, "a", &of(more));
+                assert_eq!(done, there, "{verb} {version}: {said}");
+                if there {
+                    assert!(said.is_null(), "{verb} {version}: {said}");
+                } else {
+                    assert_eq!((&said["code"], &said["cniVersion"]), (&json!(1), &json!(version)));
+                }
+            }
+            // Once with the earlier result, once without, and once more.
+            for more in [json!({ "prevResult": result }), json!({}), json!({ "prevResult": null })]
+            {
+                let (done, said) = runtime.call("DEL", "a", &of(more));
+                assert!(done && said.is_null(), "DEL {version}: {said}");
+            }
+            assert_eq!(pods(&mut cluster.agents[0]), 0, "{version}");
+        }
+        Ok(())
+    });
+}
+
+struct Case {
+    verb: &'static str,
+    variables: Vec<(&'static str, &'static str)>,
+    more: Value,
+    code: u64,
+    words: &'static str,
+}
+
+fn case(
+    verb: &'static str,
+    variables: &[(&'static str, &'static str)],
+    more: Value,
+    code: u64,
+    words: &'static str,
+) -> Case {
+    Case { verb, variables: variables.to_vec(), more, code, words }
+}
+
+#[test]
+fn every_error_has_the_number_of_the_specification_and_names_what_is_wrong() {
+    isolated(|lab| {
+        let host = lab.host(1, "n1")?;
+        let small = ["--init", "--network", "10.42.0.0/24", "--subnet-len", "29"];
+        let mut agent = Agent::start(program(), &host, &small)?;
+        agent.wait_converged(1, PATIENCE)?;
+        let spaces = namespaces(&["a", "b", "c", "d", "e", "f"])?;
+        let runtime = Runtime::new(&agent);
+        let lost = runtime.add("a");
+        tool(&spaces[0], "ip addr flush dev eth0");
+        let none = || json!({});
+        let cases = [
+            case("ADD", &[], json!({ "cniVersion": "0.5.0" }), 1, "0.5.0"),
+            case("DEL", &[], json!({ "cniVersion": "2.0.0" }), 1, "2.0.0"),
+            case("CHECK", &[], json!({ "cniVersion": "0.3.1" }), 1, "0.4.0"),
+            case("STATUS", &[], json!({ "cniVersion": "1.0.0" }), 1, "1.1.0"),
+            case(
+                "ADD",
+                &[],
+                json!({ "runtimeConfig": { "bandwidth": { "a": 1 } } }),
+                2,
+                "bandwidth",
+            ),
+            case("CHECK", &[("CNI_CONTAINERID", "b")], none(), 3, "no such pod"),
+            case("PLUG", &[], none(), 4, "CNI_COMMAND"),
+            case("", &[], none(), 4, "CNI_COMMAND"),
+            case("ADD", &[("CNI_CONTAINERID", "")], none(), 4, "CNI_CONTAINERID"),
+            case("DEL", &[("CNI_CONTAINERID", "-")], none(), 4, "CNI_CONTAINERID"),
+            case("ADD", &[("CNI_IFNAME", "a/b")], none(), 4, "CNI_IFNAME"),
+            case("DEL", &[("CNI_IFNAME", "")], none(), 4, "CNI_IFNAME"),
+            case("ADD", &[("CNI_NETNS", "")], none(), 4, "CNI_NETNS"),
+            case("ADD", &[("CNI_NETNS", "/run/netns/nowhere")], none(), 4, "/run/netns/nowhere"),
+            case(
+                "ADD",
+                &[("CNI_CONTAINERID", "b"), ("CNI_NETNS", "/etc/passwd")],
+                none(),
+                4,
+                "/etc/passwd",
+            ),
+            case("ADD", &[("CNI_ARGS", "COLOUR=red")], none(), 4, "COLOUR"),
+            // For the second time.
+            case("ADD", &[], none(), 4, "has an address already"),
+            case("CHECK", &[], json!({ "prevResult": lost }), 5, "has lost"),
+            case("ADD", &[], json!({ "isDefaultGateway": 1 }), 7, "isDefaultGateway"),
+            case("ADD", &[], json!({ "socket": null, "instance": "A B" }), 7, "instance"),
+            case("ADD", &[], json!({ "runtimeConfig": { "ips": ["10.42.0"] } }), 7, "10.42.0"),
+            case("GC", &[], none(), 7, "cni.dev/valid-attachments"),
+            case("ADD", &[], json!({ "socket": "/nowhere/sock" }), 11, "does not run"),
+            case("STATUS", &[], json!({ "socket": "/nowhere/sock" }), 50, "does not run"),
+            case(
+                "ADD",
+                &[("CNI_CONTAINERID", "b"), ("CNI_ARGS", "IP=192.0.2.1")],
+                none(),
+                101,
+                "192.0.2.1",
+            ),
+        ];
+        for Case { verb, variables, more, code, words } in cases {
+            let (done, error) = runtime.call_with(verb, "a", &variables, &more);
+            let what = format!("{verb} {variables:?} {more}: {error}");
+            assert!(!done && error["code"] == code, "{what}");
+            assert!(error["msg"].as_str().is_some_and(|why| why.contains(words)), "{what}");
+            assert!(error["details"].is_string() && error["cniVersion"].is_string(), "{what}");
+        }
+        let variables = [("CNI_COMMAND", "ADD")];
+        for input in ["", "{", "[]", "null"] {
+            let (done, error) = invoke(program(), &variables, input);
+            assert!(!done && error["code"] == 6, "{input}: {error}");
+        }
+        ["b", "c", "d", "e"].iter().for_each(|name| _ = runtime.add(name));
+        assert_eq!(runtime.refused("ADD", "f", &json!({})).0, 100);
+        // What is wrong with one is not wrong with others.
+        runtime.del("a");
+        runtime.add("f");
+        agent.end(Signal::SIGTERM)?;
+        let runtime = Runtime::new(&agent);
+        assert_eq!(runtime.refused("ADD", "a", &json!({})).0, 11);
+        assert_eq!(runtime.refused("STATUS", "a", &json!({})).0, 50);
+        Ok(())
+    });
+}
+
+#[test]
+fn what_is_gone_already_is_no_error_of_del() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        let _space = namespaces(&["a"])?;
+        let runtime = Runtime::new(&cluster.agents[0]);
+        for (variables, more) in [
+            (vec![("CNI_NETNS", "")], json!({})),
+            (vec![("CNI_NETNS", "/run/netns/nowhere")], json!({})),
+            (vec![("CNI_NETNS", "/proc/self/ns/net")], json!({})),
+            (vec![("CNI_CONTAINERID", "unknown")], json!({})),
+            (vec![("CNI_ARGS", "nonsense")], json!({ "runtimeConfig": { "ips": "nonsense" } })),
+            // Its configuration was changed meanwhile.
+            (vec![], json!({ "name": "another", "cniVersion": "0.3.1", "mac": "nonsense" })),
+        ] {
+            runtime.add("a");
+            let (done, said) = runtime.call_with("DEL", "a", &variables, &more);
+            assert!(done && said.is_null(), "{variables:?} {more}: {said}");
+            runtime.del("a");
+        }
+        assert_eq!(pods(&mut cluster.agents[0]), 0);
+        Ok(())
+    });
+}
+
+#[test]
+fn gc_removes_what_is_not_valid_under_the_key_of_each_version_of_libcni() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        let _spaces = namespaces(&["a", "b"])?;
+        let keep = |name: &str| json!([{ "containerID": name, "ifname": "eth0" }]);
+        for (more, left) in [
+            (json!({ "cni.dev/valid-attachments": keep("a") }), 1),
+            (json!({ "cni.dev/attachments": keep("a") }), 1),
+            // Where they differ, what either knows stays.
+            (
+                json!({
+                    "cni.dev/valid-attachments": keep("a"),
+                    "cni.dev/attachments": keep("b"),
+                }),
+                2,
+            ),
+            (json!({ "cni.dev/valid-attachments": null }), 0),
+            (json!({ "cni.dev/attachments": [] }), 0),
+        ] {
+            let runtime = Runtime::new(&cluster.agents[0]);
+            ["a", "b"].iter().for_each(|name| runtime.del(name));
+            ["a", "b"].iter().for_each(|name| _ = runtime.add(name));
+            let (done, said) = runtime.call("GC", "", &more);
+            assert!(done && said.is_null(), "{more}: {said}");
+            assert_eq!(pods(&mut cluster.agents[0]), left, "{more}");
+        }
+        Ok(())
+    });
+}

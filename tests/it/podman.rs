@@ -1,0 +1,254 @@
+//! Containers that a real Podman 5 starts on two hosts, with a real netavark that calls the plugin.
+//!
+//! Each host is Debian 13 as `tests/podman/build-root` has made it: a layer of its own above one directory,
+//! in a mount namespace of its own, where the agent runs too, for it opens what Podman mounts.
+
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    process::{Child, Command, Output, Stdio},
+};
+
+use gossamer::lab::{Agent, Host, Lab};
+use nix::{sys::signal::Signal, unistd::geteuid};
+use serde_json::Value;
+
+use crate::{
+    common::{PATIENCE, isolated, program, skipped, token_of, wait_until},
+    dockerd::unpack_busybox,
+};
+
+/// Where a host's own file system is, below its directory.
+const ROOT: &str = "root";
+/// Makes it; ends when the namespaces do.
+const HOST: &str = "mount -t tmpfs tmpfs $DIR/layer; mkdir $DIR/layer/up $DIR/layer/work; \
+    mount -t overlay overlay -o lowerdir=$LOWER,upperdir=$DIR/layer/up,workdir=$DIR/layer/work $DIR/root; \
+    cd $DIR/root; mount -t proc proc proc; mount -t sysfs sysfs sys; \
+    mount -t cgroup2 cgroup2 sys/fs/cgroup; mount --rbind /dev dev; \
+    for d in run tmp; do mount -t tmpfs tmpfs $d; done; \
+    mkdir -p run/netns run/lab/$NAME; mount --bind $DIR run/lab/$NAME; ln -s lab/$NAME run/gossamer; \
+    cp $PROGRAM usr/local/bin/gossamer; echo nameserver 127.0.0.1 > etc/resolv.conf; \
+    echo ready > $DIR/ready; exec sleep infinity";
+
+/// Whether a machine allows that at all.
+const MOUNTS: &str = "cd $LOWER; mount -t tmpfs tmpfs /tmp; mkdir /tmp/up /tmp/work /tmp/root; \
+    mount -t overlay overlay -o lowerdir=.,upperdir=/tmp/up,workdir=/tmp/work /tmp/root; \
+    cd /tmp/root/sys; mount -t sysfs sysfs .; mount -t cgroup2 cgroup2 /tmp/root/sys/fs/cgroup";
+
+/// Of a container whose user wants it.
+const MAC: &str = "02:00:00:00:00:33";
+
+/// What `tests/podman/build-root` has made.
+fn made() -> Result<PathBuf, String> {
+    let home = || std::env::var_os("HOME").map_or_else(|| "/var/tmp".into(), PathBuf::from);
+    let made = std::env::var_os("GOSSAMER_PODMAN")
+        .map_or_else(|| home().join(".cache/gossamer-podman"), PathBuf::from);
+    if !geteuid().is_root() {
+        return Err("layers above a directory of root's take root".to_owned());
+    }
+    if !made.join("recipe").exists() {
+        return Err(format!("there is no Podman 5 in {}: tests/podman/build-root", made.display()));
+    }
+    let root = made.join("root");
+    let mut probe = Command::new("unshare");
+    probe.args(["--mount", "--cgroup", "--net", "--propagation", "private", "sh", "-ec", MOUNTS]);
+    let probe = probe.env("LOWER", &root).output().map_err(|error| format!("unshare: {error}"))?;
+    match probe.status.success() {
+        true => Ok(root),
+        false => Err(String::from_utf8_lossy(&probe.stderr).trim().to_owned()),
+    }
+}
+
+/// A host with Podman.
+struct Machine {
+    host: Host,
+    keeper: Child,
+}
+
+impl Machine {
+    fn new(lab: &mut Lab, number: u16, lower: &Path) -> anyhow::Result<Self> {
+        let host = lab.host(number, &format!("n{number}"))?;
+        for directory in ["layer", ROOT] {
+            fs::create_dir_all(host.dir.join(directory))?;
+        }
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "--cgroup", "--propagation", "private", "sh", "-ec", HOST]);
+        command.env("DIR", &host.dir).env("NAME", &host.name).env("LOWER", lower);
+        command.env("PROGRAM", program()).stdin(Stdio::null());
+        let keeper = host.netns.spawn(&mut command)?;
+        let ready = host.dir.join("ready");
+        wait_until("the host is not furnished", PATIENCE, || ready.exists());
+        let machine = Self { host, keeper };
+        let script =
+            format!("#!/bin/sh\nexec {} /usr/local/bin/gossamer \"$@\"\n", machine.enter());
+        fs::write(machine.gossamer(), script)?;
+        fs::set_permissions(machine.gossamer(), fs::Permissions::from_mode(0o755))?;
+        Ok(machine)
+    }
+
+    /// What makes a command one of this host.
+    fn enter(&self) -> String {
+        let root = self.host.dir.join(ROOT);
+        format!("nsenter --mount --target {} chroot {}", self.keeper.id(), root.display())
+    }
+
+    /// The program as it is run on this host.
+    fn gossamer(&self) -> PathBuf {
+        self.host.dir.join("gossamer")
+    }
+
+    fn agent(&self, arguments: &[&str]) -> anyhow::Result<Agent> {
+        Ok(Agent::start(&self.gossamer(), &self.host, arguments)?)
+    }
+
+    fn run(&self, command: &str) -> Output {
+        let line = format!("{} {command}", self.enter());
+        let mut words = line.split_whitespace();
+        let mut tool = Command::new(words.next().expect("a word"));
+        tool.args(words).env("PODMAN_IGNORE_CGROUPSV1_WARNING", "1");
+        tool.env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
+        tool.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let child = self.host.netns.spawn(&mut tool).expect(command);
+        child.wait_with_output().expect(command)
+    }
+
+    /// What a command prints that must succeed.
+    fn done(&self, command: &str) -> String {
+        let Output { status, stdout, stderr } = self.run(command);
+        let [said, error] =
+            [stdout, stderr].map(|text| String::from_utf8_lossy(&text).into_owned());
+        assert!(status.success(), "{}: {command}: {status}\n{said}{error}", self.host.name);
+        said.trim().to_owned()
+    }
+
+    fn refused(&self, command: &str) -> String {
+        let Output { status, stderr, .. } = self.run(command);
+        assert!(!status.success(), "{}: {command}: it should have failed", self.host.name);
+        String::from_utf8_lossy(&stderr).into_owned()
+    }
+
+    /// The image `box`, which is nothing but busybox.
+    fn import(&self) {
+        unpack_busybox(&self.host.dir.join("image"));
+        let packed = format!("tar -C /run/lab/{0}/image -c -f /tmp/box.tar .", self.host.name);
+        self.done(&packed);
+        self.done("podman import /tmp/box.tar box");
+    }
+
+    /// The network settings of a container, as Podman tells them.
+    fn settings(&self, container: &str) -> Value {
+        let said = self.done(&format!("podman inspect {container}"));
+        let all: Value = serde_json::from_str(&said).expect("JSON");
+        all[0]["NetworkSettings"].clone()
+    }
+
+    fn web(&self, container: &str) -> Value {
+        self.settings(container)["Networks"]["web"].clone()
+    }
+
+    fn address(&self, container: &str) -> String {
+        self.web(container)["IPAddress"].as_str().expect("an address").to_owned()
+    }
+
+    /// The largest packets that fit, unfragmented, from inside a container.
+    fn ping(&self, container: &str, to: &str) {
+        let settings = self.settings(container);
+        let path = settings["SandboxKey"].as_str().expect("a path");
+        let netns = path.rsplit('/').next().expect("a name");
+        self.done(&format!("ip netns exec {netns} ping -c 2 -i 0.2 -W 2 -M do -s 1422 {to}"));
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        let _ = self.keeper.kill();
+        let _ = self.keeper.wait();
+    }
+}
+
+fn addresses(agent: &mut Agent) -> Vec<String> {
+    let answer = agent.ask("/v1/pods", PATIENCE).expect("pods");
+    let pods = answer["pods"].as_array().expect("a list");
+    pods.iter().map(|pod| pod["addresses"][0].as_str().expect("one").to_owned()).collect()
+}
+
+#[test]
+fn containers_of_podman_5_on_two_hosts_are_in_one_network() {
+    let lower = match made() {
+        Ok(lower) => lower,
+        Err(why) => {
+            return skipped("containers_of_podman_5_on_two_hosts_are_in_one_network", &why);
+        }
+    };
+    isolated(|lab| {
+        let machines = [Machine::new(lab, 1, &lower)?, Machine::new(lab, 2, &lower)?];
+        let [one, two] = &machines;
+        let mut first = one.agent(&["--init"])?;
+        first.wait_converged(1, PATIENCE)?;
+        let (seed, token) = (one.host.ip.to_string(), token_of(&mut first)?);
+        let second = two.agent(&["--join", &seed, "--token", &token])?;
+        let mut agents = [first, second];
+        for agent in &mut agents {
+            agent.wait_converged(2, PATIENCE)?;
+        }
+        for machine in &machines {
+            let said = machine.done("gossamer podman install");
+            let command = said.lines().last().and_then(|line| line.split_once(": "));
+            machine.done(command.expect("a command").1);
+            machine.import();
+        }
+        let run = |machine: &Machine, arguments: &str| {
+            machine.done(&format!("podman run -d {arguments} box /bin/sleep 600"))
+        };
+        run(one, "--name a --network web");
+        run(two, "--name b --network web");
+        let [a, b] = [one.address("a"), two.address("b")];
+        assert_eq!(agents.each_mut().map(addresses), [[a.clone()], [b.clone()]]);
+        one.ping("a", &b);
+        two.ping("b", &a);
+
+        // A firewall that was flushed; its address and its MAC stay.
+        let before = one.web("a");
+        one.done("podman network reload a");
+        assert_eq!(one.web("a"), before);
+        two.ping("b", &a);
+        one.done("podman restart -t 0 a");
+        two.ping("b", &one.address("a"));
+
+        // An address and a MAC that the user wants.
+        let subnet = Agent::subnet(&agents[0].ask("/v1/status", PATIENCE)?)?;
+        let wanted = subnet.hosts().nth(50).expect("an address");
+        let fixed = format!("--mac-address {MAC} --network web --ip");
+        run(one, &format!("--name c {fixed} {wanted}"));
+        let c = one.web("c");
+        assert_eq!((&c["IPAddress"], &c["MacAddress"]), (&wanted.to_string().into(), &MAC.into()));
+        two.ping("b", &wanted.to_string());
+        let error = one.refused(&format!("podman run --network web --ip {b} box /bin/true"));
+        assert!(error.contains("this node's subnet"), "{error}");
+        let error = one.refused("podman network create --driver gossamer --internal other");
+        assert!(error.contains("--internal"), "{error}");
+
+        // Published ports are those of Podman's own network, whichever of the two comes first.
+        let ports = "--network web --network podman -p 8080:80";
+        one.done(&format!("podman run -d --name d {ports} box /bin/httpd -f -h /bin"));
+        two.ping("b", &one.address("d"));
+        one.ping("d", &b);
+        two.done(&format!("busybox wget -T 10 -q -O /dev/null http://{seed}:8080/busybox"));
+
+        // A container can be removed, and starts, whatever became of the agent in between.
+        agents[0].end(Signal::SIGKILL)?;
+        one.done("podman rm -f -t 0 a");
+        let error = one.refused("podman run -d --name e --network web box /bin/sleep 600");
+        assert!(error.contains("no gossamer agent"), "{error}");
+        agents[0] = one.agent(&[])?;
+        agents[0].wait_converged(2, PATIENCE)?;
+        wait_until("c and d are left", PATIENCE, || addresses(&mut agents[0]).len() == 2);
+        one.done("podman start e");
+        for machine in &machines {
+            machine.done("podman rm -f -t 0 --all");
+        }
+        assert_eq!(agents.each_mut().map(addresses), [Vec::<String>::new(), Vec::new()]);
+        Ok(())
+    });
+}
