@@ -11,7 +11,7 @@ use crate::common::{
 };
 
 /// A thousand members that do not answer are compared with in vain, in a program that is not optimized.
-const LONG: Duration = Duration::from_secs(80);
+const LONG: Duration = Duration::from_secs(180);
 
 /// Entries of ours: routes, neighbours, FDB entries.
 fn entries(netns: &NetNs) -> [usize; 3] {

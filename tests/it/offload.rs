@@ -53,7 +53,9 @@ fn a_card_that_sends_unfinished_checksums_is_noticed_and_cured() {
         let mut cluster = Cluster::start(lab, 2)?;
         let pods: [Pod; 2] =
             cluster.pods()?.try_into().map_err(|_| anyhow::anyhow!("not two pods"))?;
-        assert!(arrives(&pods)?);
+        wait_until("the pods do not reach each other", PATIENCE, || {
+            arrives(&pods).is_ok_and(|arrives| arrives)
+        });
         let (from, to) = (vtep(&mut cluster.agents[0])?, vtep(&mut cluster.agents[1])?);
         let there = &cluster.hosts[1].netns;
         tool(there, "nft add table ip card");

@@ -2,9 +2,9 @@
 //!
 //! Without a choice of the operator: the interface of the best default route, unless it leads to no peer and
 //! another one does; without a default route, the one by which the kernel would reach a distant host or a
-//! seed; without seeds, the only candidate there is. Of several addresses of an interface it is the one that the kernel would take as source. Interfaces
-//! of our own, ports of bridges, and addresses that peers cannot reach or that are about to go never carry
-//! tunnels.
+//! seed; without seeds, the only candidate there is. Of several addresses of an interface it is the one that
+//! the kernel would take as source. Interfaces of our own, ports of bridges, and addresses that peers cannot
+//! reach or that are about to go never carry tunnels.
 //!
 //! [`watch`] decides when a change counts.
 
