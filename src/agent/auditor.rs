@@ -29,7 +29,7 @@ use crate::{
     netlink::{
         Netlink,
         link::Link,
-        route::{Query, Refusal},
+        route::{Found, Query, Refusal},
     },
 };
 
@@ -199,29 +199,28 @@ impl Auditor {
         let hosts: BTreeSet<IpAddr> = desired.underlays().collect();
         self.path_mtus.retain(|host, _| hosts.contains(host));
         self.detours.retain(|host, _| hosts.contains(host));
-        let links = netlink.links().unwrap_or_default();
-        let link = |index: u32| links.iter().find(|link| link.index == index);
-        // An address of the loopback interface is one that packets never leave by.
-        let is_bound = link(place.underlay).is_some_and(|link| !link.loopback);
         let begin = self.path_asked.map_or(Bound::Unbounded, Bound::Excluded);
         let next = hosts.range((begin, Bound::Unbounded)).chain(&hosts);
         let output = Some(desired.device.link).filter(|link| *link != 0);
+        let mut links = None;
         for host in next.take(hosts.len().min(PATHS)).copied().collect::<Vec<_>>() {
             self.path_asked = Some(host);
             let udp = Some(desired.device.port);
             let from = Some(desired.device.local).filter(|local| local.is_ipv4() == host.is_ipv4());
             let found = netlink.route(&Query { output, from, udp, ..Query::to(host) });
-            let detour =
-                match &found {
-                    Ok(found) => match refusal(found.kind) {
-                        Some(errno) => Some(Detour::Refused(reason(errno))),
-                        None => link(found.link).filter(|link| link.index != place.underlay).map(
-                            |link| Detour::By { interface: link.name.clone(), table: found.table },
-                        ),
-                    },
-                    Err(error) => error.raw_os_error().map(|errno| Detour::Refused(reason(errno))),
-                };
-            match detour.filter(|_| is_bound) {
+            let detour = match &found {
+                Ok(found) => match refusal(found.kind) {
+                    Some(errno) => Some(Detour::Refused(reason(errno))),
+                    None if found.link == place.underlay => None,
+                    None => {
+                        let links =
+                            links.get_or_insert_with(|| netlink.links().unwrap_or_default());
+                        detour(links, found, place.underlay)
+                    }
+                },
+                Err(error) => error.raw_os_error().map(|errno| Detour::Refused(reason(errno))),
+            };
+            match detour {
                 Some(detour) => _ = self.detours.insert(host, detour),
                 None => _ = self.detours.remove(&host),
             }
@@ -232,6 +231,15 @@ impl Auditor {
             }
         }
     }
+}
+
+/// Whether packets leave by another interface than the one that has this host's address. From an address of
+/// the loopback interface they always do.
+fn detour(links: &[Link], found: &Found, underlay: u32) -> Option<Detour> {
+    let link = |index: u32| links.iter().find(|link| link.index == index);
+    let interface =
+        link(found.link).filter(|_| link(underlay).is_some_and(|link| !link.loopback))?;
+    Some(Detour::By { interface: interface.name.clone(), table: found.table })
 }
 
 /// Which interface pods are behind is for the addresses to tell: our bridge, Docker's or one made by hand.

@@ -116,7 +116,9 @@ impl Agent {
         let (_, subnets) = peer.leases.first()?;
         let lost = matches!(state, PathState::Unanswered | PathState::OneWay);
         let is_dead = matches!(state, PathState::Dead | PathState::Withdrawn);
-        let is_silent = lost || is_dead || !self.prober.paths.is_alive(node);
+        // Without a network there is no way to any peer: one cause, told once.
+        let is_silent = (lost || is_dead || !self.prober.paths.is_alive(node))
+            && self.kernel.underlay_problem.is_none();
         if is_silent && let Some(problem) = self.detour_problem(name, here, there, port) {
             return Some(problem);
         }

@@ -19,9 +19,13 @@ const SETTLED: Duration = Duration::from_secs(5);
 
 /// A tunnel of a VPN, behind which no peer is, with an address in a network of its own.
 fn add_vpn(host: &Host) {
+    add_uplink(host, "ip addr add 10.8.0.2/24 dev tun0");
+}
+
+fn add_uplink(host: &Host, address: &str) {
     for command in [
         "ip link add tun0 type veth peer name tun1",
-        "ip addr add 10.8.0.2/24 dev tun0",
+        address,
         "ip link set tun0 up",
         "ip link set tun1 up",
     ] {
@@ -66,13 +70,17 @@ fn better_default_route_that_leads_to_no_peer_moves_no_underlay() {
 fn creator_with_a_public_default_route_moves_to_the_network_of_its_first_peer() {
     isolated(|lab| {
         let (first, second) = (lab.host(1, "n1")?, lab.host(2, "n2")?);
-        for host in [&first, &second] {
-            add_vpn(host);
-            tool(&host.netns, "ip route replace default via 10.8.0.1 dev tun0 onlink");
+        for (host, address) in [(&first, "198.51.100.2"), (&second, "203.0.113.2")] {
+            add_uplink(host, &format!("ip addr add {address}/24 dev tun0"));
+            tool(&host.netns, "ip route replace default via 192.0.2.1 dev tun0 onlink");
         }
         let mut creator = Agent::start(program(), &first, &["--init"])?;
         creator.wait_converged(1, PATIENCE)?;
-        assert_eq!(underlay(&mut creator), is("tun0", "10.8.0.2"), "nothing tells otherwise yet");
+        assert_eq!(
+            underlay(&mut creator),
+            is("tun0", "198.51.100.2"),
+            "nothing tells otherwise yet"
+        );
         let token = token_of(&mut creator)?;
         let seed = first.ip.to_string();
         let mut joiner = Agent::start(program(), &second, &["--join", &seed, "--token", &token])?;
@@ -83,6 +91,10 @@ fn creator_with_a_public_default_route_moves_to_the_network_of_its_first_peer() 
         eventually(&second.netns, "bridge fdb show dev gossamer.1", |fdb| {
             fdb.contains("dst 10.99.0.10 ")
         });
+        std::thread::sleep(SETTLED);
+        for (agent, address) in [(&mut creator, "10.99.0.10"), (&mut joiner, "10.99.0.11")] {
+            assert_eq!(underlay(agent), is("eth0", address), "it stays with its peer");
+        }
         Ok(())
     });
 }

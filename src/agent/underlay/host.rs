@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
 use ipnet::IpNet;
@@ -44,7 +44,9 @@ impl Host {
     ) -> io::Result<Self> {
         let (links, addresses) = (netlink.links()?, netlink.addresses()?);
         let mut link_to = |peer| netlink.route(&Query::to(peer)).map_or(0, |found| found.link);
-        let peers = peers.take(PEERS).map(|peer| (peer, link_to(peer))).collect();
+        let seeds = config.seeds.iter().filter_map(|seed| seed.parse::<SocketAddr>().ok());
+        let peers = seeds.map(|seed| seed.ip()).chain(peers).take(PEERS);
+        let peers = peers.map(|peer| (peer, link_to(peer))).collect();
         let mut host = Self { links, addresses, candidates: Vec::new(), peers };
         let named = match &config.iface {
             IfaceChoice::Name(name) => Some(Named::Link(name)),
@@ -182,10 +184,15 @@ impl Host {
     ///
     /// `ranked` are the addresses with default routes, better ones first. The best of them is taken if it
     /// leads to as many peers as the present one, `held`; so membership alone never moves an underlay to and
-    /// fro. None, if no address leads to a peer.
+    /// fro. A present one without a default route was chosen for the peers in its network, and stays with
+    /// them, whatever addresses others have for the moment. None, if no address leads to a peer.
     fn towards_peers(&self, ranked: &[Address], held: Option<Address>) -> Option<Address> {
         let count = |address: &Address| self.count_peers(address);
         let (best, held) = (ranked.first(), held.as_ref());
+        let is_ranked = |held: &Address| ranked.iter().any(|address| address.ip == held.ip);
+        if let Some(held) = held.filter(|held| !is_ranked(held) && self.count_neighbors(held) > 0) {
+            return Some(*held);
+        }
         let of_held = held.map_or(0, count);
         match best.map_or(0, count) {
             0 if of_held == 0 => {

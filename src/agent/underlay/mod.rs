@@ -11,10 +11,7 @@
 mod host;
 mod watch;
 
-use std::{
-    io,
-    net::{IpAddr, SocketAddr},
-};
+use std::{io, net::IpAddr};
 
 use ipnet::IpNet;
 
@@ -111,8 +108,7 @@ pub fn choose(
     config: &Config,
     peers: impl Iterator<Item = IpAddr>,
 ) -> Result<Chosen, UnderlayError> {
-    let seeds = config.seeds.iter().filter_map(|seed| seed.parse::<SocketAddr>().ok());
-    let host = Host::look(netlink, config, peers.chain(seeds.map(|seed| seed.ip())))?;
+    let host = Host::look(netlink, config, peers)?;
     match host.by_config(netlink, config, None)? {
         Some(found) => host.chosen(netlink, found, config),
         None => Err(host.no_match(&config.iface)),
