@@ -26,8 +26,7 @@ use crate::{
         desired::{self, Desired},
         fight::Kind,
         firewall::Firewall,
-        kernel::{Kernel, KernelError, Report, Touched},
-        overlap,
+        kernel::{Kernel, KernelError, Report, Touched, overlaps},
         plan::{Actual, Op},
     },
     model::Pool,
@@ -454,9 +453,8 @@ impl<F: Fn(Told)> Worker<F> {
         let networks: Vec<_> = all.pool.networks().iter().collect();
         let slots = all.device.addresses.iter().filter_map(|ip| all.pool.slot_of(*ip));
         let own: Vec<_> = slots.flat_map(|slot| all.pool.subnets(slot).iter()).collect();
-        match self.kernel.foreign_addresses() {
-            Ok(foreign) => {
-                let overlaps = overlap::problems(&foreign, &networks, &own);
+        match overlaps(&mut self.netlink, &networks, &own) {
+            Ok(overlaps) => {
                 if overlaps != self.overlaps {
                     self.overlaps.clone_from(&overlaps);
                     (self.tell)(Told::Overlaps(overlaps));
