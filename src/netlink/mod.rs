@@ -10,6 +10,7 @@ pub mod attributes;
 pub mod ethtool;
 pub mod link;
 pub mod monitor;
+pub mod neighbour;
 pub mod nftables;
 mod raw;
 pub mod route;
