@@ -393,3 +393,32 @@ fn pods_of_one_host_that_do_not_reach_each_other_by_rules_for_bridged_packets_ar
         Ok(())
     });
 }
+
+#[test]
+fn ipsec_policies_that_take_packets_of_pods_are_named() {
+    isolated(|lab| {
+        let test = "ipsec_policies_that_take_packets_of_pods_are_named";
+        let mut cluster = Cluster::start(lab, 2)?;
+        let mut spaces = Vec::new();
+        with_pods(&mut cluster, &mut spaces)?;
+        let host = &cluster.hosts[1].netns;
+        let policy =
+            "ip xfrm policy add dir fwd src 10.42.0.0/16 dst 10.0.0.0/8 action block priority 7";
+        if !run(host, policy).status.success() {
+            crate::common::skipped(test, "the kernel has no IPsec");
+            return Ok(());
+        }
+        sh(host, "ip xfrm policy add dir out src 192.168.0.0/16 dst 192.168.0.0/16 action block");
+        let agent = &mut cluster.agents[1];
+        sh(host, "nft add table ip change");
+        wait_until("not named", PATIENCE, || {
+            has_problem(
+                agent,
+                "an IPsec policy takes packets from 10.42.0.0/16 to 10.0.0.0/8 (ip xfrm policy: dir fwd, \
+                 priority 7)",
+            )
+        });
+        assert!(!has_problem(agent, "192.168.0.0/16"));
+        Ok(())
+    });
+}

@@ -15,11 +15,17 @@ use crate::{
         forwarding::{Direction, Way},
         kernel::{ClosedPort, FirewallTable, open_port},
     },
-    netlink::{Netlink, link::Link},
+    netlink::{
+        Netlink,
+        link::Link,
+        xfrm::{self, Policy},
+    },
 };
 
 /// Where programs and filters hang on interfaces.
 const HOOKS: [&str; 2] = ["clsact", "ingress"];
+/// IPsec policies that are named at once.
+const MAX_POLICIES: usize = 3;
 /// Tables of iptables-legacy.
 const LEGACY: [(&str, &str); 2] = [
     ("/proc/net/ip_tables_names", "iptables-legacy"),
@@ -164,6 +170,7 @@ fn rules(netlink: &mut Netlink, setting: &Setting, port: Option<u32>) -> Vec<Str
         })),
         Err(error) => reasons.push(format!("nftables cannot be read ({error})")),
     }
+    reasons.extend(ipsec(&networks));
     for (file, program) in LEGACY {
         let tables = fs::read_to_string(file).unwrap_or_default();
         if tables.lines().any(|table| table == "filter") {
@@ -188,11 +195,30 @@ fn rules(netlink: &mut Netlink, setting: &Setting, port: Option<u32>) -> Vec<Str
     if reasons.is_empty() {
         reasons.push(format!(
             "no rule was found that says so; look at nft list ruleset, iptables-legacy -S FORWARD, \
-             bpftool net, and tc filter show dev {}",
+             ip xfrm policy, bpftool net, and tc filter show dev {}",
             setting.device_name
         ));
     }
     reasons
+}
+
+/// IPsec policies that take packets between pods.
+fn ipsec(networks: &[IpNet]) -> Vec<String> {
+    let concerns = |policy: &Policy, network: &IpNet| {
+        let meets = |other: IpNet| network.contains(&other) || other.contains(network);
+        meets(policy.from) && meets(policy.to)
+    };
+    // A kernel without IPsec has none.
+    let policies = xfrm::policies().unwrap_or_default();
+    let taking = policies.iter().filter_map(|policy| {
+        let network = networks.iter().find(|network| concerns(policy, network))?;
+        let Policy { from, to, direction, priority } = policy;
+        Some(format!(
+            "an IPsec policy takes packets from {from} to {to} (ip xfrm policy: dir {direction}, priority \
+             {priority}): exempt packets from {network} to {network} in the IPsec configuration"
+        ))
+    });
+    taking.take(MAX_POLICIES).collect()
 }
 
 /// Chains that drop tunnel packets which come to this host.
