@@ -31,6 +31,7 @@ use crate::{
         link::Link,
         route::{Found, Query, Refusal},
     },
+    pods::bridge::ALIAS,
 };
 
 /// Between two passes while all is well.
@@ -243,19 +244,32 @@ fn detour(links: &[Link], found: &Found, underlay: u32) -> Option<Detour> {
 }
 
 /// Which interface pods are behind is for the addresses to tell: our bridge, Docker's or one made by hand.
+/// Where there are several, ours is the right one.
 fn ground(netlink: &mut Netlink, desired: &Desired, place: Place) -> io::Result<Ground> {
-    let has: Vec<(u32, IpAddr)> =
+    let mut has: Vec<(u32, IpAddr)> =
         netlink.addresses()?.iter().map(|address| (address.link, address.ip)).collect();
     let pool = &desired.pool;
     let vtep = desired.device.addresses.first();
     let subnets = vtep.and_then(|vtep| pool.slot_of(*vtep)).map(|slot| pool.subnets(slot));
+    let inside = |ip: &IpAddr| {
+        subnets.iter().flat_map(|subnets| subnets.iter()).any(|subnet| subnet.contains(ip))
+    };
+    let candidates: BTreeSet<u32> =
+        has.iter().filter(|(_, ip)| inside(ip)).map(|(link, _)| *link).collect();
+    if candidates.iter().filter(|link| **link != place.device).count() > 1 {
+        let links = netlink.links()?;
+        let ours =
+            links.iter().find(|link| link.alias == ALIAS && candidates.contains(&link.index));
+        has.sort_by_key(|(link, _)| ours.is_none_or(|ours| ours.index != *link));
+    }
     let mut own: Vec<Own> = Vec::new();
     for subnet in subnets.iter().flat_map(|subnets| subnets.iter()) {
         let inside = own.iter().find_map(|own| own.inside);
         own.push(Own::new(subnet, place.device, &has, inside));
     }
     let Place { device, underlay, local, masquerade, .. } = place;
-    Ok(Ground { device, underlay, local, own, masquerade })
+    let has = has.into_iter().map(|(_, ip)| ip).collect();
+    Ok(Ground { device, underlay, local, own, has, masquerade })
 }
 
 /// Answers questions; looks further only where an answer is wrong, and at everything once.
@@ -267,6 +281,8 @@ struct Witness<'a> {
 
 struct Facts {
     links: Vec<Link>,
+    /// Addresses of this host.
+    has: Vec<IpAddr>,
     rules: [Vec<(u32, u32, bool)>; 2],
     refusals: [Vec<Refusal>; 2],
 }
@@ -305,7 +321,7 @@ impl Witness<'_> {
         output: Option<u32>,
     ) -> io::Result<Evidence> {
         let entry = self.netlink.route_entry(query).ok();
-        let connected = entry.is_some_and(|entry| entry.protocol == RouteProtocol::Kernel);
+        let is_kernels = entry.is_some_and(|entry| entry.protocol == RouteProtocol::Kernel);
         let entry = entry.and_then(|entry| {
             let any = if query.to.is_ipv4() { [0; 4].into() } else { [0; 16].into() };
             let to = IpNet::new(entry.destination.unwrap_or(any), entry.prefix_len).ok()?;
@@ -316,6 +332,9 @@ impl Witness<'_> {
             Some(facts) => facts,
             none => none.insert(Facts::gather(self.netlink)?),
         };
+        // The far end of a point-to-point link is no address of this host.
+        let connected =
+            is_kernels && entry.is_some_and(|(to, _)| facts.has.iter().any(|ip| to.contains(ip)));
         let family = usize::from(query.to.is_ipv6());
         let refusals = facts.refusals[family].iter();
         let others =
@@ -350,7 +369,8 @@ impl Facts {
         let rules = [rules(true), rules(false)];
         let mut refusals = |ipv4| netlink.refusals(ipv4).unwrap_or_default();
         let refusals = [refusals(true), refusals(false)];
-        Ok(Self { links: netlink.links()?, rules, refusals })
+        let has = netlink.addresses()?.into_iter().map(|address| address.ip).collect();
+        Ok(Self { links: netlink.links()?, has, rules, refusals })
     }
 
     fn of(&self, index: u32) -> Option<Fact> {
@@ -365,6 +385,7 @@ impl Facts {
             name: name.clone(),
             vrf: vrf.map(|vrf| (vrf.name.clone(), table_of(vrf).unwrap_or_default())),
             forwards: is_on(&format!("ipv4/conf/{name}/forwarding")),
+            carrier: link.carrier,
             filters: ["all", name.as_str()]
                 .map(|name| number(&format!("ipv4/conf/{name}/rp_filter")))
                 .into_iter()

@@ -6,18 +6,20 @@
 
 mod capture;
 mod explain;
+mod gateway;
+mod stage;
 mod trial;
 
 use std::{
     io,
     net::IpAddr,
-    os::fd::AsFd as _,
+    os::fd::{AsFd as _, BorrowedFd},
     sync::mpsc::{self, TryRecvError},
     thread,
     time::{Duration, Instant},
 };
 
-use self::trial::{Sockets, Trial};
+use self::{explain::Reasons, stage::Stage, trial::Trial};
 use super::{
     Agent,
     alarm::{Alarm, Sleeper, alarm},
@@ -26,14 +28,14 @@ use crate::{
     api::{CheckState, CheckStatus},
     dataplane::{
         desired::{Way as Path, device_name},
-        forwarding::{Trials, Way},
+        forwarding::{Direction, Seen, Trials, Way},
         kernel::TRIAL_MARK,
     },
     model::{Mac, PathState, Subnets},
     netlink::{Netlink, nftables::Changes},
     pods::{
-        last_addresses,
-        standin::{Shape, StandIn, link_name},
+        last_addresses, last_but_one,
+        standin::{Shape, link_name},
     },
 };
 
@@ -116,14 +118,14 @@ impl Forwarder {
             tell,
             setting: None,
             is_new: false,
-            standin: None,
+            stage: None,
             trials: Trials::default(),
             skipped: String::new(),
             turn: 0,
             due: Instant::now(),
             tried: None,
             read_at: None,
-            reasons: Vec::new(),
+            reasons: Reasons::default(),
             input: Vec::new(),
             told: Forwarding::default(),
         };
@@ -165,7 +167,7 @@ struct Worker<F> {
     setting: Option<Setting>,
     /// It is another one than that of the last trial.
     is_new: bool,
-    standin: Option<(StandIn, Sockets)>,
+    stage: Option<Stage>,
     trials: Trials,
     /// Why there was no trial; empty if there was one.
     skipped: String,
@@ -175,7 +177,7 @@ struct Worker<F> {
     /// Before this, rules are not read again.
     read_at: Option<Instant>,
     /// What may drop packets, by what was last read.
-    reasons: Vec<String>,
+    reasons: Reasons,
     input: Vec<String>,
     told: Forwarding,
 }
@@ -261,52 +263,60 @@ impl<F: Fn(Forwarding)> Worker<F> {
         let Some(shape) = &setting.shape else {
             return Err("a pod has the address that it is tried from".to_owned());
         };
-        if setting.peers.is_empty() {
-            self.give_up();
-            return Err("there is no peer to try it with".to_owned());
-        }
         let failed = |error: io::Error| match error.kind() {
             io::ErrorKind::PermissionDenied => {
                 "it cannot be tried: that takes CAP_SYS_ADMIN and CAP_NET_RAW".to_owned()
             }
             _ => format!("it cannot be tried: {error}"),
         };
-        let is_right = match &self.standin {
-            Some((standin, _)) => standin.is(&mut self.netlink, shape).map_err(failed)?,
+        let between = explain::are_bridged_filtered(&mut self.netlink, &shape.bridge);
+        let with_mate = between.contains(&true);
+        let is_right = match &self.stage {
+            Some(stage) => stage.is(&mut self.netlink, shape, with_mate).map_err(failed)?,
             None => false,
         };
         if !is_right {
             self.give_up();
-            let made = StandIn::make(&mut self.netlink, shape).map_err(failed)?;
-            let standin =
-                made.ok_or_else(|| "there are no pods on a bridge of gossamer's".to_owned())?;
-            match Sockets::open(&standin, shape) {
-                Ok(sockets) => self.standin = Some((standin, sockets)),
-                Err(error) => {
-                    standin.remove(&mut self.netlink);
-                    return Err(failed(error));
-                }
-            }
+            let set = Stage::set(&mut self.netlink, shape, with_mate).map_err(failed)?;
+            self.stage = set;
         }
-        let Some((standin, sockets)) = self.standin.take() else { return Ok(()) };
+        let mut stage = self
+            .stage
+            .take()
+            .ok_or_else(|| "there are no pods on a bridge of gossamer's".to_owned())?;
         self.turn = self.turn.wrapping_add(1);
-        let seen = Trial { setting, sockets: &sockets, turn: self.turn }.run(|fds, pause| {
-            self.sleeper.wait(fds.iter().copied(), Some(pause));
-            // Whoever wants something else does not wait for the end of this.
-            self.take_orders() && !self.is_new
+        let turn = self.turn;
+        let found = stage.gateway.find(|pause| self.wait(&[], pause));
+        // Without a gateway nothing else can be found out.
+        let has_gateway = found.is_empty() || found.iter().any(|(_, seen)| *seen != Seen::Lost);
+        found.into_iter().for_each(|(way, seen)| self.trials.note(way, seen));
+        // What is not tried any more is not known any more.
+        self.trials.keep(|way| match way.direction {
+            Direction::Between => between[usize::from(!way.ipv4)],
+            Direction::Out | Direction::In => !setting.peers.is_empty(),
+            Direction::Gateway => true,
         });
-        match seen {
-            Ok(seen) => seen.into_iter().for_each(|(way, seen)| self.trials.note(way, seen)),
-            Err(error) => tracing::debug!(%error, "forwarding was not tried"),
+        if has_gateway && !self.is_new {
+            let trial = Trial { setting, sockets: &stage.sockets, between, turn };
+            match trial.run(|fds, pause| self.wait(fds, pause)) {
+                Ok(seen) => seen.into_iter().for_each(|(way, seen)| self.trials.note(way, seen)),
+                Err(error) => tracing::debug!(%error, "forwarding was not tried"),
+            }
         }
         self.skipped.clear();
         let shape = self.setting.as_ref().and_then(|setting| setting.shape.as_ref());
         if shape.is_some() {
-            self.standin = Some((standin, sockets));
+            self.stage = Some(stage);
         } else {
-            standin.remove(&mut self.netlink);
+            stage.remove(&mut self.netlink);
         }
         Ok(())
+    }
+
+    /// Says whether to go on: what wants something else does not wait for the end of a trial.
+    fn wait(&mut self, fds: &[BorrowedFd<'_>], pause: Duration) -> bool {
+        self.sleeper.wait(fds.iter().copied(), Some(pause));
+        self.take_orders() && !self.is_new
     }
 
     fn skip(&mut self, why: String) {
@@ -315,28 +325,25 @@ impl<F: Fn(Forwarding)> Worker<F> {
     }
 
     fn give_up(&mut self) {
-        if let Some((standin, _)) = self.standin.take() {
-            standin.remove(&mut self.netlink);
+        if let Some(stage) = self.stage.take() {
+            stage.remove(&mut self.netlink);
         }
     }
 
     /// What may be in the way, where something is.
     fn read_rules(&mut self, setting: &Setting) {
         let closed = self.trials.closed();
-        if closed.is_empty() {
-            self.reasons.clear();
-        }
+        self.reasons.keep(&closed);
         if !setting.unanswered {
             self.input.clear();
         }
         let begun = Instant::now();
-        if closed.is_empty() && !setting.unanswered || self.read_at.is_some_and(|at| at > begun) {
+        let is_early = self.read_at.is_some_and(|at| at > begun) && self.reasons.explain(&closed);
+        if closed.is_empty() && !setting.unanswered || is_early {
             return;
         }
-        if !closed.is_empty() {
-            let port = self.standin.as_ref().map(|(standin, _)| standin.port());
-            self.reasons = explain::forwarding(&mut self.netlink, setting, port);
-        }
+        let port = self.stage.as_ref().map(Stage::port);
+        self.reasons = Reasons::read(&mut self.netlink, setting, port, &closed);
         if setting.unanswered {
             self.input = explain::input(setting);
         }
@@ -350,23 +357,30 @@ impl<F: Fn(Forwarding)> Worker<F> {
         let open = self.trials.open();
         let (state, detail) = match (closed.as_slice(), open.as_slice()) {
             ([], []) if self.skipped.is_empty() => {
-                (CheckState::Skipped, "no peer has answered so far".to_owned())
+                (CheckState::Skipped, "no trial has ended so far".to_owned())
             }
             ([], []) => (CheckState::Skipped, self.skipped.clone()),
-            ([], open) => (CheckState::Ok, format!("packets pass: {}", list(open))),
+            ([], open) => {
+                (CheckState::Ok, format!("packets pass: {}{}", list(open), untried(open)))
+            }
             (closed, _) => (CheckState::Failing, format!("lost: {}", list(closed))),
         };
-        let mut problems = Vec::new();
-        // Where it is turned off, that is told by the sysctl.
-        let told: Vec<Way> =
-            closed.into_iter().filter(|way| explain::is_forwarding_on(way.ipv4)).collect();
+        let mut problems = self.reasons.gateway.values().cloned().collect::<Vec<_>>();
+        // Where it is turned off, that is told by the sysctl; and without a gateway no way leads out.
+        let is_told = |way: &Way| {
+            let is_through = matches!(way.direction, Direction::Out | Direction::In);
+            let has_gateway = !self.reasons.gateway.contains_key(&way.ipv4);
+            is_through && has_gateway && explain::is_forwarding_on(way.ipv4)
+        };
+        let told: Vec<Way> = closed.iter().copied().filter(is_told).collect();
         if !told.is_empty() {
             problems.push(format!(
                 "this host does not forward packets of pods ({}): {}",
                 list(&told),
-                self.reasons.join("; ")
+                self.reasons.rules.join("; ")
             ));
         }
+        problems.extend(self.reasons.between());
         let status = CheckStatus { state, detail };
         let now = Forwarding { status, problems, input: self.input.clone() };
         if now != self.told {
@@ -374,6 +388,12 @@ impl<F: Fn(Forwarding)> Worker<F> {
             (self.tell)(now);
         }
     }
+}
+
+/// What is missing where no peer was there, or has answered.
+fn untried(open: &[Way]) -> &'static str {
+    let is_through = |way: &Way| matches!(way.direction, Direction::Out | Direction::In);
+    if open.iter().any(is_through) { "" } else { "; no peer has answered so far" }
 }
 
 impl Agent {
@@ -395,6 +415,7 @@ impl Agent {
             bridge: self.config.bridge_name(vni),
             subnets,
             addresses,
+            mate: last_but_one(subnets),
             mtu: self.underlay.mtu,
         });
         let underlay = self.underlay.with_mode(self.config.mode);

@@ -25,6 +25,7 @@ use crate::{
 pub use self::cause::{Cause, Evidence, Fact, MAIN};
 
 mod cause;
+mod home;
 #[cfg(test)]
 mod tests;
 
@@ -33,6 +34,8 @@ const QUESTIONS: usize = 512;
 /// About one subnet, but for addresses of which so many are asked where there are few subnets.
 const PER_SUBJECT: usize = 5;
 const ADDRESSES: usize = 8;
+/// Of addresses in them that are asked about in any case.
+const HOME_SUSPECTS: usize = 32;
 /// Subnets that are named in one sentence.
 const NAMED: usize = 3;
 
@@ -45,6 +48,8 @@ pub struct Ground {
     pub underlay: u32,
     pub local: IpAddr,
     pub own: Vec<Own>,
+    /// Addresses of this host.
+    pub has: BTreeSet<IpAddr>,
     /// Packets of pods to other networks have the address of their host.
     pub masquerade: bool,
 }
@@ -85,13 +90,22 @@ pub enum Kind {
     PodsToHost,
     /// Of a peer's underlay address to pods here: what a host sends itself.
     HostsToPods,
+    /// To pods here, wherever they come from: all of this node's own subnet.
+    Home,
+}
+
+impl Kind {
+    /// Whether such packets are to leave by the interface behind which pods are.
+    const fn is_to_pods_here(self) -> bool {
+        matches!(self, Self::In | Self::Home)
+    }
 }
 
 /// What the kernel is asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Question {
     pub kind: Kind,
-    /// The peer's subnet.
+    /// The peer's subnet; of [`Kind::Home`] this node's own.
     pub subject: IpNet,
     pub from: Option<IpAddr>,
     pub to: IpAddr,
@@ -130,7 +144,7 @@ impl Question {
     /// The peer's end of the packet's way.
     fn there(&self) -> IpAddr {
         match self.kind {
-            Kind::Out | Kind::Own => self.to,
+            Kind::Out | Kind::Own | Kind::Home => self.to,
             Kind::In | Kind::PodsToHost | Kind::HostsToPods => self.from.unwrap_or(self.to),
         }
     }
@@ -168,6 +182,8 @@ pub struct Audit {
     doubts: BTreeMap<IpNet, BTreeSet<(Cause, Kind)>>,
     /// Of each subject an address that is asked about in any case: it went astray, or has a route of its own.
     suspects: BTreeMap<IpNet, IpAddr>,
+    /// Addresses of this node's own subnets that are asked about in any case, one for each cause.
+    home: BTreeSet<IpAddr>,
     /// Addresses to which another program has just made a route.
     told: BTreeSet<IpAddr>,
     /// Causes that the pass before had found: what is seen once may be a change that is under way.
@@ -209,10 +225,16 @@ impl Audit {
                         other.contains(&address) && other.prefix_len() > subject.prefix_len()
                     })
         };
-        self.doubts.retain(|subject, _| subjects.contains_key(subject));
+        let is_own = |subject: &IpNet| ground.own.iter().any(|own| own.subnet == *subject);
+        self.doubts.retain(|subject, _| subjects.contains_key(subject) || is_own(subject));
         self.suspects.retain(|subject, _| subjects.contains_key(subject));
         for address in std::mem::take(&mut self.told) {
-            if let Some(subject) = subjects.keys().rev().find(|subject| subject.contains(&address))
+            if own(&address.into()) {
+                if self.home.len() < HOME_SUSPECTS {
+                    self.home.insert(address);
+                }
+            } else if let Some(subject) =
+                subjects.keys().rev().find(|subject| subject.contains(&address))
             {
                 self.suspects.insert(*subject, address);
             }
@@ -224,15 +246,21 @@ impl Audit {
         let later = subjects.iter().filter(|(subject, _)| Some(**subject) > self.after);
         let earlier = subjects.iter().filter(|(subject, _)| Some(**subject) <= self.after);
         let mut questions = Vec::new();
+        for own in &ground.own {
+            let is_of_family = |subject: &IpNet| is_ipv4(*subject) == is_ipv4(own.subnet);
+            let peer = subjects.iter().find(|(subject, _)| is_of_family(subject));
+            self.ask_home(own, peer, ground, &mut questions);
+        }
+        let asked_at_home = questions.len();
         for (subject, hop) in in_doubt {
-            if questions.len() < QUESTIONS / 2 {
+            if questions.len() - asked_at_home < QUESTIONS / 2 {
                 self.ask(*subject, *hop, ground, addresses, &mut questions);
             }
         }
         self.rest = self.rest.min(subjects.len());
         let mut last = None;
         for (subject, hop) in later.chain(earlier) {
-            if questions.len() >= QUESTIONS {
+            if questions.len() - asked_at_home >= QUESTIONS {
                 break;
             }
             last = Some((*subject, *hop));
@@ -249,7 +277,9 @@ impl Audit {
         self.after = last.map(|(subject, _)| subject);
         questions.retain(|question| {
             let there = question.there();
-            !question.subject.contains(&there) || !is_outranked(question.subject, there)
+            question.kind == Kind::Home
+                || !question.subject.contains(&there)
+                || !is_outranked(question.subject, there)
         });
         questions
     }
@@ -309,23 +339,36 @@ impl Audit {
     /// What followed from the questions of a pass.
     pub fn conclude(&mut self, results: impl IntoIterator<Item = (Question, Option<Cause>)>) {
         let mut asked: BTreeSet<IpNet> = BTreeSet::new();
+        let mut home: BTreeMap<Cause, IpAddr> = BTreeMap::new();
         for (question, cause) in results {
             if asked.insert(question.subject) {
                 self.doubts.remove(&question.subject);
                 self.suspects.remove(&question.subject);
             }
             if let Some(cause) = cause {
-                self.suspects.insert(question.subject, question.there());
+                if question.kind == Kind::Home {
+                    home.insert(cause.clone(), question.to);
+                } else {
+                    self.suspects.insert(question.subject, question.there());
+                }
                 let doubts = self.doubts.entry(question.subject).or_default();
                 doubts.insert((cause, question.kind));
             }
         }
+        self.home = home.into_values().take(HOME_SUSPECTS).collect();
         let mut found: BTreeMap<Cause, Finding> = BTreeMap::new();
         for (subject, doubts) in &self.doubts {
             for (cause, kind) in doubts {
                 let new =
                     || Finding { cause: cause.clone(), kind: *kind, subjects: BTreeSet::new() };
                 let finding = found.entry(cause.clone()).or_insert_with(new);
+                // What takes packets to peers as well is told as that.
+                match (finding.kind, *kind) {
+                    (Kind::Home, Kind::Home) => {}
+                    (Kind::Home, _) => finding.subjects.clear(),
+                    (_, Kind::Home) => continue,
+                    _ => {}
+                }
                 finding.kind = finding.kind.min(*kind);
                 finding.subjects.insert(*subject);
             }
@@ -355,8 +398,8 @@ impl Audit {
 
 impl Finding {
     fn sentence(&self, networks: Subnets) -> Option<String> {
-        let is_ipv4 = self.subjects.first()?.addr().is_ipv4();
-        let network = networks.iter().find(|network| network.addr().is_ipv4() == is_ipv4)?;
+        let of_ipv4 = is_ipv4(*self.subjects.first()?);
+        let network = networks.iter().find(|network| is_ipv4(*network) == of_ipv4)?;
         let mut names: Vec<String> =
             self.subjects.iter().take(NAMED).map(|subject| subject.to_string()).collect();
         if self.subjects.len() > NAMED {
@@ -366,11 +409,15 @@ impl Finding {
     }
 }
 
+const fn is_ipv4(network: IpNet) -> bool {
+    matches!(network, IpNet::V4(_))
+}
+
 /// IPv4 has a reverse path filter, which drops what comes by another interface than the one by which its
 /// sender is reached. Between pods and the hosts' own addresses that is so by design.
 fn filters(subject: IpNet, peer: IpAddr, ground: &Ground) -> Vec<Question> {
-    let own = ground.own.iter().find(|own| own.subnet.addr().is_ipv4());
-    let Some(own) = own.filter(|_| ground.local.is_ipv4() && subject.addr().is_ipv4()) else {
+    let own = ground.own.iter().find(|own| is_ipv4(own.subnet));
+    let Some(own) = own.filter(|_| ground.local.is_ipv4() && is_ipv4(subject)) else {
         return Vec::new();
     };
     // Under another address they are ordinary packets.

@@ -4,7 +4,11 @@
 //! Two proofs that concern this host alone. *Out*: a pod's echo request to a peer's VTEP. It counts as lost
 //! here only where that peer answers this host itself at the same time, and where a datagram is not seen
 //! leaving either. *In*: a packet as if it came through the tunnel. It counts as lost only where it was seen
-//! coming out of the tunnel. Pure: packets are made here, and sent elsewhere.
+//! coming out of the tunnel.
+//!
+//! Two more that need no peer. *Gateway*: this host answers a pod that asks for the MAC of its gateway.
+//! *Between pods*: a packet to a second pod on the same bridge, where the kernel shows such packets to the
+//! firewall of what is forwarded. Pure: packets are made here, and sent elsewhere.
 
 use std::{collections::BTreeMap, fmt, time::Duration};
 
@@ -25,6 +29,10 @@ pub enum Direction {
     Out,
     /// From the overlay to pods.
     In,
+    /// From pods to this host itself, which is their gateway: ARP, or neighbour discovery.
+    Gateway,
+    /// From one pod of this host to another.
+    Between,
 }
 
 /// Packets of one direction and family, which a host forwards by rules of their own.
@@ -82,6 +90,11 @@ impl Trials {
         self.ways.clear();
     }
 
+    /// Forgets ways that are not tried any more.
+    pub fn keep(&mut self, is_tried: impl Fn(&Way) -> bool) {
+        self.ways.retain(|way, _| is_tried(way));
+    }
+
     /// Ways that packets do not pass.
     pub fn closed(&self) -> Vec<Way> {
         self.with(false)
@@ -109,6 +122,8 @@ impl fmt::Display for Way {
         let direction = match self.direction {
             Direction::Out => "out",
             Direction::In => "in",
+            Direction::Gateway => "gateway",
+            Direction::Between => "between pods",
         };
         write!(f, "IPv{} {direction}", if self.ipv4 { 4 } else { 6 })
     }
@@ -147,6 +162,9 @@ mod tests {
         trials.note(OUT, Seen::Unclear);
         assert!(trials.closed().is_empty() && trials.open().is_empty());
         trials.note(OUT, Seen::Passed);
+        trials.note(IN, Seen::Passed);
+        trials.keep(|way| *way == IN);
+        assert_eq!(trials.open(), [IN]);
         trials.forget();
         assert!(trials.open().is_empty());
     }

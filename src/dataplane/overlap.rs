@@ -23,7 +23,8 @@ pub struct Foreign {
 pub enum ForeignKind {
     /// An address of an interface.
     Address,
-    /// An address of a bridge: the home of containers of this host, if it is in the host's own subnet.
+    /// An address of a bridge: the home of containers of this host, if it is in the host's own subnet and
+    /// no other bridge is that.
     Bridge,
     /// A route of another program.
     Route,
@@ -54,14 +55,27 @@ impl Foreign {
 }
 
 /// A sentence about each address of this host that takes packets away from pods, given the overlay's
-/// networks and this node's own subnets.
-pub fn problems(foreign: &[Foreign], networks: &[IpNet], own: &[IpNet]) -> Vec<String> {
-    let is_home = |found: &Foreign| {
-        found.kind == ForeignKind::Bridge && own.iter().any(|own| own.contains(&found.address()))
+/// networks, this node's own subnets, and the bridge that gossamer has made for pods, if it has.
+pub fn problems(
+    foreign: &[Foreign],
+    networks: &[IpNet],
+    own: &[IpNet],
+    pods: Option<&str>,
+) -> Vec<String> {
+    let home_of = |subnet: &IpNet| {
+        let mut bridges = foreign
+            .iter()
+            .filter(|found| found.kind == ForeignKind::Bridge && subnet.contains(&found.address()));
+        pods.or_else(|| bridges.next().map(|found| found.interface.as_str()))
     };
-    let named = foreign.iter().filter(|found| found.kind != ForeignKind::Route && !is_home(found));
+    let named = foreign.iter().filter(|found| found.kind != ForeignKind::Route);
     named
         .filter_map(|found| {
+            let subnet = own.iter().find(|own| own.contains(&found.address()));
+            if let Some((subnet, home)) = subnet.and_then(|subnet| Some((subnet, home_of(subnet)?)))
+            {
+                return (found.interface != home).then(|| rival(found, *subnet, home));
+            }
             let network = networks.iter().find(|network| found.takes_from(network))?;
             Some(format!(
                 "{} on {} is in the overlay's network {network}: packets for pods in {} leave by that \
@@ -72,6 +86,24 @@ pub fn problems(foreign: &[Foreign], networks: &[IpNet], own: &[IpNet]) -> Vec<S
             ))
         })
         .collect()
+}
+
+/// One subnet cannot be behind two interfaces: the kernel takes the route that was there first.
+fn rival(found: &Foreign, subnet: IpNet, home: &str) -> String {
+    let Foreign { network, interface, kind, .. } = found;
+    let whole = match kind {
+        ForeignKind::Bridge => {
+            format!(
+                "; a bridge that is left over from another network goes as a whole: ip link del {interface}"
+            )
+        }
+        ForeignKind::Address | ForeignKind::Route => String::new(),
+    };
+    format!(
+        "{} on {interface} is in this node's own subnet {subnet}, of which {home} is the bridge: packets for \
+         pods leave by {interface} instead; remove it (ip addr del {network} dev {interface}){whole}",
+        found.address()
+    )
 }
 
 #[cfg(test)]
@@ -108,10 +140,34 @@ mod tests {
     fn bridge_in_the_own_subnet_is_the_home_of_pods_and_others_are_named() {
         let pool = ["10.42.0.0/16".parse().expect("a network")];
         let own = ["10.42.1.0/24".parse().expect("a network")];
-        let said = |network, kind| problems(&[foreign(network, kind)], &pool, &own);
+        let said = |network, kind| problems(&[foreign(network, kind)], &pool, &own, None);
         assert!(said("10.42.1.1/24", ForeignKind::Bridge).is_empty());
         assert!(said("10.42.1.7/24", ForeignKind::Address)[0].contains("10.42.1.7 on eth1"));
         assert!(said("10.42.5.1/24", ForeignKind::Bridge)[0].contains("10.42.5.0/24"));
         assert!(said("192.0.2.1/24", ForeignKind::Address).is_empty());
+    }
+
+    #[test]
+    fn second_bridge_in_the_own_subnet_is_named_with_the_command_that_removes_it() {
+        let pool = ["10.42.0.0/16".parse().expect("a network")];
+        let own = ["10.42.1.0/24".parse().expect("a network")];
+        let of = |interface: &str| Foreign {
+            interface: interface.to_owned(),
+            ..foreign("10.42.1.1/24", ForeignKind::Bridge)
+        };
+        let said = problems(&[of("cni0")], &pool, &own, Some("gsm0"));
+        assert_eq!(said.len(), 1, "{said:?}");
+        for words in ["10.42.1.1 on cni0", "gsm0 is the bridge", "ip link del cni0"] {
+            assert!(said[0].contains(words), "{words}: {said:?}");
+        }
+        let said = problems(&[of("pods"), of("cni0")], &pool, &own, None);
+        assert!(said.len() == 1 && said[0].contains("pods is the bridge"), "{said:?}");
+        // An address that is no bridge's, beside one.
+        let card = foreign("10.42.1.7/32", ForeignKind::Address);
+        let said = problems(&[of("pods"), card], &pool, &own, None);
+        assert!(
+            said.len() == 1 && said[0].contains("ip addr del 10.42.1.7/32 dev eth1"),
+            "{said:?}"
+        );
     }
 }

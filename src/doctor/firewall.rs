@@ -66,8 +66,11 @@ fn forwarding(patient: &Patient, chains: &ForeignChains, networks: &[IpNet]) -> 
     match tried.and_then(|tried| tried["state"].as_str()) {
         Some("ok") => return vec![Finding::ok("forwarding", detail)],
         Some("failing") => {
-            let problems =
-                patient.problems().filter(|problem| problem.contains("does not forward"));
+            let is_about_it = |problem: &&str| {
+                problem.contains("does not forward")
+                    || problem.contains("do not find their gateway")
+            };
+            let problems = patient.problems().filter(is_about_it);
             let findings = problems.filter_map(|problem| problem.split_once(": "));
             let findings = findings.map(|(seen, fix)| {
                 let why = "pods here do not reach others, or are not reached by them";

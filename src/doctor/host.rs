@@ -14,7 +14,7 @@ use crate::{
     dataplane::{
         desired::{Mode, device_name},
         firewall::Firewall,
-        kernel::{FirewallTable, Kernel, sysctl},
+        kernel::{FirewallTable, Kernel, overlaps, sysctl},
     },
     netlink::{Netlink, in_thread, link::Link},
 };
@@ -222,28 +222,16 @@ fn overlays(links: &[Link], numbers: &Numbers) -> Vec<Finding> {
 /// Networks of interfaces that are also the overlay's.
 fn overlap(patient: &Patient, numbers: &Numbers, findings: &mut Vec<Finding>) {
     let Ok(mut netlink) = Netlink::open() else { return };
-    let (Ok(links), Ok(addresses)) = (netlink.links(), netlink.addresses()) else { return };
-    let bridge = patient.config.as_ref().ok().map(|config| config.bridge_name(numbers.vni));
-    let ours = [Some(device_name(numbers.vni)), bridge];
-    let subnets: Vec<ipnet::IpNet> = ["subnet", "subnet6"]
+    let own: Vec<ipnet::IpNet> = ["subnet", "subnet6"]
         .into_iter()
         .filter_map(|key| patient.status()?[key].as_str()?.parse().ok())
         .collect();
-    for address in addresses {
-        let Some(link) = links.iter().find(|link| link.index == address.link) else { continue };
-        // Pods' bridges of whatever kind have an address of this node's own subnet.
-        let is_ours = ours.iter().flatten().any(|name| *name == link.name)
-            || subnets.iter().any(|subnet| subnet.contains(&address.ip));
-        let network = numbers.networks.iter().find(|network| network.contains(&address.ip));
-        if let (false, Some(network)) = (is_ours, network) {
-            findings.push(Finding::problem(
-                "overlays",
-                format!("{} on {} is in the overlay's network {network}", address.ip, link.name),
-                "addresses there lead out of that interface instead of to pods",
-                "give the overlay another network (--network when it is founded), or that interface",
-            ));
-        }
-    }
+    let sentences = overlaps(&mut netlink, &numbers.networks, &own).unwrap_or_default();
+    findings.extend(sentences.iter().map(|sentence| {
+        let (seen, rest) = sentence.split_once(": ").unwrap_or((sentence, ""));
+        let (why, fix) = rest.split_once("; ").unwrap_or((rest, ""));
+        Finding::problem("overlays", seen, why, fix)
+    }));
 }
 
 fn mtu(patient: &Patient, links: &[Link], underlay: Option<&str>) -> Vec<Finding> {

@@ -10,9 +10,11 @@ pub mod attributes;
 pub mod ethtool;
 pub mod link;
 pub mod monitor;
+pub mod neighbour;
 pub mod nftables;
 mod raw;
 pub mod route;
+pub mod xfrm;
 
 use std::{fmt, io, os::fd::AsFd, thread, time::Duration};
 

@@ -229,6 +229,12 @@ pub fn last_addresses(subnets: Subnets) -> Addresses {
     addresses_at(subnets, last_place(subnets))
 }
 
+/// Those before them; none where the subnets have no more than one place for a pod.
+pub fn last_but_one(subnets: Subnets) -> Option<Addresses> {
+    let place = last_place(subnets).checked_sub(1).filter(|place| *place > GATEWAY)?;
+    Some(addresses_at(subnets, place))
+}
+
 /// An address as an interface in this subnet has it.
 pub fn with_length(ip: IpAddr, subnet: IpNet) -> IpNet {
     IpNet::new_assert(ip, subnet.prefix_len())

@@ -5,7 +5,12 @@
 //! that nothing is left of an agent that was killed. It has the last address of the subnet, which is given to
 //! a pod when there is no other; whoever uses this gives it up then.
 
-use std::{fs::File, io, os::fd::AsRawFd as _};
+use std::{
+    fs::File,
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    os::fd::AsRawFd as _,
+};
 
 use nix::sched::{CloneFlags, unshare};
 use rtnetlink::{
@@ -22,7 +27,7 @@ use super::{
     gateway,
 };
 use crate::{
-    model::{Addresses, Subnets},
+    model::{Addresses, Mac, Subnets},
     netlink::{Netlink, Request, in_thread, inside, link::no_ipv6_address},
 };
 
@@ -39,6 +44,8 @@ pub struct Shape {
     pub bridge: String,
     pub subnets: Subnets,
     pub addresses: Addresses,
+    /// Of a second one, for packets between two pods; none where the subnet is too small.
+    pub mate: Option<Addresses>,
     pub mtu: u32,
 }
 
@@ -47,9 +54,20 @@ pub struct Shape {
 pub struct StandIn {
     netns: File,
     shape: Shape,
+    link: String,
     /// Indices of the bridge and of its port.
     bridge: u32,
     port: u32,
+}
+
+/// Which of the two it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Role {
+    /// The one that is like a pod.
+    First,
+    /// The one to which the first speaks by way of the bridge alone. It answers no ARP, and its MAC is known
+    /// to the first alone: its address may be a pod's.
+    Mate,
 }
 
 /// The name of its end on this host, in the overlay of this VNI: no pod's end is called like that.
@@ -62,38 +80,56 @@ impl StandIn {
     pub fn make(netlink: &mut Netlink, shape: &Shape) -> io::Result<Option<Self>> {
         let found = netlink.link(&shape.bridge)?;
         let Some(bridge) = found.filter(|link| link.alias == ALIAS) else { return Ok(None) };
-        remove_former(netlink, &shape.link)?;
+        Self::plugged_into(bridge.index, netlink, shape, Role::First).map(Some)
+    }
+
+    /// Makes a second one beside it, at the mate's addresses of its shape.
+    pub fn make_mate(&self, netlink: &mut Netlink) -> io::Result<Self> {
+        Self::plugged_into(self.bridge, netlink, &self.shape, Role::Mate)
+    }
+
+    fn plugged_into(
+        bridge: u32,
+        netlink: &mut Netlink,
+        shape: &Shape,
+        role: Role,
+    ) -> io::Result<Self> {
+        let (link, mac) = match role {
+            Role::First => (shape.link.clone(), mac_at(shape.addresses.first)),
+            Role::Mate => (format!("{}b", shape.link), shape.mate_mac()),
+        };
+        remove_former(netlink, &link)?;
         let netns = in_thread(|| {
             unshare(CloneFlags::CLONE_NEWNET)?;
             File::open("/proc/thread-self/ns/net")
         })?;
         let inner = LinkMessageBuilder::<LinkUnspec>::new()
             .name(INNER.to_owned())
-            .address(mac_at(shape.addresses.first).as_bytes().to_vec())
+            .address(mac.as_bytes().to_vec())
             .mtu(shape.mtu)
             .setns_by_fd(netns.as_raw_fd());
-        let pair = LinkVeth::new(&shape.link, INNER)
+        let pair = LinkVeth::new(&link, INNER)
             .set_info_data(InfoData::Veth(InfoVeth::Peer(inner.build())))
             .mtu(shape.mtu)
-            .controller(bridge.index);
+            .controller(bridge);
         netlink.create_link(pair.build())?;
-        let port = netlink.index_of(&shape.link)?;
-        let made = Self { netns, shape: shape.clone(), bridge: bridge.index, port };
+        let port = netlink.index_of(&link)?;
         // A port needs none; a kernel without IPv6 refuses to hear of it.
-        let Request { message, flags } = without_address(&shape.link);
+        let Request { message, flags } = without_address(&link);
+        let made = Self { netns, shape: shape.clone(), link, bridge, port };
         let _ = netlink.apply_one(message, flags);
         let up = LinkUnspec::new_with_index(port).alias(OWN_ALIAS).up();
-        let furnished = netlink.set_link(up).and_then(|()| made.furnish());
+        let furnished = netlink.set_link(up).and_then(|()| made.furnish(role));
         if let Err(error) = furnished {
             made.remove(netlink);
             return Err(error);
         }
-        Ok(Some(made))
+        Ok(made)
     }
 
     /// Whether it is still like this, on a bridge that is still there.
     pub fn is(&self, netlink: &mut Netlink, shape: &Shape) -> io::Result<bool> {
-        let port = netlink.link(&self.shape.link)?;
+        let port = netlink.link(&self.link)?;
         let is_whole = port.is_some_and(|port| {
             port.index == self.port && port.up && port.is_plugged_into(self.bridge)
         });
@@ -103,6 +139,15 @@ impl StandIn {
     /// Does something inside. Sockets that are opened stay there for good.
     pub fn inside<T: Send>(&self, work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
         inside(&self.netns, work)
+    }
+
+    /// A socket inside, and the index of the interface there.
+    pub fn netlink(&self) -> io::Result<(Netlink, u32)> {
+        self.inside(|| {
+            let mut netlink = Netlink::open()?;
+            let index = netlink.index_of(INNER)?;
+            Ok((netlink, index))
+        })
     }
 
     pub const fn port(&self) -> u32 {
@@ -115,34 +160,55 @@ impl StandIn {
         let _ = netlink.delete_link(self.port);
     }
 
-    fn furnish(&self) -> io::Result<()> {
-        let Shape { addresses, subnets, .. } = &self.shape;
+    fn furnish(&self, role: Role) -> io::Result<()> {
+        let Shape { addresses, subnets, mate, .. } = &self.shape;
         self.inside(|| {
             let mut netlink = Netlink::open()?;
             let index = netlink.index_of(INNER)?;
             let quiet = LinkUnspec::new_with_index(index);
             let _ = netlink.set_link(quiet.append_extra_attribute(no_ipv6_address()));
-            netlink.set_link(LinkUnspec::new_with_index(index).up())?;
-            for (ip, subnet) in addresses.iter().zip(subnets.iter()) {
+            let up = LinkUnspec::new_with_index(index).up();
+            netlink.set_link(if role == Role::Mate { up.arp(false) } else { up })?;
+            let mates = mate.iter().copied().flat_map(Addresses::iter);
+            let (own, other, mac): (Vec<_>, Vec<_>, _) = match role {
+                Role::First => (addresses.iter().collect(), mates.collect(), self.shape.mate_mac()),
+                Role::Mate => {
+                    (mates.collect(), addresses.iter().collect(), mac_at(addresses.first))
+                }
+            };
+            for (ip, subnet) in own.into_iter().zip(subnets.iter()) {
                 let Request { message, flags } = address_request(index, ip, subnet.prefix_len());
                 netlink.apply_one(message, flags)?;
-                let via = gateway(subnet);
-                let route = match via {
-                    std::net::IpAddr::V4(via) => RouteMessageBuilder::<std::net::Ipv4Addr>::new()
-                        .output_interface(index)
-                        .gateway(via)
-                        .build(),
-                    std::net::IpAddr::V6(via) => RouteMessageBuilder::<std::net::Ipv6Addr>::new()
-                        .output_interface(index)
-                        .gateway(via)
-                        .build(),
-                };
-                let route = RouteNetlinkMessage::NewRoute(route);
-                netlink.apply_one(route, NLM_F_CREATE | NLM_F_EXCL)?;
+                if role == Role::First {
+                    netlink.apply_one(
+                        default_route(index, gateway(subnet)),
+                        NLM_F_CREATE | NLM_F_EXCL,
+                    )?;
+                }
             }
-            Ok(())
+            other.into_iter().try_for_each(|ip| netlink.set_neighbour(index, ip, mac))
         })
     }
+}
+
+impl Shape {
+    /// No pod has it, whatever its address.
+    fn mate_mac(&self) -> Mac {
+        let [_, rest @ ..] = *mac_at(self.addresses.first).as_bytes();
+        let [a, b, c, d, e] = rest;
+        Mac::from_bytes([0x0e, a, b, c, d, e])
+    }
+}
+
+fn default_route(link: u32, via: IpAddr) -> RouteNetlinkMessage {
+    RouteNetlinkMessage::NewRoute(match via {
+        IpAddr::V4(via) => {
+            RouteMessageBuilder::<Ipv4Addr>::new().output_interface(link).gateway(via).build()
+        }
+        IpAddr::V6(via) => {
+            RouteMessageBuilder::<Ipv6Addr>::new().output_interface(link).gateway(via).build()
+        }
+    })
 }
 
 /// Of an agent that was killed a moment ago: the kernel is about to remove it.

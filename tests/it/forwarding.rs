@@ -68,7 +68,8 @@ const WALLS: [(&str, &str, &str); 7] = [
         "(IPv4 out)",
         "chain bridge wall in (hook input) has the policy drop",
         "nft add table bridge wall && \
-         nft add chain bridge wall in { type filter hook input priority 0 ; policy drop ; }",
+         nft add chain bridge wall in { type filter hook input priority 0 ; policy drop ; } && \
+         nft add rule bridge wall in ether type arp accept",
     ),
     (
         "(IPv4 out)",
@@ -233,6 +234,191 @@ fn a_silent_peer_is_no_fault_of_this_host() {
         }
         let status = cluster.agents[1].ask("/v1/status", PATIENCE)?;
         assert!(!status["problems"].to_string().contains("does not forward"), "{status:#}");
+        Ok(())
+    });
+}
+
+/// What is named, what keeps pods from finding their gateway, and how it is taken away.
+const SILENCERS: [(&str, &str, &str); 5] = [
+    (
+        "net.ipv4.conf.gsm0.arp_ignore is 8",
+        "sysctl -w net.ipv4.conf.gsm0.arp_ignore=8",
+        "sysctl -w net.ipv4.conf.gsm0.arp_ignore=0",
+    ),
+    (
+        "net.ipv4.conf.all.arp_ignore is 8",
+        "sysctl -w net.ipv4.conf.all.arp_ignore=8",
+        "sysctl -w net.ipv4.conf.all.arp_ignore=0",
+    ),
+    ("ip link set gsm0 arp on", "ip link set gsm0 arp off", "ip link set gsm0 arp on"),
+    (
+        "chain arp wall in (hook input) has the policy drop",
+        "nft add table arp wall && \
+         nft add chain arp wall in { type filter hook input priority 0 ; policy drop ; }",
+        "nft delete table arp wall",
+    ),
+    (
+        "chain bridge wall in (hook input) has rules that drop",
+        "nft add table bridge wall && \
+         nft add chain bridge wall in { type filter hook input priority 0 ; } && \
+         nft add rule bridge wall in ether type arp drop",
+        "nft delete table bridge wall",
+    ),
+];
+
+#[test]
+fn pods_that_do_not_find_their_gateway_are_named_with_the_cause_until_they_do() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let mut spaces = Vec::new();
+        with_pods(&mut cluster, &mut spaces)?;
+        let host = &cluster.hosts[1].netns;
+        let agent = &mut cluster.agents[1];
+        status_where(agent, |status| detail(status).contains("IPv4 gateway"));
+        for (words, plant, remove) in SILENCERS {
+            sh(host, plant);
+            // Rules that change have it tried at once.
+            sh(host, "nft add table ip change");
+            wait_until(words, PATIENCE, || {
+                has_problem(agent, "pods do not find their gateway 10.42.")
+                    && has_problem(agent, "it answers no ARP")
+                    && has_problem(agent, words)
+            });
+            let status = agent.ask("/v1/status", PATIENCE)?;
+            let problems = status["problems"].to_string();
+            assert!(!problems.contains("no rule was found"), "no other cause: {problems}");
+            let doctor =
+                format!("{} doctor --socket {}", program().display(), agent.socket().display());
+            let shown = String::from_utf8(run(host, &doctor).stdout)?;
+            assert!(shown.contains("PROBLEM   forwarding"), "{shown}");
+            sh(host, &format!("{remove} && nft delete table ip change"));
+            wait_until("still named", PATIENCE, || {
+                let status = agent.ask("/v1/status", PATIENCE).expect("a status");
+                status["problems"] == serde_json::json!([])
+            });
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn pods_that_do_not_find_their_ipv6_gateway_are_named() {
+    isolated(|lab| {
+        let first = lab.host(1, "n1")?;
+        let mut agent = Agent::start(program(), &first, &["--init", "--network6", "fd42::/48"])?;
+        agent.wait_converged(1, PATIENCE)?;
+        let _spaces = namespaces(&["a"])?;
+        Runtime::new(&agent).add("a");
+        // It takes no peer.
+        status_where(&mut agent, |status| detail(status).contains("IPv6 gateway"));
+        let host = &first.netns;
+        sh(
+            host,
+            "nft add table ip6 wall && \
+             nft add chain ip6 wall in { type filter hook input priority 0 ; policy drop ; }",
+        );
+        wait_until("not named", PATIENCE, || {
+            has_problem(&mut agent, "pods do not find their gateway fd42:")
+                && has_problem(&mut agent, "chain ip6 wall in (hook input) has the policy drop")
+        });
+        assert!(!has_problem(&mut agent, "pods do not find their gateway 10."));
+        sh(host, "nft delete table ip6 wall");
+        wait_until("still named", PATIENCE, || !has_problem(&mut agent, "do not find"));
+        Ok(())
+    });
+}
+
+/// Docker and Kubernetes turn it on, with a policy of their own for forwarded packets.
+#[test]
+fn pods_of_one_host_that_do_not_reach_each_other_by_rules_for_bridged_packets_are_named() {
+    isolated(|lab| {
+        let test =
+            "pods_of_one_host_that_do_not_reach_each_other_by_rules_for_bridged_packets_are_named";
+        let mut cluster = Cluster::start(lab, 2)?;
+        let mut spaces = Vec::new();
+        with_pods(&mut cluster, &mut spaces)?;
+        let host = &cluster.hosts[1].netns;
+        if !run(host, "sysctl -w net.bridge.bridge-nf-call-iptables=1").status.success() {
+            crate::common::skipped(test, "br_netfilter is not loaded");
+            return Ok(());
+        }
+        let agent = &mut cluster.agents[1];
+        spaces.extend(namespaces(&["c", "d"])?);
+        let _c = Runtime::new(agent).add("c");
+        let d = Runtime::new(agent).add("d");
+        let address = d["ips"][0]["address"].as_str().expect("an address");
+        let ping = format!("ping -c 1 -W 1 {}", address.split('/').next().expect("an address"));
+        let reaches = || run(&spaces[2], &ping).status.success();
+        // Only what goes through the tunnel may pass.
+        let wall = "nft add table ip filter && \
+                    nft add chain ip filter FORWARD \
+                    { type filter hook forward priority 0 ; policy drop ; } && \
+                    nft add rule ip filter FORWARD iifname gossamer.1 accept && \
+                    nft add rule ip filter FORWARD oifname gossamer.1 accept";
+        sh(host, wall);
+        assert!(!reaches(), "the case is another one");
+        wait_until("not named", PATIENCE, || {
+            has_problem(agent, "does not forward packets between its own pods (IPv4)")
+                && has_problem(agent, "net.bridge.bridge-nf-call-iptables is 1")
+                && has_problem(agent, "chain ip filter FORWARD (hook forward) has the policy drop")
+        });
+        let status = agent.ask("/v1/status", PATIENCE)?;
+        assert!(detail(&status).contains("lost: IPv4 between pods"), "{status:#}");
+        assert_eq!(status["problems"].as_array().map(Vec::len), Some(1), "{status:#}");
+        let doctor =
+            format!("{} doctor --socket {}", program().display(), agent.socket().display());
+        let shown = String::from_utf8(run(host, &doctor).stdout)?;
+        assert!(
+            shown.contains("PROBLEM   forwarding") && shown.contains("between its own pods"),
+            "{shown}"
+        );
+        // What helps, as it is said.
+        sh(host, "nft insert rule ip filter FORWARD ip saddr 10.42.0.0/16 accept");
+        wait_until("still named", PATIENCE, || !has_problem(agent, "does not forward"));
+        assert!(reaches());
+        // Where bridged packets go through no rule, it is not tried.
+        sh(host, "sysctl -w net.bridge.bridge-nf-call-iptables=0 && nft delete table ip filter");
+        sh(host, wall);
+        assert!(reaches());
+        status_where(agent, |status| {
+            state(status) == "ok" && !detail(status).contains("IPv4 between")
+        });
+        // A bridge has a setting of its own for that.
+        if run(host, "ip link set gsm0 type bridge nf_call_iptables 1").status.success() {
+            sh(host, "nft add table ip change");
+            wait_until("not named", PATIENCE, || {
+                has_problem(agent, "ip link set gsm0 type bridge nf_call_iptables 0")
+            });
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn ipsec_policies_that_take_packets_of_pods_are_named() {
+    isolated(|lab| {
+        let test = "ipsec_policies_that_take_packets_of_pods_are_named";
+        let mut cluster = Cluster::start(lab, 2)?;
+        let mut spaces = Vec::new();
+        with_pods(&mut cluster, &mut spaces)?;
+        let host = &cluster.hosts[1].netns;
+        let policy =
+            "ip xfrm policy add dir fwd src 10.42.0.0/16 dst 10.0.0.0/8 action block priority 7";
+        if !run(host, policy).status.success() {
+            crate::common::skipped(test, "the kernel has no IPsec");
+            return Ok(());
+        }
+        sh(host, "ip xfrm policy add dir out src 192.168.0.0/16 dst 192.168.0.0/16 action block");
+        let agent = &mut cluster.agents[1];
+        sh(host, "nft add table ip change");
+        wait_until("not named", PATIENCE, || {
+            has_problem(
+                agent,
+                "an IPsec policy takes packets from 10.42.0.0/16 to 10.0.0.0/8 (ip xfrm policy: dir fwd, \
+                 priority 7)",
+            )
+        });
+        assert!(!has_problem(agent, "192.168.0.0/16"));
         Ok(())
     });
 }

@@ -3,8 +3,12 @@
 use gossamer::lab::{Agent, Host};
 use nix::sys::signal::Signal;
 
-use crate::common::{
-    Cluster, PATIENCE, client, has_problem, isolated, program, run, status_where, tool, wait_until,
+use crate::{
+    cni::{Runtime, namespaces},
+    common::{
+        Cluster, PATIENCE, client, has_problem, isolated, program, run, status_where, tool,
+        wait_until,
+    },
 };
 
 /// Gives a host another interface with an address.
@@ -69,6 +73,50 @@ fn joiner_takes_a_subnet_that_leads_nowhere_else_and_names_the_rest() {
         let mut agent = cluster.start_agent(&host, &[])?;
         let status = agent.wait_converged(2, PATIENCE)?;
         assert_ne!(Agent::subnet(&status)?, subnet);
+        Ok(())
+    });
+}
+
+/// flannel's bridge is left over, or Docker's has the subnet, and pods are on gossamer's own.
+#[test]
+fn second_bridge_in_the_own_subnet_is_named_with_the_command_that_removes_it() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let agent = &mut cluster.agents[1];
+        let subnet = Agent::subnet(&agent.ask("/v1/status", PATIENCE)?)?;
+        let host = &cluster.hosts[1].netns;
+        let gateway = subnet.hosts().next().expect("an address");
+        for command in [
+            "ip link add cni0 type bridge",
+            "ip link add old0 type veth peer name old1",
+            "ip link set old0 master cni0 up",
+            "ip link set old1 up",
+            "ip link set cni0 up",
+            &format!("ip addr add {gateway}/24 dev cni0"),
+        ] {
+            tool(host, command);
+        }
+        let _pod = namespaces(&["a"])?;
+        Runtime::new(agent).add("a");
+        let words = format!("{gateway} on cni0 is in this node's own subnet {subnet}");
+        let status = status_where(agent, |status| status["problems"].to_string().contains(&words));
+        assert!(status["problems"].to_string().contains("ip link del cni0"), "{status:#}");
+        let doctor =
+            format!("{} doctor --socket {}", program().display(), agent.socket().display());
+        let doctor = String::from_utf8(run(host, &doctor).stdout)?;
+        assert!(doctor.contains("PROBLEM   overlays") && doctor.contains("on cni0"), "{doctor}");
+        // No other cause is made up, however often it is tried.
+        wait_until("the way is not found wrong", PATIENCE, || {
+            let status = agent.ask("/v1/status", PATIENCE).expect("a status");
+            status["kernel"]["routing"]["state"] == "failing"
+        });
+        assert!(!has_problem(agent, "no rule was found"));
+        tool(host, "ip link del cni0");
+        status_where(agent, |status| status["problems"].as_array().is_some_and(Vec::is_empty));
+        // One that comes later takes nothing as long as the other is there, and is in the way all the same.
+        tool(host, "ip link add docker9 type bridge");
+        tool(host, &format!("ip addr add {gateway}/24 dev docker9"));
+        wait_until("it is not named", PATIENCE, || has_problem(agent, "on docker9"));
         Ok(())
     });
 }

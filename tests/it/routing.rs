@@ -87,6 +87,67 @@ fn a_way_that_leads_elsewhere_is_named_by_its_cause_until_it_is_gone() {
     });
 }
 
+/// The same for this host's own subnet, 10.42.1.0/24, whose pods are behind a bridge made by hand.
+const FAULTS_AT_HOME: [(&str, &str, &str); 6] = [
+    (
+        "leave by d0: a route of another program in the main table takes 10.42.1.0/25",
+        "ip route add 10.42.1.0/25 dev d0",
+        "ip route del 10.42.1.0/25 dev d0",
+    ),
+    (
+        "remove it (ip route del 10.42.1.77/32 dev d0 metric 0)",
+        "ip route add 10.42.1.77/32 dev d0",
+        "ip route del 10.42.1.77/32 dev d0",
+    ),
+    (
+        "takes 10.42.1.9/32, which is of this node's own subnet",
+        "ip addr add 192.168.77.1 peer 10.42.1.9 dev d0",
+        "ip addr del 192.168.77.1 peer 10.42.1.9 dev d0",
+    ),
+    (
+        "packets to pods here, in 10.42.1.0/24, leave by d0: table 52 has a route for them",
+        "ip route add 10.42.1.64/26 dev d0 table 52 && ip rule add lookup 52 pref 5270",
+        "ip rule del pref 5270 && ip route flush table 52",
+    ),
+    (
+        "are dropped by the blackhole route to 10.42.1.32/27",
+        "ip route add blackhole 10.42.1.32/27",
+        "ip route del blackhole 10.42.1.32/27",
+    ),
+    (
+        "takes 10.42.1.128/25, which is of this node's own subnet",
+        "ip route add 10.42.1.128/25 dev d0",
+        "ip route del 10.42.1.128/25 dev d0",
+    ),
+];
+
+#[test]
+fn what_takes_a_part_of_the_own_subnet_is_named_until_it_is_gone() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let subnet = Agent::subnet(&cluster.agents[0].ask("/v1/status", PATIENCE)?)?;
+        let prefix = subnet.to_string().replace("0/24", "");
+        let here = |text: &str| text.replace("10.42.1.", &prefix);
+        let _pods = cluster.pods()?;
+        let host = &cluster.hosts[0].netns;
+        sh(host, "ip link add d0 type veth peer name d1 && ip link set d0 up && ip link set d1 up");
+        let agent = &mut cluster.agents[0];
+        for (words, plant, remove) in FAULTS_AT_HOME {
+            let (words, plant, remove) = (&here(words), &here(plant), &here(remove));
+            sh(host, plant);
+            wait_until(words, PATIENCE, || has_problem(agent, words));
+            let status = agent.ask("/v1/status", PATIENCE)?;
+            let problems = status["problems"].as_array().expect("problems");
+            assert_eq!(problems.len(), 1, "one cause, one problem: {problems:#?}");
+            let shown = doctor(host, agent);
+            assert!(shown.contains("PROBLEM   routing"), "{shown}");
+            sh(host, remove);
+            wait_until("still named", PATIENCE, || !has_problem(agent, words));
+        }
+        Ok(())
+    });
+}
+
 #[test]
 fn nobody_is_told_to_open_a_port_while_packets_take_another_way_here() {
     isolated(|lab| {

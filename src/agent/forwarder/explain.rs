@@ -1,29 +1,163 @@
 //! What may drop packets of which a trial has shown that they do not pass: read, and never decided by.
 
-use std::{fs, io};
+use std::{collections::BTreeMap, fs, io};
 
 use ipnet::IpNet;
 use rtnetlink::packet_route::{
     RouteNetlinkMessage,
+    link::{InfoBridge, InfoData, LinkAttribute, LinkInfo},
     tc::{TcAttribute, TcMessage},
 };
 
-use super::Setting;
+use super::{Setting, gateway};
 use crate::{
-    dataplane::kernel::{ClosedPort, FirewallTable, open_port},
-    netlink::Netlink,
+    dataplane::{
+        forwarding::{Direction, Way},
+        kernel::{ClosedPort, FirewallTable, open_port},
+    },
+    netlink::{
+        Netlink,
+        link::Link,
+        xfrm::{self, Policy},
+    },
 };
 
 /// Where programs and filters hang on interfaces.
 const HOOKS: [&str; 2] = ["clsact", "ingress"];
+/// IPsec policies that are named at once.
+const MAX_POLICIES: usize = 3;
 /// Tables of iptables-legacy.
 const LEGACY: [(&str, &str); 2] = [
     ("/proc/net/ip_tables_names", "iptables-legacy"),
     ("/proc/net/ip6_tables_names", "ip6tables-legacy"),
 ];
 
-/// What is in the way of forwarded packets, or where to look for it.
-pub fn forwarding(netlink: &mut Netlink, setting: &Setting, port: Option<u32>) -> Vec<String> {
+/// What was read, for ways that packets do not pass.
+#[derive(Clone, Debug, Default)]
+pub struct Reasons {
+    /// What is in the way of forwarded packets, or where to look for it.
+    pub rules: Vec<String>,
+    /// Sentences about pods that do not find their gateway, by whether it is the IPv4 one.
+    pub gateway: BTreeMap<bool, String>,
+    /// What shows packets between pods to those rules, by whether it is about IPv4.
+    bridged: BTreeMap<bool, String>,
+}
+
+impl Reasons {
+    pub fn read(
+        netlink: &mut Netlink,
+        setting: &Setting,
+        port: Option<u32>,
+        closed: &[Way],
+    ) -> Self {
+        let mut reasons = Self::default();
+        for Way { direction, ipv4 } in closed {
+            if *direction == Direction::Gateway {
+                let sentence = gateway::sentence(netlink, setting, *ipv4);
+                reasons.gateway.extend(sentence.map(|sentence| (*ipv4, sentence)));
+                continue;
+            }
+            if reasons.rules.is_empty() {
+                reasons.rules = rules(netlink, setting, port);
+            }
+            if *direction == Direction::Between {
+                reasons.bridged.insert(*ipv4, bridged(setting, *ipv4));
+            }
+        }
+        reasons
+    }
+
+    /// Forgets what is about other ways.
+    pub fn keep(&mut self, closed: &[Way]) {
+        let is_closed = |direction, ipv4| closed.contains(&Way { direction, ipv4 });
+        self.gateway.retain(|ipv4, _| is_closed(Direction::Gateway, *ipv4));
+        self.bridged.retain(|ipv4, _| is_closed(Direction::Between, *ipv4));
+        if closed.iter().all(|way| way.direction == Direction::Gateway) {
+            self.rules.clear();
+        }
+    }
+
+    /// Whether there is something about each of these ways.
+    pub fn explain(&self, closed: &[Way]) -> bool {
+        closed.iter().all(|way| match way.direction {
+            Direction::Gateway => self.gateway.contains_key(&way.ipv4),
+            Direction::Between => self.bridged.contains_key(&way.ipv4),
+            Direction::Out | Direction::In => !self.rules.is_empty(),
+        })
+    }
+
+    /// Sentences about packets that do not pass between pods of this host.
+    pub fn between(&self) -> impl Iterator<Item = String> {
+        self.bridged.iter().map(|(ipv4, bridged)| {
+            format!(
+                "this host does not forward packets between its own pods (IPv{}): {bridged}: {}",
+                if *ipv4 { 4 } else { 6 },
+                self.rules.join("; ")
+            )
+        })
+    }
+}
+
+/// Whether packets between ports of the bridge go through the rules for forwarded packets: with IPv4, and
+/// with IPv6.
+pub fn are_bridged_filtered(netlink: &mut Netlink, bridge: &str) -> [bool; 2] {
+    let by_all = [true, false].map(|ipv4| fs::read_to_string(bridge_sysctl(ipv4)));
+    // Without br_netfilter there are no such sysctls, and a bridge's own setting does nothing.
+    if by_all.iter().all(Result::is_err) {
+        return [false; 2];
+    }
+    let link = netlink.link(bridge).ok().flatten();
+    let own = link.map(|link| own_filters(&link)).unwrap_or_default();
+    let by_all = by_all.map(|value| value.is_ok_and(|value| value.trim() != "0"));
+    [by_all[0] || own[0], by_all[1] || own[1]]
+}
+
+/// `nf_call_iptables` and `nf_call_ip6tables` of a bridge.
+fn own_filters(link: &Link) -> [bool; 2] {
+    let mut filters = [false; 2];
+    let infos = link.message.attributes.iter().filter_map(|attribute| match attribute {
+        LinkAttribute::LinkInfo(infos) => Some(infos),
+        _ => None,
+    });
+    for info in infos.flatten() {
+        let LinkInfo::Data(InfoData::Bridge(settings)) = info else { continue };
+        for setting in settings {
+            match setting {
+                InfoBridge::NfCallIpTables(is_on) => filters[0] = *is_on,
+                InfoBridge::NfCallIp6Tables(is_on) => filters[1] = *is_on,
+                _ => {}
+            }
+        }
+    }
+    filters
+}
+
+fn bridge_sysctl(ipv4: bool) -> String {
+    format!("/proc/sys/net/bridge/bridge-nf-call-{}", iptables(ipv4))
+}
+
+const fn iptables(ipv4: bool) -> &'static str {
+    if ipv4 { "iptables" } else { "ip6tables" }
+}
+
+fn bridged(setting: &Setting, ipv4: bool) -> String {
+    let name = iptables(ipv4);
+    let is_for_all = fs::read_to_string(bridge_sysctl(ipv4)).is_ok_and(|value| value.trim() != "0");
+    let (what, command) = if is_for_all {
+        let sysctl = format!("net.bridge.bridge-nf-call-{name}");
+        (format!("{sysctl} is 1"), format!("sysctl -w {sysctl}=0"))
+    } else {
+        let bridge = bridge_name(setting);
+        let key = name.replace("ip", "nf_call_ip");
+        (format!("{key} of {bridge} is 1"), format!("ip link set {bridge} type bridge {key} 0"))
+    };
+    format!(
+        "{what}, so the rules for forwarded packets see them too; let them pass there, or turn that off \
+         where nothing needs it (Kubernetes does: {command})"
+    )
+}
+
+fn rules(netlink: &mut Netlink, setting: &Setting, port: Option<u32>) -> Vec<String> {
     let networks: Vec<IpNet> = setting.networks.iter().collect();
     let mut reasons = Vec::new();
     match FirewallTable::open().and_then(|mut table| table.foreign_chains(&networks)) {
@@ -36,6 +170,7 @@ pub fn forwarding(netlink: &mut Netlink, setting: &Setting, port: Option<u32>) -
         })),
         Err(error) => reasons.push(format!("nftables cannot be read ({error})")),
     }
+    reasons.extend(ipsec(&networks));
     for (file, program) in LEGACY {
         let tables = fs::read_to_string(file).unwrap_or_default();
         if tables.lines().any(|table| table == "filter") {
@@ -59,12 +194,31 @@ pub fn forwarding(netlink: &mut Netlink, setting: &Setting, port: Option<u32>) -
     }
     if reasons.is_empty() {
         reasons.push(format!(
-            "no rule was found that says so; look at nft list ruleset, iptables-legacy -S FORWARD, bpftool \
-             net, and tc filter show dev {}",
+            "no rule was found that says so; look at nft list ruleset, iptables-legacy -S FORWARD, \
+             ip xfrm policy, bpftool net, and tc filter show dev {}",
             setting.device_name
         ));
     }
     reasons
+}
+
+/// IPsec policies that take packets between pods.
+fn ipsec(networks: &[IpNet]) -> Vec<String> {
+    let concerns = |policy: &Policy, network: &IpNet| {
+        let meets = |other: IpNet| network.contains(&other) || other.contains(network);
+        meets(policy.from) && meets(policy.to)
+    };
+    // A kernel without IPsec has none.
+    let policies = xfrm::policies().unwrap_or_default();
+    let taking = policies.iter().filter_map(|policy| {
+        let network = networks.iter().find(|network| concerns(policy, network))?;
+        let Policy { from, to, direction, priority } = policy;
+        Some(format!(
+            "an IPsec policy takes packets from {from} to {to} (ip xfrm policy: dir {direction}, priority \
+             {priority}): exempt packets from {network} to {network} in the IPsec configuration"
+        ))
+    });
+    taking.take(MAX_POLICIES).collect()
 }
 
 /// Chains that drop tunnel packets which come to this host.

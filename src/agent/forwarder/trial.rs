@@ -16,6 +16,7 @@ use crate::{
     agent::start::random,
     dataplane::forwarding::{Direction, NONCE_LEN, Seen, Tunnelled, Way},
     icmp::{Asker, Family, SMALL, What},
+    model::Addresses,
     pods::standin::{Shape, StandIn},
 };
 
@@ -40,10 +41,23 @@ struct FamilySockets {
     inside: Socket,
     datagrams: UdpSocket,
     home: Socket,
+    mate: Option<Mate>,
+}
+
+/// A second pod, to which the first speaks.
+struct Mate {
+    address: IpAddr,
+    datagrams: UdpSocket,
 }
 
 impl Sockets {
-    pub fn open(standin: &StandIn, shape: &Shape) -> io::Result<Self> {
+    /// With a mate for packets between pods where that is to be tried.
+    pub fn open(standin: &StandIn, mate: Option<&StandIn>, shape: &Shape) -> io::Result<Self> {
+        let open_mate = |mate: &StandIn, address: IpAddr| {
+            let datagrams = mate.inside(|| UdpSocket::bind((address, 0)))?;
+            datagrams.set_nonblocking(true)?;
+            io::Result::Ok(Mate { address, datagrams })
+        };
         let open = |address: IpAddr| {
             let family = Family::of(address);
             let any: IpAddr = match family {
@@ -57,7 +71,17 @@ impl Sockets {
                 socket.set_nonblocking(true)?;
             }
             datagrams.set_nonblocking(true)?;
-            Ok(FamilySockets { family, address, inside, datagrams, home })
+            let of_family = |ip: &IpAddr| ip.is_ipv4() == address.is_ipv4();
+            let beside = shape.mate.into_iter().flat_map(Addresses::iter).find(of_family);
+            let beside = mate.zip(beside).map(|(mate, address)| open_mate(mate, address));
+            Ok(FamilySockets {
+                family,
+                address,
+                inside,
+                datagrams,
+                home,
+                mate: beside.transpose()?,
+            })
         };
         shape.addresses.iter().map(open).collect::<io::Result<_>>().map(Self)
     }
@@ -66,6 +90,8 @@ impl Sockets {
 pub struct Trial<'a> {
     pub setting: &'a Setting,
     pub sockets: &'a Sockets,
+    /// Whether packets between pods of this host are tried, with IPv4 and with IPv6.
+    pub between: [bool; 2],
     /// Another number each time.
     pub turn: usize,
 }
@@ -81,6 +107,8 @@ struct Check<'a> {
     inside: BTreeSet<IpAddr>,
     home: BTreeSet<IpAddr>,
     arrived: bool,
+    /// Whether another pod has heard of the pod; none where that is not tried.
+    between: Option<bool>,
     /// What the pod sends out, and whether that and the tunnelled packet were seen on the device.
     leaving: [u8; NONCE_LEN],
     has_left: bool,
@@ -112,7 +140,8 @@ impl Trial<'_> {
             }
             checks.iter_mut().for_each(Check::hear);
         }
-        if !checks.iter().all(Check::is_done) && !self.look_closer(&mut checks, &tunnel, wait) {
+        if !checks.iter().all(Check::is_forwarded) && !self.look_closer(&mut checks, &tunnel, wait)
+        {
             return Ok(Vec::new());
         }
         Ok(checks.iter().flat_map(Check::seen).collect())
@@ -169,10 +198,13 @@ impl Trial<'_> {
                 .iter()
                 .filter_map(|peer| Some((peer, of_family(peer)?)))
                 .collect();
-            if peers.is_empty() {
+            let [between4, between6] = self.between;
+            let tries_between = if is_ipv4 { between4 } else { between6 };
+            let between = sockets.mate.as_ref().filter(|_| tries_between).map(|_| false);
+            if peers.is_empty() && between.is_none() {
                 continue;
             }
-            let from = self.turn.wrapping_mul(ASKED) % peers.len();
+            let from = self.turn.wrapping_mul(ASKED) % peers.len().max(1);
             let chosen: Vec<_> =
                 peers.iter().cycle().skip(from).take(ASKED.min(peers.len())).collect();
             let [a, b, ..] = random()?;
@@ -199,6 +231,7 @@ impl Trial<'_> {
                 inside: BTreeSet::new(),
                 home: BTreeSet::new(),
                 arrived: false,
+                between,
                 leaving: random()?,
                 has_left: false,
                 has_come: false,
@@ -235,6 +268,19 @@ impl Check<'_> {
                 let _ = socket.send_to(&packet, &to);
             }
         }
+        self.ask_mate();
+    }
+
+    /// By an echo and by a datagram: rules may drop the one or the other alone.
+    fn ask_mate(&self) {
+        let Self { sockets, asker, .. } = self;
+        let Some(mate) = sockets.mate.as_ref().filter(|_| self.between == Some(false)) else {
+            return;
+        };
+        let echo = sockets.family.request(asker.identifier, ASKED as u16, SMALL);
+        let _ = sockets.inside.send_to(&echo, &SocketAddr::new(mate.address, 0).into());
+        let to = mate.datagrams.local_addr();
+        let _ = to.and_then(|to| sockets.datagrams.send_to(&Tunnelled::payload(self.leaving), to));
     }
 
     fn send_out(&self) {
@@ -244,9 +290,10 @@ impl Check<'_> {
         }
     }
 
-    fn fds(&self) -> [BorrowedFd<'_>; 3] {
-        let FamilySockets { inside, datagrams, home, .. } = self.sockets;
-        [inside.as_fd(), datagrams.as_fd(), home.as_fd()]
+    fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        let FamilySockets { inside, datagrams, home, mate, .. } = self.sockets;
+        let mate = mate.as_ref().map(|mate| mate.datagrams.as_fd());
+        [inside.as_fd(), datagrams.as_fd(), home.as_fd()].into_iter().chain(mate)
     }
 
     fn hear(&mut self) {
@@ -260,6 +307,13 @@ impl Check<'_> {
         answers(&sockets.inside, &mut self.inside);
         answers(&sockets.home, &mut self.home);
         let mut buffer = [0; 64];
+        if let Some(mate) = &sockets.mate {
+            let mut heard = self.inside.remove(&mate.address);
+            while let Ok(length) = mate.datagrams.recv(&mut buffer) {
+                heard |= buffer[..length] == Tunnelled::payload(self.leaving);
+            }
+            self.between = self.between.map(|before| before || heard);
+        }
         while let Ok(length) = sockets.datagrams.recv(&mut buffer) {
             let wanted = self.tunnelled.map(|packet| Tunnelled::payload(packet.nonce));
             self.arrived |= wanted.is_some_and(|wanted| buffer[..length] == wanted);
@@ -273,7 +327,13 @@ impl Check<'_> {
     }
 
     fn is_done(&self) -> bool {
-        !self.inside.is_empty() && (self.arrived || self.tunnelled.is_none())
+        self.is_forwarded() && self.between != Some(false)
+    }
+
+    /// What goes to peers and comes from them has passed.
+    fn is_forwarded(&self) -> bool {
+        let has_left = self.asked.is_empty() || !self.inside.is_empty();
+        has_left && (self.arrived || self.tunnelled.is_none())
     }
 
     fn seen(&self) -> Vec<(Way, Seen)> {
@@ -289,10 +349,13 @@ impl Check<'_> {
             (false, true) => Seen::Lost,
             (false, false) => Seen::Unclear,
         };
-        let comes = self.tunnelled.map(|_| (Way { direction: Direction::In, ipv4 }, comes));
-        [Some((Way { direction: Direction::Out, ipv4 }, out)), comes]
-            .into_iter()
-            .flatten()
-            .collect()
+        let between = self.between.map(|heard| if heard { Seen::Passed } else { Seen::Lost });
+        let seen = [
+            (Direction::Out, Some(out).filter(|_| !self.asked.is_empty())),
+            (Direction::In, self.tunnelled.map(|_| comes)),
+            (Direction::Between, between),
+        ];
+        let seen = seen.into_iter().filter_map(|(direction, seen)| Some((direction, seen?)));
+        seen.map(|(direction, seen)| (Way { direction, ipv4 }, seen)).collect()
     }
 }

@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, net::IpAddr, time::Instant};
 use super::{Goal, LOOK_GAP, State, Worker};
 use crate::{
     agent::{auditor::Place, told::Told, underlay::look_again},
-    dataplane::overlap,
+    dataplane::kernel::overlaps,
 };
 
 impl<F: Fn(Told)> Worker<F> {
@@ -42,9 +42,8 @@ impl<F: Fn(Told)> Worker<F> {
         let networks: Vec<_> = all.pool.networks().iter().collect();
         let slots = all.device.addresses.iter().filter_map(|ip| all.pool.slot_of(*ip));
         let own: Vec<_> = slots.flat_map(|slot| all.pool.subnets(slot).iter()).collect();
-        match self.kernel.foreign_addresses() {
-            Ok(foreign) => {
-                let overlaps = overlap::problems(&foreign, &networks, &own);
+        match overlaps(&mut self.netlink, &networks, &own) {
+            Ok(overlaps) => {
                 if overlaps != self.overlaps {
                     self.overlaps.clone_from(&overlaps);
                     (self.tell)(Told::Overlaps(overlaps));

@@ -72,6 +72,8 @@ pub struct Fact {
     pub vrf: Option<(String, u32)>,
     /// `net.ipv4.conf.NAME.forwarding`
     pub forwards: bool,
+    /// Something that is up is plugged into it.
+    pub carrier: bool,
     /// A strict reverse path filter is in force: the larger of `net.ipv4.conf.NAME.rp_filter` and that of all
     /// interfaces is 1.
     pub filters: bool,
@@ -87,6 +89,11 @@ impl Cause {
             Answer::Refused(errno) => Self::of_refusal(question, errno, evidence),
             Answer::Way { table, .. } => Self::of_way(question, table, evidence),
         };
+        // A bridge without a pod on it may have no route, and nothing is lost.
+        let is_empty = evidence.wanted.as_ref().is_some_and(|wanted| !wanted.carrier);
+        if question.kind.is_to_pods_here() && is_empty && matches!(cause, Self::Unknown { .. }) {
+            return None;
+        }
         let is_filter = matches!(cause, Self::Filter { .. });
         (is_filter || question.expected != Expected::Unfiltered).then_some(cause)
     }
@@ -178,6 +185,7 @@ impl Cause {
                 "packets of other nodes' pods to this host's own address".to_owned()
             }
             Kind::HostsToPods => "packets of other nodes' own addresses to pods here".to_owned(),
+            Kind::Home => format!("packets to pods here, in {subnets},"),
         };
         Some(match self {
             Self::Table { table, priority: Some(priority), interface, ipv4 } => format!(
@@ -190,6 +198,16 @@ impl Cause {
                 "{packets} leave by {interface}: table {table} has a route for them (see ip{} rule)",
                 six(*ipv4)
             ),
+            Self::Route { destination, metric, interface, .. }
+                if kind.is_to_pods_here() && destination.prefix_len() > 0 =>
+            {
+                format!(
+                    "packets to pods here leave by {interface}: a route of another program in the main table \
+                     takes {destination}, which is of this node's own subnet; remove it (ip{} route del \
+                     {destination} dev {interface} metric {metric})",
+                    six(destination.addr().is_ipv4())
+                )
+            }
             Self::Route { destination, metric, interface, ours: Some(ours) } => format!(
                 "another program's route takes the packets to {destination}, by {interface}: its metric is \
                  {metric}, ours is {ours}; remove it (ip{} route del {destination} metric {metric})",

@@ -23,6 +23,7 @@ fn ground(inside: Option<u32>) -> Ground {
         underlay: 2,
         local: [192, 0, 2, 1].into(),
         own: vec![Own::new(net("10.42.1.0/24"), DEVICE, &has, None)],
+        has: has.iter().map(|(_, ip)| *ip).collect(),
         masquerade: false,
     }
 }
@@ -64,7 +65,8 @@ fn peers_are_asked_about_as_pods_send_and_receive() {
     assert_eq!(of(Kind::HostsToPods)[0].from, Some([192, 0, 2, 2].into()));
     // Without pods it is this host that sends, and nothing comes in.
     let questions = Audit::default().questions(&desired(1), &ground(None));
-    assert!(questions.iter().all(|q| q.kind != Kind::In && q.kind != Kind::HostsToPods));
+    let comes_in = [Kind::In, Kind::HostsToPods, Kind::Home];
+    assert!(questions.iter().all(|q| !comes_in.contains(&q.kind)));
     assert!(questions.iter().all(|q| q.kind == Kind::PodsToHost || q.input.is_none()));
 }
 
@@ -118,9 +120,10 @@ fn a_thousand_peers_are_asked_in_turn_and_those_in_doubt_each_time() {
     loop {
         passes += 1;
         let questions = audit.questions(&desired, &ground(Some(BRIDGE)));
-        assert!(questions.len() < QUESTIONS + 10, "{}", questions.len());
+        let about_peers = questions.iter().filter(|q| q.kind != Kind::Home).count();
+        assert!(about_peers < QUESTIONS + 10, "{about_peers}");
         assert!(passes < 3 || questions.iter().any(|q| q.subject == doubted));
-        asked.extend(questions.iter().map(|q| q.subject));
+        asked.extend(questions.iter().filter(|q| q.kind != Kind::Home).map(|q| q.subject));
         let astray = |q: &Question| (q.subject == doubted).then(|| cause(52));
         audit.conclude(questions.into_iter().map(|question| (question, astray(&question))));
         if !audit.is_unfinished() {
@@ -148,6 +151,71 @@ fn one_route_for_all_is_asked_about_where_no_other_outranks_it() {
         let asked = wide.iter().filter(|q| matches!(q.kind, Kind::Out | Kind::Own));
         assert!(asked.clone().count() > 1 && asked.clone().all(|q| !covered(q.to)), "{wide:?}");
         audit.conclude(questions.into_iter().map(|question| (question, None)));
+    }
+}
+
+#[test]
+fn the_own_subnet_is_asked_about_as_a_whole_and_what_takes_a_part_of_it_is_told_as_long_as_it_does()
+{
+    let (desired, mut audit) = (desired(1), Audit::default());
+    let own = net("10.42.1.0/24");
+    let mut asked = BTreeSet::new();
+    for _ in 0..4 {
+        let questions = audit.questions(&desired, &ground(Some(BRIDGE)));
+        let home: Vec<_> = questions.iter().filter(|q| q.kind == Kind::Home).collect();
+        assert!(home.iter().all(|q| q.expected == Expected::Way { link: BRIDGE, gateway: None }));
+        let from = Some([10, 42, 2, 254].into());
+        let inputs: BTreeSet<_> = home.iter().map(|q| (q.input, q.from)).collect();
+        assert_eq!(inputs, BTreeSet::from([(None, None), (Some(DEVICE), from)]));
+        asked.extend(home.iter().map(|q| q.to));
+        audit.conclude(questions.into_iter().map(|question| (question, None)));
+    }
+    // All but the network's address, the gateway's and that for broadcasts.
+    assert_eq!(asked, own.hosts().skip(1).collect());
+    // A route that has just been made is asked about at once, and as long as it is there.
+    let stolen: [IpAddr; 2] = [[10, 42, 1, 5].into(), [10, 42, 1, 200].into()];
+    audit.suspect(stolen);
+    let route = |q: &Question| {
+        let found = stolen.iter().find(|ip| **ip == q.to && q.kind == Kind::Home);
+        found.map(|ip| Cause::Route {
+            destination: IpNet::from(*ip),
+            metric: 0,
+            interface: "d0".to_owned(),
+            ours: None,
+        })
+    };
+    for _ in 0..6 {
+        pass(&mut audit, &desired, route);
+        if audit.is_unfinished() {
+            continue;
+        }
+        let said = audit.sentences(desired.pool.networks());
+        assert!(
+            said.len() == 2 && said[0].contains("ip route del 10.42.1.5/32 dev d0"),
+            "{said:?}"
+        );
+    }
+    assert!(audit.astray().is_empty(), "peers have nothing to do with it");
+    pass(&mut audit, &desired, |_| None);
+    assert!(audit.sentences(desired.pool.networks()).is_empty());
+    // What takes packets to peers too is told as that.
+    for _ in 0..2 {
+        pass(&mut audit, &desired, |q| (q.input != Some(2)).then(|| cause(52)));
+    }
+    let said = audit.sentences(desired.pool.networks());
+    assert!(said.len() == 1 && said[0].starts_with("packets of pods to 10.42.2.0/24 "), "{said:?}");
+}
+
+#[test]
+fn an_own_ipv6_subnet_is_asked_about_where_pods_are() {
+    let mut ground = ground(Some(BRIDGE));
+    let own = net("fd42:0:0:1::/64");
+    ground.own = vec![Own::new(own, DEVICE, &[], Some(BRIDGE))];
+    let questions = Audit::default().questions(&desired(1), &ground);
+    let home: BTreeSet<_> =
+        questions.iter().filter(|q| q.kind == Kind::Home).map(|q| q.to).collect();
+    for address in ["fd42:0:0:1::80", "fd42:0:0:1:8000::", "fd42:0:0:1:4000::"] {
+        assert!(home.contains(&address.parse().expect("an address")), "{address}: {home:?}");
     }
 }
 

@@ -14,7 +14,7 @@ use ipnet::IpNet;
 use rtnetlink::packet_core::{NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL};
 
 use super::{
-    forward::ForeignChains,
+    forward::{Closing, ForeignChains},
     ports::{ClosedPort, closed_ports},
 };
 use crate::{
@@ -206,6 +206,11 @@ impl FirewallTable {
     /// What others do with packets of these networks.
     pub fn foreign_chains(&mut self, networks: &[IpNet]) -> io::Result<ForeignChains> {
         ForeignChains::read(&mut self.nftables, networks)
+    }
+
+    /// Chains of others that may keep pods from finding the gateway of this subnet.
+    pub fn chains_around_gateway(&mut self, network: IpNet) -> io::Result<Vec<Closing>> {
+        ForeignChains::read_around_gateway(&mut self.nftables, network)
     }
 
     /// Base chains of others, and those of these UDP ports that they drop.

@@ -25,8 +25,11 @@ const FORWARD: u32 = 2;
 const PREROUTING: u32 = 0;
 /// Of the families `inet`, `ip` and `ip6`: what comes to this host itself, and what it sends.
 const OWN_PACKETS: [u32; 2] = [1, 3];
-const BRIDGE: u8 = 7;
+const INET: u8 = 1;
+const ARP: u8 = 3;
 const NETDEV: u8 = 5;
+const BRIDGE: u8 = 7;
+const IP6: u8 = 10;
 /// Chains that are named at once.
 const NAMED: usize = 3;
 
@@ -65,9 +68,26 @@ impl ForeignChains {
     pub fn read(nftables: &mut Nftables, networks: &[IpNet]) -> io::Result<Self> {
         let chains = nftables.dump(Kind::GetChain, ANY, &Attributes::new())?;
         Ok(Self {
-            closing: closing_chains(nftables, &chains, networks).unwrap_or_default(),
+            closing: closing_chains(nftables, &chains, networks, is_on_the_way).unwrap_or_default(),
             dropping: direct_access_drops(nftables, &chains, networks).unwrap_or_default(),
         })
+    }
+
+    /// Chains that may drop a pod's question for the MAC of its gateway, or the answer.
+    pub fn read_around_gateway(
+        nftables: &mut Nftables,
+        network: IpNet,
+    ) -> io::Result<Vec<Closing>> {
+        let chains = nftables.dump(Kind::GetChain, ANY, &Attributes::new())?;
+        let is_around = |family: u8, base: &Base| match (family, network) {
+            (BRIDGE | NETDEV, _) | (ARP, IpNet::V4(_)) => true,
+            // Neighbour discovery is of IPv6 itself.
+            (INET | IP6, IpNet::V6(_)) => base.hook != FORWARD,
+            _ => false,
+        };
+        let mut closing = closing_chains(nftables, &chains, &[network], is_around)?;
+        closing.truncate(NAMED);
+        Ok(closing)
     }
 
     /// Base chains that drop whatever is forwarded unless a rule lets it pass, and have no rule that seems to
@@ -102,7 +122,7 @@ impl Closing {
                 self.chain,
                 protocol(network)
             ),
-            ["netdev" | "bridge", table, _] => {
+            ["netdev" | "bridge" | "arp", table, _] => {
                 format!("see nft list table {} {table}", words[0])
             }
             _ => format!(
@@ -138,10 +158,11 @@ fn closing_chains(
     nftables: &mut Nftables,
     chains: &[Object],
     networks: &[IpNet],
+    is_concerned: impl Fn(u8, &Base) -> bool,
 ) -> io::Result<Vec<Closing>> {
     let mut closing = Vec::new();
     for chain in chains {
-        let Some(base) = base_of(chain).filter(|base| is_on_the_way(chain.family, base)) else {
+        let Some(base) = base_of(chain).filter(|base| is_concerned(chain.family, base)) else {
             continue;
         };
         let (table, name) = (name_of(chain, 1), name_of(chain, 3));
@@ -174,7 +195,7 @@ fn closing_chains(
 /// Packets that are forwarded pass all hooks but those of this host's own.
 fn is_on_the_way(family: u8, base: &Base) -> bool {
     match family {
-        1 | 2 | 10 => !OWN_PACKETS.contains(&base.hook),
+        INET | 2 | IP6 => !OWN_PACKETS.contains(&base.hook),
         BRIDGE | NETDEV => true,
         _ => false,
     }

@@ -33,6 +33,7 @@ pub use self::{
     firewall::{FirewallTable, Pass, TRIAL_MARK},
     forward::{Closing, ForeignChains},
     leftovers::Leftovers,
+    observe::overlaps,
     ports::{ClosedPort, open_port},
     watch::Touched,
 };

@@ -23,11 +23,16 @@ use super::{
 use crate::{
     dataplane::{
         desired::{Device, Hop, ROUTE_PROTOCOL, Way},
-        overlap::{Foreign, ForeignKind},
+        overlap::{self, Foreign, ForeignKind},
         plan::{Actual, Found},
     },
     model::{Mac, Pool},
-    netlink::{ethtool::TX_CHECKSUM, link::Link},
+    netlink::{
+        Netlink,
+        ethtool::TX_CHECKSUM,
+        link::{Address, Link},
+    },
+    pods::bridge::ALIAS,
 };
 
 /// `USER_HZ` is 100 on every architecture that matters here.
@@ -58,7 +63,7 @@ impl Kernel {
     pub fn foreign_networks(&mut self) -> io::Result<Vec<Foreign>> {
         let links = self.netlink.links()?;
         let of = |index: u32| links.iter().find(|link| link.index == index);
-        let mut foreign = self.foreign_addresses()?;
+        let mut foreign = foreign_of(&links, &self.netlink.addresses()?);
         for route in self.main_routes(None)? {
             let by = route.attributes.iter().find_map(|attribute| match attribute {
                 RouteAttribute::Oif(index) => Some(*index),
@@ -81,21 +86,6 @@ impl Kernel {
             }));
         }
         Ok(foreign)
-    }
-
-    /// Addresses of interfaces that are none of ours.
-    pub fn foreign_addresses(&mut self) -> io::Result<Vec<Foreign>> {
-        let links = self.netlink.links()?;
-        let addresses = self.netlink.addresses()?;
-        let foreign = addresses.into_iter().filter_map(|address| {
-            let link = links.iter().find(|link| link.index == address.link)?;
-            let network = IpNet::new(address.ip, address.prefix_len).ok()?;
-            let kind =
-                if link.kind == "bridge" { ForeignKind::Bridge } else { ForeignKind::Address };
-            let found = Foreign { network, interface: link.name.clone(), kind };
-            (!is_ours(link)).then_some(found)
-        });
-        Ok(foreign.collect())
     }
 
     /// The main table, of both families; of one protocol or of all.
@@ -245,6 +235,35 @@ impl Kernel {
         };
         Ok(entries.iter().filter(over).filter_map(destination).collect())
     }
+}
+
+/// Addresses of this host that take packets away from pods, as sentences with what helps: given the overlay's
+/// networks, and this node's own subnets.
+pub fn overlaps(
+    netlink: &mut Netlink,
+    networks: &[IpNet],
+    own: &[IpNet],
+) -> io::Result<Vec<String>> {
+    let (links, addresses) = (netlink.links()?, netlink.addresses()?);
+    let in_own = |link: &Link| {
+        let of_link = addresses.iter().filter(|address| address.link == link.index);
+        of_link.flat_map(|address| own.iter().map(|own| own.contains(&address.ip))).any(|is| is)
+    };
+    let pods = links.iter().find(|link| link.alias == ALIAS && in_own(link));
+    let pods = pods.map(|link| link.name.as_str());
+    Ok(overlap::problems(&foreign_of(&links, &addresses), networks, own, pods))
+}
+
+/// Addresses of interfaces that are none of ours.
+fn foreign_of(links: &[Link], addresses: &[Address]) -> Vec<Foreign> {
+    let foreign = addresses.iter().filter_map(|address| {
+        let link = links.iter().find(|link| link.index == address.link)?;
+        let network = IpNet::new(address.ip, address.prefix_len).ok()?;
+        let kind = if link.kind == "bridge" { ForeignKind::Bridge } else { ForeignKind::Address };
+        let found = Foreign { network, interface: link.name.clone(), kind };
+        (!is_ours(link)).then_some(found)
+    });
+    foreign.collect()
 }
 
 /// Devices of overlays, and bridges and ports of pods, say so in their aliases.

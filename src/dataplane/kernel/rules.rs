@@ -55,6 +55,8 @@ pub const fn family_name(family: u8) -> &'static str {
 pub const fn hook_name(family: u8, hook: u32) -> &'static str {
     match (family, hook) {
         (5, 1) => "egress",
+        (3, 0) => "input",
+        (3, 1) => "output",
         (5, _) | (_, 5) => "ingress",
         (_, 0) => "prerouting",
         (_, 1) => "input",

@@ -1,0 +1,177 @@
+//! Asks for the gateway from the pod that is the agent's own, as every pod has to: by ARP, or by neighbour
+//! discovery.
+//!
+//! What the pod has learned before is forgotten each time. It counts only as an answer what confirms the
+//! gateway: the host's own questions for the pod tell its MAC as well, and come when they like.
+
+use std::{
+    fs, io,
+    net::{IpAddr, UdpSocket},
+    time::{Duration, Instant},
+};
+
+use rtnetlink::packet_route::{link::LinkFlags, neighbour::NeighbourState};
+
+use super::Setting;
+use crate::{
+    dataplane::{
+        forwarding::{Direction, Seen, Way},
+        kernel::FirewallTable,
+    },
+    netlink::{Netlink, route::Query},
+    pods::{
+        gateway,
+        standin::{Shape, StandIn},
+    },
+};
+
+/// What is not answered by then is not answered: the kernel asks again after a second.
+const PATIENCE: Duration = Duration::from_millis(1500);
+/// Between two looks; the answer is usually there at the first.
+const FIRST_PAUSE: Duration = Duration::from_millis(1);
+const LONGEST_PAUSE: Duration = Duration::from_millis(100);
+
+/// `arp_ignore` with this value answers nothing (ip-sysctl).
+const IGNORE_ALL: &str = "8";
+
+/// Nothing listens there ("discard").
+const UNUSED: u16 = 9;
+
+/// Sockets inside the pod.
+pub struct Gateway {
+    netlink: Netlink,
+    /// Index of the interface there.
+    link: u32,
+    /// Each with a socket for a packet to it. Without one IPv6 would not ask under the pod's address.
+    addresses: Vec<(IpAddr, UdpSocket)>,
+}
+
+impl Gateway {
+    pub fn open(standin: &StandIn, shape: &Shape) -> io::Result<Self> {
+        let (netlink, link) = standin.netlink()?;
+        let addresses = standin.inside(|| {
+            let pairs = shape.addresses.iter().zip(shape.subnets.iter());
+            let opened = pairs.map(|(ip, subnet)| Ok((gateway(subnet), UdpSocket::bind((ip, 0))?)));
+            opened.collect()
+        })?;
+        Ok(Self { netlink, link, addresses })
+    }
+
+    /// Waits by `wait`, which says whether to go on; gives nothing if not.
+    pub fn find(&mut self, mut wait: impl FnMut(Duration) -> bool) -> Vec<(Way, Seen)> {
+        let mut seen = Vec::new();
+        let way = |ip: &IpAddr| Way { direction: Direction::Gateway, ipv4: ip.is_ipv4() };
+        let mut open: Vec<IpAddr> = self.addresses.iter().map(|(ip, _)| *ip).collect();
+        open.retain(|ip| match self.ask(*ip) {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::debug!(%error, %ip, "the gateway was not asked for");
+                seen.push((way(ip), Seen::Unclear));
+                false
+            }
+        });
+        let until = Instant::now() + PATIENCE;
+        let mut pause = FIRST_PAUSE;
+        loop {
+            open.retain(|ip| match self.look(*ip) {
+                Some(found) => {
+                    seen.push((way(ip), found));
+                    false
+                }
+                None => true,
+            });
+            let left = until.saturating_duration_since(Instant::now());
+            if open.is_empty() || left.is_zero() {
+                seen.extend(open.iter().map(|ip| (way(ip), Seen::Lost)));
+                return seen;
+            }
+            if !wait(pause.min(left)) {
+                return Vec::new();
+            }
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    fn ask(&mut self, ip: IpAddr) -> io::Result<()> {
+        self.netlink.forget_neighbour(self.link, ip)?;
+        let mut sockets = self.addresses.iter().filter(|(gateway, _)| *gateway == ip);
+        sockets.try_for_each(|(_, socket)| socket.send_to(&[], (ip, UNUSED)).map(drop))
+    }
+
+    fn look(&mut self, ip: IpAddr) -> Option<Seen> {
+        match self.netlink.neighbour(self.link, ip) {
+            Ok(Some(NeighbourState::Reachable)) => Some(Seen::Passed),
+            Ok(Some(NeighbourState::Failed)) => Some(Seen::Lost),
+            Ok(Some(NeighbourState::Incomplete)) => None,
+            Ok(_) => self.ask(ip).err().map(|_| Seen::Unclear),
+            Err(_) => Some(Seen::Unclear),
+        }
+    }
+}
+
+/// That pods do not find their gateway, and why.
+pub fn sentence(netlink: &mut Netlink, setting: &Setting, ipv4: bool) -> Option<String> {
+    let shape = setting.shape.as_ref()?;
+    let subnet = shape.subnets.iter().find(|subnet| subnet.addr().is_ipv4() == ipv4)?;
+    let pod = shape.addresses.iter().find(|ip| ip.is_ipv4() == ipv4)?;
+    let (bridge, ip) = (&shape.bridge, gateway(subnet));
+    let question = if ipv4 { "ARP" } else { "neighbour discovery" };
+    let mut causes = causes(netlink, bridge, ip, pod).unwrap_or_default();
+    let chains = FirewallTable::open().and_then(|mut table| table.chains_around_gateway(subnet));
+    causes.extend(chains.iter().flatten().map(|chain| format!("{chain}: {}", chain.fix(subnet))));
+    if causes.is_empty() {
+        let families = if ipv4 { "arp and bridge" } else { "inet, ip6 and bridge" };
+        causes.push(format!(
+            "no cause was found; look at nft list ruleset (families {families}), arptables-legacy -L, \
+             ebtables-legacy -L and bridge -d link show"
+        ));
+    }
+    let causes = causes.join("; ");
+    Some(format!(
+        "pods do not find their gateway {ip} on {bridge}: it answers no {question}; {causes}"
+    ))
+}
+
+/// What of the bridge and its settings keeps it from answering.
+fn causes(netlink: &mut Netlink, bridge: &str, ip: IpAddr, pod: IpAddr) -> io::Result<Vec<String>> {
+    let Some(link) = netlink.link(bridge)? else { return Ok(Vec::new()) };
+    let mut causes = Vec::new();
+    if !link.up {
+        causes.push(format!("{bridge} is down (ip link set {bridge} up)"));
+    }
+    if link.message.header.flags.contains(LinkFlags::Noarp) {
+        causes.push(format!("ARP is off on {bridge} (ip link set {bridge} arp on)"));
+    }
+    let has = netlink.addresses()?;
+    if !has.iter().any(|address| address.link == link.index && address.ip == ip) {
+        causes.push(format!("{bridge} does not have that address"));
+    }
+    let of = |family: &str, interface: &str, setting: &str| {
+        let path = format!("/proc/sys/net/{family}/conf/{interface}/{setting}");
+        fs::read_to_string(path).unwrap_or_default().trim().to_owned()
+    };
+    let key = |family: &str, interface: &str, setting: &str| {
+        format!("net.{family}.conf.{}.{setting}", interface.replace('.', "/"))
+    };
+    if ip.is_ipv6() {
+        if of("ipv6", bridge, "disable_ipv6") == "1" {
+            let key = key("ipv6", bridge, "disable_ipv6");
+            causes.push(format!("{key} is 1 (sysctl -w {key}=0)"));
+        }
+        return Ok(causes);
+    }
+    let leads = netlink.route(&Query::to(pod)).ok().map(|found| found.link);
+    // The larger of the two counts.
+    for interface in ["all", bridge] {
+        let ignored = of("ipv4", interface, "arp_ignore");
+        if ignored == IGNORE_ALL {
+            let key = key("ipv4", interface, "arp_ignore");
+            causes.push(format!("{key} is {ignored} (sysctl -w {key}=0)"));
+        }
+        if of("ipv4", interface, "arp_filter") == "1" && leads != Some(link.index) {
+            let key = key("ipv4", interface, "arp_filter");
+            causes.push(format!("{key} is 1, and packets to {pod} leave by another interface"));
+        }
+    }
+    Ok(causes)
+}

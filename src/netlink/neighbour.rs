@@ -1,0 +1,56 @@
+//! Neighbours: the answer of the kernel to the question which MAC an address has.
+
+use std::{io, net::IpAddr};
+
+use rtnetlink::{
+    packet_core::{NLM_F_CREATE, NLM_F_REPLACE},
+    packet_route::{
+        AddressFamily, RouteNetlinkMessage,
+        neighbour::{NeighbourAttribute, NeighbourMessage, NeighbourState},
+    },
+};
+
+use super::Netlink;
+use crate::model::Mac;
+
+const ENOENT: i32 = 2;
+
+impl Netlink {
+    /// Forgets an address on the link with this index: the next packet to it makes the kernel ask for its
+    /// MAC.
+    pub fn forget_neighbour(&mut self, link: u32, ip: IpAddr) -> io::Result<()> {
+        match self.apply_one(RouteNetlinkMessage::DelNeighbour(message(link, ip)), 0) {
+            Err(error) if error.raw_os_error() != Some(ENOENT) => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// How far the kernel is with an address; none, if it does not know of it.
+    pub fn neighbour(&mut self, link: u32, ip: IpAddr) -> io::Result<Option<NeighbourState>> {
+        match self.get(RouteNetlinkMessage::GetNeighbour(message(link, ip))) {
+            Ok(RouteNetlinkMessage::NewNeighbour(found)) => Ok(Some(found.header.state)),
+            Ok(_) => Err(io::Error::new(io::ErrorKind::InvalidData, "no neighbour in the answer")),
+            Err(error) if error.raw_os_error() == Some(ENOENT) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Gives an address a MAC for good: nothing is asked for.
+    pub fn set_neighbour(&mut self, link: u32, ip: IpAddr, mac: Mac) -> io::Result<()> {
+        let mut known = message(link, ip);
+        known.header.state = NeighbourState::Permanent;
+        known.attributes.push(NeighbourAttribute::LinkLayerAddress(mac.as_bytes().to_vec()));
+        self.apply_one(RouteNetlinkMessage::NewNeighbour(known), NLM_F_CREATE | NLM_F_REPLACE)
+    }
+}
+
+fn message(link: u32, ip: IpAddr) -> NeighbourMessage {
+    let mut message = NeighbourMessage::default();
+    message.header.family = match ip {
+        IpAddr::V4(_) => AddressFamily::Inet,
+        IpAddr::V6(_) => AddressFamily::Inet6,
+    };
+    message.header.ifindex = link;
+    message.attributes.push(NeighbourAttribute::Destination(ip.into()));
+    message
+}
