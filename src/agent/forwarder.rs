@@ -263,6 +263,10 @@ impl<F: Fn(Forwarding)> Worker<F> {
         let Some(shape) = &setting.shape else {
             return Err("a pod has the address that it is tried from".to_owned());
         };
+        if setting.peers.is_empty() && !setting.has_pods {
+            self.give_up();
+            return Err("there are no pods, and no peer to try it with".to_owned());
+        }
         let failed = |error: io::Error| match error.kind() {
             io::ErrorKind::PermissionDenied => {
                 "it cannot be tried: that takes CAP_SYS_ADMIN and CAP_NET_RAW".to_owned()

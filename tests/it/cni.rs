@@ -192,7 +192,8 @@ fn pods_keep_their_addresses_over_restarts_and_give_them_back_once() {
         runtime.del("b");
         assert_eq!(pods(&mut cluster.agents[0]), 1);
         eventually(&cluster.hosts[0].netns, "ip -o link show type veth master gsm0", |text| {
-            text.lines().count() == 1
+            // Beside what the agent tries forwarding with.
+            text.lines().filter(|line| !line.contains("forwarding trial")).count() == 1
         });
         // A bridge without ports stays as it was, MTU included.
         Runtime::new(&cluster.agents[0]).del("c");
