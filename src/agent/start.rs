@@ -230,9 +230,11 @@ async fn start(
     let (ip, advertised) = config.advertise.unwrap_or((chosen.local, None));
     let bridge = config.bridge_name(vni);
     let mut pods = PodState::remember(&records, state.is_same_boot()?);
-    if known_cluster.is_none() && !fresh {
+    if known_cluster.is_none() {
+        // Pods outlive the state directory too.
         pods.recover(Wiring::open()?.found(&bridge)?);
     }
+    let fresh = fresh && pods.table.is_empty();
     pods.macs = Wiring::open()?.macs()?;
     // Bridges hold this host's containers, and pods that run keep their addresses.
     let occupied = foreign.into_iter().filter(|found| {
