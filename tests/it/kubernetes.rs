@@ -3,16 +3,21 @@
 
 mod answers;
 mod api_server;
+mod dual;
+mod manifests;
 
-use std::{fs, process::Command};
+use std::fs;
 
 use gossamer::lab::{Agent, Host, Lab, NetNs, Pinger};
 use nix::sys::signal::Signal;
 
-use self::api_server::ApiServer;
+use self::{
+    api_server::{ApiServer, closed_port, variables},
+    manifests::start_as_kubelet,
+};
 use crate::{
-    cni::Runtime,
-    common::{PATIENCE, gossamer_token, has_problem, isolated, program, skipped, tool, wait_until},
+    cni::{Runtime, address, namespaces},
+    common::{PATIENCE, gossamer_token, has_problem, isolated, program, tool, wait_until},
 };
 
 /// An agent that leases what it is told.
@@ -80,42 +85,45 @@ fn nodes(lab: &mut Lab, server: &ApiServer, count: u16) -> anyhow::Result<Vec<Ho
     Ok(hosts)
 }
 
-const MANIFESTS: [&str; 2] = ["config/kubernetes.yaml", "config/kubernetes-gossip.yaml"];
-
-/// By the schemas that the Python package `kubernetes-validate` brings along.
+/// Vagrant's machines have a default route behind a NAT, with the same address on each.
 #[test]
-fn the_manifests_are_what_kubernetes_expects() {
-    let validate = Command::new("kubernetes-validate").arg("--strict").args(MANIFESTS).output();
-    match validate {
-        Err(_) => {
-            let why = "kubernetes-validate is not installed (pip)";
-            skipped("the_manifests_are_what_kubernetes_expects", why);
+fn nodes_started_as_the_manifest_says_meet_at_the_addresses_that_kubernetes_knows() {
+    isolated(|lab| {
+        let server = ApiServer::start()?;
+        let hosts = nodes(lab, &server, 3)?;
+        let token = gossamer_token()?;
+        let mut agents = Vec::new();
+        for (number, host) in hosts.iter().enumerate() {
+            for command in [
+                "ip link add nat0 type veth peer name nat1",
+                "ip link set nat0 up",
+                "ip link set nat1 up",
+                "ip addr add 10.0.2.15/24 dev nat0",
+                "ip route replace default via 10.0.2.2 dev nat0",
+            ] {
+                tool(&host.netns, command);
+            }
+            let ip = host.ip.to_string();
+            agents.push(start_as_kubelet(host, &ip, &token, &server.variables(), &[])?);
+            // One after the other: the first is alone for a while.
+            agents[number].wait_converged(number + 1, PATIENCE)?;
         }
-        Ok(output) => {
-            let said = String::from_utf8_lossy(&output.stdout);
-            assert!(output.status.success() && said.contains("daemonset/gossamer "), "{output:?}");
+        for (number, agent) in agents.iter_mut().enumerate() {
+            let status = agent.wait_converged(3, PATIENCE)?;
+            assert_eq!(status["subnet"], format!("10.42.{number}.0/24"));
+            assert_eq!(status["kernel"]["underlay_address"], hosts[number].ip.to_string());
         }
-    }
-}
-
-#[test]
-fn the_manifests_name_settings_that_there_are() {
-    let help = Command::new(program()).args(["agent", "--help"]).output().expect("gossamer runs");
-    let help = String::from_utf8_lossy(&help.stdout);
-    let mut names = 0;
-    for manifest in MANIFESTS {
-        let text = fs::read_to_string(manifest).expect(manifest);
-        let flags = text.lines().filter_map(|line| line.trim().strip_prefix("- --"));
-        let variables =
-            text.lines().filter_map(|line| line.trim().strip_prefix("- name: GOSSAMER_"));
-        for flag in flags.map(|flag| format!("--{}", flag.split('=').next().unwrap_or_default())) {
-            assert!(help.contains(&flag), "{manifest}: {flag}");
-            names += 1;
-        }
-        for variable in variables.map(|name| format!("GOSSAMER_{name}")) {
-            assert!(help.contains(&variable), "{manifest}: {variable}");
-            names += 1;
-        }
-    }
-    assert!(names > 10, "{names}");
+        let spaces = namespaces(&["a", "b"])?;
+        Runtime::new(&agents[0]).add("a");
+        let b = Runtime::new(&agents[2]).add("b");
+        tool(&spaces[0], &format!("ping -c 1 -W 5 {}", address(&b)));
+        // Edge sites are cut off from their API server now and then, and a kubelet starts the agent again.
+        agents[2].end(Signal::SIGKILL)?;
+        let ip = hosts[2].ip.to_string();
+        agents[2] = start_as_kubelet(&hosts[2], &ip, &token, &variables(closed_port()), &[])?;
+        agents[2].wait_converged(3, PATIENCE)?;
+        assert!(agents[2].log().contains("the subnet of the last run"), "{}", agents[2].log());
+        tool(&spaces[0], &format!("ping -c 1 -W 5 {}", address(&b)));
+        Ok(())
+    });
 }

@@ -128,6 +128,11 @@ impl ApiServer {
         self.lock().asked
     }
 
+    /// What a pod finds in its environment.
+    pub fn variables(&self) -> [(&'static str, String); 2] {
+        variables(self.port)
+    }
+
     fn lock(&self) -> MutexGuard<'_, Shared> {
         self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
