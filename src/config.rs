@@ -83,10 +83,10 @@ pub struct Config {
     pub name: NodeName,
 }
 
-/// Where the subnet stands that Kubernetes has given to this node.
+/// Where the subnets stand that Kubernetes has given to this node: one, or one of each family.
 #[derive(Clone, Debug)]
 pub enum PodCidr {
-    Value(IpNet),
+    Values(Vec<IpNet>),
     File(PathBuf),
     /// In the node's object, by the API.
     Api,
@@ -245,19 +245,19 @@ impl Settings {
     }
 
     fn pod_cidr_source(&self) -> Result<Option<PodCidr>, ConfigError> {
-        let source = match (self.pod_cidr, &self.pod_cidr_file) {
+        let source = match (&self.pod_cidr, &self.pod_cidr_file) {
             (Some(_), Some(_)) => {
                 return Err(bad("pod_cidr", "set pod_cidr or pod_cidr_file, not both"));
             }
-            (Some(subnet), None) => PodCidr::Value(subnet),
+            (Some(text), None) => {
+                let parse = |text: &str| text.parse().map_err(|_| not_a_subnet(text));
+                let subnets = text.split(',').map(|text| parse(text.trim()));
+                PodCidr::Values(subnets.collect::<Result<_, _>>()?)
+            }
             (None, Some(path)) => PodCidr::File(path.clone()),
             (None, None) => PodCidr::Api,
         };
         match self.lease_source.unwrap_or_default() {
-            LeaseSource::PodCidr if self.network6.is_some() => {
-                let problem = "a podCIDR is of one family: leave it out, or lease by gossip";
-                Err(bad("network6", problem))
-            }
             LeaseSource::PodCidr => Ok(Some(source)),
             LeaseSource::Gossip if matches!(source, PodCidr::Api) => Ok(None),
             LeaseSource::Gossip => {
@@ -290,6 +290,13 @@ impl Settings {
             }
         }
     }
+}
+
+fn not_a_subnet(text: &str) -> ConfigError {
+    bad(
+        "pod_cidr",
+        format!("{text:?} is no subnet: use CIDR, or CIDR,CIDR with one of each family"),
+    )
 }
 
 fn default_network() -> IpNet {

@@ -25,6 +25,7 @@ mod reload;
 mod routes;
 mod secrets;
 mod service;
+mod signals;
 mod start;
 mod status;
 mod subnet_env;
@@ -37,25 +38,23 @@ mod waiting;
 mod wirer;
 
 use std::{
-    collections::BTreeSet,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use tokio::{
-    signal::unix::{SignalKind, signal},
-    sync::{mpsc, oneshot},
-};
+use tokio::sync::{mpsc, oneshot};
 
 use self::{
     data_plane::{KernelState, remove_traces},
     events::Journal,
     forwarder::{Forwarder, Forwarding},
+    kubernetes::{Heard as HeardOfNode, Source},
     ping::Round,
     pods::PodState,
     probe::Prober,
     programmer::Programmer,
     service::Service,
+    signals::Signals,
     status::Waiter,
     survey::Surveys,
     told::Told,
@@ -83,8 +82,6 @@ pub use underlay::choose as choose_underlay;
 const SLOW_TURN: Duration = Duration::from_millis(100);
 /// Events taken in one turn before the outputs are carried out.
 const EVENTS_PER_TURN: usize = 64;
-/// Seeds that are saved: those that were given, then members.
-const MAX_SAVED_SEEDS: usize = 8;
 
 /// How an agent ended that had started well.
 #[derive(Debug, PartialEq, Eq)]
@@ -95,6 +92,8 @@ pub enum Ending {
     Left { heir: Option<NodeId> },
     /// It is no member any more under this identity, and is to join as a new node.
     Anew,
+    /// It was given another subnet, and is to start again with that one.
+    Reassigned,
     /// It cannot go on; the sentence says why.
     Failed(String),
 }
@@ -132,6 +131,8 @@ struct Agent {
     service: Service,
     journal: Journal,
     surveys: Surveys,
+    /// Where the subnet of this node is said, if that is outside the cluster.
+    source: Option<Source>,
     /// Set when the kernel refuses the device of a node that has only just come.
     giving_up: Option<(String, Instant)>,
     ending: Option<Ending>,
@@ -168,28 +169,27 @@ enum News {
     Pods(Wired),
     Api(Question),
     Docker(docker_plugin::Request),
+    Node(HeardOfNode),
 }
 
 impl Agent {
     async fn run(
         mut self,
+        mut signals: Signals,
         mut network: mpsc::Receiver<Event>,
         mut threads: mpsc::UnboundedReceiver<News>,
         mut heard: mpsc::Receiver<Heard>,
         reread: &Reread,
-    ) -> std::io::Result<Ending> {
-        let mut terminate = signal(SignalKind::terminate())?;
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        let mut hangup = signal(SignalKind::hangup())?;
+    ) -> Ending {
         self.carry_out();
         self.catch_up();
         while self.ending.is_none() {
             let wake = tokio::time::Instant::from_std(self.next_deadline());
             let first = tokio::select! {
                 biased;
-                _ = terminate.recv() => { self.ending = Some(Ending::Stopped); continue }
-                _ = interrupt.recv() => { self.ending = Some(Ending::Stopped); continue }
-                _ = hangup.recv() => Arrival::Hangup,
+                _ = signals.terminate.recv() => { self.ending = Some(Ending::Stopped); continue }
+                _ = signals.interrupt.recv() => { self.ending = Some(Ending::Stopped); continue }
+                _ = signals.hangup.recv() => Arrival::Hangup,
                 () = tokio::time::sleep_until(wake) => Arrival::Deadline,
                 Some(news) = threads.recv() => Arrival::News(news),
                 Some(event) = network.recv() => Arrival::Network(event),
@@ -218,7 +218,7 @@ impl Agent {
                 tracing::warn!(?took, "a turn of the event loop was slow");
             }
         }
-        Ok(self.finish().await)
+        self.finish().await
     }
 
     fn on_arrival(&mut self, arrival: Arrival, now: Instant, reread: &Reread) {
@@ -245,6 +245,7 @@ impl Agent {
             .chain(waiters)
             .chain(rounds)
             .chain(giving_up)
+            .chain(self.source.iter().filter_map(Source::next))
             .fold(far, Instant::min)
     }
 
@@ -256,6 +257,7 @@ impl Agent {
             self.probe();
             self.update_forwarder();
         }
+        self.ask_about_node(now);
         if let Some((why, _)) = self.giving_up.take_if(|(_, until)| *until <= now) {
             self.ending = Some(Ending::Failed(why));
         }
@@ -295,6 +297,7 @@ impl Agent {
             News::Pods(wired) => self.on_wired(wired),
             News::Api(request) => self.on_api(request),
             News::Docker(request) => self.on_docker(request),
+            News::Node(heard) => self.on_heard_of_node(heard),
         }
     }
 
@@ -351,30 +354,6 @@ impl Agent {
         }
     }
 
-    /// A restart needs no `--token` and no `--join` once the node is in the cluster, not even if its
-    /// database is lost.
-    fn save_token(&mut self) {
-        let mut seeds = self.config.seeds.clone();
-        seeds.extend(self.node.member_addresses().map(|address| address.to_string()));
-        let mut known = BTreeSet::new();
-        seeds.retain(|seed| known.insert(seed.clone()));
-        seeds.truncate(MAX_SAVED_SEEDS);
-        let token = self.token(seeds);
-        if token.is_none() || token == self.saved_token {
-            return;
-        }
-        if let Some(Err(error)) = token.as_ref().map(|token| self.state.save_token(token)) {
-            tracing::error!(%error, "the token could not be saved");
-            return;
-        }
-        self.saved_token = token;
-    }
-
-    fn token(&self, seeds: Vec<String>) -> Option<Token> {
-        let cluster = self.node.cluster()?.id;
-        Some(Token { cluster, secret: self.keyring.in_use().clone(), seeds })
-    }
-
     fn on_stop(&mut self, stop: Stop) {
         self.ending = Some(match stop {
             Stop::Left { heir } => match self.giving_up.take() {
@@ -429,7 +408,7 @@ impl Agent {
             let answer = match &ending {
                 Ending::Left { heir } => Ok(heir.map(|heir| self.node.name_of(heir).to_owned())),
                 Ending::Failed(why) => Err(why.clone()),
-                Ending::Stopped | Ending::Anew => {
+                Ending::Stopped | Ending::Anew | Ending::Reassigned => {
                     Err("the agent was stopped before it had left".to_owned())
                 }
             };

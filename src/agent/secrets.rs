@@ -3,6 +3,8 @@
 //! The operator asks one agent, which asks all others: whether they are ready for the step, then to do it.
 //! A step for which somebody is not ready is refused, and named; nothing has happened then.
 
+use std::collections::BTreeSet;
+
 use serde_json::{Value, json};
 use tokio::sync::oneshot::Sender;
 
@@ -12,7 +14,7 @@ use crate::{
     core::ReplyId,
     model::NodeId,
     transport::{Credentials, NodeKey},
-    wire::{Inquiry, Report, SecretId, SecretOrder},
+    wire::{Inquiry, Report, SecretId, SecretOrder, Token},
 };
 
 type Reply = Sender<Result<Value, String>>;
@@ -21,7 +23,34 @@ type Reply = Sender<Result<Value, String>>;
 const ASSIGNED: &str = "with lease_source = \"podcidr\" the cluster's id follows from its secret: change \
                         it where all agents get it from, and restart them together";
 
+/// Seeds that are saved: those that were given, then members.
+const MAX_SAVED_SEEDS: usize = 8;
+
 impl Agent {
+    /// A restart needs no `--token` and no `--join` once the node is in the cluster, not even if its
+    /// database is lost.
+    pub(super) fn save_token(&mut self) {
+        let mut seeds = self.config.seeds.clone();
+        seeds.extend(self.node.member_addresses().map(|address| address.to_string()));
+        let mut known = BTreeSet::new();
+        seeds.retain(|seed| known.insert(seed.clone()));
+        seeds.truncate(MAX_SAVED_SEEDS);
+        let token = self.token(seeds);
+        if token.is_none() || token == self.saved_token {
+            return;
+        }
+        if let Some(Err(error)) = token.as_ref().map(|token| self.state.save_token(token)) {
+            tracing::error!(%error, "the token could not be saved");
+            return;
+        }
+        self.saved_token = token;
+    }
+
+    pub(super) fn token(&self, seeds: Vec<String>) -> Option<Token> {
+        let cluster = self.node.cluster()?.id;
+        Some(Token { cluster, secret: self.keyring.in_use().clone(), seeds })
+    }
+
     /// An operator's step, on all members.
     pub(super) fn change_secret(&mut self, step: SecretStep, force: bool, reply: Reply) {
         if self.config.pod_cidr.is_some() {

@@ -14,8 +14,8 @@ use tokio::sync::mpsc;
 
 use super::{
     Agent, Clock, Ending, Forwarder, Gate, Journal, KernelState, News, PodState, Prober,
-    Programmer, Reread, Service, Surveys, Wirer, kubernetes, underlay, waiting::wait_for_underlay,
-    wirer::Job,
+    Programmer, Reread, Service, Signals, Source, Surveys, Wirer, kubernetes, underlay,
+    waiting::Waiting, wirer::Job,
 };
 use crate::{
     api,
@@ -73,11 +73,8 @@ pub enum StartFailure {
          leave it out, or set --advertise or --iface"
     )]
     Listen { listen: SocketAddr, underlay: IpAddr },
-    #[error(
-        "pod_cidr: {subnet} is no subnet of length {len} of {network}: set network to the cluster's CIDR \
-         (of kube-controller-manager, or k3s server), and subnet_len to the nodes' mask"
-    )]
-    PodCidr { subnet: IpNet, network: IpNet, len: u8 },
+    #[error("pod_cidr: {0}")]
+    PodCidr(String),
     #[error("http: {address}: {error}: choose another address, or leave it out")]
     Http { address: SocketAddr, error: io::Error },
     #[error(transparent)]
@@ -89,7 +86,8 @@ pub enum StartFailure {
 }
 
 /// Runs an agent until it ends. Must be called within a tokio runtime of its own, which takes the sockets
-/// along when it is dropped. After [`Ending::Anew`] it is to be called again. `reread` is called at SIGHUP.
+/// along when it is dropped. After [`Ending::Anew`] and
+/// [`Ending::Reassigned`] it is to be called again. `reread` is called at SIGHUP.
 pub async fn run(config: Config, reread: &Reread) -> Result<Ending, StartFailure> {
     let state = Arc::new(StateDir::open(&config.state_dir)?);
     let fresh = state.node_key()?.is_none();
@@ -115,6 +113,7 @@ async fn start(
     fresh: bool,
     reread: &Reread,
 ) -> Result<Ending, StartFailure> {
+    let mut signals = Signals::catch()?;
     let given_seeds = config.seeds.clone();
     let key = match state.node_key()? {
         Some(seed) => NodeKey::from_seed(seed)?,
@@ -132,42 +131,22 @@ async fn start(
             "the database was unreadable and was moved aside: this node rejoins with the same key"
         );
     }
-    let given = match &config.pod_cidr {
-        Some(source) => Some(kubernetes::find(source, config.name.as_str(), &state).await?),
-        None => None,
-    };
     let known_cluster = records.iter().find_map(|(_, record)| match record {
         Record::Cluster(cluster) => Some(*cluster),
         _ => None,
     });
     let saved = state.token()?;
-    let assigned = match (&given, config.create) {
-        (Some(given), Some(settings)) => {
-            if config.seeds.is_empty() {
-                config.seeds.extend(saved.iter().flat_map(|token| token.seeds.clone()));
-            }
-            let others =
-                given.others.iter().map(|ip| SocketAddr::new(*ip, config.port).to_string());
-            config.seeds.extend(others);
-            Some((given.subnet, settings))
-        }
-        _ => {
-            remember(&mut config, saved.as_ref(), known_cluster.is_some())?;
-            None
-        }
-    };
-    if let Some((subnet, settings)) = assigned {
-        let pool = settings.pool;
-        if subnet.prefix_len() != pool.subnet_len() || !pool.network().contains(&subnet) {
-            let (network, len) = (pool.network(), pool.subnet_len());
-            return Err(StartFailure::PodCidr { subnet, network, len });
-        }
+    let is_assigned = config.pod_cidr.is_some();
+    if !is_assigned {
+        remember(&mut config, saved.as_ref(), known_cluster.is_some())?;
+    } else if config.seeds.is_empty() {
+        config.seeds.extend(saved.iter().flat_map(|token| token.seeds.clone()));
     }
     let token = config.token.clone().or(saved);
     let kept = state.keyring()?;
     let secret = match &token {
         Some(token) => token.secret.clone(),
-        None if assigned.is_some() => return Err(StartFailure::NoToken),
+        None if is_assigned => return Err(StartFailure::NoToken),
         None if config.create.is_some() => Secret::new(random::<SECRET_LEN>()?.to_vec())?,
         None if config.seeds.is_empty() && known_cluster.is_none() => {
             return Err(StartError::NoCluster.into());
@@ -194,24 +173,44 @@ async fn start(
     let report = sender.clone();
     let _socket =
         api::serve(&config.socket, move |request| report.send(News::Api(request)).is_ok())?;
+    if let Some(address) = config.http {
+        let report = sender.clone();
+        let ask = move |request| report.send(News::Api(request)).is_ok();
+        let bound = TcpListener::bind(address).and_then(|listener| api::observe(listener, ask));
+        bound.map_err(|error| StartFailure::Http { address, error })?;
+    }
+    let mut waiting = Waiting::new(config.name.clone(), key.id(), &mut signals, &mut threads);
+    let (assigned, source) = match (&config.pod_cidr, config.create) {
+        (Some(from), Some(settings)) => {
+            let (name, pool) = (config.name.as_str(), settings.pool);
+            let found = kubernetes::find(from, name, &pool, &state, &mut waiting).await?;
+            let Some(given) = found else { return Ok(Ending::Stopped) };
+            let seeds = kubernetes::seeds(given.others.as_deref().unwrap_or_default(), config.port);
+            let source = Source::new(from, name, pool, &given, seeds.clone(), sender.clone());
+            config.seeds.extend(seeds);
+            (Some((given.address, settings)), source)
+        }
+        _ => (None, None),
+    };
     let peers = records.iter().filter_map(|(_, record)| match record {
         Record::Member(member) if member.node != key.id() => Some(member.vtep.underlay),
         _ => None,
     });
-    let (chosen, waiters) = match underlay::choose(&mut Netlink::open()?, &config, peers) {
-        Ok(chosen) => (chosen, Vec::new()),
+    let chosen = match underlay::choose(&mut Netlink::open()?, &config, peers) {
+        Ok(chosen) => chosen,
         Err(error @ underlay::UnderlayError::Mtu { .. }) => return Err(error.into()),
         Err(error) => match remembered_underlay(&state, &records, key.id())? {
             Some(chosen) => {
                 tracing::warn!(%error, "this node starts without an underlay");
-                (chosen, Vec::new())
+                chosen
             }
-            None => match wait_for_underlay(&config, key.id(), &mut threads).await? {
+            None => match waiting.for_underlay(&config).await? {
                 Some(found) => found,
                 None => return Ok(Ending::Stopped),
             },
         },
     };
+    let waiters = waiting.into_waiters();
     let mut kernel = Kernel::open()?;
     let (vni, port) = match known_cluster {
         Some(cluster) => (cluster.settings.vni, cluster.settings.vxlan_port),
@@ -234,9 +233,11 @@ async fn start(
     let (ip, advertised) = config.advertise.unwrap_or((chosen.local, None));
     let bridge = config.bridge_name(vni);
     let mut pods = PodState::remember(&records, state.is_same_boot()?);
-    if known_cluster.is_none() && !fresh {
+    if known_cluster.is_none() {
+        // Pods outlive the state directory too.
         pods.recover(Wiring::open()?.found(&bridge)?);
     }
+    let fresh = fresh && pods.table.is_empty();
     pods.macs = Wiring::open()?.macs()?;
     // Bridges hold this host's containers, and pods that run keep their addresses.
     let occupied = foreign.into_iter().filter(|found| {
@@ -260,7 +261,7 @@ async fn start(
         wish: config.wish,
         prefer_subnet: config.prefer_subnet,
         occupied,
-        assigned: assigned.map(|(subnet, _)| subnet.network()),
+        assigned: assigned.map(|(address, _)| address),
         replace_by_name: config.replace_by_name,
         quorum: config.quorum.clone(),
         rng_seed: random()?,
@@ -294,12 +295,6 @@ async fn start(
     if known_cluster.is_some() {
         // All pods that are there are known, so the others are of nobody.
         wirer.ask(Job::Sweep { bridge, keep: pods.links() });
-    }
-    if let Some(address) = config.http {
-        let report = sender.clone();
-        let ask = move |request| report.send(News::Api(request)).is_ok();
-        let bound = TcpListener::bind(address).and_then(|listener| api::observe(listener, ask));
-        bound.map_err(|error| StartFailure::Http { address, error })?;
     }
     let report = sender;
     let _plugin = match &config.docker_plugin {
@@ -338,13 +333,14 @@ async fn start(
         service: Service::new(Instant::now()),
         journal: Journal::new(Instant::now()),
         surveys: Surveys::default(),
+        source,
         giving_up: None,
         ending: None,
     };
     if agent.underlay.is_present() {
         agent.save_underlay();
     }
-    Ok(agent.run(network, threads, heard, reread).await?)
+    Ok(agent.run(signals, network, threads, heard, reread).await)
 }
 
 /// A cluster is not created with networks that lead elsewhere on this host.

@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, time::Instant};
 
 use tokio::sync::oneshot;
 
-use super::Agent;
+use super::{Agent, Source};
 use crate::{
     api::{AgentStatus, KernelStatus},
     core::Phase,
@@ -107,6 +107,8 @@ impl Agent {
         problems.extend(kernel.routing.problems.iter().chain(&kernel.overlaps).cloned());
         problems.extend(kernel.host.problems.iter().cloned());
         problems.extend(self.pods.problems.iter().cloned());
+        let no_other = self.node.is_alone();
+        problems.extend(self.source.iter().flat_map(|source| source.problems(no_other)));
         problems.extend(self.store_problem.iter().map(|why| format!("state directory: {why}")));
         let subnet = kernel.wanted.as_ref().map(|view| view.own.subnets.first);
         if let (Some(subnet), outside @ 1..) = (subnet, self.pods_outside()) {
@@ -130,7 +132,15 @@ impl Agent {
     }
 
     pub(super) fn is_converged(&self) -> bool {
-        self.node.phase() == Phase::Member && self.node.is_settled() && self.is_in_sync()
+        self.node.phase() == Phase::Member
+            && self.node.is_settled()
+            && self.is_in_sync()
+            && !self.is_in_the_dark()
+    }
+
+    /// Whether there may be other nodes of which this one has not heard.
+    fn is_in_the_dark(&self) -> bool {
+        self.node.is_alone() && self.source.as_ref().is_some_and(Source::lacks_list)
     }
 
     fn is_in_sync(&self) -> bool {

@@ -1,18 +1,19 @@
-//! A new node on a host without a network: it waits for an underlay, and says what it waits for.
+//! A node that cannot begin yet: it waits for its subnet or for an underlay, and says what it waits for.
 //!
 //! Nothing can be agreed with peers before, and a member record without an address would mislead them. A
-//! node that is known already does not come here: it serves the pods of its host at once.
+//! node that is known already does not wait for an underlay: it serves the pods of its host at once.
 
-use std::time::{Duration, Instant};
-
-use tokio::{
-    signal::unix::{SignalKind, signal},
-    sync::mpsc,
+use std::{
+    future::Future,
+    time::{Duration, Instant},
 };
+
+use tokio::sync::mpsc;
 
 use super::{
     News, StartFailure,
     service::Service,
+    signals::Signals,
     status::Waiter,
     underlay::{self, Chosen, UnderlayError},
 };
@@ -20,63 +21,109 @@ use crate::{
     api::{AgentStatus, CheckStatus, KernelStatus, PodError, PodErrorKind, Question},
     config::Config,
     core::NodeStatus,
-    model::NodeId,
+    model::{NodeId, NodeName},
     netlink::Netlink,
 };
 
 /// The interfaces are looked at this often.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
+/// The service manager and questions with a deadline are looked after this often.
+const TICK: Duration = Duration::from_millis(500);
 
-/// Waits until an interface can carry tunnels; none if a signal ends the agent first. Questions are answered
-/// meanwhile. Those for convergence wait on.
-///
-/// # Errors
-/// A setting that no network can satisfy, or no netlink socket.
-pub(super) async fn wait_for_underlay(
-    config: &Config,
+/// Answers questions and follows signals while the node waits.
+pub(super) struct Waiting<'a> {
+    name: NodeName,
     node: NodeId,
-    questions: &mut mpsc::UnboundedReceiver<News>,
-) -> Result<Option<(Chosen, Vec<Waiter>)>, StartFailure> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut netlink = Netlink::open()?;
-    let mut service = Service::new(Instant::now());
-    let mut waiters: Vec<Waiter> = Vec::new();
-    let mut told: Option<UnderlayError> = None;
-    loop {
-        let error = match underlay::choose(&mut netlink, config, std::iter::empty()) {
-            Ok(chosen) => return Ok(Some((chosen, waiters))),
-            Err(error @ UnderlayError::NoMatch { .. }) => error,
-            Err(error) => return Err(error.into()),
-        };
-        let problem = format!("waiting for the network: {error}");
-        if told.as_ref() != Some(&error) {
+    signals: &'a mut Signals,
+    questions: &'a mut mpsc::UnboundedReceiver<News>,
+    service: Service,
+    /// Questions for convergence wait on.
+    waiters: Vec<Waiter>,
+    problem: String,
+}
+
+impl<'a> Waiting<'a> {
+    pub(super) fn new(
+        name: NodeName,
+        node: NodeId,
+        signals: &'a mut Signals,
+        questions: &'a mut mpsc::UnboundedReceiver<News>,
+    ) -> Self {
+        let service = Service::new(Instant::now());
+        let problem = "the agent is starting".to_owned();
+        Self { name, node, signals, questions, service, waiters: Vec::new(), problem }
+    }
+
+    /// Questions that have had no answer.
+    pub(super) fn into_waiters(self) -> Vec<Waiter> {
+        self.waiters
+    }
+
+    /// Says in the status what is waited for, and in the log if that is news.
+    pub(super) fn say(&mut self, problem: String) {
+        if self.problem != problem {
             tracing::error!("{problem}");
-            told = Some(error);
+            self.problem = problem;
         }
-        let now = Instant::now();
-        if service.is_due(now) {
-            service.report(now, problem.clone());
-        }
-        let status = status(config, node, problem);
-        waiters.retain(|waiter| !waiter.reply.is_closed());
-        for waiter in waiters.extract_if(.., |waiter| waiter.deadline <= now) {
-            let _ = waiter.reply.send(status.clone());
-        }
-        tokio::select! {
-            _ = terminate.recv() => return Ok(None),
-            _ = interrupt.recv() => return Ok(None),
-            Some(news) = questions.recv() => {
-                if let News::Api(question) = news {
-                    waiters.extend(answer(question, &status));
-                }
+    }
+
+    /// Says in the status alone what is under way.
+    pub(super) fn begin(&mut self, what: &str) {
+        what.clone_into(&mut self.problem);
+    }
+
+    /// Does some work, and answers questions meanwhile; none if a signal ends the agent first.
+    pub(super) async fn until<T>(&mut self, work: impl Future<Output = T>) -> Option<T> {
+        let mut work = std::pin::pin!(work);
+        loop {
+            let now = Instant::now();
+            if self.service.is_due(now) {
+                self.service.report(now, self.problem.clone());
             }
-            () = tokio::time::sleep(LOOK_AGAIN) => {}
+            let status = status(&self.name, self.node, self.problem.clone());
+            self.waiters.retain(|waiter| !waiter.reply.is_closed());
+            for waiter in self.waiters.extract_if(.., |waiter| waiter.deadline <= now) {
+                let _ = waiter.reply.send(status.clone());
+            }
+            tokio::select! {
+                biased;
+                () = self.signals.end() => return None,
+                done = &mut work => return Some(done),
+                Some(news) = self.questions.recv() => {
+                    if let News::Api(question) = news {
+                        self.waiters.extend(answer(question, &status));
+                    }
+                }
+                () = tokio::time::sleep(TICK) => {}
+            }
+        }
+    }
+
+    /// Waits until an interface can carry tunnels; none if a signal ends the agent first.
+    ///
+    /// # Errors
+    /// A setting that no network can satisfy, or no netlink socket.
+    pub(super) async fn for_underlay(
+        &mut self,
+        config: &Config,
+    ) -> Result<Option<Chosen>, StartFailure> {
+        let mut netlink = Netlink::open()?;
+        loop {
+            match underlay::choose(&mut netlink, config, std::iter::empty()) {
+                Ok(chosen) => return Ok(Some(chosen)),
+                Err(error @ UnderlayError::NoMatch { .. }) => {
+                    self.say(format!("waiting for the network: {error}"));
+                }
+                Err(error) => return Err(error.into()),
+            }
+            if self.until(tokio::time::sleep(LOOK_AGAIN)).await.is_none() {
+                return Ok(None);
+            }
         }
     }
 }
 
-fn status(config: &Config, node: NodeId, problem: String) -> AgentStatus {
+fn status(name: &NodeName, node: NodeId, problem: String) -> AgentStatus {
     let kernel = KernelStatus {
         device: None,
         mtu: 0,
@@ -97,7 +144,7 @@ fn status(config: &Config, node: NodeId, problem: String) -> AgentStatus {
     AgentStatus {
         version: env!("CARGO_PKG_VERSION"),
         converged: false,
-        node: NodeStatus::waiting(node, config.name.clone(), problem),
+        node: NodeStatus::waiting(node, name.clone(), problem),
         kernel,
         paths: Vec::new(),
         pods: 0,
@@ -126,7 +173,8 @@ fn answer(question: Question, status: &AgentStatus) -> Option<Waiter> {
         Question::Ping { reply, .. } => _ = reply.send(Err(why())),
         Question::History { reply } => _ = reply.send(Ok(Vec::new())),
         Question::Attach { reply, .. } => _ = reply.send(Err(not_ready())),
-        Question::Detach { reply, .. } => _ = reply.send(Ok(false)),
+        // The plugin notes it for later.
+        Question::Detach { reply, .. } => _ = reply.send(Err(not_ready())),
         Question::Check { reply, .. } => _ = reply.send(Err(not_ready())),
         Question::Pods { reply } => _ = reply.send(Vec::new()),
         Question::Release { reply } => _ = reply.send(Ok(Vec::new())),

@@ -51,14 +51,16 @@ pub fn run(args: AgentArgs) -> ExitCode {
         let (config, reread) = (config.clone(), reread.clone());
         let agent = async move { agent::run(config, &reread).await };
         match block_on(async { tokio::spawn(agent).await }) {
-            Ok(Ok(Ok(Ending::Anew))) => {}
+            Ok(Ok(Ok(Ending::Anew | Ending::Reassigned))) => {}
             Ok(Ok(ended)) => break Ok(ended),
             Ok(Err(panicked)) => std::panic::resume_unwind(panicked.into_panic()),
             Err(error) => break Err(error),
         }
     };
     match ended {
-        Ok(Ok(Ending::Stopped | Ending::Anew | Ending::Left { .. })) => ExitCode::SUCCESS,
+        Ok(Ok(Ending::Stopped | Ending::Anew | Ending::Reassigned | Ending::Left { .. })) => {
+            ExitCode::SUCCESS
+        }
         Ok(Ok(Ending::Failed(why))) => fail(why),
         Ok(Err(failure)) => fail(failure),
         Err(error) => fail(error),

@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::{Client, ask_and_print, output::table};
 use crate::api;
 
-/// Enough of a container's id to tell it from others.
+/// Enough of a container's id to tell it from others; the wide form has all of it.
 const SHOWN: usize = 13;
 
 #[derive(Debug, Args)]
@@ -30,9 +30,9 @@ pub fn run(PodsArgs { client, release }: &PodsArgs) -> ExitCode {
     done.map_or_else(|code| code, |_| ExitCode::SUCCESS)
 }
 
-fn text(answer: &Value, _: bool) -> String {
+fn text(answer: &Value, wide: bool) -> String {
     let pods = answer["pods"].as_array().map(Vec::as_slice).unwrap_or_default();
-    let mut text = table_of(pods);
+    let mut text = table_of(pods, wide);
     if pods.iter().any(|pod| pod["orphan"] == true) {
         text.push_str(
             "orphans: the container is gone and its runtime has not said so; the agent takes such addresses \
@@ -42,19 +42,20 @@ fn text(answer: &Value, _: bool) -> String {
     text
 }
 
-fn released(answer: &Value, _: bool) -> String {
+fn released(answer: &Value, wide: bool) -> String {
     match answer["released"].as_array().map(Vec::as_slice).unwrap_or_default() {
         [] => "no pod is gone: nothing was taken back\n".to_owned(),
-        pods => table_of(pods),
+        pods => table_of(pods, wide),
     }
 }
 
-fn table_of(pods: &[Value]) -> String {
+fn table_of(pods: &[Value], wide: bool) -> String {
+    let shown = if wide { usize::MAX } else { SHOWN };
     let cell = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let row = |pod: &Value| {
         let addresses = pod["addresses"].as_array().into_iter().flatten().map(cell);
         [
-            cell(&pod["container"]).chars().take(SHOWN).collect(),
+            cell(&pod["container"]).chars().take(shown).collect(),
             cell(&pod["interface"]),
             addresses.collect::<Vec<_>>().join(", "),
             cell(&pod["link"]),

@@ -244,7 +244,9 @@ fn judge(status: &Value) -> Result<(), CniError> {
     }
     match status["pods_outside"].as_u64().unwrap_or(0) {
         0 => {
-            let why = "this node has no subnet in use yet: see `gossamer status`";
+            let problem = status["problems"][0].as_str();
+            let cause = problem.filter(|_| status["phase"] == "waiting");
+            let why = cause.unwrap_or("this node has no subnet in use yet: see `gossamer status`");
             Err(CniError::new(code::NOT_AVAILABLE, why))
         }
         cut_off => {

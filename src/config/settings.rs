@@ -83,10 +83,11 @@ pub struct Settings {
     /// Who says which subnet this node has: the nodes among themselves, or Kubernetes [default: gossip]
     #[arg(long, env = "GOSSAMER_LEASE_SOURCE", value_enum, value_name = "WHO")]
     pub lease_source: Option<LeaseSource>,
-    /// With podcidr: that subnet, if it is not to be read from the API [default: spec.podCIDR of the node]
-    #[arg(long, env = "GOSSAMER_POD_CIDR", value_name = "CIDR")]
-    pub pod_cidr: Option<IpNet>,
-    /// With podcidr: a file with that subnet
+    /// With podcidr: that subnet, if it is not to be read from the API; with one of each family CIDR,CIDR
+    /// [default: spec.podCIDRs of the node]
+    #[arg(long, env = "GOSSAMER_POD_CIDR", value_name = "CIDR[,CIDR]")]
+    pub pod_cidr: Option<String>,
+    /// With podcidr: a file with that subnet, or with one of each family
     #[arg(long, env = "GOSSAMER_POD_CIDR_FILE", value_name = "FILE")]
     pub pod_cidr_file: Option<PathBuf>,
     /// Node names are unique by construction: a down member of this node's name is its predecessor, is

@@ -480,7 +480,7 @@ impl Node {
     }
 
     /// Nobody else has ever been here, or all have left.
-    fn is_alone(&self) -> bool {
+    pub fn is_alone(&self) -> bool {
         self.directory.peers(self.me.node).next().is_none()
     }
 

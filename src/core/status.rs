@@ -17,7 +17,7 @@ use super::{Counters, Liveness, Node, Reclaiming};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Phase {
-    /// The host has no network over which it could join.
+    /// It waits for a network over which it could join, or for Kubernetes to say which subnet it has.
     Waiting,
     /// Looking for a member that lets it in.
     Joining,
@@ -92,7 +92,7 @@ pub struct MemberStatus {
 }
 
 impl NodeStatus {
-    /// The status of a node that waits for a network, and why it does.
+    /// The status of a node that cannot begin yet, and what it waits for.
     pub fn waiting(node: NodeId, name: NodeName, problem: String) -> Self {
         Self {
             node,
@@ -118,6 +118,11 @@ impl Node {
     /// Whether gossip holds a member as alive or suspect.
     pub fn is_active(&self, node: NodeId) -> bool {
         self.membership.is_active(node)
+    }
+
+    /// Whether gossip holds any other member as alive or suspect.
+    pub fn has_company(&self) -> bool {
+        self.membership.others().next().is_some()
     }
 
     /// Gossip's opinion on everybody it has heard of.
@@ -273,8 +278,7 @@ impl Node {
             });
             problems.push(format!(
                 "{} was given to this node and to {}, which uses it: give one of the two another (in \
-                 Kubernetes: \
-                 spec.podCIDR of the node)",
+                 Kubernetes: delete the Node object of one, and restart its kubelet)",
                 subnet.map_or_else(String::new, |subnet| subnet.to_string()),
                 self.name_of(rival)
             ));

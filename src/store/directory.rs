@@ -95,18 +95,19 @@ impl StateDir {
         self.save(SECRETS, &keyring.to_string())
     }
 
-    /// The subnet that Kubernetes gave to this node.
-    pub fn pod_cidr(&self) -> Result<Option<IpNet>, StoreError> {
-        let path = self.path.join(POD_CIDR);
-        let text = read_if_there(&path)?;
-        Ok(text.and_then(|text| text.trim().parse().ok()))
+    /// The subnets that Kubernetes gave to this node; none, if there is no telling.
+    pub fn pod_cidrs(&self) -> Result<Vec<IpNet>, StoreError> {
+        let text = read_if_there(&self.path.join(POD_CIDR))?.unwrap_or_default();
+        let subnets: Option<_> = text.split_whitespace().map(|word| word.parse().ok()).collect();
+        Ok(subnets.unwrap_or_default())
     }
 
-    pub fn save_pod_cidr(&self, subnet: IpNet) -> Result<(), StoreError> {
-        if self.pod_cidr()? == Some(subnet) {
+    pub fn save_pod_cidrs(&self, subnets: &[IpNet]) -> Result<(), StoreError> {
+        if self.pod_cidrs()? == subnets {
             return Ok(());
         }
-        self.save(POD_CIDR, &format!("{subnet}\n"))
+        let lines: String = subnets.iter().map(|subnet| format!("{subnet}\n")).collect();
+        self.save(POD_CIDR, &lines)
     }
 
     /// The underlay address of this host and the MTU of its overlay, as they last were.

@@ -20,7 +20,8 @@ fn gateway(result: &Value) -> &str {
 }
 
 fn ping(from: &NetNs, to: &str) {
-    tool(from, &format!("ping -c 1 -W 2 {to}"));
+    let ping = format!("ping -c 1 -W 2 {to}");
+    wait_until("it is not reached", PATIENCE, || run(from, &ping).status.success());
 }
 
 #[test]

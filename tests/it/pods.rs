@@ -1,5 +1,7 @@
 //! What becomes of pods and of their bridge when others lay hands on them, or memory is lost.
 
+use std::fs;
+
 use gossamer::lab::Agent;
 use nix::sys::signal::Signal;
 use serde_json::json;
@@ -7,7 +9,8 @@ use serde_json::json;
 use crate::{
     cni::{Runtime, address, cables, namespaces, pods},
     common::{
-        Cluster, PATIENCE, eventually, isolated, program, run, status_where, tool, wait_until,
+        Cluster, PATIENCE, eventually, gossamer_token, isolated, program, run, status_where, tool,
+        wait_until,
     },
     mishaps::lose_database,
 };
@@ -87,12 +90,50 @@ fn pods_outlive_a_lost_database_and_not_a_new_start_of_the_host() {
 
         cluster.agents[1].end(Signal::SIGKILL)?;
         let boot = cluster.hosts[1].dir.join("state/boot");
-        std::fs::write(&boot, "another start\n")?;
+        fs::write(&boot, "another start\n")?;
         start(&mut cluster)?;
         assert_eq!(pods(&mut cluster.agents[1]), 0);
         wait_until("this start is noted", PATIENCE, || {
-            std::fs::read_to_string(&boot).is_ok_and(|noted| noted != "another start\n")
+            fs::read_to_string(&boot).is_ok_and(|noted| noted != "another start\n")
         });
+        Ok(())
+    });
+}
+
+#[test]
+fn pods_outlive_a_lost_state_directory_over_all_restarts_that_follow() {
+    isolated(|lab| {
+        let (host, token) = (lab.host(1, "n1")?, gossamer_token()?);
+        let arguments =
+            ["--lease-source", "podcidr", "--token", &token, "--pod-cidr", "10.42.0.0/24"];
+        let mut agent = Agent::start(program(), &host, &arguments)?;
+        agent.wait_converged(1, PATIENCE)?;
+        let spaces = namespaces(&["a", "b", "c"])?;
+        let mut given = vec![Runtime::new(&agent).add("a")];
+        let gateway = given[0]["ips"][0]["gateway"].as_str().expect("a gateway").to_owned();
+        for (turn, name) in ["b", "c"].iter().enumerate() {
+            agent.end(Signal::SIGKILL)?;
+            fs::remove_dir_all(host.dir.join("state"))?;
+            agent = Agent::start(program(), &host, &arguments)?;
+            agent.wait_converged(1, PATIENCE)?;
+            assert_eq!(pods(&mut agent), turn + 1);
+            // Addresses of pods that are there are not given again.
+            let new = Runtime::new(&agent).add(name);
+            assert!(given.iter().all(|old| address(old) != address(&new)), "{new}");
+            given.push(new);
+            for _ in 0..2 {
+                agent.end(Signal::SIGTERM)?;
+                agent = Agent::start(program(), &host, &arguments)?;
+                agent.wait_converged(1, PATIENCE)?;
+                // A second look at the bridge is over when another pod has been looked at.
+                let (done, said) =
+                    Runtime::new(&agent).call("CHECK", "a", &json!({ "prevResult": given[0] }));
+                assert!(done, "{said}");
+                assert_eq!((pods(&mut agent), cables(&host)), (turn + 2, turn + 2));
+                tool(&spaces[0], &format!("ping -c 1 -W 5 {gateway}"));
+            }
+        }
+        assert!(!agent.log().contains("removed interfaces of pods"), "{}", agent.log());
         Ok(())
     });
 }

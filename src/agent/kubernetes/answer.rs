@@ -1,0 +1,232 @@
+//! What an answer of Kubernetes means.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use serde_json::Value;
+
+use crate::model::Pool;
+
+/// Longest text of others that is repeated, in characters.
+const SHOWN: usize = 300;
+
+/// What the object of a node says about its subnets. None, if it is not the object of that node.
+///
+/// # Errors
+/// It has none, or none that can be read.
+pub(super) fn cidrs(node: &Value, name: &str) -> Option<Result<Vec<IpNet>, String>> {
+    if node["kind"] != "Node" || node["metadata"]["name"] != name {
+        return None;
+    }
+    let both = node["spec"]["podCIDRs"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let texts = if both.is_empty() { std::slice::from_ref(&node["spec"]["podCIDR"]) } else { both };
+    let texts = texts.iter().filter_map(Value::as_str).filter(|text| !text.is_empty());
+    let parse = |text: &str| {
+        let shown = shortened(text);
+        text.parse().map_err(|_| format!("node {name}: podCIDR {shown:?} is no subnet"))
+    };
+    let cidrs: Result<Vec<IpNet>, String> = texts.map(parse).collect();
+    let none = || format!("node {name} has no spec.podCIDR yet");
+    Some(cidrs.and_then(|cidrs| if cidrs.is_empty() { Err(none()) } else { Ok(cidrs) }))
+}
+
+/// Whether an answer with status 404 says that there is no such node. Proxies have pages of their own.
+pub(super) fn says_no_such_node(status: &Value, name: &str) -> bool {
+    status["kind"] == "Status"
+        && status["reason"] == "NotFound"
+        && status["details"]["name"] == name
+        && status["details"]["kind"] == "nodes"
+}
+
+/// Internal addresses of the other nodes in a list.
+pub(super) fn others(nodes: &Value, name: &str) -> Option<Vec<IpAddr>> {
+    let items = nodes["items"].as_array()?;
+    let others = items.iter().filter(|node| node["metadata"]["name"] != name);
+    let internal = |node: &Value| {
+        let addresses = node["status"]["addresses"].as_array()?;
+        let internal = addresses.iter().find(|address| address["type"] == "InternalIP")?;
+        internal["address"].as_str()?.parse().ok()
+    };
+    Some(others.filter_map(internal).collect())
+}
+
+/// The reason in an error that the API server has put into words, or the beginning of another answer.
+pub(super) fn reason(body: &[u8]) -> String {
+    let status: Value = serde_json::from_slice(body).unwrap_or_default();
+    let text = String::from_utf8_lossy(body);
+    shortened(status["message"].as_str().unwrap_or(text.trim()))
+}
+
+pub(super) fn shortened(text: &str) -> String {
+    let mut shown: String = text.chars().take(SHOWN).collect();
+    if shown.len() < text.len() {
+        shown.push_str("...");
+    }
+    shown
+}
+
+/// The first address of the pool's subnet that these subnets are, in whatever order they come.
+///
+/// # Errors
+/// They are not the subnets of one slot of the pool; what helps.
+pub(super) fn fit(cidrs: &[IpNet], pool: &Pool) -> Result<IpAddr, String> {
+    let mut found = Vec::new();
+    for (network, len) in divisions(pool) {
+        let cidr = cidrs.iter().find(|cidr| is_ipv4(cidr) == is_ipv4(&network)).ok_or_else(|| {
+            format!(
+                "the podCIDRs {} have none for network {network}: leave that network out, or have Kubernetes \
+                 give subnets of it (--cluster-cidr)",
+                listed(cidrs)
+            )
+        })?;
+        if cidr.prefix_len() != len || cidr.trunc() != *cidr || !network.contains(cidr) {
+            return Err(format!(
+                "{cidr} is no subnet of length {len} of {network}: set network to the cluster's CIDR (of \
+                 kube-controller-manager, or k3s server), and subnet_len to the nodes' mask"
+            ));
+        }
+        found.push(*cidr);
+    }
+    let first = found.first().map(IpNet::network);
+    let slot = first.and_then(|address| Some((address, pool.slot_at(address)?)));
+    let (address, slot) =
+        slot.ok_or_else(|| format!("{} is outside subnet_min to subnet_max", listed(&found)))?;
+    if !pool.subnets(slot).iter().eq(found.iter().copied()) {
+        let wanted: Vec<IpNet> = pool.subnets(slot).iter().collect();
+        return Err(format!(
+            "the podCIDRs {} stand at different places in their networks, and gossamer leases {} together: \
+             delete the Node object, and restart its kubelet for a new pair",
+            listed(&found),
+            listed(&wanted)
+        ));
+    }
+    Ok(address)
+}
+
+/// Says in the log which subnets of this node are not used.
+pub(super) fn warn_of_unused(cidrs: &[IpNet], pool: &Pool) {
+    let is_used = |cidr: &&IpNet| divisions(pool).any(|(network, _)| network.contains(*cidr));
+    for cidr in cidrs.iter().filter(|cidr| !is_used(cidr)) {
+        tracing::warn!(
+            %cidr,
+            "a podCIDR of this node is not used: set network and network6 to have pods of both families"
+        );
+    }
+}
+
+fn divisions(pool: &Pool) -> impl Iterator<Item = (IpNet, u8)> {
+    [Some((pool.network(), pool.subnet_len())), pool.second()].into_iter().flatten()
+}
+
+const fn is_ipv4(network: &IpNet) -> bool {
+    matches!(network, IpNet::V4(_))
+}
+
+fn listed(networks: &[IpNet]) -> String {
+    networks.iter().map(IpNet::to_string).collect::<Vec<_>>().join(" and ")
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::model::PoolSpec;
+
+    fn nets(texts: &[&str]) -> Vec<IpNet> {
+        texts.iter().map(|text| text.parse().expect("a network")).collect()
+    }
+
+    fn pool(network: &str, network6: Option<&str>) -> Pool {
+        let network: IpNet = network.parse().expect("a network");
+        let network6 = network6.map(|text| text.parse().expect("a network"));
+        let subnet_min = Some(network.network());
+        Pool::new(&PoolSpec { network6, subnet_min, ..PoolSpec::of(network) }).expect("a pool")
+    }
+
+    fn node(spec: &Value) -> Value {
+        json!({ "kind": "Node", "metadata": { "name": "n1" }, "spec": spec })
+    }
+
+    #[test]
+    fn node_object_with_one_or_two_pod_cidrs_gives_all_of_them() {
+        let both = json!({ "podCIDR": "fd00:1::/64", "podCIDRs": ["fd00:1::/64", "10.42.1.0/24"] });
+        let two = Some(Ok(nets(&["fd00:1::/64", "10.42.1.0/24"])));
+        assert_eq!(cidrs(&node(&both), "n1"), two);
+        let one = json!({ "podCIDR": "10.42.1.0/24" });
+        assert_eq!(cidrs(&node(&one), "n1"), Some(Ok(nets(&["10.42.1.0/24"]))));
+        for (spec, why) in
+            [(json!({}), "has no spec.podCIDR"), (json!({ "podCIDR": "x" }), "\"x\"")]
+        {
+            let said = cidrs(&node(&spec), "n1").expect("about this node").expect_err("nothing");
+            assert!(said.contains(why), "{said}");
+        }
+    }
+
+    #[test]
+    fn answer_about_another_object_says_nothing_about_the_node() {
+        let spec = json!({ "podCIDR": "10.42.1.0/24" });
+        assert_eq!(cidrs(&node(&spec), "n2"), None);
+        assert_eq!(cidrs(&json!({ "kind": "Status", "metadata": { "name": "n1" } }), "n1"), None);
+        let gone = json!({
+            "kind": "Status", "reason": "NotFound", "details": { "name": "n1", "kind": "nodes" },
+        });
+        assert!(says_no_such_node(&gone, "n1"));
+        assert!(!says_no_such_node(&gone, "n2") && !says_no_such_node(&Value::Null, "n1"));
+        assert!(!says_no_such_node(&json!({ "kind": "Status", "reason": "NotFound" }), "n1"));
+    }
+
+    #[test]
+    fn pod_cidrs_in_either_order_fit_the_slot_that_has_both() {
+        let dual = pool("10.42.0.0/16", Some("fd00:42::/56"));
+        let first: IpAddr = [10, 42, 3, 0].into();
+        let (ipv4, ipv6) = ("10.42.3.0/24", "fd00:42:0:3::/64");
+        assert_eq!(fit(&nets(&[ipv4, ipv6]), &dual), Ok(first));
+        assert_eq!(fit(&nets(&[ipv6, ipv4]), &dual), Ok(first));
+        assert_eq!(fit(&nets(&[ipv6, ipv4]), &pool("10.42.0.0/16", None)), Ok(first));
+        let only6 = pool("fd00:42::/56", None);
+        let address: IpAddr = "fd00:42:0:3::".parse().expect("an address");
+        assert_eq!(fit(&nets(&[ipv4, ipv6]), &only6), Ok(address));
+    }
+
+    #[test]
+    fn pod_cidrs_that_are_no_slot_are_refused_with_what_helps() {
+        let dual = pool("10.42.0.0/16", Some("fd00:42::/56"));
+        for (cidrs, why) in [
+            (&["10.42.3.0/24"][..], "have none for network fd00:42::/56"),
+            (&["10.42.3.0/25", "fd00:42:0:3::/64"], "10.42.3.0/25 is no subnet of length 24"),
+            (&["10.43.3.0/24", "fd00:42:0:3::/64"], "no subnet of length 24 of 10.42.0.0/16"),
+            (&["10.42.3.9/24", "fd00:42:0:3::/64"], "10.42.3.9/24 is no subnet"),
+            (&["10.42.3.0/24", "fd00:42:0:4::/64"], "different places"),
+        ] {
+            let said = fit(&nets(cidrs), &dual).expect_err("no slot");
+            assert!(said.contains(why), "{said}");
+        }
+        assert!(fit(&[], &dual).is_err());
+    }
+
+    #[test]
+    fn others_are_found_by_their_internal_addresses() {
+        let node = |name: &str, kind: &str, address: &str| {
+            let addresses = json!([{ "type": kind, "address": address }]);
+            json!({ "metadata": { "name": name }, "status": { "addresses": addresses } })
+        };
+        let nodes = json!({ "items": [
+            node("me", "InternalIP", "10.0.0.1"),
+            node("other", "InternalIP", "10.0.0.2"),
+            node("outside", "ExternalIP", "203.0.113.3"),
+        ] });
+        assert_eq!(others(&nodes, "me"), Some(vec![IpAddr::from([10, 0, 0, 2])]));
+        assert_eq!(others(&Value::Null, "me"), None);
+    }
+
+    #[test]
+    fn long_answer_is_repeated_in_part() {
+        assert_eq!(
+            reason(br#"{"kind":"Status","message":"nodes is forbidden"}"#),
+            "nodes is forbidden"
+        );
+        assert_eq!(reason(b"bad gateway\n"), "bad gateway");
+        assert_eq!(reason("ä".repeat(5_000).as_bytes()).chars().count(), SHOWN + 3);
+    }
+}
