@@ -353,7 +353,7 @@ pub(super) mod tests {
         let (subnet, hop) = wanted.tables.routes.first_key_value().expect("one route");
         let (mac, _) = wanted.tables.fdb.first_key_value().expect("one entry");
         for metric in [hop.metric - 1, hop.metric + 1] {
-            kernel.routes.insert((*subnet, metric), *hop);
+            kernel.routes.insert((*subnet, metric), Hop { metric, ..*hop });
         }
         for last in [3, 200] {
             kernel.fdb.insert((*mac, [192, 0, 2, last].into()));
