@@ -15,7 +15,7 @@ use nix::sys::socket::{
 use quinn_udp::{UdpSockRef, UdpSocketState};
 use socket2::{Domain, Protocol, SockFilter, SockRef, Socket, Type};
 
-use crate::{datagram, netlink::attributes::address};
+use crate::{checksum::checksum, datagram, netlink::attributes::address};
 
 /// Payload of an ordinary request.
 pub const SMALL: usize = 56;
@@ -248,18 +248,6 @@ pub fn take<'a>(
     }
     let length = message.bytes;
     Ok(from.map(|from| (from, interface, buffer.get(..length).unwrap_or_default())))
-}
-
-/// The internet checksum (RFC 1071).
-fn checksum(bytes: &[u8]) -> u16 {
-    let mut sum: u32 = bytes
-        .chunks(2)
-        .map(|pair| u32::from(u16::from_be_bytes([pair[0], *pair.get(1).unwrap_or(&0)])))
-        .sum();
-    while sum > 0xffff {
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    !(sum as u16)
 }
 
 #[cfg(test)]

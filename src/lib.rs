@@ -36,6 +36,7 @@
 pub mod agent;
 #[cfg(feature = "agent")]
 pub mod api;
+mod checksum;
 #[cfg(feature = "agent")]
 pub mod cli;
 #[cfg(feature = "agent")]

@@ -376,10 +376,7 @@ impl Facts {
     fn of(&self, index: u32) -> Option<Fact> {
         let link = self.links.iter().find(|link| link.index == index)?;
         let name = &link.name;
-        let controller = link.message.attributes.iter().find_map(|attribute| match attribute {
-            LinkAttribute::Controller(index) => Some(*index),
-            _ => None,
-        });
+        let controller = link.controller();
         let vrf = self.links.iter().find(|vrf| Some(vrf.index) == controller && vrf.kind == "vrf");
         Some(Fact {
             name: name.clone(),

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use gossamer::lab::{Agent, NetNs};
+use gossamer::lab::{Agent, Lab, NetNs};
 
 use nix::sys::signal::Signal;
 
@@ -60,31 +60,40 @@ const FAULTS: [(&str, &str, &str); 7] = [
     ),
 ];
 
+/// Each fault on the first host is named, alone, until it is gone. `example` begins the addresses of the
+/// faults, and stands for the subnet of host number `of`.
+fn each_is_named_until_it_is_gone(
+    lab: &mut Lab,
+    faults: &[(&str, &str, &str)],
+    example: &str,
+    of: usize,
+) -> anyhow::Result<()> {
+    let mut cluster = Cluster::start(lab, 2)?;
+    let subnet = Agent::subnet(&cluster.agents[of].ask("/v1/status", PATIENCE)?)?;
+    let prefix = subnet.to_string().replace("0/24", "");
+    let real = |text: &str| text.replace(example, &prefix);
+    let _pods = cluster.pods()?;
+    let host = &cluster.hosts[0].netns;
+    sh(host, "ip link add d0 type veth peer name d1 && ip link set d0 up && ip link set d1 up");
+    let agent = &mut cluster.agents[0];
+    for (words, plant, remove) in faults {
+        let (words, plant, remove) = (&real(words), &real(plant), &real(remove));
+        sh(host, plant);
+        wait_until(words, PATIENCE, || has_problem(agent, words));
+        let status = agent.ask("/v1/status", PATIENCE)?;
+        let problems = status["problems"].as_array().expect("problems");
+        assert_eq!(problems.len(), 1, "one cause, one problem: {problems:#?}");
+        let shown = doctor(host, agent);
+        assert!(shown.contains("PROBLEM   routing"), "{shown}");
+        sh(host, remove);
+        wait_until("still named", PATIENCE, || !has_problem(agent, words));
+    }
+    Ok(())
+}
+
 #[test]
 fn a_way_that_leads_elsewhere_is_named_by_its_cause_until_it_is_gone() {
-    isolated(|lab| {
-        let mut cluster = Cluster::start(lab, 2)?;
-        let subnet = Agent::subnet(&cluster.agents[1].ask("/v1/status", PATIENCE)?)?;
-        let prefix = subnet.to_string().replace("0/24", "");
-        let there = |text: &str| text.replace("10.42.2.", &prefix);
-        let _pods = cluster.pods()?;
-        let host = &cluster.hosts[0].netns;
-        sh(host, "ip link add d0 type veth peer name d1 && ip link set d0 up && ip link set d1 up");
-        let agent = &mut cluster.agents[0];
-        for (words, plant, remove) in FAULTS {
-            let (words, plant, remove) = (&there(words), &there(plant), &there(remove));
-            sh(host, plant);
-            wait_until(words, PATIENCE, || has_problem(agent, words));
-            let status = agent.ask("/v1/status", PATIENCE)?;
-            let problems = status["problems"].as_array().expect("problems");
-            assert_eq!(problems.len(), 1, "one cause, one problem: {problems:#?}");
-            let shown = doctor(host, agent);
-            assert!(shown.contains("PROBLEM   routing"), "{shown}");
-            sh(host, remove);
-            wait_until("still named", PATIENCE, || !has_problem(agent, words));
-        }
-        Ok(())
-    });
+    isolated(|lab| each_is_named_until_it_is_gone(lab, &FAULTS, "10.42.2.", 1));
 }
 
 /// The same for this host's own subnet, 10.42.1.0/24, whose pods are behind a bridge made by hand.
@@ -123,29 +132,7 @@ const FAULTS_AT_HOME: [(&str, &str, &str); 6] = [
 
 #[test]
 fn what_takes_a_part_of_the_own_subnet_is_named_until_it_is_gone() {
-    isolated(|lab| {
-        let mut cluster = Cluster::start(lab, 2)?;
-        let subnet = Agent::subnet(&cluster.agents[0].ask("/v1/status", PATIENCE)?)?;
-        let prefix = subnet.to_string().replace("0/24", "");
-        let here = |text: &str| text.replace("10.42.1.", &prefix);
-        let _pods = cluster.pods()?;
-        let host = &cluster.hosts[0].netns;
-        sh(host, "ip link add d0 type veth peer name d1 && ip link set d0 up && ip link set d1 up");
-        let agent = &mut cluster.agents[0];
-        for (words, plant, remove) in FAULTS_AT_HOME {
-            let (words, plant, remove) = (&here(words), &here(plant), &here(remove));
-            sh(host, plant);
-            wait_until(words, PATIENCE, || has_problem(agent, words));
-            let status = agent.ask("/v1/status", PATIENCE)?;
-            let problems = status["problems"].as_array().expect("problems");
-            assert_eq!(problems.len(), 1, "one cause, one problem: {problems:#?}");
-            let shown = doctor(host, agent);
-            assert!(shown.contains("PROBLEM   routing"), "{shown}");
-            sh(host, remove);
-            wait_until("still named", PATIENCE, || !has_problem(agent, words));
-        }
-        Ok(())
-    });
+    isolated(|lab| each_is_named_until_it_is_gone(lab, &FAULTS_AT_HOME, "10.42.1.", 0));
 }
 
 #[test]

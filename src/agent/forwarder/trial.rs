@@ -338,7 +338,7 @@ impl Check<'_> {
 
     fn seen(&self) -> Vec<(Way, Seen)> {
         let ipv4 = self.sockets.address.is_ipv4();
-        // Whoever does not answer this host either may be gone, or answer to no echoes.
+        // A peer that does not answer this host either may be gone, or answer no echoes.
         let out = match (self.inside.is_empty(), self.home.is_empty(), self.has_left) {
             (false, ..) | (true, _, true) => Seen::Passed,
             (true, false, false) => Seen::Lost,

@@ -207,7 +207,7 @@ impl Agent {
         }
     }
 
-    /// Starts again with other subnets. Pods keep their addresses until they are started anew.
+    /// Starts again with other subnets. Pods keep their addresses until they are started again.
     fn move_to(&mut self, cidrs: &[IpNet]) {
         let listed =
             |cidrs: &[IpNet]| cidrs.iter().map(IpNet::to_string).collect::<Vec<_>>().join(", ");

@@ -1,3 +1,5 @@
+//! Which questions are asked, and what follows from the answers.
+
 use super::*;
 use crate::dataplane::{
     desired::Underlay,

@@ -3,7 +3,7 @@
 
 use std::net::IpAddr;
 
-use crate::model::Mac;
+use crate::{checksum::checksum, model::Mac};
 
 /// How the payload begins, by which the kernel's packet filter finds it.
 pub const MAGIC: [u8; 4] = *b"gsmP";
@@ -93,18 +93,6 @@ fn octets(address: IpAddr) -> Vec<u8> {
         IpAddr::V4(ip) => ip.octets().to_vec(),
         IpAddr::V6(ip) => ip.octets().to_vec(),
     }
-}
-
-/// The internet checksum (RFC 1071).
-fn checksum(bytes: &[u8]) -> u16 {
-    let mut sum: u32 = bytes
-        .chunks(2)
-        .map(|pair| u32::from(u16::from_be_bytes([pair[0], *pair.get(1).unwrap_or(&0)])))
-        .sum();
-    while sum > 0xffff {
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    !(sum as u16)
 }
 
 #[cfg(test)]
