@@ -11,6 +11,7 @@ mod stage;
 mod trial;
 
 use std::{
+    collections::BTreeMap,
     io,
     net::IpAddr,
     os::fd::{AsFd as _, BorrowedFd},
@@ -19,7 +20,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use self::{explain::Reasons, stage::Stage, trial::Trial};
+use self::{
+    explain::Reasons,
+    stage::Stage,
+    trial::{Outcome, Trial},
+};
 use super::{
     Agent,
     alarm::{Alarm, Sleeper, alarm},
@@ -28,7 +33,7 @@ use crate::{
     api::{CheckState, CheckStatus},
     dataplane::{
         desired::{Way as Path, device_name},
-        forwarding::{Direction, Seen, Trials, Way},
+        forwarding::{Direction, Seen, Trials, Way, list},
         kernel::TRIAL_MARK,
     },
     model::{Mac, PathState, Subnets},
@@ -120,6 +125,7 @@ impl Forwarder {
             is_new: false,
             stage: None,
             trials: Trials::default(),
+            translated: BTreeMap::new(),
             skipped: String::new(),
             turn: 0,
             due: Instant::now(),
@@ -169,6 +175,8 @@ struct Worker<F> {
     is_new: bool,
     stage: Option<Stage>,
     trials: Trials,
+    /// Which address packets of pods leave under in place of theirs, by whether it is IPv4.
+    translated: BTreeMap<bool, IpAddr>,
     /// Why there was no trial; empty if there was one.
     skipped: String,
     turn: usize,
@@ -296,14 +304,18 @@ impl<F: Fn(Forwarding)> Worker<F> {
         found.into_iter().for_each(|(way, seen)| self.trials.note(way, seen));
         // What is not tried any more is not known any more.
         self.trials.keep(|way| match way.direction {
-            Direction::Between => between[usize::from(!way.ipv4)],
-            Direction::Out | Direction::In => !setting.peers.is_empty(),
+            Direction::Between(_) => between[usize::from(!way.ipv4)],
+            Direction::Out(_) | Direction::In(_) => !setting.peers.is_empty(),
             Direction::Gateway => true,
         });
         if has_gateway && !self.is_new {
             let trial = Trial { setting, sockets: &stage.sockets, between, turn };
             match trial.run(|fds, pause| self.wait(fds, pause)) {
-                Ok(seen) => seen.into_iter().for_each(|(way, seen)| self.trials.note(way, seen)),
+                Ok(Some(Outcome { seen, translated })) => {
+                    seen.into_iter().for_each(|(way, seen)| self.trials.note(way, seen));
+                    self.translated = translated;
+                }
+                Ok(None) => {}
                 Err(error) => tracing::debug!(%error, "forwarding was not tried"),
             }
         }
@@ -325,6 +337,7 @@ impl<F: Fn(Forwarding)> Worker<F> {
 
     fn skip(&mut self, why: String) {
         self.trials.forget();
+        self.translated.clear();
         self.skipped = why;
     }
 
@@ -342,12 +355,15 @@ impl<F: Fn(Forwarding)> Worker<F> {
             self.input.clear();
         }
         let begun = Instant::now();
-        let is_early = self.read_at.is_some_and(|at| at > begun) && self.reasons.explain(&closed);
-        if closed.is_empty() && !setting.unanswered || is_early {
+        let translated = &self.translated;
+        let is_explained = self.reasons.explain(&closed, translated);
+        let is_early = self.read_at.is_some_and(|at| at > begun) && is_explained;
+        let is_well = closed.is_empty() && translated.is_empty() && !setting.unanswered;
+        if is_well || is_early {
             return;
         }
         let port = self.stage.as_ref().map(Stage::port);
-        self.reasons = Reasons::read(&mut self.netlink, setting, port, &closed);
+        self.reasons = Reasons::read(&mut self.netlink, setting, port, &closed, translated);
         if setting.unanswered {
             self.input = explain::input(setting);
         }
@@ -356,25 +372,27 @@ impl<F: Fn(Forwarding)> Worker<F> {
 
     fn report(&mut self) {
         let closed: Vec<Way> = self.trials.closed();
-        let list =
-            |ways: &[Way]| ways.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
         let open = self.trials.open();
         let (state, detail) = match (closed.as_slice(), open.as_slice()) {
             ([], []) if self.skipped.is_empty() => {
                 (CheckState::Skipped, "no trial has ended so far".to_owned())
             }
             ([], []) => (CheckState::Skipped, self.skipped.clone()),
-            ([], open) => {
+            ([], open) if self.translated.is_empty() => {
                 (CheckState::Ok, format!("packets pass: {}{}", list(open), untried(open)))
+            }
+            ([], _) => {
+                let addresses = self.translated.values().map(ToString::to_string);
+                let addresses = addresses.collect::<Vec<_>>().join(", ");
+                (CheckState::Failing, format!("packets leave under other addresses: {addresses}"))
             }
             (closed, _) => (CheckState::Failing, format!("lost: {}", list(closed))),
         };
         let mut problems = self.reasons.gateway.values().cloned().collect::<Vec<_>>();
         // Where it is turned off, that is told by the sysctl; and without a gateway no way leads out.
         let is_told = |way: &Way| {
-            let is_through = matches!(way.direction, Direction::Out | Direction::In);
             let has_gateway = !self.reasons.gateway.contains_key(&way.ipv4);
-            is_through && has_gateway && explain::is_forwarding_on(way.ipv4)
+            way.direction.is_through() && has_gateway && explain::is_forwarding_on(way.ipv4)
         };
         let told: Vec<Way> = closed.iter().copied().filter(is_told).collect();
         if !told.is_empty() {
@@ -385,6 +403,7 @@ impl<F: Fn(Forwarding)> Worker<F> {
             ));
         }
         problems.extend(self.reasons.between());
+        problems.extend(self.reasons.translations(&self.translated));
         let status = CheckStatus { state, detail };
         let now = Forwarding { status, problems, input: self.input.clone() };
         if now != self.told {
@@ -396,8 +415,11 @@ impl<F: Fn(Forwarding)> Worker<F> {
 
 /// What is missing where no peer was there, or has answered.
 fn untried(open: &[Way]) -> &'static str {
-    let is_through = |way: &Way| matches!(way.direction, Direction::Out | Direction::In);
-    if open.iter().any(is_through) { "" } else { "; no peer has answered so far" }
+    if open.iter().any(|way| way.direction.is_through()) {
+        ""
+    } else {
+        "; no peer has answered so far"
+    }
 }
 
 impl Agent {

@@ -1,20 +1,23 @@
 //! Whether this host forwards what pods send and receive: what was seen of packets that had to be forwarded,
 //! and what follows from it.
 //!
-//! Two proofs that concern this host alone. *Out*: a pod's echo request to a peer's VTEP. It counts as lost
-//! here only where that peer answers this host itself at the same time, and where a datagram is not seen
-//! leaving either. *In*: a packet as if it came through the tunnel. It counts as lost only where it was seen
-//! coming out of the tunnel.
+//! Two proofs need a peer, and concern this host alone. *Out*: a packet of a pod to a peer's VTEP. It counts as
+//! lost here only where it is not seen leaving, although that peer answers this host itself at the same time.
+//! *In*: a packet as if it came through the tunnel. It counts as lost only where it was seen coming out of
+//! the tunnel, and has not come to the pod.
 //!
-//! Two more that need no peer. *Gateway*: this host answers a pod that asks for the MAC of its gateway.
+//! Two more need no peer. *Gateway*: this host answers a pod that asks for the MAC of its gateway.
 //! *Between pods*: a packet to a second pod on the same bridge, where the kernel shows such packets to the
-//! firewall of what is forwarded. Pure: packets are made here, and sent elsewhere.
+//! firewall of what is forwarded.
+//!
+//! Each is tried with a UDP datagram and with the first segment of a TCP connection: rules often drop the one
+//! or the other alone. ICMP is not: pods live without it. Pure: packets are made here, and sent elsewhere.
 
-use std::{collections::BTreeMap, fmt, time::Duration};
+use std::{collections::BTreeMap, time::Duration};
 
 mod packet;
 
-pub use packet::{MAGIC, NONCE_LEN, Tunnelled};
+pub use packet::{MAGIC, NONCE_LEN, Probe, Tunnelled, UNUSED, UNUSED_OUT, parse};
 
 /// Between two trials while all is well.
 const CALM: Duration = Duration::from_secs(15);
@@ -24,15 +27,21 @@ const ANXIOUS: Duration = Duration::from_secs(1);
 const VERDICT: u32 = 3;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Transport {
+    Udp,
+    Tcp,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Direction {
     /// From pods to the overlay.
-    Out,
+    Out(Transport),
     /// From the overlay to pods.
-    In,
+    In(Transport),
     /// From pods to this host itself, which is their gateway: ARP, or neighbour discovery.
     Gateway,
     /// From one pod of this host to another.
-    Between,
+    Between(Transport),
 }
 
 /// Packets of one direction and family, which a host forwards by rules of their own.
@@ -117,24 +126,64 @@ impl Trials {
     }
 }
 
-impl fmt::Display for Way {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let direction = match self.direction {
-            Direction::Out => "out",
-            Direction::In => "in",
-            Direction::Gateway => "gateway",
-            Direction::Between => "between pods",
-        };
-        write!(f, "IPv{} {direction}", if self.ipv4 { 4 } else { 6 })
+impl Transport {
+    pub const ALL: [Self; 2] = [Self::Udp, Self::Tcp];
+}
+
+impl Direction {
+    /// Between pods of this host and those of others.
+    pub const fn is_through(self) -> bool {
+        matches!(self, Self::Out(_) | Self::In(_))
     }
+
+    pub const fn is_between(self) -> bool {
+        matches!(self, Self::Between(_))
+    }
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Out(_) => "out",
+            Self::In(_) => "in",
+            Self::Gateway => "gateway",
+            Self::Between(_) => "between pods",
+        }
+    }
+
+    const fn transport(self) -> Option<Transport> {
+        match self {
+            Self::Out(transport) | Self::In(transport) | Self::Between(transport) => {
+                Some(transport)
+            }
+            Self::Gateway => None,
+        }
+    }
+}
+
+/// A list of ways, which names a transport only where the other is missing.
+pub fn list(ways: &[Way]) -> String {
+    let mut named: Vec<String> = Vec::new();
+    for way in ways {
+        let (family, name) = (if way.ipv4 { 4 } else { 6 }, way.direction.name());
+        let is_same = |other: &&Way| other.ipv4 == way.ipv4 && other.direction.name() == name;
+        let only = way.direction.transport().filter(|_| ways.iter().filter(is_same).count() == 1);
+        let name = match only {
+            Some(Transport::Udp) => format!("IPv{family} UDP {name}"),
+            Some(Transport::Tcp) => format!("IPv{family} TCP {name}"),
+            None => format!("IPv{family} {name}"),
+        };
+        if !named.contains(&name) {
+            named.push(name);
+        }
+    }
+    named.join(", ")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const OUT: Way = Way { direction: Direction::Out, ipv4: true };
-    const IN: Way = Way { direction: Direction::In, ipv4: true };
+    const OUT: Way = Way { direction: Direction::Out(Transport::Udp), ipv4: true };
+    const IN: Way = Way { direction: Direction::In(Transport::Udp), ipv4: true };
 
     #[test]
     fn a_way_is_closed_when_three_trials_in_a_row_are_lost_and_open_by_one_that_passes() {
@@ -167,5 +216,15 @@ mod tests {
         assert_eq!(trials.open(), [IN]);
         trials.forget();
         assert!(trials.open().is_empty());
+    }
+
+    #[test]
+    fn a_list_names_a_transport_only_where_the_other_is_missing() {
+        let way = |direction, ipv4| Way { direction, ipv4 };
+        let both = Transport::ALL.map(|transport| way(Direction::Out(transport), true));
+        let tcp = way(Direction::In(Transport::Tcp), false);
+        let gateway = way(Direction::Gateway, true);
+        let ways = [&both[..], &[tcp, gateway]].concat();
+        assert_eq!(list(&ways), "IPv4 out, IPv6 TCP in, IPv4 gateway");
     }
 }

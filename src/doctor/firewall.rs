@@ -67,13 +67,18 @@ fn forwarding(patient: &Patient, chains: &ForeignChains, networks: &[IpNet]) -> 
         Some("ok") => return vec![Finding::ok("forwarding", detail)],
         Some("failing") => {
             let is_about_it = |problem: &&str| {
-                problem.contains("does not forward")
-                    || problem.contains("do not find their gateway")
+                ["does not forward", "do not find their gateway", "leave under the address"]
+                    .iter()
+                    .any(|words| problem.contains(words))
             };
             let problems = patient.problems().filter(is_about_it);
             let findings = problems.filter_map(|problem| problem.split_once(": "));
             let findings = findings.map(|(seen, fix)| {
-                let why = "pods here do not reach others, or are not reached by them";
+                let why = if seen.contains("leave under") {
+                    "every container has an address of its own, by which others know it"
+                } else {
+                    "pods here do not reach others, or are not reached by them"
+                };
                 Finding::problem("forwarding", seen, why, fix)
             });
             let findings: Vec<Finding> = findings.collect();

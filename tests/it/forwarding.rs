@@ -41,7 +41,7 @@ const CHAIN: &str = "nft add table inet wall && \
                      nft add chain inet wall f { type filter hook forward priority 0 ; }";
 
 /// Which ways are lost, what is named, and what closes them.
-const WALLS: [(&str, &str, &str); 7] = [
+const WALLS: [(&str, &str, &str); 10] = [
     (
         "(IPv4 out, IPv4 in)",
         "chain inet wall f (hook forward) ends in a rule that drops or rejects",
@@ -63,6 +63,23 @@ const WALLS: [(&str, &str, &str); 7] = [
         "(IPv4 out)",
         "chain inet wall f (hook forward) has rules that drop or reject",
         "nft add rule inet wall f iifname gsm0 ct state new drop",
+    ),
+    (
+        "(IPv4 TCP out, IPv4 TCP in)",
+        "chain inet wall f (hook forward) has rules that drop or reject",
+        "nft add rule inet wall f tcp flags & (fin|syn|rst|ack) == syn drop",
+    ),
+    (
+        "(IPv4 TCP in)",
+        "chain inet wall f (hook forward) has rules that drop or reject",
+        "nft add chain inet wall pre { type filter hook prerouting priority raw ; } && \
+         nft add rule inet wall pre iifname gossamer.1 tcp dport 1-65535 notrack && \
+         nft add rule inet wall f ct state untracked drop",
+    ),
+    (
+        "(IPv4 UDP out, IPv4 UDP in)",
+        "chain inet wall f (hook forward) has rules that drop or reject",
+        "nft add rule inet wall f meta l4proto udp reject",
     ),
     (
         "(IPv4 out)",
@@ -234,6 +251,47 @@ fn a_silent_peer_is_no_fault_of_this_host() {
         }
         let status = cluster.agents[1].ask("/v1/status", PATIENCE)?;
         assert!(!status["problems"].to_string().contains("does not forward"), "{status:#}");
+        Ok(())
+    });
+}
+
+#[test]
+fn a_translation_of_the_source_of_pods_packets_is_named_until_it_is_gone() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let mut spaces = Vec::new();
+        with_pods(&mut cluster, &mut spaces)?;
+        let host = &cluster.hosts[1].netns;
+        let agent = &mut cluster.agents[1];
+        // One for a network of others, and one for everything.
+        sh(
+            host,
+            "nft add table ip nat && \
+             nft add chain ip nat POSTROUTING { type nat hook postrouting priority srcnat ; } && \
+             nft add chain ip nat docker && \
+             nft add rule ip nat docker ip saddr 172.17.0.0/16 masquerade && \
+             nft add rule ip nat POSTROUTING jump docker && \
+             nft add rule ip nat POSTROUTING masquerade",
+        );
+        let words = "chain ip nat POSTROUTING: iptables -t nat -I POSTROUTING -s 10.42.0.0/16 \
+                     -d 10.42.0.0/16 -j ACCEPT";
+        wait_until("not named", PATIENCE, || {
+            has_problem(agent, "leave under the address 10.42.") && has_problem(agent, words)
+        });
+        let status = agent.ask("/v1/status", PATIENCE)?;
+        assert!(!status["problems"].to_string().contains("ip nat docker"), "{status:#}");
+        let doctor =
+            format!("{} doctor --socket {}", program().display(), agent.socket().display());
+        let shown = String::from_utf8(run(host, &doctor).stdout)?;
+        assert!(shown.contains("PROBLEM   forwarding"), "{shown}");
+        // What helps, as nft says it.
+        sh(
+            host,
+            "nft insert rule ip nat POSTROUTING ip saddr 10.42.0.0/16 ip daddr 10.42.0.0/16 accept",
+        );
+        status_where(agent, |status| {
+            state(status) == "ok" && status["problems"] == serde_json::json!([])
+        });
         Ok(())
     });
 }

@@ -1,6 +1,6 @@
 //! What may drop packets of which a trial has shown that they do not pass: read, and never decided by.
 
-use std::{collections::BTreeMap, fs, io};
+use std::{collections::BTreeMap, fs, io, net::IpAddr};
 
 use ipnet::IpNet;
 use rtnetlink::packet_route::{
@@ -41,6 +41,8 @@ pub struct Reasons {
     pub gateway: BTreeMap<bool, String>,
     /// What shows packets between pods to those rules, by whether it is about IPv4.
     bridged: BTreeMap<bool, String>,
+    /// What translates the source of pods' packets, by whether it is about IPv4.
+    translating: BTreeMap<bool, String>,
 }
 
 impl Reasons {
@@ -49,8 +51,12 @@ impl Reasons {
         setting: &Setting,
         port: Option<u32>,
         closed: &[Way],
+        translated: &BTreeMap<bool, IpAddr>,
     ) -> Self {
         let mut reasons = Self::default();
+        for ipv4 in translated.keys() {
+            reasons.translating.insert(*ipv4, translating(setting, *ipv4));
+        }
         for Way { direction, ipv4 } in closed {
             if *direction == Direction::Gateway {
                 let sentence = gateway::sentence(netlink, setting, *ipv4);
@@ -60,7 +66,7 @@ impl Reasons {
             if reasons.rules.is_empty() {
                 reasons.rules = rules(netlink, setting, port);
             }
-            if *direction == Direction::Between {
+            if direction.is_between() {
                 reasons.bridged.insert(*ipv4, bridged(setting, *ipv4));
             }
         }
@@ -69,20 +75,38 @@ impl Reasons {
 
     /// Forgets what is about other ways.
     pub fn keep(&mut self, closed: &[Way]) {
-        let is_closed = |direction, ipv4| closed.contains(&Way { direction, ipv4 });
-        self.gateway.retain(|ipv4, _| is_closed(Direction::Gateway, *ipv4));
-        self.bridged.retain(|ipv4, _| is_closed(Direction::Between, *ipv4));
+        let is_closed = |is: fn(Direction) -> bool, ipv4| {
+            closed.iter().any(|way| is(way.direction) && way.ipv4 == ipv4)
+        };
+        self.gateway.retain(|ipv4, _| is_closed(|way| way == Direction::Gateway, *ipv4));
+        self.bridged.retain(|ipv4, _| is_closed(Direction::is_between, *ipv4));
         if closed.iter().all(|way| way.direction == Direction::Gateway) {
             self.rules.clear();
         }
     }
 
     /// Whether there is something about each of these ways.
-    pub fn explain(&self, closed: &[Way]) -> bool {
-        closed.iter().all(|way| match way.direction {
+    pub fn explain(&self, closed: &[Way], translated: &BTreeMap<bool, IpAddr>) -> bool {
+        let is_known = |way: &Way| match way.direction {
             Direction::Gateway => self.gateway.contains_key(&way.ipv4),
-            Direction::Between => self.bridged.contains_key(&way.ipv4),
-            Direction::Out | Direction::In => !self.rules.is_empty(),
+            Direction::Between(_) => self.bridged.contains_key(&way.ipv4),
+            Direction::Out(_) | Direction::In(_) => !self.rules.is_empty(),
+        };
+        closed.iter().all(is_known)
+            && translated.keys().all(|ipv4| self.translating.contains_key(ipv4))
+    }
+
+    /// Sentences about packets that leave under another address than the pod's.
+    pub fn translations(
+        &self,
+        translated: &BTreeMap<bool, IpAddr>,
+    ) -> impl Iterator<Item = String> {
+        translated.iter().map(|(ipv4, address)| {
+            format!(
+                "packets of pods to pods of other hosts leave under the address {address} in place of the \
+                 pod's own, so policies and logs there name the wrong source: {}",
+                self.translating.get(ipv4).map_or("", String::as_str)
+            )
         })
     }
 
@@ -155,6 +179,37 @@ fn bridged(setting: &Setting, ipv4: bool) -> String {
         "{what}, so the rules for forwarded packets see them too; let them pass there, or turn that off \
          where nothing needs it (Kubernetes does: {command})"
     )
+}
+
+/// Chains that translate sources, and how to exempt the overlay.
+fn translating(setting: &Setting, ipv4: bool) -> String {
+    let family = if ipv4 { "ip" } else { "ip6" };
+    let network = setting.networks.iter().find(|network| network.addr().is_ipv4() == ipv4);
+    let chains = FirewallTable::open().and_then(|mut table| table.translating_chains(ipv4));
+    let exempt = |chain: &String| match (chain.as_str(), network) {
+        ("ip nat POSTROUTING" | "ip6 nat POSTROUTING", Some(network)) => format!(
+            "chain {chain}: {}tables -t nat -I POSTROUTING -s {network} -d {network} -j ACCEPT",
+            if ipv4 { "ip" } else { "ip6" }
+        ),
+        (_, Some(network)) => format!(
+            "chain {chain}: nft insert rule {chain} {family} saddr {network} {family} daddr {network} accept"
+        ),
+        (_, None) => format!("chain {chain}"),
+    };
+    let mut causes: Vec<String> = chains.iter().flatten().map(exempt).collect();
+    let (file, program) = LEGACY[usize::from(!ipv4)];
+    let tables = fs::read_to_string(file).unwrap_or_default();
+    if tables.lines().any(|table| table == "nat") {
+        causes.push(format!(
+            "{program} has rules, too, which are not read here: {program} -t nat -S POSTROUTING"
+        ));
+    }
+    if causes.is_empty() {
+        causes.push(
+            "no rule was found that says so; look at nft list ruleset and bpftool net".to_owned(),
+        );
+    }
+    causes.join("; ")
 }
 
 fn rules(netlink: &mut Netlink, setting: &Setting, port: Option<u32>) -> Vec<String> {

@@ -2,19 +2,21 @@
 //! of them.
 
 use std::{
-    collections::BTreeSet,
-    io,
+    collections::{BTreeMap, BTreeSet},
+    io::{self, Read as _},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
     os::fd::{AsFd as _, BorrowedFd},
     time::{Duration, Instant},
 };
 
-use socket2::{SockRef, Socket};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use super::{Peer, Setting, capture::Capture};
 use crate::{
     agent::start::random,
-    dataplane::forwarding::{Direction, NONCE_LEN, Seen, Tunnelled, Way},
+    dataplane::forwarding::{
+        Direction, NONCE_LEN, Probe, Seen, Transport, Tunnelled, UNUSED, UNUSED_OUT, Way, parse,
+    },
     icmp::{Asker, Family, SMALL, What},
     model::Addresses,
     pods::standin::{Shape, StandIn},
@@ -22,69 +24,30 @@ use crate::{
 
 /// What has not come by then is lost.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// The same for what only this host does.
-const LOCAL_PATIENCE: Duration = Duration::from_millis(400);
 /// Peers that are asked at once.
 const ASKED: usize = 3;
-/// Ports at which nothing listens, as traceroute has it: where tunnelled packets seem to come from, and
-/// another for those that go out, which must not pass for answers to the former.
-const UNUSED: u16 = 33_434;
-const UNUSED_OUT: u16 = 33_435;
+/// More than any packet of a trial has.
+const LONGEST: usize = 128;
 
 /// Those of the pod, and those of this host.
 pub struct Sockets(Vec<FamilySockets>);
 
 struct FamilySockets {
     family: Family,
-    /// The pod's address.
-    address: IpAddr,
-    inside: Socket,
-    datagrams: UdpSocket,
+    pod: PodSockets,
     home: Socket,
-    mate: Option<Mate>,
+    /// A second pod, to which the first speaks.
+    mate: Option<PodSockets>,
 }
 
-/// A second pod, to which the first speaks.
-struct Mate {
+/// Inside a pod.
+struct PodSockets {
     address: IpAddr,
-    datagrams: UdpSocket,
-}
-
-impl Sockets {
-    /// With a mate for packets between pods where that is to be tried.
-    pub fn open(standin: &StandIn, mate: Option<&StandIn>, shape: &Shape) -> io::Result<Self> {
-        let open_mate = |mate: &StandIn, address: IpAddr| {
-            let datagrams = mate.inside(|| UdpSocket::bind((address, 0)))?;
-            datagrams.set_nonblocking(true)?;
-            io::Result::Ok(Mate { address, datagrams })
-        };
-        let open = |address: IpAddr| {
-            let family = Family::of(address);
-            let any: IpAddr = match family {
-                Family::Inet => Ipv4Addr::UNSPECIFIED.into(),
-                Family::Inet6 => Ipv6Addr::UNSPECIFIED.into(),
-            };
-            let (inside, datagrams) =
-                standin.inside(|| Ok((family.open()?, UdpSocket::bind((any, 0))?)))?;
-            let home = family.open()?;
-            for socket in [&inside, &home] {
-                socket.set_nonblocking(true)?;
-            }
-            datagrams.set_nonblocking(true)?;
-            let of_family = |ip: &IpAddr| ip.is_ipv4() == address.is_ipv4();
-            let beside = shape.mate.into_iter().flat_map(Addresses::iter).find(of_family);
-            let beside = mate.zip(beside).map(|(mate, address)| open_mate(mate, address));
-            Ok(FamilySockets {
-                family,
-                address,
-                inside,
-                datagrams,
-                home,
-                mate: beside.transpose()?,
-            })
-        };
-        shape.addresses.iter().map(open).collect::<io::Result<_>>().map(Self)
-    }
+    datagrams: Socket,
+    /// Of datagrams.
+    port: u16,
+    /// All segments of TCP that come to the pod, and those that are written as they are.
+    segments: Socket,
 }
 
 pub struct Trial<'a> {
@@ -96,145 +59,220 @@ pub struct Trial<'a> {
     pub turn: usize,
 }
 
+#[derive(Debug, Default)]
+pub struct Outcome {
+    pub seen: Vec<(Way, Seen)>,
+    /// Which address packets leave under in place of the pod's, by whether it is IPv4.
+    pub translated: BTreeMap<bool, IpAddr>,
+}
+
 /// Packets of one family.
 struct Check<'a> {
     sockets: &'a FamilySockets,
     asker: Asker,
-    /// Peers' addresses; the first of them is where tunnel packets seem to come from.
+    /// Peers' addresses.
     asked: Vec<IpAddr>,
-    tunnelled: Option<Tunnelled>,
-    /// Who has answered the pod, and this host itself.
-    inside: BTreeSet<IpAddr>,
-    home: BTreeSet<IpAddr>,
-    arrived: bool,
-    /// Whether another pod has heard of the pod; none where that is not tried.
-    between: Option<bool>,
-    /// What the pod sends out, and whether that and the tunnelled packet were seen on the device.
-    leaving: [u8; NONCE_LEN],
-    has_left: bool,
-    has_come: bool,
+    /// To the pod, as if they came from one of the peers; none where no peer has a tunnel.
+    incoming: Vec<Tunnelled>,
+    /// To all peers, and to the second pod; to nothing where that is not tried.
+    outgoing: Vec<Probe>,
+    beside: Vec<Probe>,
+    /// A peer has answered this host itself.
+    answered: bool,
+    /// What was seen on the device, and at the pods.
+    left: BTreeSet<Transport>,
+    come: BTreeSet<Transport>,
+    arrived: BTreeSet<Transport>,
+    arrived_beside: BTreeSet<Transport>,
+    translated: Option<IpAddr>,
+}
+
+impl Sockets {
+    /// With a mate for packets between pods where that is to be tried.
+    pub fn open(standin: &StandIn, mate: Option<&StandIn>, shape: &Shape) -> io::Result<Self> {
+        let open = |address: IpAddr| {
+            let family = Family::of(address);
+            let pod = PodSockets::open(standin, address)?;
+            let home = family.open()?;
+            home.set_nonblocking(true)?;
+            let of_family = |ip: &IpAddr| ip.is_ipv4() == address.is_ipv4();
+            let beside = shape.mate.into_iter().flat_map(Addresses::iter).find(of_family);
+            let mate = mate.zip(beside).map(|(mate, address)| PodSockets::open(mate, address));
+            Ok(FamilySockets { family, pod, home, mate: mate.transpose()? })
+        };
+        shape.addresses.iter().map(open).collect::<io::Result<_>>().map(Self)
+    }
+}
+
+impl PodSockets {
+    fn open(pod: &StandIn, address: IpAddr) -> io::Result<Self> {
+        pod.inside(|| {
+            let domain = Domain::for_address(SocketAddr::new(address, 0));
+            let segments = Socket::new(domain, Type::RAW, Some(Protocol::TCP))?;
+            segments.bind(&SocketAddr::new(address, 0).into())?;
+            let any: IpAddr = match address {
+                IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+                IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+            };
+            let datagrams = UdpSocket::bind((any, 0))?;
+            let port = datagrams.local_addr()?.port();
+            let datagrams = Socket::from(datagrams);
+            for socket in [&datagrams, &segments] {
+                socket.set_nonblocking(true)?;
+            }
+            Ok(Self { address, datagrams, port, segments })
+        })
+    }
+
+    /// What cannot be sent is not seen arriving.
+    fn send(&self, probe: &Probe) {
+        let _ = match probe.transport {
+            Transport::Udp => {
+                let to = SocketAddr::new(probe.to, probe.ports[1]);
+                self.datagrams.send_to(&Probe::payload(probe.nonce), &to.into())
+            }
+            Transport::Tcp => {
+                let to = SocketAddr::new(probe.to, 0);
+                self.segments.send_to(&probe.segment(), &to.into())
+            }
+        };
+    }
+
+    /// Which of these have arrived.
+    fn hear<'a>(
+        &self,
+        probes: impl Iterator<Item = &'a Probe> + Clone,
+        arrived: &mut BTreeSet<Transport>,
+    ) {
+        drain(&self.datagrams, |payload| {
+            let is_it = |probe: &&Probe| {
+                probe.transport == Transport::Udp && *payload == Probe::payload(probe.nonce)
+            };
+            arrived.extend(probes.clone().find(is_it).map(|probe| probe.transport));
+        });
+        drain(&self.segments, |packet| {
+            // With IPv4 it comes with the header before it.
+            let segment = match self.address {
+                IpAddr::V4(_) => parse(packet).map(|(.., segment)| segment).unwrap_or_default(),
+                IpAddr::V6(_) => packet,
+            };
+            let is_it = |probe: &&Probe| probe.transport == Transport::Tcp && probe.is(segment);
+            arrived.extend(probes.clone().find(is_it).map(|probe| probe.transport));
+        });
+    }
+}
+
+fn drain(socket: &Socket, mut give: impl FnMut(&[u8])) {
+    let mut buffer = [0; LONGEST];
+    let mut source = socket;
+    while let Ok(length) = source.read(&mut buffer) {
+        give(&buffer[..length]);
+    }
 }
 
 impl Trial<'_> {
-    /// Waits by `wait`, which says whether to go on.
+    /// Waits by `wait`, which says whether to go on; gives nothing if not.
     ///
     /// # Errors
-    /// What kept packets from being sent.
+    /// What kept packets from being sent, or from being looked at.
     pub fn run(
         &self,
         mut wait: impl FnMut(&[BorrowedFd<'_>], Duration) -> bool,
-    ) -> io::Result<Vec<(Way, Seen)>> {
-        let mut checks = self.checks()?;
-        let tunnel = self.tunnel()?;
-        checks.iter().for_each(|check| check.ask());
-        checks.iter().for_each(|check| self.inject(check, &tunnel));
-        let until = Instant::now() + PATIENCE;
-        while !checks.iter().all(Check::is_done) {
-            let pause = until.saturating_duration_since(Instant::now());
-            if pause.is_zero() {
-                break;
-            }
-            let fds: Vec<_> = checks.iter().flat_map(Check::fds).collect();
-            if !wait(&fds, pause) {
-                return Ok(Vec::new());
-            }
-            checks.iter_mut().for_each(Check::hear);
-        }
-        if !checks.iter().all(Check::is_forwarded) && !self.look_closer(&mut checks, &tunnel, wait)
-        {
-            return Ok(Vec::new());
-        }
-        Ok(checks.iter().flat_map(Check::seen).collect())
-    }
-
-    /// Looks at the device itself whether what was lost had come to it, and has left by it.
-    fn look_closer(
-        &self,
-        checks: &mut [Check<'_>],
-        tunnel: &UdpSocket,
-        mut wait: impl FnMut(&[BorrowedFd<'_>], Duration) -> bool,
-    ) -> bool {
-        let is_tunnelled = checks.iter().any(|check| check.tunnelled.is_some());
+    ) -> io::Result<Option<Outcome>> {
+        let is_tunnelled = self.setting.peers.iter().any(|peer| peer.tunnelled);
         let exit = if is_tunnelled { self.setting.device } else { self.setting.underlay };
-        let mut capture = match Capture::open(exit) {
-            Ok(capture) => capture,
-            Err(error) => {
-                tracing::debug!(%error, "packets of a trial cannot be looked at");
-                return true;
-            }
-        };
+        let mut checks = self.checks(is_tunnelled)?;
+        let tunnel = self.tunnel()?;
+        let mut capture = Capture::open(exit)?;
         checks.iter().for_each(|check| {
-            check.send_out();
-            self.inject(check, tunnel);
+            check.send();
+            self.inject(check, &tunnel);
         });
-        let until = Instant::now() + LOCAL_PATIENCE;
+        let until = Instant::now() + PATIENCE;
         loop {
             let pause = until.saturating_duration_since(Instant::now());
-            if pause.is_zero() {
-                return true;
-            }
             let mut fds: Vec<_> = checks.iter().flat_map(Check::fds).collect();
             fds.push(capture.socket().as_fd());
-            if !wait(&fds, pause) {
-                return false;
+            if !pause.is_zero() && !wait(&fds, pause) {
+                return Ok(None);
             }
             checks.iter_mut().for_each(Check::hear);
-            while let Ok(Some(payload)) = capture.next() {
-                checks.iter_mut().for_each(|check| check.on_device(&payload));
+            capture.take(|packet| checks.iter_mut().for_each(|check| check.on_device(packet)));
+            if pause.is_zero() || checks.iter().all(Check::is_done) {
+                let seen = checks.iter().flat_map(Check::seen).collect();
+                let translated = checks.iter().filter_map(|check| {
+                    let address = check.translated?;
+                    Some((address.is_ipv4(), address))
+                });
+                return Ok(Some(Outcome { seen, translated: translated.collect() }));
             }
         }
     }
 
-    fn checks(&self) -> io::Result<Vec<Check<'_>>> {
+    fn checks(&self, is_tunnelled: bool) -> io::Result<Vec<Check<'_>>> {
         let random = || random::<NONCE_LEN>().map_err(io::Error::other);
         let mut checks = Vec::new();
         for sockets in &self.sockets.0 {
-            let is_ipv4 = sockets.address.is_ipv4();
+            let FamilySockets { family, pod, home, mate } = sockets;
+            let is_ipv4 = pod.address.is_ipv4();
             let of_family =
                 |peer: &Peer| peer.vteps.iter().find(|vtep| vtep.is_ipv4() == is_ipv4).copied();
-            let peers: Vec<(&Peer, IpAddr)> = self
-                .setting
-                .peers
-                .iter()
-                .filter_map(|peer| Some((peer, of_family(peer)?)))
-                .collect();
+            // By one device.
+            let peers = self.setting.peers.iter().filter(|peer| peer.tunnelled == is_tunnelled);
+            let peers: Vec<(&Peer, IpAddr)> =
+                peers.filter_map(|peer| Some((peer, of_family(peer)?))).collect();
             let [between4, between6] = self.between;
             let tries_between = if is_ipv4 { between4 } else { between6 };
-            let between = sockets.mate.as_ref().filter(|_| tries_between).map(|_| false);
-            if peers.is_empty() && between.is_none() {
+            let mate = mate.as_ref().filter(|_| tries_between);
+            if peers.is_empty() && mate.is_none() {
                 continue;
             }
-            let from = self.turn.wrapping_mul(ASKED) % peers.len().max(1);
+            let start = self.turn.wrapping_mul(ASKED) % peers.len().max(1);
             let chosen: Vec<_> =
-                peers.iter().cycle().skip(from).take(ASKED.min(peers.len())).collect();
+                peers.iter().cycle().skip(start).take(ASKED.min(peers.len())).collect();
             let [a, b, ..] = random()?;
             let asker = Asker { identifier: u16::from_ne_bytes([a, b]), port: 0 };
-            for socket in [&sockets.inside, &sockets.home] {
-                sockets.family.filter(socket, asker, false)?;
-            }
-            let nonce = random()?;
-            let port = sockets.datagrams.local_addr()?.port();
+            family.filter(home, asker, false)?;
+            let (inwards, outwards, sideways) = (random()?, random()?, random()?);
+            // Another port each time, as connections have it.
+            let fresh = u16::from_ne_bytes([a, b]) | 0x8000;
+            let probe =
+                |transport, from, to, ports, nonce| Probe { transport, from, to, ports, nonce };
             let through = chosen.iter().find(|(peer, _)| peer.tunnelled);
-            let tunnelled = through.map(|(peer, vtep)| Tunnelled {
-                vni: self.setting.vni,
-                macs: [peer.mac, self.setting.mac],
-                from: *vtep,
-                to: sockets.address,
-                ports: [UNUSED, port],
-                nonce,
+            let incoming = through.into_iter().flat_map(|(peer, vtep)| {
+                let ports = [[UNUSED, pod.port], [fresh, UNUSED]];
+                Transport::ALL.into_iter().zip(ports).map(|(transport, ports)| Tunnelled {
+                    vni: self.setting.vni,
+                    macs: [peer.mac, self.setting.mac],
+                    probe: probe(transport, *vtep, pod.address, ports, inwards),
+                })
+            });
+            let outgoing = chosen.iter().flat_map(|(_, vtep)| {
+                let ports = [[pod.port, UNUSED_OUT], [fresh, UNUSED_OUT]];
+                Transport::ALL
+                    .into_iter()
+                    .zip(ports)
+                    .map(|(transport, ports)| probe(transport, pod.address, *vtep, ports, outwards))
+            });
+            let beside = mate.into_iter().flat_map(|mate| {
+                let ports = [[pod.port, mate.port], [fresh, UNUSED]];
+                Transport::ALL.into_iter().zip(ports).map(|(transport, ports)| {
+                    probe(transport, pod.address, mate.address, ports, sideways)
+                })
             });
             checks.push(Check {
                 sockets,
                 asker,
                 asked: chosen.iter().map(|(_, vtep)| *vtep).collect(),
-                tunnelled,
-                inside: BTreeSet::new(),
-                home: BTreeSet::new(),
-                arrived: false,
-                between,
-                leaving: random()?,
-                has_left: false,
-                has_come: false,
+                incoming: incoming.collect(),
+                outgoing: outgoing.collect(),
+                beside: beside.collect(),
+                answered: false,
+                left: BTreeSet::new(),
+                come: BTreeSet::new(),
+                arrived: BTreeSet::new(),
+                arrived_beside: BTreeSet::new(),
+                translated: None,
             });
         }
         Ok(checks)
@@ -251,111 +289,96 @@ impl Trial<'_> {
 
     /// By loopback, as if it came from the peer's host.
     fn inject(&self, check: &Check<'_>, tunnel: &UdpSocket) {
-        let Some(packet) = check.tunnelled.filter(|_| !check.arrived) else { return };
         let to = SocketAddr::new(self.setting.local, self.setting.port);
-        // What cannot be sent is not seen coming.
-        let _ = tunnel.send_to(&packet.bytes(), to);
+        for packet in &check.incoming {
+            // What cannot be sent is not seen coming.
+            let _ = tunnel.send_to(&packet.bytes(), to);
+        }
     }
 }
 
 impl Check<'_> {
-    fn ask(&self) {
-        let Self { sockets, asker, .. } = self;
+    fn send(&self) {
+        let FamilySockets { family, pod, home, .. } = self.sockets;
         for (number, to) in self.asked.iter().enumerate() {
-            let packet = sockets.family.request(asker.identifier, number as u16, SMALL);
-            let to = SocketAddr::new(*to, 0).into();
-            for socket in [&sockets.inside, &sockets.home] {
-                let _ = socket.send_to(&packet, &to);
-            }
+            let packet = family.request(self.asker.identifier, number as u16, SMALL);
+            let _ = home.send_to(&packet, &SocketAddr::new(*to, 0).into());
         }
-        self.ask_mate();
-    }
-
-    /// By an echo and by a datagram: rules may drop the one or the other alone.
-    fn ask_mate(&self) {
-        let Self { sockets, asker, .. } = self;
-        let Some(mate) = sockets.mate.as_ref().filter(|_| self.between == Some(false)) else {
-            return;
-        };
-        let echo = sockets.family.request(asker.identifier, ASKED as u16, SMALL);
-        let _ = sockets.inside.send_to(&echo, &SocketAddr::new(mate.address, 0).into());
-        let to = mate.datagrams.local_addr();
-        let _ = to.and_then(|to| sockets.datagrams.send_to(&Tunnelled::payload(self.leaving), to));
-    }
-
-    fn send_out(&self) {
-        for to in self.asked.iter().filter(|_| self.inside.is_empty()) {
-            let payload = Tunnelled::payload(self.leaving);
-            let _ = self.sockets.datagrams.send_to(&payload, SocketAddr::new(*to, UNUSED_OUT));
-        }
+        self.outgoing.iter().chain(&self.beside).for_each(|probe| pod.send(probe));
     }
 
     fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        let FamilySockets { inside, datagrams, home, mate, .. } = self.sockets;
-        let mate = mate.as_ref().map(|mate| mate.datagrams.as_fd());
-        [inside.as_fd(), datagrams.as_fd(), home.as_fd()].into_iter().chain(mate)
+        let FamilySockets { pod, home, mate, .. } = self.sockets;
+        let pods = [pod].into_iter().chain(mate);
+        let inside = pods.flat_map(|pod| [pod.datagrams.as_fd(), pod.segments.as_fd()]);
+        inside.chain([home.as_fd()])
     }
 
     fn hear(&mut self) {
-        let Self { sockets, asker, .. } = *self;
-        let answers = |socket: &Socket, answered: &mut BTreeSet<IpAddr>| {
-            while let Ok(heard) = sockets.family.receive(socket, asker) {
-                let answer = heard.filter(|heard| matches!(heard.what, What::Answer(_)));
-                answered.extend(answer.map(|heard| heard.from));
-            }
-        };
-        answers(&sockets.inside, &mut self.inside);
-        answers(&sockets.home, &mut self.home);
-        let mut buffer = [0; 64];
-        if let Some(mate) = &sockets.mate {
-            let mut heard = self.inside.remove(&mate.address);
-            while let Ok(length) = mate.datagrams.recv(&mut buffer) {
-                heard |= buffer[..length] == Tunnelled::payload(self.leaving);
-            }
-            self.between = self.between.map(|before| before || heard);
+        let FamilySockets { family, pod, home, mate } = self.sockets;
+        while let Ok(heard) = family.receive(home, self.asker) {
+            self.answered |= heard.is_some_and(|heard| matches!(heard.what, What::Answer(_)));
         }
-        while let Ok(length) = sockets.datagrams.recv(&mut buffer) {
-            let wanted = self.tunnelled.map(|packet| Tunnelled::payload(packet.nonce));
-            self.arrived |= wanted.is_some_and(|wanted| buffer[..length] == wanted);
+        pod.hear(self.incoming.iter().map(|packet| &packet.probe), &mut self.arrived);
+        if let Some(mate) = mate {
+            mate.hear(self.beside.iter(), &mut self.arrived_beside);
         }
     }
 
-    fn on_device(&mut self, payload: &[u8]) {
-        self.has_left |= payload == Tunnelled::payload(self.leaving);
-        let injected = self.tunnelled.map(|packet| Tunnelled::payload(packet.nonce));
-        self.has_come |= injected.is_some_and(|injected| payload == injected);
+    fn on_device(&mut self, packet: &[u8]) {
+        let address = self.sockets.pod.address;
+        let Some((from, transport, segment)) = parse(packet) else { return };
+        if from.is_ipv4() != address.is_ipv4() {
+            return;
+        }
+        let is_it = |probe: &Probe| probe.transport == transport && probe.is(segment);
+        if self.outgoing.iter().any(is_it) {
+            self.left.insert(transport);
+            // Datagrams have one port: the kernel remembers how it has translated the ones before.
+            let is_new = transport == Transport::Tcp;
+            self.translated = self.translated.or((is_new && from != address).then_some(from));
+        }
+        if self.incoming.iter().any(|packet| is_it(&packet.probe)) {
+            self.come.insert(transport);
+        }
     }
 
     fn is_done(&self) -> bool {
-        self.is_forwarded() && self.between != Some(false)
-    }
-
-    /// What goes to peers and comes from them has passed.
-    fn is_forwarded(&self) -> bool {
-        let has_left = self.asked.is_empty() || !self.inside.is_empty();
-        has_left && (self.arrived || self.tunnelled.is_none())
+        let all = |seen: &BTreeSet<Transport>| seen.len() == Transport::ALL.len();
+        (self.outgoing.is_empty() || all(&self.left))
+            && (self.incoming.is_empty() || all(&self.arrived))
+            && (self.beside.is_empty() || all(&self.arrived_beside))
     }
 
     fn seen(&self) -> Vec<(Way, Seen)> {
-        let ipv4 = self.sockets.address.is_ipv4();
-        // A peer that does not answer this host either may be gone, or answer no echoes.
-        let out = match (self.inside.is_empty(), self.home.is_empty(), self.has_left) {
-            (false, ..) | (true, _, true) => Seen::Passed,
-            (true, false, false) => Seen::Lost,
-            (true, true, false) => Seen::Unclear,
-        };
-        let comes = match (self.arrived, self.has_come) {
-            (true, _) => Seen::Passed,
-            (false, true) => Seen::Lost,
-            (false, false) => Seen::Unclear,
-        };
-        let between = self.between.map(|heard| if heard { Seen::Passed } else { Seen::Lost });
-        let seen = [
-            (Direction::Out, Some(out).filter(|_| !self.asked.is_empty())),
-            (Direction::In, self.tunnelled.map(|_| comes)),
-            (Direction::Between, between),
-        ];
-        let seen = seen.into_iter().filter_map(|(direction, seen)| Some((direction, seen?)));
-        seen.map(|(direction, seen)| (Way { direction, ipv4 }, seen)).collect()
+        let ipv4 = self.sockets.pod.address.is_ipv4();
+        let mut seen = Vec::new();
+        let mut note = |direction, verdict| seen.push((Way { direction, ipv4 }, verdict));
+        for transport in Transport::ALL {
+            if !self.outgoing.is_empty() {
+                // A peer that does not answer this host either may be gone, or answer no echoes.
+                let out = match (self.left.contains(&transport), self.answered) {
+                    (true, _) => Seen::Passed,
+                    (false, true) => Seen::Lost,
+                    (false, false) => Seen::Unclear,
+                };
+                note(Direction::Out(transport), out);
+            }
+            if !self.incoming.is_empty() {
+                let comes =
+                    match (self.arrived.contains(&transport), self.come.contains(&transport)) {
+                        (true, _) => Seen::Passed,
+                        (false, true) => Seen::Lost,
+                        (false, false) => Seen::Unclear,
+                    };
+                note(Direction::In(transport), comes);
+            }
+            if !self.beside.is_empty() {
+                let has_arrived = self.arrived_beside.contains(&transport);
+                let between = if has_arrived { Seen::Passed } else { Seen::Lost };
+                note(Direction::Between(transport), between);
+            }
+        }
+        seen
     }
 }

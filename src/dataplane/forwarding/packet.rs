@@ -1,28 +1,42 @@
-//! A packet as it comes through the tunnel (RFC 7348): VXLAN, Ethernet, IP and UDP headers, and a number that
-//! cannot be guessed.
+//! Packets of a trial: a UDP datagram (RFC 768) with a number that cannot be guessed, and the first segment of
+//! a TCP connection (RFC 9293); both also as they come through the tunnel (RFC 7348).
 
 use std::net::IpAddr;
 
+use super::Transport;
 use crate::{checksum::checksum, model::Mac};
 
-/// How the payload begins, by which the kernel's packet filter finds it.
+/// How the payload of a datagram begins, by which the kernel's packet filter finds it.
 pub const MAGIC: [u8; 4] = *b"gsmP";
 /// Bytes of the number that follows.
 pub const NONCE_LEN: usize = 12;
 const PAYLOAD: usize = MAGIC.len() + NONCE_LEN;
+/// Destination of segments that come out of the tunnel, and source of such datagrams. Nothing listens there:
+/// the first ports of traceroute.
+pub const UNUSED: u16 = 33_434;
+/// Destination of what goes out, which must not pass for an answer to what comes in. It differs from
+/// [`UNUSED`] in the lowest bit alone, by which the kernel's packet filter finds both.
+pub const UNUSED_OUT: u16 = 33_435;
 
 const UDP: u8 = 17;
+const TCP: u8 = 6;
 const UDP_HEADER: usize = 8;
+const TCP_HEADER: usize = 20;
+const SYN: u8 = 2;
+const ACK: u8 = 16;
+/// Maximum segment size, which every real first segment tells.
+const SEGMENT_SIZE: [u8; 4] = [2, 4, 4, 196];
+const WINDOW: u16 = 64_240;
 const HOPS: u8 = 64;
 /// "The VNI is valid."
 const FLAGS: u8 = 8;
+const IPV4_HEADER: usize = 20;
+const IPV6_HEADER: usize = 40;
 
-/// A datagram from a peer's VTEP to an address here, inside a tunnel packet.
+/// What is sent from one address to another.
 #[derive(Clone, Copy, Debug)]
-pub struct Tunnelled {
-    pub vni: u32,
-    /// Of the peer's device, and of ours.
-    pub macs: [Mac; 2],
+pub struct Probe {
+    pub transport: Transport,
     pub from: IpAddr,
     pub to: IpAddr,
     /// Source and destination.
@@ -30,12 +44,73 @@ pub struct Tunnelled {
     pub nonce: [u8; NONCE_LEN],
 }
 
-impl Tunnelled {
-    /// What both the datagram and the one that a pod sends out carry.
+impl Probe {
+    /// What a datagram carries.
     pub fn payload(nonce: [u8; NONCE_LEN]) -> [u8; PAYLOAD] {
         std::array::from_fn(|i| MAGIC.get(i).copied().unwrap_or_else(|| nonce[i - MAGIC.len()]))
     }
 
+    /// The header of UDP or TCP and what follows it.
+    pub fn segment(&self) -> Vec<u8> {
+        let mut segment = Vec::new();
+        self.ports.iter().for_each(|port| segment.extend(port.to_be_bytes()));
+        let sum_at = match self.transport {
+            Transport::Udp => {
+                segment.extend(((UDP_HEADER + PAYLOAD) as u16).to_be_bytes());
+                segment.extend([0; 2]);
+                segment.extend(Self::payload(self.nonce));
+                6
+            }
+            Transport::Tcp => {
+                segment.extend(self.sequence());
+                let words = (TCP_HEADER + SEGMENT_SIZE.len()) / 4;
+                segment.extend([0, 0, 0, 0, (words as u8) << 4, SYN]);
+                segment.extend(WINDOW.to_be_bytes());
+                segment.extend([0; 4]);
+                segment.extend(SEGMENT_SIZE);
+                16
+            }
+        };
+        // Over addresses, protocol and length as well (RFC 9293, 3.1; RFC 8200, 8.1).
+        let mut summed = [octets(self.from), octets(self.to)].concat();
+        summed.extend([0, protocol(self.transport)]);
+        summed.extend((segment.len() as u16).to_be_bytes());
+        summed.extend(&segment);
+        // Zero would mean to UDP that there is none.
+        let sum = Some(checksum(&summed)).filter(|sum| *sum != 0).unwrap_or(u16::MAX);
+        segment[sum_at..sum_at + 2].copy_from_slice(&sum.to_be_bytes());
+        segment
+    }
+
+    /// Whether a segment is this one. Its source may have been translated.
+    pub fn is(&self, segment: &[u8]) -> bool {
+        let goes_there = segment.get(2..4) == Some(&self.ports[1].to_be_bytes());
+        goes_there
+            && match self.transport {
+                Transport::Udp => segment.get(UDP_HEADER..) == Some(&Self::payload(self.nonce)),
+                Transport::Tcp => {
+                    let is_first = segment.get(13).is_some_and(|flags| flags & (SYN | ACK) == SYN);
+                    is_first && segment.get(4..8) == Some(&self.sequence())
+                }
+            }
+    }
+
+    fn sequence(&self) -> [u8; 4] {
+        let [a, b, c, d, ..] = self.nonce;
+        [a, b, c, d]
+    }
+}
+
+/// From a peer's VTEP to an address here, inside a tunnel packet.
+#[derive(Clone, Copy, Debug)]
+pub struct Tunnelled {
+    pub vni: u32,
+    /// Of the peer's device, and of ours.
+    pub macs: [Mac; 2],
+    pub probe: Probe,
+}
+
+impl Tunnelled {
     /// From the VXLAN header on: what goes into a UDP datagram to the tunnel's port.
     pub fn bytes(&self) -> Vec<u8> {
         let [_, a, b, c] = self.vni.to_be_bytes();
@@ -43,13 +118,13 @@ impl Tunnelled {
         let [peer, ours] = self.macs;
         bytes.extend(ours.as_bytes());
         bytes.extend(peer.as_bytes());
-        let datagram = self.datagram();
-        match (self.from, self.to) {
+        let segment = self.probe.segment();
+        let protocol = protocol(self.probe.transport);
+        match (self.probe.from, self.probe.to) {
             (IpAddr::V4(from), IpAddr::V4(to)) => {
                 bytes.extend([0x08, 0x00]);
-                let length = (20 + datagram.len()) as u16;
-                let [high, low] = length.to_be_bytes();
-                let mut header = vec![0x45, 0, high, low, 0, 0, 0, 0, HOPS, UDP, 0, 0];
+                let [high, low] = ((IPV4_HEADER + segment.len()) as u16).to_be_bytes();
+                let mut header = vec![0x45, 0, high, low, 0, 0, 0, 0, HOPS, protocol, 0, 0];
                 header.extend(from.octets());
                 header.extend(to.octets());
                 let sum = checksum(&header);
@@ -58,33 +133,42 @@ impl Tunnelled {
             }
             (from, to) => {
                 bytes.extend([0x86, 0xdd]);
-                let [high, low] = (datagram.len() as u16).to_be_bytes();
-                bytes.extend([0x60, 0, 0, 0, high, low, UDP, HOPS]);
+                let [high, low] = (segment.len() as u16).to_be_bytes();
+                bytes.extend([0x60, 0, 0, 0, high, low, protocol, HOPS]);
                 bytes.extend(octets(from));
                 bytes.extend(octets(to));
             }
         }
-        bytes.extend(datagram);
+        bytes.extend(segment);
         bytes
     }
+}
 
-    fn datagram(&self) -> Vec<u8> {
-        let length = (UDP_HEADER + PAYLOAD) as u16;
-        let [from, to] = self.ports;
-        let mut datagram = Vec::new();
-        for number in [from, to, length, 0] {
-            datagram.extend(number.to_be_bytes());
+/// The source of an IP packet, and the segment in it; none, if it is neither UDP nor TCP.
+pub fn parse(packet: &[u8]) -> Option<(IpAddr, Transport, &[u8])> {
+    let (from, protocol, header): (IpAddr, u8, usize) = match packet.first()? >> 4 {
+        4 => {
+            let from: [u8; 4] = packet.get(12..16)?.try_into().ok()?;
+            (from.into(), *packet.get(9)?, usize::from(packet.first()? & 0x0f) * 4)
         }
-        datagram.extend(Self::payload(self.nonce));
-        // Over addresses, protocol and length as well (RFC 768; RFC 8200, 8.1).
-        let mut summed = [octets(self.from), octets(self.to)].concat();
-        summed.extend([0, UDP]);
-        summed.extend(length.to_be_bytes());
-        summed.extend(&datagram);
-        // Zero would mean that there is none.
-        let sum = Some(checksum(&summed)).filter(|sum| *sum != 0).unwrap_or(u16::MAX);
-        datagram[6..8].copy_from_slice(&sum.to_be_bytes());
-        datagram
+        6 => {
+            let from: [u8; 16] = packet.get(8..24)?.try_into().ok()?;
+            (from.into(), *packet.get(6)?, IPV6_HEADER)
+        }
+        _ => return None,
+    };
+    let transport = match protocol {
+        UDP => Transport::Udp,
+        TCP => Transport::Tcp,
+        _ => return None,
+    };
+    Some((from, transport, packet.get(header..)?))
+}
+
+const fn protocol(transport: Transport) -> u8 {
+    match transport {
+        Transport::Udp => UDP,
+        Transport::Tcp => TCP,
     }
 }
 
@@ -99,35 +183,80 @@ fn octets(address: IpAddr) -> Vec<u8> {
 mod tests {
     use super::*;
 
+    fn tunnelled(transport: Transport, from: &str, to: &str) -> Tunnelled {
+        let address = |text: &str| text.parse().expect("an address");
+        Tunnelled {
+            vni: 0x0a_0b_0c,
+            macs: [Mac::from_bytes([2; 6]), Mac::from_bytes([3; 6])],
+            probe: Probe {
+                transport,
+                from: address(from),
+                to: address(to),
+                ports: [UNUSED, 40_000],
+                nonce: [7; NONCE_LEN],
+            },
+        }
+    }
+
+    const ENDS: [(&str, &str, usize); 2] = [
+        ("10.42.2.0", "10.42.1.254", IPV4_HEADER),
+        ("fd42:0:0:2::", "fd42:0:0:1::fe", IPV6_HEADER),
+    ];
+
     #[test]
     fn lengths_and_checksums_are_right_in_both_families() {
-        for (from, to, header) in
-            [("10.42.2.0", "10.42.1.254", 20), ("fd42:0:0:2::", "fd42:0:0:1::fe", 40)]
-        {
-            let (from, to): (IpAddr, IpAddr) =
-                (from.parse().expect("an address"), to.parse().expect("an address"));
-            let packet = Tunnelled {
-                vni: 0x0a_0b_0c,
-                macs: [Mac::from_bytes([2; 6]), Mac::from_bytes([3; 6])],
-                from,
-                to,
-                ports: [33_434, 40_000],
-                nonce: [7; NONCE_LEN],
-            };
-            let bytes = packet.bytes();
-            assert_eq!(bytes.len(), 8 + 14 + header + UDP_HEADER + PAYLOAD);
-            assert_eq!(bytes[4..8], [0x0a, 0x0b, 0x0c, 0]);
-            let ip = &bytes[22..];
-            if to.is_ipv4() {
-                assert_eq!(checksum(&ip[..20]), 0);
-                assert_eq!(usize::from(u16::from_be_bytes([ip[2], ip[3]])), ip.len());
+        for (transport, length) in [(Transport::Udp, UDP_HEADER + PAYLOAD), (Transport::Tcp, 24)] {
+            for (from, to, header) in ENDS {
+                let packet = tunnelled(transport, from, to);
+                let bytes = packet.bytes();
+                assert_eq!(bytes.len(), 8 + 14 + header + length);
+                assert_eq!(bytes[4..8], [0x0a, 0x0b, 0x0c, 0]);
+                let ip = &bytes[22..];
+                if packet.probe.to.is_ipv4() {
+                    assert_eq!(checksum(&ip[..IPV4_HEADER]), 0);
+                    assert_eq!(usize::from(u16::from_be_bytes([ip[2], ip[3]])), ip.len());
+                }
+                let Probe { from, to, .. } = packet.probe;
+                let mut summed = [octets(from), octets(to)].concat();
+                summed.extend([0, protocol(transport)]);
+                summed.extend((length as u16).to_be_bytes());
+                summed.extend(&ip[header..]);
+                assert_eq!(checksum(&summed), 0);
             }
-            let udp = &ip[header..];
-            assert_eq!(udp[UDP_HEADER..], Tunnelled::payload([7; NONCE_LEN]));
-            let mut summed = [octets(from), octets(to)].concat();
-            summed.extend([0, UDP, udp[4], udp[5]]);
-            summed.extend(udp);
-            assert_eq!(checksum(&summed), 0);
         }
+    }
+
+    #[test]
+    fn a_packet_is_recognised_by_all_but_its_source() {
+        for transport in Transport::ALL {
+            for (from, to, _) in ENDS {
+                let Tunnelled { probe, .. } = tunnelled(transport, from, to);
+                let bytes = tunnelled(transport, from, to).bytes();
+                let ip = &bytes[22..];
+                let (source, found, segment) = parse(ip).expect("a packet");
+                assert_eq!((source, found), (probe.from, transport));
+                assert!(probe.is(segment));
+                let translated = Probe { from: probe.to, ports: [9, 40_000], ..probe };
+                assert!(translated.is(segment));
+                for other in [
+                    Probe { ports: [UNUSED, 40_001], ..probe },
+                    Probe { nonce: [8; NONCE_LEN], ..probe },
+                ] {
+                    assert!(!other.is(segment), "{other:?}");
+                }
+                (0..ip.len()).for_each(|length| {
+                    let cut = parse(&ip[..length]).filter(|(.., segment)| probe.is(segment));
+                    assert!(cut.is_none() || transport == Transport::Tcp, "{length} bytes");
+                });
+            }
+        }
+    }
+
+    #[test]
+    fn the_answer_to_a_segment_is_not_taken_for_it() {
+        let Tunnelled { probe, .. } = tunnelled(Transport::Tcp, ENDS[0].0, ENDS[0].1);
+        let mut segment = probe.segment();
+        segment[13] |= ACK;
+        assert!(!probe.is(&segment));
     }
 }

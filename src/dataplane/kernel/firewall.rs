@@ -14,7 +14,7 @@ use ipnet::IpNet;
 use rtnetlink::packet_core::{NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL};
 
 use super::{
-    forward::{Closing, ForeignChains},
+    forward::{Closing, ForeignChains, translating_chains},
     ports::{ClosedPort, closed_ports},
 };
 use crate::{
@@ -211,6 +211,11 @@ impl FirewallTable {
     /// Chains of others that may keep pods from finding the gateway of this subnet.
     pub fn chains_around_gateway(&mut self, network: IpNet) -> io::Result<Vec<Closing>> {
         ForeignChains::read_around_gateway(&mut self.nftables, network)
+    }
+
+    /// Chains of others that translate the source of what leaves this host.
+    pub fn translating_chains(&mut self, ipv4: bool) -> io::Result<Vec<String>> {
+        translating_chains(&mut self.nftables, ipv4)
     }
 
     /// Base chains of others, and those of these UDP ports that they drop.

@@ -3,13 +3,15 @@
 //! Each base chain has to let a packet pass, so none of ours can open what one of theirs closes. They are
 //! only read, and reading explains: whether packets pass is tried (`dataplane::forwarding`).
 
-use std::{fmt, io, net::IpAddr};
+use std::{collections::BTreeSet, fmt, io, net::IpAddr};
 
 use ipnet::IpNet;
 
 use super::{
     firewall::name_of,
-    rules::{Base, Effect, base_of, effect, family_name, hook_name, is_conditional},
+    rules::{
+        Base, Effect, base_of, effect, family_name, hook_name, is_conditional, translates_source,
+    },
 };
 use crate::{
     dataplane::desired::is_device_name,
@@ -21,11 +23,14 @@ use crate::{
 
 /// `NF_INET_FORWARD`
 const FORWARD: u32 = 2;
+/// `NF_INET_POST_ROUTING`
+const POSTROUTING: u32 = 4;
 /// `NF_INET_PRE_ROUTING`
 const PREROUTING: u32 = 0;
 /// Of the families `inet`, `ip` and `ip6`: what comes to this host itself, and what it sends.
 const OWN_PACKETS: [u32; 2] = [1, 3];
 const INET: u8 = 1;
+const IP: u8 = 2;
 const ARP: u8 = 3;
 const NETDEV: u8 = 5;
 const BRIDGE: u8 = 7;
@@ -167,8 +172,8 @@ fn closing_chains(
         };
         let (table, name) = (name_of(chain, 1), name_of(chain, 3));
         let concerned = |net: &&IpNet| match chain.family {
-            2 => net.addr().is_ipv4(),
-            10 => net.addr().is_ipv6(),
+            IP => net.addr().is_ipv4(),
+            IP6 => net.addr().is_ipv6(),
             _ => true,
         };
         let ours: Vec<IpNet> = networks.iter().filter(concerned).copied().collect();
@@ -192,10 +197,34 @@ fn closing_chains(
     Ok(closing)
 }
 
+/// Chains of others that translate the source of what leaves this host; where rules without a condition do so,
+/// only theirs.
+pub fn translating_chains(nftables: &mut Nftables, ipv4: bool) -> io::Result<Vec<String>> {
+    let families = [INET, if ipv4 { IP } else { IP6 }];
+    let mut found = BTreeSet::new();
+    for chain in nftables.dump(Kind::GetChain, ANY, &Attributes::new())? {
+        let is_base = base_of(&chain).is_some_and(|base| base.hook == POSTROUTING);
+        let table = name_of(&chain, 1);
+        if !is_base || !families.contains(&chain.family) || is_device_name(table) {
+            continue;
+        }
+        let filter = Attributes::new().text(1, table);
+        for rule in nftables.dump(Kind::GetRule, chain.family, &filter)? {
+            if translates_source(&rule) {
+                let name = format!("{} {table} {}", family_name(chain.family), name_of(&rule, 2));
+                found.insert((is_conditional(&rule), name));
+            }
+        }
+    }
+    let first = found.first().is_some_and(|(is_conditional, _)| *is_conditional);
+    let likeliest = found.into_iter().filter(|(is_conditional, _)| *is_conditional == first);
+    Ok(likeliest.map(|(_, name)| name).take(NAMED).collect())
+}
+
 /// Packets that are forwarded pass all hooks but those of this host's own.
 fn is_on_the_way(family: u8, base: &Base) -> bool {
     match family {
-        INET | 2 | IP6 => !OWN_PACKETS.contains(&base.hook),
+        INET | IP | IP6 => !OWN_PACKETS.contains(&base.hook),
         BRIDGE | NETDEV => true,
         _ => false,
     }
@@ -225,7 +254,7 @@ fn direct_access_drops(
     networks: &[IpNet],
 ) -> io::Result<Vec<String>> {
     let mut dropping = Vec::new();
-    for chain in chains.iter().filter(|chain| [2, 10].contains(&chain.family)) {
+    for chain in chains.iter().filter(|chain| [IP, IP6].contains(&chain.family)) {
         if base_of(chain).is_none_or(|base| base.hook != PREROUTING) {
             continue;
         }

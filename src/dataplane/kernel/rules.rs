@@ -98,6 +98,18 @@ pub fn effect(rule: &Object) -> Effect {
     effect
 }
 
+/// Whether packets that match all conditions of a rule get another source address.
+pub fn translates_source(rule: &Object) -> bool {
+    /// `NFT_NAT_SNAT`
+    const SOURCE: u32 = 0;
+    expressions(rule).any(|(name, data)| match name {
+        "masq" => true,
+        "nat" => number(attributes::find(data, 1)) == Some(SOURCE),
+        "target" => matches!(text_of(data), Some("MASQUERADE" | "SNAT" | "NETMAP")),
+        _ => false,
+    })
+}
+
 /// Whether it leaves some packets alone.
 pub fn is_conditional(rule: &Object) -> bool {
     expressions(rule)
