@@ -1,10 +1,10 @@
 //! Whether this host forwards what pods send and receive: what was seen of packets that had to be forwarded,
 //! and what follows from it.
 //!
-//! Two proofs need a peer, and concern this host alone. *Out*: a packet of a pod to a peer's VTEP. It counts as
-//! lost here only where it is not seen leaving, although that peer answers this host itself at the same time.
-//! *In*: a packet as if it came through the tunnel. It counts as lost only where it was seen coming out of
-//! the tunnel, and has not come to the pod.
+//! Two proofs need a peer, and concern this host alone. *Out*: a packet of a pod to a peer's VTEP. It counts
+//! as lost here only where it is not seen leaving, although that peer answers this host itself at the same
+//! time. *In*: a packet as if it came through the tunnel. It counts as lost only where it was seen coming out
+//! of the tunnel, and has not come to the pod.
 //!
 //! Two more need no peer. *Gateway*: this host answers a pod that asks for the MAC of its gateway.
 //! *Between pods*: a packet to a second pod on the same bridge, where the kernel shows such packets to the

@@ -36,10 +36,11 @@ fn what_the_kernel_misses_about_nobody_is_counted() {
         ] {
             tool(host, command);
         }
-        for nobody in ["10.42.250.5", "10.42.251.5"] {
-            run(host, &format!("ping -c 1 -W 1 {nobody}"));
-        }
-        status_where(&mut cluster.agents[0], |status| {
+        wait_until("they are not counted", PATIENCE, || {
+            for nobody in ["10.42.250.5", "10.42.251.5"] {
+                run(host, &format!("ping -c 1 -W 1 {nobody}"));
+            }
+            let status = cluster.agents[0].ask("/v1/status", PATIENCE).expect("a status");
             status["kernel"]["misses_unknown"].as_u64() >= Some(2)
         });
         Ok(())

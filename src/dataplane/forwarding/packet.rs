@@ -1,5 +1,5 @@
-//! Packets of a trial: a UDP datagram (RFC 768) with a number that cannot be guessed, and the first segment of
-//! a TCP connection (RFC 9293); both also as they come through the tunnel (RFC 7348).
+//! Packets of a trial: a UDP datagram (RFC 768) with a number that cannot be guessed, and the first segment
+//! of a TCP connection (RFC 9293); both also as they come through the tunnel (RFC 7348).
 
 use std::net::IpAddr;
 

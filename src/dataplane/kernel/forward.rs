@@ -197,8 +197,8 @@ fn closing_chains(
     Ok(closing)
 }
 
-/// Chains of others that translate the source of what leaves this host; where rules without a condition do so,
-/// only theirs.
+/// Chains of others that translate the source of what leaves this host; where rules without a condition do
+/// so, only theirs.
 pub fn translating_chains(nftables: &mut Nftables, ipv4: bool) -> io::Result<Vec<String>> {
     let families = [INET, if ipv4 { IP } else { IP6 }];
     let mut found = BTreeSet::new();
