@@ -73,3 +73,5 @@ pub mod store;
 pub mod transport;
 #[warn(clippy::disallowed_methods)]
 pub mod wire;
+#[cfg(feature = "agent")]
+mod worker;

@@ -15,8 +15,7 @@ use std::{
     io,
     net::IpAddr,
     os::fd::{AsFd as _, BorrowedFd},
-    sync::mpsc::{self, TryRecvError},
-    thread,
+    sync::mpsc::TryRecvError,
     time::{Duration, Instant},
 };
 
@@ -25,10 +24,7 @@ use self::{
     stage::Stage,
     trial::{Outcome, Trial},
 };
-use super::{
-    Agent,
-    alarm::{Alarm, Sleeper, alarm},
-};
+use super::Agent;
 use crate::{
     api::{CheckState, CheckStatus},
     dataplane::{
@@ -42,6 +38,7 @@ use crate::{
         last_addresses, last_but_one,
         standin::{Shape, link_name},
     },
+    worker::{Order, Orders, Thread, Worker},
 };
 
 /// Rules of nftables have changed: what belongs together should be over.
@@ -105,21 +102,23 @@ pub struct Forwarding {
 }
 
 pub struct Forwarder {
-    orders: Option<mpsc::Sender<Option<Setting>>>,
-    alarm: Alarm,
-    thread: Option<thread::JoinHandle<()>>,
+    worker: Worker<Option<Setting>>,
     told: Option<Setting>,
+}
+
+impl Order for Option<Setting> {
+    fn supersedes(&self, _: &Self) -> bool {
+        true
+    }
 }
 
 impl Forwarder {
     pub fn start(tell: impl Fn(Forwarding) + Send + 'static) -> io::Result<Self> {
-        let (orders, queue) = mpsc::channel();
-        let (alarm, sleeper) = alarm()?;
-        let worker = Worker {
-            netlink: Netlink::open()?,
+        let netlink = Netlink::open()?;
+        let begin = |orders| TrialRunner {
+            netlink,
             changes: Changes::open().ok(),
-            orders: queue,
-            sleeper,
+            orders,
             tell,
             setting: None,
             is_new: false,
@@ -135,9 +134,8 @@ impl Forwarder {
             input: Vec::new(),
             told: Forwarding::default(),
         };
-        let thread =
-            thread::Builder::new().name("forwarding".to_owned()).spawn(move || worker.run())?;
-        Ok(Self { orders: Some(orders), alarm, thread: Some(thread), told: None })
+        let worker = Worker::start("forwarding", move |orders| begin(orders).run())?;
+        Ok(Self { worker, told: None })
     }
 
     fn set(&mut self, setting: Option<Setting>) {
@@ -145,30 +143,19 @@ impl Forwarder {
             return;
         }
         self.told.clone_from(&setting);
-        if let Some(orders) = &self.orders {
-            // The thread ends only when this sender is dropped.
-            let _ = orders.send(setting);
-            self.alarm.ring();
-        }
+        self.worker.order(setting);
+    }
+
+    /// Ends it after the step under way. Once the thread has ended its pod is gone.
+    pub fn end(self) -> Thread {
+        self.worker.end()
     }
 }
 
-/// Waits for the step under way: afterwards its pod is gone.
-impl Drop for Forwarder {
-    fn drop(&mut self) {
-        drop(self.orders.take());
-        self.alarm.ring();
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
-
-struct Worker<F> {
+struct TrialRunner<F> {
     netlink: Netlink,
     changes: Option<Changes>,
-    orders: mpsc::Receiver<Option<Setting>>,
-    sleeper: Sleeper,
+    orders: Orders<Option<Setting>>,
     tell: F,
     setting: Option<Setting>,
     /// It is another one than that of the last trial.
@@ -190,7 +177,7 @@ struct Worker<F> {
     told: Forwarding,
 }
 
-impl<F: Fn(Forwarding)> Worker<F> {
+impl<F: Fn(Forwarding)> TrialRunner<F> {
     fn run(mut self) {
         while self.take_orders() {
             let now = Instant::now();
@@ -205,7 +192,7 @@ impl<F: Fn(Forwarding)> Worker<F> {
             }
             let pause = self.due.saturating_duration_since(Instant::now());
             let changes = self.changes.as_ref().map(|changes| changes.as_fd());
-            self.sleeper.wait(changes, Some(pause));
+            self.orders.sleeper.wait(changes, Some(pause));
         }
         self.give_up();
     }
@@ -213,7 +200,7 @@ impl<F: Fn(Forwarding)> Worker<F> {
     /// Says whether the agent still runs.
     fn take_orders(&mut self) -> bool {
         loop {
-            match self.orders.try_recv() {
+            match self.orders.take() {
                 Ok(setting) => {
                     self.setting = setting;
                     self.is_new = true;
@@ -331,7 +318,7 @@ impl<F: Fn(Forwarding)> Worker<F> {
 
     /// Says whether to go on: what wants something else does not wait for the end of a trial.
     fn wait(&mut self, fds: &[BorrowedFd<'_>], pause: Duration) -> bool {
-        self.sleeper.wait(fds.iter().copied(), Some(pause));
+        self.orders.sleeper.wait(fds.iter().copied(), Some(pause));
         self.take_orders() && !self.is_new
     }
 

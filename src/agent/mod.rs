@@ -4,7 +4,6 @@
 //! core, and its outputs are executed. The loop owns everything; there is no lock. Decisions are the
 //! core's: here is only IO. SIGTERM ends the agent and leaves the kernel's state in place.
 
-mod alarm;
 mod auditor;
 mod data_plane;
 mod docker;
@@ -71,13 +70,18 @@ use crate::{
     store::{History, StateDir, Writer, Written},
     transport::{Event, Transport},
     wire::{Keyring, Token, visible},
+    worker::Thread,
 };
 
 pub use knock::knock;
 pub use reload::Reread;
+pub use signals::guard;
 pub use start::{StartFailure, random, run};
 pub use underlay::choose as choose_underlay;
 
+/// How long its threads are waited for when the agent ends, so that all takes less than
+/// [`signals::PATIENCE`].
+const THREAD_PATIENCE: Duration = Duration::from_secs(4);
 /// A turn of the loop that takes longer is logged: everything else waits for it.
 const SLOW_TURN: Duration = Duration::from_millis(100);
 /// Events taken in one turn before the outputs are carried out.
@@ -170,6 +174,18 @@ enum News {
     Api(Question),
     Docker(docker_plugin::Request),
     Node(HeardOfNode),
+}
+
+/// Waits for threads, without those that hang in a disk or in the kernel.
+async fn await_threads<const N: usize>(threads: [Thread; N]) {
+    let deadline = Instant::now() + THREAD_PATIENCE;
+    // The loop's thread has the sockets to close meanwhile.
+    let joined = tokio::task::spawn_blocking(move || {
+        for name in threads.into_iter().filter_map(|thread| thread.join(deadline).err()) {
+            tracing::error!(thread = name, "thread hangs: the agent ends without it");
+        }
+    });
+    let _ = joined.await;
 }
 
 impl Agent {
@@ -390,10 +406,9 @@ impl Agent {
             self.node.cluster().map(|cluster| (cluster.settings.vni, cluster.settings.pool));
         let made_something = self.has_made_something();
         self.transport.close().await;
-        drop(self.programmer);
-        drop(self.forwarder);
-        drop(self.wirer);
-        drop(self.writer);
+        let threads =
+            [self.programmer.end(), self.forwarder.end(), self.wirer.end(), self.writer.end()];
+        await_threads(threads).await;
         let refused = self.fresh && matches!(ending, Ending::Failed(_));
         let ends = matches!(ending, Ending::Left { .. } | Ending::Anew) || refused;
         if ends && made_something {

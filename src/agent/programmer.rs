@@ -9,13 +9,12 @@ mod looks;
 
 use std::{
     io,
-    sync::mpsc::{self, TryRecvError},
+    sync::mpsc::TryRecvError,
     thread,
     time::{Duration, Instant},
 };
 
 use super::{
-    alarm::{Alarm, Sleeper, alarm},
     auditor::Auditor,
     surroundings::Surroundings,
     told::{DemandState, Outcome, Told},
@@ -33,6 +32,7 @@ use crate::{
     },
     model::Pool,
     netlink::Netlink,
+    worker::{Order, Orders, Thread, Worker},
 };
 
 /// The kernel is compared with the goal at least this often with up to so many routes. With more of them it
@@ -57,10 +57,16 @@ pub struct Goal {
 pub type Tables = (desired::Tables, Actual);
 type Look = Box<dyn FnOnce(Result<Tables, String>) + Send>;
 
-enum Order {
+enum Task {
     Goal(Goal),
     Look(Look),
     Count,
+}
+
+impl Order for Task {
+    fn supersedes(&self, earlier: &Self) -> bool {
+        matches!((self, earlier), (Self::Goal(_), Self::Goal(_)) | (Self::Count, Self::Count))
+    }
 }
 
 pub enum State {
@@ -74,9 +80,7 @@ pub enum State {
 }
 
 pub struct Programmer {
-    orders: Option<mpsc::Sender<Order>>,
-    alarm: Alarm,
-    thread: Option<thread::JoinHandle<()>>,
+    worker: Worker<Task>,
 }
 
 impl Programmer {
@@ -86,11 +90,9 @@ impl Programmer {
         chosen: Chosen,
         tell: impl Fn(Told) + Send + 'static,
     ) -> io::Result<Self> {
-        let (orders, queue) = mpsc::channel::<Order>();
-        let (alarm, sleeper) = alarm()?;
         let netlink = Netlink::open()?;
         let surroundings = Surroundings::open(config.mode, config.set_sysctls);
-        let worker = Worker {
+        let begin = |orders| Reconciler {
             demand: Demand::new(config.program),
             part: None,
             part_is_new: false,
@@ -104,8 +106,7 @@ impl Programmer {
             config,
             underlay: Watch::new(Instant::now(), chosen),
             looked: None,
-            orders: queue,
-            sleeper,
+            orders,
             tell,
             lookers: Vec::new(),
             count: false,
@@ -117,46 +118,30 @@ impl Programmer {
             due: None,
             worked: None,
         };
-        let thread =
-            thread::Builder::new().name("kernel".to_owned()).spawn(move || worker.run())?;
-        Ok(Self { orders: Some(orders), alarm, thread: Some(thread) })
+        Ok(Self { worker: Worker::start("kernel", move |orders| begin(orders).run())? })
     }
 
     pub fn program(&self, goal: Goal) {
-        self.order(Order::Goal(goal));
+        self.worker.order(Task::Goal(goal));
     }
 
     /// Reads the kernel's tables, once what was ordered before is under way.
     pub fn look(&self, then: impl FnOnce(Result<Tables, String>) + Send + 'static) {
-        self.order(Order::Look(Box::new(then)));
+        self.worker.order(Task::Look(Box::new(then)));
     }
 
     /// Reads how many tunnel packets have come from each member.
     pub fn count(&self) {
-        self.order(Order::Count);
+        self.worker.order(Task::Count);
     }
 
-    fn order(&self, order: Order) {
-        if let Some(orders) = &self.orders {
-            // The thread ends only when this sender is dropped.
-            let _ = orders.send(order);
-            self.alarm.ring();
-        }
+    /// Ends it after the pass under way. Once the thread has ended nothing touches the kernel any more.
+    pub fn end(self) -> Thread {
+        self.worker.end()
     }
 }
 
-/// Waits for the pass under way: afterwards nothing touches the kernel any more.
-impl Drop for Programmer {
-    fn drop(&mut self) {
-        drop(self.orders.take());
-        self.alarm.ring();
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
-
-struct Worker<F> {
+struct Reconciler<F> {
     kernel: Kernel,
     demand: Demand,
     /// What of the goal is to be in the kernel now; none, if that is all of it.
@@ -173,11 +158,10 @@ struct Worker<F> {
     underlay: Watch,
     /// When the interfaces were last looked at.
     looked: Option<Instant>,
-    orders: mpsc::Receiver<Order>,
+    orders: Orders<Task>,
     /// Who wants to see the tables.
     lookers: Vec<Look>,
     count: bool,
-    sleeper: Sleeper,
     tell: F,
     goal: Option<Goal>,
     /// The kernel has been equal to the goal.
@@ -190,7 +174,7 @@ struct Worker<F> {
     worked: Option<Instant>,
 }
 
-impl<F: Fn(Told)> Worker<F> {
+impl<F: Fn(Told)> Reconciler<F> {
     fn run(mut self) {
         while self.take_goals() {
             if let Err(error) = self.listen() {
@@ -256,10 +240,10 @@ impl<F: Fn(Told)> Worker<F> {
     /// Says whether the agent still runs.
     fn take_goals(&mut self) -> bool {
         loop {
-            match self.orders.try_recv() {
-                Ok(Order::Look(then)) => self.lookers.push(then),
-                Ok(Order::Count) => self.count = true,
-                Ok(Order::Goal(goal)) => {
+            match self.orders.take() {
+                Ok(Task::Look(then)) => self.lookers.push(then),
+                Ok(Task::Count) => self.count = true,
+                Ok(Task::Goal(goal)) => {
                     let had_peers = self.underlays().next().is_some();
                     self.goal = Some(goal);
                     // Which uplink leads to them is known only now.
@@ -445,6 +429,6 @@ impl<F: Fn(Told)> Worker<F> {
         let until = until.chain([self.auditor.due()]).min();
         let pause = until.map(|until| until.saturating_duration_since(now));
         let changes = [Some(self.kernel.changes()), self.surroundings.changes()];
-        self.sleeper.wait(changes.into_iter().flatten(), pause);
+        self.orders.sleeper.wait(changes.into_iter().flatten(), pause);
     }
 }

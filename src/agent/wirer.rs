@@ -17,10 +17,7 @@ use std::{
 use ipnet::IpNet;
 use tokio::sync::oneshot::Sender;
 
-use super::{
-    alarm::{Alarm, Sleeper, alarm},
-    opponents::Opponents,
-};
+use super::opponents::Opponents;
 use crate::{
     api::{PodError, PodErrorKind, PodStatus},
     dataplane::{fight::Kind, kernel::spoofing::Spoofing},
@@ -30,6 +27,7 @@ use crate::{
         bridge::{Bridge, Mended, Tenant, Tenants},
         wiring::{Connected, End, Wiring, WiringError, link_name},
     },
+    worker::{Order, Orders, Thread, Worker},
 };
 
 /// The bridge is looked at this often, whatever the kernel tells.
@@ -136,26 +134,28 @@ pub enum Wired {
 }
 
 pub struct Wirer {
-    jobs: Option<mpsc::Sender<Job>>,
-    alarm: Alarm,
-    thread: Option<thread::JoinHandle<()>>,
+    worker: Worker<Job>,
+}
+
+impl Order for Job {
+    /// Each is answered, or is about a pod of its own.
+    fn supersedes(&self, _: &Self) -> bool {
+        false
+    }
 }
 
 impl Wirer {
     pub fn start(report: impl Fn(Wired) + Send + Sync + 'static) -> io::Result<Self> {
-        let (jobs, queue) = mpsc::channel();
-        let (alarm, sleeper) = alarm()?;
         let (wiring, reaper) = (Wiring::open()?, Wiring::open()?);
         let monitor = Monitor::of_interfaces()?;
-        let thread = thread::Builder::new().name("pods".to_owned()).spawn(move || {
+        let worker = Worker::start("pods", move |jobs| {
             let (doomed, reaping) = mpsc::channel();
             thread::scope(|scope| {
                 scope.spawn(|| reap(reaper, reaping, &report));
-                let worker = Worker {
+                let worker = PodWorker {
                     wiring,
                     monitor,
-                    jobs: queue,
-                    sleeper,
+                    jobs,
                     doomed,
                     report: &report,
                     kept: None,
@@ -173,26 +173,16 @@ impl Wirer {
                 worker.run();
             });
         })?;
-        Ok(Self { jobs: Some(jobs), alarm, thread: Some(thread) })
+        Ok(Self { worker })
     }
 
     pub fn ask(&self, job: Job) {
-        if let Some(jobs) = &self.jobs {
-            // The thread ends only when this sender is dropped.
-            let _ = jobs.send(job);
-            self.alarm.ring();
-        }
+        self.worker.order(job);
     }
-}
 
-/// Waits for what is under way.
-impl Drop for Wirer {
-    fn drop(&mut self) {
-        drop(self.jobs.take());
-        self.alarm.ring();
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
+    /// Ends it after what is under way.
+    pub fn end(self) -> Thread {
+        self.worker.end()
     }
 }
 
@@ -203,11 +193,10 @@ struct Doomed {
     index: u32,
 }
 
-struct Worker<'a, F> {
+struct PodWorker<'a, F> {
     wiring: Wiring,
     monitor: Monitor,
-    jobs: mpsc::Receiver<Job>,
-    sleeper: Sleeper,
+    jobs: Orders<Job>,
     doomed: mpsc::Sender<Doomed>,
     report: &'a F,
     /// What is to be kept right: since the first pod came.
@@ -228,7 +217,7 @@ struct Worker<'a, F> {
     worked: Instant,
 }
 
-impl<F: Fn(Wired)> Worker<'_, F> {
+impl<F: Fn(Wired)> PodWorker<'_, F> {
     fn run(mut self) {
         while self.take_jobs() {
             if self.worked.elapsed() < GAP {
@@ -257,7 +246,7 @@ impl<F: Fn(Wired)> Worker<'_, F> {
     /// Says whether the agent still runs.
     fn take_jobs(&mut self) -> bool {
         loop {
-            match self.jobs.try_recv() {
+            match self.jobs.take() {
                 Ok(job) => {
                     self.work(job);
                     self.worked = Instant::now();
@@ -406,12 +395,12 @@ impl<F: Fn(Wired)> Worker<'_, F> {
     fn wait(&mut self) {
         let quiet = GAP.saturating_sub(self.worked.elapsed());
         if !quiet.is_zero() {
-            self.sleeper.wait([], Some(quiet));
+            self.jobs.sleeper.wait([], Some(quiet));
             return;
         }
         let mend = self.kept.as_ref().map(|_| self.pause().saturating_sub(self.looked.elapsed()));
         let changes = [Some(self.monitor.as_fd()), self.spoofing.changes()];
-        self.sleeper.wait(changes.into_iter().flatten(), mend);
+        self.jobs.sleeper.wait(changes.into_iter().flatten(), mend);
     }
 }
 

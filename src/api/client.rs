@@ -5,6 +5,7 @@ use std::{
     io,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use http_body_util::{BodyExt as _, Full};
@@ -51,7 +52,10 @@ impl ClientError {
 /// Runs a future on a runtime of this thread alone: clients need no more, and neither does the agent.
 pub fn block_on<T>(future: impl Future<Output = T>) -> io::Result<T> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    Ok(runtime.block_on(future))
+    let result = runtime.block_on(future);
+    // Work that blocks may hang; tasks are dropped in any case, and their sockets with them.
+    runtime.shutdown_timeout(Duration::from_millis(100));
+    Ok(result)
 }
 
 pub async fn get(socket: &Path, target: &str) -> Result<Value, ClientError> {

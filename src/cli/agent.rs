@@ -46,6 +46,9 @@ pub fn run(args: AgentArgs) -> ExitCode {
         set_filter(filter)?;
         Ok(config)
     }));
+    if let Err(error) = agent::guard() {
+        return fail(error);
+    }
     let ended = loop {
         // A task is woken in memory; the future that a runtime blocks on, by way of the kernel.
         let (config, reread) = (config.clone(), reread.clone());

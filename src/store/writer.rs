@@ -2,19 +2,18 @@
 //!
 //! Batches that wait behind a slow disk are written as one: a later value of a key replaces the earlier
 //! one, so what waits is never more than the database itself. One that fails is tried again until it
-//! succeeds, because outputs of the node wait for it; the node itself goes on meanwhile.
+//! succeeds or the agent ends, because outputs of the node wait for it; the node itself goes on meanwhile.
 
 use std::{
     collections::BTreeMap,
     panic::{AssertUnwindSafe, catch_unwind},
     path::PathBuf,
-    sync::mpsc,
-    thread,
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use super::{Database, StoreError};
-use crate::{core::WriteSeq, wire::Key};
+use crate::{core::WriteSeq, wire::Key, worker::Thread};
 
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -41,58 +40,44 @@ enum Whose {
     Shell(u64),
 }
 
-type Batch = (Records, Whose);
-
 pub struct Writer {
-    batches: Option<mpsc::Sender<Batch>>,
-    thread: Option<thread::JoinHandle<()>>,
+    inbox: Inbox,
+    thread: Thread,
 }
 
 impl Writer {
+    /// # Errors
+    /// The system gives no thread.
     pub fn start(
         database: Database,
         path: PathBuf,
         report: impl Fn(Written) + Send + 'static,
     ) -> Result<Self, StoreError> {
-        let (batches, queue) = mpsc::channel::<Batch>();
-        let thread = thread::Builder::new()
-            .name("store".to_owned())
-            .spawn(move || {
-                let mut disk = Disk { path, database: Some(database), report };
-                while let Ok(first) = queue.recv() {
-                    let mut pending = Pending::default();
-                    pending.add(first);
-                    disk.write(&queue, pending);
-                }
-            })
-            .map_err(|error| StoreError::Database(format!("no thread for it: {error}")))?;
-        Ok(Self { batches: Some(batches), thread: Some(thread) })
+        let waiting = Arc::new(Waiting::default());
+        let outbox = waiting.clone();
+        let thread = Thread::start("store", move || {
+            let mut disk = Disk { path, database: Some(database), report };
+            while let Some(pending) = outbox.take() {
+                disk.write(&outbox, pending);
+            }
+        });
+        let thread =
+            thread.map_err(|error| StoreError::Database(format!("no thread for it: {error}")))?;
+        Ok(Self { inbox: Inbox(waiting), thread })
     }
 
     pub fn write(&self, records: Records, seq: WriteSeq) {
-        self.send((records, Whose::Core(seq)));
+        self.inbox.add(records, Whose::Core(seq));
     }
 
     /// Writes what is not the core's; an empty value removes its record.
     pub fn save(&self, records: Records, number: u64) {
-        self.send((records, Whose::Shell(number)));
+        self.inbox.add(records, Whose::Shell(number));
     }
 
-    fn send(&self, batch: Batch) {
-        if let Some(batches) = &self.batches {
-            // The receiver lives as long as its thread, which ends only when we drop the sender.
-            let _ = batches.send(batch);
-        }
-    }
-}
-
-/// Waits for everything to be written, and for the database to be closed.
-impl Drop for Writer {
-    fn drop(&mut self) {
-        drop(self.batches.take());
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
+    /// Ends it: what waits is written, unless the disk does not take it now, and the database is closed.
+    pub fn end(self) -> Thread {
+        self.thread
     }
 }
 
@@ -102,15 +87,76 @@ struct Pending {
     records: BTreeMap<Key, Vec<u8>>,
     seq: Option<WriteSeq>,
     saved: Vec<u64>,
+    is_any: bool,
 }
 
 impl Pending {
-    fn add(&mut self, (records, whose): Batch) {
+    fn add(&mut self, records: Records, whose: Whose) {
         self.records.extend(records);
+        self.is_any = true;
         match whose {
             Whose::Core(seq) => self.seq = self.seq.max(Some(seq)),
             Whose::Shell(number) => self.saved.push(number),
         }
+    }
+
+    fn merge(&mut self, later: Self) {
+        self.records.extend(later.records);
+        self.seq = self.seq.max(later.seq);
+        self.saved.extend(later.saved);
+    }
+}
+
+/// What waits for the thread. A disk that hangs makes it no larger than the database.
+#[derive(Default)]
+struct Waiting {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    pending: Pending,
+    is_closed: bool,
+}
+
+impl Waiting {
+    /// A panic with the lock held leaves a state that is as good as before.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for something to write; gives nothing once there will be nothing more.
+    fn take(&self) -> Option<Pending> {
+        let idle = |state: &mut State| !state.pending.is_any && !state.is_closed;
+        let state = self.changed.wait_while(self.lock(), idle);
+        let mut state = state.unwrap_or_else(PoisonError::into_inner);
+        state.pending.is_any.then(|| std::mem::take(&mut state.pending))
+    }
+
+    /// Gives what has come meanwhile, after a pause; nothing if the agent ends.
+    fn take_later(&self) -> Option<Pending> {
+        let open = |state: &mut State| !state.is_closed;
+        let state = self.changed.wait_timeout_while(self.lock(), RETRY, open);
+        let (mut state, _) = state.unwrap_or_else(PoisonError::into_inner);
+        (!state.is_closed).then(|| std::mem::take(&mut state.pending))
+    }
+}
+
+/// The loop's end of it, which is closed with the writer.
+struct Inbox(Arc<Waiting>);
+
+impl Inbox {
+    fn add(&self, records: Records, whose: Whose) {
+        self.0.lock().pending.add(records, whose);
+        self.0.changed.notify_one();
+    }
+}
+
+impl Drop for Inbox {
+    fn drop(&mut self) {
+        self.0.lock().is_closed = true;
+        self.0.changed.notify_one();
     }
 }
 
@@ -122,16 +168,22 @@ struct Disk<R> {
 }
 
 impl<R: Fn(Written)> Disk<R> {
-    fn write(&mut self, queue: &mpsc::Receiver<Batch>, mut pending: Pending) {
+    fn write(&mut self, waiting: &Waiting, mut pending: Pending) {
         let mut failed = false;
-        loop {
-            queue.try_iter().for_each(|batch| pending.add(batch));
-            let Err(why) = self.try_write(&pending) else { break };
+        while let Err(why) = self.try_write(&pending) {
             if !failed {
-                (self.report)(Written::Failing(why));
+                (self.report)(Written::Failing(why.clone()));
             }
             failed = true;
-            thread::sleep(RETRY);
+            let Some(later) = waiting.take_later() else {
+                tracing::error!(
+                    %why,
+                    records = pending.records.len(),
+                    "the last changes were not written to the state directory"
+                );
+                return;
+            };
+            pending.merge(later);
         }
         if failed {
             (self.report)(Written::Recovered);

@@ -1,19 +1,33 @@
 //! Disks that fill up or forget, routes of others, and other things that happen to hosts.
 
-use std::{fs, io::Write as _, path::Path, process::Command};
+use std::{
+    fs,
+    io::Write as _,
+    path::Path,
+    process::Command,
+    time::{Duration, Instant},
+};
 
 use gossamer::lab::{Agent, Host, NetNs};
 use nix::{
     mount::{MsFlags, mount},
-    sys::signal::Signal,
+    sys::{
+        signal::{Signal, kill},
+        stat::Mode,
+    },
+    unistd::{Pid, mkfifo},
 };
+use serde_json::json;
 
 use crate::{
-    cni::Runtime,
+    cni::{Runtime, namespaces},
     common::{
         Cluster, PATIENCE, eventually, has_problem, isolated, program, run, tool, wait_until,
     },
 };
+
+/// An agent that is told to end has ended after 5 s, whatever hangs; the rest is for a machine under load.
+const END: Duration = Duration::from_secs(8);
 
 pub fn lose_database(host: &Host) -> anyhow::Result<()> {
     Ok(fs::remove_dir_all(host.dir.join("state/db"))?)
@@ -77,6 +91,75 @@ fn a_full_disk_delays_grants_and_loses_nothing() {
         let mut founder = Agent::start(program(), &first, &[])?;
         let status = founder.wait_converged(2, PATIENCE)?;
         assert_eq!(status["slots"]["leased"], 2, "what was granted then is on the disk now");
+        Ok(())
+    });
+}
+
+#[test]
+fn agent_on_a_full_disk_ends_when_told_to_and_keeps_its_subnet() {
+    isolated(|lab| {
+        let host = lab.host(1, "n1")?;
+        let state = host.dir.join("state");
+        fs::create_dir_all(&state)?;
+        mount(Some("tmpfs"), &state, Some("tmpfs"), MsFlags::empty(), Some("size=4m"))?;
+        let mut agent = Agent::start(program(), &host, &["--init"])?;
+        let subnet = Agent::subnet(&agent.wait_converged(1, PATIENCE)?)?;
+        fill(&state)?;
+        let _spaces = namespaces(&["a"])?;
+        // The last page of the database takes some records more.
+        wait_until("not named", PATIENCE, || {
+            let runtime = Runtime::new(&agent);
+            let is_full = !runtime.call("ADD", "a", &json!({})).0;
+            is_full || !runtime.call("DEL", "a", &json!({})).0
+        });
+        assert!(has_problem(&mut agent, "state directory"), "{}", agent.log());
+        let told = Instant::now();
+        agent.end(Signal::SIGTERM)?;
+        assert!(told.elapsed() < END, "{:?}", told.elapsed());
+        assert!(agent.log().contains("were not written to the state directory"), "{}", agent.log());
+        fs::remove_file(state.join("filler"))?;
+        let mut agent = Agent::start(program(), &host, &[])?;
+        assert_eq!(Agent::subnet(&agent.wait_converged(1, PATIENCE)?)?, subnet);
+        Ok(())
+    });
+}
+
+/// A named pipe that no process writes to stands for a disk that hangs.
+#[test]
+fn agent_whose_disk_hangs_at_start_ends_when_told_to() {
+    isolated(|lab| {
+        let host = lab.host(1, "n1")?;
+        let state = host.dir.join("state");
+        fs::create_dir_all(&state)?;
+        mkfifo(&state.join("node.key"), Mode::S_IRWXU)?;
+        let start = || -> anyhow::Result<Agent> {
+            let agent = Agent::start(program(), &host, &["--init"])?;
+            let caught = format!("/proc/{}/status", agent.pid());
+            // Until then a signal ends any process.
+            wait_until("it catches no signal", PATIENCE, || {
+                let status = fs::read_to_string(&caught).unwrap_or_default();
+                let line = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
+                let mask = line.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+                mask.is_some_and(|mask| mask >> (Signal::SIGTERM as u64 - 1) & 1 == 1)
+            });
+            Ok(agent)
+        };
+        let mut agent = start()?;
+        let told = Instant::now();
+        assert_eq!(agent.end(Signal::SIGTERM)?.code(), Some(1));
+        assert!(told.elapsed() < END, "{:?}", told.elapsed());
+        assert!(agent.log().contains("something hangs"), "{}", agent.log());
+        let mut agent = start()?;
+        let told = Instant::now();
+        let pid = Pid::from_raw(agent.pid().cast_signed());
+        let stat = format!("/proc/{pid}/stat");
+        wait_until("the second signal does not end it", PATIENCE, || {
+            kill(pid, Signal::SIGTERM)
+                .is_ok_and(|()| fs::read_to_string(&stat).is_ok_and(|stat| stat.contains(") Z ")))
+        });
+        assert!(told.elapsed() < Duration::from_secs(4), "{:?}", told.elapsed());
+        agent.wait()?;
+        assert!(agent.log().contains("a second time"), "{}", agent.log());
         Ok(())
     });
 }

@@ -2,13 +2,13 @@
 
 use std::{collections::BTreeSet, net::IpAddr, time::Instant};
 
-use super::{Goal, LOOK_GAP, State, Worker};
+use super::{Goal, LOOK_GAP, Reconciler, State};
 use crate::{
     agent::{auditor::Place, told::Told, underlay::look_again},
     dataplane::kernel::overlaps,
 };
 
-impl<F: Fn(Told)> Worker<F> {
+impl<F: Fn(Told)> Reconciler<F> {
     pub(super) fn underlay_due(&self, now: Instant) -> Option<Instant> {
         let earliest = self.looked.map_or(now, |looked| looked + LOOK_GAP);
         let touched = self.touched.underlay.then_some(earliest);

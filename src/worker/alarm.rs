@@ -1,7 +1,6 @@
 //! Waking a thread that waits for the kernel.
 //!
-//! A thread that polls file descriptors cannot wait for a channel too: whoever puts something into its
-//! channel rings as well.
+//! A thread that polls file descriptors cannot wait for a queue too: what is put into its queue rings as well.
 
 use std::{
     io::{self, Read as _, Write as _},
@@ -21,7 +20,7 @@ use nix::{
 /// After a failure of `poll`, which should not be.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// For those who wake the thread.
+/// For the loop, which wakes the thread.
 #[derive(Debug)]
 pub struct Alarm(UnixStream);
 
@@ -45,7 +44,7 @@ impl Alarm {
 }
 
 impl Sleeper {
-    /// Waits until somebody rings, one of these is readable, or the time is over.
+    /// Waits until the alarm rings, one of these is readable, or the time is over.
     pub fn wait<'a>(
         &'a self,
         others: impl IntoIterator<Item = BorrowedFd<'a>>,
