@@ -1,6 +1,7 @@
 //! Waking a thread that waits for the kernel.
 //!
-//! A thread that polls file descriptors cannot wait for a queue too: what is put into its queue rings as well.
+//! A thread that polls file descriptors cannot wait for a queue too, so an order that is put into its queue
+//! rings as well.
 
 use std::{
     io::{self, Read as _, Write as _},
