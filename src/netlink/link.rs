@@ -92,6 +92,8 @@ pub struct Address {
     pub demerits: u8,
     /// May not be used (yet): duplicate address detection runs, or has found a duplicate.
     pub tentative: bool,
+    /// An IPv6 address that another machine has, too: duplicate address detection has found it.
+    pub duplicate: bool,
     /// New connections are not to use it any more.
     pub deprecated: bool,
     /// An IPv6 privacy address (RFC 8981), which another one replaces within a day.
@@ -306,6 +308,7 @@ impl Address {
             ip,
             prefix_len: header.prefix_len,
             demerits,
+            duplicate: header.flags.contains(AddressHeaderFlags::Dadfailed),
             tentative: ip.is_ipv6()
                 && header.flags.intersects(not_yet)
                 && !header.flags.contains(AddressHeaderFlags::Optimistic),

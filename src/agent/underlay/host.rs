@@ -27,6 +27,8 @@ const DISTANT: [IpAddr; 2] = [
 ];
 /// What aliases of our devices, bridges and ports begin with.
 const OUR_ALIAS: &str = "gossamer ";
+/// Duplicate addresses that are named.
+const DUPLICATES: usize = 3;
 /// The interfaces, and the addresses that can carry tunnels, better ones first.
 pub(super) struct Host {
     links: Vec<Link>,
@@ -334,7 +336,12 @@ impl Host {
             self.link(address.link).map(|link| format!("{} ({})", link.name, address.ip))
         };
         let list: Vec<_> = self.candidates.iter().filter_map(named).collect();
-        let candidates = if list.is_empty() { "none".to_owned() } else { list.join(", ") };
+        let mut candidates = if list.is_empty() { "none".to_owned() } else { list.join(", ") };
+        for address in self.addresses.iter().filter(|address| address.duplicate).take(DUPLICATES) {
+            candidates.extend(named(address).map(|named| {
+                format!("; another machine has the address of {named}, too, so it is not used")
+            }));
+        }
         UnderlayError::NoMatch { what, candidates }
     }
 
