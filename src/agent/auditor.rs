@@ -75,6 +75,8 @@ pub struct Routing {
 pub enum Detour {
     /// By this interface, and by which routing table.
     By { interface: String, table: u32 },
+    /// By a gateway, though the host is in the underlay's own network.
+    Gateway { gateway: IpAddr, table: u32 },
     /// Nowhere: the kernel's error.
     Refused(String),
 }
@@ -93,7 +95,7 @@ pub struct Auditor {
 
 /// Where this host stands.
 #[derive(Clone, Copy, Debug)]
-pub struct Place {
+pub struct Place<'a> {
     /// Index of the VXLAN device.
     pub device: u32,
     /// Index and address of the underlay interface.
@@ -101,14 +103,16 @@ pub struct Place {
     pub local: IpAddr,
     /// Its MTU.
     pub carried: u32,
+    /// Networks of the interface.
+    pub networks: &'a [IpNet],
     pub masquerade: bool,
 }
 
-impl Place {
-    pub fn new(device: u32, underlay: &Chosen, firewall: &Firewall) -> Self {
+impl<'a> Place<'a> {
+    pub fn new(device: u32, underlay: &'a Chosen, firewall: &Firewall) -> Self {
         let masquerade = !firewall.masquerade.is_empty();
-        let Chosen { link, local, carried, .. } = *underlay;
-        Self { device, underlay: link, local, carried, masquerade }
+        let Chosen { link, local, carried, ref networks, .. } = *underlay;
+        Self { device, underlay: link, local, carried, networks, masquerade }
     }
 }
 
@@ -147,7 +151,7 @@ impl Auditor {
         begun: Instant,
         netlink: &mut Netlink,
         desired: &Desired,
-        place: Place,
+        place: Place<'_>,
     ) -> Option<Routing> {
         if self.due > begun {
             return None;
@@ -182,7 +186,12 @@ impl Auditor {
         is_news.then_some(state)
     }
 
-    fn pass(&mut self, netlink: &mut Netlink, desired: &Desired, place: Place) -> io::Result<()> {
+    fn pass(
+        &mut self,
+        netlink: &mut Netlink,
+        desired: &Desired,
+        place: Place<'_>,
+    ) -> io::Result<()> {
         let ground = ground(netlink, desired, place)?;
         let mut witness = Witness { netlink, desired, facts: None };
         let questions = self.audit.questions(desired, &ground);
@@ -196,7 +205,7 @@ impl Auditor {
     }
 
     /// Asks for the way of tunnel packets to each peer's host, and its MTU, as far as one pass gets.
-    fn ask_paths(&mut self, netlink: &mut Netlink, desired: &Desired, place: Place) {
+    fn ask_paths(&mut self, netlink: &mut Netlink, desired: &Desired, place: Place<'_>) {
         let hosts: BTreeSet<IpAddr> = desired.underlays().collect();
         self.path_mtus.retain(|host, _| hosts.contains(host));
         self.detours.retain(|host, _| hosts.contains(host));
@@ -212,7 +221,7 @@ impl Auditor {
             let detour = match &found {
                 Ok(found) => match refusal(found.kind) {
                     Some(errno) => Some(Detour::Refused(reason(errno))),
-                    None if found.link == place.underlay => None,
+                    None if found.link == place.underlay => around(found, host, place.networks),
                     None => {
                         let links =
                             links.get_or_insert_with(|| netlink.links().unwrap_or_default());
@@ -234,6 +243,13 @@ impl Auditor {
     }
 }
 
+/// Whether packets to a host take a gateway though it is in one of these networks.
+fn around(found: &Found, host: IpAddr, networks: &[IpNet]) -> Option<Detour> {
+    let gateway = found.gateway.filter(|gateway| *gateway != host)?;
+    let is_beside = networks.iter().any(|network| network.contains(&host));
+    is_beside.then_some(Detour::Gateway { gateway, table: found.table })
+}
+
 /// Whether packets leave by another interface than the one that has this host's address. From an address of
 /// the loopback interface they always do.
 fn detour(links: &[Link], found: &Found, underlay: u32) -> Option<Detour> {
@@ -245,7 +261,7 @@ fn detour(links: &[Link], found: &Found, underlay: u32) -> Option<Detour> {
 
 /// Which interface pods are behind is for the addresses to tell: our bridge, Docker's or one made by hand.
 /// Where there are several, ours is the right one.
-fn ground(netlink: &mut Netlink, desired: &Desired, place: Place) -> io::Result<Ground> {
+fn ground(netlink: &mut Netlink, desired: &Desired, place: Place<'_>) -> io::Result<Ground> {
     let mut has: Vec<(u32, IpAddr)> =
         netlink.addresses()?.iter().map(|address| (address.link, address.ip)).collect();
     let pool = &desired.pool;

@@ -99,6 +99,12 @@ impl Agent {
                  which has its address {here}, and no answer comes: table {table} leads them there, by a \
                  route or a rule of another program, such as a VPN ({get})"
             ),
+            Detour::Gateway { gateway, table } => format!(
+                "tunnel packets to {name} ({there}) leave this host by the gateway {gateway}, though {there} \
+                 is in the network of {underlay} itself, and no answer comes: table {table} leads them \
+                 there, by a route or a rule of another program; let table {table} have the route of that \
+                 network too, or the rule come after the main table ({get})"
+            ),
             Detour::Refused(why) => format!(
                 "this host has no way to {name} ({there}) on the underlay: {why}; add the route that is \
                  missing, or take away the one that refuses ({get})"
