@@ -9,8 +9,10 @@ mod data_plane;
 mod docker;
 mod events;
 mod forwarder;
+mod inquest;
 mod knock;
 mod kubernetes;
+mod legacy;
 mod limits;
 mod opponents;
 mod owners;
@@ -47,6 +49,7 @@ use self::{
     data_plane::{KernelState, remove_traces},
     events::Journal,
     forwarder::{Forwarder, Forwarding},
+    inquest::{Found, Inquest},
     kubernetes::{Heard as HeardOfNode, Source},
     ping::Round,
     pods::PodState,
@@ -111,6 +114,7 @@ struct Agent {
     gate: Gate,
     programmer: Programmer,
     forwarder: Forwarder,
+    inquest: Inquest,
     kernel: KernelState,
     prober: Prober,
     pods: PodState,
@@ -170,6 +174,7 @@ enum News {
     Disk(Written),
     Kernel(Told),
     Forwarding(Forwarding),
+    Found(Found),
     Pods(Wired),
     Api(Question),
     Docker(docker_plugin::Request),
@@ -272,6 +277,7 @@ impl Agent {
         if self.next_probe().is_some_and(|at| at <= now) {
             self.probe();
             self.update_forwarder();
+            self.update_inquest();
         }
         self.ask_about_node(now);
         if let Some((why, _)) = self.giving_up.take_if(|(_, until)| *until <= now) {
@@ -310,6 +316,7 @@ impl Agent {
             News::Disk(Written::Saved(number)) => self.on_saved(number),
             News::Kernel(told) => self.on_told(told),
             News::Forwarding(state) => self.on_forwarding(state),
+            News::Found(found) => self.on_found(found),
             News::Pods(wired) => self.on_wired(wired),
             News::Api(request) => self.on_api(request),
             News::Docker(request) => self.on_docker(request),
@@ -406,8 +413,13 @@ impl Agent {
             self.node.cluster().map(|cluster| (cluster.settings.vni, cluster.settings.pool));
         let made_something = self.has_made_something();
         self.transport.close().await;
-        let threads =
-            [self.programmer.end(), self.forwarder.end(), self.wirer.end(), self.writer.end()];
+        let threads = [
+            self.programmer.end(),
+            self.forwarder.end(),
+            self.inquest.end(),
+            self.wirer.end(),
+            self.writer.end(),
+        ];
         await_threads(threads).await;
         let refused = self.fresh && matches!(ending, Ending::Failed(_));
         let ends = matches!(ending, Ending::Left { .. } | Ending::Anew) || refused;

@@ -112,6 +112,12 @@ impl Agent {
         })
     }
 
+    /// Whether nothing that is asked of a peer is answered.
+    pub(super) const fn is_lost(&self, state: PathState) -> bool {
+        let is_dead = matches!(state, PathState::Dead | PathState::Withdrawn);
+        is_dead || matches!(state, PathState::Unanswered | PathState::OneWay)
+    }
+
     /// What is wrong, and what helps.
     pub(super) fn path_problem(&self, node: NodeId, state: PathState) -> Option<String> {
         let view = self.kernel.wanted.as_ref()?;
@@ -121,12 +127,15 @@ impl Agent {
         let gossip = self.node.address_of(node)?.port();
         let (_, subnets) = peer.leases.first()?;
         let lost = matches!(state, PathState::Unanswered | PathState::OneWay);
-        let is_dead = matches!(state, PathState::Dead | PathState::Withdrawn);
         // Without a network there is no way to any peer: one cause, told once.
-        let is_silent = (lost || is_dead || !self.prober.paths.is_alive(node))
+        let is_silent = (self.is_lost(state) || !self.prober.paths.is_alive(node))
             && self.kernel.underlay_problem.is_none();
         if is_silent && let Some(problem) = self.detour_problem(name, here, there, port) {
             return Some(problem);
+        }
+        let found = self.inquest.found(node).filter(|_| is_silent);
+        if let Some(cause) = found.and_then(|found| found.cause.clone()) {
+            return Some(cause);
         }
         // What goes on there, gossip says already.
         if lost && !self.prober.paths.is_alive(node) {
@@ -163,8 +172,15 @@ impl Agent {
             _ => {}
         }
         // Filters of both ends count as well as the network's.
-        let walls = " (by the network, by this host: nft list ruleset, iptables-legacy -S OUTPUT, ip xfrm \
-                     policy, or by the other: the same with INPUT, and ingress filters)";
+        let walls = match found.is_some_and(|found| found.leaves) {
+            true => format!(
+                " (tunnel packets to it leave this host, so by the network, or by {name}: nft list ruleset, \
+                 iptables-legacy -S, ip xfrm policy, and ingress filters there)"
+            ),
+            false => " (by the network, by this host: nft list ruleset, iptables-legacy -S OUTPUT, ip xfrm \
+                      policy, or by the other: the same with INPUT, and ingress filters)"
+                .to_owned(),
+        };
         let translated = self.translation(node, there);
         match state {
             PathState::Unanswered => Some(format!(

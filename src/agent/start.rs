@@ -13,7 +13,7 @@ use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 
 use super::{
-    Agent, Clock, Ending, Forwarder, Gate, Journal, KernelState, News, PodState, Prober,
+    Agent, Clock, Ending, Forwarder, Gate, Inquest, Journal, KernelState, News, PodState, Prober,
     Programmer, Reread, Service, Signals, Source, Surveys, Wirer, kubernetes, underlay,
     waiting::Waiting, wirer::Job,
 };
@@ -288,6 +288,10 @@ async fn start(
         let _ = report.send(News::Forwarding(state));
     })?;
     let report = sender.clone();
+    let inquest = Inquest::start(move |found| {
+        let _ = report.send(News::Found(found));
+    })?;
+    let report = sender.clone();
     let wirer = Wirer::start(move |wired| {
         let _ = report.send(News::Pods(wired));
     })?;
@@ -314,6 +318,7 @@ async fn start(
         gate: Gate::default(),
         programmer,
         forwarder,
+        inquest,
         kernel: KernelState::default(),
         prober,
         pods,

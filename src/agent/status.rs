@@ -98,6 +98,7 @@ impl Agent {
         let mut problems = self.node.problems();
         let kernel = &self.kernel;
         problems.extend(kernel.problem.iter().chain(&kernel.underlay_problem).cloned());
+        problems.extend(self.inquest.claim().cloned());
         problems.extend(self.underlay_limits());
         problems.extend(kernel.forwarding.input.iter().cloned());
         // What is sent elsewhere is not forwarded either: one cause, one problem.
@@ -118,6 +119,9 @@ impl Agent {
         }
         let states = self.path_states();
         problems.extend(states.filter_map(|(node, state, _)| self.path_problem(node, state)));
+        // A cause may concern several peers.
+        let mut told = BTreeSet::new();
+        problems.retain(|problem| told.insert(problem.clone()));
         // Some repeat what others said.
         problems.iter().map(|problem| visible(problem)).collect()
     }

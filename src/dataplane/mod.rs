@@ -10,6 +10,7 @@
 //! - [`offload`]: whether checksums can be left to the device (pure)
 //! - [`overlap`]: networks of the host that are also the overlay's (pure)
 //! - [`paths`]: whether packets get through to each peer (pure)
+//! - [`silence`]: why nothing comes from a peer (pure)
 //! - `kernel`: dump and apply, by netlink
 //! - `fake`: a kernel in memory, for property tests and the simulator
 //!
@@ -40,3 +41,5 @@ pub mod overlap;
 pub mod paths;
 #[warn(clippy::disallowed_methods)]
 pub mod plan;
+#[warn(clippy::disallowed_methods)]
+pub mod silence;

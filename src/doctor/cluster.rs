@@ -151,6 +151,10 @@ fn paths<'a>(status: &'a Value, told: &mut Vec<&'a str>) -> Vec<Finding> {
     for path in each(status, "paths") {
         let (name, state) = (text(path, "name"), text(path, "state"));
         if let Some(problem) = path["problem"].as_str() {
+            // A cause may concern several peers.
+            if told.contains(&problem) {
+                continue;
+            }
             told.push(problem);
             findings.push(Finding::sentence("paths", problem));
         } else if matches!(state, "dead" | "withdrawn") {

@@ -14,6 +14,7 @@ pub mod neighbour;
 pub mod nftables;
 mod raw;
 pub mod route;
+pub mod tc;
 pub mod xfrm;
 
 use std::{fmt, io, os::fd::AsFd, thread, time::Duration};

@@ -4,11 +4,9 @@
 //! By hand, because no library does it without a C library or the `nft` program (the one that does is under
 //! the GPL). Shapes only: what the tables hold is said in `dataplane::kernel::firewall`.
 
-use std::{
-    io,
-    net::IpAddr,
-    os::fd::{AsFd, BorrowedFd},
-};
+mod events;
+
+use std::{io, net::IpAddr};
 
 use rtnetlink::{
     packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST},
@@ -18,15 +16,19 @@ use rtnetlink::{
 use super::{
     DUMP_TRIES, RECEIVE_BUFFER, attributes,
     attributes::Attributes,
-    drain, open_socket,
+    open_socket,
     raw::{Answer, answers, append},
     receive, send_all,
 };
+
+pub use self::events::{Changes, Traces};
 
 /// `NFPROTO_INET`: tables for both families.
 pub const INET: u8 = 1;
 /// `NFPROTO_BRIDGE`: tables for what passes bridges.
 pub const BRIDGE: u8 = 7;
+/// `NFPROTO_NETDEV`: tables for what passes single interfaces.
+pub const NETDEV: u8 = 5;
 /// Every family, in a request.
 pub const ANY: u8 = 0;
 
@@ -41,8 +43,6 @@ pub const IFNAMSIZ: usize = 16;
 const EINVAL: i32 = 22;
 const EPROTONOSUPPORT: i32 = 93;
 const EOPNOTSUPP: i32 = 95;
-/// `NFNLGRP_NFTABLES`.
-const GROUP: u32 = 7;
 
 /// `NFT_MSG_*`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -199,65 +199,6 @@ pub fn is_missing(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(EINVAL | EPROTONOSUPPORT | EOPNOTSUPP))
 }
 
-/// Hears of changes to tables.
-pub struct Changes {
-    socket: Socket,
-    buffer: Vec<u8>,
-}
-
-impl Changes {
-    pub fn open() -> io::Result<Self> {
-        let mut socket = Socket::new(NETLINK_NETFILTER)?;
-        socket.bind(&SocketAddr::new(0, 0))?;
-        socket.add_membership(GROUP)?;
-        socket.set_non_blocking(true)?;
-        Ok(Self { socket, buffer: Vec::with_capacity(RECEIVE_BUFFER) })
-    }
-
-    /// Whether anything has changed in any table, or may have.
-    pub fn any(&mut self) -> io::Result<bool> {
-        let mut any = false;
-        let overrun = drain(&self.socket, &mut self.buffer, |_| {
-            any = true;
-            Ok(())
-        })?;
-        Ok(any || overrun)
-    }
-
-    /// Whether anything in this table of both families has changed, or may have.
-    pub fn touched(&mut self, table: &str) -> io::Result<bool> {
-        self.touched_in(INET, table, None)
-    }
-
-    /// The same of a table of a family, but for what a socket with this port has changed.
-    pub fn touched_in(
-        &mut self,
-        family: u8,
-        table: &str,
-        but_for: Option<u32>,
-    ) -> io::Result<bool> {
-        let mut touched = false;
-        // In every kind of object the first attribute names the table.
-        let of_table = |answer: Answer| {
-            let name = attributes::find(&answer.attributes, 1);
-            answer.own[0] == family
-                && Some(answer.port) != but_for
-                && name.is_some_and(|name| attributes::text(name) == table)
-        };
-        let overrun = drain(&self.socket, &mut self.buffer, |bytes| {
-            touched |= answers(bytes).any(of_table);
-            Ok(())
-        })?;
-        Ok(touched || overrun)
-    }
-}
-
-impl AsFd for Changes {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
-    }
-}
-
 /// Expressions of a rule, in order.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Rule(Attributes);
@@ -288,6 +229,8 @@ const EQUAL: u32 = 0;
 const UNEQUAL: u32 = 1;
 const META_MARK: u32 = 3;
 const META_IIF: u32 = 4;
+const META_NFTRACE: u32 = 12;
+const LIMIT_BURST: u32 = 5;
 /// Of every network namespace's `lo`.
 const LOOPBACK: u32 = 1;
 const META_NFPROTO: u32 = 15;
@@ -376,6 +319,21 @@ impl Rule {
     /// Packets with this mark, which only those with privileges can give them.
     pub fn marked(self, mark: u32) -> Self {
         self.meta(META_MARK).compare(EQUAL, &mark.to_ne_bytes())
+    }
+
+    /// So many packets a second.
+    pub fn limit(self, packets: u64) -> Self {
+        let (rate, second) = (packets.to_be_bytes(), 1_u64.to_be_bytes());
+        let limit = Attributes::new().put(1, &rate).put(2, &second).be32(3, LIMIT_BURST);
+        self.expression("limit", &limit)
+    }
+
+    /// The kernel tells what all rules that follow do with the packet.
+    pub fn trace(self) -> Self {
+        let one = Attributes::new().put(1, &[1]);
+        let loaded = Attributes::new().be32(1, REGISTER).nest(2, &one);
+        let set = Attributes::new().be32(2, META_NFTRACE).be32(3, REGISTER);
+        self.expression("immediate", &loaded).expression("meta", &set)
     }
 
     /// Takes the mark away.

@@ -5,6 +5,7 @@
 
 mod agreement;
 mod browser;
+mod causes;
 mod cli;
 mod cluster;
 mod cni;

@@ -104,9 +104,9 @@ fn a_tunnel_that_is_closed_is_named_with_both_possible_causes() {
         };
         let is_named = between(here, there);
         wait_until("it is not named", VERDICT, || is_named(&mut cluster.agents[0]));
-        // The other one cannot hear the answers to its own requests.
-        let is_named = between(there, here);
-        wait_until("it is not named", VERDICT, || is_named(&mut cluster.agents[1]));
+        // The other one cannot hear the answers to its own requests, and has the rule.
+        let of_rule = "a rule of chain inet block input (handle ";
+        wait_until("it is not named", 2 * VERDICT, || has_problem(&mut cluster.agents[1], of_rule));
         assert!(!has_problem(&mut cluster.agents[0], "allow UDP 8472"), "not known for certain");
         tool(host, "nft delete table inet block");
         wait_until("it is still named", PATIENCE, || {

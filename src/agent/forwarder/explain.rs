@@ -11,6 +11,7 @@ use rtnetlink::packet_route::{
 
 use super::{Setting, gateway};
 use crate::{
+    agent::legacy,
     dataplane::{
         forwarding::{Direction, Way},
         kernel::{ClosedPort, FirewallTable, open_port},
@@ -226,14 +227,7 @@ fn rules(netlink: &mut Netlink, setting: &Setting, port: Option<u32>) -> Vec<Str
         Err(error) => reasons.push(format!("nftables cannot be read ({error})")),
     }
     reasons.extend(ipsec(&networks));
-    for (file, program) in LEGACY {
-        let tables = fs::read_to_string(file).unwrap_or_default();
-        if tables.lines().any(|table| table == "filter") {
-            reasons.push(format!(
-                "{program} has rules, too, which are not read here: {program} -S FORWARD"
-            ));
-        }
-    }
+    reasons.extend(networks.iter().flat_map(|network| legacy::around_pods(*network)));
     for (index, name) in [
         (Some(setting.device), setting.device_name.as_str()),
         (index_of_bridge(netlink, setting), bridge_name(setting)),

@@ -15,6 +15,7 @@ mod ports;
 mod rules;
 pub mod spoofing;
 pub mod sysctl;
+pub mod trace;
 mod watch;
 
 use std::{

@@ -1,0 +1,457 @@
+//! The thread that finds out why a peer is silent: it watches the interfaces for some seconds, and asks the
+//! kernel what it does with the peer's packets.
+//!
+//! It works only while something is silent, and less often the longer that lasts. What follows from what it
+//! sees is decided in [`crate::dataplane::silence`]; nothing but sentences comes of it.
+
+mod ask;
+mod tap;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    net::{IpAddr, Ipv4Addr},
+    os::fd::{AsFd as _, BorrowedFd},
+    sync::mpsc::TryRecvError,
+    time::{Duration, Instant},
+};
+
+use self::{
+    ask::{Knock, Ways},
+    tap::{Asker, Tap},
+};
+use super::Agent;
+use crate::{
+    dataplane::{
+        desired::device_name,
+        kernel::{FirewallTable, trace::Trace},
+        silence::{Cause, Facts, IN, OUT, Place, Suspect, Verdict, Watch},
+    },
+    model::{Mac, NodeId, PathState},
+    netlink::Netlink,
+    worker::{Order, Orders, Thread, Worker},
+};
+
+/// Peers about which is asked at once.
+const ASKED: usize = 8;
+/// Peers that are remembered as silent.
+const SUSPECTS: usize = 256;
+/// What becomes silent together should have done so.
+const SETTLE: Duration = Duration::from_millis(500);
+/// How long the interfaces are watched, and the rules: a silent peer is asked once a second.
+const WATCH: Duration = Duration::from_millis(2_500);
+/// Between packets of our own to a peer meanwhile.
+const KNOCK: Duration = Duration::from_millis(800);
+/// Packets that are read at most in one watch.
+const PACKETS: u32 = 20_000;
+/// From one inquest to the next, where nothing has changed; each time twice as long as before.
+const FIRST_PAUSE: Duration = Duration::from_secs(8);
+const LONGEST_PAUSE: Duration = Duration::from_secs(300);
+/// Whether another machine has this host's address is asked once its network is known, then so often, and
+/// more often while one has. An answer comes at once.
+const CLAIM_FIRST: Duration = Duration::from_secs(3);
+const CLAIM_PAUSE: Duration = Duration::from_secs(60);
+const CLAIM_AGAIN: Duration = Duration::from_secs(10);
+const LISTEN: Duration = Duration::from_millis(500);
+
+/// All that an inquest depends on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Case {
+    pub place: Place,
+    /// Packets are to leave by the underlay's interface, whatever the main table says.
+    pub pinned: bool,
+    /// Name of our device and of our table.
+    pub device: String,
+    pub suspects: Vec<Suspect>,
+}
+
+type Verdicts = BTreeMap<NodeId, Verdict>;
+
+/// What was found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Found {
+    /// Another machine has this host's address, as a sentence.
+    pub claim: Option<String>,
+    /// Of the peers that were asked about last.
+    pub verdicts: Verdicts,
+}
+
+pub struct Inquest {
+    worker: Worker<Option<Case>>,
+    told: Option<Case>,
+    found: Found,
+}
+
+impl Order for Option<Case> {
+    fn supersedes(&self, _: &Self) -> bool {
+        true
+    }
+}
+
+impl Inquest {
+    pub fn start(tell: impl Fn(Found) + Send + 'static) -> io::Result<Self> {
+        let netlink = Netlink::open()?;
+        let begin = |orders| Inquirer {
+            netlink,
+            orders,
+            tell,
+            case: None,
+            turn: 0,
+            pause: FIRST_PAUSE,
+            due: None,
+            claim_due: None,
+            claim: None,
+            clones: BTreeMap::new(),
+        };
+        let worker = Worker::start("inquest", move |orders| begin(orders).run())?;
+        Ok(Self { worker, told: None, found: Found::default() })
+    }
+
+    /// Ends it after the step under way. Once the thread has ended no table of it is left.
+    pub fn end(self) -> Thread {
+        self.worker.end()
+    }
+
+    /// What was found of a silent peer.
+    pub fn found(&self, node: NodeId) -> Option<&Verdict> {
+        self.found.verdicts.get(&node)
+    }
+
+    /// That another machine has this host's address, as a sentence.
+    pub const fn claim(&self) -> Option<&String> {
+        self.found.claim.as_ref()
+    }
+
+    fn set(&mut self, case: Option<Case>) {
+        if self.told == case {
+            return;
+        }
+        let suspects = case.iter().flat_map(|case| &case.suspects);
+        let silent: BTreeSet<NodeId> = suspects.map(|suspect| suspect.node).collect();
+        self.found.verdicts.retain(|node, _| silent.contains(node));
+        self.told.clone_from(&case);
+        self.worker.order(case);
+    }
+}
+
+struct Inquirer<F> {
+    netlink: Netlink,
+    orders: Orders<Option<Case>>,
+    tell: F,
+    case: Option<Case>,
+    turn: usize,
+    pause: Duration,
+    due: Option<Instant>,
+    /// When it is asked again whether another machine has this host's address.
+    claim_due: Option<Instant>,
+    claim: Option<String>,
+    /// Silent peers that had a hardware address of this host.
+    clones: BTreeMap<NodeId, Mac>,
+}
+
+impl<F: Fn(Found)> Inquirer<F> {
+    fn run(mut self) {
+        while self.take_orders() {
+            let now = Instant::now();
+            if self.due.is_some_and(|due| due <= now) {
+                self.look(now);
+                continue;
+            }
+            if self.claim_due.is_some_and(|due| due <= now) {
+                self.look_for_claims(now);
+                continue;
+            }
+            let due = self.due.into_iter().chain(self.claim_due).min();
+            self.orders.sleeper.wait([], due.map(|due| due.saturating_duration_since(now)));
+        }
+    }
+
+    /// Says whether the agent still runs.
+    fn take_orders(&mut self) -> bool {
+        loop {
+            match self.orders.take() {
+                Ok(case) => {
+                    let place = |case: &Option<Case>| case.as_ref().map(|case| case.place.clone());
+                    let before = place(&self.case);
+                    self.case = case;
+                    let now = Instant::now();
+                    if place(&self.case) != before {
+                        self.claim_due = self.case.is_some().then_some(now + CLAIM_FIRST);
+                    }
+                    let suspects = self.case.as_ref().map(|case| &case.suspects);
+                    let is_silent = |node: &NodeId| {
+                        suspects.is_some_and(|all| all.iter().any(|one| one.node == *node))
+                    };
+                    self.clones.retain(|node, _| is_silent(node));
+                    self.pause = FIRST_PAUSE;
+                    self.due = suspects.filter(|all| !all.is_empty()).map(|_| now + SETTLE);
+                }
+                Err(TryRecvError::Empty) => return true,
+                Err(TryRecvError::Disconnected) => return false,
+            }
+        }
+    }
+
+    fn look(&mut self, now: Instant) {
+        let Some(case) = self.case.clone() else { return };
+        let count = case.suspects.len();
+        let first = (self.turn * ASKED) % count.max(1);
+        let asked = case.suspects.iter().cycle().skip(first).take(count.min(ASKED));
+        let asked: Vec<Suspect> = asked.cloned().collect();
+        // Those that are not asked about this time are next.
+        self.turn = if count > ASKED { self.turn + 1 } else { 0 };
+        self.due = Some(now + self.pause);
+        self.pause = (self.pause * 2).min(LONGEST_PAUSE);
+        match self.inquire(&case, &asked) {
+            Ok(Some(verdicts)) => (self.tell)(Found { claim: self.claim.clone(), verdicts }),
+            Ok(None) => {}
+            Err(error) => tracing::debug!(%error, "it was not found out why a peer is silent"),
+        }
+    }
+
+    /// Asks whether another machine has this host's address: that may harm some packets and not others.
+    fn look_for_claims(&mut self, now: Instant) {
+        let pause = if self.claim.is_some() { CLAIM_AGAIN } else { CLAIM_PAUSE };
+        self.claim_due = Some(now + pause);
+        let Some(Case { place, .. }) = self.case.clone() else { return };
+        let Some(questions) = Questions::new(&place, []) else { return };
+        let before = self.claim.clone();
+        match self.listen_for_claims(&place, &questions) {
+            Ok(()) if self.claim != before => {
+                let claim = self.claim.clone();
+                (self.tell)(Found { claim, verdicts: BTreeMap::new() });
+            }
+            Ok(()) => {}
+            Err(error) => tracing::debug!(%error, "it was not asked for this host's own address"),
+        }
+    }
+
+    fn listen_for_claims(&mut self, place: &Place, questions: &Questions) -> io::Result<()> {
+        let ways = Ways::find(&mut self.netlink, place, false, &[])?;
+        let mut watch = Watch::new(place.local, place.port, ways.own_macs(), &[]);
+        let tap = Tap::of_arp()?;
+        questions.ask();
+        let begun = Instant::now();
+        while begun.elapsed() < LISTEN && watch.claim().is_none() {
+            let mut packets = 0;
+            while packets < PACKETS && tap.next(|packet| watch.see(packet))?.is_some() {
+                packets += 1;
+            }
+            let rest = LISTEN.saturating_sub(begun.elapsed());
+            self.orders.sleeper.wait([tap.as_fd()], Some(rest));
+            if !self.take_orders() {
+                return Ok(());
+            }
+        }
+        self.claim = watch.claim().map(|mac| claimed(mac, place));
+        Ok(())
+    }
+
+    /// One watch; none if something else is to be done before it ends.
+    fn inquire(&mut self, case: &Case, asked: &[Suspect]) -> io::Result<Option<Verdicts>> {
+        let place = &case.place;
+        let ways = Ways::find(&mut self.netlink, place, case.pinned, asked)?;
+        let mut watch = Watch::new(place.local, place.port, ways.own_macs(), asked);
+        watch.recall(&self.clones);
+        let beside = asked.iter().map(|suspect| suspect.address);
+        let beside = beside.filter(|address| ways.is_beside(place, *address));
+        let questions = Questions::new(place, beside);
+        let before = counted(case);
+        let Some(sent) = self.watch(case, asked, questions.as_ref(), None, &mut watch)? else {
+            return Ok(None);
+        };
+        self.clones.extend(watch.clones());
+        self.claim = watch.claim().map(|mac| claimed(mac, place));
+        let after = counted(case);
+        let mut facts: BTreeMap<NodeId, Facts> = BTreeMap::new();
+        for suspect in asked {
+            let traces = &watch.traces[&suspect.node];
+            let count = |counted: &Option<BTreeMap<IpAddr, u64>>| {
+                counted.as_ref().and_then(|counted| counted.get(&suspect.address).copied())
+            };
+            let counts = count(&before).zip(count(&after));
+            let of_suspect = Facts {
+                sent: sent.contains(&suspect.node),
+                unresolved: ways.unresolved(&mut self.netlink, suspect.address),
+                filtered: ways.filtered(&mut self.netlink, place, suspect.address, &traces.came),
+                xdp: ways.has_xdp(place),
+                uncounted: counts.is_some_and(|(before, after)| before == after),
+                ..Facts::default()
+            };
+            facts.insert(suspect.node, of_suspect);
+        }
+        // Rules are looked at only for packets that are known to be lost here, or may be.
+        let is_doubtful = |suspect: &&Suspect| {
+            let (traces, facts) = (&watch.traces[&suspect.node], &facts[&suspect.node]);
+            let is_translated = traces.left.values().any(|from| *from != place.source);
+            let is_known = facts.unresolved.is_some() || facts.filtered.is_some();
+            !is_known && (facts.sent && traces.left.is_empty() || is_translated)
+                || !is_known && !traces.came.is_empty()
+        };
+        let doubtful: Vec<Suspect> = asked.iter().filter(is_doubtful).cloned().collect();
+        if !doubtful.is_empty() && watch.claim().is_none() {
+            let addresses: Vec<IpAddr> = doubtful.iter().map(|suspect| suspect.address).collect();
+            let begun = Trace::begin(&case.device, &place.interface, place.port, &addresses);
+            let trace = begun.inspect_err(|error| tracing::debug!(%error, "no packets are traced"));
+            let mut trace = trace.ok();
+            if trace.is_some()
+                && self.watch(case, &doubtful, None, trace.as_mut(), &mut watch)?.is_none()
+            {
+                return Ok(None);
+            }
+            for suspect in &doubtful {
+                let Some(facts) = facts.get_mut(&suspect.node) else { continue };
+                if let Some(trace) = &trace {
+                    facts.dropped = trace.told().dropped(place.local, suspect.address);
+                    facts.translating = trace.told().translating(suspect.address);
+                }
+                for way in [OUT, IN] {
+                    facts.hints[way] = ways.hints(&mut self.netlink, place, way);
+                }
+            }
+        }
+        Ok(Some(watch.conclude(asked, &facts, place)))
+    }
+
+    /// Watches the interfaces, and sends packets of our own to the port of tunnels, which no device there
+    /// takes. Gives the peers to which some were sent; none if something else is to be done first.
+    fn watch(
+        &mut self,
+        case: &Case,
+        asked: &[Suspect],
+        questions: Option<&Questions>,
+        mut trace: Option<&mut Trace>,
+        watch: &mut Watch,
+    ) -> io::Result<Option<BTreeSet<NodeId>>> {
+        let tap = Tap::open(case.place.port)?;
+        let knock = Knock::open(&case.place, case.pinned)?;
+        let mut sent = BTreeSet::new();
+        let (begun, mut knock_at, mut packets) = (Instant::now(), Instant::now(), 0);
+        loop {
+            let now = Instant::now();
+            if knock_at <= now {
+                knock_at = now + KNOCK;
+                let sent_to = asked.iter().filter(|suspect| knock.at(suspect.address));
+                sent.extend(sent_to.map(|suspect| suspect.node));
+                questions.into_iter().for_each(Questions::ask);
+            }
+            while packets < PACKETS && tap.next(|packet| watch.see(packet))?.is_some() {
+                packets += 1;
+            }
+            if let Some(trace) = &mut trace {
+                trace.read()?;
+            }
+            let rest = WATCH.saturating_sub(begun.elapsed());
+            if rest.is_zero() {
+                return Ok(Some(sent));
+            }
+            let mut fds: Vec<BorrowedFd<'_>> = Vec::new();
+            fds.extend((packets < PACKETS).then(|| tap.as_fd()));
+            fds.extend(trace.as_ref().map(|trace| trace.as_fd()));
+            let until = knock_at.saturating_duration_since(Instant::now());
+            self.orders.sleeper.wait(fds, Some(rest.min(until)));
+            let case_before = self.case.clone();
+            if !self.take_orders() || self.case != case_before {
+                return Ok(None);
+            }
+        }
+    }
+}
+
+/// Tunnel packets that the guard has seen, by address; none where they are not counted.
+fn counted(case: &Case) -> Option<BTreeMap<IpAddr, u64>> {
+    let mut table = FirewallTable::open().ok().filter(|_| case.place.guard)?;
+    table.packets_of_members(&case.device).ok()
+}
+
+/// What is asked by ARP: whether another machine has this host's address, and which card has each peer's that
+/// is on the link.
+struct Questions {
+    asker: Asker,
+    local: Ipv4Addr,
+    targets: Vec<Ipv4Addr>,
+}
+
+impl Questions {
+    /// None where there is no ARP.
+    fn new(place: &Place, beside: impl IntoIterator<Item = IpAddr>) -> Option<Self> {
+        let IpAddr::V4(local) = place.local else { return None };
+        let asker = Asker::open(&place.interface);
+        let asker = asker.inspect_err(|error| tracing::debug!(%error, "it is not asked by ARP"));
+        let targets = beside.into_iter().filter_map(|address| match address {
+            IpAddr::V4(address) => Some(address),
+            IpAddr::V6(_) => None,
+        });
+        let targets = [local].into_iter().chain(targets).collect();
+        Some(Self { asker: asker.ok()?, local, targets })
+    }
+
+    fn ask(&self) {
+        for target in &self.targets {
+            if let Err(error) = self.asker.ask(self.local.octets(), target.octets()) {
+                tracing::debug!(%error, %target, "it is not asked by ARP");
+            }
+        }
+    }
+}
+
+fn claimed(mac: Mac, place: &Place) -> String {
+    Cause::AddressTaken { mac }.sentence(&[], place)
+}
+
+impl Agent {
+    /// Tells the thread which peers are silent, if that has changed.
+    pub(super) fn update_inquest(&mut self) {
+        let case = self.inquest_case();
+        self.inquest.set(case);
+    }
+
+    pub(super) fn on_found(&mut self, Found { claim, verdicts }: Found) {
+        let told = self.inquest.told.iter().flat_map(|case| &case.suspects);
+        let silent: BTreeSet<NodeId> = told.map(|suspect| suspect.node).collect();
+        let found = &mut self.inquest.found;
+        let mut new: Vec<String> = Vec::new();
+        new.extend(claim.clone().filter(|_| found.claim != claim));
+        found.claim = claim;
+        for (node, verdict) in verdicts.into_iter().filter(|(node, _)| silent.contains(node)) {
+            let is_known = |cause: &String| {
+                found.claim.as_ref() == Some(cause)
+                    || found.verdicts.values().any(|known| known.cause.as_ref() == Some(cause))
+            };
+            new.extend(verdict.cause.clone().filter(|cause| !is_known(cause)));
+            found.verdicts.insert(node, verdict);
+        }
+        new.iter().for_each(|problem| tracing::warn!("{problem}"));
+    }
+
+    fn inquest_case(&self) -> Option<Case> {
+        let view = self.kernel.wanted.as_ref().filter(|_| self.kernel.programmed_once)?;
+        if self.kernel.underlay_problem.is_some() || !self.underlay.is_present() {
+            return None;
+        }
+        let local = self.underlay.local;
+        let is_silent = |node: NodeId, state: PathState| {
+            let is_known = state != PathState::Unknown;
+            self.is_lost(state) || is_known && !self.prober.paths.is_alive(node)
+        };
+        let silent = self.path_states().filter(|(node, state, _)| is_silent(*node, *state));
+        let suspects = silent.filter_map(|(node, ..)| {
+            let address = view.peers.get(&node)?.vtep.underlay;
+            let mac = view.peers.get(&node)?.vtep.mac;
+            let name = self.node.name_of(node).to_owned();
+            let of_family = address.is_ipv4() == local.is_ipv4();
+            of_family.then_some(Suspect { node, name, address, mac })
+        });
+        let suspects: Vec<Suspect> = suspects.take(SUSPECTS).collect();
+        let place = Place {
+            link: self.underlay.link,
+            interface: self.underlay.name.clone(),
+            local,
+            source: self.underlay.source,
+            port: view.settings.vxlan_port,
+            guard: self.config.firewall.guard,
+        };
+        let pinned = self.underlay.pinned;
+        Some(Case { place, pinned, device: device_name(view.settings.vni), suspects })
+    }
+}

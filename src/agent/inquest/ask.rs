@@ -1,0 +1,189 @@
+//! What the kernel is asked about the packets of a silent peer, and packets of our own to it.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs, io,
+    net::{IpAddr, UdpSocket},
+};
+
+use rtnetlink::packet_route::neighbour::NeighbourState;
+use socket2::SockRef;
+
+use crate::{
+    agent::legacy::{self, Way},
+    dataplane::{
+        audit::EXDEV,
+        silence::{OUT, Place, Suspect},
+    },
+    model::Mac,
+    netlink::{
+        Netlink,
+        link::Link,
+        route::{Found, Query},
+        xfrm,
+    },
+};
+
+const EPERM: i32 = 1;
+const EINVAL: i32 = 22;
+/// A header of VXLAN that names no network: every device drops it (RFC 7348, 5).
+const NO_NETWORK: [u8; 8] = [0; 8];
+/// Value of `rp_filter` (RFC 3704, strict).
+const STRICT: u8 = 1;
+/// Programs and policies that are named.
+const NAMED: usize = 3;
+
+/// Sends packets to the port of tunnels, as this host's own are sent.
+pub struct Knock {
+    socket: UdpSocket,
+    port: u16,
+}
+
+impl Knock {
+    pub fn open(place: &Place, pinned: bool) -> io::Result<Self> {
+        let socket = UdpSocket::bind((place.source, 0))?;
+        socket.set_nonblocking(true)?;
+        if pinned {
+            SockRef::from(&socket).bind_device(Some(place.interface.as_bytes()))?;
+        }
+        Ok(Self { socket, port: place.port })
+    }
+
+    /// Sends one. Says whether a packet was sent or a rule has refused it; not so, if there is no way.
+    pub fn at(&self, address: IpAddr) -> bool {
+        match self.socket.send_to(&NO_NETWORK, (address, self.port)) {
+            Ok(_) => true,
+            Err(error) => error.raw_os_error() == Some(EPERM),
+        }
+    }
+}
+
+/// Interfaces of this host, and its ways to the peers.
+pub struct Ways {
+    links: Vec<Link>,
+    found: BTreeMap<IpAddr, Found>,
+}
+
+impl Ways {
+    /// A `pinned` underlay's packets leave by its interface, whatever the main table says.
+    pub fn find(
+        netlink: &mut Netlink,
+        place: &Place,
+        pinned: bool,
+        asked: &[Suspect],
+    ) -> io::Result<Self> {
+        let links = netlink.links()?;
+        let mut found = BTreeMap::new();
+        for Suspect { address, .. } in asked {
+            let output = pinned.then_some(place.link);
+            let (from, udp) = (Some(place.source), Some(place.port));
+            let query = Query { output, from, udp, ..Query::to(*address) };
+            if let Ok(way) = netlink.route(&query) {
+                found.insert(*address, way);
+            }
+        }
+        Ok(Self { links, found })
+    }
+
+    /// Hardware addresses of this host: none answers for another machine.
+    pub fn own_macs(&self) -> BTreeSet<Mac> {
+        let macs = self.links.iter().filter(|link| !link.loopback).filter_map(|link| link.mac);
+        macs.filter(|mac| mac.as_bytes() != &[0; 6]).collect()
+    }
+
+    /// Whether the kernel reaches it by the underlay's interface, and without a gateway.
+    pub fn is_beside(&self, place: &Place, address: IpAddr) -> bool {
+        let way = self.found.get(&address);
+        way.is_some_and(|way| way.link == place.link && way.gateway.is_none())
+    }
+
+    /// The next hop to a peer if the kernel does not find its hardware address, with the interface.
+    pub fn unresolved(&self, netlink: &mut Netlink, address: IpAddr) -> Option<(IpAddr, String)> {
+        let way = self.found.get(&address)?;
+        let hop = way.gateway.unwrap_or(address);
+        let state = netlink.neighbour(way.link, hop).ok()??;
+        let is_unresolved = matches!(state, NeighbourState::Incomplete | NeighbourState::Failed);
+        let name = self.links.iter().find(|link| link.index == way.link)?.name.clone();
+        is_unresolved.then_some((hop, name))
+    }
+
+    /// The interface at which the reverse path filter drops what comes from a peer; it has come there, and
+    /// not by the underlay's.
+    pub fn filtered(
+        &self,
+        netlink: &mut Netlink,
+        place: &Place,
+        peer: IpAddr,
+        came: &BTreeSet<u32>,
+    ) -> Option<String> {
+        let came =
+            if came.contains(&place.link) { BTreeSet::from([place.link]) } else { came.clone() };
+        // What comes in by a port is taken for its bridge or bond.
+        let links = came.iter().filter_map(|index| {
+            self.links.iter().find(|link| link.index == *index && link.controller().is_none())
+        });
+        let mut links = links.filter(|link| {
+            let udp = Some(place.port);
+            let query = Query { udp, ..Query::forwarded(peer, place.local, link.index) };
+            match netlink.route(&query).map_err(|error| error.raw_os_error()) {
+                Err(Some(EXDEV)) => true,
+                // Kernels since 6.14 say so, to this and to much else.
+                Err(Some(EINVAL)) => is_strict(&link.name),
+                _ => false,
+            }
+        });
+        links.next().map(|link| link.name.clone())
+    }
+
+    /// Whether a program sees packets that come in at the underlay's interface before packet sockets do.
+    pub fn has_xdp(&self, place: &Place) -> bool {
+        let link = self.links.iter().find(|link| link.index == place.link);
+        link.is_some_and(Link::has_xdp)
+    }
+
+    /// What else may drop tunnel packets on their way out or in, for none that nftables tells of does.
+    pub fn hints(&self, netlink: &mut Netlink, place: &Place, way: usize) -> Vec<String> {
+        let Place { interface, local, port, .. } = place;
+        let (side, is_out) = if way == OUT { ("egress", true) } else { ("ingress", false) };
+        let legacy = if is_out { Way::Out } else { Way::In };
+        let mut hints = legacy::around_tunnels(local.is_ipv4(), legacy, *port);
+        let filters = netlink.filters(place.link, is_out).unwrap_or_default();
+        let filters: Vec<String> = filters.into_iter().take(NAMED).collect();
+        if !filters.is_empty() {
+            hints.push(format!(
+                "{interface} has filters on its {side} ({}): tc filter show dev {interface} {side}",
+                filters.join(", ")
+            ));
+        }
+        let direction = if is_out { "out" } else { "in" };
+        let policies = xfrm::policies().unwrap_or_default();
+        let concerned = policies.iter().filter(|policy| {
+            let ours = if is_out { policy.from } else { policy.to };
+            policy.direction == direction && ours.contains(local)
+        });
+        hints.extend(concerned.take(NAMED).map(|policy| {
+            format!(
+                "an IPsec policy takes packets from {} to {} (ip xfrm policy: dir {direction}, priority {}): \
+                 exempt UDP {port} from it",
+                policy.from, policy.to, policy.priority
+            )
+        }));
+        if hints.is_empty() {
+            let chain = if is_out { "OUTPUT" } else { "INPUT" };
+            hints.push(format!(
+                "no rule of nftables does, nor a filter or policy that is known here: look at \
+                 iptables-legacy -S {chain}, tc filter show dev {interface} {side}, and bpftool net"
+            ));
+        }
+        hints
+    }
+}
+
+/// Whether a strict reverse path filter is in force: the larger value counts.
+fn is_strict(interface: &str) -> bool {
+    let value = |name: &str| {
+        let value = fs::read_to_string(format!("/proc/sys/net/ipv4/conf/{name}/rp_filter"));
+        value.ok().and_then(|value| value.trim().parse::<u8>().ok()).unwrap_or(0)
+    };
+    value("all").max(value(interface)) == STRICT
+}

@@ -1,0 +1,277 @@
+//! Causes of silence, and the sentences that tell them with what helps.
+
+use std::{collections::BTreeSet, net::IpAddr};
+
+use super::{Facts, IN, OUT, Suspect, Traces};
+use crate::model::Mac;
+
+/// Peers that are named in one sentence.
+const NAMED: usize = 3;
+
+/// This host's end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The underlay's interface: index and name.
+    pub link: u32,
+    pub interface: String,
+    pub local: IpAddr,
+    /// Source of tunnel packets.
+    pub source: IpAddr,
+    pub port: u16,
+    /// Tunnel packets under addresses that are no member's are dropped here.
+    pub guard: bool,
+}
+
+/// A chain of nftables that was seen to drop packets.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Culprit {
+    /// Family, table and name.
+    pub chain: String,
+    /// The rule; none if it was the chain's policy.
+    pub handle: Option<u64>,
+    /// It hands them to a program, which has not let them pass.
+    pub queued: bool,
+}
+
+/// Why a peer is silent.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Cause {
+    /// Another machine has this host's address, too.
+    AddressTaken {
+        mac: Mac,
+    },
+    /// The peer's card has the hardware address of one of ours.
+    SameMac {
+        mac: Mac,
+    },
+    Filtered {
+        interface: String,
+    },
+    Dropped {
+        outgoing: bool,
+        by: Culprit,
+    },
+    /// This host sends under another address than the one that peers know.
+    Translated {
+        seen: IpAddr,
+        chain: Option<String>,
+    },
+    /// The peer's packets arrive under another address than the one that it advertises.
+    Stranger {
+        seen: IpAddr,
+    },
+    /// Several cards claim the peer's address.
+    Claimed {
+        macs: BTreeSet<Mac>,
+    },
+    /// The next hop has no hardware address.
+    Unresolved {
+        address: IpAddr,
+        interface: String,
+        is_gateway: bool,
+    },
+    /// Packets are sent and do not reach any interface.
+    NotLeaving {
+        hints: Vec<String>,
+    },
+    /// Packets arrive at the interface and do not come as far as the guard.
+    NotTaken {
+        hints: Vec<String>,
+    },
+    /// Packets leave, none arrive, and a program may have dropped them before they could be seen.
+    Unseen,
+}
+
+/// What is known of one peer.
+pub(super) struct Seen<'a> {
+    pub suspect: &'a Suspect,
+    pub traces: &'a Traces,
+    pub facts: &'a Facts,
+    pub claim: Option<Mac>,
+    pub own: &'a BTreeSet<Mac>,
+}
+
+impl Cause {
+    /// The first that applies, the most certain ones before others.
+    pub(super) fn of(seen: &Seen<'_>, place: &Place) -> Option<Self> {
+        let Seen { suspect, traces, facts, claim, own } = seen;
+        let has_left = !traces.left.is_empty();
+        if let Some(mac) = *claim {
+            return Some(Self::AddressTaken { mac });
+        }
+        if let Some(mac) = traces.macs.intersection(own).next() {
+            return Some(Self::SameMac { mac: *mac });
+        }
+        if let Some(interface) = facts.filtered.clone() {
+            return Some(Self::Filtered { interface });
+        }
+        for (way, outgoing) in [(OUT, true), (IN, false)] {
+            // What is seen to leave is not dropped, whatever a rule does with some other packet.
+            let applies = !(outgoing && has_left);
+            if let Some(by) = facts.dropped[way].clone().filter(|_| applies) {
+                return Some(Self::Dropped { outgoing, by });
+            }
+        }
+        if let Some(seen) = traces.left.values().find(|from| **from != place.source) {
+            return Some(Self::Translated { seen: *seen, chain: facts.translating.clone() });
+        }
+        if let (Some(seen), true) = (traces.came_as, traces.came.is_empty()) {
+            return Some(Self::Stranger { seen });
+        }
+        if traces.macs.len() > 1 {
+            return Some(Self::Claimed { macs: traces.macs.clone() });
+        }
+        if let Some((address, interface)) = facts.unresolved.clone() {
+            let is_gateway = address != suspect.address;
+            return Some(Self::Unresolved { address, interface, is_gateway });
+        }
+        if facts.sent && !has_left {
+            return Some(Self::NotLeaving { hints: facts.hints[OUT].clone() });
+        }
+        let is_lost_here = facts.uncounted && traces.came.contains(&place.link);
+        if is_lost_here {
+            return Some(Self::NotTaken { hints: facts.hints[IN].clone() });
+        }
+        (has_left && traces.came.is_empty() && facts.xdp).then_some(Self::Unseen)
+    }
+
+    /// What is wrong and what helps.
+    pub fn sentence(&self, whom: &[&Suspect], place: &Place) -> String {
+        let Place { interface: underlay, local, source, port, .. } = place;
+        let peers = named(whom);
+        match self {
+            Self::AddressTaken { mac } => format!(
+                "another machine has the address {local} of this host, too: a card with MAC {mac} claims it \
+                 on {underlay}, and packets for {local} go to the one or the other; give one of the two \
+                 another address"
+            ),
+            Self::SameMac { mac } => format!(
+                "{peers} and this host have the same MAC address {mac} on {underlay}, so the network \
+                 delivers packets for the one to the other: give one of them another (ip link set {underlay} \
+                 address MAC, or in the settings of the virtual machine; cloned machines have the same)"
+            ),
+            Self::Filtered { interface } => {
+                let other = match interface == underlay {
+                    true => String::new(),
+                    false => format!(
+                        ", not on {underlay}, which has its address (two cards in one network: sysctl -w \
+                         net.ipv4.conf.all.arp_ignore=1 and net.ipv4.conf.all.arp_announce=2 make each \
+                         answer for its own)"
+                    ),
+                };
+                format!(
+                    "rp_filter of {interface} drops the packets of {peers}, which arrive on {interface}\
+                     {other}: sysctl -w net.ipv4.conf.{}.rp_filter=2 (and a file in /etc/sysctl.d)",
+                    interface.replace('.', "/")
+                )
+            }
+            Self::Dropped { outgoing, by } => {
+                let packets = if *outgoing { "to" } else { "from" };
+                format!(
+                    "{by} on this host, UDP {port} {packets} {peers}: {}",
+                    open_chain(&by.chain, *port)
+                )
+            }
+            Self::Translated { seen, chain } => {
+                let (by, fix) = match chain {
+                    Some(chain) => (format!("chain {chain}"), open_chain(chain, *port)),
+                    None => (
+                        "an address translation of this host".to_owned(),
+                        format!("iptables -t nat -I POSTROUTING -p udp --dport {port} -j ACCEPT"),
+                    ),
+                };
+                format!(
+                    "tunnel packets to {peers} leave this host under the address {seen}, not {source}, and \
+                     the guard of each member drops them: {by} changes it; exempt UDP {port}: {fix}"
+                )
+            }
+            Self::Stranger { seen } => {
+                let dropped =
+                    if place.guard { ", so the guard of this host drops them" } else { "" };
+                let address =
+                    whom.first().map_or_else(String::new, |suspect| suspect.address.to_string());
+                format!(
+                    "tunnel packets of {peers} arrive under the address {seen}{dropped}: an address \
+                     translation there or on the way changes {address}; exempt UDP {port} from it (there: \
+                     iptables -t nat -I POSTROUTING -p udp --dport {port} -j ACCEPT), or set advertise = \
+                     \"{seen}\" there"
+                )
+            }
+            Self::Claimed { macs } => {
+                let macs: Vec<String> = macs.iter().map(ToString::to_string).collect();
+                format!(
+                    "several cards answer for the address of {peers} on {underlay}: {}; either another \
+                     machine has that address, too, or that host has two cards in this network (there: \
+                     sysctl -w net.ipv4.conf.all.arp_ignore=1)",
+                    macs.join(", ")
+                )
+            }
+            Self::Unresolved { address, interface, is_gateway } => {
+                let asked = if address.is_ipv4() { "ARP" } else { "neighbor discovery" };
+                let of = if *is_gateway { ", the gateway" } else { "" };
+                format!(
+                    "no machine on {interface} answers {asked} for {address}{of}, so packets to {peers} do \
+                     not leave this host: is it off, or in another network segment (cable, VLAN, port \
+                     security)? (ip neigh show {address})"
+                )
+            }
+            Self::NotLeaving { hints } => format!(
+                "tunnel packets (UDP {port}) to {peers} do not leave this host, though it sends them: {}",
+                hints.join("; ")
+            ),
+            Self::Unseen => format!(
+                "tunnel packets (UDP {port}) to {peers} leave this host, and none arrive: they are lost \
+                 there, on the way, or to the XDP program of {underlay}, which sees packets before all else \
+                 (ip -d link show dev {underlay}; bpftool net)"
+            ),
+            Self::NotTaken { hints } => format!(
+                "tunnel packets (UDP {port}) of {peers} arrive on {underlay}, and this host drops them \
+                 before its guard: {}",
+                hints.join("; ")
+            ),
+        }
+    }
+}
+
+impl std::fmt::Display for Culprit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { chain, handle, queued } = self;
+        let does = match queued {
+            true => "hands tunnel packets to a program that does not let them pass",
+            false => "drops tunnel packets",
+        };
+        match handle {
+            Some(handle) => {
+                write!(
+                    f,
+                    "a rule of chain {chain} (handle {handle}: nft -a list chain {chain}) {does}"
+                )
+            }
+            None => write!(f, "the policy of chain {chain} {does}"),
+        }
+    }
+}
+
+/// The command that lets UDP to this port through a chain, at its beginning.
+pub fn open_chain(chain: &str, port: u16) -> String {
+    match chain.split(' ').collect::<Vec<_>>()[..] {
+        [family @ ("ip" | "ip6"), table @ ("filter" | "nat" | "mangle" | "raw"), name]
+            if name.bytes().all(|byte| byte.is_ascii_uppercase()) =>
+        {
+            let program = if family == "ip" { "iptables" } else { "ip6tables" };
+            let table = if table == "filter" { String::new() } else { format!(" -t {table}") };
+            format!("{program}{table} -I {name} -p udp --dport {port} -j ACCEPT")
+        }
+        _ => format!("nft insert rule {chain} udp dport {port} accept"),
+    }
+}
+
+fn named(whom: &[&Suspect]) -> String {
+    let some = whom.iter().take(NAMED);
+    let mut names: Vec<String> =
+        some.map(|suspect| format!("{} ({})", suspect.name, suspect.address)).collect();
+    if whom.len() > NAMED {
+        names.push(format!("{} more", whom.len() - NAMED));
+    }
+    names.join(", ")
+}

@@ -1,0 +1,180 @@
+use super::*;
+
+const LOCAL: [u8; 4] = [192, 0, 2, 1];
+const PEER: [u8; 4] = [192, 0, 2, 2];
+const OTHER: [u8; 4] = [192, 0, 2, 100];
+const PORT: u16 = 8_472;
+
+fn mac(last: u8) -> Mac {
+    Mac::from_bytes([2, 0, 0, 0, 0, last])
+}
+
+fn suspect() -> Suspect {
+    let node = NodeId::from_bytes([2; 8]);
+    Suspect { node, name: "n2".to_owned(), address: PEER.into(), mac: mac(9) }
+}
+
+fn watch() -> Watch {
+    Watch::new(LOCAL.into(), PORT, BTreeSet::from([mac(1)]), &[suspect()])
+}
+
+fn place() -> Place {
+    let (local, interface) = (LOCAL.into(), "eth0".to_owned());
+    Place { link: 2, interface, local, source: local, port: PORT, guard: true }
+}
+
+fn arp(sender: Mac, address: [u8; 4]) -> Vec<u8> {
+    let mut bytes = vec![0, 1, 8, 0, 6, 4, 0, 2];
+    bytes.extend(sender.as_bytes());
+    bytes.extend(address);
+    bytes.extend([0; 10]);
+    bytes
+}
+
+fn tunnel(from: [u8; 4], to: [u8; 4]) -> Vec<u8> {
+    let mut bytes = vec![0x45, 0, 0, 0, 0, 0, 0, 0, 64, 17, 0, 0];
+    bytes.extend(from);
+    bytes.extend(to);
+    bytes.extend([0x30, 0x39]);
+    bytes.extend(PORT.to_be_bytes());
+    bytes.extend([0; 4 + 8 + 6]);
+    bytes.extend(mac(9).as_bytes());
+    bytes
+}
+
+fn see(watch: &mut Watch, kind: u8, protocol: u16, bytes: &[u8]) {
+    watch.see(&Packet { link: 2, kind, protocol, bytes });
+    // Whatever is cut off is read as far as it goes.
+    (0..bytes.len()).for_each(|end| {
+        let mut other = Watch::new(LOCAL.into(), PORT, BTreeSet::new(), &[suspect()]);
+        other.see(&Packet { link: 2, kind, protocol, bytes: &bytes[..end] });
+    });
+}
+
+fn told(watch: &Watch, facts: Facts) -> Option<String> {
+    let facts = BTreeMap::from([(suspect().node, facts)]);
+    watch.conclude(&[suspect()], &facts, &place()).into_values().next()?.cause
+}
+
+fn assert_told(watch: &Watch, facts: Facts, parts: &[&str]) {
+    let sentence = told(watch, facts).expect("a cause");
+    parts.iter().for_each(|part| assert!(sentence.contains(part), "{part}: {sentence}"));
+}
+
+#[test]
+fn packets_that_leave_and_arrive_as_they_should_have_no_cause_here() {
+    let mut watch = watch();
+    see(&mut watch, LEAVING, IPV4, &tunnel(LOCAL, PEER));
+    see(&mut watch, TO_THIS_HOST, IPV4, &tunnel(PEER, LOCAL));
+    see(&mut watch, TO_THIS_HOST, ARP, &arp(mac(2), PEER));
+    assert_eq!(told(&watch, Facts { sent: true, ..Facts::default() }), None);
+}
+
+#[test]
+fn address_of_this_host_that_another_card_claims_is_named_unless_it_claims_all() {
+    let mut watch = watch();
+    see(&mut watch, TO_THIS_HOST, ARP, &arp(mac(1), LOCAL));
+    assert_eq!(watch.claim(), None, "its own card");
+    see(&mut watch, TO_THIS_HOST, ARP, &arp(mac(7), LOCAL));
+    assert_told(&watch, Facts::default(), &["address 192.0.2.1", "02:00:00:00:00:07"]);
+    see(&mut watch, TO_THIS_HOST, ARP, &arp(mac(7), PEER));
+    assert_eq!(watch.claim(), None, "a router that answers for a whole network");
+}
+
+#[test]
+fn hardware_addresses_of_a_peer_tell_a_clone_and_a_double() {
+    let mut clone = watch();
+    see(&mut clone, 1, ARP, &arp(mac(1), PEER));
+    assert_told(&clone, Facts::default(), &["same MAC address 02:00:00:00:00:01", "n2"]);
+    let mut again = watch();
+    again.recall(&clone.clones());
+    assert_eq!(again.clones(), clone.clones(), "seen before");
+    let mut probe = watch();
+    let question = [&arp(mac(1), [0; 4])[..24], &PEER].concat();
+    see(&mut probe, 1, ARP, &question);
+    assert_eq!(probe.clones(), clone.clones(), "it asks for its own address");
+    let mut double = watch();
+    see(&mut double, TO_THIS_HOST, ARP, &arp(mac(3), PEER));
+    see(&mut double, TO_THIS_HOST, ARP, &arp(mac(4), PEER));
+    assert_told(&double, Facts::default(), &["02:00:00:00:00:03, 02:00:00:00:00:04"]);
+}
+
+#[test]
+fn source_addresses_that_are_translated_are_named_at_both_ends() {
+    let mut here = watch();
+    see(&mut here, LEAVING, IPV4, &tunnel(OTHER, PEER));
+    let facts = Facts { translating: Some("ip nat POSTROUTING".to_owned()), ..Facts::default() };
+    let parts = ["under the address 192.0.2.100", "iptables -t nat -I POSTROUTING -p udp"];
+    assert_told(&here, facts, &parts);
+    let mut there = watch();
+    see(&mut there, TO_THIS_HOST, IPV4, &tunnel(OTHER, LOCAL));
+    assert_told(
+        &there,
+        Facts::default(),
+        &["of n2 (192.0.2.2) arrive under the address 192.0.2.100"],
+    );
+}
+
+#[test]
+fn what_does_not_leave_is_told_by_the_rule_or_by_where_to_look() {
+    let by = Culprit { chain: "inet hard out".to_owned(), handle: None, queued: false };
+    let dropped = Facts { sent: true, dropped: [Some(by), None], ..Facts::default() };
+    let parts = ["the policy of chain inet hard out", "to n2", "nft insert rule inet hard out udp"];
+    assert_told(&watch(), dropped.clone(), &parts);
+    let hints = [vec!["look there".to_owned()], Vec::new()];
+    let sent = Facts { sent: true, hints, ..Facts::default() };
+    assert_told(&watch(), sent, &["do not leave this host", "look there"]);
+    let mut left = watch();
+    see(&mut left, LEAVING, IPV4, &tunnel(LOCAL, PEER));
+    assert_eq!(told(&left, dropped), None, "it has left");
+    let hidden = Facts { sent: true, xdp: true, ..Facts::default() };
+    assert_told(&left, hidden, &["none arrive", "XDP program of eth0"]);
+}
+
+#[test]
+fn what_arrives_and_is_lost_here_is_told_by_rule_filter_or_interface() {
+    let mut watch = watch();
+    see(&mut watch, TO_THIS_HOST, IPV4, &tunnel(PEER, LOCAL));
+    let by = Culprit { chain: "netdev ddos in".to_owned(), handle: Some(4), queued: false };
+    let dropped = Facts { dropped: [None, Some(by)], ..Facts::default() };
+    assert_told(&watch, dropped, &["chain netdev ddos in (handle 4", "from n2"]);
+    let filtered = Facts { filtered: Some("eth1.5".to_owned()), ..Facts::default() };
+    let parts = ["arrive on eth1.5, not on eth0", "net.ipv4.conf.eth1/5.rp_filter=2"];
+    assert_told(&watch, filtered, &parts);
+    let hints = [Vec::new(), vec!["look there".to_owned()]];
+    let uncounted = Facts { uncounted: true, hints, ..Facts::default() };
+    assert_told(&watch, uncounted, &["arrive on eth0", "before its guard: look there"]);
+}
+
+#[test]
+fn next_hop_without_an_answer_is_named_as_the_peer_or_its_gateway() {
+    let facts = |address: [u8; 4]| Facts {
+        sent: true,
+        unresolved: Some((address.into(), "eth0".to_owned())),
+        ..Facts::default()
+    };
+    assert_told(&watch(), facts(PEER), &["answers ARP for 192.0.2.2, so"]);
+    assert_told(&watch(), facts([192, 0, 2, 254]), &["ARP for 192.0.2.254, the gateway"]);
+}
+
+#[test]
+fn cause_of_several_peers_is_told_once() {
+    let (first, second) = (
+        suspect(),
+        Suspect {
+            node: NodeId::from_bytes([3; 8]),
+            name: "n3".to_owned(),
+            address: [192, 0, 2, 3].into(),
+            mac: mac(8),
+        },
+    );
+    let suspects = [first, second];
+    let watch = Watch::new(LOCAL.into(), PORT, BTreeSet::new(), &suspects);
+    let facts = Facts { filtered: Some("eth1".to_owned()), ..Facts::default() };
+    let facts = suspects.iter().map(|suspect| (suspect.node, facts.clone())).collect();
+    let told = watch.conclude(&suspects, &facts, &place());
+    let sentences: BTreeSet<&String> =
+        told.values().filter_map(|verdict| verdict.cause.as_ref()).collect();
+    assert_eq!((told.len(), sentences.len()), (2, 1));
+    assert!(sentences.iter().all(|text| text.contains("n2 (192.0.2.2), n3 (192.0.2.3)")));
+}

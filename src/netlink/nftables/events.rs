@@ -1,0 +1,107 @@
+//! What the kernel tells of tables by itself: changes, and what rules do with packets that are traced.
+
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd},
+};
+
+use rtnetlink::sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
+
+use super::{INET, RECEIVE_BUFFER, attributes};
+use crate::netlink::{
+    drain,
+    raw::{Answer, answers},
+};
+
+/// `NFNLGRP_NFTABLES`.
+const GROUP: u32 = 7;
+/// `NFNLGRP_NFTRACE`.
+const TRACE_GROUP: u32 = 9;
+
+/// Hears of changes to tables.
+pub struct Changes {
+    socket: Socket,
+    buffer: Vec<u8>,
+}
+
+impl Changes {
+    pub fn open() -> io::Result<Self> {
+        Self::open_group(GROUP)
+    }
+
+    fn open_group(group: u32) -> io::Result<Self> {
+        let mut socket = Socket::new(NETLINK_NETFILTER)?;
+        socket.bind(&SocketAddr::new(0, 0))?;
+        socket.add_membership(group)?;
+        socket.set_non_blocking(true)?;
+        Ok(Self { socket, buffer: Vec::with_capacity(RECEIVE_BUFFER) })
+    }
+
+    /// Whether anything has changed in any table, or may have.
+    pub fn any(&mut self) -> io::Result<bool> {
+        let mut any = false;
+        let overrun = drain(&self.socket, &mut self.buffer, |_| {
+            any = true;
+            Ok(())
+        })?;
+        Ok(any || overrun)
+    }
+
+    /// Whether anything in this table of both families has changed, or may have.
+    pub fn touched(&mut self, table: &str) -> io::Result<bool> {
+        self.touched_in(INET, table, None)
+    }
+
+    /// The same of a table of a family, but for what a socket with this port has changed.
+    pub fn touched_in(
+        &mut self,
+        family: u8,
+        table: &str,
+        but_for: Option<u32>,
+    ) -> io::Result<bool> {
+        let mut touched = false;
+        // In every kind of object the first attribute names the table.
+        let of_table = |answer: Answer| {
+            let name = attributes::find(&answer.attributes, 1);
+            answer.own[0] == family
+                && Some(answer.port) != but_for
+                && name.is_some_and(|name| attributes::text(name) == table)
+        };
+        let overrun = drain(&self.socket, &mut self.buffer, |bytes| {
+            touched |= answers(bytes).any(of_table);
+            Ok(())
+        })?;
+        Ok(touched || overrun)
+    }
+}
+
+/// Hears what rules do with packets that are traced.
+pub struct Traces(Changes);
+
+impl Traces {
+    pub fn open() -> io::Result<Self> {
+        Changes::open_group(TRACE_GROUP).map(Self)
+    }
+
+    /// Everything that has been told since: the family of the rules, and `NFTA_TRACE_*`.
+    pub fn read(&mut self, mut each: impl FnMut(u8, &[u8])) -> io::Result<()> {
+        let Changes { socket, buffer } = &mut self.0;
+        drain(socket, buffer, |bytes| {
+            answers(bytes).for_each(|answer| each(answer.own[0], &answer.attributes));
+            Ok(())
+        })?;
+        Ok(())
+    }
+}
+
+impl AsFd for Traces {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl AsFd for Changes {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}

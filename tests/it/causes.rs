@@ -1,0 +1,285 @@
+//! Why nothing comes from a peer is found out and named, on the host that has the cause.
+
+use std::time::Duration;
+
+use gossamer::lab::{Agent, Host, Lab};
+
+use crate::common::{
+    Cluster, PATIENCE, client, eventually, has_problem, isolated, program, run, skipped, tool,
+    wait_until,
+};
+
+/// A silent peer is known after some seconds, and watched twice for 2.5 s; a machine may be busy.
+const NAMED: Duration = Duration::from_secs(60);
+
+/// Two hosts that reach each other.
+fn pair(lab: &mut Lab) -> anyhow::Result<Cluster> {
+    let mut cluster = Cluster::start(lab, 2)?;
+    cluster.agents.iter_mut().for_each(wait_for_path);
+    Ok(cluster)
+}
+
+fn wait_for_path(agent: &mut Agent) {
+    wait_until("the path is not ok", NAMED, || {
+        let status = agent.ask("/v1/status", PATIENCE).expect("a status");
+        status["paths"][0]["state"] == "ok" && status["problems"] == serde_json::json!([])
+    });
+}
+
+fn all(host: &Host, commands: &[&str]) {
+    commands.iter().for_each(|command| _ = tool(&host.netns, command));
+}
+
+/// Waits until the agent names all of it, and the doctor as well.
+fn wait_for_words(agent: &mut Agent, words: &[&str]) {
+    let what = format!("never named: {words:?}");
+    wait_until(&what, NAMED, || words.iter().all(|words| has_problem(agent, words)));
+    let doctor = String::from_utf8(client(agent, &["doctor"]).stdout).expect("UTF-8");
+    assert!(doctor.contains("PROBLEM   paths"), "{doctor}");
+}
+
+fn mac_of(host: &Host, interface: &str) -> String {
+    let link = tool(&host.netns, &format!("ip -br link show dev {interface}"));
+    link.split_whitespace().nth(2).expect("a MAC").to_owned()
+}
+
+/// What is named on the second host, how the fault is made there, and how it is taken away.
+const RULES: [(&[&str], &[&str], &[&str]); 4] = [
+    (
+        &["the policy of chain inet hard out drops tunnel packets on this host, UDP 8472 to n1 \
+             (10.99.0.10): nft insert rule inet hard out udp dport 8472 accept"],
+        &[
+            "nft add table inet hard",
+            "nft add chain inet hard out { type filter hook output priority 0 ; policy drop ; }",
+            "nft add rule inet hard out oifname lo accept",
+            "nft add rule inet hard out udp dport 8473 accept",
+            "nft add rule inet hard out udp sport 8473 accept",
+        ],
+        &["nft delete table inet hard"],
+    ),
+    (
+        &["a rule of chain inet deep odd (handle ", "UDP 8472 to n1"],
+        &[
+            "nft add table inet deep",
+            "nft add chain inet deep odd",
+            "nft add rule inet deep odd meta mark 0 drop",
+            "nft add chain inet deep late { type filter hook postrouting priority 300 ; }",
+            "nft add rule inet deep late udp dport 8000-9000 udp dport != 8473 jump odd",
+        ],
+        &["nft delete table inet deep"],
+    ),
+    (
+        &["a rule of chain netdev ddos in (handle ", "UDP 8472 from n1 (10.99.0.10)"],
+        &[
+            "nft add table netdev ddos",
+            "nft add chain netdev ddos in { type filter hook ingress device eth0 priority -500 ; }",
+            "nft add rule netdev ddos in udp dport { 53, 123, 8472 } drop",
+        ],
+        &["nft delete table netdev ddos"],
+    ),
+    (
+        &[
+            "leave this host under the address 10.99.0.99, not 10.99.0.11",
+            "chain ip vip out changes it",
+            "nft insert rule ip vip out udp dport 8472 accept",
+        ],
+        &[
+            "ip addr add 10.99.0.99/32 dev eth0",
+            "nft add table ip vip",
+            "nft add chain ip vip out { type nat hook postrouting priority 100 ; }",
+            "nft add rule ip vip out oifname eth0 snat to 10.99.0.99",
+        ],
+        &["nft delete table ip vip", "ip addr del 10.99.0.99/32 dev eth0"],
+    ),
+];
+
+#[test]
+fn rule_that_takes_tunnel_packets_is_named_by_its_chain() {
+    isolated(|lab| {
+        let mut cluster = pair(lab)?;
+        let host = &cluster.hosts[1];
+        if !run(&host.netns, "nft list tables").status.success() {
+            skipped("rules", "it needs `nft` (Debian: nftables)");
+            return Ok(());
+        }
+        for (words, break_it, mend_it) in RULES {
+            all(host, break_it);
+            wait_for_words(&mut cluster.agents[1], words);
+            if words[0].contains("under the address") {
+                let there = ["of n2 (10.99.0.11) arrive under the address 10.99.0.99"];
+                wait_for_words(&mut cluster.agents[0], &there);
+            }
+            let tables = tool(&host.netns, "nft list tables");
+            assert!(words[0].contains("inet") || !tables.is_empty(), "{tables}");
+            all(host, mend_it);
+            cluster.agents.iter_mut().for_each(wait_for_path);
+        }
+        wait_until("a table of traces is left", PATIENCE, || {
+            !tool(&host.netns, "nft list tables").contains("trace")
+        });
+        Ok(())
+    });
+}
+
+#[test]
+fn rule_of_iptables_legacy_that_drops_tunnel_packets_is_named() {
+    isolated(|lab| {
+        let mut cluster = pair(lab)?;
+        let host = &cluster.hosts[1];
+        let rule = "OUTPUT -p udp -m udp --dport 8472 -j DROP";
+        if !tool_exists(host)
+            || !run(&host.netns, &format!("iptables-legacy -A {rule}")).status.success()
+        {
+            skipped(
+                "legacy",
+                "it needs `iptables-legacy` (Debian: iptables), and a kernel with it",
+            );
+            return Ok(());
+        }
+        let named = format!("iptables-legacy has `-A {rule}` in its table filter");
+        wait_for_words(&mut cluster.agents[1], &["do not leave this host", &named]);
+        tool(&host.netns, &format!("iptables-legacy -D {rule}"));
+        cluster.agents.iter_mut().for_each(wait_for_path);
+        Ok(())
+    });
+}
+
+fn tool_exists(host: &Host) -> bool {
+    run(&host.netns, "sh -c iptables-legacy-save").status.success()
+}
+
+#[test]
+fn filter_of_an_interface_that_drops_tunnel_packets_is_named_with_its_side() {
+    isolated(|lab| {
+        let mut cluster = pair(lab)?;
+        let host = &cluster.hosts[1];
+        let filter =
+            "protocol ip u32 match ip protocol 17 0xff match ip dport 8472 0xffff action drop";
+        let add = |side: &str| format!("tc filter add dev eth0 {side} {filter}");
+        let made = ["tc qdisc add dev eth0 clsact".to_owned(), add("egress")];
+        if !made.iter().all(|command| run(&host.netns, command).status.success()) {
+            skipped("filters", "it needs `tc` (Debian: iproute2), and a kernel with filters");
+            return Ok(());
+        }
+        let words = ["do not leave this host", "eth0 has filters on its egress (u32)"];
+        wait_for_words(&mut cluster.agents[1], &words);
+        all(host, &["tc filter del dev eth0 egress", &add("ingress")]);
+        let words = ["arrive on eth0, and this host drops them", "filters on its ingress (u32)"];
+        wait_for_words(&mut cluster.agents[1], &words);
+        tool(&host.netns, "tc qdisc del dev eth0 clsact");
+        cluster.agents.iter_mut().for_each(wait_for_path);
+        Ok(())
+    });
+}
+
+#[test]
+fn reverse_path_filter_is_named_with_the_card_at_which_packets_arrive() {
+    isolated(|lab| {
+        let mut cluster = pair(lab)?;
+        let [first, second] = &cluster.hosts[..] else { anyhow::bail!("two hosts") };
+        let made = run(&second.netns, "ip link add eth1 link eth0 type macvlan mode bridge");
+        if !made.status.success() {
+            skipped("two cards", "the kernel has no macvlan");
+            return Ok(());
+        }
+        all(second, &["ip addr add 10.99.0.111/16 dev eth1", "ip link set eth1 up"]);
+        for interface in ["all", "eth0", "eth1"] {
+            second.netns.sysctl(&format!("net/ipv4/conf/{interface}/rp_filter"), "1")?;
+        }
+        let mac = mac_of(second, "eth1");
+        let entry = format!("ip neigh replace 10.99.0.11 lladdr {mac} dev eth0 nud permanent");
+        tool(&first.netns, &entry);
+        let words = [
+            "rp_filter of eth1 drops the packets of n1 (10.99.0.10), which arrive on eth1, not on eth0",
+            "sysctl -w net.ipv4.conf.eth1.rp_filter=2",
+        ];
+        wait_for_words(&mut cluster.agents[1], &words);
+        second.netns.sysctl("net/ipv4/conf/eth1/rp_filter", "2")?;
+        wait_until("the advice does not help", NAMED, || {
+            !has_problem(&mut cluster.agents[1], "rp_filter of eth1")
+        });
+        Ok(())
+    });
+}
+
+#[test]
+fn hardware_address_that_two_hosts_have_is_named() {
+    isolated(|lab| {
+        let mut cluster = pair(lab)?;
+        let mac = mac_of(&cluster.hosts[0], "eth0");
+        tool(&cluster.hosts[1].netns, &format!("ip link set eth0 address {mac}"));
+        tool(&cluster.hosts[0].netns, "ip neigh flush dev eth0");
+        let words = format!("have the same MAC address {mac} on eth0");
+        cluster.agents.iter_mut().for_each(|agent| wait_for_words(agent, &[&words]));
+        Ok(())
+    });
+}
+
+#[test]
+fn address_that_another_machine_has_too_is_named_on_its_host_and_on_peers() {
+    isolated(|lab| {
+        let mut cluster = pair(lab)?;
+        let other = lab.host(3, "n3")?;
+        tool(&other.netns, "ip addr add 10.99.0.11/16 dev eth0");
+        let mac = mac_of(&other, "eth0");
+        let entry = format!("ip neigh replace 10.99.0.11 lladdr {mac} dev eth0 nud permanent");
+        tool(&cluster.hosts[0].netns, &entry);
+        let claimed = format!("a card with MAC {mac} claims it on eth0");
+        let words = ["another machine has the address 10.99.0.11 of this host, too", &claimed];
+        wait_for_words(&mut cluster.agents[1], &words);
+        let words = ["several cards answer for the address of n2 (10.99.0.11) on eth0", &mac];
+        wait_for_words(&mut cluster.agents[0], &words);
+        Ok(())
+    });
+}
+
+#[test]
+fn gateway_to_a_peer_beside_and_a_peer_without_an_answer_are_named() {
+    isolated(|lab| {
+        let mut cluster = pair(lab)?;
+        let host = &cluster.hosts[1];
+        all(
+            host,
+            &[
+                "ip route add default via 10.99.0.200 dev eth0 table 200",
+                "ip rule add from 10.99.0.11 lookup 200 pref 200",
+            ],
+        );
+        let words = [
+            "tunnel packets to n1 (10.99.0.10) leave this host by the gateway 10.99.0.200, though 10.99.0.10 \
+             is in the network of eth0 itself",
+            "table 200 leads them there",
+        ];
+        wait_for_words(&mut cluster.agents[1], &words);
+        tool(&host.netns, "ip rule del pref 200");
+        cluster.agents.iter_mut().for_each(wait_for_path);
+        lab.set_cable(1, false)?;
+        tool(&cluster.hosts[1].netns, "ip neigh flush dev eth0");
+        let words = ["no machine on eth0 answers ARP for 10.99.0.10, so packets to n1"];
+        wait_for_words(&mut cluster.agents[1], &words);
+        lab.set_cable(1, true)?;
+        cluster.agents.iter_mut().for_each(wait_for_path);
+        Ok(())
+    });
+}
+
+#[test]
+fn ipv6_address_that_another_machine_has_is_named_by_an_agent_that_waits_for_one() {
+    isolated(|lab| {
+        let (first, second) = (lab.host(1, "n1")?, lab.host(2, "n2")?);
+        for host in [&first, &second] {
+            tool(&host.netns, "ip addr flush dev eth0 scope global");
+        }
+        let added = run(&first.netns, "ip addr add 2001:db8::1/64 dev eth0 nodad");
+        if !added.status.success() {
+            skipped("duplicate IPv6 address", "the kernel has no IPv6");
+            return Ok(());
+        }
+        tool(&second.netns, "ip addr add 2001:db8::1/64 dev eth0");
+        eventually(&second.netns, "ip -6 addr show dev eth0", |shown| shown.contains("dadfailed"));
+        let agent = Agent::start(program(), &second, &["--init", "--iface", "eth0"])?;
+        let words = "another machine has the address of eth0 (2001:db8::1), too";
+        wait_until("it is not named", NAMED, || agent.log().contains(words));
+        Ok(())
+    });
+}
