@@ -3,6 +3,7 @@
 
 mod answers;
 mod api_server;
+mod chart;
 mod dual;
 mod manifests;
 

@@ -8,20 +8,20 @@ use serde_json::Value;
 
 use crate::common::{program, skipped};
 
-const MANIFESTS: [&str; 2] = ["config/kubernetes.yaml", "config/kubernetes-gossip.yaml"];
+pub const MANIFESTS: [&str; 2] = ["config/kubernetes.yaml", "config/kubernetes-gossip.yaml"];
 
-fn objects(text: &str) -> Vec<Value> {
+pub fn objects(text: &str) -> Vec<Value> {
     serde_yaml_ng::Deserializer::from_str(text)
         .map(|document| Value::deserialize(document).expect("YAML"))
         .filter(|object| !object.is_null())
         .collect()
 }
 
-fn list(value: &Value) -> &[Value] {
+pub fn list(value: &Value) -> &[Value] {
     value.as_array().map(Vec::as_slice).unwrap_or_default()
 }
 
-fn text(value: &Value) -> String {
+pub fn text(value: &Value) -> String {
     value.as_str().map_or_else(|| panic!("no text: {value}"), str::to_owned)
 }
 
