@@ -6,6 +6,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs::File,
+    net::IpAddr,
     os::fd::OwnedFd,
     sync::Arc,
 };
@@ -284,7 +285,7 @@ impl Agent {
         &mut self,
         name: &AttachmentName,
         netns: Option<OwnedFd>,
-        reply: Sender<Result<(), PodError>>,
+        reply: Sender<Result<Vec<IpAddr>, PodError>>,
     ) {
         let known = Attachment::new(&name.container, &name.interface)
             .map_err(PodError::invalid)

@@ -7,6 +7,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs::File,
     io,
+    net::IpAddr,
     os::fd::AsFd as _,
     path::Path,
     sync::mpsc::{self, TryRecvError},
@@ -75,7 +76,7 @@ pub enum Job {
         netns: Option<File>,
         /// What it is held to.
         mac: Option<Mac>,
-        reply: Sender<Result<(), PodError>>,
+        reply: Sender<Result<Vec<IpAddr>, PodError>>,
     },
     /// Looks which of these pods are gone.
     Look {

@@ -1,6 +1,13 @@
 //! The agent's end of the control socket.
 
-use std::{io, net::TcpListener, os::fd::OwnedFd, path::Path, sync::Arc, time::Duration};
+use std::{
+    io,
+    net::{IpAddr, TcpListener},
+    os::fd::OwnedFd,
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
 
 use axum::{
     Json, Router,
@@ -78,11 +85,11 @@ pub enum Question {
         request: AttachmentName,
         reply: Sender<Result<bool, PodError>>,
     },
-    /// Whether the kernel still has it as it was made.
+    /// Whether the kernel still has it as it was made; answered with all addresses of its interface.
     Check {
         request: AttachmentName,
         netns: Option<OwnedFd>,
-        reply: Sender<Result<(), PodError>>,
+        reply: Sender<Result<Vec<IpAddr>, PodError>>,
     },
     Pods {
         reply: Sender<Vec<PodStatus>>,
@@ -417,7 +424,9 @@ async fn check(
     Json(request): Json<AttachmentName>,
 ) -> Response {
     let netns = received.take();
-    let render = |result: Result<(), PodError>| outcome(result.map(|()| json!({ "whole": true })));
+    let render = |result: Result<Vec<IpAddr>, PodError>| {
+        outcome(result.map(|addresses| json!({ "addresses": addresses })))
+    };
     answer(&ask, |reply| Question::Check { request, netns, reply }, render).await
 }
 

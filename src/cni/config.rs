@@ -10,7 +10,10 @@ use ipnet::IpNet;
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Map, Value, json};
 
-use super::error::{CniError, code};
+use super::{
+    error::{CniError, code},
+    request::INPUT_MAX,
+};
 use crate::{api::AttachmentName, model::Mac};
 
 /// What a runtime can ask for in the pod's part of the configuration, and gossamer does not do.
@@ -48,6 +51,9 @@ impl NetworkConfig {
         let undecodable = |why: &dyn Display| {
             CniError::new(code::UNDECODABLE, format!("network configuration on stdin: {why}"))
         };
+        if input.len() as u64 > INPUT_MAX {
+            return Err(undecodable(&format_args!("it is longer than {INPUT_MAX} bytes")));
+        }
         let value: Value = serde_json::from_slice(input).map_err(|error| undecodable(&error))?;
         match value {
             Value::Object(_) => Ok(Self(value)),
@@ -82,8 +88,18 @@ impl NetworkConfig {
     }
 
     /// The agent's control socket, where it is not at its usual place.
+    ///
+    /// # Errors
+    /// For a relative path: each runtime would look in a directory of its own.
     pub fn socket(&self) -> Result<Option<PathBuf>, CniError> {
-        self.get(&["socket"])
+        let socket: Option<PathBuf> = self.get(&["socket"])?;
+        match socket.filter(|socket| !socket.as_os_str().is_empty()) {
+            Some(socket) if socket.is_relative() => {
+                let why = format!("socket: {}: give its absolute path", socket.display());
+                Err(CniError::new(code::BAD_CONFIG, why))
+            }
+            socket => Ok(socket),
+        }
     }
 
     /// Name of the overlay, where this host has several.
@@ -94,6 +110,21 @@ impl NetworkConfig {
     /// The result of the plugins before this one.
     pub fn previous(&self) -> Option<&Value> {
         self.0.get("prevResult").filter(|previous| previous.is_object())
+    }
+
+    /// The addresses of an interface of the pod in the result of the plugins before this one. What is no
+    /// result has none.
+    pub fn previous_addresses(&self, interface: &str) -> Vec<IpAddr> {
+        let Some(previous) = self.previous() else { return Vec::new() };
+        let is_its = |ip: &&Value| {
+            let index = ip["interface"].as_u64().and_then(|index| usize::try_from(index).ok());
+            let link = index.map_or(&Value::Null, |index| &previous["interfaces"][index]);
+            link["name"] == interface
+                && link["sandbox"].as_str().is_some_and(|path| !path.is_empty())
+        };
+        let all = previous["ips"].as_array().map(Vec::as_slice).unwrap_or_default();
+        let addresses = all.iter().filter(is_its).filter_map(|ip| ip["address"].as_str());
+        addresses.filter_map(|text| text.parse().map(|net: IpNet| net.addr()).ok()).collect()
     }
 
     /// What the runtime still knows, with GC: under the key of the specification, and under the one that
@@ -240,13 +271,21 @@ impl NetworkConfig {
     }
 
     /// What is at a path; none where nothing or null is.
+    ///
+    /// # Errors
+    /// For a value of another type, there or on the way.
     fn get<T: DeserializeOwned>(&self, path: &[&str]) -> Result<Option<T>, CniError> {
+        let bad = |depth: usize, why: &dyn Display| {
+            CniError::new(code::BAD_CONFIG, format!("{}: {why}", path[..depth].join(".")))
+        };
         let mut value = &self.0;
-        for key in path {
-            value = value.get(key).unwrap_or(&Value::Null);
+        for (depth, key) in path.iter().enumerate() {
+            value = match value {
+                Value::Object(map) => map.get(*key).unwrap_or(&Value::Null),
+                Value::Null => &Value::Null,
+                _ => return Err(bad(depth, &"it is no JSON object")),
+            };
         }
-        Option::<T>::deserialize(value).map_err(|error| {
-            CniError::new(code::BAD_CONFIG, format!("{}: {error}", path.join(".")))
-        })
+        Option::<T>::deserialize(value).map_err(|error| bad(path.len(), &error))
     }
 }

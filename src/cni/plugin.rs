@@ -4,6 +4,7 @@ use std::{
     collections::BTreeMap,
     fs::File,
     io::{self, Read as _, Write as _},
+    net::IpAddr,
     path::Path,
     process::ExitCode,
     thread,
@@ -46,7 +47,8 @@ pub fn run() -> ExitCode {
     let program = Path::new(&program).file_name().and_then(|name| name.to_str());
     let mut input = Vec::new();
     let newest = VERSIONS[VERSIONS.len() - 1];
-    let done = match io::stdin().take(INPUT_MAX).read_to_end(&mut input) {
+    // One byte more than is allowed, so that a configuration that is too long is seen to be.
+    let done = match io::stdin().take(INPUT_MAX + 1).read_to_end(&mut input) {
         Err(error) => Err((CniError::new(code::IO, format!("stdin: {error}")), newest)),
         Ok(_) => CniRequest::parse(program.unwrap_or_default(), &environment, &input)
             .and_then(|request| carry_out(&request).map_err(|error| (error, request.version))),
@@ -85,8 +87,10 @@ fn carry_out(request: &CniRequest) -> Result<Option<Value>, CniError> {
             let opened = netns::open("CNI_NETNS", netns)?;
             let name = AttachmentName::from(attachment);
             let checked =
-                ask(api::post_with(&socket, "/v1/pods/check", &name, Some(opened.into())));
-            Ok(checked.map(|_| None)?)
+                ask(api::post_with(&socket, "/v1/pods/check", &name, Some(opened.into())))?;
+            let has: Vec<IpAddr> = read(&socket, checked["addresses"].clone())?;
+            let expected = request.config.previous_addresses(attachment.interface());
+            compare(attachment.interface(), netns, &has, &expected).map(|()| None)
         }
         Asked::Gc { valid } => {
             let (owner, valid) = (request.owner(), valid.clone());
@@ -255,6 +259,23 @@ fn judge(status: &Value) -> Result<(), CniError> {
                  see `gossamer status`"
             );
             Err(CniError::new(code::NOT_AVAILABLE_AND_CUT_OFF, why))
+        }
+    }
+}
+
+/// Whether an interface has what the results of this plugin and of others say of it.
+fn compare(
+    interface: &str,
+    netns: &Path,
+    has: &[IpAddr],
+    expected: &[IpAddr],
+) -> Result<(), CniError> {
+    match expected.iter().find(|ip| !has.contains(ip)) {
+        None => Ok(()),
+        Some(ip) => {
+            let netns = netns.display();
+            let why = format!("interface {interface} in {netns} does not have {ip} of prevResult");
+            Err(CniError::new(code::IO, why))
         }
     }
 }

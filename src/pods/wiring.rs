@@ -252,7 +252,8 @@ impl Wiring {
         Ok(strays.len())
     }
 
-    /// Looks whether a pod still has both ends of its cable, its addresses, and the MAC that it is held to.
+    /// Looks whether a pod still has both ends of its cable, its addresses, and the MAC that it is held to;
+    /// returns all addresses of its interface.
     ///
     /// # Errors
     /// What it lacks.
@@ -261,7 +262,7 @@ impl Wiring {
         pod: &Pod,
         netns: Option<&File>,
         mac: Option<Mac>,
-    ) -> Result<(), WiringError> {
+    ) -> Result<Vec<IpAddr>, WiringError> {
         let look = "looking for the interface";
         let lacks = |what: String| Err(WiringError::Lacks(what));
         let link = link_name(&pod.attachment);
@@ -282,10 +283,11 @@ impl Wiring {
             ));
         }
         let has = inside.addresses().map_err(failed("looking for addresses"))?;
-        let there = |ip: &IpAddr| has.iter().any(|has| has.link == found.index && has.ip == *ip);
-        match pod.addresses.iter().find(|ip| !there(ip)) {
+        let has = has.iter().filter(|has| has.link == found.index);
+        let has: Vec<IpAddr> = has.map(|has| has.ip).collect();
+        match pod.addresses.iter().find(|ip| !has.contains(ip)) {
             Some(ip) => lacks(format!("interface {interface} in {} has lost {ip}", pod.netns)),
-            None => Ok(()),
+            None => Ok(has),
         }
     }
 

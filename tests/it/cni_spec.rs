@@ -119,6 +119,9 @@ fn every_error_has_the_number_of_the_specification_and_names_what_is_wrong() {
         let runtime = Runtime::new(&agent);
         let lost = runtime.add("a");
         tool(&spaces[0], "ip addr flush dev eth0");
+        // What the runtime believes is not what was given.
+        let mut other = runtime.add("f");
+        other["ips"][0]["address"] = "192.0.2.9/24".into();
         let none = || json!({});
         let cases = [
             case("ADD", &[], json!({ "cniVersion": "0.5.0" }), 1, "0.5.0"),
@@ -152,9 +155,17 @@ fn every_error_has_the_number_of_the_specification_and_names_what_is_wrong() {
             // For the second time.
             case("ADD", &[], none(), 4, "has an address already"),
             case("CHECK", &[], json!({ "prevResult": lost }), 5, "has lost"),
+            case(
+                "CHECK",
+                &[("CNI_CONTAINERID", "f"), ("CNI_NETNS", "/run/netns/f")],
+                json!({ "prevResult": other }),
+                5,
+                "192.0.2.9",
+            ),
             case("ADD", &[], json!({ "isDefaultGateway": 1 }), 7, "isDefaultGateway"),
             case("ADD", &[], json!({ "socket": null, "instance": "A B" }), 7, "instance"),
             case("ADD", &[], json!({ "runtimeConfig": { "ips": ["10.42.0"] } }), 7, "10.42.0"),
+            case("DEL", &[], json!({ "socket": "gossamer.sock" }), 7, "absolute path"),
             case("GC", &[], none(), 7, "cni.dev/valid-attachments"),
             case("ADD", &[], json!({ "socket": "/nowhere/sock" }), 11, "does not run"),
             case("STATUS", &[], json!({ "socket": "/nowhere/sock" }), 50, "does not run"),
@@ -178,6 +189,7 @@ fn every_error_has_the_number_of_the_specification_and_names_what_is_wrong() {
             let (done, error) = invoke(program(), &variables, input);
             assert!(!done && error["code"] == 6, "{input}: {error}");
         }
+        runtime.del("f");
         ["b", "c", "d", "e"].iter().for_each(|name| _ = runtime.add(name));
         assert_eq!(runtime.refused("ADD", "f", &json!({})).0, 100);
         // What is wrong with one is not wrong with others.

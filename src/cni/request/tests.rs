@@ -121,6 +121,10 @@ fn what_cannot_be_honoured_is_named_with_the_specifications_number() {
         ("", json!({ "args": { "cni": { "mac": "x" } } }), 7, "args.cni.mac"),
         ("", json!({ "isDefaultGateway": "no" }), 7, "isDefaultGateway"),
         ("", json!({ "dns": { "nameservers": "10.0.0.1" } }), 7, "dns.nameservers"),
+        // What is below cannot be read then.
+        ("", json!({ "dns": ["10.0.0.1"] }), 7, "dns: it is no JSON object"),
+        ("", json!({ "runtimeConfig": [] }), 7, "runtimeConfig: it is no JSON object"),
+        ("", json!({ "args": { "cni": "ips" } }), 7, "args.cni: it is no JSON object"),
         ("", json!({ "runtimeConfig": { "bandwidth": { "ingressRate": 8 } } }), 2, "ingressRate"),
         ("", json!({ "runtimeConfig": { "ipRanges": [[{}]] } }), 2, "runtimeConfig.ipRanges"),
         ("IP=x", json!({}), 4, "CNI_ARGS IP"),
@@ -169,6 +173,41 @@ fn what_is_missing_or_wrong_is_named_by_the_specifications_number() {
     assert!(error.code == code::BAD_CONFIG && error.msg.contains("instance"), "{error:?}");
     let long = config(json!({ "name": "n".repeat(201) }));
     assert_eq!(parse(&ADD, &long).expect_err("long").0.code, code::BAD_CONFIG);
+    let longest = config(json!({ "more": "n".repeat(INPUT_MAX as usize) }));
+    let (error, _) = parse(&ADD, &longest).expect_err("too long");
+    assert!(error.code == code::UNDECODABLE && error.msg.contains("is longer"), "{error:?}");
+}
+
+#[test]
+fn a_socket_has_an_absolute_path_and_an_empty_one_is_none() {
+    let socket =
+        |path: &str| parse(&ADD, &config(json!({ "socket": path }))).expect("read").socket();
+    assert_eq!(socket(""), Ok(PathBuf::from("/run/gossamer/gossamer.sock")));
+    assert_eq!(socket("/run/a.sock"), Ok(PathBuf::from("/run/a.sock")));
+    let error = socket("run/a.sock").expect_err("relative");
+    assert!(error.code == code::BAD_CONFIG && error.msg.contains("run/a.sock"), "{error:?}");
+}
+
+#[test]
+fn addresses_of_an_earlier_result_are_those_of_the_pods_interface() {
+    let previous = json!({
+        "interfaces": [
+            { "name": "eth0" }, { "name": "eth0", "sandbox": "/n" }, { "name": "eth1", "sandbox": "/n" },
+        ],
+        "ips": [
+            { "address": "10.42.7.9/24", "interface": 1 }, { "address": "fd42::9/64", "interface": 1 },
+            { "address": "10.42.7.1/24", "interface": 0 }, { "address": "10.42.7.8/24", "interface": 2 },
+            { "address": "10.42.7.7/24" }, { "address": "10.42.7.6/24", "interface": 9 }, null,
+        ],
+    });
+    let of = |previous: Value| {
+        let request = parse(&ADD, &config(json!({ "prevResult": previous }))).expect("a request");
+        request.config.previous_addresses("eth0")
+    };
+    assert_eq!(of(previous), [ip("10.42.7.9"), ip("fd42::9")]);
+    for nothing in [json!(null), json!([]), json!({}), json!({ "ips": 1 }), json!({ "ips": [] })] {
+        assert!(of(nothing).is_empty());
+    }
 }
 
 #[test]
