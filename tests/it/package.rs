@@ -90,9 +90,18 @@ fn the_package_is_installed_upgraded_and_removed_without_a_trace() {
             "/usr/libexec/netavark/gossamer",
             "/usr/lib/systemd/network/05-gossamer.network",
             "/usr/lib/NetworkManager/conf.d/10-gossamer.conf",
+            "/usr/share/gossamer/kubernetes/kubernetes.yaml",
+            "/usr/share/gossamer/kubernetes/kustomization.yaml",
+            "/usr/share/gossamer/kubernetes/chart/Chart.yaml",
+            "/usr/share/gossamer/kubernetes/chart/values.schema.json",
+            "/usr/share/gossamer/kubernetes/chart/templates/_daemonset.tpl",
         ] {
             inside(&format!("test -s {file}"));
         }
+        // The network driver of Podman 5, where netavark looks for it.
+        let link = inside("readlink -f /usr/libexec/netavark/gossamer");
+        assert_eq!(link.trim(), "/usr/bin/gossamer");
+        assert!(inside("/usr/libexec/netavark/gossamer info").contains("api_version"));
         // It says what is missing, and is not started before it is told which cluster to be in.
         let agent =
             "sh -c '/usr/bin/gossamer agent --config /etc/gossamer/gossamer.toml 2>&1 || true'";
@@ -104,7 +113,7 @@ fn the_package_is_installed_upgraded_and_removed_without_a_trace() {
         inside("dpkg -i /root/gossamer.deb");
         inside("dpkg -r gossamer");
         inside("grep -q 'mtu = 1400' /etc/gossamer/gossamer.toml");
-        inside("test ! -e /usr/bin/gossamer");
+        inside("test ! -e /usr/bin/gossamer -a ! -L /usr/libexec/netavark/gossamer");
         inside("dpkg -P gossamer");
         inside("test ! -e /etc/gossamer");
         Ok(())
