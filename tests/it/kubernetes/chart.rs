@@ -160,6 +160,19 @@ fn values_that_the_chart_does_not_know_are_refused_by_name() {
     }
 }
 
+#[test]
+fn the_example_of_the_documentation_is_taken_as_it_is_written() {
+    let page = fs::read_to_string("docs/KUBERNETES.md").expect("the page");
+    let blocks = page.split("```yaml\n").filter_map(|block| block.split("\n```").next());
+    let example = blocks.into_iter().find(|block| block.starts_with("# mine.yaml"));
+    let values = objects(example.expect("an example")).remove(0);
+    let made = rendered!("the_example_of_the_documentation_is_taken_as_it_is_written", values);
+    let made = by_name(made.expect("rendered"));
+    let variables = variables(&made["\"DaemonSet\" \"gossamer\""]);
+    assert_eq!(variables.get("GOSSAMER_NETWORK6"), Some(&"fd00:10:244::/56".to_owned()));
+    assert_eq!(variables.get("GOSSAMER_MTU"), Some(&"1400".to_owned()));
+}
+
 /// Needs no Helm.
 #[test]
 fn the_chart_is_of_this_version_and_its_schema_names_settings_that_there_are() {
