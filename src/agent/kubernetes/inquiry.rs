@@ -1,7 +1,10 @@
 //! The source of this node's subnet is asked again and again while the agent runs: another subnet is noticed,
 //! and other nodes are found by a list that failed at first.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
 use ipnet::IpNet;
 use tokio::sync::mpsc::UnboundedSender;
@@ -41,8 +44,8 @@ pub(crate) struct Source {
     seeds: Vec<String>,
     /// What is wrong with this node's subnet.
     problem: Option<String>,
-    /// The last failure in the log.
-    logged: String,
+    /// The last failure of each kind in the log.
+    logged: BTreeMap<&'static str, String>,
     pause: Duration,
 }
 
@@ -71,7 +74,7 @@ impl Source {
             unlisted,
             seeds,
             problem: None,
-            logged: String::new(),
+            logged: BTreeMap::new(),
             pause,
         })
     }
@@ -116,11 +119,15 @@ impl Source {
         });
     }
 
-    fn log(&mut self, why: String, event: &str) {
-        if self.logged != why {
+    fn log(&mut self, why: String, event: &'static str) {
+        if self.is_news(&why, event) {
             tracing::warn!(%why, "{event}");
-            self.logged = why;
         }
+    }
+
+    /// Whether a failure is another one than the last of its kind.
+    fn is_news(&mut self, why: &str, event: &'static str) -> bool {
+        self.logged.insert(event, why.to_owned()).as_deref() != Some(why)
     }
 
     /// Plans the next question: soon after a failure, and then less and less often.
@@ -224,5 +231,26 @@ impl Agent {
         let text = format!("Kubernetes has given this node {new} in the place of {old}");
         self.journal.note(EventKind::Agent, EventLevel::Warn, text);
         self.ending = Some(Ending::Reassigned);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::PoolSpec;
+
+    #[test]
+    fn failures_of_two_kinds_that_last_are_news_once_each() {
+        let network: IpNet = "10.42.0.0/16".parse().expect("a network");
+        let pool = Pool::new(&PoolSpec::of(network)).expect("a pool");
+        let given = Given { cidrs: Vec::new(), address: network.network(), others: Ok(Vec::new()) };
+        let (report, _news) = tokio::sync::mpsc::unbounded_channel();
+        let source = Source::new(&PodCidr::Api, "n1", pool, &given, Vec::new(), report);
+        let mut source = source.expect("a source that may change");
+        for is_first in [true, false, false] {
+            assert_eq!(source.is_news("no answer", "nothing about this node"), is_first);
+            assert_eq!(source.is_news("no list", "no other nodes"), is_first);
+        }
+        assert!(source.is_news("403", "no other nodes"));
     }
 }
