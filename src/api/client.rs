@@ -31,8 +31,8 @@ pub enum ClientError {
     NoAgent { path: PathBuf },
     #[error("not permitted to use {}: run as the user that runs the agent (root?)", path.display())]
     NotPermitted { path: PathBuf },
-    #[error("the agent is going down")]
-    GoingDown,
+    #[error("the agent gave no answer: it is ending, or has too much to do; ask again")]
+    NoAnswer,
     #[error("{why}")]
     Refused {
         why: String,
@@ -154,13 +154,13 @@ async fn open(
 async fn read(socket: &Path, response: Response<Incoming>) -> Result<Value, ClientError> {
     let broken = |error: &dyn Display| ClientError::broken(socket, error);
     let status = response.status();
-    if status == StatusCode::GONE {
-        return Err(ClientError::GoingDown);
-    }
     let body = response.into_body().collect().await.map_err(|error| broken(&error))?.to_bytes();
     let value: Value = serde_json::from_slice(&body).map_err(|error| broken(&error))?;
     if status.is_success() {
         return Ok(value);
+    }
+    if status == StatusCode::SERVICE_UNAVAILABLE && value["ask_again"] == true {
+        return Err(ClientError::NoAnswer);
     }
     let why = value["error"].as_str().map_or_else(|| status.to_string(), str::to_owned);
     Err(ClientError::Refused { why, answer: value })

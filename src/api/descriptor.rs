@@ -12,10 +12,7 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use axum::{
-    extract::connect_info::Connected,
-    serve::{IncomingStream, Listener},
-};
+use axum::serve::Listener;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
@@ -50,6 +47,11 @@ pub(super) struct Carrier {
 impl Carrier {
     pub(super) fn new(stream: UnixStream, sending: Option<OwnedFd>) -> Self {
         Self { stream, sending, received: Received::default() }
+    }
+
+    /// Where descriptors are put that come over it.
+    pub(super) fn received(&self) -> Received {
+        self.received.clone()
     }
 
     fn receive(&self, bytes: &mut [u8]) -> io::Result<usize> {
@@ -140,12 +142,6 @@ impl Listener for CarrierListener {
 
     fn local_addr(&self) -> io::Result<()> {
         Ok(())
-    }
-}
-
-impl Connected<IncomingStream<'_, CarrierListener>> for Received {
-    fn connect_info(stream: IncomingStream<'_, CarrierListener>) -> Self {
-        stream.io().received.clone()
     }
 }
 

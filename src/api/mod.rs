@@ -4,6 +4,7 @@
 //! state. The socket is for its owner only (mode 0600).
 
 mod client;
+mod connections;
 mod dashboard;
 mod descriptor;
 mod events;
@@ -17,6 +18,7 @@ mod socket;
 mod status;
 
 pub use client::{ClientError, block_on, follow, get, post, post_json, post_with};
+pub use connections::serve as serve_connections;
 pub use events::{Event, EventFeed, EventKind, EventLevel, SAMPLE_INTERVAL, Sample};
 pub use matrix::{Matrix, MatrixPath, MatrixRow};
 pub use ping::{PingReport, Reach};

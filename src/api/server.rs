@@ -27,8 +27,10 @@ use tokio::sync::oneshot::{self, Sender};
 use crate::wire::{Secret, SecretId, Token};
 
 use super::{
-    AgentStatus, AttachRequest, Attached, AttachmentName, Event, EventFeed, KernelEntry, MatrixRow,
-    PingReport, PodError, PodErrorKind, PodStatus, SAMPLE_INTERVAL, Sample, Socket, SocketError,
+    AgentStatus, AttachRequest, Attached, AttachmentName, ClientError, Event, EventFeed,
+    KernelEntry, MatrixRow, PingReport, PodError, PodErrorKind, PodStatus, SAMPLE_INTERVAL, Sample,
+    Socket, SocketError,
+    connections::serve as serve_connections,
     dashboard,
     descriptor::{CarrierListener, Received},
     metrics::{self, Page},
@@ -169,8 +171,10 @@ pub fn serve(
         .route("/v1/pods/check", post(check))
         .route("/v1/pods/release", post(release))
         .with_state(ask);
-    let service = router.into_make_service_with_connect_info::<Received>();
-    tokio::spawn(async move { axum::serve(CarrierListener(listener), service).await });
+    tokio::spawn(serve_connections(CarrierListener(listener), router, |carrier| {
+        let received = carrier.received();
+        move |request| _ = request.extensions_mut().insert(ConnectInfo(received.clone()))
+    }));
     Ok(socket)
 }
 
@@ -188,7 +192,7 @@ pub fn observe(
         address,
         observed().route("/v1/status", get(status_now)).merge(dashboard::pages()).with_state(ask),
     );
-    tokio::spawn(async move { axum::serve(listener, router).await });
+    tokio::spawn(serve_connections(listener, router, |_| |_: &mut _| {}));
     Ok(())
 }
 
@@ -458,11 +462,15 @@ async fn answer<T>(
 ) -> Response {
     match put(&**ask, question).await {
         Some(value) => render(value),
-        None => problem(StatusCode::GONE, "the agent is going down"),
+        None => {
+            let why = ClientError::NoAnswer.to_string();
+            let body = Json(json!({ "error": why, "ask_again": true }));
+            (StatusCode::SERVICE_UNAVAILABLE, body).into_response()
+        }
     }
 }
 
-/// Puts a question to the agent's loop, and waits for the answer; none, if the agent is going down.
+/// Puts a question to the agent's loop, and waits for the answer; none, if the loop dropped it.
 pub async fn put<Q, T>(
     ask: &(dyn Fn(Q) -> bool + Send + Sync),
     question: impl FnOnce(Sender<T>) -> Q,

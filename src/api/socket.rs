@@ -1,13 +1,23 @@
 //! Unix sockets for one owner, where an earlier process may have left its own.
 
 use std::{
-    fs, io,
-    os::unix::{fs::FileTypeExt as _, net::UnixStream},
+    fs::{self, Permissions},
+    io,
+    os::{
+        fd::OwnedFd,
+        unix::{
+            fs::{FileTypeExt as _, PermissionsExt as _},
+            net::UnixStream,
+        },
+    },
     path::{Path, PathBuf},
 };
 
-use nix::sys::stat::{Mode, umask};
+use socket2::{Domain, SockAddr, Type};
 use tokio::net::UnixListener;
+
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 128;
 
 /// The socket cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -35,12 +45,20 @@ impl Socket {
             fs::create_dir_all(directory).map_err(fail)?;
         }
         remove_stale(path)?;
-        // For its owner alone from the first moment on: secrets can be read over it.
-        let before = umask(Mode::from_bits_truncate(0o177));
-        let listener = UnixListener::bind(path);
-        umask(before);
-        Ok((Self(path.to_owned()), listener.map_err(fail)?))
+        let listener = listen_for_owner(path).map_err(fail)?;
+        Ok((Self(path.to_owned()), listener))
     }
+}
+
+/// For its owner alone from the first moment on: secrets can be read over it. Before it listens it takes no
+/// connection. (The file mode creation mask would be that of all threads.)
+fn listen_for_owner(path: &Path) -> io::Result<UnixListener> {
+    let socket = socket2::Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&SockAddr::unix(path)?)?;
+    fs::set_permissions(path, Permissions::from_mode(0o600))?;
+    socket.listen(BACKLOG)?;
+    UnixListener::from_std(OwnedFd::from(socket).into())
 }
 
 impl Drop for Socket {

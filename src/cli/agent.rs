@@ -3,6 +3,7 @@
 use std::{io::IsTerminal as _, path::PathBuf, process::ExitCode, sync::Arc};
 
 use clap::Args;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tracing_journald::{Priority, PriorityMappings};
 use tracing_subscriber::{
     EnvFilter, fmt, layer::SubscriberExt as _, reload, util::SubscriberInitExt as _,
@@ -13,6 +14,9 @@ use crate::{
     agent::{self, Ending, Reread},
     config::{LogFormat, Settings},
 };
+
+/// Open files that an agent never needs more of.
+const FILES: u64 = 65_536;
 
 #[derive(Debug, Args)]
 pub struct AgentArgs {
@@ -46,6 +50,7 @@ pub fn run(args: AgentArgs) -> ExitCode {
         set_filter(filter)?;
         Ok(config)
     }));
+    allow_many_files();
     if let Err(error) = agent::guard() {
         return fail(error);
     }
@@ -67,6 +72,16 @@ pub fn run(args: AgentArgs) -> ExitCode {
         Ok(Ok(Ending::Failed(why))) => fail(why),
         Ok(Err(failure)) => fail(failure),
         Err(error) => fail(error),
+    }
+}
+
+/// Raises the limit of open files as far as it may be, within reason: the usual one of services is 1,024.
+fn allow_many_files() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| {
+        setrlimit(Resource::RLIMIT_NOFILE, soft.max(hard.min(FILES)), hard)
+    });
+    if let Err(error) = raised {
+        tracing::debug!(%error, "the limit of open files is not raised");
     }
 }
 

@@ -54,7 +54,7 @@ async fn ask(args: &StatusArgs) -> Result<Value, ClientError> {
         loop {
             match api::get(socket, &target).await {
                 // Also one that begins anew, as after reset-identity.
-                Err(ClientError::NoAgent { .. } | ClientError::GoingDown) => {
+                Err(ClientError::NoAgent { .. } | ClientError::NoAnswer) => {
                     tokio::time::sleep(RETRY).await;
                 }
                 answer => return answer,

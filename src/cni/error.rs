@@ -51,7 +51,7 @@ impl CniError {
 impl From<ClientError> for CniError {
     fn from(error: ClientError) -> Self {
         match error {
-            ClientError::NoAgent { .. } | ClientError::GoingDown => Self {
+            ClientError::NoAgent { .. } | ClientError::NoAnswer => Self {
                 code: code::TRY_LATER,
                 msg: "the gossamer agent does not run on this host".to_owned(),
                 details: error.to_string(),

@@ -228,7 +228,7 @@ fn undo(
 /// Whether the agent will be able to do it another time.
 fn is_away(error: &ClientError) -> bool {
     match error {
-        ClientError::NoAgent { .. } | ClientError::GoingDown | ClientError::Broken { .. } => true,
+        ClientError::NoAgent { .. } | ClientError::NoAnswer | ClientError::Broken { .. } => true,
         ClientError::NotPermitted { .. } => false,
         ClientError::Refused { .. } => {
             refusal(error).is_some_and(|refusal| refusal.kind == PodErrorKind::NotReady)

@@ -111,7 +111,7 @@ pub fn handle(listener: UnixListener, ask: impl Fn(Request) -> bool + Send + Syn
         .fallback(post(respond))
         .layer(DefaultBodyLimit::max(REQUEST_MAX))
         .with_state(ask);
-    tokio::spawn(async move { axum::serve(listener, router).await });
+    tokio::spawn(api::serve_connections(listener, router, |_| |_: &mut _| {}));
 }
 
 async fn respond(State(ask): State<Ask>, uri: Uri, body: Bytes) -> Response {
@@ -273,7 +273,9 @@ async fn put<T>(
 ) -> Result<T, Refused> {
     match api::put(&**ask, request).await {
         Some(result) => result.map_err(|error| Refused(error.error)),
-        None => Err(Refused("gossamer's agent is going down".to_owned())),
+        None => Err(Refused(
+            "gossamer's agent gave no answer: it is ending, or has too much to do".to_owned(),
+        )),
     }
 }
 

@@ -15,6 +15,7 @@ mod cni_pods;
 mod cni_spec;
 mod common;
 mod compose;
+mod crowds;
 mod dashboard;
 mod demand;
 mod docker;

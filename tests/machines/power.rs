@@ -46,8 +46,9 @@ fn reboot_and_cut(world: &mut World) -> anyhow::Result<()> {
 }
 
 fn no_quarantine(machine: &mut Machine, states: &str) -> anyhow::Result<()> {
-    let found = machine.ok(&format!("find {states} -name '*damaged*'"))?;
-    ensure!(found.is_empty(), "a database was moved aside: {found}");
+    let found = machine.ok(&format!("find {states} -name '*damaged*' -exec ls -lR {{}} +"))?;
+    let why = machine.ok("grep -h 'moved aside' /run/h*.log || true")?;
+    ensure!(found.is_empty(), "a database was moved aside: {found}\n{why}");
     Ok(())
 }
 
