@@ -25,8 +25,17 @@ fn shell(script: &str) -> String {
 }
 
 /// How the interfaces are called that gossamer makes.
-const OURS: [&str; 6] =
-    ["gossamer.1", "gossamer.999999", "gossam.16777215", "gsm0", "gsm16777215", "gsm0123456789"];
+const OURS: [&str; 9] = [
+    "gossamer.1",
+    "gossamer.999999",
+    "gossam.16777215",
+    "gsm0",
+    "gsm16777215",
+    "gsm0123456789",
+    "gsp.1",
+    "gsp.1b",
+    "gsp.16777215",
+];
 
 /// `*` stands for anything; nothing else is special in these files.
 fn matches(pattern: &str, name: &str) -> bool {
