@@ -135,7 +135,27 @@ enum Failure {
     Damaged(String),
 }
 
+/// Removes snapshots of the log that a power cut has left half written. sled 0.34 gives them their name when
+/// they are whole, and yet reads those without it: it would take the database for damaged. The log is whole.
+fn remove_unfinished_snapshots(path: &Path) -> io::Result<()> {
+    let entries = match fs::read_dir(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries?,
+    };
+    for entry in entries {
+        let entry = entry?;
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        if name.starts_with("snap.") && name.ends_with(".generating") {
+            tracing::info!(%name, "removed a snapshot of the database that was half written");
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
 fn try_open(path: &Path) -> Result<(Database, Vec<(Key, Record)>), Failure> {
+    remove_unfinished_snapshots(path).map_err(Failure::Io)?;
     let opened = catch_unwind(AssertUnwindSafe(|| {
         let sled = sled::Config::default()
             .path(path)
@@ -209,6 +229,19 @@ mod tests {
         let opened = Database::open(&path).expect("opens again");
         assert_eq!(starts(&opened), Some(&Record::Starts(7)));
         assert!(opened.quarantined.is_none());
+    }
+
+    #[test]
+    fn snapshot_that_a_power_cut_left_half_written_is_no_damage() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let path = dir.path().join("db");
+        write(&Database::open(&path).expect("opens").database, 7);
+        for torn in [&b""[..], b"half of one", &[0; 4096]] {
+            fs::write(path.join("snap.00000000000FFFFF.generating"), torn).expect("written");
+            let opened = Database::open(&path).expect("opens again");
+            assert!(opened.quarantined.is_none(), "{:?}", opened.quarantined);
+            assert_eq!(starts(&opened), Some(&Record::Starts(7)));
+        }
     }
 
     #[test]
