@@ -348,7 +348,8 @@ impl Audit {
             if let Some(cause) = cause {
                 if question.kind == Kind::Home {
                     home.insert(cause.clone(), question.to);
-                } else {
+                } else if question.subject.contains(&question.there()) {
+                    // Of a host's own address nothing follows for the pods of its subnet.
                     self.suspects.insert(question.subject, question.there());
                 }
                 let doubts = self.doubts.entry(question.subject).or_default();

@@ -186,6 +186,10 @@ impl Watch {
             self.traces.get_mut(node)?.came.insert(packet.link);
             return Some(());
         }
+        // The forwarding trial sends tunnel packets to its own host, under the MAC of a peer.
+        if from == self.local {
+            return None;
+        }
         let inner = Mac::from_bytes(*udp.get(INNER_SOURCE..)?.first_chunk()?);
         self.traces.get_mut(self.by_mac.get(&inner)?)?.came_as = Some(from);
         Some(())

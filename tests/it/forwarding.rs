@@ -41,7 +41,7 @@ const CHAIN: &str = "nft add table inet wall && \
                      nft add chain inet wall f { type filter hook forward priority 0 ; }";
 
 /// Which ways are lost, what is named, and what closes them.
-const WALLS: [(&str, &str, &str); 10] = [
+const WALLS: [(&str, &str, &str); 11] = [
     (
         "(IPv4 out, IPv4 in)",
         "chain inet wall f (hook forward) ends in a rule that drops or rejects",
@@ -75,6 +75,12 @@ const WALLS: [(&str, &str, &str); 10] = [
         "nft add chain inet wall pre { type filter hook prerouting priority raw ; } && \
          nft add rule inet wall pre iifname gossamer.1 tcp dport 1-65535 notrack && \
          nft add rule inet wall f ct state untracked drop",
+    ),
+    (
+        "(IPv4 TCP out, IPv4 TCP in)",
+        "chain inet wall proxy sends packets to other addresses (redirect or DNAT)",
+        "nft add chain inet wall proxy { type nat hook prerouting priority dstnat ; } && \
+         nft add rule inet wall proxy meta l4proto tcp redirect to :7892",
     ),
     (
         "(IPv4 UDP out, IPv4 UDP in)",

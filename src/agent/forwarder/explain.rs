@@ -242,13 +242,36 @@ fn rules(netlink: &mut Netlink, setting: &Setting, port: Option<u32>) -> Vec<Str
         }
     }
     if reasons.is_empty() {
+        reasons.extend(redirecting(&networks));
+    }
+    if reasons.is_empty() {
         reasons.push(format!(
-            "no rule was found that says so; look at nft list ruleset, iptables-legacy -S FORWARD, \
-             ip xfrm policy, bpftool net, and tc filter show dev {}",
+            "no rule was found that says so; look at nft list ruleset, ip rule (rules about marks), \
+             iptables-legacy -S FORWARD, ip xfrm policy, bpftool net, and tc filter show dev {}",
             setting.device_name
         ));
     }
     reasons
+}
+
+/// Chains that send packets to another address, and how to exempt the overlay.
+fn redirecting(networks: &[IpNet]) -> Vec<String> {
+    let open = |network: &IpNet| {
+        let ipv4 = network.addr().is_ipv4();
+        let chains = FirewallTable::open().and_then(|mut table| table.redirecting_chains(ipv4));
+        let family = if ipv4 { "ip" } else { "ip6" };
+        let sentence = |chain: String| {
+            let fix = match chain.as_str() {
+                "ip nat PREROUTING" | "ip6 nat PREROUTING" => {
+                    format!("{family}tables -t nat -I PREROUTING -d {network} -j ACCEPT")
+                }
+                _ => format!("nft insert rule {chain} {family} daddr {network} accept"),
+            };
+            format!("chain {chain} sends packets to other addresses (redirect or DNAT): {fix}")
+        };
+        chains.unwrap_or_default().into_iter().map(sentence).collect::<Vec<_>>()
+    };
+    networks.iter().flat_map(open).collect()
 }
 
 /// IPsec policies that take packets between pods.

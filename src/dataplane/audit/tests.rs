@@ -73,6 +73,23 @@ fn peers_are_asked_about_as_pods_send_and_receive() {
 }
 
 #[test]
+fn address_of_a_host_that_is_filtered_is_not_asked_about_as_one_of_its_pods() {
+    let (desired, mut audit) = (desired(1), Audit::default());
+    let filter = Cause::Filter { interface: "gossamer.1".to_owned() };
+    for _ in 0..3 {
+        pass(&mut audit, &desired, |q| (q.kind == Kind::HostsToPods).then(|| filter.clone()));
+    }
+    let questions = audit.questions(&desired, &ground(Some(BRIDGE)));
+    let of_pods = |q: &&Question| matches!(q.kind, Kind::Out | Kind::In);
+    for question in questions.iter().filter(of_pods) {
+        let there = if question.kind == Kind::Out { Some(question.to) } else { question.from };
+        assert!(there.is_some_and(|ip| net("10.42.2.0/24").contains(&ip)), "{question:?}");
+    }
+    let said = audit.sentences(desired.pool.networks());
+    assert!(said[0].contains("packets of other nodes' own addresses to pods here"), "{said:?}");
+}
+
+#[test]
 fn each_family_is_asked_about_and_direct_and_withdrawn_peers_have_ways_of_their_own() {
     let view = dual_stack_view(&[(1, 1), (2, 2), (3, 3)]);
     let withdrawn = view.peers.keys().take(1).copied().collect();

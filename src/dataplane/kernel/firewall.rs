@@ -14,7 +14,7 @@ use ipnet::IpNet;
 use rtnetlink::packet_core::{NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL};
 
 use super::{
-    forward::{Closing, ForeignChains, translating_chains},
+    forward::{Closing, ForeignChains, redirecting_chains, translating_chains},
     ports::{ClosedPort, closed_ports},
 };
 use crate::{
@@ -216,6 +216,11 @@ impl FirewallTable {
     /// Chains of others that translate the source of what leaves this host.
     pub fn translating_chains(&mut self, ipv4: bool) -> io::Result<Vec<String>> {
         translating_chains(&mut self.nftables, ipv4)
+    }
+
+    /// Chains of others that send what comes in to another address.
+    pub fn redirecting_chains(&mut self, ipv4: bool) -> io::Result<Vec<String>> {
+        redirecting_chains(&mut self.nftables, ipv4)
     }
 
     /// Base chains of others, and those of these UDP ports that they drop.

@@ -10,7 +10,8 @@ use ipnet::IpNet;
 use super::{
     firewall::name_of,
     rules::{
-        Base, Effect, base_of, effect, family_name, hook_name, is_conditional, translates_source,
+        Base, Effect, base_of, effect, family_name, hook_name, is_conditional,
+        translates_destination, translates_source,
     },
 };
 use crate::{
@@ -200,17 +201,31 @@ fn closing_chains(
 /// Chains of others that translate the source of what leaves this host; where rules without a condition do
 /// so, only theirs.
 pub fn translating_chains(nftables: &mut Nftables, ipv4: bool) -> io::Result<Vec<String>> {
+    chains_with(nftables, ipv4, POSTROUTING, translates_source)
+}
+
+/// The same of those that send what comes in to another address.
+pub fn redirecting_chains(nftables: &mut Nftables, ipv4: bool) -> io::Result<Vec<String>> {
+    chains_with(nftables, ipv4, PREROUTING, translates_destination)
+}
+
+fn chains_with(
+    nftables: &mut Nftables,
+    ipv4: bool,
+    hook: u32,
+    is_it: impl Fn(&Object) -> bool,
+) -> io::Result<Vec<String>> {
     let families = [INET, if ipv4 { IP } else { IP6 }];
     let mut found = BTreeSet::new();
     for chain in nftables.dump(Kind::GetChain, ANY, &Attributes::new())? {
-        let is_base = base_of(&chain).is_some_and(|base| base.hook == POSTROUTING);
+        let is_base = base_of(&chain).is_some_and(|base| base.hook == hook);
         let table = name_of(&chain, 1);
         if !is_base || !families.contains(&chain.family) || is_device_name(table) {
             continue;
         }
         let filter = Attributes::new().text(1, table);
         for rule in nftables.dump(Kind::GetRule, chain.family, &filter)? {
-            if translates_source(&rule) {
+            if is_it(&rule) {
                 let name = format!("{} {table} {}", family_name(chain.family), name_of(&rule, 2));
                 found.insert((is_conditional(&rule), name));
             }

@@ -110,6 +110,18 @@ pub fn translates_source(rule: &Object) -> bool {
     })
 }
 
+/// Whether packets that match all conditions of a rule get another destination.
+pub fn translates_destination(rule: &Object) -> bool {
+    /// `NFT_NAT_DNAT`
+    const DESTINATION: u32 = 1;
+    expressions(rule).any(|(name, data)| match name {
+        "redir" | "tproxy" => true,
+        "nat" => number(attributes::find(data, 1)) == Some(DESTINATION),
+        "target" => matches!(text_of(data), Some("REDIRECT" | "DNAT" | "TPROXY")),
+        _ => false,
+    })
+}
+
 /// Whether it leaves some packets alone.
 pub fn is_conditional(rule: &Object) -> bool {
     expressions(rule)

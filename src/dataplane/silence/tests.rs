@@ -116,6 +116,14 @@ fn source_addresses_that_are_translated_are_named_at_both_ends() {
 }
 
 #[test]
+fn tunnel_packets_of_this_hosts_own_trial_are_no_translated_ones_of_a_peer() {
+    let mut here = watch();
+    see(&mut here, TO_THIS_HOST, IPV4, &tunnel(LOCAL, LOCAL));
+    let said = told(&here, Facts::default()).unwrap_or_default();
+    assert!(!said.contains("arrive under the address"), "{said}");
+}
+
+#[test]
 fn what_does_not_leave_is_told_by_the_rule_or_by_where_to_look() {
     let by = Culprit { chain: "inet hard out".to_owned(), handle: None, queued: false };
     let dropped = Facts { sent: true, dropped: [Some(by), None], ..Facts::default() };
