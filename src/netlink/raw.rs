@@ -60,7 +60,7 @@ pub fn answers(bytes: &[u8]) -> impl Iterator<Item = Answer> {
         Some(Answer {
             sequence: u32::from_ne_bytes(*message.get(8..)?.first_chunk()?),
             port: u32::from_ne_bytes(*message.get(12..)?.first_chunk()?),
-            error: (kind == NLMSG_ERROR).then_some(-i32::from_ne_bytes(own)),
+            error: (kind == NLMSG_ERROR).then(|| i32::from_ne_bytes(own).wrapping_neg()),
             done: kind == NLMSG_DONE,
             interrupted: flags & NLM_F_DUMP_INTR != 0,
             own,
@@ -84,5 +84,15 @@ mod tests {
         assert_eq!((read[0].error, read[1].error), (None, Some(17)));
         assert_eq!(read[0].attributes, attributes.as_bytes());
         assert_eq!(answers(&bytes[..bytes.len() - 1]).count(), 1);
+    }
+
+    #[test]
+    fn bytes_that_are_no_error_may_have_any_value() {
+        let mut bytes = Vec::new();
+        // What nftables tells at its 128th change in a network namespace; and an error that no kernel sends.
+        append(7, 0, 0, i32::MIN.to_ne_bytes(), &Attributes::new(), &mut bytes);
+        append(NLMSG_ERROR, 0, 0, i32::MIN.to_ne_bytes(), &Attributes::new(), &mut bytes);
+        let errors: Vec<Option<i32>> = answers(&bytes).map(|answer| answer.error).collect();
+        assert_eq!(errors, [None, Some(i32::MIN)]);
     }
 }
