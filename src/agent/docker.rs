@@ -4,18 +4,24 @@
 //! An address is reserved under its container's MAC, for the endpoint has no name yet; then it is the
 //! endpoint's until Docker deletes that. Everything is on disk before it is answered.
 
-use std::{collections::BTreeSet, net::IpAddr, time::Duration};
+use std::{
+    collections::BTreeSet,
+    net::IpAddr,
+    time::{Duration, Instant},
+};
 
 use ipnet::IpNet;
 use tokio::sync::oneshot::Sender;
 
-use super::{Agent, pods::record, wirer::Job};
+use super::{Agent, pod_address::NotGiven, pods::record, vanished::Looking};
 use crate::{
     api::{PodError, PodErrorKind},
-    docker::{Joined, OWNER, Request},
-    model::{Attachment, Mac, Pod, Subnets},
+    docker::{self, Endpoint, Joined, OWNER, Request},
+    model::{Attachment, Mac, Pod},
     pods::{
-        Wish, gateway,
+        Wish,
+        bridge::Bridge,
+        gateway,
         wiring::{End, loose_name},
         with_length,
     },
@@ -30,16 +36,37 @@ const BY_ADDRESS: &str = "address-";
 const RESERVED: Duration = Duration::from_secs(600);
 
 impl Agent {
+    /// Answers Docker, now or when this node has a subnet.
     pub(super) fn on_docker(&mut self, request: Request) {
+        let is_early = request.needs_subnet() && !self.has_subnet_in_use();
+        if is_early && self.store_problem.is_none() {
+            self.pods.early.push((Instant::now(), request));
+        } else {
+            self.answer_docker(request);
+        }
+    }
+
+    /// Answers what has waited for this node's subnet.
+    pub(super) fn answer_early(&mut self) {
+        let is_ready = self.has_subnet_in_use();
+        let may_be_answered =
+            |(_, request): &mut (Instant, Request)| is_ready || !request.needs_subnet();
+        let ready: Vec<_> = self.pods.early.extract_if(.., may_be_answered).collect();
+        // Docker has had an answer to the others.
+        let waiting = ready.into_iter().filter(|(since, _)| since.elapsed() < docker::PATIENCE);
+        waiting.for_each(|(_, request)| self.answer_docker(request));
+    }
+
+    fn answer_docker(&mut self, request: Request) {
         match request {
-            Request::Pool { ipv6, named, reply } => self.docker_pool(ipv6, named, reply),
+            Request::Pool { ipv6, reply } => _ = reply.send(self.docker_pool(ipv6)),
             Request::Network { pools, reply } => _ = reply.send(self.docker_network(&pools)),
             Request::Gateway { pool, reply } => {
                 let gateway = |subnet: IpNet| with_length(gateway(subnet), subnet);
                 let _ = reply.send(self.own_subnet(pool).map(gateway));
             }
             Request::Reserve { pool, address, mac, reply } => {
-                self.reserve(pool, address, mac, reply);
+                self.reserve(Reservation { pool, address, mac, reply });
             }
             Request::Release { address, reply } => self.release(address, reply),
             Request::Bind { endpoint, addresses, reply } => {
@@ -52,7 +79,9 @@ impl Agent {
             Request::Find { endpoint, reply } => {
                 let _ = reply.send(self.endpoint(&endpoint).map(drop));
             }
-            Request::Join { endpoint, sandbox, reply } => self.join(&endpoint, sandbox, reply),
+            Request::Join { endpoint, sandbox, reply } => {
+                self.join(Join { endpoint, sandbox, reply });
+            }
             Request::Delete { endpoint, reply } => match attachment(&endpoint) {
                 Err(error) => _ = reply.send(Err(error)),
                 Ok(attachment) => self.remove_endpoint(&attachment, reply),
@@ -60,34 +89,11 @@ impl Agent {
         }
     }
 
-    fn docker_pool(&mut self, ipv6: bool, named: bool, reply: Sender<Result<IpNet, PodError>>) {
-        let bridge = self.ready_bridge();
-        let subnet = bridge.as_ref().map_err(PodError::clone).and_then(|bridge| {
-            let found = bridge.subnets.iter().find(|subnet| subnet.addr().is_ipv6() == ipv6);
-            let family = if ipv6 { "IPv6" } else { "IPv4" };
-            found.ok_or_else(|| PodError::invalid(format!("this overlay has no {family}")))
-        });
-        match (bridge, subnet) {
-            (Ok(bridge), Ok(subnet)) if !named && !ipv6 => {
-                // Docker would find the route of a bridge, ask for another pool, and so without end.
-                if !self.pods.table.is_empty() {
-                    let why = format!(
-                        "this host has containers on {subnet} already, and Docker takes such a subnet only \
-                         if it is named: add --subnet {subnet}"
-                    );
-                    let _ = reply.send(Err(PodError::invalid(why)));
-                } else {
-                    self.pods.bridge = None;
-                    self.wirer.ask(Job::Vacate {
-                        bridge: bridge.name,
-                        table: bridge.table,
-                        subnet,
-                        reply,
-                    });
-                }
-            }
-            (_, subnet) => _ = reply.send(subnet),
-        }
+    fn docker_pool(&self, ipv6: bool) -> Result<IpNet, PodError> {
+        let subnets = self.ready_bridge()?.subnets;
+        let found = subnets.iter().find(|subnet| subnet.addr().is_ipv6() == ipv6);
+        let family = if ipv6 { "IPv6" } else { "IPv4" };
+        found.ok_or_else(|| PodError::invalid(format!("this overlay has no {family}")))
     }
 
     fn docker_network(&self, pools: &[IpNet]) -> Result<u32, PodError> {
@@ -95,27 +101,45 @@ impl Agent {
         Ok(self.ready_bridge()?.mtu)
     }
 
-    /// A pool as this node has it now.
+    /// The subnet that a pool stands for: this node's one of its family, unless its user has named one.
     fn own_subnet(&self, pool: IpNet) -> Result<IpNet, PodError> {
+        if pool.prefix_len() == 0 {
+            return self.docker_pool(pool.addr().is_ipv6());
+        }
         let subnets = self.ready_bridge()?.subnets;
         let found = subnets.iter().find(|subnet| *subnet == pool.trunc());
         found.ok_or_else(|| {
             PodError::invalid(format!(
-                "pool {pool}: this node's subnet is {}: create the network anew, with --ipam-driver gossamer",
+                "pool {pool}: this node's subnet is {}: create the network again, with \
+                 --ipam-driver gossamer and without --subnet",
                 subnets.first
             ))
         })
     }
 
-    fn reserve(
+    fn reserve(&mut self, reservation: Reservation) {
+        match self.find_or_reserve(&reservation) {
+            // A container that is gone may stand in the way: one that did not survive a power cut.
+            Err(NotGiven::Address(error)) if error.is_of_pods() => {
+                self.look(Looking::Reserve(reservation));
+            }
+            result => self.answer_reservation(reservation, result),
+        }
+    }
+
+    /// The second try, when those that are gone have given back what they had.
+    pub(super) fn reserve_again(&mut self, reservation: Reservation) {
+        let result = self.find_or_reserve(&reservation);
+        self.answer_reservation(reservation, result);
+    }
+
+    fn answer_reservation(
         &mut self,
-        pool: IpNet,
-        address: Option<IpAddr>,
-        mac: Option<String>,
-        reply: Sender<Result<IpNet, PodError>>,
+        Reservation { reply, .. }: Reservation,
+        result: Result<(Pod, IpNet), NotGiven>,
     ) {
-        match self.find_or_reserve(pool, address, mac.as_deref()) {
-            Err(error) => _ = reply.send(Err(error)),
+        match result {
+            Err(error) => _ = reply.send(Err(error.into())),
             Ok((pod, subnet)) => {
                 let given = pod.addresses.iter().find(|ip| subnet.contains(ip));
                 let given = with_length(given.unwrap_or(pod.addresses.first), subnet);
@@ -124,23 +148,19 @@ impl Agent {
         }
     }
 
-    fn find_or_reserve(
-        &mut self,
-        pool: IpNet,
-        address: Option<IpAddr>,
-        mac: Option<&str>,
-    ) -> Result<(Pod, IpNet), PodError> {
-        let subnet = self.own_subnet(pool)?;
-        let who = match (mac, address) {
+    fn find_or_reserve(&mut self, reservation: &Reservation) -> Result<(Pod, IpNet), NotGiven> {
+        let address = reservation.address;
+        let subnet = self.own_subnet(reservation.pool)?;
+        let name = match (&reservation.mac, address) {
             (Some(mac), _) => format!("{BY_MAC}{}", mac.replace(':', "")),
             (None, Some(address)) => {
                 format!("{BY_ADDRESS}{}", address.to_string().replace(':', "-"))
             }
             (None, None) => {
-                return Err(PodError::invalid("an address for a container without a MAC"));
+                return Err(PodError::invalid("an address for a container without a MAC").into());
             }
         };
-        let attachment = attachment(&who)?;
+        let attachment = attachment(&name)?;
         if let Some(pod) = self.pods.table.get(&attachment) {
             // Of the other family, or asked for once more.
             if address.is_none_or(|address| pod.addresses.iter().any(|ip| ip == address)) {
@@ -153,7 +173,7 @@ impl Agent {
                  --ip and --ip6, or none",
                 address.unwrap_or(first)
             );
-            return Err(PodError::new(PodErrorKind::Address, why));
+            return Err(PodError::new(PodErrorKind::Address, why).into());
         }
         self.drop_old_reservations();
         let bridge = self.ready_bridge()?;
@@ -229,30 +249,62 @@ impl Agent {
         }
     }
 
-    fn join(&mut self, endpoint: &str, sandbox: String, reply: Sender<Result<Joined, PodError>>) {
-        let ready =
-            self.endpoint(endpoint).cloned().and_then(|pod| Ok((self.ready_bridge()?, pod)));
-        let (bridge, pod) = match ready {
-            Ok(ready) => ready,
-            Err(error) => {
-                let _ = reply.send(Err(error));
-                return;
+    fn join(&mut self, join: Join) {
+        // It may be one that Docker has taken the container out of, while no agent ran.
+        if self.other_in_sandbox(&join).is_some() {
+            self.look(Looking::Join(join));
+        } else {
+            self.join_now(join);
+        }
+    }
+
+    /// When pods that are gone have given back what they had.
+    pub(super) fn join_now(&mut self, join: Join) {
+        let entered = self.enter_sandbox(&join);
+        let reply = join.reply;
+        match entered {
+            Err(error) => _ = reply.send(Err(error)),
+            Ok((bridge, pod, routes)) => {
+                let joined = Joined { interface: loose_name(&pod.attachment), routes };
+                let answer =
+                    move |result: Result<_, PodError>| _ = reply.send(result.map(|_| joined));
+                self.connect(bridge, pod, End::Loose, Box::new(answer));
             }
+        }
+    }
+
+    /// A pod that the container of an endpoint is already.
+    fn other_in_sandbox(&self, Join { endpoint, sandbox, .. }: &Join) -> Option<&Pod> {
+        let is_other = |pod: &&Pod| {
+            pod.owner == OWNER && pod.netns == *sandbox && pod.attachment.container() != endpoint
         };
-        let attachment = pod.attachment;
-        let Some(pod) = self.pods.table.rename(&attachment, attachment.clone(), sandbox) else {
-            return;
-        };
-        let pod = pod.clone();
-        let networks = self.kernel.wanted.as_ref().map(|view| view.settings.pool.networks());
-        let routes = networks.into_iter().flat_map(Subnets::iter).filter_map(|network| {
-            let same = |subnet: &IpNet| network.contains(subnet);
+        self.pods.table.iter().filter(|_| !sandbox.is_empty()).find(is_other)
+    }
+
+    /// Notes which container an endpoint is of. Gives the routes that the container gets along with it.
+    fn enter_sandbox(&mut self, join: &Join) -> Result<Entered, PodError> {
+        let attachment = self.endpoint(&join.endpoint)?.attachment.clone();
+        let bridge = self.ready_bridge()?;
+        // Docker would fail when it sets the second address, and leave the container without routes.
+        if let Some(other) = self.other_in_sandbox(join) {
+            return Err(PodError::invalid(format!(
+                "the container is in a network of gossamer already and has {} there: all networks of \
+                 gossamer lead to the same overlay, and Docker does not take a second address of it: \
+                 leave this one out",
+                other.addresses.first
+            )));
+        }
+        let sandbox = join.sandbox.clone();
+        let moved = self.pods.table.rename(&attachment, attachment.clone(), sandbox).cloned();
+        let pod = moved
+            .ok_or_else(|| PodError::invalid(format!("endpoint {}: it is gone", join.endpoint)))?;
+        let routes = bridge.networks.iter().filter_map(|network| {
+            let own = bridge.subnets.iter().find(|subnet| network.contains(subnet))?;
             let has = pod.addresses.iter().any(|ip| network.contains(&ip));
-            Some((network, gateway(bridge.subnets.iter().find(same)?))).filter(|_| has)
+            has.then(|| (network, gateway(own)))
         });
-        let joined = Joined { interface: loose_name(&attachment), routes: routes.collect() };
-        let answer = move |result: Result<_, PodError>| _ = reply.send(result.map(|_| joined));
-        self.connect(bridge, pod, End::Loose, Box::new(answer));
+        let routes = routes.collect();
+        Ok((bridge, pod, routes))
     }
 
     fn endpoint(&self, endpoint: &str) -> Result<&Pod, PodError> {
@@ -287,6 +339,36 @@ impl Agent {
         self.pods.saving.insert(number, Box::new(answer));
     }
 }
+
+/// Asks for an address of a pool, any or a certain one, for the container that will have this MAC.
+pub(super) struct Reservation {
+    pool: IpNet,
+    address: Option<IpAddr>,
+    mac: Option<String>,
+    reply: Sender<Result<IpNet, PodError>>,
+}
+
+impl Reservation {
+    pub(super) fn refuse(self, error: PodError) {
+        let _ = self.reply.send(Err(error));
+    }
+}
+
+/// Asks for an interface for an endpoint, for the container in this sandbox.
+pub(super) struct Join {
+    endpoint: Endpoint,
+    sandbox: String,
+    reply: Sender<Result<Joined, PodError>>,
+}
+
+impl Join {
+    pub(super) fn refuse(self, error: PodError) {
+        let _ = self.reply.send(Err(error));
+    }
+}
+
+/// What an endpoint is plugged into, its pod, and the container's routes.
+type Entered = (Bridge, Pod, Vec<(IpNet, IpAddr)>);
 
 fn attachment(name: &str) -> Result<Attachment, PodError> {
     Attachment::new(name, INTERFACE).map_err(PodError::invalid)

@@ -230,6 +230,7 @@ impl Agent {
             self.carry_out();
             self.restore_paths();
             self.serve_waiters();
+            self.answer_early();
             self.end_rounds();
             self.end_surveys(turn);
             self.report_to_service(turn);

@@ -9,6 +9,7 @@ use std::{
     net::IpAddr,
     os::fd::OwnedFd,
     sync::Arc,
+    time::Instant,
 };
 
 use tokio::sync::oneshot::Sender;
@@ -56,6 +57,8 @@ pub(super) struct PodState {
     pub(super) problems: Vec<String>,
     /// Since when addresses are held for containers of Docker's that have not come yet.
     pub(super) reserved: BTreeMap<Attachment, Time>,
+    /// What Docker has asked for before this node had a subnet, and since when it waits.
+    pub(super) early: Vec<(Instant, docker::Request)>,
     /// Cables that should be there and are not, as last told.
     pub(super) absent: BTreeSet<String>,
     /// What waits for a look at the cables.
@@ -232,9 +235,17 @@ impl Agent {
         if let Some(why) = &self.store_problem {
             return Err(not_ready(format!("the state directory cannot be written: {why}")));
         }
-        let view = self.kernel.wanted.as_ref().filter(|_| self.kernel.programmed_once);
+        let view = self.subnet_in_use();
         let view = view.ok_or_else(|| not_ready("this node has no subnet in use yet".to_owned()));
         view.map(|view| self.bridge(view))
+    }
+
+    fn subnet_in_use(&self) -> Option<&View> {
+        self.kernel.wanted.as_ref().filter(|_| self.kernel.programmed_once)
+    }
+
+    pub(super) fn has_subnet_in_use(&self) -> bool {
+        self.subnet_in_use().is_some()
     }
 
     pub(super) fn detach(

@@ -4,13 +4,14 @@
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
+    os::unix::net,
     sync::Arc,
     time::Instant,
 };
 
 use ipnet::IpNet;
 use sha2::{Digest as _, Sha256};
-use tokio::sync::mpsc;
+use tokio::{net::UnixListener, sync::mpsc};
 
 use super::{
     Agent, Clock, Ending, Forwarder, Gate, Inquest, Journal, KernelState, News, PodState, Prober,
@@ -87,11 +88,16 @@ pub enum StartFailure {
 
 /// Runs an agent until it ends. Must be called within a tokio runtime of its own, which takes the sockets
 /// along when it is dropped. After [`Ending::Anew`] and
-/// [`Ending::Reassigned`] it is to be called again. `reread` is called at SIGHUP.
-pub async fn run(config: Config, reread: &Reread) -> Result<Ending, StartFailure> {
+/// [`Ending::Reassigned`] it is to be called again. `plugin` is the socket of Docker's plugin, if the service
+/// manager has opened it. `reread` is called at SIGHUP.
+pub async fn run(
+    config: Config,
+    plugin: Option<net::UnixListener>,
+    reread: &Reread,
+) -> Result<Ending, StartFailure> {
     let state = Arc::new(StateDir::open(&config.state_dir)?);
     let fresh = state.node_key()?.is_none();
-    match start(config, state.clone(), fresh, reread).await {
+    match start(config, plugin, state.clone(), fresh, reread).await {
         Ok(ending) => {
             if ending == Ending::Anew {
                 state.new_identity(&random()?)?;
@@ -109,6 +115,7 @@ pub async fn run(config: Config, reread: &Reread) -> Result<Ending, StartFailure
 
 async fn start(
     mut config: Config,
+    plugin: Option<net::UnixListener>,
     state: Arc<StateDir>,
     fresh: bool,
     reread: &Reread,
@@ -173,6 +180,21 @@ async fn start(
     let report = sender.clone();
     let _socket =
         api::serve(&config.socket, move |request| report.send(News::Api(request)).is_ok())?;
+    // Before anything that may take long: Docker gives up on a plugin that is not there.
+    let report = sender.clone();
+    let ask = move |asked| report.send(News::Docker(asked)).is_ok();
+    let _plugin = match (plugin, &config.docker_plugin) {
+        (Some(listener), _) => {
+            docker::handle(UnixListener::from_std(listener)?, ask);
+            None
+        }
+        (None, Some(path)) => {
+            let (socket, listener) = api::Socket::listen(path)?;
+            docker::handle(listener, ask);
+            Some(socket)
+        }
+        (None, None) => None,
+    };
     if let Some(address) = config.http {
         let report = sender.clone();
         let ask = move |request| report.send(News::Api(request)).is_ok();
@@ -210,7 +232,7 @@ async fn start(
             },
         },
     };
-    let waiters = waiting.into_waiters();
+    let (waiters, early) = waiting.into_questions();
     let mut kernel = Kernel::open()?;
     let (vni, port) = match known_cluster {
         Some(cluster) => (cluster.settings.vni, cluster.settings.vxlan_port),
@@ -237,6 +259,7 @@ async fn start(
         // Pods outlive the state directory too.
         pods.recover(Wiring::open()?.found(&bridge)?);
     }
+    pods.early = early;
     let fresh = fresh && pods.table.is_empty();
     pods.macs = Wiring::open()?.macs()?;
     // Bridges hold this host's containers, and pods that run keep their addresses.
@@ -300,15 +323,6 @@ async fn start(
         // All pods that are there are known, so the others are of nobody.
         wirer.ask(Job::Sweep { bridge, keep: pods.links() });
     }
-    let report = sender;
-    let _plugin = match &config.docker_plugin {
-        Some(path) => {
-            let (socket, listener) = api::Socket::listen(path)?;
-            docker::handle(listener, move |asked| report.send(News::Docker(asked)).is_ok());
-            Some(socket)
-        }
-        None => None,
-    };
     let (prober, heard) = Prober::start(u16::from_ne_bytes(random()?), config.withdraw_after);
     let agent = Agent {
         node,

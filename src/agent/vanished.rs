@@ -9,6 +9,7 @@ use tokio::sync::oneshot::Sender;
 
 use super::{
     Agent,
+    docker::{Join, Reservation},
     pod_address::NotGiven,
     pods::status_of,
     wirer::{Job, Looked, Suspect},
@@ -16,7 +17,6 @@ use super::{
 use crate::{
     api::{AttachRequest, Attached, AttachmentName, PodError, PodErrorKind, PodStatus},
     cni::{Note, Spool},
-    docker,
     model::{Attachment, Pod},
     pods::{NoAddress, wiring::link_name},
 };
@@ -29,6 +29,8 @@ pub(super) enum Looking {
         netns: Option<OwnedFd>,
         reply: Sender<Result<Attached, PodError>>,
     },
+    Reserve(Reservation),
+    Join(Join),
     Release {
         reply: Sender<Result<Vec<PodStatus>, PodError>>,
     },
@@ -41,7 +43,7 @@ impl Looking {
                 request.container == attachment.container()
                     && request.interface == attachment.interface()
             }
-            Self::Release { .. } => false,
+            Self::Reserve(_) | Self::Join(_) | Self::Release { .. } => false,
         }
     }
 }
@@ -101,13 +103,9 @@ impl Agent {
         self.wirer.ask(job);
     }
 
-    /// Pods that may be gone. Docker gives back what it has asked for by itself.
+    /// Pods that may be gone. What Docker has asked for and not plugged in yet has no cable.
     fn suspects(&self) -> impl Iterator<Item = &Pod> {
-        let may_be = |pod: &&Pod| {
-            pod.owner != docker::OWNER
-                && !pod.netns.is_empty()
-                && !self.pods.is_attaching(&pod.attachment)
-        };
+        let may_be = |pod: &&Pod| !pod.netns.is_empty() && !self.pods.is_attaching(&pod.attachment);
         self.pods.table.iter().filter(may_be)
     }
 
@@ -119,12 +117,22 @@ impl Agent {
         match (looking, looked) {
             (Looking::Release { reply }, Err(error)) => _ = reply.send(Err(error)),
             (Looking::Attach { reply, .. }, Err(error)) => _ = reply.send(Err(error)),
+            (Looking::Reserve(reservation), Err(error)) => reservation.refuse(error),
+            (Looking::Join(join), Err(error)) => join.refuse(error),
             (Looking::Release { reply }, Ok(looked)) => {
                 let released = self.take_back(&looked.gone);
                 let number = self.pods.next();
                 let answer = move || _ = reply.send(Ok(released));
                 self.pods.saving.insert(number, Box::new(answer));
                 self.writer.save(Vec::new(), number);
+            }
+            (Looking::Reserve(reservation), Ok(looked)) => {
+                self.take_back(&looked.gone);
+                self.reserve_again(reservation);
+            }
+            (Looking::Join(join), Ok(looked)) => {
+                self.take_back(&looked.gone);
+                self.join_now(join);
             }
             (Looking::Attach { request, netns, reply }, Ok(looked)) => {
                 self.take_back(&looked.gone);

@@ -21,6 +21,7 @@ use crate::{
     api::{AgentStatus, CheckStatus, KernelStatus, PodError, PodErrorKind, Question},
     config::Config,
     core::NodeStatus,
+    docker,
     model::{NodeId, NodeName},
     netlink::Netlink,
 };
@@ -39,6 +40,8 @@ pub(super) struct Waiting<'a> {
     service: Service,
     /// Questions for convergence wait on.
     waiters: Vec<Waiter>,
+    /// So does Docker.
+    docker: Vec<(Instant, docker::Request)>,
     problem: String,
 }
 
@@ -51,12 +54,13 @@ impl<'a> Waiting<'a> {
     ) -> Self {
         let service = Service::new(Instant::now());
         let problem = "the agent is starting".to_owned();
-        Self { name, node, signals, questions, service, waiters: Vec::new(), problem }
+        let (waiters, docker) = (Vec::new(), Vec::new());
+        Self { name, node, signals, questions, service, waiters, docker, problem }
     }
 
-    /// Questions that have had no answer.
-    pub(super) fn into_waiters(self) -> Vec<Waiter> {
-        self.waiters
+    /// Questions that have had no answer: for convergence, and Docker's.
+    pub(super) fn into_questions(self) -> (Vec<Waiter>, Vec<(Instant, docker::Request)>) {
+        (self.waiters, self.docker)
     }
 
     /// Says in the status what is waited for, and in the log if that is news.
@@ -89,11 +93,11 @@ impl<'a> Waiting<'a> {
                 biased;
                 () = self.signals.end() => return None,
                 done = &mut work => return Some(done),
-                Some(news) = self.questions.recv() => {
-                    if let News::Api(question) = news {
-                        self.waiters.extend(answer(question, &status));
-                    }
-                }
+                Some(news) = self.questions.recv() => match news {
+                    News::Api(question) => self.waiters.extend(answer(question, &status)),
+                    News::Docker(request) => self.docker.push((Instant::now(), request)),
+                    _ => {}
+                },
                 () = tokio::time::sleep(TICK) => {}
             }
         }

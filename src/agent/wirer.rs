@@ -15,18 +15,17 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ipnet::IpNet;
 use tokio::sync::oneshot::Sender;
 
 use super::opponents::Opponents;
 use crate::{
-    api::{PodError, PodErrorKind, PodStatus},
+    api::{PodError, PodStatus},
     dataplane::{fight::Kind, kernel::spoofing::Spoofing},
     model::{Attachment, Mac, Pod},
     netlink::monitor::Monitor,
     pods::{
         bridge::{Bridge, Mended, Tenant, Tenants},
-        wiring::{Connected, End, Wiring, WiringError, link_name},
+        wiring::{Connected, End, Wiring, WiringError, link_name, loose_end},
     },
     worker::{Order, Orders, Thread, Worker},
 };
@@ -55,14 +54,6 @@ pub enum Job {
     Keep {
         bridge: Bridge,
         tenants: Tenants,
-    },
-    /// Removes a bridge on which there are no pods, for as long as there are none. Answered by the thread
-    /// itself, with the subnet that has no route then.
-    Vacate {
-        bridge: String,
-        table: String,
-        subnet: IpNet,
-        reply: Sender<Result<IpNet, PodError>>,
     },
     /// Removes what an agent that ended in the middle has left.
     Sweep {
@@ -168,6 +159,7 @@ impl Wirer {
                     failing: None,
                     opponents: Opponents::new(),
                     problems: Vec::new(),
+                    fetched: Fetched::default(),
                     absent: BTreeMap::new(),
                     worked: Instant::now(),
                 };
@@ -212,6 +204,7 @@ struct PodWorker<'a, F> {
     opponents: Opponents,
     /// As last told.
     problems: Vec<String>,
+    fetched: Fetched,
     /// Since when cables of pods are not there.
     absent: BTreeMap<String, Instant>,
     /// What the kernel tells of our own work is read when those who wait for it have their answers.
@@ -270,6 +263,7 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
                 }
                 let result = self.wiring.connect(&bridge, &pod, mac, &end);
                 self.kept = Some(bridge);
+                self.fetched.0.remove(&cable);
                 if result.is_ok() {
                     self.tenants.insert(cable, tenant);
                 } else {
@@ -299,19 +293,11 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
                 }
             }
             Job::Keep { bridge, tenants } => {
+                // An agent that has just started was not there to see it.
+                let new = tenants.keys().filter(|cable| !self.tenants.contains_key(*cable));
+                self.fetched.0.extend(new.cloned());
                 (self.kept, self.tenants) = (Some(bridge), tenants);
                 self.touched = true;
-            }
-            Job::Vacate { bridge, table, subnet, reply } => {
-                self.kept = None;
-                if let Err(error) = self.spoofing.remove(&table) {
-                    tracing::warn!(%error, "the table bridge {table} of nftables was not removed");
-                }
-                let failed = |error| {
-                    let what = format!("removing {bridge}: {error}");
-                    PodError::new(PodErrorKind::Failed, what)
-                };
-                let _ = reply.send(self.wiring.remove(&bridge).map(|()| subnet).map_err(failed));
             }
             Job::Sweep { bridge, keep } => match self.wiring.sweep(&bridge, &keep) {
                 Ok(0) => {}
@@ -323,7 +309,7 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
                 let _ = reply.send(checked.map_err(PodError::from));
             }
             Job::Look { number, pods } => {
-                let result = self.wiring.links().map(|links| look(pods, &links));
+                let result = self.wiring.links().map(|links| look(pods, &links, &self.fetched));
                 (self.report)(Wired::Looked { number, result });
             }
             Job::List { mut pods, reply } => {
@@ -341,10 +327,6 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
     }
 
     fn mend(&mut self) {
-        if self.kept.is_none() && !self.problems.is_empty() {
-            self.problems.clear();
-            (self.report)(Wired::Mended(Ok(Mended::default()), Vec::new()));
-        }
         let Some(bridge) = &self.kept else { return };
         if self.looked.elapsed() < self.pause() {
             return;
@@ -360,7 +342,8 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
         let mut is_news = false;
         if let Ok(mended) = &mut result {
             mended.spoofing = u64::from(rewritten);
-            note_absent(&mut self.absent, &mended.absent, self.looked, self.report);
+            let gone = self.fetched.gone(&self.tenants, mended);
+            note_absent(&mut self.absent, &gone, self.looked, self.report);
             if let Some((object, link)) = mended.object() {
                 self.opponents.note(Kind::Bridge, object, Some(link));
             }
@@ -405,6 +388,22 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
     }
 }
 
+/// Cables whose loose ends Docker has fetched. It puts an end back on this host when the container has ended
+/// or has left the network, and tells the agent, if that runs.
+#[derive(Default)]
+struct Fetched(BTreeSet<String>);
+
+impl Fetched {
+    /// Cables that are of no container any more: those that are not there, and those with a loose end again.
+    fn gone(&mut self, tenants: &Tenants, seen: &Mended) -> BTreeSet<String> {
+        let is_fetched =
+            |cable: &&String| !seen.absent.contains(*cable) && !seen.loose.contains(*cable);
+        self.0.extend(tenants.keys().filter(is_fetched).cloned());
+        self.0.retain(|cable| tenants.contains_key(cable));
+        seen.absent.iter().chain(seen.loose.intersection(&self.0)).cloned().collect()
+    }
+}
+
 /// Tells of cables that are not there, as often as that changes, and of those that have not been there for
 /// long enough.
 fn note_absent(
@@ -430,10 +429,11 @@ fn note_absent(
     }
 }
 
-fn look(pods: Vec<Suspect>, links: &BTreeSet<String>) -> Looked {
+fn look(pods: Vec<Suspect>, links: &BTreeSet<String>, fetched: &Fetched) -> Looked {
     let mut looked = Looked::default();
     for Suspect { link, netns } in pods {
-        if !links.contains(&link) {
+        let is_back = links.contains(&loose_end(&link)) && fetched.0.contains(&link);
+        if !links.contains(&link) || is_back {
             looked.gone.insert(link);
         } else if Path::new(&netns).symlink_metadata().is_err() {
             looked.going.insert(link);

@@ -1,8 +1,15 @@
 //! `gossamer agent`: settings, log, run.
 
-use std::{io::IsTerminal as _, path::PathBuf, process::ExitCode, sync::Arc};
+use std::{
+    io::{self, IsTerminal as _},
+    os::unix::net::UnixListener,
+    path::PathBuf,
+    process::ExitCode,
+    sync::Arc,
+};
 
 use clap::Args;
+use listenfd::ListenFd;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tracing_journald::{Priority, PriorityMappings};
 use tracing_subscriber::{
@@ -28,6 +35,26 @@ pub struct AgentArgs {
 }
 
 pub fn run(args: AgentArgs) -> ExitCode {
+    let plugin = match inherited() {
+        Ok(plugin) => plugin,
+        Err(error) => return fail(format_args!("the socket of Docker's plugin: {error}")),
+    };
+    let code = run_with(args, plugin.as_ref());
+    // Docker waits for as long as nobody takes its call, and must not wait for an agent that cannot start.
+    if code != ExitCode::SUCCESS {
+        plugin.into_iter().for_each(|plugin| while plugin.accept().is_ok() {});
+    }
+    code
+}
+
+/// The socket that systemd has opened by gossamer-docker.socket.
+fn inherited() -> io::Result<Option<UnixListener>> {
+    let plugin = ListenFd::from_env().take_unix_listener(0)?;
+    plugin.iter().try_for_each(|plugin| plugin.set_nonblocking(true))?;
+    Ok(plugin)
+}
+
+fn run_with(args: AgentArgs, plugin: Option<&UnixListener>) -> ExitCode {
     let settings = match args.settings.clone().complete(args.config.as_deref()) {
         Ok(settings) => settings,
         Err(error) => return fail(error),
@@ -57,7 +84,11 @@ pub fn run(args: AgentArgs) -> ExitCode {
     let ended = loop {
         // A task is woken in memory; the future that a runtime blocks on, by way of the kernel.
         let (config, reread) = (config.clone(), reread.clone());
-        let agent = async move { agent::run(config, &reread).await };
+        let plugin = match plugin.map(UnixListener::try_clone).transpose() {
+            Ok(plugin) => plugin,
+            Err(error) => break Err(error),
+        };
+        let agent = async move { agent::run(config, plugin, &reread).await };
         match block_on(async { tokio::spawn(agent).await }) {
             Ok(Ok(Ok(Ending::Anew | Ending::Reassigned))) => {}
             Ok(Ok(ended)) => break Ok(ended),
@@ -101,7 +132,7 @@ fn start_log(
     format: LogFormat,
 ) -> Result<impl Fn(EnvFilter) -> Result<(), String>, String> {
     let (filter, handle) = reload::Layer::new(filter);
-    let log = fmt::layer().with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal());
+    let log = fmt::layer().with_writer(io::stderr).with_ansi(io::stderr().is_terminal());
     let registry = tracing_subscriber::registry().with(filter);
     match format {
         LogFormat::Text => registry.with(log.with_target(false)).init(),

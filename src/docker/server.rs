@@ -1,9 +1,10 @@
 //! Docker's questions and our answers. All of them can be asked again: Docker repeats what was lost.
 
 use std::{
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use axum::{
@@ -14,7 +15,7 @@ use axum::{
     response::{IntoResponse, Response},
     routing::post,
 };
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::{net::UnixListener, sync::oneshot::Sender};
@@ -27,17 +28,18 @@ use crate::{
 
 /// Where Docker looks for sockets of plugins.
 pub const DIRECTORY: &str = "/run/docker/plugins";
+/// So long a request waits for this node's subnet. Docker tries a container that it restarts after a boot
+/// only once.
+pub const PATIENCE: Duration = Duration::from_secs(60);
 /// Longest request that is read, in bytes.
 const REQUEST_MAX: usize = 1 << 20;
 
 /// A question to the agent's loop.
 #[derive(Debug)]
 pub enum Request {
-    /// This node's subnet of one family, for a new network. Docker takes only what overlaps none of the
-    /// host's routes unless its user has named it.
+    /// This node's subnet of one family, for a new network.
     Pool {
         ipv6: bool,
-        named: bool,
         reply: Sender<Result<IpNet, PodError>>,
     },
     /// The MTU of networks, if they are of this node's subnets.
@@ -67,7 +69,7 @@ pub enum Request {
         addresses: Vec<IpAddr>,
         reply: Sender<Result<(), PodError>>,
     },
-    /// Whether it is known.
+    /// Whether an endpoint is known.
     Find {
         endpoint: Endpoint,
         reply: Sender<Result<(), PodError>>,
@@ -82,6 +84,22 @@ pub enum Request {
         endpoint: Endpoint,
         reply: Sender<Result<(), PodError>>,
     },
+}
+
+impl Request {
+    /// Whether it can be answered only when this node has a subnet in use.
+    pub const fn needs_subnet(&self) -> bool {
+        match self {
+            Self::Pool { .. }
+            | Self::Network { .. }
+            | Self::Gateway { .. }
+            | Self::Reserve { .. }
+            | Self::Join { .. } => true,
+            Self::Release { .. } | Self::Bind { .. } | Self::Find { .. } | Self::Delete { .. } => {
+                false
+            }
+        }
+    }
 }
 
 /// Docker's name of a container's place in a network.
@@ -143,9 +161,9 @@ async fn answer(ask: &Ask, method: &str, body: &[u8]) -> Option<Result<Value, Re
         "NetworkDriver.EndpointOperInfo" => find(ask, body).await.map(|()| json!({ "Value": {} })),
         "NetworkDriver.DeleteEndpoint" => delete_endpoint(ask, body).await,
         "NetworkDriver.Join" => join(ask, body).await,
-        // The interface goes with the endpoint.
-        "NetworkDriver.Leave" => find(ask, body).await.map(|()| json!({})),
-        "NetworkDriver.DeleteNetwork"
+        // The interface goes with the endpoint. Docker also leaves what was taken back after a power cut.
+        "NetworkDriver.Leave"
+        | "NetworkDriver.DeleteNetwork"
         | "NetworkDriver.ProgramExternalConnectivity"
         | "NetworkDriver.RevokeExternalConnectivity"
         | "NetworkDriver.DiscoverNew"
@@ -229,14 +247,17 @@ async fn request_pool(ask: &Ask, body: &[u8]) -> Result<Value, Refused> {
     if let Some((name, value)) = options.iter().flatten().next() {
         return Err(Refused(format!("ipam-opt {name}={value}: there are none: leave it out")));
     }
-    let subnet =
-        put(ask, |reply| Request::Pool { ipv6: v6, named: named.is_some(), reply }).await?;
-    if let Some(named) = named.filter(|named| named.trunc() != subnet) {
-        return Err(Refused(format!(
-            "subnet {named}: this node's is {subnet}: give that, or none"
-        )));
-    }
-    Ok(json!({ "PoolID": subnet, "Pool": subnet, "Data": {} }))
+    let subnet = put(ask, |reply| Request::Pool { ipv6: v6, reply }).await?;
+    let pool = match named {
+        None => any_subnet(v6),
+        Some(named) if named.trunc() == subnet => subnet,
+        Some(named) => {
+            return Err(Refused(format!(
+                "subnet {named}: this node's is {subnet}: give that, or none"
+            )));
+        }
+    };
+    Ok(json!({ "PoolID": pool, "Pool": pool, "Data": {} }))
 }
 
 async fn request_address(ask: &Ask, body: &[u8]) -> Result<Value, Refused> {
@@ -266,16 +287,32 @@ async fn release_address(ask: &Ask, body: &[u8]) -> Result<Value, Refused> {
     Ok(json!({}))
 }
 
-/// Asks the loop.
+/// The pool of a network whose user has named none: whichever subnet this node has.
+///
+/// Docker compares a pool with the routes of the host, finds that of the bridge or those of other nodes,
+/// asks for another pool, and so without end. It does not compare this one.
+const fn any_subnet(ipv6: bool) -> IpNet {
+    if ipv6 {
+        IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::UNSPECIFIED, 0))
+    } else {
+        IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::UNSPECIFIED, 0))
+    }
+}
+
+/// Asks the loop, and waits for a node that has no subnet yet.
 async fn put<T>(
     ask: &Ask,
     request: impl FnOnce(Sender<Result<T, PodError>>) -> Request,
 ) -> Result<T, Refused> {
-    match api::put(&**ask, request).await {
-        Some(result) => result.map_err(|error| Refused(error.error)),
-        None => Err(Refused(
+    match tokio::time::timeout(PATIENCE, api::put(&**ask, request)).await {
+        Ok(Some(result)) => result.map_err(|error| Refused(error.error)),
+        Ok(None) => Err(Refused(
             "gossamer's agent gave no answer: it is ending, or has too much to do".to_owned(),
         )),
+        Err(_) => Err(Refused(format!(
+            "this node has had no subnet in use for {} s: see `gossamer status`",
+            PATIENCE.as_secs()
+        ))),
     }
 }
 

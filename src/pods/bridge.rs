@@ -20,7 +20,7 @@ use rtnetlink::{
     },
 };
 
-use super::gateway;
+use super::{gateway, wiring::loose_end};
 use crate::{
     dataplane::kernel::interface::{self, Ipv6},
     model::{Addresses, Mac, Pod, Subnets},
@@ -89,6 +89,8 @@ pub struct Mended {
     pub problems: Vec<String>,
     /// Names of ports that the kernel does not have.
     pub absent: BTreeSet<String>,
+    /// Names of ports whose other end is on this host.
+    pub loose: BTreeSet<String>,
 }
 
 impl Mended {
@@ -174,6 +176,8 @@ pub(super) fn plug_again(
     let links = netlink.links()?;
     let there: BTreeSet<&String> = links.iter().map(|link| &link.name).collect();
     mended.absent = ports.keys().filter(|name| !there.contains(name)).cloned().collect();
+    let is_loose = |name: &&String| there.contains(&loose_end(name));
+    mended.loose = ports.keys().filter(is_loose).cloned().collect();
     for port in links.iter().filter(|link| ports.contains_key(&link.name)) {
         let closed = interface::close(&port.name, Ipv6::AsItIs);
         mended.sysctls += closed.set;

@@ -369,7 +369,12 @@ pub fn link_name(attachment: &Attachment) -> String {
 
 /// The name of a pod's own end until its runtime has fetched it.
 pub fn loose_name(attachment: &Attachment) -> String {
-    link_name(attachment) + "p"
+    loose_end(&link_name(attachment))
+}
+
+/// The same, by the name of the end on the bridge.
+pub fn loose_end(link: &str) -> String {
+    format!("{link}p")
 }
 
 /// Who has which addresses behind a port, as far as it fits: the owner may have a long name. A MAC that does

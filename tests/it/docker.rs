@@ -13,7 +13,9 @@ use nix::{
 use serde_json::{Value, json};
 
 use crate::{
-    common::{Cluster, PATIENCE, client, eventually, isolated, program, run, skipped, tool},
+    common::{
+        Cluster, PATIENCE, client, eventually, freeze, isolated, program, skipped, thaw, tool,
+    },
     dockerd::{BUSYBOX, DOCKERD, Dockerd},
 };
 
@@ -135,12 +137,6 @@ fn dockers_requests_are_answered_and_nothing_is_lost_with_the_agent() {
         }
         eventually(host, "ip -o link show type veth master gsm0", str::is_empty);
         assert!(pods(&mut cluster.agents[0]).is_empty());
-        // With nothing on it the bridge makes way for a network whose subnet nobody has named.
-        serve(&mut cluster, 0, Signal::SIGKILL)?;
-        let host = &cluster.hosts[0].netns;
-        assert!(run(host, "ip link show gsm0").status.success());
-        plugin.done("IpamDriver.RequestPool", &json!({ "Pool": "" }));
-        assert!(!run(host, "ip link show gsm0").status.success());
         Ok(())
     });
 }
@@ -168,7 +164,6 @@ fn what_docker_cannot_have_is_refused_and_changes_nothing() {
             ("NetworkDriver.CreateEndpoint", endpoint("../e2", &first), "has no address"),
             ("NetworkDriver.Join", json!({ "EndpointID": "e9" }), "endpoint e9"),
             ("NetworkDriver.Join", json!({ "EndpointID": "../e1" }), "../e1"),
-            ("NetworkDriver.Leave", json!({ "EndpointID": "e9" }), "endpoint e9"),
             ("NetworkDriver.EndpointOperInfo", json!({ "EndpointID": "e9" }), "endpoint e9"),
             ("NetworkDriver.Join", json!({ "EndpointID": 9 }), "the request"),
             ("IpamDriver.RequestPool", json!({ "Pool": any }), any),
@@ -203,12 +198,42 @@ fn what_docker_cannot_have_is_refused_and_changes_nothing() {
         assert_eq!(pods.len(), 1, "{pods:?}");
         assert_eq!((&pods[0]["container"], &pods[0]["orphan"]), (&json!("e1"), &json!(false)));
 
-        // What Docker would ask for without end is said at once, and what helps.
+        // A second network, beside containers: what Docker does not compare with the host's routes.
         plugin.done("NetworkDriver.Join", &json!({ "EndpointID": "e1", "SandboxKey": "/s" }));
-        let why = plugin.refused("IpamDriver.RequestPool", &json!({ "Pool": "" }));
-        assert!(why.contains("--subnet"), "{why}");
-        plugin.done("IpamDriver.RequestPool", &json!({ "Pool": pool }));
+        let again = plugin.done("IpamDriver.RequestPool", &json!({ "Pool": "" }));
+        assert_eq!((&again["Pool"], &again["PoolID"]), (&json!("0.0.0.0/0"), &pool));
+        // Docker would fail after it has been answered, and leave the container without routes.
+        let second = plugin.address(&pool, "02:42:00:00:00:02");
+        plugin.done("NetworkDriver.CreateEndpoint", &endpoint("e2", &second));
+        let both = json!({ "EndpointID": "e2", "SandboxKey": "/s" });
+        let why = plugin.refused("NetworkDriver.Join", &both);
+        assert!(why.contains(ip) && why.contains("leave this one out"), "{why}");
+        plugin.done("NetworkDriver.Join", &json!({ "EndpointID": "e2", "SandboxKey": "/s2" }));
         Ok(())
+    });
+}
+
+#[test]
+fn docker_waits_for_a_node_that_has_no_subnet_yet() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        let host = lab.host(2, "n2")?;
+        freeze(&cluster.agents[0])?;
+        let plugins = host.dir.join("plugins").display().to_string();
+        let mut late = cluster.start_agent(&host, &["--docker-plugin", &plugins])?;
+        // It answers, and cannot join.
+        late.ask("/v1/status", PATIENCE)?;
+        let plugin = Plugin::on(&host);
+        let asked = std::thread::spawn(move || {
+            let pool = plugin.done("IpamDriver.RequestPool", &json!({}))["PoolID"].clone();
+            plugin.address(&pool, "02:42:00:00:00:01")
+        });
+        late.ask("/v1/status", PATIENCE)?;
+        assert!(!asked.is_finished());
+        thaw(&cluster.agents[0])?;
+        let address = asked.join().expect("an address");
+        assert!(address.starts_with("10.42."), "{address}");
+        cluster.converge_with(&mut late, 2)
     });
 }
 

@@ -29,9 +29,23 @@ pub fn unpack_busybox(root: &Path) {
     let busybox = bin.join("busybox");
     fs::copy(BUSYBOX, &busybox).expect("busybox");
     fs::set_permissions(&busybox, fs::Permissions::from_mode(0o755)).expect("set");
-    for applet in ["sh", "sleep", "ping", "httpd", "wget"] {
+    for applet in ["sh", "sleep", "ping", "httpd", "wget", "ip"] {
         symlink("busybox", bin.join(applet)).expect("a link");
     }
+}
+
+/// An image with nothing but busybox, which waits.
+pub fn import(socket: &str, host: &Host, name: &str) {
+    unpack_busybox(&host.dir.join("image"));
+    let packed =
+        Command::new("tar").arg("-C").arg(host.dir.join("image")).args(["-c", "."]).output();
+    let mut docker = Command::new("docker");
+    docker.args(["--host", socket, "import", "--change", "CMD [\"sleep\", \"600\"]", "-", name]);
+    let mut child = docker.stdin(Stdio::piped()).spawn().expect("docker runs");
+    let mut input = child.stdin.take().expect("a pipe");
+    input.write_all(&packed.expect("tar runs").stdout).expect("written");
+    drop(input);
+    assert!(child.wait().expect("docker ends").success());
 }
 
 /// A dockerd on a host, with files of its own. It is ended when dropped.
@@ -78,18 +92,9 @@ impl Dockerd {
         text(&output.stdout)
     }
 
-    /// An image with nothing but busybox.
+    /// The image `box`, with nothing but busybox.
     pub fn import(&self, host: &Host) {
-        unpack_busybox(&host.dir.join("image"));
-        let packed =
-            Command::new("tar").arg("-C").arg(host.dir.join("image")).args(["-c", "."]).output();
-        let mut docker = Command::new("docker");
-        docker.args(["--host", &self.socket, "import", "-", "box"]);
-        let mut child = docker.stdin(Stdio::piped()).spawn().expect("docker runs");
-        let mut input = child.stdin.take().expect("a pipe");
-        input.write_all(&packed.expect("tar runs").stdout).expect("written");
-        drop(input);
-        assert!(child.wait().expect("docker ends").success());
+        import(&self.socket, host, "box");
     }
 
     pub fn address(&self, container: &str) -> String {
