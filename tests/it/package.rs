@@ -92,6 +92,7 @@ fn the_package_is_installed_upgraded_and_removed_without_a_trace() {
         assert!(inside("/usr/bin/gossamer version").contains("no agent runs"));
         for file in [
             "/lib/systemd/system/gossamer.service",
+            "/lib/systemd/system/gossamer-docker.socket",
             "/usr/share/man/man1/gossamer-doctor.1.gz",
             "/usr/share/bash-completion/completions/gossamer",
             "/usr/share/doc/gossamer/examples/grafana.json",
