@@ -1,6 +1,12 @@
-//! docker-compose.yml with a real Docker: five hosts as containers on two networks.
+//! docker-compose.yml with a real Docker: five hosts as containers on two networks, and the commands that
+//! docs/CONTAINERS.md shows.
 
-use std::{path::Path, process::Command, time::Duration};
+use std::{
+    fs,
+    path::Path,
+    process::{Child, Command, Output, Stdio},
+    time::Duration,
+};
 
 use gossamer::lab::Lab;
 
@@ -9,6 +15,7 @@ use crate::{
     dockerd::{DOCKERD, Dockerd},
 };
 
+const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 /// What `cargo static` makes.
 const STATIC: &str =
     concat!(env!("CARGO_MANIFEST_DIR"), "/target/x86_64-unknown-linux-gnu/dist/gossamer");
@@ -16,26 +23,75 @@ const COMPOSE: &str = "/usr/bin/docker-compose";
 /// Containers start slowly on a busy machine.
 const LONG: Duration = Duration::from_secs(60);
 
+const FIVE: [&str; 5] = ["node1", "node2", "node3", "node4", "node5"];
+
+/// What is to be seen after a command: of these hosts, what each says of its pods.
+type Seen = &'static [(&'static [&'static str], &'static str)];
+
+const ALL_SEVEN: Seen = &[(&FIVE, "7 members up, pods reach 26 of 26")];
+/// The commands of the page, and what follows from each.
+const STEPS: [(&str, Seen); 12] = [
+    // That is what this test needs, and takes minutes.
+    ("cargo static", &[]),
+    ("export GOSSAMER_TARGET=local", &[]),
+    // Two pods of each host, and nine others: 90 pairs.
+    ("docker-compose up --build", &[(&FIVE, "5 members up, pods reach 18 of 18")]),
+    ("docker-compose exec node3 gossamer members", &[]),
+    ("docker-compose --profile more up -d --scale more=2", ALL_SEVEN),
+    ("docker-compose kill node4", &[(&["node1", "node5"], "silent: node4")]),
+    ("docker-compose start node4", ALL_SEVEN),
+    (
+        "docker-compose stop router",
+        &[(&["node1"], "reach 10 of 26"), (&["node5"], "reach 14 of 26")],
+    ),
+    ("docker-compose start router", ALL_SEVEN),
+    ("docker network disconnect gossamer-left gossamer-node2", &[(&["node5"], "silent: node2")]),
+    ("docker network connect gossamer-left gossamer-node2", ALL_SEVEN),
+    ("docker-compose --profile more down -v", &[]),
+];
+
+/// The commands in the blocks of a section of docs/CONTAINERS.md, without what is said of them.
+pub fn documented(section: &str) -> Vec<String> {
+    let page = fs::read_to_string(Path::new(ROOT).join("docs/CONTAINERS.md")).expect("the page");
+    let section = page.split("\n## ").find(|text| text.starts_with(section));
+    let blocks = section.expect("a section").split("```sh\n").skip(1);
+    let blocks = blocks.map(|text| text.split("```").next().unwrap_or_default());
+    let lines = blocks.flat_map(str::lines);
+    lines.map(|line| line.split(" # ").next().unwrap_or_default().trim().to_owned()).collect()
+}
+
 struct Compose<'a>(&'a Dockerd);
 
 impl Compose<'_> {
-    fn done(&self, arguments: &str) -> String {
-        let mut compose = Command::new(COMPOSE);
-        compose
-            .args(["--project-name", "demo", "--project-directory", env!("CARGO_MANIFEST_DIR")])
-            .args(["--file", concat!(env!("CARGO_MANIFEST_DIR"), "/docker-compose.yml")])
-            .args(arguments.split_whitespace())
+    /// A command as a person types it: in the directory of the repository, on a terminal.
+    fn shell(&self, command: &str) -> Command {
+        let mut shell = Command::new("script");
+        shell.args(["--quiet", "--return", "--command", command, "/dev/null"]).current_dir(ROOT);
+        shell
             .env("DOCKER_HOST", &self.0.socket)
-            .env("GOSSAMER_TARGET", "local");
-        let output = compose.output().expect("docker-compose runs");
-        let error = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "docker-compose {arguments}: {error}");
-        String::from_utf8(output.stdout).expect("UTF-8")
+            .env("GOSSAMER_TARGET", "local")
+            .env("SHELL", "/bin/sh");
+        shell.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        shell
+    }
+
+    fn begin(&self, command: &str) -> Child {
+        self.shell(command).stdout(Stdio::null()).spawn().expect("script runs")
+    }
+
+    fn done(&self, command: &str) -> String {
+        let Output { status, stdout, .. } = self.shell(command).output().expect("script runs");
+        let said = String::from_utf8_lossy(&stdout).into_owned();
+        assert!(status.success(), "{command}: {said}");
+        said
     }
 
     /// The latest line of a host about its pods.
     fn line(&self, node: &str) -> String {
-        let log = self.done(&format!("logs --no-color --tail 50 {node}"));
+        // Not by docker-compose, which takes a second of the processor to start.
+        let label = format!("label=com.docker.compose.service={node}");
+        let container = self.0.done(&format!("ps --all --quiet --filter {label}"));
+        let log = self.0.done(&format!("logs --tail 50 {container}"));
         let mut lines = log.lines().rev();
         lines.find(|line| line.contains("pods reach")).unwrap_or_default().to_owned()
     }
@@ -43,58 +99,58 @@ impl Compose<'_> {
     /// Waits until these hosts say this of their pods.
     fn expect(&self, nodes: &[&str], words: &str) {
         for node in nodes {
-            let mut last = String::new();
             let what = format!("{node} says {words:?}");
-            wait_until(&what, LONG, || {
-                last = self.line(node);
-                last.contains(words)
-            });
+            wait_until(&what, LONG, || self.line(node).contains(words));
         }
     }
 }
 
 #[test]
-fn five_hosts_as_containers_survive_what_happens_to_containers() {
+fn commands_of_the_compose_page_are_those_that_are_tested() {
+    assert_eq!(documented("docker-compose"), STEPS.map(|(command, _)| command));
+    // The other places that name commands name the same.
+    for file in ["README.md", "docker-compose.yml", "Dockerfile"] {
+        let text = fs::read_to_string(Path::new(ROOT).join(file)).expect(file);
+        let mentions = text
+            .split("docker-compose ")
+            .skip(1)
+            .map(|rest| rest.split(['`', '\n', '(']).next().unwrap_or_default().trim());
+        for mention in mentions.filter(|mention| mention.starts_with(char::is_alphabetic)) {
+            let command = format!("docker-compose {mention}");
+            assert!(STEPS.iter().any(|(tested, _)| *tested == command), "{file}: {command}");
+        }
+    }
+}
+
+#[test]
+fn five_hosts_as_containers_survive_what_the_page_does_to_them() {
     let missing = [DOCKERD, COMPOSE, STATIC].into_iter().find(|path| !Path::new(path).exists());
     if let Some(missing) = missing {
         let why = format!("{missing} is missing (cargo static makes the static program)");
-        return skipped("five_hosts_as_containers_survive_what_happens_to_containers", &why);
+        return skipped("five_hosts_as_containers_survive_what_the_page_does_to_them", &why);
     }
     isolated(|lab: &mut Lab| {
         let host = lab.host(1, "machine")?;
-        std::fs::create_dir_all(host.dir.join("plugins"))?;
+        fs::create_dir_all(host.dir.join("plugins"))?;
         let docker = Dockerd::start(&host, "");
         let compose = Compose(&docker);
-        compose.done("up --build --detach");
-        let all = ["node1", "node2", "node3", "node4", "node5"];
-        // Two pods of each host, and nine others: 90 pairs.
-        compose.expect(&all, "5 members up, pods reach 18 of 18");
-        let status = compose.done("exec -T node5 gossamer status");
-        assert!(status.contains("5 alive of 5"), "{status}");
-
-        // Without power, and back.
-        compose.done("kill node4");
-        compose.expect(&["node1", "node5"], "silent: node4");
-        compose.done("start node4");
-        compose.expect(&all, "5 members up, pods reach 18 of 18");
-
-        // The two networks cannot reach each other; each half goes on.
-        compose.done("pause router");
-        docker.done("network disconnect demo_right demo_router_1");
-        compose.expect(&["node1"], "pods reach 10 of 18");
-        docker.done("network connect --ip 10.88.2.254 demo_right demo_router_1");
-        compose.done("unpause router");
-        compose.expect(&all, "5 members up, pods reach 18 of 18");
-
-        // A host is pulled out of its network and plugged in again, under another address perhaps.
-        docker.done("network disconnect demo_left demo_node2_1");
-        compose.expect(&["node5"], "silent: node2");
-        docker.done("network connect demo_left demo_node2_1");
-        compose.expect(&all, "5 members up, pods reach 18 of 18");
-
-        compose.done("--profile more up --detach --scale more=2");
-        compose.expect(&all, "7 members up, pods reach 26 of 26");
-        compose.done("--profile more down --volumes");
+        let mut shown = None;
+        for (command, seen) in &STEPS[2..] {
+            if command.ends_with("up --build") {
+                shown = Some(compose.begin(command));
+                let started = || docker.done("ps --quiet").lines().count() == FIVE.len() + 1;
+                wait_until("the containers have not started", LONG, started);
+            } else {
+                let said = compose.done(command);
+                if command.ends_with("gossamer members") {
+                    FIVE.iter().for_each(|node| assert!(said.contains(node), "{said}"));
+                }
+            }
+            seen.iter().for_each(|(nodes, words)| compose.expect(nodes, words));
+        }
+        // Its containers are gone.
+        shown.expect("it was begun").wait()?;
+        assert_eq!(docker.done("ps --all --quiet"), "");
         Ok(())
     });
 }

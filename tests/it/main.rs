@@ -19,6 +19,7 @@ mod crowds;
 mod dashboard;
 mod demand;
 mod docker;
+mod docker_life;
 mod dockerd;
 mod docs;
 mod doctor;
