@@ -37,7 +37,7 @@ const STEPS: [(&str, Seen); 12] = [
     // Two pods of each host, and nine others: 90 pairs.
     ("docker-compose up --build", &[(&FIVE, "5 members up, pods reach 18 of 18")]),
     ("docker-compose exec node3 gossamer members", &[]),
-    ("docker-compose --profile more up -d --scale more=2", ALL_SEVEN),
+    ("docker-compose --profile more up -d --no-recreate --scale more=2", ALL_SEVEN),
     ("docker-compose kill node4", &[(&["node1", "node5"], "silent: node4")]),
     ("docker-compose start node4", ALL_SEVEN),
     (
