@@ -18,7 +18,7 @@ mod socket;
 mod status;
 
 pub use client::{ClientError, block_on, follow, get, post, post_json, post_with};
-pub use connections::serve as serve_connections;
+pub use connections::{Excess, serve as serve_connections};
 pub use events::{Event, EventFeed, EventKind, EventLevel, SAMPLE_INTERVAL, Sample};
 pub use matrix::{Matrix, MatrixPath, MatrixRow};
 pub use ping::{PingReport, Reach};

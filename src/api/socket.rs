@@ -17,7 +17,7 @@ use socket2::{Domain, SockAddr, Type};
 use tokio::net::UnixListener;
 
 /// Connections that wait to be accepted.
-const BACKLOG: i32 = 128;
+const BACKLOG: i32 = 4_096;
 
 /// The socket cannot be had.
 #[derive(Debug, thiserror::Error)]

@@ -129,7 +129,7 @@ pub fn handle(listener: UnixListener, ask: impl Fn(Request) -> bool + Send + Syn
         .fallback(post(respond))
         .layer(DefaultBodyLimit::max(REQUEST_MAX))
         .with_state(ask);
-    tokio::spawn(api::serve_connections(listener, router, |_| |_: &mut _| {}));
+    tokio::spawn(api::serve_connections(listener, api::Excess::Waits, router, |_| |_: &mut _| {}));
 }
 
 async fn respond(State(ask): State<Ask>, uri: Uri, body: Bytes) -> Response {
