@@ -12,7 +12,7 @@ use super::{Agent, survey::Findings};
 use crate::{
     api::{EventKind, EventLevel, SecretStep},
     core::ReplyId,
-    model::NodeId,
+    model::{NodeId, Text},
     transport::{Credentials, NodeKey},
     wire::{Inquiry, Report, SecretId, SecretOrder, Token},
 };
@@ -94,6 +94,7 @@ impl Agent {
             Inquiry::Secret(_) if self.config.pod_cidr.is_some() => Some(ASSIGNED.to_owned()),
             Inquiry::Secret(order) => self.obey(&order).err(),
         };
+        let refused = refused.map(Text::from);
         let report = Report { refused, ..self.own_report() };
         self.node.report(reply, report);
     }

@@ -118,7 +118,7 @@ impl Agent {
                 .map(|span| u32::try_from(span.as_micros()).unwrap_or(u32::MAX)),
         };
         Report {
-            version: env!("CARGO_PKG_VERSION").to_owned(),
+            version: env!("CARGO_PKG_VERSION").into(),
             problems: u32::try_from(self.problems().len()).unwrap_or(u32::MAX),
             paths: self.path_states().map(path).collect(),
             secrets: self.keyring.ids(),
@@ -198,7 +198,7 @@ impl Agent {
         MatrixRow {
             node,
             name: self.node.name_of(node).to_owned(),
-            version: report.as_ref().map(|report| report.version.clone()),
+            version: report.as_ref().map(|report| report.version.to_string()),
             problems: report.as_ref().map(|report| report.problems),
             paths: report.map(|report| report.paths.iter().map(MatrixPath::from).collect()),
         }

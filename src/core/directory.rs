@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet, btree_map::Entry};
 
 use crate::{
-    model::{Forget, MemberRecord, NodeId},
+    model::{Forget, MemberRecord, NodeId, bounded::MAX_MEMBERS},
     wire::{Buckets, Record},
 };
 
@@ -14,9 +14,6 @@ use super::{
     planted::{Bug, planted},
     rank::state_hash,
 };
-
-/// More members than this, departed ones included, are not recorded.
-pub const MAX_MEMBERS: usize = 1 << 14;
 
 #[derive(Clone, Debug, Default)]
 pub struct Directory {

@@ -3,13 +3,15 @@
 use std::collections::BTreeSet;
 
 use crate::{
-    model::{ClusterId, Difference, Identity, MemberRecord, NodeId, Run, Time},
+    model::{
+        ClusterId, Difference, Identity, MemberRecord, NodeId, Run, Text, Time,
+        bounded::MAX_MEMBERS,
+    },
     wire::{Facts, Frame, GrantWish, Hello, Key, Refusal, Request, Response, Welcome},
 };
 
 use super::{
     Home, Node, Output, ReplyId,
-    directory::MAX_MEMBERS,
     planted::{Bug, planted},
     slots::{Change, Grant},
 };
@@ -116,12 +118,12 @@ impl Node {
             return Response::Refused(Refusal::Settings(difference));
         }
         if self.config.assigned.is_some() {
-            let [field, joiner, cluster] = ["lease_source", "gossip", "podcidr"].map(str::to_owned);
+            let [field, joiner, cluster] = ["lease_source", "gossip", "podcidr"].map(Text::from);
             return Response::Refused(Refusal::Settings(Difference { field, joiner, cluster }));
         }
         if hello.member.node != from || hello.identity.node != from {
             let why = "a greeting must be about the node that sends it".to_owned();
-            return Response::Refused(Refusal::Unreadable(why));
+            return Response::Refused(Refusal::Unreadable(why.into()));
         }
         if !self.directory.has_room_for(from) {
             return Response::Refused(Refusal::Full { limit: MAX_MEMBERS as u32 });
@@ -178,7 +180,7 @@ impl Node {
     ) -> Response {
         if identity.node != from {
             let why = "an exchange must carry the identity of the node that sends it".to_owned();
-            return Response::Refused(Refusal::Unreadable(why));
+            return Response::Refused(Refusal::Unreadable(why.into()));
         }
         self.learn(now, theirs, Some(from));
         self.sync.witness(from);
@@ -218,7 +220,7 @@ impl Node {
 
     fn unreadable(&mut self, from: NodeId, error: &dyn std::fmt::Display) -> Response {
         self.note_malformed(from, error);
-        Response::Refused(Refusal::Unreadable(error.to_string()))
+        Response::Refused(Refusal::Unreadable(error.to_string().into()))
     }
 
     /// Everything there is, for a node that knows nothing, or from one that will soon know nothing.

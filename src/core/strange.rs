@@ -3,7 +3,7 @@
 use std::fmt::Display;
 
 use crate::{
-    model::{ClusterId, NodeId},
+    model::{ClusterId, NodeId, visible},
     wire::{Frame, Response},
 };
 
@@ -23,6 +23,7 @@ impl Node {
 
     pub(super) fn note_malformed(&mut self, from: NodeId, error: &dyn Display) {
         self.counters.malformed += 1;
+        let error = visible(&error.to_string());
         tracing::warn!(peer = %from, name = self.name_of(from), %error, "unreadable message ignored");
     }
 

@@ -3,9 +3,9 @@
 use std::{fmt, net::IpAddr};
 
 use ipnet::{IpNet, Ipv6Net};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 
-use super::{ClusterId, Pool};
+use super::{ClusterId, Pool, Text};
 
 /// Made once by the first node, adopted by every joiner, never changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -19,9 +19,22 @@ pub struct ClusterRecord {
 pub struct ClusterSettings {
     pub pool: Pool,
     /// VXLAN network identifier, 1 to 2^24 - 1.
+    #[serde(deserialize_with = "vni")]
     pub vni: u32,
     /// UDP port of the VXLAN devices (8472 is the kernel's own default, 4789 IANA's).
+    #[serde(deserialize_with = "port")]
     pub vxlan_port: u16,
+}
+
+fn vni<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
+    let vni = u32::deserialize(deserializer)?;
+    let why = || D::Error::custom(format!("vni {vni} is not between 1 and 2^24 - 1"));
+    (1..1 << 24).contains(&vni).then_some(vni).ok_or_else(why)
+}
+
+fn port<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u16, D::Error> {
+    let port = u16::deserialize(deserializer)?;
+    if port == 0 { Err(D::Error::custom("vxlan_port is 0")) } else { Ok(port) }
 }
 
 /// What a joiner's operator wrote down; fields left out accept whatever the cluster has.
@@ -57,9 +70,9 @@ impl SettingsWish {
 /// One setting that a joiner and the cluster see differently.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Difference {
-    pub field: String,
-    pub joiner: String,
-    pub cluster: String,
+    pub field: Text,
+    pub joiner: Text,
+    pub cluster: Text,
 }
 
 impl fmt::Display for Difference {
@@ -75,9 +88,9 @@ fn differs<T: PartialEq + fmt::Display>(
     cluster: T,
 ) -> Option<Difference> {
     wish.filter(|wish| *wish != cluster).map(|wish| Difference {
-        field: field.to_owned(),
-        joiner: wish.to_string(),
-        cluster: cluster.to_string(),
+        field: field.into(),
+        joiner: wish.to_string().into(),
+        cluster: cluster.to_string().into(),
     })
 }
 
@@ -90,9 +103,9 @@ fn differs_if_any<T: PartialEq + fmt::Display>(
     match cluster {
         Some(cluster) => differs(field, wish, cluster),
         None => wish.map(|wish| Difference {
-            field: field.to_owned(),
-            joiner: wish.to_string(),
-            cluster: "none".to_owned(),
+            field: field.into(),
+            joiner: wish.to_string().into(),
+            cluster: "none".into(),
         }),
     }
 }

@@ -3,6 +3,7 @@
 //! Every other module speaks in these types, so one idea has one name in the whole program.
 //! Nothing here may do IO, know a protocol, or decide anything about other nodes.
 
+pub mod bounded;
 mod cluster;
 mod forget;
 mod id;
@@ -12,7 +13,9 @@ mod pod;
 mod pool;
 mod quorum;
 mod slot;
+mod text;
 mod time;
+mod unfit;
 mod vtep;
 
 pub use cluster::{ClusterRecord, ClusterSettings, Difference, SettingsWish};
@@ -26,5 +29,7 @@ pub use pod::{Addresses, Attachment, AttachmentError, Pod, check_interface_name}
 pub use pool::{MAX_SLOTS, Pool, PoolError, PoolSpec, Slot, Subnets};
 pub use quorum::{Quorum, QuorumError};
 pub use slot::{Run, SlotRecord, SlotState};
+pub use text::{Text, visible};
 pub use time::Time;
+pub use unfit::Unfit;
 pub use vtep::{Mac, Vtep};

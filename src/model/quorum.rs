@@ -4,14 +4,25 @@ use std::{fmt, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
-use super::NodeName;
+use super::{NodeName, bounded};
+
+const MAX_VOTERS: usize = 7;
 
 /// Fixed voters, most of whom must have missed a member for this long. The operator writes the same on all
 /// of them: most of a gossiped roster is no majority, for two halves of a cluster can each grow one.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "RawQuorum")]
 pub struct Quorum {
     pub forget_after: Duration,
     /// Node names, sorted and unique.
+    voters: Vec<NodeName>,
+}
+
+/// The serialised form; reading it back goes through the same checks as an operator's settings.
+#[derive(Deserialize)]
+struct RawQuorum {
+    forget_after: Duration,
+    #[serde(deserialize_with = "bounded::list::<_, _, MAX_VOTERS>")]
     voters: Vec<NodeName>,
 }
 
@@ -22,6 +33,14 @@ pub enum QuorumError {
     Voters(usize),
     #[error("{0:?} is too short: a node that restarts is not gone; use {1:?} or more")]
     TooShort(Duration, Duration),
+}
+
+impl TryFrom<RawQuorum> for Quorum {
+    type Error = QuorumError;
+
+    fn try_from(raw: RawQuorum) -> Result<Self, QuorumError> {
+        Self::new(raw.forget_after, &raw.voters)
+    }
 }
 
 impl Quorum {

@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 use crate::{
     core::{CallError, CallId},
     model::NodeId,
-    wire::STREAM_MAX,
+    wire::{STREAM_MAX, visible},
 };
 
 /// A call that got no answer in this time gets none.
@@ -65,7 +65,7 @@ pub(super) async fn send_stream(connection: Connection, bytes: Vec<u8>) {
     };
     match tokio::time::timeout(CALL_TIMEOUT, sent).await {
         Ok(Ok(())) => {}
-        Ok(Err(error)) => tracing::debug!(%error, "frame lost"),
+        Ok(Err(error)) => tracing::debug!(error = visible(&error.to_string()), "frame lost"),
         Err(_) => tracing::debug!("frame lost: the peer does not read"),
     }
 }
@@ -93,7 +93,7 @@ pub(super) async fn ask(
         Ok(Ok(bytes)) => Ok((peer, bytes)),
         // The connection knows best why its streams failed.
         Ok(Err(error)) => Err(connection.close_reason().map_or_else(
-            || CallError::Unreachable(error.to_string()),
+            || CallError::Unreachable(visible(&error.to_string())),
             |reason| call_error(&reason, connection.remote_address()),
         )),
         Err(_) => Err(CallError::Unreachable(format!("no answer within {CALL_TIMEOUT:?}"))),
@@ -116,14 +116,15 @@ pub(super) fn call_error(error: &ConnectionError, address: SocketAddr) -> CallEr
         Some(0x100..=0x1ff) => CallError::Rejected(format!(
             "{address} has a certificate of another secret: use the token of its cluster"
         )),
-        _ => CallError::Unreachable(format!("{address}: {error}")),
+        // A reason to close is the peer's own text.
+        _ => CallError::Unreachable(visible(&format!("{address}: {error}"))),
     }
 }
 
 async fn read_message(from: NodeId, mut stream: RecvStream, events: Events) {
     match tokio::time::timeout(READ_TIMEOUT, stream.read_to_end(STREAM_MAX)).await {
         Ok(Ok(bytes)) => _ = events.send(Event::Message { from, bytes }).await,
-        Ok(Err(error)) => tracing::debug!(%from, %error, "frame lost"),
+        Ok(Err(error)) => tracing::debug!(%from, error = visible(&error.to_string()), "frame lost"),
         Err(_) => tracing::debug!(%from, "frame lost: the peer does not finish it"),
     }
 }
@@ -131,7 +132,25 @@ async fn read_message(from: NodeId, mut stream: RecvStream, events: Events) {
 async fn read_request(from: NodeId, stream: SendStream, mut recv: RecvStream, events: Events) {
     match tokio::time::timeout(READ_TIMEOUT, recv.read_to_end(STREAM_MAX)).await {
         Ok(Ok(bytes)) => _ = events.send(Event::Request { from, bytes, stream }).await,
-        Ok(Err(error)) => tracing::debug!(%from, %error, "request lost"),
+        Ok(Err(error)) => {
+            tracing::debug!(%from, error = visible(&error.to_string()), "request lost")
+        }
         Err(_) => tracing::debug!(%from, "request lost: the peer does not finish it"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use quinn::ApplicationClose;
+
+    use super::*;
+
+    #[test]
+    fn reason_of_a_peer_to_close_obeys_no_terminal() {
+        let reason = format!("bye\nERROR forged\u{1b}[2J{}", "x".repeat(5_000)).into();
+        let close = ApplicationClose { error_code: VarInt::from_u32(1), reason };
+        let address = ([192, 0, 2, 1], 8473).into();
+        let said = call_error(&ConnectionError::ApplicationClosed(close), address).to_string();
+        assert!(said.len() < 1_000 && !said.chars().any(char::is_control), "{said:?}");
     }
 }

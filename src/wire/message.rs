@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::{
     ClusterId, ClusterRecord, Difference, Forget, Identity, Incarnation, MemberRecord, NodeId,
-    Quorum, Run, SettingsWish, Suspicion,
+    Quorum, Run, SettingsWish, Suspicion, Text, bounded,
 };
 
 use super::{
@@ -19,10 +19,14 @@ use super::{
 /// Replicated state, or a part of it. Merging it twice, or in another order, changes nothing.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Facts {
+    #[serde(deserialize_with = "bounded::members")]
     pub members: Vec<MemberRecord>,
+    #[serde(deserialize_with = "bounded::runs")]
     pub slots: Vec<Run>,
     /// Members that the sender holds as alive, in the incarnation it knows.
+    #[serde(deserialize_with = "bounded::members")]
     pub active: Vec<Identity>,
+    #[serde(deserialize_with = "bounded::members")]
     pub forgets: Vec<Forget>,
 }
 
@@ -59,7 +63,11 @@ pub enum Request {
     /// "You did not answer me. If you are alive, refute that."
     AreYouThere(Suspicion),
     /// "These nodes are gone and I am their heir. Make that durable, and tell me what I lack."
-    Acknowledge { forgets: Vec<Forget>, buckets: Box<Buckets> },
+    Acknowledge {
+        #[serde(deserialize_with = "bounded::members")]
+        forgets: Vec<Forget>,
+        buckets: Box<Buckets>,
+    },
     /// "This is our rule. Have you missed that member for so long yourself?"
     HaveYouMissed { node: NodeId, quorum: Quorum },
     /// An operator's question, or order.
@@ -78,6 +86,7 @@ pub enum Response {
     /// must go above that to be believed.
     Facts {
         facts: Facts,
+        #[serde(deserialize_with = "bounded::members")]
         down: Vec<Suspicion>,
         down_as: Option<Incarnation>,
     },
@@ -202,11 +211,13 @@ pub enum Refusal {
     #[error("the cluster knows {limit} members, departed ones included, and records no more")]
     Full { limit: u32 },
     #[error("the request was not understood: {0}")]
-    Unreadable(String),
+    Unreadable(Text),
     #[error("this node was forgotten: its subnets belong to {heir} now")]
     Forgotten { heir: NodeId },
     #[error("another process runs with this node's key, so neither grants anything")]
     Cloned,
+    #[error("what this node says about itself cannot be used: {0}: correct its settings")]
+    Unfit(Text),
 }
 
 macro_rules! payload {
@@ -231,6 +242,7 @@ mod tests {
 
     use crate::model::{
         BootId, Incarnation, Mac, NodeName, Slot, SlotRecord, SlotState, Version, Vtep,
+        bounded::MAX_MEMBERS,
     };
 
     use super::*;
@@ -288,6 +300,35 @@ mod tests {
         let padded = [&bytes[..], b"!"].concat();
         let error = Push::decode(&padded).expect_err("padded").to_string();
         assert!(error.contains("1 bytes are left over"), "{error}");
+    }
+
+    #[test]
+    fn list_that_is_longer_than_any_cluster_needs_is_refused() {
+        let named = |count| vec![facts().active[0]; count];
+        let push = |count| Push { facts: Facts { active: named(count), ..Facts::default() } };
+        assert!(Push::decode(&push(MAX_MEMBERS).encode()).is_ok());
+        let error = Push::decode(&push(MAX_MEMBERS + 1).encode()).expect_err("too many");
+        assert!(error.to_string().contains("at most 16384"), "{error}");
+        let forgets =
+            vec![Forget { node: node(1), round: 1, forced: false, heir: node(2) }; MAX_MEMBERS + 1];
+        let request = Request::Acknowledge { forgets, buckets: Box::default() };
+        assert!(Request::decode(&request.encode()).is_err());
+        let suspicion = Suspicion { identity: facts().active[0], refutation: 0 };
+        let down = vec![suspicion; MAX_MEMBERS + 1];
+        let response = Response::Facts { facts: Facts::default(), down, down_as: None };
+        assert!(Response::decode(&response.encode()).is_err());
+    }
+
+    #[test]
+    fn text_of_a_refusal_obeys_no_terminal_once_it_is_decoded() {
+        let text = format!("x\nERROR forged\u{1b}[2J\u{7}{}", "y".repeat(20_000));
+        // Numbers of the variants Refused and Unreadable.
+        let bytes = [&[6, 9], &encode(&text)[..]].concat();
+        let Ok(Response::Refused(refusal)) = Response::decode(&bytes) else {
+            panic!("not a refusal");
+        };
+        let said = refusal.to_string();
+        assert!(said.len() < 3000 && !said.chars().any(char::is_control), "{said:?}");
     }
 
     #[test]

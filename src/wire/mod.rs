@@ -11,7 +11,6 @@ mod record;
 mod report;
 mod swim;
 mod token;
-mod visible;
 
 pub use codec::WireError;
 pub use frame::{DATAGRAM_MAX, Frame, STREAM_MAX, WIRE_VERSION};
@@ -21,6 +20,7 @@ pub use message::{
 };
 pub use record::{Key, Record, RecordError};
 pub use report::{Inquiry, PathReport, Report, SecretId, SecretOrder};
-pub use swim::SwimCodec;
+pub use swim::{SwimCodec, SwimPacket};
 pub use token::{MIN_SECRET_LEN, Secret, Token, TokenError};
-pub use visible::visible;
+
+pub use crate::model::visible;

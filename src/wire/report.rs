@@ -7,12 +7,10 @@ use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
-use crate::model::{NodeId, PathState};
+use crate::model::{NodeId, PathState, Text, bounded};
 
 use super::Secret;
 
-/// No cluster records more members.
-const MAX_PATHS: usize = 16_384;
 const MAX_SECRETS: usize = 16;
 
 /// What is asked. Only ever appended to.
@@ -39,27 +37,17 @@ pub enum SecretOrder {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
     /// Of the program.
-    pub version: String,
+    pub version: Text,
     /// How many things are wrong there.
     pub problems: u32,
     /// To each peer with a subnet.
+    #[serde(deserialize_with = "bounded::members")]
     pub paths: Vec<PathReport>,
     /// Secrets that it accepts; the first is the one it uses.
+    #[serde(deserialize_with = "bounded::list::<_, _, MAX_SECRETS>")]
     pub secrets: Vec<SecretId>,
     /// Why an order was not carried out.
-    pub refused: Option<String>,
-}
-
-impl Report {
-    /// Whether it is one that a member's program can have written: no longer than a large cluster makes it,
-    /// and with nothing in it that a terminal would obey.
-    pub fn is_plausible(&self) -> bool {
-        let texts = [Some(&self.version), self.refused.as_ref()];
-        let visible = |text: &&String| text.chars().all(|c| !c.is_control()) && text.len() <= 500;
-        texts.iter().flatten().all(visible)
-            && self.paths.len() <= MAX_PATHS
-            && self.secrets.len() <= MAX_SECRETS
-    }
+    pub refused: Option<Text>,
 }
 
 /// The way from the one who reports to a peer.
@@ -102,18 +90,20 @@ impl FromStr for SecretId {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{
+        super::codec::{decode, encode},
+        *,
+    };
 
     #[test]
-    fn what_a_terminal_would_obey_is_not_plausible_and_neither_is_too_much() {
-        let fine = Report { version: "0.1.0".to_owned(), ..Report::default() };
-        assert!(fine.is_plausible());
-        let escape = Report { version: "\u{1b}[2J".to_owned(), ..Report::default() };
-        let long = Report { refused: Some("x".repeat(501)), ..Report::default() };
-        let many = Report { secrets: vec![SecretId([0; 4]); MAX_SECRETS + 1], ..Report::default() };
-        for wrong in [escape, long, many] {
-            assert!(!wrong.is_plausible(), "{wrong:?}");
-        }
+    fn report_of_more_secrets_than_a_node_accepts_is_refused() {
+        let report = |count| {
+            let secrets = vec![SecretId([0; 4]); count];
+            encode(&Report { secrets, ..Report::default() })
+        };
+        assert!(decode::<Report>("report", &report(MAX_SECRETS)).is_ok());
+        let error = decode::<Report>("report", &report(MAX_SECRETS + 1)).expect_err("too many");
+        assert!(error.to_string().contains("at most 16"), "{error}");
     }
 
     #[test]

@@ -8,8 +8,54 @@ use crate::model::Identity;
 
 use super::{
     WireError,
-    codec::{decode_prefix, encode_into},
+    codec::{decode_prefix, encode, encode_into},
 };
+
+/// A SWIM packet as foca lays it out: a header, and then the number of updates and the updates, if any.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SwimPacket {
+    pub header: Header<Identity>,
+    pub members: Vec<Member<Identity>>,
+    /// An empty list is not the same as none.
+    has_list: bool,
+}
+
+impl SwimPacket {
+    /// Reads a whole packet.
+    ///
+    /// # Errors
+    /// If it is no such packet, or longer.
+    pub fn decode(mut bytes: &[u8]) -> Result<Self, WireError> {
+        let header = SwimCodec.decode_header(&mut bytes)?;
+        let has_list = !bytes.is_empty();
+        let mut members = Vec::new();
+        if has_list {
+            let (count, rest) = bytes.split_first_chunk().ok_or(WireError::Truncated)?;
+            bytes = rest;
+            for _ in 0..u16::from_be_bytes(*count) {
+                members.push(SwimCodec.decode_member(&mut bytes)?);
+            }
+        }
+        if !bytes.is_empty() {
+            let why = format!("{} bytes are left over", bytes.len());
+            return Err(WireError::Malformed { what: "swim packet", why });
+        }
+        Ok(Self { header, members, has_list })
+    }
+
+    pub const fn new(header: Header<Identity>, members: Vec<Member<Identity>>) -> Self {
+        Self { header, members, has_list: true }
+    }
+
+    pub fn encode(&self) -> Vec<u8> {
+        let mut bytes = encode(&self.header);
+        if self.has_list {
+            bytes.extend_from_slice(&(self.members.len() as u16).to_be_bytes());
+            self.members.iter().for_each(|member| bytes.extend_from_slice(&encode(member)));
+        }
+        bytes
+    }
+}
 
 /// Stateless; foca owns one.
 #[derive(Clone, Copy, Debug, Default)]
@@ -57,6 +103,32 @@ mod tests {
     use crate::model::{Incarnation, NodeId};
 
     use super::*;
+
+    #[test]
+    fn packets_round_trip_and_nothing_may_follow_them() {
+        let id = Identity {
+            node: NodeId::of_public_key(&[1; 32]),
+            incarnation: Incarnation { starts: 2, renewals: 0 },
+        };
+        let header =
+            Header { src: id, src_incarnation: 7, dst: id, message: foca::Message::Gossip };
+        for (members, has_list) in
+            [(Vec::new(), false), (Vec::new(), true), (vec![Member::alive(id); 3], true)]
+        {
+            let packet = SwimPacket { header: header.clone(), members, has_list };
+            let bytes = packet.encode();
+            assert_eq!(SwimPacket::decode(&bytes), Ok(packet));
+            let padded = [&bytes[..], &[0, 0, 0]].concat();
+            assert!(SwimPacket::decode(&padded).is_err());
+            for cut in 1..bytes.len() - header_len(&header) {
+                assert!(SwimPacket::decode(&bytes[..bytes.len() - cut]).is_err(), "{cut}");
+            }
+        }
+    }
+
+    fn header_len(header: &Header<Identity>) -> usize {
+        encode(header).len()
+    }
 
     #[test]
     fn members_round_trip_and_never_leave_half_a_record() {

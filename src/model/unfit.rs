@@ -1,0 +1,128 @@
+//! What no member can truthfully say about itself.
+//!
+//! Only what every node of a cluster judges alike: a record that one node takes and another refuses would
+//! keep the two from ever agreeing. Whether this host can send to a usable address is for the data plane.
+
+use std::net::IpAddr;
+
+use super::{Mac, MemberRecord, Pool};
+
+/// Why a member record is refused by every node.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Unfit {
+    #[error("the MAC of its tunnel is {said}, and that of its key is {own}")]
+    Mac { said: Mac, own: Mac },
+    #[error("its port is 0")]
+    Port,
+    #[error("its {what} {address} is {why}")]
+    Address { what: &'static str, address: IpAddr, why: &'static str },
+}
+
+impl MemberRecord {
+    /// Why no node can use this record, if none can.
+    pub fn unfit(&self, pool: &Pool) -> Option<Unfit> {
+        let own = Mac::of_node(self.node);
+        if self.vtep.mac != own {
+            return Some(Unfit::Mac { said: self.vtep.mac, own });
+        }
+        if self.address.port() == 0 {
+            return Some(Unfit::Port);
+        }
+        let of = |what, address| {
+            let why = no_host(address).or_else(|| inside(pool, address))?;
+            Some(Unfit::Address { what, address, why })
+        };
+        of("underlay address", self.vtep.underlay).or_else(|| of("address", self.address.ip()))
+    }
+}
+
+/// Why an address is that of no host which others can reach, if it is not.
+fn no_host(address: IpAddr) -> Option<&'static str> {
+    let kinds = [
+        (address != address.to_canonical(), "an IPv4 address inside an IPv6 one"),
+        (address.is_unspecified(), "unspecified"),
+        (address.is_loopback(), "a loopback address"),
+        (address.is_multicast(), "a multicast address"),
+        (is_link_local(address), "link-local"),
+        (matches!(address, IpAddr::V4(ip) if ip.is_broadcast()), "the broadcast address"),
+        (matches!(address, IpAddr::V4(ip) if ip.octets()[0] == 0), "in 0.0.0.0/8"),
+    ];
+    kinds.into_iter().find_map(|(is_so, why)| is_so.then_some(why))
+}
+
+const fn is_link_local(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(ip) => ip.is_link_local(),
+        IpAddr::V6(ip) => ip.is_unicast_link_local(),
+    }
+}
+
+fn inside(pool: &Pool, address: IpAddr) -> Option<&'static str> {
+    let is_inside = pool.networks().iter().any(|network| network.contains(&address));
+    is_inside.then_some("inside the overlay's own network")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{BootId, NodeId, PoolSpec, Version, Vtep};
+
+    fn record(underlay: &str) -> MemberRecord {
+        let node = NodeId::of_public_key(&[1; 32]);
+        let underlay: IpAddr = underlay.parse().expect("an address");
+        MemberRecord {
+            node,
+            version: Version { starts: 1, change: 0 },
+            boot: BootId::from_bytes([1; 8]),
+            name: "n1".parse().expect("a name"),
+            address: (underlay, 8473).into(),
+            vtep: Vtep { mac: Mac::of_node(node), underlay },
+            left_to: None,
+        }
+    }
+
+    fn pool() -> Pool {
+        let spec = PoolSpec {
+            network6: "fd42::/48".parse().ok(),
+            ..PoolSpec::of("10.42.0.0/16".parse().expect("a network"))
+        };
+        Pool::new(&spec).expect("a pool")
+    }
+
+    #[test]
+    fn record_with_an_address_of_no_host_is_unfit() {
+        for bad in [
+            "fe80::1",
+            "169.254.7.1",
+            "224.0.0.5",
+            "ff02::1",
+            "127.0.0.1",
+            "::1",
+            "0.0.0.0",
+            "0.1.2.3",
+            "::",
+            "255.255.255.255",
+            "::ffff:192.0.2.1",
+            "10.42.7.1",
+            "fd42::7:1",
+        ] {
+            assert!(record(bad).unfit(&pool()).is_some(), "{bad}");
+            let elsewhere = MemberRecord { address: record(bad).address, ..record("192.0.2.1") };
+            assert!(elsewhere.unfit(&pool()).is_some(), "{bad} as the address of the endpoint");
+        }
+        for good in ["192.0.2.1", "10.43.0.1", "2001:db8::1", "fd43::1", "100.64.0.1", "240.0.0.1"]
+        {
+            assert_eq!(record(good).unfit(&pool()), None, "{good}");
+        }
+    }
+
+    #[test]
+    fn record_with_another_mac_or_without_a_port_is_unfit() {
+        let mut other = record("192.0.2.1");
+        other.vtep.mac = Mac::of_node(NodeId::of_public_key(&[2; 32]));
+        assert!(matches!(other.unfit(&pool()), Some(Unfit::Mac { .. })));
+        let mut no_port = record("192.0.2.1");
+        no_port.address.set_port(0);
+        assert_eq!(no_port.unfit(&pool()), Some(Unfit::Port));
+    }
+}
