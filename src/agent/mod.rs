@@ -335,6 +335,7 @@ impl Agent {
                 self.execute(output);
             }
         }
+        self.gate.take_shed().into_iter().for_each(|reply| self.transport.give_up(reply));
     }
 
     fn execute(&mut self, output: Output) {

@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 
 use super::{
-    Output, WriteSeq,
+    Output, ReplyId, WriteSeq,
     planted::{Bug, planted},
 };
 
@@ -17,6 +17,8 @@ const MAX_HELD: usize = 8192;
 pub struct Gate {
     durable: WriteSeq,
     held: VecDeque<(WriteSeq, Output)>,
+    /// Answers that were dropped, and whose askers do not know yet.
+    shed: Vec<ReplyId>,
 }
 
 impl Gate {
@@ -36,8 +38,9 @@ impl Gate {
             | Output::Reported { .. }
             | Output::Stop(_) => 0,
         };
-        // The kernel must not be given back what it has just been told to let go of.
-        if matches!(output, Output::Withdraw) {
+        // The kernel must not be given back what it has just been told to let go of. Of several views that
+        // wait the newest is the only one that will be true.
+        if matches!(output, Output::Withdraw | Output::Program { .. }) {
             self.held.retain(|(_, held)| !matches!(held, Output::Program { .. }));
         }
         if after <= self.durable || planted(Bug::AnswerBeforeFlush) {
@@ -48,11 +51,17 @@ impl Gate {
                 .held
                 .iter()
                 .position(|(_, held)| matches!(held, Output::Send { .. } | Output::Reply { .. }))
+            && let Some((_, Output::Reply { reply, .. })) = self.held.remove(lossy)
         {
-            self.held.remove(lossy);
+            self.shed.push(reply);
         }
         self.held.push_back((after, output));
         None
+    }
+
+    /// Answers that were dropped since this was last asked: their streams are to be reset.
+    pub fn take_shed(&mut self) -> Vec<ReplyId> {
+        std::mem::take(&mut self.shed)
     }
 
     /// Everything up to this write is on disk: what may leave now, in order.
@@ -71,7 +80,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::{
-        super::{ReplyId, View, view::Own},
+        super::{View, view::Own},
         *,
     };
     use crate::model::{ClusterSettings, Mac, Pool, PoolSpec, Slot, Vtep};
@@ -91,21 +100,46 @@ mod tests {
         assert!(gate.pass(reply(4, 2)).is_some());
     }
 
-    /// A view that waited on a slow disk was programmed after the subnet had been given away.
-    #[test]
-    fn what_the_kernel_lets_go_of_does_not_come_back_when_the_disk_is_ready() {
-        let mut gate = Gate::default();
+    fn view(vni: u32) -> View {
         let settings = ClusterSettings {
             pool: Pool::new(&PoolSpec::of("10.42.0.0/16".parse().expect("a network")))
                 .expect("a pool"),
-            vni: 1,
+            vni,
             vxlan_port: 8472,
         };
         let subnets = settings.pool.subnets(Slot(*settings.pool.slots().start()));
         let vtep = Vtep { mac: Mac::from_bytes([2; 6]), underlay: [192, 0, 2, 1].into() };
         let own = Own { subnets, vtep };
-        let view = View { settings, own, peers: BTreeMap::new(), unheard: Vec::new() };
-        assert!(gate.pass(Output::Program { view, after: 1 }).is_none());
+        View { settings, own, peers: BTreeMap::new(), unheard: Vec::new() }
+    }
+
+    #[test]
+    fn newer_view_replaces_one_that_waits_for_the_disk() {
+        let mut gate = Gate::default();
+        for vni in 1..=10_000 {
+            assert!(gate.pass(Output::Program { view: view(vni), after: 1 }).is_none());
+            assert!(gate.held.len() == 1, "views gather while a write is stuck");
+        }
+        let freed = gate.open(1);
+        let [Output::Program { view, .. }] = &freed[..] else { panic!("{freed:?}") };
+        assert_eq!(view.settings.vni, 10_000);
+    }
+
+    #[test]
+    fn answers_that_are_dropped_while_the_disk_is_stuck_are_named_once() {
+        let mut gate = Gate::default();
+        for number in 0..MAX_HELD as u64 + 3 {
+            assert!(gate.pass(reply(number, 1)).is_none());
+        }
+        assert_eq!(gate.take_shed(), [ReplyId(0), ReplyId(1), ReplyId(2)]);
+        assert_eq!(gate.take_shed(), []);
+    }
+
+    /// A view that waited on a slow disk was programmed after the subnet had been given away.
+    #[test]
+    fn what_the_kernel_lets_go_of_does_not_come_back_when_the_disk_is_ready() {
+        let mut gate = Gate::default();
+        assert!(gate.pass(Output::Program { view: view(1), after: 1 }).is_none());
         assert!(gate.pass(reply(1, 1)).is_none());
         assert!(gate.pass(Output::Withdraw).is_some());
         assert!(matches!(gate.open(1)[..], [Output::Reply { .. }]));

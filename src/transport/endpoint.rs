@@ -34,7 +34,7 @@ use super::{
 };
 use crate::{
     core::{CallError, CallId, Input, ReplyId},
-    model::NodeId,
+    model::{NodeId, visible},
 };
 
 /// Events that wait for the loop; readers of streams wait, datagrams are shed.
@@ -44,6 +44,8 @@ const FRAME_QUEUE: usize = 32;
 const CALL_QUEUE: usize = 8;
 /// Questions that wait for our answer; they pile up only while a disk does not write.
 const MAX_REPLIES: usize = 1024;
+/// Code of a stream that is reset because its question gets no answer.
+const NO_ANSWER: VarInt = VarInt::from_u32(1);
 /// Connections kept open: about 10 MB. The one that was not used for longest makes way.
 const MAX_CONNECTIONS: usize = 256;
 const DIAL_TIMEOUT: Duration = Duration::from_secs(4);
@@ -171,8 +173,10 @@ impl Transport {
                 self.next_reply += 1;
                 let reply = ReplyId(self.next_reply);
                 self.replies.insert(reply, stream);
-                if self.replies.len() > MAX_REPLIES {
-                    self.replies.pop_first();
+                if self.replies.len() > MAX_REPLIES
+                    && let Some((oldest, _)) = self.replies.first_key_value()
+                {
+                    self.give_up(*oldest);
                 }
                 Some(Input::Request { from, reply, bytes })
             }
@@ -237,6 +241,14 @@ impl Transport {
                     let _ = stream.stopped().await;
                 }
             });
+        }
+    }
+
+    /// Ends a question without an answer. A stream that is only dropped would end as if it had been answered
+    /// with nothing, which the peer would take for a broken message.
+    pub fn give_up(&mut self, reply: ReplyId) {
+        if let Some(mut stream) = self.replies.remove(&reply) {
+            let _ = stream.reset(NO_ANSWER);
         }
     }
 
@@ -416,7 +428,10 @@ async fn accept(endpoint: Endpoint, events: Events) {
             let connection = match tokio::time::timeout(DIAL_TIMEOUT, incoming.into_future()).await
             {
                 Ok(Ok(connection)) => connection,
-                Ok(Err(error)) => return tracing::debug!(%address, %error, "handshake failed"),
+                Ok(Err(error)) => {
+                    let error = visible(&error.to_string());
+                    return tracing::debug!(%address, error, "handshake failed");
+                }
                 Err(_) => return tracing::debug!(%address, "handshake not finished in time"),
             };
             drop((one_of_its_own, one_of_all));

@@ -72,6 +72,17 @@ async fn frames_and_questions_reach_a_member_and_its_id_is_proven() {
         panic!("answered")
     };
     assert_eq!((call, result), (CallId(5), Ok((one.0.me, b"answer".to_vec()))));
+
+    // A question that is given up fails, and is not answered with nothing.
+    two.0.call(CallId(6), one.0.me, back, b"question".to_vec());
+    let Input::Request { reply, .. } = next_while(&mut one, &mut two).await else {
+        panic!("asked")
+    };
+    one.0.give_up(reply);
+    let Input::Answer { call, result } = next_while(&mut two, &mut one).await else {
+        panic!("answered")
+    };
+    assert!(call == CallId(6) && matches!(result, Err(CallError::Unreachable(_))), "{result:?}");
     assert_eq!((one.0.connections(), two.0.connections()), (1, 1));
 }
 
