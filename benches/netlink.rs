@@ -64,7 +64,7 @@ fn measure(lab: &mut Lab, peers: u32, mut next_host: impl FnMut() -> u16) -> io:
             let mut timed = || {
                 let begun = Instant::now();
                 let report = kernel.reconcile(&desired).map_err(io::Error::other)?;
-                assert_eq!(report.failed, Vec::<String>::new());
+                assert_eq!(report.failed, []);
                 Ok::<_, io::Error>(begun.elapsed())
             };
             let first = timed()?;

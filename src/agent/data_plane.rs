@@ -4,7 +4,9 @@
 //! become problems, repairs are counted, and the core hears what is in use and where this host is.
 
 use std::{
+    borrow::Cow,
     collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
     time::{Duration, Instant},
 };
 
@@ -22,11 +24,12 @@ use super::{
 };
 use crate::{
     config::Config,
-    core::{Command, Input, View},
+    core::{Command, Input, Peer, View},
     dataplane::{
         desired::{Desired, device_name},
         firewall::Firewall,
-        kernel::{FirewallTable, Kernel, KernelError, spoofing::Spoofing},
+        kernel::{FirewallTable, Kernel, KernelError, RefusedEntry, spoofing::Spoofing},
+        plan::Op,
     },
     model::{NodeId, Pool},
     pods::wiring::Wiring,
@@ -55,6 +58,8 @@ pub(super) struct KernelState {
     /// The device has been made equal to the view at least once.
     pub(super) programmed_once: bool,
     pub(super) problem: Option<String>,
+    /// Peers to which packets do not get for want of an entry, as sentences.
+    pub(super) peer_problems: Vec<String>,
     /// Why the underlay cannot be used as it is.
     pub(super) underlay_problem: Option<String>,
     /// Addresses of this host inside the overlay's networks, as sentences.
@@ -81,7 +86,18 @@ impl Agent {
                 underlay.narrow.clone_from(&self.kernel.narrow);
                 let mut desired = Desired::new(view, &underlay, &self.kernel.withdrawn_peers);
                 desired.device.checksum_offload = self.prober.wanted_offload();
-                State::Overlay(Box::new(desired), Firewall::new(view, &self.config.firewall))
+                let mut usable = Cow::Borrowed(view);
+                if view
+                    .peers
+                    .values()
+                    .any(|peer| underlay.unusable_peer(peer.vtep.underlay).is_some())
+                {
+                    let is_usable =
+                        |peer: &Peer| underlay.unusable_peer(peer.vtep.underlay).is_none();
+                    usable.to_mut().peers.retain(|_, peer| is_usable(peer));
+                }
+                let firewall = Firewall::new(&usable, &self.config.firewall);
+                State::Overlay(Box::new(desired), firewall)
             }
             (None, Some(cluster)) if self.kernel.withdrawn => State::Nothing {
                 device: device_name(cluster.settings.vni),
@@ -239,16 +255,54 @@ impl Agent {
         }
     }
 
-    fn note_kernel_failures(&mut self, failed: &[String]) {
-        let problem = failed.first().map(|first| match failed.len() {
+    /// What is refused of one peer's entries is a problem of that peer. What is about this host, about its
+    /// own entries, or about all of several peers is a problem of the kernel as a whole.
+    fn note_kernel_failures(&mut self, failed: &[RefusedEntry]) {
+        let peers = self.kernel.wanted.as_ref().map(|view| &view.peers);
+        let owner = |entry: &RefusedEntry| {
+            let mut peers = peers.into_iter().flatten();
+            let found = peers.find(|(_, peer)| concerns(&entry.op, peer)).map(|(node, _)| *node);
+            found.filter(|_| !entry.is_of_host())
+        };
+        let owned: Vec<_> = failed.iter().map(|entry| (owner(entry), entry)).collect();
+        let refused: BTreeSet<NodeId> = owned.iter().filter_map(|(node, _)| *node).collect();
+        let is_of_all = refused.len() > 1 && Some(refused.len()) == peers.map(BTreeMap::len);
+        let is_whole = |node: &Option<NodeId>| node.is_none() || is_of_all;
+        let whole: Vec<_> = owned.iter().filter(|(node, _)| is_whole(node)).collect();
+        let problem = whole.first().map(|(_, first)| match whole.len() {
             1 => format!("a kernel entry was refused: {first}"),
             count => format!("{count} kernel entries were refused, the first: {first}"),
         });
+        let mut told = BTreeSet::new();
+        let of_peers = owned.iter().filter(|(node, _)| !is_whole(node) && told.insert(*node));
+        let of_peers: Vec<String> = of_peers
+            .filter_map(|(node, entry)| {
+                Some(format!("packets to {}: {entry}", self.node.name_of((*node)?)))
+            })
+            .collect();
+        let new = of_peers.iter().filter(|problem| !self.kernel.peer_problems.contains(problem));
+        new.for_each(|problem| tracing::warn!("{problem}"));
         if let Some(problem) = problem.as_ref().filter(|p| self.kernel.problem.as_ref() != Some(p))
         {
             tracing::error!("{problem}");
         }
+        self.kernel.peer_problems = of_peers;
         self.kernel.problem = problem;
+    }
+
+    /// Peers to whose underlay addresses nothing can be sent from this host, as sentences.
+    pub(super) fn unusable_peers(&self) -> Vec<String> {
+        let underlay = self.underlay.with_mode(self.config.mode);
+        let peers = self.kernel.wanted.iter().flat_map(|view| &view.peers);
+        let problem = |(node, peer): (&NodeId, &Peer)| {
+            let address = peer.vtep.underlay;
+            let why = underlay.unusable_peer(address)?;
+            let name = self.node.name_of(*node);
+            Some(format!(
+                "packets to {name}: its tunnels end at {address}, {why}: correct its underlay address"
+            ))
+        };
+        peers.filter_map(problem).collect()
     }
 
     /// Before the first success this host cannot be a member: say why and go. Later on, keep trying.
@@ -281,6 +335,24 @@ impl Agent {
         if let Err(error) = subnet_env::write(path, networks, subnets, mtu, masquerade) {
             tracing::error!(file = %path.display(), %error, "subnet file not written");
         }
+    }
+}
+
+/// Whether an entry leads to a peer.
+fn concerns(op: &Op, peer: &Peer) -> bool {
+    let contains = |address: IpAddr| {
+        let mut subnets = peer.leases.iter().flat_map(|(_, subnets)| subnets.iter());
+        subnets.any(|subnet| subnet.contains(&address))
+    };
+    match op {
+        Op::SetFdb(mac, _) | Op::RemoveFdb(mac, _) => *mac == peer.vtep.mac,
+        Op::SetNeighbour(address, _) | Op::Resolve(address, _) | Op::RemoveNeighbour(address) => {
+            contains(*address)
+        }
+        Op::AddRoute(subnet, _) | Op::ReplaceRoute(subnet, _) | Op::RemoveRoute(subnet, _) => {
+            contains(subnet.network())
+        }
+        _ => false,
     }
 }
 

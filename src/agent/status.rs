@@ -99,6 +99,7 @@ impl Agent {
         let kernel = &self.kernel;
         problems.extend(kernel.problem.iter().chain(&kernel.underlay_problem).cloned());
         problems.extend(self.inquest.claim().cloned());
+        problems.extend(kernel.peer_problems.iter().cloned().chain(self.unusable_peers()));
         problems.extend(self.underlay_limits());
         problems.extend(kernel.forwarding.input.iter().cloned());
         // What is sent elsewhere is not forwarded either: one cause, one problem.

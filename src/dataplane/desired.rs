@@ -163,12 +163,38 @@ impl Underlay {
         // No kernel routes IPv6 by an IPv4 gateway; the reverse is fine.
         let routable = peer.is_ipv6() || subnet.addr().is_ipv4();
         match self.mode {
+            _ if self.unusable(peer, near).is_some() => Way::Unreachable,
             Mode::Direct | Mode::HostGw if near && routable => {
                 Way::Direct { gateway: peer, link: self.link }
             }
             Mode::Vxlan | Mode::Direct => Way::Overlay(subnet.network()),
             Mode::HostGw => Way::Unreachable,
         }
+    }
+}
+
+impl Underlay {
+    /// Why nothing can be sent to a peer with this underlay address from here, whoever else can. `near`: it
+    /// is in a network of this host.
+    fn unusable(&self, peer: IpAddr, near: bool) -> Option<&'static str> {
+        let is_broadcast = |network: &IpNet| match network {
+            IpNet::V4(network) => network.prefix_len() < 31 && network.broadcast() == peer,
+            IpNet::V6(_) => false,
+        };
+        if peer == self.local {
+            Some("which is this host's own")
+        } else if self.networks.iter().any(is_broadcast) {
+            Some("which is the broadcast address of a network of this host")
+        } else if peer.is_ipv4() != self.local.is_ipv4() && (self.mode == Mode::Vxlan || !near) {
+            Some("which is of another family than this node's tunnels")
+        } else {
+            None
+        }
+    }
+
+    /// The same, as a part of a sentence.
+    pub fn unusable_peer(&self, peer: IpAddr) -> Option<&'static str> {
+        self.unusable(peer, self.networks.iter().any(|network| network.contains(&peer)))
     }
 }
 

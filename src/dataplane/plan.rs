@@ -173,12 +173,13 @@ fn plan_additions(wanted: &Tables, is: &Actual, ops: &mut Vec<Op>) {
     // What leads to a gateway comes before what leads over it.
     let mut routes: Vec<_> = wanted.routes.iter().collect();
     routes.sort_by_key(|(subnet, _)| Reverse(subnet.prefix_len()));
+    let metrics: BTreeSet<_> =
+        is.routes.iter().map(|(subnet, hop)| (*subnet, hop.metric)).collect();
     for (subnet, hop) in routes {
-        let same_metric = |(to, old): &(IpNet, Hop)| to == subnet && old.metric == hop.metric;
         if is.routes.contains(&(*subnet, *hop)) {
             continue;
         }
-        ops.push(match is.routes.iter().any(same_metric) {
+        ops.push(match metrics.contains(&(*subnet, hop.metric)) {
             true => Op::ReplaceRoute(*subnet, *hop),
             false => Op::AddRoute(*subnet, *hop),
         });
@@ -263,6 +264,37 @@ pub(super) mod tests {
 
     fn desired(members: &[(u8, u32)]) -> Desired {
         Desired::new(&view(members), &underlay(), &BTreeSet::new())
+    }
+
+    #[test]
+    fn peer_to_whose_address_nothing_can_be_sent_is_unreachable_and_the_others_are_not() {
+        for address in ["2001:db8::7", "192.0.2.1", "192.0.2.255"] {
+            let mut view = view(&[(1, 9), (2, 7), (3, 8)]);
+            let peer = NodeId::of_public_key(&[2; 32]);
+            let peer = view.peers.get_mut(&peer).expect("a peer");
+            peer.vtep.underlay = address.parse().expect("an address");
+            let tables = Desired::new(&view, &underlay(), &BTreeSet::new()).tables;
+            let way = |subnet: &str| tables.routes[&subnet.parse().expect("a subnet")].way;
+            assert_eq!(way("10.42.7.0/24"), Way::Unreachable, "{address}");
+            assert!(matches!(way("10.42.8.0/24"), Way::Overlay(_)), "{address}");
+            assert_eq!(tables.fdb.len(), 1, "{address}");
+        }
+    }
+
+    /// Each route that was to be replaced was looked for in all that there are.
+    #[test]
+    fn plan_for_many_changed_routes_is_one_pass_over_them() {
+        let mut wanted = desired(&[(1, 9)]);
+        let mut actual = Actual::default();
+        for number in 0..60_000_u32 {
+            let address = std::net::Ipv4Addr::from(0x0b00_0000 + (number << 8));
+            let subnet = IpNet::new(address.into(), 24).expect("a subnet");
+            wanted.tables.routes.insert(subnet, Hop::new(Way::Overlay(address.into()), 8));
+            actual.routes.insert((subnet, Hop::new(Way::Unreachable, 8)));
+        }
+        let ops = plan(&wanted, &actual);
+        let replaced = ops.iter().filter(|op| matches!(op, Op::ReplaceRoute(..)));
+        assert_eq!(replaced.count(), 60_000);
     }
 
     #[test]

@@ -20,7 +20,7 @@ mod watch;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    io,
+    fmt, io,
     net::{IpAddr, Ipv4Addr, UdpSocket},
     os::fd::{AsFd as _, BorrowedFd},
 };
@@ -61,9 +61,13 @@ use crate::{
 /// "There is no such thing" in its three spellings: what was to be removed is gone already.
 const GONE: [i32; 3] = [2, 3, 19];
 const EPERM: i32 = 1;
+const ENOMEM: i32 = 12;
 const EEXIST: i32 = 17;
+const ENODEV: i32 = 19;
 const EOPNOTSUPP: i32 = 95;
 const EADDRINUSE: i32 = 98;
+const ENETDOWN: i32 = 100;
+const ENOBUFS: i32 = 105;
 
 /// Questions that are answered in one turn; the kernel asks again.
 const MAX_MISSES: usize = 4_096;
@@ -88,12 +92,26 @@ pub struct Kernel {
 pub struct Report {
     /// Operations that were carried out, by what they changed.
     pub done: BTreeMap<&'static str, u64>,
-    /// What the kernel refused, as sentences.
-    pub failed: Vec<String>,
+    /// Entries that the kernel refused.
+    pub failed: Vec<RefusedEntry>,
     /// Index of our device.
     pub device: Option<u32>,
     /// Whether checksums are left to it, as far as is known.
     pub checksum_offload: Option<bool>,
+}
+
+/// An entry that the kernel refused.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RefusedEntry {
+    pub op: Op,
+    pub errno: i32,
+}
+
+impl RefusedEntry {
+    /// Whether it is about this host and not about the entry: no such entry would have been taken.
+    pub const fn is_of_host(&self) -> bool {
+        matches!(self.errno, EPERM | ENOMEM | ENODEV | ENETDOWN | ENOBUFS)
+    }
 }
 
 /// Why the device cannot be made. The rest of the plan was not tried.
@@ -328,7 +346,7 @@ impl Kernel {
         }
         for (op, errno) in entry_ops.into_iter().zip(failed) {
             match errno {
-                Some(errno) => report.failed.push(explain_entry(&op, errno)),
+                Some(errno) => report.failed.push(RefusedEntry { op, errno }),
                 None => *report.done.entry(op.kind()).or_default() += 1,
             }
         }
@@ -447,12 +465,15 @@ impl Op {
     }
 }
 
-fn explain_entry(op: &Op, errno: i32) -> String {
-    match op {
-        Op::AddRoute(subnet, Hop { metric, .. }) if errno == EEXIST => format!(
-            "another program has a route to {subnet} with metric {metric}: remove it \
-             (ip route show {subnet})"
-        ),
-        _ => format!("{op:?}: {}", io::Error::from_raw_os_error(errno)),
+impl fmt::Display for RefusedEntry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.op {
+            Op::AddRoute(subnet, Hop { metric, .. }) if self.errno == EEXIST => write!(
+                f,
+                "another program has a route to {subnet} with metric {metric}: remove it \
+                 (ip route show {subnet})"
+            ),
+            op => write!(f, "{op:?}: {}", io::Error::from_raw_os_error(self.errno)),
+        }
     }
 }
