@@ -77,6 +77,12 @@ fn node(text: &mut Text, status: &AgentStatus) {
     );
     text.total("downs", "Times that gossip called a member down.", counters.downs);
     text.total("malformed", "Frames and answers that could not be read.", counters.malformed);
+    text.total("refused", "Entries of peers that cannot be true.", counters.refused);
+    text.total(
+        "forged",
+        "Records in the name of this process that it never wrote.",
+        counters.forged,
+    );
     text.total("violations", "Subnets that had two owners at one epoch.", counters.violations);
     text.counter(
         "comparisons",

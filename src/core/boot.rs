@@ -20,11 +20,14 @@ use super::{
     Asked, Calls, Counters, Directory, Dirty, FIRST_WRITE, Home, InUse, Membership, Node, Output,
     SlotTable,
     forget::Forgetting,
+    horizon::{Horizons, is_sound_epoch, is_sound_member},
+    introduce::Introductions,
     join::Joining,
     lease::LeaseSearch,
     leave::Leaving,
     planted::{Bug, planted},
     push::PushQueue,
+    strange::Notes,
     sync::{Doubt, SyncRound},
     vote::Voting,
 };
@@ -99,7 +102,7 @@ impl Node {
         config: NodeConfig,
         saved: Vec<(Key, Record)>,
     ) -> Result<Self, StartError> {
-        let mut memory = Memory::default();
+        let mut memory = Memory::new(now, config.node, &saved);
         saved.into_iter().for_each(|(_, record)| memory.recall(record));
         let starts = if planted(Bug::ForgetStarts) { 1 } else { memory.starts.saturating_add(1) };
         let mut rng = StdRng::from_seed(config.rng_seed);
@@ -144,6 +147,11 @@ impl Node {
             outputs: VecDeque::new(),
             leaving,
             forgetting: Forgetting::default(),
+            clock: now,
+            horizons: memory.horizons,
+            notes: Notes::default(),
+            introductions: Introductions::default(),
+            outbid_at: None,
             voting: Voting::new(now),
             in_use: InUse::Unknown,
             asked: Asked::Nothing,
@@ -186,8 +194,9 @@ impl Node {
 }
 
 /// What the records of a database add up to.
-#[derive(Default)]
 struct Memory {
+    me: NodeId,
+    horizons: Horizons,
     starts: u32,
     cluster: Option<ClusterRecord>,
     directory: Directory,
@@ -195,15 +204,36 @@ struct Memory {
 }
 
 impl Memory {
+    fn new(now: Time, me: NodeId, saved: &[(Key, Record)]) -> Self {
+        let cluster = saved.iter().find_map(|(_, record)| match record {
+            Record::Cluster(cluster) => Some(*cluster),
+            _ => None,
+        });
+        let (directory, runs) = (Directory::default(), Vec::new());
+        Self { me, horizons: Horizons::new(now), starts: 0, cluster, directory, runs }
+    }
+
+    /// Leaves out what an earlier release took and this one refuses.
     fn recall(&mut self, record: Record) {
         match record {
             Record::Starts(starts) => self.starts = starts,
-            Record::Cluster(cluster) => self.cluster = Some(cluster),
-            Record::Slots(runs) => self.runs.extend(runs),
-            Record::Member(record) => {
+            Record::Cluster(_) => {}
+            Record::Slots(runs) => {
+                let sound = runs.iter().filter(|run| is_sound_epoch(run.record.epoch));
+                for run in sound {
+                    self.horizons.begin_with_run(run);
+                    self.runs.push(*run);
+                }
+            }
+            Record::Member(record) if is_sound_member(&record, self.me, self.cluster.as_ref()) => {
+                self.horizons.begin_with_member(&record);
                 self.directory.merge(&record);
             }
+            Record::Member(record) => {
+                tracing::warn!(node = %record.node, "a saved record that no node can use is left out");
+            }
             Record::Forget(forget) => {
+                self.horizons.begin_with_forget(&forget);
                 self.directory.merge_forget(&forget);
             }
             // Of this host alone, and the shell's.

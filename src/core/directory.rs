@@ -15,10 +15,13 @@ use super::{
     rank::state_hash,
 };
 
+/// Forgotten nodes whose records were lost with them.
+const MAX_STRAY: usize = 1 << 10;
+
 #[derive(Clone, Debug, Default)]
 pub struct Directory {
     records: BTreeMap<NodeId, MemberRecord>,
-    /// Who was forgotten: never more than have a record.
+    /// Who was forgotten: those with a record, and a bounded number of others.
     forgets: BTreeMap<NodeId, Forget>,
     /// Whose records say that they have left.
     left: BTreeSet<NodeId>,
@@ -31,10 +34,7 @@ impl Directory {
     pub fn merge(&mut self, record: &MemberRecord) -> bool {
         let full = self.records.len() >= MAX_MEMBERS;
         let taken = match self.records.entry(record.node) {
-            Entry::Vacant(_) if full => {
-                tracing::warn!(node = %record.node, "member ignored: the directory holds {MAX_MEMBERS}");
-                false
-            }
+            Entry::Vacant(_) if full => false,
             Entry::Vacant(entry) => {
                 self.hashes[Buckets::of_node(record.node)] ^= member_hash(record);
                 entry.insert(record.clone());
@@ -87,7 +87,12 @@ impl Directory {
 
     /// Takes the word that a node is gone, unless a greater one is known. Says whether it was new.
     pub fn merge_forget(&mut self, forget: &Forget) -> bool {
-        let full = self.forgets.len() >= MAX_MEMBERS;
+        // Those without a record are bounded for themselves, so that they leave room for those with one.
+        let has_record = self.records.contains_key(&forget.node);
+        let full = !has_record && self.forgets.len() >= MAX_STRAY && {
+            let stray = |node: &&NodeId| !self.records.contains_key(node);
+            self.forgets.keys().filter(stray).count() >= MAX_STRAY
+        };
         match self.forgets.entry(forget.node) {
             Entry::Vacant(_) if full => false,
             Entry::Vacant(entry) => {

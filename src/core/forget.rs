@@ -339,8 +339,8 @@ impl Node {
 
     /// A node that was started anew under its old name vouches for its predecessor.
     pub(super) fn replace_predecessor(&mut self, now: Time) {
-        // Settled: somebody else's opinion of who is alive is the same as ours.
-        if !self.config.replace_by_name || self.leaving.is_some() || !self.sync.settled() {
+        // Agreed: somebody else's opinion of who is alive is the same as ours.
+        if !self.config.replace_by_name || self.leaving.is_some() || !self.sync.agreed() {
             return;
         }
         let predecessors: Vec<NodeId> = self

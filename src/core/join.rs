@@ -32,8 +32,35 @@ pub(super) struct Joining {
     not_ready_pause: Duration,
     open: usize,
     /// The last word of each seed.
-    said: Vec<Option<CallError>>,
+    said: Vec<Option<Word>>,
     pub(super) refusal: Option<Refusal>,
+}
+
+/// Why a seed did not let this node in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Word {
+    NoAnswer(CallError),
+    Refused(Refusal),
+}
+
+impl Word {
+    /// Whether it will say so again however often it is asked.
+    const fn is_final(&self) -> bool {
+        matches!(
+            self,
+            Self::NoAnswer(CallError::Rejected(_))
+                | Self::Refused(Refusal::OtherCluster { .. } | Refusal::Settings(_))
+        )
+    }
+}
+
+impl std::fmt::Display for Word {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::NoAnswer(error) => error.fmt(f),
+            Self::Refused(refusal) => write!(f, "it refused: {refusal}"),
+        }
+    }
 }
 
 impl Joining {
@@ -50,7 +77,7 @@ impl Joining {
     }
 
     /// A seed that is none any more may still have answered.
-    fn note(&mut self, seed: usize, word: Option<CallError>) {
+    fn note(&mut self, seed: usize, word: Option<Word>) {
         if let Some(said) = self.said.get_mut(seed) {
             *said = word;
         }
@@ -63,9 +90,19 @@ impl Joining {
 }
 
 impl Node {
-    /// The operator names other seeds: so many.
+    /// The operator names other seeds: so many. What is under way to the old ones has no place among them:
+    /// their answers are ignored.
     pub fn set_seeds(&mut self, now: Time, seeds: usize) {
         self.config.seeds = seeds;
+        let to_a_seed = |purpose: &Purpose| match purpose {
+            Purpose::Hello { .. } => true,
+            Purpose::Compare { partner } | Purpose::Exchange { partner, .. } => {
+                matches!(partner, Target::Seed(_))
+            }
+            _ => false,
+        };
+        self.calls.open.retain(|_, purpose| !to_a_seed(purpose));
+        self.joining.open = 0;
         self.joining.said = vec![None; seeds];
         self.joining.next_seed = 0;
         self.joining.next_try = now;
@@ -115,7 +152,7 @@ impl Node {
                 self.joining.note(seed, None);
                 self.enter(now, from, *welcome);
             }
-            Ok((from, Response::Refused(refusal))) => self.on_refusal(now, from, refusal),
+            Ok((from, Response::Refused(refusal))) => self.on_refusal(now, seed, from, refusal),
             Ok((from, _)) => self.note_malformed(from, &"no answer to a greeting"),
             Err(error) => self.on_no_welcome(now, seed, error),
         }
@@ -125,9 +162,11 @@ impl Node {
         let Welcome { cluster, facts, returning, no_slot } = welcome;
         match &self.home {
             // A second seed answered too. What it granted is ours by the table and is given back.
-            Some(home) if home.cluster.id == cluster.id => self.learn(now, &facts, None),
+            Some(home) if home.cluster.id == cluster.id => {
+                self.learn(now, &facts, Some(from));
+            }
             Some(_) => {
-                tracing::error!(theirs = %cluster.id, "a seed welcomed us to another cluster")
+                self.note_foreign(from, cluster.id);
             }
             None => {
                 tracing::info!(cluster = %cluster.id, members = facts.members.len(), "joined");
@@ -138,7 +177,10 @@ impl Node {
                 self.directory.merge(&self.me);
                 self.dirty.mark(Key::Member(self.me.node), false);
                 // The seed passes on what is new; all the rest is old news to everybody else.
-                self.absorb(now, &facts);
+                facts.members.iter().for_each(|record| self.horizons.begin_with_member(record));
+                facts.slots.iter().for_each(|run| self.horizons.begin_with_run(run));
+                facts.forgets.iter().for_each(|forget| self.horizons.begin_with_forget(forget));
+                self.absorb(now, &facts, Some(from));
                 if returning {
                     self.doubt_memory();
                 }
@@ -150,17 +192,16 @@ impl Node {
         }
     }
 
-    fn on_refusal(&mut self, now: Time, from: NodeId, refusal: Refusal) {
+    fn on_refusal(&mut self, now: Time, seed: usize, from: NodeId, refusal: Refusal) {
         let joining = &mut self.joining;
         if joining.refusal.as_ref() != Some(&refusal) {
             tracing::warn!(peer = %from, %refusal, "a seed refused this node");
             joining.refusal = Some(refusal.clone());
         }
+        joining.note(seed, Some(Word::Refused(refusal.clone())));
         match refusal {
             _ if self.home.is_some() => {}
-            Refusal::OtherCluster { .. } | Refusal::Settings(_) => {
-                self.outputs.push_back(Output::Stop(Stop::Refused(refusal)));
-            }
+            Refusal::OtherCluster { .. } | Refusal::Settings(_) => self.give_up_if_hopeless(seed),
             Refusal::Left | Refusal::Forgotten { .. } => self.on_expulsion(&refusal),
             Refusal::NotReady => {
                 let pause = joining.not_ready_pause;
@@ -187,16 +228,26 @@ impl Node {
         if matches!(error, CallError::Myself) {
             self.sync.note_seed(seed, self.me.node);
         }
-        self.joining.note(seed, Some(error));
-        let rejected = |said: &Option<CallError>| matches!(said, Some(CallError::Rejected(_)));
-        let said = &self.joining.said;
-        if self.home.is_none() && !said.is_empty() && said.iter().all(rejected) {
-            let said = self.joining.said.get(seed).and_then(Option::as_ref);
-            let why = said.map(ToString::to_string).unwrap_or_default();
-            self.outputs.push_back(Output::Stop(Stop::Rejected { seed, why }));
-        }
+        self.joining.note(seed, Some(Word::NoAnswer(error)));
+        self.give_up_if_hopeless(seed);
         if self.joining.next_seed != 0 {
             self.joining.next_try = now;
         }
+    }
+
+    /// Stops where every seed has refused this node for a reason that will not go away: one of them may be
+    /// wrong while the others are right.
+    fn give_up_if_hopeless(&mut self, seed: usize) {
+        let said = &self.joining.said;
+        let is_final = |word: &Option<Word>| word.as_ref().is_some_and(Word::is_final);
+        if self.home.is_some() || said.is_empty() || !said.iter().all(is_final) {
+            return;
+        }
+        let stop = match said.get(seed).and_then(Option::as_ref) {
+            Some(Word::Refused(refusal)) => Stop::Refused(refusal.clone()),
+            Some(Word::NoAnswer(error)) => Stop::Rejected { seed, why: error.to_string() },
+            None => return,
+        };
+        self.outputs.push_back(Output::Stop(stop));
     }
 }

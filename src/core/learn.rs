@@ -14,52 +14,102 @@ use crate::{
     wire::{Facts, Key},
 };
 
-use super::{CloneSeen, Node, sync::Doubt};
+use super::{
+    CloneSeen, Node,
+    planted::{Bug, planted},
+    slots::Contested,
+    strange::Kind,
+    sync::Doubt,
+    vet::Refused,
+};
 
 /// A node with a copy tells the world about itself again this often.
 const SPEAK_UP: Duration = Duration::from_secs(10);
+/// And goes above what others tell of it at most this often.
+const OUTBID_EVERY: Duration = Duration::from_secs(1);
+/// Processes with this node's key that are told apart.
+const MAX_OUTRANKED: usize = 1024;
 /// A copy that was silent for so long is none any more.
 const CLONE_GONE: Duration = Duration::from_secs(120);
 
+/// What came of facts that somebody told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Learned {
+    /// Something was new.
+    pub(super) new: bool,
+    /// Something cannot be true.
+    pub(super) refused: bool,
+}
+
 impl Node {
     /// Merges what somebody told; what is new is passed on, except to whom it came from.
-    pub(super) fn learn(&mut self, now: Time, facts: &Facts, from: Option<NodeId>) {
-        let news = self.absorb(now, facts);
-        if !news.is_empty() {
+    pub(super) fn learn(&mut self, now: Time, facts: &Facts, from: Option<NodeId>) -> Learned {
+        let (news, refused) = self.absorb(now, facts, from);
+        let new = !news.is_empty();
+        if new {
             self.sync.unsettle(now);
             self.push.add(now, &news, from);
         }
+        Learned { new, refused }
     }
 
-    /// Merges what somebody told and says what of it was new.
-    pub(super) fn absorb(&mut self, now: Time, facts: &Facts) -> Facts {
+    /// Merges what somebody told and says what of it was new, and whether anything was refused. What this
+    /// node decided itself comes from nobody.
+    pub(super) fn absorb(
+        &mut self,
+        now: Time,
+        facts: &Facts,
+        from: Option<NodeId>,
+    ) -> (Facts, bool) {
         let mut news = Facts::default();
-        let mut forgotten_writes = 0;
+        let mut refused = Refused::default();
         for record in &facts.members {
-            if self.merge_member(now, record) {
+            let is_own_word = from.is_none();
+            if (is_own_word || self.can_be(now, record, &mut refused))
+                && self.merge_member(now, record)
+            {
                 news.members.push(record.clone());
             }
         }
-        let theirs = self.timely(&facts.slots);
-        if let Some(home) = &mut self.home {
-            let merged = home.slots.merge(&theirs);
-            self.counters.violations += merged.violations.len() as u64;
-            for (slot, ours, theirs) in &merged.violations {
-                // Of subnets that are given from outside both may have heard at once; one of them says so.
-                if self.config.assigned.is_none() {
-                    tracing::error!(?slot, ?ours, ?theirs, "two owners of one slot at one epoch");
-                }
+        self.merge_slots(now, facts, from, &mut news, &mut refused);
+        for forget in &facts.forgets {
+            let is_own_word = from.is_none();
+            if (is_own_word || self.can_be_gone(now, forget, &mut refused))
+                && self.merge_forget(now, forget)
+            {
+                news.forgets.push(*forget);
             }
-            let me = self.me.node;
-            // Of a slot that it knew before: who has lost its whole database remembers nothing.
-            let unknown = merged
-                .changed
-                .iter()
-                .filter(|(run, before)| run.record.granter == me && before.is_some());
-            forgotten_writes = unknown.map(|(run, _)| u64::from(run.len)).sum();
-            self.note_slots(&merged.changed);
-            news.slots = merged.changed.into_iter().map(|(run, _)| run).collect();
         }
+        let there = self.credible(now, &facts.active);
+        self.introduce(now, there);
+        (news, from.is_some_and(|from| self.name_refused(from, &refused)))
+    }
+
+    fn merge_slots(
+        &mut self,
+        now: Time,
+        facts: &Facts,
+        from: Option<NodeId>,
+        news: &mut Facts,
+        refused: &mut Refused,
+    ) {
+        let possible = match from {
+            Some(_) => Cow::Owned(self.possible(now, &facts.slots, refused)),
+            None => Cow::Borrowed(&facts.slots[..]),
+        };
+        let theirs = self.timely(&possible);
+        let Some(home) = &mut self.home else { return };
+        let merged = home.slots.merge(&theirs);
+        self.note_contested(&merged.contested, from);
+        let me = self.me.node;
+        // Of a slot that it knew before: who has lost its whole database remembers nothing.
+        let unknown = merged
+            .changed
+            .iter()
+            .filter(|(run, before)| run.record.granter == me && before.is_some());
+        let forgotten_writes: u64 = unknown.map(|(run, _)| u64::from(run.len)).sum();
+        self.note_slots(&merged.changed);
+        news.slots = merged.changed.into_iter().map(|(run, _)| run).collect();
         if forgotten_writes > 0 {
             self.on_rollback(forgotten_writes);
         }
@@ -68,15 +118,24 @@ impl Node {
             self.recheck_forgets(now);
             self.decline_late_grants(now, &news.slots);
         }
-        for forget in &facts.forgets {
-            if self.merge_forget(now, forget) {
-                news.forgets.push(*forget);
-            }
+    }
+
+    /// Slots with two records of one epoch, however many in one line.
+    fn note_contested(&mut self, contested: &[Contested], from: Option<NodeId>) {
+        let slots: u64 = contested.iter().map(|(run, _)| u64::from(run.len)).sum();
+        self.counters.violations += slots;
+        // Of subnets that are given from outside both may have heard at once; one of them says so.
+        let Some((theirs, ours)) = contested.first().filter(|_| self.config.assigned.is_none())
+        else {
+            return;
+        };
+        let teller = from.unwrap_or(self.me.node);
+        if let Some(slots) = self.note(teller, Kind::TwoOwners, slots, "") {
+            tracing::error!(
+                slots, first = ?theirs.start, ?ours, theirs = ?theirs.record, told_by = %teller,
+                "two owners of slots at one epoch"
+            );
         }
-        let there = facts.active.iter().filter(|identity| !self.is_gone(identity.node)).copied();
-        let there: Vec<_> = there.collect();
-        self.membership.introduce(now, there.into_iter());
-        news
     }
 
     /// Without grants of a forgotten node to this one that come late, while this one may not write: it
@@ -101,7 +160,9 @@ impl Node {
     /// Takes a newer member record.
     fn merge_member(&mut self, now: Time, record: &MemberRecord) -> bool {
         if record.node == self.me.node {
-            if record.version.starts >= self.me.version.starts && record.boot != self.me.boot {
+            if record.boot == self.me.boot {
+                self.on_forged_self(now, record);
+            } else if record.version.starts >= self.me.version.starts {
                 self.on_another_self(now, record);
             }
             return false;
@@ -109,12 +170,41 @@ impl Node {
         let new = self.directory.merge(record);
         if new {
             self.dirty.mark(Key::Member(record.node), false);
+            self.sync.partners.note_sound(record.node);
             self.view_stale = true;
             if record.has_left() {
                 self.note_departure(record.node);
             }
         }
         new
+    }
+
+    /// A record in the name of this very process that it did not write, so a member errs or lies: the true
+    /// one goes above it.
+    fn on_forged_self(&mut self, now: Time, record: &MemberRecord) {
+        let is_old = record.version < self.me.version || *record == self.me;
+        if is_old || planted(Bug::LetForgeriesStand) || !self.may_outbid(now) {
+            return;
+        }
+        self.counters.forged += 1;
+        tracing::error!(
+            version = ?record.version, address = %record.address,
+            "a record of this node was told that it never wrote: going on above it"
+        );
+        if record.version.starts > self.me.version.starts {
+            return self.go_above(now, record.version.starts);
+        }
+        self.me.version.change = record.version.change.saturating_add(1);
+        self.publish_self(now);
+    }
+
+    /// Whatever is told of this node: it answers at a bounded rate, and is told again.
+    fn may_outbid(&mut self, now: Time) -> bool {
+        let may = self.outbid_at.is_none_or(|at| now >= at);
+        if may {
+            self.outbid_at = Some(now + OUTBID_EVERY);
+        }
+        may
     }
 
     /// A record of this node that this process did not write, and that outranks it. From an earlier life
@@ -139,8 +229,12 @@ impl Node {
                     "another process runs with this node's key: nothing is granted"
                 ),
             }
+        } else if !self.may_outbid(now) {
+            return;
         }
-        self.outranked.insert(record.boot);
+        if self.outranked.len() < MAX_OUTRANKED {
+            self.outranked.insert(record.boot);
+        }
         self.doubt_memory();
         self.go_above(now, record.version.starts);
     }
@@ -148,8 +242,11 @@ impl Node {
     /// A peer holds this node as down under an incarnation, and must be told of a newer one. Its own
     /// suffices, unless another process has run with this node's key and was heard of by gossip alone.
     pub(super) fn rise_above(&mut self, now: Time, theirs: Incarnation) {
+        let is_possible = self.horizons.reach_incarnation(now, theirs, Some(&self.me));
         if theirs > self.membership.identity().incarnation {
-            self.go_above(now, theirs.starts);
+            if is_possible && self.may_outbid(now) {
+                self.go_above(now, theirs.starts);
+            }
         } else {
             self.membership.renew(now);
         }

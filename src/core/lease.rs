@@ -236,7 +236,7 @@ impl Node {
         home.search.next_try = Some(now);
         home.search.tried.insert(donor);
         match answer {
-            Ok((_, Response::Granted(facts))) => self.learn(now, &facts, Some(donor)),
+            Ok((_, Response::Granted(facts))) => _ = self.learn(now, &facts, Some(donor)),
             Ok((_, Response::Refused(refusal))) => home.search.refusal = Some(refusal),
             Ok((from, _)) => self.note_malformed(from, &"no answer to a grant request"),
             Err(error) => tracing::debug!(%donor, %error, "donor did not answer"),

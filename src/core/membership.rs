@@ -7,7 +7,7 @@
 //! opinion: nothing in this module may touch ownership or the kernel.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     hash::{DefaultHasher, Hash as _, Hasher as _},
     num::{NonZeroU8, NonZeroU32, NonZeroUsize},
     time::Duration,
@@ -30,6 +30,9 @@ use super::rank::state_hash;
 
 /// Largest SWIM packet: a datagram less the frame around it, with room for the frame to grow.
 const PACKET_MAX: usize = DATAGRAM_MAX - 20;
+
+/// A suspicion of this node names one of its own refutations; the last ones may not have been sent yet.
+pub(super) const UNSENT_REFUTATIONS: u16 = 16;
 
 /// A timer that is served so much too late tells of this process, not of its peers.
 const PAUSE: Duration = Duration::from_millis(500);
@@ -113,6 +116,21 @@ impl Membership {
         self.collect(now, "introduce", result);
     }
 
+    /// Whether this node holds the member as something else than active in this identity.
+    pub fn is_news(&self, identity: &Identity) -> bool {
+        identity.node != self.identity().node && self.active.get(&identity.node) != Some(identity)
+    }
+
+    /// Whether this node holds the member as active in this identity.
+    pub fn holds_alive(&self, identity: &Identity) -> bool {
+        self.active.get(&identity.node) == Some(identity)
+    }
+
+    /// foca's count of this node's refutations, as last sent.
+    pub const fn refutation(&self) -> u16 {
+        self.refutation
+    }
+
     /// Goes on under a newer identity, because a peer believes that this one is down.
     pub fn renew(&mut self, now: Time) {
         if let Some(identity) = foca::Identity::renew(&self.identity()) {
@@ -129,7 +147,9 @@ impl Membership {
 
     /// Somebody suspects this node. Says under which count of refutations it is alive all the same.
     pub fn refute(&mut self, now: Time, suspicion: &Suspicion) -> Suspicion {
-        if suspicion.identity == self.identity() {
+        // A suspicion names a count that this node has told before.
+        let is_told = suspicion.refutation <= self.refutation.saturating_add(UNSENT_REFUTATIONS);
+        if suspicion.identity == self.identity() && is_told {
             let Suspicion { identity, refutation } = *suspicion;
             let suspect = Member::new(identity, refutation, State::Suspect);
             let result = self.foca.apply_many([suspect].into_iter(), false, &mut self.runtime);
@@ -138,20 +158,28 @@ impl Membership {
         Suspicion { identity: self.identity(), refutation: self.refutation }
     }
 
-    /// What is known of this identity, if it is held as down.
-    pub fn holds_down(&self, identity: &Identity) -> Option<Suspicion> {
-        if self.active.contains_key(&identity.node) {
-            return None;
+    /// What is known of those of these identities that are held as down.
+    pub fn held_down(&self, identities: &[Identity]) -> Vec<Suspicion> {
+        let wanted: BTreeSet<&Identity> = identities
+            .iter()
+            .filter(|identity| !self.active.contains_key(&identity.node))
+            .collect();
+        if wanted.is_empty() {
+            return Vec::new();
         }
-        let member = self.foca.iter_membership_state().find(|member| member.id() == identity)?;
-        let down = member.state() == State::Down;
-        down.then(|| Suspicion { identity: *identity, refutation: member.incarnation() })
+        self.foca
+            .iter_membership_state()
+            .filter(|member| member.state() == State::Down && wanted.contains(member.id()))
+            .map(|member| Suspicion { identity: *member.id(), refutation: member.incarnation() })
+            .collect()
     }
 
-    /// A peer holds a member as down: it is, unless it says otherwise.
-    pub fn suspect(&mut self, now: Time, suspicion: &Suspicion) {
-        let member = Member::new(suspicion.identity, suspicion.refutation, State::Suspect);
-        let result = self.foca.apply_many([member].into_iter(), true, &mut self.runtime);
+    /// A peer holds these members as down: they are, unless they say otherwise.
+    pub fn suspect(&mut self, now: Time, suspicions: impl Iterator<Item = Suspicion>) {
+        let suspect =
+            |doubt: Suspicion| Member::new(doubt.identity, doubt.refutation, State::Suspect);
+        let members: Vec<_> = suspicions.map(suspect).collect();
+        let result = self.foca.apply_many(members.into_iter(), true, &mut self.runtime);
         self.collect(now, "suspect", result);
     }
 

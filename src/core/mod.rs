@@ -10,22 +10,26 @@
 //! - `learn`: merging what others say
 //! - `join`: from stranger to member; `lease`: having exactly one subnet
 //! - `push`, `sync`: how a change reaches everybody: at once, and surely
-//! - `serve`: answers to peers; `strange`: messages that are of no use
+//! - `serve`: answers to peers; `vet`, `horizon`: what of their words is believed; `strange`: the rest
 //! - `leave`: handing over and going; `forget`: reclaiming what others left behind; `vote`: forgetting by
 //!   time alone
 //! - `ping`, `inquire`: an operator's questions
 
 mod boot;
+mod counters;
 mod directory;
 mod forget;
 mod gate;
+mod horizon;
 mod inquire;
+mod introduce;
 mod io;
 mod join;
 mod learn;
 mod lease;
 mod leave;
 mod membership;
+mod partners;
 mod ping;
 pub mod planted;
 mod push;
@@ -37,6 +41,7 @@ mod strange;
 mod sync;
 #[cfg(test)]
 mod tests;
+mod vet;
 mod view;
 mod vote;
 mod writes;
@@ -51,6 +56,7 @@ use ipnet::IpNet;
 use rand::{RngExt as _, rngs::StdRng};
 
 pub use boot::{Founding, NodeConfig, StartError};
+pub use counters::Counters;
 pub use forget::{CannotForget, Reclaiming};
 pub use gate::Gate;
 pub use io::{CallError, CallId, Command, Input, Output, ReplyId, Stop, Target, WriteSeq};
@@ -62,6 +68,8 @@ pub use view::{Own, Peer, View};
 use self::{
     directory::Directory,
     forget::Forgetting,
+    horizon::Horizons,
+    introduce::Introductions,
     join::Joining,
     lease::LeaseSearch,
     leave::Leaving,
@@ -69,7 +77,7 @@ use self::{
     planted::{Bug, planted},
     push::PushQueue,
     slots::SlotTable,
-    strange::read_response,
+    strange::{Notes, read_response},
     sync::SyncRound,
     vote::Voting,
     writes::Dirty,
@@ -84,6 +92,8 @@ const FIRST_WRITE: WriteSeq = 1;
 
 /// A node. Feed it with [`Node::handle`], then drain [`Node::poll_output`].
 pub struct Node {
+    /// When the present input came.
+    clock: Time,
     /// What this node says about itself; the newest version is also in the directory.
     me: MemberRecord,
     /// What the operator wants of a cluster that this node enters.
@@ -96,6 +106,11 @@ pub struct Node {
     joining: Joining,
     leaving: Option<Leaving>,
     forgetting: Forgetting,
+    horizons: Horizons,
+    notes: Notes,
+    introductions: Introductions,
+    /// Before that this node does not go above what others tell of it again.
+    outbid_at: Option<Time>,
     voting: Voting,
     push: PushQueue,
     sync: SyncRound,
@@ -212,36 +227,10 @@ enum Purpose {
 /// How a question ended: who answered, and what.
 type Answer = Result<(NodeId, Response), CallError>;
 
-/// Counts since the start.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
-pub struct Counters {
-    /// Broken promises of single ownership, each settled alike on all nodes.
-    pub violations: u64,
-    /// Records of another process that runs with this node's key.
-    pub clones: u64,
-    /// Frames and answers that could not be read.
-    pub malformed: u64,
-    pub grants: u64,
-    /// Times that a forgotten node's slots were taken over.
-    pub reclaims: u64,
-    /// Members that this node forgot because most voters had missed them for long.
-    pub voted_gone: u64,
-    /// Records of this node's own that it did not remember: its state directory was rolled back.
-    pub rollbacks: u64,
-    /// Times that gossip called a member down.
-    pub downs: u64,
-    /// Leases of its own that it did not need and made spares.
-    pub surplus: u64,
-    /// Late grants of forgotten nodes, passed on to their heirs.
-    pub declined: u64,
-    /// Rounds of comparison that ended in "same" / "different".
-    pub syncs_same: u64,
-    pub syncs_different: u64,
-}
-
 impl Node {
     /// Takes in what happened. Everything that follows from it is in the outputs afterwards.
     pub fn handle(&mut self, now: Time, input: Input) {
+        self.clock = now;
         match input {
             Input::Message { from, bytes } => self.handle_message(now, from, &bytes),
             Input::Request { from, reply, bytes } => self.serve(now, from, reply, &bytes),
@@ -270,6 +259,7 @@ impl Node {
             self.next_leave_step(),
             self.next_forget_step(),
             self.next_vote_step(),
+            self.next_introduction(),
             self.push.due(),
             self.home.as_ref().map(|_| self.sync.due()),
             self.dirty.lazy_at,
@@ -290,6 +280,7 @@ impl Node {
         self.step_forget(now);
         self.step_vote(now);
         self.step_sync(now);
+        self.step_introductions(now);
         self.drain_membership(now);
         self.write_changes(now);
         self.flush_push(now);
@@ -305,9 +296,9 @@ impl Node {
             Ok((theirs, _)) if theirs != cluster => {
                 self.note_foreign(from, theirs);
             }
-            Ok((_, Frame::Swim(packet))) => self.membership.handle_packet(now, packet),
+            Ok((_, Frame::Swim(packet))) => self.on_swim(now, from, packet),
             Ok((_, Frame::Push(payload))) => match Push::decode(payload) {
-                Ok(push) => self.learn(now, &push.facts, Some(from)),
+                Ok(push) => _ = self.learn(now, &push.facts, Some(from)),
                 Err(error) => self.note_malformed(from, &error),
             },
             Ok(_) => self.note_malformed(from, &"a request or response outside a stream"),
@@ -389,6 +380,7 @@ impl Node {
                 }
                 Notice::Up(node) => {
                     tracing::info!(%node, name = self.name_of(node), "member up");
+                    self.sync.partners.note_sound(node);
                     if self.directory.get(node).is_none() {
                         self.sync.hasten(now);
                     }

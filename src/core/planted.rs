@@ -39,10 +39,24 @@ pub enum Bug {
     NeverExchangeSlots,
     /// A member record is taken whatever its version.
     IgnoreVersions,
+    /// A member record is taken whatever addresses and MAC it has.
+    TakeUnfitRecords,
+    /// Counters may jump as far as anybody says.
+    TakeJumps,
+    /// Gossip hears of nodes that have no record.
+    TakeAnyIdentity,
+    /// A gossip packet counts as sent by whom it says.
+    TakeAnySender,
+    /// A member whose state can never be taken over keeps this node unsettled.
+    OddPeersUnsettle,
+    /// A member that does not answer is compared with again at once.
+    SilentTwice,
+    /// A record of its own that a node never wrote is not answered.
+    LetForgeriesStand,
 }
 
 impl Bug {
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 24] = [
         Self::AnswerBeforeFlush,
         Self::DonateBeforeSync,
         Self::MergeByLowerEpoch,
@@ -60,6 +74,13 @@ impl Bug {
         Self::GrantAgainAnew,
         Self::NeverExchangeSlots,
         Self::IgnoreVersions,
+        Self::TakeUnfitRecords,
+        Self::TakeJumps,
+        Self::TakeAnyIdentity,
+        Self::TakeAnySender,
+        Self::OddPeersUnsettle,
+        Self::SilentTwice,
+        Self::LetForgeriesStand,
     ];
 }
 

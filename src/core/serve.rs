@@ -14,6 +14,7 @@ use super::{
     Home, Node, Output, ReplyId,
     planted::{Bug, planted},
     slots::{Change, Grant},
+    strange::Kind,
 };
 
 impl Node {
@@ -122,18 +123,28 @@ impl Node {
             return Response::Refused(Refusal::Settings(Difference { field, joiner, cluster }));
         }
         if hello.member.node != from || hello.identity.node != from {
-            let why = "a greeting must be about the node that sends it".to_owned();
+            let why = "a greeting must be about the node that sends it";
             return Response::Refused(Refusal::Unreadable(why.into()));
+        }
+        if let Some(why) = self.unusable(&hello.member) {
+            self.note_refused(from, 1, &why);
+            return Response::Refused(Refusal::Unfit(why.into()));
         }
         if !self.directory.has_room_for(from) {
             return Response::Refused(Refusal::Full { limit: MAX_MEMBERS as u32 });
         }
-        tracing::info!(node = %from, name = %hello.member.name, address = %hello.member.address, "joining");
+        let MemberRecord { name, address, .. } = &hello.member;
+        if let Some(count) = self.note(from, Kind::Greets, 1, "") {
+            tracing::info!(node = %from, %name, %address, count, "joining");
+        }
         let known = self.directory.get(from);
         let returning = known.is_some_and(|record| record.boot != hello.member.boot);
         let facts =
             Facts { members: vec![hello.member], active: vec![hello.identity], ..Facts::default() };
-        self.learn(now, &facts, Some(from));
+        if self.learn(now, &facts, Some(from)).refused {
+            let why = "its version is beyond what any node can have reached";
+            return Response::Refused(Refusal::Unfit(why.into()));
+        }
         let no_slot = self.grant(now, from, hello.grant).err();
         match &self.home {
             Some(home) => {
@@ -142,6 +153,22 @@ impl Node {
                 Response::Welcome(Box::new(Welcome { cluster, facts, returning, no_slot }))
             }
             None => Response::Refused(Refusal::NotReady),
+        }
+    }
+
+    /// Why a joiner with this record could not be used here. Beyond what no node can use, its tunnels must
+    /// not end at this host, nor at an address of a family that this node's tunnels do not have.
+    fn unusable(&self, record: &MemberRecord) -> Option<String> {
+        let pool = &self.home.as_ref()?.cluster.settings.pool;
+        let (theirs, ours) = (record.vtep.underlay, self.me.vtep.underlay);
+        match record.unfit(pool) {
+            _ if planted(Bug::TakeUnfitRecords) => None,
+            Some(unfit) => Some(unfit.to_string()),
+            None if theirs == ours => Some(format!("its underlay address {theirs} is this node's")),
+            None if theirs.is_ipv4() != ours.is_ipv4() => Some(format!(
+                "its underlay address {theirs} is of another family than {ours}, so no tunnel can be made"
+            )),
+            None => None,
         }
     }
 
@@ -179,12 +206,13 @@ impl Node {
         theirs: &Facts,
     ) -> Response {
         if identity.node != from {
-            let why = "an exchange must carry the identity of the node that sends it".to_owned();
+            let why = "an exchange must carry the identity of the node that sends it";
             return Response::Refused(Refusal::Unreadable(why.into()));
         }
         self.learn(now, theirs, Some(from));
         self.sync.witness(from);
-        self.membership.introduce(now, [identity].into_iter());
+        let sender = self.credible(now, &[identity]);
+        self.introduce(now, sender);
         let mut facts = self.facts_in(buckets);
         // Two copies of one node may be of one version.
         let known: BTreeSet<_> =
@@ -192,12 +220,10 @@ impl Node {
         facts.members.retain(|r| !known.contains(&(r.node, r.version, r.boot)));
         let known: BTreeSet<_> = theirs.active.iter().collect();
         facts.active.retain(|identity| !known.contains(identity));
-        let slots: BTreeSet<_> = theirs.slots.iter().map(|run| (run.start, run.len)).collect();
-        facts
-            .slots
-            .retain(|run| !slots.contains(&(run.start, run.len)) || !theirs.slots.contains(run));
-        let down = theirs.active.iter().filter_map(|identity| self.membership.holds_down(identity));
-        let down = down.collect();
+        let known: BTreeSet<_> =
+            theirs.slots.iter().map(|run| (run.start, run.len, run.record)).collect();
+        facts.slots.retain(|run| !known.contains(&(run.start, run.len, run.record)));
+        let down = self.membership.held_down(&theirs.active);
         let down_as =
             (!self.membership.is_active(from)).then(|| self.membership.newest_incarnation(from));
         Response::Facts { facts, down, down_as }

@@ -20,6 +20,21 @@ use super::{
 /// The epoch counts an owner's records in its lower half, and how often the slot was reclaimed in its upper.
 const GENERATION_SHIFT: u32 = 32;
 
+/// How often a slot was reclaimed.
+pub const fn generation_of(epoch: u64) -> u64 {
+    epoch >> GENERATION_SHIFT
+}
+
+/// How many records were written since.
+pub const fn count_of(epoch: u64) -> u64 {
+    epoch & ((1 << GENERATION_SHIFT) - 1)
+}
+
+/// The first epoch of a generation that comes so much after that of a record.
+fn later_generation(epoch: u64, by: u64) -> u64 {
+    generation_of(epoch).saturating_add(by).min(u64::from(u32::MAX)) << GENERATION_SHIFT
+}
+
 /// Records of all slots of one pool, as maximal runs in slot order.
 #[derive(Clone, Debug)]
 pub struct SlotTable {
@@ -30,17 +45,11 @@ pub struct SlotTable {
     hashes: [u64; Buckets::COUNT],
 }
 
-/// What a merge did.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Merged {
-    /// The parts that were new here, with what they replaced.
-    pub changed: Vec<Change>,
-    /// Pairs of records with one epoch and different contents (ours, theirs): a promise was broken.
-    pub violations: Vec<(Slot, SlotRecord, SlotRecord)>,
-}
-
 /// A run as it is now, and the record that its slots shared before (none: unknown until now).
 pub type Change = (Run, Option<SlotRecord>);
+
+/// A run of theirs, and the record of the same epoch that is ours there.
+pub type Contested = (Run, SlotRecord);
 
 /// An answer to a node that asked for a slot.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -103,32 +112,6 @@ impl SlotTable {
         census
     }
 
-    /// Takes over what is newer in `theirs`; parts outside the pool are ignored.
-    pub fn merge(&mut self, theirs: &[Run]) -> Merged {
-        let mut merged = Merged::default();
-        for run in theirs {
-            for (part, ours) in self.overlaps(*run) {
-                match ours {
-                    Some(ours)
-                        if planted(Bug::MergeByLowerEpoch) && ours.epoch > part.record.epoch =>
-                    {
-                        self.set(part);
-                        merged.changed.push((part, Some(ours)));
-                    }
-                    Some(ours) if ours == part.record || ours.epoch > part.record.epoch => {}
-                    Some(ours) if ours.epoch == part.record.epoch => {
-                        self.settle(part, ours, &mut merged);
-                    }
-                    _ => {
-                        self.set(part);
-                        merged.changed.push((part, ours));
-                    }
-                }
-            }
-        }
-        merged
-    }
-
     /// Gives `to` the spare slot of `me` that suits it best and half of the rest (or, if it owns
     /// slots already, names those again). The change is in the table; the caller makes it durable.
     pub fn grant(
@@ -175,8 +158,7 @@ impl SlotTable {
     /// outranks any that an earlier user of it can have written.
     pub fn claim(&mut self, me: NodeId, slot: Slot) -> Change {
         let before = self.record(slot);
-        let generation = before.map_or(0, |record| record.epoch >> GENERATION_SHIFT) + 1;
-        let epoch = generation << GENERATION_SHIFT;
+        let epoch = later_generation(before.map_or(0, |record| record.epoch), 1);
         let record = SlotRecord { epoch, owner: me, state: SlotState::Leased, granter: me };
         let run = Run { start: slot, len: 1, record };
         self.set(run);
@@ -205,11 +187,10 @@ impl SlotTable {
         let owned: Vec<Run> = self.runs_of(gone).copied().collect();
         let mut changes = Vec::new();
         for run in owned {
-            let generation = (run.record.epoch >> GENERATION_SHIFT) + u64::from(round);
             let epoch = if planted(Bug::ReclaimKeepsGeneration) {
                 run.record.epoch + 1
             } else {
-                generation << GENERATION_SHIFT
+                later_generation(run.record.epoch, u64::from(round))
             };
             let record = SlotRecord { epoch, owner: me, state: SlotState::Spare, granter: me };
             let new = Run { record, ..run };
@@ -314,23 +295,10 @@ impl SlotTable {
         let before = self.record(start);
         debug_assert!(before.is_some_and(|r| r.owner == me), "only the owner writes {start:?}");
         let raise = u64::from(!planted(Bug::SameEpoch) || owner == me);
-        let epoch = before.map_or(0, |record| record.epoch + raise);
+        let epoch = before.map_or(0, |record| record.epoch.saturating_add(raise));
         let run = Run { start, len, record: SlotRecord { epoch, owner, state, granter: me } };
         self.set(run);
         (run, before)
-    }
-
-    /// Two records of one epoch: all nodes keep the same one, whichever they saw first.
-    fn settle(&mut self, part: Run, ours: SlotRecord, merged: &mut Merged) {
-        for slot in part.slots() {
-            let theirs = part.record;
-            merged.violations.push((slot, ours, theirs));
-            if precedence(slot, &theirs) > precedence(slot, &ours) {
-                let run = Run { start: slot, len: 1, record: theirs };
-                self.set(run);
-                merged.changed.push((run, Some(ours)));
-            }
-        }
     }
 
     /// Cuts `run` at the borders of our runs and pairs each part with our record there.
@@ -410,6 +378,7 @@ fn precedence(slot: Slot, record: &SlotRecord) -> (u64, Reverse<u64>, SlotRecord
     (record.epoch, Reverse(slot_score(record.owner, slot)), *record)
 }
 
+mod merge;
 #[cfg(test)]
 mod model;
 #[cfg(test)]

@@ -260,7 +260,6 @@ impl Node {
         let phase = self.phase();
         let mut problems = Vec::new();
         if phase == Phase::Joining {
-            problems.extend(self.joining.refusal.iter().map(|r| format!("a seed refused: {r}")));
             for (seed, error) in self.joining.seed_errors().enumerate() {
                 problems.extend(error.map(|error| format!("seed {}: {error}", seed + 1)));
             }
@@ -308,6 +307,20 @@ impl Node {
                 self.counters.violations
             ));
         }
+        if self.counters.forged > 0 {
+            problems.push(format!(
+                "{} records of this node were told that it never wrote: a member errs or lies; this \
+                 node went above them",
+                self.counters.forged
+            ));
+        }
+        problems.extend(self.refused_problems());
+        problems.extend(self.sync.partners.odd().filter(|node| !self.is_gone(*node)).map(|node| {
+            format!(
+                "{} ({node}): its state differs however often it is compared; this stops no other node",
+                self.name_of(node)
+            )
+        }));
         problems.extend(self.vote_problems());
         problems
     }

@@ -1,13 +1,94 @@
-//! Messages that are of no use: counted, said once each, and otherwise ignored.
+//! What peers send that is of no use: counted, logged at a bounded rate, and otherwise ignored.
+//!
+//! One peer can be at fault for long, and in many messages: the log gets one line a minute for each peer and
+//! kind, with what came since the line before.
 
-use std::fmt::Display;
+use std::{collections::BTreeMap, fmt::Display, time::Duration};
 
 use crate::{
-    model::{ClusterId, NodeId, visible},
+    model::{ClusterId, NodeId, Time, visible},
     wire::{Frame, Response},
 };
 
 use super::Node;
+
+/// Between two lines of the log about one peer and kind.
+const LOG_EVERY: Duration = Duration::from_secs(60);
+/// What a peer did is a problem of its for so long.
+const FADES: Duration = Duration::from_secs(600);
+/// Peers and kinds that are remembered.
+const MAX_NOTES: usize = 1024;
+/// Peers that are named among the problems.
+const MAX_NAMED: usize = 20;
+
+/// What is wrong with what a peer sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Kind {
+    Unreadable,
+    OtherCluster,
+    /// Entries of its facts that cannot be true.
+    Refused,
+    /// Two records of one slot and epoch.
+    TwoOwners,
+    /// It does not compare states with this node.
+    RefusesComparison,
+    Greets,
+}
+
+#[derive(Clone, Debug)]
+struct Note {
+    logged: Time,
+    since: u64,
+    last: Time,
+    why: String,
+}
+
+/// What was noted of whom.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Notes(BTreeMap<(NodeId, Kind), Note>);
+
+impl Notes {
+    /// Takes note; says how many came since the last line of the log, if it is time for another one.
+    pub(super) fn take(
+        &mut self,
+        now: Time,
+        peer: NodeId,
+        kind: Kind,
+        count: u64,
+        why: &str,
+    ) -> Option<u64> {
+        if self.0.len() >= MAX_NOTES && !self.0.contains_key(&(peer, kind)) {
+            let oldest = self.0.iter().min_by_key(|(_, note)| note.last).map(|(key, _)| *key);
+            oldest.map(|oldest| self.0.remove(&oldest));
+        }
+        let fresh = Note { logged: now, since: 0, last: now, why: String::new() };
+        let is_first = !self.0.contains_key(&(peer, kind));
+        let note = self.0.entry((peer, kind)).or_insert(fresh);
+        note.last = now;
+        note.since += count;
+        if note.why != why {
+            why.clone_into(&mut note.why);
+        }
+        let is_due = is_first || now.since(note.logged) >= LOG_EVERY;
+        is_due.then(|| {
+            note.logged = now;
+            std::mem::take(&mut note.since)
+        })
+    }
+
+    /// Whose entries were refused lately, and why.
+    fn refused(&self, now: Time) -> impl Iterator<Item = (NodeId, &str)> {
+        let lately = move |note: &&Note| now.since(note.last) < FADES;
+        self.0.iter().filter(|((_, kind), _)| *kind == Kind::Refused).filter_map(
+            move |((peer, _), note)| Some((*peer, Some(note).filter(lately)?.why.as_str())),
+        )
+    }
+
+    /// What was refused of this peer is right now.
+    pub(super) fn forgive(&mut self, peer: NodeId) {
+        self.0.remove(&(peer, Kind::Refused));
+    }
+}
 
 impl Node {
     /// A peer may refuse; any other response that was not asked for is a fault of its program.
@@ -24,22 +105,85 @@ impl Node {
     pub(super) fn note_malformed(&mut self, from: NodeId, error: &dyn Display) {
         self.counters.malformed += 1;
         let error = visible(&error.to_string());
-        tracing::warn!(peer = %from, name = self.name_of(from), %error, "unreadable message ignored");
+        if let Some(count) = self.note(from, Kind::Unreadable, 1, &error) {
+            let name = self.name_of(from);
+            tracing::warn!(peer = %from, name, count, %error, "unreadable message ignored");
+        }
     }
 
     pub(super) fn note_foreign(&mut self, from: NodeId, theirs: ClusterId) {
         self.counters.malformed += 1;
-        let ours = self.cluster_id();
-        tracing::warn!(peer = %from, ?ours, %theirs, "message of another cluster ignored");
+        if let Some(count) = self.note(from, Kind::OtherCluster, 1, "") {
+            let ours = self.cluster_id();
+            tracing::warn!(peer = %from, count, ?ours, %theirs, "message of another cluster ignored");
+        }
+    }
+
+    /// Entries of a peer's facts that cannot be true. Whoever takes them over does not pass them on, so they
+    /// are the fault of the peer that sent them, or of its old release.
+    pub(super) fn note_refused(&mut self, peer: NodeId, count: u64, why: &str) {
+        self.counters.refused += count;
+        let why = visible(why);
+        if let Some(count) = self.note(peer, Kind::Refused, count, &why) {
+            tracing::warn!(%peer, name = self.name_of(peer), count, %why, "entries refused");
+        }
+    }
+
+    pub(super) fn note(&mut self, peer: NodeId, kind: Kind, count: u64, why: &str) -> Option<u64> {
+        self.notes.take(self.clock, peer, kind, count, why)
+    }
+
+    /// Peers whose entries are refused, as sentences.
+    pub(super) fn refused_problems(&self) -> Vec<String> {
+        let all: Vec<_> = self.notes.refused(self.clock).collect();
+        let named = all.iter().take(MAX_NAMED).map(|(node, why)| {
+            let name = self.name_of(*node);
+            format!("{name} ({node}) tells what cannot be, and is not believed: {why}")
+        });
+        let more = all.len().saturating_sub(MAX_NAMED);
+        let more = (more > 0).then(|| format!("{more} more members tell what cannot be"));
+        named.chain(more).collect()
     }
 }
 
 pub(super) fn read_response(bytes: &[u8]) -> Result<Response, String> {
     match Frame::decode(bytes) {
         Ok((_, Frame::Response(payload))) => {
-            Response::decode(payload).map_err(|error| error.to_string())
+            Response::decode(payload).map_err(|error| visible(&error.to_string()))
         }
         Ok(_) => Err("the answer is not a response".to_owned()),
         Err(error) => Err(error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn notes_about_one_peer_and_kind_are_logged_once_a_minute_with_their_number() {
+        let peer = |seed: u8| NodeId::from_bytes([seed; 8]);
+        let mut notes = Notes::default();
+        let mut at = |seconds, seed, kind| {
+            let now = Time::ZERO + Duration::from_secs(seconds);
+            notes.take(now, peer(seed), kind, 1, "why")
+        };
+        assert_eq!(at(0, 1, Kind::Unreadable), Some(1));
+        for second in 1..60 {
+            assert_eq!(at(second, 1, Kind::Unreadable), None);
+        }
+        assert_eq!(at(30, 2, Kind::Unreadable), Some(1), "another peer");
+        assert_eq!(at(30, 1, Kind::OtherCluster), Some(1), "another kind");
+        assert_eq!(at(61, 1, Kind::Unreadable), Some(60));
+    }
+
+    #[test]
+    fn notes_are_bounded_however_many_peers_there_are() {
+        let mut notes = Notes::default();
+        for number in 0..3_000_u64 {
+            let now = Time::from_nanos(number);
+            notes.take(now, NodeId::from_bytes(number.to_le_bytes()), Kind::Refused, 1, "why");
+        }
+        assert_eq!(notes.0.len(), MAX_NOTES);
     }
 }

@@ -15,8 +15,11 @@ use crate::{
 
 use super::{
     Answer, CallError, Node, Purpose, Target,
+    learn::Learned,
+    partners::Partners,
     planted::{Bug, planted},
     rank::state_hash,
+    strange::Kind,
 };
 
 /// Between rounds when the last one found no difference.
@@ -51,8 +54,10 @@ pub(super) struct SyncRound {
     /// Whether a comparison is under way with a member, and with a seed: one that is silent for long must not
     /// hold up the other.
     open: Open,
-    /// A peer's state equalled ours after our last change.
+    /// A peer's state equalled ours after our last change, but for what cannot be taken over.
     settled: bool,
+    /// And was the same without exception: somebody else's opinion of who is alive is ours.
+    agreed: bool,
     /// The present pause between rounds, while not settled.
     busy: Duration,
     doubt: Doubt,
@@ -67,6 +72,7 @@ pub(super) struct SyncRound {
     rounds: u64,
     /// Which node answers at each seed, once known.
     seeds: Vec<Option<NodeId>>,
+    pub(super) partners: Partners,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -95,9 +101,11 @@ impl SyncRound {
             due: now,
             open: Open::default(),
             settled: false,
+            agreed: false,
             busy: BUSY_FIRST,
             rounds: 0,
             seeds: vec![None; seeds],
+            partners: Partners::default(),
         }
     }
 
@@ -127,6 +135,11 @@ impl SyncRound {
         self.settled
     }
 
+    /// Whether the last comparison found no difference at all.
+    pub(super) fn agreed(&self) -> bool {
+        self.agreed
+    }
+
     pub(super) fn note_seed(&mut self, seed: usize, node: NodeId) {
         // One that is none any more may still have answered.
         if let Some(known) = self.seeds.get_mut(seed) {
@@ -136,14 +149,21 @@ impl SyncRound {
 
     pub(super) fn set_seeds(&mut self, seeds: usize) {
         self.seeds = vec![None; seeds];
+        self.open.seed = false;
     }
 
     /// Something changed: compare soon.
     pub(super) fn unsettle(&mut self, now: Time) {
+        self.agreed = false;
         if std::mem::replace(&mut self.settled, false) {
             self.busy = BUSY_FIRST;
         }
         self.due = self.due.min(now + self.busy);
+    }
+
+    /// Somebody told of what is not known here: compare within the pace of a change.
+    pub(super) fn suggest(&mut self, now: Time) {
+        self.due = self.due.min(now + BUSY_FIRST.max(self.busy));
     }
 
     /// Compare now.
@@ -204,6 +224,7 @@ impl SyncRound {
 
     fn complete(&mut self, now: Time, peer: NodeId, same: bool) {
         self.witness(peer);
+        self.agreed = false;
         self.settled = same;
         self.due = now + self.pause();
     }
@@ -218,18 +239,22 @@ impl Node {
         let base = self.sync.pause();
         self.sync.busy = (self.sync.busy * 2).min(BUSY_LAST);
         self.sync.due = now + self.jittered(base);
-        self.sync.rounds += 1;
         let unheard = |node: NodeId| !self.sync.heard(node) && !self.is_gone(node);
         // Without a founder everybody begins alone, and finds the others by its seeds.
         let is_lonely = self.config.assigned.is_some() && self.is_alone();
         self.sync.curious = is_lonely || self.membership.others().any(unheard);
         self.sync.others = self.membership.others().count() as u32;
+        let directory = &self.directory;
+        self.sync.partners.keep_only(|node| directory.get(node).is_some());
+        if self.is_alone() {
+            (self.sync.settled, self.sync.agreed) = (true, true);
+        }
+        let partner = self.choose_partner(now, self.sync.rounds + 1);
+        // A round in which nobody could be asked is none.
+        self.sync.rounds += u64::from(partner.is_some());
         let is_turn = !self.sync.curious || self.sync.rounds.is_multiple_of(VIEW_ROUNDS);
         self.view_stale |= is_turn && std::mem::take(&mut self.sync.newly_heard) > 0;
-        if self.is_alone() {
-            self.sync.settled = true;
-        }
-        let Some(partner) = self.choose_partner() else { return };
+        let Some(partner) = partner else { return };
         *self.sync.open.with(partner) = true;
         let request = Request::Compare(self.buckets().roots());
         self.call(partner, Purpose::Compare { partner }, &request);
@@ -238,9 +263,8 @@ impl Node {
     /// In every second round one who can end a doubt or was not heard yet; it may be out of reach for long,
     /// so in the others any member. Mostly active ones; every fourth round anybody; a seed that is not in
     /// view every other one.
-    fn choose_partner(&mut self) -> Option<Target> {
+    fn choose_partner(&mut self, now: Time, rounds: u64) -> Option<Target> {
         let me = self.me.node;
-        let rounds = self.sync.rounds;
         let missing: Vec<usize> = (0..self.sync.seeds.len())
             .filter(|&seed| {
                 self.sync.seeds[seed]
@@ -253,7 +277,12 @@ impl Node {
         };
         let any = rounds.is_multiple_of(4) && !planted(Bug::NoAnnounceAfterHeal);
         let choosy = rounds % 4 < 2;
-        let all: Vec<&MemberRecord> = self.directory.peers(me).collect();
+        let everybody: Vec<&MemberRecord> = self.directory.peers(me).collect();
+        let may_ask = |record: &&&MemberRecord| {
+            self.sync.partners.may_ask(now, record.node, everybody.len() == 1)
+                || planted(Bug::SilentTwice)
+        };
+        let all: Vec<&MemberRecord> = everybody.iter().filter(may_ask).copied().collect();
         let wanted = |record: &&&MemberRecord| {
             (any || self.membership.is_active(record.node)) && (!choosy || witness(&record.node))
         };
@@ -281,6 +310,7 @@ impl Node {
     /// A comparison with `peer` succeeded; `same` if it found no difference.
     pub(super) fn compared(&mut self, now: Time, peer: NodeId, same: bool) {
         self.hear(peer);
+        self.sync.partners.note_answer(peer);
         self.sync.complete(now, peer, same);
     }
 
@@ -302,7 +332,10 @@ impl Node {
         match answer {
             Ok((from, Response::Same)) => {
                 self.counters.syncs_same += 1;
+                self.sync.partners.note_agreement(from);
+                self.notes.forgive(from);
                 self.compared(now, from, true);
+                self.sync.agreed = true;
                 self.recheck_forgets(now);
                 self.replace_predecessor(now);
             }
@@ -317,15 +350,22 @@ impl Node {
                 self.call(partner, Purpose::Exchange { partner, with: from }, &request);
             }
             Ok((from, Response::Refused(refusal))) => {
-                tracing::warn!(peer = %from, %refusal, "comparison refused");
+                self.sync.partners.note_silence(now, from);
+                if let Some(count) = self.note(from, Kind::RefusesComparison, 1, "") {
+                    tracing::warn!(peer = %from, count, %refusal, "comparison refused");
+                }
                 self.on_expulsion(&refusal);
             }
             Ok((from, _)) => {
+                self.sync.partners.note_silence(now, from);
                 self.note_malformed(from, &"no answer to a comparison");
             }
             Err(error) => {
                 if let (Target::Seed(seed), CallError::Myself) = (partner, &error) {
                     self.sync.note_seed(seed, self.me.node);
+                }
+                if let Target::Member { node, .. } = partner {
+                    self.sync.partners.note_silence(now, node);
                 }
                 tracing::debug!(?partner, %error, "no comparison");
             }
@@ -342,11 +382,25 @@ impl Node {
         *self.sync.open.with(partner) = false;
         match answer {
             Ok((from, Response::Facts { facts, down, down_as })) => {
-                self.learn(now, &facts, Some(from));
-                down.iter().for_each(|suspicion| self.membership.suspect(now, suspicion));
+                let Learned { new, refused } = self.learn(now, &facts, Some(from));
+                let doubted = self.doubted(now, &down);
+                let has_told = new || !doubted.is_empty() || down_as.is_some();
+                self.suspect(now, doubted);
+                tracing::debug!(peer = %from, has_told, refused, "exchanged");
                 // Facts are facts from anybody, but only whoever was compared with has told all it had.
                 if from == with {
-                    self.compared(now, from, false);
+                    // Of what cannot be taken over nothing else follows: the member has all of ours now, and
+                    // this node all of its that can be true.
+                    let is_odd =
+                        self.sync.partners.is_fruitless(from, has_told) || refused && !has_told;
+                    if !refused {
+                        self.notes.forgive(from);
+                    }
+                    let is_settled = is_odd && !planted(Bug::OddPeersUnsettle);
+                    self.compared(now, from, is_settled);
+                    if is_settled {
+                        self.recheck_forgets(now);
+                    }
                 }
                 if let Some(incarnation) = down_as {
                     self.rise_above(now, incarnation);
@@ -354,7 +408,12 @@ impl Node {
                 }
             }
             Ok((from, other)) => self.note_unexpected(from, &other, "no answer to an exchange"),
-            Err(error) => tracing::debug!(%error, "exchange cut off"),
+            Err(error) => {
+                if let Target::Member { node, .. } = partner {
+                    self.sync.partners.note_silence(now, node);
+                }
+                tracing::debug!(%error, "exchange cut off");
+            }
         }
     }
 

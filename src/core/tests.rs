@@ -14,6 +14,7 @@ use crate::{
 
 mod assigned;
 mod forget;
+mod hostile;
 mod join;
 mod leave;
 mod restart;

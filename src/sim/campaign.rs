@@ -22,7 +22,7 @@ const TWICE_EVERY: u64 = 50;
 const ENOUGH: u64 = 1000;
 
 /// Situations without which a campaign has proved little.
-pub const MUST_REACH: [&str; 23] = [
+pub const MUST_REACH: [&str; 27] = [
     "partition",
     "blackout",
     "address changed",
@@ -46,6 +46,10 @@ pub const MUST_REACH: [&str; 23] = [
     "surplus lease given back",
     "difference found by comparison",
     "unreadable message refused",
+    "a member erred",
+    "a member lied",
+    "entry refused",
+    "forged record answered",
 ];
 
 /// Which seeds, and how big.

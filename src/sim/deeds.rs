@@ -115,6 +115,9 @@ impl World {
         let Some(process) = &mut host.process else { return };
         process.open_calls.insert(call);
         self.oracle.on_sent(from, &bytes);
+        if let Target::Member { node, .. } = to {
+            self.judge_partner(index, call, node, &bytes);
+        }
         let size = bytes.len();
         let (address, expected) = match to {
             Target::Member { node, address } => (Some(address), Some(node)),
@@ -143,6 +146,7 @@ impl World {
     pub(super) fn reply(&mut self, index: usize, reply: ReplyId, bytes: Vec<u8>) {
         let from = self.hosts[index].key;
         self.oracle.on_sent(from, &bytes);
+        let bytes = self.twist(index, bytes);
         let Some((to, life, call)) = self.replies.remove(&reply.0) else { return };
         self.network.count(self.now, index, to, bytes.len());
         match self.network.stream(index, to) {

@@ -42,6 +42,10 @@ pub enum Fault {
     Death,
     /// A host dies, and one made anew takes its name and place.
     Recreate,
+    /// A member says of itself what cannot be.
+    Errs,
+    /// A member says of others what cannot be, or speaks in their names.
+    Lies,
     /// Breaks the promise's proviso: a database is lost.
     LoseDisk,
     /// Breaks it: a disk is set back to an older state.
@@ -77,6 +81,9 @@ impl Fault {
         Self::Recreate,
     ];
 
+    /// Those of members, drawn apart.
+    pub const STRANGE: [Self; 2] = [Self::Errs, Self::Lies];
+
     /// Those under which two owners may come about, and must be found out.
     pub const BREAKING: [Self; 5] =
         [Self::LoseDisk, Self::Rollback, Self::Clone, Self::ForgetAlive, Self::Voters];
@@ -86,7 +93,7 @@ impl FromStr for Fault {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let all = Self::ALL.into_iter().chain(Self::BREAKING);
+        let all = Self::ALL.into_iter().chain(Self::STRANGE).chain(Self::BREAKING);
         let mut named = all.filter(|fault| fault.to_string() == text);
         named.next().ok_or_else(|| format!("{text:?} is no kind of fault"))
     }
@@ -115,6 +122,21 @@ impl Faults {
             kinds.extend(Fault::BREAKING.into_iter().choose(rng));
         }
         Self { kinds }
+    }
+
+    /// Whether a member errs or lies is drawn apart, so that all else of a seed stays as it was.
+    pub fn add_strange(&mut self, rng: &mut StdRng) {
+        self.kinds.extend(Fault::STRANGE.into_iter().filter(|_| rng.random_ratio(1, 4)));
+    }
+
+    /// A member errs or lies now and then, also while all else is calm.
+    pub fn speak(&self, world: &mut World, rng: &mut StdRng) {
+        if self.kinds.contains(&Fault::Errs) && rng.random_bool(0.5) {
+            world.err(rng);
+        }
+        if self.kinds.contains(&Fault::Lies) && rng.random_bool(0.5) {
+            world.lie(rng);
+        }
     }
 
     /// What holds for the whole of the faulty phase.
@@ -161,7 +183,7 @@ impl Faults {
         };
         match fault {
             Fault::Loss | Fault::Doubles | Fault::Late | Fault::SlowDisk => {}
-            Fault::SlowKernel | Fault::Drift => {}
+            Fault::SlowKernel | Fault::Drift | Fault::Errs | Fault::Lies => {}
             // Of the voters, the first three hosts, most stay.
             Fault::Voters if host < 2 => {}
             Fault::Voters => _ = die(world, host),

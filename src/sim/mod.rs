@@ -7,7 +7,8 @@
 //! - [`world`]: the queue of events; `deeds`: what nodes ask for, done; [`host`]: a machine; [`network`],
 //!   [`disk`]: what surrounds a node (its kernel is [`crate::dataplane::fake`])
 //! - [`oracle`]: the judge of safety at every event
-//! - [`faults`]: what goes wrong in a run, drawn from the seed; `operator`: what people do
+//! - [`faults`]: what goes wrong in a run, drawn from the seed; `operator`: what people do; `liar`: what a
+//!   member says that errs or lies
 //! - [`rest`]: what must hold once all is calm
 //! - [`run`]: one seed from start to verdict; [`campaign`]: many of them; [`figures`]: how fast
 
@@ -17,6 +18,7 @@ pub mod disk;
 pub mod faults;
 pub mod figures;
 pub mod host;
+mod liar;
 pub mod network;
 mod operator;
 pub mod oracle;

@@ -3,7 +3,8 @@
 //! Safety is judged at every event. I1 one record per slot and epoch; I2 one user per subnet; I3 only the
 //! owner (or the heir of a forgotten one) writes the next record; I4 no epoch on a disk goes back; I5
 //! nothing is said that is not on its writer's disk; I7 no grant after a start before somebody was met; I16
-//! who asks twice is given one slot; D4 no entry of a host that works is removed.
+//! who asks twice is given one slot; I17 no counter jumps; I18 no record that no node can use; D4 no
+//! entry of a host that works is removed.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -11,18 +12,22 @@ use ipnet::IpNet;
 
 use crate::{
     dataplane::plan::Op,
-    model::{NodeId, Run, SlotRecord, SlotState},
+    model::{MemberRecord, NodeId, Pool, Run, SlotRecord, SlotState},
     wire::{Facts, Frame, Key, Push, Record, Request, Response},
 };
 
 /// The epoch within one generation; the rest counts how often the slot was reclaimed.
 const COUNT_BITS: u32 = 32;
+/// In no run is anything counted so far.
+const JUMP: u32 = 1 << 28;
 
 #[derive(Debug, Default)]
 pub struct Oracle {
     /// A promise's proviso was broken on purpose (a disk lost or copied, a living node forgotten): two
     /// owners may come about, and must be found out and settled.
     pub lenient: bool,
+    /// Addresses in it are those of no host.
+    pool: Option<Pool>,
     /// Large worlds: only who uses which subnet.
     pub light: bool,
     /// Every record, by slot and epoch, as first flushed.
@@ -41,6 +46,10 @@ pub struct Oracle {
 }
 
 impl Oracle {
+    pub fn new(pool: Pool) -> Self {
+        Self { pool: Some(pool), ..Self::default() }
+    }
+
     pub fn reach(&mut self, what: &'static str) {
         *self.reached.entry(what).or_default() += 1;
     }
@@ -72,14 +81,30 @@ impl Oracle {
                 Ok((_, Record::Forget(forget))) => {
                     self.forgotten.entry(forget.node).or_default().insert(forget.heir);
                 }
+                Ok((_, Record::Member(record))) => self.on_flushed_member(node, &record),
                 Ok(_) => {}
                 Err(error) => self.accuse(|| format!("{node} wrote what it cannot read: {error}")),
             }
         }
     }
 
+    /// I17: no counter jumps beyond what any history can have reached; I18: no record of a member that no
+    /// node can use.
+    fn on_flushed_member(&mut self, node: NodeId, record: &MemberRecord) {
+        let version = record.version;
+        if version.starts.max(version.change) > JUMP {
+            self.accuse(|| format!("I17: {node} has {} at {version:?}", record.node));
+        }
+        if let Some(unfit) = self.pool.as_ref().and_then(|pool| record.unfit(pool)) {
+            self.accuse(|| format!("I18: {node} has a record of {}: {unfit}", record.node));
+        }
+    }
+
     fn on_flushed_run(&mut self, node: NodeId, met: bool, run: &Run) {
         let record = run.record;
+        if (record.epoch >> COUNT_BITS).max(record.epoch & u64::from(u32::MAX)) > u64::from(JUMP) {
+            self.accuse(|| format!("I17: {node} has {:?} at {record:?}", run.start));
+        }
         for slot in run.slots() {
             let known = self.epochs.entry(node).or_default().insert(slot.0, record.epoch);
             if let Some(before) = known.filter(|before| *before > record.epoch) {

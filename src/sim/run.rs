@@ -54,7 +54,8 @@ impl Plan {
     pub fn draw(seed: u64, nodes: std::ops::RangeInclusive<usize>) -> Self {
         let nodes = StdRng::seed_from_u64(seed ^ 0x5eed_0de5).random_range(nodes);
         let mut rng = StdRng::seed_from_u64(seed);
-        let faults = Faults::draw(&mut rng);
+        let mut faults = Faults::draw(&mut rng);
+        faults.add_strange(&mut StdRng::seed_from_u64(seed ^ 0x5eed_11e5));
         let span = Duration::from_secs(rng.random_range(20..120));
         Self { seed, nodes, faults, span }
     }
@@ -63,8 +64,9 @@ impl Plan {
         // A stream of its own, so that fewer nodes or faults keep the rest of the run alike.
         let mut rng = StdRng::seed_from_u64(self.seed ^ 0x5eed_0fa1);
         let mut world = World::new(self.seed, settings(self.nodes, &mut rng));
-        self.faulty_phase(&mut world, &mut rng);
-        let healed = calm_phase(&mut world);
+        let mut lies = StdRng::seed_from_u64(self.seed ^ 0x5eed_11e6);
+        self.faulty_phase(&mut world, &mut rng, &mut lies);
+        let healed = self.calm_phase(&mut world, &mut lies);
         note_counters(&mut world);
         let reached = world.oracle.reached.iter();
         Verdict {
@@ -79,7 +81,7 @@ impl Plan {
         }
     }
 
-    fn faulty_phase(&self, world: &mut World, rng: &mut StdRng) {
+    fn faulty_phase(&self, world: &mut World, rng: &mut StdRng, lies: &mut StdRng) {
         let founder = world.add_founder();
         for index in 1..self.nodes {
             let seeds: Vec<usize> =
@@ -101,7 +103,59 @@ impl Plan {
                 next += 1;
             }
             self.faults.strike(world, rng);
+            self.faults.speak(world, lies);
         }
+    }
+
+    /// Everything is mended and everybody is there. Says how long it took to come right.
+    fn calm_phase(&self, world: &mut World, lies: &mut StdRng) -> Option<Duration> {
+        world.network.heal();
+        for index in 0..world.hosts.len() {
+            let host = &mut world.hosts[index];
+            host.kernel_refuses = 0;
+            host.disk_latency = DISK_LATENCY;
+            host.kernel_latency = KERNEL_LATENCY;
+            if host.is_copy {
+                // The operator heeds the status, which names both.
+                world.kill(index);
+                world.reset_identity(index);
+            }
+            world.resume(index);
+            world.start(index);
+        }
+        correct_seeds(world);
+        let begun = world.now;
+        let ceiling = if world.oracle.lenient { LENIENT_CEILING } else { CALM_CEILING };
+        let mut missing = Some("nothing was looked at".to_owned());
+        while missing.is_some() && world.now.since(begun) < ceiling {
+            self.faults.speak(world, lies);
+            for _ in 0..4 {
+                world.run_for(LOOK_EVERY);
+                missing = unsettled(world);
+                if missing.is_none() {
+                    break;
+                }
+            }
+            if world.quorum.is_none() || world.now.since(begun) > OPERATOR_AFTER_VOTERS {
+                forget_the_dead(world);
+            }
+            correct_seeds(world);
+            if world.oracle.violation.is_some() {
+                return None;
+            }
+        }
+        if let Some(missing) = missing {
+            world.oracle.accuse(|| format!("not at rest after {ceiling:?}: {missing}"));
+            return None;
+        }
+        let healed = world.now.since(begun);
+        world.run_for(STAY);
+        if let Some(broken) = broken(world) {
+            world
+                .oracle
+                .accuse(|| format!("came right after {healed:?}, and did not stay: {broken}"));
+        }
+        Some(healed)
     }
 }
 
@@ -120,54 +174,6 @@ fn settings(nodes: usize, rng: &mut StdRng) -> ClusterSettings {
         Ok(pool) => ClusterSettings { pool, vni: 1, vxlan_port: 8472 },
         Err(error) => unreachable!("{error}"),
     }
-}
-
-/// Everything is mended and everybody is there. Says how long it took to come right.
-fn calm_phase(world: &mut World) -> Option<Duration> {
-    world.network.heal();
-    for index in 0..world.hosts.len() {
-        let host = &mut world.hosts[index];
-        host.kernel_refuses = 0;
-        host.disk_latency = DISK_LATENCY;
-        host.kernel_latency = KERNEL_LATENCY;
-        if host.is_copy {
-            // The operator heeds the status, which names both.
-            world.kill(index);
-            world.reset_identity(index);
-        }
-        world.resume(index);
-        world.start(index);
-    }
-    correct_seeds(world);
-    let begun = world.now;
-    let ceiling = if world.oracle.lenient { LENIENT_CEILING } else { CALM_CEILING };
-    let mut missing = Some("nothing was looked at".to_owned());
-    while missing.is_some() && world.now.since(begun) < ceiling {
-        for _ in 0..4 {
-            world.run_for(LOOK_EVERY);
-            missing = unsettled(world);
-            if missing.is_none() {
-                break;
-            }
-        }
-        if world.quorum.is_none() || world.now.since(begun) > OPERATOR_AFTER_VOTERS {
-            forget_the_dead(world);
-        }
-        correct_seeds(world);
-        if world.oracle.violation.is_some() {
-            return None;
-        }
-    }
-    if let Some(missing) = missing {
-        world.oracle.accuse(|| format!("not at rest after {ceiling:?}: {missing}"));
-        return None;
-    }
-    let healed = world.now.since(begun);
-    world.run_for(STAY);
-    if let Some(broken) = broken(world) {
-        world.oracle.accuse(|| format!("came right after {healed:?}, and did not stay: {broken}"));
-    }
-    Some(healed)
 }
 
 /// The operator corrects seeds that lead nowhere any more.
@@ -221,6 +227,8 @@ fn note_counters(world: &mut World) {
             ("late grant declined", counters.declined),
             ("difference found by comparison", counters.syncs_different),
             ("unreadable message refused", counters.malformed),
+            ("entry refused", counters.refused),
+            ("forged record answered", counters.forged),
         ] {
             if times > 0 {
                 world.oracle.reach(what);

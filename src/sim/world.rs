@@ -16,6 +16,7 @@ use siphasher::sip::SipHasher13;
 
 use super::{
     host::{Host, Process, by_address},
+    liar::is_twisted,
     network::Network,
     oracle::Oracle,
 };
@@ -38,6 +39,8 @@ pub struct World {
     pub luck: StdRng,
     /// Who of the cluster forgets by time.
     pub quorum: Option<Quorum>,
+    /// The host whose member errs or lies.
+    pub liar: Option<usize>,
     /// Some host has lost its database.
     pub disk_lost: bool,
     queue: BTreeMap<(Time, u64), Event>,
@@ -101,10 +104,11 @@ impl World {
             now: Time::ZERO,
             hosts: Vec::new(),
             network: Network::new(stream(1)),
-            oracle: Oracle::default(),
+            oracle: Oracle::new(settings.pool),
             settings,
             luck: stream(2),
             quorum: None,
+            liar: None,
             disk_lost: false,
             queue: BTreeMap::new(),
             sequence: 0,
@@ -167,6 +171,8 @@ impl World {
                     timer: None,
                     paused: None,
                     open_calls: BTreeSet::new(),
+                    comparisons: BTreeMap::new(),
+                    last_silent: None,
                     unmet: strangers,
                 });
                 self.settle(index);
@@ -296,7 +302,14 @@ impl World {
                 let waits = process.is_some_and(|process| process.open_calls.remove(&call));
                 if waits {
                     self.note_meeting(to, &result);
+                    self.note_silence(to, call, &result);
+                    let before =
+                        self.hosts[to].node().map(|node| (node.is_settled(), node.roots()));
+                    let from = result.as_ref().ok().map(|(from, bytes)| (*from, is_twisted(bytes)));
                     self.input(to, Input::Answer { call, result });
+                    if let Some((from, is_twisted)) = from {
+                        self.judge_odd_answer(to, from, before, is_twisted);
+                    }
                 }
             }
             Event::Timer { host, life } if self.hosts[host].life == life => self.wake(host),
@@ -356,6 +369,7 @@ impl World {
             return;
         }
         if let Input::Message { from, bytes } | Input::Request { from, bytes, .. } = &input {
+            process.last_silent.take_if(|silent| silent == from);
             self.trace.write(from.as_bytes());
             self.trace.write(bytes);
         }

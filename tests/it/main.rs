@@ -27,6 +27,7 @@ mod families;
 mod firewall;
 mod forwarding;
 mod harm;
+mod hostile;
 mod instances;
 mod kubernetes;
 mod limits;

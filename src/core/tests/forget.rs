@@ -209,7 +209,7 @@ fn what_a_forgotten_node_granted_late_goes_to_its_heir_unused() {
     world.forget_lost(0, lost);
     world.run_for(seconds(3));
     let (now, facts) = (world.now, Facts { slots: vec![run], ..Facts::default() });
-    assert!(world.node_mut(1).absorb(now, &facts).slots.is_empty());
+    assert!(world.node_mut(1).absorb(now, &facts, None).0.slots.is_empty());
     // ... and before that, the grant is passed on.
     let mut world = World::with_members(3);
     let lost = world.lose(2);
@@ -218,8 +218,8 @@ fn what_a_forgotten_node_granted_late_goes_to_its_heir_unused() {
     let (now, heir) = (world.now, world.hosts[0].key);
     let forget = Forget { node: lost, round: 1, forced: false, heir };
     let node = world.node_mut(1);
-    node.absorb(now, &Facts { forgets: vec![forget], ..Facts::default() });
-    node.absorb(now, &Facts { slots: vec![run], ..Facts::default() });
+    node.absorb(now, &Facts { forgets: vec![forget], ..Facts::default() }, None);
+    node.absorb(now, &Facts { slots: vec![run], ..Facts::default() }, None);
     assert_eq!(node.counters.declined, 1);
     let home = node.home.as_ref().expect("in a cluster");
     assert_eq!(home.slots.record(run.start).expect("known").owner, heir);

@@ -1,0 +1,258 @@
+//! Members that err or lie, and members that are silent: none of them stops anybody else.
+
+use super::*;
+use crate::{
+    model::{Identity, Incarnation, Mac, Suspicion, Version, Vtep},
+    sim::host::Host,
+    wire::{Key, Record, Refusal},
+};
+
+/// A record of a member that does not run.
+fn absent(number: u16) -> MemberRecord {
+    let mut key = [0; 32];
+    key[..2].copy_from_slice(&number.to_le_bytes());
+    let node = NodeId::of_public_key(&key);
+    let underlay: IpAddr = [10, 101, (number >> 8) as u8, number as u8].into();
+    MemberRecord {
+        node,
+        version: Version { starts: 1, change: 0 },
+        boot: BootId::from_bytes([1; 8]),
+        name: format!("absent-{number}").parse().expect("a name"),
+        address: (underlay, 8473).into(),
+        vtep: Vtep { mac: Mac::of_node(node), underlay },
+        left_to: None,
+    }
+}
+
+fn first_of(record: &MemberRecord) -> Identity {
+    Identity { node: record.node, incarnation: Incarnation { starts: 1, renewals: 0 } }
+}
+
+fn stranger_with_seeds(seeds: usize) -> Node {
+    let config = NodeConfig { seeds, ..Host::new(1, [1; 24]).config() };
+    Node::start(Time::ZERO, config, vec![]).expect("starts")
+}
+
+/// The greetings that a stranger sends until it has asked so many seeds.
+fn greetings(node: &mut Node, count: usize) -> Vec<CallId> {
+    let mut calls = Vec::new();
+    let mut now = Time::ZERO;
+    while calls.len() < count {
+        calls.extend(outputs(node).filter_map(|output| match output {
+            Output::Call { call, .. } => Some(call),
+            _ => None,
+        }));
+        now = now + Duration::from_millis(100);
+        node.handle(now, Input::Timeout);
+    }
+    calls
+}
+
+fn refused(refusal: Refusal) -> Result<(NodeId, Vec<u8>), CallError> {
+    let bytes = Frame::Response(&Response::Refused(refusal).encode());
+    Ok((NodeId::from_bytes([9; 8]), bytes.encode(ClusterId::from_bytes([5; 8]))))
+}
+
+fn stops(node: &mut Node) -> usize {
+    outputs(node).filter(|output| matches!(output, Output::Stop(_))).count()
+}
+
+#[test]
+fn seed_of_another_cluster_stops_a_joiner_only_when_no_other_seed_may_be_right() {
+    let mut node = stranger_with_seeds(2);
+    let calls = greetings(&mut node, 2);
+    let (ours, theirs) = (ClusterId::from_bytes([1; 8]), ClusterId::from_bytes([2; 8]));
+    let other = || refused(Refusal::OtherCluster { ours, theirs });
+    let now = Time::ZERO + seconds(1);
+    node.handle(now, Input::Answer { call: calls[0], result: other() });
+    assert_eq!(stops(&mut node), 0);
+    let problems = node.status().problems.join("\n");
+    assert!(problems.contains("seed 1: it refused: the node belongs to cluster"), "{problems}");
+    node.handle(now, Input::Answer { call: calls[1], result: refused(Refusal::NotReady) });
+    assert_eq!(stops(&mut node), 0, "it may be let in there");
+    let again = greetings(&mut node, 2);
+    again.iter().for_each(|call| {
+        node.handle(now, Input::Answer { call: *call, result: other() });
+    });
+    assert!(stops(&mut node) > 0, "all of them have said no");
+}
+
+#[test]
+fn answer_to_a_seed_from_before_a_reload_is_not_that_of_a_new_seed() {
+    let mut node = stranger_with_seeds(2);
+    let calls = greetings(&mut node, 2);
+    let now = Time::ZERO + seconds(1);
+    node.set_seeds(now, 1);
+    for call in calls {
+        let result = Err(CallError::Rejected("another secret".to_owned()));
+        node.handle(now, Input::Answer { call, result });
+    }
+    assert_eq!(stops(&mut node), 0, "the new seed has said nothing yet");
+    assert!(!node.status().problems.join("\n").contains("another secret"));
+}
+
+#[test]
+fn member_that_never_agrees_keeps_nobody_from_being_settled_and_is_named() {
+    let mut world = World::with_members(3);
+    world.run_for(seconds(20));
+    world.liar = Some(2);
+    world.run_for(seconds(300));
+    assert_eq!(world.oracle.violation, None);
+    for host in 0..2 {
+        assert!(world.node(host).is_settled());
+        let problems = world.problems(host);
+        let named =
+            problems.contains("tells what cannot be") || problems.contains("differs however");
+        assert!(named && problems.contains("n2 ("), "{problems}");
+    }
+}
+
+/// Rounds went on while a dead member was called, and each that could begin fell to that member again: for
+/// twelve minutes nothing was compared.
+#[test]
+fn dead_member_takes_no_more_than_its_share_of_the_comparisons() {
+    let mut world = World::with_members(5);
+    world.run_for(seconds(5));
+    world.kill(4);
+    world.restart(0);
+    world.run_for(seconds(20));
+    let same = |world: &World| world.node(0).status().counters.syncs_same;
+    let before = same(&world);
+    for _ in 0..120 {
+        // As where something is new all the time.
+        let now = world.now;
+        world.node_mut(0).sync.unsettle(now);
+        world.run_for(seconds(1));
+    }
+    assert!(same(&world) - before >= 60, "{} comparisons", same(&world) - before);
+}
+
+#[test]
+fn gossip_is_told_of_many_members_in_slices() {
+    let mut world = World::with_members(2);
+    let records: Vec<_> = (0..2_000).map(absent).collect();
+    let active: Vec<_> = records.iter().map(first_of).collect();
+    let cluster = world.node(0).cluster_id().expect("in a cluster");
+    let facts = Facts { members: records, active, ..Facts::default() };
+    let bytes = Frame::Push(&Push { facts }.encode()).encode(cluster);
+    let (from, now) = (world.hosts[1].key, world.now + seconds(1));
+    let node = world.node_mut(0);
+    node.handle(now, Input::Message { from, bytes });
+    let told = |node: &Node| node.opinions().len();
+    assert!(told(node) < 600, "one turn tells of {}", told(node));
+    let mut turns = 0;
+    while told(node) < 2_000 {
+        assert!(node.poll_timeout().is_some_and(|at| at <= now), "the next turn is due at once");
+        let before = told(node);
+        node.handle(now, Input::Timeout);
+        assert!(told(node) - before <= 256);
+        turns += 1;
+    }
+    assert!(turns >= 5);
+}
+
+#[test]
+fn nodes_without_a_record_never_reach_gossip() {
+    let mut world = World::with_members(3);
+    let active: Vec<_> = (0..1_000).map(|number| first_of(&absent(number))).collect();
+    world.push(1, 0, Facts { active, ..Facts::default() });
+    world.run_for(seconds(1));
+    assert_eq!(world.node(0).opinions().len(), 2);
+    world.assert_right();
+}
+
+#[test]
+fn suspicion_of_more_refutations_than_there_were_is_not_answered() {
+    let mut world = World::with_members(2);
+    let now = world.now;
+    let before = world.node(0).membership.identity();
+    let node = world.node_mut(0);
+    let lie = Suspicion { identity: before, refutation: u16::MAX };
+    assert_eq!(node.membership.refute(now, &lie).identity, before);
+    assert_eq!(node.membership.identity(), before, "it would have used up its identity");
+    let fair = Suspicion { identity: before, refutation: node.membership.refutation() };
+    node.membership.refute(now, &fair);
+    assert!(node.membership.refutation() > fair.refutation || fair.refutation == 0);
+}
+
+#[test]
+fn records_that_an_earlier_release_took_are_left_out_at_the_start() {
+    let mut world = World::with_members(3);
+    world.run_for(seconds(3));
+    world.kill(0);
+    let mut saved = world.hosts[0].disk.records().expect("readable");
+    let victim = world.hosts[1].key;
+    for (key, record) in &mut saved {
+        match record {
+            Record::Member(record) if *key == Key::Member(victim) => {
+                record.vtep.underlay = "fe80::1".parse().expect("an address");
+                record.version.starts = u32::MAX;
+            }
+            Record::Slots(runs) => {
+                runs.iter_mut().for_each(|run| run.record.epoch |= 1 << 63);
+            }
+            _ => {}
+        }
+    }
+    let config = world.hosts[0].config();
+    let node = Node::start(world.now, config, saved).expect("starts");
+    assert!(node.directory.get(victim).is_none());
+    assert_eq!(node.slots().map(<[Run]>::len), Some(0));
+    let theirs = world.node(2).directory.get(victim).cloned().expect("known");
+    let mut node = node;
+    let facts = Facts { members: vec![theirs], ..Facts::default() };
+    let now = world.now;
+    assert!(node.learn(now, &facts, Some(world.hosts[2].key)).new, "the true one is taken");
+}
+
+#[test]
+fn refused_entry_is_told_of_its_sender_and_passed_on_to_nobody() {
+    let mut world = World::with_members(3);
+    world.run_for(seconds(20));
+    let mut record = world.node(2).me.clone();
+    record.version.change += 1;
+    record.vtep.underlay = "fe80::1".parse().expect("an address");
+    let before = world.node(0).roots();
+    world.push(2, 0, Facts { members: vec![record], ..Facts::default() });
+    assert_eq!(world.node(0).roots(), before);
+    assert_eq!(world.node(0).status().counters.refused, 1);
+    let problems = world.problems(0);
+    assert!(problems.contains("n2 (") && problems.contains("is link-local"), "{problems}");
+    world.run_for(seconds(30));
+    assert_eq!(world.node(1).status().counters.refused, 0);
+    assert_eq!(world.problems(0), "", "it has agreed since");
+    world.assert_right();
+}
+
+/// Each run of an answer was looked for in all runs of the question.
+#[test]
+fn exchange_of_large_tables_is_one_pass_over_them() {
+    let founding = Founding::Create(settings("10.0.0.0/8", 24));
+    let config = NodeConfig { founding, ..Host::new(0, [0; 24]).config() };
+    let mut node = Node::start(Time::ZERO, config, vec![]).expect("starts");
+    let from = absent(1);
+    let runs: Vec<Run> = (1..60_000)
+        .map(|slot| {
+            let owner = NodeId::from_bytes([slot as u8, (slot >> 8) as u8, 7, 7, 7, 7, 7, 7]);
+            let state = SlotState::Leased;
+            let record = SlotRecord { epoch: 9, owner, state, granter: owner };
+            Run { start: Slot(slot), len: 1, record }
+        })
+        .collect();
+    let facts = Facts { slots: runs, members: vec![from.clone()], ..Facts::default() };
+    let identity = first_of(&from);
+    let cluster = node.cluster_id().expect("founded");
+    for _ in 0..3 {
+        let facts = facts.clone();
+        let request = Request::Exchange { buckets: u32::MAX, identity, facts };
+        let bytes = Frame::Request(&request.encode()).encode(cluster);
+        let request = Input::Request { from: from.node, reply: ReplyId(1), bytes };
+        node.handle(Time::ZERO + seconds(1), request);
+        let answer = outputs(&mut node).find_map(|output| match output {
+            Output::Reply { bytes, .. } => read_response(&bytes).ok(),
+            _ => None,
+        });
+        let Some(Response::Facts { facts, .. }) = answer else { panic!("{answer:?}") };
+        assert!(facts.slots.len() < 40, "only what it lacks: {}", facts.slots.len());
+    }
+}
