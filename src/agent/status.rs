@@ -9,6 +9,7 @@ use crate::{
     api::{AgentStatus, KernelStatus},
     core::Phase,
     dataplane::desired::device_name,
+    transport::Flood,
     wire::visible,
 };
 
@@ -89,6 +90,7 @@ impl Agent {
             pods: self.pods.table.iter().filter(|pod| self.is_present(pod)).count(),
             pods_outside: self.pods_outside(),
             connections: self.transport.connections(),
+            handshakes: self.transport.handshakes(),
             node,
         }
     }
@@ -99,6 +101,7 @@ impl Agent {
         let kernel = &self.kernel;
         problems.extend(kernel.problem.iter().chain(&kernel.underlay_problem).cloned());
         problems.extend(self.inquest.claim().cloned());
+        problems.extend(self.flood_problem());
         problems.extend(kernel.peer_problems.iter().cloned().chain(self.unusable_peers()));
         problems.extend(self.underlay_limits());
         problems.extend(kernel.forwarding.input.iter().cloned());
@@ -125,6 +128,17 @@ impl Agent {
         problems.retain(|problem| told.insert(problem.clone()));
         // Some repeat what others said.
         problems.iter().map(|problem| visible(problem)).collect()
+    }
+
+    /// Strangers that flood the gossip port, as a sentence.
+    fn flood_problem(&self) -> Option<String> {
+        let Flood { packets, latest } = self.transport.flood()?;
+        let port = self.node.address().port();
+        Some(format!(
+            "strangers send {packets} first packets of handshakes a minute to UDP {port}, the last one \
+             from {latest} (which may be forged), and prove no address: joins may take longer; let a \
+             firewall drop UDP {port} of hosts that are no members"
+        ))
     }
 
     /// Whether packets to every peer take a wrong way.

@@ -24,6 +24,7 @@ use crate::{
     docker,
     model::{NodeId, NodeName},
     netlink::Netlink,
+    transport::Handshakes,
 };
 
 /// The interfaces are looked at this often.
@@ -154,6 +155,7 @@ fn status(name: &NodeName, node: NodeId, problem: String) -> AgentStatus {
         pods: 0,
         pods_outside: 0,
         connections: 0,
+        handshakes: Handshakes::default(),
     }
 }
 

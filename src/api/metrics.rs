@@ -62,6 +62,17 @@ fn node(text: &mut Text, status: &AgentStatus) {
     text.gauge("subnets_known", "Subnets that some member owns.", by_state);
     text.number("subnets_spare_own", "Spare subnets that this node could grant.", slots.own_spare);
     text.number("connections", "Open connections to members.", status.connections as f64);
+    let handshakes = status.handshakes;
+    text.counter(
+        "handshakes",
+        "First packets of handshakes with this node.",
+        [
+            ("outcome", "begun", handshakes.begun as f64),
+            ("outcome", "retried", handshakes.retried as f64),
+            ("outcome", "refused", handshakes.refused as f64),
+            ("outcome", "unanswered", handshakes.unanswered as f64),
+        ],
+    );
     text.number("pods", "Pods of this node.", status.pods as f64);
     text.number(
         "pods_outside",

@@ -7,6 +7,7 @@ use serde::Serialize;
 use crate::{
     core::{Liveness, MemberStatus, NodeStatus},
     model::{NodeId, PathState},
+    transport::Handshakes,
 };
 
 /// Everything `gossamer status` shows.
@@ -25,6 +26,8 @@ pub struct AgentStatus {
     /// Those of them whose addresses are not of this node's subnet: nobody reaches them.
     pub pods_outside: usize,
     pub connections: usize,
+    /// First packets of handshakes since the start, by what became of them.
+    pub handshakes: Handshakes,
 }
 
 /// The way to one peer through the overlay.

@@ -5,10 +5,11 @@ use std::{net::SocketAddr, time::Duration};
 use quinn::{Connection, ConnectionError, RecvStream, SendStream, VarInt};
 use tokio::sync::mpsc;
 
+use super::intake::{ConnectionIntake, Intake, Message};
 use crate::{
     core::{CallError, CallId},
     model::NodeId,
-    wire::{STREAM_MAX, visible},
+    wire::visible,
 };
 
 /// A call that got no answer in this time gets none.
@@ -22,29 +23,36 @@ pub enum Event {
     Connected { peer: NodeId, connection: Connection, inbound: bool },
     Closed { peer: NodeId, stable_id: usize },
     DialFailed { peer: NodeId, error: CallError },
-    Message { from: NodeId, bytes: Vec<u8> },
-    Request { from: NodeId, bytes: Vec<u8>, stream: SendStream },
-    Answer { call: CallId, result: Result<(NodeId, Vec<u8>), CallError> },
+    Message { from: NodeId, message: Message },
+    Request { from: NodeId, message: Message, stream: SendStream },
+    Answer { call: CallId, result: Result<(NodeId, Message), CallError> },
 }
 
 pub(super) type Events = mpsc::Sender<Event>;
 
 /// Reads everything that comes in on a connection until it ends.
-pub(super) async fn read(peer: NodeId, connection: Connection, events: Events) {
+pub(super) async fn read(peer: NodeId, connection: Connection, intake: Intake, events: Events) {
+    let intake = intake.of_connection();
     loop {
         tokio::select! {
             datagram = connection.read_datagram() => match datagram {
                 // Lossy by nature: a busy loop sheds them rather than fall behind.
-                Ok(bytes) => _ = events.try_send(Event::Message { from: peer, bytes: bytes.into() }),
+                Ok(bytes) => {
+                    let message = Message::datagram(bytes.into());
+                    let _ = events.try_send(Event::Message { from: peer, message });
+                }
                 Err(_) => break,
             },
             stream = connection.accept_uni() => match stream {
-                Ok(stream) => _ = tokio::spawn(read_message(peer, stream, events.clone())),
+                Ok(stream) => {
+                    tokio::spawn(read_message(peer, stream, intake.clone(), events.clone()));
+                }
                 Err(_) => break,
             },
             streams = connection.accept_bi() => match streams {
                 Ok((send, recv)) => {
-                    tokio::spawn(read_request(peer, send, recv, events.clone()));
+                    let streams = (send, recv);
+                    tokio::spawn(read_request(peer, streams, intake.clone(), events.clone()));
                 }
                 Err(_) => break,
             },
@@ -74,13 +82,14 @@ pub(super) async fn send_stream(connection: Connection, bytes: Vec<u8>) {
 pub(super) async fn ask(
     peer: NodeId,
     connection: &Connection,
+    intake: &Intake,
     bytes: &[u8],
-) -> Result<(NodeId, Vec<u8>), CallError> {
+) -> Result<(NodeId, Message), CallError> {
     let answer = async {
         let (mut send, mut recv) = connection.open_bi().await?;
         send.write_all(bytes).await?;
         send.finish()?;
-        anyhow::Ok(recv.read_to_end(STREAM_MAX).await?)
+        anyhow::Ok(intake.of_connection().read(&mut recv).await?)
     };
     let received = || connection.stats().udp_rx.datagrams;
     let before = received();
@@ -90,7 +99,7 @@ pub(super) async fn ask(
         connection.close(VarInt::from_u32(2), b"silent");
     }
     match answer {
-        Ok(Ok(bytes)) => Ok((peer, bytes)),
+        Ok(Ok(message)) => Ok((peer, message)),
         // The connection knows best why its streams failed.
         Ok(Err(error)) => Err(connection.close_reason().map_or_else(
             || CallError::Unreachable(visible(&error.to_string())),
@@ -121,36 +130,30 @@ pub(super) fn call_error(error: &ConnectionError, address: SocketAddr) -> CallEr
     }
 }
 
-async fn read_message(from: NodeId, mut stream: RecvStream, events: Events) {
-    match tokio::time::timeout(READ_TIMEOUT, stream.read_to_end(STREAM_MAX)).await {
-        Ok(Ok(bytes)) => _ = events.send(Event::Message { from, bytes }).await,
+async fn read_message(
+    from: NodeId,
+    mut stream: RecvStream,
+    intake: ConnectionIntake,
+    events: Events,
+) {
+    match tokio::time::timeout(READ_TIMEOUT, intake.read(&mut stream)).await {
+        Ok(Ok(message)) => _ = events.send(Event::Message { from, message }).await,
         Ok(Err(error)) => tracing::debug!(%from, error = visible(&error.to_string()), "frame lost"),
         Err(_) => tracing::debug!(%from, "frame lost: the peer does not finish it"),
     }
 }
 
-async fn read_request(from: NodeId, stream: SendStream, mut recv: RecvStream, events: Events) {
-    match tokio::time::timeout(READ_TIMEOUT, recv.read_to_end(STREAM_MAX)).await {
-        Ok(Ok(bytes)) => _ = events.send(Event::Request { from, bytes, stream }).await,
+async fn read_request(
+    from: NodeId,
+    (stream, mut recv): (SendStream, RecvStream),
+    intake: ConnectionIntake,
+    events: Events,
+) {
+    match tokio::time::timeout(READ_TIMEOUT, intake.read(&mut recv)).await {
+        Ok(Ok(message)) => _ = events.send(Event::Request { from, message, stream }).await,
         Ok(Err(error)) => {
-            tracing::debug!(%from, error = visible(&error.to_string()), "request lost")
+            tracing::debug!(%from, error = visible(&error.to_string()), "request lost");
         }
         Err(_) => tracing::debug!(%from, "request lost: the peer does not finish it"),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use quinn::ApplicationClose;
-
-    use super::*;
-
-    #[test]
-    fn reason_of_a_peer_to_close_obeys_no_terminal() {
-        let reason = format!("bye\nERROR forged\u{1b}[2J{}", "x".repeat(5_000)).into();
-        let close = ApplicationClose { error_code: VarInt::from_u32(1), reason };
-        let address = ([192, 0, 2, 1], 8473).into();
-        let said = call_error(&ConnectionError::ApplicationClosed(close), address).to_string();
-        assert!(said.len() < 1_000 && !said.chars().any(char::is_control), "{said:?}");
     }
 }

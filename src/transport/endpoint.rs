@@ -1,18 +1,21 @@
 //! The endpoint: dialling, accepting, and one connection per pair of nodes.
 //!
 //! Owned by one loop, which hands every [`Event`] back to [`Transport::handle`]; the tasks it starts
-//! share nothing with it but the channel of events.
+//! share nothing with it but the channel of events, and the state of admission.
 
+mod accept;
+mod admission;
+mod dial;
 mod names;
 mod settings;
+mod socket;
 #[cfg(test)]
 mod tests;
 
 use std::{
     collections::{BTreeMap, VecDeque},
-    future::IntoFuture as _,
     io,
-    net::{IpAddr, SocketAddr, UdpSocket},
+    net::SocketAddr,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -21,20 +24,24 @@ use std::{
 };
 
 use quinn::{ClientConfig, Connection, Endpoint, SendStream, VarInt};
-use socket2::{Domain, Protocol, Socket, Type};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 
+pub use self::admission::{Flood, Handshakes};
 use self::{
-    names::connect_name,
-    settings::{MAX_HANDSHAKES, endpoint_settings, roles},
+    accept::accept,
+    admission::SharedAdmissions,
+    dial::Dialler,
+    settings::{endpoint_settings, roles},
+    socket::LimitedSocket,
 };
 use super::{
-    connection::{Event, Events, ask, call_error, read, send_stream},
-    credentials::{Credentials, SERVER_NAME, peer_of},
+    connection::{Event, Events, ask, read, send_stream},
+    credentials::Credentials,
+    intake::Intake,
 };
 use crate::{
     core::{CallError, CallId, Input, ReplyId},
-    model::{NodeId, visible},
+    model::NodeId,
 };
 
 /// Events that wait for the loop; readers of streams wait, datagrams are shed.
@@ -49,8 +56,6 @@ const NO_ANSWER: VarInt = VarInt::from_u32(1);
 /// Connections kept open: about 10 MB. The one that was not used for longest makes way.
 const MAX_CONNECTIONS: usize = 256;
 const DIAL_TIMEOUT: Duration = Duration::from_secs(4);
-/// The same from one address, so that one stranger cannot take them all.
-const MAX_HANDSHAKES_OF_ONE: usize = 64;
 /// A second connection to one peer is closed after this.
 const SPARE: Duration = Duration::from_secs(10);
 /// A call by name, with all of its addresses, ends after this time.
@@ -74,6 +79,8 @@ pub struct Transport {
     credentials: Credentials,
     me: NodeId,
     events: Events,
+    admissions: SharedAdmissions,
+    intake: Intake,
     peers: BTreeMap<NodeId, PeerLink>,
     /// The ways back to peers that asked.
     replies: BTreeMap<ReplyId, SendStream>,
@@ -104,19 +111,27 @@ impl Transport {
             io::ErrorKind::AddrInUse => BindError::InUse { address },
             _ => BindError::Io { address, error },
         };
-        let socket = bind_socket(address).map_err(fail)?;
+        let admissions = SharedAdmissions::new();
+        let intake = Intake::new();
+        let socket = LimitedSocket::bind(address, admissions.clone()).map_err(fail)?;
         let (events, receiver) = mpsc::channel(EVENT_QUEUE);
         let (server, client) = roles(credentials);
         let runtime = Arc::new(quinn::TokioRuntime);
-        let endpoint = Endpoint::new(endpoint_settings(credentials), Some(server), socket, runtime)
-            .map_err(fail)?;
-        tokio::spawn(accept(endpoint.clone(), events.clone()));
+        let settings = endpoint_settings(credentials);
+        let endpoint =
+            Endpoint::new_with_abstract_socket(settings, Some(server), Arc::new(socket), runtime)
+                .map_err(fail)?;
+        let accepting =
+            accept(endpoint.clone(), admissions.clone(), intake.clone(), events.clone());
+        tokio::spawn(accepting);
         let transport = Self {
             endpoint,
             client,
             credentials: credentials.clone(),
             me: credentials.me,
             events,
+            admissions,
+            intake,
             peers: BTreeMap::new(),
             replies: BTreeMap::new(),
             next_reply: 0,
@@ -149,6 +164,16 @@ impl Transport {
         Some(self.peers.get(&peer)?.live()?.stats().udp_rx.datagrams)
     }
 
+    /// What became of the first packets of handshakes.
+    pub fn handshakes(&self) -> Handshakes {
+        self.admissions.lock().counts()
+    }
+
+    /// Whether strangers flood this node now.
+    pub fn flood(&self) -> Option<Flood> {
+        self.admissions.lock().flood(Instant::now())
+    }
+
     /// Takes note of an event; what concerns the node comes back as an input.
     pub fn handle(&mut self, event: Event) -> Option<Input> {
         match event {
@@ -164,11 +189,11 @@ impl Transport {
                 self.dial_failed(peer, &error);
                 None
             }
-            Event::Message { from, bytes } => {
+            Event::Message { from, message } => {
                 self.touch(from);
-                Some(Input::Message { from, bytes })
+                Some(Input::Message { from, bytes: message.bytes })
             }
-            Event::Request { from, bytes, stream } => {
+            Event::Request { from, message, stream } => {
                 self.touch(from);
                 self.next_reply += 1;
                 let reply = ReplyId(self.next_reply);
@@ -178,9 +203,12 @@ impl Transport {
                 {
                     self.give_up(*oldest);
                 }
-                Some(Input::Request { from, reply, bytes })
+                Some(Input::Request { from, reply, bytes: message.bytes })
             }
-            Event::Answer { call, result } => Some(Input::Answer { call, result }),
+            Event::Answer { call, result } => {
+                let result = result.map(|(from, message)| (from, message.bytes));
+                Some(Input::Answer { call, result })
+            }
         }
     }
 
@@ -202,9 +230,8 @@ impl Transport {
     pub fn call(&mut self, call: CallId, to: NodeId, address: SocketAddr, bytes: Vec<u8>) {
         let link = self.peers.entry(to).or_default();
         link.used = Some(Instant::now());
-        if let Some(connection) = link.live() {
-            tokio::spawn(ask_on(call, to, connection.clone(), bytes, self.events.clone()));
-            return;
+        if let Some(connection) = link.live().cloned() {
+            return self.ask_on(call, to, connection, bytes);
         }
         if link.calls.len() >= CALL_QUEUE {
             return self
@@ -216,19 +243,17 @@ impl Transport {
 
     /// Asks whoever answers at a name, `HOST:PORT`.
     pub fn call_name(&self, call: CallId, name: String, bytes: Vec<u8>) {
-        let (endpoint, client) = (self.endpoint.clone(), self.client.clone());
-        let (events, me) = (self.events.clone(), self.me);
+        let dialler = self.dialler();
         let turn = self.calls_by_name.fetch_add(1, Ordering::Relaxed);
         tokio::spawn(async move {
             let asked = async {
-                let (peer, connection) =
-                    connect_name(&endpoint, &client, &name, turn, &events, me).await?;
-                ask(peer, &connection, &bytes).await
+                let (peer, connection) = dialler.connect_name(&name, turn).await?;
+                ask(peer, &connection, &dialler.intake, &bytes).await
             };
             let result = tokio::time::timeout(NAME_TIMEOUT, asked)
                 .await
                 .unwrap_or_else(|_| Err(CallError::Unreachable(format!("{name} does not answer"))));
-            let _ = events.send(Event::Answer { call, result }).await;
+            let _ = dialler.events.send(Event::Answer { call, result }).await;
         });
     }
 
@@ -290,12 +315,12 @@ impl Transport {
         if std::mem::replace(&mut link.dialling, true) {
             return;
         }
-        let (endpoint, client) = (self.endpoint.clone(), self.client.clone());
-        let events = self.events.clone();
+        self.admissions.lock().learn_member(Instant::now(), address.ip());
+        let dialler = self.dialler();
         tokio::spawn(async move {
-            let event = match connect(&endpoint, &client, address).await {
+            let event = match dialler.connect(address).await {
                 Ok((found, connection)) if found == peer => {
-                    tokio::spawn(read(peer, connection.clone(), events.clone()));
+                    dialler.read(peer, connection.clone());
                     Event::Connected { peer, connection, inbound: false }
                 }
                 Ok((found, connection)) => {
@@ -305,8 +330,19 @@ impl Transport {
                 }
                 Err(error) => Event::DialFailed { peer, error },
             };
-            let _ = events.send(event).await;
+            let _ = dialler.events.send(event).await;
         });
+    }
+
+    fn dialler(&self) -> Dialler {
+        Dialler {
+            endpoint: self.endpoint.clone(),
+            client: self.client.clone(),
+            admissions: self.admissions.clone(),
+            intake: self.intake.clone(),
+            events: self.events.clone(),
+            me: self.me,
+        }
     }
 
     fn connected(&mut self, peer: NodeId, connection: Connection, inbound: bool) {
@@ -316,6 +352,8 @@ impl Transport {
             let error = CallError::Rejected("its secret was dropped".to_owned());
             return self.dial_failed(peer, &error);
         }
+        let address = connection.remote_address().ip();
+        self.admissions.lock().learn_member(Instant::now(), address);
         let link = self.peers.entry(peer).or_default();
         link.dialling &= inbound;
         // Two nodes that dial each other at once keep the connection of the smaller id; the other one
@@ -334,8 +372,8 @@ impl Transport {
         for bytes in link.frames.drain(..) {
             send_on(&connection, bytes);
         }
-        for (call, bytes) in link.calls.drain(..) {
-            tokio::spawn(ask_on(call, peer, connection.clone(), bytes, self.events.clone()));
+        for (call, bytes) in std::mem::take(&mut link.calls) {
+            self.ask_on(call, peer, connection.clone(), bytes);
         }
         self.make_room();
     }
@@ -378,6 +416,14 @@ impl Transport {
         calls.into_iter().for_each(|(call, _)| self.answer(call, error.clone()));
     }
 
+    fn ask_on(&self, call: CallId, peer: NodeId, on: Connection, bytes: Vec<u8>) {
+        let (events, intake) = (self.events.clone(), self.intake.clone());
+        tokio::spawn(async move {
+            let result = ask(peer, &on, &intake, &bytes).await;
+            let _ = events.send(Event::Answer { call, result }).await;
+        });
+    }
+
     /// Ends a call that got no further. Through the queue like any other answer, however full it is.
     fn answer(&self, call: CallId, error: CallError) {
         let (events, result) = (self.events.clone(), Err(error));
@@ -402,80 +448,6 @@ impl PeerLink {
 async fn close_later(connection: Connection) {
     tokio::time::sleep(SPARE).await;
     connection.close(VarInt::from_u32(0), b"there is another one");
-}
-
-async fn accept(endpoint: Endpoint, events: Events) {
-    let handshakes = Arc::new(Semaphore::new(MAX_HANDSHAKES));
-    let mut by_address: BTreeMap<IpAddr, Arc<Semaphore>> = BTreeMap::new();
-    while let Some(incoming) = endpoint.accept().await {
-        // Under a flood each must first show that its address is its own; beyond the bound none gets in.
-        let crowded = handshakes.available_permits() < MAX_HANDSHAKES / 2;
-        if crowded && !incoming.remote_address_validated() {
-            let _ = incoming.retry();
-            continue;
-        }
-        by_address.retain(|_, free| free.available_permits() < MAX_HANDSHAKES_OF_ONE);
-        let own = by_address.entry(incoming.remote_address().ip().to_canonical());
-        let own = own.or_insert_with(|| Arc::new(Semaphore::new(MAX_HANDSHAKES_OF_ONE)));
-        let permits = (own.clone().try_acquire_owned(), handshakes.clone().try_acquire_owned());
-        let (Ok(one_of_its_own), Ok(one_of_all)) = permits else {
-            incoming.refuse();
-            continue;
-        };
-        let events = events.clone();
-        tokio::spawn(async move {
-            let address = incoming.remote_address();
-            let connection = match tokio::time::timeout(DIAL_TIMEOUT, incoming.into_future()).await
-            {
-                Ok(Ok(connection)) => connection,
-                Ok(Err(error)) => {
-                    let error = visible(&error.to_string());
-                    return tracing::debug!(%address, error, "handshake failed");
-                }
-                Err(_) => return tracing::debug!(%address, "handshake not finished in time"),
-            };
-            drop((one_of_its_own, one_of_all));
-            let Some(peer) = peer_of(&connection) else {
-                return connection.close(VarInt::from_u32(2), b"unreadable certificate");
-            };
-            let event = Event::Connected { peer, connection: connection.clone(), inbound: true };
-            let _ = events.send(event).await;
-            read(peer, connection, events).await;
-        });
-    }
-}
-
-async fn connect(
-    endpoint: &Endpoint,
-    client: &ClientConfig,
-    address: SocketAddr,
-) -> Result<(NodeId, Connection), CallError> {
-    let connecting = endpoint
-        .connect_with(client.clone(), address, SERVER_NAME)
-        .map_err(|error| CallError::Unreachable(format!("{address}: {error}")))?;
-    let connection = tokio::time::timeout(DIAL_TIMEOUT, connecting)
-        .await
-        .map_err(|_| CallError::Unreachable(format!("{address} does not answer")))?
-        .map_err(|error| call_error(&error, address))?;
-    let peer = peer_of(&connection)
-        .ok_or_else(|| CallError::Unreachable(format!("{address}: unreadable certificate")))?;
-    Ok((peer, connection))
-}
-
-/// A UDP socket for an address that the host may not have yet: it can come with the network.
-fn bind_socket(address: SocketAddr) -> io::Result<UdpSocket> {
-    let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))?;
-    match address {
-        SocketAddr::V4(_) => socket.set_freebind_v4(true)?,
-        SocketAddr::V6(_) => socket.set_freebind_v6(true)?,
-    }
-    socket.bind(&address.into())?;
-    Ok(socket.into())
-}
-
-async fn ask_on(call: CallId, peer: NodeId, on: Connection, bytes: Vec<u8>, events: Events) {
-    let result = ask(peer, &on, &bytes).await;
-    let _ = events.send(Event::Answer { call, result }).await;
 }
 
 fn send_on(connection: &Connection, bytes: Vec<u8>) {

@@ -7,7 +7,10 @@
 mod connection;
 mod credentials;
 mod endpoint;
+mod first_packet;
+mod intake;
 
 pub use connection::Event;
 pub use credentials::{CredentialError, Credentials, NodeKey};
-pub use endpoint::{BindError, Transport};
+pub use endpoint::{BindError, Flood, Handshakes, Transport};
+pub use first_packet::first_packets;

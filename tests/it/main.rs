@@ -48,6 +48,7 @@ mod routing;
 mod runtimes;
 mod secret;
 mod service;
+mod strangers;
 mod tidy;
 mod underlay;
 mod uplinks;

@@ -235,7 +235,7 @@ fn a_path_that_is_narrower_than_the_underlay_is_named() {
         let narrow = Command::new("ip").args(["link", "set", "port2", "mtu", "1400"]).status()?;
         assert!(narrow.success());
         let _agent = cluster.start_agent(&host, &[])?;
-        wait_until("it is not named", VERDICT, || {
+        wait_until("it is not named", PATIENCE, || {
             // Between what there is room for, 4 bytes of a VLAN included, and what the search leaves.
             (1_347..=1_354).any(|fits| {
                 let words = format!("those of {fits} arrive");
@@ -252,7 +252,7 @@ fn a_path_that_is_narrower_than_the_underlay_is_named() {
         eventually(&cluster.hosts[0].netns, routes, |shown| shown.contains(" mtu 13"));
         let wide = Command::new("ip").args(["link", "set", "port2", "mtu", "1500"]).status()?;
         assert!(wide.success());
-        wait_until("the route is still limited", VERDICT, || {
+        wait_until("the route is still limited", PATIENCE, || {
             !tool(&cluster.hosts[0].netns, routes).contains(" mtu ")
         });
         Ok(())
@@ -289,7 +289,7 @@ fn path_mtu_told_by_a_router_limits_the_route_of_that_peer() {
         let subnet = Agent::subnet(&cluster.agents[0].ask("/v1/status", PATIENCE)?)?;
         let here = cluster.hosts[0].pod(subnet, 1_450)?;
         let near = &cluster.hosts[0].netns;
-        wait_until("the route is not limited", VERDICT, || {
+        wait_until("the route is not limited", PATIENCE, || {
             tool(near, "ip route show proto 73").contains(" mtu 1350")
         });
         let status = cluster.agents[0].ask("/v1/status", PATIENCE)?;
@@ -311,7 +311,7 @@ fn answers_that_come_by_another_way_are_named() {
         let (here, there) = (cluster.hosts[0].ip, &cluster.hosts[1].netns);
         tool(there, &format!("ip route add {}/32 via {here} dev eth0", subnet.network()));
         let said = "its answers come without";
-        wait_until("it is not named", VERDICT, || has_problem(&mut cluster.agents[0], said));
+        wait_until("it is not named", PATIENCE, || has_problem(&mut cluster.agents[0], said));
         assert!(path(&mut cluster.agents[0], "n2").contains("asymmetric"));
         tool(there, &format!("ip route del {}/32", subnet.network()));
         wait_until("it is still named", VERDICT, || !has_problem(&mut cluster.agents[0], said));

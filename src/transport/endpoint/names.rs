@@ -2,10 +2,10 @@
 
 use std::{net::SocketAddr, time::Duration};
 
-use quinn::{ClientConfig, Connection, Endpoint, VarInt};
+use quinn::{Connection, VarInt};
 use tokio::task::JoinSet;
 
-use super::{Event, Events, connect, read};
+use super::{Event, dial::Dialler};
 use crate::{core::CallError, model::NodeId};
 
 /// Addresses of one name that are tried.
@@ -13,50 +13,52 @@ const MAX_ADDRESSES: usize = 8;
 /// The next address of a name is tried when the one before has not answered within this time (RFC 8305, 5).
 const NEXT_ADDRESS_AFTER: Duration = Duration::from_millis(250);
 
-/// Connects to the address of a name that answers first. The addresses are tried staggered, both families in
-/// turn, and each time another one comes first: one that swallows packets holds up no join.
-pub(super) async fn connect_name(
-    endpoint: &Endpoint,
-    client: &ClientConfig,
-    name: &str,
-    turn: usize,
-    events: &Events,
-    me: NodeId,
-) -> Result<(NodeId, Connection), CallError> {
-    let ipv4_only = endpoint.local_addr().is_ok_and(|local| local.is_ipv4());
-    let resolved = tokio::net::lookup_host(name)
-        .await
-        .map_err(|error| CallError::Unreachable(format!("{name}: {error}")))?
-        .filter(|address| address.is_ipv4() || !ipv4_only);
-    let mut tries = JoinSet::new();
-    for (place, address) in in_turn(resolved.collect(), turn).into_iter().enumerate() {
-        let (endpoint, client) = (endpoint.clone(), client.clone());
-        let delay = NEXT_ADDRESS_AFTER * u32::try_from(place).unwrap_or(u32::MAX);
-        tries.spawn(async move {
-            tokio::time::sleep(delay).await;
-            connect(&endpoint, &client, address).await
-        });
-    }
-    let mut last = CallError::Unreachable(format!("{name} has no usable address"));
-    while let Some(tried) = tries.join_next().await {
-        match tried {
-            Ok(Ok((peer, connection))) if peer == me => {
-                connection.close(VarInt::from_u32(3), b"myself");
-                last = CallError::Myself;
-            }
-            Ok(Ok((peer, connection))) => {
-                tokio::spawn(read(peer, connection.clone(), events.clone()));
-                let known =
-                    Event::Connected { peer, connection: connection.clone(), inbound: false };
-                let _ = events.send(known).await;
-                return Ok((peer, connection));
-            }
-            // That it is this node itself tells more than that another address is silent.
-            Ok(Err(error)) if last != CallError::Myself => last = error,
-            Ok(Err(_)) | Err(_) => {}
+impl Dialler {
+    /// Connects to the address of a name that answers first. The addresses are tried staggered, both families
+    /// in turn, and each time another one comes first: one that swallows packets holds up no join.
+    ///
+    /// # Errors
+    /// Fails if the name has no address, or with the reason of the last one.
+    pub(super) async fn connect_name(
+        &self,
+        name: &str,
+        turn: usize,
+    ) -> Result<(NodeId, Connection), CallError> {
+        let ipv4_only = self.endpoint.local_addr().is_ok_and(|local| local.is_ipv4());
+        let resolved = tokio::net::lookup_host(name)
+            .await
+            .map_err(|error| CallError::Unreachable(format!("{name}: {error}")))?
+            .filter(|address| address.is_ipv4() || !ipv4_only);
+        let mut tries = JoinSet::new();
+        for (place, address) in in_turn(resolved.collect(), turn).into_iter().enumerate() {
+            let dialler = self.clone();
+            let delay = NEXT_ADDRESS_AFTER * u32::try_from(place).unwrap_or(u32::MAX);
+            tries.spawn(async move {
+                tokio::time::sleep(delay).await;
+                dialler.connect(address).await
+            });
         }
+        let mut last = CallError::Unreachable(format!("{name} has no usable address"));
+        while let Some(tried) = tries.join_next().await {
+            match tried {
+                Ok(Ok((peer, connection))) if peer == self.me => {
+                    connection.close(VarInt::from_u32(3), b"myself");
+                    last = CallError::Myself;
+                }
+                Ok(Ok((peer, connection))) => {
+                    self.read(peer, connection.clone());
+                    let known =
+                        Event::Connected { peer, connection: connection.clone(), inbound: false };
+                    let _ = self.events.send(known).await;
+                    return Ok((peer, connection));
+                }
+                // That it is this node itself tells more than that another address is silent.
+                Ok(Err(error)) if last != CallError::Myself => last = error,
+                Ok(Err(_)) | Err(_) => {}
+            }
+        }
+        Err(last)
     }
-    Err(last)
 }
 
 /// Addresses in the order in which they are tried at this turn: families alternate (RFC 8305, 4), and the

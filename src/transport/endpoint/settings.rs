@@ -11,15 +11,20 @@ use crate::transport::Credentials;
 /// Connections not used for this long are dropped and made again when needed. Gossip meets a peer now and
 /// then for as long as it is a member; a handshake is 4 KB, a connection that waits costs memory only.
 const IDLE: Duration = Duration::from_secs(600);
-/// Handshakes of others under way at once. Each may cost about 40 KiB and a millisecond of CPU.
-pub const MAX_HANDSHAKES: usize = 256;
+/// First packets of handshakes that wait for admission. What comes beyond is not answered.
+const MAX_INCOMING: usize = 1024;
+/// What may come behind them before they are admitted.
+const MAX_BEHIND_ONE: u64 = 16 << 10;
+const MAX_BEHIND_ALL: u64 = 2 << 20;
 
 /// What this node is like when it is dialled, and when it dials.
 pub fn roles(credentials: &Credentials) -> (ServerConfig, ClientConfig) {
     let settings = Arc::new(settings());
     let mut server = ServerConfig::with_crypto(credentials.server.clone());
     server.transport_config(settings.clone());
-    server.max_incoming(MAX_HANDSHAKES);
+    server.max_incoming(MAX_INCOMING);
+    server.incoming_buffer_size(MAX_BEHIND_ONE);
+    server.incoming_buffer_size_total(MAX_BEHIND_ALL);
     let mut client = ClientConfig::new(credentials.client.clone());
     client.transport_config(settings);
     (server, client)

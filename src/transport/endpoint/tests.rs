@@ -2,7 +2,10 @@
 
 use std::net::Ipv4Addr;
 
-use super::{super::NodeKey, *};
+use super::{
+    super::{NodeKey, credentials::SERVER_NAME},
+    *,
+};
 use crate::wire::Secret;
 
 type Side = (Transport, mpsc::Receiver<Event>);
