@@ -4,6 +4,7 @@
 //! core, and its outputs are executed. The loop owns everything; there is no lock. Decisions are the
 //! core's: here is only IO. SIGTERM ends the agent and leaves the kernel's state in place.
 
+mod arrivals;
 mod auditor;
 mod data_plane;
 mod docker;
@@ -22,6 +23,7 @@ mod pod_address;
 mod pods;
 mod probe;
 mod programmer;
+mod recall;
 mod reload;
 mod routes;
 mod secrets;
@@ -43,14 +45,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::oneshot;
 
 use self::{
+    arrivals::{Arrival, Arrivals, News},
     data_plane::{KernelState, remove_traces},
     events::Journal,
-    forwarder::{Forwarder, Forwarding},
-    inquest::{Found, Inquest},
-    kubernetes::{Heard as HeardOfNode, Source},
+    forwarder::Forwarder,
+    inquest::Inquest,
+    kubernetes::Source,
     ping::Round,
     pods::PodState,
     probe::Prober,
@@ -59,16 +62,13 @@ use self::{
     signals::Signals,
     status::Waiter,
     survey::Surveys,
-    told::Told,
     underlay::Chosen,
-    wirer::{Wired, Wirer},
+    wirer::Wirer,
 };
 use crate::{
     api::Question,
     config::Config,
     core::{Command, Gate, Input, Node, Output, Stop, Target},
-    docker as docker_plugin,
-    icmp::Heard,
     model::{NodeId, Time},
     store::{History, StateDir, Writer, Written},
     transport::{Event, Transport},
@@ -159,28 +159,6 @@ impl Clock {
     }
 }
 
-/// What a turn of the loop begins with.
-enum Arrival {
-    Deadline,
-    /// The settings are to be read again.
-    Hangup,
-    News(News),
-    Network(Event),
-    Heard(Heard),
-}
-
-/// What comes in from threads and from the control socket.
-enum News {
-    Disk(Written),
-    Kernel(Told),
-    Forwarding(Forwarding),
-    Found(Found),
-    Pods(Wired),
-    Api(Question),
-    Docker(docker_plugin::Request),
-    Node(HeardOfNode),
-}
-
 /// Waits for threads, without those that hang in a disk or in the kernel.
 async fn await_threads<const N: usize>(threads: [Thread; N]) {
     let deadline = Instant::now() + THREAD_PATIENCE;
@@ -197,9 +175,7 @@ impl Agent {
     async fn run(
         mut self,
         mut signals: Signals,
-        mut network: mpsc::Receiver<Event>,
-        mut threads: mpsc::UnboundedReceiver<News>,
-        mut heard: mpsc::Receiver<Heard>,
+        mut arrivals: Arrivals,
         reread: &Reread,
     ) -> Ending {
         self.carry_out();
@@ -212,20 +188,16 @@ impl Agent {
                 _ = signals.interrupt.recv() => { self.ending = Some(Ending::Stopped); continue }
                 _ = signals.hangup.recv() => Arrival::Hangup,
                 () = tokio::time::sleep_until(wake) => Arrival::Deadline,
-                Some(news) = threads.recv() => Arrival::News(news),
-                Some(event) = network.recv() => Arrival::Network(event),
-                Some(heard) = heard.recv() => Arrival::Heard(heard),
+                arrival = arrivals.next() => arrival,
             };
             let turn = Instant::now();
             self.on_arrival(first, turn, reread);
-            // Whatever woke the loop, nobody waits behind it for another turn.
             for _ in 0..EVENTS_PER_TURN {
-                let Ok(news) = threads.try_recv() else { break };
-                self.on_arrival(Arrival::News(news), turn, reread);
-            }
-            for _ in 0..EVENTS_PER_TURN {
-                let Ok(event) = network.try_recv() else { break };
-                self.on_arrival(Arrival::Network(event), turn, reread);
+                let mut more = arrivals.take().peekable();
+                if more.peek().is_none() {
+                    break;
+                }
+                more.for_each(|arrival| self.on_arrival(arrival, turn, reread));
             }
             self.carry_out();
             self.restore_paths();
@@ -451,6 +423,7 @@ impl Agent {
     fn on_api(&mut self, question: Question) {
         match question {
             Question::Status { reply } => _ = reply.send(self.status()),
+            Question::Alive { reply } => _ = reply.send(()),
             Question::Wait { seconds, members, reply } => {
                 let deadline = Instant::now() + Duration::from_secs(seconds);
                 self.input(Input::Command(Command::Sync));

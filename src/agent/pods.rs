@@ -121,13 +121,21 @@ impl PodState {
         Self { to_save: removals.collect(), table: Pods::new(known), ..Self::default() }
     }
 
-    /// The disk has lost them, and the kernel has not.
-    pub(super) fn recover(&mut self, found: Vec<Pod>) {
-        if !found.is_empty() {
-            tracing::warn!(count = found.len(), "pods are known by their interfaces alone");
+    /// Takes in pods whose interfaces are there and whose records a damaged or restored disk has lost. An
+    /// interface whose addresses another pod has is left to be swept away.
+    pub(super) fn adopt(&mut self, found: Vec<Pod>) {
+        let is_unknown = |pod: &Pod| {
+            self.table.get(&pod.attachment).is_none()
+                && pod.addresses.iter().all(|address| self.table.holder(address).is_none())
+        };
+        let found: Vec<Pod> = found.into_iter().filter(is_unknown).collect();
+        if found.is_empty() {
+            return;
         }
-        self.to_save = found.iter().map(record).collect();
-        self.table = Pods::new(found);
+        tracing::warn!(count = found.len(), "pods are known by their interfaces alone");
+        self.to_save.extend(found.iter().map(record));
+        let known = std::mem::take(&mut self.table);
+        self.table = Pods::new(known.iter().cloned().chain(found));
     }
 
     /// Writes down what has changed since the last run.

@@ -14,9 +14,12 @@ use sha2::{Digest as _, Sha256};
 use tokio::{net::UnixListener, sync::mpsc};
 
 use super::{
-    Agent, Clock, Ending, Forwarder, Gate, Inquest, Journal, KernelState, News, PodState, Prober,
-    Programmer, Reread, Service, Signals, Source, Surveys, Wirer, kubernetes, underlay,
-    waiting::Waiting, wirer::Job,
+    Agent, Arrivals, Clock, Ending, Forwarder, Gate, Inquest, Journal, KernelState, News, PodState,
+    Prober, Programmer, Reread, Service, Signals, Source, Surveys, Wirer, kubernetes,
+    recall::{Recalled, recall},
+    underlay,
+    waiting::Waiting,
+    wirer::Job,
 };
 use crate::{
     api,
@@ -31,7 +34,7 @@ use crate::{
     model::{BootId, ClusterId, ClusterRecord, ClusterSettings, Mac, NodeId, Pool, Time, Vtep},
     netlink::Netlink,
     pods::wiring::Wiring,
-    store::{Database, Opened, StateDir, StoreError, Writer},
+    store::{EssentialsCopy, StateDir, StoreError, Writer, Written},
     transport::{BindError, CredentialError, Credentials, NodeKey, Transport},
     wire::{Key, Keyring, Record, Secret, Token, TokenError},
 };
@@ -130,19 +133,12 @@ async fn start(
             key
         }
     };
-    let Opened { database, records, quarantined } = Database::open(&state.database())?;
-    if let Some((aside, why)) = quarantined {
-        tracing::error!(
-            %why,
-            moved_to = %aside.display(),
-            "the database was unreadable and was moved aside: this node rejoins with the same key"
-        );
-    }
+    let saved = state.token()?;
+    let Recalled { database, records, is_new } = recall(&state, &config, saved.as_ref())?;
     let known_cluster = records.iter().find_map(|(_, record)| match record {
         Record::Cluster(cluster) => Some(*cluster),
         _ => None,
     });
-    let saved = state.token()?;
     let is_assigned = config.pod_cidr.is_some();
     if !is_assigned {
         remember(&mut config, saved.as_ref(), known_cluster.is_some())?;
@@ -254,11 +250,9 @@ async fn start(
     let port = transport.local_address()?.port();
     let (ip, advertised) = config.advertise.unwrap_or((chosen.local, None));
     let bridge = config.bridge_name(vni);
-    let mut pods = PodState::remember(&records, state.is_same_boot()?);
-    if known_cluster.is_none() {
-        // Pods outlive the state directory too.
-        pods.recover(Wiring::open()?.found(&bridge)?);
-    }
+    let mut pods = PodState::remember(&records, state.is_same_boot());
+    // Pods outlive the state directory too.
+    pods.adopt(Wiring::open()?.found(&bridge)?);
     pods.early = early;
     let fresh = fresh && pods.table.is_empty();
     pods.macs = Wiring::open()?.macs()?;
@@ -289,6 +283,7 @@ async fn start(
         quorum: config.quorum.clone(),
         rng_seed: random()?,
     };
+    let copy = EssentialsCopy::new(state.essentials(), key.id(), &records);
     let node = Node::start(Time::ZERO, node, records)?;
     tracing::info!(
         node = %key.id(),
@@ -298,8 +293,12 @@ async fn start(
         "starting"
     );
 
+    if is_new {
+        // Once the loop runs it writes all that is known.
+        let _ = sender.send(News::Disk(Written::Emptied));
+    }
     let report = sender.clone();
-    let writer = Writer::start(database, state.database(), move |written| {
+    let writer = Writer::start(database, state.database(), copy, move |written| {
         let _ = report.send(News::Disk(written));
     })?;
     let report = sender.clone();
@@ -359,7 +358,7 @@ async fn start(
     if agent.underlay.is_present() {
         agent.save_underlay();
     }
-    Ok(agent.run(signals, network, threads, heard, reread).await)
+    Ok(agent.run(signals, Arrivals { threads, network, heard }, reread).await)
 }
 
 /// A cluster is not created with networks that lead elsewhere on this host.

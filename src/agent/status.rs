@@ -34,11 +34,15 @@ impl Agent {
 
     pub(super) fn serve_waiters(&mut self) {
         self.waiters.retain(|waiter| !waiter.reply.is_closed());
-        if self.waiters.is_empty() {
+        let now = Instant::now();
+        // The status of a large cluster is long: it is made only where it may be an answer.
+        let (is_converged, active) = (self.is_converged(), self.node.active_count());
+        let may_be_served =
+            |waiter: &Waiter| is_converged && active >= waiter.members || waiter.deadline <= now;
+        if !self.waiters.iter().any(may_be_served) {
             return;
         }
         let status = self.status();
-        let now = Instant::now();
         for waiter in std::mem::take(&mut self.waiters) {
             let enough = status.members_alive() >= waiter.members;
             if (status.converged && enough) || waiter.deadline <= now {

@@ -170,6 +170,7 @@ fn answer(question: Question, status: &AgentStatus) -> Option<Waiter> {
             return Some(Waiter { members, deadline, reply });
         }
         Question::Status { reply } => _ = reply.send(status.clone()),
+        Question::Alive { reply } => _ = reply.send(()),
         Question::Token { reply } => _ = reply.send(None),
         Question::Leave { reply } => _ = reply.send(Err(why())),
         Question::Forget { reply, .. } | Question::Secret { reply, .. } => {

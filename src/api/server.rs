@@ -47,6 +47,10 @@ pub enum Question {
     Status {
         reply: Sender<AgentStatus>,
     },
+    /// Whether the loop answers.
+    Alive {
+        reply: Sender<()>,
+    },
     /// Status once it has converged with this many members, or when the time is over.
     Wait {
         seconds: u64,
@@ -217,8 +221,8 @@ async fn collect(State(ask): State<Ask>, headers: HeaderMap) -> Response {
 
 /// The loop answers.
 async fn healthz(State(ask): State<Ask>) -> Response {
-    let question = |reply| Question::Status { reply };
-    let asked = answer(&ask, question, |_| "alive\n".into_response());
+    let question = |reply| Question::Alive { reply };
+    let asked = answer(&ask, question, |()| "alive\n".into_response());
     let late = || problem(StatusCode::SERVICE_UNAVAILABLE, "the agent's loop does not answer");
     tokio::time::timeout(ALIVE_WITHIN, asked).await.unwrap_or_else(|_| late())
 }

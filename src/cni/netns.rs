@@ -1,16 +1,9 @@
 //! The network namespace that a runtime names.
 
-use std::{
-    fs::{File, OpenOptions},
-    io,
-    os::unix::fs::OpenOptionsExt as _,
-    path::Path,
-};
-
-use nix::fcntl::OFlag;
+use std::{fs::File, io, path::Path};
 
 use super::error::{CniError, code};
-use crate::pods::wiring::is_same;
+use crate::pods::wiring::{is_same, open_netns};
 
 /// That of this program.
 pub const OWN: &str = "/proc/self/ns/net";
@@ -21,8 +14,7 @@ pub const OWN: &str = "/proc/self/ns/net";
 /// For what is not there, and for this host's own namespace: a process that had the PID of a container's
 /// before leads there.
 pub fn open(what: &str, path: &Path) -> Result<File, CniError> {
-    let file = OpenOptions::new().read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path);
-    let file = file.map_err(|error| unusable(what, path, &error))?;
+    let file = open_netns(path).map_err(|error| unusable(what, path, &error))?;
     let is_own = File::open(OWN).and_then(|own| is_same(&file, &own));
     match is_own.map_err(|error| unusable(what, path, &error))? {
         false => Ok(file),

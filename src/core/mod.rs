@@ -452,6 +452,11 @@ impl Node {
         self.directory.peers(self.me.node).map(|record| record.address)
     }
 
+    /// Members that gossip holds as alive or suspect, this node included.
+    pub fn active_count(&self) -> usize {
+        self.membership.others().count() + 1
+    }
+
     /// Where peers reach this node.
     pub fn address(&self) -> SocketAddr {
         self.me.address

@@ -7,13 +7,17 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs::File,
+    fs::{File, OpenOptions},
     io,
     net::IpAddr,
-    os::{fd::AsRawFd as _, unix::fs::MetadataExt as _},
+    os::{
+        fd::AsRawFd as _,
+        unix::fs::{MetadataExt as _, OpenOptionsExt as _},
+    },
     path::{Path, PathBuf},
 };
 
+use nix::fcntl::OFlag;
 use rtnetlink::{
     LinkMessageBuilder, LinkUnspec, LinkVeth,
     packet_core::{NLM_F_CREATE, NLM_F_EXCL},
@@ -343,7 +347,7 @@ impl Wiring {
     fn enter(&self, netns: &Path, opened: Option<&File>) -> Result<(File, Netlink), WiringError> {
         let path = || netns.to_owned();
         let no = |error| WiringError::NoNamespace { path: path(), error };
-        let file = opened.map_or_else(|| File::open(netns), File::try_clone).map_err(no)?;
+        let file = opened.map_or_else(|| open_netns(netns), File::try_clone).map_err(no)?;
         if is_same(&file, &self.home).map_err(no)? {
             return Err(WiringError::Host(path()));
         }
@@ -353,6 +357,11 @@ impl Wiring {
         })?;
         Ok((file, inside))
     }
+}
+
+/// Opens the file of a namespace. It waits for nothing, whatever is at that path: opening a FIFO would.
+pub fn open_netns(path: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path)
 }
 
 /// Whether two files are the same namespace.

@@ -11,14 +11,15 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     thread,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use nix::fcntl::{Flock, FlockArg};
 
 use crate::wire::{Key, Record, TokenError};
 
-/// Damaged databases that are kept for a post-mortem; the oldest goes first.
+/// Damaged databases that are kept: the first ones, which may have been whole before a series of failures
+/// began, and the latest.
 const MAX_QUARANTINED: u32 = 3;
 
 /// How long closing waits for sled's own threads to let go of the file.
@@ -67,6 +68,8 @@ pub enum StoreError {
          choose another --state-dir", path.display()
     )]
     NotOurs { path: PathBuf },
+    #[error("the clock of this host is before 1970: set it (timedatectl set-time, or NTP)")]
+    Clock,
     #[error("database: {0}: a newer gossamer wrote it; run that version or a later one")]
     Newer(String),
     #[error("database: {0}")]
@@ -77,6 +80,7 @@ impl Database {
     /// Opens the database and reads all of it. One that cannot be read is moved aside, and an empty one
     /// takes its place.
     pub fn open(path: &Path) -> Result<Opened, StoreError> {
+        refuse_clock(SystemTime::now())?;
         match try_open(path) {
             Ok((database, records)) => Ok(Opened { database, records, quarantined: None }),
             Err(Failure::InUse) => Err(StoreError::InUse { path: path.to_owned() }),
@@ -90,6 +94,18 @@ impl Database {
                 Ok(Opened { database, records, quarantined: Some((aside, why)) })
             }
         }
+    }
+
+    /// Moves a database aside that was opened and lacks what must be in it, for a post-mortem, and opens an
+    /// empty one in its place.
+    ///
+    /// # Errors
+    /// Fails if the directory cannot be renamed, or if no database can be made.
+    pub fn set_aside(self, path: &Path) -> Result<(Self, PathBuf), StoreError> {
+        drop(self);
+        let aside = quarantine(path)
+            .map_err(|error| StoreError::Directory { path: path.to_owned(), error })?;
+        Ok((Self::open(path)?.database, aside))
     }
 
     /// Writes a batch, all or nothing, and has it on the disk before it returns. An empty value removes its
@@ -133,6 +149,11 @@ enum Failure {
     Io(io::Error),
     Newer(String),
     Damaged(String),
+}
+
+/// sled takes the time when it is opened, and panics before 1970.
+fn refuse_clock(now: SystemTime) -> Result<(), StoreError> {
+    if now < SystemTime::UNIX_EPOCH { Err(StoreError::Clock) } else { Ok(()) }
 }
 
 /// Removes snapshots of the log that a power cut has left half written. sled 0.34 gives them their name when
@@ -191,21 +212,30 @@ fn try_open(path: &Path) -> Result<(Database, Vec<(Key, Record)>), Failure> {
             .cloned()
             .or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()))
             .unwrap_or_else(|| "the database engine failed".to_owned());
-        Err(Failure::Damaged(why))
+        Err(match os_error(&why) {
+            Some(error) => Failure::Io(error),
+            None => Failure::Damaged(why),
+        })
     })
+}
+
+/// The system's error in the message of a panic, as `Debug` shows it: sled unwraps some of them. The database
+/// is as good as before when files or space are short.
+fn os_error(panic: &str) -> Option<io::Error> {
+    let (_, rest) = panic.split_once("Os { code: ")?;
+    let digits = rest.split_once(',')?.0;
+    digits.parse().ok().map(io::Error::from_raw_os_error)
 }
 
 fn quarantine(path: &Path) -> io::Result<PathBuf> {
     let aside = |n: u32| path.with_extension(format!("damaged-{n}"));
-    let oldest = aside(MAX_QUARANTINED);
-    if oldest.exists() {
-        fs::remove_dir_all(&oldest)?;
+    let free = (1..MAX_QUARANTINED).find(|n| !aside(*n).exists()).unwrap_or(MAX_QUARANTINED);
+    let aside = aside(free);
+    if aside.exists() {
+        fs::remove_dir_all(&aside)?;
     }
-    for n in (1..MAX_QUARANTINED).rev().filter(|n| aside(*n).exists()) {
-        fs::rename(aside(n), aside(n + 1))?;
-    }
-    fs::rename(path, aside(1))?;
-    Ok(aside(1))
+    fs::rename(path, &aside)?;
+    Ok(aside)
 }
 
 #[cfg(test)]
@@ -242,6 +272,37 @@ mod tests {
             assert!(opened.quarantined.is_none(), "{:?}", opened.quarantined);
             assert_eq!(starts(&opened), Some(&Record::Starts(7)));
         }
+    }
+
+    #[test]
+    fn failure_of_the_system_inside_the_engine_is_no_damage() {
+        let panic = r#"called `Result::unwrap()` on an `Err` value: Io(Os { code: 24, kind: Uncategorized,"#;
+        let error = os_error(panic).expect("an error of the system");
+        assert_eq!(error.raw_os_error(), Some(24));
+        assert!(os_error("index out of bounds: the len is 3 but the index is 7").is_none());
+    }
+
+    #[test]
+    fn clock_before_1970_is_named_before_the_engine_meets_it() {
+        let before = SystemTime::UNIX_EPOCH - Duration::from_secs(1);
+        let error = refuse_clock(before).expect_err("refused").to_string();
+        assert!(error.contains("set it"), "{error}");
+        assert!(refuse_clock(SystemTime::UNIX_EPOCH).is_ok());
+    }
+
+    #[test]
+    fn first_quarantined_databases_are_kept_and_so_is_the_latest() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let path = dir.path().join("db");
+        for number in 1..=5 {
+            fs::create_dir(&path).expect("made");
+            fs::write(path.join("number"), number.to_string()).expect("written");
+            quarantine(&path).expect("moved");
+        }
+        let kept = [1, 2, 3].map(|n| {
+            fs::read_to_string(dir.path().join(format!("db.damaged-{n}/number"))).expect("kept")
+        });
+        assert_eq!(kept, ["1", "2", "5"]);
     }
 
     #[test]

@@ -5,7 +5,6 @@
 use std::{
     ffi::OsStr,
     fs, io,
-    io::Write as _,
     net::IpAddr,
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
@@ -15,7 +14,10 @@ use data_encoding::HEXLOWER;
 use ipnet::IpNet;
 use nix::fcntl::{Flock, FlockArg};
 
-use super::{History, StoreError, history};
+use super::{
+    Essentials, History, StoreError, history,
+    replace::{PRIVATE, replace},
+};
 use crate::wire::{Keyring, Token};
 
 const KEY: &str = "node.key";
@@ -26,6 +28,7 @@ const LOCK: &str = "lock";
 const POD_CIDR: &str = "pod-cidr";
 const UNDERLAY: &str = "underlay";
 const DATABASE: &str = "db";
+const ESSENTIALS: &str = "essentials";
 
 /// A directory that only its owner can enter, held by this process.
 #[derive(Debug)]
@@ -67,12 +70,16 @@ impl StateDir {
     pub fn node_key(&self) -> Result<Option<[u8; 32]>, StoreError> {
         let path = self.path.join(KEY);
         let Some(text) = read_if_there(&path)? else { return Ok(None) };
-        let seed = HEXLOWER.decode(text.trim().as_bytes()).ok().and_then(|b| b.try_into().ok());
-        seed.map(Some).ok_or(StoreError::Key { path })
+        key_from_text(&text).map(Some).ok_or(StoreError::Key { path })
     }
 
     pub fn save_node_key(&self, seed: &[u8; 32]) -> Result<(), StoreError> {
-        self.save(KEY, &format!("{}\n", HEXLOWER.encode(seed)))
+        self.save(KEY, &key_to_text(seed))
+    }
+
+    /// The second copy of what makes this node.
+    pub fn essentials(&self) -> Essentials {
+        Essentials::new(self.path.join(ESSENTIALS))
     }
 
     /// How this node entered its cluster, and where it would find it again.
@@ -126,10 +133,12 @@ impl StateDir {
         self.save(UNDERLAY, &format!("{address} {mtu}\n"))
     }
 
-    /// Whether the host has not been started anew since [`Self::note_boot`]; true if that is not known.
-    pub fn is_same_boot(&self) -> Result<bool, StoreError> {
-        let (noted, now) = (read_if_there(&self.path.join(BOOT))?, boot_id());
-        Ok(noted.is_none_or(|noted| now.is_none_or(|now| now == noted)))
+    /// Whether the host has not been started again since [`Self::note_boot`]; true if that is not known, as
+    /// with a file that is damaged.
+    pub fn is_same_boot(&self) -> bool {
+        let noted = fs::read_to_string(self.path.join(BOOT)).ok().filter(|noted| is_boot_id(noted));
+        let now = boot_id();
+        noted.is_none_or(|noted| now.is_none_or(|now| now == noted))
     }
 
     pub fn note_boot(&self) -> Result<(), StoreError> {
@@ -167,23 +176,9 @@ impl StateDir {
         Ok(())
     }
 
-    /// Replaces a file so that a crash leaves either the old or the new one.
     fn save(&self, name: &str, text: &str) -> Result<(), StoreError> {
         let path = self.path.join(name);
-        let written = || {
-            let temporary = self.path.join(format!("{name}.new"));
-            match fs::remove_file(&temporary) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                _ => {}
-            }
-            let mut file =
-                fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
-            file.write_all(text.as_bytes())?;
-            file.sync_all()?;
-            fs::rename(&temporary, &path)?;
-            fs::File::open(&self.path)?.sync_all()
-        };
-        written().map_err(|error| StoreError::Directory { path: path.clone(), error })
+        replace(&path, text, PRIVATE).map_err(|error| StoreError::Directory { path, error })
     }
 }
 
@@ -191,14 +186,34 @@ impl StateDir {
 fn is_ours(name: &OsStr) -> bool {
     let Some(name) = name.to_str() else { return false };
     let name = name.strip_suffix(".new").unwrap_or(name);
-    [KEY, TOKEN, SECRETS, LOCK, BOOT, POD_CIDR, UNDERLAY, DATABASE, history::FILE, history::OLDER]
-        .contains(&name)
+    let files = [KEY, TOKEN, SECRETS, LOCK, BOOT, POD_CIDR, UNDERLAY, DATABASE, ESSENTIALS];
+    files.contains(&name)
+        || [history::FILE, history::OLDER].contains(&name)
         || name.starts_with("db.damaged-")
 }
 
 /// Another one whenever the kernel starts (random(4)).
 fn boot_id() -> Option<String> {
     fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()
+}
+
+/// 32 hexadecimal digits in five groups.
+fn is_boot_id(text: &str) -> bool {
+    let groups: Vec<usize> = text.trim_end().split('-').map(str::len).collect();
+    let is_hex = |byte: u8| byte.is_ascii_hexdigit() || byte == b'-';
+    groups == [8, 4, 4, 4, 12] && text.trim_end().bytes().all(is_hex)
+}
+
+/// A key with its checksum: a flipped bit must not make another node of this one.
+fn key_to_text(seed: &[u8; 32]) -> String {
+    format!("{} {:08x}\n", HEXLOWER.encode(seed), crc32fast::hash(seed))
+}
+
+fn key_from_text(text: &str) -> Option<[u8; 32]> {
+    let (seed, checksum) = text.trim_end().split_once(' ')?;
+    let seed: [u8; 32] = HEXLOWER.decode(seed.as_bytes()).ok()?.try_into().ok()?;
+    let checksum = u32::from_str_radix(checksum, 16).ok()?;
+    (checksum == crc32fast::hash(&seed)).then_some(seed)
 }
 
 /// The token in a state directory, whoever holds that.
@@ -231,6 +246,36 @@ mod tests {
         assert_eq!(fs::read_dir(dir.path()).expect("readable").count(), 2);
         let mode = fs::metadata(dir.path()).expect("metadata").permissions().mode();
         assert_eq!(mode & 0o777, 0o755);
+    }
+
+    #[test]
+    fn key_with_any_flipped_bit_is_refused() {
+        let text = key_to_text(&[7; 32]);
+        assert_eq!(key_from_text(&text), Some([7; 32]));
+        for byte in 0..text.trim_end().len() {
+            for bit in 0..8 {
+                let mut bytes = text.clone().into_bytes();
+                bytes[byte] ^= 1 << bit;
+                let read = String::from_utf8(bytes).ok().and_then(|text| key_from_text(&text));
+                // Digits of the checksum may be in either case.
+                assert!(read.is_none_or(|seed| seed == [7; 32]), "bit {bit} of byte {byte}");
+            }
+        }
+    }
+
+    #[test]
+    fn damaged_note_of_the_boot_says_nothing() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let state = StateDir::open(dir.path()).expect("opens");
+        state.note_boot().expect("noted");
+        assert!(state.is_same_boot());
+        let file = dir.path().join(BOOT);
+        for damaged in [&b"\xff\xfe"[..], b"", b"5c0a", b"0a7d2f1e-9c1b-4c37-9f0d-b0b86d1fzzzz\n"] {
+            fs::write(&file, damaged).expect("written");
+            assert!(state.is_same_boot(), "{damaged:?}");
+        }
+        fs::write(&file, "0a7d2f1e-9c1b-4c37-9f0d-b0b86d1f0000\n").expect("written");
+        assert!(!state.is_same_boot());
     }
 
     #[test]

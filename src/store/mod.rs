@@ -10,17 +10,20 @@
 //! - `history`: changes of ownership, for people
 //! - `lock`: held while a process runs here
 //! - `db/`: sled, the records of [`crate::wire::Record`]
+//! - `essentials`: a second copy of the records without which this node would be another one
 //!
-//! Nothing here knows what a record means. A database that cannot be read is moved aside and named once.
+//! Nothing here changes what a record means. A database that cannot be read is moved aside and named once.
 
 mod database;
 mod directory;
+mod essentials;
 mod history;
 mod replace;
 mod writer;
 
 pub use database::{Database, Opened, StoreError};
 pub use directory::{StateDir, read_token};
+pub use essentials::{Essentials, EssentialsCopy};
 pub use history::History;
 pub use replace::{PRIVATE, PUBLIC, replace};
 pub use writer::{Writer, Written};

@@ -1,4 +1,4 @@
-//! Files that others read at any moment.
+//! Files that are replaced as a whole.
 
 use std::{
     ffi::OsString,
@@ -8,25 +8,34 @@ use std::{
     path::Path,
 };
 
-/// For everybody to read, as far as umask(2) lets them.
+/// For all users to read, as far as umask(2) lets them.
 pub const PUBLIC: u32 = 0o666;
 /// For its owner alone.
 pub const PRIVATE: u32 = 0o600;
 
 /// Puts `text` into a file, and makes its directory if need be. Readers see the old or the new one, never
-/// half of one; a power cut may bring the old one back.
+/// half of one; after a power cut, too, for the content is on the disk before it gets its name.
 ///
 /// `mode` is that of the new file, less what umask(2) takes.
+///
+/// # Errors
+/// Fails if the file cannot be written; the old one is there then.
 pub fn replace(path: &Path, text: &str, mode: u32) -> io::Result<()> {
-    if let Some(directory) = path.parent() {
+    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    if let Some(directory) = directory {
         fs::create_dir_all(directory)?;
     }
     let mut temporary = OsString::from(path);
     temporary.push(".new");
     // One that is left may have another mode.
-    let _ = fs::remove_file(&temporary);
+    match fs::remove_file(&temporary) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
     let mut file =
         fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&temporary)?;
     file.write_all(text.as_bytes())?;
-    fs::rename(&temporary, path)
+    file.sync_all()?;
+    fs::rename(&temporary, path)?;
+    fs::File::open(directory.unwrap_or(Path::new(".")))?.sync_all()
 }

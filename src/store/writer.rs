@@ -12,10 +12,12 @@ use std::{
     time::Duration,
 };
 
-use super::{Database, StoreError};
+use super::{Database, EssentialsCopy, StoreError};
 use crate::{core::WriteSeq, wire::Key, worker::Thread};
 
 const RETRY: Duration = Duration::from_secs(1);
+/// Nothing was to be written for so long: the copy of the essential records is brought up to date.
+const COPY_AFTER: Duration = Duration::from_millis(200);
 
 /// News from the writer.
 #[derive(Debug)]
@@ -51,14 +53,23 @@ impl Writer {
     pub fn start(
         database: Database,
         path: PathBuf,
+        copy: EssentialsCopy,
         report: impl Fn(Written) + Send + 'static,
     ) -> Result<Self, StoreError> {
         let waiting = Arc::new(Waiting::default());
         let outbox = waiting.clone();
         let thread = Thread::start("store", move || {
-            let mut disk = Disk { path, database: Some(database), report };
-            while let Some(pending) = outbox.take() {
-                disk.write(&outbox, pending);
+            let mut disk = Disk { path, database: Some(database), copy, is_emptied: false, report };
+            loop {
+                let pause = (!disk.copy.is_current()).then_some(COPY_AFTER);
+                match outbox.take(pause) {
+                    Taken::Batch(pending) => disk.write(&outbox, pending),
+                    Taken::Nothing => disk.copy.save(),
+                    Taken::End => break,
+                }
+            }
+            if !disk.copy.is_current() && disk.database.is_some() {
+                disk.copy.save();
             }
         });
         let thread =
@@ -107,6 +118,14 @@ impl Pending {
     }
 }
 
+/// What the thread has to do next.
+enum Taken {
+    Batch(Pending),
+    /// There was nothing to write for a while.
+    Nothing,
+    End,
+}
+
 /// What waits for the thread. A disk that hangs makes it no larger than the database.
 #[derive(Default)]
 struct Waiting {
@@ -126,12 +145,19 @@ impl Waiting {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for something to write; gives nothing once there will be nothing more.
-    fn take(&self) -> Option<Pending> {
+    /// Waits for something to write, but not longer than `pause`, if there is one.
+    fn take(&self, pause: Option<Duration>) -> Taken {
         let idle = |state: &mut State| !state.pending.is_any && !state.is_closed;
-        let state = self.changed.wait_while(self.lock(), idle);
-        let mut state = state.unwrap_or_else(PoisonError::into_inner);
-        state.pending.is_any.then(|| std::mem::take(&mut state.pending))
+        let pause = pause.unwrap_or(Duration::MAX);
+        let state = self.changed.wait_timeout_while(self.lock(), pause, idle);
+        let (mut state, _) = state.unwrap_or_else(PoisonError::into_inner);
+        if state.pending.is_any {
+            Taken::Batch(std::mem::take(&mut state.pending))
+        } else if state.is_closed {
+            Taken::End
+        } else {
+            Taken::Nothing
+        }
     }
 
     /// Gives what has come meanwhile, after a pause; nothing if the agent ends.
@@ -164,6 +190,9 @@ impl Drop for Inbox {
 struct Disk<R> {
     path: PathBuf,
     database: Option<Database>,
+    copy: EssentialsCopy,
+    /// It was told that the database is empty, and nothing was written since.
+    is_emptied: bool,
     report: R,
 }
 
@@ -203,6 +232,8 @@ impl<R: Fn(Written)> Disk<R> {
         let written = catch_unwind(AssertUnwindSafe(|| database.write(&pending.records)));
         if let Ok(Ok(())) = written {
             self.database = Some(database);
+            self.is_emptied = false;
+            self.copy.follow(&pending.records);
             return Ok(());
         }
         // Closing an engine that has failed may fail as well.
@@ -213,9 +244,10 @@ impl<R: Fn(Written)> Disk<R> {
         }
     }
 
-    fn reopen(&self) -> Result<Database, String> {
+    fn reopen(&mut self) -> Result<Database, String> {
         let opened = Database::open(&self.path).map_err(|error| error.to_string())?;
-        if opened.quarantined.is_some() || opened.records.is_empty() {
+        let is_empty = opened.quarantined.is_some() || opened.records.is_empty();
+        if is_empty && !std::mem::replace(&mut self.is_emptied, true) {
             (self.report)(Written::Emptied);
         }
         Ok(opened.database)

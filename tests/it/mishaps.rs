@@ -53,11 +53,41 @@ fn a_host_that_lost_its_database_finds_its_cluster_and_its_subnet_again() {
 }
 
 #[test]
-fn a_founder_that_was_alone_and_lost_its_database_says_what_to_do() {
+fn lone_node_that_lost_its_database_goes_on_with_the_second_copy() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        let (host, _spaces) = (&cluster.hosts[0], namespaces(&["a", "b"])?);
+        for container in ["a", "b"] {
+            Runtime::new(&cluster.agents[0]).add(container);
+        }
+        let before = cluster.agents[0].wait_converged(1, PATIENCE)?;
+        let pods = |agent: &mut Agent| agent.ask("/v1/pods", PATIENCE);
+        let known = pods(&mut cluster.agents[0])?;
+        for damage in ["lost", "emptied"] {
+            cluster.agents[0].end(Signal::SIGTERM)?;
+            match damage {
+                "lost" => lose_database(host)?,
+                _ => fs::write(host.dir.join("state/db/db"), "")?,
+            }
+            cluster.agents[0] = Agent::start(program(), host, &["--init"])?;
+            let after = cluster.agents[0].wait_converged(1, PATIENCE)?;
+            assert_eq!(after["cluster"], before["cluster"], "{damage}");
+            assert_eq!(Agent::subnet(&after)?, Agent::subnet(&before)?, "{damage}");
+            assert_eq!(after["slots"], before["slots"], "{damage}");
+            assert_eq!(pods(&mut cluster.agents[0])?, known, "{damage}");
+        }
+        assert!(host.dir.join("state/db.damaged-1").exists(), "what was left is kept");
+        Ok(())
+    });
+}
+
+#[test]
+fn a_founder_that_was_alone_and_lost_both_copies_says_what_to_do() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         cluster.agents[0].end(Signal::SIGTERM)?;
         lose_database(&cluster.hosts[0])?;
+        fs::remove_file(cluster.hosts[0].dir.join("state/essentials"))?;
         let mut again = Agent::start(program(), &cluster.hosts[0], &["--init"])?;
         assert_eq!(again.wait()?.code(), Some(1));
         assert!(again.log().contains("its database is lost"), "{}", again.log());

@@ -1,9 +1,17 @@
 //! What becomes of pods and of their bridge when others lay hands on them, or memory is lost.
 
-use std::fs;
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::{Read as _, Write as _},
+    os::unix::net::UnixStream,
+};
 
-use gossamer::lab::Agent;
-use nix::sys::signal::Signal;
+use gossamer::{lab::Agent, store::Database, wire::Key};
+use nix::{
+    sys::{signal::Signal, stat::Mode},
+    unistd::mkfifo,
+};
 use serde_json::json;
 
 use crate::{
@@ -89,13 +97,70 @@ fn pods_outlive_a_lost_database_and_not_a_new_start_of_the_host() {
         tool(&spaces[0], &format!("ping -c 1 -W 2 {gateway}"));
 
         cluster.agents[1].end(Signal::SIGKILL)?;
+        // A start of the kernel leaves no interface, and has another id.
+        let host = &cluster.hosts[1].netns;
+        for line in tool(host, "ip -br link show type veth").lines() {
+            let name = line.split('@').next().expect("a name");
+            if name.starts_with("gsm") {
+                tool(host, &format!("ip link del {name}"));
+            }
+        }
         let boot = cluster.hosts[1].dir.join("state/boot");
-        fs::write(&boot, "another start\n")?;
+        let another = "0a7d2f1e-9c1b-4c37-9f0d-b0b86d1f0000\n";
+        fs::write(&boot, another)?;
         start(&mut cluster)?;
         assert_eq!(pods(&mut cluster.agents[1]), 0);
         wait_until("this start is noted", PATIENCE, || {
-            fs::read_to_string(&boot).is_ok_and(|noted| noted != "another start\n")
+            fs::read_to_string(&boot).is_ok_and(|noted| noted != another)
         });
+        Ok(())
+    });
+}
+
+#[test]
+fn fifo_in_the_place_of_a_namespace_is_refused_and_delays_no_other_pod() {
+    isolated(|lab| {
+        let cluster = Cluster::start(lab, 1)?;
+        let agent = &cluster.agents[0];
+        let fifo = cluster.hosts[0].dir.join("fifo");
+        mkfifo(&fifo, Mode::S_IRWXU)?;
+        let body = json!({ "container": "x", "interface": "eth0", "owner": "test", "netns": fifo });
+        let body = body.to_string();
+        let mut stream = UnixStream::connect(agent.socket())?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        write!(
+            stream,
+            "POST /v1/pods/attach HTTP/1.1\r\nHost: gossamer\r\nConnection: close\r\n\
+             Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        )?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        assert!(answer.contains("fifo"), "{answer}");
+        let _spaces = namespaces(&["a"])?;
+        Runtime::new(agent).add("a");
+        Ok(())
+    });
+}
+
+/// A database that was restored or damaged may lack the record of a pod that runs.
+#[test]
+fn pod_whose_record_alone_is_lost_keeps_its_cable() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        let spaces = namespaces(&["a", "b"])?;
+        let [a, b] = ["a", "b"].map(|name| Runtime::new(&cluster.agents[0]).add(name));
+        cluster.agents[0].end(Signal::SIGTERM)?;
+        let database = Database::open(&cluster.hosts[0].dir.join("state/db"))?.database;
+        let lost = Key::Pod(address(&b).parse()?);
+        database.write(&BTreeMap::from([(lost, Vec::new())]))?;
+        drop(database);
+        cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &["--init"])?;
+        cluster.converge()?;
+        assert_eq!((pods(&mut cluster.agents[0]), cables(&cluster.hosts[0])), (2, 2));
+        for (space, pod) in spaces.iter().zip([&b, &a]) {
+            tool(space, &format!("ping -c 1 -W 2 {}", address(pod)));
+        }
         Ok(())
     });
 }

@@ -1,0 +1,87 @@
+//! What comes in to the loop, and from where.
+
+use tokio::sync::mpsc;
+
+use super::{
+    forwarder::Forwarding, inquest::Found, kubernetes::Heard as HeardOfNode, told::Told,
+    wirer::Wired,
+};
+use crate::{
+    api::Question, docker as docker_plugin, icmp::Heard, store::Written, transport::Event,
+};
+
+/// What a turn of the loop begins with.
+pub(super) enum Arrival {
+    Deadline,
+    /// The settings are to be read again.
+    Hangup,
+    News(News),
+    Network(Event),
+    Heard(Heard),
+}
+
+/// What comes in from threads and from the control socket.
+pub(super) enum News {
+    Disk(Written),
+    Kernel(Told),
+    Forwarding(Forwarding),
+    Found(Found),
+    Pods(Wired),
+    Api(Question),
+    Docker(docker_plugin::Request),
+    Node(HeardOfNode),
+}
+
+/// Everything that comes in but signals and the clock. Each source has its turn, however busy the others are.
+pub(super) struct Arrivals {
+    pub(super) threads: mpsc::UnboundedReceiver<News>,
+    pub(super) network: mpsc::Receiver<Event>,
+    pub(super) heard: mpsc::Receiver<Heard>,
+}
+
+impl Arrivals {
+    /// Waits for the next one.
+    pub(super) async fn next(&mut self) -> Arrival {
+        tokio::select! {
+            Some(news) = self.threads.recv() => Arrival::News(news),
+            Some(event) = self.network.recv() => Arrival::Network(event),
+            Some(heard) = self.heard.recv() => Arrival::Heard(heard),
+            // The agent holds a sender of the first.
+            else => std::future::pending().await,
+        }
+    }
+
+    /// Takes one of each source, as far as there is one now.
+    pub(super) fn take(&mut self) -> impl Iterator<Item = Arrival> + use<> {
+        let arrivals = [
+            self.threads.try_recv().ok().map(Arrival::News),
+            self.network.try_recv().ok().map(Arrival::Network),
+            self.heard.try_recv().ok().map(Arrival::Heard),
+        ];
+        arrivals.into_iter().flatten()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::{CallError, CallId};
+
+    #[test]
+    fn every_source_has_its_turn_however_busy_the_others_are() {
+        let (to_threads, threads) = mpsc::unbounded_channel();
+        let (to_network, network) = mpsc::channel(100);
+        let (_to_heard, heard) = mpsc::channel(1);
+        for number in 0..100 {
+            let _ = to_threads.send(News::Disk(Written::Saved(number)));
+            let call = CallId(number);
+            let _ = to_network.try_send(Event::Answer { call, result: Err(CallError::Myself) });
+        }
+        let mut arrivals = Arrivals { threads, network, heard };
+        for _ in 0..100 {
+            let taken: Vec<_> = arrivals.take().collect();
+            assert!(matches!(taken[..], [Arrival::News(_), Arrival::Network(_)]));
+        }
+        assert_eq!(arrivals.take().count(), 0);
+    }
+}

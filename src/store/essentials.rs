@@ -1,0 +1,185 @@
+//! The second copy of what makes a node: its cluster, its starts, its own record, its own slots and its pods.
+//!
+//! A database that is damaged is usually replaced by what other members know. A node that knows no other
+//! member has this copy. It is written by the store's thread once a batch is durable and nothing else waits,
+//! so it may lack the last changes before a power cut.
+//!
+//! A text file of lines `KEY VALUE`, the value in hexadecimal digits with the checksum of its record, and a
+//! last line with the number of records.
+
+use std::{collections::BTreeMap, fs, io, path::PathBuf};
+
+use data_encoding::HEXLOWER;
+
+use super::replace::{PRIVATE, replace};
+use crate::{
+    model::NodeId,
+    wire::{Key, Record},
+};
+
+/// Larger copies are not read: no node has as many pods and slots.
+const MAX_BYTES: u64 = 64 << 20;
+
+/// The file of the copy.
+#[derive(Clone, Debug)]
+pub struct Essentials {
+    path: PathBuf,
+}
+
+impl Essentials {
+    pub(super) const fn new(path: PathBuf) -> Self {
+        Self { path }
+    }
+
+    /// What the copy holds; nothing where there is none, or where its end is missing. A line that is damaged
+    /// is left out.
+    ///
+    /// # Errors
+    /// Fails if there is a file that cannot be read.
+    pub fn read(&self) -> io::Result<Vec<(Key, Record)>> {
+        let bytes = match fs::metadata(&self.path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(error),
+            Ok(metadata) if metadata.len() > MAX_BYTES => return Ok(Vec::new()),
+            Ok(_) => fs::read(&self.path)?,
+        };
+        let text = String::from_utf8_lossy(&bytes);
+        let mut lines: Vec<&str> = text.lines().collect();
+        let count = lines.pop().and_then(|last| last.strip_prefix("records ")?.parse().ok());
+        if count != Some(lines.len()) {
+            return Ok(Vec::new());
+        }
+        let record = |line: &&str| {
+            let (key, value) = line.split_once(' ')?;
+            Record::decode(key.as_bytes(), &HEXLOWER.decode(value.as_bytes()).ok()?).ok()
+        };
+        Ok(lines.iter().filter_map(record).collect())
+    }
+
+    fn write(&self, records: &BTreeMap<Key, Vec<u8>>) -> io::Result<()> {
+        let lines =
+            records.iter().map(|(key, value)| format!("{key} {}\n", HEXLOWER.encode(value)));
+        let text = format!("{}records {}\n", lines.collect::<String>(), records.len());
+        replace(&self.path, &text, PRIVATE)
+    }
+}
+
+/// What is to be in the copy, kept up with what is written to the database.
+pub struct EssentialsCopy {
+    file: Essentials,
+    me: NodeId,
+    records: BTreeMap<Key, Vec<u8>>,
+    is_current: bool,
+}
+
+impl EssentialsCopy {
+    pub fn new(file: Essentials, me: NodeId, saved: &[(Key, Record)]) -> Self {
+        let mut copy = Self { file, me, records: BTreeMap::new(), is_current: false };
+        for (key, record) in saved {
+            copy.set(*key, &record.encode());
+        }
+        copy
+    }
+
+    /// A batch is durable; an empty value has removed its record.
+    pub(super) fn follow(&mut self, written: &BTreeMap<Key, Vec<u8>>) {
+        written.iter().for_each(|(key, value)| self.set(*key, value));
+    }
+
+    fn set(&mut self, key: Key, value: &[u8]) {
+        let value = match key {
+            Key::Cluster | Key::Starts | Key::Pod(_) => value.to_vec(),
+            Key::Member(node) if node == self.me => value.to_vec(),
+            Key::Slots(_) => own_slots(self.me, key, value),
+            _ => return,
+        };
+        let before = match value.is_empty() {
+            true => self.records.remove(&key),
+            false => self.records.insert(key, value.clone()),
+        };
+        self.is_current &= before.unwrap_or_default() == value;
+    }
+
+    pub(super) const fn is_current(&self) -> bool {
+        self.is_current
+    }
+
+    /// Brings the file up to date. What fails is tried again with the next change: the database has it all.
+    pub(super) fn save(&mut self) {
+        match self.file.write(&self.records) {
+            Ok(()) => {}
+            Err(error) => {
+                tracing::warn!(%error, "the copy of the essential records was not written")
+            }
+        }
+        self.is_current = true;
+    }
+}
+
+fn own_slots(me: NodeId, key: Key, value: &[u8]) -> Vec<u8> {
+    match Record::decode(key.to_string().as_bytes(), value) {
+        Ok((_, Record::Slots(mut runs))) => {
+            runs.retain(|run| run.record.owner == me);
+            if runs.is_empty() { Vec::new() } else { Record::Slots(runs).encode() }
+        }
+        _ => Vec::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{Run, Slot, SlotRecord, SlotState};
+
+    fn run(start: u32, owner: NodeId) -> Run {
+        let record = SlotRecord { epoch: 0, owner, state: SlotState::Leased, granter: owner };
+        Run { start: Slot(start), len: 1, record }
+    }
+
+    #[test]
+    fn copy_has_the_own_slots_alone_and_follows_what_is_written() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let file = Essentials::new(dir.path().join("essentials"));
+        let (me, other) = (NodeId::from_bytes([1; 8]), NodeId::from_bytes([2; 8]));
+        let slots = Record::Slots(vec![run(1, me), run(2, other)]);
+        let saved = [(Key::Starts, Record::Starts(3)), (Key::Slots(0), slots)];
+        let mut copy = EssentialsCopy::new(file.clone(), me, &saved);
+        assert!(!copy.is_current(), "it was never written");
+        copy.save();
+        let own = Record::Slots(vec![run(1, me)]);
+        assert_eq!(
+            file.read().expect("read"),
+            [(Key::Starts, Record::Starts(3)), (Key::Slots(0), own)]
+        );
+        // What concerns others changes nothing.
+        let slots = Record::Slots(vec![run(1, me), run(3, other)]).encode();
+        copy.follow(&BTreeMap::from([(Key::Slots(0), slots)]));
+        assert!(copy.is_current());
+        let slots = Record::Slots(vec![run(1, other)]).encode();
+        copy.follow(&BTreeMap::from([(Key::Slots(0), slots)]));
+        assert!(!copy.is_current());
+        copy.save();
+        assert_eq!(file.read().expect("read"), [(Key::Starts, Record::Starts(3))]);
+    }
+
+    #[test]
+    fn copy_that_is_damaged_gives_no_wrong_record() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let file = Essentials::new(dir.path().join("essentials"));
+        assert_eq!(file.read().expect("read"), []);
+        let saved = [(Key::Starts, Record::Starts(3))];
+        EssentialsCopy::new(file.clone(), NodeId::from_bytes([1; 8]), &saved).save();
+        let whole = fs::read(&file.path).expect("read");
+        for byte in 0..whole.len() {
+            let mut damaged = whole.clone();
+            damaged[byte] ^= 0x11;
+            fs::write(&file.path, damaged).expect("written");
+            let read = file.read().expect("read");
+            assert!(read.is_empty() || read == saved, "{read:?}");
+        }
+        for length in 0..whole.len() - 1 {
+            fs::write(&file.path, &whole[..length]).expect("written");
+            assert_eq!(file.read().expect("read"), []);
+        }
+    }
+}
