@@ -8,26 +8,23 @@
 #![allow(clippy::expect_used)]
 
 use std::{
-    io::Write as _,
     path::{Path, PathBuf},
-    process::{Command, ExitCode, Stdio},
-    time::{Duration, Instant},
+    process::ExitCode,
+    time::Duration,
 };
 
-use anyhow::{Context as _, ensure};
-use gossamer::lab::{self, Agent, Host, Lab, NetNs, median, spread};
+use gossamer::lab::{self, Agent, Host, Lab, NetNs, PLUGINS, call_plugin, median, spread};
 use serde_json::{Value, json};
 
 const ROUNDS: usize = 100;
 const PATIENCE: Duration = Duration::from_secs(20);
-const DEBIAN: &str = "/usr/lib/cni";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
     if let Some(code) = lab::rerun_inside(&arguments) {
         return code;
     }
-    if !Path::new(DEBIAN).join("bridge").exists() {
+    if !Path::new(PLUGINS).join("bridge").exists() {
         println!("SKIPPED: containernetworking-plugins is not installed");
         return ExitCode::SUCCESS;
     }
@@ -61,7 +58,7 @@ fn measure(rounds: usize) -> anyhow::Result<()> {
         ),
         Plugin::new(
             "bridge + host-local",
-            Path::new(DEBIAN).join("bridge"),
+            Path::new(PLUGINS).join("bridge"),
             json!({
                 "type": "bridge",
                 "bridge": "cni0",
@@ -108,33 +105,10 @@ impl Plugin {
 
     fn round(&mut self, host: &Host, container: &str) -> anyhow::Result<()> {
         let _space = NetNs::new(container)?;
-        let added = self.call(host, "ADD", container)?;
-        let deleted = self.call(host, "DEL", container)?;
-        self.adding.push(added);
-        self.deleting.push(deleted);
+        let call = |verb| call_plugin(&self.program, host, &self.config, verb, container);
+        let (added, deleted) = (call("ADD")?, call("DEL")?);
+        self.adding.push(added.as_secs_f64() * 1e3);
+        self.deleting.push(deleted.as_secs_f64() * 1e3);
         Ok(())
-    }
-
-    /// Milliseconds.
-    fn call(&self, host: &Host, verb: &str, container: &str) -> anyhow::Result<f64> {
-        let mut command = Command::new(&self.program);
-        command
-            .env("CNI_COMMAND", verb)
-            .env("CNI_CONTAINERID", container)
-            .env("CNI_NETNS", format!("/run/netns/{container}"))
-            .env("CNI_IFNAME", "eth0")
-            .env("CNI_PATH", DEBIAN)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped());
-        let begun = Instant::now();
-        let mut child = host.netns.spawn(&mut command)?;
-        let mut input = child.stdin.take().context("a pipe")?;
-        input.write_all(self.config.to_string().as_bytes())?;
-        drop(input);
-        let output = child.wait_with_output()?;
-        let took = begun.elapsed();
-        let said = String::from_utf8_lossy(&output.stdout);
-        ensure!(output.status.success(), "{} {verb} failed: {said}", self.name);
-        Ok(took.as_secs_f64() * 1000.0)
     }
 }

@@ -13,6 +13,7 @@ mod flood;
 mod host;
 mod netns;
 mod ping;
+mod plugin;
 mod show;
 
 pub use agent::Agent;
@@ -24,4 +25,5 @@ pub use flood::{Flood, Source};
 pub use host::{Host, Lab, Pod};
 pub use netns::NetNs;
 pub use ping::Pinger;
+pub use plugin::{PLUGINS, call_plugin};
 pub use show::tables;
