@@ -372,6 +372,7 @@ impl Witness<'_> {
                 IpAddr::V4(_) => is_on("ipv4/ip_forward"),
                 IpAddr::V6(_) => is_on("ipv6/conf/all/forwarding"),
             },
+            default_off: !is_on("ipv4/conf/default/forwarding"),
         })
     }
 }

@@ -23,7 +23,7 @@ fn doctor(netns: &NetNs, agent: &Agent) -> String {
 }
 
 /// What is named, how the fault is made, and how it is taken away; 10.42.2.0/24 stands for the peer's subnet.
-const FAULTS: [(&str, &str, &str); 7] = [
+const FAULTS: [(&str, &str, &str); 8] = [
     (
         "table 52 has a route for them and comes before the main table (ip rule 5270)",
         "ip route add 10.42.0.0/16 dev d0 table 52 && ip rule add lookup 52 pref 5270",
@@ -53,6 +53,11 @@ const FAULTS: [(&str, &str, &str); 7] = [
         "sysctl -w net.ipv4.conf.pods.forwarding=1",
         "sysctl -w net.ipv4.conf.pods.forwarding=0",
         "sysctl -w net.ipv4.conf.pods.forwarding=1",
+    ),
+    (
+        "sysctl -w net.ipv4.conf.default.forwarding=1 net.ipv4.conf.pods.forwarding=1",
+        "sysctl -w net.ipv4.conf.default.forwarding=0 && sysctl -w net.ipv4.conf.pods.forwarding=0",
+        "sysctl -w net.ipv4.conf.default.forwarding=1 && sysctl -w net.ipv4.conf.pods.forwarding=1",
     ),
     (
         "rp_filter of eth0 drops packets of other nodes' pods to this host's own address",

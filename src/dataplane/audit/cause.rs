@@ -26,7 +26,7 @@ pub enum Cause {
     /// The reverse path filter of the interface drops it.
     Filter { interface: String },
     /// The interface forwards nothing, though the host does.
-    Forwarding { interface: String },
+    Forwarding { interface: String, by_default: bool },
     /// The host forwards nothing at all: that is told by the sysctl.
     NoForwarding,
     /// IPv6 is turned off on the interface.
@@ -62,6 +62,8 @@ pub struct Evidence {
     pub refusals: Vec<(IpNet, &'static str, u32)>,
     /// Whether the host forwards packets of this family.
     pub forwards: bool,
+    /// Interfaces that are made anew forward nothing.
+    pub default_off: bool,
 }
 
 /// What is known of an interface.
@@ -112,7 +114,8 @@ impl Cause {
             return Self::NoForwarding;
         }
         if let Some(Fact { name, .. }) = input.filter(|input| ipv4 && !input.forwards) {
-            return Self::Forwarding { interface: name.clone() };
+            let by_default = evidence.default_off;
+            return Self::Forwarding { interface: name.clone(), by_default };
         }
         let without_ipv6 = input.into_iter().chain(&evidence.wanted);
         let mut without_ipv6 = without_ipv6.filter(|fact| !ipv4 && fact.without_ipv6);
@@ -232,9 +235,15 @@ impl Cause {
                  sysctl -w net.ipv4.conf.{}.rp_filter=2 (and a file in /etc/sysctl.d)",
                 slashed(interface)
             ),
-            Self::Forwarding { interface } => format!(
-                "{packets} are dropped, for forwarding is off on {interface} alone: \
-                 sysctl -w net.ipv4.conf.{}.forwarding=1",
+            Self::Forwarding { interface, by_default: false } => format!(
+                "{packets} are dropped, because net.ipv4.conf.{0}.forwarding is 0: \
+                 sysctl -w net.ipv4.conf.{0}.forwarding=1",
+                slashed(interface)
+            ),
+            Self::Forwarding { interface, by_default: true } => format!(
+                "{packets} are dropped, because net.ipv4.conf.{0}.forwarding is 0; it was made with that, as \
+                 net.ipv4.conf.default.forwarding is 0: sysctl -w net.ipv4.conf.default.forwarding=1 \
+                 net.ipv4.conf.{0}.forwarding=1 (and the first in a file in /etc/sysctl.d)",
                 slashed(interface)
             ),
             Self::NoForwarding | Self::Address { .. } => return None,
