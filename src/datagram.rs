@@ -117,7 +117,7 @@ mod tests {
     fn only_answers_to_this_agent_come_through_the_filter() {
         let socket = open(Family::Inet, 7).expect("a socket");
         let to = (Ipv4Addr::LOCALHOST, socket.local_addr().expect("an address").port());
-        let asker = Asker { identifier: 7, port: to.1 };
+        let asker = Asker { identifier: 7, ports: [to.1; crate::dataplane::paths::FLOWS] };
         let sender = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).expect("a socket");
         let answer = |identifier| {
             let mut packet = question(identifier, 9, SIZE);

@@ -15,7 +15,7 @@ use nix::sys::socket::{
 use quinn_udp::{UdpSockRef, UdpSocketState};
 use socket2::{Domain, Protocol, SockFilter, SockRef, Socket, Type};
 
-use crate::{checksum::checksum, datagram, netlink::attributes::address};
+use crate::{checksum::checksum, datagram, dataplane::paths::FLOWS, netlink::attributes::address};
 
 /// Payload of an ordinary request.
 pub const SMALL: usize = 56;
@@ -38,8 +38,8 @@ pub enum Family {
 pub struct Asker {
     /// Of echo requests.
     pub identifier: u16,
-    /// UDP port from which datagrams are sent.
-    pub port: u16,
+    /// UDP ports from which datagrams are sent.
+    pub ports: [u16; FLOWS],
 }
 
 /// What came in.
@@ -200,7 +200,7 @@ impl Family {
         let sent_there = address(quoted.get(destination)?) == Some(to);
         let port = u16::from_be_bytes(*quoted.get(length..)?.first_chunk()?);
         let number = datagram::number_of(asker.identifier, quoted.get(length + 8..)?)?;
-        let is_ours = sent_there && *quoted.get(protocol)? == UDP && port == asker.port;
+        let is_ours = sent_there && *quoted.get(protocol)? == UDP && asker.ports.contains(&port);
         is_ours.then_some(number)
     }
 
@@ -271,7 +271,9 @@ mod tests {
             let mut packet = header.to_vec();
             packet.extend(family.request(7, 9, 4));
             let parse = |identifier, packet: &[u8]| {
-                family.parse(Asker { identifier, port: 1 }, from, 3, packet).map(|heard| heard.what)
+                family
+                    .parse(Asker { identifier, ports: [1; FLOWS] }, from, 3, packet)
+                    .map(|heard| heard.what)
             };
             assert_eq!(parse(7, &packet), Some(What::Request));
             packet[header.len()] = reply;
@@ -289,7 +291,9 @@ mod tests {
             let passes = |requests, kind, identifier: u16| {
                 let (to, from) = UnixDatagram::pair().expect("sockets");
                 from.set_nonblocking(true).expect("a socket");
-                family.filter(&from, Asker { identifier: 7, port: 1 }, requests).expect("a filter");
+                family
+                    .filter(&from, Asker { identifier: 7, ports: [1; FLOWS] }, requests)
+                    .expect("a filter");
                 let mut packet = [header, &family.request(identifier, 9, 4)].concat();
                 packet[header.len()] = kind;
                 to.send(&packet).is_ok() && from.recv(&mut [0; 64]).is_ok()
@@ -317,7 +321,7 @@ mod tests {
         quoted.extend(&datagram::question(7, 9, datagram::SIZE)[..10]);
         let packet = [&ip_header[..], &[3, 3, 0, 0, 0, 0, 0, 0], &quoted].concat();
         let parse = |port, from: [u8; 4], packet: &[u8]| {
-            let asker = Asker { identifier: 7, port };
+            let asker = Asker { identifier: 7, ports: [port; FLOWS] };
             Family::Inet.parse(asker, from.into(), 3, packet).map(|heard| heard.what)
         };
         let peer = [10, 42, 7, 0];
@@ -331,7 +335,8 @@ mod tests {
         quoted[24..40].copy_from_slice(&crate::netlink::attributes::octets(from));
         let question = &datagram::question(7, 9, datagram::SIZE)[..10];
         let packet = [&[1, 4, 0, 0, 0, 0, 0, 0], &quoted[..], question].concat();
-        let heard = Family::Inet6.parse(Asker { identifier: 7, port: 0x1234 }, from, 3, &packet);
+        let heard =
+            Family::Inet6.parse(Asker { identifier: 7, ports: [0x1234; FLOWS] }, from, 3, &packet);
         assert_eq!(heard.map(|heard| heard.what), Some(What::Refusal(9)));
     }
 }

@@ -432,7 +432,8 @@ impl Agent {
         let local = self.underlay.local;
         let is_silent = |node: NodeId, state: PathState| {
             let is_known = state != PathState::Unknown;
-            self.is_lost(state) || is_known && !self.prober.paths.is_alive(node)
+            let is_lost = self.is_lost(state) || state == PathState::PartlyLost;
+            is_lost || is_known && !self.prober.paths.is_alive(node)
         };
         let silent = self.path_states().filter(|(node, state, _)| is_silent(*node, *state));
         let suspects = silent.filter_map(|(node, ..)| {

@@ -133,7 +133,8 @@ impl Agent {
         if is_silent && let Some(problem) = self.detour_problem(name, here, there, port) {
             return Some(problem);
         }
-        let found = self.inquest.found(node).filter(|_| is_silent);
+        let is_partly = state == PathState::PartlyLost;
+        let found = self.inquest.found(node).filter(|_| is_silent || is_partly);
         if let Some(cause) = found.and_then(|found| found.cause.clone()) {
             return Some(cause);
         }
@@ -198,6 +199,17 @@ impl Agent {
                  another mode leads it here (there: ip route get {}); rp_filter and firewalls may drop that",
                 view.own.subnets.first.network()
             )),
+            PathState::PartlyLost => {
+                let (lost, of) = self.prober.paths.flows(node)?;
+                Some(format!(
+                    "packets to {name} are partly lost: {lost} of {of} flows do not get through, and the \
+                     others do. Either one of several links or routers between {here} and {there} that share \
+                     the load (bonds, port channels, ECMP: each flow takes one) is dead or drops UDP {port}: \
+                     look at bonds of both hosts (/proc/net/bonding), routes with several next hops (ip \
+                     route get {there}), and the switches and routers between; or there are more packets \
+                     than a link carries, or than a limit lets pass (on both hosts: gossamer doctor)"
+                ))
+            }
             PathState::MtuTooLarge => {
                 let mtu = self.underlay.mtu;
                 let (arrive, smaller) = match self.prober.paths.narrower_by(node) {

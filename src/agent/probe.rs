@@ -18,7 +18,7 @@ use crate::{
     dataplane::{
         desired::Way,
         offload::{Ask, Offload},
-        paths::{By, Kind, LOOK, Paths, Subject},
+        paths::{By, FLOWS, Kind, LOOK, Paths, Subject},
     },
     icmp::{self, Asker, Family, Heard, What},
     model::NodeId,
@@ -52,7 +52,8 @@ pub(super) struct Prober {
 struct Sockets {
     family: Family,
     echoes: Arc<UdpSocket>,
-    datagrams: Arc<UdpSocket>,
+    /// One for each flow.
+    datagrams: [Arc<UdpSocket>; FLOWS],
     asker: Asker,
 }
 
@@ -68,7 +69,9 @@ impl Prober {
                 .inspect_err(|error| tracing::debug!(?family, %error, "no socket to probe with"));
             let sockets = opened.ok()?;
             tokio::spawn(read_echoes(family, sockets.echoes.clone(), sockets.asker, heard.clone()));
-            tokio::spawn(read_datagrams(sockets.datagrams.clone(), sockets.asker, heard.clone()));
+            for datagrams in &sockets.datagrams {
+                tokio::spawn(read_datagrams(datagrams.clone(), sockets.asker, heard.clone()));
+            }
             Some(sockets)
         };
         let (inet, inet6) = (start(Family::Inet), start(Family::Inet6));
@@ -112,9 +115,16 @@ impl Prober {
         echoes.try_send_to(&packet, SocketAddr::new(to, 0))
     }
 
-    fn send_datagram(&self, to: SocketAddr, sequence: u16, size: usize) -> io::Result<usize> {
+    fn send_datagram(
+        &self,
+        to: SocketAddr,
+        sequence: u16,
+        size: usize,
+        flow: usize,
+    ) -> io::Result<usize> {
         let Sockets { datagrams, asker, .. } = self.sockets(to.ip())?;
-        datagrams.try_send_to(&datagram::question(asker.identifier, sequence, size), to)
+        let question = datagram::question(asker.identifier, sequence, size);
+        datagrams[flow % FLOWS].try_send_to(&question, to)
     }
 
     /// Hears what peers ask where that can tell something.
@@ -143,12 +153,17 @@ impl Sockets {
     fn open(family: Family, identifier: u16) -> io::Result<Self> {
         let raw = family.open()?;
         raw.set_nonblocking(true)?;
-        let datagrams = datagram::open(family, identifier)?;
-        let asker = Asker { identifier, port: datagrams.local_addr()?.port() };
+        let mut asker = Asker { identifier, ports: [0; FLOWS] };
+        let mut datagrams = Vec::new();
+        for port in &mut asker.ports {
+            let socket = datagram::open(family, identifier)?;
+            *port = socket.local_addr()?.port();
+            datagrams.push(Arc::new(UdpSocket::from_std(socket)?));
+        }
+        let datagrams = datagrams.try_into().map_err(|_| io::ErrorKind::Other)?;
         family.filter(&raw, asker, true)?;
         // To tokio it is like any socket that sends and receives packets.
         let echoes = Arc::new(UdpSocket::from_std(raw.into())?);
-        let datagrams = Arc::new(UdpSocket::from_std(datagrams)?);
         Ok(Self { family, echoes, datagrams, asker })
     }
 }
@@ -204,10 +219,10 @@ impl Agent {
                     let payload = full.saturating_sub(less) as usize;
                     self.prober.send(probe.to, probe.sequence, payload)
                 }
-                Kind::Datagram => {
+                Kind::Datagram { flow } | Kind::Flow { flow } => {
                     let port = self.node.address_of(probe.node).map_or(0, |address| address.port());
                     let to = SocketAddr::new(probe.to, port);
-                    self.prober.send_datagram(to, probe.sequence, datagram::SIZE)
+                    self.prober.send_datagram(to, probe.sequence, datagram::SIZE, flow)
                 }
             };
             if matches!(probe.kind, Kind::Full { less: 0 }) {
@@ -231,7 +246,7 @@ impl Agent {
         let headers = Family::of(to.ip()).headers();
         let size = self.underlay.carried.saturating_sub(headers).min(DATAGRAM_MAX) as usize;
         let sequence = self.prober.next_sequence();
-        if let Err(error) = self.prober.send_datagram(to, sequence, size) {
+        if let Err(error) = self.prober.send_datagram(to, sequence, size, 0) {
             tracing::trace!(%to, %error, "underlay not probed");
         }
     }

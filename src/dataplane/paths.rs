@@ -8,6 +8,7 @@
 //! or a socket: what is due is asked for by [`Paths::poll`], what came in is told. Nothing here touches
 //! ownership.
 
+mod flows;
 mod path;
 
 use std::{
@@ -16,6 +17,7 @@ use std::{
     time::Duration,
 };
 
+pub use self::flows::FLOWS;
 use self::path::Path;
 use crate::{
     core::Liveness,
@@ -30,7 +32,7 @@ const STALL: Duration = Duration::from_millis(500);
 /// costs no more than a small one.
 const GAP: Duration = Duration::from_millis(20);
 /// Peers with which all is well are asked several at a time, for each time costs a sleeper its rest: so many,
-const CALM_BURST: u32 = 5;
+const CALM_BURST: u32 = 8;
 /// and then nobody until the next [`LOOK`], which may be a little early.
 const CALM_GAP: Duration = Duration::from_millis(900);
 
@@ -52,7 +54,15 @@ pub enum Kind {
     Full { less: u32 },
     /// A datagram to the port of the peer's agent. The agent answers it, and a kernel without an agent
     /// refuses it; both only where its checksum is right.
-    Datagram,
+    Datagram { flow: usize },
+    /// The same, to learn whether this flow gets through: below [`FLOWS`].
+    Flow { flow: usize },
+}
+
+impl Kind {
+    const fn is_datagram(self) -> bool {
+        matches!(self, Self::Datagram { .. } | Self::Flow { .. })
+    }
 }
 
 /// Who has answered a datagram.
@@ -246,9 +256,14 @@ impl Paths {
         self.peers.get(&node).and_then(Path::narrower_by)
     }
 
+    /// How many flows to a peer are lost, of how many; none where that is not so, or all are.
+    pub fn flows(&self, node: NodeId) -> Option<(usize, usize)> {
+        self.peers.get(&node).and_then(Path::flows)
+    }
+
     /// Peers from which echoes come back, and no answers to datagrams.
     pub fn deaf(&self) -> BTreeSet<NodeId> {
-        let deaf = self.peers.iter().filter(|(_, path)| path.is_deaf());
+        let deaf = self.peers.iter().filter(|(_, path)| path.is_deaf() && path.flows().is_none());
         deaf.map(|(node, _)| *node).collect()
     }
 

@@ -9,7 +9,10 @@ use std::{
 use socket2::Socket;
 
 use super::NetNs;
-use crate::icmp::{self, Asker, Family, Heard, What};
+use crate::{
+    dataplane::paths::FLOWS,
+    icmp::{self, Asker, Family, Heard, What},
+};
 
 /// Asks from one namespace.
 pub struct Pinger {
@@ -21,7 +24,7 @@ pub struct Pinger {
 impl Pinger {
     pub fn new(netns: &NetNs) -> io::Result<Self> {
         // It sends no datagrams.
-        let asker = Asker { identifier: (std::process::id() & 0xffff) as u16, port: 0 };
+        let asker = Asker { identifier: (std::process::id() & 0xffff) as u16, ports: [0; FLOWS] };
         Ok(Self { socket: netns.run(|| Family::Inet.open())?, asker, sequence: 0 })
     }
 

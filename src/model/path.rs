@@ -21,6 +21,8 @@ pub enum PathState {
     Dead,
     /// Dead for so long that its subnet is unreachable by route.
     Withdrawn,
+    /// Some flows get through, and others do not.
+    PartlyLost,
 }
 
 impl PathState {
@@ -34,6 +36,7 @@ impl PathState {
             Self::Asymmetric => "the answers come by another way",
             Self::MtuTooLarge => "those of full size are lost",
             Self::Dead => "neither its agent nor its kernel answers",
+            Self::PartlyLost => "those of some flows are lost, and others get through",
             Self::Withdrawn => "its subnet is unreachable until it answers again",
         }
     }

@@ -7,13 +7,15 @@ use std::{
 };
 
 use crate::common::{
-    Cluster, PATIENCE, client, eventually, has_problem, isolated, run, tool, wait_until,
+    Cluster, PATIENCE, client, eventually, has_problem, isolated, run, skipped, tool, wait_until,
 };
 use gossamer::lab::{Agent, NetNs, Pinger};
 use nix::sys::signal::Signal;
 
 /// Time for a lost request to become a verdict: they are sent every 15 seconds while all is well.
 const VERDICT: Duration = Duration::from_secs(30);
+/// One flow is asked every 15 seconds while all is well, and half of them are lost.
+const FLOWS_NAMED: Duration = Duration::from_secs(90);
 /// As configured without anything said about it.
 const WITHDRAW_AFTER: Duration = Duration::from_secs(10);
 
@@ -299,6 +301,55 @@ fn path_mtu_told_by_a_router_limits_the_route_of_that_peer() {
         let said = String::from_utf8_lossy(&said.stdout).into_owned();
         assert!(said.contains("mtu = 1350") || said.contains("mtu=1350"), "{said}");
         tool(&here.netns, &format!("ping -c 1 -W 5 -M do -s 1322 {}", there.ip));
+        Ok(())
+    });
+}
+
+/// A switch or router with two legs, of which one is dead: it drops what has some bit in the source port.
+#[test]
+fn flows_that_a_dead_leg_takes_are_counted_while_others_get_through() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        wait_until("the path is not known", PATIENCE, || {
+            path(&mut cluster.agents[0], "n2").contains("ok")
+        });
+        let nft = |command: &str| {
+            let done = Command::new("nft").arg(command).status();
+            done.is_ok_and(|status| status.success())
+        };
+        if !nft("add table bridge lag") {
+            skipped(
+                "a dead leg",
+                "it needs `nft` (Debian: nftables), and a kernel with bridge tables",
+            );
+            return Ok(());
+        }
+        let lost = "flows do not get through, and the others do";
+        // Each of eight flows takes a leg by chance: with one bit all may take the same.
+        let is_told = [15, 14, 13].into_iter().any(|bit| {
+            assert!(nft("add chain bridge lag f { type filter hook forward priority 0 ; }"));
+            assert!(nft(&format!(
+                "add rule bridge lag f ip protocol udp udp dport 8472 @th,{bit},1 1 drop"
+            )));
+            let begun = Instant::now();
+            while begun.elapsed() < FLOWS_NAMED {
+                if has_problem(&mut cluster.agents[0], lost) {
+                    return true;
+                }
+                std::thread::sleep(Duration::from_millis(100));
+            }
+            assert!(nft("flush chain bridge lag f"));
+            false
+        });
+        assert!(is_told, "it is not told");
+        assert!(path(&mut cluster.agents[0], "n2").contains("partly-lost"));
+        let doctor = String::from_utf8(client(&cluster.agents[0], &["doctor"]).stdout)?;
+        assert!(
+            doctor.contains("PROBLEM   paths          packets to n2 are partly lost"),
+            "{doctor}"
+        );
+        assert!(nft("delete table bridge lag"));
+        wait_until("it is still told", FLOWS_NAMED, || !has_problem(&mut cluster.agents[0], lost));
         Ok(())
     });
 }

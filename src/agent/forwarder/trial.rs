@@ -14,8 +14,11 @@ use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use super::{Peer, Setting, capture::Capture};
 use crate::{
     agent::start::random,
-    dataplane::forwarding::{
-        Direction, NONCE_LEN, Probe, Seen, Transport, Tunnelled, UNUSED, UNUSED_OUT, Way, parse,
+    dataplane::{
+        forwarding::{
+            Direction, NONCE_LEN, Probe, Seen, Transport, Tunnelled, UNUSED, UNUSED_OUT, Way, parse,
+        },
+        paths::FLOWS,
     },
     icmp::{Asker, Family, SMALL, What},
     model::Addresses,
@@ -231,7 +234,7 @@ impl Trial<'_> {
             let chosen: Vec<_> =
                 peers.iter().cycle().skip(start).take(ASKED.min(peers.len())).collect();
             let [a, b, ..] = random()?;
-            let asker = Asker { identifier: u16::from_ne_bytes([a, b]), port: 0 };
+            let asker = Asker { identifier: u16::from_ne_bytes([a, b]), ports: [0; FLOWS] };
             family.filter(home, asker, false)?;
             let (inwards, outwards, sideways) = (random()?, random()?, random()?);
             // Another port each time, as connections have it.

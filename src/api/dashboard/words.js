@@ -13,6 +13,11 @@ export const PATHS = {
     means: "packets from there arrive, and nothing that is asked there is answered",
   },
   asymmetric: { tone: "warn", sign: "M2 3.6h5.6L6 2M8 6.4H2.4L4 8", means: "answers come by another way" },
+  "partly-lost": {
+    tone: "warn",
+    sign: "M2.4 3.6h5.2M2.4 6.4h2M5.6 6.4h2",
+    means: "some flows get through, others do not: one of several links is dead",
+  },
   "mtu-too-large": {
     tone: "warn",
     sign: "M2.4 2.2v5.6M7.6 2.2v5.6M2.4 5h5.2",

@@ -2,7 +2,7 @@
 
 use std::{collections::VecDeque, net::IpAddr, time::Duration};
 
-use super::{By, CALMED, DOUBTED, Kind, Queues, Tally};
+use super::{By, CALMED, DOUBTED, Kind, Queues, Tally, flows::Flows};
 use crate::{
     core::Liveness,
     model::{NodeId, PathState, Time},
@@ -26,7 +26,7 @@ const LOST_FIRST: Duration = Duration::from_millis(3_500);
 /// An answer to one of so many last requests is an answer, however late.
 const REMEMBERED: usize = 16;
 /// Requests lost in a row that make a verdict.
-const VERDICT: u32 = 3;
+pub(super) const VERDICT: u32 = 3;
 /// A packet of the peer's own that was heard within this time shows that its packets get here. An agent that
 /// gets no answers asks once a second, and less often where that is a thousand.
 const HEARD: Duration = Duration::from_secs(40);
@@ -57,6 +57,7 @@ pub(super) struct Path {
     /// How much smaller packets have to be, where those of full size are lost.
     narrow: Option<Narrow>,
     checksum: Special,
+    flows: Flows,
     /// Datagrams that are still to be sent for the tally.
     trial: u32,
     /// The last sign of life of any kind, and since when there was none although one was asked for.
@@ -120,6 +121,7 @@ impl Path {
             full: Special { due: now, lost: 0 },
             narrow: None,
             checksum: Special { due: now, lost: 0 },
+            flows: Flows::default(),
             tally: Tally::default(),
             trial: 0,
             life: now,
@@ -166,17 +168,26 @@ impl Path {
     pub(super) fn ask(&mut self, now: Time, sequence: u16) -> Kind {
         self.lose(now);
         let kind = self.kind_due(now);
-        let special = self.lost == 0 && self.echo.lost == 0 && kind != Kind::Small;
-        let counted = self.trial > 0 && self.lost == 0 && kind == Kind::Datagram;
+        let is_flow = matches!(kind, Kind::Flow { .. });
+        let special = self.lost == 0 && self.echo.lost == 0 && kind != Kind::Small || is_flow;
+        let is_datagram = matches!(kind, Kind::Datagram { .. });
+        let counted = self.trial > 0 && self.lost == 0 && is_datagram;
         self.trial -= u32::from(counted);
         if matches!(kind, Kind::Full { .. }) || self.full.due <= now && self.echo.is_silent() {
             self.full.due = now + SPECIAL;
         }
-        if kind == Kind::Datagram {
+        if is_datagram {
             self.checksum.due = now + SPECIAL;
         }
-        if self.open.len() == REMEMBERED {
-            self.open.pop_front();
+        match kind {
+            Kind::Flow { flow } => self.flows.on_asked(flow),
+            _ if !special && self.is_alive() && !self.flows.is_doubted() => self.flows.grant(),
+            _ => {}
+        }
+        if self.open.len() == REMEMBERED
+            && let Some(Open { kind: Kind::Flow { flow }, lost: false, .. }) = self.open.pop_front()
+        {
+            self.flows.on_forgotten(flow);
         }
         self.open.push_back(Open { sequence, kind, sent: now, lost: false, special, counted });
         self.asked = Some(kind);
@@ -186,27 +197,30 @@ impl Path {
 
     fn kind_due(&self, now: Time) -> Kind {
         let special_is_due = |special: Special| special.due <= now;
+        let datagram = Kind::Datagram { flow: self.flows.current() };
+        let flow = self.flows.due().filter(|_| !self.flows.is_doubted());
         match self.lost {
             // In doubt both witnesses are asked in turn.
-            1.. if self.asked == Some(Kind::Small) => Kind::Datagram,
+            1.. if self.asked == Some(Kind::Small) => datagram,
             1.. => Kind::Small,
             0 if self.round_trip.is_none() => Kind::Small,
-            0 if self.trial > 0 => Kind::Datagram,
-            0 if self.echo.is_silent() => match special_is_due(self.full) {
-                true => Kind::Small,
-                false => Kind::Datagram,
+            0 if self.trial > 0 => datagram,
+            0 if self.echo.is_silent() => match (special_is_due(self.full), flow) {
+                (true, _) => Kind::Small,
+                (_, Some(flow)) => Kind::Flow { flow },
+                _ => datagram,
             },
-            0 if self.echo.lost > 0 => Kind::Small,
+            0 if self.echo.lost > 0 || self.flows.is_doubted() => Kind::Small,
             0 if special_is_due(self.full) => {
                 Kind::Full { less: self.narrow.and_then(Narrow::next).unwrap_or(0) }
             }
-            0 if special_is_due(self.checksum) => Kind::Datagram,
-            0 => Kind::Small,
+            0 if special_is_due(self.checksum) => datagram,
+            0 => flow.map_or(Kind::Small, |flow| Kind::Flow { flow }),
         }
     }
 
     pub(super) fn on_echo(&mut self, now: Time, sequence: u16, elsewhere: bool) {
-        let answer = self.on_answer(now, sequence, elsewhere, |kind| kind != Kind::Datagram);
+        let answer = self.on_answer(now, sequence, elsewhere, |kind| !kind.is_datagram());
         let Some(kind) = answer else { return };
         self.echo = Witness { trusted: true, ..Witness::default() };
         match kind {
@@ -234,7 +248,7 @@ impl Path {
     /// A datagram has arrived. An agent that has answered it says nothing once it is gone; a kernel that has
     /// refused it will do so for as long as it runs.
     pub(super) fn on_arrival(&mut self, now: Time, sequence: u16, by: By, elsewhere: bool) {
-        if self.on_answer(now, sequence, elsewhere, |kind| kind == Kind::Datagram).is_some() {
+        if self.on_answer(now, sequence, elsewhere, Kind::is_datagram).is_some() {
             self.datagram = Witness { trusted: by == By::Kernel, ..Witness::default() };
             self.checksum.lost = 0;
         }
@@ -262,10 +276,16 @@ impl Path {
             self.tally.answered += 1;
             self.tally.lost -= u32::from(open.lost);
         }
-        if open.kind != Kind::Datagram {
-            self.echo.lost = 0;
+        match open.kind {
+            Kind::Flow { flow } => self.flows.on_answer(flow),
+            Kind::Datagram { flow } => self.flows.on_arrival(flow),
+            Kind::Small | Kind::Full { .. } => self.echo.lost = 0,
+        }
+        if !open.special {
+            self.flows.confirm(open.sent);
         }
         let next = self.full.due.min(self.checksum.due);
+        let next = if self.flows.due().is_some() { now } else { next };
         self.due = (now + self.pause()).min(next.max(now));
         Some(open.kind)
     }
@@ -317,7 +337,11 @@ impl Path {
     fn on_loss(&mut self, now: Time, Open { kind, sent, special, counted, .. }: Open) {
         match kind {
             Kind::Small => self.echo.lose(sent),
-            Kind::Datagram => self.datagram.lose(sent),
+            Kind::Datagram { flow } => {
+                self.datagram.lose(sent);
+                self.flows.on_loss(flow, sent);
+            }
+            Kind::Flow { flow } => self.flows.on_loss(flow, sent),
             Kind::Full { .. } => {}
         }
         if self.echo.is_silent() {
@@ -327,6 +351,7 @@ impl Path {
         self.tally.lost += u32::from(counted);
         if special {
             match kind {
+                Kind::Flow { .. } => {}
                 _ if self.echo.lost > 0 => {}
                 Kind::Full { less: 0 } => {
                     self.full.lost += 1;
@@ -348,6 +373,7 @@ impl Path {
             return;
         }
         self.lost += 1;
+        self.flows.forgive();
         self.silent_since.get_or_insert(sent.max(self.life));
         self.due = self.due.min(sent + self.pause());
     }
@@ -355,6 +381,10 @@ impl Path {
     /// Whether datagrams are lost where echoes are not.
     pub(super) const fn is_deaf(&self) -> bool {
         self.checksum.lost >= VERDICT && self.lost == 0 && self.echo.lost == 0
+    }
+
+    pub(super) fn flows(&self) -> Option<(usize, usize)> {
+        self.flows.tally()
     }
 
     /// Datagrams of which each counts are to be sent, and those under way do not count any more.
@@ -390,7 +420,7 @@ impl Path {
         let is_open = |lost: u32| (1..VERDICT).contains(&lost);
         let is_clear = self.round_trip.is_some() && self.lost == 0 && self.trial == 0;
         let is_decided = !is_open(self.full.lost) && !is_open(self.checksum.lost);
-        let is_decided = is_decided && !is_open(self.echo.lost);
+        let is_decided = is_decided && !is_open(self.echo.lost) && !self.flows.is_open();
         let is_decided = is_decided && self.narrow.and_then(Narrow::next).is_none();
         self.is_alive() && is_clear && is_decided
     }
@@ -412,6 +442,7 @@ impl Path {
             _ if self.lost >= VERDICT && heard => PathState::OneWay,
             _ if self.lost >= VERDICT && self.is_down() && self.has_trusted() => PathState::Dead,
             _ if self.lost >= VERDICT => PathState::Unanswered,
+            _ if self.flows.tally().is_some() => PathState::PartlyLost,
             _ if self.full.lost >= VERDICT => PathState::MtuTooLarge,
             Some(_) if self.astray => PathState::Asymmetric,
             Some(_) => PathState::Ok,
