@@ -225,7 +225,11 @@ impl Agent {
         } else {
             tracing::info!(underlay = what(now), "the network is there");
         }
+        if before.local != now.local && self.config.advertise.is_none() {
+            self.company.on_move(before.local, now.local);
+        }
         self.save_underlay();
+        let now = &self.underlay;
         if before.local != now.local && self.config.advertise.is_none() {
             let input = Input::Moved { underlay: now.local };
             self.transport.moved();
@@ -236,9 +240,11 @@ impl Agent {
         self.program();
     }
 
-    /// A host that starts without a network serves its pods by what is saved here.
+    /// A host that starts without a network serves its pods by what is saved here. The address is the one
+    /// that members know, so that a start under another one is noticed.
     pub(super) fn save_underlay(&self) {
         let Chosen { local, mtu, .. } = self.underlay;
+        let local = self.company.known_as().unwrap_or(local);
         if let Err(error) = self.state.save_underlay(local, mtu) {
             tracing::error!(%error, "the underlay was not saved");
         }

@@ -2,7 +2,9 @@
 //!
 //! Under a key that is made up for that, so no member mistakes it for a node it knows.
 
-use std::net::{Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+
+use nix::ifaddrs::getifaddrs;
 
 use super::random;
 use crate::{
@@ -40,4 +42,32 @@ pub async fn knock(
     transport.close().await;
     answers.sort_by(|(a, _), (b, _)| a.cmp(b));
     Ok(answers)
+}
+
+/// Whether a seed is an address of this host.
+pub fn is_own(seed: &str) -> bool {
+    let Ok(address) = seed.parse::<SocketAddr>() else { return false };
+    let own = getifaddrs().into_iter().flatten().filter_map(|interface| interface.address);
+    let ip = |own: nix::sys::socket::SockaddrStorage| -> Option<IpAddr> {
+        let ipv4 = own.as_sockaddr_in().map(|own| own.ip().into());
+        ipv4.or_else(|| own.as_sockaddr_in6().map(|own| own.ip().into()))
+    };
+    own.filter_map(ip).any(|own| own == address.ip())
+}
+
+/// That seeds are this host's own addresses, and what helps.
+pub fn own_sentence(seeds: &[&str], of_token: bool) -> String {
+    let (of, is) = match (of_token, seeds.len()) {
+        (true, 1) => ("the token's address", "is"),
+        (true, _) => ("the token's addresses", "are"),
+        (false, 1) => ("the seed", "is"),
+        (false, _) => ("the seeds", "are"),
+    };
+    format!(
+        "{of} {} {is} this host's own, so no member is found there (virtual machines, each behind a NAT of \
+         its own, have the same address): name a member by an address that this host reaches (--join \
+         ADDRESS); or start the member that made the token with --iface NAME or --advertise ADDRESS, and \
+         take a new token from it (gossamer token)",
+        seeds.join(", ")
+    )
 }

@@ -6,6 +6,8 @@
 
 mod arrivals;
 mod auditor;
+mod clock;
+mod company;
 mod data_plane;
 mod docker;
 mod events;
@@ -49,6 +51,8 @@ use tokio::sync::oneshot;
 
 use self::{
     arrivals::{Arrival, Arrivals, News},
+    clock::Clock,
+    company::Company,
     data_plane::{KernelState, remove_traces},
     events::Journal,
     forwarder::Forwarder,
@@ -69,14 +73,14 @@ use crate::{
     api::Question,
     config::Config,
     core::{Command, Gate, Input, Node, Output, Stop, Target},
-    model::{NodeId, Time},
+    model::NodeId,
     store::{History, StateDir, Writer, Written},
     transport::{Event, Transport},
     wire::{Keyring, Token, visible},
     worker::Thread,
 };
 
-pub use knock::knock;
+pub use knock::{is_own, knock, own_sentence};
 pub use reload::Reread;
 pub use signals::guard;
 pub use start::{StartFailure, random, run};
@@ -117,6 +121,7 @@ struct Agent {
     inquest: Inquest,
     kernel: KernelState,
     prober: Prober,
+    company: Company,
     pods: PodState,
     wirer: Wirer,
     underlay: Chosen,
@@ -144,19 +149,6 @@ struct Agent {
     /// Set when the kernel refuses the device of a node that has only just come.
     giving_up: Option<(String, Instant)>,
     ending: Option<Ending>,
-}
-
-/// The only reader of the monotonic clock.
-struct Clock(Instant);
-
-impl Clock {
-    fn now(&self) -> Time {
-        Time::from_nanos(u64::try_from(self.0.elapsed().as_nanos()).unwrap_or(u64::MAX))
-    }
-
-    fn instant(&self, time: Time) -> Instant {
-        self.0 + time.since(Time::ZERO)
-    }
 }
 
 /// Waits for threads, without those that hang in a disk or in the kernel.

@@ -130,6 +130,9 @@ impl Agent {
         // Without a network there is no way to any peer: one cause, told once.
         let is_silent = (self.is_lost(state) || !self.prober.paths.is_alive(node))
             && self.kernel.underlay_problem.is_none();
+        if is_silent && let Some(problem) = self.moved_problem() {
+            return Some(problem);
+        }
         if is_silent && let Some(problem) = self.detour_problem(name, here, there, port) {
             return Some(problem);
         }

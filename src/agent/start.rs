@@ -14,8 +14,8 @@ use sha2::{Digest as _, Sha256};
 use tokio::{net::UnixListener, sync::mpsc};
 
 use super::{
-    Agent, Arrivals, Clock, Ending, Forwarder, Gate, Inquest, Journal, KernelState, News, PodState,
-    Prober, Programmer, Reread, Service, Signals, Source, Surveys, Wirer, kubernetes,
+    Agent, Arrivals, Clock, Company, Ending, Forwarder, Gate, Inquest, Journal, KernelState, News,
+    PodState, Prober, Programmer, Reread, Service, Signals, Source, Surveys, Wirer, kubernetes,
     recall::{Recalled, recall},
     underlay,
     waiting::Waiting,
@@ -285,6 +285,7 @@ async fn start(
     };
     let copy = EssentialsCopy::new(state.essentials(), key.id(), &records);
     let node = Node::start(Time::ZERO, node, records)?;
+    let known_as = state.underlay()?;
     tracing::info!(
         node = %key.id(),
         name = %config.name,
@@ -323,6 +324,13 @@ async fn start(
         wirer.ask(Job::Sweep { bridge, keep: pods.links() });
     }
     let (prober, heard) = Prober::start(u16::from_ne_bytes(random()?), config.withdraw_after);
+    let mut company = Company::default();
+    if let Some((before, _)) = known_as
+        && chosen.is_present()
+        && config.advertise.is_none()
+    {
+        company.on_move(before, chosen.local);
+    }
     let agent = Agent {
         node,
         clock: Clock(Instant::now()),
@@ -334,6 +342,7 @@ async fn start(
         inquest,
         kernel: KernelState::default(),
         prober,
+        company,
         pods,
         wirer,
         underlay: chosen,

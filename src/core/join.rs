@@ -38,12 +38,17 @@ pub(super) struct Joining {
 
 /// Why a seed did not let this node in.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Word {
+pub(super) enum Word {
     NoAnswer(CallError),
     Refused(Refusal),
 }
 
 impl Word {
+    /// Its address is this node's own.
+    pub(super) const fn is_own(&self) -> bool {
+        matches!(self, Self::NoAnswer(CallError::Myself))
+    }
+
     /// Whether it will say so again however often it is asked.
     const fn is_final(&self) -> bool {
         matches!(
@@ -83,13 +88,19 @@ impl Joining {
         }
     }
 
-    /// The last word of each seed, for status.
-    pub(super) fn seed_errors(&self) -> impl Iterator<Item = Option<String>> + '_ {
-        self.said.iter().map(|said| said.as_ref().map(ToString::to_string))
+    /// The last words of seeds, for status.
+    pub(super) fn words(&self) -> impl Iterator<Item = (usize, &Word)> {
+        self.said.iter().enumerate().filter_map(|(seed, said)| Some((seed, said.as_ref()?)))
     }
 }
 
 impl Node {
+    /// Seeds whose address is this node's own, as long as it looks for one that lets it in.
+    pub fn own_seeds(&self) -> impl Iterator<Item = usize> + '_ {
+        let words = self.joining.words().filter(|_| self.home.is_none());
+        words.filter(|(_, word)| word.is_own()).map(|(seed, _)| seed)
+    }
+
     /// The operator names other seeds: so many. What is under way to the old ones has no place among them:
     /// their answers are ignored.
     pub fn set_seeds(&mut self, now: Time, seeds: usize) {

@@ -260,9 +260,9 @@ impl Node {
         let phase = self.phase();
         let mut problems = Vec::new();
         if phase == Phase::Joining {
-            for (seed, error) in self.joining.seed_errors().enumerate() {
-                problems.extend(error.map(|error| format!("seed {}: {error}", seed + 1)));
-            }
+            // Which address its own is, the shell knows and tells.
+            let words = self.joining.words().filter(|(_, word)| !word.is_own());
+            problems.extend(words.map(|(seed, word)| format!("seed {}: {word}", seed + 1)));
         }
         if let (Phase::Leaseless, Some(home)) = (phase, &self.home) {
             problems.extend(home.search.refusal.iter().map(|r| format!("no subnet yet: {r}")));

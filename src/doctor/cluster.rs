@@ -5,7 +5,13 @@ use std::collections::BTreeMap;
 use serde_json::Value;
 
 use super::{Agent, Finding, Patient};
-use crate::{agent::knock, api::block_on, core::CallError, store::read_token, wire::visible};
+use crate::{
+    agent::{is_own, knock, own_sentence},
+    api::block_on,
+    core::CallError,
+    store::read_token,
+    wire::visible,
+};
 
 /// So often down within the events that are kept, and a member comes and goes.
 const FLAPS: usize = 3;
@@ -20,10 +26,11 @@ pub fn examine(patient: &Patient, findings: &mut Vec<Finding>) {
     let mut told: Vec<&str> = Vec::new();
     let paths = paths(status, &mut told);
     let identity = identity(status, &mut told);
+    let members = members(status, events, &mut told);
     findings
         .push(Finding::ok("seeds", format!("{} connections to members", status["connections"])));
     findings.extend(complaints(status, &told, findings));
-    findings.extend(members(status, events));
+    findings.extend(members);
     findings.extend(paths);
     findings.extend(addresses(status));
     findings.push(identity);
@@ -89,13 +96,20 @@ fn complaints(status: &Value, told: &[&str], findings: &[Finding]) -> Vec<Findin
     complaints
 }
 
-fn members(status: &Value, events: &Value) -> Vec<Finding> {
+fn members<'a>(status: &'a Value, events: &Value, told: &mut Vec<&'a str>) -> Vec<Finding> {
     let mut findings = Vec::new();
+    let mut problems = each(status, "problems").filter_map(Value::as_str);
+    // It names them, and says more.
+    let of_all = problems.find(|problem| problem.starts_with("no other member answers"));
+    if let Some(problem) = of_all {
+        told.push(problem);
+        findings.push(Finding::sentence("members", problem));
+    }
     let present = || {
         each(status, "members")
             .filter(|member| member["left"] == false && member["forgotten"] == false)
     };
-    for member in present() {
+    for member in present().filter(|_| of_all.is_none()) {
         let (name, state) = (text(member, "name"), text(member, "liveness"));
         if state != "alive" && state != "suspect" {
             let state = if state.is_empty() { "has not been heard of" } else { "is down" };
@@ -302,6 +316,11 @@ fn seeds(patient: &Patient) -> Vec<Finding> {
                 "see that its agent runs and that UDP is open there: allow the port in both firewalls",
             )
         };
+        if is_own(&seed) {
+            let of_token = token.seeds.contains(&seed);
+            findings.push(Finding::sentence("seeds", &own_sentence(&[&seed], of_token)));
+            continue;
+        }
         let seen = visible(&format!("{seed}: {error}"));
         // One that answers is enough.
         findings.push(match reached {
@@ -353,8 +372,11 @@ mod tests {
         let status = json!({ "members": [member("a", "192.0.2.1:8473")] });
         let down = json!({ "kind": "member", "text": "a is down" });
         let events = |count| json!({ "events": vec![down.clone(); count] });
-        assert_eq!(members(&status, &events(FLAPS - 1))[0].verdict, Verdict::Ok);
-        assert!(is_bad(&members(&status, &events(FLAPS))[0], "a was down 3 times"));
+        assert_eq!(members(&status, &events(FLAPS - 1), &mut Vec::new())[0].verdict, Verdict::Ok);
+        assert!(is_bad(
+            &members(&status, &events(FLAPS), &mut Vec::new())[0],
+            "a was down 3 times"
+        ));
     }
 
     #[test]

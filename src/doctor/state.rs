@@ -218,6 +218,7 @@ fn token(patient: &Patient, config: &Config) -> Finding {
         ),
         (_, Some(ours)) => Finding::ok("token", format!("of cluster {ours}")),
         _ if config.token.is_some() || saved.is_some() => Finding::ok("token", "there is one"),
+        _ if patient.status().is_some() => Finding::ok("token", "the agent has one"),
         _ if config.create.is_some() => Finding::ok("token", "this host makes its own (init)"),
         _ => Finding::problem(
             "token",

@@ -202,3 +202,74 @@ fn tunnel_packets_led_elsewhere_are_named_by_interface_and_table() {
         Ok(())
     });
 }
+
+/// Virtual machines, each behind a NAT of its own, as VirtualBox makes them.
+#[test]
+fn token_whose_address_each_host_has_is_named_and_another_address_helps() {
+    isolated(|lab| {
+        let (first, second) = (lab.host(1, "n1")?, lab.host(2, "n2")?);
+        for host in [&first, &second] {
+            add_uplink(host, "ip addr add 10.0.2.15/24 dev tun0");
+            tool(&host.netns, "ip route replace default via 10.0.2.2 dev tun0 onlink");
+        }
+        let mut creator = Agent::start(program(), &first, &["--init"])?;
+        creator.wait_converged(1, PATIENCE)?;
+        let token = token_of(&mut creator)?;
+        let mut joiner = Agent::start(program(), &second, &["--token", &token])?;
+        let words = "the token's address 10.0.2.15:8473 is this host's own";
+        wait_until("it is not named", NAMED, || {
+            has_problem(&mut joiner, words) && has_problem(&mut joiner, "--join ADDRESS")
+        });
+        let doctor = String::from_utf8(client(&joiner, &["doctor"]).stdout)?;
+        assert!(doctor.contains("PROBLEM   agent          the token's address"), "{doctor}");
+        assert!(!doctor.contains("there is none"), "it has a token: {doctor}");
+        joiner.end(Signal::SIGTERM)?;
+        // The doctor finds it out without an agent, too.
+        let state = second.dir.join("state").display().to_string();
+        let doctor = format!("{} doctor --token {token} --state-dir {state}", program().display());
+        let doctor = String::from_utf8(run(&second.netns, &doctor).stdout)?;
+        assert!(doctor.contains("PROBLEM   seeds          the token's address"), "{doctor}");
+        let there = first.ip.to_string();
+        joiner = Agent::start(program(), &second, &["--token", &token, "--join", &there])?;
+        joiner.wait_converged(2, PATIENCE)?;
+        assert!(!has_problem(&mut joiner, words));
+        Ok(())
+    });
+}
+
+#[test]
+fn hosts_that_were_all_renumbered_while_they_were_off_are_told_what_helps() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        for (agent, host) in cluster.agents.iter_mut().zip(&cluster.hosts) {
+            agent.end(Signal::SIGTERM)?;
+            let address = host.ip.to_string().replace("10.99.", "10.98.");
+            tool(&host.netns, "ip addr flush dev eth0");
+            tool(&host.netns, &format!("ip addr add {address}/16 dev eth0"));
+        }
+        for (agent, host) in cluster.agents.iter_mut().zip(&cluster.hosts) {
+            *agent = Agent::start(program(), host, &[])?;
+        }
+        let words = "the address of this host has changed from 10.99.0.11 to 10.98.0.11, and no known member \
+                     answers at its own (n1 (10.99.0.10:8473))";
+        for (number, words) in [(0, "from 10.99.0.10 to 10.98.0.10"), (1, words)] {
+            wait_until("it is not named", NAMED, || {
+                has_problem(&mut cluster.agents[number], words)
+            });
+        }
+        // One cause is one problem, and a start does not forget it.
+        cluster.agents[1].end(Signal::SIGTERM)?;
+        cluster.agents[1] = Agent::start(program(), &cluster.hosts[1], &[])?;
+        wait_until("it is not named again", NAMED, || has_problem(&mut cluster.agents[1], words));
+        let status = cluster.agents[1].ask("/v1/status", PATIENCE)?;
+        assert_eq!(status["problems"].as_array().map(Vec::len), Some(1), "{status:#}");
+        cluster.agents[1].end(Signal::SIGTERM)?;
+        let join = ["--join", "10.98.0.10"];
+        cluster.agents[1] = Agent::start(program(), &cluster.hosts[1], &join)?;
+        cluster.converge()?;
+        for agent in &mut cluster.agents {
+            wait_until("it is still named", NAMED, || !has_problem(agent, "has changed from"));
+        }
+        Ok(())
+    });
+}
