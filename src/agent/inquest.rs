@@ -52,6 +52,9 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(300);
 const CLAIM_FIRST: Duration = Duration::from_secs(3);
 const CLAIM_PAUSE: Duration = Duration::from_secs(60);
 const CLAIM_AGAIN: Duration = Duration::from_secs(10);
+/// What was found of a peer is told at once where it falls silent again so soon: a limit of packets drops
+/// them under load alone.
+const KEPT: Duration = Duration::from_secs(60);
 const LISTEN: Duration = Duration::from_millis(500);
 
 /// All that an inquest depends on.
@@ -80,6 +83,8 @@ pub struct Inquest {
     worker: Worker<Option<Case>>,
     told: Option<Case>,
     found: Found,
+    /// Peers of which something was found, and which are silent no longer.
+    recovered: BTreeMap<NodeId, Instant>,
 }
 
 impl Order for Option<Case> {
@@ -104,7 +109,7 @@ impl Inquest {
             clones: BTreeMap::new(),
         };
         let worker = Worker::start("inquest", move |orders| begin(orders).run())?;
-        Ok(Self { worker, told: None, found: Found::default() })
+        Ok(Self { worker, told: None, found: Found::default(), recovered: BTreeMap::new() })
     }
 
     /// Ends it after the step under way. Once the thread has ended no table of it is left.
@@ -128,7 +133,13 @@ impl Inquest {
         }
         let suspects = case.iter().flat_map(|case| &case.suspects);
         let silent: BTreeSet<NodeId> = suspects.map(|suspect| suspect.node).collect();
-        self.found.verdicts.retain(|node, _| silent.contains(node));
+        let Self { found, recovered, .. } = self;
+        let is_kept = |at: &Instant| at.elapsed() < KEPT;
+        found.verdicts.retain(|node, _| recovered.get(node).is_none_or(is_kept));
+        recovered.retain(|node, _| !silent.contains(node) && found.verdicts.contains_key(node));
+        for node in found.verdicts.keys().filter(|node| !silent.contains(node)) {
+            recovered.entry(*node).or_insert_with(Instant::now);
+        }
         self.told.clone_from(&case);
         self.worker.order(case);
     }
@@ -441,7 +452,8 @@ impl Agent {
             let mac = view.peers.get(&node)?.vtep.mac;
             let name = self.node.name_of(node).to_owned();
             let of_family = address.is_ipv4() == local.is_ipv4();
-            of_family.then_some(Suspect { node, name, address, mac })
+            let gossip = self.node.address_of(node)?.port();
+            of_family.then_some(Suspect { node, name, address, gossip, mac })
         });
         let suspects: Vec<Suspect> = suspects.take(SUSPECTS).collect();
         let place = Place {
@@ -450,6 +462,7 @@ impl Agent {
             local,
             source: self.underlay.source,
             port: view.settings.vxlan_port,
+            gossip: self.node.address().port(),
             guard: self.config.firewall.guard,
         };
         let pinned = self.underlay.pinned;

@@ -12,6 +12,8 @@ use std::{
 
 use ipnet::IpNet;
 
+use crate::dataplane::silence::iptables_ports;
+
 /// The program prints at once, or does not at all.
 const PATIENCE: Duration = Duration::from_secs(2);
 const MOST: u64 = 1 << 20;
@@ -48,9 +50,10 @@ impl Way {
     }
 }
 
-/// What may drop tunnel packets, UDP to this port: with what helps.
-pub fn around_tunnels(ipv4: bool, way: Way, port: u16) -> Vec<String> {
-    suspects(ipv4, way, Some(port), |command| format!("{command} -p udp --dport {port} -j ACCEPT"))
+/// What may drop tunnel packets, UDP to this port, and what helps: what lets gossip pass, too.
+pub fn around_tunnels(ipv4: bool, way: Way, port: u16, gossip: u16) -> Vec<String> {
+    let ports = iptables_ports(&[port, gossip]);
+    suspects(ipv4, way, Some(port), |command| format!("{command} {ports} -j ACCEPT"))
 }
 
 /// What may drop packets of pods that are forwarded, all or some: with what helps.

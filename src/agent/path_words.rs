@@ -175,14 +175,17 @@ impl Agent {
             Way::Direct { .. } if state == PathState::Asymmetric => return None,
             _ => {}
         }
-        // Filters of both ends count as well as the network's.
+        // Filters of both ends count as well as the network's, and so do those that drop the answers.
         let walls = match found.is_some_and(|found| found.leaves) {
             true => format!(
                 " (tunnel packets to it leave this host, so by the network, or by {name}: nft list ruleset, \
-                 iptables-legacy -S, ip xfrm policy, and ingress filters there)"
+                 iptables-legacy -S, ip xfrm policy, and ingress filters there), or the answers are dropped \
+                 on their way back (by this host: the same here with INPUT, a limit of UDP packets for one)"
             ),
             false => " (by the network, by this host: nft list ruleset, iptables-legacy -S OUTPUT, ip xfrm \
-                      policy, or by the other: the same with INPUT, and ingress filters)"
+                      policy, or by the other: the same with INPUT, and ingress filters), or the answers are \
+                      dropped on their way back (by this host: the same here with INPUT, a limit of UDP \
+                      packets for one)"
                 .to_owned(),
         };
         let translated = self.translation(node, there);

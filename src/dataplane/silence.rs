@@ -11,7 +11,7 @@ use std::{
 
 use crate::model::{Mac, NodeId};
 
-pub use self::cause::{Cause, Culprit, Place, open_chain};
+pub use self::cause::{Cause, Culprit, Place, iptables_ports};
 
 mod cause;
 #[cfg(test)]
@@ -36,6 +36,8 @@ pub struct Suspect {
     pub name: String,
     /// In the underlay.
     pub address: IpAddr,
+    /// UDP port of its agent.
+    pub gossip: u16,
     /// Of its VTEP: the source of the frames inside its tunnel packets.
     pub mac: Mac,
 }

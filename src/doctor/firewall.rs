@@ -11,7 +11,7 @@ pub fn examine(patient: &Patient, findings: &mut Vec<Finding>) {
     let read = FirewallTable::open().and_then(|mut table| {
         Ok((table.foreign_chains(&numbers.networks)?, table.closed_ports(&ports)?))
     });
-    let (chains, closed) = match read {
+    let (chains, mut closed) = match read {
         Ok(read) => read,
         Err(error) => {
             let seen = format!("nftables cannot be read: {error}");
@@ -26,7 +26,18 @@ pub fn examine(patient: &Patient, findings: &mut Vec<Finding>) {
     let tunnels_work = paths().count() > 0 && paths().all(|path| path["state"] == "ok");
     let gossip_works =
         patient.status().is_some_and(|status| status["connections"].as_u64() > Some(0));
-    for ClosedPort { chain, port, by_port } in &closed {
+    // Gossip is so little that no limit is reached by it.
+    for limited in closed.iter().filter(|closed| closed.limited && is_tunnel(closed.port)) {
+        let ClosedPort { chain, port, .. } = limited;
+        findings.push(Finding::warning(
+            "firewall",
+            format!("chain {chain} drops UDP {port} above some number of packets a second"),
+            "all that pods of two hosts say to each other are packets to that port: under load many are lost",
+            open_port(chain, *port),
+        ));
+    }
+    closed.retain(|closed| !closed.limited);
+    for ClosedPort { chain, port, by_port, .. } in &closed {
         let works = if is_tunnel(*port) { tunnels_work } else { gossip_works };
         let what = if is_tunnel(*port) { "tunnel packets" } else { "gossip" };
         let seen = format!("chain {chain} drops UDP {port}");

@@ -1,6 +1,9 @@
 //! Why nothing comes from a peer is found out and named, on the host that has the cause.
 
-use std::time::Duration;
+use std::{
+    process::{Command, Stdio},
+    time::Duration,
+};
 
 use gossamer::lab::{Agent, Host, Lab};
 
@@ -50,7 +53,7 @@ fn mac_of(host: &Host, interface: &str) -> String {
 const RULES: [(&[&str], &[&str], &[&str]); 4] = [
     (
         &["the policy of chain inet hard out drops tunnel packets on this host, UDP 8472 to n1 \
-             (10.99.0.10): nft insert rule inet hard out udp dport 8472 accept"],
+             (10.99.0.10): nft insert rule inet hard out udp dport { 8472, 8473 } accept"],
         &[
             "nft add table inet hard",
             "nft add chain inet hard out { type filter hook output priority 0 ; policy drop ; }",
@@ -124,6 +127,75 @@ fn rule_that_takes_tunnel_packets_is_named_by_its_chain() {
     });
 }
 
+/// As programs make them that ban addresses.
+#[test]
+fn peer_whose_packets_are_all_dropped_is_named_on_both_hosts_and_the_advice_lets_it_in_again() {
+    isolated(|lab| {
+        let mut cluster = pair(lab)?;
+        let host = &cluster.hosts[1];
+        if !run(&host.netns, "nft list tables").status.success() {
+            skipped("bans", "it needs `nft` (Debian: nftables)");
+            return Ok(());
+        }
+        all(
+            host,
+            &[
+                "nft add table ip ban",
+                "nft add chain ip ban in { type filter hook input priority -10 ; }",
+                "nft add rule ip ban in ip saddr { 10.99.0.10, 203.0.113.7 } drop",
+            ],
+        );
+        let advice = "nft insert rule ip ban in udp dport { 8472, 8473 } accept";
+        wait_for_words(&mut cluster.agents[1], &["a rule of chain ip ban in (handle ", advice]);
+        let alone = "no other member answers this host: n2 (10.99.0.11:8473) down; its tunnel packets arrive";
+        wait_until("the lone host says nothing", NAMED, || {
+            has_problem(&mut cluster.agents[0], alone)
+        });
+        let doctor = String::from_utf8(client(&cluster.agents[0], &["doctor"]).stdout)?;
+        assert!(doctor.contains("PROBLEM   members        no other member answers"), "{doctor}");
+        tool(&host.netns, advice);
+        cluster.agents.iter_mut().for_each(wait_for_path);
+        cluster.converge()
+    });
+}
+
+#[test]
+fn limit_of_udp_packets_is_named_by_its_rule_on_the_host_that_has_it() {
+    isolated(|lab| {
+        let mut cluster = pair(lab)?;
+        let [first, second] = &cluster.hosts[..] else { anyhow::bail!("two hosts") };
+        if !run(&second.netns, "nft list tables").status.success() {
+            skipped("limits", "it needs `nft` (Debian: nftables)");
+            return Ok(());
+        }
+        all(
+            second,
+            &[
+                "nft add table inet flood",
+                "nft add chain inet flood in { type filter hook input priority -10 ; }",
+                "nft add rule inet flood in udp dport 8472 limit rate over 2/second burst 2 packets drop",
+            ],
+        );
+        let subnet = Agent::subnet(&cluster.agents[1].ask("/v1/status", PATIENCE)?)?;
+        let mut ping = Command::new("ping");
+        ping.args(["-q", "-i", "0.01", &subnet.network().to_string()]).stdout(Stdio::null());
+        let mut load = first.netns.spawn(&mut ping)?;
+        let words = ["a rule of chain inet flood in (handle ", "UDP 8472 from n1 (10.99.0.10)"];
+        wait_for_words(&mut cluster.agents[1], &words);
+        let socket = cluster.agents[1].socket().display().to_string();
+        let doctor = format!("{} doctor --socket {socket}", program().display());
+        let doctor = String::from_utf8(run(&second.netns, &doctor).stdout)?;
+        let warning =
+            "warning   firewall       chain inet flood in drops UDP 8472 above some number";
+        assert!(doctor.contains(warning), "{doctor}");
+        load.kill()?;
+        load.wait()?;
+        tool(&second.netns, "nft delete table inet flood");
+        cluster.agents.iter_mut().for_each(wait_for_path);
+        Ok(())
+    });
+}
+
 #[test]
 fn rule_of_iptables_legacy_that_drops_tunnel_packets_is_named() {
     isolated(|lab| {
@@ -140,7 +212,8 @@ fn rule_of_iptables_legacy_that_drops_tunnel_packets_is_named() {
             return Ok(());
         }
         let named = format!("iptables-legacy has `-A {rule}` in its table filter");
-        wait_for_words(&mut cluster.agents[1], &["do not leave this host", &named]);
+        let fix = "-I OUTPUT -p udp -m multiport --dports 8472,8473 -j ACCEPT";
+        wait_for_words(&mut cluster.agents[1], &["do not leave this host", &named, fix]);
         tool(&host.netns, &format!("iptables-legacy -D {rule}"));
         cluster.agents.iter_mut().for_each(wait_for_path);
         Ok(())

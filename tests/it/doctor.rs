@@ -56,7 +56,7 @@ fn sh(netns: &NetNs, commands: &str) {
 }
 
 /// Check, words of the finding, and how to make the fault and to take it away again.
-const FAULTS: [(&str, &str, &str, &str); 11] = [
+const FAULTS: [(&str, &str, &str, &str); 12] = [
     (
         "sysctls",
         "sysctl -w net.ipv4.ip_forward=1",
@@ -98,6 +98,12 @@ const FAULTS: [(&str, &str, &str, &str); 11] = [
         "iptables -A INPUT -m state --state ESTABLISHED,RELATED -j ACCEPT && \
          iptables -A INPUT -p icmp -j ACCEPT && \
          iptables -A INPUT -j REJECT --reject-with icmp-host-prohibited",
+        "iptables -F INPUT",
+    ),
+    (
+        "firewall",
+        "chain ip filter INPUT drops UDP 8472",
+        "iptables -A INPUT -p udp -m multiport --dports 53,8400:8472 -j DROP",
         "iptables -F INPUT",
     ),
     (

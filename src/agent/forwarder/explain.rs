@@ -304,7 +304,7 @@ pub fn input(setting: &Setting) -> Vec<String> {
             open_port(chain, *port)
         )
     };
-    closed.iter().map(sentence).collect()
+    closed.iter().filter(|closed| !closed.limited).map(sentence).collect()
 }
 
 /// Whether the host forwards packets of a family at all.

@@ -143,10 +143,10 @@ impl Ways {
 
     /// What else may drop tunnel packets on their way out or in, for none that nftables tells of does.
     pub fn hints(&self, netlink: &mut Netlink, place: &Place, way: usize) -> Vec<String> {
-        let Place { interface, local, port, .. } = place;
+        let Place { interface, local, port, gossip, .. } = place;
         let (side, is_out) = if way == OUT { ("egress", true) } else { ("ingress", false) };
         let legacy = if is_out { Way::Out } else { Way::In };
-        let mut hints = legacy::around_tunnels(local.is_ipv4(), legacy, *port);
+        let mut hints = legacy::around_tunnels(local.is_ipv4(), legacy, *port, *gossip);
         let filters = netlink.filters(place.link, is_out).unwrap_or_default();
         let filters: Vec<String> = filters.into_iter().take(NAMED).collect();
         if !filters.is_empty() {

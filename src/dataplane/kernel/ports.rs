@@ -27,6 +27,8 @@ enum Effect {
         /// The rule names it.
         by_port: bool,
     },
+    /// It drops those that are more than so many in a time.
+    Limits,
     Accepts,
     /// It leads into another chain, whose rules are of the same table.
     Leads,
@@ -41,6 +43,8 @@ pub struct ClosedPort {
     pub port: u16,
     /// By a rule that names it, not by what becomes of the rest.
     pub by_port: bool,
+    /// Only what is more than so many packets in a time.
+    pub limited: bool,
 }
 
 /// Base chains of input that drop what comes to one of these ports.
@@ -60,7 +64,10 @@ pub fn closed_ports(nftables: &mut Nftables, ports: &[u16]) -> io::Result<BTreeS
         for port in ports {
             if let Some(by_port) = how_closed(&own, &others, *port, base.drops) {
                 let chain = format!("{} {table} {name}", family_name(chain.family));
-                closed.insert(ClosedPort { chain, port: *port, by_port });
+                closed.insert(ClosedPort { chain, port: *port, by_port, limited: false });
+            } else if is_limited(&own, *port) {
+                let chain = format!("{} {table} {name}", family_name(chain.family));
+                closed.insert(ClosedPort { chain, port: *port, by_port: false, limited: true });
             }
         }
     }
@@ -93,14 +100,21 @@ fn how_closed(own: &[&Object], others: &[&Object], port: u16, by_default: bool) 
                     return Some(true);
                 }
             }
-            Effect::Nothing => {}
+            Effect::Limits | Effect::Nothing => {}
         }
     }
     by_default.then_some(false)
 }
 
+/// Whether a rule drops some of what no rule before it has accepted.
+fn is_limited(own: &[&Object], port: u16) -> bool {
+    let mut effects = own.iter().map(|rule| effect(rule, port));
+    let decisive = effects.find(|effect| matches!(effect, Effect::Limits | Effect::Accepts));
+    decisive == Some(Effect::Limits)
+}
+
 fn effect(rule: &Object, port: u16) -> Effect {
-    let (mut about, mut narrowed, mut by_set) = (false, false, false);
+    let (mut about, mut narrowed, mut by_set, mut limited) = (false, false, false, false);
     for (name, data) in expressions(rule) {
         match name {
             "cmp" => {
@@ -116,22 +130,45 @@ fn effect(rule: &Object, port: u16) -> Effect {
             // `conntrack`, may match some packets and not others.
             "match" => match udp_match(data) {
                 Some(range) if range.contains(&port) => about = true,
+                _ if multiport(data, port) == Some(true) => about = true,
                 _ if text_of(data) == Some("comment") => {}
+                _ if matches!(text_of(data), Some("limit" | "hashlimit")) => limited = true,
                 _ => narrowed = true,
             },
             // What a set holds is not read: it may be ports.
             "lookup" => by_set = true,
-            "range" | "ct" | "limit" | "fib" | "socket" => narrowed = true,
+            "limit" => limited = true,
+            "range" | "ct" | "fib" | "socket" => narrowed = true,
             _ => {}
         }
     }
     match rules::effect(rule) {
         // Also what lets in some senders only: those it knows are members, hopefully.
-        rules::Effect::Accepts if about || by_set || !narrowed => Effect::Accepts,
+        rules::Effect::Accepts if about || by_set || !narrowed && !limited => Effect::Accepts,
+        rules::Effect::Drops if limited && !narrowed && !by_set => Effect::Limits,
         rules::Effect::Drops if !narrowed && !by_set => Effect::Drops { by_port: about },
         rules::Effect::Leads => Effect::Leads,
         _ => Effect::Nothing,
     }
+}
+
+/// Whether `struct xt_multiport_v1` (linux/netfilter/xt_multiport.h) matches all packets to a port; none, if
+/// it is another match.
+fn multiport(data: &[u8], port: u16) -> Option<bool> {
+    const MOST: usize = 15;
+    const OF_SOURCES: u8 = 0;
+    let info = attributes::find(data, 3).filter(|_| text_of(data) == Some("multiport"))?;
+    let [kind, count] = *info.first_chunk()?;
+    let ports = info.get(2..)?.chunks_exact(2).map(|port| u16::from_ne_bytes([port[0], port[1]]));
+    let ports: Vec<u16> = ports.take(usize::from(count).min(MOST)).collect();
+    let is_set = |at: usize| info.get(at).is_some_and(|flag| *flag != 0);
+    let begins_range = |index: usize| is_set(2 + 2 * MOST + index);
+    let is_inverted = is_set(2 + 3 * MOST);
+    let holds = ports.iter().enumerate().any(|(index, first)| match ports.get(index + 1) {
+        Some(last) if begins_range(index) => (*first..=*last).contains(&port),
+        _ => *first == port,
+    });
+    Some(kind != OF_SOURCES && holds && !is_inverted)
 }
 
 /// The destination ports of `struct xt_udp` (linux/netfilter/xt_tcpudp.h), in host order.

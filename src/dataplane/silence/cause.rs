@@ -7,6 +7,8 @@ use crate::model::Mac;
 
 /// Peers that are named in one sentence.
 const NAMED: usize = 3;
+/// The same of ports: iptables takes 15 at once.
+const PORTS: usize = 8;
 
 /// This host's end.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,6 +20,8 @@ pub struct Place {
     /// Source of tunnel packets.
     pub source: IpAddr,
     pub port: u16,
+    /// UDP port of this host's agent.
+    pub gossip: u16,
     /// Tunnel packets under addresses that are no member's are dropped here.
     pub guard: bool,
 }
@@ -167,14 +171,23 @@ impl Cause {
             }
             Self::Dropped { outgoing, by } => {
                 let packets = if *outgoing { "to" } else { "from" };
+                // What drops the one usually drops the other as well, and a member needs both.
+                let mut ports = vec![*port];
+                match outgoing {
+                    true => ports.extend(whom.iter().map(|suspect| suspect.gossip)),
+                    false => ports.push(place.gossip),
+                }
+                ports.sort_unstable();
+                ports.dedup();
+                ports.truncate(PORTS);
                 format!(
                     "{by} on this host, UDP {port} {packets} {peers}: {}",
-                    open_chain(&by.chain, *port)
+                    open_chain(&by.chain, &ports)
                 )
             }
             Self::Translated { seen, chain } => {
                 let (by, fix) = match chain {
-                    Some(chain) => (format!("chain {chain}"), open_chain(chain, *port)),
+                    Some(chain) => (format!("chain {chain}"), open_chain(chain, &[*port])),
                     None => (
                         "an address translation of this host".to_owned(),
                         format!("iptables -t nat -I POSTROUTING -p udp --dport {port} -j ACCEPT"),
@@ -252,18 +265,33 @@ impl std::fmt::Display for Culprit {
     }
 }
 
-/// The command that lets UDP to this port through a chain, at its beginning.
-pub fn open_chain(chain: &str, port: u16) -> String {
+/// The command that lets UDP to these ports through a chain, at its beginning.
+pub fn open_chain(chain: &str, ports: &[u16]) -> String {
     match chain.split(' ').collect::<Vec<_>>()[..] {
         [family @ ("ip" | "ip6"), table @ ("filter" | "nat" | "mangle" | "raw"), name]
             if name.bytes().all(|byte| byte.is_ascii_uppercase()) =>
         {
             let program = if family == "ip" { "iptables" } else { "ip6tables" };
             let table = if table == "filter" { String::new() } else { format!(" -t {table}") };
-            format!("{program}{table} -I {name} -p udp --dport {port} -j ACCEPT")
+            format!("{program}{table} -I {name} {} -j ACCEPT", iptables_ports(ports))
         }
-        _ => format!("nft insert rule {chain} udp dport {port} accept"),
+        _ => match ports {
+            [port] => format!("nft insert rule {chain} udp dport {port} accept"),
+            _ => format!("nft insert rule {chain} udp dport {{ {} }} accept", list(ports, ", ")),
+        },
     }
+}
+
+/// UDP to these ports, as iptables has it.
+pub fn iptables_ports(ports: &[u16]) -> String {
+    match ports {
+        [port] => format!("-p udp --dport {port}"),
+        _ => format!("-p udp -m multiport --dports {}", list(ports, ",")),
+    }
+}
+
+fn list(ports: &[u16], between: &str) -> String {
+    ports.iter().map(ToString::to_string).collect::<Vec<_>>().join(between)
 }
 
 fn named(whom: &[&Suspect]) -> String {

@@ -11,7 +11,7 @@ fn mac(last: u8) -> Mac {
 
 fn suspect() -> Suspect {
     let node = NodeId::from_bytes([2; 8]);
-    Suspect { node, name: "n2".to_owned(), address: PEER.into(), mac: mac(9) }
+    Suspect { node, name: "n2".to_owned(), address: PEER.into(), gossip: 8_473, mac: mac(9) }
 }
 
 fn watch() -> Watch {
@@ -20,7 +20,7 @@ fn watch() -> Watch {
 
 fn place() -> Place {
     let (local, interface) = (LOCAL.into(), "eth0".to_owned());
-    Place { link: 2, interface, local, source: local, port: PORT, guard: true }
+    Place { link: 2, interface, local, source: local, port: PORT, gossip: 8_473, guard: true }
 }
 
 fn arp(sender: Mac, address: [u8; 4]) -> Vec<u8> {
@@ -173,6 +173,7 @@ fn cause_of_several_peers_is_told_once() {
             node: NodeId::from_bytes([3; 8]),
             name: "n3".to_owned(),
             address: [192, 0, 2, 3].into(),
+            gossip: 8_473,
             mac: mac(8),
         },
     );
