@@ -22,7 +22,7 @@ use std::{
 use self::{
     explain::Reasons,
     stage::Stage,
-    trial::{Outcome, Trial},
+    trial::{EXCESS, LARGEST, Outcome, Trial},
 };
 use super::Agent;
 use crate::{
@@ -77,6 +77,8 @@ pub struct Setting {
     pub mark: Option<u32>,
     /// Of the overlay.
     pub networks: Subnets,
+    /// MTU of the VXLAN device.
+    pub carried: u32,
     pub peers: Vec<Peer>,
     /// Nothing that is asked of a member through its tunnel is answered.
     pub unanswered: bool,
@@ -99,6 +101,9 @@ pub struct Forwarding {
     pub problems: Vec<String>,
     /// Why tunnel packets of members do not get in.
     pub input: Vec<String>,
+    /// Whatever comes out of the tunnel is dropped here, for this host itself too, as one of the problems
+    /// says: with IPv4, and with IPv6.
+    pub drops_incoming: [bool; 2],
 }
 
 pub struct Forwarder {
@@ -293,9 +298,11 @@ impl<F: Fn(Forwarding)> TrialRunner<F> {
         self.trials.keep(|way| match way.direction {
             Direction::Between(_) => between[usize::from(!way.ipv4)],
             Direction::Out(_) | Direction::In(_) => !setting.peers.is_empty(),
+            Direction::TooLarge => setting.peers.iter().any(|peer| peer.tunnelled),
             Direction::Gateway => true,
         });
         if has_gateway && !self.is_new {
+            let mut trace = self.reasons.trace_errors(setting, &self.trials.closed());
             let trial = Trial { setting, sockets: &stage.sockets, between, turn };
             match trial.run(|fds, pause| self.wait(fds, pause)) {
                 Ok(Some(Outcome { seen, translated })) => {
@@ -304,6 +311,9 @@ impl<F: Fn(Forwarding)> TrialRunner<F> {
                 }
                 Ok(None) => {}
                 Err(error) => tracing::debug!(%error, "forwarding was not tried"),
+            }
+            if let Some(trace) = &mut trace {
+                self.reasons.note_errors(setting, trace);
             }
         }
         self.skipped.clear();
@@ -350,7 +360,8 @@ impl<F: Fn(Forwarding)> TrialRunner<F> {
             return;
         }
         let port = self.stage.as_ref().map(Stage::port);
-        self.reasons = Reasons::read(&mut self.netlink, setting, port, &closed, translated);
+        self.reasons =
+            self.reasons.read_again(&mut self.netlink, setting, port, &closed, translated);
         if setting.unanswered {
             self.input = explain::input(setting);
         }
@@ -390,9 +401,16 @@ impl<F: Fn(Forwarding)> TrialRunner<F> {
             ));
         }
         problems.extend(self.reasons.between());
+        problems.extend(self.reasons.too_large(&closed));
         problems.extend(self.reasons.translations(&self.translated));
         let status = CheckStatus { state, detail };
-        let now = Forwarding { status, problems, input: self.input.clone() };
+        let drops_incoming = [true, false].map(|ipv4| {
+            self.reasons.takes_all
+                && told
+                    .iter()
+                    .any(|way| way.ipv4 == ipv4 && matches!(way.direction, Direction::In(_)))
+        });
+        let now = Forwarding { status, problems, input: self.input.clone(), drops_incoming };
         if now != self.told {
             self.told.clone_from(&now);
             (self.tell)(now);
@@ -429,7 +447,7 @@ impl Agent {
             subnets,
             addresses,
             mate: last_but_one(subnets),
-            mtu: self.underlay.mtu,
+            mtu: (self.underlay.tunnel_mtu + EXCESS).min(LARGEST),
         });
         let underlay = self.underlay.with_mode(self.config.mode);
         let withdrawn = &self.kernel.withdrawn_peers;
@@ -455,6 +473,7 @@ impl Agent {
             local: underlay.local,
             mark: self.config.firewall.guard.then_some(TRIAL_MARK),
             networks: view.settings.pool.networks(),
+            carried: self.underlay.tunnel_mtu,
             peers: peers.take(MAX_PEERS).collect(),
             unanswered: self.path_states().any(|(_, state, _)| state == PathState::Unanswered),
         })

@@ -149,6 +149,11 @@ impl Agent {
         if lost && subnets.iter().any(|subnet| self.kernel.routing.astray.contains(&subnet)) {
             return None;
         }
+        // An answer that came would be dropped by rules of this host, which are told by what they do to pods.
+        let ipv4 = subnets.first.addr().is_ipv4();
+        if lost && self.kernel.forwarding.drops_incoming[usize::from(!ipv4)] {
+            return None;
+        }
         let underlay = self.underlay.with_mode(self.config.mode);
         let ways: Vec<Way> = subnets.iter().map(|subnet| underlay.way(there, subnet)).collect();
         match ways[0] {

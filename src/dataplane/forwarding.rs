@@ -10,8 +10,12 @@
 //! *Between pods*: a packet to a second pod on the same bridge, where the kernel shows such packets to the
 //! firewall of what is forwarded.
 //!
-//! Each is tried with a UDP datagram and with the first segment of a TCP connection: rules often drop the one
-//! or the other alone. ICMP is not: pods live without it. Pure: packets are made here, and sent elsewhere.
+//! *Too large*: a packet of a pod that does not fit into the tunnel. This host has to tell the pod so (ICMP),
+//! or connections hang. It counts as lost only where a small one was seen leaving at the same time.
+//!
+//! Each other way is tried with a UDP datagram and with the first segment of a TCP connection: rules often
+//! drop the one or the other alone. Echoes are not: pods live without them. Pure: packets are made here, and
+//! sent elsewhere.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -40,6 +44,8 @@ pub enum Direction {
     In(Transport),
     /// From pods to this host itself, which is their gateway: ARP, or neighbour discovery.
     Gateway,
+    /// From this host to a pod: that a packet of it is too large for the tunnel.
+    TooLarge,
     /// From one pod of this host to another.
     Between(Transport),
 }
@@ -145,6 +151,7 @@ impl Direction {
             Self::Out(_) => "out",
             Self::In(_) => "in",
             Self::Gateway => "gateway",
+            Self::TooLarge => "size errors",
             Self::Between(_) => "between pods",
         }
     }
@@ -154,7 +161,7 @@ impl Direction {
             Self::Out(transport) | Self::In(transport) | Self::Between(transport) => {
                 Some(transport)
             }
-            Self::Gateway => None,
+            Self::Gateway | Self::TooLarge => None,
         }
     }
 }

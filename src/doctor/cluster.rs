@@ -181,9 +181,20 @@ fn paths<'a>(status: &'a Value, told: &mut Vec<&'a str>) -> Vec<Finding> {
         }
     }
     if findings.is_empty() {
+        let is_bad = |path: &&Value| !matches!(text(path, "state"), "ok" | "unknown");
         let ok = each(status, "paths").filter(|path| path["state"] == "ok").count();
-        findings
-            .push(Finding::ok("paths", format!("{ok} of {} ok", each(status, "paths").count())));
+        let count = format!("{ok} of {} ok", each(status, "paths").count());
+        findings.push(match each(status, "paths").find(is_bad) {
+            None => Finding::ok("paths", count),
+            // Why, another check has told.
+            Some(path) => {
+                let (name, state) = (text(path, "name"), text(path, "state"));
+                Finding::skipped(
+                    "paths",
+                    format!("{count}, {name} is {state}: see the other checks"),
+                )
+            }
+        });
     }
     findings
 }

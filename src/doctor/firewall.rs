@@ -78,15 +78,22 @@ fn forwarding(patient: &Patient, chains: &ForeignChains, networks: &[IpNet]) -> 
         Some("ok") => return vec![Finding::ok("forwarding", detail)],
         Some("failing") => {
             let is_about_it = |problem: &&str| {
-                ["does not forward", "do not find their gateway", "leave under the address"]
-                    .iter()
-                    .any(|words| problem.contains(words))
+                [
+                    "does not forward",
+                    "do not find their gateway",
+                    "leave under the address",
+                    "do not hear that a packet",
+                ]
+                .iter()
+                .any(|words| problem.contains(words))
             };
             let problems = patient.problems().filter(is_about_it);
             let findings = problems.filter_map(|problem| problem.split_once(": "));
             let findings = findings.map(|(seen, fix)| {
                 let why = if seen.contains("leave under") {
                     "every container has an address of its own, by which others know it"
+                } else if seen.contains("too large") {
+                    "small packets pass, and connections hang at the first large one"
                 } else {
                     "pods here do not reach others, or are not reached by them"
                 };

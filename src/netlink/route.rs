@@ -32,12 +32,14 @@ pub struct Query {
     pub output: Option<u32>,
     /// Its destination port, if it is a UDP datagram: rules may ask for that.
     pub udp: Option<u16>,
+    /// What a rule of the firewall may have marked it with.
+    pub mark: Option<u32>,
 }
 
 impl Query {
     /// A packet of this host's own to `to`.
     pub const fn to(to: IpAddr) -> Self {
-        Self { to, from: None, input: None, output: None, udp: None }
+        Self { to, from: None, input: None, output: None, udp: None, mark: None }
     }
 
     /// A packet that comes in by `input`, to be forwarded or delivered.
@@ -79,6 +81,8 @@ pub struct Rule {
     pub table: u32,
     /// Packets that match are dropped.
     pub refuses: bool,
+    /// It concerns packets with this mark alone: value and mask.
+    pub mark: Option<(u32, u32)>,
 }
 
 /// A route that leads nowhere, on purpose.
@@ -202,6 +206,7 @@ impl Netlink {
         }
         message.attributes.extend(query.input.map(RouteAttribute::Iif));
         message.attributes.extend(query.output.map(RouteAttribute::Oif));
+        message.attributes.extend(query.mark.map(RouteAttribute::Mark));
         if let Some(port) = query.udp {
             // Kernels since 4.17 take them, older ones ignore them.
             let udp = [RouteAttribute::IpProto(IPPROTO_UDP), RouteAttribute::Dport(port)];
@@ -220,14 +225,19 @@ fn rule(message: RouteNetlinkMessage) -> Option<Rule> {
         message.header.action,
         RuleAction::Blackhole | RuleAction::Unreachable | RuleAction::Prohibit
     );
-    let mut rule = Rule { priority: 0, table: u32::from(message.header.table), refuses };
+    let table = u32::from(message.header.table);
+    let mut rule = Rule { priority: 0, table, refuses, mark: None };
+    let (mut mark, mut mask) = (None, u32::MAX);
     for attribute in &message.attributes {
         match attribute {
             RuleAttribute::Priority(priority) => rule.priority = *priority,
             RuleAttribute::Table(table) => rule.table = *table,
+            RuleAttribute::FwMark(value) => mark = Some(*value),
+            RuleAttribute::FwMask(value) => mask = *value,
             _ => {}
         }
     }
+    rule.mark = mark.map(|mark| (mark, mask));
     Some(rule)
 }
 

@@ -32,7 +32,7 @@ use crate::{
 };
 
 /// By which its end on this host is known.
-const OWN_ALIAS: &str = "gossamer forwarding trial";
+pub const OWN_ALIAS: &str = "gossamer forwarding trial";
 /// Its interface inside.
 const INNER: &str = "eth0";
 

@@ -25,7 +25,7 @@ fn detail(status: &Value) -> &str {
 }
 
 /// Two hosts with a pod each, whose agents have seen packets pass.
-fn with_pods(cluster: &mut Cluster, spaces: &mut Vec<NetNs>) -> anyhow::Result<()> {
+pub fn with_pods(cluster: &mut Cluster, spaces: &mut Vec<NetNs>) -> anyhow::Result<()> {
     spaces.extend(namespaces(&["a", "b"])?);
     for (agent, name) in cluster.agents.iter_mut().zip(["a", "b"]) {
         Runtime::new(agent).add(name);
@@ -41,7 +41,7 @@ const CHAIN: &str = "nft add table inet wall && \
                      nft add chain inet wall f { type filter hook forward priority 0 ; }";
 
 /// Which ways are lost, what is named, and what closes them.
-const WALLS: [(&str, &str, &str); 11] = [
+const WALLS: [(&str, &str, &str); 12] = [
     (
         "(IPv4 out, IPv4 in)",
         "chain inet wall f (hook forward) ends in a rule that drops or rejects",
@@ -81,6 +81,14 @@ const WALLS: [(&str, &str, &str); 11] = [
         "chain inet wall proxy sends packets to other addresses (redirect or DNAT)",
         "nft add chain inet wall proxy { type nat hook prerouting priority dstnat ; } && \
          nft add rule inet wall proxy meta l4proto tcp redirect to :7892",
+    ),
+    (
+        "(IPv4 TCP out, IPv4 TCP in)",
+        "packets with mark 0x100/0x3f00 leave by eth0, because ip rule 2001 (fwmark 0x100/0x3f00)",
+        "nft add chain inet wall m { type filter hook prerouting priority mangle ; } && \
+         nft add rule inet wall m meta l4proto tcp meta mark set 0x100 && \
+         ip rule add fwmark 0x100/0x3f00 lookup 101 pref 2001 && \
+         ip route add default via 10.99.0.1 dev eth0 table 101",
     ),
     (
         "(IPv4 UDP out, IPv4 UDP in)",

@@ -37,6 +37,7 @@ mod modes;
 mod netavark;
 mod offload;
 mod overlap;
+mod own_rules;
 mod package;
 mod paths;
 mod podman;

@@ -14,11 +14,13 @@ use crate::{
     agent::legacy,
     dataplane::{
         forwarding::{Direction, Way},
-        kernel::{ClosedPort, FirewallTable, open_port},
+        kernel::{ClosedPort, FirewallTable, open_port, trace::Trace},
+        silence::Culprit,
     },
     netlink::{
         Netlink,
         link::Link,
+        route::Query,
         xfrm::{self, Policy},
     },
 };
@@ -38,16 +40,21 @@ const LEGACY: [(&str, &str); 2] = [
 pub struct Reasons {
     /// What is in the way of forwarded packets, or where to look for it.
     pub rules: Vec<String>,
+    /// What is in the way is so before it is known whether a packet is for a pod or for this host itself.
+    pub takes_all: bool,
     /// Sentences about pods that do not find their gateway, by whether it is the IPv4 one.
     pub gateway: BTreeMap<bool, String>,
     /// What shows packets between pods to those rules, by whether it is about IPv4.
     bridged: BTreeMap<bool, String>,
     /// What translates the source of pods' packets, by whether it is about IPv4.
     translating: BTreeMap<bool, String>,
+    /// What drops this host's word that a packet was too large, by whether it is about IPv4.
+    silencing: BTreeMap<bool, Culprit>,
 }
 
 impl Reasons {
-    pub fn read(
+    pub fn read_again(
+        &self,
         netlink: &mut Netlink,
         setting: &Setting,
         port: Option<u32>,
@@ -55,17 +62,21 @@ impl Reasons {
         translated: &BTreeMap<bool, IpAddr>,
     ) -> Self {
         let mut reasons = Self::default();
+        reasons.silencing.clone_from(&self.silencing);
         for ipv4 in translated.keys() {
             reasons.translating.insert(*ipv4, translating(setting, *ipv4));
         }
         for Way { direction, ipv4 } in closed {
+            if *direction == Direction::TooLarge {
+                continue;
+            }
             if *direction == Direction::Gateway {
                 let sentence = gateway::sentence(netlink, setting, *ipv4);
                 reasons.gateway.extend(sentence.map(|sentence| (*ipv4, sentence)));
                 continue;
             }
             if reasons.rules.is_empty() {
-                reasons.rules = rules(netlink, setting, port);
+                (reasons.rules, reasons.takes_all) = rules(netlink, setting, port);
             }
             if direction.is_between() {
                 reasons.bridged.insert(*ipv4, bridged(setting, *ipv4));
@@ -81,7 +92,9 @@ impl Reasons {
         };
         self.gateway.retain(|ipv4, _| is_closed(|way| way == Direction::Gateway, *ipv4));
         self.bridged.retain(|ipv4, _| is_closed(Direction::is_between, *ipv4));
-        if closed.iter().all(|way| way.direction == Direction::Gateway) {
+        self.silencing.retain(|ipv4, _| is_closed(|way| way == Direction::TooLarge, *ipv4));
+        let needs_rules = |way: &Way| way.direction.is_through() || way.direction.is_between();
+        if !closed.iter().any(needs_rules) {
             self.rules.clear();
         }
     }
@@ -92,6 +105,7 @@ impl Reasons {
             Direction::Gateway => self.gateway.contains_key(&way.ipv4),
             Direction::Between(_) => self.bridged.contains_key(&way.ipv4),
             Direction::Out(_) | Direction::In(_) => !self.rules.is_empty(),
+            Direction::TooLarge => true,
         };
         closed.iter().all(is_known)
             && translated.keys().all(|ipv4| self.translating.contains_key(ipv4))
@@ -111,6 +125,68 @@ impl Reasons {
         })
     }
 
+    /// Has the kernel tell what it does with this host's errors to the trial's pod, where they do not arrive.
+    pub fn trace_errors(&self, setting: &Setting, closed: &[Way]) -> Option<Trace> {
+        let is_lost = |ip: &IpAddr| {
+            let way = Way { direction: Direction::TooLarge, ipv4: ip.is_ipv4() };
+            closed.contains(&way) && !self.silencing.contains_key(&way.ipv4)
+        };
+        let shape = setting.shape.as_ref()?;
+        let pods: Vec<IpAddr> = shape.addresses.iter().filter(is_lost).collect();
+        let begun = (!pods.is_empty()).then(|| Trace::of_errors(&setting.device_name, &pods))?;
+        begun.inspect_err(|error| tracing::debug!(%error, "no errors are traced")).ok()
+    }
+
+    /// Takes note of what was told.
+    pub fn note_errors(&mut self, setting: &Setting, trace: &mut Trace) {
+        if let Err(error) = trace.read() {
+            tracing::debug!(%error, "no errors were traced");
+        }
+        for pod in setting.shape.iter().flat_map(|shape| shape.addresses.iter()) {
+            if let Some(by) = trace.told().dropped_to(pod) {
+                self.silencing.insert(pod.is_ipv4(), by);
+            }
+        }
+    }
+
+    /// Sentences about pods that do not hear that their packets are too large.
+    pub fn too_large(&self, closed: &[Way]) -> impl Iterator<Item = String> {
+        let ways = closed.iter().filter(|way| way.direction == Direction::TooLarge);
+        ways.map(|Way { ipv4, .. }| {
+            let (said, kind) = match ipv4 {
+                true => ("fragmentation needed", "destination-unreachable"),
+                false => ("packet too big", "packet-too-big"),
+            };
+            let (program, icmp) = (format!("{}tables", family(*ipv4)), protocol(*ipv4));
+            let why = match self.silencing.get(ipv4) {
+                Some(Culprit { chain, handle, .. }) => {
+                    let by = match handle {
+                        Some(handle) => format!(
+                            "a rule of chain {chain} (handle {handle}: nft -a list chain {chain})"
+                        ),
+                        None => format!("the policy of chain {chain}"),
+                    };
+                    let fix = match chain.as_str() {
+                        "ip filter OUTPUT" | "ip6 filter OUTPUT" => {
+                            format!("{program} -I OUTPUT -p {icmp} --{icmp}-type {kind} -j ACCEPT")
+                        }
+                        _ => format!("nft insert rule {chain} {icmp} type {kind} accept"),
+                    };
+                    format!("{by} drops it: {fix}")
+                }
+                None => format!(
+                    "no rule of nftables was seen to drop it; look at {program}-legacy -S OUTPUT and bpftool \
+                     net"
+                ),
+            };
+            format!(
+                "pods do not hear that a packet is too large for the tunnel (IPv{}), so connections of pods \
+                 with a larger MTU hang: this host's ICMP message \"{said}\" does not reach them; {why}",
+                if *ipv4 { 4 } else { 6 }
+            )
+        })
+    }
+
     /// Sentences about packets that do not pass between pods of this host.
     pub fn between(&self) -> impl Iterator<Item = String> {
         self.bridged.iter().map(|(ipv4, bridged)| {
@@ -121,6 +197,14 @@ impl Reasons {
             )
         })
     }
+}
+
+const fn family(ipv4: bool) -> &'static str {
+    if ipv4 { "ip" } else { "ip6" }
+}
+
+const fn protocol(ipv4: bool) -> &'static str {
+    if ipv4 { "icmp" } else { "icmpv6" }
 }
 
 /// Whether packets between ports of the bridge go through the rules for forwarded packets: with IPv4, and
@@ -213,11 +297,15 @@ fn translating(setting: &Setting, ipv4: bool) -> String {
     causes.join("; ")
 }
 
-fn rules(netlink: &mut Netlink, setting: &Setting, port: Option<u32>) -> Vec<String> {
+/// The second says whether one of them sees packets before their way is looked up.
+fn rules(netlink: &mut Netlink, setting: &Setting, port: Option<u32>) -> (Vec<String>, bool) {
     let networks: Vec<IpNet> = setting.networks.iter().collect();
-    let mut reasons = Vec::new();
+    let mut reasons: Vec<String> = Vec::new();
+    reasons.extend(networks.iter().flat_map(|network| marks(netlink, setting, *network)));
+    let mut takes_all = false;
     match FirewallTable::open().and_then(|mut table| table.foreign_chains(&networks)) {
         Ok(chains) => reasons.extend(chains.suspects().iter().map(|chain| {
+            takes_all |= ["prerouting", "ingress"].contains(&chain.hook);
             let is_ipv6 = chain.chain.starts_with("ip6 ");
             let network = networks.iter().find(|network| network.addr().is_ipv6() == is_ipv6);
             let network = network.or(networks.first());
@@ -251,7 +339,55 @@ fn rules(netlink: &mut Netlink, setting: &Setting, port: Option<u32>) -> Vec<Str
             setting.device_name
         ));
     }
-    reasons
+    (reasons, takes_all)
+}
+
+/// Policy rules that lead packets with some mark elsewhere: the kernel is asked for the way of such packets.
+fn marks(netlink: &mut Netlink, setting: &Setting, network: IpNet) -> Vec<String> {
+    let ipv4 = network.addr().is_ipv4();
+    let of_family = |ip: &IpAddr| ip.is_ipv4() == ipv4;
+    let vteps = setting.peers.iter().filter(|peer| peer.tunnelled).flat_map(|peer| &peer.vteps);
+    let pod = setting.shape.iter().flat_map(|shape| shape.addresses.iter()).find(of_family);
+    let (Some(peer), Some(pod)) = (vteps.copied().find(of_family), pod) else { return Vec::new() };
+    let Some(bridge) = index_of_bridge(netlink, setting) else { return Vec::new() };
+    let links = netlink.links().unwrap_or_default();
+    let rules = netlink.rules(ipv4).unwrap_or_default();
+    let ways = [(pod, peer, bridge, setting.device), (peer, pod, setting.device, bridge)];
+    let mut sentences = Vec::new();
+    for rule in rules {
+        let Some((mark, mask)) = rule.mark.filter(|(mark, _)| *mark != 0) else { continue };
+        let mut elsewhere =
+            ways.iter().filter_map(|(from, to, input, wanted)| {
+                let query = Query { mark: Some(mark), ..Query::forwarded(*from, *to, *input) };
+                match netlink.route(&query) {
+                    Ok(found) if found.link == *wanted => None,
+                    Ok(found) => {
+                        let link = links.iter().find(|link| link.index == found.link);
+                        Some(link.map_or("find no way".to_owned(), |link| {
+                            format!("leave by {}", link.name)
+                        }))
+                    }
+                    Err(error) => Some(format!("find no way ({error})")),
+                }
+            });
+        let Some(elsewhere) = elsewhere.next() else { continue };
+        let (family, mask) = (if ipv4 { "ip" } else { "ip -6" }, shown_mask(mask));
+        sentences.push(format!(
+            "packets with mark {mark:#x}{mask} {elsewhere}, because {family} rule {} (fwmark \
+             {mark:#x}{mask}) leads them to table {}, and some rule gives pods' packets that mark (nft \
+             list ruleset, {}tables -t mangle -S): let the overlay come first: {family} rule add to \
+             {network} lookup main priority {}",
+            rule.priority,
+            rule.table,
+            if ipv4 { "ip" } else { "ip6" },
+            rule.priority.saturating_sub(1)
+        ));
+    }
+    sentences
+}
+
+fn shown_mask(mask: u32) -> String {
+    if mask == u32::MAX { String::new() } else { format!("/{mask:#x}") }
 }
 
 /// Chains that send packets to another address, and how to exempt the overlay.

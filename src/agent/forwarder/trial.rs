@@ -20,7 +20,7 @@ use crate::{
         },
         paths::FLOWS,
     },
-    icmp::{Asker, Family, SMALL, What},
+    icmp::{Asker, Family, SMALL, What, never_fragment},
     model::Addresses,
     pods::standin::{Shape, StandIn},
 };
@@ -31,6 +31,11 @@ const PATIENCE: Duration = Duration::from_secs(1);
 const ASKED: usize = 3;
 /// More than any packet of a trial has.
 const LONGEST: usize = 128;
+/// By so many bytes the pod's own MTU exceeds that of the tunnel.
+pub const EXCESS: u32 = 64;
+/// No interface carries more.
+pub const LARGEST: u32 = 65_535;
+const EMSGSIZE: i32 = 90;
 
 /// Those of the pod, and those of this host.
 pub struct Sockets(Vec<FamilySockets>);
@@ -51,6 +56,8 @@ struct PodSockets {
     port: u16,
     /// All segments of TCP that come to the pod, and those that are written as they are.
     segments: Socket,
+    /// Sends what is too large for the tunnel, and hears of it.
+    large: UdpSocket,
 }
 
 pub struct Trial<'a> {
@@ -82,6 +89,9 @@ struct Check<'a> {
     beside: Vec<Probe>,
     /// A peer has answered this host itself.
     answered: bool,
+    /// A peer with a tunnel, to which a packet is sent that does not fit into it; and whether that was told.
+    too_large: Option<(IpAddr, u32)>,
+    told: bool,
     /// What was seen on the device, and at the pods.
     left: BTreeSet<Transport>,
     come: BTreeSet<Transport>,
@@ -117,13 +127,16 @@ impl PodSockets {
                 IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
                 IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
             };
+            let large = UdpSocket::bind((any, 0))?;
+            large.set_nonblocking(true)?;
+            never_fragment(&large)?;
             let datagrams = UdpSocket::bind((any, 0))?;
             let port = datagrams.local_addr()?.port();
             let datagrams = Socket::from(datagrams);
             for socket in [&datagrams, &segments] {
                 socket.set_nonblocking(true)?;
             }
-            Ok(Self { address, datagrams, port, segments })
+            Ok(Self { address, datagrams, port, segments, large })
         })
     }
 
@@ -139,6 +152,22 @@ impl PodSockets {
                 self.segments.send_to(&probe.segment(), &to.into())
             }
         };
+    }
+
+    /// What cannot be sent is not told of.
+    fn send_too_large(&self, to: IpAddr, size: u32) {
+        // What the last trial left is of no interest.
+        let _ = self.large.take_error();
+        let payload = size.saturating_sub(Family::of(to).headers()) as usize;
+        if self.large.connect((to, UNUSED_OUT)).is_ok() {
+            let _ = self.large.send(&vec![0; payload]);
+        }
+    }
+
+    /// Whether this host has told that it was too large.
+    fn hears_too_large(&self) -> bool {
+        let error = self.large.take_error().ok().flatten();
+        error.is_some_and(|error| error.raw_os_error() == Some(EMSGSIZE))
     }
 
     /// Which of these have arrived.
@@ -241,6 +270,8 @@ impl Trial<'_> {
             let fresh = u16::from_ne_bytes([a, b]) | 0x8000;
             let probe =
                 |transport, from, to, ports, nonce| Probe { transport, from, to, ports, nonce };
+            // Of a pod's packet that does not fit.
+            let carried = self.setting.carried + EXCESS / 2;
             let through = chosen.iter().find(|(peer, _)| peer.tunnelled);
             let incoming = through.into_iter().flat_map(|(peer, vtep)| {
                 let ports = [[UNUSED, pod.port], [fresh, UNUSED]];
@@ -271,6 +302,8 @@ impl Trial<'_> {
                 outgoing: outgoing.collect(),
                 beside: beside.collect(),
                 answered: false,
+                too_large: through.filter(|_| carried < LARGEST).map(|(_, vtep)| (*vtep, carried)),
+                told: false,
                 left: BTreeSet::new(),
                 come: BTreeSet::new(),
                 arrived: BTreeSet::new(),
@@ -308,13 +341,16 @@ impl Check<'_> {
             let _ = home.send_to(&packet, &SocketAddr::new(*to, 0).into());
         }
         self.outgoing.iter().chain(&self.beside).for_each(|probe| pod.send(probe));
+        if let Some((to, size)) = self.too_large {
+            pod.send_too_large(to, size);
+        }
     }
 
     fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         let FamilySockets { pod, home, mate, .. } = self.sockets;
         let pods = [pod].into_iter().chain(mate);
         let inside = pods.flat_map(|pod| [pod.datagrams.as_fd(), pod.segments.as_fd()]);
-        inside.chain([home.as_fd()])
+        inside.chain([pod.large.as_fd(), home.as_fd()])
     }
 
     fn hear(&mut self) {
@@ -322,6 +358,7 @@ impl Check<'_> {
         while let Ok(heard) = family.receive(home, self.asker) {
             self.answered |= heard.is_some_and(|heard| matches!(heard.what, What::Answer(_)));
         }
+        self.told |= pod.hears_too_large();
         pod.hear(self.incoming.iter().map(|packet| &packet.probe), &mut self.arrived);
         if let Some(mate) = mate {
             mate.hear(self.beside.iter(), &mut self.arrived_beside);
@@ -348,7 +385,8 @@ impl Check<'_> {
 
     fn is_done(&self) -> bool {
         let all = |seen: &BTreeSet<Transport>| seen.len() == Transport::ALL.len();
-        (self.outgoing.is_empty() || all(&self.left))
+        (self.too_large.is_none() || self.told)
+            && (self.outgoing.is_empty() || all(&self.left))
             && (self.incoming.is_empty() || all(&self.arrived))
             && (self.beside.is_empty() || all(&self.arrived_beside))
     }
@@ -357,6 +395,14 @@ impl Check<'_> {
         let ipv4 = self.sockets.pod.address.is_ipv4();
         let mut seen = Vec::new();
         let mut note = |direction, verdict| seen.push((Way { direction, ipv4 }, verdict));
+        if self.too_large.is_some() {
+            let told = match (self.told, self.left.contains(&Transport::Udp)) {
+                (true, _) => Seen::Passed,
+                (false, true) => Seen::Lost,
+                (false, false) => Seen::Unclear,
+            };
+            note(Direction::TooLarge, told);
+        }
         for transport in Transport::ALL {
             if !self.outgoing.is_empty() {
                 // A peer that does not answer this host either may be gone, or answer no echoes.

@@ -115,6 +115,25 @@ impl Trace {
         Ok(Self { nftables, traces, table, told })
     }
 
+    /// Traces what this host says by ICMP of packets from these addresses: that they are unreachable, or too
+    /// large. `name` is that of our device.
+    pub fn of_errors(name: &str, addresses: &[IpAddr]) -> io::Result<Self> {
+        let mut nftables = Nftables::open()?;
+        let traces = Traces::open()?;
+        let table = format!("{name}-errors");
+        let chain = base_chain(&table, "to", "filter", OUTPUT, EARLY);
+        let mut steps = vec![create(Kind::NewChain, chain)];
+        for address in addresses.iter().take(ADDRESSES) {
+            let (icmp, kind) = if address.is_ipv4() { (1, 3) } else { (58, 2) };
+            let rule = Rule::new().family_of(*address).transport(icmp);
+            let rule = rule.holds(Base::Transport, 0, &[kind]);
+            let rule = rule.address(Field::Destination, IpNet::from(*address), true);
+            steps.push(append(&table, "to", &rule.limit(PER_SECOND).trace()));
+        }
+        set_up(&mut nftables, INET, &table, steps)?;
+        Ok(Self { nftables, traces, table, told: Told::default() })
+    }
+
     /// Takes note of what has been told since.
     pub fn read(&mut self) -> io::Result<()> {
         let Self { traces, told, .. } = self;
@@ -148,10 +167,14 @@ impl Told {
     pub fn dropped(&self, local: IpAddr, peer: IpAddr) -> [Option<Culprit>; 2] {
         let mut dropped = [None, None];
         // Under whatever address of this host.
-        dropped[OUT] =
-            self.dropped.iter().find(|((_, to), _)| *to == peer).map(|(_, by)| by.clone());
+        dropped[OUT] = self.dropped_to(peer);
         dropped[IN] = self.dropped.get(&(peer, local)).cloned();
         dropped
+    }
+
+    /// What drops packets of this host to an address, whatever their source.
+    pub fn dropped_to(&self, to: IpAddr) -> Option<Culprit> {
+        self.dropped.iter().find(|((_, end), _)| *end == to).map(|(_, by)| by.clone())
     }
 
     /// The chain that changes the source of packets to a host.

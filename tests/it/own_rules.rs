@@ -1,0 +1,74 @@
+//! What a host's own rules do to packets that come out of the tunnel, and to what it says of packets.
+
+use gossamer::lab::Host;
+
+use crate::{
+    common::{Cluster, PATIENCE, client, has_problem, isolated, status_where, tool, wait_until},
+    forwarding::with_pods,
+};
+
+fn all(host: &Host, commands: &[&str]) {
+    commands.iter().for_each(|command| _ = tool(&host.netns, command));
+}
+
+#[test]
+fn host_whose_own_rules_drop_what_comes_out_of_the_tunnel_blames_no_network() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let mut spaces = Vec::new();
+        with_pods(&mut cluster, &mut spaces)?;
+        // As recipes against forged sources have it.
+        all(
+            &cluster.hosts[1],
+            &[
+                "nft add table ip bogons",
+                "nft add chain ip bogons pre { type filter hook prerouting priority raw ; }",
+                "nft add rule ip bogons pre iifname gossamer.1 ip saddr 10.0.0.0/8 drop",
+            ],
+        );
+        let agent = &mut cluster.agents[1];
+        let status = status_where(agent, |status| {
+            let is_lost = status["paths"][0]["state"] != "ok";
+            is_lost
+                && status["problems"]
+                    .to_string()
+                    .contains("does not forward packets of pods (IPv4 in)")
+        });
+        assert!(!status["problems"].to_string().contains("UDP 8472"), "{status:#}");
+        let doctor = String::from_utf8(client(agent, &["doctor"]).stdout)?;
+        assert!(doctor.contains("skipped   paths          0 of 1 ok"), "{doctor}");
+        Ok(())
+    });
+}
+
+/// As hardened hosts have it, against scans.
+#[test]
+fn rule_that_keeps_pods_from_hearing_that_packets_are_too_large_is_named() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let mut spaces = Vec::new();
+        with_pods(&mut cluster, &mut spaces)?;
+        let (host, agent) = (&cluster.hosts[1], &mut cluster.agents[1]);
+        status_where(agent, |status| status["kernel"].to_string().contains("IPv4 size errors"));
+        all(
+            host,
+            &[
+                "nft add table ip quiet",
+                "nft add chain ip quiet out { type filter hook output priority 0 ; }",
+                "nft add rule ip quiet out icmp type destination-unreachable drop",
+            ],
+        );
+        let fix = "nft insert rule ip quiet out icmp type destination-unreachable accept";
+        let said = "pods do not hear that a packet is too large for the tunnel (IPv4)";
+        wait_until("it is not named", PATIENCE, || {
+            [said, "a rule of chain ip quiet out (handle ", fix]
+                .iter()
+                .all(|words| has_problem(agent, words))
+        });
+        let doctor = String::from_utf8(client(agent, &["doctor"]).stdout)?;
+        assert!(doctor.contains("PROBLEM   forwarding     pods do not hear"), "{doctor}");
+        tool(&host.netns, fix);
+        status_where(agent, |status| status["problems"] == serde_json::json!([]));
+        Ok(())
+    });
+}
