@@ -17,7 +17,7 @@ use regex_lite::Regex;
 
 use crate::{
     dataplane::{demand::Program, desired::Mode, firewall::Policy},
-    docker,
+    docker, files,
     model::{
         ClusterSettings, NodeName, Pool, PoolSpec, Quorum, QuorumError, SettingsWish,
         check_interface_name,
@@ -124,7 +124,7 @@ pub fn read_token_file(path: &Path) -> Result<Token, ConfigError> {
     if meta.permissions().mode() & 0o077 != 0 {
         return Err(bad(field, "others may read it: run chmod 600 on it"));
     }
-    let text = fs::read_to_string(path).map_err(|error| bad(field.clone(), error))?;
+    let text = files::read_text(path, files::SMALL).map_err(|error| bad(field.clone(), error))?;
     parse_token(&field, &text)
 }
 

@@ -53,6 +53,8 @@ pub mod docker;
 #[cfg(feature = "agent")]
 pub mod doctor;
 #[cfg(feature = "agent")]
+mod files;
+#[cfg(feature = "agent")]
 pub mod icmp;
 #[cfg(feature = "agent")]
 pub mod lab;

@@ -11,6 +11,7 @@ use std::{
 
 use crate::{
     dataplane::fight::{Begun, Fights, Kind},
+    files,
     model::Time,
 };
 
@@ -181,7 +182,7 @@ fn comms(root: &Path) -> BTreeSet<String> {
 /// See sd-network(3); "unmanaged" is what it should be.
 fn is_managed(root: &Path, index: u32) -> bool {
     let path = root.join(format!("run/systemd/netif/links/{index}"));
-    let state = fs::read_to_string(path).unwrap_or_default();
+    let state = files::read_text(&path, files::SMALL).unwrap_or_default();
     let state = state.lines().find_map(|line| line.strip_prefix("ADMIN_STATE="));
     state.is_some_and(|state| state != "unmanaged" && state != "pending")
 }

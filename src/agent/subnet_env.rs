@@ -1,8 +1,9 @@
 //! `subnet.env`, flannel's file to the letter: how other programs learn this host's subnet.
 
-use std::{fs, io, path::Path};
+use std::{io, path::Path};
 
 use crate::{
+    files,
     model::Subnets,
     pods::gateway,
     store::{PUBLIC, replace},
@@ -17,7 +18,7 @@ pub fn write(
     masquerade: bool,
 ) -> io::Result<()> {
     let text = contents(networks, subnets, mtu, masquerade);
-    if fs::read_to_string(path).is_ok_and(|present| present == text) {
+    if files::read_text(path, files::SMALL).is_ok_and(|present| present == text) {
         return Ok(());
     }
     replace(path, &text, PUBLIC)
@@ -37,6 +38,8 @@ fn contents(networks: Subnets, subnets: Subnets, mtu: u32, masquerade: bool) -> 
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]

@@ -15,6 +15,7 @@ use serde_json::Value;
 use super::fail;
 use crate::{
     cni::LOOPBACK,
+    files,
     store::{PUBLIC, replace},
 };
 
@@ -73,11 +74,15 @@ fn install(args: &InstallArgs) -> anyhow::Result<Vec<String>> {
     let program = std::env::current_exe().context("the path of this program")?;
     let plugin = args.bin_dir.join(PLUGIN_NAME);
     let conflist = args.conf_dir.join(CONFLIST_NAME);
-    let present = fs::read_to_string(&conflist).ok();
+    let present = files::read_text(&conflist, files::SMALL);
     let (whole, without_portmap) = (CONFLIST.to_owned(), without_portmap(CONFLIST)?);
     let earlier = CONFLIST.replace(CAPABILITIES, EARLIER_CAPABILITIES);
     let ours = [&whole, &without_portmap, &earlier, &self::without_portmap(&earlier)?];
-    let was_changed = present.is_some_and(|present| !ours.contains(&&present));
+    let was_changed = match present {
+        Ok(present) => !ours.contains(&&present),
+        // What cannot be read is not what was written here.
+        Err(error) => error.kind() != io::ErrorKind::NotFound,
+    };
     let mut done = Vec::new();
     // Installed there it needs no link.
     if program != plugin {

@@ -1,14 +1,14 @@
 //! `gossamer docker-opts`: what dockerd is to be started with so that its own bridge gives containers
 //! addresses of this node's subnet, as flannel's `mk-docker-opts.sh` does.
 
-use std::{fs, path::PathBuf, process::ExitCode};
+use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::{Context as _, anyhow};
 use clap::Args;
 use serde_json::{Map, Value};
 
 use super::fail;
-use crate::config::Instance;
+use crate::{config::Instance, files};
 
 #[derive(Debug, Args)]
 pub struct DockerOptsArgs {
@@ -42,7 +42,7 @@ pub fn run(args: &DockerOptsArgs) -> ExitCode {
 
 fn options(args: &DockerOptsArgs) -> anyhow::Result<Map<String, Value>> {
     let path = args.subnet_file.clone().unwrap_or_else(|| args.instance.subnet_file());
-    let text = fs::read_to_string(&path)
+    let text = files::read_text(&path, files::SMALL)
         .with_context(|| format!("{}: does the agent run?", path.display()))?;
     let field = |name: &str| {
         let mut fields = text.lines().filter_map(|line| line.split_once('='));

@@ -6,9 +6,9 @@
 //! back the addresses of pods that are gone by itself.
 
 use std::{
-    fs::{self, DirBuilder, File, OpenOptions},
-    io::{self, Read as _},
-    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _},
+    fs::{self, DirBuilder},
+    io,
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _},
     path::{Path, PathBuf},
 };
 
@@ -20,6 +20,7 @@ use sha2::{Digest as _, Sha256};
 use super::request::INPUT_MAX;
 use crate::{
     api::AttachmentName,
+    files,
     store::{PRIVATE, replace},
 };
 
@@ -133,13 +134,7 @@ impl Spool {
 }
 
 fn read(path: &Path) -> io::Result<Note> {
-    let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
-    let file: File = OpenOptions::new().read(true).custom_flags(flags.bits()).open(path)?;
-    if !file.metadata()?.is_file() {
-        return Err(io::Error::other("it is no file"));
-    }
-    let mut text = Vec::new();
-    file.take(INPUT_MAX).read_to_end(&mut text)?;
+    let text = files::read_bytes(files::open(path, OFlag::O_NOFOLLOW)?, INPUT_MAX)?;
     let note: Note = serde_json::from_slice(&text)?;
     match path.file_name().is_some_and(|name| *name == *note.file_name()) {
         true => Ok(note),

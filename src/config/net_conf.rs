@@ -3,17 +3,20 @@
 //! Keys and their meaning are flannel's (`pkg/subnet/config.go`); what gossamer cannot do is refused by
 //! name rather than ignored.
 
-use std::{fs, path::Path};
+use std::path::Path;
 
 use serde_json::{Map, Value};
 
 use super::{ConfigError, Settings, bad};
-use crate::dataplane::desired::{Mode, overhead};
+use crate::{
+    dataplane::desired::{Mode, overhead},
+    files,
+};
 
 /// Reads the file into the settings that it stands for.
 pub(super) fn read(path: &Path) -> Result<Settings, ConfigError> {
     let field = format!("net_config {}", path.display());
-    let text = fs::read_to_string(path).map_err(|e| bad(field.clone(), e))?;
+    let text = files::read_text(path, files::SMALL).map_err(|e| bad(field.clone(), e))?;
     parse(&text).map_err(|problem| bad(field, problem))
 }
 

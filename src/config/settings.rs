@@ -1,7 +1,6 @@
 //! What can be set, and how flags, environment and files are put together. Nothing is checked here.
 
 use std::{
-    fs,
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
 };
@@ -12,7 +11,7 @@ use serde::Deserialize;
 use super::{ConfigError, bad, net_conf};
 use crate::{
     dataplane::{demand::Program, desired::Mode},
-    docker,
+    docker, files,
 };
 
 /// Everything that can be set, as it was written. Nothing here is checked yet.
@@ -197,7 +196,7 @@ impl Settings {
 
     fn from_toml(path: &Path) -> Result<Self, ConfigError> {
         let field = || format!("config {}", path.display());
-        let text = fs::read_to_string(path).map_err(|e| bad(field(), e))?;
+        let text = files::read_text(path, files::SMALL).map_err(|e| bad(field(), e))?;
         toml::from_str(&text).map_err(|e| bad(field(), e.to_string().trim_end()))
     }
 

@@ -13,6 +13,7 @@ use regex_lite::Regex;
 use serde_json::Value;
 
 use super::{Finding, Patient};
+use crate::files;
 
 /// What is asked of the host; a program that is not there is left out.
 const COMMANDS: [(&str, &str); 12] = [
@@ -76,11 +77,11 @@ fn pack(
         add("events.json", &pretty(&agent.events))?;
     }
     for path in MEMBERS {
-        if let Ok(text) = fs::read_to_string(path) {
+        if let Ok(text) = files::read_text(Path::new(path), files::SMALL) {
             add(&path.trim_start_matches('/').replace('/', "-"), &text)?;
         }
     }
-    if let Some(text) = config.and_then(|path| fs::read_to_string(path).ok()) {
+    if let Some(text) = config.and_then(|path| files::read_text(path, files::SMALL).ok()) {
         add("config.toml", &text)?;
     }
     for (name, command) in COMMANDS {

@@ -18,7 +18,10 @@ use super::{
     Essentials, History, StoreError, history,
     replace::{PRIVATE, replace},
 };
-use crate::wire::{Keyring, Token};
+use crate::{
+    files,
+    wire::{Keyring, Token},
+};
 
 const KEY: &str = "node.key";
 const TOKEN: &str = "token";
@@ -136,7 +139,8 @@ impl StateDir {
     /// Whether the host has not been started again since [`Self::note_boot`]; true if that is not known, as
     /// with a file that is damaged.
     pub fn is_same_boot(&self) -> bool {
-        let noted = fs::read_to_string(self.path.join(BOOT)).ok().filter(|noted| is_boot_id(noted));
+        let noted = files::read_text(&self.path.join(BOOT), files::SMALL).ok();
+        let noted = noted.filter(|noted| is_boot_id(noted));
         let now = boot_id();
         noted.is_none_or(|noted| now.is_none_or(|now| now == noted))
     }
@@ -224,7 +228,7 @@ pub fn read_token(state_dir: &Path) -> Result<Option<Token>, StoreError> {
 }
 
 fn read_if_there(path: &Path) -> Result<Option<String>, StoreError> {
-    match fs::read_to_string(path) {
+    match files::read_text(path, files::SMALL) {
         Ok(text) => Ok(Some(text)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(StoreError::Directory { path: path.to_owned(), error }),

@@ -7,12 +7,14 @@
 //! A text file of lines `KEY VALUE`, the value in hexadecimal digits with the checksum of its record, and a
 //! last line with the number of records.
 
-use std::{collections::BTreeMap, fs, io, path::PathBuf};
+use std::{collections::BTreeMap, io, path::PathBuf};
 
 use data_encoding::HEXLOWER;
+use nix::fcntl::OFlag;
 
 use super::replace::{PRIVATE, replace};
 use crate::{
+    files,
     model::NodeId,
     wire::{Key, Record},
 };
@@ -37,11 +39,11 @@ impl Essentials {
     /// # Errors
     /// Fails if there is a file that cannot be read.
     pub fn read(&self) -> io::Result<Vec<(Key, Record)>> {
-        let bytes = match fs::metadata(&self.path) {
+        let read = files::open(&self.path, OFlag::empty())
+            .and_then(|file| files::read_bytes(file, MAX_BYTES));
+        let bytes = match read {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(error) => return Err(error),
-            Ok(metadata) if metadata.len() > MAX_BYTES => return Ok(Vec::new()),
-            Ok(_) => fs::read(&self.path)?,
+            read => read?,
         };
         let text = String::from_utf8_lossy(&bytes);
         let mut lines: Vec<&str> = text.lines().collect();
@@ -128,6 +130,8 @@ fn own_slots(me: NodeId, key: Key, value: &[u8]) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use crate::model::{Run, Slot, SlotRecord, SlotState};
 

@@ -12,11 +12,15 @@ use std::{
 
 use serde_json::Value;
 
+use crate::files;
+
 pub(super) const FILE: &str = "history";
 pub(super) const OLDER: &str = "history.1";
 
 /// A full file; together with the older one this holds at least 1,000 changes.
 const MAX_BYTES: u64 = 256 << 10;
+/// The last lines may have been written at once: those of a whole pool.
+const READ_MAX: u64 = 64 << 20;
 
 #[derive(Debug)]
 pub struct History {
@@ -47,7 +51,7 @@ impl History {
     pub fn read(&self) -> io::Result<Vec<Value>> {
         let mut lines = Vec::new();
         for name in [OLDER, FILE] {
-            match fs::read_to_string(self.directory.join(name)) {
+            match files::read_text(&self.directory.join(name), READ_MAX) {
                 // A line that a crash cut off is no line.
                 Ok(text) => lines.extend(text.lines().flat_map(serde_json::from_str)),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}

@@ -5,8 +5,10 @@ use std::{
     process::{Command, Stdio},
 };
 
-use crate::common::{Cluster, isolated, program, run, tool};
 use gossamer::lab::{Agent, Host, Lab};
+use nix::{sys::stat::Mode, unistd::mkfifo};
+
+use crate::common::{Cluster, PATIENCE, has_problem, isolated, program, run, tool, wait_until};
 
 /// Runs an agent that must end by itself with code 1, and checks what it said and left.
 fn refused(host: &Host, arguments: &[&str], words: &[&str]) -> anyhow::Result<()> {
@@ -59,15 +61,15 @@ fn joiners_that_do_not_belong() {
         let other = lab.host(10, "other")?;
         let secret = new_token();
         let mut founder = Agent::start(program(), &other, &["--init", "--token", &secret])?;
-        founder.wait_converged(1, crate::common::PATIENCE)?;
+        founder.wait_converged(1, PATIENCE)?;
         let theirs = crate::common::token_of(&mut founder)?;
         let third = lab.host(11, "third")?;
         let mut founder = Agent::start(program(), &third, &["--init", "--token", &secret])?;
-        founder.wait_converged(1, crate::common::PATIENCE)?;
+        founder.wait_converged(1, PATIENCE)?;
         let seed = third.ip.to_string();
         refused(&stranger, &["--join", &seed, "--token", &theirs], &["clusters never merge"])?;
 
-        let status = cluster.agents[0].ask("/v1/status", crate::common::PATIENCE)?;
+        let status = cluster.agents[0].ask("/v1/status", PATIENCE)?;
         assert_eq!(status["members"].as_array().map(Vec::len), Some(2), "no trace in the cluster");
         assert_eq!(status["slots"]["leased"], 2);
         Ok(())
@@ -127,13 +129,42 @@ fn hosts_where_something_is_in_the_way() {
         refused(&host, &with(&["--network", "10.42.0.0/30"]), &["too small"])?;
 
         let mut agent = cluster.start_agent(&host, &[])?;
-        agent.wait_converged(2, crate::common::PATIENCE)?;
+        agent.wait_converged(2, PATIENCE)?;
         let second = Agent::start(program(), &host, &join).and_then(|mut second| second.wait())?;
         assert_eq!(second.code(), Some(1));
         assert!(agent.log().contains("another gossamer"), "{}", agent.log());
-        agent.wait_converged(2, crate::common::PATIENCE)?;
-        let status = cluster.agents[0].ask("/v1/status", crate::common::PATIENCE)?;
+        agent.wait_converged(2, PATIENCE)?;
+        let status = cluster.agents[0].ask("/v1/status", PATIENCE)?;
         assert_eq!(status["slots"]["leased"], 2, "refused hosts hold no subnet");
+        Ok(())
+    });
+}
+
+#[test]
+fn a_pipe_or_a_device_in_the_place_of_a_file_is_refused_at_once() {
+    isolated(|lab| {
+        let host = lab.host(1, "n1")?;
+        let pipe = host.dir.join("pipe");
+        mkfifo(&pipe, Mode::S_IRUSR | Mode::S_IWUSR)?;
+        let pipe = pipe.to_str().expect("UTF-8");
+        for flag in ["--config", "--net-config", "--token-file"] {
+            refused(&host, &[flag, pipe], &[pipe, "no regular file"])?;
+        }
+        refused(&host, &["--config", "/dev/zero"], &["/dev/zero", "no regular file"])?;
+        let long = host.dir.join("long");
+        fs::write(&long, " ".repeat((1 << 20) + 1))?;
+        refused(&host, &["--config", long.to_str().expect("UTF-8")], &["longer than 1048576"])?;
+        // What Kubernetes writes may come right while the agent waits for it.
+        let waiting = ["--lease-source", "podcidr", "--token", &new_token(), "--pod-cidr-file"];
+        let given = host.dir.join("pod-cidr");
+        mkfifo(&given, Mode::S_IRUSR | Mode::S_IWUSR)?;
+        let named = given.to_str().expect("UTF-8");
+        let mut agent = Agent::start(program(), &host, &[&waiting[..], &[named]].concat())?;
+        let problem = "it is no regular file";
+        wait_until(problem, PATIENCE, || has_problem(&mut agent, problem));
+        fs::remove_file(&given)?;
+        fs::write(&given, "10.42.7.0/24\n")?;
+        agent.wait_converged(1, PATIENCE)?;
         Ok(())
     });
 }
@@ -143,13 +174,13 @@ fn a_vni_that_only_the_cluster_knows_is_given_back_when_it_is_taken() {
     isolated(|lab| {
         let first = lab.host(1, "n1")?;
         let mut founder = Agent::start(program(), &first, &["--init", "--vni", "42"])?;
-        founder.wait_converged(1, crate::common::PATIENCE)?;
+        founder.wait_converged(1, PATIENCE)?;
         let token = crate::common::token_of(&mut founder)?;
         let host = lab.host(2, "n2")?;
         tool(&host.netns, "ip link add other type vxlan id 42 dstport 8472 dev eth0");
         let seed = first.ip.to_string();
         refused(&host, &["--join", &seed, "--token", &token], &["VNI 42", "device other"])?;
-        let status = founder.wait_converged(1, crate::common::PATIENCE)?;
+        let status = founder.wait_converged(1, PATIENCE)?;
         assert_eq!(status["slots"]["leased"], 1, "the subnet was given back");
         Ok(())
     });

@@ -1,7 +1,7 @@
 //! Questions to the API server, with the pod's own service account. The account is read each time, for its
 //! token is replaced every hour.
 
-use std::{fs, net::IpAddr, path::Path, sync::Arc, time::Duration};
+use std::{net::IpAddr, path::Path, sync::Arc, time::Duration};
 
 use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper::{
@@ -20,6 +20,7 @@ use serde_json::Value;
 use tokio::net::TcpStream;
 
 use super::{Age, RETRY, Unknown, answer};
+use crate::files;
 
 /// Where Kubernetes puts what a pod needs to speak to it.
 const ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
@@ -99,7 +100,8 @@ impl Api {
         let port =
             port.parse().map_err(|_| format!("KUBERNETES_SERVICE_PORT {port:?}: no port"))?;
         let token = format!("{ACCOUNT}/token");
-        let token = fs::read_to_string(&token).map_err(|error| format!("{token}: {error}"))?;
+        let token = files::read_text(Path::new(&token), files::SMALL)
+            .map_err(|error| format!("{token}: {error}"))?;
         let tls = trusting(&Path::new(ACCOUNT).join("ca.crt"))?;
         Ok(Self { host, port, token: token.trim().to_owned(), tls: Arc::new(tls) })
     }
@@ -136,8 +138,8 @@ impl Api {
 fn trusting(path: &Path) -> Result<ClientConfig, String> {
     let shown = path.display();
     let mut roots = RootCertStore::empty();
-    let certificates = CertificateDer::pem_file_iter(path);
-    for certificate in certificates.map_err(|error| format!("{shown}: {error}"))? {
+    let text = files::read_text(path, files::SMALL).map_err(|error| format!("{shown}: {error}"))?;
+    for certificate in CertificateDer::pem_slice_iter(text.as_bytes()) {
         certificate
             .map_err(|error| error.to_string())
             .and_then(|certificate| roots.add(certificate).map_err(|error| error.to_string()))

@@ -11,7 +11,6 @@ mod api;
 mod inquiry;
 
 use std::{
-    fs,
     net::{IpAddr, SocketAddr},
     path::Path,
     time::Duration,
@@ -21,7 +20,7 @@ use ipnet::IpNet;
 
 pub(super) use self::inquiry::{Heard, Source};
 use super::{StartFailure, waiting::Waiting};
-use crate::{config::PodCidr, model::Pool, store::StateDir};
+use crate::{config::PodCidr, files, model::Pool, store::StateDir};
 
 /// Pause after a failure that names no other one.
 const RETRY: Duration = Duration::from_secs(2);
@@ -132,7 +131,7 @@ async fn others(source: &PodCidr, name: &str) -> Result<Vec<IpAddr>, String> {
 
 fn read_file(path: &Path) -> Result<Vec<IpNet>, String> {
     let field = format!("pod_cidr_file {}", path.display());
-    let text = fs::read_to_string(path).map_err(|error| format!("{field}: {error}"))?;
+    let text = files::read_text(path, files::SMALL).map_err(|error| format!("{field}: {error}"))?;
     let cidrs: Option<Vec<IpNet>> = text
         .split([',', ' ', '\n'])
         .filter(|word| !word.is_empty())
