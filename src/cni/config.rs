@@ -124,7 +124,7 @@ impl NetworkConfig {
         };
         let all = previous["ips"].as_array().map(Vec::as_slice).unwrap_or_default();
         let addresses = all.iter().filter(is_its).filter_map(|ip| ip["address"].as_str());
-        addresses.filter_map(|text| text.parse().map(|net: IpNet| net.addr()).ok()).collect()
+        addresses.filter_map(parse_address).collect()
     }
 
     /// What the runtime still knows, with GC: under the key of the specification, and under the one that
@@ -140,10 +140,10 @@ impl NetworkConfig {
         }
         let mut all = Vec::new();
         for key in keys {
-            let some: Vec<ValidAttachment> = self.get(&[key])?.unwrap_or_default();
-            let names = some.into_iter().map(|ValidAttachment { container, interface }| {
-                AttachmentName { container, interface }
-            });
+            let names =
+                self.list(&[key])?.into_iter().map(|ValidAttachment { container, interface }| {
+                    AttachmentName { container, interface }
+                });
             all.extend(names);
         }
         Ok(all)
@@ -164,15 +164,8 @@ impl NetworkConfig {
     }
 
     fn refuse_unsupported(&self) -> Result<(), CniError> {
-        let is_empty = |value: &Value| match value {
-            Value::Null => true,
-            Value::Array(list) => list.is_empty(),
-            Value::Object(map) => map.is_empty(),
-            Value::String(text) => text.is_empty(),
-            _ => false,
-        };
         for key in UNSUPPORTED {
-            match self.0["runtimeConfig"].get(key).filter(|value| !is_empty(value)) {
+            match self.0["runtimeConfig"].get(key).filter(|value| !asks_for_nothing(value)) {
                 None => {}
                 Some(value) => {
                     let why = format!(
@@ -191,16 +184,15 @@ impl NetworkConfig {
     fn addresses(&self, arguments: &BTreeMap<String, String>) -> Result<Vec<IpAddr>, CniError> {
         let mut found = Vec::new();
         let mut add = |place: &str, text: &str, code| {
-            let ip = text.parse::<IpNet>().map(|net| net.addr()).or_else(|_| text.parse());
-            let ip =
-                ip.map_err(|_| CniError::new(code, format!("{place}: {text:?} is no address")))?;
+            let ip = parse_address(text)
+                .ok_or_else(|| CniError::new(code, format!("{place}: {text:?} is no address")))?;
             if !found.contains(&ip) {
                 found.push(ip);
             }
             Ok::<(), CniError>(())
         };
         for path in [&["runtimeConfig", "ips"][..], &["args", "cni", "ips"]] {
-            let list: Vec<String> = self.get(path)?.unwrap_or_default();
+            let list: Vec<String> = self.list(path)?;
             list.iter().try_for_each(|text| add(&path.join("."), text, code::BAD_CONFIG))?;
         }
         let argument = arguments.get("IP").map(String::as_str).unwrap_or_default();
@@ -257,7 +249,7 @@ impl NetworkConfig {
                 _ => vec!["runtimeConfig", "dns", key],
             };
             for (key, name) in names {
-                let list: Vec<String> = self.get(&path(key))?.unwrap_or_default();
+                let list: Vec<String> = self.list(&path(key))?;
                 if !list.is_empty() {
                     dns.insert(name.to_owned(), json!(list));
                 }
@@ -268,6 +260,12 @@ impl NetworkConfig {
             }
         }
         Ok(Value::Object(dns))
+    }
+
+    /// The list at a path, without what is null in it.
+    fn list<T: DeserializeOwned>(&self, path: &[&str]) -> Result<Vec<T>, CniError> {
+        let all: Option<Vec<Option<T>>> = self.get(path)?;
+        Ok(all.unwrap_or_default().into_iter().flatten().collect())
     }
 
     /// What is at a path; none where nothing or null is.
@@ -287,5 +285,22 @@ impl NetworkConfig {
             };
         }
         Option::<T>::deserialize(value).map_err(|error| bad(path.len(), &error))
+    }
+}
+
+/// With or without a length.
+fn parse_address(text: &str) -> Option<IpAddr> {
+    text.parse::<IpNet>().map(|net| net.addr()).or_else(|_| text.parse()).ok()
+}
+
+/// A limit of 0 is none.
+fn asks_for_nothing(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::Bool(is_wanted) => !is_wanted,
+        Value::Number(number) => number.as_f64() == Some(0.0),
+        Value::String(text) => text.is_empty(),
+        Value::Array(list) => list.iter().all(asks_for_nothing),
+        Value::Object(map) => map.values().all(asks_for_nothing),
     }
 }

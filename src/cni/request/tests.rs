@@ -111,6 +111,93 @@ fn null_and_unknown_keys_are_as_good_as_none() {
     assert_eq!((read.addresses, read.mac, read.default_route), (vec![], None, true));
 }
 
+/// A configuration that has everything.
+fn whole() -> Value {
+    let mac = "02:00:00:00:00:09";
+    json!({
+        "cniVersion": "1.1.0", "name": "net", "type": "gossamer", "socket": "/run/a.sock",
+        "instance": "blue", "mac": mac, "isDefaultGateway": false, "ipMasq": true, "ipam": {},
+        "dns": {
+            "nameservers": ["10.0.0.1"], "domain": "a.test", "search": ["a.test"], "options": ["ndots:5"],
+        },
+        "capabilities": { "ips": true, "mac": true },
+        "runtimeConfig": {
+            "ips": ["10.42.7.9/24"], "mac": mac, "portMappings": [{ "hostPort": 80 }],
+            "bandwidth": { "ingressRate": 0, "egressRate": 0 }, "ipRanges": [[]],
+            "dns": { "servers": ["10.0.0.1"], "searches": ["a.test"], "options": ["ndots:5"] },
+        },
+        "args": { "cni": { "ips": ["10.42.7.9"], "mac": mac, "labels": [{ "key": "a" }] } },
+        "prevResult": {
+            "cniVersion": "1.1.0",
+            "interfaces": [{ "name": "eth0", "mac": mac, "mtu": 1450, "sandbox": "/run/netns/c1" }],
+            "ips": [{ "interface": 0, "address": "10.42.7.9/24", "gateway": "10.42.7.1" }],
+            "routes": [{ "dst": "0.0.0.0/0", "gw": "10.42.7.1" }],
+            "dns": { "nameservers": ["10.0.0.1"] },
+        },
+        "cni.dev/valid-attachments": [{ "containerID": "c1", "ifname": "eth0" }],
+        "cni.dev/attachments": [{ "containerID": "c2", "ifname": "eth0" }],
+    })
+}
+
+/// Every value in it, by a pointer of RFC 6901.
+fn pointers(value: &Value, at: &str, all: &mut Vec<String>) {
+    let mut each = |key: &str, value: &Value| {
+        let pointer = format!("{at}/{}", key.replace('/', "~1"));
+        all.push(pointer.clone());
+        pointers(value, &pointer, all);
+    };
+    match value {
+        Value::Array(list) => {
+            list.iter().enumerate().for_each(|(index, value)| each(&index.to_string(), value));
+        }
+        Value::Object(map) => map.iter().for_each(|(key, value)| each(key, value)),
+        _ => {}
+    }
+}
+
+#[test]
+fn null_in_any_place_and_unknown_keys_in_any_object_are_read_by_every_verb() {
+    let mut all = Vec::new();
+    pointers(&whole(), "", &mut all);
+    all.push(String::new());
+    assert!(all.len() > 60, "{all:?}");
+    let mut changed = Vec::new();
+    for pointer in &all {
+        let mut config = whole();
+        *config.pointer_mut(pointer).expect("a value") = Value::Null;
+        if !pointer.is_empty() {
+            changed.push((pointer.clone(), config));
+        }
+        let mut config = whole();
+        let place = config.pointer_mut(pointer).and_then(Value::as_object_mut);
+        // Whatever is asked for there is refused.
+        if let Some(place) = place.filter(|_| pointer != "/runtimeConfig/bandwidth") {
+            place.insert("somebody".to_owned(), json!({ "else": ["s", null] }));
+            changed.push((format!("{pointer}/somebody"), config));
+        }
+    }
+    for (pointer, config) in changed {
+        for verb in ["ADD", "DEL", "CHECK", "GC", "STATUS", "VERSION"] {
+            // A null version is the first, which has fewer verbs.
+            let is_old = pointer == "/cniVersion" && !["ADD", "DEL", "VERSION"].contains(&verb);
+            // What names no container would have it removed.
+            let is_name = ["/containerID", "/ifname"].iter().any(|key| pointer.ends_with(key));
+            let is_nameless = verb == "GC" && is_name;
+            let read = parse(&with("CNI_COMMAND", verb), &config.to_string())
+                .and_then(|request| request.socket().map(|_| ()).map_err(|error| (error, "")));
+            let code = read.map_err(|(error, _)| error.code);
+            let wanted = if is_old {
+                Err(1)
+            } else if is_nameless {
+                Err(7)
+            } else {
+                Ok(())
+            };
+            assert_eq!(code, wanted, "{verb} with {pointer}");
+        }
+    }
+}
+
 #[test]
 fn what_cannot_be_honoured_is_named_with_the_specifications_number() {
     for (arguments, more, code, words) in [
@@ -126,7 +213,12 @@ fn what_cannot_be_honoured_is_named_with_the_specifications_number() {
         ("", json!({ "runtimeConfig": [] }), 7, "runtimeConfig: it is no JSON object"),
         ("", json!({ "args": { "cni": "ips" } }), 7, "args.cni: it is no JSON object"),
         ("", json!({ "runtimeConfig": { "bandwidth": { "ingressRate": 8 } } }), 2, "ingressRate"),
-        ("", json!({ "runtimeConfig": { "ipRanges": [[{}]] } }), 2, "runtimeConfig.ipRanges"),
+        (
+            "",
+            json!({ "runtimeConfig": { "ipRanges": [[{ "subnet": "10.0.0.0/24" }]] } }),
+            2,
+            "runtimeConfig.ipRanges",
+        ),
         ("IP=x", json!({}), 4, "CNI_ARGS IP"),
         ("MAC=00:00:00:00:00:00", json!({}), 4, "CNI_ARGS MAC"),
         (
@@ -198,14 +290,20 @@ fn addresses_of_an_earlier_result_are_those_of_the_pods_interface() {
             { "address": "10.42.7.9/24", "interface": 1 }, { "address": "fd42::9/64", "interface": 1 },
             { "address": "10.42.7.1/24", "interface": 0 }, { "address": "10.42.7.8/24", "interface": 2 },
             { "address": "10.42.7.7/24" }, { "address": "10.42.7.6/24", "interface": 9 }, null,
+            { "address": "10.42.7.5", "interface": 1 }, { "address": null, "interface": 1 },
+            { "address": "10.42.7.4/24", "interface": null }, { "address": "10.42.7.3/24", "interface": "1" },
         ],
     });
     let of = |previous: Value| {
         let request = parse(&ADD, &config(json!({ "prevResult": previous }))).expect("a request");
         request.config.previous_addresses("eth0")
     };
-    assert_eq!(of(previous), [ip("10.42.7.9"), ip("fd42::9")]);
-    for nothing in [json!(null), json!([]), json!({}), json!({ "ips": 1 }), json!({ "ips": [] })] {
+    assert_eq!(of(previous), [ip("10.42.7.9"), ip("fd42::9"), ip("10.42.7.5")]);
+    let without =
+        json!({ "interfaces": null, "ips": [{ "address": "10.42.7.9/24", "interface": 0 }] });
+    for nothing in
+        [json!(null), json!([]), json!({}), json!({ "ips": 1 }), json!({ "ips": [] }), without]
+    {
         assert!(of(nothing).is_empty());
     }
 }
