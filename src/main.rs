@@ -16,5 +16,12 @@ fn main() -> ExitCode {
     if let Some(call) = netavark::Call::new(std::env::args_os()) {
         return netavark::run(&call);
     }
-    run(Cli::parse())
+    match Cli::try_parse() {
+        Ok(cli) => run(cli),
+        Err(error) => {
+            // netavark reads standard output alone.
+            let call = netavark::Call::unknown(std::env::args_os()).filter(|_| error.use_stderr());
+            call.map_or_else(|| error.exit(), |call| netavark::run(&call))
+        }
+    }
 }

@@ -1,7 +1,7 @@
 //! One call of the plugin, from its arguments to its exit code.
 
 use std::{
-    ffi::OsString,
+    ffi::{OsStr, OsString},
     fs,
     io::{self, IsTerminal as _, Read as _, Write as _},
     path::{Path, PathBuf},
@@ -24,6 +24,8 @@ use crate::{
 
 /// Of the plugin API.
 const API_VERSION: &str = "1.0.0";
+/// Podman looks for plugins in directories of this name.
+const DIRECTORY: &str = "netavark";
 /// What the first user namespace of a host has in /proc/self/uid_map.
 const ALL_USERS: [&str; 3] = ["0", "0", "4294967295"];
 
@@ -35,6 +37,8 @@ pub enum Call {
     /// With the path of the container's network namespace.
     Setup(PathBuf),
     Teardown,
+    /// What is none of these, with why. It is answered as the plugin answers, not as a command is.
+    Misused(String),
 }
 
 impl Call {
@@ -45,17 +49,31 @@ impl Call {
         (call == Self::Info || !io::stdin().is_terminal()).then_some(call)
     }
 
+    /// What is no command of this program either, where Podman and netavark call it: by its whole path.
+    pub fn unknown(arguments: impl IntoIterator<Item = OsString>) -> Option<Self> {
+        let mut arguments = arguments.into_iter();
+        let program = PathBuf::from(arguments.next()?);
+        let verb = arguments.next().unwrap_or_default();
+        let why = format!("subcommand {verb:?}: it is info, create, setup or teardown");
+        let is_plugin = program.parent().and_then(Path::file_name) == Some(OsStr::new(DIRECTORY));
+        is_plugin.then_some(Self::Misused(why))
+    }
+
     fn parse(arguments: impl IntoIterator<Item = OsString>) -> Option<Self> {
         let mut arguments = arguments.into_iter().skip(1);
         let verb = arguments.next()?;
-        let call = match (verb.to_str()?, arguments.next()) {
-            ("info", None) => Self::Info,
-            ("create", None) => Self::Create,
-            ("setup", Some(netns)) => Self::Setup(netns.into()),
-            ("teardown", Some(_)) => Self::Teardown,
+        let verb = verb.to_str()?;
+        let mut rest: Vec<OsString> = arguments.collect();
+        let wanted = match (verb, rest.len()) {
+            ("info", 0) => return Some(Self::Info),
+            ("create", 0) => return Some(Self::Create),
+            ("setup", 1) => return rest.pop().map(|netns| Self::Setup(netns.into())),
+            ("teardown", 1) => return Some(Self::Teardown),
+            ("info" | "create", _) => "no argument",
+            ("setup" | "teardown", _) => "one argument, the path of a network namespace",
             _ => return None,
         };
-        arguments.next().is_none().then_some(call)
+        Some(Self::Misused(format!("{verb} takes {wanted}, and was given {}", rest.len())))
     }
 }
 
@@ -80,6 +98,7 @@ fn carry_out(call: &Call) -> Result<Option<Value>, String> {
         }))),
         Call::Create => create(&input()?).map(Some),
         Call::Setup(netns) => setup(netns, &json::connection(&input()?)?).map(Some),
+        Call::Misused(why) => Err(why.clone()),
         Call::Teardown => teardown(&json::connection(&input()?)?).map(|()| None),
     }
 }
@@ -178,20 +197,37 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_four_calls_of_the_plugin_are_told_from_commands() {
+    fn the_calls_of_the_plugin_are_told_from_commands() {
         let parse = |words: &str| Call::parse(words.split(' ').map(OsString::from));
         assert_eq!(parse("gossamer info"), Some(Call::Info));
         assert_eq!(parse("/usr/libexec/netavark/gossamer create"), Some(Call::Create));
         assert_eq!(parse("gossamer setup /run/netns/a"), Some(Call::Setup("/run/netns/a".into())));
         assert_eq!(parse("gossamer teardown /run/netns/a"), Some(Call::Teardown));
-        for other in [
-            "gossamer",
-            "gossamer status",
-            "gossamer info --help",
-            "gossamer setup",
-            "gossamer setup a b",
+        for (wrong, word) in [
+            ("gossamer info --help", "no argument"),
+            ("gossamer create a", "no argument"),
+            ("gossamer setup", "one argument"),
+            ("gossamer setup a b", "one argument"),
+            ("gossamer teardown", "was given 0"),
         ] {
+            let call = parse(wrong);
+            let is_named = matches!(&call, Some(Call::Misused(why)) if why.contains(word));
+            assert!(is_named, "{wrong}: {call:?}");
+        }
+        for other in ["gossamer", "gossamer status", "/usr/libexec/netavark/gossamer update a"] {
             assert_eq!(parse(other), None, "{other}");
+        }
+        let unknown = |words: &str| Call::unknown(words.split(' ').map(OsString::from));
+        for (words, word) in [
+            ("/usr/libexec/netavark/gossamer update a", "\"update\""),
+            ("/run/netavark/gossamer", "\"\""),
+        ] {
+            let call = unknown(words);
+            let is_named = matches!(&call, Some(Call::Misused(why)) if why.contains(word));
+            assert!(is_named, "{words}: {call:?}");
+        }
+        for other in ["/usr/bin/gossamer update a", "gossamer update", "netavark"] {
+            assert_eq!(unknown(other), None, "{other}");
         }
     }
 
