@@ -20,6 +20,10 @@ use serde_json::Value;
 use tokio::net::UnixStream;
 
 use super::descriptor::Carrier;
+use crate::wire::visible;
+
+/// Characters that are shown of an answer that is no JSON.
+const SHOWN: usize = 200;
 
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
@@ -39,6 +43,12 @@ pub enum ClientError {
         /// The whole answer.
         answer: Value,
     },
+    /// One of the two does not know what the other one says.
+    #[error(
+        "the agent is version {agent}, this program {}; restart the agent ({why})",
+        own_version(agent)
+    )]
+    OtherVersion { agent: String, why: String },
     #[error("the agent at {} did not answer: {why}", path.display())]
     Broken { path: PathBuf, why: String },
 }
@@ -93,7 +103,7 @@ pub async fn follow(
 ) -> Result<(), ClientError> {
     let response = open(socket, Method::GET, target, Bytes::new(), None).await?;
     if !response.status().is_success() {
-        return read(socket, response).await.map(drop);
+        return read(socket, target, response).await.map(drop);
     }
     let mut body = response.into_body();
     let mut kept = Vec::new();
@@ -118,7 +128,7 @@ async fn request(
     body: Bytes,
     descriptor: Option<OwnedFd>,
 ) -> Result<Value, ClientError> {
-    read(socket, open(socket, method, target, body, descriptor).await?).await
+    read(socket, target, open(socket, method, target, body, descriptor).await?).await
 }
 
 async fn open(
@@ -151,11 +161,48 @@ async fn open(
     sender.send_request(request).await.map_err(|error| broken(&error))
 }
 
-async fn read(socket: &Path, response: Response<Incoming>) -> Result<Value, ClientError> {
+/// What is said where one of the two does not know what the other one says.
+pub async fn other_version(socket: &Path, why: String) -> ClientError {
+    match version(socket).await {
+        Some(agent) => ClientError::OtherVersion { agent, why },
+        // What listens there is no agent.
+        None => ClientError::broken(socket, &why),
+    }
+}
+
+/// That of the agent: all versions tell it in their status.
+async fn version(socket: &Path) -> Option<String> {
+    let response = open(socket, Method::GET, "/v1/status", Bytes::new(), None).await.ok()?;
+    let body = response.into_body().collect().await.ok()?.to_bytes();
+    let status: Value = serde_json::from_slice(&body).ok()?;
+    status["version"].as_str().map(str::to_owned)
+}
+
+/// This program's, beside that of an agent.
+pub fn own_version(agent: &str) -> String {
+    let own = env!("CARGO_PKG_VERSION");
+    if own == agent { format!("{own}, of another build") } else { own.to_owned() }
+}
+
+async fn read(
+    socket: &Path,
+    target: &str,
+    response: Response<Incoming>,
+) -> Result<Value, ClientError> {
     let broken = |error: &dyn Display| ClientError::broken(socket, error);
     let status = response.status();
     let body = response.into_body().collect().await.map_err(|error| broken(&error))?.to_bytes();
-    let value: Value = serde_json::from_slice(&body).map_err(|error| broken(&error))?;
+    let value: Value = match serde_json::from_slice(&body) {
+        Ok(value) => value,
+        // The agent itself answers in JSON. In plain text or without a word it says that it does not know
+        // the path, or the request.
+        Err(_) => {
+            let text = String::from_utf8_lossy(&body);
+            let text: String = text.chars().take(SHOWN).collect();
+            let why = format!("{target}: {status} {}", visible(text.trim()));
+            return Err(other_version(socket, why.trim_end().to_owned()).await);
+        }
+    };
     if status.is_success() {
         return Ok(value);
     }

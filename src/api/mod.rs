@@ -17,7 +17,9 @@ mod server;
 mod socket;
 mod status;
 
-pub use client::{ClientError, block_on, follow, get, post, post_json, post_with};
+pub use client::{
+    ClientError, block_on, follow, get, other_version, own_version, post, post_json, post_with,
+};
 pub use connections::{Excess, serve as serve_connections};
 pub use events::{Event, EventFeed, EventKind, EventLevel, SAMPLE_INTERVAL, Sample};
 pub use matrix::{Matrix, MatrixPath, MatrixRow};

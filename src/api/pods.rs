@@ -128,6 +128,9 @@ pub enum PodErrorKind {
     Exhausted,
     /// The kernel or the disk has refused it.
     Failed,
+    /// What a later version of the agent says.
+    #[serde(other)]
+    Other,
 }
 
 impl PodError {
@@ -162,5 +165,34 @@ impl AttachRequest {
         let path = self.netns.as_path();
         let error = || format!("network namespace {}: give its absolute path", path.display());
         path.is_absolute().then_some(path).ok_or_else(|| PodError::invalid(error()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    /// The plugin in `/opt/cni/bin` is replaced before the agent is, or after it.
+    #[test]
+    fn plugin_and_agent_of_other_versions_understand_each_other() {
+        let read = |request: Value| serde_json::from_value::<AttachRequest>(request);
+        let first = json!({
+            "container": "c", "interface": "eth0", "owner": "cni/net", "netns": "/run/netns/c",
+        });
+        let asked = read(first.clone()).expect("as the first version has asked");
+        assert_eq!(serde_json::to_value(&asked).expect("JSON"), {
+            let mut same = first.clone();
+            same["addresses"] = json!([]);
+            same
+        });
+        // What is asked for and not known must not be left undone.
+        let mut later = first;
+        later["vlan"] = json!(7);
+        assert!(read(later).expect_err("not known").to_string().contains("vlan"));
+        let later = json!({ "kind": "on-holiday", "error": "not today", "more": 1 });
+        let later: PodError = serde_json::from_value(later).expect("an error");
+        assert_eq!((later.kind, later.error.as_str()), (PodErrorKind::Other, "not today"));
     }
 }

@@ -66,11 +66,11 @@ fn patient(args: &DoctorArgs) -> Patient {
     let asking = async {
         let status = api::get(&socket, "/v1/status").await?;
         let routes = match api::get(&socket, "/v1/routes").await {
-            Err(ClientError::Refused { .. }) => Value::Null,
+            Err(ClientError::Refused { .. } | ClientError::OtherVersion { .. }) => Value::Null,
             routes => routes?,
         };
         let events = match api::get(&socket, "/v1/events?follow=false").await {
-            Err(ClientError::Refused { .. }) => Value::Null,
+            Err(ClientError::Refused { .. } | ClientError::OtherVersion { .. }) => Value::Null,
             events => events?,
         };
         Ok::<_, ClientError>(Agent { status, routes, events })

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::api::{ClientError, PodError, PodErrorKind};
+use crate::api::{self, ClientError, PodError, PodErrorKind};
 
 /// A failure, as the runtime is told it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,6 +56,14 @@ impl From<ClientError> for CniError {
                 msg: "the gossamer agent does not run on this host".to_owned(),
                 details: error.to_string(),
             },
+            ClientError::OtherVersion { agent, why } => Self {
+                code: code::TRY_LATER,
+                msg: format!(
+                    "the agent is version {agent}, the plugin {}; restart the agent",
+                    api::own_version(&agent)
+                ),
+                details: why,
+            },
             ClientError::Refused { ref answer, .. } => {
                 match serde_json::from_value::<PodError>(answer.clone()) {
                     Ok(error) => error.into(),
@@ -72,7 +80,7 @@ impl From<ClientError> for CniError {
 impl From<PodError> for CniError {
     fn from(PodError { kind, error, .. }: PodError) -> Self {
         let code = match kind {
-            PodErrorKind::NotReady => code::TRY_LATER,
+            PodErrorKind::NotReady | PodErrorKind::Other => code::TRY_LATER,
             PodErrorKind::Invalid => code::BAD_ENVIRONMENT,
             PodErrorKind::Unknown => code::UNKNOWN_CONTAINER,
             PodErrorKind::Address => code::ADDRESS,

@@ -228,7 +228,11 @@ fn undo(
 /// Whether the agent will be able to do it another time.
 fn is_away(error: &ClientError) -> bool {
     match error {
-        ClientError::NoAgent { .. } | ClientError::NoAnswer | ClientError::Broken { .. } => true,
+        // One of another version is about to be restarted.
+        ClientError::NoAgent { .. }
+        | ClientError::NoAnswer
+        | ClientError::OtherVersion { .. }
+        | ClientError::Broken { .. } => true,
         ClientError::NotPermitted { .. } => false,
         ClientError::Refused { .. } => {
             refusal(error).is_some_and(|refusal| refusal.kind == PodErrorKind::NotReady)
@@ -297,8 +301,10 @@ fn broken(why: String) -> ClientError {
 }
 
 fn read<T: DeserializeOwned>(socket: &Path, answer: Value) -> Result<T, ClientError> {
-    serde_json::from_value(answer)
-        .map_err(|error| ClientError::Broken { path: socket.to_owned(), why: error.to_string() })
+    serde_json::from_value(answer).map_err(|error| {
+        let asked = ask(async { Err(api::other_version(socket, error.to_string()).await) });
+        asked.err().unwrap_or(ClientError::NoAnswer)
+    })
 }
 
 #[cfg(test)]

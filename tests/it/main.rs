@@ -13,6 +13,7 @@ mod cni_chain;
 mod cni_gone;
 mod cni_pods;
 mod cni_spec;
+mod cni_versions;
 mod common;
 mod compose;
 mod crowds;
