@@ -96,7 +96,8 @@ impl Agent {
                         |peer: &Peer| underlay.unusable_peer(peer.vtep.underlay).is_none();
                     usable.to_mut().peers.retain(|_, peer| is_usable(peer));
                 }
-                let firewall = Firewall::new(&usable, &self.config.firewall);
+                let bridge = self.config.bridge_name(view.settings.vni);
+                let firewall = Firewall::new(&usable, &self.config.firewall, &bridge);
                 State::Overlay(Box::new(desired), firewall)
             }
             (None, Some(cluster)) if self.kernel.withdrawn => State::Nothing {

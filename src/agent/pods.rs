@@ -55,6 +55,8 @@ pub(super) struct PodState {
     pub(super) macs: BTreeMap<Attachment, Mac>,
     /// What is wrong with their bridge, as sentences.
     pub(super) problems: Vec<String>,
+    /// Where sysctls let pods give this host routes, if the table of nftables does not see to it.
+    pub(super) open: Vec<String>,
     /// Since when addresses are held for containers of Docker's that have not come yet.
     pub(super) reserved: BTreeMap<Attachment, Time>,
     /// What Docker has asked for before this node had a subnet, and since when it waits.
@@ -343,7 +345,7 @@ impl Agent {
             }
             Wired::Looked { number, result } => self.on_looked(number, result),
             Wired::Absent { links, confirmed } => self.on_absent(links, &confirmed),
-            Wired::Mended(result, problems) => {
+            Wired::Mended { result, problems, open } => {
                 match result {
                     Ok(mended) => {
                         self.note_repair("bridge", mended.bridge + mended.ports);
@@ -356,6 +358,7 @@ impl Agent {
                 let new = problems.iter().filter(|problem| !known.contains(problem));
                 new.for_each(|problem| tracing::error!("{problem}"));
                 self.pods.problems = problems;
+                self.pods.open = open;
             }
             Wired::Disconnected { number, attachment, result } => {
                 if let Err(error) = &result {

@@ -117,6 +117,9 @@ impl Agent {
         problems.extend(kernel.routing.problems.iter().chain(&kernel.overlaps).cloned());
         problems.extend(kernel.host.problems.iter().cloned());
         problems.extend(self.pods.problems.iter().cloned());
+        if !kernel.host.refuses_routers {
+            problems.extend(self.pods.open.iter().cloned());
+        }
         let no_other = self.node.is_alone();
         problems.extend(self.source.iter().flat_map(|source| source.problems(no_other)));
         problems.extend(self.store_problem.iter().map(|why| format!("state directory: {why}")));

@@ -38,6 +38,8 @@ const TRY_AGAIN: Duration = Duration::from_secs(60);
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct HostState {
     pub problems: Vec<String>,
+    /// Our table is in the kernel, and drops what would give this host routes of pods.
+    pub refuses_routers: bool,
     /// Tunnel packets of strangers that were dropped.
     pub dropped: u64,
     /// What other programs had changed and was put right, by kind; since the last report.
@@ -56,6 +58,8 @@ pub struct Surroundings {
     /// The device was closed to what comes out of it when last looked at.
     was_closed: bool,
     table_problem: Option<String>,
+    /// The kernel has the guard, as far as it was last asked.
+    guarded: bool,
     /// The kernel would not have the masquerade.
     refused_at: Option<Instant>,
     problems: Vec<String>,
@@ -83,6 +87,7 @@ impl Surroundings {
             kept: BTreeSet::new(),
             was_closed: false,
             table_problem: None,
+            guarded: false,
             refused_at: None,
             problems: Vec::new(),
             dropped: 0,
@@ -175,7 +180,9 @@ impl Surroundings {
             self.opponents.note(Kind::Sysctls, "forwarding and what goes with it", None);
         }
         self.was_closed = closed.problems.is_empty();
-        self.problems.extend(closed.problems);
+        if !self.guarded {
+            self.problems.extend(closed.problems);
+        }
     }
 
     /// The state, if it is another one than last time.
@@ -184,6 +191,7 @@ impl Surroundings {
         let problems = problems.cloned().chain(self.opponents.problems());
         let state = HostState {
             problems: problems.collect(),
+            refuses_routers: self.guarded,
             dropped: self.dropped,
             repaired: std::mem::take(&mut self.repaired),
         };
@@ -194,6 +202,7 @@ impl Surroundings {
 
     /// Takes our table away.
     pub fn remove(&mut self, table: &str) -> io::Result<()> {
+        self.guarded = false;
         match &mut self.table {
             Ok(tables) => tables.remove(table),
             // It cannot have been written either.
@@ -201,8 +210,18 @@ impl Surroundings {
         }
     }
 
-    /// Where masquerade is impossible the guard is not given up.
     fn on_table<T>(
+        &mut self,
+        firewall: &Firewall,
+        act: impl Fn(&mut FirewallTable, &Firewall) -> io::Result<T>,
+    ) -> Option<T> {
+        let done = self.try_on_table(firewall, act);
+        self.guarded = firewall.guard.is_some() && done.is_some();
+        done
+    }
+
+    /// Where masquerade is impossible the guard is not given up.
+    fn try_on_table<T>(
         &mut self,
         firewall: &Firewall,
         act: impl Fn(&mut FirewallTable, &Firewall) -> io::Result<T>,

@@ -120,9 +120,14 @@ pub enum Wired {
         links: BTreeSet<String>,
         confirmed: BTreeSet<String>,
     },
-    /// How much of the bridge and its ports was not as it should be, or why that is not known; and what is
-    /// wrong with them in the long run.
-    Mended(io::Result<Mended>, Vec<String>),
+    Mended {
+        /// How much of the bridge and its ports was not as it should be, or why that is not known.
+        result: io::Result<Mended>,
+        /// What is wrong with them in the long run.
+        problems: Vec<String>,
+        /// Where sysctls let pods give this host routes.
+        open: Vec<String>,
+    },
 }
 
 pub struct Wirer {
@@ -159,6 +164,7 @@ impl Wirer {
                     failing: None,
                     opponents: Opponents::new(),
                     problems: Vec::new(),
+                    open: Vec::new(),
                     fetched: Fetched::default(),
                     absent: BTreeMap::new(),
                     worked: Instant::now(),
@@ -204,6 +210,8 @@ struct PodWorker<'a, F> {
     opponents: Opponents,
     /// As last told.
     problems: Vec<String>,
+    /// As last told.
+    open: Vec<String>,
     fetched: Fetched,
     /// Since when cables of pods are not there.
     absent: BTreeMap<String, Instant>,
@@ -338,7 +346,7 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
         let rewritten = self.spoofing.keep(bridge, &self.tenants, || self.wiring.links());
         self.looked = Instant::now();
         (self.touched, self.table_touched) = (false, false);
-        let mut problems = Vec::new();
+        let (mut problems, mut open) = (Vec::new(), Vec::new());
         let mut is_news = false;
         if let Ok(mended) = &mut result {
             mended.spoofing = u64::from(rewritten);
@@ -351,20 +359,21 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
                 self.opponents.note(Kind::Sysctls, &bridge.name, None);
             }
             is_news = mended.count() > 0;
-            problems.clone_from(&mended.problems);
+            open.clone_from(&mended.open);
         }
         if rewritten {
             self.opponents.note(Kind::Spoofing, &format!("bridge {}", bridge.table), None);
         }
         problems.extend(self.spoofing.problem().cloned());
         problems.extend(self.opponents.problems());
-        is_news |= problems != self.problems;
+        is_news |= problems != self.problems || open != self.open;
         self.problems.clone_from(&problems);
+        self.open.clone_from(&open);
         let why = result.as_ref().err().map(ToString::to_string);
         is_news |= why.is_some() && why != self.failing;
         self.failing = why;
         if is_news {
-            (self.report)(Wired::Mended(result, problems));
+            (self.report)(Wired::Mended { result, problems, open });
         }
     }
 

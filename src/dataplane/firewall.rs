@@ -1,7 +1,8 @@
 //! What nftables should hold for a view: one table of our own, and nothing outside it.
 //!
 //! - the guard: tunnel packets are taken from members' underlay addresses alone, for VXLAN has no secret of
-//!   its own and whoever may send to its port could speak into every pod;
+//!   its own and whoever may send to its port could speak into every pod; and this host takes no routes from
+//!   pods, for where /proc/sys is read-only its sysctls cannot see to that;
 //! - masquerade, if wanted: pods speak to the outside under this host's address, and processes of this host
 //!   to remote pods under its overlay address, so that the answers come back.
 //!
@@ -41,15 +42,18 @@ pub struct Guard {
     pub members: BTreeSet<IpAddr>,
     /// Addresses that were let in before stay: not everybody was heard who may know a member.
     pub lenient: bool,
+    /// The device and the bridge: a host takes no router advertisements and no redirects from them.
+    pub interfaces: [String; 2],
 }
 
 impl Firewall {
-    pub fn new(view: &View, policy: &Policy) -> Self {
+    pub fn new(view: &View, policy: &Policy, bridge: &str) -> Self {
         let guard = policy.guard.then(|| Guard {
             port: view.settings.vxlan_port,
             vni: view.settings.vni,
             members: view.peers.values().map(|peer| peer.vtep.underlay).collect(),
             lenient: !view.unheard.is_empty(),
+            interfaces: [device_name(view.settings.vni), bridge.to_owned()],
         });
         let networks = view.settings.pool.networks().iter();
         let masquerade = networks.zip(view.own.subnets.iter()).filter(|_| policy.masquerade);
@@ -76,14 +80,15 @@ mod tests {
     fn members_of_the_view_are_let_in_and_each_family_is_masqueraded() {
         let view = dual_stack_view(&[(1, 9), (2, 7)]);
         let policy = Policy { guard: true, masquerade: true };
-        let firewall = Firewall::new(&view, &policy);
+        let firewall = Firewall::new(&view, &policy, "gsm0");
         let guard = firewall.guard.as_ref().expect("a guard");
         assert_eq!(guard.members, BTreeSet::from([[192, 0, 2, 2].into()]));
         assert!(!guard.lenient);
+        assert_eq!(guard.interfaces, ["gossamer.1", "gsm0"]);
         let own: Vec<String> =
             firewall.masquerade.iter().map(|(_, subnet)| subnet.to_string()).collect();
         assert_eq!(own, ["10.42.9.0/24", "fd42:0:0:9::/64"]);
         let nothing = Policy { guard: false, masquerade: false };
-        assert!(Firewall::new(&view, &nothing).is_empty());
+        assert!(Firewall::new(&view, &nothing, "gsm0").is_empty());
     }
 }

@@ -311,6 +311,18 @@ impl Rule {
         rule.expression("lookup", &lookup)
     }
 
+    /// What comes in by the interface of this name.
+    pub fn from_interface(self, name: &str) -> Self {
+        let mut whole = [0; IFNAMSIZ];
+        whole.iter_mut().zip(name.bytes()).for_each(|(place, byte)| *place = byte);
+        self.meta(META_IIFNAME).compare(EQUAL, &whole)
+    }
+
+    /// What comes in by interfaces whose names begin like this.
+    pub fn from_interfaces(self, prefix: &str) -> Self {
+        self.meta(META_IIFNAME).compare(EQUAL, prefix.as_bytes())
+    }
+
     /// Packets of this host to itself.
     pub fn from_loopback(self) -> Self {
         self.meta(META_IIF).compare(EQUAL, &LOOPBACK.to_ne_bytes())

@@ -33,7 +33,7 @@ use crate::{
 /// By which a bridge is known as ours.
 pub const ALIAS: &str = "gossamer pods";
 /// Of bridges, and of pods' ends on this host.
-pub(super) const PREFIX: &str = "gsm";
+pub const PREFIX: &str = "gsm";
 
 /// How MACs begin that follow from addresses.
 const ADDRESS_MAC: [u8; 2] = [0x0a, 0x58];
@@ -85,8 +85,8 @@ pub struct Mended {
     pub spoofing: u64,
     /// The last interface of which something was wrong, but for its sysctls.
     last: Option<(String, u32)>,
-    /// What cannot be mended, as sentences with what helps.
-    pub problems: Vec<String>,
+    /// Where a pod can give this host routes as far as sysctls say, as sentences with what helps.
+    pub open: Vec<String>,
     /// Names of ports that the kernel does not have.
     pub absent: BTreeSet<String>,
     /// Names of ports whose other end is on this host.
@@ -137,7 +137,7 @@ pub(super) fn provide(netlink: &mut Netlink, bridge: &Bridge) -> io::Result<(Pro
     // Before it is up: it hears nothing before that.
     let closed = interface::close(&bridge.name, bridge.ipv6());
     mended.sysctls += if is_new { 0 } else { closed.set };
-    mended.problems = closed.problems;
+    mended.open = closed.problems;
     if !is_as_it_should_be(&link, bridge) {
         let change = LinkUnspec::new_with_index(link.index).mtu(bridge.mtu).alias(ALIAS).up();
         netlink.set_link(change)?;
@@ -182,8 +182,8 @@ pub(super) fn plug_again(
         let closed = interface::close(&port.name, Ipv6::AsItIs);
         mended.sysctls += closed.set;
         // One of them stands for all.
-        if mended.problems.is_empty() {
-            mended.problems = closed.problems;
+        if mended.open.is_empty() {
+            mended.open = closed.problems;
         }
         if !is_plugged(port, provided.index) {
             netlink

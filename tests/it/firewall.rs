@@ -245,6 +245,7 @@ fn with_partial_knowledge_those_let_in_before_stay_and_nobody_else_comes_in() {
                 vni: 1,
                 members: members.iter().map(|last| [192, 0, 2, *last].into()).collect(),
                 lenient,
+                interfaces: ["gossamer.1", "gsm0"].map(str::to_owned),
             }),
             port: 8472,
             masquerade: Vec::new(),

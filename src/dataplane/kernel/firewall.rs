@@ -25,11 +25,13 @@ use crate::{
             Base, Field, INET, Kind, Nftables, Object, Rule, Step, base_chain, counter, is_missing,
         },
     },
+    pods::bridge::PREFIX,
 };
 
 /// Of tunnel packets that the agent sends to its own host, to try whether they are forwarded.
 pub const TRIAL_MARK: u32 = u32::from_be_bytes(*b"gsmP");
 const GUARD_CHAIN: &str = "guard";
+const ROUTERS_CHAIN: &str = "routers";
 const MASQUERADE_CHAIN: &str = "masquerade";
 /// Elements per message: an attribute holds no more than 65,531 bytes.
 const ELEMENTS: usize = 1_500;
@@ -45,6 +47,9 @@ const SOURCE_NAT: i32 = 100;
 /// Where the VNI stands, counted from the UDP header (RFC 7348, 5).
 const VNI_OFFSET: u32 = 12;
 const PORT_OFFSET: u32 = 2;
+/// What gives a host routes: protocol and type of ICMPv6's router advertisement and redirect, and of ICMP's
+/// redirect.
+const ROUTE_GIVERS: [(u8, u8); 3] = [(58, 134), (58, 137), (1, 5)];
 /// `NFTA_SET_EXPR`, `NFTA_SET_ELEM_EXPR`: what each element of a set does when it is found.
 const SET_EXPRESSION: u16 = 17;
 const ELEMENT_EXPRESSION: u16 = 7;
@@ -236,6 +241,7 @@ impl FirewallTable {
         }
         if let Some(guard) = &wanted.guard {
             add_guard(table, guard, &members, &mut steps);
+            refuse_routers(table, guard, &mut steps);
         }
         if !wanted.masquerade.is_empty() {
             add_masquerade(wanted, &mut steps);
@@ -291,7 +297,7 @@ const SET6: &str = "members6";
 
 impl Firewall {
     fn equals_but_for_members(&self, other: &Self) -> bool {
-        let place = |guard: &Guard| (guard.port, guard.vni);
+        let place = |guard: &Guard| (guard.port, guard.vni, guard.interfaces.clone());
         self.table == other.table
             && self.port == other.port
             && self.masquerade == other.masquerade
@@ -396,6 +402,21 @@ fn add_guard(table: &str, guard: &Guard, members: &BTreeSet<IpAddr>, steps: &mut
     let of_others = to_port().lacks(Base::Transport, VNI_OFFSET, vni);
     steps.push(append(table, GUARD_CHAIN, &of_others.leave_chain()));
     steps.push(append(table, GUARD_CHAIN, &to_port().count().drop()));
+}
+
+/// What comes in from pods, and through the tunnel. Counted are only tunnel packets.
+fn refuse_routers(table: &str, guard: &Guard, steps: &mut Vec<Step>) {
+    let chain = base_chain(table, ROUTERS_CHAIN, "filter", INPUT, RAW);
+    steps.push(create(Kind::NewChain, chain));
+    for (protocol, kind) in ROUTE_GIVERS {
+        let such = || Rule::new().transport(protocol).holds(Base::Transport, 0, &[kind]);
+        for interface in &guard.interfaces {
+            steps.push(append(table, ROUTERS_CHAIN, &such().from_interface(interface).drop()));
+        }
+        // Cables that another program has pulled out of the bridge.
+        let of_cables = such().from_interfaces(PREFIX).drop();
+        steps.push(append(table, ROUTERS_CHAIN, &of_cables));
+    }
 }
 
 fn add_masquerade(wanted: &Firewall, steps: &mut Vec<Step>) {

@@ -1,8 +1,8 @@
 //! What an interface of ours must not do for whoever is behind it, by its own sysctls.
 //!
-//! A pod may send what it likes. Without these the kernel would take a router advertisement or a redirect of
-//! a pod for that of a router, and give this host the routes in it (CVE-2020-10749), or answer for addresses
-//! of others on the pod's side.
+//! A pod may send what it likes. Without these, or rules that drop it (`firewall`), the kernel would take a
+//! router advertisement or a redirect of a pod for that of a router, and give this host the routes in it
+//! (CVE-2020-10749). And it would answer for addresses of others on the pod's side.
 
 use std::io;
 
@@ -116,7 +116,7 @@ fn matters(interface: &str, family: &str, setting: &str) -> bool {
 fn problem(name: &str, is: &str, value: &str, error: &io::Error) -> String {
     let name = dotted(name);
     format!(
-        "{name} is {is} and cannot be set to {value} ({error}): a pod can give this host routes; make \
-         /proc/sys writable for gossamer, or run sysctl -w {name}={value}"
+        "{name} is {is} and cannot be set to {value} ({error}): a pod can give this host routes; set \
+         guard = true, which drops what would, or run sysctl -w {name}={value}"
     )
 }
