@@ -76,6 +76,23 @@ pub fn start_as_kubelet(
     Ok(Agent::start_with(program(), host, &arguments, &variables)?)
 }
 
+/// Helm takes over what it is told to, and no more.
+#[test]
+fn the_documentation_hands_over_to_helm_all_objects_of_the_manifest() {
+    let page = fs::read_to_string("docs/KUBERNETES.md").expect("a page");
+    let line = page.lines().find_map(|line| line.strip_prefix("OBJECTS=")).expect("a list");
+    let mut named: Vec<&str> = line.trim_matches('"').split(' ').collect();
+    named.sort_unstable();
+    let made = objects(&fs::read_to_string(MANIFESTS[0]).expect("a manifest"));
+    let name = |object: &Value| {
+        let kind = text(&object["kind"]).to_lowercase();
+        format!("{kind}/{}", text(&object["metadata"]["name"]))
+    };
+    let mut made: Vec<String> = made.iter().map(name).collect();
+    made.sort_unstable();
+    assert_eq!(named, made);
+}
+
 /// By the schemas that the Python package `kubernetes-validate` brings along.
 #[test]
 fn the_manifests_are_what_kubernetes_expects() {
