@@ -3,7 +3,11 @@
 
 use std::{
     fs,
-    os::{fd::OwnedFd, unix::net::UnixListener},
+    io::{Read as _, Write as _},
+    os::{
+        fd::OwnedFd,
+        unix::net::{UnixListener, UnixStream},
+    },
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
     thread,
@@ -22,6 +26,7 @@ use crate::{
     dockerd::{BUSYBOX, DOCKERD, import},
 };
 
+const ACTIVATE: &str = "/usr/bin/systemd-socket-activate";
 /// So much later than dockerd the agent is after a boot.
 const LATE: Duration = Duration::from_secs(20);
 /// What a boot does not find any more.
@@ -311,6 +316,47 @@ fn dockerd_waits_at_the_socket_of_the_service_manager_however_late_the_agent_is(
         boot.comes_up("any");
         agent.kill()?;
         agent.wait()?;
+        Ok(())
+    });
+}
+
+/// By systemd's own program, which hands over a socket as a unit of it does.
+#[test]
+fn the_socket_that_systemd_opens_is_served_from_the_first_call_on() {
+    if !Path::new(ACTIVATE).exists() {
+        let test = "the_socket_that_systemd_opens_is_served_from_the_first_call_on";
+        return skipped(test, &format!("{ACTIVATE} is not installed"));
+    }
+    isolated(|lab| {
+        let host = lab.host(1, "n1")?;
+        let socket = host.dir.join("plugin.sock");
+        let log = fs::File::create(host.dir.join("log"))?;
+        let mut command = Command::new(ACTIVATE);
+        command.arg("--listen").arg(&socket).arg("--fdname=gossamer-docker.socket");
+        command.arg(program()).args(["agent", "--init", "--node-name", "n1"]);
+        for (flag, file) in [
+            ("--state-dir", "state"),
+            ("--socket", "gossamer.sock"),
+            ("--subnet-file", "subnet.env"),
+        ] {
+            command.arg(flag).arg(host.dir.join(file));
+        }
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+        let mut agent = host.netns.spawn(&mut command)?;
+        let mut called = None;
+        wait_until("systemd listens", PATIENCE, || {
+            called = UnixStream::connect(&socket).ok();
+            called.is_some()
+        });
+        let mut called = called.expect("a connection");
+        called
+            .write_all(b"POST /Plugin.Activate HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")?;
+        let mut answer = String::new();
+        called.read_to_string(&mut answer)?;
+        agent.kill()?;
+        agent.wait()?;
+        let log = fs::read_to_string(host.dir.join("log"))?;
+        assert!(answer.contains("NetworkDriver"), "{answer}\n{log}");
         Ok(())
     });
 }
