@@ -277,7 +277,11 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
                 } else {
                     self.spoofing.shut_out(&cable);
                 }
+                let attachment = result.is_ok().then(|| pod.attachment.clone());
                 (self.report)(Wired::Connected { number, result });
+                if let Some(attachment) = attachment {
+                    Wiring::close(&attachment, &end);
+                }
             }
             Job::Disconnect { number, attachment } => {
                 let cable = link_name(&attachment);

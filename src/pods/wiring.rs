@@ -44,8 +44,8 @@ use crate::{
 /// So many bytes of the hash: the name has 13 characters, the kernel allows 15.
 const HASHED: usize = 5;
 
-/// The place in the batch of what the kernel may refuse.
-const WITHOUT_ADDRESS: usize = 2;
+/// Places in the batch of changes that must be made; the kernel may refuse the others.
+const NEEDED: [usize; 3] = [0, 1, 3];
 /// How the alias of a pod's end on this host begins.
 const POD_ALIAS: &str = "gossamer pod ";
 /// The kernel takes no longer ones (`IFALIASZ` less the zero at the end).
@@ -329,18 +329,21 @@ impl Wiring {
             flags: NLM_F_CREATE | NLM_F_EXCL,
         };
         let up = Request { message: RouteNetlinkMessage::SetLink(up), flags: 0 };
-        let changes = vec![made, bridge::hairpin(&name), bridge::without_address(&name)];
-        let refused = self.netlink.apply(changes)?;
-        all_done(refused.iter().filter(|refused| refused.index != WITHOUT_ADDRESS))?;
-        // What cannot be set is told when the bridge is looked at.
-        interface::close(&name, Ipv6::AsItIs);
-        if netns.is_none() {
-            interface::close(&loose_name(&pod.attachment), Ipv6::AsItIs);
-        }
+        let mut changes = vec![made, bridge::hairpin(&name), bridge::without_address(&name), up];
         // A pod that had the address before may have had another MAC.
-        let forgotten = pod.addresses.iter().map(|ip| bridge::without_neighbour(port, ip));
-        let refused = self.netlink.apply(std::iter::once(up).chain(forgotten).collect())?;
-        all_done(refused.iter().filter(|refused| refused.index == 0))
+        changes.extend(pod.addresses.iter().map(|ip| bridge::without_neighbour(port, ip)));
+        let refused = self.netlink.apply(changes)?;
+        all_done(refused.iter().filter(|refused| NEEDED.contains(&refused.index)))
+    }
+
+    /// Closes the ends of a cable on this host. What cannot be set is told when the bridge is looked at.
+    ///
+    /// A port of a bridge hands nothing to this host itself, so the pod need not wait for that.
+    pub fn close(attachment: &Attachment, end: &End) {
+        interface::close(&link_name(attachment), Ipv6::AsItIs);
+        if matches!(end, End::Loose) {
+            interface::close(&loose_name(attachment), Ipv6::AsItIs);
+        }
     }
 
     /// A namespace, and a socket inside.
@@ -384,6 +387,13 @@ pub fn loose_name(attachment: &Attachment) -> String {
 /// The same, by the name of the end on the bridge.
 pub fn loose_end(link: &str) -> String {
     format!("{link}p")
+}
+
+/// Whether an interface is called as the end of a cable on this host is.
+pub fn is_link_name(name: &str) -> bool {
+    name.strip_prefix(PREFIX).is_some_and(|digits| {
+        digits.len() == 2 * HASHED && digits.bytes().all(|byte| byte.is_ascii_hexdigit())
+    })
 }
 
 /// Who has which addresses behind a port, as far as it fits: the owner may have a long name. A MAC that does
@@ -441,6 +451,15 @@ const fn failed(what: &'static str) -> impl Fn(io::Error) -> WiringError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn cables_are_told_from_other_interfaces_by_their_names() {
+        let attachment = Attachment::new("c", "eth0").expect("a name");
+        assert!(is_link_name(&link_name(&attachment)));
+        for other in ["gsm0", "gsm7", "eth0", "gsm012345678", "gsm012345678x", "gossamer.1"] {
+            assert!(!is_link_name(other), "{other}");
+        }
+    }
 
     #[test]
     fn an_alias_tells_all_of_a_pod_that_fits() {

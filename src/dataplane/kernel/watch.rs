@@ -20,6 +20,7 @@ use crate::{
         desired::{Desired, ROUTE_PROTOCOL},
     },
     netlink::link::Link,
+    pods::wiring::is_link_name,
 };
 
 /// What has to be looked at again.
@@ -131,6 +132,7 @@ impl Touched {
 
 /// Whether packets may take another way because of a change: those of the underlay, and those of pods. What
 /// concerns our own device, and ports of bridges, which come and go with pods, does not lead them elsewhere.
+/// A cable is no port yet when the kernel first tells of it, and gets a route of multicast when it is up.
 fn may_lead_elsewhere(message: &RouteNetlinkMessage, device: Option<u32>) -> bool {
     use RouteNetlinkMessage as Message;
     match message {
@@ -139,13 +141,18 @@ fn may_lead_elsewhere(message: &RouteNetlinkMessage, device: Option<u32>) -> boo
             let is_port = link.attributes.iter().any(
                 |attribute| matches!(attribute, LinkAttribute::Controller(index) if *index != 0),
             );
-            Some(link.header.index) != device && !is_of_bridge && !is_port
+            let is_cable = link.attributes.iter().any(
+                |attribute| matches!(attribute, LinkAttribute::IfName(name) if is_link_name(name)),
+            );
+            Some(link.header.index) != device && !is_of_bridge && !is_port && !is_cable
         }
         Message::NewAddress(address) | Message::DelAddress(address) => {
             Some(address.header.index) != device
         }
         Message::NewRoute(route) | Message::DelRoute(route) => {
-            route.header.protocol != RouteProtocol::Other(ROUTE_PROTOCOL)
+            let is_multicast =
+                subnet_of(route).is_some_and(|subnet| subnet.network().is_multicast());
+            route.header.protocol != RouteProtocol::Other(ROUTE_PROTOCOL) && !is_multicast
         }
         Message::NewRule(_) | Message::DelRule(_) => true,
         _ => false,
@@ -186,5 +193,40 @@ fn is_right(entry: &NeighbourMessage, desired: &Desired, present: bool) -> bool 
     match tables.neighbours.get(&ip) {
         Some(wanted) => present && permanent && mac == Some(*wanted),
         None => !(present && permanent),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rtnetlink::packet_route::route::RouteAttribute;
+
+    use super::*;
+
+    #[test]
+    fn cables_of_pods_lead_nothing_elsewhere_and_other_interfaces_may() {
+        let told = |name: &str, controller: Option<u32>| {
+            let mut link = LinkMessage::default();
+            link.header.index = 9;
+            link.attributes.push(LinkAttribute::IfName(name.to_owned()));
+            link.attributes.extend(controller.map(LinkAttribute::Controller));
+            may_lead_elsewhere(&RouteNetlinkMessage::NewLink(link), Some(7))
+        };
+        assert!(told("eth1", None) && told("gsm0", None) && told("eth1", Some(0)));
+        assert!(!told("veth1", Some(3)), "a port of a bridge");
+        assert!(!told("gsm43ba27666d", None), "a cable that is not plugged in yet");
+        let route = |to: IpAddr, len| {
+            let mut route = RouteMessage::default();
+            route.header.destination_prefix_length = len;
+            route.header.address_family =
+                if to.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+            route.attributes.push(RouteAttribute::Destination(match to {
+                IpAddr::V4(ip) => ip.into(),
+                IpAddr::V6(ip) => ip.into(),
+            }));
+            may_lead_elsewhere(&RouteNetlinkMessage::NewRoute(route), Some(7))
+        };
+        assert!(route([10, 0, 0, 0].into(), 8));
+        assert!(route([0xfd00, 0, 0, 0, 0, 0, 0, 0].into(), 8));
+        assert!(!route([0xff00, 0, 0, 0, 0, 0, 0, 0].into(), 8), "of an interface that is up");
     }
 }
