@@ -312,14 +312,15 @@ impl Agent {
         peers.filter_map(problem).collect()
     }
 
-    /// Before the first success this host cannot be a member: say why and go. Later on, keep trying.
+    /// Before the first success this host cannot be a member: say why and go. Later on, and while the kernel
+    /// is merely busy, keep trying.
     fn on_kernel_error(&mut self, error: &KernelError) {
         let why = error.to_string();
         if self.kernel.problem.as_ref() != Some(&why) {
             tracing::error!("{why}");
         }
         self.kernel.problem = Some(why.clone());
-        if self.kernel.programmed_once || self.giving_up.is_some() {
+        if self.kernel.programmed_once || self.giving_up.is_some() || error.is_transient() {
             return;
         }
         if self.fresh {

@@ -15,6 +15,7 @@ pub mod nftables;
 mod raw;
 pub mod route;
 pub mod tc;
+mod unreadable;
 pub mod xfrm;
 
 use std::{fmt, io, os::fd::AsFd, thread, time::Duration};
@@ -29,6 +30,9 @@ use rtnetlink::{
     packet_route::RouteNetlinkMessage,
     sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE},
 };
+
+use unreadable::MAX_UNREADABLE;
+pub use unreadable::{About, Unreadable};
 
 /// Messages per system call. Without this bound more failures than the receive buffer holds could come
 /// back at once (it takes about 250).
@@ -73,6 +77,7 @@ pub struct Netlink {
     socket: Socket,
     sequence: u32,
     buffer: Vec<u8>,
+    unreadable: Vec<Unreadable>,
 }
 
 impl Netlink {
@@ -81,7 +86,8 @@ impl Netlink {
         socket.set_cap_ack(true)?;
         // Without strict checking the kernel ignores the filters of a dump silently.
         socket.set_netlink_get_strict_chk(true)?;
-        Ok(Self { socket, sequence: 0, buffer: Vec::with_capacity(RECEIVE_BUFFER) })
+        let buffer = Vec::with_capacity(RECEIVE_BUFFER);
+        Ok(Self { socket, sequence: 0, buffer, unreadable: Vec::new() })
     }
 
     /// A socket in another network namespace, for good. This thread goes there and comes back to its
@@ -182,6 +188,9 @@ impl Netlink {
                 Some(NetlinkPayload::Error(error)) => return Err(error.to_io()),
                 _ => {}
             }
+            if let Some(answer) = self.unreadable.iter().find(|found| found.sequence == sequence) {
+                return Err(answer.to_io());
+            }
         }
     }
 
@@ -225,9 +234,18 @@ impl Netlink {
         message.serialize(&mut bytes[start..]);
     }
 
+    /// Messages that could not be read since this was last asked, the latest ones.
+    pub fn take_unreadable(&mut self) -> Vec<Unreadable> {
+        std::mem::take(&mut self.unreadable)
+    }
+
     fn receive(&mut self) -> io::Result<Vec<NetlinkMessage<RouteNetlinkMessage>>> {
         receive(&self.socket, &mut self.buffer)?;
-        parse_messages(&self.buffer)
+        let (messages, unreadable) = parse(&self.buffer)?;
+        self.unreadable.extend(unreadable);
+        let surplus = self.unreadable.len().saturating_sub(MAX_UNREADABLE);
+        self.unreadable.drain(..surplus);
+        Ok(messages)
     }
 }
 
@@ -254,10 +272,22 @@ pub fn in_thread<T: Send>(work: impl FnOnce() -> io::Result<T> + Send) -> io::Re
         .unwrap_or_else(|_| Err(io::Error::other("a namespace thread panicked")))
 }
 
-/// Every message of one datagram. One that the packet crate cannot read is left out: it is about an
-/// object that is none of ours.
+/// Every message of one datagram. One that the packet crate cannot read is left out.
+///
+/// # Errors
+/// Fails if the datagram is cut off.
 pub fn parse_messages(bytes: &[u8]) -> io::Result<Vec<NetlinkMessage<RouteNetlinkMessage>>> {
-    let mut messages = Vec::new();
+    let (messages, unreadable) = parse(bytes)?;
+    for message in unreadable {
+        tracing::debug!(error = %message.to_io(), "netlink message not understood");
+    }
+    Ok(messages)
+}
+
+type Parsed = (Vec<NetlinkMessage<RouteNetlinkMessage>>, Vec<Unreadable>);
+
+fn parse(bytes: &[u8]) -> io::Result<Parsed> {
+    let (mut messages, mut unreadable) = (Vec::new(), Vec::new());
     let mut rest = bytes;
     while let Some(length) = rest.first_chunk::<4>() {
         let length = u32::from_ne_bytes(*length) as usize;
@@ -267,11 +297,11 @@ pub fn parse_messages(bytes: &[u8]) -> io::Result<Vec<NetlinkMessage<RouteNetlin
             .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "cut off netlink message"))?;
         match NetlinkMessage::deserialize(message) {
             Ok(message) => messages.push(message),
-            Err(error) => tracing::debug!(%error, "netlink message not understood"),
+            Err(error) => unreadable.push(Unreadable::new(message, &error)),
         }
         rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
     }
-    Ok(messages)
+    Ok((messages, unreadable))
 }
 
 /// A socket that talks to the kernel, and waits only so long for its answers.
@@ -317,4 +347,36 @@ fn drain(
 fn send_all(socket: &Socket, bytes: &[u8]) -> io::Result<()> {
     let sent = socket.send(bytes, 0)?;
     if sent == bytes.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A message of a type with a body that begins with this header.
+    fn message(kind: u16, body: &[u8]) -> Vec<u8> {
+        let mut bytes = u32::try_from(16 + body.len()).expect("short").to_ne_bytes().to_vec();
+        bytes.extend(kind.to_ne_bytes());
+        bytes.extend([0; 2]);
+        bytes.extend(7_u32.to_ne_bytes());
+        bytes.extend([0; 4]);
+        bytes.extend(body);
+        bytes
+    }
+
+    #[test]
+    fn message_that_cannot_be_read_says_what_it_is_about() {
+        // A neighbor of interface 5 and a route of protocol 73, each with an attribute that is cut off.
+        let mut neighbor = vec![0; 12];
+        neighbor[4] = 5;
+        let mut route = vec![2, 24, 0, 0, 254, 73, 0, 1, 0, 0, 0, 0];
+        for body in [&mut neighbor, &mut route] {
+            body.extend([200, 0, 1, 0]);
+        }
+        let bytes = [message(28, &neighbor), message(24, &route)].concat();
+        let (read, unreadable) = parse(&bytes).expect("whole");
+        assert!(read.is_empty(), "{read:?}");
+        let about: Vec<_> = unreadable.iter().map(|one| (one.sequence, one.about)).collect();
+        assert_eq!(about, [(7, About::Interface(5)), (7, About::Route { protocol: 73 })]);
+    }
 }

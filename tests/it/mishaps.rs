@@ -159,9 +159,13 @@ fn agent_on_a_full_disk_ends_when_told_to_and_keeps_its_subnet() {
 fn agent_whose_disk_hangs_at_start_ends_when_told_to() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
-        let state = host.dir.join("state");
-        fs::create_dir_all(&state)?;
-        mkfifo(&state.join("node.key"), Mode::S_IRWXU)?;
+        let mut agent = Agent::start(program(), &host, &["--init"])?;
+        agent.wait_converged(1, PATIENCE)?;
+        agent.end(Signal::SIGTERM)?;
+        // The database engine opens it, and waits.
+        let file = host.dir.join("state/db/conf");
+        fs::remove_file(&file)?;
+        mkfifo(&file, Mode::S_IRWXU)?;
         let start = || -> anyhow::Result<Agent> {
             let agent = Agent::start(program(), &host, &["--init"])?;
             let caught = format!("/proc/{}/status", agent.pid());

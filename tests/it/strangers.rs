@@ -52,7 +52,7 @@ fn floods_from_far_addresses_and_of_one_honest_host_keep_no_host_out() {
         let attacker = lab.host(66, "evil")?;
         let target = SocketAddrV4::new(cluster.hosts[0].ip, PORT);
         for (number, source) in [(3, Source::Far), (4, Source::Honest)] {
-            let _flood = Flood::start(&attacker, target, source, 5_000)?;
+            let _flood = Flood::start(&attacker, target, source, 2_000)?;
             cluster.join(lab, number)?;
             cluster.converge()?;
         }

@@ -5,6 +5,7 @@
 //! touched. A failing operation never stops the others; each failure is named.
 
 mod advertised;
+mod error;
 mod firewall;
 mod forward;
 pub mod interface;
@@ -31,6 +32,7 @@ use rtnetlink::{
 };
 
 pub use self::{
+    error::KernelError,
     firewall::{FirewallTable, Pass, TRIAL_MARK},
     forward::{Closing, ForeignChains},
     leftovers::Leftovers,
@@ -114,42 +116,6 @@ impl RefusedEntry {
     }
 }
 
-/// Why the device cannot be made. The rest of the plan was not tried.
-#[derive(Debug, thiserror::Error)]
-pub enum KernelError {
-    #[error(
-        "VNI {vni} on UDP port {port} is in use by device {holder}: stop what made it \
-         (is flannel running here?), or choose another vni or vxlan_port for the cluster"
-    )]
-    VniTaken { vni: u32, port: u16, holder: String },
-    #[error(
-        "UDP port {port} is taken by another socket, so the VXLAN device {name} cannot listen on it: \
-         free the port, or choose another vxlan_port for the cluster"
-    )]
-    PortTaken { name: String, port: u16 },
-    #[error(
-        "the device name {name} is taken by a {kind} device: rename or remove that device, \
-         or choose another vni for the cluster"
-    )]
-    NameTaken { name: String, kind: String },
-    #[error(
-        "network {network} of the overlay and {what} of interface {interface} overlap, so packets would take \
-         the wrong way: choose another network for the cluster"
-    )]
-    Overlap { network: IpNet, what: IpNet, interface: String },
-    #[error(
-        "no IPv6 address can be given to {name}: IPv6 is turned off in this kernel (ipv6.disable, or \
-         net.ipv6.conf.all.disable_ipv6); turn it on, or use a cluster without IPv6"
-    )]
-    NoIpv6 { name: String },
-    #[error("the kernel cannot make VXLAN devices: load or build the vxlan module")]
-    NoVxlan,
-    #[error("not permitted to change network settings: run as root or grant CAP_NET_ADMIN")]
-    NotPermitted,
-    #[error("netlink: {0}")]
-    Netlink(#[from] io::Error),
-}
-
 impl Kernel {
     /// Opens the kernel of the present network namespace.
     pub fn open() -> io::Result<Self> {
@@ -231,8 +197,9 @@ impl Kernel {
 
     /// Finds out, before anything is made, whether the device could be.
     pub fn preflight(&mut self, name: &str, vni: u32, port: u16) -> Result<(), KernelError> {
-        // The kernel checks the permission to change anything before it looks for the interface.
-        if let Err(error) = self.netlink.delete_link(i32::MAX.cast_unsigned())
+        // The kernel checks the permission before it looks what is to be changed, which is nothing.
+        let lo = self.netlink.index_of("lo")?;
+        if let Err(error) = self.netlink.set_link(LinkUnspec::new_with_index(lo))
             && error.raw_os_error() == Some(EPERM)
         {
             return Err(KernelError::NotPermitted);

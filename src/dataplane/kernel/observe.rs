@@ -28,7 +28,7 @@ use crate::{
     },
     model::{Mac, Pool},
     netlink::{
-        Netlink,
+        About, Netlink,
         ethtool::TX_CHECKSUM,
         link::{Address, Link},
     },
@@ -50,12 +50,20 @@ impl Kernel {
             return Err(KernelError::NameTaken { name: name.to_owned(), kind });
         }
         self.device = Some(link.index);
-        Ok(Actual {
+        // What was unreadable before does not concern this pass.
+        self.netlink.take_unreadable();
+        let actual = Actual {
             neighbours: self.neighbours(link.index)?,
             fdb: self.fdb(link.index)?,
             routes: self.our_routes(Some(link.index), pool)?,
             device: Some(self.found(&link)?),
-        })
+        };
+        let of_ours = [About::Interface(link.index), About::Route { protocol: ROUTE_PROTOCOL }];
+        let unreadable = self.netlink.take_unreadable();
+        match unreadable.iter().find(|message| of_ours.contains(&message.about)) {
+            Some(message) => Err(message.to_io().into()),
+            None => Ok(actual),
+        }
     }
 
     /// Networks of this host that are none of ours: addresses of interfaces, and routes of other programs

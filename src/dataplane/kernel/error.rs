@@ -1,0 +1,75 @@
+//! Why the kernel cannot be used as it is.
+
+use std::io;
+
+use ipnet::IpNet;
+
+/// No room for the message, or for what it asks for (errno(3)).
+const ENOBUFS: i32 = 105;
+
+/// Why the device cannot be made. The rest of the plan was not tried.
+#[derive(Debug, thiserror::Error)]
+pub enum KernelError {
+    #[error(
+        "VNI {vni} on UDP port {port} is in use by device {holder}: stop what made it \
+         (is flannel running here?), or choose another vni or vxlan_port for the cluster"
+    )]
+    VniTaken { vni: u32, port: u16, holder: String },
+    #[error(
+        "UDP port {port} is taken by another socket, so the VXLAN device {name} cannot listen on it: \
+         free the port, or choose another vxlan_port for the cluster"
+    )]
+    PortTaken { name: String, port: u16 },
+    #[error(
+        "the device name {name} is taken by a {kind} device: rename or remove that device, \
+         or choose another vni for the cluster"
+    )]
+    NameTaken { name: String, kind: String },
+    #[error(
+        "network {network} of the overlay and {what} of interface {interface} overlap, so packets would take \
+         the wrong way: choose another network for the cluster"
+    )]
+    Overlap { network: IpNet, what: IpNet, interface: String },
+    #[error(
+        "no IPv6 address can be given to {name}: IPv6 is turned off in this kernel (ipv6.disable, or \
+         net.ipv6.conf.all.disable_ipv6); turn it on, or use a cluster without IPv6"
+    )]
+    NoIpv6 { name: String },
+    #[error("the kernel cannot make VXLAN devices: load or build the vxlan module")]
+    NoVxlan,
+    #[error("not permitted to change network settings: run as root or grant CAP_NET_ADMIN")]
+    NotPermitted,
+    #[error("netlink: {0}")]
+    Netlink(#[from] io::Error),
+}
+
+impl KernelError {
+    /// Whether the kernel may take the same in a moment: it was busy, or short of memory.
+    pub fn is_transient(&self) -> bool {
+        let Self::Netlink(error) = self else { return false };
+        matches!(
+            error.kind(),
+            io::ErrorKind::Interrupted
+                | io::ErrorKind::TimedOut
+                | io::ErrorKind::WouldBlock
+                | io::ErrorKind::ResourceBusy
+                | io::ErrorKind::OutOfMemory
+        ) || error.raw_os_error() == Some(ENOBUFS)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_of_a_busy_kernel_are_transient_and_no_others() {
+        let is_transient =
+            |errno| KernelError::Netlink(io::Error::from_raw_os_error(errno)).is_transient();
+        // EINTR, EAGAIN, ENOMEM, EBUSY, ENOBUFS, ETIMEDOUT
+        assert!([4, 11, 12, 16, 105, 110].into_iter().all(is_transient));
+        // EPERM, ENODEV, EINVAL, EOPNOTSUPP, EADDRINUSE
+        assert!(![1, 19, 22, 95, 98].into_iter().any(is_transient));
+        assert!(!KernelError::NoVxlan.is_transient());
+    }
+}
