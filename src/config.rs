@@ -388,3 +388,18 @@ fn address(field: &str, text: &str) -> Result<(IpAddr, Option<u16>), ConfigError
 fn bad(field: impl Into<String>, problem: impl std::fmt::Display) -> ConfigError {
     ConfigError { field: field.into(), problem: problem.to_string() }
 }
+
+/// All settings of the example that is shipped, for the fuzzer.
+#[cfg(any(test, feature = "sim"))]
+pub(crate) fn samples() -> Vec<Vec<u8>> {
+    let shipped = include_str!("../config/gossamer.toml").lines();
+    let settings = shipped.filter_map(|line| line.strip_prefix("# ").or(line.strip_prefix('#')));
+    let settings: Vec<&str> = settings.filter(|line| fuzz(line.as_bytes())).collect();
+    vec![settings.join("\n").into_bytes()]
+}
+
+/// Reads settings, for the fuzzer.
+#[cfg(any(test, feature = "sim"))]
+pub(crate) fn fuzz(text: &[u8]) -> bool {
+    std::str::from_utf8(text).is_ok_and(|text| toml::from_str::<Settings>(text).is_ok())
+}

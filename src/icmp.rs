@@ -250,6 +250,28 @@ pub fn take<'a>(
     Ok(from.map(|from| (from, interface, buffer.get(..length).unwrap_or_default())))
 }
 
+/// A reply and an error that quotes a datagram of ours, for the fuzzer.
+#[cfg(any(test, feature = "sim"))]
+pub(crate) fn samples() -> Vec<Vec<u8>> {
+    let ip = [&[0x45][..], &[0; 15], &[192, 0, 2, 1]].concat();
+    let reply = [&ip[..], &[0, 0, 0, 0, 0, 7, 0, 9]].concat();
+    let mut quoted = ip.clone();
+    quoted[9] = UDP;
+    let datagram = [0, 1, 0, 2, 0, 32, 0, 0];
+    let question = datagram::question(7, 9, 64);
+    let error = [&ip[..], &[3, 3, 0, 0, 0, 0, 0, 0], &quoted, &datagram, &question].concat();
+    vec![reply, error, [&[129, 0, 0, 0, 0, 7, 0, 9][..], &[0; 8]].concat()]
+}
+
+/// Reads a packet of either family, for the fuzzer.
+#[cfg(any(test, feature = "sim"))]
+pub(crate) fn fuzz(packet: &[u8]) -> bool {
+    let asker = Asker { identifier: 7, ports: [1; FLOWS] };
+    let from = [192, 0, 2, 1].into();
+    let read = |family: Family| family.parse(asker, from, 1, packet);
+    read(Family::Inet).or_else(|| read(Family::Inet6)).is_some()
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::unix::net::UnixDatagram;

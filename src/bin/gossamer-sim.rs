@@ -63,6 +63,15 @@ enum Command {
         #[arg(long, default_value_t = 10_000)]
         limit: u64,
     },
+    /// Give every parser of bytes from outside so many mutated inputs
+    #[cfg(feature = "agent")]
+    Fuzz {
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+        /// Inputs of each parser
+        #[arg(long, default_value_t = 1_000_000)]
+        inputs: u64,
+    },
     /// Measure convergence against its ceilings, in virtual time
     Figures {
         /// Nodes of the clusters that are measured; 1,000 take minutes
@@ -80,11 +89,34 @@ fn main() -> ExitCode {
     match &cli.command {
         None => campaign(&cli),
         Some(Command::Planted { limit }) => planted(*limit),
+        #[cfg(feature = "agent")]
+        Some(Command::Fuzz { seed, inputs }) => fuzz(*seed, *inputs),
         Some(Command::Figures { sizes }) => match figures::print_all(sizes) {
             true => ExitCode::SUCCESS,
             false => ExitCode::FAILURE,
         },
     }
+}
+
+#[cfg(feature = "agent")]
+fn fuzz(seed: u64, inputs: u64) -> ExitCode {
+    let begun = Instant::now();
+    // A panic is an outcome, with its input.
+    std::panic::set_hook(Box::new(|_| {}));
+    let mut all = 0;
+    let is_sound = gossamer::fuzz::run(seed, inputs, |outcome| {
+        all += outcome.inputs;
+        let failure = outcome.failure.as_deref().unwrap_or("sound");
+        println!(
+            "{:<14} {:>11} inputs {:>5.1} % accepted, slowest {:>9.1?}  {failure}",
+            outcome.name,
+            outcome.inputs,
+            outcome.accepted as f64 / outcome.inputs.max(1) as f64 * 100.0,
+            outcome.slowest,
+        );
+    });
+    println!("{all} inputs, {:.0} s", begun.elapsed().as_secs_f64());
+    if is_sound { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 fn campaign(cli: &Cli) -> ExitCode {

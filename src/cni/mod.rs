@@ -18,3 +18,39 @@ pub use netns::open as open_netns;
 pub use plugin::{COMMAND, ask, connect, detach, disconnect, run};
 pub use request::LOOPBACK;
 pub use spool::{Note, Spool};
+
+/// What a runtime sends, for the fuzzer.
+#[cfg(any(test, feature = "sim"))]
+pub(crate) fn samples() -> Vec<Vec<u8>> {
+    let config = serde_json::json!({
+        "cniVersion": "1.1.0",
+        "name": "pods",
+        "type": "gossamer",
+        "args": { "cni": { "ips": ["10.42.0.7"] } },
+        "runtimeConfig": { "mac": "02:11:22:33:44:55", "ips": ["10.42.0.7/24"] },
+        "dns": { "nameservers": ["10.43.0.10"], "search": ["cluster.local"] },
+        "cni.dev/valid-attachments": [{ "containerID": "a", "ifname": "eth0" }],
+        "prevResult": { "cniVersion": "1.1.0", "ips": [{ "address": "10.42.0.7/24" }] },
+    });
+    vec![
+        config.to_string().into_bytes(),
+        br#"{"cniVersion":"0.3.1","name":"pods","type":"x"}"#.to_vec(),
+    ]
+}
+
+/// Reads what a runtime sends with each verb, for the fuzzer.
+#[cfg(any(test, feature = "sim"))]
+pub(crate) fn fuzz(input: &[u8]) -> bool {
+    let read = |verb: &str| {
+        let variables = [
+            ("CNI_COMMAND", verb),
+            ("CNI_CONTAINERID", "a"),
+            ("CNI_NETNS", "/run/netns/a"),
+            ("CNI_IFNAME", "eth0"),
+            ("CNI_PATH", "/opt/cni/bin"),
+        ];
+        let variables = variables.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        request::CniRequest::parse("gossamer", &variables.into(), input).is_ok()
+    };
+    ["ADD", "DEL", "CHECK", "GC", "STATUS"].map(read).contains(&true)
+}

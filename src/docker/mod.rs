@@ -14,3 +14,30 @@ pub use server::{DIRECTORY, Endpoint, Joined, PATIENCE, Request, handle, socket_
 
 /// On whose behalf addresses of Docker's are held.
 pub const OWNER: &str = "docker";
+
+/// What dockerd sends, for the fuzzer.
+#[cfg(any(test, feature = "sim"))]
+pub(crate) fn samples() -> Vec<Vec<u8>> {
+    let generic = serde_json::json!({ "com.docker.network.generic": { "a": "b" } });
+    let network = serde_json::json!({
+        "NetworkID": "n", "Options": generic, "IPv4Data": [{ "Pool": "0.0.0.0/0" }]
+    });
+    let interface = serde_json::json!({ "Address": "10.42.0.7/24", "MacAddress": "" });
+    let endpoint =
+        serde_json::json!({ "NetworkID": "n", "EndpointID": "e", "Interface": interface });
+    let options = serde_json::json!({ "RequestAddressType": "com.docker.network.gateway" });
+    let address = serde_json::json!({ "PoolID": "p", "Address": "", "Options": options });
+    [network, endpoint, address].map(|body| body.to_string().into_bytes()).into()
+}
+
+/// Reads what dockerd sends, for the fuzzer.
+#[cfg(any(test, feature = "sim"))]
+pub(crate) fn fuzz(body: &[u8]) -> bool {
+    use message::{AddressRequest, CreateNetwork, EndpointRequest, RequestPool};
+    let network = serde_json::from_slice::<CreateNetwork>(body);
+    let address = serde_json::from_slice::<AddressRequest>(body);
+    network.as_ref().is_ok_and(|network| network.options().count() < 1_000)
+        | address.as_ref().is_ok_and(|address| address.is_for_gateway() | address.mac().is_some())
+        | serde_json::from_slice::<EndpointRequest>(body).is_ok()
+        | serde_json::from_slice::<RequestPool>(body).is_ok()
+}

@@ -19,3 +19,38 @@ pub const DRIVER: &str = "gossamer";
 fn owner(network: &str) -> String {
     format!("podman/{network}")
 }
+
+/// What Podman and netavark send, for the fuzzer.
+#[cfg(any(test, feature = "sim"))]
+pub(crate) fn samples() -> Vec<Vec<u8>> {
+    let network = serde_json::json!({
+        "name": "web",
+        "id": "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef",
+        "driver": "gossamer",
+        "network_interface": "podman1",
+        "subnets": null,
+        "ipv6_enabled": false,
+        "internal": false,
+        "dns_enabled": false,
+        "options": { "mtu": "1400" },
+        "ipam_options": { "driver": "none" },
+    });
+    let connection = serde_json::json!({
+        "container_id": "a",
+        "container_name": "b",
+        "port_mappings": null,
+        "network": network,
+        "network_options": { "interface_name": "eth0", "static_ips": ["10.42.0.7"], "static_mac": "" },
+    });
+    [network, connection].map(|value| value.to_string().into_bytes()).into()
+}
+
+/// Reads what Podman and netavark send, for the fuzzer.
+#[cfg(any(test, feature = "sim"))]
+pub(crate) fn fuzz(input: &[u8]) -> bool {
+    let connection = json::connection(input);
+    let is_connection = connection.is_ok_and(|connection| {
+        connection.network.socket().is_ok() | connection.network_options.mac().is_ok()
+    });
+    is_connection | json::network(input).is_ok()
+}
