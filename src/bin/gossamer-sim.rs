@@ -57,7 +57,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Plant defects one by one, and count the seeds until each is caught
+    /// Plant defects one by one, and look for a seed by which each is caught
     Planted {
         /// Give up after so many seeds
         #[arg(long, default_value_t = 10_000)]
@@ -182,7 +182,7 @@ fn planted(limit: u64) -> ExitCode {
     let hunt = || {
         while let Some(bug) = Bug::ALL.get(next.fetch_add(1, Ordering::Relaxed)) {
             match seeds_to_catch(*bug, limit) {
-                Some((seeds, why)) => println!("{bug:<32?} {seeds:>5} seeds  {why:.100}"),
+                Some((seeds, why)) => println!("{bug:<32?} seed {seeds:>5}  {why:.100}"),
                 None => {
                     escaped.fetch_add(1, Ordering::Relaxed);
                     println!("{bug:<32?} not caught in {limit} seeds");
