@@ -30,6 +30,8 @@ pub(super) enum News {
     Api(Question),
     Docker(docker_plugin::Request),
     Node(HeardOfNode),
+    /// The subnet file says what it should, or cannot be written.
+    SubnetFile,
 }
 
 /// Everything that comes in but signals and the clock. Each source has its turn, however busy the others are.

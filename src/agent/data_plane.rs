@@ -14,10 +14,11 @@ use ipnet::IpNet;
 
 use super::{
     Agent, Ending,
+    archive::Saved,
     auditor::Routing,
     forwarder::Forwarding,
     programmer::{Goal, State},
-    subnet_env,
+    subnet_env::SubnetFile,
     surroundings::HostState,
     told::{DemandState, Outcome, Told},
     underlay::{Chosen, UnderlayError},
@@ -246,9 +247,7 @@ impl Agent {
     pub(super) fn save_underlay(&self) {
         let Chosen { local, mtu, .. } = self.underlay;
         let local = self.company.known_as().unwrap_or(local);
-        if let Err(error) = self.state.save_underlay(local, mtu) {
-            tracing::error!(%error, "the underlay was not saved");
-        }
+        self.archive.save(Saved::Underlay(local, mtu));
     }
 
     /// The core gives a subnet away only when the kernel does not use it any more.
@@ -338,11 +337,9 @@ impl Agent {
         let Some(view) = &self.kernel.wanted else { return };
         let networks = view.settings.pool.networks();
         let subnets = self.subnets_of_pods(view.own.subnets);
-        let path = &self.config.subnet_file;
         let (mtu, masquerade) = (self.underlay.mtu, self.config.firewall.masquerade);
-        if let Err(error) = subnet_env::write(path, networks, subnets, mtu, masquerade) {
-            tracing::error!(file = %path.display(), %error, "subnet file not written");
-        }
+        let file = SubnetFile::new(networks, subnets, mtu, masquerade);
+        self.archive.save(Saved::Subnet(self.config.subnet_file.clone(), file));
     }
 }
 

@@ -4,6 +4,7 @@
 //! core, and its outputs are executed. The loop owns everything; there is no lock. Decisions are the
 //! core's: here is only IO. SIGTERM ends the agent and leaves the kernel's state in place.
 
+mod archive;
 mod arrivals;
 mod auditor;
 mod clock;
@@ -50,6 +51,7 @@ use std::{
 use tokio::sync::oneshot;
 
 use self::{
+    archive::Archive,
     arrivals::{Arrival, Arrivals, News},
     clock::Clock,
     company::Company,
@@ -74,7 +76,7 @@ use crate::{
     config::Config,
     core::{Command, Gate, Input, Node, Output, Stop, Target},
     model::NodeId,
-    store::{History, StateDir, Writer, Written},
+    store::{StateDir, Writer, Written},
     transport::{Event, Transport},
     wire::{Keyring, Token, visible},
     worker::Thread,
@@ -131,7 +133,7 @@ struct Agent {
     given_seeds: Vec<String>,
     /// The token as it was last saved.
     saved_token: Option<Token>,
-    history: History,
+    archive: Archive,
     keyring: Keyring,
     /// Whether this process created the state, so that a refusal may remove it.
     fresh: bool,
@@ -285,6 +287,8 @@ impl Agent {
             News::Pods(wired) => self.on_wired(wired),
             News::Api(request) => self.on_api(request),
             News::Docker(request) => self.on_docker(request),
+            // Who waits for convergence is served at the end of the turn.
+            News::SubnetFile => {}
             News::Node(heard) => self.on_heard_of_node(heard),
         }
     }
@@ -385,6 +389,7 @@ impl Agent {
             self.inquest.end(),
             self.wirer.end(),
             self.writer.end(),
+            self.archive.end(),
         ];
         await_threads(threads).await;
         let refused = self.fresh && matches!(ending, Ending::Failed(_));
@@ -456,10 +461,7 @@ impl Agent {
             Question::Routes { reply } => self.show_routes(reply),
             Question::Secret { step, force, reply } => self.change_secret(step, force, reply),
             Question::Peer { node, reply } => self.show_peer(&node, reply),
-            Question::History { reply } => {
-                let lines = self.history.read();
-                let _ = reply.send(lines.map_err(|error| format!("history: {error}")));
-            }
+            Question::History { reply } => self.archive.read(reply),
         }
     }
 }

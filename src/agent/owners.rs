@@ -47,7 +47,7 @@ impl Agent {
             }
         };
         let told = changes.iter().filter_map(told).collect();
-        self.history.append(&lines);
+        self.archive.append(lines);
         self.journal.note_all(EventKind::Lease, EventLevel::Info, told);
     }
 

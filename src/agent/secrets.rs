@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use serde_json::{Value, json};
 use tokio::sync::oneshot::Sender;
 
-use super::{Agent, survey::Findings};
+use super::{Agent, archive::Saved, survey::Findings};
 use crate::{
     api::{EventKind, EventLevel, SecretStep},
     core::ReplyId,
@@ -39,9 +39,8 @@ impl Agent {
         if token.is_none() || token == self.saved_token {
             return;
         }
-        if let Some(Err(error)) = token.as_ref().map(|token| self.state.save_token(token)) {
-            tracing::error!(%error, "the token could not be saved");
-            return;
+        if let Some(token) = &token {
+            self.archive.save(Saved::Token(token.clone()));
         }
         self.saved_token = token;
     }

@@ -14,8 +14,9 @@ use sha2::{Digest as _, Sha256};
 use tokio::{net::UnixListener, sync::mpsc};
 
 use super::{
-    Agent, Arrivals, Clock, Company, Ending, Forwarder, Gate, Inquest, Journal, KernelState, News,
-    PodState, Prober, Programmer, Reread, Service, Signals, Source, Surveys, Wirer, kubernetes,
+    Agent, Archive, Arrivals, Clock, Company, Ending, Forwarder, Gate, Inquest, Journal,
+    KernelState, News, PodState, Prober, Programmer, Reread, Service, Signals, Source, Surveys,
+    Wirer, kubernetes,
     recall::{Recalled, recall},
     underlay,
     waiting::Waiting,
@@ -323,6 +324,10 @@ async fn start(
         // All pods that are there are known, so the others are of nobody.
         wirer.ask(Job::Sweep { bridge, keep: pods.links() });
     }
+    let report = sender.clone();
+    let archive = Archive::start(state.clone(), move || {
+        let _ = report.send(News::SubnetFile);
+    })?;
     let (prober, heard) = Prober::start(u16::from_ne_bytes(random()?), config.withdraw_after);
     let mut company = Company::default();
     if let Some((before, _)) = known_as
@@ -348,7 +353,7 @@ async fn start(
         underlay: chosen,
         config,
         given_seeds,
-        history: state.history(),
+        archive,
         state,
         saved_token: token.filter(|_| known_cluster.is_some()),
         keyring,

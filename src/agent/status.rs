@@ -163,6 +163,7 @@ impl Agent {
             && self.node.is_settled()
             && self.is_in_sync()
             && !self.is_in_the_dark()
+            && self.archive.is_subnet_told()
     }
 
     /// Whether there may be other nodes of which this one has not heard.

@@ -9,19 +9,25 @@ use crate::{
     store::{PUBLIC, replace},
 };
 
+/// What the file says.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SubnetFile(String);
+
+impl SubnetFile {
+    pub fn new(networks: Subnets, subnets: Subnets, mtu: u32, masquerade: bool) -> Self {
+        Self(contents(networks, subnets, mtu, masquerade))
+    }
+}
+
 /// Writes the file, unless it says so already. Readers see the old or the new file, never half of one.
-pub fn write(
-    path: &Path,
-    networks: Subnets,
-    subnets: Subnets,
-    mtu: u32,
-    masquerade: bool,
-) -> io::Result<()> {
-    let text = contents(networks, subnets, mtu, masquerade);
-    if files::read_text(path, files::SMALL).is_ok_and(|present| present == text) {
+///
+/// # Errors
+/// Fails if the file cannot be written.
+pub fn write(path: &Path, SubnetFile(text): &SubnetFile) -> io::Result<()> {
+    if files::read_text(path, files::SMALL).is_ok_and(|present| present == *text) {
         return Ok(());
     }
-    replace(path, &text, PUBLIC)
+    replace(path, text, PUBLIC)
 }
 
 fn contents(networks: Subnets, subnets: Subnets, mtu: u32, masquerade: bool) -> String {
@@ -48,14 +54,14 @@ mod tests {
         let path = dir.path().join("run/subnet.env");
         let networks = subnets("10.42.0.0/16", None);
         let ours = subnets("10.42.64.0/24", None);
-        write(&path, networks, ours, 1450, false).expect("written");
+        write(&path, &SubnetFile::new(networks, ours, 1450, false)).expect("written");
         assert_eq!(
             fs::read_to_string(&path).expect("read"),
             "FLANNEL_NETWORK=10.42.0.0/16\nFLANNEL_SUBNET=10.42.64.1/24\n\
              FLANNEL_MTU=1450\nFLANNEL_IPMASQ=false\n"
         );
         let before = fs::metadata(&path).expect("metadata").modified().expect("time");
-        write(&path, networks, ours, 1450, false).expect("unchanged");
+        write(&path, &SubnetFile::new(networks, ours, 1450, false)).expect("unchanged");
         assert_eq!(fs::metadata(&path).expect("metadata").modified().expect("time"), before);
     }
 

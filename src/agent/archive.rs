@@ -1,0 +1,257 @@
+//! The thread that keeps the small files: token, underlay, history and `subnet.env`.
+//!
+//! A disk that hangs keeps this thread, and not the loop. What is written later replaces what waits; a file
+//! that could not be written is tried again until it is, or until there is something newer.
+
+use std::{
+    io,
+    net::IpAddr,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+        mpsc::TryRecvError,
+    },
+    time::Duration,
+};
+
+use serde_json::Value;
+use tokio::sync::oneshot;
+
+use super::subnet_env::{self, SubnetFile};
+use crate::{
+    store::{History, StateDir},
+    wire::Token,
+    worker::{Order, Orders, Thread, Worker},
+};
+
+/// A file that could not be written is tried again after this.
+const RETRY: Duration = Duration::from_secs(5);
+/// Lines of the history that wait for the disk; more are lost, and their number is logged.
+const MAX_LINES: usize = 16_384;
+
+/// What is to be done with the files.
+#[derive(Debug)]
+enum Job {
+    /// With its number, if it is the subnet file.
+    Save(Saved, usize),
+    Append(Vec<Value>),
+    Read(oneshot::Sender<Result<Vec<Value>, String>>),
+}
+
+/// The content of a file. A later one replaces an earlier one of the same kind.
+#[derive(Clone, Debug)]
+pub(super) enum Saved {
+    Token(Token),
+    /// The address of this host and the MTU of its overlay.
+    Underlay(IpAddr, u32),
+    Subnet(PathBuf, SubnetFile),
+}
+
+impl Saved {
+    fn is_same_file(&self, other: &Self) -> bool {
+        std::mem::discriminant(self) == std::mem::discriminant(other)
+    }
+
+    const fn name(&self) -> &'static str {
+        match self {
+            Self::Token(_) => "token",
+            Self::Underlay(..) => "underlay",
+            Self::Subnet(..) => "subnet file",
+        }
+    }
+}
+
+impl Order for Job {
+    fn supersedes(&self, earlier: &Self) -> bool {
+        matches!((self, earlier), (Self::Save(new, _), Self::Save(old, _)) if new.is_same_file(old))
+    }
+}
+
+/// The loop's end of it.
+pub(super) struct Archive {
+    worker: Worker<Job>,
+    shared: Arc<Shared>,
+}
+
+/// What both ends know.
+#[derive(Default)]
+struct Shared {
+    /// Lines of the history that wait.
+    lines: AtomicUsize,
+    /// Contents of the subnet file so far, and how many of them were written, replaced, or refused.
+    subnets: AtomicUsize,
+    subnets_done: AtomicUsize,
+}
+
+impl Archive {
+    /// `report` is called when the subnet file was written, or could not be.
+    ///
+    /// # Errors
+    /// The system gives no thread.
+    pub(super) fn start(
+        state: Arc<StateDir>,
+        report: impl Fn() + Send + 'static,
+    ) -> io::Result<Self> {
+        let history = state.history();
+        let save = move |saved: &Saved| match saved {
+            Saved::Token(token) => state.save_token(token).map_err(|error| error.to_string()),
+            Saved::Underlay(address, mtu) => {
+                state.save_underlay(*address, *mtu).map_err(|error| error.to_string())
+            }
+            Saved::Subnet(path, file) => subnet_env::write(path, file)
+                .map_err(|error| format!("{}: {error}", path.display())),
+        };
+        Self::start_with(history, save, report)
+    }
+
+    fn start_with(
+        history: History,
+        save: impl FnMut(&Saved) -> Result<(), String> + Send + 'static,
+        report: impl Fn() + Send + 'static,
+    ) -> io::Result<Self> {
+        let shared = Arc::new(Shared::default());
+        let of_thread = shared.clone();
+        let worker = Worker::start("archive", move |orders| {
+            keep(&orders, history, save, report, &of_thread);
+        })?;
+        Ok(Self { worker, shared })
+    }
+
+    pub(super) fn save(&self, saved: Saved) {
+        let number = match saved {
+            Saved::Subnet(..) => self.shared.subnets.fetch_add(1, Ordering::Relaxed) + 1,
+            _ => 0,
+        };
+        self.worker.order(Job::Save(saved, number));
+    }
+
+    /// Whether the subnet file says what it should, or cannot be written.
+    pub(super) fn is_subnet_told(&self) -> bool {
+        let Shared { subnets, subnets_done, .. } = &*self.shared;
+        subnets_done.load(Ordering::Acquire) == subnets.load(Ordering::Relaxed)
+    }
+
+    /// Adds lines to the history.
+    pub(super) fn append(&self, lines: Vec<Value>) {
+        if lines.is_empty() {
+            return;
+        }
+        let count = lines.len();
+        if self.shared.lines.fetch_add(count, Ordering::Relaxed) + count > MAX_LINES {
+            self.shared.lines.fetch_sub(count, Ordering::Relaxed);
+            tracing::error!(count, "lines of the history are lost: the disk does not take them");
+            return;
+        }
+        self.worker.order(Job::Append(lines));
+    }
+
+    /// Answers with the lines of the history.
+    pub(super) fn read(&self, reply: oneshot::Sender<Result<Vec<Value>, String>>) {
+        self.worker.order(Job::Read(reply));
+    }
+
+    pub(super) fn end(self) -> Thread {
+        self.worker.end()
+    }
+}
+
+fn keep(
+    orders: &Orders<Job>,
+    mut history: History,
+    mut save: impl FnMut(&Saved) -> Result<(), String>,
+    report: impl Fn(),
+    shared: &Shared,
+) {
+    let mut failed: Vec<Saved> = Vec::new();
+    loop {
+        match orders.take() {
+            Ok(Job::Save(saved, number)) => {
+                let is_known = failed.iter().any(|earlier| earlier.is_same_file(&saved));
+                failed.retain(|earlier| !earlier.is_same_file(&saved));
+                let is_subnet = matches!(saved, Saved::Subnet(..));
+                let result = save(&saved);
+                if is_subnet {
+                    shared.subnets_done.store(number, Ordering::Release);
+                    report();
+                }
+                if let Err(error) = result {
+                    if !is_known {
+                        tracing::error!(file = saved.name(), %error, "file not written");
+                    }
+                    failed.push(saved);
+                }
+            }
+            Ok(Job::Append(lines)) => {
+                history.append(&lines);
+                shared.lines.fetch_sub(lines.len(), Ordering::Relaxed);
+            }
+            Ok(Job::Read(reply)) => {
+                let lines = history.read().map_err(|error| format!("history: {error}"));
+                let _ = reply.send(lines);
+            }
+            Err(TryRecvError::Empty) => {
+                orders.sleeper.wait([], (!failed.is_empty()).then_some(RETRY));
+                failed.retain(|saved| save(saved).is_err());
+            }
+            Err(TryRecvError::Disconnected) => return,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::mpsc, time::Instant};
+
+    use super::*;
+
+    fn underlay(mtu: u32) -> Saved {
+        Saved::Underlay([192, 0, 2, 1].into(), mtu)
+    }
+
+    #[test]
+    fn disk_that_hangs_keeps_the_thread_alone_and_the_newest_content_is_written_then() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let (release, released) = mpsc::channel::<()>();
+        let (report, reported) = mpsc::channel();
+        let save = move |saved: &Saved| {
+            let _ = released.recv();
+            if let Saved::Underlay(_, mtu) = saved {
+                let _ = report.send(*mtu);
+            }
+            Ok(())
+        };
+        let archive = Archive::start_with(History::new(dir.path()), save, || ()).expect("a thread");
+        for mtu in 1..=1_000 {
+            archive.save(underlay(mtu));
+        }
+        for _ in 0..MAX_LINES + 10 {
+            archive.append(vec![Value::Null]);
+        }
+        assert!(archive.shared.lines.load(Ordering::Relaxed) <= MAX_LINES);
+        drop(release);
+        let thread = archive.end();
+        assert_eq!(thread.join(Instant::now() + Duration::from_secs(60)), Ok(()));
+        let written: Vec<u32> = reported.iter().collect();
+        assert!(written.len() <= 2 && written.last() == Some(&1_000), "{written:?}");
+    }
+
+    #[test]
+    fn file_that_was_not_written_is_tried_again() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let (report, reported) = mpsc::channel();
+        let mut tries = 0;
+        let save = move |_: &Saved| {
+            tries += 1;
+            let _ = report.send(tries);
+            if tries < 3 { Err("full".to_owned()) } else { Ok(()) }
+        };
+        let archive = Archive::start_with(History::new(dir.path()), save, || ()).expect("a thread");
+        archive.save(underlay(1_450));
+        archive.save(Saved::Subnet(PathBuf::new(), SubnetFile::default()));
+        assert!(!archive.is_subnet_told());
+        let wait = || reported.recv_timeout(Duration::from_secs(60));
+        assert_eq!([wait(), wait(), wait(), wait()], [Ok(1), Ok(2), Ok(3), Ok(4)]);
+        assert!(archive.is_subnet_told(), "it was tried");
+    }
+}
