@@ -138,8 +138,10 @@ impl Bench {
             if agent.wait_converged(4, PATIENCE).is_ok() {
                 times.push(start.elapsed().as_secs_f64());
                 agent.leave()?;
+                agent.wait()?;
+            } else {
+                agent.end(Signal::SIGKILL)?;
             }
-            agent.end(Signal::SIGKILL)?;
             std::thread::sleep(Duration::from_secs(5));
         }
         let cpu = (cpu_seconds(pid) - cpu) / begun.elapsed().as_secs_f64();

@@ -273,10 +273,15 @@ fn beyond(
     more.flat_map(|(texts, others)| texts.difference(others).cloned()).collect()
 }
 
-/// A sentence whose numbers change is about the same thing.
+/// A sentence without its measurements: with others it is about the same thing. Digits in names, addresses and
+/// subnets stay, for they say what it is about.
 fn without_numbers(text: &str) -> String {
-    let is_number = |c: char| c.is_ascii_digit() || c == '.';
-    text.chars().filter(|c| !is_number(*c)).collect()
+    let is_number = |word: &str| {
+        let word = word.trim_matches(|c: char| !c.is_ascii_alphanumeric());
+        word.matches('.').count() <= 1 && word.chars().all(|c| c.is_ascii_digit() || c == '.')
+    };
+    let words = text.split(' ').filter(|word| word.is_empty() || !is_number(word));
+    words.collect::<Vec<_>>().join(" ")
 }
 
 #[cfg(test)]
@@ -326,5 +331,12 @@ mod tests {
         assert_eq!(beyond(&after, &before), ["n3 is blocked"]);
         assert_eq!(beyond(&before, &after), [""; 0]);
         assert_eq!(beyond(&before, &kinds(&["n2 is blocked"])), ["7 of 12.5 ms"]);
+        // One begins in the second in which the other ends.
+        let later = kinds(&["7 of 12.5 ms", "n3 is blocked"]);
+        assert_eq!(beyond(&later, &before), ["n3 is blocked"]);
+        assert_eq!(beyond(&before, &later), ["n2 is blocked"]);
+        let [one, other] =
+            ["10.42.1.0/24 is closed", "10.42.2.0/24 is closed"].map(without_numbers);
+        assert_ne!(one, other);
     }
 }

@@ -140,11 +140,11 @@ impl Agent {
 
     /// Strangers that flood the gossip port, as a sentence.
     fn flood_problem(&self) -> Option<String> {
-        let Flood { packets, latest } = self.transport.flood()?;
+        let Flood { packets, example } = self.transport.flood()?;
         let port = self.node.address().port();
         Some(format!(
-            "strangers send {packets} first packets of handshakes a minute to UDP {port}, the last one \
-             from {latest} (which may be forged), and prove no address: joins may take longer; let a \
+            "strangers send {packets} first packets of handshakes a minute to UDP {port}, one of them \
+             from {example} (which may be forged), and prove no address: joins may take longer; let a \
              firewall drop UDP {port} of hosts that are no members"
         ))
     }

@@ -74,8 +74,8 @@ pub struct Handshakes {
 pub struct Flood {
     /// In one minute.
     pub packets: u64,
-    /// The source address of the latest one, which may be forged.
-    pub latest: IpAddr,
+    /// The source address of one of them, which may be forged. It stays the same while the flood lasts.
+    pub example: IpAddr,
 }
 
 /// The state of admission. Pure: the time comes with each call.
@@ -113,7 +113,7 @@ struct Unproven {
     since: Instant,
     before: u64,
     present: u64,
-    latest: Option<IpAddr>,
+    example: Option<IpAddr>,
 }
 
 impl Unproven {
@@ -122,6 +122,9 @@ impl Unproven {
         if span >= WINDOW {
             self.before = if span < 2 * WINDOW { self.present } else { 0 };
             (self.present, self.since) = (0, now);
+        }
+        if self.present.max(self.before) < FLOOD {
+            self.example = None;
         }
     }
 }
@@ -142,7 +145,7 @@ impl Admissions {
             under_way: BTreeMap::new(),
             answers: Bucket { tokens: ANSWER_BURST, filled: now },
             counts: Handshakes::default(),
-            unproven: Unproven { since: now, before: 0, present: 0, latest: None },
+            unproven: Unproven { since: now, before: 0, present: 0, example: None },
         }
     }
 
@@ -187,7 +190,9 @@ impl Admissions {
             self.unproven.present = self.unproven.present.saturating_sub(1);
         } else if admission == Admission::Retry {
             self.unproven.present += 1;
-            self.unproven.latest = Some(from);
+            if self.unproven.present >= FLOOD {
+                self.unproven.example.get_or_insert(from);
+            }
         }
         admission
     }
@@ -232,8 +237,8 @@ impl Admissions {
     pub(super) fn flood(&mut self, now: Instant) -> Option<Flood> {
         self.unproven.turn(now);
         let packets = self.unproven.present.max(self.unproven.before);
-        let latest = self.unproven.latest.filter(|_| packets >= FLOOD)?;
-        Some(Flood { packets, latest })
+        let example = self.unproven.example?;
+        Some(Flood { packets, example })
     }
 }
 
@@ -371,7 +376,7 @@ mod tests {
         for number in 0..10_000 {
             admissions.judge(start, ip(number), false);
         }
-        assert_eq!(admissions.flood(start), Some(Flood { packets: 10_000, latest: ip(9_999) }));
+        assert_eq!(admissions.flood(start), Some(Flood { packets: 10_000, example: ip(2_999) }));
         assert!(admissions.flood(start + WINDOW + Duration::from_secs(1)).is_some());
         assert_eq!(admissions.flood(start + 3 * WINDOW), None);
     }
