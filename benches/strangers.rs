@@ -147,7 +147,9 @@ impl Bench {
         let cpu = (cpu_seconds(pid) - cpu) / begun.elapsed().as_secs_f64();
         let sent = flood.sent();
         drop(flood);
-        let downs = self.downs()? - downs;
+        // A joiner that leaves again is called down by each of those that stay.
+        let left = (times.len() * self.agents.len()) as u64;
+        let downs = (self.downs()? - downs).saturating_sub(left);
         let status = self.agents[0].ask("/v1/status", PATIENCE)?;
         let joins = if times.is_empty() { "-".to_owned() } else { spread(&times, 2) };
         println!(
