@@ -8,6 +8,7 @@
 use std::{
     collections::BTreeMap,
     fs, io,
+    os::unix::fs::PermissionsExt as _,
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     thread,
@@ -193,6 +194,7 @@ fn try_open(path: &Path) -> Result<(Database, Vec<(Key, Record)>), Failure> {
                 sled::Error::Io(error) => Failure::Io(error),
                 other => Failure::Damaged(other.to_string()),
             })?;
+        keep_private(path).map_err(Failure::Io)?;
         let file = fs::File::open(path.join("db")).map_err(Failure::Io)?;
         let records = sled
             .iter()
@@ -217,6 +219,18 @@ fn try_open(path: &Path) -> Result<(Database, Vec<(Key, Record)>), Failure> {
             None => Failure::Damaged(why),
         })
     })
+}
+
+/// sled makes its files as umask(2) lets it.
+fn keep_private(path: &Path) -> io::Result<()> {
+    fs::set_permissions(path, fs::Permissions::from_mode(0o700))?;
+    for entry in fs::read_dir(path)? {
+        let entry = entry?;
+        if entry.file_type()?.is_file() {
+            fs::set_permissions(entry.path(), fs::Permissions::from_mode(0o600))?;
+        }
+    }
+    Ok(())
 }
 
 /// The system's error in the message of a panic, as `Debug` shows it: sled unwraps some of them. The database
@@ -259,6 +273,11 @@ mod tests {
         let opened = Database::open(&path).expect("opens again");
         assert_eq!(starts(&opened), Some(&Record::Starts(7)));
         assert!(opened.quarantined.is_none());
+        let mode = |path: &Path| fs::metadata(path).expect("there").permissions().mode() & 0o777;
+        assert_eq!(
+            (mode(&path), mode(&path.join("db")), mode(&path.join("conf"))),
+            (0o700, 0o600, 0o600)
+        );
     }
 
     #[test]
