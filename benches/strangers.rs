@@ -19,7 +19,7 @@ use gossamer::lab::{
     spread,
 };
 use nix::sys::{
-    resource::{Resource, setrlimit},
+    resource::{Resource, getrlimit, setrlimit},
     signal::Signal,
 };
 use serde_json::json;
@@ -164,7 +164,8 @@ impl Bench {
 
     /// Status, ADD and gossip beside connections that never say what they want.
     fn half_open(&mut self) -> anyhow::Result<()> {
-        let _ = setrlimit(Resource::RLIMIT_NOFILE, HALF_OPEN as u64 + 1_000, 1 << 20);
+        let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
+        setrlimit(Resource::RLIMIT_NOFILE, most.min(HALF_OPEN as u64 + 1_000), most)?;
         let downs = self.downs()?;
         println!(
             "\n{HALF_OPEN} half-open TCP connections to the `http` port, ms: median (min-max)\n"

@@ -273,8 +273,8 @@ fn beyond(
     more.flat_map(|(texts, others)| texts.difference(others).cloned()).collect()
 }
 
-/// A sentence without its measurements: with others it is about the same thing. Digits in names, addresses and
-/// subnets stay, for they say what it is about.
+/// A sentence without its measurements: with others it is about the same thing. Digits in names, addresses
+/// and subnets stay, for they say what it is about.
 fn without_numbers(text: &str) -> String {
     let is_number = |word: &str| {
         let word = word.trim_matches(|c: char| !c.is_ascii_alphanumeric());
