@@ -171,7 +171,7 @@ impl Bench {
             "\n{HALF_OPEN} half-open TCP connections to the `http` port, ms: median (min-max)\n"
         );
         println!("| | status | ADD | files of the agent | RSS |\n|---|---|---|---|---|");
-        self.ask_and_add("before")?;
+        self.ask_and_add("before", 0)?;
         let to = SocketAddr::from((self.hosts[0].ip, HTTP));
         let mut open = Vec::new();
         for _ in 0..HALF_OPEN {
@@ -181,12 +181,12 @@ impl Bench {
             let _ = stream.write_all(b"GET /v1/status HTTP/1.1\r\nHost: ");
             open.push(stream);
         }
-        self.ask_and_add(&format!("with {}", open.len()))?;
+        self.ask_and_add("beside them", open.len())?;
         println!("\nmembers called down meanwhile: {}", self.downs()? - downs);
         Ok(())
     }
 
-    fn ask_and_add(&mut self, when: &str) -> anyhow::Result<()> {
+    fn ask_and_add(&mut self, when: &str, open: usize) -> anyhow::Result<()> {
         let (mut asked, mut added) = (Vec::new(), Vec::new());
         let config = json!({
             "cniVersion": "1.0.0",
@@ -198,7 +198,7 @@ impl Bench {
             let start = Instant::now();
             self.agents[0].ask("/v1/status", PATIENCE)?;
             asked.push(start.elapsed().as_secs_f64() * 1e3);
-            let container = format!("pod{round}");
+            let container = format!("pod{open}-{round}");
             let _space = NetNs::new(&container)?;
             let host = &self.hosts[0];
             let call = |verb| call_plugin(&self.program, host, &config, verb, &container);
@@ -207,7 +207,7 @@ impl Bench {
         }
         let pid = self.agents[0].pid();
         println!(
-            "| {when} | {} | {} | {} | {:.0} MiB |",
+            "| {when} ({open}) | {} | {} | {} | {:.0} MiB |",
             spread(&asked, 1),
             spread(&added, 1),
             std::fs::read_dir(format!("/proc/{pid}/fd"))?.count(),

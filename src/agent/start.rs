@@ -252,8 +252,11 @@ async fn start(
     let (ip, advertised) = config.advertise.unwrap_or((chosen.local, None));
     let bridge = config.bridge_name(vni);
     let mut pods = PodState::remember(&records, state.is_same_boot());
-    // Pods outlive the state directory too.
-    pods.adopt(Wiring::open()?.found(&bridge)?);
+    if known_cluster.is_none() || is_new {
+        // Pods outlive the state directory and the database. One whose record is gone from a database that is
+        // whole was disconnected: its cable is swept away.
+        pods.adopt(Wiring::open()?.found(&bridge)?);
+    }
     pods.early = early;
     let fresh = fresh && pods.table.is_empty();
     pods.macs = Wiring::open()?.macs()?;
