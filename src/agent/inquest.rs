@@ -5,20 +5,22 @@
 //! sees is decided in [`crate::dataplane::silence`]; nothing but sentences comes of it.
 
 mod ask;
+mod questions;
 mod tap;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     io,
-    net::{IpAddr, Ipv4Addr},
+    net::IpAddr,
     os::fd::{AsFd as _, BorrowedFd},
     sync::mpsc::TryRecvError,
     time::{Duration, Instant},
 };
 
 use self::{
-    ask::{Knock, Ways},
-    tap::{Asker, Tap},
+    ask::{Knock, Ways, congested},
+    questions::Questions,
+    tap::Tap,
 };
 use super::Agent;
 use crate::{
@@ -264,16 +266,18 @@ impl<F: Fn(Found)> Inquirer<F> {
         let ways = Ways::find(&mut self.netlink, place, case.pinned, asked)?;
         let mut watch = Watch::new(place.local, place.port, ways.own_macs(), asked);
         watch.recall(&self.clones);
-        let beside = asked.iter().map(|suspect| suspect.address);
-        let beside = beside.filter(|address| ways.is_beside(place, *address));
-        let questions = Questions::new(place, beside);
+        let hops = ways.hops(place);
+        watch.expect(hops.iter().copied());
+        let questions = Questions::new(place, hops);
         let before = counted(case);
+        let errors = congested(&mut self.netlink, &case.device);
         let Some(sent) = self.watch(case, asked, questions.as_ref(), None, &mut watch)? else {
             return Ok(None);
         };
         self.clones.extend(watch.clones());
         self.claim = watch.claim().map(|mac| claimed(mac, place));
         let after = counted(case);
+        let errors = errors.zip(congested(&mut self.netlink, &case.device));
         let mut facts: BTreeMap<NodeId, Facts> = BTreeMap::new();
         for suspect in asked {
             let traces = &watch.traces[&suspect.node];
@@ -285,17 +289,23 @@ impl<F: Fn(Found)> Inquirer<F> {
                 sent: sent.contains(&suspect.node),
                 unresolved: ways.unresolved(&mut self.netlink, suspect.address),
                 filtered: ways.filtered(&mut self.netlink, place, suspect.address, &traces.came),
+                pinned: ways.pinned(&mut self.netlink, suspect.address, |hop| watch.answering(hop)),
+                congested: errors.is_some_and(|(before, after)| after > before),
                 xdp: ways.has_xdp(place),
                 uncounted: counts.is_some_and(|(before, after)| before == after),
                 ..Facts::default()
             };
             facts.insert(suspect.node, of_suspect);
         }
+        if self.ask_about_answers(case, asked, &ways, &mut watch, &mut facts)?.is_none() {
+            return Ok(None);
+        }
         // Rules are looked at only for packets that are known to be lost here, or may be.
         let is_doubtful = |suspect: &&Suspect| {
             let (traces, facts) = (&watch.traces[&suspect.node], &facts[&suspect.node]);
             let is_translated = traces.left.values().any(|from| *from != place.source);
             let is_known = facts.unresolved.is_some() || facts.filtered.is_some();
+            let is_known = is_known || facts.pinned.is_some();
             !is_known && (facts.sent && traces.left.is_empty() || is_translated)
                 || !is_known && !traces.came.is_empty()
         };
@@ -322,6 +332,41 @@ impl<F: Fn(Found)> Inquirer<F> {
             }
         }
         Ok(Some(watch.conclude(asked, &facts, place)))
+    }
+
+    /// Finds out what drops answers for next hops that come in, and which the kernel does not get. Gives
+    /// nothing if something else is to be done first.
+    fn ask_about_answers(
+        &mut self,
+        case: &Case,
+        asked: &[Suspect],
+        ways: &Ways,
+        watch: &mut Watch,
+        facts: &mut BTreeMap<NodeId, Facts>,
+    ) -> io::Result<Option<()>> {
+        let mut refused = BTreeMap::new();
+        for suspect in asked {
+            let unresolved = facts.get(&suspect.node).and_then(|facts| facts.unresolved.as_ref());
+            let Some((hop, _)) = unresolved else { continue };
+            if ways.leads_by(suspect.address, watch.answered_at(*hop)) {
+                refused.insert(suspect.node, *hop);
+            }
+        }
+        if refused.is_empty() {
+            return Ok(Some(()));
+        }
+        let Case { device, place, .. } = case;
+        let hops: BTreeSet<IpAddr> = refused.values().copied().collect();
+        let questions = Questions::new(place, hops.iter().copied());
+        let mut trace = Trace::of_answers(device, &place.interface, &hops)?;
+        if self.watch(case, asked, questions.as_ref(), Some(&mut trace), watch)?.is_none() {
+            return Ok(None);
+        }
+        for (node, hop) in refused {
+            let Some(facts) = facts.get_mut(&node) else { continue };
+            facts.refused = Some(trace.told().dropped_from(hop));
+        }
+        Ok(Some(()))
     }
 
     /// Watches the interfaces, and sends packets of our own to the port of tunnels, which no device there
@@ -373,37 +418,6 @@ impl<F: Fn(Found)> Inquirer<F> {
 fn counted(case: &Case) -> Option<BTreeMap<IpAddr, u64>> {
     let mut table = FirewallTable::open().ok().filter(|_| case.place.guard)?;
     table.packets_of_members(&case.device).ok()
-}
-
-/// What is asked by ARP: whether another machine has this host's address, and which card has each peer's that
-/// is on the link.
-struct Questions {
-    asker: Asker,
-    local: Ipv4Addr,
-    targets: Vec<Ipv4Addr>,
-}
-
-impl Questions {
-    /// None where there is no ARP.
-    fn new(place: &Place, beside: impl IntoIterator<Item = IpAddr>) -> Option<Self> {
-        let IpAddr::V4(local) = place.local else { return None };
-        let asker = Asker::open(&place.interface);
-        let asker = asker.inspect_err(|error| tracing::debug!(%error, "it is not asked by ARP"));
-        let targets = beside.into_iter().filter_map(|address| match address {
-            IpAddr::V4(address) => Some(address),
-            IpAddr::V6(_) => None,
-        });
-        let targets = [local].into_iter().chain(targets).collect();
-        Some(Self { asker: asker.ok()?, local, targets })
-    }
-
-    fn ask(&self) {
-        for target in &self.targets {
-            if let Err(error) = self.asker.ask(self.local.octets(), target.octets()) {
-                tracing::debug!(%error, %target, "it is not asked by ARP");
-            }
-        }
-    }
 }
 
 fn claimed(mac: Mac, place: &Place) -> String {

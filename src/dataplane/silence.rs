@@ -11,7 +11,7 @@ use std::{
 
 use crate::model::{Mac, NodeId};
 
-pub use self::cause::{Cause, Culprit, Place, iptables_ports};
+pub use self::cause::{Cause, Culprit, Pinned, Place, iptables_ports, open_chain};
 
 mod cause;
 #[cfg(test)]
@@ -21,6 +21,9 @@ mod tests;
 pub const ARP: u16 = 0x0806;
 const IPV4: u16 = 0x0800;
 const IPV6: u16 = 0x86dd;
+/// `ICMPv6`, and its type of an advertisement of a neighbor (RFC 4861).
+const ICMPV6: u8 = 58;
+pub const ADVERTISEMENT: u8 = 136;
 /// Kinds of packets as packet sockets tell them (linux/if_packet.h).
 const TO_THIS_HOST: u8 = 0;
 const LEAVING: u8 = 4;
@@ -90,6 +93,8 @@ pub struct Watch {
     claims: BTreeSet<Mac>,
     /// Addresses that each hardware address claims, as far as they are of interest.
     claimed: BTreeMap<Mac, BTreeSet<IpAddr>>,
+    /// Answers that came for each next hop, by ARP or neighbor discovery: where, and with which address.
+    answers: BTreeMap<IpAddr, BTreeSet<(u32, Option<Mac>)>>,
 }
 
 /// What the kernel was asked about one peer.
@@ -99,6 +104,12 @@ pub struct Facts {
     pub sent: bool,
     /// The kernel does not find the hardware address of this next hop, at this interface.
     pub unresolved: Option<(IpAddr, String)>,
+    /// Answers for that next hop come in, so this host drops them: the rule, if it was seen.
+    pub refused: Option<Option<Culprit>>,
+    /// The next hop has another hardware address here for good than those that answer for it.
+    pub pinned: Option<Pinned>,
+    /// The VXLAN device has dropped packets for their congestion marks.
+    pub congested: bool,
     /// The reverse path filter of this interface drops its packets.
     pub filtered: Option<String>,
     /// What nftables drops of packets to it, and from it.
@@ -129,19 +140,56 @@ impl Watch {
             traces: suspects.iter().map(of).collect(),
             claims: BTreeSet::new(),
             claimed: BTreeMap::new(),
+            answers: BTreeMap::new(),
+        }
+    }
+
+    /// Takes note of answers that come for these next hops.
+    pub fn expect(&mut self, hops: impl IntoIterator<Item = IpAddr>) {
+        self.answers.extend(hops.into_iter().map(|hop| (hop, BTreeSet::new())));
+    }
+
+    /// Interfaces at which answers for a next hop came in.
+    pub fn answered_at(&self, hop: IpAddr) -> impl Iterator<Item = u32> {
+        self.answers.get(&hop).into_iter().flatten().map(|(link, _)| *link)
+    }
+
+    /// Hardware addresses that answer for a next hop.
+    pub fn answering(&self, hop: IpAddr) -> BTreeSet<Mac> {
+        self.answers.get(&hop).into_iter().flatten().filter_map(|(_, mac)| *mac).collect()
+    }
+
+    fn note_answer(&mut self, hop: IpAddr, link: u32, mac: Option<Mac>) {
+        if let Some(answers) = self.answers.get_mut(&hop).filter(|answers| answers.len() < MACS) {
+            answers.insert((link, mac));
         }
     }
 
     /// Takes note of a packet. Whatever it holds, nothing of it is trusted but for an explanation.
     pub fn see(&mut self, packet: &Packet<'_>) {
         match packet.protocol {
-            ARP if packet.kind != LEAVING => self.see_arp(packet.bytes),
+            ARP if packet.kind != LEAVING => self.see_arp(packet),
+            IPV6 if packet.bytes.get(6) == Some(&ICMPV6) => self.see_advertisement(packet),
             IPV4 | IPV6 => self.see_tunnel(packet),
             _ => None,
         };
     }
 
-    fn see_arp(&mut self, bytes: &[u8]) -> Option<()> {
+    fn see_advertisement(&mut self, packet: &Packet<'_>) -> Option<()> {
+        let message = packet.bytes.get(40..)?;
+        if packet.kind != TO_THIS_HOST || *message.first()? != ADVERTISEMENT {
+            return None;
+        }
+        let target = IpAddr::from(*message.get(8..)?.first_chunk::<16>()?);
+        // The first option: the target's hardware address, in one unit of eight bytes.
+        let mac = message.get(24..).and_then(|option| option.strip_prefix(&[2, 1]));
+        let mac = mac.and_then(|bytes| bytes.first_chunk().copied()).map(Mac::from_bytes);
+        self.note_answer(target, packet.link, mac);
+        Some(())
+    }
+
+    fn see_arp(&mut self, packet: &Packet<'_>) -> Option<()> {
+        let bytes = packet.bytes;
         // Ethernet and IPv4 (RFC 826).
         if bytes.get(..6)? != [0, 1, 8, 0, 6, 4] {
             return None;
@@ -154,6 +202,9 @@ impl Watch {
             if !self.own.contains(&mac) {
                 return None;
             }
+        }
+        if packet.kind == TO_THIS_HOST && bytes.get(6..8)? == [0, 2] {
+            self.note_answer(address, packet.link, Some(mac));
         }
         if address == self.local {
             if !self.own.contains(&mac) && self.claims.len() < MACS {

@@ -27,8 +27,25 @@ impl Netlink {
 
     /// How far the kernel is with an address; none, if it does not know of it.
     pub fn neighbour(&mut self, link: u32, ip: IpAddr) -> io::Result<Option<NeighbourState>> {
+        Ok(self.entry(link, ip)?.map(|found| found.header.state))
+    }
+
+    /// The MAC that an address has for good; none, if the kernel asks for it.
+    pub fn pinned_neighbour(&mut self, link: u32, ip: IpAddr) -> io::Result<Option<Mac>> {
+        let found = self.entry(link, ip)?;
+        let found = found.filter(|found| found.header.state == NeighbourState::Permanent);
+        let attributes = found.into_iter().flat_map(|found| found.attributes);
+        Ok(attributes.into_iter().find_map(|attribute| match attribute {
+            NeighbourAttribute::LinkLayerAddress(bytes) => {
+                bytes.first_chunk().copied().map(Mac::from_bytes)
+            }
+            _ => None,
+        }))
+    }
+
+    fn entry(&mut self, link: u32, ip: IpAddr) -> io::Result<Option<NeighbourMessage>> {
         match self.get(RouteNetlinkMessage::GetNeighbour(message(link, ip))) {
-            Ok(RouteNetlinkMessage::NewNeighbour(found)) => Ok(Some(found.header.state)),
+            Ok(RouteNetlinkMessage::NewNeighbour(found)) => Ok(Some(found)),
             Ok(_) => Err(io::Error::new(io::ErrorKind::InvalidData, "no neighbour in the answer")),
             Err(error) if error.raw_os_error() == Some(ENOENT) => Ok(None),
             Err(error) => Err(error),

@@ -13,28 +13,28 @@ use crate::common::{
 };
 
 /// A silent peer is known after some seconds, and watched twice for 2.5 s; a machine may be busy.
-const NAMED: Duration = Duration::from_secs(60);
+pub const NAMED: Duration = Duration::from_secs(60);
 
 /// Two hosts that reach each other.
-fn pair(lab: &mut Lab) -> anyhow::Result<Cluster> {
+pub fn pair(lab: &mut Lab) -> anyhow::Result<Cluster> {
     let mut cluster = Cluster::start(lab, 2)?;
     cluster.agents.iter_mut().for_each(wait_for_path);
     Ok(cluster)
 }
 
-fn wait_for_path(agent: &mut Agent) {
+pub fn wait_for_path(agent: &mut Agent) {
     wait_until("the path is not ok", NAMED, || {
         let status = agent.ask("/v1/status", PATIENCE).expect("a status");
         status["paths"][0]["state"] == "ok" && status["problems"] == serde_json::json!([])
     });
 }
 
-fn all(host: &Host, commands: &[&str]) {
+pub fn all(host: &Host, commands: &[&str]) {
     commands.iter().for_each(|command| _ = tool(&host.netns, command));
 }
 
 /// Waits until the agent names all of it, and the doctor as well.
-fn wait_for_words(agent: &mut Agent, words: &[&str]) {
+pub fn wait_for_words(agent: &mut Agent, words: &[&str]) {
     let what = format!("never named: {words:?}");
     wait_until(&what, NAMED, || words.iter().all(|words| has_problem(agent, words)));
     let doctor = String::from_utf8(client(agent, &["doctor"]).stdout).expect("UTF-8");
@@ -44,7 +44,7 @@ fn wait_for_words(agent: &mut Agent, words: &[&str]) {
     assert!(is_told, "{doctor}");
 }
 
-fn mac_of(host: &Host, interface: &str) -> String {
+pub fn mac_of(host: &Host, interface: &str) -> String {
     let link = tool(&host.netns, &format!("ip -br link show dev {interface}"));
     link.split_whitespace().nth(2).expect("a MAC").to_owned()
 }

@@ -8,7 +8,7 @@ use ipnet::IpNet;
 use crate::common::{PATIENCE, eventually, isolated, program, run, status_where, token_of, tool};
 
 /// Two hosts of which each has an IPv6 address on the underlay too; none, if the kernel has no IPv6.
-fn hosts(lab: &mut Lab) -> anyhow::Result<Option<[Host; 2]>> {
+pub fn hosts(lab: &mut Lab) -> anyhow::Result<Option<[Host; 2]>> {
     let hosts = [lab.host(1, "n1")?, lab.host(2, "n2")?];
     for (n, host) in (1..).zip(&hosts) {
         let added = run(&host.netns, &format!("ip addr add fd99::{n}/64 dev eth0 nodad"));
@@ -21,7 +21,11 @@ fn hosts(lab: &mut Lab) -> anyhow::Result<Option<[Host; 2]>> {
 }
 
 /// A cluster of the two; `first` founds it.
-fn cluster(hosts: &[Host; 2], underlays: [&str; 2], first: &[&str]) -> anyhow::Result<[Agent; 2]> {
+pub fn cluster(
+    hosts: &[Host; 2],
+    underlays: [&str; 2],
+    first: &[&str],
+) -> anyhow::Result<[Agent; 2]> {
     let founding = [&["--init", "--iface", underlays[0]], first].concat();
     let mut founder = Agent::start(program(), &hosts[0], &founding)?;
     founder.wait_converged(1, PATIENCE)?;

@@ -38,6 +38,7 @@ mod modes;
 mod netavark;
 mod offload;
 mod overlap;
+mod own_drops;
 mod own_rules;
 mod package;
 mod paths;

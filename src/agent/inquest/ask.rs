@@ -6,14 +6,15 @@ use std::{
     net::{IpAddr, UdpSocket},
 };
 
-use rtnetlink::packet_route::neighbour::NeighbourState;
+use rtnetlink::packet_route::{link::LinkAttribute, neighbour::NeighbourState};
 use socket2::SockRef;
 
 use crate::{
     agent::legacy::{self, Way},
     dataplane::{
         audit::EXDEV,
-        silence::{OUT, Place, Suspect},
+        kernel::FirewallTable,
+        silence::{OUT, Pinned, Place, Suspect, open_chain},
     },
     model::Mac,
     netlink::{
@@ -91,20 +92,48 @@ impl Ways {
         macs.filter(|mac| mac.as_bytes() != &[0; 6]).collect()
     }
 
-    /// Whether the kernel reaches it by the underlay's interface, and without a gateway.
-    pub fn is_beside(&self, place: &Place, address: IpAddr) -> bool {
-        let way = self.found.get(&address);
-        way.is_some_and(|way| way.link == place.link && way.gateway.is_none())
+    /// The next hop to a peer, and the interface.
+    fn hop(&self, address: IpAddr) -> Option<(IpAddr, &Link)> {
+        let way = self.found.get(&address)?;
+        let link = self.links.iter().find(|link| link.index == way.link)?;
+        Some((way.gateway.unwrap_or(address), link))
+    }
+
+    /// Next hops to all peers on the underlay's interface.
+    pub fn hops(&self, place: &Place) -> BTreeSet<IpAddr> {
+        let hops = self.found.keys().filter_map(|address| self.hop(*address));
+        hops.filter(|(_, link)| link.index == place.link).map(|(hop, _)| hop).collect()
+    }
+
+    /// Whether one of these interfaces is that of the next hop to a peer, or a port of it.
+    pub fn leads_by(&self, address: IpAddr, mut came: impl Iterator<Item = u32>) -> bool {
+        let Some((_, wanted)) = self.hop(address) else { return false };
+        let is_it =
+            |link: &Link| link.index == wanted.index || link.controller() == Some(wanted.index);
+        came.any(|index| self.links.iter().any(|link| link.index == index && is_it(link)))
+    }
+
+    /// What the next hop to a peer has for good, where others answer for it.
+    pub fn pinned(
+        &self,
+        netlink: &mut Netlink,
+        address: IpAddr,
+        answering: impl Fn(IpAddr) -> BTreeSet<Mac>,
+    ) -> Option<Pinned> {
+        let (address, link) = self.hop(address)?;
+        let answering = answering(address);
+        let mac = netlink.pinned_neighbour(link.index, address).ok()??;
+        let is_other = !answering.is_empty() && !answering.contains(&mac);
+        let interface = link.name.clone();
+        is_other.then_some(Pinned { address, interface, mac, answering })
     }
 
     /// The next hop to a peer if the kernel does not find its hardware address, with the interface.
     pub fn unresolved(&self, netlink: &mut Netlink, address: IpAddr) -> Option<(IpAddr, String)> {
-        let way = self.found.get(&address)?;
-        let hop = way.gateway.unwrap_or(address);
-        let state = netlink.neighbour(way.link, hop).ok()??;
+        let (hop, link) = self.hop(address)?;
+        let state = netlink.neighbour(link.index, hop).ok()??;
         let is_unresolved = matches!(state, NeighbourState::Incomplete | NeighbourState::Failed);
-        let name = self.links.iter().find(|link| link.index == way.link)?.name.clone();
-        is_unresolved.then_some((hop, name))
+        is_unresolved.then(|| (hop, link.name.clone()))
     }
 
     /// The interface at which the reverse path filter drops what comes from a peer; it has come there, and
@@ -147,6 +176,9 @@ impl Ways {
         let (side, is_out) = if way == OUT { ("egress", true) } else { ("ingress", false) };
         let legacy = if is_out { Way::Out } else { Way::In };
         let mut hints = legacy::around_tunnels(local.is_ipv4(), legacy, *port, *gossip);
+        if !is_out {
+            hints.extend(redirecting(local.is_ipv4(), *port));
+        }
         let filters = netlink.filters(place.link, is_out).unwrap_or_default();
         let filters: Vec<String> = filters.into_iter().take(NAMED).collect();
         if !filters.is_empty() {
@@ -177,6 +209,29 @@ impl Ways {
         }
         hints
     }
+}
+
+/// Rules that give tunnel packets another destination.
+fn redirecting(ipv4: bool, port: u16) -> Vec<String> {
+    let chains = FirewallTable::open().and_then(|mut table| table.redirected_port(ipv4, port));
+    let sentence = |chain: String| {
+        format!(
+            "chain {chain} gives UDP {port} another destination (DNAT, as for a port that a container \
+             publishes): publish another port, or exempt it: {}; then conntrack -D -p udp --orig-port-dst \
+             {port}",
+            open_chain(&chain, &[port])
+        )
+    };
+    chains.unwrap_or_default().into_iter().take(NAMED).map(sentence).collect()
+}
+
+/// Packets that the VXLAN device has dropped for their marks of congestion.
+pub fn congested(netlink: &mut Netlink, device: &str) -> Option<u64> {
+    let link = netlink.link(device).ok()??;
+    link.message.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::Stats64(stats) => Some(stats.rx_frame_errors),
+        _ => None,
+    })
 }
 
 /// Whether a strict reverse path filter is in force: the larger value counts.

@@ -122,8 +122,9 @@ fn packet_socket(kind: Type, protocol: u16) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// For the kernel's packet filter: ARP, and small datagrams to the port that are no fragments.
-fn program(port: u16) -> [SockFilter; 19] {
+/// For the kernel's packet filter: ARP, advertisements of neighbors, and small datagrams to the port that are
+/// no fragments.
+fn program(port: u16) -> [SockFilter; 22] {
     let step = |code: u32, operand| SockFilter::new(code as u16, 0, 0, operand);
     let when = |test: u32, value, then, otherwise| {
         SockFilter::new((BPF_JMP | test | BPF_K) as u16, then, otherwise, value)
@@ -131,18 +132,21 @@ fn program(port: u16) -> [SockFilter; 19] {
     let port = u32::from(port);
     [
         step(BPF_LD | BPF_W | BPF_ABS, PROTOCOL),
-        when(BPF_JEQ, u32::from(silence::ARP), 15, 0),
+        when(BPF_JEQ, u32::from(silence::ARP), 18, 0),
         when(BPF_JEQ, 0x86dd, 8, 0),
-        when(BPF_JEQ, 0x0800, 0, 14),
+        when(BPF_JEQ, 0x0800, 0, 17),
         step(BPF_LD | BPF_B | BPF_ABS, 9),
-        when(BPF_JEQ, 17, 0, 12),
+        when(BPF_JEQ, 17, 0, 15),
         step(BPF_LD | BPF_H | BPF_ABS, 6),
-        when(BPF_JSET, 0x1fff, 10, 0),
+        when(BPF_JSET, 0x1fff, 13, 0),
         step(BPF_LDX | BPF_B | BPF_MSH, 0),
         step(BPF_LD | BPF_H | BPF_IND, 2),
-        when(BPF_JEQ, port, 4, 7),
+        when(BPF_JEQ, port, 7, 10),
         step(BPF_LD | BPF_B | BPF_ABS, 6),
-        when(BPF_JEQ, 17, 0, 5),
+        when(BPF_JEQ, 17, 3, 0),
+        when(BPF_JEQ, 58, 0, 7),
+        step(BPF_LD | BPF_B | BPF_ABS, 40),
+        when(BPF_JEQ, silence::ADVERTISEMENT.into(), 4, 5),
         step(BPF_LD | BPF_H | BPF_ABS, 42),
         when(BPF_JEQ, port, 0, 3),
         step(BPF_LD | BPF_W | BPF_LEN, 0),

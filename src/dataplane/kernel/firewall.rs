@@ -15,7 +15,7 @@ use rtnetlink::packet_core::{NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL};
 
 use super::{
     forward::{Closing, ForeignChains, redirecting_chains, translating_chains},
-    ports::{ClosedPort, closed_ports},
+    ports::{ClosedPort, closed_ports, redirected_port},
 };
 use crate::{
     dataplane::firewall::{Firewall, Guard},
@@ -226,6 +226,11 @@ impl FirewallTable {
     /// Chains of others that send what comes in to another address.
     pub fn redirecting_chains(&mut self, ipv4: bool) -> io::Result<Vec<String>> {
         redirecting_chains(&mut self.nftables, ipv4)
+    }
+
+    /// Chains of others that give UDP packets to a port of this host another destination.
+    pub fn redirected_port(&mut self, ipv4: bool, port: u16) -> io::Result<BTreeSet<String>> {
+        redirected_port(&mut self.nftables, ipv4, port)
     }
 
     /// Base chains of others, and those of these UDP ports that they drop.

@@ -7,7 +7,7 @@ use std::{collections::BTreeSet, io};
 
 use super::{
     firewall::name_of,
-    rules::{self, base_of, expressions, family_name, text_of},
+    rules::{self, base_of, expressions, family_name, number, text_of},
 };
 use crate::{
     dataplane::desired::is_device_name,
@@ -17,8 +17,16 @@ use crate::{
     },
 };
 
+/// `NF_INET_PRE_ROUTING`
+const PREROUTING: u32 = 0;
 /// `NF_INET_LOCAL_IN`
 const INPUT: u32 = 1;
+/// `NFT_META_L4PROTO`
+const META_L4PROTO: u32 = 16;
+/// `NFT_PAYLOAD_TRANSPORT_HEADER`, and where ports of destinations are in it.
+const TRANSPORT: u32 = 2;
+const DESTINATION: u32 = 2;
+const UDP: u8 = 17;
 
 /// What a rule does with all UDP packets to a port.
 #[derive(Debug, PartialEq, Eq)]
@@ -72,6 +80,65 @@ pub fn closed_ports(nftables: &mut Nftables, ports: &[u16]) -> io::Result<BTreeS
         }
     }
     Ok(closed)
+}
+
+/// Chains with rules that give UDP packets to a port another destination, before it is known that they are
+/// for this host.
+pub fn redirected_port(
+    nftables: &mut Nftables,
+    ipv4: bool,
+    port: u16,
+) -> io::Result<BTreeSet<String>> {
+    let families = [1, if ipv4 { 2 } else { 10 }];
+    let mut found = BTreeSet::new();
+    for chain in nftables.dump(Kind::GetChain, ANY, &Attributes::new())? {
+        let is_base = base_of(&chain).is_some_and(|base| base.hook == PREROUTING);
+        let table = name_of(&chain, 1);
+        if !is_base || !families.contains(&chain.family) || is_device_name(table) {
+            continue;
+        }
+        let filter = Attributes::new().text(1, table);
+        for rule in nftables.dump(Kind::GetRule, chain.family, &filter)? {
+            if rules::translates_destination(&rule) && may_concern(&rule, port) {
+                found.insert(format!(
+                    "{} {table} {}",
+                    family_name(chain.family),
+                    name_of(&rule, 2)
+                ));
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Whether a rule is for UDP to a port, or tells no protocol and port of its own.
+fn may_concern(rule: &Object, port: u16) -> bool {
+    let (mut is_protocol, mut is_port) = (false, false);
+    for (name, data) in expressions(rule) {
+        let is = |attribute, value| number(attributes::find(data, attribute)) == Some(value);
+        match name {
+            "meta" => (is_protocol, is_port) = (is(2, META_L4PROTO), false),
+            "payload" => (is_protocol, is_port) = (false, is(2, TRANSPORT) && is(3, DESTINATION)),
+            "cmp" => {
+                let value = attributes::find(data, 3).and_then(|data| attributes::find(data, 1));
+                let value = value.unwrap_or_default();
+                let is_other_port = is_port && value.len() == 2 && value != port.to_be_bytes();
+                if is_protocol && value != [UDP] || is_other_port {
+                    return false;
+                }
+                (is_protocol, is_port) = (false, false);
+            }
+            "match" => {
+                let is_other = udp_match(data).is_some_and(|ports| !ports.contains(&port));
+                let is_tcp = text_of(data) == Some("tcp");
+                if is_other || is_tcp || multiport(data, port) == Some(false) {
+                    return false;
+                }
+            }
+            _ => {}
+        }
+    }
+    true
 }
 
 /// The command that lets UDP to this port through a chain that [`closed_ports`] has named.

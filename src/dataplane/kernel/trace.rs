@@ -18,7 +18,7 @@ use super::{
     rules::{base_of, family_name, number},
 };
 use crate::{
-    dataplane::silence::{Culprit, IN, OUT},
+    dataplane::silence::{self, Culprit, IN, OUT},
     netlink::{
         attributes::{self, Attributes},
         nftables::{
@@ -33,6 +33,9 @@ const ADDRESSES: usize = 8;
 const PER_SECOND: u64 = 5;
 /// Packets that are remembered.
 const PACKETS: usize = 1_024;
+const ARP: u8 = 3;
+const ARP_INPUT: u32 = 0;
+const ICMPV6: u8 = 58;
 const PREROUTING: u32 = 0;
 const OUTPUT: u32 = 3;
 const POSTROUTING: u32 = 4;
@@ -134,6 +137,45 @@ impl Trace {
         Ok(Self { nftables, traces, table, told: Told::default() })
     }
 
+    /// Traces answers to ARP or neighbor discovery for these next hops. `device` is where they come in,
+    /// `name` that of our device.
+    pub fn of_answers(name: &str, device: &str, hops: &BTreeSet<IpAddr>) -> io::Result<Self> {
+        let mut nftables = Nftables::open()?;
+        let traces = Traces::open()?;
+        let table = format!("{name}-trace");
+        let (mut arp, mut inet, mut ingress) = (Vec::new(), Vec::new(), Vec::new());
+        let chain = |hook| base_chain(&table, "from", "filter", hook, EARLY);
+        arp.push(create(Kind::NewChain, chain(ARP_INPUT)));
+        inet.push(create(Kind::NewChain, chain(PREROUTING)));
+        ingress.push(create(Kind::NewChain, at_device(&table, "from", device)));
+        for hop in hops.iter().take(ADDRESSES) {
+            let octets = attributes::octets(*hop);
+            let add = |rule: Rule| append(&table, "from", &rule.limit(PER_SECOND).trace());
+            if hop.is_ipv4() {
+                // Operation 2, and the sender's address (RFC 826).
+                let answer = |rule: Rule| {
+                    rule.holds(Base::Network, 6, &[0, 2]).holds(Base::Network, 14, &octets)
+                };
+                arp.push(add(answer(Rule::new())));
+                ingress.push(add(answer(Rule::new().ether_type(silence::ARP))));
+            } else {
+                let answer = |rule: Rule| {
+                    let rule = rule.transport(ICMPV6);
+                    let rule = rule.holds(Base::Transport, 0, &[silence::ADVERTISEMENT]);
+                    rule.holds(Base::Transport, 8, &octets)
+                };
+                inet.push(add(answer(Rule::new().family_of(*hop))));
+                ingress.push(add(answer(Rule::new().ether_type(0x86dd))));
+            }
+        }
+        for (family, content) in [(ARP, arp), (INET, inet), (NETDEV, ingress)] {
+            if let Err(error) = set_up(&mut nftables, family, &table, content) {
+                tracing::debug!(%error, family, "answers are not traced");
+            }
+        }
+        Ok(Self { nftables, traces, table, told: Told::default() })
+    }
+
     /// Takes note of what has been told since.
     pub fn read(&mut self) -> io::Result<()> {
         let Self { traces, told, .. } = self;
@@ -153,7 +195,7 @@ impl AsFd for Trace {
 
 impl Drop for Trace {
     fn drop(&mut self) {
-        for family in [INET, NETDEV] {
+        for family in [ARP, INET, NETDEV] {
             let removed = self.nftables.transaction_in(family, &[delete_table(&self.table)]);
             if let Err(error) = removed {
                 tracing::debug!(%error, family, "no table of traces removed");
@@ -175,6 +217,11 @@ impl Told {
     /// What drops packets of this host to an address, whatever their source.
     pub fn dropped_to(&self, to: IpAddr) -> Option<Culprit> {
         self.dropped.iter().find(|((_, end), _)| *end == to).map(|(_, by)| by.clone())
+    }
+
+    /// What drops packets that come from an address, or answer for it.
+    pub fn dropped_from(&self, from: IpAddr) -> Option<Culprit> {
+        self.dropped.iter().find(|((start, _), _)| *start == from).map(|(_, by)| by.clone())
     }
 
     /// The chain that changes the source of packets to a host.
@@ -250,10 +297,12 @@ fn translating(nftables: &mut Nftables) -> io::Result<BTreeSet<String>> {
     Ok(names.collect())
 }
 
-/// Source and destination in an IP header.
+/// Source and destination in an IP header, sender and target in ARP.
 fn ends(header: &[u8]) -> Option<(IpAddr, IpAddr)> {
     let address = |at: usize, length: usize| attributes::address(header.get(at..at + length)?);
     match header.first()? >> 4 {
+        // The number of Ethernet.
+        0 => Some((address(14, 4)?, address(24, 4)?)),
         4 => Some((address(12, 4)?, address(16, 4)?)),
         6 => Some((address(8, 16)?, address(24, 16)?)),
         _ => None,

@@ -37,6 +37,15 @@ pub struct Culprit {
     pub queued: bool,
 }
 
+/// An entry of the kernel's neighbor table that never changes, and who answers for its address.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Pinned {
+    pub address: IpAddr,
+    pub interface: String,
+    pub mac: Mac,
+    pub answering: BTreeSet<Mac>,
+}
+
 /// Why a peer is silent.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Cause {
@@ -68,6 +77,15 @@ pub enum Cause {
     Claimed {
         macs: BTreeSet<Mac>,
     },
+    Pinned(Pinned),
+    /// This host drops the answers for the next hop.
+    Refused {
+        gateway: Option<IpAddr>,
+        interface: String,
+        by: Option<Culprit>,
+    },
+    /// The VXLAN device drops what routers have marked as having met congestion.
+    Congested,
     /// The next hop has no hardware address.
     Unresolved {
         address: IpAddr,
@@ -106,6 +124,13 @@ impl Cause {
         if let Some(mac) = traces.macs.intersection(own).next() {
             return Some(Self::SameMac { mac: *mac });
         }
+        if let Some(pinned) = facts.pinned.clone() {
+            return Some(Self::Pinned(pinned));
+        }
+        if let (Some(by), Some((hop, interface))) = (&facts.refused, &facts.unresolved) {
+            let gateway = Some(*hop).filter(|hop| *hop != suspect.address);
+            return Some(Self::Refused { gateway, interface: interface.clone(), by: by.clone() });
+        }
         if let Some(interface) = facts.filtered.clone() {
             return Some(Self::Filtered { interface });
         }
@@ -135,6 +160,9 @@ impl Cause {
         let is_lost_here = facts.uncounted && traces.came.contains(&place.link);
         if is_lost_here {
             return Some(Self::NotTaken { hints: facts.hints[IN].clone() });
+        }
+        if facts.congested && traces.came.contains(&place.link) {
+            return Some(Self::Congested);
         }
         (has_left && traces.came.is_empty() && facts.xdp).then_some(Self::Unseen)
     }
@@ -180,8 +208,9 @@ impl Cause {
                 ports.sort_unstable();
                 ports.dedup();
                 ports.truncate(PORTS);
+                let does = by.does();
                 format!(
-                    "{by} on this host, UDP {port} {packets} {peers}: {}",
+                    "{by} {does} on this host, UDP {port} {packets} {peers}: {}",
                     open_chain(&by.chain, &ports)
                 )
             }
@@ -219,6 +248,50 @@ impl Cause {
                     macs.join(", ")
                 )
             }
+            Self::Pinned(Pinned { address, interface, mac, answering }) => {
+                let answering: Vec<String> = answering.iter().map(ToString::to_string).collect();
+                format!(
+                    "this host sends packets to {peers} to the hardware address {mac}, which a permanent \
+                     entry has for {address} on {interface}, and {} answers for that address: ip neigh del \
+                     {address} dev {interface} (and where it is set: a script, /etc/ethers, [Neighbor] of \
+                     systemd-networkd)",
+                    answering.join(", ")
+                )
+            }
+            Self::Refused { gateway, interface, by } => {
+                let ipv4 = local.is_ipv4();
+                let asked = if ipv4 { "ARP" } else { "neighbor discovery" };
+                let (of, hops) = match gateway {
+                    Some(gateway) => (format!("the gateway {gateway}"), vec![*gateway]),
+                    None => (peers.clone(), whom.iter().map(|suspect| suspect.address).collect()),
+                };
+                let why = match by {
+                    Some(by) => format!("{by} does: {}", open_for_answers(&by.chain, &hops)),
+                    None => format!(
+                        "no rule of nftables was seen to do so: look at {}, and tc filter show dev \
+                         {interface} ingress",
+                        if ipv4 {
+                            "arptables-legacy -S INPUT"
+                        } else {
+                            "ip6tables-legacy -S INPUT"
+                        }
+                    ),
+                };
+                format!(
+                    "answers of {of} to {asked} arrive on {interface}, and this host drops them, so packets \
+                     to {peers} do not leave it: {why}"
+                )
+            }
+            Self::Congested => format!(
+                "tunnel packets (UDP {port}) of {peers} arrive on {underlay}, and the VXLAN device drops \
+                 them, as its RX frame errors tell (ip -s -s link): they are marked as having met \
+                 congestion (ECN CE) and packets inside know no such marks (RFC 6040). A switch or router \
+                 on the way marks them, or a rule of one of the hosts: let it mark only packets that have \
+                 ECT, or drop instead. Until then, on this host: nft 'add table inet unmark; add chain inet \
+                 unmark in {{ type filter hook prerouting priority -300; }}; add rule inet unmark in udp \
+                 dport {port} {} ecn set not-ect'",
+                if local.is_ipv4() { "ip" } else { "ip6" }
+            ),
             Self::Unresolved { address, interface, is_gateway } => {
                 let asked = if address.is_ipv4() { "ARP" } else { "neighbor discovery" };
                 let of = if *is_gateway { ", the gateway" } else { "" };
@@ -246,22 +319,48 @@ impl Cause {
     }
 }
 
+impl Culprit {
+    const fn does(&self) -> &'static str {
+        if self.queued {
+            "hands tunnel packets to a program that does not let them pass"
+        } else {
+            "drops tunnel packets"
+        }
+    }
+}
+
+/// The rule or policy by its chain.
 impl std::fmt::Display for Culprit {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { chain, handle, queued } = self;
-        let does = match queued {
-            true => "hands tunnel packets to a program that does not let them pass",
-            false => "drops tunnel packets",
-        };
+        let Self { chain, handle, .. } = self;
         match handle {
             Some(handle) => {
-                write!(
-                    f,
-                    "a rule of chain {chain} (handle {handle}: nft -a list chain {chain}) {does}"
-                )
+                write!(f, "a rule of chain {chain} (handle {handle}: nft -a list chain {chain})")
             }
-            None => write!(f, "the policy of chain {chain} {does}"),
+            None => write!(f, "the policy of chain {chain}"),
         }
+    }
+}
+
+/// The command that lets answers for these next hops through a chain, and what they ask.
+fn open_for_answers(chain: &str, hops: &[IpAddr]) -> String {
+    if hops.iter().any(IpAddr::is_ipv6) {
+        let types = "{ nd-neighbor-solicit, nd-neighbor-advert }";
+        return match chain {
+            "ip6 filter INPUT" => ["neighbour-solicitation", "neighbour-advertisement"]
+                .map(|kind| format!("ip6tables -I INPUT -p icmpv6 --icmpv6-type {kind} -j ACCEPT"))
+                .join("; "),
+            _ => format!("nft insert rule {chain} icmpv6 type {types} accept"),
+        };
+    }
+    let hops: Vec<String> = hops.iter().take(PORTS).map(ToString::to_string).collect();
+    match (chain, hops.as_slice()) {
+        ("arp filter INPUT", _) => {
+            let open = |hop: &String| format!("arptables -I INPUT -s {hop} -j ACCEPT");
+            hops.iter().map(open).collect::<Vec<_>>().join("; ")
+        }
+        (_, [hop]) => format!("nft insert rule {chain} arp saddr ip {hop} accept"),
+        _ => format!("nft insert rule {chain} arp saddr ip {{ {} }} accept", hops.join(", ")),
     }
 }
 

@@ -187,3 +187,43 @@ fn cause_of_several_peers_is_told_once() {
     assert_eq!((told.len(), sentences.len()), (2, 1));
     assert!(sentences.iter().all(|text| text.contains("n2 (192.0.2.2), n3 (192.0.2.3)")));
 }
+
+#[test]
+fn answers_that_come_for_a_next_hop_are_seen_in_both_families() {
+    let hops = [IpAddr::from(PEER), "fd99::2".parse().expect("an address")];
+    let mut watch = watch();
+    watch.expect(hops);
+    see(&mut watch, LEAVING, ARP, &arp(mac(2), PEER));
+    assert!(watch.answering(hops[0]).is_empty(), "its own");
+    see(&mut watch, TO_THIS_HOST, ARP, &arp(mac(2), PEER));
+    let mut advertisement = vec![0x60; 40];
+    (advertisement[6], advertisement[7]) = (ICMPV6, 255);
+    advertisement.extend([ADVERTISEMENT, 0, 0, 0, 0x60, 0, 0, 0]);
+    advertisement.extend("fd99::2".parse::<std::net::Ipv6Addr>().expect("an address").octets());
+    advertisement.extend([2, 1]);
+    advertisement.extend(mac(3).as_bytes());
+    see(&mut watch, TO_THIS_HOST, IPV6, &advertisement);
+    for (hop, last) in hops.into_iter().zip([2, 3]) {
+        assert_eq!(watch.answering(hop), BTreeSet::from([mac(last)]));
+        assert_eq!(watch.answered_at(hop).collect::<Vec<_>>(), [2]);
+    }
+}
+
+#[test]
+fn answers_that_this_host_drops_are_told_by_their_rule() {
+    let by = |chain: &str| Culprit { chain: chain.to_owned(), handle: None, queued: false };
+    let facts = |address: [u8; 4], by| Facts {
+        sent: true,
+        unresolved: Some((address.into(), "eth0".to_owned())),
+        refused: Some(by),
+        ..Facts::default()
+    };
+    let parts =
+        ["answers of n2 (192.0.2.2) to ARP arrive on eth0", "arptables -I INPUT -s 192.0.2.2 -j"];
+    assert_told(&watch(), facts(PEER, Some(by("arp filter INPUT"))), &parts);
+    let gateway = facts([192, 0, 2, 254], Some(by("netdev wall in")));
+    let parts =
+        ["of the gateway 192.0.2.254", "nft insert rule netdev wall in arp saddr ip 192.0.2.254"];
+    assert_told(&watch(), gateway, &parts);
+    assert_told(&watch(), facts(PEER, None), &["arptables-legacy -S INPUT"]);
+}

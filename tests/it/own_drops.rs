@@ -1,0 +1,163 @@
+//! What a host itself does to answers for its next hops, and to tunnel packets that have come in.
+
+use crate::{
+    causes::{NAMED, all, mac_of, pair, wait_for_path, wait_for_words},
+    common::{has_problem, isolated, run, skipped, tool, wait_until},
+    families,
+};
+
+#[test]
+fn rule_that_drops_answers_to_arp_is_named_and_the_advice_lets_them_in() {
+    isolated(|lab| {
+        let mut cluster = pair(lab)?;
+        let host = &cluster.hosts[1];
+        if !run(&host.netns, "nft add table arp wall").status.success() {
+            skipped("answers to ARP", "it needs `nft` (Debian: nftables), and a kernel with it");
+            return Ok(());
+        }
+        let chain =
+            "nft add chain arp wall in { type filter hook input priority 0 ; policy drop ; }";
+        all(host, &[chain, "ip neigh flush dev eth0"]);
+        let advice = "nft insert rule arp wall in arp saddr ip 10.99.0.10 accept";
+        let words = [
+            "answers of n1 (10.99.0.10) to ARP arrive on eth0, and this host drops them",
+            "the policy of chain arp wall in does: ",
+            advice,
+        ];
+        wait_for_words(&mut cluster.agents[1], &words);
+        tool(&host.netns, advice);
+        cluster.agents.iter_mut().for_each(wait_for_path);
+        Ok(())
+    });
+}
+
+#[test]
+fn rule_that_drops_advertisements_of_neighbors_is_named_and_the_advice_lets_them_in() {
+    isolated(|lab| {
+        let Some(hosts) = families::hosts(lab)? else { return Ok(()) };
+        let mut agents = families::cluster(&hosts, ["fd99::1", "fd99::2"], &[])?;
+        agents.iter_mut().for_each(wait_for_path);
+        let host = &hosts[1];
+        if !run(&host.netns, "nft add table ip6 hard").status.success() {
+            skipped("advertisements", "it needs `nft` (Debian: nftables)");
+            return Ok(());
+        }
+        all(
+            host,
+            &[
+                "nft add chain ip6 hard in { type filter hook input priority 0 ; policy drop ; }",
+                "nft add rule ip6 hard in iif lo accept",
+                "nft add rule ip6 hard in ct state established,related accept",
+                "nft add rule ip6 hard in udp dport { 8472, 8473 } accept",
+                "ip -6 neigh flush dev eth0",
+            ],
+        );
+        let advice = "nft insert rule ip6 hard in icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } \
+        accept";
+        let words = [
+            "answers of n1 (fd99::1) to neighbor discovery arrive on eth0, and this host drops them",
+            "the policy of chain ip6 hard in does: ",
+            advice,
+        ];
+        wait_for_words(&mut agents[1], &words);
+        tool(&host.netns, advice);
+        agents.iter_mut().for_each(wait_for_path);
+        Ok(())
+    });
+}
+
+/// As against forged answers to ARP, before the peer got another card.
+#[test]
+fn permanent_entry_with_another_hardware_address_than_the_one_that_answers_is_named() {
+    isolated(|lab| {
+        let mut cluster = pair(lab)?;
+        let host = &cluster.hosts[1];
+        let mac = mac_of(&cluster.hosts[0], "eth0");
+        let old = "02:00:5e:10:20:30";
+        tool(
+            &host.netns,
+            &format!("ip neigh replace 10.99.0.10 lladdr {old} dev eth0 nud permanent"),
+        );
+        let advice = "ip neigh del 10.99.0.10 dev eth0";
+        let entry =
+            format!("to the hardware address {old}, which a permanent entry has for 10.99.0.10");
+        let words = [&entry, &format!("{mac} answers for that address"), advice];
+        wait_for_words(&mut cluster.agents[1], &words);
+        tool(&host.netns, advice);
+        cluster.agents.iter_mut().for_each(wait_for_path);
+        Ok(())
+    });
+}
+
+/// As a container that publishes the port of tunnels has it.
+#[test]
+fn rule_that_gives_tunnel_packets_another_destination_is_named() {
+    isolated(|lab| {
+        let mut cluster = pair(lab)?;
+        let host = &cluster.hosts[1];
+        if !run(&host.netns, "nft add table ip dock").status.success() {
+            skipped("redirected tunnels", "it needs `nft` (Debian: nftables)");
+            return Ok(());
+        }
+        all(
+            host,
+            &[
+                "nft add chain ip dock published",
+                "nft add rule ip dock published tcp dport 8472 dnat to 172.17.0.9",
+                "nft add rule ip dock published udp dport 8472 dnat to 172.17.0.2",
+                "nft add chain ip dock pre { type nat hook prerouting priority dstnat ; }",
+                "nft add rule ip dock pre udp dport 53 dnat to 172.17.0.3",
+                "nft add rule ip dock pre fib daddr type local jump published",
+            ],
+        );
+        let words = [
+            "of n1 (10.99.0.10) arrive on eth0, and this host drops them before its guard: chain ip dock \
+             published gives UDP 8472 another destination",
+            "nft insert rule ip dock published udp dport 8472 accept",
+        ];
+        wait_for_words(&mut cluster.agents[1], &words);
+        assert!(!has_problem(&mut cluster.agents[1], "chain ip dock pre"), "of another port");
+        Ok(())
+    });
+}
+
+/// As switches mark them that look at no packet's own word.
+#[test]
+fn marks_of_congestion_for_which_the_device_drops_packets_are_named() {
+    isolated(|lab| {
+        let mut cluster = pair(lab)?;
+        let host = &cluster.hosts[1];
+        if !run(&host.netns, "nft add table netdev qos").status.success() {
+            skipped(
+                "marks of congestion",
+                "it needs `nft` (Debian: nftables), and a kernel with it",
+            );
+            return Ok(());
+        }
+        all(
+            host,
+            &[
+                "nft add chain netdev qos in { type filter hook ingress device eth0 priority 0 ; }",
+                "nft add rule netdev qos in udp dport 8472 ip ecn set ce",
+            ],
+        );
+        let words = [
+            "of n1 (10.99.0.10) arrive on eth0, and the VXLAN device drops them",
+            "nft 'add table inet unmark; ",
+        ];
+        wait_for_words(&mut cluster.agents[1], &words);
+        all(
+            host,
+            &[
+                "nft add table inet unmark",
+                "nft add chain inet unmark in { type filter hook prerouting priority -300 ; }",
+                "nft add rule inet unmark in udp dport 8472 ip ecn set not-ect",
+            ],
+        );
+        wait_until("the advice does not help", NAMED, || {
+            !has_problem(&mut cluster.agents[1], "the VXLAN device drops them")
+        });
+        cluster.agents.iter_mut().for_each(wait_for_path);
+        Ok(())
+    });
+}
