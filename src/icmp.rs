@@ -155,7 +155,12 @@ impl Family {
     /// A request with `payload` zero bytes; the kernel puts the IP header before it, and with IPv6 the
     /// checksum into it.
     pub fn request(self, identifier: u16, sequence: u16, payload: usize) -> Vec<u8> {
-        let mut packet = vec![0_u8; 8 + payload];
+        self.request_with(identifier, sequence, &vec![0; payload])
+    }
+
+    /// The same with another payload.
+    pub fn request_with(self, identifier: u16, sequence: u16, payload: &[u8]) -> Vec<u8> {
+        let mut packet = [&[0; 8], payload].concat();
         (packet[0], _) = self.types();
         packet[4..6].copy_from_slice(&identifier.to_be_bytes());
         packet[6..8].copy_from_slice(&sequence.to_be_bytes());

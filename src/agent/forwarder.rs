@@ -5,8 +5,11 @@
 //! for it, and each step is bounded.
 
 mod capture;
+mod carried;
 mod explain;
 mod gateway;
+mod output;
+mod pod;
 mod stage;
 mod trial;
 
@@ -91,6 +94,8 @@ pub struct Peer {
     pub vteps: Vec<IpAddr>,
     /// Packets to it and from it go through a tunnel.
     pub tunnelled: bool,
+    /// As large a packet as is sent to it.
+    pub carried: u32,
 }
 
 /// What is known.
@@ -298,11 +303,13 @@ impl<F: Fn(Forwarding)> TrialRunner<F> {
         self.trials.keep(|way| match way.direction {
             Direction::Between(_) => between[usize::from(!way.ipv4)],
             Direction::Out(_) | Direction::In(_) => !setting.peers.is_empty(),
-            Direction::TooLarge => setting.peers.iter().any(|peer| peer.tunnelled),
+            Direction::Carried | Direction::LargeOut | Direction::TooLarge => {
+                setting.peers.iter().any(|peer| peer.tunnelled)
+            }
             Direction::Gateway => true,
         });
         if has_gateway && !self.is_new {
-            let mut trace = self.reasons.trace_errors(setting, &self.trials.closed());
+            let mut trace = self.reasons.trace(setting, &self.trials.closed());
             let trial = Trial { setting, sockets: &stage.sockets, between, turn };
             match trial.run(|fds, pause| self.wait(fds, pause)) {
                 Ok(Some(Outcome { seen, translated })) => {
@@ -313,7 +320,7 @@ impl<F: Fn(Forwarding)> TrialRunner<F> {
                 Err(error) => tracing::debug!(%error, "forwarding was not tried"),
             }
             if let Some(trace) = &mut trace {
-                self.reasons.note_errors(setting, trace);
+                self.reasons.note_traced(setting, trace);
             }
         }
         self.skipped.clear();
@@ -401,6 +408,8 @@ impl<F: Fn(Forwarding)> TrialRunner<F> {
             ));
         }
         problems.extend(self.reasons.between());
+        let port = self.setting.as_ref().map_or(0, |setting| setting.port);
+        problems.extend(self.reasons.carried(&closed, port));
         problems.extend(self.reasons.too_large(&closed));
         problems.extend(self.reasons.translations(&self.translated));
         let status = CheckStatus { state, detail };
@@ -452,13 +461,15 @@ impl Agent {
         let underlay = self.underlay.with_mode(self.config.mode);
         let withdrawn = &self.kernel.withdrawn_peers;
         let peers = view.peers.iter().filter(|(node, _)| !withdrawn.contains(node));
-        let peers = peers.filter_map(|(_, peer)| {
+        let largest = self.underlay.tunnel_mtu;
+        let peers = peers.filter_map(|(node, peer)| {
             let (_, subnets) = peer.leases.first()?;
             let way = underlay.way(peer.vtep.underlay, subnets.first);
             Some(Peer {
                 mac: peer.vtep.mac,
                 vteps: subnets.iter().map(|subnet| subnet.network()).collect(),
                 tunnelled: matches!(way, Path::Overlay(_)),
+                carried: self.kernel.narrow.get(node).copied().unwrap_or(largest),
             })
         });
         Some(Setting {

@@ -50,9 +50,10 @@ impl Way {
     }
 }
 
-/// What may drop tunnel packets, UDP to this port, and what helps: what lets gossip pass, too.
-pub fn around_tunnels(ipv4: bool, way: Way, port: u16, gossip: u16) -> Vec<String> {
-    let ports = iptables_ports(&[port, gossip]);
+/// What may drop tunnel packets, UDP to this port, and what helps: what lets gossip to a port pass, too.
+pub fn around_tunnels(ipv4: bool, way: Way, port: u16, gossip: Option<u16>) -> Vec<String> {
+    let ports: Vec<u16> = [port].into_iter().chain(gossip).collect();
+    let ports = iptables_ports(&ports);
     suspects(ipv4, way, Some(port), |command| format!("{command} {ports} -j ACCEPT"))
 }
 

@@ -189,10 +189,16 @@ fn paths<'a>(status: &'a Value, told: &mut Vec<&'a str>) -> Vec<Finding> {
             // Why, another check has told.
             Some(path) => {
                 let (name, state) = (text(path, "name"), text(path, "state"));
-                Finding::skipped(
-                    "paths",
-                    format!("{count}, {name} is {state}: see the other checks"),
-                )
+                let why = match state {
+                    // It may be meant so.
+                    "asymmetric" => {
+                        "its answers come through the tunnel and packets to it go without, as with several \
+                         modes in one cluster: where pods do not talk, rp_filter or a rule with rpfilter or \
+                         fib drops that here or there; set the same mode on all nodes"
+                    }
+                    _ => "see the other checks",
+                };
+                Finding::skipped("paths", format!("{count}, {name} is {state}: {why}"))
             }
         });
     }

@@ -83,6 +83,7 @@ fn forwarding(patient: &Patient, chains: &ForeignChains, networks: &[IpNet]) -> 
                     "do not find their gateway",
                     "leave under the address",
                     "do not hear that a packet",
+                    "do not leave this host inside",
                 ]
                 .iter()
                 .any(|words| problem.contains(words))

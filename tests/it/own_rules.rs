@@ -72,3 +72,87 @@ fn rule_that_keeps_pods_from_hearing_that_packets_are_too_large_is_named() {
         Ok(())
     });
 }
+
+/// Which rules let programs of one user send alone, and what helps.
+const OF_USERS: [(&str, &str, &[&str]); 2] = [
+    (
+        "the policy of chain inet egress out drops them",
+        "nft insert rule inet egress out udp dport 8472 accept",
+        &[
+            "nft add table inet egress",
+            "nft add chain inet egress out { type filter hook output priority 0 ; policy drop ; }",
+            "nft add rule inet egress out oif lo accept",
+            "nft add rule inet egress out meta skuid 0 accept",
+            "nft add rule inet egress out meta l4proto { icmp, icmpv6 } accept",
+        ],
+    ),
+    (
+        "a rule of chain inet egress late (handle ",
+        "nft insert rule inet egress late udp dport 8472 accept",
+        &[
+            "nft add table inet egress",
+            "nft add chain inet egress late { type filter hook postrouting priority 0 ; }",
+            "nft add rule inet egress late oifname eth0 meta skuid 0 accept",
+            "nft add rule inet egress late oifname eth0 meta l4proto udp drop",
+        ],
+    ),
+];
+
+#[test]
+fn rule_that_lets_only_packets_of_users_leave_is_named_by_what_it_does_to_those_of_pods() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let mut spaces = Vec::new();
+        with_pods(&mut cluster, &mut spaces)?;
+        let (host, agent) = (&cluster.hosts[1], &mut cluster.agents[1]);
+        let said = "packets of pods do not leave this host inside tunnel packets (IPv4)";
+        for (by, fix, rules) in OF_USERS {
+            status_where(agent, |status| {
+                status["kernel"]["forwarding"]["detail"]
+                    .as_str()
+                    .is_some_and(|detail| detail.contains("IPv4 in tunnel packets"))
+            });
+            all(host, rules);
+            wait_until("it is not named", PATIENCE, || {
+                [said, by, fix].iter().all(|words| has_problem(agent, words))
+            });
+            let doctor = String::from_utf8(client(agent, &["doctor"]).stdout)?;
+            assert!(doctor.contains("PROBLEM   forwarding     packets of pods do not"), "{doctor}");
+            tool(&host.netns, fix);
+            status_where(agent, |status| status["problems"] == serde_json::json!([]));
+            tool(&host.netns, "nft delete table inet egress");
+        }
+        Ok(())
+    });
+}
+
+/// As against amplification.
+#[test]
+fn rule_that_drops_large_datagrams_is_named_and_no_error_is_missed() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let mut spaces = Vec::new();
+        with_pods(&mut cluster, &mut spaces)?;
+        let (host, agent) = (&cluster.hosts[1], &mut cluster.agents[1]);
+        status_where(agent, |status| status["kernel"].to_string().contains("IPv4 large out"));
+        all(
+            host,
+            &[
+                "nft add table inet ddos",
+                "nft add chain inet ddos in { type filter hook prerouting priority raw ; }",
+                "nft add rule inet ddos in udp length > 1024 drop",
+            ],
+        );
+        let fix = "nft insert rule inet ddos in ip saddr 10.42.0.0/16 accept";
+        let said = "does not forward packets of pods (IPv4 large out)";
+        wait_until("it is not named", PATIENCE, || {
+            [said, "chain inet ddos in (hook prerouting) has rules that drop", fix]
+                .iter()
+                .all(|words| has_problem(agent, words))
+        });
+        assert!(!has_problem(agent, "pods do not hear"), "an error that nothing was sent for");
+        tool(&host.netns, fix);
+        status_where(agent, |status| status["problems"] == serde_json::json!([]));
+        Ok(())
+    });
+}

@@ -14,7 +14,7 @@ use crate::{
     agent::legacy,
     dataplane::{
         forwarding::{Direction, Way},
-        kernel::{ClosedPort, FirewallTable, open_port, trace::Trace},
+        kernel::{ClosedPort, FirewallTable, open_port},
         silence::Culprit,
     },
     netlink::{
@@ -49,7 +49,11 @@ pub struct Reasons {
     /// What translates the source of pods' packets, by whether it is about IPv4.
     translating: BTreeMap<bool, String>,
     /// What drops this host's word that a packet was too large, by whether it is about IPv4.
-    silencing: BTreeMap<bool, Culprit>,
+    pub(super) silencing: BTreeMap<bool, Culprit>,
+    /// What drops tunnel packets with packets of pods.
+    pub(super) dropping: Option<Culprit>,
+    /// The same as a guess by rules of iptables-legacy, where nothing was traced.
+    pub(super) legacy: Vec<String>,
 }
 
 impl Reasons {
@@ -63,11 +67,17 @@ impl Reasons {
     ) -> Self {
         let mut reasons = Self::default();
         reasons.silencing.clone_from(&self.silencing);
+        reasons.dropping.clone_from(&self.dropping);
         for ipv4 in translated.keys() {
             reasons.translating.insert(*ipv4, translating(setting, *ipv4));
         }
         for Way { direction, ipv4 } in closed {
             if *direction == Direction::TooLarge {
+                continue;
+            }
+            if *direction == Direction::Carried {
+                let ipv4 = setting.local.is_ipv4();
+                reasons.legacy = legacy::around_tunnels(ipv4, legacy::Way::Out, setting.port, None);
                 continue;
             }
             if *direction == Direction::Gateway {
@@ -93,6 +103,10 @@ impl Reasons {
         self.gateway.retain(|ipv4, _| is_closed(|way| way == Direction::Gateway, *ipv4));
         self.bridged.retain(|ipv4, _| is_closed(Direction::is_between, *ipv4));
         self.silencing.retain(|ipv4, _| is_closed(|way| way == Direction::TooLarge, *ipv4));
+        if !closed.iter().any(|way| way.direction == Direction::Carried) {
+            self.dropping = None;
+            self.legacy.clear();
+        }
         let needs_rules = |way: &Way| way.direction.is_through() || way.direction.is_between();
         if !closed.iter().any(needs_rules) {
             self.rules.clear();
@@ -104,7 +118,8 @@ impl Reasons {
         let is_known = |way: &Way| match way.direction {
             Direction::Gateway => self.gateway.contains_key(&way.ipv4),
             Direction::Between(_) => self.bridged.contains_key(&way.ipv4),
-            Direction::Out(_) | Direction::In(_) => !self.rules.is_empty(),
+            Direction::Out(_) | Direction::In(_) | Direction::LargeOut => !self.rules.is_empty(),
+            Direction::Carried => self.dropping.is_some(),
             Direction::TooLarge => true,
         };
         closed.iter().all(is_known)
@@ -125,68 +140,6 @@ impl Reasons {
         })
     }
 
-    /// Has the kernel tell what it does with this host's errors to the trial's pod, where they do not arrive.
-    pub fn trace_errors(&self, setting: &Setting, closed: &[Way]) -> Option<Trace> {
-        let is_lost = |ip: &IpAddr| {
-            let way = Way { direction: Direction::TooLarge, ipv4: ip.is_ipv4() };
-            closed.contains(&way) && !self.silencing.contains_key(&way.ipv4)
-        };
-        let shape = setting.shape.as_ref()?;
-        let pods: Vec<IpAddr> = shape.addresses.iter().filter(is_lost).collect();
-        let begun = (!pods.is_empty()).then(|| Trace::of_errors(&setting.device_name, &pods))?;
-        begun.inspect_err(|error| tracing::debug!(%error, "no errors are traced")).ok()
-    }
-
-    /// Takes note of what was told.
-    pub fn note_errors(&mut self, setting: &Setting, trace: &mut Trace) {
-        if let Err(error) = trace.read() {
-            tracing::debug!(%error, "no errors were traced");
-        }
-        for pod in setting.shape.iter().flat_map(|shape| shape.addresses.iter()) {
-            if let Some(by) = trace.told().dropped_to(pod) {
-                self.silencing.insert(pod.is_ipv4(), by);
-            }
-        }
-    }
-
-    /// Sentences about pods that do not hear that their packets are too large.
-    pub fn too_large(&self, closed: &[Way]) -> impl Iterator<Item = String> {
-        let ways = closed.iter().filter(|way| way.direction == Direction::TooLarge);
-        ways.map(|Way { ipv4, .. }| {
-            let (said, kind) = match ipv4 {
-                true => ("fragmentation needed", "destination-unreachable"),
-                false => ("packet too big", "packet-too-big"),
-            };
-            let (program, icmp) = (format!("{}tables", family(*ipv4)), protocol(*ipv4));
-            let why = match self.silencing.get(ipv4) {
-                Some(Culprit { chain, handle, .. }) => {
-                    let by = match handle {
-                        Some(handle) => format!(
-                            "a rule of chain {chain} (handle {handle}: nft -a list chain {chain})"
-                        ),
-                        None => format!("the policy of chain {chain}"),
-                    };
-                    let fix = match chain.as_str() {
-                        "ip filter OUTPUT" | "ip6 filter OUTPUT" => {
-                            format!("{program} -I OUTPUT -p {icmp} --{icmp}-type {kind} -j ACCEPT")
-                        }
-                        _ => format!("nft insert rule {chain} {icmp} type {kind} accept"),
-                    };
-                    format!("{by} drops it: {fix}")
-                }
-                None => format!(
-                    "no rule of nftables was seen to drop it; look at {program}-legacy -S OUTPUT and bpftool \
-                     net"
-                ),
-            };
-            format!(
-                "pods do not hear that a packet is too large for the tunnel (IPv{}), so connections of pods \
-                 with a larger MTU hang: this host's ICMP message \"{said}\" does not reach them; {why}",
-                if *ipv4 { 4 } else { 6 }
-            )
-        })
-    }
-
     /// Sentences about packets that do not pass between pods of this host.
     pub fn between(&self) -> impl Iterator<Item = String> {
         self.bridged.iter().map(|(ipv4, bridged)| {
@@ -197,14 +150,6 @@ impl Reasons {
             )
         })
     }
-}
-
-const fn family(ipv4: bool) -> &'static str {
-    if ipv4 { "ip" } else { "ip6" }
-}
-
-const fn protocol(ipv4: bool) -> &'static str {
-    if ipv4 { "icmp" } else { "icmpv6" }
 }
 
 /// Whether packets between ports of the bridge go through the rules for forwarded packets: with IPv4, and

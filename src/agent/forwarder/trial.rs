@@ -3,24 +3,30 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    io::{self, Read as _},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
+    io,
+    net::{IpAddr, SocketAddr, UdpSocket},
     os::fd::{AsFd as _, BorrowedFd},
     time::{Duration, Instant},
 };
 
-use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use socket2::{SockRef, Socket};
 
-use super::{Peer, Setting, capture::Capture};
+use super::{
+    Peer, Setting,
+    capture::Capture,
+    carried::Carried,
+    pod::{PodSockets, hears_too_large, send_whole},
+};
 use crate::{
     agent::start::random,
     dataplane::{
         forwarding::{
-            Direction, NONCE_LEN, Probe, Seen, Transport, Tunnelled, UNUSED, UNUSED_OUT, Way, parse,
+            Direction, MAGIC, NONCE_LEN, Probe, Seen, Transport, Tunnelled, UNUSED, UNUSED_OUT,
+            Way, destination, echo, inner, parse,
         },
         paths::FLOWS,
     },
-    icmp::{Asker, Family, SMALL, What, never_fragment},
+    icmp::{Asker, Family, SMALL, What},
     model::Addresses,
     pods::standin::{Shape, StandIn},
 };
@@ -29,13 +35,10 @@ use crate::{
 const PATIENCE: Duration = Duration::from_secs(1);
 /// Peers that are asked at once.
 const ASKED: usize = 3;
-/// More than any packet of a trial has.
-const LONGEST: usize = 128;
 /// By so many bytes the pod's own MTU exceeds that of the tunnel.
 pub const EXCESS: u32 = 64;
 /// No interface carries more.
 pub const LARGEST: u32 = 65_535;
-const EMSGSIZE: i32 = 90;
 
 /// Those of the pod, and those of this host.
 pub struct Sockets(Vec<FamilySockets>);
@@ -46,18 +49,6 @@ struct FamilySockets {
     home: Socket,
     /// A second pod, to which the first speaks.
     mate: Option<PodSockets>,
-}
-
-/// Inside a pod.
-struct PodSockets {
-    address: IpAddr,
-    datagrams: Socket,
-    /// Of datagrams.
-    port: u16,
-    /// All segments of TCP that come to the pod, and those that are written as they are.
-    segments: Socket,
-    /// Sends what is too large for the tunnel, and hears of it.
-    large: UdpSocket,
 }
 
 pub struct Trial<'a> {
@@ -89,7 +80,10 @@ struct Check<'a> {
     beside: Vec<Probe>,
     /// A peer has answered this host itself.
     answered: bool,
-    /// A peer with a tunnel, to which a packet is sent that does not fit into it; and whether that was told.
+    /// A peer with a tunnel, to which a packet is sent that just fits into it, and has been seen leaving,
+    /// and one of this size that does not fit; and whether that was told.
+    fitting: Option<(Probe, u32)>,
+    fitting_left: bool,
     too_large: Option<(IpAddr, u32)>,
     told: bool,
     /// What was seen on the device, and at the pods.
@@ -98,6 +92,8 @@ struct Check<'a> {
     arrived: BTreeSet<Transport>,
     arrived_beside: BTreeSet<Transport>,
     translated: Option<IpAddr>,
+    /// What was seen inside tunnel packets; none where no peer has a tunnel.
+    carried: Option<Carried>,
 }
 
 impl Sockets {
@@ -117,91 +113,6 @@ impl Sockets {
     }
 }
 
-impl PodSockets {
-    fn open(pod: &StandIn, address: IpAddr) -> io::Result<Self> {
-        pod.inside(|| {
-            let domain = Domain::for_address(SocketAddr::new(address, 0));
-            let segments = Socket::new(domain, Type::RAW, Some(Protocol::TCP))?;
-            segments.bind(&SocketAddr::new(address, 0).into())?;
-            let any: IpAddr = match address {
-                IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
-                IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
-            };
-            let large = UdpSocket::bind((any, 0))?;
-            large.set_nonblocking(true)?;
-            never_fragment(&large)?;
-            let datagrams = UdpSocket::bind((any, 0))?;
-            let port = datagrams.local_addr()?.port();
-            let datagrams = Socket::from(datagrams);
-            for socket in [&datagrams, &segments] {
-                socket.set_nonblocking(true)?;
-            }
-            Ok(Self { address, datagrams, port, segments, large })
-        })
-    }
-
-    /// What cannot be sent is not seen arriving.
-    fn send(&self, probe: &Probe) {
-        let _ = match probe.transport {
-            Transport::Udp => {
-                let to = SocketAddr::new(probe.to, probe.ports[1]);
-                self.datagrams.send_to(&Probe::payload(probe.nonce), &to.into())
-            }
-            Transport::Tcp => {
-                let to = SocketAddr::new(probe.to, 0);
-                self.segments.send_to(&probe.segment(), &to.into())
-            }
-        };
-    }
-
-    /// What cannot be sent is not told of.
-    fn send_too_large(&self, to: IpAddr, size: u32) {
-        // What the last trial left is of no interest.
-        let _ = self.large.take_error();
-        let payload = size.saturating_sub(Family::of(to).headers()) as usize;
-        if self.large.connect((to, UNUSED_OUT)).is_ok() {
-            let _ = self.large.send(&vec![0; payload]);
-        }
-    }
-
-    /// Whether this host has told that it was too large.
-    fn hears_too_large(&self) -> bool {
-        let error = self.large.take_error().ok().flatten();
-        error.is_some_and(|error| error.raw_os_error() == Some(EMSGSIZE))
-    }
-
-    /// Which of these have arrived.
-    fn hear<'a>(
-        &self,
-        probes: impl Iterator<Item = &'a Probe> + Clone,
-        arrived: &mut BTreeSet<Transport>,
-    ) {
-        drain(&self.datagrams, |payload| {
-            let is_it = |probe: &&Probe| {
-                probe.transport == Transport::Udp && *payload == Probe::payload(probe.nonce)
-            };
-            arrived.extend(probes.clone().find(is_it).map(|probe| probe.transport));
-        });
-        drain(&self.segments, |packet| {
-            // With IPv4 it comes with the header before it.
-            let segment = match self.address {
-                IpAddr::V4(_) => parse(packet).map(|(.., segment)| segment).unwrap_or_default(),
-                IpAddr::V6(_) => packet,
-            };
-            let is_it = |probe: &&Probe| probe.transport == Transport::Tcp && probe.is(segment);
-            arrived.extend(probes.clone().find(is_it).map(|probe| probe.transport));
-        });
-    }
-}
-
-fn drain(socket: &Socket, mut give: impl FnMut(&[u8])) {
-    let mut buffer = [0; LONGEST];
-    let mut source = socket;
-    while let Ok(length) = source.read(&mut buffer) {
-        give(&buffer[..length]);
-    }
-}
-
 impl Trial<'_> {
     /// Waits by `wait`, which says whether to go on; gives nothing if not.
     ///
@@ -216,6 +127,7 @@ impl Trial<'_> {
         let mut checks = self.checks(is_tunnelled)?;
         let tunnel = self.tunnel()?;
         let mut capture = Capture::open(exit)?;
+        let mut tunnels = Capture::of_tunnels()?;
         checks.iter().for_each(|check| {
             check.send();
             self.inject(check, &tunnel);
@@ -224,12 +136,13 @@ impl Trial<'_> {
         loop {
             let pause = until.saturating_duration_since(Instant::now());
             let mut fds: Vec<_> = checks.iter().flat_map(Check::fds).collect();
-            fds.push(capture.socket().as_fd());
+            fds.extend([&capture, &tunnels].map(|capture| capture.socket().as_fd()));
             if !pause.is_zero() && !wait(&fds, pause) {
                 return Ok(None);
             }
             checks.iter_mut().for_each(Check::hear);
             capture.take(|packet| checks.iter_mut().for_each(|check| check.on_device(packet)));
+            tunnels.take(|packet| checks.iter_mut().for_each(|check| _ = check.on_wire(packet)));
             if pause.is_zero() || checks.iter().all(Check::is_done) {
                 let seen = checks.iter().flat_map(Check::seen).collect();
                 let translated = checks.iter().filter_map(|check| {
@@ -266,6 +179,7 @@ impl Trial<'_> {
             let asker = Asker { identifier: u16::from_ne_bytes([a, b]), ports: [0; FLOWS] };
             family.filter(home, asker, false)?;
             let (inwards, outwards, sideways) = (random()?, random()?, random()?);
+            let whole = random()?;
             // Another port each time, as connections have it.
             let fresh = u16::from_ne_bytes([a, b]) | 0x8000;
             let probe =
@@ -302,6 +216,11 @@ impl Trial<'_> {
                 outgoing: outgoing.collect(),
                 beside: beside.collect(),
                 answered: false,
+                fitting: through.map(|(peer, vtep)| {
+                    let ports = [pod.port, UNUSED_OUT];
+                    (probe(Transport::Udp, pod.address, *vtep, ports, whole), peer.carried)
+                }),
+                fitting_left: false,
                 too_large: through.filter(|_| carried < LARGEST).map(|(_, vtep)| (*vtep, carried)),
                 told: false,
                 left: BTreeSet::new(),
@@ -309,6 +228,7 @@ impl Trial<'_> {
                 arrived: BTreeSet::new(),
                 arrived_beside: BTreeSet::new(),
                 translated: None,
+                carried: through.map(|_| Carried::default()),
             });
         }
         Ok(checks)
@@ -337,12 +257,18 @@ impl Check<'_> {
     fn send(&self) {
         let FamilySockets { family, pod, home, .. } = self.sockets;
         for (number, to) in self.asked.iter().enumerate() {
-            let packet = family.request(self.asker.identifier, number as u16, SMALL);
+            // By its beginning it is found inside a tunnel packet.
+            let payload: [u8; SMALL] =
+                std::array::from_fn(|at| MAGIC.get(at).copied().unwrap_or_default());
+            let packet = family.request_with(self.asker.identifier, number as u16, &payload);
             let _ = home.send_to(&packet, &SocketAddr::new(*to, 0).into());
         }
         self.outgoing.iter().chain(&self.beside).for_each(|probe| pod.send(probe));
+        if let Some((probe, size)) = &self.fitting {
+            send_whole(&pod.fitting, probe.to, *size, &Probe::payload(probe.nonce));
+        }
         if let Some((to, size)) = self.too_large {
-            pod.send_too_large(to, size);
+            send_whole(&pod.large, to, size, &[]);
         }
     }
 
@@ -358,7 +284,9 @@ impl Check<'_> {
         while let Ok(heard) = family.receive(home, self.asker) {
             self.answered |= heard.is_some_and(|heard| matches!(heard.what, What::Answer(_)));
         }
-        self.told |= pod.hears_too_large();
+        self.told |= hears_too_large(&pod.large);
+        // It does not fit, then: a route has a smaller MTU.
+        self.fitting.take_if(|_| hears_too_large(&pod.fitting));
         pod.hear(self.incoming.iter().map(|packet| &packet.probe), &mut self.arrived);
         if let Some(mate) = mate {
             mate.hear(self.beside.iter(), &mut self.arrived_beside);
@@ -372,8 +300,12 @@ impl Check<'_> {
             return;
         }
         let is_it = |probe: &Probe| probe.transport == transport && probe.is(segment);
+        self.fitting_left |= self.fitting.as_ref().is_some_and(|(probe, _)| is_it(probe));
         if self.outgoing.iter().any(is_it) {
             self.left.insert(transport);
+            if let (Some(carried), Transport::Udp) = (&mut self.carried, transport) {
+                carried.entered.extend(destination(packet));
+            }
             // Datagrams have one port: the kernel remembers how it has translated the ones before.
             let is_new = transport == Transport::Tcp;
             self.translated = self.translated.or((is_new && from != address).then_some(from));
@@ -383,9 +315,29 @@ impl Check<'_> {
         }
     }
 
+    /// Of a tunnel packet that leaves.
+    fn on_wire(&mut self, packet: &[u8]) -> Option<()> {
+        let packet = inner(packet)?;
+        let (to, carried) = (destination(packet)?, self.carried.as_mut()?);
+        let is_of_pod = parse(packet).is_some_and(|(_, transport, segment)| {
+            let is_it = |probe: &Probe| probe.transport == transport && probe.is(segment);
+            self.outgoing.iter().any(is_it)
+        });
+        if is_of_pod {
+            carried.left.insert(to);
+        } else if echo(packet) == Some(self.asker.identifier) {
+            carried.own.insert(to);
+        }
+        Some(())
+    }
+
     fn is_done(&self) -> bool {
         let all = |seen: &BTreeSet<Transport>| seen.len() == Transport::ALL.len();
+        if self.carried.as_ref().is_some_and(|carried| carried.seen() == Seen::Lost) {
+            return false;
+        }
         (self.too_large.is_none() || self.told)
+            && (self.fitting.is_none() || self.fitting_left)
             && (self.outgoing.is_empty() || all(&self.left))
             && (self.incoming.is_empty() || all(&self.arrived))
             && (self.beside.is_empty() || all(&self.arrived_beside))
@@ -395,13 +347,26 @@ impl Check<'_> {
         let ipv4 = self.sockets.pod.address.is_ipv4();
         let mut seen = Vec::new();
         let mut note = |direction, verdict| seen.push((Way { direction, ipv4 }, verdict));
+        if self.carried.is_some() {
+            let is_known =
+                self.fitting.is_some() && self.answered && self.left.contains(&Transport::Udp);
+            let fits = match (self.fitting_left, is_known) {
+                (true, _) => Seen::Passed,
+                (false, true) => Seen::Lost,
+                (false, false) => Seen::Unclear,
+            };
+            note(Direction::LargeOut, fits);
+        }
         if self.too_large.is_some() {
-            let told = match (self.told, self.left.contains(&Transport::Udp)) {
+            let told = match (self.told, self.fitting_left) {
                 (true, _) => Seen::Passed,
                 (false, true) => Seen::Lost,
                 (false, false) => Seen::Unclear,
             };
             note(Direction::TooLarge, told);
+        }
+        if let Some(carried) = &self.carried {
+            note(Direction::Carried, carried.seen());
         }
         for transport in Transport::ALL {
             if !self.outgoing.is_empty() {

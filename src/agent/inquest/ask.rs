@@ -175,7 +175,7 @@ impl Ways {
         let Place { interface, local, port, gossip, .. } = place;
         let (side, is_out) = if way == OUT { ("egress", true) } else { ("ingress", false) };
         let legacy = if is_out { Way::Out } else { Way::In };
-        let mut hints = legacy::around_tunnels(local.is_ipv4(), legacy, *port, *gossip);
+        let mut hints = legacy::around_tunnels(local.is_ipv4(), legacy, *port, Some(*gossip));
         if !is_out {
             hints.extend(redirecting(local.is_ipv4(), *port));
         }

@@ -20,6 +20,8 @@ pub const UNUSED_OUT: u16 = 33_435;
 
 const UDP: u8 = 17;
 const TCP: u8 = 6;
+/// Of IPv4 and of IPv6.
+const ICMP: [u8; 2] = [1, 58];
 const UDP_HEADER: usize = 8;
 const TCP_HEADER: usize = 20;
 const SYN: u8 = 2;
@@ -32,6 +34,8 @@ const HOPS: u8 = 64;
 const FLAGS: u8 = 8;
 const IPV4_HEADER: usize = 20;
 const IPV6_HEADER: usize = 40;
+/// Headers of VXLAN and of Ethernet.
+const ENCAPSULATION: usize = 8 + 14;
 
 /// What is sent from one address to another.
 #[derive(Clone, Copy, Debug)]
@@ -87,7 +91,10 @@ impl Probe {
         let goes_there = segment.get(2..4) == Some(&self.ports[1].to_be_bytes());
         goes_there
             && match self.transport {
-                Transport::Udp => segment.get(UDP_HEADER..) == Some(&Self::payload(self.nonce)),
+                Transport::Udp => {
+                    let payload = segment.get(UDP_HEADER..).unwrap_or_default();
+                    payload.starts_with(&Self::payload(self.nonce))
+                }
                 Transport::Tcp => {
                     let is_first = segment.get(13).is_some_and(|flags| flags & (SYN | ACK) == SYN);
                     is_first && segment.get(4..8) == Some(&self.sequence())
@@ -144,25 +151,61 @@ impl Tunnelled {
     }
 }
 
+/// An IP packet, as far as it is of interest.
+struct Headed<'a> {
+    from: IpAddr,
+    to: IpAddr,
+    protocol: u8,
+    segment: &'a [u8],
+}
+
+impl<'a> Headed<'a> {
+    fn read(packet: &'a [u8]) -> Option<Self> {
+        let (from, to, protocol, header): (IpAddr, IpAddr, u8, usize) = match packet.first()? >> 4 {
+            4 => {
+                let from: [u8; 4] = packet.get(12..16)?.try_into().ok()?;
+                let to: [u8; 4] = packet.get(16..20)?.try_into().ok()?;
+                let header = usize::from(packet.first()? & 0x0f) * 4;
+                (from.into(), to.into(), *packet.get(9)?, header)
+            }
+            6 => {
+                let from: [u8; 16] = packet.get(8..24)?.try_into().ok()?;
+                let to: [u8; 16] = packet.get(24..40)?.try_into().ok()?;
+                (from.into(), to.into(), *packet.get(6)?, IPV6_HEADER)
+            }
+            _ => return None,
+        };
+        Some(Self { from, to, protocol, segment: packet.get(header..)? })
+    }
+}
+
 /// The source of an IP packet, and the segment in it; none, if it is neither UDP nor TCP.
 pub fn parse(packet: &[u8]) -> Option<(IpAddr, Transport, &[u8])> {
-    let (from, protocol, header): (IpAddr, u8, usize) = match packet.first()? >> 4 {
-        4 => {
-            let from: [u8; 4] = packet.get(12..16)?.try_into().ok()?;
-            (from.into(), *packet.get(9)?, usize::from(packet.first()? & 0x0f) * 4)
-        }
-        6 => {
-            let from: [u8; 16] = packet.get(8..24)?.try_into().ok()?;
-            (from.into(), *packet.get(6)?, IPV6_HEADER)
-        }
-        _ => return None,
-    };
+    let Headed { from, protocol, segment, .. } = Headed::read(packet)?;
     let transport = match protocol {
         UDP => Transport::Udp,
         TCP => Transport::Tcp,
         _ => return None,
     };
-    Some((from, transport, packet.get(header..)?))
+    Some((from, transport, segment))
+}
+
+/// The destination of an IP packet.
+pub fn destination(packet: &[u8]) -> Option<IpAddr> {
+    Headed::read(packet).map(|packet| packet.to)
+}
+
+/// The identifier of an IP packet that is an echo, or its answer.
+pub fn echo(packet: &[u8]) -> Option<u16> {
+    let Headed { protocol, segment, .. } = Headed::read(packet)?;
+    let identifier = segment.get(4..)?.first_chunk()?;
+    ICMP.contains(&protocol).then(|| u16::from_be_bytes(*identifier))
+}
+
+/// The IP packet inside a tunnel packet.
+pub fn inner(packet: &[u8]) -> Option<&[u8]> {
+    let Headed { protocol, segment, .. } = Headed::read(packet)?;
+    segment.get(UDP_HEADER + ENCAPSULATION..).filter(|_| protocol == UDP)
 }
 
 const fn protocol(transport: Transport) -> u8 {
@@ -250,6 +293,31 @@ mod tests {
                 });
             }
         }
+    }
+
+    #[test]
+    fn the_packet_inside_a_tunnel_packet_is_found_behind_either_header() {
+        for (from, to, _) in ENDS {
+            let packet = tunnelled(Transport::Udp, from, to);
+            let udp = [&[0; UDP_HEADER][..], &packet.bytes()].concat();
+            let mut ipv4 = vec![0x45; IPV4_HEADER];
+            let mut ipv6 = vec![0x60; IPV6_HEADER];
+            (ipv4[9], ipv6[6]) = (UDP, UDP);
+            for header in [ipv4, ipv6] {
+                let whole = [header, udp.clone()].concat();
+                let found = inner(&whole).expect("a packet");
+                assert_eq!(
+                    (found, destination(found)),
+                    (&packet.bytes()[22..], Some(packet.probe.to))
+                );
+                assert_eq!(echo(found), None);
+                (0..whole.len())
+                    .for_each(|length| _ = inner(&whole[..length]).and_then(destination));
+            }
+        }
+        let echo_of_7 =
+            [&[0x45, 0, 0, 28, 0, 0, 0, 0, 64, 1][..], &[0; 10], &[8, 0, 0, 0, 0, 7, 0, 0]];
+        assert_eq!(echo(&echo_of_7.concat()), Some(7));
     }
 
     #[test]

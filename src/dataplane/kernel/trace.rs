@@ -18,7 +18,10 @@ use super::{
     rules::{base_of, family_name, number},
 };
 use crate::{
-    dataplane::silence::{self, Culprit, IN, OUT},
+    dataplane::{
+        forwarding::MAGIC,
+        silence::{self, Culprit, IN, OUT},
+    },
     netlink::{
         attributes::{self, Attributes},
         nftables::{
@@ -45,6 +48,9 @@ const FIRST: i32 = i32::MIN;
 /// The same in hooks where the kernel puts fragments together (at -400) first.
 const EARLY: i32 = -399;
 const PORT_OFFSET: u32 = 2;
+/// Headers of UDP, VXLAN and Ethernet, which stand before that of the packet inside.
+const AROUND: u32 = 8 + 8 + 14;
+const UDP: u8 = 17;
 /// `NFT_TABLE_F_OWNER`
 const OWNED: u32 = 2;
 /// `NFTA_TRACE_*`
@@ -119,11 +125,12 @@ impl Trace {
     }
 
     /// Traces what this host says by ICMP of packets from these addresses: that they are unreachable, or too
-    /// large. `name` is that of our device.
-    pub fn of_errors(name: &str, addresses: &[IpAddr]) -> io::Result<Self> {
+    /// large. Also tunnel packets with datagrams of a trial inside, if it is told of which family their outer
+    /// addresses are. `name` is that of our device.
+    pub fn of_trial(name: &str, addresses: &[IpAddr], tunnels: Option<IpAddr>) -> io::Result<Self> {
         let mut nftables = Nftables::open()?;
         let traces = Traces::open()?;
-        let table = format!("{name}-errors");
+        let table = format!("{name}-trial");
         let chain = base_chain(&table, "to", "filter", OUTPUT, EARLY);
         let mut steps = vec![create(Kind::NewChain, chain)];
         for address in addresses.iter().take(ADDRESSES) {
@@ -131,6 +138,14 @@ impl Trace {
             let rule = Rule::new().family_of(*address).transport(icmp);
             let rule = rule.holds(Base::Transport, 0, &[kind]);
             let rule = rule.address(Field::Destination, IpNet::from(*address), true);
+            steps.push(append(&table, "to", &rule.limit(PER_SECOND).trace()));
+        }
+        // The protocol and the length of the header inside: with IPv4, and with IPv6.
+        for (protocol_at, header) in [(9, 20), (6, 40)] {
+            let Some(outer) = tunnels else { break };
+            let rule = Rule::new().family_of(outer).udp();
+            let rule = rule.holds(Base::Transport, AROUND + protocol_at, &[UDP]);
+            let rule = rule.holds(Base::Transport, AROUND + header + 8, &MAGIC);
             steps.push(append(&table, "to", &rule.limit(PER_SECOND).trace()));
         }
         set_up(&mut nftables, INET, &table, steps)?;
@@ -222,6 +237,12 @@ impl Told {
     /// What drops packets that come from an address, or answer for it.
     pub fn dropped_from(&self, from: IpAddr) -> Option<Culprit> {
         self.dropped.iter().find(|((start, _), _)| *start == from).map(|(_, by)| by.clone())
+    }
+
+    /// What drops packets of this host to any other address than these.
+    pub fn dropped_beside(&self, addresses: &[IpAddr]) -> Option<Culprit> {
+        let beside = self.dropped.iter().find(|((_, to), _)| !addresses.contains(to));
+        beside.map(|(_, by)| by.clone())
     }
 
     /// The chain that changes the source of packets to a host.

@@ -1,0 +1,111 @@
+//! What this host's output rules drop of what pods depend on: tunnel packets with their packets, and errors
+//! that they are too large. The kernel tells it while a trial lasts.
+
+use std::net::IpAddr;
+
+use super::{Setting, explain::Reasons};
+use crate::dataplane::{
+    forwarding::{Direction, Way},
+    kernel::trace::Trace,
+    silence::open_chain,
+};
+
+impl Reasons {
+    /// Has the kernel tell what it does with this host's errors to the trial's pod, where they do not arrive,
+    /// and with tunnel packets that carry packets of that pod, where they do not leave.
+    pub fn trace(&self, setting: &Setting, closed: &[Way]) -> Option<Trace> {
+        let is_lost = |ip: &IpAddr| {
+            let way = Way { direction: Direction::TooLarge, ipv4: ip.is_ipv4() };
+            closed.contains(&way) && !self.silencing.contains_key(&way.ipv4)
+        };
+        let shape = setting.shape.as_ref()?;
+        let pods: Vec<IpAddr> = shape.addresses.iter().filter(is_lost).collect();
+        let is_carried = |way: &Way| way.direction == Direction::Carried;
+        let traces_tunnels = self.dropping.is_none() && closed.iter().any(is_carried);
+        let tunnels = traces_tunnels.then_some(setting.local);
+        let is_needed = !pods.is_empty() || traces_tunnels;
+        let begun = is_needed.then(|| Trace::of_trial(&setting.device_name, &pods, tunnels))?;
+        begun.inspect_err(|error| tracing::debug!(%error, "no trial is traced")).ok()
+    }
+
+    /// Takes note of what was told.
+    pub fn note_traced(&mut self, setting: &Setting, trace: &mut Trace) {
+        if let Err(error) = trace.read() {
+            tracing::debug!(%error, "no trial was traced");
+        }
+        let pods = setting.shape.iter().flat_map(|shape| shape.addresses.iter());
+        let pods: Vec<IpAddr> = pods.collect();
+        for pod in &pods {
+            if let Some(by) = trace.told().dropped_to(*pod) {
+                self.silencing.insert(pod.is_ipv4(), by);
+            }
+        }
+        let by = trace.told().dropped_beside(&pods);
+        self.dropping = by.or_else(|| self.dropping.take());
+    }
+
+    /// That packets of pods do not leave inside tunnel packets.
+    pub fn carried(&self, closed: &[Way], port: u16) -> Option<String> {
+        let ways = closed.iter().filter(|way| way.direction == Direction::Carried);
+        let families = ways.map(|way| if way.ipv4 { "IPv4" } else { "IPv6" });
+        let families = families.collect::<Vec<_>>().join(", ");
+        if families.is_empty() {
+            return None;
+        }
+        let why = match (&self.dropping, self.legacy.as_slice()) {
+            (Some(by), _) => format!("{by} drops them: {}", open_chain(&by.chain, &[port])),
+            (None, []) => {
+                "no rule of nftables was seen to drop them; look at iptables-legacy -S OUTPUT, tc \
+                           filter show dev INTERFACE egress, and bpftool net"
+                    .to_owned()
+            }
+            (None, legacy) => legacy.join("; "),
+        };
+        Some(format!(
+            "packets of pods do not leave this host inside tunnel packets ({families}), though those of its \
+             own programs do, for rules may let packets pass by their user (-m owner, meta skuid), and what \
+             is forwarded has none: {why}"
+        ))
+    }
+
+    /// Sentences about pods that do not hear that their packets are too large.
+    pub fn too_large(&self, closed: &[Way]) -> impl Iterator<Item = String> {
+        let ways = closed.iter().filter(|way| way.direction == Direction::TooLarge);
+        ways.map(|Way { ipv4, .. }| {
+            let (said, kind) = match ipv4 {
+                true => ("fragmentation needed", "destination-unreachable"),
+                false => ("packet too big", "packet-too-big"),
+            };
+            let (program, icmp) = (format!("{}tables", family(*ipv4)), protocol(*ipv4));
+            let why = match self.silencing.get(ipv4) {
+                Some(by) => {
+                    let chain = &by.chain;
+                    let fix = match chain.as_str() {
+                        "ip filter OUTPUT" | "ip6 filter OUTPUT" => {
+                            format!("{program} -I OUTPUT -p {icmp} --{icmp}-type {kind} -j ACCEPT")
+                        }
+                        _ => format!("nft insert rule {chain} {icmp} type {kind} accept"),
+                    };
+                    format!("{by} drops it: {fix}")
+                }
+                None => format!(
+                    "no rule of nftables was seen to drop it; look at {program}-legacy -S OUTPUT and bpftool \
+                     net"
+                ),
+            };
+            format!(
+                "pods do not hear that a packet is too large for the tunnel (IPv{}), so connections of pods \
+                 with a larger MTU hang: this host's ICMP message \"{said}\" does not reach them; {why}",
+                if *ipv4 { 4 } else { 6 }
+            )
+        })
+    }
+}
+
+const fn family(ipv4: bool) -> &'static str {
+    if ipv4 { "ip" } else { "ip6" }
+}
+
+const fn protocol(ipv4: bool) -> &'static str {
+    if ipv4 { "icmp" } else { "icmpv6" }
+}

@@ -1,0 +1,124 @@
+//! Sockets inside the pod that is the agent's own.
+
+use std::{
+    collections::BTreeSet,
+    io::{self, Read as _},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
+};
+
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::{
+    dataplane::forwarding::{Probe, Transport, UNUSED_OUT, parse},
+    icmp::{Family, never_fragment},
+    pods::standin::StandIn,
+};
+
+/// More than any packet of a trial has that is looked at.
+const LONGEST: usize = 128;
+const EMSGSIZE: i32 = 90;
+
+/// Inside a pod.
+pub struct PodSockets {
+    pub address: IpAddr,
+    pub datagrams: Socket,
+    /// Of datagrams.
+    pub port: u16,
+    /// All segments of TCP that come to the pod, and those that are written as they are.
+    pub segments: Socket,
+    /// Sends what just fits into the tunnel.
+    pub fitting: UdpSocket,
+    /// Sends what is too large for the tunnel, and hears of it.
+    pub large: UdpSocket,
+}
+
+impl PodSockets {
+    pub fn open(pod: &StandIn, address: IpAddr) -> io::Result<Self> {
+        pod.inside(|| {
+            let domain = Domain::for_address(SocketAddr::new(address, 0));
+            let segments = Socket::new(domain, Type::RAW, Some(Protocol::TCP))?;
+            segments.bind(&SocketAddr::new(address, 0).into())?;
+            let any: IpAddr = match address {
+                IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+                IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+            };
+            let whole = || {
+                let socket = UdpSocket::bind((any, 0))?;
+                socket.set_nonblocking(true)?;
+                never_fragment(&socket)?;
+                io::Result::Ok(socket)
+            };
+            let (fitting, large) = (whole()?, whole()?);
+            let datagrams = UdpSocket::bind((any, 0))?;
+            let port = datagrams.local_addr()?.port();
+            let datagrams = Socket::from(datagrams);
+            for socket in [&datagrams, &segments] {
+                socket.set_nonblocking(true)?;
+            }
+            Ok(Self { address, datagrams, port, segments, fitting, large })
+        })
+    }
+
+    /// What cannot be sent is not seen arriving.
+    pub fn send(&self, probe: &Probe) {
+        let _ = match probe.transport {
+            Transport::Udp => {
+                let to = SocketAddr::new(probe.to, probe.ports[1]);
+                self.datagrams.send_to(&Probe::payload(probe.nonce), &to.into())
+            }
+            Transport::Tcp => {
+                let to = SocketAddr::new(probe.to, 0);
+                self.segments.send_to(&probe.segment(), &to.into())
+            }
+        };
+    }
+
+    /// Which of these have arrived.
+    pub fn hear<'a>(
+        &self,
+        probes: impl Iterator<Item = &'a Probe> + Clone,
+        arrived: &mut BTreeSet<Transport>,
+    ) {
+        drain(&self.datagrams, |payload| {
+            let is_it = |probe: &&Probe| {
+                probe.transport == Transport::Udp && *payload == Probe::payload(probe.nonce)
+            };
+            arrived.extend(probes.clone().find(is_it).map(|probe| probe.transport));
+        });
+        drain(&self.segments, |packet| {
+            // With IPv4 it comes with the header before it.
+            let segment = match self.address {
+                IpAddr::V4(_) => parse(packet).map(|(.., segment)| segment).unwrap_or_default(),
+                IpAddr::V6(_) => packet,
+            };
+            let is_it = |probe: &&Probe| probe.transport == Transport::Tcp && probe.is(segment);
+            arrived.extend(probes.clone().find(is_it).map(|probe| probe.transport));
+        });
+    }
+}
+
+/// Whether this host has told that what was sent was too large.
+pub fn hears_too_large(socket: &UdpSocket) -> bool {
+    let error = socket.take_error().ok().flatten();
+    error.is_some_and(|error| error.raw_os_error() == Some(EMSGSIZE))
+}
+
+fn drain(socket: &Socket, mut give: impl FnMut(&[u8])) {
+    let mut buffer = [0; LONGEST];
+    let mut source = socket;
+    while let Ok(length) = source.read(&mut buffer) {
+        give(&buffer[..length]);
+    }
+}
+
+/// A packet of a size. What cannot be sent is neither seen nor told of.
+pub fn send_whole(socket: &UdpSocket, to: IpAddr, size: u32, begin: &[u8]) {
+    // What the last trial left is of no interest.
+    let _ = socket.take_error();
+    let length = size.saturating_sub(Family::of(to).headers()) as usize;
+    let mut payload = begin.to_vec();
+    payload.resize(length.max(begin.len()), 0);
+    if socket.connect((to, UNUSED_OUT)).is_ok() {
+        let _ = socket.send(&payload);
+    }
+}
