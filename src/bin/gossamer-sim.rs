@@ -104,7 +104,7 @@ fn fuzz(seed: u64, inputs: u64) -> ExitCode {
     // A panic is an outcome, with its input.
     std::panic::set_hook(Box::new(|_| {}));
     let mut all = 0;
-    let is_sound = gossamer::fuzz::run(seed, inputs, |outcome| {
+    let is_sound = gossamer::fuzz::run(seed, inputs, true, |outcome| {
         all += outcome.inputs;
         let failure = outcome.failure.as_deref().unwrap_or("sound");
         println!(
