@@ -199,7 +199,7 @@ pub fn list(ways: &[Way]) -> String {
 }
 
 /// Packets of both families, for the fuzzer.
-#[cfg(any(test, feature = "sim"))]
+#[cfg(all(feature = "agent", any(test, feature = "sim")))]
 pub(crate) fn samples() -> Vec<Vec<u8>> {
     let ipv4 = [&[0x45, 0, 0, 28, 0, 0, 0, 0, 64, 17][..], &[0; 10], &[1; 8]].concat();
     let ipv6 = [&[0x60, 0, 0, 0, 0, 8, 6, 64][..], &[1; 32], &[2; 20]].concat();
@@ -207,7 +207,7 @@ pub(crate) fn samples() -> Vec<Vec<u8>> {
 }
 
 /// Reads a packet and compares it with that of a trial, for the fuzzer.
-#[cfg(any(test, feature = "sim"))]
+#[cfg(all(feature = "agent", any(test, feature = "sim")))]
 pub(crate) fn fuzz(packet: &[u8]) -> bool {
     let within = inner(packet).and_then(|packet| destination(packet).zip(echo(packet)));
     parse(packet).is_some() || within.is_some()
