@@ -33,7 +33,7 @@ const MAX_LINES: usize = 16_384;
 /// What is to be done with the files.
 #[derive(Debug)]
 enum Job {
-    /// With its number, if it is the subnet file.
+    /// With the number of contents that the subnet file has had.
     Save(Saved, usize),
     Append(Vec<Value>),
     Read(oneshot::Sender<Result<Vec<Value>, String>>),
@@ -72,6 +72,8 @@ impl Order for Job {
 pub(super) struct Archive {
     worker: Worker<Job>,
     shared: Arc<Shared>,
+    /// What the subnet file is to say.
+    subnet: Option<(PathBuf, SubnetFile)>,
 }
 
 /// What both ends know.
@@ -79,7 +81,7 @@ pub(super) struct Archive {
 struct Shared {
     /// Lines of the history that wait.
     lines: AtomicUsize,
-    /// Contents of the subnet file so far, and how many of them were written, replaced, or refused.
+    /// Different contents of the subnet file so far, and how many of them were written, replaced, or refused.
     subnets: AtomicUsize,
     subnets_done: AtomicUsize,
 }
@@ -115,14 +117,20 @@ impl Archive {
         let worker = Worker::start("archive", move |orders| {
             keep(&orders, history, save, report, &of_thread);
         })?;
-        Ok(Self { worker, shared })
+        Ok(Self { worker, shared, subnet: None })
     }
 
-    pub(super) fn save(&self, saved: Saved) {
-        let number = match saved {
-            Saved::Subnet(..) => self.shared.subnets.fetch_add(1, Ordering::Relaxed) + 1,
-            _ => 0,
-        };
+    pub(super) fn save(&mut self, saved: Saved) {
+        let subnets = &self.shared.subnets;
+        if let Saved::Subnet(path, file) = &saved {
+            let new = Some((path.clone(), file.clone()));
+            // The same once more restores a file that was removed, and is nothing new to wait for.
+            if self.subnet != new {
+                self.subnet = new;
+                subnets.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        let number = subnets.load(Ordering::Relaxed);
         self.worker.order(Job::Save(saved, number));
     }
 
@@ -204,6 +212,7 @@ mod tests {
     use std::{sync::mpsc, time::Instant};
 
     use super::*;
+    use crate::model::Subnets;
 
     fn underlay(mtu: u32) -> Saved {
         Saved::Underlay([192, 0, 2, 1].into(), mtu)
@@ -221,7 +230,8 @@ mod tests {
             }
             Ok(())
         };
-        let archive = Archive::start_with(History::new(dir.path()), save, || ()).expect("a thread");
+        let mut archive =
+            Archive::start_with(History::new(dir.path()), save, || ()).expect("a thread");
         for mtu in 1..=1_000 {
             archive.save(underlay(mtu));
         }
@@ -246,12 +256,45 @@ mod tests {
             let _ = report.send(tries);
             if tries < 3 { Err("full".to_owned()) } else { Ok(()) }
         };
-        let archive = Archive::start_with(History::new(dir.path()), save, || ()).expect("a thread");
+        let mut archive =
+            Archive::start_with(History::new(dir.path()), save, || ()).expect("a thread");
         archive.save(underlay(1_450));
         archive.save(Saved::Subnet(PathBuf::new(), SubnetFile::default()));
         assert!(!archive.is_subnet_told());
         let wait = || reported.recv_timeout(Duration::from_secs(60));
         assert_eq!([wait(), wait(), wait(), wait()], [Ok(1), Ok(2), Ok(3), Ok(4)]);
         assert!(archive.is_subnet_told(), "it was tried");
+    }
+
+    #[test]
+    fn subnet_file_that_is_written_once_more_stays_told_and_another_content_does_not() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let (release, released) = mpsc::channel::<()>();
+        let (report, reported) = mpsc::channel();
+        let save = move |_: &Saved| {
+            let _ = released.recv();
+            Ok(())
+        };
+        let told = move || report.send(()).expect("the test listens");
+        let mut archive =
+            Archive::start_with(History::new(dir.path()), save, told).expect("a thread");
+        let mut order = |mtu| {
+            let subnets =
+                Subnets { first: "10.42.1.0/24".parse().expect("a network"), second: None };
+            let file = SubnetFile::new(subnets, subnets, mtu, true);
+            archive.save(Saved::Subnet(PathBuf::new(), file));
+            archive.is_subnet_told()
+        };
+        let finish = || {
+            release.send(()).expect("the thread waits");
+            reported.recv_timeout(Duration::from_secs(60)).expect("it was told");
+        };
+        assert!(!order(1_450));
+        finish();
+        assert!(order(1_450), "nothing is new");
+        finish();
+        assert!(!order(1_400));
+        finish();
+        assert!(archive.is_subnet_told());
     }
 }

@@ -244,7 +244,7 @@ impl Agent {
 
     /// A host that starts without a network serves its pods by what is saved here. The address is the one
     /// that members know, so that a start under another one is noticed.
-    pub(super) fn save_underlay(&self) {
+    pub(super) fn save_underlay(&mut self) {
         let Chosen { local, mtu, .. } = self.underlay;
         let local = self.company.known_as().unwrap_or(local);
         self.archive.save(Saved::Underlay(local, mtu));
@@ -333,7 +333,7 @@ impl Agent {
         }
     }
 
-    fn write_subnet_env(&self) {
+    fn write_subnet_env(&mut self) {
         let Some(view) = &self.kernel.wanted else { return };
         let networks = view.settings.pool.networks();
         let subnets = self.subnets_of_pods(view.own.subnets);

@@ -252,14 +252,15 @@ async fn start(
     let (ip, advertised) = config.advertise.unwrap_or((chosen.local, None));
     let bridge = config.bridge_name(vni);
     let mut pods = PodState::remember(&records, state.is_same_boot());
+    let mut wiring = Wiring::open()?;
     if known_cluster.is_none() || is_new {
         // Pods outlive the state directory and the database. One whose record is gone from a database that is
         // whole was disconnected: its cable is swept away.
-        pods.adopt(Wiring::open()?.found(&bridge)?);
+        pods.adopt(wiring.found(&bridge)?);
     }
     pods.early = early;
     let fresh = fresh && pods.table.is_empty();
-    pods.macs = Wiring::open()?.macs()?;
+    pods.macs = wiring.macs()?;
     // Bridges hold this host's containers, and pods that run keep their addresses.
     let occupied = foreign.into_iter().filter(|found| {
         let has_pods =
@@ -339,7 +340,7 @@ async fn start(
     {
         company.on_move(before, chosen.local);
     }
-    let agent = Agent {
+    let mut agent = Agent {
         node,
         clock: Clock(Instant::now()),
         transport,
