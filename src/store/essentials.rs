@@ -77,7 +77,8 @@ pub struct EssentialsCopy {
 impl EssentialsCopy {
     pub fn new(file: Essentials, me: NodeId, saved: &[(Key, Record)]) -> Self {
         let mut copy = Self { file, me, records: BTreeMap::new(), is_current: false };
-        for (key, record) in saved {
+        // The records of other members are many.
+        for (key, record) in saved.iter().filter(|(key, _)| is_essential(me, *key)) {
             copy.set(*key, &record.encode());
         }
         copy
@@ -89,11 +90,12 @@ impl EssentialsCopy {
     }
 
     fn set(&mut self, key: Key, value: &[u8]) {
+        if !is_essential(self.me, key) {
+            return;
+        }
         let value = match key {
-            Key::Cluster | Key::Starts | Key::Pod(_) => value.to_vec(),
-            Key::Member(node) if node == self.me => value.to_vec(),
             Key::Slots(_) => own_slots(self.me, key, value),
-            _ => return,
+            _ => value.to_vec(),
         };
         let before = match value.is_empty() {
             true => self.records.remove(&key),
@@ -115,6 +117,15 @@ impl EssentialsCopy {
             }
         }
         self.is_current = true;
+    }
+}
+
+/// Whether a record makes this node, as a whole or in part.
+fn is_essential(me: NodeId, key: Key) -> bool {
+    match key {
+        Key::Cluster | Key::Starts | Key::Pod(_) | Key::Slots(_) => true,
+        Key::Member(node) => node == me,
+        Key::Forget(_) => false,
     }
 }
 
@@ -141,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn copy_has_the_own_slots_alone_and_follows_what_is_written() {
+    fn is_essential_the_own_slots_alone_and_follows_what_is_written() {
         let dir = tempfile::tempdir().expect("tempdir");
         let file = Essentials::new(dir.path().join("essentials"));
         let (me, other) = (NodeId::from_bytes([1; 8]), NodeId::from_bytes([2; 8]));
