@@ -23,7 +23,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use quinn::{ClientConfig, Connection, Endpoint, SendStream, VarInt};
+use quinn::{Connection, Endpoint, SendStream, VarInt};
 use tokio::sync::mpsc;
 
 pub use self::admission::{Flood, Handshakes};
@@ -74,13 +74,8 @@ pub enum BindError {
 }
 
 pub struct Transport {
-    endpoint: Endpoint,
-    client: ClientConfig,
+    dialler: Dialler,
     credentials: Credentials,
-    me: NodeId,
-    events: Events,
-    admissions: SharedAdmissions,
-    intake: Intake,
     peers: BTreeMap<NodeId, PeerLink>,
     /// The ways back to peers that asked.
     replies: BTreeMap<ReplyId, SendStream>,
@@ -124,14 +119,10 @@ impl Transport {
         let accepting =
             accept(endpoint.clone(), admissions.clone(), intake.clone(), events.clone());
         tokio::spawn(accepting);
+        let dialler = Dialler { endpoint, client, admissions, intake, events, me: credentials.me };
         let transport = Self {
-            endpoint,
-            client,
+            dialler,
             credentials: credentials.clone(),
-            me: credentials.me,
-            events,
-            admissions,
-            intake,
             peers: BTreeMap::new(),
             replies: BTreeMap::new(),
             next_reply: 0,
@@ -141,7 +132,7 @@ impl Transport {
     }
 
     pub fn local_address(&self) -> io::Result<SocketAddr> {
-        self.endpoint.local_addr()
+        self.dialler.endpoint.local_addr()
     }
 
     /// How many peers there is a connection to.
@@ -166,12 +157,12 @@ impl Transport {
 
     /// What became of the first packets of handshakes.
     pub fn handshakes(&self) -> Handshakes {
-        self.admissions.lock().counts()
+        self.dialler.admissions.lock().counts()
     }
 
     /// Whether strangers flood this node now.
     pub fn flood(&self) -> Option<Flood> {
-        self.admissions.lock().flood(Instant::now())
+        self.dialler.admissions.lock().flood(Instant::now())
     }
 
     /// Takes note of an event; what concerns the node comes back as an input.
@@ -243,7 +234,7 @@ impl Transport {
 
     /// Asks whoever answers at a name, `HOST:PORT`.
     pub fn call_name(&self, call: CallId, name: String, bytes: Vec<u8>) {
-        let dialler = self.dialler();
+        let dialler = self.dialler.clone();
         let turn = self.calls_by_name.fetch_add(1, Ordering::Relaxed);
         tokio::spawn(async move {
             let asked = async {
@@ -281,8 +272,8 @@ impl Transport {
     /// are closed; they are made anew when they are next needed.
     pub fn use_credentials(&mut self, credentials: &Credentials) {
         let (server, client) = roles(credentials);
-        self.endpoint.set_server_config(Some(server));
-        self.client = client;
+        self.dialler.endpoint.set_server_config(Some(server));
+        self.dialler.client = client;
         self.credentials = credentials.clone();
         for link in self.peers.values_mut() {
             if let Some(connection) = link.connection.take_if(|held| !credentials.accept(held)) {
@@ -306,8 +297,8 @@ impl Transport {
         const LINGER: Duration = Duration::from_millis(200);
         // A graceful close discards unacknowledged datagrams, so give them a moment first.
         tokio::time::sleep(LINGER).await;
-        self.endpoint.close(VarInt::from_u32(0), b"leaving");
-        let _ = tokio::time::timeout(LINGER, self.endpoint.wait_idle()).await;
+        self.dialler.endpoint.close(VarInt::from_u32(0), b"leaving");
+        let _ = tokio::time::timeout(LINGER, self.dialler.endpoint.wait_idle()).await;
     }
 
     fn dial(&mut self, peer: NodeId, address: SocketAddr) {
@@ -315,8 +306,8 @@ impl Transport {
         if std::mem::replace(&mut link.dialling, true) {
             return;
         }
-        self.admissions.lock().learn_member(Instant::now(), address.ip());
-        let dialler = self.dialler();
+        self.dialler.admissions.lock().learn_member(Instant::now(), address.ip());
+        let dialler = self.dialler.clone();
         tokio::spawn(async move {
             let event = match dialler.connect(address).await {
                 Ok((found, connection)) if found == peer => {
@@ -334,17 +325,6 @@ impl Transport {
         });
     }
 
-    fn dialler(&self) -> Dialler {
-        Dialler {
-            endpoint: self.endpoint.clone(),
-            client: self.client.clone(),
-            admissions: self.admissions.clone(),
-            intake: self.intake.clone(),
-            events: self.events.clone(),
-            me: self.me,
-        }
-    }
-
     fn connected(&mut self, peer: NodeId, connection: Connection, inbound: bool) {
         // It may have been begun before a secret was dropped.
         if !self.credentials.accept(&connection) {
@@ -353,13 +333,13 @@ impl Transport {
             return self.dial_failed(peer, &error);
         }
         let address = connection.remote_address().ip();
-        self.admissions.lock().learn_member(Instant::now(), address);
+        self.dialler.admissions.lock().learn_member(Instant::now(), address);
         let link = self.peers.entry(peer).or_default();
         link.dialling &= inbound;
         // Two nodes that dial each other at once keep the connection of the smaller id; the other one
         // is still read for a while. Later on a new connection means that the peer has lost the old one.
         let at_once = link.since.is_some_and(|since| since.elapsed() < DIAL_TIMEOUT);
-        let spare = if link.live().is_none() || !at_once || inbound == (peer < self.me) {
+        let spare = if link.live().is_none() || !at_once || inbound == (peer < self.dialler.me) {
             link.since = Some(Instant::now());
             link.connection.replace(connection.clone())
         } else {
@@ -417,7 +397,7 @@ impl Transport {
     }
 
     fn ask_on(&self, call: CallId, peer: NodeId, on: Connection, bytes: Vec<u8>) {
-        let (events, intake) = (self.events.clone(), self.intake.clone());
+        let (events, intake) = (self.dialler.events.clone(), self.dialler.intake.clone());
         tokio::spawn(async move {
             let result = ask(peer, &on, &intake, &bytes).await;
             let _ = events.send(Event::Answer { call, result }).await;
@@ -426,7 +406,7 @@ impl Transport {
 
     /// Ends a call that got no further. Through the queue like any other answer, however full it is.
     fn answer(&self, call: CallId, error: CallError) {
-        let (events, result) = (self.events.clone(), Err(error));
+        let (events, result) = (self.dialler.events.clone(), Err(error));
         tokio::spawn(async move { events.send(Event::Answer { call, result }).await });
     }
 }

@@ -50,12 +50,12 @@ async fn next_while(side: &mut Side, other: &mut Side) -> Input {
 async fn frames_and_questions_reach_a_member_and_its_id_is_proven() {
     let (mut one, mut two) = (bind(1, 1), bind(1, 2));
     let to = address(&two);
-    let two_id = two.0.me;
+    let two_id = two.0.dialler.me;
     one.0.send(two_id, to, b"small".to_vec());
     let Input::Message { from, bytes } = next_while(&mut two, &mut one).await else {
         panic!("a message")
     };
-    assert_eq!((from, bytes.as_slice()), (one.0.me, &b"small"[..]));
+    assert_eq!((from, bytes.as_slice()), (one.0.dialler.me, &b"small"[..]));
 
     one.0.send(two_id, to, vec![7; 100_000]);
     let Input::Message { bytes, .. } = next_while(&mut two, &mut one).await else {
@@ -65,7 +65,7 @@ async fn frames_and_questions_reach_a_member_and_its_id_is_proven() {
 
     // The answer travels back over the connection that the other side dialled.
     let back = address(&one);
-    two.0.call(CallId(5), one.0.me, back, b"question".to_vec());
+    two.0.call(CallId(5), one.0.dialler.me, back, b"question".to_vec());
     let Input::Request { reply, bytes, .. } = next_while(&mut one, &mut two).await else {
         panic!("asked")
     };
@@ -74,10 +74,10 @@ async fn frames_and_questions_reach_a_member_and_its_id_is_proven() {
     let Input::Answer { call, result } = next_while(&mut two, &mut one).await else {
         panic!("answered")
     };
-    assert_eq!((call, result), (CallId(5), Ok((one.0.me, b"answer".to_vec()))));
+    assert_eq!((call, result), (CallId(5), Ok((one.0.dialler.me, b"answer".to_vec()))));
 
     // A question that is given up fails, and is not answered with nothing.
-    two.0.call(CallId(6), one.0.me, back, b"question".to_vec());
+    two.0.call(CallId(6), one.0.dialler.me, back, b"question".to_vec());
     let Input::Request { reply, .. } = next_while(&mut one, &mut two).await else {
         panic!("asked")
     };
@@ -92,7 +92,7 @@ async fn frames_and_questions_reach_a_member_and_its_id_is_proven() {
 #[tokio::test]
 async fn who_was_on_the_way_in_when_its_secret_was_dropped_stays_outside() {
     let (mut member, mut late) = (bind(1, 1), bind(1, 2));
-    let (to, member_id) = (address(&member), member.0.me);
+    let (to, member_id) = (address(&member), member.0.dialler.me);
     late.0.send(member_id, to, b"hello".to_vec());
     // The handshake is over, and the loop has not heard of it yet.
     let connected = member.1.recv().await.expect("an event");
@@ -119,8 +119,12 @@ async fn without_the_secret_nobody_gets_past_the_handshake() {
 
     // A dialler that accepts any server still shows a certificate of its own secret, or none.
     let roots = danger::client_without_certificate();
-    let connecting =
-        stranger.0.endpoint.connect_with(roots, address(&member), SERVER_NAME).expect("dials");
+    let connecting = stranger
+        .0
+        .dialler
+        .endpoint
+        .connect_with(roots, address(&member), SERVER_NAME)
+        .expect("dials");
     if let Ok(connection) = connecting.await {
         let _ = connection.send_datagram(b"let me in".to_vec().into());
         connection.closed().await;
@@ -207,7 +211,7 @@ mod danger {
         }
     }
 
-    pub fn client_without_certificate() -> ClientConfig {
+    pub fn client_without_certificate() -> quinn::ClientConfig {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let mut tls = rustls::ClientConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&TLS13])
@@ -217,7 +221,7 @@ mod danger {
             .with_no_client_auth();
         tls.alpn_protocols = vec![format!("gossamer/{WIRE_VERSION}").into_bytes()];
         let quic = quinn::crypto::rustls::QuicClientConfig::try_from(tls).expect("suites");
-        ClientConfig::new(Arc::new(quic))
+        quinn::ClientConfig::new(Arc::new(quic))
     }
 }
 
@@ -243,7 +247,7 @@ async fn relay(to: SocketAddr) -> (SocketAddr, Arc<std::sync::atomic::AtomicBool
 #[tokio::test]
 async fn a_connection_on_which_nothing_comes_back_is_made_anew() {
     let (mut one, mut two) = (bind(1, 1), bind(1, 2));
-    let two_id = two.0.me;
+    let two_id = two.0.dialler.me;
     let (way, open) = relay(address(&two)).await;
     one.0.send(two_id, way, b"hello".to_vec());
     next_while(&mut two, &mut one).await;
@@ -273,13 +277,14 @@ async fn the_connection_that_was_not_used_for_longest_makes_way() {
     let mut spokes: Vec<Side> = Vec::new();
     for key in 1..=MAX_CONNECTIONS as u16 + 1 {
         let mut spoke = bind(1, key);
-        spoke.0.send(hub.0.me, to, b"hello".to_vec());
+        spoke.0.send(hub.0.dialler.me, to, b"hello".to_vec());
         next_while(&mut hub, &mut spoke).await;
         spokes.push(spoke);
     }
     assert_eq!(hub.0.connections(), MAX_CONNECTIONS);
-    let kept =
-        |spoke: &Side| hub.0.peers.get(&spoke.0.me).is_some_and(|link| link.live().is_some());
+    let kept = |spoke: &Side| {
+        hub.0.peers.get(&spoke.0.dialler.me).is_some_and(|link| link.live().is_some())
+    };
     assert!(!kept(&spokes[0]), "the first is the longest unused");
     assert!(spokes[1..].iter().all(kept));
 }
