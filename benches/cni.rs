@@ -105,7 +105,8 @@ impl Plugin {
 
     fn round(&mut self, host: &Host, container: &str) -> anyhow::Result<()> {
         let _space = NetNs::new(container)?;
-        let call = |verb| call_plugin(&self.program, host, &self.config, verb, container);
+        let call =
+            |verb| call_plugin(&self.program, &host.netns, &self.config, verb, container)?.done();
         let (added, deleted) = (call("ADD")?, call("DEL")?);
         self.adding.push(added.as_secs_f64() * 1e3);
         self.deleting.push(deleted.as_secs_f64() * 1e3);

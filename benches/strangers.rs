@@ -200,8 +200,8 @@ impl Bench {
             asked.push(start.elapsed().as_secs_f64() * 1e3);
             let container = format!("pod{open}-{round}");
             let _space = NetNs::new(&container)?;
-            let host = &self.hosts[0];
-            let call = |verb| call_plugin(&self.program, host, &config, verb, &container);
+            let host = &self.hosts[0].netns;
+            let call = |verb| call_plugin(&self.program, host, &config, verb, &container)?.done();
             added.push(call("ADD")?.as_secs_f64() * 1e3);
             call("DEL")?;
         }

@@ -25,5 +25,5 @@ pub use flood::{Flood, Source};
 pub use host::{Host, Lab, Pod};
 pub use netns::NetNs;
 pub use ping::Pinger;
-pub use plugin::{PLUGINS, call_plugin};
+pub use plugin::{Called, PLUGINS, call_plugin};
 pub use show::tables;

@@ -7,26 +7,46 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, ensure};
+use anyhow::Context as _;
 use serde_json::Value;
 
-use super::Host;
+use super::NetNs;
 
 /// Where Debian has its CNI plugins.
 pub const PLUGINS: &str = "/usr/lib/cni";
 
-/// Calls a plugin on a host for a container whose namespace has the container's name; gives the time that its
-/// process took.
+/// How a call went.
+#[derive(Clone, Debug)]
+pub struct Called {
+    /// What the plugin's process took.
+    pub took: Duration,
+    pub is_done: bool,
+    /// What it printed; nothing if that is no JSON.
+    pub said: Value,
+}
+
+impl Called {
+    /// The time of a call that must succeed.
+    ///
+    /// # Errors
+    /// Fails with what the plugin said if it has failed.
+    pub fn done(self) -> anyhow::Result<Duration> {
+        anyhow::ensure!(self.is_done, "the plugin failed: {}", self.said);
+        Ok(self.took)
+    }
+}
+
+/// Calls a plugin in a host's namespace for a container whose namespace has the container's name.
 ///
 /// # Errors
-/// Fails if the plugin cannot be run, or with what it says if it fails.
+/// Fails if the plugin cannot be run.
 pub fn call_plugin(
     program: &Path,
-    host: &Host,
+    host: &NetNs,
     config: &Value,
     verb: &str,
     container: &str,
-) -> anyhow::Result<Duration> {
+) -> anyhow::Result<Called> {
     let mut command = Command::new(program);
     command
         .env("CNI_COMMAND", verb)
@@ -37,13 +57,12 @@ pub fn call_plugin(
         .stdin(Stdio::piped())
         .stdout(Stdio::piped());
     let begun = Instant::now();
-    let mut child = host.netns.spawn(&mut command)?;
+    let mut child = host.spawn(&mut command)?;
     let mut input = child.stdin.take().context("a pipe")?;
     input.write_all(config.to_string().as_bytes())?;
     drop(input);
     let output = child.wait_with_output()?;
     let took = begun.elapsed();
-    let said = String::from_utf8_lossy(&output.stdout);
-    ensure!(output.status.success(), "{} {verb} failed: {said}", program.display());
-    Ok(took)
+    let said = serde_json::from_slice(&output.stdout).unwrap_or(Value::Null);
+    Ok(Called { took, is_done: output.status.success(), said })
 }

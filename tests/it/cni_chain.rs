@@ -6,11 +6,10 @@ use std::{
     net::{SocketAddr, TcpListener, TcpStream},
     os::unix::fs::symlink,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
     time::Duration,
 };
 
-use gossamer::lab::NetNs;
+use gossamer::lab::{Called, NetNs, PLUGINS, call_plugin};
 use serde_json::{Value, json};
 
 use crate::{
@@ -18,8 +17,6 @@ use crate::{
     common::{Cluster, isolated, program, run, skipped, tool},
 };
 
-/// Debian's `containernetworking-plugins`.
-const PLUGINS: &str = "/usr/lib/cni";
 const VERSION: &str = "1.0.0";
 
 /// A list of plugins on a host, as a runtime goes through it.
@@ -41,22 +38,9 @@ impl<'a> List<'a> {
             config[key] = value.clone();
         }
         let plugin = Path::new(PLUGINS).join(self.behind["type"].as_str().expect("a type"));
-        let mut command = Command::new(plugin);
-        command
-            .env("CNI_COMMAND", verb)
-            .env("CNI_CONTAINERID", container)
-            .env("CNI_NETNS", format!("/run/netns/{container}"))
-            .env("CNI_IFNAME", "eth0")
-            .env("CNI_PATH", PLUGINS)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped());
-        let mut child = self.host.spawn(&mut command).expect("the plugin starts");
-        let mut input = child.stdin.take().expect("a pipe");
-        input.write_all(config.to_string().as_bytes()).expect("written");
-        drop(input);
-        let output = child.wait_with_output().expect("the plugin ends");
-        let said = serde_json::from_slice(&output.stdout).unwrap_or(Value::Null);
-        (output.status.success(), said)
+        let called = call_plugin(&plugin, self.host, &config, verb, container);
+        let Called { is_done, said, .. } = called.expect("the plugin runs");
+        (is_done, said)
     }
 
     /// In order; gives both results.
