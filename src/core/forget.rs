@@ -339,7 +339,7 @@ impl Node {
 
     /// A node that was started anew under its old name vouches for its predecessor.
     pub(super) fn replace_predecessor(&mut self, now: Time) {
-        // Agreed: somebody else's opinion of who is alive is the same as ours.
+        // Agreed: a peer holds the same members as alive.
         if !self.config.replace_by_name || self.leaving.is_some() || !self.sync.agreed() {
             return;
         }

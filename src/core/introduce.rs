@@ -31,7 +31,7 @@ fn queue<T>(waiting: &mut VecDeque<T>, more: Vec<T>) {
 }
 
 impl Node {
-    /// Members that somebody credible holds as alive, the first of them at once.
+    /// Members that a credible peer holds as alive, the first of them at once.
     pub(super) fn introduce(&mut self, now: Time, identities: Vec<Identity>) {
         queue(&mut self.introductions.alive, identities);
         self.step_introductions(now);

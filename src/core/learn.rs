@@ -32,7 +32,7 @@ const MAX_OUTRANKED: usize = 1024;
 /// A copy that was silent for so long is none any more.
 const CLONE_GONE: Duration = Duration::from_secs(120);
 
-/// What came of facts that somebody told.
+/// What came of facts that a peer told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Learned {
     /// Something was new.
@@ -53,8 +53,8 @@ impl Node {
         Learned { new, refused }
     }
 
-    /// Merges what somebody told and says what of it was new, and whether anything was refused. What this
-    /// node decided itself comes from nobody.
+    /// Merges facts, and says what of them was new and whether anything was refused. What this node decided
+    /// itself comes from no peer.
     pub(super) fn absorb(
         &mut self,
         now: Time,

@@ -1,5 +1,5 @@
-//! How comparisons with each member went: whoever does not answer is asked ever later, and whoever never
-//! agrees is left to itself.
+//! How comparisons with each member went: a member that does not answer is asked ever later, and one that
+//! never agrees is left to itself.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -15,7 +15,7 @@ const FRUITLESS: u32 = 3;
 #[derive(Clone, Debug, Default)]
 pub(super) struct Partners {
     silent: BTreeMap<NodeId, Silence>,
-    /// Whoever did not answer the last comparison with a member.
+    /// The member that did not answer the last comparison.
     last_silent: Option<NodeId>,
     /// How often in a row a member's state differed and it had nothing to tell that was new.
     fruitless: BTreeMap<NodeId, u32>,

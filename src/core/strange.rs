@@ -119,8 +119,8 @@ impl Node {
         }
     }
 
-    /// Entries of a peer's facts that cannot be true. Whoever takes them over does not pass them on, so they
-    /// are the fault of the peer that sent them, or of its old release.
+    /// Entries of a peer's facts that cannot be true. Members refuse them and pass none on, so they are the
+    /// fault of the peer that sent them, or of its old release.
     pub(super) fn note_refused(&mut self, peer: NodeId, count: u64, why: &str) {
         self.counters.refused += count;
         let why = visible(why);

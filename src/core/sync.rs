@@ -56,7 +56,7 @@ pub(super) struct SyncRound {
     open: Open,
     /// A peer's state equalled ours after our last change, but for what cannot be taken over.
     settled: bool,
-    /// And was the same without exception: somebody else's opinion of who is alive is ours.
+    /// And was the same without exception: that peer holds the same members as alive.
     agreed: bool,
     /// The present pause between rounds, while not settled.
     busy: Duration,
@@ -161,7 +161,7 @@ impl SyncRound {
         self.due = self.due.min(now + self.busy);
     }
 
-    /// Somebody told of what is not known here: compare within the pace of a change.
+    /// A peer told of what is not known here: compare within the pace of a change.
     pub(super) fn suggest(&mut self, now: Time) {
         self.due = self.due.min(now + BUSY_FIRST.max(self.busy));
     }
@@ -250,7 +250,7 @@ impl Node {
             (self.sync.settled, self.sync.agreed) = (true, true);
         }
         let partner = self.choose_partner(now, self.sync.rounds + 1);
-        // A round in which nobody could be asked is none.
+        // A round in which no member could be asked is none.
         self.sync.rounds += u64::from(partner.is_some());
         let is_turn = !self.sync.curious || self.sync.rounds.is_multiple_of(VIEW_ROUNDS);
         self.view_stale |= is_turn && std::mem::take(&mut self.sync.newly_heard) > 0;

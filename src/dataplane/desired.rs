@@ -174,8 +174,8 @@ impl Underlay {
 }
 
 impl Underlay {
-    /// Why nothing can be sent to a peer with this underlay address from here, whoever else can. `near`: it
-    /// is in a network of this host.
+    /// Why nothing can be sent to a peer with this underlay address from here, though other hosts may.
+    /// `near`: it is in a network of this host.
     fn unusable(&self, peer: IpAddr, near: bool) -> Option<&'static str> {
         let is_broadcast = |network: &IpNet| match network {
             IpNet::V4(network) => network.prefix_len() < 31 && network.broadcast() == peer,

@@ -1,8 +1,8 @@
 //! What nftables should hold for a view: one table of our own, and nothing outside it.
 //!
 //! - the guard: tunnel packets are taken from members' underlay addresses alone, for VXLAN has no secret of
-//!   its own and whoever may send to its port could speak into every pod; and this host takes no routes from
-//!   pods, for where /proc/sys is read-only its sysctls cannot see to that;
+//!   its own and any host that may send to its port could speak into every pod; and this host takes no routes
+//!   from pods, for where /proc/sys is read-only its sysctls cannot see to that;
 //! - masquerade, if wanted: pods speak to the outside under this host's address, and processes of this host
 //!   to remote pods under its overlay address, so that the answers come back.
 //!

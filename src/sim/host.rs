@@ -92,7 +92,7 @@ pub struct Process {
     pub open_calls: BTreeSet<CallId>,
     /// Comparisons under way, and with whom.
     pub comparisons: BTreeMap<CallId, NodeId>,
-    /// Whoever did not answer the last one that ended.
+    /// The member that did not answer the last one that ended.
     pub last_silent: Option<NodeId>,
     /// Members it knew when it started, none of whom it has met since.
     pub unmet: BTreeSet<NodeId>,

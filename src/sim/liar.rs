@@ -265,7 +265,7 @@ impl World {
         }
     }
 
-    /// Whoever has not answered a comparison is not the next one to be asked, while there are others.
+    /// A member that has not answered a comparison is not asked next while there are others.
     pub(super) fn judge_partner(
         &mut self,
         index: usize,

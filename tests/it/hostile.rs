@@ -1,4 +1,4 @@
-//! A member that errs or lies, over the real protocol: what it says is its own problem, and nobody else's.
+//! A member that errs or lies, over the real protocol: what it says is a problem of that member alone.
 
 use std::{
     io,
@@ -379,7 +379,7 @@ fn flood_of_a_member_stops_no_loop_and_fills_no_log() {
             Identity { node: NodeId::from_bytes(id), incarnation }
         };
         let before = cluster.agents[0].log().len();
-        // More than any cluster has is refused at once; of as many as there can be nobody is known.
+        // More than any cluster has is refused at once; of as many as there can be, none is known.
         for count in [200_000, 16_000, 16_000, 16_000] {
             let active = (0..count).map(stranger).collect();
             hostile.push(n1, &cluster.hosts[0], Facts { active, ..Facts::default() });

@@ -5,7 +5,7 @@ use std::{cmp::Reverse, collections::BTreeMap};
 use super::{Bug, Change, Contested, Run, SlotRecord, SlotTable, clip, planted, precedence};
 use crate::model::Pool;
 
-/// Up to so many changes are made one by one; for more the table is made anew.
+/// Up to so many changes are made one by one; for more the table is rebuilt.
 const FEW: usize = 16;
 
 /// What a merge did.

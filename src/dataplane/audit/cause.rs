@@ -62,7 +62,7 @@ pub struct Evidence {
     pub refusals: Vec<(IpNet, &'static str, u32)>,
     /// Whether the host forwards packets of this family.
     pub forwards: bool,
-    /// Interfaces that are made anew forward nothing.
+    /// New interfaces forward nothing.
     pub default_off: bool,
 }
 

@@ -4,8 +4,7 @@ use std::io;
 
 use ipnet::IpNet;
 
-/// No room for the message, or for what it asks for (errno(3)).
-const ENOBUFS: i32 = 105;
+use super::ENOBUFS;
 
 /// Why the device cannot be made. The rest of the plan was not tried.
 #[derive(Debug, thiserror::Error)]

@@ -1,3 +1,5 @@
+//! What was seen on the interfaces, and the cause that it tells of.
+
 use super::*;
 
 const LOCAL: [u8; 4] = [192, 0, 2, 1];
