@@ -1,8 +1,9 @@
 //! Seeing to it that this node has exactly one lease.
 //!
 //! A member without one (its seed had no spare) makes one of its own spares its lease, or asks those who
-//! have spares, one after the other, for ever. A member with several (two seeds answered) keeps the one
-//! that is in use and makes the others spares.
+//! have spares, one after the other, for ever: first those who can still serve many. A donor that does not
+//! answer holds it up for a moment only. A member with several (two of them answered) keeps the one that is
+//! in use and makes the others spares.
 
 use std::{collections::BTreeSet, ops::Range, time::Duration};
 
@@ -12,7 +13,7 @@ use crate::{
 };
 
 use super::{
-    Answer, Change, InUse, Node, NodeConfig, Purpose, SlotTable,
+    Answer, Change, Home, InUse, Node, NodeConfig, Purpose, SlotTable,
     boot::preferred,
     planted::{Bug, planted},
     rank::peer_score,
@@ -25,6 +26,13 @@ const HEARSAY: Duration = Duration::from_secs(3);
 const LOOK_AGAIN: Duration = Duration::from_millis(200);
 /// Pause after all donors were asked in vain.
 const DONOR_PAUSE: Duration = Duration::from_secs(2);
+/// The next donor is asked as well when the one before has not answered within this time. Gossip may hold a
+/// dead member as alive for longer.
+const NEXT_DONOR_AFTER: Duration = Duration::from_millis(500);
+/// A call is answered by then, or has failed.
+const ANSWERED_BY: Duration = Duration::from_secs(6);
+/// Donors that are asked at once.
+const MAX_OPEN_ASKS: usize = 4;
 
 /// A member's search for a lease.
 pub(super) struct LeaseSearch {
@@ -38,8 +46,12 @@ pub(super) struct LeaseSearch {
     since: Time,
     /// A living member that has the subnet assigned to this node.
     pub(super) rival: Option<NodeId>,
+    /// Donors that were asked since the last pause.
     tried: BTreeSet<NodeId>,
-    open: bool,
+    /// How many of them have not answered yet.
+    open: usize,
+    /// When another donor is asked besides those.
+    next_ask: Time,
     next_try: Option<Time>,
     /// The lease last found.
     held: Option<Slot>,
@@ -57,7 +69,8 @@ impl LeaseSearch {
             since: now,
             rival: None,
             tried: BTreeSet::new(),
-            open: false,
+            open: 0,
+            next_ask: now,
             next_try: Some(now),
             held: None,
             refusal: None,
@@ -141,8 +154,11 @@ impl Node {
             self.note_own_change(now, vec![change]);
             return;
         }
-        if !home.search.open {
+        let search = &mut home.search;
+        if search.open == 0 || search.open < MAX_OPEN_ASKS && search.next_ask <= now {
             self.ask_donor(now);
+        } else if search.open < MAX_OPEN_ASKS {
+            search.next_try = Some(search.next_ask);
         }
     }
 
@@ -199,14 +215,18 @@ impl Node {
             .prefer
             .and_then(|slot| home.slots.record(slot))
             .filter(|record| record.state == SlotState::Spare && untried(&record.owner));
-        let candidates = || spares.keys().copied().filter(untried);
+        let candidates = || {
+            let donors = spares.iter().map(|(node, count)| (*node, *count));
+            donors.filter(|(node, _)| untried(node))
+        };
         let donor = wanted.map(|record| record.owner).or_else(|| {
-            candidates()
-                .filter(|node| active.contains_key(node))
-                .max_by_key(|donor| peer_score(me, *donor))
-                .or_else(|| candidates().max_by_key(|donor| peer_score(me, *donor)))
+            best_donor(me, candidates().filter(|(node, _)| active.contains_key(node)))
+                .or_else(|| best_donor(me, candidates()))
         });
         let Some(donor) = donor else {
+            if home.search.open > 0 {
+                return;
+            }
             home.search.tried.clear();
             home.search.prefer = None;
             let pause = self.jittered(DONOR_PAUSE);
@@ -219,27 +239,72 @@ impl Node {
         let pool = home.cluster.settings.pool;
         let prefer = home.search.prefer.map(|slot| pool.subnet(slot).network());
         let request = Request::Grant(GrantWish { prefer });
+        home.search.tried.insert(donor);
         let asked = self.call_member(donor, Purpose::Grant { donor }, &request);
-        if let Some(home) = &mut self.home {
-            home.search.open = asked;
-            if !asked {
-                // Known by its slots alone: its record is on its way, or lost with it.
-                home.search.tried.insert(donor);
-                home.search.next_try = Some(now);
-            }
+        let Some(Home { search, .. }) = &mut self.home else { return };
+        if asked {
+            search.open += 1;
+            // Others refuse what is known to be another's: its owner alone can grant it.
+            search.next_ask = now + if wanted.is_some() { ANSWERED_BY } else { NEXT_DONOR_AFTER };
+            search.next_try = Some(search.next_ask);
+        } else {
+            // Known by its slots alone: its record is on its way, or lost with it.
+            search.next_try = Some(now);
         }
     }
 
     pub(super) fn on_grant_answer(&mut self, now: Time, donor: NodeId, answer: Answer) {
         let Some(home) = &mut self.home else { return };
-        home.search.open = false;
+        home.search.open = home.search.open.saturating_sub(1);
+        home.search.next_ask = now;
         home.search.next_try = Some(now);
-        home.search.tried.insert(donor);
         match answer {
             Ok((_, Response::Granted(facts))) => _ = self.learn(now, &facts, Some(donor)),
             Ok((_, Response::Refused(refusal))) => home.search.refusal = Some(refusal),
             Ok((from, _)) => self.note_malformed(from, &"no answer to a grant request"),
-            Err(error) => tracing::debug!(%donor, %error, "donor did not answer"),
+            Err(error) => {
+                tracing::debug!(%donor, %error, "donor did not answer");
+                let wanted = home.search.prefer.and_then(|slot| home.slots.record(slot));
+                if wanted.is_some_and(|record| record.owner == donor) {
+                    // Those who have refused for the sake of this slot are asked for any.
+                    home.search.prefer = None;
+                    home.search.tried = BTreeSet::from([donor]);
+                }
+            }
         }
+    }
+}
+
+/// Which of these donors, with their spares, `me` asks first: of those that can still serve at least half as
+/// many joiners as the one with the most, the one that suits it best. So requests are spread, and a donor
+/// that others may have emptied meanwhile is asked late.
+fn best_donor(me: NodeId, donors: impl Iterator<Item = (NodeId, u32)>) -> Option<NodeId> {
+    // A donor gives half of its spares away each time.
+    let serves = donors.map(|(node, spares)| (node, u32::BITS - spares.leading_zeros()));
+    let serves: Vec<(NodeId, u32)> = serves.collect();
+    let most = serves.iter().map(|(_, count)| *count).max()?;
+    let large = serves.iter().filter(|(_, count)| count * 2 >= most);
+    large.map(|(node, _)| *node).max_by_key(|donor| peer_score(me, *donor))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn donors_with_few_spares_are_asked_after_those_with_many() {
+        let donor = |index: u8| NodeId::from_bytes([index; 8]);
+        // As after eight joins by one seed.
+        let spares = [127, 63, 31, 15, 7, 3, 1];
+        let donors = || (1..).map(donor).zip(spares);
+        let mut asked = BTreeSet::new();
+        for number in 0..500_u64 {
+            let me = NodeId::from_bytes((number << 16).to_be_bytes());
+            asked.extend(best_donor(me, donors()));
+        }
+        assert_eq!(asked, (1..=4).map(donor).collect(), "of one kind, and all of them");
+        let only_small = donors().skip(6);
+        assert_eq!(best_donor(donor(9), only_small), Some(donor(7)));
+        assert_eq!(best_donor(donor(9), donors().take(0)), None);
     }
 }

@@ -64,6 +64,8 @@ pub struct Host {
     pub assigned: Option<Ipv4Addr>,
     /// Networks that lead elsewhere on it.
     pub occupied: Vec<IpNet>,
+    /// An address in the subnet that it would like.
+    pub prefers: Option<IpAddr>,
     /// Its agent runs with `replace_by_name`.
     pub replaces: bool,
     /// Who of the cluster forgets by time.
@@ -156,6 +158,7 @@ impl Host {
             life: 0,
             assigned: None,
             occupied: Vec::new(),
+            prefers: None,
             replaces: false,
             quorum: None,
             stopped: None,
@@ -253,7 +256,7 @@ impl Host {
             seeds: self.seed_count(),
             cluster: self.saved_cluster.or(self.assigned.map(|_| ASSIGNED)),
             wish: SettingsWish::default(),
-            prefer_subnet: None,
+            prefer_subnet: self.prefers,
             occupied: self.occupied.clone(),
             assigned: self.assigned.map(Into::into),
             replace_by_name: self.replaces,

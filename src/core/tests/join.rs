@@ -80,6 +80,45 @@ fn an_answer_that_is_lost_loses_no_slot() {
     assert_eq!(world.leased(0), 4, "asked again, got the same one");
 }
 
+/// Kills these members of ten, whose seed has no spare any more, and has others join.
+fn join_after_the_death_of(killed: Range<usize>, prefers: impl Fn(&World) -> Option<IpNet>) {
+    let mut world = World::founded(settings("10.42.0.0/16", 24));
+    for _ in 1..10 {
+        world.join();
+        world.run_for(Duration::from_millis(300));
+    }
+    let preferred = prefers(&world);
+    killed.clone().for_each(|host| world.kill(host));
+    for number in 0..8 {
+        let begun = world.now;
+        let host = world.add_joiner(&[0]);
+        world.hosts[host].prefers = preferred.map(|subnet| subnet.addr()).filter(|_| number == 0);
+        world.start(host);
+        // A preferred subnet is waited for until the call to its owner has failed.
+        let patience = if preferred.is_some() && number == 0 { seconds(6) } else { seconds(2) };
+        while world.subnet(host).is_none() {
+            world.run_for(Duration::from_millis(5));
+            assert!(world.now.since(begun) < patience, "{killed:?}, joiner {number}");
+        }
+    }
+}
+
+#[test]
+fn donors_that_died_a_moment_ago_do_not_hold_up_joiners() {
+    (1..4).for_each(|last| join_after_the_death_of(1..last + 1, |_| None));
+}
+
+#[test]
+fn joiner_takes_another_subnet_as_soon_as_the_owner_of_the_preferred_one_is_known_not_to_answer() {
+    join_after_the_death_of(1..2, |world| {
+        let home = world.node(0).home.as_ref().expect("in a cluster");
+        let owner = world.hosts[1].key;
+        let mut of_owner = home.slots.runs_of(owner);
+        let spare = of_owner.find(|run| run.record.state == SlotState::Spare).expect("spares");
+        Some(home.cluster.settings.pool.subnet(spare.start))
+    });
+}
+
 #[test]
 fn down_members_keep_their_subnets_and_the_way_to_them() {
     let mut world = World::with_members(4);
