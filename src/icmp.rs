@@ -3,14 +3,18 @@
 //! Echoes, and what a kernel says about a datagram that no process waits for.
 
 use std::{
-    io::{self, IoSliceMut},
-    net::IpAddr,
+    io::{self, IoSlice, IoSliceMut},
+    net::{IpAddr, SocketAddr},
     os::fd::{AsFd, AsRawFd},
 };
 
-use nix::sys::socket::{
-    ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, setsockopt,
-    sockopt::{Ipv4PacketInfo, Ipv6RecvPacketInfo},
+use nix::{
+    libc::{in_addr, in_pktinfo, in6_addr, in6_pktinfo},
+    sys::socket::{
+        ControlMessage, ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, sendmsg,
+        setsockopt,
+        sockopt::{Ipv4PacketInfo, Ipv6RecvPacketInfo},
+    },
 };
 use quinn_udp::{UdpSockRef, UdpSocketState};
 use socket2::{Domain, Protocol, SockFilter, SockRef, Socket, Type};
@@ -224,6 +228,35 @@ impl Family {
             Self::Inet6 => (128, 129),
         }
     }
+}
+
+/// Sends a packet from this address of the host, whatever the route to its destination says.
+///
+/// # Errors
+/// What the kernel says, `WouldBlock` among it.
+pub fn send_from(
+    socket: &impl AsRawFd,
+    packet: &[u8],
+    to: SocketAddr,
+    from: IpAddr,
+) -> io::Result<usize> {
+    let (info4, info6);
+    let control = match from {
+        IpAddr::V4(from) => {
+            let local = in_addr { s_addr: u32::from_ne_bytes(from.octets()) };
+            let any = in_addr { s_addr: 0 };
+            info4 = in_pktinfo { ipi_ifindex: 0, ipi_spec_dst: local, ipi_addr: any };
+            ControlMessage::Ipv4PacketInfo(&info4)
+        }
+        IpAddr::V6(from) => {
+            let local = in6_addr { s6_addr: from.octets() };
+            info6 = in6_pktinfo { ipi6_addr: local, ipi6_ifindex: 0 };
+            ControlMessage::Ipv6PacketInfo(&info6)
+        }
+    };
+    let (parts, to) = ([IoSlice::new(packet)], SockaddrStorage::from(to));
+    let sent = sendmsg(socket.as_raw_fd(), &parts, &[control], MsgFlags::MSG_DONTWAIT, Some(&to));
+    sent.map_err(io::Error::from)
 }
 
 /// Takes the next packet from a socket that says where it came in: the sender, the index of that interface,

@@ -65,7 +65,7 @@ impl Agent {
         let peer = view.and_then(|view| view.peers.get(&node));
         let subnet = peer.and_then(|peer| Some(peer.leases.first()?.1.first));
         let kernels = [subnet.map(|subnet| subnet.network()), subnet.map(gateway)];
-        let sequences = kernels.map(|to| to.map(|to| self.ask_kernel(to)));
+        let sequences = kernels.map(|to| to.map(|to| self.ask_kernel(node, to)));
         let [overlay, pods] = kernels.map(Reach::unanswered);
         let report = PingReport {
             node,
@@ -79,10 +79,10 @@ impl Agent {
         self.rounds.push(Round { report, begun, sequences, agent_done: false, reply });
     }
 
-    fn ask_kernel(&mut self, to: IpAddr) -> u16 {
+    fn ask_kernel(&mut self, node: NodeId, to: IpAddr) -> u16 {
         let sequence = self.prober.next_sequence();
         // What cannot be sent is not answered.
-        let _ = self.prober.send(to, sequence, icmp::SMALL);
+        let _ = self.prober.send(to, self.probe_source(node), sequence, icmp::SMALL);
         sequence
     }
 

@@ -108,23 +108,29 @@ impl Prober {
         self.paths.next_sequence()
     }
 
-    /// Asks for an echo.
-    pub(super) fn send(&self, to: IpAddr, sequence: u16, payload: usize) -> io::Result<usize> {
+    /// Asks for an echo, from this address of the host if one is given.
+    pub(super) fn send(
+        &self,
+        to: IpAddr,
+        from: Option<IpAddr>,
+        sequence: u16,
+        payload: usize,
+    ) -> io::Result<usize> {
         let Sockets { family, echoes, asker, .. } = self.sockets(to)?;
         let packet = family.request(asker.identifier, sequence, payload);
-        echoes.try_send_to(&packet, SocketAddr::new(to, 0))
+        send(echoes, &packet, SocketAddr::new(to, 0), from)
     }
 
     fn send_datagram(
         &self,
         to: SocketAddr,
-        sequence: u16,
+        from: Option<IpAddr>,
+        (sequence, flow): (u16, usize),
         size: usize,
-        flow: usize,
     ) -> io::Result<usize> {
         let Sockets { datagrams, asker, .. } = self.sockets(to.ip())?;
         let question = datagram::question(asker.identifier, sequence, size);
-        datagrams[flow % FLOWS].try_send_to(&question, to)
+        send(&datagrams[flow % FLOWS], &question, to, from)
     }
 
     /// Hears what peers ask where that can tell something.
@@ -165,6 +171,18 @@ impl Sockets {
         // To tokio it is like any socket that sends and receives packets.
         let echoes = Arc::new(UdpSocket::from_std(raw.into())?);
         Ok(Self { family, echoes, datagrams, asker })
+    }
+}
+
+fn send(
+    socket: &UdpSocket,
+    packet: &[u8],
+    to: SocketAddr,
+    from: Option<IpAddr>,
+) -> io::Result<usize> {
+    match from {
+        Some(from) => icmp::send_from(socket, packet, to, from),
+        None => socket.try_send_to(packet, to),
     }
 }
 
@@ -212,17 +230,18 @@ impl Agent {
         }
         let now = self.clock.now();
         while let Some(probe) = self.prober.paths.poll(now) {
+            let from = self.probe_source(probe.node);
             let full = self.underlay.mtu.saturating_sub(Family::of(probe.to).headers());
             let sent = match probe.kind {
-                Kind::Small => self.prober.send(probe.to, probe.sequence, icmp::SMALL),
+                Kind::Small => self.prober.send(probe.to, from, probe.sequence, icmp::SMALL),
                 Kind::Full { less } => {
                     let payload = full.saturating_sub(less) as usize;
-                    self.prober.send(probe.to, probe.sequence, payload)
+                    self.prober.send(probe.to, from, probe.sequence, payload)
                 }
                 Kind::Datagram { flow } | Kind::Flow { flow } => {
                     let port = self.node.address_of(probe.node).map_or(0, |address| address.port());
                     let to = SocketAddr::new(probe.to, port);
-                    self.prober.send_datagram(to, probe.sequence, datagram::SIZE, flow)
+                    self.prober.send_datagram(to, from, (probe.sequence, flow), datagram::SIZE)
                 }
             };
             if matches!(probe.kind, Kind::Full { less: 0 }) {
@@ -246,20 +265,23 @@ impl Agent {
         let headers = Family::of(to.ip()).headers();
         let size = self.underlay.carried.saturating_sub(headers).min(DATAGRAM_MAX) as usize;
         let sequence = self.prober.next_sequence();
-        if let Err(error) = self.prober.send_datagram(to, sequence, size, 0) {
+        if let Err(error) = self.prober.send_datagram(to, None, (sequence, 0), size) {
             tracing::trace!(%to, %error, "underlay not probed");
         }
     }
 
     pub(super) fn on_heard(&mut self, heard: Heard) {
         let now = self.clock.now();
-        let elsewhere = self.kernel.device.is_some_and(|device| device != heard.interface);
+        let holder = self.prober.paths.holder(heard.from);
+        let is_direct = holder.is_some_and(|node| self.is_direct(node));
+        let by_tunnel = self.kernel.device.map(|device| device == heard.interface);
+        let elsewhere = by_tunnel.is_some_and(|by_tunnel| by_tunnel == is_direct);
         match heard.what {
             What::Answer(sequence) if self.on_ping_answer(heard.from, sequence) => return,
             What::Answer(sequence) => {
                 self.prober.paths.on_answer(now, heard.from, sequence, elsewhere);
             }
-            What::Request => self.prober.paths.on_packet(now, heard.from),
+            What::Request => self.prober.paths.on_packet(now, heard.from, elsewhere),
             What::Arrival(sequence) => {
                 self.prober.paths.on_arrival(now, heard.from, sequence, By::Agent, elsewhere);
             }
@@ -329,10 +351,13 @@ impl Agent {
         };
         let Some((_, counted)) = &self.prober.counted else { return };
         let came = |address: &IpAddr| Some(counted.get(address)? > before.get(address)?);
-        let doubted = self.prober.paths.doubted().map(|(_, address)| address);
-        let heard: Vec<IpAddr> = doubted.filter(|address| came(address) == Some(true)).collect();
+        let heard = self.prober.paths.doubted().filter(|(_, address)| came(address) == Some(true));
+        let heard: Vec<(NodeId, IpAddr)> = heard.collect();
         let now = self.clock.now();
-        heard.into_iter().for_each(|address| self.prober.paths.on_packet(now, address));
+        for (node, address) in heard {
+            let elsewhere = self.is_direct(node);
+            self.prober.paths.on_packet(now, address, elsewhere);
+        }
         self.follow_paths();
     }
 
@@ -381,11 +406,25 @@ impl Agent {
         self.journal.note(EventKind::Path, level, text.to_owned());
     }
 
+    fn way_to(&self, node: NodeId) -> Option<Way> {
+        let peer = self.kernel.wanted.as_ref()?.peers.get(&node)?;
+        let (_, subnets) = peer.leases.first()?;
+        Some(self.underlay.with_mode(self.config.mode).way(peer.vtep.underlay, subnets.first))
+    }
+
     fn has_tunnel(&self, node: NodeId) -> bool {
-        let peer = self.kernel.wanted.as_ref().and_then(|view| view.peers.get(&node));
-        let first = peer.and_then(|peer| Some((peer.vtep.underlay, peer.leases.first()?.1.first)));
-        let underlay = self.underlay.with_mode(self.config.mode);
-        first.is_some_and(|(there, subnet)| matches!(underlay.way(there, subnet), Way::Overlay(_)))
+        matches!(self.way_to(node), Some(Way::Overlay(_)))
+    }
+
+    fn is_direct(&self, node: NodeId) -> bool {
+        matches!(self.way_to(node), Some(Way::Direct { .. }))
+    }
+
+    /// Without a tunnel the kernel takes an address of the underlay. What checks source addresses, at a host
+    /// or on the way, then lets pass what it would drop of pods.
+    pub(super) fn probe_source(&self, node: NodeId) -> Option<IpAddr> {
+        self.kernel.device.filter(|_| self.is_direct(node))?;
+        Some(self.kernel.wanted.as_ref()?.own.subnets.first.network())
     }
 
     /// Whether asking a peer could lead to its withdrawal.

@@ -227,9 +227,9 @@ impl Paths {
         self.change_at(now, from, |path, at| path.on_arrival(at, sequence, by, elsewhere));
     }
 
-    /// A packet that a peer has sent of its own accord.
-    pub fn on_packet(&mut self, now: Time, from: IpAddr) {
-        self.change_at(now, from, Path::hear);
+    /// A packet that a peer has sent of its own accord, as packets to it go or from elsewhere.
+    pub fn on_packet(&mut self, now: Time, from: IpAddr, elsewhere: bool) {
+        self.change_at(now, from, |path, at| path.hear(at, elsewhere));
     }
 
     /// What is known of the agent of a peer in doubt: whether a packet of it has come since the last
@@ -243,6 +243,16 @@ impl Paths {
     pub fn doubted(&self) -> impl Iterator<Item = (NodeId, IpAddr)> + '_ {
         let doubted = self.peers.iter().filter(|(_, path)| path.is_doubted());
         doubted.map(|(node, path)| (*node, path.underlay))
+    }
+
+    /// The peer with this address, in the overlay or below it, if only one has it.
+    pub fn holder(&self, address: IpAddr) -> Option<NodeId> {
+        self.by_address.get(&address).copied().flatten()
+    }
+
+    /// Whether what a peer sends of its own accord comes by another way than packets to it go.
+    pub fn comes_astray(&self, node: NodeId) -> bool {
+        self.peers.get(&node).is_some_and(|path| path.comes_astray)
     }
 
     /// Whether gossip holds a peer as alive, as last told.

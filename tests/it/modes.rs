@@ -5,7 +5,10 @@ use std::{process::Command, time::Duration};
 use gossamer::lab::{Agent, Host, Lab, Pinger};
 use nix::sys::signal::Signal;
 
-use crate::common::{Cluster, PATIENCE, has_problem, isolated, tool, wait_until};
+use crate::{
+    causes::wait_for_path,
+    common::{Cluster, PATIENCE, client, has_problem, isolated, tool, wait_until},
+};
 
 /// But for the one that refuses what no pod takes.
 fn routes(host: &Host) -> String {
@@ -129,6 +132,20 @@ fn peers_behind_a_router_have_a_tunnel_or_are_named() {
         });
         let routes = routes(&cluster.hosts[0]);
         assert_eq!(routes.matches("unreachable").count(), 1, "{routes}");
+        Ok(())
+    });
+}
+
+#[test]
+fn answers_without_a_tunnel_are_right_where_packets_go_without_one() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        restart_all(&mut cluster, &["--mode", "direct"])?;
+        for agent in &mut cluster.agents {
+            wait_for_path(agent);
+            let doctor = String::from_utf8(client(agent, &["doctor"]).stdout)?;
+            assert!(doctor.contains("ok        paths          1 of 1 ok"), "{doctor}");
+        }
         Ok(())
     });
 }

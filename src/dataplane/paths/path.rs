@@ -64,6 +64,8 @@ pub(super) struct Path {
     life: Time,
     silent_since: Option<Time>,
     heard: Option<Time>,
+    /// What was heard came from elsewhere.
+    pub(super) comes_astray: bool,
     /// Of the underlay, as the transport has it.
     estimate: Option<Duration>,
     /// The last answer came from elsewhere.
@@ -127,6 +129,7 @@ impl Path {
             life: now,
             silent_since: None,
             heard: None,
+            comes_astray: false,
             round_trip: None,
             estimate: None,
             astray: false,
@@ -291,7 +294,8 @@ impl Path {
     }
 
     /// A packet of the peer's own: its kernel lives, whatever becomes of ours.
-    pub(super) fn hear(&mut self, now: Time) {
+    pub(super) fn hear(&mut self, now: Time, elsewhere: bool) {
+        self.comes_astray = elsewhere;
         (self.heard, self.life, self.silent_since) = (Some(now), now, None);
         self.withdrawn = false;
     }

@@ -159,7 +159,7 @@ fn a_live_agent_behind_a_closed_tunnel_is_named_and_never_withdrawn() {
     let mut story = Story::new();
     story.run(40, |_| false);
     assert_eq!(story.state(), PathState::Unanswered);
-    story.paths.on_packet(story.now, PEER);
+    story.paths.on_packet(story.now, PEER, false);
     assert_eq!(story.state(), PathState::OneWay);
     assert!(story.paths.withdrawn().is_empty());
 }
@@ -271,12 +271,12 @@ fn packets_of_a_peer_keep_its_path_for_as_long_as_they_come() {
     story.liveness = Liveness::Down;
     for _ in 0..40 {
         story.run(1, |_| false);
-        story.paths.on_packet(story.now, UNDERLAY);
+        story.paths.on_packet(story.now, UNDERLAY, false);
     }
     assert_eq!((story.state(), story.is_withdrawn()), (PathState::OneWay, false));
     story.run(12, |_| false);
     assert!(story.is_withdrawn());
-    story.paths.on_packet(story.now, UNDERLAY);
+    story.paths.on_packet(story.now, UNDERLAY, false);
     assert!(!story.is_withdrawn());
 }
 
@@ -295,7 +295,7 @@ fn packets_from_an_address_of_several_peers_prove_nothing_about_one() {
             paths.judge(now);
             while paths.poll(now).is_some() {}
         }
-        paths.on_packet(now, UNDERLAY);
+        paths.on_packet(now, UNDERLAY, false);
         paths.states(now).next().expect("a peer").1
     };
     assert_eq!(state(&[subject(1)]), PathState::OneWay);
