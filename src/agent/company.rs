@@ -116,8 +116,10 @@ impl Agent {
                  there or on the way (there: gossamer status), or its agent is stopped as well"
             ),
             _ => format!(
-                "either the host is off or its agent is stopped; or this host is cut off: look at its \
-                 network, routes (ip route get ADDRESS; ip neigh), and whether firewalls let UDP {both} pass"
+                "either the host is off or its agent is stopped, or the two do not hear each other: where it \
+                 runs, its own status may name why (there: gossamer status); or this host is cut off: look \
+                 at its network, routes (ip route get ADDRESS; ip neigh), and whether firewalls let UDP \
+                 {both} pass"
             ),
         };
         Some(format!(

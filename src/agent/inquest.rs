@@ -5,6 +5,7 @@
 //! sees is decided in [`crate::dataplane::silence`]; nothing but sentences comes of it.
 
 mod ask;
+mod case;
 mod questions;
 mod tap;
 
@@ -22,14 +23,12 @@ use self::{
     questions::Questions,
     tap::Tap,
 };
-use super::Agent;
 use crate::{
     dataplane::{
-        desired::device_name,
         kernel::{FirewallTable, trace::Trace},
         silence::{Cause, Facts, IN, OUT, Place, Suspect, Verdict, Watch},
     },
-    model::{Mac, NodeId, PathState},
+    model::{Mac, NodeId},
     netlink::Netlink,
     worker::{Order, Orders, Thread, Worker},
 };
@@ -306,13 +305,16 @@ impl<F: Fn(Found)> Inquirer<F> {
             let is_translated = traces.left.values().any(|from| *from != place.source);
             let is_known = facts.unresolved.is_some() || facts.filtered.is_some();
             let is_known = is_known || facts.pinned.is_some();
-            !is_known && (facts.sent && traces.left.is_empty() || is_translated)
-                || !is_known && !traces.came.is_empty()
+            let is_lost_here = facts.sent && traces.left.is_empty() || is_translated;
+            // Of one that lives, packets may come by another way, without a tunnel.
+            !is_known && (is_lost_here || !traces.came.is_empty() || suspect.lives)
         };
         let doubtful: Vec<Suspect> = asked.iter().filter(is_doubtful).cloned().collect();
         if !doubtful.is_empty() && watch.claim().is_none() {
             let addresses: Vec<IpAddr> = doubtful.iter().map(|suspect| suspect.address).collect();
-            let begun = Trace::begin(&case.device, &place.interface, place.port, &addresses);
+            let overlay: Vec<IpAddr> = doubtful.iter().map(|suspect| suspect.vtep).collect();
+            let (device, interface) = (&case.device, &place.interface);
+            let begun = Trace::begin(device, interface, place.port, &addresses, &overlay);
             let trace = begun.inspect_err(|error| tracing::debug!(%error, "no packets are traced"));
             let mut trace = trace.ok();
             if trace.is_some()
@@ -325,6 +327,9 @@ impl<F: Fn(Found)> Inquirer<F> {
                 if let Some(trace) = &trace {
                     facts.dropped = trace.told().dropped(place.local, suspect.address);
                     facts.translating = trace.told().translating(suspect.address);
+                    let astray = trace.told().dropped_at(suspect.vtep);
+                    facts.astray = astray
+                        .and_then(|(by, at)| ways.astray(&mut self.netlink, suspect.vtep, by, at));
                 }
                 for way in [OUT, IN] {
                     facts.hints[way] = ways.hints(&mut self.netlink, place, way);
@@ -422,64 +427,4 @@ fn counted(case: &Case) -> Option<BTreeMap<IpAddr, u64>> {
 
 fn claimed(mac: Mac, place: &Place) -> String {
     Cause::AddressTaken { mac }.sentence(&[], place)
-}
-
-impl Agent {
-    /// Tells the thread which peers are silent, if that has changed.
-    pub(super) fn update_inquest(&mut self) {
-        let case = self.inquest_case();
-        self.inquest.set(case);
-    }
-
-    pub(super) fn on_found(&mut self, Found { claim, verdicts }: Found) {
-        let told = self.inquest.told.iter().flat_map(|case| &case.suspects);
-        let silent: BTreeSet<NodeId> = told.map(|suspect| suspect.node).collect();
-        let found = &mut self.inquest.found;
-        let mut new: Vec<String> = Vec::new();
-        new.extend(claim.clone().filter(|_| found.claim != claim));
-        found.claim = claim;
-        for (node, verdict) in verdicts.into_iter().filter(|(node, _)| silent.contains(node)) {
-            let is_known = |cause: &String| {
-                found.claim.as_ref() == Some(cause)
-                    || found.verdicts.values().any(|known| known.cause.as_ref() == Some(cause))
-            };
-            new.extend(verdict.cause.clone().filter(|cause| !is_known(cause)));
-            found.verdicts.insert(node, verdict);
-        }
-        new.iter().for_each(|problem| tracing::warn!("{problem}"));
-    }
-
-    fn inquest_case(&self) -> Option<Case> {
-        let view = self.kernel.wanted.as_ref().filter(|_| self.kernel.programmed_once)?;
-        if self.kernel.underlay_problem.is_some() || !self.underlay.is_present() {
-            return None;
-        }
-        let local = self.underlay.local;
-        let is_silent = |node: NodeId, state: PathState| {
-            let is_known = state != PathState::Unknown;
-            let is_lost = self.is_lost(state) || state == PathState::PartlyLost;
-            is_lost || is_known && !self.prober.paths.is_alive(node)
-        };
-        let silent = self.path_states().filter(|(node, state, _)| is_silent(*node, *state));
-        let suspects = silent.filter_map(|(node, ..)| {
-            let address = view.peers.get(&node)?.vtep.underlay;
-            let mac = view.peers.get(&node)?.vtep.mac;
-            let name = self.node.name_of(node).to_owned();
-            let of_family = address.is_ipv4() == local.is_ipv4();
-            let gossip = self.node.address_of(node)?.port();
-            of_family.then_some(Suspect { node, name, address, gossip, mac })
-        });
-        let suspects: Vec<Suspect> = suspects.take(SUSPECTS).collect();
-        let place = Place {
-            link: self.underlay.link,
-            interface: self.underlay.name.clone(),
-            local,
-            source: self.underlay.source,
-            port: view.settings.vxlan_port,
-            gossip: self.node.address().port(),
-            guard: self.config.firewall.guard,
-        };
-        let pinned = self.underlay.pinned;
-        Some(Case { place, pinned, device: device_name(view.settings.vni), suspects })
-    }
 }

@@ -10,7 +10,10 @@ use super::{Agent, auditor::Detour, ping::milliseconds};
 use crate::{
     api::{EventKind, EventLevel, PathStatus},
     core::Peer,
-    dataplane::desired::{Way, overhead},
+    dataplane::{
+        desired::{Way, overhead},
+        silence::Sign,
+    },
     model::{NodeId, PathState},
 };
 
@@ -141,6 +144,11 @@ impl Agent {
         if let Some(cause) = found.and_then(|found| found.cause.clone()) {
             return Some(cause);
         }
+        let is_gone = self.is_lost(state) && !self.prober.paths.is_alive(node);
+        let is_mute = is_gone && state != PathState::OneWay;
+        if let Some(sign) = found.and_then(|found| found.sign).filter(|_| is_mute) {
+            return Some(mute_problem(name, there, sign, [port, gossip]));
+        }
         // What goes on there, gossip says already.
         if lost && !self.prober.paths.is_alive(node) {
             return None;
@@ -156,6 +164,11 @@ impl Agent {
         }
         let underlay = self.underlay.with_mode(self.config.mode);
         let ways: Vec<Way> = subnets.iter().map(|subnet| underlay.way(there, subnet)).collect();
+        let is_direct = matches!(ways[0], Way::Direct { .. });
+        if lost && self.prober.paths.comes_astray(node) {
+            let own = view.own.subnets.first.network();
+            return Some(mixed_problem(name, own, is_direct));
+        }
         match ways[0] {
             Way::Unreachable => {
                 return Some(format!(
@@ -171,9 +184,12 @@ impl Agent {
             }
             Way::Direct { .. } if lost => {
                 return Some(format!(
-                    "packets to {name} go to {there} without a tunnel, and are lost: let the underlay carry \
-                     {} (in a cloud: turn off its check of source and destination), or use mode = \"vxlan\"",
-                    view.settings.pool.network()
+                    "packets to {name} go to {there} without a tunnel, and are not answered: let the \
+                     underlay carry {} (in a cloud: turn off its check of source and destination), or use \
+                     mode = \"vxlan\"; or the firewall of {name} drops ICMP and UDP {gossip} from {}, which \
+                     harms no pod (there: gossamer status)",
+                    view.settings.pool.network(),
+                    view.own.subnets.first.network()
                 ));
             }
             // Whoever is spoken to directly may answer as it likes.
@@ -183,8 +199,9 @@ impl Agent {
         // Filters of both ends count as well as the network's, and so do those that drop the answers.
         let walls = match found.is_some_and(|found| found.leaves) {
             true => format!(
-                " (tunnel packets to it leave this host, so by the network, or by {name}: nft list ruleset, \
-                 iptables-legacy -S, ip xfrm policy, and ingress filters there), or the answers are dropped \
+                " (tunnel packets to it leave this host, so by the network, or by {name}: gossamer status \
+                 there may name it; nft list ruleset, iptables-legacy -S, ip xfrm policy, and ingress \
+                 filters there), or the answers are dropped \
                  on their way back (by this host: the same here with INPUT, a limit of UDP packets for one)"
             ),
             false => " (by the network, by this host: nft list ruleset, iptables-legacy -S OUTPUT, ip xfrm \
@@ -244,4 +261,29 @@ impl Agent {
             _ => None,
         }
     }
+}
+
+/// That a machine with a peer's address was seen, though neither its agent nor its kernel answers.
+fn mute_problem(name: &str, there: IpAddr, sign: Sign, [port, gossip]: [u16; 2]) -> String {
+    format!(
+        "neither the agent of {name} ({there}) nor its tunnel answers, though a machine has that address: \
+         {sign}. Either its agent does not run (there: systemctl status gossamer), or packets between the \
+         two hosts (UDP {port} and {gossip}) are dropped there, here or on the way: what a host drops \
+         itself, its own status names (there: gossamer status)"
+    )
+}
+
+/// That packets to a peer go one way and its own come another, and nothing is answered.
+fn mixed_problem(name: &str, own: IpAddr, is_direct: bool) -> String {
+    let (go, come) = match is_direct {
+        true => ("without a tunnel", "through one"),
+        false => ("through the tunnel", "without one"),
+    };
+    format!(
+        "packets to {name} go {go}, its own come {come}, and nothing that is asked of it is answered: either \
+         the two hosts have different modes, or a route of another program leads one of them (there: ip \
+         route get {own}), and on one of the two a rule about the reverse path (rpfilter, fib) or rp_filter \
+         drops what comes by the other way: set the same mode on all nodes; a host that drops packets names \
+         the rule (there: gossamer status)"
+    )
 }

@@ -11,7 +11,7 @@ use std::{
 
 use crate::model::{Mac, NodeId};
 
-pub use self::cause::{Cause, Culprit, Pinned, Place, iptables_ports, open_chain};
+pub use self::cause::{Astray, Cause, Culprit, Pinned, Place, iptables_ports, open_chain};
 
 mod cause;
 #[cfg(test)]
@@ -21,8 +21,9 @@ mod tests;
 pub const ARP: u16 = 0x0806;
 const IPV4: u16 = 0x0800;
 const IPV6: u16 = 0x86dd;
-/// `ICMPv6`, and its type of an advertisement of a neighbor (RFC 4861).
+/// `ICMPv6`, and its types of neighbor discovery (RFC 4861).
 const ICMPV6: u8 = 58;
+pub const SOLICITATION: u8 = 135;
 pub const ADVERTISEMENT: u8 = 136;
 /// Kinds of packets as packet sockets tell them (linux/if_packet.h).
 const TO_THIS_HOST: u8 = 0;
@@ -43,6 +44,10 @@ pub struct Suspect {
     pub gossip: u16,
     /// Of its VTEP: the source of the frames inside its tunnel packets.
     pub mac: Mac,
+    /// The same of the packets inside that its host sends.
+    pub vtep: IpAddr,
+    /// Gossip holds it as alive.
+    pub lives: bool,
 }
 
 /// A packet as a packet socket shows it, from the network header on.
@@ -68,6 +73,16 @@ pub struct Traces {
     pub came_as: Option<IpAddr>,
     /// Hardware addresses that claim its address.
     pub macs: BTreeSet<Mac>,
+    /// What shows that there is a machine with its address.
+    pub sign: Option<Sign>,
+}
+
+/// What was seen of a machine that answers nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sign {
+    Arp,
+    Discovery,
+    Tunnel,
 }
 
 /// What was found of one peer.
@@ -77,6 +92,8 @@ pub struct Verdict {
     pub cause: Option<String>,
     /// Tunnel packets to it were seen to leave this host.
     pub leaves: bool,
+    /// What was seen of a machine with its address.
+    pub sign: Option<Sign>,
 }
 
 /// What was seen during one watch.
@@ -114,6 +131,8 @@ pub struct Facts {
     pub filtered: Option<String>,
     /// What nftables drops of packets to it, and from it.
     pub dropped: [Option<Culprit>; 2],
+    /// What nftables drops of the packets of its pods that come by another way than those to them go.
+    pub astray: Option<Astray>,
     /// The chain that changes the source of packets to it.
     pub translating: Option<String>,
     /// A program sees packets that come in before they can be watched.
@@ -169,14 +188,25 @@ impl Watch {
     pub fn see(&mut self, packet: &Packet<'_>) {
         match packet.protocol {
             ARP if packet.kind != LEAVING => self.see_arp(packet),
-            IPV6 if packet.bytes.get(6) == Some(&ICMPV6) => self.see_advertisement(packet),
+            IPV6 if packet.bytes.get(6) == Some(&ICMPV6) => self.see_discovery(packet),
             IPV4 | IPV6 => self.see_tunnel(packet),
             _ => None,
         };
     }
 
-    fn see_advertisement(&mut self, packet: &Packet<'_>) -> Option<()> {
+    fn note_sign(&mut self, address: IpAddr, sign: Sign) {
+        let node = self.by_address.get(&address);
+        if let Some(traces) = node.and_then(|node| self.traces.get_mut(node)) {
+            traces.sign = Some(sign);
+        }
+    }
+
+    fn see_discovery(&mut self, packet: &Packet<'_>) -> Option<()> {
         let message = packet.bytes.get(40..)?;
+        if packet.kind != LEAVING {
+            let source = IpAddr::from(*packet.bytes.get(8..)?.first_chunk::<16>()?);
+            self.note_sign(source, Sign::Discovery);
+        }
         if packet.kind != TO_THIS_HOST || *message.first()? != ADVERTISEMENT {
             return None;
         }
@@ -185,6 +215,7 @@ impl Watch {
         let mac = message.get(24..).and_then(|option| option.strip_prefix(&[2, 1]));
         let mac = mac.and_then(|bytes| bytes.first_chunk().copied()).map(Mac::from_bytes);
         self.note_answer(target, packet.link, mac);
+        self.note_sign(target, Sign::Discovery);
         Some(())
     }
 
@@ -211,7 +242,11 @@ impl Watch {
                 self.claims.insert(mac);
             }
         } else {
+            let is_own = self.own.contains(&mac);
             let traces = self.traces.get_mut(self.by_address.get(&address)?)?;
+            if !is_own {
+                traces.sign = Some(Sign::Arp);
+            }
             if traces.macs.len() < MACS {
                 traces.macs.insert(mac);
             }
@@ -237,6 +272,7 @@ impl Watch {
         }
         if let Some(node) = self.by_address.get(&from) {
             self.traces.get_mut(node)?.came.insert(packet.link);
+            self.note_sign(from, Sign::Tunnel);
             return Some(());
         }
         // The forwarding trial sends tunnel packets to its own host, under the MAC of a peer.
@@ -287,7 +323,8 @@ impl Watch {
                 continue;
             };
             let leaves = !traces.left.is_empty();
-            verdicts.insert(suspect.node, Verdict { cause: None, leaves });
+            let sign = traces.sign;
+            verdicts.insert(suspect.node, Verdict { cause: None, leaves, sign });
             let seen = cause::Seen { suspect, traces, facts, claim: self.claim(), own: &self.own };
             if let Some(cause) = Cause::of(&seen, place) {
                 by_cause.entry(cause).or_default().push(suspect);
@@ -301,6 +338,17 @@ impl Watch {
             }
         }
         verdicts
+    }
+}
+
+/// What was seen, as the reason for saying that there is a machine.
+impl std::fmt::Display for Sign {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Arp => "its ARP was seen here",
+            Self::Discovery => "its neighbor discovery was seen here",
+            Self::Tunnel => "its tunnel packets were seen here",
+        })
     }
 }
 

@@ -155,8 +155,9 @@ fn remedy(status: &Value, name: &str) -> String {
         return format!("{start}; if that host is gone for good: gossamer forget {name}");
     }
     format!(
-        "{start}; if it runs, this host may be cut off, for no other member answers: look at its network, \
-         routes (ip route get ADDRESS; ip neigh), and firewall"
+        "{start} if it does not run; if it does, its own status may name why it is not heard (there: \
+         gossamer status), or this host is cut off, for no other member answers: look at its network, routes \
+         (ip route get ADDRESS; ip neigh), and firewall"
     )
 }
 
@@ -193,8 +194,8 @@ fn paths<'a>(status: &'a Value, told: &mut Vec<&'a str>) -> Vec<Finding> {
                     // It may be meant so.
                     "asymmetric" => {
                         "its answers come through the tunnel and packets to it go without, as with several \
-                         modes in one cluster: where pods do not talk, rp_filter or a rule with rpfilter or \
-                         fib drops that here or there; set the same mode on all nodes"
+                         modes in one cluster: rp_filter or a rule with rpfilter or fib may drop that; set \
+                         the same mode on all nodes"
                     }
                     _ => "see the other checks",
                 };

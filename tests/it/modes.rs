@@ -6,8 +6,8 @@ use gossamer::lab::{Agent, Host, Lab, Pinger};
 use nix::sys::signal::Signal;
 
 use crate::{
-    causes::wait_for_path,
-    common::{Cluster, PATIENCE, client, has_problem, isolated, tool, wait_until},
+    causes::{NAMED, all, wait_for_path, wait_for_words},
+    common::{Cluster, PATIENCE, client, has_problem, isolated, run, skipped, tool, wait_until},
 };
 
 /// But for the one that refuses what no pod takes.
@@ -146,6 +146,44 @@ fn answers_without_a_tunnel_are_right_where_packets_go_without_one() {
             let doctor = String::from_utf8(client(agent, &["doctor"]).stdout)?;
             assert!(doctor.contains("ok        paths          1 of 1 ok"), "{doctor}");
         }
+        Ok(())
+    });
+}
+
+/// As NixOS has it, on hosts of two modes.
+#[test]
+fn rule_about_the_reverse_path_is_named_on_the_hosts_that_have_it_where_modes_differ() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        cluster.restart(0, &["--mode", "direct"])?;
+        let rules = [
+            "nft add table ip rpf",
+            "nft add chain ip rpf pre { type filter hook prerouting priority mangle ; }",
+            "nft add rule ip rpf pre fib saddr . iif oif missing drop",
+        ];
+        if !rules.iter().all(|command| run(&cluster.hosts[0].netns, command).status.success()) {
+            skipped("reverse paths", "it needs `nft` (Debian: nftables), and a kernel with fib");
+            return Ok(());
+        }
+        all(&cluster.hosts[1], &rules);
+        let advice = "nft insert rule ip rpf pre ip saddr 10.42.0.0/16 accept";
+        let ways = [["gossamer.1", "eth0"], ["eth0", "gossamer.1"]];
+        for (agent, [came, goes]) in cluster.agents.iter_mut().zip(ways) {
+            let ways = format!("come in by {came}, and packets to them leave by {goes}");
+            wait_for_words(agent, &["a rule of chain ip rpf pre (handle ", &ways, advice]);
+            assert!(!has_problem(agent, "UDP 8472 is closed"));
+        }
+
+        // The host without such a rule blames no port either.
+        tool(&cluster.hosts[1].netns, "nft delete table ip rpf");
+        let mixed = "packets to n1 go through the tunnel, its own come without one";
+        wait_until("it is not named", NAMED, || has_problem(&mut cluster.agents[1], mixed));
+        assert!(!has_problem(&mut cluster.agents[1], "UDP 8472 is closed"));
+        tool(&cluster.hosts[0].netns, advice);
+        wait_until("the advice does not help", NAMED, || {
+            !has_problem(&mut cluster.agents[0], "chain ip rpf pre")
+                && has_problem(&mut cluster.agents[1], "its answers come without")
+        });
         Ok(())
     });
 }

@@ -6,6 +6,10 @@ use crate::{
     families,
 };
 
+/// What the other host says where the cause is not its own.
+const ON_BY_ARP: [&str; 2] = ["though a machine has that address: its ARP was seen here", ADVICE];
+const ADVICE: &str = "its own status names (there: gossamer status)";
+
 #[test]
 fn rule_that_drops_answers_to_arp_is_named_and_the_advice_lets_them_in() {
     isolated(|lab| {
@@ -25,6 +29,8 @@ fn rule_that_drops_answers_to_arp_is_named_and_the_advice_lets_them_in() {
             advice,
         ];
         wait_for_words(&mut cluster.agents[1], &words);
+        // There it is seen that the host with the rule is there.
+        wait_for_words(&mut cluster.agents[0], &ON_BY_ARP);
         tool(&host.netns, advice);
         cluster.agents.iter_mut().for_each(wait_for_path);
         Ok(())
@@ -60,6 +66,8 @@ fn rule_that_drops_advertisements_of_neighbors_is_named_and_the_advice_lets_them
             advice,
         ];
         wait_for_words(&mut agents[1], &words);
+        let words = "though a machine has that address: its neighbor discovery was seen here";
+        wait_for_words(&mut agents[0], &[words, ADVICE]);
         tool(&host.netns, advice);
         agents.iter_mut().for_each(wait_for_path);
         Ok(())
@@ -83,8 +91,30 @@ fn permanent_entry_with_another_hardware_address_than_the_one_that_answers_is_na
             format!("to the hardware address {old}, which a permanent entry has for 10.99.0.10");
         let words = [&entry, &format!("{mac} answers for that address"), advice];
         wait_for_words(&mut cluster.agents[1], &words);
+        wait_for_words(&mut cluster.agents[0], &ON_BY_ARP);
         tool(&host.netns, advice);
         cluster.agents.iter_mut().for_each(wait_for_path);
+        Ok(())
+    });
+}
+
+#[test]
+fn permanent_ipv6_entry_with_another_hardware_address_than_the_one_that_answers_is_named() {
+    isolated(|lab| {
+        let Some(hosts) = families::hosts(lab)? else { return Ok(()) };
+        let mut agents = families::cluster(&hosts, ["fd99::1", "fd99::2"], &[])?;
+        agents.iter_mut().for_each(wait_for_path);
+        let mac = mac_of(&hosts[0], "eth0");
+        let old = "02:00:5e:10:20:30";
+        let entry = format!("ip neigh replace fd99::1 lladdr {old} dev eth0 nud permanent");
+        tool(&hosts[1].netns, &entry);
+        let advice = "ip neigh del fd99::1 dev eth0";
+        let entry =
+            format!("to the hardware address {old}, which a permanent entry has for fd99::1");
+        let words = [&entry, &format!("{mac} answers for that address"), advice];
+        wait_for_words(&mut agents[1], &words);
+        tool(&hosts[1].netns, advice);
+        agents.iter_mut().for_each(wait_for_path);
         Ok(())
     });
 }

@@ -3,6 +3,7 @@
 
 use std::{
     io,
+    net::Ipv6Addr,
     os::fd::{AsFd, AsRawFd as _, BorrowedFd},
 };
 
@@ -18,6 +19,7 @@ use nix::{
 use socket2::{Domain, Protocol, SockFilter, Socket, Type};
 
 use crate::{
+    checksum::checksum,
     dataplane::silence::{self, Packet},
     model::Mac,
 };
@@ -32,6 +34,11 @@ const READ: u32 = 128;
 const SMALL: u32 = 300;
 /// `ARPHRD_ETHER`
 const ETHERNET: u16 = 1;
+/// Ethernet's number, and that of ICMPv6 (IANA).
+const IPV6: u16 = 0x86dd;
+const ICMPV6: u8 = 58;
+/// Those to whom a question for an address is sent: with its last three bytes (RFC 4291, 2.7.1).
+const SOLICITED: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 1, 0xff00, 0);
 
 /// A socket that sees such packets.
 pub struct Tap(Socket);
@@ -78,7 +85,7 @@ impl AsFd for Tap {
     }
 }
 
-/// Asks for addresses by ARP at one Ethernet interface.
+/// Asks for addresses by ARP or neighbor discovery at one Ethernet interface.
 pub struct Asker {
     socket: Socket,
     mac: Mac,
@@ -94,7 +101,8 @@ impl Asker {
             .find(|address| address.hatype() == ETHERNET)
             .ok_or(io::ErrorKind::Unsupported)?;
         let mac = Mac::from_bytes(address.addr().ok_or(io::ErrorKind::Unsupported)?);
-        let socket = packet_socket(Type::RAW, silence::ARP)?;
+        // What it sends says itself of which protocol it is, and it takes nothing.
+        let socket = packet_socket(Type::RAW, 0)?;
         bind(socket.as_raw_fd(), &address)?;
         Ok(Self { socket, mac })
     }
@@ -113,6 +121,33 @@ impl Asker {
         frame.extend(target);
         self.socket.send(&frame).map(drop)
     }
+
+    /// The same by neighbor discovery (RFC 4861, 4.3), whatever the kernel knows of the target.
+    pub fn solicit(&self, sender: Ipv6Addr, target: Ipv6Addr) -> io::Result<()> {
+        self.socket.send(&solicitation(self.mac, sender, target)).map(drop)
+    }
+}
+
+fn solicitation(mac: Mac, sender: Ipv6Addr, target: Ipv6Addr) -> Vec<u8> {
+    let [.., a, b, c] = target.octets();
+    let mut to = SOLICITED.octets();
+    to[13..].copy_from_slice(&[a, b, c]);
+    let mut message = vec![silence::SOLICITATION, 0, 0, 0, 0, 0, 0, 0];
+    message.extend(target.octets());
+    // The sender's hardware address, in one unit of eight bytes.
+    message.extend([1, 1]);
+    message.extend(mac.as_bytes());
+    let length = message.len() as u8;
+    let ends = [sender.octets(), to].concat();
+    let sum = checksum(&[&ends[..], &[0, 0, 0, length, 0, 0, 0, ICMPV6], &message].concat());
+    message[2..4].copy_from_slice(&sum.to_be_bytes());
+    let mut frame = vec![0x33, 0x33, 0xff, a, b, c];
+    frame.extend(mac.as_bytes());
+    frame.extend(IPV6.to_be_bytes());
+    frame.extend([0x60, 0, 0, 0, 0, length, ICMPV6, 255]);
+    frame.extend(ends);
+    frame.extend(message);
+    frame
 }
 
 fn packet_socket(kind: Type, protocol: u16) -> io::Result<Socket> {
@@ -122,9 +157,9 @@ fn packet_socket(kind: Type, protocol: u16) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// For the kernel's packet filter: ARP, advertisements of neighbors, and small datagrams to the port that are
-/// no fragments.
-fn program(port: u16) -> [SockFilter; 22] {
+/// For the kernel's packet filter: ARP, neighbor discovery, and small datagrams to the port that are no
+/// fragments.
+fn program(port: u16) -> [SockFilter; 23] {
     let step = |code: u32, operand| SockFilter::new(code as u16, 0, 0, operand);
     let when = |test: u32, value, then, otherwise| {
         SockFilter::new((BPF_JMP | test | BPF_K) as u16, then, otherwise, value)
@@ -132,21 +167,22 @@ fn program(port: u16) -> [SockFilter; 22] {
     let port = u32::from(port);
     [
         step(BPF_LD | BPF_W | BPF_ABS, PROTOCOL),
-        when(BPF_JEQ, u32::from(silence::ARP), 18, 0),
-        when(BPF_JEQ, 0x86dd, 8, 0),
-        when(BPF_JEQ, 0x0800, 0, 17),
+        when(BPF_JEQ, u32::from(silence::ARP), 19, 0),
+        when(BPF_JEQ, IPV6.into(), 8, 0),
+        when(BPF_JEQ, 0x0800, 0, 18),
         step(BPF_LD | BPF_B | BPF_ABS, 9),
-        when(BPF_JEQ, 17, 0, 15),
+        when(BPF_JEQ, 17, 0, 16),
         step(BPF_LD | BPF_H | BPF_ABS, 6),
-        when(BPF_JSET, 0x1fff, 13, 0),
+        when(BPF_JSET, 0x1fff, 14, 0),
         step(BPF_LDX | BPF_B | BPF_MSH, 0),
         step(BPF_LD | BPF_H | BPF_IND, 2),
-        when(BPF_JEQ, port, 7, 10),
+        when(BPF_JEQ, port, 8, 11),
         step(BPF_LD | BPF_B | BPF_ABS, 6),
-        when(BPF_JEQ, 17, 3, 0),
-        when(BPF_JEQ, 58, 0, 7),
+        when(BPF_JEQ, 17, 4, 0),
+        when(BPF_JEQ, ICMPV6.into(), 0, 8),
         step(BPF_LD | BPF_B | BPF_ABS, 40),
-        when(BPF_JEQ, silence::ADVERTISEMENT.into(), 4, 5),
+        when(BPF_JEQ, silence::ADVERTISEMENT.into(), 5, 0),
+        when(BPF_JEQ, silence::SOLICITATION.into(), 4, 5),
         step(BPF_LD | BPF_H | BPF_ABS, 42),
         when(BPF_JEQ, port, 0, 3),
         step(BPF_LD | BPF_W | BPF_LEN, 0),
@@ -154,4 +190,21 @@ fn program(port: u16) -> [SockFilter; 22] {
         step(BPF_RET, READ),
         step(BPF_RET, 0),
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn question_for_an_ipv6_address_goes_to_those_whose_address_ends_so_with_a_right_checksum() {
+        let [sender, target] =
+            ["fd99::1", "fd99::12:3456"].map(|text| text.parse().expect("an address"));
+        let frame = solicitation(Mac::from_bytes([2, 0, 0, 0, 0, 1]), sender, target);
+        assert_eq!(frame[..6], [0x33, 0x33, 0xff, 0x12, 0x34, 0x56]);
+        let (ip, message) = frame[14..].split_at(40);
+        assert_eq!(ip[24..], "ff02::1:ff12:3456".parse::<Ipv6Addr>().expect("address").octets());
+        let pseudo = [&ip[8..], &[0, 0, 0, 32, 0, 0, 0, 58], message].concat();
+        assert_eq!((message.len(), checksum(&pseudo)), (32, 0));
+    }
 }

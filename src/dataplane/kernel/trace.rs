@@ -61,6 +61,7 @@ const TYPE: u16 = 4;
 const VERDICT: u16 = 5;
 const ID: u16 = 6;
 const NETWORK_HEADER: u16 = 8;
+const INPUT: u16 = 10;
 const POLICY: u16 = 16;
 /// `NFT_TRACETYPE_*`
 const BY_POLICY: u32 = 1;
@@ -87,12 +88,20 @@ pub struct Told {
     packets: BTreeMap<u32, (IpAddr, IpAddr)>,
     dropped: BTreeMap<(IpAddr, IpAddr), Culprit>,
     translated: BTreeMap<(IpAddr, IpAddr), String>,
+    /// Indexes of the interfaces at which packets came in, by their sources.
+    inputs: BTreeMap<IpAddr, u32>,
 }
 
 impl Trace {
-    /// Traces packets to this UDP port, to and from these addresses. `device` is where those from there come
-    /// in, `name` that of our device.
-    pub fn begin(name: &str, device: &str, port: u16, addresses: &[IpAddr]) -> io::Result<Self> {
+    /// Traces packets to this UDP port, to and from these addresses, and packets from those of peers in the
+    /// overlay. `device` is where those from there come in, `name` that of our device.
+    pub fn begin(
+        name: &str,
+        device: &str,
+        port: u16,
+        addresses: &[IpAddr],
+        overlay: &[IpAddr],
+    ) -> io::Result<Self> {
         let mut nftables = Nftables::open()?;
         let traces = Traces::open()?;
         let told = Told { translating: translating(&mut nftables)?, ..Told::default() };
@@ -115,6 +124,10 @@ impl Trace {
             let ether_type = if address.is_ipv4() { 0x0800 } else { 0x86dd };
             let framed = at_port(Rule::new().ether_type(ether_type));
             ingress.push(append(&table, "from", &is(framed, Field::Source)));
+        }
+        for vtep in overlay.iter().take(ADDRESSES) {
+            let from = Rule::new().family_of(*vtep).address(Field::Source, (*vtep).into(), true);
+            inet.push(append(&table, "from", &from.limit(PER_SECOND).trace()));
         }
         set_up(&mut nftables, INET, &table, inet)?;
         // Without the hook at interfaces nothing is there to be traced.
@@ -239,6 +252,11 @@ impl Told {
         self.dropped.iter().find(|((start, _), _)| *start == from).map(|(_, by)| by.clone())
     }
 
+    /// What drops packets that come from an address, and the index of the interface at which they come in.
+    pub fn dropped_at(&self, from: IpAddr) -> Option<(Culprit, u32)> {
+        self.dropped_from(from).zip(self.inputs.get(&from).copied())
+    }
+
     /// What drops packets of this host to any other address than these.
     pub fn dropped_beside(&self, addresses: &[IpAddr]) -> Option<Culprit> {
         let beside = self.dropped.iter().find(|((_, to), _)| !addresses.contains(to));
@@ -258,6 +276,9 @@ impl Told {
             && self.packets.len() < PACKETS
         {
             self.packets.entry(id).or_insert(ends);
+            if let Some(input) = number(attributes::find(told, INPUT)) {
+                self.inputs.insert(ends.0, input);
+            }
         }
         let ends = *self.packets.get(&id)?;
         let (verdict, handle) = match number(attributes::find(told, TYPE))? {
@@ -369,6 +390,13 @@ mod tests {
         // Of a packet that was not shown nothing follows.
         all.note(1, told(2, "c", BY_POLICY).be32(POLICY, DROP).as_bytes());
         let from_there = all.dropped(there, here);
+        assert_eq!(all.dropped_at(here), None, "it did not come in");
+        let came = told(3, "d", BY_POLICY).be32(POLICY, DROP).be32(INPUT, 7);
+        all.note(1, came.put(NETWORK_HEADER, &header()).as_bytes());
+        assert_eq!(
+            all.dropped_at(here).map(|(by, at)| (by.chain, at)),
+            Some(("inet t d".into(), 7))
+        );
         assert_eq!(from_there[IN].as_ref().map(|by| by.chain.as_str()), Some("inet t b"));
     }
 }

@@ -2,6 +2,8 @@
 
 use std::{collections::BTreeSet, net::IpAddr};
 
+use ipnet::IpNet;
+
 use super::{Facts, IN, OUT, Suspect, Traces};
 use crate::model::Mac;
 
@@ -24,6 +26,8 @@ pub struct Place {
     pub gossip: u16,
     /// Tunnel packets under addresses that are no member's are dropped here.
     pub guard: bool,
+    /// The first network of the overlay.
+    pub overlay: IpNet,
 }
 
 /// A chain of nftables that was seen to drop packets.
@@ -35,6 +39,14 @@ pub struct Culprit {
     pub handle: Option<u64>,
     /// It hands them to a program, which has not let them pass.
     pub queued: bool,
+}
+
+/// What drops packets of a peer's pods that come in by one interface, while packets to them leave by another.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Astray {
+    pub by: Culprit,
+    pub came: String,
+    pub goes: String,
 }
 
 /// An entry of the kernel's neighbor table that never changes, and who answers for its address.
@@ -64,6 +76,7 @@ pub enum Cause {
         outgoing: bool,
         by: Culprit,
     },
+    Astray(Astray),
     /// This host sends under another address than the one that peers know.
     Translated {
         seen: IpAddr,
@@ -141,6 +154,9 @@ impl Cause {
                 return Some(Self::Dropped { outgoing, by });
             }
         }
+        if let Some(astray) = facts.astray.clone() {
+            return Some(Self::Astray(astray));
+        }
         if let Some(seen) = traces.left.values().find(|from| **from != place.source) {
             return Some(Self::Translated { seen: *seen, chain: facts.translating.clone() });
         }
@@ -214,6 +230,12 @@ impl Cause {
                     open_chain(&by.chain, &ports)
                 )
             }
+            Self::Astray(Astray { by, came, goes }) => format!(
+                "{by} drops packets of {peers} and of pods there on this host: they come in by {came}, and \
+                 packets to them leave by {goes}, as where two hosts have different modes; rules about the \
+                 reverse path (rpfilter, fib) drop that. Set the same mode on all nodes, or: {}",
+                open_for_pods(&by.chain, place.overlay)
+            ),
             Self::Translated { seen, chain } => {
                 let (by, fix) = match chain {
                     Some(chain) => (format!("chain {chain}"), open_chain(chain, &[*port])),
@@ -366,19 +388,33 @@ fn open_for_answers(chain: &str, hops: &[IpAddr]) -> String {
 
 /// The command that lets UDP to these ports through a chain, at its beginning.
 pub fn open_chain(chain: &str, ports: &[u16]) -> String {
-    match chain.split(' ').collect::<Vec<_>>()[..] {
-        [family @ ("ip" | "ip6"), table @ ("filter" | "nat" | "mangle" | "raw"), name]
-            if name.bytes().all(|byte| byte.is_ascii_uppercase()) =>
-        {
-            let program = if family == "ip" { "iptables" } else { "ip6tables" };
-            let table = if table == "filter" { String::new() } else { format!(" -t {table}") };
-            format!("{program}{table} -I {name} {} -j ACCEPT", iptables_ports(ports))
-        }
-        _ => match ports {
-            [port] => format!("nft insert rule {chain} udp dport {port} accept"),
-            _ => format!("nft insert rule {chain} udp dport {{ {} }} accept", list(ports, ", ")),
-        },
+    match (by_iptables(chain), ports) {
+        (Some(insert), _) => format!("{insert} {} -j ACCEPT", iptables_ports(ports)),
+        (None, [port]) => format!("nft insert rule {chain} udp dport {port} accept"),
+        _ => format!("nft insert rule {chain} udp dport {{ {} }} accept", list(ports, ", ")),
     }
+}
+
+/// The same for packets of pods.
+fn open_for_pods(chain: &str, overlay: IpNet) -> String {
+    let family = if overlay.addr().is_ipv4() { "ip" } else { "ip6" };
+    match by_iptables(chain) {
+        Some(insert) => format!("{insert} -s {overlay} -j ACCEPT"),
+        None => format!("nft insert rule {chain} {family} saddr {overlay} accept"),
+    }
+}
+
+/// The command that puts a rule at the beginning of a chain which iptables has made of its own accord.
+fn by_iptables(chain: &str) -> Option<String> {
+    let [family @ ("ip" | "ip6"), table @ ("filter" | "nat" | "mangle" | "raw"), name] =
+        chain.split(' ').collect::<Vec<_>>()[..]
+    else {
+        return None;
+    };
+    let program = if family == "ip" { "iptables" } else { "ip6tables" };
+    let table = if table == "filter" { String::new() } else { format!(" -t {table}") };
+    let is_built_in = name.bytes().all(|byte| byte.is_ascii_uppercase());
+    is_built_in.then(|| format!("{program}{table} -I {name}"))
 }
 
 /// UDP to these ports, as iptables has it.

@@ -13,7 +13,8 @@ fn mac(last: u8) -> Mac {
 
 fn suspect() -> Suspect {
     let node = NodeId::from_bytes([2; 8]);
-    Suspect { node, name: "n2".to_owned(), address: PEER.into(), gossip: 8_473, mac: mac(9) }
+    let (name, vtep) = ("n2".to_owned(), [10, 42, 2, 0].into());
+    Suspect { node, name, address: PEER.into(), gossip: 8_473, mac: mac(9), vtep, lives: true }
 }
 
 fn watch() -> Watch {
@@ -22,7 +23,17 @@ fn watch() -> Watch {
 
 fn place() -> Place {
     let (local, interface) = (LOCAL.into(), "eth0".to_owned());
-    Place { link: 2, interface, local, source: local, port: PORT, gossip: 8_473, guard: true }
+    let overlay = "10.42.0.0/16".parse().expect("a network");
+    Place {
+        link: 2,
+        interface,
+        local,
+        source: local,
+        port: PORT,
+        gossip: 8_473,
+        guard: true,
+        overlay,
+    }
 }
 
 fn arp(sender: Mac, address: [u8; 4]) -> Vec<u8> {
@@ -177,6 +188,8 @@ fn cause_of_several_peers_is_told_once() {
             address: [192, 0, 2, 3].into(),
             gossip: 8_473,
             mac: mac(8),
+            vtep: [10, 42, 3, 0].into(),
+            lives: false,
         },
     );
     let suspects = [first, second];
@@ -228,4 +241,44 @@ fn answers_that_this_host_drops_are_told_by_their_rule() {
         ["of the gateway 192.0.2.254", "nft insert rule netdev wall in arp saddr ip 192.0.2.254"];
     assert_told(&watch(), gateway, &parts);
     assert_told(&watch(), facts(PEER, None), &["arptables-legacy -S INPUT"]);
+}
+
+#[test]
+fn packets_of_pods_that_come_by_another_way_and_are_dropped_are_told_by_the_rule() {
+    let by = |chain: &str| Culprit { chain: chain.to_owned(), handle: Some(4), queued: false };
+    let astray = |chain| {
+        let (came, goes) = ("eth0".to_owned(), "gossamer.1".to_owned());
+        Facts { astray: Some(Astray { by: by(chain), came, goes }), ..Facts::default() }
+    };
+    let parts = [
+        "a rule of chain ip mangle rpf (handle 4: ",
+        "come in by eth0, and packets to them leave by gossamer.1",
+        "nft insert rule ip mangle rpf ip saddr 10.42.0.0/16 accept",
+    ];
+    assert_told(&watch(), astray("ip mangle rpf"), &parts);
+    let built_in = "iptables -t raw -I PREROUTING -s 10.42.0.0/16 -j ACCEPT";
+    assert_told(&watch(), astray("ip raw PREROUTING"), &[built_in]);
+}
+
+#[test]
+fn signs_of_a_machine_that_is_on_are_seen_in_both_families() {
+    let sign = |watch: &Watch| watch.traces[&suspect().node].sign;
+    let mut here = watch();
+    see(&mut here, 1, ARP, &arp(mac(1), PEER));
+    see(&mut here, LEAVING, ARP, &arp(mac(2), PEER));
+    assert_eq!(sign(&here), None, "this host's own");
+    see(&mut here, 1, ARP, &arp(mac(2), PEER));
+    assert_eq!(sign(&here), Some(Sign::Arp));
+    let peer: std::net::Ipv6Addr = "fd99::2".parse().expect("an address");
+    let local = "fd99::1".parse().expect("an address");
+    let suspect = Suspect { address: peer.into(), ..suspect() };
+    let mut here = Watch::new(local, PORT, BTreeSet::new(), &[suspect]);
+    let mut question = vec![0x60; 40];
+    (question[6], question[7]) = (ICMPV6, 255);
+    question[8..24].copy_from_slice(&peer.octets());
+    question.extend([SOLICITATION, 0, 0, 0, 0, 0, 0, 0]);
+    see(&mut here, LEAVING, IPV6, &question);
+    assert_eq!(sign(&here), None, "this host's own");
+    see(&mut here, 2, IPV6, &question);
+    assert_eq!(sign(&here), Some(Sign::Discovery));
 }
