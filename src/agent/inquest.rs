@@ -24,6 +24,7 @@ use self::{
     tap::Tap,
 };
 use crate::{
+    agent::legacy,
     dataplane::{
         kernel::{FirewallTable, trace::Trace},
         silence::{Cause, Facts, IN, OUT, Place, Suspect, Verdict, Watch},
@@ -330,6 +331,11 @@ impl<F: Fn(Found)> Inquirer<F> {
                     let astray = trace.told().dropped_at(suspect.vtep);
                     facts.astray = astray
                         .and_then(|(by, at)| ways.astray(&mut self.netlink, suspect.vtep, by, at));
+                }
+                let left = &watch.traces[&suspect.node].left;
+                if facts.translating.is_none() && left.values().any(|from| *from != place.source) {
+                    facts.translating_legacy =
+                        legacy::translating(place.local.is_ipv4(), place.port);
                 }
                 for way in [OUT, IN] {
                     facts.hints[way] = ways.hints(&mut self.netlink, place, way);

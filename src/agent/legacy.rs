@@ -1,5 +1,6 @@
-//! Rules of iptables-legacy that may drop packets: read by its own program where that is installed, and only
-//! where packets are known to be lost on this host.
+//! Rules of iptables-legacy that may drop packets or change their addresses: read by its own program where
+//! that is installed, and only where packets are known to be lost or changed on this host. The kernel's
+//! traces of nftables do not tell of them.
 
 use std::{
     fs,
@@ -20,6 +21,9 @@ const MOST: u64 = 1 << 20;
 /// Tables that are read, and rules that are named.
 const TABLES: usize = 4;
 const NAMED: usize = 3;
+const DROPPING: [&str; 2] = ["DROP", "REJECT"];
+const REDIRECTING: [&str; 3] = ["DNAT", "REDIRECT", "NETMAP"];
+const TRANSLATING: [&str; 3] = ["SNAT", "MASQUERADE", "NETMAP"];
 const BUILT_IN: [&str; 5] = ["PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"];
 
 /// The way of a packet through the built-in chains.
@@ -38,16 +42,13 @@ impl Way {
             Self::Forward => &["PREROUTING", "FORWARD", "POSTROUTING"],
         }
     }
+}
 
-    /// The chain of a table through which such packets go in any case.
-    fn chain(self, table: &str) -> &'static str {
-        match (self, table) {
-            (Self::Out, _) => "OUTPUT",
-            (Self::In, "filter") => "INPUT",
-            (Self::Forward, "filter") => "FORWARD",
-            _ => "PREROUTING",
-        }
-    }
+/// A rule, or a policy, as `iptables-save` prints it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Suspicious {
+    line: String,
+    chain: String,
 }
 
 /// What may drop tunnel packets, UDP to this port, and what helps: what lets gossip to a port pass, too.
@@ -64,23 +65,67 @@ pub fn around_pods(network: IpNet) -> Vec<String> {
     })
 }
 
-fn suspects(ipv4: bool, way: Way, port: Option<u16>, fix: impl Fn(&str) -> String) -> Vec<String> {
-    let name = if ipv4 { "iptables-legacy" } else { "ip6tables-legacy" };
+/// What gives tunnel packets that come in, UDP to this port, another destination: with what helps.
+pub fn redirecting(ipv4: bool, port: u16) -> Vec<String> {
+    let rules = translating_rules(ipv4, Way::In, port, &REDIRECTING).into_iter();
+    let sentence = |(rule, fix)| {
+        format!(
+            "{rule} gives UDP {port} another destination (DNAT, as for a port that a container publishes): \
+             publish another port, or exempt it: {fix}; then conntrack -D -p udp --orig-port-dst {port}"
+        )
+    };
+    rules.map(sentence).collect()
+}
+
+/// The rule that gives tunnel packets which leave, UDP to this port, another source, and what exempts them.
+pub fn translating(ipv4: bool, port: u16) -> Option<(String, String)> {
+    translating_rules(ipv4, Way::Out, port, &TRANSLATING).into_iter().next()
+}
+
+/// Rules of the table of address translations, and what exempts UDP to a port from each.
+fn translating_rules(ipv4: bool, way: Way, port: u16, targets: &[&str]) -> Vec<(String, String)> {
+    let name = program(ipv4);
+    if !tables(ipv4).iter().any(|table| table == "nat") {
+        return Vec::new();
+    }
+    let Some(rules) = save(name, "nat") else {
+        let rule = format!("a rule of {name} that cannot be read here may be what");
+        return vec![(rule, format!("look at {name} -t nat -S"))];
+    };
+    let found = suspicious(&rules, way, Some(port), targets).into_iter().take(NAMED);
+    let named = found.map(|Suspicious { line, chain }| {
+        let open = format!("{name} -t nat -I {chain} {} -j ACCEPT", iptables_ports(&[port]));
+        (format!("{name} has `{line}` in its table nat, which"), open)
+    });
+    named.collect()
+}
+
+const fn program(ipv4: bool) -> &'static str {
+    if ipv4 { "iptables-legacy" } else { "ip6tables-legacy" }
+}
+
+/// Tables that are in the kernel.
+fn tables(ipv4: bool) -> Vec<String> {
     let file = if ipv4 { "/proc/net/ip_tables_names" } else { "/proc/net/ip6_tables_names" };
-    let tables = fs::read_to_string(file).unwrap_or_default();
+    let names = fs::read_to_string(file).unwrap_or_default();
+    names.lines().map(str::to_owned).collect()
+}
+
+fn suspects(ipv4: bool, way: Way, port: Option<u16>, fix: impl Fn(&str) -> String) -> Vec<String> {
+    let name = program(ipv4);
     let mut suspects = Vec::new();
-    for table in tables.lines().filter(|table| *table != "nat").take(TABLES) {
+    for table in tables(ipv4).iter().filter(|table| *table != "nat").take(TABLES) {
         let Some(rules) = save(name, table) else {
             suspects.push(format!(
                 "{name} has rules, too, which cannot be read here: {name} -t {table} -S"
             ));
             continue;
         };
-        let fix = fix(&format!("{name} -t {table} -I {}", way.chain(table)));
-        let found = droppers(&rules, way, port).into_iter();
-        suspects.extend(
-            found.map(|rule| format!("{name} has `{rule}` in its table {table}, which may: {fix}")),
-        );
+        let found = suspicious(&rules, way, port, &DROPPING).into_iter();
+        suspects.extend(found.map(|Suspicious { line, chain }| {
+            let fix = fix(&format!("{name} -t {table} -I {chain}"));
+            format!("{name} has `{line}` in its table {table}, which may: {fix}")
+        }));
     }
     suspects.truncate(NAMED);
     suspects
@@ -109,14 +154,17 @@ fn save(name: &str, table: &str) -> Option<String> {
     text
 }
 
-/// Rules and policies that drop such packets, or may: with a port those that name no other protocol or port.
-fn droppers(rules: &str, way: Way, port: Option<u16>) -> Vec<String> {
-    let dropper = |line: &str| {
+/// Rules with one of these targets, and policies, that concern such packets, or may: with a port those that
+/// name no other protocol or port.
+fn suspicious(rules: &str, way: Way, port: Option<u16>, targets: &[&str]) -> Vec<Suspicious> {
+    let concerned = |line: &str| {
         let words: Vec<&str> = line.split(' ').collect();
         match words[..] {
-            [chain, "DROP", ..] => {
+            [chain, policy, ..] if line.starts_with(':') => {
                 let chain = chain.strip_prefix(':')?;
-                way.chains().contains(&chain).then(|| format!("-P {chain} DROP"))
+                let is_it = way.chains().contains(&chain) && targets.contains(&policy);
+                let line = format!("-P {chain} {policy}");
+                is_it.then(|| Suspicious { line, chain: chain.to_owned() })
             }
             ["-A", chain, ref rest @ ..] => {
                 let of = |option: &str| {
@@ -124,18 +172,19 @@ fn droppers(rules: &str, way: Way, port: Option<u16>) -> Vec<String> {
                     rest.get(at + 1).copied()
                 };
                 let is_other = BUILT_IN.contains(&chain) && !way.chains().contains(&chain);
-                let drops = matches!(of("-j"), Some("DROP" | "REJECT"));
+                let is_target = of("-j").is_some_and(|target| targets.contains(&target));
                 let ports = of("--dport").or_else(|| of("--dports"));
                 let concerns = port.is_none_or(|port| {
                     of("-p").is_none_or(|protocol| protocol == "udp" || protocol == "all")
                         && ports.is_none_or(|ports| holds(ports, port))
                 });
-                (drops && concerns && !is_other).then(|| line.to_owned())
+                let found = || Suspicious { line: line.to_owned(), chain: chain.to_owned() };
+                (is_target && concerns && !is_other).then(found)
             }
             _ => None,
         }
     };
-    rules.lines().filter_map(dropper).collect()
+    rules.lines().filter_map(concerned).collect()
 }
 
 /// Ports as iptables writes them: numbers and ranges.
@@ -159,7 +208,10 @@ mod tests {
                      -A OUTPUT -p udp -m multiport --dports 53,8000:9000 -j REJECT --reject-with x\n\
                      -A mine -p udp -m udp --dport 53 -j DROP\n\
                      -A mine -s 192.0.2.1/32 -j DROP\nCOMMIT\n";
-        let drop = |way, port| droppers(rules, way, port);
+        let drop = |way, port| {
+            let found = suspicious(rules, way, port, &DROPPING).into_iter();
+            found.map(|rule| rule.line).collect::<Vec<_>>()
+        };
         assert_eq!(
             drop(Way::Out, Some(8_472)),
             [
@@ -173,5 +225,20 @@ mod tests {
         let of_pods =
             ["-A mine -p udp -m udp --dport 53 -j DROP", "-A mine -s 192.0.2.1/32 -j DROP"];
         assert_eq!(drop(Way::Forward, None), of_pods);
+    }
+    #[test]
+    fn rules_that_translate_the_port_are_found_with_the_chain_that_has_them() {
+        let rules = "*nat\n:PREROUTING ACCEPT [0:0]\n:DOCKER - [0:0]\n\
+                     -A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER\n\
+                     -A OUTPUT -p udp -j REDIRECT --to-ports 9\n\
+                     -A POSTROUTING -s 172.17.0.0/16 -j MASQUERADE\n\
+                     -A DOCKER -p tcp -m tcp --dport 8472 -j DNAT --to-destination 172.17.0.9:8472\n\
+                     -A DOCKER -p udp -m udp --dport 8472 -j DNAT --to-destination 172.17.0.2:8472\n";
+        let chains = |way, targets: &[&str]| {
+            let found = suspicious(rules, way, Some(8_472), targets).into_iter();
+            found.map(|rule| rule.chain).collect::<Vec<_>>()
+        };
+        assert_eq!(chains(Way::In, &REDIRECTING), ["DOCKER"]);
+        assert_eq!(chains(Way::Out, &TRANSLATING), ["POSTROUTING"]);
     }
 }

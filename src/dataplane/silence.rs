@@ -135,6 +135,8 @@ pub struct Facts {
     pub astray: Option<Astray>,
     /// The chain that changes the source of packets to it.
     pub translating: Option<String>,
+    /// The same for a rule of iptables-legacy, and the command that exempts tunnel packets from it.
+    pub translating_legacy: Option<(String, String)>,
     /// A program sees packets that come in before they can be watched.
     pub xdp: bool,
     /// None of its tunnel packets came as far as the guard, which counts them.

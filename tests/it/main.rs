@@ -31,6 +31,7 @@ mod harm;
 mod hostile;
 mod instances;
 mod kubernetes;
+mod legacy_rules;
 mod limits;
 mod metrics;
 mod mishaps;

@@ -195,6 +195,7 @@ impl Ways {
         let mut hints = legacy::around_tunnels(local.is_ipv4(), legacy, *port, Some(*gossip));
         if !is_out {
             hints.extend(redirecting(local.is_ipv4(), *port));
+            hints.extend(legacy::redirecting(local.is_ipv4(), *port));
         }
         let filters = netlink.filters(place.link, is_out).unwrap_or_default();
         let filters: Vec<String> = filters.into_iter().take(NAMED).collect();
@@ -218,10 +219,10 @@ impl Ways {
             )
         }));
         if hints.is_empty() {
-            let chain = if is_out { "OUTPUT" } else { "INPUT" };
+            let legacy = if is_out { "-S OUTPUT" } else { "-S INPUT, -t nat -S PREROUTING" };
             hints.push(format!(
                 "no rule of nftables does, nor a filter or policy that is known here: look at \
-                 iptables-legacy -S {chain}, tc filter show dev {interface} {side}, and bpftool net"
+                 iptables-legacy {legacy}, tc filter show dev {interface} {side}, and bpftool net"
             ));
         }
         hints

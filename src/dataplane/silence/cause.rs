@@ -81,6 +81,7 @@ pub enum Cause {
     Translated {
         seen: IpAddr,
         chain: Option<String>,
+        legacy: Option<(String, String)>,
     },
     /// The peer's packets arrive under another address than the one that it advertises.
     Stranger {
@@ -158,7 +159,8 @@ impl Cause {
             return Some(Self::Astray(astray));
         }
         if let Some(seen) = traces.left.values().find(|from| **from != place.source) {
-            return Some(Self::Translated { seen: *seen, chain: facts.translating.clone() });
+            let (chain, legacy) = (facts.translating.clone(), facts.translating_legacy.clone());
+            return Some(Self::Translated { seen: *seen, chain, legacy });
         }
         if let (Some(seen), true) = (traces.came_as, traces.came.is_empty()) {
             return Some(Self::Stranger { seen });
@@ -236,10 +238,11 @@ impl Cause {
                  reverse path (rpfilter, fib) drop that. Set the same mode on all nodes, or: {}",
                 open_for_pods(&by.chain, place.overlay)
             ),
-            Self::Translated { seen, chain } => {
-                let (by, fix) = match chain {
-                    Some(chain) => (format!("chain {chain}"), open_chain(chain, &[*port])),
-                    None => (
+            Self::Translated { seen, chain, legacy } => {
+                let (by, fix) = match (chain, legacy) {
+                    (Some(chain), _) => (format!("chain {chain}"), open_chain(chain, &[*port])),
+                    (None, Some(legacy)) => legacy.clone(),
+                    (None, None) => (
                         "an address translation of this host".to_owned(),
                         format!("iptables -t nat -I POSTROUTING -p udp --dport {port} -j ACCEPT"),
                     ),

@@ -119,6 +119,9 @@ fn source_addresses_that_are_translated_are_named_at_both_ends() {
     let facts = Facts { translating: Some("ip nat POSTROUTING".to_owned()), ..Facts::default() };
     let parts = ["under the address 192.0.2.100", "iptables -t nat -I POSTROUTING -p udp"];
     assert_told(&here, facts, &parts);
+    let rule = ("iptables-legacy has `-A X -j SNAT`, which".to_owned(), "fix it".to_owned());
+    let legacy = Facts { translating_legacy: Some(rule), ..Facts::default() };
+    assert_told(&here, legacy, &["`-A X -j SNAT`, which changes it; exempt UDP 8472: fix it"]);
     let mut there = watch();
     see(&mut there, TO_THIS_HOST, IPV4, &tunnel(OTHER, LOCAL));
     assert_told(

@@ -1,0 +1,129 @@
+//! Rules of iptables-legacy, of which the kernel's traces of nftables do not tell.
+
+use gossamer::lab::Host;
+
+use crate::{
+    causes::{all, pair, wait_for_words},
+    common::{
+        Cluster, PATIENCE, client, has_problem, isolated, run, skipped, status_where, tool,
+        wait_until,
+    },
+    forwarding::with_pods,
+};
+
+fn has_legacy(host: &Host) -> bool {
+    let has = run(&host.netns, "sh -c iptables-legacy-save").status.success()
+        && run(&host.netns, "iptables-legacy -t nat -S").status.success();
+    if !has {
+        skipped("legacy", "it needs `iptables-legacy` (Debian: iptables), and a kernel with it");
+    }
+    has
+}
+
+#[test]
+fn rule_of_iptables_legacy_that_gives_tunnel_packets_another_destination_is_named() {
+    isolated(|lab| {
+        let mut cluster = pair(lab)?;
+        let host = &cluster.hosts[1];
+        if !has_legacy(host) {
+            return Ok(());
+        }
+        let rule = "-A DOCKER -p udp -m udp --dport 8472 -j DNAT --to-destination 172.17.0.2:8472";
+        all(
+            host,
+            &[
+                "iptables-legacy -t nat -N DOCKER",
+                "iptables-legacy -t nat -A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER",
+                &format!("iptables-legacy -t nat {rule}"),
+            ],
+        );
+        let named = format!("iptables-legacy has `{rule}` in its table nat, which gives UDP 8472");
+        let words = [
+            "of n1 (10.99.0.10) arrive on eth0, and this host drops them before its guard",
+            &named,
+            "iptables-legacy -t nat -I DOCKER -p udp --dport 8472 -j ACCEPT",
+        ];
+        wait_for_words(&mut cluster.agents[1], &words);
+        Ok(())
+    });
+}
+
+#[test]
+fn rule_of_iptables_legacy_that_gives_tunnel_packets_another_source_is_named() {
+    isolated(|lab| {
+        let mut cluster = pair(lab)?;
+        let host = &cluster.hosts[1];
+        if !has_legacy(host) {
+            return Ok(());
+        }
+        let rule = "-A POSTROUTING -o eth0 -j SNAT --to-source 10.99.0.99";
+        all(
+            host,
+            &["ip addr add 10.99.0.99/32 dev eth0", &format!("iptables-legacy -t nat {rule}")],
+        );
+        let named = format!("iptables-legacy has `{rule}` in its table nat, which changes it");
+        let words = [
+            "leave this host under the address 10.99.0.99, not 10.99.0.11",
+            &named,
+            "iptables-legacy -t nat -I POSTROUTING -p udp --dport 8472 -j ACCEPT",
+        ];
+        wait_for_words(&mut cluster.agents[1], &words);
+        Ok(())
+    });
+}
+
+/// Which rules let programs of one user send alone; what is named, and what helps.
+const OF_USERS: [(&str, &str, &[&str]); 2] = [
+    (
+        "iptables-legacy has `-P OUTPUT DROP` in its table filter",
+        "iptables-legacy -t filter -I OUTPUT -p udp --dport 8472 -j ACCEPT",
+        &[
+            "iptables-legacy -A OUTPUT -o lo -j ACCEPT",
+            "iptables-legacy -A OUTPUT -m owner --uid-owner 0 -j ACCEPT",
+            "iptables-legacy -A OUTPUT -p icmp -j ACCEPT",
+            "iptables-legacy -P OUTPUT DROP",
+        ],
+    ),
+    (
+        "iptables-legacy has `-A POSTROUTING -o eth0 -p udp -m owner ! --uid-owner 0 -j DROP` in its table \
+         mangle",
+        "iptables-legacy -t mangle -I POSTROUTING -p udp --dport 8472 -j ACCEPT",
+        &[
+            "iptables-legacy -t mangle -A POSTROUTING -o eth0 -p udp -m owner ! --uid-owner 0 -j DROP",
+        ],
+    ),
+];
+
+#[test]
+fn rule_of_iptables_legacy_that_lets_only_packets_of_users_leave_is_named_and_the_advice_helps() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let mut spaces = Vec::new();
+        with_pods(&mut cluster, &mut spaces)?;
+        let (host, agent) = (&cluster.hosts[1], &mut cluster.agents[1]);
+        if !has_legacy(host) {
+            return Ok(());
+        }
+        let said = "packets of pods do not leave this host inside tunnel packets (IPv4)";
+        for (by, fix, rules) in OF_USERS {
+            status_where(agent, |status| {
+                status["kernel"]["forwarding"]["detail"]
+                    .as_str()
+                    .is_some_and(|detail| detail.contains("IPv4 in tunnel packets"))
+            });
+            all(host, rules);
+            wait_until("it is not named", PATIENCE, || {
+                [said, by, fix].iter().all(|words| has_problem(agent, words))
+            });
+            let doctor = String::from_utf8(client(agent, &["doctor"]).stdout)?;
+            assert!(doctor.contains("PROBLEM   forwarding     packets of pods do not"), "{doctor}");
+            tool(&host.netns, fix);
+            status_where(agent, |status| status["problems"] == serde_json::json!([]));
+            let clear =
+                ["-P OUTPUT ACCEPT", "-F OUTPUT"].map(|what| format!("iptables-legacy {what}"));
+            clear.iter().for_each(|command| _ = tool(&host.netns, command));
+            tool(&host.netns, "iptables-legacy -t mangle -F POSTROUTING");
+        }
+        Ok(())
+    });
+}
