@@ -21,6 +21,7 @@ use super::{
     loopback, netns,
     request::{Asked, CniRequest, INPUT_MAX, VERSIONS},
     result::Made,
+    routes,
 };
 use crate::{
     api::{
@@ -85,12 +86,16 @@ fn carry_out(request: &CniRequest) -> Result<Option<Value>, CniError> {
         }
         Asked::Check { attachment, netns } => {
             let opened = netns::open("CNI_NETNS", netns)?;
+            let again = opened.try_clone();
+            let again = again.map_err(|error| netns::unusable("CNI_NETNS", netns, &error))?;
             let name = AttachmentName::from(attachment);
             let checked =
                 ask(api::post_with(&socket, "/v1/pods/check", &name, Some(opened.into())))?;
             let has: Vec<IpAddr> = read(&socket, checked["addresses"].clone())?;
             let expected = request.config.previous_addresses(attachment.interface());
-            compare(attachment.interface(), netns, &has, &expected).map(|()| None)
+            compare(attachment.interface(), netns, &has, &expected)?;
+            let expected = request.config.previous().map(routes::Expected::all);
+            routes::compare(&again, netns, &expected.unwrap_or_default()).map(|()| None)
         }
         Asked::Gc { valid } => {
             let (owner, valid) = (request.owner(), valid.clone());
