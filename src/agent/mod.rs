@@ -7,6 +7,7 @@
 mod archive;
 mod arrivals;
 mod auditor;
+mod bridge;
 mod clock;
 mod company;
 mod data_plane;

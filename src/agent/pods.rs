@@ -27,7 +27,6 @@ use crate::{
         EventLevel, PodError, PodErrorKind, PodStatus,
     },
     core::View,
-    dataplane::desired::device_name,
     docker,
     model::{Attachment, Mac, Pod, Time},
     pods::{
@@ -63,6 +62,12 @@ pub(super) struct PodState {
     pub(super) early: Vec<(Instant, docker::Request)>,
     /// Cables that should be there and are not, as last told.
     pub(super) absent: BTreeSet<String>,
+    /// What the bridge is to be made like when the first pod comes.
+    pub(super) expected: Option<Bridge>,
+    /// How often it is still to be looked whether that can be.
+    pub(super) looks_ahead: usize,
+    /// Why no pod can be plugged in.
+    pub(super) refusal: Option<String>,
     /// What waits for a look at the cables.
     pub(super) looking: BTreeMap<u64, Looking>,
     number: u64,
@@ -103,7 +108,7 @@ impl PodState {
     }
 
     /// Who is behind the cables that should be there.
-    fn tenants(&self) -> Tenants {
+    pub(super) fn tenants(&self) -> Tenants {
         let tenant = |pod: &Pod| (link_name(&pod.attachment), Tenant::new(pod, self.mac(pod)));
         // Addresses that are only held have no cable.
         let held = |pod: &&Pod| pod.owner == docker::OWNER && pod.netns.is_empty();
@@ -161,29 +166,6 @@ impl PodState {
 }
 
 impl Agent {
-    /// Pods of an earlier run are plugged in as those of this one are; a subnet or an MTU may have changed.
-    pub(super) fn keep_bridge(&mut self) {
-        let bridge = self.kernel.wanted.as_ref().map(|view| self.bridge(view));
-        if self.pods.table.is_empty() || self.pods.bridge == bridge {
-            return;
-        }
-        self.pods.bridge.clone_from(&bridge);
-        if let Some(bridge) = bridge {
-            self.wirer.ask(Job::Keep { bridge, tenants: self.pods.tenants() });
-        }
-    }
-
-    fn bridge(&self, view: &View) -> Bridge {
-        Bridge {
-            name: self.config.bridge_name(view.settings.vni),
-            subnets: self.subnets_of_pods(view.own.subnets),
-            networks: self.subnets_of_pods(view.settings.pool.networks()),
-            mtu: self.underlay.mtu,
-            table: device_name(view.settings.vni),
-            anti_spoofing: self.config.anti_spoofing,
-        }
-    }
-
     pub(super) fn attach(
         &mut self,
         request: AttachRequest,
@@ -345,6 +327,8 @@ impl Agent {
             }
             Wired::Looked { number, result } => self.on_looked(number, result),
             Wired::Absent { links, confirmed } => self.on_absent(links, &confirmed),
+            Wired::LookedAhead => self.pods.looks_ahead = self.pods.looks_ahead.saturating_sub(1),
+            Wired::Refusal(refusal) => self.on_refusal(refusal),
             Wired::Mended { result, problems, open } => {
                 match result {
                     Ok(mended) => {

@@ -250,25 +250,23 @@ fn status(socket: &Path) -> Result<(), CniError> {
     judge(&ask(api::get(socket, "/v1/status")).map_err(unavailable)?)
 }
 
-/// Pods that have kept addresses of another subnet do not keep new ones from being connected.
+/// By the agent's own verdict. Earlier versions of it have none, and are judged by whether they have a subnet
+/// in use. Pods that have kept addresses of another subnet do not keep new ones from being connected.
 fn judge(status: &Value) -> Result<(), CniError> {
-    if !status["subnet"].is_null() && status["kernel"]["in_sync"] == true {
+    let refused = status["pods_refused"].as_str();
+    let in_use = !status["subnet"].is_null() && status["kernel"]["in_sync"] == true;
+    if in_use && refused.is_none() {
         return Ok(());
     }
+    let why = refused.unwrap_or("this node has no subnet in use yet");
     match status["pods_outside"].as_u64().unwrap_or(0) {
-        0 => {
-            let problem = status["problems"][0].as_str();
-            let cause = problem.filter(|_| status["phase"] == "waiting");
-            let why = cause.unwrap_or("this node has no subnet in use yet: see `gossamer status`");
-            Err(CniError::new(code::NOT_AVAILABLE, why))
-        }
-        cut_off => {
+        cut_off @ 1.. if !in_use => {
             let why = format!(
-                "this node has no subnet in use, and {cut_off} pods have addresses of one that it has lost: \
-                 see `gossamer status`"
+                "{why}, and {cut_off} pods have addresses of a subnet that it has lost: see `gossamer status`"
             );
             Err(CniError::new(code::NOT_AVAILABLE_AND_CUT_OFF, why))
         }
+        _ => Err(CniError::new(code::NOT_AVAILABLE, format!("{why}: see `gossamer status`"))),
     }
 }
 
@@ -328,5 +326,10 @@ mod tests {
         assert_eq!(status(Value::Null, true, 0), Err(50));
         assert_eq!(status("10.42.7.0/24".into(), false, 0), Err(50));
         assert_eq!(status(Value::Null, false, 2), Err(51));
+        let refusing = json!({
+            "subnet": "10.42.7.0/24", "kernel": { "in_sync": true }, "pods_refused": "why not",
+        });
+        let error = judge(&refusing).expect_err("no pod can be connected");
+        assert_eq!((error.code, error.msg.starts_with("why not")), (50, true));
     }
 }

@@ -12,6 +12,8 @@ use ipnet::IpNet;
 use crate::model::{Addresses, Attachment, Pod, Subnets, Time};
 
 #[cfg(feature = "agent")]
+mod alias;
+#[cfg(feature = "agent")]
 pub mod bridge;
 #[cfg(feature = "agent")]
 pub mod furnish;
