@@ -26,6 +26,7 @@ use crate::{
         AttachRequest, Attached, AttachedAddress, AttachedRoute, AttachmentName, EventKind,
         EventLevel, PodError, PodErrorKind, PodStatus,
     },
+    cni::Note,
     core::View,
     docker,
     model::{Attachment, Mac, Pod, Time},
@@ -74,6 +75,10 @@ pub(super) struct PodState {
     attaching: BTreeMap<u64, Attaching>,
     /// What is said when the disk has it.
     pub(super) saving: BTreeMap<u64, Box<dyn FnOnce() + Send>>,
+    /// When to look for notes of the CNI plugin again.
+    pub(super) catch_up_at: Option<Instant>,
+    /// Notes that are kept until the disk has what they asked for.
+    pub(super) carried_out: BTreeMap<u64, Vec<Note>>,
     /// Answers that wait for the kernel: pods that are not known may have an interface all the same.
     unplugging: BTreeMap<u64, Answer<bool>>,
 }
@@ -172,6 +177,11 @@ impl Agent {
         netns: Option<OwnedFd>,
         reply: Sender<Result<Attached, PodError>>,
     ) {
+        // A plugin that is gone has noted what is to become of the pod, or its runtime asks again.
+        if reply.is_closed() {
+            return;
+        }
+        self.catch_up_before(&request);
         match self.give_address(&request) {
             // A pod that is gone may stand in the way.
             Err(NotGiven::Address(error)) if error.is_of_pods() => {
@@ -246,6 +256,8 @@ impl Agent {
         reply: Sender<Result<bool, PodError>>,
     ) {
         match Attachment::new(&request.container, &request.interface) {
+            // A plugin that does not wait any more has noted it.
+            _ if reply.is_closed() => {}
             Err(error) => _ = reply.send(Err(PodError::invalid(error))),
             Ok(attachment) => {
                 self.detach_then(&attachment, move |result| _ = reply.send(result));
@@ -361,6 +373,7 @@ impl Agent {
 
     /// Something of ours is on disk.
     pub(super) fn on_saved(&mut self, number: u64) {
+        self.drop_notes(number);
         if let Some(answer) = self.pods.saving.remove(&number) {
             answer();
         }

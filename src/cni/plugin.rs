@@ -207,24 +207,24 @@ fn collect(socket: &Path, owner: &str, valid: &[AttachmentName]) -> Result<(), C
     failed
 }
 
-/// Does what ends pods, or notes it for the agent that is not there.
+/// Does what ends pods, or notes it for the agent that is not there or does not answer.
 fn undo(
     socket: &Path,
     note: &Note,
     work: impl Fn() -> Result<(), ClientError>,
 ) -> Result<(), ClientError> {
-    match work() {
-        Err(error) if is_away(&error) => {}
+    let hangs = match work() {
+        Err(error) if is_away(&error) => matches!(error, ClientError::Broken { .. }),
         done => return done,
-    }
+    };
     let spool = Spool::beside(socket);
     if let Err(error) = spool.put(note) {
         // The agent takes back the addresses of pods that are gone by itself.
-        eprintln!("gossamer: the agent does not run, and nothing was noted for it: {error}");
+        eprintln!("gossamer: the agent does not answer, and nothing was noted for it: {error}");
         return Ok(());
     }
-    // It may be back, and have read its notes a moment too early.
-    if work().is_ok() {
+    // It may be back, and have read its notes a moment too early. One that hangs reads them when it goes on.
+    if !hangs && work().is_ok() {
         spool.drop(note);
     }
     Ok(())
