@@ -41,8 +41,7 @@ impl Agent {
         request: &AttachRequest,
     ) -> Result<(), PodError> {
         let taken = |why: String| PodError::new(PodErrorKind::Address, format!("MAC {mac}: {why}"));
-        let [first, ..] = mac.as_bytes();
-        if first & 1 != 0 || mac.as_bytes() == &[0; 6] {
+        if !mac.is_of_one_interface() {
             return Err(taken("it is not that of one interface".to_owned()));
         }
         let others = self.pods.table.iter().filter(|pod| pod.attachment != *attachment);
