@@ -88,9 +88,11 @@ impl From<NoAddress> for PodError {
         let kind = match error {
             NoAddress::Attached { .. } => PodErrorKind::Invalid,
             NoAddress::Exhausted(_) => PodErrorKind::Exhausted,
-            NoAddress::Outside { .. } | NoAddress::Taken { .. } | NoAddress::TwoPlaces { .. } => {
-                PodErrorKind::Address
-            }
+            NoAddress::Outside { .. }
+            | NoAddress::Gateway { .. }
+            | NoAddress::Taken { .. }
+            | NoAddress::TwoOfOne { .. }
+            | NoAddress::TwoPlaces { .. } => PodErrorKind::Address,
         };
         Self::new(kind, error)
     }

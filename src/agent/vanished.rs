@@ -200,6 +200,9 @@ fn is_about_to_change(error: &NoAddress, going: &BTreeSet<String>) -> bool {
         NoAddress::Attached { attachment, .. } => going.contains(&link_name(attachment)),
         NoAddress::Taken { holder, .. } => going.contains(&link_name(holder)),
         NoAddress::Exhausted(_) => !going.is_empty(),
-        NoAddress::Outside { .. } | NoAddress::TwoPlaces { .. } => false,
+        NoAddress::Outside { .. }
+        | NoAddress::Gateway { .. }
+        | NoAddress::TwoOfOne { .. }
+        | NoAddress::TwoPlaces { .. } => false,
     }
 }
