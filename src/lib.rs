@@ -59,6 +59,8 @@ pub mod fuzz;
 #[cfg(feature = "agent")]
 pub mod icmp;
 #[cfg(feature = "agent")]
+mod json;
+#[cfg(feature = "agent")]
 pub mod lab;
 #[warn(clippy::disallowed_methods)]
 pub mod model;

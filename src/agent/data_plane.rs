@@ -108,6 +108,7 @@ impl Agent {
             _ => return,
         };
         self.update_forwarder();
+        self.expect_bridge();
         self.kernel.goals += 1;
         self.programmer.program(Goal { number: self.kernel.goals, state });
     }

@@ -152,7 +152,7 @@ impl Agent {
         let address = reservation.address;
         let subnet = self.own_subnet(reservation.pool)?;
         let name = match (&reservation.mac, address) {
-            (Some(mac), _) => format!("{BY_MAC}{}", mac.replace(':', "")),
+            (Some(mac), _) => format!("{BY_MAC}{}", mac.to_string().replace(':', "")),
             (None, Some(address)) => {
                 format!("{BY_ADDRESS}{}", address.to_string().replace(':', "-"))
             }
@@ -344,7 +344,7 @@ impl Agent {
 pub(super) struct Reservation {
     pool: IpNet,
     address: Option<IpAddr>,
-    mac: Option<String>,
+    mac: Option<Mac>,
     reply: Sender<Result<IpNet, PodError>>,
 }
 

@@ -7,6 +7,7 @@
 mod archive;
 mod arrivals;
 mod auditor;
+mod bridge;
 mod clock;
 mod company;
 mod data_plane;
@@ -233,6 +234,7 @@ impl Agent {
             .chain(waiters)
             .chain(rounds)
             .chain(giving_up)
+            .chain(self.pods.catch_up_at)
             .chain(self.source.iter().filter_map(Source::next))
             .fold(far, Instant::min)
     }
@@ -247,6 +249,9 @@ impl Agent {
             self.update_inquest();
         }
         self.ask_about_node(now);
+        if self.pods.catch_up_at.is_some_and(|at| at <= now) {
+            self.catch_up();
+        }
         if let Some((why, _)) = self.giving_up.take_if(|(_, until)| *until <= now) {
             self.ending = Some(Ending::Failed(why));
         }

@@ -41,8 +41,7 @@ impl Agent {
         request: &AttachRequest,
     ) -> Result<(), PodError> {
         let taken = |why: String| PodError::new(PodErrorKind::Address, format!("MAC {mac}: {why}"));
-        let [first, ..] = mac.as_bytes();
-        if first & 1 != 0 || mac.as_bytes() == &[0; 6] {
+        if !mac.is_of_one_interface() {
             return Err(taken("it is not that of one interface".to_owned()));
         }
         let others = self.pods.table.iter().filter(|pod| pod.attachment != *attachment);
@@ -89,9 +88,11 @@ impl From<NoAddress> for PodError {
         let kind = match error {
             NoAddress::Attached { .. } => PodErrorKind::Invalid,
             NoAddress::Exhausted(_) => PodErrorKind::Exhausted,
-            NoAddress::Outside { .. } | NoAddress::Taken { .. } | NoAddress::TwoPlaces { .. } => {
-                PodErrorKind::Address
-            }
+            NoAddress::Outside { .. }
+            | NoAddress::Gateway { .. }
+            | NoAddress::Taken { .. }
+            | NoAddress::TwoOfOne { .. }
+            | NoAddress::TwoPlaces { .. } => PodErrorKind::Address,
         };
         Self::new(kind, error)
     }

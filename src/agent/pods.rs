@@ -26,8 +26,8 @@ use crate::{
         AttachRequest, Attached, AttachedAddress, AttachedRoute, AttachmentName, EventKind,
         EventLevel, PodError, PodErrorKind, PodStatus,
     },
+    cni::Note,
     core::View,
-    dataplane::desired::device_name,
     docker,
     model::{Attachment, Mac, Pod, Time},
     pods::{
@@ -63,12 +63,22 @@ pub(super) struct PodState {
     pub(super) early: Vec<(Instant, docker::Request)>,
     /// Cables that should be there and are not, as last told.
     pub(super) absent: BTreeSet<String>,
+    /// What the bridge is to be made like when the first pod comes.
+    pub(super) expected: Option<Bridge>,
+    /// How often it is still to be looked whether that can be.
+    pub(super) looks_ahead: usize,
+    /// Why no pod can be plugged in.
+    pub(super) refusal: Option<String>,
     /// What waits for a look at the cables.
     pub(super) looking: BTreeMap<u64, Looking>,
     number: u64,
     attaching: BTreeMap<u64, Attaching>,
     /// What is said when the disk has it.
     pub(super) saving: BTreeMap<u64, Box<dyn FnOnce() + Send>>,
+    /// When to look for notes of the CNI plugin again.
+    pub(super) catch_up_at: Option<Instant>,
+    /// Notes that are kept until the disk has what they asked for.
+    pub(super) carried_out: BTreeMap<u64, Vec<Note>>,
     /// Answers that wait for the kernel: pods that are not known may have an interface all the same.
     unplugging: BTreeMap<u64, Answer<bool>>,
 }
@@ -103,7 +113,7 @@ impl PodState {
     }
 
     /// Who is behind the cables that should be there.
-    fn tenants(&self) -> Tenants {
+    pub(super) fn tenants(&self) -> Tenants {
         let tenant = |pod: &Pod| (link_name(&pod.attachment), Tenant::new(pod, self.mac(pod)));
         // Addresses that are only held have no cable.
         let held = |pod: &&Pod| pod.owner == docker::OWNER && pod.netns.is_empty();
@@ -161,35 +171,17 @@ impl PodState {
 }
 
 impl Agent {
-    /// Pods of an earlier run are plugged in as those of this one are; a subnet or an MTU may have changed.
-    pub(super) fn keep_bridge(&mut self) {
-        let bridge = self.kernel.wanted.as_ref().map(|view| self.bridge(view));
-        if self.pods.table.is_empty() || self.pods.bridge == bridge {
-            return;
-        }
-        self.pods.bridge.clone_from(&bridge);
-        if let Some(bridge) = bridge {
-            self.wirer.ask(Job::Keep { bridge, tenants: self.pods.tenants() });
-        }
-    }
-
-    fn bridge(&self, view: &View) -> Bridge {
-        Bridge {
-            name: self.config.bridge_name(view.settings.vni),
-            subnets: self.subnets_of_pods(view.own.subnets),
-            networks: self.subnets_of_pods(view.settings.pool.networks()),
-            mtu: self.underlay.mtu,
-            table: device_name(view.settings.vni),
-            anti_spoofing: self.config.anti_spoofing,
-        }
-    }
-
     pub(super) fn attach(
         &mut self,
         request: AttachRequest,
         netns: Option<OwnedFd>,
         reply: Sender<Result<Attached, PodError>>,
     ) {
+        // A plugin that is gone has noted what is to become of the pod, or its runtime asks again.
+        if reply.is_closed() {
+            return;
+        }
+        self.catch_up_before(&request);
         match self.give_address(&request) {
             // A pod that is gone may stand in the way.
             Err(NotGiven::Address(error)) if error.is_of_pods() => {
@@ -264,6 +256,8 @@ impl Agent {
         reply: Sender<Result<bool, PodError>>,
     ) {
         match Attachment::new(&request.container, &request.interface) {
+            // A plugin that does not wait any more has noted it.
+            _ if reply.is_closed() => {}
             Err(error) => _ = reply.send(Err(PodError::invalid(error))),
             Ok(attachment) => {
                 self.detach_then(&attachment, move |result| _ = reply.send(result));
@@ -345,6 +339,8 @@ impl Agent {
             }
             Wired::Looked { number, result } => self.on_looked(number, result),
             Wired::Absent { links, confirmed } => self.on_absent(links, &confirmed),
+            Wired::LookedAhead => self.pods.looks_ahead = self.pods.looks_ahead.saturating_sub(1),
+            Wired::Refusal(refusal) => self.on_refusal(refusal),
             Wired::Mended { result, problems, open } => {
                 match result {
                     Ok(mended) => {
@@ -377,6 +373,7 @@ impl Agent {
 
     /// Something of ours is on disk.
     pub(super) fn on_saved(&mut self, number: u64) {
+        self.drop_notes(number);
         if let Some(answer) = self.pods.saving.remove(&number) {
             answer();
         }

@@ -93,6 +93,7 @@ impl Agent {
             paths: self.path_statuses(),
             pods: self.pods.table.iter().filter(|pod| self.is_present(pod)).count(),
             pods_outside: self.pods_outside(),
+            pods_refused: self.refuses_pods(),
             connections: self.transport.connections(),
             handshakes: self.transport.handshakes(),
             node,
@@ -116,7 +117,7 @@ impl Agent {
         }
         problems.extend(kernel.routing.problems.iter().chain(&kernel.overlaps).cloned());
         problems.extend(kernel.host.problems.iter().cloned());
-        problems.extend(self.pods.problems.iter().cloned());
+        problems.extend(self.pods.refusal.iter().chain(&self.pods.problems).cloned());
         if !kernel.host.refuses_routers {
             problems.extend(self.pods.open.iter().cloned());
         }
@@ -177,6 +178,8 @@ impl Agent {
             && kernel.answered == kernel.goals
             && kernel.programmed_once
             && kernel.problem.is_none()
+            // Pods are a part of what the kernel is to reach.
+            && self.takes_pods()
     }
 
     fn pods_outside(&self) -> usize {

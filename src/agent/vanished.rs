@@ -3,7 +3,12 @@
 //! A cable goes with its namespace, so a pod without one uses its addresses no more. They are taken back when
 //! a later look confirms it, and at once where they are needed.
 
-use std::{collections::BTreeSet, io, os::fd::OwnedFd};
+use std::{
+    collections::BTreeSet,
+    io,
+    os::fd::OwnedFd,
+    time::{Duration, Instant},
+};
 
 use tokio::sync::oneshot::Sender;
 
@@ -20,6 +25,9 @@ use crate::{
     model::{Attachment, Pod},
     pods::{NoAddress, wiring::link_name},
 };
+
+/// Between two looks for notes of the CNI plugin. It leaves them when an agent that runs does not answer.
+const NOTES_EVERY: Duration = Duration::from_secs(5);
 
 /// What waits for a look at the cables.
 pub(super) enum Looking {
@@ -49,10 +57,12 @@ impl Looking {
 }
 
 impl Agent {
-    /// Does what the CNI plugin has noted while no agent ran.
+    /// Does what the CNI plugin has noted while no agent answered it.
     pub(super) fn catch_up(&mut self) {
+        self.pods.catch_up_at = Some(Instant::now() + NOTES_EVERY);
         let spool = Spool::beside(&self.config.socket);
-        let notes = spool.read();
+        let mut notes = spool.read();
+        notes.retain(|note| !self.pods.carried_out.values().flatten().any(|other| other == note));
         if notes.is_empty() {
             return;
         }
@@ -71,9 +81,26 @@ impl Agent {
         }
         // Behind all of them.
         let number = self.pods.next();
-        let done = move || notes.iter().for_each(|note| spool.drop(note));
-        self.pods.saving.insert(number, Box::new(done));
+        self.pods.carried_out.insert(number, notes);
         self.writer.save(Vec::new(), number);
+    }
+
+    /// A pod that is asked for is a new one: what was noted before is not about it.
+    pub(super) fn catch_up_before(&mut self, request: &AttachRequest) {
+        let (container, interface) = (request.container.clone(), request.interface.clone());
+        let detach = Note::Detach(AttachmentName { container, interface });
+        let collect = Note::Collect { owner: request.owner.clone(), valid: Vec::new() };
+        let spool = Spool::beside(&self.config.socket);
+        if [detach, collect].iter().any(|note| spool.holds(note)) {
+            self.catch_up();
+        }
+    }
+
+    /// Drops notes when what they asked for is on disk.
+    pub(super) fn drop_notes(&mut self, number: u64) {
+        let notes = self.pods.carried_out.remove(&number);
+        let spool = Spool::beside(&self.config.socket);
+        notes.iter().flatten().for_each(|note| spool.drop(note));
     }
 
     fn not_valid(&self, owner: &str, valid: &[AttachmentName]) -> Vec<AttachmentName> {
@@ -173,6 +200,9 @@ fn is_about_to_change(error: &NoAddress, going: &BTreeSet<String>) -> bool {
         NoAddress::Attached { attachment, .. } => going.contains(&link_name(attachment)),
         NoAddress::Taken { holder, .. } => going.contains(&link_name(holder)),
         NoAddress::Exhausted(_) => !going.is_empty(),
-        NoAddress::Outside { .. } | NoAddress::TwoPlaces { .. } => false,
+        NoAddress::Outside { .. }
+        | NoAddress::Gateway { .. }
+        | NoAddress::TwoOfOne { .. }
+        | NoAddress::TwoPlaces { .. } => false,
     }
 }

@@ -129,6 +129,7 @@ impl<'a> Waiting<'a> {
 }
 
 fn status(name: &NodeName, node: NodeId, problem: String) -> AgentStatus {
+    let pods_refused = Some(problem.clone());
     let kernel = KernelStatus {
         device: None,
         mtu: 0,
@@ -154,6 +155,7 @@ fn status(name: &NodeName, node: NodeId, problem: String) -> AgentStatus {
         paths: Vec::new(),
         pods: 0,
         pods_outside: 0,
+        pods_refused,
         connections: 0,
         handshakes: Handshakes::default(),
     }

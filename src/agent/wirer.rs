@@ -3,6 +3,8 @@
 //! What pods are plugged into is kept as it should be: this wakes when the kernel tells of a change to it,
 //! and by a slow timer.
 
+mod absent;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs::File,
@@ -17,6 +19,7 @@ use std::{
 
 use tokio::sync::oneshot::Sender;
 
+use self::absent::{Fetched, look, note_absent};
 use super::opponents::Opponents;
 use crate::{
     api::{PodError, PodStatus},
@@ -25,7 +28,7 @@ use crate::{
     netlink::monitor::Monitor,
     pods::{
         bridge::{Bridge, Mended, Tenant, Tenants},
-        wiring::{Connected, End, Wiring, WiringError, link_name, loose_end},
+        wiring::{Connected, End, Wiring, WiringError, link_name},
     },
     worker::{Order, Orders, Thread, Worker},
 };
@@ -55,6 +58,8 @@ pub enum Job {
         bridge: Bridge,
         tenants: Tenants,
     },
+    /// Looks whether pods could be plugged into a bridge that no pod has needed yet.
+    Expect(Bridge),
     /// Removes what an agent that ended in the middle has left.
     Sweep {
         bridge: String,
@@ -120,6 +125,10 @@ pub enum Wired {
         links: BTreeSet<String>,
         confirmed: BTreeSet<String>,
     },
+    /// It has been looked whether pods could be plugged in. What was found came before.
+    LookedAhead,
+    /// Why no pod can be plugged in; none, when pods can be again.
+    Refusal(Option<String>),
     Mended {
         /// How much of the bridge and its ports was not as it should be, or why that is not known.
         result: io::Result<Mended>,
@@ -156,12 +165,15 @@ impl Wirer {
                     doomed,
                     report: &report,
                     kept: None,
+                    expected: None,
+                    seen: None,
                     tenants: Tenants::new(),
                     spoofing: Spoofing::open(),
                     touched: false,
                     table_touched: false,
                     looked: Instant::now(),
                     failing: None,
+                    refusal: None,
                     opponents: Opponents::new(),
                     problems: Vec::new(),
                     open: Vec::new(),
@@ -200,6 +212,11 @@ struct PodWorker<'a, F> {
     report: &'a F,
     /// What is to be kept right: since the first pod came.
     kept: Option<Bridge>,
+    /// What pods will be plugged into, as long as there was none.
+    expected: Option<Bridge>,
+    /// What the bridge was last found or made like. What another value changes about it is of this agent's
+    /// settings, and of no other program.
+    seen: Option<Bridge>,
     tenants: Tenants,
     spoofing: Spoofing,
     touched: bool,
@@ -207,6 +224,8 @@ struct PodWorker<'a, F> {
     looked: Instant,
     /// As last told.
     failing: Option<String>,
+    /// As last told.
+    refusal: Option<String>,
     opponents: Opponents,
     /// As last told.
     problems: Vec<String>,
@@ -228,8 +247,10 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
             }
             match self.monitor.read() {
                 Ok(heard) => {
+                    let named =
+                        self.awaited().is_some_and(|bridge| bridge.is_named(&heard.messages));
                     let touched = self.wiring.is_touched(&self.tenants, heard.messages);
-                    self.touched |= heard.overrun || touched;
+                    self.touched |= heard.overrun || named || touched;
                 }
                 Err(error) => {
                     tracing::error!(%error, "cannot hear of changes of interfaces");
@@ -270,6 +291,9 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
                     self.spoofing.remove_once(&bridge.table);
                 }
                 let result = self.wiring.connect(&bridge, &pod, mac, &end);
+                if result.is_ok() {
+                    self.seen = Some(bridge.clone());
+                }
                 self.kept = Some(bridge);
                 self.fetched.0.remove(&cable);
                 if result.is_ok() {
@@ -311,6 +335,11 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
                 (self.kept, self.tenants) = (Some(bridge), tenants);
                 self.touched = true;
             }
+            Job::Expect(bridge) => {
+                self.expected = Some(bridge);
+                self.look_ahead();
+                (self.report)(Wired::LookedAhead);
+            }
             Job::Sweep { bridge, keep } => match self.wiring.sweep(&bridge, &keep) {
                 Ok(0) => {}
                 Ok(count) => tracing::warn!(count, "removed interfaces of pods that nobody knows"),
@@ -339,10 +368,14 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
     }
 
     fn mend(&mut self) {
-        let Some(bridge) = &self.kept else { return };
         if self.looked.elapsed() < self.pause() {
             return;
         }
+        let Some(bridge) = &self.kept else {
+            self.looked = Instant::now();
+            (self.touched, self.table_touched) = (false, false);
+            return self.look_ahead();
+        };
         let mut result = self.wiring.mend(bridge, &self.tenants);
         for (cable, tenant) in self.tenants.iter_mut().filter(|(_, tenant)| tenant.mac.is_none()) {
             tenant.mac = self.wiring.mac_behind(cable, Path::new(&tenant.netns));
@@ -352,8 +385,16 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
         (self.touched, self.table_touched) = (false, false);
         let (mut problems, mut open) = (Vec::new(), Vec::new());
         let mut is_news = false;
+        let as_before = self.seen.as_ref() == Some(bridge);
         if let Ok(mended) = &mut result {
             mended.spoofing = u64::from(rewritten);
+            if !as_before {
+                self.seen = Some(bridge.clone());
+                if mended.count() > 0 {
+                    tracing::info!(bridge = %bridge.name, "the pods' bridge is as the settings want it");
+                }
+                mended.forget_counts();
+            }
             let gone = self.fetched.gone(&self.tenants, mended);
             note_absent(&mut self.absent, &gone, self.looked, self.report);
             if let Some((object, link)) = mended.object() {
@@ -365,7 +406,7 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
             is_news = mended.count() > 0;
             open.clone_from(&mended.open);
         }
-        if rewritten {
+        if rewritten && as_before {
             self.opponents.note(Kind::Spoofing, &format!("bridge {}", bridge.table), None);
         }
         problems.extend(self.spoofing.problem().cloned());
@@ -374,10 +415,46 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
         self.problems.clone_from(&problems);
         self.open.clone_from(&open);
         let why = result.as_ref().err().map(ToString::to_string);
-        is_news |= why.is_some() && why != self.failing;
+        let refusal = self.refusal_of(why.as_deref());
+        is_news |= why.is_some() && why != self.failing && refusal.is_none();
         self.failing = why;
         if is_news {
             (self.report)(Wired::Mended { result, problems, open });
+        }
+        self.tell_refusal(refusal);
+    }
+
+    /// Looks at the place of a bridge that may not be needed yet.
+    fn look_ahead(&mut self) {
+        let Some(bridge) = &self.expected else { return };
+        match self.wiring.obstacle(bridge) {
+            Ok(obstacle) => self.tell_refusal(obstacle),
+            Err(error) => tracing::debug!(%error, "the pods' bridge not looked at"),
+        }
+    }
+
+    /// Why no pod can be plugged in, after a look at the bridge that failed with `why`. What fails once may
+    /// do the next time, unless another interface has the bridge's name.
+    fn refusal_of(&mut self, why: Option<&str>) -> Option<String> {
+        let (why, bridge) = (why?, self.kept.as_ref()?);
+        let obstacle = self.wiring.obstacle(bridge).ok().flatten();
+        let again = self.failing.as_deref() == Some(why);
+        let lasting = || format!("no pod can be connected: the bridge {}: {why}", bridge.name);
+        obstacle.or_else(|| again.then(lasting))
+    }
+
+    fn tell_refusal(&mut self, refusal: Option<String>) {
+        if refusal != self.refusal {
+            self.refusal.clone_from(&refusal);
+            (self.report)(Wired::Refusal(refusal));
+        }
+    }
+
+    /// The bridge of which any news may change whether pods can be plugged in.
+    fn awaited(&self) -> Option<&Bridge> {
+        match &self.kept {
+            Some(bridge) => self.refusal.as_ref().map(|_| bridge),
+            None => self.expected.as_ref(),
         }
     }
 
@@ -395,64 +472,11 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
             self.jobs.sleeper.wait([], Some(quiet));
             return;
         }
-        let mend = self.kept.as_ref().map(|_| self.pause().saturating_sub(self.looked.elapsed()));
+        let looks = self.kept.as_ref().or(self.expected.as_ref());
+        let mend = looks.map(|_| self.pause().saturating_sub(self.looked.elapsed()));
         let changes = [Some(self.monitor.as_fd()), self.spoofing.changes()];
         self.jobs.sleeper.wait(changes.into_iter().flatten(), mend);
     }
-}
-
-/// Cables whose loose ends Docker has fetched. It puts an end back on this host when the container has ended
-/// or has left the network, and tells the agent, if that runs.
-#[derive(Default)]
-struct Fetched(BTreeSet<String>);
-
-impl Fetched {
-    /// Cables that are of no container any more: those that are not there, and those with a loose end again.
-    fn gone(&mut self, tenants: &Tenants, seen: &Mended) -> BTreeSet<String> {
-        let is_fetched =
-            |cable: &&String| !seen.absent.contains(*cable) && !seen.loose.contains(*cable);
-        self.0.extend(tenants.keys().filter(is_fetched).cloned());
-        self.0.retain(|cable| tenants.contains_key(cable));
-        seen.absent.iter().chain(seen.loose.intersection(&self.0)).cloned().collect()
-    }
-}
-
-/// Tells of cables that are not there, as often as that changes, and of those that have not been there for
-/// long enough.
-fn note_absent(
-    known: &mut BTreeMap<String, Instant>,
-    absent: &BTreeSet<String>,
-    now: Instant,
-    report: &impl Fn(Wired),
-) {
-    let before = known.len();
-    known.retain(|link, _| absent.contains(link));
-    let mut is_news = known.len() != before;
-    for link in absent {
-        is_news |= !known.contains_key(link);
-        known.entry(link.clone()).or_insert(now);
-    }
-    let confirmed: BTreeSet<String> = known
-        .iter()
-        .filter(|(_, since)| now.duration_since(**since) >= LOOK)
-        .map(|(link, _)| link.clone())
-        .collect();
-    if is_news || !confirmed.is_empty() {
-        report(Wired::Absent { links: absent.clone(), confirmed });
-    }
-}
-
-fn look(pods: Vec<Suspect>, links: &BTreeSet<String>, fetched: &Fetched) -> Looked {
-    let mut looked = Looked::default();
-    for Suspect { link, netns } in pods {
-        let is_back = links.contains(&loose_end(&link)) && fetched.0.contains(&link);
-        if !links.contains(&link) || is_back {
-            looked.gone.insert(link);
-        } else if Path::new(&netns).symlink_metadata().is_err() {
-            looked.going.insert(link);
-        }
-    }
-    looked
 }
 
 /// The kernel takes ten times as long to remove an interface as to make one: nobody waits behind that.

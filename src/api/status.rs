@@ -25,6 +25,8 @@ pub struct AgentStatus {
     pub pods: usize,
     /// Those of them whose addresses are not of this node's subnet: nobody reaches them.
     pub pods_outside: usize,
+    /// Why no pod can be connected now.
+    pub pods_refused: Option<String>,
     pub connections: usize,
     /// First packets of handshakes since the start, by what became of them.
     pub handshakes: Handshakes,

@@ -24,7 +24,7 @@ use crate::{
         kernel::{FirewallTable, Kernel, spoofing::Spoofing},
     },
     pods::wiring::Wiring,
-    store::StateDir,
+    store::{StateDir, StoreError},
     transport::NodeKey,
 };
 
@@ -143,19 +143,20 @@ fn cleanup(args: &CleanupArgs, places: &Places) -> anyhow::Result<Removed> {
     let spools: Vec<Spool> = places.sockets.iter().map(|socket| Spool::beside(socket)).collect();
     let noted = spools.iter().map(Spool::path).filter(|path| path.is_dir());
     removed.files.extend(noted.map(Path::to_owned));
-    let mut states = Vec::new();
-    for path in places.state_dirs.iter().filter(|path| path.exists()) {
-        // Refuses a directory that is somebody else's.
-        let state = StateDir::open(path)?;
-        if let Some(seed) = state.node_key()? {
+    let state_dirs = || places.state_dirs.iter().filter(|path| path.exists());
+    for path in state_dirs() {
+        // Refuses a directory of another program.
+        if let Some(seed) = StateDir::look(path)? {
             removed.nodes.push(NodeKey::from_seed(seed)?.id().to_string());
         }
         removed.files.push(path.clone());
-        states.push((state, path));
     }
     if args.dry_run {
         return Ok(removed);
     }
+    // All of them are taken before anything is removed.
+    let opened = state_dirs().map(|path| Ok((StateDir::open(path)?, path)));
+    let states: Vec<_> = opened.collect::<Result<_, StoreError>>()?;
     kernel.sweep(leftovers)?;
     removed.bridges.iter().try_for_each(|bridge| wiring.remove(bridge))?;
     if let Some(firewall) = &mut firewall {

@@ -1,34 +1,26 @@
-//! `gossamer cni install`: puts the plugin where container runtimes look for it, and `loopback` where there
-//! is none.
+//! `gossamer cni install` and `uninstall`: put the plugin where container runtimes look for it, with
+//! `loopback` where there is none, and take both away again.
+
+mod lists;
 
 use std::{
-    fs, io,
-    os::unix::fs::symlink,
+    fs,
     path::{Path, PathBuf},
     process::ExitCode,
 };
 
 use anyhow::Context as _;
 use clap::{Args, Subcommand};
-use serde_json::Value;
 
-use super::fail;
+use super::{
+    fail,
+    placed::{PLUGIN_NAME, Taken, put, take_away},
+};
 use crate::{
     cni::LOOPBACK,
-    files,
     store::{PUBLIC, replace},
 };
-
-/// What a runtime reads.
-const CONFLIST: &str = include_str!("../../config/10-gossamer.conflist");
-const CONFLIST_NAME: &str = "10-gossamer.conflist";
-/// Of this plugin, and what they were in the list of earlier versions: that is no change of an operator's.
-const CAPABILITIES: &str = r#"{ "ips": true, "mac": true, "dns": true }"#;
-const EARLIER_CAPABILITIES: &str = r#"{ "ips": true }"#;
-/// Another plugin that the configuration names.
-const PORTMAP: &str = "portmap";
-/// As a network configuration names the plugin.
-const PLUGIN_NAME: &str = "gossamer";
+use lists::{Found, List, PORTMAP};
 
 #[derive(Debug, Args)]
 pub struct CniArgs {
@@ -41,27 +33,47 @@ enum CniCommand {
     /// Link this program into the plugins' directory, as loopback too where there is none, and write the
     /// network configuration
     Install(InstallArgs),
+    /// Remove what install has put there, and nothing else
+    Uninstall(UninstallArgs),
 }
 
 #[derive(Debug, Args)]
-struct InstallArgs {
+struct Places {
     /// Where the runtime looks for plugins
     #[arg(long, default_value = "/opt/cni/bin", value_name = "DIR")]
     bin_dir: PathBuf,
     /// Where it looks for configurations
     #[arg(long, default_value = "/etc/cni/net.d", value_name = "DIR")]
     conf_dir: PathBuf,
+}
+
+#[derive(Debug, Args)]
+struct InstallArgs {
+    #[command(flatten)]
+    places: Places,
     /// Copy this program instead of linking to it: out of a container, for one
     #[arg(long)]
     copy: bool,
-    /// Write over a configuration that was changed
+    /// Write over a configuration that was changed, and over a loopback that leads nowhere
+    #[arg(long)]
+    force: bool,
+}
+
+#[derive(Debug, Args)]
+struct UninstallArgs {
+    #[command(flatten)]
+    places: Places,
+    /// Remove a configuration that was changed too, and a plugin gossamer that is another program
     #[arg(long)]
     force: bool,
 }
 
 pub fn run(args: &CniArgs) -> ExitCode {
-    let CniCommand::Install(args) = &args.command;
-    match install(args) {
+    let done = match &args.command {
+        CniCommand::Install(args) => install(args),
+        CniCommand::Uninstall(args) => uninstall(args),
+    };
+    match done {
         Ok(lines) => {
             lines.iter().for_each(|line| println!("{line}"));
             ExitCode::SUCCESS
@@ -71,18 +83,11 @@ pub fn run(args: &CniArgs) -> ExitCode {
 }
 
 fn install(args: &InstallArgs) -> anyhow::Result<Vec<String>> {
+    let Places { bin_dir, conf_dir } = &args.places;
     let program = std::env::current_exe().context("the path of this program")?;
-    let plugin = args.bin_dir.join(PLUGIN_NAME);
-    let conflist = args.conf_dir.join(CONFLIST_NAME);
-    let present = files::read_text(&conflist, files::SMALL);
-    let (whole, without_portmap) = (CONFLIST.to_owned(), without_portmap(CONFLIST)?);
-    let earlier = CONFLIST.replace(CAPABILITIES, EARLIER_CAPABILITIES);
-    let ours = [&whole, &without_portmap, &earlier, &self::without_portmap(&earlier)?];
-    let was_changed = match present {
-        Ok(present) => !ours.contains(&&present),
-        // What cannot be read is not what was written here.
-        Err(error) => error.kind() != io::ErrorKind::NotFound,
-    };
+    let plugin = bin_dir.join(PLUGIN_NAME);
+    let list = List::new(conf_dir)?;
+    let found = list.find();
     let mut done = Vec::new();
     // Installed there it needs no link.
     if program != plugin {
@@ -90,51 +95,90 @@ fn install(args: &InstallArgs) -> anyhow::Result<Vec<String>> {
         let arrow = if args.copy { "=" } else { "->" };
         done.push(format!("{} {arrow} {}", plugin.display(), program.display()));
     }
-    let loopback = args.bin_dir.join(LOOPBACK);
-    // A runtime starts no pod without it. In a container a link that is right outside leads nowhere, but one
-    // to a file beside it is right everywhere.
-    if fs::symlink_metadata(&loopback).is_err() {
-        symlink(PLUGIN_NAME, &loopback).with_context(|| loopback.display().to_string())?;
-        done.push(format!("{} -> {PLUGIN_NAME}", loopback.display()));
+    done.extend(put_loopback(&bin_dir.join(LOOPBACK), args.force)?);
+    let has = |plugin: &str| fs::symlink_metadata(bin_dir.join(plugin)).is_ok();
+    if let Found::Changed(why) = &found
+        && !args.force
+    {
+        done.push(format!("{} {why} and stays: --force replaces it", list.path().display()));
+        done.extend(list.missing(has).map(|name| {
+            format!(
+                "no pod can be connected: {} names the plugin {name}, which is not in {}",
+                list.path().display(),
+                bin_dir.display()
+            )
+        }));
+    } else {
+        let text = list.text(has(PORTMAP));
+        replace(list.path(), text, PUBLIC).with_context(|| list.path().display().to_string())?;
+        done.push(list.path().display().to_string());
+        if !has(PORTMAP) {
+            done.push(format!(
+                "without published ports: there is no {PORTMAP} in {}; with the CNI plugins there (Debian: \
+                 containernetworking-plugins), install once more",
+                bin_dir.display()
+            ));
+        }
     }
-    if was_changed && !args.force {
-        done.push(format!("{} was changed and stays: --force replaces it", conflist.display()));
-        return Ok(done);
-    }
-    let has_portmap = fs::symlink_metadata(args.bin_dir.join(PORTMAP)).is_ok();
-    let text = if has_portmap { whole } else { without_portmap };
-    replace(&conflist, &text, PUBLIC).with_context(|| conflist.display().to_string())?;
-    done.push(conflist.display().to_string());
-    if !has_portmap {
-        done.push(format!(
-            "without published ports: there is no {PORTMAP} in {}; with the CNI plugins there (Debian: \
-             containernetworking-plugins), install once more",
-            args.bin_dir.display()
-        ));
-    }
+    done.extend(lists::rivals(conf_dir));
     Ok(done)
 }
 
-/// A runtime refuses every pod where one plugin of the list is missing.
-fn without_portmap(list: &str) -> anyhow::Result<String> {
-    let mut list: Value = serde_json::from_str(list)?;
-    if let Some(plugins) = list["plugins"].as_array_mut() {
-        plugins.retain(|plugin| plugin["type"] != PORTMAP);
+/// A runtime starts no pod without it. In a container a link that is right outside leads nowhere, so it
+/// stays; one to a file beside it is right everywhere.
+fn put_loopback(loopback: &Path, force: bool) -> anyhow::Result<Option<String>> {
+    let context = || loopback.display().to_string();
+    if fs::metadata(loopback).is_ok() {
+        return Ok(None);
     }
-    Ok(format!("{list:#}\n"))
+    match fs::read_link(loopback) {
+        Ok(target) if !force => Ok(Some(format!(
+            "{} leads nowhere here and stays: it is a link to {}, and runtimes start no pod without that \
+             plugin; --force replaces it",
+            loopback.display(),
+            target.display()
+        ))),
+        _ => {
+            put(Path::new(PLUGIN_NAME), loopback, false).with_context(context)?;
+            Ok(Some(format!("{} -> {PLUGIN_NAME}", loopback.display())))
+        }
+    }
 }
 
-/// Readers see the old or the new program, never none.
-pub(super) fn put(program: &Path, plugin: &Path, copy: bool) -> io::Result<()> {
-    if let Some(directory) = plugin.parent() {
-        fs::create_dir_all(directory)?;
+/// The configuration first: a runtime must not find it without its plugin.
+fn uninstall(args: &UninstallArgs) -> anyhow::Result<Vec<String>> {
+    let Places { bin_dir, conf_dir } = &args.places;
+    let program = std::env::current_exe().context("the path of this program")?;
+    let (plugin, loopback) = (bin_dir.join(PLUGIN_NAME), bin_dir.join(LOOPBACK));
+    let mut done = Vec::new();
+    let list = List::new(conf_dir)?;
+    match list.find() {
+        Found::Absent => {}
+        Found::Changed(why) if !args.force => {
+            done.push(format!("{} {why} and stays: --force removes it", list.path().display()));
+        }
+        Found::Ours | Found::Changed(_) => {
+            let removed = fs::remove_file(list.path());
+            removed.with_context(|| list.path().display().to_string())?;
+            done.push(format!("removed {}", list.path().display()));
+        }
     }
-    let temporary = plugin.with_extension("new");
-    let _ = fs::remove_file(&temporary);
-    if copy {
-        fs::copy(program, &temporary)?;
-    } else {
-        symlink(program, &temporary)?;
+    // Another package's, or a link of the operator's, is not one to this name beside it.
+    if fs::read_link(&loopback).is_ok_and(|target| target == Path::new(PLUGIN_NAME)) {
+        fs::remove_file(&loopback).with_context(|| loopback.display().to_string())?;
+        done.push(format!("removed {}", loopback.display()));
     }
-    fs::rename(&temporary, plugin)
+    let taken = take_away(&program, &plugin, args.force);
+    match taken.with_context(|| plugin.display().to_string())? {
+        Taken::Removed => done.push(format!("removed {}", plugin.display())),
+        Taken::Absent => {}
+        Taken::Stays(why) => {
+            done.push(format!("{} is {why} and stays: --force removes a file", plugin.display()));
+        }
+    }
+    if done.is_empty() {
+        let (bin, conf) = (bin_dir.display(), conf_dir.display());
+        done.push(format!("nothing of gossamer is in {bin} and {conf}"));
+    }
+    Ok(done)
 }

@@ -19,6 +19,7 @@ mod leave;
 mod members;
 mod output;
 mod ping;
+mod placed;
 mod podman;
 mod pods;
 mod reset;
@@ -68,9 +69,9 @@ enum Command {
     Ping(ping::PingArgs),
     /// List this node's pods and their addresses
     Pods(pods::PodsArgs),
-    /// Install the CNI plugin for container runtimes
+    /// Install the CNI plugin for container runtimes, or remove it
     Cni(cni::CniArgs),
-    /// Install the plugin by which Podman makes networks in the overlay
+    /// Install the plugin by which Podman makes networks in the overlay, or remove it
     Podman(podman::PodmanArgs),
     /// Print how dockerd gives its own bridge this node's subnet
     DockerOpts(docker_opts::DockerOptsArgs),

@@ -1,11 +1,15 @@
-//! `gossamer podman install`: puts the network driver where Podman and netavark look for it.
+//! `gossamer podman install` and `uninstall`: put the network driver where Podman and netavark look for it,
+//! and take it away again.
 
 use std::{fmt::Write as _, path::PathBuf, process::ExitCode};
 
 use anyhow::Context as _;
 use clap::{Args, Subcommand};
 
-use super::{cni::put, fail};
+use super::{
+    fail,
+    placed::{Taken, put, take_away},
+};
 use crate::netavark::DRIVER;
 
 /// Where Podman looks unless its configuration says otherwise, in this order.
@@ -26,6 +30,8 @@ pub struct PodmanArgs {
 enum PodmanCommand {
     /// Link this program into the directory of netavark's plugins
     Install(InstallArgs),
+    /// Remove what install has put there, and nothing else
+    Uninstall(UninstallArgs),
 }
 
 #[derive(Debug, Args)]
@@ -38,9 +44,22 @@ struct InstallArgs {
     copy: bool,
 }
 
+#[derive(Debug, Args)]
+struct UninstallArgs {
+    /// Where Podman looks for network drivers
+    #[arg(long, default_value = SEARCHED[0], value_name = "DIR")]
+    dir: PathBuf,
+    /// Remove a file that is another program too
+    #[arg(long)]
+    force: bool,
+}
+
 pub fn run(args: &PodmanArgs) -> ExitCode {
-    let PodmanCommand::Install(args) = &args.command;
-    match install(args) {
+    let done = match &args.command {
+        PodmanCommand::Install(args) => install(args),
+        PodmanCommand::Uninstall(args) => uninstall(args),
+    };
+    match done {
         Ok(text) => {
             print!("{text}");
             ExitCode::SUCCESS
@@ -69,4 +88,17 @@ fn install(args: &InstallArgs) -> anyhow::Result<String> {
     }
     writeln!(text, "next, as root: podman network create --driver {DRIVER} web")?;
     Ok(text)
+}
+
+fn uninstall(UninstallArgs { dir, force }: &UninstallArgs) -> anyhow::Result<String> {
+    let program = std::env::current_exe().context("the path of this program")?;
+    let plugin = dir.join(DRIVER);
+    let taken = take_away(&program, &plugin, *force);
+    Ok(match taken.with_context(|| plugin.display().to_string())? {
+        Taken::Removed => format!("removed {}\n", plugin.display()),
+        Taken::Absent => format!("nothing of gossamer is in {}\n", dir.display()),
+        Taken::Stays(why) => {
+            format!("{} is {why} and stays: --force removes a file\n", plugin.display())
+        }
+    })
 }

@@ -14,7 +14,7 @@ use super::{
     error::{CniError, code},
     request::INPUT_MAX,
 };
-use crate::{api::AttachmentName, model::Mac};
+use crate::{api::AttachmentName, json, model::Mac};
 
 /// What a runtime can ask for in the pod's part of the configuration, and gossamer does not do.
 const UNSUPPORTED: [&str; 4] = ["bandwidth", "ipRanges", "infinibandGUID", "deviceID"];
@@ -54,7 +54,7 @@ impl NetworkConfig {
         if input.len() as u64 > INPUT_MAX {
             return Err(undecodable(&format_args!("it is longer than {INPUT_MAX} bytes")));
         }
-        let value: Value = serde_json::from_slice(input).map_err(|error| undecodable(&error))?;
+        let value: Value = json::read(input).map_err(|error| undecodable(&error))?;
         match value {
             Value::Object(_) => Ok(Self(value)),
             _ => Err(undecodable(&"it is no JSON object")),
@@ -220,8 +220,7 @@ impl NetworkConfig {
         for (place, text, code) in texts.into_iter().filter(|(_, text, _)| !text.is_empty()) {
             let bad = |why: String| CniError::new(code, format!("{place}: {why}"));
             let mac: Mac = text.replace('-', ":").parse().map_err(bad)?;
-            let [first, ..] = mac.as_bytes();
-            if first & 1 != 0 || mac.as_bytes() == &[0; 6] {
+            if !mac.is_of_one_interface() {
                 return Err(bad(format!("{mac} is not the MAC of one interface")));
             }
             match &said {
@@ -284,7 +283,11 @@ impl NetworkConfig {
                 _ => return Err(bad(depth, &"it is no JSON object")),
             };
         }
-        Option::<T>::deserialize(value).map_err(|error| bad(path.len(), &error))
+        json::read_value(value).map_err(|error| {
+            // Behind the path comes what is wrong, or the rest of the path.
+            let (colon, place) = (if error.starts_with('[') { "" } else { ": " }, path.join("."));
+            CniError::new(code::BAD_CONFIG, format!("{place}{colon}{error}"))
+        })
     }
 }
 

@@ -56,6 +56,12 @@ impl From<ClientError> for CniError {
                 msg: "the gossamer agent does not run on this host".to_owned(),
                 details: error.to_string(),
             },
+            // Runtimes wait no longer: whatever it does, it may answer the next time.
+            ClientError::Broken { .. } => Self {
+                code: code::TRY_LATER,
+                msg: "the gossamer agent runs on this host and does not answer".to_owned(),
+                details: error.to_string(),
+            },
             ClientError::OtherVersion { agent, why } => Self {
                 code: code::TRY_LATER,
                 msg: format!(
@@ -70,9 +76,7 @@ impl From<ClientError> for CniError {
                     Err(_) => Self::new(code::IO, error),
                 }
             }
-            ClientError::NotPermitted { .. } | ClientError::Broken { .. } => {
-                Self::new(code::IO, error)
-            }
+            ClientError::NotPermitted { .. } => Self::new(code::IO, error),
         }
     }
 }

@@ -12,6 +12,7 @@ mod netns;
 mod plugin;
 mod request;
 mod result;
+mod routes;
 mod spool;
 
 pub use netns::open as open_netns;

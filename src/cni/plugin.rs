@@ -21,6 +21,7 @@ use super::{
     loopback, netns,
     request::{Asked, CniRequest, INPUT_MAX, VERSIONS},
     result::Made,
+    routes,
 };
 use crate::{
     api::{
@@ -85,12 +86,16 @@ fn carry_out(request: &CniRequest) -> Result<Option<Value>, CniError> {
         }
         Asked::Check { attachment, netns } => {
             let opened = netns::open("CNI_NETNS", netns)?;
+            let again = opened.try_clone();
+            let again = again.map_err(|error| netns::unusable("CNI_NETNS", netns, &error))?;
             let name = AttachmentName::from(attachment);
             let checked =
                 ask(api::post_with(&socket, "/v1/pods/check", &name, Some(opened.into())))?;
             let has: Vec<IpAddr> = read(&socket, checked["addresses"].clone())?;
             let expected = request.config.previous_addresses(attachment.interface());
-            compare(attachment.interface(), netns, &has, &expected).map(|()| None)
+            compare(attachment.interface(), netns, &has, &expected)?;
+            let expected = request.config.previous().map(routes::Expected::all);
+            routes::compare(&again, netns, &expected.unwrap_or_default()).map(|()| None)
         }
         Asked::Gc { valid } => {
             let (owner, valid) = (request.owner(), valid.clone());
@@ -202,24 +207,24 @@ fn collect(socket: &Path, owner: &str, valid: &[AttachmentName]) -> Result<(), C
     failed
 }
 
-/// Does what ends pods, or notes it for the agent that is not there.
+/// Does what ends pods, or notes it for the agent that is not there or does not answer.
 fn undo(
     socket: &Path,
     note: &Note,
     work: impl Fn() -> Result<(), ClientError>,
 ) -> Result<(), ClientError> {
-    match work() {
-        Err(error) if is_away(&error) => {}
+    let hangs = match work() {
+        Err(error) if is_away(&error) => matches!(error, ClientError::Broken { .. }),
         done => return done,
-    }
+    };
     let spool = Spool::beside(socket);
     if let Err(error) = spool.put(note) {
         // The agent takes back the addresses of pods that are gone by itself.
-        eprintln!("gossamer: the agent does not run, and nothing was noted for it: {error}");
+        eprintln!("gossamer: the agent does not answer, and nothing was noted for it: {error}");
         return Ok(());
     }
-    // It may be back, and have read its notes a moment too early.
-    if work().is_ok() {
+    // It may be back, and have read its notes a moment too early. One that hangs reads them when it goes on.
+    if !hangs && work().is_ok() {
         spool.drop(note);
     }
     Ok(())
@@ -245,25 +250,23 @@ fn status(socket: &Path) -> Result<(), CniError> {
     judge(&ask(api::get(socket, "/v1/status")).map_err(unavailable)?)
 }
 
-/// Pods that have kept addresses of another subnet do not keep new ones from being connected.
+/// By the agent's own verdict. Earlier versions of it have none, and are judged by whether they have a subnet
+/// in use. Pods that have kept addresses of another subnet do not keep new ones from being connected.
 fn judge(status: &Value) -> Result<(), CniError> {
-    if !status["subnet"].is_null() && status["kernel"]["in_sync"] == true {
+    let refused = status["pods_refused"].as_str();
+    let in_use = !status["subnet"].is_null() && status["kernel"]["in_sync"] == true;
+    if in_use && refused.is_none() {
         return Ok(());
     }
+    let why = refused.unwrap_or("this node has no subnet in use yet");
     match status["pods_outside"].as_u64().unwrap_or(0) {
-        0 => {
-            let problem = status["problems"][0].as_str();
-            let cause = problem.filter(|_| status["phase"] == "waiting");
-            let why = cause.unwrap_or("this node has no subnet in use yet: see `gossamer status`");
-            Err(CniError::new(code::NOT_AVAILABLE, why))
-        }
-        cut_off => {
+        cut_off @ 1.. if !in_use => {
             let why = format!(
-                "this node has no subnet in use, and {cut_off} pods have addresses of one that it has lost: \
-                 see `gossamer status`"
+                "{why}, and {cut_off} pods have addresses of a subnet that it has lost: see `gossamer status`"
             );
             Err(CniError::new(code::NOT_AVAILABLE_AND_CUT_OFF, why))
         }
+        _ => Err(CniError::new(code::NOT_AVAILABLE, format!("{why}: see `gossamer status`"))),
     }
 }
 
@@ -323,5 +326,10 @@ mod tests {
         assert_eq!(status(Value::Null, true, 0), Err(50));
         assert_eq!(status("10.42.7.0/24".into(), false, 0), Err(50));
         assert_eq!(status(Value::Null, false, 2), Err(51));
+        let refusing = json!({
+            "subnet": "10.42.7.0/24", "kernel": { "in_sync": true }, "pods_refused": "why not",
+        });
+        let error = judge(&refusing).expect_err("no pod can be connected");
+        assert_eq!((error.code, error.msg.starts_with("why not")), (50, true));
     }
 }

@@ -29,6 +29,23 @@ pub enum Verb {
     Version,
 }
 
+impl Verb {
+    const ALL: [Self; 6] =
+        [Self::Add, Self::Del, Self::Check, Self::Gc, Self::Status, Self::Version];
+
+    /// As the specification writes it.
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Add => "ADD",
+            Self::Del => "DEL",
+            Self::Check => "CHECK",
+            Self::Gc => "GC",
+            Self::Status => "STATUS",
+            Self::Version => "VERSION",
+        }
+    }
+}
+
 /// A request, checked: what is to be done, with what that takes.
 #[derive(Debug)]
 pub enum Asked {
@@ -157,19 +174,11 @@ fn missing(name: &str) -> CniError {
 }
 
 fn verb(environment: &BTreeMap<String, String>) -> Result<Verb, CniError> {
-    match variable(environment, "CNI_COMMAND").ok_or_else(|| missing("CNI_COMMAND"))? {
-        "ADD" => Ok(Verb::Add),
-        "DEL" => Ok(Verb::Del),
-        "CHECK" => Ok(Verb::Check),
-        "GC" => Ok(Verb::Gc),
-        "STATUS" => Ok(Verb::Status),
-        "VERSION" => Ok(Verb::Version),
-        other => {
-            let why =
-                format!("CNI_COMMAND {other:?}: it is ADD, DEL, CHECK, GC, STATUS or VERSION");
-            Err(CniError::new(code::BAD_ENVIRONMENT, why))
-        }
-    }
+    let said = variable(environment, "CNI_COMMAND").ok_or_else(|| missing("CNI_COMMAND"))?;
+    Verb::ALL.into_iter().find(|verb| verb.name() == said).ok_or_else(|| {
+        let why = format!("CNI_COMMAND {said:?}: it is ADD, DEL, CHECK, GC, STATUS or VERSION");
+        CniError::new(code::BAD_ENVIRONMENT, why)
+    })
 }
 
 /// Verbs that came later than others are not in earlier versions.
@@ -183,7 +192,8 @@ fn expect_verb(verb: Verb, version: &'static str) -> Result<(), CniError> {
     if place(version) >= place(since) {
         return Ok(());
     }
-    let why = format!("CNI_COMMAND {verb:?}: cniVersion {version} has none: it came with {since}");
+    let verb = verb.name();
+    let why = format!("CNI_COMMAND {verb}: cniVersion {version} has none: it came with {since}");
     Err(CniError::new(code::INCOMPATIBLE_VERSION, why))
 }
 
@@ -196,12 +206,19 @@ fn unknown_version(version: &str) -> CniError {
 /// The pairs in `CNI_ARGS`. One that is not known is refused, unless the runtime says that it need not be.
 fn arguments(text: &str) -> Result<BTreeMap<String, String>, CniError> {
     const IGNORE: &str = "IgnoreUnknown";
+    const KNOWN: [&str; 3] = ["IP", "MAC", IGNORE];
     let bad = |why: String| CniError::new(code::BAD_ENVIRONMENT, format!("CNI_ARGS: {why}"));
     let mut pairs = BTreeMap::new();
     for pair in text.split(';').filter(|pair| !pair.trim().is_empty()) {
         let (key, value) =
             pair.split_once('=').ok_or_else(|| bad(format!("{pair:?} is no KEY=VALUE")))?;
-        pairs.insert(key.trim().to_owned(), value.trim().to_owned());
+        let (key, value) = (key.trim(), value.trim());
+        match pairs.insert(key.to_owned(), value.to_owned()) {
+            Some(other) if other != value && KNOWN.contains(&key) => {
+                return Err(bad(format!("{key} is said twice: {other} and {value}")));
+            }
+            _ => {}
+        }
     }
     let ignore = pairs.get(IGNORE).map(|value| value.to_ascii_lowercase());
     let ignore = match ignore.as_deref() {
@@ -209,7 +226,7 @@ fn arguments(text: &str) -> Result<BTreeMap<String, String>, CniError> {
         Some("1" | "true") => true,
         Some(other) => return Err(bad(format!("{IGNORE}={other}: it is 1, true, 0 or false"))),
     };
-    let is_unknown = |key: &&String| !["IP", "MAC", IGNORE].contains(&key.as_str());
+    let is_unknown = |key: &&String| !KNOWN.contains(&key.as_str());
     match pairs.keys().find(is_unknown).filter(|_| !ignore) {
         Some(key) => {
             Err(bad(format!("{key} is not known here: set {IGNORE}=1 to have it ignored")))

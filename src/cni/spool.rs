@@ -1,4 +1,4 @@
-//! What runtimes have asked for while no agent ran, kept until it is back.
+//! What runtimes have asked for while no agent answered, kept until one does it.
 //!
 //! A pod's end must not wait for an agent, or it cannot be deleted while the agent is being upgraded, or was
 //! removed. The folder is beside the control socket, below /run as a rule: after a new start of the host no
@@ -87,6 +87,11 @@ impl Spool {
             return Err(io::Error::other(format!("{} is full", self.0.display())));
         }
         replace(&path, &serde_json::to_string(note)?, PRIVATE)
+    }
+
+    /// Whether there is a note of its kind about the same pod or owner.
+    pub fn holds(&self, note: &Note) -> bool {
+        self.0.join(note.file_name()).symlink_metadata().is_ok()
     }
 
     /// Drops a note that has been carried out, or that no longer holds.

@@ -1,10 +1,12 @@
 //! What Docker says, as JSON. Fields that are of no use here are left out; those of later versions are
-//! ignored.
+//! ignored, and null is as good as no field.
 
 use std::collections::BTreeMap;
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
+
+use crate::json::or_default;
 
 /// The key of what the user gave with `docker network create -o`.
 const GENERIC: &str = "com.docker.network.generic";
@@ -17,45 +19,53 @@ const MAC: &str = "com.docker.network.endpoint.macaddress";
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]
 pub struct CreateNetwork {
-    #[serde(rename = "IPv4Data")]
+    #[serde(rename = "IPv4Data", deserialize_with = "or_default")]
     pub ipv4: Vec<PoolData>,
-    #[serde(rename = "IPv6Data")]
+    #[serde(rename = "IPv6Data", deserialize_with = "or_default")]
     pub ipv6: Vec<PoolData>,
+    #[serde(deserialize_with = "or_default")]
     options: Map<String, Value>,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]
 pub struct PoolData {
+    #[serde(deserialize_with = "or_default")]
     pub pool: String,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub struct EndpointRequest {
-    #[serde(rename = "EndpointID")]
+    #[serde(rename = "EndpointID", deserialize_with = "or_default")]
     pub endpoint: String,
-    #[serde(rename = "SandboxKey")]
+    #[serde(rename = "SandboxKey", deserialize_with = "or_default")]
     pub sandbox: String,
-    #[serde(rename = "Interface")]
+    #[serde(rename = "Interface", deserialize_with = "or_default")]
     pub interface: Interface,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]
 pub struct Interface {
+    #[serde(deserialize_with = "or_default")]
     pub address: String,
-    #[serde(rename = "AddressIPv6")]
+    #[serde(rename = "AddressIPv6", deserialize_with = "or_default")]
     pub address6: String,
+    #[serde(rename = "MacAddress", deserialize_with = "or_default")]
+    pub mac: String,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]
 pub struct RequestPool {
+    #[serde(deserialize_with = "or_default")]
     pub pool: String,
+    #[serde(deserialize_with = "or_default")]
     pub sub_pool: String,
-    pub options: Option<BTreeMap<String, String>>,
-    #[serde(rename = "V6")]
+    #[serde(deserialize_with = "or_default")]
+    pub options: BTreeMap<String, String>,
+    #[serde(rename = "V6", deserialize_with = "or_default")]
     pub v6: bool,
 }
 
@@ -63,10 +73,12 @@ pub struct RequestPool {
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]
 pub struct AddressRequest {
-    #[serde(rename = "PoolID")]
+    #[serde(rename = "PoolID", deserialize_with = "or_default")]
     pub pool: String,
+    #[serde(deserialize_with = "or_default")]
     pub address: String,
-    options: Option<BTreeMap<String, String>>,
+    #[serde(deserialize_with = "or_default")]
+    options: BTreeMap<String, String>,
 }
 
 impl CreateNetwork {
@@ -87,6 +99,40 @@ impl AddressRequest {
     }
 
     fn option(&self, name: &str) -> Option<&str> {
-        self.options.as_ref()?.get(name).map(String::as_str)
+        self.options.get(name).map(String::as_str)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::json;
+
+    #[test]
+    fn null_in_the_place_of_any_field_is_as_good_as_no_field() {
+        let network = r#"{"NetworkID": "n", "Options": null, "IPv4Data": null, "IPv6Data": null}"#;
+        let network: CreateNetwork = json::read(network.as_bytes()).expect("a request");
+        assert!(network.ipv4.is_empty() && network.options().next().is_none());
+        let data = br#"{"IPv4Data": [{"Pool": null, "Gateway": null}], "IPv6Data": []}"#;
+        let network: CreateNetwork = json::read(data).expect("a request");
+        assert_eq!(network.ipv4.first().map(|data| data.pool.as_str()), Some(""));
+        for text in [
+            r#"{"EndpointID": null, "SandboxKey": null, "Interface": null}"#,
+            r#"{"Interface": {"Address": null, "AddressIPv6": null, "MacAddress": null}}"#,
+        ] {
+            let endpoint: EndpointRequest = json::read(text.as_bytes()).expect("a request");
+            assert!(endpoint.interface.address.is_empty() && endpoint.interface.mac.is_empty());
+        }
+        let pool = br#"{"Pool": null, "SubPool": null, "Options": null, "V6": null}"#;
+        assert!(!json::read::<RequestPool>(pool).expect("a request").v6);
+        let address = br#"{"PoolID": null, "Address": null, "Options": null}"#;
+        assert_eq!(json::read::<AddressRequest>(address).expect("a request").mac(), None);
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_named_by_its_field() {
+        let data = br#"{"IPv4Data": [{"Pool": 7}]}"#;
+        let error = json::read::<CreateNetwork>(data).expect_err("no text");
+        assert!(error.starts_with("IPv4Data[0].Pool: invalid type"), "{error}");
     }
 }

@@ -34,10 +34,12 @@ pub(crate) fn samples() -> Vec<Vec<u8>> {
 #[cfg(any(test, feature = "sim"))]
 pub(crate) fn fuzz(body: &[u8]) -> bool {
     use message::{AddressRequest, CreateNetwork, EndpointRequest, RequestPool};
-    let network = serde_json::from_slice::<CreateNetwork>(body);
-    let address = serde_json::from_slice::<AddressRequest>(body);
+
+    use crate::json::read;
+    let network = read::<CreateNetwork>(body);
+    let address = read::<AddressRequest>(body);
     network.as_ref().is_ok_and(|network| network.options().count() < 1_000)
         | address.as_ref().is_ok_and(|address| address.is_for_gateway() | address.mac().is_some())
-        | serde_json::from_slice::<EndpointRequest>(body).is_ok()
-        | serde_json::from_slice::<RequestPool>(body).is_ok()
+        | read::<EndpointRequest>(body).is_ok()
+        | read::<RequestPool>(body).is_ok()
 }

@@ -24,6 +24,8 @@ use super::message::{AddressRequest, CreateNetwork, EndpointRequest, MTU, Reques
 use crate::{
     api::{self, PodError},
     config::Instance,
+    json,
+    model::Mac,
 };
 
 /// Where Docker looks for sockets of plugins.
@@ -56,7 +58,7 @@ pub enum Request {
     Reserve {
         pool: IpNet,
         address: Option<IpAddr>,
-        mac: Option<String>,
+        mac: Option<Mac>,
         reply: Sender<Result<IpNet, PodError>>,
     },
     Release {
@@ -202,6 +204,7 @@ async fn create_network(ask: &Ask, body: &[u8]) -> Result<Value, Refused> {
 
 async fn create_endpoint(ask: &Ask, body: &[u8]) -> Result<Value, Refused> {
     let EndpointRequest { endpoint, interface, .. } = parse(body)?;
+    mac("MacAddress", &interface.mac)?;
     let given = [("Address", interface.address), ("AddressIPv6", interface.address6)];
     let given = given.iter().filter(|(_, text)| !text.is_empty());
     let addresses: Vec<IpAddr> = given
@@ -244,7 +247,7 @@ async fn request_pool(ask: &Ask, body: &[u8]) -> Result<Value, Refused> {
         let why = "containers get addresses of the node's whole subnet: leave it out";
         return Err(Refused(format!("ip-range {sub_pool}: {why}")));
     }
-    if let Some((name, value)) = options.iter().flatten().next() {
+    if let Some((name, value)) = options.first_key_value() {
         return Err(Refused(format!("ipam-opt {name}={value}: there are none: leave it out")));
     }
     let subnet = put(ask, |reply| Request::Pool { ipv6: v6, reply }).await?;
@@ -274,7 +277,7 @@ async fn request_address(ask: &Ask, body: &[u8]) -> Result<Value, Refused> {
         }
         gateway
     } else {
-        let mac = request.mac().map(str::to_owned);
+        let mac = mac("MAC", request.mac().unwrap_or_default())?;
         put(ask, |reply| Request::Reserve { pool, address, mac, reply }).await?
     };
     Ok(json!({ "Address": given, "Data": {} }))
@@ -316,12 +319,26 @@ async fn put<T>(
     }
 }
 
-/// Requests without a payload have no body.
+/// Requests without a payload have no body, or null.
 fn parse<T: DeserializeOwned + Default>(body: &[u8]) -> Result<T, Refused> {
     if body.is_empty() {
         return Ok(T::default());
     }
-    serde_json::from_slice(body).map_err(|error| Refused(format!("the request: {error}")))
+    let request: Result<Option<T>, _> = json::read(body);
+    let request = request.map_err(|error| Refused(format!("the request: {error}")))?;
+    Ok(request.unwrap_or_default())
+}
+
+/// A container's MAC; none, where Docker names none.
+fn mac(field: &str, text: &str) -> Result<Option<Mac>, Refused> {
+    if text.is_empty() {
+        return Ok(None);
+    }
+    let mac: Mac = read(field, text)?;
+    match mac.is_of_one_interface() {
+        true => Ok(Some(mac)),
+        false => Err(Refused(format!("{field} {mac}: it is not that of one interface"))),
+    }
 }
 
 fn read<T: std::str::FromStr<Err: std::fmt::Display>>(

@@ -17,7 +17,7 @@ use crate::{
         kernel::{FirewallTable, Kernel, overlaps, sysctl},
     },
     netlink::{Netlink, in_thread, link::Link},
-    pods::standin::OWN_ALIAS,
+    pods::{bridge::obstacle, standin::OWN_ALIAS},
 };
 
 /// Devices and ports of other overlays.
@@ -47,6 +47,7 @@ pub fn examine(patient: &Patient, findings: &mut Vec<Finding>) {
     match Netlink::open().and_then(|mut netlink| netlink.links()) {
         Ok(links) => {
             findings.extend(overlays(&links, &numbers));
+            findings.extend(bridge(patient, &links, &numbers));
             findings.extend(mtu(patient, &links, underlay.as_deref()));
         }
         Err(error) => findings.push(Finding::skipped("overlays", format!("netlink: {error}"))),
@@ -218,6 +219,14 @@ fn overlays(links: &[Link], numbers: &Numbers) -> Vec<Finding> {
         findings.push(Finding::ok("overlays", "no other overlay"));
     }
     findings
+}
+
+/// Another interface that has the name of the pods' bridge. With an agent, that says so itself.
+fn bridge(patient: &Patient, links: &[Link], numbers: &Numbers) -> Option<Finding> {
+    let config = patient.config.as_ref().ok().filter(|_| patient.agent.is_none())?;
+    let name = config.bridge_name(numbers.vni);
+    let obstacle = obstacle(links.iter().find(|link| link.name == name)?, None)?;
+    Some(Finding::sentence("overlays", &obstacle))
 }
 
 /// Networks of interfaces that are also the overlay's.

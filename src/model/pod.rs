@@ -24,6 +24,15 @@ pub enum AttachmentError {
          or \"..\""
     )]
     Interface(String),
+    #[error(
+        "interface name {0:?}: the kernel puts a number in the place of \"%d\" and takes no other \"%\": \
+         give the whole name"
+    )]
+    Template(String),
+    #[error(
+        "interface name {0:?}: the kernel calls the sysctls of all interfaces so: choose another name"
+    )]
+    Reserved(String),
 }
 
 /// Longer ones are nobody's: docker and containerd have 64.
@@ -63,12 +72,19 @@ impl fmt::Display for Attachment {
 }
 
 /// # Errors
-/// Names that the kernel does not allow (`dev_valid_name`).
+/// Names that the kernel does not allow (`dev_valid_name`), that it would complete (`dev_alloc_name`), or
+/// that have another meaning below /proc/sys/net/ipv4/conf (`sysctl_dev_name_is_allowed`).
 pub fn check_interface_name(name: &str) -> Result<(), AttachmentError> {
     let forbidden = |c: char| matches!(c, '/' | ':') || c.is_whitespace() || c.is_control();
     let fits = (1..=INTERFACE_MAX).contains(&name.len());
     if !fits || matches!(name, "." | "..") || name.contains(forbidden) {
         return Err(AttachmentError::Interface(name.to_owned()));
+    }
+    if name.contains('%') {
+        return Err(AttachmentError::Template(name.to_owned()));
+    }
+    if matches!(name, "all" | "default") {
+        return Err(AttachmentError::Reserved(name.to_owned()));
     }
     Ok(())
 }
@@ -112,5 +128,12 @@ mod tests {
             let error = Attachment::new("a", interface).expect_err(interface).to_string();
             assert!(error.contains("interface name"), "{error}");
         }
+        for (interface, why) in
+            [("eth%d", "a number"), ("a%", "a number"), ("all", "sysctls"), ("default", "sysctls")]
+        {
+            let error = Attachment::new("a", interface).expect_err(interface).to_string();
+            assert!(error.contains(interface) && error.contains(why), "{error}");
+        }
+        assert!(Attachment::new("a", "all0").is_ok());
     }
 }

@@ -18,6 +18,11 @@ impl Mac {
         Self(bytes)
     }
 
+    /// Whether an interface can have it: it is neither that of a group (IEEE 802, bit 0) nor none.
+    pub fn is_of_one_interface(self) -> bool {
+        self.0[0] & 1 == 0 && self.0 != [0; 6]
+    }
+
     pub const fn as_bytes(&self) -> &[u8; 6] {
         &self.0
     }
@@ -102,6 +107,17 @@ mod tests {
             let mac = Mac::of_node(node);
             assert_eq!(mac, Mac::of_node(node));
             assert_eq!(mac.as_bytes()[0] & 0b11, 0b10, "{mac}");
+        }
+    }
+
+    #[test]
+    fn macs_of_groups_and_the_empty_one_are_of_no_interface() {
+        let is = |text: &str| text.parse::<Mac>().expect("a MAC").is_of_one_interface();
+        assert!(is("02:42:00:00:00:01") && is("00:00:00:00:00:01"));
+        for none in
+            ["01:00:5e:00:00:01", "33:33:00:00:00:01", "ff:ff:ff:ff:ff:ff", "00:00:00:00:00:00"]
+        {
+            assert!(!is(none), "{none}");
         }
     }
 

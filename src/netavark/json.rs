@@ -4,12 +4,13 @@
 use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
 
 use ipnet::IpNet;
-use serde::{Deserialize, Deserializer, de::DeserializeOwned};
+use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Map, Value, json};
 
 use crate::{
     api::{Attached, AttachedAddress},
     config::Instance,
+    json::or_default,
     model::Mac,
 };
 
@@ -149,15 +150,7 @@ fn parse<T: DeserializeOwned>(input: &[u8]) -> Result<T, String> {
     if input.len() as u64 > INPUT_MAX {
         return Err(format!("the request on stdin is longer than {INPUT_MAX} bytes"));
     }
-    serde_json::from_slice(input).map_err(|error| format!("the request on stdin: {error}"))
-}
-
-fn or_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
-where
-    D: Deserializer<'de>,
-    T: Default + Deserialize<'de>,
-{
-    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
+    crate::json::read(input).map_err(|error| format!("the request on stdin: {error}"))
 }
 
 #[cfg(test)]
@@ -225,6 +218,9 @@ mod tests {
             let error = connection(input).expect_err(word);
             assert!(error.contains(word), "{error}");
         }
+        let other = SETUP.replace("10.42.7.9", "10.42");
+        let error = connection(other.as_bytes()).expect_err("no address");
+        assert!(error.contains("network_options.static_ips[0]: invalid IP address"), "{error}");
         let other = SETUP.replace("02:00:00:00:00:09", "02:00");
         let read = connection(other.as_bytes()).expect("a request");
         assert!(read.network_options.mac().expect_err("no MAC").contains("02:00"));

@@ -8,8 +8,8 @@ use std::{io, net::IpAddr};
 use rtnetlink::packet_route::{
     AddressFamily, RouteNetlinkMessage,
     route::{
-        RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteMetric, RouteProtocol,
-        RouteType,
+        RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric,
+        RouteProtocol, RouteType,
     },
     rule::{RuleAction, RuleAttribute, RuleMessage},
 };
@@ -95,7 +95,33 @@ pub struct Refusal {
     pub protocol: RouteProtocol,
 }
 
+/// Number of the table in which a packet's way is looked up where no rule says otherwise.
+pub const MAIN: u32 = RouteHeader::RT_TABLE_MAIN as u32;
+
+/// A route by which packets leave.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listed {
+    pub to: IpNet,
+    /// None, if what it leads to is on its link; several, if it has several next hops.
+    pub gateways: Vec<IpAddr>,
+    pub metric: u32,
+    pub table: u32,
+}
+
 impl Netlink {
+    /// The routes of a family by which packets leave, in all tables.
+    pub fn routes(&mut self, ipv4: bool) -> io::Result<Vec<Listed>> {
+        let mut filter = RouteMessage::default();
+        filter.header.address_family =
+            if ipv4 { AddressFamily::Inet } else { AddressFamily::Inet6 };
+        let found = self.dump(&RouteNetlinkMessage::GetRoute(filter))?;
+        let routes = found.into_iter().filter_map(|message| match message {
+            RouteNetlinkMessage::NewRoute(route) => listed(&route, ipv4),
+            _ => None,
+        });
+        Ok(routes.collect())
+    }
+
     /// Asks the kernel for the way of a packet.
     ///
     /// # Errors
@@ -239,6 +265,37 @@ fn rule(message: RouteNetlinkMessage) -> Option<Rule> {
     }
     rule.mark = mark.map(|mark| (mark, mask));
     Some(rule)
+}
+
+fn listed(route: &RouteMessage, ipv4: bool) -> Option<Listed> {
+    if route.header.kind != RouteType::Unicast {
+        return None;
+    }
+    let mut network = if ipv4 { IpAddr::from([0; 4]) } else { IpAddr::from([0; 16]) };
+    let (mut metric, mut table) = (0, u32::from(route.header.table));
+    let mut gateways = Vec::new();
+    for attribute in &route.attributes {
+        match attribute {
+            RouteAttribute::Destination(address) => network = ip(address)?,
+            RouteAttribute::Priority(number) => metric = *number,
+            RouteAttribute::Table(number) => table = *number,
+            RouteAttribute::MultiPath(hops) => {
+                let attributes = hops.iter().flat_map(|hop| &hop.attributes);
+                gateways.extend(attributes.filter_map(gateway));
+            }
+            other => gateways.extend(gateway(other)),
+        }
+    }
+    let to = IpNet::new(network, route.header.destination_prefix_length).ok()?;
+    Some(Listed { to, gateways, metric, table })
+}
+
+const fn gateway(attribute: &RouteAttribute) -> Option<IpAddr> {
+    match attribute {
+        RouteAttribute::Gateway(address) => ip(address),
+        RouteAttribute::Via(via) => via_ip(via),
+        _ => None,
+    }
 }
 
 fn refusal(route: &RouteMessage, kind: &'static str, ipv4: bool) -> Option<Refusal> {

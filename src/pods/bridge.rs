@@ -15,7 +15,7 @@ use rtnetlink::{
     packet_route::{
         AddressFamily, RouteNetlinkMessage,
         address::{AddressAttribute, AddressFlags},
-        link::{InfoBridgePort, InfoPortData, InfoPortKind},
+        link::{InfoBridgePort, InfoPortData, InfoPortKind, LinkAttribute},
         neighbour::{NeighbourAttribute, NeighbourMessage},
     },
 };
@@ -94,6 +94,12 @@ pub struct Mended {
 }
 
 impl Mended {
+    /// Takes nothing of it for what other programs have changed.
+    pub fn forget_counts(&mut self) {
+        (self.bridge, self.ports, self.sysctls, self.spoofing) = (0, 0, 0, 0);
+        self.last = None;
+    }
+
     pub const fn count(&self) -> u64 {
         self.bridge + self.ports + self.sysctls + self.spoofing
     }
@@ -130,9 +136,8 @@ pub(super) fn provide(netlink: &mut Netlink, bridge: &Bridge) -> io::Result<(Pro
             make(netlink, bridge)?
         }
     };
-    if link.kind != "bridge" || !is_ours(&link, bridge) {
-        let why = format!("{} is there and is not gossamer's: choose another name", bridge.name);
-        return Err(io::Error::other(why));
+    if let Some(obstacle) = obstacle(&link, Some(bridge.subnets)) {
+        return Err(io::Error::other(obstacle));
     }
     // Before it is up: it hears nothing before that.
     let closed = interface::close(&bridge.name, bridge.ipv6());
@@ -288,6 +293,17 @@ pub fn is_address_mac(mac: Mac) -> bool {
 }
 
 impl Bridge {
+    /// Whether the kernel tells something about an interface of this name.
+    pub fn is_named(&self, messages: &[RouteNetlinkMessage]) -> bool {
+        messages.iter().any(|message| match message {
+            RouteNetlinkMessage::NewLink(link) | RouteNetlinkMessage::DelLink(link) => {
+                let name = LinkAttribute::IfName(self.name.clone());
+                link.attributes.contains(&name)
+            }
+            _ => false,
+        })
+    }
+
     /// Without an IPv6 subnet it needs no IPv6 address. With one it needs the link-local one too: from there
     /// the kernel asks for pods to which it forwards.
     fn ipv6(&self) -> Ipv6 {
@@ -299,9 +315,23 @@ impl Bridge {
     }
 }
 
-/// Known by its alias, or by its MAC if an agent ended in the middle of making it.
-fn is_ours(link: &Link, bridge: &Bridge) -> bool {
-    link.alias == ALIAS || link.mac == Some(mac_at(gateway(bridge.subnets.first)))
+/// Why no pod can be plugged into an interface that has the bridge's name; none, if it is the bridge.
+///
+/// It is known by its alias, or by its MAC if an agent ended in the middle of making it. Without an agent the
+/// subnets are not known.
+pub fn obstacle(link: &Link, subnets: Option<Subnets>) -> Option<String> {
+    let has_mac = |mac: Mac| match subnets {
+        Some(subnets) => mac == mac_at(gateway(subnets.first)),
+        None => is_address_mac(mac),
+    };
+    let is_ours = link.alias == ALIAS || link.mac.is_some_and(has_mac);
+    (link.kind != "bridge" || !is_ours).then(|| {
+        format!(
+            "no pod can be connected: an interface {} is there and is not gossamer's: choose another name \
+             for the pods' bridge (the setting bridge)",
+            link.name
+        )
+    })
 }
 
 /// The bridge was called otherwise: its address must not stay there. What was plugged into it is plugged in

@@ -12,6 +12,8 @@ use ipnet::IpNet;
 use crate::model::{Addresses, Attachment, Pod, Subnets, Time};
 
 #[cfg(feature = "agent")]
+mod alias;
+#[cfg(feature = "agent")]
 pub mod bridge;
 #[cfg(feature = "agent")]
 pub mod furnish;
@@ -36,12 +38,21 @@ pub enum NoAddress {
     Attached { attachment: Attachment, address: IpAddr },
     #[error("address {address}: it is not one for pods of this node's subnet {subnet}")]
     Outside { address: IpAddr, subnet: IpNet },
+    #[error(
+        "address {address}: it is the gateway of the pods in {subnet}, which is this node itself"
+    )]
+    Gateway { address: IpAddr, subnet: IpNet },
     #[error("address {address}: {holder} has it")]
     Taken { address: IpAddr, holder: Attachment },
     #[error(
         "addresses {first} and {second}: a pod has the same place in both subnets, and these are two places"
     )]
     TwoPlaces { first: IpAddr, second: IpAddr },
+    #[error(
+        "addresses {first} and {second}: a pod has one {} address: ask for one of them",
+        family(*.first)
+    )]
+    TwoOfOne { first: IpAddr, second: IpAddr },
     #[error("all {0} addresses of this node's subnet are in use: see `gossamer pods`")]
     Exhausted(usize),
 }
@@ -195,6 +206,10 @@ impl Pods {
         wishes: &[IpAddr],
     ) -> Result<u32, NoAddress> {
         let place = place_of(subnets, first)?;
+        let same = |other: &&IpAddr| **other != first && other.is_ipv4() == first.is_ipv4();
+        if let Some(&second) = wishes.iter().find(same) {
+            return Err(NoAddress::TwoOfOne { first, second });
+        }
         for &second in wishes {
             let its = place_of(subnets, second)?;
             self.expect_free(second)?;
@@ -240,6 +255,10 @@ pub fn with_length(ip: IpAddr, subnet: IpNet) -> IpNet {
     IpNet::new_assert(ip, subnet.prefix_len())
 }
 
+const fn family(ip: IpAddr) -> &'static str {
+    if ip.is_ipv4() { "IPv4" } else { "IPv6" }
+}
+
 fn addresses_at(subnets: Subnets, place: u32) -> Addresses {
     let second = subnets.second.map(|subnet| address_at(subnet, place));
     Addresses { first: address_at(subnets.first, place), second }
@@ -275,6 +294,9 @@ fn place_of(subnets: Subnets, address: IpAddr) -> Result<u32, NoAddress> {
         }
         _ => None,
     };
+    if place == Some(GATEWAY) {
+        return Err(NoAddress::Gateway { address, subnet });
+    }
     place
         .filter(|place| (GATEWAY + 1..=last_place(subnets)).contains(place))
         .ok_or(NoAddress::Outside { address, subnet })

@@ -84,10 +84,15 @@ fn a_pod_has_the_same_place_in_both_subnets() {
 #[test]
 fn wishes_outside_or_taken_are_refused_and_change_nothing() {
     let mut pods = pods("10.42.7.0/24", None);
-    for outside in ["10.42.7.0", "10.42.7.1", "10.42.7.255", "10.42.8.2", "10.42.6.2", "fd42::2"] {
+    for outside in ["10.42.7.0", "10.42.7.255", "10.42.8.2", "10.42.6.2", "fd42::2"] {
         let refused = pods.give_wished("a", &[ip(outside)]);
         assert!(matches!(refused, Err(NoAddress::Outside { .. })), "{outside}: {refused:?}");
     }
+    let gateway = pods.give_wished("a", &[ip("10.42.7.1")]).expect_err("the gateway").to_string();
+    assert!(gateway.contains("10.42.7.1: it is the gateway"), "{gateway}");
+    let two =
+        pods.give_wished("a", &[ip("10.42.7.5"), ip("10.42.7.6")]).expect_err("two").to_string();
+    assert!(two.contains("a pod has one IPv4 address"), "{two}");
     assert!(pods.give_wished("a", &[ip("10.42.7.254")]).is_ok());
     let taken = pods.give_wished("b", &[ip("10.42.7.254")]).expect_err("taken").to_string();
     assert!(taken.contains("a eth0 has it"), "{taken}");

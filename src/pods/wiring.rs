@@ -29,12 +29,13 @@ use rtnetlink::{
 use sha2::{Digest as _, Sha256};
 
 use super::{
+    alias::{alias, from_alias},
     bridge::{self, ALIAS, Bridge, Mended, PREFIX, Provided, Tenants, mac_at},
     furnish::{DefaultRoute, Inside, Route},
 };
 use crate::{
     dataplane::kernel::interface::{self, Ipv6},
-    model::{Addresses, Attachment, Mac, Pod},
+    model::{Attachment, Mac, Pod},
     netlink::{
         Netlink, Refused, Request,
         link::{ENODEV, Link},
@@ -46,10 +47,6 @@ const HASHED: usize = 5;
 
 /// Places in the batch of changes that must be made; the kernel may refuse the others.
 const NEEDED: [usize; 3] = [0, 1, 3];
-/// How the alias of a pod's end on this host begins.
-const POD_ALIAS: &str = "gossamer pod ";
-/// The kernel takes no longer ones (`IFALIASZ` less the zero at the end).
-const ALIAS_MAX: usize = 255;
 
 /// Why a pod was not connected. Nothing of it is left.
 #[derive(Debug, thiserror::Error)]
@@ -172,6 +169,12 @@ impl Wiring {
         bridge::plug_again(&mut self.netlink, &provided, ports, &mut mended)?;
         self.bridge = Some(provided);
         Ok(mended)
+    }
+
+    /// Why no pod can be plugged into a bridge, if another interface has its name.
+    pub fn obstacle(&mut self, bridge: &Bridge) -> io::Result<Option<String>> {
+        let link = self.netlink.link(&bridge.name)?;
+        Ok(link.and_then(|link| bridge::obstacle(&link, Some(bridge.subnets))))
     }
 
     /// Whether what the kernel tells makes [`Wiring::mend`] necessary.
@@ -396,39 +399,6 @@ pub fn is_link_name(name: &str) -> bool {
     })
 }
 
-/// Who has which addresses behind a port, as far as it fits: the owner may have a long name. A MAC that does
-/// not follow from the address is told too.
-fn alias(pod: &Pod, mac: Mac) -> String {
-    let addresses: Vec<String> = pod.addresses.iter().map(|ip| ip.to_string()).collect();
-    let addresses = addresses.join(",");
-    let addresses = match mac == mac_at(pod.addresses.first) {
-        true => addresses,
-        false => format!("{addresses}={mac}"),
-    };
-    let mut alias = format!("{POD_ALIAS}{addresses} {} {}", pod.attachment, pod.owner);
-    while alias.len() > ALIAS_MAX {
-        alias.pop();
-    }
-    alias
-}
-
-fn from_alias(alias: &str) -> Option<(Pod, Option<Mac>)> {
-    let mut words = alias.strip_prefix(POD_ALIAS)?.splitn(4, ' ');
-    let word = words.next()?;
-    let (addresses, mac) = match word.split_once('=') {
-        Some((addresses, mac)) => (addresses, Some(mac.parse().ok()?)),
-        None => (word, None),
-    };
-    let mut addresses = addresses.split(',').map(str::parse);
-    let first = addresses.next()?.ok()?;
-    let second = addresses.next().transpose().ok()?;
-    let attachment = Attachment::new(words.next()?, words.next()?).ok()?;
-    let owner = words.next().unwrap_or_default().to_owned();
-    // Its path is not known any more; that it is somewhere is certain.
-    let netns = "?".to_owned();
-    Some((Pod { attachment, owner, addresses: Addresses { first, second }, netns }, mac))
-}
-
 fn link_mac(attachment: &Attachment) -> Mac {
     let [a, b, c, d, e] = hash(attachment);
     // Locally administered, and unlike those of pods.
@@ -458,38 +428,6 @@ mod tests {
         assert!(is_link_name(&link_name(&attachment)));
         for other in ["gsm0", "gsm7", "eth0", "gsm012345678", "gsm012345678x", "gossamer.1"] {
             assert!(!is_link_name(other), "{other}");
-        }
-    }
-
-    #[test]
-    fn an_alias_tells_all_of_a_pod_that_fits() {
-        let pod = |owner: &str, second: Option<&str>| Pod {
-            attachment: Attachment::new(&"a".repeat(128), "eth0").expect("a name"),
-            owner: owner.to_owned(),
-            addresses: Addresses {
-                first: [10, 42, 7, 2].into(),
-                second: second.map(|ip| ip.parse().expect("an address")),
-            },
-            netns: "?".to_owned(),
-        };
-        let usual = mac_at([10, 42, 7, 2].into());
-        let asked_for = Mac::from_bytes([2, 0, 0, 0, 0, 5]);
-        for pod in [pod("cni/net", None), pod("docker", Some("fd42:0:0:7::2"))] {
-            let with_mac = from_alias(&alias(&pod, asked_for));
-            assert_eq!(with_mac, Some((pod.clone(), Some(asked_for))));
-            assert_eq!(from_alias(&alias(&pod, usual)), Some((pod, None)));
-        }
-        let long = pod(&"o".repeat(300), None);
-        let (found, _) = from_alias(&alias(&long, usual)).expect("a pod");
-        assert_eq!((alias(&long, usual).len(), found.addresses), (ALIAS_MAX, long.addresses));
-        for other in [
-            "",
-            "gossamer pods",
-            "gossamer pod x",
-            "gossamer pod 10.42.7.2 ../a eth0 o",
-            "gossamer pod 10.42.7.2=x a eth0 o",
-        ] {
-            assert_eq!(from_alias(other), None, "{other}");
         }
     }
 }

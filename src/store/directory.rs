@@ -45,13 +45,7 @@ impl StateDir {
     pub fn open(path: &Path) -> Result<Self, StoreError> {
         let fail = |error| StoreError::Directory { path: path.to_owned(), error };
         fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(fail)?;
-        let names: Vec<_> = fs::read_dir(path)
-            .and_then(|entries| entries.map(|entry| Ok(entry?.file_name())).collect())
-            .map_err(fail)?;
-        let ours = names.iter().all(|name| name == LOCK) || names.iter().any(|name| name == KEY);
-        if !ours {
-            return Err(StoreError::NotOurs { path: path.to_owned() });
-        }
+        expect_ours(path)?;
         fs::set_permissions(path, fs::Permissions::from_mode(0o700)).map_err(fail)?;
         let lock = fs::OpenOptions::new()
             .write(true)
@@ -60,9 +54,22 @@ impl StateDir {
             .mode(0o600)
             .open(path.join(LOCK))
             .map_err(fail)?;
-        let lock = Flock::lock(lock, FlockArg::LockExclusiveNonblock)
-            .map_err(|_| StoreError::InUse { path: path.to_owned() })?;
+        let lock = take(lock, path)?;
         Ok(Self { path: path.to_owned(), _lock: lock })
+    }
+
+    /// The seed of the node's key in a directory that could be taken, if it has one. Changes nothing.
+    ///
+    /// # Errors
+    /// As when it is taken.
+    pub fn look(path: &Path) -> Result<Option<[u8; 32]>, StoreError> {
+        expect_ours(path)?;
+        match fs::File::open(path.join(LOCK)) {
+            Ok(lock) => drop(take(lock, path)?),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(StoreError::Directory { path: path.to_owned(), error }),
+        }
+        node_key(path)
     }
 
     pub fn database(&self) -> PathBuf {
@@ -71,9 +78,7 @@ impl StateDir {
 
     /// The seed of the node's key, if it has one.
     pub fn node_key(&self) -> Result<Option<[u8; 32]>, StoreError> {
-        let path = self.path.join(KEY);
-        let Some(text) = read_if_there(&path)? else { return Ok(None) };
-        key_from_text(&text).map(Some).ok_or(StoreError::Key { path })
+        node_key(&self.path)
     }
 
     pub fn save_node_key(&self, seed: &[u8; 32]) -> Result<(), StoreError> {
@@ -186,6 +191,26 @@ impl StateDir {
     }
 }
 
+/// Nothing else is in it, or it has a key of ours.
+fn expect_ours(path: &Path) -> Result<(), StoreError> {
+    let names: Vec<_> = fs::read_dir(path)
+        .and_then(|entries| entries.map(|entry| Ok(entry?.file_name())).collect())
+        .map_err(|error| StoreError::Directory { path: path.to_owned(), error })?;
+    let ours = names.iter().all(|name| name == LOCK) || names.iter().any(|name| name == KEY);
+    if ours { Ok(()) } else { Err(StoreError::NotOurs { path: path.to_owned() }) }
+}
+
+fn take(lock: fs::File, path: &Path) -> Result<Flock<fs::File>, StoreError> {
+    Flock::lock(lock, FlockArg::LockExclusiveNonblock)
+        .map_err(|_| StoreError::InUse { path: path.to_owned() })
+}
+
+fn node_key(directory: &Path) -> Result<Option<[u8; 32]>, StoreError> {
+    let path = directory.join(KEY);
+    let Some(text) = read_if_there(&path)? else { return Ok(None) };
+    key_from_text(&text).map(Some).ok_or(StoreError::Key { path })
+}
+
 /// Everything that this module or the database ever makes here.
 fn is_ours(name: &OsStr) -> bool {
     let Some(name) = name.to_str() else { return false };
@@ -280,6 +305,25 @@ mod tests {
         }
         fs::write(&file, "0a7d2f1e-9c1b-4c37-9f0d-b0b86d1f0000\n").expect("written");
         assert!(!state.is_same_boot());
+    }
+
+    #[test]
+    fn directory_that_is_only_looked_at_stays_as_it_is() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).expect("chmod");
+        assert_eq!(StateDir::look(dir.path()).expect("looked at"), None);
+        assert_eq!(fs::read_dir(dir.path()).expect("readable").count(), 0);
+        let mode = fs::metadata(dir.path()).expect("metadata").permissions().mode();
+        assert_eq!(mode & 0o777, 0o755);
+        let state = StateDir::open(dir.path()).expect("opens");
+        state.save_node_key(&[7; 32]).expect("saved");
+        let error = StateDir::look(dir.path()).expect_err("held").to_string();
+        assert!(error.contains("another gossamer"), "{error}");
+        drop(state);
+        assert_eq!(StateDir::look(dir.path()).expect("looked at"), Some([7; 32]));
+        let other = tempfile::tempdir().expect("tempdir");
+        fs::write(other.path().join("token"), "theirs").expect("their token");
+        assert!(StateDir::look(other.path()).is_err());
     }
 
     #[test]

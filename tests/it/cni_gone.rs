@@ -9,7 +9,8 @@ use serde_json::json;
 use crate::{
     cni::{Runtime, address, cables, namespaces, pods},
     common::{
-        Cluster, PATIENCE, client, eventually, isolated, program, status_where, tool, wait_until,
+        Cluster, PATIENCE, client, eventually, freeze, isolated, program, status_where, thaw, tool,
+        wait_until,
     },
 };
 
@@ -155,6 +156,75 @@ fn what_ended_while_no_agent_ran_is_noted_and_done_when_it_is_back() {
         cluster.restart(0, &[])?;
         assert_eq!(pods(&mut cluster.agents[0]), 2);
         eventually(&spaces[0], "ip -o link", |links| links.contains("eth0"));
+        Ok(())
+    });
+}
+
+#[test]
+fn notes_left_for_an_agent_that_hangs_are_carried_out_when_it_goes_on() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        let _spaces = namespaces(&["a", "b", "c"])?;
+        let runtime = Runtime::new(&cluster.agents[0]);
+        ["a", "b"].iter().for_each(|name| _ = runtime.add(name));
+        let notes = format!("{}.pending", cluster.agents[0].socket().display());
+        let count = || std::fs::read_dir(&notes).map_or(0, Iterator::count);
+        freeze(&cluster.agents[0])?;
+        // All at once: each waits for as long as an agent may take.
+        std::thread::scope(|scope| {
+            let runtime = &runtime;
+            scope.spawn(|| runtime.del("a"));
+            let valid = json!({ "cni.dev/valid-attachments": [] });
+            scope.spawn(move || assert!(runtime.call("GC", "", &valid).0));
+            for verb in ["ADD", "CHECK"] {
+                scope.spawn(move || {
+                    let (code, why) = runtime.refused(verb, "c", &json!({}));
+                    assert!(code == 11 && why.contains("does not answer"), "{verb}: {code} {why}");
+                });
+            }
+        });
+        assert_eq!(count(), 2);
+        thaw(&cluster.agents[0])?;
+        wait_until("the notes are carried out", PATIENCE, || count() == 0);
+        // What was asked for by a runtime that waits no longer is not done either.
+        assert_eq!(pods(&mut cluster.agents[0]), 0);
+        wait_until("no interface is left", PATIENCE, || cables(&cluster.hosts[0]) == 0);
+        Ok(())
+    });
+}
+
+#[test]
+fn note_that_comes_while_the_agent_runs_is_carried_out_and_spoils_no_later_pod() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        let _spaces = namespaces(&["a"])?;
+        let notes = format!("{}.pending", cluster.agents[0].socket().display());
+        let find = || {
+            let mut notes = std::fs::read_dir(&notes).into_iter().flatten().flatten();
+            notes.next().map(|entry| entry.path())
+        };
+        cluster.agents[0].end(Signal::SIGTERM)?;
+        let runtime = Runtime::new(&cluster.agents[0]);
+        runtime.del("a");
+        let note = find().expect("a note");
+        let text = std::fs::read(&note)?;
+        cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &[])?;
+        cluster.converge()?;
+        wait_until("the note is carried out", PATIENCE, || find().is_none());
+        let runtime = Runtime::new(&cluster.agents[0]);
+        runtime.add("a");
+        // As an agent finds it that has hung while the plugin wrote it.
+        std::fs::write(&note, &text)?;
+        wait_until("the pod is gone", PATIENCE, || pods(&mut cluster.agents[0]) == 0);
+        wait_until("the note is gone", PATIENCE, || find().is_none());
+        // The runtime has noted the end of the former pod, and asks for the next one at once.
+        let runtime = Runtime::new(&cluster.agents[0]);
+        runtime.add("a");
+        std::fs::write(&note, &text)?;
+        runtime.add("a");
+        wait_until("the note is gone", PATIENCE, || find().is_none());
+        assert_eq!(pods(&mut cluster.agents[0]), 1);
+        assert_eq!(cables(&cluster.hosts[0]), 1);
         Ok(())
     });
 }

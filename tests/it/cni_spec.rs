@@ -258,3 +258,48 @@ fn gc_removes_what_is_not_valid_under_the_key_of_each_version_of_libcni() {
         Ok(())
     });
 }
+
+#[test]
+fn check_names_the_route_of_the_earlier_result_that_is_gone() {
+    isolated(|lab| {
+        let cluster = Cluster::start(lab, 1)?;
+        let spaces = namespaces(&["a"])?;
+        let (runtime, pod) = (Runtime::new(&cluster.agents[0]), &spaces[0]);
+        let mut result = runtime.add("a");
+        let gateway = result["ips"][0]["gateway"].as_str().expect("a gateway").to_owned();
+        let check = |result: &Value| runtime.call("CHECK", "a", &json!({ "prevResult": result }));
+        let names = |result: &Value, route: &str| {
+            let (done, error) = check(result);
+            assert!(!done && error["code"] == 5, "{error}");
+            let said = error["msg"].as_str().expect("a text");
+            assert!(said.contains(&format!("the route {route} of prevResult")), "{said}");
+        };
+        assert!(check(&result).0);
+        tool(pod, "ip route del default");
+        let default = format!("0.0.0.0/0 via {gateway}");
+        names(&result, &default);
+        // Another one in its place is not the one that was given.
+        let other = gateway.rsplit_once('.').map(|(net, _)| format!("{net}.77")).expect("dots");
+        tool(pod, &format!("ip route add default via {other} dev eth0 onlink"));
+        names(&result, &default);
+        tool(pod, &format!("ip route replace default via {gateway}"));
+        assert!(check(&result).0);
+        // Those that plugins behind gossamer have added, in any table and family.
+        for (more, route, command) in [
+            (json!({ "dst": "192.0.2.0/24" }), "192.0.2.0/24", "192.0.2.0/24 dev eth0"),
+            (
+                json!({ "dst": "198.51.100.0/24", "table": 100, "priority": 7 }),
+                "198.51.100.0/24 metric 7 table 100",
+                "198.51.100.0/24 dev eth0 metric 7 table 100",
+            ),
+            (json!({ "dst": "2001:db8::/32" }), "2001:db8::/32", "2001:db8::/32 dev lo"),
+        ] {
+            tool(pod, "ip link set lo up");
+            result["routes"].as_array_mut().expect("a list").push(more);
+            names(&result, route);
+            tool(pod, &format!("ip route add {command}"));
+            assert!(check(&result).0, "{route}");
+        }
+        Ok(())
+    });
+}

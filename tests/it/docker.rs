@@ -155,6 +155,17 @@ fn what_docker_cannot_have_is_refused_and_changes_nothing() {
         let option = json!({ "com.docker.network.generic": { "speed": "fast" } });
         let option = json!({ "NetworkID": "n", "IPv4Data": [{ "Pool": pool }], "Options": option });
         let any = "10.42.99.0/24";
+        let group = "01:00:5e:00:00:01";
+        let of_group = json!({ "com.docker.network.endpoint.macaddress": group });
+        // Docker sends null for what it has nothing of.
+        let nulls = json!({
+            "NetworkID": "n", "Options": null, "IPv4Data": [{ "Pool": pool }], "IPv6Data": null,
+        });
+        plugin.done("NetworkDriver.CreateNetwork", &nulls);
+        plugin.done("NetworkDriver.CreateNetwork", &json!({ "IPv4Data": null }));
+        plugin
+            .done("IpamDriver.RequestPool", &json!({ "Pool": null, "Options": null, "V6": null }));
+        plugin.done("NetworkDriver.Leave", &Value::Null);
         let cases = [
             ("NetworkDriver.CreateNetwork", foreign, "--ipam-driver gossamer"),
             ("NetworkDriver.CreateNetwork", option, "option speed=fast"),
@@ -166,6 +177,22 @@ fn what_docker_cannot_have_is_refused_and_changes_nothing() {
             ("NetworkDriver.Join", json!({ "EndpointID": "../e1" }), "../e1"),
             ("NetworkDriver.EndpointOperInfo", json!({ "EndpointID": "e9" }), "endpoint e9"),
             ("NetworkDriver.Join", json!({ "EndpointID": 9 }), "the request"),
+            (
+                "NetworkDriver.CreateEndpoint",
+                json!({ "EndpointID": "e2", "Interface": { "Address": first, "MacAddress": group } }),
+                "not that of one interface",
+            ),
+            (
+                "NetworkDriver.CreateEndpoint",
+                json!({ "EndpointID": "e2", "Interface": { "Address": first, "MacAddress": "x" } }),
+                "MacAddress",
+            ),
+            ("IpamDriver.RequestAddress", json!({ "PoolID": pool, "Options": of_group }), group),
+            (
+                "NetworkDriver.CreateNetwork",
+                json!({ "IPv4Data": [{ "Pool": 7 }] }),
+                "IPv4Data[0].Pool",
+            ),
             ("IpamDriver.RequestPool", json!({ "Pool": any }), any),
             ("IpamDriver.RequestPool", json!({ "Pool": "ten" }), "ten"),
             (

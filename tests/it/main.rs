@@ -11,6 +11,7 @@ mod cluster;
 mod cni;
 mod cni_chain;
 mod cni_gone;
+mod cni_install;
 mod cni_pods;
 mod cni_spec;
 mod cni_versions;

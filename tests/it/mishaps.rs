@@ -239,7 +239,13 @@ fn cleanup_takes_everything_of_ours_and_nothing_else() {
         tool(&host.netns, "nft add table inet gossamer.77");
         tool(&host.netns, "nft add table inet mine");
 
+        // As a disk that was cleared by hand has it.
+        fs::remove_file(state.join("lock"))?;
+        let content =
+            || tool(&host.netns, &format!("find {} -printf %p%m%T@\\n", host.dir.display()));
+        let before = content();
         let listed = clean("--dry-run");
+        assert_eq!(content(), before, "a dry run has changed something");
         let listed = String::from_utf8(listed.stdout)?;
         for words in [
             "would remove device gossamer.1",

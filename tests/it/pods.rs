@@ -16,8 +16,8 @@ use serde_json::json;
 use crate::{
     cni::{Runtime, address, cables, namespaces, pods},
     common::{
-        Cluster, PATIENCE, eventually, gossamer_token, isolated, program, run, status_where, tool,
-        wait_until,
+        Cluster, PATIENCE, client, eventually, gossamer_token, isolated, program, run,
+        status_where, tool, wait_until,
     },
     mishaps::lose_database,
 };
@@ -39,7 +39,8 @@ fn what_others_do_to_the_bridge_is_put_right() {
             wait_until(what, PATIENCE, || {
                 let ports = tool(host, "ip -o link show type veth master pods0 up");
                 let addresses = String::from_utf8(run(host, "ip addr show pods0").stdout);
-                ports.lines().count() == 2
+                // Beside what the agent tries forwarding with.
+                ports.lines().filter(|line| line.contains(": gsm")).count() == 2
                     && addresses.is_ok_and(|text| text.contains("/24") && text.contains("state UP"))
             });
         };
@@ -65,7 +66,8 @@ fn what_others_do_to_the_bridge_is_put_right() {
         cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &bridge)?;
         let host = &cluster.hosts[0].netns;
         eventually(host, "ip -o link show type veth up", |text| {
-            text.lines().filter(|line| line.contains("master pods0")).count() == 2
+            let of_pod = |line: &&str| line.contains(": gsm") && line.contains("master pods0");
+            text.lines().filter(of_pod).count() == 2
         });
         Ok(())
     });
@@ -219,11 +221,12 @@ fn a_bridge_of_somebody_else_is_left_alone_and_one_of_ours_may_get_another_name(
         });
         tool(host, "ip link add br0 type bridge");
         cluster.agents[0].end(Signal::SIGTERM)?;
-        let start = |cluster: &mut Cluster, bridge: &str| {
-            cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &["--bridge", bridge])?;
-            cluster.converge()
-        };
-        start(&mut cluster, "br0")?;
+        let start =
+            |bridge: &str| Agent::start(program(), &cluster.hosts[0], &["--bridge", bridge]);
+        cluster.agents[0] = start("br0")?;
+        status_where(&mut cluster.agents[0], |status| {
+            status["pods_refused"].to_string().contains("not gossamer's")
+        });
         let (code, why) = Runtime::new(&cluster.agents[0]).refused("ADD", "b", &json!({}));
         assert!(code == 5 && why.contains("not gossamer's"), "{code} {why}");
         assert_eq!(pods(&mut cluster.agents[0]), 1);
@@ -231,13 +234,115 @@ fn a_bridge_of_somebody_else_is_left_alone_and_one_of_ours_may_get_another_name(
         assert!(!tool(host, "ip addr show br0").contains("10.42."));
 
         cluster.agents[0].end(Signal::SIGTERM)?;
-        start(&mut cluster, "pods0")?;
+        cluster.agents[0] = start("pods0")?;
+        cluster.converge()?;
         let host = &cluster.hosts[0].netns;
         eventually(host, "ip -o link show type veth master pods0", |text| {
-            text.lines().count() == 1
+            text.lines().filter(|line| line.contains(": gsm")).count() == 1
         });
         assert!(!run(host, "ip link show gsm0").status.success());
         tool(&spaces[0], &format!("ping -c 1 -W 2 {gateway}"));
+        Ok(())
+    });
+}
+
+#[test]
+fn bridge_of_another_program_is_told_by_every_verdict_and_its_going_too() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        let host = &cluster.hosts[0].netns;
+        tool(host, "ip link add mine type bridge");
+        tool(host, "ip link add other type veth peer name otherp");
+        let _spaces = namespaces(&["a"])?;
+        for name in ["mine", "other", "eth0"] {
+            cluster.agents[0].end(Signal::SIGTERM)?;
+            cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &["--bridge", name])?;
+            let why = format!("an interface {name} is there and is not gossamer's");
+            // Before any pod is asked for.
+            let status = status_where(&mut cluster.agents[0], |status| {
+                assert!(status["converged"] == false, "{status:#}");
+                status["pods_refused"].to_string().contains(&why)
+            });
+            assert!(status["problems"].to_string().contains(&why), "{status:#}");
+            let agent = &cluster.agents[0];
+            let (code, said) = Runtime::new(agent).refused("STATUS", "", &json!({}));
+            assert!(code == 50 && said.contains(&why), "{code} {said}");
+            let (_, said) = Runtime::new(agent).refused("ADD", "a", &json!({}));
+            assert!(said.contains(&why), "{said}");
+            let said = client(agent, &["status"]);
+            assert_eq!(said.status.code(), Some(3), "{said:?}");
+            let said = client(agent, &["doctor"]).stdout;
+            let said =
+                String::from_utf8_lossy(&said).split_whitespace().collect::<Vec<_>>().join(" ");
+            assert!(said.contains(&why), "{said}");
+            let socket = agent.socket().display().to_string();
+            let ready =
+                format!("curl -s --unix-socket {socket} http://gossamer/readyz -w %{{http_code}}");
+            let said = tool(&cluster.hosts[0].netns, &ready);
+            assert!(said.ends_with("503") && said.contains(&why), "{said}");
+        }
+        // An operator makes room.
+        cluster.agents[0].end(Signal::SIGTERM)?;
+        cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &["--bridge", "mine"])?;
+        status_where(&mut cluster.agents[0], |status| status["pods_refused"].is_string());
+        tool(&cluster.hosts[0].netns, "ip link del mine");
+        cluster.converge()?;
+        let runtime = Runtime::new(&cluster.agents[0]);
+        assert!(runtime.call("STATUS", "", &json!({})).0);
+        runtime.add("a");
+        let log = cluster.agents[0].log();
+        assert!(!log.contains("what another program had changed"), "{log}");
+        Ok(())
+    });
+}
+
+#[test]
+fn doctor_names_an_interface_in_the_place_of_the_bridge_without_an_agent() {
+    isolated(|lab| {
+        let host = lab.host(1, "n1")?;
+        tool(&host.netns, "ip link add gsm0 type veth peer name gsm0p");
+        let state = host.dir.join("state").display().to_string();
+        let socket = host.dir.join("none.sock").display().to_string();
+        let doctor =
+            format!("{} doctor --state-dir {state} --socket {socket}", program().display());
+        let said = String::from_utf8(run(&host.netns, &doctor).stdout)?;
+        let said = said.split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(said.contains("an interface gsm0 is there and is not gossamer's"), "{said}");
+        Ok(())
+    });
+}
+
+#[test]
+fn what_the_operators_settings_change_about_the_bridge_is_blamed_on_no_other_program() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        let spaces = namespaces(&["a", "b"])?;
+        let runtime = Runtime::new(&cluster.agents[0]);
+        let a = runtime.add("a");
+        runtime.add("b");
+        for (name, mtu) in [("pods0", "1450"), ("pods1", "1450"), ("pods1", "1400")] {
+            cluster.agents[0].end(Signal::SIGTERM)?;
+            let settings = ["--bridge", name, "--mtu", mtu];
+            cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &settings)?;
+            eventually(&cluster.hosts[0].netns, "ip -o link show type veth up", |text| {
+                text.lines().filter(|line| line.contains(&format!("master {name} "))).count() >= 2
+            });
+            eventually(&cluster.hosts[0].netns, &format!("ip -o link show {name}"), |text| {
+                text.contains(&format!("mtu {mtu}"))
+            });
+            let gateway = a["ips"][0]["gateway"].as_str().expect("a gateway");
+            eventually(&spaces[0], &format!("ping -c 1 -W 2 {gateway}"), |text| {
+                text.contains("1 received")
+            });
+            cluster.converge()?;
+        }
+        let status = cluster.agents[0].ask("/v1/status", PATIENCE)?;
+        let log = cluster.agents[0].log();
+        assert!(!log.contains("what another program had changed"), "{log}");
+        assert_eq!(status["kernel"]["repairs"]["bridge"], serde_json::Value::Null, "{status}");
+        // What others do from then on is.
+        tool(&cluster.hosts[0].netns, "ip link set pods1 down");
+        status_where(&mut cluster.agents[0], |status| status["kernel"]["repairs"]["bridge"] == 1);
         Ok(())
     });
 }

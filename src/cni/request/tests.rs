@@ -231,6 +231,8 @@ fn what_cannot_be_honoured_is_named_with_the_specifications_number() {
         ("IgnoreUnknown=0;A=b", json!({}), 4, "A is not known"),
         ("IgnoreUnknown=perhaps", json!({}), 4, "IgnoreUnknown=perhaps"),
         ("IP", json!({}), 4, "KEY=VALUE"),
+        ("IP=10.42.7.9;IP=10.42.7.8", json!({}), 4, "IP is said twice: 10.42.7.9 and 10.42.7.8"),
+        ("", json!({ "runtimeConfig": { "ips": ["10.42.7.9", 7] } }), 7, "runtimeConfig.ips[1]: "),
     ] {
         let error = wishes(arguments, more.clone()).expect_err(words);
         assert!(error.code == code && error.msg.contains(words), "{arguments} {more}: {error:?}");
@@ -249,6 +251,16 @@ fn what_is_missing_or_wrong_is_named_by_the_specifications_number() {
         (with("CNI_COMMAND", "PLUG"), CONFIG, code::BAD_ENVIRONMENT, "PLUG"),
         (with("CNI_CONTAINERID", "../etc"), CONFIG, code::BAD_ENVIRONMENT, "../etc"),
         (with("CNI_IFNAME", "a/b"), CONFIG, code::BAD_ENVIRONMENT, "a/b"),
+        (with("CNI_IFNAME", "eth%d"), CONFIG, code::BAD_ENVIRONMENT, "a number"),
+        (with("CNI_IFNAME", "all"), CONFIG, code::BAD_ENVIRONMENT, "sysctls"),
+        (with("CNI_IFNAME", "default"), CONFIG, code::BAD_ENVIRONMENT, "sysctls"),
+        (ADD.to_vec(), r#"{"dns": {"search": [a]}}"#, code::UNDECODABLE, "dns.search[0]: expected"),
+        (
+            with("CNI_COMMAND", "GC"),
+            r#"{"cniVersion": "1.0.0"}"#,
+            code::INCOMPATIBLE_VERSION,
+            "CNI_COMMAND GC: cniVersion 1.0.0",
+        ),
         (ADD.to_vec(), "{", code::UNDECODABLE, "stdin"),
         (ADD.to_vec(), "", code::UNDECODABLE, "stdin"),
         (ADD.to_vec(), "[]", code::UNDECODABLE, "stdin"),
@@ -363,7 +375,17 @@ fn what_is_still_valid_is_read_under_both_keys_and_null_is_an_empty_list() {
     let both = json!({ "cni.dev/attachments": one("a"), "cni.dev/valid-attachments": one("b") });
     assert_eq!(valid(both), Ok(2));
     assert_eq!(valid(json!({})), Err(7));
-    assert_eq!(valid(json!({ "cni.dev/valid-attachments": [{}] })), Err(7));
+    let error = config(json!({ "cni.dev/valid-attachments": [null, {}] }));
+    let (error, _) = parse(&with("CNI_COMMAND", "GC"), &error).expect_err("no name");
+    assert_eq!(error.code, 7);
+    let where_and_what = "cni.dev/valid-attachments[1]: missing field `containerID`";
+    assert!(error.msg.contains(where_and_what), "{error:?}");
+}
+
+#[test]
+fn cni_args_that_say_the_same_twice_and_unknown_ones_are_read() {
+    let wished = wishes("IP=10.42.7.9;IP=10.42.7.9;A=1;A=2;IgnoreUnknown=1", json!({}));
+    assert_eq!(wished.map(|wishes| wishes.addresses), Ok(vec![ip("10.42.7.9")]));
 }
 
 #[test]

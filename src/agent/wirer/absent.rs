@@ -1,0 +1,68 @@
+//! Cables of pods that are not there any more, and cables that no container uses.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+    time::Instant,
+};
+
+use super::{LOOK, Looked, Suspect, Wired};
+use crate::pods::{
+    bridge::{Mended, Tenants},
+    wiring::loose_end,
+};
+
+/// Cables whose loose ends Docker has fetched. It puts an end back on this host when the container has ended
+/// or has left the network, and tells the agent, if that runs.
+#[derive(Default)]
+pub(super) struct Fetched(pub(super) BTreeSet<String>);
+
+impl Fetched {
+    /// Cables that are of no container any more: those that are not there, and those with a loose end again.
+    pub(super) fn gone(&mut self, tenants: &Tenants, seen: &Mended) -> BTreeSet<String> {
+        let is_fetched =
+            |cable: &&String| !seen.absent.contains(*cable) && !seen.loose.contains(*cable);
+        self.0.extend(tenants.keys().filter(is_fetched).cloned());
+        self.0.retain(|cable| tenants.contains_key(cable));
+        seen.absent.iter().chain(seen.loose.intersection(&self.0)).cloned().collect()
+    }
+}
+
+/// Tells of cables that are not there, as often as that changes, and of those that have not been there for
+/// long enough.
+pub(super) fn note_absent(
+    known: &mut BTreeMap<String, Instant>,
+    absent: &BTreeSet<String>,
+    now: Instant,
+    report: &impl Fn(Wired),
+) {
+    let before = known.len();
+    known.retain(|link, _| absent.contains(link));
+    let mut is_news = known.len() != before;
+    for link in absent {
+        is_news |= !known.contains_key(link);
+        known.entry(link.clone()).or_insert(now);
+    }
+    let confirmed: BTreeSet<String> = known
+        .iter()
+        .filter(|(_, since)| now.duration_since(**since) >= LOOK)
+        .map(|(link, _)| link.clone())
+        .collect();
+    if is_news || !confirmed.is_empty() {
+        report(Wired::Absent { links: absent.clone(), confirmed });
+    }
+}
+
+/// Sorts pods by what the kernel and the file system still have of them.
+pub(super) fn look(pods: Vec<Suspect>, links: &BTreeSet<String>, fetched: &Fetched) -> Looked {
+    let mut looked = Looked::default();
+    for Suspect { link, netns } in pods {
+        let is_back = links.contains(&loose_end(&link)) && fetched.0.contains(&link);
+        if !links.contains(&link) || is_back {
+            looked.gone.insert(link);
+        } else if Path::new(&netns).symlink_metadata().is_err() {
+            looked.going.insert(link);
+        }
+    }
+    looked
+}

@@ -1,0 +1,93 @@
+//! JSON of container runtimes: what is wrong with it is said with the place in it.
+
+use serde::{Deserialize, Deserializer, de::DeserializeOwned};
+use serde_path_to_error::{Path, Segment};
+
+/// Reads what a runtime has sent.
+///
+/// # Errors
+/// What is wrong, behind the path of the field where it is.
+pub fn read<T: DeserializeOwned>(input: &[u8]) -> Result<T, String> {
+    let mut source = serde_json::Deserializer::from_slice(input);
+    let read = serde_path_to_error::deserialize(&mut source).map_err(|error| at_path(&error));
+    read.and_then(|value| source.end().map(|()| value).map_err(|error| error.to_string()))
+}
+
+/// The same for a part of it that is a value already.
+///
+/// # Errors
+/// As for [`read`].
+pub fn read_value<T: DeserializeOwned>(value: &serde_json::Value) -> Result<T, String> {
+    serde_path_to_error::deserialize(value).map_err(|error| at_path(&error))
+}
+
+/// Reads a field that may be null, which is as good as no field.
+///
+/// # Errors
+/// For a value of another type.
+pub fn or_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Default + Deserialize<'de>,
+{
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
+}
+
+fn at_path(error: &serde_path_to_error::Error<serde_json::Error>) -> String {
+    match shown(error.path()) {
+        path if path.is_empty() => error.inner().to_string(),
+        path => format!("{path}: {}", error.inner()),
+    }
+}
+
+/// The names and numbers on the way; what the reader itself makes up is left out.
+fn shown(path: &Path) -> String {
+    let mut text = String::new();
+    for segment in path {
+        match segment {
+            Segment::Seq { index } => text.push_str(&format!("[{index}]")),
+            Segment::Map { key } => {
+                let dot = if text.is_empty() { "" } else { "." };
+                text.push_str(&format!("{dot}{key}"));
+            }
+            Segment::Enum { .. } | Segment::Unknown => {}
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    #[derive(Debug, Default, PartialEq, Deserialize)]
+    #[serde(default)]
+    struct Sample {
+        #[serde(deserialize_with = "or_default")]
+        list: Vec<BTreeMap<String, u8>>,
+    }
+
+    #[test]
+    fn error_names_the_field_and_the_place_in_the_list() {
+        let sample = |text: &str| read::<Sample>(text.as_bytes());
+        assert_eq!(sample(r#"{"list": null, "more": 1}"#), Ok(Sample::default()));
+        let error = sample(r#"{"list": [{"a": 1}, {"b": "c"}]}"#).expect_err("no number");
+        assert!(error.starts_with("list[1].b: invalid type: string"), "{error}");
+        let error = sample("7").expect_err("no object");
+        assert!(error.starts_with("invalid type"), "{error}");
+        let error = sample("{} x").expect_err("more behind it");
+        assert!(error.contains("trailing characters"), "{error}");
+    }
+
+    #[test]
+    fn error_of_syntax_names_the_field_too() {
+        let error = read::<Value>(br#"{"a": {"b": [1, x]}}"#).expect_err("no JSON");
+        assert!(error.starts_with("a.b[1]: expected value"), "{error}");
+        let error = read_value::<Vec<u8>>(&json!([1, null])).expect_err("no number");
+        assert!(error.starts_with("[1]: invalid type: null"), "{error}");
+    }
+}

@@ -1,0 +1,80 @@
+//! What the alias of a pod's end on this host says: who it is of, for a node that has lost its memory.
+
+use super::bridge::mac_at;
+use crate::model::{Addresses, Attachment, Mac, Pod};
+
+/// How the alias of a pod's end on this host begins.
+const POD_ALIAS: &str = "gossamer pod ";
+/// The kernel takes no longer ones (`IFALIASZ` less the zero at the end).
+const ALIAS_MAX: usize = 255;
+
+/// Who has which addresses behind a port, as far as it fits: the owner may have a long name. A MAC that does
+/// not follow from the address is told too.
+pub(super) fn alias(pod: &Pod, mac: Mac) -> String {
+    let addresses: Vec<String> = pod.addresses.iter().map(|ip| ip.to_string()).collect();
+    let addresses = addresses.join(",");
+    let addresses = match mac == mac_at(pod.addresses.first) {
+        true => addresses,
+        false => format!("{addresses}={mac}"),
+    };
+    let mut alias = format!("{POD_ALIAS}{addresses} {} {}", pod.attachment, pod.owner);
+    while alias.len() > ALIAS_MAX {
+        alias.pop();
+    }
+    alias
+}
+
+/// Reads such an alias.
+pub(super) fn from_alias(alias: &str) -> Option<(Pod, Option<Mac>)> {
+    let mut words = alias.strip_prefix(POD_ALIAS)?.splitn(4, ' ');
+    let word = words.next()?;
+    let (addresses, mac) = match word.split_once('=') {
+        Some((addresses, mac)) => (addresses, Some(mac.parse().ok()?)),
+        None => (word, None),
+    };
+    let mut addresses = addresses.split(',').map(str::parse);
+    let first = addresses.next()?.ok()?;
+    let second = addresses.next().transpose().ok()?;
+    let attachment = Attachment::new(words.next()?, words.next()?).ok()?;
+    let owner = words.next().unwrap_or_default().to_owned();
+    // Its path is not known any more; that it is somewhere is certain.
+    let netns = "?".to_owned();
+    Some((Pod { attachment, owner, addresses: Addresses { first, second }, netns }, mac))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_alias_tells_all_of_a_pod_that_fits() {
+        let pod = |owner: &str, second: Option<&str>| Pod {
+            attachment: Attachment::new(&"a".repeat(128), "eth0").expect("a name"),
+            owner: owner.to_owned(),
+            addresses: Addresses {
+                first: [10, 42, 7, 2].into(),
+                second: second.map(|ip| ip.parse().expect("an address")),
+            },
+            netns: "?".to_owned(),
+        };
+        let usual = mac_at([10, 42, 7, 2].into());
+        let asked_for = Mac::from_bytes([2, 0, 0, 0, 0, 5]);
+        for pod in [pod("cni/net", None), pod("docker", Some("fd42:0:0:7::2"))] {
+            let with_mac = from_alias(&alias(&pod, asked_for));
+            assert_eq!(with_mac, Some((pod.clone(), Some(asked_for))));
+            assert_eq!(from_alias(&alias(&pod, usual)), Some((pod, None)));
+        }
+        let long = pod(&"o".repeat(300), None);
+        let (found, _) = from_alias(&alias(&long, usual)).expect("a pod");
+        assert_eq!((alias(&long, usual).len(), found.addresses), (ALIAS_MAX, long.addresses));
+        for other in [
+            "",
+            "gossamer pods",
+            "gossamer pod x",
+            "gossamer pod 10.42.7.2 ../a eth0 o",
+            "gossamer pod 10.42.7.2=x a eth0 o",
+        ] {
+            assert_eq!(from_alias(other), None, "{other}");
+        }
+    }
+}
