@@ -39,7 +39,7 @@ impl Agent {
     /// Answers Docker, now or when this node has a subnet.
     pub(super) fn on_docker(&mut self, request: Request) {
         let is_early = request.needs_subnet() && !self.has_subnet_in_use();
-        if is_early && self.store_problem.is_none() {
+        if is_early && self.store_problem().is_none() {
             self.pods.early.push((Instant::now(), request));
         } else {
             self.answer_docker(request);

@@ -12,8 +12,10 @@ mod clock;
 mod company;
 mod data_plane;
 mod docker;
+mod doors;
 mod events;
 mod forwarder;
+mod host_view;
 mod inquest;
 mod knock;
 mod kubernetes;
@@ -143,7 +145,7 @@ struct Agent {
     /// Pings that wait for answers.
     rounds: Vec<Round>,
     leave_reply: Option<oneshot::Sender<Result<Option<String>, String>>>,
-    store_problem: Option<String>,
+    store_failure: Option<String>,
     service: Service,
     journal: Journal,
     surveys: Surveys,
@@ -274,11 +276,11 @@ impl Agent {
             }
             News::Disk(Written::Failing(why)) => {
                 tracing::error!(%why, "cannot write to the state directory: nothing new is granted");
-                self.store_problem = Some(why);
+                self.store_failure = Some(why);
             }
             News::Disk(Written::Recovered) => {
                 tracing::info!("the state directory can be written again");
-                self.store_problem = None;
+                self.store_failure = None;
             }
             News::Disk(Written::Emptied) => {
                 tracing::error!("the database was lost and is written anew");

@@ -234,7 +234,7 @@ impl Agent {
     /// As long as nobody can be.
     pub(super) fn ready_bridge(&self) -> Result<Bridge, PodError> {
         let not_ready = |why: String| PodError::new(PodErrorKind::NotReady, why);
-        if let Some(why) = &self.store_problem {
+        if let Some(why) = self.store_problem() {
             return Err(not_ready(format!("the state directory cannot be written: {why}")));
         }
         let view = self.subnet_in_use();

@@ -1,10 +1,137 @@
 //! What a node knows when it starts, whatever has become of its disk.
 
+use std::{
+    net::IpAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use nix::errno::Errno;
+use tokio::sync::oneshot;
+
+use super::{StartFailure, start::random, waiting::Waiting};
 use crate::{
     config::Config,
     store::{Database, Opened, StateDir, StoreError},
-    wire::{Key, Record, Token},
+    transport::NodeKey,
+    wire::{Key, Keyring, Record, Token},
+    worker::Thread,
 };
+
+/// A state directory that could not be read is read again after this.
+const RETRY: Duration = Duration::from_secs(1);
+/// What takes longer is said in the status.
+const USUAL: Duration = Duration::from_secs(2);
+
+/// What a node finds in its state directory.
+pub(super) struct Memory {
+    pub(super) state: Arc<StateDir>,
+    pub(super) key: NodeKey,
+    /// The node has started for the first time.
+    pub(super) is_fresh: bool,
+    pub(super) saved: Option<Token>,
+    pub(super) keyring: Option<Keyring>,
+    /// The address of this host and the MTU of its overlay, as they last were.
+    pub(super) underlay: Option<(IpAddr, u32)>,
+    pub(super) is_same_boot: bool,
+    pub(super) recalled: Recalled,
+}
+
+/// Reads the state directory, and waits for it while the system does not let a known node read or write it:
+/// none if a signal ends the agent first. A thread reads, so a disk that hangs keeps neither questions nor
+/// signals waiting.
+///
+/// # Errors
+/// The directory cannot be this node's, or has what this program cannot use, or is of a new node and fails.
+pub(super) async fn memory(
+    config: &Config,
+    waiting: &mut Waiting<'_>,
+) -> Result<Option<Memory>, StartFailure> {
+    let path = config.state_dir.display();
+    loop {
+        let (reply, answer) = oneshot::channel();
+        let of_thread = config.clone();
+        // Not waited for: a disk that hangs would keep the agent.
+        let _thread = Thread::start("recall", move || _ = reply.send(read(&of_thread)))?;
+        let mut answer = std::pin::pin!(answer);
+        let since = Instant::now();
+        let read = loop {
+            let turn = waiting.until(tokio::time::timeout(USUAL, &mut answer)).await;
+            match turn {
+                None => return Ok(None),
+                Some(Ok(answer)) => break answer,
+                Some(Err(_)) => waiting.say(format!(
+                    "waiting for the state directory: {path} has not answered for {} s: look at its disk",
+                    since.elapsed().as_secs()
+                )),
+            }
+        };
+        // A thread that panicked has logged it.
+        let read = read.map_err(|_| StoreError::Database("it could not be read".to_owned()))?;
+        match read {
+            Err(StartFailure::Store(error)) if may_pass(config, &error) => {
+                waiting.say(format!("waiting for the state directory: {error}"));
+            }
+            read => return read.map(Some),
+        }
+        if waiting.until(tokio::time::sleep(RETRY)).await.is_none() {
+            return Ok(None);
+        }
+    }
+}
+
+/// Whether a failure is of the disk or of this host's resources, and the state directory of a node that is
+/// known: its pods are there, and it goes on once the disk does.
+fn may_pass(config: &Config, error: &StoreError) -> bool {
+    let StoreError::Directory { error, .. } = error else { return false };
+    let is_of_disk = matches!(
+        error.raw_os_error().map(Errno::from_raw),
+        Some(
+            Errno::ENOSPC
+                | Errno::EDQUOT
+                | Errno::EROFS
+                | Errno::EIO
+                | Errno::ESTALE
+                | Errno::ETIMEDOUT
+                | Errno::ENOMEM
+                | Errno::EMFILE
+                | Errno::ENFILE
+        )
+    );
+    is_of_disk && StateDir::is_known(&config.state_dir)
+}
+
+fn read(config: &Config) -> Result<Memory, StartFailure> {
+    let state = Arc::new(StateDir::open(&config.state_dir)?);
+    let seed = state.node_key()?;
+    let is_fresh = seed.is_none();
+    let memory = read_node(config, state.clone(), seed);
+    if is_fresh && memory.is_err() {
+        state.wipe()?;
+    }
+    memory
+}
+
+fn read_node(
+    config: &Config,
+    state: Arc<StateDir>,
+    seed: Option<[u8; 32]>,
+) -> Result<Memory, StartFailure> {
+    let is_fresh = seed.is_none();
+    let key = match seed {
+        Some(seed) => NodeKey::from_seed(seed)?,
+        None => {
+            let key = NodeKey::from_seed(random()?)?;
+            state.save_node_key(key.seed())?;
+            key
+        }
+    };
+    let saved = state.token()?;
+    let recalled = recall(&state, config, saved.as_ref())?;
+    let (keyring, underlay) = (state.keyring()?, state.underlay()?);
+    let is_same_boot = state.is_same_boot();
+    Ok(Memory { state, key, is_fresh, saved, keyring, underlay, is_same_boot, recalled })
+}
 
 /// What a node begins with.
 pub(super) struct Recalled {
@@ -16,7 +143,7 @@ pub(super) struct Recalled {
 
 /// Opens the database. One that was damaged is moved aside: the other members know most of what was in it. A
 /// node that knows none of them takes the second copy of what makes a node.
-pub(super) fn recall(
+fn recall(
     state: &StateDir,
     config: &Config,
     saved: Option<&Token>,

@@ -3,21 +3,22 @@
 
 use std::{
     io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::unix::net,
-    sync::Arc,
     time::Instant,
 };
 
-use ipnet::IpNet;
 use sha2::{Digest as _, Sha256};
-use tokio::{net::UnixListener, sync::mpsc};
+use tokio::sync::mpsc;
 
 use super::{
     Agent, Archive, Arrivals, Clock, Company, Ending, Forwarder, Gate, Inquest, Journal,
     KernelState, News, PodState, Prober, Programmer, Reread, Service, Signals, Source, Surveys,
-    Wirer, kubernetes,
-    recall::{Recalled, recall},
+    Wirer,
+    doors::Doors,
+    host_view::{self, HostView},
+    kubernetes,
+    recall::{self, Memory, Recalled},
     underlay,
     waiting::Waiting,
     wirer::Job,
@@ -26,17 +27,12 @@ use crate::{
     api,
     config::{Config, ConfigError, DEFAULT_VXLAN_PORT},
     core::{Founding, Node, NodeConfig, StartError},
-    dataplane::{
-        desired::device_name,
-        kernel::{Kernel, KernelError},
-        overlap::{Foreign, ForeignKind},
-    },
-    docker,
-    model::{BootId, ClusterId, ClusterRecord, ClusterSettings, Mac, NodeId, Pool, Time, Vtep},
+    dataplane::{kernel::KernelError, overlap::ForeignKind},
+    icmp::Heard,
+    model::{BootId, ClusterId, ClusterRecord, ClusterSettings, Mac, NodeId, Time, Vtep},
     netlink::Netlink,
-    pods::wiring::Wiring,
-    store::{EssentialsCopy, StateDir, StoreError, Writer, Written},
-    transport::{BindError, CredentialError, Credentials, NodeKey, Transport},
+    store::{EssentialsCopy, StoreError, Writer, Written},
+    transport::{BindError, CredentialError, Credentials, Event, Transport},
     wire::{Key, Keyring, Record, Secret, Token, TokenError},
 };
 
@@ -99,10 +95,18 @@ pub async fn run(
     plugin: Option<net::UnixListener>,
     reread: &Reread,
 ) -> Result<Ending, StartFailure> {
-    let state = Arc::new(StateDir::open(&config.state_dir)?);
-    let fresh = state.node_key()?.is_none();
-    match start(config, plugin, state.clone(), fresh, reread).await {
-        Ok(ending) => {
+    let mut signals = Signals::catch()?;
+    let (sender, mut threads) = mpsc::unbounded_channel();
+    let _doors = Doors::open(&config, plugin, &sender)?;
+    let mut waiting = Waiting::new(config.name.clone(), &mut signals, &mut threads);
+    let Some(memory) = recall::memory(&config, &mut waiting).await? else {
+        return Ok(Ending::Stopped);
+    };
+    let (state, fresh) = (memory.state.clone(), memory.is_fresh);
+    match prepare(config, memory, waiting, sender).await {
+        Ok(None) => Ok(Ending::Stopped),
+        Ok(Some(Prepared { agent, network, heard })) => {
+            let ending = agent.run(signals, Arrivals { threads, network, heard }, reread).await;
             if ending == Ending::Anew {
                 state.new_identity(&random()?)?;
             }
@@ -117,25 +121,24 @@ pub async fn run(
     }
 }
 
-async fn start(
+/// An agent whose loop can begin, and where its news comes from.
+struct Prepared {
+    agent: Agent,
+    network: mpsc::Receiver<Event>,
+    heard: mpsc::Receiver<Heard>,
+}
+
+/// Gives none if a signal ends the agent before it is ready.
+async fn prepare(
     mut config: Config,
-    plugin: Option<net::UnixListener>,
-    state: Arc<StateDir>,
-    fresh: bool,
-    reread: &Reread,
-) -> Result<Ending, StartFailure> {
-    let mut signals = Signals::catch()?;
+    memory: Memory,
+    mut waiting: Waiting<'_>,
+    sender: mpsc::UnboundedSender<News>,
+) -> Result<Option<Prepared>, StartFailure> {
+    waiting.identify(memory.key.id());
+    let Memory { state, key, is_fresh: fresh, saved, keyring: kept, .. } = memory;
+    let Recalled { database, records, is_new } = memory.recalled;
     let given_seeds = config.seeds.clone();
-    let key = match state.node_key()? {
-        Some(seed) => NodeKey::from_seed(seed)?,
-        None => {
-            let key = NodeKey::from_seed(random()?)?;
-            state.save_node_key(key.seed())?;
-            key
-        }
-    };
-    let saved = state.token()?;
-    let Recalled { database, records, is_new } = recall(&state, &config, saved.as_ref())?;
     let known_cluster = records.iter().find_map(|(_, record)| match record {
         Record::Cluster(cluster) => Some(*cluster),
         _ => None,
@@ -147,7 +150,6 @@ async fn start(
         config.seeds.extend(saved.iter().flat_map(|token| token.seeds.clone()));
     }
     let token = config.token.clone().or(saved);
-    let kept = state.keyring()?;
     let secret = match &token {
         Some(token) => token.secret.clone(),
         None if is_assigned => return Err(StartFailure::NoToken),
@@ -173,37 +175,11 @@ async fn start(
         );
     }
     keyring.bring(&secret);
-    let (sender, mut threads) = mpsc::unbounded_channel();
-    let report = sender.clone();
-    let _socket =
-        api::serve(&config.socket, move |request| report.send(News::Api(request)).is_ok())?;
-    // Before anything that may take long: Docker gives up on a plugin that is not there.
-    let report = sender.clone();
-    let ask = move |asked| report.send(News::Docker(asked)).is_ok();
-    let _plugin = match (plugin, &config.docker_plugin) {
-        (Some(listener), _) => {
-            docker::handle(UnixListener::from_std(listener)?, ask);
-            None
-        }
-        (None, Some(path)) => {
-            let (socket, listener) = api::Socket::listen(path)?;
-            docker::handle(listener, ask);
-            Some(socket)
-        }
-        (None, None) => None,
-    };
-    if let Some(address) = config.http {
-        let report = sender.clone();
-        let ask = move |request| report.send(News::Api(request)).is_ok();
-        let bound = TcpListener::bind(address).and_then(|listener| api::observe(listener, ask));
-        bound.map_err(|error| StartFailure::Http { address, error })?;
-    }
-    let mut waiting = Waiting::new(config.name.clone(), key.id(), &mut signals, &mut threads);
     let (assigned, source) = match (&config.pod_cidr, config.create) {
         (Some(from), Some(settings)) => {
             let (name, pool) = (config.name.as_str(), settings.pool);
             let found = kubernetes::find(from, name, &pool, &state, &mut waiting).await?;
-            let Some(given) = found else { return Ok(Ending::Stopped) };
+            let Some(given) = found else { return Ok(None) };
             let seeds = kubernetes::seeds(given.others.as_deref().unwrap_or_default(), config.port);
             let source = Source::new(from, name, pool, &given, seeds.clone(), sender.clone());
             config.seeds.extend(seeds);
@@ -218,49 +194,51 @@ async fn start(
     let chosen = match underlay::choose(&mut Netlink::open()?, &config, peers) {
         Ok(chosen) => chosen,
         Err(error @ underlay::UnderlayError::Mtu { .. }) => return Err(error.into()),
-        Err(error) => match remembered_underlay(&state, &records, key.id())? {
+        Err(error) => match remembered_underlay(memory.underlay, &records, key.id()) {
             Some(chosen) => {
                 tracing::warn!(%error, "this node starts without an underlay");
                 chosen
             }
             None => match waiting.for_underlay(&config).await? {
                 Some(found) => found,
-                None => return Ok(Ending::Stopped),
+                None => return Ok(None),
             },
         },
     };
-    let (waiters, early) = waiting.into_questions();
-    let mut kernel = Kernel::open()?;
     let (vni, port) = match known_cluster {
         Some(cluster) => (cluster.settings.vni, cluster.settings.vxlan_port),
         None => (config.vni, config.wish.vxlan_port.unwrap_or(DEFAULT_VXLAN_PORT)),
     };
-    kernel.preflight(&device_name(vni), vni, port)?;
-    let settings = known_cluster.map(|cluster| cluster.settings).or(config.create);
-    let foreign = kernel.foreign_networks()?;
-    if let (None, None, Some(created)) = (known_cluster, assigned, config.create) {
-        refuse_occupied(&foreign, &created.pool)?;
-    }
-    if let Some(settings) = settings {
-        kernel.refuse_overlap(&device_name(vni), chosen.local, &settings.pool)?;
-    }
+    let bridge = config.bridge_name(vni);
+    let plan = host_view::Plan {
+        vni,
+        port,
+        underlay: chosen.local,
+        settings: known_cluster.map(|cluster| cluster.settings).or(config.create),
+        created: config
+            .create
+            .filter(|_| known_cluster.is_none() && assigned.is_none())
+            .map(|s| s.pool),
+        bridge: &bridge,
+    };
+    let Some(view) = waiting.for_kernel(|| host_view::look(&plan)).await? else { return Ok(None) };
+    let HostView { kernel, foreign, pods: found, macs } = view;
+    let (waiters, early) = waiting.into_questions();
     let (transport, network) = Transport::bind(
         listen_address(&config, chosen.local)?,
         &Credentials::new(keyring.accepted(), &key)?,
     )?;
     let port = transport.local_address()?.port();
     let (ip, advertised) = config.advertise.unwrap_or((chosen.local, None));
-    let bridge = config.bridge_name(vni);
-    let mut pods = PodState::remember(&records, state.is_same_boot());
-    let mut wiring = Wiring::open()?;
+    let mut pods = PodState::remember(&records, memory.is_same_boot);
     if known_cluster.is_none() || is_new {
         // Pods outlive the state directory and the database. One whose record is gone from a database that is
         // whole was disconnected: its cable is swept away.
-        pods.adopt(wiring.found(&bridge)?);
+        pods.adopt(found);
     }
     pods.early = early;
     let fresh = fresh && pods.table.is_empty();
-    pods.macs = wiring.macs()?;
+    pods.macs = macs;
     // Bridges hold this host's containers, and pods that run keep their addresses.
     let occupied = foreign.into_iter().filter(|found| {
         let has_pods =
@@ -290,7 +268,6 @@ async fn start(
     };
     let copy = EssentialsCopy::new(state.essentials(), key.id(), &records);
     let node = Node::start(Time::ZERO, node, records)?;
-    let known_as = state.underlay()?;
     tracing::info!(
         node = %key.id(),
         name = %config.name,
@@ -334,7 +311,7 @@ async fn start(
     })?;
     let (prober, heard) = Prober::start(u16::from_ne_bytes(random()?), config.withdraw_after);
     let mut company = Company::default();
-    if let Some((before, _)) = known_as
+    if let Some((before, _)) = memory.underlay
         && chosen.is_present()
         && config.advertise.is_none()
     {
@@ -365,7 +342,7 @@ async fn start(
         waiters,
         rounds: Vec::new(),
         leave_reply: None,
-        store_problem: None,
+        store_failure: None,
         service: Service::new(Instant::now()),
         journal: Journal::new(Instant::now()),
         surveys: Surveys::default(),
@@ -376,37 +353,22 @@ async fn start(
     if agent.underlay.is_present() {
         agent.save_underlay();
     }
-    Ok(agent.run(signals, Arrivals { threads, network, heard }, reread).await)
-}
-
-/// A cluster is not created with networks that lead elsewhere on this host.
-fn refuse_occupied(foreign: &[Foreign], pool: &Pool) -> Result<(), KernelError> {
-    let networks: Vec<IpNet> = pool.networks().iter().collect();
-    let mut pairs = networks.iter().flat_map(|network| foreign.iter().map(move |f| (network, f)));
-    match pairs.find(|(network, found)| found.forbids(network)) {
-        None => Ok(()),
-        Some((network, found)) => Err(KernelError::Overlap {
-            network: *network,
-            what: found.network,
-            interface: found.interface.clone(),
-        }),
-    }
+    Ok(Some(Prepared { agent, network, heard }))
 }
 
 /// The end of the underlay that a member had when its host last had a network; none for a new node.
 fn remembered_underlay(
-    state: &StateDir,
+    saved: Option<(IpAddr, u32)>,
     records: &[(Key, Record)],
     me: NodeId,
-) -> Result<Option<underlay::Chosen>, StoreError> {
+) -> Option<underlay::Chosen> {
     let own = records.iter().find_map(|(_, record)| match record {
         Record::Member(member) if member.node == me => Some(member.vtep.underlay),
         _ => None,
     });
-    let saved = state.underlay()?;
     let local = own.map(|published| saved.map_or(published, |(local, _)| local));
     let mtu = saved.map(|(_, mtu)| mtu);
-    Ok(local.map(|local| underlay::Chosen::remembered(local, mtu)))
+    local.map(|local| underlay::Chosen::remembered(local, mtu))
 }
 
 /// The cluster of nodes whose subnets are given from outside has no founder who could make up an id: it

@@ -1,6 +1,9 @@
 //! Filling in the status: what the core says, and the shell's part: kernel, disk, connections.
 
-use std::{collections::BTreeSet, time::Instant};
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
 
 use tokio::sync::oneshot;
 
@@ -15,6 +18,8 @@ use crate::{
 
 /// Who waits for convergence; more are answered at once.
 const MAX_WAITERS: usize = 64;
+/// A disk that has not answered for longer is a problem.
+const DISK_PATIENCE: Duration = Duration::from_secs(3);
 
 /// Wants to hear once this node has converged with so many members, or when the time is over.
 pub(super) struct Waiter {
@@ -100,6 +105,18 @@ impl Agent {
         }
     }
 
+    /// Why changes do not get onto the disk.
+    pub(super) fn store_problem(&self) -> Option<String> {
+        let silence = || {
+            let silent = self.writer.silent_for().filter(|silent| *silent > DISK_PATIENCE)?;
+            Some(format!(
+                "the disk has not answered for {} s, so pods and leases do not change: look at it (dmesg)",
+                silent.as_secs()
+            ))
+        };
+        self.store_failure.clone().or_else(silence)
+    }
+
     /// Everything that is wrong, as sentences with what helps.
     pub(super) fn problems(&self) -> Vec<String> {
         let mut problems = self.node.problems();
@@ -123,7 +140,7 @@ impl Agent {
         }
         let no_other = self.node.is_alone();
         problems.extend(self.source.iter().flat_map(|source| source.problems(no_other)));
-        problems.extend(self.store_problem.iter().map(|why| format!("state directory: {why}")));
+        problems.extend(self.store_problem().map(|why| format!("state directory: {why}")));
         let subnet = kernel.wanted.as_ref().map(|view| view.own.subnets.first);
         if let (Some(subnet), outside @ 1..) = (subnet, self.pods_outside()) {
             problems.push(format!(

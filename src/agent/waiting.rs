@@ -1,4 +1,4 @@
-//! A node that cannot begin yet: it waits for its subnet or for an underlay, and says what it waits for.
+//! A node that cannot begin yet: it waits for its disk, its subnet or an underlay, and says for which.
 //!
 //! Nothing can be agreed with peers before, and a member record without an address would mislead them. A
 //! node that is known already does not wait for an underlay: it serves the pods of its host at once.
@@ -21,6 +21,7 @@ use crate::{
     api::{AgentStatus, CheckStatus, KernelStatus, PodError, PodErrorKind, Question},
     config::Config,
     core::NodeStatus,
+    dataplane::kernel::KernelError,
     docker,
     model::{NodeId, NodeName},
     netlink::Netlink,
@@ -49,14 +50,18 @@ pub(super) struct Waiting<'a> {
 impl<'a> Waiting<'a> {
     pub(super) fn new(
         name: NodeName,
-        node: NodeId,
         signals: &'a mut Signals,
         questions: &'a mut mpsc::UnboundedReceiver<News>,
     ) -> Self {
         let service = Service::new(Instant::now());
         let problem = "the agent is starting".to_owned();
         let (waiters, docker) = (Vec::new(), Vec::new());
-        Self { name, node, signals, questions, service, waiters, docker, problem }
+        Self { name, node: NodeId::UNKNOWN, signals, questions, service, waiters, docker, problem }
+    }
+
+    /// The node's key was read.
+    pub(super) const fn identify(&mut self, node: NodeId) {
+        self.node = node;
     }
 
     /// Questions that have had no answer: for convergence, and Docker's.
@@ -116,10 +121,31 @@ impl<'a> Waiting<'a> {
         loop {
             match underlay::choose(&mut netlink, config, std::iter::empty()) {
                 Ok(chosen) => return Ok(Some(chosen)),
-                Err(error @ UnderlayError::NoMatch { .. }) => {
+                Err(error @ (UnderlayError::NoMatch { .. } | UnderlayError::Netlink(_))) => {
                     self.say(format!("waiting for the network: {error}"));
                 }
                 Err(error) => return Err(error.into()),
+            }
+            if self.until(tokio::time::sleep(LOOK_AGAIN)).await.is_none() {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Asks the kernel until it is not merely busy; none if a signal ends the agent first.
+    ///
+    /// # Errors
+    /// What the kernel will not do in a moment either.
+    pub(super) async fn for_kernel<T>(
+        &mut self,
+        mut ask: impl FnMut() -> Result<T, KernelError>,
+    ) -> Result<Option<T>, KernelError> {
+        loop {
+            match ask() {
+                Err(error) if error.is_transient() => {
+                    self.say(format!("waiting for the kernel: {error}"));
+                }
+                answer => return answer.map(Some),
             }
             if self.until(tokio::time::sleep(LOOK_AGAIN)).await.is_none() {
                 return Ok(None);

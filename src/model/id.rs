@@ -33,6 +33,11 @@ pub struct BootId([u8; 8]);
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ClusterId([u8; 8]);
 
+impl NodeId {
+    /// Stands for "not known yet" in the status of an agent that could not read its key.
+    pub const UNKNOWN: Self = Self([0; 8]);
+}
+
 impl ClusterId {
     /// Stands for "not known yet" in the frames of a joiner whose token names no cluster.
     pub const UNKNOWN: Self = Self([0; 8]);

@@ -72,6 +72,11 @@ impl StateDir {
         node_key(path)
     }
 
+    /// Whether a directory is of a node that has started before, or whether there is no telling.
+    pub fn is_known(path: &Path) -> bool {
+        path.join(KEY).try_exists().unwrap_or(true)
+    }
+
     pub fn database(&self) -> PathBuf {
         self.path.join(DATABASE)
     }

@@ -9,7 +9,7 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     path::PathBuf,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use super::{Database, EssentialsCopy, StoreError};
@@ -86,6 +86,11 @@ impl Writer {
         self.inbox.add(records, Whose::Shell(number));
     }
 
+    /// For how long the disk has neither taken the oldest change that waits nor refused it.
+    pub fn silent_for(&self) -> Option<Duration> {
+        self.inbox.0.lock().since.map(|since| since.elapsed())
+    }
+
     /// Ends it: what waits is written, unless the disk does not take it now, and the database is closed.
     pub fn end(self) -> Thread {
         self.thread
@@ -136,6 +141,8 @@ struct Waiting {
 #[derive(Default)]
 struct State {
     pending: Pending,
+    /// When the disk was last heard of, or the first change began to wait; none while nothing waits.
+    since: Option<Instant>,
     is_closed: bool,
 }
 
@@ -143,6 +150,12 @@ impl Waiting {
     /// A panic with the lock held leaves a state that is as good as before.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The disk has taken a batch, or has refused it.
+    fn heard(&self) {
+        let mut state = self.lock();
+        state.since = state.pending.is_any.then(Instant::now);
     }
 
     /// Waits for something to write, but not longer than `pause`, if there is one.
@@ -165,6 +178,7 @@ impl Waiting {
         let open = |state: &mut State| !state.is_closed;
         let state = self.changed.wait_timeout_while(self.lock(), RETRY, open);
         let (mut state, _) = state.unwrap_or_else(PoisonError::into_inner);
+        state.since = Some(Instant::now());
         (!state.is_closed).then(|| std::mem::take(&mut state.pending))
     }
 }
@@ -174,7 +188,10 @@ struct Inbox(Arc<Waiting>);
 
 impl Inbox {
     fn add(&self, records: Records, whose: Whose) {
-        self.0.lock().pending.add(records, whose);
+        let mut state = self.0.lock();
+        state.since.get_or_insert_with(Instant::now);
+        state.pending.add(records, whose);
+        drop(state);
         self.0.changed.notify_one();
     }
 }
@@ -204,6 +221,7 @@ impl<R: Fn(Written)> Disk<R> {
                 (self.report)(Written::Failing(why.clone()));
             }
             failed = true;
+            waiting.heard();
             let Some(later) = waiting.take_later() else {
                 tracing::error!(
                     %why,
@@ -214,6 +232,7 @@ impl<R: Fn(Written)> Disk<R> {
             };
             pending.merge(later);
         }
+        waiting.heard();
         if failed {
             (self.report)(Written::Recovered);
         }

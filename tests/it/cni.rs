@@ -17,13 +17,18 @@ use crate::common::{
 
 /// A runtime on one host.
 pub struct Runtime<'a> {
-    agent: &'a Agent,
+    socket: &'a Path,
     version: &'static str,
 }
 
 impl<'a> Runtime<'a> {
-    pub const fn new(agent: &'a Agent) -> Self {
-        Self { agent, version: "1.1.0" }
+    pub fn new(agent: &'a Agent) -> Self {
+        Self::at(agent.socket())
+    }
+
+    /// One that calls the agent behind a socket.
+    pub const fn at(socket: &'a Path) -> Self {
+        Self { socket, version: "1.1.0" }
     }
 
     /// One call of the plugin: whether it succeeded, and what it printed.
@@ -56,7 +61,7 @@ impl<'a> Runtime<'a> {
             "cniVersion": self.version,
             "name": "pods",
             "type": "gossamer",
-            "socket": self.agent.socket(),
+            "socket": self.socket,
         });
         for (key, value) in more.as_object().expect("an object") {
             config[key] = value.clone();

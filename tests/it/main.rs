@@ -34,6 +34,7 @@ mod instances;
 mod kubernetes;
 mod legacy_rules;
 mod limits;
+mod matrix;
 mod metrics;
 mod mishaps;
 mod modes;

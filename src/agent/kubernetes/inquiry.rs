@@ -214,19 +214,12 @@ impl Agent {
         }
     }
 
-    /// Starts again with other subnets. Pods keep their addresses until they are started again.
+    /// Starts again with other subnets, which the start saves. Pods keep their addresses until they are started again.
     fn move_to(&mut self, cidrs: &[IpNet]) {
         let listed =
             |cidrs: &[IpNet]| cidrs.iter().map(IpNet::to_string).collect::<Vec<_>>().join(", ");
         let old = self.source.as_ref().map_or_else(String::new, |source| listed(&source.cidrs));
         let new = listed(cidrs);
-        if let Err(error) = self.state.save_pod_cidrs(cidrs) {
-            tracing::error!(%error, "another subnet was not saved, and is not used");
-            if let Some(source) = &mut self.source {
-                source.plan(Instant::now(), true, Duration::ZERO);
-            }
-            return;
-        }
         tracing::warn!(%old, %new, "Kubernetes has given this node another subnet: starting again with it");
         let text = format!("Kubernetes has given this node {new} in the place of {old}");
         self.journal.note(EventKind::Agent, EventLevel::Warn, text);

@@ -1,0 +1,213 @@
+//! Disks that are full, read-only, or hang.
+
+use std::{
+    fs,
+    io::Write as _,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    thread,
+};
+
+use gossamer::lab::{Host, NetNs};
+use nix::{
+    mount::{MsFlags, mount},
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use serde_json::json;
+
+use super::{Scene, Tracer};
+use crate::{
+    cni::Runtime,
+    common::{PATIENCE, isolated, skipped, wait_until},
+};
+
+/// A disk under the state directory that can fail.
+enum Disk {
+    /// With a file that takes all of its space.
+    Full(PathBuf),
+    /// With the tracer that has writes fail: a file that is open for writing keeps a mount writable.
+    ReadOnly(PathBuf, Option<Tracer>),
+    /// A file system in a process that can be stopped.
+    Hanging(Child),
+}
+
+impl Disk {
+    fn full(state: &Path) -> anyhow::Result<Self> {
+        mount(Some("tmpfs"), state, Some("tmpfs"), MsFlags::empty(), Some("size=4m"))?;
+        Ok(Self::Full(state.join("filler")))
+    }
+
+    fn read_only(state: &Path) -> anyhow::Result<Self> {
+        mount(Some("tmpfs"), state, Some("tmpfs"), MsFlags::empty(), Some("size=4m"))?;
+        Ok(Self::ReadOnly(state.to_owned(), None))
+    }
+
+    fn hanging(host: &Host) -> anyhow::Result<Self> {
+        let (state, real) = (host.dir.join("state"), host.dir.join("real"));
+        fs::create_dir(&real)?;
+        let mut command = Command::new("bindfs");
+        command.arg("-f").arg(&real).arg(&state).stderr(Stdio::null());
+        let child = command.spawn()?;
+        wait_until("it is not mounted", PATIENCE, || {
+            let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+            mounts.contains(&format!("{} fuse", state.display()))
+        });
+        Ok(Self::Hanging(child))
+    }
+
+    fn fail(&mut self, scene: &Scene) -> anyhow::Result<()> {
+        match self {
+            Self::Full(filler) => {
+                let mut file = fs::File::create(filler)?;
+                while file.write_all(&[0; 512]).is_ok() {}
+            }
+            Self::ReadOnly(_, tracer) => {
+                let pid = scene.cluster.agents[0].pid().to_string();
+                *tracer = Some(Tracer::start(&["-f", "-p", &pid], "pwrite64", "EROFS")?);
+            }
+            Self::Hanging(process) => {
+                let pid = process.id();
+                kill(Pid::from_raw(pid.cast_signed()), Signal::SIGSTOP)?;
+                wait_until("it does not stand still", PATIENCE, || {
+                    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+                    stat.contains(") T ")
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn mend(&mut self) -> anyhow::Result<()> {
+        match self {
+            Self::Full(filler) => fs::remove_file(filler)?,
+            Self::ReadOnly(state, tracer) => {
+                *tracer = None;
+                remount(state, MsFlags::empty())?;
+            }
+            Self::Hanging(process) => {
+                kill(Pid::from_raw(process.id().cast_signed()), Signal::SIGCONT)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What the status says of it while the agent runs.
+    const fn words(&self) -> &'static str {
+        match self {
+            Self::Full(_) | Self::ReadOnly(..) => "state directory",
+            Self::Hanging(_) => "the disk has not answered",
+        }
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        if let Self::Hanging(process) = self {
+            let _ = process.kill();
+            let _ = process.wait();
+        }
+    }
+}
+
+fn remount(state: &Path, more: MsFlags) -> nix::Result<()> {
+    mount(
+        None::<&str>,
+        state,
+        None::<&str>,
+        MsFlags::MS_REMOUNT | MsFlags::MS_BIND | more,
+        None::<&str>,
+    )
+}
+
+/// Changes of the first host's pods, until one does not get onto the disk.
+fn want_changes(scene: &Scene) -> thread::JoinHandle<()> {
+    let socket = scene.cluster.agents[0].socket().to_owned();
+    thread::spawn(move || {
+        for _ in 0..1_000 {
+            let is_taken = |verb| Runtime::at(&socket).call(verb, "c", &json!({})).0;
+            if !is_taken("ADD") || !is_taken("DEL") {
+                return;
+            }
+        }
+    })
+}
+
+fn at_each_time(mut scene: Scene, disk: &mut Disk, at_start: &str) -> anyhow::Result<()> {
+    let _space = NetNs::new("c")?;
+    // While it runs.
+    disk.fail(&scene)?;
+    let changes = want_changes(&scene);
+    scene.is_named(disk.words());
+    scene.pods_talk("while the agent runs")?;
+    disk.mend()?;
+    changes.join().expect("no panic");
+    scene.recovers()?;
+    // While it stops.
+    disk.fail(&scene)?;
+    let changes = want_changes(&scene);
+    scene.is_named(disk.words());
+    scene.ends()?;
+    changes.join().expect("no panic");
+    if let Disk::ReadOnly(state, tracer) = disk {
+        *tracer = None;
+        remount(state, MsFlags::MS_RDONLY)?;
+    }
+    // When it starts: it ends when told to, or goes on once the fault is over.
+    scene.starts()?;
+    scene.is_named(at_start);
+    scene.ends()?;
+    scene.starts()?;
+    scene.is_named(at_start);
+    scene.pods_talk("while the agent starts")?;
+    disk.mend()?;
+    scene.recovers()
+}
+
+#[test]
+fn full_disk_at_each_time_delays_changes_alone() {
+    isolated(|lab| {
+        let mut disk = None;
+        let scene = Scene::new(lab, |host| {
+            disk = Some(Disk::full(&host.dir.join("state"))?);
+            Ok(())
+        })?;
+        at_each_time(scene, &mut disk.expect("mounted"), "state directory")
+    });
+}
+
+#[test]
+fn read_only_disk_at_each_time_delays_changes_alone() {
+    if !Tracer::is_there() {
+        return skipped(
+            "matrix::disks::read_only_disk_at_each_time_delays_changes_alone",
+            "no strace",
+        );
+    }
+    isolated(|lab| {
+        let mut disk = None;
+        let scene = Scene::new(lab, |host| {
+            disk = Some(Disk::read_only(&host.dir.join("state"))?);
+            Ok(())
+        })?;
+        at_each_time(scene, &mut disk.expect("mounted"), "waiting for the state directory")
+    });
+}
+
+#[test]
+fn hanging_disk_at_each_time_delays_changes_alone() {
+    if Command::new("bindfs").arg("--version").output().is_err() {
+        return skipped(
+            "matrix::disks::hanging_disk_at_each_time_delays_changes_alone",
+            "no bindfs",
+        );
+    }
+    isolated(|lab| {
+        let mut disk = None;
+        let scene = Scene::new(lab, |host| {
+            disk = Some(Disk::hanging(host)?);
+            Ok(())
+        })?;
+        at_each_time(scene, &mut disk.expect("mounted"), "waiting for the state directory")
+    });
+}
