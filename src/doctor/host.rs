@@ -273,7 +273,9 @@ fn mtu(patient: &Patient, links: &[Link], underlay: Option<&str>) -> Vec<Finding
         ));
     }
     let bridge = patient.config.as_ref().ok().map(|config| config.bridge_name(vni));
-    let bridge = bridge.and_then(|name| links.iter().find(|link| link.name == name));
+    // A modem may have that name.
+    let is_it = |link: &&Link, name: &str| link.name == name && link.kind == "bridge";
+    let bridge = bridge.and_then(|name| links.iter().find(|link| is_it(link, &name)));
     let pods = bridge.into_iter().flat_map(|bridge| {
         let is_trials = |link: &&Link| link.alias == OWN_ALIAS;
         let ports = links.iter().filter(|link| link.is_plugged_into(bridge.index));

@@ -318,9 +318,12 @@ impl Rule {
         self.meta(META_IIFNAME).compare(EQUAL, &whole)
     }
 
-    /// What comes in by interfaces whose names begin like this.
-    pub fn from_interfaces(self, prefix: &str) -> Self {
-        self.meta(META_IIFNAME).compare(EQUAL, prefix.as_bytes())
+    /// What comes in by interfaces whose names begin like this and have at least so many bytes.
+    pub fn from_interfaces(self, prefix: &str, bytes: usize) -> Self {
+        let mut last = [0; IFNAMSIZ];
+        last[bytes - 1] = 0xff;
+        let named = self.meta(META_IIFNAME).compare(EQUAL, prefix.as_bytes());
+        named.meta(META_IIFNAME).mask(&last).compare(UNEQUAL, &[0; IFNAMSIZ])
     }
 
     /// Packets of this host to itself.

@@ -15,7 +15,10 @@ use rtnetlink::{
     packet_route::{
         AddressFamily, RouteNetlinkMessage,
         address::{AddressAttribute, AddressFlags},
-        link::{InfoBridgePort, InfoPortData, InfoPortKind, LinkAttribute},
+        link::{
+            BridgeBooleanOptionFlags, BridgeStpState, InfoBridge, InfoBridgePort, InfoData,
+            InfoPortData, InfoPortKind, LinkAttribute, LinkInfo,
+        },
         neighbour::{NeighbourAttribute, NeighbourMessage},
     },
 };
@@ -146,6 +149,7 @@ pub(super) fn provide(netlink: &mut Netlink, bridge: &Bridge) -> io::Result<(Pro
     if !is_as_it_should_be(&link, bridge) {
         let change = LinkUnspec::new_with_index(link.index).mtu(bridge.mtu).alias(ALIAS).up();
         netlink.set_link(change)?;
+        netlink.apply_one(settings(&bridge.name), 0)?;
         mended.bridge += 1;
     }
     let has: Vec<Address> = netlink.addresses()?;
@@ -358,7 +362,43 @@ fn is_plugged(port: &Link, bridge: u32) -> bool {
 }
 
 fn is_as_it_should_be(link: &Link, bridge: &Bridge) -> bool {
-    link.up && link.mtu == bridge.mtu && link.alias == ALIAS && link.name == bridge.name
+    link.up
+        && link.mtu == bridge.mtu
+        && link.alias == ALIAS
+        && link.name == bridge.name
+        && !is_open_to_pods(link)
+}
+
+/// What a pod with `CAP_NET_RAW` could use otherwise. A frame to a link-local group has the kernel learn its
+/// source before nftables sees it, so one pod could take the MAC of another, or fill memory with MACs.
+/// Queries of multicast listeners by a pod would have the bridge keep neighbor solicitations from all others.
+/// Spanning tree keeps a new port silent for 30 s.
+fn settings(bridge: &str) -> RouteNetlinkMessage {
+    let message = LinkBridge::new(bridge)
+        .no_linklocal_learn(true)
+        .mcast_snooping(false)
+        .stp_state(BridgeStpState::Disabled);
+    RouteNetlinkMessage::NewLink(message.build())
+}
+
+/// Whether one of [`settings`] is otherwise; not where the kernel does not tell.
+fn is_open_to_pods(link: &Link) -> bool {
+    let infos = link.message.attributes.iter().filter_map(|attribute| match attribute {
+        LinkAttribute::LinkInfo(infos) => Some(infos),
+        _ => None,
+    });
+    let settings = infos.flatten().filter_map(|info| match info {
+        LinkInfo::Data(InfoData::Bridge(settings)) => Some(settings),
+        _ => None,
+    });
+    settings.flatten().any(|setting| match setting {
+        InfoBridge::MultiBoolOpt(options) => {
+            !options.value.contains(BridgeBooleanOptionFlags::NoLinkLocalLearn)
+        }
+        InfoBridge::MulticastSnooping(is_on) => *is_on,
+        InfoBridge::StpState(state) => *state != BridgeStpState::Disabled,
+        _ => false,
+    })
 }
 
 fn make(netlink: &mut Netlink, bridge: &Bridge) -> io::Result<Link> {

@@ -44,6 +44,8 @@ use crate::{
 
 /// So many bytes of the hash: the name has 13 characters, the kernel allows 15.
 const HASHED: usize = 5;
+/// Bytes in the name of a cable's end on this host.
+pub const LINK_NAME: usize = PREFIX.len() + 2 * HASHED;
 
 /// Places in the batch of changes that must be made; the kernel may refuse the others.
 const NEEDED: [usize; 3] = [0, 1, 3];

@@ -1,5 +1,6 @@
 //! No harm to the host: what pods, and gossamer itself, must not do to the machine they run on.
 
+mod bridge;
 mod read_only;
 
 use std::{

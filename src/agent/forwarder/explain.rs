@@ -279,7 +279,7 @@ fn rules(netlink: &mut Netlink, setting: &Setting, port: Option<u32>) -> (Vec<St
     }
     if reasons.is_empty() {
         reasons.push(format!(
-            "no rule was found that says so; look at nft list ruleset, ip rule (rules about marks), \
+            "no rule was found that says so; look at nft list ruleset, ip rule (also by mark or port), \
              iptables-legacy -S FORWARD, ip xfrm policy, bpftool net, and tc filter show dev {}",
             setting.device_name
         ));

@@ -221,7 +221,8 @@ impl Ways {
         if hints.is_empty() {
             let legacy = if is_out { "-S OUTPUT" } else { "-S INPUT, -t nat -S PREROUTING" };
             hints.push(format!(
-                "no rule of nftables does, nor a filter or policy that is known here: look at \
+                "no rule that drops them was found, nor a filter or policy that is known here: look at \
+                 ip rule and iptables -t mangle -S OUTPUT (a mark may lead them elsewhere), \
                  iptables-legacy {legacy}, tc filter show dev {interface} {side}, and bpftool net"
             ));
         }

@@ -25,7 +25,7 @@ use crate::{
             Base, Field, INET, Kind, Nftables, Object, Rule, Step, base_chain, counter, is_missing,
         },
     },
-    pods::bridge::PREFIX,
+    pods::{bridge::PREFIX, wiring::LINK_NAME},
 };
 
 /// Of tunnel packets that the agent sends to its own host, to try whether they are forwarded.
@@ -418,8 +418,9 @@ fn refuse_routers(table: &str, guard: &Guard, steps: &mut Vec<Step>) {
         for interface in &guard.interfaces {
             steps.push(append(table, ROUTERS_CHAIN, &such().from_interface(interface).drop()));
         }
-        // Cables that another program has pulled out of the bridge.
-        let of_cables = such().from_interfaces(PREFIX).drop();
+        // Cables that another program has pulled out of the bridge. Their names are longer than those of
+        // other interfaces that begin alike: GSM modems are called gsm0.
+        let of_cables = such().from_interfaces(PREFIX, LINK_NAME).drop();
         steps.push(append(table, ROUTERS_CHAIN, &of_cables));
     }
 }
