@@ -1,6 +1,7 @@
 //! What a node knows when it starts, whatever has become of its disk.
 
 use std::{
+    collections::BTreeMap,
     net::IpAddr,
     sync::Arc,
     time::{Duration, Instant},
@@ -12,7 +13,7 @@ use tokio::sync::oneshot;
 use super::{StartFailure, start::random, waiting::Waiting};
 use crate::{
     config::Config,
-    store::{Database, Opened, StateDir, StoreError},
+    store::{Copied, Database, Opened, StateDir, StoreError},
     transport::NodeKey,
     wire::{Key, Keyring, Record, Token},
     worker::Thread,
@@ -20,6 +21,8 @@ use crate::{
 
 /// A state directory that could not be read is read again after this.
 const RETRY: Duration = Duration::from_secs(1);
+/// No node writes as many batches; a copy that says so does not keep the count from rising.
+const MAX_BATCHES: u64 = 1 << 48;
 /// What takes longer is said in the status.
 const USUAL: Duration = Duration::from_secs(2);
 
@@ -142,7 +145,8 @@ pub(super) struct Recalled {
 }
 
 /// Opens the database. One that was damaged is moved aside: the other members know most of what was in it. A
-/// node that knows none of them takes the second copy of what makes a node.
+/// node that knows none of them takes the second copy of what makes a node. So does a node whose database has
+/// lost its last changes, for these.
 fn recall(
     state: &StateDir,
     config: &Config,
@@ -150,6 +154,7 @@ fn recall(
 ) -> Result<Recalled, StoreError> {
     let path = state.database();
     let Opened { mut database, mut records, quarantined } = Database::open(&path)?;
+    let counted = database.batches();
     let mut is_new = quarantined.is_some();
     if let Some((aside, why)) = quarantined {
         tracing::error!(%why, moved_to = %aside.display(), "database damaged, moved aside");
@@ -157,8 +162,32 @@ fn recall(
     let has_cluster = |records: &[(Key, Record)]| {
         records.iter().any(|(_, record)| matches!(record, Record::Cluster(_)))
     };
+    let copied = state.essentials().read();
+    database.count_on(copied.as_ref().map_or(0, |copied| copied.batches.min(MAX_BATCHES)));
     let Some(cluster) = saved.and_then(Token::known_cluster).filter(|_| !has_cluster(&records))
     else {
+        match copied {
+            Ok(Copied { records: copy, batches }) if batches > counted && has_cluster(&copy) => {
+                tracing::error!(
+                    batches,
+                    counted,
+                    "the database has lost its last changes: this node goes on with the second copy of them"
+                );
+                // What the copy lacks of them was removed. Slots and members merge.
+                let is_pod = |(key, _): &mut (Key, Record)| matches!(key, Key::Pod(_));
+                let pods = records.extract_if(.., is_pod).map(|(key, _)| (key, Vec::new()));
+                let mut missed: BTreeMap<Key, Vec<u8>> = pods.collect();
+                let is_whole = |(key, _): &&(Key, Record)| !matches!(key, Key::Slots(_));
+                missed.extend(copy.iter().filter(is_whole).map(|(key, r)| (*key, r.encode())));
+                if let Err(error) = database.write(&missed) {
+                    tracing::warn!(%error, "the lost changes are not in the database yet");
+                }
+                records.extend(copy);
+                is_new = true;
+            }
+            Ok(_) => {}
+            Err(error) => tracing::warn!(%error, "the second copy of the records cannot be read"),
+        }
         return Ok(Recalled { database, records, is_new });
     };
     if !is_new {
@@ -169,8 +198,9 @@ fn recall(
     let knows_others =
         !config.seeds.is_empty() || saved.is_some_and(|token| !token.seeds.is_empty());
     if !knows_others {
-        let essentials = state.essentials().read();
-        let copy = essentials.map_err(|error| StoreError::Directory { path, error })?;
+        let Copied { records: copy, batches } =
+            copied.map_err(|error| StoreError::Directory { path, error })?;
+        database.count_on(batches.min(MAX_BATCHES));
         let is_of_cluster =
             |record: &Record| matches!(record, Record::Cluster(known) if known.id == cluster);
         if copy.iter().any(|(_, record)| is_of_cluster(record)) {

@@ -266,7 +266,7 @@ async fn prepare(
         quorum: config.quorum.clone(),
         rng_seed: random()?,
     };
-    let copy = EssentialsCopy::new(state.essentials(), key.id(), &records);
+    let copy = EssentialsCopy::new(state.essentials(), key.id(), &records, database.batches());
     let node = Node::start(Time::ZERO, node, records)?;
     tracing::info!(
         node = %key.id(),

@@ -6,6 +6,7 @@
 //! carries a checksum.
 
 use std::{
+    cell::Cell,
     collections::BTreeMap,
     fs, io,
     os::unix::fs::PermissionsExt as _,
@@ -26,12 +27,18 @@ const MAX_QUARANTINED: u32 = 3;
 /// How long closing waits for sled's own threads to let go of the file.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(5);
 
+/// A tree beside that of the records, and its one key: the number of batches.
+const COUNTS: &str = "counts";
+const BATCHES: &str = "batches";
+
 /// An open database. Dropping it waits until the file can be opened again.
 pub struct Database {
     /// Taken when it is closed.
     sled: Option<sled::Db>,
     /// The same file as sled's own, to sync it.
     file: fs::File,
+    /// Batches that were written since the node's first start.
+    batches: Cell<u64>,
 }
 
 /// What opening found.
@@ -109,6 +116,17 @@ impl Database {
         Ok((Self::open(path)?.database, aside))
     }
 
+    /// Batches that were written since the node's first start. The count is written after its batch: a
+    /// database whose log has lost its end counts less than its copy.
+    pub const fn batches(&self) -> u64 {
+        self.batches.get()
+    }
+
+    /// Goes on counting at this number, if it is higher: the database is another one, or has lost batches.
+    pub fn count_on(&self, batches: u64) {
+        self.batches.set(self.batches.get().max(batches));
+    }
+
     /// Writes a batch, all or nothing, and has it on the disk before it returns. An empty value removes its
     /// record.
     pub fn write(&self, records: &BTreeMap<Key, Vec<u8>>) -> Result<(), StoreError> {
@@ -122,6 +140,10 @@ impl Database {
         let written = || -> Result<(), String> {
             let sled = self.sled.as_ref().ok_or("closed")?;
             sled.apply_batch(batch).map_err(|error| error.to_string())?;
+            let count = self.batches.get().saturating_add(1);
+            let counts = sled.open_tree(COUNTS).map_err(|error| error.to_string())?;
+            counts.insert(BATCHES, &count.to_be_bytes()).map_err(|error| error.to_string())?;
+            self.batches.set(count);
             sled.flush().map_err(|error| error.to_string())?;
             self.file.sync_data().map_err(|error| error.to_string())
         };
@@ -206,7 +228,11 @@ fn try_open(path: &Path) -> Result<(Database, Vec<(Key, Record)>), Failure> {
                 })
             })
             .collect::<Result<Vec<_>, Failure>>()?;
-        Ok((Database { sled: Some(sled), file }, records))
+        let counts = sled.open_tree(COUNTS).and_then(|counts| counts.get(BATCHES));
+        let batches = counts.map_err(|error| Failure::Damaged(error.to_string()))?;
+        let batches = batches.and_then(|bytes| Some(u64::from_be_bytes((*bytes).try_into().ok()?)));
+        let batches = Cell::new(batches.unwrap_or_default());
+        Ok((Database { sled: Some(sled), file, batches }, records))
     }));
     opened.unwrap_or_else(|panic| {
         let why = panic
@@ -322,6 +348,25 @@ mod tests {
             fs::read_to_string(dir.path().join(format!("db.damaged-{n}/number"))).expect("kept")
         });
         assert_eq!(kept, ["1", "2", "5"]);
+    }
+
+    #[test]
+    fn batches_are_counted_over_starts_and_by_a_database_in_the_place_of_another() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let path = dir.path().join("db");
+        let database = Database::open(&path).expect("opens").database;
+        assert_eq!(database.batches(), 0);
+        write(&database, 7);
+        write(&database, 8);
+        drop(database);
+        let database = Database::open(&path).expect("opens again").database;
+        assert_eq!(database.batches(), 2);
+        database.count_on(1);
+        assert_eq!(database.batches(), 2);
+        database.count_on(9);
+        write(&database, 9);
+        drop(database);
+        assert_eq!(Database::open(&path).expect("opens again").database.batches(), 10);
     }
 
     #[test]

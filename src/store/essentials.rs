@@ -2,10 +2,11 @@
 //!
 //! A database that is damaged is usually replaced by what other members know. A node that knows no other
 //! member has this copy. It is written by the store's thread once a batch is durable and nothing else waits,
-//! so it may lack the last changes before a power cut.
+//! so it may lack the last changes before a power cut. A copy that counts more batches than the database
+//! shows that the database has lost its end, which its engine does not notice.
 //!
 //! A text file of lines `KEY VALUE`, the value in hexadecimal digits with the checksum of its record, and a
-//! last line with the number of records.
+//! last line with the number of records and of batches.
 
 use std::{collections::BTreeMap, io, path::PathBuf};
 
@@ -38,32 +39,52 @@ impl Essentials {
     ///
     /// # Errors
     /// Fails if there is a file that cannot be read.
-    pub fn read(&self) -> io::Result<Vec<(Key, Record)>> {
+    pub fn read(&self) -> io::Result<Copied> {
         let read = files::open(&self.path, OFlag::empty())
             .and_then(|file| files::read_bytes(file, MAX_BYTES));
         let bytes = match read {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Copied::default()),
             read => read?,
         };
         let text = String::from_utf8_lossy(&bytes);
         let mut lines: Vec<&str> = text.lines().collect();
-        let count = lines.pop().and_then(|last| last.strip_prefix("records ")?.parse().ok());
-        if count != Some(lines.len()) {
-            return Ok(Vec::new());
-        }
+        let last = lines.pop().unwrap_or_default();
+        let Some(batches) = batches_in(last, lines.len()) else { return Ok(Copied::default()) };
         let record = |line: &&str| {
             let (key, value) = line.split_once(' ')?;
             Record::decode(key.as_bytes(), &HEXLOWER.decode(value.as_bytes()).ok()?).ok()
         };
-        Ok(lines.iter().filter_map(record).collect())
+        Ok(Copied { records: lines.iter().filter_map(record).collect(), batches })
     }
 
-    fn write(&self, records: &BTreeMap<Key, Vec<u8>>) -> io::Result<()> {
+    fn write(&self, records: &BTreeMap<Key, Vec<u8>>, batches: u64) -> io::Result<()> {
         let lines =
             records.iter().map(|(key, value)| format!("{key} {}\n", HEXLOWER.encode(value)));
-        let text = format!("{}records {}\n", lines.collect::<String>(), records.len());
+        let last = last_line(records.len(), batches);
+        let text = format!("{}{last}\n", lines.collect::<String>());
         replace(&self.path, &text, PRIVATE)
     }
+}
+
+/// What the copy holds.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Copied {
+    pub records: Vec<(Key, Record)>,
+    /// Batches that the database had when it was copied.
+    pub batches: u64,
+}
+
+/// With a checksum: a flipped bit must not make the copy newer than the database.
+fn last_line(records: usize, batches: u64) -> String {
+    let counts = format!("records {records} batches {batches}");
+    let checksum = crc32fast::hash(counts.as_bytes());
+    format!("{counts} {checksum:08x}")
+}
+
+/// Batches by the last line, if it is that of so many records.
+fn batches_in(last: &str, records: usize) -> Option<u64> {
+    let batches = last.split(' ').nth(3)?.parse().ok()?;
+    (last_line(records, batches) == last).then_some(batches)
 }
 
 /// What is to be in the copy, kept up with what is written to the database.
@@ -71,12 +92,14 @@ pub struct EssentialsCopy {
     file: Essentials,
     me: NodeId,
     records: BTreeMap<Key, Vec<u8>>,
+    batches: u64,
     is_current: bool,
 }
 
 impl EssentialsCopy {
-    pub fn new(file: Essentials, me: NodeId, saved: &[(Key, Record)]) -> Self {
-        let mut copy = Self { file, me, records: BTreeMap::new(), is_current: false };
+    /// `batches` is the database's number of them, which has the records that are saved.
+    pub fn new(file: Essentials, me: NodeId, saved: &[(Key, Record)], batches: u64) -> Self {
+        let mut copy = Self { file, me, records: BTreeMap::new(), batches, is_current: false };
         // The records of other members are many.
         for (key, record) in saved.iter().filter(|(key, _)| is_essential(me, *key)) {
             copy.set(*key, &record.encode());
@@ -84,8 +107,13 @@ impl EssentialsCopy {
         copy
     }
 
-    /// A batch is durable; an empty value has removed its record.
-    pub(super) fn follow(&mut self, written: &BTreeMap<Key, Vec<u8>>) {
+    pub(super) const fn batches(&self) -> u64 {
+        self.batches
+    }
+
+    /// A batch is durable, the database's last of so many; an empty value has removed its record.
+    pub(super) fn follow(&mut self, written: &BTreeMap<Key, Vec<u8>>, batches: u64) {
+        self.batches = batches;
         written.iter().for_each(|(key, value)| self.set(*key, value));
     }
 
@@ -110,7 +138,7 @@ impl EssentialsCopy {
 
     /// Brings the file up to date. What fails is tried again with the next change: the database has it all.
     pub(super) fn save(&mut self) {
-        match self.file.write(&self.records) {
+        match self.file.write(&self.records, self.batches) {
             Ok(()) => {}
             Err(error) => {
                 tracing::warn!(%error, "the copy of the essential records was not written")
@@ -158,43 +186,44 @@ mod tests {
         let (me, other) = (NodeId::from_bytes([1; 8]), NodeId::from_bytes([2; 8]));
         let slots = Record::Slots(vec![run(1, me), run(2, other)]);
         let saved = [(Key::Starts, Record::Starts(3)), (Key::Slots(0), slots)];
-        let mut copy = EssentialsCopy::new(file.clone(), me, &saved);
+        let mut copy = EssentialsCopy::new(file.clone(), me, &saved, 1);
         assert!(!copy.is_current(), "it was never written");
         copy.save();
         let own = Record::Slots(vec![run(1, me)]);
         assert_eq!(
-            file.read().expect("read"),
+            file.read().expect("read").records,
             [(Key::Starts, Record::Starts(3)), (Key::Slots(0), own)]
         );
         // What concerns others changes nothing.
         let slots = Record::Slots(vec![run(1, me), run(3, other)]).encode();
-        copy.follow(&BTreeMap::from([(Key::Slots(0), slots)]));
+        copy.follow(&BTreeMap::from([(Key::Slots(0), slots)]), 2);
         assert!(copy.is_current());
         let slots = Record::Slots(vec![run(1, other)]).encode();
-        copy.follow(&BTreeMap::from([(Key::Slots(0), slots)]));
+        copy.follow(&BTreeMap::from([(Key::Slots(0), slots)]), 2);
         assert!(!copy.is_current());
         copy.save();
-        assert_eq!(file.read().expect("read"), [(Key::Starts, Record::Starts(3))]);
+        assert_eq!(file.read().expect("read").records, [(Key::Starts, Record::Starts(3))]);
     }
 
     #[test]
     fn copy_that_is_damaged_gives_no_wrong_record() {
         let dir = tempfile::tempdir().expect("tempdir");
         let file = Essentials::new(dir.path().join("essentials"));
-        assert_eq!(file.read().expect("read"), []);
+        assert_eq!(file.read().expect("read"), Copied::default());
         let saved = [(Key::Starts, Record::Starts(3))];
-        EssentialsCopy::new(file.clone(), NodeId::from_bytes([1; 8]), &saved).save();
+        EssentialsCopy::new(file.clone(), NodeId::from_bytes([1; 8]), &saved, 7).save();
         let whole = fs::read(&file.path).expect("read");
         for byte in 0..whole.len() {
             let mut damaged = whole.clone();
             damaged[byte] ^= 0x11;
             fs::write(&file.path, damaged).expect("written");
             let read = file.read().expect("read");
-            assert!(read.is_empty() || read == saved, "{read:?}");
+            assert!(read.records.is_empty() || read.records == saved, "{read:?}");
+            assert!(read.batches == 7 || read == Copied::default(), "{read:?}");
         }
         for length in 0..whole.len() - 1 {
             fs::write(&file.path, &whole[..length]).expect("written");
-            assert_eq!(file.read().expect("read"), []);
+            assert_eq!(file.read().expect("read"), Copied::default());
         }
     }
 }

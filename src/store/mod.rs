@@ -23,7 +23,7 @@ mod writer;
 
 pub use database::{Database, Opened, StoreError};
 pub use directory::{StateDir, read_token};
-pub use essentials::{Essentials, EssentialsCopy};
+pub use essentials::{Copied, Essentials, EssentialsCopy};
 pub use history::History;
 pub use replace::{PRIVATE, PUBLIC, replace};
 pub use writer::{Writer, Written};

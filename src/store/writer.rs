@@ -250,9 +250,10 @@ impl<R: Fn(Written)> Disk<R> {
         };
         let written = catch_unwind(AssertUnwindSafe(|| database.write(&pending.records)));
         if let Ok(Ok(())) = written {
+            let batches = database.batches();
             self.database = Some(database);
             self.is_emptied = false;
-            self.copy.follow(&pending.records);
+            self.copy.follow(&pending.records, batches);
             return Ok(());
         }
         // Closing an engine that has failed may fail as well.
@@ -269,6 +270,7 @@ impl<R: Fn(Written)> Disk<R> {
         if is_empty && !std::mem::replace(&mut self.is_emptied, true) {
             (self.report)(Written::Emptied);
         }
+        opened.database.count_on(self.copy.batches());
         Ok(opened.database)
     }
 }
