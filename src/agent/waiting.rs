@@ -30,6 +30,8 @@ use crate::{
 
 /// The interfaces are looked at this often.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
+/// The problem of an agent that has not begun to wait.
+const STARTING: &str = "the agent is starting";
 /// The service manager and questions with a deadline are looked after this often.
 const TICK: Duration = Duration::from_millis(500);
 
@@ -54,7 +56,7 @@ impl<'a> Waiting<'a> {
         questions: &'a mut mpsc::UnboundedReceiver<News>,
     ) -> Self {
         let service = Service::new(Instant::now());
-        let problem = "the agent is starting".to_owned();
+        let problem = STARTING.to_owned();
         let (waiters, docker) = (Vec::new(), Vec::new());
         Self { name, node: NodeId::UNKNOWN, signals, questions, service, waiters, docker, problem }
     }
@@ -87,7 +89,8 @@ impl<'a> Waiting<'a> {
         let mut work = std::pin::pin!(work);
         loop {
             let now = Instant::now();
-            if self.service.is_due(now) {
+            // A start without anything to wait for is no news to the service manager.
+            if self.problem != STARTING && self.service.is_due(now) {
                 self.service.report(now, self.problem.clone());
             }
             let status = status(&self.name, self.node, self.problem.clone());

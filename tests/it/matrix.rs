@@ -31,6 +31,7 @@ const END: Duration = Duration::from_secs(8);
 /// Two hosts with a pod each. The fault is on the first host.
 struct Scene {
     cluster: Cluster,
+    /// With one for a pod that is connected now and then.
     pods: Vec<NetNs>,
     /// The pod of the second host.
     other: Ipv4Addr,
@@ -52,7 +53,7 @@ impl Scene {
         let mut cluster = Cluster { hosts: vec![first], agents: vec![agent], token };
         cluster.join(lab, 2)?;
         cluster.converge()?;
-        let pods = namespaces(&["a", "b"])?;
+        let pods = namespaces(&["a", "b", "c"])?;
         Runtime::new(&cluster.agents[0]).add("a");
         let other = address(&Runtime::new(&cluster.agents[1]).add("b")).parse()?;
         let subnet = Agent::subnet(&cluster.agents[0].wait_converged(2, PATIENCE)?)?.to_string();

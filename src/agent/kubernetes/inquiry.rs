@@ -214,7 +214,8 @@ impl Agent {
         }
     }
 
-    /// Starts again with other subnets, which the start saves. Pods keep their addresses until they are started again.
+    /// Starts again with other subnets, which the start saves. Pods keep their addresses until they are
+    /// started again.
     fn move_to(&mut self, cidrs: &[IpNet]) {
         let listed =
             |cidrs: &[IpNet]| cidrs.iter().map(IpNet::to_string).collect::<Vec<_>>().join(", ");

@@ -6,9 +6,10 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     thread,
+    time::{Duration, Instant},
 };
 
-use gossamer::lab::{Host, NetNs};
+use gossamer::lab::Host;
 use nix::{
     mount::{MsFlags, mount},
     sys::signal::{Signal, kill},
@@ -133,8 +134,29 @@ fn want_changes(scene: &Scene) -> thread::JoinHandle<()> {
     })
 }
 
+/// An operator who does not want to wait tells it twice.
+fn ends_at_the_second_signal(scene: &mut Scene, disk: &mut Disk) -> anyhow::Result<()> {
+    disk.fail(scene)?;
+    let changes = want_changes(scene);
+    scene.is_named(disk.words());
+    let agent = &mut scene.cluster.agents[0];
+    let pid = Pid::from_raw(agent.pid().cast_signed());
+    let stat = format!("/proc/{pid}/stat");
+    let told = Instant::now();
+    wait_until("the second signal does not end it", PATIENCE, || {
+        let is_told = kill(pid, Signal::SIGTERM).is_ok();
+        is_told && fs::read_to_string(&stat).is_ok_and(|stat| stat.contains(") Z "))
+    });
+    assert!(told.elapsed() < Duration::from_secs(4), "{:?}", told.elapsed());
+    agent.wait()?;
+    assert!(agent.log().contains("a second time"), "{}", agent.log());
+    changes.join().expect("no panic");
+    disk.mend()?;
+    scene.starts()?;
+    scene.recovers()
+}
+
 fn at_each_time(mut scene: Scene, disk: &mut Disk, at_start: &str) -> anyhow::Result<()> {
-    let _space = NetNs::new("c")?;
     // While it runs.
     disk.fail(&scene)?;
     let changes = want_changes(&scene);
@@ -204,10 +226,12 @@ fn hanging_disk_at_each_time_delays_changes_alone() {
     }
     isolated(|lab| {
         let mut disk = None;
-        let scene = Scene::new(lab, |host| {
+        let mut scene = Scene::new(lab, |host| {
             disk = Some(Disk::hanging(host)?);
             Ok(())
         })?;
-        at_each_time(scene, &mut disk.expect("mounted"), "waiting for the state directory")
+        let mut disk = disk.expect("mounted");
+        ends_at_the_second_signal(&mut scene, &mut disk)?;
+        at_each_time(scene, &mut disk, "waiting for the state directory")
     });
 }
