@@ -1,11 +1,6 @@
 //! What a node knows when it starts, whatever has become of its disk.
 
-use std::{
-    collections::BTreeMap,
-    net::IpAddr,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{collections::BTreeMap, net::IpAddr, sync::Arc, time::Duration};
 
 use nix::errno::Errno;
 use tokio::sync::oneshot;
@@ -57,15 +52,14 @@ pub(super) async fn memory(
         // Not waited for: a disk that hangs would keep the agent.
         let _thread = Thread::start("recall", move || _ = reply.send(read(&of_thread)))?;
         let mut answer = std::pin::pin!(answer);
-        let since = Instant::now();
         let read = loop {
             let turn = waiting.until(tokio::time::timeout(USUAL, &mut answer)).await;
             match turn {
                 None => return Ok(None),
                 Some(Ok(answer)) => break answer,
+                // In the same words each time: the log has it once.
                 Some(Err(_)) => waiting.say(format!(
-                    "waiting for the state directory: {path} has not answered for {} s: look at its disk",
-                    since.elapsed().as_secs()
+                    "waiting for the state directory: {path} does not answer: look at its disk (dmesg)"
                 )),
             }
         };
@@ -163,26 +157,18 @@ fn recall(
         records.iter().any(|(_, record)| matches!(record, Record::Cluster(_)))
     };
     let copied = state.essentials().read();
-    database.count_on(copied.as_ref().map_or(0, |copied| copied.batches.min(MAX_BATCHES)));
+    let batches = copied.as_ref().map_or(0, |copied| copied.batches.min(MAX_BATCHES));
     let Some(cluster) = saved.and_then(Token::known_cluster).filter(|_| !has_cluster(&records))
     else {
+        database.count_on(batches);
         match copied {
-            Ok(Copied { records: copy, batches }) if batches > counted && has_cluster(&copy) => {
+            Ok(Copied { records: copy, .. }) if batches > counted && has_cluster(&copy) => {
                 tracing::error!(
                     batches,
                     counted,
                     "the database has lost its last changes: this node goes on with the second copy of them"
                 );
-                // What the copy lacks of them was removed. Slots and members merge.
-                let is_pod = |(key, _): &mut (Key, Record)| matches!(key, Key::Pod(_));
-                let pods = records.extract_if(.., is_pod).map(|(key, _)| (key, Vec::new()));
-                let mut missed: BTreeMap<Key, Vec<u8>> = pods.collect();
-                let is_whole = |(key, _): &&(Key, Record)| !matches!(key, Key::Slots(_));
-                missed.extend(copy.iter().filter(is_whole).map(|(key, r)| (*key, r.encode())));
-                if let Err(error) = database.write(&missed) {
-                    tracing::warn!(%error, "the lost changes are not in the database yet");
-                }
-                records.extend(copy);
+                complete(&database, &mut records, copy);
                 is_new = true;
             }
             Ok(_) => {}
@@ -195,12 +181,12 @@ fn recall(
         (database, is_new) = (empty, true);
         tracing::error!(%cluster, moved_to = %aside.display(), "database lost records, moved aside");
     }
+    database.count_on(batches);
     let knows_others =
         !config.seeds.is_empty() || saved.is_some_and(|token| !token.seeds.is_empty());
     if !knows_others {
-        let Copied { records: copy, batches } =
+        let Copied { records: copy, .. } =
             copied.map_err(|error| StoreError::Directory { path, error })?;
-        database.count_on(batches.min(MAX_BATCHES));
         let is_of_cluster =
             |record: &Record| matches!(record, Record::Cluster(known) if known.id == cluster);
         if copy.iter().any(|(_, record)| is_of_cluster(record)) {
@@ -212,4 +198,19 @@ fn recall(
         }
     }
     Ok(Recalled { database, records, is_new })
+}
+
+/// Adds to a database and to its records what the copy has of changes that were lost.
+fn complete(database: &Database, records: &mut Vec<(Key, Record)>, copy: Vec<(Key, Record)>) {
+    // A pod that the copy lacks was disconnected. Slots and members merge.
+    let is_pod = |(key, _): &mut (Key, Record)| matches!(key, Key::Pod(_));
+    let pods = records.extract_if(.., is_pod).map(|(key, _)| (key, Vec::new()));
+    let mut missed: BTreeMap<Key, Vec<u8>> = pods.collect();
+    // The database has the slots of others beside this node's own.
+    let is_whole = |(key, _): &&(Key, Record)| !matches!(key, Key::Slots(_));
+    missed.extend(copy.iter().filter(is_whole).map(|(key, record)| (*key, record.encode())));
+    if let Err(error) = database.write(&missed) {
+        tracing::warn!(%error, "the lost changes are not in the database yet");
+    }
+    records.extend(copy);
 }

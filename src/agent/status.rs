@@ -107,14 +107,15 @@ impl Agent {
 
     /// Why changes do not get onto the disk.
     pub(super) fn store_problem(&self) -> Option<String> {
+        let is_silent = self.writer.silent_for().is_some_and(|silent| silent > DISK_PATIENCE);
         let silence = || {
-            let silent = self.writer.silent_for().filter(|silent| *silent > DISK_PATIENCE)?;
-            Some(format!(
-                "the disk has not answered for {} s, so pods and leases do not change: look at it (dmesg)",
-                silent.as_secs()
-            ))
+            let patience = DISK_PATIENCE.as_secs();
+            format!(
+                "the disk has not answered for more than {patience} s, so pods and leases do not change: \
+                 look at it (dmesg)"
+            )
         };
-        self.store_failure.clone().or_else(silence)
+        self.store_failure.clone().or_else(|| is_silent.then(silence))
     }
 
     /// Everything that is wrong, as sentences with what helps.

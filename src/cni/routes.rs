@@ -1,4 +1,4 @@
-//! The routes of an earlier result, which CHECK holds a pod to: whoever has set them, they must be there.
+//! The routes of an earlier result, which CHECK holds a pod to: whichever program has set them.
 
 use std::{fmt, fs::File, net::IpAddr, path::Path};
 

@@ -180,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn is_essential_the_own_slots_alone_and_follows_what_is_written() {
+    fn copy_has_the_own_slots_alone_and_follows_what_is_written() {
         let dir = tempfile::tempdir().expect("tempdir");
         let file = Essentials::new(dir.path().join("essentials"));
         let (me, other) = (NodeId::from_bytes([1; 8]), NodeId::from_bytes([2; 8]));

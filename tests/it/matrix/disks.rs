@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use gossamer::lab::Host;
+use gossamer::lab::{Host, Lab};
 use nix::{
     mount::{MsFlags, mount},
     sys::signal::{Signal, kill},
@@ -121,6 +121,19 @@ fn remount(state: &Path, more: MsFlags) -> nix::Result<()> {
     )
 }
 
+/// The first host keeps its state on this disk.
+fn on_disk(
+    lab: &mut Lab,
+    make: impl FnOnce(&Host) -> anyhow::Result<Disk>,
+) -> anyhow::Result<(Scene, Disk)> {
+    let mut disk = None;
+    let scene = Scene::new(lab, |host| {
+        disk = Some(make(host)?);
+        Ok(())
+    })?;
+    Ok((scene, disk.expect("made before the first agent")))
+}
+
 /// Changes of the first host's pods, until one does not get onto the disk.
 fn want_changes(scene: &Scene) -> thread::JoinHandle<()> {
     let socket = scene.cluster.agents[0].socket().to_owned();
@@ -189,12 +202,8 @@ fn at_each_time(mut scene: Scene, disk: &mut Disk, at_start: &str) -> anyhow::Re
 #[test]
 fn full_disk_at_each_time_delays_changes_alone() {
     isolated(|lab| {
-        let mut disk = None;
-        let scene = Scene::new(lab, |host| {
-            disk = Some(Disk::full(&host.dir.join("state"))?);
-            Ok(())
-        })?;
-        at_each_time(scene, &mut disk.expect("mounted"), "state directory")
+        let (scene, mut disk) = on_disk(lab, |host| Disk::full(&host.dir.join("state")))?;
+        at_each_time(scene, &mut disk, "state directory")
     });
 }
 
@@ -207,12 +216,8 @@ fn read_only_disk_at_each_time_delays_changes_alone() {
         );
     }
     isolated(|lab| {
-        let mut disk = None;
-        let scene = Scene::new(lab, |host| {
-            disk = Some(Disk::read_only(&host.dir.join("state"))?);
-            Ok(())
-        })?;
-        at_each_time(scene, &mut disk.expect("mounted"), "waiting for the state directory")
+        let (scene, mut disk) = on_disk(lab, |host| Disk::read_only(&host.dir.join("state")))?;
+        at_each_time(scene, &mut disk, "waiting for the state directory")
     });
 }
 
@@ -225,12 +230,7 @@ fn hanging_disk_at_each_time_delays_changes_alone() {
         );
     }
     isolated(|lab| {
-        let mut disk = None;
-        let mut scene = Scene::new(lab, |host| {
-            disk = Some(Disk::hanging(host)?);
-            Ok(())
-        })?;
-        let mut disk = disk.expect("mounted");
+        let (mut scene, mut disk) = on_disk(lab, Disk::hanging)?;
         ends_at_the_second_signal(&mut scene, &mut disk)?;
         at_each_time(scene, &mut disk, "waiting for the state directory")
     });
