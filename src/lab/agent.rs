@@ -5,7 +5,7 @@ use std::{
     io,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use ipnet::Ipv4Net;
@@ -103,6 +103,19 @@ impl Agent {
             anyhow::bail!("not converged: {status:#}\n{}", self.log());
         }
         Ok(status)
+    }
+
+    /// Waits until the node has its subnet: an agent answers before it has read its state.
+    pub fn wait_subnet(&mut self, patience: Duration) -> anyhow::Result<Ipv4Net> {
+        let begun = Instant::now();
+        loop {
+            let status = self.ask("/v1/status", patience)?;
+            if status["subnet"].is_string() {
+                return Self::subnet(&status);
+            }
+            anyhow::ensure!(begun.elapsed() < patience, "no subnet: {status:#}\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(2));
+        }
     }
 
     /// The subnet in a status.

@@ -15,7 +15,7 @@ use std::{
     time::Duration,
 };
 
-use crate::common::{Cluster, PATIENCE, eventually, isolated, program, run, status_where, tool};
+use crate::common::{Cluster, PATIENCE, eventually, isolated, program, run, tool};
 use gossamer::lab::{Agent, Host, NetNs, Pinger, Pod};
 use nix::sys::signal::Signal;
 
@@ -260,8 +260,7 @@ fn a_host_that_comes_back_needs_nobody() {
         fs::remove_file(cluster.hosts[1].dir.join("subnet.env"))?;
         lab.set_cable(2, false)?;
         cluster.agents[1] = Agent::start(program(), &cluster.hosts[1], &[])?;
-        let known = subnet.to_string();
-        status_where(&mut cluster.agents[1], |status| status["subnet"] == known.as_str());
+        assert_eq!(cluster.agents[1].wait_subnet(PATIENCE)?, subnet);
         let netns = &cluster.hosts[1].netns;
         eventually(netns, "ip -4 route show proto 73 dev gossamer.1", |routes| {
             routes.lines().count() == 2

@@ -222,7 +222,7 @@ impl Story {
         self.screen.step("it is started again, without seeds or token", || {
             let begun = Instant::now();
             agents[1] = Agent::start(program, &hosts[1], &[])?;
-            let after = Agent::subnet(&agents[1].ask("/v1/status", PATIENCE)?)?;
+            let after = agents[1].wait_subnet(PATIENCE)?;
             let ready = begun.elapsed();
             ensure!(after == before, "it had {before} and has {after} now");
             agents[1].wait_converged(count, PATIENCE)?;
