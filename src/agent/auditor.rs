@@ -18,6 +18,8 @@ use rtnetlink::packet_route::{
     route::{RouteProtocol, RouteType},
 };
 
+mod policy;
+
 use super::underlay::Chosen;
 use crate::{
     api::{CheckState, CheckStatus},
@@ -26,6 +28,7 @@ use crate::{
         desired::{Desired, ROUTE_PROTOCOL},
         firewall::Firewall,
     },
+    model::Transport,
     netlink::{
         Netlink,
         link::Link,
@@ -215,9 +218,9 @@ impl Auditor {
         let mut links = None;
         for host in next.take(hosts.len().min(PATHS)).copied().collect::<Vec<_>>() {
             self.path_asked = Some(host);
-            let udp = Some(desired.device.port);
+            let transport = Some(Transport::udp_to(desired.device.port));
             let from = Some(desired.device.local).filter(|local| local.is_ipv4() == host.is_ipv4());
-            let found = netlink.route(&Query { output, from, udp, ..Query::to(host) });
+            let found = netlink.route(&Query { output, from, transport, ..Query::to(host) });
             let detour = match &found {
                 Ok(found) => match refusal(found.kind) {
                     Some(errno) => Some(Detour::Refused(reason(errno))),
@@ -285,7 +288,10 @@ fn ground(netlink: &mut Netlink, desired: &Desired, place: Place<'_>) -> io::Res
     }
     let Place { device, underlay, local, masquerade, .. } = place;
     let has = has.into_iter().map(|(_, ip)| ip).collect();
-    Ok(Ground { device, underlay, local, own, has, masquerade })
+    let links: Vec<u32> =
+        own.iter().filter_map(|own| own.inside).chain([device, underlay]).collect();
+    let selected = policy::selected(netlink, &own, &links)?;
+    Ok(Ground { device, underlay, local, own, has, masquerade, selected })
 }
 
 /// Answers questions; looks further only where an answer is wrong, and at everything once.
@@ -306,7 +312,14 @@ struct Facts {
 impl Witness<'_> {
     /// Why the kernel sends a packet elsewhere; nothing, if it does not.
     fn ask(&mut self, question: &Question) -> io::Result<Option<Cause>> {
-        let query = Query { from: question.from, input: question.input, ..Query::to(question.to) };
+        let selector = question.selector;
+        let query = Query {
+            from: question.from,
+            input: question.input,
+            transport: selector.and_then(|selector| selector.transport),
+            tos: selector.map_or(0, |selector| selector.tos),
+            ..Query::to(question.to)
+        };
         let answer = match self.netlink.route(&query) {
             Ok(found) => match refusal(found.kind) {
                 Some(errno) => Answer::Refused(errno),
@@ -355,6 +368,11 @@ impl Witness<'_> {
         let refusals = facts.refusals[family].iter();
         let others =
             refusals.filter(|refusal| refusal.protocol != RouteProtocol::Other(ROUTE_PROTOCOL));
+        // The rule whose packets these are has led them there, not another one with that table.
+        let mut rules = facts.rules[family].clone();
+        rules.sort_by_key(|(priority, ..)| {
+            question.selector.is_some_and(|selector| selector.priority != *priority)
+        });
         Ok(Evidence {
             input: query.input.and_then(|index| facts.of(index)),
             output: output.and_then(|index| facts.of(index)),
@@ -366,7 +384,7 @@ impl Witness<'_> {
             entry,
             connected,
             ours: self.desired.tables.routes.get(&question.subject).map(|hop| hop.metric),
-            rules: facts.rules[family].clone(),
+            rules,
             refusals: others.map(|r| (r.destination, r.kind, r.table)).collect(),
             forwards: match query.to {
                 IpAddr::V4(_) => is_on("ipv4/ip_forward"),

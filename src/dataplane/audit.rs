@@ -18,7 +18,7 @@ use super::{
     plan::full_len,
 };
 use crate::{
-    model::Subnets,
+    model::{Selector, Subnets},
     pods::{gateway, last_address},
 };
 
@@ -26,6 +26,7 @@ pub use self::cause::{Cause, Evidence, Fact, MAIN};
 
 mod cause;
 mod home;
+mod selected;
 #[cfg(test)]
 mod tests;
 
@@ -52,6 +53,17 @@ pub struct Ground {
     pub has: BTreeSet<IpAddr>,
     /// Packets of pods to other networks have the address of their host.
     pub masquerade: bool,
+    /// What policy rules select that may be packets between pods.
+    pub selected: Vec<Selected>,
+}
+
+/// Packets that a policy rule selects.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Selected {
+    pub selector: Selector,
+    /// Index of the interface by which they come in.
+    pub input: Option<u32>,
+    pub ipv4: bool,
 }
 
 /// One of this node's own subnets.
@@ -112,6 +124,8 @@ pub struct Question {
     /// Index of the interface by which the packet comes in.
     pub input: Option<u32>,
     pub expected: Expected,
+    /// The packet is one that a policy rule selects.
+    pub selector: Option<Selector>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -239,7 +253,8 @@ impl Audit {
                 self.suspects.insert(*subject, address);
             }
         }
-        let addresses = (QUESTIONS / (subjects.len() * PER_SUBJECT).max(1)).clamp(1, ADDRESSES);
+        let per_subject = PER_SUBJECT + 2 * ground.selected.len();
+        let addresses = (QUESTIONS / (subjects.len() * per_subject).max(1)).clamp(1, ADDRESSES);
         let doubted: BTreeSet<IpNet> =
             self.doubts.keys().chain(self.suspects.keys()).copied().collect();
         let in_doubt = doubted.iter().filter_map(|subject| subjects.get_key_value(subject));
@@ -312,6 +327,7 @@ impl Audit {
             to: gateway(subject),
             input: own.inside,
             expected,
+            selector: None,
         };
         questions.push(question);
         questions.push(Question { to: last_address(subject), ..question });
@@ -325,14 +341,19 @@ impl Audit {
         }
         questions.push(Question { kind: Kind::Own, from: None, input: None, ..question });
         if let Some(inside) = own.inside {
-            questions.push(Question {
+            let comes_in = Question {
                 kind: Kind::In,
                 from: between.last().copied(),
                 to: own.pod,
                 input: Some(comes_by),
                 expected: Expected::Way { link: inside, gateway: None },
                 ..question
-            });
+            };
+            questions.push(comes_in);
+            for selected in &ground.selected {
+                questions.extend(selected.of(question, own, ground));
+                questions.extend(selected.of(comes_in, own, ground));
+            }
         }
     }
 
@@ -374,6 +395,9 @@ impl Audit {
                 finding.subjects.insert(*subject);
             }
         }
+        // What takes all packets is told as that.
+        let all: BTreeSet<Cause> = found.keys().cloned().collect();
+        found.retain(|cause, _| cause.of_selected().is_none_or(|cause| !all.contains(cause)));
         let now: BTreeSet<Cause> = found.keys().cloned().collect();
         found.retain(|cause, _| self.before.contains(cause));
         self.findings = found.into_values().collect();
@@ -432,6 +456,7 @@ fn filters(subject: IpNet, peer: IpAddr, ground: &Ground) -> Vec<Question> {
         to: ground.local,
         input: Some(ground.underlay),
         expected: Expected::Unfiltered,
+        selector: None,
     };
     let to_pods = own.inside.map(|_| Question {
         kind: Kind::HostsToPods,

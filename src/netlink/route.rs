@@ -11,14 +11,13 @@ use rtnetlink::packet_route::{
         RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric,
         RouteProtocol, RouteType,
     },
-    rule::{RuleAction, RuleAttribute, RuleMessage},
+    rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage},
 };
 
 use ipnet::IpNet;
 
 use super::Netlink;
-
-const IPPROTO_UDP: u8 = 17;
+use crate::model::{Selector, Transport};
 
 /// A packet whose way is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,8 +29,10 @@ pub struct Query {
     pub input: Option<u32>,
     /// Index of the interface by which it has to leave.
     pub output: Option<u32>,
-    /// Its destination port, if it is a UDP datagram: rules may ask for that.
-    pub udp: Option<u16>,
+    /// Its protocol and ports: rules may ask for them.
+    pub transport: Option<Transport>,
+    /// Its type of service: rules may ask for that.
+    pub tos: u8,
     /// What a rule of the firewall may have marked it with.
     pub mark: Option<u32>,
 }
@@ -39,7 +40,7 @@ pub struct Query {
 impl Query {
     /// A packet of this host's own to `to`.
     pub const fn to(to: IpAddr) -> Self {
-        Self { to, from: None, input: None, output: None, udp: None, mark: None }
+        Self { to, from: None, input: None, output: None, transport: None, tos: 0, mark: None }
     }
 
     /// A packet that comes in by `input`, to be forwarded or delivered.
@@ -74,9 +75,14 @@ pub struct Entry {
 }
 
 /// A policy rule (`ip rule`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rule {
     pub priority: u32,
+    /// What else it selects packets by; with `inverted` it concerns all other packets.
+    pub selector: Selector,
+    pub inverted: bool,
+    /// Name of the interface by which packets come in.
+    pub input: Option<String>,
     /// Where the lookup goes on; 0 if the rule leads to no table of its own.
     pub table: u32,
     /// Packets that match are dropped.
@@ -233,10 +239,12 @@ impl Netlink {
         message.attributes.extend(query.input.map(RouteAttribute::Iif));
         message.attributes.extend(query.output.map(RouteAttribute::Oif));
         message.attributes.extend(query.mark.map(RouteAttribute::Mark));
-        if let Some(port) = query.udp {
+        message.header.tos = query.tos;
+        if let Some(Transport { protocol, source, destination }) = query.transport {
             // Kernels since 4.17 take them, older ones ignore them.
-            let udp = [RouteAttribute::IpProto(IPPROTO_UDP), RouteAttribute::Dport(port)];
-            message.attributes.extend(udp);
+            message.attributes.push(RouteAttribute::IpProto(protocol));
+            message.attributes.extend(source.map(RouteAttribute::Sport));
+            message.attributes.extend(destination.map(RouteAttribute::Dport));
         }
         match self.get(RouteNetlinkMessage::GetRoute(message))? {
             RouteNetlinkMessage::NewRoute(found) => Ok(found),
@@ -252,19 +260,36 @@ fn rule(message: RouteNetlinkMessage) -> Option<Rule> {
         RuleAction::Blackhole | RuleAction::Unreachable | RuleAction::Prohibit
     );
     let table = u32::from(message.header.table);
-    let mut rule = Rule { priority: 0, table, refuses, mark: None };
+    let (mut priority, mut of_table, mut input) = (0, table, None);
     let (mut mark, mut mask) = (None, u32::MAX);
+    let (mut from, mut to) = (None, None);
+    let (mut protocol, mut source, mut destination) = (None, None, None);
+    let network = |ip: &IpAddr, length: u8| IpNet::new(*ip, length).ok();
     for attribute in &message.attributes {
         match attribute {
-            RuleAttribute::Priority(priority) => rule.priority = *priority,
-            RuleAttribute::Table(table) => rule.table = *table,
+            RuleAttribute::Priority(number) => priority = *number,
+            RuleAttribute::Table(number) => of_table = *number,
+            RuleAttribute::Iifname(name) => input = Some(name.clone()),
+            RuleAttribute::Source(ip) => from = network(ip, message.header.src_len),
+            RuleAttribute::Destination(ip) => to = network(ip, message.header.dst_len),
+            RuleAttribute::IpProtocol(number) => protocol = Some(u8::from(*number)),
+            RuleAttribute::SourcePortRange(ports) => source = Some(ports.start),
+            RuleAttribute::DestinationPortRange(ports) => destination = Some(ports.start),
             RuleAttribute::FwMark(value) => mark = Some(*value),
             RuleAttribute::FwMask(value) => mask = *value,
             _ => {}
         }
     }
-    rule.mark = mark.map(|mark| (mark, mask));
-    Some(rule)
+    let transport = Transport::new(protocol, source, destination);
+    Some(Rule {
+        priority,
+        selector: Selector { priority, from, to, transport, tos: message.header.tos },
+        inverted: message.header.flags.contains(RuleFlags::Invert),
+        input,
+        table: of_table,
+        refuses,
+        mark: mark.map(|mark| (mark, mask)),
+    })
 }
 
 fn listed(route: &RouteMessage, ipv4: bool) -> Option<Listed> {

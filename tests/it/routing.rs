@@ -136,6 +136,40 @@ const FAULTS_AT_HOME: [(&str, &str, &str); 6] = [
     ),
 ];
 
+/// Policy rules that take some packets of pods only.
+const FAULTS_OF_SOME: [(&str, &str, &str); 5] = [
+    (
+        "that rule 5270 selects (from 10.42.1.9/32) leave by d0: table 52 has a route for them",
+        "ip route add default dev d0 table 52 && ip rule add from 10.42.1.9 lookup 52 pref 5270",
+        "ip rule del pref 5270",
+    ),
+    (
+        "that rule 5271 selects (from 10.42.1.128/26) leave by d0",
+        "ip rule add from 10.42.1.128/26 lookup 52 pref 5271",
+        "ip rule del pref 5271",
+    ),
+    (
+        "that rule 5272 selects (ipproto tcp dport 8080) leave by d0",
+        "ip rule add ipproto tcp dport 8080-8090 lookup 52 pref 5272",
+        "ip rule del pref 5272",
+    ),
+    (
+        "that rule 5273 selects (ipproto udp sport 53) are dropped by ip rule 5273",
+        "ip rule add iif pods ipproto udp sport 53 prohibit pref 5273",
+        "ip rule del pref 5273",
+    ),
+    (
+        "that rule 5274 selects (tos 0x10) leave by d0",
+        "ip rule add tos 0x10 lookup 52 pref 5274",
+        "ip rule del pref 5274",
+    ),
+];
+
+#[test]
+fn policy_rule_that_takes_some_packets_of_pods_is_named_with_what_it_selects() {
+    isolated(|lab| each_is_named_until_it_is_gone(lab, &FAULTS_OF_SOME, "10.42.1.", 0));
+}
+
 #[test]
 fn what_takes_a_part_of_the_own_subnet_is_named_until_it_is_gone() {
     isolated(|lab| each_is_named_until_it_is_gone(lab, &FAULTS_AT_HOME, "10.42.1.", 0));

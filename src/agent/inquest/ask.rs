@@ -16,7 +16,7 @@ use crate::{
         kernel::FirewallTable,
         silence::{Astray, Culprit, OUT, Pinned, Place, Suspect, open_chain},
     },
-    model::Mac,
+    model::{Mac, Transport},
     netlink::{
         Netlink,
         link::Link,
@@ -77,8 +77,8 @@ impl Ways {
         let mut found = BTreeMap::new();
         for Suspect { address, .. } in asked {
             let output = pinned.then_some(place.link);
-            let (from, udp) = (Some(place.source), Some(place.port));
-            let query = Query { output, from, udp, ..Query::to(*address) };
+            let (from, transport) = (Some(place.source), Some(Transport::udp_to(place.port)));
+            let query = Query { output, from, transport, ..Query::to(*address) };
             if let Ok(way) = netlink.route(&query) {
                 found.insert(*address, way);
             }
@@ -152,8 +152,8 @@ impl Ways {
             self.links.iter().find(|link| link.index == *index && link.controller().is_none())
         });
         let mut links = links.filter(|link| {
-            let udp = Some(place.port);
-            let query = Query { udp, ..Query::forwarded(peer, place.local, link.index) };
+            let transport = Some(Transport::udp_to(place.port));
+            let query = Query { transport, ..Query::forwarded(peer, place.local, link.index) };
             match netlink.route(&query).map_err(|error| error.raw_os_error()) {
                 Err(Some(EXDEV)) => true,
                 // Kernels since 6.14 say so, to this and to much else.

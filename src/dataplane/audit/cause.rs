@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use super::{Answer, EINVAL, EXDEV, Expected, Kind, Question};
-use crate::dataplane::plan::full_len;
+use crate::{dataplane::plan::full_len, model::Selector};
 
 /// `RT_TABLE_MAIN`, where our routes are.
 pub const MAIN: u32 = 254;
@@ -37,6 +37,8 @@ pub enum Cause {
     Rule { priority: u32, ipv4: bool },
     /// There is no route, or none that is known.
     Unknown { errno: i32 },
+    /// It concerns only the packets that a policy rule selects.
+    Selected { selector: Selector, cause: Box<Self> },
 }
 
 /// What else was found out about a packet that goes elsewhere.
@@ -97,7 +99,21 @@ impl Cause {
             return None;
         }
         let is_filter = matches!(cause, Self::Filter { .. });
-        (is_filter || question.expected != Expected::Unfiltered).then_some(cause)
+        if !is_filter && question.expected == Expected::Unfiltered {
+            return None;
+        }
+        Some(match question.selector {
+            Some(selector) => Self::Selected { selector, cause: Box::new(cause) },
+            None => cause,
+        })
+    }
+
+    /// What happens to the packets that a policy rule selects, if it concerns those alone.
+    pub fn of_selected(&self) -> Option<&Self> {
+        match self {
+            Self::Selected { cause, .. } => Some(cause),
+            _ => None,
+        }
     }
 
     fn of_refusal(question: &Question, errno: i32, evidence: &Evidence) -> Self {
@@ -190,6 +206,17 @@ impl Cause {
             Kind::HostsToPods => "packets of other nodes' own addresses to pods here".to_owned(),
             Kind::Home => format!("packets to pods here, in {subnets},"),
         };
+        match self {
+            Self::Selected { selector, cause } => {
+                let packets =
+                    format!("{packets} that rule {} selects ({selector})", selector.priority);
+                cause.sentence_of(&packets, kind, network)
+            }
+            cause => cause.sentence_of(&packets, kind, network),
+        }
+    }
+
+    fn sentence_of(&self, packets: &str, kind: Kind, network: IpNet) -> Option<String> {
         Some(match self {
             Self::Table { table, priority: Some(priority), interface, ipv4 } => format!(
                 "{packets} leave by {interface}: table {table} has a route for them and comes before the \
@@ -246,7 +273,7 @@ impl Cause {
                  net.ipv4.conf.{0}.forwarding=1 (and the first in a file in /etc/sysctl.d)",
                 slashed(interface)
             ),
-            Self::NoForwarding | Self::Address { .. } => return None,
+            Self::NoForwarding | Self::Address { .. } | Self::Selected { .. } => return None,
             Self::NoIpv6 { interface } => format!(
                 "{packets} find no way, for IPv6 is turned off on {interface}: \
                  sysctl -w net.ipv6.conf.{}.disable_ipv6=0",

@@ -54,6 +54,7 @@ impl Audit {
                 to,
                 input: None,
                 expected: Expected::Way { link, gateway: None },
+                selector: None,
             };
             questions.push(question);
             questions.extend(comes.map(|(from, input)| Question {

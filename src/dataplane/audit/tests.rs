@@ -1,9 +1,12 @@
 //! Which questions are asked, and what follows from the answers.
 
 use super::*;
-use crate::dataplane::{
-    desired::Underlay,
-    plan::tests::{dual_stack_view, underlay, view},
+use crate::{
+    dataplane::{
+        desired::Underlay,
+        plan::tests::{dual_stack_view, underlay, view},
+    },
+    model::Transport,
 };
 
 const DEVICE: u32 = 7;
@@ -27,6 +30,7 @@ fn ground(inside: Option<u32>) -> Ground {
         own: vec![Own::new(net("10.42.1.0/24"), DEVICE, &has, None)],
         has: has.iter().map(|(_, ip)| *ip).collect(),
         masquerade: false,
+        selected: Vec::new(),
     }
 }
 
@@ -273,6 +277,7 @@ fn what_wins_is_named_with_what_helps() {
         to: [10, 42, 2, 1].into(),
         input: Some(BRIDGE),
         expected: Expected::Way { link: DEVICE, gateway: Some([10, 42, 2, 0].into()) },
+        selector: None,
     };
     let fact = |name: &str| Fact { name: name.to_owned(), forwards: true, ..Fact::default() };
     let healthy = Evidence {
@@ -385,4 +390,78 @@ fn what_wins_is_named_with_what_helps() {
     assert_eq!(cause.sentence(Kind::Out, "", net("10.42.0.0/16")), None);
     let other = Question { expected: Expected::Unfiltered, ..question };
     assert_eq!(Cause::of(&other, Answer::Refused(22), &healthy), None);
+}
+
+/// Packets that rules select are asked about with addresses and ports that the rules take, and with no
+/// address of the host itself.
+#[test]
+fn packets_that_rules_select_are_asked_about_as_rules_select_them() {
+    let selector = |from: Option<&str>, to: Option<&str>, dport| Selector {
+        priority: 100,
+        from: from.map(net),
+        to: to.map(net),
+        transport: Transport::new(None, None, dport),
+        tos: 0,
+    };
+    let asked = |selector: Selector, input: Option<u32>| {
+        let mut ground = ground(Some(BRIDGE));
+        ground.selected = vec![Selected { selector, input, ipv4: true }];
+        let questions = Audit::default().questions(&desired(1), &ground).into_iter();
+        let selected = questions.filter(|question| question.selector == Some(selector));
+        let shown =
+            |q: Question| format!("{:?} {} {}", q.kind, q.from.expect("an address of a pod"), q.to);
+        selected.map(shown).collect::<Vec<_>>()
+    };
+    let one = selector(Some("10.42.1.9/32"), None, None);
+    assert_eq!(asked(one, None), ["Out 10.42.1.9 10.42.2.1"]);
+    let half = selector(Some("10.42.1.0/25"), None, None);
+    assert_eq!(asked(half, None), ["Out 10.42.1.64 10.42.2.1"]);
+    let of_both = ["Out 10.42.1.254 10.42.2.1", "In 10.42.2.16 10.42.1.254"];
+    assert_eq!(asked(selector(None, None, Some(80)), None), of_both);
+    assert_eq!(asked(selector(None, None, Some(80)), Some(BRIDGE)), of_both[..1]);
+    assert_eq!(asked(selector(None, None, Some(80)), Some(DEVICE)), of_both[1..]);
+    let to = selector(None, Some("10.42.2.128/25"), None);
+    assert_eq!(asked(to, None), ["Out 10.42.1.254 10.42.2.128"]);
+    let gateway = selector(Some("10.42.1.1/32"), None, None);
+    assert_eq!(asked(gateway, None), [""; 0]);
+    assert_eq!(asked(selector(Some("192.0.2.0/24"), None, None), None), [""; 0]);
+}
+
+/// A rule that takes all packets is told once; one that takes some is told with what it selects.
+#[test]
+fn rule_that_takes_some_packets_is_told_with_what_it_selects() {
+    let selector = Selector {
+        priority: 100,
+        from: None,
+        to: None,
+        transport: Transport::new(None, None, Some(80)),
+        tos: 0,
+    };
+    let told = |some_only: bool| {
+        let (desired, mut audit) = (desired(1), Audit::default());
+        let mut ground = ground(Some(BRIDGE));
+        ground.selected = vec![Selected { selector, input: None, ipv4: true }];
+        for _ in 0..2 {
+            let questions = audit.questions(&desired, &ground).into_iter();
+            let answered = questions.map(|question| {
+                let cause = match question.selector {
+                    Some(selector) => {
+                        Some(Cause::Selected { selector, cause: Box::new(cause(100)) })
+                    }
+                    None => (!some_only && question.kind == Kind::Out).then(|| cause(100)),
+                };
+                (question, cause)
+            });
+            audit.conclude(answered.collect::<Vec<_>>());
+        }
+        audit.sentences(desired.pool.networks())
+    };
+    let some = told(true);
+    assert_eq!(some.len(), 1, "{some:?}");
+    let words =
+        "packets of pods to 10.42.2.0/24 that rule 100 selects (ipproto tcp dport 80) leave by d0";
+    assert!(some[0].starts_with(words), "{some:?}");
+    let all = told(false);
+    assert_eq!(all.len(), 1, "{all:?}");
+    assert!(all[0].starts_with("packets of pods to 10.42.2.0/24 leave by d0"), "{all:?}");
 }
