@@ -351,6 +351,7 @@ impl Witness<'_> {
     ) -> io::Result<Evidence> {
         let entry = self.netlink.route_entry(query).ok();
         let is_kernels = entry.is_some_and(|entry| entry.protocol == RouteProtocol::Kernel);
+        let local = entry.is_some_and(|entry| entry.kind == RouteType::Local);
         let entry = entry.and_then(|entry| {
             let any = if query.to.is_ipv4() { [0; 4].into() } else { [0; 16].into() };
             let to = IpNet::new(entry.destination.unwrap_or(any), entry.prefix_len).ok()?;
@@ -381,7 +382,9 @@ impl Witness<'_> {
                 Expected::Nowhere | Expected::Unfiltered => None,
             },
             back: back.map(|found| found.link),
+            from_local: back.is_some_and(|found| found.kind == RouteType::Local),
             entry,
+            local,
             connected,
             ours: self.desired.tables.routes.get(&question.subject).map(|hop| hop.metric),
             rules,

@@ -157,6 +157,10 @@ impl Agent {
         if lost && subnets.iter().any(|subnet| self.kernel.routing.astray.contains(&subnet)) {
             return None;
         }
+        // Answers that come without a tunnel may be this host's own packets that a route turns round.
+        if state == PathState::Asymmetric && !self.kernel.routing.problems.is_empty() {
+            return None;
+        }
         // An answer that came would be dropped by rules of this host, which are told by what they do to pods.
         let ipv4 = subnets.first.addr().is_ipv4();
         if lost && self.kernel.forwarding.drops_incoming[usize::from(!ipv4)] {

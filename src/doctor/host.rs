@@ -34,8 +34,8 @@ const MIN_MTU: u32 = 1280;
 
 pub fn examine(patient: &Patient, findings: &mut Vec<Finding>) {
     let numbers = patient.numbers();
-    let rights = privileges(findings);
-    if rights.all {
+    privileges(patient, findings);
+    if lacking(held("self")).is_empty() {
         findings.push(kernel());
     } else {
         findings.push(Finding::skipped("kernel", "takes root"));
@@ -55,24 +55,25 @@ pub fn examine(patient: &Patient, findings: &mut Vec<Finding>) {
     overlap(patient, &numbers, findings);
 }
 
-struct Rights {
-    all: bool,
-}
+/// Number in linux/capability.h, name, and what the agent cannot do without it.
+const NEEDED: [(u8, &str, &str); 3] = [
+    (12, "CAP_NET_ADMIN", "it cannot program the kernel"),
+    (13, "CAP_NET_RAW", "it cannot probe the overlay, and withdraws no path"),
+    (21, "CAP_SYS_ADMIN", "it cannot connect pods (CNI, Docker)"),
+];
 
-/// By `CapEff` of proc_pid_status(5); numbers of linux/capability.h.
-fn privileges(findings: &mut Vec<Finding>) -> Rights {
-    const NEEDED: [(u8, &str, &str); 3] = [
-        (12, "CAP_NET_ADMIN", "it cannot program the kernel"),
-        (13, "CAP_NET_RAW", "it cannot probe the overlay, and withdraws nobody"),
-        (21, "CAP_SYS_ADMIN", "it cannot connect pods (CNI, Docker)"),
-    ];
-    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
-    let held = line.and_then(|text| u64::from_str_radix(text.trim(), 16).ok()).unwrap_or(0);
-    let lacking: Vec<_> = NEEDED.iter().filter(|(bit, ..)| held & 1 << bit == 0).collect();
+/// What the agent may do, or where none runs, what this process may.
+fn privileges(patient: &Patient, findings: &mut Vec<Finding>) {
+    // A process of another namespace has no number here.
+    let agent = patient.agent_pid().filter(|pid| *pid > 0);
+    let (held, holder) = match agent {
+        Some(pid) => (held(&pid.to_string()), format!("the agent (process {pid})")),
+        None => (held("self"), "this process".to_owned()),
+    };
+    let lacking = lacking(held);
     for (_, name, consequence) in &lacking {
         let fix = format!("run it as root, or with {name} (AmbientCapabilities= of its unit)");
-        let seen = format!("{name} is not held by this process");
+        let seen = format!("{name} is not held by {holder}");
         findings.push(Finding::problem(
             "privileges",
             seen,
@@ -84,7 +85,17 @@ fn privileges(findings: &mut Vec<Finding>) -> Rights {
         let names = NEEDED.map(|(_, name, _)| name).join(", ");
         findings.push(Finding::ok("privileges", names));
     }
-    Rights { all: lacking.is_empty() }
+}
+
+/// The effective capabilities of a process: `CapEff` of proc_pid_status(5).
+fn held(process: &str) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    line.and_then(|text| u64::from_str_radix(text.trim(), 16).ok()).unwrap_or(0)
+}
+
+fn lacking(held: u64) -> Vec<&'static (u8, &'static str, &'static str)> {
+    NEEDED.iter().filter(|(bit, ..)| held & 1 << bit == 0).collect()
 }
 
 /// Makes one of each in a network namespace that is gone afterwards.

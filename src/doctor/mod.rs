@@ -11,8 +11,9 @@ mod host;
 mod routing;
 mod state;
 
-use std::path::PathBuf;
+use std::{os::unix::net::UnixStream, path::PathBuf};
 
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -153,6 +154,13 @@ impl Patient {
     fn problems(&self) -> impl Iterator<Item = &str> {
         let problems = self.status().and_then(|status| status["problems"].as_array());
         problems.into_iter().flatten().filter_map(Value::as_str)
+    }
+
+    /// The process behind the control socket.
+    fn agent_pid(&self) -> Option<i32> {
+        self.agent.as_ref()?;
+        let stream = UnixStream::connect(&self.socket).ok()?;
+        Some(getsockopt(&stream, PeerCredentials).ok()?.pid())
     }
 
     fn numbers(&self) -> Numbers {

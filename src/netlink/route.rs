@@ -72,6 +72,8 @@ pub struct Entry {
     pub metric: u32,
     pub table: u32,
     pub protocol: RouteProtocol,
+    /// Unicast, local ...
+    pub kind: RouteType,
 }
 
 /// A policy rule (`ip rule`).
@@ -175,6 +177,7 @@ impl Netlink {
             metric: 0,
             table: u32::from(message.header.table),
             protocol: message.header.protocol,
+            kind: message.header.kind,
         };
         for attribute in &message.attributes {
             match attribute {

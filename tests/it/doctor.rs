@@ -309,3 +309,23 @@ fn an_archive_for_whoever_helps_has_no_secret_in_it() {
         Ok(())
     });
 }
+
+/// The rights of the agent count, not those of the shell in which the doctor runs.
+#[test]
+fn capability_that_the_agent_lacks_is_named_with_its_process() {
+    isolated(|lab| {
+        let host = lab.host(1, "n1")?;
+        let wrapper = host.dir.join("without-sys-admin");
+        let script = format!(
+            "#!/bin/sh\nexec setpriv --bounding-set=-sys_admin --inh-caps=-sys_admin {} \"$@\"\n",
+            program().display()
+        );
+        fs::write(&wrapper, script)?;
+        fs::set_permissions(&wrapper, fs::Permissions::from_mode(0o755))?;
+        let mut agent = Agent::start(&wrapper, &host, &["--init"])?;
+        agent.wait_converged(1, PATIENCE)?;
+        let words = format!("CAP_SYS_ADMIN is not held by the agent (process {})", agent.pid());
+        assert_named(&host, "", "privileges", &words);
+        Ok(())
+    });
+}

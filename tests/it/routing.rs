@@ -23,7 +23,12 @@ fn doctor(netns: &NetNs, agent: &Agent) -> String {
 }
 
 /// What is named, how the fault is made, and how it is taken away; 10.42.2.0/24 stands for the peer's subnet.
-const FAULTS: [(&str, &str, &str); 8] = [
+const FAULTS: [(&str, &str, &str); 9] = [
+    (
+        "remove it (ip route del local 10.42.2.0/25 dev lo table local)",
+        "ip route add local 10.42.2.0/25 dev lo",
+        "ip route del local 10.42.2.0/25 dev lo",
+    ),
     (
         "table 52 has a route for them and comes before the main table (ip rule 5270)",
         "ip route add 10.42.0.0/16 dev d0 table 52 && ip rule add lookup 52 pref 5270",
@@ -103,7 +108,12 @@ fn a_way_that_leads_elsewhere_is_named_by_its_cause_until_it_is_gone() {
 }
 
 /// The same for this host's own subnet, 10.42.1.0/24, whose pods are behind a bridge made by hand.
-const FAULTS_AT_HOME: [(&str, &str, &str); 6] = [
+const FAULTS_AT_HOME: [(&str, &str, &str); 7] = [
+    (
+        "this host keeps packets to 10.42.1.0/25 for itself",
+        "ip route add local 10.42.1.0/25 dev lo",
+        "ip route del local 10.42.1.0/25 dev lo",
+    ),
     (
         "leave by d0: a route of another program in the main table takes 10.42.1.0/25",
         "ip route add 10.42.1.0/25 dev d0",

@@ -8,8 +8,8 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::common::{
-    Cluster, PATIENCE, client, eventually, has_problem, isolated, program, run, token_of, tool,
-    wait_until,
+    Cluster, PATIENCE, client, eventually, has_problem, isolated, program, run, skipped, token_of,
+    tool, wait_until,
 };
 
 /// A peer that does not answer is named within so long: gossip takes 15 s, questions of the kernel 10 s.
@@ -126,7 +126,7 @@ fn interface_is_found_by_its_alternative_name() {
             .status
             .success()
         {
-            crate::common::skipped("altname", "the kernel or `ip` knows no alternative names");
+            skipped("altname", "the kernel or `ip` knows no alternative names");
             return Ok(());
         }
         let mut agent = Agent::start(program(), &host, &["--init", "--iface", name])?;
@@ -143,7 +143,7 @@ fn ipv6_underlay_is_used_up_to_the_mtu_that_its_router_has_told() {
         tool(&host.netns, "ip addr flush dev eth0 scope global");
         let added = run(&host.netns, "ip addr add 2001:db8::1/64 dev eth0 nodad");
         if !added.status.success() {
-            crate::common::skipped("MTU of IPv6", "the kernel has no IPv6");
+            skipped("MTU of IPv6", "the kernel has no IPv6");
             return Ok(());
         }
         let mut agent = Agent::start(program(), &host, &["--init", "--iface", "eth0"])?;
@@ -270,6 +270,26 @@ fn hosts_that_were_all_renumbered_while_they_were_off_are_told_what_helps() {
         for agent in &mut cluster.agents {
             wait_until("it is still named", NAMED, || !has_problem(agent, "has changed from"));
         }
+        Ok(())
+    });
+}
+
+/// As after a restart of an agent whose router has gone: the address is still there, and no longer for use.
+#[test]
+fn only_address_deprecated_is_named_until_it_is_preferred_again() {
+    isolated(|lab| {
+        let host = lab.host(1, "n1")?;
+        tool(&host.netns, "ip addr flush dev eth0 scope global");
+        let add = "ip addr add 2001:db8:1::1/64 dev eth0 nodad preferred_lft 0";
+        if !run(&host.netns, add).status.success() {
+            skipped("uplinks::deprecated", "the kernel has no IPv6");
+            return Ok(());
+        }
+        let mut agent = Agent::start(program(), &host, &["--init"])?;
+        let words = "eth0 (2001:db8:1::1) is deprecated, so it is not used";
+        wait_until(words, PATIENCE, || has_problem(&mut agent, words));
+        tool(&host.netns, "ip addr change 2001:db8:1::1/64 dev eth0 preferred_lft forever");
+        agent.wait_converged(1, PATIENCE)?;
         Ok(())
     });
 }

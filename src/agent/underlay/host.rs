@@ -27,8 +27,8 @@ const DISTANT: [IpAddr; 2] = [
 ];
 /// What aliases of our devices, bridges and ports begin with.
 const OUR_ALIAS: &str = "gossamer ";
-/// Duplicate addresses that are named.
-const DUPLICATES: usize = 3;
+/// Addresses that cannot be used and are named with the reason.
+const UNUSED: usize = 3;
 /// The interfaces, and the addresses that can carry tunnels, better ones first.
 pub(super) struct Host {
     links: Vec<Link>,
@@ -337,11 +337,23 @@ impl Host {
         };
         let list: Vec<_> = self.candidates.iter().filter_map(named).collect();
         let mut candidates = if list.is_empty() { "none".to_owned() } else { list.join(", ") };
-        for address in self.addresses.iter().filter(|address| address.duplicate).take(DUPLICATES) {
-            candidates.extend(named(address).map(|named| {
-                format!("; another machine has the address of {named}, too, so it is not used")
-            }));
-        }
+        let unused = self.addresses.iter().filter(|address| is_reachable(address.ip));
+        let unused = unused.filter_map(|address| {
+            let named = named(address)?;
+            if address.duplicate {
+                Some(format!("; another machine has the address of {named}, too, so it is not used"))
+            } else if address.tentative {
+                Some(format!("; {named} is not used before the kernel knows that no other machine has it"))
+            } else if address.deprecated {
+                Some(format!(
+                    "; {named} is deprecated, so it is not used: its router or DHCP server has not renewed it, \
+                     or its preferred lifetime was set to 0 (ip addr show)"
+                ))
+            } else {
+                None
+            }
+        });
+        candidates.extend(unused.take(UNUSED));
         UnderlayError::NoMatch { what, candidates }
     }
 

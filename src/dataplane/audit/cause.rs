@@ -19,6 +19,8 @@ pub enum Cause {
     Table { table: u32, priority: Option<u32>, interface: String, ipv4: bool },
     /// Another route of the same table wins.
     Route { destination: IpNet, metric: u32, interface: String, ours: Option<u32> },
+    /// A route by which this host keeps packets for itself (type local).
+    Kept { destination: IpNet, interface: String },
     /// This host has an address of that subnet itself, or an interface in it: told as an overlap.
     Address { address: IpAddr, interface: String },
     /// The interface is in a VRF.
@@ -54,6 +56,10 @@ pub struct Evidence {
     pub back: Option<u32>,
     /// The entry that has decided: destination and metric.
     pub entry: Option<(IpNet, u32)>,
+    /// Its type is local.
+    pub local: bool,
+    /// So is that of the entry for the sender's address.
+    pub from_local: bool,
     /// That entry follows from an address of this host.
     pub connected: bool,
     /// Metric of our own route to the same subnet.
@@ -96,6 +102,10 @@ impl Cause {
         // A bridge without a pod on it may have no route, and nothing is lost.
         let is_empty = evidence.wanted.as_ref().is_some_and(|wanted| !wanted.carrier);
         if question.kind.is_to_pods_here() && is_empty && matches!(cause, Self::Unknown { .. }) {
+            return None;
+        }
+        // What takes the sender's address is told by the packets that go there.
+        if evidence.from_local && answer == Answer::Refused(EINVAL) {
             return None;
         }
         let is_filter = matches!(cause, Self::Filter { .. });
@@ -172,8 +182,11 @@ impl Cause {
             return cause;
         }
         match (table, evidence.entry) {
+            (MAIN | LOCAL, _) if evidence.connected => Self::Address { address: question.to, interface },
+            (MAIN | LOCAL, Some((destination, _))) if evidence.local => {
+                Self::Kept { destination, interface }
+            }
             (LOCAL, _) => Self::Address { address: question.to, interface },
-            (MAIN, _) if evidence.connected => Self::Address { address: question.to, interface },
             (MAIN, Some((destination, metric))) => {
                 let ours = evidence.ours.filter(|_| destination == question.subject);
                 Self::Route { destination, metric, interface, ours }
@@ -252,6 +265,12 @@ impl Cause {
                 "another program's route takes the packets to {destination}, by {interface}, because it is \
                  more specific than the overlay's: remove it (ip{} route del {destination} metric {metric})",
                 six(destination.addr().is_ipv4())
+            ),
+            Self::Kept { destination, interface } => format!(
+                "this host keeps packets to {destination} for itself, by another program's route of type \
+                 local on {interface}: remove it (ip{} route del local {destination} dev {interface} table \
+                 local)",
+                six(is_ipv4(destination))
             ),
             Self::Vrf { interface, vrf, table } => format!(
                 "{packets} are looked up in table {table}, for {interface} is in VRF {vrf}, where the \
