@@ -341,13 +341,17 @@ impl Host {
         let unused = unused.filter_map(|address| {
             let named = named(address)?;
             if address.duplicate {
-                Some(format!("; another machine has the address of {named}, too, so it is not used"))
+                Some(format!(
+                    "; another machine has the address of {named}, too, so it is not used"
+                ))
             } else if address.tentative {
-                Some(format!("; {named} is not used before the kernel knows that no other machine has it"))
+                Some(format!(
+                    "; {named} is not used before the kernel knows that no other machine has it"
+                ))
             } else if address.deprecated {
                 Some(format!(
-                    "; {named} is deprecated, so it is not used: its router or DHCP server has not renewed it, \
-                     or its preferred lifetime was set to 0 (ip addr show)"
+                    "; {named} is deprecated, so it is not used: its router or DHCP server has not \
+                     renewed it, or its preferred lifetime was set to 0 (ip addr show)"
                 ))
             } else {
                 None

@@ -182,7 +182,9 @@ impl Cause {
             return cause;
         }
         match (table, evidence.entry) {
-            (MAIN | LOCAL, _) if evidence.connected => Self::Address { address: question.to, interface },
+            (MAIN | LOCAL, _) if evidence.connected => {
+                Self::Address { address: question.to, interface }
+            }
             (MAIN | LOCAL, Some((destination, _))) if evidence.local => {
                 Self::Kept { destination, interface }
             }
