@@ -1,5 +1,7 @@
 //! JSON of container runtimes: what is wrong with it is said with the place in it.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Deserializer, de::DeserializeOwned};
 use serde_path_to_error::{Path, Segment};
 
@@ -33,6 +35,33 @@ where
     Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
 
+/// Reads a list that may be null, or have nulls in it.
+///
+/// # Errors
+/// For a value of another type.
+pub fn entries<'de, D, T>(deserializer: D) -> Result<Vec<T>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Deserialize<'de>,
+{
+    let list: Option<Vec<Option<T>>> = Option::deserialize(deserializer)?;
+    Ok(list.unwrap_or_default().into_iter().flatten().collect())
+}
+
+/// Reads an object that may be null, or have nulls in it.
+///
+/// # Errors
+/// For a value of another type.
+pub fn named<'de, D, T>(deserializer: D) -> Result<BTreeMap<String, T>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Deserialize<'de>,
+{
+    let map: Option<BTreeMap<String, Option<T>>> = Option::deserialize(deserializer)?;
+    let some = |(name, value): (String, Option<T>)| Some((name, value?));
+    Ok(map.unwrap_or_default().into_iter().filter_map(some).collect())
+}
+
 fn at_path(error: &serde_path_to_error::Error<serde_json::Error>) -> String {
     match shown(error.path()) {
         path if path.is_empty() => error.inner().to_string(),
@@ -58,8 +87,6 @@ fn shown(path: &Path) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use serde_json::{Value, json};
 
     use super::*;

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use crate::json::or_default;
+use crate::json::{entries, named, or_default};
 
 /// The key of what the user gave with `docker network create -o`.
 const GENERIC: &str = "com.docker.network.generic";
@@ -19,9 +19,9 @@ const MAC: &str = "com.docker.network.endpoint.macaddress";
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]
 pub struct CreateNetwork {
-    #[serde(rename = "IPv4Data", deserialize_with = "or_default")]
+    #[serde(rename = "IPv4Data", deserialize_with = "entries")]
     pub ipv4: Vec<PoolData>,
-    #[serde(rename = "IPv6Data", deserialize_with = "or_default")]
+    #[serde(rename = "IPv6Data", deserialize_with = "entries")]
     pub ipv6: Vec<PoolData>,
     #[serde(deserialize_with = "or_default")]
     options: Map<String, Value>,
@@ -63,7 +63,7 @@ pub struct RequestPool {
     pub pool: String,
     #[serde(deserialize_with = "or_default")]
     pub sub_pool: String,
-    #[serde(deserialize_with = "or_default")]
+    #[serde(deserialize_with = "named")]
     pub options: BTreeMap<String, String>,
     #[serde(rename = "V6", deserialize_with = "or_default")]
     pub v6: bool,
@@ -77,7 +77,7 @@ pub struct AddressRequest {
     pub pool: String,
     #[serde(deserialize_with = "or_default")]
     pub address: String,
-    #[serde(deserialize_with = "or_default")]
+    #[serde(deserialize_with = "named")]
     options: BTreeMap<String, String>,
 }
 
@@ -113,9 +113,10 @@ mod tests {
         let network = r#"{"NetworkID": "n", "Options": null, "IPv4Data": null, "IPv6Data": null}"#;
         let network: CreateNetwork = json::read(network.as_bytes()).expect("a request");
         assert!(network.ipv4.is_empty() && network.options().next().is_none());
-        let data = br#"{"IPv4Data": [{"Pool": null, "Gateway": null}], "IPv6Data": []}"#;
+        let data = br#"{"IPv4Data": [null, {"Pool": null, "Gateway": null}], "IPv6Data": [null]}"#;
         let network: CreateNetwork = json::read(data).expect("a request");
-        assert_eq!(network.ipv4.first().map(|data| data.pool.as_str()), Some(""));
+        let pools: Vec<&str> = network.ipv4.iter().map(|data| data.pool.as_str()).collect();
+        assert_eq!((pools, network.ipv6.len()), (vec![""], 0));
         for text in [
             r#"{"EndpointID": null, "SandboxKey": null, "Interface": null}"#,
             r#"{"Interface": {"Address": null, "AddressIPv6": null, "MacAddress": null}}"#,
@@ -125,7 +126,7 @@ mod tests {
         }
         let pool = br#"{"Pool": null, "SubPool": null, "Options": null, "V6": null}"#;
         assert!(!json::read::<RequestPool>(pool).expect("a request").v6);
-        let address = br#"{"PoolID": null, "Address": null, "Options": null}"#;
+        let address = br#"{"PoolID": null, "Address": null, "Options": {"a": null, "b": "c"}}"#;
         assert_eq!(json::read::<AddressRequest>(address).expect("a request").mac(), None);
     }
 

@@ -15,8 +15,8 @@ pub struct Attachment {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AttachmentError {
     #[error(
-        "container id {0:?}: it begins with a letter or digit, goes on with those, \"_\", \".\" and \"-\", \
-         and has at most 128 characters"
+        "container or endpoint id {0:?}: it begins with a letter or digit, goes on with those, \"_\", \".\" \
+         and \"-\", and has at most 128 characters"
     )]
     Container(String),
     #[error(
@@ -122,7 +122,7 @@ mod tests {
         assert!(Attachment::new("3f9a-b.c_d", "eth0").is_ok());
         for container in ["", "-a", ".", "..", "a/b", "../etc", "a b", "ä", &"a".repeat(129)] {
             let error = Attachment::new(container, "eth0").expect_err(container).to_string();
-            assert!(error.contains("container id"), "{error}");
+            assert!(error.contains("endpoint id"), "{error}");
         }
         for interface in ["", ".", "..", "a/b", "a:1", "a b", "a\n", "sixteen-is-too-m"] {
             let error = Attachment::new("a", interface).expect_err(interface).to_string();

@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use crate::{
     api::{Attached, AttachedAddress},
     config::Instance,
-    json::or_default,
+    json::{entries, named, or_default},
     model::Mac,
 };
 
@@ -29,15 +29,15 @@ pub const SOCKET: &str = "socket";
 pub struct Network {
     #[serde(deserialize_with = "or_default")]
     pub name: String,
-    #[serde(deserialize_with = "or_default")]
+    #[serde(deserialize_with = "named")]
     pub options: BTreeMap<String, String>,
-    #[serde(deserialize_with = "or_default")]
+    #[serde(deserialize_with = "named")]
     pub ipam_options: BTreeMap<String, String>,
-    #[serde(deserialize_with = "or_default")]
+    #[serde(deserialize_with = "entries")]
     pub subnets: Vec<Subnet>,
-    #[serde(deserialize_with = "or_default")]
+    #[serde(deserialize_with = "entries")]
     pub routes: Vec<Value>,
-    #[serde(deserialize_with = "or_default")]
+    #[serde(deserialize_with = "entries")]
     pub network_dns_servers: Vec<Value>,
     #[serde(deserialize_with = "or_default")]
     pub network_interface: String,
@@ -60,7 +60,7 @@ pub struct Subnet {
 #[derive(Debug, Deserialize)]
 pub struct Connection {
     pub container_id: String,
-    #[serde(default, deserialize_with = "or_default")]
+    #[serde(default, deserialize_with = "entries")]
     pub port_mappings: Vec<Value>,
     pub network: Network,
     pub network_options: ContainerOptions,
@@ -70,7 +70,7 @@ pub struct Connection {
 #[derive(Debug, Deserialize)]
 pub struct ContainerOptions {
     pub interface_name: String,
-    #[serde(default, deserialize_with = "or_default")]
+    #[serde(default, deserialize_with = "entries")]
     pub static_ips: Vec<IpAddr>,
     #[serde(default, deserialize_with = "or_default")]
     static_mac: String,

@@ -217,7 +217,7 @@ fn what_docker_cannot_have_is_refused_and_changes_nothing() {
         for (method, request, word) in cases {
             let why = plugin.refused(method, &request);
             // A bad name is named before what it may have.
-            assert!(why.contains(word) || why.contains("container id"), "{method}: {why}");
+            assert!(why.contains(word) || why.contains("endpoint id"), "{method}: {why}");
         }
         let unknown = api::block_on(api::post_json(&plugin.0, "/NetworkDriver.Fly", &Value::Null))?;
         assert!(matches!(unknown, Err(ClientError::Refused { .. })), "{unknown:?}");
