@@ -197,3 +197,38 @@ fn node_that_is_registered_anew_with_another_subnet_moves_to_it() {
         Ok(())
     });
 }
+
+/// While it runs, when it ends in the middle of a question, and when it starts.
+#[test]
+fn api_server_silent_at_each_time_cuts_no_pod_off_and_delays_no_end() {
+    isolated(|lab| {
+        let server = ApiServer::start()?;
+        let hosts = nodes(lab, &server, 2)?;
+        let token = gossamer_token()?;
+        let mut agents =
+            [start(&hosts[0], &token, server.port)?, start(&hosts[1], &token, server.port)?];
+        for agent in &mut agents {
+            agent.wait_converged(2, PATIENCE)?;
+        }
+        let spaces = namespaces(&["here", "far", "new"])?;
+        Runtime::new(&agents[0]).add("here");
+        let far = address(&Runtime::new(&agents[1]).add("far"));
+        let talks = || tool(&spaces[0], &format!("ping -c 1 -W 5 {far}"));
+        server.answer(Mood::Silent, Mood::Silent);
+        let before = server.count();
+        wait_until("it was not asked", 3 * PATIENCE, || server.count() > before);
+        talks();
+        Runtime::new(&agents[0]).add("new");
+        Runtime::new(&agents[0]).del("new");
+        let told = Instant::now();
+        assert!(agents[0].end(Signal::SIGTERM)?.success());
+        assert!(told.elapsed().as_secs() < 8, "ending took {:?}", told.elapsed());
+        talks();
+        agents[0] = start(&hosts[0], &token, server.port)?;
+        let status = agents[0].wait_converged(2, 2 * PATIENCE)?;
+        assert_eq!(status["subnet"], "10.42.0.0/24", "its last subnet");
+        talks();
+        Runtime::new(&agents[0]).add("new");
+        Ok(())
+    });
+}

@@ -5,6 +5,10 @@ use std::{
     io::Write as _,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -134,23 +138,37 @@ fn on_disk(
     Ok((scene, disk.expect("made before the first agent")))
 }
 
-/// Changes of the first host's pods, until one does not get onto the disk.
-fn want_changes(scene: &Scene) -> thread::JoinHandle<()> {
-    let socket = scene.cluster.agents[0].socket().to_owned();
-    thread::spawn(move || {
-        for _ in 0..1_000 {
-            let is_taken = |verb| Runtime::at(&socket).call(verb, "c", &json!({})).0;
-            if !is_taken("ADD") || !is_taken("DEL") {
-                return;
+/// Changes of the first host's pods, which are made until they are to end.
+struct Changes {
+    over: Arc<AtomicBool>,
+    thread: thread::JoinHandle<()>,
+}
+
+impl Changes {
+    fn begin(scene: &Scene) -> Self {
+        let socket = scene.cluster.agents[0].socket().to_owned();
+        let over = Arc::new(AtomicBool::new(false));
+        let told = Arc::clone(&over);
+        let thread = thread::spawn(move || {
+            while !told.load(Ordering::Relaxed) {
+                for verb in ["ADD", "DEL"] {
+                    Runtime::at(&socket).call(verb, "c", &json!({}));
+                }
             }
-        }
-    })
+        });
+        Self { over, thread }
+    }
+
+    fn end(self) {
+        self.over.store(true, Ordering::Relaxed);
+        self.thread.join().expect("no panic");
+    }
 }
 
 /// An operator who does not want to wait tells it twice.
 fn ends_at_the_second_signal(scene: &mut Scene, disk: &mut Disk) -> anyhow::Result<()> {
     disk.fail(scene)?;
-    let changes = want_changes(scene);
+    let changes = Changes::begin(scene);
     scene.is_named(disk.words());
     let agent = &mut scene.cluster.agents[0];
     let pid = Pid::from_raw(agent.pid().cast_signed());
@@ -163,7 +181,7 @@ fn ends_at_the_second_signal(scene: &mut Scene, disk: &mut Disk) -> anyhow::Resu
     assert!(told.elapsed() < Duration::from_secs(4), "{:?}", told.elapsed());
     agent.wait()?;
     assert!(agent.log().contains("a second time"), "{}", agent.log());
-    changes.join().expect("no panic");
+    changes.end();
     disk.mend()?;
     scene.starts()?;
     scene.recovers()
@@ -172,18 +190,18 @@ fn ends_at_the_second_signal(scene: &mut Scene, disk: &mut Disk) -> anyhow::Resu
 fn at_each_time(mut scene: Scene, disk: &mut Disk, at_start: &str) -> anyhow::Result<()> {
     // While it runs.
     disk.fail(&scene)?;
-    let changes = want_changes(&scene);
+    let changes = Changes::begin(&scene);
     scene.is_named(disk.words());
     scene.pods_talk("while the agent runs")?;
     disk.mend()?;
-    changes.join().expect("no panic");
+    changes.end();
     scene.recovers()?;
     // While it stops.
     disk.fail(&scene)?;
-    let changes = want_changes(&scene);
+    let changes = Changes::begin(&scene);
     scene.is_named(disk.words());
     scene.ends()?;
-    changes.join().expect("no panic");
+    changes.end();
     if let Disk::ReadOnly(state, tracer) = disk {
         *tracer = None;
         remount(state, MsFlags::MS_RDONLY)?;
