@@ -154,9 +154,9 @@ pub fn run(cli: Cli) -> ExitCode {
     }
 }
 
-/// Says why a command failed.
+/// Says why a command failed, with all causes.
 fn fail(error: impl Display) -> ExitCode {
-    eprintln!("gossamer: {error}");
+    eprintln!("gossamer: {error:#}");
     ExitCode::FAILURE
 }
 

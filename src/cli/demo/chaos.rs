@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::{Context as _, ensure};
-use rtnetlink::LinkUnspec;
+use rtnetlink::{LinkUnspec, packet_route::RouteNetlinkMessage};
 
 use super::screen::span;
 use crate::{
@@ -20,7 +20,7 @@ use crate::{
     },
     lab::{Host, Pinger, Pod, tables},
     model::Mac,
-    netlink::Netlink,
+    netlink::{Netlink, Request},
 };
 
 /// A deed that is not undone after this time will not be.
@@ -30,6 +30,9 @@ const REQUESTS: u16 = 100;
 const INTERVAL: Duration = Duration::from_millis(5);
 /// Requests before the deed.
 const BEFORE: Duration = Duration::from_millis(50);
+
+/// Renames that are tried until one comes between two repairs.
+const RENAMES: u32 = 100;
 
 /// What is done to the kernel.
 #[derive(Clone, Copy)]
@@ -102,6 +105,24 @@ fn shown(host: &Host, device: &str) -> io::Result<(String, Vec<String>)> {
     Ok((tables(host, device)?, of_nft))
 }
 
+/// Sets the device down and renames it, which kernels before 6.2 refuse to a device that is up. The agent may
+/// have set it up again between the two.
+fn rename(netlink: &mut Netlink, index: u32) -> io::Result<()> {
+    let change = || LinkUnspec::new_with_index(index);
+    let mut tries = 0;
+    loop {
+        let both = [change().down().build(), change().name("stolen").build()];
+        let both =
+            both.map(|link| Request { message: RouteNetlinkMessage::SetLink(link), flags: 0 });
+        tries += 1;
+        match netlink.apply(both.into())?.pop() {
+            None => return Ok(()),
+            Some(refused) if tries == RENAMES => return Err(refused.to_io()),
+            Some(_) => {}
+        }
+    }
+}
+
 impl Deed {
     fn commit(self, device: &str) -> io::Result<()> {
         let mut kernel = Kernel::open()?;
@@ -116,10 +137,7 @@ impl Deed {
             Self::DeviceDown => netlink.set_link(change().down()),
             Self::DeviceMtu => netlink.set_link(change().mtu(1300)),
             Self::DeviceMac => netlink.set_link(change().address(vec![2, 0, 0, 0, 0, 0x99])),
-            Self::DeviceName => {
-                netlink.set_link(change().down())?;
-                netlink.set_link(change().name("stolen"))
-            }
+            Self::DeviceName => rename(&mut netlink, index),
             Self::DeleteDevice => netlink.delete_link(index),
             Self::RemoveAddress => {
                 let addresses = actual.device.map(|found| found.addresses).unwrap_or_default();

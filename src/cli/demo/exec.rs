@@ -36,7 +36,7 @@ pub fn run(args: &ExecArgs) -> ExitCode {
     });
     match result {
         Ok(status) => ExitCode::from(status.code().and_then(|c| u8::try_from(c).ok()).unwrap_or(1)),
-        Err(why) => fail(format_args!("demo exec: {why}")),
+        Err(why) => fail(format_args!("demo exec: {why:#}")),
     }
 }
 

@@ -81,7 +81,7 @@ fn enter(args: &DemoArgs) -> ExitCode {
     command.args(args.story.keep.then_some("--keep"));
     match lab::enter(&mut command) {
         Ok(code) => code,
-        Err(error) => fail(format_args!("demo: {error}")),
+        Err(error) => fail(format_args!("demo: {error:#}")),
     }
 }
 
@@ -92,6 +92,6 @@ fn inside(nodes: u16, story: StoryArgs) -> ExitCode {
     }
     match story::tell(nodes, story) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => fail(format_args!("demo: {error}")),
+        Err(error) => fail(format_args!("demo: {error:#}")),
     }
 }

@@ -93,7 +93,7 @@ pub fn route() -> ExitCode {
     [Signal::SIGTERM, Signal::SIGINT].into_iter().for_each(|signal| signals.add(signal));
     match signals.thread_block().and_then(|()| signals.wait()) {
         Ok(_) => ExitCode::SUCCESS,
-        Err(error) => fail(format_args!("demo router: {error}")),
+        Err(error) => fail(format_args!("demo router: {error:#}")),
     }
 }
 
