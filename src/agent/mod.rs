@@ -10,6 +10,7 @@ mod auditor;
 mod bridge;
 mod clock;
 mod company;
+mod connections;
 mod data_plane;
 mod docker;
 mod doors;

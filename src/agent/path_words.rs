@@ -140,6 +140,10 @@ impl Agent {
             return Some(problem);
         }
         let is_partly = state == PathState::PartlyLost;
+        // This host drops packets of new flows, whichever peer they go to.
+        if (lost || is_partly) && self.kernel.host.is_table_full {
+            return None;
+        }
         let found = self.inquest.found(node).filter(|_| is_silent || is_partly);
         if let Some(cause) = found.and_then(|found| found.cause.clone()) {
             return Some(cause);

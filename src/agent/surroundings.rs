@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::opponents::Opponents;
+use super::{connections::Connections, opponents::Opponents};
 use crate::{
     dataplane::{
         desired::{Desired, Mode},
@@ -38,6 +38,8 @@ const TRY_AGAIN: Duration = Duration::from_secs(60);
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct HostState {
     pub problems: Vec<String>,
+    /// The kernel's table of connections drops packets, as one of the problems says.
+    pub is_table_full: bool,
     /// Our table is in the kernel, and drops what would give this host routes of pods.
     pub refuses_routers: bool,
     /// Tunnel packets of strangers that were dropped.
@@ -62,6 +64,7 @@ pub struct Surroundings {
     guarded: bool,
     /// The kernel would not have the masquerade.
     refused_at: Option<Instant>,
+    connections: Connections,
     problems: Vec<String>,
     dropped: u64,
     repaired: Vec<&'static str>,
@@ -89,6 +92,7 @@ impl Surroundings {
             table_problem: None,
             guarded: false,
             refused_at: None,
+            connections: Connections::default(),
             problems: Vec::new(),
             dropped: 0,
             repaired: Vec::new(),
@@ -140,7 +144,7 @@ impl Surroundings {
         counted.inspect_err(|error| tracing::debug!(%error, "packets of members not read")).ok()
     }
 
-    /// Looks at sysctls and, now and then, at chains of others.
+    /// Looks at sysctls, at the table of connections and, now and then, at chains of others.
     pub fn look(&mut self, desired: &Desired, underlay: &str) {
         let begun = Instant::now();
         let networks: Vec<_> = desired.pool.networks().iter().collect();
@@ -152,6 +156,7 @@ impl Surroundings {
             self.read_chains_at = begun + begun.elapsed() * SHARE;
         }
         self.problems.clear();
+        self.problems.extend(self.connections.look());
         for setting in sysctl::wanted(&networks, &desired.device.name, self.mode, underlay) {
             let Some(problem) = setting.problem() else {
                 self.right.insert(setting.name().to_owned());
@@ -191,6 +196,7 @@ impl Surroundings {
         let problems = problems.cloned().chain(self.opponents.problems());
         let state = HostState {
             problems: problems.collect(),
+            is_table_full: self.connections.is_full(),
             refuses_routers: self.guarded,
             dropped: self.dropped,
             repaired: std::mem::take(&mut self.repaired),

@@ -2,6 +2,7 @@
 //! others lay hands on it. And what else of a host keeps packets from passing.
 
 use std::{
+    fs,
     net::UdpSocket,
     time::{Duration, Instant},
 };
@@ -14,9 +15,12 @@ use gossamer::{
     lab::{Agent, Host, Lab, NetNs, Pinger, Pod},
 };
 
-use crate::common::{
-    Cluster, PATIENCE, eventually, gossamer_token, has_problem, isolated, program, run,
-    status_where, tool, wait_until,
+use crate::{
+    common::{
+        Cluster, PATIENCE, eventually, gossamer_token, has_problem, isolated, program, run,
+        skipped, status_where, tool, wait_until,
+    },
+    forwarding::with_pods,
 };
 
 /// Shorter than the pause between two slow comparisons.
@@ -174,7 +178,7 @@ fn an_agent_that_waits_for_its_cluster_costs_nothing_while_others_change_their_t
         tool(&host.netns, "nft add table inet mine");
         let used = || {
             let stat =
-                std::fs::read_to_string(format!("/proc/{}/stat", agent.pid())).expect("stat");
+                fs::read_to_string(format!("/proc/{}/stat", agent.pid())).expect("stat");
             let fields: Vec<&str> = stat.rsplit(") ").next().expect("fields").split(' ').collect();
             fields[11].parse::<u64>().expect("ticks") + fields[12].parse::<u64>().expect("ticks")
         };
@@ -306,7 +310,7 @@ fn pods_reach_the_outside_and_hosts_reach_remote_pods_by_masquerade() {
         wait_until("no answer from outside", PATIENCE, || {
             pinger.ping(router, Duration::from_millis(500)).is_ok_and(|answer| answer.is_some())
         });
-        let env = std::fs::read_to_string(cluster.hosts[0].dir.join("subnet.env"))?;
+        let env = fs::read_to_string(cluster.hosts[0].dir.join("subnet.env"))?;
         assert!(env.contains("FLANNEL_IPMASQ=true"), "{env}");
 
         // Between pods no address is changed, and a host's own is, on its way to a remote pod.
@@ -395,6 +399,57 @@ fn sysctls_are_set_where_the_operator_wants_that() {
         right("conf/eth0/rp_filter", "2");
         tool(host, "sysctl -w net.ipv4.ip_forward=0");
         right("ip_forward", "1");
+        Ok(())
+    });
+}
+
+/// Entries of the table that are filled in by the test itself; with more it takes too long.
+const MOST_ENTRIES: usize = 300_000;
+
+#[test]
+fn full_table_of_connections_is_named_until_it_has_room() {
+    isolated(|lab| {
+        let name = "firewall::full_table_of_connections_is_named_until_it_has_room";
+        let most = fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_max");
+        let most: usize = most.ok().and_then(|most| most.trim().parse().ok()).unwrap_or(0);
+        let mut cluster = Cluster::start(lab, 2)?;
+        if !run(&cluster.hosts[0].netns, "conntrack -C").status.success()
+            || !(1..=MOST_ENTRIES).contains(&most)
+        {
+            skipped(name, "it needs `conntrack`, and a table of at most 300,000 entries");
+            return Ok(());
+        }
+        let mut spaces = Vec::new();
+        with_pods(&mut cluster, &mut spaces)?;
+        let Cluster { hosts, agents, .. } = &mut cluster;
+        let (host, agent) = (&hosts[0].netns, &mut agents[0]);
+        // As any firewall with states has them: without one nothing is tracked.
+        for command in [
+            "nft add table ip wall",
+            "nft add chain ip wall f { type filter hook forward priority 0 ; }",
+            "nft add rule ip wall f ct state established accept",
+        ] {
+            tool(host, command);
+        }
+        let entry = |number: usize| {
+            let (address, port) = (number / 60_000 + 1, number % 60_000 + 1);
+            format!(
+                "-I -t 600 -u SEEN_REPLY,ASSURED -s 192.0.2.{address} -d 192.0.2.100 -p udp \
+                 --sport {port} --dport 9\n"
+            )
+        };
+        let file = hosts[0].dir.join("entries");
+        fs::write(&file, (0..most).map(entry).collect::<String>())?;
+        // It ends with the entry for which there is no room.
+        run(host, &format!("conntrack -R {}", file.display()));
+        let words = format!("table of connections is full ({most} of {most})");
+        wait_until("not named", 2 * PATIENCE, || has_problem(agent, &words));
+        let blamed = ["bonds", "no rule was found"];
+        let status = agent.ask("/v1/status", PATIENCE)?;
+        assert!(!blamed.iter().any(|word| status.to_string().contains(word)), "{status:#}");
+        tool(host, "conntrack -F");
+        wait_until("still named", 2 * PATIENCE, || !has_problem(agent, &words));
+        agent.wait_converged(2, PATIENCE)?;
         Ok(())
     });
 }

@@ -11,7 +11,7 @@ use rtnetlink::packet_route::{
 
 use super::{Setting, gateway};
 use crate::{
-    agent::legacy,
+    agent::{connections, legacy},
     dataplane::{
         forwarding::{Direction, Way},
         kernel::{ClosedPort, FirewallTable, open_port},
@@ -244,6 +244,10 @@ fn translating(setting: &Setting, ipv4: bool) -> String {
 
 /// The second says whether one of them sees packets before their way is looked up.
 fn rules(netlink: &mut Netlink, setting: &Setting, port: Option<u32>) -> (Vec<String>, bool) {
+    // No rule is to blame for what the table drops.
+    if let Some(full) = connections::full() {
+        return (vec![full], false);
+    }
     let networks: Vec<IpNet> = setting.networks.iter().collect();
     let mut reasons: Vec<String> = Vec::new();
     reasons.extend(networks.iter().flat_map(|network| marks(netlink, setting, *network)));
