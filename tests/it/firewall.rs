@@ -177,8 +177,7 @@ fn an_agent_that_waits_for_its_cluster_costs_nothing_while_others_change_their_t
         agent.ask("/v1/status", PATIENCE)?;
         tool(&host.netns, "nft add table inet mine");
         let used = || {
-            let stat =
-                fs::read_to_string(format!("/proc/{}/stat", agent.pid())).expect("stat");
+            let stat = fs::read_to_string(format!("/proc/{}/stat", agent.pid())).expect("stat");
             let fields: Vec<&str> = stat.rsplit(") ").next().expect("fields").split(' ').collect();
             fields[11].parse::<u64>().expect("ticks") + fields[12].parse::<u64>().expect("ticks")
         };
