@@ -16,14 +16,13 @@ use rtnetlink::{
         AddressFamily, RouteNetlinkMessage,
         address::{AddressAttribute, AddressFlags},
         link::{
-            BridgeBooleanOptionFlags, BridgeStpState, InfoBridge, InfoBridgePort, InfoData,
-            InfoPortData, InfoPortKind, LinkAttribute, LinkInfo,
+            BridgeBooleanOptionFlags, BridgeStpState, InfoBridge, InfoData, LinkAttribute, LinkInfo,
         },
         neighbour::{NeighbourAttribute, NeighbourMessage},
     },
 };
 
-use super::{gateway, wiring::loose_end};
+use super::{gateway, port, wiring::loose_end};
 use crate::{
     dataplane::kernel::interface::{self, Ipv6},
     model::{Addresses, Mac, Pod, Subnets},
@@ -197,12 +196,27 @@ pub(super) fn plug_again(
         if !is_plugged(port, provided.index) {
             netlink
                 .set_link(LinkUnspec::new_with_index(port.index).controller(provided.index).up())?;
-            netlink.apply_one(hairpin(&port.name).message, 0)?;
+            netlink.apply_one(port::hairpin(&port.name).message, 0)?;
+        }
+        let changes = port::repair(port);
+        if !is_plugged(port, provided.index) || !changes.is_empty() {
+            // A pod may be on its way out, or its end go down meanwhile.
+            let refused = netlink.apply(changes)?;
+            refused.iter().for_each(|refused| {
+                tracing::debug!(port = %port.name, error = %refused.to_io(), "port not set right");
+            });
             mended.ports += 1;
             mended.last = Some((format!("port {}", port.name), port.index));
         }
     }
     Ok(())
+}
+
+/// The messages about one interface tell different things.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Teller {
+    Kernel,
+    Bridge,
 }
 
 /// Whether something has happened to the bridge or to one of the ports, after which it is to be looked at
@@ -216,24 +230,32 @@ pub(super) fn is_touched(
     for message in messages {
         match message {
             RouteNetlinkMessage::NewLink(message) => {
-                // What bridges tell in messages of their own lacks most attributes.
-                if message.header.interface_family != AddressFamily::Unspec {
-                    continue;
-                }
+                let family = message.header.interface_family;
                 let link = Link::from(message);
-                if link.index == provided.index {
-                    whole.insert(link.index, is_as_it_should_be(&link, &provided.bridge));
-                } else if ports.contains_key(&link.name) {
-                    whole.insert(link.index, is_plugged(&link, provided.index));
+                let is_port = ports.contains_key(&link.name);
+                match family {
+                    AddressFamily::Unspec if link.index == provided.index => {
+                        let is_right = is_as_it_should_be(&link, &provided.bridge);
+                        whole.insert((link.index, Teller::Kernel), is_right);
+                    }
+                    AddressFamily::Unspec if is_port => {
+                        let is_right = is_plugged(&link, provided.index) && port::is_right(&link);
+                        whole.insert((link.index, Teller::Kernel), is_right);
+                    }
+                    // What bridges tell in messages of their own lacks most attributes.
+                    AddressFamily::Bridge if is_port => {
+                        whole.insert((link.index, Teller::Bridge), port::is_right(&link));
+                    }
+                    _ => {}
                 }
             }
             RouteNetlinkMessage::DelLink(message) if message.header.index == provided.index => {
-                whole.insert(provided.index, false);
+                whole.insert((provided.index, Teller::Kernel), false);
             }
             RouteNetlinkMessage::DelLink(message) => {
                 let link = Link::from(message);
                 if ports.contains_key(&link.name) {
-                    whole.insert(link.index, false);
+                    whole.insert((link.index, Teller::Kernel), false);
                 }
             }
             RouteNetlinkMessage::DelAddress(message) => {
@@ -246,14 +268,6 @@ pub(super) fn is_touched(
         }
     }
     whole.values().any(|whole| !whole)
-}
-
-/// A pod may speak to itself by way of a service's address.
-pub(super) fn hairpin(port: &str) -> Request {
-    let message = LinkUnspec::new_with_name(port)
-        .set_port_kind(InfoPortKind::Bridge)
-        .set_port_data(InfoPortData::BridgePort(vec![InfoBridgePort::HairpinMode(true)]));
-    Request { message: RouteNetlinkMessage::NewLink(message.build()), flags: 0 }
 }
 
 /// A port needs no address of its own. Where the kernel has no IPv6, or none on a link this narrow, it
@@ -372,11 +386,13 @@ fn is_as_it_should_be(link: &Link, bridge: &Bridge) -> bool {
 /// What a pod with `CAP_NET_RAW` could use otherwise. A frame to a link-local group has the kernel learn its
 /// source before nftables sees it, so one pod could take the MAC of another, or fill memory with MACs.
 /// Queries of multicast listeners by a pod would have the bridge keep neighbor solicitations from all others.
-/// Spanning tree keeps a new port silent for 30 s.
+/// Spanning tree keeps a new port silent for 30 s. A filter of VLANs drops packets of ports that have lost
+/// theirs.
 fn settings(bridge: &str) -> RouteNetlinkMessage {
     let message = LinkBridge::new(bridge)
         .no_linklocal_learn(true)
         .mcast_snooping(false)
+        .vlan_filtering(false)
         .stp_state(BridgeStpState::Disabled);
     RouteNetlinkMessage::NewLink(message.build())
 }
@@ -395,7 +411,7 @@ fn is_open_to_pods(link: &Link) -> bool {
         InfoBridge::MultiBoolOpt(options) => {
             !options.value.contains(BridgeBooleanOptionFlags::NoLinkLocalLearn)
         }
-        InfoBridge::MulticastSnooping(is_on) => *is_on,
+        InfoBridge::MulticastSnooping(is_on) | InfoBridge::VlanFiltering(is_on) => *is_on,
         InfoBridge::StpState(state) => *state != BridgeStpState::Disabled,
         _ => false,
     })
