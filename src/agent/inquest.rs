@@ -7,7 +7,6 @@
 mod ask;
 mod case;
 mod questions;
-mod tap;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -21,10 +20,9 @@ use std::{
 use self::{
     ask::{Knock, Ways, congested},
     questions::Questions,
-    tap::Tap,
 };
 use crate::{
-    agent::legacy,
+    agent::{legacy, tap::Tap},
     dataplane::{
         kernel::{FirewallTable, trace::Trace},
         silence::{Cause, Facts, IN, OUT, Place, Suspect, Verdict, Watch},

@@ -148,7 +148,7 @@ pub(super) fn provide(netlink: &mut Netlink, bridge: &Bridge) -> io::Result<(Pro
     if !is_as_it_should_be(&link, bridge) {
         let change = LinkUnspec::new_with_index(link.index).mtu(bridge.mtu).alias(ALIAS).up();
         netlink.set_link(change)?;
-        netlink.apply_one(settings(&bridge.name), 0)?;
+        netlink.apply_one(settings(&link), 0)?;
         mended.bridge += 1;
     }
     let has: Vec<Address> = netlink.addresses()?;
@@ -380,25 +380,38 @@ fn is_as_it_should_be(link: &Link, bridge: &Bridge) -> bool {
         && link.mtu == bridge.mtu
         && link.alias == ALIAS
         && link.name == bridge.name
-        && !is_open_to_pods(link)
+        && !is_wrongly_set(link)
 }
 
 /// What a pod with `CAP_NET_RAW` could use otherwise. A frame to a link-local group has the kernel learn its
 /// source before nftables sees it, so one pod could take the MAC of another, or fill memory with MACs.
 /// Queries of multicast listeners by a pod would have the bridge keep neighbor solicitations from all others.
 /// Spanning tree keeps a new port silent for 30 s. A filter of VLANs drops packets of ports that have lost
-/// theirs.
-fn settings(bridge: &str) -> RouteNetlinkMessage {
-    let message = LinkBridge::new(bridge)
+/// theirs; kernels without one refuse to hear of it.
+fn settings(link: &Link) -> RouteNetlinkMessage {
+    let message = LinkBridge::new(&link.name)
         .no_linklocal_learn(true)
         .mcast_snooping(false)
-        .vlan_filtering(false)
         .stp_state(BridgeStpState::Disabled);
+    let filters = told(link).any(|setting| *setting == InfoBridge::VlanFiltering(true));
+    let message = if filters { message.vlan_filtering(false) } else { message };
     RouteNetlinkMessage::NewLink(message.build())
 }
 
 /// Whether one of [`settings`] is otherwise; not where the kernel does not tell.
-fn is_open_to_pods(link: &Link) -> bool {
+fn is_wrongly_set(link: &Link) -> bool {
+    told(link).any(|setting| match setting {
+        InfoBridge::MultiBoolOpt(options) => {
+            !options.value.contains(BridgeBooleanOptionFlags::NoLinkLocalLearn)
+        }
+        InfoBridge::MulticastSnooping(is_on) | InfoBridge::VlanFiltering(is_on) => *is_on,
+        InfoBridge::StpState(state) => *state != BridgeStpState::Disabled,
+        _ => false,
+    })
+}
+
+/// Settings of a bridge, as far as the kernel tells them.
+fn told(link: &Link) -> impl Iterator<Item = &InfoBridge> {
     let infos = link.message.attributes.iter().filter_map(|attribute| match attribute {
         LinkAttribute::LinkInfo(infos) => Some(infos),
         _ => None,
@@ -407,14 +420,7 @@ fn is_open_to_pods(link: &Link) -> bool {
         LinkInfo::Data(InfoData::Bridge(settings)) => Some(settings),
         _ => None,
     });
-    settings.flatten().any(|setting| match setting {
-        InfoBridge::MultiBoolOpt(options) => {
-            !options.value.contains(BridgeBooleanOptionFlags::NoLinkLocalLearn)
-        }
-        InfoBridge::MulticastSnooping(is_on) | InfoBridge::VlanFiltering(is_on) => *is_on,
-        InfoBridge::StpState(state) => *state != BridgeStpState::Disabled,
-        _ => false,
-    })
+    settings.flatten()
 }
 
 fn make(netlink: &mut Netlink, bridge: &Bridge) -> io::Result<Link> {

@@ -108,9 +108,9 @@ fn told(port: &Link) -> Vec<(u16, u8)> {
                     }
                 }
             }
-            LinkAttribute::ProtoInfoBridge(settings) => told.extend(
-                settings.iter().filter_map(byte).filter(|(kind, _)| *kind != HAIRPIN),
-            ),
+            LinkAttribute::ProtoInfoBridge(settings) => {
+                told.extend(settings.iter().filter_map(byte).filter(|(kind, _)| *kind != HAIRPIN))
+            }
             _ => {}
         }
     }
@@ -144,7 +144,8 @@ mod tests {
 
     #[test]
     fn setting_with_another_value_is_wrong_and_one_that_is_not_told_is_right() {
-        let right: Vec<(u16, u8)> = SETTINGS.iter().map(|(kind, value, _)| (*kind, *value)).collect();
+        let right: Vec<(u16, u8)> =
+            SETTINGS.iter().map(|(kind, value, _)| (*kind, *value)).collect();
         assert!(is_right(&port(true, &right)) && is_right(&port(true, &[])));
         for (kind, value, name) in SETTINGS {
             let wrong = port(true, &[(kind, value ^ 1)]);
