@@ -7,6 +7,7 @@ use gossamer::lab::{Host, NetNs};
 use serde_json::Value;
 
 use crate::{
+    causes::{pair, wait_for_path, wait_for_words},
     cni::{Runtime, address, namespaces},
     common::{
         Cluster, PATIENCE, client, eventually, has_problem, isolated, run, skipped, status_where,
@@ -242,6 +243,56 @@ fn pod_whose_own_end_is_down_or_without_its_address_is_no_problem() {
         wait_for_named(&mut cluster, &[&said, "and no answer comes from eth0"])?;
         tool(&spaces[1], "ip link set eth0 arp on");
         wait_for_none(&mut cluster);
+        Ok(())
+    });
+}
+
+/// Not the network.
+#[test]
+fn what_drops_packets_at_the_overlay_device_or_the_underlay_is_named() {
+    isolated(|lab| {
+        let mut cluster = pair(lab)?;
+        let drop = dropping(&cluster.hosts[1]);
+        let not_carried =
+            "packets to n1 (10.99.0.10) are lost on this host: they are handed to gossamer.1";
+        let swallowed = "may be dropped by what hangs on gossamer.1";
+        let not_leaving = "tunnel packets (UDP 8472) to n1 (10.99.0.10) do not leave this host";
+        let filters = |device: &str, side: &str| {
+            vec![
+                format!("tc qdisc add dev {device} clsact"),
+                format!("tc filter add dev {device} {side} {drop}"),
+            ]
+        };
+        let without = |device: &str| format!("tc qdisc del dev {device} clsact");
+        for (begin, end, words) in [
+            (
+                vec!["tc qdisc add dev gossamer.1 root blackhole".to_owned()],
+                "tc qdisc del dev gossamer.1 root".to_owned(),
+                [not_carried, "the queueing discipline blackhole of gossamer.1 has dropped"],
+            ),
+            (
+                filters("gossamer.1", "egress"),
+                without("gossamer.1"),
+                [not_carried, "gossamer.1 has filters on its egress (bpf)"],
+            ),
+            (
+                filters("gossamer.1", "ingress"),
+                without("gossamer.1"),
+                [swallowed, "gossamer.1 has filters on its ingress (bpf)"],
+            ),
+            (
+                vec!["tc qdisc add dev eth0 root blackhole".to_owned()],
+                "tc qdisc del dev eth0 root".to_owned(),
+                [not_leaving, "the queueing discipline blackhole of eth0 has dropped"],
+            ),
+        ] {
+            sh(&cluster.hosts[1], &begin.iter().map(String::as_str).collect::<Vec<_>>());
+            let begun = std::time::Instant::now();
+            wait_for_words(&mut cluster.agents[1], &words);
+            println!("{:>7.1?} {}", begun.elapsed(), begin.join("; "));
+            tool(&cluster.hosts[1].netns, &end);
+            cluster.agents.iter_mut().for_each(wait_for_path);
+        }
         Ok(())
     });
 }
