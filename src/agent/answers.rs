@@ -32,7 +32,9 @@ use crate::{
 
 /// What is not answered by then is not answered: a kernel answers at once.
 const PATIENCE: Duration = Duration::from_millis(500);
-/// Packets that are read at most in one round.
+/// Until it is asked again meanwhile: a queue may be full.
+const AGAIN: Duration = Duration::from_millis(150);
+/// Packets that are read at most until it is asked again.
 const PACKETS: u32 = 10_000;
 /// Pods that are named, each with its cause.
 const NAMED: usize = 3;
@@ -193,12 +195,22 @@ impl<F: Fn(Answers)> PodAsker<F> {
             return Ok(());
         }
         let watches_ports = asked.values().any(|(name, _)| self.roll.is_suspect(name));
+        // One that has never answered may have another MAC than the one that is known here.
+        for (name, mac) in asked.values_mut() {
+            mac.take_if(|_| self.roll.is_suspect(name) && !self.roll.has_answered(name));
+        }
         let taps = taps(asked.keys(), watches_ports)?;
         let mut round = Round::new(bridge.index, ports);
-        for (address, (_, mac)) in &asked {
-            self.question(roster, &bridge, *address, *mac)?;
+        let until = Instant::now() + PATIENCE;
+        while !round.is_over() && Instant::now() < until {
+            for (address, (_, mac)) in &asked {
+                if !round.is_answered(*address) {
+                    self.question(roster, &bridge, *address, *mac)?;
+                }
+            }
+            let rest = until.saturating_duration_since(Instant::now());
+            self.listen(&taps, &mut round, rest.min(AGAIN))?;
         }
-        self.listen(&taps, &mut round)?;
         for (address, (name, _)) in asked {
             self.roll.note(name, round.reply(address, watches_ports));
         }
@@ -234,8 +246,8 @@ impl<F: Fn(Answers)> PodAsker<F> {
         Ok(())
     }
 
-    fn listen(&self, taps: &[Tap], round: &mut Round) -> io::Result<()> {
-        let until = Instant::now() + PATIENCE;
+    fn listen(&self, taps: &[Tap], round: &mut Round, pause: Duration) -> io::Result<()> {
+        let until = Instant::now() + pause;
         let mut packets = 0;
         loop {
             for tap in taps {
@@ -244,10 +256,12 @@ impl<F: Fn(Answers)> PodAsker<F> {
                 }
             }
             let rest = until.saturating_duration_since(Instant::now());
-            if rest.is_zero() || round.is_over() || packets == PACKETS {
+            if rest.is_zero() || round.is_over() {
                 return Ok(());
             }
-            self.orders.sleeper.wait(taps.iter().map(|tap| tap.as_fd()), Some(rest));
+            // What is not read any more must not keep it awake.
+            let fds = taps.iter().filter(|_| packets < PACKETS).map(|tap| tap.as_fd());
+            self.orders.sleeper.wait(fds, Some(rest));
         }
     }
 

@@ -2,9 +2,10 @@
 //!
 //! Read only where packets are known to be lost at that interface. Reading explains, and decides nothing.
 
-use serde_json::Value;
+use std::{error::Error, io};
 
-use super::outside::output;
+use aya::programs::{SchedClassifier, tc::TcAttachType};
+
 use crate::netlink::{Netlink, link::Link};
 
 /// Which packets.
@@ -20,6 +21,7 @@ pub enum Side {
 const HARMLESS: [&str; 7] = ["noqueue", "fq_codel", "pfifo_fast", "mq", "fq", "clsact", "ingress"];
 /// Filters and programs that are named at once.
 const NAMED: usize = 3;
+const EINVAL: i32 = 22;
 
 impl Side {
     const fn name(self) -> &'static str {
@@ -46,18 +48,20 @@ pub fn at(netlink: &mut Netlink, link: &Link, side: Side) -> Vec<String> {
     }
     let filters = netlink.filters(link.index, side == Side::Egress).unwrap_or_default();
     let filters: Vec<String> = filters.into_iter().take(NAMED).collect();
-    let side = side.name();
+    let side_name = side.name();
     if !filters.is_empty() {
         found.push(format!(
-            "{name} has filters on its {side} ({}): tc filter show dev {name} {side}",
+            "{name} has filters on its {side_name} ({}): tc filter show dev {name} {side_name}",
             filters.join(", ")
         ));
     }
-    let programs = tcx_programs(name, side);
+    let programs = tcx_programs(name, side).unwrap_or_default();
     if !programs.is_empty() {
+        let programs: Vec<String> = programs.into_iter().take(NAMED).collect();
         found.push(format!(
-            "{name} has eBPF programs on its {side} ({}; tcx): bpftool net show dev {name}",
-            programs.join(", ")
+            "{name} has eBPF programs on its {side_name} (tcx: {}): bpftool net show dev {name} and bpftool prog \
+             show tell more; end or uninstall the program that has attached them",
+            programs.join("; ")
         ));
     }
     found
@@ -78,46 +82,45 @@ fn qdiscs(netlink: &mut Netlink, link: &Link) -> Option<String> {
     ))
 }
 
-/// Programs that filters do not show (tcx, since Linux 6.6), as far as a bpftool that knows of them is
-/// installed: the call that lists them takes code that this project does without.
-fn tcx_programs(interface: &str, side: &str) -> Vec<String> {
-    let printed = output("bpftool", &["-j", "net", "show", "dev", interface]);
-    printed.map_or_else(Vec::new, |printed| named_programs(&printed, side))
+/// The sentence for where [`at`] has found nothing, though packets are lost there.
+pub fn nothing_found(interface: &str) -> String {
+    let are_known =
+        [Side::Egress, Side::Ingress].map(|side| tcx_programs(interface, side).is_some());
+    if are_known == [true; 2] {
+        return "no queueing discipline, filter or eBPF program was found there".to_owned();
+    }
+    format!(
+        "no queueing discipline or filter was found there; eBPF programs (tcx) may not be listed by this \
+         process: bpftool net show dev {interface} (of version 7.3 or later)"
+    )
 }
 
-fn named_programs(printed: &str, side: &str) -> Vec<String> {
-    let shown: Value = serde_json::from_str(printed).unwrap_or_default();
-    let parts = shown.as_array().into_iter().flatten();
-    let programs = parts.filter_map(|part| part["tc"].as_array()).flatten();
-    let is_it = |program: &&Value| {
-        let kind = program["kind"].as_str().unwrap_or_default();
-        kind.split_once('/')
-            .is_some_and(|(kind, of)| ["tcx", "netkit"].contains(&kind) && of == side)
+/// Programs that filters do not show (tcx, since Linux 6.6); none if they may not be listed.
+fn tcx_programs(interface: &str, side: Side) -> Option<Vec<String>> {
+    let attach = match side {
+        Side::Egress => TcAttachType::Egress,
+        Side::Ingress => TcAttachType::Ingress,
     };
-    let name = |program: &Value| {
-        let name = program["name"].as_str().filter(|name| !name.is_empty()).unwrap_or("unnamed");
-        let id = program["prog_id"].as_u64().or_else(|| program["id"].as_u64());
-        id.map_or_else(|| name.to_owned(), |id| format!("{name}, id {id}"))
-    };
-    programs.filter(is_it).take(NAMED).map(name).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// As bpftool 7.3 and later print it.
-    #[test]
-    fn programs_of_the_side_that_is_asked_for_are_named() {
-        let printed = r#"[{"xdp":[],"tc":[
-            {"devname":"gsm1","ifindex":9,"kind":"tcx/ingress","name":"drop_all","prog_id":44},
-            {"devname":"gsm1","ifindex":9,"kind":"tcx/egress","name":"","prog_id":45},
-            {"devname":"gsm1","ifindex":9,"kind":"clsact/ingress","name":"old","id":46}
-        ],"flow_dissector":[],"netfilter":[]}]"#;
-        assert_eq!(named_programs(printed, "ingress"), ["drop_all, id 44"]);
-        assert_eq!(named_programs(printed, "egress"), ["unnamed, id 45"]);
-        for other in ["", "{}", "[]", "[1]", r#"[{"tc":[{"kind":7}]}]"#] {
-            assert!(named_programs(other, "ingress").is_empty(), "{other}");
+    match SchedClassifier::query_tcx(interface, attach) {
+        Ok((_, programs)) => Some(
+            programs
+                .iter()
+                .map(|program| match program.name_as_str().filter(|name| !name.is_empty()) {
+                    Some(name) => format!("{name}, id {}", program.id()),
+                    None => format!("id {}", program.id()),
+                })
+                .collect(),
+        ),
+        // The kernel is too old to have any.
+        Err(error) if number_of(&error) == Some(EINVAL) => Some(Vec::new()),
+        Err(error) => {
+            tracing::debug!(%error, interface, "eBPF programs are not listed");
+            None
         }
     }
+}
+
+fn number_of(error: &(dyn Error + 'static)) -> Option<i32> {
+    let own = error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error);
+    own.or_else(|| number_of(error.source()?))
 }

@@ -2,13 +2,22 @@
 //! that is installed, and only where packets are known to be lost or changed on this host. The kernel's
 //! traces of nftables do not tell of them.
 
-use std::fs;
+use std::{
+    fs,
+    io::Read as _,
+    process::{Command, Stdio},
+    sync::mpsc,
+    thread,
+    time::Duration,
+};
 
 use ipnet::IpNet;
 
-use super::outside::output;
 use crate::dataplane::silence::iptables_ports;
 
+/// The program prints at once, or does not at all.
+const PATIENCE: Duration = Duration::from_secs(2);
+const MOST: u64 = 1 << 20;
 /// Tables that are read, and rules that are named.
 const TABLES: usize = 4;
 const NAMED: usize = 3;
@@ -124,7 +133,25 @@ fn suspects(ipv4: bool, way: Way, port: Option<u16>, fix: impl Fn(&str) -> Strin
 
 /// What `iptables-save` prints of one table.
 fn save(name: &str, table: &str) -> Option<String> {
-    output(&format!("{name}-save"), &["-t", table])
+    let mut child = Command::new(format!("{name}-save"))
+        .args(["-t", table])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .ok()?;
+    let output = child.stdout.take()?;
+    let (done, read) = mpsc::channel();
+    let reader = thread::spawn(move || {
+        let mut text = String::new();
+        let whole = output.take(MOST).read_to_string(&mut text);
+        let _ = done.send(whole.is_ok().then_some(text));
+    });
+    let text = read.recv_timeout(PATIENCE).ok().flatten();
+    let _ = child.kill();
+    let _ = child.wait();
+    let _ = reader.join();
+    text
 }
 
 /// Rules with one of these targets, and policies, that concern such packets, or may: with a port those that

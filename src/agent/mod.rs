@@ -24,7 +24,6 @@ mod kubernetes;
 mod legacy;
 mod limits;
 mod opponents;
-mod outside;
 mod owners;
 mod path_words;
 mod ping;

@@ -34,6 +34,8 @@ const READ: u32 = 128;
 const SMALL: u32 = 300;
 /// `ARPHRD_ETHER`
 const ETHERNET: u16 = 1;
+/// Bytes of packets that wait to be read.
+const BUFFER: usize = 1 << 20;
 /// No datagram goes there (RFC 768 reserves it).
 const NO_PORT: u16 = 0;
 /// Where a question to all goes.
@@ -72,7 +74,10 @@ impl Tap {
 
     /// Sees ARP and neighbor discovery at all interfaces, ports of bridges among them, in both directions.
     pub fn of_neighbors() -> io::Result<Self> {
-        Self::open(NO_PORT)
+        let tap = Self::open(NO_PORT)?;
+        // What it misses in a storm of ARP would pass for lost. The kernel gives as much as it may.
+        tap.0.set_recv_buffer_size(BUFFER)?;
+        Ok(tap)
     }
 
     /// Shows the next packet; none if there is no more.

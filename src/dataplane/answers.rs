@@ -107,9 +107,13 @@ impl Round {
         self.taken.len() == self.ports.len()
     }
 
+    pub fn is_answered(&self, address: IpAddr) -> bool {
+        self.taken.contains(&address)
+    }
+
     /// What came of the question for an address. Ports were watched as well, or the bridge alone.
     pub fn reply(&self, address: IpAddr, watched_ports: bool) -> Reply {
-        if self.taken.contains(&address) {
+        if self.is_answered(address) {
             Reply::Came
         } else if !watched_ports {
             Reply::Missing
@@ -146,6 +150,10 @@ impl Roll {
     /// Whether the place is to be looked for where its questions or answers are lost.
     pub fn is_suspect(&self, port: &str) -> bool {
         self.tallies.get(port).is_some_and(|tally| tally.silent > 0)
+    }
+
+    pub fn has_answered(&self, port: &str) -> bool {
+        self.tallies.get(port).is_some_and(|tally| tally.answered)
     }
 
     pub fn note(&mut self, port: &str, reply: Reply) {

@@ -201,6 +201,13 @@ fn what_drops_a_pods_packets_at_its_interface_is_named_until_it_is_gone() {
             sh(&cluster.hosts[0], &end.iter().map(String::as_str).collect::<Vec<_>>());
             wait_for_none(&mut cluster);
         }
+        // Where all pods are cut off, that is told once.
+        sh(&cluster.hosts[0], &["tc qdisc add dev gsm0 root blackhole"]);
+        let words =
+            ["pods do not find their gateway", "queueing discipline blackhole of gsm0 has dropped"];
+        wait_for_named(&mut cluster, &words)?;
+        assert!(!has_problem(&mut cluster.agents[0], "does not answer"));
+        sh(&cluster.hosts[0], &["tc qdisc del dev gsm0 root"]);
         status_where(&mut cluster.agents[0], |status| {
             status["kernel"]["forwarding"]["state"] != "failing"
                 && status["problems"] == Value::Array(vec![])

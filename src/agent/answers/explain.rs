@@ -114,9 +114,9 @@ fn causes(
     }
     if causes.is_empty() {
         causes.push(format!(
-            "no queueing discipline, filter or rule was found that does so, so an eBPF program may (tcx: \
-             bpftool net show dev {name}, since version 7.3); look at ebtables-legacy -L and nft list \
-             ruleset (families netdev and bridge) as well"
+            "{}; look at ebtables-legacy -L, nft list ruleset (families netdev and bridge) and bridge fdb show \
+             (the pod's MAC at another port)",
+            hooks::nothing_found(name)
         ));
     }
     causes

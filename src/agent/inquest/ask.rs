@@ -234,9 +234,9 @@ impl Ways {
         if hints.is_empty() {
             let legacy = if is_out { "-S OUTPUT" } else { "-S INPUT, -t nat -S PREROUTING" };
             hints.push(format!(
-                "no rule, filter, queueing discipline or policy that drops them was found, so an eBPF program \
-                 may (tcx: bpftool net show dev {interface}, since version 7.3); look at ip rule and iptables \
-                 -t mangle -S OUTPUT (a mark may lead them elsewhere) and iptables-legacy {legacy} as well"
+                "no rule or policy that drops them was found, and {}; look at ip rule and iptables -t mangle -S \
+                 OUTPUT (a mark may lead them elsewhere), and iptables-legacy {legacy}",
+                hooks::nothing_found(interface)
             ));
         }
         hints
@@ -252,9 +252,8 @@ pub fn at_device(netlink: &mut Netlink, place: &Place, way: usize) -> Vec<String
     let mut hints = hooks::at(netlink, &link, side);
     if way == OUT && hints.is_empty() {
         hints.push(format!(
-            "no queueing discipline or filter of {device} was found that drops them, so an eBPF program may \
-             (tcx: bpftool net show dev {device}, since version 7.3); look at nft list ruleset (family netdev) \
-             as well"
+            "{}; look at nft list ruleset (family netdev)",
+            hooks::nothing_found(device)
         ));
     }
     hints
