@@ -36,6 +36,8 @@ const PATIENCE: Duration = Duration::from_millis(500);
 const AGAIN: Duration = Duration::from_millis(150);
 /// Packets that are read at most until it is asked again.
 const PACKETS: u32 = 10_000;
+/// From one look at who is there to the next: a pod that is new need not be asked at once.
+const LOOK: Duration = Duration::from_secs(10);
 /// Pods that are named, each with its cause.
 const NAMED: usize = 3;
 
@@ -69,6 +71,7 @@ pub struct Answers {
 pub struct Asking {
     worker: Worker<Option<Roster>>,
     told: Option<Roster>,
+    looked: Option<Instant>,
 }
 
 impl Order for Option<Roster> {
@@ -87,7 +90,7 @@ impl Asking {
                 Err(error) => tracing::error!(%error, "no pod is asked whether it answers"),
             }
         })?;
-        Ok(Self { worker, told: None })
+        Ok(Self { worker, told: None, looked: None })
     }
 
     fn set(&mut self, roster: Option<Roster>) {
@@ -314,7 +317,7 @@ impl Answers {
 
 /// Where all its answers come in at the bridge; those that were lost before are seen at the ports.
 fn taps<'a>(
-    addresses: impl Iterator<Item = &'a IpAddr> + Clone,
+    mut addresses: impl Iterator<Item = &'a IpAddr> + Clone,
     watches_ports: bool,
 ) -> io::Result<Vec<Tap>> {
     if watches_ports {
@@ -324,7 +327,7 @@ fn taps<'a>(
     if addresses.clone().any(IpAddr::is_ipv4) {
         taps.push(Tap::of_arp()?);
     }
-    if addresses.clone().any(IpAddr::is_ipv6) {
+    if addresses.any(IpAddr::is_ipv6) {
         taps.push(Tap::of_discovery()?);
     }
     Ok(taps)
@@ -336,8 +339,16 @@ fn can_be_asked(port: &Link, bridge: &Link) -> bool {
 }
 
 impl Agent {
+    /// Looks from time to time whom the thread is to ask.
+    pub(super) fn look_for_pods(&mut self) {
+        if self.asking.looked.is_none_or(|looked| looked.elapsed() >= LOOK) {
+            self.update_roster();
+        }
+    }
+
     /// Tells the thread whom to ask, if that has changed.
     pub(super) fn update_roster(&mut self) {
+        self.asking.looked = Some(Instant::now());
         let roster = self.roster();
         self.asking.set(roster);
     }

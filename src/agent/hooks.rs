@@ -75,10 +75,12 @@ fn qdiscs(netlink: &mut Netlink, link: &Link) -> Option<String> {
     // The one that drops, and of those the one that everything goes through.
     suspects.sort_by_key(|qdisc| (qdisc.drops == 0, !qdisc.is_root));
     let suspect = suspects.first()?;
+    // Not how many: a sentence that changes would be told again and again.
+    let packets = if suspect.drops > 0 { "packets" } else { "no packets so far" };
     Some(format!(
-        "the queueing discipline {} of {name} has dropped {} packets (tc -s qdisc show dev {name}): tc qdisc \
-         del dev {name} root",
-        suspect.kind, suspect.drops
+        "the queueing discipline {} of {name} has dropped {packets} (tc -s qdisc show dev {name}): tc qdisc del \
+         dev {name} root",
+        suspect.kind
     ))
 }
 

@@ -253,7 +253,7 @@ impl Agent {
         if self.next_probe().is_some_and(|at| at <= now) {
             self.probe();
             self.update_forwarder();
-            self.update_roster();
+            self.look_for_pods();
             self.update_inquest();
         }
         self.ask_about_node(now);

@@ -3,15 +3,15 @@
 
 use std::fs;
 
-use gossamer::lab::{Host, NetNs};
+use gossamer::lab::{Agent, Host, NetNs};
 use serde_json::Value;
 
 use crate::{
     causes::{pair, wait_for_path, wait_for_words},
     cni::{Runtime, address, namespaces},
     common::{
-        Cluster, PATIENCE, client, eventually, has_problem, isolated, run, skipped, status_where,
-        tool, wait_until,
+        Cluster, PATIENCE, client, eventually, has_problem, isolated, program, run, skipped,
+        status_where, token_of, tool, wait_until,
     },
 };
 
@@ -38,11 +38,13 @@ const SETTINGS: [(&str, &str, &str); 11] = [
     ("state 4", "state 4", "state forwarding"),
 ];
 
-/// One host with pods; their namespaces, and the names of their ports.
+type PortAndAddress = (String, String);
+
+/// Pods on a cluster's first host: their namespaces, ports and addresses.
 fn with_pods(
     cluster: &mut Cluster,
     names: &[&str],
-) -> anyhow::Result<(Vec<NetNs>, Vec<(String, String)>)> {
+) -> anyhow::Result<(Vec<NetNs>, Vec<PortAndAddress>)> {
     let spaces = namespaces(names)?;
     let mut pods = Vec::new();
     for name in names {
@@ -173,7 +175,7 @@ fn what_drops_a_pods_packets_at_its_interface_is_named_until_it_is_gone() {
                     format!("nft add rule bridge wall out oifname {port} drop"),
                 ],
                 vec!["nft delete table bridge wall".to_owned()],
-                vec![question.clone(), "chain bridge wall out (hook output)".to_owned()],
+                vec![question, "chain bridge wall out (hook output)".to_owned()],
             ),
             (
                 vec![
@@ -184,10 +186,7 @@ fn what_drops_a_pods_packets_at_its_interface_is_named_until_it_is_gone() {
                     ),
                 ],
                 vec!["nft delete table netdev wall".to_owned()],
-                vec![
-                    answer.clone(),
-                    "chain netdev wall in (hook ingress) has the policy drop".to_owned(),
-                ],
+                vec![answer, "chain netdev wall in (hook ingress) has the policy drop".to_owned()],
             ),
         ] {
             let host = &cluster.hosts[0];
@@ -300,6 +299,32 @@ fn what_drops_packets_at_the_overlay_device_or_the_underlay_is_named() {
             tool(&cluster.hosts[1].netns, &end);
             cluster.agents.iter_mut().for_each(wait_for_path);
         }
+        Ok(())
+    });
+}
+
+#[test]
+fn pod_with_an_ipv6_address_alone_is_asked_by_neighbor_discovery() {
+    isolated(|lab| {
+        let host = lab.host(1, "n1")?;
+        let mut agent = Agent::start(program(), &host, &["--init", "--network", "fd42::/48"])?;
+        agent.wait_converged(1, PATIENCE)?;
+        let token = token_of(&mut agent)?;
+        let mut cluster = Cluster { hosts: vec![host], agents: vec![agent], token };
+        let (_spaces, pods) = with_pods(&mut cluster, &["a"])?;
+        let (port, ip) = &pods[0];
+        wait_for_answers(&mut cluster, "1 pod answers when asked");
+        sh(&cluster.hosts[0], &[&format!("tc qdisc add dev {port} root blackhole")]);
+        let words = [
+            &*format!(
+                "pod a eth0 ({ip}, {port}) does not answer neighbor discovery: the question does not"
+            ),
+            &*format!("the queueing discipline blackhole of {port} has dropped"),
+        ];
+        wait_for_named(&mut cluster, &words)?;
+        // One that is removed is no problem any more.
+        Runtime::new(&cluster.agents[0]).del("a");
+        wait_for_none(&mut cluster);
         Ok(())
     });
 }
