@@ -278,8 +278,8 @@ impl<F: Fn(Answers)> PodAsker<F> {
         let mut problems: Vec<String> = sentences.into_iter().take(NAMED).collect();
         if more > 0 {
             problems.push(format!(
-                "{more} more pods of this host do not answer ARP or neighbor discovery: the causes are likely \
-                 those of the others"
+                "{more} more pods of this host do not answer ARP or neighbor discovery: the causes are \
+                 likely those of the others"
             ));
         }
         self.tell_of(Answers { answering: self.roll.answering(), silent, problems });

@@ -59,8 +59,8 @@ pub fn at(netlink: &mut Netlink, link: &Link, side: Side) -> Vec<String> {
     if !programs.is_empty() {
         let programs: Vec<String> = programs.into_iter().take(NAMED).collect();
         found.push(format!(
-            "{name} has eBPF programs on its {side_name} (tcx: {}): bpftool net show dev {name} and bpftool prog \
-             show tell more; end or uninstall the program that has attached them",
+            "{name} has eBPF programs on its {side_name} (tcx: {}): bpftool net show dev {name} and bpftool \
+             prog show tell more; end or uninstall the program that has attached them",
             programs.join("; ")
         ));
     }
@@ -78,8 +78,8 @@ fn qdiscs(netlink: &mut Netlink, link: &Link) -> Option<String> {
     // Not how many: a sentence that changes would be told again and again.
     let packets = if suspect.drops > 0 { "packets" } else { "no packets so far" };
     Some(format!(
-        "the queueing discipline {} of {name} has dropped {packets} (tc -s qdisc show dev {name}): tc qdisc del \
-         dev {name} root",
+        "the queueing discipline {} of {name} has dropped {packets} (tc -s qdisc show dev {name}): tc qdisc \
+         del dev {name} root",
         suspect.kind
     ))
 }

@@ -2,13 +2,13 @@
 //! question and its answer, and what follows.
 //!
 //! Something between a pod and its host may drop all packets in silence: a queueing discipline, a filter or
-//! an eBPF program of the pod's interface on this host. So every pod is asked by turns, on the bridge, for its
-//! own address. Each answers, whatever its firewall drops and whether or not it runs: its kernel does so.
+//! an eBPF program of the pod's interface on this host. So every pod is asked by turns, on the bridge, for
+//! its own address. Each answers, whatever its firewall drops and whether or not it runs: its kernel does so.
 //!
 //! Where no answer comes, packets at the interfaces tell the place. A question that does not leave by the
-//! pod's interface, and an answer that comes in by it and not as far as the bridge, are lost on this host: that
-//! is certain. A question that has left and is not answered is lost at the pod. That is a problem only of a
-//! pod that has answered before. Pure: packets are sent and seen elsewhere.
+//! pod's interface, and an answer that comes in by it and not as far as the bridge, are lost on this host:
+//! that is certain. A question that has left and is not answered is lost at the pod. That is a problem only
+//! of a pod that has answered before. Pure: packets are sent and seen elsewhere.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -1,5 +1,5 @@
-//! What changes a pod's port on the bridge is put right; what drops a pod's packets there is noticed by asking
-//! the pod, and named.
+//! What changes a pod's port on the bridge is put right; what drops a pod's packets there is noticed by
+//! asking the pod, and named.
 
 use std::fs;
 

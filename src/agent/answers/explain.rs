@@ -114,8 +114,8 @@ fn causes(
     }
     if causes.is_empty() {
         causes.push(format!(
-            "{}; look at ebtables-legacy -L, nft list ruleset (families netdev and bridge) and bridge fdb show \
-             (the pod's MAC at another port)",
+            "{}; look at ebtables-legacy -L, nft list ruleset (families netdev and bridge) and bridge fdb \
+             show (the pod's MAC at another port)",
             hooks::nothing_found(name)
         ));
     }

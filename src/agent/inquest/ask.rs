@@ -234,8 +234,8 @@ impl Ways {
         if hints.is_empty() {
             let legacy = if is_out { "-S OUTPUT" } else { "-S INPUT, -t nat -S PREROUTING" };
             hints.push(format!(
-                "no rule or policy that drops them was found, and {}; look at ip rule and iptables -t mangle -S \
-                 OUTPUT (a mark may lead them elsewhere), and iptables-legacy {legacy}",
+                "no rule or policy that drops them was found, and {}; look at ip rule and iptables -t mangle \
+                 -S OUTPUT (a mark may lead them elsewhere), and iptables-legacy {legacy}",
                 hooks::nothing_found(interface)
             ));
         }

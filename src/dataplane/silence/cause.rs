@@ -347,8 +347,9 @@ impl Cause {
                 hints.join("; ")
             ),
             Self::NotCarried { hints } => format!(
-                "packets to {peers} are lost on this host: they are handed to {device}, and no tunnel packets \
-                 come of them, though those that the agent sends past {device} leave by {underlay}: {}",
+                "packets to {peers} are lost on this host: they are handed to {device}, and no tunnel \
+                 packets come of them, though those that the agent sends past {device} leave by \
+                 {underlay}: {}",
                 hints.join("; ")
             ),
             Self::Swallowed { hints } => format!(
