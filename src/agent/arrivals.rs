@@ -3,8 +3,8 @@
 use tokio::sync::mpsc;
 
 use super::{
-    forwarder::Forwarding, inquest::Found, kubernetes::Heard as HeardOfNode, told::Told,
-    wirer::Wired,
+    answers::Answers, forwarder::Forwarding, inquest::Found, kubernetes::Heard as HeardOfNode,
+    told::Told, wirer::Wired,
 };
 use crate::{
     api::Question, docker as docker_plugin, icmp::Heard, store::Written, transport::Event,
@@ -25,6 +25,7 @@ pub(super) enum News {
     Disk(Written),
     Kernel(Told),
     Forwarding(Forwarding),
+    Answers(Answers),
     Found(Found),
     Pods(Wired),
     Api(Question),

@@ -14,6 +14,7 @@ use ipnet::IpNet;
 
 use super::{
     Agent, Ending,
+    answers::Answers,
     archive::Saved,
     auditor::Routing,
     forwarder::Forwarding,
@@ -69,6 +70,8 @@ pub(super) struct KernelState {
     pub(super) routing: Routing,
     /// Whether packets of pods are forwarded.
     pub(super) forwarding: Forwarding,
+    /// Whether pods of this host answer.
+    pub(super) answers: Answers,
     pub(super) demand: DemandState,
     /// Firewall and sysctls.
     pub(super) host: HostState,

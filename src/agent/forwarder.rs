@@ -109,6 +109,8 @@ pub struct Forwarding {
     /// Whatever comes out of the tunnel is dropped here, for this host itself too, as one of the problems
     /// says: with IPv4, and with IPv6.
     pub drops_incoming: [bool; 2],
+    /// Pods do not find their gateway, as one of the problems says.
+    pub lacks_gateway: bool,
 }
 
 pub struct Forwarder {
@@ -419,7 +421,8 @@ impl<F: Fn(Forwarding)> TrialRunner<F> {
                     .iter()
                     .any(|way| way.ipv4 == ipv4 && matches!(way.direction, Direction::In(_)))
         });
-        let now = Forwarding { status, problems, input: self.input.clone(), drops_incoming };
+        let (input, lacks_gateway) = (self.input.clone(), !self.reasons.gateway.is_empty());
+        let now = Forwarding { status, problems, input, drops_incoming, lacks_gateway };
         if now != self.told {
             self.told.clone_from(&now);
             (self.tell)(now);

@@ -7,7 +7,6 @@
 mod ask;
 mod case;
 mod questions;
-mod tap;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -19,12 +18,11 @@ use std::{
 };
 
 use self::{
-    ask::{Knock, Ways, congested},
+    ask::{Knock, Ways, at_device, congested},
     questions::Questions,
-    tap::Tap,
 };
 use crate::{
-    agent::legacy,
+    agent::{legacy, tap::Tap},
     dataplane::{
         kernel::{FirewallTable, trace::Trace},
         silence::{Cause, Facts, IN, OUT, Place, Suspect, Verdict, Watch},
@@ -65,8 +63,6 @@ pub struct Case {
     pub place: Place,
     /// Packets are to leave by the underlay's interface, whatever the main table says.
     pub pinned: bool,
-    /// Name of our device and of our table.
-    pub device: String,
     pub suspects: Vec<Suspect>,
 }
 
@@ -270,14 +266,14 @@ impl<F: Fn(Found)> Inquirer<F> {
         watch.expect(hops.iter().copied());
         let questions = Questions::new(place, hops);
         let before = counted(case);
-        let errors = congested(&mut self.netlink, &case.device);
+        let errors = congested(&mut self.netlink, &place.device);
         let Some(sent) = self.watch(case, asked, questions.as_ref(), None, &mut watch)? else {
             return Ok(None);
         };
         self.clones.extend(watch.clones());
         self.claim = watch.claim().map(|mac| claimed(mac, place));
         let after = counted(case);
-        let errors = errors.zip(congested(&mut self.netlink, &case.device));
+        let errors = errors.zip(congested(&mut self.netlink, &place.device));
         let mut facts: BTreeMap<NodeId, Facts> = BTreeMap::new();
         for suspect in asked {
             let traces = &watch.traces[&suspect.node];
@@ -286,7 +282,8 @@ impl<F: Fn(Found)> Inquirer<F> {
             };
             let counts = count(&before).zip(count(&after));
             let of_suspect = Facts {
-                sent: sent.contains(&suspect.node),
+                sent: sent.past.contains(&suspect.node),
+                entered: sent.into.contains(&suspect.node),
                 unresolved: ways.unresolved(&mut self.netlink, suspect.address),
                 filtered: ways.filtered(&mut self.netlink, place, suspect.address, &traces.came),
                 pinned: ways.pinned(&mut self.netlink, suspect.address, |hop| watch.answering(hop)),
@@ -297,6 +294,7 @@ impl<F: Fn(Found)> Inquirer<F> {
             };
             facts.insert(suspect.node, of_suspect);
         }
+        self.read_about_device(place, asked, &watch, &mut facts);
         if self.ask_about_answers(case, asked, &ways, &mut watch, &mut facts)?.is_none() {
             return Ok(None);
         }
@@ -314,7 +312,7 @@ impl<F: Fn(Found)> Inquirer<F> {
         if !doubtful.is_empty() && watch.claim().is_none() {
             let addresses: Vec<IpAddr> = doubtful.iter().map(|suspect| suspect.address).collect();
             let overlay: Vec<IpAddr> = doubtful.iter().map(|suspect| suspect.vtep).collect();
-            let (device, interface) = (&case.device, &place.interface);
+            let (device, interface) = (&place.device, &place.interface);
             let begun = Trace::begin(device, interface, place.port, &addresses, &overlay);
             let trace = begun.inspect_err(|error| tracing::debug!(%error, "no packets are traced"));
             let mut trace = trace.ok();
@@ -345,6 +343,28 @@ impl<F: Fn(Found)> Inquirer<F> {
         Ok(Some(watch.conclude(asked, &facts, place)))
     }
 
+    /// Reads what may drop packets at the VXLAN device, where some may be lost there.
+    fn read_about_device(
+        &mut self,
+        place: &Place,
+        asked: &[Suspect],
+        watch: &Watch,
+        facts: &mut BTreeMap<NodeId, Facts>,
+    ) {
+        let mut read = [None, None];
+        for suspect in asked {
+            let Some(facts) = facts.get_mut(&suspect.node) else { continue };
+            let carried = watch.traces[&suspect.node].carried;
+            for (way, may_be_lost) in [(OUT, facts.entered && !carried[OUT]), (IN, carried[IN])] {
+                if may_be_lost {
+                    let hints =
+                        read[way].get_or_insert_with(|| at_device(&mut self.netlink, place, way));
+                    facts.device_hints[way].clone_from(hints);
+                }
+            }
+        }
+    }
+
     /// Finds out what drops answers for next hops that come in, and which the kernel does not get. Gives
     /// nothing if something else is to be done first.
     fn ask_about_answers(
@@ -366,10 +386,10 @@ impl<F: Fn(Found)> Inquirer<F> {
         if refused.is_empty() {
             return Ok(Some(()));
         }
-        let Case { device, place, .. } = case;
+        let Case { place, .. } = case;
         let hops: BTreeSet<IpAddr> = refused.values().copied().collect();
         let questions = Questions::new(place, hops.iter().copied());
-        let mut trace = Trace::of_answers(device, &place.interface, &hops)?;
+        let mut trace = Trace::of_answers(&place.device, &place.interface, &hops)?;
         if self.watch(case, asked, questions.as_ref(), Some(&mut trace), watch)?.is_none() {
             return Ok(None);
         }
@@ -380,8 +400,9 @@ impl<F: Fn(Found)> Inquirer<F> {
         Ok(Some(()))
     }
 
-    /// Watches the interfaces, and sends packets of our own to the port of tunnels, which no device there
-    /// takes. Gives the peers to which some were sent; none if something else is to be done first.
+    /// Watches the interfaces, and sends packets of our own: to the port of tunnels, which no device there
+    /// takes, and through the tunnel. Gives the peers to which some were sent; none if something else is to
+    /// be done first.
     fn watch(
         &mut self,
         case: &Case,
@@ -389,17 +410,20 @@ impl<F: Fn(Found)> Inquirer<F> {
         questions: Option<&Questions>,
         mut trace: Option<&mut Trace>,
         watch: &mut Watch,
-    ) -> io::Result<Option<BTreeSet<NodeId>>> {
+    ) -> io::Result<Option<Sent>> {
         let tap = Tap::open(case.place.port)?;
         let knock = Knock::open(&case.place, case.pinned)?;
-        let mut sent = BTreeSet::new();
+        let mut sent = Sent::default();
         let (begun, mut knock_at, mut packets) = (Instant::now(), Instant::now(), 0);
         loop {
             let now = Instant::now();
             if knock_at <= now {
                 knock_at = now + KNOCK;
                 let sent_to = asked.iter().filter(|suspect| knock.at(suspect.address));
-                sent.extend(sent_to.map(|suspect| suspect.node));
+                sent.past.extend(sent_to.map(|suspect| suspect.node));
+                let sent_to =
+                    asked.iter().filter(|suspect| suspect.tunnelled && knock.inside(suspect));
+                sent.into.extend(sent_to.map(|suspect| suspect.node));
                 questions.into_iter().for_each(Questions::ask);
             }
             while packets < PACKETS && tap.next(|packet| watch.see(packet))?.is_some() {
@@ -425,10 +449,19 @@ impl<F: Fn(Found)> Inquirer<F> {
     }
 }
 
+/// Peers to which packets were sent.
+#[derive(Debug, Default)]
+struct Sent {
+    /// Past the VXLAN device.
+    past: BTreeSet<NodeId>,
+    /// By the VXLAN device.
+    into: BTreeSet<NodeId>,
+}
+
 /// Tunnel packets that the guard has seen, by address; none where they are not counted.
 fn counted(case: &Case) -> Option<BTreeMap<IpAddr, u64>> {
     let mut table = FirewallTable::open().ok().filter(|_| case.place.guard)?;
-    table.packets_of_members(&case.device).ok()
+    table.packets_of_members(&case.place.device).ok()
 }
 
 fn claimed(mac: Mac, place: &Place) -> String {

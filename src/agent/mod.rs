@@ -4,6 +4,7 @@
 //! core, and its outputs are executed. The loop owns everything; there is no lock. Decisions are the
 //! core's: here is only IO. SIGTERM ends the agent and leaves the kernel's state in place.
 
+mod answers;
 mod archive;
 mod arrivals;
 mod auditor;
@@ -16,6 +17,7 @@ mod docker;
 mod doors;
 mod events;
 mod forwarder;
+mod hooks;
 mod host_view;
 mod inquest;
 mod knock;
@@ -41,6 +43,7 @@ mod status;
 mod subnet_env;
 mod surroundings;
 mod survey;
+mod tap;
 mod told;
 mod underlay;
 mod vanished;
@@ -55,6 +58,7 @@ use std::{
 use tokio::sync::oneshot;
 
 use self::{
+    answers::Asking,
     archive::Archive,
     arrivals::{Arrival, Arrivals, News},
     clock::Clock,
@@ -124,6 +128,7 @@ struct Agent {
     gate: Gate,
     programmer: Programmer,
     forwarder: Forwarder,
+    asking: Asking,
     inquest: Inquest,
     kernel: KernelState,
     prober: Prober,
@@ -249,6 +254,7 @@ impl Agent {
         if self.next_probe().is_some_and(|at| at <= now) {
             self.probe();
             self.update_forwarder();
+            self.look_for_pods();
             self.update_inquest();
         }
         self.ask_about_node(now);
@@ -291,6 +297,7 @@ impl Agent {
             News::Disk(Written::Saved(number)) => self.on_saved(number),
             News::Kernel(told) => self.on_told(told),
             News::Forwarding(state) => self.on_forwarding(state),
+            News::Answers(state) => self.on_answers(state),
             News::Found(found) => self.on_found(found),
             News::Pods(wired) => self.on_wired(wired),
             News::Api(request) => self.on_api(request),
@@ -394,6 +401,7 @@ impl Agent {
         let threads = [
             self.programmer.end(),
             self.forwarder.end(),
+            self.asking.end(),
             self.inquest.end(),
             self.wirer.end(),
             self.writer.end(),

@@ -388,6 +388,10 @@ impl Agent {
         let pod = self.pods.table.detach(self.clock.now(), attachment);
         let Some(pod) = pod else { return false };
         self.pods.macs.remove(attachment);
+        // The problem may be one of this pod.
+        if !self.kernel.answers.problems.is_empty() {
+            self.update_roster();
+        }
         let text = format!("{attachment} has given {} back", pod.addresses.first);
         self.journal.note(EventKind::Pod, EventLevel::Info, text);
         self.writer.save(vec![(Key::Pod(pod.addresses.first), Vec::new())], number);

@@ -12,7 +12,7 @@ use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 
 use super::{
-    Agent, Archive, Arrivals, Clock, Company, Ending, Forwarder, Gate, Inquest, Journal,
+    Agent, Archive, Arrivals, Asking, Clock, Company, Ending, Forwarder, Gate, Inquest, Journal,
     KernelState, News, PodState, Prober, Programmer, Reread, Service, Signals, Source, Surveys,
     Wirer,
     doors::Doors,
@@ -293,6 +293,10 @@ async fn prepare(
         let _ = report.send(News::Forwarding(state));
     })?;
     let report = sender.clone();
+    let asking = Asking::start(move |state| {
+        let _ = report.send(News::Answers(state));
+    })?;
+    let report = sender.clone();
     let inquest = Inquest::start(move |found| {
         let _ = report.send(News::Found(found));
     })?;
@@ -325,6 +329,7 @@ async fn prepare(
         gate: Gate::default(),
         programmer,
         forwarder,
+        asking,
         inquest,
         kernel: KernelState::default(),
         prober,

@@ -2,6 +2,7 @@
 //!
 //! - [`desired`]: view -> device and entries (pure)
 //! - [`plan`]: desired and actual -> ordered operations (pure)
+//! - [`answers`]: whether pods of this host answer ARP (pure)
 //! - [`audit`]: where the kernel sends packets, and why not where they should go (pure)
 //! - [`demand`]: what the kernel misses, and what it is told (pure)
 //! - [`fight`]: whether another program undoes our repairs (pure)
@@ -16,6 +17,8 @@
 //!
 //! Nobody else touches the kernel's tables, and nothing here decides who is a peer.
 
+#[warn(clippy::disallowed_methods)]
+pub mod answers;
 #[warn(clippy::disallowed_methods)]
 pub mod audit;
 #[warn(clippy::disallowed_methods)]

@@ -28,8 +28,11 @@ pub const ADVERTISEMENT: u8 = 136;
 /// Kinds of packets as packet sockets tell them (linux/if_packet.h).
 const TO_THIS_HOST: u8 = 0;
 const LEAVING: u8 = 4;
+const UDP_HEADER: usize = 8;
+/// The flag of a VXLAN header that names a network (RFC 7348, 5). Packets without it are of no device.
+const HAS_NETWORK: u8 = 0x08;
 /// Headers of UDP and of VXLAN, and the destination's MAC before the source's.
-const INNER_SOURCE: usize = 8 + 8 + 6;
+const INNER_SOURCE: usize = UDP_HEADER + 8 + 6;
 /// MACs that are remembered of one address.
 const MACS: usize = 8;
 
@@ -48,6 +51,8 @@ pub struct Suspect {
     pub vtep: IpAddr,
     /// Gossip holds it as alive.
     pub lives: bool,
+    /// Packets to it go through a tunnel.
+    pub tunnelled: bool,
 }
 
 /// A packet as a packet socket shows it, from the network header on.
@@ -69,6 +74,8 @@ pub struct Traces {
     pub left: BTreeMap<u32, IpAddr>,
     /// Interfaces at which tunnel packets from it arrived.
     pub came: BTreeSet<u32>,
+    /// Some of those that left, and of those that arrived, were of a VXLAN device, not knocks of an agent.
+    pub carried: [bool; 2],
     /// Another address than its own under which its tunnel packets arrive.
     pub came_as: Option<IpAddr>,
     /// Hardware addresses that claim its address.
@@ -119,6 +126,8 @@ pub struct Watch {
 pub struct Facts {
     /// Tunnel packets to it were sent while the watch lasted.
     pub sent: bool,
+    /// Packets to it were handed to the VXLAN device meanwhile.
+    pub entered: bool,
     /// The kernel does not find the hardware address of this next hop, at this interface.
     pub unresolved: Option<(IpAddr, String)>,
     /// Answers for that next hop come in, so this host drops them: the rule, if it was seen.
@@ -143,6 +152,8 @@ pub struct Facts {
     pub uncounted: bool,
     /// What else may drop packets on their way out, and on their way in: sentences with what helps.
     pub hints: [Vec<String>; 2],
+    /// The same of packets on their way into the VXLAN device, and out of it.
+    pub device_hints: [Vec<String>; 2],
 }
 
 /// Index of what is about packets that leave, and that come, in pairs.
@@ -264,16 +275,20 @@ impl Watch {
         if *udp.get(2..)?.first_chunk()? != self.port.to_be_bytes() {
             return None;
         }
+        let is_carried = udp.get(UDP_HEADER).is_some_and(|flags| flags & HAS_NETWORK != 0);
         if packet.kind == LEAVING {
             let traces = self.traces.get_mut(self.by_address.get(&to)?)?;
             traces.left.insert(packet.link, from);
+            traces.carried[OUT] |= is_carried;
             return Some(());
         }
         if packet.kind != TO_THIS_HOST || to != self.local {
             return None;
         }
         if let Some(node) = self.by_address.get(&from) {
-            self.traces.get_mut(node)?.came.insert(packet.link);
+            let traces = self.traces.get_mut(node)?;
+            traces.came.insert(packet.link);
+            traces.carried[IN] |= is_carried;
             self.note_sign(from, Sign::Tunnel);
             return Some(());
         }

@@ -84,6 +84,8 @@ fn forwarding(patient: &Patient, chains: &ForeignChains, networks: &[IpNet]) -> 
                     "leave under the address",
                     "do not hear that a packet",
                     "do not leave this host inside",
+                    "not answer ARP",
+                    "not answer neighbor discovery",
                 ]
                 .iter()
                 .any(|words| problem.contains(words))

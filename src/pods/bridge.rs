@@ -16,14 +16,13 @@ use rtnetlink::{
         AddressFamily, RouteNetlinkMessage,
         address::{AddressAttribute, AddressFlags},
         link::{
-            BridgeBooleanOptionFlags, BridgeStpState, InfoBridge, InfoBridgePort, InfoData,
-            InfoPortData, InfoPortKind, LinkAttribute, LinkInfo,
+            BridgeBooleanOptionFlags, BridgeStpState, InfoBridge, InfoData, LinkAttribute, LinkInfo,
         },
         neighbour::{NeighbourAttribute, NeighbourMessage},
     },
 };
 
-use super::{gateway, wiring::loose_end};
+use super::{gateway, port, wiring::loose_end};
 use crate::{
     dataplane::kernel::interface::{self, Ipv6},
     model::{Addresses, Mac, Pod, Subnets},
@@ -149,7 +148,7 @@ pub(super) fn provide(netlink: &mut Netlink, bridge: &Bridge) -> io::Result<(Pro
     if !is_as_it_should_be(&link, bridge) {
         let change = LinkUnspec::new_with_index(link.index).mtu(bridge.mtu).alias(ALIAS).up();
         netlink.set_link(change)?;
-        netlink.apply_one(settings(&bridge.name), 0)?;
+        netlink.apply_one(settings(&link), 0)?;
         mended.bridge += 1;
     }
     let has: Vec<Address> = netlink.addresses()?;
@@ -197,12 +196,27 @@ pub(super) fn plug_again(
         if !is_plugged(port, provided.index) {
             netlink
                 .set_link(LinkUnspec::new_with_index(port.index).controller(provided.index).up())?;
-            netlink.apply_one(hairpin(&port.name).message, 0)?;
+            netlink.apply_one(port::hairpin(&port.name).message, 0)?;
+        }
+        let changes = port::repair(port);
+        if !is_plugged(port, provided.index) || !changes.is_empty() {
+            // A pod may be on its way out, or its end go down meanwhile.
+            let refused = netlink.apply(changes)?;
+            refused.iter().for_each(|refused| {
+                tracing::debug!(port = %port.name, error = %refused.to_io(), "port not set right");
+            });
             mended.ports += 1;
             mended.last = Some((format!("port {}", port.name), port.index));
         }
     }
     Ok(())
+}
+
+/// The messages about one interface tell different things.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Teller {
+    Kernel,
+    Bridge,
 }
 
 /// Whether something has happened to the bridge or to one of the ports, after which it is to be looked at
@@ -216,24 +230,32 @@ pub(super) fn is_touched(
     for message in messages {
         match message {
             RouteNetlinkMessage::NewLink(message) => {
-                // What bridges tell in messages of their own lacks most attributes.
-                if message.header.interface_family != AddressFamily::Unspec {
-                    continue;
-                }
+                let family = message.header.interface_family;
                 let link = Link::from(message);
-                if link.index == provided.index {
-                    whole.insert(link.index, is_as_it_should_be(&link, &provided.bridge));
-                } else if ports.contains_key(&link.name) {
-                    whole.insert(link.index, is_plugged(&link, provided.index));
+                let is_port = ports.contains_key(&link.name);
+                match family {
+                    AddressFamily::Unspec if link.index == provided.index => {
+                        let is_right = is_as_it_should_be(&link, &provided.bridge);
+                        whole.insert((link.index, Teller::Kernel), is_right);
+                    }
+                    AddressFamily::Unspec if is_port => {
+                        let is_right = is_plugged(&link, provided.index) && port::is_right(&link);
+                        whole.insert((link.index, Teller::Kernel), is_right);
+                    }
+                    // What bridges tell in messages of their own lacks most attributes.
+                    AddressFamily::Bridge if is_port => {
+                        whole.insert((link.index, Teller::Bridge), port::is_right(&link));
+                    }
+                    _ => {}
                 }
             }
             RouteNetlinkMessage::DelLink(message) if message.header.index == provided.index => {
-                whole.insert(provided.index, false);
+                whole.insert((provided.index, Teller::Kernel), false);
             }
             RouteNetlinkMessage::DelLink(message) => {
                 let link = Link::from(message);
                 if ports.contains_key(&link.name) {
-                    whole.insert(link.index, false);
+                    whole.insert((link.index, Teller::Kernel), false);
                 }
             }
             RouteNetlinkMessage::DelAddress(message) => {
@@ -246,14 +268,6 @@ pub(super) fn is_touched(
         }
     }
     whole.values().any(|whole| !whole)
-}
-
-/// A pod may speak to itself by way of a service's address.
-pub(super) fn hairpin(port: &str) -> Request {
-    let message = LinkUnspec::new_with_name(port)
-        .set_port_kind(InfoPortKind::Bridge)
-        .set_port_data(InfoPortData::BridgePort(vec![InfoBridgePort::HairpinMode(true)]));
-    Request { message: RouteNetlinkMessage::NewLink(message.build()), flags: 0 }
 }
 
 /// A port needs no address of its own. Where the kernel has no IPv6, or none on a link this narrow, it
@@ -366,23 +380,38 @@ fn is_as_it_should_be(link: &Link, bridge: &Bridge) -> bool {
         && link.mtu == bridge.mtu
         && link.alias == ALIAS
         && link.name == bridge.name
-        && !is_open_to_pods(link)
+        && !is_wrongly_set(link)
 }
 
 /// What a pod with `CAP_NET_RAW` could use otherwise. A frame to a link-local group has the kernel learn its
 /// source before nftables sees it, so one pod could take the MAC of another, or fill memory with MACs.
 /// Queries of multicast listeners by a pod would have the bridge keep neighbor solicitations from all others.
-/// Spanning tree keeps a new port silent for 30 s.
-fn settings(bridge: &str) -> RouteNetlinkMessage {
-    let message = LinkBridge::new(bridge)
+/// Spanning tree keeps a new port silent for 30 s. A filter of VLANs drops packets of ports that have lost
+/// theirs; kernels without one refuse to hear of it.
+fn settings(link: &Link) -> RouteNetlinkMessage {
+    let message = LinkBridge::new(&link.name)
         .no_linklocal_learn(true)
         .mcast_snooping(false)
         .stp_state(BridgeStpState::Disabled);
+    let filters = told(link).any(|setting| *setting == InfoBridge::VlanFiltering(true));
+    let message = if filters { message.vlan_filtering(false) } else { message };
     RouteNetlinkMessage::NewLink(message.build())
 }
 
 /// Whether one of [`settings`] is otherwise; not where the kernel does not tell.
-fn is_open_to_pods(link: &Link) -> bool {
+fn is_wrongly_set(link: &Link) -> bool {
+    told(link).any(|setting| match setting {
+        InfoBridge::MultiBoolOpt(options) => {
+            !options.value.contains(BridgeBooleanOptionFlags::NoLinkLocalLearn)
+        }
+        InfoBridge::MulticastSnooping(is_on) | InfoBridge::VlanFiltering(is_on) => *is_on,
+        InfoBridge::StpState(state) => *state != BridgeStpState::Disabled,
+        _ => false,
+    })
+}
+
+/// Settings of a bridge, as far as the kernel tells them.
+fn told(link: &Link) -> impl Iterator<Item = &InfoBridge> {
     let infos = link.message.attributes.iter().filter_map(|attribute| match attribute {
         LinkAttribute::LinkInfo(infos) => Some(infos),
         _ => None,
@@ -391,14 +420,7 @@ fn is_open_to_pods(link: &Link) -> bool {
         LinkInfo::Data(InfoData::Bridge(settings)) => Some(settings),
         _ => None,
     });
-    settings.flatten().any(|setting| match setting {
-        InfoBridge::MultiBoolOpt(options) => {
-            !options.value.contains(BridgeBooleanOptionFlags::NoLinkLocalLearn)
-        }
-        InfoBridge::MulticastSnooping(is_on) => *is_on,
-        InfoBridge::StpState(state) => *state != BridgeStpState::Disabled,
-        _ => false,
-    })
+    settings.flatten()
 }
 
 fn make(netlink: &mut Netlink, bridge: &Bridge) -> io::Result<Link> {

@@ -18,6 +18,8 @@ pub mod bridge;
 #[cfg(feature = "agent")]
 pub mod furnish;
 #[cfg(feature = "agent")]
+pub mod port;
+#[cfg(feature = "agent")]
 pub mod standin;
 #[cfg(test)]
 mod tests;

@@ -32,6 +32,7 @@ use super::{
     alias::{alias, from_alias},
     bridge::{self, ALIAS, Bridge, Mended, PREFIX, Provided, Tenants, mac_at},
     furnish::{DefaultRoute, Inside, Route},
+    port,
 };
 use crate::{
     dataplane::kernel::interface::{self, Ipv6},
@@ -334,7 +335,7 @@ impl Wiring {
             flags: NLM_F_CREATE | NLM_F_EXCL,
         };
         let up = Request { message: RouteNetlinkMessage::SetLink(up), flags: 0 };
-        let mut changes = vec![made, bridge::hairpin(&name), bridge::without_address(&name), up];
+        let mut changes = vec![made, port::hairpin(&name), bridge::without_address(&name), up];
         // A pod that had the address before may have had another MAC.
         changes.extend(pod.addresses.iter().map(|ip| bridge::without_neighbour(port, ip)));
         let refused = self.netlink.apply(changes)?;

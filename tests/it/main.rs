@@ -47,6 +47,7 @@ mod package;
 mod paths;
 mod podman;
 mod pods;
+mod ports;
 mod prometheus;
 mod refusals;
 mod repair;

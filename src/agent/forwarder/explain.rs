@@ -1,17 +1,17 @@
 //! What may drop packets of which a trial has shown that they do not pass: read, and never decided by.
 
-use std::{collections::BTreeMap, fs, io, net::IpAddr};
+use std::{collections::BTreeMap, fs, net::IpAddr};
 
 use ipnet::IpNet;
-use rtnetlink::packet_route::{
-    RouteNetlinkMessage,
-    link::{InfoBridge, InfoData, LinkAttribute, LinkInfo},
-    tc::{TcAttribute, TcMessage},
-};
+use rtnetlink::packet_route::link::{InfoBridge, InfoData, LinkAttribute, LinkInfo};
 
 use super::{Setting, gateway};
 use crate::{
-    agent::{connections, legacy},
+    agent::{
+        connections,
+        hooks::{self, Side},
+        legacy,
+    },
     dataplane::{
         forwarding::{Direction, Way},
         kernel::{ClosedPort, FirewallTable, open_port},
@@ -25,8 +25,6 @@ use crate::{
     },
 };
 
-/// Where programs and filters hang on interfaces.
-const HOOKS: [&str; 2] = ["clsact", "ingress"];
 /// IPsec policies that are named at once.
 const MAX_POLICIES: usize = 3;
 /// Tables of iptables-legacy.
@@ -265,18 +263,15 @@ fn rules(netlink: &mut Netlink, setting: &Setting, port: Option<u32>) -> (Vec<St
     }
     reasons.extend(ipsec(&networks));
     reasons.extend(networks.iter().flat_map(|network| legacy::around_pods(*network)));
-    for (index, name) in [
-        (Some(setting.device), setting.device_name.as_str()),
-        (index_of_bridge(netlink, setting), bridge_name(setting)),
-        (port, "the port of the trial"),
-    ] {
-        if index.is_some_and(|index| has_hook(netlink, index).unwrap_or(false)) {
-            reasons.push(format!(
-                "{name} has filters of its own, maybe an eBPF program: tc filter show dev {0} ingress; \
-                 tc filter show dev {0} egress",
-                if name == setting.device_name { name } else { bridge_name(setting) }
-            ));
-        }
+    let links = netlink.links().unwrap_or_default();
+    let is_on_the_way = |link: &&Link| {
+        link.index == setting.device
+            || link.name == bridge_name(setting)
+            || Some(link.index) == port
+    };
+    for link in links.iter().filter(is_on_the_way) {
+        let sides = [Side::Ingress, Side::Egress];
+        reasons.extend(sides.into_iter().flat_map(|side| hooks::at(netlink, link, side)));
     }
     if reasons.is_empty() {
         reasons.extend(redirecting(&networks));
@@ -404,17 +399,4 @@ fn bridge_name(setting: &Setting) -> &str {
 
 fn index_of_bridge(netlink: &mut Netlink, setting: &Setting) -> Option<u32> {
     netlink.link(bridge_name(setting)).ok()?.map(|link| link.index)
-}
-
-fn has_hook(netlink: &mut Netlink, index: u32) -> io::Result<bool> {
-    let mut wanted = TcMessage::default();
-    wanted.header.index = index.cast_signed();
-    let found = netlink.dump(&RouteNetlinkMessage::GetQueueDiscipline(wanted))?;
-    Ok(found.iter().any(|message| {
-        let RouteNetlinkMessage::NewQueueDiscipline(message) = message else { return false };
-        let is_hook = |attribute: &TcAttribute| {
-            matches!(attribute, TcAttribute::Kind(kind) if HOOKS.contains(&kind.as_str()))
-        };
-        message.header.index == index.cast_signed() && message.attributes.iter().any(is_hook)
-    }))
 }

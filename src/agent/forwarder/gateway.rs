@@ -14,6 +14,7 @@ use rtnetlink::packet_route::{link::LinkFlags, neighbour::NeighbourState};
 
 use super::Setting;
 use crate::{
+    agent::hooks::{self, Side},
     dataplane::{
         forwarding::{Direction, Seen, Way},
         kernel::FirewallTable,
@@ -123,7 +124,7 @@ pub fn sentence(netlink: &mut Netlink, setting: &Setting, ipv4: bool) -> Option<
         let families = if ipv4 { "arp and bridge" } else { "inet, ip6 and bridge" };
         causes.push(format!(
             "no cause was found; look at nft list ruleset (families {families}), arptables-legacy -L, \
-             ebtables-legacy -L and bridge -d link show"
+             ebtables-legacy -L, bridge -d link show and bpftool net show dev {bridge}"
         ));
     }
     let causes = causes.join("; ");
@@ -141,6 +142,9 @@ fn causes(netlink: &mut Netlink, bridge: &str, ip: IpAddr, pod: IpAddr) -> io::R
     }
     if link.message.header.flags.contains(LinkFlags::Noarp) {
         causes.push(format!("ARP is off on {bridge} (ip link set {bridge} arp on)"));
+    }
+    for side in [Side::Ingress, Side::Egress] {
+        causes.extend(hooks::at(netlink, &link, side));
     }
     let has = netlink.addresses()?;
     if !has.iter().any(|address| address.link == link.index && address.ip == ip) {

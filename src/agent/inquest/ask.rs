@@ -3,14 +3,17 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
-    net::{IpAddr, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
 };
 
 use rtnetlink::packet_route::{link::LinkAttribute, neighbour::NeighbourState};
 use socket2::SockRef;
 
 use crate::{
-    agent::legacy::{self, Way},
+    agent::{
+        hooks::{self, Side},
+        legacy::{self, Way},
+    },
     dataplane::{
         audit::EXDEV,
         kernel::FirewallTable,
@@ -38,6 +41,8 @@ const NAMED: usize = 3;
 pub struct Knock {
     socket: UdpSocket,
     port: u16,
+    /// One for each family of the overlay.
+    inside: Vec<UdpSocket>,
 }
 
 impl Knock {
@@ -47,7 +52,20 @@ impl Knock {
         if pinned {
             SockRef::from(&socket).bind_device(Some(place.interface.as_bytes()))?;
         }
-        Ok(Self { socket, port: place.port })
+        let any = [IpAddr::from(Ipv4Addr::UNSPECIFIED), Ipv6Addr::UNSPECIFIED.into()];
+        let inside = any.into_iter().filter_map(|any| UdpSocket::bind((any, 0)).ok());
+        let inside: Vec<UdpSocket> = inside.collect();
+        inside.iter().try_for_each(|socket| socket.set_nonblocking(true))?;
+        Ok(Self { socket, port: place.port, inside })
+    }
+
+    /// Sends an empty datagram through the tunnel, to the peer's agent. Says whether the kernel took it.
+    pub fn inside(&self, suspect: &Suspect) -> bool {
+        let to = SocketAddr::new(suspect.vtep, suspect.gossip);
+        let is_it = |socket: &&UdpSocket| {
+            socket.local_addr().is_ok_and(|local| local.is_ipv4() == to.is_ipv4())
+        };
+        self.inside.iter().find(is_it).is_some_and(|socket| socket.send_to(&[], to).is_ok())
     }
 
     /// Sends one. Says whether a packet was sent or a rule has refused it; not so, if there is no way.
@@ -190,21 +208,16 @@ impl Ways {
     /// What else may drop tunnel packets on their way out or in, for none that nftables tells of does.
     pub fn hints(&self, netlink: &mut Netlink, place: &Place, way: usize) -> Vec<String> {
         let Place { interface, local, port, gossip, .. } = place;
-        let (side, is_out) = if way == OUT { ("egress", true) } else { ("ingress", false) };
+        let is_out = way == OUT;
+        let side = if is_out { Side::Egress } else { Side::Ingress };
         let legacy = if is_out { Way::Out } else { Way::In };
         let mut hints = legacy::around_tunnels(local.is_ipv4(), legacy, *port, Some(*gossip));
         if !is_out {
             hints.extend(redirecting(local.is_ipv4(), *port));
             hints.extend(legacy::redirecting(local.is_ipv4(), *port));
         }
-        let filters = netlink.filters(place.link, is_out).unwrap_or_default();
-        let filters: Vec<String> = filters.into_iter().take(NAMED).collect();
-        if !filters.is_empty() {
-            hints.push(format!(
-                "{interface} has filters on its {side} ({}): tc filter show dev {interface} {side}",
-                filters.join(", ")
-            ));
-        }
+        let underlay = self.links.iter().find(|link| link.index == place.link);
+        hints.extend(underlay.into_iter().flat_map(|link| hooks::at(netlink, link, side)));
         let direction = if is_out { "out" } else { "in" };
         let policies = xfrm::policies().unwrap_or_default();
         let concerned = policies.iter().filter(|policy| {
@@ -221,13 +234,29 @@ impl Ways {
         if hints.is_empty() {
             let legacy = if is_out { "-S OUTPUT" } else { "-S INPUT, -t nat -S PREROUTING" };
             hints.push(format!(
-                "no rule that drops them was found, nor a filter or policy that is known here: look at \
-                 ip rule and iptables -t mangle -S OUTPUT (a mark may lead them elsewhere), \
-                 iptables-legacy {legacy}, tc filter show dev {interface} {side}, and bpftool net"
+                "no rule or policy that drops them was found, and {}; look at ip rule and iptables -t mangle \
+                 -S OUTPUT (a mark may lead them elsewhere), and iptables-legacy {legacy}",
+                hooks::nothing_found(interface)
             ));
         }
         hints
     }
+}
+
+/// What may drop packets at the VXLAN device on their way in or out; none where nothing hangs there but what
+/// cannot be seen.
+pub fn at_device(netlink: &mut Netlink, place: &Place, way: usize) -> Vec<String> {
+    let device = &place.device;
+    let Ok(Some(link)) = netlink.link(device) else { return Vec::new() };
+    let side = if way == OUT { Side::Egress } else { Side::Ingress };
+    let mut hints = hooks::at(netlink, &link, side);
+    if way == OUT && hints.is_empty() {
+        hints.push(format!(
+            "{}; look at nft list ruleset (family netdev)",
+            hooks::nothing_found(device)
+        ));
+    }
+    hints
 }
 
 /// Rules that give tunnel packets another destination.

@@ -6,7 +6,7 @@ use super::{Case, Found, SUSPECTS};
 use crate::{
     agent::Agent,
     dataplane::{
-        desired::device_name,
+        desired::{Way, device_name},
         silence::{Place, Suspect},
     },
     model::{NodeId, PathState},
@@ -49,6 +49,7 @@ impl Agent {
             is_lost || is_known && !self.prober.paths.is_alive(node)
         };
         let silent = self.path_states().filter(|(node, state, _)| is_silent(*node, *state));
+        let underlay = self.underlay.with_mode(self.config.mode);
         let suspects = silent.filter_map(|(node, ..)| {
             let address = view.peers.get(&node)?.vtep.underlay;
             let mac = view.peers.get(&node)?.vtep.mac;
@@ -57,12 +58,24 @@ impl Agent {
             let of_family = address.is_ipv4() == local.is_ipv4();
             let gossip = self.node.address_of(node)?.port();
             let lives = self.prober.paths.is_alive(node);
-            of_family.then_some(Suspect { node, name, address, gossip, mac, vtep, lives })
+            let subnet = view.peers.get(&node)?.leases.first()?.1.first;
+            let tunnelled = matches!(underlay.way(address, subnet), Way::Overlay(_));
+            of_family.then_some(Suspect {
+                node,
+                name,
+                address,
+                gossip,
+                mac,
+                vtep,
+                lives,
+                tunnelled,
+            })
         });
         let suspects: Vec<Suspect> = suspects.take(SUSPECTS).collect();
         let place = Place {
             link: self.underlay.link,
             interface: self.underlay.name.clone(),
+            device: device_name(view.settings.vni),
             local,
             source: self.underlay.source,
             port: view.settings.vxlan_port,
@@ -71,6 +84,6 @@ impl Agent {
             overlay: view.settings.pool.network(),
         };
         let pinned = self.underlay.pinned;
-        Some(Case { place, pinned, device: device_name(view.settings.vni), suspects })
+        Some(Case { place, pinned, suspects })
     }
 }

@@ -2,8 +2,7 @@
 
 use std::net::IpAddr;
 
-use super::tap::Asker;
-use crate::dataplane::silence::Place;
+use crate::{agent::tap::Asker, dataplane::silence::Place};
 
 /// What is asked on the link: which card has each next hop's address; and by ARP, whether another machine
 /// has this host's. (With IPv6 the kernel looks for that itself.)
@@ -32,9 +31,9 @@ impl Questions {
         for target in &self.targets {
             let asked = match (self.local, target) {
                 (IpAddr::V4(local), IpAddr::V4(target)) => {
-                    self.asker.ask(local.octets(), target.octets())
+                    self.asker.ask(None, local.octets(), target.octets())
                 }
-                (IpAddr::V6(local), IpAddr::V6(target)) => self.asker.solicit(local, *target),
+                (IpAddr::V6(local), IpAddr::V6(target)) => self.asker.solicit(None, local, *target),
                 _ => continue,
             };
             if let Err(error) = asked {

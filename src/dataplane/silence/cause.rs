@@ -18,6 +18,8 @@ pub struct Place {
     /// The underlay's interface: index and name.
     pub link: u32,
     pub interface: String,
+    /// Name of the VXLAN device, and of the table of nftables.
+    pub device: String,
     pub local: IpAddr,
     /// Source of tunnel packets.
     pub source: IpAddr,
@@ -110,6 +112,14 @@ pub enum Cause {
     NotLeaving {
         hints: Vec<String>,
     },
+    /// Packets are handed to the VXLAN device, and no tunnel packets come of them.
+    NotCarried {
+        hints: Vec<String>,
+    },
+    /// Packets come out of the tunnel, and something at the VXLAN device may drop them.
+    Swallowed {
+        hints: Vec<String>,
+    },
     /// Packets arrive at the interface and do not come as far as the guard.
     NotTaken {
         hints: Vec<String>,
@@ -175,6 +185,9 @@ impl Cause {
         if facts.sent && !has_left {
             return Some(Self::NotLeaving { hints: facts.hints[OUT].clone() });
         }
+        if facts.entered && !traces.carried[OUT] {
+            return Some(Self::NotCarried { hints: facts.device_hints[OUT].clone() });
+        }
         let is_lost_here = facts.uncounted && traces.came.contains(&place.link);
         if is_lost_here {
             return Some(Self::NotTaken { hints: facts.hints[IN].clone() });
@@ -182,12 +195,15 @@ impl Cause {
         if facts.congested && traces.came.contains(&place.link) {
             return Some(Self::Congested);
         }
+        if traces.carried[IN] && !facts.device_hints[IN].is_empty() {
+            return Some(Self::Swallowed { hints: facts.device_hints[IN].clone() });
+        }
         (has_left && traces.came.is_empty() && facts.xdp).then_some(Self::Unseen)
     }
 
     /// What is wrong and what helps.
     pub fn sentence(&self, whom: &[&Suspect], place: &Place) -> String {
-        let Place { interface: underlay, local, source, port, .. } = place;
+        let Place { interface: underlay, device, local, source, port, .. } = place;
         let peers = named(whom);
         match self {
             Self::AddressTaken { mac } => format!(
@@ -328,6 +344,17 @@ impl Cause {
             }
             Self::NotLeaving { hints } => format!(
                 "tunnel packets (UDP {port}) to {peers} do not leave this host, though it sends them: {}",
+                hints.join("; ")
+            ),
+            Self::NotCarried { hints } => format!(
+                "packets to {peers} are lost on this host: they are handed to {device}, and no tunnel \
+                 packets come of them, though those that the agent sends past {device} leave by \
+                 {underlay}: {}",
+                hints.join("; ")
+            ),
+            Self::Swallowed { hints } => format!(
+                "tunnel packets (UDP {port}) of {peers} arrive on {underlay}, and what is inside them may be \
+                 dropped by what hangs on {device}: {}",
                 hints.join("; ")
             ),
             Self::Unseen => format!(

@@ -14,7 +14,16 @@ fn mac(last: u8) -> Mac {
 fn suspect() -> Suspect {
     let node = NodeId::from_bytes([2; 8]);
     let (name, vtep) = ("n2".to_owned(), [10, 42, 2, 0].into());
-    Suspect { node, name, address: PEER.into(), gossip: 8_473, mac: mac(9), vtep, lives: true }
+    Suspect {
+        node,
+        name,
+        address: PEER.into(),
+        gossip: 8_473,
+        mac: mac(9),
+        vtep,
+        lives: true,
+        tunnelled: true,
+    }
 }
 
 fn watch() -> Watch {
@@ -27,6 +36,7 @@ fn place() -> Place {
     Place {
         link: 2,
         interface,
+        device: "gossamer.1".to_owned(),
         local,
         source: local,
         port: PORT,
@@ -171,6 +181,27 @@ fn what_arrives_and_is_lost_here_is_told_by_rule_filter_or_interface() {
 }
 
 #[test]
+fn what_is_lost_at_the_device_is_told_from_what_the_network_loses() {
+    let hints = || [vec!["look there".to_owned()], vec!["look here".to_owned()]];
+    let entered = Facts { sent: true, entered: true, device_hints: hints(), ..Facts::default() };
+    let of_device = |mut packet: Vec<u8>| {
+        packet[28] = HAS_NETWORK;
+        packet
+    };
+    let mut here = watch();
+    // A knock of the agent, past the device.
+    see(&mut here, LEAVING, IPV4, &tunnel(LOCAL, PEER));
+    let parts = ["handed to gossamer.1, and no tunnel packets come of them", "eth0: look there"];
+    assert_told(&here, entered.clone(), &parts);
+    see(&mut here, LEAVING, IPV4, &of_device(tunnel(LOCAL, PEER)));
+    assert_eq!(told(&here, entered.clone()), None, "the network");
+    see(&mut here, TO_THIS_HOST, IPV4, &of_device(tunnel(PEER, LOCAL)));
+    assert_told(&here, entered.clone(), &["may be dropped by what hangs on gossamer.1: look here"]);
+    let nothing = Facts { device_hints: Default::default(), ..entered };
+    assert_eq!(told(&here, nothing), None, "nothing hangs there");
+}
+
+#[test]
 fn next_hop_without_an_answer_is_named_as_the_peer_or_its_gateway() {
     let facts = |address: [u8; 4]| Facts {
         sent: true,
@@ -193,6 +224,7 @@ fn cause_of_several_peers_is_told_once() {
             mac: mac(8),
             vtep: [10, 42, 3, 0].into(),
             lives: false,
+            tunnelled: true,
         },
     );
     let suspects = [first, second];

@@ -34,6 +34,12 @@ const READ: u32 = 128;
 const SMALL: u32 = 300;
 /// `ARPHRD_ETHER`
 const ETHERNET: u16 = 1;
+/// Bytes of packets that wait to be read.
+const BUFFER: usize = 1 << 20;
+/// No datagram goes there (RFC 768 reserves it).
+const NO_PORT: u16 = 0;
+/// Where a question to all goes.
+const BROADCAST: Mac = Mac::from_bytes([0xff; 6]);
 /// Ethernet's number, and that of ICMPv6 (IANA).
 const IPV6: u16 = 0x86dd;
 const ICMPV6: u8 = 58;
@@ -57,6 +63,21 @@ impl Tap {
     /// Sees ARP alone, and nothing of this host's own.
     pub fn of_arp() -> io::Result<Self> {
         packet_socket(Type::DGRAM, silence::ARP).map(Self)
+    }
+
+    /// The same of neighbor discovery.
+    pub fn of_discovery() -> io::Result<Self> {
+        let socket = packet_socket(Type::DGRAM, IPV6)?;
+        socket.attach_filter(&program(NO_PORT))?;
+        Ok(Self(socket))
+    }
+
+    /// Sees ARP and neighbor discovery at all interfaces, ports of bridges among them, in both directions.
+    pub fn of_neighbors() -> io::Result<Self> {
+        let tap = Self::open(NO_PORT)?;
+        // What it misses in a storm of ARP would pass for lost. The kernel gives as much as it may.
+        tap.0.set_recv_buffer_size(BUFFER)?;
+        Ok(tap)
     }
 
     /// Shows the next packet; none if there is no more.
@@ -107,11 +128,16 @@ impl Asker {
         Ok(Self { socket, mac })
     }
 
-    /// Sends one question. Of its own address it is asked without a sender, so that no table changes by it
-    /// (RFC 5227).
-    pub fn ask(&self, sender: [u8; 4], target: [u8; 4]) -> io::Result<()> {
+    /// Hardware address under which it asks.
+    pub const fn mac(&self) -> Mac {
+        self.mac
+    }
+
+    /// Sends one question to one machine, or to all. Of its own address it is asked without a sender, so that
+    /// no table changes by it (RFC 5227).
+    pub fn ask(&self, to: Option<Mac>, sender: [u8; 4], target: [u8; 4]) -> io::Result<()> {
         let sender = if sender == target { [0; 4] } else { sender };
-        let mut frame = vec![0xff; 6];
+        let mut frame = to.unwrap_or(BROADCAST).as_bytes().to_vec();
         frame.extend(self.mac.as_bytes());
         frame.extend(silence::ARP.to_be_bytes());
         frame.extend([0, 1, 8, 0, 6, 4, 0, 1]);
@@ -123,13 +149,14 @@ impl Asker {
     }
 
     /// The same by neighbor discovery (RFC 4861, 4.3), whatever the kernel knows of the target.
-    pub fn solicit(&self, sender: Ipv6Addr, target: Ipv6Addr) -> io::Result<()> {
-        self.socket.send(&solicitation(self.mac, sender, target)).map(drop)
+    pub fn solicit(&self, to: Option<Mac>, sender: Ipv6Addr, target: Ipv6Addr) -> io::Result<()> {
+        self.socket.send(&solicitation(self.mac, to, sender, target)).map(drop)
     }
 }
 
-fn solicitation(mac: Mac, sender: Ipv6Addr, target: Ipv6Addr) -> Vec<u8> {
+fn solicitation(mac: Mac, to_mac: Option<Mac>, sender: Ipv6Addr, target: Ipv6Addr) -> Vec<u8> {
     let [.., a, b, c] = target.octets();
+    let group = Mac::from_bytes([0x33, 0x33, 0xff, a, b, c]);
     let mut to = SOLICITED.octets();
     to[13..].copy_from_slice(&[a, b, c]);
     let mut message = vec![silence::SOLICITATION, 0, 0, 0, 0, 0, 0, 0];
@@ -141,7 +168,7 @@ fn solicitation(mac: Mac, sender: Ipv6Addr, target: Ipv6Addr) -> Vec<u8> {
     let ends = [sender.octets(), to].concat();
     let sum = checksum(&[&ends[..], &[0, 0, 0, length, 0, 0, 0, ICMPV6], &message].concat());
     message[2..4].copy_from_slice(&sum.to_be_bytes());
-    let mut frame = vec![0x33, 0x33, 0xff, a, b, c];
+    let mut frame = to_mac.unwrap_or(group).as_bytes().to_vec();
     frame.extend(mac.as_bytes());
     frame.extend(IPV6.to_be_bytes());
     frame.extend([0x60, 0, 0, 0, 0, length, ICMPV6, 255]);
@@ -200,7 +227,7 @@ mod tests {
     fn question_for_an_ipv6_address_goes_to_those_whose_address_ends_so_with_a_right_checksum() {
         let [sender, target] =
             ["fd99::1", "fd99::12:3456"].map(|text| text.parse().expect("an address"));
-        let frame = solicitation(Mac::from_bytes([2, 0, 0, 0, 0, 1]), sender, target);
+        let frame = solicitation(Mac::from_bytes([2, 0, 0, 0, 0, 1]), None, sender, target);
         assert_eq!(frame[..6], [0x33, 0x33, 0xff, 0x12, 0x34, 0x56]);
         let (ip, message) = frame[14..].split_at(40);
         assert_eq!(ip[24..], "ff02::1:ff12:3456".parse::<Ipv6Addr>().expect("address").octets());

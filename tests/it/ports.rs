@@ -1,0 +1,330 @@
+//! What changes a pod's port on the bridge is put right; what drops a pod's packets there is noticed by
+//! asking the pod, and named.
+
+use std::fs;
+
+use gossamer::lab::{Agent, Host, NetNs};
+use serde_json::Value;
+
+use crate::{
+    causes::{pair, wait_for_path, wait_for_words},
+    cni::{Runtime, address, namespaces},
+    common::{
+        Cluster, PATIENCE, client, eventually, has_problem, isolated, program, run, skipped,
+        status_where, token_of, tool, wait_until,
+    },
+};
+
+/// A filter that drops all packets, and needs no compiler: it returns 2 (`TC_ACT_SHOT`).
+fn dropping(host: &Host) -> String {
+    let path = host.dir.join("drop.bpf");
+    fs::write(&path, "1,6 0 0 2,").expect("written");
+    format!("protocol all bpf direct-action bytecode-file {}", path.display())
+}
+
+/// What a port is set to, what `ip -d link show` says of it then, and what it says of a right one. The first
+/// by `ip link set dev PORT type bridge_slave`, the second by `bridge link set dev PORT`.
+const SETTINGS: [(&str, &str, &str); 11] = [
+    ("isolated on", "isolated on", "isolated off"),
+    ("flood off", "flood off", "flood on"),
+    ("learning off", "learning off", "learning on"),
+    ("neigh_suppress on", "neigh_suppress on", "neigh_suppress off"),
+    ("locked on", "locked on", "locked off"),
+    ("guard on", "guard on", "guard off"),
+    ("mcast_flood off", "mcast_flood off", "mcast_flood on"),
+    ("bcast_flood off", "bcast_flood off", "bcast_flood on"),
+    ("hairpin off", "hairpin off", "hairpin on"),
+    ("state 0", "state 0", "state forwarding"),
+    ("state 4", "state 4", "state forwarding"),
+];
+
+type PortAndAddress = (String, String);
+
+/// Pods on a cluster's first host: their namespaces, ports and addresses.
+fn with_pods(
+    cluster: &mut Cluster,
+    names: &[&str],
+) -> anyhow::Result<(Vec<NetNs>, Vec<PortAndAddress>)> {
+    let spaces = namespaces(names)?;
+    let mut pods = Vec::new();
+    for name in names {
+        let added = Runtime::new(&cluster.agents[0]).add(name);
+        let port = added["interfaces"].as_array().expect("a list").iter().find_map(|interface| {
+            let name = interface["name"].as_str()?;
+            (name.starts_with("gsm") && name.len() > 6).then(|| name.to_owned())
+        });
+        pods.push((port.expect("a port"), address(&added)));
+    }
+    Ok((spaces, pods))
+}
+
+fn detail(status: &Value) -> String {
+    status["kernel"]["forwarding"]["detail"].as_str().unwrap_or_default().to_owned()
+}
+
+fn wait_for_answers(cluster: &mut Cluster, words: &str) {
+    status_where(&mut cluster.agents[0], |status| detail(status).contains(words));
+}
+
+fn sh(host: &Host, commands: &[&str]) {
+    commands.iter().for_each(|command| _ = tool(&host.netns, command));
+}
+
+/// Waits until status and doctor say these words of a pod, and the check fails.
+fn wait_for_named(cluster: &mut Cluster, words: &[&str]) -> anyhow::Result<()> {
+    let agent = &mut cluster.agents[0];
+    wait_until(&words.join(", "), PATIENCE, || words.iter().all(|words| has_problem(agent, words)));
+    status_where(agent, |status| status["kernel"]["forwarding"]["state"] == "failing");
+    let shown = String::from_utf8(client(agent, &["doctor"]).stdout)?;
+    assert!(shown.contains("PROBLEM   forwarding"), "{shown}");
+    Ok(())
+}
+
+fn wait_for_none(cluster: &mut Cluster) {
+    let agent = &mut cluster.agents[0];
+    wait_until("still named", PATIENCE, || !has_problem(agent, "not answer"));
+}
+
+#[test]
+fn settings_of_a_pods_port_are_put_right_at_once() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        let (_spaces, pods) = with_pods(&mut cluster, &["a"])?;
+        let (port, _) = &pods[0];
+        let host = &cluster.hosts[0].netns;
+        let show = format!("ip -d link show dev {port}");
+        eventually(host, &show, |shown| shown.contains("state forwarding"));
+        for (first, second, right) in SETTINGS {
+            for command in [
+                format!("ip link set dev {port} type bridge_slave {first}"),
+                format!("bridge link set dev {port} {second}"),
+            ] {
+                let begun = std::time::Instant::now();
+                if !run(host, &command).status.success() {
+                    skipped(&command, "this kernel or ip does not know it");
+                    continue;
+                }
+                eventually(host, &show, |shown| shown.contains(right));
+                println!("{:>7.1?} {command}", begun.elapsed());
+            }
+        }
+        let filtering = "ip link set gsm0 type bridge vlan_filtering 1";
+        for (command, show, right) in [
+            (&*format!("ip link set {port} down"), &*show, "state forwarding"),
+            (&*format!("ip link set {port} nomaster"), &show, "master gsm0"),
+            (filtering, "ip -d link show gsm0", "vlan_filtering 0"),
+        ] {
+            if !run(host, command).status.success() {
+                skipped(command, "this kernel does not know it");
+                continue;
+            }
+            eventually(host, show, |shown| shown.contains(right));
+        }
+        let shown = tool(host, &show);
+        for (.., right) in SETTINGS {
+            assert!(shown.contains(right), "{right}: {shown}");
+        }
+        status_where(&mut cluster.agents[0], |status| {
+            status["kernel"]["repairs"]["bridge"].as_u64() > Some(10)
+        });
+        Ok(())
+    });
+}
+
+#[test]
+fn what_drops_a_pods_packets_at_its_interface_is_named_until_it_is_gone() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        let (_spaces, pods) = with_pods(&mut cluster, &["a", "b"])?;
+        let (port, ip) = &pods[1];
+        wait_for_answers(&mut cluster, "2 pods answer when asked");
+        let drop = dropping(&cluster.hosts[0]);
+        let pod = format!("pod b eth0 ({ip}, {port}) does not answer ARP: ");
+        let question = format!("the question does not leave this host by {port}: ");
+        let answer = format!("its answer comes in by {port}, and this host drops it: ");
+        for (begin, end, words) in [
+            (
+                vec![format!("tc qdisc add dev {port} root blackhole")],
+                vec![format!("tc qdisc del dev {port} root")],
+                vec![
+                    question.clone(),
+                    format!("the queueing discipline blackhole of {port} has dropped"),
+                ],
+            ),
+            (
+                vec![
+                    format!("tc qdisc add dev {port} clsact"),
+                    format!("tc filter add dev {port} ingress {drop}"),
+                ],
+                vec![format!("tc qdisc del dev {port} clsact")],
+                vec![answer.clone(), format!("{port} has filters on its ingress (bpf)")],
+            ),
+            (
+                vec![
+                    format!("tc qdisc add dev {port} clsact"),
+                    format!("tc filter add dev {port} egress {drop}"),
+                ],
+                vec![format!("tc qdisc del dev {port} clsact")],
+                vec![question.clone(), format!("{port} has filters on its egress (bpf)")],
+            ),
+            (
+                vec![
+                    "nft add table bridge wall".to_owned(),
+                    "nft add chain bridge wall out { type filter hook output priority 0 ; }"
+                        .to_owned(),
+                    format!("nft add rule bridge wall out oifname {port} drop"),
+                ],
+                vec!["nft delete table bridge wall".to_owned()],
+                vec![question, "chain bridge wall out (hook output)".to_owned()],
+            ),
+            (
+                vec![
+                    "nft add table netdev wall".to_owned(),
+                    format!(
+                        "nft add chain netdev wall in {{ type filter hook ingress device {port} priority 0 ; \
+                         policy drop ; }}"
+                    ),
+                ],
+                vec!["nft delete table netdev wall".to_owned()],
+                vec![answer, "chain netdev wall in (hook ingress) has the policy drop".to_owned()],
+            ),
+        ] {
+            let host = &cluster.hosts[0];
+            sh(host, &begin.iter().map(String::as_str).collect::<Vec<_>>());
+            let words: Vec<&str> =
+                [pod.as_str()].into_iter().chain(words.iter().map(String::as_str)).collect();
+            let begun = std::time::Instant::now();
+            wait_for_named(&mut cluster, &words)?;
+            println!("{:>7.1?} {}", begun.elapsed(), begin.join("; "));
+            assert!(!has_problem(&mut cluster.agents[0], "pod a eth0"), "the other pod");
+            sh(&cluster.hosts[0], &end.iter().map(String::as_str).collect::<Vec<_>>());
+            wait_for_none(&mut cluster);
+        }
+        // Where all pods are cut off, that is told once.
+        sh(&cluster.hosts[0], &["tc qdisc add dev gsm0 root blackhole"]);
+        let words =
+            ["pods do not find their gateway", "queueing discipline blackhole of gsm0 has dropped"];
+        wait_for_named(&mut cluster, &words)?;
+        assert!(!has_problem(&mut cluster.agents[0], "does not answer"));
+        sh(&cluster.hosts[0], &["tc qdisc del dev gsm0 root"]);
+        status_where(&mut cluster.agents[0], |status| {
+            status["kernel"]["forwarding"]["state"] != "failing"
+                && status["problems"] == Value::Array(vec![])
+        });
+        Ok(())
+    });
+}
+
+/// Its own administrator may do that.
+#[test]
+fn pod_whose_own_end_is_down_or_without_its_address_is_no_problem() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        let (spaces, pods) = with_pods(&mut cluster, &["a", "b"])?;
+        wait_for_answers(&mut cluster, "2 pods answer when asked");
+        tool(&spaces[0], "ip link set eth0 down");
+        tool(&spaces[1], &format!("ip addr del {}/24 dev eth0", pods[1].1));
+        // The second one is asked, and silent in several rounds.
+        let silent = |status: &Value| !detail(status).contains("answer when asked");
+        status_where(&mut cluster.agents[0], silent);
+        // Questions that come to it.
+        for command in [
+            "nft add table arp count",
+            "nft add chain arp count in { type filter hook input priority 0 ; }",
+            "nft add rule arp count in arp operation request counter",
+        ] {
+            tool(&spaces[1], command);
+        }
+        eventually(&spaces[1], "nft list chain arp count in", |shown| {
+            let counted = shown.split("packets ").nth(1).and_then(|rest| rest.split(' ').next());
+            counted.and_then(|count| count.parse().ok()) >= Some(4)
+        });
+        let status = status_where(&mut cluster.agents[0], |_| true);
+        assert_eq!(status["problems"], Value::Array(vec![]), "{status:#}");
+        // What drops it there is one of a pod whose end is as it was made.
+        tool(&spaces[1], &format!("ip addr add {}/24 dev eth0", pods[1].1));
+        wait_for_answers(&mut cluster, "1 pod answers when asked");
+        tool(&spaces[1], "ip link set eth0 arp off");
+        let said = format!("pod b eth0 ({}, {}) does not answer ARP: ", pods[1].1, pods[1].0);
+        wait_for_named(&mut cluster, &[&said, "and no answer comes from eth0"])?;
+        tool(&spaces[1], "ip link set eth0 arp on");
+        wait_for_none(&mut cluster);
+        Ok(())
+    });
+}
+
+/// Not the network.
+#[test]
+fn what_drops_packets_at_the_overlay_device_or_the_underlay_is_named() {
+    isolated(|lab| {
+        let mut cluster = pair(lab)?;
+        let drop = dropping(&cluster.hosts[1]);
+        let not_carried =
+            "packets to n1 (10.99.0.10) are lost on this host: they are handed to gossamer.1";
+        let swallowed = "may be dropped by what hangs on gossamer.1";
+        let not_leaving = "tunnel packets (UDP 8472) to n1 (10.99.0.10) do not leave this host";
+        let filters = |device: &str, side: &str| {
+            vec![
+                format!("tc qdisc add dev {device} clsact"),
+                format!("tc filter add dev {device} {side} {drop}"),
+            ]
+        };
+        let without = |device: &str| format!("tc qdisc del dev {device} clsact");
+        for (begin, end, words) in [
+            (
+                vec!["tc qdisc add dev gossamer.1 root blackhole".to_owned()],
+                "tc qdisc del dev gossamer.1 root".to_owned(),
+                [not_carried, "the queueing discipline blackhole of gossamer.1 has dropped"],
+            ),
+            (
+                filters("gossamer.1", "egress"),
+                without("gossamer.1"),
+                [not_carried, "gossamer.1 has filters on its egress (bpf)"],
+            ),
+            (
+                filters("gossamer.1", "ingress"),
+                without("gossamer.1"),
+                [swallowed, "gossamer.1 has filters on its ingress (bpf)"],
+            ),
+            (
+                vec!["tc qdisc add dev eth0 root blackhole".to_owned()],
+                "tc qdisc del dev eth0 root".to_owned(),
+                [not_leaving, "the queueing discipline blackhole of eth0 has dropped"],
+            ),
+        ] {
+            sh(&cluster.hosts[1], &begin.iter().map(String::as_str).collect::<Vec<_>>());
+            let begun = std::time::Instant::now();
+            wait_for_words(&mut cluster.agents[1], &words);
+            println!("{:>7.1?} {}", begun.elapsed(), begin.join("; "));
+            tool(&cluster.hosts[1].netns, &end);
+            cluster.agents.iter_mut().for_each(wait_for_path);
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn pod_with_an_ipv6_address_alone_is_asked_by_neighbor_discovery() {
+    isolated(|lab| {
+        let host = lab.host(1, "n1")?;
+        let mut agent = Agent::start(program(), &host, &["--init", "--network", "fd42::/48"])?;
+        agent.wait_converged(1, PATIENCE)?;
+        let token = token_of(&mut agent)?;
+        let mut cluster = Cluster { hosts: vec![host], agents: vec![agent], token };
+        let (_spaces, pods) = with_pods(&mut cluster, &["a"])?;
+        let (port, ip) = &pods[0];
+        wait_for_answers(&mut cluster, "1 pod answers when asked");
+        sh(&cluster.hosts[0], &[&format!("tc qdisc add dev {port} root blackhole")]);
+        let words = [
+            &*format!(
+                "pod a eth0 ({ip}, {port}) does not answer neighbor discovery: the question does not"
+            ),
+            &*format!("the queueing discipline blackhole of {port} has dropped"),
+        ];
+        wait_for_named(&mut cluster, &words)?;
+        // One that is removed is no problem any more.
+        Runtime::new(&cluster.agents[0]).del("a");
+        wait_for_none(&mut cluster);
+        Ok(())
+    });
+}
