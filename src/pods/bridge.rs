@@ -9,6 +9,7 @@ use std::{
     net::IpAddr,
 };
 
+use ipnet::IpNet;
 use rtnetlink::{
     LinkBridge, LinkUnspec,
     packet_core::{NLM_F_CREATE, NLM_F_EXCL},
@@ -138,7 +139,11 @@ pub(super) fn provide(netlink: &mut Netlink, bridge: &Bridge) -> io::Result<(Pro
             make(netlink, bridge)?
         }
     };
-    if let Some(obstacle) = obstacle(&link, Some(bridge.subnets)) {
+    let mut in_the_way = obstacle(&link, Some(bridge.subnets));
+    if in_the_way.is_none() && !is_new {
+        in_the_way = other_overlay(netlink, &link, bridge)?;
+    }
+    if let Some(obstacle) = in_the_way {
         return Err(io::Error::other(obstacle));
     }
     // Before it is up: it hears nothing before that.
@@ -350,6 +355,41 @@ pub fn obstacle(link: &Link, subnets: Option<Subnets>) -> Option<String> {
             link.name
         )
     })
+}
+
+/// Why the bridge is not this overlay's but that of another one on this host: it has a gateway of a subnet
+/// whose VTEP another device has.
+///
+/// # Errors
+/// The kernel does not show its addresses or interfaces.
+pub(super) fn other_overlay(
+    netlink: &mut Netlink,
+    link: &Link,
+    bridge: &Bridge,
+) -> io::Result<Option<String>> {
+    let has = netlink.addresses()?;
+    let is_foreign =
+        |address: &&Address| address.link == link.index && !bridge.is_gateway(address.ip);
+    let foreign = has.iter().filter(is_foreign);
+    let foreign: Vec<IpNet> =
+        foreign.filter_map(|address| IpNet::new(address.ip, address.prefix_len).ok()).collect();
+    if foreign.is_empty() {
+        return Ok(None);
+    }
+    let links = netlink.links()?;
+    let is_its_vtep = |device: &Link, address: &Address| {
+        address.link == device.index && foreign.iter().any(|network| network.contains(&address.ip))
+    };
+    let mut devices =
+        links.iter().filter(|device| device.kind == "vxlan" && device.name != bridge.table);
+    let device = devices.find(|device| has.iter().any(|address| is_its_vtep(device, address)));
+    Ok(device.map(|device| {
+        format!(
+            "no pod can be connected: bridge {} has the pods of another overlay on this host ({}): choose \
+             another name for this one's bridge (the setting bridge)",
+            link.name, device.name
+        )
+    }))
 }
 
 /// The bridge was called otherwise: its address must not stay there. What was plugged into it is plugged in

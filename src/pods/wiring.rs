@@ -176,8 +176,11 @@ impl Wiring {
 
     /// Why no pod can be plugged into a bridge, if another interface has its name.
     pub fn obstacle(&mut self, bridge: &Bridge) -> io::Result<Option<String>> {
-        let link = self.netlink.link(&bridge.name)?;
-        Ok(link.and_then(|link| bridge::obstacle(&link, Some(bridge.subnets))))
+        let Some(link) = self.netlink.link(&bridge.name)? else { return Ok(None) };
+        match bridge::obstacle(&link, Some(bridge.subnets)) {
+            None => bridge::other_overlay(&mut self.netlink, &link, bridge),
+            obstacle => Ok(obstacle),
+        }
     }
 
     /// Whether what the kernel tells makes [`Wiring::mend`] necessary.

@@ -2,7 +2,10 @@
 
 use gossamer::lab::{Host, Lab, NetNs};
 
-use crate::common::{Cluster, PATIENCE, eventually, isolated, program, run, tool, wait_until};
+use crate::{
+    cni::{Runtime, namespaces},
+    common::{Cluster, PATIENCE, eventually, isolated, program, run, tool, wait_until},
+};
 
 /// An agent with the files that follow from its instance's name; the lab's directory stands for `/`.
 struct Agent(std::process::Child);
@@ -170,6 +173,34 @@ fn networks_that_overlap_are_refused() {
         tool(&host.netns, "ip link set gossamer.7 alias 10.42.7.0/24");
         let log = refused(&["--init"])?;
         assert!(log.contains("and 10.42.7.0/24 of interface gossamer.7"), "{log}");
+        Ok(())
+    });
+}
+
+#[test]
+fn bridge_of_another_overlay_is_left_alone_and_named() {
+    isolated(|lab: &mut Lab| {
+        let host = lab.host(1, "n1")?;
+        let none: Option<&str> = None;
+        let flags = nix::mount::MsFlags::empty();
+        nix::mount::mount(Some("tmpfs"), "/var/lib", Some("tmpfs"), flags, none)?;
+        let socket = host.dir.join("socket");
+        let plain = format!("--socket {}", socket.display());
+        let _first = start(&host, "--init");
+        converged(&host, &plain, 1);
+        let _spaces = namespaces(&["a", "b"])?;
+        Runtime::at(&socket).add("a");
+        let show = "ip addr show dev gsm0";
+        let before = tool(&host.netns, show);
+        let _blue = start(&host, "--init --instance blue --network 10.43.0.0/16 --bridge gsm0");
+        converged(&host, "--instance blue", 1);
+        let words = "bridge gsm0 has the pods of another overlay on this host (gossamer.1)";
+        wait_until(words, PATIENCE, || {
+            let status = ask(&host, "status --instance blue -o json");
+            status.contains(words)
+        });
+        assert_eq!(tool(&host.netns, show), before);
+        Runtime::at(&socket).add("b");
         Ok(())
     });
 }
