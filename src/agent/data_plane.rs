@@ -29,7 +29,7 @@ use crate::{
     dataplane::{
         desired::{Desired, device_name},
         firewall::Firewall,
-        kernel::{FirewallTable, Kernel, KernelError, RefusedEntry, spoofing::Spoofing},
+        kernel::{FirewallTable, Kernel, KernelError, RefusedEntry, pod_tables::PodTables},
         plan::Op,
     },
     model::{NodeId, Pool},
@@ -377,8 +377,8 @@ pub(super) fn remove_traces(traces: Option<(u32, Pool)>, config: &Config) {
     if let Err(error) = removed {
         tracing::debug!(%error, "no table of nftables removed");
     }
-    if let Err(error) = Spoofing::open().remove(&device) {
-        tracing::debug!(%error, "no table of nftables for bridges removed");
+    if let Err(error) = PodTables::open().remove(&device) {
+        tracing::debug!(%error, "no tables of nftables about pods removed");
     }
     let bridge = config.bridge_name(vni);
     let removed = Wiring::open().and_then(|mut wiring| wiring.remove(&bridge));

@@ -114,9 +114,7 @@ fn sentence(kind: Kind, object: &str, begun: Begun, who: &Suspects) -> String {
         Kind::Entries => ("gossamer's entries in the kernel", "ip monitor all"),
         Kind::Bridge => ("the pods' bridge and its ports", "ip monitor link address"),
         Kind::Firewall => ("gossamer's table of nftables", "nft monitor"),
-        Kind::Spoofing => {
-            ("the table of nftables that holds pods to their addresses", "nft monitor")
-        }
+        Kind::Spoofing => ("a table of nftables about pods' addresses", "nft monitor"),
         Kind::Sysctls => ("sysctls that gossamer sets", "grep -r net /etc/sysctl.d"),
     };
     let Begun { repairs, within } = begun;

@@ -20,8 +20,8 @@ use crate::{
     cni::Spool,
     config::{Instance, NAME},
     dataplane::{
-        desired::is_device_name,
-        kernel::{FirewallTable, Kernel, spoofing::Spoofing},
+        desired::is_own_table,
+        kernel::{FirewallTable, Kernel, pod_tables::PodTables},
     },
     pods::wiring::Wiring,
     store::{StateDir, StoreError},
@@ -126,16 +126,16 @@ fn cleanup(args: &CleanupArgs, places: &Places) -> anyhow::Result<Removed> {
     let mut kernel = Kernel::open()?;
     let leftovers = kernel.leftovers()?;
     let mut wiring = Wiring::open()?;
-    let mut spoofing = Spoofing::open();
+    let mut pod_tables = PodTables::open();
     // Without nftables in the kernel there is no table in it.
     let mut firewall = FirewallTable::open().ok();
-    let tables = firewall.as_mut().and_then(|firewall| firewall.tables(is_device_name).ok());
+    let tables = firewall.as_mut().and_then(|firewall| firewall.tables(is_own_table).ok());
     let mut removed = Removed {
         devices: leftovers.devices.clone(),
         routes: leftovers.routes.iter().map(|(subnet, _)| subnet.to_string()).collect(),
         tables: tables.unwrap_or_default(),
         bridges: wiring.bridges()?,
-        bridge_tables: spoofing.tables(is_device_name).unwrap_or_default(),
+        bridge_tables: pod_tables.tables(is_own_table).unwrap_or_default(),
         ..Removed::default()
     };
     let files = || places.subnet_files.iter().chain(&places.sockets);
@@ -162,7 +162,7 @@ fn cleanup(args: &CleanupArgs, places: &Places) -> anyhow::Result<Removed> {
     if let Some(firewall) = &mut firewall {
         removed.tables.iter().try_for_each(|table| firewall.remove(table))?;
     }
-    removed.bridge_tables.iter().try_for_each(|table| spoofing.remove(table))?;
+    removed.bridge_tables.iter().try_for_each(|table| pod_tables.remove(table))?;
     files().try_for_each(|path| remove_file(path))?;
     spools.iter().filter(|spool| spool.path().is_dir()).try_for_each(|spool| {
         spool.read().iter().for_each(|note| spool.drop(note));

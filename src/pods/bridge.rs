@@ -23,7 +23,10 @@ use rtnetlink::{
     },
 };
 
-use super::{gateway, wiring::loose_end};
+use super::{
+    gateway, standin,
+    wiring::{is_link_name, loose_end},
+};
 use crate::{
     dataplane::kernel::interface::{self, Ipv6},
     model::{Addresses, Mac, Pod, Subnets},
@@ -50,9 +53,9 @@ pub struct Bridge {
     pub networks: Subnets,
     /// Of the bridge, and of every pod.
     pub mtu: u32,
-    /// The table of nftables that holds pods to their addresses.
+    /// The name of the overlay's device, after which tables of nftables are called.
     pub table: String,
-    /// Whether there is to be one.
+    /// Whether there are to be tables about pods' addresses.
     pub anti_spoofing: bool,
 }
 
@@ -84,7 +87,7 @@ pub struct Mended {
     pub bridge: u64,
     pub ports: u64,
     pub sysctls: u64,
-    /// Whether the table that holds pods to their addresses was.
+    /// Of the tables about pods' addresses.
     pub spoofing: u64,
     /// The last interface of which something was wrong, but for its sysctls.
     last: Option<(String, u32)>,
@@ -94,6 +97,8 @@ pub struct Mended {
     pub absent: BTreeSet<String>,
     /// Names of ports whose other end is on this host.
     pub loose: BTreeSet<String>,
+    /// Whether the bridge has ports of others.
+    pub with_strangers: bool,
 }
 
 impl Mended {
@@ -187,6 +192,7 @@ pub(super) fn plug_again(
     mended.absent = ports.keys().filter(|name| !there.contains(name)).cloned().collect();
     let is_loose = |name: &&String| there.contains(&loose_end(name));
     mended.loose = ports.keys().filter(is_loose).cloned().collect();
+    mended.with_strangers = links.iter().any(|link| is_stranger(link, provided.index, ports));
     for port in links.iter().filter(|link| ports.contains_key(&link.name)) {
         let closed = interface::close(&port.name, Ipv6::AsItIs);
         mended.sysctls += closed.set;
@@ -225,6 +231,8 @@ pub(super) fn is_touched(
                     whole.insert(link.index, is_as_it_should_be(&link, &provided.bridge));
                 } else if ports.contains_key(&link.name) {
                     whole.insert(link.index, is_plugged(&link, provided.index));
+                } else if is_stranger(&link, provided.index, ports) {
+                    whole.insert(link.index, false);
                 }
             }
             RouteNetlinkMessage::DelLink(message) if message.header.index == provided.index => {
@@ -355,6 +363,16 @@ const fn is_link_local(ip: IpAddr) -> bool {
         IpAddr::V4(ip) => ip.is_link_local(),
         IpAddr::V6(ip) => ip.is_unicast_link_local(),
     }
+}
+
+/// Whether it is a port of another program. Cables of pods that are gone, and those of the agent's own pods,
+/// are none.
+fn is_stranger(link: &Link, bridge: u32, ports: &Tenants) -> bool {
+    let is_ours = || {
+        let name = &link.name;
+        ports.contains_key(name) || is_link_name(name) || standin::is_link_name(name)
+    };
+    link.is_plugged_into(bridge) && !is_ours()
 }
 
 fn is_plugged(port: &Link, bridge: u32) -> bool {

@@ -38,6 +38,7 @@ mod matrix;
 mod metrics;
 mod mishaps;
 mod modes;
+mod neighbors;
 mod netavark;
 mod offload;
 mod overlap;
