@@ -29,7 +29,10 @@ use crate::{
     dataplane::{
         desired::{Desired, device_name},
         firewall::Firewall,
-        kernel::{FirewallTable, Kernel, KernelError, RefusedEntry, pod_tables::PodTables},
+        kernel::{
+            FirewallTable, Kernel, KernelError, RefusedEntry, pod_tables::PodTables,
+            users::UsersRule,
+        },
         plan::Op,
     },
     model::{NodeId, Pool},
@@ -376,6 +379,9 @@ pub(super) fn remove_traces(traces: Option<(u32, Pool)>, config: &Config) {
     let removed = FirewallTable::open().and_then(|mut table| table.remove(&device));
     if let Err(error) = removed {
         tracing::debug!(%error, "no table of nftables removed");
+    }
+    if let Err(error) = UsersRule::open().remove() {
+        tracing::error!(%error, "the policy rules about the VXLAN port were not removed");
     }
     if let Err(error) = PodTables::open().remove(&device) {
         tracing::debug!(%error, "no tables of nftables about pods removed");

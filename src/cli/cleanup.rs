@@ -113,6 +113,8 @@ struct Removed {
     /// With the cables of pods.
     bridges: Vec<String>,
     routes: Vec<String>,
+    /// How many policy rules.
+    rules: usize,
     /// Of nftables, of both families.
     tables: Vec<String>,
     /// The same, of bridges.
@@ -133,6 +135,7 @@ fn cleanup(args: &CleanupArgs, places: &Places) -> anyhow::Result<Removed> {
     let mut removed = Removed {
         devices: leftovers.devices.clone(),
         routes: leftovers.routes.iter().map(|(subnet, _)| subnet.to_string()).collect(),
+        rules: leftovers.rules.len(),
         tables: tables.unwrap_or_default(),
         bridges: wiring.bridges()?,
         bridge_tables: pod_tables.tables(is_own_table).unwrap_or_default(),
@@ -195,11 +198,14 @@ fn removed_text(removed: &Removed, dry_run: bool) -> String {
         removed.devices.iter().map(|name| format!("device {name} with all entries on it"));
     let bridges = removed.bridges.iter().map(|name| format!("bridge {name} with the pods on it"));
     let routes = removed.routes.iter().map(|subnet| format!("route to {subnet}"));
+    let rules = removed.rules;
+    let rules = (rules > 0).then(|| format!("{rules} policy rule(s) about the VXLAN port"));
     let tables = removed.tables.iter().map(|name| format!("nftables table inet {name}"));
     let bridge_tables =
         removed.bridge_tables.iter().map(|name| format!("nftables table bridge {name}"));
     let files = removed.files.iter().map(|path| path.display().to_string());
-    let all = devices.chain(bridges).chain(routes).chain(tables).chain(bridge_tables).chain(files);
+    let all = devices.chain(bridges).chain(routes).chain(rules);
+    let all = all.chain(tables).chain(bridge_tables).chain(files);
     let mut text: String = all.map(|what| format!("{verb} {what}\n")).collect();
     if text.is_empty() {
         text.push_str("nothing of gossamer is on this host\n");

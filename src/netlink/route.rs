@@ -83,6 +83,8 @@ pub struct Rule {
     pub refuses: bool,
     /// It concerns packets with this mark alone: value and mask.
     pub mark: Option<(u32, u32)>,
+    /// Which program has made it, as far as it says.
+    pub protocol: Option<RouteProtocol>,
 }
 
 /// A route that leads nowhere, on purpose.
@@ -252,7 +254,7 @@ fn rule(message: RouteNetlinkMessage) -> Option<Rule> {
         RuleAction::Blackhole | RuleAction::Unreachable | RuleAction::Prohibit
     );
     let table = u32::from(message.header.table);
-    let mut rule = Rule { priority: 0, table, refuses, mark: None };
+    let mut rule = Rule { priority: 0, table, refuses, mark: None, protocol: None };
     let (mut mark, mut mask) = (None, u32::MAX);
     for attribute in &message.attributes {
         match attribute {
@@ -260,6 +262,7 @@ fn rule(message: RouteNetlinkMessage) -> Option<Rule> {
             RuleAttribute::Table(table) => rule.table = *table,
             RuleAttribute::FwMark(value) => mark = Some(*value),
             RuleAttribute::FwMask(value) => mask = *value,
+            RuleAttribute::Protocol(protocol) => rule.protocol = Some(*protocol),
             _ => {}
         }
     }

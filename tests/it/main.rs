@@ -59,3 +59,4 @@ mod strangers;
 mod tidy;
 mod underlay;
 mod uplinks;
+mod users;

@@ -19,6 +19,7 @@ mod spoofing;
 pub mod sysctl;
 pub mod trace;
 mod unused;
+pub mod users;
 mod watch;
 
 use std::{
