@@ -31,6 +31,7 @@ mod probe;
 mod programmer;
 mod recall;
 mod reload;
+mod reports;
 mod routes;
 mod secrets;
 mod service;

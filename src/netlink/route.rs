@@ -3,7 +3,10 @@
 //! A lookup is the kernel's own decision (`RTM_GETROUTE` without `NLM_F_DUMP`), so policy rules, VRFs,
 //! more specific prefixes, reverse path filters and per-interface forwarding all take part in it.
 
-use std::{io, net::IpAddr};
+use std::{
+    io,
+    net::{IpAddr, Ipv6Addr},
+};
 
 use rtnetlink::packet_route::{
     AddressFamily, RouteNetlinkMessage,
@@ -214,6 +217,17 @@ impl Netlink {
             }));
         }
         Ok(refusals)
+    }
+
+    /// Forgets what routers have told of the path to an IPv6 host.
+    pub fn forget_path(&mut self, host: Ipv6Addr) -> io::Result<()> {
+        let mut message = RouteMessage::default();
+        message.header.address_family = AddressFamily::Inet6;
+        message.header.destination_prefix_length = 128;
+        message.header.table = RouteHeader::RT_TABLE_MAIN;
+        message.header.flags = RouteFlags::Cloned;
+        message.attributes.push(RouteAttribute::Destination(RouteAddress::Inet6(host)));
+        self.apply_one(RouteNetlinkMessage::DelRoute(message), 0)
     }
 
     fn lookup(&mut self, query: &Query, flags: RouteFlags) -> io::Result<RouteMessage> {

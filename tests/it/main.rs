@@ -45,6 +45,7 @@ mod overlap;
 mod own_drops;
 mod own_rules;
 mod package;
+mod path_reports;
 mod paths;
 mod podman;
 mod pods;
