@@ -60,6 +60,7 @@ use self::{
     clock::Clock,
     company::Company,
     data_plane::{KernelState, remove_traces},
+    doors::Closed,
     events::Journal,
     forwarder::Forwarder,
     inquest::Inquest,
@@ -149,6 +150,8 @@ struct Agent {
     store_failure: Option<String>,
     service: Service,
     journal: Journal,
+    /// Where no questions come in that should.
+    closed: Closed,
     surveys: Surveys,
     /// Where the subnet of this node is said, if that is outside the cluster.
     source: Option<Source>,

@@ -97,8 +97,8 @@ pub async fn run(
 ) -> Result<Ending, StartFailure> {
     let mut signals = Signals::catch()?;
     let (sender, mut threads) = mpsc::unbounded_channel();
-    let _doors = Doors::open(&config, plugin, &sender)?;
-    let mut waiting = Waiting::new(config.name.clone(), &mut signals, &mut threads);
+    let doors = Doors::open(&config, plugin, &sender)?;
+    let mut waiting = Waiting::new(config.name.clone(), doors.closed(), &mut signals, &mut threads);
     let Some(memory) = recall::memory(&config, &mut waiting).await? else {
         return Ok(Ending::Stopped);
     };
@@ -223,6 +223,7 @@ async fn prepare(
     };
     let Some(view) = waiting.for_kernel(|| host_view::look(&plan)).await? else { return Ok(None) };
     let HostView { kernel, foreign, pods: found, macs } = view;
+    let closed = waiting.closed();
     let (waiters, early) = waiting.into_questions();
     let (transport, network) = Transport::bind(
         listen_address(&config, chosen.local)?,
@@ -345,6 +346,7 @@ async fn prepare(
         store_failure: None,
         service: Service::new(Instant::now()),
         journal: Journal::new(Instant::now()),
+        closed,
         surveys: Surveys::default(),
         source,
         giving_up: None,

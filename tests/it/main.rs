@@ -25,6 +25,7 @@ mod docker_life;
 mod dockerd;
 mod docs;
 mod doctor;
+mod doors;
 mod families;
 mod firewall;
 mod forwarding;
