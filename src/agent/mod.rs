@@ -55,7 +55,7 @@ use std::{
 use tokio::sync::oneshot;
 
 use self::{
-    archive::Archive,
+    archive::{Archive, Kept},
     arrivals::{Arrival, Arrivals, News},
     clock::Clock,
     company::Company,
@@ -69,6 +69,7 @@ use self::{
     pods::PodState,
     probe::Prober,
     programmer::Programmer,
+    secrets::Steps,
     service::Service,
     signals::Signals,
     status::Waiter,
@@ -140,6 +141,8 @@ struct Agent {
     saved_token: Option<Token>,
     archive: Archive,
     keyring: Keyring,
+    /// Steps with secrets that are not on disk yet.
+    steps: Steps,
     /// Whether this process created the state, so that a refusal may remove it.
     fresh: bool,
     /// Who waits for convergence, and for how many members.
@@ -299,7 +302,8 @@ impl Agent {
             News::Api(request) => self.on_api(request),
             News::Docker(request) => self.on_docker(request),
             // Who waits for convergence is served at the end of the turn.
-            News::SubnetFile => {}
+            News::Kept(Kept::Subnet) => {}
+            News::Kept(Kept::Secrets(result)) => self.on_secrets_kept(result),
             News::Node(heard) => self.on_heard_of_node(heard),
         }
     }

@@ -19,6 +19,7 @@ use super::{
     host_view::{self, HostView},
     kubernetes,
     recall::{self, Memory, Recalled},
+    secrets::Steps,
     underlay,
     waiting::Waiting,
     wirer::Job,
@@ -307,8 +308,8 @@ async fn prepare(
         wirer.ask(Job::Sweep { bridge, keep: pods.links() });
     }
     let report = sender.clone();
-    let archive = Archive::start(state.clone(), move || {
-        let _ = report.send(News::SubnetFile);
+    let archive = Archive::start(state.clone(), move |kept| {
+        let _ = report.send(News::Kept(kept));
     })?;
     let (prober, heard) = Prober::start(u16::from_ne_bytes(random()?), config.withdraw_after);
     let mut company = Company::default();
@@ -339,6 +340,7 @@ async fn prepare(
         state,
         saved_token: token.filter(|_| known_cluster.is_some()),
         keyring,
+        steps: Steps::default(),
         fresh,
         waiters,
         rounds: Vec::new(),
