@@ -37,6 +37,31 @@ pub fn open(path: &Path, flags: OFlag) -> io::Result<File> {
     }
 }
 
+/// Opens a regular file to be written, or makes an empty one that only its owner can read. It follows no link
+/// and waits for nothing.
+///
+/// # Errors
+/// What the file system says, and that it is no regular file.
+pub fn open_own(path: &Path) -> io::Result<File> {
+    let flags = OFlag::O_NONBLOCK | OFlag::O_NOCTTY | OFlag::O_NOFOLLOW;
+    let opened = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .custom_flags(flags.bits())
+        .open(path);
+    match opened {
+        Ok(file) if file.metadata()?.is_file() => Ok(file),
+        Ok(_) => Err(invalid("it is no regular file".to_owned())),
+        // A link, or a pipe or a socket that nobody reads.
+        Err(error) => match path.symlink_metadata() {
+            Ok(meta) if !meta.is_file() => Err(invalid("it is no regular file".to_owned())),
+            _ => Err(error),
+        },
+    }
+}
+
 /// Reads what is left of an open file.
 ///
 /// # Errors
@@ -56,7 +81,10 @@ fn invalid(why: String) -> io::Error {
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, os::unix::fs::symlink};
+    use std::{
+        fs,
+        os::unix::fs::{PermissionsExt as _, symlink},
+    };
 
     use nix::{sys::stat::Mode, unistd::mkfifo};
 
@@ -79,6 +107,27 @@ mod tests {
         for other in [path("pipe"), path("."), "/dev/zero".into(), "/dev/null".into()] {
             assert_eq!(said(&other), "it is no regular file", "{}", other.display());
         }
+    }
+
+    #[test]
+    fn own_file_is_made_and_opened_again_and_nothing_else_is_opened() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = |name: &str| directory.path().join(name);
+        for _ in 0..2 {
+            open_own(&path("file")).expect("opened");
+        }
+        let mode = fs::metadata(path("file")).expect("there").permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        symlink("file", path("link")).expect("a link");
+        mkfifo(&path("pipe"), Mode::S_IRWXU).expect("a pipe");
+        let _reader = File::options().read(true).write(true).open(path("pipe")).expect("opened");
+        mkfifo(&path("unread"), Mode::S_IRWXU).expect("a pipe");
+        for other in [path("link"), path("pipe"), path("unread"), path("."), "/dev/null".into()] {
+            let said = open_own(&other).expect_err("refused").to_string();
+            assert_eq!(said, "it is no regular file", "{}", other.display());
+        }
+        let said = open_own(&path("nothing/file")).expect_err("refused").to_string();
+        assert!(said.contains("No such file"), "{said}");
     }
 
     #[test]

@@ -1,7 +1,8 @@
-//! The thread that keeps the small files: token, underlay, history and `subnet.env`.
+//! The thread that keeps the small files: token, secrets, underlay, history and `subnet.env`.
 //!
 //! A disk that hangs keeps this thread, and not the loop. What is written later replaces what waits; a file
-//! that could not be written is tried again until it is, or until there is something newer.
+//! that could not be written is tried again until it is, or until there is something newer. Secrets are
+//! written once: what ordered that decides what follows.
 
 use std::{
     io,
@@ -21,7 +22,7 @@ use tokio::sync::oneshot;
 use super::subnet_env::{self, SubnetFile};
 use crate::{
     store::{History, StateDir},
-    wire::Token,
+    wire::{Keyring, Token},
     worker::{Order, Orders, Thread, Worker},
 };
 
@@ -36,6 +37,7 @@ enum Job {
     /// With the number of contents that the subnet file has had.
     Save(Saved, usize),
     Append(Vec<Value>),
+    Secrets(Keyring),
     Read(oneshot::Sender<Result<Vec<Value>, String>>),
 }
 
@@ -68,6 +70,15 @@ impl Order for Job {
     }
 }
 
+/// What the loop is told of.
+#[derive(Debug)]
+pub(super) enum Kept {
+    /// The subnet file says what it should, or cannot be written.
+    Subnet,
+    /// The secrets are on disk, with the seed of this node's key; or why they are not.
+    Secrets(Result<[u8; 32], String>),
+}
+
 /// The loop's end of it.
 pub(super) struct Archive {
     worker: Worker<Job>,
@@ -87,15 +98,21 @@ struct Shared {
 }
 
 impl Archive {
-    /// `report` is called when the subnet file was written, or could not be.
+    /// `report` is called with what was written, or could not be.
     ///
     /// # Errors
     /// The system gives no thread.
     pub(super) fn start(
         state: Arc<StateDir>,
-        report: impl Fn() + Send + 'static,
+        report: impl Fn(Kept) + Send + 'static,
     ) -> io::Result<Self> {
         let history = state.history();
+        let of_secrets = state.clone();
+        let keep_secrets = move |keyring: &Keyring| {
+            let kept = of_secrets.save_keyring(keyring).and_then(|()| of_secrets.node_key());
+            let seed = kept.map_err(|error| error.to_string())?;
+            seed.ok_or_else(|| "this node has no key any more".to_owned())
+        };
         let save = move |saved: &Saved| match saved {
             Saved::Token(token) => state.save_token(token).map_err(|error| error.to_string()),
             Saved::Underlay(address, mtu) => {
@@ -104,18 +121,19 @@ impl Archive {
             Saved::Subnet(path, file) => subnet_env::write(path, file)
                 .map_err(|error| format!("{}: {error}", path.display())),
         };
-        Self::start_with(history, save, report)
+        Self::start_with(history, save, keep_secrets, report)
     }
 
     fn start_with(
         history: History,
         save: impl FnMut(&Saved) -> Result<(), String> + Send + 'static,
-        report: impl Fn() + Send + 'static,
+        keep_secrets: impl Fn(&Keyring) -> Result<[u8; 32], String> + Send + 'static,
+        report: impl Fn(Kept) + Send + 'static,
     ) -> io::Result<Self> {
         let shared = Arc::new(Shared::default());
         let of_thread = shared.clone();
         let worker = Worker::start("archive", move |orders| {
-            keep(&orders, history, save, report, &of_thread);
+            keep(&orders, history, save, keep_secrets, report, &of_thread);
         })?;
         Ok(Self { worker, shared, subnet: None })
     }
@@ -154,6 +172,11 @@ impl Archive {
         self.worker.order(Job::Append(lines));
     }
 
+    /// Writes the secrets, which are not to be used before that.
+    pub(super) fn save_secrets(&self, keyring: Keyring) {
+        self.worker.order(Job::Secrets(keyring));
+    }
+
     /// Answers with the lines of the history.
     pub(super) fn read(&self, reply: oneshot::Sender<Result<Vec<Value>, String>>) {
         self.worker.order(Job::Read(reply));
@@ -168,7 +191,8 @@ fn keep(
     orders: &Orders<Job>,
     mut history: History,
     mut save: impl FnMut(&Saved) -> Result<(), String>,
-    report: impl Fn(),
+    keep_secrets: impl Fn(&Keyring) -> Result<[u8; 32], String>,
+    report: impl Fn(Kept),
     shared: &Shared,
 ) {
     let mut failed: Vec<Saved> = Vec::new();
@@ -181,7 +205,7 @@ fn keep(
                 let result = save(&saved);
                 if is_subnet {
                     shared.subnets_done.store(number, Ordering::Release);
-                    report();
+                    report(Kept::Subnet);
                 }
                 if let Err(error) = result {
                     if !is_known {
@@ -194,6 +218,7 @@ fn keep(
                 history.append(&lines);
                 shared.lines.fetch_sub(lines.len(), Ordering::Relaxed);
             }
+            Ok(Job::Secrets(keyring)) => report(Kept::Secrets(keep_secrets(&keyring))),
             Ok(Job::Read(reply)) => {
                 let lines = history.read().map_err(|error| format!("history: {error}"));
                 let _ = reply.send(lines);
@@ -214,6 +239,10 @@ mod tests {
     use super::*;
     use crate::model::Subnets;
 
+    fn no_secrets(_: &Keyring) -> Result<[u8; 32], String> {
+        Err("none".to_owned())
+    }
+
     fn underlay(mtu: u32) -> Saved {
         Saved::Underlay([192, 0, 2, 1].into(), mtu)
     }
@@ -230,8 +259,8 @@ mod tests {
             }
             Ok(())
         };
-        let mut archive =
-            Archive::start_with(History::new(dir.path()), save, || ()).expect("a thread");
+        let mut archive = Archive::start_with(History::new(dir.path()), save, no_secrets, |_| ())
+            .expect("a thread");
         for mtu in 1..=1_000 {
             archive.save(underlay(mtu));
         }
@@ -256,8 +285,8 @@ mod tests {
             let _ = report.send(tries);
             if tries < 3 { Err("full".to_owned()) } else { Ok(()) }
         };
-        let mut archive =
-            Archive::start_with(History::new(dir.path()), save, || ()).expect("a thread");
+        let mut archive = Archive::start_with(History::new(dir.path()), save, no_secrets, |_| ())
+            .expect("a thread");
         archive.save(underlay(1_450));
         archive.save(Saved::Subnet(PathBuf::new(), SubnetFile::default()));
         assert!(!archive.is_subnet_told());
@@ -275,9 +304,9 @@ mod tests {
             let _ = released.recv();
             Ok(())
         };
-        let told = move || report.send(()).expect("the test listens");
-        let mut archive =
-            Archive::start_with(History::new(dir.path()), save, told).expect("a thread");
+        let told = move |_| report.send(()).expect("the test listens");
+        let mut archive = Archive::start_with(History::new(dir.path()), save, no_secrets, told)
+            .expect("a thread");
         let mut order = |mtu| {
             let subnets =
                 Subnets { first: "10.42.1.0/24".parse().expect("a network"), second: None };

@@ -3,8 +3,8 @@
 use tokio::sync::mpsc;
 
 use super::{
-    answers::Answers, forwarder::Forwarding, inquest::Found, kubernetes::Heard as HeardOfNode,
-    told::Told, wirer::Wired,
+    answers::Answers, archive::Kept, forwarder::Forwarding, inquest::Found,
+    kubernetes::Heard as HeardOfNode, told::Told, wirer::Wired,
 };
 use crate::{
     api::Question, docker as docker_plugin, icmp::Heard, store::Written, transport::Event,
@@ -31,8 +31,7 @@ pub(super) enum News {
     Api(Question),
     Docker(docker_plugin::Request),
     Node(HeardOfNode),
-    /// The subnet file says what it should, or cannot be written.
-    SubnetFile,
+    Kept(Kept),
 }
 
 /// Everything that comes in but signals and the clock. Each source has its turn, however busy the others are.

@@ -32,7 +32,7 @@ use crate::{
     netlink::{
         Netlink,
         link::Link,
-        route::{Found, Query, Refusal},
+        route::{Found, Query, Refusal, Rule},
     },
     pods::bridge::ALIAS,
 };
@@ -402,7 +402,9 @@ impl Facts {
     fn gather(netlink: &mut Netlink) -> io::Result<Self> {
         let mut rules = |ipv4| {
             let rules = netlink.rules(ipv4).unwrap_or_default().into_iter();
-            rules.map(|rule| (rule.priority, rule.table, rule.refuses)).collect()
+            let of_others =
+                |rule: &Rule| rule.protocol != Some(RouteProtocol::Other(ROUTE_PROTOCOL));
+            rules.filter(of_others).map(|rule| (rule.priority, rule.table, rule.refuses)).collect()
         };
         let rules = [rules(true), rules(false)];
         let mut refusals = |ipv4| netlink.refusals(ipv4).unwrap_or_default();

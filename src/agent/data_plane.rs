@@ -30,7 +30,10 @@ use crate::{
     dataplane::{
         desired::{Desired, device_name},
         firewall::Firewall,
-        kernel::{FirewallTable, Kernel, KernelError, RefusedEntry, spoofing::Spoofing},
+        kernel::{
+            FirewallTable, Kernel, KernelError, RefusedEntry, pod_tables::PodTables,
+            users::UsersRule,
+        },
         plan::Op,
     },
     model::{NodeId, Pool},
@@ -380,8 +383,11 @@ pub(super) fn remove_traces(traces: Option<(u32, Pool)>, config: &Config) {
     if let Err(error) = removed {
         tracing::debug!(%error, "no table of nftables removed");
     }
-    if let Err(error) = Spoofing::open().remove(&device) {
-        tracing::debug!(%error, "no table of nftables for bridges removed");
+    if let Err(error) = UsersRule::open().remove() {
+        tracing::error!(%error, "the policy rules about the VXLAN port were not removed");
+    }
+    if let Err(error) = PodTables::open().remove(&device) {
+        tracing::debug!(%error, "no tables of nftables about pods removed");
     }
     let bridge = config.bridge_name(vni);
     let removed = Wiring::open().and_then(|mut wiring| wiring.remove(&bridge));

@@ -34,6 +34,7 @@ mod probe;
 mod programmer;
 mod recall;
 mod reload;
+mod reports;
 mod routes;
 mod secrets;
 mod service;
@@ -59,11 +60,12 @@ use tokio::sync::oneshot;
 
 use self::{
     answers::Asking,
-    archive::Archive,
+    archive::{Archive, Kept},
     arrivals::{Arrival, Arrivals, News},
     clock::Clock,
     company::Company,
     data_plane::{KernelState, remove_traces},
+    doors::Closed,
     events::Journal,
     forwarder::Forwarder,
     inquest::Inquest,
@@ -72,6 +74,7 @@ use self::{
     pods::PodState,
     probe::Prober,
     programmer::Programmer,
+    secrets::Steps,
     service::Service,
     signals::Signals,
     status::Waiter,
@@ -144,6 +147,8 @@ struct Agent {
     saved_token: Option<Token>,
     archive: Archive,
     keyring: Keyring,
+    /// Steps with secrets that are not on disk yet.
+    steps: Steps,
     /// Whether this process created the state, so that a refusal may remove it.
     fresh: bool,
     /// Who waits for convergence, and for how many members.
@@ -154,6 +159,8 @@ struct Agent {
     store_failure: Option<String>,
     service: Service,
     journal: Journal,
+    /// Where no questions come in that should.
+    closed: Closed,
     surveys: Surveys,
     /// Where the subnet of this node is said, if that is outside the cluster.
     source: Option<Source>,
@@ -303,7 +310,8 @@ impl Agent {
             News::Api(request) => self.on_api(request),
             News::Docker(request) => self.on_docker(request),
             // Who waits for convergence is served at the end of the turn.
-            News::SubnetFile => {}
+            News::Kept(Kept::Subnet) => {}
+            News::Kept(Kept::Secrets(result)) => self.on_secrets_kept(result),
             News::Node(heard) => self.on_heard_of_node(heard),
         }
     }

@@ -113,10 +113,10 @@ fn sentence(kind: Kind, object: &str, begun: Begun, who: &Suspects) -> String {
     let (what, see) = match kind {
         Kind::Entries => ("gossamer's entries in the kernel", "ip monitor all"),
         Kind::Bridge => ("the pods' bridge and its ports", "ip monitor link address"),
-        Kind::Firewall => ("gossamer's table of nftables", "nft monitor"),
-        Kind::Spoofing => {
-            ("the table of nftables that holds pods to their addresses", "nft monitor")
+        Kind::Firewall => {
+            ("gossamer's table of nftables or policy rule", "nft monitor, ip monitor rule")
         }
+        Kind::Spoofing => ("a table of nftables about pods' addresses", "nft monitor"),
         Kind::Sysctls => ("sysctls that gossamer sets", "grep -r net /etc/sysctl.d"),
     };
     let Begun { repairs, within } = begun;

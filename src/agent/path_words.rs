@@ -44,7 +44,7 @@ impl Agent {
         let fits = |(node, peer): (&NodeId, &Peer)| {
             let probed = self.prober.paths.narrower_by(*node);
             let probed = probed.map(|less| self.underlay.mtu.saturating_sub(less));
-            let told = self.kernel.routing.path_mtus.get(&peer.vtep.underlay);
+            let told = self.prober.reports.believed(peer.vtep.underlay);
             let told = told.map(|mtu| mtu.saturating_sub(headers));
             let fits = probed.into_iter().chain(told).min()?;
             (ROUTE_MTU_MIN..device).contains(&fits).then_some((*node, fits))
@@ -138,6 +138,9 @@ impl Agent {
         }
         if is_silent && let Some(problem) = self.detour_problem(name, here, there, port) {
             return Some(problem);
+        }
+        if let Some(told) = self.prober.reports.lasting(there) {
+            return Some(false_report(name, there, told, self.underlay.carried));
         }
         let is_partly = state == PathState::PartlyLost;
         // This host drops packets of new flows, whichever peer they go to.
@@ -278,6 +281,19 @@ fn mute_problem(name: &str, there: IpAddr, sign: Sign, [port, gossip]: [u16; 2])
          {sign}. Either its agent does not run (there: systemctl status gossamer), or packets between the \
          two hosts (UDP {port} and {gossip}) are dropped there, here or on the way: what a host drops \
          itself, its own status names (there: gossamer status)"
+    )
+}
+
+/// That somebody says again and again that packets to a peer are too large, though they are not.
+fn false_report(name: &str, there: IpAddr, told: u32, carried: u32) -> String {
+    let (family, icmp) = match there {
+        IpAddr::V4(_) => ("ip", "ICMP type 3 code 4"),
+        IpAddr::V6(_) => ("ip -6", "ICMPv6 packet too big"),
+    };
+    format!(
+        "this host's kernel holds that the path to {name} ({there}) carries {told} bytes ({family} route get \
+         {there}), though packets of {carried} arrive: another host forges {icmp}, or a router errs, and \
+         tunnel packets become small and slow; drop {icmp} from outside the underlay where its MTU is known"
     )
 }
 

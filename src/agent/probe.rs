@@ -19,6 +19,7 @@ use crate::{
         desired::Way,
         offload::{Ask, Offload},
         paths::{By, FLOWS, Kind, LOOK, Paths, Subject},
+        told::Reports,
     },
     icmp::{self, Asker, Family, Heard, What},
     model::NodeId,
@@ -36,6 +37,7 @@ pub(super) struct Prober {
     inet: Option<Sockets>,
     inet6: Option<Sockets>,
     pub(super) paths: Paths,
+    pub(super) reports: Reports,
     offload: Offload,
     look_at: Instant,
     /// The goal of the kernel, and the hash of gossip's opinions, that `paths` was told of.
@@ -84,6 +86,7 @@ impl Prober {
             inet,
             inet6,
             paths,
+            reports: Reports::default(),
             offload: Offload::default(),
             look_at: Instant::now(),
             told: None,
@@ -227,6 +230,7 @@ impl Agent {
             self.update_paths();
             self.ask_other_witnesses();
             self.judge_offload();
+            self.judge_reports();
         }
         let now = self.clock.now();
         while let Some(probe) = self.prober.paths.poll(now) {
@@ -255,10 +259,10 @@ impl Agent {
         self.prober.listen();
     }
 
-    /// Sends a peer's host one datagram as large as the underlay's interface takes it, without a tunnel. No
-    /// answer is waited for: a router that would have to fragment it tells the kernel, which is asked later.
-    /// Tunnel packets are fragmented in silence.
-    fn fill_underlay(&mut self, node: NodeId) {
+    /// Sends a peer's host one datagram as large as the underlay's interface takes it, without a tunnel. A
+    /// router that would have to fragment it tells the kernel, which is asked later. Tunnel packets are
+    /// fragmented in silence.
+    pub(super) fn fill_underlay(&mut self, node: NodeId) {
         let peer = self.kernel.wanted.as_ref().and_then(|view| view.peers.get(&node));
         let (Some(peer), Some(gossip)) = (peer, self.node.address_of(node)) else { return };
         let to = SocketAddr::new(peer.vtep.underlay, gossip.port());
@@ -268,6 +272,7 @@ impl Agent {
         if let Err(error) = self.prober.send_datagram(to, None, (sequence, 0), size) {
             tracing::trace!(%to, %error, "underlay not probed");
         }
+        self.prober.reports.on_asked(to.ip(), sequence);
     }
 
     pub(super) fn on_heard(&mut self, heard: Heard) {
@@ -283,9 +288,11 @@ impl Agent {
             }
             What::Request => self.prober.paths.on_packet(now, heard.from, elsewhere),
             What::Arrival(sequence) => {
+                self.prober.reports.on_arrival(now, heard.from, sequence);
                 self.prober.paths.on_arrival(now, heard.from, sequence, By::Agent, elsewhere);
             }
             What::Refusal(sequence) => {
+                self.prober.reports.on_arrival(now, heard.from, sequence);
                 self.prober.paths.on_arrival(now, heard.from, sequence, By::Kernel, elsewhere);
             }
         }

@@ -188,7 +188,8 @@ impl<F: Fn(Told)> Reconciler<F> {
             }
             let is_due = self.due.is_some_and(|due| due <= now);
             let may_repair = |kind| self.repair_at(kind).is_none_or(|at| now >= at);
-            let verify = self.table_touched && may_repair(Kind::Firewall) || is_due && self.reached;
+            let firewall_touched = self.table_touched || self.touched.rules;
+            let verify = firewall_touched && may_repair(Kind::Firewall) || is_due && self.reached;
             let may_repair = may_repair(Kind::Entries);
             if is_due || verify {
                 self.see_to_table(verify);
@@ -349,6 +350,8 @@ impl<F: Fn(Told)> Reconciler<F> {
         } else {
             self.surroundings.write_table(firewall);
         }
+        self.touched.rules = false;
+        self.surroundings.keep_users_out(firewall);
         self.worked = Some(Instant::now());
         self.tell_host();
     }
@@ -423,7 +426,8 @@ impl<F: Fn(Told)> Reconciler<F> {
     fn wait(&mut self) {
         let now = Instant::now();
         let entries = self.touched.ours.then(|| self.repair_at(Kind::Entries));
-        let table = self.table_touched.then(|| self.repair_at(Kind::Firewall));
+        let firewall_touched = self.table_touched || self.touched.rules;
+        let table = firewall_touched.then(|| self.repair_at(Kind::Firewall));
         let repairs = entries.into_iter().chain(table).flatten();
         let until = self.due.into_iter().chain(repairs).chain(self.underlay_due(now));
         let until = until.chain([self.auditor.due()]).min();

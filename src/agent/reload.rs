@@ -37,10 +37,17 @@ impl Agent {
             let id = token.secret.id();
             // A token that has not changed since before a rotation says nothing new.
             if self.keyring.is_news(id) {
-                let steps = [SecretOrder::Add(token.secret.clone()), SecretOrder::Use(id)];
-                if let Err(why) = steps.iter().try_for_each(|step| self.obey(step)) {
-                    tracing::error!(%why, "the token of the settings was not taken");
-                }
+                let not_taken =
+                    |why| tracing::error!(why, "the token of the settings was not taken");
+                self.obey(
+                    SecretOrder::Add(token.secret.clone()),
+                    move |agent, added| match added {
+                        Ok(()) => agent.obey(SecretOrder::Use(id), move |_, used| {
+                            let _ = used.map_err(not_taken);
+                        }),
+                        Err(why) => not_taken(why),
+                    },
+                );
             }
             self.config.token = Some(token);
         }

@@ -3,7 +3,7 @@
 //! The operator asks one agent, which asks all others: whether they are ready for the step, then to do it.
 //! A step for which somebody is not ready is refused, and named; nothing has happened then.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 
 use serde_json::{Value, json};
 use tokio::sync::oneshot::Sender;
@@ -14,7 +14,7 @@ use crate::{
     core::ReplyId,
     model::{NodeId, Text},
     transport::{Credentials, NodeKey},
-    wire::{Inquiry, Report, SecretId, SecretOrder, Token},
+    wire::{Inquiry, Keyring, Report, SecretId, SecretOrder, Token},
 };
 
 type Reply = Sender<Result<Value, String>>;
@@ -25,6 +25,20 @@ const ASSIGNED: &str = "with lease_source = \"podcidr\" the cluster's id follows
 
 /// Seeds that are saved: those that were given, then members.
 const MAX_SAVED_SEEDS: usize = 8;
+
+/// Steps that wait for the disk; more are refused.
+const MAX_STEPS: usize = 64;
+
+/// What follows a step.
+type Then = Box<dyn FnOnce(&mut Agent, Result<(), String>) + Send>;
+
+/// Steps with secrets that are not on disk yet, in the order in which they came.
+#[derive(Default)]
+pub(super) struct Steps {
+    queue: VecDeque<(SecretOrder, Then)>,
+    /// The one that is being written, and the secrets after it.
+    written: Option<(Keyring, SecretOrder, Then)>,
+}
 
 impl Agent {
     /// A restart needs no `--token` and no `--join` once the node is in the cluster, not even if its
@@ -91,8 +105,15 @@ impl Agent {
         let refused = match inquiry {
             Inquiry::Report => None,
             Inquiry::Secret(_) if self.config.pod_cidr.is_some() => Some(ASSIGNED.to_owned()),
-            Inquiry::Secret(order) => self.obey(&order).err(),
+            Inquiry::Secret(order) => {
+                return self
+                    .obey(order, move |agent, done| agent.answer_inquiry(reply, done.err()));
+            }
         };
+        self.answer_inquiry(reply, refused);
+    }
+
+    fn answer_inquiry(&mut self, reply: ReplyId, refused: Option<String>) {
         let refused = refused.map(Text::from);
         let report = Report { refused, ..self.own_report() };
         self.node.report(reply, report);
@@ -141,15 +162,27 @@ impl Agent {
         &mut self,
         members: Vec<NodeId>,
         mut orders: Vec<SecretOrder>,
-        mut refused: Vec<String>,
+        refused: Vec<String>,
         reply: Reply,
     ) {
         let Some(order) = orders.pop() else { return self.tell_secrets(refused, reply) };
-        if let SecretOrder::Add(_) = order
-            && let Err(why) = self.obey(&order)
-        {
-            return drop(reply.send(Err(why)));
+        if !matches!(order, SecretOrder::Add(_)) {
+            return self.give_one(members, order, orders, refused, reply);
         }
+        self.obey(order.clone(), move |agent, done| match done {
+            Ok(()) => agent.give_one(members, order, orders, refused, reply),
+            Err(why) => drop(reply.send(Err(why))),
+        });
+    }
+
+    fn give_one(
+        &mut self,
+        members: Vec<NodeId>,
+        order: SecretOrder,
+        orders: Vec<SecretOrder>,
+        mut refused: Vec<String>,
+        reply: Reply,
+    ) {
         let all = members.clone();
         let inquiry = Inquiry::Secret(order.clone());
         self.survey(members, inquiry, move |agent, found| {
@@ -158,22 +191,57 @@ impl Agent {
                 Some(format!("{}: {why}", agent.node.name_of(*node)))
             }));
             // Those who were asked are ahead: whoever carries out a step last can still be understood by all.
-            match agent.obey(&order) {
+            agent.obey(order, move |agent, done| match done {
                 Ok(()) => agent.give(all, orders, refused, reply),
                 Err(why) => drop(reply.send(Err(why))),
-            }
+            });
         });
     }
 
-    /// Carries out a step here: on disk first, then on the network.
-    pub(super) fn obey(&mut self, order: &SecretOrder) -> Result<(), String> {
-        let mut keyring = self.keyring.clone();
-        if !keyring.obey(order)? {
-            return Ok(());
+    /// Carries out a step here, after those that came before: on disk first, then on the network.
+    pub(super) fn obey(
+        &mut self,
+        order: SecretOrder,
+        then: impl FnOnce(&mut Self, Result<(), String>) + Send + 'static,
+    ) {
+        if self.steps.queue.len() >= MAX_STEPS {
+            let why = "the disk has not taken earlier steps with secrets yet".to_owned();
+            return then(self, Err(why));
         }
-        self.state.save_keyring(&keyring).map_err(|error| error.to_string())?;
-        let seed = self.state.node_key().map_err(|error| error.to_string())?;
-        let seed = seed.ok_or("this node has no key any more")?;
+        self.steps.queue.push_back((order, Box::new(then)));
+        self.next_step();
+    }
+
+    fn next_step(&mut self) {
+        while self.steps.written.is_none()
+            && let Some((order, then)) = self.steps.queue.pop_front()
+        {
+            let mut keyring = self.keyring.clone();
+            match keyring.obey(&order) {
+                Ok(true) => {
+                    self.archive.save_secrets(keyring.clone());
+                    self.steps.written = Some((keyring, order, then));
+                }
+                Ok(false) => then(self, Ok(())),
+                Err(why) => then(self, Err(why)),
+            }
+        }
+    }
+
+    /// The secrets of the step that waits are on disk, or cannot be.
+    pub(super) fn on_secrets_kept(&mut self, kept: Result<[u8; 32], String>) {
+        let Some((keyring, order, then)) = self.steps.written.take() else { return };
+        let done = kept.and_then(|seed| self.use_keyring(keyring, &order, seed));
+        then(self, done);
+        self.next_step();
+    }
+
+    fn use_keyring(
+        &mut self,
+        keyring: Keyring,
+        order: &SecretOrder,
+        seed: [u8; 32],
+    ) -> Result<(), String> {
         let credentials = NodeKey::from_seed(seed)
             .and_then(|key| Credentials::new(keyring.accepted(), &key))
             .map_err(|error| error.to_string())?;

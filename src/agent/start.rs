@@ -19,6 +19,7 @@ use super::{
     host_view::{self, HostView},
     kubernetes,
     recall::{self, Memory, Recalled},
+    secrets::Steps,
     underlay,
     waiting::Waiting,
     wirer::Job,
@@ -97,8 +98,8 @@ pub async fn run(
 ) -> Result<Ending, StartFailure> {
     let mut signals = Signals::catch()?;
     let (sender, mut threads) = mpsc::unbounded_channel();
-    let _doors = Doors::open(&config, plugin, &sender)?;
-    let mut waiting = Waiting::new(config.name.clone(), &mut signals, &mut threads);
+    let doors = Doors::open(&config, plugin, &sender)?;
+    let mut waiting = Waiting::new(config.name.clone(), doors.closed(), &mut signals, &mut threads);
     let Some(memory) = recall::memory(&config, &mut waiting).await? else {
         return Ok(Ending::Stopped);
     };
@@ -223,6 +224,7 @@ async fn prepare(
     };
     let Some(view) = waiting.for_kernel(|| host_view::look(&plan)).await? else { return Ok(None) };
     let HostView { kernel, foreign, pods: found, macs } = view;
+    let closed = waiting.closed();
     let (waiters, early) = waiting.into_questions();
     let (transport, network) = Transport::bind(
         listen_address(&config, chosen.local)?,
@@ -310,8 +312,8 @@ async fn prepare(
         wirer.ask(Job::Sweep { bridge, keep: pods.links() });
     }
     let report = sender.clone();
-    let archive = Archive::start(state.clone(), move || {
-        let _ = report.send(News::SubnetFile);
+    let archive = Archive::start(state.clone(), move |kept| {
+        let _ = report.send(News::Kept(kept));
     })?;
     let (prober, heard) = Prober::start(u16::from_ne_bytes(random()?), config.withdraw_after);
     let mut company = Company::default();
@@ -343,6 +345,7 @@ async fn prepare(
         state,
         saved_token: token.filter(|_| known_cluster.is_some()),
         keyring,
+        steps: Steps::default(),
         fresh,
         waiters,
         rounds: Vec::new(),
@@ -350,6 +353,7 @@ async fn prepare(
         store_failure: None,
         service: Service::new(Instant::now()),
         journal: Journal::new(Instant::now()),
+        closed,
         surveys: Surveys::default(),
         source,
         giving_up: None,

@@ -123,6 +123,7 @@ impl Agent {
         let mut problems = self.node.problems();
         let kernel = &self.kernel;
         problems.extend(kernel.problem.iter().chain(&kernel.underlay_problem).cloned());
+        problems.extend(self.closed.problems());
         problems.extend(self.company_problem());
         problems.extend(self.inquest.claim().cloned());
         problems.extend(self.flood_problem());

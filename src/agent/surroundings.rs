@@ -21,6 +21,7 @@ use crate::{
             FirewallTable,
             interface::{self, Ipv6},
             sysctl,
+            users::UsersRule,
         },
     },
     netlink::nftables::Changes,
@@ -51,6 +52,8 @@ pub struct HostState {
 pub struct Surroundings {
     table: io::Result<FirewallTable>,
     changes: Option<Changes>,
+    users: UsersRule,
+    users_problem: Option<String>,
     mode: Mode,
     set_sysctls: bool,
     /// Sysctls that were right when last looked at.
@@ -84,6 +87,8 @@ impl Surroundings {
         Self {
             table: FirewallTable::open(),
             changes: Changes::open().ok(),
+            users: UsersRule::open(),
+            users_problem: None,
             mode,
             set_sysctls,
             right: BTreeSet::new(),
@@ -112,6 +117,26 @@ impl Surroundings {
     /// Reads what has changed, and says whether it was in this table.
     pub fn touched(&mut self, table: &str) -> io::Result<bool> {
         self.changes.as_mut().map_or(Ok(false), |changes| changes.touched(table))
+    }
+
+    /// Sees to it that users of this host send nothing to the VXLAN port, or may again. Without the guard
+    /// nothing is done about who sends tunnel packets.
+    pub fn keep_users_out(&mut self, firewall: &Firewall) {
+        let kept = match &firewall.guard {
+            Some(guard) => self.users.keep(guard.port, &guard.members),
+            None => self.users.remove().map(|()| false),
+        };
+        self.users_problem = kept.as_ref().err().map(|error| {
+            let port = firewall.port;
+            format!(
+                "users of this host can send tunnel packets (UDP {port}) to other hosts: the policy rule \
+                 against that was refused: {error}"
+            )
+        });
+        if matches!(kept, Ok(true)) {
+            self.repaired.push("firewall");
+            self.opponents.note(Kind::Firewall, "ip rule 73", None);
+        }
     }
 
     /// Makes our table equal to what is wanted, without reading it.
@@ -192,7 +217,8 @@ impl Surroundings {
 
     /// The state, if it is another one than last time.
     pub fn news(&mut self) -> Option<HostState> {
-        let problems = self.table_problem.iter().chain(&self.chain_problems).chain(&self.problems);
+        let problems = self.table_problem.iter().chain(&self.users_problem);
+        let problems = problems.chain(&self.chain_problems).chain(&self.problems);
         let problems = problems.cloned().chain(self.opponents.problems());
         let state = HostState {
             problems: problems.collect(),
@@ -209,6 +235,9 @@ impl Surroundings {
     /// Takes our table away.
     pub fn remove(&mut self, table: &str) -> io::Result<()> {
         self.guarded = false;
+        if let Err(error) = self.users.remove() {
+            tracing::error!(%error, "the policy rules about the VXLAN port were not removed");
+        }
         match &mut self.table {
             Ok(tables) => tables.remove(table),
             // It cannot have been written either.

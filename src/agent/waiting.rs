@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 
 use super::{
     News, StartFailure,
+    doors::Closed,
     service::Service,
     signals::Signals,
     status::Waiter,
@@ -39,6 +40,7 @@ const TICK: Duration = Duration::from_millis(500);
 pub(super) struct Waiting<'a> {
     name: NodeName,
     node: NodeId,
+    closed: Closed,
     signals: &'a mut Signals,
     questions: &'a mut mpsc::UnboundedReceiver<News>,
     service: Service,
@@ -52,18 +54,25 @@ pub(super) struct Waiting<'a> {
 impl<'a> Waiting<'a> {
     pub(super) fn new(
         name: NodeName,
+        closed: Closed,
         signals: &'a mut Signals,
         questions: &'a mut mpsc::UnboundedReceiver<News>,
     ) -> Self {
         let service = Service::new(Instant::now());
         let problem = STARTING.to_owned();
         let (waiters, docker) = (Vec::new(), Vec::new());
-        Self { name, node: NodeId::UNKNOWN, signals, questions, service, waiters, docker, problem }
+        let node = NodeId::UNKNOWN;
+        Self { name, node, closed, signals, questions, service, waiters, docker, problem }
     }
 
     /// The node's key was read.
     pub(super) const fn identify(&mut self, node: NodeId) {
         self.node = node;
+    }
+
+    /// Where no questions come in that should.
+    pub(super) fn closed(&self) -> Closed {
+        self.closed.clone()
     }
 
     /// Questions that have had no answer: for convergence, and Docker's.
@@ -93,7 +102,8 @@ impl<'a> Waiting<'a> {
             if self.problem != STARTING && self.service.is_due(now) {
                 self.service.report(now, self.problem.clone());
             }
-            let status = status(&self.name, self.node, self.problem.clone());
+            let mut status = status(&self.name, self.node, self.problem.clone());
+            status.node.problems.extend(self.closed.problems());
             self.waiters.retain(|waiter| !waiter.reply.is_closed());
             for waiter in self.waiters.extract_if(.., |waiter| waiter.deadline <= now) {
                 let _ = waiter.reply.send(status.clone());

@@ -23,7 +23,7 @@ use self::absent::{Fetched, look, note_absent};
 use super::opponents::Opponents;
 use crate::{
     api::{PodError, PodStatus},
-    dataplane::{fight::Kind, kernel::spoofing::Spoofing},
+    dataplane::{fight::Kind, kernel::pod_tables::PodTables},
     model::{Attachment, Mac, Pod},
     netlink::monitor::Monitor,
     pods::{
@@ -168,7 +168,7 @@ impl Wirer {
                     expected: None,
                     seen: None,
                     tenants: Tenants::new(),
-                    spoofing: Spoofing::open(),
+                    tables: PodTables::open(),
                     touched: false,
                     table_touched: false,
                     looked: Instant::now(),
@@ -218,7 +218,7 @@ struct PodWorker<'a, F> {
     /// settings, and of no other program.
     seen: Option<Bridge>,
     tenants: Tenants,
-    spoofing: Spoofing,
+    tables: PodTables,
     touched: bool,
     table_touched: bool,
     looked: Instant,
@@ -257,7 +257,7 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
                     thread::sleep(GAP);
                 }
             }
-            match self.spoofing.touched() {
+            match self.tables.touched() {
                 Ok(touched) => self.table_touched |= touched,
                 Err(error) => tracing::debug!(%error, "cannot hear of changes of nftables"),
             }
@@ -285,21 +285,19 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
             Job::Connect { number, bridge, pod, mac, end } => {
                 let cable = link_name(&pod.attachment);
                 let tenant = Tenant::new(&pod, mac);
-                if bridge.anti_spoofing {
-                    self.spoofing.let_in(&bridge, &cable, &tenant, &self.tenants);
-                } else {
-                    self.spoofing.remove_once(&bridge.table);
-                }
+                self.tables.let_in(&bridge, &cable, &tenant, &self.tenants);
                 let result = self.wiring.connect(&bridge, &pod, mac, &end);
                 if result.is_ok() {
                     self.seen = Some(bridge.clone());
                 }
+                // Ports of others may be on a bridge that has not been looked at.
+                self.touched |= self.kept.as_ref() != Some(&bridge);
                 self.kept = Some(bridge);
                 self.fetched.0.remove(&cable);
                 if result.is_ok() {
                     self.tenants.insert(cable, tenant);
                 } else {
-                    self.spoofing.shut_out(&cable);
+                    self.tables.shut_out(&cable, &tenant);
                 }
                 let attachment = result.is_ok().then(|| pod.attachment.clone());
                 (self.report)(Wired::Connected { number, result });
@@ -309,8 +307,9 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
             }
             Job::Disconnect { number, attachment } => {
                 let cable = link_name(&attachment);
-                self.tenants.remove(&cable);
-                self.spoofing.shut_out(&cable);
+                if let Some(tenant) = self.tenants.remove(&cable) {
+                    self.tables.shut_out(&cable, &tenant);
+                }
                 // Its addresses are of the container's other cables too.
                 let is_its = |other: &Tenant| other.container == attachment.container();
                 self.touched |= self.tenants.values().any(is_its);
@@ -380,14 +379,17 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
         for (cable, tenant) in self.tenants.iter_mut().filter(|(_, tenant)| tenant.mac.is_none()) {
             tenant.mac = self.wiring.mac_behind(cable, Path::new(&tenant.netns));
         }
-        let rewritten = self.spoofing.keep(bridge, &self.tenants, || self.wiring.links());
+        // What was not looked at may have ports of others.
+        let with_strangers = result.as_ref().map_or(true, |mended| mended.with_strangers);
+        let links = || self.wiring.links();
+        let rewritten = self.tables.keep(bridge, &self.tenants, with_strangers, links);
         self.looked = Instant::now();
         (self.touched, self.table_touched) = (false, false);
         let (mut problems, mut open) = (Vec::new(), Vec::new());
         let mut is_news = false;
         let as_before = self.seen.as_ref() == Some(bridge);
         if let Ok(mended) = &mut result {
-            mended.spoofing = u64::from(rewritten);
+            mended.spoofing = rewritten.len() as u64;
             if !as_before {
                 self.seen = Some(bridge.clone());
                 if mended.count() > 0 {
@@ -406,10 +408,10 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
             is_news = mended.count() > 0;
             open.clone_from(&mended.open);
         }
-        if rewritten && as_before {
-            self.opponents.note(Kind::Spoofing, &format!("bridge {}", bridge.table), None);
+        for table in rewritten.iter().filter(|_| as_before) {
+            self.opponents.note(Kind::Spoofing, table, None);
         }
-        problems.extend(self.spoofing.problem().cloned());
+        problems.extend(self.tables.problems().cloned());
         problems.extend(self.opponents.problems());
         is_news |= problems != self.problems || open != self.open;
         self.problems.clone_from(&problems);
@@ -474,7 +476,7 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
         }
         let looks = self.kept.as_ref().or(self.expected.as_ref());
         let mend = looks.map(|_| self.pause().saturating_sub(self.looked.elapsed()));
-        let changes = [Some(self.monitor.as_fd()), self.spoofing.changes()];
+        let changes = [Some(self.monitor.as_fd()), self.tables.changes()];
         self.jobs.sleeper.wait(changes.into_iter().flatten(), mend);
     }
 }

@@ -20,8 +20,8 @@ use crate::{
     cni::Spool,
     config::{Instance, NAME},
     dataplane::{
-        desired::is_device_name,
-        kernel::{FirewallTable, Kernel, spoofing::Spoofing},
+        desired::is_own_table,
+        kernel::{FirewallTable, Kernel, pod_tables::PodTables},
     },
     pods::wiring::Wiring,
     store::{StateDir, StoreError},
@@ -113,6 +113,8 @@ struct Removed {
     /// With the cables of pods.
     bridges: Vec<String>,
     routes: Vec<String>,
+    /// How many policy rules.
+    rules: usize,
     /// Of nftables, of both families.
     tables: Vec<String>,
     /// The same, of bridges.
@@ -126,16 +128,17 @@ fn cleanup(args: &CleanupArgs, places: &Places) -> anyhow::Result<Removed> {
     let mut kernel = Kernel::open()?;
     let leftovers = kernel.leftovers()?;
     let mut wiring = Wiring::open()?;
-    let mut spoofing = Spoofing::open();
+    let mut pod_tables = PodTables::open();
     // Without nftables in the kernel there is no table in it.
     let mut firewall = FirewallTable::open().ok();
-    let tables = firewall.as_mut().and_then(|firewall| firewall.tables(is_device_name).ok());
+    let tables = firewall.as_mut().and_then(|firewall| firewall.tables(is_own_table).ok());
     let mut removed = Removed {
         devices: leftovers.devices.clone(),
         routes: leftovers.routes.iter().map(|(subnet, _)| subnet.to_string()).collect(),
+        rules: leftovers.rules.len(),
         tables: tables.unwrap_or_default(),
         bridges: wiring.bridges()?,
-        bridge_tables: spoofing.tables(is_device_name).unwrap_or_default(),
+        bridge_tables: pod_tables.tables(is_own_table).unwrap_or_default(),
         ..Removed::default()
     };
     let files = || places.subnet_files.iter().chain(&places.sockets);
@@ -162,7 +165,7 @@ fn cleanup(args: &CleanupArgs, places: &Places) -> anyhow::Result<Removed> {
     if let Some(firewall) = &mut firewall {
         removed.tables.iter().try_for_each(|table| firewall.remove(table))?;
     }
-    removed.bridge_tables.iter().try_for_each(|table| spoofing.remove(table))?;
+    removed.bridge_tables.iter().try_for_each(|table| pod_tables.remove(table))?;
     files().try_for_each(|path| remove_file(path))?;
     spools.iter().filter(|spool| spool.path().is_dir()).try_for_each(|spool| {
         spool.read().iter().for_each(|note| spool.drop(note));
@@ -195,11 +198,14 @@ fn removed_text(removed: &Removed, dry_run: bool) -> String {
         removed.devices.iter().map(|name| format!("device {name} with all entries on it"));
     let bridges = removed.bridges.iter().map(|name| format!("bridge {name} with the pods on it"));
     let routes = removed.routes.iter().map(|subnet| format!("route to {subnet}"));
+    let rules = removed.rules;
+    let rules = (rules > 0).then(|| format!("{rules} policy rule(s) about the VXLAN port"));
     let tables = removed.tables.iter().map(|name| format!("nftables table inet {name}"));
     let bridge_tables =
         removed.bridge_tables.iter().map(|name| format!("nftables table bridge {name}"));
     let files = removed.files.iter().map(|path| path.display().to_string());
-    let all = devices.chain(bridges).chain(routes).chain(tables).chain(bridge_tables).chain(files);
+    let all = devices.chain(bridges).chain(routes).chain(rules);
+    let all = all.chain(tables).chain(bridge_tables).chain(files);
     let mut text: String = all.map(|what| format!("{verb} {what}\n")).collect();
     if text.is_empty() {
         text.push_str("nothing of gossamer is on this host\n");

@@ -322,10 +322,23 @@ pub fn networks_in_alias(alias: &str) -> impl Iterator<Item = IpNet> {
     alias.split_whitespace().filter_map(|word| word.parse().ok())
 }
 
-/// Whether a device, or a table of nftables, has the name of one of ours.
+/// Whether a device has the name of one of ours.
 pub fn is_device_name(name: &str) -> bool {
     let vni = name.strip_prefix("gossamer.").or(name.strip_prefix("gossam."));
     vni.is_some_and(|vni| vni.parse::<u32>().is_ok())
+}
+
+/// How names of tables about pods end.
+const PODS_TABLE: &str = "-pods";
+
+/// The table of nftables about the pods of the overlay with this device.
+pub fn pods_table_name(device: &str) -> String {
+    format!("{device}{PODS_TABLE}")
+}
+
+/// Whether a table of nftables has the name of one of ours.
+pub fn is_own_table(name: &str) -> bool {
+    is_device_name(name.strip_suffix(PODS_TABLE).unwrap_or(name))
 }
 
 /// Spreads routes over 255 metrics: the kernel keeps routes of one device, protocol and metric in one

@@ -40,7 +40,7 @@ pub enum Kind {
     /// The table of nftables.
     Firewall,
     Sysctls,
-    /// The table of nftables that holds pods to their addresses.
+    /// The tables of nftables about pods' addresses.
     Spoofing,
 }
 

@@ -12,6 +12,7 @@
 //! - [`overlap`]: networks of the host that are also the overlay's (pure)
 //! - [`paths`]: whether packets get through to each peer (pure)
 //! - [`silence`]: why nothing comes from a peer (pure)
+//! - [`told`]: which path MTUs that routers have told are to be believed (pure)
 //! - `kernel`: dump and apply, by netlink
 //! - `fake`: a kernel in memory, for property tests and the simulator
 //!
@@ -46,3 +47,5 @@ pub mod paths;
 pub mod plan;
 #[warn(clippy::disallowed_methods)]
 pub mod silence;
+#[warn(clippy::disallowed_methods)]
+pub mod told;

@@ -223,6 +223,7 @@ const REGISTER: u32 = 1;
 const WORDS: u32 = 8;
 const META_PROTOCOL: u32 = 1;
 const META_IIFNAME: u32 = 6;
+const META_OIFNAME: u32 = 7;
 /// `NFT_LOOKUP_F_INV`
 const NOT_FOUND: u32 = 1;
 const EQUAL: u32 = 0;
@@ -235,6 +236,9 @@ const LIMIT_BURST: u32 = 5;
 const LOOPBACK: u32 = 1;
 const META_NFPROTO: u32 = 15;
 const META_L4PROTO: u32 = 16;
+/// `NFT_REJECT_ICMPX_UNREACH`, `NFT_REJECT_ICMPX_HOST_UNREACH`
+const BY_ICMP: u32 = 2;
+const HOST_UNREACHABLE: u8 = 2;
 const ACCEPT: u32 = 1;
 const DROP: u32 = 0;
 const RETURN: i32 = -5;
@@ -311,11 +315,20 @@ impl Rule {
         rule.expression("lookup", &lookup)
     }
 
+    /// The destination is not in this set, which holds addresses of the family of `like`.
+    pub fn destination_outside(self, set: &str, like: IpAddr) -> Self {
+        let lookup = Attributes::new().text(1, set).be32(2, REGISTER).be32(5, NOT_FOUND);
+        self.load_address(Field::Destination, like).expression("lookup", &lookup)
+    }
+
     /// What comes in by the interface of this name.
     pub fn from_interface(self, name: &str) -> Self {
-        let mut whole = [0; IFNAMSIZ];
-        whole.iter_mut().zip(name.bytes()).for_each(|(place, byte)| *place = byte);
-        self.meta(META_IIFNAME).compare(EQUAL, &whole)
+        self.meta(META_IIFNAME).compare(EQUAL, &name_bytes(name))
+    }
+
+    /// What goes out by the interface of this name.
+    pub fn to_interface(self, name: &str) -> Self {
+        self.meta(META_OIFNAME).compare(EQUAL, &name_bytes(name))
     }
 
     /// What comes in by interfaces whose names begin like this and have at least so many bytes.
@@ -365,6 +378,12 @@ impl Rule {
 
     pub fn drop(self) -> Self {
         self.verdict(DROP)
+    }
+
+    /// Drops it, and tells the sender that the host is unreachable.
+    pub fn refuse(self) -> Self {
+        let how = Attributes::new().be32(1, BY_ICMP).put(2, &[HOST_UNREACHABLE]);
+        self.expression("reject", &how)
     }
 
     pub fn accept(self) -> Self {
@@ -427,6 +446,13 @@ impl Rule {
     fn expression(self, name: &str, data: &Attributes) -> Self {
         Self(self.0.nest(1, &Attributes::new().text(1, name).nest(2, data)))
     }
+}
+
+/// The name of an interface as the kernel compares it.
+pub fn name_bytes(name: &str) -> [u8; IFNAMSIZ] {
+    let mut bytes = [0; IFNAMSIZ];
+    bytes.iter_mut().zip(name.bytes()).for_each(|(place, byte)| *place = byte);
+    bytes
 }
 
 /// An expression that counts packets and bytes.

@@ -3,7 +3,10 @@
 //! A lookup is the kernel's own decision (`RTM_GETROUTE` without `NLM_F_DUMP`), so policy rules, VRFs,
 //! more specific prefixes, reverse path filters and per-interface forwarding all take part in it.
 
-use std::{io, net::IpAddr};
+use std::{
+    io,
+    net::{IpAddr, Ipv6Addr},
+};
 
 use rtnetlink::packet_route::{
     AddressFamily, RouteNetlinkMessage,
@@ -91,6 +94,8 @@ pub struct Rule {
     pub refuses: bool,
     /// It concerns packets with this mark alone: value and mask.
     pub mark: Option<(u32, u32)>,
+    /// Which program has made it, as far as it says.
+    pub protocol: Option<RouteProtocol>,
 }
 
 /// A route that leads nowhere, on purpose.
@@ -223,6 +228,17 @@ impl Netlink {
         Ok(refusals)
     }
 
+    /// Forgets what routers have told of the path to an IPv6 host.
+    pub fn forget_path(&mut self, host: Ipv6Addr) -> io::Result<()> {
+        let mut message = RouteMessage::default();
+        message.header.address_family = AddressFamily::Inet6;
+        message.header.destination_prefix_length = 128;
+        message.header.table = RouteHeader::RT_TABLE_MAIN;
+        message.header.flags = RouteFlags::Cloned;
+        message.attributes.push(RouteAttribute::Destination(RouteAddress::Inet6(host)));
+        self.apply_one(RouteNetlinkMessage::DelRoute(message), 0)
+    }
+
     fn lookup(&mut self, query: &Query, flags: RouteFlags) -> io::Result<RouteMessage> {
         let mut message = RouteMessage::default();
         let (family, length) = match query.to {
@@ -263,7 +279,7 @@ fn rule(message: RouteNetlinkMessage) -> Option<Rule> {
         RuleAction::Blackhole | RuleAction::Unreachable | RuleAction::Prohibit
     );
     let table = u32::from(message.header.table);
-    let (mut priority, mut of_table, mut input) = (0, table, None);
+    let (mut priority, mut of_table, mut input, mut origin) = (0, table, None, None);
     let (mut mark, mut mask) = (None, u32::MAX);
     let (mut from, mut to) = (None, None);
     let (mut protocol, mut source, mut destination) = (None, None, None);
@@ -280,6 +296,7 @@ fn rule(message: RouteNetlinkMessage) -> Option<Rule> {
             RuleAttribute::DestinationPortRange(ports) => destination = Some(ports.start),
             RuleAttribute::FwMark(value) => mark = Some(*value),
             RuleAttribute::FwMask(value) => mask = *value,
+            RuleAttribute::Protocol(number) => origin = Some(*number),
             _ => {}
         }
     }
@@ -292,6 +309,7 @@ fn rule(message: RouteNetlinkMessage) -> Option<Rule> {
         table: of_table,
         refuses,
         mark: mark.map(|mark| (mark, mask)),
+        protocol: origin,
     })
 }
 

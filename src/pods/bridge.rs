@@ -23,7 +23,10 @@ use rtnetlink::{
     },
 };
 
-use super::{gateway, port, wiring::loose_end};
+use super::{
+    gateway, port, standin,
+    wiring::{is_link_name, loose_end},
+};
 use crate::{
     dataplane::kernel::interface::{self, Ipv6},
     model::{Addresses, Mac, Pod, Subnets},
@@ -50,9 +53,9 @@ pub struct Bridge {
     pub networks: Subnets,
     /// Of the bridge, and of every pod.
     pub mtu: u32,
-    /// The table of nftables that holds pods to their addresses.
+    /// The name of the overlay's device, after which tables of nftables are called.
     pub table: String,
-    /// Whether there is to be one.
+    /// Whether there are to be tables about pods' addresses.
     pub anti_spoofing: bool,
 }
 
@@ -84,7 +87,7 @@ pub struct Mended {
     pub bridge: u64,
     pub ports: u64,
     pub sysctls: u64,
-    /// Whether the table that holds pods to their addresses was.
+    /// Of the tables about pods' addresses.
     pub spoofing: u64,
     /// The last interface of which something was wrong, but for its sysctls.
     last: Option<(String, u32)>,
@@ -94,6 +97,8 @@ pub struct Mended {
     pub absent: BTreeSet<String>,
     /// Names of ports whose other end is on this host.
     pub loose: BTreeSet<String>,
+    /// Whether the bridge has ports of others.
+    pub with_strangers: bool,
 }
 
 impl Mended {
@@ -191,6 +196,7 @@ pub(super) fn plug_again(
     mended.absent = ports.keys().filter(|name| !there.contains(name)).cloned().collect();
     let is_loose = |name: &&String| there.contains(&loose_end(name));
     mended.loose = ports.keys().filter(is_loose).cloned().collect();
+    mended.with_strangers = links.iter().any(|link| is_stranger(link, provided.index, ports));
     for port in links.iter().filter(|link| ports.contains_key(&link.name)) {
         let closed = interface::close(&port.name, Ipv6::AsItIs);
         mended.sysctls += closed.set;
@@ -246,6 +252,9 @@ pub(super) fn is_touched(
                     AddressFamily::Unspec if is_port => {
                         let is_right = is_plugged(&link, provided.index) && port::is_right(&link);
                         whole.insert((link.index, Teller::Kernel), is_right);
+                    }
+                    AddressFamily::Unspec if is_stranger(&link, provided.index, ports) => {
+                        whole.insert((link.index, Teller::Kernel), false);
                     }
                     // What bridges tell in messages of their own lacks most attributes.
                     AddressFamily::Bridge if is_port => {
@@ -409,6 +418,16 @@ const fn is_link_local(ip: IpAddr) -> bool {
         IpAddr::V4(ip) => ip.is_link_local(),
         IpAddr::V6(ip) => ip.is_unicast_link_local(),
     }
+}
+
+/// Whether it is a port of another program. Cables of pods that are gone, and those of the agent's own pods,
+/// are none.
+fn is_stranger(link: &Link, bridge: u32, ports: &Tenants) -> bool {
+    let is_ours = || {
+        let name = &link.name;
+        ports.contains_key(name) || is_link_name(name) || standin::is_link_name(name)
+    };
+    link.is_plugged_into(bridge) && !is_ours()
 }
 
 fn is_plugged(port: &Link, bridge: u32) -> bool {

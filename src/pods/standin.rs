@@ -33,6 +33,9 @@ use crate::{
 
 /// By which its end on this host is known.
 pub const OWN_ALIAS: &str = "gossamer forwarding trial";
+/// How its end on this host is called: this and the VNI, and with this behind that the second one's.
+const PREFIX: &str = "gsp.";
+const MATE: &str = "b";
 /// Its interface inside.
 const INNER: &str = "eth0";
 
@@ -72,7 +75,13 @@ enum Role {
 
 /// The name of its end on this host, in the overlay of this VNI: no pod's end is called like that.
 pub fn link_name(vni: u32) -> String {
-    format!("gsp.{vni}")
+    format!("{PREFIX}{vni}")
+}
+
+/// Whether an interface is called as the end of one is.
+pub fn is_link_name(name: &str) -> bool {
+    let vni = name.strip_prefix(PREFIX).map(|rest| rest.strip_suffix(MATE).unwrap_or(rest));
+    vni.is_some_and(|vni| vni.parse::<u32>().is_ok())
 }
 
 impl StandIn {
@@ -96,7 +105,7 @@ impl StandIn {
     ) -> io::Result<Self> {
         let (link, mac) = match role {
             Role::First => (shape.link.clone(), mac_at(shape.addresses.first)),
-            Role::Mate => (format!("{}b", shape.link), shape.mate_mac()),
+            Role::Mate => (format!("{}{MATE}", shape.link), shape.mate_mac()),
         };
         remove_former(netlink, &link)?;
         let netns = in_thread(|| {

@@ -6,13 +6,13 @@ use std::{
     ffi::OsStr,
     fs, io,
     net::IpAddr,
-    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _},
+    os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
 };
 
 use data_encoding::HEXLOWER;
 use ipnet::IpNet;
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::{Flock, FlockArg, OFlag};
 
 use super::{
     Essentials, History, StoreError, history,
@@ -47,13 +47,9 @@ impl StateDir {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(fail)?;
         expect_ours(path)?;
         fs::set_permissions(path, fs::Permissions::from_mode(0o700)).map_err(fail)?;
-        let lock = fs::OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(path.join(LOCK))
-            .map_err(fail)?;
+        let file = path.join(LOCK);
+        let lock =
+            files::open_own(&file).map_err(|error| StoreError::Directory { path: file, error })?;
         let lock = take(lock, path)?;
         Ok(Self { path: path.to_owned(), _lock: lock })
     }
@@ -64,10 +60,11 @@ impl StateDir {
     /// As when it is taken.
     pub fn look(path: &Path) -> Result<Option<[u8; 32]>, StoreError> {
         expect_ours(path)?;
-        match fs::File::open(path.join(LOCK)) {
+        let file = path.join(LOCK);
+        match files::open(&file, OFlag::O_NOFOLLOW) {
             Ok(lock) => drop(take(lock, path)?),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(StoreError::Directory { path: path.to_owned(), error }),
+            Err(error) => return Err(StoreError::Directory { path: file, error }),
         }
         node_key(path)
     }
@@ -294,6 +291,19 @@ mod tests {
                 // Digits of the checksum may be in either case.
                 assert!(read.is_none_or(|seed| seed == [7; 32]), "bit {bit} of byte {byte}");
             }
+        }
+    }
+
+    #[test]
+    fn pipe_in_the_place_of_the_lock_is_refused_at_once() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        nix::unistd::mkfifo(&dir.path().join(LOCK), nix::sys::stat::Mode::S_IRWXU).expect("a pipe");
+        let refused = [
+            StateDir::open(dir.path()).expect_err("refused").to_string(),
+            StateDir::look(dir.path()).expect_err("refused").to_string(),
+        ];
+        for error in refused {
+            assert!(error.contains("lock") && error.contains("no regular file"), "{error}");
         }
     }
 

@@ -2,8 +2,13 @@
 
 use std::io;
 
+use rtnetlink::packet_route::route::RouteProtocol;
+
 use crate::{
-    dataplane::audit::{Own, Selected},
+    dataplane::{
+        audit::{Own, Selected},
+        desired::ROUTE_PROTOCOL,
+    },
     netlink::{Netlink, route::Rule},
 };
 
@@ -37,12 +42,13 @@ pub fn selected(netlink: &mut Netlink, own: &[Own], links: &[u32]) -> io::Result
     Ok(selected)
 }
 
-/// Whether it concerns some packets, and which ones is known.
+/// Whether it is another program's and concerns some packets, and which ones is known.
 fn selects(rule: &Rule) -> bool {
-    let Rule { selector, inverted, mark, .. } = rule;
+    let Rule { selector, inverted, mark, protocol, .. } = rule;
+    let is_ours = *protocol == Some(RouteProtocol::Other(ROUTE_PROTOCOL));
     let some = selector.from.is_some()
         || selector.to.is_some()
         || selector.transport.is_some()
         || selector.tos != 0;
-    some && !inverted && mark.is_none()
+    some && !inverted && mark.is_none() && !is_ours
 }

@@ -15,7 +15,7 @@ use super::{
     },
 };
 use crate::{
-    dataplane::desired::is_device_name,
+    dataplane::desired::is_own_table,
     netlink::{
         attributes::{self, Attributes},
         nftables::{ANY, Kind, Nftables, Object},
@@ -178,7 +178,7 @@ fn closing_chains(
             _ => true,
         };
         let ours: Vec<IpNet> = networks.iter().filter(concerned).copied().collect();
-        if is_device_name(table) || ours.is_empty() {
+        if is_own_table(table) || ours.is_empty() {
             continue;
         }
         let rules =
@@ -220,7 +220,7 @@ fn chains_with(
     for chain in nftables.dump(Kind::GetChain, ANY, &Attributes::new())? {
         let is_base = base_of(&chain).is_some_and(|base| base.hook == hook);
         let table = name_of(&chain, 1);
-        if !is_base || !families.contains(&chain.family) || is_device_name(table) {
+        if !is_base || !families.contains(&chain.family) || is_own_table(table) {
             continue;
         }
         let filter = Attributes::new().text(1, table);

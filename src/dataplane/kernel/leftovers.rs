@@ -5,9 +5,9 @@
 use std::io;
 
 use ipnet::IpNet;
-use rtnetlink::packet_route::{RouteNetlinkMessage, route::RouteMessage};
+use rtnetlink::packet_route::{RouteNetlinkMessage, route::RouteMessage, rule::RuleMessage};
 
-use super::{GONE, Kernel, is_gossamers, messages::subnet_of};
+use super::{GONE, Kernel, is_gossamers, messages::subnet_of, users};
 use crate::{dataplane::desired::ROUTE_PROTOCOL, netlink::Request};
 
 /// What was found.
@@ -15,6 +15,7 @@ use crate::{dataplane::desired::ROUTE_PROTOCOL, netlink::Request};
 pub struct Leftovers {
     pub devices: Vec<String>,
     pub routes: Vec<(IpNet, RouteMessage)>,
+    pub rules: Vec<RuleMessage>,
 }
 
 impl Kernel {
@@ -25,6 +26,7 @@ impl Kernel {
         Ok(Leftovers {
             devices: links.filter(is_gossamers).map(|link| link.name).collect(),
             routes: routes.filter_map(|route| Some((subnet_of(&route)?, route))).collect(),
+            rules: users::found(&mut self.netlink)?,
         })
     }
 
@@ -33,6 +35,7 @@ impl Kernel {
         for device in &leftovers.devices {
             self.remove_device(device)?;
         }
+        users::remove(&mut self.netlink, leftovers.rules)?;
         let gone =
             leftovers.routes.into_iter().map(|(_, route)| RouteNetlinkMessage::DelRoute(route));
         let gone = gone.map(|message| Request { message, flags: 0 }).collect();

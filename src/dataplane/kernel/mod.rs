@@ -12,11 +12,14 @@ pub mod interface;
 mod leftovers;
 mod messages;
 mod observe;
+pub mod pod_tables;
 mod ports;
 mod rules;
-pub mod spoofing;
+mod spoofing;
 pub mod sysctl;
 pub mod trace;
+mod unused;
+pub mod users;
 mod watch;
 
 use std::{

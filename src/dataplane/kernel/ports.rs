@@ -10,7 +10,7 @@ use super::{
     rules::{self, base_of, expressions, family_name, number, text_of},
 };
 use crate::{
-    dataplane::desired::is_device_name,
+    dataplane::desired::is_own_table,
     netlink::{
         attributes::{self, Attributes},
         nftables::{ANY, Kind, Nftables, Object},
@@ -62,7 +62,7 @@ pub fn closed_ports(nftables: &mut Nftables, ports: &[u16]) -> io::Result<BTreeS
     for chain in chains.iter().filter(|chain| [1, 2, 10].contains(&chain.family)) {
         let (table, name) = (name_of(chain, 1), name_of(chain, 3));
         let Some(base) = base_of(chain).filter(|base| base.hook == INPUT) else { continue };
-        if is_device_name(table) {
+        if is_own_table(table) {
             continue;
         }
         let filter = Attributes::new().text(1, table);
@@ -94,7 +94,7 @@ pub fn redirected_port(
     for chain in nftables.dump(Kind::GetChain, ANY, &Attributes::new())? {
         let is_base = base_of(&chain).is_some_and(|base| base.hook == PREROUTING);
         let table = name_of(&chain, 1);
-        if !is_base || !families.contains(&chain.family) || is_device_name(table) {
+        if !is_base || !families.contains(&chain.family) || is_own_table(table) {
             continue;
         }
         let filter = Attributes::new().text(1, table);

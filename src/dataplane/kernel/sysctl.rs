@@ -120,7 +120,8 @@ pub(super) fn dotted(name: &str) -> String {
         .collect()
 }
 
-pub(super) fn write(name: &str, value: &str) -> io::Result<()> {
+/// Writes a sysctl, called as its file below `/proc/sys`.
+pub fn write(name: &str, value: &str) -> io::Result<()> {
     fs::write(Path::new(ROOT).join(name), value)
 }
 

@@ -13,7 +13,10 @@ use rtnetlink::packet_route::{
     route::{RouteHeader, RouteMessage, RouteProtocol},
 };
 
-use super::messages::{destination, lladdr, our_route, subnet_of};
+use super::{
+    messages::{destination, lladdr, our_route, subnet_of},
+    users,
+};
 use crate::{
     dataplane::{
         demand::Miss,
@@ -32,15 +35,18 @@ pub struct Touched {
     pub underlay: bool,
     /// An interface, address, route or rule of others: packets may take another way now.
     pub routing: bool,
+    /// A policy rule of ours was removed.
+    pub rules: bool,
 }
 
 impl Touched {
-    pub const EVERYTHING: Self = Self { ours: true, underlay: true, routing: true };
+    pub const EVERYTHING: Self = Self { ours: true, underlay: true, routing: true, rules: true };
 
     pub const fn merge(&mut self, more: Self) {
         self.ours |= more.ours;
         self.underlay |= more.underlay;
         self.routing |= more.routing;
+        self.rules |= more.rules;
     }
 
     /// Adds what `message` says, for the device with index `device`.
@@ -54,6 +60,7 @@ impl Touched {
         let is_of_others = may_lead_elsewhere(message, device);
         self.underlay |= is_of_others;
         self.routing |= is_of_others;
+        self.rules |= matches!(message, Message::DelRule(rule) if users::is_ours(rule));
         let Some(desired) = desired else { return };
         match message {
             Message::NewLink(link) => self.add_link(link, desired, device, true),
@@ -154,7 +161,7 @@ fn may_lead_elsewhere(message: &RouteNetlinkMessage, device: Option<u32>) -> boo
                 subnet_of(route).is_some_and(|subnet| subnet.network().is_multicast());
             route.header.protocol != RouteProtocol::Other(ROUTE_PROTOCOL) && !is_multicast
         }
-        Message::NewRule(_) | Message::DelRule(_) => true,
+        Message::NewRule(rule) | Message::DelRule(rule) => !users::is_ours(rule),
         _ => false,
     }
 }

@@ -49,23 +49,23 @@ impl Changes {
 
     /// Whether anything in this table of both families has changed, or may have.
     pub fn touched(&mut self, table: &str) -> io::Result<bool> {
-        self.touched_in(INET, table, None)
+        self.touched_in(&[(INET, table.to_owned())], None)
     }
 
-    /// The same of a table of a family, but for what a socket with this port has changed.
+    /// The same of tables by family and name, but for what a socket with this port has changed.
     pub fn touched_in(
         &mut self,
-        family: u8,
-        table: &str,
+        tables: &[(u8, String)],
         but_for: Option<u32>,
     ) -> io::Result<bool> {
         let mut touched = false;
         // In every kind of object the first attribute names the table.
         let of_table = |answer: Answer| {
-            let name = attributes::find(&answer.attributes, 1);
-            answer.own[0] == family
-                && Some(answer.port) != but_for
-                && name.is_some_and(|name| attributes::text(name) == table)
+            let name = attributes::find(&answer.attributes, 1).map(attributes::text);
+            let is_it = |(family, table): &(u8, String)| {
+                answer.own[0] == *family && name == Some(table.as_str())
+            };
+            Some(answer.port) != but_for && tables.iter().any(is_it)
         };
         let overrun = drain(&self.socket, &mut self.buffer, |bytes| {
             touched |= answers(bytes).any(of_table);

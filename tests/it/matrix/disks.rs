@@ -4,7 +4,7 @@ use std::{
     fs,
     io::Write as _,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, Command, Output, Stdio},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -19,12 +19,12 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{Scene, Tracer};
 use crate::{
     cni::Runtime,
-    common::{PATIENCE, isolated, skipped, wait_until},
+    common::{PATIENCE, isolated, program, skipped, wait_until},
 };
 
 /// A disk under the state directory that can fail.
@@ -251,5 +251,43 @@ fn hanging_disk_at_each_time_delays_changes_alone() {
         let (mut scene, mut disk) = on_disk(lab, Disk::hanging)?;
         ends_at_the_second_signal(&mut scene, &mut disk)?;
         at_each_time(scene, &mut disk, "waiting for the state directory")
+    });
+}
+
+#[test]
+fn disk_that_hangs_delays_a_step_with_secrets_and_not_the_agent() {
+    if Command::new("bindfs").arg("--version").output().is_err() {
+        return skipped(
+            "matrix::disks::disk_that_hangs_delays_a_step_with_secrets_and_not_the_agent",
+            "no bindfs",
+        );
+    }
+    isolated(|lab| {
+        let (mut scene, mut disk) = on_disk(lab, Disk::hanging)?;
+        let socket = scene.cluster.agents[0].socket().display().to_string();
+        let secret = move |step: &str| {
+            let arguments = ["secret", step, "-o", "json", "--socket", &socket];
+            Command::new(program()).args(arguments).output().expect("gossamer runs")
+        };
+        let accepted = |output: &Output| {
+            let listed: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+            listed["secrets"].as_array().map(Vec::len)
+        };
+        disk.fail(&scene)?;
+        let add = secret.clone();
+        let adding = thread::spawn(move || add("add"));
+        // Three seconds, in which the loop would stand still.
+        let begun = Instant::now();
+        while begun.elapsed() < Duration::from_secs(3) {
+            scene.cluster.agents[0].ask("/v1/status", Duration::from_secs(1))?;
+        }
+        assert_eq!(accepted(&secret("list")), Some(1), "it is used before it is on disk");
+        assert!(!adding.is_finished());
+        scene.pods_talk("while the disk hangs")?;
+        disk.mend()?;
+        let added = adding.join().expect("no panic");
+        assert!(added.status.success(), "{}", String::from_utf8_lossy(&added.stderr));
+        assert_eq!(accepted(&added), Some(2));
+        scene.recovers()
     });
 }

@@ -1,0 +1,51 @@
+//! The loop's side of what routers have told of paths: what is tried, and what the kernel is to forget.
+
+use std::net::IpAddr;
+
+use super::Agent;
+use crate::{
+    api::{EventKind, EventLevel},
+    dataplane::{kernel::sysctl, told::Deed},
+    model::NodeId,
+    netlink::Netlink,
+};
+
+impl Agent {
+    /// Tries what routers have told of the paths to peers, and has the kernel forget what is false.
+    pub(super) fn judge_reports(&mut self) {
+        let now = self.clock.now();
+        self.prober.reports.update(now, &self.kernel.routing.path_mtus);
+        while let Some(deed) = self.prober.reports.poll(now) {
+            let (Deed::Ask(host) | Deed::Forget(host, _)) = deed;
+            let Some(node) = self.prober.paths.holder(host) else { continue };
+            match deed {
+                Deed::Ask(_) => self.fill_underlay(node),
+                Deed::Forget(_, told) => self.forget_path_mtus(node, host, told),
+            }
+        }
+    }
+
+    /// Of IPv4 the kernel can forget all reports only. Those that are true are told again.
+    fn forget_path_mtus(&mut self, node: NodeId, host: IpAddr, told: u32) {
+        // The problem in the status tells of one that comes back.
+        let is_told = self.prober.reports.lasting(host).is_some();
+        let forgotten = match host {
+            IpAddr::V4(_) => sysctl::write("net/ipv4/route/flush", "1"),
+            IpAddr::V6(host) => Netlink::open().and_then(|mut netlink| netlink.forget_path(host)),
+        };
+        let text = format!(
+            "a host has told that the path to {} ({host}) carries {told} bytes, which is false: packets of \
+             full size arrive; {}",
+            self.node.name_of(node),
+            match &forgotten {
+                Ok(()) => "the kernel was made to forget it".to_owned(),
+                Err(error) => format!("the kernel could not be made to forget it: {error}"),
+            }
+        );
+        if is_told {
+            return tracing::debug!("{text}");
+        }
+        tracing::warn!("{text}");
+        self.journal.note(EventKind::Path, EventLevel::Warn, text);
+    }
+}

@@ -1,0 +1,454 @@
+//! Tables of nftables about the pods on one bridge: kept equal to which pods there are.
+//!
+//! What the tables hold is said by their shapes ([`spoofing`], [`unused`]). A pod is in their sets before it
+//! is answered. A table is written in one transaction, and what differs later from what the kernel then
+//! showed is a change of another program.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    os::fd::{AsFd as _, BorrowedFd},
+    time::{Duration, Instant},
+};
+
+use rtnetlink::packet_core::NLM_F_CREATE;
+
+use super::{
+    firewall::{Shown, append, create, create_table, delete_table, look, name_of},
+    rules::family_name,
+    spoofing, unused,
+};
+use crate::{
+    model::Mac,
+    netlink::{
+        attributes::{self, Attributes},
+        nftables::{Changes, IFNAMSIZ, Kind, Nftables, Rule, Step, base_chain, name_bytes},
+    },
+    pods::bridge::{Bridge, Tenant, Tenants},
+};
+
+/// Elements per message: an attribute holds no more than 65,531 bytes.
+const ELEMENTS: usize = 500;
+/// What the kernel refused is tried again after so long.
+const TRY_AGAIN: Duration = Duration::from_secs(60);
+
+/// Elements of the sets, by their names.
+pub(super) type Elements = BTreeMap<&'static str, BTreeSet<Vec<u8>>>;
+
+/// What a table is like.
+pub(super) struct Shape {
+    pub(super) family: u8,
+    /// Its name, by that of the overlay's device.
+    pub(super) name: fn(&str) -> String,
+    /// Sets with the length of their elements and their type as the `nft` program knows it.
+    pub(super) sets: &'static [(&'static str, u32, u32)],
+    /// Chains with their hooks and priorities.
+    pub(super) chains: &'static [(&'static str, u32, i32)],
+    /// Chain and rule, from top to bottom.
+    pub(super) rules: fn(&Bridge) -> Vec<(&'static str, Rule)>,
+    pub(super) elements: fn(&Bridge, &Tenants) -> Elements,
+    /// Which of the elements go with a pod that is unplugged.
+    pub(super) leaving: fn(&Bridge, &str, &Tenant, &Elements) -> Elements,
+    /// A set of cables whose elements stay until the kernel has removed the cable.
+    pub(super) cables: Option<&'static str>,
+    /// What is so without the table, and what the table takes.
+    pub(super) without: (&'static str, &'static str),
+}
+
+/// The tables of one bridge.
+pub struct PodTables {
+    nftables: io::Result<Nftables>,
+    changes: Option<Changes>,
+    spoofing: Table,
+    unused: Table,
+}
+
+struct Table {
+    shape: &'static Shape,
+    written: Option<Written>,
+    problem: Option<String>,
+    refused_at: Option<Instant>,
+    /// It is not wanted, and what an earlier run has left was looked for.
+    removed: bool,
+}
+
+struct Written {
+    bridge: Bridge,
+    elements: Elements,
+    /// Not known before it was read for the first time.
+    shown: Option<Shown>,
+}
+
+impl PodTables {
+    /// Opens what it can; what it cannot is a problem once there are pods.
+    pub fn open() -> Self {
+        Self {
+            nftables: Nftables::open(),
+            changes: Changes::open().ok(),
+            spoofing: Table::new(&spoofing::SHAPE),
+            unused: Table::new(&unused::SHAPE),
+        }
+    }
+
+    /// Readable when some table of nftables has changed.
+    pub fn changes(&self) -> Option<BorrowedFd<'_>> {
+        self.changes.as_ref().map(|changes| changes.as_fd())
+    }
+
+    /// Reads what has changed, and says whether another program was at one of the tables.
+    pub fn touched(&mut self) -> io::Result<bool> {
+        let own = self.nftables.as_ref().ok().and_then(|nftables| nftables.port().ok());
+        let tables: Vec<(u8, String)> =
+            [&self.spoofing, &self.unused].into_iter().filter_map(Table::place).collect();
+        self.changes.as_mut().map_or(Ok(false), |changes| changes.touched_in(&tables, own))
+    }
+
+    /// What keeps the tables from being there.
+    pub fn problems(&self) -> impl Iterator<Item = &String> {
+        [&self.spoofing, &self.unused].into_iter().filter_map(|table| table.problem.as_ref())
+    }
+
+    /// Lets a pod in by its cable, before it is answered.
+    ///
+    /// Whether addresses without a pod can be refused is known only after a look at the bridge's ports
+    /// ([`PodTables::keep`]).
+    pub fn let_in(&mut self, bridge: &Bridge, cable: &str, tenant: &Tenant, all: &Tenants) {
+        if !bridge.anti_spoofing {
+            self.spoofing.remove_once(&mut self.nftables, bridge);
+            self.unused.remove_once(&mut self.nftables, bridge);
+            return;
+        }
+        let its_others = all.iter().filter(|(_, other)| other.container == tenant.container);
+        let mut one: Tenants =
+            its_others.map(|(name, other)| (name.clone(), other.clone())).collect();
+        one.insert(cable.to_owned(), tenant.clone());
+        let was_written = self.unused.written.is_some();
+        let spoofing = self.spoofing.add(&mut self.nftables, bridge, &one);
+        let unused = self.unused.add(&mut self.nftables, bridge, &one);
+        if spoofing && (unused || !was_written) {
+            return;
+        }
+        let mut all = all.clone();
+        all.extend(one);
+        let all = with_known_macs(&mut self.nftables, bridge, &all);
+        if !spoofing {
+            self.spoofing.write_for(&mut self.nftables, bridge, &all);
+        }
+        if was_written && !unused {
+            self.unused.write_for(&mut self.nftables, bridge, &all);
+        }
+    }
+
+    /// Takes back what a cable was allowed. Nothing that comes out of it passes any more.
+    pub fn shut_out(&mut self, cable: &str, tenant: &Tenant) {
+        self.spoofing.shut_out(&mut self.nftables, cable, tenant);
+        self.unused.shut_out(&mut self.nftables, cable, tenant);
+    }
+
+    /// Makes the tables what they should be, or removes them where they are not wanted. `with_strangers` says
+    /// whether the bridge has ports of others, whose addresses are not known; `there` lists the interfaces of
+    /// this host. Names the tables that another program had changed.
+    pub fn keep(
+        &mut self,
+        bridge: &Bridge,
+        tenants: &Tenants,
+        with_strangers: bool,
+        there: impl FnOnce() -> io::Result<BTreeSet<String>>,
+    ) -> Vec<String> {
+        let tenants = match bridge.anti_spoofing {
+            true => with_known_macs(&mut self.nftables, bridge, tenants),
+            false => Tenants::new(),
+        };
+        let mut there = Some(there);
+        let wanted = [
+            (&mut self.spoofing, bridge.anti_spoofing),
+            (&mut self.unused, bridge.anti_spoofing && !with_strangers),
+        ];
+        let mut changed = Vec::new();
+        for (table, is_wanted) in wanted {
+            if !is_wanted {
+                table.remove_once(&mut self.nftables, bridge);
+            } else if table.keep(&mut self.nftables, bridge, &tenants, &mut there) {
+                changed.push(table.full_name(bridge));
+            }
+        }
+        changed
+    }
+
+    /// Removes the tables of the overlay with this device; one that is not there is no error.
+    pub fn remove(&mut self, device: &str) -> io::Result<()> {
+        let spoofing = self.spoofing.remove(&mut self.nftables, device);
+        self.unused.remove(&mut self.nftables, device).and(spoofing)
+    }
+
+    /// Tables for bridges whose name is wanted.
+    pub fn tables(&mut self, wanted: impl Fn(&str) -> bool) -> io::Result<Vec<String>> {
+        let Ok(nftables) = &mut self.nftables else { return Ok(Vec::new()) };
+        let mut names = tables_in(nftables, spoofing::SHAPE.family)?;
+        names.retain(|name| wanted(name));
+        Ok(names)
+    }
+}
+
+impl Table {
+    const fn new(shape: &'static Shape) -> Self {
+        Self { shape, written: None, problem: None, refused_at: None, removed: false }
+    }
+
+    fn name(&self, bridge: &Bridge) -> String {
+        (self.shape.name)(&bridge.table)
+    }
+
+    /// As `nft` takes it.
+    fn full_name(&self, bridge: &Bridge) -> String {
+        format!("{} {}", family_name(self.shape.family), self.name(bridge))
+    }
+
+    /// Family and name, where it was written.
+    fn place(&self) -> Option<(u8, String)> {
+        let written = self.written.as_ref()?;
+        Some((self.shape.family, self.name(&written.bridge)))
+    }
+
+    /// Adds what belongs to some pods; false, if the table was not there for that.
+    fn add(
+        &mut self,
+        nftables: &mut io::Result<Nftables>,
+        bridge: &Bridge,
+        tenants: &Tenants,
+    ) -> bool {
+        let name = self.name(bridge);
+        let (Ok(nftables), Some(written)) = (nftables, &mut self.written) else { return false };
+        let new = (self.shape.elements)(bridge, tenants);
+        let is_added = written.bridge == *bridge
+            && change(nftables, self.shape.family, &name, Kind::NewElements, &new).is_ok();
+        if is_added {
+            new.into_iter()
+                .for_each(|(set, keys)| written.elements.entry(set).or_default().extend(keys));
+        }
+        is_added
+    }
+
+    fn shut_out(&mut self, nftables: &mut io::Result<Nftables>, cable: &str, tenant: &Tenant) {
+        let (Ok(nftables), Some(written)) = (nftables, &mut self.written) else { return };
+        let name = (self.shape.name)(&written.bridge.table);
+        let gone = (self.shape.leaving)(&written.bridge, cable, tenant, &written.elements);
+        for (set, keys) in &gone {
+            if let Some(has) = written.elements.get_mut(set) {
+                has.retain(|key| !keys.contains(key));
+            }
+        }
+        if change(nftables, self.shape.family, &name, Kind::DelElements, &gone).is_err() {
+            // It is not as it was written, and is written again when it is looked at.
+            self.written = None;
+        }
+    }
+
+    /// Says whether another program had changed it.
+    fn keep(
+        &mut self,
+        nftables: &mut io::Result<Nftables>,
+        bridge: &Bridge,
+        tenants: &Tenants,
+        there: &mut Option<impl FnOnce() -> io::Result<BTreeSet<String>>>,
+    ) -> bool {
+        let mut wanted = (self.shape.elements)(bridge, tenants);
+        self.keep_dying(&mut wanted, there);
+        let found = match (&mut *nftables, &self.written) {
+            (Ok(nftables), Some(written)) => {
+                let (family, name) = (self.shape.family, self.name(&written.bridge));
+                look(nftables, family, &name)
+                    .and_then(|(shown, _)| Ok((shown, present(nftables, self.shape, &name)?)))
+                    .ok()
+            }
+            _ => {
+                self.write(nftables, bridge, wanted);
+                return false;
+            }
+        };
+        let Some(written) = &mut self.written else { return false };
+        let is_right = found.is_some_and(|(shown, present)| {
+            let rules_are_right = match &written.shown {
+                Some(before) => *before == shown,
+                None => shown.rules() == (self.shape.rules)(&written.bridge).len(),
+            };
+            if rules_are_right {
+                written.shown = Some(shown);
+            }
+            rules_are_right && present == written.elements
+        });
+        if !is_right || written.bridge != *bridge || written.elements != wanted {
+            self.write(nftables, bridge, wanted);
+        }
+        !is_right
+    }
+
+    /// Cables that are being removed stay where they are.
+    fn keep_dying(
+        &self,
+        wanted: &mut Elements,
+        there: &mut Option<impl FnOnce() -> io::Result<BTreeSet<String>>>,
+    ) {
+        let Some(set) = self.shape.cables else { return };
+        let had = self.written.as_ref().and_then(|written| written.elements.get(set));
+        let keep = wanted.entry(set).or_default();
+        let stale: Vec<Vec<u8>> =
+            had.into_iter().flat_map(|had| had.difference(keep)).cloned().collect();
+        let Some(there) = there.take_if(|_| !stale.is_empty()) else { return };
+        let there: BTreeSet<Vec<u8>> = match there() {
+            Ok(names) => names.iter().map(|name| name_bytes(name).to_vec()).collect(),
+            Err(_) => return,
+        };
+        keep.extend(stale.into_iter().filter(|key| there.contains(key)));
+    }
+
+    fn write_for(
+        &mut self,
+        nftables: &mut io::Result<Nftables>,
+        bridge: &Bridge,
+        tenants: &Tenants,
+    ) {
+        self.write(nftables, bridge, (self.shape.elements)(bridge, tenants));
+    }
+
+    /// In one transaction, which no packet notices.
+    fn write(&mut self, nftables: &mut io::Result<Nftables>, bridge: &Bridge, elements: Elements) {
+        if self.refused_at.is_some_and(|at| at.elapsed() < TRY_AGAIN) {
+            return;
+        }
+        let Shape { family, sets, chains, rules, without, .. } = self.shape;
+        let table = &self.name(bridge);
+        let mut steps = vec![create_table(table), delete_table(table), create_table(table)];
+        for (id, (set, length, kind)) in (1..).zip(*sets) {
+            let named = Attributes::new().text(1, table).text(2, set);
+            let of_keys = named.be32(3, 0).be32(4, *kind).be32(5, *length).be32(10, id);
+            steps.push(create(Kind::NewSet, of_keys));
+        }
+        steps.extend(element_steps(table, Kind::NewElements, &elements));
+        for (chain, hook, priority) in *chains {
+            let based = base_chain(table, chain, "filter", *hook, *priority);
+            steps.push(create(Kind::NewChain, based));
+        }
+        steps.extend(rules(bridge).iter().map(|(chain, rule)| append(table, chain, rule)));
+        self.written = None;
+        let done = match nftables {
+            Ok(nftables) => nftables.transaction_in(*family, &steps),
+            Err(error) => Err(io::Error::new(error.kind(), error.to_string())),
+        };
+        match done {
+            Ok(()) => {
+                (self.problem, self.refused_at, self.removed) = (None, None, false);
+                self.written = Some(Written { bridge: bridge.clone(), elements, shown: None });
+            }
+            Err(error) => {
+                self.refused_at = Some(Instant::now());
+                let (what, takes) = without;
+                self.problem = Some(format!(
+                    "{what}: nftables, family {}: {error}: it takes a kernel with {takes}, or set \
+                     anti_spoofing = false",
+                    family_name(*family)
+                ));
+            }
+        }
+    }
+
+    fn remove(&mut self, nftables: &mut io::Result<Nftables>, device: &str) -> io::Result<()> {
+        self.written = None;
+        let (family, name) = (self.shape.family, (self.shape.name)(device));
+        let Ok(nftables) = nftables else { return Ok(()) };
+        if !tables_in(nftables, family)?.contains(&name) {
+            return Ok(());
+        }
+        nftables.transaction_in(family, &[delete_table(&name)])
+    }
+
+    /// Removes what this run or an earlier one with other settings has left, which would hold up new pods.
+    fn remove_once(&mut self, nftables: &mut io::Result<Nftables>, bridge: &Bridge) {
+        if std::mem::replace(&mut self.removed, true) {
+            return;
+        }
+        let name = self.full_name(bridge);
+        self.problem = self
+            .remove(nftables, &bridge.table)
+            .err()
+            .map(|error| format!("the table {name} of nftables was not removed: {error}"));
+    }
+}
+
+/// MACs that nobody knows any more are in the table that an earlier process has left.
+fn with_known_macs(
+    nftables: &mut io::Result<Nftables>,
+    bridge: &Bridge,
+    tenants: &Tenants,
+) -> Tenants {
+    let mut tenants = tenants.clone();
+    if tenants.values().all(|tenant| tenant.mac.is_some()) {
+        return tenants;
+    }
+    let Ok(nftables) = nftables else { return tenants };
+    let (family, name) = (spoofing::SHAPE.family, (spoofing::SHAPE.name)(&bridge.table));
+    let left = keys_in(nftables, family, &name, spoofing::MACS).unwrap_or_default();
+    for (cable, tenant) in tenants.iter_mut().filter(|(_, tenant)| tenant.mac.is_none()) {
+        let its = left.iter().find(|key| key.starts_with(&name_bytes(cable)));
+        let mac = its.and_then(|key| key.get(IFNAMSIZ..)?.first_chunk::<6>().copied());
+        tenant.mac = mac.map(Mac::from_bytes);
+    }
+    tenants
+}
+
+fn change(
+    nftables: &mut Nftables,
+    family: u8,
+    table: &str,
+    kind: Kind,
+    elements: &Elements,
+) -> io::Result<()> {
+    match &element_steps(table, kind, elements)[..] {
+        [] => Ok(()),
+        steps => nftables.transaction_in(family, steps),
+    }
+}
+
+fn element_steps(table: &str, kind: Kind, elements: &Elements) -> Vec<Step> {
+    let mut steps = Vec::new();
+    let flags = if kind == Kind::NewElements { NLM_F_CREATE } else { 0 };
+    for (set, keys) in elements {
+        let keys: Vec<&Vec<u8>> = keys.iter().collect();
+        for some in keys.chunks(ELEMENTS) {
+            let list = some.iter().fold(Attributes::new(), |list, key| {
+                let value = Attributes::new().put(1, key);
+                list.nest(1, &Attributes::new().nest(1, &value))
+            });
+            let attributes = Attributes::new().text(1, table).text(2, set).nest(3, &list);
+            steps.push(Step { kind, flags, attributes });
+        }
+    }
+    steps
+}
+
+fn present(nftables: &mut Nftables, shape: &Shape, table: &str) -> io::Result<Elements> {
+    let sets = shape.sets.iter();
+    sets.map(|(set, ..)| Ok((*set, keys_in(nftables, shape.family, table, set)?))).collect()
+}
+
+fn keys_in(
+    nftables: &mut Nftables,
+    family: u8,
+    table: &str,
+    set: &str,
+) -> io::Result<BTreeSet<Vec<u8>>> {
+    let filter = Attributes::new().text(1, table).text(2, set);
+    let mut keys = BTreeSet::new();
+    for object in nftables.dump(Kind::GetElements, family, &filter)? {
+        let list = attributes::find(&object.attributes, 3).unwrap_or_default();
+        keys.extend(attributes::read(list).filter_map(|(_, element)| {
+            Some(attributes::find(attributes::find(element, 1)?, 1)?.to_vec())
+        }));
+    }
+    Ok(keys)
+}
+
+fn tables_in(nftables: &mut Nftables, family: u8) -> io::Result<Vec<String>> {
+    let tables = nftables.dump(Kind::GetTable, family, &Attributes::new())?;
+    Ok(tables.iter().map(|table| name_of(table, 1).to_owned()).collect())
+}

@@ -1,0 +1,145 @@
+//! Packets to addresses of a host's subnet that no pod has: they are refused before the kernel looks for a
+//! neighbor.
+
+use std::{
+    net::{Ipv6Addr, UdpSocket},
+    thread,
+    time::Duration,
+};
+
+use gossamer::lab::{Agent, Lab, NetNs, Pinger};
+use nix::sys::signal::Signal;
+
+use crate::{
+    cni::{Runtime, namespaces},
+    common::{
+        Cluster, PATIENCE, eventually, isolated, program, run, status_where, token_of, tool,
+        wait_until,
+    },
+};
+
+/// More than any default of `net.ipv6.neigh.default.gc_thresh3`.
+const FLOOD: u32 = 3_000;
+const REFUSED: &str = "nft list table inet gossamer.1-pods";
+
+/// Two hosts with both families, of which the first has 10.42.7.0/24.
+fn cluster(lab: &mut Lab) -> anyhow::Result<Cluster> {
+    let first = lab.host(1, "n1")?;
+    let overlay = ["--init", "--network6", "fd42::/48", "--prefer-subnet", "10.42.7.0"];
+    let mut agent = Agent::start(program(), &first, &overlay)?;
+    agent.wait_converged(1, PATIENCE)?;
+    let token = token_of(&mut agent)?;
+    let mut cluster = Cluster { hosts: vec![first], agents: vec![agent], token };
+    cluster.join(lab, 2)?;
+    cluster.converge()?;
+    Ok(cluster)
+}
+
+/// A datagram to each of many addresses of the first host's subnet.
+fn flood(from: &NetNs) -> anyhow::Result<()> {
+    Ok(from.run(|| {
+        let socket = UdpSocket::bind("[::]:0")?;
+        for number in 0x1_0000..0x1_0000 + FLOOD {
+            let [high, low] = [number >> 16, number & 0xffff].map(|part| part as u16);
+            // What is refused is an error here, on this host or by a message of the other one.
+            let _ = socket.send_to(b"x", (Ipv6Addr::new(0xfd42, 0, 0, 7, 0, 0, high, low), 9));
+        }
+        Ok(())
+    })?)
+}
+
+/// Entries for addresses of the subnets on the pods' bridge, less those of pods.
+fn strange_entries(host: &NetNs, pods: &[String]) -> Vec<String> {
+    let all = tool(host, "ip neigh show nud all dev gsm0");
+    let of_subnet = |line: &&str| line.starts_with("fd42:") || line.starts_with("10.42.");
+    let is_pods = |line: &str| pods.iter().any(|ip| line.starts_with(&format!("{ip} ")));
+    all.lines().filter(of_subnet).filter(|line| !is_pods(line)).map(str::to_owned).collect()
+}
+
+fn addresses(added: &serde_json::Value) -> Vec<String> {
+    let ips = added["ips"].as_array().expect("addresses");
+    let text = |ip: &serde_json::Value| ip["address"].as_str().expect("an address").to_owned();
+    ips.iter().map(text).map(|ip| ip.split('/').next().expect("an address").to_owned()).collect()
+}
+
+fn reaches(from: &NetNs, to: &str) -> bool {
+    run(from, &format!("ping -c 1 -W 2 {to}")).status.success()
+}
+
+#[test]
+fn packets_to_unused_addresses_fill_no_neighbor_table_and_new_pods_are_found() {
+    isolated(|lab| {
+        let mut cluster = cluster(lab)?;
+        let spaces = namespaces(&["a", "b", "c"])?;
+        let mut known = addresses(&Runtime::new(&cluster.agents[0]).add("a"));
+        Runtime::new(&cluster.agents[1]).add("b");
+        let host = &cluster.hosts[0].netns;
+        eventually(host, REFUSED, |text| text.contains(&known[0]));
+        known.extend(["10.42.7.254", "fd42:0:0:7::fe"].map(str::to_owned));
+
+        // The sender is told at once, where the kernel alone would take three seconds.
+        for unused in ["10.42.7.99", "fd42:0:0:7::99"] {
+            let said = run(&spaces[1], &format!("ping -c 1 -W 2 {unused}"));
+            let said = String::from_utf8(said.stdout)?;
+            assert!(said.to_lowercase().contains("unreachable"), "{said}");
+        }
+        // Of a pod elsewhere, and of this host itself.
+        for source in [&spaces[1], host] {
+            flood(source)?;
+            let _ = run(source, "ping -c 1 -W 1 10.42.7.98");
+            let strange = strange_entries(host, &known);
+            assert!(strange.len() < 5, "{} entries: {:?}", strange.len(), strange.first());
+        }
+        let added = addresses(&Runtime::new(&cluster.agents[0]).add("c"));
+        for address in known.iter().take(2).chain(&added) {
+            // A bridge that is new asks for nobody before its own address is known to be its own.
+            wait_until(address, PATIENCE, || reaches(&spaces[1], address));
+        }
+
+        // What others do to the table is repaired; a restart loses no packet; a pod that is gone is refused.
+        tool(host, "nft delete table inet gossamer.1-pods");
+        eventually(host, REFUSED, |text| text.contains(&added[0]) && text.contains("reject"));
+        status_where(&mut cluster.agents[0], |status| {
+            status["kernel"]["repairs"]["anti-spoofing"].as_u64() >= Some(1)
+        });
+        let (mut pinger, to) = (Pinger::new(&spaces[1])?, added[0].parse()?);
+        let pinging = thread::spawn(move || pinger.stream(to, 300, Duration::from_millis(10)));
+        cluster.agents[0].end(Signal::SIGTERM)?;
+        cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &[])?;
+        cluster.agents[0].wait_converged(2, PATIENCE)?;
+        assert_eq!(pinging.join().expect("the pinger ends")?, 300);
+        Runtime::new(&cluster.agents[0]).del("c");
+        eventually(host, REFUSED, |text| !text.contains(&added[0]));
+        assert!(reaches(&spaces[1], &known[0]) && !reaches(&spaces[1], &added[0]));
+        Ok(())
+    });
+}
+
+#[test]
+fn port_of_another_program_on_the_bridge_is_reached() {
+    isolated(|lab| {
+        let mut cluster = cluster(lab)?;
+        let spaces = namespaces(&["a", "b"])?;
+        Runtime::new(&cluster.agents[0]).add("a");
+        Runtime::new(&cluster.agents[1]).add("b");
+        let host = &cluster.hosts[0].netns;
+        eventually(host, REFUSED, |text| text.contains("reject"));
+        let other = NetNs::new("other")?;
+        tool(host, "ip link add other0 type veth peer name eth0 netns other");
+        for command in [
+            "ip addr add 10.42.7.99/24 dev eth0",
+            "ip link set eth0 up",
+            "ip route add default via 10.42.7.1",
+        ] {
+            tool(&other, command);
+        }
+        tool(host, "ip link set other0 master gsm0 up");
+        eventually(&spaces[1], "ping -c 1 -W 1 10.42.7.99", |said| {
+            said.contains(" 0% packet loss")
+        });
+        tool(host, "ip link set other0 nomaster");
+        eventually(host, REFUSED, |text| text.contains("reject"));
+        cluster.converge()?;
+        Ok(())
+    });
+}

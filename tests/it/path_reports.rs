@@ -1,0 +1,115 @@
+//! ICMP messages "fragmentation needed" of a host that sees none of the traffic.
+
+use std::{
+    net::{Ipv4Addr, Ipv6Addr, SocketAddrV4, SocketAddrV6},
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::Duration,
+};
+
+use gossamer::lab::{Host, NetNs};
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::common::{Cluster, PATIENCE, eventually, has_problem, isolated, run, tool, wait_until};
+
+fn sum(bytes: &[u8]) -> u16 {
+    let words = bytes.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1]));
+    let sum = words.sum::<u32>();
+    !(((sum >> 16) + (sum & 0xffff)) as u16)
+}
+
+/// That a tunnel packet from one host to another was too large.
+fn report(from: Ipv4Addr, to: Ipv4Addr, mtu: u16) -> Vec<u8> {
+    let mut ip = vec![0x45, 0, 5, 220, 0, 1, 0x40, 0, 64, 17, 0, 0];
+    ip.extend(from.octets());
+    ip.extend(to.octets());
+    let checksum = sum(&ip).to_be_bytes();
+    ip[10..12].copy_from_slice(&checksum);
+    let [high, low] = 8472_u16.to_be_bytes();
+    let udp = [0xc0, 0, high, low, 5, 200, 0, 0];
+    let vxlan = [8, 0, 0, 0, 0, 0, 1, 0];
+    let [first, second] = mtu.to_be_bytes();
+    let mut icmp = [&[3, 4, 0, 0, 0, 0, first, second][..], &ip, &udp, &vxlan].concat();
+    let checksum = sum(&icmp).to_be_bytes();
+    icmp[2..4].copy_from_slice(&checksum);
+    icmp
+}
+
+fn forge(attacker: &NetNs, victim: &Host, peer: &Host, mtu: u16) -> anyhow::Result<()> {
+    Ok(attacker.run(|| {
+        let socket = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::ICMPV4))?;
+        let to = SocketAddrV4::new(victim.ip, 0);
+        socket.send_to(&report(victim.ip, peer.ip, mtu), &to.into()).map(drop)
+    })?)
+}
+
+#[test]
+fn ipv6_path_mtu_is_forgotten() {
+    isolated(|_| {
+        let (near, far) = (NetNs::new("near")?, NetNs::new("far")?);
+        tool(&near, "ip link add eth0 type veth peer name eth0 netns far");
+        for (netns, address) in [(&near, "fd00::1"), (&far, "fd00::2")] {
+            tool(netns, &format!("ip addr add {address}/64 dev eth0 nodad"));
+            tool(netns, "ip link set eth0 up");
+        }
+        eventually(&near, "ping -c 1 -W 1 fd00::2", |said| said.contains(" 0% packet loss"));
+        let host: Ipv6Addr = "fd00::2".parse()?;
+        far.run(|| {
+            // An echo request of the near host, as it is quoted.
+            let own: Ipv6Addr = "fd00::1".parse().expect("an address");
+            let head = [0x60, 0, 0, 0, 5, 200, 58, 64];
+            let quoted = [&head[..], &own.octets(), &host.octets(), &[128, 0, 0, 0, 0, 9, 0, 1]];
+            let message = [&[2, 0, 0, 0, 0, 0, 5, 0][..], &quoted.concat()].concat();
+            let socket = Socket::new(Domain::IPV6, Type::RAW, Some(Protocol::ICMPV6))?;
+            socket.send_to(&message, &SocketAddrV6::new(own, 0, 0, 0).into()).map(drop)
+        })?;
+        let way = "ip -6 route get fd00::2";
+        eventually(&near, way, |shown| shown.contains("mtu 1280"));
+        near.netlink()?.forget_path(host)?;
+        assert!(!tool(&near, way).contains("mtu"), "{}", tool(&near, way));
+        Ok(())
+    });
+}
+
+#[test]
+fn forged_path_mtu_is_forgotten_and_named_when_it_comes_back() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let pods = cluster.pods()?;
+        let attacker = lab.host(66, "evil")?;
+        let (victim, peer) = (&cluster.hosts[0], &cluster.hosts[1]);
+        let way = format!("ip route get {} from {}", peer.ip, victim.ip);
+        for mtu in [552, 1_000] {
+            wait_until("the kernel does not believe it", PATIENCE, || {
+                forge(&attacker.netns, victim, peer, mtu).is_ok()
+                    && tool(&victim.netns, &way).contains(&format!("mtu {mtu}"))
+            });
+            eventually(&victim.netns, &way, |shown| !shown.contains("mtu"));
+            assert!(!tool(&victim.netns, "ip route show proto 73").contains("mtu"));
+        }
+        let large = format!("ping -c 1 -W 2 -M do -s 1422 {}", pods[1].ip);
+        wait_until("full packets do not pass", PATIENCE, || {
+            run(&victim.netns, &large).status.success()
+        });
+        // Again and again.
+        let is_over = AtomicBool::new(false);
+        let agent = &mut cluster.agents[0];
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !is_over.load(Ordering::Relaxed) {
+                    let _ = forge(&attacker.netns, victim, peer, 552);
+                    thread::sleep(Duration::from_millis(200));
+                }
+            });
+            let named = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                wait_until("it is not named", PATIENCE, || {
+                    has_problem(agent, "forges ICMP type 3")
+                });
+            }));
+            is_over.store(true, Ordering::Relaxed);
+            named.expect("it is named");
+        });
+        wait_until("it is named for ever", PATIENCE, || !has_problem(agent, "forges ICMP type 3"));
+        Ok(())
+    });
+}

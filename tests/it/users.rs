@@ -1,0 +1,93 @@
+//! Users of a host who are not root: they send no tunnel packets of their own, and reach pods as ever.
+
+use std::{fs, io::Write as _};
+
+use gossamer::lab::{Agent, NetNs};
+
+use crate::common::{
+    Cluster, PATIENCE, eventually, isolated, run, skipped, status_where, tool, wait_until,
+};
+
+const USER: &str = "setpriv --reuid 1234 --regid 1234 --clear-groups";
+
+/// Whether a user, or root, can send what is in a file as one datagram.
+fn sends(netns: &NetNs, as_whom: &str, file: &str, to: &str, port: u16) -> bool {
+    let script = format!("/bin/cat<{file}>/dev/udp/{to}/{port}");
+    run(netns, &format!("{as_whom} bash -c {script}")).status.success()
+}
+
+fn sum(bytes: &[u8]) -> u16 {
+    let words = bytes.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1]));
+    let sum = words.sum::<u32>();
+    !(((sum >> 16) + (sum & 0xffff)) as u16)
+}
+
+/// A tunnel packet with an echo request in the name of a pod that is nowhere.
+fn forgery(mac: &str, to: [u8; 4]) -> Vec<u8> {
+    let mac: Vec<u8> = mac.split(':').map(|b| u8::from_str_radix(b, 16).expect("hex")).collect();
+    let mut echo = vec![8, 0, 0, 0, 0, 1, 0, 1];
+    let checksum = sum(&echo).to_be_bytes();
+    echo[2..4].copy_from_slice(&checksum);
+    let mut ip = vec![0x45, 0, 0, 28, 0, 1, 0, 0, 64, 1, 0, 0, 10, 42, 254, 9];
+    ip.extend(to);
+    let checksum = sum(&ip).to_be_bytes();
+    ip[10..12].copy_from_slice(&checksum);
+    let vxlan = [8, 0, 0, 0, 0, 0, 1, 0];
+    [&vxlan[..], &mac, &[2, 0, 0, 0, 0, 9, 8, 0], &ip, &echo].concat()
+}
+
+fn echoes(netns: &NetNs) -> u64 {
+    let counters = tool(netns, "cat /proc/net/snmp");
+    let mut lines = counters.lines().filter(|line| line.starts_with("Icmp:"));
+    let (names, values) = (lines.next().expect("names"), lines.next().expect("values"));
+    let place = names.split(' ').position(|name| name == "InEchos").expect("InEchos");
+    values.split(' ').nth(place).and_then(|value| value.parse().ok()).expect("a number")
+}
+
+#[test]
+fn user_of_a_host_cannot_speak_as_a_pod_and_reaches_pods() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let pods = cluster.pods()?;
+        let host = &cluster.hosts[0].netns;
+        if !run(host, &format!("{USER} true")).status.success() {
+            skipped("users", "there are no users but root here");
+            return Ok(());
+        }
+        let link = tool(&cluster.hosts[1].netns, "ip -br link show gossamer.1");
+        let mac = link.split_whitespace().nth(2).expect("a MAC");
+        let victim = pods[1].ip.octets();
+        let mut file = tempfile::Builder::new().tempfile()?;
+        file.write_all(&forgery(mac, victim))?;
+        fs::set_permissions(file.path(), std::os::unix::fs::PermissionsExt::from_mode(0o644))?;
+        let path = file.path().display().to_string();
+        let peer = cluster.hosts[1].ip.to_string();
+
+        // What root can do in any case, to see that the forgery is one.
+        assert!(sends(host, "env", &path, &peer, 8472));
+        wait_until("the forgery is none", PATIENCE, || echoes(&pods[1].netns) == 1);
+        assert!(!sends(host, USER, &path, &peer, 8472));
+        assert!(sends(host, USER, &path, &peer, 8474));
+        assert!(sends(host, USER, &path, &pods[1].ip.to_string(), 9));
+        assert!(run(host, &format!("ping -c 1 -W 2 {}", pods[1].ip)).status.success());
+        assert_eq!(echoes(&pods[1].netns), 2);
+
+        // It is put right, and says that another program was at it.
+        let is_there = |shown: &str| shown.contains("prohibit proto 73");
+        eventually(host, "ip rule show", is_there);
+        tool(host, "ip rule del pref 73");
+        eventually(host, "ip rule show", is_there);
+        status_where(&mut cluster.agents[0], |status| {
+            status["kernel"]["repairs"]["firewall"].as_u64() == Some(1)
+        });
+        assert!(!sends(host, USER, &path, &peer, 8472));
+        cluster.restart(0, &["--guard", "false"])?;
+        eventually(&cluster.hosts[0].netns, "ip rule show", |shown| !is_there(shown));
+        cluster.restart(0, &[])?;
+        eventually(&cluster.hosts[0].netns, "ip rule show", is_there);
+        let leaver: &mut Agent = &mut cluster.agents[0];
+        leaver.leave()?;
+        assert!(!is_there(&tool(&cluster.hosts[0].netns, "ip rule show")));
+        Ok(())
+    });
+}
