@@ -90,8 +90,8 @@ impl Round {
         Self { bridge, ports, left, came, taken }
     }
 
-    /// Takes note of a packet. One of a pod that lies about another one's address is dropped before it gets
-    /// as far as the bridge, unless the operator wants no such protection.
+    /// Takes note of a packet. An answer of another pod for this address is dropped at that pod's port, where
+    /// anti-spoofing is on.
     pub fn see(&mut self, packet: &Packet<'_>) {
         let Some((is_answer, address)) = question_or_answer(packet) else { return };
         let Some(port) = self.ports.get(&address) else { return };

@@ -217,12 +217,13 @@ fn what_drops_a_pods_packets_at_its_interface_is_named_until_it_is_gone() {
 
 /// Its own administrator may do that.
 #[test]
-fn pod_whose_own_end_is_down_or_without_its_address_is_no_problem() {
+fn pod_whose_own_end_is_down_or_has_another_address_or_mac_is_no_problem() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
-        let (spaces, pods) = with_pods(&mut cluster, &["a", "b"])?;
-        wait_for_answers(&mut cluster, "2 pods answer when asked");
+        let (spaces, pods) = with_pods(&mut cluster, &["a", "b", "c"])?;
+        wait_for_answers(&mut cluster, "3 pods answer when asked");
         tool(&spaces[0], "ip link set eth0 down");
+        tool(&spaces[2], "ip link set eth0 address 02:00:5e:10:20:30");
         tool(&spaces[1], &format!("ip addr del {}/24 dev eth0", pods[1].1));
         // The second one is asked, and silent in several rounds.
         let silent = |status: &Value| !detail(status).contains("answer when asked");

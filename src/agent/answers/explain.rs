@@ -12,7 +12,7 @@ use crate::{
     agent::hooks::{self, Side},
     dataplane::{answers::Loss, kernel::FirewallTable},
     netlink::{Netlink, link::Link},
-    pods::wiring::Wiring,
+    pods::wiring::{Wiring, WiringError},
 };
 
 /// What was read is read again after so long.
@@ -50,18 +50,21 @@ fn sentence(
     netlink: &mut Netlink,
     wiring: &mut Wiring,
     roster: &Roster,
-    Asked { pod, .. }: &Asked,
+    Asked { pod, mac }: &Asked,
     port: &str,
     loss: Loss,
 ) -> Option<String> {
     // It may be on its way out.
     let link = netlink.link(port).ok()??;
     let bridge = netlink.link(&roster.bridge).ok()??;
-    if loss == Loss::Pod && wiring.check(pod, None, None).is_err() {
-        return None;
-    }
     let address = pod.addresses.first;
-    let causes = causes(netlink, roster, [&link, &bridge], address, loss).join("; ");
+    let checked = (loss != Loss::Question).then(|| wiring.check(pod, None, *mac));
+    let causes = match (loss, checked) {
+        (Loss::Pod, Some(Err(_))) => return None,
+        // Under another MAC than it was given: anti-spoofing drops that.
+        (_, Some(Err(WiringError::Lacks(what)))) => what,
+        _ => causes(netlink, roster, [&link, &bridge], address, loss).join("; "),
+    };
     let question = if address.is_ipv4() { "ARP" } else { "neighbor discovery" };
     let interface = pod.attachment.interface();
     let place = match loss {
