@@ -11,8 +11,11 @@ use std::{
 
 use gossamer::lab::Agent;
 use nix::{
-    sys::{signal::Signal, stat::Mode},
-    unistd::mkfifo,
+    sys::{
+        signal::{Signal, kill},
+        stat::Mode,
+    },
+    unistd::{Pid, mkfifo},
 };
 use serde_json::json;
 
@@ -29,6 +32,21 @@ use crate::{
 fn busy(agent: &Agent, error: &str) -> anyhow::Result<Tracer> {
     let thread = thread_of(agent, "kernel");
     Tracer::start(&["-p", &thread.to_string()], "sendto", error)
+}
+
+/// Ends the tracer that an agent was started with.
+fn let_go(agent: &Agent) -> anyhow::Result<()> {
+    let status = format!("/proc/{}/status", agent.pid());
+    let tracer = || {
+        let status = fs::read_to_string(&status).unwrap_or_default();
+        let line = status.lines().find_map(|line| line.strip_prefix("TracerPid:"));
+        line.and_then(|pid| pid.trim().parse::<i32>().ok()).filter(|pid| *pid > 0)
+    };
+    if let Some(pid) = tracer() {
+        kill(Pid::from_raw(pid), Signal::SIGTERM)?;
+    }
+    wait_until("it is still traced", PATIENCE, || tracer().is_none());
+    Ok(())
 }
 
 fn thread_of(agent: &Agent, name: &str) -> u32 {
@@ -69,7 +87,8 @@ fn busy_kernel_at_each_time_delays_repairs_alone() {
             fs::write(
                 &traced,
                 format!(
-                    "#!/bin/sh\nexec strace -D -f -qq -o /dev/null -e trace=sendto -e {inject} {} \"$@\"\n",
+                    "#!/bin/sh\nexec strace -D -I 2 -f -qq -o /dev/null -e trace=sendto \
+                     -e {inject} {} \"$@\"\n",
                     program().display()
                 ),
             )?;
@@ -82,7 +101,8 @@ fn busy_kernel_at_each_time_delays_repairs_alone() {
                 scene.cluster.agents[0].ask("/v1/status", PATIENCE).is_ok()
             });
             scene.recovers()?;
-            // Without the tracer.
+            // The write by which a handler tells of its signal would fail as well.
+            let_go(&scene.cluster.agents[0])?;
             scene.ends()?;
             scene.starts()?;
             scene.recovers()?;
