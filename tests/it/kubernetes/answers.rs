@@ -2,7 +2,7 @@
 
 use std::{fs, time::Instant};
 
-use gossamer::lab::{Agent, Host};
+use gossamer::lab::{Agent, Host, Lab};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
@@ -23,6 +23,19 @@ fn start(host: &Host, token: &str, port: u16) -> anyhow::Result<Agent> {
     let [address, port] = variables(port);
     let variables = [address, port, ("GOSSAMER_TOKEN", token.to_owned())];
     Ok(Agent::start_with(program(), host, &["--lease-source", "podcidr"], &variables)?)
+}
+
+/// Two nodes of one API server that have found each other.
+fn pair(lab: &mut Lab) -> anyhow::Result<(ApiServer, Vec<Host>, String, [Agent; 2])> {
+    let server = ApiServer::start()?;
+    let hosts = nodes(lab, &server, 2)?;
+    let token = gossamer_token()?;
+    let mut agents =
+        [start(&hosts[0], &token, server.port)?, start(&hosts[1], &token, server.port)?];
+    for agent in &mut agents {
+        agent.wait_converged(2, PATIENCE)?;
+    }
+    Ok((server, hosts, token, agents))
 }
 
 fn is_waiting_for(status: &Value, why: &str) -> bool {
@@ -156,14 +169,7 @@ fn nodes_that_could_not_list_the_others_say_so_and_find_them_later() {
 #[test]
 fn node_that_is_registered_anew_with_another_subnet_moves_to_it() {
     isolated(|lab| {
-        let server = ApiServer::start()?;
-        let hosts = nodes(lab, &server, 2)?;
-        let token = gossamer_token()?;
-        let mut agents =
-            [start(&hosts[0], &token, server.port)?, start(&hosts[1], &token, server.port)?];
-        for agent in &mut agents {
-            agent.wait_converged(2, PATIENCE)?;
-        }
+        let (server, hosts, token, mut agents) = pair(lab)?;
         let spaces = namespaces(&["old", "new", "far"])?;
         Runtime::new(&agents[0]).add("old");
         let far = Runtime::new(&agents[1]).add("far");
@@ -202,14 +208,7 @@ fn node_that_is_registered_anew_with_another_subnet_moves_to_it() {
 #[test]
 fn api_server_silent_at_each_time_cuts_no_pod_off_and_delays_no_end() {
     isolated(|lab| {
-        let server = ApiServer::start()?;
-        let hosts = nodes(lab, &server, 2)?;
-        let token = gossamer_token()?;
-        let mut agents =
-            [start(&hosts[0], &token, server.port)?, start(&hosts[1], &token, server.port)?];
-        for agent in &mut agents {
-            agent.wait_converged(2, PATIENCE)?;
-        }
+        let (server, hosts, token, mut agents) = pair(lab)?;
         let spaces = namespaces(&["here", "far", "new"])?;
         Runtime::new(&agents[0]).add("here");
         let far = address(&Runtime::new(&agents[1]).add("far"));
