@@ -14,6 +14,8 @@ use crate::model::{Addresses, Attachment, Pod, Subnets, Time};
 #[cfg(feature = "agent")]
 mod alias;
 #[cfg(feature = "agent")]
+mod announce;
+#[cfg(feature = "agent")]
 pub mod bridge;
 #[cfg(feature = "agent")]
 pub mod furnish;

@@ -30,6 +30,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::{
     alias::{alias, from_alias},
+    announce::Announcer,
     bridge::{self, ALIAS, Bridge, Mended, PREFIX, Provided, Tenants, mac_at},
     furnish::{DefaultRoute, Inside, Route},
 };
@@ -97,13 +98,14 @@ pub struct Wiring {
     home: File,
     /// As it was when last looked at.
     bridge: Option<Provided>,
+    announcer: Announcer,
 }
 
 impl Wiring {
     /// For the network namespace of this thread, which is to be the one that uses it.
     pub fn open() -> io::Result<Self> {
         let home = File::open("/proc/thread-self/ns/net")?;
-        Ok(Self { netlink: Netlink::open()?, home, bridge: None })
+        Ok(Self { netlink: Netlink::open()?, home, bridge: None, announcer: Announcer::default() })
     }
 
     /// Plugs a pod in.
@@ -118,6 +120,7 @@ impl Wiring {
         end: &End,
     ) -> Result<Connected, WiringError> {
         let netns = Path::new(&pod.netns);
+        let known = mac;
         let mac = mac.unwrap_or_else(|| mac_at(pod.addresses.first));
         let inside = match end {
             End::Inside { netns: opened, .. } => Some(self.enter(netns, opened.as_ref())?),
@@ -141,6 +144,9 @@ impl Wiring {
                     _ => failed("making the interface")(error),
                 });
             }
+        }
+        if let (Some(mac), Some(provided)) = (known, &self.bridge) {
+            self.announcer.announce(&bridge.name, provided.index, pod.addresses, mac);
         }
         let furnished = match (inside, end) {
             (Some((netns, netlink)), End::Inside { default_route, .. }) => {
@@ -167,6 +173,7 @@ impl Wiring {
     /// Makes bridge and ports what they should be. Says how much was not.
     pub fn mend(&mut self, bridge: &Bridge, ports: &Tenants) -> io::Result<Mended> {
         self.bridge = None;
+        ports.values().for_each(|tenant| self.announcer.note(tenant));
         let (provided, mut mended) = bridge::provide(&mut self.netlink, bridge)?;
         bridge::plug_again(&mut self.netlink, &provided, ports, &mut mended)?;
         self.bridge = Some(provided);

@@ -238,3 +238,42 @@ fn a_mac_that_is_asked_for_is_used_kept_over_restarts_and_given_to_one_pod_only(
         Ok(())
     });
 }
+
+#[test]
+fn neighbors_of_an_address_hear_at_once_that_it_has_another_mac() {
+    isolated(|lab| {
+        let host = lab.host(1, "n1")?;
+        let mut agent = Agent::start(program(), &host, &["--init", "--network6", "fd42::/48"])?;
+        agent.wait_converged(1, PATIENCE)?;
+        let spaces = namespaces(&["neighbor", "a", "b", "c"])?;
+        let runtime = Runtime::new(&agent);
+        runtime.add("neighbor");
+        let both = |result: &Value| {
+            [0, 1].map(|family: usize| {
+                let text = result["ips"][family]["address"].as_str().expect("an address");
+                text.split('/').next().expect("an address").to_owned()
+            })
+        };
+        let first = json!({ "runtimeConfig": { "mac": "02:00:00:00:00:01" } });
+        let (done, a) = runtime.call("ADD", "a", &first);
+        assert!(done, "{a}");
+        let addresses = both(&a);
+        addresses.iter().for_each(|address| ping(&spaces[0], address));
+        runtime.del("a");
+        // One with a MAC that was asked for, and one with that which follows from the address.
+        let ips = json!([addresses[0]]);
+        for (name, mac) in [("b", Some("02:00:00:00:00:02")), ("c", None)] {
+            let wish = json!({ "runtimeConfig": { "ips": ips, "mac": mac } });
+            let (done, result) = runtime.call("ADD", name, &wish);
+            assert!(done && both(&result) == addresses, "{result}");
+            let mac = result["interfaces"][2]["mac"].as_str().expect("a MAC");
+            for address in &addresses {
+                let shown = tool(&spaces[0], &format!("ip neigh show {address}"));
+                assert!(shown.contains(mac), "{name} has {mac}: {shown}");
+                ping(&spaces[0], address);
+            }
+            runtime.del(name);
+        }
+        Ok(())
+    });
+}
