@@ -195,7 +195,7 @@ impl Agent {
     }
 
     fn remove_endpoint(&mut self, attachment: &Attachment, reply: Sender<Result<(), PodError>>) {
-        self.detach_then(attachment, move |result| _ = reply.send(result.map(drop)));
+        self.detach_then(attachment, None, move |result| _ = reply.send(result.map(drop)));
     }
 
     fn bind(&mut self, endpoint: &str, addresses: &[IpAddr]) -> Result<(), PodError> {

@@ -253,6 +253,7 @@ impl Agent {
     pub(super) fn detach(
         &mut self,
         request: &AttachmentName,
+        netns: Option<OwnedFd>,
         reply: Sender<Result<bool, PodError>>,
     ) {
         match Attachment::new(&request.container, &request.interface) {
@@ -260,7 +261,8 @@ impl Agent {
             _ if reply.is_closed() => {}
             Err(error) => _ = reply.send(Err(PodError::invalid(error))),
             Ok(attachment) => {
-                self.detach_then(&attachment, move |result| _ = reply.send(result));
+                let answer = move |result| _ = reply.send(result);
+                self.detach_then(&attachment, netns.map(File::from), answer);
             }
         }
     }
@@ -269,6 +271,7 @@ impl Agent {
     pub(super) fn detach_then(
         &mut self,
         attachment: &Attachment,
+        netns: Option<File>,
         answer: impl FnOnce(Result<bool, PodError>) + Send + 'static,
     ) {
         self.give_up_attaching(attachment);
@@ -280,7 +283,7 @@ impl Agent {
         } else {
             self.pods.unplugging.insert(number, Box::new(answer));
         }
-        self.wirer.ask(Job::Disconnect { number, attachment: attachment.clone() });
+        self.wirer.ask(Job::Disconnect { number, attachment: attachment.clone(), netns });
     }
 
     /// Who asked for it does not want it any more.

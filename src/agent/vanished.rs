@@ -74,7 +74,7 @@ impl Agent {
             };
             for AttachmentName { container, interface } in names {
                 match Attachment::new(&container, &interface) {
-                    Ok(attachment) => self.detach_then(&attachment, |_| ()),
+                    Ok(attachment) => self.detach_then(&attachment, None, |_| ()),
                     Err(error) => tracing::warn!(%error, "a note of the CNI plugin"),
                 }
             }
@@ -188,7 +188,7 @@ impl Agent {
         for pod in &gone {
             let (name, address) = (&pod.attachment, pod.addresses.first);
             tracing::info!(pod = %name, %address, "gone without notice: its addresses are free again");
-            self.detach_then(name, |_| ());
+            self.detach_then(name, None, |_| ());
         }
         gone.iter().map(|pod| PodStatus { orphan: true, ..status_of(pod) }).collect()
     }

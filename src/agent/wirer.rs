@@ -4,6 +4,7 @@
 //! and by a slow timer.
 
 mod absent;
+mod heirs;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -52,19 +53,15 @@ pub enum Job {
     Disconnect {
         number: u64,
         attachment: Attachment,
+        /// Its namespace, where it was opened already.
+        netns: Option<File>,
     },
     /// Keeps a bridge as it is to be from now on, with the ports of all pods on it.
-    Keep {
-        bridge: Bridge,
-        tenants: Tenants,
-    },
+    Keep { bridge: Bridge, tenants: Tenants },
     /// Looks whether pods could be plugged into a bridge that no pod has needed yet.
     Expect(Bridge),
     /// Removes what an agent that ended in the middle has left.
-    Sweep {
-        bridge: String,
-        keep: BTreeSet<String>,
-    },
+    Sweep { bridge: String, keep: BTreeSet<String> },
     /// Answered by the thread itself, for nothing follows from it.
     Check {
         pod: Pod,
@@ -75,15 +72,9 @@ pub enum Job {
         reply: Sender<Result<Vec<IpAddr>, PodError>>,
     },
     /// Looks which of these pods are gone.
-    Look {
-        number: u64,
-        pods: Vec<Suspect>,
-    },
+    Look { number: u64, pods: Vec<Suspect> },
     /// Answered by the thread itself.
-    List {
-        pods: Vec<PodStatus>,
-        reply: Sender<Vec<PodStatus>>,
-    },
+    List { pods: Vec<PodStatus>, reply: Sender<Vec<PodStatus>> },
 }
 
 /// A pod that may be gone.
@@ -307,13 +298,10 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
                     Wiring::close(&attachment, &end);
                 }
             }
-            Job::Disconnect { number, attachment } => {
+            Job::Disconnect { number, attachment, netns } => {
                 let cable = link_name(&attachment);
-                self.tenants.remove(&cable);
+                let tenant = self.tenants.remove(&cable);
                 self.spoofing.shut_out(&cable);
-                // Its addresses are of the container's other cables too.
-                let is_its = |other: &Tenant| other.container == attachment.container();
-                self.touched |= self.tenants.values().any(is_its);
                 let gone = |result| {
                     (self.report)(Wired::Disconnected {
                         number,
@@ -322,8 +310,11 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
                     })
                 };
                 match self.wiring.index(&attachment) {
-                    // The other thread lives as long as this one.
-                    Ok(Some(index)) => _ = self.doomed.send(Doomed { number, attachment, index }),
+                    Ok(Some(index)) => {
+                        self.hand_over(&attachment, tenant.as_ref(), netns.as_ref(), index);
+                        // The other thread lives as long as this one.
+                        let _ = self.doomed.send(Doomed { number, attachment, index });
+                    }
                     Ok(None) => gone(Ok(false)),
                     Err(error) => gone(Err(error)),
                 }

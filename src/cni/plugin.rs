@@ -5,6 +5,7 @@ use std::{
     fs::File,
     io::{self, Read as _, Write as _},
     net::IpAddr,
+    os::fd::OwnedFd,
     path::Path,
     process::ExitCode,
     thread,
@@ -29,6 +30,7 @@ use crate::{
         PodStatus,
     },
     model::Attachment,
+    pods::wiring::open_netns,
 };
 
 /// A runtime sets it, and a person who types a command does not.
@@ -80,8 +82,8 @@ fn carry_out(request: &CniRequest) -> Result<Option<Value>, CniError> {
         Asked::Add { attachment, netns, wishes } => {
             add(request, &socket, attachment, netns, wishes).map(Some)
         }
-        Asked::Del { attachment } => {
-            disconnect(&socket, &attachment.into())?;
+        Asked::Del { attachment, netns } => {
+            disconnect(&socket, &attachment.into(), netns.as_deref())?;
             Ok(None)
         }
         Asked::Check { attachment, netns } => {
@@ -155,8 +157,14 @@ pub fn connect(
 ///
 /// # Errors
 /// Why the agent has not done it.
-pub fn disconnect(socket: &Path, name: &AttachmentName) -> Result<(), ClientError> {
-    undo(socket, &Note::Detach(name.clone()), || detach(socket, name))
+pub fn disconnect(
+    socket: &Path,
+    name: &AttachmentName,
+    netns: Option<&Path>,
+) -> Result<(), ClientError> {
+    // Its other interfaces are given routes in there. It may be gone.
+    let netns = netns.and_then(|path| open_netns(path).ok());
+    undo(socket, &Note::Detach(name.clone()), || detach(socket, name, netns.as_ref()))
 }
 
 /// Waits for the kernel where what is needed is about to become free.
@@ -188,8 +196,13 @@ fn refusal(error: &ClientError) -> Option<PodError> {
 ///
 /// # Errors
 /// Why the agent has not done it.
-pub fn detach(socket: &Path, name: &AttachmentName) -> Result<(), ClientError> {
-    ask(api::post_json(socket, "/v1/pods/detach", name)).map(drop)
+pub fn detach(
+    socket: &Path,
+    name: &AttachmentName,
+    netns: Option<&File>,
+) -> Result<(), ClientError> {
+    let netns = netns.and_then(|netns| netns.try_clone().ok()).map(OwnedFd::from);
+    ask(api::post_with(socket, "/v1/pods/detach", name, netns)).map(drop)
 }
 
 /// Removes what a network has connected and the runtime does not know any more: all that can be.
@@ -201,7 +214,7 @@ fn collect(socket: &Path, owner: &str, valid: &[AttachmentName]) -> Result<(), C
     {
         let name = AttachmentName { container, interface };
         if !valid.contains(&name) {
-            failed = failed.and(detach(socket, &name));
+            failed = failed.and(detach(socket, &name, None));
         }
     }
     failed

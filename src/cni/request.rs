@@ -56,6 +56,7 @@ pub enum Asked {
     },
     Del {
         attachment: Attachment,
+        netns: Option<PathBuf>,
     },
     Check {
         attachment: Attachment,
@@ -135,7 +136,10 @@ impl CniRequest {
                 let arguments = arguments(variable(environment, "CNI_ARGS").unwrap_or_default())?;
                 Asked::Add { attachment, netns, wishes: config.wishes(&arguments)? }
             }
-            Verb::Del => Asked::Del { attachment: attachment()? },
+            Verb::Del => {
+                let netns = variable(environment, "CNI_NETNS").map(PathBuf::from);
+                Asked::Del { attachment: attachment()?, netns }
+            }
             Verb::Check => Asked::Check { attachment: attachment()?, netns: netns()? },
             Verb::Gc => Asked::Gc { valid: config.valid_attachments()? },
             Verb::Status => Asked::Status,

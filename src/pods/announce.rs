@@ -47,13 +47,7 @@ impl Announcer {
         }
     }
 
-    fn send(
-        &mut self,
-        bridge: &str,
-        index: u32,
-        addresses: Addresses,
-        mac: Mac,
-    ) -> io::Result<()> {
+    fn send(&mut self, bridge: &str, index: u32, addresses: Addresses, mac: Mac) -> io::Result<()> {
         if self.socket.as_ref().is_none_or(|(of, _)| *of != index) {
             self.socket = Some((index, sender_at(bridge)?.0));
         }

@@ -81,6 +81,21 @@ pub enum End {
     Loose,
 }
 
+impl End {
+    /// Whether the pod may have a default route by this interface.
+    const fn may_lead_out(&self) -> bool {
+        !matches!(self, Self::Inside { default_route: DefaultRoute::None, .. })
+    }
+}
+
+/// What a cable is made like.
+struct Cable<'a> {
+    mac: Mac,
+    mtu: u32,
+    netns: Option<&'a File>,
+    default_route: bool,
+}
+
 /// A connected pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Connected {
@@ -126,15 +141,16 @@ impl Wiring {
             End::Inside { netns: opened, .. } => Some(self.enter(netns, opened.as_ref())?),
             End::Loose => None,
         };
-        let file = inside.as_ref().map(|(file, _)| file);
-        let plugged =
-            self.port(bridge).and_then(|port| self.plug(pod, mac, file, bridge.mtu, port));
+        let netns_of_pod = inside.as_ref().map(|(file, _)| file);
+        let cable =
+            Cable { mac, mtu: bridge.mtu, netns: netns_of_pod, default_route: end.may_lead_out() };
+        let plugged = self.port(bridge).and_then(|port| self.plug(pod, &cable, port));
         if plugged.is_err() {
             // An interface of an attachment that nobody knows any more may be there, or another bridge.
             self.bridge = None;
             self.disconnect(&pod.attachment).map_err(failed("removing an old interface"))?;
             let port = self.port(bridge).map_err(failed("making the bridge"))?;
-            if let Err(error) = self.plug(pod, mac, file, bridge.mtu, port) {
+            if let Err(error) = self.plug(pod, &cable, port) {
                 let _ = self.disconnect(&pod.attachment);
                 return Err(match error.kind() {
                     io::ErrorKind::AlreadyExists => WiringError::InterfaceTaken {
@@ -212,8 +228,34 @@ impl Wiring {
     pub fn mac_behind(&mut self, port: &str, netns: &Path) -> Option<Mac> {
         let index = self.netlink.link(port).ok()??.index;
         let (_, mut inside) = self.enter(netns, None).ok()?;
-        let is_its = |link: &Link| link.message.attributes.contains(&LinkAttribute::Link(index));
-        inside.links().ok()?.into_iter().find(is_its)?.mac
+        inside.links().ok()?.into_iter().find(|link| is_behind(link, index))?.mac
+    }
+
+    /// Gives the routes of an interface that is to be removed to another one of the same pod, if there is
+    /// one: by `others`, the names of their ends on this host.
+    pub fn hand_over(
+        &mut self,
+        bridge: &Bridge,
+        leaving: u32,
+        (netns, opened): (&Path, Option<&File>),
+        others: &[&String],
+    ) -> Result<(), WiringError> {
+        let look = "looking for the pod's other interfaces";
+        let mut heirs = Vec::new();
+        for name in others {
+            let link = self.netlink.link(name).map_err(failed(look))?;
+            heirs.extend(link.and_then(|link| Some((link.index, from_alias(&link.alias)?))));
+        }
+        heirs.sort_by(|(_, one), (_, other)| one.cmp_as_heir(other));
+        let (netns, mut netlink) = self.enter(netns, opened)?;
+        let links = netlink.links().map_err(failed(look))?;
+        let inside = |index: u32| links.iter().find(|link| is_behind(link, index));
+        let heir = heirs.iter().find_map(|(index, told)| Some((inside(*index)?, told)));
+        let (Some(leaving), Some((heir, told))) = (inside(leaving), heir) else { return Ok(()) };
+        let mut inside = Inside { netlink, netns: &netns, home: &self.home };
+        inside
+            .hand_over(bridge, leaving.index, heir.index, told.default_route)
+            .map_err(failed("giving its routes to another interface"))
     }
 
     /// Names of all interfaces of this host.
@@ -228,14 +270,14 @@ impl Wiring {
             return Ok(Vec::new());
         };
         let ports = links.iter().filter(|link| link.is_plugged_into(found.index));
-        Ok(ports.filter_map(|port| from_alias(&port.alias).map(|(pod, _)| pod)).collect())
+        Ok(ports.filter_map(|port| from_alias(&port.alias)).map(|told| told.pod).collect())
     }
 
     /// MACs that pods of this host were given, where they do not follow from their addresses.
     pub fn macs(&mut self) -> io::Result<BTreeMap<Attachment, Mac>> {
         let links = self.netlink.links()?;
         let pods = links.iter().filter_map(|link| from_alias(&link.alias));
-        Ok(pods.filter_map(|(pod, mac)| Some((pod.attachment, mac?))).collect())
+        Ok(pods.filter_map(|told| Some((told.pod.attachment, told.mac?))).collect())
     }
 
     /// Bridges of pods on this host, whichever overlay they are of.
@@ -319,9 +361,7 @@ impl Wiring {
     fn plug(
         &mut self,
         pod: &Pod,
-        mac: Mac,
-        netns: Option<&File>,
-        mtu: u32,
+        &Cable { mac, mtu, netns, default_route }: &Cable<'_>,
         port: u32,
     ) -> io::Result<()> {
         let name = link_name(&pod.attachment);
@@ -335,7 +375,8 @@ impl Wiring {
             .address(link_mac(&pod.attachment).as_bytes().to_vec())
             .mtu(mtu)
             .controller(port);
-        let up = LinkUnspec::new_with_name(&name).alias(alias(pod, mac)).up().build();
+        let alias = alias(pod, mac, default_route);
+        let up = LinkUnspec::new_with_name(&name).alias(alias).up().build();
         let made = Request {
             message: RouteNetlinkMessage::NewLink(pair.build()),
             flags: NLM_F_CREATE | NLM_F_EXCL,
@@ -417,6 +458,11 @@ fn link_mac(attachment: &Attachment) -> Mac {
 fn hash(attachment: &Attachment) -> [u8; HASHED] {
     let hash = Sha256::digest(attachment.to_string());
     std::array::from_fn(|i| hash[i])
+}
+
+/// Whether an interface in another namespace is the other end of the one with this index.
+fn is_behind(link: &Link, index: u32) -> bool {
+    link.message.attributes.contains(&LinkAttribute::Link(index))
 }
 
 fn all_done<'a>(mut refused: impl Iterator<Item = &'a Refused>) -> io::Result<()> {

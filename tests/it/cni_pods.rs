@@ -60,6 +60,47 @@ fn a_second_interface_has_its_own_address_and_the_first_keeps_the_default_route(
 }
 
 #[test]
+fn interface_that_is_left_gets_the_routes_of_the_one_that_is_removed() {
+    isolated(|lab| {
+        let host = lab.host(1, "n1")?;
+        let mut agent = Agent::start(program(), &host, &["--init", "--network6", "fd42::/48"])?;
+        agent.wait_converged(1, PATIENCE)?;
+        let spaces = namespaces(&["a", "b"])?;
+        let second = [("CNI_IFNAME", "net1")];
+        let routes = |space: &NetNs, to: &str| {
+            ["-4", "-6"].map(|family| tool(space, &format!("ip {family} route show {to}")))
+        };
+        for (space, name, more) in
+            [(&spaces[0], "a", json!({})), (&spaces[1], "b", json!({ "isDefaultGateway": false }))]
+        {
+            let runtime = Runtime::new(&agent);
+            runtime.add(name);
+            let defaults = routes(space, "default");
+            let (done, result) = runtime.call_with("ADD", name, &second, &more);
+            assert!(done, "{result}");
+            // The agent knows of the wish by what the kernel keeps.
+            agent.end(nix::sys::signal::Signal::SIGKILL)?;
+            agent = Agent::start(program(), &host, &[])?;
+            agent.wait_converged(1, PATIENCE)?;
+            Runtime::new(&agent).del(name);
+            wait_until("its cable is gone", PATIENCE, || {
+                !run(space, "ip link show eth0").status.success()
+            });
+            let now = routes(space, "default");
+            if name == "a" {
+                assert_eq!(now, defaults.map(|text| text.replace("eth0", "net1")));
+            } else {
+                assert_eq!(now, ["", ""]);
+                let networks = ["-4 route show 10.42.0.0/16", "-6 route show fd42::/48"]
+                    .map(|command| tool(space, &format!("ip {command}")));
+                assert!(networks.iter().all(|route| route.contains("dev net1")), "{networks:?}");
+            }
+        }
+        Ok(())
+    });
+}
+
+#[test]
 fn a_default_route_of_another_network_stays_and_the_overlay_has_its_own() {
     isolated(|lab| {
         let cluster = Cluster::start(lab, 2)?;

@@ -290,6 +290,13 @@ fn a_container_in_several_networks_keeps_the_default_route_of_the_others() {
             assert!(second["interfaces"]["eth1"].is_object(), "{second}");
             assert_eq!(tool(space, "ip route show default"), before);
             tool(space, &format!("ping -c 1 -W 2 {}", address(&peer)));
+            // What is left when the first network is disconnected is enough.
+            podmans[0].tear_down(name);
+            let overlay = || tool(space, "ip route show 10.42.0.0/16");
+            wait_until("eth1 has its routes", PATIENCE, || overlay().contains("dev eth1"));
+            let default = tool(space, "ip route show default metric 200");
+            assert!(default.contains("dev eth1"), "{name}: {default}");
+            tool(space, &format!("ping -c 1 -W 2 {}", address(&peer)));
         }
         Ok(())
     });
