@@ -198,10 +198,14 @@ impl Agent {
 fn is_about_to_change(error: &NoAddress, going: &BTreeSet<String>) -> bool {
     match error {
         NoAddress::Attached { attachment, .. } => going.contains(&link_name(attachment)),
-        NoAddress::Taken { holder, .. } => going.contains(&link_name(holder)),
+        NoAddress::Taken { holder, .. } | NoAddress::MacTaken { holder, .. } => {
+            going.contains(&link_name(holder))
+        }
         NoAddress::Exhausted(_) => !going.is_empty(),
         NoAddress::Outside { .. }
         | NoAddress::Gateway { .. }
+        | NoAddress::GroupMac(_)
+        | NoAddress::AddressMac(_)
         | NoAddress::TwoOfOne { .. }
         | NoAddress::TwoPlaces { .. } => false,
     }

@@ -73,6 +73,21 @@ fn a_container_of_the_same_name_is_connected_again_after_it_vanished() {
 }
 
 #[test]
+fn mac_of_a_vanished_pod_is_given_again_as_soon_as_it_is_needed() {
+    isolated(|lab| {
+        let cluster = Cluster::start(lab, 1)?;
+        let mut spaces = namespaces(&["a", "b"])?;
+        let runtime = Runtime::new(&cluster.agents[0]);
+        let wish = json!({ "runtimeConfig": { "mac": "02:00:00:00:00:05" } });
+        assert!(runtime.call("ADD", "a", &wish).0);
+        end(spaces.remove(0));
+        let (done, b) = runtime.call("ADD", "b", &wish);
+        assert!(done, "{b}");
+        Ok(())
+    });
+}
+
+#[test]
 fn a_vanished_pod_is_no_pod_and_its_address_comes_back_by_itself() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;

@@ -315,6 +315,13 @@ fn neighbors_of_an_address_hear_at_once_that_it_has_another_mac() {
             }
             runtime.del(name);
         }
+        // The MAC that follows from the IPv4 address, whichever is named first.
+        let octets = addresses[0].parse::<std::net::Ipv4Addr>()?.octets();
+        let octets = octets.map(|octet| format!("{octet:02x}")).join(":");
+        let ips = json!([addresses[1], addresses[0]]);
+        let wish = json!({ "runtimeConfig": { "ips": ips, "mac": format!("0a:58:{octets}") } });
+        let (done, c) = runtime.call("ADD", "c", &wish);
+        assert!(done, "{c}");
         Ok(())
     });
 }
