@@ -288,13 +288,19 @@ impl Agent {
 
     /// Who asked for it does not want it any more.
     fn give_up_attaching(&mut self, attachment: &Attachment) {
-        self.pods.looking.retain(|_, looking| !looking.is_of(attachment));
+        let why = || {
+            let why = format!("{attachment} was disconnected meanwhile");
+            PodError::new(PodErrorKind::NotReady, why)
+        };
+        let looking = self.pods.looking.iter().filter(|(_, looking)| looking.is_of(attachment));
+        let looking: Vec<u64> = looking.map(|(number, _)| *number).collect();
+        let waiting = looking.iter().filter_map(|number| self.pods.looking.remove(number));
+        waiting.for_each(|looking| looking.refuse(why()));
         let mut all = self.pods.attaching.iter();
         let found = all.find(|(_, attaching)| attaching.pod.attachment == *attachment);
         let number = found.map(|(number, _)| *number);
         if let Some(attaching) = number.and_then(|number| self.pods.attaching.remove(&number)) {
-            let why = format!("{attachment} was disconnected meanwhile");
-            (attaching.reply)(Err(PodError::invalid(why)));
+            (attaching.reply)(Err(why()));
         }
     }
 

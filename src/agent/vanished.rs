@@ -54,6 +54,15 @@ impl Looking {
             Self::Reserve(_) | Self::Join(_) | Self::Release { .. } => false,
         }
     }
+
+    pub(super) fn refuse(self, error: PodError) {
+        match self {
+            Self::Attach { reply, .. } => _ = reply.send(Err(error)),
+            Self::Reserve(reservation) => reservation.refuse(error),
+            Self::Join(join) => join.refuse(error),
+            Self::Release { reply } => _ = reply.send(Err(error)),
+        }
+    }
 }
 
 impl Agent {
@@ -142,10 +151,7 @@ impl Agent {
             PodError::new(PodErrorKind::Failed, format!("looking for pods that are gone: {error}"))
         });
         match (looking, looked) {
-            (Looking::Release { reply }, Err(error)) => _ = reply.send(Err(error)),
-            (Looking::Attach { reply, .. }, Err(error)) => _ = reply.send(Err(error)),
-            (Looking::Reserve(reservation), Err(error)) => reservation.refuse(error),
-            (Looking::Join(join), Err(error)) => join.refuse(error),
+            (looking, Err(error)) => looking.refuse(error),
             (Looking::Release { reply }, Ok(looked)) => {
                 let released = self.take_back(&looked.gone);
                 let number = self.pods.next();
