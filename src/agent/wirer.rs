@@ -91,7 +91,8 @@ pub struct Suspect {
 pub struct Looked {
     /// The kernel has no such cable.
     pub gone: BTreeSet<String>,
-    /// The kernel still has the cable, but no path leads to the namespace any more: it may be removing both.
+    /// The kernel still has the cable, but the path does not lead to its namespace any more: it may be removing
+    /// both.
     pub going: BTreeSet<String>,
 }
 
@@ -341,14 +342,15 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
                 let _ = reply.send(checked.map_err(PodError::from));
             }
             Job::Look { number, pods } => {
-                let result = self.wiring.links().map(|links| look(pods, &links, &self.fetched));
+                let result = look(pods, &mut self.wiring, &self.fetched);
                 (self.report)(Wired::Looked { number, result });
             }
             Job::List { mut pods, reply } => {
                 match self.wiring.links() {
                     Ok(links) => {
-                        let is_orphan =
-                            |pod: &PodStatus| !pod.netns.is_empty() && !links.contains(&pod.link);
+                        let is_orphan = |pod: &PodStatus| {
+                            !pod.netns.is_empty() && !links.contains_key(&pod.link)
+                        };
                         pods.iter_mut().for_each(|pod| pod.orphan = is_orphan(pod));
                     }
                     Err(error) => tracing::warn!(%error, "links not listed"),
@@ -371,7 +373,8 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
         for (cable, tenant) in self.tenants.iter_mut().filter(|(_, tenant)| tenant.mac.is_none()) {
             tenant.mac = self.wiring.mac_behind(cable, Path::new(&tenant.netns));
         }
-        let rewritten = self.spoofing.keep(bridge, &self.tenants, || self.wiring.links());
+        let there = || Ok(self.wiring.links()?.into_keys().collect());
+        let rewritten = self.spoofing.keep(bridge, &self.tenants, there);
         self.looked = Instant::now();
         (self.touched, self.table_touched) = (false, false);
         let (mut problems, mut open) = (Vec::new(), Vec::new());

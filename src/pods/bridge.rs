@@ -23,7 +23,11 @@ use rtnetlink::{
     },
 };
 
-use super::{gateway, wiring::loose_end};
+use super::{
+    gateway,
+    names::loose_end,
+    renamed::{is_renamed, take_names_back},
+};
 use crate::{
     dataplane::kernel::interface::{self, Ipv6},
     model::{Addresses, Mac, Pod, Subnets},
@@ -101,6 +105,12 @@ impl Mended {
     pub fn forget_counts(&mut self) {
         (self.bridge, self.ports, self.sysctls, self.spoofing) = (0, 0, 0, 0);
         self.last = None;
+    }
+
+    /// Notes that something was wrong with a port.
+    pub(super) fn note_port(&mut self, name: &str, index: u32) {
+        self.ports += 1;
+        self.last = Some((format!("port {name}"), index));
     }
 
     pub const fn count(&self) -> u64 {
@@ -182,7 +192,8 @@ pub(super) fn plug_again(
     ports: &Tenants,
     mended: &mut Mended,
 ) -> io::Result<()> {
-    let links = netlink.links()?;
+    let mut links = netlink.links()?;
+    take_names_back(netlink, &mut links, ports, mended)?;
     let there: BTreeSet<&String> = links.iter().map(|link| &link.name).collect();
     mended.absent = ports.keys().filter(|name| !there.contains(name)).cloned().collect();
     let is_loose = |name: &&String| there.contains(&loose_end(name));
@@ -198,8 +209,7 @@ pub(super) fn plug_again(
             netlink
                 .set_link(LinkUnspec::new_with_index(port.index).controller(provided.index).up())?;
             netlink.apply_one(hairpin(&port.name).message, 0)?;
-            mended.ports += 1;
-            mended.last = Some((format!("port {}", port.name), port.index));
+            mended.note_port(&port.name, port.index);
         }
     }
     Ok(())
@@ -225,6 +235,8 @@ pub(super) fn is_touched(
                     whole.insert(link.index, is_as_it_should_be(&link, &provided.bridge));
                 } else if ports.contains_key(&link.name) {
                     whole.insert(link.index, is_plugged(&link, provided.index));
+                } else if is_renamed(&link, ports) {
+                    whole.insert(link.index, false);
                 }
             }
             RouteNetlinkMessage::DelLink(message) if message.header.index == provided.index => {

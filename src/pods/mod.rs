@@ -20,6 +20,10 @@ pub mod bridge;
 #[cfg(feature = "agent")]
 pub mod furnish;
 #[cfg(feature = "agent")]
+mod names;
+#[cfg(feature = "agent")]
+mod renamed;
+#[cfg(feature = "agent")]
 pub mod standin;
 #[cfg(test)]
 mod tests;

@@ -26,13 +26,14 @@ use rtnetlink::{
         link::{InfoData, InfoVeth, LinkAttribute},
     },
 };
-use sha2::{Digest as _, Sha256};
 
+pub use super::names::{LINK_NAME, is_link_name, link_name, loose_end, loose_name};
 use super::{
     alias::{alias, from_alias},
     announce::Announcer,
     bridge::{self, ALIAS, Bridge, Mended, PREFIX, Provided, Tenants, mac_at},
     furnish::{DefaultRoute, Inside, Route},
+    names::{link_mac, told_name},
 };
 use crate::{
     dataplane::kernel::interface::{self, Ipv6},
@@ -42,11 +43,6 @@ use crate::{
         link::{ENODEV, Link},
     },
 };
-
-/// So many bytes of the hash: the name has 13 characters, the kernel allows 15.
-const HASHED: usize = 5;
-/// Bytes in the name of a cable's end on this host.
-pub const LINK_NAME: usize = PREFIX.len() + 2 * HASHED;
 
 /// Places in the batch of changes that must be made; the kernel may refuse the others.
 const NEEDED: [usize; 3] = [0, 1, 3];
@@ -207,9 +203,15 @@ impl Wiring {
         self.bridge.as_ref().is_some_and(|provided| bridge::is_touched(provided, ports, told))
     }
 
-    /// Of a pod's end on this host, if there is one.
+    /// Of a pod's end on this host, if there is one, whatever another program calls it.
     pub fn index(&mut self, attachment: &Attachment) -> io::Result<Option<u32>> {
-        Ok(self.netlink.link(&link_name(attachment))?.map(|link| link.index))
+        let name = link_name(attachment);
+        if let Some(link) = self.netlink.link(&name)? {
+            return Ok(Some(link.index));
+        }
+        let links = self.netlink.links()?;
+        let found = links.iter().find(|link| told_name(link).as_ref() == Some(&name));
+        Ok(found.map(|link| link.index))
     }
 
     /// Removes an end on this host, and the other with it; whether there was one.
@@ -258,9 +260,28 @@ impl Wiring {
             .map_err(failed("giving its routes to another interface"))
     }
 
-    /// Names of all interfaces of this host.
-    pub fn links(&mut self) -> io::Result<BTreeSet<String>> {
-        Ok(self.netlink.links()?.into_iter().map(|link| link.name).collect())
+    /// All interfaces of this host by their names, with the kernel's number for the namespace that the other
+    /// end of a cable is in. An end that another program has renamed is there under its own name, too.
+    pub fn links(&mut self) -> io::Result<BTreeMap<String, Option<i32>>> {
+        let links = self.netlink.links()?;
+        let names = links.iter().flat_map(|link| {
+            let names = [Some(link.name.clone()), told_name(link)];
+            names.into_iter().flatten().map(|name| (name, link.peer_namespace()))
+        });
+        Ok(names.collect())
+    }
+
+    /// Whether a path leads to the namespace with the kernel's number, or to any at all, if that is not known.
+    pub fn leads_to(&mut self, path: &Path, namespace: Option<i32>) -> bool {
+        match (open_netns(path), namespace) {
+            (Err(error), _) => error.kind() != io::ErrorKind::NotFound,
+            (Ok(_), None) => true,
+            // One that is ending has no number.
+            (Ok(file), Some(number)) => {
+                number >= 0
+                    && self.netlink.namespace(&file).is_ok_and(|found| found == Some(number))
+            }
+        }
     }
 
     /// Pods that are plugged into a bridge, by what their ends say: for a node that has lost its memory.
@@ -301,9 +322,8 @@ impl Wiring {
         let found = links.iter().find(|link| link.name == bridge && link.alias == ALIAS);
         let Some(found) = found else { return Ok(0) };
         let is_stray = |link: &&Link| {
-            link.is_plugged_into(found.index)
-                && link.name.starts_with(PREFIX)
-                && !keep.contains(&link.name)
+            let name = told_name(link).unwrap_or_else(|| link.name.clone());
+            link.is_plugged_into(found.index) && name.starts_with(PREFIX) && !keep.contains(&name)
         };
         let strays: Vec<&Link> = links.iter().filter(is_stray).collect();
         strays.iter().try_for_each(|link| self.delete(link.index).map(drop))?;
@@ -426,40 +446,6 @@ pub fn is_same(one: &File, other: &File) -> io::Result<bool> {
     Ok((one.dev(), one.ino()) == (other.dev(), other.ino()))
 }
 
-/// The name of the end on this host.
-pub fn link_name(attachment: &Attachment) -> String {
-    let digits: String = hash(attachment).iter().map(|byte| format!("{byte:02x}")).collect();
-    format!("{PREFIX}{digits}")
-}
-
-/// The name of a pod's own end until its runtime has fetched it.
-pub fn loose_name(attachment: &Attachment) -> String {
-    loose_end(&link_name(attachment))
-}
-
-/// The same, by the name of the end on the bridge.
-pub fn loose_end(link: &str) -> String {
-    format!("{link}p")
-}
-
-/// Whether an interface is called as the end of a cable on this host is.
-pub fn is_link_name(name: &str) -> bool {
-    name.strip_prefix(PREFIX).is_some_and(|digits| {
-        digits.len() == 2 * HASHED && digits.bytes().all(|byte| byte.is_ascii_hexdigit())
-    })
-}
-
-fn link_mac(attachment: &Attachment) -> Mac {
-    let [a, b, c, d, e] = hash(attachment);
-    // Locally administered, and unlike those of pods.
-    Mac::from_bytes([0x0e, a, b, c, d, e])
-}
-
-fn hash(attachment: &Attachment) -> [u8; HASHED] {
-    let hash = Sha256::digest(attachment.to_string());
-    std::array::from_fn(|i| hash[i])
-}
-
 /// Whether an interface in another namespace is the other end of the one with this index.
 fn is_behind(link: &Link, index: u32) -> bool {
     link.message.attributes.contains(&LinkAttribute::Link(index))
@@ -471,18 +457,4 @@ fn all_done<'a>(mut refused: impl Iterator<Item = &'a Refused>) -> io::Result<()
 
 const fn failed(what: &'static str) -> impl Fn(io::Error) -> WiringError {
     move |error| WiringError::Kernel { what, error }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn cables_are_told_from_other_interfaces_by_their_names() {
-        let attachment = Attachment::new("c", "eth0").expect("a name");
-        assert!(is_link_name(&link_name(&attachment)));
-        for other in ["gsm0", "gsm7", "eth0", "gsm012345678", "gsm012345678x", "gossamer.1"] {
-            assert!(!is_link_name(other), "{other}");
-        }
-    }
 }

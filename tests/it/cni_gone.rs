@@ -73,6 +73,25 @@ fn a_container_of_the_same_name_is_connected_again_after_it_vanished() {
 }
 
 #[test]
+fn container_that_comes_again_in_a_namespace_of_the_same_name_is_connected_at_once() {
+    isolated(|lab| {
+        let cluster = Cluster::start(lab, 1)?;
+        let runtime = Runtime::new(&cluster.agents[0]);
+        for _ in 0..10 {
+            let space = NetNs::new("a")?;
+            runtime.add("a");
+            end(space);
+            // The kernel may not have removed the cable yet, and the path leads to another namespace.
+            let space = NetNs::new("a")?;
+            runtime.add("a");
+            runtime.del("a");
+            end(space);
+        }
+        Ok(())
+    });
+}
+
+#[test]
 fn mac_of_a_vanished_pod_is_given_again_as_soon_as_it_is_needed() {
     isolated(|lab| {
         let cluster = Cluster::start(lab, 1)?;
