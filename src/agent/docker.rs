@@ -152,7 +152,7 @@ impl Agent {
         let address = reservation.address;
         let subnet = self.own_subnet(reservation.pool)?;
         let name = match (&reservation.mac, address) {
-            (Some(mac), _) => format!("{BY_MAC}{}", mac.to_string().replace(':', "")),
+            (Some(mac), _) => format!("{BY_MAC}{}", mac.digits()),
             (None, Some(address)) => {
                 format!("{BY_ADDRESS}{}", address.to_string().replace(':', "-"))
             }
@@ -385,9 +385,7 @@ fn attachment(name: &str) -> Result<Attachment, PodError> {
 /// Docker gives it to the container in any case.
 fn mac_in(reservation: &Attachment) -> Option<Mac> {
     let digits = reservation.container().strip_prefix(BY_MAC)?;
-    let number = u64::from_str_radix(digits, 16).ok().filter(|_| digits.len() == 12)?;
-    let [_, _, bytes @ ..] = number.to_be_bytes();
-    Some(Mac::from_bytes(bytes))
+    Mac::from_digits(digits)
 }
 
 /// No endpoint has it yet.

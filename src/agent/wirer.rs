@@ -91,8 +91,8 @@ pub struct Suspect {
 pub struct Looked {
     /// The kernel has no such cable.
     pub gone: BTreeSet<String>,
-    /// The kernel still has the cable, but the path does not lead to its namespace any more: it may be removing
-    /// both.
+    /// The kernel still has the cable, but the path does not lead to its namespace any more: it may be
+    /// removing both.
     pub going: BTreeSet<String>,
 }
 

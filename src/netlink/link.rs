@@ -57,8 +57,8 @@ impl Link {
         })
     }
 
-    /// The kernel's number for the namespace that the other end of a cable is in; negative, if that is ending;
-    /// none, if it is this one.
+    /// The kernel's number for the namespace that the other end of a cable is in; negative, if that is
+    /// ending; none, if it is this one.
     pub fn peer_namespace(&self) -> Option<i32> {
         self.message.attributes.iter().find_map(|attribute| match attribute {
             LinkAttribute::LinkNetNsId(number) => Some(*number),
@@ -176,7 +176,8 @@ impl Netlink {
         let change = || LinkUnspec::new_with_index(index);
         let rename = || change().name(name.to_owned());
         match self.set_link(rename()) {
-            // Kernels before 6.2 rename only what is down; what is lost by that is for the caller to put back.
+            // Kernels before 6.2 rename only what is down.
+            // What is lost by that is for the caller to put back.
             Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
                 self.set_link(change().down())?;
                 self.set_link(rename())

@@ -11,7 +11,7 @@ const POD_ALIAS: &str = "gossamer pod ";
 const ALIAS_MAX: usize = 255;
 
 /// Behind the addresses of a pod's interface that was to have no default route.
-const NO_DEFAULT_ROUTE: char = ';';
+const NO_DEFAULT_ROUTE: &str = ";";
 
 /// What an alias tells.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,14 +36,19 @@ impl Told {
 /// not follow from the address is told too.
 pub(super) fn alias(pod: &Pod, mac: Mac, default_route: bool) -> String {
     let addresses: Vec<String> = pod.addresses.iter().map(|ip| ip.to_string()).collect();
-    let mut addresses = addresses.join(",");
-    if mac != mac_at(pod.addresses.first) {
-        addresses.push_str(&format!("={mac}"));
+    let addresses = addresses.join(",");
+    let mark = if default_route { "" } else { NO_DEFAULT_ROUTE };
+    let with = |mac: String| format!("{POD_ALIAS}{addresses}{mac}{mark} {}", pod.attachment);
+    let mut alias = match mac == mac_at(pod.addresses.first) {
+        true => with(String::new()),
+        false => with(format!("={mac}")),
+    };
+    if alias.len() > ALIAS_MAX {
+        // So the longest names of containers and interfaces fit.
+        alias = with(format!("={}", mac.digits()));
     }
-    if !default_route {
-        addresses.push(NO_DEFAULT_ROUTE);
-    }
-    let mut alias = format!("{POD_ALIAS}{addresses} {} {}", pod.attachment, pod.owner);
+    alias.push(' ');
+    alias.push_str(&pod.owner);
     while alias.len() > ALIAS_MAX {
         alias.pop();
     }
@@ -59,7 +64,9 @@ pub(super) fn from_alias(alias: &str) -> Option<Told> {
         None => (word, true),
     };
     let (addresses, mac) = match word.split_once('=') {
-        Some((addresses, mac)) => (addresses, Some(mac.parse().ok()?)),
+        Some((addresses, mac)) => {
+            (addresses, Some(Mac::from_digits(mac).or_else(|| mac.parse().ok())?))
+        }
         None => (word, None),
     };
     let mut addresses = addresses.split(',').map(str::parse);
@@ -76,6 +83,7 @@ pub(super) fn from_alias(alias: &str) -> Option<Told> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::CONTAINER_MAX;
 
     #[test]
     fn an_alias_tells_all_of_a_pod_that_fits() {
@@ -98,6 +106,17 @@ mod tests {
                 }
             }
         }
+        // The longest of all.
+        let ip = |text: &str| text.parse().expect("an address");
+        let v6 = ip("fd42:1111:2222:3333:4444:5555:6666:7777");
+        let longest = Pod {
+            attachment: Attachment::new(&"a".repeat(CONTAINER_MAX), "interface-name0")
+                .expect("names"),
+            addresses: Addresses { first: ip("100.127.255.254"), second: Some(v6) },
+            ..pod("", None)
+        };
+        let found = from_alias(&alias(&longest, asked_for, false)).expect("a pod");
+        assert_eq!((found.pod, found.mac), (longest, Some(asked_for)));
         let long = pod(&"o".repeat(300), None);
         let text = alias(&long, usual, true);
         let found = from_alias(&text).expect("a pod").pod;

@@ -62,8 +62,8 @@ pub enum NoAddress {
     #[error("MAC {0}: it is not that of one interface")]
     GroupMac(Mac),
     #[error(
-        "MAC {0}: those that begin with 0a:58 follow from addresses: ask for that address too, or for another \
-         MAC"
+        "MAC {0}: those that begin with 0a:58 follow from addresses: ask for that address too, or for \
+         another MAC"
     )]
     AddressMac(Mac),
     #[error("MAC {mac}: {holder} has it")]

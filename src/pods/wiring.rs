@@ -271,7 +271,8 @@ impl Wiring {
         Ok(names.collect())
     }
 
-    /// Whether a path leads to the namespace with the kernel's number, or to any at all, if that is not known.
+    /// Whether a path leads to the namespace with the kernel's number, or to any at all, if that is not
+    /// known.
     pub fn leads_to(&mut self, path: &Path, namespace: Option<i32>) -> bool {
         match (open_netns(path), namespace) {
             (Err(error), _) => error.kind() != io::ErrorKind::NotFound,
