@@ -1,7 +1,6 @@
 //! One call of the plugin, from its environment to its exit code.
 
 use std::{
-    collections::BTreeMap,
     fs::File,
     io::{self, Read as _, Write as _},
     net::IpAddr,
@@ -20,7 +19,7 @@ use super::{
     config::Wishes,
     error::{CniError, code},
     loopback, netns,
-    request::{Asked, CniRequest, INPUT_MAX, VERSIONS},
+    request::{Asked, CniRequest, Environment, INPUT_MAX, VERSIONS},
     result::Made,
     routes,
 };
@@ -43,8 +42,8 @@ const PAUSE: Duration = Duration::from_millis(100);
 
 /// Does what the runtime asks, with the answer or the error on standard output.
 pub fn run() -> ExitCode {
-    let environment: BTreeMap<String, String> = std::env::vars_os()
-        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+    let environment: Environment = std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value)))
         .collect();
     let program = std::env::args_os().next().unwrap_or_default();
     let program = Path::new(&program).file_name().and_then(|name| name.to_str());
@@ -60,11 +59,20 @@ pub fn run() -> ExitCode {
         Ok(answer) => (answer, ExitCode::SUCCESS),
         Err((error, version)) => (Some(error.to_json(version)), ExitCode::FAILURE),
     };
-    if let Some(answer) = answer {
-        // A runtime that does not listen is told nothing.
-        let _ = writeln!(io::stdout(), "{answer}");
+    say(answer.as_ref(), exit)
+}
+
+/// Prints the answer of a plugin. A runtime that does not get it must not believe that all is well.
+pub fn say(answer: Option<&Value>, exit: ExitCode) -> ExitCode {
+    let said = answer.map_or(Ok(()), |answer| writeln!(io::stdout(), "{answer}"));
+    match said {
+        Ok(()) => exit,
+        Err(error) => {
+            // Not by a macro, which panics where that cannot be written either.
+            let _ = writeln!(io::stderr(), "gossamer: the answer cannot be written: {error}");
+            ExitCode::FAILURE
+        }
     }
-    exit
 }
 
 fn carry_out(request: &CniRequest) -> Result<Option<Value>, CniError> {
@@ -82,8 +90,8 @@ fn carry_out(request: &CniRequest) -> Result<Option<Value>, CniError> {
         Asked::Add { attachment, netns, wishes } => {
             add(request, &socket, attachment, netns, wishes).map(Some)
         }
-        Asked::Del { attachment, netns } => {
-            disconnect(&socket, &attachment.into(), netns.as_deref())?;
+        Asked::Del { name, netns } => {
+            disconnect(&socket, name, netns.as_deref())?;
             Ok(None)
         }
         Asked::Check { attachment, netns } => {
@@ -162,6 +170,10 @@ pub fn disconnect(
     name: &AttachmentName,
     netns: Option<&Path>,
 ) -> Result<(), ClientError> {
+    if Attachment::new(&name.container, &name.interface).is_err() {
+        // Nothing can have been connected by this name.
+        return Ok(());
+    }
     // Its other interfaces are given routes in there. It may be gone.
     let netns = netns.and_then(|path| open_netns(path).ok());
     undo(socket, &Note::Detach(name.clone()), || detach(socket, name, netns.as_ref()))

@@ -3,7 +3,7 @@
 use std::{
     ffi::{OsStr, OsString},
     fs,
-    io::{self, IsTerminal as _, Read as _, Write as _},
+    io::{self, IsTerminal as _, Read as _},
     path::{Path, PathBuf},
     process::ExitCode,
 };
@@ -83,11 +83,7 @@ pub fn run(call: &Call) -> ExitCode {
         Ok(answer) => (answer, ExitCode::SUCCESS),
         Err(error) => (Some(json!({ "error": error })), ExitCode::FAILURE),
     };
-    if let Some(answer) = answer {
-        // A caller that does not listen is told nothing.
-        let _ = writeln!(io::stdout(), "{answer}");
-    }
-    exit
+    cni::say(answer.as_ref(), exit)
 }
 
 fn carry_out(call: &Call) -> Result<Option<Value>, String> {
