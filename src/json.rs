@@ -1,8 +1,11 @@
 //! JSON of container runtimes: what is wrong with it is said with the place in it.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, fmt, marker::PhantomData};
 
-use serde::{Deserialize, Deserializer, de::DeserializeOwned};
+use serde::{
+    Deserialize, Deserializer,
+    de::{DeserializeOwned, MapAccess, Visitor, value::MapAccessDeserializer},
+};
 use serde_path_to_error::{Path, Segment};
 
 /// Reads what a runtime has sent.
@@ -33,6 +36,67 @@ where
     T: Default + Deserialize<'de>,
 {
     Ok(Option::deserialize(deserializer)?.unwrap_or_default())
+}
+
+/// An object. What is derived takes a list for one as well, with its fields in their order.
+#[derive(Debug, Default)]
+pub struct Object<T>(pub T);
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(ObjectVisitor(PhantomData))
+    }
+}
+
+struct ObjectVisitor<T>(PhantomData<T>);
+
+impl<'de, T: Deserialize<'de>> Visitor<'de> for ObjectVisitor<T> {
+    type Value = Object<T>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Object<T>, A::Error> {
+        T::deserialize(MapAccessDeserializer::new(map)).map(Object)
+    }
+}
+
+/// Reads a field that is an object.
+///
+/// # Errors
+/// For a value of another type.
+pub fn object<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Deserialize<'de>,
+{
+    Object::deserialize(deserializer).map(|Object(value)| value)
+}
+
+/// Reads a field that is an object, or null.
+///
+/// # Errors
+/// For a value of another type.
+pub fn object_or_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Default + Deserialize<'de>,
+{
+    let value: Option<Object<T>> = Option::deserialize(deserializer)?;
+    Ok(value.map(|Object(value)| value).unwrap_or_default())
+}
+
+/// Reads a list of objects that may be null, or have nulls in it.
+///
+/// # Errors
+/// For a value of another type.
+pub fn objects<'de, D, T>(deserializer: D) -> Result<Vec<T>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Deserialize<'de>,
+{
+    Ok(entries(deserializer)?.into_iter().map(|Object(value)| value).collect())
 }
 
 /// Reads a list that may be null, or have nulls in it.
@@ -108,6 +172,31 @@ mod tests {
         assert!(error.starts_with("invalid type"), "{error}");
         let error = sample("{} x").expect_err("more behind it");
         assert!(error.contains("trailing characters"), "{error}");
+    }
+
+    #[derive(Debug, Deserialize)]
+    struct Nested {
+        #[serde(deserialize_with = "object")]
+        inner: Sample,
+        #[serde(default, deserialize_with = "objects")]
+        all: Vec<Sample>,
+    }
+
+    #[test]
+    fn list_is_no_object_and_what_is_wrong_inside_one_is_named_by_its_place() {
+        let nested = |text: &str| read::<Object<Nested>>(text.as_bytes());
+        let Object(read) =
+            nested(r#"{"inner": {}, "all": [null, {"list": null}]}"#).expect("an object");
+        assert_eq!((read.inner, read.all.len()), (Sample::default(), 1));
+        for (wrong, place) in [
+            ("[{}, []]", "invalid type: sequence, expected an object"),
+            (r#"{"inner": []}"#, "inner: invalid type: sequence, expected an object"),
+            (r#"{"inner": {}, "all": [[]]}"#, "all[0]: invalid type: sequence"),
+            (r#"{"inner": {"list": [{"a": "b"}]}}"#, "inner.list[0].a: invalid type: string"),
+        ] {
+            let error = nested(wrong).expect_err(wrong);
+            assert!(error.starts_with(place), "{wrong}: {error}");
+        }
     }
 
     #[test]

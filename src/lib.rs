@@ -54,6 +54,8 @@ pub mod docker;
 pub mod doctor;
 #[cfg(feature = "agent")]
 mod files;
+#[cfg(feature = "agent")]
+mod frames;
 #[cfg(all(feature = "agent", any(test, feature = "sim")))]
 pub mod fuzz;
 #[cfg(feature = "agent")]

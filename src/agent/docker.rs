@@ -152,7 +152,7 @@ impl Agent {
         let address = reservation.address;
         let subnet = self.own_subnet(reservation.pool)?;
         let name = match (&reservation.mac, address) {
-            (Some(mac), _) => format!("{BY_MAC}{}", mac.to_string().replace(':', "")),
+            (Some(mac), _) => format!("{BY_MAC}{}", mac.digits()),
             (None, Some(address)) => {
                 format!("{BY_ADDRESS}{}", address.to_string().replace(':', "-"))
             }
@@ -177,9 +177,13 @@ impl Agent {
         }
         self.drop_old_reservations();
         let bridge = self.ready_bridge()?;
+        if let Some(mac) = reservation.mac {
+            self.expect_free_docker_mac(mac, &attachment, address, bridge.subnets.first)?;
+        }
         let addresses = address.into_iter().collect();
         let wish = Wish { attachment, owner: OWNER.to_owned(), netns: String::new(), addresses };
         let pod = self.pods.table.attach(self.clock.now(), bridge.subnets, wish)?.clone();
+        self.pods.macs.extend(reservation.mac.map(|mac| (pod.attachment.clone(), mac)));
         Ok((pod, subnet))
     }
 
@@ -195,7 +199,7 @@ impl Agent {
     }
 
     fn remove_endpoint(&mut self, attachment: &Attachment, reply: Sender<Result<(), PodError>>) {
-        self.detach_then(attachment, move |result| _ = reply.send(result.map(drop)));
+        self.detach_then(attachment, None, move |result| _ = reply.send(result.map(drop)));
     }
 
     fn bind(&mut self, endpoint: &str, addresses: &[IpAddr]) -> Result<(), PodError> {
@@ -231,10 +235,14 @@ impl Agent {
             let why = format!("address {first}: endpoint {} has it", held.container());
             return Err(PodError::new(PodErrorKind::Address, why));
         }
-        self.pods.table.rename(&held, attachment.clone(), String::new());
-        if let Some(mac) = mac_in(&held) {
-            self.pods.macs.insert(attachment.clone(), mac);
+        let mac = mac_in(&held);
+        if let Some(mac) = mac {
+            // An agent that was started since has not held it.
+            self.expect_free_mac(mac, &held)?;
         }
+        self.pods.table.rename(&held, attachment.clone(), String::new());
+        self.pods.macs.remove(&held);
+        self.pods.macs.extend(mac.map(|mac| (attachment.clone(), mac)));
         // A network of one family takes no more, and must not be told of routes of the other.
         if addresses.len() == 1 {
             self.pods.table.drop_second(&attachment);
@@ -377,9 +385,7 @@ fn attachment(name: &str) -> Result<Attachment, PodError> {
 /// Docker gives it to the container in any case.
 fn mac_in(reservation: &Attachment) -> Option<Mac> {
     let digits = reservation.container().strip_prefix(BY_MAC)?;
-    let number = u64::from_str_radix(digits, 16).ok().filter(|_| digits.len() == 12)?;
-    let [_, _, bytes @ ..] = number.to_be_bytes();
-    Some(Mac::from_bytes(bytes))
+    Mac::from_digits(digits)
 }
 
 /// No endpoint has it yet.

@@ -474,7 +474,7 @@ impl Agent {
             }
             Question::Ping { node, reply } => self.begin_ping(&node, reply),
             Question::Attach { request, netns, reply } => self.attach(request, netns, reply),
-            Question::Detach { request, reply } => self.detach(&request, reply),
+            Question::Detach { request, netns, reply } => self.detach(&request, netns, reply),
             Question::Check { request, netns, reply } => self.check_pod(&request, netns, reply),
             Question::Pods { reply } => self.list_pods(reply),
             Question::Release { reply } => self.release_vanished(reply),

@@ -1,5 +1,9 @@
 //! What a pod is given when it is connected, and why it is not.
 
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
 use super::Agent;
 use crate::{
     api::{AttachRequest, PodError, PodErrorKind},
@@ -22,7 +26,11 @@ impl Agent {
         let owner = request.owner()?.to_owned();
         let bridge = self.ready_bridge()?;
         if let Some(mac) = request.mac {
-            self.expect_free_mac(mac, &attachment, request)?;
+            self.expect_free_mac(mac, &attachment)?;
+            let is_its = |ip: &IpAddr| bridge.subnets.first.contains(ip) && mac_at(*ip) == mac;
+            if is_address_mac(mac) && !request.addresses.iter().any(is_its) {
+                return Err(NoAddress::AddressMac(mac).into());
+            }
         }
         let addresses = request.addresses.clone();
         let wish = Wish { attachment: attachment.clone(), owner, netns, addresses };
@@ -34,26 +42,51 @@ impl Agent {
     }
 
     /// Two pods on one bridge must not have the same.
-    fn expect_free_mac(
+    pub(super) fn expect_free_mac(
         &self,
         mac: Mac,
         attachment: &Attachment,
-        request: &AttachRequest,
-    ) -> Result<(), PodError> {
-        let taken = |why: String| PodError::new(PodErrorKind::Address, format!("MAC {mac}: {why}"));
+    ) -> Result<(), NoAddress> {
         if !mac.is_of_one_interface() {
-            return Err(taken("it is not that of one interface".to_owned()));
+            return Err(NoAddress::GroupMac(mac));
         }
         let others = self.pods.table.iter().filter(|pod| pod.attachment != *attachment);
         if let Some(pod) = others.into_iter().find(|pod| self.pods.mac(pod) == Some(mac)) {
-            return Err(taken(format!("{} has it", pod.attachment)));
-        }
-        let is_its = request.addresses.first().is_some_and(|ip| mac_at(*ip) == mac);
-        if is_address_mac(mac) && !is_its {
-            return Err(taken("those that begin with 0a:58 follow from addresses".to_owned()));
+            return Err(NoAddress::MacTaken { mac, holder: pod.attachment.clone() });
         }
         Ok(())
     }
+
+    /// The same for a container of Docker's, whose MAC Docker may have made up: one of 16,384 begins as those
+    /// do that follow from addresses, so only those of this node's own subnet are refused.
+    pub(super) fn expect_free_docker_mac(
+        &self,
+        mac: Mac,
+        attachment: &Attachment,
+        address: Option<IpAddr>,
+        subnet: IpNet,
+    ) -> Result<(), NoAddress> {
+        self.expect_free_mac(mac, attachment)?;
+        let is_of_another = address.is_none_or(|ip| mac_at(ip) != mac);
+        match is_of_another && follows_from(mac, subnet) {
+            true => Err(NoAddress::AddressMac(mac)),
+            false => Ok(()),
+        }
+    }
+}
+
+/// Whether an address of a subnet has this MAC, as a rule.
+fn follows_from(mac: Mac, subnet: IpNet) -> bool {
+    let [_, _, last @ ..] = *mac.as_bytes();
+    let address = match subnet.network() {
+        IpAddr::V4(_) => IpAddr::from(last),
+        IpAddr::V6(network) => {
+            let mut octets = network.octets();
+            octets[12..].copy_from_slice(&last);
+            octets.into()
+        }
+    };
+    is_address_mac(mac) && subnet.contains(&address)
 }
 
 /// Why a pod has no address.
@@ -91,6 +124,9 @@ impl From<NoAddress> for PodError {
             NoAddress::Outside { .. }
             | NoAddress::Gateway { .. }
             | NoAddress::Taken { .. }
+            | NoAddress::GroupMac(_)
+            | NoAddress::AddressMac(_)
+            | NoAddress::MacTaken { .. }
             | NoAddress::TwoOfOne { .. }
             | NoAddress::TwoPlaces { .. } => PodErrorKind::Address,
         };

@@ -253,6 +253,7 @@ impl Agent {
     pub(super) fn detach(
         &mut self,
         request: &AttachmentName,
+        netns: Option<OwnedFd>,
         reply: Sender<Result<bool, PodError>>,
     ) {
         match Attachment::new(&request.container, &request.interface) {
@@ -260,7 +261,8 @@ impl Agent {
             _ if reply.is_closed() => {}
             Err(error) => _ = reply.send(Err(PodError::invalid(error))),
             Ok(attachment) => {
-                self.detach_then(&attachment, move |result| _ = reply.send(result));
+                let answer = move |result| _ = reply.send(result);
+                self.detach_then(&attachment, netns.map(File::from), answer);
             }
         }
     }
@@ -269,6 +271,7 @@ impl Agent {
     pub(super) fn detach_then(
         &mut self,
         attachment: &Attachment,
+        netns: Option<File>,
         answer: impl FnOnce(Result<bool, PodError>) + Send + 'static,
     ) {
         self.give_up_attaching(attachment);
@@ -280,18 +283,24 @@ impl Agent {
         } else {
             self.pods.unplugging.insert(number, Box::new(answer));
         }
-        self.wirer.ask(Job::Disconnect { number, attachment: attachment.clone() });
+        self.wirer.ask(Job::Disconnect { number, attachment: attachment.clone(), netns });
     }
 
     /// Who asked for it does not want it any more.
     fn give_up_attaching(&mut self, attachment: &Attachment) {
-        self.pods.looking.retain(|_, looking| !looking.is_of(attachment));
+        let why = || {
+            let why = format!("{attachment} was disconnected meanwhile");
+            PodError::new(PodErrorKind::NotReady, why)
+        };
+        let looking = self.pods.looking.iter().filter(|(_, looking)| looking.is_of(attachment));
+        let looking: Vec<u64> = looking.map(|(number, _)| *number).collect();
+        let waiting = looking.iter().filter_map(|number| self.pods.looking.remove(number));
+        waiting.for_each(|looking| looking.refuse(why()));
         let mut all = self.pods.attaching.iter();
         let found = all.find(|(_, attaching)| attaching.pod.attachment == *attachment);
         let number = found.map(|(number, _)| *number);
         if let Some(attaching) = number.and_then(|number| self.pods.attaching.remove(&number)) {
-            let why = format!("{attachment} was disconnected meanwhile");
-            (attaching.reply)(Err(PodError::invalid(why)));
+            (attaching.reply)(Err(why()));
         }
     }
 

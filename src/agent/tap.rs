@@ -9,18 +9,17 @@ use std::{
 
 use nix::{
     errno::Errno,
-    ifaddrs::getifaddrs,
     libc::{
         BPF_ABS, BPF_B, BPF_H, BPF_IND, BPF_JEQ, BPF_JGT, BPF_JMP, BPF_JSET, BPF_K, BPF_LD,
         BPF_LDX, BPF_LEN, BPF_MSH, BPF_RET, BPF_W,
     },
-    sys::socket::{LinkAddr, bind, recvfrom},
+    sys::socket::{LinkAddr, recvfrom},
 };
-use socket2::{Domain, Protocol, SockFilter, Socket, Type};
+use socket2::{SockFilter, Socket, Type};
 
 use crate::{
-    checksum::checksum,
     dataplane::silence::{self, Packet},
+    frames::{ICMPV6, IPV6, arp, packet_socket, sender_at, solicitation},
     model::Mac,
 };
 
@@ -32,19 +31,10 @@ const PROTOCOL: u32 = 0xffff_f000;
 const READ: u32 = 128;
 /// Larger packets carry data of pods. Of those there may be very many, and small ones tell the same.
 const SMALL: u32 = 300;
-/// `ARPHRD_ETHER`
-const ETHERNET: u16 = 1;
 /// Bytes of packets that wait to be read.
 const BUFFER: usize = 1 << 20;
 /// No datagram goes there (RFC 768 reserves it).
 const NO_PORT: u16 = 0;
-/// Where a question to all goes.
-const BROADCAST: Mac = Mac::from_bytes([0xff; 6]);
-/// Ethernet's number, and that of ICMPv6 (IANA).
-const IPV6: u16 = 0x86dd;
-const ICMPV6: u8 = 58;
-/// Those to whom a question for an address is sent: with its last three bytes (RFC 4291, 2.7.1).
-const SOLICITED: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 1, 0xff00, 0);
 
 /// A socket that sees such packets.
 pub struct Tap(Socket);
@@ -116,15 +106,7 @@ impl Asker {
     /// # Errors
     /// `Unsupported` where the interface is no Ethernet.
     pub fn open(interface: &str) -> io::Result<Self> {
-        let of_link = getifaddrs()?.filter(|address| address.interface_name == interface);
-        let address = of_link
-            .filter_map(|address| address.address?.as_link_addr().copied())
-            .find(|address| address.hatype() == ETHERNET)
-            .ok_or(io::ErrorKind::Unsupported)?;
-        let mac = Mac::from_bytes(address.addr().ok_or(io::ErrorKind::Unsupported)?);
-        // What it sends says itself of which protocol it is, and it takes nothing.
-        let socket = packet_socket(Type::RAW, 0)?;
-        bind(socket.as_raw_fd(), &address)?;
+        let (socket, mac) = sender_at(interface)?;
         Ok(Self { socket, mac })
     }
 
@@ -137,51 +119,13 @@ impl Asker {
     /// no table changes by it (RFC 5227).
     pub fn ask(&self, to: Option<Mac>, sender: [u8; 4], target: [u8; 4]) -> io::Result<()> {
         let sender = if sender == target { [0; 4] } else { sender };
-        let mut frame = to.unwrap_or(BROADCAST).as_bytes().to_vec();
-        frame.extend(self.mac.as_bytes());
-        frame.extend(silence::ARP.to_be_bytes());
-        frame.extend([0, 1, 8, 0, 6, 4, 0, 1]);
-        frame.extend(self.mac.as_bytes());
-        frame.extend(sender);
-        frame.extend([0; 6]);
-        frame.extend(target);
-        self.socket.send(&frame).map(drop)
+        self.socket.send(&arp(self.mac, to, sender.into(), target.into())).map(drop)
     }
 
     /// The same by neighbor discovery (RFC 4861, 4.3), whatever the kernel knows of the target.
     pub fn solicit(&self, to: Option<Mac>, sender: Ipv6Addr, target: Ipv6Addr) -> io::Result<()> {
         self.socket.send(&solicitation(self.mac, to, sender, target)).map(drop)
     }
-}
-
-fn solicitation(mac: Mac, to_mac: Option<Mac>, sender: Ipv6Addr, target: Ipv6Addr) -> Vec<u8> {
-    let [.., a, b, c] = target.octets();
-    let group = Mac::from_bytes([0x33, 0x33, 0xff, a, b, c]);
-    let mut to = SOLICITED.octets();
-    to[13..].copy_from_slice(&[a, b, c]);
-    let mut message = vec![silence::SOLICITATION, 0, 0, 0, 0, 0, 0, 0];
-    message.extend(target.octets());
-    // The sender's hardware address, in one unit of eight bytes.
-    message.extend([1, 1]);
-    message.extend(mac.as_bytes());
-    let length = message.len() as u8;
-    let ends = [sender.octets(), to].concat();
-    let sum = checksum(&[&ends[..], &[0, 0, 0, length, 0, 0, 0, ICMPV6], &message].concat());
-    message[2..4].copy_from_slice(&sum.to_be_bytes());
-    let mut frame = to_mac.unwrap_or(group).as_bytes().to_vec();
-    frame.extend(mac.as_bytes());
-    frame.extend(IPV6.to_be_bytes());
-    frame.extend([0x60, 0, 0, 0, 0, length, ICMPV6, 255]);
-    frame.extend(ends);
-    frame.extend(message);
-    frame
-}
-
-fn packet_socket(kind: Type, protocol: u16) -> io::Result<Socket> {
-    let protocol = Protocol::from(i32::from(protocol.to_be()));
-    let socket = Socket::new(Domain::PACKET, kind, Some(protocol))?;
-    socket.set_nonblocking(true)?;
-    Ok(socket)
 }
 
 /// For the kernel's packet filter: ARP, neighbor discovery, and small datagrams to the port that are no
@@ -217,21 +161,4 @@ fn program(port: u16) -> [SockFilter; 23] {
         step(BPF_RET, READ),
         step(BPF_RET, 0),
     ]
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn question_for_an_ipv6_address_goes_to_those_whose_address_ends_so_with_a_right_checksum() {
-        let [sender, target] =
-            ["fd99::1", "fd99::12:3456"].map(|text| text.parse().expect("an address"));
-        let frame = solicitation(Mac::from_bytes([2, 0, 0, 0, 0, 1]), None, sender, target);
-        assert_eq!(frame[..6], [0x33, 0x33, 0xff, 0x12, 0x34, 0x56]);
-        let (ip, message) = frame[14..].split_at(40);
-        assert_eq!(ip[24..], "ff02::1:ff12:3456".parse::<Ipv6Addr>().expect("address").octets());
-        let pseudo = [&ip[8..], &[0, 0, 0, 32, 0, 0, 0, 58], message].concat();
-        assert_eq!((message.len(), checksum(&pseudo)), (32, 0));
-    }
 }

@@ -54,6 +54,15 @@ impl Looking {
             Self::Reserve(_) | Self::Join(_) | Self::Release { .. } => false,
         }
     }
+
+    pub(super) fn refuse(self, error: PodError) {
+        match self {
+            Self::Attach { reply, .. } => _ = reply.send(Err(error)),
+            Self::Reserve(reservation) => reservation.refuse(error),
+            Self::Join(join) => join.refuse(error),
+            Self::Release { reply } => _ = reply.send(Err(error)),
+        }
+    }
 }
 
 impl Agent {
@@ -74,7 +83,7 @@ impl Agent {
             };
             for AttachmentName { container, interface } in names {
                 match Attachment::new(&container, &interface) {
-                    Ok(attachment) => self.detach_then(&attachment, |_| ()),
+                    Ok(attachment) => self.detach_then(&attachment, None, |_| ()),
                     Err(error) => tracing::warn!(%error, "a note of the CNI plugin"),
                 }
             }
@@ -142,10 +151,7 @@ impl Agent {
             PodError::new(PodErrorKind::Failed, format!("looking for pods that are gone: {error}"))
         });
         match (looking, looked) {
-            (Looking::Release { reply }, Err(error)) => _ = reply.send(Err(error)),
-            (Looking::Attach { reply, .. }, Err(error)) => _ = reply.send(Err(error)),
-            (Looking::Reserve(reservation), Err(error)) => reservation.refuse(error),
-            (Looking::Join(join), Err(error)) => join.refuse(error),
+            (looking, Err(error)) => looking.refuse(error),
             (Looking::Release { reply }, Ok(looked)) => {
                 let released = self.take_back(&looked.gone);
                 let number = self.pods.next();
@@ -188,7 +194,7 @@ impl Agent {
         for pod in &gone {
             let (name, address) = (&pod.attachment, pod.addresses.first);
             tracing::info!(pod = %name, %address, "gone without notice: its addresses are free again");
-            self.detach_then(name, |_| ());
+            self.detach_then(name, None, |_| ());
         }
         gone.iter().map(|pod| PodStatus { orphan: true, ..status_of(pod) }).collect()
     }
@@ -198,10 +204,14 @@ impl Agent {
 fn is_about_to_change(error: &NoAddress, going: &BTreeSet<String>) -> bool {
     match error {
         NoAddress::Attached { attachment, .. } => going.contains(&link_name(attachment)),
-        NoAddress::Taken { holder, .. } => going.contains(&link_name(holder)),
+        NoAddress::Taken { holder, .. } | NoAddress::MacTaken { holder, .. } => {
+            going.contains(&link_name(holder))
+        }
         NoAddress::Exhausted(_) => !going.is_empty(),
         NoAddress::Outside { .. }
         | NoAddress::Gateway { .. }
+        | NoAddress::GroupMac(_)
+        | NoAddress::AddressMac(_)
         | NoAddress::TwoOfOne { .. }
         | NoAddress::TwoPlaces { .. } => false,
     }

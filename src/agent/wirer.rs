@@ -4,6 +4,7 @@
 //! and by a slow timer.
 
 mod absent;
+mod heirs;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -52,19 +53,15 @@ pub enum Job {
     Disconnect {
         number: u64,
         attachment: Attachment,
+        /// Its namespace, where it was opened already.
+        netns: Option<File>,
     },
     /// Keeps a bridge as it is to be from now on, with the ports of all pods on it.
-    Keep {
-        bridge: Bridge,
-        tenants: Tenants,
-    },
+    Keep { bridge: Bridge, tenants: Tenants },
     /// Looks whether pods could be plugged into a bridge that no pod has needed yet.
     Expect(Bridge),
     /// Removes what an agent that ended in the middle has left.
-    Sweep {
-        bridge: String,
-        keep: BTreeSet<String>,
-    },
+    Sweep { bridge: String, keep: BTreeSet<String> },
     /// Answered by the thread itself, for nothing follows from it.
     Check {
         pod: Pod,
@@ -75,15 +72,9 @@ pub enum Job {
         reply: Sender<Result<Vec<IpAddr>, PodError>>,
     },
     /// Looks which of these pods are gone.
-    Look {
-        number: u64,
-        pods: Vec<Suspect>,
-    },
+    Look { number: u64, pods: Vec<Suspect> },
     /// Answered by the thread itself.
-    List {
-        pods: Vec<PodStatus>,
-        reply: Sender<Vec<PodStatus>>,
-    },
+    List { pods: Vec<PodStatus>, reply: Sender<Vec<PodStatus>> },
 }
 
 /// A pod that may be gone.
@@ -100,7 +91,8 @@ pub struct Suspect {
 pub struct Looked {
     /// The kernel has no such cable.
     pub gone: BTreeSet<String>,
-    /// The kernel still has the cable, but no path leads to the namespace any more: it may be removing both.
+    /// The kernel still has the cable, but the path does not lead to its namespace any more: it may be
+    /// removing both.
     pub going: BTreeSet<String>,
 }
 
@@ -305,10 +297,11 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
                     Wiring::close(&attachment, &end);
                 }
             }
-            Job::Disconnect { number, attachment } => {
+            Job::Disconnect { number, attachment, netns } => {
                 let cable = link_name(&attachment);
-                if let Some(tenant) = self.tenants.remove(&cable) {
-                    self.tables.shut_out(&cable, &tenant);
+                let tenant = self.tenants.remove(&cable);
+                if let Some(tenant) = &tenant {
+                    self.tables.shut_out(&cable, tenant);
                 }
                 // Its addresses are of the container's other cables too.
                 let is_its = |other: &Tenant| other.container == attachment.container();
@@ -321,8 +314,11 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
                     })
                 };
                 match self.wiring.index(&attachment) {
-                    // The other thread lives as long as this one.
-                    Ok(Some(index)) => _ = self.doomed.send(Doomed { number, attachment, index }),
+                    Ok(Some(index)) => {
+                        self.hand_over(&attachment, tenant.as_ref(), netns.as_ref(), index);
+                        // The other thread lives as long as this one.
+                        let _ = self.doomed.send(Doomed { number, attachment, index });
+                    }
                     Ok(None) => gone(Ok(false)),
                     Err(error) => gone(Err(error)),
                 }
@@ -349,14 +345,15 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
                 let _ = reply.send(checked.map_err(PodError::from));
             }
             Job::Look { number, pods } => {
-                let result = self.wiring.links().map(|links| look(pods, &links, &self.fetched));
+                let result = look(pods, &mut self.wiring, &self.fetched);
                 (self.report)(Wired::Looked { number, result });
             }
             Job::List { mut pods, reply } => {
                 match self.wiring.links() {
                     Ok(links) => {
-                        let is_orphan =
-                            |pod: &PodStatus| !pod.netns.is_empty() && !links.contains(&pod.link);
+                        let is_orphan = |pod: &PodStatus| {
+                            !pod.netns.is_empty() && !links.contains_key(&pod.link)
+                        };
                         pods.iter_mut().for_each(|pod| pod.orphan = is_orphan(pod));
                     }
                     Err(error) => tracing::warn!(%error, "links not listed"),
@@ -381,7 +378,7 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
         }
         // What was not looked at may have ports of others.
         let with_strangers = result.as_ref().map_or(true, |mended| mended.with_strangers);
-        let links = || self.wiring.links();
+        let links = || Ok(self.wiring.links()?.into_keys().collect());
         let rewritten = self.tables.keep(bridge, &self.tenants, with_strangers, links);
         self.looked = Instant::now();
         (self.touched, self.table_touched) = (false, false);

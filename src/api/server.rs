@@ -89,6 +89,7 @@ pub enum Question {
     /// Answered with whether there was anything.
     Detach {
         request: AttachmentName,
+        netns: Option<OwnedFd>,
         reply: Sender<Result<bool, PodError>>,
     },
     /// Whether the kernel still has it as it was made; answered with all addresses of its interface.
@@ -415,15 +416,18 @@ async fn attach(
     ConnectInfo(received): ConnectInfo<Received>,
     Json(request): Json<AttachRequest>,
 ) -> Response {
-    let netns = received.take();
-    answer(&ask, |reply| Question::Attach { request, netns, reply }, outcome).await
+    answer(&ask, |reply| Question::Attach { request, netns: received.take(), reply }, outcome).await
 }
 
-async fn detach(State(ask): State<Ask>, Json(request): Json<AttachmentName>) -> Response {
+async fn detach(
+    State(ask): State<Ask>,
+    ConnectInfo(received): ConnectInfo<Received>,
+    Json(request): Json<AttachmentName>,
+) -> Response {
     let render = |result: Result<bool, PodError>| {
         outcome(result.map(|was_there| json!({ "was_there": was_there })))
     };
-    answer(&ask, |reply| Question::Detach { request, reply }, render).await
+    answer(&ask, |reply| Question::Detach { request, netns: received.take(), reply }, render).await
 }
 
 async fn check(
@@ -431,11 +435,10 @@ async fn check(
     ConnectInfo(received): ConnectInfo<Received>,
     Json(request): Json<AttachmentName>,
 ) -> Response {
-    let netns = received.take();
     let render = |result: Result<Vec<IpAddr>, PodError>| {
         outcome(result.map(|addresses| json!({ "addresses": addresses })))
     };
-    answer(&ask, |reply| Question::Check { request, netns, reply }, render).await
+    answer(&ask, |reply| Question::Check { request, netns: received.take(), reply }, render).await
 }
 
 async fn release(State(ask): State<Ask>) -> Response {

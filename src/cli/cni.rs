@@ -9,12 +9,12 @@ use std::{
     process::ExitCode,
 };
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 use clap::{Args, Subcommand};
 
 use super::{
     fail,
-    placed::{PLUGIN_NAME, Taken, put, take_away},
+    placed::{PLUGIN_NAME, Taken, expect_directory, put, put_here, take_away},
 };
 use crate::{
     cni::LOOPBACK,
@@ -54,7 +54,8 @@ struct InstallArgs {
     /// Copy this program instead of linking to it: out of a container, for one
     #[arg(long)]
     copy: bool,
-    /// Write over a configuration that was changed, and over a loopback that leads nowhere
+    /// Write over a configuration that was changed, another program named gossamer, and a loopback that leads
+    /// nowhere
     #[arg(long)]
     force: bool,
 }
@@ -86,12 +87,19 @@ fn install(args: &InstallArgs) -> anyhow::Result<Vec<String>> {
     let Places { bin_dir, conf_dir } = &args.places;
     let program = std::env::current_exe().context("the path of this program")?;
     let plugin = bin_dir.join(PLUGIN_NAME);
+    expect_directory(bin_dir, "--bin-dir")?;
+    expect_directory(conf_dir, "--conf-dir")?;
     let list = List::new(conf_dir)?;
+    ensure!(
+        !list.path().is_dir(),
+        "{} is a directory, where runtimes read a file: remove it",
+        list.path().display()
+    );
     let found = list.find();
     let mut done = Vec::new();
     // Installed there it needs no link.
     if program != plugin {
-        put(&program, &plugin, args.copy).with_context(|| plugin.display().to_string())?;
+        put_here(&program, &plugin, args.copy, args.force)?;
         let arrow = if args.copy { "=" } else { "->" };
         done.push(format!("{} {arrow} {}", plugin.display(), program.display()));
     }

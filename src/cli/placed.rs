@@ -7,6 +7,11 @@ use std::{
     path::Path,
 };
 
+use anyhow::{Context as _, bail, ensure};
+use nix::fcntl::OFlag;
+
+use crate::files;
+
 /// As runtimes call the plugin.
 pub(super) const PLUGIN_NAME: &str = "gossamer";
 
@@ -17,6 +22,70 @@ pub(super) enum Taken {
     Absent,
     /// It is not what an installation has put there; why not.
     Stays(&'static str),
+}
+
+/// In the text of every version of this program: how the names of its variables begin.
+const MARK: &[u8] = b"GOSSAMER_";
+
+/// What is in the place of the program and is not to be replaced, as the rest of a sentence; none, if that is
+/// this program, another version of it, or nothing.
+pub(super) fn stranger(program: &Path, plugin: &Path) -> io::Result<Option<&'static str>> {
+    let meta = match fs::symlink_metadata(plugin) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        meta => meta?,
+    };
+    Ok(match meta.file_type() {
+        kind if kind.is_symlink() => {
+            let is_ours = leads_to(program, plugin)? || is_version_of_this(plugin).unwrap_or(false);
+            (!is_ours).then_some("a link to something else")
+        }
+        kind if kind.is_file() => (!is_version_of_this(plugin)?).then_some("another program"),
+        _ => Some("no file"),
+    })
+}
+
+fn is_version_of_this(program: &Path) -> io::Result<bool> {
+    let mut text = BufReader::new(files::open(program, OFlag::empty())?);
+    let (mut part, last) = (Vec::new(), MARK[MARK.len() - 1]);
+    while text.read_until(last, &mut part)? > 0 {
+        if part.ends_with(MARK) {
+            return Ok(true);
+        }
+        part.clear();
+    }
+    Ok(false)
+}
+
+/// Puts the program there, unless something else is in its place: that takes `force`.
+pub(super) fn put_here(
+    program: &Path,
+    plugin: &Path,
+    copy: bool,
+    force: bool,
+) -> anyhow::Result<()> {
+    let shown = plugin.display();
+    match stranger(program, plugin).with_context(|| shown.to_string())? {
+        Some(what) if plugin.is_dir() && !plugin.is_symlink() => {
+            bail!("{shown} is {what}: remove it")
+        }
+        Some(what) if !force => bail!("{shown} is {what} and stays: --force replaces it"),
+        _ => put(program, plugin, copy).with_context(|| shown.to_string()),
+    }
+}
+
+/// # Errors
+/// For what is there and is no directory, with the option that names another.
+pub(super) fn expect_directory(path: &Path, option: &str) -> anyhow::Result<()> {
+    let is_other = match fs::metadata(path) {
+        Ok(meta) => !meta.is_dir(),
+        Err(error) => error.kind() == io::ErrorKind::NotADirectory,
+    };
+    let shown = path.display();
+    ensure!(
+        !is_other,
+        "{shown} is no directory: remove what is there, or name another one ({option})"
+    );
+    Ok(())
 }
 
 /// Readers see the old or the new program, never none.
@@ -85,6 +154,34 @@ fn is_same_text(one: &Path, other: &Path) -> io::Result<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn other_programs_are_replaced_by_force_alone_and_other_versions_without() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = |name: &str| dir.path().join(name);
+        let (program, plugin) = (path("program"), path("gossamer"));
+        fs::write(&program, "the program").expect("written");
+        let put =
+            |force| put_here(&program, &plugin, true, force).map_err(|error| error.to_string());
+        assert_eq!(put(false), Ok(()));
+        for text in ["GOSSAMER", "another, a_b GOSSAMER"] {
+            fs::write(&plugin, text).expect("written");
+            let why = put(false).expect_err("another program");
+            assert!(why.contains("another program") && why.contains("--force"), "{why}");
+            assert_eq!(fs::read_to_string(&plugin).expect("read"), text);
+            assert_eq!(put(true), Ok(()));
+        }
+        fs::write(&plugin, "earlier_version \0GOSSAMER_SOCKET\0").expect("written");
+        assert_eq!(put(false), Ok(()));
+        fs::remove_file(&plugin).expect("removed");
+        symlink("/bin/sh", &plugin).expect("a link");
+        assert!(put(false).expect_err("a link").contains("a link to something else"));
+        fs::remove_file(&plugin).expect("removed");
+        fs::create_dir(&plugin).expect("made");
+        for force in [false, true] {
+            assert!(put(force).expect_err("a directory").contains("remove it"));
+        }
+    }
 
     #[test]
     fn only_what_was_put_there_is_taken_away() {

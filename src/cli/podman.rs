@@ -8,7 +8,7 @@ use clap::{Args, Subcommand};
 
 use super::{
     fail,
-    placed::{Taken, put, take_away},
+    placed::{Taken, expect_directory, put_here, take_away},
 };
 use crate::netavark::DRIVER;
 
@@ -42,6 +42,9 @@ struct InstallArgs {
     /// Copy this program instead of linking to it: out of a container, for one
     #[arg(long)]
     copy: bool,
+    /// Replace another program named gossamer, too
+    #[arg(long)]
+    force: bool,
 }
 
 #[derive(Debug, Args)]
@@ -75,7 +78,8 @@ fn install(args: &InstallArgs) -> anyhow::Result<String> {
     let mut text = String::new();
     // Installed there it needs no link.
     if program != plugin {
-        put(&program, &plugin, args.copy).with_context(|| plugin.display().to_string())?;
+        expect_directory(&dir, "--dir")?;
+        put_here(&program, &plugin, args.copy, args.force)?;
         let arrow = if args.copy { "=" } else { "->" };
         writeln!(text, "{} {arrow} {}", plugin.display(), program.display())?;
     }

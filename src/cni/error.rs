@@ -51,13 +51,17 @@ impl CniError {
 impl From<ClientError> for CniError {
     fn from(error: ClientError) -> Self {
         match error {
-            ClientError::NoAgent { .. } | ClientError::NoAnswer => Self {
+            ClientError::NoAgent { path } => Self {
                 code: code::TRY_LATER,
                 msg: "the gossamer agent does not run on this host".to_owned(),
-                details: error.to_string(),
+                details: format!(
+                    "no agent listens at {}: start it (`systemctl start gossamer`); if it listens elsewhere, \
+                     name its socket in the configuration of the network (the key socket, or instance)",
+                    path.display()
+                ),
             },
             // Runtimes wait no longer: whatever it does, it may answer the next time.
-            ClientError::Broken { .. } => Self {
+            ClientError::NoAnswer | ClientError::Broken { .. } => Self {
                 code: code::TRY_LATER,
                 msg: "the gossamer agent runs on this host and does not answer".to_owned(),
                 details: error.to_string(),
@@ -92,5 +96,19 @@ impl From<PodError> for CniError {
             PodErrorKind::Failed => code::IO,
         };
         Self::new(code, error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_agent_that_is_not_there_is_named_with_what_a_configuration_can_say() {
+        let error = CniError::from(ClientError::NoAgent { path: "/run/x.sock".into() });
+        assert!(error.details.contains("/run/x.sock") && error.details.contains("the key socket"));
+        assert!(!error.details.contains("--socket"), "{}", error.details);
+        let error = CniError::from(ClientError::NoAnswer);
+        assert!(error.code == 11 && error.msg.contains("runs on this host"), "{}", error.msg);
     }
 }

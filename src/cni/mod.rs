@@ -16,7 +16,7 @@ mod routes;
 mod spool;
 
 pub use netns::open as open_netns;
-pub use plugin::{COMMAND, ask, connect, detach, disconnect, run};
+pub use plugin::{COMMAND, ask, connect, detach, disconnect, run, say};
 pub use request::LOOPBACK;
 pub use spool::{Note, Spool};
 
@@ -50,7 +50,7 @@ pub(crate) fn fuzz(input: &[u8]) -> bool {
             ("CNI_IFNAME", "eth0"),
             ("CNI_PATH", "/opt/cni/bin"),
         ];
-        let variables = variables.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        let variables = variables.map(|(name, value)| (name.to_owned(), value.into()));
         request::CniRequest::parse("gossamer", &variables.into(), input).is_ok()
     };
     ["ADD", "DEL", "CHECK", "GC", "STATUS"].map(read).contains(&true)

@@ -1,10 +1,10 @@
 //! One call of the plugin, from its environment to its exit code.
 
 use std::{
-    collections::BTreeMap,
     fs::File,
     io::{self, Read as _, Write as _},
     net::IpAddr,
+    os::fd::OwnedFd,
     path::Path,
     process::ExitCode,
     thread,
@@ -19,7 +19,7 @@ use super::{
     config::Wishes,
     error::{CniError, code},
     loopback, netns,
-    request::{Asked, CniRequest, INPUT_MAX, VERSIONS},
+    request::{Asked, CniRequest, Environment, INPUT_MAX, VERSIONS},
     result::Made,
     routes,
 };
@@ -29,6 +29,7 @@ use crate::{
         PodStatus,
     },
     model::Attachment,
+    pods::wiring::open_netns,
 };
 
 /// A runtime sets it, and a person who types a command does not.
@@ -41,8 +42,8 @@ const PAUSE: Duration = Duration::from_millis(100);
 
 /// Does what the runtime asks, with the answer or the error on standard output.
 pub fn run() -> ExitCode {
-    let environment: BTreeMap<String, String> = std::env::vars_os()
-        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+    let environment: Environment = std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value)))
         .collect();
     let program = std::env::args_os().next().unwrap_or_default();
     let program = Path::new(&program).file_name().and_then(|name| name.to_str());
@@ -58,11 +59,20 @@ pub fn run() -> ExitCode {
         Ok(answer) => (answer, ExitCode::SUCCESS),
         Err((error, version)) => (Some(error.to_json(version)), ExitCode::FAILURE),
     };
-    if let Some(answer) = answer {
-        // A runtime that does not listen is told nothing.
-        let _ = writeln!(io::stdout(), "{answer}");
+    say(answer.as_ref(), exit)
+}
+
+/// Prints the answer of a plugin. A runtime that does not get it must not believe that all is well.
+pub fn say(answer: Option<&Value>, exit: ExitCode) -> ExitCode {
+    let said = answer.map_or(Ok(()), |answer| writeln!(io::stdout(), "{answer}"));
+    match said {
+        Ok(()) => exit,
+        Err(error) => {
+            // Not by a macro, which panics where that cannot be written either.
+            let _ = writeln!(io::stderr(), "gossamer: the answer cannot be written: {error}");
+            ExitCode::FAILURE
+        }
     }
-    exit
 }
 
 fn carry_out(request: &CniRequest) -> Result<Option<Value>, CniError> {
@@ -80,8 +90,8 @@ fn carry_out(request: &CniRequest) -> Result<Option<Value>, CniError> {
         Asked::Add { attachment, netns, wishes } => {
             add(request, &socket, attachment, netns, wishes).map(Some)
         }
-        Asked::Del { attachment } => {
-            disconnect(&socket, &attachment.into())?;
+        Asked::Del { name, netns } => {
+            disconnect(&socket, name, netns.as_deref())?;
             Ok(None)
         }
         Asked::Check { attachment, netns } => {
@@ -155,8 +165,18 @@ pub fn connect(
 ///
 /// # Errors
 /// Why the agent has not done it.
-pub fn disconnect(socket: &Path, name: &AttachmentName) -> Result<(), ClientError> {
-    undo(socket, &Note::Detach(name.clone()), || detach(socket, name))
+pub fn disconnect(
+    socket: &Path,
+    name: &AttachmentName,
+    netns: Option<&Path>,
+) -> Result<(), ClientError> {
+    if Attachment::new(&name.container, &name.interface).is_err() {
+        // Nothing can have been connected by this name.
+        return Ok(());
+    }
+    // Its other interfaces are given routes in there. It may be gone.
+    let netns = netns.and_then(|path| open_netns(path).ok());
+    undo(socket, &Note::Detach(name.clone()), || detach(socket, name, netns.as_ref()))
 }
 
 /// Waits for the kernel where what is needed is about to become free.
@@ -188,8 +208,13 @@ fn refusal(error: &ClientError) -> Option<PodError> {
 ///
 /// # Errors
 /// Why the agent has not done it.
-pub fn detach(socket: &Path, name: &AttachmentName) -> Result<(), ClientError> {
-    ask(api::post_json(socket, "/v1/pods/detach", name)).map(drop)
+pub fn detach(
+    socket: &Path,
+    name: &AttachmentName,
+    netns: Option<&File>,
+) -> Result<(), ClientError> {
+    let netns = netns.and_then(|netns| netns.try_clone().ok()).map(OwnedFd::from);
+    ask(api::post_with(socket, "/v1/pods/detach", name, netns)).map(drop)
 }
 
 /// Removes what a network has connected and the runtime does not know any more: all that can be.
@@ -201,7 +226,7 @@ fn collect(socket: &Path, owner: &str, valid: &[AttachmentName]) -> Result<(), C
     {
         let name = AttachmentName { container, interface };
         if !valid.contains(&name) {
-            failed = failed.and(detach(socket, &name));
+            failed = failed.and(detach(socket, &name, None));
         }
     }
     failed

@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    ffi::{OsStr, OsString},
     path::{Path, PathBuf},
 };
 
@@ -17,6 +18,9 @@ pub const VERSIONS: [&str; 7] = ["0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1
 pub const INPUT_MAX: u64 = 1 << 20;
 /// The plugin that sets up a pod's `lo`, which is this program under another name.
 pub const LOOPBACK: &str = "loopback";
+
+/// Variables by their names.
+pub type Environment = BTreeMap<String, OsString>;
 
 /// Named by `CNI_COMMAND`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,8 +58,10 @@ pub enum Asked {
         netns: PathBuf,
         wishes: Wishes,
     },
+    /// Of a name that ADD refuses there is nothing.
     Del {
-        attachment: Attachment,
+        name: AttachmentName,
+        netns: Option<PathBuf>,
     },
     Check {
         attachment: Attachment,
@@ -89,7 +95,7 @@ impl CniRequest {
     /// wrong.
     pub fn parse(
         program: &str,
-        environment: &BTreeMap<String, String>,
+        environment: &Environment,
         input: &[u8],
     ) -> Result<Self, (CniError, &'static str)> {
         const NEWEST: &str = VERSIONS[VERSIONS.len() - 1];
@@ -114,12 +120,12 @@ impl CniRequest {
 
     fn read(
         program: &str,
-        environment: &BTreeMap<String, String>,
+        environment: &Environment,
         verb: Verb,
         version: &'static str,
         config: NetworkConfig,
     ) -> Result<Self, CniError> {
-        let need = |name: &str| variable(environment, name).ok_or_else(|| missing(name));
+        let need = |name: &str| text(environment, name)?.ok_or_else(|| missing(name));
         let attachment = || {
             let attachment = Attachment::new(need("CNI_CONTAINERID")?, need("CNI_IFNAME")?);
             attachment.map_err(|error| {
@@ -132,10 +138,15 @@ impl CniRequest {
         let asked = match verb {
             Verb::Add => {
                 let (attachment, netns) = (attachment()?, netns()?);
-                let arguments = arguments(variable(environment, "CNI_ARGS").unwrap_or_default())?;
+                let arguments = arguments(text(environment, "CNI_ARGS")?.unwrap_or_default())?;
                 Asked::Add { attachment, netns, wishes: config.wishes(&arguments)? }
             }
-            Verb::Del => Asked::Del { attachment: attachment()? },
+            Verb::Del => {
+                let [container, interface] =
+                    [need("CNI_CONTAINERID")?, need("CNI_IFNAME")?].map(str::to_owned);
+                let netns = variable(environment, "CNI_NETNS").map(PathBuf::from);
+                Asked::Del { name: AttachmentName { container, interface }, netns }
+            }
             Verb::Check => Asked::Check { attachment: attachment()?, netns: netns()? },
             Verb::Gc => Asked::Gc { valid: config.valid_attachments()? },
             Verb::Status => Asked::Status,
@@ -165,16 +176,25 @@ impl CniRequest {
     }
 }
 
-fn variable<'a>(environment: &'a BTreeMap<String, String>, name: &str) -> Option<&'a str> {
-    environment.get(name).map(String::as_str).filter(|value| !value.is_empty())
+fn variable<'a>(environment: &'a Environment, name: &str) -> Option<&'a OsStr> {
+    environment.get(name).map(OsString::as_os_str).filter(|value| !value.is_empty())
+}
+
+fn text<'a>(environment: &'a Environment, name: &str) -> Result<Option<&'a str>, CniError> {
+    let Some(value) = variable(environment, name) else { return Ok(None) };
+    let unreadable = || {
+        let why = format!("{name} {}: it is not UTF-8", value.display());
+        CniError::new(code::BAD_ENVIRONMENT, why)
+    };
+    value.to_str().map(Some).ok_or_else(unreadable)
 }
 
 fn missing(name: &str) -> CniError {
     CniError::new(code::BAD_ENVIRONMENT, format!("{name} is not set in the environment"))
 }
 
-fn verb(environment: &BTreeMap<String, String>) -> Result<Verb, CniError> {
-    let said = variable(environment, "CNI_COMMAND").ok_or_else(|| missing("CNI_COMMAND"))?;
+fn verb(environment: &Environment) -> Result<Verb, CniError> {
+    let said = text(environment, "CNI_COMMAND")?.ok_or_else(|| missing("CNI_COMMAND"))?;
     Verb::ALL.into_iter().find(|verb| verb.name() == said).ok_or_else(|| {
         let why = format!("CNI_COMMAND {said:?}: it is ADD, DEL, CHECK, GC, STATUS or VERSION");
         CniError::new(code::BAD_ENVIRONMENT, why)

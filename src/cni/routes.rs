@@ -97,7 +97,7 @@ mod tests {
 
     fn listed(to: &str, via: &str, metric: u32, table: u32) -> Listed {
         let gateways = vec![via.parse().expect("an address")];
-        Listed { to: to.parse().expect("a network"), gateways, metric, table }
+        Listed { to: to.parse().expect("a network"), gateways, link: None, metric, table }
     }
 
     #[test]

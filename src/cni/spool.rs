@@ -75,8 +75,9 @@ impl Spool {
     /// # Errors
     /// If the folder is full, of another user, or cannot be written.
     pub fn put(&self, note: &Note) -> io::Result<()> {
-        if let Some(directory) = self.0.parent() {
-            fs::create_dir_all(directory)?;
+        if self.0.parent().is_some_and(|directory| !directory.exists()) {
+            // No agent has listened there since this host was started, so no pod was connected.
+            return Ok(());
         }
         match DirBuilder::new().mode(0o700).create(&self.0) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
@@ -163,6 +164,10 @@ mod tests {
         let dir = tempfile::tempdir().expect("a directory");
         let spool = Spool::beside(&dir.path().join("run/gossamer.sock"));
         assert_eq!(spool.read(), []);
+        // Where no agent has ever listened.
+        spool.put(&detach("a")).expect("nothing to be noted");
+        assert_eq!(fs::read_dir(dir.path()).expect("readable").count(), 0);
+        fs::create_dir(dir.path().join("run")).expect("made");
         let collect = |valid| Note::Collect { owner: "cni/net".to_owned(), valid };
         let one = AttachmentName { container: "a".to_owned(), interface: "eth0".to_owned() };
         for note in [detach("a"), detach("a"), collect(Vec::new()), collect(vec![one.clone()])] {

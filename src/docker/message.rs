@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use crate::json::{entries, named, or_default};
+use crate::json::{named, object_or_default, objects, or_default};
 
 /// The key of what the user gave with `docker network create -o`.
 const GENERIC: &str = "com.docker.network.generic";
@@ -19,9 +19,9 @@ const MAC: &str = "com.docker.network.endpoint.macaddress";
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]
 pub struct CreateNetwork {
-    #[serde(rename = "IPv4Data", deserialize_with = "entries")]
+    #[serde(rename = "IPv4Data", deserialize_with = "objects")]
     pub ipv4: Vec<PoolData>,
-    #[serde(rename = "IPv6Data", deserialize_with = "entries")]
+    #[serde(rename = "IPv6Data", deserialize_with = "objects")]
     pub ipv6: Vec<PoolData>,
     #[serde(deserialize_with = "or_default")]
     options: Map<String, Value>,
@@ -41,7 +41,7 @@ pub struct EndpointRequest {
     pub endpoint: String,
     #[serde(rename = "SandboxKey", deserialize_with = "or_default")]
     pub sandbox: String,
-    #[serde(rename = "Interface", deserialize_with = "or_default")]
+    #[serde(rename = "Interface", deserialize_with = "object_or_default")]
     pub interface: Interface,
 }
 

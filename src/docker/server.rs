@@ -24,7 +24,7 @@ use super::message::{AddressRequest, CreateNetwork, EndpointRequest, MTU, Reques
 use crate::{
     api::{self, PodError},
     config::Instance,
-    json,
+    json::{self, Object},
     model::Mac,
 };
 
@@ -324,9 +324,9 @@ fn parse<T: DeserializeOwned + Default>(body: &[u8]) -> Result<T, Refused> {
     if body.is_empty() {
         return Ok(T::default());
     }
-    let request: Result<Option<T>, _> = json::read(body);
+    let request: Result<Option<Object<T>>, _> = json::read(body);
     let request = request.map_err(|error| Refused(format!("the request: {error}")))?;
-    Ok(request.unwrap_or_default())
+    Ok(request.unwrap_or_default().0)
 }
 
 /// A container's MAC; none, where Docker names none.

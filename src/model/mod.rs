@@ -26,7 +26,7 @@ pub use member::{
     Identity, Incarnation, MemberRecord, NodeName, NodeNameError, Suspicion, Version,
 };
 pub use path::PathState;
-pub use pod::{Addresses, Attachment, AttachmentError, Pod, check_interface_name};
+pub use pod::{Addresses, Attachment, AttachmentError, CONTAINER_MAX, Pod, check_interface_name};
 pub use pool::{MAX_SLOTS, Pool, PoolError, PoolSpec, Slot, Subnets};
 pub use quorum::{Quorum, QuorumError};
 pub use selector::{Selector, Transport};

@@ -16,7 +16,7 @@ pub struct Attachment {
 pub enum AttachmentError {
     #[error(
         "container or endpoint id {0:?}: it begins with a letter or digit, goes on with those, \"_\", \".\" \
-         and \"-\", and has at most 128 characters"
+         and \"-\", and has at most 153 characters"
     )]
     Container(String),
     #[error(
@@ -35,8 +35,9 @@ pub enum AttachmentError {
     Reserved(String),
 }
 
-/// Longer ones are nobody's: docker and containerd have 64.
-const CONTAINER_MAX: usize = 128;
+/// Docker, containerd and CRI-O have 64; `ctr` and nerdctl name the namespace as well, and containerd has 76
+/// for each of the two (`identifiers.maxLength`). The alias of an interface has to hold it.
+pub const CONTAINER_MAX: usize = 76 + 1 + 76;
 /// `IFNAMSIZ` less the zero at the end.
 const INTERFACE_MAX: usize = 15;
 
@@ -119,8 +120,12 @@ mod tests {
 
     #[test]
     fn names_that_could_lead_elsewhere_are_refused() {
-        assert!(Attachment::new("3f9a-b.c_d", "eth0").is_ok());
-        for container in ["", "-a", ".", "..", "a/b", "../etc", "a b", "ä", &"a".repeat(129)] {
+        let longest = format!("{}-{}", "n".repeat(76), "i".repeat(76));
+        for container in ["3f9a-b.c_d", &longest] {
+            assert!(Attachment::new(container, "eth0").is_ok(), "{container}");
+        }
+        let too_long = format!("{longest}i");
+        for container in ["", "-a", ".", "..", "a/b", "../etc", "a b", "ä", &too_long] {
             let error = Attachment::new(container, "eth0").expect_err(container).to_string();
             assert!(error.contains("endpoint id"), "{error}");
         }

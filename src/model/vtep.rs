@@ -54,6 +54,21 @@ impl fmt::Debug for Mac {
     }
 }
 
+impl Mac {
+    /// Without colons.
+    pub fn digits(self) -> String {
+        self.0.map(|byte| format!("{byte:02x}")).concat()
+    }
+
+    /// Reads one without colons.
+    pub fn from_digits(digits: &str) -> Option<Self> {
+        let is_whole = digits.len() == 12 && digits.bytes().all(|byte| byte.is_ascii_hexdigit());
+        let number = u64::from_str_radix(digits, 16).ok().filter(|_| is_whole)?;
+        let [_, _, bytes @ ..] = number.to_be_bytes();
+        Some(Self(bytes))
+    }
+}
+
 impl FromStr for Mac {
     type Err = String;
 

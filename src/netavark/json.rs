@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use crate::{
     api::{Attached, AttachedAddress},
     config::Instance,
-    json::{entries, named, or_default},
+    json::{Object, entries, named, object, objects, or_default},
     model::Mac,
 };
 
@@ -33,7 +33,7 @@ pub struct Network {
     pub options: BTreeMap<String, String>,
     #[serde(deserialize_with = "named")]
     pub ipam_options: BTreeMap<String, String>,
-    #[serde(deserialize_with = "entries")]
+    #[serde(deserialize_with = "objects")]
     pub subnets: Vec<Subnet>,
     #[serde(deserialize_with = "entries")]
     pub routes: Vec<Value>,
@@ -62,7 +62,9 @@ pub struct Connection {
     pub container_id: String,
     #[serde(default, deserialize_with = "entries")]
     pub port_mappings: Vec<Value>,
+    #[serde(deserialize_with = "object")]
     pub network: Network,
+    #[serde(deserialize_with = "object")]
     pub network_options: ContainerOptions,
 }
 
@@ -82,7 +84,7 @@ pub struct ContainerOptions {
 /// What cannot be read.
 pub fn network(input: &[u8]) -> Result<(Map<String, Value>, Network), String> {
     let whole: Map<String, Value> = parse(input)?;
-    let network: Network = parse(input)?;
+    let Object(network): Object<Network> = parse(input)?;
     network.check_name()?;
     Ok((whole, network))
 }
@@ -92,7 +94,7 @@ pub fn network(input: &[u8]) -> Result<(Map<String, Value>, Network), String> {
 /// # Errors
 /// What cannot be read.
 pub fn connection(input: &[u8]) -> Result<Connection, String> {
-    let connection: Connection = parse(input)?;
+    let Object(connection): Object<Connection> = parse(input)?;
     connection.network.check_name()?;
     Ok(connection)
 }

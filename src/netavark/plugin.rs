@@ -3,7 +3,7 @@
 use std::{
     ffi::{OsStr, OsString},
     fs,
-    io::{self, IsTerminal as _, Read as _, Write as _},
+    io::{self, IsTerminal as _, Read as _},
     path::{Path, PathBuf},
     process::ExitCode,
 };
@@ -34,9 +34,9 @@ const ALL_USERS: [&str; 3] = ["0", "0", "4294967295"];
 pub enum Call {
     Info,
     Create,
-    /// With the path of the container's network namespace.
+    /// With the path of the container's network namespace, as the next.
     Setup(PathBuf),
-    Teardown,
+    Teardown(PathBuf),
     /// What is none of these, with why. It is answered as the plugin answers, not as a command is.
     Misused(String),
 }
@@ -68,7 +68,7 @@ impl Call {
             ("info", 0) => return Some(Self::Info),
             ("create", 0) => return Some(Self::Create),
             ("setup", 1) => return rest.pop().map(|netns| Self::Setup(netns.into())),
-            ("teardown", 1) => return Some(Self::Teardown),
+            ("teardown", 1) => return rest.pop().map(|netns| Self::Teardown(netns.into())),
             ("info" | "create", _) => "no argument",
             ("setup" | "teardown", _) => "one argument, the path of a network namespace",
             _ => return None,
@@ -83,11 +83,7 @@ pub fn run(call: &Call) -> ExitCode {
         Ok(answer) => (answer, ExitCode::SUCCESS),
         Err(error) => (Some(json!({ "error": error })), ExitCode::FAILURE),
     };
-    if let Some(answer) = answer {
-        // A caller that does not listen is told nothing.
-        let _ = writeln!(io::stdout(), "{answer}");
-    }
-    exit
+    cni::say(answer.as_ref(), exit)
 }
 
 fn carry_out(call: &Call) -> Result<Option<Value>, String> {
@@ -99,7 +95,7 @@ fn carry_out(call: &Call) -> Result<Option<Value>, String> {
         Call::Create => create(&input()?).map(Some),
         Call::Setup(netns) => setup(netns, &json::connection(&input()?)?).map(Some),
         Call::Misused(why) => Err(why.clone()),
-        Call::Teardown => teardown(&json::connection(&input()?)?).map(|()| None),
+        Call::Teardown(netns) => teardown(netns, &json::connection(&input()?)?).map(|()| None),
     }
 }
 
@@ -145,7 +141,7 @@ fn setup(netns: &Path, connection: &Connection) -> Result<Value, String> {
     };
     let opened = cni::open_netns("network namespace", netns).map_err(|error| error.msg)?;
     // A container that ended without a word, and is started again, is still known from before.
-    cni::detach(&socket, &name_of(connection)).map_err(explain)?;
+    cni::detach(&socket, &name_of(connection), Some(&opened)).map_err(explain)?;
     let attached = cni::connect(&socket, &asked, &opened).map_err(explain)?;
     if !connection.port_mappings.is_empty() {
         // netavark hands it on to the user. It is no error: every network of a container is told its ports.
@@ -158,9 +154,9 @@ fn setup(netns: &Path, connection: &Connection) -> Result<Value, String> {
     Ok(json::status_block(&options.interface_name, &attached))
 }
 
-fn teardown(connection: &Connection) -> Result<(), String> {
+fn teardown(netns: &Path, connection: &Connection) -> Result<(), String> {
     let socket = connection.network.socket()?;
-    cni::disconnect(&socket, &name_of(connection)).map_err(explain)
+    cni::disconnect(&socket, &name_of(connection), Some(netns)).map_err(explain)
 }
 
 fn name_of(connection: &Connection) -> AttachmentName {
@@ -202,7 +198,10 @@ mod tests {
         assert_eq!(parse("gossamer info"), Some(Call::Info));
         assert_eq!(parse("/usr/libexec/netavark/gossamer create"), Some(Call::Create));
         assert_eq!(parse("gossamer setup /run/netns/a"), Some(Call::Setup("/run/netns/a".into())));
-        assert_eq!(parse("gossamer teardown /run/netns/a"), Some(Call::Teardown));
+        assert_eq!(
+            parse("gossamer teardown /run/netns/a"),
+            Some(Call::Teardown("/run/netns/a".into()))
+        );
         for (wrong, word) in [
             ("gossamer info --help", "no argument"),
             ("gossamer create a", "no argument"),

@@ -3,6 +3,7 @@
 use std::{
     fs, io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    os::fd::AsRawFd,
 };
 
 use rtnetlink::{
@@ -15,6 +16,7 @@ use rtnetlink::{
             AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute, LinkFlags, LinkInfo,
             LinkMessage, Prop,
         },
+        nsid::{NsidAttribute, NsidMessage},
         route::{
             RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteNextHopFlags,
             RouteType,
@@ -51,6 +53,15 @@ impl Link {
     pub fn controller(&self) -> Option<u32> {
         self.message.attributes.iter().find_map(|attribute| match attribute {
             LinkAttribute::Controller(index) if *index != 0 => Some(*index),
+            _ => None,
+        })
+    }
+
+    /// The kernel's number for the namespace that the other end of a cable is in; negative, if that is
+    /// ending; none, if it is this one.
+    pub fn peer_namespace(&self) -> Option<i32> {
+        self.message.attributes.iter().find_map(|attribute| match attribute {
+            LinkAttribute::LinkNetNsId(number) => Some(*number),
             _ => None,
         })
     }
@@ -158,6 +169,37 @@ impl Netlink {
     /// Changes attributes of an existing interface.
     pub fn set_link(&mut self, change: LinkMessageBuilder<LinkUnspec>) -> io::Result<()> {
         self.apply_one(RouteNetlinkMessage::SetLink(change.build()), 0)
+    }
+
+    /// Calls an interface by another name.
+    pub fn rename_link(&mut self, index: u32, name: &str) -> io::Result<()> {
+        let change = || LinkUnspec::new_with_index(index);
+        let rename = || change().name(name.to_owned());
+        match self.set_link(rename()) {
+            // Kernels before 6.2 rename only what is down.
+            // What is lost by that is for the caller to put back.
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
+                self.set_link(change().down())?;
+                self.set_link(rename())
+            }
+            result => result,
+        }
+    }
+
+    /// The number by which the kernel calls a namespace in this one; none, where it has not needed one yet.
+    pub fn namespace(&mut self, netns: &impl AsRawFd) -> io::Result<Option<i32>> {
+        let mut message = NsidMessage::default();
+        message.attributes.push(NsidAttribute::Fd(netns.as_raw_fd().cast_unsigned()));
+        let RouteNetlinkMessage::NewNsId(found) =
+            self.get(RouteNetlinkMessage::GetNsId(message))?
+        else {
+            return Ok(None);
+        };
+        let number = found.attributes.iter().find_map(|attribute| match attribute {
+            NsidAttribute::Id(number) => Some(*number),
+            _ => None,
+        });
+        Ok(number.filter(|number| *number >= 0))
     }
 
     pub fn delete_link(&mut self, index: u32) -> io::Result<()> {

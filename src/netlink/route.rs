@@ -117,6 +117,8 @@ pub struct Listed {
     pub to: IpNet,
     /// None, if what it leads to is on its link; several, if it has several next hops.
     pub gateways: Vec<IpAddr>,
+    /// Of the interface; none, if it has several next hops.
+    pub link: Option<u32>,
     pub metric: u32,
     pub table: u32,
 }
@@ -319,10 +321,11 @@ fn listed(route: &RouteMessage, ipv4: bool) -> Option<Listed> {
     }
     let mut network = if ipv4 { IpAddr::from([0; 4]) } else { IpAddr::from([0; 16]) };
     let (mut metric, mut table) = (0, u32::from(route.header.table));
-    let mut gateways = Vec::new();
+    let (mut gateways, mut link) = (Vec::new(), None);
     for attribute in &route.attributes {
         match attribute {
             RouteAttribute::Destination(address) => network = ip(address)?,
+            RouteAttribute::Oif(index) => link = Some(*index),
             RouteAttribute::Priority(number) => metric = *number,
             RouteAttribute::Table(number) => table = *number,
             RouteAttribute::MultiPath(hops) => {
@@ -333,7 +336,7 @@ fn listed(route: &RouteMessage, ipv4: bool) -> Option<Listed> {
         }
     }
     let to = IpNet::new(network, route.header.destination_prefix_length).ok()?;
-    Some(Listed { to, gateways, metric, table })
+    Some(Listed { to, gateways, link, metric, table })
 }
 
 const fn gateway(attribute: &RouteAttribute) -> Option<IpAddr> {

@@ -1,5 +1,7 @@
 //! What the alias of a pod's end on this host says: who it is of, for a node that has lost its memory.
 
+use std::cmp::Ordering;
+
 use super::bridge::mac_at;
 use crate::model::{Addresses, Attachment, Mac, Pod};
 
@@ -8,16 +10,45 @@ const POD_ALIAS: &str = "gossamer pod ";
 /// The kernel takes no longer ones (`IFALIASZ` less the zero at the end).
 const ALIAS_MAX: usize = 255;
 
+/// Behind the addresses of a pod's interface that was to have no default route.
+const NO_DEFAULT_ROUTE: &str = ";";
+
+/// What an alias tells.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Told {
+    pub(super) pod: Pod,
+    /// If it does not follow from the address.
+    pub(super) mac: Option<Mac>,
+    /// Whether the interface may have a default route.
+    pub(super) default_route: bool,
+}
+
+impl Told {
+    /// Which of two interfaces of a pod its routes are better given to: one that may have a default route,
+    /// and of two of these the first by name.
+    pub(super) fn cmp_as_heir(&self, other: &Self) -> Ordering {
+        let place = |told: &Self| (!told.default_route, told.pod.attachment.clone());
+        place(self).cmp(&place(other))
+    }
+}
+
 /// Who has which addresses behind a port, as far as it fits: the owner may have a long name. A MAC that does
 /// not follow from the address is told too.
-pub(super) fn alias(pod: &Pod, mac: Mac) -> String {
+pub(super) fn alias(pod: &Pod, mac: Mac, default_route: bool) -> String {
     let addresses: Vec<String> = pod.addresses.iter().map(|ip| ip.to_string()).collect();
     let addresses = addresses.join(",");
-    let addresses = match mac == mac_at(pod.addresses.first) {
-        true => addresses,
-        false => format!("{addresses}={mac}"),
+    let mark = if default_route { "" } else { NO_DEFAULT_ROUTE };
+    let with = |mac: String| format!("{POD_ALIAS}{addresses}{mac}{mark} {}", pod.attachment);
+    let mut alias = match mac == mac_at(pod.addresses.first) {
+        true => with(String::new()),
+        false => with(format!("={mac}")),
     };
-    let mut alias = format!("{POD_ALIAS}{addresses} {} {}", pod.attachment, pod.owner);
+    if alias.len() > ALIAS_MAX {
+        // So the longest names of containers and interfaces fit.
+        alias = with(format!("={}", mac.digits()));
+    }
+    alias.push(' ');
+    alias.push_str(&pod.owner);
     while alias.len() > ALIAS_MAX {
         alias.pop();
     }
@@ -25,11 +56,17 @@ pub(super) fn alias(pod: &Pod, mac: Mac) -> String {
 }
 
 /// Reads such an alias.
-pub(super) fn from_alias(alias: &str) -> Option<(Pod, Option<Mac>)> {
+pub(super) fn from_alias(alias: &str) -> Option<Told> {
     let mut words = alias.strip_prefix(POD_ALIAS)?.splitn(4, ' ');
     let word = words.next()?;
+    let (word, default_route) = match word.strip_suffix(NO_DEFAULT_ROUTE) {
+        Some(word) => (word, false),
+        None => (word, true),
+    };
     let (addresses, mac) = match word.split_once('=') {
-        Some((addresses, mac)) => (addresses, Some(mac.parse().ok()?)),
+        Some((addresses, mac)) => {
+            (addresses, Some(Mac::from_digits(mac).or_else(|| mac.parse().ok())?))
+        }
         None => (word, None),
     };
     let mut addresses = addresses.split(',').map(str::parse);
@@ -39,12 +76,14 @@ pub(super) fn from_alias(alias: &str) -> Option<(Pod, Option<Mac>)> {
     let owner = words.next().unwrap_or_default().to_owned();
     // Its path is not known any more; that it is somewhere is certain.
     let netns = "?".to_owned();
-    Some((Pod { attachment, owner, addresses: Addresses { first, second }, netns }, mac))
+    let pod = Pod { attachment, owner, addresses: Addresses { first, second }, netns };
+    Some(Told { pod, mac, default_route })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::CONTAINER_MAX;
 
     #[test]
     fn an_alias_tells_all_of_a_pod_that_fits() {
@@ -60,13 +99,28 @@ mod tests {
         let usual = mac_at([10, 42, 7, 2].into());
         let asked_for = Mac::from_bytes([2, 0, 0, 0, 0, 5]);
         for pod in [pod("cni/net", None), pod("docker", Some("fd42:0:0:7::2"))] {
-            let with_mac = from_alias(&alias(&pod, asked_for));
-            assert_eq!(with_mac, Some((pod.clone(), Some(asked_for))));
-            assert_eq!(from_alias(&alias(&pod, usual)), Some((pod, None)));
+            for (mac, told) in [(asked_for, Some(asked_for)), (usual, None)] {
+                for default_route in [true, false] {
+                    let found = from_alias(&alias(&pod, mac, default_route));
+                    assert_eq!(found, Some(Told { pod: pod.clone(), mac: told, default_route }));
+                }
+            }
         }
+        // The longest of all.
+        let ip = |text: &str| text.parse().expect("an address");
+        let v6 = ip("fd42:1111:2222:3333:4444:5555:6666:7777");
+        let longest = Pod {
+            attachment: Attachment::new(&"a".repeat(CONTAINER_MAX), "interface-name0")
+                .expect("names"),
+            addresses: Addresses { first: ip("100.127.255.254"), second: Some(v6) },
+            ..pod("", None)
+        };
+        let found = from_alias(&alias(&longest, asked_for, false)).expect("a pod");
+        assert_eq!((found.pod, found.mac), (longest, Some(asked_for)));
         let long = pod(&"o".repeat(300), None);
-        let (found, _) = from_alias(&alias(&long, usual)).expect("a pod");
-        assert_eq!((alias(&long, usual).len(), found.addresses), (ALIAS_MAX, long.addresses));
+        let text = alias(&long, usual, true);
+        let found = from_alias(&text).expect("a pod").pod;
+        assert_eq!((text.len(), found.addresses), (ALIAS_MAX, long.addresses));
         for other in [
             "",
             "gossamer pods",

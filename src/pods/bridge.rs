@@ -24,8 +24,11 @@ use rtnetlink::{
 };
 
 use super::{
-    gateway, port, standin,
-    wiring::{is_link_name, loose_end},
+    gateway,
+    names::{is_link_name, loose_end},
+    port,
+    renamed::{is_renamed, take_names_back},
+    standin,
 };
 use crate::{
     dataplane::kernel::interface::{self, Ipv6},
@@ -106,6 +109,12 @@ impl Mended {
     pub fn forget_counts(&mut self) {
         (self.bridge, self.ports, self.sysctls, self.spoofing) = (0, 0, 0, 0);
         self.last = None;
+    }
+
+    /// Notes that something was wrong with a port.
+    pub(super) fn note_port(&mut self, name: &str, index: u32) {
+        self.ports += 1;
+        self.last = Some((format!("port {name}"), index));
     }
 
     pub const fn count(&self) -> u64 {
@@ -191,7 +200,8 @@ pub(super) fn plug_again(
     ports: &Tenants,
     mended: &mut Mended,
 ) -> io::Result<()> {
-    let links = netlink.links()?;
+    let mut links = netlink.links()?;
+    take_names_back(netlink, &mut links, ports, mended)?;
     let there: BTreeSet<&String> = links.iter().map(|link| &link.name).collect();
     mended.absent = ports.keys().filter(|name| !there.contains(name)).cloned().collect();
     let is_loose = |name: &&String| there.contains(&loose_end(name));
@@ -216,8 +226,7 @@ pub(super) fn plug_again(
             refused.iter().for_each(|refused| {
                 tracing::debug!(port = %port.name, error = %refused.to_io(), "port not set right");
             });
-            mended.ports += 1;
-            mended.last = Some((format!("port {}", port.name), port.index));
+            mended.note_port(&port.name, port.index);
         }
     }
     Ok(())
@@ -252,6 +261,9 @@ pub(super) fn is_touched(
                     AddressFamily::Unspec if is_port => {
                         let is_right = is_plugged(&link, provided.index) && port::is_right(&link);
                         whole.insert((link.index, Teller::Kernel), is_right);
+                    }
+                    AddressFamily::Unspec if is_renamed(&link, ports) => {
+                        whole.insert((link.index, Teller::Kernel), false);
                     }
                     AddressFamily::Unspec if is_stranger(&link, provided.index, ports) => {
                         whole.insert((link.index, Teller::Kernel), false);

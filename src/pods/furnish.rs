@@ -9,7 +9,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use nix::sched::{CloneFlags, setns};
 use rtnetlink::{
     LinkUnspec, RouteMessageBuilder,
-    packet_core::{NLM_F_CREATE, NLM_F_EXCL},
+    packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE},
     packet_route::{RouteNetlinkMessage, link::LinkMessage},
 };
 
@@ -20,7 +20,7 @@ use super::{
 use crate::{
     dataplane::kernel::interface::{Switched, answer_for_own_addresses, switch_on_ipv6},
     model::Pod,
-    netlink::{Netlink, Request},
+    netlink::{Netlink, Request, link::Address, route::MAIN},
 };
 
 /// What the kernel says of a route that is there already.
@@ -124,6 +124,44 @@ impl Inside<'_> {
             }
         }
         Ok(routes)
+    }
+
+    /// Gives the default routes and those to the overlay that one interface has to another, by whose gateways
+    /// they lead then. One that may have no default route gets routes to the overlay in their place.
+    pub(super) fn hand_over(
+        &mut self,
+        bridge: &Bridge,
+        leaving: u32,
+        heir: u32,
+        default_route: bool,
+    ) -> io::Result<()> {
+        let addresses = self.netlink.addresses()?;
+        let mut changes = Vec::new();
+        for network in bridge.networks.iter() {
+            let gateway_of = |link: u32| {
+                let is_its = |has: &&Address| has.link == link && network.contains(&has.ip);
+                let has = addresses.iter().find(is_its)?;
+                Some(gateway(IpNet::new(has.ip, has.prefix_len).ok()?.trunc()))
+            };
+            let (Some(old), Some(via)) = (gateway_of(leaving), gateway_of(heir)) else { continue };
+            for route in self.netlink.routes(old.is_ipv4())? {
+                let is_default = route.to.prefix_len() == 0;
+                let is_its = route.link == Some(leaving) && route.gateways == [old];
+                if !is_its || route.table != MAIN || !(is_default || route.to == network) {
+                    continue;
+                }
+                let route = match is_default && !default_route {
+                    true => Route { to: network, via, metric: None },
+                    false => Route { to: route.to, via, metric: Some(route.metric) },
+                };
+                let Request { message, .. } = request(heir, route)?;
+                changes.push(Request { message, flags: NLM_F_CREATE | NLM_F_REPLACE });
+            }
+        }
+        match self.netlink.apply(changes)?.first() {
+            Some(refused) => Err(refused.to_io()),
+            None => Ok(()),
+        }
     }
 
     /// Sysctls are those of the namespace of the thread that opens them.

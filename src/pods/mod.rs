@@ -9,16 +9,22 @@ use std::{collections::BTreeMap, net::IpAddr, time::Duration};
 
 use ipnet::IpNet;
 
-use crate::model::{Addresses, Attachment, Pod, Subnets, Time};
+use crate::model::{Addresses, Attachment, Mac, Pod, Subnets, Time};
 
 #[cfg(feature = "agent")]
 mod alias;
+#[cfg(feature = "agent")]
+mod announce;
 #[cfg(feature = "agent")]
 pub mod bridge;
 #[cfg(feature = "agent")]
 pub mod furnish;
 #[cfg(feature = "agent")]
+mod names;
+#[cfg(feature = "agent")]
 pub mod port;
+#[cfg(feature = "agent")]
+mod renamed;
 #[cfg(feature = "agent")]
 pub mod standin;
 #[cfg(test)]
@@ -55,6 +61,15 @@ pub enum NoAddress {
         family(*.first)
     )]
     TwoOfOne { first: IpAddr, second: IpAddr },
+    #[error("MAC {0}: it is not that of one interface")]
+    GroupMac(Mac),
+    #[error(
+        "MAC {0}: those that begin with 0a:58 follow from addresses: ask for that address too, or for \
+         another MAC"
+    )]
+    AddressMac(Mac),
+    #[error("MAC {mac}: {holder} has it")]
+    MacTaken { mac: Mac, holder: Attachment },
     #[error("all {0} addresses of this node's subnet are in use: see `gossamer pods`")]
     Exhausted(usize),
 }
@@ -62,7 +77,10 @@ pub enum NoAddress {
 impl NoAddress {
     /// Whether other pods are in the way, which may be gone by now.
     pub const fn is_of_pods(&self) -> bool {
-        matches!(self, Self::Attached { .. } | Self::Taken { .. } | Self::Exhausted(_))
+        matches!(
+            self,
+            Self::Attached { .. } | Self::Taken { .. } | Self::MacTaken { .. } | Self::Exhausted(_)
+        )
     }
 }
 

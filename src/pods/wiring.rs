@@ -26,12 +26,14 @@ use rtnetlink::{
         link::{InfoData, InfoVeth, LinkAttribute},
     },
 };
-use sha2::{Digest as _, Sha256};
 
+pub use super::names::{LINK_NAME, is_link_name, link_name, loose_end, loose_name};
 use super::{
     alias::{alias, from_alias},
+    announce::Announcer,
     bridge::{self, ALIAS, Bridge, Mended, PREFIX, Provided, Tenants, mac_at},
     furnish::{DefaultRoute, Inside, Route},
+    names::{link_mac, told_name},
     port,
 };
 use crate::{
@@ -42,11 +44,6 @@ use crate::{
         link::{ENODEV, Link},
     },
 };
-
-/// So many bytes of the hash: the name has 13 characters, the kernel allows 15.
-const HASHED: usize = 5;
-/// Bytes in the name of a cable's end on this host.
-pub const LINK_NAME: usize = PREFIX.len() + 2 * HASHED;
 
 /// Places in the batch of changes that must be made; the kernel may refuse the others.
 const NEEDED: [usize; 3] = [0, 1, 3];
@@ -81,6 +78,21 @@ pub enum End {
     Loose,
 }
 
+impl End {
+    /// Whether the pod may have a default route by this interface.
+    const fn may_lead_out(&self) -> bool {
+        !matches!(self, Self::Inside { default_route: DefaultRoute::None, .. })
+    }
+}
+
+/// What a cable is made like.
+struct Cable<'a> {
+    mac: Mac,
+    mtu: u32,
+    netns: Option<&'a File>,
+    default_route: bool,
+}
+
 /// A connected pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Connected {
@@ -98,13 +110,14 @@ pub struct Wiring {
     home: File,
     /// As it was when last looked at.
     bridge: Option<Provided>,
+    announcer: Announcer,
 }
 
 impl Wiring {
     /// For the network namespace of this thread, which is to be the one that uses it.
     pub fn open() -> io::Result<Self> {
         let home = File::open("/proc/thread-self/ns/net")?;
-        Ok(Self { netlink: Netlink::open()?, home, bridge: None })
+        Ok(Self { netlink: Netlink::open()?, home, bridge: None, announcer: Announcer::default() })
     }
 
     /// Plugs a pod in.
@@ -119,20 +132,22 @@ impl Wiring {
         end: &End,
     ) -> Result<Connected, WiringError> {
         let netns = Path::new(&pod.netns);
+        let known = mac;
         let mac = mac.unwrap_or_else(|| mac_at(pod.addresses.first));
         let inside = match end {
             End::Inside { netns: opened, .. } => Some(self.enter(netns, opened.as_ref())?),
             End::Loose => None,
         };
-        let file = inside.as_ref().map(|(file, _)| file);
-        let plugged =
-            self.port(bridge).and_then(|port| self.plug(pod, mac, file, bridge.mtu, port));
+        let netns_of_pod = inside.as_ref().map(|(file, _)| file);
+        let cable =
+            Cable { mac, mtu: bridge.mtu, netns: netns_of_pod, default_route: end.may_lead_out() };
+        let plugged = self.port(bridge).and_then(|port| self.plug(pod, &cable, port));
         if plugged.is_err() {
             // An interface of an attachment that nobody knows any more may be there, or another bridge.
             self.bridge = None;
             self.disconnect(&pod.attachment).map_err(failed("removing an old interface"))?;
             let port = self.port(bridge).map_err(failed("making the bridge"))?;
-            if let Err(error) = self.plug(pod, mac, file, bridge.mtu, port) {
+            if let Err(error) = self.plug(pod, &cable, port) {
                 let _ = self.disconnect(&pod.attachment);
                 return Err(match error.kind() {
                     io::ErrorKind::AlreadyExists => WiringError::InterfaceTaken {
@@ -142,6 +157,9 @@ impl Wiring {
                     _ => failed("making the interface")(error),
                 });
             }
+        }
+        if let (Some(mac), Some(provided)) = (known, &self.bridge) {
+            self.announcer.announce(&bridge.name, provided.index, pod.addresses, mac);
         }
         let furnished = match (inside, end) {
             (Some((netns, netlink)), End::Inside { default_route, .. }) => {
@@ -168,6 +186,7 @@ impl Wiring {
     /// Makes bridge and ports what they should be. Says how much was not.
     pub fn mend(&mut self, bridge: &Bridge, ports: &Tenants) -> io::Result<Mended> {
         self.bridge = None;
+        ports.values().for_each(|tenant| self.announcer.note(tenant));
         let (provided, mut mended) = bridge::provide(&mut self.netlink, bridge)?;
         bridge::plug_again(&mut self.netlink, &provided, ports, &mut mended)?;
         self.bridge = Some(provided);
@@ -188,9 +207,15 @@ impl Wiring {
         self.bridge.as_ref().is_some_and(|provided| bridge::is_touched(provided, ports, told))
     }
 
-    /// Of a pod's end on this host, if there is one.
+    /// Of a pod's end on this host, if there is one, whatever another program calls it.
     pub fn index(&mut self, attachment: &Attachment) -> io::Result<Option<u32>> {
-        Ok(self.netlink.link(&link_name(attachment))?.map(|link| link.index))
+        let name = link_name(attachment);
+        if let Some(link) = self.netlink.link(&name)? {
+            return Ok(Some(link.index));
+        }
+        let links = self.netlink.links()?;
+        let found = links.iter().find(|link| told_name(link).as_ref() == Some(&name));
+        Ok(found.map(|link| link.index))
     }
 
     /// Removes an end on this host, and the other with it; whether there was one.
@@ -209,13 +234,59 @@ impl Wiring {
     pub fn mac_behind(&mut self, port: &str, netns: &Path) -> Option<Mac> {
         let index = self.netlink.link(port).ok()??.index;
         let (_, mut inside) = self.enter(netns, None).ok()?;
-        let is_its = |link: &Link| link.message.attributes.contains(&LinkAttribute::Link(index));
-        inside.links().ok()?.into_iter().find(is_its)?.mac
+        inside.links().ok()?.into_iter().find(|link| is_behind(link, index))?.mac
     }
 
-    /// Names of all interfaces of this host.
-    pub fn links(&mut self) -> io::Result<BTreeSet<String>> {
-        Ok(self.netlink.links()?.into_iter().map(|link| link.name).collect())
+    /// Gives the routes of an interface that is to be removed to another one of the same pod, if there is
+    /// one: by `others`, the names of their ends on this host.
+    pub fn hand_over(
+        &mut self,
+        bridge: &Bridge,
+        leaving: u32,
+        (netns, opened): (&Path, Option<&File>),
+        others: &[&String],
+    ) -> Result<(), WiringError> {
+        let look = "looking for the pod's other interfaces";
+        let mut heirs = Vec::new();
+        for name in others {
+            let link = self.netlink.link(name).map_err(failed(look))?;
+            heirs.extend(link.and_then(|link| Some((link.index, from_alias(&link.alias)?))));
+        }
+        heirs.sort_by(|(_, one), (_, other)| one.cmp_as_heir(other));
+        let (netns, mut netlink) = self.enter(netns, opened)?;
+        let links = netlink.links().map_err(failed(look))?;
+        let inside = |index: u32| links.iter().find(|link| is_behind(link, index));
+        let heir = heirs.iter().find_map(|(index, told)| Some((inside(*index)?, told)));
+        let (Some(leaving), Some((heir, told))) = (inside(leaving), heir) else { return Ok(()) };
+        let mut inside = Inside { netlink, netns: &netns, home: &self.home };
+        inside
+            .hand_over(bridge, leaving.index, heir.index, told.default_route)
+            .map_err(failed("giving its routes to another interface"))
+    }
+
+    /// All interfaces of this host by their names, with the kernel's number for the namespace that the other
+    /// end of a cable is in. An end that another program has renamed is there under its own name, too.
+    pub fn links(&mut self) -> io::Result<BTreeMap<String, Option<i32>>> {
+        let links = self.netlink.links()?;
+        let names = links.iter().flat_map(|link| {
+            let names = [Some(link.name.clone()), told_name(link)];
+            names.into_iter().flatten().map(|name| (name, link.peer_namespace()))
+        });
+        Ok(names.collect())
+    }
+
+    /// Whether a path leads to the namespace with the kernel's number, or to any at all, if that is not
+    /// known.
+    pub fn leads_to(&mut self, path: &Path, namespace: Option<i32>) -> bool {
+        match (open_netns(path), namespace) {
+            (Err(error), _) => error.kind() != io::ErrorKind::NotFound,
+            (Ok(_), None) => true,
+            // One that is ending has no number.
+            (Ok(file), Some(number)) => {
+                number >= 0
+                    && self.netlink.namespace(&file).is_ok_and(|found| found == Some(number))
+            }
+        }
     }
 
     /// Pods that are plugged into a bridge, by what their ends say: for a node that has lost its memory.
@@ -225,14 +296,14 @@ impl Wiring {
             return Ok(Vec::new());
         };
         let ports = links.iter().filter(|link| link.is_plugged_into(found.index));
-        Ok(ports.filter_map(|port| from_alias(&port.alias).map(|(pod, _)| pod)).collect())
+        Ok(ports.filter_map(|port| from_alias(&port.alias)).map(|told| told.pod).collect())
     }
 
     /// MACs that pods of this host were given, where they do not follow from their addresses.
     pub fn macs(&mut self) -> io::Result<BTreeMap<Attachment, Mac>> {
         let links = self.netlink.links()?;
         let pods = links.iter().filter_map(|link| from_alias(&link.alias));
-        Ok(pods.filter_map(|(pod, mac)| Some((pod.attachment, mac?))).collect())
+        Ok(pods.filter_map(|told| Some((told.pod.attachment, told.mac?))).collect())
     }
 
     /// Bridges of pods on this host, whichever overlay they are of.
@@ -256,9 +327,8 @@ impl Wiring {
         let found = links.iter().find(|link| link.name == bridge && link.alias == ALIAS);
         let Some(found) = found else { return Ok(0) };
         let is_stray = |link: &&Link| {
-            link.is_plugged_into(found.index)
-                && link.name.starts_with(PREFIX)
-                && !keep.contains(&link.name)
+            let name = told_name(link).unwrap_or_else(|| link.name.clone());
+            link.is_plugged_into(found.index) && name.starts_with(PREFIX) && !keep.contains(&name)
         };
         let strays: Vec<&Link> = links.iter().filter(is_stray).collect();
         strays.iter().try_for_each(|link| self.delete(link.index).map(drop))?;
@@ -316,9 +386,7 @@ impl Wiring {
     fn plug(
         &mut self,
         pod: &Pod,
-        mac: Mac,
-        netns: Option<&File>,
-        mtu: u32,
+        &Cable { mac, mtu, netns, default_route }: &Cable<'_>,
         port: u32,
     ) -> io::Result<()> {
         let name = link_name(&pod.attachment);
@@ -332,7 +400,8 @@ impl Wiring {
             .address(link_mac(&pod.attachment).as_bytes().to_vec())
             .mtu(mtu)
             .controller(port);
-        let up = LinkUnspec::new_with_name(&name).alias(alias(pod, mac)).up().build();
+        let alias = alias(pod, mac, default_route);
+        let up = LinkUnspec::new_with_name(&name).alias(alias).up().build();
         let made = Request {
             message: RouteNetlinkMessage::NewLink(pair.build()),
             flags: NLM_F_CREATE | NLM_F_EXCL,
@@ -382,38 +451,9 @@ pub fn is_same(one: &File, other: &File) -> io::Result<bool> {
     Ok((one.dev(), one.ino()) == (other.dev(), other.ino()))
 }
 
-/// The name of the end on this host.
-pub fn link_name(attachment: &Attachment) -> String {
-    let digits: String = hash(attachment).iter().map(|byte| format!("{byte:02x}")).collect();
-    format!("{PREFIX}{digits}")
-}
-
-/// The name of a pod's own end until its runtime has fetched it.
-pub fn loose_name(attachment: &Attachment) -> String {
-    loose_end(&link_name(attachment))
-}
-
-/// The same, by the name of the end on the bridge.
-pub fn loose_end(link: &str) -> String {
-    format!("{link}p")
-}
-
-/// Whether an interface is called as the end of a cable on this host is.
-pub fn is_link_name(name: &str) -> bool {
-    name.strip_prefix(PREFIX).is_some_and(|digits| {
-        digits.len() == 2 * HASHED && digits.bytes().all(|byte| byte.is_ascii_hexdigit())
-    })
-}
-
-fn link_mac(attachment: &Attachment) -> Mac {
-    let [a, b, c, d, e] = hash(attachment);
-    // Locally administered, and unlike those of pods.
-    Mac::from_bytes([0x0e, a, b, c, d, e])
-}
-
-fn hash(attachment: &Attachment) -> [u8; HASHED] {
-    let hash = Sha256::digest(attachment.to_string());
-    std::array::from_fn(|i| hash[i])
+/// Whether an interface in another namespace is the other end of the one with this index.
+fn is_behind(link: &Link, index: u32) -> bool {
+    link.message.attributes.contains(&LinkAttribute::Link(index))
 }
 
 fn all_done<'a>(mut refused: impl Iterator<Item = &'a Refused>) -> io::Result<()> {
@@ -422,18 +462,4 @@ fn all_done<'a>(mut refused: impl Iterator<Item = &'a Refused>) -> io::Result<()
 
 const fn failed(what: &'static str) -> impl Fn(io::Error) -> WiringError {
     move |error| WiringError::Kernel { what, error }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn cables_are_told_from_other_interfaces_by_their_names() {
-        let attachment = Attachment::new("c", "eth0").expect("a name");
-        assert!(is_link_name(&link_name(&attachment)));
-        for other in ["gsm0", "gsm7", "eth0", "gsm012345678", "gsm012345678x", "gossamer.1"] {
-            assert!(!is_link_name(other), "{other}");
-        }
-    }
 }

@@ -73,6 +73,64 @@ fn a_container_of_the_same_name_is_connected_again_after_it_vanished() {
 }
 
 #[test]
+fn container_that_comes_again_in_a_namespace_of_the_same_name_is_connected_at_once() {
+    isolated(|lab| {
+        let cluster = Cluster::start(lab, 1)?;
+        let runtime = Runtime::new(&cluster.agents[0]);
+        for _ in 0..10 {
+            let space = NetNs::new("a")?;
+            runtime.add("a");
+            end(space);
+            // The kernel may not have removed the cable yet, and the path leads to another namespace.
+            let space = NetNs::new("a")?;
+            runtime.add("a");
+            runtime.del("a");
+            end(space);
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn mac_of_a_vanished_pod_is_given_again_as_soon_as_it_is_needed() {
+    isolated(|lab| {
+        let cluster = Cluster::start(lab, 1)?;
+        let mut spaces = namespaces(&["a", "b"])?;
+        let runtime = Runtime::new(&cluster.agents[0]);
+        let wish = json!({ "runtimeConfig": { "mac": "02:00:00:00:00:05" } });
+        assert!(runtime.call("ADD", "a", &wish).0);
+        end(spaces.remove(0));
+        let (done, b) = runtime.call("ADD", "b", &wish);
+        assert!(done, "{b}");
+        Ok(())
+    });
+}
+
+#[test]
+fn pod_that_is_disconnected_while_it_is_connected_is_told_so() {
+    isolated(|lab| {
+        let cluster = Cluster::start(lab, 1)?;
+        let _space = namespaces(&["a"])?;
+        let socket = cluster.agents[0].socket();
+        let runtime = Runtime::at(socket);
+        runtime.add("a");
+        for _ in 0..40 {
+            // The agent looks whether the pod that has the name is gone: it is not.
+            let (added, error) = std::thread::scope(|scope| {
+                let add = scope.spawn(|| Runtime::at(socket).call("ADD", "a", &json!({})));
+                runtime.del("a");
+                add.join().expect("an answer")
+            });
+            let why = error["msg"].as_str().unwrap_or_default();
+            let is_told = why.contains("has an address") || why.contains("disconnected meanwhile");
+            assert!(added || is_told, "{error}");
+            let _ = runtime.call("ADD", "a", &json!({}));
+        }
+        Ok(())
+    });
+}
+
+#[test]
 fn a_vanished_pod_is_no_pod_and_its_address_comes_back_by_itself() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;

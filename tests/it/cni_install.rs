@@ -112,6 +112,54 @@ fn list_that_stays_and_cannot_work_is_named_with_the_reason() {
 }
 
 #[test]
+fn what_cannot_be_installed_fails_and_says_what_helps() {
+    let places = Places::new();
+    let fails = |more: &[&str]| {
+        let mut command = Command::new(program());
+        command.args(["cni", "install", "--bin-dir"]).arg(places.bin());
+        let output = command.arg("--conf-dir").arg(places.conf()).args(more).output();
+        let output = output.expect("gossamer runs");
+        assert!(!output.status.success(), "{output:?}");
+        String::from_utf8(output.stderr).expect("UTF-8")
+    };
+    // A directory in the place of the list.
+    let list = places.conf().join("10-gossamer.conflist");
+    fs::create_dir(&list).expect("made");
+    for force in [&[][..], &["--force"]] {
+        let said = fails(force);
+        assert!(said.contains("is a directory") && said.contains("remove it"), "{said}");
+    }
+    fs::remove_dir(&list).expect("removed");
+    // A file in the place of the directory.
+    fs::remove_dir(places.conf()).expect("removed");
+    fs::write(places.conf(), "").expect("written");
+    let said = fails(&[]);
+    assert!(said.contains("is no directory") && said.contains("--conf-dir"), "{said}");
+    fs::remove_file(places.conf()).expect("removed");
+    // Another's program.
+    let plugin = places.bin().join("gossamer");
+    fs::write(&plugin, "another's").expect("written");
+    let said = fails(&[]);
+    assert!(said.contains("another program") && said.contains("--force"), "{said}");
+    assert_eq!(fs::read_to_string(&plugin).expect("read"), "another's");
+    places.cni("install", &["--force"]);
+    assert!(plugin.is_symlink());
+    // An earlier version of this one is replaced.
+    fs::remove_file(&plugin).expect("removed");
+    places.cni("install", &["--copy"]);
+    fs::File::options()
+        .append(true)
+        .open(&plugin)
+        .and_then(|mut file| {
+            use std::io::Write as _;
+            file.write_all(b"more")
+        })
+        .expect("written");
+    places.cni("install", &[]);
+    assert!(plugin.is_symlink());
+}
+
+#[test]
 fn loopback_that_leads_nowhere_is_named_and_replaced_by_force_alone() {
     let places = Places::new();
     let loopback = places.bin().join("loopback");

@@ -60,6 +60,47 @@ fn a_second_interface_has_its_own_address_and_the_first_keeps_the_default_route(
 }
 
 #[test]
+fn interface_that_is_left_gets_the_routes_of_the_one_that_is_removed() {
+    isolated(|lab| {
+        let host = lab.host(1, "n1")?;
+        let mut agent = Agent::start(program(), &host, &["--init", "--network6", "fd42::/48"])?;
+        agent.wait_converged(1, PATIENCE)?;
+        let spaces = namespaces(&["a", "b"])?;
+        let second = [("CNI_IFNAME", "net1")];
+        let routes = |space: &NetNs, to: &str| {
+            ["-4", "-6"].map(|family| tool(space, &format!("ip {family} route show {to}")))
+        };
+        for (space, name, more) in
+            [(&spaces[0], "a", json!({})), (&spaces[1], "b", json!({ "isDefaultGateway": false }))]
+        {
+            let runtime = Runtime::new(&agent);
+            runtime.add(name);
+            let defaults = routes(space, "default");
+            let (done, result) = runtime.call_with("ADD", name, &second, &more);
+            assert!(done, "{result}");
+            // The agent knows of the wish by what the kernel keeps.
+            agent.end(nix::sys::signal::Signal::SIGKILL)?;
+            agent = Agent::start(program(), &host, &[])?;
+            agent.wait_converged(1, PATIENCE)?;
+            Runtime::new(&agent).del(name);
+            wait_until("its cable is gone", PATIENCE, || {
+                !run(space, "ip link show eth0").status.success()
+            });
+            let now = routes(space, "default");
+            if name == "a" {
+                assert_eq!(now, defaults.map(|text| text.replace("eth0", "net1")));
+            } else {
+                assert_eq!(now, ["", ""]);
+                let networks = ["-4 route show 10.42.0.0/16", "-6 route show fd42::/48"]
+                    .map(|command| tool(space, &format!("ip {command}")));
+                assert!(networks.iter().all(|route| route.contains("dev net1")), "{networks:?}");
+            }
+        }
+        Ok(())
+    });
+}
+
+#[test]
 fn a_default_route_of_another_network_stays_and_the_overlay_has_its_own() {
     isolated(|lab| {
         let cluster = Cluster::start(lab, 2)?;
@@ -235,6 +276,52 @@ fn a_mac_that_is_asked_for_is_used_kept_over_restarts_and_given_to_one_pod_only(
         runtime.del("c");
         let (done, c) = runtime.call("ADD", "c", &wish);
         assert!(done && c["interfaces"][2]["mac"] == mac, "{c}");
+        Ok(())
+    });
+}
+
+#[test]
+fn neighbors_of_an_address_hear_at_once_that_it_has_another_mac() {
+    isolated(|lab| {
+        let host = lab.host(1, "n1")?;
+        let mut agent = Agent::start(program(), &host, &["--init", "--network6", "fd42::/48"])?;
+        agent.wait_converged(1, PATIENCE)?;
+        let spaces = namespaces(&["neighbor", "a", "b", "c"])?;
+        let runtime = Runtime::new(&agent);
+        runtime.add("neighbor");
+        let both = |result: &Value| {
+            [0, 1].map(|family: usize| {
+                let text = result["ips"][family]["address"].as_str().expect("an address");
+                text.split('/').next().expect("an address").to_owned()
+            })
+        };
+        let first = json!({ "runtimeConfig": { "mac": "02:00:00:00:00:01" } });
+        let (done, a) = runtime.call("ADD", "a", &first);
+        assert!(done, "{a}");
+        let addresses = both(&a);
+        addresses.iter().for_each(|address| ping(&spaces[0], address));
+        runtime.del("a");
+        // One with a MAC that was asked for, and one with that which follows from the address.
+        let ips = json!([addresses[0]]);
+        for (name, mac) in [("b", Some("02:00:00:00:00:02")), ("c", None)] {
+            let wish = json!({ "runtimeConfig": { "ips": ips, "mac": mac } });
+            let (done, result) = runtime.call("ADD", name, &wish);
+            assert!(done && both(&result) == addresses, "{result}");
+            let mac = result["interfaces"][2]["mac"].as_str().expect("a MAC");
+            for address in &addresses {
+                let shown = tool(&spaces[0], &format!("ip neigh show {address}"));
+                assert!(shown.contains(mac), "{name} has {mac}: {shown}");
+                ping(&spaces[0], address);
+            }
+            runtime.del(name);
+        }
+        // The MAC that follows from the IPv4 address, whichever is named first.
+        let octets = addresses[0].parse::<std::net::Ipv4Addr>()?.octets();
+        let octets = octets.map(|octet| format!("{octet:02x}")).join(":");
+        let ips = json!([addresses[1], addresses[0]]);
+        let wish = json!({ "runtimeConfig": { "ips": ips, "mac": format!("0a:58:{octets}") } });
+        let (done, c) = runtime.call("ADD", "c", &wish);
+        assert!(done, "{c}");
         Ok(())
     });
 }

@@ -139,7 +139,8 @@ fn every_error_has_the_number_of_the_specification_and_names_what_is_wrong() {
             case("PLUG", &[], none(), 4, "CNI_COMMAND"),
             case("", &[], none(), 4, "CNI_COMMAND"),
             case("ADD", &[("CNI_CONTAINERID", "")], none(), 4, "CNI_CONTAINERID"),
-            case("DEL", &[("CNI_CONTAINERID", "-")], none(), 4, "CNI_CONTAINERID"),
+            case("ADD", &[("CNI_CONTAINERID", "-")], none(), 4, "CNI_CONTAINERID"),
+            case("DEL", &[("CNI_CONTAINERID", "")], none(), 4, "CNI_CONTAINERID"),
             case("ADD", &[("CNI_IFNAME", "a/b")], none(), 4, "CNI_IFNAME"),
             case("DEL", &[("CNI_IFNAME", "")], none(), 4, "CNI_IFNAME"),
             case("ADD", &[("CNI_NETNS", "")], none(), 4, "CNI_NETNS"),
@@ -209,11 +210,18 @@ fn what_is_gone_already_is_no_error_of_del() {
         let mut cluster = Cluster::start(lab, 1)?;
         let _space = namespaces(&["a"])?;
         let runtime = Runtime::new(&cluster.agents[0]);
+        let too_long = "a".repeat(300);
         for (variables, more) in [
             (vec![("CNI_NETNS", "")], json!({})),
             (vec![("CNI_NETNS", "/run/netns/nowhere")], json!({})),
             (vec![("CNI_NETNS", "/proc/self/ns/net")], json!({})),
             (vec![("CNI_CONTAINERID", "unknown")], json!({})),
+            // ADD refuses them, so there is nothing.
+            (vec![("CNI_CONTAINERID", "-")], json!({})),
+            (vec![("CNI_CONTAINERID", too_long.as_str())], json!({})),
+            (vec![("CNI_IFNAME", "all")], json!({})),
+            (vec![("CNI_IFNAME", "eth%d")], json!({})),
+            (vec![("CNI_IFNAME", "a-name-that-is-too-long")], json!({})),
             (vec![("CNI_ARGS", "nonsense")], json!({ "runtimeConfig": { "ips": "nonsense" } })),
             // Its configuration was changed meanwhile.
             (vec![], json!({ "name": "another", "cniVersion": "0.3.1", "mac": "nonsense" })),
@@ -226,6 +234,15 @@ fn what_is_gone_already_is_no_error_of_del() {
         assert_eq!(pods(&mut cluster.agents[0]), 0);
         Ok(())
     });
+}
+
+#[test]
+fn answer_that_cannot_be_written_is_no_success() {
+    let full = std::fs::File::options().write(true).open("/dev/full").expect("/dev/full");
+    let mut plugin = std::process::Command::new(program());
+    plugin.env("CNI_COMMAND", "VERSION").stdin(std::process::Stdio::null()).stdout(full);
+    let output = plugin.output().expect("the plugin runs");
+    assert!(!output.status.success(), "{output:?}");
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use gossamer::{
     api::{self, ClientError},
-    lab::{Agent, Host},
+    lab::{Agent, Host, NetNs},
 };
 use nix::{
     sys::signal::{Signal, kill},
@@ -13,6 +13,7 @@ use nix::{
 use serde_json::{Value, json};
 
 use crate::{
+    cni::Runtime,
     common::{
         Cluster, PATIENCE, client, eventually, freeze, isolated, program, skipped, thaw, tool,
     },
@@ -236,6 +237,67 @@ fn what_docker_cannot_have_is_refused_and_changes_nothing() {
         let why = plugin.refused("NetworkDriver.Join", &both);
         assert!(why.contains(ip) && why.contains("leave this one out"), "{why}");
         plugin.done("NetworkDriver.Join", &json!({ "EndpointID": "e2", "SandboxKey": "/s2" }));
+        Ok(())
+    });
+}
+
+#[test]
+fn neighbors_hear_at_once_of_the_mac_that_docker_has_made_up() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        serve(&mut cluster, 0, Signal::SIGTERM)?;
+        let neighbor = NetNs::new("neighbor")?;
+        Runtime::new(&cluster.agents[0]).add("neighbor");
+        let plugin = Plugin::on(&cluster.hosts[0]);
+        let pool = plugin.done("IpamDriver.RequestPool", &json!({ "Pool": "" }))["PoolID"].clone();
+        let mac = "02:42:00:00:00:01";
+        let address = plugin.address(&pool, mac);
+        let ip = address.trim_end_matches("/24");
+        // As it was before a container was started again.
+        tool(&neighbor, &format!("ip neigh add {ip} dev eth0 lladdr 02:42:00:00:00:02 nud stale"));
+        plugin.done("NetworkDriver.CreateEndpoint", &endpoint("e1", &address));
+        let join = json!({ "NetworkID": "n", "EndpointID": "e1", "SandboxKey": "/sandbox" });
+        plugin.done("NetworkDriver.Join", &join);
+        let known = tool(&neighbor, &format!("ip neigh show {ip}"));
+        assert!(known.contains(mac), "{known}");
+        Ok(())
+    });
+}
+
+#[test]
+fn mac_of_another_pod_is_refused_to_a_container_of_dockers() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        serve(&mut cluster, 0, Signal::SIGTERM)?;
+        let _space = NetNs::new("pod")?;
+        let plugin = Plugin::on(&cluster.hosts[0]);
+        let pool = plugin.done("IpamDriver.RequestPool", &json!({ "Pool": "" }))["PoolID"].clone();
+        let of_pod = "02:00:00:00:00:05";
+        let wish = json!({ "runtimeConfig": { "mac": of_pod } });
+        let runtime = Runtime::new(&cluster.agents[0]);
+        assert!(runtime.call("ADD", "pod", &wish).0);
+        let of_docker = "02:42:00:00:00:01";
+        let first = plugin.address(&pool, of_docker);
+        plugin.done("NetworkDriver.CreateEndpoint", &endpoint("e1", &first));
+        let ip: std::net::Ipv4Addr = first.trim_end_matches("/24").parse()?;
+        let [a, b, c, _] = ip.octets();
+        let of_gateway = format!("0a:58:{a:02x}:{b:02x}:{c:02x}:01");
+        let ask = |mac: &str| {
+            let options = json!({ "com.docker.network.endpoint.macaddress": mac });
+            json!({ "PoolID": pool, "Address": "", "Options": options })
+        };
+        for (mac, word) in [
+            (of_pod, "pod eth0 has it"),
+            (of_docker, "e1 docker has it"),
+            (of_gateway.as_str(), "follow from addresses"),
+        ] {
+            let why = plugin.refused("IpamDriver.RequestAddress", &ask(mac));
+            assert!(why.contains(mac) && why.contains(word), "{mac}: {why}");
+        }
+        // Docker makes MACs up that begin so.
+        plugin.address(&pool, "0a:58:de:ad:be:ef");
+        plugin.done("NetworkDriver.DeleteEndpoint", &json!({ "EndpointID": "e1" }));
+        plugin.address(&pool, of_docker);
         Ok(())
     });
 }

@@ -225,6 +225,9 @@ fn addresses_macs_and_names_that_are_asked_for_are_given_or_refused() {
             let error = podman.refused("b", &asked);
             assert!(error.contains(word), "{asked}: {error}");
         }
+        // Setup refuses it, so there is nothing to be torn down.
+        let never = podman.call("teardown", "b", &json!({ "interface_name": "all" }));
+        assert!(never.status.success(), "{}", answer(&never));
         assert_eq!((pods(&mut cluster.agents[0]), cables(&cluster.hosts[0])), (1, 1));
 
         // As `podman network reload` does it: the same address and MAC once more.
@@ -289,6 +292,13 @@ fn a_container_in_several_networks_keeps_the_default_route_of_the_others() {
             let second = podmans[0].set_up(name, &json!({ "interface_name": "eth1" }));
             assert!(second["interfaces"]["eth1"].is_object(), "{second}");
             assert_eq!(tool(space, "ip route show default"), before);
+            tool(space, &format!("ping -c 1 -W 2 {}", address(&peer)));
+            // What is left when the first network is disconnected is enough.
+            podmans[0].tear_down(name);
+            let overlay = || tool(space, "ip route show 10.42.0.0/16");
+            wait_until("eth1 has its routes", PATIENCE, || overlay().contains("dev eth1"));
+            let default = tool(space, "ip route show default metric 200");
+            assert!(default.contains("dev eth1"), "{name}: {default}");
             tool(space, &format!("ping -c 1 -W 2 {}", address(&peer)));
         }
         Ok(())

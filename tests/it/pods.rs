@@ -74,6 +74,31 @@ fn what_others_do_to_the_bridge_is_put_right() {
 }
 
 #[test]
+fn end_of_a_cable_that_is_renamed_gets_its_name_back() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        let _space = namespaces(&["a"])?;
+        let given = address(&Runtime::new(&cluster.agents[0]).add("a"));
+        let answer = cluster.agents[0].ask("/v1/pods", PATIENCE)?;
+        let link = answer["pods"][0]["link"].as_str().expect("a name").to_owned();
+        let rename =
+            [format!("{link} down"), format!("{link} name other0"), "other0 up".to_owned()];
+        let host = &cluster.hosts[0].netns;
+        // It may have its name back before the last of them.
+        rename.iter().for_each(|change| _ = run(host, &format!("ip link set {change}")));
+        eventually(host, "ip -o link show master gsm0 up", |shown| shown.contains(&link));
+        eventually(host, &format!("ping -c 1 -W 2 {given}"), |said| said.contains(" 1 received"));
+        // Renamed while no agent runs, and to be removed by the next.
+        cluster.agents[0].end(Signal::SIGKILL)?;
+        rename.iter().for_each(|change| _ = tool(host, &format!("ip link set {change}")));
+        Runtime::new(&cluster.agents[0]).del("a");
+        cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &[])?;
+        eventually(&cluster.hosts[0].netns, "ip -o link show master gsm0", str::is_empty);
+        Ok(())
+    });
+}
+
+#[test]
 fn pods_outlive_a_lost_database_and_not_a_new_start_of_the_host() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    io,
     path::Path,
     time::Instant,
 };
@@ -9,7 +10,7 @@ use std::{
 use super::{LOOK, Looked, Suspect, Wired};
 use crate::pods::{
     bridge::{Mended, Tenants},
-    wiring::loose_end,
+    wiring::{Wiring, loose_end},
 };
 
 /// Cables whose loose ends Docker has fetched. It puts an end back on this host when the container has ended
@@ -54,15 +55,23 @@ pub(super) fn note_absent(
 }
 
 /// Sorts pods by what the kernel and the file system still have of them.
-pub(super) fn look(pods: Vec<Suspect>, links: &BTreeSet<String>, fetched: &Fetched) -> Looked {
+pub(super) fn look(
+    pods: Vec<Suspect>,
+    wiring: &mut Wiring,
+    fetched: &Fetched,
+) -> io::Result<Looked> {
+    let links = wiring.links()?;
     let mut looked = Looked::default();
     for Suspect { link, netns } in pods {
-        let is_back = links.contains(&loose_end(&link)) && fetched.0.contains(&link);
-        if !links.contains(&link) || is_back {
-            looked.gone.insert(link);
-        } else if Path::new(&netns).symlink_metadata().is_err() {
-            looked.going.insert(link);
+        let is_back = links.contains_key(&loose_end(&link)) && fetched.0.contains(&link);
+        match links.get(&link).filter(|_| !is_back) {
+            None => _ = looked.gone.insert(link),
+            // Another namespace may have the path by now.
+            Some(namespace) if !wiring.leads_to(Path::new(&netns), *namespace) => {
+                looked.going.insert(link);
+            }
+            Some(_) => {}
         }
     }
-    looked
+    Ok(looked)
 }

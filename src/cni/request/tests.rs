@@ -10,7 +10,7 @@ use crate::model::Mac;
 type Answer = Result<CniRequest, (CniError, &'static str)>;
 
 fn parse(environment: &[(&str, &str)], input: &str) -> Answer {
-    let pairs = environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+    let pairs = environment.iter().map(|(name, value)| ((*name).to_owned(), value.into()));
     CniRequest::parse("gossamer", &pairs.collect(), input.as_bytes())
 }
 
@@ -340,6 +340,20 @@ fn deletion_needs_no_namespace_and_minds_nothing_that_is_for_adding() {
 }
 
 #[test]
+fn variable_that_is_not_utf8_is_not_called_missing_and_keeps_no_pod_from_its_end() {
+    use std::os::unix::ffi::OsStringExt as _;
+    let answer = |verb: &str| {
+        let mut environment: Environment =
+            with("CNI_COMMAND", verb).iter().map(|(n, v)| ((*n).to_owned(), v.into())).collect();
+        environment.insert("CNI_NETNS".to_owned(), OsString::from_vec(b"/run/\xff".to_vec()));
+        CniRequest::parse("gossamer", &environment, CONFIG.as_bytes())
+    };
+    let (error, _) = answer("ADD").expect_err("no text");
+    assert!(error.code == 4 && error.msg.contains("CNI_NETNS") && error.msg.contains("UTF-8"));
+    assert!(answer("DEL").is_ok());
+}
+
+#[test]
 fn each_version_has_its_verbs_and_a_configuration_without_one_is_of_the_first() {
     for (index, version) in VERSIONS.into_iter().enumerate() {
         for (verb, since) in
@@ -390,8 +404,8 @@ fn cni_args_that_say_the_same_twice_and_unknown_ones_are_read() {
 
 #[test]
 fn the_program_is_loopback_by_its_name_or_by_the_type_of_the_network() {
-    let environment: BTreeMap<String, String> =
-        ADD.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+    let environment: Environment =
+        ADD.iter().map(|(name, value)| ((*name).to_owned(), value.into())).collect();
     let loopback = |program, kind: &str| {
         let config = config(json!({ "type": kind }));
         CniRequest::parse(program, &environment, config.as_bytes()).expect("a request").loopback

@@ -256,16 +256,7 @@ impl Kernel {
                 && fixed_attributes(link).0 == (wanted.vni, wanted.port)
         };
         let Some(link) = links.iter().find(is_ours) else { return Ok(()) };
-        let change = || LinkUnspec::new_with_index(link.index);
-        let rename = || change().name(wanted.name.clone());
-        match self.netlink.set_link(rename()) {
-            // Kernels before 6.2 rename only what is down; what is lost by that is put back.
-            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
-                self.netlink.set_link(change().down())?;
-                self.netlink.set_link(rename())
-            }
-            result => result,
-        }
+        self.netlink.rename_link(link.index, &wanted.name)
     }
 
     /// The underlay's address must not be in a network of this overlay, nor may another overlay on this host

@@ -1,0 +1,31 @@
+//! What a pod's other interfaces take over from one that is to be removed.
+
+use std::{fs::File, path::Path};
+
+use super::{PodWorker, Wired};
+use crate::{model::Attachment, pods::bridge::Tenant};
+
+impl<F: Fn(Wired)> PodWorker<'_, F> {
+    /// Gives the routes of a cable that is to be removed to another one of the same container.
+    pub(super) fn hand_over(
+        &mut self,
+        attachment: &Attachment,
+        tenant: Option<&Tenant>,
+        opened: Option<&File>,
+        index: u32,
+    ) {
+        let is_its = |(_, other): &(_, &Tenant)| other.container == attachment.container();
+        let others = self.tenants.iter().filter(is_its).map(|(cable, _)| cable);
+        let others: Vec<&String> = others.collect();
+        if others.is_empty() {
+            return;
+        }
+        // Its addresses are of the others too.
+        self.touched = true;
+        let (Some(bridge), Some(tenant)) = (&self.kept, tenant) else { return };
+        let netns = Path::new(&tenant.netns);
+        if let Err(error) = self.wiring.hand_over(bridge, index, (netns, opened), &others) {
+            tracing::debug!(pod = %attachment, %error, "its other interfaces have not got its routes");
+        }
+    }
+}

@@ -1,0 +1,149 @@
+//! Ethernet frames of ARP and neighbor discovery, and the socket that sends them.
+
+use std::{
+    io,
+    net::{Ipv4Addr, Ipv6Addr},
+    os::fd::AsRawFd as _,
+};
+
+use nix::{
+    ifaddrs::getifaddrs,
+    sys::socket::{LinkAddr, bind},
+};
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::{
+    checksum::checksum,
+    dataplane::silence::{ADVERTISEMENT, ARP, SOLICITATION},
+    model::Mac,
+};
+
+/// Ethernet's number, and that of ICMPv6 (IANA).
+pub const IPV6: u16 = 0x86dd;
+pub const ICMPV6: u8 = 58;
+/// `ARPHRD_ETHER`
+const ETHERNET: u16 = 1;
+/// All stations of a link.
+const BROADCAST: Mac = Mac::from_bytes([0xff; 6]);
+/// All nodes of a link (RFC 4291, 2.7.1).
+const ALL_NODES: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
+/// Those of whom one may have an address: it ends with the last three bytes of that (RFC 4291, 2.7.1).
+const SOLICITED: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 1, 0xff00, 0);
+/// Options of neighbor discovery: the hardware address of the sender, and that of the target.
+const SOURCE_LINK: u8 = 1;
+const TARGET_LINK: u8 = 2;
+/// What is known of the target is replaced (RFC 4861, 4.4).
+const OVERRIDE: u8 = 0x20;
+
+/// Asks one station, or all, for the MAC of an IPv4 address (RFC 826). Where `sender` is the target, it tells
+/// them that the address has this MAC (RFC 5944, 4.6).
+pub fn arp(mac: Mac, to: Option<Mac>, sender: Ipv4Addr, target: Ipv4Addr) -> Vec<u8> {
+    let mut frame = to.unwrap_or(BROADCAST).as_bytes().to_vec();
+    frame.extend(mac.as_bytes());
+    frame.extend(ARP.to_be_bytes());
+    frame.extend([0, 1, 8, 0, 6, 4, 0, 1]);
+    frame.extend(mac.as_bytes());
+    frame.extend(sender.octets());
+    frame.extend([0; 6]);
+    frame.extend(target.octets());
+    frame
+}
+
+/// Asks one station, or those whose address ends so, for the MAC of an IPv6 address (RFC 4861, 4.3).
+pub fn solicitation(mac: Mac, station: Option<Mac>, sender: Ipv6Addr, target: Ipv6Addr) -> Vec<u8> {
+    let [.., a, b, c] = target.octets();
+    let mut to = SOLICITED.octets();
+    to[13..].copy_from_slice(&[a, b, c]);
+    discovery(mac, station, sender, to.into(), [SOLICITATION, 0, SOURCE_LINK], target)
+}
+
+/// Tells all stations that an IPv6 address has this MAC (RFC 4861, 7.2.6).
+pub fn advertisement(mac: Mac, address: Ipv6Addr) -> Vec<u8> {
+    discovery(mac, None, address, ALL_NODES, [ADVERTISEMENT, OVERRIDE, TARGET_LINK], address)
+}
+
+fn discovery(
+    mac: Mac,
+    station: Option<Mac>,
+    sender: Ipv6Addr,
+    to: Ipv6Addr,
+    [kind, flags, option]: [u8; 3],
+    target: Ipv6Addr,
+) -> Vec<u8> {
+    let [.., a, b, c, d] = to.octets();
+    let mut message = vec![kind, 0, 0, 0, flags, 0, 0, 0];
+    message.extend(target.octets());
+    // In one unit of eight bytes.
+    message.extend([option, 1]);
+    message.extend(mac.as_bytes());
+    let length = message.len() as u8;
+    let ends = [sender.octets(), to.octets()].concat();
+    let sum = checksum(&[&ends[..], &[0, 0, 0, length, 0, 0, 0, ICMPV6], &message].concat());
+    message[2..4].copy_from_slice(&sum.to_be_bytes());
+    let group = Mac::from_bytes([0x33, 0x33, a, b, c, d]);
+    let mut frame = station.unwrap_or(group).as_bytes().to_vec();
+    frame.extend(mac.as_bytes());
+    frame.extend(IPV6.to_be_bytes());
+    frame.extend([0x60, 0, 0, 0, 0, length, ICMPV6, 255]);
+    frame.extend(ends);
+    frame.extend(message);
+    frame
+}
+
+/// A socket for frames of a protocol. Takes CAP_NET_RAW.
+pub fn packet_socket(kind: Type, protocol: u16) -> io::Result<Socket> {
+    let protocol = Protocol::from(i32::from(protocol.to_be()));
+    let socket = Socket::new(Domain::PACKET, kind, Some(protocol))?;
+    socket.set_nonblocking(true)?;
+    Ok(socket)
+}
+
+/// A socket that sends whole frames at one Ethernet interface and takes none, with the MAC of that.
+///
+/// # Errors
+/// `Unsupported` where the interface is no Ethernet.
+pub fn sender_at(interface: &str) -> io::Result<(Socket, Mac)> {
+    let of_link = getifaddrs()?.filter(|address| address.interface_name == interface);
+    let address = of_link
+        .filter_map(|address| address.address?.as_link_addr().copied())
+        .find(|address: &LinkAddr| address.hatype() == ETHERNET)
+        .ok_or(io::ErrorKind::Unsupported)?;
+    let mac = Mac::from_bytes(address.addr().ok_or(io::ErrorKind::Unsupported)?);
+    let socket = packet_socket(Type::RAW, 0)?;
+    bind(socket.as_raw_fd(), &address)?;
+    Ok((socket, mac))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn is_whole(frame: &[u8]) -> bool {
+        let (ip, message) = frame[14..].split_at(40);
+        let pseudo = [&ip[8..], &[0, 0, 0, 32, 0, 0, 0, 58], message].concat();
+        (message.len(), checksum(&pseudo)) == (32, 0)
+    }
+
+    #[test]
+    fn question_for_an_ipv6_address_goes_to_those_whose_address_ends_so_with_a_right_checksum() {
+        let [sender, target] =
+            ["fd99::1", "fd99::12:3456"].map(|text| text.parse().expect("an address"));
+        let frame = solicitation(Mac::from_bytes([2, 0, 0, 0, 0, 1]), None, sender, target);
+        assert_eq!(frame[..6], [0x33, 0x33, 0xff, 0x12, 0x34, 0x56]);
+        let to = "ff02::1:ff12:3456".parse::<Ipv6Addr>().expect("address").octets();
+        assert!(frame[38..54] == to && is_whole(&frame));
+    }
+
+    #[test]
+    fn advertisement_replaces_what_all_nodes_know_of_the_address() {
+        let mac = Mac::from_bytes([2, 0, 0, 0, 0, 1]);
+        let address: Ipv6Addr = "fd42::7".parse().expect("an address");
+        let frame = advertisement(mac, address);
+        assert_eq!(frame[..6], [0x33, 0x33, 0, 0, 0, 1]);
+        assert_eq!(frame[22..38], address.octets());
+        assert_eq!(frame[54..62], [ADVERTISEMENT, 0, frame[56], frame[57], OVERRIDE, 0, 0, 0]);
+        assert_eq!(frame[62..78], address.octets());
+        assert_eq!(frame[78..], [2, 1, 2, 0, 0, 0, 0, 1]);
+        assert!(is_whole(&frame));
+    }
+}
