@@ -17,7 +17,7 @@ use crate::{
         kernel::{FirewallTable, Kernel, overlaps, sysctl},
     },
     netlink::{Netlink, in_thread, link::Link},
-    pods::{bridge::obstacle, standin::OWN_ALIAS},
+    pods::{obstacle::obstacle, standin::OWN_ALIAS},
 };
 
 /// Devices and ports of other overlays.

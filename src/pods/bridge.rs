@@ -9,7 +9,6 @@ use std::{
     net::IpAddr,
 };
 
-use ipnet::IpNet;
 use rtnetlink::{
     LinkBridge, LinkUnspec,
     packet_core::{NLM_F_CREATE, NLM_F_EXCL},
@@ -26,7 +25,7 @@ use rtnetlink::{
 use super::{
     gateway,
     names::{is_link_name, loose_end},
-    port,
+    obstacle, port,
     renamed::{is_renamed, take_names_back},
     standin,
 };
@@ -153,11 +152,7 @@ pub(super) fn provide(netlink: &mut Netlink, bridge: &Bridge) -> io::Result<(Pro
             make(netlink, bridge)?
         }
     };
-    let mut in_the_way = obstacle(&link, Some(bridge.subnets));
-    if in_the_way.is_none() && !is_new {
-        in_the_way = other_overlay(netlink, &link, bridge)?;
-    }
-    if let Some(obstacle) = in_the_way {
+    if let Some(obstacle) = obstacle::to(bridge, &link, netlink)? {
         return Err(io::Error::other(obstacle));
     }
     // Before it is up: it hears nothing before that.
@@ -354,63 +349,9 @@ impl Bridge {
         if self.subnets.iter().any(|subnet| subnet.addr().is_ipv6()) { Ipv6::On } else { Ipv6::Off }
     }
 
-    fn is_gateway(&self, ip: IpAddr) -> bool {
+    pub(super) fn is_gateway(&self, ip: IpAddr) -> bool {
         self.subnets.iter().any(|subnet| gateway(subnet) == ip)
     }
-}
-
-/// Why no pod can be plugged into an interface that has the bridge's name; none, if it is the bridge.
-///
-/// It is known by its alias, or by its MAC if an agent ended in the middle of making it. Without an agent the
-/// subnets are not known.
-pub fn obstacle(link: &Link, subnets: Option<Subnets>) -> Option<String> {
-    let has_mac = |mac: Mac| match subnets {
-        Some(subnets) => mac == mac_at(gateway(subnets.first)),
-        None => is_address_mac(mac),
-    };
-    let is_ours = link.alias == ALIAS || link.mac.is_some_and(has_mac);
-    (link.kind != "bridge" || !is_ours).then(|| {
-        format!(
-            "no pod can be connected: an interface {} is there and is not gossamer's: choose another name \
-             for the pods' bridge (the setting bridge)",
-            link.name
-        )
-    })
-}
-
-/// Why the bridge is not this overlay's but that of another one on this host: it has a gateway of a subnet
-/// whose VTEP another device has.
-///
-/// # Errors
-/// The kernel does not show its addresses or interfaces.
-pub(super) fn other_overlay(
-    netlink: &mut Netlink,
-    link: &Link,
-    bridge: &Bridge,
-) -> io::Result<Option<String>> {
-    let has = netlink.addresses()?;
-    let is_foreign =
-        |address: &&Address| address.link == link.index && !bridge.is_gateway(address.ip);
-    let foreign = has.iter().filter(is_foreign);
-    let foreign: Vec<IpNet> =
-        foreign.filter_map(|address| IpNet::new(address.ip, address.prefix_len).ok()).collect();
-    if foreign.is_empty() {
-        return Ok(None);
-    }
-    let links = netlink.links()?;
-    let is_its_vtep = |device: &Link, address: &Address| {
-        address.link == device.index && foreign.iter().any(|network| network.contains(&address.ip))
-    };
-    let mut devices =
-        links.iter().filter(|device| device.kind == "vxlan" && device.name != bridge.table);
-    let device = devices.find(|device| has.iter().any(|address| is_its_vtep(device, address)));
-    Ok(device.map(|device| {
-        format!(
-            "no pod can be connected: bridge {} has the pods of another overlay on this host ({}): choose \
-             another name for this one's bridge (the setting bridge)",
-            link.name, device.name
-        )
-    }))
 }
 
 /// The bridge was called otherwise: its address must not stay there. What was plugged into it is plugged in

@@ -34,7 +34,7 @@ use super::{
     bridge::{self, ALIAS, Bridge, Mended, PREFIX, Provided, Tenants, mac_at},
     furnish::{DefaultRoute, Inside, Route},
     names::{link_mac, told_name},
-    port,
+    obstacle, port,
 };
 use crate::{
     dataplane::kernel::interface::{self, Ipv6},
@@ -196,10 +196,7 @@ impl Wiring {
     /// Why no pod can be plugged into a bridge, if another interface has its name.
     pub fn obstacle(&mut self, bridge: &Bridge) -> io::Result<Option<String>> {
         let Some(link) = self.netlink.link(&bridge.name)? else { return Ok(None) };
-        match bridge::obstacle(&link, Some(bridge.subnets)) {
-            None => bridge::other_overlay(&mut self.netlink, &link, bridge),
-            obstacle => Ok(obstacle),
-        }
+        obstacle::to(bridge, &link, &mut self.netlink)
     }
 
     /// Whether what the kernel tells makes [`Wiring::mend`] necessary.
