@@ -302,6 +302,7 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
                 let tenant = self.tenants.remove(&cable);
                 if let Some(tenant) = &tenant {
                     self.tables.shut_out(&cable, tenant);
+                    self.wiring.forget_neighbors(tenant.addresses);
                 }
                 // Its addresses are of the container's other cables too.
                 let is_its = |other: &Tenant| other.container == attachment.container();

@@ -6,7 +6,7 @@ use rtnetlink::{
     packet_core::{NLM_F_CREATE, NLM_F_REPLACE},
     packet_route::{
         AddressFamily, RouteNetlinkMessage,
-        neighbour::{NeighbourAttribute, NeighbourMessage, NeighbourState},
+        neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
     },
 };
 
@@ -43,6 +43,17 @@ impl Netlink {
         }))
     }
 
+    /// Addresses on a link that have a MAC for good.
+    ///
+    /// # Errors
+    /// The kernel's answer to the question.
+    pub fn pinned_neighbours(&mut self, link: u32) -> io::Result<Vec<(IpAddr, Mac)>> {
+        let mut wanted = NeighbourMessage::default();
+        wanted.header.ifindex = link;
+        let found = self.dump(&RouteNetlinkMessage::GetNeighbour(wanted))?;
+        Ok(found.iter().filter_map(|message| pinned(message, link)).collect())
+    }
+
     fn entry(&mut self, link: u32, ip: IpAddr) -> io::Result<Option<NeighbourMessage>> {
         match self.get(RouteNetlinkMessage::GetNeighbour(message(link, ip))) {
             Ok(RouteNetlinkMessage::NewNeighbour(found)) => Ok(Some(found)),
@@ -59,6 +70,29 @@ impl Netlink {
         known.attributes.push(NeighbourAttribute::LinkLayerAddress(mac.as_bytes().to_vec()));
         self.apply_one(RouteNetlinkMessage::NewNeighbour(known), NLM_F_CREATE | NLM_F_REPLACE)
     }
+}
+
+fn pinned(message: &RouteNetlinkMessage, link: u32) -> Option<(IpAddr, Mac)> {
+    let RouteNetlinkMessage::NewNeighbour(found) = message else { return None };
+    if found.header.ifindex != link || found.header.state != NeighbourState::Permanent {
+        return None;
+    }
+    let (mut ip, mut mac) = (None, None);
+    for attribute in &found.attributes {
+        match attribute {
+            NeighbourAttribute::Destination(NeighbourAddress::Inet(has)) => {
+                ip = Some((*has).into())
+            }
+            NeighbourAttribute::Destination(NeighbourAddress::Inet6(has)) => {
+                ip = Some((*has).into());
+            }
+            NeighbourAttribute::LinkLayerAddress(bytes) => {
+                mac = bytes.first_chunk().copied().map(Mac::from_bytes);
+            }
+            _ => {}
+        }
+    }
+    ip.zip(mac)
 }
 
 fn message(link: u32, ip: IpAddr) -> NeighbourMessage {

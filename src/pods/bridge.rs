@@ -18,14 +18,13 @@ use rtnetlink::{
         link::{
             BridgeBooleanOptionFlags, BridgeStpState, InfoBridge, InfoData, LinkAttribute, LinkInfo,
         },
-        neighbour::{NeighbourAttribute, NeighbourMessage},
     },
 };
 
 use super::{
     gateway,
     names::{is_link_name, loose_end},
-    obstacle, port,
+    neighbors, obstacle, port,
     renamed::{is_renamed, take_names_back},
     standin,
 };
@@ -112,8 +111,13 @@ impl Mended {
 
     /// Notes that something was wrong with a port.
     pub(super) fn note_port(&mut self, name: &str, index: u32) {
+        self.note(format!("port {name}"), index);
+    }
+
+    /// Notes that something of an interface was wrong that pods need.
+    pub(super) fn note(&mut self, object: String, index: u32) {
         self.ports += 1;
-        self.last = Some((format!("port {name}"), index));
+        self.last = Some((object, index));
     }
 
     pub const fn count(&self) -> u64 {
@@ -223,8 +227,13 @@ pub(super) fn plug_again(
             });
             mended.note_port(&port.name, port.index);
         }
+        // A smaller one drops what the pod is sent; a larger one is of pods that were there before it.
+        if port.mtu < provided.bridge.mtu {
+            netlink.set_link(LinkUnspec::new_with_index(port.index).mtu(provided.bridge.mtu))?;
+            mended.note_port(&port.name, port.index);
+        }
     }
-    Ok(())
+    neighbors::keep(netlink, provided, ports, mended)
 }
 
 /// The messages about one interface tell different things.
@@ -296,15 +305,6 @@ pub(super) fn is_touched(
 pub(super) fn without_address(port: &str) -> Request {
     let message = LinkUnspec::new_with_name(port).append_extra_attribute(no_ipv6_address()).build();
     Request { message: RouteNetlinkMessage::SetLink(message), flags: 0 }
-}
-
-/// What the kernel remembers of who had an address behind a bridge; it may remember nothing.
-pub(super) fn without_neighbour(bridge: u32, ip: IpAddr) -> Request {
-    let mut message = NeighbourMessage::default();
-    message.header.family = if ip.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
-    message.header.ifindex = bridge;
-    message.attributes.push(NeighbourAttribute::Destination(ip.into()));
-    Request { message: RouteNetlinkMessage::DelNeighbour(message), flags: 0 }
 }
 
 pub(super) fn address_request(link: u32, ip: IpAddr, prefix_len: u8) -> Request {

@@ -22,6 +22,8 @@ pub mod furnish;
 #[cfg(feature = "agent")]
 mod names;
 #[cfg(feature = "agent")]
+mod neighbors;
+#[cfg(feature = "agent")]
 pub mod obstacle;
 #[cfg(feature = "agent")]
 pub mod port;

@@ -34,11 +34,11 @@ use super::{
     bridge::{self, ALIAS, Bridge, Mended, PREFIX, Provided, Tenants, mac_at},
     furnish::{DefaultRoute, Inside, Route},
     names::{link_mac, told_name},
-    obstacle, port,
+    neighbors, obstacle, port,
 };
 use crate::{
     dataplane::kernel::interface::{self, Ipv6},
-    model::{Attachment, Mac, Pod},
+    model::{Addresses, Attachment, Mac, Pod},
     netlink::{
         Netlink, Refused, Request,
         link::{ENODEV, Link},
@@ -91,6 +91,8 @@ struct Cable<'a> {
     mtu: u32,
     netns: Option<&'a File>,
     default_route: bool,
+    /// The host has its MAC for good.
+    pinned: bool,
 }
 
 /// A connected pod.
@@ -139,8 +141,13 @@ impl Wiring {
             End::Loose => None,
         };
         let netns_of_pod = inside.as_ref().map(|(file, _)| file);
-        let cable =
-            Cable { mac, mtu: bridge.mtu, netns: netns_of_pod, default_route: end.may_lead_out() };
+        let cable = Cable {
+            mac,
+            mtu: bridge.mtu,
+            netns: netns_of_pod,
+            default_route: end.may_lead_out(),
+            pinned: bridge.anti_spoofing,
+        };
         let plugged = self.port(bridge).and_then(|port| self.plug(pod, &cable, port));
         if plugged.is_err() {
             // An interface of an attachment that nobody knows any more may be there, or another bridge.
@@ -191,6 +198,15 @@ impl Wiring {
         bridge::plug_again(&mut self.netlink, &provided, ports, &mut mended)?;
         self.bridge = Some(provided);
         Ok(mended)
+    }
+
+    /// Takes the neighbor entries of a pod away that is disconnected.
+    pub fn forget_neighbors(&mut self, addresses: Addresses) {
+        let Some(bridge) = self.bridge.as_ref().map(|provided| provided.index) else { return };
+        let changes = addresses.iter().map(|ip| neighbors::without(bridge, ip)).collect();
+        if let Err(error) = self.netlink.apply(changes) {
+            tracing::debug!(%error, "neighbor entries of a pod not removed");
+        }
     }
 
     /// Why no pod can be plugged into a bridge, if another interface has its name.
@@ -383,7 +399,7 @@ impl Wiring {
     fn plug(
         &mut self,
         pod: &Pod,
-        &Cable { mac, mtu, netns, default_route }: &Cable<'_>,
+        &Cable { mac, mtu, netns, default_route, pinned }: &Cable<'_>,
         port: u32,
     ) -> io::Result<()> {
         let name = link_name(&pod.attachment);
@@ -405,8 +421,11 @@ impl Wiring {
         };
         let up = Request { message: RouteNetlinkMessage::SetLink(up), flags: 0 };
         let mut changes = vec![made, port::hairpin(&name), bridge::without_address(&name), up];
-        // A pod that had the address before may have had another MAC.
-        changes.extend(pod.addresses.iter().map(|ip| bridge::without_neighbour(port, ip)));
+        changes.extend(pod.addresses.iter().map(|ip| match pinned {
+            true => neighbors::permanent(port, ip, mac),
+            // A pod that had the address before may have had another MAC.
+            false => neighbors::without(port, ip),
+        }));
         let refused = self.netlink.apply(changes)?;
         all_done(refused.iter().filter(|refused| NEEDED.contains(&refused.index)))
     }

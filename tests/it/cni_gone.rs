@@ -21,7 +21,9 @@ const TAKEN_BACK: Duration = Duration::from_secs(60);
 fn end(space: NetNs) {
     let path = format!("/run/netns/{}", space.name());
     drop(space);
-    let unmounted = std::process::Command::new("umount").arg(&path).status().expect("umount");
+    // The agent may look at it at this moment.
+    let unmounted = std::process::Command::new("umount").args(["-l", &path]).status();
+    let unmounted = unmounted.expect("umount");
     assert!(unmounted.success(), "{path}");
     std::fs::remove_file(path).expect("removed");
 }

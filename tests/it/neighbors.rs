@@ -143,3 +143,33 @@ fn port_of_another_program_on_the_bridge_is_reached() {
         Ok(())
     });
 }
+
+/// A port's MTU and the entries of pods are gossamer's, whatever another program makes of them.
+#[test]
+fn entry_of_a_pod_with_another_mac_and_a_smaller_port_are_put_right() {
+    isolated(|lab| {
+        let cluster = cluster(lab)?;
+        let _spaces = namespaces(&["a"])?;
+        let runtime = Runtime::new(&cluster.agents[0]);
+        let pod = addresses(&runtime.add("a"));
+        let host = &cluster.hosts[0].netns;
+        let mac = "lladdr 0a:58:0a:2a:07:02 PERMANENT";
+        for ip in &pod {
+            eventually(host, &format!("ip neigh show {ip} dev gsm0"), |text| text.contains(mac));
+            let wrong =
+                format!("ip neigh replace {ip} lladdr 02:00:00:00:00:99 nud permanent dev gsm0");
+            tool(host, &wrong);
+        }
+        let ports = tool(host, "ip -br link show master gsm0 type veth");
+        let port = ports.split(['@', ' ']).find(|name| name.starts_with("gsm")).expect("a port");
+        tool(host, &format!("ip link set {port} mtu 1200"));
+        for ip in &pod {
+            eventually(host, &format!("ip neigh show {ip} dev gsm0"), |text| text.contains(mac));
+            wait_until(ip, PATIENCE, || reaches(host, ip));
+        }
+        eventually(host, &format!("ip link show {port}"), |text| text.contains("mtu 1450"));
+        runtime.del("a");
+        eventually(host, "ip neigh show dev gsm0 nud permanent", |text| !text.contains(&pod[0]));
+        Ok(())
+    });
+}
