@@ -280,7 +280,7 @@ impl<F: Fn(Forwarding)> TrialRunner<F> {
             }
             _ => format!("it cannot be tried: {error}"),
         };
-        let between = explain::are_bridged_filtered(&mut self.netlink, &shape.bridge);
+        let between = explain::are_bridged_filtered(&mut self.netlink, setting);
         let with_mate = between.contains(&true);
         let is_right = match &self.stage {
             Some(stage) => stage.is(&mut self.netlink, shape, with_mate).map_err(failed)?,

@@ -329,3 +329,37 @@ fn pod_with_an_ipv6_address_alone_is_asked_by_neighbor_discovery() {
         Ok(())
     });
 }
+
+/// Such chains see no question of ARP, and packets of pods between two ports.
+#[test]
+fn chain_of_bridges_that_drops_packets_between_pods_is_named_until_it_is_gone() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        let spaces = namespaces(&["a", "b"])?;
+        let runtime = Runtime::new(&cluster.agents[0]);
+        runtime.add("a");
+        let other = address(&runtime.add("b"));
+        let reaches = || run(&spaces[0], &format!("ping -c 1 -W 1 {other}")).status.success();
+        assert!(reaches());
+        let host = &cluster.hosts[0];
+        let wall =
+            "nft add chain bridge wall f { type filter hook forward priority 0 ; policy drop ; }";
+        sh(
+            host,
+            &[
+                "nft add table bridge wall",
+                wall,
+                "nft add rule bridge wall f ether type arp accept",
+            ],
+        );
+        assert!(!reaches(), "the case is another one");
+        let agent = &mut cluster.agents[0];
+        let words =
+            "between its own pods (IPv4): chain bridge wall f (hook forward) has the policy drop";
+        wait_until("not named", PATIENCE, || has_problem(agent, words));
+        sh(host, &["nft delete table bridge wall"]);
+        wait_until("still named", PATIENCE, || !has_problem(agent, words));
+        assert!(reaches());
+        Ok(())
+    });
+}

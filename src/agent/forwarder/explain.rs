@@ -43,7 +43,7 @@ pub struct Reasons {
     /// Sentences about pods that do not find their gateway, by whether it is the IPv4 one.
     pub gateway: BTreeMap<bool, String>,
     /// What shows packets between pods to those rules, by whether it is about IPv4.
-    bridged: BTreeMap<bool, String>,
+    bridged: BTreeMap<bool, Bridged>,
     /// What translates the source of pods' packets, by whether it is about IPv4.
     translating: BTreeMap<bool, String>,
     /// What drops this host's word that a packet was too large, by whether it is about IPv4.
@@ -87,7 +87,12 @@ impl Reasons {
                 (reasons.rules, reasons.takes_all) = rules(netlink, setting, port);
             }
             if direction.is_between() {
-                reasons.bridged.insert(*ipv4, bridged(setting, *ipv4));
+                let chains = chains_between(setting, *ipv4);
+                let bridged = match chains.is_empty() {
+                    true => Bridged::ByRules(bridged(setting, *ipv4)),
+                    false => Bridged::ByChains(chains.join("; ")),
+                };
+                reasons.bridged.insert(*ipv4, bridged);
             }
         }
         reasons
@@ -141,18 +146,48 @@ impl Reasons {
     /// Sentences about packets that do not pass between pods of this host.
     pub fn between(&self) -> impl Iterator<Item = String> {
         self.bridged.iter().map(|(ipv4, bridged)| {
+            let cause = match bridged {
+                Bridged::ByRules(why) => format!("{why}: {}", self.rules.join("; ")),
+                Bridged::ByChains(chains) => chains.clone(),
+            };
+            let family = if *ipv4 { 4 } else { 6 };
             format!(
-                "this host does not forward packets between its own pods (IPv{}): {bridged}: {}",
-                if *ipv4 { 4 } else { 6 },
-                self.rules.join("; ")
+                "this host does not forward packets between its own pods (IPv{family}): {cause}"
             )
         })
     }
 }
 
+/// Why packets do not pass between pods of this host.
+#[derive(Clone, Debug)]
+enum Bridged {
+    /// They go through the rules for forwarded packets: why.
+    ByRules(String),
+    /// Chains of bridges that may drop them, with what helps.
+    ByChains(String),
+}
+
+/// Whether something may drop packets between ports of the bridge: with IPv4, and with IPv6.
+pub fn are_bridged_filtered(netlink: &mut Netlink, setting: &Setting) -> [bool; 2] {
+    let by_rules = go_through_rules(netlink, bridge_name(setting));
+    [true, false]
+        .map(|ipv4| by_rules[usize::from(!ipv4)] || !chains_between(setting, ipv4).is_empty())
+}
+
+/// Chains of bridges that may drop packets between pods of a family, with what helps.
+fn chains_between(setting: &Setting, ipv4: bool) -> Vec<String> {
+    let networks: Vec<IpNet> = setting.networks.iter().collect();
+    let network = networks.iter().find(|network| network.addr().is_ipv4() == ipv4);
+    let Some(network) = network else { return Vec::new() };
+    let chains = FirewallTable::open().and_then(|mut table| table.chains_around_gateway(*network));
+    let chains = chains.unwrap_or_default().into_iter();
+    let chains = chains.filter(|chain| chain.chain.starts_with("bridge "));
+    chains.map(|chain| format!("{chain}: {}", chain.fix(*network))).collect()
+}
+
 /// Whether packets between ports of the bridge go through the rules for forwarded packets: with IPv4, and
 /// with IPv6.
-pub fn are_bridged_filtered(netlink: &mut Netlink, bridge: &str) -> [bool; 2] {
+fn go_through_rules(netlink: &mut Netlink, bridge: &str) -> [bool; 2] {
     let by_all = [true, false].map(|ipv4| fs::read_to_string(bridge_sysctl(ipv4)));
     // Without br_netfilter there are no such sysctls, and a bridge's own setting does nothing.
     if by_all.iter().all(Result::is_err) {
