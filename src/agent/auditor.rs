@@ -66,10 +66,18 @@ pub struct Routing {
     pub astray: BTreeSet<IpNet>,
     /// MTU of the underlay's path to these hosts, where it is smaller than that of the interface: a router
     /// has said so, or a route has it.
-    pub path_mtus: BTreeMap<IpAddr, u32>,
+    pub path_mtus: BTreeMap<IpAddr, PathMtu>,
     /// Hosts whose tunnel packets do not leave by the underlay's interface.
     pub detours: BTreeMap<IpAddr, Detour>,
     pub status: CheckStatus,
+}
+
+/// What the path to a host carries, as far as the kernel says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PathMtu {
+    pub mtu: u32,
+    /// A router has told it; otherwise a route has it.
+    pub learned: bool,
 }
 
 /// Where the tunnel packets to a host go instead. It may be right (a host with several uplinks), and is told
@@ -89,7 +97,7 @@ pub struct Auditor {
     audit: Audit,
     due: Instant,
     not_before: Instant,
-    path_mtus: BTreeMap<IpAddr, u32>,
+    path_mtus: BTreeMap<IpAddr, PathMtu>,
     detours: BTreeMap<IpAddr, Detour>,
     /// The host whose path was asked for last.
     path_asked: Option<IpAddr>,
@@ -237,7 +245,12 @@ impl Auditor {
                 Some(detour) => _ = self.detours.insert(host, detour),
                 None => _ = self.detours.remove(&host),
             }
-            let mtu = found.ok().and_then(|found| found.mtu).filter(|mtu| *mtu < place.carried);
+            let mtu = found.ok().and_then(|found| match found {
+                Found { mtu: Some(mtu), learned, .. } if mtu < place.carried => {
+                    Some(PathMtu { mtu, learned })
+                }
+                _ => None,
+            });
             match mtu {
                 Some(mtu) => _ = self.path_mtus.insert(host, mtu),
                 None => _ = self.path_mtus.remove(&host),

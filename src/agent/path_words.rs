@@ -44,7 +44,11 @@ impl Agent {
         let fits = |(node, peer): (&NodeId, &Peer)| {
             let probed = self.prober.paths.narrower_by(*node);
             let probed = probed.map(|less| self.underlay.mtu.saturating_sub(less));
-            let told = self.prober.reports.believed(peer.vtep.underlay);
+            let host = peer.vtep.underlay;
+            // What a route of this host says needs no trial.
+            let by_route = self.kernel.routing.path_mtus.get(&host).filter(|path| !path.learned);
+            let by_route = by_route.map(|path| path.mtu);
+            let told = by_route.or_else(|| self.prober.reports.believed(host));
             let told = told.map(|mtu| mtu.saturating_sub(headers));
             let fits = probed.into_iter().chain(told).min()?;
             (ROUTE_MTU_MIN..device).contains(&fits).then_some((*node, fits))

@@ -14,7 +14,9 @@ impl Agent {
     /// Tries what routers have told of the paths to peers, and has the kernel forget what is false.
     pub(super) fn judge_reports(&mut self) {
         let now = self.clock.now();
-        self.prober.reports.update(now, &self.kernel.routing.path_mtus);
+        let told = self.kernel.routing.path_mtus.iter().filter(|(_, path)| path.learned);
+        let told = told.map(|(host, path)| (*host, path.mtu)).collect();
+        self.prober.reports.update(now, &told);
         while let Some(deed) = self.prober.reports.poll(now) {
             let (Deed::Ask(host) | Deed::Forget(host, _)) = deed;
             let Some(node) = self.prober.paths.holder(host) else { continue };

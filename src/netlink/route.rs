@@ -63,6 +63,8 @@ pub struct Found {
     pub table: u32,
     /// MTU of the path, where a route has one or a router has told it; none: that of the interface.
     pub mtu: Option<u32>,
+    /// It was learned, and not configured: the kernel forgets it after a while.
+    pub learned: bool,
     /// Unicast, local, unreachable, blackhole ...
     pub kind: RouteType,
 }
@@ -151,6 +153,7 @@ impl Netlink {
             source: None,
             table: u32::from(message.header.table),
             mtu: None,
+            learned: false,
             kind: message.header.kind,
         };
         for attribute in &message.attributes {
@@ -160,6 +163,7 @@ impl Netlink {
                 RouteAttribute::Via(via) => found.gateway = via_ip(via),
                 RouteAttribute::PrefSource(address) => found.source = ip(address),
                 RouteAttribute::Table(table) => found.table = *table,
+                RouteAttribute::CacheInfo(info) => found.learned = info.expires != 0,
                 RouteAttribute::Metrics(metrics) => {
                     found.mtu = metrics.iter().find_map(|metric| match metric {
                         RouteMetric::Mtu(mtu) => Some(*mtu),

@@ -113,3 +113,25 @@ fn forged_path_mtu_is_forgotten_and_named_when_it_comes_back() {
         Ok(())
     });
 }
+
+#[test]
+fn mtu_that_a_route_of_this_host_has_is_followed_and_blamed_on_nobody() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let _pods = cluster.pods()?;
+        let (host, peer) = (&cluster.hosts[0].netns, cluster.hosts[1].ip);
+        tool(host, &format!("ip route add {peer} dev eth0 mtu 1300"));
+        let overlay = "ip route show proto 73 dev gossamer.1";
+        eventually(host, overlay, |shown| shown.contains("mtu 1250"));
+        // Longer than a report is tried.
+        let agent = &mut cluster.agents[0];
+        for _ in 0..50 {
+            assert!(!has_problem(agent, "forges"), "{}", agent.log());
+            thread::sleep(Duration::from_millis(100));
+        }
+        assert!(tool(host, overlay).contains("mtu 1250"));
+        tool(host, &format!("ip route del {peer} dev eth0 mtu 1300"));
+        eventually(host, overlay, |shown| !shown.contains("mtu"));
+        Ok(())
+    });
+}
