@@ -101,7 +101,10 @@ fn lacking(held: u64) -> Vec<&'static (u8, &'static str, &'static str)> {
 /// Makes one of each in a network namespace that is gone afterwards.
 fn kernel() -> Finding {
     let trial = in_thread(|| {
-        unshare(CloneFlags::CLONE_NEWNET)?;
+        // Nothing in the kernel is missing then: a limit is reached (user_namespaces(7)).
+        if let Err(error) = unshare(CloneFlags::CLONE_NEWNET) {
+            return Ok(Err(error));
+        }
         let mut netlink = Netlink::open()?;
         let fail =
             |what: &str, error: io::Error| io::Error::new(error.kind(), format!("{what}: {error}"));
@@ -123,10 +126,18 @@ fn kernel() -> Finding {
         };
         FirewallTable::open()
             .and_then(|mut table| table.write(&firewall))
-            .map_err(|error| fail("nftables (modules nf_tables, nf_nat, nft_masq)", error))
+            .map_err(|error| fail("nftables (modules nf_tables, nf_nat, nft_masq)", error))?;
+        Ok(Ok(()))
     });
     match trial {
-        Ok(()) => Finding::ok("kernel", "VXLAN, veth, bridge and nftables can be made"),
+        Ok(Ok(())) => Finding::ok("kernel", "VXLAN, veth, bridge and nftables can be made"),
+        Ok(Err(error)) => Finding::warning(
+            "kernel",
+            format!("no network namespace can be made: {error}"),
+            "neither this check nor the agent's trials of forwarding can be made, so a firewall that drops \
+             packets of pods is only guessed at",
+            "sysctl user.max_net_namespaces user.max_user_namespaces, and raise what is 0",
+        ),
         Err(error) => Finding::problem(
             "kernel",
             error.to_string(),
