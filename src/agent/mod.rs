@@ -344,6 +344,7 @@ impl Agent {
                 self.writer.write(records, seq);
             }
             Output::Program { view, .. } => {
+                self.transport.learn_overlay(view.settings.pool.networks().iter().collect());
                 self.kernel.wanted = Some(view);
                 self.kernel.withdrawn = false;
                 self.program();

@@ -126,7 +126,7 @@ impl Agent {
         problems.extend(self.closed.problems());
         problems.extend(self.company_problem());
         problems.extend(self.inquest.claim().cloned());
-        problems.extend(self.flood_problem());
+        problems.extend(self.flood_problem().into_iter().chain(self.crowd_problem()));
         problems.extend(kernel.peer_problems.iter().cloned().chain(self.unusable_peers()));
         problems.extend(self.underlay_limits());
         problems.extend(kernel.forwarding.input.iter().cloned());
@@ -170,6 +170,17 @@ impl Agent {
             "strangers send {packets} first packets of handshakes a minute to UDP {port}, one of them \
              from {example} (which may be forged), and prove no address: joins may take longer; let a \
              firewall drop UDP {port} of hosts that are no members"
+        ))
+    }
+
+    /// Strangers that take the places of handshakes, as a sentence.
+    fn crowd_problem(&self) -> Option<String> {
+        let Flood { packets, example } = self.transport.crowd()?;
+        let port = self.node.address().port();
+        Some(format!(
+            "{packets} handshakes of strangers a minute on UDP {port}, some of them from {example}, find no \
+             place or lose it, because earlier ones are not finished: joins may take longer; see what \
+             {example} is, and let a firewall drop UDP {port} of hosts that are no members"
         ))
     }
 

@@ -15,6 +15,7 @@ mod netns;
 mod ping;
 mod plugin;
 mod show;
+mod silence;
 
 pub use agent::Agent;
 pub use cost::{cpu_seconds, memory_mib};
@@ -27,3 +28,4 @@ pub use netns::NetNs;
 pub use ping::Pinger;
 pub use plugin::{Called, PLUGINS, call_plugin};
 pub use show::tables;
+pub use silence::Silence;

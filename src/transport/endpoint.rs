@@ -23,6 +23,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use ipnet::IpNet;
 use quinn::{Connection, Endpoint, SendStream, VarInt};
 use tokio::sync::mpsc;
 
@@ -160,9 +161,19 @@ impl Transport {
         self.dialler.admissions.lock().counts()
     }
 
-    /// Whether strangers flood this node now.
+    /// Whether strangers flood this node now with first packets that prove no address.
     pub fn flood(&self) -> Option<Flood> {
         self.dialler.admissions.lock().flood(Instant::now())
+    }
+
+    /// Whether handshakes of strangers find no place now, or lose it. Their addresses are proven.
+    pub fn crowd(&self) -> Option<Flood> {
+        self.dialler.admissions.lock().crowd(Instant::now())
+    }
+
+    /// Takes note of the networks of pods: all of their addresses are one source of handshakes.
+    pub fn learn_overlay(&self, networks: Vec<IpNet>) {
+        self.dialler.admissions.lock().learn_overlay(networks);
     }
 
     /// Takes note of an event; what concerns the node comes back as an input.

@@ -2,7 +2,8 @@
 
 use std::{net::SocketAddr, sync::Arc, time::Instant};
 
-use quinn_proto::{ClientConfig, Endpoint, EndpointConfig};
+use anyhow::Context as _;
+use quinn_proto::{ClientConfig, Connection, DatagramEvent, Endpoint, EndpointConfig};
 
 use super::credentials::{Credentials, SERVER_NAME};
 
@@ -28,4 +29,42 @@ pub fn first_packets(
         packets.push(packet);
     }
     Ok(packets)
+}
+
+/// A handshake that is begun and never finished.
+pub struct Unfinished {
+    endpoint: Endpoint,
+    connection: Connection,
+}
+
+impl Unfinished {
+    /// Begins one with an address, and returns its first packet.
+    ///
+    /// # Errors
+    /// Fails if QUIC refuses the address.
+    pub fn begin(credentials: &Credentials, to: SocketAddr) -> anyhow::Result<(Self, Vec<u8>)> {
+        let client = ClientConfig::new(credentials.client.clone());
+        let mut endpoint = Endpoint::new(Arc::new(EndpointConfig::default()), None, false, None);
+        let now = Instant::now();
+        let (_, connection) = endpoint.connect(now, client, to, SERVER_NAME)?;
+        let mut unfinished = Self { endpoint, connection };
+        let packet = unfinished.next(now).context("a connection that begins sends nothing")?;
+        Ok((unfinished, packet))
+    }
+
+    /// The packet that proves the own address, if `answer` asks for that.
+    pub fn prove(&mut self, from: SocketAddr, answer: &[u8]) -> Option<Vec<u8>> {
+        let now = Instant::now();
+        let mut refusal = Vec::new();
+        let event = self.endpoint.handle(now, from, None, None, answer.into(), &mut refusal);
+        let Some(DatagramEvent::ConnectionEvent(_, event)) = event else { return None };
+        self.connection.handle_event(event);
+        self.next(now)
+    }
+
+    fn next(&mut self, now: Instant) -> Option<Vec<u8>> {
+        let mut packet = Vec::new();
+        let _ = self.connection.poll_transmit(now, 1, &mut packet)?;
+        Some(packet)
+    }
 }

@@ -13,4 +13,4 @@ mod intake;
 pub use connection::Event;
 pub use credentials::{CredentialError, Credentials, NodeKey};
 pub use endpoint::{BindError, Flood, Handshakes, Transport};
-pub use first_packet::first_packets;
+pub use first_packet::{Unfinished, first_packets};

@@ -1,14 +1,14 @@
 //! A host without the secret that floods a member's gossip port: no member goes down, and hosts join.
 
 use std::{
-    net::SocketAddrV4,
+    net::{Ipv4Addr, SocketAddrV4},
     time::{Duration, Instant},
 };
 
-use gossamer::lab::{Flood, Source};
+use gossamer::lab::{Flood, Silence, Source};
 use serde_json::Value;
 
-use crate::common::{Cluster, PATIENCE, has_problem, isolated, wait_until};
+use crate::common::{Cluster, PATIENCE, has_problem, isolated, tool, wait_until};
 
 const PORT: u16 = 8473;
 
@@ -60,6 +60,38 @@ fn floods_from_far_addresses_and_of_one_honest_host_keep_no_host_out() {
             let status = agent.ask("/v1/status", PATIENCE)?;
             assert_eq!(counter(&status, "downs"), 0, "{:#}", status["members"]);
         }
+        Ok(())
+    });
+}
+
+#[test]
+fn strangers_that_finish_no_handshake_keep_no_host_out() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        let target = SocketAddrV4::new(cluster.hosts[0].ip, PORT);
+        let attacker = lab.host(66, "evil")?;
+        let addresses: Vec<Ipv4Addr> = (66..70).map(|host| [10, 99, 66, host].into()).collect();
+        for address in &addresses {
+            tool(&attacker.netns, &format!("ip addr add {address}/16 dev eth0"));
+        }
+        // Another one is a user of the host itself.
+        let loopback = [[127, 0, 0, 1], [127, 0, 0, 2], [127, 1, 1, 3]].map(Ipv4Addr::from);
+        let own = SocketAddrV4::new(Ipv4Addr::LOCALHOST, PORT);
+        let silences = [
+            Silence::start(&attacker.netns, target, addresses)?,
+            Silence::start(&cluster.hosts[0].netns, own, loopback.to_vec())?,
+        ];
+        wait_until("all places could be taken", PATIENCE, || {
+            silences.iter().all(|silence| silence.begun() > 300)
+        });
+        let begun = Instant::now();
+        cluster.join(lab, 2)?;
+        cluster.agents[1].wait_converged(2, PATIENCE)?;
+        println!("joined after {:?}", begun.elapsed());
+        let told = has_problem(&mut cluster.agents[0], "find no place or lose it");
+        let status = cluster.agents[0].ask("/v1/status", PATIENCE)?;
+        assert!(told, "{:#}", status["problems"]);
+        assert!(status["handshakes"]["refused"].as_u64() > Some(100), "{}", status["handshakes"]);
         Ok(())
     });
 }

@@ -1,12 +1,13 @@
 //! The task that accepts connections.
 
-use std::{future::IntoFuture as _, time::Instant};
+use std::{collections::BTreeMap, future::IntoFuture as _, time::Instant};
 
-use quinn::{Endpoint, Incoming, VarInt};
+use quinn::{Connection, Endpoint, Incoming, VarInt};
+use tokio::sync::oneshot;
 
 use super::{
     DIAL_TIMEOUT, Event, Events,
-    admission::{Admission, Place, SharedAdmissions},
+    admission::{Admission, Begun, Budget, MAX_PLACES, Place, STRANGERS_TIMEOUT, SharedAdmissions},
     read,
 };
 use crate::transport::{credentials::peer_of, intake::Intake};
@@ -18,14 +19,25 @@ pub(super) async fn accept(
     intake: Intake,
     events: Events,
 ) {
+    // Handshakes under way. One has to end for a newer one when its sender is dropped.
+    let mut under_way: BTreeMap<u64, oneshot::Sender<()>> = BTreeMap::new();
     while let Some(incoming) = endpoint.accept().await {
         let from = incoming.remote_address().ip();
         let is_proven = incoming.remote_address_validated();
         let admission = admissions.lock().judge(Instant::now(), from, is_proven);
         match admission {
-            Admission::Begin(budget) => {
-                let place = admissions.place(budget, from);
-                tokio::spawn(handshake(incoming, place, intake.clone(), events.clone()));
+            Admission::Begin(Begun { number, budget, instead_of }) => {
+                let place = admissions.place(number);
+                let (stays, ends) = oneshot::channel();
+                let shake = handshake(incoming, budget, ends, place);
+                tokio::spawn(serve(shake, intake.clone(), events.clone()));
+                if let Some(displaced) = instead_of {
+                    under_way.remove(&displaced);
+                }
+                under_way.insert(number, stays);
+                if under_way.len() > 2 * MAX_PLACES {
+                    under_way.retain(|_, stays| !stays.is_closed());
+                }
             }
             // It fails only where the address is proven already.
             Admission::Retry => _ = incoming.retry(),
@@ -34,14 +46,33 @@ pub(super) async fn accept(
     }
 }
 
-async fn handshake(incoming: Incoming, place: Place, intake: Intake, events: Events) {
+/// None if it has failed, was not finished in time, or had to end for another one.
+async fn handshake(
+    incoming: Incoming,
+    budget: Budget,
+    ends: oneshot::Receiver<()>,
+    _place: Place,
+) -> Option<Connection> {
     let address = incoming.remote_address();
-    let connection = match tokio::time::timeout(DIAL_TIMEOUT, incoming.into_future()).await {
-        Ok(Ok(connection)) => connection,
-        Ok(Err(error)) => return tracing::debug!(%address, %error, "handshake failed"),
-        Err(_) => return tracing::debug!(%address, "handshake not finished in time"),
-    };
-    drop(place);
+    let limit = if budget == Budget::Stranger { STRANGERS_TIMEOUT } else { DIAL_TIMEOUT };
+    tokio::select! {
+        finished = tokio::time::timeout(limit, incoming.into_future()) => match finished {
+            Ok(Ok(connection)) => return Some(connection),
+            Ok(Err(error)) => tracing::debug!(%address, %error, "handshake failed"),
+            Err(_) => tracing::debug!(%address, "handshake not finished in time"),
+        },
+        _ = ends => tracing::debug!(%address, "handshake ended for a newer one"),
+    }
+    None
+}
+
+/// Reads what comes in on a connection, once there is one.
+async fn serve(
+    handshake: impl Future<Output = Option<Connection>>,
+    intake: Intake,
+    events: Events,
+) {
+    let Some(connection) = handshake.await else { return };
     let Some(peer) = peer_of(&connection) else {
         return connection.close(VarInt::from_u32(2), b"unreadable certificate");
     };

@@ -5,21 +5,36 @@
 //! answer of some hundred bytes. A member begins at once, within a small budget for first packets that
 //! prove nothing; beyond it, it has to prove its address, too. Each kind has a budget of its own.
 //!
+//! A stranger with a few addresses of its own can prove them and then finish no handshake. So each source has
+//! few places, and when all places are taken, the source with the most of them loses its oldest handshake.
+//!
 //! Whatever the endpoint answers to addresses that have proven nothing (a Retry, a list of versions, a
 //! refusal) is limited in the socket: see [`Admissions::may_send`].
 
 use std::{
     collections::BTreeMap,
-    net::{IpAddr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
+use ipnet::IpNet;
+
+use crate::model::bounded::MAX_MEMBERS;
+
 /// Handshakes under way with strangers that have proven their addresses. Each handshake may cost about
 /// 40 KiB and a millisecond of CPU.
 const MAX_OF_STRANGERS: usize = 128;
-/// The same from one IPv4 address or one IPv6 network of 64 bits, which a single host can have whole.
-const MAX_OF_ONE_SOURCE: usize = 64;
+/// The same from one [`source`]. Several hosts may share it, behind a router that translates: on a network
+/// with a round trip of 300 ms they finish 20 handshakes a second.
+const MAX_OF_ONE_SOURCE: usize = 8;
+/// A stranger's handshake ends after this. With a round trip of 300 ms the host sends its certificate after
+/// 300 ms, and if that packet is lost, once more 900 ms later: QUIC waits for three round trips after its
+/// first sample (RFC 9002, 5.3 and 6.2.1). Losses before are repaired sooner, from 60 ms on.
+pub(super) const STRANGERS_TIMEOUT: Duration = Duration::from_millis(1_500);
+/// Among sources that have equally many, a handshake has to end for a newer one after this at the earliest.
+/// Otherwise many hosts that join at once would end each other's handshakes, and none would finish.
+const UNDISTURBED: Duration = Duration::from_millis(250);
 /// Handshakes under way with members.
 const MAX_OF_MEMBERS: usize = 192;
 /// The same from one member's address. Several nodes may share it, behind a router that translates.
@@ -27,7 +42,8 @@ const MAX_OF_ONE_MEMBER: usize = 16;
 /// Handshakes under way in the name of members that have not proven their addresses.
 const MAX_UNPROVEN: usize = 64;
 const MAX_UNPROVEN_OF_ONE: usize = 4;
-use crate::model::bounded::MAX_MEMBERS;
+/// Handshakes under way at once.
+pub(super) const MAX_PLACES: usize = MAX_OF_STRANGERS + MAX_OF_MEMBERS + MAX_UNPROVEN;
 /// Strangers that have proven their addresses, or that this node dials, which are remembered.
 const MAX_PROVEN: usize = 1_024;
 /// Packets per second to addresses that have proven nothing. Those to an address of the own network that no
@@ -39,14 +55,25 @@ const ANSWER_BURST: f64 = 1_000.0;
 const WINDOW: Duration = Duration::from_secs(60);
 /// So many in a window are a flood. 1,000 hosts that boot at once send fewer.
 const FLOOD: u64 = 3_000;
+/// So many handshakes that found no place, or lost it, in a window are a problem.
+const CROWD: u64 = 30;
 
 /// What becomes of the first packet of a handshake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Admission {
-    Begin(Budget),
+    Begin(Begun),
     Retry,
     /// Its address is its own, and it has too many handshakes under way.
     Refuse,
+}
+
+/// A handshake that begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Begun {
+    pub(super) number: u64,
+    pub(super) budget: Budget,
+    /// The handshake that has to end for it.
+    pub(super) instead_of: Option<u64>,
 }
 
 /// Whose budget a handshake uses.
@@ -65,16 +92,18 @@ pub struct Handshakes {
     pub retried: u64,
     /// Refused: too many of their source were under way.
     pub refused: u64,
+    /// Begun, and ended for a newer one: all places were taken, and their source had the most.
+    pub displaced: u64,
     /// Answers that were not sent, to addresses that had proven nothing: there were too many.
     pub unanswered: u64,
 }
 
-/// First packets that prove no address, many of them.
+/// What strangers do too often.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Flood {
     /// In one minute.
     pub packets: u64,
-    /// The source address of one of them, which may be forged. It stays the same while the flood lasts.
+    /// The source address of one of them. It stays the same while the flood lasts.
     pub example: IpAddr,
 }
 
@@ -82,11 +111,29 @@ pub struct Flood {
 pub(super) struct Admissions {
     members: BTreeMap<IpAddr, Instant>,
     proven: BTreeMap<IpAddr, Instant>,
-    /// Handshakes under way, by budget and source.
-    under_way: BTreeMap<(Budget, IpAddr), usize>,
+    /// Networks of pods.
+    overlay: Vec<IpNet>,
+    /// Handshakes under way, from the oldest to the newest.
+    under_way: BTreeMap<u64, Handshake>,
+    next: u64,
     answers: Bucket,
     counts: Handshakes,
-    unproven: Unproven,
+    /// First packets without a proof, less the proofs that followed. Their addresses may be forged.
+    unproven: Tally,
+    /// Handshakes of strangers that found no place, or lost it. Their addresses are proven.
+    crowd: Tally,
+}
+
+/// Handshakes under way of each source.
+type Places = BTreeMap<IpAddr, usize>;
+
+/// A handshake under way.
+struct Handshake {
+    begun: Instant,
+    budget: Budget,
+    /// What it is counted with.
+    source: IpAddr,
+    from: IpAddr,
 }
 
 /// A token bucket.
@@ -108,32 +155,42 @@ impl Bucket {
     }
 }
 
-/// First packets without a proof, less the proofs that followed, in this window and the one before.
-struct Unproven {
+/// How many there were in this window and in the one before.
+struct Tally {
+    /// So many are a flood.
+    limit: u64,
     since: Instant,
     before: u64,
     present: u64,
     example: Option<IpAddr>,
 }
 
-impl Unproven {
+impl Tally {
+    const fn new(limit: u64, now: Instant) -> Self {
+        Self { limit, since: now, before: 0, present: 0, example: None }
+    }
+
     fn turn(&mut self, now: Instant) {
         let span = now.saturating_duration_since(self.since);
         if span >= WINDOW {
             self.before = if span < 2 * WINDOW { self.present } else { 0 };
             (self.present, self.since) = (0, now);
         }
-        if self.present.max(self.before) < FLOOD {
+        if self.present.max(self.before) < self.limit {
             self.example = None;
         }
     }
-}
 
-/// What is counted together: an IPv6 host can have every address of its network.
-fn source(address: IpAddr) -> IpAddr {
-    match address {
-        IpAddr::V4(_) => address,
-        IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() & (u128::MAX << 64)).into(),
+    fn add(&mut self, from: IpAddr) {
+        self.present += 1;
+        if self.present >= self.limit {
+            self.example.get_or_insert(from);
+        }
+    }
+
+    fn flood(&mut self, now: Instant) -> Option<Flood> {
+        self.turn(now);
+        Some(Flood { packets: self.present.max(self.before), example: self.example? })
     }
 }
 
@@ -142,10 +199,13 @@ impl Admissions {
         Self {
             members: BTreeMap::new(),
             proven: BTreeMap::new(),
+            overlay: Vec::new(),
             under_way: BTreeMap::new(),
+            next: 0,
             answers: Bucket { tokens: ANSWER_BURST, filled: now },
             counts: Handshakes::default(),
-            unproven: Unproven { since: now, before: 0, present: 0, example: None },
+            unproven: Tally::new(FLOOD, now),
+            crowd: Tally::new(CROWD, now),
         }
     }
 
@@ -157,6 +217,11 @@ impl Admissions {
     /// A stranger is about to be dialled at this address.
     pub(super) fn learn_stranger(&mut self, now: Instant, address: IpAddr) {
         learn(&mut self.proven, MAX_PROVEN, now, address);
+    }
+
+    /// From these networks pods speak. All of them are one source, for a host can start many.
+    pub(super) fn learn_overlay(&mut self, networks: Vec<IpNet>) {
+        self.overlay = networks;
     }
 
     /// Whether a packet may be sent: always to members and to those who have proven their addresses.
@@ -176,74 +241,116 @@ impl Admissions {
         if is_proven && !is_member {
             self.learn_stranger(now, from);
         }
-        let admission = self.admission(from, is_member, is_proven);
+        self.unproven.turn(now);
+        self.crowd.turn(now);
+        let admission = self.admission(now, from, is_member, is_proven);
         match admission {
-            Admission::Begin(budget) => {
-                *self.under_way.entry(key(budget, from)).or_default() += 1;
-                self.counts.begun += 1;
-            }
+            Admission::Begin(_) => self.counts.begun += 1,
             Admission::Retry => self.counts.retried += 1,
             Admission::Refuse => self.counts.refused += 1,
         }
-        self.unproven.turn(now);
+        if admission == Admission::Refuse && !is_member {
+            self.crowd.add(from);
+        }
         if is_proven {
             self.unproven.present = self.unproven.present.saturating_sub(1);
         } else if admission == Admission::Retry {
-            self.unproven.present += 1;
-            if self.unproven.present >= FLOOD {
-                self.unproven.example.get_or_insert(from);
-            }
+            self.unproven.add(from);
         }
         admission
     }
 
-    fn admission(&self, from: IpAddr, is_member: bool, is_proven: bool) -> Admission {
+    fn admission(
+        &mut self,
+        now: Instant,
+        from: IpAddr,
+        is_member: bool,
+        is_proven: bool,
+    ) -> Admission {
         let (budget, of_one, of_all) = match (is_member, is_proven) {
             (true, true) => (Budget::Member, MAX_OF_ONE_MEMBER, MAX_OF_MEMBERS),
             (true, false) => (Budget::Unproven, MAX_UNPROVEN_OF_ONE, MAX_UNPROVEN),
             (false, true) => (Budget::Stranger, MAX_OF_ONE_SOURCE, MAX_OF_STRANGERS),
             (false, false) => return Admission::Retry,
         };
-        let own = self.under_way.get(&key(budget, from)).copied().unwrap_or(0);
-        if own < of_one && self.all(budget) < of_all {
-            Admission::Begin(budget)
-        } else if is_proven {
-            Admission::Refuse
-        } else {
-            Admission::Retry
+        let source = if budget == Budget::Stranger { self.source(from) } else { from };
+        let places = self.places(budget);
+        let has_place = count_of(&places, source) < of_one;
+        let is_full = places.values().sum::<usize>() >= of_all;
+        let instead_of = match is_full && has_place && budget == Budget::Stranger {
+            true => self.displace(now, &places, source),
+            false => None,
+        };
+        if !has_place || is_full && instead_of.is_none() {
+            return if is_proven { Admission::Refuse } else { Admission::Retry };
         }
+        let number = self.next;
+        self.next += 1;
+        self.under_way.insert(number, Handshake { begun: now, budget, source, from });
+        Admission::Begin(Begun { number, budget, instead_of })
     }
 
-    fn all(&self, budget: Budget) -> usize {
-        self.under_way.iter().filter(|((of, _), _)| *of == budget).map(|(_, count)| count).sum()
+    /// How many handshakes of each source are under way.
+    fn places(&self, budget: Budget) -> Places {
+        let mut places = BTreeMap::new();
+        for handshake in self.under_way.values().filter(|handshake| handshake.budget == budget) {
+            *places.entry(handshake.source).or_default() += 1;
+        }
+        places
+    }
+
+    /// Ends the oldest handshake among those of the strangers that have the most, for one of `newcomer`.
+    fn displace(&mut self, now: Instant, places: &Places, newcomer: IpAddr) -> Option<u64> {
+        let most = places.values().copied().max()?;
+        let mut oldest_first = self.under_way.iter();
+        let (&number, oldest) = oldest_first.find(|(_, handshake)| {
+            handshake.budget == Budget::Stranger && count_of(places, handshake.source) == most
+        })?;
+        let had_its_time = now.saturating_duration_since(oldest.begun) >= UNDISTURBED;
+        if most <= count_of(places, newcomer) + 1 && !had_its_time {
+            return None;
+        }
+        self.crowd.add(oldest.from);
+        self.counts.displaced += 1;
+        self.under_way.remove(&number);
+        Some(number)
+    }
+
+    /// What is counted together: what a single host can have whole. That is one IPv4 address or one IPv6
+    /// network of 64 bits, all addresses of loopback, and all addresses of pods.
+    fn source(&self, address: IpAddr) -> IpAddr {
+        if let Some(overlay) = self.overlay.iter().find(|network| network.contains(&address)) {
+            return overlay.network();
+        }
+        match address {
+            IpAddr::V4(v4) if v4.is_loopback() => Ipv4Addr::LOCALHOST.into(),
+            IpAddr::V4(_) => address,
+            IpAddr::V6(v6) => Ipv6Addr::from_bits(v6.to_bits() & (u128::MAX << 64)).into(),
+        }
     }
 
     /// A handshake is over, one way or the other.
-    fn end(&mut self, budget: Budget, from: IpAddr) {
-        let key = key(budget, from.to_canonical());
-        if let Some(count) = self.under_way.get_mut(&key) {
-            *count -= 1;
-            if *count == 0 {
-                self.under_way.remove(&key);
-            }
-        }
+    fn end(&mut self, number: u64) {
+        self.under_way.remove(&number);
     }
 
     pub(super) fn counts(&self) -> Handshakes {
         self.counts
     }
 
-    /// Whether strangers flood this node now.
+    /// Whether strangers flood this node now with first packets that prove no address.
     pub(super) fn flood(&mut self, now: Instant) -> Option<Flood> {
-        self.unproven.turn(now);
-        let packets = self.unproven.present.max(self.unproven.before);
-        let example = self.unproven.example?;
-        Some(Flood { packets, example })
+        self.unproven.flood(now)
+    }
+
+    /// Whether strangers take each other's places now.
+    pub(super) fn crowd(&mut self, now: Instant) -> Option<Flood> {
+        self.crowd.flood(now)
     }
 }
 
-fn key(budget: Budget, from: IpAddr) -> (Budget, IpAddr) {
-    (budget, if budget == Budget::Stranger { source(from) } else { from })
+fn count_of(places: &Places, source: IpAddr) -> usize {
+    places.get(&source).copied().unwrap_or(0)
 }
 
 /// Remembers an address; the one that was learned longest ago makes way.
@@ -272,136 +379,22 @@ impl SharedAdmissions {
     }
 
     /// What holds a place of its budget until it is dropped.
-    pub(super) fn place(&self, budget: Budget, from: IpAddr) -> Place {
-        Place { admissions: self.clone(), budget, from }
+    pub(super) fn place(&self, number: u64) -> Place {
+        Place { admissions: self.clone(), number }
     }
 }
 
 /// The place of a handshake that is under way.
 pub(super) struct Place {
     admissions: SharedAdmissions,
-    budget: Budget,
-    from: IpAddr,
+    number: u64,
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.admissions.lock().end(self.budget, self.from);
+        self.admissions.lock().end(self.number);
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn ip(number: u32) -> IpAddr {
-        IpAddr::V4((0x0a00_0000 + number).into())
-    }
-
-    #[test]
-    fn stranger_proves_its_address_before_a_handshake_begins() {
-        let now = Instant::now();
-        let mut admissions = Admissions::new(now);
-        assert_eq!(admissions.judge(now, ip(1), false), Admission::Retry);
-        assert_eq!(admissions.judge(now, ip(1), true), Admission::Begin(Budget::Stranger));
-        admissions.learn_member(now, ip(2));
-        assert_eq!(admissions.judge(now, ip(2), false), Admission::Begin(Budget::Unproven));
-        let counts = Handshakes { begun: 2, retried: 1, ..Handshakes::default() };
-        assert_eq!(admissions.counts(), counts);
-    }
-
-    #[test]
-    fn strangers_that_flood_leave_members_their_budget() {
-        let now = Instant::now();
-        let mut admissions = Admissions::new(now);
-        for number in 0..100_000 {
-            assert_eq!(admissions.judge(now, ip(number), false), Admission::Retry);
-            admissions.may_send(now, ip(number));
-        }
-        for number in 0..1_000 {
-            admissions.judge(now, ip(number), true);
-        }
-        assert_eq!(admissions.judge(now, ip(9), true), Admission::Refuse);
-        admissions.learn_member(now, ip(200_000));
-        assert_eq!(admissions.judge(now, ip(200_000), false), Admission::Begin(Budget::Unproven));
-        assert_eq!(admissions.judge(now, ip(200_000), true), Admission::Begin(Budget::Member));
-        assert!(admissions.may_send(now, ip(200_000)), "answers to members are not limited");
-        assert_eq!(admissions.counts().unanswered, 99_000);
-    }
-
-    #[test]
-    fn member_whose_address_is_forged_gets_in_by_a_proof() {
-        let now = Instant::now();
-        let mut admissions = Admissions::new(now);
-        admissions.learn_member(now, ip(1));
-        for _ in 0..MAX_UNPROVEN_OF_ONE {
-            assert_eq!(admissions.judge(now, ip(1), false), Admission::Begin(Budget::Unproven));
-        }
-        assert_eq!(admissions.judge(now, ip(1), false), Admission::Retry);
-        assert_eq!(admissions.judge(now, ip(1), true), Admission::Begin(Budget::Member));
-        admissions.end(Budget::Unproven, ip(1));
-        assert_eq!(admissions.judge(now, ip(1), false), Admission::Begin(Budget::Unproven));
-    }
-
-    #[test]
-    fn addresses_of_one_ipv6_network_share_one_budget() {
-        let now = Instant::now();
-        let mut admissions = Admissions::new(now);
-        let host = |network: u128, host: u128| {
-            IpAddr::V6(Ipv6Addr::from_bits((0x2001_0db8 << 96) + (network << 64) + host))
-        };
-        for number in 0..MAX_OF_ONE_SOURCE as u128 {
-            assert!(matches!(admissions.judge(now, host(1, number), true), Admission::Begin(_)));
-        }
-        assert_eq!(admissions.judge(now, host(1, 1 << 40), true), Admission::Refuse);
-        assert!(matches!(admissions.judge(now, host(2, 1), true), Admission::Begin(_)));
-    }
-
-    #[test]
-    fn answers_come_back_with_time_and_not_at_all_for_who_has_proven_its_address() {
-        let start = Instant::now();
-        let mut admissions = Admissions::new(start);
-        let sent = (0..10_000).filter(|number| admissions.may_send(start, ip(*number))).count();
-        assert_eq!(sent, ANSWER_BURST as usize);
-        admissions.judge(start, ip(20_000), true);
-        assert!(admissions.may_send(start, ip(20_000)));
-        assert!(!admissions.may_send(start, ip(20_001)));
-        assert!(admissions.may_send(start + Duration::from_millis(100), ip(20_001)));
-    }
-
-    #[test]
-    fn flood_is_told_until_it_has_ended() {
-        let start = Instant::now();
-        let mut admissions = Admissions::new(start);
-        for number in 0..10_000 {
-            admissions.judge(start, ip(number), false);
-        }
-        assert_eq!(admissions.flood(start), Some(Flood { packets: 10_000, example: ip(2_999) }));
-        assert!(admissions.flood(start + WINDOW + Duration::from_secs(1)).is_some());
-        assert_eq!(admissions.flood(start + 3 * WINDOW), None);
-    }
-
-    #[test]
-    fn hosts_that_prove_their_addresses_are_no_flood() {
-        let now = Instant::now();
-        let mut admissions = Admissions::new(now);
-        for number in 0..20_000 {
-            let later = now + Duration::from_millis(u64::from(number));
-            assert_eq!(admissions.judge(later, ip(number), false), Admission::Retry);
-            assert!(matches!(admissions.judge(later, ip(number), true), Admission::Begin(_)));
-            admissions.end(Budget::Stranger, ip(number));
-        }
-        assert_eq!(admissions.flood(now + Duration::from_secs(20)), None);
-    }
-
-    #[test]
-    fn known_addresses_are_bounded() {
-        let now = Instant::now();
-        let mut admissions = Admissions::new(now);
-        for number in 0..MAX_MEMBERS as u32 + 100 {
-            admissions.learn_member(now + Duration::from_micros(u64::from(number)), ip(number));
-        }
-        assert_eq!(admissions.members.len(), MAX_MEMBERS);
-        assert!(!admissions.members.contains_key(&ip(0)));
-    }
-}
+mod tests;

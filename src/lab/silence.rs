@@ -1,0 +1,82 @@
+//! A stranger that proves its addresses, begins handshakes, and says nothing more.
+
+use std::{
+    net::{Ipv4Addr, SocketAddrV4, UdpSocket},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::Duration,
+};
+
+use anyhow::Context as _;
+
+use super::NetNs;
+use crate::{
+    transport::{Credentials, NodeKey, Unfinished},
+    wire::Secret,
+};
+
+/// An answer that takes longer is not waited for.
+const PATIENCE: Duration = Duration::from_millis(50);
+
+/// Begins handshakes, one after another, until it is dropped.
+pub struct Silence {
+    ends: Arc<AtomicBool>,
+    begun: Arc<AtomicU64>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Silence {
+    /// Begins handshakes with an address from all of these addresses by turns.
+    ///
+    /// # Errors
+    /// Fails if the stranger's credentials cannot be made.
+    pub fn start(netns: &NetNs, to: SocketAddrV4, from: Vec<Ipv4Addr>) -> anyhow::Result<Self> {
+        let key = NodeKey::from_seed([66; 32])?;
+        let stranger = Credentials::new(&[Secret::new(vec![66; 32])?], &key)?;
+        let (ends, begun) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let work = {
+            let (ends, begun) = (ends.clone(), begun.clone());
+            move || {
+                for address in from.iter().cycle() {
+                    if ends.load(Ordering::Relaxed) {
+                        break;
+                    }
+                    let socket = UdpSocket::bind((*address, 0));
+                    let is_begun = socket.is_ok_and(|socket| begin(&socket, &stranger, to).is_ok());
+                    begun.fetch_add(u64::from(is_begun), Ordering::Relaxed);
+                }
+            }
+        };
+        // A thread stays in the network namespace in which it is started.
+        let thread = netns.run(|| thread::Builder::new().spawn(work))?;
+        Ok(Self { ends, begun, thread: Some(thread) })
+    }
+
+    /// Handshakes begun so far.
+    pub fn begun(&self) -> u64 {
+        self.begun.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Silence {
+    fn drop(&mut self) {
+        self.ends.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn begin(socket: &UdpSocket, stranger: &Credentials, to: SocketAddrV4) -> anyhow::Result<()> {
+    socket.set_read_timeout(Some(PATIENCE))?;
+    let (mut handshake, first) = Unfinished::begin(stranger, to.into())?;
+    socket.send_to(&first, to)?;
+    let mut answer = [0; 2_048];
+    let (length, _) = socket.recv_from(&mut answer)?;
+    let proof = handshake.prove(to.into(), &answer[..length]);
+    socket.send_to(&proof.context("no Retry")?, to)?;
+    Ok(())
+}

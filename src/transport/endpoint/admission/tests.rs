@@ -1,0 +1,198 @@
+//! Which handshakes begin, which give way, and what is told of them.
+
+use super::*;
+
+fn ip(number: u32) -> IpAddr {
+    IpAddr::V4((0x0a00_0000 + number).into())
+}
+
+fn begun(admission: Admission) -> Option<Budget> {
+    match admission {
+        Admission::Begin(begun) => Some(begun.budget),
+        Admission::Retry | Admission::Refuse => None,
+    }
+}
+
+fn number(admission: Admission) -> u64 {
+    let Admission::Begin(begun) = admission else { panic!("{admission:?}") };
+    begun.number
+}
+
+#[test]
+fn stranger_proves_its_address_before_a_handshake_begins() {
+    let now = Instant::now();
+    let mut admissions = Admissions::new(now);
+    assert_eq!(admissions.judge(now, ip(1), false), Admission::Retry);
+    assert_eq!(begun(admissions.judge(now, ip(1), true)), Some(Budget::Stranger));
+    admissions.learn_member(now, ip(2));
+    assert_eq!(begun(admissions.judge(now, ip(2), false)), Some(Budget::Unproven));
+    let counts = Handshakes { begun: 2, retried: 1, ..Handshakes::default() };
+    assert_eq!(admissions.counts(), counts);
+}
+
+#[test]
+fn strangers_that_flood_leave_members_their_budget() {
+    let now = Instant::now();
+    let mut admissions = Admissions::new(now);
+    for number in 0..100_000 {
+        assert_eq!(admissions.judge(now, ip(number), false), Admission::Retry);
+        admissions.may_send(now, ip(number));
+    }
+    for number in 0..1_000 {
+        admissions.judge(now, ip(number), true);
+    }
+    assert_eq!(admissions.judge(now, ip(9), true), Admission::Refuse);
+    admissions.learn_member(now, ip(200_000));
+    assert_eq!(begun(admissions.judge(now, ip(200_000), false)), Some(Budget::Unproven));
+    assert_eq!(begun(admissions.judge(now, ip(200_000), true)), Some(Budget::Member));
+    assert!(admissions.may_send(now, ip(200_000)), "answers to members are not limited");
+    assert_eq!(admissions.counts().unanswered, 99_000);
+}
+
+#[test]
+fn member_whose_address_is_forged_gets_in_by_a_proof() {
+    let now = Instant::now();
+    let mut admissions = Admissions::new(now);
+    admissions.learn_member(now, ip(1));
+    let mut first = 0;
+    for _ in 0..MAX_UNPROVEN_OF_ONE {
+        first = number(admissions.judge(now, ip(1), false));
+    }
+    assert_eq!(admissions.judge(now, ip(1), false), Admission::Retry);
+    assert_eq!(begun(admissions.judge(now, ip(1), true)), Some(Budget::Member));
+    admissions.end(first);
+    assert_eq!(begun(admissions.judge(now, ip(1), false)), Some(Budget::Unproven));
+}
+
+#[test]
+fn addresses_of_one_ipv6_network_share_one_budget() {
+    let now = Instant::now();
+    let mut admissions = Admissions::new(now);
+    let host = |network: u128, host: u128| {
+        IpAddr::V6(Ipv6Addr::from_bits((0x2001_0db8 << 96) + (network << 64) + host))
+    };
+    for number in 0..MAX_OF_ONE_SOURCE as u128 {
+        assert!(matches!(admissions.judge(now, host(1, number), true), Admission::Begin(_)));
+    }
+    assert_eq!(admissions.judge(now, host(1, 1 << 40), true), Admission::Refuse);
+    assert!(matches!(admissions.judge(now, host(2, 1), true), Admission::Begin(_)));
+}
+
+#[test]
+fn answers_come_back_with_time_and_not_at_all_for_who_has_proven_its_address() {
+    let start = Instant::now();
+    let mut admissions = Admissions::new(start);
+    let sent = (0..10_000).filter(|number| admissions.may_send(start, ip(*number))).count();
+    assert_eq!(sent, ANSWER_BURST as usize);
+    admissions.judge(start, ip(20_000), true);
+    assert!(admissions.may_send(start, ip(20_000)));
+    assert!(!admissions.may_send(start, ip(20_001)));
+    assert!(admissions.may_send(start + Duration::from_millis(100), ip(20_001)));
+}
+
+#[test]
+fn flood_is_told_until_it_has_ended() {
+    let start = Instant::now();
+    let mut admissions = Admissions::new(start);
+    for number in 0..10_000 {
+        admissions.judge(start, ip(number), false);
+    }
+    assert_eq!(admissions.flood(start), Some(Flood { packets: 10_000, example: ip(2_999) }));
+    assert!(admissions.flood(start + WINDOW + Duration::from_secs(1)).is_some());
+    assert_eq!(admissions.flood(start + 3 * WINDOW), None);
+}
+
+#[test]
+fn hosts_that_prove_their_addresses_are_no_flood() {
+    let now = Instant::now();
+    let mut admissions = Admissions::new(now);
+    for number in 0..20_000 {
+        let later = now + Duration::from_millis(u64::from(number));
+        assert_eq!(admissions.judge(later, ip(number), false), Admission::Retry);
+        let begun = self::number(admissions.judge(later, ip(number), true));
+        admissions.end(begun);
+    }
+    assert_eq!(admissions.flood(now + Duration::from_secs(20)), None);
+}
+
+#[test]
+fn known_addresses_are_bounded() {
+    let now = Instant::now();
+    let mut admissions = Admissions::new(now);
+    for number in 0..MAX_MEMBERS as u32 + 100 {
+        admissions.learn_member(now + Duration::from_micros(u64::from(number)), ip(number));
+    }
+    assert_eq!(admissions.members.len(), MAX_MEMBERS);
+    assert!(!admissions.members.contains_key(&ip(0)));
+}
+
+/// The handshake that ends for one of this address.
+fn displaced_by(admissions: &mut Admissions, now: Instant, from: IpAddr) -> Option<u64> {
+    let Admission::Begin(begun) = admissions.judge(now, from, true) else { return None };
+    begun.instead_of
+}
+
+#[test]
+fn source_has_few_places_and_loses_the_oldest_when_all_are_taken() {
+    let now = Instant::now();
+    let mut admissions = Admissions::new(now);
+    let sources = MAX_OF_STRANGERS / MAX_OF_ONE_SOURCE;
+    for source in 0..sources as u32 {
+        for _ in 0..MAX_OF_ONE_SOURCE {
+            number(admissions.judge(now, ip(source), true));
+        }
+        assert_eq!(admissions.judge(now, ip(source), true), Admission::Refuse);
+    }
+    // Two hosts come: the first two handshakes of those that have most end, and nothing of the hosts.
+    assert_eq!(displaced_by(&mut admissions, now, ip(1_000)), Some(0));
+    assert_eq!(displaced_by(&mut admissions, now, ip(1_001)), Some(MAX_OF_ONE_SOURCE as u64));
+    // Who lost one does not take it from a host that has one.
+    let own = (MAX_OF_ONE_SOURCE * 2) as u64;
+    assert_eq!(displaced_by(&mut admissions, now, ip(0)), None, "it would have the most again");
+    assert_eq!(displaced_by(&mut admissions, now + UNDISTURBED, ip(0)), Some(own));
+    assert_eq!(admissions.counts().displaced, 3);
+    assert_eq!(admissions.places(Budget::Stranger).values().sum::<usize>(), MAX_OF_STRANGERS);
+}
+
+#[test]
+fn hosts_that_join_at_once_leave_each_other_time_to_finish() {
+    let now = Instant::now();
+    let mut admissions = Admissions::new(now);
+    for host in 0..MAX_OF_STRANGERS as u32 {
+        number(admissions.judge(now, ip(host), true));
+    }
+    assert_eq!(admissions.judge(now, ip(1_000), true), Admission::Refuse);
+    assert_eq!(displaced_by(&mut admissions, now + UNDISTURBED, ip(1_000)), Some(0));
+}
+
+#[test]
+fn loopback_is_one_source_and_so_are_all_pods() {
+    let now = Instant::now();
+    let mut admissions = Admissions::new(now);
+    admissions.learn_overlay(vec!["10.42.0.0/16".parse().expect("a network")]);
+    for net in ["127.0.0.0", "10.42.7.0"] {
+        let net: Ipv4Addr = net.parse().expect("an address");
+        let host = |host: usize| IpAddr::V4((net.to_bits() + host as u32 * 259).into());
+        for number in 1..=MAX_OF_ONE_SOURCE {
+            assert_eq!(begun(admissions.judge(now, host(number), true)), Some(Budget::Stranger));
+        }
+        assert_eq!(admissions.judge(now, host(99), true), Admission::Refuse);
+    }
+    assert_eq!(begun(admissions.judge(now, ip(1), true)), Some(Budget::Stranger));
+}
+
+#[test]
+fn handshakes_without_a_place_are_told_until_there_are_few() {
+    let start = Instant::now();
+    let mut admissions = Admissions::new(start);
+    for _ in 0..MAX_OF_ONE_SOURCE {
+        number(admissions.judge(start, ip(1), true));
+    }
+    for refused in 0..CROWD {
+        assert_eq!(admissions.crowd(start), None, "{refused}");
+        assert_eq!(admissions.judge(start, ip(1), true), Admission::Refuse);
+    }
+    let told = Some(Flood { packets: CROWD, example: ip(1) });
+    assert_eq!((admissions.crowd(start), admissions.flood(start)), (told, None));
+    assert_eq!(admissions.crowd(start + 3 * WINDOW), None);
+}
