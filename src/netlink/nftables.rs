@@ -236,6 +236,9 @@ const LIMIT_BURST: u32 = 5;
 const LOOPBACK: u32 = 1;
 const META_NFPROTO: u32 = 15;
 const META_L4PROTO: u32 = 16;
+const META_PKTTYPE: u32 = 19;
+/// `PACKET_HOST` of linux/if_packet.h: to this host alone.
+const PACKET_HOST: u8 = 0;
 /// `NFT_REJECT_ICMPX_UNREACH`, `NFT_REJECT_ICMPX_HOST_UNREACH`
 const BY_ICMP: u32 = 2;
 const HOST_UNREACHABLE: u8 = 2;
@@ -337,6 +340,11 @@ impl Rule {
         last[bytes - 1] = 0xff;
         let named = self.meta(META_IIFNAME).compare(EQUAL, prefix.as_bytes());
         named.meta(META_IIFNAME).mask(&last).compare(UNEQUAL, &[0; IFNAMSIZ])
+    }
+
+    /// Packets that the link brought to others as well: by broadcast or multicast.
+    pub fn to_others(self) -> Self {
+        self.meta(META_PKTTYPE).compare(UNEQUAL, &[PACKET_HOST])
     }
 
     /// Packets of this host to itself.

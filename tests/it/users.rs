@@ -1,8 +1,12 @@
 //! Users of a host who are not root: they send no tunnel packets of their own, and reach pods as ever.
 
-use std::{fs, io::Write as _};
+use std::{
+    fs, io,
+    io::Write as _,
+    net::{Ipv4Addr, UdpSocket},
+};
 
-use gossamer::lab::{Agent, NetNs};
+use gossamer::lab::{Agent, Host, NetNs};
 
 use crate::common::{
     Cluster, PATIENCE, eventually, isolated, run, skipped, status_where, tool, wait_until,
@@ -42,6 +46,45 @@ fn echoes(netns: &NetNs) -> u64 {
     let (names, values) = (lines.next().expect("names"), lines.next().expect("values"));
     let place = names.split(' ').position(|name| name == "InEchos").expect("InEchos");
     values.split(' ').nth(place).and_then(|value| value.parse().ok()).expect("a number")
+}
+
+/// Sends datagrams from a host to all of its neighbors: to a group and by broadcast.
+fn send_to_all(host: &Host, bytes: &[u8], port: u16) {
+    let sent = host.netns.run(|| {
+        let socket = UdpSocket::bind((host.ip, 0))?;
+        socket.set_broadcast(true)?;
+        socket2::SockRef::from(&socket).set_multicast_if_v4(&host.ip)?;
+        let [a, b, ..] = host.ip.octets();
+        for to in [[224, 0, 0, 1], [a, b, 255, 255], [255; 4]].map(Ipv4Addr::from) {
+            socket.send_to(bytes, (to, port))?;
+        }
+        io::Result::Ok(())
+    });
+    sent.expect("sent");
+}
+
+#[test]
+fn tunnel_packets_to_several_hosts_are_dropped_and_counted_though_a_member_sends_them() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let pods = cluster.pods()?;
+        let link = tool(&cluster.hosts[1].netns, "ip -br link show gossamer.1");
+        let mac = link.split_whitespace().nth(2).expect("a MAC");
+        let forgery = forgery(mac, pods[1].ip.octets());
+        send_to_all(&cluster.hosts[0], &forgery, 8472);
+        status_where(&mut cluster.agents[1], |status| {
+            status["kernel"]["strangers_dropped"].as_u64() == Some(3)
+        });
+        assert_eq!(echoes(&pods[1].netns), 0, "let in");
+        // Networks of others may use groups at this port.
+        let mut of_others = forgery;
+        of_others[6] = 9;
+        send_to_all(&cluster.hosts[0], &of_others, 8472);
+        assert!(run(&pods[0].netns, &format!("ping -c 1 -W 2 {}", pods[1].ip)).status.success());
+        let status = cluster.agents[1].ask("/v1/status", PATIENCE)?;
+        assert_eq!(status["kernel"]["strangers_dropped"].as_u64(), Some(3));
+        Ok(())
+    });
 }
 
 #[test]
