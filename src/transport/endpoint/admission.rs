@@ -25,7 +25,7 @@ use crate::model::bounded::MAX_MEMBERS;
 /// Handshakes under way with strangers that have proven their addresses. Each handshake may cost about
 /// 40 KiB and a millisecond of CPU.
 const MAX_OF_STRANGERS: usize = 128;
-/// The same from one [`source`]. Several hosts may share it, behind a router that translates: on a network
+/// The same from one source. Several hosts may share it, behind a router that translates: on a network
 /// with a round trip of 300 ms they finish 20 handshakes a second.
 const MAX_OF_ONE_SOURCE: usize = 8;
 /// A stranger's handshake ends after this. With a round trip of 300 ms the host sends its certificate after
