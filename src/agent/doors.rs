@@ -1,8 +1,8 @@
 //! Where questions come in: the control socket, Docker's plugin and the `http` listener.
 //!
 //! Without the control socket an agent does not begin. The others are not worth that: any user may take a TCP
-//! port while no agent runs. What they need is tried again until it is there. The control socket is made again
-//! when its file is gone: cleaners of temporary files remove what nobody has opened for long.
+//! port while no agent runs. What they need is tried again until it is there. The control socket is made
+//! again when its file is gone: cleaners of temporary files remove what no process has opened for long.
 
 use std::{
     collections::BTreeMap,
