@@ -5,11 +5,12 @@
 //! written once: what ordered that decides what follows.
 
 use std::{
+    collections::BTreeMap,
     io,
     net::IpAddr,
     path::PathBuf,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
         mpsc::TryRecvError,
     },
@@ -95,6 +96,18 @@ struct Shared {
     /// Different contents of the subnet file so far, and how many of them were written, replaced, or refused.
     subnets: AtomicUsize,
     subnets_done: AtomicUsize,
+    /// Why files are not written, by their names.
+    failures: Mutex<BTreeMap<&'static str, String>>,
+}
+
+impl Shared {
+    fn note(&self, saved: &Saved, result: &Result<(), String>) {
+        let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
+        match result {
+            Ok(()) => _ = failures.remove(saved.name()),
+            Err(error) => _ = failures.insert(saved.name(), error.clone()),
+        }
+    }
 }
 
 impl Archive {
@@ -158,6 +171,15 @@ impl Archive {
         subnets_done.load(Ordering::Acquire) == subnets.load(Ordering::Relaxed)
     }
 
+    /// Files that are not written now, as sentences.
+    pub(super) fn problems(&self) -> Vec<String> {
+        let failures = self.shared.failures.lock().unwrap_or_else(PoisonError::into_inner);
+        let told = |(name, error): (&&str, &String)| {
+            format!("{name}: not written: {error}; it is tried again every {} s", RETRY.as_secs())
+        };
+        failures.iter().map(told).collect()
+    }
+
     /// Adds lines to the history.
     pub(super) fn append(&self, lines: Vec<Value>) {
         if lines.is_empty() {
@@ -203,6 +225,7 @@ fn keep(
                 failed.retain(|earlier| !earlier.is_same_file(&saved));
                 let is_subnet = matches!(saved, Saved::Subnet(..));
                 let result = save(&saved);
+                shared.note(&saved, &result);
                 if is_subnet {
                     shared.subnets_done.store(number, Ordering::Release);
                     report(Kept::Subnet);
@@ -225,7 +248,11 @@ fn keep(
             }
             Err(TryRecvError::Empty) => {
                 orders.sleeper.wait([], (!failed.is_empty()).then_some(RETRY));
-                failed.retain(|saved| save(saved).is_err());
+                failed.retain(|saved| {
+                    let result = save(saved);
+                    shared.note(saved, &result);
+                    result.is_err()
+                });
             }
             Err(TryRecvError::Disconnected) => return,
         }
@@ -291,8 +318,19 @@ mod tests {
         archive.save(Saved::Subnet(PathBuf::new(), SubnetFile::default()));
         assert!(!archive.is_subnet_told());
         let wait = || reported.recv_timeout(Duration::from_secs(60));
-        assert_eq!([wait(), wait(), wait(), wait()], [Ok(1), Ok(2), Ok(3), Ok(4)]);
+        assert_eq!([wait(), wait()], [Ok(1), Ok(2)]);
+        let begun = Instant::now();
+        while archive.problems().is_empty() && begun.elapsed() < Duration::from_secs(4) {
+            std::thread::yield_now();
+        }
+        let told = archive.problems().join("");
+        assert!(told.ends_with("not written: full; it is tried again every 5 s"), "{told}");
+        assert_eq!([wait(), wait()], [Ok(3), Ok(4)]);
         assert!(archive.is_subnet_told(), "it was tried");
+        while !archive.problems().is_empty() && begun.elapsed() < Duration::from_secs(60) {
+            std::thread::yield_now();
+        }
+        assert_eq!(archive.problems(), Vec::<String>::new());
     }
 
     #[test]

@@ -1,14 +1,16 @@
 //! Where questions come in: the control socket, Docker's plugin and the `http` listener.
 //!
 //! Without the control socket an agent does not begin. The others are not worth that: any user may take a TCP
-//! port while no agent runs. What they need is tried again until it is there.
+//! port while no agent runs. What they need is tried again until it is there. The control socket is made
+//! again when its file is gone: cleaners of temporary files remove what no process has opened for long.
 
 use std::{
     collections::BTreeMap,
     io::ErrorKind,
     net::{SocketAddr, TcpListener},
     os::unix::net,
-    path::Path,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError, Weak},
     time::Duration,
 };
 
@@ -27,11 +29,13 @@ use crate::{
 /// A door that cannot be opened is tried again after so long, then twice as long each time, up to this.
 const AGAIN: Duration = Duration::from_millis(500);
 const AGAIN_MAX: Duration = Duration::from_secs(30);
+/// The file of the control socket is looked at so often.
+const LOOK: Duration = Duration::from_secs(10);
 
 /// The listeners of an agent. They are open before the agent waits for anything outside, its disk included:
 /// an agent that cannot begin says why. The socket files are removed with it.
 pub(super) struct Doors {
-    _control: api::Socket,
+    _control: Arc<Mutex<api::Socket>>,
     _plugin: Option<api::Socket>,
     /// The same, once it could be opened.
     _later: Option<oneshot::Receiver<api::Socket>>,
@@ -41,6 +45,9 @@ pub(super) struct Doors {
 /// What keeps doors closed.
 #[derive(Clone, Debug)]
 pub(super) struct Closed(watch::Receiver<Problems>);
+
+/// The name of the control socket among the problems.
+const CONTROL: &str = "control";
 
 type Problems = BTreeMap<&'static str, String>;
 
@@ -64,7 +71,14 @@ impl Doors {
         news: &mpsc::UnboundedSender<News>,
     ) -> Result<Self, StartFailure> {
         let control = api::serve(&config.socket, questions(news))?;
+        let control = Arc::new(Mutex::new(control));
         let (problems, closed) = watch::channel(Problems::new());
+        tokio::spawn(keep_control(
+            config.socket.clone(),
+            Arc::downgrade(&control),
+            problems.clone(),
+            news.clone(),
+        ));
         let mut later = None;
         let plugin = match (plugin, &config.docker_plugin) {
             (Some(listener), _) => {
@@ -144,6 +158,37 @@ fn no_http(address: SocketAddr, error: &std::io::Error) -> String {
 fn no_plugin(path: &Path, error: &SocketError) -> String {
     let path = path.display();
     format!("docker_plugin: {path}: Docker cannot reach this agent: {error}; it is tried again")
+}
+
+/// Listens again where the file of the control socket is gone, for as long as the socket is wanted.
+async fn keep_control(
+    path: PathBuf,
+    control: Weak<Mutex<api::Socket>>,
+    problems: watch::Sender<Problems>,
+    news: mpsc::UnboundedSender<News>,
+) {
+    loop {
+        tokio::time::sleep(LOOK).await;
+        let Some(control) = control.upgrade() else { return };
+        let mut socket = control.lock().unwrap_or_else(PoisonError::into_inner);
+        if socket.is_there() {
+            continue;
+        }
+        match api::serve(&path, questions(&news)) {
+            Ok(new) => {
+                tracing::warn!(path = %path.display(), "control socket was removed; made again");
+                *socket = new;
+                problems.send_modify(|problems| _ = problems.remove(CONTROL));
+            }
+            Err(error) => {
+                let why = format!("{error}: the control socket was removed; it is tried again");
+                if problems.borrow().get(CONTROL) != Some(&why) {
+                    tracing::error!("{why}");
+                }
+                problems.send_modify(|problems| _ = problems.insert(CONTROL, why));
+            }
+        }
+    }
 }
 
 async fn open_http(

@@ -147,6 +147,7 @@ impl Agent {
         let no_other = self.node.is_alone();
         problems.extend(self.source.iter().flat_map(|source| source.problems(no_other)));
         problems.extend(self.store_problem().map(|why| format!("state directory: {why}")));
+        problems.extend(self.archive.problems());
         let subnet = kernel.wanted.as_ref().map(|view| view.own.subnets.first);
         if let (Some(subnet), outside @ 1..) = (subnet, self.pods_outside()) {
             problems.push(format!(

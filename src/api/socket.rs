@@ -6,7 +6,7 @@ use std::{
     os::{
         fd::OwnedFd,
         unix::{
-            fs::{FileTypeExt as _, PermissionsExt as _},
+            fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _},
             net::UnixStream,
         },
     },
@@ -32,7 +32,11 @@ pub enum SocketError {
 
 /// A listening socket's file; it goes when this is dropped.
 #[derive(Debug)]
-pub struct Socket(PathBuf);
+pub struct Socket {
+    path: PathBuf,
+    /// Device and inode; none if they could not be read.
+    file: Option<(u64, u64)>,
+}
 
 impl Socket {
     /// Listens, for this user alone (mode 0600).
@@ -46,7 +50,12 @@ impl Socket {
         }
         remove_stale(path)?;
         let listener = listen_for_owner(path).map_err(fail)?;
-        Ok((Self(path.to_owned()), listener))
+        Ok((Self { path: path.to_owned(), file: file_at(path) }, listener))
+    }
+
+    /// Whether the file is still the one that was made: others may have removed or replaced it.
+    pub fn is_there(&self) -> bool {
+        self.file.is_some() && file_at(&self.path) == self.file
     }
 }
 
@@ -63,8 +72,14 @@ fn listen_for_owner(path: &Path) -> io::Result<UnixListener> {
 
 impl Drop for Socket {
     fn drop(&mut self) {
-        let _ = fs::remove_file(&self.0);
+        if self.is_there() {
+            let _ = fs::remove_file(&self.path);
+        }
     }
+}
+
+fn file_at(path: &Path) -> Option<(u64, u64)> {
+    fs::symlink_metadata(path).ok().map(|meta| (meta.dev(), meta.ino()))
 }
 
 /// A socket that nobody listens on is left from an agent that was killed.

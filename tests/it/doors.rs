@@ -45,3 +45,21 @@ fn docker_socket_that_cannot_be_made_ends_no_start_and_is_made_once_it_can_be() 
         Ok(())
     });
 }
+
+#[test]
+fn control_socket_that_was_removed_is_made_again() {
+    isolated(|lab| {
+        let host = lab.host(1, "n1")?;
+        let mut agent = Agent::start(program(), &host, &["--init"])?;
+        agent.wait_converged(1, PATIENCE)?;
+        let socket = agent.socket().to_owned();
+        let option = format!("--socket={}", socket.display());
+        fs::remove_file(&socket)?;
+        let asked = || run(&host.netns, &format!("{} status {option}", program().display()));
+        wait_until("it is not made again", PATIENCE, || asked().status.success());
+        assert!(agent.log().contains("control socket was removed"), "{}", agent.log());
+        agent.end(nix::sys::signal::Signal::SIGTERM)?;
+        assert!(!socket.exists());
+        Ok(())
+    });
+}

@@ -109,28 +109,55 @@ fn user_of_a_host_cannot_speak_as_a_pod_and_reaches_pods() {
         // What root can do in any case, to see that the forgery is one.
         assert!(sends(host, "env", &path, &peer, 8472));
         wait_until("the forgery is none", PATIENCE, || echoes(&pods[1].netns) == 1);
-        assert!(!sends(host, USER, &path, &peer, 8472));
+        let way = |words: &str| tool(host, &format!("ip route get {peer} {words}"));
+        // Also where the user names the interface, packets come back to this host.
+        for (port, user, is_back) in [(8472, 1234, true), (8474, 1234, false), (8472, 0, false)] {
+            for output in ["", "oif eth0"] {
+                let way = way(&format!("{output} uid {user} ipproto udp dport {port}"));
+                assert_eq!(way.starts_with("local"), is_back, "{way}");
+                assert_eq!(way.contains("src 127.0.0.1"), is_back, "{way}");
+            }
+        }
+        sends(host, USER, &path, &peer, 8472);
+        status_where(&mut cluster.agents[0], |status| {
+            status["kernel"]["strangers_dropped"].as_u64() == Some(1)
+        });
         assert!(sends(host, USER, &path, &peer, 8474));
         assert!(sends(host, USER, &path, &pods[1].ip.to_string(), 9));
-        assert!(run(host, &format!("ping -c 1 -W 2 {}", pods[1].ip)).status.success());
+        assert!(run(host, &format!("{USER} ping -c 1 -W 2 {}", pods[1].ip)).status.success());
         assert_eq!(echoes(&pods[1].netns), 2);
 
         // It is put right, and says that another program was at it.
-        let is_there = |shown: &str| shown.contains("prohibit proto 73");
+        let is_there = |shown: &str| {
+            shown.contains("lookup 847273 proto 73") && shown.contains("prohibit proto 73")
+        };
         eventually(host, "ip rule show", is_there);
         tool(host, "ip rule del pref 73");
         eventually(host, "ip rule show", is_there);
         status_where(&mut cluster.agents[0], |status| {
             status["kernel"]["repairs"]["firewall"].as_u64() == Some(1)
         });
-        assert!(!sends(host, USER, &path, &peer, 8472));
+        tool(host, "ip rule del pref 72");
+        eventually(host, "ip rule show", is_there);
+        let routes = "ip route show table 847273";
+        tool(host, "ip route flush table 847273");
+        eventually(host, routes, |shown| shown.contains("local default dev eth0"));
+        // Interfaces come and go.
+        tool(host, "ip link add later type bridge");
+        tool(host, "ip link set later up");
+        eventually(host, routes, |shown| shown.contains("local default dev later"));
+        tool(host, "ip link set later down");
+        tool(host, "ip link set later up");
+        eventually(host, routes, |shown| shown.contains("local default dev later"));
         cluster.restart(0, &["--guard", "false"])?;
         eventually(&cluster.hosts[0].netns, "ip rule show", |shown| !is_there(shown));
         cluster.restart(0, &[])?;
         eventually(&cluster.hosts[0].netns, "ip rule show", is_there);
         let leaver: &mut Agent = &mut cluster.agents[0];
         leaver.leave()?;
-        assert!(!is_there(&tool(&cluster.hosts[0].netns, "ip rule show")));
+        assert!(!tool(&cluster.hosts[0].netns, "ip rule show").contains("proto 73"));
+        let left = run(&cluster.hosts[0].netns, routes).stdout;
+        assert!(left.is_empty(), "{}", String::from_utf8_lossy(&left));
         Ok(())
     });
 }

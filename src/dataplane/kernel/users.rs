@@ -1,38 +1,54 @@
-//! A policy rule by which users of this host cannot send to the VXLAN port.
+//! Policy rules by which users of this host cannot send to the VXLAN port.
 //!
 //! Any process may send UDP to that port of another host, and what it sends has this host's address, so the
 //! guards there take it for tunnel packets of a member. The kernel looks up a route for each datagram with
-//! the user that sends it, and for the tunnel's own packets with none, which is root. So one rule parts them:
+//! the user that sends it, and for the tunnel's own packets with none, which is root. So rules part them:
 //!
 //! ```text
+//! 72: from all iif lo uidrange 1-4294967294 ipproto udp dport 8472 lookup 847273 proto 73
 //! 73: from all iif lo uidrange 1-4294967294 ipproto udp dport 8472 prohibit proto 73
 //! ```
+//!
+//! Any user may name the interface by which a datagram leaves (`IP_PKTINFO`, `IP_UNICAST_IF`,
+//! `SO_BINDTODEVICE`). When a rule refuses that, the kernel takes an IPv4 destination to be on the link, and
+//! sends. So table 847273 has a route of type local for each interface: what a user sends comes back to this
+//! host, where the guard drops and counts it. IPv6 needs no such table: there the refusal holds.
 //!
 //! The packet filter cannot tell them apart: packets that the kernel puts into the tunnel for a process of
 //! this host still belong to the socket of that process, and a datagram that the kernel cuts into several
 //! (`UDP_SEGMENT`) passes the filter as one.
 
-use std::{collections::BTreeSet, fs, io, net::IpAddr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs, io,
+    net::{IpAddr, Ipv4Addr},
+};
 
 use rtnetlink::{
     packet_core::{NLM_F_CREATE, NLM_F_EXCL},
     packet_route::{
         AddressFamily, IpProtocol, RouteNetlinkMessage,
-        route::RouteProtocol,
+        route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType},
         rule::{RuleAction, RuleAttribute, RuleMessage, RulePortRange, RuleUidRange},
     },
 };
 
 use crate::{
     dataplane::desired::ROUTE_PROTOCOL,
-    netlink::{Netlink, Request},
+    netlink::{Netlink, Request, link::Link},
 };
 
 /// Before the rules of other programs, which may lead packets to other tables.
 const PRIORITY: u32 = 73;
+const BEFORE: u32 = PRIORITY - 1;
+/// Its routes bring packets back to this host. The number is one that hardly another program uses.
+const TABLE: u32 = 847_273;
 /// Older kernels pass over protocol and port: all packets of all users would be refused.
 const SINCE: (u32, u32) = (4, 17);
 const EEXIST: i32 = 17;
+/// What the kernel says of a table that has never had a route, and of a route or an interface that is gone.
+const ENOENT: i32 = 2;
+const GONE: [i32; 3] = [3, 19, 100];
 
 /// The rules of one overlay.
 #[derive(Debug)]
@@ -71,20 +87,29 @@ impl UsersRule {
         let mut repaired = false;
         let families: BTreeSet<Family> = peers.iter().map(IpAddr::is_ipv4).collect();
         for ipv4 in families {
-            let wanted = wanted(ipv4, port, users);
-            let of_port: Vec<RuleMessage> =
-                ours(netlink, ipv4)?.into_iter().filter(|rule| is_of_port(rule, port)).collect();
-            if of_port.iter().any(|rule| is_like(rule, &wanted)) {
-                self.had.insert(ipv4);
-                continue;
+            let mut missing = wanted(ipv4, port, users);
+            let mut wrong = Vec::new();
+            for rule in ours(netlink, ipv4)?.into_iter().filter(|rule| is_of_port(rule, port)) {
+                match missing.iter().position(|wanted| is_like(&rule, wanted)) {
+                    Some(place) => _ = missing.swap_remove(place),
+                    None => wrong.push(rule),
+                }
             }
-            for rule in of_port {
+            let is_right = missing.is_empty() && wrong.is_empty();
+            for rule in wrong {
                 netlink.apply_one(RouteNetlinkMessage::DelRule(rule), 0)?;
             }
-            let new = RouteNetlinkMessage::NewRule(wanted);
-            match netlink.apply_one(new, NLM_F_CREATE | NLM_F_EXCL) {
-                Err(error) if error.raw_os_error() != Some(EEXIST) => return Err(error),
-                _ => repaired |= !self.had.insert(ipv4),
+            for rule in missing {
+                let new = RouteNetlinkMessage::NewRule(rule);
+                match netlink.apply_one(new, NLM_F_CREATE | NLM_F_EXCL) {
+                    Err(error) if error.raw_os_error() != Some(EEXIST) => return Err(error),
+                    _ => {}
+                }
+            }
+            let is_new = self.had.insert(ipv4);
+            repaired |= !is_right && !is_new;
+            if ipv4 {
+                keep_routes(netlink)?;
             }
         }
         Ok(repaired)
@@ -99,6 +124,82 @@ impl UsersRule {
     }
 }
 
+/// Gives each interface by which this host may send a route that brings packets back. Ports of bridges and
+/// bonds need none: no answer to ARP reaches them. What another program removes is put back in silence, for
+/// the kernel removes the routes of an interface that goes down.
+fn keep_routes(netlink: &mut Netlink) -> io::Result<()> {
+    let mut found: BTreeMap<u32, RouteMessage> = routes(netlink)?
+        .into_iter()
+        .map(|route| (interface(&route).unwrap_or_default(), route))
+        .collect();
+    let links = netlink.links()?;
+    let mut changes = Vec::new();
+    for link in links.iter().filter(|link| may_send(link, &links)) {
+        if found.remove(&link.index).is_none() {
+            let message = RouteNetlinkMessage::NewRoute(route_back(link.index));
+            changes.push(Request { message, flags: NLM_F_CREATE | NLM_F_EXCL });
+        }
+    }
+    let removal = |route| Request { message: RouteNetlinkMessage::DelRoute(route), flags: 0 };
+    changes.extend(found.into_values().map(removal));
+    let refused = netlink.apply(changes)?;
+    // An interface may have come or gone meanwhile: the next pass sees it.
+    let passes = |errno| errno == EEXIST || GONE.contains(&errno);
+    let failure = refused.iter().find(|refused| !passes(refused.errno));
+    failure.map_or(Ok(()), |refused| Err(refused.to_io()))
+}
+
+fn may_send(link: &Link, links: &[Link]) -> bool {
+    let controller = links.iter().find(|other| Some(other.index) == link.controller());
+    let is_port = controller.is_some_and(|controller| controller.kind != "vrf");
+    link.up && !link.loopback && !is_port
+}
+
+fn route_back(interface: u32) -> RouteMessage {
+    let mut route = RouteMessage::default();
+    route.header.address_family = AddressFamily::Inet;
+    route.header.kind = RouteType::Local;
+    route.header.scope = RouteScope::Host;
+    route.header.protocol = RouteProtocol::Other(ROUTE_PROTOCOL);
+    route.attributes = vec![
+        RouteAttribute::Table(TABLE),
+        RouteAttribute::Oif(interface),
+        // Without a source of its own a packet would get its destination for that, and pass the guard.
+        RouteAttribute::PrefSource(RouteAddress::Inet(Ipv4Addr::LOCALHOST)),
+        // So that there can be one for each interface.
+        RouteAttribute::Priority(interface),
+    ];
+    route
+}
+
+/// Those of the table, whoever made them: no other program has a use for it.
+fn routes(netlink: &mut Netlink) -> io::Result<Vec<RouteMessage>> {
+    let mut filter = RouteMessage::default();
+    filter.header.address_family = AddressFamily::Inet;
+    filter.attributes.push(RouteAttribute::Table(TABLE));
+    let found = match netlink.dump(&RouteNetlinkMessage::GetRoute(filter)) {
+        Err(error) if error.raw_os_error() == Some(ENOENT) => return Ok(Vec::new()),
+        found => found?,
+    };
+    let routes = found.into_iter().filter_map(|message| match message {
+        RouteNetlinkMessage::NewRoute(route) => Some(route),
+        _ => None,
+    });
+    Ok(routes.filter(brings_back).collect())
+}
+
+/// Whether a route is one of that table.
+pub fn brings_back(route: &RouteMessage) -> bool {
+    route.attributes.contains(&RouteAttribute::Table(TABLE))
+}
+
+fn interface(route: &RouteMessage) -> Option<u32> {
+    route.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Oif(index) => Some(*index),
+        _ => None,
+    })
+}
+
 /// Rules that gossamer has left on this host.
 pub(super) fn found(netlink: &mut Netlink) -> io::Result<Vec<RuleMessage>> {
     let mut found = ours(netlink, true)?;
@@ -107,9 +208,13 @@ pub(super) fn found(netlink: &mut Netlink) -> io::Result<Vec<RuleMessage>> {
     Ok(found)
 }
 
+/// Removes these rules, and the routes to which they lead.
 pub(super) fn remove(netlink: &mut Netlink, rules: Vec<RuleMessage>) -> io::Result<()> {
-    let removal = |rule| Request { message: RouteNetlinkMessage::DelRule(rule), flags: 0 };
-    netlink.apply(rules.into_iter().map(removal).collect()).map(drop)
+    let removal = |message| Request { message, flags: 0 };
+    let rules = rules.into_iter().map(RouteNetlinkMessage::DelRule);
+    netlink.apply(rules.map(removal).collect())?;
+    let routes = routes(netlink)?.into_iter().map(RouteNetlinkMessage::DelRoute);
+    netlink.apply(routes.map(removal).collect()).map(drop)
 }
 
 /// Whether a rule is one of ours.
@@ -129,12 +234,21 @@ fn ours(netlink: &mut Netlink, ipv4: bool) -> io::Result<Vec<RuleMessage>> {
     Ok(rules.filter(is_ours).collect())
 }
 
-fn wanted(ipv4: bool, port: u16, users: RuleUidRange) -> RuleMessage {
+fn wanted(ipv4: bool, port: u16, users: RuleUidRange) -> Vec<RuleMessage> {
+    let mut back = selecting(BEFORE, ipv4, port, users);
+    back.header.action = RuleAction::ToTable;
+    back.attributes.push(RuleAttribute::Table(TABLE));
+    let mut refusing = selecting(PRIORITY, ipv4, port, users);
+    refusing.header.action = RuleAction::Prohibit;
+    if ipv4 { vec![back, refusing] } else { vec![refusing] }
+}
+
+/// A rule about what users send to the port.
+fn selecting(priority: u32, ipv4: bool, port: u16, users: RuleUidRange) -> RuleMessage {
     let mut rule = RuleMessage::default();
     rule.header.family = family(ipv4);
-    rule.header.action = RuleAction::Prohibit;
     rule.attributes = vec![
-        RuleAttribute::Priority(PRIORITY),
+        RuleAttribute::Priority(priority),
         RuleAttribute::Protocol(RouteProtocol::Other(ROUTE_PROTOCOL)),
         // What this host sends itself.
         RuleAttribute::Iifname("lo".to_owned()),

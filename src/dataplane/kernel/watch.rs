@@ -60,7 +60,13 @@ impl Touched {
         let is_of_others = may_lead_elsewhere(message, device);
         self.underlay |= is_of_others;
         self.routing |= is_of_others;
-        self.rules |= matches!(message, Message::DelRule(rule) if users::is_ours(rule));
+        self.rules |= match message {
+            Message::DelRule(rule) => users::is_ours(rule),
+            Message::DelRoute(route) => users::brings_back(route),
+            // Users may send by it.
+            Message::NewLink(_) => is_of_others,
+            _ => false,
+        };
         let Some(desired) = desired else { return };
         match message {
             Message::NewLink(link) => self.add_link(link, desired, device, true),
