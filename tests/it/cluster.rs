@@ -20,7 +20,7 @@ use gossamer::lab::{Agent, Host, NetNs, Pinger, Pod};
 use nix::sys::signal::Signal;
 
 fn assert_pings(from: &Pod, to: &Pod) {
-    let reply = tool(&from.netns, &format!("ping -c 1 -W 2 {}", to.ip));
+    let reply = tool(&from.netns, &format!("ping -c 1 -W 10 {}", to.ip));
     assert!(reply.contains(" 1 received"), "{reply}");
 }
 
@@ -58,7 +58,7 @@ fn pods_on_three_hosts_reach_each_other() {
             for to in pods.iter().filter(|to| to.ip != from.ip) {
                 assert_pings(from, to);
                 // 1,422 bytes and 28 of headers are the full MTU; nothing may be fragmented.
-                let full = format!("ping -c 1 -W 2 -s 1422 -M do {}", to.ip);
+                let full = format!("ping -c 1 -W 10 -s 1422 -M do {}", to.ip);
                 assert!(tool(&from.netns, &full).contains(" 1 received"));
             }
         }
