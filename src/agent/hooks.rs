@@ -5,8 +5,12 @@
 use std::{error::Error, io};
 
 use aya::programs::{SchedClassifier, tc::TcAttachType};
+use ipnet::IpNet;
 
-use crate::netlink::{Netlink, link::Link};
+use crate::{
+    dataplane::kernel::{Closing, FirewallTable},
+    netlink::{Netlink, link::Link},
+};
 
 /// Which packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,6 +34,18 @@ impl Side {
             Self::Ingress => "ingress",
         }
     }
+}
+
+/// Chains of these families of nftables that may drop what pods of a subnet send or are sent at their ports,
+/// with what helps.
+pub fn chains(subnet: IpNet, families: &[&str]) -> impl Iterator<Item = String> {
+    let found = FirewallTable::open().and_then(|mut table| table.chains_around_gateway(subnet));
+    let is_of_family = |chain: &Closing| {
+        families.iter().any(|family| chain.chain.split(' ').next() == Some(*family))
+    };
+    let mut found = found.unwrap_or_default();
+    found.retain(is_of_family);
+    found.into_iter().map(move |chain| format!("{chain}: {}", chain.fix(subnet)))
 }
 
 /// What hangs on one side of an interface, as sentences with what helps; none where nothing was found.

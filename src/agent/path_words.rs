@@ -288,7 +288,7 @@ fn mute_problem(name: &str, there: IpAddr, sign: Sign, [port, gossip]: [u16; 2])
     )
 }
 
-/// That somebody says again and again that packets to a peer are too large, though they are not.
+/// A report that packets to a peer are too large, which comes again and again and is false.
 fn false_report(name: &str, there: IpAddr, told: u32, carried: u32) -> String {
     let (family, icmp) = match there {
         IpAddr::V4(_) => ("ip", "ICMP type 3 code 4"),

@@ -10,7 +10,7 @@ use rtnetlink::{
     },
 };
 
-use super::Netlink;
+use super::{Netlink, Request};
 use crate::model::Mac;
 
 const ENOENT: i32 = 2;
@@ -19,7 +19,8 @@ impl Netlink {
     /// Forgets an address on the link with this index: the next packet to it makes the kernel ask for its
     /// MAC.
     pub fn forget_neighbour(&mut self, link: u32, ip: IpAddr) -> io::Result<()> {
-        match self.apply_one(RouteNetlinkMessage::DelNeighbour(message(link, ip)), 0) {
+        let Request { message, flags } = without(link, ip);
+        match self.apply_one(message, flags) {
             Err(error) if error.raw_os_error() != Some(ENOENT) => Err(error),
             _ => Ok(()),
         }
@@ -33,14 +34,7 @@ impl Netlink {
     /// The MAC that an address has for good; none, if the kernel asks for it.
     pub fn pinned_neighbour(&mut self, link: u32, ip: IpAddr) -> io::Result<Option<Mac>> {
         let found = self.entry(link, ip)?;
-        let found = found.filter(|found| found.header.state == NeighbourState::Permanent);
-        let attributes = found.into_iter().flat_map(|found| found.attributes);
-        Ok(attributes.into_iter().find_map(|attribute| match attribute {
-            NeighbourAttribute::LinkLayerAddress(bytes) => {
-                bytes.first_chunk().copied().map(Mac::from_bytes)
-            }
-            _ => None,
-        }))
+        Ok(found.and_then(|found| pinned(&found)).map(|(_, mac)| mac))
     }
 
     /// Addresses on a link that have a MAC for good.
@@ -51,7 +45,12 @@ impl Netlink {
         let mut wanted = NeighbourMessage::default();
         wanted.header.ifindex = link;
         let found = self.dump(&RouteNetlinkMessage::GetNeighbour(wanted))?;
-        Ok(found.iter().filter_map(|message| pinned(message, link)).collect())
+        let of_link = found.iter().filter_map(|message| match message {
+            RouteNetlinkMessage::NewNeighbour(found) => Some(found),
+            _ => None,
+        });
+        let of_link = of_link.filter(|found| found.header.ifindex == link);
+        Ok(of_link.filter_map(pinned).collect())
     }
 
     fn entry(&mut self, link: u32, ip: IpAddr) -> io::Result<Option<NeighbourMessage>> {
@@ -65,16 +64,28 @@ impl Netlink {
 
     /// Gives an address a MAC for good: nothing is asked for.
     pub fn set_neighbour(&mut self, link: u32, ip: IpAddr, mac: Mac) -> io::Result<()> {
-        let mut known = message(link, ip);
-        known.header.state = NeighbourState::Permanent;
-        known.attributes.push(NeighbourAttribute::LinkLayerAddress(mac.as_bytes().to_vec()));
-        self.apply_one(RouteNetlinkMessage::NewNeighbour(known), NLM_F_CREATE | NLM_F_REPLACE)
+        let Request { message, flags } = permanent(link, ip, mac);
+        self.apply_one(message, flags)
     }
 }
 
-fn pinned(message: &RouteNetlinkMessage, link: u32) -> Option<(IpAddr, Mac)> {
-    let RouteNetlinkMessage::NewNeighbour(found) = message else { return None };
-    if found.header.ifindex != link || found.header.state != NeighbourState::Permanent {
+/// Gives an address a MAC for good: nothing is asked for.
+pub fn permanent(link: u32, ip: IpAddr, mac: Mac) -> Request {
+    let mut known = message(link, ip);
+    known.header.state = NeighbourState::Permanent;
+    known.attributes.push(NeighbourAttribute::LinkLayerAddress(mac.as_bytes().to_vec()));
+    let flags = NLM_F_CREATE | NLM_F_REPLACE;
+    Request { message: RouteNetlinkMessage::NewNeighbour(known), flags }
+}
+
+/// Forgets which MAC an address has; the kernel may know none.
+pub fn without(link: u32, ip: IpAddr) -> Request {
+    Request { message: RouteNetlinkMessage::DelNeighbour(message(link, ip)), flags: 0 }
+}
+
+/// Address and MAC of an entry that never changes.
+fn pinned(found: &NeighbourMessage) -> Option<(IpAddr, Mac)> {
+    if found.header.state != NeighbourState::Permanent {
         return None;
     }
     let (mut ip, mut mac) = (None, None);

@@ -11,33 +11,14 @@ use std::{
     net::IpAddr,
 };
 
-use rtnetlink::{
-    packet_core::{NLM_F_CREATE, NLM_F_REPLACE},
-    packet_route::{
-        AddressFamily, RouteNetlinkMessage,
-        neighbour::{NeighbourAttribute, NeighbourMessage, NeighbourState},
-    },
-};
-
 use super::bridge::{Mended, Provided, Tenants};
 use crate::{
     model::Mac,
-    netlink::{Netlink, Request},
+    netlink::{
+        Netlink,
+        neighbour::{permanent, without},
+    },
 };
-
-/// Gives an address behind a bridge its MAC for good.
-pub(super) fn permanent(bridge: u32, ip: IpAddr, mac: Mac) -> Request {
-    let mut message = message(bridge, ip);
-    message.header.state = NeighbourState::Permanent;
-    message.attributes.push(NeighbourAttribute::LinkLayerAddress(mac.as_bytes().to_vec()));
-    let flags = NLM_F_CREATE | NLM_F_REPLACE;
-    Request { message: RouteNetlinkMessage::NewNeighbour(message), flags }
-}
-
-/// Forgets which MAC an address behind a bridge has; the kernel may know none.
-pub(super) fn without(bridge: u32, ip: IpAddr) -> Request {
-    Request { message: RouteNetlinkMessage::DelNeighbour(message(bridge, ip)), flags: 0 }
-}
 
 /// Makes the permanent entries what they should be.
 ///
@@ -79,12 +60,4 @@ pub(super) fn keep(
         tracing::debug!(error = %refused.to_io(), "neighbor entry of a pod not set right");
     }
     Ok(())
-}
-
-fn message(bridge: u32, ip: IpAddr) -> NeighbourMessage {
-    let mut message = NeighbourMessage::default();
-    message.header.family = if ip.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
-    message.header.ifindex = bridge;
-    message.attributes.push(NeighbourAttribute::Destination(ip.into()));
-    message
 }

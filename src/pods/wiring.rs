@@ -34,7 +34,7 @@ use super::{
     bridge::{self, ALIAS, Bridge, Mended, PREFIX, Provided, Tenants, mac_at},
     furnish::{DefaultRoute, Inside, Route},
     names::{link_mac, told_name},
-    neighbors, obstacle, port,
+    obstacle, port,
 };
 use crate::{
     dataplane::kernel::interface::{self, Ipv6},
@@ -42,6 +42,7 @@ use crate::{
     netlink::{
         Netlink, Refused, Request,
         link::{ENODEV, Link},
+        neighbour,
     },
 };
 
@@ -203,7 +204,7 @@ impl Wiring {
     /// Takes the neighbor entries of a pod away that is disconnected.
     pub fn forget_neighbors(&mut self, addresses: Addresses) {
         let Some(bridge) = self.bridge.as_ref().map(|provided| provided.index) else { return };
-        let changes = addresses.iter().map(|ip| neighbors::without(bridge, ip)).collect();
+        let changes = addresses.iter().map(|ip| neighbour::without(bridge, ip)).collect();
         if let Err(error) = self.netlink.apply(changes) {
             tracing::debug!(%error, "neighbor entries of a pod not removed");
         }
@@ -422,9 +423,9 @@ impl Wiring {
         let up = Request { message: RouteNetlinkMessage::SetLink(up), flags: 0 };
         let mut changes = vec![made, port::hairpin(&name), bridge::without_address(&name), up];
         changes.extend(pod.addresses.iter().map(|ip| match pinned {
-            true => neighbors::permanent(port, ip, mac),
+            true => neighbour::permanent(port, ip, mac),
             // A pod that had the address before may have had another MAC.
-            false => neighbors::without(port, ip),
+            false => neighbour::without(port, ip),
         }));
         let refused = self.netlink.apply(changes)?;
         all_done(refused.iter().filter(|refused| NEEDED.contains(&refused.index)))

@@ -232,3 +232,12 @@ pub fn eventually(netns: &NetNs, command: &str, wanted: impl Fn(&str) -> bool) -
         std::thread::sleep(Duration::from_millis(20));
     }
 }
+
+/// How many echo requests have reached a namespace.
+pub fn echoes(netns: &NetNs) -> u64 {
+    let counters = tool(netns, "cat /proc/net/snmp");
+    let mut lines = counters.lines().filter(|line| line.starts_with("Icmp:"));
+    let (names, values) = (lines.next().expect("names"), lines.next().expect("values"));
+    let place = names.split(' ').position(|name| name == "InEchos").expect("InEchos");
+    values.split(' ').nth(place).and_then(|value| value.parse().ok()).expect("a number")
+}

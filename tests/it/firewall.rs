@@ -17,7 +17,7 @@ use gossamer::{
 
 use crate::{
     common::{
-        Cluster, PATIENCE, eventually, gossamer_token, has_problem, isolated, program, run,
+        Cluster, PATIENCE, echoes, eventually, gossamer_token, has_problem, isolated, program, run,
         skipped, status_where, tool, wait_until,
     },
     forwarding::with_pods,
@@ -33,15 +33,6 @@ const RARELY: Duration = Duration::from_secs(90);
 fn table(netns: &NetNs) -> String {
     let shown = run(netns, "nft -s list table inet gossamer.1");
     String::from_utf8(shown.stdout).expect("UTF-8")
-}
-
-/// How many echo requests have reached a namespace.
-fn echoes(netns: &NetNs) -> u64 {
-    let counters = tool(netns, "cat /proc/net/snmp");
-    let mut lines = counters.lines().filter(|line| line.starts_with("Icmp:"));
-    let (names, values) = (lines.next().expect("names"), lines.next().expect("values"));
-    let place = names.split(' ').position(|name| name == "InEchos").expect("InEchos");
-    values.split(' ').nth(place).and_then(|value| value.parse().ok()).expect("a number")
 }
 
 /// A host that is no member speaks VXLAN to the first host, as if it were one.

@@ -9,7 +9,7 @@ use std::{
 use gossamer::lab::{Agent, Host, NetNs};
 
 use crate::common::{
-    Cluster, PATIENCE, eventually, isolated, run, skipped, status_where, tool, wait_until,
+    Cluster, PATIENCE, echoes, eventually, isolated, run, skipped, status_where, tool, wait_until,
 };
 
 const USER: &str = "setpriv --reuid 1234 --regid 1234 --clear-groups";
@@ -38,14 +38,6 @@ fn forgery(mac: &str, to: [u8; 4]) -> Vec<u8> {
     ip[10..12].copy_from_slice(&checksum);
     let vxlan = [8, 0, 0, 0, 0, 0, 1, 0];
     [&vxlan[..], &mac, &[2, 0, 0, 0, 0, 9, 8, 0], &ip, &echo].concat()
-}
-
-fn echoes(netns: &NetNs) -> u64 {
-    let counters = tool(netns, "cat /proc/net/snmp");
-    let mut lines = counters.lines().filter(|line| line.starts_with("Icmp:"));
-    let (names, values) = (lines.next().expect("names"), lines.next().expect("values"));
-    let place = names.split(' ').position(|name| name == "InEchos").expect("InEchos");
-    values.split(' ').nth(place).and_then(|value| value.parse().ok()).expect("a number")
 }
 
 /// Sends datagrams from a host to all of its neighbors: to a group and by broadcast.

@@ -10,7 +10,7 @@ use std::{
 use super::{Asked, Roster};
 use crate::{
     agent::hooks::{self, Side},
-    dataplane::{answers::Loss, kernel::FirewallTable},
+    dataplane::answers::Loss,
     netlink::{Netlink, link::Link},
     pods::wiring::{Wiring, WiringError},
 };
@@ -105,15 +105,8 @@ fn causes(
     }
     let subnet = roster.subnets.iter().find(|subnet| subnet.addr().is_ipv4() == address.is_ipv4());
     if let Some(subnet) = subnet {
-        let chains =
-            FirewallTable::open().and_then(|mut table| table.chains_around_gateway(subnet));
         // Rules of the family arp come later.
-        let of_bridge = |chain: &String| {
-            chain.starts_with("chain bridge ") || chain.starts_with("chain netdev ")
-        };
-        let chains = chains.unwrap_or_default().into_iter();
-        let chains = chains.map(|chain| format!("{chain}: {}", chain.fix(subnet)));
-        causes.extend(chains.filter(of_bridge).take(NAMED));
+        causes.extend(hooks::chains(subnet, &["bridge", "netdev"]).take(NAMED));
     }
     if causes.is_empty() {
         causes.push(format!(

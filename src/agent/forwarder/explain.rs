@@ -178,11 +178,7 @@ pub fn are_bridged_filtered(netlink: &mut Netlink, setting: &Setting) -> [bool; 
 fn chains_between(setting: &Setting, ipv4: bool) -> Vec<String> {
     let networks: Vec<IpNet> = setting.networks.iter().collect();
     let network = networks.iter().find(|network| network.addr().is_ipv4() == ipv4);
-    let Some(network) = network else { return Vec::new() };
-    let chains = FirewallTable::open().and_then(|mut table| table.chains_around_gateway(*network));
-    let chains = chains.unwrap_or_default().into_iter();
-    let chains = chains.filter(|chain| chain.chain.starts_with("bridge "));
-    chains.map(|chain| format!("{chain}: {}", chain.fix(*network))).collect()
+    network.into_iter().flat_map(|network| hooks::chains(*network, &["bridge"])).collect()
 }
 
 /// Whether packets between ports of the bridge go through the rules for forwarded packets: with IPv4, and
