@@ -14,7 +14,7 @@ use std::{
         atomic::{AtomicUsize, Ordering},
         mpsc::TryRecvError,
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use serde_json::Value;
@@ -218,6 +218,7 @@ fn keep(
     shared: &Shared,
 ) {
     let mut failed: Vec<Saved> = Vec::new();
+    let mut retry = Instant::now();
     loop {
         match orders.take() {
             Ok(Job::Save(saved, number)) => {
@@ -235,6 +236,7 @@ fn keep(
                         tracing::error!(file = saved.name(), %error, "file not written");
                     }
                     failed.push(saved);
+                    retry = Instant::now() + RETRY;
                 }
             }
             Ok(Job::Append(lines)) => {
@@ -247,7 +249,13 @@ fn keep(
                 let _ = reply.send(lines);
             }
             Err(TryRecvError::Empty) => {
-                orders.sleeper.wait([], (!failed.is_empty()).then_some(RETRY));
+                let rest = retry.saturating_duration_since(Instant::now());
+                orders.sleeper.wait([], (!failed.is_empty()).then_some(rest));
+                // An order ends the wait, too.
+                if Instant::now() < retry {
+                    continue;
+                }
+                retry = Instant::now() + RETRY;
                 failed.retain(|saved| {
                     let result = save(saved);
                     shared.note(saved, &result);
@@ -261,7 +269,7 @@ fn keep(
 
 #[cfg(test)]
 mod tests {
-    use std::{sync::mpsc, time::Instant};
+    use std::sync::mpsc;
 
     use super::*;
     use crate::model::Subnets;
