@@ -216,16 +216,17 @@ impl Agent {
 
     /// Answered when the pod is on disk and plugged in.
     pub(super) fn connect(&mut self, bridge: Bridge, pod: Pod, end: End, reply: Answer<Attached>) {
-        // It may have the address that forwarding is tried from.
-        self.update_forwarder();
         let number = self.pods.next();
-        self.writer.save(vec![record(&pod)], number);
         let (on, one) = (bridge.clone(), pod.clone());
         let mac = self.pods.mac(&pod);
+        // The disk first: it takes longest, and its thread leaves the processor to the kernel's work.
+        self.writer.save(vec![record(&pod)], number);
         self.wirer.ask(Job::Connect { number, bridge: on, pod: one, mac, end });
         self.pods.bridge = Some(bridge.clone());
         let attaching = Attaching { bridge, pod, saved: false, connected: None, reply };
         self.pods.attaching.insert(number, attaching);
+        // It may have the address that forwarding is tried from.
+        self.update_forwarder();
     }
 
     /// What pods are plugged into.

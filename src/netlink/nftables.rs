@@ -97,14 +97,23 @@ impl Nftables {
 
     /// The same on tables of a family.
     pub fn transaction_in(&mut self, family: u8, steps: &[Step]) -> io::Result<()> {
+        self.transaction_of(steps.iter().map(|step| (family, step)))
+    }
+
+    /// The same on tables of several families: steps with the families of their tables.
+    pub fn transaction_of<'a>(
+        &mut self,
+        steps: impl ExactSizeIterator<Item = (u8, &'a Step)>,
+    ) -> io::Result<()> {
+        let count = steps.len();
         let mut bytes = Vec::new();
         let subsystem = nfgenmsg(ANY, SUBSYSTEM);
         self.append(BATCH_BEGIN, NLM_F_REQUEST, subsystem, &Attributes::new(), &mut bytes);
         // What is wrong with the subsystem as a whole comes back under the number of the beginning.
         let begin = self.sequence;
-        for (i, step) in steps.iter().enumerate() {
+        for (i, (family, step)) in steps.enumerate() {
             // Failures come back in any case; the last acknowledgement tells that all is done.
-            let ack = if i + 1 == steps.len() { NLM_F_ACK } else { 0 };
+            let ack = if i + 1 == count { NLM_F_ACK } else { 0 };
             let kind = SUBSYSTEM << 8 | step.kind as u16;
             let flags = NLM_F_REQUEST | ack | step.flags;
             self.append(kind, flags, nfgenmsg(family, 0), &step.attributes, &mut bytes);
@@ -114,7 +123,7 @@ impl Nftables {
         send_all(&self.socket, &bytes)?;
         loop {
             for message in self.receive()? {
-                let of_ours = message.sequence.wrapping_sub(begin) <= steps.len() as u32 + 1;
+                let of_ours = message.sequence.wrapping_sub(begin) <= count as u32 + 1;
                 match message.error.filter(|_| of_ours) {
                     Some(0) if message.sequence == last => return Ok(()),
                     Some(0) | None => {}

@@ -5,7 +5,7 @@
 //! where nothing counts them.
 
 use rtnetlink::{
-    LinkUnspec,
+    LinkMessageBuilder, LinkUnspec,
     packet_core::{DefaultNla, Nla},
     packet_route::{
         RouteNetlinkMessage,
@@ -72,10 +72,23 @@ pub(super) fn hairpin(port: &str) -> Request {
     request(port, vec![InfoBridgePort::HairpinMode(true)])
 }
 
+/// The same for a new port, which it names and sets up: one message costs the kernel and those who hear of it
+/// less than three.
+pub(super) fn up(port: &str, alias: String) -> Request {
+    to_request(message(port, vec![InfoBridgePort::HairpinMode(true)]).alias(alias).up())
+}
+
 fn request(port: &str, settings: Vec<InfoBridgePort>) -> Request {
-    let message = LinkUnspec::new_with_name(port)
+    to_request(message(port, settings))
+}
+
+fn message(port: &str, settings: Vec<InfoBridgePort>) -> LinkMessageBuilder<LinkUnspec> {
+    LinkUnspec::new_with_name(port)
         .set_port_kind(InfoPortKind::Bridge)
-        .set_port_data(InfoPortData::BridgePort(settings));
+        .set_port_data(InfoPortData::BridgePort(settings))
+}
+
+fn to_request(message: LinkMessageBuilder<LinkUnspec>) -> Request {
     Request { message: RouteNetlinkMessage::NewLink(message.build()), flags: 0 }
 }
 

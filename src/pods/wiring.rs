@@ -47,7 +47,12 @@ use crate::{
 };
 
 /// Places in the batch of changes that must be made; the kernel may refuse the others.
-const NEEDED: [usize; 3] = [0, 1, 3];
+const NEEDED: [usize; 2] = [0, 2];
+
+/// What a veth pair uses. The kernel would make a queue for each processor and wait, for each end, until no
+/// processor uses any but the first.
+const ONE_QUEUE: [LinkAttribute; 2] =
+    [LinkAttribute::NumTxQueues(1), LinkAttribute::NumRxQueues(1)];
 
 /// Why a pod was not connected. Nothing of it is left.
 #[derive(Debug, thiserror::Error)]
@@ -405,6 +410,7 @@ impl Wiring {
     ) -> io::Result<()> {
         let name = link_name(&pod.attachment);
         let end = LinkMessageBuilder::<LinkUnspec>::new().address(mac.as_bytes().to_vec()).mtu(mtu);
+        let end = ONE_QUEUE.into_iter().fold(end, LinkMessageBuilder::append_extra_attribute);
         let end = match netns {
             Some(netns) => end.name(pod.attachment.interface()).setns_by_fd(netns.as_raw_fd()),
             None => end.name(loose_name(&pod.attachment)),
@@ -414,14 +420,13 @@ impl Wiring {
             .address(link_mac(&pod.attachment).as_bytes().to_vec())
             .mtu(mtu)
             .controller(port);
-        let alias = alias(pod, mac, default_route);
-        let up = LinkUnspec::new_with_name(&name).alias(alias).up().build();
+        let pair = ONE_QUEUE.into_iter().fold(pair, LinkMessageBuilder::append_extra_attribute);
         let made = Request {
             message: RouteNetlinkMessage::NewLink(pair.build()),
             flags: NLM_F_CREATE | NLM_F_EXCL,
         };
-        let up = Request { message: RouteNetlinkMessage::SetLink(up), flags: 0 };
-        let mut changes = vec![made, port::hairpin(&name), bridge::without_address(&name), up];
+        let up = port::up(&name, alias(pod, mac, default_route));
+        let mut changes = vec![made, bridge::without_address(&name), up];
         changes.extend(pod.addresses.iter().map(|ip| match pinned {
             true => neighbour::permanent(port, ip, mac),
             // A pod that had the address before may have had another MAC.

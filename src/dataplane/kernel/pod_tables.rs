@@ -123,8 +123,8 @@ impl PodTables {
             its_others.map(|(name, other)| (name.clone(), other.clone())).collect();
         one.insert(cable.to_owned(), tenant.clone());
         let was_written = self.unused.written.is_some();
-        let spoofing = self.spoofing.add(&mut self.nftables, bridge, &one);
-        let unused = self.unused.add(&mut self.nftables, bridge, &one);
+        let tables = [&mut self.spoofing, &mut self.unused];
+        let [spoofing, unused] = add(tables, &mut self.nftables, bridge, &one);
         if spoofing && (unused || !was_written) {
             return;
         }
@@ -141,8 +141,17 @@ impl PodTables {
 
     /// Takes back what a cable was allowed. Nothing that comes out of it passes any more.
     pub fn shut_out(&mut self, cable: &str, tenant: &Tenant) {
-        self.spoofing.shut_out(&mut self.nftables, cable, tenant);
-        self.unused.shut_out(&mut self.nftables, cable, tenant);
+        let tables = [&self.spoofing, &self.unused];
+        let gone = tables.map(|table| table.leaving(cable, tenant));
+        let steps: Vec<(u8, Step)> = tables
+            .iter()
+            .zip(&gone)
+            .flat_map(|(table, gone)| table.element_steps(Kind::DelElements, gone))
+            .collect();
+        let are_out = carry_out(&mut self.nftables, &steps);
+        for (table, gone) in [&mut self.spoofing, &mut self.unused].into_iter().zip(gone) {
+            table.shut_out(&mut self.nftables, &gone, are_out);
+        }
     }
 
     /// Makes the tables what they should be, or removes them where they are not wanted. `with_strangers` says
@@ -210,37 +219,37 @@ impl Table {
         Some((self.shape.family, self.name(&written.bridge)))
     }
 
-    /// Adds what belongs to some pods; false, if the table was not there for that.
-    fn add(
-        &mut self,
-        nftables: &mut io::Result<Nftables>,
-        bridge: &Bridge,
-        tenants: &Tenants,
-    ) -> bool {
-        let name = self.name(bridge);
-        let (Ok(nftables), Some(written)) = (nftables, &mut self.written) else { return false };
-        let new = (self.shape.elements)(bridge, tenants);
-        let is_added = written.bridge == *bridge
-            && change(nftables, self.shape.family, &name, Kind::NewElements, &new).is_ok();
-        if is_added {
-            new.into_iter()
-                .for_each(|(set, keys)| written.elements.entry(set).or_default().extend(keys));
-        }
-        is_added
+    /// What belongs to some pods; none, if the table is not there for that.
+    fn joining(&self, bridge: &Bridge, tenants: &Tenants) -> Option<Elements> {
+        let written = self.written.as_ref().filter(|written| written.bridge == *bridge);
+        written.map(|_| (self.shape.elements)(bridge, tenants))
     }
 
-    fn shut_out(&mut self, nftables: &mut io::Result<Nftables>, cable: &str, tenant: &Tenant) {
-        let (Ok(nftables), Some(written)) = (nftables, &mut self.written) else { return };
-        let name = (self.shape.name)(&written.bridge.table);
-        let gone = (self.shape.leaving)(&written.bridge, cable, tenant, &written.elements);
-        for (set, keys) in &gone {
+    /// What goes with a pod.
+    fn leaving(&self, cable: &str, tenant: &Tenant) -> Elements {
+        let of_written = |written: &Written| {
+            (self.shape.leaving)(&written.bridge, cable, tenant, &written.elements)
+        };
+        self.written.as_ref().map(of_written).unwrap_or_default()
+    }
+
+    /// Steps that add or remove elements of the table as it was written, with its family.
+    fn element_steps(&self, kind: Kind, elements: &Elements) -> Vec<(u8, Step)> {
+        let Some((family, name)) = self.place() else { return Vec::new() };
+        element_steps(&name, kind, elements).into_iter().map(|step| (family, step)).collect()
+    }
+
+    /// Forgets elements that are gone, or removes them if they are not.
+    fn shut_out(&mut self, nftables: &mut io::Result<Nftables>, gone: &Elements, are_out: bool) {
+        if !are_out && !carry_out(nftables, &self.element_steps(Kind::DelElements, gone)) {
+            // It is not as it was written, and is written again when it is looked at.
+            self.written = None;
+        }
+        let Some(written) = &mut self.written else { return };
+        for (set, keys) in gone {
             if let Some(has) = written.elements.get_mut(set) {
                 has.retain(|key| !keys.contains(key));
             }
-        }
-        if change(nftables, self.shape.family, &name, Kind::DelElements, &gone).is_err() {
-            // It is not as it was written, and is written again when it is looked at.
-            self.written = None;
         }
     }
 
@@ -396,17 +405,37 @@ fn with_known_macs(
     tenants
 }
 
-fn change(
-    nftables: &mut Nftables,
-    family: u8,
-    table: &str,
-    kind: Kind,
-    elements: &Elements,
-) -> io::Result<()> {
-    match &element_steps(table, kind, elements)[..] {
-        [] => Ok(()),
-        steps => nftables.transaction_in(family, steps),
-    }
+/// Adds what belongs to some pods in one transaction; false for each table that is not as it was written.
+fn add(
+    tables: [&mut Table; 2],
+    nftables: &mut io::Result<Nftables>,
+    bridge: &Bridge,
+    tenants: &Tenants,
+) -> [bool; 2] {
+    let mut steps = Vec::new();
+    let joining = tables.each_ref().map(|table| {
+        let joining = table.joining(bridge, tenants)?;
+        steps.extend(table.element_steps(Kind::NewElements, &joining));
+        Some(joining)
+    });
+    let are_added = carry_out(nftables, &steps);
+    let mut added = joining.into_iter().zip(tables).map(|(joining, table)| {
+        let (Some(joining), Some(written), true) = (joining, &mut table.written, are_added) else {
+            return false;
+        };
+        joining.into_iter().for_each(|(set, keys)| {
+            written.elements.entry(set).or_default().extend(keys);
+        });
+        true
+    });
+    [added.next() == Some(true), added.next() == Some(true)]
+}
+
+/// Carries out steps on tables of the given families, all or none; says whether that was done.
+fn carry_out(nftables: &mut io::Result<Nftables>, steps: &[(u8, Step)]) -> bool {
+    let Ok(nftables) = nftables else { return false };
+    let steps = steps.iter().map(|(family, step)| (*family, step));
+    steps.len() == 0 || nftables.transaction_of(steps).is_ok()
 }
 
 fn element_steps(table: &str, kind: Kind, elements: &Elements) -> Vec<Step> {

@@ -93,10 +93,12 @@ impl Touched {
         present: bool,
     ) {
         let wanted = &desired.device;
-        let link = Link::from(message.clone());
+        let index = message.header.index;
         // The kernel says nothing about the IPv4 routes that go with an interface.
-        self.ours |= desired.has_direct_by(link.index);
-        if link.name == wanted.name || Some(link.index) == device {
+        self.ours |= desired.has_direct_by(index);
+        let has_name = |attribute: &LinkAttribute| matches!(attribute, LinkAttribute::IfName(name) if *name == wanted.name);
+        if Some(index) == device || message.attributes.iter().any(has_name) {
+            let link = Link::from(message.clone());
             let right = present
                 && link.name == wanted.name
                 && link.up
