@@ -85,8 +85,8 @@ impl Monitor {
     }
 }
 
-/// Messages without counters and sysctls of interfaces: two thirds of what the kernel says of each change, and
-/// nothing that a listener asks for. A pod that is connected makes a dozen of these changes.
+/// Messages without counters and sysctls of interfaces: two thirds of what the kernel says of each change,
+/// and nothing that a listener asks for. A pod that is connected makes a dozen of these changes.
 fn without_statistics(bytes: &[u8]) -> Cow<'_, [u8]> {
     let mut rest = bytes;
     let mut kept = Vec::with_capacity(bytes.len());

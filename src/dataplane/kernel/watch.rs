@@ -96,8 +96,11 @@ impl Touched {
         let index = message.header.index;
         // The kernel says nothing about the IPv4 routes that go with an interface.
         self.ours |= desired.has_direct_by(index);
-        let has_name = |attribute: &LinkAttribute| matches!(attribute, LinkAttribute::IfName(name) if *name == wanted.name);
-        if Some(index) == device || message.attributes.iter().any(has_name) {
+        let has_its_name = message.attributes.iter().any(|attribute| match attribute {
+            LinkAttribute::IfName(name) => *name == wanted.name,
+            _ => false,
+        });
+        if Some(index) == device || has_its_name {
             let link = Link::from(message.clone());
             let right = present
                 && link.name == wanted.name
