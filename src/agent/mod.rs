@@ -25,6 +25,7 @@ mod kubernetes;
 mod legacy;
 mod limits;
 mod opponents;
+mod neighbor_tables;
 mod owners;
 mod path_words;
 mod ping;
