@@ -35,6 +35,7 @@ mod probe;
 mod programmer;
 mod recall;
 mod reload;
+mod receive_buffer;
 mod reports;
 mod routes;
 mod secrets;
@@ -76,6 +77,7 @@ use self::{
     probe::Prober,
     programmer::Programmer,
     secrets::Steps,
+    receive_buffer::Unread,
     service::Service,
     signals::Signals,
     status::Waiter,
@@ -138,6 +140,7 @@ struct Agent {
     prober: Prober,
     company: Company,
     pods: PodState,
+    unread: Unread,
     wirer: Wirer,
     underlay: Chosen,
     config: Config,

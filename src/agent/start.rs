@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 use super::{
     Agent, Archive, Arrivals, Asking, Clock, Company, Ending, Forwarder, Gate, Inquest, Journal,
     KernelState, News, PodState, Prober, Programmer, Reread, Service, Signals, Source, Surveys,
-    Wirer,
+    Unread, Wirer,
     doors::Doors,
     host_view::{self, HostView},
     kubernetes,
@@ -336,6 +336,7 @@ async fn prepare(
         kernel: KernelState::default(),
         prober,
         company,
+        unread: Unread::default(),
         pods,
         wirer,
         underlay: chosen,

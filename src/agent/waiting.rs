@@ -230,6 +230,7 @@ fn answer(question: Question, status: &AgentStatus) -> Option<Waiter> {
         Question::PastEvents { reply } => _ = reply.send(Vec::new()),
         Question::Samples { reply } => _ = reply.send(Vec::new()),
         // Without an answer the client hears that the agent does not answer it.
+        gossip_dropped: 0,
         Question::Matrix { reply } => drop(reply),
         Question::Routes { reply } => _ = reply.send(Err(why())),
         Question::Peer { reply, .. } => _ = reply.send(Err(why())),
