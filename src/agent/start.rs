@@ -224,12 +224,12 @@ async fn prepare(
     };
     let Some(view) = waiting.for_kernel(|| host_view::look(&plan)).await? else { return Ok(None) };
     let HostView { kernel, foreign, pods: found, macs } = view;
+    let listen = listen_address(&config, chosen.local)?;
+    let credentials = Credentials::new(keyring.accepted(), &key)?;
+    let bound = waiting.for_port(|| Transport::bind(listen, &credentials)).await?;
+    let Some((transport, network)) = bound else { return Ok(None) };
     let closed = waiting.closed();
     let (waiters, early) = waiting.into_questions();
-    let (transport, network) = Transport::bind(
-        listen_address(&config, chosen.local)?,
-        &Credentials::new(keyring.accepted(), &key)?,
-    )?;
     let port = transport.local_address()?.port();
     let (ip, advertised) = config.advertise.unwrap_or((chosen.local, None));
     let mut pods = PodState::remember(&records, memory.is_same_boot);
