@@ -13,6 +13,7 @@ mod clock;
 mod company;
 mod connections;
 mod data_plane;
+mod disk;
 mod docker;
 mod doors;
 mod events;
@@ -24,8 +25,8 @@ mod knock;
 mod kubernetes;
 mod legacy;
 mod limits;
-mod opponents;
 mod neighbor_tables;
+mod opponents;
 mod owners;
 mod path_words;
 mod ping;
@@ -34,8 +35,8 @@ mod pods;
 mod probe;
 mod programmer;
 mod recall;
-mod reload;
 mod receive_buffer;
+mod reload;
 mod reports;
 mod routes;
 mod secrets;
@@ -76,8 +77,8 @@ use self::{
     pods::PodState,
     probe::Prober,
     programmer::Programmer,
-    secrets::Steps,
     receive_buffer::Unread,
+    secrets::Steps,
     service::Service,
     signals::Signals,
     status::Waiter,
@@ -139,8 +140,8 @@ struct Agent {
     kernel: KernelState,
     prober: Prober,
     company: Company,
-    pods: PodState,
     unread: Unread,
+    pods: PodState,
     wirer: Wirer,
     underlay: Chosen,
     config: Config,
@@ -217,6 +218,7 @@ impl Agent {
             self.restore_paths();
             self.serve_waiters();
             self.answer_early();
+            self.end_waiting_for_disk();
             self.end_rounds();
             self.end_surveys(turn);
             self.report_to_service(turn);
@@ -254,6 +256,7 @@ impl Agent {
             .chain(rounds)
             .chain(giving_up)
             .chain(self.pods.catch_up_at)
+            .chain(self.end_of_waiting_for_disk())
             .chain(self.source.iter().filter_map(Source::next))
             .fold(far, Instant::min)
     }

@@ -306,7 +306,7 @@ async fn prepare(
     let wirer = Wirer::start(move |wired| {
         let _ = report.send(News::Pods(wired));
     })?;
-    pods.begin(&writer, &state);
+    pods.begin(&writer);
     if known_cluster.is_some() {
         // All pods that are there are known, so the others are of nobody.
         wirer.ask(Job::Sweep { bridge, keep: pods.links() });

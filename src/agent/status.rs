@@ -19,7 +19,7 @@ use crate::{
 /// Who waits for convergence; more are answered at once.
 const MAX_WAITERS: usize = 64;
 /// A disk that has not answered for longer is a problem.
-const DISK_PATIENCE: Duration = Duration::from_secs(3);
+pub(super) const DISK_PATIENCE: Duration = Duration::from_secs(3);
 
 /// Wants to hear once this node has converged with so many members, or when the time is over.
 pub(super) struct Waiter {
