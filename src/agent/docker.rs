@@ -143,7 +143,7 @@ impl Agent {
             Ok((pod, subnet)) => {
                 let given = pod.addresses.iter().find(|ip| subnet.contains(ip));
                 let given = with_length(given.unwrap_or(pod.addresses.first), subnet);
-                self.save_then(&pod, move || _ = reply.send(Ok(given)));
+                self.save_then(&pod, move |saved| _ = reply.send(saved.map(|()| given)));
             }
         }
     }
@@ -252,7 +252,7 @@ impl Agent {
 
     fn save_endpoint(&mut self, endpoint: &str, reply: Sender<Result<(), PodError>>) {
         match self.endpoint(endpoint).cloned() {
-            Ok(pod) => self.save_then(&pod, move || _ = reply.send(Ok(()))),
+            Ok(pod) => self.save_then(&pod, move |saved| _ = reply.send(saved)),
             Err(error) => _ = reply.send(Err(error)),
         }
     }
@@ -341,7 +341,7 @@ impl Agent {
         }
     }
 
-    fn save_then(&mut self, pod: &Pod, answer: impl FnOnce() + Send + 'static) {
+    fn save_then(&mut self, pod: &Pod, answer: impl FnOnce(Result<(), PodError>) + Send + 'static) {
         let number = self.pods.next();
         self.writer.save(vec![record(pod)], number);
         self.pods.saving.insert(number, Box::new(answer));

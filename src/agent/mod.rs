@@ -13,6 +13,7 @@ mod clock;
 mod company;
 mod connections;
 mod data_plane;
+mod disk;
 mod docker;
 mod doors;
 mod events;
@@ -24,6 +25,7 @@ mod knock;
 mod kubernetes;
 mod legacy;
 mod limits;
+mod neighbor_tables;
 mod opponents;
 mod owners;
 mod path_words;
@@ -33,6 +35,7 @@ mod pods;
 mod probe;
 mod programmer;
 mod recall;
+mod receive_buffer;
 mod reload;
 mod reports;
 mod routes;
@@ -74,6 +77,7 @@ use self::{
     pods::PodState,
     probe::Prober,
     programmer::Programmer,
+    receive_buffer::Unread,
     secrets::Steps,
     service::Service,
     signals::Signals,
@@ -136,6 +140,7 @@ struct Agent {
     kernel: KernelState,
     prober: Prober,
     company: Company,
+    unread: Unread,
     pods: PodState,
     wirer: Wirer,
     underlay: Chosen,
@@ -213,6 +218,7 @@ impl Agent {
             self.restore_paths();
             self.serve_waiters();
             self.answer_early();
+            self.end_waiting_for_disk();
             self.end_rounds();
             self.end_surveys(turn);
             self.report_to_service(turn);
@@ -250,6 +256,7 @@ impl Agent {
             .chain(rounds)
             .chain(giving_up)
             .chain(self.pods.catch_up_at)
+            .chain(self.end_of_waiting_for_disk())
             .chain(self.source.iter().filter_map(Source::next))
             .fold(far, Instant::min)
     }

@@ -8,7 +8,6 @@ use std::{
     fs::File,
     net::IpAddr,
     os::fd::OwnedFd,
-    sync::Arc,
     time::Instant,
 };
 
@@ -38,7 +37,7 @@ use crate::{
         wiring::{Connected, End, link_name},
         with_length,
     },
-    store::{StateDir, Writer},
+    store::Writer,
     wire::{Key, Record},
 };
 
@@ -72,9 +71,11 @@ pub(super) struct PodState {
     /// What waits for a look at the cables.
     pub(super) looking: BTreeMap<u64, Looking>,
     number: u64,
-    attaching: BTreeMap<u64, Attaching>,
-    /// What is said when the disk has it.
-    pub(super) saving: BTreeMap<u64, Box<dyn FnOnce() + Send>>,
+    pub(super) attaching: BTreeMap<u64, Attaching>,
+    /// What is said when the disk has it, or when it is silent for too long.
+    pub(super) saving: BTreeMap<u64, Answer<()>>,
+    /// Under which number the disk has what this start of the host has changed.
+    boot_number: Option<u64>,
     /// When to look for notes of the CNI plugin again.
     pub(super) catch_up_at: Option<Instant>,
     /// Notes that are kept until the disk has what they asked for.
@@ -87,12 +88,12 @@ pub(super) struct PodState {
 pub(super) type Answer<T> = Box<dyn FnOnce(Result<T, PodError>) + Send>;
 
 /// Waits for the disk and for the kernel.
-struct Attaching {
+pub(super) struct Attaching {
     bridge: Bridge,
-    pod: Pod,
-    saved: bool,
+    pub(super) pod: Pod,
+    pub(super) saved: bool,
     connected: Option<Connected>,
-    reply: Answer<Attached>,
+    pub(super) reply: Answer<Attached>,
 }
 
 impl PodState {
@@ -151,16 +152,10 @@ impl PodState {
     }
 
     /// Writes down what has changed since the last run.
-    pub(super) fn begin(&mut self, writer: &Writer, state: &Arc<StateDir>) {
+    pub(super) fn begin(&mut self, writer: &Writer) {
         let number = self.next();
         writer.save(std::mem::take(&mut self.to_save), number);
-        let state = state.clone();
-        let noted = move || {
-            if let Err(error) = state.note_boot() {
-                tracing::error!(%error, "the start of this host was not noted");
-            }
-        };
-        self.saving.insert(number, Box::new(noted));
+        self.boot_number = Some(number);
     }
 
     /// A number for something that is under way.
@@ -235,8 +230,8 @@ impl Agent {
     /// As long as nobody can be.
     pub(super) fn ready_bridge(&self) -> Result<Bridge, PodError> {
         let not_ready = |why: String| PodError::new(PodErrorKind::NotReady, why);
-        if let Some(why) = self.store_problem() {
-            return Err(not_ready(format!("the state directory cannot be written: {why}")));
+        if let Some(error) = self.unwritten() {
+            return Err(error);
         }
         let view = self.subnet_in_use();
         let view = view.ok_or_else(|| not_ready("this node has no subnet in use yet".to_owned()));
@@ -262,8 +257,14 @@ impl Agent {
             _ if reply.is_closed() => {}
             Err(error) => _ = reply.send(Err(PodError::invalid(error))),
             Ok(attachment) => {
-                let answer = move |result| _ = reply.send(result);
-                self.detach_then(&attachment, netns.map(File::from), answer);
+                let netns = netns.map(File::from);
+                let Some(error) = self.unwritten() else {
+                    let answer = move |result| _ = reply.send(result);
+                    return self.detach_then(&attachment, netns, answer);
+                };
+                // The pod goes all the same. The plugin keeps its note until the disk has that.
+                self.detach_then(&attachment, netns, |_| ());
+                let _ = reply.send(Err(error));
             }
         }
     }
@@ -280,7 +281,8 @@ impl Agent {
         // The kernel takes long to remove an interface. The answer need not wait for that: whoever connects
         // the same one again does.
         if self.forget_pod(number, attachment) {
-            self.pods.saving.insert(number, Box::new(|| answer(Ok(true))));
+            let answer = |saved: Result<(), PodError>| answer(saved.map(|()| true));
+            self.pods.saving.insert(number, Box::new(answer));
         } else {
             self.pods.unplugging.insert(number, Box::new(answer));
         }
@@ -384,8 +386,13 @@ impl Agent {
     /// Something of ours is on disk.
     pub(super) fn on_saved(&mut self, number: u64) {
         self.drop_notes(number);
+        if self.pods.boot_number.take_if(|at| *at == number).is_some()
+            && let Err(error) = self.state.note_boot()
+        {
+            tracing::error!(%error, "the start of this host was not noted");
+        }
         if let Some(answer) = self.pods.saving.remove(&number) {
-            answer();
+            answer(Ok(()));
         }
         if let Some(attaching) = self.pods.attaching.get_mut(&number) {
             attaching.saved = true;

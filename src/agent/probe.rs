@@ -232,6 +232,7 @@ impl Agent {
             self.judge_offload();
             self.judge_reports();
         }
+        self.unread.look(now, self.transport.receive_buffer());
         let now = self.clock.now();
         while let Some(probe) = self.prober.paths.poll(now) {
             let from = self.probe_source(probe.node);

@@ -1,11 +1,20 @@
 //! What a node knows when it starts, whatever has become of its disk.
 
-use std::{collections::BTreeMap, net::IpAddr, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    net::IpAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use nix::errno::Errno;
 use tokio::sync::oneshot;
 
-use super::{StartFailure, start::random, waiting::Waiting};
+use super::{
+    StartFailure,
+    start::random,
+    waiting::{PREDECESSOR_PATIENCE, Waiting},
+};
 use crate::{
     config::Config,
     store::{Copied, Database, Opened, StateDir, StoreError},
@@ -46,6 +55,7 @@ pub(super) async fn memory(
     waiting: &mut Waiting<'_>,
 ) -> Result<Option<Memory>, StartFailure> {
     let path = config.state_dir.display();
+    let begun = Instant::now();
     loop {
         let (reply, answer) = oneshot::channel();
         let of_thread = config.clone();
@@ -68,6 +78,11 @@ pub(super) async fn memory(
         match read {
             Err(StartFailure::Store(error)) if may_pass(config, &error) => {
                 waiting.say(format!("waiting for the state directory: {error}"));
+            }
+            Err(StartFailure::Store(error @ StoreError::InUse { .. }))
+                if begun.elapsed() < PREDECESSOR_PATIENCE =>
+            {
+                waiting.say_predecessor(&error);
             }
             read => return read.map(Some),
         }

@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 use super::{
     Agent, Archive, Arrivals, Asking, Clock, Company, Ending, Forwarder, Gate, Inquest, Journal,
     KernelState, News, PodState, Prober, Programmer, Reread, Service, Signals, Source, Surveys,
-    Wirer,
+    Unread, Wirer,
     doors::Doors,
     host_view::{self, HostView},
     kubernetes,
@@ -224,12 +224,12 @@ async fn prepare(
     };
     let Some(view) = waiting.for_kernel(|| host_view::look(&plan)).await? else { return Ok(None) };
     let HostView { kernel, foreign, pods: found, macs } = view;
+    let listen = listen_address(&config, chosen.local)?;
+    let credentials = Credentials::new(keyring.accepted(), &key)?;
+    let bound = waiting.for_port(|| Transport::bind(listen, &credentials)).await?;
+    let Some((transport, network)) = bound else { return Ok(None) };
     let closed = waiting.closed();
     let (waiters, early) = waiting.into_questions();
-    let (transport, network) = Transport::bind(
-        listen_address(&config, chosen.local)?,
-        &Credentials::new(keyring.accepted(), &key)?,
-    )?;
     let port = transport.local_address()?.port();
     let (ip, advertised) = config.advertise.unwrap_or((chosen.local, None));
     let mut pods = PodState::remember(&records, memory.is_same_boot);
@@ -306,7 +306,7 @@ async fn prepare(
     let wirer = Wirer::start(move |wired| {
         let _ = report.send(News::Pods(wired));
     })?;
-    pods.begin(&writer, &state);
+    pods.begin(&writer);
     if known_cluster.is_some() {
         // All pods that are there are known, so the others are of nobody.
         wirer.ask(Job::Sweep { bridge, keep: pods.links() });
@@ -336,6 +336,7 @@ async fn prepare(
         kernel: KernelState::default(),
         prober,
         company,
+        unread: Unread::default(),
         pods,
         wirer,
         underlay: chosen,

@@ -19,7 +19,7 @@ use crate::{
 /// Who waits for convergence; more are answered at once.
 const MAX_WAITERS: usize = 64;
 /// A disk that has not answered for longer is a problem.
-const DISK_PATIENCE: Duration = Duration::from_secs(3);
+pub(super) const DISK_PATIENCE: Duration = Duration::from_secs(3);
 
 /// Wants to hear once this node has converged with so many members, or when the time is over.
 pub(super) struct Waiter {
@@ -101,6 +101,7 @@ impl Agent {
             pods_refused: self.refuses_pods(),
             connections: self.transport.connections(),
             handshakes: self.transport.handshakes(),
+            gossip_dropped: self.unread.dropped(),
             node,
         }
     }
@@ -127,6 +128,8 @@ impl Agent {
         problems.extend(self.company_problem());
         problems.extend(self.inquest.claim().cloned());
         problems.extend(self.flood_problem().into_iter().chain(self.crowd_problem()));
+        let capped = self.transport.receive_buffer().capped;
+        problems.extend(self.unread.problem(self.node.address().port(), capped));
         problems.extend(kernel.peer_problems.iter().cloned().chain(self.unusable_peers()));
         problems.extend(self.underlay_limits());
         problems.extend(kernel.forwarding.input.iter().cloned());

@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{connections::Connections, opponents::Opponents};
+use super::{connections::Connections, neighbor_tables::NeighborTables, opponents::Opponents};
 use crate::{
     dataplane::{
         desired::{Desired, Mode},
@@ -24,7 +24,7 @@ use crate::{
             users::UsersRule,
         },
     },
-    netlink::nftables::Changes,
+    netlink::{Netlink, nftables::Changes},
 };
 
 /// Chains of others may have very many rules: reading them takes no more than one part in so many of the
@@ -68,6 +68,8 @@ pub struct Surroundings {
     /// The kernel would not have the masquerade.
     refused_at: Option<Instant>,
     connections: Connections,
+    neighbors: NeighborTables,
+    netlink: io::Result<Netlink>,
     problems: Vec<String>,
     dropped: u64,
     repaired: Vec<&'static str>,
@@ -98,6 +100,8 @@ impl Surroundings {
             guarded: false,
             refused_at: None,
             connections: Connections::default(),
+            neighbors: NeighborTables::default(),
+            netlink: Netlink::open(),
             problems: Vec::new(),
             dropped: 0,
             repaired: Vec::new(),
@@ -182,6 +186,12 @@ impl Surroundings {
         }
         self.problems.clear();
         self.problems.extend(self.connections.look());
+        if let Ok(netlink) = &mut self.netlink {
+            match self.neighbors.look(netlink) {
+                Ok(problems) => self.problems.extend(problems),
+                Err(error) => tracing::debug!(%error, "tables of neighbors not looked at"),
+            }
+        }
         for setting in sysctl::wanted(&networks, &desired.device.name, self.mode, underlay) {
             let Some(problem) = setting.problem() else {
                 self.right.insert(setting.name().to_owned());

@@ -155,7 +155,8 @@ impl Agent {
             (Looking::Release { reply }, Ok(looked)) => {
                 let released = self.take_back(&looked.gone);
                 let number = self.pods.next();
-                let answer = move || _ = reply.send(Ok(released));
+                let answer =
+                    move |saved: Result<(), PodError>| _ = reply.send(saved.map(|()| released));
                 self.pods.saving.insert(number, Box::new(answer));
                 self.writer.save(Vec::new(), number);
             }

@@ -4,6 +4,7 @@
 //! node that is known already does not wait for an underlay: it serves the pods of its host at once.
 
 use std::{
+    fmt::Display,
     future::Future,
     time::{Duration, Instant},
 };
@@ -26,9 +27,12 @@ use crate::{
     docker,
     model::{NodeId, NodeName},
     netlink::Netlink,
-    transport::Handshakes,
+    transport::{BindError, Handshakes},
 };
 
+/// What an earlier process still holds is waited for so long: one whose disk hangs keeps its files and
+/// sockets for a while after it was killed.
+pub(super) const PREDECESSOR_PATIENCE: Duration = Duration::from_secs(10);
 /// The interfaces are looked at this often.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
 /// The problem of an agent that has not begun to wait.
@@ -88,6 +92,12 @@ impl<'a> Waiting<'a> {
         }
     }
 
+    /// Says what a process holds that may be an earlier one of this agent, on its way out.
+    pub(super) fn say_predecessor(&mut self, error: &impl Display) {
+        let patience = PREDECESSOR_PATIENCE.as_secs();
+        self.say(format!("waiting up to {patience} s for an earlier process to end: {error}"));
+    }
+
     /// Says in the status alone what is under way.
     pub(super) fn begin(&mut self, what: &str) {
         what.clone_into(&mut self.problem);
@@ -138,6 +148,29 @@ impl<'a> Waiting<'a> {
                     self.say(format!("waiting for the network: {error}"));
                 }
                 Err(error) => return Err(error.into()),
+            }
+            if self.until(tokio::time::sleep(LOOK_AGAIN)).await.is_none() {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Binds the port of gossip, and waits a while for a process that has it; none if a signal ends the agent
+    /// first.
+    ///
+    /// # Errors
+    /// The port cannot be had.
+    pub(super) async fn for_port<T>(
+        &mut self,
+        bind: impl Fn() -> Result<T, BindError>,
+    ) -> Result<Option<T>, BindError> {
+        let begun = Instant::now();
+        loop {
+            match bind() {
+                Err(error @ BindError::InUse { .. }) if begun.elapsed() < PREDECESSOR_PATIENCE => {
+                    self.say_predecessor(&error);
+                }
+                bound => return bound.map(Some),
             }
             if self.until(tokio::time::sleep(LOOK_AGAIN)).await.is_none() {
                 return Ok(None);
@@ -197,6 +230,7 @@ fn status(name: &NodeName, node: NodeId, problem: String) -> AgentStatus {
         pods_refused,
         connections: 0,
         handshakes: Handshakes::default(),
+        gossip_dropped: 0,
     }
 }
 

@@ -4,6 +4,7 @@
 //! and by a slow timer.
 
 mod absent;
+mod guests;
 mod heirs;
 
 use std::{
@@ -377,10 +378,9 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
         for (cable, tenant) in self.tenants.iter_mut().filter(|(_, tenant)| tenant.mac.is_none()) {
             tenant.mac = self.wiring.mac_behind(cable, Path::new(&tenant.netns));
         }
-        // What was not looked at may have ports of others.
-        let with_strangers = result.as_ref().map_or(true, |mended| mended.with_strangers);
+        let strangers = result.as_ref().ok().map(|mended| &mended.strangers);
         let links = || Ok(self.wiring.links()?.into_keys().collect());
-        let rewritten = self.tables.keep(bridge, &self.tenants, with_strangers, links);
+        let rewritten = self.tables.keep(bridge, &self.tenants, strangers, links);
         self.looked = Instant::now();
         (self.touched, self.table_touched) = (false, false);
         let (mut problems, mut open) = (Vec::new(), Vec::new());
@@ -405,6 +405,7 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
             }
             is_news = mended.count() > 0;
             open.clone_from(&mended.open);
+            problems.extend(guests::problem(bridge, &mended.strangers));
         }
         for table in rewritten.iter().filter(|_| as_before) {
             self.opponents.note(Kind::Spoofing, table, None);

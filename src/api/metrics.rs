@@ -74,6 +74,11 @@ fn node(text: &mut Text, status: &AgentStatus) {
             ("outcome", "unanswered", handshakes.unanswered as f64),
         ],
     );
+    text.total(
+        "gossip_dropped",
+        "Packets to the agent's port that it did not read in time.",
+        status.gossip_dropped,
+    );
     text.number("pods", "Pods of this node.", status.pods as f64);
     text.number(
         "pods_outside",

@@ -10,6 +10,7 @@ mod descriptor;
 mod events;
 mod matrix;
 mod metrics;
+mod paced;
 mod ping;
 mod pods;
 mod routes;

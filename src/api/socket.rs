@@ -13,8 +13,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use socket2::{Domain, SockAddr, Type};
 use tokio::net::UnixListener;
+
+use crate::store::holder;
 
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 4_096;
@@ -82,14 +85,24 @@ fn file_at(path: &Path) -> Option<(u64, u64)> {
     fs::symlink_metadata(path).ok().map(|meta| (meta.dev(), meta.ino()))
 }
 
-/// A socket that nobody listens on is left from an agent that was killed.
+/// A socket that nobody listens on is left from an agent that was killed. One that is being killed may have
+/// it open for long, and answers no more.
 fn remove_stale(path: &Path) -> Result<(), SocketError> {
     let path = path.to_owned();
     match fs::symlink_metadata(&path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(SocketError::Io { path, error }),
         Ok(meta) if !meta.file_type().is_socket() => Err(SocketError::NotASocket(path)),
-        Ok(_) if UnixStream::connect(&path).is_ok() => Err(SocketError::InUse(path)),
+        Ok(_) if UnixStream::connect(&path).is_ok_and(|peer| !is_left(&peer)) => {
+            Err(SocketError::InUse(path))
+        }
         Ok(_) => fs::remove_file(&path).map_err(|error| SocketError::Io { path, error }),
     }
+}
+
+/// Whether the process that listens is on its way out. One of another PID namespace is not known.
+fn is_left(peer: &UnixStream) -> bool {
+    let listener = getsockopt(peer, PeerCredentials).ok();
+    let pid = listener.and_then(|credentials| u32::try_from(credentials.pid()).ok());
+    pid.is_some_and(|pid| pid != 0 && holder::is_ending(pid))
 }

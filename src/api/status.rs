@@ -30,6 +30,8 @@ pub struct AgentStatus {
     pub connections: usize,
     /// First packets of handshakes since the start, by what became of them.
     pub handshakes: Handshakes,
+    /// Packets to the agent's port that it did not read in time, since the start.
+    pub gossip_dropped: u64,
 }
 
 /// The way to one peer through the overlay.

@@ -9,7 +9,10 @@ use clap::ValueEnum;
 use serde_json::Value;
 
 use super::{Client, block_on, fail};
-use crate::api::ClientError;
+use crate::{
+    api::ClientError,
+    model::{escaped_lines, visible_lines},
+};
 
 /// The longest name that a table shows whole.
 const NAME: usize = 24;
@@ -31,15 +34,29 @@ impl Format {
     /// Prints an answer, as it came or by `text`, which is told whether there is room for all.
     pub fn print(self, answer: &Value, text: impl FnOnce(&Value, bool) -> String) {
         match self {
-            Self::Text => put(&text(answer, false)),
-            Self::Wide => put(&text(answer, true)),
-            Self::Json => put(&format!("{answer:#}\n")),
-            Self::Yaml => put(&serde_yaml_ng::to_string(answer).unwrap_or_default()),
+            Self::Text => put(&text(&visible_value(answer), false)),
+            Self::Wide => put(&text(&visible_value(answer), true)),
+            Self::Json => put(&escaped_lines(&format!("{answer:#}\n"))),
+            Self::Yaml => {
+                put(&serde_yaml_ng::to_string(&visible_value(answer)).unwrap_or_default());
+            }
         }
     }
 
     pub const fn is_text(self) -> bool {
         matches!(self, Self::Text | Self::Wide)
+    }
+}
+
+/// The same without what a terminal would obey: names of interfaces and of pods are other programs' words.
+fn visible_value(value: &Value) -> Value {
+    match value {
+        Value::String(text) => visible_lines(text).into(),
+        Value::Array(values) => values.iter().map(visible_value).collect(),
+        Value::Object(object) => {
+            object.iter().map(|(key, value)| (visible_lines(key), visible_value(value))).collect()
+        }
+        other => other.clone(),
     }
 }
 

@@ -36,6 +36,8 @@ use crate::{
 pub const COMMAND: &str = "CNI_COMMAND";
 /// An agent that is silent for so long hangs. Runtimes wait longer.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// The end of a pod can be noted for an agent that is silent for so long.
+const UNDO_PATIENCE: Duration = Duration::from_secs(5);
 /// So long the kernel may take to remove pods that are gone, when their addresses are needed.
 const VANISHING: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_millis(100);
@@ -214,12 +216,12 @@ pub fn detach(
     netns: Option<&File>,
 ) -> Result<(), ClientError> {
     let netns = netns.and_then(|netns| netns.try_clone().ok()).map(OwnedFd::from);
-    ask(api::post_with(socket, "/v1/pods/detach", name, netns)).map(drop)
+    ask_for(UNDO_PATIENCE, api::post_with(socket, "/v1/pods/detach", name, netns)).map(drop)
 }
 
 /// Removes what a network has connected and the runtime does not know any more: all that can be.
 fn collect(socket: &Path, owner: &str, valid: &[AttachmentName]) -> Result<(), ClientError> {
-    let answer = ask(api::get(socket, "/v1/pods"))?;
+    let answer = ask_for(UNDO_PATIENCE, api::get(socket, "/v1/pods"))?;
     let pods: Vec<PodStatus> = read(socket, answer["pods"].clone())?;
     let mut failed = Ok(());
     for PodStatus { container, interface, .. } in pods.into_iter().filter(|pod| pod.owner == owner)
@@ -317,9 +319,16 @@ fn compare(
 /// # Errors
 /// Why there is no answer.
 pub fn ask(answer: impl Future<Output = Result<Value, ClientError>>) -> Result<Value, ClientError> {
-    let late = || Err(broken(format!("no answer within {} seconds", PATIENCE.as_secs())));
+    ask_for(PATIENCE, answer)
+}
+
+fn ask_for(
+    patience: Duration,
+    answer: impl Future<Output = Result<Value, ClientError>>,
+) -> Result<Value, ClientError> {
+    let late = || Err(broken(format!("no answer within {} seconds", patience.as_secs())));
     let answer = api::block_on(async {
-        tokio::time::timeout(PATIENCE, answer).await.unwrap_or_else(|_| late())
+        tokio::time::timeout(patience, answer).await.unwrap_or_else(|_| late())
     });
     answer.unwrap_or_else(|error| Err(broken(error.to_string())))
 }

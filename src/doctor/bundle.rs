@@ -13,7 +13,7 @@ use regex_lite::Regex;
 use serde_json::Value;
 
 use super::{Finding, Patient};
-use crate::files;
+use crate::{files, model::visible_lines};
 
 /// What is asked of the host; a program that is not there is left out.
 const COMMANDS: [(&str, &str); 12] = [
@@ -60,7 +60,8 @@ fn pack(
     // All that is like a token: `wire/token.rs`.
     let token = Regex::new(r"gsm1\.[A-Za-z2-7]+").map_err(io::Error::other)?;
     let mut add = |name: &str, text: &str| {
-        let text = token.replace_all(text, "gsm1.REDACTED");
+        let text = visible_lines(text);
+        let text = token.replace_all(&text, "gsm1.REDACTED");
         let from = text.len().saturating_sub(MAX_FILE);
         let bytes = text.as_bytes().get(from..).unwrap_or_default();
         let mut header = tar::Header::new_gnu();

@@ -31,7 +31,7 @@ pub use pool::{MAX_SLOTS, Pool, PoolError, PoolSpec, Slot, Subnets};
 pub use quorum::{Quorum, QuorumError};
 pub use selector::{Selector, Transport};
 pub use slot::{Run, SlotRecord, SlotState};
-pub use text::{Text, visible};
+pub use text::{Text, escaped_lines, visible, visible_lines};
 pub use time::Time;
 pub use unfit::Unfit;
 pub use vtep::{Mac, Vtep};

@@ -14,6 +14,26 @@ pub fn visible(text: &str) -> String {
     text.chars().take(LONGEST).map(|c| if obeyed(c) { '\u{fffd}' } else { c }).collect()
 }
 
+/// Replaces what a terminal would obey, but for the ends of lines and tabs.
+pub fn visible_lines(text: &str) -> String {
+    let is_kept = |c: char| matches!(c, '\n' | '\t') || !obeyed(c);
+    text.chars().map(|c| if is_kept(c) { c } else { '\u{fffd}' }).collect()
+}
+
+/// Writes what a terminal would obey, but for the ends of lines and tabs, as JSON can have it.
+pub fn escaped_lines(text: &str) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '\n' | '\t' => escaped.push(c),
+            // All of them are of the first plane.
+            c if obeyed(c) => escaped.push_str(&format!("\\u{:04x}", u32::from(c))),
+            c => escaped.push(c),
+        }
+    }
+    escaped
+}
+
 /// Control characters, line and paragraph separators, and what changes the direction of writing.
 fn obeyed(c: char) -> bool {
     let turns =
@@ -65,5 +85,10 @@ mod tests {
         assert_eq!(visible("\u{9b}2J\u{202e}txt\u{2028}x"), "\u{fffd}2J\u{fffd}txt\u{fffd}x");
         assert_eq!(visible(&"x".repeat(10_000)).len(), LONGEST);
         assert_eq!(visible("müde, aber wach"), "müde, aber wach");
+        assert_eq!(
+            visible_lines("a\tb\r\n\u{1b}]0;x\u{7}\n"),
+            "a\tb\u{fffd}\n\u{fffd}]0;x\u{fffd}\n"
+        );
+        assert_eq!(escaped_lines("\"a\u{9b}b\u{202e}\"\n"), "\"a\\u009bb\\u202e\"\n");
     }
 }

@@ -241,19 +241,19 @@ impl Netlink {
         filter.header.address_family =
             if ipv4 { AddressFamily::Inet } else { AddressFamily::Inet6 };
         filter.header.table = RouteHeader::RT_TABLE_MAIN;
-        let found = match self.dump(&RouteNetlinkMessage::GetRoute(filter)) {
+        let found =
+            self.dump_some(&RouteNetlinkMessage::GetRoute(filter), |message| match message {
+                RouteNetlinkMessage::NewRoute(message) => {
+                    Some(default_routes(&message)).filter(|routes| !routes.is_empty())
+                }
+                _ => None,
+            });
+        let found = match found {
             // A kernel without IPv6.
             Err(_) if !ipv4 => return Ok(Vec::new()),
             found => found?,
         };
-        let mut routes: Vec<DefaultRoute> = found
-            .iter()
-            .filter_map(|message| match message {
-                RouteNetlinkMessage::NewRoute(message) => Some(default_routes(message)),
-                _ => None,
-            })
-            .flatten()
-            .collect();
+        let mut routes: Vec<DefaultRoute> = found.into_iter().flatten().collect();
         routes.sort_by_key(|route| (route.link_down, route.metric));
         Ok(routes)
     }

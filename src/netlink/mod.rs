@@ -167,8 +167,18 @@ impl Netlink {
 
     /// All objects that match the message, from one undisturbed pass.
     pub fn dump(&mut self, message: &RouteNetlinkMessage) -> io::Result<Vec<RouteNetlinkMessage>> {
+        self.dump_some(message, Some)
+    }
+
+    /// The same, where a table may be very long and little of it is wanted: only what `keep` gives for an
+    /// object is held in memory.
+    pub fn dump_some<T>(
+        &mut self,
+        message: &RouteNetlinkMessage,
+        mut keep: impl FnMut(RouteNetlinkMessage) -> Option<T>,
+    ) -> io::Result<Vec<T>> {
         for _ in 0..DUMP_TRIES {
-            if let Some(found) = self.dump_once(message.clone())? {
+            if let Some(found) = self.dump_once(message.clone(), &mut keep)? {
                 return Ok(found);
             }
         }
@@ -195,10 +205,11 @@ impl Netlink {
     }
 
     /// None if the tables changed meanwhile, so that the result may lack entries.
-    fn dump_once(
+    fn dump_once<T>(
         &mut self,
         message: RouteNetlinkMessage,
-    ) -> io::Result<Option<Vec<RouteNetlinkMessage>>> {
+        keep: &mut impl FnMut(RouteNetlinkMessage) -> Option<T>,
+    ) -> io::Result<Option<Vec<T>>> {
         let mut bytes = Vec::new();
         self.append(message, NLM_F_REQUEST | NLM_F_DUMP, &mut bytes);
         let sequence = self.sequence;
@@ -212,7 +223,7 @@ impl Netlink {
                 }
                 interrupted |= message.header.flags & NLM_F_DUMP_INTR != 0;
                 match message.payload {
-                    NetlinkPayload::InnerMessage(inner) => found.push(inner),
+                    NetlinkPayload::InnerMessage(inner) => found.extend(keep(inner)),
                     NetlinkPayload::Done(_) => return Ok((!interrupted).then_some(found)),
                     NetlinkPayload::Error(error) => return Err(error.to_io()),
                     _ => {}

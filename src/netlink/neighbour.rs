@@ -7,6 +7,7 @@ use rtnetlink::{
     packet_route::{
         AddressFamily, RouteNetlinkMessage,
         neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
+        neighbour_table::{NeighbourTableAttribute, NeighbourTableMessage},
     },
 };
 
@@ -15,7 +16,27 @@ use crate::model::Mac;
 
 const ENOENT: i32 = 2;
 
+/// The kernel's table of neighbors of a family, which is one for all interfaces and namespaces.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NeighborTable {
+    pub is_ipv4: bool,
+    pub entries: u32,
+    /// Entries that it holds at most (`gc_thresh3`).
+    pub most: u32,
+    /// Neighbors that found no room, since the kernel has started.
+    pub refused: u64,
+}
+
 impl Netlink {
+    /// The kernel's tables of neighbors.
+    pub fn neighbor_tables(&mut self) -> io::Result<Vec<NeighborTable>> {
+        let wanted = RouteNetlinkMessage::GetNeighbourTable(NeighbourTableMessage::default());
+        self.dump_some(&wanted, |message| match message {
+            RouteNetlinkMessage::NewNeighbourTable(table) => neighbor_table(&table),
+            _ => None,
+        })
+    }
+
     /// Forgets an address on the link with this index: the next packet to it makes the kernel ask for its
     /// MAC.
     pub fn forget_neighbour(&mut self, link: u32, ip: IpAddr) -> io::Result<()> {
@@ -81,6 +102,24 @@ pub fn permanent(link: u32, ip: IpAddr, mac: Mac) -> Request {
 /// Forgets which MAC an address has; the kernel may know none.
 pub fn without(link: u32, ip: IpAddr) -> Request {
     Request { message: RouteNetlinkMessage::DelNeighbour(message(link, ip)), flags: 0 }
+}
+
+/// None for what is told of one interface alone.
+fn neighbor_table(message: &NeighbourTableMessage) -> Option<NeighborTable> {
+    let is_ipv4 = message.header.family == AddressFamily::Inet;
+    let mut table = NeighborTable { is_ipv4, ..NeighborTable::default() };
+    let mut is_whole = false;
+    for attribute in &message.attributes {
+        match attribute {
+            NeighbourTableAttribute::Threshold3(most) => table.most = *most,
+            NeighbourTableAttribute::Config(config) => table.entries = config.entries,
+            NeighbourTableAttribute::Stats(stats) => {
+                (table.refused, is_whole) = (stats.table_fulls, true);
+            }
+            _ => {}
+        }
+    }
+    is_whole.then_some(table)
 }
 
 /// Address and MAC of an entry that never changes.

@@ -296,6 +296,12 @@ impl Rule {
         self.load_address(Field::Source, like).expression("lookup", &lookup)
     }
 
+    /// What stands at this place is in the set.
+    pub fn inside(self, set: &str, (base, offset, length): (Base, u32, u32)) -> Self {
+        let lookup = Attributes::new().text(1, set).be32(2, REGISTER);
+        self.load(base, offset, length).expression("lookup", &lookup)
+    }
+
     /// By its number in the Ethernet header (IANA, IEEE 802).
     pub fn ether_type(self, number: u16) -> Self {
         self.meta(META_PROTOCOL).compare(EQUAL, &number.to_be_bytes())

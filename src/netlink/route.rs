@@ -131,12 +131,10 @@ impl Netlink {
         let mut filter = RouteMessage::default();
         filter.header.address_family =
             if ipv4 { AddressFamily::Inet } else { AddressFamily::Inet6 };
-        let found = self.dump(&RouteNetlinkMessage::GetRoute(filter))?;
-        let routes = found.into_iter().filter_map(|message| match message {
+        self.dump_some(&RouteNetlinkMessage::GetRoute(filter), |message| match message {
             RouteNetlinkMessage::NewRoute(route) => listed(&route, ipv4),
             _ => None,
-        });
-        Ok(routes.collect())
+        })
     }
 
     /// Asks the kernel for the way of a packet.
@@ -223,13 +221,13 @@ impl Netlink {
             filter.header.address_family =
                 if ipv4 { AddressFamily::Inet } else { AddressFamily::Inet6 };
             filter.header.kind = kind;
-            let found = self.dump(&RouteNetlinkMessage::GetRoute(filter))?;
-            refusals.extend(found.into_iter().filter_map(|message| match message {
+            let wanted = RouteNetlinkMessage::GetRoute(filter);
+            refusals.extend(self.dump_some(&wanted, |message| match message {
                 RouteNetlinkMessage::NewRoute(route) if route.header.kind == kind => {
                     refusal(&route, name, ipv4)
                 }
                 _ => None,
-            }));
+            })?);
         }
         Ok(refusals)
     }

@@ -98,8 +98,8 @@ pub struct Mended {
     pub absent: BTreeSet<String>,
     /// Names of ports whose other end is on this host.
     pub loose: BTreeSet<String>,
-    /// Whether the bridge has ports of others.
-    pub with_strangers: bool,
+    /// Names of the bridge's ports of others.
+    pub strangers: BTreeSet<String>,
 }
 
 impl Mended {
@@ -205,7 +205,8 @@ pub(super) fn plug_again(
     mended.absent = ports.keys().filter(|name| !there.contains(name)).cloned().collect();
     let is_loose = |name: &&String| there.contains(&loose_end(name));
     mended.loose = ports.keys().filter(is_loose).cloned().collect();
-    mended.with_strangers = links.iter().any(|link| is_stranger(link, provided.index, ports));
+    let strangers = links.iter().filter(|link| is_stranger(link, provided.index, ports));
+    mended.strangers = strangers.map(|link| link.name.clone()).collect();
     for port in links.iter().filter(|link| ports.contains_key(&link.name)) {
         let closed = interface::close(&port.name, Ipv6::AsItIs);
         mended.sysctls += closed.set;

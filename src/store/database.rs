@@ -18,6 +18,7 @@ use std::{
 
 use nix::fcntl::{Flock, FlockArg};
 
+use super::holder;
 use crate::wire::{Key, Record, TokenError};
 
 /// Damaged databases that are kept: the first ones, which may have been whole before a series of failures
@@ -55,10 +56,10 @@ pub enum StoreError {
     #[error("state_dir: {}: {error}", path.display())]
     Directory { path: PathBuf, error: io::Error },
     #[error(
-        "state_dir: {} is in use: is another gossamer running with it? \
-         stop that one or choose another --state-dir", path.display()
+        "state_dir: {} is in use{}: is another gossamer running with it? \
+         stop that one or choose another --state-dir", path.display(), by(*holder)
     )]
-    InUse { path: PathBuf },
+    InUse { path: PathBuf, holder: Option<u32> },
     #[error(
         "state_dir: {} holds no key: restore it, or remove the whole directory to become a new node",
         path.display()
@@ -84,6 +85,10 @@ pub enum StoreError {
     Database(String),
 }
 
+fn by(holder: Option<u32>) -> String {
+    holder.map_or_else(String::new, |pid| format!(" by process {pid}"))
+}
+
 impl Database {
     /// Opens the database and reads all of it. One that cannot be read is moved aside, and an empty one
     /// takes its place.
@@ -91,7 +96,10 @@ impl Database {
         refuse_clock(SystemTime::now())?;
         match try_open(path) {
             Ok((database, records)) => Ok(Opened { database, records, quarantined: None }),
-            Err(Failure::InUse) => Err(StoreError::InUse { path: path.to_owned() }),
+            Err(Failure::InUse) => Err(StoreError::InUse {
+                path: path.to_owned(),
+                holder: holder::of(&path.join("db")),
+            }),
             Err(Failure::Newer(why)) => Err(StoreError::Newer(why)),
             Err(Failure::Io(error)) => Err(StoreError::Directory { path: path.to_owned(), error }),
             Err(Failure::Damaged(why)) => {

@@ -15,7 +15,7 @@ use ipnet::IpNet;
 use nix::fcntl::{Flock, FlockArg, OFlag};
 
 use super::{
-    Essentials, History, StoreError, history,
+    Essentials, History, StoreError, history, holder,
     replace::{PRIVATE, replace},
 };
 use crate::{
@@ -203,8 +203,10 @@ fn expect_ours(path: &Path) -> Result<(), StoreError> {
 }
 
 fn take(lock: fs::File, path: &Path) -> Result<Flock<fs::File>, StoreError> {
-    Flock::lock(lock, FlockArg::LockExclusiveNonblock)
-        .map_err(|_| StoreError::InUse { path: path.to_owned() })
+    Flock::lock(lock, FlockArg::LockExclusiveNonblock).map_err(|_| StoreError::InUse {
+        path: path.to_owned(),
+        holder: holder::of(&path.join(LOCK)),
+    })
 }
 
 fn node_key(directory: &Path) -> Result<Option<[u8; 32]>, StoreError> {
@@ -346,7 +348,8 @@ mod tests {
         let dir = tempfile::tempdir().expect("tempdir");
         let state = StateDir::open(dir.path()).expect("opens");
         let error = StateDir::open(dir.path()).expect_err("held").to_string();
-        assert!(error.contains("another gossamer"), "{error}");
+        let own = format!("in use by process {}: is another gossamer", std::process::id());
+        assert!(error.contains(&own), "{error}");
         state.save_node_key(&[7; 32]).expect("saved");
         let secret = crate::wire::Secret::new(vec![7; 32]).expect("long enough");
         state.save_keyring(&Keyring::new(secret)).expect("saved");

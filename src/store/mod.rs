@@ -18,6 +18,7 @@ mod database;
 mod directory;
 mod essentials;
 mod history;
+pub mod holder;
 mod replace;
 mod writer;
 

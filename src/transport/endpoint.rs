@@ -27,13 +27,16 @@ use ipnet::IpNet;
 use quinn::{Connection, Endpoint, SendStream, VarInt};
 use tokio::sync::mpsc;
 
-pub use self::admission::{Flood, Handshakes};
 use self::{
     accept::accept,
     admission::SharedAdmissions,
     dial::Dialler,
     settings::{endpoint_settings, roles},
     socket::LimitedSocket,
+};
+pub use self::{
+    admission::{Flood, Handshakes},
+    socket::ReceiveBuffer,
 };
 use super::{
     connection::{Event, Events, ask, read, send_stream},
@@ -83,6 +86,7 @@ pub struct Transport {
     next_reply: u64,
     /// Calls by name so far: each begins with another address of the name.
     calls_by_name: AtomicUsize,
+    buffer: ReceiveBuffer,
 }
 
 /// The connection to a peer, or what waits for one.
@@ -109,7 +113,7 @@ impl Transport {
         };
         let admissions = SharedAdmissions::new();
         let intake = Intake::new();
-        let socket = LimitedSocket::bind(address, admissions.clone()).map_err(fail)?;
+        let (socket, buffer) = LimitedSocket::bind(address, admissions.clone()).map_err(fail)?;
         let (events, receiver) = mpsc::channel(EVENT_QUEUE);
         let (server, client) = roles(credentials);
         let runtime = Arc::new(quinn::TokioRuntime);
@@ -128,6 +132,7 @@ impl Transport {
             replies: BTreeMap::new(),
             next_reply: 0,
             calls_by_name: AtomicUsize::new(0),
+            buffer,
         };
         Ok((transport, receiver))
     }
@@ -154,6 +159,11 @@ impl Transport {
     /// How many packets of a peer have come on its connection; none without one.
     pub fn received(&self, peer: NodeId) -> Option<u64> {
         Some(self.peers.get(&peer)?.live()?.stats().udp_rx.datagrams)
+    }
+
+    /// The room for packets that wait to be read.
+    pub const fn receive_buffer(&self) -> ReceiveBuffer {
+        self.buffer
     }
 
     /// What became of the first packets of handshakes.

@@ -12,5 +12,5 @@ mod intake;
 
 pub use connection::Event;
 pub use credentials::{CredentialError, Credentials, NodeKey};
-pub use endpoint::{BindError, Flood, Handshakes, Transport};
+pub use endpoint::{BindError, Flood, Handshakes, ReceiveBuffer, Transport};
 pub use first_packet::{Unfinished, first_packets};

@@ -293,6 +293,8 @@ fn an_archive_for_whoever_helps_has_no_secret_in_it() {
         fs::write(&config, format!("token = \"{}\"\nmtu = 1400\n", cluster.token))?;
         fs::set_permissions(&config, fs::Permissions::from_mode(0o600))?;
         let more = format!("--config {} --bundle {}", config.display(), bundle.display());
+        // A terminal would obey that.
+        tool(&host.netns, "ip link set dev eth0 alias \u{1b}]0;alias\u{7}");
         examine(host, &more);
         assert_eq!(fs::metadata(&bundle)?.permissions().mode() & 0o777, 0o600);
         let listed = tool(&host.netns, &format!("tar -tzf {}", bundle.display()));
@@ -302,6 +304,7 @@ fn an_archive_for_whoever_helps_has_no_secret_in_it() {
         let all = tool(&host.netns, &format!("tar -xzOf {}", bundle.display()));
         assert!(all.contains("token = \"gsm1.REDACTED\"") && all.contains("mtu = 1400"));
         assert!(!all.contains(&cluster.token[5..]), "the token is in it");
+        assert!(all.contains("]0;alias") && !all.contains(['\u{1b}', '\u{7}']), "for a terminal");
         let again = run(&host.netns, &format!("{} doctor {more}", program().display()));
         let said = String::from_utf8(again.stderr)?;
         assert!(said.contains("bundle: ") && said.contains("exists"), "{said}");

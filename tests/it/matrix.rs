@@ -53,7 +53,7 @@ impl Scene {
         let mut cluster = Cluster { hosts: vec![first], agents: vec![agent], token };
         cluster.join(lab, 2)?;
         cluster.converge()?;
-        let pods = namespaces(&["a", "b", "c"])?;
+        let pods = namespaces(&["a", "b", "c", "d"])?;
         Runtime::new(&cluster.agents[0]).add("a");
         let other = address(&Runtime::new(&cluster.agents[1]).add("b")).parse()?;
         let subnet = Agent::subnet(&cluster.agents[0].wait_converged(2, PATIENCE)?)?.to_string();

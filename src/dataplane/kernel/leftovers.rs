@@ -22,10 +22,10 @@ impl Kernel {
     /// Everything in this namespace that can be recognised as made by gossamer.
     pub fn leftovers(&mut self) -> io::Result<Leftovers> {
         let links = self.netlink.links()?.into_iter();
-        let routes = self.main_routes(Some(ROUTE_PROTOCOL))?.into_iter();
+        let with_subnet = |route| Some((subnet_of(&route)?, route));
         Ok(Leftovers {
             devices: links.filter(is_gossamers).map(|link| link.name).collect(),
-            routes: routes.filter_map(|route| Some((subnet_of(&route)?, route))).collect(),
+            routes: self.main_routes(Some(ROUTE_PROTOCOL), with_subnet)?,
             rules: users::found(&mut self.netlink)?,
         })
     }

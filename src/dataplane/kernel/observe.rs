@@ -72,7 +72,7 @@ impl Kernel {
         let links = self.netlink.links()?;
         let of = |index: u32| links.iter().find(|link| link.index == index);
         let mut foreign = foreign_of(&links, &self.netlink.addresses()?);
-        for route in self.main_routes(None)? {
+        foreign.extend(self.main_routes(None, |route| {
             let by = route.attributes.iter().find_map(|attribute| match attribute {
                 RouteAttribute::Oif(index) => Some(*index),
                 _ => None,
@@ -83,38 +83,39 @@ impl Kernel {
             let is_known =
                 [RouteProtocol::Other(ROUTE_PROTOCOL), RouteProtocol::Kernel].contains(&protocol);
             if is_known || link.is_some_and(is_ours) {
-                continue;
+                return None;
             }
             let interface = link.map(|link| link.name.clone()).unwrap_or_default();
-            let network = subnet_of(&route).filter(|network| network.prefix_len() > 0);
-            foreign.extend(network.map(|network| Foreign {
-                network,
-                interface,
-                kind: ForeignKind::Route,
-            }));
-        }
+            let network = subnet_of(&route).filter(|network| network.prefix_len() > 0)?;
+            Some(Foreign { network, interface, kind: ForeignKind::Route })
+        })?);
         Ok(foreign)
     }
 
-    /// The main table, of both families; of one protocol or of all.
-    pub(super) fn main_routes(&mut self, protocol: Option<u8>) -> io::Result<Vec<RouteMessage>> {
+    /// What `keep` gives for the routes of the main table, of both families; of one protocol or of all.
+    pub(super) fn main_routes<T>(
+        &mut self,
+        protocol: Option<u8>,
+        mut keep: impl FnMut(RouteMessage) -> Option<T>,
+    ) -> io::Result<Vec<T>> {
         let mut routes = Vec::new();
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             let mut filter = RouteMessage::default();
             filter.header.address_family = family;
             filter.header.table = RouteHeader::RT_TABLE_MAIN;
             filter.header.protocol = protocol.map_or(RouteProtocol::Unspec, RouteProtocol::Other);
-            let found = match self.netlink.dump(&RouteNetlinkMessage::GetRoute(filter)) {
-                // A kernel without IPv6.
-                Err(_) if family == AddressFamily::Inet6 => continue,
-                found => found?,
-            };
-            routes.extend(found.into_iter().filter_map(|message| match message {
+            let wanted = RouteNetlinkMessage::GetRoute(filter);
+            let found = self.netlink.dump_some(&wanted, |message| match message {
                 RouteNetlinkMessage::NewRoute(route) if route.header.address_family == family => {
-                    Some(route)
+                    keep(route)
                 }
                 _ => None,
-            }));
+            });
+            match found {
+                // A kernel without IPv6.
+                Err(_) if family == AddressFamily::Inet6 => {}
+                found => routes.extend(found?),
+            }
         }
         Ok(routes)
     }
@@ -209,13 +210,12 @@ impl Kernel {
         device: Option<u32>,
         pool: Option<&Pool>,
     ) -> io::Result<BTreeSet<(IpNet, Hop)>> {
-        let found = self.main_routes(Some(ROUTE_PROTOCOL))?;
+        let found = self.main_routes(Some(ROUTE_PROTOCOL), |route| our_route(&route, device))?;
         let inside = |subnet: &IpNet| {
             pool.is_some_and(|pool| pool.networks().iter().any(|network| network.contains(subnet)))
         };
         let mut routes: BTreeSet<(IpNet, Hop)> = found
-            .iter()
-            .filter_map(|route| our_route(route, device))
+            .into_iter()
             .filter(|(subnet, hop)| {
                 matches!(hop.way, Way::Overlay(_) | Way::Device) || inside(subnet)
             })

@@ -46,7 +46,8 @@ pub(super) struct Shape {
     pub(super) chains: &'static [(&'static str, u32, i32)],
     /// Chain and rule, from top to bottom.
     pub(super) rules: fn(&Bridge) -> Vec<(&'static str, Rule)>,
-    pub(super) elements: fn(&Bridge, &Tenants) -> Elements,
+    /// By the bridge, its pods, and its ports of other programs.
+    pub(super) elements: fn(&Bridge, &Tenants, &BTreeSet<String>) -> Elements,
     /// Which of the elements go with a pod that is unplugged.
     pub(super) leaving: fn(&Bridge, &str, &Tenant, &Elements) -> Elements,
     /// A set of cables whose elements stay until the kernel has removed the cable.
@@ -61,6 +62,8 @@ pub struct PodTables {
     changes: Option<Changes>,
     spoofing: Table,
     unused: Table,
+    /// Ports of other programs on the bridge, as last seen.
+    strangers: BTreeSet<String>,
 }
 
 struct Table {
@@ -87,6 +90,7 @@ impl PodTables {
             changes: Changes::open().ok(),
             spoofing: Table::new(&spoofing::SHAPE),
             unused: Table::new(&unused::SHAPE),
+            strangers: BTreeSet::new(),
         }
     }
 
@@ -132,10 +136,10 @@ impl PodTables {
         all.extend(one);
         let all = with_known_macs(&mut self.nftables, bridge, &all);
         if !spoofing {
-            self.spoofing.write_for(&mut self.nftables, bridge, &all);
+            self.spoofing.write_for(&mut self.nftables, bridge, &all, &self.strangers);
         }
         if was_written && !unused {
-            self.unused.write_for(&mut self.nftables, bridge, &all);
+            self.unused.write_for(&mut self.nftables, bridge, &all, &self.strangers);
         }
     }
 
@@ -154,14 +158,14 @@ impl PodTables {
         }
     }
 
-    /// Makes the tables what they should be, or removes them where they are not wanted. `with_strangers` says
-    /// whether the bridge has ports of others, whose addresses are not known; `there` lists the interfaces of
-    /// this host. Names the tables that another program had changed.
+    /// Makes the tables what they should be, or removes them where they are not wanted. `strangers` are the
+    /// bridge's ports of others, whose addresses are not known; none, where it was not looked at. `there`
+    /// lists the interfaces of this host. Names the tables that another program had changed.
     pub fn keep(
         &mut self,
         bridge: &Bridge,
         tenants: &Tenants,
-        with_strangers: bool,
+        strangers: Option<&BTreeSet<String>>,
         there: impl FnOnce() -> io::Result<BTreeSet<String>>,
     ) -> Vec<String> {
         let tenants = match bridge.anti_spoofing {
@@ -169,15 +173,23 @@ impl PodTables {
             false => Tenants::new(),
         };
         let mut there = Some(there);
+        if let Some(strangers) = strangers {
+            self.strangers.clone_from(strangers);
+        }
+        // What was not looked at may have ports of others.
+        let is_alone = strangers.is_some_and(BTreeSet::is_empty);
         let wanted = [
             (&mut self.spoofing, bridge.anti_spoofing),
-            (&mut self.unused, bridge.anti_spoofing && !with_strangers),
+            (&mut self.unused, bridge.anti_spoofing && is_alone),
         ];
         let mut changed = Vec::new();
         for (table, is_wanted) in wanted {
             if !is_wanted {
                 table.remove_once(&mut self.nftables, bridge);
-            } else if table.keep(&mut self.nftables, bridge, &tenants, &mut there) {
+                continue;
+            }
+            let elements = (table.shape.elements)(bridge, &tenants, &self.strangers);
+            if table.keep(&mut self.nftables, bridge, elements, &mut there) {
                 changed.push(table.full_name(bridge));
             }
         }
@@ -222,7 +234,7 @@ impl Table {
     /// What belongs to some pods; none, if the table is not there for that.
     fn joining(&self, bridge: &Bridge, tenants: &Tenants) -> Option<Elements> {
         let written = self.written.as_ref().filter(|written| written.bridge == *bridge);
-        written.map(|_| (self.shape.elements)(bridge, tenants))
+        written.map(|_| (self.shape.elements)(bridge, tenants, &BTreeSet::new()))
     }
 
     /// What goes with a pod.
@@ -258,10 +270,9 @@ impl Table {
         &mut self,
         nftables: &mut io::Result<Nftables>,
         bridge: &Bridge,
-        tenants: &Tenants,
+        mut wanted: Elements,
         there: &mut Option<impl FnOnce() -> io::Result<BTreeSet<String>>>,
     ) -> bool {
-        let mut wanted = (self.shape.elements)(bridge, tenants);
         self.keep_dying(&mut wanted, there);
         let found = match (&mut *nftables, &self.written) {
             (Ok(nftables), Some(written)) => {
@@ -316,8 +327,9 @@ impl Table {
         nftables: &mut io::Result<Nftables>,
         bridge: &Bridge,
         tenants: &Tenants,
+        strangers: &BTreeSet<String>,
     ) {
-        self.write(nftables, bridge, (self.shape.elements)(bridge, tenants));
+        self.write(nftables, bridge, (self.shape.elements)(bridge, tenants, strangers));
     }
 
     /// In one transaction, which no packet notices.

@@ -1,9 +1,10 @@
 //! The table that holds pods to the addresses and the MAC that they were given, for what comes into their
 //! bridge from their cables.
 //!
-//! Only frames from cables that are in a set are looked at; what the other sets do not hold for one is
-//! dropped. So a cable is in the sets before its pod is answered, and its name stays until the kernel has
-//! removed it.
+//! What comes from a cable that is in a set is dropped if the other sets do not hold it. So a cable is in
+//! the sets before its pod is answered, and its name stays until the kernel has removed it. What comes from
+//! a port of another program has addresses that are not known, and is dropped if they are a pod's or the
+//! gateway's.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -16,26 +17,39 @@ use crate::{
         attributes,
         nftables::{BRIDGE, Base, Rule, name_bytes},
     },
-    pods::bridge::{Bridge, Tenant, Tenants},
+    pods::{
+        bridge::{Bridge, Tenant, Tenants, mac_at},
+        gateway,
+    },
 };
 
 const CHAIN: &str = "pods";
+/// About ports of other programs. Frames pass it first.
+const STRANGERS_CHAIN: &str = "strangers";
 /// `NF_BR_PRE_ROUTING`; before the bridge learns who is where, and before Docker and kube-proxy change
 /// addresses (linux/netfilter_bridge.h).
 const PREROUTING: u32 = 0;
 const FIRST: i32 = -310;
 
 /// Sets with the length of their elements and their type as the `nft` program knows it: name of the cable,
-/// MAC, and address.
+/// MAC, and address. The last ones hold names of ports of others, and what is used by pods and the gateway.
 const CABLES: &str = "cables";
 pub(super) const MACS: &str = "macs";
 const ADDRESSES4: &str = "addresses4";
 const ADDRESSES6: &str = "addresses6";
-const SETS: [(&str, u32, u32); 4] = [
+const STRANGERS: &str = "strangers";
+const USED_MACS: &str = "used_macs";
+const USED4: &str = "used4";
+const USED6: &str = "used6";
+const SETS: [(&str, u32, u32); 8] = [
     (CABLES, 16, 41),
     (MACS, 24, 41 << 6 | 9),
     (ADDRESSES4, 28, (41 << 6 | 9) << 6 | 7),
     (ADDRESSES6, 40, (41 << 6 | 9) << 6 | 8),
+    (STRANGERS, 16, 41),
+    (USED_MACS, 6, 9),
+    (USED4, 4, 7),
+    (USED6, 16, 8),
 ];
 
 /// Places in a frame: offset and length.
@@ -60,9 +74,12 @@ pub(super) static SHAPE: Shape = Shape {
     family: BRIDGE,
     name: str::to_owned,
     sets: &SETS,
-    chains: &[(CHAIN, PREROUTING, FIRST)],
-    rules: |_| rules().into_iter().map(|rule| (CHAIN, rule)).collect(),
-    elements: |_, tenants| elements_of(tenants),
+    chains: &[(STRANGERS_CHAIN, PREROUTING, FIRST - 1), (CHAIN, PREROUTING, FIRST)],
+    rules: |_| {
+        let of_strangers = rules_for_strangers().into_iter().map(|rule| (STRANGERS_CHAIN, rule));
+        of_strangers.chain(rules().into_iter().map(|rule| (CHAIN, rule))).collect()
+    },
+    elements: elements_of,
     leaving: of_cable,
     cables: Some(CABLES),
     without: (
@@ -71,19 +88,34 @@ pub(super) static SHAPE: Shape = Shape {
     ),
 };
 
+fn icmpv6(kind: u8) -> Rule {
+    Rule::new().ether_type(IPV6).transport(ICMPV6).holds(Base::Transport, 0, &[kind])
+}
+
+/// Ethernet and IPv4, with addresses of their lengths.
+fn arp() -> Rule {
+    let kind = [0, 1, 8, 0, 6, 4];
+    Rule::new().ether_type(ARP).holds(Base::Network, ARP_KIND, &kind)
+}
+
+/// From top to bottom; what none of them drops goes on.
+fn rules_for_strangers() -> Vec<Rule> {
+    let used = [
+        Rule::new().inside(USED_MACS, ETHER_SOURCE),
+        arp().inside(USED4, ARP_ADDRESS),
+        Rule::new().ether_type(IPV4).inside(USED4, SOURCE4),
+        Rule::new().ether_type(IPV6).inside(USED6, SOURCE6),
+        icmpv6(NEIGHBOUR_ADVERTISEMENT).inside(USED6, TARGET),
+    ];
+    let of_others = Rule::new().input_with(STRANGERS, &[], false).accept();
+    std::iter::once(of_others).chain(used.map(|rule| rule.count().drop())).collect()
+}
+
 /// From top to bottom; the first that matches decides.
 fn rules() -> Vec<Rule> {
     let link_local = |place: (Base, u32, u32), rule: Rule, same| {
         let (mask, value) = ([0xff, 0xc0], [0xfe, 0x80]);
         rule.masked(place.0, place.1, &mask, &value, same)
-    };
-    let icmpv6 = |kind: u8| {
-        Rule::new().ether_type(IPV6).transport(ICMPV6).holds(Base::Transport, 0, &[kind])
-    };
-    // Ethernet and IPv4, with addresses of their lengths.
-    let arp = || {
-        let kind = [0, 1, 8, 0, 6, 4];
-        Rule::new().ether_type(ARP).holds(Base::Network, ARP_KIND, &kind)
     };
     let advertised = link_local(TARGET, icmpv6(NEIGHBOUR_ADVERTISEMENT), false);
     vec![
@@ -119,16 +151,23 @@ fn rules() -> Vec<Rule> {
 
 /// A container with several cables may answer by any of them for each of its addresses: which way its packets
 /// take is for its routes to say.
-fn elements_of(tenants: &Tenants) -> Elements {
+fn elements_of(bridge: &Bridge, tenants: &Tenants, strangers: &BTreeSet<String>) -> Elements {
     let mut addresses: BTreeMap<&str, Vec<IpAddr>> = BTreeMap::new();
     for tenant in tenants.values() {
         addresses.entry(&tenant.container).or_default().extend(tenant.addresses.iter());
     }
     let mut elements: Elements = SETS.map(|(set, ..)| (set, BTreeSet::new())).into();
     let mut add = |set, key| _ = elements.entry(set).or_default().insert(key);
+    strangers.iter().for_each(|port| add(STRANGERS, name_bytes(port).to_vec()));
+    let gateways = bridge.subnets.iter().map(gateway);
+    add(USED_MACS, mac_at(gateway(bridge.subnets.first)).as_bytes().to_vec());
+    for ip in gateways.chain(tenants.values().flat_map(|tenant| tenant.addresses.iter())) {
+        add(used(ip), attributes::octets(ip));
+    }
     for (cable, tenant) in tenants {
         add(CABLES, name_bytes(cable).to_vec());
         let Some(mac) = tenant.mac else { continue };
+        add(USED_MACS, mac.as_bytes().to_vec());
         let key = [&name_bytes(cable)[..], mac.as_bytes(), &[0; 2]].concat();
         for &ip in addresses.get(tenant.container.as_str()).into_iter().flatten() {
             let set = if matches!(ip, IpAddr::V4(_)) { ADDRESSES4 } else { ADDRESSES6 };
@@ -139,9 +178,15 @@ fn elements_of(tenants: &Tenants) -> Elements {
     elements
 }
 
-/// As long as the kernel has the cable it is looked at.
+const fn used(ip: IpAddr) -> &'static str {
+    if ip.is_ipv4() { USED4 } else { USED6 }
+}
+
+/// As long as the kernel has the cable it is looked at. What is used is taken back at the next look: other
+/// cables of the container may have the same.
 fn of_cable(_: &Bridge, cable: &str, _: &Tenant, elements: &Elements) -> Elements {
     let is_its = |key: &&Vec<u8>| key.starts_with(&name_bytes(cable));
-    let others = elements.iter().filter(|(set, _)| **set != CABLES);
-    others.map(|(set, keys)| (*set, keys.iter().filter(is_its).cloned().collect())).collect()
+    let others = [MACS, ADDRESSES4, ADDRESSES6].into_iter();
+    let kept = others.filter_map(|set| Some((set, elements.get(set)?)));
+    kept.map(|(set, keys)| (set, keys.iter().filter(is_its).cloned().collect())).collect()
 }

@@ -64,7 +64,7 @@ fn rules(bridge: &Bridge) -> Vec<(&'static str, Rule)> {
     rules
 }
 
-fn elements(bridge: &Bridge, tenants: &Tenants) -> Elements {
+fn elements(bridge: &Bridge, tenants: &Tenants, _: &BTreeSet<String>) -> Elements {
     let mut elements: Elements = SETS.map(|(set, ..)| (set, BTreeSet::new())).into();
     let of_pods = tenants.values().flat_map(|tenant| tenant.addresses.iter());
     for ip in of_pods.chain(always_used(bridge)) {
@@ -135,7 +135,7 @@ mod tests {
         };
         let pod = tenant(["10.42.7.2", "fd42:0:0:7::2"]);
         let tenants = Tenants::from([("gsm1".to_owned(), pod.clone())]);
-        let all = elements(&bridge, &tenants);
+        let all = elements(&bridge, &tenants, &BTreeSet::new());
         let used = ["10.42.7.2", "fd42:0:0:7::2", "10.42.7.254", "10.42.7.253", "10.42.7.255"];
         for ip in used {
             assert!(has(&all, ip), "{ip}");

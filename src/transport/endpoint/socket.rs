@@ -1,16 +1,18 @@
 //! The UDP socket: buffers that a flood does not fill, and a limit for answers to strangers.
 
 use std::{
-    fmt, io,
-    io::IoSliceMut,
+    fmt,
+    fs::{self, File},
+    io::{self, BufRead, BufReader, IoSliceMut},
     net::{SocketAddr, UdpSocket},
+    os::fd::AsRawFd as _,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
     time::Instant,
 };
 
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::socket::{getsockopt, setsockopt, sockopt};
 use quinn::{
     AsyncUdpSocket, Runtime as _, UdpPoller,
     udp::{RecvMeta, Transmit},
@@ -43,6 +45,49 @@ fn bind(address: SocketAddr) -> io::Result<UdpSocket> {
     Ok(socket.into())
 }
 
+/// How much of what comes finds room.
+#[derive(Clone, Copy, Debug)]
+pub struct ReceiveBuffer {
+    /// Of the socket; none, if the kernel did not tell.
+    inode: Option<u64>,
+    is_ipv4: bool,
+    /// The host's limit has made it smaller than it should be, in bytes.
+    pub capped: Option<usize>,
+}
+
+impl ReceiveBuffer {
+    fn of(socket: &UdpSocket, address: SocketAddr) -> Self {
+        // The kernel counts its own share too, and gives room for that (socket(7), SO_RCVBUF).
+        let size = getsockopt(socket, sockopt::RcvBuf).map_or(RECEIVE_BUFFER, |size| size / 2);
+        let link = fs::read_link(format!("/proc/self/fd/{}", socket.as_raw_fd()));
+        let text = link.ok().and_then(|link| link.into_os_string().into_string().ok());
+        let inode =
+            text.and_then(|text| text.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok());
+        let capped = (size < RECEIVE_BUFFER).then_some(size);
+        Self { inode, is_ipv4: address.is_ipv4(), capped }
+    }
+
+    pub const fn wanted() -> usize {
+        RECEIVE_BUFFER
+    }
+
+    /// Packets that found no room since the socket was made; none, where that is not known.
+    pub fn dropped(&self) -> Option<u64> {
+        let table = if self.is_ipv4 { "/proc/self/net/udp" } else { "/proc/self/net/udp6" };
+        dropped(BufReader::new(File::open(table).ok()?), self.inode?)
+    }
+}
+
+/// By the kernel's table of UDP sockets (proc(5)): the tenth word is the inode, the last one the count.
+fn dropped(table: impl BufRead, inode: u64) -> Option<u64> {
+    let inode = inode.to_string();
+    table.lines().map_while(Result::ok).find_map(|line| {
+        let mut words = line.split_whitespace();
+        let is_its = words.nth(9) == Some(&inode);
+        words.last().filter(|_| is_its)?.parse().ok()
+    })
+}
+
 /// QUIC's socket. Packets that admission does not let go are lost, as on a network.
 pub(super) struct LimitedSocket {
     inner: Arc<dyn AsyncUdpSocket>,
@@ -51,9 +96,14 @@ pub(super) struct LimitedSocket {
 
 impl LimitedSocket {
     /// Must be called within a tokio runtime.
-    pub(super) fn bind(address: SocketAddr, admissions: SharedAdmissions) -> io::Result<Self> {
-        let inner = quinn::TokioRuntime.wrap_udp_socket(bind(address)?)?;
-        Ok(Self { inner, admissions })
+    pub(super) fn bind(
+        address: SocketAddr,
+        admissions: SharedAdmissions,
+    ) -> io::Result<(Self, ReceiveBuffer)> {
+        let socket = bind(address)?;
+        let buffer = ReceiveBuffer::of(&socket, address);
+        let inner = quinn::TokioRuntime.wrap_udp_socket(socket)?;
+        Ok((Self { inner, admissions }, buffer))
     }
 }
 
@@ -99,5 +149,24 @@ impl AsyncUdpSocket for LimitedSocket {
 
     fn may_fragment(&self) -> bool {
         self.inner.may_fragment()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn packets_without_room_in_the_socket_are_counted() {
+        let socket = bind("127.0.0.1:0".parse().expect("an address")).expect("bound");
+        let address = socket.local_addr().expect("an address");
+        let buffer = ReceiveBuffer::of(&socket, address);
+        assert_eq!(buffer.dropped(), Some(0));
+        setsockopt(&socket, sockopt::RcvBuf, &1).expect("a small buffer");
+        let sender = UdpSocket::bind("127.0.0.1:0").expect("bound");
+        for _ in 0..100 {
+            sender.send_to(&[0; 1_000], address).expect("sent");
+        }
+        assert!(buffer.dropped().is_some_and(|dropped| dropped > 50), "{:?}", buffer.dropped());
     }
 }

@@ -15,6 +15,7 @@ use std::{
 
 use gossamer::lab::{Host, Lab};
 use nix::{
+    fcntl::{Flock, FlockArg},
     mount::{MsFlags, mount},
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -26,6 +27,9 @@ use crate::{
     cni::Runtime,
     common::{PATIENCE, isolated, program, skipped, wait_until},
 };
+
+/// A runtime has its answer by then; half of it is for a machine under load.
+const ANSWER: Duration = Duration::from_secs(10);
 
 /// A disk under the state directory that can fail.
 enum Disk {
@@ -251,6 +255,60 @@ fn hanging_disk_at_each_time_delays_changes_alone() {
         let (mut scene, mut disk) = on_disk(lab, Disk::hanging)?;
         ends_at_the_second_signal(&mut scene, &mut disk)?;
         at_each_time(scene, &mut disk, "waiting for the state directory")
+    });
+}
+
+#[test]
+fn runtimes_are_answered_while_the_disk_hangs_and_the_pods_end_is_not_lost() {
+    if Command::new("bindfs").arg("--version").output().is_err() {
+        return skipped(
+            "matrix::disks::runtimes_are_answered_while_the_disk_hangs_and_the_pods_end_is_not_lost",
+            "no bindfs",
+        );
+    }
+    isolated(|lab| {
+        let (mut scene, mut disk) = on_disk(lab, Disk::hanging)?;
+        let socket = scene.cluster.agents[0].socket().to_owned();
+        let notes = format!("{}.pending", socket.display());
+        let count = || fs::read_dir(&notes).map_or(0, Iterator::count);
+        Runtime::at(&socket).add("c");
+        disk.fail(&scene)?;
+        // Each comes before it is known that the disk hangs.
+        let timed = |verb: &'static str, container: &'static str| {
+            let socket = socket.clone();
+            thread::spawn(move || {
+                let begun = Instant::now();
+                let said = Runtime::at(&socket).call(verb, container, &json!({}));
+                (said, begun.elapsed())
+            })
+        };
+        let (ending, beginning) = (timed("DEL", "c"), timed("ADD", "d"));
+        let ((ended, said), took) = ending.join().expect("no panic");
+        assert!(ended && took < ANSWER, "DEL: {said} after {took:?}");
+        assert_eq!(count(), 1, "the end of the pod is noted");
+        let ((begun, said), took) = beginning.join().expect("no panic");
+        assert!(!begun && said["code"] == 11 && took < ANSWER, "ADD: {said} after {took:?}");
+        assert!(said["msg"].to_string().contains("disk has not answered"), "{said}");
+        disk.mend()?;
+        wait_until("the note is carried out", PATIENCE, || count() == 0);
+        let agent = &mut scene.cluster.agents[0];
+        wait_until("one pod is left", PATIENCE, || crate::cni::pods(agent) == 1);
+        scene.recovers()
+    });
+}
+
+#[test]
+fn start_waits_for_a_process_that_still_has_the_state_directory() {
+    isolated(|lab| {
+        let mut scene = Scene::new(lab, |_| Ok(()))?;
+        scene.ends()?;
+        let lock = fs::File::open(scene.cluster.hosts[0].dir.join("state/lock"))?;
+        let lock =
+            Flock::lock(lock, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| error)?;
+        scene.starts()?;
+        scene.is_named(&format!("is in use by process {}", std::process::id()));
+        drop(lock);
+        scene.recovers()
     });
 }
 

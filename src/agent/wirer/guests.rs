@@ -1,0 +1,29 @@
+//! Ports of other programs on the pods' bridge.
+
+use std::collections::BTreeSet;
+
+use crate::pods::bridge::Bridge;
+
+/// Ports that a problem names.
+const SHOWN: usize = 4;
+
+/// A sentence about ports of other programs on the pods' bridge.
+pub(super) fn problem(bridge: &Bridge, strangers: &BTreeSet<String>) -> Option<String> {
+    let first = strangers.first()?;
+    let held = match bridge.anti_spoofing {
+        true => "any address but those of pods and of the gateway",
+        false => "any address, also those of pods (anti_spoofing is off)",
+    };
+    let names: Vec<&str> = strangers.iter().take(SHOWN).map(String::as_str).collect();
+    let more = match strangers.len().saturating_sub(SHOWN) {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    let (name, subnet) = (&bridge.name, bridge.subnets.first);
+    Some(format!(
+        "{}{more} on the pods' bridge {name} is not gossamer's: what sends there can use {held}; if it is \
+         there on purpose (a virtual machine), give it addresses of {subnet} that no pod has (gossamer \
+         pods), else take it off: ip link set {first} nomaster",
+        names.join(", ")
+    ))
+}

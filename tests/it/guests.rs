@@ -1,0 +1,60 @@
+//! Ports of other programs on the pods' bridge: named, and kept from using what pods have.
+
+use std::time::Duration;
+
+use gossamer::lab::Pinger;
+
+use crate::{
+    cni::{Runtime, address, namespaces},
+    common::{Cluster, PATIENCE, has_problem, isolated, tool, wait_until},
+};
+
+/// For packets that are to be lost.
+const SHORT: Duration = Duration::from_secs(1);
+
+#[test]
+fn port_of_another_program_is_named_and_cannot_speak_as_a_pod() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        let spaces = namespaces(&["a", "b", "guest"])?;
+        let socket = cluster.agents[0].socket().to_owned();
+        let runtime = Runtime::at(&socket);
+        let (first, second) = (runtime.add("a"), runtime.add("b"));
+        let [first, taken] = [&first, &second].map(address);
+        let mut interfaces = second["interfaces"].as_array().expect("a list").iter();
+        let inside = interfaces.find(|one| one["name"] == "eth0").expect("its own end");
+        let mac = inside["mac"].as_str().expect("a MAC");
+        let host = &cluster.hosts[0].netns;
+        tool(host, "ip link add guest0 type veth peer name eth0 netns guest");
+        tool(host, "ip link set guest0 master gsm0 up");
+        let guest = &spaces[2];
+        tool(guest, "ip link set eth0 up");
+        let (subnet, _) = first.rsplit_once('.').expect("dots");
+        let [gateway, unused] = [1, 200].map(|last| format!("{subnet}.{last}"));
+        let own = "02:00:00:00:00:77";
+        let reaches = |mac: &str, ip: &str| {
+            tool(guest, "ip addr flush dev eth0 scope global");
+            tool(guest, &format!("ip link set eth0 address {mac}"));
+            tool(guest, &format!("ip addr add {ip}/24 dev eth0"));
+            let to = first.parse().expect("an address");
+            let answered = Pinger::new(guest).and_then(|mut pinger| pinger.ping(to, SHORT));
+            answered.expect("asked").is_some()
+        };
+        let agent = &mut cluster.agents[0];
+        wait_until("it is not named", PATIENCE, || {
+            has_problem(agent, "guest0 on the pods' bridge")
+        });
+        wait_until("an address that no pod has", PATIENCE, || reaches(own, &unused));
+        assert!(!reaches(own, &taken), "the address of a pod");
+        assert!(!reaches(own, &gateway), "the address of the gateway");
+        assert!(!reaches(mac, &unused), "the MAC of a pod");
+        let ping = Pinger::new(&spaces[1])?.ping(first.parse()?, PATIENCE)?;
+        assert!(ping.is_some(), "pods are cut off");
+        // Its address is free once the pod is gone.
+        runtime.del("b");
+        wait_until("the address of a pod that is gone", PATIENCE, || reaches(own, &taken));
+        tool(host, "ip link set guest0 nomaster");
+        wait_until("it is still named", PATIENCE, || !has_problem(agent, "guest0"));
+        Ok(())
+    });
+}
