@@ -14,6 +14,7 @@ mod messages;
 mod observe;
 pub mod pod_tables;
 mod ports;
+mod redirects;
 mod rules;
 mod spoofing;
 pub mod sysctl;
@@ -37,10 +38,11 @@ use rtnetlink::{
 pub use self::{
     error::KernelError,
     firewall::{FirewallTable, Pass, TRIAL_MARK},
-    forward::{Closing, ForeignChains},
+    forward::{Closing, ForeignChains, OwnHook},
     leftovers::Leftovers,
     observe::overlaps,
     ports::{ClosedPort, open_port},
+    redirects::{Overlay, Redirect},
     watch::Touched,
 };
 use self::{
