@@ -448,7 +448,7 @@ fn address_that_has_vanished_from_the_underlay_is_named_with_its_interface() {
         let agent = &mut cluster.agents[1];
         // As a DHCP client does it whose lease has run out.
         sh(host, "ip addr flush dev eth0");
-        let words = "address 10.99.0.11 has vanished from interface eth0 (addresses there now: none): the \
+        let words = "address 10.99.0.11 has vanished from interface eth0 (there now: no IPv4 address): the \
                      agent waits until an interface with a default route has an IPv4 address";
         wait_until(words, PATIENCE, || has_problem(agent, words));
         sh(host, "ip addr add 10.99.0.11/16 dev eth0 && ip route add default via 10.99.0.1");

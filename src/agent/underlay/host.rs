@@ -368,11 +368,18 @@ impl Host {
         if own.any(|address| address.ip == present.local) {
             return None;
         }
-        let own = self.addresses.iter().filter(|address| address.link == link.index);
-        let others: Vec<String> = own.map(|address| address.ip.to_string()).collect();
-        let others = if others.is_empty() { "none".to_owned() } else { others.join(", ") };
+        let is_other = |address: &&Address| {
+            let ipv4 = present.local.is_ipv4();
+            address.link == link.index && address.ip.is_ipv4() == ipv4
+        };
+        let others = self.addresses.iter().filter(is_other);
+        let others: Vec<String> = others.map(|address| address.ip.to_string()).collect();
         let (address, iface) = (present.local, link.name.clone());
         let family = if address.is_ipv4() { "IPv4" } else { "IPv6" };
+        let others = match others.as_slice() {
+            [] => format!("no {family} address"),
+            others => others.join(", "),
+        };
         let awaited = match (&config.iface, config.listen.filter(|at| !at.ip().is_unspecified())) {
             (IfaceChoice::Default, None) => {
                 format!("an interface with a default route has an {family} address")

@@ -90,7 +90,7 @@ pub enum UnderlayError {
     )]
     Mtu { mtu: u32, iface: String, underlay: u32, most: u32 },
     #[error(
-        "address {address} has vanished from interface {iface} (addresses there now: {others}): the agent \
+        "address {address} has vanished from interface {iface} (there now: {others}): the agent \
          waits until {awaited}; where the address was leased, look at the DHCP client of {iface}, else give \
          it back (ip addr add {address}/LENGTH dev {iface})"
     )]
