@@ -131,6 +131,7 @@ fn send_encoded(desired: &Desired) -> io::Result<Duration> {
     let addresses = desired.device.addresses.iter();
     let found = Found {
         up: true,
+        is_port: false,
         device: desired.device.clone(),
         foreign: false,
         addresses: addresses.map(|ip| (*ip, 32)).collect(),

@@ -30,10 +30,13 @@ use crate::{
     worker::{Order, Orders, Thread, Worker},
 };
 
-/// What is not answered by then is not answered: a kernel answers at once.
-const PATIENCE: Duration = Duration::from_millis(500);
-/// Until it is asked again meanwhile: a queue may be full.
-const AGAIN: Duration = Duration::from_millis(150);
+/// So often it is asked in a round: a queue may be full.
+const TURNS: u32 = 3;
+/// An answer is waited for so long each time, counted from when the question is sent: a kernel answers at
+/// once.
+const TURN: Duration = Duration::from_millis(150);
+/// The same where no answer came in the round before: on a machine under load packets wait for a CPU.
+const LONG_TURN: Duration = Duration::from_millis(500);
 /// Packets that are read at most until it is asked again.
 const PACKETS: u32 = 10_000;
 /// From one look at who is there to the next: a pod that is new need not be asked at once.
@@ -204,15 +207,20 @@ impl<F: Fn(Answers)> PodAsker<F> {
         }
         let taps = taps(asked.keys(), watches_ports)?;
         let mut round = Round::new(bridge.index, ports);
-        let until = Instant::now() + PATIENCE;
-        while !round.is_over() && Instant::now() < until {
+        let turn = if watches_ports { LONG_TURN } else { TURN };
+        for _ in 0..TURNS {
             for (address, (_, mac)) in &asked {
                 if !round.is_answered(*address) {
                     self.question(roster, &bridge, *address, *mac)?;
                 }
             }
-            let rest = until.saturating_duration_since(Instant::now());
-            self.listen(&taps, &mut round, rest.min(AGAIN))?;
+            self.listen(&taps, &mut round, turn)?;
+            if round.is_over() {
+                break;
+            }
+        }
+        if taps.iter().any(Tap::has_missed) {
+            round.miss();
         }
         for (address, (name, _)) in asked {
             self.roll.note(name, round.reply(address, watches_ports));
@@ -249,6 +257,7 @@ impl<F: Fn(Answers)> PodAsker<F> {
         Ok(())
     }
 
+    /// Whatever has come in by the end of the pause is seen, even if this thread gets a CPU late.
     fn listen(&self, taps: &[Tap], round: &mut Round, pause: Duration) -> io::Result<()> {
         let until = Instant::now() + pause;
         let mut packets = 0;
@@ -259,6 +268,9 @@ impl<F: Fn(Answers)> PodAsker<F> {
                 }
             }
             let rest = until.saturating_duration_since(Instant::now());
+            if packets >= PACKETS {
+                round.miss();
+            }
             if rest.is_zero() || round.is_over() {
                 return Ok(());
             }

@@ -18,6 +18,7 @@ use rtnetlink::packet_route::{
     route::{RouteProtocol, RouteType},
 };
 
+mod others;
 mod policy;
 
 use super::underlay::Chosen;
@@ -101,6 +102,10 @@ pub struct Auditor {
     detours: BTreeMap<IpAddr, Detour>,
     /// The host whose path was asked for last.
     path_asked: Option<IpAddr>,
+    /// Subnets of peers for which routes of others have been read.
+    read_for: BTreeSet<IpNet>,
+    /// Before this they are not read again.
+    read_at: Instant,
     told: Routing,
 }
 
@@ -136,6 +141,8 @@ impl Auditor {
             path_mtus: BTreeMap::new(),
             detours: BTreeMap::new(),
             path_asked: None,
+            read_for: BTreeSet::new(),
+            read_at: now,
             told: Routing::default(),
         }
     }
@@ -166,6 +173,9 @@ impl Auditor {
     ) -> Option<Routing> {
         if self.due > begun {
             return None;
+        }
+        if let Err(error) = self.read_routes(begun, netlink, desired) {
+            tracing::debug!(%error, "routes of other programs were not read");
         }
         match self.pass(netlink, desired, place) {
             Ok(()) => {}

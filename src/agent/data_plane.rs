@@ -174,10 +174,15 @@ impl Agent {
 
     pub(super) fn on_forwarding(&mut self, state: Forwarding) {
         let before = &self.kernel.forwarding;
-        let known =
-            |problem: &&String| before.problems.contains(problem) || before.input.contains(problem);
-        let told = state.problems.iter().chain(&state.input);
-        told.filter(|problem| !known(problem)).for_each(|problem| tracing::warn!("{problem}"));
+        let of = |state: &Forwarding| {
+            let Forwarding { problems, input, warnings, .. } = state.clone();
+            [problems, input, warnings].concat()
+        };
+        let (before, told) = (of(before), of(&state));
+        let known = |problem: &&String| before.contains(problem);
+        told.iter()
+            .filter(|problem| !known(problem))
+            .for_each(|problem| tracing::warn!("{problem}"));
         self.kernel.forwarding = state;
     }
 

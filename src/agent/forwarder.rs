@@ -8,13 +8,17 @@ mod capture;
 mod carried;
 mod explain;
 mod gateway;
+mod home;
+mod marks;
 mod output;
 mod pod;
+mod setting;
 mod stage;
 mod trial;
+mod warnings;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io,
     net::IpAddr,
     os::fd::{AsFd as _, BorrowedFd},
@@ -24,23 +28,15 @@ use std::{
 
 use self::{
     explain::Reasons,
+    setting::{Peer, Setting},
     stage::Stage,
-    trial::{EXCESS, LARGEST, Outcome, Trial},
+    trial::{Outcome, Trial},
 };
-use super::Agent;
 use crate::{
     api::{CheckState, CheckStatus},
-    dataplane::{
-        desired::{Way as Path, device_name},
-        forwarding::{Direction, Seen, Trials, Way, list},
-        kernel::TRIAL_MARK,
-    },
-    model::{Mac, PathState, Subnets},
-    netlink::{Netlink, nftables::Changes},
-    pods::{
-        last_addresses, last_but_one,
-        standin::{Shape, link_name},
-    },
+    dataplane::forwarding::{Direction, Seen, Trials, Way, list},
+    model::Transport,
+    netlink::{Netlink, nftables::Changes, route::Query},
     worker::{Order, Orders, Thread, Worker},
 };
 
@@ -48,6 +44,8 @@ use crate::{
 const SETTLE: Duration = Duration::from_millis(200);
 /// At least so long between two trials that changes of rules have caused.
 const GAP: Duration = Duration::from_secs(2);
+/// So many trials in a row that cannot be made are told.
+const FAILURES: u32 = 3;
 /// Where nothing can be tried, it is looked again whether it can.
 const LOOK: Duration = Duration::from_secs(15);
 /// The same where a first pod is about to bring the bridge.
@@ -56,54 +54,14 @@ const LOOK_SOON: Duration = Duration::from_secs(1);
 const READ: Duration = Duration::from_secs(10);
 /// They may be very many: reading them takes no more than one part in so many of the time.
 const SHARE: u32 = 100;
-/// Peers among which a trial chooses.
-const MAX_PEERS: usize = 64;
-
-/// All that a trial depends on.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Setting {
-    /// None if a pod has one of its addresses.
-    pub shape: Option<Shape>,
-    /// There are pods, so that there is a bridge.
-    pub has_pods: bool,
-    /// Index of the VXLAN device.
-    pub device: u32,
-    /// Index of the interface by which packets leave that need no tunnel.
-    pub underlay: u32,
-    pub device_name: String,
-    pub mac: Mac,
-    pub vni: u32,
-    pub port: u16,
-    /// This host's address in the underlay.
-    pub local: IpAddr,
-    /// Of tunnel packets that the guard is to let in.
-    pub mark: Option<u32>,
-    /// Of the overlay.
-    pub networks: Subnets,
-    /// MTU of the VXLAN device.
-    pub carried: u32,
-    pub peers: Vec<Peer>,
-    /// Nothing that is asked of a member through its tunnel is answered.
-    pub unanswered: bool,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Peer {
-    pub mac: Mac,
-    /// Its VTEP's addresses in the overlay, one of each family.
-    pub vteps: Vec<IpAddr>,
-    /// Packets to it and from it go through a tunnel.
-    pub tunnelled: bool,
-    /// As large a packet as is sent to it.
-    pub carried: u32,
-}
-
 /// What is known.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Forwarding {
     pub status: CheckStatus,
     /// As sentences with what helps.
     pub problems: Vec<String>,
+    /// What may hurt some packets, or keeps this host from knowing; the same.
+    pub warnings: Vec<String>,
     /// Why tunnel packets of members do not get in.
     pub input: Vec<String>,
     /// Whatever comes out of the tunnel is dropped here, for this host itself too, as one of the problems
@@ -137,7 +95,11 @@ impl Forwarder {
             stage: None,
             trials: Trials::default(),
             translated: BTreeMap::new(),
+            arriving: BTreeMap::new(),
             skipped: String::new(),
+            failures: 0,
+            warnings: Vec::new(),
+            warnings_read: None,
             turn: 0,
             due: Instant::now(),
             tried: None,
@@ -176,8 +138,15 @@ struct TrialRunner<F> {
     trials: Trials,
     /// Which address packets of pods leave under in place of theirs, by whether it is IPv4.
     translated: BTreeMap<bool, IpAddr>,
+    /// The same of packets that come in, under which they arrive at pods.
+    arriving: BTreeMap<bool, IpAddr>,
     /// Why there was no trial; empty if there was one.
     skipped: String,
+    /// Trials in a row that could not be made.
+    failures: u32,
+    warnings: Vec<String>,
+    /// Before this, rules that are warned of are not read again.
+    warnings_read: Option<Instant>,
     turn: usize,
     due: Instant,
     tried: Option<Instant>,
@@ -196,7 +165,7 @@ impl<F: Fn(Forwarding)> TrialRunner<F> {
             if self.have_rules_changed() {
                 let earliest = self.tried.map_or(now, |tried| tried + GAP);
                 self.due = self.due.min(earliest.max(now + SETTLE));
-                self.read_at = None;
+                (self.read_at, self.warnings_read) = (None, None);
             }
             if self.due <= now {
                 self.look(now);
@@ -247,11 +216,24 @@ impl<F: Fn(Forwarding)> TrialRunner<F> {
             return;
         };
         match self.try_it(&setting) {
-            Ok(()) => self.due = now + self.trials.pause(),
-            Err(why) => {
+            Ok(()) => {
+                self.failures = 0;
+                self.due = now + self.trials.pause();
+            }
+            Err(Untried::Idle(why)) => {
+                self.failures = 0;
                 self.skip(why);
                 let is_coming = setting.has_pods && setting.shape.is_some();
                 self.due = now + if is_coming { LOOK_SOON } else { LOOK };
+            }
+            Err(Untried::Failed(error)) => {
+                tracing::debug!(%error, "forwarding was not tried");
+                self.failures = self.failures.saturating_add(1);
+                let is_certain = self.failures >= FAILURES;
+                if is_certain {
+                    self.skip(cannot(&error));
+                }
+                self.due = now + if is_certain { LOOK } else { LOOK_SOON };
             }
         }
         if self.is_new {
@@ -260,41 +242,57 @@ impl<F: Fn(Forwarding)> TrialRunner<F> {
         }
         self.tried = Some(now);
         self.read_rules(&setting);
+        self.read_warnings(&setting);
+    }
+
+    /// What the trial could not see.
+    fn read_warnings(&mut self, setting: &Setting) {
+        let begun = Instant::now();
+        if self.warnings_read.is_some_and(|at| at > begun) {
+            return;
+        }
+        self.warnings.clear();
+        if self.failures >= FAILURES {
+            self.warnings.extend(warnings::untried(setting, &self.skipped));
+        }
+        let closed = self.trials.closed();
+        let is_of_host =
+            |way: &Way| way.direction.is_of_host() || way.direction == Direction::TooLarge;
+        if setting.has_pods && closed.iter().all(is_of_host) {
+            self.warnings.extend(warnings::of_host(setting, &closed));
+            self.warnings.extend(warnings::redirects(&mut self.netlink, setting));
+        }
+        for (ipv4, address) in &self.arriving {
+            self.warnings.push(warnings::arriving(setting, *ipv4, *address));
+        }
+        self.warnings_read = Some(begun + begun.elapsed() * SHARE);
     }
 
     /// One trial of each way.
     ///
     /// # Errors
     /// Why there was none.
-    fn try_it(&mut self, setting: &Setting) -> Result<(), String> {
+    fn try_it(&mut self, setting: &Setting) -> Result<(), Untried> {
+        let idle = |why: &str| Untried::Idle(why.to_owned());
         let Some(shape) = &setting.shape else {
-            return Err("a pod has the address that it is tried from".to_owned());
+            return Err(idle("a pod has the address that it is tried from"));
         };
         if setting.peers.is_empty() && !setting.has_pods {
             self.give_up();
-            return Err("there are no pods, and no peer to try it with".to_owned());
+            return Err(idle("there are no pods, and no peer to try it with"));
         }
-        let failed = |error: io::Error| match error.kind() {
-            io::ErrorKind::PermissionDenied => {
-                "it cannot be tried: that takes CAP_SYS_ADMIN and CAP_NET_RAW".to_owned()
-            }
-            _ => format!("it cannot be tried: {error}"),
-        };
         let between = explain::are_bridged_filtered(&mut self.netlink, setting);
         let with_mate = between.contains(&true);
         let is_right = match &self.stage {
-            Some(stage) => stage.is(&mut self.netlink, shape, with_mate).map_err(failed)?,
+            Some(stage) => stage.is(&mut self.netlink, shape, with_mate)?,
             None => false,
         };
         if !is_right {
             self.give_up();
-            let set = Stage::set(&mut self.netlink, shape, with_mate).map_err(failed)?;
-            self.stage = set;
+            self.stage = Stage::set(&mut self.netlink, shape, with_mate)?;
         }
-        let mut stage = self
-            .stage
-            .take()
-            .ok_or_else(|| "there are no pods on a bridge of gossamer's".to_owned())?;
+        let stage = self.stage.take();
+        let mut stage = stage.ok_or_else(|| idle("there are no pods on a bridge of gossamer's"))?;
         self.turn = self.turn.wrapping_add(1);
         let turn = self.turn;
         let found = stage.gateway.find(|pause| self.wait(&[], pause));
@@ -308,31 +306,62 @@ impl<F: Fn(Forwarding)> TrialRunner<F> {
             Direction::Carried | Direction::LargeOut | Direction::TooLarge => {
                 setting.peers.iter().any(|peer| peer.tunnelled)
             }
-            Direction::Gateway => true,
+            Direction::Gateway | Direction::ToHost | Direction::FromHost(_) => true,
         });
         if has_gateway && !self.is_new {
+            let seen = stage.home.run(|fds, pause| self.wait(fds, pause));
+            let seen = seen.inspect_err(|error| tracing::debug!(%error, "not tried"));
+            let seen = seen.unwrap_or_default().into_iter();
+            seen.for_each(|(way, seen)| self.trials.note(way, seen));
+        }
+        let mut tried = Ok(());
+        if has_gateway && !self.is_new {
             let mut trace = self.reasons.trace(setting, &self.trials.closed());
-            let trial = Trial { setting, sockets: &stage.sockets, between, turn };
+            let spread = self.spread(setting);
+            let trial = Trial { setting, sockets: &stage.sockets, between, turn, spread };
             match trial.run(|fds, pause| self.wait(fds, pause)) {
-                Ok(Some(Outcome { seen, translated })) => {
+                Ok(Some(Outcome { seen, translated, arriving, stray })) => {
                     seen.into_iter().for_each(|(way, seen)| self.trials.note(way, seen));
                     self.translated = translated;
+                    if self.arriving != arriving {
+                        (self.arriving, self.warnings_read) = (arriving, None);
+                    }
+                    if let Some(index) = stray {
+                        let links = self.netlink.links().unwrap_or_default();
+                        let link = links.into_iter().find(|link| link.index == index);
+                        self.reasons.stray = link.map(|link| link.name);
+                    }
                 }
                 Ok(None) => {}
-                Err(error) => tracing::debug!(%error, "forwarding was not tried"),
+                Err(error) => tried = Err(error),
             }
             if let Some(trace) = &mut trace {
                 self.reasons.note_traced(setting, trace);
             }
         }
-        self.skipped.clear();
         let shape = self.setting.as_ref().and_then(|setting| setting.shape.as_ref());
         if shape.is_some() {
             self.stage = Some(stage);
         } else {
             stage.remove(&mut self.netlink);
         }
+        tried?;
+        self.skipped.clear();
         Ok(())
+    }
+
+    /// Peers to whose tunnels several next hops lead, so that packets leave by any of these.
+    fn spread(&mut self, setting: &Setting) -> BTreeSet<IpAddr> {
+        let hosts = setting.peers.iter().filter(|peer| peer.tunnelled).map(|peer| peer.underlay);
+        let query = |host| Query {
+            output: setting.pinned,
+            transport: Some(Transport::udp_to(setting.port)),
+            ..Query::to(host)
+        };
+        let leads_to_several = |host: &IpAddr| {
+            self.netlink.route_entry(&query(*host)).is_ok_and(|entry| entry.is_multipath)
+        };
+        hosts.filter(leads_to_several).collect()
     }
 
     /// Says whether to go on: what wants something else does not wait for the end of a trial.
@@ -344,6 +373,7 @@ impl<F: Fn(Forwarding)> TrialRunner<F> {
     fn skip(&mut self, why: String) {
         self.trials.forget();
         self.translated.clear();
+        self.arriving.clear();
         self.skipped = why;
     }
 
@@ -378,7 +408,9 @@ impl<F: Fn(Forwarding)> TrialRunner<F> {
     }
 
     fn report(&mut self) {
-        let closed: Vec<Way> = self.trials.closed();
+        let mut closed: Vec<Way> = self.trials.closed();
+        // That is told as a warning.
+        closed.retain(|way| !way.direction.is_of_host());
         let open = self.trials.open();
         let (state, detail) = match (closed.as_slice(), open.as_slice()) {
             ([], []) if self.skipped.is_empty() => {
@@ -422,12 +454,38 @@ impl<F: Fn(Forwarding)> TrialRunner<F> {
                     .any(|way| way.ipv4 == ipv4 && matches!(way.direction, Direction::In(_)))
         });
         let (input, lacks_gateway) = (self.input.clone(), !self.reasons.gateway.is_empty());
-        let now = Forwarding { status, problems, input, drops_incoming, lacks_gateway };
+        let warnings = self.warnings.clone();
+        let now = Forwarding { status, problems, warnings, input, drops_incoming, lacks_gateway };
         if now != self.told {
             self.told.clone_from(&now);
             (self.tell)(now);
         }
     }
+}
+
+/// Why a trial was not made.
+enum Untried {
+    /// There is nothing to try.
+    Idle(String),
+    Failed(io::Error),
+}
+
+impl From<io::Error> for Untried {
+    fn from(error: io::Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+fn cannot(error: &io::Error) -> String {
+    let why = match error.kind() {
+        io::ErrorKind::PermissionDenied => "that takes CAP_SYS_ADMIN and CAP_NET_RAW".to_owned(),
+        // user_namespaces(7)
+        io::ErrorKind::StorageFull => "no more network namespaces can be made: raise \
+                                       user.max_net_namespaces (sysctl), or end what makes so many"
+            .to_owned(),
+        _ => error.to_string(),
+    };
+    format!("it cannot be tried: {why}")
 }
 
 /// What is missing where no peer was there, or has answered.
@@ -436,60 +494,5 @@ fn untried(open: &[Way]) -> &'static str {
         ""
     } else {
         "; no peer has answered so far"
-    }
-}
-
-impl Agent {
-    /// Tells the thread what to try, if that has changed.
-    pub(super) fn update_forwarder(&mut self) {
-        let setting = self.forwarder_setting();
-        self.forwarder.set(setting);
-    }
-
-    fn forwarder_setting(&self) -> Option<Setting> {
-        let view = self.kernel.wanted.as_ref().filter(|_| self.kernel.programmed_once)?;
-        let device = self.kernel.device?;
-        let subnets = view.own.subnets;
-        let addresses = last_addresses(subnets);
-        let is_free = addresses.iter().all(|ip| self.pods.table.holder(ip).is_none());
-        let vni = view.settings.vni;
-        let shape = is_free.then(|| Shape {
-            link: link_name(vni),
-            bridge: self.config.bridge_name(vni),
-            subnets,
-            addresses,
-            mate: last_but_one(subnets),
-            mtu: (self.underlay.tunnel_mtu + EXCESS).min(LARGEST),
-        });
-        let underlay = self.underlay.with_mode(self.config.mode);
-        let withdrawn = &self.kernel.withdrawn_peers;
-        let peers = view.peers.iter().filter(|(node, _)| !withdrawn.contains(node));
-        let largest = self.underlay.tunnel_mtu;
-        let peers = peers.filter_map(|(node, peer)| {
-            let (_, subnets) = peer.leases.first()?;
-            let way = underlay.way(peer.vtep.underlay, subnets.first);
-            Some(Peer {
-                mac: peer.vtep.mac,
-                vteps: subnets.iter().map(|subnet| subnet.network()).collect(),
-                tunnelled: matches!(way, Path::Overlay(_)),
-                carried: self.kernel.narrow.get(node).copied().unwrap_or(largest),
-            })
-        });
-        Some(Setting {
-            shape,
-            has_pods: !self.pods.table.is_empty(),
-            device,
-            underlay: underlay.link,
-            device_name: device_name(vni),
-            mac: view.own.vtep.mac,
-            vni,
-            port: view.settings.vxlan_port,
-            local: underlay.local,
-            mark: self.config.firewall.guard.then_some(TRIAL_MARK),
-            networks: view.settings.pool.networks(),
-            carried: self.underlay.tunnel_mtu,
-            peers: peers.take(MAX_PEERS).collect(),
-            unanswered: self.path_states().any(|(_, state, _)| state == PathState::Unanswered),
-        })
     }
 }

@@ -78,6 +78,7 @@ impl Agent {
         AgentStatus {
             version: env!("CARGO_PKG_VERSION"),
             converged: self.is_converged(),
+            warnings: self.warnings(),
             kernel: KernelStatus {
                 device,
                 mtu: self.underlay.mtu,
@@ -164,6 +165,11 @@ impl Agent {
         problems.retain(|problem| told.insert(problem.clone()));
         // Some repeat what others said.
         problems.iter().map(|problem| visible(problem)).collect()
+    }
+
+    /// What may hurt some packets, or keeps this node from knowing, as sentences with what helps.
+    fn warnings(&self) -> Vec<String> {
+        self.kernel.forwarding.warnings.iter().map(|warning| visible(warning)).collect()
     }
 
     /// Strangers that flood the gossip port, as a sentence.

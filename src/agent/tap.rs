@@ -2,18 +2,23 @@
 //! they go out after everything has let them pass.
 
 use std::{
-    io,
+    cell::Cell,
+    io::{self, IoSliceMut},
     net::Ipv6Addr,
     os::fd::{AsFd, AsRawFd as _, BorrowedFd},
 };
 
 use nix::{
+    cmsg_space,
     errno::Errno,
     libc::{
         BPF_ABS, BPF_B, BPF_H, BPF_IND, BPF_JEQ, BPF_JGT, BPF_JMP, BPF_JSET, BPF_K, BPF_LD,
         BPF_LDX, BPF_LEN, BPF_MSH, BPF_RET, BPF_W,
     },
-    sys::socket::{LinkAddr, recvfrom},
+    sys::socket::{
+        ControlMessageOwned, LinkAddr, MsgFlags, recvmsg, setsockopt,
+        sockopt::{RcvBufForce, RxqOvfl},
+    },
 };
 use socket2::{SockFilter, Socket, Type};
 
@@ -37,14 +42,18 @@ const BUFFER: usize = 1 << 20;
 const NO_PORT: u16 = 0;
 
 /// A socket that sees such packets.
-pub struct Tap(Socket);
+pub struct Tap {
+    socket: Socket,
+    /// It had no room for a packet.
+    has_missed: Cell<bool>,
+}
 
 impl Tap {
     /// Tunnel packets are those to this UDP port. Takes CAP_NET_RAW.
     pub fn open(port: u16) -> io::Result<Self> {
         let socket = packet_socket(Type::DGRAM, EVERYTHING)?;
         socket.attach_filter(&program(port))?;
-        let tap = Self(socket);
+        let tap = Self::of(socket);
         // What came before the filter is of no interest.
         while tap.next(|_| ())?.is_some() {}
         Ok(tap)
@@ -52,28 +61,56 @@ impl Tap {
 
     /// Sees ARP alone, and nothing of this host's own.
     pub fn of_arp() -> io::Result<Self> {
-        packet_socket(Type::DGRAM, silence::ARP).map(Self)
+        packet_socket(Type::DGRAM, silence::ARP).map(Self::of)
     }
 
     /// The same of neighbor discovery.
     pub fn of_discovery() -> io::Result<Self> {
         let socket = packet_socket(Type::DGRAM, IPV6)?;
         socket.attach_filter(&program(NO_PORT))?;
-        Ok(Self(socket))
+        Ok(Self::of(socket))
     }
 
     /// Sees ARP and neighbor discovery at all interfaces, ports of bridges among them, in both directions.
     pub fn of_neighbors() -> io::Result<Self> {
-        let tap = Self::open(NO_PORT)?;
-        // What it misses in a storm of ARP would pass for lost. The kernel gives as much as it may.
-        tap.0.set_recv_buffer_size(BUFFER)?;
-        Ok(tap)
+        Self::open(NO_PORT)
+    }
+
+    fn of(socket: Socket) -> Self {
+        // What it misses in a storm of ARP would pass for lost. Without the right to more the kernel gives as
+        // much as it may.
+        let forced = setsockopt(&socket, RcvBufForce, &BUFFER);
+        let given =
+            forced.map_err(io::Error::from).or_else(|_| socket.set_recv_buffer_size(BUFFER));
+        let told = setsockopt(&socket, RxqOvfl, &1);
+        if let Err(error) = given.and(told.map_err(io::Error::from)) {
+            tracing::debug!(%error, "a packet socket may miss packets");
+        }
+        Self { socket, has_missed: Cell::new(false) }
+    }
+
+    /// Whether packets came that it had no room for, as far as those that came later tell.
+    pub fn has_missed(&self) -> bool {
+        self.has_missed.get()
     }
 
     /// Shows the next packet; none if there is no more.
     pub fn next<T>(&self, see: impl FnOnce(&Packet<'_>) -> T) -> io::Result<Option<T>> {
         let mut buffer = [0; READ as usize];
-        let (length, from) = match recvfrom::<LinkAddr>(self.0.as_raw_fd(), &mut buffer) {
+        let mut control = cmsg_space!(u32);
+        let mut slices = [IoSliceMut::new(&mut buffer)];
+        let descriptor = self.socket.as_raw_fd();
+        let flags = MsgFlags::empty();
+        let received = recvmsg::<LinkAddr>(descriptor, &mut slices, Some(&mut control), flags).map(
+            |message| {
+                let is_loss = |told| matches!(told, ControlMessageOwned::RxqOvfl(1..));
+                if message.cmsgs().is_ok_and(|mut told| told.any(is_loss)) {
+                    self.has_missed.set(true);
+                }
+                (message.bytes, message.address)
+            },
+        );
+        let (length, from) = match received {
             Ok(received) => received,
             Err(Errno::EAGAIN) => return Ok(None),
             // An interface has gone down.
@@ -92,7 +129,7 @@ impl Tap {
 
 impl AsFd for Tap {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.socket.as_fd()
     }
 }
 

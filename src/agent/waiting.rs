@@ -220,6 +220,7 @@ fn status(name: &NodeName, node: NodeId, problem: String) -> AgentStatus {
         forwarding: CheckStatus::default(),
     };
     AgentStatus {
+        warnings: Vec::new(),
         version: env!("CARGO_PKG_VERSION"),
         converged: false,
         node: NodeStatus::waiting(node, name.clone(), problem),

@@ -43,6 +43,8 @@ fn node(text: &mut Text, status: &AgentStatus) {
     let node = &status.node;
     text.number("has_subnet", "This node leases a subnet.", node.subnet.is_some());
     text.number("problems", "Problems that `gossamer status` names.", node.problems.len() as f64);
+    let warnings = status.warnings.len() as f64;
+    text.number("warnings", "Warnings that `gossamer status` shows.", warnings);
     let mut members =
         BTreeMap::from(["alive", "suspect", "down", "left", "unknown"].map(|s| (s.to_owned(), 0)));
     for member in &node.members {

@@ -18,6 +18,9 @@ pub struct AgentStatus {
     pub converged: bool,
     #[serde(flatten)]
     pub node: NodeStatus,
+    /// What may hurt some packets, or keeps this node from knowing whether packets pass: as sentences with
+    /// what helps.
+    pub warnings: Vec<String>,
     pub kernel: KernelStatus,
     /// Whether packets get through to each peer with a subnet.
     pub paths: Vec<PathStatus>,

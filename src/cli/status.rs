@@ -74,6 +74,10 @@ fn status_text(status: &Value, wide: bool) -> String {
         let words = wrapped(&text(problem), INDENT);
         let _ = writeln!(out, "{}   {words}", bad("problem"));
     }
+    for warning in each(&status["warnings"]) {
+        let words = wrapped(&text(warning), INDENT);
+        let _ = writeln!(out, "{}   {words}", doubtful("warning"));
+    }
     let (alive, known) = (alive(status), count(status, |_| true));
     let state = match (status["converged"].as_bool(), text(&status["phase"])) {
         (Some(true), _) => good("converged"),

@@ -27,7 +27,7 @@ const ANXIOUS: Duration = Duration::from_secs(1);
 /// The same while some are known to be silent.
 const SILENT: Duration = Duration::from_secs(5);
 /// So many rounds in a row without an answer make a verdict.
-const VERDICT: u32 = 2;
+const VERDICT: u32 = 3;
 /// Kinds of packets as packet sockets tell them (linux/if_packet.h).
 const LEAVING: u8 = 4;
 /// Ethernet's number, and that of ICMPv6 (IANA).
@@ -52,6 +52,8 @@ pub enum Reply {
     Lost(Loss),
     /// No answer came, and it was not looked where it was lost.
     Missing,
+    /// No answer was seen, and not all packets were.
+    Unclear,
 }
 
 /// What was seen of each question of one round.
@@ -64,6 +66,8 @@ pub struct Round {
     left: BTreeSet<IpAddr>,
     came: BTreeSet<IpAddr>,
     taken: BTreeSet<IpAddr>,
+    /// Packets have come that were not seen.
+    missed: bool,
 }
 
 /// What is known of each pod, by the name of its interface on this host.
@@ -87,7 +91,12 @@ struct Tally {
 impl Round {
     pub fn new(bridge: u32, ports: BTreeMap<IpAddr, u32>) -> Self {
         let (left, came, taken) = Default::default();
-        Self { bridge, ports, left, came, taken }
+        Self { bridge, ports, left, came, taken, missed: false }
+    }
+
+    /// Takes note that packets were not seen, for there were too many.
+    pub const fn miss(&mut self) {
+        self.missed = true;
     }
 
     /// Takes note of a packet. An answer of another pod for this address is dropped at that pod's port, where
@@ -115,6 +124,8 @@ impl Round {
     pub fn reply(&self, address: IpAddr, watched_ports: bool) -> Reply {
         if self.is_answered(address) {
             Reply::Came
+        } else if self.missed {
+            Reply::Unclear
         } else if !watched_ports {
             Reply::Missing
         } else if self.came.contains(&address) {
@@ -160,6 +171,7 @@ impl Roll {
         let tally = self.tallies.entry(port.to_owned()).or_default();
         match reply {
             Reply::Came => *tally = Tally { answered: true, ..Tally::default() },
+            Reply::Unclear => {}
             Reply::Missing => tally.silent = tally.silent.saturating_add(1),
             Reply::Lost(loss) => {
                 tally.silent = tally.silent.saturating_add(1);
@@ -287,12 +299,15 @@ mod tests {
     }
 
     #[test]
-    fn pod_is_silent_after_two_rounds_and_one_whose_own_end_drops_only_if_it_has_answered() {
+    fn pod_is_silent_after_three_rounds_and_one_whose_own_end_drops_only_if_it_has_answered() {
         let mut roll = Roll::default();
         let silent = |roll: &Roll| roll.silent().map(|(_, loss)| loss).collect::<Vec<_>>();
         roll.note("a", Reply::Missing);
         assert!(silent(&roll).is_empty() && roll.is_suspect("a"));
         assert_eq!(roll.pause(), ANXIOUS);
+        roll.note("a", Reply::Lost(Loss::Answer));
+        roll.note("a", Reply::Unclear);
+        assert!(silent(&roll).is_empty(), "two rounds");
         roll.note("a", Reply::Lost(Loss::Pod));
         assert!(silent(&roll).is_empty(), "it has never answered");
         roll.note("a", Reply::Lost(Loss::Answer));
@@ -303,13 +318,22 @@ mod tests {
         assert_eq!((roll.pause(), roll.answering()), (CALM, 1));
         roll.note("a", Reply::Missing);
         roll.note("a", Reply::Lost(Loss::Pod));
+        roll.note("a", Reply::Lost(Loss::Pod));
         assert_eq!(silent(&roll), [Loss::Pod]);
         roll.pass_over("a");
         assert!(silent(&roll).is_empty() && !roll.is_suspect("a"));
         roll.keep(|port| port != "a");
-        roll.note("a", Reply::Lost(Loss::Pod));
-        roll.note("a", Reply::Lost(Loss::Pod));
+        (0..VERDICT).for_each(|_| roll.note("a", Reply::Lost(Loss::Pod)));
         assert!(silent(&roll).is_empty(), "another pod");
+    }
+
+    #[test]
+    fn nothing_follows_where_packets_were_missed() {
+        let address = IpAddr::from(POD);
+        let mut round = Round::new(BRIDGE, BTreeMap::from([(address, PORT)]));
+        round.miss();
+        assert_eq!(round.reply(address, true), Reply::Unclear);
+        assert_eq!(round.reply(address, false), Reply::Unclear);
     }
 
     #[test]

@@ -35,8 +35,9 @@ const QUESTIONS: usize = 512;
 /// About one subnet, but for addresses of which so many are asked where there are few subnets.
 const PER_SUBJECT: usize = 5;
 const ADDRESSES: usize = 8;
-/// Of addresses in them that are asked about in any case.
+/// Of addresses in them that are asked about in any case: of this node's own subnets, and of each of a peer.
 const HOME_SUSPECTS: usize = 32;
+const SUSPECTS: usize = 8;
 /// Subnets that are named in one sentence.
 const NAMED: usize = 3;
 
@@ -194,8 +195,9 @@ pub struct Audit {
     /// Subjects that were not asked about since [`Audit::begin`].
     rest: usize,
     doubts: BTreeMap<IpNet, BTreeSet<(Cause, Kind)>>,
-    /// Of each subject an address that is asked about in any case: it went astray, or has a route of its own.
-    suspects: BTreeMap<IpNet, IpAddr>,
+    /// Of each subject addresses that are asked about in any case: they went astray, one for each cause, or
+    /// have routes of their own.
+    suspects: BTreeMap<IpNet, BTreeSet<IpAddr>>,
     /// Addresses of this node's own subnets that are asked about in any case, one for each cause.
     home: BTreeSet<IpAddr>,
     /// Addresses to which another program has just made a route.
@@ -250,7 +252,7 @@ impl Audit {
             } else if let Some(subject) =
                 subjects.keys().rev().find(|subject| subject.contains(&address))
             {
-                self.suspects.insert(*subject, address);
+                self.suspect_in(*subject, address);
             }
         }
         let per_subject = PER_SUBJECT + 2 * ground.selected.len();
@@ -334,7 +336,8 @@ impl Audit {
         let count = addresses as u32;
         let numbers = (0..count).map(|i| self.pass.wrapping_sub(1).wrapping_mul(count) + i + 1);
         let between = numbers.map(|number| between(subject, number));
-        let between: Vec<IpAddr> = between.chain(self.suspects.get(&subject).copied()).collect();
+        let suspects = self.suspects.get(&subject).into_iter().flatten().copied();
+        let between: Vec<IpAddr> = between.chain(suspects).collect();
         questions.extend(between.iter().map(|to| Question { to: *to, ..question }));
         if expected == Expected::Nowhere {
             return;
@@ -357,10 +360,18 @@ impl Audit {
         }
     }
 
+    fn suspect_in(&mut self, subject: IpNet, address: IpAddr) {
+        let suspects = self.suspects.entry(subject).or_default();
+        if suspects.len() < SUSPECTS {
+            suspects.insert(address);
+        }
+    }
+
     /// What followed from the questions of a pass.
     pub fn conclude(&mut self, results: impl IntoIterator<Item = (Question, Option<Cause>)>) {
         let mut asked: BTreeSet<IpNet> = BTreeSet::new();
         let mut home: BTreeMap<Cause, IpAddr> = BTreeMap::new();
+        let mut there: BTreeMap<(IpNet, Cause), IpAddr> = BTreeMap::new();
         for (question, cause) in results {
             if asked.insert(question.subject) {
                 self.doubts.remove(&question.subject);
@@ -371,13 +382,14 @@ impl Audit {
                     home.insert(cause.clone(), question.to);
                 } else if question.subject.contains(&question.there()) {
                     // Of a host's own address nothing follows for the pods of its subnet.
-                    self.suspects.insert(question.subject, question.there());
+                    there.insert((question.subject, cause.clone()), question.there());
                 }
                 let doubts = self.doubts.entry(question.subject).or_default();
                 doubts.insert((cause, question.kind));
             }
         }
         self.home = home.into_values().take(HOME_SUSPECTS).collect();
+        there.into_iter().for_each(|((subject, _), address)| self.suspect_in(subject, address));
         let mut found: BTreeMap<Cause, Finding> = BTreeMap::new();
         for (subject, doubts) in &self.doubts {
             for (cause, kind) in doubts {

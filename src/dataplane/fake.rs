@@ -53,8 +53,13 @@ impl FakeKernel {
         match op.clone() {
             Op::CreateDevice(_) if !absent => return refused("File exists"),
             Op::CreateDevice(device) => {
-                let found =
-                    Found { up: false, device: *device, foreign: false, addresses: Vec::new() };
+                let found = Found {
+                    up: false,
+                    is_port: false,
+                    device: *device,
+                    foreign: false,
+                    addresses: Vec::new(),
+                };
                 self.device = Some(found);
             }
             Op::DeleteDevice => {
@@ -95,6 +100,7 @@ impl FakeKernel {
                     Op::SetMtu(mtu) => found.device.mtu = mtu,
                     Op::SetAlias(alias) => found.device.alias = alias,
                     Op::SetChecksumOffload(on) => found.device.checksum_offload = Some(on),
+                    Op::Release => found.is_port = false,
                     Op::SetUp => found.up = true,
                     Op::AddAddress(address) => found.addresses.push((address, full_len(address))),
                     Op::RemoveAddress(address, len) => {

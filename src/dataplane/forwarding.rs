@@ -18,6 +18,9 @@
 //! counts as lost only where one of this host's own did so at the same time: output rules drop the ones and
 //! not the others where they go by the program that sends.
 //!
+//! *To this host* and *from this host*: what pods say to the host they are on, and what it says to them.
+//! Hosts may be closed to pods on purpose, so these are told as warnings.
+//!
 //! Each other way is tried with a UDP datagram and with the first segment of a TCP connection: rules often
 //! drop the one or the other alone. Echoes are not: pods live without them. Pure: packets are made here, and
 //! sent elsewhere.
@@ -59,6 +62,10 @@ pub enum Direction {
     TooLarge,
     /// From one pod of this host to another.
     Between(Transport),
+    /// From pods to this host itself, by whatever protocol.
+    ToHost,
+    /// From this host itself to pods of its own.
+    FromHost(Transport),
 }
 
 /// Packets of one direction and family, which a host forwards by rules of their own.
@@ -136,10 +143,12 @@ impl Trials {
         ways.map(|(way, _)| *way).collect()
     }
 
-    /// Until the next trial.
+    /// Until the next trial. A host may be closed to its pods for good, and on purpose.
     pub fn pause(&self) -> Duration {
-        let lost = self.ways.values().any(|tally| tally.lost > 0);
-        if lost { ANXIOUS } else { CALM }
+        let is_open = |(way, tally): (&Way, &Tally)| {
+            tally.lost > 0 && (tally.lost < VERDICT || !way.direction.is_of_host())
+        };
+        if self.ways.iter().any(is_open) { ANXIOUS } else { CALM }
     }
 }
 
@@ -157,8 +166,15 @@ impl Direction {
         matches!(self, Self::Between(_))
     }
 
+    /// Between pods and their own host, which says nothing about packets that are forwarded.
+    pub const fn is_of_host(self) -> bool {
+        matches!(self, Self::ToHost | Self::FromHost(_))
+    }
+
     const fn name(self) -> &'static str {
         match self {
+            Self::ToHost => "to this host",
+            Self::FromHost(_) => "from this host",
             Self::Out(_) => "out",
             Self::In(_) => "in",
             Self::LargeOut => "large out",
@@ -171,10 +187,11 @@ impl Direction {
 
     const fn transport(self) -> Option<Transport> {
         match self {
-            Self::Out(transport) | Self::In(transport) | Self::Between(transport) => {
-                Some(transport)
-            }
-            Self::LargeOut | Self::Carried | Self::Gateway | Self::TooLarge => None,
+            Self::Out(transport)
+            | Self::In(transport)
+            | Self::Between(transport)
+            | Self::FromHost(transport) => Some(transport),
+            Self::LargeOut | Self::Carried | Self::Gateway | Self::TooLarge | Self::ToHost => None,
         }
     }
 }
@@ -235,6 +252,16 @@ mod tests {
         assert_eq!((trials.closed(), trials.open()), (vec![OUT], vec![IN]));
         trials.note(OUT, Seen::Passed);
         assert_eq!((trials.closed(), trials.pause()), (vec![], CALM));
+    }
+
+    #[test]
+    fn host_that_is_closed_to_its_pods_is_not_tried_all_the_time() {
+        let way = Way { direction: Direction::ToHost, ipv4: true };
+        let mut trials = Trials::default();
+        (1..VERDICT).for_each(|_| trials.note(way, Seen::Lost));
+        assert_eq!((trials.closed(), trials.pause()), (vec![], ANXIOUS));
+        trials.note(way, Seen::Lost);
+        assert_eq!((trials.closed(), trials.pause()), (vec![way], CALM));
     }
 
     #[test]

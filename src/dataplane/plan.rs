@@ -34,6 +34,8 @@ pub struct Actual {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Found {
     pub up: bool,
+    /// It is a port of a bridge or of a bond: what comes out of it does not come to this host then.
+    pub is_port: bool,
     pub device: Device,
     /// MAC learning is on, or another attribute that cannot be changed on a live device is wrong.
     pub foreign: bool,
@@ -50,6 +52,8 @@ pub enum Op {
     SetMtu(u32),
     SetAlias(String),
     SetChecksumOffload(bool),
+    /// Take it out of the bridge or bond that it is a port of.
+    Release,
     SetUp,
     AddAddress(IpAddr),
     RemoveAddress(IpAddr, u8),
@@ -76,6 +80,7 @@ impl Op {
             | Self::SetMtu(_)
             | Self::SetAlias(_)
             | Self::SetChecksumOffload(_)
+            | Self::Release
             | Self::SetUp => "device attribute",
             Self::AddAddress(_) | Self::RemoveAddress(..) => "address",
             Self::SetFdb(..) | Self::RemoveFdb(..) => "FDB entry",
@@ -133,6 +138,9 @@ fn plan_device(wanted: &Device, found: Option<&Found>, ops: &mut Vec<Op>) -> boo
     }
     if is.checksum_offload != wanted.checksum_offload {
         ops.extend(wanted.checksum_offload.map(Op::SetChecksumOffload));
+    }
+    if found.is_port {
+        ops.push(Op::Release);
     }
     if !found.up {
         ops.push(Op::SetUp);

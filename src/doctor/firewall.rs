@@ -2,7 +2,7 @@
 
 use ipnet::IpNet;
 
-use super::{Finding, Patient};
+use super::{Finding, Patient, Verdict};
 use crate::dataplane::kernel::{ClosedPort, FirewallTable, ForeignChains, open_port};
 
 pub fn examine(patient: &Patient, findings: &mut Vec<Finding>) {
@@ -55,7 +55,17 @@ pub fn examine(patient: &Patient, findings: &mut Vec<Finding>) {
         findings
             .push(Finding::ok("firewall", format!("UDP {} and {} are let in", ports[0], ports[1])));
     }
-    findings.extend(forwarding(patient, &chains, &numbers.networks));
+    let warnings = patient.warnings().map(|warning| Finding {
+        verdict: Verdict::Warning,
+        ..Finding::sentence("forwarding", warning)
+    });
+    let warnings: Vec<Finding> = warnings.collect();
+    let found = forwarding(patient, &chains, &numbers.networks);
+    // The agent has said why, and what is likely in the way.
+    let is_told =
+        |finding: &Finding| !warnings.is_empty() && matches!(finding.verdict, Verdict::Warning);
+    findings.extend(found.into_iter().filter(|finding| !is_told(finding)));
+    findings.extend(warnings);
     for chain in &chains.dropping {
         findings.push(Finding::problem(
             "docker",

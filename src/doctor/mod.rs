@@ -156,6 +156,12 @@ impl Patient {
         problems.into_iter().flatten().filter_map(Value::as_str)
     }
 
+    /// What the agent warns of.
+    fn warnings(&self) -> impl Iterator<Item = &str> {
+        let warnings = self.status().and_then(|status| status["warnings"].as_array());
+        warnings.into_iter().flatten().filter_map(Value::as_str)
+    }
+
     /// The process behind the control socket.
     fn agent_pid(&self) -> Option<i32> {
         self.agent.as_ref()?;

@@ -79,6 +79,8 @@ pub struct Entry {
     pub protocol: RouteProtocol,
     /// Unicast, local ...
     pub kind: RouteType,
+    /// It has several next hops.
+    pub is_multipath: bool,
 }
 
 /// A policy rule (`ip rule`).
@@ -110,6 +112,9 @@ pub struct Refusal {
     pub protocol: RouteProtocol,
 }
 
+/// `RT_TABLE_LOCAL`: addresses of this host.
+const LOCAL: u32 = 255;
+
 /// Number of the table in which a packet's way is looked up where no rule says otherwise.
 pub const MAIN: u32 = RouteHeader::RT_TABLE_MAIN as u32;
 
@@ -135,6 +140,29 @@ impl Netlink {
             RouteNetlinkMessage::NewRoute(route) => listed(&route, ipv4),
             _ => None,
         })
+    }
+
+    /// Destinations of all routes of a family, whatever becomes of packets there, with the program that has
+    /// made each. Those of this host's own addresses are left out.
+    pub fn destinations(&mut self, ipv4: bool) -> io::Result<Vec<(IpNet, RouteProtocol)>> {
+        let mut filter = RouteMessage::default();
+        filter.header.address_family =
+            if ipv4 { AddressFamily::Inet } else { AddressFamily::Inet6 };
+        let found = self.dump(&RouteNetlinkMessage::GetRoute(filter))?;
+        let destination = |message| {
+            let RouteNetlinkMessage::NewRoute(route) = message else { return None };
+            let protocol = route.header.protocol;
+            let is_own =
+                u32::from(route.header.table) == LOCAL && protocol == RouteProtocol::Kernel;
+            let to = route.attributes.iter().find_map(|attribute| match attribute {
+                RouteAttribute::Destination(address) => ip(address),
+                _ => None,
+            });
+            let to = to.filter(|to| !is_own && to.is_ipv4() == ipv4)?;
+            let network = IpNet::new(to, route.header.destination_prefix_length).ok()?;
+            Some((network, protocol))
+        };
+        Ok(found.into_iter().filter_map(destination).collect())
     }
 
     /// Asks the kernel for the way of a packet.
@@ -187,9 +215,11 @@ impl Netlink {
             table: u32::from(message.header.table),
             protocol: message.header.protocol,
             kind: message.header.kind,
+            is_multipath: false,
         };
         for attribute in &message.attributes {
             match attribute {
+                RouteAttribute::MultiPath(_) => entry.is_multipath = true,
                 RouteAttribute::Destination(address) => entry.destination = ip(address),
                 RouteAttribute::Priority(metric) => entry.metric = *metric,
                 RouteAttribute::Table(table) => entry.table = *table,

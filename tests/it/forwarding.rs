@@ -12,7 +12,7 @@ use crate::{
     },
 };
 
-fn sh(netns: &NetNs, commands: &str) {
+pub fn sh(netns: &NetNs, commands: &str) {
     commands.split(" && ").for_each(|command| _ = tool(netns, command));
 }
 

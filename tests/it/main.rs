@@ -42,6 +42,7 @@ mod mishaps;
 mod modes;
 mod neighbors;
 mod netavark;
+mod odd_hosts;
 mod offload;
 mod overlap;
 mod own_drops;

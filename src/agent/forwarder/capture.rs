@@ -2,11 +2,15 @@
 //! their way in, and after all rules have let them pass on their way out. And sees them leave by any
 //! interface inside tunnel packets.
 
-use std::io::{self, Read as _};
+use std::{io, os::fd::AsRawFd as _};
 
-use nix::libc::{
-    BPF_ABS, BPF_ALU, BPF_AND, BPF_B, BPF_H, BPF_JA, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET,
-    BPF_W,
+use nix::{
+    errno::Errno,
+    libc::{
+        BPF_ABS, BPF_ALU, BPF_AND, BPF_B, BPF_H, BPF_JA, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET,
+        BPF_W,
+    },
+    sys::socket::{LinkAddr, recvfrom},
 };
 use socket2::{Domain, Protocol, SockFilter, Socket, Type};
 
@@ -52,19 +56,22 @@ impl Capture {
         &self.0
     }
 
-    /// Gives each packet of any trial that has come since.
-    pub fn take(&mut self, mut give: impl FnMut(&[u8])) {
+    /// Gives each packet of any trial that has come since, with the index of the interface.
+    pub fn take(&mut self, mut give: impl FnMut(&[u8], u32)) {
         let mut buffer = [0; LONGEST];
-        while let Ok(Some(length)) = self.next(&mut buffer) {
-            give(&buffer[..length]);
+        while let Ok(Some((length, interface))) = self.next(&mut buffer) {
+            give(&buffer[..length], interface);
         }
     }
 
-    fn next(&mut self, buffer: &mut [u8; LONGEST]) -> io::Result<Option<usize>> {
-        match self.0.read(buffer) {
-            Ok(length) => Ok(Some(length)),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
-            Err(error) => Err(error),
+    fn next(&mut self, buffer: &mut [u8; LONGEST]) -> io::Result<Option<(usize, u32)>> {
+        match recvfrom::<LinkAddr>(self.0.as_raw_fd(), buffer) {
+            Ok((length, from)) => {
+                let interface = from.map_or(0, |from| from.ifindex());
+                Ok(Some((length, u32::try_from(interface).unwrap_or(0))))
+            }
+            Err(Errno::EAGAIN) => Ok(None),
+            Err(error) => Err(error.into()),
         }
     }
 }

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fs, net::IpAddr};
 use ipnet::IpNet;
 use rtnetlink::packet_route::link::{InfoBridge, InfoData, LinkAttribute, LinkInfo};
 
-use super::{Setting, gateway};
+use super::{Setting, gateway, marks};
 use crate::{
     agent::{
         connections,
@@ -20,7 +20,6 @@ use crate::{
     netlink::{
         Netlink,
         link::Link,
-        route::Query,
         xfrm::{self, Policy},
     },
 };
@@ -52,6 +51,10 @@ pub struct Reasons {
     pub(super) dropping: Option<Culprit>,
     /// The same as a guess by rules of iptables-legacy, where nothing was traced.
     pub(super) legacy: Vec<String>,
+    /// What leads tunnel packets with packets of pods elsewhere.
+    pub(super) leading: Vec<String>,
+    /// The interface by which they leave.
+    pub(super) stray: Option<String>,
 }
 
 impl Reasons {
@@ -66,16 +69,18 @@ impl Reasons {
         let mut reasons = Self::default();
         reasons.silencing.clone_from(&self.silencing);
         reasons.dropping.clone_from(&self.dropping);
+        reasons.stray.clone_from(&self.stray);
         for ipv4 in translated.keys() {
             reasons.translating.insert(*ipv4, translating(setting, *ipv4));
         }
         for Way { direction, ipv4 } in closed {
-            if *direction == Direction::TooLarge {
+            if *direction == Direction::TooLarge || direction.is_of_host() {
                 continue;
             }
             if *direction == Direction::Carried {
                 let ipv4 = setting.local.is_ipv4();
                 reasons.legacy = legacy::around_tunnels(ipv4, legacy::Way::Out, setting.port, None);
+                reasons.leading = marks::of_tunnels(netlink, setting);
                 continue;
             }
             if *direction == Direction::Gateway {
@@ -107,8 +112,9 @@ impl Reasons {
         self.bridged.retain(|ipv4, _| is_closed(Direction::is_between, *ipv4));
         self.silencing.retain(|ipv4, _| is_closed(|way| way == Direction::TooLarge, *ipv4));
         if !closed.iter().any(|way| way.direction == Direction::Carried) {
-            self.dropping = None;
+            (self.dropping, self.stray) = (None, None);
             self.legacy.clear();
+            self.leading.clear();
         }
         let needs_rules = |way: &Way| way.direction.is_through() || way.direction.is_between();
         if !closed.iter().any(needs_rules) {
@@ -122,8 +128,8 @@ impl Reasons {
             Direction::Gateway => self.gateway.contains_key(&way.ipv4),
             Direction::Between(_) => self.bridged.contains_key(&way.ipv4),
             Direction::Out(_) | Direction::In(_) | Direction::LargeOut => !self.rules.is_empty(),
-            Direction::Carried => self.dropping.is_some(),
-            Direction::TooLarge => true,
+            Direction::Carried => self.dropping.is_some() || !self.leading.is_empty(),
+            Direction::TooLarge | Direction::ToHost | Direction::FromHost(_) => true,
         };
         closed.iter().all(is_known)
             && translated.keys().all(|ipv4| self.translating.contains_key(ipv4))
@@ -241,7 +247,7 @@ fn bridged(setting: &Setting, ipv4: bool) -> String {
 }
 
 /// Chains that translate sources, and how to exempt the overlay.
-fn translating(setting: &Setting, ipv4: bool) -> String {
+pub fn translating(setting: &Setting, ipv4: bool) -> String {
     let family = if ipv4 { "ip" } else { "ip6" };
     let network = setting.networks.iter().find(|network| network.addr().is_ipv4() == ipv4);
     let chains = FirewallTable::open().and_then(|mut table| table.translating_chains(ipv4));
@@ -279,7 +285,7 @@ fn rules(netlink: &mut Netlink, setting: &Setting, port: Option<u32>) -> (Vec<St
     }
     let networks: Vec<IpNet> = setting.networks.iter().collect();
     let mut reasons: Vec<String> = Vec::new();
-    reasons.extend(networks.iter().flat_map(|network| marks(netlink, setting, *network)));
+    reasons.extend(networks.iter().flat_map(|network| marks::of_pods(netlink, setting, *network)));
     let mut takes_all = false;
     match FirewallTable::open().and_then(|mut table| table.foreign_chains(&networks)) {
         Ok(chains) => reasons.extend(chains.suspects().iter().map(|chain| {
@@ -315,54 +321,6 @@ fn rules(netlink: &mut Netlink, setting: &Setting, port: Option<u32>) -> (Vec<St
         ));
     }
     (reasons, takes_all)
-}
-
-/// Policy rules that lead packets with some mark elsewhere: the kernel is asked for the way of such packets.
-fn marks(netlink: &mut Netlink, setting: &Setting, network: IpNet) -> Vec<String> {
-    let ipv4 = network.addr().is_ipv4();
-    let of_family = |ip: &IpAddr| ip.is_ipv4() == ipv4;
-    let vteps = setting.peers.iter().filter(|peer| peer.tunnelled).flat_map(|peer| &peer.vteps);
-    let pod = setting.shape.iter().flat_map(|shape| shape.addresses.iter()).find(of_family);
-    let (Some(peer), Some(pod)) = (vteps.copied().find(of_family), pod) else { return Vec::new() };
-    let Some(bridge) = index_of_bridge(netlink, setting) else { return Vec::new() };
-    let links = netlink.links().unwrap_or_default();
-    let rules = netlink.rules(ipv4).unwrap_or_default();
-    let ways = [(pod, peer, bridge, setting.device), (peer, pod, setting.device, bridge)];
-    let mut sentences = Vec::new();
-    for rule in rules {
-        let Some((mark, mask)) = rule.mark.filter(|(mark, _)| *mark != 0) else { continue };
-        let mut elsewhere =
-            ways.iter().filter_map(|(from, to, input, wanted)| {
-                let query = Query { mark: Some(mark), ..Query::forwarded(*from, *to, *input) };
-                match netlink.route(&query) {
-                    Ok(found) if found.link == *wanted => None,
-                    Ok(found) => {
-                        let link = links.iter().find(|link| link.index == found.link);
-                        Some(link.map_or("find no way".to_owned(), |link| {
-                            format!("leave by {}", link.name)
-                        }))
-                    }
-                    Err(error) => Some(format!("find no way ({error})")),
-                }
-            });
-        let Some(elsewhere) = elsewhere.next() else { continue };
-        let (family, mask) = (if ipv4 { "ip" } else { "ip -6" }, shown_mask(mask));
-        sentences.push(format!(
-            "packets with mark {mark:#x}{mask} {elsewhere}, because {family} rule {} (fwmark \
-             {mark:#x}{mask}) leads them to table {}, and some rule gives pods' packets that mark (nft \
-             list ruleset, {}tables -t mangle -S): let the overlay come first: {family} rule add to \
-             {network} lookup main priority {}",
-            rule.priority,
-            rule.table,
-            if ipv4 { "ip" } else { "ip6" },
-            rule.priority.saturating_sub(1)
-        ));
-    }
-    sentences
-}
-
-fn shown_mask(mask: u32) -> String {
-    if mask == u32::MAX { String::new() } else { format!("/{mask:#x}") }
 }
 
 /// Chains that send packets to another address, and how to exempt the overlay.
@@ -424,10 +382,10 @@ pub fn is_forwarding_on(ipv4: bool) -> bool {
     fs::read_to_string(format!("/proc/sys/net/{name}")).is_ok_and(|value| value.trim() != "0")
 }
 
-fn bridge_name(setting: &Setting) -> &str {
+pub fn bridge_name(setting: &Setting) -> &str {
     setting.shape.as_ref().map_or("the bridge", |shape| shape.bridge.as_str())
 }
 
-fn index_of_bridge(netlink: &mut Netlink, setting: &Setting) -> Option<u32> {
+pub fn index_of_bridge(netlink: &mut Netlink, setting: &Setting) -> Option<u32> {
     netlink.link(bridge_name(setting)).ok()?.map(|link| link.index)
 }

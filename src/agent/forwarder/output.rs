@@ -52,6 +52,20 @@ impl Reasons {
         if families.is_empty() {
             return None;
         }
+        if !self.leading.is_empty() {
+            return Some(format!(
+                "packets of pods leave this host inside tunnel packets by another way than those of its own \
+                 programs, or not at all ({families}): {}",
+                self.leading.join("; ")
+            ));
+        }
+        if let Some(interface) = &self.stray {
+            return Some(format!(
+                "packets of pods leave this host inside tunnel packets by another way than those of its own \
+                 programs ({families}): by {interface}, and no policy rule was found that says so; look at \
+                 nft list ruleset, ip rule, tc filter show dev INTERFACE egress, and bpftool net"
+            ));
+        }
         let why = match (&self.dropping, self.legacy.as_slice()) {
             (Some(by), _) => format!("{by} drops them: {}", open_chain(&by.chain, &[port])),
             (None, []) => {

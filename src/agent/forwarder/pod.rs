@@ -2,10 +2,12 @@
 
 use std::{
     collections::BTreeSet,
-    io::{self, Read as _},
+    io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
+    os::fd::AsRawFd as _,
 };
 
+use nix::sys::socket::{SockaddrStorage, recvfrom};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::{
@@ -73,27 +75,31 @@ impl PodSockets {
         };
     }
 
-    /// Which of these have arrived.
+    /// Which of these have arrived, and from which address a segment has that was sent from another.
     pub fn hear<'a>(
         &self,
         probes: impl Iterator<Item = &'a Probe> + Clone,
         arrived: &mut BTreeSet<Transport>,
-    ) {
-        drain(&self.datagrams, |payload| {
+    ) -> Option<IpAddr> {
+        drain(&self.datagrams, |payload, _| {
             let is_it = |probe: &&Probe| {
                 probe.transport == Transport::Udp && *payload == Probe::payload(probe.nonce)
             };
             arrived.extend(probes.clone().find(is_it).map(|probe| probe.transport));
         });
-        drain(&self.segments, |packet| {
+        let mut other = None;
+        drain(&self.segments, |packet, from| {
             // With IPv4 it comes with the header before it.
             let segment = match self.address {
                 IpAddr::V4(_) => parse(packet).map(|(.., segment)| segment).unwrap_or_default(),
                 IpAddr::V6(_) => packet,
             };
             let is_it = |probe: &&Probe| probe.transport == Transport::Tcp && probe.is(segment);
-            arrived.extend(probes.clone().find(is_it).map(|probe| probe.transport));
+            let found = probes.clone().find(is_it);
+            other = other.or(from.filter(|from| found.is_some_and(|probe| probe.from != *from)));
+            arrived.extend(found.map(|probe| probe.transport));
         });
+        other
     }
 }
 
@@ -103,11 +109,13 @@ pub fn hears_too_large(socket: &UdpSocket) -> bool {
     error.is_some_and(|error| error.raw_os_error() == Some(EMSGSIZE))
 }
 
-fn drain(socket: &Socket, mut give: impl FnMut(&[u8])) {
+/// Gives each packet that waits, and where it comes from.
+pub fn drain(socket: &Socket, mut give: impl FnMut(&[u8], Option<IpAddr>)) {
     let mut buffer = [0; LONGEST];
-    let mut source = socket;
-    while let Ok(length) = source.read(&mut buffer) {
-        give(&buffer[..length]);
+    while let Ok((length, from)) = recvfrom::<SockaddrStorage>(socket.as_raw_fd(), &mut buffer) {
+        let of_v4 = |from: &SockaddrStorage| Some(IpAddr::V4(from.as_sockaddr_in()?.ip()));
+        let of_v6 = |from: &SockaddrStorage| Some(IpAddr::V6(from.as_sockaddr_in6()?.ip()));
+        give(&buffer[..length], from.and_then(|from| of_v4(&from).or_else(|| of_v6(&from))));
     }
 }
 

@@ -3,7 +3,7 @@
 
 use std::io;
 
-use super::{gateway::Gateway, trial::Sockets};
+use super::{gateway::Gateway, home::Home, trial::Sockets};
 use crate::{
     netlink::Netlink,
     pods::standin::{Shape, StandIn},
@@ -14,6 +14,7 @@ pub struct Stage {
     mate: Option<StandIn>,
     pub sockets: Sockets,
     pub gateway: Gateway,
+    pub home: Home,
 }
 
 impl Stage {
@@ -33,7 +34,10 @@ impl Stage {
             }
         });
         match opened {
-            Ok((mate, (sockets, gateway))) => Ok(Some(Self { standin, mate, sockets, gateway })),
+            Ok((mate, (sockets, gateway))) => {
+                let home = Home::open(&standin, shape);
+                Ok(Some(Self { standin, mate, sockets, gateway, home }))
+            }
             Err(error) => {
                 standin.remove(netlink);
                 Err(error)

@@ -58,6 +58,8 @@ pub struct Trial<'a> {
     pub between: [bool; 2],
     /// Another number each time.
     pub turn: usize,
+    /// Hosts to which several next hops lead.
+    pub spread: BTreeSet<IpAddr>,
 }
 
 #[derive(Debug, Default)]
@@ -65,6 +67,11 @@ pub struct Outcome {
     pub seen: Vec<(Way, Seen)>,
     /// Which address packets leave under in place of the pod's, by whether it is IPv4.
     pub translated: BTreeMap<bool, IpAddr>,
+    /// Which address packets arrive at the pod under in place of that of their sender; the same.
+    pub arriving: BTreeMap<bool, IpAddr>,
+    /// Index of an interface by which tunnel packets with the pod's packets leave, and those of this host's
+    /// own programs to the same peer do not.
+    pub stray: Option<u32>,
 }
 
 /// Packets of one family.
@@ -92,6 +99,8 @@ struct Check<'a> {
     arrived: BTreeSet<Transport>,
     arrived_beside: BTreeSet<Transport>,
     translated: Option<IpAddr>,
+    /// The same of what comes in.
+    arriving: Option<IpAddr>,
     /// What was seen inside tunnel packets; none where no peer has a tunnel.
     carried: Option<Carried>,
 }
@@ -141,15 +150,18 @@ impl Trial<'_> {
                 return Ok(None);
             }
             checks.iter_mut().for_each(Check::hear);
-            capture.take(|packet| checks.iter_mut().for_each(|check| check.on_device(packet)));
-            tunnels.take(|packet| checks.iter_mut().for_each(|check| _ = check.on_wire(packet)));
+            capture.take(|packet, _| checks.iter_mut().for_each(|check| check.on_device(packet)));
+            tunnels.take(|packet, link| {
+                checks.iter_mut().for_each(|check| _ = check.on_wire(packet, link));
+            });
             if pause.is_zero() || checks.iter().all(Check::is_done) {
                 let seen = checks.iter().flat_map(Check::seen).collect();
-                let translated = checks.iter().filter_map(|check| {
-                    let address = check.translated?;
-                    Some((address.is_ipv4(), address))
-                });
-                return Ok(Some(Outcome { seen, translated: translated.collect() }));
+                let by_family = |address: IpAddr| (address.is_ipv4(), address);
+                let translated = checks.iter().filter_map(|check| check.translated.map(by_family));
+                let arriving = checks.iter().filter_map(|check| check.arriving.map(by_family));
+                let (translated, arriving) = (translated.collect(), arriving.collect());
+                let stray = checks.iter().find_map(|check| check.carried.as_ref()?.stray());
+                return Ok(Some(Outcome { seen, translated, arriving, stray }));
             }
         }
     }
@@ -228,7 +240,15 @@ impl Trial<'_> {
                 arrived: BTreeSet::new(),
                 arrived_beside: BTreeSet::new(),
                 translated: None,
-                carried: through.map(|_| Carried::default()),
+                arriving: None,
+                carried: through.map(|_| Carried {
+                    spread: chosen
+                        .iter()
+                        .filter(|(peer, _)| self.spread.contains(&peer.underlay))
+                        .map(|(_, vtep)| *vtep)
+                        .collect(),
+                    ..Carried::default()
+                }),
             });
         }
         Ok(checks)
@@ -287,7 +307,8 @@ impl Check<'_> {
         self.told |= hears_too_large(&pod.large);
         // It does not fit, then: a route has a smaller MTU.
         self.fitting.take_if(|_| hears_too_large(&pod.fitting));
-        pod.hear(self.incoming.iter().map(|packet| &packet.probe), &mut self.arrived);
+        let incoming = self.incoming.iter().map(|packet| &packet.probe);
+        self.arriving = self.arriving.or(pod.hear(incoming, &mut self.arrived));
         if let Some(mate) = mate {
             mate.hear(self.beside.iter(), &mut self.arrived_beside);
         }
@@ -315,8 +336,8 @@ impl Check<'_> {
         }
     }
 
-    /// Of a tunnel packet that leaves.
-    fn on_wire(&mut self, packet: &[u8]) -> Option<()> {
+    /// Of a tunnel packet that leaves by the interface with this index.
+    fn on_wire(&mut self, packet: &[u8], link: u32) -> Option<()> {
         let packet = inner(packet)?;
         let (to, carried) = (destination(packet)?, self.carried.as_mut()?);
         let is_of_pod = parse(packet).is_some_and(|(_, transport, segment)| {
@@ -324,9 +345,9 @@ impl Check<'_> {
             self.outgoing.iter().any(is_it)
         });
         if is_of_pod {
-            carried.left.insert(to);
+            carried.left.entry(to).or_default().insert(link);
         } else if echo(packet) == Some(self.asker.identifier) {
-            carried.own.insert(to);
+            carried.own.entry(to).or_default().insert(link);
         }
         Some(())
     }

@@ -361,6 +361,41 @@ impl Host {
         UnderlayError::NoMatch { what, candidates }
     }
 
+    /// That the interface has lost the present address, if that is all there is to say.
+    pub(super) fn vanished(&self, present: &Chosen, config: &Config) -> Option<UnderlayError> {
+        let link = self.links.iter().find(|link| link.name == present.name && link.up)?;
+        let mut own = self.addresses.iter().filter(|address| address.link == link.index);
+        if own.any(|address| address.ip == present.local) {
+            return None;
+        }
+        let is_other = |address: &&Address| {
+            let ipv4 = present.local.is_ipv4();
+            address.link == link.index && address.ip.is_ipv4() == ipv4
+        };
+        let others = self.addresses.iter().filter(is_other);
+        let others: Vec<String> = others.map(|address| address.ip.to_string()).collect();
+        let (address, iface) = (present.local, link.name.clone());
+        let family = if address.is_ipv4() { "IPv4" } else { "IPv6" };
+        let others = match others.as_slice() {
+            [] => format!("no {family} address"),
+            others => others.join(", "),
+        };
+        let awaited = match (&config.iface, config.listen.filter(|at| !at.ip().is_unspecified())) {
+            (IfaceChoice::Default, None) => {
+                format!("an interface with a default route has an {family} address")
+            }
+            (IfaceChoice::Name(_), None) => format!("{iface} has an {family} address"),
+            (IfaceChoice::Regex(regex), None) => {
+                format!("an interface that matches {regex} has an {family} address")
+            }
+            (IfaceChoice::CanReach(ip), None) => {
+                format!("an interface with an {family} address leads to {ip}")
+            }
+            _ => "the address is back".to_owned(),
+        };
+        Some(UnderlayError::Vanished { address, iface, others, awaited })
+    }
+
     fn why_not(&self, name: &str) -> String {
         let Some(link) = self.links.iter().find(|link| link.is_called(name)) else {
             return format!("there is no interface {name}");

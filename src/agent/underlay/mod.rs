@@ -89,6 +89,12 @@ pub enum UnderlayError {
          or leave it out"
     )]
     Mtu { mtu: u32, iface: String, underlay: u32, most: u32 },
+    #[error(
+        "address {address} has vanished from interface {iface} (there now: {others}): the agent \
+         waits until {awaited}; where the address was leased, look at the DHCP client of {iface}, else give \
+         it back (ip addr add {address}/LENGTH dev {iface})"
+    )]
+    Vanished { address: IpAddr, iface: String, others: String, awaited: String },
     #[error("iface: {iface} has no carrier: is the cable plugged in, and the other end up?")]
     NoCarrier { iface: String },
     #[error("netlink: {0}")]
@@ -149,7 +155,10 @@ pub fn look_again(
             (Some(held), Some(best)) if held.link != best.link => best,
             (Some(held), _) => held,
             (None, Some(best)) => best,
-            (None, None) => host.fading(present).ok_or_else(|| host.no_match(&config.iface))?,
+            (None, None) => host.fading(present).ok_or_else(|| {
+                let vanished = host.vanished(present, config);
+                vanished.unwrap_or_else(|| host.no_match(&config.iface))
+            })?,
         };
         if let Some(link) = host.link(found.link).filter(|link| !link.carrier) {
             return Err(UnderlayError::NoCarrier { iface: link.name.clone() });

@@ -15,10 +15,17 @@ pub enum KernelError {
     )]
     VniTaken { vni: u32, port: u16, holder: String },
     #[error(
-        "UDP port {port} is taken by another socket, so the VXLAN device {name} cannot listen on it: \
-         free the port, or choose another vxlan_port for the cluster"
+        "UDP port {port} is taken by {}, so the VXLAN device {name} cannot listen on it: {}, or choose \
+         another vxlan_port for the cluster",
+        holder(by.as_deref()),
+        release(by.as_deref())
     )]
-    PortTaken { name: String, port: u16 },
+    PortTaken {
+        name: String,
+        port: u16,
+        /// The other VXLAN device, if it is one.
+        by: Option<String>,
+    },
     #[error(
         "the device name {name} is taken by a {kind} device: rename or remove that device, \
          or choose another vni for the cluster"
@@ -40,6 +47,21 @@ pub enum KernelError {
     NotPermitted,
     #[error("netlink: {0}")]
     Netlink(#[from] io::Error),
+}
+
+fn holder(device: Option<&str>) -> String {
+    device.map_or("another socket".to_owned(), |device| {
+        format!(
+            "the VXLAN device {device} of another program, made with settings that cannot share it \
+             (external, gbp, gpe, udp6zerocsumrx)"
+        )
+    })
+}
+
+fn release(device: Option<&str>) -> String {
+    device.map_or("free the port".to_owned(), |device| {
+        format!("stop the program that made it and remove it (ip link del {device})")
+    })
 }
 
 impl KernelError {

@@ -18,8 +18,9 @@ use rtnetlink::packet_core::{NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL};
 pub use self::chains::TRIAL_MARK;
 use self::chains::{SET4, SET6, add_guard, add_masquerade, refuse_routers};
 use super::{
-    forward::{Closing, ForeignChains, redirecting_chains, translating_chains},
+    forward::{Closing, ForeignChains, OwnHook, redirecting_chains, translating_chains},
     ports::{ClosedPort, closed_ports, redirected_port},
+    redirects::{Overlay, Redirect, redirects},
 };
 use crate::{
     dataplane::firewall::{Firewall, Guard},
@@ -199,6 +200,11 @@ impl FirewallTable {
         ForeignChains::read_around_gateway(&mut self.nftables, network)
     }
 
+    /// Chains of others that may drop packets between this host itself and a network.
+    pub fn chains_at(&mut self, at: OwnHook, network: IpNet) -> io::Result<Vec<Closing>> {
+        ForeignChains::read_at(&mut self.nftables, at, network)
+    }
+
     /// Chains of others that translate the source of what leaves this host.
     pub fn translating_chains(&mut self, ipv4: bool) -> io::Result<Vec<String>> {
         translating_chains(&mut self.nftables, ipv4)
@@ -207,6 +213,11 @@ impl FirewallTable {
     /// Chains of others that send what comes in to another address.
     pub fn redirecting_chains(&mut self, ipv4: bool) -> io::Result<Vec<String>> {
         redirecting_chains(&mut self.nftables, ipv4)
+    }
+
+    /// Rules of others that give packets between pods another destination, of single ports too.
+    pub fn redirects(&mut self, overlay: &Overlay<'_>) -> io::Result<BTreeSet<Redirect>> {
+        redirects(&mut self.nftables, overlay)
     }
 
     /// Chains of others that give UDP packets to a port of this host another destination.

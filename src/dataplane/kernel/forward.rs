@@ -48,6 +48,15 @@ pub struct ForeignChains {
     pub dropping: Vec<String>,
 }
 
+/// Where packets of this host itself may be dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OwnHook {
+    /// What comes to it.
+    Input,
+    /// What it sends.
+    Output,
+}
+
 /// A chain that may drop what is forwarded.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Closing {
@@ -96,6 +105,21 @@ impl ForeignChains {
         Ok(closing)
     }
 
+    /// Chains that may drop packets between this host itself and addresses of a network.
+    pub fn read_at(
+        nftables: &mut Nftables,
+        at: OwnHook,
+        network: IpNet,
+    ) -> io::Result<Vec<Closing>> {
+        let chains = nftables.dump(Kind::GetChain, ANY, &Attributes::new())?;
+        let hook = if at == OwnHook::Input { OWN_PACKETS[0] } else { OWN_PACKETS[1] };
+        let is_at =
+            |family: u8, base: &Base| [INET, IP, IP6].contains(&family) && base.hook == hook;
+        let mut closing = closing_chains(nftables, &chains, &[network], is_at)?;
+        closing.truncate(NAMED);
+        Ok(closing)
+    }
+
     /// Base chains that drop whatever is forwarded unless a rule lets it pass, and have no rule that seems to
     /// let these networks pass: a guess, for where it cannot be tried.
     pub fn guess(&self) -> impl Iterator<Item = &Closing> {
@@ -134,6 +158,27 @@ impl Closing {
             _ => format!(
                 "nft insert rule {0} {1} saddr {network} accept; nft insert rule {0} {1} daddr {network} \
                  accept",
+                self.chain,
+                protocol(network)
+            ),
+        }
+    }
+}
+
+impl Closing {
+    /// The command that lets packets between this host itself and a network pass.
+    pub fn fix_at(&self, at: OwnHook, network: IpNet) -> String {
+        let (side, name, field) = match at {
+            OwnHook::Input => ("-s", "INPUT", "saddr"),
+            OwnHook::Output => ("-d", "OUTPUT", "daddr"),
+        };
+        let program = if network.addr().is_ipv4() { "iptables" } else { "ip6tables" };
+        match self.chain.split(' ').collect::<Vec<_>>()[..] {
+            ["ip" | "ip6", "filter", chain] if chain == name => {
+                format!("{program} -I {name} {side} {network} -j ACCEPT")
+            }
+            _ => format!(
+                "nft insert rule {} {} {field} {network} accept",
                 self.chain,
                 protocol(network)
             ),

@@ -14,6 +14,7 @@ mod messages;
 mod observe;
 pub mod pod_tables;
 mod ports;
+mod redirects;
 mod rules;
 mod spoofing;
 pub mod sysctl;
@@ -37,10 +38,11 @@ use rtnetlink::{
 pub use self::{
     error::KernelError,
     firewall::{FirewallTable, Pass, TRIAL_MARK},
-    forward::{Closing, ForeignChains},
+    forward::{Closing, ForeignChains, OwnHook},
     leftovers::Leftovers,
     observe::overlaps,
     ports::{ClosedPort, open_port},
+    redirects::{Overlay, Redirect},
     watch::Touched,
 };
 use self::{
@@ -219,10 +221,10 @@ impl Kernel {
         }
         self.observe(name, None)?;
         // VXLAN devices of one namespace share the kernel's socket; anybody else's blocks it.
-        let shared = vxlans.iter().any(|link| fixed_attributes(link).0.1 == port);
+        let shared = vxlans.iter().any(|link| listens_on(link, port));
         match UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)) {
             Err(error) if error.kind() == io::ErrorKind::AddrInUse && !shared => {
-                Err(KernelError::PortTaken { name: name.to_owned(), port })
+                Err(KernelError::PortTaken { name: name.to_owned(), port, by: None })
             }
             _ => Ok(()),
         }
@@ -340,6 +342,7 @@ impl Kernel {
                 let index = self.netlink.index_of(name)?;
                 self.ethtool.as_mut().map_or(Ok(()), |tool| tool.set(index, TX_CHECKSUM, *on))
             }
+            Op::Release => self.set(name, |link| link.nocontroller()),
             Op::SetUp => self.set(name, |link| link.up()),
             Op::AddAddress(address) => {
                 if address.is_ipv6() {
@@ -377,7 +380,10 @@ impl Kernel {
             Some(EOPNOTSUPP) => KernelError::NoVxlan,
             Some(EADDRINUSE) => {
                 let _ = self.remove_device(name);
-                KernelError::PortTaken { name: name.clone(), port: *port }
+                let links = self.netlink.links().unwrap_or_default();
+                let by = links.into_iter().find(|link| link.up && listens_on(link, *port));
+                let by = by.map(|link| link.name);
+                KernelError::PortTaken { name: name.clone(), port: *port, by }
             }
             Some(EEXIST) => {
                 let links = self.netlink.links().unwrap_or_default();
@@ -400,6 +406,11 @@ pub fn requests(ops: &[Op], index: u32) -> Vec<Request> {
     ops.iter().map(|op| request(op, index)).collect()
 }
 
+/// Whether it is a VXLAN device for tunnel packets to this port.
+fn listens_on(link: &Link, port: u16) -> bool {
+    link.kind == "vxlan" && fixed_attributes(link).0.1 == port
+}
+
 /// Whether a device is named and made as gossamer does it.
 fn is_gossamers(link: &Link) -> bool {
     link.kind == "vxlan" && is_device_name(&link.name)
@@ -415,6 +426,7 @@ impl Op {
                 | Self::SetMtu(_)
                 | Self::SetAlias(_)
                 | Self::SetChecksumOffload(_)
+                | Self::Release
                 | Self::SetUp
                 | Self::AddAddress(_)
                 | Self::RemoveAddress(..)

@@ -144,7 +144,16 @@ impl Kernel {
                 .and_then(|tool| tool.is_on(link.index, TX_CHECKSUM).ok()),
         };
         let addresses = addresses.filter(|(ip, _)| not_link_local(ip)).collect();
-        Ok(Found { up: link.up, device, foreign, addresses })
+        let is_port = self.is_port(link)?;
+        Ok(Found { up: link.up, is_port, device, foreign, addresses })
+    }
+
+    /// Whether it is a port of something. Packets of an interface in a VRF still come to this host.
+    fn is_port(&mut self, link: &Link) -> io::Result<bool> {
+        let Some(controller) = link.controller() else { return Ok(false) };
+        let links = self.netlink.links()?;
+        let is_vrf = |link: &Link| link.index == controller && link.kind == "vrf";
+        Ok(!links.iter().any(is_vrf))
     }
 
     fn neighbours(&mut self, index: u32) -> io::Result<BTreeMap<IpAddr, Mac>> {

@@ -6,7 +6,8 @@ use crate::netlink::{attributes, nftables::Object};
 /// Verdicts; negative ones lead into another chain (`NFT_JUMP`, `NFT_GOTO`), but for the one that goes back.
 const DROP: i32 = 0;
 const ACCEPT: i32 = 1;
-const RETURN: i32 = -5;
+pub const GOTO: i32 = -4;
+pub const RETURN: i32 = -5;
 
 /// Expressions that let a rule go on for some packets only. What they compare is not read here.
 const CONDITIONS: [&str; 7] = ["cmp", "lookup", "range", "match", "limit", "connlimit", "quota"];

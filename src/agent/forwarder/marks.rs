@@ -1,0 +1,133 @@
+//! Policy rules that lead packets with some mark elsewhere: the kernel is asked for the way of such packets.
+//!
+//! A tunnel packet inherits the mark of the packet inside it, so one rule may take either or both.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use super::{Setting, explain::index_of_bridge};
+use crate::{
+    model::Transport,
+    netlink::{
+        Netlink,
+        link::Link,
+        route::{Query, Rule},
+    },
+};
+
+/// Rules that take packets of pods, of the family of a network of the overlay.
+pub fn of_pods(netlink: &mut Netlink, setting: &Setting, network: IpNet) -> Vec<String> {
+    let ipv4 = network.addr().is_ipv4();
+    let of_family = |ip: &IpAddr| ip.is_ipv4() == ipv4;
+    let vteps = setting.peers.iter().filter(|peer| peer.tunnelled).flat_map(|peer| &peer.vteps);
+    let pod = setting.shape.iter().flat_map(|shape| shape.addresses.iter()).find(of_family);
+    let (Some(peer), Some(pod)) = (vteps.copied().find(of_family), pod) else { return Vec::new() };
+    let Some(bridge) = index_of_bridge(netlink, setting) else { return Vec::new() };
+    let ways = [(pod, peer, bridge, setting.device), (peer, pod, setting.device, bridge)];
+    let sentence = |netlink: &mut Netlink, rule: &Rule, mark: u32| {
+        let elsewhere = ways.iter().find_map(|(from, to, input, wanted)| {
+            let query = Query { mark: Some(mark), ..Query::forwarded(*from, *to, *input) };
+            elsewhere(netlink, &query, *wanted)
+        })?;
+        let (family, before) = (family(ipv4), before(rule));
+        let of_tunnels = remedy_for_tunnels(setting, rule);
+        Some(format!(
+            "packets with mark {0} {elsewhere}, because {1}: let the overlay and its tunnels come first: \
+             {family} rule add to {network} lookup main priority {before}; {of_tunnels}",
+            shown(rule, mark),
+            because(rule, mark, ipv4, ipv4)
+        ))
+    };
+    each(netlink, ipv4, sentence)
+}
+
+/// Rules that take tunnel packets with packets of pods.
+pub fn of_tunnels(netlink: &mut Netlink, setting: &Setting) -> Vec<String> {
+    let ipv4 = setting.local.is_ipv4();
+    let Some(peer) = setting.peers.iter().find(|peer| peer.tunnelled) else { return Vec::new() };
+    let query = Query {
+        from: Some(setting.local),
+        output: setting.pinned,
+        transport: Some(Transport::udp_to(setting.port)),
+        ..Query::to(peer.underlay)
+    };
+    let Ok(usual) = netlink.route(&query) else { return Vec::new() };
+    let inside_ipv4 = setting.networks.first.addr().is_ipv4();
+    let sentence = |netlink: &mut Netlink, rule: &Rule, mark: u32| {
+        let query = Query { mark: Some(mark), ..query };
+        let elsewhere = elsewhere(netlink, &query, usual.link)?;
+        Some(format!(
+            "tunnel packets with mark {} {elsewhere}, because {}, which tunnel packets inherit: let them \
+             come first: {}",
+            shown(rule, mark),
+            because(rule, mark, ipv4, inside_ipv4),
+            remedy_for_tunnels(setting, rule)
+        ))
+    };
+    each(netlink, ipv4, sentence)
+}
+
+/// What is said of each rule that selects packets by a mark.
+fn each(
+    netlink: &mut Netlink,
+    ipv4: bool,
+    sentence: impl Fn(&mut Netlink, &Rule, u32) -> Option<String>,
+) -> Vec<String> {
+    let rules = netlink.rules(ipv4).unwrap_or_default();
+    let marked = rules.iter().filter_map(|rule| {
+        let (mark, _) = rule.mark.filter(|(mark, _)| *mark != 0)?;
+        Some((rule, mark))
+    });
+    marked.filter_map(|(rule, mark)| sentence(netlink, rule, mark)).collect()
+}
+
+/// Where the kernel sends a packet, unless it leaves by the wanted interface.
+fn elsewhere(netlink: &mut Netlink, query: &Query, wanted: u32) -> Option<String> {
+    match netlink.route(query) {
+        Ok(found) if found.link == wanted => None,
+        Ok(found) => {
+            let links = netlink.links().unwrap_or_default();
+            let link: Option<&Link> = links.iter().find(|link| link.index == found.link);
+            Some(link.map_or("find no way".to_owned(), |link| format!("leave by {}", link.name)))
+        }
+        Err(error) => Some(format!("find no way ({error})")),
+    }
+}
+
+fn because(rule: &Rule, mark: u32, ipv4: bool, marked_ipv4: bool) -> String {
+    let leads = match (rule.refuses, rule.table) {
+        (true, _) => "drops them".to_owned(),
+        (false, table) => format!("leads them to table {table}"),
+    };
+    format!(
+        "{} rule {} (fwmark {}) {leads}, and some rule gives pods' packets that mark (nft list ruleset, \
+         {}tables -t mangle -S)",
+        family(ipv4),
+        rule.priority,
+        shown(rule, mark),
+        if marked_ipv4 { "ip" } else { "ip6" }
+    )
+}
+
+fn remedy_for_tunnels(setting: &Setting, rule: &Rule) -> String {
+    let family = family(setting.local.is_ipv4());
+    let (port, before) = (setting.port, before(rule));
+    format!("{family} rule add ipproto udp dport {port} lookup main priority {before}")
+}
+
+/// The priority of a rule that comes before this one.
+const fn before(rule: &Rule) -> u32 {
+    rule.priority.saturating_sub(1)
+}
+
+const fn family(ipv4: bool) -> &'static str {
+    if ipv4 { "ip" } else { "ip -6" }
+}
+
+fn shown(rule: &Rule, mark: u32) -> String {
+    match rule.mark {
+        Some((_, mask)) if mask != u32::MAX => format!("{mark:#x}/{mask:#x}"),
+        _ => format!("{mark:#x}"),
+    }
+}

@@ -1,0 +1,123 @@
+//! What may hurt packets of pods without stopping those that are tried: rules that take single ports, and
+//! what a trial that cannot be made would have shown.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use super::{
+    Setting,
+    explain::{bridge_name, translating},
+};
+use crate::{
+    agent::connections,
+    dataplane::{
+        forwarding::{Direction, Way},
+        kernel::{Closing, FirewallTable, Overlay, OwnHook, Redirect},
+    },
+    netlink::Netlink,
+};
+
+/// Rules that give some packets between pods another destination, with what exempts the overlay.
+pub fn redirects(netlink: &mut Netlink, setting: &Setting) -> Vec<String> {
+    let bridge = netlink.link(bridge_name(setting)).ok().flatten();
+    let inputs: Vec<(u32, String)> = bridge
+        .into_iter()
+        .map(|link| (link.index, link.name))
+        .chain([(setting.device, setting.device_name.clone())])
+        .collect();
+    let Ok(mut table) = FirewallTable::open() else { return Vec::new() };
+    let mut sentences = Vec::new();
+    for network in setting.networks.iter() {
+        let found = table.redirects(&Overlay { network, inputs: &inputs }).unwrap_or_default();
+        sentences.extend(found.iter().map(|redirect| sentence(redirect, network)));
+    }
+    sentences
+}
+
+fn sentence(Redirect { base, chain, port }: &Redirect, network: IpNet) -> String {
+    let family = if network.addr().is_ipv4() { "ip" } else { "ip6" };
+    let fix = match base.as_str() {
+        "ip nat PREROUTING" | "ip6 nat PREROUTING" => {
+            format!("{family}tables -t nat -I PREROUTING -d {network} -j ACCEPT")
+        }
+        _ => format!("nft insert rule {base} {family} daddr {network} accept"),
+    };
+    let packets = port.map_or("some packets".to_owned(), |port| format!("packets to port {port}"));
+    format!(
+        "chain {chain} sends {packets} between pods of different hosts to another address or to this host \
+         itself (redirect or DNAT, as for a transparent proxy), because no rule leaves out the overlay: {fix}"
+    )
+}
+
+/// That it cannot be tried whether this host forwards, and which rules certainly keep it from that.
+pub fn untried(setting: &Setting, why: &str) -> Vec<String> {
+    let mut warnings =
+        vec![format!("whether this host forwards packets of pods is not known: {why}")];
+    warnings.extend(connections::full());
+    let networks: Vec<IpNet> = setting.networks.iter().collect();
+    let chains = FirewallTable::open().and_then(|mut table| table.foreign_chains(&networks));
+    let Ok(chains) = chains else { return warnings };
+    warnings.extend(chains.guess().map(|chain| {
+        let is_ipv6 = chain.chain.starts_with("ip6 ");
+        let network = networks.iter().find(|network| network.addr().is_ipv6() == is_ipv6);
+        let fix = network.or(networks.first()).map(|network| chain.fix(*network));
+        format!(
+            "{chain}, and no rule in it seems to let packets of pods pass: {}",
+            fix.unwrap_or_default()
+        )
+    }));
+    warnings
+}
+
+/// That packets of other hosts' pods arrive at pods here under another address.
+pub fn arriving(setting: &Setting, ipv4: bool, address: IpAddr) -> String {
+    format!(
+        "packets of pods of other hosts reach pods here under the address {address} in place of the sender's \
+         own, so policies and logs here name the wrong source: {}",
+        translating(setting, ipv4)
+    )
+}
+
+/// That this host and its own pods do not hear each other, with the chains that may be the cause. Without
+/// such a chain nothing is said.
+pub fn of_host(setting: &Setting, closed: &[Way]) -> Vec<String> {
+    let mut sentences = Vec::new();
+    for (hook, ipv4) in [OwnHook::Input, OwnHook::Output]
+        .into_iter()
+        .flat_map(|hook| [true, false].map(|ipv4| (hook, ipv4)))
+    {
+        let is_it = |way: &&Way| match (hook, way.direction) {
+            (OwnHook::Input, Direction::ToHost) | (OwnHook::Output, Direction::FromHost(_)) => {
+                way.ipv4 == ipv4
+            }
+            _ => false,
+        };
+        let lost: Vec<Way> = closed.iter().filter(is_it).copied().collect();
+        let network = setting.networks.iter().find(|network| network.addr().is_ipv4() == ipv4);
+        let (false, Some(network)) = (lost.is_empty(), network) else { continue };
+        let found = FirewallTable::open().and_then(|mut table| table.chains_at(hook, network));
+        let chains = found.unwrap_or_default();
+        if chains.is_empty() {
+            continue;
+        }
+        let fix = |chain: &Closing| format!("{chain}: {}", chain.fix_at(hook, network));
+        let chains: Vec<String> = chains.iter().map(fix).collect();
+        let family = if ipv4 { 4 } else { 6 };
+        let said = match hook {
+            OwnHook::Input => {
+                "pods do not reach the host that they are on: it answers no echo, no datagram and no \
+                               connection of theirs, as to a DNS server or an API server there"
+            }
+            OwnHook::Output => {
+                "this host does not reach its own pods: what it sends to them does not arrive, a \
+                                kubelet's probes and a proxy's requests among it"
+            }
+        };
+        sentences.push(format!(
+            "{said} (IPv{family}); if that is not on purpose, {}",
+            chains.join("; ")
+        ));
+    }
+    sentences
+}
