@@ -18,6 +18,11 @@ use crate::{
     netlink::Netlink,
 };
 
+const CLOSED_TO_PODS: &str = "pods do not reach the host that they are on: it answers no echo, no datagram \
+                              and no connection of theirs, as to a DNS server or an API server there";
+const CLOSED_TO_HOST: &str = "this host does not reach its own pods: what it sends to them does not arrive, \
+                              a kubelet's probes and a proxy's requests among it";
+
 /// Rules that give some packets between pods another destination, with what exempts the overlay.
 pub fn redirects(netlink: &mut Netlink, setting: &Setting) -> Vec<String> {
     let bridge = netlink.link(bridge_name(setting)).ok().flatten();
@@ -83,41 +88,33 @@ pub fn arriving(setting: &Setting, ipv4: bool, address: IpAddr) -> String {
 /// such a chain nothing is said.
 pub fn of_host(setting: &Setting, closed: &[Way]) -> Vec<String> {
     let mut sentences = Vec::new();
-    for (hook, ipv4) in [OwnHook::Input, OwnHook::Output]
+    for (hook, network) in [OwnHook::Input, OwnHook::Output]
         .into_iter()
-        .flat_map(|hook| [true, false].map(|ipv4| (hook, ipv4)))
+        .flat_map(|hook| setting.networks.iter().map(move |network| (hook, network)))
     {
-        let is_it = |way: &&Way| match (hook, way.direction) {
-            (OwnHook::Input, Direction::ToHost) | (OwnHook::Output, Direction::FromHost(_)) => {
-                way.ipv4 == ipv4
-            }
-            _ => false,
-        };
-        let lost: Vec<Way> = closed.iter().filter(is_it).copied().collect();
-        let network = setting.networks.iter().find(|network| network.addr().is_ipv4() == ipv4);
-        let (false, Some(network)) = (lost.is_empty(), network) else { continue };
+        let is_lost = closed.iter().any(|way| {
+            let is_it = match hook {
+                OwnHook::Input => way.direction == Direction::ToHost,
+                OwnHook::Output => matches!(way.direction, Direction::FromHost(_)),
+            };
+            is_it && way.ipv4 == network.addr().is_ipv4()
+        });
+        if !is_lost {
+            continue;
+        }
         let found = FirewallTable::open().and_then(|mut table| table.chains_at(hook, network));
-        let chains = found.unwrap_or_default();
+        let fix = |chain: &Closing| format!("{chain}: {}", chain.fix_at(hook, network));
+        let chains: Vec<String> = found.unwrap_or_default().iter().map(fix).collect();
         if chains.is_empty() {
             continue;
         }
-        let fix = |chain: &Closing| format!("{chain}: {}", chain.fix_at(hook, network));
-        let chains: Vec<String> = chains.iter().map(fix).collect();
-        let family = if ipv4 { 4 } else { 6 };
+        let family = if network.addr().is_ipv4() { 4 } else { 6 };
         let said = match hook {
-            OwnHook::Input => {
-                "pods do not reach the host that they are on: it answers no echo, no datagram and no \
-                               connection of theirs, as to a DNS server or an API server there"
-            }
-            OwnHook::Output => {
-                "this host does not reach its own pods: what it sends to them does not arrive, a \
-                                kubelet's probes and a proxy's requests among it"
-            }
+            OwnHook::Input => CLOSED_TO_PODS,
+            OwnHook::Output => CLOSED_TO_HOST,
         };
-        sentences.push(format!(
-            "{said} (IPv{family}); if that is not on purpose, {}",
-            chains.join("; ")
-        ));
+        let chains = chains.join("; ");
+        sentences.push(format!("{said} (IPv{family}); if that is not on purpose, {chains}"));
     }
     sentences
 }

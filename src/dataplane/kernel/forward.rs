@@ -135,6 +135,25 @@ impl ForeignChains {
 }
 
 impl Closing {
+    /// The command that lets packets between this host itself and a network pass.
+    pub fn fix_at(&self, at: OwnHook, network: IpNet) -> String {
+        let (side, name, field) = match at {
+            OwnHook::Input => ("-s", "INPUT", "saddr"),
+            OwnHook::Output => ("-d", "OUTPUT", "daddr"),
+        };
+        let program = if network.addr().is_ipv4() { "iptables" } else { "ip6tables" };
+        match self.chain.split(' ').collect::<Vec<_>>()[..] {
+            ["ip" | "ip6", "filter", chain] if chain == name => {
+                format!("{program} -I {name} {side} {network} -j ACCEPT")
+            }
+            _ => format!(
+                "nft insert rule {} {} {field} {network} accept",
+                self.chain,
+                protocol(network)
+            ),
+        }
+    }
+
     /// The command that lets a network pass.
     pub fn fix(&self, network: IpNet) -> String {
         let words: Vec<&str> = self.chain.split(' ').collect();
@@ -158,27 +177,6 @@ impl Closing {
             _ => format!(
                 "nft insert rule {0} {1} saddr {network} accept; nft insert rule {0} {1} daddr {network} \
                  accept",
-                self.chain,
-                protocol(network)
-            ),
-        }
-    }
-}
-
-impl Closing {
-    /// The command that lets packets between this host itself and a network pass.
-    pub fn fix_at(&self, at: OwnHook, network: IpNet) -> String {
-        let (side, name, field) = match at {
-            OwnHook::Input => ("-s", "INPUT", "saddr"),
-            OwnHook::Output => ("-d", "OUTPUT", "daddr"),
-        };
-        let program = if network.addr().is_ipv4() { "iptables" } else { "ip6tables" };
-        match self.chain.split(' ').collect::<Vec<_>>()[..] {
-            ["ip" | "ip6", "filter", chain] if chain == name => {
-                format!("{program} -I {name} {side} {network} -j ACCEPT")
-            }
-            _ => format!(
-                "nft insert rule {} {} {field} {network} accept",
                 self.chain,
                 protocol(network)
             ),
