@@ -65,6 +65,9 @@ const TARGET: (Base, u32, u32) = (Base::Transport, 8, 16);
 const IPV4: u16 = 0x0800;
 const ARP: u16 = 0x0806;
 const IPV6: u16 = 0x86dd;
+/// Tags of IEEE 802.1Q.
+const VLAN: u16 = 0x8100;
+const SERVICE_VLAN: u16 = 0x88a8;
 const ICMPV6: u8 = 58;
 const ROUTER_ADVERTISEMENT: u8 = 134;
 const NEIGHBOUR_ADVERTISEMENT: u8 = 136;
@@ -106,6 +109,10 @@ fn rules_for_strangers() -> Vec<Rule> {
         Rule::new().ether_type(IPV4).inside(USED4, SOURCE4),
         Rule::new().ether_type(IPV6).inside(USED6, SOURCE6),
         icmpv6(NEIGHBOUR_ADVERTISEMENT).inside(USED6, TARGET),
+        // The kernel has taken the outer tag off. It would take this one off as well before a pod looks at
+        // what is behind it.
+        Rule::new().ether_type(VLAN),
+        Rule::new().ether_type(SERVICE_VLAN),
     ];
     let of_others = Rule::new().input_with(STRANGERS, &[], false).accept();
     std::iter::once(of_others).chain(used.map(|rule| rule.count().drop())).collect()
