@@ -56,6 +56,8 @@ pub(super) struct PodState {
     pub(super) problems: Vec<String>,
     /// Where sysctls let pods give this host routes, if the table of nftables does not see to it.
     pub(super) open: Vec<String>,
+    /// A warning about ports of other programs on their bridge.
+    pub(super) guests: Option<String>,
     /// Since when addresses are held for containers of Docker's that have not come yet.
     pub(super) reserved: BTreeMap<Attachment, Time>,
     /// What Docker has asked for before this node had a subnet, and since when it waits.
@@ -353,7 +355,7 @@ impl Agent {
             Wired::Absent { links, confirmed } => self.on_absent(links, &confirmed),
             Wired::LookedAhead => self.pods.looks_ahead = self.pods.looks_ahead.saturating_sub(1),
             Wired::Refusal(refusal) => self.on_refusal(refusal),
-            Wired::Mended { result, problems, open } => {
+            Wired::Mended { result, problems, open, guests } => {
                 match result {
                     Ok(mended) => {
                         self.note_repair("bridge", mended.bridge + mended.ports);
@@ -367,6 +369,10 @@ impl Agent {
                 new.for_each(|problem| tracing::error!("{problem}"));
                 self.pods.problems = problems;
                 self.pods.open = open;
+                if let Some(warning) = guests.as_ref().filter(|_| guests != self.pods.guests) {
+                    tracing::warn!("{warning}");
+                }
+                self.pods.guests = guests;
             }
             Wired::Disconnected { number, attachment, result } => {
                 if let Err(error) = &result {

@@ -169,7 +169,8 @@ impl Agent {
 
     /// What may hurt some packets, or keeps this node from knowing, as sentences with what helps.
     fn warnings(&self) -> Vec<String> {
-        self.kernel.forwarding.warnings.iter().map(|warning| visible(warning)).collect()
+        let warnings = self.kernel.forwarding.warnings.iter().chain(&self.pods.guests);
+        warnings.map(|warning| visible(warning)).collect()
     }
 
     /// Strangers that flood the gossip port, as a sentence.

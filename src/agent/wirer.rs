@@ -129,6 +129,8 @@ pub enum Wired {
         problems: Vec<String>,
         /// Where sysctls let pods give this host routes.
         open: Vec<String>,
+        /// A warning about ports of other programs.
+        guests: Option<String>,
     },
 }
 
@@ -170,6 +172,7 @@ impl Wirer {
                     opponents: Opponents::new(),
                     problems: Vec::new(),
                     open: Vec::new(),
+                    guests: None,
                     fetched: Fetched::default(),
                     absent: BTreeMap::new(),
                     worked: Instant::now(),
@@ -224,6 +227,8 @@ struct PodWorker<'a, F> {
     problems: Vec<String>,
     /// As last told.
     open: Vec<String>,
+    /// As last told.
+    guests: Option<String>,
     fetched: Fetched,
     /// Since when cables of pods are not there.
     absent: BTreeMap<String, Instant>,
@@ -383,7 +388,7 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
         let rewritten = self.tables.keep(bridge, &self.tenants, strangers, links);
         self.looked = Instant::now();
         (self.touched, self.table_touched) = (false, false);
-        let (mut problems, mut open) = (Vec::new(), Vec::new());
+        let (mut problems, mut open, mut guests) = (Vec::new(), Vec::new(), None);
         let mut is_news = false;
         let as_before = self.seen.as_ref() == Some(bridge);
         if let Ok(mended) = &mut result {
@@ -405,22 +410,23 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
             }
             is_news = mended.count() > 0;
             open.clone_from(&mended.open);
-            problems.extend(guests::problem(bridge, &mended.strangers));
+            guests = guests::warning(bridge, &mended.strangers);
         }
         for table in rewritten.iter().filter(|_| as_before) {
             self.opponents.note(Kind::Spoofing, table, None);
         }
         problems.extend(self.tables.problems().cloned());
         problems.extend(self.opponents.problems());
-        is_news |= problems != self.problems || open != self.open;
+        is_news |= problems != self.problems || open != self.open || guests != self.guests;
         self.problems.clone_from(&problems);
         self.open.clone_from(&open);
+        self.guests.clone_from(&guests);
         let why = result.as_ref().err().map(ToString::to_string);
         let refusal = self.refusal_of(why.as_deref());
         is_news |= why.is_some() && why != self.failing && refusal.is_none();
         self.failing = why;
         if is_news {
-            (self.report)(Wired::Mended { result, problems, open });
+            (self.report)(Wired::Mended { result, problems, open, guests });
         }
         self.tell_refusal(refusal);
     }

@@ -219,6 +219,11 @@ pub fn has_problem(agent: &mut Agent, words: &str) -> bool {
     status["problems"].to_string().contains(words)
 }
 
+pub fn has_warning(agent: &mut Agent, words: &str) -> bool {
+    let status = agent.ask("/v1/status", PATIENCE).expect("a status");
+    status["warnings"].to_string().contains(words)
+}
+
 /// Waits until a tool's output satisfies a condition; gives that output.
 pub fn eventually(netns: &NetNs, command: &str, wanted: impl Fn(&str) -> bool) -> String {
     let start = Instant::now();

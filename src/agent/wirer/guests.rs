@@ -4,11 +4,11 @@ use std::collections::BTreeSet;
 
 use crate::pods::bridge::Bridge;
 
-/// Ports that a problem names.
+/// Ports that a warning names.
 const SHOWN: usize = 4;
 
 /// A sentence about ports of other programs on the pods' bridge.
-pub(super) fn problem(bridge: &Bridge, strangers: &BTreeSet<String>) -> Option<String> {
+pub(super) fn warning(bridge: &Bridge, strangers: &BTreeSet<String>) -> Option<String> {
     let first = strangers.first()?;
     let held = match bridge.anti_spoofing {
         true => "any address but those of pods and of the gateway",
