@@ -10,6 +10,7 @@ mod explain;
 mod gateway;
 mod output;
 mod pod;
+mod setting;
 mod stage;
 mod trial;
 
@@ -24,23 +25,15 @@ use std::{
 
 use self::{
     explain::Reasons,
+    setting::{Peer, Setting},
     stage::Stage,
-    trial::{EXCESS, LARGEST, Outcome, Trial},
+    trial::{Outcome, Trial},
 };
-use super::Agent;
 use crate::{
     api::{CheckState, CheckStatus},
-    dataplane::{
-        desired::{Way as Path, device_name},
-        forwarding::{Direction, Seen, Trials, Way, list},
-        kernel::TRIAL_MARK,
-    },
-    model::{Mac, PathState, Subnets},
+    dataplane::forwarding::{Direction, Seen, Trials, Way, list},
     netlink::{Netlink, nftables::Changes},
-    pods::{
-        last_addresses, last_but_one,
-        standin::{Shape, link_name},
-    },
+    pods::standin::Room,
     worker::{Order, Orders, Thread, Worker},
 };
 
@@ -59,45 +52,6 @@ const SHARE: u32 = 100;
 /// Peers among which a trial chooses.
 const MAX_PEERS: usize = 64;
 
-/// All that a trial depends on.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Setting {
-    /// None if a pod has one of its addresses.
-    pub shape: Option<Shape>,
-    /// There are pods, so that there is a bridge.
-    pub has_pods: bool,
-    /// Index of the VXLAN device.
-    pub device: u32,
-    /// Index of the interface by which packets leave that need no tunnel.
-    pub underlay: u32,
-    pub device_name: String,
-    pub mac: Mac,
-    pub vni: u32,
-    pub port: u16,
-    /// This host's address in the underlay.
-    pub local: IpAddr,
-    /// Of tunnel packets that the guard is to let in.
-    pub mark: Option<u32>,
-    /// Of the overlay.
-    pub networks: Subnets,
-    /// MTU of the VXLAN device.
-    pub carried: u32,
-    pub peers: Vec<Peer>,
-    /// Nothing that is asked of a member through its tunnel is answered.
-    pub unanswered: bool,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Peer {
-    pub mac: Mac,
-    /// Its VTEP's addresses in the overlay, one of each family.
-    pub vteps: Vec<IpAddr>,
-    /// Packets to it and from it go through a tunnel.
-    pub tunnelled: bool,
-    /// As large a packet as is sent to it.
-    pub carried: u32,
-}
-
 /// What is known.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Forwarding {
@@ -111,6 +65,17 @@ pub struct Forwarding {
     pub drops_incoming: [bool; 2],
     /// Pods do not find their gateway, as one of the problems says.
     pub lacks_gateway: bool,
+    /// Ways that packets do not pass.
+    pub closed: Vec<Way>,
+    /// What may drop packets of pods to other hosts, or answers to them, where such are lost.
+    pub suspects: Vec<String>,
+}
+
+/// What the thread tells.
+pub enum ForwarderNews {
+    State(Forwarding),
+    /// Its pod is there now, or is not any more.
+    Room(Option<Room>),
 }
 
 pub struct Forwarder {
@@ -125,7 +90,7 @@ impl Order for Option<Setting> {
 }
 
 impl Forwarder {
-    pub fn start(tell: impl Fn(Forwarding) + Send + 'static) -> io::Result<Self> {
+    pub fn start(tell: impl Fn(ForwarderNews) + Send + 'static) -> io::Result<Self> {
         let netlink = Netlink::open()?;
         let begin = |orders| TrialRunner {
             netlink,
@@ -189,7 +154,7 @@ struct TrialRunner<F> {
     told: Forwarding,
 }
 
-impl<F: Fn(Forwarding)> TrialRunner<F> {
+impl<F: Fn(ForwarderNews)> TrialRunner<F> {
     fn run(mut self) {
         while self.take_orders() {
             let now = Instant::now();
@@ -289,6 +254,9 @@ impl<F: Fn(Forwarding)> TrialRunner<F> {
         if !is_right {
             self.give_up();
             let set = Stage::set(&mut self.netlink, shape, with_mate).map_err(failed)?;
+            if let Some(stage) = &set {
+                (self.tell)(ForwarderNews::Room(Some(stage.room())));
+            }
             self.stage = set;
         }
         let mut stage = self
@@ -327,10 +295,10 @@ impl<F: Fn(Forwarding)> TrialRunner<F> {
         }
         self.skipped.clear();
         let shape = self.setting.as_ref().and_then(|setting| setting.shape.as_ref());
-        if shape.is_some() {
-            self.stage = Some(stage);
-        } else {
-            stage.remove(&mut self.netlink);
+        let is_wanted = shape.is_some();
+        self.stage = Some(stage);
+        if !is_wanted {
+            self.give_up();
         }
         Ok(())
     }
@@ -349,6 +317,7 @@ impl<F: Fn(Forwarding)> TrialRunner<F> {
 
     fn give_up(&mut self) {
         if let Some(stage) = self.stage.take() {
+            (self.tell)(ForwarderNews::Room(None));
             stage.remove(&mut self.netlink);
         }
     }
@@ -356,15 +325,19 @@ impl<F: Fn(Forwarding)> TrialRunner<F> {
     /// What may be in the way, where something is.
     fn read_rules(&mut self, setting: &Setting) {
         let closed = self.trials.closed();
-        self.reasons.keep(&closed);
+        self.reasons.keep(&closed, setting.is_far_lost);
         if !setting.unanswered {
             self.input.clear();
         }
         let begun = Instant::now();
         let translated = &self.translated;
-        let is_explained = self.reasons.explain(&closed, translated);
+        let is_explained = self.reasons.explain(&closed, translated)
+            && setting.is_far_lost == self.reasons.far.is_some();
         let is_early = self.read_at.is_some_and(|at| at > begun) && is_explained;
-        let is_well = closed.is_empty() && translated.is_empty() && !setting.unanswered;
+        let is_well = closed.is_empty()
+            && translated.is_empty()
+            && !setting.unanswered
+            && !setting.is_far_lost;
         if is_well || is_early {
             return;
         }
@@ -422,10 +395,12 @@ impl<F: Fn(Forwarding)> TrialRunner<F> {
                     .any(|way| way.ipv4 == ipv4 && matches!(way.direction, Direction::In(_)))
         });
         let (input, lacks_gateway) = (self.input.clone(), !self.reasons.gateway.is_empty());
-        let now = Forwarding { status, problems, input, drops_incoming, lacks_gateway };
+        let suspects = self.reasons.far.clone().unwrap_or_default();
+        let now =
+            Forwarding { status, problems, input, drops_incoming, lacks_gateway, closed, suspects };
         if now != self.told {
             self.told.clone_from(&now);
-            (self.tell)(now);
+            (self.tell)(ForwarderNews::State(now));
         }
     }
 }
@@ -436,60 +411,5 @@ fn untried(open: &[Way]) -> &'static str {
         ""
     } else {
         "; no peer has answered so far"
-    }
-}
-
-impl Agent {
-    /// Tells the thread what to try, if that has changed.
-    pub(super) fn update_forwarder(&mut self) {
-        let setting = self.forwarder_setting();
-        self.forwarder.set(setting);
-    }
-
-    fn forwarder_setting(&self) -> Option<Setting> {
-        let view = self.kernel.wanted.as_ref().filter(|_| self.kernel.programmed_once)?;
-        let device = self.kernel.device?;
-        let subnets = view.own.subnets;
-        let addresses = last_addresses(subnets);
-        let is_free = addresses.iter().all(|ip| self.pods.table.holder(ip).is_none());
-        let vni = view.settings.vni;
-        let shape = is_free.then(|| Shape {
-            link: link_name(vni),
-            bridge: self.config.bridge_name(vni),
-            subnets,
-            addresses,
-            mate: last_but_one(subnets),
-            mtu: (self.underlay.tunnel_mtu + EXCESS).min(LARGEST),
-        });
-        let underlay = self.underlay.with_mode(self.config.mode);
-        let withdrawn = &self.kernel.withdrawn_peers;
-        let peers = view.peers.iter().filter(|(node, _)| !withdrawn.contains(node));
-        let largest = self.underlay.tunnel_mtu;
-        let peers = peers.filter_map(|(node, peer)| {
-            let (_, subnets) = peer.leases.first()?;
-            let way = underlay.way(peer.vtep.underlay, subnets.first);
-            Some(Peer {
-                mac: peer.vtep.mac,
-                vteps: subnets.iter().map(|subnet| subnet.network()).collect(),
-                tunnelled: matches!(way, Path::Overlay(_)),
-                carried: self.kernel.narrow.get(node).copied().unwrap_or(largest),
-            })
-        });
-        Some(Setting {
-            shape,
-            has_pods: !self.pods.table.is_empty(),
-            device,
-            underlay: underlay.link,
-            device_name: device_name(vni),
-            mac: view.own.vtep.mac,
-            vni,
-            port: view.settings.vxlan_port,
-            local: underlay.local,
-            mark: self.config.firewall.guard.then_some(TRIAL_MARK),
-            networks: view.settings.pool.networks(),
-            carried: self.underlay.tunnel_mtu,
-            peers: peers.take(MAX_PEERS).collect(),
-            unanswered: self.path_states().any(|(_, state, _)| state == PathState::Unanswered),
-        })
     }
 }

@@ -1,0 +1,118 @@
+//! All that a trial depends on, and where it comes from.
+
+use std::net::IpAddr;
+
+use super::{
+    MAX_PEERS,
+    trial::{EXCESS, LARGEST},
+};
+use crate::{
+    agent::Agent,
+    dataplane::{
+        desired::{Way as Path, device_name},
+        kernel::TRIAL_MARK,
+    },
+    model::{Mac, PathState, Subnets},
+    pods::{
+        last_addresses, last_but_one,
+        standin::{Shape, link_name},
+    },
+};
+
+/// All that a trial depends on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Setting {
+    /// None if a pod has one of its addresses.
+    pub shape: Option<Shape>,
+    /// There are pods, so that there is a bridge.
+    pub has_pods: bool,
+    /// Index of the VXLAN device.
+    pub device: u32,
+    /// Index of the interface by which packets leave that need no tunnel.
+    pub underlay: u32,
+    pub device_name: String,
+    pub mac: Mac,
+    pub vni: u32,
+    pub port: u16,
+    /// This host's address in the underlay.
+    pub local: IpAddr,
+    /// Of tunnel packets that the guard is to let in.
+    pub mark: Option<u32>,
+    /// Of the overlay.
+    pub networks: Subnets,
+    /// MTU of the VXLAN device.
+    pub carried: u32,
+    pub peers: Vec<Peer>,
+    /// Nothing that is asked of a member through its tunnel is answered.
+    pub unanswered: bool,
+    /// Packets to a pod of another host, or its answers, are lost, or all that go to a host without a tunnel.
+    pub is_far_lost: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Peer {
+    pub mac: Mac,
+    /// Its VTEP's addresses in the overlay, one of each family.
+    pub vteps: Vec<IpAddr>,
+    /// Packets to it and from it go through a tunnel.
+    pub tunnelled: bool,
+    /// As large a packet as is sent to it.
+    pub carried: u32,
+}
+
+impl Agent {
+    /// Tells the thread what to try, if that has changed.
+    pub(in crate::agent) fn update_forwarder(&mut self) {
+        let setting = self.forwarder_setting();
+        self.forwarder.set(setting);
+    }
+
+    fn forwarder_setting(&self) -> Option<Setting> {
+        let view = self.kernel.wanted.as_ref().filter(|_| self.kernel.programmed_once)?;
+        let device = self.kernel.device?;
+        let subnets = view.own.subnets;
+        let addresses = last_addresses(subnets);
+        let is_free = addresses.iter().all(|ip| self.pods.table.holder(ip).is_none());
+        let vni = view.settings.vni;
+        let shape = is_free.then(|| Shape {
+            link: link_name(vni),
+            bridge: self.config.bridge_name(vni),
+            subnets,
+            addresses,
+            mate: last_but_one(subnets),
+            mtu: (self.underlay.tunnel_mtu + EXCESS).min(LARGEST),
+            route_mtu: self.underlay.tunnel_mtu,
+        });
+        let underlay = self.underlay.with_mode(self.config.mode);
+        let withdrawn = &self.kernel.withdrawn_peers;
+        let peers = view.peers.iter().filter(|(node, _)| !withdrawn.contains(node));
+        let largest = self.underlay.tunnel_mtu;
+        let peers = peers.filter_map(|(node, peer)| {
+            let (_, subnets) = peer.leases.first()?;
+            let way = underlay.way(peer.vtep.underlay, subnets.first);
+            Some(Peer {
+                mac: peer.vtep.mac,
+                vteps: subnets.iter().map(|subnet| subnet.network()).collect(),
+                tunnelled: matches!(way, Path::Overlay(_)),
+                carried: self.kernel.narrow.get(node).copied().unwrap_or(largest),
+            })
+        });
+        Some(Setting {
+            shape,
+            has_pods: !self.pods.table.is_empty(),
+            device,
+            underlay: underlay.link,
+            device_name: device_name(vni),
+            mac: view.own.vtep.mac,
+            vni,
+            port: view.settings.vxlan_port,
+            local: underlay.local,
+            mark: self.config.firewall.guard.then_some(TRIAL_MARK),
+            networks: view.settings.pool.networks(),
+            carried: self.underlay.tunnel_mtu,
+            peers: peers.take(MAX_PEERS).collect(),
+            unanswered: self.path_states().any(|(_, state, _)| state == PathState::Unanswered),
+            is_far_lost: self.kernel.far.is_in_doubt || self.is_lost_without_tunnel(),
+        })
+    }
+}
