@@ -3,7 +3,7 @@
 use tokio::sync::mpsc;
 
 use super::{
-    answers::Answers, archive::Kept, forwarder::Forwarding, inquest::Found,
+    answers::Answers, archive::Kept, far, forwarder::ForwarderNews, inquest::Found,
     kubernetes::Heard as HeardOfNode, told::Told, wirer::Wired,
 };
 use crate::{
@@ -24,7 +24,8 @@ pub(super) enum Arrival {
 pub(super) enum News {
     Disk(Written),
     Kernel(Told),
-    Forwarding(Forwarding),
+    Forwarding(ForwarderNews),
+    Far(far::Told),
     Answers(Answers),
     Found(Found),
     Pods(Wired),

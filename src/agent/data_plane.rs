@@ -17,7 +17,8 @@ use super::{
     answers::Answers,
     archive::Saved,
     auditor::Routing,
-    forwarder::Forwarding,
+    far::FarState,
+    forwarder::{ForwarderNews, Forwarding},
     programmer::{Goal, State},
     subnet_env::SubnetFile,
     surroundings::HostState,
@@ -73,6 +74,8 @@ pub(super) struct KernelState {
     pub(super) routing: Routing,
     /// Whether packets of pods are forwarded.
     pub(super) forwarding: Forwarding,
+    /// Whether they come to pods of other hosts, and answers come back.
+    pub(super) far: FarState,
     /// Whether pods of this host answer.
     pub(super) answers: Answers,
     pub(super) demand: DemandState,
@@ -172,7 +175,11 @@ impl Agent {
         }
     }
 
-    pub(super) fn on_forwarding(&mut self, state: Forwarding) {
+    pub(super) fn on_forwarding(&mut self, news: ForwarderNews) {
+        let state = match news {
+            ForwarderNews::State(state) => state,
+            ForwarderNews::Room(room) => return self.far.set_room(room),
+        };
         let before = &self.kernel.forwarding;
         let of = |state: &Forwarding| {
             let Forwarding { problems, input, warnings, .. } = state.clone();
@@ -184,6 +191,7 @@ impl Agent {
             .filter(|problem| !known(problem))
             .for_each(|problem| tracing::warn!("{problem}"));
         self.kernel.forwarding = state;
+        self.update_far();
     }
 
     fn on_demand(&mut self, state: DemandState) {

@@ -37,6 +37,7 @@ use crate::{
     dataplane::forwarding::{Direction, Seen, Trials, Way, list},
     model::Transport,
     netlink::{Netlink, nftables::Changes, route::Query},
+    pods::standin::Room,
     worker::{Order, Orders, Thread, Worker},
 };
 
@@ -69,6 +70,17 @@ pub struct Forwarding {
     pub drops_incoming: [bool; 2],
     /// Pods do not find their gateway, as one of the problems says.
     pub lacks_gateway: bool,
+    /// Ways that packets do not pass.
+    pub closed: Vec<Way>,
+    /// What may drop packets of pods to other hosts, or answers to them, where such are lost.
+    pub suspects: Vec<String>,
+}
+
+/// What the thread tells.
+pub enum ForwarderNews {
+    State(Forwarding),
+    /// Its pod is there now, or is not any more.
+    Room(Option<Room>),
 }
 
 pub struct Forwarder {
@@ -83,7 +95,7 @@ impl Order for Option<Setting> {
 }
 
 impl Forwarder {
-    pub fn start(tell: impl Fn(Forwarding) + Send + 'static) -> io::Result<Self> {
+    pub fn start(tell: impl Fn(ForwarderNews) + Send + 'static) -> io::Result<Self> {
         let netlink = Netlink::open()?;
         let begin = |orders| TrialRunner {
             netlink,
@@ -158,7 +170,7 @@ struct TrialRunner<F> {
     told: Forwarding,
 }
 
-impl<F: Fn(Forwarding)> TrialRunner<F> {
+impl<F: Fn(ForwarderNews)> TrialRunner<F> {
     fn run(mut self) {
         while self.take_orders() {
             let now = Instant::now();
@@ -289,7 +301,11 @@ impl<F: Fn(Forwarding)> TrialRunner<F> {
         };
         if !is_right {
             self.give_up();
-            self.stage = Stage::set(&mut self.netlink, shape, with_mate)?;
+            let set = Stage::set(&mut self.netlink, shape, with_mate)?;
+            if let Some(stage) = &set {
+                (self.tell)(ForwarderNews::Room(Some(stage.room())));
+            }
+            self.stage = set;
         }
         let stage = self.stage.take();
         let mut stage = stage.ok_or_else(|| idle("there are no pods on a bridge of gossamer's"))?;
@@ -340,10 +356,10 @@ impl<F: Fn(Forwarding)> TrialRunner<F> {
             }
         }
         let shape = self.setting.as_ref().and_then(|setting| setting.shape.as_ref());
-        if shape.is_some() {
-            self.stage = Some(stage);
-        } else {
-            stage.remove(&mut self.netlink);
+        let is_wanted = shape.is_some();
+        self.stage = Some(stage);
+        if !is_wanted {
+            self.give_up();
         }
         tried?;
         self.skipped.clear();
@@ -379,6 +395,7 @@ impl<F: Fn(Forwarding)> TrialRunner<F> {
 
     fn give_up(&mut self) {
         if let Some(stage) = self.stage.take() {
+            (self.tell)(ForwarderNews::Room(None));
             stage.remove(&mut self.netlink);
         }
     }
@@ -386,15 +403,19 @@ impl<F: Fn(Forwarding)> TrialRunner<F> {
     /// What may be in the way, where something is.
     fn read_rules(&mut self, setting: &Setting) {
         let closed = self.trials.closed();
-        self.reasons.keep(&closed);
+        self.reasons.keep(&closed, setting.is_far_lost);
         if !setting.unanswered {
             self.input.clear();
         }
         let begun = Instant::now();
         let translated = &self.translated;
-        let is_explained = self.reasons.explain(&closed, translated);
+        let is_explained = self.reasons.explain(&closed, translated)
+            && setting.is_far_lost == self.reasons.far.is_some();
         let is_early = self.read_at.is_some_and(|at| at > begun) && is_explained;
-        let is_well = closed.is_empty() && translated.is_empty() && !setting.unanswered;
+        let is_well = closed.is_empty()
+            && translated.is_empty()
+            && !setting.unanswered
+            && !setting.is_far_lost;
         if is_well || is_early {
             return;
         }
@@ -455,10 +476,20 @@ impl<F: Fn(Forwarding)> TrialRunner<F> {
         });
         let (input, lacks_gateway) = (self.input.clone(), !self.reasons.gateway.is_empty());
         let warnings = self.warnings.clone();
-        let now = Forwarding { status, problems, warnings, input, drops_incoming, lacks_gateway };
+        let suspects = self.reasons.far.clone().unwrap_or_default();
+        let now = Forwarding {
+            status,
+            problems,
+            warnings,
+            input,
+            drops_incoming,
+            lacks_gateway,
+            closed,
+            suspects,
+        };
         if now != self.told {
             self.told.clone_from(&now);
-            (self.tell)(now);
+            (self.tell)(ForwarderNews::State(now));
         }
     }
 }

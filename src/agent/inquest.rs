@@ -419,7 +419,9 @@ impl<F: Fn(Found)> Inquirer<F> {
             let now = Instant::now();
             if knock_at <= now {
                 knock_at = now + KNOCK;
-                let sent_to = asked.iter().filter(|suspect| knock.at(suspect.address));
+                // A peer without a tunnel would take it for one of this host's pods' packets in a tunnel.
+                let tunnelled = asked.iter().filter(|suspect| suspect.tunnelled);
+                let sent_to = tunnelled.filter(|suspect| knock.at(suspect.address));
                 sent.past.extend(sent_to.map(|suspect| suspect.node));
                 let sent_to =
                     asked.iter().filter(|suspect| suspect.tunnelled && knock.inside(suspect));

@@ -17,6 +17,7 @@ mod disk;
 mod docker;
 mod doors;
 mod events;
+mod far;
 mod forwarder;
 mod hooks;
 mod host_view;
@@ -70,6 +71,7 @@ use self::{
     data_plane::{KernelState, remove_traces},
     doors::Closed,
     events::Journal,
+    far::Far,
     forwarder::Forwarder,
     inquest::Inquest,
     kubernetes::Source,
@@ -135,6 +137,7 @@ struct Agent {
     gate: Gate,
     programmer: Programmer,
     forwarder: Forwarder,
+    far: Far,
     asking: Asking,
     inquest: Inquest,
     kernel: KernelState,
@@ -268,6 +271,7 @@ impl Agent {
         if self.next_probe().is_some_and(|at| at <= now) {
             self.probe();
             self.update_forwarder();
+            self.update_far();
             self.look_for_pods();
             self.update_inquest();
         }
@@ -310,7 +314,8 @@ impl Agent {
             }
             News::Disk(Written::Saved(number)) => self.on_saved(number),
             News::Kernel(told) => self.on_told(told),
-            News::Forwarding(state) => self.on_forwarding(state),
+            News::Forwarding(news) => self.on_forwarding(news),
+            News::Far(told) => self.on_far(told),
             News::Answers(state) => self.on_answers(state),
             News::Found(found) => self.on_found(found),
             News::Pods(wired) => self.on_wired(wired),
@@ -417,6 +422,7 @@ impl Agent {
         let threads = [
             self.programmer.end(),
             self.forwarder.end(),
+            self.far.end(),
             self.asking.end(),
             self.inquest.end(),
             self.wirer.end(),

@@ -198,11 +198,14 @@ impl Agent {
                 ));
             }
             Way::Direct { .. } if lost => {
+                let suspects = self.kernel.forwarding.suspects.iter();
+                let suspects =
+                    suspects.map(|suspect| format!("{suspect}; or ")).collect::<String>();
                 return Some(format!(
-                    "packets to {name} go to {there} without a tunnel, and are not answered: let the \
-                     underlay carry {} (in a cloud: turn off its check of source and destination), or use \
-                     mode = \"vxlan\"; or the firewall of {name} drops ICMP and UDP {gossip} from {}, which \
-                     harms no pod (there: gossamer status)",
+                    "packets to {name} go to {there} without a tunnel, and are not answered: \
+                     {suspects}let the underlay carry {} (in a cloud: turn off its check of source and \
+                     destination), or use mode = \"vxlan\"; or the firewall of {name} drops ICMP and UDP \
+                     {gossip} from {}, which harms no pod (there: gossamer status)",
                     view.settings.pool.network(),
                     view.own.subnets.first.network()
                 ));

@@ -428,6 +428,12 @@ impl Agent {
         matches!(self.way_to(node), Some(Way::Direct { .. }))
     }
 
+    /// Whether nothing is answered by some peer that is spoken to directly.
+    pub(super) fn is_lost_without_tunnel(&self) -> bool {
+        let mut lost = self.path_states().filter(|(_, state, _)| self.is_lost(*state));
+        lost.any(|(node, ..)| self.is_direct(node))
+    }
+
     /// Without a tunnel the kernel takes an address of the underlay. What checks source addresses, at a host
     /// or on the way, then lets pass what it would drop of pods.
     pub(super) fn probe_source(&self, node: NodeId) -> Option<IpAddr> {

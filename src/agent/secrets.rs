@@ -104,6 +104,7 @@ impl Agent {
     pub(super) fn on_inquired(&mut self, reply: ReplyId, inquiry: Inquiry) {
         let refused = match inquiry {
             Inquiry::Report => None,
+            Inquiry::Arrivals(round) => return self.far.testify(reply, round),
             Inquiry::Secret(_) if self.config.pod_cidr.is_some() => Some(ASSIGNED.to_owned()),
             Inquiry::Secret(order) => {
                 return self

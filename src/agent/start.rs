@@ -12,9 +12,9 @@ use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 
 use super::{
-    Agent, Archive, Arrivals, Asking, Clock, Company, Ending, Forwarder, Gate, Inquest, Journal,
-    KernelState, News, PodState, Prober, Programmer, Reread, Service, Signals, Source, Surveys,
-    Unread, Wirer,
+    Agent, Archive, Arrivals, Asking, Clock, Company, Ending, Far, Forwarder, Gate, Inquest,
+    Journal, KernelState, News, PodState, Prober, Programmer, Reread, Service, Signals, Source,
+    Surveys, Unread, Wirer,
     doors::Doors,
     host_view::{self, HostView},
     kubernetes,
@@ -291,8 +291,12 @@ async fn prepare(
         let _ = report.send(News::Kernel(told));
     })?;
     let report = sender.clone();
-    let forwarder = Forwarder::start(move |state| {
-        let _ = report.send(News::Forwarding(state));
+    let forwarder = Forwarder::start(move |news| {
+        let _ = report.send(News::Forwarding(news));
+    })?;
+    let report = sender.clone();
+    let far = Far::start(move |told| {
+        let _ = report.send(News::Far(told));
     })?;
     let report = sender.clone();
     let asking = Asking::start(move |state| {
@@ -331,6 +335,7 @@ async fn prepare(
         gate: Gate::default(),
         programmer,
         forwarder,
+        far,
         asking,
         inquest,
         kernel: KernelState::default(),

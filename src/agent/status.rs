@@ -94,7 +94,7 @@ impl Agent {
                 misses_answered: kernel.demand.answered,
                 misses_unknown: kernel.demand.unknown,
                 routing: kernel.routing.status.clone(),
-                forwarding: kernel.answers.added_to(&kernel.forwarding.status),
+                forwarding: self.far_added_to(kernel.answers.added_to(&kernel.forwarding.status)),
             },
             paths: self.path_statuses(),
             pods: self.pods.table.iter().filter(|pod| self.is_present(pod)).count(),
@@ -137,6 +137,7 @@ impl Agent {
         // What is sent elsewhere is not forwarded either: one cause, one problem.
         if !self.is_all_astray() {
             problems.extend(kernel.forwarding.problems.iter().cloned());
+            problems.extend(self.far_problems());
         }
         // Where no pod gets an answer of this host, what drops that drops answers of pods as well.
         if !kernel.forwarding.lacks_gateway {

@@ -123,6 +123,7 @@ impl Agent {
             paths: self.path_states().map(path).collect(),
             secrets: self.keyring.ids(),
             refused: None,
+            arrivals: None,
         }
     }
 

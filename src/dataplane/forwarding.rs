@@ -24,14 +24,25 @@
 //! Each other way is tried with a UDP datagram and with the first segment of a TCP connection: rules often
 //! drop the one or the other alone. Echoes are not: pods live without them. Pure: packets are made here, and
 //! sent elsewhere.
+//!
+//! All of these see this host's part of the way alone. Whether packets come to a pod of another host, and
+//! answers come back, is in [`FarPods`].
 
 use std::{collections::BTreeMap, time::Duration};
 
+mod far;
+mod message;
 mod packet;
+mod witness;
 
+pub use far::{Deed, FarPods, FarWay, Half, Subject};
+pub use message::{
+    FAR_PORT, Kind, Said, Segment, Sort, answer, question, read, segment as far_segment,
+};
 pub use packet::{
     MAGIC, NONCE_LEN, Probe, Tunnelled, UNUSED, UNUSED_OUT, destination, echo, inner, parse,
 };
+pub use witness::Witness;
 
 /// Between two trials while all is well.
 const CALM: Duration = Duration::from_secs(15);
@@ -86,9 +97,9 @@ pub enum Seen {
 }
 
 /// What is known of each way.
-#[derive(Debug, Default)]
-pub struct Trials {
-    ways: BTreeMap<Way, Tally>,
+#[derive(Debug)]
+pub struct Trials<W = Way> {
+    ways: BTreeMap<W, Tally>,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -98,8 +109,14 @@ struct Tally {
     passes: Option<bool>,
 }
 
-impl Trials {
-    pub fn note(&mut self, way: Way, seen: Seen) {
+impl<W> Default for Trials<W> {
+    fn default() -> Self {
+        Self { ways: BTreeMap::new() }
+    }
+}
+
+impl<W: Copy + Ord> Trials<W> {
+    pub fn note(&mut self, way: W, seen: Seen) {
         let tally = self.ways.entry(way).or_default();
         match seen {
             Seen::Passed => *tally = Tally { passes: Some(true), ..Tally::default() },
@@ -124,25 +141,32 @@ impl Trials {
     }
 
     /// Forgets ways that are not tried any more.
-    pub fn keep(&mut self, is_tried: impl Fn(&Way) -> bool) {
+    pub fn keep(&mut self, is_tried: impl Fn(&W) -> bool) {
         self.ways.retain(|way, _| is_tried(way));
     }
 
     /// Ways that packets do not pass.
-    pub fn closed(&self) -> Vec<Way> {
+    pub fn closed(&self) -> Vec<W> {
         self.with(false)
     }
 
     /// Ways that packets pass.
-    pub fn open(&self) -> Vec<Way> {
+    pub fn open(&self) -> Vec<W> {
         self.with(true)
     }
 
-    fn with(&self, passes: bool) -> Vec<Way> {
+    fn with(&self, passes: bool) -> Vec<W> {
         let ways = self.ways.iter().filter(|(_, tally)| tally.passes == Some(passes));
         ways.map(|(way, _)| *way).collect()
     }
 
+    /// Ways that packets were lost on when they were last tried, with or without a verdict.
+    fn doubted(&self) -> impl Iterator<Item = &W> {
+        self.ways.iter().filter(|(_, tally)| tally.lost > 0).map(|(way, _)| way)
+    }
+}
+
+impl Trials<Way> {
     /// Until the next trial. A host may be closed to its pods for good, and on purpose.
     pub fn pause(&self) -> Duration {
         let is_open = |(way, tally): (&Way, &Tally)| {
@@ -220,14 +244,15 @@ pub fn list(ways: &[Way]) -> String {
 pub(crate) fn samples() -> Vec<Vec<u8>> {
     let ipv4 = [&[0x45, 0, 0, 28, 0, 0, 0, 0, 64, 17][..], &[0; 10], &[1; 8]].concat();
     let ipv6 = [&[0x60, 0, 0, 0, 0, 8, 6, 64][..], &[1; 32], &[2; 20]].concat();
-    vec![ipv4, ipv6]
+    vec![ipv4, ipv6, question(Kind::Small, 7, 0)]
 }
 
 /// Reads a packet and compares it with that of a trial, for the fuzzer.
 #[cfg(all(feature = "agent", any(test, feature = "sim")))]
 pub(crate) fn fuzz(packet: &[u8]) -> bool {
     let within = inner(packet).and_then(|packet| destination(packet).zip(echo(packet)));
-    parse(packet).is_some() || within.is_some()
+    let is_far = read(packet).is_some() || far_segment(packet).is_some();
+    parse(packet).is_some() || within.is_some() || is_far
 }
 
 #[cfg(test)]

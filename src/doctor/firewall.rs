@@ -90,6 +90,7 @@ fn forwarding(patient: &Patient, chains: &ForeignChains, networks: &[IpNet]) -> 
             let is_about_it = |problem: &&str| {
                 [
                     "does not forward",
+                    "at pods of",
                     "do not find their gateway",
                     "leave under the address",
                     "do not hear that a packet",

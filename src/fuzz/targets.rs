@@ -23,8 +23,8 @@ use crate::{
     },
     netavark, netlink,
     wire::{
-        Facts, Frame, GrantWish, Hello, Key, Keyring, Push, Record, Refusal, Request, Response,
-        Secret, SwimPacket, Token,
+        Arrivals, Facts, Frame, GrantWish, Hello, Inquiry, Key, Keyring, Push, Record, Refusal,
+        Report, Request, Response, Secret, SwimPacket, Token,
     },
 };
 
@@ -107,14 +107,18 @@ fn requests() -> Vec<Vec<u8>> {
         Request::Hello(Hello { member, identity: identity(), settings, grant })
     });
     let exchange = Request::Exchange { buckets: 3, identity: identity(), facts: facts() };
-    let all = [Request::Grant(GrantWish::default()), Request::BeMyHeir, exchange];
+    let inquiry = Request::Inquire(Inquiry::Arrivals(7));
+    let all = [Request::Grant(GrantWish::default()), Request::BeMyHeir, exchange, inquiry];
     all.into_iter().chain(hello).map(|request| request.encode()).collect()
 }
 
 fn responses() -> Vec<Vec<u8>> {
     let refused = Response::Refused(Refusal::Unreadable("no such bucket".to_owned().into()));
     let facts = Response::Facts { facts: facts(), down: Vec::new(), down_as: None };
-    [Response::Same, refused, facts].into_iter().map(|response| response.encode()).collect()
+    let arrivals = Arrivals { there_for_ms: 60_000, came: 0x55, shed: false };
+    let report = Report { arrivals: Some(arrivals), ..Report::default() };
+    let report = Response::Report(Box::new(report));
+    [Response::Same, refused, facts, report].into_iter().map(|response| response.encode()).collect()
 }
 
 fn frames() -> Vec<Vec<u8>> {

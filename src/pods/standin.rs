@@ -10,6 +10,7 @@ use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::fd::AsRawFd as _,
+    sync::Arc,
 };
 
 use nix::sched::{CloneFlags, unshare};
@@ -19,6 +20,7 @@ use rtnetlink::{
     packet_route::{
         RouteNetlinkMessage,
         link::{InfoData, InfoVeth},
+        route::{RouteAttribute, RouteMetric},
     },
 };
 
@@ -50,17 +52,26 @@ pub struct Shape {
     /// Of a second one, for packets between two pods; none where the subnet is too small.
     pub mate: Option<Addresses>,
     pub mtu: u32,
+    /// That of its route to others, above which it sends fragments, as pods do.
+    pub route_mtu: u32,
 }
 
 /// It exists for as long as this is kept.
 #[derive(Debug)]
 pub struct StandIn {
-    netns: File,
+    netns: Arc<File>,
     shape: Shape,
     link: String,
     /// Indices of the bridge and of its port.
     bridge: u32,
     port: u32,
+}
+
+/// Its inside, for others that have sockets there. That alone keeps nothing on this host.
+#[derive(Clone, Debug)]
+pub struct Room {
+    netns: Arc<File>,
+    pub addresses: Addresses,
 }
 
 /// Which of the two it is.
@@ -110,7 +121,7 @@ impl StandIn {
         remove_former(netlink, &link)?;
         let netns = in_thread(|| {
             unshare(CloneFlags::CLONE_NEWNET)?;
-            File::open("/proc/thread-self/ns/net")
+            File::open("/proc/thread-self/ns/net").map(Arc::new)
         })?;
         let inner = LinkMessageBuilder::<LinkUnspec>::new()
             .name(INNER.to_owned())
@@ -147,7 +158,11 @@ impl StandIn {
 
     /// Does something inside. Sockets that are opened stay there for good.
     pub fn inside<T: Send>(&self, work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
-        inside(&self.netns, work)
+        inside(&*self.netns, work)
+    }
+
+    pub fn room(&self) -> Room {
+        Room { netns: self.netns.clone(), addresses: self.shape.addresses }
     }
 
     /// A socket inside, and the index of the interface there.
@@ -170,7 +185,7 @@ impl StandIn {
     }
 
     fn furnish(&self, role: Role) -> io::Result<()> {
-        let Shape { addresses, subnets, mate, .. } = &self.shape;
+        let Shape { addresses, subnets, mate, route_mtu, .. } = &self.shape;
         self.inside(|| {
             let mut netlink = Netlink::open()?;
             let index = netlink.index_of(INNER)?;
@@ -190,13 +205,20 @@ impl StandIn {
                 netlink.apply_one(message, flags)?;
                 if role == Role::First {
                     netlink.apply_one(
-                        default_route(index, gateway(subnet)),
+                        default_route(index, gateway(subnet), *route_mtu),
                         NLM_F_CREATE | NLM_F_EXCL,
                     )?;
                 }
             }
             other.into_iter().try_for_each(|ip| netlink.set_neighbour(index, ip, mac))
         })
+    }
+}
+
+impl Room {
+    /// Does something inside. Sockets that are opened stay there for good.
+    pub fn inside<T: Send>(&self, work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
+        inside(&*self.netns, work)
     }
 }
 
@@ -209,15 +231,17 @@ impl Shape {
     }
 }
 
-fn default_route(link: u32, via: IpAddr) -> RouteNetlinkMessage {
-    RouteNetlinkMessage::NewRoute(match via {
+fn default_route(link: u32, via: IpAddr, mtu: u32) -> RouteNetlinkMessage {
+    let mut route = match via {
         IpAddr::V4(via) => {
             RouteMessageBuilder::<Ipv4Addr>::new().output_interface(link).gateway(via).build()
         }
         IpAddr::V6(via) => {
             RouteMessageBuilder::<Ipv6Addr>::new().output_interface(link).gateway(via).build()
         }
-    })
+    };
+    route.attributes.push(RouteAttribute::Metrics(vec![RouteMetric::Mtu(mtu)]));
+    RouteNetlinkMessage::NewRoute(route)
 }
 
 /// Of an agent that was killed a moment ago: the kernel is about to remove it.

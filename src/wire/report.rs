@@ -20,6 +20,8 @@ pub enum Inquiry {
     Report,
     /// "Do this with a secret, and tell me how you are then."
     Secret(SecretOrder),
+    /// "Which packets of this round of trials have come to your own pod?"
+    Arrivals(u32),
 }
 
 /// A step of a rotation. Each is done once, however often it is asked for.
@@ -48,6 +50,19 @@ pub struct Report {
     pub secrets: Vec<SecretId>,
     /// Why an order was not carried out.
     pub refused: Option<Text>,
+    /// What has come of a round of trials, if that was asked, and there is a pod for it to come to.
+    pub arrivals: Option<Arrivals>,
+}
+
+/// What has come of a round of trials to the pod of the agent that is asked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Arrivals {
+    /// For how long that pod has been there, in milliseconds.
+    pub there_for_ms: u32,
+    /// A bit for each sort of packet that has come, and was answered.
+    pub came: u8,
+    /// There were too many packets lately to answer all.
+    pub shed: bool,
 }
 
 /// The way from the one who reports to a peer.

@@ -29,6 +29,7 @@ mod doors;
 mod families;
 mod firewall;
 mod forwarding;
+mod forwarding_far;
 mod guests;
 mod harm;
 mod hostile;

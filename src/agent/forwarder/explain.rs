@@ -39,6 +39,8 @@ pub struct Reasons {
     pub rules: Vec<String>,
     /// What is in the way is so before it is known whether a packet is for a pod or for this host itself.
     pub takes_all: bool,
+    /// What may be in the way of packets to pods of other hosts, and of answers; none where it was not read.
+    pub far: Option<Vec<String>>,
     /// Sentences about pods that do not find their gateway, by whether it is the IPv4 one.
     pub gateway: BTreeMap<bool, String>,
     /// What shows packets between pods to those rules, by whether it is about IPv4.
@@ -73,6 +75,9 @@ impl Reasons {
         for ipv4 in translated.keys() {
             reasons.translating.insert(*ipv4, translating(setting, *ipv4));
         }
+        let needs_rules = setting.is_far_lost || closed.iter().any(needs_rules);
+        let (found, takes_all) =
+            if needs_rules { suspects(netlink, setting, port) } else { Default::default() };
         for Way { direction, ipv4 } in closed {
             if *direction == Direction::TooLarge || direction.is_of_host() {
                 continue;
@@ -89,7 +94,7 @@ impl Reasons {
                 continue;
             }
             if reasons.rules.is_empty() {
-                (reasons.rules, reasons.takes_all) = rules(netlink, setting, port);
+                (reasons.rules, reasons.takes_all) = (or_where_to_look(&found, setting), takes_all);
             }
             if direction.is_between() {
                 let chains = chains_between(setting, *ipv4);
@@ -100,11 +105,12 @@ impl Reasons {
                 reasons.bridged.insert(*ipv4, bridged);
             }
         }
+        reasons.far = setting.is_far_lost.then_some(found);
         reasons
     }
 
     /// Forgets what is about other ways.
-    pub fn keep(&mut self, closed: &[Way]) {
+    pub fn keep(&mut self, closed: &[Way], is_far_lost: bool) {
         let is_closed = |is: fn(Direction) -> bool, ipv4| {
             closed.iter().any(|way| is(way.direction) && way.ipv4 == ipv4)
         };
@@ -116,10 +122,10 @@ impl Reasons {
             self.legacy.clear();
             self.leading.clear();
         }
-        let needs_rules = |way: &Way| way.direction.is_through() || way.direction.is_between();
         if !closed.iter().any(needs_rules) {
             self.rules.clear();
         }
+        self.far.take_if(|_| !is_far_lost);
     }
 
     /// Whether there is something about each of these ways.
@@ -277,8 +283,24 @@ pub fn translating(setting: &Setting, ipv4: bool) -> String {
     causes.join("; ")
 }
 
-/// The second says whether one of them sees packets before their way is looked up.
-fn rules(netlink: &mut Netlink, setting: &Setting, port: Option<u32>) -> (Vec<String>, bool) {
+const fn needs_rules(way: &Way) -> bool {
+    way.direction.is_through() || way.direction.is_between()
+}
+
+fn or_where_to_look(found: &[String], setting: &Setting) -> Vec<String> {
+    if !found.is_empty() {
+        return found.to_vec();
+    }
+    vec![format!(
+        "no rule was found that says so; look at nft list ruleset, ip rule (also by mark or port), \
+         iptables-legacy -S FORWARD, ip xfrm policy, bpftool net, and tc filter show dev {}",
+        setting.device_name
+    )]
+}
+
+/// What was found to be in the way; the second says whether one of them sees packets before their way is
+/// looked up.
+fn suspects(netlink: &mut Netlink, setting: &Setting, port: Option<u32>) -> (Vec<String>, bool) {
     // No rule is to blame for what the table drops.
     if let Some(full) = connections::full() {
         return (vec![full], false);
@@ -305,6 +327,7 @@ fn rules(netlink: &mut Netlink, setting: &Setting, port: Option<u32>) -> (Vec<St
         link.index == setting.device
             || link.name == bridge_name(setting)
             || Some(link.index) == port
+            || setting.is_far_lost && link.index == setting.underlay
     };
     for link in links.iter().filter(is_on_the_way) {
         let sides = [Side::Ingress, Side::Egress];
@@ -312,13 +335,6 @@ fn rules(netlink: &mut Netlink, setting: &Setting, port: Option<u32>) -> (Vec<St
     }
     if reasons.is_empty() {
         reasons.extend(redirecting(&networks));
-    }
-    if reasons.is_empty() {
-        reasons.push(format!(
-            "no rule was found that says so; look at nft list ruleset, ip rule (also by mark or port), \
-             iptables-legacy -S FORWARD, ip xfrm policy, bpftool net, and tc filter show dev {}",
-            setting.device_name
-        ));
     }
     (reasons, takes_all)
 }

@@ -1,4 +1,4 @@
-//! What the thread is told: this host, its overlay and the peers.
+//! All that a trial depends on, and where it comes from.
 
 use std::net::IpAddr;
 
@@ -47,6 +47,8 @@ pub struct Setting {
     pub peers: Vec<Peer>,
     /// Nothing that is asked of a member through its tunnel is answered.
     pub unanswered: bool,
+    /// Packets to a pod of another host, or its answers, are lost, or all that go to a host without a tunnel.
+    pub is_far_lost: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -83,6 +85,7 @@ impl Agent {
             addresses,
             mate: last_but_one(subnets),
             mtu: (self.underlay.tunnel_mtu + EXCESS).min(LARGEST),
+            route_mtu: self.underlay.tunnel_mtu,
         });
         let underlay = self.underlay.with_mode(self.config.mode);
         let withdrawn = &self.kernel.withdrawn_peers;
@@ -115,6 +118,7 @@ impl Agent {
             carried: self.underlay.tunnel_mtu,
             peers: peers.take(MAX_PEERS).collect(),
             unanswered: self.path_states().any(|(_, state, _)| state == PathState::Unanswered),
+            is_far_lost: self.kernel.far.is_in_doubt || self.is_lost_without_tunnel(),
         })
     }
 }

@@ -6,7 +6,7 @@ use std::io;
 use super::{gateway::Gateway, home::Home, trial::Sockets};
 use crate::{
     netlink::Netlink,
-    pods::standin::{Shape, StandIn},
+    pods::standin::{Room, Shape, StandIn},
 };
 
 pub struct Stage {
@@ -52,6 +52,11 @@ impl Stage {
             None => !with_mate || shape.mate.is_none(),
         };
         Ok(has_mate && self.standin.is(netlink, shape)?)
+    }
+
+    /// The inside of the first one.
+    pub fn room(&self) -> Room {
+        self.standin.room()
     }
 
     /// Index of the first one's port.

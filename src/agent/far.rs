@@ -1,0 +1,334 @@
+//! The thread that tries whether packets of pods come to pods of other hosts, and answers those of others.
+//!
+//! It has sockets in the pod that is the agent's own, for as long as there is one. What follows from what it
+//! sees is decided in [`crate::dataplane::forwarding::FarPods`]. What came to it is told to agents that ask.
+
+mod sockets;
+mod words;
+
+use std::{
+    collections::BTreeMap,
+    io,
+    net::IpAddr,
+    sync::mpsc::TryRecvError,
+    time::{Duration, Instant},
+};
+
+use self::sockets::{Heard, RoomSockets};
+use super::{Agent, clock::Clock, start::random};
+use crate::{
+    core::{Peer, ReplyId},
+    dataplane::{
+        desired::Way as Path,
+        forwarding::{Deed, FarPods, FarWay, Subject, Way, Witness},
+    },
+    model::{NodeId, PathState, Subnets},
+    pods::{last_addresses, standin::Room},
+    wire::{Arrivals, Inquiry, Report},
+    worker::{Order, Orders, Thread, Worker},
+};
+
+/// Whom there is to try, and who may ask.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Setting {
+    subjects: Vec<Subject>,
+    /// What this host drops itself.
+    lost_here: Vec<Way>,
+    askers: Vec<Asker>,
+}
+
+/// A member whose pod may ask, under its own address or one that its host gives it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Asker {
+    subnets: Subnets,
+    underlay: IpAddr,
+}
+
+/// What is known.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FarState {
+    pub closed: Vec<FarWay>,
+    /// Peers from whose pods answers come.
+    pub answering: usize,
+    /// Something was lost when it was last tried.
+    pub is_in_doubt: bool,
+}
+
+/// What the thread tells.
+pub enum Told {
+    State(FarState),
+    /// These members are to be asked what has come of a round.
+    Ask(u32, Vec<NodeId>),
+    /// What has come, for a member that has asked; none where there is no pod.
+    Testimony(ReplyId, Option<Arrivals>),
+}
+
+enum Command {
+    Room(Option<Room>),
+    Setting(Setting),
+    Testify(ReplyId, u32),
+    /// What members have told of a round.
+    Heard(u32, BTreeMap<NodeId, Arrivals>),
+}
+
+impl Order for Command {
+    fn supersedes(&self, earlier: &Self) -> bool {
+        matches!(
+            (self, earlier),
+            (Self::Room(_), Self::Room(_)) | (Self::Setting(_), Self::Setting(_))
+        )
+    }
+}
+
+pub struct Far {
+    worker: Worker<Command>,
+    told: Setting,
+}
+
+impl Far {
+    pub fn start(tell: impl Fn(Told) + Send + 'static) -> io::Result<Self> {
+        let worker = Worker::start("far pods", move |orders| {
+            let runner = Runner {
+                orders,
+                tell,
+                clock: Clock(Instant::now()),
+                setting: Setting::default(),
+                far: FarPods::default(),
+                place: None,
+                told: FarState::default(),
+            };
+            runner.run();
+        })?;
+        Ok(Self { worker, told: Setting::default() })
+    }
+
+    pub fn set_room(&self, room: Option<Room>) {
+        self.worker.order(Command::Room(room));
+    }
+
+    /// Answers a member that asks what has come of a round.
+    pub fn testify(&self, reply: ReplyId, round: u32) {
+        self.worker.order(Command::Testify(reply, round));
+    }
+
+    fn set(&mut self, setting: Setting) {
+        if self.told != setting {
+            self.told.clone_from(&setting);
+            self.worker.order(Command::Setting(setting));
+        }
+    }
+
+    fn hear(&self, round: u32, told: BTreeMap<NodeId, Arrivals>) {
+        self.worker.order(Command::Heard(round, told));
+    }
+
+    pub fn end(self) -> Thread {
+        self.worker.end()
+    }
+}
+
+/// Where it listens, and what came there.
+struct Place {
+    sockets: RoomSockets,
+    witness: Witness,
+}
+
+struct Runner<F> {
+    orders: Orders<Command>,
+    tell: F,
+    clock: Clock,
+    setting: Setting,
+    far: FarPods,
+    place: Option<Place>,
+    told: FarState,
+}
+
+impl<F: Fn(Told)> Runner<F> {
+    fn run(mut self) {
+        while self.take_orders() {
+            self.hear();
+            self.act();
+            self.report();
+            let now = self.clock.now();
+            let due = self.place.as_ref().and_then(|_| self.far.next_due());
+            let pause = due.map(|due| due.since(now));
+            let fds = self.place.iter().flat_map(|place| place.sockets.fds());
+            self.orders.sleeper.wait(fds, pause);
+        }
+    }
+
+    /// Says whether the agent still runs.
+    fn take_orders(&mut self) -> bool {
+        loop {
+            match self.orders.take() {
+                Ok(Command::Room(room)) => self.settle(room),
+                Ok(Command::Setting(setting)) => {
+                    self.setting = setting;
+                    self.far.update(&self.setting.subjects, &self.setting.lost_here);
+                }
+                Ok(Command::Testify(reply, round)) => {
+                    // What waits to be read has come, too.
+                    self.hear();
+                    let now = self.clock.now();
+                    let told = self.place.as_ref().map(|place| place.witness.testify(now, round));
+                    (self.tell)(Told::Testimony(reply, told));
+                }
+                Ok(Command::Heard(round, told)) => {
+                    self.hear();
+                    self.far.on_told(self.clock.now(), round, &told);
+                }
+                Err(TryRecvError::Empty) => return true,
+                Err(TryRecvError::Disconnected) => return false,
+            }
+        }
+    }
+
+    /// Nothing that was known in another pod counts.
+    fn settle(&mut self, room: Option<Room>) {
+        self.place = None;
+        self.far = FarPods::default();
+        self.far.update(&self.setting.subjects, &self.setting.lost_here);
+        let Some(room) = room else { return };
+        match RoomSockets::open(room) {
+            Ok(sockets) => {
+                self.place = Some(Place { sockets, witness: Witness::new(self.clock.now()) });
+            }
+            Err(error) => tracing::debug!(%error, "pods of other hosts are not tried"),
+        }
+    }
+
+    /// Takes what has come.
+    fn hear(&mut self) {
+        let Some(Place { sockets, witness }) = &mut self.place else { return };
+        let (far, setting, clock) = (&mut self.far, &self.setting, &self.clock);
+        sockets.hear(|heard| {
+            let now = clock.now();
+            match heard {
+                Heard::Question { from, round, sort } => {
+                    if !setting.may_ask(from) || !witness.admit(now) {
+                        return false;
+                    }
+                    witness.note(now, round, sort);
+                    far.on_question(now, from);
+                    true
+                }
+                Heard::Answer { from, round, kind } => {
+                    far.on_answer(from, kind, round);
+                    false
+                }
+            }
+        });
+    }
+
+    fn act(&mut self) {
+        let Some(Place { sockets, .. }) = &mut self.place else { return };
+        // Without luck there is no round.
+        let Ok(luck) = random() else { return };
+        while let Some(deed) = self.far.poll(self.clock.now(), u32::from_ne_bytes(luck)) {
+            match deed {
+                Deed::Begin => {
+                    if let Err(error) = sockets.renew() {
+                        tracing::debug!(%error, "no fresh port");
+                    }
+                }
+                Deed::Send { to, kind, number, size } => sockets.send(to, kind, number, size),
+                Deed::Ask(round, nodes) => (self.tell)(Told::Ask(round, nodes)),
+            }
+        }
+    }
+
+    fn report(&mut self) {
+        let now = FarState {
+            closed: self.far.closed(),
+            answering: self.far.answering(),
+            is_in_doubt: self.far.is_in_doubt(),
+        };
+        if now != self.told {
+            self.told.clone_from(&now);
+            (self.tell)(Told::State(now));
+        }
+    }
+}
+
+impl Setting {
+    fn may_ask(&self, from: IpAddr) -> bool {
+        let is_it = |asker: &Asker| {
+            asker.underlay == from || asker.subnets.iter().any(|subnet| subnet.contains(&from))
+        };
+        self.askers.iter().any(is_it)
+    }
+}
+
+impl Agent {
+    pub(super) fn on_far(&mut self, told: Told) {
+        match told {
+            Told::State(state) => {
+                let before = self.far_problems();
+                self.kernel.far = state;
+                let now = self.far_problems();
+                let new = now.iter().filter(|problem| !before.contains(problem));
+                new.for_each(|problem| tracing::warn!("{problem}"));
+                self.update_forwarder();
+            }
+            Told::Ask(round, nodes) => {
+                let asked = self.survey(nodes, Inquiry::Arrivals(round), move |agent, found| {
+                    let told =
+                        |(node, report): (NodeId, Option<Report>)| Some((node, report?.arrivals?));
+                    agent.far.hear(round, found.into_iter().filter_map(told).collect());
+                });
+                if !asked {
+                    self.far.hear(round, BTreeMap::new());
+                }
+            }
+            Told::Testimony(reply, arrivals) => {
+                self.node.report(reply, Report { arrivals, ..Report::default() });
+            }
+        }
+    }
+
+    /// Tells the thread whom to try, if that has changed.
+    pub(super) fn update_far(&mut self) {
+        let setting = self.far_setting().unwrap_or_default();
+        self.far.set(setting);
+    }
+
+    fn far_setting(&self) -> Option<Setting> {
+        let view = self.kernel.wanted.as_ref().filter(|_| self.kernel.programmed_once)?;
+        let asker = |peer: &Peer| {
+            let (_, subnets) = peer.leases.first()?;
+            Some(Asker { subnets: *subnets, underlay: peer.vtep.underlay })
+        };
+        let askers = view.peers.values().filter_map(asker).collect();
+        let lost_here = self.kernel.forwarding.closed.clone();
+        // Each trial of a peer would use its entries, which are there for as long as they are used. Where
+        // nothing gets to any peer, that is told already.
+        let is_told = self.kernel.demand.in_use.is_some()
+            || self.kernel.underlay_problem.is_some()
+            || self.kernel.host.is_table_full;
+        if is_told {
+            return Some(Setting { subjects: Vec::new(), lost_here, askers });
+        }
+        let underlay = self.underlay.with_mode(self.config.mode);
+        let subject = |(node, state, _): (NodeId, PathState, Option<Duration>)| {
+            // What is wrong with the path as a whole is told by what the path is found to be.
+            let is_usable =
+                matches!(state, PathState::Ok | PathState::Asymmetric | PathState::MtuTooLarge);
+            let peer = view.peers.get(&node)?;
+            let (_, subnets) = peer.leases.first()?;
+            let is_astray =
+                subnets.iter().any(|subnet| self.kernel.routing.astray.contains(&subnet));
+            let way = underlay.way(peer.vtep.underlay, subnets.first);
+            let is_reached = is_usable && !is_astray && self.node.is_active(node);
+            let narrow = self.kernel.narrow.get(&node).copied();
+            let subject = Subject {
+                node,
+                addresses: last_addresses(*subnets),
+                carried: narrow.unwrap_or(self.underlay.tunnel_mtu),
+                takes_large: state != PathState::MtuTooLarge || narrow.is_some(),
+            };
+            (is_reached && !matches!(way, Path::Unreachable)).then_some(subject)
+        };
+        let subjects = self.path_states().filter_map(subject).collect();
+        Some(Setting { subjects, lost_here, askers })
+    }
+}

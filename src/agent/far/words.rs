@@ -1,0 +1,144 @@
+//! What is said of packets that are lost between pods of this host and those of others.
+
+use std::collections::BTreeMap;
+
+use crate::{
+    agent::Agent,
+    api::{CheckState, CheckStatus},
+    dataplane::forwarding::{FarWay, Half, Kind, Sort},
+    model::NodeId,
+};
+
+/// Peers that are named at once.
+const NAMED: usize = 3;
+
+impl Agent {
+    /// What is known of packets of pods, with this.
+    pub(in crate::agent) fn far_added_to(&self, known: CheckStatus) -> CheckStatus {
+        let CheckStatus { state, detail } = known;
+        let nodes: Vec<NodeId> = by_node(&self.kernel.far.closed).into_keys().collect();
+        match (nodes.as_slice(), self.kernel.far.answering) {
+            ([], 0) => CheckStatus { state, detail },
+            ([], count) => {
+                let hosts =
+                    if count == 1 { "of 1 other host" } else { &format!("of {count} other hosts") };
+                CheckStatus { state, detail: format!("{detail}; pods {hosts} answer") }
+            }
+            (nodes, _) => CheckStatus {
+                state: CheckState::Failing,
+                detail: format!("{detail}; lost to or from pods of {}", self.names(nodes)),
+            },
+        }
+    }
+
+    /// Sentences about packets that do not come to pods of other hosts, or whose answers do not come back.
+    /// Peers of which the same is true are told of together.
+    pub(in crate::agent) fn far_problems(&self) -> Vec<String> {
+        let mut alike: BTreeMap<Vec<(Half, Sort)>, Vec<NodeId>> = BTreeMap::new();
+        for (node, lost) in by_node(&self.kernel.far.closed) {
+            alike.entry(lost).or_default().push(node);
+        }
+        let suspects = self.kernel.forwarding.suspects.join("; ");
+        let sentence = |(lost, nodes): (Vec<(Half, Sort)>, Vec<NodeId>)| {
+            let of = |half| {
+                let sorts = lost.iter().filter(move |(of, _)| *of == half).map(|(_, sort)| *sort);
+                sorts.collect::<Vec<Sort>>()
+            };
+            sentence(&self.names(&nodes), &of(Half::There), &of(Half::Back), &suspects)
+        };
+        alike.into_iter().map(sentence).collect()
+    }
+
+    fn names(&self, nodes: &[NodeId]) -> String {
+        let named = nodes.iter().take(NAMED).map(|node| self.node.name_of(*node).to_owned());
+        let mut named: Vec<String> = named.collect();
+        if let more @ 1.. = nodes.len().saturating_sub(NAMED) {
+            named.push(format!("{more} more hosts"));
+        }
+        match named.split_last() {
+            Some((last, others @ [_, ..])) => format!("{} and {last}", others.join(", ")),
+            _ => named.join(""),
+        }
+    }
+}
+
+fn by_node(closed: &[FarWay]) -> BTreeMap<NodeId, Vec<(Half, Sort)>> {
+    let mut lost: BTreeMap<NodeId, Vec<(Half, Sort)>> = BTreeMap::new();
+    for FarWay { node, half, sort } in closed {
+        lost.entry(*node).or_default().push((*half, *sort));
+    }
+    lost
+}
+
+fn sentence(names: &str, there: &[Sort], back: &[Sort], suspects: &str) -> String {
+    let seen = match (there, back) {
+        (there, []) => {
+            format!("packets of pods here do not arrive at pods of {names} ({})", list(there))
+        }
+        ([], back) => format!(
+            "packets of pods here arrive at pods of {names}, and their answers do not come back ({})",
+            list(back)
+        ),
+        (there, back) => format!(
+            "packets of pods here do not arrive at pods of {names} ({}), and answers do not come back ({})",
+            list(there),
+            list(back)
+        ),
+    };
+    let others = format!("{names} or the network between drops them (there: gossamer status)");
+    match suspects {
+        "" => format!("{seen}: nothing was found on this host that drops them, so {others}"),
+        suspects => format!("{seen}: {suspects}; if it is none of that, {others}"),
+    }
+}
+
+/// Sorts of packets, by family; all of a family as the family alone.
+fn list(sorts: &[Sort]) -> String {
+    let of_family = |ipv4: bool| {
+        let kinds: Vec<Kind> =
+            sorts.iter().filter(|sort| sort.ipv4 == ipv4).map(|sort| sort.kind).collect();
+        let family = if ipv4 { "IPv4" } else { "IPv6" };
+        let named = kinds.iter().map(|kind| match kind {
+            Kind::Segment => "TCP",
+            Kind::Small => "UDP",
+            Kind::Large => "large packets",
+            Kind::Fragmented => "fragments",
+        });
+        match kinds.len() {
+            0 => None,
+            all if all == Kind::ALL.len() => Some(family.to_owned()),
+            _ => Some(format!("{family} {}", named.collect::<Vec<_>>().join(", "))),
+        }
+    };
+    [true, false].into_iter().filter_map(of_family).collect::<Vec<_>>().join("; ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sorts(ipv4: bool, kinds: &[Kind]) -> Vec<Sort> {
+        kinds.iter().map(|kind| Sort { ipv4, kind: *kind }).collect()
+    }
+
+    #[test]
+    fn a_family_of_which_all_is_lost_is_named_alone() {
+        let all = sorts(true, &Kind::ALL);
+        assert_eq!(list(&all), "IPv4");
+        let both = [all, sorts(false, &[Kind::Large, Kind::Fragmented])].concat();
+        assert_eq!(list(&both), "IPv4; IPv6 large packets, fragments");
+    }
+
+    #[test]
+    fn the_direction_in_which_packets_are_lost_is_told() {
+        let fragments = sorts(true, &[Kind::Fragmented]);
+        let said = sentence("n2", &fragments, &[], "a rule");
+        assert!(said.starts_with(
+            "packets of pods here do not arrive at pods of n2 (IPv4 fragments): a rule"
+        ));
+        let said = sentence("n2", &[], &fragments, "");
+        assert!(said.contains(
+            "arrive at pods of n2, and their answers do not come back (IPv4 fragments): "
+        ));
+    }
+}

@@ -1,0 +1,401 @@
+//! Whether packets of this host's pods come to pods of other hosts, and answers come back: from the agent's
+//! own pod here to that of a peer.
+//!
+//! A few peers are tried in one round, each with several sorts of packets, and what is not answered is sent
+//! again. Silence alone proves nothing, for the peer may be slow, or have no such pod. Its agent is therefore
+//! asked over the underlay what has come. Only a packet that has not come there, though the pod was there all
+//! the time, is lost on its way, and only one that has come and was answered is lost on its way back. A
+//! state machine without a clock or a socket.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    net::IpAddr,
+    time::Duration,
+};
+
+use super::{ANXIOUS, CALM, Direction, Kind, Seen, Sort, Transport, Trials, Way};
+use crate::{
+    model::{Addresses, NodeId, Time},
+    wire::Arrivals,
+};
+
+/// What is not answered is sent again at these moments of a round: losses by chance make no verdict.
+const SENDS: [Duration; 5] = [
+    Duration::ZERO,
+    Duration::from_millis(200),
+    Duration::from_millis(500),
+    Duration::from_millis(1_000),
+    Duration::from_millis(1_500),
+];
+/// The peer is asked then.
+const ASK: Duration = Duration::from_millis(2_000);
+/// What it does not say by then it does not say.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// An answer may come at least so long after the peer has told that it was sent.
+const GRACE: Duration = Duration::from_millis(500);
+/// A step that comes later than this after its time: this process had no turn, so the round proves no loss.
+const STALL: Duration = Duration::from_secs(1);
+/// Between two rounds while ways are closed, and for each peer on top of that, so that one bad host is not
+/// asked by all others of a large cluster each second.
+const WATCH: Duration = Duration::from_secs(3);
+const WATCH_PER_PEER: Duration = Duration::from_millis(100);
+/// Peers in one round, and those of them that may be in doubt while others wait.
+const AT_ONCE: usize = 3;
+const DOUBTED_AT_ONCE: usize = 2;
+/// A peer without a pod is tried more and more rarely: up to so many times doubled.
+const MAX_DOUBLED: u32 = 5;
+
+/// A peer whose pod is to be tried.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Subject {
+    pub node: NodeId,
+    /// Of its agent's own pod.
+    pub addresses: Addresses,
+    /// As large a packet as is sent to it.
+    pub carried: u32,
+    /// It is not known already that large packets to it are lost.
+    pub takes_large: bool,
+}
+
+/// On which way packets are lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Half {
+    There,
+    Back,
+}
+
+/// What is tried with a peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct FarWay {
+    pub node: NodeId,
+    pub half: Half,
+    pub sort: Sort,
+}
+
+/// What is to be done now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Deed {
+    /// A round begins: what follows is sent from other ports than before, as new connections are.
+    Begin,
+    /// A datagram of this size, or without one the first segment of a connection.
+    Send { to: IpAddr, kind: Kind, number: u32, size: Option<usize> },
+    /// These peers are to be asked what has come of a round.
+    Ask(u32, Vec<NodeId>),
+}
+
+/// All peers.
+#[derive(Debug, Default)]
+pub struct FarPods {
+    peers: BTreeMap<NodeId, Peer>,
+    trials: Trials<FarWay>,
+    /// What this host is known to drop itself.
+    lost_here: Vec<Way>,
+    round: Option<Round>,
+    /// Counts rounds.
+    turn: u64,
+    /// Of the next round.
+    next: Time,
+    deeds: VecDeque<Deed>,
+}
+
+#[derive(Debug)]
+struct Peer {
+    subject: Subject,
+    /// In which round it was tried last.
+    tried: u64,
+    /// Rounds in a row in which there was no pod, and until when it is left alone for that.
+    absent: u32,
+    rests_until: Time,
+}
+
+#[derive(Debug)]
+struct Round {
+    number: u32,
+    begun: Time,
+    /// How often packets were sent.
+    sent: usize,
+    asked: Option<Time>,
+    judged_at: Option<Time>,
+    targets: BTreeMap<NodeId, Target>,
+}
+
+#[derive(Debug, Default)]
+struct Target {
+    open: BTreeSet<Sort>,
+    answered: BTreeSet<Sort>,
+    /// What its agent has told; none if it says that there is no pod, or nothing.
+    arrivals: Option<Arrivals>,
+}
+
+impl FarPods {
+    /// Whom there is to try, and which ways this host is known to drop packets on: that is told already, and
+    /// what takes such a way is not tried.
+    pub fn update(&mut self, subjects: &[Subject], lost_here: &[Way]) {
+        let mut before = std::mem::take(&mut self.peers);
+        self.lost_here = lost_here.to_vec();
+        for subject in subjects {
+            let known = before.remove(&subject.node);
+            let known = known.filter(|peer| peer.subject.addresses == subject.addresses);
+            let fresh =
+                Peer { subject: subject.clone(), tried: 0, absent: 0, rests_until: Time::ZERO };
+            let peer = Peer { subject: subject.clone(), ..known.unwrap_or(fresh) };
+            self.peers.insert(subject.node, peer);
+        }
+        let (peers, lost) = (&self.peers, &self.lost_here);
+        let is_tried = |node: &NodeId, sort: &Sort| {
+            peers.get(node).is_some_and(|peer| sorts(&peer.subject, lost).any(|s| s == *sort))
+        };
+        self.trials.keep(|way| is_tried(&way.node, &way.sort));
+        if let Some(round) = &mut self.round {
+            round.targets.retain(|node, target| {
+                target.open.retain(|sort| is_tried(node, sort));
+                peers.contains_key(node)
+            });
+        }
+    }
+
+    /// The next thing to do, if it is time. The number is for a new round, and cannot be guessed.
+    pub fn poll(&mut self, now: Time, number: u32) -> Option<Deed> {
+        if self.deeds.is_empty() {
+            self.step(now, number);
+        }
+        self.deeds.pop_front()
+    }
+
+    /// When [`FarPods::poll`] has something to do.
+    pub fn next_due(&self) -> Option<Time> {
+        match &self.round {
+            Some(round) => Some(round.next_due()),
+            None => {
+                let rested = self.peers.values().map(|peer| peer.rests_until).min()?;
+                Some(self.next.max(rested))
+            }
+        }
+    }
+
+    /// An answer has come from a peer's pod.
+    pub fn on_answer(&mut self, from: IpAddr, kind: Kind, number: u32) {
+        let Some(round) = self.round.as_mut().filter(|round| round.number == number) else {
+            return;
+        };
+        let sort = Sort { ipv4: from.is_ipv4(), kind };
+        let has_it = |node: &NodeId| {
+            let peer = self.peers.get(node);
+            peer.is_some_and(|peer| peer.subject.addresses.iter().any(|ip| ip == from))
+        };
+        let found = round.targets.iter_mut().find(|(node, _)| has_it(node));
+        if let Some((_, target)) = found
+            && target.open.remove(&sort)
+        {
+            target.answered.insert(sort);
+        }
+    }
+
+    /// What peers have told of a round; those that have told nothing are left out.
+    pub fn on_told(&mut self, now: Time, number: u32, told: &BTreeMap<NodeId, Arrivals>) {
+        let Some(round) = self.round.as_mut().filter(|round| round.number == number) else {
+            return;
+        };
+        let Some(asked) = round.asked.filter(|_| round.judged_at.is_none()) else { return };
+        for (node, arrivals) in told {
+            // A pod that is younger than the round could not hear all of it.
+            let age = Duration::from_millis(arrivals.there_for_ms.into());
+            if let Some(target) = round.targets.get_mut(node)
+                && age >= now.since(round.begun)
+            {
+                target.arrivals = Some(*arrivals);
+            }
+        }
+        // What is on its way back takes about as long as what was told has taken.
+        round.judged_at = Some(now + now.since(asked).max(GRACE));
+    }
+
+    /// A peer's pod has sent something of its own accord, so there is one.
+    pub fn on_question(&mut self, now: Time, from: IpAddr) {
+        let has_it = |peer: &&mut Peer| peer.subject.addresses.iter().any(|ip| ip == from);
+        if let Some(peer) = self.peers.values_mut().find(has_it)
+            && peer.absent > 0
+        {
+            (peer.absent, peer.rests_until) = (0, now);
+            self.next = self.next.min(now);
+        }
+    }
+
+    /// Ways that packets do not take.
+    pub fn closed(&self) -> Vec<FarWay> {
+        self.trials.closed()
+    }
+
+    /// Peers from whose pods answers come.
+    pub fn answering(&self) -> usize {
+        let open = self.trials.open();
+        let back = open.iter().filter(|way| way.half == Half::Back).map(|way| way.node);
+        back.collect::<BTreeSet<_>>().len()
+    }
+
+    /// Whether something was lost when it was last tried.
+    pub fn is_in_doubt(&self) -> bool {
+        self.trials.doubted().next().is_some()
+    }
+
+    fn step(&mut self, now: Time, number: u32) {
+        let Some(due) = self.next_due().filter(|due| *due <= now) else { return };
+        let Some(mut round) = self.round.take() else { return self.begin(now, number) };
+        if round.is_answered() {
+            return self.end(now, &round, true);
+        }
+        if now.since(due) > STALL {
+            return self.end(now, &round, false);
+        }
+        if round.sent < SENDS.len() {
+            self.send(&mut round);
+        } else if round.asked.is_none() {
+            round.asked = Some(now);
+            let silent = round.targets.iter().filter(|(_, target)| !target.open.is_empty());
+            let silent = silent.map(|(node, _)| *node).collect();
+            self.deeds.push_back(Deed::Ask(round.number, silent));
+        } else {
+            return self.end(now, &round, true);
+        }
+        self.round = Some(round);
+    }
+
+    fn begin(&mut self, now: Time, number: u32) {
+        self.turn += 1;
+        let doubted: BTreeSet<NodeId> = self.trials.doubted().map(|way| way.node).collect();
+        let mut nodes: Vec<(u64, NodeId)> = self
+            .peers
+            .values()
+            .filter(|peer| peer.rests_until <= now)
+            .map(|peer| (peer.tried, peer.subject.node))
+            .collect();
+        nodes.sort_unstable();
+        let (first, others): (Vec<NodeId>, Vec<NodeId>) =
+            nodes.into_iter().map(|(_, node)| node).partition(|node| doubted.contains(node));
+        let (first, rest) = first.split_at(first.len().min(DOUBTED_AT_ONCE));
+        let chosen = first.iter().chain(&others).chain(rest).take(AT_ONCE);
+        let mut targets = BTreeMap::new();
+        for node in chosen {
+            let Some(peer) = self.peers.get_mut(node) else { continue };
+            peer.tried = self.turn;
+            let open: BTreeSet<Sort> = sorts(&peer.subject, &self.lost_here).collect();
+            if !open.is_empty() {
+                targets.insert(*node, Target { open, ..Target::default() });
+            }
+        }
+        if targets.is_empty() {
+            self.next = now + CALM;
+            return;
+        }
+        self.deeds.push_back(Deed::Begin);
+        let mut round =
+            Round { number, begun: now, sent: 0, asked: None, judged_at: None, targets };
+        self.send(&mut round);
+        self.round = Some(round);
+    }
+
+    fn send(&mut self, round: &mut Round) {
+        round.sent += 1;
+        for (node, target) in &round.targets {
+            let Some(Peer { subject, .. }) = self.peers.get(node) else { continue };
+            for sort in &target.open {
+                let of_family = |ip: &IpAddr| ip.is_ipv4() == sort.ipv4;
+                let Some(to) = subject.addresses.iter().find(of_family) else { continue };
+                let size = sort.kind.size(to, subject.carried);
+                let number = round.number;
+                self.deeds.push_back(Deed::Send { to, kind: sort.kind, number, size });
+            }
+        }
+    }
+
+    /// Draws conclusions. What was answered has passed in any case.
+    fn end(&mut self, now: Time, round: &Round, proves_loss: bool) {
+        for (node, target) in &round.targets {
+            for (sort, there, back) in target.verdicts(proves_loss) {
+                let way = |half| FarWay { node: *node, half, sort };
+                self.trials.note(way(Half::There), there);
+                self.trials.note(way(Half::Back), back);
+            }
+            let Some(peer) = self.peers.get_mut(node).filter(|_| proves_loss) else { continue };
+            if target.answered.is_empty() && target.arrivals.is_none() {
+                let doubled = 1 << peer.absent.min(MAX_DOUBLED);
+                peer.rests_until = now + CALM * doubled;
+                peer.absent += 1;
+            } else {
+                peer.absent = 0;
+            }
+        }
+        let closed = self.trials.closed();
+        let is_known = |way: &&FarWay| closed.binary_search(way).is_ok();
+        self.next = now
+            + if self.trials.doubted().any(|way| !is_known(&way)) {
+                ANXIOUS
+            } else if closed.is_empty() {
+                CALM
+            } else {
+                WATCH + WATCH_PER_PEER * self.peers.len() as u32
+            };
+    }
+}
+
+impl Round {
+    fn is_answered(&self) -> bool {
+        self.targets.values().all(|target| target.open.is_empty())
+    }
+
+    fn next_due(&self) -> Time {
+        if self.is_answered() {
+            return self.begun;
+        }
+        match (SENDS.get(self.sent), self.asked) {
+            (Some(at), _) => self.begun + *at,
+            (None, None) => self.begun + ASK,
+            (None, Some(asked)) => self.judged_at.unwrap_or(asked + PATIENCE),
+        }
+    }
+}
+
+impl Target {
+    /// What became of each sort on its way there, and on its way back.
+    fn verdicts(&self, proves_loss: bool) -> impl Iterator<Item = (Sort, Seen, Seen)> {
+        let arrivals = self.arrivals.filter(|arrivals| proves_loss && !arrivals.shed);
+        let answered = self.answered.iter().map(|sort| (*sort, Seen::Passed, Seen::Passed));
+        let open = self.open.iter().map(move |sort| match arrivals {
+            None => (*sort, Seen::Unclear, Seen::Unclear),
+            Some(Arrivals { came, .. }) if came & sort.bit() == 0 => {
+                (*sort, Seen::Lost, Seen::Unclear)
+            }
+            Some(_) => (*sort, Seen::Passed, Seen::Lost),
+        });
+        answered.chain(open.filter(move |_| proves_loss))
+    }
+}
+
+/// What is tried with a peer.
+fn sorts(subject: &Subject, lost_here: &[Way]) -> impl Iterator<Item = Sort> {
+    let Subject { addresses, carried, takes_large, .. } = *subject;
+    let all = addresses.iter().flat_map(move |ip| {
+        let is_sendable =
+            move |kind: &Kind| *kind == Kind::Segment || kind.size(ip, carried).is_some();
+        Kind::ALL.into_iter().filter(is_sendable).map(move |kind| Sort { ipv4: ip.is_ipv4(), kind })
+    });
+    all.filter(move |sort| {
+        let is_lost = lost_here.iter().any(|way| explains(*way, *sort));
+        !is_lost && (takes_large || !sort.kind.is_large())
+    })
+}
+
+/// Whether packets of a sort are lost where this host drops those on a way.
+fn explains(way: Way, sort: Sort) -> bool {
+    let is_of = |transport: Transport| sort.kind.transport() == transport;
+    let concerns = match way.direction {
+        Direction::Out(transport) | Direction::In(transport) => is_of(transport),
+        Direction::LargeOut => sort.kind.is_large(),
+        Direction::Carried | Direction::Gateway => true,
+        Direction::TooLarge | Direction::Between(_) => false,
+    };
+    concerns && way.ipv4 == sort.ipv4
+}
+
+#[cfg(test)]
+mod tests;

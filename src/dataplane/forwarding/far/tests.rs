@@ -1,0 +1,225 @@
+use super::*;
+
+const PEER: NodeId = NodeId::from_bytes([1; 8]);
+const SMALL: Sort = Sort { ipv4: true, kind: Kind::Small };
+
+fn subject(number: u8) -> Subject {
+    let first = IpAddr::from([10, 42, number, 254]);
+    Subject {
+        node: NodeId::from_bytes([number; 8]),
+        addresses: Addresses { first, second: None },
+        carried: 1450,
+        takes_large: true,
+    }
+}
+
+/// A clock that goes from one moment at which something is due to the next, and peers.
+struct World {
+    far: FarPods,
+    now: Time,
+    number: u32,
+    /// Which sorts come to each peer that has a pod, and whether answers to them come back.
+    peers: BTreeMap<NodeId, Vec<(Kind, bool)>>,
+    /// Peers that tell what has come, and for how long they have had a pod.
+    telling: BTreeMap<NodeId, u32>,
+    sent: Vec<IpAddr>,
+}
+
+const ALL: [(Kind, bool); 4] =
+    [(Kind::Segment, true), (Kind::Small, true), (Kind::Large, true), (Kind::Fragmented, true)];
+
+impl World {
+    fn new(count: u8) -> Self {
+        let subjects: Vec<Subject> = (1..=count).map(subject).collect();
+        let mut far = FarPods::default();
+        far.update(&subjects, &[]);
+        let nodes = subjects.iter().map(|subject| subject.node);
+        Self {
+            far,
+            now: Time::ZERO + Duration::from_secs(100),
+            number: 0,
+            peers: nodes.clone().map(|node| (node, ALL.to_vec())).collect(),
+            telling: nodes.map(|node| (node, u32::MAX)).collect(),
+            sent: Vec::new(),
+        }
+    }
+
+    /// Until a round has ended, and then as many more.
+    fn rounds(&mut self, count: usize) {
+        for _ in 0..count {
+            self.number += 1;
+            self.round();
+        }
+    }
+
+    fn round(&mut self) {
+        let mut came: BTreeMap<NodeId, u8> = BTreeMap::new();
+        loop {
+            self.now = self.now.max(self.far.next_due().expect("something to do"));
+            while let Some(deed) = self.far.poll(self.now, self.number) {
+                match deed {
+                    Deed::Begin => {}
+                    Deed::Send { to, kind, number, .. } => {
+                        self.sent.push(to);
+                        let node = subject_at(to);
+                        let passing = self.peers.get(&node).into_iter().flatten();
+                        for (_, comes_back) in passing.filter(|(passing, _)| *passing == kind) {
+                            *came.entry(node).or_default() |= Sort { ipv4: true, kind }.bit();
+                            if *comes_back {
+                                self.far.on_answer(to, kind, number);
+                            }
+                        }
+                    }
+                    Deed::Ask(number, nodes) => {
+                        let told = nodes.into_iter().filter_map(|node| {
+                            let there_for_ms = *self.telling.get(&node)?;
+                            let came = came.get(&node).copied().unwrap_or(0);
+                            Some((node, Arrivals { there_for_ms, came, shed: false }))
+                        });
+                        self.far.on_told(self.now, number, &told.collect());
+                    }
+                }
+            }
+            if self.far.round.is_none() {
+                return;
+            }
+        }
+    }
+}
+
+fn subject_at(ip: IpAddr) -> NodeId {
+    let IpAddr::V4(ip) = ip else { panic!("not asked for") };
+    NodeId::from_bytes([ip.octets()[2]; 8])
+}
+
+#[test]
+fn a_pod_that_answers_all_is_open_and_left_alone_for_a_while() {
+    let mut world = World::new(1);
+    world.rounds(1);
+    assert_eq!((world.far.answering(), world.far.closed()), (1, vec![]));
+    assert_eq!(world.far.next_due(), Some(world.now + CALM));
+    assert_eq!(world.sent.len(), Kind::ALL.len());
+}
+
+#[test]
+fn packets_that_do_not_come_there_are_lost_there_after_three_rounds() {
+    let mut world = World::new(1);
+    world.peers.insert(PEER, ALL[..3].to_vec());
+    world.rounds(2);
+    assert!(world.far.closed().is_empty() && world.far.is_in_doubt());
+    world.rounds(1);
+    let sort = Sort { ipv4: true, kind: Kind::Fragmented };
+    assert_eq!(world.far.closed(), [FarWay { node: PEER, half: Half::There, sort }]);
+    assert!(world.far.next_due() > Some(world.now + WATCH), "it is not hurried any more");
+    world.peers.insert(PEER, ALL.to_vec());
+    world.rounds(1);
+    assert!(world.far.closed().is_empty() && !world.far.is_in_doubt());
+}
+
+#[test]
+fn answers_that_do_not_come_back_are_lost_on_their_way_back() {
+    let mut world = World::new(1);
+    let without = |(kind, _)| (kind, kind != Kind::Small);
+    world.peers.insert(PEER, ALL.map(without).to_vec());
+    world.rounds(3);
+    assert_eq!(world.far.closed(), [FarWay { node: PEER, half: Half::Back, sort: SMALL }]);
+}
+
+#[test]
+fn silence_of_a_peer_that_tells_nothing_is_no_loss_and_it_is_tried_more_rarely() {
+    let mut world = World::new(1);
+    world.peers.clear();
+    world.telling.clear();
+    let mut before = world.now;
+    let mut pauses = Vec::new();
+    for _ in 0..8 {
+        world.rounds(1);
+        pauses.push(world.now.since(before));
+        before = world.now;
+    }
+    assert!(!world.far.is_in_doubt());
+    assert!(pauses[7] > CALM * 30, "{pauses:?}");
+    // Its pod is there now, and tells so by its own trials.
+    world.peers.insert(PEER, ALL.to_vec());
+    world.far.on_question(world.now, subject(1).addresses.first);
+    assert_eq!(world.far.next_due(), Some(world.now));
+    world.rounds(1);
+    assert_eq!(world.far.answering(), 1);
+}
+
+#[test]
+fn a_pod_that_is_younger_than_the_round_has_lost_nothing() {
+    let mut world = World::new(1);
+    world.peers.clear();
+    world.telling.insert(PEER, 1_000);
+    world.rounds(5);
+    assert!(!world.far.is_in_doubt());
+}
+
+#[test]
+fn a_peer_that_had_to_shed_packets_proves_nothing() {
+    let mut target = Target { open: [SMALL].into(), ..Target::default() };
+    target.arrivals = Some(Arrivals { there_for_ms: 60_000, came: 0, shed: true });
+    assert_eq!(target.verdicts(true).next(), Some((SMALL, Seen::Unclear, Seen::Unclear)));
+}
+
+#[test]
+fn a_process_that_had_no_turn_for_long_has_seen_no_loss() {
+    let mut world = World::new(1);
+    world.peers.clear();
+    for number in 0..20 {
+        while let Some(due) = world.far.next_due() {
+            world.now = world.now.max(due) + STALL + Duration::from_millis(1);
+            let mut deeds = Vec::new();
+            while let Some(deed) = world.far.poll(world.now, number) {
+                deeds.push(deed);
+            }
+            if deeds.is_empty() {
+                break;
+            }
+        }
+    }
+    assert!(!world.far.is_in_doubt());
+}
+
+#[test]
+fn what_this_host_drops_itself_is_not_tried_and_not_told_twice() {
+    let mut world = World::new(1);
+    world.peers.insert(PEER, vec![(Kind::Segment, true)]);
+    world.rounds(3);
+    assert_eq!(world.far.closed().len(), 3);
+    let way = Way { direction: Direction::In(Transport::Udp), ipv4: true };
+    world.far.update(&[subject(1)], &[way]);
+    assert!(world.far.closed().is_empty());
+    world.sent.clear();
+    world.rounds(1);
+    assert_eq!(world.sent.len(), 1);
+    world.far.update(&[Subject { takes_large: false, ..subject(1) }], &[]);
+    world.sent.clear();
+    world.peers.insert(PEER, ALL.to_vec());
+    world.rounds(1);
+    assert_eq!(world.sent.len(), 2);
+}
+
+#[test]
+fn one_bad_peer_does_not_keep_the_others_from_being_tried() {
+    let mut world = World::new(9);
+    let bad: Vec<NodeId> = (1..=4).map(|number| subject(number).node).collect();
+    bad.iter().for_each(|node| _ = world.peers.insert(*node, Vec::new()));
+    world.rounds(40);
+    let closed: BTreeSet<NodeId> = world.far.closed().iter().map(|way| way.node).collect();
+    assert_eq!(closed, bad.into_iter().collect());
+    assert_eq!(world.far.answering(), 5);
+    let most = SENDS.len() * Kind::ALL.len() * AT_ONCE * 40;
+    assert!(world.sent.len() < most, "{}", world.sent.len());
+}
+
+#[test]
+fn a_peer_that_is_gone_is_forgotten_with_all_that_was_lost() {
+    let mut world = World::new(2);
+    world.peers.insert(PEER, Vec::new());
+    world.rounds(8);
+    assert_eq!(world.far.closed().len(), Kind::ALL.len());
+    world.far.update(&[subject(2)], &[]);
+    assert!(world.far.closed().is_empty() && !world.far.is_in_doubt());
+}

@@ -1,0 +1,210 @@
+//! What the agent's own pods of two hosts say to each other: a datagram, and the same back.
+//!
+//! An answer is as large as its question, and is never answered itself, so that two pods cannot be set on
+//! each other, and no host is asked for more than it was sent.
+
+use std::net::IpAddr;
+
+use super::Transport;
+
+/// Where questions go. Nothing else listens there: a port of traceroute, next to those of the other trials.
+pub const FAR_PORT: u16 = 33_436;
+/// How questions and answers begin. Other than what trials of this host alone begin with.
+const MAGIC: [u8; 4] = *b"gsmF";
+const QUESTION: u8 = b'?';
+const ANSWER: u8 = b'!';
+const LENGTH: usize = 12;
+/// Payload of a small one.
+const SMALL: usize = 32;
+/// What is sent in fragments is larger than a packet by one part in so many.
+const EXCESS: u32 = 4;
+/// Larger ones are not sent in fragments.
+const LARGEST: u32 = 60_000;
+
+/// What is sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    /// The first segment of a connection, which the kernel refuses.
+    Segment,
+    /// A small datagram.
+    Small,
+    /// A datagram as large as a packet to that pod can be.
+    Large,
+    /// A datagram that has to be sent in fragments.
+    Fragmented,
+}
+
+/// A kind of packet of one family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Sort {
+    pub ipv4: bool,
+    pub kind: Kind,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Said {
+    Question,
+    Answer,
+}
+
+impl Kind {
+    pub const ALL: [Self; 4] = [Self::Segment, Self::Small, Self::Large, Self::Fragmented];
+
+    pub const fn transport(self) -> Transport {
+        match self {
+            Self::Segment => Transport::Tcp,
+            Self::Small | Self::Large | Self::Fragmented => Transport::Udp,
+        }
+    }
+
+    /// Whether it is as large as a packet can be, or larger.
+    pub const fn is_large(self) -> bool {
+        matches!(self, Self::Large | Self::Fragmented)
+    }
+
+    /// Bytes of payload where packets have at most `carried`; none where it cannot be sent as a datagram.
+    pub fn size(self, to: IpAddr, carried: u32) -> Option<usize> {
+        let whole = carried.checked_sub(if to.is_ipv4() { 28 } else { 48 })?;
+        let size = match self {
+            Self::Segment => return None,
+            Self::Small => return Some(SMALL),
+            Self::Large => whole,
+            Self::Fragmented => whole + carried / EXCESS,
+        };
+        Some(size as usize).filter(|_| size <= LARGEST)
+    }
+
+    /// By which a set of them is told in a byte.
+    const fn number(self) -> u8 {
+        self as u8
+    }
+}
+
+impl Sort {
+    /// In the byte that tells which have arrived.
+    pub const fn bit(self) -> u8 {
+        1 << (self.kind.number() * 2 + self.ipv4 as u8)
+    }
+}
+
+/// A question of a round of trials, which has this number.
+pub fn question(kind: Kind, number: u32, size: usize) -> Vec<u8> {
+    let mut payload = MAGIC.to_vec();
+    payload.extend([QUESTION, kind.number(), 0, 0]);
+    payload.extend(number.to_be_bytes());
+    payload.resize(size.max(LENGTH), 0);
+    payload
+}
+
+/// Makes an answer of a question.
+pub fn answer(question: &mut [u8]) {
+    if let Some(said) = question.get_mut(MAGIC.len()) {
+        *said = ANSWER;
+    }
+}
+
+/// Reads either.
+pub fn read(payload: &[u8]) -> Option<(Said, Kind, u32)> {
+    let rest = payload.strip_prefix(&MAGIC)?;
+    let said = match *rest.first()? {
+        QUESTION => Said::Question,
+        ANSWER => Said::Answer,
+        _ => return None,
+    };
+    let number = *rest.get(1)?;
+    let kind = Kind::ALL.into_iter().find(|kind| kind.number() == number)?;
+    let number = rest.get(4..)?.first_chunk()?;
+    (kind != Kind::Segment).then_some((said, kind, u32::from_be_bytes(*number)))
+}
+
+/// What a segment of TCP is, if it belongs to a trial.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Segment {
+    /// The first one of a connection, of the round with this number.
+    Question(u32),
+    /// The refusal of one.
+    Answer(u32),
+}
+
+/// Reads a segment from its TCP header on.
+pub fn segment(bytes: &[u8]) -> Option<Segment> {
+    const FIN_TO_ACK: u8 = 0b1_0111;
+    const SYN: u8 = 0b0_0010;
+    const REFUSED: u8 = 0b1_0100;
+    let port = |at: usize| Some(u16::from_be_bytes(*bytes.get(at..)?.first_chunk()?));
+    let word = |at: usize| Some(u32::from_be_bytes(*bytes.get(at..)?.first_chunk()?));
+    let flags = *bytes.get(13)? & FIN_TO_ACK;
+    if port(2)? == FAR_PORT && flags == SYN {
+        return Some(Segment::Question(word(4)?));
+    }
+    let answers = port(0)? == FAR_PORT && flags == REFUSED;
+    answers.then_some(Segment::Answer(word(8)?.wrapping_sub(1)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dataplane::forwarding::{NONCE_LEN, Probe};
+
+    #[test]
+    fn an_answer_is_as_large_as_its_question_and_is_read_as_an_answer() {
+        for kind in [Kind::Small, Kind::Large, Kind::Fragmented] {
+            let size = kind.size([10, 42, 1, 254].into(), 1450).expect("a size");
+            let mut payload = question(kind, 0x0102_0304, size);
+            assert_eq!(read(&payload), Some((Said::Question, kind, 0x0102_0304)));
+            answer(&mut payload);
+            assert_eq!(read(&payload), Some((Said::Answer, kind, 0x0102_0304)));
+            assert_eq!(payload.len(), size);
+        }
+    }
+
+    #[test]
+    fn what_is_cut_off_or_of_others_is_not_read() {
+        let payload = question(Kind::Small, 7, SMALL);
+        (0..LENGTH).for_each(|length| assert_eq!(read(&payload[..length]), None));
+        for (at, byte) in [(0, b'G'), (4, b'.'), (5, 0), (5, 4)] {
+            let mut other = payload.clone();
+            other[at] = byte;
+            assert_eq!(read(&other), None, "{byte} at {at}");
+        }
+    }
+
+    #[test]
+    fn a_large_one_fills_a_packet_and_one_in_fragments_takes_two() {
+        let (ipv4, ipv6) = ([10, 42, 1, 254].into(), "fd42::fe".parse().expect("an address"));
+        assert_eq!(Kind::Large.size(ipv4, 1450), Some(1450 - 28));
+        assert_eq!(Kind::Large.size(ipv6, 1450), Some(1450 - 48));
+        let fragmented = Kind::Fragmented.size(ipv4, 1450).expect("a size");
+        assert!((1450..2 * 1450 - 100).contains(&fragmented));
+        assert_eq!(Kind::Fragmented.size(ipv4, 65_485), None);
+        assert_eq!(Kind::Segment.size(ipv4, 1450), None);
+    }
+
+    #[test]
+    fn each_sort_has_a_bit_of_its_own() {
+        let sorts = Kind::ALL
+            .iter()
+            .flat_map(|kind| [true, false].map(|ipv4| Sort { ipv4, kind: *kind }.bit()));
+        assert_eq!(sorts.fold(0_u8, |all, bit| all ^ bit), u8::MAX);
+    }
+
+    #[test]
+    fn a_first_segment_and_its_refusal_carry_the_number() {
+        let mut nonce = [0; NONCE_LEN];
+        nonce[..4].copy_from_slice(&0xffff_ffff_u32.to_be_bytes());
+        let probe = Probe {
+            transport: Transport::Tcp,
+            from: [10, 42, 1, 254].into(),
+            to: [10, 42, 2, 254].into(),
+            ports: [40_000, FAR_PORT],
+            nonce,
+        };
+        let first = probe.segment();
+        assert_eq!(segment(&first), Some(Segment::Question(u32::MAX)));
+        let mut refusal = vec![0; 20];
+        refusal[..2].copy_from_slice(&FAR_PORT.to_be_bytes());
+        refusal[13] = 0b1_0100;
+        assert_eq!(segment(&refusal), Some(Segment::Answer(u32::MAX)));
+        (0..14).for_each(|length| assert_eq!(segment(&first[..length]), None));
+    }
+}

@@ -1,0 +1,295 @@
+//! Packets of pods that are lost between two hosts, wherever that is, are noticed by packets from the agent's
+//! own pod of one host to that of the other.
+
+use std::{
+    net::UdpSocket,
+    time::{Duration, Instant},
+};
+
+use gossamer::{
+    lab::{Agent, NetNs},
+    pods::last_address,
+};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use crate::{
+    cni::{Runtime, namespaces},
+    common::{
+        Cluster, PATIENCE, client, freeze, has_problem, isolated, run, skipped, status_where, thaw,
+        tool, wait_until,
+    },
+};
+
+fn sh(netns: &NetNs, commands: &str) {
+    commands.split(" && ").for_each(|command| _ = tool(netns, command));
+}
+
+fn detail(status: &Value) -> &str {
+    status["kernel"]["forwarding"]["detail"].as_str().unwrap_or_default()
+}
+
+/// A pod on each host; waits until pods of so many other hosts have answered each agent's.
+fn with_pods(cluster: &mut Cluster, names: &[&str]) -> anyhow::Result<Vec<NetNs>> {
+    let spaces = namespaces(names)?;
+    for (agent, name) in cluster.agents.iter_mut().zip(names) {
+        Runtime::new(agent).add(name);
+    }
+    let others = names.len() - 1;
+    for agent in &mut cluster.agents {
+        all_answer(agent, others);
+    }
+    Ok(spaces)
+}
+
+fn all_answer(agent: &mut Agent, others: usize) {
+    let words = match others {
+        1 => "pods of 1 other host answer".to_owned(),
+        count => format!("pods of {count} other hosts answer"),
+    };
+    status_where(agent, |status| {
+        detail(status).contains(&words) && status["problems"] == serde_json::json!([])
+    });
+}
+
+/// What closes the second host's way, what its agent says then, what the first one's says, and what opens it.
+struct Wall {
+    close: &'static str,
+    here: &'static [&'static str],
+    there: &'static str,
+    open: &'static str,
+}
+
+const TUNNELLED: [Wall; 6] = [
+    // A mark of the tunnel packet is that of the packet inside.
+    Wall {
+        close: "nft add table ip m && \
+                nft add chain ip m p { type filter hook prerouting priority mangle ; } && \
+                nft add rule ip m p iifname eth0 udp dport 8472 meta mark set 0x77 && \
+                ip rule add fwmark 0x77 lookup 177 pref 500 && \
+                ip route add blackhole default table 177",
+        here: &["and their answers do not come back (IPv4): packets with mark 0x77 find no way"],
+        there: "packets of pods here do not arrive at pods of n2 (IPv4): ",
+        open: "nft delete table ip m && ip rule del pref 500 && ip route flush table 177",
+    },
+    // And the other way round.
+    Wall {
+        close: "nft add table ip m && \
+                nft add chain ip m f { type filter hook forward priority mangle ; } && \
+                nft add rule ip m f ip saddr 10.42.0.0/16 meta mark set 0x78 && \
+                ip rule add fwmark 0x78 lookup 178 pref 500 && \
+                ip route add blackhole default table 178",
+        here: &[],
+        there: "packets of pods here arrive at pods of n2, and their answers do not come back (IPv4): ",
+        open: "nft delete table ip m && ip rule del pref 500 && ip route flush table 178",
+    },
+    Wall {
+        close: "nft add table ip fr && \
+                nft add chain ip fr p { type filter hook prerouting priority -450 ; } && \
+                nft add rule ip fr p iifname gossamer.1 ip frag-off & 0x3fff != 0 drop",
+        here: &["do not come back (IPv4 fragments): chain ip fr p (hook prerouting)"],
+        there: "do not arrive at pods of n2 (IPv4 fragments): ",
+        open: "nft delete table ip fr",
+    },
+    Wall {
+        close: "tc qdisc add dev gsm0 root tbf rate 100mbit burst 1000 latency 50ms",
+        here: &[
+            "do not come back (IPv4 large packets, fragments): the queueing discipline tbf of gsm0",
+        ],
+        there: "do not arrive at pods of n2 (IPv4 large packets, fragments): ",
+        open: "tc qdisc del dev gsm0 root",
+    },
+    Wall {
+        close: "nft add table ip len && \
+                nft add chain ip len f { type filter hook forward priority 0 ; } && \
+                nft add rule ip len f iifname gossamer.1 ip length 1000-65535 drop",
+        here: &["do not come back (IPv4 large packets, fragments): chain ip len f (hook forward)"],
+        there: "do not arrive at pods of n2 (IPv4 large packets, fragments): ",
+        open: "nft delete table ip len",
+    },
+    // This host drops large packets that leave, too: that is told once, by its own trial.
+    Wall {
+        close: "nft add table ip len && \
+                nft add chain ip len f { type filter hook forward priority 0 ; } && \
+                nft add rule ip len f ip length 1000-65535 drop",
+        here: &["does not forward packets of pods (IPv4 large out): chain ip len f (hook forward)"],
+        there: "do not arrive at pods of n2 (IPv4 large packets, fragments): ",
+        open: "nft delete table ip len",
+    },
+];
+
+const DIRECT: [Wall; 2] = [
+    Wall {
+        close: "nft add table ip d && \
+                nft add chain ip d f { type filter hook forward priority 0 ; } && \
+                nft add rule ip d f iifname eth0 oifname gsm0 drop",
+        here: &["and their answers do not come back (IPv4): chain ip d f (hook forward)"],
+        there: "packets of pods here do not arrive at pods of n2 (IPv4): ",
+        open: "nft delete table ip d",
+    },
+    // Packets to the host's own address in the subnet are dropped as well.
+    Wall {
+        close: "nft add table ip d && \
+                nft add chain ip d p { type filter hook prerouting priority -400 ; } && \
+                nft add rule ip d p iifname eth0 ip daddr 10.42.0.0/16 drop",
+        here: &[
+            "go to 10.99.0.10 without a tunnel, and are not answered: chain ip d p (hook prerouting)",
+        ],
+        there: "go to 10.99.0.11 without a tunnel, and are not answered: ",
+        open: "nft delete table ip d",
+    },
+];
+
+/// Closes and opens each in turn.
+fn try_walls(cluster: &mut Cluster, walls: &[Wall]) -> anyhow::Result<()> {
+    let host = &cluster.hosts[1].netns;
+    for Wall { close, here, there, open } in walls {
+        sh(host, close);
+        wait_until(there, PATIENCE, || has_problem(&mut cluster.agents[0], there));
+        for words in *here {
+            wait_until(words, PATIENCE, || has_problem(&mut cluster.agents[1], words));
+            // One cause is one problem.
+            status_where(&mut cluster.agents[1], |status| {
+                status["problems"].as_array().is_some_and(|problems| problems.len() == 1)
+            });
+        }
+        assert!(!has_problem(&mut cluster.agents[0], "its own come through one"), "{close}");
+        if there.contains("at pods of") {
+            let doctor = String::from_utf8(client(&cluster.agents[0], &["doctor"]).stdout)?;
+            assert!(doctor.contains("PROBLEM   forwarding     packets of pods here"), "{doctor}");
+        }
+        sh(host, open);
+        for agent in &mut cluster.agents {
+            all_answer(agent, 1);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn packets_of_pods_that_are_lost_between_two_hosts_are_noticed_wherever_that_is() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let _spaces = with_pods(&mut cluster, &["a", "b"])?;
+        try_walls(&mut cluster, &TUNNELLED)
+    });
+}
+
+#[test]
+fn packets_of_pods_that_are_lost_without_a_tunnel_are_noticed() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        for number in [0, 1] {
+            cluster.restart(number, &["--mode", "direct"])?;
+        }
+        let _spaces = with_pods(&mut cluster, &["a", "b"])?;
+        try_walls(&mut cluster, &DIRECT)
+    });
+}
+
+#[test]
+fn one_bad_host_is_one_problem_of_all_others_with_its_name() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 3)?;
+        let _spaces = with_pods(&mut cluster, &["a", "b", "c"])?;
+        let host = &cluster.hosts[1].netns;
+        let wall = &TUNNELLED[2];
+        sh(host, wall.close);
+        for number in [0, 2] {
+            let agent = &mut cluster.agents[number];
+            wait_until(wall.there, PATIENCE, || has_problem(agent, wall.there));
+            let status = agent.ask("/v1/status", PATIENCE)?;
+            assert_eq!(status["problems"].as_array().map(Vec::len), Some(1), "{status:#}");
+        }
+        // What all others share is told once.
+        let words = "at pods of n1 and n3, and their answers do not come back";
+        let other = "at pods of n3 and n1, and their answers do not come back";
+        wait_until(words, PATIENCE, || {
+            let agent = &mut cluster.agents[1];
+            has_problem(agent, words) || has_problem(agent, other)
+        });
+        Ok(())
+    });
+}
+
+/// Each of these keeps packets or answers away for longer than a verdict takes.
+#[test]
+fn a_host_that_stands_still_or_restarts_or_has_no_pods_is_no_problem_of_others() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let _spaces = with_pods(&mut cluster, &["a", "b"])?;
+        let calm = |agent: &mut Agent| {
+            let begun = Instant::now();
+            while begun.elapsed() < Duration::from_secs(25) {
+                assert!(!has_problem(agent, "at pods of"), "{}", agent.log());
+                std::thread::sleep(Duration::from_millis(200));
+            }
+        };
+        freeze(&cluster.agents[1])?;
+        calm(&mut cluster.agents[0]);
+        thaw(&cluster.agents[1])?;
+        all_answer(&mut cluster.agents[0], 1);
+        cluster.restart(1, &[])?;
+        all_answer(&mut cluster.agents[0], 1);
+        cluster.agents[1].end(Signal::SIGKILL)?;
+        calm(&mut cluster.agents[0]);
+        cluster.agents[1] = cluster.start_agent(&cluster.hosts[1], &[])?;
+        cluster.agents[1].wait_converged(2, PATIENCE)?;
+        all_answer(&mut cluster.agents[0], 1);
+        // Without pods there is no bridge, and no pod of the agent's.
+        Runtime::new(&cluster.agents[1]).del("b");
+        calm(&mut cluster.agents[0]);
+        Ok(())
+    });
+}
+
+#[test]
+fn losses_by_chance_and_long_round_trips_are_no_problem() {
+    isolated(|lab| {
+        let test = "losses_by_chance_and_long_round_trips_are_no_problem";
+        let mut cluster = Cluster::start(lab, 2)?;
+        let _spaces = with_pods(&mut cluster, &["a", "b"])?;
+        for weather in ["loss 5%", "delay 1500ms"] {
+            for host in &cluster.hosts {
+                let netem = format!("tc qdisc replace dev eth0 root netem {weather}");
+                if !run(&host.netns, &netem).status.success() {
+                    skipped(test, "the kernel has no netem");
+                    return Ok(());
+                }
+            }
+            let begun = Instant::now();
+            while begun.elapsed() < Duration::from_secs(40) {
+                for agent in &mut cluster.agents {
+                    assert!(!has_problem(agent, "at pods of"), "{weather}: {}", agent.log());
+                }
+                std::thread::sleep(Duration::from_millis(200));
+            }
+        }
+        Ok(())
+    });
+}
+
+/// What comes to the port of the agent's own pod from elsewhere.
+#[test]
+fn a_pod_of_another_host_is_answered_no_more_than_it_sends() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let spaces = with_pods(&mut cluster, &["a", "b"])?;
+        let subnet = Agent::subnet(&cluster.agents[1].ask("/v1/status", PATIENCE)?)?;
+        let there = last_address(subnet.into());
+        let ask = |netns: &NetNs, payload: &[u8]| {
+            let socket = netns.run(|| UdpSocket::bind(("0.0.0.0", 0)))?;
+            socket.set_read_timeout(Some(Duration::from_secs(2)))?;
+            socket.send_to(payload, (there, 33_436))?;
+            let mut buffer = [0; 2_000];
+            anyhow::Ok(socket.recv(&mut buffer).ok())
+        };
+        let question = [&b"gsmF?\x01\0\0"[..], &[1, 2, 3, 4], &[0; 20]].concat();
+        assert_eq!(ask(&spaces[0], &question)?, Some(question.len()));
+        // What is no question, and what is an answer already.
+        assert_eq!(ask(&spaces[0], b"gsmF? cut")?, None);
+        let answer = [&b"gsmF!\x01\0\0"[..], &[1, 2, 3, 4], &[0; 20]].concat();
+        assert_eq!(ask(&spaces[0], &answer)?, None);
+        Ok(())
+    });
+}
