@@ -392,7 +392,10 @@ fn explains(way: Way, sort: Sort) -> bool {
         Direction::Out(transport) | Direction::In(transport) => is_of(transport),
         Direction::LargeOut => sort.kind.is_large(),
         Direction::Carried | Direction::Gateway => true,
-        Direction::TooLarge | Direction::Between(_) => false,
+        Direction::TooLarge
+        | Direction::Between(_)
+        | Direction::ToHost
+        | Direction::FromHost(_) => false,
     };
     concerns && way.ipv4 == sort.ipv4
 }
