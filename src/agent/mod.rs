@@ -16,6 +16,7 @@ mod data_plane;
 mod disk;
 mod docker;
 mod doors;
+mod ending;
 mod events;
 mod far;
 mod forwarder;
@@ -68,7 +69,7 @@ use self::{
     arrivals::{Arrival, Arrivals, News},
     clock::Clock,
     company::Company,
-    data_plane::{KernelState, remove_traces},
+    data_plane::KernelState,
     doors::Closed,
     events::Journal,
     far::Far,
@@ -91,42 +92,23 @@ use self::{
 use crate::{
     api::Question,
     config::Config,
-    core::{Command, Gate, Input, Node, Output, Stop, Target},
-    model::NodeId,
+    core::{Command, Gate, Input, Node, Output, Target},
     store::{StateDir, Writer, Written},
     transport::{Event, Transport},
-    wire::{Keyring, Token, visible},
-    worker::Thread,
+    wire::{Keyring, Token},
 };
 
+pub use ending::Ending;
 pub use knock::{is_own, knock, own_sentence};
 pub use reload::Reread;
 pub use signals::guard;
 pub use start::{StartFailure, random, run};
 pub use underlay::choose as choose_underlay;
 
-/// How long its threads are waited for when the agent ends, so that all takes less than
-/// [`signals::PATIENCE`].
-const THREAD_PATIENCE: Duration = Duration::from_secs(4);
 /// A turn of the loop that takes longer is logged: everything else waits for it.
 const SLOW_TURN: Duration = Duration::from_millis(100);
 /// Events taken in one turn before the outputs are carried out.
 const EVENTS_PER_TURN: usize = 64;
-
-/// How an agent ended that had started well.
-#[derive(Debug, PartialEq, Eq)]
-pub enum Ending {
-    /// A signal: all state stays, in the kernel too.
-    Stopped,
-    /// The node left its cluster: nothing of it is left on this host.
-    Left { heir: Option<NodeId> },
-    /// It is no member any more under this identity, and is to join as a new node.
-    Anew,
-    /// It was given another subnet, and is to start again with that one.
-    Reassigned,
-    /// It cannot go on; the sentence says why.
-    Failed(String),
-}
 
 /// The agent between start and end.
 struct Agent {
@@ -175,18 +157,6 @@ struct Agent {
     /// Set when the kernel refuses the device of a node that has only just come.
     giving_up: Option<(String, Instant)>,
     ending: Option<Ending>,
-}
-
-/// Waits for threads, without those that hang in a disk or in the kernel.
-async fn await_threads<const N: usize>(threads: [Thread; N]) {
-    let deadline = Instant::now() + THREAD_PATIENCE;
-    // The loop's thread has the sockets to close meanwhile.
-    let joined = tokio::task::spawn_blocking(move || {
-        for name in threads.into_iter().filter_map(|thread| thread.join(deadline).err()) {
-            tracing::error!(thread = name, "thread hangs: the agent ends without it");
-        }
-    });
-    let _ = joined.await;
 }
 
 impl Agent {
@@ -381,78 +351,6 @@ impl Agent {
             Output::Reported { node, number, report } => self.on_reported(node, number, report),
             Output::Stop(stop) => self.on_stop(stop),
         }
-    }
-
-    fn on_stop(&mut self, stop: Stop) {
-        self.ending = Some(match stop {
-            Stop::Left { heir } => match self.giving_up.take() {
-                Some((why, _)) => Ending::Failed(why),
-                None => Ending::Left { heir },
-            },
-            Stop::Expelled { heir } => {
-                tracing::error!(
-                    heir = heir.map(tracing::field::display),
-                    "the cluster holds this node as gone for good: it joins as a new one, with another subnet"
-                );
-                Ending::Anew
-            }
-            Stop::Refused(refusal) => Ending::Failed(visible(&format!("join refused: {refusal}"))),
-            Stop::Rejected { seed, why } => {
-                let name = self.config.seeds.get(seed).map_or("?", String::as_str);
-                Ending::Failed(visible(&format!("join {name}: {why}")))
-            }
-        });
-    }
-
-    /// Whether anything in the kernel can be of this node. What cannot is another overlay's.
-    const fn has_made_something(&self) -> bool {
-        !self.fresh || self.kernel.programmed_once
-    }
-
-    /// Ends what must end, and removes what must not stay.
-    async fn finish(mut self) -> Ending {
-        let ending = self.ending.take().unwrap_or(Ending::Stopped);
-        self.service.stopping();
-        self.input(Input::Command(Command::Save));
-        self.carry_out();
-        let traces =
-            self.node.cluster().map(|cluster| (cluster.settings.vni, cluster.settings.pool));
-        let made_something = self.has_made_something();
-        self.transport.close().await;
-        let threads = [
-            self.programmer.end(),
-            self.forwarder.end(),
-            self.far.end(),
-            self.asking.end(),
-            self.inquest.end(),
-            self.wirer.end(),
-            self.writer.end(),
-            self.archive.end(),
-        ];
-        await_threads(threads).await;
-        let refused = self.fresh && matches!(ending, Ending::Failed(_));
-        let ends = matches!(ending, Ending::Left { .. } | Ending::Anew) || refused;
-        if ends && made_something {
-            remove_traces(traces, &self.config);
-        }
-        if (matches!(ending, Ending::Left { .. }) || refused)
-            && let Err(error) = self.state.wipe()
-        {
-            tracing::error!(%error, "state not removed");
-        }
-        if let Some(reply) = self.leave_reply.take() {
-            let answer = match &ending {
-                Ending::Left { heir } => Ok(heir.map(|heir| self.node.name_of(heir).to_owned())),
-                Ending::Failed(why) => Err(why.clone()),
-                Ending::Stopped | Ending::Anew | Ending::Reassigned => {
-                    Err("the agent was stopped before it had left".to_owned())
-                }
-            };
-            let _ = reply.send(answer);
-            // The reply travels through another task; it must be on its way before the process ends.
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-        ending
     }
 
     fn on_api(&mut self, question: Question) {
