@@ -1,4 +1,4 @@
-//! The thread that keeps the small files: token, secrets, underlay, history and `subnet.env`.
+//! The thread that keeps the small files: token, secrets, underlay, boot, history and `subnet.env`.
 //!
 //! A disk that hangs keeps this thread, and not the loop. What is written later replaces what waits; a file
 //! that could not be written is tried again until it is, or until there is something newer. Secrets are
@@ -49,6 +49,8 @@ pub(super) enum Saved {
     /// The address of this host and the MTU of its overlay.
     Underlay(IpAddr, u32),
     Subnet(PathBuf, SubnetFile),
+    /// Which start of this host the records of pods are of.
+    Boot,
 }
 
 impl Saved {
@@ -61,6 +63,7 @@ impl Saved {
             Self::Token(_) => "token",
             Self::Underlay(..) => "underlay",
             Self::Subnet(..) => "subnet file",
+            Self::Boot => "boot",
         }
     }
 }
@@ -133,6 +136,7 @@ impl Archive {
             }
             Saved::Subnet(path, file) => subnet_env::write(path, file)
                 .map_err(|error| format!("{}: {error}", path.display())),
+            Saved::Boot => state.note_boot().map_err(|error| error.to_string()),
         };
         Self::start_with(history, save, keep_secrets, report)
     }

@@ -15,6 +15,7 @@ use tokio::sync::oneshot::Sender;
 
 use super::{
     Agent,
+    archive::Saved,
     docker::is_of_a_network,
     pod_address::NotGiven,
     vanished::Looking,
@@ -392,10 +393,8 @@ impl Agent {
     /// Something of ours is on disk.
     pub(super) fn on_saved(&mut self, number: u64) {
         self.drop_notes(number);
-        if self.pods.boot_number.take_if(|at| *at == number).is_some()
-            && let Err(error) = self.state.note_boot()
-        {
-            tracing::error!(%error, "the start of this host was not noted");
+        if self.pods.boot_number.take_if(|at| *at == number).is_some() {
+            self.archive.save(Saved::Boot);
         }
         if let Some(answer) = self.pods.saving.remove(&number) {
             answer(Ok(()));

@@ -43,6 +43,11 @@ const SETTINGS: [(u16, u8, &str); 16] = [
     (40, 0, "mab"),
 ];
 
+/// Whether a port takes packets. The kernel lets it a moment after the pod's end has come up.
+pub(super) fn is_open(port: &Link) -> bool {
+    told(port).contains(&(STATE, FORWARDING))
+}
+
 /// Whether all settings that the kernel tells of a port are right.
 pub fn is_right(port: &Link) -> bool {
     wrong(port).is_empty()

@@ -5,8 +5,10 @@
 //! attachment, so that whatever an agent left half-made is found again. Which addresses a pod has is not
 //! decided here.
 
+mod looks;
+
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeSet,
     fs::{File, OpenOptions},
     io,
     net::IpAddr,
@@ -15,6 +17,8 @@ use std::{
         unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     },
     path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
 };
 
 use nix::fcntl::OFlag;
@@ -46,6 +50,9 @@ use crate::{
     },
 };
 
+/// A port of a bridge takes packets within this time after it came up, or something else is wrong with it.
+const OPENING: Duration = Duration::from_millis(200);
+const LOOK_AGAIN: Duration = Duration::from_millis(1);
 /// Places in the batch of changes that must be made; the kernel may refuse the others.
 const NEEDED: [usize; 2] = [0, 2];
 
@@ -188,12 +195,28 @@ impl Wiring {
                 return Err(failed("setting addresses")(error));
             }
         };
+        if matches!(end, End::Inside { .. }) {
+            self.await_port(&link_name(&pod.attachment));
+        }
         Ok(Connected {
             mac,
             link_mac: link_mac(&pod.attachment),
             bridge_mac: self.bridge.as_ref().and_then(|provided| provided.mac),
             routes,
         })
+    }
+
+    /// Waits until the bridge takes packets from a port and to it: what a pod sends before that is lost. The
+    /// kernel opens the port when it is asked about it (since 6.8), or when it comes to that by itself.
+    fn await_port(&mut self, port: &str) {
+        let start = Instant::now();
+        while start.elapsed() < OPENING {
+            match self.netlink.link(port) {
+                Ok(Some(link)) if !port::is_open(&link) => thread::sleep(LOOK_AGAIN),
+                _ => return,
+            }
+        }
+        tracing::debug!(port, "the bridge does not take packets of a new port yet");
     }
 
     /// Makes bridge and ports what they should be. Says how much was not.
@@ -281,54 +304,6 @@ impl Wiring {
         inside
             .hand_over(bridge, leaving.index, heir.index, told.default_route)
             .map_err(failed("giving its routes to another interface"))
-    }
-
-    /// All interfaces of this host by their names, with the kernel's number for the namespace that the other
-    /// end of a cable is in. An end that another program has renamed is there under its own name, too.
-    pub fn links(&mut self) -> io::Result<BTreeMap<String, Option<i32>>> {
-        let links = self.netlink.links()?;
-        let names = links.iter().flat_map(|link| {
-            let names = [Some(link.name.clone()), told_name(link)];
-            names.into_iter().flatten().map(|name| (name, link.peer_namespace()))
-        });
-        Ok(names.collect())
-    }
-
-    /// Whether a path leads to the namespace with the kernel's number, or to any at all, if that is not
-    /// known.
-    pub fn leads_to(&mut self, path: &Path, namespace: Option<i32>) -> bool {
-        match (open_netns(path), namespace) {
-            (Err(error), _) => error.kind() != io::ErrorKind::NotFound,
-            (Ok(_), None) => true,
-            // One that is ending has no number.
-            (Ok(file), Some(number)) => {
-                number >= 0
-                    && self.netlink.namespace(&file).is_ok_and(|found| found == Some(number))
-            }
-        }
-    }
-
-    /// Pods that are plugged into a bridge, by what their ends say: for a node that has lost its memory.
-    pub fn found(&mut self, bridge: &str) -> io::Result<Vec<Pod>> {
-        let links = self.netlink.links()?;
-        let Some(found) = links.iter().find(|link| link.name == bridge) else {
-            return Ok(Vec::new());
-        };
-        let ports = links.iter().filter(|link| link.is_plugged_into(found.index));
-        Ok(ports.filter_map(|port| from_alias(&port.alias)).map(|told| told.pod).collect())
-    }
-
-    /// MACs that pods of this host were given, where they do not follow from their addresses.
-    pub fn macs(&mut self) -> io::Result<BTreeMap<Attachment, Mac>> {
-        let links = self.netlink.links()?;
-        let pods = links.iter().filter_map(|link| from_alias(&link.alias));
-        Ok(pods.filter_map(|told| Some((told.pod.attachment, told.mac?))).collect())
-    }
-
-    /// Bridges of pods on this host, whichever overlay they are of.
-    pub fn bridges(&mut self) -> io::Result<Vec<String>> {
-        let ours = self.netlink.links()?.into_iter().filter(|link| link.alias == ALIAS);
-        Ok(ours.filter(|link| link.kind == "bridge").map(|link| link.name).collect())
     }
 
     /// Removes a bridge of pods with all cables on it.

@@ -7,7 +7,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use gossamer::lab::{Agent, Host, NetNs};
+use gossamer::lab::{Agent, Host, NetNs, Pinger};
 use serde_json::{Value, json};
 
 use crate::{
@@ -22,6 +22,25 @@ fn gateway(result: &Value) -> &str {
 fn ping(from: &NetNs, to: &str) {
     let ping = format!("ping -c 1 -W 2 {to}");
     wait_until("it is not reached", PATIENCE, || run(from, &ping).status.success());
+}
+
+#[test]
+fn first_packet_to_a_pod_that_was_just_connected_arrives() {
+    isolated(|lab| {
+        let cluster = Cluster::start(lab, 1)?;
+        let runtime = Runtime::new(&cluster.agents[0]);
+        // This host knows the pod's MAC, so it asks for nothing and sends nothing twice.
+        let mut pinger = Pinger::new(&cluster.hosts[0].netns)?;
+        for round in 0..40 {
+            let name = format!("pod{round}");
+            let _space = NetNs::new(&name)?;
+            let pod = address(&runtime.add(&name)).parse()?;
+            let answered = pinger.ping(pod, PATIENCE)?;
+            assert!(answered.is_some(), "round {round}: one packet was lost");
+            runtime.del(&name);
+        }
+        Ok(())
+    });
 }
 
 #[test]
