@@ -4,6 +4,8 @@ use std::{
     fs, io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::fd::AsRawFd,
+    thread,
+    time::{Duration, Instant},
 };
 
 use rtnetlink::{
@@ -14,7 +16,7 @@ use rtnetlink::{
         address::{AddressAttribute, AddressHeaderFlags, AddressMessage, AddressScope},
         link::{
             AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute, LinkFlags, LinkInfo,
-            LinkMessage, Prop,
+            LinkMessage, Prop, State,
         },
         nsid::{NsidAttribute, NsidMessage},
         route::{
@@ -29,6 +31,9 @@ use crate::model::Mac;
 
 /// What the kernel says of an interface that is gone.
 pub(crate) const ENODEV: i32 = 19;
+
+/// Between two looks at an interface that is awaited.
+const LOOK_AGAIN: Duration = Duration::from_millis(1);
 
 /// An interface as the kernel lists it.
 #[derive(Clone, Debug)]
@@ -49,6 +54,12 @@ pub struct Link {
 }
 
 impl Link {
+    /// Whether it sends and receives (`IF_OPER_UP` of RFC 2863). The kernel gets there a moment after there is
+    /// a carrier, and drops what is sent before that.
+    pub fn is_operational(&self) -> bool {
+        self.message.attributes.contains(&LinkAttribute::OperState(State::Up))
+    }
+
     /// Index of the bridge, bond, team or VRF that it is a port of.
     pub fn controller(&self) -> Option<u32> {
         self.message.attributes.iter().find_map(|attribute| match attribute {
@@ -142,6 +153,26 @@ impl Netlink {
             Ok(_) => Err(io::Error::new(io::ErrorKind::InvalidData, "no link in the answer")),
             Err(error) if error.raw_os_error() == Some(ENODEV) => Ok(None),
             Err(error) => Err(error),
+        }
+    }
+
+    /// Waits until an interface is as wanted, but not longer than until `deadline`. The kernel brings an
+    /// interface into operation when it is asked about it (since 6.8), or when it comes to that by itself.
+    ///
+    /// # Errors
+    /// It is not, by then; or the kernel does not say.
+    pub fn await_link(
+        &mut self,
+        name: &str,
+        deadline: Instant,
+        is_as_wanted: impl Fn(&Link) -> bool,
+    ) -> io::Result<()> {
+        loop {
+            match self.link(name)? {
+                Some(link) if is_as_wanted(&link) => return Ok(()),
+                _ if Instant::now() >= deadline => return Err(io::ErrorKind::TimedOut.into()),
+                _ => thread::sleep(LOOK_AGAIN),
+            }
         }
     }
 

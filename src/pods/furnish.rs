@@ -3,7 +3,7 @@
 //! The namespace may have been furnished before: with another interface of the same pod, which keeps the
 //! default route, or with sysctls that turn IPv6 off for new interfaces.
 
-use std::{fs::File, io, net::IpAddr};
+use std::{fs::File, io, net::IpAddr, time::Instant};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use nix::sched::{CloneFlags, setns};
@@ -16,11 +16,16 @@ use rtnetlink::{
 use super::{
     bridge::{Bridge, address_request},
     gateway,
+    wiring::OPENING,
 };
 use crate::{
     dataplane::kernel::interface::{Switched, answer_for_own_addresses, switch_on_ipv6},
     model::Pod,
-    netlink::{Netlink, Request, link::Address, route::MAIN},
+    netlink::{
+        Netlink, Request,
+        link::{Address, Link},
+        route::MAIN,
+    },
 };
 
 /// What the kernel says of a route that is there already.
@@ -88,6 +93,10 @@ impl Inside<'_> {
         }
         there.sort_unstable();
         there.iter().rev().for_each(|route| _ = routes.remove(*route));
+        let deadline = Instant::now() + OPENING;
+        if let Err(error) = self.netlink.await_link(interface, deadline, Link::is_operational) {
+            tracing::debug!(interface, %error, "a pod's interface does not send yet");
+        }
         Ok(routes)
     }
 

@@ -43,9 +43,9 @@ const SETTINGS: [(u16, u8, &str); 16] = [
     (40, 0, "mab"),
 ];
 
-/// Whether a port takes packets. The kernel lets it a moment after the pod's end has come up.
+/// Whether the bridge takes packets from a port and to it.
 pub(super) fn is_open(port: &Link) -> bool {
-    told(port).contains(&(STATE, FORWARDING))
+    port.is_operational() && told(port).contains(&(STATE, FORWARDING))
 }
 
 /// Whether all settings that the kernel tells of a port are right.

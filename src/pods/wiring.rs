@@ -17,7 +17,6 @@ use std::{
         unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     },
     path::{Path, PathBuf},
-    thread,
     time::{Duration, Instant},
 };
 
@@ -50,9 +49,8 @@ use crate::{
     },
 };
 
-/// A port of a bridge takes packets within this time after it came up, or something else is wrong with it.
-const OPENING: Duration = Duration::from_millis(200);
-const LOOK_AGAIN: Duration = Duration::from_millis(1);
+/// A new port of a bridge takes packets within this time, or something else is wrong with it.
+pub(super) const OPENING: Duration = Duration::from_millis(500);
 /// Places in the batch of changes that must be made; the kernel may refuse the others.
 const NEEDED: [usize; 2] = [0, 2];
 
@@ -196,7 +194,7 @@ impl Wiring {
             }
         };
         if matches!(end, End::Inside { .. }) {
-            self.await_port(&link_name(&pod.attachment));
+            self.await_port(bridge, &link_name(&pod.attachment), Instant::now() + OPENING);
         }
         Ok(Connected {
             mac,
@@ -206,17 +204,15 @@ impl Wiring {
         })
     }
 
-    /// Waits until the bridge takes packets from a port and to it: what a pod sends before that is lost. The
-    /// kernel opens the port when it is asked about it (since 6.8), or when it comes to that by itself.
-    fn await_port(&mut self, port: &str) {
-        let start = Instant::now();
-        while start.elapsed() < OPENING {
-            match self.netlink.link(port) {
-                Ok(Some(link)) if !port::is_open(&link) => thread::sleep(LOOK_AGAIN),
-                _ => return,
-            }
+    /// Waits until packets get from the bridge to a port: what is sent before that is lost.
+    fn await_port(&mut self, bridge: &Bridge, port: &str, deadline: Instant) {
+        let opened = self
+            .netlink
+            .await_link(port, deadline, port::is_open)
+            .and_then(|()| self.netlink.await_link(&bridge.name, deadline, Link::is_operational));
+        if let Err(error) = opened {
+            tracing::debug!(port, %error, "the bridge does not take packets of a new port yet");
         }
-        tracing::debug!(port, "the bridge does not take packets of a new port yet");
     }
 
     /// Makes bridge and ports what they should be. Says how much was not.
