@@ -156,21 +156,22 @@ impl Netlink {
         }
     }
 
-    /// Waits until an interface is as wanted, but not longer than until `deadline`. The kernel brings an
-    /// interface into operation when it is asked about it (since 6.8), or when it comes to that by itself.
+    /// Waits until an interface is as wanted, but not longer than `patience`. The kernel brings an interface
+    /// into operation when it is asked about it (since 6.8), or when it comes to that by itself.
     ///
     /// # Errors
-    /// It is not, by then; or the kernel does not say.
+    /// It is not, in that time; or the kernel does not say.
     pub fn await_link(
         &mut self,
         name: &str,
-        deadline: Instant,
+        patience: Duration,
         is_as_wanted: impl Fn(&Link) -> bool,
     ) -> io::Result<()> {
+        let start = Instant::now();
         loop {
             match self.link(name)? {
                 Some(link) if is_as_wanted(&link) => return Ok(()),
-                _ if Instant::now() >= deadline => return Err(io::ErrorKind::TimedOut.into()),
+                _ if start.elapsed() >= patience => return Err(io::ErrorKind::TimedOut.into()),
                 _ => thread::sleep(LOOK_AGAIN),
             }
         }

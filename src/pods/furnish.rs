@@ -3,7 +3,7 @@
 //! The namespace may have been furnished before: with another interface of the same pod, which keeps the
 //! default route, or with sysctls that turn IPv6 off for new interfaces.
 
-use std::{fs::File, io, net::IpAddr, time::Instant};
+use std::{fs::File, io, net::IpAddr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use nix::sched::{CloneFlags, setns};
@@ -93,8 +93,7 @@ impl Inside<'_> {
         }
         there.sort_unstable();
         there.iter().rev().for_each(|route| _ = routes.remove(*route));
-        let deadline = Instant::now() + OPENING;
-        if let Err(error) = self.netlink.await_link(interface, deadline, Link::is_operational) {
+        if let Err(error) = self.netlink.await_link(interface, OPENING, Link::is_operational) {
             tracing::debug!(interface, %error, "a pod's interface does not send yet");
         }
         Ok(routes)

@@ -17,7 +17,7 @@ use std::{
         unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     },
     path::{Path, PathBuf},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use nix::fcntl::OFlag;
@@ -194,7 +194,7 @@ impl Wiring {
             }
         };
         if matches!(end, End::Inside { .. }) {
-            self.await_port(bridge, &link_name(&pod.attachment), Instant::now() + OPENING);
+            self.await_port(bridge, &link_name(&pod.attachment));
         }
         Ok(Connected {
             mac,
@@ -205,11 +205,11 @@ impl Wiring {
     }
 
     /// Waits until packets get from the bridge to a port: what is sent before that is lost.
-    fn await_port(&mut self, bridge: &Bridge, port: &str, deadline: Instant) {
+    fn await_port(&mut self, bridge: &Bridge, port: &str) {
         let opened = self
             .netlink
-            .await_link(port, deadline, port::is_open)
-            .and_then(|()| self.netlink.await_link(&bridge.name, deadline, Link::is_operational));
+            .await_link(port, OPENING, port::is_open)
+            .and_then(|()| self.netlink.await_link(&bridge.name, OPENING, Link::is_operational));
         if let Err(error) = opened {
             tracing::debug!(port, %error, "the bridge does not take packets of a new port yet");
         }
