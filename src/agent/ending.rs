@@ -11,7 +11,7 @@ use crate::{
 };
 
 /// How long its threads are waited for when the agent ends, so that all takes less than
-/// [`signals::PATIENCE`].
+/// [`super::signals::PATIENCE`].
 const THREAD_PATIENCE: Duration = Duration::from_secs(4);
 /// How an agent ended that had started well.
 #[derive(Debug, PartialEq, Eq)]

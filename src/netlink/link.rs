@@ -54,8 +54,8 @@ pub struct Link {
 }
 
 impl Link {
-    /// Whether it sends and receives (`IF_OPER_UP` of RFC 2863). The kernel gets there a moment after there is
-    /// a carrier, and drops what is sent before that.
+    /// Whether it sends and receives (`IF_OPER_UP` of RFC 2863). The kernel gets there a moment after there
+    /// is a carrier, and drops what is sent before that.
     pub fn is_operational(&self) -> bool {
         self.message.attributes.contains(&LinkAttribute::OperState(State::Up))
     }

@@ -4,17 +4,18 @@
 //! By hand, because no library does it without a C library or the `nft` program (the one that does is under
 //! the GPL). Shapes only: what the tables hold is said in `dataplane::kernel::firewall`.
 
+mod dump;
 mod events;
 
 use std::{io, net::IpAddr};
 
 use rtnetlink::{
-    packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST},
+    packet_core::{NLM_F_ACK, NLM_F_REQUEST},
     sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER},
 };
 
 use super::{
-    DUMP_TRIES, RECEIVE_BUFFER, attributes,
+    RECEIVE_BUFFER, attributes,
     attributes::Attributes,
     open_socket,
     raw::{Answer, answers, append},
@@ -37,7 +38,6 @@ const BATCH_BEGIN: u16 = 0x10;
 const BATCH_END: u16 = 0x11;
 /// As far as the system's limit allows.
 const SEND_BUFFER: usize = 1 << 20;
-const ENOENT: i32 = 2;
 /// Bytes of an interface's name.
 pub const IFNAMSIZ: usize = 16;
 const EINVAL: i32 = 22;
@@ -138,44 +138,6 @@ impl Nftables {
         let mut address = SocketAddr::new(0, 0);
         self.socket.get_address(&mut address)?;
         Ok(address.port_number())
-    }
-
-    /// All objects that match, from one undisturbed pass; of a table that is not there, none.
-    pub fn dump(&mut self, kind: Kind, family: u8, filter: &Attributes) -> io::Result<Vec<Object>> {
-        for _ in 0..DUMP_TRIES {
-            if let Some(found) = self.dump_once(kind, family, filter)? {
-                return Ok(found);
-            }
-        }
-        Err(io::Error::new(io::ErrorKind::Interrupted, "the tables of nftables change too fast"))
-    }
-
-    /// None if something changed meanwhile.
-    fn dump_once(
-        &mut self,
-        kind: Kind,
-        family: u8,
-        filter: &Attributes,
-    ) -> io::Result<Option<Vec<Object>>> {
-        let mut bytes = Vec::new();
-        let flags = NLM_F_REQUEST | NLM_F_DUMP;
-        let kind = SUBSYSTEM << 8 | kind as u16;
-        self.append(kind, flags, nfgenmsg(family, 0), filter, &mut bytes);
-        let sequence = self.sequence;
-        send_all(&self.socket, &bytes)?;
-        let mut found = Vec::new();
-        let mut interrupted = false;
-        loop {
-            for message in self.receive()?.into_iter().filter(|m| m.sequence == sequence) {
-                interrupted |= message.interrupted;
-                match (message.error, message.done) {
-                    (Some(ENOENT), _) | (_, true) => return Ok((!interrupted).then_some(found)),
-                    (Some(errno), _) => return Err(io::Error::from_raw_os_error(errno)),
-                    (None, false) => found
-                        .push(Object { family: message.own[0], attributes: message.attributes }),
-                }
-            }
-        }
     }
 
     fn append(

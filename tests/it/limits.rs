@@ -1,10 +1,16 @@
 //! Underlays that carry less than usual: named, and used as far as they go.
 
-use gossamer::lab::{Agent, Host};
+use std::{fs, net::Ipv4Addr};
 
-use crate::common::{
-    Cluster, PATIENCE, eventually, has_problem, isolated, program, run, status_where, token_of,
-    tool, wait_until,
+use gossamer::lab::{Agent, Host, memory_mib};
+use serde_json::Value;
+
+use crate::{
+    cni::{Runtime, namespaces},
+    common::{
+        Cluster, PATIENCE, eventually, has_problem, has_warning, isolated, program, run,
+        status_where, token_of, tool, wait_until,
+    },
 };
 
 fn set_mtu(host: &Host, mtu: u32) {
@@ -57,7 +63,7 @@ fn an_underlay_too_small_for_ipv6_carries_ipv4_in_dual_stack() {
         let pods = cluster.pods()?;
         assert!(tool(&pods[0].netns, &format!("ping -c 1 -W 5 {}", pods[1].ip)).contains(" 1 rec"));
         let host = &cluster.hosts[0];
-        let env = std::fs::read_to_string(host.dir.join("subnet.env"))?;
+        let env = fs::read_to_string(host.dir.join("subnet.env"))?;
         assert!(env.contains("FLANNEL_SUBNET") && !env.contains("IPV6"), "{env}");
         let left_out = "IPv6 (fd42::/48) is left out on this host";
         let addresses = "ip -6 addr show gossamer.1 scope global";
@@ -70,6 +76,48 @@ fn an_underlay_too_small_for_ipv6_carries_ipv4_in_dual_stack() {
         }
         let routes = tool(&cluster.hosts[0].netns, "ip -6 route show proto 73");
         assert!(routes.contains("fd42:"), "{routes}");
+        Ok(())
+    });
+}
+
+#[test]
+fn rules_of_others_in_any_number_are_not_kept_in_memory() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let _spaces = namespaces(&["a", "b"])?;
+        Runtime::new(&cluster.agents[0]).add("a");
+        Runtime::new(&cluster.agents[1]).add("b");
+        let is_tried = |status: &Value| status["kernel"]["forwarding"]["state"] == "ok";
+        status_where(&mut cluster.agents[0], is_tried);
+        let pid = cluster.agents[0].pid();
+        let before = memory_mib(pid, "VmRSS:");
+        // As a cluster of Kubernetes with very many Services has them: some 30 MB.
+        let mut rules =
+            "table ip crowd {\n chain pre { type nat hook prerouting priority -100;\n".to_owned();
+        for number in 0..60_000_u32 {
+            let to = Ipv4Addr::from(0x0a60_0000 + number);
+            rules += &format!(
+                "ip saddr != 10.42.0.0/16 ip daddr {to} tcp dport 80 counter dnat to 10.43.0.1:8080\n"
+            );
+        }
+        rules += "}\n}\n";
+        let file = cluster.hosts[0].dir.join("rules");
+        fs::write(&file, rules)?;
+        tool(&cluster.hosts[0].netns, &format!("nft -f {}", file.display()));
+        // Once this is named, the others have been read, too.
+        let proxy = "tcp dport 8080 redirect to :3128";
+        let hook = "type nat hook prerouting priority -99;";
+        tool(
+            &cluster.hosts[0].netns,
+            &format!(
+                "nft add table ip proxy; add chain ip proxy pre {{ {hook} }}; add rule ip proxy pre {proxy}"
+            ),
+        );
+        wait_until("it is not named", PATIENCE, || {
+            has_warning(&mut cluster.agents[0], "ip proxy pre")
+        });
+        let peak = memory_mib(pid, "VmHWM:");
+        assert!(peak < before + 50.0, "{before} MiB before, {peak} MiB now");
         Ok(())
     });
 }
