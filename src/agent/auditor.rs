@@ -18,8 +18,11 @@ use rtnetlink::packet_route::{
     route::{RouteProtocol, RouteType},
 };
 
+mod detour;
 mod others;
 mod policy;
+
+pub use detour::Detour;
 
 use super::underlay::Chosen;
 use crate::{
@@ -79,18 +82,6 @@ pub struct PathMtu {
     pub mtu: u32,
     /// A router has told it; otherwise a route has it.
     pub learned: bool,
-}
-
-/// Where the tunnel packets to a host go instead. It may be right (a host with several uplinks), and is told
-/// only where no answer comes.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Detour {
-    /// By this interface, and by which routing table.
-    By { interface: String, table: u32 },
-    /// By a gateway, though the host is in the underlay's own network.
-    Gateway { gateway: IpAddr, table: u32 },
-    /// Nowhere: the kernel's error.
-    Refused(String),
 }
 
 #[derive(Debug)]
@@ -238,15 +229,18 @@ impl Auditor {
             self.path_asked = Some(host);
             let transport = Some(Transport::udp_to(desired.device.port));
             let from = Some(desired.device.local).filter(|local| local.is_ipv4() == host.is_ipv4());
-            let found = netlink.route(&Query { output, from, transport, ..Query::to(host) });
+            let query = Query { output, from, transport, ..Query::to(host) };
+            let found = netlink.route(&query);
             let detour = match &found {
                 Ok(found) => match refusal(found.kind) {
                     Some(errno) => Some(Detour::Refused(reason(errno))),
-                    None if found.link == place.underlay => around(found, host, place.networks),
+                    None if found.link == place.underlay => {
+                        detour::around(netlink, &query, found, place.networks)
+                    }
                     None => {
                         let links =
                             links.get_or_insert_with(|| netlink.links().unwrap_or_default());
-                        detour(links, found, place.underlay)
+                        detour::elsewhere(netlink, &query, links, found, place.underlay)
                     }
                 },
                 Err(error) => error.raw_os_error().map(|errno| Detour::Refused(reason(errno))),
@@ -267,22 +261,6 @@ impl Auditor {
             }
         }
     }
-}
-
-/// Whether packets to a host take a gateway though it is in one of these networks.
-fn around(found: &Found, host: IpAddr, networks: &[IpNet]) -> Option<Detour> {
-    let gateway = found.gateway.filter(|gateway| *gateway != host)?;
-    let is_beside = networks.iter().any(|network| network.contains(&host));
-    is_beside.then_some(Detour::Gateway { gateway, table: found.table })
-}
-
-/// Whether packets leave by another interface than the one that has this host's address. From an address of
-/// the loopback interface they always do.
-fn detour(links: &[Link], found: &Found, underlay: u32) -> Option<Detour> {
-    let link = |index: u32| links.iter().find(|link| link.index == index);
-    let interface =
-        link(found.link).filter(|_| link(underlay).is_some_and(|link| !link.loopback))?;
-    Some(Detour::By { interface: interface.name.clone(), table: found.table })
 }
 
 /// Which interface pods are behind is for the addresses to tell: our bridge, Docker's or one made by hand.

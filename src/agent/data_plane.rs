@@ -221,10 +221,17 @@ impl Agent {
         let chosen = match underlay {
             Ok(chosen) => chosen,
             Err(error) => {
-                let why = format!(
-                    "no underlay: {error}; pods of this host reach each other, and those of other hosts \
-                     once the network is back"
-                );
+                let why = match error {
+                    // Routes lead tunnel packets by the interface that has the address.
+                    UnderlayError::Moved { .. } => format!(
+                        "no underlay: {error}; until then the tunnels stay as they were, whether packets \
+                         of pods pass or not"
+                    ),
+                    error => format!(
+                        "no underlay: {error}; pods of this host reach each other, and those of other \
+                         hosts once the network is back"
+                    ),
+                };
                 if self.kernel.underlay_problem.as_ref() != Some(&why) {
                     tracing::error!("{why}");
                 }

@@ -7,7 +7,7 @@ mod sockets;
 mod words;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io,
     net::IpAddr,
     sync::mpsc::TryRecvError,
@@ -49,7 +49,7 @@ struct Asker {
 pub struct FarState {
     pub closed: Vec<FarWay>,
     /// Peers from whose pods answers come.
-    pub answering: usize,
+    pub answering: BTreeSet<NodeId>,
     /// Something was lost when it was last tried.
     pub is_in_doubt: bool,
 }
@@ -310,9 +310,10 @@ impl Agent {
         }
         let underlay = self.underlay.with_mode(self.config.mode);
         let subject = |(node, state, _): (NodeId, PathState, Option<Duration>)| {
-            // What is wrong with the path as a whole is told by what the path is found to be.
-            let is_usable =
-                matches!(state, PathState::Ok | PathState::Asymmetric | PathState::MtuTooLarge);
+            // Firewalls may drop what is asked of a host, and none of its pods' packets.
+            let is_doubted = matches!(state, PathState::Unanswered | PathState::OneWay);
+            let is_usable = is_doubted
+                || matches!(state, PathState::Ok | PathState::Asymmetric | PathState::MtuTooLarge);
             let peer = view.peers.get(&node)?;
             let (_, subnets) = peer.leases.first()?;
             let is_astray =
@@ -325,6 +326,7 @@ impl Agent {
                 addresses: last_addresses(*subnets),
                 carried: narrow.unwrap_or(self.underlay.tunnel_mtu),
                 takes_large: state != PathState::MtuTooLarge || narrow.is_some(),
+                is_doubted,
             };
             (is_reached && !matches!(way, Path::Unreachable)).then_some(subject)
         };

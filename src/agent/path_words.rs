@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Agent, auditor::Detour, ping::milliseconds};
+use super::{Agent, ping::milliseconds};
 use crate::{
     api::{EventKind, EventLevel, PathStatus},
     core::Peer,
@@ -31,6 +31,7 @@ impl Agent {
                 underlay_round_trip_ms: self.transport.round_trip(node).map(milliseconds),
                 mtu: self.kernel.narrow.get(&node).copied(),
                 problem: self.path_problem(node, state),
+                pods_answer: self.is_passed_by_pods(node, state),
             };
         self.path_states().map(status).collect()
     }
@@ -98,25 +99,8 @@ impl Agent {
 
     /// Why nothing reaches a silent peer: this host sends its tunnel packets elsewhere.
     fn detour_problem(&self, name: &str, here: IpAddr, there: IpAddr, port: u16) -> Option<String> {
-        let underlay = &self.underlay.name;
-        let get = format!("ip route get {there} from {here} ipproto udp dport {port}; ip rule");
-        Some(match self.kernel.routing.detours.get(&there)? {
-            Detour::By { interface, table } => format!(
-                "tunnel packets to {name} ({there}) leave this host by {interface}, not by {underlay}, \
-                 which has its address {here}, and no answer comes: table {table} leads them there, by a \
-                 route or a rule of another program, such as a VPN ({get})"
-            ),
-            Detour::Gateway { gateway, table } => format!(
-                "tunnel packets to {name} ({there}) leave this host by the gateway {gateway}, though {there} \
-                 is in the network of {underlay} itself, and no answer comes: table {table} leads them \
-                 there, by a route or a rule of another program; let table {table} have the route of that \
-                 network too, or the rule come after the main table ({get})"
-            ),
-            Detour::Refused(why) => format!(
-                "this host has no way to {name} ({there}) on the underlay: {why}; add the route that is \
-                 missing, or take away the one that refuses ({get})"
-            ),
-        })
+        let detour = self.kernel.routing.detours.get(&there)?;
+        Some(detour.sentence(name, [here, there], port, &self.underlay.name))
     }
 
     /// Whether nothing that is asked of a peer is answered.
@@ -127,6 +111,40 @@ impl Agent {
 
     /// What is wrong, and what helps.
     pub(super) fn path_problem(&self, node: NodeId, state: PathState) -> Option<String> {
+        match self.path_words(node, state)? {
+            Words::Problem(problem) => Some(problem),
+            Words::Warning(_) => None,
+        }
+    }
+
+    /// What may be wrong, and may as well harm no pod.
+    pub(super) fn path_warnings(&self) -> impl Iterator<Item = String> + '_ {
+        self.path_states().filter_map(|(node, state, _)| match self.path_words(node, state)? {
+            Words::Problem(_) => None,
+            Words::Warning(warning) => Some(warning),
+        })
+    }
+
+    /// Whether packets of pods get to a peer and back, though what is asked of its host is not answered.
+    pub(super) fn is_passed_by_pods(&self, node: NodeId, state: PathState) -> bool {
+        matches!(state, PathState::Unanswered | PathState::OneWay)
+            && self.kernel.far.answering.contains(&node)
+    }
+
+    /// That nothing is answered, and no cause was found. Where packets of the peer arrive, its firewall may
+    /// drop the questions alone; then it is a problem only if packets of pods are known to be lost as well.
+    fn unanswered(&self, node: NodeId, state: PathState, words: String) -> Option<Words> {
+        let is_proven = self.kernel.far.closed.iter().any(|way| way.node == node);
+        Some(match state {
+            PathState::OneWay if !is_proven => Words::Warning(words),
+            _ => Words::Problem(words),
+        })
+    }
+
+    fn path_words(&self, node: NodeId, state: PathState) -> Option<Words> {
+        if self.is_passed_by_pods(node, state) {
+            return None;
+        }
         let view = self.kernel.wanted.as_ref()?;
         let peer = view.peers.get(&node)?;
         let (there, here) = (peer.vtep.underlay, view.own.vtep.underlay);
@@ -138,13 +156,13 @@ impl Agent {
         let is_silent = (self.is_lost(state) || !self.prober.paths.is_alive(node))
             && self.kernel.underlay_problem.is_none();
         if is_silent && let Some(problem) = self.moved_problem() {
-            return Some(problem);
+            return certain(problem);
         }
         if is_silent && let Some(problem) = self.detour_problem(name, here, there, port) {
-            return Some(problem);
+            return certain(problem);
         }
         if let Some(told) = self.prober.reports.lasting(there) {
-            return Some(false_report(name, there, told, self.underlay.carried));
+            return certain(false_report(name, there, told, self.underlay.carried));
         }
         let is_partly = state == PathState::PartlyLost;
         // This host drops packets of new flows, whichever peer they go to.
@@ -153,12 +171,12 @@ impl Agent {
         }
         let found = self.inquest.found(node).filter(|_| is_silent || is_partly);
         if let Some(cause) = found.and_then(|found| found.cause.clone()) {
-            return Some(cause);
+            return certain(cause);
         }
         let is_gone = self.is_lost(state) && !self.prober.paths.is_alive(node);
         let is_mute = is_gone && state != PathState::OneWay;
         if let Some(sign) = found.and_then(|found| found.sign).filter(|_| is_mute) {
-            return Some(mute_problem(name, there, sign, [port, gossip]));
+            return certain(mute_problem(name, there, sign, [port, gossip]));
         }
         // What goes on there, gossip says already.
         if lost && !self.prober.paths.is_alive(node) {
@@ -182,17 +200,17 @@ impl Agent {
         let is_direct = matches!(ways[0], Way::Direct { .. });
         if lost && self.prober.paths.comes_astray(node) {
             let own = view.own.subnets.first.network();
-            return Some(mixed_problem(name, own, is_direct));
+            return certain(mixed_problem(name, own, is_direct));
         }
         match ways[0] {
             Way::Unreachable => {
-                return Some(format!(
+                return certain(format!(
                     "{name} ({there}) is not on this host's underlay network, and mode host-gw uses no \
                      tunnels: use mode = \"direct\" on all nodes"
                 ));
             }
             _ if ways.contains(&Way::Unreachable) => {
-                return Some(format!(
+                return certain(format!(
                     "the IPv6 subnet of {name} is unreachable: mode host-gw cannot route it by its underlay \
                      address {there}; use mode = \"direct\" on all nodes"
                 ));
@@ -201,7 +219,7 @@ impl Agent {
                 let suspects = self.kernel.forwarding.suspects.iter();
                 let suspects =
                     suspects.map(|suspect| format!("{suspect}; or ")).collect::<String>();
-                return Some(format!(
+                return self.unanswered(node, state, format!(
                     "packets to {name} go to {there} without a tunnel, and are not answered: \
                      {suspects}let the underlay carry {} (in a cloud: turn off its check of source and \
                      destination), or use mode = \"vxlan\"; or the firewall of {name} drops ICMP and UDP \
@@ -230,24 +248,24 @@ impl Agent {
         };
         let translated = self.translation(node, there);
         match state {
-            PathState::Unanswered => Some(format!(
+            PathState::Unanswered => self.unanswered(node, state, format!(
                 "nothing that is asked of {name} through the tunnel is answered, though its agent lives: \
                  either UDP {port} is closed on the way between {here} and {there}{walls}, or the firewall \
                  of {name} drops ICMP and UDP {gossip} on its tunnel device, which harms no pod{translated}"
             )),
-            PathState::OneWay => Some(format!(
+            PathState::OneWay => self.unanswered(node, state, format!(
                 "nothing that is asked of {name} through the tunnel is answered, though its packets arrive: \
                  either UDP {port} is closed on the way from {here} to {there}{walls}, or the firewall of \
                  {name} drops ICMP and UDP {gossip} on its tunnel device, which harms no pod{translated}"
             )),
-            PathState::Asymmetric => Some(format!(
+            PathState::Asymmetric => certain(format!(
                 "packets to {name} go through the tunnel, and its answers come without: another route or \
                  another mode leads it here (there: ip route get {}); rp_filter and firewalls may drop that",
                 view.own.subnets.first.network()
             )),
             PathState::PartlyLost => {
                 let (lost, of) = self.prober.paths.flows(node)?;
-                Some(format!(
+                certain(format!(
                     "packets to {name} are partly lost: {lost} of {of} flows do not get through, and the \
                      others do. Either one of several links or routers between {here} and {there} that share \
                      the load (bonds, port channels, ECMP: each flow takes one) is dead or drops UDP {port}: \
@@ -271,7 +289,7 @@ impl Agent {
                     ),
                     None => String::new(),
                 };
-                Some(format!(
+                certain(format!(
                     "packets of {mtu} bytes to {name} are lost, {arrive} arrive: some link between {here} \
                      and {there} carries less than this host's{lowered}; set {smaller} on all nodes"
                 ))
@@ -279,6 +297,18 @@ impl Agent {
             _ => None,
         }
     }
+}
+
+/// What is said of the way to a peer.
+enum Words {
+    Problem(String),
+    /// It may harm no pod.
+    Warning(String),
+}
+
+#[expect(clippy::unnecessary_wraps, reason = "as it is returned")]
+fn certain(words: String) -> Option<Words> {
+    Some(Words::Problem(words))
 }
 
 /// That a machine with a peer's address was seen, though neither its agent nor its kernel answers.

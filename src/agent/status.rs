@@ -170,8 +170,8 @@ impl Agent {
 
     /// What may hurt some packets, or keeps this node from knowing, as sentences with what helps.
     fn warnings(&self) -> Vec<String> {
-        let warnings = self.kernel.forwarding.warnings.iter().chain(&self.pods.guests);
-        warnings.map(|warning| visible(warning)).collect()
+        let known = self.kernel.forwarding.warnings.iter().chain(&self.pods.guests);
+        known.cloned().chain(self.path_warnings()).map(|warning| visible(&warning)).collect()
     }
 
     /// Strangers that flood the gossip port, as a sentence.

@@ -51,6 +51,8 @@ pub struct PathStatus {
     pub mtu: Option<u32>,
     /// What is wrong, and what helps.
     pub problem: Option<String>,
+    /// What is asked of that host is not answered, and its pods answer those of this host.
+    pub pods_answer: bool,
 }
 
 #[derive(Clone, Debug, Serialize)]

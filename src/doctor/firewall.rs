@@ -1,6 +1,7 @@
 //! Chains of others: what they do with our ports, and with packets of pods.
 
 use ipnet::IpNet;
+use serde_json::Value;
 
 use super::{Finding, Patient, Verdict};
 use crate::dataplane::kernel::{ClosedPort, FirewallTable, ForeignChains, open_port};
@@ -23,7 +24,8 @@ pub fn examine(patient: &Patient, findings: &mut Vec<Finding>) {
     let is_tunnel = |port: u16| port == numbers.vxlan_port;
     let paths =
         || patient.status().and_then(|status| status["paths"].as_array()).into_iter().flatten();
-    let tunnels_work = paths().count() > 0 && paths().all(|path| path["state"] == "ok");
+    let is_open = |path: &Value| path["state"] == "ok" || path["pods_answer"] == true;
+    let tunnels_work = paths().count() > 0 && paths().all(is_open);
     let gossip_works =
         patient.status().is_some_and(|status| status["connections"].as_u64() > Some(0));
     // Gossip is so little that no limit is reached by it.

@@ -154,7 +154,7 @@ fn a_wall_of_any_kind_is_noticed_by_packets_and_named_until_it_is_gone() {
         sh(
             host,
             "nft add table ip count && nft add chain ip count f { type filter hook forward priority 9 ; } && \
-                  nft add rule ip count f udp dport 33435 counter",
+                  nft add rule ip count f udp dport 61475 counter",
         );
         eventually(host, "nft list chain ip count f", |text| {
             text.contains("counter packets") && !text.contains("counter packets 0 ")

@@ -30,7 +30,7 @@ fn detail(status: &Value) -> &str {
 }
 
 /// A pod on each host; waits until pods of so many other hosts have answered each agent's.
-fn with_pods(cluster: &mut Cluster, names: &[&str]) -> anyhow::Result<Vec<NetNs>> {
+pub fn with_pods(cluster: &mut Cluster, names: &[&str]) -> anyhow::Result<Vec<NetNs>> {
     let spaces = namespaces(names)?;
     for (agent, name) in cluster.agents.iter_mut().zip(names) {
         Runtime::new(agent).add(name);
@@ -42,7 +42,7 @@ fn with_pods(cluster: &mut Cluster, names: &[&str]) -> anyhow::Result<Vec<NetNs>
     Ok(spaces)
 }
 
-fn all_answer(agent: &mut Agent, others: usize) {
+pub fn all_answer(agent: &mut Agent, others: usize) {
     let words = match others {
         1 => "pods of 1 other host answer".to_owned(),
         count => format!("pods of {count} other hosts answer"),
@@ -280,7 +280,7 @@ fn a_pod_of_another_host_is_answered_no_more_than_it_sends() {
         let ask = |netns: &NetNs, payload: &[u8]| {
             let socket = netns.run(|| UdpSocket::bind(("0.0.0.0", 0)))?;
             socket.set_read_timeout(Some(Duration::from_secs(2)))?;
-            socket.send_to(payload, (there, 33_436))?;
+            socket.send_to(payload, (there, 61_476))?;
             let mut buffer = [0; 2_000];
             anyhow::Ok(socket.recv(&mut buffer).ok())
         };

@@ -62,6 +62,7 @@ mod runtimes;
 mod secret;
 mod service;
 mod strangers;
+mod strict_hosts;
 mod tidy;
 mod underlay;
 mod uplinks;

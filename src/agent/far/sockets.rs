@@ -4,6 +4,7 @@ use std::{
     io,
     net::{IpAddr, SocketAddr, UdpSocket},
     os::fd::{AsFd as _, BorrowedFd},
+    time::Duration,
 };
 
 use nix::sys::socket::{
@@ -25,8 +26,10 @@ use crate::{
 const LONGEST: usize = 1 << 16;
 /// Enough of a packet with a segment in it.
 const HEADERS: usize = 128;
-/// Packets that are taken from a socket at once.
+/// Packets that are taken from a socket at once, and connections.
 const AT_ONCE: usize = 64;
+/// Connections that may be half open. An answer that is lost, or whose refusal is, keeps one for a minute.
+const BACKLOG: i32 = 1024;
 
 /// What has come.
 pub enum Heard {
@@ -48,6 +51,8 @@ struct FamilySockets {
     /// Of this round.
     asking: UdpSocket,
     segments: Socket,
+    /// Makes the kernel accept connections, as services of pods do: firewalls may drop refusals alone.
+    listener: Socket,
 }
 
 impl RoomSockets {
@@ -58,6 +63,7 @@ impl RoomSockets {
                 echoes: datagrams(address, FAR_PORT)?,
                 asking: datagrams(address, 0)?,
                 segments: segments(address)?,
+                listener: listener(address)?,
             })
         };
         let addresses = room.addresses;
@@ -79,7 +85,8 @@ impl RoomSockets {
 
     pub fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.families.iter().flat_map(|sockets| {
-            [sockets.echoes.as_fd(), sockets.asking.as_fd(), sockets.segments.as_fd()]
+            let FamilySockets { echoes, asking, segments, listener, .. } = sockets;
+            [echoes.as_fd(), asking.as_fd(), segments.as_fd(), listener.as_fd()]
         })
     }
 
@@ -102,7 +109,7 @@ impl RoomSockets {
     /// Gives all that has come, and answers a question if the answer is yes.
     pub fn hear(&mut self, mut give: impl FnMut(Heard) -> bool) {
         for sockets in &self.families {
-            let FamilySockets { address, echoes, asking, segments } = sockets;
+            let FamilySockets { address, echoes, asking, segments, listener } = sockets;
             let ipv4 = address.is_ipv4();
             for _ in 0..AT_ONCE {
                 let Ok((length, from)) = echoes.recv_from(&mut self.buffer) else { break };
@@ -123,6 +130,11 @@ impl RoomSockets {
                 {
                     give(Heard::Answer { from: from.ip(), round, kind });
                 }
+            }
+            for _ in 0..AT_ONCE {
+                let Ok((connection, _)) = listener.accept() else { break };
+                // Reset, so that the kernel remembers nothing of it.
+                let _ = connection.set_linger(Some(Duration::ZERO));
             }
             for _ in 0..AT_ONCE {
                 let mut packet = [0; HEADERS];
@@ -158,6 +170,16 @@ impl FamilySockets {
 
 fn datagrams(address: IpAddr, port: u16) -> io::Result<UdpSocket> {
     let socket = UdpSocket::bind((address, port))?;
+    socket.set_nonblocking(true)?;
+    Ok(socket)
+}
+
+fn listener(address: IpAddr) -> io::Result<Socket> {
+    let at = SocketAddr::new(address, FAR_PORT);
+    let socket = Socket::new(Domain::for_address(at), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_reuse_address(true)?;
+    socket.bind(&at.into())?;
+    socket.listen(BACKLOG)?;
     socket.set_nonblocking(true)?;
     Ok(socket)
 }

@@ -1,12 +1,12 @@
 //! What is said of packets that are lost between pods of this host and those of others.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
     agent::Agent,
     api::{CheckState, CheckStatus},
     dataplane::forwarding::{FarWay, Half, Kind, Sort},
-    model::NodeId,
+    model::{NodeId, PathState},
 };
 
 /// Peers that are named at once.
@@ -16,8 +16,8 @@ impl Agent {
     /// What is known of packets of pods, with this.
     pub(in crate::agent) fn far_added_to(&self, known: CheckStatus) -> CheckStatus {
         let CheckStatus { state, detail } = known;
-        let nodes: Vec<NodeId> = by_node(&self.kernel.far.closed).into_keys().collect();
-        match (nodes.as_slice(), self.kernel.far.answering) {
+        let nodes: Vec<NodeId> = self.far_lost().into_keys().collect();
+        match (nodes.as_slice(), self.kernel.far.answering.len()) {
             ([], 0) => CheckStatus { state, detail },
             ([], count) => {
                 let hosts =
@@ -35,7 +35,7 @@ impl Agent {
     /// Peers of which the same is true are told of together.
     pub(in crate::agent) fn far_problems(&self) -> Vec<String> {
         let mut alike: BTreeMap<Vec<(Half, Sort)>, Vec<NodeId>> = BTreeMap::new();
-        for (node, lost) in by_node(&self.kernel.far.closed) {
+        for (node, lost) in self.far_lost() {
             alike.entry(lost).or_default().push(node);
         }
         let suspects = self.kernel.forwarding.suspects.join("; ");
@@ -47,6 +47,23 @@ impl Agent {
             sentence(&self.names(&nodes), &of(Half::There), &of(Half::Back), &suspects)
         };
         alike.into_iter().map(sentence).collect()
+    }
+
+    /// What is lost to or from pods of each peer. Where nothing gets through, the path as a whole is bad: that
+    /// is told by what the path is found to be.
+    fn far_lost(&self) -> BTreeMap<NodeId, Vec<(Half, Sort)>> {
+        let answering = &self.kernel.far.answering;
+        let unanswered: BTreeSet<NodeId> = self
+            .path_states()
+            .filter(|(node, state, _)| {
+                let is_lost = matches!(state, PathState::Unanswered | PathState::OneWay);
+                is_lost && !answering.contains(node)
+            })
+            .map(|(node, ..)| node)
+            .collect();
+        let mut lost = by_node(&self.kernel.far.closed);
+        lost.retain(|node, _| !unanswered.contains(node));
+        lost
     }
 
     fn names(&self, nodes: &[NodeId]) -> String {
@@ -85,10 +102,14 @@ fn sentence(names: &str, there: &[Sort], back: &[Sort], suspects: &str) -> Strin
             list(back)
         ),
     };
-    let others = format!("{names} or the network between drops them (there: gossamer status)");
+    let others = format!("{names} (there: gossamer status) or the network between");
     match suspects {
-        "" => format!("{seen}: nothing was found on this host that drops them, so {others}"),
-        suspects => format!("{seen}: {suspects}; if it is none of that, {others}"),
+        "" => format!(
+            "{seen}: this host's own trials of forwarding found no loss here, and of its rules that might \
+             drop them none was found; what drops packets of established connections, or changes them (TTL, \
+             NFQUEUE), is not seen that way: look at nft list ruleset here as well as on {others}"
+        ),
+        suspects => format!("{seen}: {suspects}; if it is none of that, look at {others}"),
     }
 }
 

@@ -361,6 +361,16 @@ impl Host {
         UnderlayError::NoMatch { what, candidates }
     }
 
+    /// That another interface than the named one has the present address: one was renamed, or became a port of
+    /// a bridge.
+    pub(super) fn moved(&self, present: &Chosen, config: &Config) -> Option<UnderlayError> {
+        let IfaceChoice::Name(iface) = &config.iface else { return None };
+        let holder = self.addresses.iter().find(|address| address.ip == present.local)?;
+        let link = self.link(holder.link).filter(|link| link.up && !link.is_called(iface))?;
+        let (address, iface, now) = (present.local, iface.clone(), link.name.clone());
+        Some(UnderlayError::Moved { address, iface, now })
+    }
+
     /// That the interface has lost the present address, if that is all there is to say.
     pub(super) fn vanished(&self, present: &Chosen, config: &Config) -> Option<UnderlayError> {
         let link = self.links.iter().find(|link| link.name == present.name && link.up)?;

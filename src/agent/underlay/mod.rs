@@ -95,6 +95,11 @@ pub enum UnderlayError {
          it back (ip addr add {address}/LENGTH dev {iface})"
     )]
     Vanished { address: IpAddr, iface: String, others: String, awaited: String },
+    #[error(
+        "address {address} is on interface {now} now, and iface = \"{iface}\" forbids that one: set iface = \
+         \"{now}\" (--iface {now}) and restart the agent"
+    )]
+    Moved { address: IpAddr, iface: String, now: String },
     #[error("iface: {iface} has no carrier: is the cable plugged in, and the other end up?")]
     NoCarrier { iface: String },
     #[error("netlink: {0}")]
@@ -156,8 +161,10 @@ pub fn look_again(
             (Some(held), _) => held,
             (None, Some(best)) => best,
             (None, None) => host.fading(present).ok_or_else(|| {
-                let vanished = host.vanished(present, config);
-                vanished.unwrap_or_else(|| host.no_match(&config.iface))
+                let moved = host.moved(present, config);
+                moved
+                    .or_else(|| host.vanished(present, config))
+                    .unwrap_or_else(|| host.no_match(&config.iface))
             })?,
         };
         if let Some(link) = host.link(found.link).filter(|link| !link.carrier) {

@@ -55,6 +55,8 @@ pub struct Subject {
     pub carried: u32,
     /// It is not known already that large packets to it are lost.
     pub takes_large: bool,
+    /// What is asked of its host is not answered: that its pods answer is to be seen now.
+    pub is_doubted: bool,
 }
 
 /// On which way packets are lost.
@@ -136,6 +138,15 @@ impl FarPods {
         for subject in subjects {
             let known = before.remove(&subject.node);
             let known = known.filter(|peer| peer.subject.addresses == subject.addresses);
+            let was_doubted = known.as_ref().is_some_and(|peer| peer.subject.is_doubted);
+            let is_new_doubt = subject.is_doubted && !was_doubted;
+            let known = known.filter(|_| !is_new_doubt);
+            if is_new_doubt {
+                // What was seen before proves nothing now.
+                self.trials.keep(|way| way.node != subject.node);
+                self.round.iter_mut().for_each(|round| _ = round.targets.remove(&subject.node));
+                self.next = Time::ZERO;
+            }
             let fresh =
                 Peer { subject: subject.clone(), tried: 0, absent: 0, rests_until: Time::ZERO };
             let peer = Peer { subject: subject.clone(), ..known.unwrap_or(fresh) };
@@ -227,10 +238,9 @@ impl FarPods {
     }
 
     /// Peers from whose pods answers come.
-    pub fn answering(&self) -> usize {
+    pub fn answering(&self) -> BTreeSet<NodeId> {
         let open = self.trials.open();
-        let back = open.iter().filter(|way| way.half == Half::Back).map(|way| way.node);
-        back.collect::<BTreeSet<_>>().len()
+        open.iter().filter(|way| way.half == Half::Back).map(|way| way.node).collect()
     }
 
     /// Whether something was lost when it was last tried.
@@ -327,8 +337,15 @@ impl FarPods {
         }
         let closed = self.trials.closed();
         let is_known = |way: &&FarWay| closed.binary_search(way).is_ok();
+        let answering = self.answering();
+        let is_urgent = |peer: &Peer| {
+            let Subject { node, is_doubted, .. } = &peer.subject;
+            *is_doubted && peer.rests_until <= now && !answering.contains(node) && peer.tried == 0
+        };
+        let is_anxious =
+            self.trials.doubted().any(|way| !is_known(&way)) || self.peers.values().any(is_urgent);
         self.next = now
-            + if self.trials.doubted().any(|way| !is_known(&way)) {
+            + if is_anxious {
                 ANXIOUS
             } else if closed.is_empty() {
                 CALM

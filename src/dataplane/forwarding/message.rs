@@ -7,8 +7,8 @@ use std::net::IpAddr;
 
 use super::Transport;
 
-/// Where questions go. Nothing else listens there: a port of traceroute, next to those of the other trials.
-pub const FAR_PORT: u16 = 33_436;
+/// Where questions go. Nothing else listens there: next to those of the other trials.
+pub const FAR_PORT: u16 = 61_476;
 /// How questions and answers begin. Other than what trials of this host alone begin with.
 const MAGIC: [u8; 4] = *b"gsmF";
 const QUESTION: u8 = b'?';
@@ -24,7 +24,7 @@ const LARGEST: u32 = 60_000;
 /// What is sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
-    /// The first segment of a connection, which the kernel refuses.
+    /// The first segment of a connection, which the kernel accepts.
     Segment,
     /// A small datagram.
     Small,
@@ -122,7 +122,7 @@ pub fn read(payload: &[u8]) -> Option<(Said, Kind, u32)> {
 pub enum Segment {
     /// The first one of a connection, of the round with this number.
     Question(u32),
-    /// The refusal of one.
+    /// The kernel's answer to one: it accepts the connection, or refuses it.
     Answer(u32),
 }
 
@@ -130,6 +130,7 @@ pub enum Segment {
 pub fn segment(bytes: &[u8]) -> Option<Segment> {
     const FIN_TO_ACK: u8 = 0b1_0111;
     const SYN: u8 = 0b0_0010;
+    const ACCEPTED: u8 = 0b1_0010;
     const REFUSED: u8 = 0b1_0100;
     let port = |at: usize| Some(u16::from_be_bytes(*bytes.get(at..)?.first_chunk()?));
     let word = |at: usize| Some(u32::from_be_bytes(*bytes.get(at..)?.first_chunk()?));
@@ -137,7 +138,7 @@ pub fn segment(bytes: &[u8]) -> Option<Segment> {
     if port(2)? == FAR_PORT && flags == SYN {
         return Some(Segment::Question(word(4)?));
     }
-    let answers = port(0)? == FAR_PORT && flags == REFUSED;
+    let answers = port(0)? == FAR_PORT && matches!(flags, ACCEPTED | REFUSED);
     answers.then_some(Segment::Answer(word(8)?.wrapping_sub(1)))
 }
 
@@ -189,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn a_first_segment_and_its_refusal_carry_the_number() {
+    fn a_first_segment_and_its_answer_carry_the_number() {
         let mut nonce = [0; NONCE_LEN];
         nonce[..4].copy_from_slice(&0xffff_ffff_u32.to_be_bytes());
         let probe = Probe {
@@ -201,10 +202,13 @@ mod tests {
         };
         let first = probe.segment();
         assert_eq!(segment(&first), Some(Segment::Question(u32::MAX)));
-        let mut refusal = vec![0; 20];
-        refusal[..2].copy_from_slice(&FAR_PORT.to_be_bytes());
-        refusal[13] = 0b1_0100;
-        assert_eq!(segment(&refusal), Some(Segment::Answer(u32::MAX)));
+        for (flags, is_answer) in [(0b1_0100, true), (0b1_0010, true), (0b1_0000, false)] {
+            let mut reply = vec![0; 20];
+            reply[..2].copy_from_slice(&FAR_PORT.to_be_bytes());
+            reply[13] = flags;
+            let expected = is_answer.then_some(Segment::Answer(u32::MAX));
+            assert_eq!(segment(&reply), expected, "{flags:#b}");
+        }
         (0..14).for_each(|length| assert_eq!(segment(&first[..length]), None));
     }
 }

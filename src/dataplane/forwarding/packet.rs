@@ -11,12 +11,13 @@ pub const MAGIC: [u8; 4] = *b"gsmP";
 /// Bytes of the number that follows.
 pub const NONCE_LEN: usize = 12;
 const PAYLOAD: usize = MAGIC.len() + NONCE_LEN;
-/// Destination of segments that come out of the tunnel, and source of such datagrams. Nothing listens there:
-/// the first ports of traceroute.
-pub const UNUSED: u16 = 33_434;
+/// Destination of segments that come out of the tunnel, and source of such datagrams. Nothing listens there,
+/// and no rule is known to be about these ports: they are above the ephemeral ones of Linux, and not among those
+/// of traceroute, which firewalls often drop.
+pub const UNUSED: u16 = 61_474;
 /// Destination of what goes out, which must not pass for an answer to what comes in. It differs from
 /// [`UNUSED`] in the lowest bit alone, by which the kernel's packet filter finds both.
-pub const UNUSED_OUT: u16 = 33_435;
+pub const UNUSED_OUT: u16 = 61_475;
 
 const UDP: u8 = 17;
 const TCP: u8 = 6;
@@ -225,6 +226,14 @@ fn octets(address: IpAddr) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ports_of_trials_are_neither_ephemeral_nor_those_of_traceroute() {
+        let ports = [UNUSED, UNUSED_OUT, crate::dataplane::forwarding::FAR_PORT];
+
+        assert!(ports.iter().all(|port| *port > 60_999), "{ports:?}");
+        assert_eq!(UNUSED ^ UNUSED_OUT, 1);
+    }
 
     fn tunnelled(transport: Transport, from: &str, to: &str) -> Tunnelled {
         let address = |text: &str| text.parse().expect("an address");

@@ -10,7 +10,7 @@ use ipnet::IpNet;
 use super::{
     firewall::name_of,
     rules::{
-        Base, Effect, base_of, effect, family_name, hook_name, is_conditional,
+        Base, Effect, base_of, effect, family_name, hands_over, hook_name, is_conditional,
         translates_destination, translates_source,
     },
 };
@@ -67,6 +67,8 @@ pub struct Closing {
     pub hook: &'static str,
     /// No rule in it seems to let the overlay's networks pass.
     pub is_likely: bool,
+    /// A rule hands packets to a program.
+    pub hands_over: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -77,6 +79,8 @@ pub enum How {
     Policy,
     /// By some rule, for some packets.
     Rules,
+    /// By a program that packets are handed to.
+    Program,
 }
 
 impl ForeignChains {
@@ -123,7 +127,8 @@ impl ForeignChains {
     /// Base chains that drop whatever is forwarded unless a rule lets it pass, and have no rule that seems to
     /// let these networks pass: a guess, for where it cannot be tried.
     pub fn guess(&self) -> impl Iterator<Item = &Closing> {
-        let closes = |chain: &&Closing| chain.is_likely && chain.how != How::Rules;
+        let closes =
+            |chain: &&Closing| chain.is_likely && matches!(chain.how, How::LastRule | How::Policy);
         self.closing.iter().filter(closes)
     }
 
@@ -197,6 +202,13 @@ impl fmt::Display for Closing {
             How::LastRule => "ends in a rule that drops or rejects",
             How::Policy => "has the policy drop",
             How::Rules => "has rules that drop or reject",
+            How::Program => "",
+        };
+        let handed = "hands packets to a program (NFQUEUE), without which they do not pass";
+        let how = match (how, self.hands_over) {
+            (how, false) => how.to_owned(),
+            ("", true) => handed.to_owned(),
+            (how, true) => format!("{how}, and {handed}"),
         };
         write!(f, "chain {} (hook {}) {how}", self.chain, self.hook)
     }
@@ -228,13 +240,24 @@ fn closing_chains(
             nftables.dump(Kind::GetRule, chain.family, &Attributes::new().text(1, table))?;
         let (own, others): (Vec<_>, Vec<_>) =
             rules.iter().partition(|rule| name_of(rule, 2) == name);
-        let Some(how) = how_it_closes(&own, &others, base) else { continue };
+        let has = |what: fn(&Object) -> bool| {
+            let leads = |rule: &&Object| effect(rule) == Effect::Leads;
+            own.iter().any(|rule| what(rule))
+                || own.iter().any(leads) && others.iter().any(|rule| what(rule))
+        };
+        let hands_over = has(hands_over);
+        let drops = || has(|rule| effect(rule) == Effect::Drops);
+        let how = ends_closed(&own, base)
+            .or_else(|| drops().then_some(How::Rules))
+            .or_else(|| hands_over.then_some(How::Program));
+        let Some(how) = how else { continue };
         let accepts = |network: &IpNet| rules.iter().any(|rule| may_accept(rule, *network));
         closing.push(Closing {
             how,
             chain: format!("{} {table} {name}", family_name(chain.family)),
             hook: hook_name(chain.family, base.hook),
             is_likely: base.hook == FORWARD && !ours.iter().all(accepts),
+            hands_over,
         });
     }
     closing.sort_by_key(|closing| (!closing.is_likely, closing.how));
@@ -289,19 +312,15 @@ fn is_on_the_way(family: u8, base: &Base) -> bool {
 }
 
 /// Unconditional rules decide in their order; those of chains that it leads to are taken as conditional.
-fn how_it_closes(own: &[&Object], others: &[&Object], base: Base) -> Option<How> {
+fn ends_closed(own: &[&Object], base: Base) -> Option<How> {
     let ends = |rule: &&&Object| {
         !is_conditional(rule) && matches!(effect(rule), Effect::Drops | Effect::Accepts)
     };
     match own.iter().find(ends).map(|rule| effect(rule)) {
-        Some(Effect::Drops) => return Some(How::LastRule),
-        None if base.drops => return Some(How::Policy),
-        _ => {}
+        Some(Effect::Drops) => Some(How::LastRule),
+        None if base.drops => Some(How::Policy),
+        _ => None,
     }
-    let drops = |rule: &&Object| effect(rule) == Effect::Drops;
-    let leads = |rule: &&Object| effect(rule) == Effect::Leads;
-    let may_drop = own.iter().any(drops) || own.iter().any(leads) && others.iter().any(drops);
-    may_drop.then_some(How::Rules)
 }
 
 /// Base chains before routing in which packets to single addresses of these networks are dropped. Docker

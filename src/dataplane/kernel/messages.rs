@@ -10,7 +10,7 @@ use rtnetlink::{
     packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE},
     packet_route::{
         AddressFamily, RouteNetlinkMessage,
-        link::{InfoData, InfoVxlan, LinkAttribute, LinkInfo, LinkMessage},
+        link::{InfoData, InfoVxlan, LinkAttribute, LinkInfo, LinkMessage, VxlanDf},
         neighbour::{
             NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
         },
@@ -93,6 +93,12 @@ pub(super) fn fixed_attributes(link: &Link) -> ((u32, u16), IpAddr, u32, bool) {
             InfoVxlan::CollectMetadata(on) => foreign |= *on,
             InfoVxlan::Group(ip) => foreign |= !ip.is_unspecified(),
             InfoVxlan::Group6(ip) => foreign |= !ip.is_unspecified(),
+            // What is not set when the device is made may be set later (`ip link set type vxlan`).
+            InfoVxlan::Ttl(value) | InfoVxlan::Tos(value) => foreign |= *value != 0,
+            InfoVxlan::TtlInherit(value) => foreign |= *value != 0,
+            InfoVxlan::TtlInheritFlag => foreign = true,
+            InfoVxlan::Df(value) => foreign |= *value != VxlanDf::Unset,
+            InfoVxlan::Label(value) => foreign |= *value != 0,
             _ => {}
         }
     }

@@ -99,6 +99,12 @@ pub fn effect(rule: &Object) -> Effect {
     effect
 }
 
+/// Whether packets that match all conditions of a rule are handed to a program, which decides on them.
+pub fn hands_over(rule: &Object) -> bool {
+    expressions(rule)
+        .any(|(name, data)| name == "queue" || name == "target" && text_of(data) == Some("NFQUEUE"))
+}
+
 /// Whether packets that match all conditions of a rule get another source address.
 pub fn translates_source(rule: &Object) -> bool {
     /// `NFT_NAT_SNAT`

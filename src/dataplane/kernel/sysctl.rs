@@ -35,7 +35,11 @@ pub fn wanted(networks: &[IpNet], device: &str, mode: Mode, underlay: &str) -> V
         value: "1",
         all: None,
         wrong: "0",
-        consequence: "this host forwards no packets, so its pods reach nobody",
+        consequence: if ipv4 {
+            "this host forwards no IPv4 packets, so its pods reach no other host by IPv4"
+        } else {
+            "this host forwards no IPv6 packets, so its pods reach no other host by IPv6"
+        },
         ends_advertisements: (!ipv4).then(|| underlay.to_owned()),
     };
     // Where some packets take the tunnel and others do not, the answer may come by the other way.
@@ -149,5 +153,15 @@ mod tests {
         assert_eq!(dual[1], "net.ipv6.conf.all.forwarding");
         assert_eq!(dual[2], "net.ipv4.conf.gossamer/1.rp_filter");
         assert_eq!(dual[3], "net.ipv4.conf.eth0/5.rp_filter");
+    }
+
+    #[test]
+    fn family_that_is_not_forwarded_is_the_only_one_named() {
+        let networks: Vec<IpNet> =
+            dual_stack_view(&[(1, 9)]).settings.pool.networks().iter().collect();
+        let wanted = wanted(&networks, "gossamer.1", Mode::Vxlan, "eth0");
+        let said: Vec<&str> = wanted.iter().map(|sysctl| sysctl.consequence).collect();
+        assert!(said[0].contains("IPv4") && !said[0].contains("IPv6"), "{said:?}");
+        assert!(said[1].contains("IPv6") && !said[1].contains("IPv4"), "{said:?}");
     }
 }

@@ -10,6 +10,7 @@ fn subject(number: u8) -> Subject {
         addresses: Addresses { first, second: None },
         carried: 1450,
         takes_large: true,
+        is_doubted: false,
     }
 }
 
@@ -96,7 +97,7 @@ fn subject_at(ip: IpAddr) -> NodeId {
 fn a_pod_that_answers_all_is_open_and_left_alone_for_a_while() {
     let mut world = World::new(1);
     world.rounds(1);
-    assert_eq!((world.far.answering(), world.far.closed()), (1, vec![]));
+    assert_eq!((world.far.answering(), world.far.closed()), ([PEER].into(), vec![]));
     assert_eq!(world.far.next_due(), Some(world.now + CALM));
     assert_eq!(world.sent.len(), Kind::ALL.len());
 }
@@ -144,7 +145,7 @@ fn silence_of_a_peer_that_tells_nothing_is_no_loss_and_it_is_tried_more_rarely()
     world.far.on_question(world.now, subject(1).addresses.first);
     assert_eq!(world.far.next_due(), Some(world.now));
     world.rounds(1);
-    assert_eq!(world.far.answering(), 1);
+    assert_eq!(world.far.answering(), [PEER].into());
 }
 
 #[test]
@@ -209,7 +210,7 @@ fn one_bad_peer_does_not_keep_the_others_from_being_tried() {
     world.rounds(40);
     let closed: BTreeSet<NodeId> = world.far.closed().iter().map(|way| way.node).collect();
     assert_eq!(closed, bad.into_iter().collect());
-    assert_eq!(world.far.answering(), 5);
+    assert_eq!(world.far.answering().len(), 5);
     let most = SENDS.len() * Kind::ALL.len() * AT_ONCE * 40;
     assert!(world.sent.len() < most, "{}", world.sent.len());
 }
@@ -222,4 +223,23 @@ fn a_peer_that_is_gone_is_forgotten_with_all_that_was_lost() {
     assert_eq!(world.far.closed().len(), Kind::ALL.len());
     world.far.update(&[subject(2)], &[]);
     assert!(world.far.closed().is_empty() && !world.far.is_in_doubt());
+}
+
+#[test]
+fn a_peer_whose_host_answers_nothing_any_more_is_tried_at_once_and_known_by_that_alone() {
+    let mut world = World::new(9);
+    world.rounds(3);
+    assert_eq!(world.far.answering().len(), 9);
+    let doubted: Vec<Subject> =
+        (1..=9).map(|number| Subject { is_doubted: true, ..subject(number) }).collect();
+    world.far.update(&doubted, &[]);
+    assert!(world.far.answering().is_empty(), "it was known before the doubt");
+    assert!(world.far.next_due() <= Some(world.now));
+    let begun = world.now;
+    world.rounds(3);
+    assert_eq!(world.far.answering().len(), 9);
+    assert!(world.now.since(begun) <= ANXIOUS * 3, "none waits for calm rounds");
+    world.far.update(&doubted, &[]);
+    assert_eq!(world.far.answering().len(), 9, "the doubt is not new");
+    assert_eq!(world.far.next_due(), Some(world.now + CALM));
 }

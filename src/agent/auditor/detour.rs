@@ -1,0 +1,196 @@
+//! Tunnel packets that do not leave by the underlay's interface, or not directly: which route leads them.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use rtnetlink::packet_route::route::RouteProtocol;
+
+use crate::netlink::{
+    Netlink,
+    link::Link,
+    route::{Entry, Found, Query},
+};
+
+/// `RT_TABLE_DEFAULT`, `RT_TABLE_MAIN`, `RT_TABLE_LOCAL`: every host has them, whatever runs there.
+const TABLES: [(u32, &str); 3] = [(253, "default"), (254, "main"), (255, "local")];
+
+/// Where the tunnel packets to a host go instead. It may be right (a host with several uplinks), and is told
+/// only where no answer comes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Detour {
+    /// By this interface.
+    By { interface: String, lead: Lead },
+    /// By a gateway, though the host is in the underlay's own network.
+    Gateway { gateway: IpAddr, lead: Lead },
+    /// Nowhere: the kernel's error.
+    Refused(String),
+}
+
+/// What leads packets there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Lead {
+    table: u32,
+    /// The route's destination, if it is none of the kernel's defaults and is known.
+    route: Option<IpNet>,
+    gateway: Option<IpAddr>,
+    /// It follows from an address of the interface.
+    by_address: bool,
+}
+
+/// Whether packets to a host take a gateway though it is in one of these networks.
+pub fn around(
+    netlink: &mut Netlink,
+    query: &Query,
+    found: &Found,
+    networks: &[IpNet],
+) -> Option<Detour> {
+    let gateway = found.gateway.filter(|gateway| *gateway != query.to)?;
+    let is_beside = networks.iter().any(|network| network.contains(&query.to));
+    is_beside.then(|| Detour::Gateway { gateway, lead: lead(netlink, query, found) })
+}
+
+/// Whether packets leave by another interface than the one that has this host's address. From an address of
+/// the loopback interface they always do.
+pub fn elsewhere(
+    netlink: &mut Netlink,
+    query: &Query,
+    links: &[Link],
+    found: &Found,
+    underlay: u32,
+) -> Option<Detour> {
+    let link = |index: u32| links.iter().find(|link| link.index == index);
+    let interface =
+        link(found.link).filter(|_| link(underlay).is_some_and(|link| !link.loopback))?;
+    Some(Detour::By { interface: interface.name.clone(), lead: lead(netlink, query, found) })
+}
+
+fn lead(netlink: &mut Netlink, query: &Query, found: &Found) -> Lead {
+    // Kernels before 4.17 do not tell.
+    let entry = netlink.route_entry(query).ok().filter(|entry| entry.table == found.table);
+    let network = |entry: &Entry| {
+        let network = IpNet::new(entry.destination?, entry.prefix_len).ok()?;
+        (network.prefix_len() > 0).then_some(network)
+    };
+    Lead {
+        table: found.table,
+        route: entry.as_ref().and_then(network),
+        gateway: found.gateway,
+        by_address: entry.is_some_and(|entry| entry.protocol == RouteProtocol::Kernel),
+    }
+}
+
+impl Detour {
+    /// The sentence about it, where tunnel packets to this port of a host get no answer.
+    pub fn sentence(
+        &self,
+        name: &str,
+        [here, there]: [IpAddr; 2],
+        port: u16,
+        underlay: &str,
+    ) -> String {
+        let get = format!("ip route get {there} from {here} ipproto udp dport {port}; ip rule");
+        let (way, interface, lead) = match self {
+            Self::Refused(why) => {
+                return format!(
+                    "this host has no way to {name} ({there}) on the underlay: {why}; add the route that is \
+                     missing, or take away the one that refuses ({get})"
+                );
+            }
+            Self::By { interface, lead } => {
+                let way = format!("{interface}, not by {underlay}, which has its address {here}");
+                (way, interface.as_str(), lead)
+            }
+            Self::Gateway { gateway, lead } => {
+                let way = format!(
+                    "the gateway {gateway}, though {there} is in the network of {underlay} itself"
+                );
+                (way, underlay, lead)
+            }
+        };
+        let cause = lead.sentence(there, interface, underlay);
+        format!(
+            "tunnel packets to {name} ({there}) leave this host by {way}, and no answer comes: {cause} \
+             ({get})"
+        )
+    }
+}
+
+impl Lead {
+    fn sentence(&self, there: IpAddr, interface: &str, underlay: &str) -> String {
+        let Self { table, route, gateway, by_address } = self;
+        let Some((_, name)) = TABLES.iter().find(|(number, _)| number == table) else {
+            return format!(
+                "table {table} leads them there, by a route or a rule of another program, such as a VPN; \
+                 let table {table} have the route of that network by {underlay} too, or the rule come after \
+                 the main table"
+            );
+        };
+        let family = if there.is_ipv4() { "ip" } else { "ip -6" };
+        let beside =
+            format!("{family} route add {there} dev {underlay}, with via GATEWAY where it has one");
+        let Some(route) = route else {
+            return format!(
+                "the default route of table {name} leads them there; add a route to it ({beside})"
+            );
+        };
+        if *by_address {
+            return format!(
+                "the network {route} of {interface} takes in {there} (table {name}); give {interface} \
+                 another network (where Docker made it: docker network rm, and create it with another \
+                 --subnet), or add a narrower route ({beside})"
+            );
+        }
+        let via = gateway.map(|gateway| format!(" via {gateway}")).unwrap_or_default();
+        let of_table = if *name == "main" { String::new() } else { format!(" table {name}") };
+        let narrower = match route.prefix_len() == route.max_prefix_len() {
+            true => String::new(),
+            false => format!(", or, where it is needed, add a narrower one ({beside})"),
+        };
+        format!(
+            "the route {route}{via} dev {interface} of table {name} leads them there; take it away \
+             ({family} route del {route}{of_table}){narrower}"
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn said(table: u32, route: Option<&str>, by_address: bool) -> String {
+        let route = route.map(|route| route.parse().expect("a network"));
+        let gateway = Some([10, 99, 0, 200].into());
+        let lead = Lead { table, route, gateway, by_address };
+        let between = [[10, 99, 0, 11].into(), [10, 99, 0, 12].into()];
+        Detour::By { interface: "tun0".to_owned(), lead }.sentence("n2", between, 8472, "eth0")
+    }
+
+    #[test]
+    fn route_of_the_main_table_is_named_with_the_command_that_removes_it() {
+        let host = said(254, Some("10.99.0.12/32"), false);
+        let words = "the route 10.99.0.12/32 via 10.99.0.200 dev tun0 of table main leads them there; take \
+                     it away (ip route del 10.99.0.12/32) (";
+        assert!(host.contains(words) && !host.contains("254"), "{host}");
+        let half = said(254, Some("0.0.0.0/1"), false);
+        let words = "(ip route del 0.0.0.0/1), or, where it is needed, add a narrower one (ip route add \
+                     10.99.0.12 dev eth0";
+        assert!(half.contains(words), "{half}");
+    }
+
+    #[test]
+    fn network_of_an_interface_that_takes_in_the_peer_and_default_routes_are_named_as_such() {
+        let network = said(254, Some("10.99.0.8/29"), true);
+        assert!(
+            network.contains("the network 10.99.0.8/29 of tun0 takes in 10.99.0.12"),
+            "{network}"
+        );
+        let default = said(254, None, false);
+        assert!(default.contains("the default route of table main leads them there"), "{default}");
+    }
+
+    #[test]
+    fn table_of_another_program_is_named_by_its_number() {
+        let said = said(77, Some("10.99.0.0/16"), false);
+        assert!(said.contains("let table 77 have the route of that network by eth0 too"), "{said}");
+    }
+}

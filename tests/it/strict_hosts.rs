@@ -1,0 +1,175 @@
+//! Hosts that drop more than others do, and hosts that were changed by hand: what harms no pod is no problem,
+//! and what does is named with a remedy that can be followed.
+
+use std::time::{Duration, Instant};
+
+use gossamer::lab::{Agent, NetNs};
+use serde_json::Value;
+
+use crate::{
+    causes::{all, pair, wait_for_path, wait_for_words},
+    common::{
+        Cluster, PATIENCE, client, eventually, has_problem, has_warning, isolated, run, skipped,
+        status_where, tool, wait_until,
+    },
+    forwarding_far::{all_answer, with_pods},
+};
+
+/// Longer than a verdict about pods of other hosts takes.
+const LONG: Duration = Duration::from_secs(45);
+/// What SECURITY.md advises: these ports, between members, and no ICMP.
+const DOCUMENTED: &str = "nft add table inet strict && \
+    nft add chain inet strict in { type filter hook input priority 0 ; policy drop ; } && \
+    nft add rule inet strict in ct state established,related accept && \
+    nft add rule inet strict in iif lo accept && \
+    nft add rule inet strict in ip saddr 10.99.0.0/16 udp dport { 8472, 8473 } accept";
+
+fn sh(netns: &NetNs, commands: &str) {
+    commands.split(" && ").for_each(|command| _ = tool(netns, command));
+}
+
+fn is_quiet(status: &Value) -> bool {
+    status["problems"] == serde_json::json!([]) && status["warnings"] == serde_json::json!([])
+}
+
+/// Holds the status of both agents to a condition for so long.
+fn hold(agents: &mut [Agent], what: impl Fn(&Value) -> bool) -> anyhow::Result<()> {
+    let begun = Instant::now();
+    while begun.elapsed() < LONG {
+        for agent in &mut *agents {
+            let status = agent.ask("/v1/status", PATIENCE)?;
+            assert!(what(&status), "{status:#}");
+        }
+        std::thread::sleep(Duration::from_millis(300));
+    }
+    Ok(())
+}
+
+#[test]
+fn host_open_for_members_alone_is_no_problem_once_its_pods_answer() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let _spaces = with_pods(&mut cluster, &["a", "b"])?;
+        cluster.hosts.iter().for_each(|host| sh(&host.netns, DOCUMENTED));
+        for agent in &mut cluster.agents {
+            let settled =
+                |status: &Value| status["paths"][0]["pods_answer"] == true && is_quiet(status);
+            status_where(agent, settled);
+        }
+        hold(&mut cluster.agents, |status| status["problems"] == serde_json::json!([]))?;
+        let doctor = String::from_utf8(client(&cluster.agents[0], &["doctor"]).stdout)?;
+        assert!(!doctor.contains("PROBLEM   paths"), "{doctor}");
+        // It is a problem again once packets of pods are lost as well.
+        let host = &cluster.hosts[1].netns;
+        sh(host, "nft insert rule inet strict in udp dport 8472 drop");
+        let words = "nothing that is asked of n2 through the tunnel is answered";
+        wait_until(words, PATIENCE, || has_problem(&mut cluster.agents[0], words));
+        Ok(())
+    });
+}
+
+#[test]
+fn host_open_for_members_alone_without_pods_is_a_warning() {
+    isolated(|lab| {
+        let mut cluster = pair(lab)?;
+        cluster.hosts.iter().for_each(|host| sh(&host.netns, DOCUMENTED));
+        for (agent, other) in cluster.agents.iter_mut().zip(["n2", "n1"]) {
+            let words = format!("the firewall of {other} drops ICMP and UDP 8473");
+            wait_until(&words, PATIENCE, || has_warning(agent, &words));
+        }
+        hold(&mut cluster.agents, |status| status["problems"] == serde_json::json!([]))
+    });
+}
+
+#[test]
+fn rules_against_traceroute_and_against_resets_are_no_problem() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let _spaces = with_pods(&mut cluster, &["a", "b"])?;
+        sh(
+            &cluster.hosts[0].netns,
+            "nft add table ip f && \
+             nft add chain ip f f { type filter hook forward priority 0 ; } && \
+             nft add rule ip f f udp dport 33434-33534 drop && \
+             nft add rule ip f f tcp flags & rst == rst drop",
+        );
+        hold(&mut cluster.agents, |status| status["problems"] == serde_json::json!([]))?;
+        cluster.agents.iter_mut().for_each(|agent| all_answer(agent, 1));
+        Ok(())
+    });
+}
+
+#[test]
+fn rule_that_hands_forwarded_packets_to_no_program_is_named() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let _spaces = with_pods(&mut cluster, &["a", "b"])?;
+        let rule = "iptables-nft -I FORWARD -j NFQUEUE --queue-num 7";
+        if !run(&cluster.hosts[0].netns, rule).status.success() {
+            skipped("a rule that hands packets over", "there is no iptables-nft with NFQUEUE");
+            return Ok(());
+        }
+        let words = "chain ip filter FORWARD (hook forward) hands packets to a program (NFQUEUE)";
+        wait_until(words, PATIENCE, || has_problem(&mut cluster.agents[0], words));
+        Ok(())
+    });
+}
+
+#[test]
+fn route_of_the_main_table_to_a_peer_is_named_and_the_advice_alone_brings_it_back() {
+    isolated(|lab| {
+        let mut cluster = pair(lab)?;
+        let by_object =
+            ["ip nexthop add id 7 via 10.99.0.200 dev eth0", "ip route add 10.99.0.11/32 nhid 7"];
+        let plain = ["ip route add 10.99.0.11/32 via 10.99.0.200 dev eth0"];
+        for plant in [&by_object[..], &plain[..]] {
+            all(&cluster.hosts[0], plant);
+            let words = [
+                "the route 10.99.0.11/32 via 10.99.0.200 dev eth0 of table main leads them there",
+                "(ip route del 10.99.0.11/32)",
+            ];
+            wait_for_words(&mut cluster.agents[0], &words);
+            tool(&cluster.hosts[0].netns, "ip route del 10.99.0.11/32");
+            cluster.agents.iter_mut().for_each(wait_for_path);
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn interface_that_became_a_port_of_a_bridge_is_named_with_the_bridge_to_choose() {
+    isolated(|lab| {
+        let mut cluster = pair(lab)?;
+        cluster.restart(0, &["--iface", "eth0"])?;
+        wait_for_path(&mut cluster.agents[0]);
+        sh(
+            &cluster.hosts[0].netns,
+            "ip link add br0 type bridge && ip link set br0 up && ip addr flush dev eth0 && \
+             ip link set eth0 master br0 && ip addr add 10.99.0.10/16 dev br0",
+        );
+        let words =
+            "address 10.99.0.10 is on interface br0 now, and iface = \\\"eth0\\\" forbids that one";
+        wait_until(words, PATIENCE, || has_problem(&mut cluster.agents[0], words));
+        assert!(!has_problem(&mut cluster.agents[0], "ip addr add"));
+        assert!(!has_problem(&mut cluster.agents[0], "once the network is back"));
+        Ok(())
+    });
+}
+
+#[test]
+fn vxlan_device_whose_ttl_or_tos_was_changed_is_put_right() {
+    isolated(|lab| {
+        let mut cluster = pair(lab)?;
+        for change in ["ttl 1", "tos 0x10", "df set"] {
+            let host = &cluster.hosts[0].netns;
+            tool(host, &format!("ip link set gossamer.1 type vxlan id 1 {change}"));
+            let is_right = |shown: &str| {
+                shown.contains("vxlan id 1")
+                    && ![" ttl 1 ", " tos ", " df set "].iter().any(|word| shown.contains(word))
+            };
+            eventually(host, "ip -d link show gossamer.1", is_right);
+            wait_for_path(&mut cluster.agents[0]);
+        }
+        Ok(())
+    });
+}
