@@ -1,20 +1,24 @@
 //! Rules of others that do something with some packets of pods: single ports or addresses, large packets,
 //! some by chance. They are only read, to say so.
 //!
-//! Whether packets pass at all is tried; what single ones meet would have to be guessed. So rules are followed
-//! from the base chains, and a rule counts only if nothing on the way to it leaves packets between pods out,
-//! as far as its form tells. What cannot be read leaves them out.
+//! Whether packets pass at all is tried; what single ones meet would have to be guessed. So rules are
+//! followed from the base chains, and a rule counts only if nothing on the way to it leaves packets between
+//! pods out, as far as its form tells. What cannot be read leaves them out.
 
 mod matches;
+mod reader;
 mod selection;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, btree_map::Entry},
     fs, io,
 };
 
 pub use self::selection::Traffic;
-use self::selection::{ESTABLISHED, Range, Selection, selection, value};
+use self::{
+    reader::{selection, value},
+    selection::{ESTABLISHED, Range, Selection},
+};
 use super::{
     firewall::name_of,
     rules::{
@@ -88,15 +92,14 @@ type Key = (Act, String, String);
 
 /// The rules that do something with some of these packets, of which none before lets them pass.
 pub fn partial_rules(nftables: &mut Nftables, traffic: &Traffic<'_>) -> io::Result<Vec<Partial>> {
-    let is_ipv4 = traffic.sources.first().is_none_or(|network| network.addr().is_ipv4());
-    let families = [INET, if is_ipv4 { 2 } else { 10 }, BRIDGE];
+    let families = [INET, if traffic.is_ipv4() { 2 } else { 10 }, BRIDGE];
     let hooks: &[u32] = if traffic.tunnel.is_some() {
         &[PREROUTING, INPUT]
     } else {
         &[PREROUTING, FORWARD, POSTROUTING]
     };
     let mut found = BTreeMap::new();
-    let mut tables: HashMap<(u8, String), Vec<Object>> = HashMap::new();
+    let mut tables: BTreeMap<(u8, String), Vec<Object>> = BTreeMap::new();
     for chain in nftables.dump(Kind::GetChain, ANY, &Attributes::new())? {
         let Some(base) = base_of(&chain) else { continue };
         let (family, table) = (chain.family, name_of(&chain, 1));
@@ -106,12 +109,10 @@ pub fn partial_rules(nftables: &mut Nftables, traffic: &Traffic<'_>) -> io::Resu
         }
         let filter = Attributes::new().text(1, table);
         let rules = match tables.entry((family, table.to_owned())) {
-            std::collections::hash_map::Entry::Occupied(known) => known.into_mut(),
-            std::collections::hash_map::Entry::Vacant(new) => {
-                new.insert(nftables.dump(Kind::GetRule, family, &filter)?)
-            }
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(new) => new.insert(nftables.dump(Kind::GetRule, family, &filter)?),
         };
-        let mut sets = HashMap::new();
+        let mut sets = BTreeMap::new();
         let mut elements = |set: &str| {
             let read = || elements_of(nftables, family, table, set).unwrap_or_default();
             sets.entry(set.to_owned()).or_insert_with(read).clone()
@@ -137,17 +138,19 @@ pub fn partial_rules(nftables: &mut Nftables, traffic: &Traffic<'_>) -> io::Resu
 
 /// Some of each kind.
 fn few(found: BTreeMap<Key, Partial>) -> Vec<Partial> {
-    let mut counts: HashMap<std::mem::Discriminant<Act>, usize> = HashMap::new();
-    let is_named = |partial: &Partial| {
-        let count = counts.entry(std::mem::discriminant(&partial.act)).or_default();
-        *count += 1;
-        *count <= NAMED
-    };
-    found.into_values().filter(is_named).collect()
+    let mut few: Vec<Partial> = Vec::new();
+    for partial in found.into_values() {
+        let kind = std::mem::discriminant(&partial.act);
+        let alike = few.iter().filter(|known| std::mem::discriminant(&known.act) == kind);
+        if alike.count() < NAMED {
+            few.push(partial);
+        }
+    }
+    few
 }
 
-fn by_chain(rules: &[Object]) -> HashMap<&str, Vec<&Object>> {
-    let mut chains: HashMap<&str, Vec<&Object>> = HashMap::new();
+fn by_chain(rules: &[Object]) -> BTreeMap<&str, Vec<&Object>> {
+    let mut chains: BTreeMap<&str, Vec<&Object>> = BTreeMap::new();
     for rule in rules {
         chains.entry(name_of(rule, 2)).or_default().push(rule);
     }
@@ -202,7 +205,7 @@ fn before(key: &[u8]) -> Vec<u8> {
 }
 
 struct Walk<'a> {
-    rules: HashMap<&'a str, Vec<&'a Object>>,
+    rules: BTreeMap<&'a str, Vec<&'a Object>>,
     traffic: &'a Traffic<'a>,
     hook: u32,
     elements: &'a mut dyn FnMut(&str) -> Vec<Range>,

@@ -35,7 +35,7 @@ pub fn read(traffic: &Traffic<'_>, taken: &mut Selection, name: &str, info: &[u8
         }
         "multiport" => multiport(traffic, taken, info)?,
         "iprange" => {
-            let length = if traffic.sources.first()?.addr().is_ipv4() { 4 } else { 16 };
+            let length = if traffic.is_ipv4() { 4 } else { 16 };
             let flags = byte(info, 64)?;
             for (to, at, used, inverted) in [(false, 0, 1, 16), (true, 32, 2, 32)] {
                 if flags & used != 0 {

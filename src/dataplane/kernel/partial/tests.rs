@@ -102,7 +102,13 @@ fn rule_that_drops_some_packets_is_found_with_what_it_takes() {
     assert_eq!(one(&[&both, &drop()]), ["Drops from 10.42.1.2 to 10.42.2.2 +0"]);
     let long = [&1501u16.to_ne_bytes()[..], &u16::MAX.to_ne_bytes(), &[0]].concat();
     assert_eq!(one(&[&of_iptables("length", &long), &drop()]), ["Drops of 1501 to 65535 bytes +0"]);
-    assert_eq!(one(&[&of_iptables("statistic", &[]), &drop()]), ["Drops by chance +0"]);
+    assert_eq!(one(&[&of_iptables("statistic", &[]), &drop()]), ["Drops taken by chance +0"]);
+    let queue = |flags: u16| {
+        let all = Attributes::new().put(1, &7u16.to_be_bytes()).put(3, &flags.to_be_bytes());
+        [("queue", all)]
+    };
+    assert_eq!(one(&[&port(443), &queue(0)]), ["Queues to port 443 +0"]);
+    assert!(one(&[&port(443), &queue(1)]).is_empty(), "it passes without a listener");
     let many: Vec<Object> = (1..=1_000).map(|at| rule("base", &[&port(at), &drop()])).collect();
     assert_eq!(found(&many, FORWARD), ["Drops to port 1 +999"]);
 }
