@@ -11,6 +11,7 @@ mod gateway;
 mod home;
 mod marks;
 mod output;
+mod partial;
 mod pod;
 mod report;
 mod setting;
@@ -273,7 +274,7 @@ impl<F: Fn(ForwarderNews)> TrialRunner<F> {
             |way: &Way| way.direction.is_of_host() || way.direction == Direction::TooLarge;
         if setting.has_pods && closed.iter().all(is_of_host) {
             self.warnings.extend(warnings::of_host(setting, &closed));
-            self.warnings.extend(warnings::redirects(&mut self.netlink, setting));
+            self.warnings.extend(partial::warnings(&mut self.netlink, setting));
         }
         for (ipv4, address) in &self.arriving {
             self.warnings.push(warnings::arriving(setting, *ipv4, *address));

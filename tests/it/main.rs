@@ -49,6 +49,7 @@ mod overlap;
 mod own_drops;
 mod own_rules;
 mod package;
+mod partial_rules;
 mod path_reports;
 mod paths;
 mod podman;

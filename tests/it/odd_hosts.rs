@@ -14,13 +14,13 @@ use crate::{
     forwarding::{sh, with_pods},
 };
 
-fn all_well(status: &Value) -> bool {
+pub fn all_well(status: &Value) -> bool {
     let has_none = |kind: &str| status[kind] == serde_json::json!([]);
     status["kernel"]["forwarding"]["state"] == "ok" && has_none("problems") && has_none("warnings")
 }
 
 /// Waits until the agent warns of it, and `gossamer status` and the doctor as well; gives the warnings.
-fn warned(agent: &mut Agent, words: &[&str]) -> String {
+pub fn warned(agent: &mut Agent, words: &[&str]) -> String {
     let has = |status: &Value| {
         let said = status["warnings"].to_string();
         words.iter().all(|words| said.contains(words))

@@ -19,17 +19,9 @@ use crate::{
 /// Rules that take packets of pods, of the family of a network of the overlay.
 pub fn of_pods(netlink: &mut Netlink, setting: &Setting, network: IpNet) -> Vec<String> {
     let ipv4 = network.addr().is_ipv4();
-    let of_family = |ip: &IpAddr| ip.is_ipv4() == ipv4;
-    let vteps = setting.peers.iter().filter(|peer| peer.tunnelled).flat_map(|peer| &peer.vteps);
-    let pod = setting.shape.iter().flat_map(|shape| shape.addresses.iter()).find(of_family);
-    let (Some(peer), Some(pod)) = (vteps.copied().find(of_family), pod) else { return Vec::new() };
-    let Some(bridge) = index_of_bridge(netlink, setting) else { return Vec::new() };
-    let ways = [(pod, peer, bridge, setting.device), (peer, pod, setting.device, bridge)];
+    let Some(ways) = ways_of_pods(netlink, setting, network) else { return Vec::new() };
     let sentence = |netlink: &mut Netlink, rule: &Rule, mark: u32| {
-        let elsewhere = ways.iter().find_map(|(from, to, input, wanted)| {
-            let query = Query { mark: Some(mark), ..Query::forwarded(*from, *to, *input) };
-            elsewhere(netlink, &query, *wanted)
-        })?;
+        let elsewhere = led(netlink, &ways, mark)?;
         let (family, before) = (family(ipv4), before(rule));
         let of_tunnels = remedy_for_tunnels(setting, rule);
         Some(format!(
@@ -45,18 +37,10 @@ pub fn of_pods(netlink: &mut Netlink, setting: &Setting, network: IpNet) -> Vec<
 /// Rules that take tunnel packets with packets of pods.
 pub fn of_tunnels(netlink: &mut Netlink, setting: &Setting) -> Vec<String> {
     let ipv4 = setting.local.is_ipv4();
-    let Some(peer) = setting.peers.iter().find(|peer| peer.tunnelled) else { return Vec::new() };
-    let query = Query {
-        from: Some(setting.local),
-        output: setting.pinned,
-        transport: Some(Transport::udp_to(setting.port)),
-        ..Query::to(peer.underlay)
-    };
-    let Ok(usual) = netlink.route(&query) else { return Vec::new() };
+    let Some(way) = way_of_tunnels(netlink, setting) else { return Vec::new() };
     let inside_ipv4 = setting.networks.first.addr().is_ipv4();
     let sentence = |netlink: &mut Netlink, rule: &Rule, mark: u32| {
-        let query = Query { mark: Some(mark), ..query };
-        let elsewhere = elsewhere(netlink, &query, usual.link)?;
+        let elsewhere = led(netlink, &[way], mark)?;
         Some(format!(
             "tunnel packets with mark {} {elsewhere}, because {}, which tunnel packets inherit: let them \
              come first: {}",
@@ -66,6 +50,57 @@ pub fn of_tunnels(netlink: &mut Netlink, setting: &Setting) -> Vec<String> {
         ))
     };
     each(netlink, ipv4, sentence)
+}
+
+/// Where packets of pods go that get this mark, or the tunnel packets with them, if not where they should.
+/// Those that get it before routing are looked up with it themselves.
+pub fn leads(
+    netlink: &mut Netlink,
+    setting: &Setting,
+    network: IpNet,
+    (mark, is_early): (u32, bool),
+) -> Option<String> {
+    let of_pods = ways_of_pods(netlink, setting, network).filter(|_| is_early);
+    let inside = of_pods.and_then(|ways| led(netlink, &ways, mark));
+    inside.or_else(|| {
+        let way = way_of_tunnels(netlink, setting)?;
+        led(netlink, &[way], mark).map(|elsewhere| format!("inside tunnel packets {elsewhere}"))
+    })
+}
+
+/// A packet, and by which interface it should leave.
+type Wanted = (Query, u32);
+
+/// A packet to a pod of another host, and one back.
+fn ways_of_pods(netlink: &mut Netlink, setting: &Setting, network: IpNet) -> Option<[Wanted; 2]> {
+    let of_family = |ip: &IpAddr| ip.is_ipv4() == network.addr().is_ipv4();
+    let vteps = setting.peers.iter().filter(|peer| peer.tunnelled).flat_map(|peer| &peer.vteps);
+    let peer = vteps.copied().find(of_family)?;
+    let pod = setting.shape.iter().flat_map(|shape| shape.addresses.iter()).find(of_family)?;
+    let bridge = index_of_bridge(netlink, setting)?;
+    Some([
+        (Query::forwarded(pod, peer, bridge), setting.device),
+        (Query::forwarded(peer, pod, setting.device), bridge),
+    ])
+}
+
+fn way_of_tunnels(netlink: &mut Netlink, setting: &Setting) -> Option<Wanted> {
+    let peer = setting.peers.iter().find(|peer| peer.tunnelled)?;
+    let query = Query {
+        from: Some(setting.local),
+        output: setting.pinned,
+        transport: Some(Transport::udp_to(setting.port)),
+        ..Query::to(peer.underlay)
+    };
+    let usual = netlink.route(&query).ok()?;
+    Some((query, usual.link))
+}
+
+/// Where the first of these packets goes that leaves by another interface, if it has this mark.
+fn led(netlink: &mut Netlink, ways: &[Wanted], mark: u32) -> Option<String> {
+    ways.iter().find_map(|(query, wanted)| {
+        elsewhere(netlink, &Query { mark: Some(mark), ..*query }, *wanted)
+    })
 }
 
 /// What is said of each rule that selects packets by a mark.

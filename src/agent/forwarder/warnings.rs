@@ -1,59 +1,23 @@
-//! What may hurt packets of pods without stopping those that are tried: rules that take single ports, and
-//! what a trial that cannot be made would have shown.
+//! What may hurt packets of pods without stopping those that are tried, and what a trial that cannot be made
+//! would have shown.
 
 use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::{
-    Setting,
-    explain::{bridge_name, translating},
-};
+use super::{Setting, explain::translating};
 use crate::{
     agent::connections,
     dataplane::{
         forwarding::{Direction, Way},
-        kernel::{Closing, FirewallTable, Overlay, OwnHook, Redirect},
+        kernel::{Closing, FirewallTable, OwnHook},
     },
-    netlink::Netlink,
 };
 
 const CLOSED_TO_PODS: &str = "pods do not reach the host that they are on: it answers no echo, no datagram \
                               and no connection of theirs, as to a DNS server or an API server there";
 const CLOSED_TO_HOST: &str = "this host does not reach its own pods: what it sends to them does not arrive, \
                               a kubelet's probes and a proxy's requests among it";
-
-/// Rules that give some packets between pods another destination, with what exempts the overlay.
-pub fn redirects(netlink: &mut Netlink, setting: &Setting) -> Vec<String> {
-    let bridge = netlink.link(bridge_name(setting)).ok().flatten();
-    let inputs: Vec<(u32, String)> = bridge
-        .into_iter()
-        .map(|link| (link.index, link.name))
-        .chain([(setting.device, setting.device_name.clone())])
-        .collect();
-    let Ok(mut table) = FirewallTable::open() else { return Vec::new() };
-    let mut sentences = Vec::new();
-    for network in setting.networks.iter() {
-        let found = table.redirects(&Overlay { network, inputs: &inputs }).unwrap_or_default();
-        sentences.extend(found.iter().map(|redirect| sentence(redirect, network)));
-    }
-    sentences
-}
-
-fn sentence(Redirect { base, chain, port }: &Redirect, network: IpNet) -> String {
-    let family = if network.addr().is_ipv4() { "ip" } else { "ip6" };
-    let fix = match base.as_str() {
-        "ip nat PREROUTING" | "ip6 nat PREROUTING" => {
-            format!("{family}tables -t nat -I PREROUTING -d {network} -j ACCEPT")
-        }
-        _ => format!("nft insert rule {base} {family} daddr {network} accept"),
-    };
-    let packets = port.map_or("some packets".to_owned(), |port| format!("packets to port {port}"));
-    format!(
-        "chain {chain} sends {packets} between pods of different hosts to another address or to this host \
-         itself (redirect or DNAT, as for a transparent proxy), because no rule leaves out the overlay: {fix}"
-    )
-}
 
 /// That it cannot be tried whether this host forwards, and which rules certainly keep it from that.
 pub fn untried(setting: &Setting, why: &str) -> Vec<String> {

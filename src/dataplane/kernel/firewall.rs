@@ -19,8 +19,8 @@ pub use self::chains::TRIAL_MARK;
 use self::chains::{SET4, SET6, add_guard, add_masquerade, refuse_routers};
 use super::{
     forward::{Closing, ForeignChains, OwnHook, redirecting_chains, translating_chains},
+    partial::{Partial, Traffic, partial_rules},
     ports::{ClosedPort, closed_ports, redirected_port},
-    redirects::{Overlay, Redirect, redirects},
 };
 use crate::{
     dataplane::firewall::{Firewall, Guard},
@@ -215,9 +215,9 @@ impl FirewallTable {
         redirecting_chains(&mut self.nftables, ipv4)
     }
 
-    /// Rules of others that give packets between pods another destination, of single ports too.
-    pub fn redirects(&mut self, overlay: &Overlay<'_>) -> io::Result<BTreeSet<Redirect>> {
-        redirects(&mut self.nftables, overlay)
+    /// Rules of others that do something with some of these packets alone.
+    pub fn partial_rules(&mut self, traffic: &Traffic<'_>) -> io::Result<Vec<Partial>> {
+        partial_rules(&mut self.nftables, traffic)
     }
 
     /// Chains of others that give UDP packets to a port of this host another destination.

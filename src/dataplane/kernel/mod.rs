@@ -12,9 +12,9 @@ pub mod interface;
 mod leftovers;
 mod messages;
 mod observe;
+mod partial;
 pub mod pod_tables;
 mod ports;
-mod redirects;
 mod rules;
 mod spoofing;
 pub mod sysctl;
@@ -41,8 +41,8 @@ pub use self::{
     forward::{Closing, ForeignChains, OwnHook},
     leftovers::Leftovers,
     observe::overlaps,
+    partial::{Act, Partial, Traffic},
     ports::{ClosedPort, open_port},
-    redirects::{Overlay, Redirect},
     watch::Touched,
 };
 use self::{

@@ -1,0 +1,128 @@
+//! Matches of iptables, whose parameters are structs of its headers (linux/netfilter/xt_*.h).
+
+use super::selection::{Range, Selection, Traffic, UNICAST};
+
+/// `XT_TCP_INV_*`; those for ports are the same of `xt_udp`.
+const OTHER_SOURCE_PORT: u8 = 1;
+const OTHER_PORT: u8 = 2;
+const OTHER_FLAGS: u8 = 4;
+const OTHER_OPTION: u8 = 8;
+
+/// Narrows the selection by a match; none, if it leaves all packets out that matter or cannot be read.
+pub fn read(traffic: &Traffic<'_>, taken: &mut Selection, name: &str, info: &[u8]) -> Option<()> {
+    match name {
+        "comment" => {}
+        "tcp" | "udp" => {
+            let is_tcp = name == "tcp";
+            if is_tcp && traffic.tunnel.is_some() {
+                return None;
+            }
+            taken.is_partial |= traffic.tunnel.is_none();
+            let inverted = byte(info, if is_tcp { 11 } else { 8 })?;
+            let ports = |at| Some([(half(info, at)?, half(info, at + 2)?)]);
+            taken.limit_ports(traffic, false, &ports(0)?, inverted & OTHER_SOURCE_PORT != 0)?;
+            taken.limit_ports(traffic, true, &ports(4)?, inverted & OTHER_PORT != 0)?;
+            if is_tcp {
+                let (option, mask, flags) = (byte(info, 8)?, byte(info, 9)?, byte(info, 10)?);
+                if option != 0 || inverted & OTHER_OPTION != 0 {
+                    return None;
+                }
+                if mask != 0 {
+                    let is_inverted = inverted & OTHER_FLAGS != 0;
+                    taken.limit_flags(mask, |found| (found == flags) != is_inverted);
+                }
+            }
+        }
+        "multiport" => multiport(traffic, taken, info)?,
+        "iprange" => {
+            let length = if traffic.is_ipv4() { 4 } else { 16 };
+            let flags = byte(info, 64)?;
+            for (to, at, used, inverted) in [(false, 0, 1, 16), (true, 32, 2, 32)] {
+                if flags & used != 0 {
+                    let range: Range = (
+                        info.get(at..at + length)?.to_vec(),
+                        info.get(at + 16..at + 16 + length)?.to_vec(),
+                    );
+                    taken.limit_addresses(traffic, to, &[range], flags & inverted != 0)?;
+                }
+            }
+        }
+        "addrtype" => is_of_type(info, traffic.destination_type())?.then_some(())?,
+        "state" => taken.limit_states(word(info, 0)?),
+        "conntrack" => {
+            let (flags, inverted) = (half(info, 146)?, half(info, 148)?);
+            let states = u32::from(half(info, 150)?);
+            // `XT_CONNTRACK_STATE` and `XT_CONNTRACK_STATE_ALIAS`
+            if flags & !(1 | 1 << 13) != 0 {
+                return None;
+            }
+            taken.limit_states(if inverted & 1 == 0 { states } else { !states });
+        }
+        "length" => taken.limit_length(half(info, 0)?, half(info, 2)?, byte(info, 4)? != 0)?,
+        "limit" => (taken.is_partial, taken.is_limited) = (true, true),
+        "string" => taken.limit_content(),
+        "connbytes" => taken.limit_amount(),
+        "connlimit" => taken.limit_connections(),
+        "statistic" => taken.limit_share(),
+        _ => return None,
+    }
+    Some(())
+}
+
+/// `struct xt_multiport_v1`
+fn multiport(traffic: &Traffic<'_>, taken: &mut Selection, info: &[u8]) -> Option<()> {
+    const SOURCE: u8 = 0;
+    let (side, count) = (byte(info, 0)?, usize::from(byte(info, 1)?).min(15));
+    let is_inverted = byte(info, 47)? != 0;
+    let mut ports = Vec::new();
+    let mut at = 0;
+    while at < count {
+        let first = half(info, 2 + 2 * at)?;
+        let is_range = byte(info, 32 + at)? != 0;
+        at += usize::from(is_range);
+        ports.push((first, half(info, 2 + 2 * at)?));
+        at += 1;
+    }
+    taken.limit_ports(traffic, side != SOURCE, &ports, is_inverted)
+}
+
+/// Whether `struct xt_addrtype_info_v1` matches packets from other hosts to a destination of this type.
+fn is_of_type(info: &[u8], destination: u32) -> Option<bool> {
+    const INVERTS: [u32; 2] = [1, 2];
+    let flags = word(info, 4)?;
+    let matches = |at: usize, kind: u32| {
+        let types = u32::from(half(info, 2 * at)?);
+        Some(types == 0 || (types & 1 << kind != 0) != (flags & INVERTS[at] != 0))
+    };
+    Some(matches(0, UNICAST)? && matches(1, destination)?)
+}
+
+fn byte(info: &[u8], at: usize) -> Option<u8> {
+    info.get(at).copied()
+}
+
+fn half(info: &[u8], at: usize) -> Option<u16> {
+    info.get(at..)?.first_chunk().copied().map(u16::from_ne_bytes)
+}
+
+pub fn word(info: &[u8], at: usize) -> Option<u32> {
+    info.get(at..)?.first_chunk().copied().map(u32::from_ne_bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn address_type_leaves_pods_out_where_it_names_this_hosts_own_addresses() {
+        let matches = |types: u16, flags: u32| {
+            let info = [&[0, 0][..], &types.to_ne_bytes(), &flags.to_ne_bytes()].concat();
+            is_of_type(&info, UNICAST)
+        };
+        assert_eq!(matches(4, 0), Some(false));
+        assert_eq!(matches(4, 2), Some(true));
+        assert_eq!(matches(0, 0), Some(true));
+        assert_eq!(matches(8, 0), Some(false), "broadcasts");
+        assert_eq!(is_of_type(&[0; 3], UNICAST), None);
+    }
+}

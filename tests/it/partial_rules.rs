@@ -1,0 +1,141 @@
+//! Rules that do something with some packets between pods alone: warned of by their form, and by no more.
+
+use crate::{
+    common::{Cluster, isolated, run, status_where},
+    forwarding::{sh, with_pods},
+    odd_hosts::{all_well, warned},
+};
+
+/// Chains of a table, rules, what is said of them, and the advice.
+const NARROW: [(&str, &str, &str, &str); 6] = [
+    (
+        "ip crowd f { type filter hook forward priority -10 ; }",
+        "ip saddr { 10.42.3.3, 203.0.113.9 } drop",
+        "chain ip crowd f drops some packets between pods: those from 10.42.3.3 (rule with handle",
+        "nft insert rule ip crowd f ip saddr 10.42.0.0/16 ip daddr 10.42.0.0/16 accept",
+    ),
+    (
+        "inet old f { type filter hook forward priority 0 ; }",
+        "ip daddr 10.42.2.2-10.42.2.99 reject",
+        "chain inet old f rejects some packets between pods: those to 10.42.2.2-10.42.2.99",
+        "nft insert rule inet old f ip saddr 10.42.0.0/16 ip daddr 10.42.0.0/16 accept",
+    ),
+    (
+        "bridge guard p { type filter hook prerouting priority -300 ; }",
+        "ether type ip ip saddr 10.42.3.3 drop",
+        "chain bridge guard p drops some packets between pods: those from 10.42.3.3",
+        "nft insert rule bridge guard p ip saddr 10.42.0.0/16 ip daddr 10.42.0.0/16 accept",
+    ),
+    (
+        "inet jumbo i { type filter hook input priority 0 ; }",
+        "meta length 1501-65535 drop",
+        "chain inet jumbo i drops some tunnel packets: those of 1501 to 65535 bytes",
+        "nft insert rule inet jumbo i udp dport 8472 accept",
+    ),
+    (
+        "ip egress s { type nat hook postrouting priority 90 ; }",
+        "ip saddr 10.42.3.3 snat to 192.0.2.9",
+        "chain ip egress s gives some packets between pods another source address",
+        "nft insert rule ip egress s ip saddr 10.42.0.0/16 ip daddr 10.42.0.0/16 accept",
+    ),
+    (
+        "inet pbr p { type filter hook prerouting priority mangle ; }",
+        "tcp dport 443 meta mark set meta mark & 0xff00ffff | 0x00010000",
+        "chain inet pbr p gives some packets between pods the mark 0x10000: those to port 443",
+        "nft insert rule inet pbr p ip saddr 10.42.0.0/16 ip daddr 10.42.0.0/16 accept",
+    ),
+];
+
+/// Rules of healthy hosts.
+const HEALTHY: &str = "
+table inet hard {
+    set bans { type ipv4_addr; flags interval; elements = { 203.0.113.0/24, 198.51.100.7 } }
+    chain raw { type filter hook prerouting priority raw; policy accept;
+        fib saddr . iif oif missing udp dport 99 drop
+        tcp flags & (fin|syn) == fin|syn drop
+        tcp flags & (fin|syn|rst|ack) != syn ct state new drop
+        ip saddr @bans drop
+        meta mark set ct mark
+    }
+    chain forward { type filter hook forward priority filter; policy accept;
+        ct state invalid drop
+        ct state established,related accept
+        meta length 1501-65535 drop
+        iifname eth0 tcp dport { 22, 445 } drop
+        oifname eth0 tcp dport 25 reject
+        udp dport 33434-33534 reject
+        ip daddr 10.43.0.0/16 tcp dport 443 drop
+        fib daddr type local tcp dport 443 drop
+        tcp flags syn tcp dport 80 limit rate over 100/second drop
+        tcp dport 22 limit rate 10/minute accept
+        tcp dport 22 drop
+        tcp dport 9 meta mark set 0x99
+        ip saddr 10.42.0.0/16 accept
+        tcp dport 443 drop
+    }
+    chain input { type filter hook input priority filter; policy accept;
+        tcp dport 443 drop
+        udp dport 8472 accept
+        meta length 1501-65535 drop
+    }
+    chain out { type nat hook postrouting priority 90; policy accept;
+        ip saddr 172.17.0.0/16 oifname != docker0 masquerade
+        ip saddr 10.42.3.3 ip daddr != 10.42.0.0/16 masquerade
+    }
+}";
+
+#[test]
+fn rules_about_some_packets_between_pods_are_warned_of_until_the_advice_is_followed() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let mut spaces = Vec::new();
+        with_pods(&mut cluster, &mut spaces)?;
+        let host = &cluster.hosts[1].netns;
+        let agent = &mut cluster.agents[1];
+        sh(
+            host,
+            "ip route add blackhole default table 99 && \
+             ip rule add fwmark 0x10000/0xff0000 lookup 99 pref 999",
+        );
+        status_where(agent, all_well);
+        for (chain, rule, words, advice) in NARROW {
+            let place: Vec<&str> = chain.split(' ').collect();
+            let [family, table, name] = place[..3] else { panic!("{chain}") };
+            sh(host, &format!("nft add table {family} {table} && nft add chain {chain}"));
+            let added = run(host, &format!("nft add rule {family} {table} {name} {rule}"));
+            assert!(added.status.success(), "{added:?}");
+            warned(agent, &[words, advice]);
+            sh(host, advice);
+            status_where(agent, all_well);
+            sh(host, &format!("nft delete table {family} {table}"));
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn rules_of_healthy_hosts_are_not_warned_of() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let mut spaces = Vec::new();
+        with_pods(&mut cluster, &mut spaces)?;
+        let host = &cluster.hosts[1].netns;
+        let agent = &mut cluster.agents[1];
+        let dir = tempfile::tempdir()?;
+        let file = dir.path().join("rules");
+        std::fs::write(&file, HEALTHY)?;
+        sh(host, &format!("nft -f {}", file.display()));
+        // What is read then has been read with all of them.
+        sh(
+            host,
+            "nft add table ip last && nft add chain ip last f { type filter hook forward priority 9 ; } && \
+             nft add rule ip last f tcp dport 99 drop",
+        );
+        let said =
+            warned(agent, &["chain ip last f drops some packets between pods: those to port 99"]);
+        assert!(!said.contains("inet hard"), "{said}");
+        sh(host, "nft delete table ip last");
+        status_where(agent, all_well);
+        Ok(())
+    });
+}
