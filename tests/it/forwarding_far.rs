@@ -272,11 +272,12 @@ fn losses_by_chance_and_long_round_trips_are_no_problem() {
 
 /// What comes to the port of the agent's own pod from elsewhere.
 #[test]
-fn a_pod_of_another_host_is_answered_no_more_than_it_sends() {
+fn agents_own_pod_answers_other_hosts_no_more_than_they_send_and_no_pod_of_theirs() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let spaces = with_pods(&mut cluster, &["a", "b"])?;
         let there = own_pod_of(&mut cluster.agents[1])?;
+        let host = &cluster.hosts[0].netns;
         let ask = |netns: &NetNs, payload: &[u8]| {
             let socket = netns.run(|| UdpSocket::bind(("0.0.0.0", 0)))?;
             socket.set_read_timeout(Some(Duration::from_secs(2)))?;
@@ -285,11 +286,12 @@ fn a_pod_of_another_host_is_answered_no_more_than_it_sends() {
             anyhow::Ok(socket.recv(&mut buffer).ok())
         };
         let question = [&b"gsmF?\x01\0\0"[..], &[1, 2, 3, 4], &[0; 20]].concat();
-        assert_eq!(ask(&spaces[0], &question)?, Some(question.len()));
+        assert_eq!(ask(host, &question)?, Some(question.len()));
+        assert_eq!(ask(&spaces[0], &question)?, None);
         // What is no question, and what is an answer already.
-        assert_eq!(ask(&spaces[0], b"gsmF? cut")?, None);
+        assert_eq!(ask(host, b"gsmF? cut")?, None);
         let answer = [&b"gsmF!\x01\0\0"[..], &[1, 2, 3, 4], &[0; 20]].concat();
-        assert_eq!(ask(&spaces[0], &answer)?, None);
+        assert_eq!(ask(host, &answer)?, None);
         Ok(())
     });
 }
@@ -347,6 +349,28 @@ fn connections_of_a_pod_to_the_agents_own_pod_of_another_host_do_not_make_its_tr
                 assert!(!has_problem(agent, "does not forward"), "{}", agent.log());
                 std::thread::sleep(Duration::from_millis(200));
             }
+            Ok(())
+        })
+    });
+}
+
+/// Many more than are answered.
+#[test]
+fn questions_of_a_pod_do_not_hide_that_packets_to_pods_of_another_host_are_lost() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let spaces = with_pods(&mut cluster, &["a", "b"])?;
+        let there = own_pod_of(&mut cluster.agents[1])?;
+        let question = [&b"gsmF?\x01\0\0"[..], &[0, 0, 0, 7], &[0; 20]].concat();
+        let socket = spaces[0].run(|| UdpSocket::bind(("0.0.0.0", 0)))?;
+        let ask = || {
+            let _ = socket.send_to(&question, (there, 33_436));
+            std::thread::sleep(Duration::from_millis(1));
+        };
+        meanwhile(&spaces[0], ask, || {
+            let Wall { close, there, .. } = &TUNNELLED[4];
+            sh(&cluster.hosts[1].netns, close);
+            wait_until(there, PATIENCE, || has_problem(&mut cluster.agents[0], there));
             Ok(())
         })
     });

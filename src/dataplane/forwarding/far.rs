@@ -103,6 +103,8 @@ struct Peer {
     subject: Subject,
     /// In which round it was tried last.
     tried: u64,
+    /// More came to it than it answers when it was tried last, so that what was not answered proves nothing.
+    is_overrun: bool,
     /// Rounds in a row in which there was no pod, and until when it is left alone for that.
     absent: u32,
     rests_until: Time,
@@ -136,8 +138,13 @@ impl FarPods {
         for subject in subjects {
             let known = before.remove(&subject.node);
             let known = known.filter(|peer| peer.subject.addresses == subject.addresses);
-            let fresh =
-                Peer { subject: subject.clone(), tried: 0, absent: 0, rests_until: Time::ZERO };
+            let fresh = Peer {
+                subject: subject.clone(),
+                tried: 0,
+                is_overrun: false,
+                absent: 0,
+                rests_until: Time::ZERO,
+            };
             let peer = Peer { subject: subject.clone(), ..known.unwrap_or(fresh) };
             self.peers.insert(subject.node, peer);
         }
@@ -233,6 +240,12 @@ impl FarPods {
         back.collect::<BTreeSet<_>>().len()
     }
 
+    /// Peers of which nothing is known, because more came to them than they answer.
+    pub fn overrun(&self) -> Vec<NodeId> {
+        let overrun = self.peers.values().filter(|peer| peer.is_overrun);
+        overrun.map(|peer| peer.subject.node).collect()
+    }
+
     /// Whether something was lost when it was last tried.
     pub fn is_in_doubt(&self) -> bool {
         self.trials.doubted().next().is_some()
@@ -317,6 +330,8 @@ impl FarPods {
                 self.trials.note(way(Half::Back), back);
             }
             let Some(peer) = self.peers.get_mut(node).filter(|_| proves_loss) else { continue };
+            peer.is_overrun =
+                !target.open.is_empty() && target.arrivals.is_some_and(|arrivals| arrivals.shed);
             if target.answered.is_empty() && target.arrivals.is_none() {
                 let doubled = 1 << peer.absent.min(MAX_DOUBLED);
                 peer.rests_until = now + CALM * doubled;
