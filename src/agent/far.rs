@@ -23,7 +23,7 @@ use crate::{
         forwarding::{Deed, FarPods, FarWay, Subject, Way, Witness},
     },
     model::{NodeId, PathState, Subnets},
-    pods::{last_addresses, standin::Room},
+    pods::{gateway, last_addresses, standin::Room},
     wire::{Arrivals, Inquiry, Report},
     worker::{Order, Orders, Thread, Worker},
 };
@@ -34,14 +34,8 @@ pub struct Setting {
     subjects: Vec<Subject>,
     /// What this host drops itself.
     lost_here: Vec<Way>,
-    askers: Vec<Asker>,
-}
-
-/// A member whose pod may ask, under its own address or one that its host gives it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Asker {
-    subnets: Subnets,
-    underlay: IpAddr,
+    /// Addresses of members' own pods, and those that their hosts may give them.
+    askers: BTreeSet<IpAddr>,
 }
 
 /// What is known.
@@ -50,6 +44,8 @@ pub struct FarState {
     pub closed: Vec<FarWay>,
     /// Peers from whose pods answers come.
     pub answering: BTreeSet<NodeId>,
+    /// Peers to which more came than they answer, so that nothing is known of them.
+    pub overrun: Vec<NodeId>,
     /// Something was lost when it was last tried.
     pub is_in_doubt: bool,
 }
@@ -165,6 +161,9 @@ impl<F: Fn(Told)> Runner<F> {
                 Ok(Command::Setting(setting)) => {
                     self.setting = setting;
                     self.far.update(&self.setting.subjects, &self.setting.lost_here);
+                    if let Some(place) = &mut self.place {
+                        place.witness.keep(|from| self.setting.askers.contains(&from));
+                    }
                 }
                 Ok(Command::Testify(reply, round)) => {
                     // What waits to be read has come, too.
@@ -205,12 +204,16 @@ impl<F: Fn(Told)> Runner<F> {
             let now = clock.now();
             match heard {
                 Heard::Question { from, round, sort } => {
-                    if !setting.may_ask(from) || !witness.admit(now) {
-                        return false;
+                    let is_answered = setting.askers.contains(&from)
+                        && witness.on_question(now, from, round, sort);
+                    if is_answered {
+                        far.on_question(now, from);
                     }
-                    witness.note(now, round, sort);
-                    far.on_question(now, from);
-                    true
+                    is_answered
+                }
+                Heard::Overflow => {
+                    witness.on_overflow(now);
+                    false
                 }
                 Heard::Answer { from, round, kind } => {
                     far.on_answer(from, kind, round);
@@ -241,6 +244,7 @@ impl<F: Fn(Told)> Runner<F> {
         let now = FarState {
             closed: self.far.closed(),
             answering: self.far.answering(),
+            overrun: self.far.overrun(),
             is_in_doubt: self.far.is_in_doubt(),
         };
         if now != self.told {
@@ -250,13 +254,11 @@ impl<F: Fn(Told)> Runner<F> {
     }
 }
 
-impl Setting {
-    fn may_ask(&self, from: IpAddr) -> bool {
-        let is_it = |asker: &Asker| {
-            asker.underlay == from || asker.subnets.iter().any(|subnet| subnet.contains(&from))
-        };
-        self.askers.iter().any(is_it)
-    }
+/// Under which a member's own pod may ask: its own, or one of its host's, should that translate them. Not
+/// those of other pods.
+fn askers(subnets: Subnets, underlay: IpAddr) -> impl Iterator<Item = IpAddr> {
+    let of_host = subnets.iter().flat_map(|subnet| [subnet.network(), gateway(subnet)]);
+    of_host.collect::<Vec<_>>().into_iter().chain(last_addresses(subnets).iter()).chain([underlay])
 }
 
 impl Agent {
@@ -294,11 +296,9 @@ impl Agent {
 
     fn far_setting(&self) -> Option<Setting> {
         let view = self.kernel.wanted.as_ref().filter(|_| self.kernel.programmed_once)?;
-        let asker = |peer: &Peer| {
-            let (_, subnets) = peer.leases.first()?;
-            Some(Asker { subnets: *subnets, underlay: peer.vtep.underlay })
-        };
-        let askers = view.peers.values().filter_map(asker).collect();
+        let first = |peer: &Peer| Some((peer.leases.first()?.1, peer.vtep.underlay));
+        let peers = view.peers.values().filter_map(first);
+        let askers = peers.flat_map(|(subnets, underlay)| askers(subnets, underlay)).collect();
         let lost_here = self.kernel.forwarding.closed.clone();
         // Each trial of a peer would use its entries, which are there for as long as they are used. Where
         // nothing gets to any peer, that is told already.
@@ -332,5 +332,23 @@ impl Agent {
         };
         let subjects = self.path_states().filter_map(subject).collect();
         Some(Setting { subjects, lost_here, askers })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pod_of_a_member_may_not_ask_and_its_own_one_may_also_if_its_host_translates_it() {
+        let net = |text: &str| text.parse().expect("a subnet");
+        let subnets = Subnets { first: net("10.42.1.0/24"), second: Some(net("fd42:0:0:1::/64")) };
+        let underlay = IpAddr::from([10, 99, 0, 11]);
+        let askers: BTreeSet<IpAddr> = askers(subnets, underlay).collect();
+        for last in [0, 1, 254] {
+            assert!(askers.contains(&IpAddr::from([10, 42, 1, last])), "{last}");
+        }
+        assert!(!askers.contains(&IpAddr::from([10, 42, 1, 2])) && askers.contains(&underlay));
+        assert_eq!(askers.iter().filter(|ip| ip.is_ipv6()).count(), 3);
     }
 }

@@ -30,6 +30,7 @@ mod limits;
 mod neighbor_tables;
 mod opponents;
 mod owners;
+mod packet_filter;
 mod path_words;
 mod ping;
 mod pod_address;

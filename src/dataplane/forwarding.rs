@@ -40,7 +40,7 @@ pub use message::{
     FAR_PORT, Kind, Said, Segment, Sort, answer, question, read, segment as far_segment,
 };
 pub use packet::{
-    MAGIC, NONCE_LEN, Probe, Tunnelled, UNUSED, UNUSED_OUT, destination, echo, inner, parse,
+    Field, MAGIC, NONCE_LEN, Probe, Tunnelled, UNUSED, UNUSED_OUT, destination, echo, inner, parse,
 };
 pub use witness::Witness;
 

@@ -2,7 +2,8 @@
 //! own pod of one host to that of the other.
 
 use std::{
-    net::UdpSocket,
+    net::{IpAddr, TcpStream, UdpSocket},
+    sync::atomic::{AtomicBool, Ordering::Relaxed},
     time::{Duration, Instant},
 };
 
@@ -271,12 +272,12 @@ fn losses_by_chance_and_long_round_trips_are_no_problem() {
 
 /// What comes to the port of the agent's own pod from elsewhere.
 #[test]
-fn a_pod_of_another_host_is_answered_no_more_than_it_sends() {
+fn agents_own_pod_answers_other_hosts_no_more_than_they_send_and_no_pod_of_theirs() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let spaces = with_pods(&mut cluster, &["a", "b"])?;
-        let subnet = Agent::subnet(&cluster.agents[1].ask("/v1/status", PATIENCE)?)?;
-        let there = last_address(subnet.into());
+        let there = own_pod_of(&mut cluster.agents[1])?;
+        let host = &cluster.hosts[0].netns;
         let ask = |netns: &NetNs, payload: &[u8]| {
             let socket = netns.run(|| UdpSocket::bind(("0.0.0.0", 0)))?;
             socket.set_read_timeout(Some(Duration::from_secs(2)))?;
@@ -285,11 +286,92 @@ fn a_pod_of_another_host_is_answered_no_more_than_it_sends() {
             anyhow::Ok(socket.recv(&mut buffer).ok())
         };
         let question = [&b"gsmF?\x01\0\0"[..], &[1, 2, 3, 4], &[0; 20]].concat();
-        assert_eq!(ask(&spaces[0], &question)?, Some(question.len()));
+        assert_eq!(ask(host, &question)?, Some(question.len()));
+        assert_eq!(ask(&spaces[0], &question)?, None);
         // What is no question, and what is an answer already.
-        assert_eq!(ask(&spaces[0], b"gsmF? cut")?, None);
+        assert_eq!(ask(host, b"gsmF? cut")?, None);
         let answer = [&b"gsmF!\x01\0\0"[..], &[1, 2, 3, 4], &[0; 20]].concat();
-        assert_eq!(ask(&spaces[0], &answer)?, None);
+        assert_eq!(ask(host, &answer)?, None);
         Ok(())
+    });
+}
+
+/// The agent's own pod of that host.
+fn own_pod_of(agent: &mut Agent) -> anyhow::Result<IpAddr> {
+    let subnet = Agent::subnet(&agent.ask("/v1/status", PATIENCE)?)?;
+    Ok(last_address(subnet.into()))
+}
+
+/// Ends what goes on meanwhile, also where a test fails.
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Relaxed);
+    }
+}
+
+/// Has a pod send something all the time while the other thing is done.
+fn meanwhile<T>(
+    pod: &NetNs,
+    send: impl Fn() + Send + Sync,
+    then: impl FnOnce() -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
+    let is_over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            pod.run(|| {
+                while !is_over.load(Relaxed) {
+                    send();
+                }
+                Ok(())
+            })
+        });
+        let _over = Over(&is_over);
+        then()
+    })
+}
+
+/// Far more than the buffer of a socket holds come between two trials.
+#[test]
+fn connections_of_a_pod_to_the_agents_own_pod_of_another_host_do_not_make_its_trials_fail() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let spaces = with_pods(&mut cluster, &["a", "b"])?;
+        let there = own_pod_of(&mut cluster.agents[1])?;
+        let connect = || _ = TcpStream::connect((there, 80));
+        meanwhile(&spaces[0], connect, || {
+            // Rules that change have it tried at once; what is lost then is tried again each second.
+            sh(&cluster.hosts[1].netns, "nft add table ip changed");
+            let begun = Instant::now();
+            while begun.elapsed() < Duration::from_secs(15) {
+                let agent = &mut cluster.agents[1];
+                assert!(!has_problem(agent, "does not forward"), "{}", agent.log());
+                std::thread::sleep(Duration::from_millis(200));
+            }
+            Ok(())
+        })
+    });
+}
+
+/// Many more than are answered.
+#[test]
+fn questions_of_a_pod_do_not_hide_that_packets_to_pods_of_another_host_are_lost() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let spaces = with_pods(&mut cluster, &["a", "b"])?;
+        let there = own_pod_of(&mut cluster.agents[1])?;
+        let question = [&b"gsmF?\x01\0\0"[..], &[0, 0, 0, 7], &[0; 20]].concat();
+        let socket = spaces[0].run(|| UdpSocket::bind(("0.0.0.0", 0)))?;
+        let ask = || {
+            let _ = socket.send_to(&question, (there, 33_436));
+            std::thread::sleep(Duration::from_millis(1));
+        };
+        meanwhile(&spaces[0], ask, || {
+            let Wall { close, there, .. } = &TUNNELLED[4];
+            sh(&cluster.hosts[1].netns, close);
+            wait_until(there, PATIENCE, || has_problem(&mut cluster.agents[0], there));
+            Ok(())
+        })
     });
 }

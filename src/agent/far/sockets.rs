@@ -1,24 +1,26 @@
 //! Sockets inside the agent's own pod: for questions of others, and for our own.
 
 use std::{
-    io,
+    io::{self, IoSliceMut},
     net::{IpAddr, SocketAddr, UdpSocket},
-    os::fd::{AsFd as _, BorrowedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
     time::Duration,
 };
 
-use nix::sys::socket::{
-    setsockopt,
-    sockopt::{Ipv4PacketInfo, Ipv6RecvPacketInfo},
+use nix::{
+    cmsg_space,
+    sys::socket::{
+        ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, setsockopt, sockopt::RxqOvfl,
+    },
 };
-use socket2::{Domain, Protocol, SockFilter, Socket, Type};
+use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::{
+    agent::packet_filter::{Shown, only},
     dataplane::forwarding::{
-        FAR_PORT, Kind, NONCE_LEN, Probe, Said, Segment, Sort, Transport, answer, far_segment,
-        parse, question, read,
+        FAR_PORT, Field, Kind, NONCE_LEN, Probe, Said, Segment, Sort, Transport, answer,
+        far_segment, parse, question, read,
     },
-    icmp::take,
     pods::standin::Room,
 };
 
@@ -33,8 +35,18 @@ const BACKLOG: i32 = 1024;
 
 /// What has come.
 pub enum Heard {
-    Question { from: IpAddr, round: u32, sort: Sort },
-    Answer { from: IpAddr, round: u32, kind: Kind },
+    Question {
+        from: IpAddr,
+        round: u32,
+        sort: Sort,
+    },
+    Answer {
+        from: IpAddr,
+        round: u32,
+        kind: Kind,
+    },
+    /// Packets that the kernel had no room for.
+    Overflow,
 }
 
 /// Those of the pod, which has an address of each family.
@@ -48,11 +60,14 @@ struct FamilySockets {
     address: IpAddr,
     /// Where questions come in.
     echoes: UdpSocket,
+    /// Packets that it had no room for.
+    echoes_lost: u32,
     /// Of this round.
     asking: UdpSocket,
     segments: Socket,
     /// Makes the kernel accept connections, as services of pods do: firewalls may drop refusals alone.
     listener: Socket,
+    segments_lost: u32,
 }
 
 impl RoomSockets {
@@ -60,9 +75,11 @@ impl RoomSockets {
         let open = |address: IpAddr| {
             Ok(FamilySockets {
                 address,
-                echoes: datagrams(address, FAR_PORT)?,
+                echoes: counting(datagrams(address, FAR_PORT)?)?,
+                echoes_lost: 0,
                 asking: datagrams(address, 0)?,
-                segments: segments(address)?,
+                segments: counting(segments(address)?)?,
+                segments_lost: 0,
                 listener: listener(address)?,
             })
         };
@@ -108,11 +125,17 @@ impl RoomSockets {
 
     /// Gives all that has come, and answers a question if the answer is yes.
     pub fn hear(&mut self, mut give: impl FnMut(Heard) -> bool) {
-        for sockets in &self.families {
-            let FamilySockets { address, echoes, asking, segments, listener } = sockets;
+        for sockets in &mut self.families {
+            let FamilySockets { address, echoes, asking, segments, listener, .. } = sockets;
             let ipv4 = address.is_ipv4();
             for _ in 0..AT_ONCE {
-                let Ok((length, from)) = echoes.recv_from(&mut self.buffer) else { break };
+                let Ok(Received { length, from, lost }) = receive(echoes, &mut self.buffer) else {
+                    break;
+                };
+                if lost > std::mem::replace(&mut sockets.echoes_lost, lost) {
+                    give(Heard::Overflow);
+                }
+                let Some(from) = from else { continue };
                 let payload = &mut self.buffer[..length];
                 let Some((Said::Question, kind, round)) = read(payload) else { continue };
                 let sort = Sort { ipv4, kind };
@@ -138,8 +161,14 @@ impl RoomSockets {
             }
             for _ in 0..AT_ONCE {
                 let mut packet = [0; HEADERS];
-                let Ok(taken) = take(segments, &mut packet) else { break };
-                let Some((from, _, packet)) = taken else { continue };
+                let Ok(Received { length, from, lost }) = receive(segments, &mut packet) else {
+                    break;
+                };
+                if lost > std::mem::replace(&mut sockets.segments_lost, lost) {
+                    give(Heard::Overflow);
+                }
+                let Some(from) = from.map(|from| from.ip()) else { continue };
+                let packet = &packet[..length];
                 // With IPv4 it comes with the header before it.
                 let bytes =
                     if ipv4 { parse(packet).map(|(.., bytes)| bytes) } else { Some(packet) };
@@ -187,34 +216,42 @@ fn listener(address: IpAddr) -> io::Result<Socket> {
 fn segments(address: IpAddr) -> io::Result<Socket> {
     let domain = Domain::for_address(SocketAddr::new(address, 0));
     let socket = Socket::new(domain, Type::RAW, Some(Protocol::TCP))?;
-    match address {
-        IpAddr::V4(_) => setsockopt(&socket, Ipv4PacketInfo, &true)?,
-        IpAddr::V6(_) => setsockopt(&socket, Ipv6RecvPacketInfo, &true)?,
-    }
-    socket.attach_filter(&program(address.is_ipv4()))?;
+    only(&socket, Shown::raw(address), &[Field::Half(0, FAR_PORT), Field::Half(2, FAR_PORT)])?;
     socket.bind(&SocketAddr::new(address, 0).into())?;
     socket.set_nonblocking(true)?;
     Ok(socket)
 }
 
-/// For the kernel's packet filter: segments from or to our port. X is where the header of TCP begins, behind
-/// that of IPv4, which raw sockets get too.
-fn program(ipv4: bool) -> [SockFilter; 7] {
-    use nix::libc::{
-        BPF_B, BPF_H, BPF_IMM, BPF_IND, BPF_JEQ, BPF_JMP, BPF_LD, BPF_LDX, BPF_MSH, BPF_RET,
+struct Received {
+    length: usize,
+    from: Option<SocketAddr>,
+    /// Packets that the socket had no room for before this one came.
+    lost: u32,
+}
+
+/// Has the kernel tell what a socket had no room for.
+fn counting<S: AsFd>(socket: S) -> io::Result<S> {
+    setsockopt(&socket, RxqOvfl, &1)?;
+    Ok(socket)
+}
+
+fn receive(socket: &impl AsRawFd, buffer: &mut [u8]) -> io::Result<Received> {
+    let mut control = cmsg_space!(u32);
+    let mut parts = [IoSliceMut::new(buffer)];
+    let flags = MsgFlags::empty();
+    let message =
+        recvmsg::<SockaddrStorage>(socket.as_raw_fd(), &mut parts, Some(&mut control), flags)?;
+    let from = message.address.as_ref().and_then(|address| {
+        let ipv4 = address.as_sockaddr_in().map(|ip| SocketAddr::V4((*ip).into()));
+        ipv4.or_else(|| address.as_sockaddr_in6().map(|ip| SocketAddr::V6((*ip).into())))
+    });
+    let count = |told| match told {
+        ControlMessageOwned::RxqOvfl(count) => Some(count),
+        _ => None,
     };
-    let step = |code, operand| SockFilter::new(code as u16, 0, 0, operand);
-    let when = |then, otherwise| {
-        SockFilter::new((BPF_JMP | BPF_JEQ) as u16, then, otherwise, FAR_PORT.into())
-    };
-    let header = if ipv4 { step(BPF_LDX | BPF_B | BPF_MSH, 0) } else { step(BPF_LDX | BPF_IMM, 0) };
-    [
-        header,
-        step(BPF_LD | BPF_H | BPF_IND, 0),
-        when(2, 0),
-        step(BPF_LD | BPF_H | BPF_IND, 2),
-        when(0, 1),
-        step(BPF_RET, u32::MAX),
-        step(BPF_RET, 0),
-    ]
+    Ok(Received {
+        length: message.bytes,
+        from,
+        lost: message.cmsgs()?.find_map(count).unwrap_or_default(),
+    })
 }

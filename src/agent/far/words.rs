@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::{
     agent::Agent,
     api::{CheckState, CheckStatus},
-    dataplane::forwarding::{FarWay, Half, Kind, Sort},
+    dataplane::forwarding::{FAR_PORT, FarWay, Half, Kind, Sort},
     model::{NodeId, PathState},
 };
 
@@ -15,7 +15,14 @@ const NAMED: usize = 3;
 impl Agent {
     /// What is known of packets of pods, with this.
     pub(in crate::agent) fn far_added_to(&self, known: CheckStatus) -> CheckStatus {
-        let CheckStatus { state, detail } = known;
+        let CheckStatus { state, mut detail } = known;
+        if !self.kernel.far.overrun.is_empty() {
+            let names = self.names(&self.kernel.far.overrun);
+            detail = format!(
+                "{detail}; skipped with pods of {names}: more packets come to port {FAR_PORT} of the agent's \
+                 own pod there than it answers"
+            );
+        }
         let nodes: Vec<NodeId> = self.far_lost().into_keys().collect();
         match (nodes.as_slice(), self.kernel.far.answering.len()) {
             ([], 0) => CheckStatus { state, detail },

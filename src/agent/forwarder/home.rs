@@ -12,12 +12,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nix::libc::{BPF_K, BPF_RET};
-use socket2::{Domain, Protocol, SockFilter, Socket, Type};
+use socket2::{Domain, Protocol, Socket, Type};
 
-use super::pod::drain;
+use super::pod::{drain, only_with};
 use crate::{
-    agent::start::random,
+    agent::{
+        packet_filter::{Shown, only},
+        start::random,
+    },
     dataplane::{
         forwarding::{Direction, NONCE_LEN, Probe, Seen, Transport, UNUSED, Way, parse},
         paths::FLOWS,
@@ -41,10 +43,10 @@ struct Ends {
     gateway: IpAddr,
     /// Inside the pod.
     echo: Socket,
-    inside: UdpSocket,
+    inside: Socket,
     segments: Socket,
     /// On this host, under the gateway's address.
-    outside: UdpSocket,
+    outside: Socket,
     /// Only sends.
     sender: Socket,
 }
@@ -106,11 +108,11 @@ impl Ends {
         let datagrams = |address: IpAddr| {
             let socket = UdpSocket::bind((address, 0))?;
             socket.set_nonblocking(true)?;
-            io::Result::Ok(socket)
+            io::Result::Ok(Socket::from(socket))
         };
         let sender = segments(gateway)?;
         // It would be given each segment that comes to this host.
-        sender.attach_filter(&[SockFilter::new((BPF_RET | BPF_K) as u16, 0, 0, 0)])?;
+        only(&sender, Shown::raw(gateway), &[])?;
         let outside = datagrams(gateway)?;
         standin.inside(|| {
             let echo = family.open()?;
@@ -135,6 +137,13 @@ impl<'a> Check<'a> {
             random::<{ NONCE_LEN + 4 }>().map_err(io::Error::other)?;
         let asker = Asker { identifier: u16::from_ne_bytes([a, b]), ports: [0; FLOWS] };
         ends.family.filter(&ends.echo, asker, false)?;
+        for (socket, transport) in [
+            (&ends.inside, Transport::Udp),
+            (&ends.outside, Transport::Udp),
+            (&ends.segments, Transport::Tcp),
+        ] {
+            only_with(socket, transport, ends.pod, *nonce)?;
+        }
         let fresh = u16::from_ne_bytes([c, d]) | 0x8000;
         let (heard, arrived) = (false, BTreeSet::new());
         Ok(Self { ends, asker, nonce: *nonce, fresh, heard, arrived })
@@ -153,9 +162,10 @@ impl<'a> Check<'a> {
         let at = |ip: IpAddr| SocketAddr::new(ip, 0).into();
         let request = family.request_with(self.asker.identifier, 0, &[0; SMALL]);
         let _ = echo.send_to(&request, &at(*gateway));
-        if let (Ok(inside_at), Ok(outside_at)) = (inside.local_addr(), outside.local_addr()) {
-            let _ = inside.send_to(&payload, outside_at);
-            let _ = outside.send_to(&payload, (*pod, inside_at.port()));
+        let port = |socket: &Socket| Some(socket.local_addr().ok()?.as_socket()?.port());
+        if let (Some(inside_at), Some(outside_at)) = (port(inside), port(outside)) {
+            let _ = inside.send_to(&payload, &SocketAddr::new(*gateway, outside_at).into());
+            let _ = outside.send_to(&payload, &SocketAddr::new(*pod, inside_at).into());
         }
         let _ = segments.send_to(&self.segment(*pod, *gateway).segment(), &at(*gateway));
         let _ = sender.send_to(&self.segment(*gateway, *pod).segment(), &at(*pod));
@@ -167,15 +177,12 @@ impl<'a> Check<'a> {
             self.heard |= heard.is_some_and(|heard| matches!(heard.what, What::Answer(_)));
         }
         let payload = Probe::payload(self.nonce);
-        let mut buffer = [0; 64];
-        while let Ok((length, _)) = outside.recv_from(&mut buffer) {
-            self.heard |= buffer[..length] == payload;
-        }
-        while let Ok((length, _)) = inside.recv_from(&mut buffer) {
-            if buffer[..length] == payload {
+        drain(outside, |datagram, _| self.heard |= datagram == payload);
+        drain(inside, |datagram, _| {
+            if datagram == payload {
                 self.arrived.insert(Transport::Udp);
             }
-        }
+        });
         let to_pod = self.segment(*gateway, *pod);
         // This host refuses the connection, for nothing listens there.
         let refused = [UNUSED, self.fresh].map(u16::to_be_bytes).concat();

@@ -11,7 +11,8 @@ use nix::sys::socket::{SockaddrStorage, recvfrom};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::{
-    dataplane::forwarding::{Probe, Transport, UNUSED_OUT, parse},
+    agent::packet_filter::{Shown, only},
+    dataplane::forwarding::{NONCE_LEN, Probe, Transport, UNUSED_OUT, parse},
     icmp::{Family, never_fragment},
     pods::standin::StandIn,
 };
@@ -48,6 +49,7 @@ impl PodSockets {
                 let socket = UdpSocket::bind((any, 0))?;
                 socket.set_nonblocking(true)?;
                 never_fragment(&socket)?;
+                only(&socket, Shown::Segment, &[])?;
                 io::Result::Ok(socket)
             };
             let (fitting, large) = (whole()?, whole()?);
@@ -59,6 +61,13 @@ impl PodSockets {
             }
             Ok(Self { address, datagrams, port, segments, fitting, large })
         })
+    }
+
+    /// Lets only what has this number come to these sockets from now on, and forgets what has come before.
+    pub fn await_only(&self, nonce: [u8; NONCE_LEN]) -> io::Result<()> {
+        let Self { address, datagrams, segments, .. } = self;
+        only_with(datagrams, Transport::Udp, *address, nonce)?;
+        only_with(segments, Transport::Tcp, *address, nonce)
     }
 
     /// What cannot be sent is not seen arriving.
@@ -101,6 +110,23 @@ impl PodSockets {
         });
         other
     }
+}
+
+/// Lets only packets of a trial with this number come to a socket, so that those of others leave room for
+/// them, and forgets what has come before. A raw one is for segments.
+pub fn only_with(
+    socket: &Socket,
+    transport: Transport,
+    address: IpAddr,
+    nonce: [u8; NONCE_LEN],
+) -> io::Result<()> {
+    let shown = match transport {
+        Transport::Udp => Shown::Segment,
+        Transport::Tcp => Shown::raw(address),
+    };
+    only(socket, shown, &Probe::fields(transport, nonce))?;
+    drain(socket, |_, _| {});
+    Ok(())
 }
 
 /// Whether this host has told that what was sent was too large.

@@ -192,6 +192,8 @@ impl Trial<'_> {
             family.filter(home, asker, false)?;
             let (inwards, outwards, sideways) = (random()?, random()?, random()?);
             let whole = random()?;
+            pod.await_only(inwards)?;
+            mate.map_or(Ok(()), |mate| mate.await_only(sideways))?;
             // Another port each time, as connections have it.
             let fresh = u16::from_ne_bytes([a, b]) | 0x8000;
             let probe =

@@ -105,6 +105,8 @@ struct Peer {
     subject: Subject,
     /// In which round it was tried last.
     tried: u64,
+    /// More came to it than it answers when it was tried last, so that what was not answered proves nothing.
+    is_overrun: bool,
     /// Rounds in a row in which there was no pod, and until when it is left alone for that.
     absent: u32,
     rests_until: Time,
@@ -147,8 +149,13 @@ impl FarPods {
                 self.round.iter_mut().for_each(|round| _ = round.targets.remove(&subject.node));
                 self.next = Time::ZERO;
             }
-            let fresh =
-                Peer { subject: subject.clone(), tried: 0, absent: 0, rests_until: Time::ZERO };
+            let fresh = Peer {
+                subject: subject.clone(),
+                tried: 0,
+                is_overrun: false,
+                absent: 0,
+                rests_until: Time::ZERO,
+            };
             let peer = Peer { subject: subject.clone(), ..known.unwrap_or(fresh) };
             self.peers.insert(subject.node, peer);
         }
@@ -243,6 +250,12 @@ impl FarPods {
         open.iter().filter(|way| way.half == Half::Back).map(|way| way.node).collect()
     }
 
+    /// Peers of which nothing is known, because more came to them than they answer.
+    pub fn overrun(&self) -> Vec<NodeId> {
+        let overrun = self.peers.values().filter(|peer| peer.is_overrun);
+        overrun.map(|peer| peer.subject.node).collect()
+    }
+
     /// Whether something was lost when it was last tried.
     pub fn is_in_doubt(&self) -> bool {
         self.trials.doubted().next().is_some()
@@ -327,6 +340,8 @@ impl FarPods {
                 self.trials.note(way(Half::Back), back);
             }
             let Some(peer) = self.peers.get_mut(node).filter(|_| proves_loss) else { continue };
+            peer.is_overrun =
+                !target.open.is_empty() && target.arrivals.is_some_and(|arrivals| arrivals.shed);
             if target.answered.is_empty() && target.arrivals.is_none() {
                 let doubled = 1 << peer.absent.min(MAX_DOUBLED);
                 peer.rests_until = now + CALM * doubled;

@@ -38,6 +38,13 @@ const IPV6_HEADER: usize = 40;
 /// Headers of VXLAN and of Ethernet.
 const ENCAPSULATION: usize = 8 + 14;
 
+/// A number at a place, counted from the header of UDP or TCP on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Field {
+    Half(u32, u16),
+    Word(u32, u32),
+}
+
 /// What is sent from one address to another.
 #[derive(Clone, Copy, Debug)]
 pub struct Probe {
@@ -101,6 +108,18 @@ impl Probe {
                     is_first && segment.get(4..8) == Some(&self.sequence())
                 }
             }
+    }
+
+    /// By one of which the kernel's packet filter finds packets with this number, and refusals of such first
+    /// segments, among those of others.
+    pub const fn fields(transport: Transport, nonce: [u8; NONCE_LEN]) -> [Field; 2] {
+        let [a, b, c, d, ..] = nonce;
+        let number = u32::from_be_bytes([a, b, c, d]);
+        match transport {
+            Transport::Udp => [Field::Word((UDP_HEADER + MAGIC.len()) as u32, number); 2],
+            // Sequence number and acknowledgement (RFC 9293, 3.10.7.1).
+            Transport::Tcp => [Field::Word(4, number), Field::Word(8, number.wrapping_add(1))],
+        }
     }
 
     fn sequence(&self) -> [u8; 4] {

@@ -1,16 +1,23 @@
 //! What has come to the agent's own pod from those of other hosts, for agents there that ask what became of
 //! their packets.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    net::IpAddr,
+    time::Duration,
+};
 
 use super::Sort;
 use crate::{model::Time, wire::Arrivals};
 
-/// Answers a second, and at once. Above that packets are shed: what the pod sends is bounded, whoever asks.
-const RATE: u64 = 200;
-const BURST: u64 = 400;
-/// Rounds that are remembered; the oldest is forgotten for a new one.
-const MAX_ROUNDS: usize = 512;
+/// Answers to all askers. What the pod sends is bounded, however many ask.
+const ALL: Rate = Rate { each_second: 200, at_once: 400 };
+/// Answers to one asker: more than a trial takes, with all that is sent again.
+const ONE: Rate = Rate { each_second: 25, at_once: 50 };
+/// Rounds of one asker that are remembered; the oldest is forgotten for a new one.
+const MAX_ROUNDS: usize = 8;
+/// A round that is younger than this may still be asked about.
+const YOUNG: Duration = Duration::from_secs(10);
 /// For so long after packets were shed nothing counts as not having come.
 const SHED: Duration = Duration::from_secs(30);
 
@@ -18,51 +25,115 @@ const SHED: Duration = Duration::from_secs(30);
 pub struct Witness {
     /// Since when there is a pod.
     since: Time,
-    /// By the number of a round: when it was first heard of, and which packets of it have come.
-    rounds: BTreeMap<u32, (Time, u8)>,
-    /// Up to when answers are used up, if each takes its part of a second.
+    /// By their addresses, of which there are as many as may ask.
+    askers: BTreeMap<IpAddr, Asker>,
     spent: Time,
+    /// Packets of unknown rounds were shed last.
     shed: Option<Time>,
+}
+
+#[derive(Debug)]
+struct Asker {
+    spent: Time,
+    rounds: VecDeque<Round>,
+    /// It has asked too much, so that not all of its rounds are known.
+    overrun: Option<Time>,
+}
+
+#[derive(Debug)]
+struct Round {
+    number: u32,
+    begun: Time,
+    /// Which packets of it have come.
+    came: u8,
+    /// Packets of it were not answered.
+    is_shed: bool,
+}
+
+struct Rate {
+    each_second: u32,
+    at_once: u32,
 }
 
 impl Witness {
     pub const fn new(now: Time) -> Self {
-        Self { since: now, rounds: BTreeMap::new(), spent: now, shed: None }
+        Self { since: now, askers: BTreeMap::new(), spent: now, shed: None }
     }
 
-    /// Whether one more may be answered now.
-    pub fn admit(&mut self, now: Time) -> bool {
-        let each = Duration::from_nanos(1_000_000_000 / RATE);
-        let spent = self.spent.max(now);
-        let is_over = spent.since(now) > each * (BURST - 1) as u32;
-        if is_over {
-            self.shed = Some(now);
-        } else {
-            self.spent = spent + each;
-        }
-        !is_over
+    /// Forgets those that may not ask any more.
+    pub fn keep(&mut self, may_ask: impl Fn(IpAddr) -> bool) {
+        self.askers.retain(|from, _| may_ask(*from));
     }
 
-    /// A packet of a round has come, and was answered.
-    pub fn note(&mut self, now: Time, round: u32, sort: Sort) {
-        if !self.rounds.contains_key(&round) && self.rounds.len() >= MAX_ROUNDS {
-            let oldest = self.rounds.iter().min_by_key(|(_, (at, _))| *at);
-            if let Some(oldest) = oldest.map(|(round, _)| *round) {
-                self.rounds.remove(&oldest);
-            }
+    /// A packet of a round has come from an address that may ask. Says whether it is to be answered.
+    pub fn on_question(&mut self, now: Time, from: IpAddr, number: u32, sort: Sort) -> bool {
+        let fresh = || Asker { spent: now, rounds: VecDeque::new(), overrun: None };
+        let asker = self.askers.entry(from).or_insert_with(fresh);
+        let is_within = ONE.admit(&mut asker.spent, now);
+        let is_answered = is_within && ALL.admit(&mut self.spent, now);
+        if !is_within {
+            asker.overrun = Some(now);
+        } else if !is_answered {
             self.shed = Some(now);
         }
-        self.rounds.entry(round).or_insert((now, 0)).1 |= sort.bit();
+        let round = asker.round(now, number);
+        round.is_shed |= !is_answered;
+        if is_answered {
+            round.came |= sort.bit();
+        }
+        is_answered
+    }
+
+    /// The kernel had no room for packets, of whatever round.
+    pub const fn on_overflow(&mut self, now: Time) {
+        self.shed = Some(now);
     }
 
     /// What is known of a round.
-    pub fn testify(&self, now: Time, round: u32) -> Arrivals {
+    pub fn testify(&self, now: Time, number: u32) -> Arrivals {
         let there_for = now.since(self.since).as_millis();
+        let is_recent = |at: Option<Time>| at.is_some_and(|at| now.since(at) < SHED);
+        let mut rounds = self.askers.values().flat_map(|asker| &asker.rounds);
+        let round = rounds.find(|round| round.number == number);
+        let is_shed = match round {
+            Some(round) => round.is_shed,
+            None => self.askers.values().any(|asker| is_recent(asker.overrun)),
+        };
         Arrivals {
             there_for_ms: u32::try_from(there_for).unwrap_or(u32::MAX),
-            came: self.rounds.get(&round).map_or(0, |(_, came)| *came),
-            shed: self.shed.is_some_and(|at| now.since(at) < SHED),
+            came: round.map_or(0, |round| round.came),
+            shed: is_shed || is_recent(self.shed),
         }
+    }
+}
+
+impl Asker {
+    fn round(&mut self, now: Time, number: u32) -> &mut Round {
+        let at = self.rounds.iter().position(|round| round.number == number).unwrap_or_else(|| {
+            if self.rounds.len() >= MAX_ROUNDS
+                && let Some(oldest) = self.rounds.pop_front()
+                && now.since(oldest.begun) < YOUNG
+            {
+                self.overrun = Some(now);
+            }
+            self.rounds.push_back(Round { number, begun: now, came: 0, is_shed: false });
+            self.rounds.len() - 1
+        });
+        &mut self.rounds[at]
+    }
+}
+
+impl Rate {
+    /// Whether one more is within it, where `spent` is the time up to which it is used up, if each takes its
+    /// part of a second.
+    fn admit(&self, spent: &mut Time, now: Time) -> bool {
+        let each = Duration::from_secs(1) / self.each_second;
+        let from = (*spent).max(now);
+        let is_within = from.since(now) <= each * (self.at_once - 1);
+        if is_within {
+            *spent = from + each;
+        }
+        is_within
     }
 }
 
@@ -77,30 +148,55 @@ mod tests {
         Time::ZERO + Duration::from_millis(millis)
     }
 
+    fn asker(number: u8) -> IpAddr {
+        [10, 42, number, 254].into()
+    }
+
     #[test]
     fn it_tells_what_has_come_of_a_round_and_since_when_it_listens() {
         let mut witness = Witness::new(at(1_000));
-        witness.note(at(2_000), 7, SMALL);
+        assert!(witness.on_question(at(2_000), asker(1), 7, SMALL));
         let told = Arrivals { there_for_ms: 4_000, came: SMALL.bit(), shed: false };
         assert_eq!(witness.testify(at(5_000), 7), told);
         assert_eq!(witness.testify(at(5_000), 8), Arrivals { came: 0, ..told });
     }
 
     #[test]
-    fn answers_are_bounded_and_what_was_shed_is_told_for_a_while() {
+    fn asker_that_asks_too_much_is_told_so_and_takes_nothing_from_others() {
         let mut witness = Witness::new(at(0));
-        let admitted = (0..10 * BURST).filter(|_| witness.admit(at(10))).count();
-        assert_eq!(admitted as u64, BURST);
+        let admitted = (0..1_000).filter(|_| witness.on_question(at(10), asker(1), 1, SMALL));
+        assert_eq!(admitted.count(), ONE.at_once as usize);
         assert!(witness.testify(at(10), 1).shed);
-        assert!(witness.admit(at(1_000)), "it fills again");
-        assert!(!witness.testify(at(40_000), 1).shed);
+        assert!(witness.on_question(at(10), asker(2), 2, SMALL));
+        let Arrivals { came, shed, .. } = witness.testify(at(10), 2);
+        assert_eq!((came, shed), (SMALL.bit(), false));
+        assert!(witness.testify(at(10), 3).shed, "all of it may have been shed");
+        assert!(witness.on_question(at(1_000), asker(1), 4, SMALL), "it fills again");
+        assert!(!witness.testify(at(40_000), 4).shed && !witness.testify(at(40_000), 3).shed);
+        witness.keep(|from| from == asker(2));
+        assert_eq!(witness.askers.len(), 1);
+    }
+
+    #[test]
+    fn answers_to_all_askers_are_bounded_and_what_was_shed_is_told_for_a_while() {
+        let mut witness = Witness::new(at(0));
+        let questions = (0..=u8::MAX).flat_map(|number| [asker(number); 10]);
+        let admitted = questions.filter(|from| witness.on_question(at(10), *from, 1, SMALL));
+        assert_eq!(admitted.count(), ALL.at_once as usize);
+        assert!(witness.testify(at(10), 9).shed && !witness.testify(at(40_000), 9).shed);
+        witness.on_overflow(at(50_000));
+        assert!(witness.testify(at(50_000), 9).shed && !witness.testify(at(90_000), 9).shed);
     }
 
     #[test]
     fn memory_of_very_many_rounds_is_bounded() {
         let mut witness = Witness::new(at(0));
-        (0..5_000_u32).for_each(|round| witness.note(at(round.into()), round, SMALL));
-        assert_eq!(witness.rounds.len(), MAX_ROUNDS);
-        assert!(witness.rounds.contains_key(&4_999) && witness.testify(at(5_000), 0).shed);
+        for round in 0..5_000_u32 {
+            witness.on_question(at((round * 50).into()), asker(1), round, SMALL);
+        }
+        assert_eq!(witness.askers[&asker(1)].rounds.len(), MAX_ROUNDS);
+        let now = at(250_000);
+        assert_eq!(witness.testify(now, 4_999).came, SMALL.bit());
+        assert!(witness.testify(now, 0).shed && !witness.testify(now, 4_999).shed);
     }
 }

@@ -23,6 +23,8 @@ struct World {
     peers: BTreeMap<NodeId, Vec<(Kind, bool)>>,
     /// Peers that tell what has come, and for how long they have had a pod.
     telling: BTreeMap<NodeId, u32>,
+    /// Peers shed packets.
+    is_shedding: bool,
     sent: Vec<IpAddr>,
 }
 
@@ -41,6 +43,7 @@ impl World {
             number: 0,
             peers: nodes.clone().map(|node| (node, ALL.to_vec())).collect(),
             telling: nodes.map(|node| (node, u32::MAX)).collect(),
+            is_shedding: false,
             sent: Vec::new(),
         }
     }
@@ -75,7 +78,7 @@ impl World {
                         let told = nodes.into_iter().filter_map(|node| {
                             let there_for_ms = *self.telling.get(&node)?;
                             let came = came.get(&node).copied().unwrap_or(0);
-                            Some((node, Arrivals { there_for_ms, came, shed: false }))
+                            Some((node, Arrivals { there_for_ms, came, shed: self.is_shedding }))
                         });
                         self.far.on_told(self.now, number, &told.collect());
                     }
@@ -115,6 +118,18 @@ fn packets_that_do_not_come_there_are_lost_there_after_three_rounds() {
     world.peers.insert(PEER, ALL.to_vec());
     world.rounds(1);
     assert!(world.far.closed().is_empty() && !world.far.is_in_doubt());
+}
+
+#[test]
+fn peer_that_sheds_packets_is_told_of_until_all_is_answered() {
+    let mut world = World::new(1);
+    world.peers.insert(PEER, ALL[..3].to_vec());
+    world.is_shedding = true;
+    world.rounds(4);
+    assert_eq!((world.far.overrun(), world.far.closed()), (vec![PEER], vec![]));
+    world.is_shedding = false;
+    world.rounds(1);
+    assert!(world.far.overrun().is_empty() && world.far.is_in_doubt());
 }
 
 #[test]
