@@ -56,8 +56,8 @@ impl Agent {
         alike.into_iter().map(sentence).collect()
     }
 
-    /// What is lost to or from pods of each peer. Where nothing gets through, the path as a whole is bad: that
-    /// is told by what the path is found to be.
+    /// What is lost to or from pods of each peer. Where nothing gets through, the path as a whole is bad:
+    /// that is told by what the path is found to be.
     fn far_lost(&self) -> BTreeMap<NodeId, Vec<(Half, Sort)>> {
         let answering = &self.kernel.far.answering;
         let unanswered: BTreeSet<NodeId> = self

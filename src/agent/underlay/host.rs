@@ -361,8 +361,8 @@ impl Host {
         UnderlayError::NoMatch { what, candidates }
     }
 
-    /// That another interface than the named one has the present address: one was renamed, or became a port of
-    /// a bridge.
+    /// That another interface than the named one has the present address: one was renamed, or became a port
+    /// of a bridge.
     pub(super) fn moved(&self, present: &Chosen, config: &Config) -> Option<UnderlayError> {
         let IfaceChoice::Name(iface) = &config.iface else { return None };
         let holder = self.addresses.iter().find(|address| address.ip == present.local)?;

@@ -12,8 +12,8 @@ pub const MAGIC: [u8; 4] = *b"gsmP";
 pub const NONCE_LEN: usize = 12;
 const PAYLOAD: usize = MAGIC.len() + NONCE_LEN;
 /// Destination of segments that come out of the tunnel, and source of such datagrams. Nothing listens there,
-/// and no rule is known to be about these ports: they are above the ephemeral ones of Linux, and not among those
-/// of traceroute, which firewalls often drop.
+/// and no rule is known to be about these ports: they are above the ephemeral ones of Linux, and not among
+/// those of traceroute, which firewalls often drop.
 pub const UNUSED: u16 = 61_474;
 /// Destination of what goes out, which must not pass for an answer to what comes in. It differs from
 /// [`UNUSED`] in the lowest bit alone, by which the kernel's packet filter finds both.
