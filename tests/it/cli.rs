@@ -4,7 +4,10 @@ use std::process::{Command, Output};
 
 use std::{io::BufRead as _, process::Stdio};
 
-use crate::common::{Cluster, PATIENCE, isolated, program, status_where, tool, wait_until};
+use crate::{
+    cni::{Runtime, namespaces},
+    common::{Cluster, PATIENCE, isolated, program, status_where, tool, wait_until},
+};
 use serde_json::Value;
 
 fn client(cluster: &Cluster, n: usize, arguments: &[&str]) -> Output {
@@ -122,6 +125,10 @@ fn what_is_known_of_one_member_and_of_the_kernel_is_shown() {
 fn events_are_shown_as_they_happen_and_problems_come_first() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
+        // What is lost between pods is a problem, and else a warning.
+        let _spaces = namespaces(&["a", "b"])?;
+        Runtime::new(&cluster.agents[0]).add("a");
+        Runtime::new(&cluster.agents[1]).add("b");
         let socket = cluster.agents[0].socket();
         let mut follower = Command::new(program())
             .args(["events", "--follow", "-o", "json", "--socket"])
