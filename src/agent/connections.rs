@@ -3,6 +3,8 @@
 
 use std::fs;
 
+use super::recent::Recent;
+
 /// So many looks after the last packet that was dropped the table is taken for full.
 const HOLD: u32 = 3;
 /// Of a hundred entries, from which on a packet that the table dropped was dropped for want of room.
@@ -21,8 +23,8 @@ struct Table {
 #[derive(Debug, Default)]
 pub struct Connections {
     dropped: Option<u64>,
-    /// Packets that were dropped when last some were, and the looks since.
-    last: Option<(u64, u32)>,
+    /// Packets that were dropped for want of room.
+    recent: Recent,
 }
 
 impl Connections {
@@ -32,19 +34,15 @@ impl Connections {
     }
 
     /// Whether it dropped packets of late.
-    pub const fn is_full(&self) -> bool {
-        self.last.is_some()
+    pub fn is_full(&self) -> bool {
+        self.recent.lost().is_some()
     }
 
     fn judge(&mut self, table: Table) -> Option<String> {
         let before = self.dropped.replace(table.dropped)?;
         let new = table.dropped.saturating_sub(before);
-        self.last = match self.last {
-            _ if new > 0 && table.is_full() => Some((new, 0)),
-            Some((count, looks)) if looks < HOLD => Some((count, looks + 1)),
-            _ => None,
-        };
-        let (count, _) = self.last?;
+        self.recent.note((new > 0 && table.is_full()).then_some(new), HOLD);
+        let count = self.recent.lost()?;
         Some(format!("{}; {count} packets were dropped at the last count", table.sentence()))
     }
 }

@@ -3,6 +3,7 @@
 
 use std::io;
 
+use super::recent::Recent;
 use crate::netlink::{Netlink, neighbour::NeighborTable};
 
 /// So many looks after the last neighbor that found no room a table is taken for full.
@@ -17,8 +18,8 @@ pub struct NeighborTables {
 #[derive(Debug, Default)]
 struct Seen {
     refused: Option<u64>,
-    /// Neighbors that found no room when last some did not, and the looks since.
-    last: Option<(u64, u32)>,
+    /// Neighbors that found no room.
+    recent: Recent,
 }
 
 impl NeighborTables {
@@ -32,12 +33,8 @@ impl NeighborTables {
         let seen = &mut self.seen[usize::from(table.is_ipv4)];
         let before = seen.refused.replace(table.refused)?;
         let new = table.refused.saturating_sub(before);
-        seen.last = match seen.last {
-            _ if new > 0 => Some((new, 0)),
-            Some((count, looks)) if looks < HOLD => Some((count, looks + 1)),
-            _ => None,
-        };
-        let (count, _) = seen.last?;
+        seen.recent.note((new > 0).then_some(new), HOLD);
+        let count = seen.recent.lost()?;
         let NeighborTable { is_ipv4, entries, most, .. } = table;
         let family = if is_ipv4 { "ipv4" } else { "ipv6" };
         let wanted = most.saturating_mul(4);

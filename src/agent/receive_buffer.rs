@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use super::recent::Recent;
 use crate::transport::ReceiveBuffer;
 
 /// Between two looks.
@@ -16,8 +17,8 @@ const HOLD: u32 = 6;
 pub(super) struct Unread {
     looked: Option<Instant>,
     dropped: u64,
-    /// Packets that were lost when last many were, and the looks since.
-    last: Option<(u64, u32)>,
+    /// Packets that were lost, where they were many.
+    recent: Recent,
 }
 
 impl Unread {
@@ -37,16 +38,12 @@ impl Unread {
     fn count(&mut self, dropped: u64) {
         let new = dropped.saturating_sub(self.dropped);
         self.dropped = dropped;
-        self.last = match self.last {
-            _ if new > USUAL => Some((new, 0)),
-            Some((count, looks)) if looks < HOLD => Some((count, looks + 1)),
-            _ => None,
-        };
+        self.recent.note((new > USUAL).then_some(new), HOLD);
     }
 
     /// As a sentence with what helps.
     pub(super) fn problem(&self, port: u16, capped: Option<usize>) -> Option<String> {
-        let (count, _) = self.last?;
+        let count = self.recent.lost()?;
         let (seconds, wanted) = (LOOK.as_secs(), ReceiveBuffer::wanted());
         let helps = match capped {
             Some(size) => format!(

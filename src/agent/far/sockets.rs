@@ -16,10 +16,13 @@ use nix::{
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::{
-    agent::packet_filter::{Shown, only},
+    agent::{
+        packet_filter::{Shown, only},
+        raw_tcp,
+    },
     dataplane::forwarding::{
         FAR_PORT, Field, Kind, NONCE_LEN, Probe, Said, Segment, Sort, Transport, answer,
-        far_segment, parse, question, read,
+        far_segment, question, read,
     },
     pods::standin::Room,
 };
@@ -169,11 +172,8 @@ impl RoomSockets {
                 }
                 let Some(from) = from.map(|from| from.ip()) else { continue };
                 let packet = &packet[..length];
-                // With IPv4 it comes with the header before it.
-                let bytes =
-                    if ipv4 { parse(packet).map(|(.., bytes)| bytes) } else { Some(packet) };
                 let kind = Kind::Segment;
-                match bytes.and_then(far_segment) {
+                match raw_tcp::segment(*address, packet).and_then(far_segment) {
                     // The kernel answers.
                     Some(Segment::Question(round)) => {
                         give(Heard::Question { from, round, sort: Sort { ipv4, kind } });
@@ -214,11 +214,8 @@ fn listener(address: IpAddr) -> io::Result<Socket> {
 }
 
 fn segments(address: IpAddr) -> io::Result<Socket> {
-    let domain = Domain::for_address(SocketAddr::new(address, 0));
-    let socket = Socket::new(domain, Type::RAW, Some(Protocol::TCP))?;
+    let socket = raw_tcp::open(address)?;
     only(&socket, Shown::raw(address), &[Field::Half(0, FAR_PORT), Field::Half(2, FAR_PORT)])?;
-    socket.bind(&SocketAddr::new(address, 0).into())?;
-    socket.set_nonblocking(true)?;
     Ok(socket)
 }
 

@@ -12,16 +12,17 @@ use std::{
     time::{Duration, Instant},
 };
 
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::Socket;
 
 use super::pod::{drain, only_with};
 use crate::{
     agent::{
         packet_filter::{Shown, only},
+        raw_tcp,
         start::random,
     },
     dataplane::{
-        forwarding::{Direction, NONCE_LEN, Probe, Seen, Transport, UNUSED, Way, parse},
+        forwarding::{Direction, NONCE_LEN, Probe, Seen, Transport, UNUSED, Way},
         paths::FLOWS,
     },
     icmp::{Asker, Family, SMALL, What},
@@ -98,19 +99,12 @@ impl Home {
 impl Ends {
     fn open(standin: &StandIn, pod: IpAddr, gateway: IpAddr) -> io::Result<Self> {
         let family = Family::of(pod);
-        let segments = |address: IpAddr| {
-            let at = SocketAddr::new(address, 0);
-            let socket = Socket::new(Domain::for_address(at), Type::RAW, Some(Protocol::TCP))?;
-            socket.bind(&at.into())?;
-            socket.set_nonblocking(true)?;
-            io::Result::Ok(socket)
-        };
         let datagrams = |address: IpAddr| {
             let socket = UdpSocket::bind((address, 0))?;
             socket.set_nonblocking(true)?;
             io::Result::Ok(Socket::from(socket))
         };
-        let sender = segments(gateway)?;
+        let sender = raw_tcp::open(gateway)?;
         // It would be given each segment that comes to this host.
         only(&sender, Shown::raw(gateway), &[])?;
         let outside = datagrams(gateway)?;
@@ -121,7 +115,7 @@ impl Ends {
                 IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
                 IpAddr::V6(_) => pod,
             };
-            let (inside, segments) = (datagrams(any)?, segments(pod)?);
+            let (inside, segments) = (datagrams(any)?, raw_tcp::open(pod)?);
             Ok(Self { family, pod, gateway, echo, inside, segments, outside, sender })
         })
     }
@@ -187,11 +181,7 @@ impl<'a> Check<'a> {
         // This host refuses the connection, for nothing listens there.
         let refused = [UNUSED, self.fresh].map(u16::to_be_bytes).concat();
         drain(segments, |packet, _| {
-            // With IPv4 it comes with the header before it.
-            let segment = match pod {
-                IpAddr::V4(_) => parse(packet).map(|(.., segment)| segment).unwrap_or_default(),
-                IpAddr::V6(_) => packet,
-            };
+            let segment = raw_tcp::segment(*pod, packet).unwrap_or_default();
             self.heard |= segment.starts_with(&refused);
             if to_pod.is(segment) {
                 self.arrived.insert(Transport::Tcp);

@@ -8,11 +8,14 @@ use std::{
 };
 
 use nix::sys::socket::{SockaddrStorage, recvfrom};
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::Socket;
 
 use crate::{
-    agent::packet_filter::{Shown, only},
-    dataplane::forwarding::{NONCE_LEN, Probe, Transport, UNUSED_OUT, parse},
+    agent::{
+        packet_filter::{Shown, only},
+        raw_tcp,
+    },
+    dataplane::forwarding::{NONCE_LEN, Probe, Transport, UNUSED_OUT},
     icmp::{Family, never_fragment},
     pods::standin::StandIn,
 };
@@ -38,9 +41,7 @@ pub struct PodSockets {
 impl PodSockets {
     pub fn open(pod: &StandIn, address: IpAddr) -> io::Result<Self> {
         pod.inside(|| {
-            let domain = Domain::for_address(SocketAddr::new(address, 0));
-            let segments = Socket::new(domain, Type::RAW, Some(Protocol::TCP))?;
-            segments.bind(&SocketAddr::new(address, 0).into())?;
+            let segments = raw_tcp::open(address)?;
             let any: IpAddr = match address {
                 IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
                 IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
@@ -56,9 +57,7 @@ impl PodSockets {
             let datagrams = UdpSocket::bind((any, 0))?;
             let port = datagrams.local_addr()?.port();
             let datagrams = Socket::from(datagrams);
-            for socket in [&datagrams, &segments] {
-                socket.set_nonblocking(true)?;
-            }
+            datagrams.set_nonblocking(true)?;
             Ok(Self { address, datagrams, port, segments, fitting, large })
         })
     }
@@ -98,11 +97,7 @@ impl PodSockets {
         });
         let mut other = None;
         drain(&self.segments, |packet, from| {
-            // With IPv4 it comes with the header before it.
-            let segment = match self.address {
-                IpAddr::V4(_) => parse(packet).map(|(.., segment)| segment).unwrap_or_default(),
-                IpAddr::V6(_) => packet,
-            };
+            let segment = raw_tcp::segment(self.address, packet).unwrap_or_default();
             let is_it = |probe: &&Probe| probe.transport == Transport::Tcp && probe.is(segment);
             let found = probes.clone().find(is_it);
             other = other.or(from.filter(|from| found.is_some_and(|probe| probe.from != *from)));
