@@ -130,13 +130,18 @@ pub struct Listed {
     pub table: u32,
 }
 
+/// Asks for routes of a family.
+fn of_family(ipv4: bool) -> RouteMessage {
+    let mut filter = RouteMessage::default();
+    filter.header.address_family = if ipv4 { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    filter
+}
+
 impl Netlink {
     /// The routes of a family by which packets leave, in all tables.
     pub fn routes(&mut self, ipv4: bool) -> io::Result<Vec<Listed>> {
-        let mut filter = RouteMessage::default();
-        filter.header.address_family =
-            if ipv4 { AddressFamily::Inet } else { AddressFamily::Inet6 };
-        self.dump_some(&RouteNetlinkMessage::GetRoute(filter), |message| match message {
+        let wanted = RouteNetlinkMessage::GetRoute(of_family(ipv4));
+        self.dump_some(&wanted, |message| match message {
             RouteNetlinkMessage::NewRoute(route) => listed(&route, ipv4),
             _ => None,
         })
@@ -145,11 +150,8 @@ impl Netlink {
     /// Destinations of all routes of a family, whatever becomes of packets there, with the program that has
     /// made each. Those of this host's own addresses are left out.
     pub fn destinations(&mut self, ipv4: bool) -> io::Result<Vec<(IpNet, RouteProtocol)>> {
-        let mut filter = RouteMessage::default();
-        filter.header.address_family =
-            if ipv4 { AddressFamily::Inet } else { AddressFamily::Inet6 };
-        let found = self.dump(&RouteNetlinkMessage::GetRoute(filter))?;
-        let destination = |message| {
+        let wanted = RouteNetlinkMessage::GetRoute(of_family(ipv4));
+        self.dump_some(&wanted, |message| {
             let RouteNetlinkMessage::NewRoute(route) = message else { return None };
             let protocol = route.header.protocol;
             let is_own =
@@ -161,8 +163,7 @@ impl Netlink {
             let to = to.filter(|to| !is_own && to.is_ipv4() == ipv4)?;
             let network = IpNet::new(to, route.header.destination_prefix_length).ok()?;
             Some((network, protocol))
-        };
-        Ok(found.into_iter().filter_map(destination).collect())
+        })
     }
 
     /// Asks the kernel for the way of a packet.
@@ -247,9 +248,7 @@ impl Netlink {
             (RouteType::BlackHole, "blackhole"),
             (RouteType::Prohibit, "prohibit"),
         ] {
-            let mut filter = RouteMessage::default();
-            filter.header.address_family =
-                if ipv4 { AddressFamily::Inet } else { AddressFamily::Inet6 };
+            let mut filter = of_family(ipv4);
             filter.header.kind = kind;
             let wanted = RouteNetlinkMessage::GetRoute(filter);
             refusals.extend(self.dump_some(&wanted, |message| match message {
