@@ -239,8 +239,10 @@ fn keep(
                     if !is_known {
                         tracing::error!(file = saved.name(), %error, "file not written");
                     }
+                    if failed.is_empty() {
+                        retry = Instant::now() + RETRY;
+                    }
                     failed.push(saved);
-                    retry = Instant::now() + RETRY;
                 }
             }
             Ok(Job::Append(lines)) => {
