@@ -157,6 +157,11 @@ pub fn tool(netns: &NetNs, command: &str) -> String {
     String::from_utf8(output.stdout).expect("UTF-8")
 }
 
+/// Runs several commands, with "&&" between them, in a namespace.
+pub fn sh(netns: &NetNs, commands: &str) {
+    commands.split(" && ").for_each(|command| _ = tool(netns, command));
+}
+
 pub fn run(netns: &NetNs, command: &str) -> Output {
     let mut words = command.split_whitespace();
     let mut tool = Command::new(words.next().expect("a command"));

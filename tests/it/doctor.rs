@@ -11,7 +11,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::common::{
-    Cluster, PATIENCE, freeze, gossamer_token, isolated, program, run, status_where, thaw, tool,
+    Cluster, PATIENCE, freeze, gossamer_token, isolated, program, run, sh, status_where, thaw, tool,
 };
 
 /// What it finds on a host, with the host's own files.
@@ -49,10 +49,6 @@ fn assert_named(host: &Host, more: &str, check: &str, words: &str) {
             && finding.to_string().contains(words)
     };
     assert!(complaints.iter().any(|finding| is_it(&finding)), "{check} {words}: {complaints:#?}");
-}
-
-fn sh(netns: &NetNs, commands: &str) {
-    commands.split(" && ").for_each(|command| _ = tool(netns, command));
 }
 
 /// Check, words of the finding, and how to make the fault and to take it away again.

@@ -1,20 +1,16 @@
 //! Whether a host forwards packets of pods is tried with packets, and what drops them is named.
 
-use gossamer::lab::{Agent, NetNs};
+use gossamer::lab::{Agent, Lab, NetNs};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::{
     cni::{Runtime, namespaces},
     common::{
-        Cluster, PATIENCE, eventually, has_problem, isolated, program, run, status_where, tool,
+        Cluster, PATIENCE, eventually, has_problem, isolated, program, run, sh, status_where, tool,
         wait_until,
     },
 };
-
-pub fn sh(netns: &NetNs, commands: &str) {
-    commands.split(" && ").for_each(|command| _ = tool(netns, command));
-}
 
 fn state(status: &Value) -> &str {
     status["kernel"]["forwarding"]["state"].as_str().unwrap_or_default()
@@ -35,6 +31,26 @@ pub fn with_pods(cluster: &mut Cluster, spaces: &mut Vec<NetNs>) -> anyhow::Resu
         });
     }
     Ok(())
+}
+
+/// The same, for a test of the second host.
+pub struct Scene {
+    cluster: Cluster,
+    _spaces: Vec<NetNs>,
+}
+
+impl Scene {
+    pub fn new(lab: &mut Lab) -> anyhow::Result<Self> {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let mut spaces = Vec::new();
+        with_pods(&mut cluster, &mut spaces)?;
+        Ok(Self { cluster, _spaces: spaces })
+    }
+
+    /// The second host, and its agent.
+    pub fn second(&mut self) -> (&NetNs, &mut Agent) {
+        (&self.cluster.hosts[1].netns, &mut self.cluster.agents[1])
+    }
 }
 
 const CHAIN: &str = "nft add table inet wall && \
@@ -121,11 +137,8 @@ const WALLS: [(&str, &str, &str); 12] = [
 #[test]
 fn a_wall_of_any_kind_is_noticed_by_packets_and_named_until_it_is_gone() {
     isolated(|lab| {
-        let mut cluster = Cluster::start(lab, 2)?;
-        let mut spaces = Vec::new();
-        with_pods(&mut cluster, &mut spaces)?;
-        let host = &cluster.hosts[1].netns;
-        let agent = &mut cluster.agents[1];
+        let mut scene = Scene::new(lab)?;
+        let (host, agent) = scene.second();
         for (ways, words, wall) in WALLS {
             sh(host, CHAIN);
             sh(host, wall);
@@ -272,11 +285,8 @@ fn a_silent_peer_is_no_fault_of_this_host() {
 #[test]
 fn a_translation_of_the_source_of_pods_packets_is_named_until_it_is_gone() {
     isolated(|lab| {
-        let mut cluster = Cluster::start(lab, 2)?;
-        let mut spaces = Vec::new();
-        with_pods(&mut cluster, &mut spaces)?;
-        let host = &cluster.hosts[1].netns;
-        let agent = &mut cluster.agents[1];
+        let mut scene = Scene::new(lab)?;
+        let (host, agent) = scene.second();
         // One for a network of others, and one for everything.
         sh(
             host,
@@ -341,11 +351,8 @@ const SILENCERS: [(&str, &str, &str); 5] = [
 #[test]
 fn pods_that_do_not_find_their_gateway_are_named_with_the_cause_until_they_do() {
     isolated(|lab| {
-        let mut cluster = Cluster::start(lab, 2)?;
-        let mut spaces = Vec::new();
-        with_pods(&mut cluster, &mut spaces)?;
-        let host = &cluster.hosts[1].netns;
-        let agent = &mut cluster.agents[1];
+        let mut scene = Scene::new(lab)?;
+        let (host, agent) = scene.second();
         status_where(agent, |status| detail(status).contains("IPv4 gateway"));
         for (words, plant, remove) in SILENCERS {
             sh(host, plant);
@@ -470,10 +477,8 @@ fn pods_of_one_host_that_do_not_reach_each_other_by_rules_for_bridged_packets_ar
 fn ipsec_policies_that_take_packets_of_pods_are_named() {
     isolated(|lab| {
         let test = "ipsec_policies_that_take_packets_of_pods_are_named";
-        let mut cluster = Cluster::start(lab, 2)?;
-        let mut spaces = Vec::new();
-        with_pods(&mut cluster, &mut spaces)?;
-        let host = &cluster.hosts[1].netns;
+        let mut scene = Scene::new(lab)?;
+        let (host, agent) = scene.second();
         let policy =
             "ip xfrm policy add dir fwd src 10.42.0.0/16 dst 10.0.0.0/8 action block priority 7";
         if !run(host, policy).status.success() {
@@ -481,7 +486,6 @@ fn ipsec_policies_that_take_packets_of_pods_are_named() {
             return Ok(());
         }
         sh(host, "ip xfrm policy add dir out src 192.168.0.0/16 dst 192.168.0.0/16 action block");
-        let agent = &mut cluster.agents[1];
         sh(host, "nft add table ip change");
         wait_until("not named", PATIENCE, || {
             has_problem(

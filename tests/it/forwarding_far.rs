@@ -17,14 +17,10 @@ use serde_json::Value;
 use crate::{
     cni::{Runtime, namespaces},
     common::{
-        Cluster, PATIENCE, client, freeze, has_problem, isolated, run, skipped, status_where, thaw,
-        tool, wait_until,
+        Cluster, PATIENCE, client, freeze, has_problem, isolated, run, sh, skipped, status_where,
+        thaw, wait_until,
     },
 };
-
-fn sh(netns: &NetNs, commands: &str) {
-    commands.split(" && ").for_each(|command| _ = tool(netns, command));
-}
 
 fn detail(status: &Value) -> &str {
     status["kernel"]["forwarding"]["detail"].as_str().unwrap_or_default()

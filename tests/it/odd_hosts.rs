@@ -8,10 +8,10 @@ use serde_json::Value;
 use crate::{
     cni::Runtime,
     common::{
-        Cluster, PATIENCE, client, has_problem, isolated, program, run, skipped, status_where,
+        Cluster, PATIENCE, client, has_problem, isolated, program, run, sh, skipped, status_where,
         tool, wait_until,
     },
-    forwarding::{sh, with_pods},
+    forwarding::{Scene, with_pods},
 };
 
 pub fn all_well(status: &Value) -> bool {
@@ -186,11 +186,8 @@ const HARMLESS: [&str; 8] = [
 #[test]
 fn redirection_of_single_ports_between_pods_is_warned_of_until_the_advice_is_followed() {
     isolated(|lab| {
-        let mut cluster = Cluster::start(lab, 2)?;
-        let mut spaces = Vec::new();
-        with_pods(&mut cluster, &mut spaces)?;
-        let host = &cluster.hosts[1].netns;
-        let agent = &mut cluster.agents[1];
+        let mut scene = Scene::new(lab)?;
+        let (host, agent) = scene.second();
         let table = "nft add table ip proxy && \
                      nft add chain ip proxy pre { type nat hook prerouting priority dstnat ; } && \
                      nft add chain ip proxy more && \
@@ -248,11 +245,8 @@ fn redirection_of_single_ports_between_pods_is_warned_of_until_the_advice_is_fol
 #[test]
 fn translation_of_what_comes_in_for_pods_is_warned_of_with_the_chain() {
     isolated(|lab| {
-        let mut cluster = Cluster::start(lab, 2)?;
-        let mut spaces = Vec::new();
-        with_pods(&mut cluster, &mut spaces)?;
-        let host = &cluster.hosts[1].netns;
-        let agent = &mut cluster.agents[1];
+        let mut scene = Scene::new(lab)?;
+        let (host, agent) = scene.second();
         sh(
             host,
             "nft add table ip nat && \
@@ -278,11 +272,8 @@ fn translation_of_what_comes_in_for_pods_is_warned_of_with_the_chain() {
 #[test]
 fn host_that_is_closed_to_its_pods_or_does_not_reach_them_is_warned_of_with_the_chain() {
     isolated(|lab| {
-        let mut cluster = Cluster::start(lab, 2)?;
-        let mut spaces = Vec::new();
-        with_pods(&mut cluster, &mut spaces)?;
-        let host = &cluster.hosts[1].netns;
-        let agent = &mut cluster.agents[1];
+        let mut scene = Scene::new(lab)?;
+        let (host, agent) = scene.second();
         let of_host = |status: &Value| {
             let detail = status["kernel"]["forwarding"]["detail"].as_str().unwrap_or_default();
             detail.contains("to this host") && detail.contains("from this host")
@@ -403,11 +394,8 @@ fn narrow_route_that_was_there_before_the_agent_is_named_soon() {
 #[test]
 fn overlay_device_in_a_foreign_bridge_is_taken_out_of_it_and_a_fight_is_named() {
     isolated(|lab| {
-        let mut cluster = Cluster::start(lab, 2)?;
-        let mut spaces = Vec::new();
-        with_pods(&mut cluster, &mut spaces)?;
-        let host = &cluster.hosts[1].netns;
-        let agent = &mut cluster.agents[1];
+        let mut scene = Scene::new(lab)?;
+        let (host, agent) = scene.second();
         sh(host, "ip link add br-foreign type bridge && ip link set br-foreign up");
         let is_out = || !tool(host, "ip -o link show gossamer.1").contains("master");
         let plug = "ip link set gossamer.1 master br-foreign";

@@ -1,8 +1,8 @@
 //! Rules that do something with some packets between pods alone: warned of by their form, and by no more.
 
 use crate::{
-    common::{Cluster, isolated, run, status_where},
-    forwarding::{sh, with_pods},
+    common::{isolated, run, sh, status_where},
+    forwarding::Scene,
     odd_hosts::{all_well, warned},
 };
 
@@ -87,11 +87,8 @@ table inet hard {
 #[test]
 fn rules_about_some_packets_between_pods_are_warned_of_until_the_advice_is_followed() {
     isolated(|lab| {
-        let mut cluster = Cluster::start(lab, 2)?;
-        let mut spaces = Vec::new();
-        with_pods(&mut cluster, &mut spaces)?;
-        let host = &cluster.hosts[1].netns;
-        let agent = &mut cluster.agents[1];
+        let mut scene = Scene::new(lab)?;
+        let (host, agent) = scene.second();
         sh(
             host,
             "ip route add blackhole default table 99 && \
@@ -116,11 +113,8 @@ fn rules_about_some_packets_between_pods_are_warned_of_until_the_advice_is_follo
 #[test]
 fn rules_of_healthy_hosts_are_not_warned_of() {
     isolated(|lab| {
-        let mut cluster = Cluster::start(lab, 2)?;
-        let mut spaces = Vec::new();
-        with_pods(&mut cluster, &mut spaces)?;
-        let host = &cluster.hosts[1].netns;
-        let agent = &mut cluster.agents[1];
+        let mut scene = Scene::new(lab)?;
+        let (host, agent) = scene.second();
         let dir = tempfile::tempdir()?;
         let file = dir.path().join("rules");
         std::fs::write(&file, HEALTHY)?;

@@ -9,12 +9,8 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::common::{
-    Cluster, PATIENCE, has_problem, isolated, program, run, status_where, tool, wait_until,
+    Cluster, PATIENCE, has_problem, isolated, program, run, sh, status_where, wait_until,
 };
-
-fn sh(netns: &NetNs, commands: &str) {
-    commands.split(" && ").for_each(|command| _ = tool(netns, command));
-}
 
 fn doctor(netns: &NetNs, agent: &Agent) -> String {
     let socket = agent.socket().display();

@@ -3,14 +3,14 @@
 
 use std::time::{Duration, Instant};
 
-use gossamer::lab::{Agent, NetNs};
+use gossamer::lab::Agent;
 use serde_json::Value;
 
 use crate::{
     causes::{all, pair, wait_for_path, wait_for_words},
     common::{
-        Cluster, PATIENCE, client, eventually, has_problem, has_warning, isolated, run, skipped,
-        status_where, tool, wait_until,
+        Cluster, PATIENCE, client, eventually, has_problem, has_warning, isolated, run, sh,
+        skipped, status_where, tool, wait_until,
     },
     forwarding_far::{all_answer, with_pods},
 };
@@ -23,10 +23,6 @@ const DOCUMENTED: &str = "nft add table inet strict && \
     nft add rule inet strict in ct state established,related accept && \
     nft add rule inet strict in iif lo accept && \
     nft add rule inet strict in ip saddr 10.99.0.0/16 udp dport { 8472, 8473 } accept";
-
-fn sh(netns: &NetNs, commands: &str) {
-    commands.split(" && ").for_each(|command| _ = tool(netns, command));
-}
 
 fn is_quiet(status: &Value) -> bool {
     status["problems"] == serde_json::json!([]) && status["warnings"] == serde_json::json!([])
