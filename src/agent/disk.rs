@@ -19,7 +19,7 @@ impl Agent {
         Some(PodError::new(PodErrorKind::NotReady, why))
     }
 
-    /// When those who wait for the disk have waited long enough; none, if nobody waits.
+    /// When runtimes have waited long enough for the disk; none, if no runtime waits.
     pub(super) fn end_of_waiting_for_disk(&self) -> Option<Instant> {
         let waits = !self.pods.saving.is_empty()
             || self.pods.attaching.values().any(|attaching| !attaching.saved);

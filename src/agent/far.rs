@@ -20,7 +20,7 @@ use crate::{
     core::{Peer, ReplyId},
     dataplane::{
         desired::Way as Path,
-        forwarding::{Deed, FarPods, FarWay, Subject, Way, Witness},
+        forwarding::{FarOutput, FarPods, FarWay, Subject, Way, Witness},
     },
     model::{NodeId, PathState, Subnets},
     pods::{gateway, last_addresses, standin::Room},
@@ -227,15 +227,15 @@ impl<F: Fn(Told)> Runner<F> {
         let Some(Place { sockets, .. }) = &mut self.place else { return };
         // Without luck there is no round.
         let Ok(luck) = random() else { return };
-        while let Some(deed) = self.far.poll(self.clock.now(), u32::from_ne_bytes(luck)) {
-            match deed {
-                Deed::Begin => {
+        while let Some(output) = self.far.poll(self.clock.now(), u32::from_ne_bytes(luck)) {
+            match output {
+                FarOutput::Begin => {
                     if let Err(error) = sockets.renew() {
                         tracing::debug!(%error, "no fresh port");
                     }
                 }
-                Deed::Send { to, kind, number, size } => sockets.send(to, kind, number, size),
-                Deed::Ask(round, nodes) => (self.tell)(Told::Ask(round, nodes)),
+                FarOutput::Send { to, kind, number, size } => sockets.send(to, kind, number, size),
+                FarOutput::Ask(round, nodes) => (self.tell)(Told::Ask(round, nodes)),
             }
         }
     }

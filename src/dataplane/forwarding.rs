@@ -35,7 +35,7 @@ mod message;
 mod packet;
 mod witness;
 
-pub use far::{Deed, FarPods, FarWay, Half, Subject};
+pub use far::{FarOutput, FarPods, FarWay, Half, Subject};
 pub use message::{
     FAR_PORT, Kind, Said, Segment, Sort, answer, question, read, segment as far_segment,
 };

@@ -76,7 +76,7 @@ pub struct FarWay {
 
 /// What is to be done now.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Deed {
+pub enum FarOutput {
     /// A round begins: what follows is sent from other ports than before, as new connections are.
     Begin,
     /// A datagram of this size, or without one the first segment of a connection.
@@ -97,7 +97,7 @@ pub struct FarPods {
     turn: u64,
     /// Of the next round.
     next: Time,
-    deeds: VecDeque<Deed>,
+    outputs: VecDeque<FarOutput>,
 }
 
 #[derive(Debug)]
@@ -173,11 +173,11 @@ impl FarPods {
     }
 
     /// The next thing to do, if it is time. The number is for a new round, and cannot be guessed.
-    pub fn poll(&mut self, now: Time, number: u32) -> Option<Deed> {
-        if self.deeds.is_empty() {
+    pub fn poll(&mut self, now: Time, number: u32) -> Option<FarOutput> {
+        if self.outputs.is_empty() {
             self.step(now, number);
         }
-        self.deeds.pop_front()
+        self.outputs.pop_front()
     }
 
     /// When [`FarPods::poll`] has something to do.
@@ -276,7 +276,7 @@ impl FarPods {
             round.asked = Some(now);
             let silent = round.targets.iter().filter(|(_, target)| !target.open.is_empty());
             let silent = silent.map(|(node, _)| *node).collect();
-            self.deeds.push_back(Deed::Ask(round.number, silent));
+            self.outputs.push_back(FarOutput::Ask(round.number, silent));
         } else {
             return self.end(now, &round, true);
         }
@@ -310,7 +310,7 @@ impl FarPods {
             self.next = now + CALM;
             return;
         }
-        self.deeds.push_back(Deed::Begin);
+        self.outputs.push_back(FarOutput::Begin);
         let mut round =
             Round { number, begun: now, sent: 0, asked: None, judged_at: None, targets };
         self.send(&mut round);
@@ -326,7 +326,7 @@ impl FarPods {
                 let Some(to) = subject.addresses.iter().find(of_family) else { continue };
                 let size = sort.kind.size(to, subject.carried);
                 let number = round.number;
-                self.deeds.push_back(Deed::Send { to, kind: sort.kind, number, size });
+                self.outputs.push_back(FarOutput::Send { to, kind: sort.kind, number, size });
             }
         }
     }

@@ -1,3 +1,5 @@
+//! Rounds with a peer, and what follows from them.
+
 use super::*;
 
 const PEER: NodeId = NodeId::from_bytes([1; 8]);
@@ -60,10 +62,10 @@ impl World {
         let mut came: BTreeMap<NodeId, u8> = BTreeMap::new();
         loop {
             self.now = self.now.max(self.far.next_due().expect("something to do"));
-            while let Some(deed) = self.far.poll(self.now, self.number) {
-                match deed {
-                    Deed::Begin => {}
-                    Deed::Send { to, kind, number, .. } => {
+            while let Some(output) = self.far.poll(self.now, self.number) {
+                match output {
+                    FarOutput::Begin => {}
+                    FarOutput::Send { to, kind, number, .. } => {
                         self.sent.push(to);
                         let node = subject_at(to);
                         let passing = self.peers.get(&node).into_iter().flatten();
@@ -74,7 +76,7 @@ impl World {
                             }
                         }
                     }
-                    Deed::Ask(number, nodes) => {
+                    FarOutput::Ask(number, nodes) => {
                         let told = nodes.into_iter().filter_map(|node| {
                             let there_for_ms = *self.telling.get(&node)?;
                             let came = came.get(&node).copied().unwrap_or(0);
@@ -186,11 +188,11 @@ fn a_process_that_had_no_turn_for_long_has_seen_no_loss() {
     for number in 0..20 {
         while let Some(due) = world.far.next_due() {
             world.now = world.now.max(due) + STALL + Duration::from_millis(1);
-            let mut deeds = Vec::new();
-            while let Some(deed) = world.far.poll(world.now, number) {
-                deeds.push(deed);
+            let mut outputs = Vec::new();
+            while let Some(output) = world.far.poll(world.now, number) {
+                outputs.push(output);
             }
-            if deeds.is_empty() {
+            if outputs.is_empty() {
                 break;
             }
         }

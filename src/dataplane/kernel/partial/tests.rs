@@ -1,3 +1,5 @@
+//! Rules as the kernel shows them, and what the reader makes of them.
+
 use super::*;
 
 type Expression = (&'static str, Attributes);
