@@ -14,8 +14,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use ipnet::IpNet;
+
 use self::sockets::{Heard, RoomSockets};
-use super::{Agent, clock::Clock, start::random};
+use super::{Agent, clock::Clock, packet_filter::Sources, start::random};
 use crate::{
     core::{Peer, ReplyId},
     dataplane::{
@@ -23,7 +25,7 @@ use crate::{
         forwarding::{FarOutput, FarPods, FarWay, Subject, Way, Witness},
     },
     model::{NodeId, PathState, Subnets},
-    pods::{gateway, last_addresses, standin::Room},
+    pods::{gateway, last_address, last_addresses, standin::Room},
     wire::{Arrivals, Inquiry, Report},
     worker::{Order, Orders, Thread, Worker},
 };
@@ -35,7 +37,9 @@ pub struct Setting {
     /// What this host drops itself.
     lost_here: Vec<Way>,
     /// Addresses of members' own pods, and those that their hosts may give them.
-    askers: BTreeSet<IpAddr>,
+    askers: BTreeMap<IpAddr, NodeId>,
+    /// The same as far as the kernel can tell them.
+    sources: Vec<Sources>,
 }
 
 /// What is known.
@@ -62,7 +66,8 @@ pub enum Told {
 enum Command {
     Room(Option<Room>),
     Setting(Setting),
-    Testify(ReplyId, u32),
+    /// This member asks about this round.
+    Testify(ReplyId, NodeId, u32),
     /// What members have told of a round.
     Heard(u32, BTreeMap<NodeId, Arrivals>),
 }
@@ -103,8 +108,8 @@ impl Far {
     }
 
     /// Answers a member that asks what has come of a round.
-    pub fn testify(&self, reply: ReplyId, round: u32) {
-        self.worker.order(Command::Testify(reply, round));
+    pub fn testify(&self, reply: ReplyId, from: NodeId, round: u32) {
+        self.worker.order(Command::Testify(reply, from, round));
     }
 
     fn set(&mut self, setting: Setting) {
@@ -162,14 +167,19 @@ impl<F: Fn(Told)> Runner<F> {
                     self.setting = setting;
                     self.far.update(&self.setting.subjects, &self.setting.lost_here);
                     if let Some(place) = &mut self.place {
-                        place.witness.keep(|from| self.setting.askers.contains(&from));
+                        place.witness.keep(|from| self.setting.askers.contains_key(&from));
+                        if let Err(error) = place.sockets.admit(&self.setting.sources) {
+                            tracing::debug!(%error, "no filter of questions");
+                        }
                     }
                 }
-                Ok(Command::Testify(reply, round)) => {
+                Ok(Command::Testify(reply, node, round)) => {
                     // What waits to be read has come, too.
                     self.hear();
                     let now = self.clock.now();
-                    let told = self.place.as_ref().map(|place| place.witness.testify(now, round));
+                    let is_its = |from| self.setting.askers.get(&from) == Some(&node);
+                    let place = self.place.as_ref();
+                    let told = place.map(|place| place.witness.testify(now, round, is_its));
                     (self.tell)(Told::Testimony(reply, told));
                 }
                 Ok(Command::Heard(round, told)) => {
@@ -188,7 +198,7 @@ impl<F: Fn(Told)> Runner<F> {
         self.far = FarPods::default();
         self.far.update(&self.setting.subjects, &self.setting.lost_here);
         let Some(room) = room else { return };
-        match RoomSockets::open(room) {
+        match RoomSockets::open(room, &self.setting.sources) {
             Ok(sockets) => {
                 self.place = Some(Place { sockets, witness: Witness::new(self.clock.now()) });
             }
@@ -204,7 +214,7 @@ impl<F: Fn(Told)> Runner<F> {
             let now = clock.now();
             match heard {
                 Heard::Question { from, round, sort } => {
-                    let is_answered = setting.askers.contains(&from)
+                    let is_answered = setting.askers.contains_key(&from)
                         && witness.on_question(now, from, round, sort);
                     if is_answered {
                         far.on_question(now, from);
@@ -229,8 +239,8 @@ impl<F: Fn(Told)> Runner<F> {
         let Ok(luck) = random() else { return };
         while let Some(output) = self.far.poll(self.clock.now(), u32::from_ne_bytes(luck)) {
             match output {
-                FarOutput::Begin => {
-                    if let Err(error) = sockets.renew() {
+                FarOutput::Begin(round) => {
+                    if let Err(error) = sockets.renew(round) {
                         tracing::debug!(%error, "no fresh port");
                     }
                 }
@@ -259,6 +269,12 @@ impl<F: Fn(Told)> Runner<F> {
 fn askers(subnets: Subnets, underlay: IpAddr) -> impl Iterator<Item = IpAddr> {
     let of_host = subnets.iter().flat_map(|subnet| [subnet.network(), gateway(subnet)]);
     of_host.collect::<Vec<_>>().into_iter().chain(last_addresses(subnets).iter()).chain([underlay])
+}
+
+/// The same in all subnets of one of the overlay's networks, of which one is this host's.
+fn sources(network: IpNet, subnet: IpNet) -> Sources {
+    let of_host = [subnet.network(), gateway(subnet), last_address(subnet)];
+    Sources::new(network, subnet, of_host)
 }
 
 impl Agent {
@@ -296,9 +312,14 @@ impl Agent {
 
     fn far_setting(&self) -> Option<Setting> {
         let view = self.kernel.wanted.as_ref().filter(|_| self.kernel.programmed_once)?;
-        let first = |peer: &Peer| Some((peer.leases.first()?.1, peer.vtep.underlay));
-        let peers = view.peers.values().filter_map(first);
-        let askers = peers.flat_map(|(subnets, underlay)| askers(subnets, underlay)).collect();
+        let askers_of = |(node, peer): (&NodeId, &Peer)| {
+            let (_, subnets) = peer.leases.first()?;
+            let node = *node;
+            Some(askers(*subnets, peer.vtep.underlay).map(move |from| (from, node)))
+        };
+        let askers = view.peers.iter().filter_map(askers_of).flatten().collect();
+        let networks = view.settings.pool.networks().iter().zip(view.own.subnets.iter());
+        let sources = networks.map(|(network, subnet)| sources(network, subnet)).collect();
         let lost_here = self.kernel.forwarding.closed.clone();
         // Each trial of a peer would use its entries, which are there for as long as they are used. Where
         // nothing gets to any peer, that is told already.
@@ -306,7 +327,7 @@ impl Agent {
             || self.kernel.underlay_problem.is_some()
             || self.kernel.host.is_table_full;
         if is_told {
-            return Some(Setting { subjects: Vec::new(), lost_here, askers });
+            return Some(Setting { subjects: Vec::new(), lost_here, askers, sources });
         }
         let underlay = self.underlay.with_mode(self.config.mode);
         let subject = |(node, state, _): (NodeId, PathState, Option<Duration>)| {
@@ -331,7 +352,7 @@ impl Agent {
             (is_reached && !matches!(way, Path::Unreachable)).then_some(subject)
         };
         let subjects = self.path_states().filter_map(subject).collect();
-        Some(Setting { subjects, lost_here, askers })
+        Some(Setting { subjects, lost_here, askers, sources })
     }
 }
 

@@ -350,7 +350,7 @@ impl Agent {
                 }
             }
             Output::Answered { node, answered } => self.on_answered(node, answered),
-            Output::Inquired { reply, inquiry } => self.on_inquired(reply, inquiry),
+            Output::Inquired { reply, from, inquiry } => self.on_inquired(reply, from, inquiry),
             Output::Reported { node, number, report } => self.on_reported(node, number, report),
             Output::Stop(stop) => self.on_stop(stop),
         }

@@ -5,13 +5,19 @@
 
 use std::{io, net::IpAddr, os::fd::AsFd};
 
+use ipnet::IpNet;
 use nix::libc::{
-    BPF_B, BPF_H, BPF_IMM, BPF_IND, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_LDX, BPF_MSH, BPF_RET,
-    BPF_W,
+    BPF_ABS, BPF_ALU, BPF_AND, BPF_B, BPF_H, BPF_IMM, BPF_IND, BPF_JA, BPF_JEQ, BPF_JMP, BPF_K,
+    BPF_LD, BPF_LDX, BPF_MSH, BPF_RET, BPF_W,
 };
 use socket2::{SockFilter, SockRef};
 
-use crate::dataplane::forwarding::Field;
+use crate::{dataplane::forwarding::Field, netlink::attributes::octets};
+
+/// `SKF_NET_OFF` of linux/filter.h: places from here on are counted from the IP header.
+const IP_HEADER: u32 = 0xfff0_0000;
+const SOURCE4: u32 = 12;
+const SOURCE6: u32 = 8;
 
 /// What the filter of a socket is shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,36 +38,136 @@ impl Shown {
     }
 }
 
+/// Hosts of a network that may send: those whose addresses end like one of these. Hosts outside the network
+/// may, too.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sources {
+    network: IpNet,
+    /// Of the last 32 bits, those that belong to the host.
+    host_mask: u32,
+    ends: Vec<u32>,
+}
+
+impl Sources {
+    /// By addresses in one subnet of the network; in the other subnets it is the same ones.
+    pub fn new(network: IpNet, subnet: IpNet, hosts: impl IntoIterator<Item = IpAddr>) -> Self {
+        let host_len = subnet.max_prefix_len() - subnet.prefix_len();
+        let host_mask = 1_u32.checked_shl(host_len.into()).map_or(u32::MAX, |above| above - 1);
+        let end = |host: IpAddr| words(host).last().copied().unwrap_or_default() & host_mask;
+        Self { network, host_mask, ends: hosts.into_iter().map(end).collect() }
+    }
+
+    pub const fn is_ipv4(&self) -> bool {
+        matches!(self.network, IpNet::V4(_))
+    }
+}
+
+/// What has to be so of a packet.
+#[derive(Clone, Copy, Debug)]
+pub enum Condition<'a> {
+    Field(Field),
+    From(&'a Sources),
+}
+
 /// Lets the socket receive only packets in which one of these fields of the header of UDP or TCP, or of what
 /// follows it, has its value; nothing if there is no field.
 pub fn only(socket: &impl AsFd, shown: Shown, fields: &[Field]) -> io::Result<()> {
-    SockRef::from(socket).attach_filter(&program(shown, fields))
+    let any: Vec<[Condition<'_>; 1]> =
+        fields.iter().map(|field| [Condition::Field(*field)]).collect();
+    only_where(socket, shown, &any.iter().map(<[_; 1]>::as_slice).collect::<Vec<_>>())
+}
+
+/// Lets the socket receive only packets of which all conditions of one list are true.
+pub fn only_where(socket: &impl AsFd, shown: Shown, any: &[&[Condition<'_>]]) -> io::Result<()> {
+    SockRef::from(socket).attach_filter(&program(shown, any))
 }
 
 /// X is where the header of UDP or TCP begins.
-fn program(shown: Shown, fields: &[Field]) -> Vec<SockFilter> {
-    let step = |code: u32, operand| SockFilter::new(code as u16, 0, 0, operand);
+fn program(shown: Shown, any: &[&[Condition<'_>]]) -> Vec<SockFilter> {
     let mut program = vec![match shown {
         Shown::Segment => step(BPF_LDX | BPF_IMM, 0),
         Shown::Ipv4Packet => step(BPF_LDX | BPF_B | BPF_MSH, 0),
     }];
-    for (number, field) in fields.iter().enumerate() {
-        let (size, at, value) = match *field {
-            Field::Half(at, value) => (BPF_H, at, value.into()),
-            Field::Word(at, value) => (BPF_W, at, value),
-        };
-        program.push(step(BPF_LD | size | BPF_IND, at));
-        // Over the other fields, and over the refusal.
-        let to_end = (fields.len() - number - 1) * 2 + 1;
-        program.push(SockFilter::new((BPF_JMP | BPF_JEQ | BPF_K) as u16, to_end as u8, 0, value));
+    for all in any {
+        let mut steps: Vec<Step> = all.iter().flat_map(|condition| condition.steps()).collect();
+        steps.push(Step::Do(step(BPF_RET | BPF_K, u32::MAX)));
+        let length = steps.len();
+        program.extend(steps.into_iter().enumerate().map(|(at, next)| match next {
+            Step::Do(step) => step,
+            Step::Fail => step(BPF_JMP | BPF_JA, (length - at - 1) as u32),
+        }));
     }
-    program.extend([step(BPF_RET | BPF_K, 0), step(BPF_RET | BPF_K, u32::MAX)]);
+    program.push(step(BPF_RET | BPF_K, 0));
     program
+}
+
+enum Step {
+    Do(SockFilter),
+    /// On to the next list of conditions.
+    Fail,
+}
+
+impl Condition<'_> {
+    /// What is so goes on behind them.
+    fn steps(self) -> Vec<Step> {
+        match self {
+            Self::Field(field) => {
+                let (size, at, value) = match field {
+                    Field::Half(at, value) => (BPF_H, at, value.into()),
+                    Field::Word(at, value) => (BPF_W, at, value),
+                };
+                let load = step(BPF_LD | size | BPF_IND, at);
+                vec![Step::Do(load), Step::Do(when(value, 1, 0)), Step::Fail]
+            }
+            Self::From(sources) => sources.steps(),
+        }
+    }
+}
+
+impl Sources {
+    fn steps(&self) -> Vec<Step> {
+        let first = IP_HEADER + if self.network.addr().is_ipv4() { SOURCE4 } else { SOURCE6 };
+        let masks = words(self.network.netmask());
+        let mut steps = Vec::new();
+        // From the end on: how many steps follow is known there.
+        steps.push(Step::Fail);
+        for end in self.ends.iter().rev() {
+            steps.push(Step::Do(when(*end, steps.len() as u8, 0)));
+        }
+        let load = |at: usize, mask: u32| {
+            let load = step(BPF_LD | BPF_W | BPF_ABS, first + 4 * at as u32);
+            [step(BPF_ALU | BPF_AND | BPF_K, mask), load].map(Step::Do)
+        };
+        steps.extend(load(masks.len() - 1, self.host_mask));
+        let parts = words(self.network.addr()).into_iter().zip(&masks).enumerate();
+        for (at, (value, mask)) in parts.rev().filter(|(_, (_, mask))| **mask != 0) {
+            let to_end = steps.len() as u8;
+            steps.push(Step::Do(when(value & mask, 0, to_end)));
+            steps.extend(load(at, *mask));
+        }
+        steps.reverse();
+        steps
+    }
+}
+
+fn step(code: u32, operand: u32) -> SockFilter {
+    SockFilter::new(code as u16, 0, 0, operand)
+}
+
+fn when(value: u32, then: u8, otherwise: u8) -> SockFilter {
+    SockFilter::new((BPF_JMP | BPF_JEQ | BPF_K) as u16, then, otherwise, value)
+}
+
+fn words(ip: IpAddr) -> Vec<u32> {
+    octets(ip)
+        .chunks_exact(4)
+        .map(|word| word.iter().fold(0, |all, byte| all << 8 | u32::from(*byte)))
+        .collect()
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::net::UnixDatagram;
+    use std::{net::UdpSocket, os::unix::net::UnixDatagram};
 
     use super::*;
 
@@ -82,6 +188,56 @@ mod tests {
             assert!(!passes(&fields, &[3, 4, 9, 9, 9, 6, 7, 8]), "{shown:?}");
             assert!(!passes(&fields, &[9, 9, 9, 9, 5, 6, 7]), "{shown:?}");
             assert!(!passes(&[], &[9, 9, 3, 4, 5, 6, 7, 8]), "{shown:?}");
+        }
+    }
+
+    /// Whether a UDP socket receives a datagram from this address.
+    fn receives(from: &str, any: &[&[Condition<'_>]]) -> bool {
+        let from: IpAddr = from.parse().expect("an address");
+        let sender = UdpSocket::bind((from, 0)).expect("a socket");
+        let to = if from.is_ipv4() { "127.0.0.1:0" } else { "[::1]:0" };
+        let socket = UdpSocket::bind(to).expect("a socket");
+        only_where(&socket, Shown::Segment, any).expect("a filter");
+        let payload = [1, 2, 3, 4];
+        sender.send_to(&payload, socket.local_addr().expect("an address")).expect("sent");
+        socket.set_nonblocking(true).expect("a socket");
+        socket.recv(&mut [0; 8]).is_ok()
+    }
+
+    #[test]
+    fn sources_inside_the_network_are_told_by_how_they_end() {
+        let net = |text: &str| -> IpNet { text.parse().expect("a network") };
+        let sources = |network: &str, ends: &[&str]| {
+            let hosts = ends.iter().map(|host| host.parse::<IpAddr>().expect("an address"));
+            Sources::new(net(network), net("127.42.7.0/24"), hosts)
+        };
+        let first_and_last = sources("127.42.0.0/16", &["127.42.7.1", "127.42.7.254"]);
+        let payload = Condition::Field(Field::Word(8, 0x0102_0304));
+        for (from, passes) in [
+            ("127.42.9.1", true),
+            ("127.42.9.254", true),
+            ("127.42.9.2", false),
+            ("127.43.9.2", true),
+        ] {
+            let from_them = Condition::From(&first_and_last);
+            assert_eq!(receives(from, &[&[from_them, payload]]), passes, "{from}");
+            let other = Condition::Field(Field::Word(8, 5));
+            assert!(!receives(from, &[&[from_them, other]]), "{from}");
+            assert!(receives(from, &[&[from_them, other], &[payload]]), "{from}");
+        }
+        let v6 = |network: &str, host: &str| {
+            let hosts = [host.parse().expect("an address")];
+            Sources::new(net(network), net("fd42:0:0:7::/64"), hosts)
+        };
+        for (network, host, passes) in
+            [("::/48", "::1", true), ("::/48", "::2", false), ("fd42::/48", "fd42::2", true)]
+        {
+            let sources = v6(network, host);
+            assert_eq!(
+                receives("::1", &[&[Condition::From(&sources)]]),
+                passes,
+                "{network} {host}"
+            );
         }
     }
 }

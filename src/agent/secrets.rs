@@ -101,10 +101,10 @@ impl Agent {
     }
 
     /// Somebody else's operator.
-    pub(super) fn on_inquired(&mut self, reply: ReplyId, inquiry: Inquiry) {
+    pub(super) fn on_inquired(&mut self, reply: ReplyId, from: NodeId, inquiry: Inquiry) {
         let refused = match inquiry {
             Inquiry::Report => None,
-            Inquiry::Arrivals(round) => return self.far.testify(reply, round),
+            Inquiry::Arrivals(round) => return self.far.testify(reply, from, round),
             Inquiry::Secret(_) if self.config.pod_cidr.is_some() => Some(ASSIGNED.to_owned()),
             Inquiry::Secret(order) => {
                 return self

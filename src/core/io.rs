@@ -139,6 +139,7 @@ pub enum Output {
     /// [`Node::report`]: super::Node::report
     Inquired {
         reply: ReplyId,
+        from: NodeId,
         inquiry: Inquiry,
     },
     /// What a member answered that [`Node::inquire`] had asked, if anything.

@@ -98,7 +98,7 @@ impl Node {
             }
             Request::HaveYouMissed { node, quorum } => Response::Vote(self.vote(node, &quorum)),
             Request::Inquire(inquiry) => {
-                self.outputs.push_back(Output::Inquired { reply, inquiry });
+                self.outputs.push_back(Output::Inquired { reply, from, inquiry });
                 return None;
             }
             _ if self.leaving.is_some() => Response::Refused(Refusal::Leaving),

@@ -37,10 +37,12 @@ mod witness;
 
 pub use far::{FarOutput, FarPods, FarWay, Half, Subject};
 pub use message::{
-    FAR_PORT, Kind, Said, Segment, Sort, answer, question, read, segment as far_segment,
+    FAR_PORT, IS_SAID, Kind, Said, Segment, Sort, answer, answers_segment, is_of_round, question,
+    read, segment as far_segment,
 };
 pub use packet::{
-    Field, MAGIC, NONCE_LEN, Probe, Tunnelled, UNUSED, UNUSED_OUT, destination, echo, inner, parse,
+    Field, IN_DATAGRAM, IN_SEGMENT, MAGIC, NONCE_LEN, Probe, Tunnelled, UNUSED, UNUSED_OUT,
+    destination, echo, inner, number, parse,
 };
 pub use witness::Witness;
 

@@ -7,22 +7,17 @@ use std::{
     time::Duration,
 };
 
-use nix::{
-    cmsg_space,
-    sys::socket::{
-        ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, setsockopt, sockopt::RxqOvfl,
-    },
-};
-use socket2::{Domain, Protocol, Socket, Type};
+use nix::sys::socket::{MsgFlags, SockaddrStorage, recvmsg, setsockopt, sockopt::RcvBufForce};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use crate::{
     agent::{
-        packet_filter::{Shown, only},
+        packet_filter::{Condition, Shown, Sources, only, only_where},
         raw_tcp,
     },
     dataplane::forwarding::{
-        FAR_PORT, Field, Kind, NONCE_LEN, Probe, Said, Segment, Sort, Transport, answer,
-        far_segment, question, read,
+        FAR_PORT, Field, IS_SAID, Kind, NONCE_LEN, Probe, Said, Segment, Sort, Transport, answer,
+        answers_segment, far_segment, is_of_round, question, read,
     },
     pods::standin::Room,
 };
@@ -33,6 +28,10 @@ const LONGEST: usize = 1 << 16;
 const HEADERS: usize = 128;
 /// Packets that are taken from a socket at once, and connections.
 const AT_ONCE: usize = 64;
+/// Bytes of packets for which a socket has room.
+const BUFFER: usize = 2 << 20;
+/// The kernel counts a packet for less than this and twice its length.
+const EACH: usize = 1280;
 /// Connections that may be half open. An answer that is lost, or whose refusal is, keeps one for a minute.
 const BACKLOG: i32 = 1024;
 
@@ -56,6 +55,9 @@ pub enum Heard {
 pub struct RoomSockets {
     room: Room,
     families: Vec<FamilySockets>,
+    /// From where questions come.
+    sources: Vec<Sources>,
+    round: Option<u32>,
     buffer: Vec<u8>,
 }
 
@@ -63,41 +65,62 @@ struct FamilySockets {
     address: IpAddr,
     /// Where questions come in.
     echoes: UdpSocket,
-    /// Packets that it had no room for.
-    echoes_lost: u32,
+    echoes_taken: Taken,
     /// Of this round.
     asking: UdpSocket,
     segments: Socket,
+    segments_taken: Taken,
     /// Makes the kernel accept connections, as services of pods do: firewalls may drop refusals alone.
     listener: Socket,
-    segments_lost: u32,
+}
+
+/// What was taken from a socket since it was last empty. The kernel's own count of packets for which there
+/// was no room holds those that the filter has dropped as well.
+struct Taken {
+    bytes: usize,
+    /// A buffer that was full held more.
+    limit: usize,
 }
 
 impl RoomSockets {
-    pub fn open(room: Room) -> io::Result<Self> {
+    /// Questions from other addresses than these are dropped by the kernel.
+    pub fn open(room: Room, sources: &[Sources]) -> io::Result<Self> {
         let open = |address: IpAddr| {
+            let (echoes, segments) = (datagrams(address, FAR_PORT)?, segments(address)?);
             Ok(FamilySockets {
                 address,
-                echoes: counting(datagrams(address, FAR_PORT)?)?,
-                echoes_lost: 0,
+                echoes_taken: Taken::of(&echoes)?,
+                echoes,
                 asking: datagrams(address, 0)?,
-                segments: counting(segments(address)?)?,
-                segments_lost: 0,
+                segments_taken: Taken::of(&segments)?,
+                segments,
                 listener: listener(address)?,
             })
         };
         let addresses = room.addresses;
         let families =
             room.inside(|| addresses.iter().map(open).collect::<io::Result<Vec<_>>>())?;
-        Ok(Self { room, families, buffer: vec![0; LONGEST] })
+        let mut opened =
+            Self { room, families, sources: Vec::new(), round: None, buffer: vec![0; LONGEST] };
+        opened.admit(sources)?;
+        Ok(opened)
     }
 
-    /// Asks from other ports from now on.
-    pub fn renew(&mut self) -> io::Result<()> {
+    /// Takes questions from these addresses alone from now on.
+    pub fn admit(&mut self, sources: &[Sources]) -> io::Result<()> {
+        self.sources = sources.to_vec();
+        self.families.iter().try_for_each(|family| family.admit(sources, self.round))
+    }
+
+    /// Asks from other ports from now on, and hears answers of this round alone.
+    pub fn renew(&mut self, round: u32) -> io::Result<()> {
         let Self { room, families, .. } = self;
+        self.round = Some(round);
         room.inside(|| {
             for sockets in families {
                 sockets.asking = datagrams(sockets.address, 0)?;
+                only(&sockets.asking, Shown::Segment, &[is_of_round(round)])?;
+                sockets.admit(&self.sources, self.round)?;
             }
             Ok(())
         })
@@ -130,16 +153,17 @@ impl RoomSockets {
     pub fn hear(&mut self, mut give: impl FnMut(Heard) -> bool) {
         for sockets in &mut self.families {
             let FamilySockets { address, echoes, asking, segments, listener, .. } = sockets;
+            let (echoes_taken, segments_taken) =
+                (&mut sockets.echoes_taken, &mut sockets.segments_taken);
             let ipv4 = address.is_ipv4();
             for _ in 0..AT_ONCE {
-                let Ok(Received { length, from, lost }) = receive(echoes, &mut self.buffer) else {
-                    break;
-                };
-                if lost > std::mem::replace(&mut sockets.echoes_lost, lost) {
+                let received = receive(echoes, &mut self.buffer);
+                if echoes_taken.note(&received) {
                     give(Heard::Overflow);
                 }
+                let Ok(Received { length, from }) = received else { break };
                 let Some(from) = from else { continue };
-                let payload = &mut self.buffer[..length];
+                let Some(payload) = self.buffer.get_mut(..length) else { continue };
                 let Some((Said::Question, kind, round)) = read(payload) else { continue };
                 let sort = Sort { ipv4, kind };
                 if give(Heard::Question { from: from.ip(), round, sort }) {
@@ -164,14 +188,13 @@ impl RoomSockets {
             }
             for _ in 0..AT_ONCE {
                 let mut packet = [0; HEADERS];
-                let Ok(Received { length, from, lost }) = receive(segments, &mut packet) else {
-                    break;
-                };
-                if lost > std::mem::replace(&mut sockets.segments_lost, lost) {
+                let received = receive(segments, &mut packet);
+                if segments_taken.note(&received) {
                     give(Heard::Overflow);
                 }
+                let Ok(Received { length, from }) = received else { break };
                 let Some(from) = from.map(|from| from.ip()) else { continue };
-                let packet = &packet[..length];
+                let packet = &packet[..length.min(HEADERS)];
                 let kind = Kind::Segment;
                 match raw_tcp::segment(*address, packet).and_then(far_segment) {
                     // The kernel answers.
@@ -187,6 +210,22 @@ impl RoomSockets {
 }
 
 impl FamilySockets {
+    /// Whatever else is sent to the sockets must not fill their buffers, nor the queue of connections.
+    fn admit(&self, sources: &[Sources], round: Option<u32>) -> io::Result<()> {
+        let is_of_family = |sources: &&Sources| sources.is_ipv4() == self.address.is_ipv4();
+        let from = sources.iter().find(is_of_family).map(Condition::From);
+        let question =
+            |field| from.into_iter().chain([Condition::Field(field)]).collect::<Vec<_>>();
+        let [to_port, from_port] = [2, 0].map(|at| Field::Half(at, FAR_PORT));
+        only_where(&self.echoes, Shown::Segment, &[&question(IS_SAID)])?;
+        only_where(&self.listener, Shown::Segment, &[&question(to_port)])?;
+        let question = question(to_port);
+        let answer = round.map(|round| [from_port, answers_segment(round)].map(Condition::Field));
+        let answer = answer.as_ref().map(<[_; 2]>::as_slice);
+        let any: Vec<_> = answer.into_iter().chain([question.as_slice()]).collect();
+        only_where(&self.segments, Shown::raw(self.address), &any)
+    }
+
     fn first_segment(&self, to: IpAddr, round: u32) -> Vec<u8> {
         let mut nonce = [0; NONCE_LEN];
         nonce[..4].copy_from_slice(&round.to_be_bytes());
@@ -215,40 +254,74 @@ fn listener(address: IpAddr) -> io::Result<Socket> {
 
 fn segments(address: IpAddr) -> io::Result<Socket> {
     let socket = raw_tcp::open(address)?;
-    only(&socket, Shown::raw(address), &[Field::Half(0, FAR_PORT), Field::Half(2, FAR_PORT)])?;
+    only(&socket, Shown::raw(address), &[])?;
     Ok(socket)
 }
 
 struct Received {
+    /// Of the packet, also where it is longer than what it was read into.
     length: usize,
     from: Option<SocketAddr>,
-    /// Packets that the socket had no room for before this one came.
-    lost: u32,
 }
 
-/// Has the kernel tell what a socket had no room for.
-fn counting<S: AsFd>(socket: S) -> io::Result<S> {
-    setsockopt(&socket, RxqOvfl, &1)?;
-    Ok(socket)
+impl Taken {
+    /// Gives a socket a large buffer. Without the right to that the kernel gives as much as it may.
+    fn of(socket: &impl AsFd) -> io::Result<Self> {
+        let given = SockRef::from(socket);
+        if setsockopt(socket, RcvBufForce, &BUFFER).is_err() {
+            given.set_recv_buffer_size(BUFFER)?;
+        }
+        Ok(Self { bytes: 0, limit: given.recv_buffer_size()? / 2 })
+    }
+
+    /// Says whether packets may have come for which there was no room.
+    fn note(&mut self, received: &io::Result<Received>) -> bool {
+        match received {
+            Ok(Received { length, .. }) => self.bytes += EACH + 2 * length,
+            Err(_) => self.bytes = 0,
+        }
+        self.bytes > self.limit
+    }
 }
 
 fn receive(socket: &impl AsRawFd, buffer: &mut [u8]) -> io::Result<Received> {
-    let mut control = cmsg_space!(u32);
     let mut parts = [IoSliceMut::new(buffer)];
-    let flags = MsgFlags::empty();
-    let message =
-        recvmsg::<SockaddrStorage>(socket.as_raw_fd(), &mut parts, Some(&mut control), flags)?;
+    let flags = MsgFlags::MSG_TRUNC;
+    let message = recvmsg::<SockaddrStorage>(socket.as_raw_fd(), &mut parts, None, flags)?;
     let from = message.address.as_ref().and_then(|address| {
         let ipv4 = address.as_sockaddr_in().map(|ip| SocketAddr::V4((*ip).into()));
         ipv4.or_else(|| address.as_sockaddr_in6().map(|ip| SocketAddr::V6((*ip).into())))
     });
-    let count = |told| match told {
-        ControlMessageOwned::RxqOvfl(count) => Some(count),
-        _ => None,
-    };
-    Ok(Received {
-        length: message.bytes,
-        from,
-        lost: message.cmsgs()?.find_map(count).unwrap_or_default(),
-    })
+    Ok(Received { length: message.bytes, from })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffer_that_had_no_room_is_noticed_and_dropped_garbage_is_not() {
+        let [to, from] = [(); 2].map(|()| UdpSocket::bind("127.0.0.1:0").expect("a socket"));
+        to.set_nonblocking(true).expect("a socket");
+        only(&to, Shown::Segment, &[IS_SAID]).expect("a filter");
+        let mut taken = Taken::of(&to).expect("a buffer");
+        let room = SockRef::from(&to).recv_buffer_size().expect("its size");
+        let mut send_and_take = |payload: &[u8]| {
+            for _ in 0..room / 500 {
+                from.send_to(payload, to.local_addr().expect("an address")).expect("sent");
+            }
+            let mut buffer = [0; HEADERS];
+            let mut is_noticed = false;
+            loop {
+                let received = receive(&to, &mut buffer);
+                is_noticed |= taken.note(&received);
+                if received.is_err() {
+                    return is_noticed;
+                }
+            }
+        };
+        let said = question(Kind::Small, 7, 32);
+        assert!(!send_and_take(b"of another") && send_and_take(&said));
+        assert!(!send_and_take(b"of another"), "it was empty since");
+    }
 }

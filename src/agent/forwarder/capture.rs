@@ -7,14 +7,13 @@ use std::{io, os::fd::AsRawFd as _};
 use nix::{
     errno::Errno,
     libc::{
-        BPF_ABS, BPF_ALU, BPF_AND, BPF_B, BPF_H, BPF_JA, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET,
-        BPF_W,
+        BPF_ABS, BPF_ALU, BPF_AND, BPF_B, BPF_JA, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W,
     },
     sys::socket::{LinkAddr, recvfrom},
 };
 use socket2::{Domain, Protocol, SockFilter, Socket, Type};
 
-use crate::dataplane::forwarding::{MAGIC, UNUSED};
+use crate::dataplane::forwarding::{IN_DATAGRAM, IN_SEGMENT};
 
 /// `ETH_P_ALL`, in network byte order.
 const EVERYTHING: u16 = 3_u16.to_be();
@@ -23,6 +22,11 @@ const INTERFACE: u32 = 0xffff_f000 + 8;
 /// `SKF_AD_OFF + SKF_AD_PKTTYPE` of linux/filter.h, and `PACKET_OUTGOING` of linux/if_packet.h
 const KIND: u32 = 0xffff_f000 + 4;
 const OUTGOING: u32 = 4;
+/// Lengths of headers, and where they tell what follows them.
+const IPV4: u32 = 20;
+const IPV6: u32 = 40;
+const IPV4_PROTOCOL: u32 = 9;
+const IPV6_PROTOCOL: u32 = 6;
 const UDP: u32 = 17;
 const TCP: u32 = 6;
 /// More than any packet of a trial has, also inside a tunnel packet.
@@ -31,14 +35,15 @@ const LONGEST: usize = 192;
 pub struct Capture(Socket);
 
 impl Capture {
-    /// On the interface with this index. Takes CAP_NET_RAW.
-    pub fn open(interface: u32) -> io::Result<Self> {
-        Self::with(&program(interface))
+    /// On the interface with this index, of packets with one of these numbers. Takes CAP_NET_RAW.
+    pub fn open(interface: u32, numbers: &[u32]) -> io::Result<Self> {
+        Self::with(&program(interface, numbers))
     }
 
-    /// Of tunnel packets that leave by any interface, with datagrams or echoes of a trial inside.
-    pub fn of_tunnels() -> io::Result<Self> {
-        Self::with(&program_of_tunnels())
+    /// Of tunnel packets that leave by any interface, with datagrams or echoes inside that have one of these
+    /// numbers.
+    pub fn of_tunnels(numbers: &[u32]) -> io::Result<Self> {
+        Self::with(&program_of_tunnels(numbers))
     }
 
     fn with(program: &[SockFilter]) -> io::Result<Self> {
@@ -56,7 +61,7 @@ impl Capture {
         &self.0
     }
 
-    /// Gives each packet of any trial that has come since, with the index of the interface.
+    /// Gives each packet with one of the numbers that has come since, with the index of the interface.
     pub fn take(&mut self, mut give: impl FnMut(&[u8], u32)) {
         let mut buffer = [0; LONGEST];
         while let Ok(Some((length, interface))) = self.next(&mut buffer) {
@@ -77,72 +82,60 @@ impl Capture {
 }
 
 /// For the kernel's packet filter: packets of this interface, without options in their IP header, that are
-/// datagrams with our payload, or segments to our two ports.
-fn program(interface: u32) -> [SockFilter; 22] {
-    const NO: usize = 20;
-    const YES: usize = 21;
-    let magic = u32::from_be_bytes(MAGIC);
-    [
-        word(INTERFACE),
-        when(1, interface, 2, NO),
-        byte(0),
-        and(0xf0),
-        when(4, 0x40, 5, 12),
-        // IPv4: protocol, payload of a datagram, destination port of a segment.
-        byte(9),
-        when(6, UDP, 7, 9),
-        word(28),
-        when(8, magic, YES, NO),
-        when(9, TCP, 10, NO),
-        half(22),
-        step(BPF_JMP | BPF_JA, 18 - 11 - 1),
-        // The same of IPv6.
-        byte(6),
-        when(13, UDP, 14, 16),
-        word(48),
-        when(15, magic, YES, NO),
-        when(16, TCP, 17, NO),
-        half(42),
-        and(0xfffe),
-        when(19, UNUSED.into(), YES, NO),
-        step(BPF_RET, 0),
-        step(BPF_RET, u32::MAX),
-    ]
+/// datagrams or segments with one of these numbers.
+fn program(interface: u32, numbers: &[u32]) -> Vec<SockFilter> {
+    let wanted = has_one_of(numbers);
+    // To the number, once it is loaded: of IPv4, over what is about IPv6.
+    let mut program = vec![word(INTERFACE), when(interface, 1, 0), refuse(), byte(0), and(0xf0)];
+    program.push(when(0x40, 0, 8));
+    for (protocol, header) in [(IPV4_PROTOCOL, IPV4), (IPV6_PROTOCOL, IPV6)] {
+        let to_wanted = if header == IPV4 { 8 } else { 0 };
+        program.extend([
+            byte(protocol),
+            when(UDP, 0, 2),
+            word(header + IN_DATAGRAM),
+            jump(to_wanted + 4),
+            when(TCP, 1, 0),
+            refuse(),
+            word(header + IN_SEGMENT),
+            jump(to_wanted),
+        ]);
+    }
+    program.extend(wanted);
+    program.push(refuse());
+    program
 }
 
 /// The same for tunnel packets that leave, by what a datagram or an echo inside carries. A packet that is
 /// too short for a step does not pass.
-fn program_of_tunnels() -> [SockFilter; 19] {
-    const NO: usize = 17;
-    const YES: usize = 18;
-    /// Headers of UDP, VXLAN and Ethernet, and that of a datagram or an echo inside.
-    const AROUND: u32 = 8 + 8 + 14 + 8;
-    const IPV4: u32 = 20;
-    const IPV6: u32 = 40;
-    let magic = u32::from_be_bytes(MAGIC);
-    [
-        word(KIND),
-        when(1, OUTGOING, 2, NO),
-        byte(0),
-        and(0xf0),
-        when(4, 0x40, 5, 11),
-        // Inside IPv4: IPv4, and IPv6.
-        byte(9),
-        when(6, UDP, 7, NO),
-        word(IPV4 + AROUND + IPV4),
-        when(8, magic, YES, 9),
-        word(IPV4 + AROUND + IPV6),
-        when(10, magic, YES, NO),
-        // The same inside IPv6.
-        byte(6),
-        when(12, UDP, 13, NO),
-        word(IPV6 + AROUND + IPV4),
-        when(14, magic, YES, 15),
-        word(IPV6 + AROUND + IPV6),
-        when(16, magic, YES, NO),
-        step(BPF_RET, 0),
-        step(BPF_RET, u32::MAX),
-    ]
+fn program_of_tunnels(numbers: &[u32]) -> Vec<SockFilter> {
+    /// Headers of UDP, VXLAN and Ethernet.
+    const AROUND: u32 = 8 + 8 + 14;
+    let mut program = vec![word(KIND), when(OUTGOING, 1, 0), refuse(), byte(0), and(0xf0)];
+    let of_family = |protocol, header| {
+        let mut steps = vec![byte(protocol), when(UDP, 1, 0), refuse()];
+        for inner in [IPV4, IPV6] {
+            steps.push(word(header + AROUND + inner + IN_DATAGRAM));
+            steps.extend(has_one_of(numbers));
+        }
+        steps.push(refuse());
+        steps
+    };
+    let ipv4 = of_family(IPV4_PROTOCOL, IPV4);
+    program.push(when(0x40, 1, 0));
+    program.push(jump(ipv4.len()));
+    program.extend(ipv4);
+    program.extend(of_family(IPV6_PROTOCOL, IPV6));
+    program
+}
+
+/// Lets a packet pass if what is loaded is one of these; otherwise it goes on behind this.
+fn has_one_of(numbers: &[u32]) -> Vec<SockFilter> {
+    numbers.iter().flat_map(|number| [when(*number, 0, 1), step(BPF_RET, u32::MAX)]).collect()
+}
+
+fn refuse() -> SockFilter {
+    step(BPF_RET, 0)
 }
 
 fn step(code: u32, operand: u32) -> SockFilter {
@@ -153,10 +146,6 @@ fn word(offset: u32) -> SockFilter {
     step(BPF_LD | BPF_W | BPF_ABS, offset)
 }
 
-fn half(offset: u32) -> SockFilter {
-    step(BPF_LD | BPF_H | BPF_ABS, offset)
-}
-
 fn byte(offset: u32) -> SockFilter {
     step(BPF_LD | BPF_B | BPF_ABS, offset)
 }
@@ -165,8 +154,74 @@ fn and(mask: u32) -> SockFilter {
     step(BPF_ALU | BPF_AND | BPF_K, mask)
 }
 
-/// Where a step leads to that stands at `here`: jumps are counted from the next one.
-fn when(here: usize, value: u32, then: usize, otherwise: usize) -> SockFilter {
-    let [then, otherwise] = [then, otherwise].map(|to| (to - here - 1) as u8);
+/// Over so many steps.
+fn jump(over: usize) -> SockFilter {
+    step(BPF_JMP | BPF_JA, over as u32)
+}
+
+/// Over so many steps if what is loaded has this value, and over so many otherwise.
+fn when(value: u32, then: u8, otherwise: u8) -> SockFilter {
     SockFilter::new((BPF_JMP | BPF_JEQ | BPF_K) as u16, then, otherwise, value)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixDatagram;
+
+    use socket2::SockRef;
+
+    use super::*;
+
+    const NUMBERS: [u32; 3] = [0x0102_0304, 0x8506_0708, 0x090a_0b0c];
+
+    fn passes(program: &[SockFilter], packet: &[u8]) -> bool {
+        let (to, from) = UnixDatagram::pair().expect("sockets");
+        from.set_nonblocking(true).expect("a socket");
+        SockRef::from(&from).attach_filter(program).expect("a filter");
+        to.send(packet).is_ok() && from.recv(&mut [0; LONGEST]).is_ok()
+    }
+
+    /// Headers of this length, with the protocol where it belongs, and a number behind what follows them.
+    fn packet(version: u8, protocol: u32, number: u32) -> Vec<u8> {
+        let (header, at) = if version == 4 { (IPV4, IPV4_PROTOCOL) } else { (IPV6, IPV6_PROTOCOL) };
+        let before = if protocol == TCP { IN_SEGMENT } else { IN_DATAGRAM };
+        let mut packet = vec![0; (header + before) as usize];
+        (packet[0], packet[at as usize]) = (version << 4, protocol as u8);
+        [packet, number.to_be_bytes().to_vec()].concat()
+    }
+
+    #[test]
+    fn packets_without_a_number_of_the_trial_do_not_fill_the_buffer() {
+        // What comes to such a socket comes from no interface: without that test.
+        let filter = &program(7, &NUMBERS)[3..];
+        for (version, protocol) in [(4, UDP), (4, TCP), (6, UDP), (6, TCP)] {
+            for number in NUMBERS {
+                let named = format!("{version} {protocol} {number:#x}");
+                assert!(passes(filter, &packet(version, protocol, number)), "{named}");
+                assert!(!passes(filter, &packet(version, protocol, number + 1)), "{named}");
+                assert!(!passes(filter, &packet(version, 1, number)), "{named}");
+            }
+        }
+    }
+
+    #[test]
+    fn tunnel_packets_without_a_number_of_the_trial_do_not_fill_the_buffer() {
+        // Nothing that such a socket is sent is called outgoing: without that test.
+        let filter = &program_of_tunnels(&NUMBERS)[3..];
+        for (outer, inner) in [(4, 4), (4, 6), (6, 4), (6, 6)] {
+            let tunnel = |number| {
+                let mut tunnel = packet(outer, UDP, 0);
+                tunnel.truncate(if outer == 4 { 20 } else { 40 });
+                tunnel.extend([0; 8 + 8 + 14]);
+                tunnel.extend(packet(inner, UDP, number));
+                // As what follows the number in a packet of the trial.
+                tunnel.extend([0; 64]);
+                tunnel
+            };
+            for number in NUMBERS {
+                assert!(passes(filter, &tunnel(number)), "{outer} {inner} {number:#x}");
+                assert!(!passes(filter, &tunnel(number + 1)), "{outer} {inner} {number:#x}");
+            }
+        }
+    }
 }

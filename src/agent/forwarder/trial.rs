@@ -21,12 +21,12 @@ use crate::{
     agent::start::random,
     dataplane::{
         forwarding::{
-            Direction, MAGIC, NONCE_LEN, Probe, Seen, Transport, Tunnelled, UNUSED, UNUSED_OUT,
-            Way, destination, echo, inner, parse,
+            Direction, NONCE_LEN, Probe, Seen, Transport, Tunnelled, UNUSED, UNUSED_OUT, Way,
+            destination, echo, inner, number, parse,
         },
         paths::FLOWS,
     },
-    icmp::{Asker, Family, SMALL, What},
+    icmp::{Asker, Family, What},
     model::Addresses,
     pods::standin::{Shape, StandIn},
 };
@@ -78,6 +78,8 @@ pub struct Outcome {
 struct Check<'a> {
     sockets: &'a FamilySockets,
     asker: Asker,
+    /// The number of what this host itself asks.
+    own: [u8; NONCE_LEN],
     /// Peers' addresses.
     asked: Vec<IpAddr>,
     /// To the pod, as if they came from one of the peers; none where no peer has a tunnel.
@@ -135,8 +137,9 @@ impl Trial<'_> {
         let exit = if is_tunnelled { self.setting.device } else { self.setting.underlay };
         let mut checks = self.checks(is_tunnelled)?;
         let tunnel = self.tunnel()?;
-        let mut capture = Capture::open(exit)?;
-        let mut tunnels = Capture::of_tunnels()?;
+        let numbers: Vec<u32> = checks.iter().flat_map(Check::numbers).collect();
+        let mut capture = Capture::open(exit, &numbers)?;
+        let mut tunnels = Capture::of_tunnels(&numbers)?;
         checks.iter().for_each(|check| {
             check.send();
             self.inject(check, &tunnel);
@@ -191,7 +194,7 @@ impl Trial<'_> {
             let asker = Asker { identifier: u16::from_ne_bytes([a, b]), ports: [0; FLOWS] };
             family.filter(home, asker, false)?;
             let (inwards, outwards, sideways) = (random()?, random()?, random()?);
-            let whole = random()?;
+            let (whole, own) = (random()?, random()?);
             pod.await_only(inwards)?;
             mate.map_or(Ok(()), |mate| mate.await_only(sideways))?;
             // Another port each time, as connections have it.
@@ -225,6 +228,7 @@ impl Trial<'_> {
             checks.push(Check {
                 sockets,
                 asker,
+                own,
                 asked: chosen.iter().map(|(_, vtep)| *vtep).collect(),
                 incoming: incoming.collect(),
                 outgoing: outgoing.collect(),
@@ -279,9 +283,8 @@ impl Check<'_> {
     fn send(&self) {
         let FamilySockets { family, pod, home, .. } = self.sockets;
         for (number, to) in self.asked.iter().enumerate() {
-            // By its beginning it is found inside a tunnel packet.
-            let payload: [u8; SMALL] =
-                std::array::from_fn(|at| MAGIC.get(at).copied().unwrap_or_default());
+            // By its number it is found inside a tunnel packet.
+            let payload = Probe::payload(self.own);
             let packet = family.request_with(self.asker.identifier, number as u16, &payload);
             let _ = home.send_to(&packet, &SocketAddr::new(*to, 0).into());
         }
@@ -292,6 +295,15 @@ impl Check<'_> {
         if let Some((to, size)) = self.too_large {
             send_whole(&pod.large, to, size, &[]);
         }
+    }
+
+    /// Of packets that are to be seen on this host.
+    fn numbers(&self) -> impl Iterator<Item = u32> {
+        let incoming = self.incoming.iter().map(|packet| packet.probe.nonce);
+        let fitting = self.fitting.iter().map(|(probe, _)| probe.nonce);
+        let outgoing = self.outgoing.iter().map(|probe| probe.nonce);
+        let all: BTreeSet<_> = outgoing.chain(incoming).chain(fitting).chain([self.own]).collect();
+        all.into_iter().map(number)
     }
 
     fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {

@@ -77,8 +77,9 @@ pub struct FarWay {
 /// What is to be done now.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FarOutput {
-    /// A round begins: what follows is sent from other ports than before, as new connections are.
-    Begin,
+    /// The round with this number begins: what follows is sent from other ports than before, as new
+    /// connections are.
+    Begin(u32),
     /// A datagram of this size, or without one the first segment of a connection.
     Send { to: IpAddr, kind: Kind, number: u32, size: Option<usize> },
     /// These peers are to be asked what has come of a round.
@@ -310,7 +311,7 @@ impl FarPods {
             self.next = now + CALM;
             return;
         }
-        self.outputs.push_back(FarOutput::Begin);
+        self.outputs.push_back(FarOutput::Begin(number));
         let mut round =
             Round { number, begun: now, sent: 0, asked: None, judged_at: None, targets };
         self.send(&mut round);

@@ -5,7 +5,7 @@
 
 use std::net::IpAddr;
 
-use super::Transport;
+use super::{Field, Transport};
 
 /// Where questions go. Nothing else listens there: next to those of the other trials.
 pub const FAR_PORT: u16 = 61_476;
@@ -14,6 +14,9 @@ const MAGIC: [u8; 4] = *b"gsmF";
 const QUESTION: u8 = b'?';
 const ANSWER: u8 = b'!';
 const LENGTH: usize = 12;
+const UDP_HEADER: u32 = 8;
+/// Where the number of the round is.
+const NUMBER: u32 = 8;
 /// Payload of a small one.
 const SMALL: usize = 32;
 /// What is sent in fragments is larger than a packet by one part in so many.
@@ -85,6 +88,19 @@ impl Sort {
     pub const fn bit(self) -> u8 {
         1 << (self.kind.number() * 2 + self.ipv4 as u8)
     }
+}
+
+/// What questions and answers begin with, for the kernel's packet filter.
+pub const IS_SAID: Field = Field::Word(UDP_HEADER, u32::from_be_bytes(MAGIC));
+
+/// In datagrams of one round.
+pub const fn is_of_round(number: u32) -> Field {
+    Field::Word(UDP_HEADER + NUMBER, number)
+}
+
+/// In answers to first segments of one round.
+pub const fn answers_segment(number: u32) -> Field {
+    Field::Word(8, number.wrapping_add(1))
 }
 
 /// A question of a round of trials, which has this number.

@@ -24,6 +24,10 @@ const TCP: u8 = 6;
 /// Of IPv4 and of IPv6.
 const ICMP: [u8; 2] = [1, 58];
 const UDP_HEADER: usize = 8;
+/// Where the kernel's packet filter finds the beginning of the number: in a datagram or an echo, and in a
+/// first segment, counted from its header on.
+pub const IN_DATAGRAM: u32 = (UDP_HEADER + MAGIC.len()) as u32;
+pub const IN_SEGMENT: u32 = 4;
 const TCP_HEADER: usize = 20;
 const SYN: u8 = 2;
 const ACK: u8 = 16;
@@ -37,6 +41,12 @@ const IPV4_HEADER: usize = 20;
 const IPV6_HEADER: usize = 40;
 /// Headers of VXLAN and of Ethernet.
 const ENCAPSULATION: usize = 8 + 14;
+
+/// What packet filters compare of it.
+pub const fn number(nonce: [u8; NONCE_LEN]) -> u32 {
+    let [a, b, c, d, ..] = nonce;
+    u32::from_be_bytes([a, b, c, d])
+}
 
 /// A number at a place, counted from the header of UDP or TCP on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -113,12 +123,13 @@ impl Probe {
     /// By one of which the kernel's packet filter finds packets with this number, and refusals of such first
     /// segments, among those of others.
     pub const fn fields(transport: Transport, nonce: [u8; NONCE_LEN]) -> [Field; 2] {
-        let [a, b, c, d, ..] = nonce;
-        let number = u32::from_be_bytes([a, b, c, d]);
+        let number = number(nonce);
         match transport {
-            Transport::Udp => [Field::Word((UDP_HEADER + MAGIC.len()) as u32, number); 2],
+            Transport::Udp => [Field::Word(IN_DATAGRAM, number); 2],
             // Sequence number and acknowledgement (RFC 9293, 3.10.7.1).
-            Transport::Tcp => [Field::Word(4, number), Field::Word(8, number.wrapping_add(1))],
+            Transport::Tcp => {
+                [Field::Word(IN_SEGMENT, number), Field::Word(8, number.wrapping_add(1))]
+            }
         }
     }
 

@@ -89,21 +89,25 @@ impl Witness {
         self.shed = Some(now);
     }
 
-    /// What is known of a round.
-    pub fn testify(&self, now: Time, number: u32) -> Arrivals {
+    /// What is known of a round of the member that has these addresses.
+    pub fn testify(&self, now: Time, number: u32, is_its: impl Fn(IpAddr) -> bool) -> Arrivals {
         let there_for = now.since(self.since).as_millis();
         let is_recent = |at: Option<Time>| at.is_some_and(|at| now.since(at) < SHED);
-        let mut rounds = self.askers.values().flat_map(|asker| &asker.rounds);
-        let round = rounds.find(|round| round.number == number);
-        let is_shed = match round {
-            Some(round) => round.is_shed,
-            None => self.askers.values().any(|asker| is_recent(asker.overrun)),
-        };
-        Arrivals {
+        let mut told = Arrivals {
             there_for_ms: u32::try_from(there_for).unwrap_or(u32::MAX),
-            came: round.map_or(0, |round| round.came),
-            shed: is_shed || is_recent(self.shed),
+            came: 0,
+            shed: is_recent(self.shed),
+        };
+        for (_, asker) in self.askers.iter().filter(|(from, _)| is_its(**from)) {
+            match asker.rounds.iter().find(|round| round.number == number) {
+                Some(round) => {
+                    told.came |= round.came;
+                    told.shed |= round.is_shed;
+                }
+                None => told.shed |= is_recent(asker.overrun),
+            }
         }
+        told
     }
 }
 
@@ -139,6 +143,8 @@ impl Rate {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv6Addr;
+
     use super::*;
     use crate::dataplane::forwarding::Kind;
 
@@ -156,9 +162,15 @@ mod tests {
     fn it_tells_what_has_come_of_a_round_and_since_when_it_listens() {
         let mut witness = Witness::new(at(1_000));
         assert!(witness.on_question(at(2_000), asker(1), 7, SMALL));
-        let told = Arrivals { there_for_ms: 4_000, came: SMALL.bit(), shed: false };
-        assert_eq!(witness.testify(at(5_000), 7), told);
-        assert_eq!(witness.testify(at(5_000), 8), Arrivals { came: 0, ..told });
+        let ipv6 = Sort { ipv4: false, ..SMALL };
+        assert!(witness.on_question(at(2_000), Ipv6Addr::LOCALHOST.into(), 7, ipv6));
+        let is_its = |from: IpAddr| from == asker(1) || from.is_ipv6();
+        let came = SMALL.bit() | ipv6.bit();
+        let told = Arrivals { there_for_ms: 4_000, came, shed: false };
+        assert_eq!(witness.testify(at(5_000), 7, is_its), told);
+        assert_eq!(witness.testify(at(5_000), 8, is_its), Arrivals { came: 0, ..told });
+        let other = |from: IpAddr| from == asker(2);
+        assert_eq!(witness.testify(at(5_000), 7, other), Arrivals { came: 0, ..told });
     }
 
     #[test]
@@ -166,13 +178,17 @@ mod tests {
         let mut witness = Witness::new(at(0));
         let admitted = (0..1_000).filter(|_| witness.on_question(at(10), asker(1), 1, SMALL));
         assert_eq!(admitted.count(), ONE.at_once as usize);
-        assert!(witness.testify(at(10), 1).shed);
+        let its = |number| move |from: IpAddr| from == asker(number);
+        assert!(witness.testify(at(10), 1, its(1)).shed);
         assert!(witness.on_question(at(10), asker(2), 2, SMALL));
-        let Arrivals { came, shed, .. } = witness.testify(at(10), 2);
+        let Arrivals { came, shed, .. } = witness.testify(at(10), 2, its(2));
         assert_eq!((came, shed), (SMALL.bit(), false));
-        assert!(witness.testify(at(10), 3).shed, "all of it may have been shed");
+        assert!(witness.testify(at(10), 3, its(1)).shed, "all of it may have been shed");
+        assert!(!witness.testify(at(10), 3, its(2)).shed, "another one has asked too much");
         assert!(witness.on_question(at(1_000), asker(1), 4, SMALL), "it fills again");
-        assert!(!witness.testify(at(40_000), 4).shed && !witness.testify(at(40_000), 3).shed);
+        for round in [3, 4] {
+            assert!(!witness.testify(at(40_000), round, its(1)).shed);
+        }
         witness.keep(|from| from == asker(2));
         assert_eq!(witness.askers.len(), 1);
     }
@@ -183,9 +199,10 @@ mod tests {
         let questions = (0..=u8::MAX).flat_map(|number| [asker(number); 10]);
         let admitted = questions.filter(|from| witness.on_question(at(10), *from, 1, SMALL));
         assert_eq!(admitted.count(), ALL.at_once as usize);
-        assert!(witness.testify(at(10), 9).shed && !witness.testify(at(40_000), 9).shed);
+        let is_shed = |witness: &Witness, millis| witness.testify(at(millis), 9, |_| true).shed;
+        assert!(is_shed(&witness, 10) && !is_shed(&witness, 40_000));
         witness.on_overflow(at(50_000));
-        assert!(witness.testify(at(50_000), 9).shed && !witness.testify(at(90_000), 9).shed);
+        assert!(is_shed(&witness, 50_000) && !is_shed(&witness, 90_000));
     }
 
     #[test]
@@ -196,7 +213,8 @@ mod tests {
         }
         assert_eq!(witness.askers[&asker(1)].rounds.len(), MAX_ROUNDS);
         let now = at(250_000);
-        assert_eq!(witness.testify(now, 4_999).came, SMALL.bit());
-        assert!(witness.testify(now, 0).shed && !witness.testify(now, 4_999).shed);
+        let told = |round| witness.testify(now, round, |_| true);
+        assert_eq!(told(4_999).came, SMALL.bit());
+        assert!(told(0).shed && !told(4_999).shed);
     }
 }

@@ -64,7 +64,7 @@ impl World {
             self.now = self.now.max(self.far.next_due().expect("something to do"));
             while let Some(output) = self.far.poll(self.now, self.number) {
                 match output {
-                    FarOutput::Begin => {}
+                    FarOutput::Begin(_) => {}
                     FarOutput::Send { to, kind, number, .. } => {
                         self.sent.push(to);
                         let node = subject_at(to);
