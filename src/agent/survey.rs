@@ -1,7 +1,8 @@
 //! Asking all members at once: whom they reach, and which secrets they know.
 //!
-//! One survey at a time, a few members at once, each asked once and not waited for longer than that. Members
-//! that gossip does not hold as alive are not asked at all.
+//! One survey at a time for operators, and one for trials of packets between pods; a few members at
+//! once, each asked once and not waited for longer than that. Members that gossip does not hold as alive are
+//! not asked at all.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -35,8 +36,8 @@ type Then = Box<dyn FnOnce(&mut Agent, Findings) + Send>;
 
 #[derive(Default)]
 pub(super) struct Surveys {
-    /// The first one is under way.
-    queue: VecDeque<Survey>,
+    /// Those for operators, and those of the agent's own trials. The first one of each is under way.
+    queues: [VecDeque<Survey>; 2],
     number: u64,
     /// Who waits for the picture of all paths.
     viewers: Vec<Sender<Bytes>>,
@@ -58,7 +59,22 @@ struct Survey {
 
 impl Surveys {
     pub(super) fn deadline(&self) -> Option<Instant> {
-        self.queue.front()?.deadline
+        self.queues.iter().filter_map(|queue| queue.front()?.deadline).min()
+    }
+
+    fn add(&mut self, survey: Survey) -> bool {
+        let queue = &mut self.queues[usize::from(matches!(survey.inquiry, Inquiry::Arrivals(_)))];
+        let has_room = queue.len() < MAX_WAITING;
+        if has_room {
+            queue.push_back(survey);
+        }
+        has_room
+    }
+
+    /// The one with this number, if it is under way.
+    fn under_way(&mut self, number: u64) -> Option<&mut Survey> {
+        let mut first = self.queues.iter_mut().filter_map(VecDeque::front_mut);
+        first.find(|survey| survey.number == number)
     }
 }
 
@@ -70,13 +86,10 @@ impl Agent {
         inquiry: Inquiry,
         then: impl FnOnce(&mut Self, Findings) + Send + 'static,
     ) -> bool {
-        if self.surveys.queue.len() >= MAX_WAITING {
-            return false;
-        }
         self.surveys.number += 1;
         let (left, silent): (Vec<_>, Vec<_>) =
             members.into_iter().partition(|node| self.node.is_active(*node));
-        self.surveys.queue.push_back(Survey {
+        let is_added = self.surveys.add(Survey {
             number: self.surveys.number,
             inquiry,
             left: left.into(),
@@ -85,8 +98,10 @@ impl Agent {
             deadline: None,
             then: Box::new(then),
         });
-        self.go_on_with_survey();
-        true
+        if is_added {
+            self.go_on_with_surveys();
+        }
+        is_added
     }
 
     /// The way from each member to each other one.
@@ -130,16 +145,14 @@ impl Agent {
     /// Ends what has taken too long.
     pub(super) fn end_surveys(&mut self, now: Instant) {
         if self.surveys.deadline().is_some_and(|at| at <= now) {
-            self.go_on_with_survey();
+            self.go_on_with_surveys();
             self.carry_out();
         }
     }
 
     pub(super) fn on_reported(&mut self, node: NodeId, number: u64, report: Option<Box<Report>>) {
-        let Some(survey) = self.surveys.queue.front_mut().filter(|s| s.number == number) else {
-            return;
-        };
         let known = self.node.peers().count() + 1;
+        let Some(survey) = self.surveys.under_way(number) else { return };
         if survey.asked.remove(&node) {
             let report = report.map(|mut report| {
                 report.paths.truncate(known);
@@ -147,13 +160,17 @@ impl Agent {
             });
             survey.findings.insert(node, report);
         }
-        self.go_on_with_survey();
+        self.go_on_with_surveys();
     }
 
-    /// Asks the next ones, and ends a survey that is over.
-    pub(super) fn go_on_with_survey(&mut self) {
+    /// Asks the next ones, and ends surveys that are over.
+    pub(super) fn go_on_with_surveys(&mut self) {
+        (0..self.surveys.queues.len()).for_each(|queue| self.go_on_with(queue));
+    }
+
+    fn go_on_with(&mut self, queue: usize) {
         let now = Instant::now();
-        while let Some(survey) = self.surveys.queue.front_mut() {
+        while let Some(survey) = self.surveys.queues[queue].front_mut() {
             let is_late = *survey.deadline.get_or_insert(now + PATIENCE) <= now;
             while survey.asked.len() < AT_ONCE
                 && !is_late
@@ -168,7 +185,7 @@ impl Agent {
             if !survey.asked.is_empty() && !is_late {
                 return;
             }
-            let Some(survey) = self.surveys.queue.pop_front() else { return };
+            let Some(survey) = self.surveys.queues[queue].pop_front() else { return };
             let mut findings = survey.findings;
             findings.extend(survey.asked.into_iter().chain(survey.left).map(|node| (node, None)));
             (survey.then)(self, findings);
@@ -216,5 +233,29 @@ impl Agent {
         for viewer in self.surveys.viewers.drain(..) {
             let _ = viewer.send(matrix.clone());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_surveys_of_operators_leave_room_for_one_of_a_trial() {
+        let survey = |number, inquiry| Survey {
+            number,
+            inquiry,
+            left: VecDeque::new(),
+            asked: BTreeSet::new(),
+            findings: Findings::new(),
+            deadline: None,
+            then: Box::new(|_, _| ()),
+        };
+        let mut surveys = Surveys::default();
+        let added = (0..100).filter(|number| surveys.add(survey(*number, Inquiry::Report)));
+        assert_eq!(added.count(), MAX_WAITING);
+        assert!(surveys.add(survey(100, Inquiry::Arrivals(7))));
+        assert!(surveys.under_way(0).is_some() && surveys.under_way(100).is_some());
+        assert!(surveys.under_way(1).is_none());
     }
 }
