@@ -30,7 +30,7 @@ fn port_of_another_program_is_named_and_cannot_speak_as_a_pod() {
         let guest = &spaces[2];
         tool(guest, "ip link set eth0 up");
         let (subnet, _) = first.rsplit_once('.').expect("dots");
-        let [gateway, unused] = [1, 200].map(|last| format!("{subnet}.{last}"));
+        let [gateway, unused, of_agent] = [1, 200, 254].map(|last| format!("{subnet}.{last}"));
         let own = "02:00:00:00:00:77";
         let reaches = |mac: &str, ip: &str| {
             tool(guest, "ip addr flush dev eth0 scope global");
@@ -48,6 +48,7 @@ fn port_of_another_program_is_named_and_cannot_speak_as_a_pod() {
         wait_until("an address that no pod has", PATIENCE, || reaches(own, &unused));
         assert!(!reaches(own, &taken), "the address of a pod");
         assert!(!reaches(own, &gateway), "the address of the gateway");
+        assert!(!reaches(own, &of_agent), "the address of the agent's own pod");
         assert!(!reaches(mac, &unused), "the MAC of a pod");
         let ping = Pinger::new(&spaces[1])?.ping(first.parse()?, PATIENCE)?;
         assert!(ping.is_some(), "pods are cut off");

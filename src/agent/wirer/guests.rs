@@ -11,7 +11,9 @@ const SHOWN: usize = 4;
 pub(super) fn warning(bridge: &Bridge, strangers: &BTreeSet<String>) -> Option<String> {
     let first = strangers.first()?;
     let held = match bridge.anti_spoofing {
-        true => "any address but those of pods and of the gateway",
+        true => {
+            "any address but those of pods, of the gateway and of the agent's own pod (the last one)"
+        }
         false => "any address, also those of pods (anti_spoofing is off)",
     };
     let names: Vec<&str> = strangers.iter().take(SHOWN).map(String::as_str).collect();

@@ -3,8 +3,8 @@
 //!
 //! What comes from a cable that is in a set is dropped if the other sets do not hold it. So a cable is in
 //! the sets before its pod is answered, and its name stays until the kernel has removed it. What comes from
-//! a port of another program has addresses that are not known, and is dropped if they are a pod's or the
-//! gateway's.
+//! a port of another program has addresses that are not known, and is dropped if they are a pod's, the
+//! gateway's, or those of the agent's own pod.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -19,7 +19,7 @@ use crate::{
     },
     pods::{
         bridge::{Bridge, Tenant, Tenants, mac_at},
-        gateway,
+        gateway, last_addresses,
     },
 };
 
@@ -32,7 +32,8 @@ const PREROUTING: u32 = 0;
 const FIRST: i32 = -310;
 
 /// Sets with the length of their elements and their type as the `nft` program knows it: name of the cable,
-/// MAC, and address. The last ones hold names of ports of others, and what is used by pods and the gateway.
+/// MAC, and address. The last ones hold names of ports of others, and what is used by pods, the gateway and
+/// the agent's own pod.
 const CABLES: &str = "cables";
 pub(super) const MACS: &str = "macs";
 const ADDRESSES4: &str = "addresses4";
@@ -167,8 +168,12 @@ fn elements_of(bridge: &Bridge, tenants: &Tenants, strangers: &BTreeSet<String>)
     let mut add = |set, key| _ = elements.entry(set).or_default().insert(key);
     strangers.iter().for_each(|port| add(STRANGERS, name_bytes(port).to_vec()));
     let gateways = bridge.subnets.iter().map(gateway);
-    add(USED_MACS, mac_at(gateway(bridge.subnets.first)).as_bytes().to_vec());
-    for ip in gateways.chain(tenants.values().flat_map(|tenant| tenant.addresses.iter())) {
+    let own = last_addresses(bridge.subnets);
+    for first in [gateway(bridge.subnets.first), own.first] {
+        add(USED_MACS, mac_at(first).as_bytes().to_vec());
+    }
+    let of_pods = tenants.values().flat_map(|tenant| tenant.addresses.iter());
+    for ip in gateways.chain(own.iter()).chain(of_pods) {
         add(used(ip), attributes::octets(ip));
     }
     for (cable, tenant) in tenants {
