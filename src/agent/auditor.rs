@@ -31,6 +31,7 @@ use crate::{
         audit::{Answer, Audit, Cause, Evidence, Expected, Fact, Ground, Own, Question},
         desired::{Desired, ROUTE_PROTOCOL},
         firewall::Firewall,
+        kernel::next_hops::Hop,
     },
     model::Transport,
     netlink::{
@@ -91,6 +92,8 @@ pub struct Auditor {
     not_before: Instant,
     path_mtus: BTreeMap<IpAddr, PathMtu>,
     detours: BTreeMap<IpAddr, Detour>,
+    /// By which tunnel packets to each host leave.
+    next_hops: BTreeMap<IpAddr, Hop>,
     /// The host whose path was asked for last.
     path_asked: Option<IpAddr>,
     /// Subnets of peers for which routes of others have been read.
@@ -131,6 +134,7 @@ impl Auditor {
             not_before: now,
             path_mtus: BTreeMap::new(),
             detours: BTreeMap::new(),
+            next_hops: BTreeMap::new(),
             path_asked: None,
             read_for: BTreeSet::new(),
             read_at: now,
@@ -152,6 +156,11 @@ impl Auditor {
 
     pub const fn due(&self) -> Instant {
         self.due
+    }
+
+    /// To which tunnel packets are sent.
+    pub fn next_hops(&self) -> BTreeSet<Hop> {
+        self.next_hops.values().copied().collect()
     }
 
     /// One pass, if it is due. Gives what is known, if it is something else than before.
@@ -221,6 +230,7 @@ impl Auditor {
         let hosts: BTreeSet<IpAddr> = desired.underlays().collect();
         self.path_mtus.retain(|host, _| hosts.contains(host));
         self.detours.retain(|host, _| hosts.contains(host));
+        self.next_hops.retain(|host, _| hosts.contains(host));
         let begin = self.path_asked.map_or(Bound::Unbounded, Bound::Excluded);
         let next = hosts.range((begin, Bound::Unbounded)).chain(&hosts);
         let output = Some(desired.device.link).filter(|link| *link != 0);
@@ -248,6 +258,9 @@ impl Auditor {
             match detour {
                 Some(detour) => _ = self.detours.insert(host, detour),
                 None => _ = self.detours.remove(&host),
+            }
+            if let Ok(Found { link: link @ 1.., gateway, kind: RouteType::Unicast, .. }) = found {
+                self.next_hops.insert(host, (link, gateway.unwrap_or(host)));
             }
             let mtu = found.ok().and_then(|found| match found {
                 Found { mtu: Some(mtu), learned, .. } if mtu < place.carried => {

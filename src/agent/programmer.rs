@@ -8,6 +8,7 @@
 mod looks;
 
 use std::{
+    collections::BTreeSet,
     io,
     sync::mpsc::TryRecvError,
     thread,
@@ -27,7 +28,7 @@ use crate::{
         desired::{self, Desired},
         fight::Kind,
         firewall::Firewall,
-        kernel::{Kernel, KernelError, Report, Touched},
+        kernel::{Kernel, KernelError, Report, Touched, next_hops::NextHops},
         plan::{Actual, Op},
     },
     model::Pool,
@@ -115,6 +116,7 @@ impl Programmer {
             touched: Touched::default(),
             overlaps: Vec::new(),
             auditor: Auditor::new(Instant::now()),
+            next_hops: NextHops::default(),
             due: None,
             worked: None,
         };
@@ -170,6 +172,7 @@ struct Reconciler<F> {
     /// As last told.
     overlaps: Vec<String>,
     auditor: Auditor,
+    next_hops: NextHops,
     due: Option<Instant>,
     worked: Option<Instant>,
 }
@@ -416,6 +419,9 @@ impl<F: Fn(Told)> Reconciler<F> {
             Some(Goal { state: State::Nothing { device, pool }, .. }) => {
                 if let Err(error) = self.surroundings.remove(device) {
                     tracing::error!(%error, "the table of nftables was not removed");
+                }
+                if let Err(error) = self.next_hops.keep(&mut self.netlink, &BTreeSet::new()) {
+                    tracing::error!(%error, "neighbor entries of next hops were not given back");
                 }
                 self.kernel.remove(device, pool).map(|()| Report::default())
             }

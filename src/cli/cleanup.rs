@@ -8,6 +8,7 @@ use std::{
     ffi::OsString,
     fmt::Write as _,
     fs, io,
+    net::IpAddr,
     path::{Path, PathBuf},
     process::ExitCode,
 };
@@ -115,6 +116,8 @@ struct Removed {
     routes: Vec<String>,
     /// How many policy rules.
     rules: usize,
+    /// Next hops whose neighbor entries were made to stay.
+    neighbors: Vec<IpAddr>,
     /// Of nftables, of both families.
     tables: Vec<String>,
     /// The same, of bridges.
@@ -136,6 +139,7 @@ fn cleanup(args: &CleanupArgs, places: &Places) -> anyhow::Result<Removed> {
         devices: leftovers.devices.clone(),
         routes: leftovers.routes.iter().map(|(subnet, _)| subnet.to_string()).collect(),
         rules: leftovers.rules.len(),
+        neighbors: leftovers.neighbors.iter().map(|entry| entry.ip).collect(),
         tables: tables.unwrap_or_default(),
         bridges: wiring.bridges()?,
         bridge_tables: pod_tables.tables(is_own_table).unwrap_or_default(),
@@ -205,7 +209,9 @@ fn removed_text(removed: &Removed, dry_run: bool) -> String {
         removed.bridge_tables.iter().map(|name| format!("nftables table bridge {name}"));
     let files = removed.files.iter().map(|path| path.display().to_string());
     let all = devices.chain(bridges).chain(routes).chain(rules);
-    let all = all.chain(tables).chain(bridge_tables).chain(files);
+    let neighbors =
+        removed.neighbors.iter().map(|ip| format!("mark of the neighbor entry of {ip}"));
+    let all = all.chain(neighbors).chain(tables).chain(bridge_tables).chain(files);
     let mut text: String = all.map(|what| format!("{verb} {what}\n")).collect();
     if text.is_empty() {
         text.push_str("nothing of gossamer is on this host\n");

@@ -46,6 +46,7 @@ const ENOBUFS: i32 = 105;
 const RECEIVE_BUFFER: usize = 1 << 16;
 
 /// One change: the message and its `NLM_F_*` flags beside request and acknowledgement.
+#[derive(Debug, PartialEq)]
 pub struct Request {
     pub message: RouteNetlinkMessage,
     pub flags: u16,

@@ -3,11 +3,14 @@
 use std::{io, net::IpAddr};
 
 use rtnetlink::{
-    packet_core::{NLM_F_CREATE, NLM_F_REPLACE},
+    packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE},
     packet_route::{
         AddressFamily, RouteNetlinkMessage,
-        neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
+        neighbour::{
+            NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
+        },
         neighbour_table::{NeighbourTableAttribute, NeighbourTableMessage},
+        route::RouteProtocol,
     },
 };
 
@@ -27,7 +30,33 @@ pub struct NeighborTable {
     pub refused: u64,
 }
 
+/// An entry of these tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Neighbor {
+    pub link: u32,
+    pub ip: IpAddr,
+    pub mac: Option<Mac>,
+    /// The kernel has asked for the MAC, and has been told.
+    pub is_resolved: bool,
+    /// It stays when the table is full, and takes no place there (`extern_learn`).
+    pub stays: bool,
+    /// What has made it so.
+    pub protocol: Option<u8>,
+}
+
 impl Netlink {
+    /// All entries of this namespace.
+    ///
+    /// # Errors
+    /// The kernel's answer to the question.
+    pub fn neighbors(&mut self) -> io::Result<Vec<Neighbor>> {
+        let wanted = RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default());
+        self.dump_some(&wanted, |message| match message {
+            RouteNetlinkMessage::NewNeighbour(found) => neighbor(&found),
+            _ => None,
+        })
+    }
+
     /// The kernel's tables of neighbors.
     pub fn neighbor_tables(&mut self) -> io::Result<Vec<NeighborTable>> {
         let wanted = RouteNetlinkMessage::GetNeighbourTable(NeighbourTableMessage::default());
@@ -99,6 +128,30 @@ pub fn permanent(link: u32, ip: IpAddr, mac: Mac) -> Request {
     Request { message: RouteNetlinkMessage::NewNeighbour(known), flags }
 }
 
+/// Has an entry stay when the table is full, and take no place there; the kernel goes on asking for its MAC
+/// when it is old. Without a MAC an entry is made for an address of which the kernel knows nothing.
+pub fn staying(link: u32, ip: IpAddr, mac: Option<Mac>, protocol: u8) -> Request {
+    let mut known = message(link, ip);
+    known.header.flags = NeighbourFlags::ExtLearned;
+    known.attributes.push(NeighbourAttribute::Protocol(RouteProtocol::from(protocol)));
+    learned(known, mac)
+}
+
+/// Has an entry go when the table is full, as others do.
+pub fn passing(link: u32, ip: IpAddr, mac: Mac) -> Request {
+    learned(message(link, ip), Some(mac))
+}
+
+fn learned(mut known: NeighbourMessage, mac: Option<Mac>) -> Request {
+    let exists = if mac.is_some() { NLM_F_REPLACE } else { NLM_F_EXCL };
+    if let Some(mac) = mac {
+        // The kernel makes sure of it when it is used next.
+        known.header.state = NeighbourState::Stale;
+        known.attributes.push(NeighbourAttribute::LinkLayerAddress(mac.as_bytes().to_vec()));
+    }
+    Request { message: RouteNetlinkMessage::NewNeighbour(known), flags: NLM_F_CREATE | exists }
+}
+
 /// Forgets which MAC an address has; the kernel may know none.
 pub fn without(link: u32, ip: IpAddr) -> Request {
     Request { message: RouteNetlinkMessage::DelNeighbour(message(link, ip)), flags: 0 }
@@ -124,14 +177,18 @@ fn neighbor_table(message: &NeighbourTableMessage) -> Option<NeighborTable> {
 
 /// Address and MAC of an entry that never changes.
 fn pinned(found: &NeighbourMessage) -> Option<(IpAddr, Mac)> {
-    if found.header.state != NeighbourState::Permanent {
-        return None;
-    }
-    let (mut ip, mut mac) = (None, None);
+    let is_pinned = found.header.state == NeighbourState::Permanent;
+    let Neighbor { ip, mac, .. } = neighbor(found).filter(|_| is_pinned)?;
+    Some((ip, mac?))
+}
+
+/// None for entries that are not about addresses.
+fn neighbor(found: &NeighbourMessage) -> Option<Neighbor> {
+    let (mut ip, mut mac, mut protocol) = (None, None, None);
     for attribute in &found.attributes {
         match attribute {
             NeighbourAttribute::Destination(NeighbourAddress::Inet(has)) => {
-                ip = Some((*has).into())
+                ip = Some((*has).into());
             }
             NeighbourAttribute::Destination(NeighbourAddress::Inet6(has)) => {
                 ip = Some((*has).into());
@@ -139,10 +196,25 @@ fn pinned(found: &NeighbourMessage) -> Option<(IpAddr, Mac)> {
             NeighbourAttribute::LinkLayerAddress(bytes) => {
                 mac = bytes.first_chunk().copied().map(Mac::from_bytes);
             }
+            NeighbourAttribute::Protocol(number) => protocol = Some(u8::from(*number)),
             _ => {}
         }
     }
-    ip.zip(mac)
+    let is_resolved = matches!(
+        found.header.state,
+        NeighbourState::Reachable
+            | NeighbourState::Stale
+            | NeighbourState::Delay
+            | NeighbourState::Probe
+    );
+    Some(Neighbor {
+        link: found.header.ifindex,
+        ip: ip?,
+        mac,
+        is_resolved: is_resolved && mac.is_some(),
+        stays: found.header.flags.contains(NeighbourFlags::ExtLearned),
+        protocol,
+    })
 }
 
 fn message(link: u32, ip: IpAddr) -> NeighbourMessage {

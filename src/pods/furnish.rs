@@ -19,11 +19,15 @@ use super::{
     wiring::OPENING,
 };
 use crate::{
-    dataplane::kernel::interface::{Switched, answer_for_own_addresses, switch_on_ipv6},
-    model::Pod,
+    dataplane::{
+        desired::ROUTE_PROTOCOL,
+        kernel::interface::{Switched, answer_for_own_addresses, switch_on_ipv6},
+    },
+    model::{Mac, Pod},
     netlink::{
         Netlink, Request,
         link::{Address, Link},
+        neighbour::staying,
         route::MAIN,
     },
 };
@@ -67,6 +71,7 @@ impl Inside<'_> {
         pod: &Pod,
         bridge: &Bridge,
         default_route: DefaultRoute,
+        gateway_mac: Option<Mac>,
     ) -> io::Result<Vec<Route>> {
         let interface = pod.attachment.interface();
         let index = self.netlink.index_of(interface)?;
@@ -83,11 +88,20 @@ impl Inside<'_> {
         for route in &routes {
             changes.push(request(index, *route)?);
         }
+        let named = changes.len();
+        // Others can fill the kernel's table of neighbors, which all pods share.
+        for (subnet, mac) in bridge.subnets.iter().zip(gateway_mac.into_iter().cycle()) {
+            changes.push(staying(index, gateway(subnet), Some(mac), ROUTE_PROTOCOL));
+        }
         let mut there = Vec::new();
         for refused in self.netlink.apply(changes)? {
             match refused.index.checked_sub(fixed) {
                 // The pod's other interfaces lead there already.
                 Some(route) if refused.errno == EEXIST => there.push(route),
+                Some(_) if refused.index >= named => {
+                    let error = refused.to_io();
+                    tracing::debug!(interface, %error, "neighbor entry of the gateway not made");
+                }
                 _ => return Err(refused.to_io()),
             }
         }

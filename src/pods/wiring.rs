@@ -182,7 +182,8 @@ impl Wiring {
         let furnished = match (inside, end) {
             (Some((netns, netlink)), End::Inside { default_route, .. }) => {
                 let mut inside = Inside { netlink, netns: &netns, home: &self.home };
-                inside.furnish(pod, bridge, *default_route)
+                let mac = self.bridge.as_ref().and_then(|provided| provided.mac);
+                inside.furnish(pod, bridge, *default_route, mac)
             }
             _ => Ok(Vec::new()),
         };

@@ -252,6 +252,8 @@ fn cleanup_takes_everything_of_ours_and_nothing_else() {
         let _pod = NetNs::new("pod")?;
         Runtime::new(&cluster.agents[1]).add("pod");
         tool(&host.netns, "ip link add br0 type bridge");
+        let neighbors = "ip neigh show dev eth0 nud all";
+        eventually(&host.netns, neighbors, |text| text.matches("extern_learn").count() == 2);
         let refused = clean("");
         assert!(String::from_utf8_lossy(&refused.stderr).contains("gossamer leave"), "{refused:?}");
         cluster.agents[1].end(Signal::SIGKILL)?;
@@ -274,6 +276,7 @@ fn cleanup_takes_everything_of_ours_and_nothing_else() {
             "route to 10.42.77.0/24",
             "would remove nftables table inet gossamer.77",
             "would remove nftables table bridge gossamer.1",
+            "mark of the neighbor entry of 10.99.0.10",
             &file,
             "gossamer forget",
         ] {
@@ -288,6 +291,7 @@ fn cleanup_takes_everything_of_ours_and_nothing_else() {
         assert!(links.contains("flannel.1") && links.contains("br0"), "{links}");
         assert!(tool(&host.netns, "ip route").contains("10.43.0.0/16"), "not ours");
         assert_eq!(tool(&host.netns, "nft list tables"), "table inet mine\n");
+        assert!(!tool(&host.netns, neighbors).contains("extern_learn"));
         assert!(!state.exists() && !env.exists());
         let again = clean("");
         assert!(

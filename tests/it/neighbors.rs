@@ -13,8 +13,8 @@ use nix::sys::signal::Signal;
 use crate::{
     cni::{Runtime, namespaces},
     common::{
-        Cluster, PATIENCE, eventually, isolated, program, run, status_where, token_of, tool,
-        wait_until,
+        Cluster, PATIENCE, client, eventually, isolated, program, run, status_where, token_of,
+        tool, wait_until,
     },
 };
 
@@ -170,6 +170,38 @@ fn entry_of_a_pod_with_another_mac_and_a_smaller_port_are_put_right() {
         eventually(host, &format!("ip link show {port}"), |text| text.contains("mtu 1450"));
         runtime.del("a");
         eventually(host, "ip neigh show dev gsm0 nud permanent", |text| !text.contains(&pod[0]));
+        Ok(())
+    });
+}
+
+/// They would be the first to go where a pod fills the table, which is one for all namespaces.
+#[test]
+fn entries_of_next_hops_and_of_pods_gateways_stay_and_follow_the_mac() {
+    isolated(|lab| {
+        let cluster = cluster(lab)?;
+        let spaces = namespaces(&["a"])?;
+        Runtime::new(&cluster.agents[0]).add("a");
+        for gateway in ["10.42.7.1", "fd42:0:0:7::1"] {
+            let entry = tool(&spaces[0], &format!("ip neigh show {gateway} dev eth0"));
+            assert!(entry.contains("lladdr") && entry.contains("extern_learn"), "{entry}");
+            assert!(reaches(&spaces[0], gateway), "{gateway}");
+        }
+        let (host, peer) = (&cluster.hosts[0].netns, &cluster.hosts[1].netns);
+        let show = format!("ip neigh show {} dev eth0 nud all", cluster.hosts[1].ip);
+        let stays = |text: &str| text.contains("extern_learn") && text.contains("lladdr");
+        eventually(host, &show, stays);
+        let mac = "02:00:00:00:00:77";
+        tool(peer, &format!("ip link set eth0 address {mac}"));
+        eventually(host, &show, |text| stays(text) && text.contains(mac));
+        tool(host, &format!("ip neigh del {} dev eth0", cluster.hosts[1].ip));
+        eventually(host, &show, |text| stays(text) && text.contains(mac));
+        assert!(reaches(host, &cluster.hosts[1].ip.to_string()));
+
+        let left = client(&cluster.agents[1], &["leave"]);
+        assert!(left.status.success(), "{left:?}");
+        eventually(host, &show, |text| !text.contains("extern_learn"));
+        let of_peer = format!("ip neigh show {} dev eth0 nud all", cluster.hosts[0].ip);
+        eventually(peer, &of_peer, |text| !text.contains("extern_learn"));
         Ok(())
     });
 }

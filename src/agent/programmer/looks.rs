@@ -65,10 +65,16 @@ impl<F: Fn(Told)> Reconciler<F> {
         else {
             return self.auditor.put_off(now);
         };
+        let is_due = self.auditor.due() <= now;
         let desired = self.part.as_ref().unwrap_or(all);
         let place = Place::new(device, self.underlay.present(), firewall);
         if let Some(routing) = self.auditor.look(now, &mut self.netlink, desired, place) {
             (self.tell)(Told::Routing(routing));
+        }
+        if is_due
+            && let Err(error) = self.next_hops.keep(&mut self.netlink, &self.auditor.next_hops())
+        {
+            tracing::debug!(%error, "neighbor entries of next hops not looked at");
         }
     }
 }

@@ -11,6 +11,7 @@ mod forward;
 pub mod interface;
 mod leftovers;
 mod messages;
+pub mod next_hops;
 mod observe;
 mod partial;
 pub mod pod_tables;
