@@ -22,10 +22,14 @@ use crate::{
     pods::{gateway, last_address},
 };
 
-pub use self::cause::{Cause, Evidence, Fact, MAIN};
+pub use self::{
+    cause::{Cause, Evidence, Fact, MAIN},
+    programs::likely_program,
+};
 
 mod cause;
 mod home;
+mod programs;
 mod selected;
 #[cfg(test)]
 mod tests;

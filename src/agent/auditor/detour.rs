@@ -5,10 +5,13 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use rtnetlink::packet_route::route::RouteProtocol;
 
-use crate::netlink::{
-    Netlink,
-    link::Link,
-    route::{Entry, Found, Query},
+use crate::{
+    dataplane::audit::likely_program,
+    netlink::{
+        Netlink,
+        link::Link,
+        route::{Entry, Found, Query},
+    },
 };
 
 /// `RT_TABLE_DEFAULT`, `RT_TABLE_MAIN`, `RT_TABLE_LOCAL`: every host has them, whatever runs there.
@@ -30,6 +33,8 @@ pub enum Detour {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Lead {
     table: u32,
+    /// Priority of the first policy rule that leads to the table.
+    rule: Option<u32>,
     /// The route's destination, if it is none of the kernel's defaults and is known.
     route: Option<IpNet>,
     gateway: Option<IpAddr>,
@@ -71,8 +76,11 @@ fn lead(netlink: &mut Netlink, query: &Query, found: &Found) -> Lead {
         let network = IpNet::new(entry.destination?, entry.prefix_len).ok()?;
         (network.prefix_len() > 0).then_some(network)
     };
+    let rules = netlink.rules(query.to.is_ipv4()).unwrap_or_default();
+    let rule = rules.iter().find(|rule| rule.table == found.table);
     Lead {
         table: found.table,
+        rule: rule.map(|rule| rule.priority),
         route: entry.as_ref().and_then(network),
         gateway: found.gateway,
         by_address: entry.is_some_and(|entry| entry.protocol == RouteProtocol::Kernel),
@@ -117,15 +125,20 @@ impl Detour {
 
 impl Lead {
     fn sentence(&self, there: IpAddr, interface: &str, underlay: &str) -> String {
-        let Self { table, route, gateway, by_address } = self;
+        let Self { table, rule, route, gateway, by_address } = self;
+        let family = if there.is_ipv4() { "ip" } else { "ip -6" };
+        let program = likely_program(*table, interface);
         let Some((_, name)) = TABLES.iter().find(|(number, _)| number == table) else {
+            let program = program.unwrap_or("another program, such as a VPN");
+            let (rule, before) = match rule {
+                Some(rule) => (format!(" ({family} rule {rule})"), rule.saturating_sub(1)),
+                None => (String::new(), 0),
+            };
             return format!(
-                "table {table} leads them there, by a route or a rule of another program, such as a VPN; \
-                 let table {table} have the route of that network by {underlay} too, or the rule come after \
-                 the main table"
+                "table {table} leads them there{rule}, probably of {program}; let packets to it come first: \
+                 {family} rule add to {there} lookup main priority {before}"
             );
         };
-        let family = if there.is_ipv4() { "ip" } else { "ip -6" };
         let beside =
             format!("{family} route add {there} dev {underlay}, with via GATEWAY where it has one");
         let Some(route) = route else {
@@ -141,13 +154,15 @@ impl Lead {
             );
         }
         let via = gateway.map(|gateway| format!(" via {gateway}")).unwrap_or_default();
+        let program =
+            program.map(|program| format!(", probably of {program},")).unwrap_or_default();
         let of_table = if *name == "main" { String::new() } else { format!(" table {name}") };
         let narrower = match route.prefix_len() == route.max_prefix_len() {
             true => String::new(),
             false => format!(", or, where it is needed, add a narrower one ({beside})"),
         };
         format!(
-            "the route {route}{via} dev {interface} of table {name} leads them there; take it away \
+            "the route {route}{via} dev {interface} of table {name}{program} leads them there; take it away \
              ({family} route del {route}{of_table}){narrower}"
         )
     }
@@ -157,18 +172,23 @@ impl Lead {
 mod tests {
     use super::*;
 
-    fn said(table: u32, route: Option<&str>, by_address: bool) -> String {
+    fn said_of(interface: &str, table: u32, route: Option<&str>, by_address: bool) -> String {
         let route = route.map(|route| route.parse().expect("a network"));
         let gateway = Some([10, 99, 0, 200].into());
-        let lead = Lead { table, route, gateway, by_address };
+        let lead = Lead { table, rule: Some(5_270), route, gateway, by_address };
         let between = [[10, 99, 0, 11].into(), [10, 99, 0, 12].into()];
-        Detour::By { interface: "tun0".to_owned(), lead }.sentence("n2", between, 8472, "eth0")
+        let interface = interface.to_owned();
+        Detour::By { interface, lead }.sentence("n2", between, 8472, "eth0")
+    }
+
+    fn said(table: u32, route: Option<&str>, by_address: bool) -> String {
+        said_of("up1", table, route, by_address)
     }
 
     #[test]
     fn route_of_the_main_table_is_named_with_the_command_that_removes_it() {
         let host = said(254, Some("10.99.0.12/32"), false);
-        let words = "the route 10.99.0.12/32 via 10.99.0.200 dev tun0 of table main leads them there; take \
+        let words = "the route 10.99.0.12/32 via 10.99.0.200 dev up1 of table main leads them there; take \
                      it away (ip route del 10.99.0.12/32) (";
         assert!(host.contains(words) && !host.contains("254"), "{host}");
         let half = said(254, Some("0.0.0.0/1"), false);
@@ -181,7 +201,7 @@ mod tests {
     fn network_of_an_interface_that_takes_in_the_peer_and_default_routes_are_named_as_such() {
         let network = said(254, Some("10.99.0.8/29"), true);
         assert!(
-            network.contains("the network 10.99.0.8/29 of tun0 takes in 10.99.0.12"),
+            network.contains("the network 10.99.0.8/29 of up1 takes in 10.99.0.12"),
             "{network}"
         );
         let default = said(254, None, false);
@@ -189,8 +209,18 @@ mod tests {
     }
 
     #[test]
-    fn table_of_another_program_is_named_by_its_number() {
-        let said = said(77, Some("10.99.0.0/16"), false);
-        assert!(said.contains("let table 77 have the route of that network by eth0 too"), "{said}");
+    fn table_of_another_program_is_named_with_its_rule_and_the_likely_program() {
+        let advice = "ip rule add to 10.99.0.12 lookup main priority 5269";
+        for (interface, table, words) in [
+            ("up1", 77, "table 77 leads them there (ip rule 5270), probably of another program"),
+            ("tailscale0", 52, "table 52 leads them there (ip rule 5270), probably of Tailscale"),
+            ("home", 51_820, "leads them there (ip rule 5270), probably of WireGuard (wg-quick)"),
+        ] {
+            let said = said_of(interface, table, Some("10.99.0.0/16"), false);
+            assert!(said.contains(words) && said.contains(advice), "{said}");
+        }
+        let half = said_of("tun0", 254, Some("0.0.0.0/1"), false);
+        let words = "of table main, probably of OpenVPN or another VPN, leads them there";
+        assert!(half.contains(words), "{half}");
     }
 }

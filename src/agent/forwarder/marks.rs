@@ -8,6 +8,7 @@ use ipnet::IpNet;
 
 use super::{Setting, explain::index_of_bridge};
 use crate::{
+    dataplane::audit::likely_program,
     model::Transport,
     netlink::{
         Netlink,
@@ -133,7 +134,10 @@ fn elsewhere(netlink: &mut Netlink, query: &Query, wanted: u32) -> Option<String
 fn because(rule: &Rule, mark: u32, ipv4: bool, marked_ipv4: bool) -> String {
     let leads = match (rule.refuses, rule.table) {
         (true, _) => "drops them".to_owned(),
-        (false, table) => format!("leads them to table {table}"),
+        (false, table) => match likely_program(table, "") {
+            Some(program) => format!("leads them to table {table}, probably of {program}"),
+            None => format!("leads them to table {table}"),
+        },
     };
     format!(
         "{} rule {} (fwmark {}) {leads}, and some rule gives pods' packets that mark (nft list ruleset, \

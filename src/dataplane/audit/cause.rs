@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::{Answer, EINVAL, EXDEV, Expected, Kind, Question};
+use super::{Answer, EINVAL, EXDEV, Expected, Kind, Question, likely_program};
 use crate::{dataplane::plan::full_len, model::Selector};
 
 /// `RT_TABLE_MAIN`, where our routes are.
@@ -235,8 +235,11 @@ impl Cause {
         Some(match self {
             Self::Table { table, priority: Some(priority), interface, ipv4 } => format!(
                 "{packets} leave by {interface}: table {table} has a route for them and comes before the \
-                 main table (ip{} rule {priority}); let the overlay come first: {}",
+                 main table (ip{} rule {priority}){}; let the overlay come first: {}",
                 six(*ipv4),
+                likely_program(*table, interface)
+                    .map(|program| format!(", probably of {program}"))
+                    .unwrap_or_default(),
                 first_rule(network, *priority, *ipv4)
             ),
             Self::Table { table, priority: None, interface, ipv4 } => format!(
