@@ -272,7 +272,7 @@ impl<F: Fn(ForwarderNews)> TrialRunner<F> {
         let closed = self.trials.closed();
         let is_of_host =
             |way: &Way| way.direction.is_of_host() || way.direction == Direction::TooLarge;
-        if setting.has_pods && closed.iter().all(is_of_host) {
+        if (setting.has_pods || setting.unanswered) && closed.iter().all(is_of_host) {
             self.warnings.extend(warnings::of_host(setting, &closed));
             self.warnings.extend(partial::warnings(&mut self.netlink, setting));
         }

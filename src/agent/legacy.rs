@@ -1,6 +1,6 @@
-//! Rules of iptables-legacy that may drop packets or change their addresses: read by its own program where
-//! that is installed, and only where packets are known to be lost or changed on this host. The kernel's
-//! traces of nftables do not tell of them.
+//! Rules of iptables-legacy: read by its own program where that is installed. The kernel's traces of nftables
+//! do not tell of them. Which may drop packets or change their addresses is looked for where packets are
+//! known to be lost or changed on this host.
 
 use std::{
     fs,
@@ -13,13 +13,13 @@ use std::{
 
 use ipnet::IpNet;
 
-use crate::dataplane::silence::iptables_ports;
+use crate::dataplane::{kernel::LegacyTable, silence::iptables_ports};
 
 /// The program prints at once, or does not at all.
 const PATIENCE: Duration = Duration::from_secs(2);
 const MOST: u64 = 1 << 20;
 /// Tables that are read, and rules that are named.
-const TABLES: usize = 4;
+const TABLES: usize = 5;
 const NAMED: usize = 3;
 const DROPPING: [&str; 2] = ["DROP", "REJECT"];
 const REDIRECTING: [&str; 3] = ["DNAT", "REDIRECT", "NETMAP"];
@@ -98,6 +98,13 @@ fn translating_rules(ipv4: bool, way: Way, port: u16, targets: &[&str]) -> Vec<(
         (format!("{name} has `{line}` in its table nat, which"), open)
     });
     named.collect()
+}
+
+/// All tables of a family that can be read.
+pub fn all_tables(ipv4: bool) -> Vec<LegacyTable> {
+    let name = program(ipv4);
+    let read = |table: &String| Some(LegacyTable::new(name, table, &save(name, table)?));
+    tables(ipv4).iter().take(TABLES).filter_map(read).collect()
 }
 
 const fn program(ipv4: bool) -> &'static str {

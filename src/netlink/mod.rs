@@ -8,6 +8,7 @@
 
 pub mod attributes;
 pub mod ethtool;
+pub mod ipset;
 pub mod link;
 pub mod monitor;
 pub mod neighbour;

@@ -28,6 +28,7 @@ mod doctor;
 mod doors;
 mod families;
 mod firewall;
+mod foreign_rules;
 mod forwarding;
 mod forwarding_far;
 mod guests;

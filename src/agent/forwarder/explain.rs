@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fs, net::IpAddr};
 use ipnet::IpNet;
 use rtnetlink::packet_route::link::{InfoBridge, InfoData, LinkAttribute, LinkInfo};
 
-use super::{Setting, gateway, marks};
+use super::{Setting, gateway, marks, partial};
 use crate::{
     agent::{
         connections,
@@ -320,6 +320,7 @@ fn suspects(netlink: &mut Netlink, setting: &Setting, port: Option<u32>) -> (Vec
         })),
         Err(error) => reasons.push(format!("nftables cannot be read ({error})")),
     }
+    reasons.extend(partial::shortening(netlink, setting));
     reasons.extend(ipsec(&networks));
     reasons.extend(networks.iter().flat_map(|network| legacy::around_pods(*network)));
     let links = netlink.links().unwrap_or_default();

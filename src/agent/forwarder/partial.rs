@@ -1,20 +1,47 @@
 //! Warnings of rules that do something with some packets of pods alone, which no trial meets.
 
+use std::collections::BTreeSet;
+
 use ipnet::IpNet;
 
 use super::{Setting, explain::bridge_name, marks};
 use crate::{
-    dataplane::kernel::{Act, FirewallTable, Partial, Traffic},
-    netlink::Netlink,
+    agent::legacy,
+    dataplane::kernel::{Act, FirewallTable, ForeignRules, Partial, Traffic, Way},
+    model::Transport,
+    netlink::{Netlink, link::Link, route::Query},
 };
 
 /// What is said of each such rule, with what exempts the overlay.
 pub fn warnings(netlink: &mut Netlink, setting: &Setting) -> Vec<String> {
-    let bridge = netlink.link(bridge_name(setting)).ok().flatten();
-    let links = bridge.into_iter().map(|link| (link.index, link.name));
-    let interfaces: Vec<(u32, String)> =
-        links.chain([(setting.device, setting.device_name.clone())]).collect();
+    sentences(netlink, setting, |_| true)
+}
+
+/// The same of those that leave packets too few hops alone, where packets are lost.
+pub fn shortening(netlink: &mut Netlink, setting: &Setting) -> Vec<String> {
+    sentences(netlink, setting, |act| matches!(act, Act::Shortens(_)))
+}
+
+fn sentences(
+    netlink: &mut Netlink,
+    setting: &Setting,
+    is_wanted: impl Fn(Act) -> bool,
+) -> Vec<String> {
     let Ok(mut table) = FirewallTable::open() else { return Vec::new() };
+    let addresses = setting.networks.iter().map(|network| network.addr());
+    let families: BTreeSet<bool> =
+        addresses.chain([setting.local]).map(|address| address.is_ipv4()).collect();
+    let legacy = families.into_iter().flat_map(legacy::all_tables).collect();
+    let Ok(mut rules) = table.foreign_rules(legacy) else { return Vec::new() };
+    let links = netlink.links().unwrap_or_default();
+    let bridge = links.iter().find(|link| link.name == bridge_name(setting));
+    let named = |link: &Link| (link.index, link.name.clone());
+    let (inside, tunnel) = (bridge.map(named), (setting.device, setting.device_name.clone()));
+    let out = Way { input: inside.clone(), output: Some(tunnel.clone()) };
+    let ways = [out, Way { input: Some(tunnel), output: inside }];
+    let is_port =
+        |link: &&Link| bridge.is_some_and(|bridge| link.controller() == Some(bridge.index));
+    let ports: Vec<String> = links.iter().filter(is_port).map(|link| link.name.clone()).collect();
     let mut sentences = Vec::new();
     let mut known = Vec::new();
     for network in setting.networks.iter() {
@@ -22,39 +49,69 @@ pub fn warnings(netlink: &mut Netlink, setting: &Setting) -> Vec<String> {
         let traffic = Traffic {
             sources: &networks,
             destinations: &networks,
-            interfaces: &interfaces,
+            ways: &ways,
+            ports: &ports,
             tunnel: None,
         };
-        for partial in table.partial_rules(&traffic).unwrap_or_default() {
+        let found = table.partial_rules(&mut rules, &traffic).into_iter();
+        for partial in found.filter(|partial| is_wanted(partial.act)) {
             sentences.extend(sentence(netlink, setting, &partial, network));
-            known.push((partial.chain, partial.handle));
+            known.push((partial.chain, partial.rule));
         }
     }
-    for partial in of_tunnels(netlink, setting, &mut table) {
-        if !known.contains(&(partial.chain.clone(), partial.handle)) {
+    let found = of_tunnels(netlink, setting, (&mut table, &mut rules), &links);
+    for partial in found.into_iter().filter(|partial| is_wanted(partial.act)) {
+        if !known.contains(&(partial.chain.clone(), partial.rule.clone())) {
             sentences.extend(sentence_of_tunnels(setting, &partial));
         }
     }
     sentences
 }
 
-/// Rules that tunnel packets meet as they come in.
-fn of_tunnels(netlink: &mut Netlink, setting: &Setting, table: &mut FirewallTable) -> Vec<Partial> {
+/// Rules that tunnel packets meet as they come in, and as they leave.
+fn of_tunnels(
+    netlink: &mut Netlink,
+    setting: &Setting,
+    (table, rules): (&mut FirewallTable, &mut ForeignRules),
+    links: &[Link],
+) -> Vec<Partial> {
     let peers = setting.peers.iter().filter(|peer| peer.tunnelled);
-    let sources: Vec<IpNet> = peers.map(|peer| IpNet::from(peer.underlay)).collect();
-    if sources.is_empty() {
+    let peers: Vec<IpNet> = peers.map(|peer| IpNet::from(peer.underlay)).collect();
+    if peers.is_empty() {
         return Vec::new();
     }
-    let links = netlink.links().unwrap_or_default().into_iter();
-    let underlay = links.filter(|link| link.index == setting.underlay);
-    let interfaces: Vec<(u32, String)> = underlay.map(|link| (link.index, link.name)).collect();
-    let traffic = Traffic {
-        sources: &sources,
-        destinations: &[IpNet::from(setting.local)],
-        interfaces: &interfaces,
-        tunnel: Some(setting.port),
+    let routed: Vec<IpNet> =
+        peers.iter().copied().filter(|peer| has_router(netlink, setting, *peer)).collect();
+    let underlay = links.iter().find(|link| link.index == setting.underlay);
+    let underlay = underlay.map(|link| (link.index, link.name.clone()));
+    let local = [IpNet::from(setting.local)];
+    let inwards = [Way { input: underlay.clone(), output: None }];
+    let outwards = [Way { input: None, output: underlay }];
+    let tunnel = Some(setting.port);
+    let is_shortening = |partial: &Partial| matches!(partial.act, Act::Shortens(_));
+    let of =
+        |sources, destinations, ways| Traffic { sources, destinations, ways, ports: &[], tunnel };
+    let mut found = table.partial_rules(rules, &of(&peers, &local, &inwards));
+    let mut leaving = table.partial_rules(rules, &of(&local, &peers, &outwards));
+    // A neighbor needs no more than one hop.
+    leaving.retain(|partial| !is_shortening(partial));
+    found.append(&mut leaving);
+    if !routed.is_empty() {
+        let leaving = table.partial_rules(rules, &of(&local, &routed, &outwards));
+        found.extend(leaving.into_iter().filter(is_shortening));
+    }
+    found
+}
+
+/// Whether tunnel packets go to a peer by a router.
+fn has_router(netlink: &mut Netlink, setting: &Setting, peer: IpNet) -> bool {
+    let query = Query {
+        from: Some(setting.local),
+        output: setting.pinned,
+        transport: Some(Transport::udp_to(setting.port)),
+        ..Query::to(peer.addr())
     };
-    table.partial_rules(&traffic).unwrap_or_default()
+    netlink.route(&query).is_ok_and(|found| found.gateway.is_some())
 }
 
 fn sentence(
@@ -76,6 +133,14 @@ fn sentence(
     }
     let what = taken(partial);
     let done = match act {
+        Act::Shortens(ttl) => {
+            return Some(format!(
+                "chain {chain} leaves packets between pods {} (TTL or hop limit {ttl}), so they do not \
+                 arrive: {what}: {}",
+                hops(*ttl),
+                both(base, network)
+            ));
+        }
         Act::Marks(mark) => {
             let elsewhere = marks::leads(netlink, setting, network, (*mark, *is_early))?;
             format!(
@@ -92,8 +157,15 @@ fn sentence(
 
 fn sentence_of_tunnels(setting: &Setting, partial: &Partial) -> Option<String> {
     let Partial { act, base, chain, .. } = partial;
-    let fate = fate(*act, "tunnel packets")?;
     let port = setting.port;
+    let fate = match act {
+        Act::Shortens(ttl) => format!(
+            "leaves tunnel packets to hosts behind a router {} (TTL or hop limit {ttl}), so they do not \
+             arrive",
+            hops(*ttl)
+        ),
+        act => fate(*act, "tunnel packets")?,
+    };
     let fix = match iptables(base) {
         Some(command) => format!("{command} -p udp --dport {port} -j ACCEPT"),
         None => format!("nft insert rule {base} udp dport {port} accept"),
@@ -109,18 +181,23 @@ fn fate(act: Act, packets: &str) -> Option<String> {
         Act::Queues => Some(format!(
             "hands some {packets} to a program by a queue where none listens, so they are lost"
         )),
-        Act::Redirects(_) | Act::Marks(_) | Act::Translates => None,
+        Act::Redirects(_) | Act::Marks(_) | Act::Translates | Act::Shortens(_) => None,
     }
 }
 
+fn hops(ttl: u8) -> String {
+    if ttl == 1 { "1 hop".to_owned() } else { format!("{ttl} hops") }
+}
+
 /// What the rule takes, and which it is.
-fn taken(Partial { handle, what, more, .. }: &Partial) -> String {
+fn taken(Partial { rule, what, more, .. }: &Partial) -> String {
     let more = match more {
         0 => String::new(),
         1 => ", and 1 more rule does alike".to_owned(),
         more => format!(", and {more} more rules do alike"),
     };
-    format!("those {what} (rule with handle {handle}{more})")
+    let what = if what.is_empty() { "all".to_owned() } else { format!("those {what}") };
+    format!("{what} (rule {rule}{more})")
 }
 
 /// What lets the overlay pass a base chain.
@@ -146,13 +223,16 @@ fn to(base: &str, network: IpNet) -> String {
 fn iptables(base: &str) -> Option<String> {
     let program = |family: &str| if family == "ip" { "iptables" } else { "ip6tables" };
     match base.split(' ').collect::<Vec<_>>()[..] {
-        [family @ ("ip" | "ip6"), "filter", chain @ ("FORWARD" | "INPUT")] => {
+        [program @ ("iptables-legacy" | "ip6tables-legacy"), table, chain] => {
+            Some(format!("{program} -t {table} -I {chain}"))
+        }
+        [family @ ("ip" | "ip6"), "filter", chain @ ("FORWARD" | "INPUT" | "OUTPUT")] => {
             Some(format!("{} -I {chain}", program(family)))
         }
         [
             family @ ("ip" | "ip6"),
             table @ ("nat" | "mangle" | "raw"),
-            chain @ ("PREROUTING" | "POSTROUTING" | "FORWARD" | "INPUT"),
+            chain @ ("PREROUTING" | "POSTROUTING" | "FORWARD" | "INPUT" | "OUTPUT"),
         ] => Some(format!("{} -t {table} -I {chain}", program(family))),
         _ => None,
     }

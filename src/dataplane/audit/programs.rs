@@ -1,4 +1,5 @@
-//! Which program has probably made a table of routes or an interface: by the numbers and names that it chooses.
+//! Which program has probably made a table of routes or an interface: by the numbers and names that it
+//! chooses.
 
 /// Numbers of tables.
 const TABLES: [(u32, &str); 3] =

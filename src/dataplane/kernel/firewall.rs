@@ -19,7 +19,7 @@ pub use self::chains::TRIAL_MARK;
 use self::chains::{SET4, SET6, add_guard, add_masquerade, refuse_routers};
 use super::{
     forward::{Closing, ForeignChains, OwnHook, redirecting_chains, translating_chains},
-    partial::{Partial, Traffic, partial_rules},
+    partial::{ForeignRules, LegacyTable, Partial, Traffic},
     ports::{ClosedPort, closed_ports, redirected_port},
 };
 use crate::{
@@ -215,9 +215,18 @@ impl FirewallTable {
         redirecting_chains(&mut self.nftables, ipv4)
     }
 
+    /// Rules of others, with those of iptables-legacy.
+    pub fn foreign_rules(&mut self, legacy: Vec<LegacyTable>) -> io::Result<ForeignRules> {
+        ForeignRules::read(&mut self.nftables, legacy)
+    }
+
     /// Rules of others that do something with some of these packets alone.
-    pub fn partial_rules(&mut self, traffic: &Traffic<'_>) -> io::Result<Vec<Partial>> {
-        partial_rules(&mut self.nftables, traffic)
+    pub fn partial_rules(
+        &mut self,
+        rules: &mut ForeignRules,
+        traffic: &Traffic<'_>,
+    ) -> Vec<Partial> {
+        rules.partial(&mut self.nftables, traffic)
     }
 
     /// Chains of others that give UDP packets to a port of this host another destination.

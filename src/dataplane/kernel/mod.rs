@@ -42,7 +42,7 @@ pub use self::{
     forward::{Closing, ForeignChains, OwnHook},
     leftovers::Leftovers,
     observe::overlaps,
-    partial::{Act, Partial, Traffic},
+    partial::{Act, ForeignRules, LegacyTable, Partial, Traffic, Way},
     ports::{ClosedPort, open_port},
     watch::Touched,
 };

@@ -5,32 +5,36 @@
 //! followed from the base chains, and a rule counts only if nothing on the way to it leaves packets between
 //! pods out, as far as its form tells. What cannot be read leaves them out.
 
+mod effects;
+mod lines;
 mod matches;
 mod reader;
+mod reading;
 mod selection;
+mod sets;
+mod walk;
 
-use std::{
-    collections::{BTreeMap, btree_map::Entry},
-    fs, io,
+use std::{collections::BTreeMap, io};
+
+pub use self::{
+    lines::LegacyTable,
+    selection::{Traffic, Way},
 };
-
-pub use self::selection::Traffic;
 use self::{
-    reader::{selection, value},
-    selection::{ESTABLISHED, Range, Selection},
+    reading::Marks,
+    selection::{Selection, Side},
+    sets::Library,
+    walk::{DEPTH, Rules, Walk},
 };
 use super::{
     firewall::name_of,
-    rules::{
-        self, Effect, base_of, expressions, family_name, number, text_of, translates_destination,
-        translates_source,
-    },
+    rules::{base_of, family_name, number},
 };
 use crate::{
     dataplane::desired::is_own_table,
     netlink::{
         attributes::{self, Attributes},
-        nftables::{ANY, BRIDGE, INET, Kind, Nftables, Object},
+        nftables::{ANY, BRIDGE, INET, Kind, NETDEV, Nftables, Object},
     },
 };
 
@@ -38,21 +42,33 @@ use crate::{
 const PREROUTING: u32 = 0;
 const INPUT: u32 = 1;
 const FORWARD: u32 = 2;
+const OUTPUT: u32 = 3;
 const POSTROUTING: u32 = 4;
-/// `NFT_META_MARK`
-const META_MARK: u32 = 3;
-/// Chains led to one after another.
-const DEPTH: usize = 8;
-/// Rules looked at, of one base chain.
-const RULES: usize = 20_000;
-/// Elements of one set that are looked at.
-const ELEMENTS: usize = 100_000;
+/// `NF_INET_INGRESS`, and `NF_NETDEV_*`.
+const INET_INGRESS: u32 = 5;
+const NETDEV_EGRESS: u32 = 1;
+const IPV4: u8 = 2;
+const IPV6: u8 = 10;
+/// Rules looked at, for one kind of packets.
+const RULES: usize = 100_000;
+/// Passes until all marks of connections are known.
+const PASSES: usize = 3;
 /// Findings of one kind that are named at once.
 const NAMED: usize = 3;
 /// Chains of programs that know what they do with addresses of pods.
 const KNOWN: [&str; 6] = ["DOCKER", "KUBE-", "CNI-", "NETAVARK", "cali-", "CILIUM"];
-/// Listeners to queues of packets, in a table whose first column is the queue.
-const QUEUES: &str = "/proc/thread-self/net/netfilter/nfnetlink_queue";
+/// Tables of iptables in the order of packets (`NF_IP_PRI_*`).
+const LEGACY: [(&str, i32); 5] =
+    [("raw", -300), ("mangle", -150), ("nat", -100), ("filter", 0), ("security", 50)];
+/// The priority of translating sources, after filters.
+const SOURCE_NAT: i32 = 100;
+const HOOKS: [(&str, u32); 5] = [
+    ("PREROUTING", PREROUTING),
+    ("INPUT", INPUT),
+    ("FORWARD", FORWARD),
+    ("OUTPUT", OUTPUT),
+    ("POSTROUTING", POSTROUTING),
+];
 
 /// What becomes of the packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -67,18 +83,21 @@ pub enum Act {
     Marks(u32),
     /// They get another source.
     Translates,
+    /// They get so few hops (TTL, hop limit) that they do not arrive.
+    Shortens(u8),
 }
 
 /// Rules of one chain that do the same with some packets of pods.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Partial {
     pub act: Act,
-    /// Family, table and name of the base chain, where packets can be exempted.
+    /// The base chain, where packets can be exempted: family, table and name, with the program in the place
+    /// of the family where that is iptables-legacy.
     pub base: String,
-    /// The same of the chain that has the rules.
+    /// The chain that has the rules, as it is said.
     pub chain: String,
-    /// Of the first.
-    pub handle: u64,
+    /// Which rule the first is.
+    pub rule: String,
     /// What the first takes.
     pub what: String,
     /// How many more there are.
@@ -90,50 +109,223 @@ pub struct Partial {
 /// What one rule is found under: rules that do alike in one chain are named together.
 type Key = (Act, String, String);
 
-/// The rules that do something with some of these packets, of which none before lets them pass.
-pub fn partial_rules(nftables: &mut Nftables, traffic: &Traffic<'_>) -> io::Result<Vec<Partial>> {
-    let families = [INET, if traffic.is_ipv4() { 2 } else { 10 }, BRIDGE];
-    let hooks: &[u32] = if traffic.tunnel.is_some() {
-        &[PREROUTING, INPUT]
-    } else {
-        &[PREROUTING, FORWARD, POSTROUTING]
-    };
-    let mut found = BTreeMap::new();
-    let mut tables: BTreeMap<(u8, String), Vec<Object>> = BTreeMap::new();
-    for chain in nftables.dump(Kind::GetChain, ANY, &Attributes::new())? {
-        let Some(base) = base_of(&chain) else { continue };
-        let (family, table) = (chain.family, name_of(&chain, 1));
-        let is_it = families.contains(&family) && hooks.contains(&base.hook);
-        if !is_it || is_own_table(table) || family == BRIDGE && traffic.tunnel.is_some() {
-            continue;
-        }
-        let filter = Attributes::new().text(1, table);
-        let rules = match tables.entry((family, table.to_owned())) {
-            Entry::Occupied(known) => known.into_mut(),
-            Entry::Vacant(new) => new.insert(nftables.dump(Kind::GetRule, family, &filter)?),
-        };
-        let mut sets = BTreeMap::new();
-        let mut elements = |set: &str| {
-            let read = || elements_of(nftables, family, table, set).unwrap_or_default();
-            sets.entry(set.to_owned()).or_insert_with(read).clone()
-        };
-        let prefix = format!("{} {table}", family_name(family));
-        let name = name_of(&chain, 3);
-        let mut walk = Walk {
-            rules: by_chain(rules),
-            traffic,
-            hook: base.hook,
-            elements: &mut elements,
-            left: RULES,
-            passes_established: false,
-            prefix,
-            base: name,
-            found,
-        };
-        walk.chain(name, DEPTH, &Selection::default());
-        found = walk.found;
+/// Where a base chain sees packets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Place {
+    /// By `NF_INET_*`: what is seen as packets enter at an interface counts as before routing.
+    hook: u32,
+    /// Interfaces of which it sees packets; none, if of all.
+    at: Option<(Side, Vec<String>)>,
+}
+
+impl Place {
+    const fn is_early(&self) -> bool {
+        self.hook == PREROUTING
     }
-    Ok(few(found))
+}
+
+/// A chain in which packets begin.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Base {
+    /// By the way of a packet: chains at interfaces before and after others, and then by priority.
+    order: (u32, i32),
+    place: Place,
+    /// Which of the tables.
+    table: usize,
+    family: u8,
+    /// Family and table, or program and table.
+    prefix: String,
+    name: String,
+    program: Option<&'static str>,
+}
+
+impl Base {
+    fn label(&self, chain: &str) -> String {
+        format!("{} {chain}", self.prefix)
+    }
+
+    /// As it is said.
+    fn shown(&self, chain: &str) -> String {
+        match (self.program, self.prefix.split_once(' ')) {
+            (Some(program), Some((_, table))) => format!("{chain} of {program}'s table {table}"),
+            _ => self.label(chain),
+        }
+    }
+}
+
+/// A table of another program.
+#[derive(Debug)]
+enum Table {
+    Nft(u8, String, Vec<Object>),
+    Legacy(LegacyTable),
+}
+
+/// All rules of other programs, as they were read.
+#[derive(Debug)]
+pub struct ForeignRules {
+    tables: Vec<Table>,
+    bases: Vec<Base>,
+    library: Library,
+}
+
+impl ForeignRules {
+    pub fn read(nftables: &mut Nftables, legacy: Vec<LegacyTable>) -> io::Result<Self> {
+        let mut tables: Vec<Table> = Vec::new();
+        let mut known: BTreeMap<(u8, String), usize> = BTreeMap::new();
+        let mut bases = Vec::new();
+        for chain in nftables.dump(Kind::GetChain, ANY, &Attributes::new())? {
+            let (family, table) = (chain.family, name_of(&chain, 1));
+            let Some(place) = place_of(&chain).filter(|_| !is_own_table(table)) else { continue };
+            let key = (family, table.to_owned());
+            let index = match known.get(&key) {
+                Some(index) => *index,
+                None => {
+                    let filter = Attributes::new().text(1, table);
+                    let rules = nftables.dump(Kind::GetRule, family, &filter)?;
+                    tables.push(Table::Nft(family, table.to_owned(), rules));
+                    known.insert(key, tables.len() - 1);
+                    tables.len() - 1
+                }
+            };
+            bases.push(Base {
+                order: (stage(&place), priority(&chain)),
+                place,
+                table: index,
+                family,
+                prefix: format!("{} {table}", family_name(family)),
+                name: name_of(&chain, 3).to_owned(),
+                program: None,
+            });
+        }
+        for table in legacy {
+            let program = table.program;
+            let of_table = |(chain, hook): &(&str, u32)| {
+                let place = Place { hook: *hook, at: None };
+                let (_, priority) = LEGACY.iter().find(|(name, _)| *name == table.name)?;
+                let is_source = table.name == "nat" && *hook == POSTROUTING;
+                Some(Base {
+                    order: (stage(&place), if is_source { SOURCE_NAT } else { *priority }),
+                    place,
+                    table: tables.len(),
+                    family: if program.starts_with("ip6") { IPV6 } else { IPV4 },
+                    prefix: format!("{program} {}", table.name),
+                    name: (*chain).to_owned(),
+                    program: Some(program),
+                })
+            };
+            let is_there = |(chain, _): &&(&str, u32)| table.chains.contains_key(*chain);
+            bases.extend(HOOKS.iter().filter(is_there).filter_map(of_table));
+            tables.push(Table::Legacy(table));
+        }
+        bases.sort_by_key(|base| base.order);
+        Ok(Self { tables, bases, library: Library::default() })
+    }
+
+    /// The rules that do something with some of these packets, of which none before lets them pass.
+    pub fn partial(&mut self, nftables: &mut Nftables, traffic: &Traffic<'_>) -> Vec<Partial> {
+        let Self { tables, bases, library } = self;
+        let own_family = if traffic.is_ipv4() { IPV4 } else { IPV6 };
+        let by_chain: Vec<Rules<'_>> = tables.iter().map(Table::by_chain).collect();
+        let mut marks = Marks::default();
+        let mut found = BTreeMap::new();
+        for _ in 0..PASSES {
+            found.clear();
+            let mut left = RULES;
+            // Marks of packets are of this pass, those of connections are there from the first packet on.
+            let known = marks.connections.clone();
+            marks.packets.clear();
+            for base in bases.iter() {
+                let is_of_family = [INET, own_family, NETDEV].contains(&base.family)
+                    || base.family == BRIDGE && traffic.tunnel.is_none();
+                let ways = base.place.ways(traffic);
+                if !is_of_family || ways == 0 {
+                    continue;
+                }
+                let (family, table) = match &tables[base.table] {
+                    Table::Nft(family, table, _) => (*family, table.as_str()),
+                    Table::Legacy(_) => (0, ""),
+                };
+                let mut sets = |name: &_| library.get(nftables, (family, table), name);
+                let mut walk = Walk {
+                    rules: &by_chain[base.table],
+                    traffic,
+                    sets: &mut sets,
+                    marks: &mut marks,
+                    base,
+                    left: &mut left,
+                    passes_established: 0,
+                    found: &mut found,
+                };
+                walk.chain(&base.name, DEPTH, &Selection::of_ways(ways));
+            }
+            if marks.connections == known {
+                break;
+            }
+        }
+        few(found)
+    }
+}
+
+impl Table {
+    fn by_chain(&self) -> Rules<'_> {
+        match self {
+            Self::Legacy(table) => Rules::Legacy(&table.chains),
+            Self::Nft(_, _, rules) => by_chain(rules),
+        }
+    }
+}
+
+impl Place {
+    /// Ways of packets that this place sees, as bits.
+    fn ways(&self, traffic: &Traffic<'_>) -> u8 {
+        let is_met = match (traffic.tunnel, traffic.is_own()) {
+            (None, _) => [PREROUTING, FORWARD, POSTROUTING].contains(&self.hook),
+            (Some(_), false) => [PREROUTING, INPUT].contains(&self.hook),
+            (Some(_), true) => [OUTPUT, POSTROUTING].contains(&self.hook),
+        };
+        match &self.at {
+            _ if !is_met => 0,
+            None => traffic.all_ways(),
+            Some((side, names)) => {
+                let direct = traffic.ways_by(*side, |(_, name)| names.contains(name));
+                // What enters at a pod's port goes out, what leaves there has come in.
+                let is_port = traffic.ports.iter().any(|port| names.contains(port));
+                let of_ports = if *side == Side::Input { 1 } else { 2 };
+                direct | if is_port { of_ports } else { 0 }
+            }
+        }
+    }
+}
+
+/// By which of its hooks a packet comes to a place first.
+fn stage(place: &Place) -> u32 {
+    match (place.hook, &place.at) {
+        (PREROUTING, Some(_)) => 0,
+        (hook, Some(_)) => hook + 2,
+        (hook, None) => hook + 1,
+    }
+}
+
+/// Where a base chain sees packets; none, if it is no base chain.
+fn place_of(chain: &Object) -> Option<Place> {
+    let hook = base_of(chain)?.hook;
+    let attributes = attributes::find(&chain.attributes, 4)?;
+    let one = attributes::find(attributes, 3).into_iter();
+    let several = attributes::find(attributes, 4).map(attributes::read).into_iter().flatten();
+    let names = one.chain(several.map(|(_, name)| name)).map(attributes::text);
+    let names: Vec<String> = names.map(str::to_owned).collect();
+    Some(match (chain.family, hook) {
+        (NETDEV, NETDEV_EGRESS) => Place { hook: POSTROUTING, at: Some((Side::Output, names)) },
+        (NETDEV, _) | (INET, INET_INGRESS) => {
+            Place { hook: PREROUTING, at: Some((Side::Input, names)) }
+        }
+        (_, hook) => Place { hook, at: None },
+    })
+}
+
+fn priority(chain: &Object) -> i32 {
+    let hook = attributes::find(&chain.attributes, 4).unwrap_or_default();
+    number(attributes::find(hook, 2)).unwrap_or_default().cast_signed()
 }
 
 /// Some of each kind.
@@ -149,242 +341,12 @@ fn few(found: BTreeMap<Key, Partial>) -> Vec<Partial> {
     few
 }
 
-fn by_chain(rules: &[Object]) -> BTreeMap<&str, Vec<&Object>> {
+fn by_chain(rules: &[Object]) -> Rules<'_> {
     let mut chains: BTreeMap<&str, Vec<&Object>> = BTreeMap::new();
     for rule in rules {
         chains.entry(name_of(rule, 2)).or_default().push(rule);
     }
-    chains
-}
-
-/// What a set holds; ends of its intervals are elements of their own.
-fn elements_of(
-    nftables: &mut Nftables,
-    family: u8,
-    table: &str,
-    set: &str,
-) -> io::Result<Vec<Range>> {
-    const IS_END: u32 = 1;
-    let filter = Attributes::new().text(1, table).text(2, set);
-    let dumped = nftables.dump(Kind::GetElements, family, &filter)?;
-    let lists = dumped.iter().filter_map(|object| attributes::find(&object.attributes, 3));
-    let elements = lists.flat_map(attributes::read).filter_map(|(_, element)| {
-        let key = value(attributes::find(element, 1))?.to_vec();
-        Some((key, number(attributes::find(element, 3)).unwrap_or(0) & IS_END == 0))
-    });
-    Ok(ranges_of(elements.take(ELEMENTS).collect()))
-}
-
-/// The ranges of keys, of which some begin one, and the others end the one before.
-fn ranges_of(mut keys: Vec<(Vec<u8>, bool)>) -> Vec<Range> {
-    keys.sort();
-    let has_ends = keys.iter().any(|(_, begins)| !begins);
-    let ranges =
-        keys.iter().enumerate().filter(|(_, (_, begins))| *begins).map(|(at, (key, _))| {
-            let last = match keys[at + 1..].iter().find(|(next, _)| next > key) {
-                _ if !has_ends => key.clone(),
-                Some((next, _)) => before(next),
-                None => vec![u8::MAX; key.len()],
-            };
-            (key.clone(), last)
-        });
-    ranges.collect()
-}
-
-/// The number before, in network order.
-fn before(key: &[u8]) -> Vec<u8> {
-    let mut key = key.to_vec();
-    for byte in key.iter_mut().rev() {
-        let (less, borrows) = byte.overflowing_sub(1);
-        *byte = less;
-        if !borrows {
-            break;
-        }
-    }
-    key
-}
-
-struct Walk<'a> {
-    rules: BTreeMap<&'a str, Vec<&'a Object>>,
-    traffic: &'a Traffic<'a>,
-    hook: u32,
-    elements: &'a mut dyn FnMut(&str) -> Vec<Range>,
-    left: usize,
-    /// A rule has let those of established connections pass.
-    passes_established: bool,
-    /// Family and table.
-    prefix: String,
-    base: &'a str,
-    found: BTreeMap<Key, Partial>,
-}
-
-/// Where packets go that have come into a chain.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Flow {
-    /// Back to the chain that has led to it.
-    Back,
-    Ends,
-}
-
-impl<'a> Walk<'a> {
-    /// Says whether some of the packets may come to what follows the chain.
-    fn chain(&mut self, name: &'a str, depth: usize, into: &Selection) -> Flow {
-        let rules = self.rules.get(name).cloned().unwrap_or_default();
-        let mut accepted: Vec<Vec<String>> = Vec::new();
-        for rule in rules {
-            if self.left == 0 {
-                return Flow::Ends;
-            }
-            self.left -= 1;
-            let Some(own) = selection(self.traffic, rule, self.elements) else { continue };
-            let Some(all) = into.and(&own) else { continue };
-            if let Some(act) = self.act(rule, &all)
-                && !accepted.contains(&own.what)
-                && !(self.passes_established && all.is_late)
-            {
-                self.note(act, name, rule, &all);
-            }
-            let target = led_to(rule);
-            let mut ends = false;
-            if let Some((target, goes)) = target.filter(|_| depth > 0) {
-                let flow = self.chain(target, depth - 1, &all);
-                if own.is_all() && goes {
-                    return flow;
-                }
-                ends = flow == Flow::Ends;
-            }
-            let accepts = rules::effect(rule) == Effect::Accepts;
-            if accepts && !all.is_partial && own.takes(ESTABLISHED) {
-                self.passes_established = true;
-            } else if accepts {
-                accepted.push(own.what.clone());
-            }
-            if !own.is_all() {
-                continue;
-            }
-            let verdict = expressions(rule)
-                .filter(|(name, _)| *name == "immediate")
-                .find_map(|(_, data)| rules::verdict_of(data));
-            if verdict == Some(rules::RETURN) {
-                return Flow::Back;
-            }
-            let translates = translates_source(rule) || translates_destination(rule);
-            if ends || accepts || translates || rules::effect(rule) == Effect::Drops {
-                return Flow::Ends;
-            }
-        }
-        Flow::Back
-    }
-
-    fn note(&mut self, act: Act, name: &str, rule: &Object, taken: &Selection) {
-        if KNOWN.iter().any(|known| name.starts_with(known)) {
-            return;
-        }
-        let Self { prefix, base, .. } = &*self;
-        let (base, chain) = (format!("{prefix} {base}"), format!("{prefix} {name}"));
-        let handle = attributes::find(&rule.attributes, 3).and_then(<[u8]>::first_chunk);
-        let new = Partial {
-            act,
-            base: base.clone(),
-            chain: chain.clone(),
-            handle: handle.copied().map(u64::from_be_bytes).unwrap_or_default(),
-            what: taken.what.join(" "),
-            more: 0,
-            is_early: self.hook == PREROUTING,
-        };
-        self.found.entry((act, base, chain)).and_modify(|partial| partial.more += 1).or_insert(new);
-    }
-
-    /// What a rule does with these packets that no trial shows.
-    fn act(&self, rule: &Object, taken: &Selection) -> Option<Act> {
-        if self.hook == PREROUTING && self.traffic.tunnel.is_none() && translates_destination(rule)
-        {
-            return Some(Act::Redirects(taken.port));
-        }
-        if taken.what.is_empty() || taken.is_limited {
-            return None;
-        }
-        if self.hook == POSTROUTING {
-            return translates_source(rule).then_some(Act::Translates).or_else(|| mark_of(rule));
-        }
-        let rejects = expressions(rule).any(|(name, data)| {
-            name == "reject" || name == "target" && text_of(data) == Some("REJECT")
-        });
-        match rules::effect(rule) {
-            Effect::Drops if rejects => Some(Act::Rejects),
-            Effect::Drops => Some(Act::Drops),
-            _ if is_queued(rule) => Some(Act::Queues),
-            _ => mark_of(rule),
-        }
-    }
-}
-
-/// The chain into which a rule leads, and whether no rule after it sees the packets.
-fn led_to(rule: &Object) -> Option<(&str, bool)> {
-    expressions(rule).find_map(|(name, data)| {
-        let verdict =
-            attributes::find(attributes::find(data, 2)?, 2).filter(|_| name == "immediate");
-        let target = attributes::find(verdict?, 2).map(attributes::text)?;
-        Some((target, rules::verdict_of(data) == Some(rules::GOTO)))
-    })
-}
-
-/// The mark that packets without one get.
-fn mark_of(rule: &Object) -> Option<Act> {
-    let mut register = None;
-    for (name, data) in expressions(rule) {
-        let get = |attribute| number(attributes::find(data, attribute));
-        let native = |attribute| {
-            let bytes = value(attributes::find(data, attribute))?;
-            bytes.first_chunk().copied().map(u32::from_ne_bytes)
-        };
-        match name {
-            "immediate" => register = native(2),
-            "meta" if get(2) == Some(META_MARK) && get(3).is_some() => {
-                return register.filter(|mark| *mark != 0).map(Act::Marks);
-            }
-            "meta" => register = (get(2) == Some(META_MARK)).then_some(0),
-            "bitwise" => {
-                register = register.and_then(|mark| Some(mark & native(4)? ^ native(5)?));
-            }
-            "target" if text_of(data) == Some("MARK") => {
-                let info = attributes::find(data, 3)?;
-                return matches::word(info, 0).filter(|mark| *mark != 0).map(Act::Marks);
-            }
-            "counter" | "cmp" => {}
-            _ => register = None,
-        }
-    }
-    None
-}
-
-/// Whether a rule gives packets to programs of which one does not run, and they are lost without it.
-fn is_queued(rule: &Object) -> bool {
-    const BYPASS: u16 = 1;
-    let listeners = || {
-        let table = fs::read_to_string(QUEUES).unwrap_or_default();
-        let first = |line: &str| line.split_whitespace().next()?.parse::<u16>().ok();
-        table.lines().filter_map(first).collect::<Vec<_>>()
-    };
-    let queue = expressions(rule).find_map(|(name, data)| {
-        let info = attributes::find(data, 3).unwrap_or_default();
-        let of_target = |at: usize| info.get(at..)?.first_chunk().copied().map(u16::from_ne_bytes);
-        let own = |attribute| {
-            attributes::find(data, attribute)?.first_chunk().copied().map(u16::from_be_bytes)
-        };
-        match name {
-            "queue" => Some((own(1)?, own(2).unwrap_or(1), own(3).unwrap_or(0))),
-            "target" if text_of(data) == Some("NFQUEUE") => {
-                Some((of_target(0)?, of_target(2).unwrap_or(1), of_target(4).unwrap_or(0)))
-            }
-            _ => None,
-        }
-    });
-    queue.is_some_and(|(first, count, flags)| {
-        let known = listeners();
-        let last = first.saturating_add(count.max(1) - 1);
-        flags & BYPASS == 0 && (first..=last).any(|queue| !known.contains(&queue))
-    })
+    Rules::Nft(chains)
 }
 
 #[cfg(test)]

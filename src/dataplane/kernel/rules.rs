@@ -4,8 +4,9 @@
 use crate::netlink::{attributes, nftables::Object};
 
 /// Verdicts; negative ones lead into another chain (`NFT_JUMP`, `NFT_GOTO`), but for the one that goes back.
-const DROP: i32 = 0;
-const ACCEPT: i32 = 1;
+pub const DROP: i32 = 0;
+pub const ACCEPT: i32 = 1;
+pub const JUMP: i32 = -3;
 pub const GOTO: i32 = -4;
 pub const RETURN: i32 = -5;
 

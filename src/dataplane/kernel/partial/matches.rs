@@ -1,6 +1,11 @@
 //! Matches of iptables, whose parameters are structs of its headers (linux/netfilter/xt_*.h).
 
-use super::selection::{Range, Selection, Traffic, UNICAST};
+use super::{
+    reading::Context,
+    selection::{Range, Selection, Traffic, UNICAST},
+    sets::SetName,
+};
+use crate::netlink::attributes;
 
 /// `XT_TCP_INV_*`; those for ports are the same of `xt_udp`.
 const OTHER_SOURCE_PORT: u8 = 1;
@@ -9,7 +14,13 @@ const OTHER_FLAGS: u8 = 4;
 const OTHER_OPTION: u8 = 8;
 
 /// Narrows the selection by a match; none, if it leaves all packets out that matter or cannot be read.
-pub fn read(traffic: &Traffic<'_>, taken: &mut Selection, name: &str, info: &[u8]) -> Option<()> {
+pub fn read(
+    context: &mut Context<'_>,
+    taken: &mut Selection,
+    name: &str,
+    info: &[u8],
+) -> Option<()> {
+    let traffic = context.traffic;
     match name {
         "comment" => {}
         "tcp" | "udp" => {
@@ -59,14 +70,65 @@ pub fn read(traffic: &Traffic<'_>, taken: &mut Selection, name: &str, info: &[u8
             taken.limit_states(if inverted & 1 == 0 { states } else { !states });
         }
         "length" => taken.limit_length(half(info, 0)?, half(info, 2)?, byte(info, 4)? != 0)?,
-        "limit" => (taken.is_partial, taken.is_limited) = (true, true),
-        "string" => taken.limit_content(),
+        "mark" | "connmark" => {
+            let (mark, mask, inverts) = (word(info, 0)?, word(info, 4)?, byte(info, 8)? != 0);
+            let is_it = |known: u32| (known & mask == mark) != inverts;
+            match name {
+                "mark" => taken.limit_mark(&context.marks.packets, is_it)?,
+                _ => taken.limit_mark(&context.marks.restored(), is_it)?,
+            }
+        }
+        "set" => {
+            let (number, count, flags) = (half(info, 0)?, byte(info, 2)?, byte(info, 3)?);
+            // `IPSET_DIM_ONE_SRC` and those after it.
+            let to: Vec<bool> = (1..=count.min(6)).map(|part| flags & 1 << part == 0).collect();
+            let set = (context.sets)(&SetName::Number(number));
+            set.limit(traffic, taken, &to, flags & 1 != 0)?;
+        }
+        "recent" => {
+            let flags = byte(info, 8)?;
+            let list = attributes::text(info.get(10..210)?);
+            let (to, is_counted) = (byte(info, 210)? != 0, word(info, 4)? > 0);
+            recent(context, taken, (list, to), (flags & 2 != 0, is_counted, byte(info, 9)? != 0))?;
+        }
+        "limit" => taken.limit_rate(false),
+        "hashlimit" => taken.limit_rate(is_above(info)),
+        "string" | "u32" | "bpf" => taken.limit_content(),
+        "time" => taken.limit_times(),
         "connbytes" => taken.limit_amount(),
         "connlimit" => taken.limit_connections(),
         "statistic" => taken.limit_share(),
         _ => return None,
     }
     Some(())
+}
+
+/// Takes packets of addresses in a list of `recent`, by the side that is looked up. One that only adds to
+/// the list takes all; one that counts takes what comes too often.
+pub fn recent(
+    context: &mut Context<'_>,
+    taken: &mut Selection,
+    (list, to): (&str, bool),
+    (adds, is_counted, is_inverted): (bool, bool, bool),
+) -> Option<()> {
+    if adds {
+        return (!is_inverted).then_some(());
+    }
+    let set = (context.sets)(&SetName::Recent(list.to_owned()));
+    set.limit(context.traffic, taken, &[to], is_inverted)?;
+    if is_counted {
+        taken.limit_rate(false);
+    }
+    Some(())
+}
+
+/// Whether `-m hashlimit` takes what exceeds the rate (`XT_HASHLIMIT_INVERT`), by the struct of its revision:
+/// a name, and the mode after other numbers.
+fn is_above(info: &[u8]) -> bool {
+    const INVERTED: u32 = 1 << 4;
+    const SHORT: usize = 64;
+    let mode_at = if info.len() <= SHORT { 16 } else { 272 };
+    word(info, mode_at).is_some_and(|mode| mode & INVERTED != 0)
 }
 
 /// `struct xt_multiport_v1`
@@ -97,11 +159,11 @@ fn is_of_type(info: &[u8], destination: u32) -> Option<bool> {
     Some(matches(0, UNICAST)? && matches(1, destination)?)
 }
 
-fn byte(info: &[u8], at: usize) -> Option<u8> {
+pub fn byte(info: &[u8], at: usize) -> Option<u8> {
     info.get(at).copied()
 }
 
-fn half(info: &[u8], at: usize) -> Option<u16> {
+pub fn half(info: &[u8], at: usize) -> Option<u16> {
     info.get(at..)?.first_chunk().copied().map(u16::from_ne_bytes)
 }
 

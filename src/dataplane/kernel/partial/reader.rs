@@ -1,21 +1,28 @@
-//! What a rule of others takes of the packets that matter, as far as its form tells.
+//! What a rule of nftables takes of the packets that matter, as far as its form tells.
+
+use std::collections::BTreeMap;
 
 use super::{
     super::rules::{expressions, number, text_of},
-    matches,
-    selection::{Range, Selection, Traffic},
+    effects, matches,
+    reading::{Context, Reading, Verdict},
+    selection::{Range, Selection, Side, Traffic},
+    sets::{Data, Element, SetName, limit_to_any, port_range},
 };
 use crate::netlink::{attributes, nftables::Object};
 
 /// `NFT_META_*`
 const META_LEN: u32 = 0;
 const META_PROTOCOL: u32 = 1;
+const META_MARK: u32 = 3;
 const META_IIF: u32 = 4;
 const META_OIF: u32 = 5;
 const META_IIFNAME: u32 = 6;
 const META_OIFNAME: u32 = 7;
 const META_NFPROTO: u32 = 15;
 const META_L4PROTO: u32 = 16;
+const META_RANDOM: u32 = 24;
+const META_TIMES: [u32; 3] = [26, 27, 28];
 /// `NFT_PAYLOAD_*`
 const LINK: u32 = 0;
 const NETWORK: u32 = 1;
@@ -23,6 +30,7 @@ const TRANSPORT: u32 = 2;
 const INNER: u32 = 3;
 /// `NFT_CT_*`
 const CT_STATE: u32 = 0;
+const CT_MARK: u32 = 3;
 const CT_PACKETS: u32 = 14;
 const CT_BYTES: u32 = 15;
 const CT_AVERAGE: u32 = 16;
@@ -36,16 +44,19 @@ const UDP: u8 = 17;
 /// `NFT_CMP_*`
 const EQUAL: u32 = 0;
 const NOT_EQUAL: u32 = 1;
+const LESS: u32 = 2;
 const AT_MOST: u32 = 3;
 const AT_LEAST: u32 = 5;
 /// `NFT_OBJECT_COUNTER`
 const COUNTER: u32 = 1;
+/// `NFT_LIMIT_F_INV` and `NFT_LOOKUP_F_INV`
+const INVERTED: u32 = 1;
 
-/// What the next comparison is about.
+/// What a register holds.
 #[derive(Clone)]
 enum Loaded {
     Unknown,
-    Interface { by_name: bool },
+    Interface { side: Side, by_name: bool },
     Source,
     Destination,
     Addresses,
@@ -56,23 +67,61 @@ enum Loaded {
     EtherType,
     Protocol,
     State,
+    Mark { of_connection: bool },
     Flags,
     Length,
     Content,
     Share,
     Amount,
+    Time,
 }
 
-/// The packets that matter of those that a rule takes, if it stood alone; none, if it leaves them out or
-/// cannot be read.
-pub fn selection(
-    traffic: &Traffic<'_>,
-    rule: &Object,
-    elements: &mut dyn FnMut(&str) -> Vec<Range>,
-) -> Option<Selection> {
-    let mut loaded = Loaded::Unknown;
-    let mut mask: Option<&[u8]> = None;
+/// A value in registers: how many bytes, and which of its bits matter.
+#[derive(Clone)]
+struct Value<'a> {
+    loaded: Loaded,
+    bytes: usize,
+    mask: Option<&'a [u8]>,
+}
+
+/// What has been loaded, by the number of the first word.
+#[derive(Default)]
+struct Registers<'a>(BTreeMap<usize, Value<'a>>);
+
+impl<'a> Registers<'a> {
+    fn load(&mut self, register: u32, value: Value<'a>) {
+        let first = word_of(register);
+        let words = first..first + value.bytes.div_ceil(4).max(1);
+        self.0.retain(|at, _| !words.contains(at));
+        self.0.insert(first, value);
+    }
+
+    fn value(&mut self, register: u32) -> Option<&mut Value<'a>> {
+        self.0.get_mut(&word_of(register))
+    }
+
+    /// Values that make up a key of so many bytes, with their places in it.
+    fn of_key(&self, register: u32, bytes: usize) -> Vec<(usize, &Value<'a>)> {
+        let first = word_of(register);
+        let words = first..first + bytes.div_ceil(4).max(1);
+        self.0.range(words).map(|(at, value)| ((at - first) * 4, value)).collect()
+    }
+}
+
+/// `NFT_REG_1` and so on have four words each; from 8 on each word has a number of its own.
+const fn word_of(register: u32) -> usize {
+    (match register {
+        8.. => register - 8,
+        number => number.saturating_sub(1) * 4,
+    }) as usize
+}
+
+/// What a rule does with the packets that matter; none, if it leaves them out or cannot be read.
+pub fn read(context: &mut Context<'_>, rule: &Object) -> Option<Reading> {
+    let traffic = context.traffic;
+    let mut registers = Registers::default();
     let mut taken = Selection::default();
+    let mut map: Option<Vec<(Selection, Verdict)>> = None;
     let mut list = expressions(rule).peekable();
     while let Some((name, data)) = list.next() {
         let get = |attribute| number(attributes::find(data, attribute));
@@ -80,15 +129,22 @@ pub fn selection(
             // Those that set something instead.
             "meta" if get(3).is_some() => {}
             "ct" if get(4).is_some() => {}
+            "payload" if get(5).is_some() => {}
             "meta" | "payload" | "ct" | "fib" | "numgen" => {
-                loaded = load(traffic, name, &get);
-                mask = None;
+                registers.load(get(1)?, load(traffic, name, &get));
             }
-            "bitwise" => mask = value(attributes::find(data, 4)),
-            "byteorder" => {}
+            "bitwise" => {
+                let mask = value(attributes::find(data, 4));
+                let mut loaded = registers.value(get(1)?)?.clone();
+                loaded.mask = mask;
+                registers.load(get(2)?, loaded);
+            }
+            "byteorder" => {
+                let loaded = registers.value(get(1)?)?.clone();
+                registers.load(get(2)?, loaded);
+            }
             "cmp" => {
                 let found = value(attributes::find(data, 3))?;
-                let first = |bytes: &[u8]| (bytes.to_vec(), vec![u8::MAX; bytes.len()]);
                 let (range, is_inverted) = match get(2)? {
                     operator @ (EQUAL | NOT_EQUAL) => {
                         ((found.to_vec(), found.to_vec()), operator == NOT_EQUAL)
@@ -101,69 +157,148 @@ pub fn selection(
                             list.next();
                             ((found.to_vec(), last), false)
                         }
-                        _ => (first(found), false),
+                        _ => ((found.to_vec(), vec![u8::MAX; found.len()]), false),
                     },
-                    AT_MOST => ((vec![0; found.len()], found.to_vec()), false),
+                    LESS | AT_MOST => ((vec![0; found.len()], found.to_vec()), false),
                     _ => return None,
                 };
-                compare(traffic, &mut taken, &loaded, mask, &[range], is_inverted)?;
+                let value = registers.value(get(1)?)?.clone();
+                compare(context, &mut taken, &value, &[range], is_inverted)?;
             }
             "range" => {
                 let [from, to] = [3, 4].map(|kind| value(attributes::find(data, kind)));
                 let range = (from?.to_vec(), to?.to_vec());
-                compare(traffic, &mut taken, &loaded, mask, &[range], get(2)? == NOT_EQUAL)?;
+                let value = registers.value(get(1)?)?.clone();
+                compare(context, &mut taken, &value, &[range], get(2)? == NOT_EQUAL)?;
             }
-            // A map leads to another place for each element.
-            "lookup" if get(3).is_none() => {
-                let ranges = elements(attributes::text(attributes::find(data, 1)?));
-                compare(traffic, &mut taken, &loaded, mask, &ranges, get(5).unwrap_or(0) & 1 != 0)?;
+            "lookup" => {
+                let name = attributes::text(attributes::find(data, 1)?);
+                let set = (context.sets)(&SetName::OfTable(name.to_owned()));
+                let of = |context: &Context<'_>, element: &Element| {
+                    key(context, &registers, get(2)?, element)
+                };
+                // A map of verdicts leads to another place by each element.
+                if get(3) == Some(0) {
+                    let branches = set.elements.iter().filter_map(|element| {
+                        let Some(Data::Verdict(code, chain)) = &element.data else { return None };
+                        let verdict = effects::verdict(*code, chain.as_deref())?;
+                        Some((of(context, element)?, verdict))
+                    });
+                    map = Some(branches.collect());
+                    continue;
+                }
+                let is_inverted = get(5).unwrap_or(0) & INVERTED != 0;
+                let bytes =
+                    set.elements.iter().find_map(|element| Some(element.parts.first()?.0.len()));
+                let values = registers.of_key(get(2)?, bytes.unwrap_or(1));
+                match values[..] {
+                    [(_, value)] => {
+                        let ranges = set.elements.iter().flat_map(|element| element.parts.clone());
+                        let (ranges, value) = (ranges.collect::<Vec<_>>(), value.clone());
+                        compare(context, &mut taken, &value, &ranges, is_inverted)?;
+                    }
+                    _ => {
+                        let several: Vec<_> =
+                            set.elements.iter().filter_map(|one| of(context, one)).collect();
+                        limit_to_any(&mut taken, several.into_iter(), is_inverted)?;
+                    }
+                }
             }
             "match" => {
                 let info = attributes::find(data, 3).unwrap_or_default();
-                matches::read(traffic, &mut taken, text_of(data)?, info)?;
+                matches::read(context, &mut taken, text_of(data)?, info)?;
             }
             "connlimit" => taken.limit_connections(),
             "dynset" => {
                 let inner = attributes::find(data, 7).or_else(|| {
                     attributes::read(attributes::find(data, 10)?).next().map(|(_, inner)| inner)
                 });
-                match inner.and_then(|inner| attributes::find(inner, 1)).map(attributes::text) {
+                let of_inner = |kind| inner.and_then(|inner| attributes::find(inner, kind));
+                match of_inner(1).map(attributes::text) {
                     Some("connlimit") => taken.limit_connections(),
                     None | Some("counter") => {}
-                    Some(_) => (taken.is_partial, taken.is_limited) = (true, true),
+                    Some(_) => taken.limit_rate(of_inner(2).is_some_and(is_above)),
                 }
             }
             "objref" if get(1) == Some(COUNTER) => {}
-            "limit" | "quota" | "objref" => (taken.is_partial, taken.is_limited) = (true, true),
+            "limit" => taken.limit_rate(is_above(data)),
+            "quota" | "objref" => taken.limit_rate(false),
             "immediate" | "counter" | "log" | "redir" | "nat" | "masq" | "tproxy" | "target"
-            | "reject" | "notrack" | "queue" | "last" => {}
+            | "reject" | "notrack" | "queue" | "last" | "dup" => {}
             _ => return None,
         }
+    }
+    let taken = Selection::default().and(&taken)?;
+    let branches = match map {
+        Some(map) => {
+            let both = |(own, verdict): (Selection, Verdict)| Some((taken.and(&own)?, verdict));
+            map.into_iter().filter_map(both).collect()
+        }
+        None => vec![(taken, effects::of_rule(rule))],
+    };
+    Some(Reading { branches, changes: effects::changes(context, rule) })
+}
+
+/// Whether a limit matches what exceeds it.
+fn is_above(limit: &[u8]) -> bool {
+    number(attributes::find(limit, 5)).unwrap_or(0) & INVERTED != 0
+}
+
+/// The packets that an element of a set or a map stands for.
+fn key(
+    context: &Context<'_>,
+    registers: &Registers<'_>,
+    register: u32,
+    element: &Element,
+) -> Option<Selection> {
+    let mut taken = Selection::default();
+    let Some((first, last)) = element.parts.first() else {
+        // All that no other element stands for.
+        taken.is_partial = true;
+        return Some(taken);
+    };
+    let values = registers.of_key(register, first.len());
+    if values.is_empty() {
+        return None;
+    }
+    let is_one = values.len() == 1;
+    for (at, value) in values {
+        let end = if is_one { first.len() } else { at + value.bytes };
+        let range = (first.get(at..end)?.to_vec(), last.get(at..end)?.to_vec());
+        compare(context, &mut taken, value, &[range], false)?;
     }
     Selection::default().and(&taken)
 }
 
-fn load(traffic: &Traffic<'_>, name: &str, get: &impl Fn(u16) -> Option<u32>) -> Loaded {
+fn load<'a>(traffic: &Traffic<'_>, name: &str, get: &impl Fn(u16) -> Option<u32>) -> Value<'a> {
+    let interface = |side, by_name| Loaded::Interface { side, by_name };
     let of_meta = |key| match key {
-        META_LEN => Loaded::Length,
-        META_PROTOCOL => Loaded::EtherType,
-        META_IIF | META_OIF => Loaded::Interface { by_name: false },
-        META_IIFNAME | META_OIFNAME => Loaded::Interface { by_name: true },
-        META_NFPROTO => Loaded::Family,
-        META_L4PROTO => Loaded::Protocol,
-        _ => Loaded::Unknown,
+        META_LEN => (Loaded::Length, 4),
+        META_PROTOCOL => (Loaded::EtherType, 2),
+        META_MARK => (Loaded::Mark { of_connection: false }, 4),
+        META_IIF => (interface(Side::Input, false), 4),
+        META_OIF => (interface(Side::Output, false), 4),
+        META_IIFNAME => (interface(Side::Input, true), 16),
+        META_OIFNAME => (interface(Side::Output, true), 16),
+        META_NFPROTO => (Loaded::Family, 1),
+        META_L4PROTO => (Loaded::Protocol, 1),
+        META_RANDOM => (Loaded::Share, 4),
+        key if META_TIMES.contains(&key) => (Loaded::Time, 8),
+        _ => (Loaded::Unknown, 4),
     };
-    match (name, get(2)) {
-        // A tunnel packet has nothing that leaves again.
-        ("meta", Some(META_OIF | META_OIFNAME)) if traffic.tunnel.is_some() => Loaded::Unknown,
+    let (loaded, bytes) = match (name, get(2)) {
         ("meta", Some(key)) => of_meta(key),
-        ("ct", Some(CT_STATE)) => Loaded::State,
-        ("ct", Some(CT_PACKETS | CT_BYTES | CT_AVERAGE)) => Loaded::Amount,
-        ("fib", Some(FIB_TYPE)) if get(3) == Some(FIB_DESTINATION) => Loaded::DestinationType,
-        ("numgen", _) => Loaded::Share,
-        ("payload", Some(base)) => payload(traffic, (base, get(3), get(4))),
-        _ => Loaded::Unknown,
-    }
+        ("ct", Some(CT_STATE)) => (Loaded::State, 4),
+        ("ct", Some(CT_MARK)) => (Loaded::Mark { of_connection: true }, 4),
+        ("ct", Some(CT_PACKETS | CT_BYTES | CT_AVERAGE)) => (Loaded::Amount, 8),
+        ("fib", Some(FIB_TYPE)) if get(3) == Some(FIB_DESTINATION) => (Loaded::DestinationType, 4),
+        ("numgen", _) => (Loaded::Share, 4),
+        ("payload", Some(base)) => {
+            (payload(traffic, (base, get(3), get(4))), get(4).unwrap_or(0) as usize)
+        }
+        _ => (Loaded::Unknown, 4),
+    };
+    Value { loaded, bytes, mask: None }
 }
 
 fn payload(traffic: &Traffic<'_>, (base, at, length): (u32, Option<u32>, Option<u32>)) -> Loaded {
@@ -186,13 +321,13 @@ fn payload(traffic: &Traffic<'_>, (base, at, length): (u32, Option<u32>, Option<
 
 /// Narrows the selection by a comparison; none, if it leaves all packets out that matter.
 fn compare(
-    traffic: &Traffic<'_>,
+    context: &Context<'_>,
     taken: &mut Selection,
-    loaded: &Loaded,
-    mask: Option<&[u8]>,
+    Value { loaded, mask, .. }: &Value<'_>,
     ranges: &[Range],
     is_inverted: bool,
 ) -> Option<()> {
+    let traffic = context.traffic;
     let family = FAMILIES[usize::from(!traffic.is_ipv4())];
     let is_any =
         |known: &[u8]| ranges.iter().any(|(first, last)| &first[..] <= known && known <= &last[..]);
@@ -200,22 +335,17 @@ fn compare(
     let native = |bytes: &[u8]| bytes.first_chunk().copied().map(u32::from_ne_bytes);
     match loaded {
         Loaded::Unknown => None,
-        Loaded::Interface { by_name } => {
-            let is_it = |(index, name): &(u32, String)| match by_name {
+        Loaded::Interface { side, by_name } => {
+            taken.limit_ways(traffic, *side, is_inverted, |(index, name)| match by_name {
                 true => ranges.iter().any(|(wanted, _)| is_named(wanted, name)),
                 false => is_any(&index.to_ne_bytes()),
-            };
-            traffic.interfaces.iter().any(|known| is_it(known) != is_inverted).then_some(())
+            })
         }
         Loaded::Source | Loaded::Destination => {
-            let ranges: Vec<Range> =
-                ranges.iter().map(|range| whole(range, mask, traffic.is_ipv4())).collect();
-            taken.limit_addresses(
-                traffic,
-                matches!(loaded, Loaded::Destination),
-                &ranges,
-                is_inverted,
-            )
+            let whole = |range| whole(range, *mask, traffic);
+            let ranges: Vec<Range> = ranges.iter().map(whole).collect();
+            let to = matches!(loaded, Loaded::Destination);
+            taken.limit_addresses(traffic, to, &ranges, is_inverted)
         }
         Loaded::Addresses => {
             let [(both, _)] = ranges else { return None };
@@ -228,29 +358,29 @@ fn compare(
             taken.limit_addresses(traffic, true, &one(destination), false)
         }
         Loaded::SourcePort | Loaded::DestinationPort => {
-            let port = |bytes: &[u8]| <[u8; 2]>::try_from(bytes).ok().map(u16::from_be_bytes);
-            let ports: Option<Vec<(u16, u16)>> =
-                ranges.iter().map(|(first, last)| Some((port(first)?, port(last)?))).collect();
-            taken.limit_ports(
-                traffic,
-                matches!(loaded, Loaded::DestinationPort),
-                &ports?,
-                is_inverted,
-            )
+            let ports: Option<Vec<(u16, u16)>> = ranges.iter().map(port_range).collect();
+            let to = matches!(loaded, Loaded::DestinationPort);
+            taken.limit_ports(traffic, to, &ports?, is_inverted)
         }
         Loaded::DestinationType => agrees(is_any(&traffic.destination_type().to_ne_bytes())),
         Loaded::Family => agrees(is_any(&[family.0])),
         Loaded::EtherType => agrees(is_any(&family.1)),
         Loaded::Protocol => {
             let [tcp, udp] = [TCP, UDP].map(|protocol| is_any(&[protocol]) != is_inverted);
-            taken.is_partial |= !(tcp && udp) && traffic.tunnel.is_none();
-            (udp || tcp && traffic.tunnel.is_none()).then_some(())
+            taken.limit_protocol(traffic, tcp, udp)
+        }
+        Loaded::Mark { of_connection } => {
+            let mask = mask.and_then(native).unwrap_or(u32::MAX);
+            let is_it = |mark: u32| is_any(&(mark & mask).to_ne_bytes()) != is_inverted;
+            let marks = context.marks;
+            match of_connection {
+                true => taken.limit_mark(&marks.restored(), is_it),
+                false => taken.limit_mark(&marks.packets, is_it),
+            }
         }
         Loaded::State => {
-            let found = ranges
-                .iter()
-                .filter_map(|(state, _)| native(state))
-                .fold(0, |all, state| all | state);
+            let states = ranges.iter().filter_map(|(state, _)| native(state));
+            let found = states.fold(0, |all, state| all | state);
             let mask = mask.and_then(native).unwrap_or(u32::MAX);
             let states = match (found, is_inverted) {
                 (0, true) => mask,
@@ -292,6 +422,10 @@ fn compare(
             taken.limit_amount();
             Some(())
         }
+        Loaded::Time => {
+            taken.limit_times();
+            Some(())
+        }
     }
 }
 
@@ -304,8 +438,8 @@ fn is_named(wanted: &[u8], name: &str) -> bool {
 }
 
 /// Addresses of which first bytes are compared, or those bits that the mask has.
-fn whole((first, last): &Range, mask: Option<&[u8]>, ipv4: bool) -> Range {
-    let length = if ipv4 { 4 } else { 16 };
+fn whole((first, last): &Range, mask: Option<&[u8]>, traffic: &Traffic<'_>) -> Range {
+    let length = if traffic.is_ipv4() { 4 } else { 16 };
     let (mut first, mut last) = (first.clone(), last.clone());
     for (byte, mask) in last.iter_mut().zip(mask.unwrap_or_default()) {
         *byte |= !mask;

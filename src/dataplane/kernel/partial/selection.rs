@@ -28,10 +28,19 @@ pub type Range = (Vec<u8>, Vec<u8>);
 pub struct Traffic<'a> {
     pub sources: &'a [IpNet],
     pub destinations: &'a [IpNet],
-    /// Index and name of the interfaces by which they come in and leave.
-    pub interfaces: &'a [(u32, String)],
-    /// The UDP port, if they are tunnel packets to this host.
+    /// Ways that they take through this host; of packets of pods the first leads out.
+    pub ways: &'a [Way],
+    /// Names of the interfaces of single pods.
+    pub ports: &'a [String],
+    /// The UDP port, if they are tunnel packets to this host or of it.
     pub tunnel: Option<u16>,
+}
+
+/// By which interfaces packets come in and leave: index and name of each.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Way {
+    pub input: Option<(u32, String)>,
+    pub output: Option<(u32, String)>,
 }
 
 impl Traffic<'_> {
@@ -39,9 +48,42 @@ impl Traffic<'_> {
         self.sources.first().is_none_or(|network| network.addr().is_ipv4())
     }
 
-    pub(super) const fn destination_type(&self) -> u32 {
-        if self.tunnel.is_some() { LOCAL } else { UNICAST }
+    /// They are packets of this host itself.
+    pub(super) fn is_own(&self) -> bool {
+        self.ways.iter().all(|way| way.input.is_none())
     }
+
+    pub(super) fn destination_type(&self) -> u32 {
+        if self.tunnel.is_some() && !self.is_own() { LOCAL } else { UNICAST }
+    }
+
+    /// Ways of which one side is one of these interfaces, as bits.
+    pub(super) fn ways_by(&self, side: Side, is_it: impl Fn(&(u32, String)) -> bool) -> u8 {
+        let of_side = |way: &Way| match side {
+            Side::Input => way.input.as_ref().is_some_and(&is_it),
+            Side::Output => way.output.as_ref().is_some_and(&is_it),
+        };
+        let bits = self.ways.iter().enumerate().filter(|(_, way)| of_side(way));
+        bits.fold(0, |all, (at, _)| all | 1 << at)
+    }
+
+    pub(super) fn all_ways(&self) -> u8 {
+        u8::MAX >> (8 - self.ways.len().min(8))
+    }
+}
+
+/// Where packets come in, or where they leave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    Input,
+    Output,
+}
+
+/// A mark that some packets have, and which ones in words.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Marked {
+    pub mark: u32,
+    pub what: Vec<String>,
 }
 
 /// Packets of them that a rule takes.
@@ -51,12 +93,16 @@ pub struct Selection {
     pub is_partial: bool,
     /// By how many they are.
     pub is_limited: bool,
+    /// Those above a rate.
+    pub is_above: bool,
     /// Only those of connections that have been made.
     pub is_late: bool,
     /// The only destination port.
     pub port: Option<u16>,
     /// By what it takes some alone that no trial has: in words.
     pub what: Vec<String>,
+    /// Ways, as bits.
+    pub ways: u8,
     states: u32,
     flags: [bool; FLAGS.len()],
 }
@@ -66,9 +112,11 @@ impl Default for Selection {
         Self {
             is_partial: false,
             is_limited: false,
+            is_above: false,
             is_late: false,
             port: None,
             what: Vec::new(),
+            ways: u8::MAX,
             states: u32::MAX,
             flags: [true; FLAGS.len()],
         }
@@ -76,14 +124,21 @@ impl Default for Selection {
 }
 
 impl Selection {
+    /// All packets of some ways.
+    pub fn of_ways(ways: u8) -> Self {
+        Self { ways, ..Self::default() }
+    }
+
     /// Packets that both take; none, if no packet is left.
     pub fn and(&self, other: &Self) -> Option<Self> {
         let mut both = self.clone();
         both.is_partial |= other.is_partial;
         both.is_limited |= other.is_limited;
+        both.is_above |= other.is_above;
         both.is_late |= other.is_late;
         both.port = other.port.or(self.port);
         both.what.extend(other.what.iter().cloned());
+        both.ways &= other.ways;
         both.states &= other.states;
         for (flag, others) in both.flags.iter_mut().zip(other.flags) {
             *flag &= others;
@@ -91,6 +146,7 @@ impl Selection {
         // The first packet of a connection is a SYN.
         let is_first = both.takes(NEW) && !both.takes(ESTABLISHED);
         let is_empty = both.flags.iter().all(|flag| !flag) || is_first && !both.flags[0];
+        let is_empty = is_empty || both.ways == 0;
         (!is_empty && (both.takes(NEW) || both.takes(ESTABLISHED))).then_some(both)
     }
 
@@ -98,9 +154,50 @@ impl Selection {
         self.states & states != 0
     }
 
-    /// Whether it takes all packets that matter.
+    /// Whether it takes all packets of its ways.
     pub const fn is_all(&self) -> bool {
         !self.is_partial && self.takes(NEW) && self.takes(ESTABLISHED)
+    }
+
+    /// Whether it takes only packets that begin connections.
+    pub fn is_of_beginnings(&self) -> bool {
+        !self.takes(ESTABLISHED) || !self.flags[2..].contains(&true)
+    }
+
+    /// Packets that any of several take; none, if they take no packet.
+    pub fn any(several: impl IntoIterator<Item = Self>) -> Option<Self> {
+        let mut several = several.into_iter();
+        let mut any = several.next()?;
+        let mut more = 0;
+        for other in several {
+            if any.is_everything() {
+                return Some(any);
+            }
+            if other.is_everything() {
+                return Some(other);
+            }
+            // Which of them it is depends on the packet.
+            any.is_partial = true;
+            any.is_limited |= other.is_limited;
+            any.is_above |= other.is_above;
+            any.is_late &= other.is_late;
+            any.port = any.port.filter(|port| other.port == Some(*port));
+            any.ways |= other.ways;
+            any.states |= other.states;
+            for (flag, others) in any.flags.iter_mut().zip(other.flags) {
+                *flag |= others;
+            }
+            more += usize::from(!other.what.is_empty());
+        }
+        if more > 0 && !any.what.is_empty() {
+            any.what = vec![format!("{} and {more} more", any.what.join(" "))];
+        }
+        Some(any)
+    }
+
+    fn is_everything(&self) -> bool {
+        let is_of_all = self.ways == u8::MAX && self.states == u32::MAX;
+        !self.is_partial && is_of_all && self.what.is_empty()
     }
 
     fn narrow(&mut self, what: String) {
@@ -213,6 +310,57 @@ impl Selection {
         Some(())
     }
 
+    /// Takes packets that come in or leave by some interfaces.
+    pub(super) fn limit_ways(
+        &mut self,
+        traffic: &Traffic<'_>,
+        side: Side,
+        is_inverted: bool,
+        is_it: impl Fn(&(u32, String)) -> bool,
+    ) -> Option<()> {
+        let ways = traffic.ways_by(side, |known| is_it(known) != is_inverted);
+        self.ways &= ways;
+        (ways != 0).then_some(())
+    }
+
+    /// Takes packets of TCP, of UDP, or both.
+    pub(super) fn limit_protocol(
+        &mut self,
+        traffic: &Traffic<'_>,
+        tcp: bool,
+        udp: bool,
+    ) -> Option<()> {
+        self.is_partial |= !(tcp && udp) && traffic.tunnel.is_none();
+        (udp || tcp && traffic.tunnel.is_none()).then_some(())
+    }
+
+    /// Takes packets with some mark, of which all others than these have none.
+    pub(super) fn limit_mark(
+        &mut self,
+        known: &[Marked],
+        is_it: impl Fn(u32) -> bool,
+    ) -> Option<()> {
+        if is_it(0) {
+            self.is_partial |= known.iter().any(|known| !is_it(known.mark));
+            return Some(());
+        }
+        let marked = known.iter().find(|known| is_it(known.mark))?;
+        self.is_partial |= !marked.what.is_empty();
+        self.what.extend(marked.what.iter().cloned());
+        Some(())
+    }
+
+    /// Takes so many packets of a time, or those above a rate.
+    pub(super) const fn limit_rate(&mut self, is_above: bool) {
+        self.is_partial = true;
+        self.is_limited |= !is_above;
+        self.is_above |= is_above;
+    }
+
+    pub(super) fn limit_times(&mut self) {
+        self.narrow("at some times".to_owned());
+    }
+
     pub(super) fn limit_content(&mut self) {
         self.narrow("with some content".to_owned());
     }
@@ -231,7 +379,8 @@ impl Selection {
     }
 }
 
-fn bounds(network: &IpNet) -> Range {
+/// First and last address of a network.
+pub fn bounds(network: &IpNet) -> Range {
     let octets = |address: IpAddr| attributes::octets(address);
     (octets(network.network()), octets(network.broadcast()))
 }

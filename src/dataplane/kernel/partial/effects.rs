@@ -1,0 +1,220 @@
+//! What a rule of nftables does with the packets that it takes: also one that iptables has made, whose
+//! targets are structs of its headers (linux/netfilter/xt_*.h).
+
+use std::fs;
+
+use super::{
+    super::rules::{
+        self, expressions, number, text_of, translates_destination, translates_source, verdict_of,
+    },
+    matches::{byte, half, word},
+    reader::value,
+    reading::{Change, Context, Verdict},
+    selection::Marked,
+    sets::{Data, SetName},
+};
+use crate::netlink::{attributes, nftables::Object};
+
+/// `NFT_META_MARK` and `NFT_CT_MARK`
+const META_MARK: u32 = 3;
+const CT_MARK: u32 = 3;
+/// `NFT_PAYLOAD_NETWORK_HEADER`, and where the number of hops stands in the headers.
+const NETWORK: u32 = 1;
+const TTL_AT: u32 = 8;
+const HOP_LIMIT_AT: u32 = 7;
+/// Listeners to queues of packets, in a table whose first column is the queue.
+const QUEUES: &str = "/proc/thread-self/net/netfilter/nfnetlink_queue";
+
+/// Where a verdict with this code leads.
+pub fn verdict(code: i32, chain: Option<&str>) -> Option<Verdict> {
+    let chain = chain.map(str::to_owned);
+    Some(match code {
+        rules::DROP => Verdict::Drop,
+        rules::ACCEPT => Verdict::Accept,
+        rules::RETURN => Verdict::Return,
+        rules::GOTO => Verdict::Goto(chain?),
+        rules::JUMP => Verdict::Jump(chain?),
+        _ => Verdict::Next,
+    })
+}
+
+/// Where a rule leads that has no map of verdicts.
+pub fn of_rule(rule: &Object) -> Verdict {
+    let mut found = Verdict::Next;
+    for (name, data) in expressions(rule) {
+        let of = match name {
+            "immediate" => verdict_of(data).and_then(|code| {
+                let inner = attributes::find(attributes::find(data, 2)?, 2)?;
+                verdict(code, attributes::find(inner, 2).map(attributes::text))
+            }),
+            "reject" => Some(Verdict::Reject),
+            // No other rule sees what is translated.
+            "masq" | "nat" | "redir" => Some(Verdict::Accept),
+            "queue" => {
+                let number = |attribute| {
+                    attributes::find(data, attribute)?
+                        .first_chunk()
+                        .copied()
+                        .map(u16::from_be_bytes)
+                };
+                number(1).and_then(|first| {
+                    queued(first, number(2).unwrap_or(1), number(3).unwrap_or(0) & 1 != 0)
+                })
+            }
+            "target" => target(text_of(data), attributes::find(data, 3).unwrap_or_default()),
+            _ => None,
+        };
+        found = of.unwrap_or(found);
+    }
+    found
+}
+
+fn target(name: Option<&str>, info: &[u8]) -> Option<Verdict> {
+    match name? {
+        "REJECT" => Some(Verdict::Reject),
+        "DROP" => Some(Verdict::Drop),
+        "ACCEPT" | "MASQUERADE" | "SNAT" | "NETMAP" | "DNAT" | "REDIRECT" => Some(Verdict::Accept),
+        "NFQUEUE" => {
+            let bypasses = half(info, 4).unwrap_or(0) & 1 != 0;
+            queued(half(info, 0)?, half(info, 2).unwrap_or(1), bypasses)
+        }
+        _ => None,
+    }
+}
+
+/// What becomes of packets that are handed to one of so many queues, where one has no listener: they are
+/// lost, unless the rule lets them pass then.
+pub fn queued(first: u16, count: u16, bypasses: bool) -> Option<Verdict> {
+    let table = fs::read_to_string(QUEUES).unwrap_or_default();
+    let number = |line: &str| line.split_whitespace().next()?.parse::<u16>().ok();
+    let known: Vec<u16> = table.lines().filter_map(number).collect();
+    let last = first.saturating_add(count.max(1) - 1);
+    let is_lost = !bypasses && (first..=last).any(|queue| !known.contains(&queue));
+    is_lost.then_some(Verdict::Queue)
+}
+
+/// What a rule changes of the packets that it takes.
+pub fn changes(context: &mut Context<'_>, rule: &Object) -> Vec<Change> {
+    let mut changes = of_registers(context, rule);
+    if translates_destination(rule) {
+        changes.push(Change::Destination);
+    }
+    if translates_source(rule) {
+        changes.push(Change::Source);
+    }
+    for (name, data) in expressions(rule) {
+        let info = attributes::find(data, 3).unwrap_or_default();
+        let word = |at| word(info, at).unwrap_or_default();
+        match text_of(data).filter(|_| name == "target") {
+            Some("MARK") => {
+                let (mark, mask) = (word(0), word(4));
+                let before = &context.marks.packets;
+                changes.extend(Change::marks(before, false, |old| old & !mask ^ mark));
+            }
+            Some("CONNMARK") => {
+                // The struct of the second revision has a shift before the mode.
+                let is_second = number(attributes::find(data, 2)) == Some(2);
+                let mode = byte(info, if is_second { 14 } else { 12 }).unwrap_or_default();
+                changes.extend(connection_mark(context, mode, [word(0), word(4), word(8)]));
+            }
+            Some("TTL" | "HL") => {
+                let [mode, number] = [0, 1].map(|at| byte(info, at).unwrap_or_default());
+                changes.extend(Change::ttl(mode, number));
+            }
+            _ => {}
+        }
+    }
+    changes
+}
+
+/// Of `-j CONNMARK`: set (0), save (1) or restore (2), with the mark and the masks of both sides.
+pub fn connection_mark(
+    context: &Context<'_>,
+    mode: u8,
+    [mark, of_connection, of_packet]: [u32; 3],
+) -> Vec<Change> {
+    let marks = context.marks;
+    match mode {
+        0 => Change::marks(&marks.connections, true, |old| old & !of_connection ^ mark),
+        1 => Change::marks(&marks.packets, true, |old| old & of_packet),
+        _ => Change::marks(&marks.restored(), false, |old| old & of_connection),
+    }
+}
+
+/// What is computed in registers, and then written to a mark or a header.
+fn of_registers(context: &mut Context<'_>, rule: &Object) -> Vec<Change> {
+    let mut changes = Vec::new();
+    let unmarked = || vec![Marked { mark: 0, what: Vec::new() }];
+    // What the last register that was written may hold.
+    let mut held: Option<Vec<Marked>> = None;
+    let mut bytes: Option<Vec<u8>> = None;
+    for (name, data) in expressions(rule) {
+        let get = |attribute| number(attributes::find(data, attribute));
+        let native = |bytes: &[u8]| bytes.first_chunk().copied().map(u32::from_ne_bytes);
+        let word = |attribute| native(value(attributes::find(data, attribute))?);
+        let sets = |held: &Option<Vec<Marked>>, of_connection| {
+            let held = held.iter().flatten().filter(|marked| marked.mark != 0).cloned();
+            held.map(|marked| Change::Mark { marked, of_connection }).collect::<Vec<_>>()
+        };
+        match name {
+            "immediate" => {
+                bytes = value(attributes::find(data, 2)).map(<[u8]>::to_vec);
+                held = word(2).map(|mark| vec![Marked { mark, what: Vec::new() }]);
+            }
+            "meta" if get(3).is_some() => {
+                if get(2) == Some(META_MARK) {
+                    changes.extend(sets(&held, false));
+                }
+            }
+            "ct" if get(4).is_some() => {
+                if get(2) == Some(CT_MARK) {
+                    changes.extend(sets(&held, true));
+                }
+            }
+            "payload" if get(5).is_some() => {
+                changes.extend(ttl_written((get(2), get(3), get(4)), bytes.as_deref()));
+            }
+            "meta" => {
+                let known = || [unmarked(), context.marks.packets.clone()].concat();
+                held = (get(2) == Some(META_MARK)).then(known);
+            }
+            "ct" => {
+                let known = || [unmarked(), context.marks.restored()].concat();
+                held = (get(2) == Some(CT_MARK)).then(known);
+            }
+            "payload" => (bytes, held) = (None, None),
+            "bitwise" => {
+                // What the mask lets through of a header is the rest of it.
+                bytes = value(attributes::find(data, 5)).map(<[u8]>::to_vec);
+                let change = |mut marked: Marked| {
+                    marked.mark = marked.mark & word(4)? ^ word(5)?;
+                    Some(marked)
+                };
+                held = held.and_then(|held| held.into_iter().map(change).collect());
+            }
+            "lookup" if get(3).is_some_and(|register| register != 0) => {
+                let name = attributes::find(data, 1).map(attributes::text).unwrap_or_default();
+                let set = (context.sets)(&SetName::OfTable(name.to_owned()));
+                let mark = |data: &Option<Data>| match data {
+                    Some(Data::Value(bytes)) => native(bytes),
+                    _ => None,
+                };
+                let marks = set.elements.iter().filter_map(|element| mark(&element.data));
+                held = Some(marks.map(|mark| Marked { mark, what: Vec::new() }).take(1).collect());
+            }
+            "counter" | "cmp" => {}
+            _ => held = None,
+        }
+    }
+    changes
+}
+
+/// The number of hops, where that is what is written to the header: alone, or with the byte after it.
+fn ttl_written(
+    (base, at, length): (Option<u32>, Option<u32>, Option<u32>),
+    bytes: Option<&[u8]>,
+) -> Option<Change> {
+    let is_it = base == Some(NETWORK)
+        && matches!((at, length), (Some(TTL_AT), Some(1 | 2)) | (Some(HOP_LIMIT_AT), Some(1)));
+    bytes.filter(|_| is_it)?.first().map(|ttl| Change::Ttl(*ttl))
+}

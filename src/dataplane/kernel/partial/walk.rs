@@ -1,0 +1,229 @@
+//! The way of packets through the chains of a table.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::{
+    Act, Base, KNOWN, Key, POSTROUTING, PREROUTING, Partial, Place, lines, reader,
+    reading::{Change, Context, Marks, Reading, Verdict},
+    selection::{Marked, Selection, Traffic},
+    sets::Sets,
+};
+use crate::netlink::nftables::Object;
+
+/// Chains led to one after another.
+pub const DEPTH: usize = 8;
+
+/// Rules of one table, by their chains.
+pub enum Rules<'a> {
+    Nft(BTreeMap<&'a str, Vec<&'a Object>>),
+    Legacy(&'a BTreeMap<String, Vec<String>>),
+}
+
+pub struct Walk<'a> {
+    pub rules: &'a Rules<'a>,
+    pub traffic: &'a Traffic<'a>,
+    pub sets: Sets<'a>,
+    pub marks: &'a mut Marks,
+    pub base: &'a Base,
+    /// Rules that are still looked at.
+    pub left: &'a mut usize,
+    /// Ways of which a rule has let packets of established connections pass.
+    pub passes_established: u8,
+    pub found: &'a mut BTreeMap<Key, Partial>,
+}
+
+impl Walk<'_> {
+    /// Gives the ways of which some packets may come to what follows the chain.
+    pub fn chain(&mut self, name: &str, depth: usize, into: &Selection) -> u8 {
+        let rules = self.rules;
+        let count = rules.count(name);
+        let mut into = into.clone();
+        let mut back = 0;
+        // What they take of which no packet comes further.
+        let mut gone: BTreeSet<Vec<String>> = BTreeSet::new();
+        for at in 0..count {
+            if *self.left == 0 {
+                return 0;
+            }
+            *self.left -= 1;
+            let mut context =
+                Context { traffic: self.traffic, marks: &*self.marks, sets: &mut *self.sets };
+            let Some(Reading { branches, changes }) = rules.read(&mut context, name, at) else {
+                continue;
+            };
+            for (own, verdict) in branches {
+                let Some(all) = into.and(&own) else { continue };
+                let has_passed = all.is_late && all.ways & !self.passes_established == 0;
+                if !has_passed && !gone.contains(&own.what) {
+                    for act in self.acts(&verdict, &changes, &all) {
+                        self.note(act, (name, at));
+                    }
+                    self.learn(&changes, &all);
+                }
+                // The ways of which it takes all packets.
+                let whole = if own.is_all() { all.ways } else { 0 };
+                match verdict {
+                    Verdict::Next => {}
+                    Verdict::Jump(target) if depth > 0 => {
+                        let returned = self.chain(&target, depth - 1, &all);
+                        into.ways &= !(whole & !returned);
+                    }
+                    Verdict::Goto(target) if depth > 0 => {
+                        back |= self.chain(&target, depth - 1, &all) & whole;
+                        into.ways &= !whole;
+                    }
+                    Verdict::Jump(_) | Verdict::Goto(_) => {}
+                    Verdict::Return => {
+                        back |= whole;
+                        into.ways &= !whole;
+                        gone.insert(own.what);
+                    }
+                    Verdict::Accept => {
+                        if !all.is_partial && own.takes(super::selection::ESTABLISHED) {
+                            self.passes_established |= all.ways;
+                        } else {
+                            gone.insert(own.what);
+                        }
+                        into.ways &= !whole;
+                    }
+                    Verdict::Drop | Verdict::Reject | Verdict::Queue => into.ways &= !whole,
+                }
+                if into.ways == 0 {
+                    return back;
+                }
+            }
+        }
+        back | into.ways
+    }
+
+    fn note(&mut self, (act, what): (Act, Vec<String>), (name, at): (&str, usize)) {
+        if KNOWN.iter().any(|known| name.starts_with(known)) {
+            return;
+        }
+        let base = self.base;
+        let (label, chain) = (base.label(&base.name), base.shown(name));
+        let new = || Partial {
+            act,
+            base: label.clone(),
+            chain: chain.clone(),
+            rule: self.rules.shown(name, at),
+            what: what.join(" "),
+            more: 0,
+            is_early: base.place.is_early(),
+        };
+        let key = (act, label.clone(), chain.clone());
+        match self.found.get_mut(&key) {
+            Some(known) => known.more += 1,
+            None => _ = self.found.insert(key, new()),
+        }
+    }
+
+    /// Remembers marks for the rules that follow.
+    fn learn(&mut self, changes: &[Change], taken: &Selection) {
+        for change in changes {
+            if let Change::Mark { marked: Marked { mark, what }, of_connection } = change {
+                let what = [taken.what.clone(), what.clone()].concat();
+                self.marks.add(Marked { mark: *mark, what }, *of_connection);
+            }
+        }
+    }
+
+    /// What a rule does with these packets that no trial shows, with what it takes.
+    fn acts(
+        &self,
+        verdict: &Verdict,
+        changes: &[Change],
+        taken: &Selection,
+    ) -> Vec<(Act, Vec<String>)> {
+        let Place { hook, .. } = self.base.place;
+        let is_of_pods = self.traffic.tunnel.is_none();
+        let mut what = taken.what.clone();
+        let mut acts = Vec::new();
+        for change in changes {
+            match change {
+                Change::Destination if hook == PREROUTING && is_of_pods => {
+                    acts.push((Act::Redirects(taken.port), what.clone()));
+                }
+                Change::Ttl(ttl) if *ttl <= self.hops_ahead(taken.ways) => {
+                    acts.push((Act::Shortens(*ttl), what.clone()));
+                }
+                _ => {}
+            }
+        }
+        let is_ordinary = taken.is_limited || taken.is_above && taken.is_of_beginnings();
+        if is_ordinary {
+            return acts;
+        }
+        if taken.is_above {
+            what.push("above a certain rate".to_owned());
+        }
+        let of_verdict = match verdict {
+            Verdict::Drop => Some(Act::Drops),
+            Verdict::Reject => Some(Act::Rejects),
+            Verdict::Queue => Some(Act::Queues),
+            _ => None,
+        };
+        if !what.is_empty() {
+            acts.extend(of_verdict.map(|act| (act, what.clone())));
+            if hook == POSTROUTING && is_of_pods && changes.contains(&Change::Source) {
+                acts.push((Act::Translates, what.clone()));
+            }
+        }
+        for change in changes {
+            if let Change::Mark { marked, of_connection: false } = change {
+                let what = [what.clone(), marked.what.clone()].concat();
+                if !what.is_empty() && is_of_pods {
+                    acts.push((Act::Marks(marked.mark), what));
+                }
+            }
+        }
+        acts
+    }
+
+    /// So many hosts forward packets after this place; with as few hops left they do not arrive.
+    fn hops_ahead(&self, ways: u8) -> u8 {
+        let leads_out = u8::from(ways & 1 != 0);
+        match self.traffic.tunnel {
+            // This host forwards them, and out of the tunnel another does.
+            None => u8::from(self.base.place.is_early()) + leads_out,
+            // A router.
+            Some(_) => u8::from(self.traffic.is_own()),
+        }
+    }
+}
+
+impl Rules<'_> {
+    fn count(&self, chain: &str) -> usize {
+        match self {
+            Self::Nft(chains) => chains.get(chain).map_or(0, Vec::len),
+            Self::Legacy(chains) => chains.get(chain).map_or(0, Vec::len),
+        }
+    }
+
+    fn read(&self, context: &mut Context<'_>, chain: &str, at: usize) -> Option<Reading> {
+        match self {
+            Self::Nft(chains) => reader::read(context, chains.get(chain)?.get(at)?),
+            Self::Legacy(chains) => {
+                let line = chains.get(chain)?.get(at)?;
+                lines::read(context, line, |name| chains.contains_key(name))
+            }
+        }
+    }
+
+    /// Which rule it is.
+    fn shown(&self, chain: &str, at: usize) -> String {
+        match self {
+            Self::Nft(chains) => {
+                let rule = chains.get(chain).and_then(|rules| rules.get(at));
+                let handle = rule.and_then(|rule| {
+                    crate::netlink::attributes::find(&rule.attributes, 3)?.first_chunk().copied()
+                });
+                format!("with handle {}", handle.map_or(0, u64::from_be_bytes))
+            }
+            Self::Legacy(chains) => {
+                let line = chains.get(chain).and_then(|rules| rules.get(at));
+                format!("`{}`", line.map_or("", String::as_str))
+            }
+        }
+    }
+}
