@@ -5,6 +5,7 @@
 //! step is bounded.
 
 mod explain;
+mod ports;
 
 use std::{
     collections::BTreeMap,
@@ -15,7 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use self::explain::Explained;
+use self::{explain::Explained, ports::Ports};
 use super::{
     Agent,
     tap::{Asker, Tap},
@@ -69,6 +70,8 @@ pub struct Answers {
     silent: usize,
     /// As sentences with what helps.
     pub problems: Vec<String>,
+    /// What may drop some packets of single pods, the same.
+    pub warnings: Vec<String>,
 }
 
 pub struct Asking {
@@ -121,6 +124,7 @@ struct PodAsker<F> {
     asker: Option<(u32, Asker)>,
     due: Instant,
     explained: Explained,
+    ports: Ports,
     told: Answers,
 }
 
@@ -136,6 +140,7 @@ impl<F: Fn(Answers)> PodAsker<F> {
             asker: None,
             due: Instant::now(),
             explained: Explained::default(),
+            ports: Ports::default(),
             told: Answers::default(),
         }
     }
@@ -147,6 +152,9 @@ impl<F: Fn(Answers)> PodAsker<F> {
                 if let Some(roster) = self.roster.clone() {
                     if let Err(error) = self.ask(&roster) {
                         tracing::debug!(%error, "pods were not asked whether they answer");
+                    }
+                    if let Err(error) = self.ports.look(&mut self.netlink, &roster) {
+                        tracing::debug!(%error, "ports of pods were not read");
                     }
                     self.report(&roster);
                 }
@@ -285,6 +293,7 @@ impl<F: Fn(Answers)> PodAsker<F> {
             self.roll.silent().map(|(port, loss)| (port.to_owned(), loss)).collect();
         let sentences =
             self.explained.sentences(&mut self.netlink, &mut self.wiring, roster, &silent);
+        let warnings = self.ports.warnings(roster, silent.iter().map(|(port, _)| port.as_str()));
         let more = sentences.len().saturating_sub(NAMED);
         let silent = sentences.len();
         let mut problems: Vec<String> = sentences.into_iter().take(NAMED).collect();
@@ -294,7 +303,7 @@ impl<F: Fn(Answers)> PodAsker<F> {
                  likely those of the others"
             ));
         }
-        self.tell_of(Answers { answering: self.roll.answering(), silent, problems });
+        self.tell_of(Answers { answering: self.roll.answering(), silent, problems, warnings });
     }
 
     fn tell_of(&mut self, now: Answers) {
@@ -385,9 +394,10 @@ impl Agent {
     }
 
     pub(super) fn on_answers(&mut self, state: Answers) {
-        let before = &self.kernel.answers.problems;
-        let new = state.problems.iter().filter(|problem| !before.contains(problem));
-        new.for_each(|problem| tracing::warn!("{problem}"));
+        let words = |answers: &Answers| [&answers.problems[..], &answers.warnings].concat();
+        let before = words(&self.kernel.answers);
+        let new = words(&state).into_iter().filter(|words| !before.contains(words));
+        new.for_each(|words| tracing::warn!("{words}"));
         self.kernel.answers = state;
     }
 }
@@ -399,7 +409,7 @@ mod tests {
     #[test]
     fn silent_pods_make_the_check_fail_and_answering_ones_do_not_make_it_pass() {
         let status = |state| CheckStatus { state, detail: "packets pass".to_owned() };
-        let answers = |answering, silent| Answers { answering, silent, problems: Vec::new() };
+        let answers = |answering, silent| Answers { answering, silent, ..Answers::default() };
         for state in [CheckState::Ok, CheckState::Failing, CheckState::Skipped] {
             assert_eq!(answers(0, 0).added_to(&status(state)), status(state));
             assert_eq!(answers(2, 0).added_to(&status(state)).state, state);

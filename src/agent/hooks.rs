@@ -1,6 +1,8 @@
 //! What hangs on an interface and may drop packets there: queueing disciplines, filters, eBPF programs.
 //!
-//! Read only where packets are known to be lost at that interface. Reading explains, and decides nothing.
+//! Read where packets are known to be lost at that interface: reading explains then, and decides nothing. The
+//! ports of pods are read in any case, for no trial takes the way through the port of a pod; what is found
+//! there is a warning.
 
 use std::{error::Error, io};
 
@@ -9,7 +11,7 @@ use ipnet::IpNet;
 
 use crate::{
     dataplane::kernel::{Closing, FirewallTable},
-    netlink::{Netlink, link::Link},
+    netlink::{Netlink, link::Link, tc::Qdisc},
 };
 
 /// Which packets.
@@ -23,6 +25,11 @@ pub enum Side {
 
 /// Queueing disciplines that every host has, and the two that are only places for filters.
 const HARMLESS: [&str; 7] = ["noqueue", "fq_codel", "pfifo_fast", "mq", "fq", "clsact", "ingress"];
+/// Those that filters hang on, and count what these drop.
+const OF_FILTERS: [&str; 2] = ["clsact", "ingress"];
+/// What the CNI plugin `bandwidth` makes the first one of a pod's port, and the number it gives to it.
+const SHAPERS: [&str; 2] = ["tbf", "htb"];
+const SHAPERS_HANDLE: u16 = 1;
 /// Filters and programs that are named at once.
 const NAMED: usize = 3;
 const EINVAL: i32 = 22;
@@ -98,6 +105,47 @@ fn qdiscs(netlink: &mut Netlink, link: &Link) -> Option<String> {
          del dev {name} root",
         suspect.kind
     ))
+}
+
+/// What another program has hung on the port of a pod that may drop some of the pod's packets, with what
+/// removes it. What the CNI plugin `bandwidth` makes is none of it.
+pub fn of_pod(netlink: &mut Netlink, link: &Link, qdiscs: &[Qdisc]) -> Vec<String> {
+    let name = &link.name;
+    let is_shaped = qdiscs.iter().any(is_of_plugin);
+    let is_foreign = |qdisc: &&Qdisc| !is_shaped && !HARMLESS.contains(&qdisc.kind.as_str());
+    let mut foreign: Vec<&Qdisc> = qdiscs.iter().filter(is_foreign).collect();
+    foreign.sort_by_key(|qdisc| !qdisc.is_root);
+    let mut found: Vec<String> = Vec::new();
+    found.extend(foreign.first().map(|qdisc| {
+        format!(
+            "the queueing discipline {} of {name} may drop or delay what is sent to the pod (tc -s qdisc \
+             show dev {name}); if that is not on purpose: tc qdisc del dev {name} root",
+            qdisc.kind
+        )
+    }));
+    let Some(place) = qdiscs.iter().find(|qdisc| OF_FILTERS.contains(&qdisc.kind.as_str())) else {
+        return found;
+    };
+    for side in [Side::Ingress, Side::Egress] {
+        let is_egress = side == Side::Egress;
+        let filters = netlink.filters(link.index, is_egress).unwrap_or_default();
+        let is_dropping = place.drops > 0
+            || netlink.has_dropping_filter(link.index, is_egress).unwrap_or_default();
+        if filters.is_empty() || !is_dropping {
+            continue;
+        }
+        let filters: Vec<String> = filters.into_iter().take(NAMED).collect();
+        let (side, filters) = (side.name(), filters.join(", "));
+        found.push(format!(
+            "filters on the {side} of {name} ({filters}) drop some of the pod's packets (tc -s filter show \
+             dev {name} {side}); if that is not on purpose: tc filter del dev {name} {side}"
+        ));
+    }
+    found
+}
+
+fn is_of_plugin(qdisc: &Qdisc) -> bool {
+    qdisc.is_root && qdisc.handle == SHAPERS_HANDLE && SHAPERS.contains(&qdisc.kind.as_str())
 }
 
 /// The sentence for where [`at`] has found nothing, though packets are lost there.

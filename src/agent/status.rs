@@ -170,8 +170,11 @@ impl Agent {
 
     /// What may hurt some packets, or keeps this node from knowing, as sentences with what helps.
     fn warnings(&self) -> Vec<String> {
-        let known = self.kernel.forwarding.warnings.iter().chain(&self.pods.guests);
-        known.cloned().chain(self.path_warnings()).map(|warning| visible(&warning)).collect()
+        let kernel = &self.kernel;
+        let known = kernel.forwarding.warnings.iter().chain(&kernel.answers.warnings);
+        let known = known.chain(&self.pods.guests);
+        let known = known.cloned().chain(self.path_warnings());
+        known.map(|warning| visible(&warning)).collect()
     }
 
     /// Strangers that flood the gossip port, as a sentence.

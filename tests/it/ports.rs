@@ -10,16 +10,21 @@ use crate::{
     causes::{pair, wait_for_path, wait_for_words},
     cni::{Runtime, address, namespaces},
     common::{
-        Cluster, PATIENCE, client, eventually, has_problem, isolated, program, run, skipped,
-        status_where, token_of, tool, wait_until,
+        Cluster, PATIENCE, client, eventually, has_problem, has_warning, isolated, program, run,
+        skipped, status_where, token_of, tool, wait_until,
     },
 };
 
-/// A filter that drops all packets, and needs no compiler: it returns 2 (`TC_ACT_SHOT`).
-fn dropping(host: &Host) -> String {
-    let path = host.dir.join("drop.bpf");
-    fs::write(&path, "1,6 0 0 2,").expect("written");
+/// A filter that needs no compiler. It returns 2 (`TC_ACT_SHOT`) to drop a packet, and 0 to let it pass.
+fn filter(host: &Host, bytecode: &str) -> String {
+    let path = host.dir.join("filter.bpf");
+    fs::write(&path, bytecode).expect("written");
     format!("protocol all bpf direct-action bytecode-file {}", path.display())
+}
+
+/// A filter that drops packets with more than so many bytes.
+pub fn longer_than(host: &Host, bytes: u32) -> String {
+    filter(host, &format!("4,128 0 0 0,37 0 1 {bytes},6 0 0 2,6 0 0 0,"))
 }
 
 /// What a port is set to, what `ip -d link show` says of it then, and what it says of a right one. The first
@@ -138,7 +143,7 @@ fn what_drops_a_pods_packets_at_its_interface_is_named_until_it_is_gone() {
         let (_spaces, pods) = with_pods(&mut cluster, &["a", "b"])?;
         let (port, ip) = &pods[1];
         wait_for_answers(&mut cluster, "2 pods answer when asked");
-        let drop = dropping(&cluster.hosts[0]);
+        let drop = filter(&cluster.hosts[0], "1,6 0 0 2,");
         let pod = format!("pod b eth0 ({ip}, {port}) does not answer ARP: ");
         let question = format!("the question does not leave this host by {port}: ");
         let answer = format!("its answer comes in by {port}, and this host drops it: ");
@@ -215,6 +220,81 @@ fn what_drops_a_pods_packets_at_its_interface_is_named_until_it_is_gone() {
     });
 }
 
+/// What another program hangs on a pod's interface, what is said of it, and what removes it. The filter drops
+/// what is longer than 1000 bytes.
+const FOREIGN: [(&str, &str, &str); 4] = [
+    (
+        "tc qdisc add dev PORT root pfifo limit 1",
+        "the queueing discipline pfifo of PORT may drop",
+        "tc qdisc del dev PORT root",
+    ),
+    (
+        "tc qdisc add dev PORT root tbf rate 100kbit burst 2k latency 1ms",
+        "the queueing discipline tbf of PORT may drop",
+        "tc qdisc del dev PORT root",
+    ),
+    (
+        "tc qdisc add dev PORT clsact && tc filter add dev PORT ingress LONGER",
+        "filters on the ingress of PORT (bpf) drop some of the pod's packets",
+        "tc filter del dev PORT ingress",
+    ),
+    (
+        "tc qdisc add dev PORT clsact && tc filter add dev PORT egress LONGER",
+        "filters on the egress of PORT (bpf) drop some of the pod's packets",
+        "tc filter del dev PORT egress",
+    ),
+];
+
+/// As the CNI plugin `bandwidth` makes them, old and new, and a filter that drops nothing.
+const HARMLESS: [&str; 3] = [
+    "tc qdisc add dev PORT root handle 1: tbf rate 8mbit burst 64k latency 25ms && \
+     ip link add bwp0 type ifb && ip link set bwp0 up && \
+     tc qdisc add dev bwp0 root handle 1: tbf rate 8mbit burst 64k latency 25ms && \
+     tc qdisc add dev PORT ingress && tc filter add dev PORT ingress protocol all u32 match u32 0 0 \
+     action mirred egress redirect dev bwp0",
+    "tc qdisc add dev PORT root handle 1: htb default 30",
+    "tc qdisc add dev PORT clsact && tc filter add dev PORT ingress LONGER",
+];
+
+#[test]
+fn what_another_program_hangs_on_a_pods_interface_is_warned_of_and_a_bandwidth_plugins_is_not() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        let names = ["a", "b", "c", "d"];
+        let (spaces, pods) = with_pods(&mut cluster, &names)?;
+        wait_for_answers(&mut cluster, "4 pods answer when asked");
+        let host = &cluster.hosts[0].netns;
+        let (port, ip) = &pods[0];
+        let in_place = |commands: &str, port: &str, bytes: u32| {
+            let longer = longer_than(&cluster.hosts[0], bytes);
+            crate::common::sh(host, &commands.replace("PORT", port).replace("LONGER", &longer));
+        };
+        for ((port, _), harmless) in pods[1..].iter().zip(HARMLESS) {
+            in_place(harmless, port, 60_000);
+        }
+        for (begin, words, end) in FOREIGN {
+            in_place(begin, port, 1_000);
+            // What the filters drop.
+            run(&spaces[0], &format!("ping -c 1 -W 1 -s 1200 {}", pods[3].1));
+            let words = words.replace("PORT", port);
+            let agent = &mut cluster.agents[0];
+            wait_until(&words, PATIENCE, || has_warning(agent, &words));
+            let status = agent.ask("/v1/status", PATIENCE)?;
+            let said = status["warnings"].to_string();
+            assert!(said.contains(&format!("pod a eth0 ({ip}): ")), "{said}");
+            assert!(!["b", "c", "d"].iter().any(|name| said.contains(&format!("pod {name}"))));
+            assert!(!status["problems"].to_string().contains(port.as_str()), "{status:#}");
+            assert!(said.contains(&end.replace("PORT", port)), "{said}");
+            in_place(end, port, 0);
+            wait_until("still told", PATIENCE, || !has_warning(agent, port));
+            if begin.contains("clsact") {
+                in_place("tc qdisc del dev PORT clsact", port, 0);
+            }
+        }
+        Ok(())
+    });
+}
+
 /// Its own administrator may do that.
 #[test]
 fn pod_whose_own_end_is_down_or_has_another_address_or_mac_is_no_problem() {
@@ -259,7 +339,7 @@ fn pod_whose_own_end_is_down_or_has_another_address_or_mac_is_no_problem() {
 fn what_drops_packets_at_the_overlay_device_or_the_underlay_is_named() {
     isolated(|lab| {
         let mut cluster = pair(lab)?;
-        let drop = dropping(&cluster.hosts[1]);
+        let drop = filter(&cluster.hosts[1], "1,6 0 0 2,");
         let not_carried =
             "packets to n1 (10.99.0.10) are lost on this host: they are handed to gossamer.1";
         let swallowed = "may be dropped by what hangs on gossamer.1";
