@@ -22,7 +22,7 @@ use crate::{
     core::{Peer, ReplyId},
     dataplane::{
         desired::Way as Path,
-        forwarding::{FarOutput, FarPods, FarWay, Subject, Way, Witness},
+        forwarding::{FarLoss, FarOutput, FarPods, FarWay, Subject, Way, Witness},
     },
     model::{NodeId, PathState, Subnets},
     pods::{gateway, last_address, last_addresses, standin::Room},
@@ -50,6 +50,8 @@ pub struct FarState {
     pub answering: BTreeSet<NodeId>,
     /// Peers to which more came than they answer, so that nothing is known of them.
     pub overrun: Vec<NodeId>,
+    /// What is lost by chance.
+    pub losses: Vec<FarLoss>,
     /// Something was lost when it was last tried.
     pub is_in_doubt: bool,
 }
@@ -244,7 +246,13 @@ impl<F: Fn(Told)> Runner<F> {
                         tracing::debug!(%error, "no fresh port");
                     }
                 }
-                FarOutput::Send { to, kind, number, size } => sockets.send(to, kind, number, size),
+                FarOutput::Send { to, kind, number, size } => {
+                    let sent = sockets.send(to, kind, number, size);
+                    // The kernel may be too old, or the offload it needs be off.
+                    if sent.is_err() && kind.segments() > 1 {
+                        self.far.on_unsent(to, kind, number);
+                    }
+                }
                 FarOutput::Ask(round, nodes) => (self.tell)(Told::Ask(round, nodes)),
             }
         }
@@ -255,6 +263,7 @@ impl<F: Fn(Told)> Runner<F> {
             closed: self.far.closed(),
             answering: self.far.answering(),
             overrun: self.far.overrun(),
+            losses: self.far.losses(),
             is_in_doubt: self.far.is_in_doubt(),
         };
         if now != self.told {
@@ -281,9 +290,10 @@ impl Agent {
     pub(super) fn on_far(&mut self, told: Told) {
         match told {
             Told::State(state) => {
-                let before = self.far_problems();
+                let words = |agent: &Self| [agent.far_problems(), agent.far_warnings()].concat();
+                let before = words(self);
                 self.kernel.far = state;
-                let now = self.far_problems();
+                let now = words(self);
                 let new = now.iter().filter(|problem| !before.contains(problem));
                 new.for_each(|problem| tracing::warn!("{problem}"));
                 self.update_forwarder();

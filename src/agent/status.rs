@@ -173,7 +173,7 @@ impl Agent {
         let kernel = &self.kernel;
         let known = kernel.forwarding.warnings.iter().chain(&kernel.answers.warnings);
         let known = known.chain(&self.pods.guests);
-        let known = known.cloned().chain(self.path_warnings());
+        let known = known.cloned().chain(self.path_warnings()).chain(self.far_warnings());
         known.map(|warning| visible(&warning)).collect()
     }
 

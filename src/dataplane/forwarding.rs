@@ -31,11 +31,13 @@
 use std::{collections::BTreeMap, time::Duration};
 
 mod far;
+mod loss;
 mod message;
 mod packet;
 mod witness;
 
-pub use far::{FarOutput, FarPods, FarWay, Half, Subject};
+pub use far::{FarLoss, FarOutput, FarPods, FarWay, Half, Subject};
+use loss::Losses;
 pub use message::{
     FAR_PORT, IS_SAID, Kind, Said, Segment, Sort, answer, answers_segment, is_of_round, question,
     read, segment as far_segment,

@@ -60,7 +60,9 @@ pub struct Arrivals {
     /// For how long that pod has been there, in milliseconds.
     pub there_for_ms: u32,
     /// A bit for each sort of packet that has come, and was answered.
-    pub came: u8,
+    pub came: u16,
+    /// Packets that were sent to be counted, and have come.
+    pub samples: u16,
     /// There were too many packets lately to answer all.
     pub shed: bool,
 }

@@ -20,6 +20,7 @@ use crate::{
         Cluster, PATIENCE, client, freeze, has_problem, isolated, run, sh, skipped, status_where,
         thaw, wait_until,
     },
+    ports::longer_than,
 };
 
 fn detail(status: &Value) -> &str {
@@ -57,7 +58,7 @@ struct Wall {
     open: &'static str,
 }
 
-const TUNNELLED: [Wall; 6] = [
+const TUNNELLED: [Wall; 8] = [
     // A mark of the tunnel packet is that of the packet inside.
     Wall {
         close: "nft add table ip m && \
@@ -104,6 +105,25 @@ const TUNNELLED: [Wall; 6] = [
         there: "do not arrive at pods of n2 (IPv4 large packets, fragments): ",
         open: "nft delete table ip len",
     },
+    // Connections send several segments in one packet, which is cut into them late.
+    Wall {
+        close: "nft add table ip gso && \
+                nft add chain ip gso f { type filter hook forward priority 0 ; } && \
+                nft add rule ip gso f iifname gossamer.1 ip length > 1500 drop",
+        here: &[
+            "do not come back (IPv4 packets of several segments): chain ip gso f (hook forward)",
+        ],
+        there: "do not arrive at pods of n2 (IPv4 packets of several segments): ",
+        open: "nft delete table ip gso",
+    },
+    // The same by a program: if the length is more than 1514, drop.
+    Wall {
+        close: "tc qdisc add dev gossamer.1 clsact && \
+                tc filter add dev gossamer.1 ingress LONGER",
+        here: &["(IPv4 packets of several segments): gossamer.1 has filters on its ingress (bpf)"],
+        there: "do not arrive at pods of n2 (IPv4 packets of several segments): ",
+        open: "tc qdisc del dev gossamer.1 clsact",
+    },
     // This host drops large packets that leave, too: that is told once, by its own trial.
     Wall {
         close: "nft add table ip len && \
@@ -141,7 +161,7 @@ const DIRECT: [Wall; 2] = [
 fn try_walls(cluster: &mut Cluster, walls: &[Wall]) -> anyhow::Result<()> {
     let host = &cluster.hosts[1].netns;
     for Wall { close, here, there, open } in walls {
-        sh(host, close);
+        sh(host, &close.replace("LONGER", &longer_than(&cluster.hosts[1], 1_514)));
         wait_until(there, PATIENCE, || has_problem(&mut cluster.agents[0], there));
         for words in *here {
             wait_until(words, PATIENCE, || has_problem(&mut cluster.agents[1], words));

@@ -31,6 +31,7 @@ mod firewall;
 mod foreign_rules;
 mod forwarding;
 mod forwarding_far;
+mod forwarding_loss;
 mod guests;
 mod harm;
 mod hostile;

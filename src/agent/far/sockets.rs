@@ -1,13 +1,20 @@
 //! Sockets inside the agent's own pod: for questions of others, and for our own.
 
 use std::{
-    io::{self, IoSliceMut},
+    io::{self, IoSlice, IoSliceMut},
     net::{IpAddr, SocketAddr, UdpSocket},
     os::fd::{AsFd, AsRawFd, BorrowedFd},
     time::Duration,
 };
 
-use nix::sys::socket::{MsgFlags, SockaddrStorage, recvmsg, setsockopt, sockopt::RcvBufForce};
+use nix::{
+    cmsg_space,
+    sys::socket::{
+        ControlMessage, ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, sendmsg,
+        setsockopt,
+        sockopt::{RcvBufForce, UdpGroSegment},
+    },
+};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use crate::{
@@ -27,7 +34,7 @@ const LONGEST: usize = 1 << 16;
 /// Enough of a packet with a segment in it.
 const HEADERS: usize = 128;
 /// Packets that are taken from a socket at once, and connections.
-const AT_ONCE: usize = 64;
+const AT_ONCE: usize = 256;
 /// Bytes of packets for which a socket has room.
 const BUFFER: usize = 2 << 20;
 /// The kernel counts a packet for less than this and twice its length.
@@ -90,7 +97,7 @@ impl RoomSockets {
             Ok(FamilySockets {
                 address,
                 echoes_taken: Taken::of(&echoes)?,
-                echoes,
+                echoes: whole(echoes),
                 asking: datagrams(address, 0)?,
                 segments_taken: Taken::of(&segments)?,
                 segments,
@@ -134,19 +141,21 @@ impl RoomSockets {
     }
 
     /// What cannot be sent does not arrive, and so is seen.
-    pub fn send(&self, to: IpAddr, kind: Kind, round: u32, size: Option<usize>) {
+    pub fn send(&self, to: IpAddr, kind: Kind, round: u32, size: Option<usize>) -> io::Result<()> {
         let of_family = |sockets: &&FamilySockets| sockets.address.is_ipv4() == to.is_ipv4();
-        let Some(sockets) = self.families.iter().find(of_family) else { return };
+        let Some(sockets) = self.families.iter().find(of_family) else { return Ok(()) };
         let sent = match size {
-            Some(size) => sockets.asking.send_to(&question(kind, round, size), (to, FAR_PORT)),
+            Some(size) => {
+                let payload = question(kind, round, size * kind.segments());
+                send_in(&sockets.asking, &payload, SocketAddr::new(to, FAR_PORT), size)
+            }
             None => {
                 let to = SocketAddr::new(to, 0);
-                sockets.segments.send_to(&sockets.first_segment(to.ip(), round), &to.into())
+                let segment = sockets.first_segment(to.ip(), round);
+                sockets.segments.send_to(&segment, &to.into()).map(drop)
             }
         };
-        if let Err(error) = sent {
-            tracing::trace!(%error, %to, ?kind, "not sent");
-        }
+        sent.inspect_err(|error| tracing::trace!(%error, %to, ?kind, "not sent"))
     }
 
     /// Gives all that has come, and answers a question if the answer is yes.
@@ -161,15 +170,25 @@ impl RoomSockets {
                 if echoes_taken.note(&received) {
                     give(Heard::Overflow);
                 }
-                let Ok(Received { length, from }) = received else { break };
+                let Ok(Received { length, from, segment }) = received else { break };
                 let Some(from) = from else { continue };
-                let Some(payload) = self.buffer.get_mut(..length) else { continue };
-                let Some((Said::Question, kind, round)) = read(payload) else { continue };
-                let sort = Sort { ipv4, kind };
-                if give(Heard::Question { from: from.ip(), round, sort }) {
-                    answer(payload);
-                    if let Err(error) = echoes.send_to(payload, from) {
-                        tracing::trace!(%error, %from, "not answered");
+                let Some(mut rest) = self.buffer.get_mut(..length) else { continue };
+                loop {
+                    let datagram = rest.len().min(segment.unwrap_or(length));
+                    let Some((Said::Question, kind, round)) = read(&rest[..datagram]) else {
+                        break;
+                    };
+                    let size = if kind.segments() > 1 { rest.len() } else { datagram };
+                    let (payload, others) = std::mem::take(&mut rest).split_at_mut(size);
+                    rest = others;
+                    let sort = Sort { ipv4, kind };
+                    if give(Heard::Question { from: from.ip(), round, sort }) {
+                        answer(payload);
+                        let sent = send_in(echoes, payload, from, datagram)
+                            .or_else(|_| send_in(echoes, &payload[..datagram], from, datagram));
+                        if let Err(error) = sent {
+                            tracing::trace!(%error, %from, "not answered");
+                        }
                     }
                 }
             }
@@ -192,7 +211,7 @@ impl RoomSockets {
                 if segments_taken.note(&received) {
                     give(Heard::Overflow);
                 }
-                let Ok(Received { length, from }) = received else { break };
+                let Ok(Received { length, from, .. }) = received else { break };
                 let Some(from) = from.map(|from| from.ip()) else { continue };
                 let packet = &packet[..length.min(HEADERS)];
                 let kind = Kind::Segment;
@@ -262,6 +281,29 @@ struct Received {
     /// Of the packet, also where it is longer than what it was read into.
     length: usize,
     from: Option<SocketAddr>,
+    /// Bytes of each of several datagrams that came in one packet.
+    segment: Option<usize>,
+}
+
+/// Has the kernel give several datagrams that came in one packet at once, where it can.
+fn whole(socket: UdpSocket) -> UdpSocket {
+    if let Err(error) = setsockopt(&socket, UdpGroSegment, &true) {
+        tracing::debug!(%error, "packets of several datagrams come in parts");
+    }
+    socket
+}
+
+/// Sends datagrams of this size in one packet. The last one may be smaller.
+fn send_in(socket: &UdpSocket, payload: &[u8], to: SocketAddr, size: usize) -> io::Result<()> {
+    if payload.len() <= size {
+        return socket.send_to(payload, to).map(drop);
+    }
+    let size = u16::try_from(size).map_err(io::Error::other)?;
+    let parts = [IoSlice::new(payload)];
+    let control = [ControlMessage::UdpGsoSegments(&size)];
+    let to = SockaddrStorage::from(to);
+    sendmsg(socket.as_raw_fd(), &parts, &control, MsgFlags::empty(), Some(&to))?;
+    Ok(())
 }
 
 impl Taken {
@@ -285,14 +327,23 @@ impl Taken {
 }
 
 fn receive(socket: &impl AsRawFd, buffer: &mut [u8]) -> io::Result<Received> {
+    let mut control = cmsg_space!(i32);
     let mut parts = [IoSliceMut::new(buffer)];
     let flags = MsgFlags::MSG_TRUNC;
-    let message = recvmsg::<SockaddrStorage>(socket.as_raw_fd(), &mut parts, None, flags)?;
+    let message =
+        recvmsg::<SockaddrStorage>(socket.as_raw_fd(), &mut parts, Some(&mut control), flags)?;
     let from = message.address.as_ref().and_then(|address| {
         let ipv4 = address.as_sockaddr_in().map(|ip| SocketAddr::V4((*ip).into()));
         ipv4.or_else(|| address.as_sockaddr_in6().map(|ip| SocketAddr::V6((*ip).into())))
     });
-    Ok(Received { length: message.bytes, from })
+    let mut segment = None;
+    for told in message.cmsgs()? {
+        if let ControlMessageOwned::UdpGroSegments(size) = told {
+            segment = usize::try_from(size).ok();
+        }
+    }
+    let segment = segment.filter(|size| *size > 0);
+    Ok(Received { length: message.bytes, from, segment })
 }
 
 #[cfg(test)]

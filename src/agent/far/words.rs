@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::{
     agent::Agent,
     api::{CheckState, CheckStatus},
-    dataplane::forwarding::{FAR_PORT, FarWay, Half, Kind, Sort},
+    dataplane::forwarding::{FAR_PORT, FarLoss, FarWay, Half, Kind, Sort},
     model::{NodeId, PathState},
 };
 
@@ -54,6 +54,25 @@ impl Agent {
             sentence(&self.names(&nodes), &of(Half::There), &of(Half::Back), &suspects)
         };
         alike.into_iter().map(sentence).collect()
+    }
+
+    /// Sentences about packets of which a part is lost by chance, with the share and the direction.
+    pub(in crate::agent) fn far_warnings(&self) -> Vec<String> {
+        let tried = self.kernel.far.answering.len();
+        let of = |half: Half| {
+            let losses = self.kernel.far.losses.iter().filter(|loss| loss.half == half);
+            let losses: Vec<FarLoss> = losses.copied().collect();
+            let (least, most) = losses.iter().fold((u32::MAX, 0), |(least, most), loss| {
+                (least.min(loss.percent), most.max(loss.percent))
+            });
+            let nodes: Vec<NodeId> = losses.iter().map(|loss| loss.node).collect();
+            let is_all = nodes.len() > 1 && nodes.len() >= tried;
+            let share = if least == most { most.to_string() } else { format!("{least} to {most}") };
+            let link = &self.underlay.name;
+            (!nodes.is_empty())
+                .then(|| loss_sentence(half, &self.names(&nodes), &share, link, is_all))
+        };
+        [Half::There, Half::Back].into_iter().filter_map(of).collect()
     }
 
     /// What is lost to or from pods of each peer. Where nothing gets through, the path as a whole is bad:
@@ -120,17 +139,47 @@ fn sentence(names: &str, there: &[Sort], back: &[Sort], suspects: &str) -> Strin
     }
 }
 
+fn loss_sentence(half: Half, names: &str, share: &str, link: &str, is_all: bool) -> String {
+    let seen = match half {
+        Half::There => {
+            format!(
+                "about {share} % of the packets of pods here to pods of {names} are lost on their way there"
+            )
+        }
+        Half::Back => {
+            format!(
+                "about {share} % of the packets of pods of {names} to pods here are lost on their way here"
+            )
+        }
+    };
+    let place = if is_all {
+        "it is so with all hosts that were tried, so look at this host first".to_owned()
+    } else {
+        format!("the loss is on this host, on {names} or on the network between")
+    };
+    format!(
+        "{seen}, so their connections are slow (small packets were counted): {place}: errors and drops of \
+         interfaces (ip -s -s link show dev {link}; ethtool -S {link}), cables, radio links and switches, \
+         queues that are full (tc -s qdisc show dev {link}), and rules that drop by chance or by rate (nft \
+         list ruleset)"
+    )
+}
+
 /// Sorts of packets, by family; all of a family as the family alone.
 fn list(sorts: &[Sort]) -> String {
     let of_family = |ipv4: bool| {
         let kinds: Vec<Kind> =
             sorts.iter().filter(|sort| sort.ipv4 == ipv4).map(|sort| sort.kind).collect();
         let family = if ipv4 { "IPv4" } else { "IPv6" };
-        let named = kinds.iter().map(|kind| match kind {
-            Kind::Segment => "TCP",
-            Kind::Small => "UDP",
-            Kind::Large => "large packets",
-            Kind::Fragmented => "fragments",
+        // Where single large packets do not pass, several in one do not either.
+        let has_large = kinds.contains(&Kind::Large);
+        let named = kinds.iter().filter_map(|kind| match kind {
+            Kind::Segment => Some("TCP"),
+            Kind::Small => Some("UDP"),
+            Kind::Large => Some("large packets"),
+            Kind::Fragmented => Some("fragments"),
+            Kind::Aggregate => (!has_large).then_some("packets of several segments"),
+            Kind::Sample => None,
         });
         match kinds.len() {
             0 => None,
@@ -155,6 +204,24 @@ mod tests {
         assert_eq!(list(&all), "IPv4");
         let both = [all, sorts(false, &[Kind::Large, Kind::Fragmented])].concat();
         assert_eq!(list(&both), "IPv4; IPv6 large packets, fragments");
+        let in_one = sorts(true, &[Kind::Aggregate]);
+        assert_eq!(list(&in_one), "IPv4 packets of several segments");
+        let with_large = sorts(true, &[Kind::Large, Kind::Aggregate]);
+        assert_eq!(list(&with_large), "IPv4 large packets");
+    }
+
+    #[test]
+    fn a_loss_by_chance_is_told_with_share_direction_and_peers() {
+        let there = loss_sentence(Half::There, "n2", "20", "eth0", false);
+        assert!(there.starts_with(
+            "about 20 % of the packets of pods here to pods of n2 are lost on their way there"
+        ));
+        assert!(there.contains("on this host, on n2 or on the network between"), "{there}");
+        let back = loss_sentence(Half::Back, "n2 and n3", "20 to 35", "eth0", true);
+        assert!(
+            back.starts_with("about 20 to 35 % of the packets of pods of n2 and n3 to pods here")
+        );
+        assert!(back.contains("look at this host first"), "{back}");
     }
 
     #[test]

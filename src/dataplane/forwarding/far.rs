@@ -4,8 +4,11 @@
 //! A few peers are tried in one round, each with several sorts of packets, and what is not answered is sent
 //! again. Silence alone proves nothing, for the peer may be slow, or have no such pod. Its agent is therefore
 //! asked over the underlay what has come. Only a packet that has not come there, though the pod was there all
-//! the time, is lost on its way, and only one that has come and was answered is lost on its way back. A
-//! state machine without a clock or a socket.
+//! the time, is lost on its way, and only one that has come and was answered is lost on its way back. Some
+//! small packets are sent once, and counted: what is lost by chance. A state machine without a clock or a
+//! socket.
+
+mod target;
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -13,7 +16,8 @@ use std::{
     time::Duration,
 };
 
-use super::{ANXIOUS, CALM, Direction, Kind, Seen, Sort, Transport, Trials, Way};
+use self::target::{Target, sorts};
+use super::{ANXIOUS, CALM, Kind, Losses, Sort, Trials, Way};
 use crate::{
     model::{Addresses, NodeId, Time},
     wire::Arrivals,
@@ -74,13 +78,22 @@ pub struct FarWay {
     pub sort: Sort,
 }
 
+/// What is lost by chance of the packets to a peer's pod, or of the answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FarLoss {
+    pub node: NodeId,
+    pub half: Half,
+    pub percent: u32,
+}
+
 /// What is to be done now.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FarOutput {
     /// The round with this number begins: what follows is sent from other ports than before, as new
     /// connections are.
     Begin(u32),
-    /// A datagram of this size, or without one the first segment of a connection.
+    /// Datagrams of this size, as many as its kind has in one packet, or without one the first segment of a
+    /// connection.
     Send { to: IpAddr, kind: Kind, number: u32, size: Option<usize> },
     /// These peers are to be asked what has come of a round.
     Ask(u32, Vec<NodeId>),
@@ -111,6 +124,7 @@ struct Peer {
     /// Rounds in a row in which there was no pod, and until when it is left alone for that.
     absent: u32,
     rests_until: Time,
+    losses: Losses,
 }
 
 #[derive(Debug)]
@@ -122,14 +136,6 @@ struct Round {
     asked: Option<Time>,
     judged_at: Option<Time>,
     targets: BTreeMap<NodeId, Target>,
-}
-
-#[derive(Debug, Default)]
-struct Target {
-    open: BTreeSet<Sort>,
-    answered: BTreeSet<Sort>,
-    /// What its agent has told; none if it says that there is no pod, or nothing.
-    arrivals: Option<Arrivals>,
 }
 
 impl FarPods {
@@ -156,6 +162,7 @@ impl FarPods {
                 is_overrun: false,
                 absent: 0,
                 rests_until: Time::ZERO,
+                losses: Losses::default(),
             };
             let peer = Peer { subject: subject.clone(), ..known.unwrap_or(fresh) };
             self.peers.insert(subject.node, peer);
@@ -165,11 +172,21 @@ impl FarPods {
             peers.get(node).is_some_and(|peer| sorts(&peer.subject, lost).any(|s| s == *sort))
         };
         self.trials.keep(|way| is_tried(&way.node, &way.sort));
+        let counted = |node: &NodeId| {
+            [true, false]
+                .iter()
+                .any(|ipv4| is_tried(node, &Sort { ipv4: *ipv4, kind: Kind::Small }))
+        };
+        let uncounted: Vec<NodeId> =
+            self.peers.keys().filter(|node| !counted(node)).copied().collect();
         if let Some(round) = &mut self.round {
             round.targets.retain(|node, target| {
                 target.open.retain(|sort| is_tried(node, sort));
                 peers.contains_key(node)
             });
+        }
+        for node in uncounted {
+            self.peers.entry(node).and_modify(|peer| peer.losses = Losses::default());
         }
     }
 
@@ -194,19 +211,30 @@ impl FarPods {
 
     /// An answer has come from a peer's pod.
     pub fn on_answer(&mut self, from: IpAddr, kind: Kind, number: u32) {
-        let Some(round) = self.round.as_mut().filter(|round| round.number == number) else {
-            return;
-        };
         let sort = Sort { ipv4: from.is_ipv4(), kind };
+        let Some(target) = self.target(from, number) else { return };
+        if kind == Kind::Sample {
+            target.samples_answered = target.samples_answered.saturating_add(1);
+        } else if target.open.remove(&sort) {
+            target.answered.insert(sort);
+        }
+    }
+
+    /// In the round with this number.
+    fn target(&mut self, address: IpAddr, number: u32) -> Option<&mut Target> {
+        let round = self.round.as_mut().filter(|round| round.number == number)?;
         let has_it = |node: &NodeId| {
             let peer = self.peers.get(node);
-            peer.is_some_and(|peer| peer.subject.addresses.iter().any(|ip| ip == from))
+            peer.is_some_and(|peer| peer.subject.addresses.iter().any(|ip| ip == address))
         };
-        let found = round.targets.iter_mut().find(|(node, _)| has_it(node));
-        if let Some((_, target)) = found
-            && target.open.remove(&sort)
-        {
-            target.answered.insert(sort);
+        round.targets.iter_mut().find(|(node, _)| has_it(node)).map(|(_, target)| target)
+    }
+
+    /// A packet could not be sent for want of something on this host, which says nothing about its way.
+    pub fn on_unsent(&mut self, to: IpAddr, kind: Kind, number: u32) {
+        let sort = Sort { ipv4: to.is_ipv4(), kind };
+        if let Some(target) = self.target(to, number) {
+            target.open.remove(&sort);
         }
     }
 
@@ -251,6 +279,18 @@ impl FarPods {
         open.iter().filter(|way| way.half == Half::Back).map(|way| way.node).collect()
     }
 
+    /// What is lost by chance.
+    pub fn losses(&self) -> Vec<FarLoss> {
+        let of_peer = |peer: &Peer| {
+            let told = |half| {
+                let percent = peer.losses.told(half)?;
+                Some(FarLoss { node: peer.subject.node, half, percent })
+            };
+            [Half::There, Half::Back].into_iter().filter_map(told).collect::<Vec<_>>()
+        };
+        self.peers.values().flat_map(of_peer).collect()
+    }
+
     /// Peers of which nothing is known, because more came to them than they answer.
     pub fn overrun(&self) -> Vec<NodeId> {
         let overrun = self.peers.values().filter(|peer| peer.is_overrun);
@@ -275,7 +315,7 @@ impl FarPods {
             self.send(&mut round);
         } else if round.asked.is_none() {
             round.asked = Some(now);
-            let silent = round.targets.iter().filter(|(_, target)| !target.open.is_empty());
+            let silent = round.targets.iter().filter(|(_, target)| !target.is_answered());
             let silent = silent.map(|(node, _)| *node).collect();
             self.outputs.push_back(FarOutput::Ask(round.number, silent));
         } else {
@@ -286,7 +326,10 @@ impl FarPods {
 
     fn begin(&mut self, now: Time, number: u32) {
         self.turn += 1;
-        let doubted: BTreeSet<NodeId> = self.trials.doubted().map(|way| way.node).collect();
+        let lossy = self.peers.values().filter(|peer| peer.losses.is_unsettled());
+        let lossy = lossy.map(|peer| peer.subject.node);
+        let doubted: BTreeSet<NodeId> =
+            self.trials.doubted().map(|way| way.node).chain(lossy).collect();
         let mut nodes: Vec<(u64, NodeId)> = self
             .peers
             .values()
@@ -303,9 +346,14 @@ impl FarPods {
             let Some(peer) = self.peers.get_mut(node) else { continue };
             peer.tried = self.turn;
             let open: BTreeSet<Sort> = sorts(&peer.subject, &self.lost_here).collect();
-            if !open.is_empty() {
-                targets.insert(*node, Target { open, ..Target::default() });
+            if open.is_empty() {
+                continue;
             }
+            let is_counted =
+                |ip: &IpAddr| open.contains(&Sort { ipv4: ip.is_ipv4(), kind: Kind::Small });
+            let sampled = peer.subject.addresses.iter().find(is_counted);
+            let samples = sampled.map_or(0, |_| peer.losses.samples());
+            targets.insert(*node, Target { open, sampled, samples, ..Target::default() });
         }
         if targets.is_empty() {
             self.next = now + CALM;
@@ -315,6 +363,12 @@ impl FarPods {
         let mut round =
             Round { number, begun: now, sent: 0, asked: None, judged_at: None, targets };
         self.send(&mut round);
+        for target in round.targets.values() {
+            let Some(to) = target.sampled else { continue };
+            let (kind, size) = (Kind::Sample, Kind::Sample.size(to, u32::MAX));
+            let sample = || FarOutput::Send { to, kind, number, size };
+            self.outputs.extend((0..target.samples).map(|_| sample()));
+        }
         self.round = Some(round);
     }
 
@@ -342,7 +396,11 @@ impl FarPods {
             }
             let Some(peer) = self.peers.get_mut(node).filter(|_| proves_loss) else { continue };
             peer.is_overrun =
-                !target.open.is_empty() && target.arrivals.is_some_and(|arrivals| arrivals.shed);
+                !target.is_answered() && target.arrivals.is_some_and(|arrivals| arrivals.shed);
+            match target.samples_came() {
+                Some(came) => peer.losses.note(target.samples, came, target.samples_answered),
+                None => peer.losses.note_unclear(),
+            }
             if target.answered.is_empty() && target.arrivals.is_none() {
                 let doubled = 1 << peer.absent.min(MAX_DOUBLED);
                 peer.rests_until = now + CALM * doubled;
@@ -360,10 +418,12 @@ impl FarPods {
         };
         let is_anxious =
             self.trials.doubted().any(|way| !is_known(&way)) || self.peers.values().any(is_urgent);
+        let is_anxious = is_anxious || self.peers.values().any(|peer| peer.losses.is_in_doubt());
+        let is_well = closed.is_empty() && !self.peers.values().any(|peer| peer.losses.is_told());
         self.next = now
             + if is_anxious {
                 ANXIOUS
-            } else if closed.is_empty() {
+            } else if is_well {
                 CALM
             } else {
                 WATCH + WATCH_PER_PEER * self.peers.len() as u32
@@ -373,7 +433,7 @@ impl FarPods {
 
 impl Round {
     fn is_answered(&self) -> bool {
-        self.targets.values().all(|target| target.open.is_empty())
+        self.targets.values().all(Target::is_answered)
     }
 
     fn next_due(&self) -> Time {
@@ -386,51 +446,6 @@ impl Round {
             (None, Some(asked)) => self.judged_at.unwrap_or(asked + PATIENCE),
         }
     }
-}
-
-impl Target {
-    /// What became of each sort on its way there, and on its way back.
-    fn verdicts(&self, proves_loss: bool) -> impl Iterator<Item = (Sort, Seen, Seen)> {
-        let arrivals = self.arrivals.filter(|arrivals| proves_loss && !arrivals.shed);
-        let answered = self.answered.iter().map(|sort| (*sort, Seen::Passed, Seen::Passed));
-        let open = self.open.iter().map(move |sort| match arrivals {
-            None => (*sort, Seen::Unclear, Seen::Unclear),
-            Some(Arrivals { came, .. }) if came & sort.bit() == 0 => {
-                (*sort, Seen::Lost, Seen::Unclear)
-            }
-            Some(_) => (*sort, Seen::Passed, Seen::Lost),
-        });
-        answered.chain(open.filter(move |_| proves_loss))
-    }
-}
-
-/// What is tried with a peer.
-fn sorts(subject: &Subject, lost_here: &[Way]) -> impl Iterator<Item = Sort> {
-    let Subject { addresses, carried, takes_large, .. } = *subject;
-    let all = addresses.iter().flat_map(move |ip| {
-        let is_sendable =
-            move |kind: &Kind| *kind == Kind::Segment || kind.size(ip, carried).is_some();
-        Kind::ALL.into_iter().filter(is_sendable).map(move |kind| Sort { ipv4: ip.is_ipv4(), kind })
-    });
-    all.filter(move |sort| {
-        let is_lost = lost_here.iter().any(|way| explains(*way, *sort));
-        !is_lost && (takes_large || !sort.kind.is_large())
-    })
-}
-
-/// Whether packets of a sort are lost where this host drops those on a way.
-fn explains(way: Way, sort: Sort) -> bool {
-    let is_of = |transport: Transport| sort.kind.transport() == transport;
-    let concerns = match way.direction {
-        Direction::Out(transport) | Direction::In(transport) => is_of(transport),
-        Direction::LargeOut => sort.kind.is_large(),
-        Direction::Carried | Direction::Gateway => true,
-        Direction::TooLarge
-        | Direction::Between(_)
-        | Direction::ToHost
-        | Direction::FromHost(_) => false,
-    };
-    concerns && way.ipv4 == sort.ipv4
 }
 
 #[cfg(test)]

@@ -1,7 +1,8 @@
 //! What the agent's own pods of two hosts say to each other: a datagram, and the same back.
 //!
 //! An answer is as large as its question, and is never answered itself, so that two pods cannot be set on
-//! each other, and no host is asked for more than it was sent.
+//! each other, and no host is asked for more than it was sent. The first of several datagrams in one packet
+//! is the question, and the others fill it up.
 
 use std::net::IpAddr;
 
@@ -19,10 +20,12 @@ const UDP_HEADER: u32 = 8;
 const NUMBER: u32 = 8;
 /// Payload of a small one.
 const SMALL: usize = 32;
+/// Segments in one packet of several.
+const SEGMENTS: usize = 2;
 /// What is sent in fragments is larger than a packet by one part in so many.
 const EXCESS: u32 = 4;
-/// Larger ones are not sent in fragments.
-const LARGEST: u32 = 60_000;
+/// Larger ones are not sent.
+const LARGEST: usize = 60_000;
 
 /// What is sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -35,6 +38,11 @@ pub enum Kind {
     Large,
     /// A datagram that has to be sent in fragments.
     Fragmented,
+    /// Several full-size datagrams in one packet, which is cut into them where it leaves the host at last
+    /// (GSO): as the kernel hands down what a connection sends in bulk.
+    Aggregate,
+    /// A small datagram of many that are counted.
+    Sample,
 }
 
 /// A kind of packet of one family.
@@ -51,30 +59,43 @@ pub enum Said {
 }
 
 impl Kind {
-    pub const ALL: [Self; 4] = [Self::Segment, Self::Small, Self::Large, Self::Fragmented];
+    /// Those that each have to get through.
+    pub const ALL: [Self; 5] =
+        [Self::Segment, Self::Small, Self::Large, Self::Fragmented, Self::Aggregate];
 
     pub const fn transport(self) -> Transport {
         match self {
             Self::Segment => Transport::Tcp,
-            Self::Small | Self::Large | Self::Fragmented => Transport::Udp,
+            Self::Small | Self::Large | Self::Fragmented | Self::Aggregate | Self::Sample => {
+                Transport::Udp
+            }
         }
     }
 
     /// Whether it is as large as a packet can be, or larger.
     pub const fn is_large(self) -> bool {
-        matches!(self, Self::Large | Self::Fragmented)
+        matches!(self, Self::Large | Self::Fragmented | Self::Aggregate)
     }
 
-    /// Bytes of payload where packets have at most `carried`; none where it cannot be sent as a datagram.
+    /// Datagrams in one packet.
+    pub const fn segments(self) -> usize {
+        match self {
+            Self::Aggregate => SEGMENTS,
+            _ => 1,
+        }
+    }
+
+    /// Bytes of payload of a datagram where packets have at most `carried`; none where it cannot be sent as
+    /// one.
     pub fn size(self, to: IpAddr, carried: u32) -> Option<usize> {
         let whole = carried.checked_sub(if to.is_ipv4() { 28 } else { 48 })?;
         let size = match self {
             Self::Segment => return None,
-            Self::Small => return Some(SMALL),
-            Self::Large => whole,
+            Self::Small | Self::Sample => return Some(SMALL),
+            Self::Large | Self::Aggregate => whole,
             Self::Fragmented => whole + carried / EXCESS,
         };
-        Some(size as usize).filter(|_| size <= LARGEST)
+        Some(size as usize).filter(|size| size * self.segments() <= LARGEST)
     }
 
     /// By which a set of them is told in a byte.
@@ -85,7 +106,7 @@ impl Kind {
 
 impl Sort {
     /// In the byte that tells which have arrived.
-    pub const fn bit(self) -> u8 {
+    pub const fn bit(self) -> u16 {
         1 << (self.kind.number() * 2 + self.ipv4 as u8)
     }
 }
@@ -128,7 +149,7 @@ pub fn read(payload: &[u8]) -> Option<(Said, Kind, u32)> {
         _ => return None,
     };
     let number = *rest.get(1)?;
-    let kind = Kind::ALL.into_iter().find(|kind| kind.number() == number)?;
+    let kind = Kind::ALL.into_iter().chain([Kind::Sample]).find(|kind| kind.number() == number)?;
     let number = rest.get(4..)?.first_chunk()?;
     (kind != Kind::Segment).then_some((said, kind, u32::from_be_bytes(*number)))
 }
@@ -165,7 +186,7 @@ mod tests {
 
     #[test]
     fn an_answer_is_as_large_as_its_question_and_is_read_as_an_answer() {
-        for kind in [Kind::Small, Kind::Large, Kind::Fragmented] {
+        for kind in [Kind::Small, Kind::Large, Kind::Fragmented, Kind::Aggregate, Kind::Sample] {
             let size = kind.size([10, 42, 1, 254].into(), 1450).expect("a size");
             let mut payload = question(kind, 0x0102_0304, size);
             assert_eq!(read(&payload), Some((Said::Question, kind, 0x0102_0304)));
@@ -179,7 +200,7 @@ mod tests {
     fn what_is_cut_off_or_of_others_is_not_read() {
         let payload = question(Kind::Small, 7, SMALL);
         (0..LENGTH).for_each(|length| assert_eq!(read(&payload[..length]), None));
-        for (at, byte) in [(0, b'G'), (4, b'.'), (5, 0), (5, 4)] {
+        for (at, byte) in [(0, b'G'), (4, b'.'), (5, 0), (5, 6)] {
             let mut other = payload.clone();
             other[at] = byte;
             assert_eq!(read(&other), None, "{byte} at {at}");
@@ -195,14 +216,19 @@ mod tests {
         assert!((1450..2 * 1450 - 100).contains(&fragmented));
         assert_eq!(Kind::Fragmented.size(ipv4, 65_485), None);
         assert_eq!(Kind::Segment.size(ipv4, 1450), None);
+        let segment = Kind::Aggregate.size(ipv4, 1450).expect("a size");
+        assert!(segment <= 1450 - 28 && segment * Kind::Aggregate.segments() > 1500 + 28);
+        assert_eq!(Kind::Aggregate.size(ipv4, 32_000), None);
     }
 
     #[test]
     fn each_sort_has_a_bit_of_its_own() {
-        let sorts = Kind::ALL
+        let bits: Vec<u16> = Kind::ALL
             .iter()
-            .flat_map(|kind| [true, false].map(|ipv4| Sort { ipv4, kind: *kind }.bit()));
-        assert_eq!(sorts.fold(0_u8, |all, bit| all ^ bit), u8::MAX);
+            .flat_map(|kind| [true, false].map(|ipv4| Sort { ipv4, kind: *kind }.bit()))
+            .collect();
+        let all = bits.iter().fold(0, |all, bit| all | bit);
+        assert_eq!(all.count_ones() as usize, bits.len());
     }
 
     #[test]

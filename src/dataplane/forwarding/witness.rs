@@ -7,13 +7,13 @@ use std::{
     time::Duration,
 };
 
-use super::Sort;
+use super::{Kind, Sort};
 use crate::{model::Time, wire::Arrivals};
 
 /// Answers to all askers. What the pod sends is bounded, however many ask.
-const ALL: Rate = Rate { each_second: 200, at_once: 400 };
+const ALL: Rate = Rate { each_second: 400, at_once: 800 };
 /// Answers to one asker: more than a trial takes, with all that is sent again.
-const ONE: Rate = Rate { each_second: 25, at_once: 50 };
+const ONE: Rate = Rate { each_second: 50, at_once: 100 };
 /// Rounds of one asker that are remembered; the oldest is forgotten for a new one.
 const MAX_ROUNDS: usize = 8;
 /// A round that is younger than this may still be asked about.
@@ -45,7 +45,9 @@ struct Round {
     number: u32,
     begun: Time,
     /// Which packets of it have come.
-    came: u8,
+    came: u16,
+    /// How many have come that are counted.
+    samples: u16,
     /// Packets of it were not answered.
     is_shed: bool,
 }
@@ -80,6 +82,8 @@ impl Witness {
         round.is_shed |= !is_answered;
         if is_answered {
             round.came |= sort.bit();
+            let count = u16::from(sort.kind == Kind::Sample);
+            round.samples = round.samples.saturating_add(count);
         }
         is_answered
     }
@@ -96,12 +100,14 @@ impl Witness {
         let mut told = Arrivals {
             there_for_ms: u32::try_from(there_for).unwrap_or(u32::MAX),
             came: 0,
+            samples: 0,
             shed: is_recent(self.shed),
         };
         for (_, asker) in self.askers.iter().filter(|(from, _)| is_its(**from)) {
             match asker.rounds.iter().find(|round| round.number == number) {
                 Some(round) => {
                     told.came |= round.came;
+                    told.samples = told.samples.saturating_add(round.samples);
                     told.shed |= round.is_shed;
                 }
                 None => told.shed |= is_recent(asker.overrun),
@@ -120,7 +126,13 @@ impl Asker {
             {
                 self.overrun = Some(now);
             }
-            self.rounds.push_back(Round { number, begun: now, came: 0, is_shed: false });
+            self.rounds.push_back(Round {
+                number,
+                begun: now,
+                came: 0,
+                samples: 0,
+                is_shed: false,
+            });
             self.rounds.len() - 1
         });
         &mut self.rounds[at]
@@ -146,7 +158,6 @@ mod tests {
     use std::net::Ipv6Addr;
 
     use super::*;
-    use crate::dataplane::forwarding::Kind;
 
     const SMALL: Sort = Sort { ipv4: true, kind: Kind::Small };
 
@@ -166,11 +177,14 @@ mod tests {
         assert!(witness.on_question(at(2_000), Ipv6Addr::LOCALHOST.into(), 7, ipv6));
         let is_its = |from: IpAddr| from == asker(1) || from.is_ipv6();
         let came = SMALL.bit() | ipv6.bit();
-        let told = Arrivals { there_for_ms: 4_000, came, shed: false };
+        let told = Arrivals { there_for_ms: 4_000, came, samples: 0, shed: false };
         assert_eq!(witness.testify(at(5_000), 7, is_its), told);
         assert_eq!(witness.testify(at(5_000), 8, is_its), Arrivals { came: 0, ..told });
         let other = |from: IpAddr| from == asker(2);
         assert_eq!(witness.testify(at(5_000), 7, other), Arrivals { came: 0, ..told });
+        let sample = Sort { kind: Kind::Sample, ..SMALL };
+        (0..7).for_each(|_| _ = witness.on_question(at(5_000), asker(1), 8, sample));
+        assert_eq!(witness.testify(at(5_000), 8, is_its).samples, 7);
     }
 
     #[test]

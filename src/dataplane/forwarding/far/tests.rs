@@ -1,6 +1,9 @@
 //! Rounds with a peer, and what follows from them.
 
-use super::*;
+use super::{
+    super::{Direction, Seen, Transport},
+    *,
+};
 
 const PEER: NodeId = NodeId::from_bytes([1; 8]);
 const SMALL: Sort = Sort { ipv4: true, kind: Kind::Small };
@@ -27,11 +30,22 @@ struct World {
     telling: BTreeMap<NodeId, u32>,
     /// Peers shed packets.
     is_shedding: bool,
+    /// Of those that are counted one in so many is lost on its way there, or back.
+    loses: Option<(Half, u32)>,
+    counted: u32,
+    /// Packets of several datagrams cannot be sent.
+    cannot_send: bool,
+    /// Others than those.
     sent: Vec<IpAddr>,
 }
 
-const ALL: [(Kind, bool); 4] =
-    [(Kind::Segment, true), (Kind::Small, true), (Kind::Large, true), (Kind::Fragmented, true)];
+const ALL: [(Kind, bool); 5] = [
+    (Kind::Segment, true),
+    (Kind::Small, true),
+    (Kind::Large, true),
+    (Kind::Fragmented, true),
+    (Kind::Aggregate, true),
+];
 
 impl World {
     fn new(count: u8) -> Self {
@@ -46,6 +60,9 @@ impl World {
             peers: nodes.clone().map(|node| (node, ALL.to_vec())).collect(),
             telling: nodes.map(|node| (node, u32::MAX)).collect(),
             is_shedding: false,
+            loses: None,
+            counted: 0,
+            cannot_send: false,
             sent: Vec::new(),
         }
     }
@@ -59,14 +76,31 @@ impl World {
     }
 
     fn round(&mut self) {
-        let mut came: BTreeMap<NodeId, u8> = BTreeMap::new();
+        let mut came: BTreeMap<NodeId, u16> = BTreeMap::new();
+        let mut samples: BTreeMap<NodeId, u16> = BTreeMap::new();
         loop {
             self.now = self.now.max(self.far.next_due().expect("something to do"));
             while let Some(output) = self.far.poll(self.now, self.number) {
                 match output {
                     FarOutput::Begin(_) => {}
+                    FarOutput::Send { to, kind: Kind::Sample, number, .. } => {
+                        self.counted += 1;
+                        let node = subject_at(to);
+                        let lost = self.loses.filter(|(_, of)| self.counted.is_multiple_of(*of));
+                        let half = lost.map(|(half, _)| half);
+                        let has_pod = self.peers.get(&node).is_some_and(|sorts| !sorts.is_empty());
+                        if has_pod && half != Some(Half::There) {
+                            *samples.entry(node).or_default() += 1;
+                            if half.is_none() {
+                                self.far.on_answer(to, Kind::Sample, number);
+                            }
+                        }
+                    }
                     FarOutput::Send { to, kind, number, .. } => {
                         self.sent.push(to);
+                        if kind == Kind::Aggregate && self.cannot_send {
+                            self.far.on_unsent(to, kind, number);
+                        }
                         let node = subject_at(to);
                         let passing = self.peers.get(&node).into_iter().flatten();
                         for (_, comes_back) in passing.filter(|(passing, _)| *passing == kind) {
@@ -80,7 +114,9 @@ impl World {
                         let told = nodes.into_iter().filter_map(|node| {
                             let there_for_ms = *self.telling.get(&node)?;
                             let came = came.get(&node).copied().unwrap_or(0);
-                            Some((node, Arrivals { there_for_ms, came, shed: self.is_shedding }))
+                            let samples = samples.get(&node).copied().unwrap_or(0);
+                            let shed = self.is_shedding;
+                            Some((node, Arrivals { there_for_ms, came, samples, shed }))
                         });
                         self.far.on_told(self.now, number, &told.collect());
                     }
@@ -110,7 +146,8 @@ fn a_pod_that_answers_all_is_open_and_left_alone_for_a_while() {
 #[test]
 fn packets_that_do_not_come_there_are_lost_there_after_three_rounds() {
     let mut world = World::new(1);
-    world.peers.insert(PEER, ALL[..3].to_vec());
+    let without = ALL.into_iter().filter(|(kind, _)| *kind != Kind::Fragmented);
+    world.peers.insert(PEER, without.collect());
     world.rounds(2);
     assert!(world.far.closed().is_empty() && world.far.is_in_doubt());
     world.rounds(1);
@@ -177,7 +214,7 @@ fn a_pod_that_is_younger_than_the_round_has_lost_nothing() {
 #[test]
 fn a_peer_that_had_to_shed_packets_proves_nothing() {
     let mut target = Target { open: [SMALL].into(), ..Target::default() };
-    target.arrivals = Some(Arrivals { there_for_ms: 60_000, came: 0, shed: true });
+    target.arrivals = Some(Arrivals { there_for_ms: 60_000, shed: true, ..Arrivals::default() });
     assert_eq!(target.verdicts(true).next(), Some((SMALL, Seen::Unclear, Seen::Unclear)));
 }
 
@@ -205,7 +242,7 @@ fn what_this_host_drops_itself_is_not_tried_and_not_told_twice() {
     let mut world = World::new(1);
     world.peers.insert(PEER, vec![(Kind::Segment, true)]);
     world.rounds(3);
-    assert_eq!(world.far.closed().len(), 3);
+    assert_eq!(world.far.closed().len(), Kind::ALL.len() - 1);
     let way = Way { direction: Direction::In(Transport::Udp), ipv4: true };
     world.far.update(&[subject(1)], &[way]);
     assert!(world.far.closed().is_empty());
@@ -259,4 +296,57 @@ fn a_peer_whose_host_answers_nothing_any_more_is_tried_at_once_and_known_by_that
     world.far.update(&doubted, &[]);
     assert_eq!(world.far.answering().len(), 9, "the doubt is not new");
     assert_eq!(world.far.next_due(), Some(world.now + CALM));
+}
+
+#[test]
+fn what_is_lost_by_chance_is_told_with_its_share_and_hides_no_other_trial() {
+    for half in [Half::There, Half::Back] {
+        let mut world = World::new(2);
+        world.rounds(4);
+        world.loses = Some((half, 4));
+        let begun = world.now;
+        while world.far.losses().len() < 2 {
+            world.rounds(1);
+            assert!(world.now.since(begun) < CALM * 4, "it is hurried");
+        }
+        world.rounds(6);
+        let losses = world.far.losses();
+        assert_eq!(losses.len(), 2, "{losses:?}");
+        for loss in losses {
+            assert_eq!((loss.half, loss.percent), (half, 25));
+        }
+        assert!(world.far.closed().is_empty() && !world.far.is_in_doubt());
+        assert_eq!(world.far.answering().len(), 2);
+        world.loses = None;
+        world.rounds(8);
+        assert_eq!(world.far.losses(), []);
+        assert_eq!(world.far.next_due(), Some(world.now + CALM));
+    }
+}
+
+#[test]
+fn what_is_known_to_be_lost_is_not_told_as_lost_by_chance() {
+    let mut world = World::new(1);
+    world.loses = Some((Half::There, 1));
+    let without = ALL.into_iter().filter(|(kind, _)| *kind != Kind::Small);
+    world.peers.insert(PEER, without.collect());
+    world.rounds(20);
+    assert_eq!((world.far.closed().len(), world.far.losses()), (1, vec![]));
+    let mut world = World::new(1);
+    world.loses = Some((Half::There, 2));
+    world.rounds(20);
+    assert_eq!(world.far.losses().len(), 1);
+    let way = Way { direction: Direction::Out(Transport::Udp), ipv4: true };
+    world.far.update(&[subject(1)], &[way]);
+    assert_eq!(world.far.losses(), []);
+}
+
+#[test]
+fn a_packet_that_could_not_be_sent_is_no_loss() {
+    let mut world = World::new(1);
+    let without = ALL.into_iter().filter(|(kind, _)| *kind != Kind::Aggregate);
+    world.peers.insert(PEER, without.collect());
+    world.cannot_send = true;
+    world.rounds(5);
+    assert!(world.far.closed().is_empty() && !world.far.is_in_doubt());
 }
