@@ -30,12 +30,18 @@ use crate::{
     worker::{Order, Orders, Thread, Worker},
 };
 
+/// So long after their time entries on demand that are not used any more are gone, and trials of both sides
+/// are over.
+const UNTIL_AGED: Duration = Duration::from_secs(120);
+
 /// Whom there is to try, and who may ask.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Setting {
     subjects: Vec<Subject>,
     /// What this host drops itself.
     lost_here: Vec<Way>,
+    /// For how long a peer is left alone after a trial in which all was well, if that has a price.
+    rest: Option<Duration>,
     /// Addresses of members' own pods, and those that their hosts may give them.
     askers: BTreeMap<IpAddr, NodeId>,
     /// The same as far as the kernel can tell them.
@@ -167,7 +173,7 @@ impl<F: Fn(Told)> Runner<F> {
                 Ok(Command::Room(room)) => self.settle(room),
                 Ok(Command::Setting(setting)) => {
                     self.setting = setting;
-                    self.far.update(&self.setting.subjects, &self.setting.lost_here);
+                    self.update();
                     if let Some(place) = &mut self.place {
                         place.witness.keep(|from| self.setting.askers.contains_key(&from));
                         if let Err(error) = place.sockets.admit(&self.setting.sources) {
@@ -198,7 +204,7 @@ impl<F: Fn(Told)> Runner<F> {
     fn settle(&mut self, room: Option<Room>) {
         self.place = None;
         self.far = FarPods::default();
-        self.far.update(&self.setting.subjects, &self.setting.lost_here);
+        self.update();
         let Some(room) = room else { return };
         match RoomSockets::open(room, &self.setting.sources) {
             Ok(sockets) => {
@@ -206,6 +212,11 @@ impl<F: Fn(Told)> Runner<F> {
             }
             Err(error) => tracing::debug!(%error, "pods of other hosts are not tried"),
         }
+    }
+
+    fn update(&mut self) {
+        self.far.set_rest(self.setting.rest);
+        self.far.update(&self.setting.subjects, &self.setting.lost_here);
     }
 
     /// Takes what has come.
@@ -331,13 +342,13 @@ impl Agent {
         let networks = view.settings.pool.networks().iter().zip(view.own.subnets.iter());
         let sources = networks.map(|(network, subnet)| sources(network, subnet)).collect();
         let lost_here = self.kernel.forwarding.closed.clone();
-        // Each trial of a peer would use its entries, which are there for as long as they are used. Where
-        // nothing gets to any peer, that is told already.
-        let is_told = self.kernel.demand.in_use.is_some()
-            || self.kernel.underlay_problem.is_some()
-            || self.kernel.host.is_table_full;
+        // Where entries are there on demand, peers without any are not tried: each trial is a use.
+        let in_use = self.kernel.demand.in_use.as_ref();
+        let rest = in_use.map(|_| self.config.idle_after + UNTIL_AGED);
+        // Where nothing gets to any peer, that is told already.
+        let is_told = self.kernel.underlay_problem.is_some() || self.kernel.host.is_table_full;
         if is_told {
-            return Some(Setting { subjects: Vec::new(), lost_here, askers, sources });
+            return Some(Setting { subjects: Vec::new(), lost_here, rest, askers, sources });
         }
         let underlay = self.underlay.with_mode(self.config.mode);
         let subject = |(node, state, _): (NodeId, PathState, Option<Duration>)| {
@@ -345,12 +356,15 @@ impl Agent {
             let is_doubted = matches!(state, PathState::Unanswered | PathState::OneWay);
             let is_usable = is_doubted
                 || matches!(state, PathState::Ok | PathState::Asymmetric | PathState::MtuTooLarge);
+            // Those in use that live are not asked: so little is known.
+            let is_usable = is_usable || in_use.is_some() && state == PathState::Unknown;
             let peer = view.peers.get(&node)?;
+            let is_in_use = in_use.is_none_or(|macs| macs.contains(&peer.vtep.mac));
             let (_, subnets) = peer.leases.first()?;
             let is_astray =
                 subnets.iter().any(|subnet| self.kernel.routing.astray.contains(&subnet));
             let way = underlay.way(peer.vtep.underlay, subnets.first);
-            let is_reached = is_usable && !is_astray && self.node.is_active(node);
+            let is_reached = is_in_use && is_usable && !is_astray && self.node.is_active(node);
             let narrow = self.kernel.narrow.get(&node).copied();
             let subject = Subject {
                 node,
@@ -362,7 +376,7 @@ impl Agent {
             (is_reached && !matches!(way, Path::Unreachable)).then_some(subject)
         };
         let subjects = self.path_states().filter_map(subject).collect();
-        Some(Setting { subjects, lost_here, askers, sources })
+        Some(Setting { subjects, lost_here, rest, askers, sources })
     }
 }
 

@@ -1,12 +1,14 @@
 //! Packets of pods that are lost by chance between two hosts are counted, and warned of from about 20 % on.
+//! Hosts with entries on demand try those that are in use.
 
 use std::time::{Duration, Instant};
 
 use gossamer::lab::NetNs;
 
 use crate::{
-    common::{Cluster, PATIENCE, has_warning, isolated, sh, wait_until},
-    forwarding_far::with_pods,
+    cni::{Runtime, address, namespaces},
+    common::{Cluster, PATIENCE, has_problem, has_warning, isolated, run, sh, wait_until},
+    forwarding_far::{all_answer, with_pods},
 };
 
 /// Longer than enough rounds in a hurry take.
@@ -70,6 +72,34 @@ fn loss_of_five_percent_is_not_warned_of() {
             }
             std::thread::sleep(Duration::from_millis(500));
         }
+        Ok(())
+    });
+}
+
+#[test]
+fn pods_of_peers_in_use_are_tried_where_entries_are_there_on_demand() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        for number in [0, 1] {
+            cluster.restart(number, &["--program", "on-demand"])?;
+        }
+        // Peers in use are tried at once, and rarely after that.
+        sh(
+            &cluster.hosts[1].netns,
+            "nft add table ip fr && \
+             nft add chain ip fr p { type filter hook prerouting priority -450 ; } && \
+             nft add rule ip fr p iifname gossamer.1 ip frag-off & 0x3fff != 0 drop",
+        );
+        let spaces = namespaces(&["a", "b"])?;
+        Runtime::new(&cluster.agents[0]).add("a");
+        let there = address(&Runtime::new(&cluster.agents[1]).add("b"));
+        wait_until("the pod is not reached", PATIENCE, || {
+            run(&spaces[0], &format!("ping -c 1 -W 1 {there}")).status.success()
+        });
+        let words = "packets of pods here do not arrive at pods of n2 (IPv4 fragments): ";
+        wait_until(words, PATIENCE, || has_problem(&mut cluster.agents[0], words));
+        sh(&cluster.hosts[1].netns, "nft delete table ip fr");
+        all_answer(&mut cluster.agents[0], 1);
         Ok(())
     });
 }

@@ -106,6 +106,8 @@ pub struct FarPods {
     trials: Trials<FarWay>,
     /// What this host is known to drop itself.
     lost_here: Vec<Way>,
+    /// For at least so long a peer is left alone after a trial in which all was well, if a trial has a price.
+    rest: Option<Duration>,
     round: Option<Round>,
     /// Counts rounds.
     turn: u64,
@@ -190,6 +192,12 @@ impl FarPods {
         }
     }
 
+    /// Where entries are there on demand, a trial is a use of them. Peers are left alone for so long that no
+    /// entry is kept by trials alone, neither here nor at the peer.
+    pub const fn set_rest(&mut self, rest: Option<Duration>) {
+        self.rest = rest;
+    }
+
     /// The next thing to do, if it is time. The number is for a new round, and cannot be guessed.
     pub fn poll(&mut self, now: Time, number: u32) -> Option<FarOutput> {
         if self.outputs.is_empty() {
@@ -260,11 +268,16 @@ impl FarPods {
     /// A peer's pod has sent something of its own accord, so there is one.
     pub fn on_question(&mut self, now: Time, from: IpAddr) {
         let has_it = |peer: &&mut Peer| peer.subject.addresses.iter().any(|ip| ip == from);
-        if let Some(peer) = self.peers.values_mut().find(has_it)
-            && peer.absent > 0
-        {
-            (peer.absent, peer.rests_until) = (0, now);
-            self.next = self.next.min(now);
+        let Some(peer) = self.peers.values_mut().find(has_it) else { return };
+        let is_new = std::mem::take(&mut peer.absent) > 0;
+        match self.rest {
+            _ if is_new => {
+                peer.rests_until = now;
+                self.next = self.next.min(now);
+            }
+            // What it asks is a use, too.
+            Some(rest) if peer.rests_until > now => peer.rests_until = now + rest,
+            _ => {}
         }
     }
 
@@ -302,6 +315,13 @@ impl FarPods {
         self.trials.doubted().next().is_some()
     }
 
+    /// Peers to which something was lost when they were last tried, or many packets by chance.
+    fn doubted(&self) -> BTreeSet<NodeId> {
+        let lossy = self.peers.values().filter(|peer| peer.losses.is_unsettled());
+        let lossy = lossy.map(|peer| peer.subject.node);
+        self.trials.doubted().map(|way| way.node).chain(lossy).collect()
+    }
+
     fn step(&mut self, now: Time, number: u32) {
         let Some(due) = self.next_due().filter(|due| *due <= now) else { return };
         let Some(mut round) = self.round.take() else { return self.begin(now, number) };
@@ -326,10 +346,7 @@ impl FarPods {
 
     fn begin(&mut self, now: Time, number: u32) {
         self.turn += 1;
-        let lossy = self.peers.values().filter(|peer| peer.losses.is_unsettled());
-        let lossy = lossy.map(|peer| peer.subject.node);
-        let doubted: BTreeSet<NodeId> =
-            self.trials.doubted().map(|way| way.node).chain(lossy).collect();
+        let doubted = self.doubted();
         let mut nodes: Vec<(u64, NodeId)> = self
             .peers
             .values()
@@ -407,6 +424,17 @@ impl FarPods {
                 peer.absent += 1;
             } else {
                 peer.absent = 0;
+            }
+        }
+        if let Some(rest) = self.rest {
+            let doubted = self.doubted();
+            for (node, target) in &round.targets {
+                let Some(peer) = self.peers.get_mut(node) else { continue };
+                // Where a part was answered, what became of the rest is still to be found out.
+                let is_partly = !target.answered.is_empty() && !target.is_answered();
+                let is_open = is_partly || doubted.contains(node);
+                let rested = peer.rests_until.max(now + rest);
+                peer.rests_until = if is_open { now } else { rested };
             }
         }
         let closed = self.trials.closed();

@@ -350,3 +350,45 @@ fn a_packet_that_could_not_be_sent_is_no_loss() {
     world.rounds(5);
     assert!(world.far.closed().is_empty() && !world.far.is_in_doubt());
 }
+
+#[test]
+fn where_a_trial_has_a_price_a_peer_is_left_alone_after_it_unless_something_is_lost() {
+    let rest = Duration::from_secs(400);
+    let mut world = World::new(1);
+    world.far.set_rest(Some(rest));
+    // It is tried all the same if it has asked first.
+    world.far.on_question(world.now, subject(1).addresses.first);
+    assert!(world.far.next_due() <= Some(world.now));
+    world.rounds(1);
+    assert_eq!(world.far.answering(), [PEER].into());
+    assert_eq!(world.far.next_due(), Some(world.now + rest));
+    // What it asks is a use, too.
+    let later = world.now + rest / 2;
+    world.far.on_question(later, subject(1).addresses.first);
+    assert_eq!(world.far.next_due(), Some(later + rest));
+    let without = ALL.into_iter().filter(|(kind, _)| *kind != Kind::Fragmented);
+    world.peers.insert(PEER, without.collect());
+    world.rounds(1);
+    let begun = world.now;
+    // Now it is no reason to wait.
+    world.far.on_question(world.now, subject(1).addresses.first);
+    world.rounds(3);
+    assert_eq!(world.far.closed().len(), 1);
+    assert!(world.now.since(begun) < CALM);
+    // Nor is a rest where it is not known what became of a part.
+    world.far.update(&[], &[]);
+    world.far.update(&[subject(1)], &[]);
+    world.telling.insert(PEER, 0);
+    world.rounds(1);
+    assert_eq!(world.far.next_due(), Some(world.now + CALM));
+    // One that has no pod is not asked more often for that.
+    world.peers.clear();
+    world.telling.clear();
+    world.far.update(&[], &[]);
+    world.far.update(&[subject(1)], &[]);
+    world.rounds(1);
+    assert!(world.far.next_due() >= Some(world.now + rest));
+    // Once it has one it tells so.
+    world.far.on_question(world.now, subject(1).addresses.first);
+    assert_eq!(world.far.next_due(), Some(world.now));
+}
