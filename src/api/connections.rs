@@ -28,7 +28,7 @@ use hyper::{
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore},
+    sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit},
     time::{sleep, timeout},
 };
 use tower::ServiceExt as _;
@@ -43,8 +43,11 @@ const MAX_STREAMS: usize = MAX_CONNECTIONS / 2;
 const HEAD_PATIENCE: Duration = Duration::from_secs(5);
 /// So has the body, from the end of the head on.
 const BODY_PATIENCE: Duration = Duration::from_secs(5);
-/// Longest body, in bytes.
+/// Longest body, in bytes, and the longest that any number of connections may send at once.
 const BODY_MAX: usize = 2 << 20;
+const SMALL_BODY: usize = 64 << 10;
+/// Longer bodies at once, of all connections of a listener.
+const LARGE_BODIES: usize = 8;
 /// A connection that anyone may open ends after so long, unless its answer is a stream.
 const LIFETIME: Duration = Duration::from_secs(20);
 /// What a client may send of a request and leave unread of an answer, at most, in bytes.
@@ -72,6 +75,7 @@ pub async fn serve<L, P>(
 {
     let free = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let streams = Arc::new(Semaphore::new(MAX_STREAMS));
+    let bodies = Arc::new(Bodies::of(excess));
     loop {
         if excess == Excess::Waits && free.acquire().await.is_err() {
             return;
@@ -82,13 +86,14 @@ pub async fn serve<L, P>(
             continue;
         };
         let prepare = prepare(&stream);
-        let router = router.clone();
+        let (router, bodies) = (router.clone(), bodies.clone());
         let streaming = Arc::new(Streaming { all: streams.clone(), own: OnceLock::new() });
         tokio::spawn(async move {
             let answer = service_fn(|request: Request<Incoming>| {
-                let (router, streaming, prepare) = (router.clone(), streaming.clone(), &prepare);
+                let (router, streaming) = (router.clone(), streaming.clone());
+                let (bodies, prepare) = (&bodies, &prepare);
                 async move {
-                    let mut request = match with_whole_body(request).await {
+                    let mut request = match bodies.read(request).await {
                         Ok(request) => request,
                         Err(refusal) => return Ok::<_, Infallible>(refusal),
                     };
@@ -152,19 +157,46 @@ impl Streaming {
     }
 }
 
-/// Waits for the body of a request.
-async fn with_whole_body(request: Request<Incoming>) -> Result<Request<Body>, Response> {
-    let (head, body) = request.into_parts();
-    if body.size_hint().lower() > BODY_MAX as u64 {
-        return Err(StatusCode::PAYLOAD_TOO_LARGE.into_response());
+/// How much of the bodies of requests is held at once.
+struct Bodies {
+    /// Longest of one request.
+    max: usize,
+    /// Places for those that are not small.
+    large: Semaphore,
+}
+
+impl Bodies {
+    /// Clients that anyone may be send small ones alone.
+    fn of(excess: Excess) -> Self {
+        let max = if excess == Excess::Refused { SMALL_BODY } else { BODY_MAX };
+        Self { max, large: Semaphore::new(LARGE_BODIES) }
     }
-    match timeout(BODY_PATIENCE, Limited::new(body, BODY_MAX).collect()).await {
-        Ok(Ok(body)) => Ok(Request::from_parts(head, Body::from(body.to_bytes()))),
-        Ok(Err(error)) => Err(unread(&*error)),
-        Err(_) => {
-            let why = format!("no whole body within {} seconds\n", BODY_PATIENCE.as_secs());
-            Err((StatusCode::REQUEST_TIMEOUT, why).into_response())
+
+    /// Waits for the body of a request.
+    async fn read(&self, request: Request<Incoming>) -> Result<Request<Body>, Response> {
+        let (head, body) = request.into_parts();
+        let size = body.size_hint();
+        if size.lower() > self.max as u64 {
+            return Err(StatusCode::PAYLOAD_TOO_LARGE.into_response());
         }
+        let whole = async {
+            let _place = self.place(size.upper()).await;
+            Limited::new(body, self.max).collect().await
+        };
+        match timeout(BODY_PATIENCE, whole).await {
+            Ok(Ok(body)) => Ok(Request::from_parts(head, Body::from(body.to_bytes()))),
+            Ok(Err(error)) => Err(unread(&*error)),
+            Err(_) => {
+                let why = format!("no whole body within {} seconds\n", BODY_PATIENCE.as_secs());
+                Err((StatusCode::REQUEST_TIMEOUT, why).into_response())
+            }
+        }
+    }
+
+    /// A place for a body of this size, where it needs one.
+    async fn place(&self, size: Option<u64>) -> Option<SemaphorePermit<'_>> {
+        let is_small = self.max <= SMALL_BODY || size.is_some_and(|size| size <= SMALL_BODY as u64);
+        if is_small { None } else { self.large.acquire().await.ok() }
     }
 }
 
@@ -261,11 +293,31 @@ mod tests {
             let head = "POST /echo HTTP/1.1\r\nhost: here\r\ncontent-length: ";
             let slow = ask(address, &format!("{head}9\r\n\r\nabc")).await;
             let whole = ask(address, &format!("{head}3\r\n\r\nabc")).await;
-            let long = ask(address, &format!("{head}{}\r\n\r\nabc", BODY_MAX + 1)).await;
+            let long = ask(address, &format!("{head}{}\r\n\r\nabc", SMALL_BODY + 1)).await;
             [status(slow).await, status(whole).await, status(long).await]
         });
         let expected = ["HTTP/1.1 408", "HTTP/1.1 200", "HTTP/1.1 413"];
         assert_eq!(statuses.expect("a runtime"), expected);
+    }
+
+    #[test]
+    fn body_that_is_not_small_waits_for_a_place_and_a_small_one_does_not() {
+        let is_placed = |bodies: &Bodies, size| {
+            let place = block_on(async {
+                timeout(Duration::from_millis(1), bodies.place(size)).await.map(|place| {
+                    place.into_iter().for_each(SemaphorePermit::forget);
+                })
+            });
+            place.expect("a runtime").is_ok()
+        };
+        let bodies = Bodies::of(Excess::Waits);
+        assert_eq!(bodies.max, BODY_MAX);
+        for _ in 0..LARGE_BODIES {
+            assert!(is_placed(&bodies, Some(BODY_MAX as u64)));
+        }
+        assert!(!is_placed(&bodies, Some(BODY_MAX as u64)) && !is_placed(&bodies, None));
+        assert!(is_placed(&bodies, Some(SMALL_BODY as u64)));
+        assert_eq!(Bodies::of(Excess::Refused).max, SMALL_BODY);
     }
 
     #[test]
