@@ -234,6 +234,7 @@ impl Settings {
             firewall: Policy {
                 guard: self.guard.unwrap_or(true),
                 masquerade: self.ip_masq.unwrap_or(false),
+                on_demand: program == Program::OnDemand,
             },
             anti_spoofing: self.anti_spoofing.unwrap_or(true),
             set_sysctls: self.set_sysctls.unwrap_or(false),

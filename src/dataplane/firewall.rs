@@ -3,6 +3,8 @@
 //! - the guard: tunnel packets are taken from members' underlay addresses alone, for VXLAN has no secret of
 //!   its own and any host that may send to its port could speak into every pod; and this host takes no routes
 //!   from pods, for where /proc/sys is read-only its sysctls cannot see to that;
+//! - with peers programmed on demand, a refusal of packets to subnets without a lease: the kernel would ask
+//!   for each of their addresses, and keeps a bounded number of questions for all interfaces together;
 //! - masquerade, if wanted: pods speak to the outside under this host's address, and processes of this host
 //!   to remote pods under its overlay address, so that the answers come back.
 //!
@@ -20,6 +22,8 @@ use crate::core::View;
 pub struct Policy {
     pub guard: bool,
     pub masquerade: bool,
+    /// One route leads the whole pool to the device.
+    pub on_demand: bool,
 }
 
 /// The table as it should be.
@@ -32,6 +36,18 @@ pub struct Firewall {
     pub port: u16,
     /// Per family the overlay's network and this host's subnet in it; empty without masquerade.
     pub masquerade: Vec<(IpNet, IpNet)>,
+    /// What may go out by the device, if that is not left to routes.
+    pub leases: Option<Leases>,
+}
+
+/// Subnets with a lease.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Leases {
+    /// The overlay's.
+    pub device: String,
+    /// Per family the overlay's network, and the length of the prefix of each subnet in it.
+    pub networks: Vec<(IpNet, u8)>,
+    pub subnets: BTreeSet<IpNet>,
 }
 
 /// Who may send to the VXLAN port.
@@ -44,6 +60,8 @@ pub struct Guard {
     pub lenient: bool,
     /// The device and the bridge: a host takes no router advertisements and no redirects from them.
     pub interfaces: [String; 2],
+    /// Where pods have their addresses, also on bridges of other programs.
+    pub networks: Vec<IpNet>,
 }
 
 impl Firewall {
@@ -54,20 +72,30 @@ impl Firewall {
             members: view.peers.values().map(|peer| peer.vtep.underlay).collect(),
             lenient: !view.unheard.is_empty(),
             interfaces: [device_name(view.settings.vni), bridge.to_owned()],
+            networks: view.settings.pool.networks().iter().collect(),
         });
-        let networks = view.settings.pool.networks().iter();
-        let masquerade = networks.zip(view.own.subnets.iter()).filter(|_| policy.masquerade);
+        let networks = || view.settings.pool.networks().iter().zip(view.own.subnets.iter());
+        let leases = policy.on_demand.then(|| Leases {
+            device: device_name(view.settings.vni),
+            networks: networks().map(|(network, own)| (network, own.prefix_len())).collect(),
+            subnets: view
+                .peers
+                .values()
+                .flat_map(|peer| peer.leases.iter().flat_map(|(_, subnets)| subnets.iter()))
+                .collect(),
+        });
         Self {
             table: device_name(view.settings.vni),
             guard,
             port: view.settings.vxlan_port,
-            masquerade: masquerade.collect(),
+            masquerade: networks().filter(|_| policy.masquerade).collect(),
+            leases,
         }
     }
 
     /// Whether there is anything to put into a table.
     pub fn is_empty(&self) -> bool {
-        self.guard.is_none() && self.masquerade.is_empty()
+        self.guard.is_none() && self.masquerade.is_empty() && self.leases.is_none()
     }
 }
 
@@ -79,7 +107,7 @@ mod tests {
     #[test]
     fn members_of_the_view_are_let_in_and_each_family_is_masqueraded() {
         let view = dual_stack_view(&[(1, 9), (2, 7)]);
-        let policy = Policy { guard: true, masquerade: true };
+        let policy = Policy { guard: true, masquerade: true, on_demand: true };
         let firewall = Firewall::new(&view, &policy, "gsm0");
         let guard = firewall.guard.as_ref().expect("a guard");
         assert_eq!(guard.members, BTreeSet::from([[192, 0, 2, 2].into()]));
@@ -88,7 +116,12 @@ mod tests {
         let own: Vec<String> =
             firewall.masquerade.iter().map(|(_, subnet)| subnet.to_string()).collect();
         assert_eq!(own, ["10.42.9.0/24", "fd42:0:0:9::/64"]);
-        let nothing = Policy { guard: false, masquerade: false };
+        let leases = firewall.leases.as_ref().expect("peers come on demand");
+        let leased: Vec<String> = leases.subnets.iter().map(IpNet::to_string).collect();
+        assert_eq!(leased, ["10.42.7.0/24", "fd42:0:0:7::/64"]);
+        let lengths: Vec<u8> = leases.networks.iter().map(|(_, length)| *length).collect();
+        assert_eq!(lengths, [24, 64]);
+        let nothing = Policy { guard: false, masquerade: false, on_demand: false };
         assert!(Firewall::new(&view, &nothing, "gsm0").is_empty());
     }
 }

@@ -123,6 +123,7 @@ fn kernel() -> Finding {
             guard: None,
             port: 8472,
             masquerade: vec![(network, network)],
+            leases: None,
         };
         FirewallTable::open()
             .and_then(|mut table| table.write(&firewall))

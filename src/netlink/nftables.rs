@@ -301,6 +301,14 @@ impl Rule {
         self.load_address(Field::Destination, like).expression("lookup", &lookup)
     }
 
+    /// The network of the destination, with a prefix of this length, is not in this set.
+    pub fn destination_network_outside(self, set: &str, length: u8, like: IpAddr) -> Self {
+        let lookup = Attributes::new().text(1, set).be32(2, REGISTER).be32(5, NOT_FOUND);
+        let mask = ipnet::IpNet::new_assert(like, length).netmask();
+        let network = self.load_address(Field::Destination, like).mask(&attributes::octets(mask));
+        network.expression("lookup", &lookup)
+    }
+
     /// What comes in by the interface of this name.
     pub fn from_interface(self, name: &str) -> Self {
         self.meta(META_IIFNAME).compare(EQUAL, &name_bytes(name))

@@ -251,3 +251,10 @@ pub fn echoes(netns: &NetNs) -> u64 {
     let place = names.split(' ').position(|name| name == "InEchos").expect("InEchos");
     values.split(' ').nth(place).and_then(|value| value.parse().ok()).expect("a number")
 }
+
+/// Of the Internet (RFC 1071).
+pub fn checksum(bytes: &[u8]) -> u16 {
+    let words = bytes.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1]));
+    let sum = words.sum::<u32>();
+    !(((sum >> 16) + (sum & 0xffff)) as u16)
+}

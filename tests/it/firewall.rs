@@ -240,9 +240,11 @@ fn with_partial_knowledge_those_let_in_before_stay_and_nobody_else_comes_in() {
                 members: members.iter().map(|last| [192, 0, 2, *last].into()).collect(),
                 lenient,
                 interfaces: ["gossamer.1", "gsm0"].map(str::to_owned),
+                networks: vec!["10.42.0.0/16".parse().expect("a network")],
             }),
             port: 8472,
             masquerade: Vec::new(),
+            leases: None,
         };
         let members = || {
             let set = tool(&host.netns, "nft list set inet gossamer.1 members4");

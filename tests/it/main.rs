@@ -29,6 +29,7 @@ mod doors;
 mod families;
 mod firewall;
 mod foreign_rules;
+mod forged;
 mod forwarding;
 mod forwarding_far;
 mod forwarding_loss;

@@ -10,35 +10,42 @@ use std::{
 use gossamer::lab::{Host, NetNs};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::common::{Cluster, PATIENCE, eventually, has_problem, isolated, run, tool, wait_until};
-
-fn sum(bytes: &[u8]) -> u16 {
-    let words = bytes.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1]));
-    let sum = words.sum::<u32>();
-    !(((sum >> 16) + (sum & 0xffff)) as u16)
-}
+use crate::common::{
+    Cluster, PATIENCE, checksum, eventually, has_problem, isolated, run, tool, wait_until,
+};
 
 /// That a tunnel packet from one host to another was too large.
 fn report(from: Ipv4Addr, to: Ipv4Addr, mtu: u16) -> Vec<u8> {
     let mut ip = vec![0x45, 0, 5, 220, 0, 1, 0x40, 0, 64, 17, 0, 0];
     ip.extend(from.octets());
     ip.extend(to.octets());
-    let checksum = sum(&ip).to_be_bytes();
-    ip[10..12].copy_from_slice(&checksum);
+    let sum = checksum(&ip).to_be_bytes();
+    ip[10..12].copy_from_slice(&sum);
     let [high, low] = 8472_u16.to_be_bytes();
     let udp = [0xc0, 0, high, low, 5, 200, 0, 0];
     let vxlan = [8, 0, 0, 0, 0, 0, 1, 0];
     let [first, second] = mtu.to_be_bytes();
     let mut icmp = [&[3, 4, 0, 0, 0, 0, first, second][..], &ip, &udp, &vxlan].concat();
-    let checksum = sum(&icmp).to_be_bytes();
-    icmp[2..4].copy_from_slice(&checksum);
+    let sum = checksum(&icmp).to_be_bytes();
+    icmp[2..4].copy_from_slice(&sum);
     icmp
 }
 
 fn forge(attacker: &NetNs, victim: &Host, peer: &Host, mtu: u16) -> anyhow::Result<()> {
+    forge_to(victim.ip, attacker, victim, peer, mtu)
+}
+
+/// Sends it to one of several addresses of the victim.
+fn forge_to(
+    to: Ipv4Addr,
+    attacker: &NetNs,
+    victim: &Host,
+    peer: &Host,
+    mtu: u16,
+) -> anyhow::Result<()> {
     Ok(attacker.run(|| {
         let socket = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::ICMPV4))?;
-        let to = SocketAddrV4::new(victim.ip, 0);
+        let to = SocketAddrV4::new(to, 0);
         socket.send_to(&report(victim.ip, peer.ip, mtu), &to.into()).map(drop)
     })?)
 }
@@ -110,6 +117,28 @@ fn forged_path_mtu_is_forgotten_and_named_when_it_comes_back() {
             named.expect("it is named");
         });
         wait_until("it is named for ever", PATIENCE, || !has_problem(agent, "forges ICMP type 3"));
+        Ok(())
+    });
+}
+
+#[test]
+fn path_mtu_that_a_pod_reports_is_not_believed() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let pods = cluster.pods()?;
+        let (victim, peer) = (&cluster.hosts[0], &cluster.hosts[1]);
+        let gateway = Ipv4Addr::from(u32::from(pods[0].ip) & !0xff | 1);
+        let way = format!("ip route get {}", peer.ip);
+        for pod in &pods {
+            let answers = format!("ping -c 1 -W 1 {gateway}");
+            eventually(&pod.netns, &answers, |said| said.contains(" 0% packet loss"));
+            for _ in 0..3 {
+                forge_to(gateway, &pod.netns, victim, peer, 552)?;
+            }
+            // Behind the reports.
+            eventually(&pod.netns, &answers, |said| said.contains(" 0% packet loss"));
+            assert!(!tool(&victim.netns, &way).contains("mtu"), "{}", pod.ip);
+        }
         Ok(())
     });
 }

@@ -9,7 +9,8 @@ use std::{
 use gossamer::lab::{Agent, Host, NetNs};
 
 use crate::common::{
-    Cluster, PATIENCE, echoes, eventually, isolated, run, skipped, status_where, tool, wait_until,
+    Cluster, PATIENCE, checksum, echoes, eventually, isolated, run, skipped, status_where, tool,
+    wait_until,
 };
 
 const USER: &str = "setpriv --reuid 1234 --regid 1234 --clear-groups";
@@ -20,22 +21,16 @@ fn sends(netns: &NetNs, as_whom: &str, file: &str, to: &str, port: u16) -> bool 
     run(netns, &format!("{as_whom} bash -c {script}")).status.success()
 }
 
-fn sum(bytes: &[u8]) -> u16 {
-    let words = bytes.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1]));
-    let sum = words.sum::<u32>();
-    !(((sum >> 16) + (sum & 0xffff)) as u16)
-}
-
 /// A tunnel packet with an echo request in the name of a pod that is nowhere.
 fn forgery(mac: &str, to: [u8; 4]) -> Vec<u8> {
     let mac: Vec<u8> = mac.split(':').map(|b| u8::from_str_radix(b, 16).expect("hex")).collect();
     let mut echo = vec![8, 0, 0, 0, 0, 1, 0, 1];
-    let checksum = sum(&echo).to_be_bytes();
-    echo[2..4].copy_from_slice(&checksum);
+    let sum = checksum(&echo).to_be_bytes();
+    echo[2..4].copy_from_slice(&sum);
     let mut ip = vec![0x45, 0, 0, 28, 0, 1, 0, 0, 64, 1, 0, 0, 10, 42, 254, 9];
     ip.extend(to);
-    let checksum = sum(&ip).to_be_bytes();
-    ip[10..12].copy_from_slice(&checksum);
+    let sum = checksum(&ip).to_be_bytes();
+    ip[10..12].copy_from_slice(&sum);
     let vxlan = [8, 0, 0, 0, 0, 0, 1, 0];
     [&vxlan[..], &mac, &[2, 0, 0, 0, 0, 9, 8, 0], &ip, &echo].concat()
 }

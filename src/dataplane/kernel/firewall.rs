@@ -16,14 +16,17 @@ use ipnet::IpNet;
 use rtnetlink::packet_core::{NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL};
 
 pub use self::chains::TRIAL_MARK;
-use self::chains::{SET4, SET6, add_guard, add_masquerade, refuse_routers};
+use self::chains::{
+    Elements, MEMBERS, add_guard, add_masquerade, add_sets, elements, refuse_routers,
+    refuse_unleased,
+};
 use super::{
     forward::{Closing, ForeignChains, OwnHook, redirecting_chains, translating_chains},
     partial::{ForeignRules, LegacyTable, Partial, Traffic},
     ports::{ClosedPort, closed_ports, redirected_port},
 };
 use crate::{
-    dataplane::firewall::{Firewall, Guard},
+    dataplane::firewall::{Firewall, Guard, Leases},
     netlink::{
         attributes::{self, Attributes},
         nftables::{INET, Kind, Nftables, Object, Rule, Step, is_missing},
@@ -62,7 +65,7 @@ pub struct Pass {
 /// What was last put into the kernel, and how the kernel shows that.
 struct Written {
     firewall: Firewall,
-    members: BTreeSet<IpAddr>,
+    elements: Elements,
     rules: usize,
     /// Not known before it was read for the first time.
     shown: Option<Shown>,
@@ -91,23 +94,25 @@ impl FirewallTable {
     /// Makes the table equal to `wanted`, on the assumption that it still holds what was last written. That
     /// a new member waits for; whether the assumption is true, [`FirewallTable::verify`] finds out.
     pub fn write(&mut self, wanted: &Firewall) -> io::Result<()> {
-        let members = self.wanted_members(wanted)?;
-        let Some(written) = self.written.take_if(|w| w.firewall.equals_but_for_members(wanted))
+        let elements = elements(wanted, &self.wanted_members(wanted)?);
+        let Some(written) = self.written.take_if(|w| w.firewall.equals_but_for_elements(wanted))
         else {
-            return self.write_anew(wanted, members);
+            return self.write_anew(wanted, elements);
         };
         let mut steps = Vec::new();
-        let new: Vec<IpAddr> = members.difference(&written.members).copied().collect();
-        let gone: Vec<IpAddr> = written.members.difference(&members).copied().collect();
-        add_elements(&wanted.table, Kind::NewElements, &new, &mut steps);
-        add_elements(&wanted.table, Kind::DelElements, &gone, &mut steps);
+        for (set, wanted_keys) in &elements {
+            let Some(keys) = written.elements.get(set) else { continue };
+            let (new, gone) = (wanted_keys.difference(keys), keys.difference(wanted_keys));
+            add_elements(&wanted.table, Kind::NewElements, set, new, &mut steps);
+            add_elements(&wanted.table, Kind::DelElements, set, gone, &mut steps);
+        }
         match self.carry_out(&steps) {
             Err(_) => {
                 self.refused = true;
-                self.write_anew(wanted, members)
+                self.write_anew(wanted, elements)
             }
             Ok(()) => {
-                self.written = Some(Written { members, ..written });
+                self.written = Some(Written { firewall: wanted.clone(), elements, ..written });
                 Ok(())
             }
         }
@@ -123,14 +128,14 @@ impl FirewallTable {
         self.write(wanted)?;
         let Some(written) = &mut self.written else { return Ok(Pass::default()) };
         let (shown, counted) = look(&mut self.nftables, INET, &wanted.table)?;
-        let present = members_in(&mut self.nftables, &wanted.table)?;
+        let present = elements_in(&mut self.nftables, &wanted.table, &written.elements)?;
         self.dropped = self.dropped_before + counted;
         let right = written.is_shown_by(&shown, &present);
         if right {
             written.shown = Some(shown);
         } else {
             let members = self.wanted_members(wanted)?;
-            self.write_anew(wanted, members)?;
+            self.write_anew(wanted, elements(wanted, &members))?;
             self.read_back(&wanted.table)?;
         }
         let repaired = std::mem::take(&mut self.refused) || !right;
@@ -141,7 +146,7 @@ impl FirewallTable {
     fn read_back(&mut self, table: &str) -> io::Result<()> {
         let Some(written) = &mut self.written else { return Ok(()) };
         let (shown, _) = look(&mut self.nftables, INET, table)?;
-        let present = members_in(&mut self.nftables, table)?;
+        let present = elements_in(&mut self.nftables, table, &written.elements)?;
         if !written.is_shown_by(&shown, &present) {
             return Err(io::Error::other("another program changes the table at the same time"));
         }
@@ -178,8 +183,11 @@ impl FirewallTable {
     /// kernel does not count them (before 5.7), and without a guard.
     pub fn packets_of_members(&mut self, table: &str) -> io::Result<BTreeMap<IpAddr, u64>> {
         let mut packets = BTreeMap::new();
-        let counted = |address, element: &[u8]| Some((address, packets_of(element)?));
-        elements_of(&mut self.nftables, table, &mut packets, counted)?;
+        for set in MEMBERS {
+            elements_of(&mut self.nftables, table, set, &mut packets, |key, element| {
+                Some((attributes::address(key)?, packets_of(element)?))
+            })?;
+        }
         Ok(packets)
     }
 
@@ -239,15 +247,22 @@ impl FirewallTable {
         closed_ports(&mut self.nftables, ports)
     }
 
-    fn write_anew(&mut self, wanted: &Firewall, members: BTreeSet<IpAddr>) -> io::Result<()> {
+    fn write_anew(&mut self, wanted: &Firewall, elements: Elements) -> io::Result<()> {
         let table = &wanted.table;
         let mut steps = vec![create_table(table), delete_table(table)];
         if !wanted.is_empty() {
             steps.push(create_table(table));
         }
+        add_sets(table, &elements, &mut steps);
+        for (set, keys) in &elements {
+            add_elements(table, Kind::NewElements, set, keys.iter(), &mut steps);
+        }
         if let Some(guard) = &wanted.guard {
-            add_guard(table, guard, &members, &mut steps);
+            add_guard(table, guard, &mut steps);
             refuse_routers(table, guard, &mut steps);
+        }
+        if let Some(leases) = &wanted.leases {
+            refuse_unleased(table, leases, &mut steps);
         }
         if !wanted.masquerade.is_empty() {
             add_masquerade(wanted, &mut steps);
@@ -260,7 +275,7 @@ impl FirewallTable {
             written => written?,
         }
         let rules = steps.iter().filter(|step| step.kind == Kind::NewRule).count();
-        self.written = Some(Written { firewall: wanted.clone(), members, rules, shown: None });
+        self.written = Some(Written { firewall: wanted.clone(), elements, rules, shown: None });
         Ok(())
     }
 
@@ -289,22 +304,24 @@ impl Shown {
 }
 
 impl Written {
-    fn is_shown_by(&self, shown: &Shown, members: &BTreeSet<IpAddr>) -> bool {
+    fn is_shown_by(&self, shown: &Shown, elements: &Elements) -> bool {
         let rules_are_right = match &self.shown {
             Some(before) => before == shown,
             None => self.rules == shown.rules.len(),
         };
-        rules_are_right && self.members == *members
+        rules_are_right && self.elements == *elements
     }
 }
 
 impl Firewall {
-    fn equals_but_for_members(&self, other: &Self) -> bool {
+    fn equals_but_for_elements(&self, other: &Self) -> bool {
+        let networks = |leases: &Leases| (leases.device.clone(), leases.networks.clone());
         let place = |guard: &Guard| (guard.port, guard.vni, guard.interfaces.clone());
         self.table == other.table
             && self.port == other.port
             && self.masquerade == other.masquerade
             && self.guard.as_ref().map(place) == other.guard.as_ref().map(place)
+            && self.leases.as_ref().map(networks) == other.leases.as_ref().map(networks)
     }
 }
 
@@ -339,29 +356,39 @@ pub fn look(nftables: &mut Nftables, family: u8, table: &str) -> io::Result<(Sho
     Ok((shown, counted))
 }
 
-/// The members in the sets, each with its attributes, of which `what` is made.
+/// The elements of a set, each with its attributes, of which `what` is made.
 fn elements_of<T: Extend<E>, E>(
     nftables: &mut Nftables,
     table: &str,
+    set: &str,
     into: &mut T,
-    what: impl Fn(IpAddr, &[u8]) -> Option<E>,
+    what: impl Fn(&[u8], &[u8]) -> Option<E>,
 ) -> io::Result<()> {
-    for set in [SET4, SET6] {
-        let filter = Attributes::new().text(1, table).text(2, set);
-        for object in nftables.dump(Kind::GetElements, INET, &filter)? {
-            let list = attributes::find(&object.attributes, 3).unwrap_or_default();
-            into.extend(attributes::read(list).filter_map(|(_, element)| {
-                let key = attributes::find(attributes::find(element, 1)?, 1)?;
-                what(attributes::address(key)?, element)
-            }));
-        }
+    let filter = Attributes::new().text(1, table).text(2, set);
+    for object in nftables.dump(Kind::GetElements, INET, &filter)? {
+        let list = attributes::find(&object.attributes, 3).unwrap_or_default();
+        into.extend(attributes::read(list).filter_map(|(_, element)| {
+            what(attributes::find(attributes::find(element, 1)?, 1)?, element)
+        }));
     }
     Ok(())
 }
 
+/// What the sets hold that `wanted` has.
+fn elements_in(nftables: &mut Nftables, table: &str, wanted: &Elements) -> io::Result<Elements> {
+    let mut elements = Elements::new();
+    for set in wanted.keys() {
+        let keys = elements.entry(set).or_default();
+        elements_of(nftables, table, set, keys, |key, _| Some(key.to_vec()))?;
+    }
+    Ok(elements)
+}
+
 fn members_in(nftables: &mut Nftables, table: &str) -> io::Result<BTreeSet<IpAddr>> {
     let mut members = BTreeSet::new();
-    elements_of(nftables, table, &mut members, |address, _| Some(address))?;
+    for set in MEMBERS {
+        elements_of(nftables, table, set, &mut members, |key, _| attributes::address(key))?;
+    }
     Ok(members)
 }
 
@@ -375,19 +402,22 @@ fn packets_in(counter: &[u8]) -> Option<u64> {
     Some(u64::from_be_bytes(*attributes::find(counter, 2)?.first_chunk()?))
 }
 
-fn add_elements(table: &str, kind: Kind, addresses: &[IpAddr], steps: &mut Vec<Step>) {
-    let of = |v4: bool| addresses.iter().filter(move |ip| ip.is_ipv4() == v4).collect::<Vec<_>>();
-    for (set, addresses) in [(SET4, of(true)), (SET6, of(false))] {
-        for some in addresses.chunks(ELEMENTS) {
-            let list = some.iter().fold(Attributes::new(), |list, address| {
-                let value = Attributes::new().put(1, &attributes::octets(**address));
-                let key = Attributes::new().nest(1, &value);
-                list.nest(1, &key)
-            });
-            let attributes = Attributes::new().text(1, table).text(2, set).nest(3, &list);
-            let flags = if kind == Kind::NewElements { NLM_F_CREATE } else { 0 };
-            steps.push(Step { kind, flags, attributes });
-        }
+fn add_elements<'a>(
+    table: &str,
+    kind: Kind,
+    set: &str,
+    keys: impl Iterator<Item = &'a Vec<u8>>,
+    steps: &mut Vec<Step>,
+) {
+    let keys: Vec<&Vec<u8>> = keys.collect();
+    for some in keys.chunks(ELEMENTS) {
+        let list = some.iter().fold(Attributes::new(), |list, key| {
+            let value = Attributes::new().put(1, key);
+            list.nest(1, &Attributes::new().nest(1, &value))
+        });
+        let attributes = Attributes::new().text(1, table).text(2, set).nest(3, &list);
+        let flags = if kind == Kind::NewElements { NLM_F_CREATE } else { 0 };
+        steps.push(Step { kind, flags, attributes });
     }
 }
 

@@ -1,14 +1,17 @@
 //! What the chains and sets of our table hold.
 
-use std::{collections::BTreeSet, net::IpAddr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 use ipnet::IpNet;
 
-use super::{add_elements, append, create};
+use super::{append, create};
 use crate::{
-    dataplane::firewall::{Firewall, Guard},
+    dataplane::firewall::{Firewall, Guard, Leases},
     netlink::{
-        attributes::Attributes,
+        attributes::{self, Attributes},
         nftables::{Base, Field, Kind, Rule, Step, base_chain, counter},
     },
     pods::{bridge::PREFIX, wiring::LINK_NAME},
@@ -19,12 +22,15 @@ pub const TRIAL_MARK: u32 = u32::from_be_bytes(*b"gsmP");
 const GUARD_CHAIN: &str = "guard";
 const ROUTERS_CHAIN: &str = "routers";
 const MASQUERADE_CHAIN: &str = "masquerade";
+/// What this host forwards, and what it sends itself, to subnets without a lease: chains with their hooks.
+const UNLEASED_CHAINS: [(&str, u32); 2] = [("unleased", 2), ("unleased_here", 3)];
 /// Hooks and priorities of linux/netfilter.h and linux/netfilter_ipv4.h: what is for this host, before all
 /// other rules about that (what it only forwards is none of our business), and where source addresses are
 /// rewritten.
 const INPUT: u32 = 1;
 const POSTROUTING: u32 = 4;
 const RAW: i32 = -300;
+const FILTER: i32 = 0;
 const SOURCE_NAT: i32 = 100;
 /// Where the VNI stands, counted from the UDP header (RFC 7348, 5).
 const VNI_OFFSET: u32 = 12;
@@ -32,10 +38,42 @@ const PORT_OFFSET: u32 = 2;
 /// What gives a host routes: protocol and type of ICMPv6's router advertisement and redirect, and of ICMP's
 /// redirect.
 const ROUTE_GIVERS: [(u8, u8); 3] = [(58, 134), (58, 137), (1, 5)];
+/// Errors that say how a packet was lost: protocol and type of ICMP's "destination unreachable", and of
+/// ICMPv6's "destination unreachable" and "packet too big"; and where the destination of that packet stands.
+const ERRORS: [(u8, u8, u32); 3] = [(1, 3, 24), (58, 1, 32), (58, 2, 32)];
 /// `NFTA_SET_EXPR`: what each element of a set does when it is found.
 const SET_EXPRESSION: u16 = 17;
-pub(super) const SET4: &str = "members4";
-pub(super) const SET6: &str = "members6";
+pub(super) const MEMBERS: [&str; 2] = ["members4", "members6"];
+/// The same addresses: the elements of the others count packets from members.
+const UNDERLAY: [&str; 2] = ["underlay4", "underlay6"];
+const LEASES: [&str; 2] = ["leases4", "leases6"];
+
+/// Elements of the sets, by their names.
+pub(super) type Elements = BTreeMap<&'static str, BTreeSet<Vec<u8>>>;
+
+/// What the sets hold, each of them that there is to be.
+pub(super) fn elements(wanted: &Firewall, members: &BTreeSet<IpAddr>) -> Elements {
+    let mut elements = Elements::new();
+    let mut fill = |sets: [&'static str; 2], addresses: &mut dyn Iterator<Item = IpAddr>| {
+        elements.extend(sets.map(|set| (set, BTreeSet::new())));
+        for address in addresses {
+            let set = set_of(sets, address);
+            elements.entry(set).or_default().insert(attributes::octets(address));
+        }
+    };
+    if wanted.guard.is_some() {
+        fill(MEMBERS, &mut members.iter().copied());
+        fill(UNDERLAY, &mut members.iter().copied());
+    }
+    if let Some(leases) = &wanted.leases {
+        fill(LEASES, &mut leases.subnets.iter().map(IpNet::network));
+    }
+    elements
+}
+
+const fn set_of(sets: [&'static str; 2], like: IpAddr) -> &'static str {
+    sets[like.is_ipv6() as usize]
+}
 
 /// Addresses of multicast groups, of both families.
 fn groups() -> [IpNet; 2] {
@@ -45,26 +83,23 @@ fn groups() -> [IpNet; 2] {
     ]
 }
 
-pub(super) fn add_guard(
-    table: &str,
-    guard: &Guard,
-    members: &BTreeSet<IpAddr>,
-    steps: &mut Vec<Step>,
-) {
-    let families = [
+/// Makes the sets, empty.
+pub(super) fn add_sets(table: &str, elements: &Elements, steps: &mut Vec<Step>) {
+    for (id, set) in (1..).zip(elements.keys()) {
         // Type and length of the elements as the `nft` program knows them.
-        (SET4, 7, 4, IpAddr::from([0; 4])),
-        (SET6, 8, 16, IpAddr::from([0; 16])),
-    ];
-    for (id, (set, kind, length, _)) in (1..).zip(families) {
+        let (kind, length) = if set.ends_with('4') { (7, 4) } else { (8, 16) };
         let named = Attributes::new().text(1, table).text(2, set);
         let of_addresses = named.be32(3, 0).be32(4, kind).be32(5, length).be32(10, id);
-        // Each element counts the packets that it was found for; kernels before 5.7 pass over that.
-        let counting = of_addresses.nest(SET_EXPRESSION, &counter());
-        steps.push(create(Kind::NewSet, counting));
+        let set = match MEMBERS.contains(set) {
+            // Each element counts the packets that it was found for; kernels before 5.7 pass over that.
+            true => of_addresses.nest(SET_EXPRESSION, &counter()),
+            false => of_addresses,
+        };
+        steps.push(create(Kind::NewSet, set));
     }
-    let all: Vec<IpAddr> = members.iter().copied().collect();
-    add_elements(table, Kind::NewElements, &all, steps);
+}
+
+pub(super) fn add_guard(table: &str, guard: &Guard, steps: &mut Vec<Step>) {
     steps.push(create(Kind::NewChain, base_chain(table, GUARD_CHAIN, "filter", INPUT, RAW)));
     let to_port =
         || Rule::new().udp().holds(Base::Transport, PORT_OFFSET, &guard.port.to_be_bytes());
@@ -81,8 +116,9 @@ pub(super) fn add_guard(
         let to_group = to_group.address(Field::Destination, group, true);
         steps.push(append(table, GUARD_CHAIN, &to_group.count().drop()));
     }
-    for (set, _, _, like) in families {
-        let of_member = to_port().family_of(like).source_inside(set, like);
+    for group in groups() {
+        let like = group.addr();
+        let of_member = to_port().family_of(like).source_inside(set_of(MEMBERS, like), like);
         steps.push(append(table, GUARD_CHAIN, &of_member.leave_chain()));
     }
     // Networks of others at the same port. What is too short to tell is none of them.
@@ -95,15 +131,51 @@ pub(super) fn add_guard(
 pub(super) fn refuse_routers(table: &str, guard: &Guard, steps: &mut Vec<Step>) {
     let chain = base_chain(table, ROUTERS_CHAIN, "filter", INPUT, RAW);
     steps.push(create(Kind::NewChain, chain));
-    for (protocol, kind) in ROUTE_GIVERS {
-        let such = || Rule::new().transport(protocol).holds(Base::Transport, 0, &[kind]);
-        for interface in &guard.interfaces {
-            steps.push(append(table, ROUTERS_CHAIN, &such().from_interface(interface).drop()));
+    for interface in &guard.interfaces {
+        for (protocol, kind) in ROUTE_GIVERS {
+            let route_giver = Rule::new().transport(protocol).holds(Base::Transport, 0, &[kind]);
+            let rule = route_giver.from_interface(interface).drop();
+            steps.push(append(table, ROUTERS_CHAIN, &rule));
         }
-        // Cables that another program has pulled out of the bridge. Their names are longer than those of
-        // other interfaces that begin alike: GSM modems are called gsm0.
-        let of_cables = such().from_interfaces(PREFIX, LINK_NAME).drop();
-        steps.push(append(table, ROUTERS_CHAIN, &of_cables));
+    }
+    // Packets to members never took the way of pods. A report that one of them was too long makes all tunnels
+    // to that member narrow.
+    let from_interfaces = guard.interfaces.iter().map(|name| Rule::new().from_interface(name));
+    let of_pods = guard.networks.iter().map(|network| {
+        Rule::new().family_of(network.addr()).address(Field::Source, *network, true)
+    });
+    for of_pods in from_interfaces.chain(of_pods) {
+        for ((protocol, kind, at), length) in ERRORS.into_iter().zip([4, 16, 16]) {
+            let set = UNDERLAY[usize::from(length == 16)];
+            let report = of_pods.clone().transport(protocol).holds(Base::Transport, 0, &[kind]);
+            let about_member = report.inside(set, (Base::Transport, at, length));
+            steps.push(append(table, ROUTERS_CHAIN, &about_member.drop()));
+        }
+    }
+    // A bridge hands frames to link-local groups (IEEE 802.1D, 7.12.6) to the host as if its port were no
+    // port, past the rules that hold pods to their addresses; and another program may have pulled a cable out
+    // of the bridge. The names of cables are longer than those of other interfaces that begin alike: GSM
+    // modems are called gsm0.
+    let of_cables = Rule::new().from_interfaces(PREFIX, LINK_NAME).drop();
+    steps.push(append(table, ROUTERS_CHAIN, &of_cables));
+}
+
+/// Answers packets to subnets without a lease. The kernel would ask for each address, and its table of
+/// neighbors is one for all interfaces.
+pub(super) fn refuse_unleased(table: &str, leases: &Leases, steps: &mut Vec<Step>) {
+    for (chain, hook) in UNLEASED_CHAINS {
+        steps.push(create(Kind::NewChain, base_chain(table, chain, "filter", hook, FILTER)));
+        for &(network, length) in &leases.networks {
+            let like = network.addr();
+            let to_overlay = Rule::new().to_interface(&leases.device).family_of(like).address(
+                Field::Destination,
+                network,
+                true,
+            );
+            let to_unleased =
+                to_overlay.destination_network_outside(set_of(LEASES, like), length, like);
+            steps.push(append(table, chain, &to_unleased.refuse()));
+        }
     }
 }
 

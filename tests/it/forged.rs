@@ -1,0 +1,131 @@
+//! What pods send by hand: to their host past the bridge's rules, and to addresses that no host has leased.
+
+use std::{
+    io,
+    net::{Ipv4Addr, UdpSocket},
+    time::Duration,
+};
+
+use gossamer::lab::{Agent, Host, NetNs, Pinger};
+
+use crate::{
+    cni::{Runtime, address, namespaces},
+    common::{PATIENCE, isolated, program, status_where, token_of, tool, wait_until},
+};
+
+const PORT: u16 = 5_555;
+
+/// The source of the next datagram at a host's socket; none, if none comes.
+fn heard(socket: &UdpSocket) -> Option<Ipv4Addr> {
+    let mut bytes = [0; 64];
+    match socket.recv_from(&mut bytes) {
+        Ok((_, from)) => Some(from.ip().to_string().parse().expect("IPv4")),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
+        Err(error) => panic!("{error}"),
+    }
+}
+
+fn send_from(netns: &NetNs, source: Ipv4Addr, to: Ipv4Addr) {
+    let sent = netns.run(|| UdpSocket::bind((source, 0))?.send_to(b"from a pod", (to, PORT)));
+    sent.expect("sent");
+}
+
+#[test]
+fn frame_to_a_link_local_group_is_not_taken_from_a_pod() {
+    isolated(|lab| {
+        let host = lab.host(1, "n1")?;
+        let mut agent =
+            Agent::start(program(), &host, &["--init", "--prefer-subnet", "10.42.7.0"])?;
+        agent.wait_converged(1, PATIENCE)?;
+        let spaces = namespaces(&["a"])?;
+        let own: Ipv4Addr = address(&Runtime::new(&agent).add("a")).parse()?;
+        let (gateway, forged) = (Ipv4Addr::new(10, 42, 7, 1), Ipv4Addr::new(192, 0, 2, 9));
+        tool(&spaces[0], &format!("ip addr add {forged}/32 dev eth0"));
+        let socket = host.netns.run(|| {
+            let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, PORT))?;
+            socket.set_read_timeout(Some(Duration::from_millis(500)))?;
+            Ok(socket)
+        })?;
+        wait_until("the host does not hear its pod", PATIENCE, || {
+            send_from(&spaces[0], own, gateway);
+            heard(&socket) == Some(own)
+        });
+        while heard(&socket).is_some() {}
+        // Frames to these groups pass the bridge in ways of their own (IEEE 802.1D, 7.12.6).
+        for group in ["01:80:c2:00:00:02", "01:80:c2:00:00:0e"] {
+            let claim = format!("ip neigh replace {gateway} lladdr {group} dev eth0 nud permanent");
+            tool(&spaces[0], &claim);
+            for source in [forged, own] {
+                send_from(&spaces[0], source, gateway);
+                assert_eq!(heard(&socket), None, "{source} by {group}");
+            }
+        }
+        tool(&spaces[0], &format!("ip neigh del {gateway} dev eth0"));
+        wait_until("the host does not hear its pod any more", PATIENCE, || {
+            send_from(&spaces[0], own, gateway);
+            heard(&socket) == Some(own)
+        });
+        Ok(())
+    });
+}
+
+/// Neighbors that the kernel asks for on the overlay's device.
+fn asked_for(host: &Host) -> usize {
+    tool(&host.netns, "ip neigh show dev gossamer.1")
+        .lines()
+        .filter(|line| line.ends_with("INCOMPLETE") || line.ends_with("FAILED"))
+        .count()
+}
+
+#[test]
+fn packets_to_subnets_without_a_lease_fill_no_table_when_peers_come_on_demand() {
+    isolated(|lab| {
+        let hosts = [lab.host(1, "n1")?, lab.host(2, "n2")?];
+        let on_demand = ["--program", "on-demand"];
+        let first = [&["--init", "--prefer-subnet", "10.42.7.0"][..], &on_demand].concat();
+        let mut first = Agent::start(program(), &hosts[0], &first)?;
+        first.wait_converged(1, PATIENCE)?;
+        let spaces = namespaces(&["a", "b"])?;
+        let own: Ipv4Addr = address(&Runtime::new(&first).add("a")).parse()?;
+        let flood = || {
+            spaces[0].run(|| {
+                let socket = UdpSocket::bind((own, 0))?;
+                let subnets = (1..=250).filter(|subnet| ![7, 9].contains(subnet));
+                for to in subnets.flat_map(|subnet| (2..8).map(move |at| [10, 42, subnet, at])) {
+                    // The kernel says sooner or later that none is reachable.
+                    let _ = socket.send_to(b"x", (Ipv4Addr::from(to), PORT));
+                }
+                Ok(())
+            })
+        };
+        flood()?;
+        assert_eq!(asked_for(&hosts[0]), 0);
+        // A host that joins later is reached all the same.
+        let (token, seed) = (token_of(&mut first)?, hosts[0].ip.to_string());
+        let second = ["--join", &seed, "--token", &token, "--prefer-subnet", "10.42.9.0"];
+        let mut second = Agent::start(program(), &hosts[1], &[&second[..], &on_demand].concat())?;
+        second.wait_converged(2, PATIENCE)?;
+        first.wait_converged(2, PATIENCE)?;
+        let pod: Ipv4Addr = address(&Runtime::new(&second).add("b")).parse()?;
+        assert_eq!(pod.octets()[..3], [10, 42, 9]);
+        let mut pinger = Pinger::new(&spaces[0])?;
+        wait_until("the new host's pod is not reached", PATIENCE, || {
+            pinger.ping(pod, Duration::from_secs(1)).is_ok_and(|got| got.is_some())
+        });
+        flood()?;
+        assert_eq!(asked_for(&hosts[0]), 0);
+        // Its subnet has no lease any more.
+        second.leave()?;
+        first.wait_converged(1, PATIENCE)?;
+        wait_until("the subnet is not refused", PATIENCE, || {
+            let _ = pinger.ping(pod, Duration::from_millis(200));
+            asked_for(&hosts[0]) == 0
+        });
+        tool(&hosts[0].netns, "nft delete table inet gossamer.1");
+        status_where(&mut first, |status| {
+            status["kernel"]["repairs"]["firewall"].as_u64() >= Some(1)
+        });
+        assert!(tool(&hosts[0].netns, "nft list table inet gossamer.1").contains("@leases4"));
+        Ok(())
+    });
+}
