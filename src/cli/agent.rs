@@ -24,6 +24,8 @@ use crate::{
 
 /// Open files that an agent never needs more of.
 const FILES: u64 = 65_536;
+/// As many as an agent needs for its own threads, its database, a few peers and questions at once.
+const FEWEST_FILES: u64 = 256;
 
 #[derive(Debug, Args)]
 pub struct AgentArgs {
@@ -77,7 +79,9 @@ fn run_with(args: AgentArgs, plugin: Option<&UnixListener>) -> ExitCode {
         set_filter(filter)?;
         Ok(config)
     }));
-    allow_many_files();
+    if let Err(error) = allow_many_files() {
+        return fail(error);
+    }
     if let Err(error) = agent::guard() {
         return fail(error);
     }
@@ -107,12 +111,24 @@ fn run_with(args: AgentArgs, plugin: Option<&UnixListener>) -> ExitCode {
 }
 
 /// Raises the limit of open files as far as it may be, within reason: the usual one of services is 1,024.
-fn allow_many_files() {
+///
+/// # Errors
+/// The hard limit is too low for an agent, which would run and answer no question.
+fn allow_many_files() -> Result<(), String> {
     let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| {
-        setrlimit(Resource::RLIMIT_NOFILE, soft.max(hard.min(FILES)), hard)
+        setrlimit(Resource::RLIMIT_NOFILE, soft.max(hard.min(FILES)), hard)?;
+        Ok(hard)
     });
-    if let Err(error) = raised {
-        tracing::debug!(%error, "the limit of open files is not raised");
+    match raised {
+        Ok(hard) if hard < FEWEST_FILES => Err(format!(
+            "this process may open {hard} files and an agent needs {FEWEST_FILES}: raise the hard limit \
+             (LimitNOFILE= in systemd's unit, `ulimit -Hn` in a shell, --ulimit nofile= of a container)"
+        )),
+        Ok(_) => Ok(()),
+        Err(error) => {
+            tracing::debug!(%error, "the limit of open files is not raised");
+            Ok(())
+        }
     }
 }
 

@@ -41,6 +41,25 @@ fn new_token() -> String {
 }
 
 #[test]
+fn limit_of_open_files_that_is_too_low_for_an_agent() {
+    isolated(|lab| {
+        let host = lab.host(1, "n1")?;
+        let command = "ulimit -n 64; exec timeout 30 \"$0\" agent --init --state-dir \"$1/state\" \
+                       --socket \"$1/gossamer.sock\" --subnet-file \"$1/subnet.env\"";
+        let mut agent = Command::new("sh");
+        agent.args(["-c", command]).arg(program()).arg(&host.dir).stderr(Stdio::piped());
+        let output = host.netns.spawn(&mut agent)?.wait_with_output()?;
+        let said = String::from_utf8(output.stderr)?;
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        for word in ["64 files", "256", "LimitNOFILE", "ulimit -Hn"] {
+            assert!(said.contains(word), "{word:?} is missing in {said:?}");
+        }
+        assert_clean(&host);
+        Ok(())
+    });
+}
+
+#[test]
 fn joiners_that_do_not_belong() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
