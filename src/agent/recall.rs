@@ -17,6 +17,7 @@ use super::{
 };
 use crate::{
     config::Config,
+    model::NodeId,
     store::{Copied, Database, Opened, StateDir, StoreError},
     transport::NodeKey,
     wire::{Key, Keyring, Record, Token},
@@ -139,7 +140,7 @@ fn read_node(
         }
     };
     let saved = state.token()?;
-    let recalled = recall(&state, config, saved.as_ref())?;
+    let recalled = recall(&state, key.id(), config, saved.as_ref())?;
     let (keyring, underlay) = (state.keyring()?, state.underlay()?);
     let is_same_boot = state.is_same_boot();
     Ok(Memory { state, key, is_fresh, saved, keyring, underlay, is_same_boot, recalled })
@@ -153,20 +154,21 @@ pub(super) struct Recalled {
     pub(super) is_new: bool,
 }
 
-/// Opens the database. One that was damaged is moved aside: the other members know most of what was in it. A
-/// node that knows none of them takes the second copy of what makes a node. So does a node whose database has
-/// lost its last changes, for these.
+/// Opens the database. One that was damaged, or is another node's, is moved aside: the other members know
+/// most of what was in it. A node that knows none of them takes the second copy of what makes a node. So does
+/// a node whose database has lost its last changes, for these.
 fn recall(
     state: &StateDir,
+    me: NodeId,
     config: &Config,
     saved: Option<&Token>,
 ) -> Result<Recalled, StoreError> {
     let path = state.database();
-    let Opened { mut database, mut records, quarantined } = Database::open(&path)?;
+    let Opened { mut database, mut records, quarantined } = Database::open(&path, me)?;
     let counted = database.batches();
     let mut is_new = quarantined.is_some();
     if let Some((aside, why)) = quarantined {
-        tracing::error!(%why, moved_to = %aside.display(), "database damaged, moved aside");
+        tracing::error!(%why, moved_to = %aside.display(), "the database is moved aside");
     }
     let has_cluster = |records: &[(Key, Record)]| {
         records.iter().any(|(_, record)| matches!(record, Record::Cluster(_)))

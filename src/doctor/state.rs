@@ -13,7 +13,8 @@ use super::{Finding, Patient};
 use crate::{
     agent::random,
     config::Config,
-    store::{Database, History, Opened, read_token},
+    store::{Database, History, Opened, node_key, read_token},
+    transport::NodeKey,
     wire::{Record, Token},
 };
 
@@ -126,10 +127,12 @@ fn database(state_dir: &Path) -> Option<Finding> {
     if !original.exists() {
         return None;
     }
+    // Without a key it is no node's; that is told of the state directory.
+    let key = NodeKey::from_seed(node_key(state_dir).ok()??).ok()?;
     let token = read_token(state_dir).ok().flatten();
     let was_in_one = token.as_ref().and_then(Token::known_cluster).is_some();
     let opened = Copy::of(&original).and_then(|copy| {
-        let opened = Database::open(&copy.database()).map_err(io::Error::other);
+        let opened = Database::open(&copy.database(), key.id()).map_err(io::Error::other);
         opened.map(|Opened { quarantined, records, .. }| {
             let knows = records.iter().any(|(_, record)| matches!(record, Record::Cluster(_)));
             quarantined.map(|(_, why)| format!("cannot be read: {why}")).or_else(|| {

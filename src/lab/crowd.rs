@@ -19,7 +19,7 @@ pub fn add_crowd(host: &Host, crowd: &[MemberRecord]) -> anyhow::Result<Vec<(Key
     let state = StateDir::open(&host.dir.join("state"))?;
     let seed = state.node_key()?.ok_or_else(|| anyhow::anyhow!("no node ever ran there"))?;
     let me = NodeKey::from_seed(seed)?.id();
-    let opened = Database::open(&state.database())?;
+    let opened = Database::open(&state.database(), me)?;
     let mut members = crowd.iter();
     let mut written: BTreeMap<Key, Vec<u8>> = BTreeMap::new();
     for (key, record) in &opened.records {
@@ -44,7 +44,7 @@ pub fn add_crowd(host: &Host, crowd: &[MemberRecord]) -> anyhow::Result<Vec<(Key
     anyhow::ensure!(members.next().is_none(), "{} has too few spare subnets", host.name);
     opened.database.write(&written)?;
     drop(opened.database);
-    Ok(Database::open(&state.database())?.records)
+    Ok(Database::open(&state.database(), me)?.records)
 }
 
 fn lease(slot: Slot, member: &MemberRecord, before: SlotRecord) -> Run {

@@ -19,7 +19,10 @@ use std::{
 use nix::fcntl::{Flock, FlockArg};
 
 use super::holder;
-use crate::wire::{Key, Record, TokenError};
+use crate::{
+    model::NodeId,
+    wire::{Key, Record, TokenError},
+};
 
 /// Damaged databases that are kept: the first ones, which may have been whole before a series of failures
 /// began, and the latest.
@@ -31,6 +34,8 @@ const CLOSE_PATIENCE: Duration = Duration::from_secs(5);
 /// A tree beside that of the records, and its one key: the number of batches.
 const COUNTS: &str = "counts";
 const BATCHES: &str = "batches";
+/// Another key there: the id of the node that has written the database.
+const NODE: &str = "node";
 
 /// An open database. Dropping it waits until the file can be opened again.
 pub struct Database {
@@ -40,13 +45,15 @@ pub struct Database {
     file: fs::File,
     /// Batches that were written since the node's first start.
     batches: Cell<u64>,
+    /// Whose it is.
+    node: NodeId,
 }
 
 /// What opening found.
 pub struct Opened {
     pub database: Database,
     pub records: Vec<(Key, Record)>,
-    /// Where an unreadable database was put, and why it was unreadable.
+    /// Where a database was put that is unreadable or another node's, and why.
     pub quarantined: Option<(PathBuf, String)>,
 }
 
@@ -90,11 +97,11 @@ fn by(holder: Option<u32>) -> String {
 }
 
 impl Database {
-    /// Opens the database and reads all of it. One that cannot be read is moved aside, and an empty one
-    /// takes its place.
-    pub fn open(path: &Path) -> Result<Opened, StoreError> {
+    /// Opens the database of a node and reads all of it. One that cannot be read, or that another node has
+    /// written, is moved aside, and an empty one takes its place.
+    pub fn open(path: &Path, node: NodeId) -> Result<Opened, StoreError> {
         refuse_clock(SystemTime::now())?;
-        match try_open(path) {
+        match try_open(path, node) {
             Ok((database, records)) => Ok(Opened { database, records, quarantined: None }),
             Err(Failure::InUse) => Err(StoreError::InUse {
                 path: path.to_owned(),
@@ -106,7 +113,7 @@ impl Database {
                 let aside = quarantine(path)
                     .map_err(|error| StoreError::Directory { path: path.to_owned(), error })?;
                 let (database, records) =
-                    try_open(path).map_err(|_| StoreError::Database(why.clone()))?;
+                    try_open(path, node).map_err(|_| StoreError::Database(why.clone()))?;
                 Ok(Opened { database, records, quarantined: Some((aside, why)) })
             }
         }
@@ -118,10 +125,11 @@ impl Database {
     /// # Errors
     /// Fails if the directory cannot be renamed, or if no database can be made.
     pub fn set_aside(self, path: &Path) -> Result<(Self, PathBuf), StoreError> {
+        let node = self.node;
         drop(self);
         let aside = quarantine(path)
             .map_err(|error| StoreError::Directory { path: path.to_owned(), error })?;
-        Ok((Self::open(path)?.database, aside))
+        Ok((Self::open(path, node)?.database, aside))
     }
 
     /// Batches that were written since the node's first start. The count is written after its batch: a
@@ -151,6 +159,7 @@ impl Database {
             let count = self.batches.get().saturating_add(1);
             let counts = sled.open_tree(COUNTS).map_err(|error| error.to_string())?;
             counts.insert(BATCHES, &count.to_be_bytes()).map_err(|error| error.to_string())?;
+            counts.insert(NODE, self.node.as_bytes()).map_err(|error| error.to_string())?;
             self.batches.set(count);
             sled.flush().map_err(|error| error.to_string())?;
             self.file.sync_data().map_err(|error| error.to_string())
@@ -206,7 +215,7 @@ fn remove_unfinished_snapshots(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-fn try_open(path: &Path) -> Result<(Database, Vec<(Key, Record)>), Failure> {
+fn try_open(path: &Path, node: NodeId) -> Result<(Database, Vec<(Key, Record)>), Failure> {
     remove_unfinished_snapshots(path).map_err(Failure::Io)?;
     let opened = catch_unwind(AssertUnwindSafe(|| {
         let sled = sled::Config::default()
@@ -236,11 +245,20 @@ fn try_open(path: &Path) -> Result<(Database, Vec<(Key, Record)>), Failure> {
                 })
             })
             .collect::<Result<Vec<_>, Failure>>()?;
-        let counts = sled.open_tree(COUNTS).and_then(|counts| counts.get(BATCHES));
-        let batches = counts.map_err(|error| Failure::Damaged(error.to_string()))?;
+        let damaged = |error: sled::Error| Failure::Damaged(error.to_string());
+        let counts = sled.open_tree(COUNTS).map_err(damaged)?;
+        // Earlier releases did not write whose it is.
+        let writer = counts.get(NODE).map_err(damaged)?;
+        let writer = writer.and_then(|bytes| Some(NodeId::from_bytes((*bytes).try_into().ok()?)));
+        if let Some(other) = writer.filter(|writer| *writer != node) {
+            return Err(Failure::Damaged(format!(
+                "node {other} has written it, and this is {node}"
+            )));
+        }
+        let batches = counts.get(BATCHES).map_err(damaged)?;
         let batches = batches.and_then(|bytes| Some(u64::from_be_bytes((*bytes).try_into().ok()?)));
         let batches = Cell::new(batches.unwrap_or_default());
-        Ok((Database { sled: Some(sled), file, batches }, records))
+        Ok((Database { sled: Some(sled), file, batches, node }, records))
     }));
     opened.unwrap_or_else(|panic| {
         let why = panic
@@ -290,6 +308,8 @@ fn quarantine(path: &Path) -> io::Result<PathBuf> {
 mod tests {
     use super::*;
 
+    const ME: NodeId = NodeId::from_bytes([1; 8]);
+
     fn starts(opened: &Opened) -> Option<&Record> {
         opened.records.iter().find(|(key, _)| *key == Key::Starts).map(|(_, record)| record)
     }
@@ -303,8 +323,8 @@ mod tests {
     fn what_was_written_is_there_after_opening_again() {
         let dir = tempfile::tempdir().expect("tempdir");
         let path = dir.path().join("db");
-        write(&Database::open(&path).expect("opens").database, 7);
-        let opened = Database::open(&path).expect("opens again");
+        write(&Database::open(&path, ME).expect("opens").database, 7);
+        let opened = Database::open(&path, ME).expect("opens again");
         assert_eq!(starts(&opened), Some(&Record::Starts(7)));
         assert!(opened.quarantined.is_none());
         let mode = |path: &Path| fs::metadata(path).expect("there").permissions().mode() & 0o777;
@@ -318,10 +338,10 @@ mod tests {
     fn snapshot_that_a_power_cut_left_half_written_is_no_damage() {
         let dir = tempfile::tempdir().expect("tempdir");
         let path = dir.path().join("db");
-        write(&Database::open(&path).expect("opens").database, 7);
+        write(&Database::open(&path, ME).expect("opens").database, 7);
         for torn in [&b""[..], b"half of one", &[0; 4096]] {
             fs::write(path.join("snap.00000000000FFFFF.generating"), torn).expect("written");
-            let opened = Database::open(&path).expect("opens again");
+            let opened = Database::open(&path, ME).expect("opens again");
             assert!(opened.quarantined.is_none(), "{:?}", opened.quarantined);
             assert_eq!(starts(&opened), Some(&Record::Starts(7)));
         }
@@ -362,38 +382,56 @@ mod tests {
     fn batches_are_counted_over_starts_and_by_a_database_in_the_place_of_another() {
         let dir = tempfile::tempdir().expect("tempdir");
         let path = dir.path().join("db");
-        let database = Database::open(&path).expect("opens").database;
+        let database = Database::open(&path, ME).expect("opens").database;
         assert_eq!(database.batches(), 0);
         write(&database, 7);
         write(&database, 8);
         drop(database);
-        let database = Database::open(&path).expect("opens again").database;
+        let database = Database::open(&path, ME).expect("opens again").database;
         assert_eq!(database.batches(), 2);
         database.count_on(1);
         assert_eq!(database.batches(), 2);
         database.count_on(9);
         write(&database, 9);
         drop(database);
-        assert_eq!(Database::open(&path).expect("opens again").database.batches(), 10);
+        assert_eq!(Database::open(&path, ME).expect("opens again").database.batches(), 10);
+    }
+
+    #[test]
+    fn database_of_another_node_is_moved_aside_and_one_that_names_none_is_taken() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let path = dir.path().join("db");
+        write(&Database::open(&path, NodeId::from_bytes([2; 8])).expect("opens").database, 7);
+        let opened = Database::open(&path, ME).expect("opens an empty one");
+        let (_, why) = opened.quarantined.as_ref().expect("moved aside");
+        assert!(why.contains("0202020202020202") && why.contains("0101010101010101"), "{why}");
+        assert!(opened.records.is_empty());
+        write(&opened.database, 8);
+        let counts =
+            opened.database.sled.as_ref().expect("open").open_tree(COUNTS).expect("a tree");
+        counts.remove(NODE).expect("removed");
+        drop((opened, counts));
+        let opened = Database::open(&path, ME).expect("opens again");
+        assert_eq!(starts(&opened), Some(&Record::Starts(8)));
     }
 
     #[test]
     fn an_empty_value_removes_a_record() {
         let dir = tempfile::tempdir().expect("tempdir");
         let path = dir.path().join("db");
-        let database = Database::open(&path).expect("opens").database;
+        let database = Database::open(&path, ME).expect("opens").database;
         write(&database, 7);
         database.write(&BTreeMap::from([(Key::Starts, Vec::new())])).expect("written");
         drop(database);
-        assert!(Database::open(&path).expect("opens again").records.is_empty());
+        assert!(Database::open(&path, ME).expect("opens again").records.is_empty());
     }
 
     #[test]
     fn a_second_process_is_told_who_is_in_the_way() {
         let dir = tempfile::tempdir().expect("tempdir");
         let path = dir.path().join("db");
-        let _held = Database::open(&path).expect("opens");
-        let error = Database::open(&path).err().expect("locked").to_string();
+        let _held = Database::open(&path, ME).expect("opens");
+        let error = Database::open(&path, ME).err().expect("locked").to_string();
         assert!(error.contains("another gossamer"), "{error}");
     }
 
@@ -401,13 +439,13 @@ mod tests {
     fn what_a_newer_version_wrote_is_left_alone() {
         let dir = tempfile::tempdir().expect("tempdir");
         let path = dir.path().join("db");
-        let database = Database::open(&path).expect("opens").database;
+        let database = Database::open(&path, ME).expect("opens").database;
         let sled = database.sled.as_ref().expect("open");
         sled.insert("pods/10.42.7.2", Record::Starts(1).encode()).expect("written");
         sled.flush().expect("flushed");
         drop(database);
         for _ in 0..2 {
-            let error = Database::open(&path).err().expect("refused").to_string();
+            let error = Database::open(&path, ME).err().expect("refused").to_string();
             assert!(error.contains("pods/10.42.7.2") && error.contains("newer"), "{error}");
         }
         assert_eq!(fs::read_dir(dir.path()).expect("readable").count(), 1, "nothing moved aside");
@@ -419,7 +457,7 @@ mod tests {
         let mut quarantined = 0;
         for round in 0..24_usize {
             let path = dir.path().join(format!("db-{round}"));
-            let database = Database::open(&path).expect("opens").database;
+            let database = Database::open(&path, ME).expect("opens").database;
             for value in 0..50 {
                 write(&database, value);
                 let filler =
@@ -438,7 +476,7 @@ mod tests {
                 _ => bytes[at..].fill(0xff),
             }
             fs::write(&file, bytes).expect("damage");
-            let opened = Database::open(&path).expect("a usable database");
+            let opened = Database::open(&path, ME).expect("a usable database");
             quarantined += usize::from(opened.quarantined.is_some());
             if let Some(record) = starts(&opened) {
                 assert!(matches!(record, Record::Starts(0..50)), "{record:?}");

@@ -209,7 +209,8 @@ fn take(lock: fs::File, path: &Path) -> Result<Flock<fs::File>, StoreError> {
     })
 }
 
-fn node_key(directory: &Path) -> Result<Option<[u8; 32]>, StoreError> {
+/// The seed of the node's key in a state directory, whoever holds that.
+pub fn node_key(directory: &Path) -> Result<Option<[u8; 32]>, StoreError> {
     let path = directory.join(KEY);
     let Some(text) = read_if_there(&path)? else { return Ok(None) };
     key_from_text(&text).map(Some).ok_or(StoreError::Key { path })

@@ -107,6 +107,10 @@ impl EssentialsCopy {
         copy
     }
 
+    pub(super) const fn node(&self) -> NodeId {
+        self.me
+    }
+
     pub(super) const fn batches(&self) -> u64 {
         self.batches
     }

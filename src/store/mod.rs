@@ -23,7 +23,7 @@ mod replace;
 mod writer;
 
 pub use database::{Database, Opened, StoreError};
-pub use directory::{StateDir, read_token};
+pub use directory::{StateDir, node_key, read_token};
 pub use essentials::{Copied, Essentials, EssentialsCopy};
 pub use history::History;
 pub use replace::{PRIVATE, PUBLIC, replace};

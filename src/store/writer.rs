@@ -265,7 +265,8 @@ impl<R: Fn(Written)> Disk<R> {
     }
 
     fn reopen(&mut self) -> Result<Database, String> {
-        let opened = Database::open(&self.path).map_err(|error| error.to_string())?;
+        let opened =
+            Database::open(&self.path, self.copy.node()).map_err(|error| error.to_string())?;
         let is_empty = opened.quarantined.is_some() || opened.records.is_empty();
         if is_empty && !std::mem::replace(&mut self.is_emptied, true) {
             (self.report)(Written::Emptied);

@@ -17,7 +17,7 @@ use nix::{
 use serde_json::json;
 
 use crate::{
-    cni::{Runtime, namespaces},
+    cni::{Runtime, address, namespaces},
     common::{
         Cluster, PATIENCE, eventually, has_problem, isolated, program, run, tool, wait_until,
     },
@@ -110,6 +110,40 @@ fn database_that_lost_its_last_changes_is_completed_by_the_second_copy() {
         cluster.restart(0, &[])?;
         assert_eq!(cluster.agents[0].ask("/v1/pods", PATIENCE)?, known);
         assert_eq!(cluster.agents[0].log().matches("lost its last changes").count(), 1);
+        Ok(())
+    });
+}
+
+#[test]
+fn databases_of_two_hosts_that_are_swapped_are_moved_aside_and_no_pod_is_lost() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 3)?;
+        let spaces = namespaces(&["a", "b"])?;
+        let [a, b] = [(0, "a"), (1, "b")]
+            .map(|(n, pod)| address(&Runtime::new(&cluster.agents[n]).add(pod)));
+        let before = [0, 1].map(|n| cluster.agents[n].ask("/v1/pods", PATIENCE).expect("pods"));
+        cluster.agents[..2]
+            .iter_mut()
+            .try_for_each(|agent| agent.end(Signal::SIGTERM).map(drop))?;
+        let [first, second] = [0, 1].map(|n| cluster.hosts[n].dir.join("state/db"));
+        let aside = cluster.hosts[0].dir.join("swapped");
+        for (from, to) in [(&first, &aside), (&second, &first), (&aside, &second)] {
+            fs::rename(from, to)?;
+        }
+        for n in [0, 1] {
+            cluster.agents[n] = Agent::start(program(), &cluster.hosts[n], &[])?;
+        }
+        cluster.converge()?;
+        for (n, before) in before.iter().enumerate() {
+            let log = cluster.agents[n].log();
+            assert!(log.contains("has written it, and this is"), "{log}");
+            assert!(!log.contains("pods that nobody knows"), "{log}");
+            let after = cluster.agents[n].ask("/v1/pods", PATIENCE)?;
+            assert_eq!(after["pods"][0]["addresses"], before["pods"][0]["addresses"]);
+            assert!(cluster.hosts[n].dir.join("state/db.damaged-1").exists());
+        }
+        eventually(&spaces[0], &format!("ping -c 1 -W 2 {b}"), |said| said.contains(" 1 received"));
+        eventually(&spaces[1], &format!("ping -c 1 -W 2 {a}"), |said| said.contains(" 1 received"));
         Ok(())
     });
 }
