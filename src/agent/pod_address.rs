@@ -11,6 +11,8 @@ use crate::{
     pods::{
         NoAddress, Wish,
         bridge::{Bridge, is_address_mac, mac_at},
+        last_addresses,
+        standin::mate_mac,
         wiring::WiringError,
     },
 };
@@ -49,6 +51,11 @@ impl Agent {
     ) -> Result<(), NoAddress> {
         if !mac.is_of_one_interface() {
             return Err(NoAddress::GroupMac(mac));
+        }
+        // The trial of forwarding has it at the address that pods are given last.
+        let view = self.kernel.wanted.as_ref();
+        if view.is_some_and(|view| mate_mac(last_addresses(view.own.subnets)) == mac) {
+            return Err(NoAddress::MacOfHost(mac));
         }
         let others = self.pods.table.iter().filter(|pod| pod.attachment != *attachment);
         if let Some(pod) = others.into_iter().find(|pod| self.pods.mac(pod) == Some(mac)) {
@@ -126,6 +133,7 @@ impl From<NoAddress> for PodError {
             | NoAddress::Taken { .. }
             | NoAddress::GroupMac(_)
             | NoAddress::AddressMac(_)
+            | NoAddress::MacOfHost(_)
             | NoAddress::MacTaken { .. }
             | NoAddress::TwoOfOne { .. }
             | NoAddress::TwoPlaces { .. } => PodErrorKind::Address,

@@ -213,6 +213,7 @@ fn is_about_to_change(error: &NoAddress, going: &BTreeSet<String>) -> bool {
         | NoAddress::Gateway { .. }
         | NoAddress::GroupMac(_)
         | NoAddress::AddressMac(_)
+        | NoAddress::MacOfHost(_)
         | NoAddress::TwoOfOne { .. }
         | NoAddress::TwoPlaces { .. } => false,
     }

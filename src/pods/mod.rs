@@ -72,6 +72,8 @@ pub enum NoAddress {
          another MAC"
     )]
     AddressMac(Mac),
+    #[error("MAC {0}: this host has it itself: ask for another one")]
+    MacOfHost(Mac),
     #[error("MAC {mac}: {holder} has it")]
     MacTaken { mac: Mac, holder: Attachment },
     #[error("all {0} addresses of this node's subnet are in use: see `gossamer pods`")]

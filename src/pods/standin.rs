@@ -116,7 +116,7 @@ impl StandIn {
     ) -> io::Result<Self> {
         let (link, mac) = match role {
             Role::First => (shape.link.clone(), mac_at(shape.addresses.first)),
-            Role::Mate => (format!("{}{MATE}", shape.link), shape.mate_mac()),
+            Role::Mate => (format!("{}{MATE}", shape.link), mate_mac(shape.addresses)),
         };
         remove_former(netlink, &link)?;
         let netns = in_thread(|| {
@@ -195,7 +195,7 @@ impl StandIn {
             netlink.set_link(if role == Role::Mate { up.arp(false) } else { up })?;
             let mates = mate.iter().copied().flat_map(Addresses::iter);
             let (own, other, mac): (Vec<_>, Vec<_>, _) = match role {
-                Role::First => (addresses.iter().collect(), mates.collect(), self.shape.mate_mac()),
+                Role::First => (addresses.iter().collect(), mates.collect(), mate_mac(*addresses)),
                 Role::Mate => {
                     (mates.collect(), addresses.iter().collect(), mac_at(addresses.first))
                 }
@@ -222,13 +222,12 @@ impl Room {
     }
 }
 
-impl Shape {
-    /// No pod has it, whatever its address.
-    fn mate_mac(&self) -> Mac {
-        let [_, rest @ ..] = *mac_at(self.addresses.first).as_bytes();
-        let [a, b, c, d, e] = rest;
-        Mac::from_bytes([0x0e, a, b, c, d, e])
-    }
+/// The MAC of the second one beside a first one with these addresses. No pod has it, whatever its address; a
+/// pod that asks for it is refused.
+pub fn mate_mac(of_first: Addresses) -> Mac {
+    let [_, rest @ ..] = *mac_at(of_first.first).as_bytes();
+    let [a, b, c, d, e] = rest;
+    Mac::from_bytes([0x0e, a, b, c, d, e])
 }
 
 fn default_route(link: u32, via: IpAddr, mtu: u32) -> RouteNetlinkMessage {

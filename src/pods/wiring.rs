@@ -70,6 +70,10 @@ pub enum WiringError {
     Host(PathBuf),
     #[error("interface {interface}: there is one of that name in {} already", netns.display())]
     InterfaceTaken { interface: String, netns: PathBuf },
+    #[error(
+        "MAC {0}: an interface of this host has it, on the bridge of pods: ask for another one"
+    )]
+    MacOfPort(Mac),
     #[error("{0}")]
     Lacks(String),
     #[error("{what}: {error}")]
@@ -133,6 +137,25 @@ impl Wiring {
         Ok(Self { netlink: Netlink::open()?, home, bridge: None, announcer: Announcer::default() })
     }
 
+    /// The bridge gives what is sent to the MAC of one of its ports to this host.
+    fn expect_no_port_has(
+        &mut self,
+        mac: Mac,
+        bridge: &Bridge,
+        pod: &Pod,
+    ) -> Result<(), WiringError> {
+        let own = link_name(&pod.attachment);
+        let found = self.port(bridge).and_then(|bridge| {
+            let links = self.netlink.links()?.into_iter();
+            let mut ports = links.filter(|link| link.is_plugged_into(bridge) && link.name != own);
+            Ok(ports.any(|port| port.mac == Some(mac)))
+        });
+        match found.map_err(failed("looking for ports with this MAC"))? {
+            true => Err(WiringError::MacOfPort(mac)),
+            false => Ok(()),
+        }
+    }
+
     /// Plugs a pod in.
     ///
     /// # Errors
@@ -159,6 +182,9 @@ impl Wiring {
             default_route: end.may_lead_out(),
             pinned: bridge.anti_spoofing,
         };
+        if mac != mac_at(pod.addresses.first) {
+            self.expect_no_port_has(mac, bridge, pod)?;
+        }
         let plugged = self.port(bridge).and_then(|port| self.plug(pod, &cable, port));
         if plugged.is_err() {
             // An interface of an attachment that nobody knows any more may be there, or another bridge.

@@ -273,6 +273,23 @@ fn a_mac_that_is_asked_for_is_used_kept_over_restarts_and_given_to_one_pod_only(
         assert!(code == 101 && why.contains("a eth0 has it"), "{code} {why}");
         let (code, why) = runtime.refused("ADD", "b", &json!({ "mac": "0a:58:0a:2a:00:01" }));
         assert!(code == 101 && why.contains("0a:58"), "{code} {why}");
+        // Those that this host has at the bridge itself, and that of the pod of its own trial.
+        let gateway_of_a = gateway(&a).to_owned();
+        let (net, _) = gateway_of_a.rsplit_once('.').expect("dots");
+        let octets: Vec<String> = net
+            .split('.')
+            .map(|octet| format!("{:02x}", octet.parse::<u8>().expect("a number")))
+            .collect();
+        let of_trial = format!("0e:58:{}:fe", octets.join(":"));
+        let host = &cluster.hosts[0].netns;
+        let port = a["interfaces"][1]["name"].as_str().expect("a name");
+        let shown = tool(host, &format!("ip -br link show dev {port}"));
+        let of_port = shown.split_whitespace().nth(2).expect("a MAC").to_owned();
+        for taken in [of_trial, of_port] {
+            let (_, why) =
+                runtime.refused("ADD", "b", &json!({ "runtimeConfig": { "mac": taken } }));
+            assert!(why.contains(&taken) && why.contains("this host"), "{taken}: {why}");
+        }
         let arguments = [("CNI_ARGS", "IgnoreUnknown=1;K8S_POD_NAME=b;MAC=02-12-34-56-78-9B")];
         let (done, b) = runtime.call_with("ADD", "b", &arguments, &json!({}));
         assert!(done && b["interfaces"][2]["mac"] == "02:12:34:56:78:9b", "{b}");
