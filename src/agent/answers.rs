@@ -213,7 +213,9 @@ impl<F: Fn(Answers)> PodAsker<F> {
         for (name, mac) in asked.values_mut() {
             mac.take_if(|_| self.roll.is_suspect(name) && !self.roll.has_answered(name));
         }
-        let taps = taps(asked.keys(), watches_ports)?;
+        // Answers go to the bridge that asks.
+        let watched = bridge.mac.filter(|_| watches_ports);
+        let taps = taps(asked.keys(), watched)?;
         let mut round = Round::new(bridge.index, ports);
         let turn = if watches_ports { LONG_TURN } else { TURN };
         for _ in 0..TURNS {
@@ -231,7 +233,7 @@ impl<F: Fn(Answers)> PodAsker<F> {
             round.miss();
         }
         for (address, (name, _)) in asked {
-            self.roll.note(name, round.reply(address, watches_ports));
+            self.roll.note(name, round.reply(address, watched.is_some()));
         }
         Ok(())
     }
@@ -336,13 +338,14 @@ impl Answers {
     }
 }
 
-/// Where all its answers come in at the bridge; those that were lost before are seen at the ports.
+/// Where all its answers come in at the bridge; those to this MAC that were lost before are seen at the
+/// ports.
 fn taps<'a>(
     mut addresses: impl Iterator<Item = &'a IpAddr> + Clone,
-    watches_ports: bool,
+    watched: Option<Mac>,
 ) -> io::Result<Vec<Tap>> {
-    if watches_ports {
-        return Ok(vec![Tap::of_neighbors()?]);
+    if let Some(bridge) = watched {
+        return Ok(vec![Tap::of_neighbors(bridge)?]);
     }
     let mut taps = Vec::new();
     if addresses.clone().any(IpAddr::is_ipv4) {

@@ -23,15 +23,21 @@ use nix::{
 use socket2::{SockFilter, Socket, Type};
 
 use crate::{
-    dataplane::silence::{self, Packet},
+    dataplane::{
+        answers::LEAVING,
+        silence::{self, Packet},
+    },
     frames::{ICMPV6, IPV6, arp, packet_socket, sender_at, solicitation},
     model::Mac,
 };
 
 /// `ETH_P_ALL`
 const EVERYTHING: u16 = 3;
-/// `SKF_AD_OFF + SKF_AD_PROTOCOL` of linux/filter.h
+/// `SKF_AD_OFF + SKF_AD_PROTOCOL` of linux/filter.h, and the same with `SKF_AD_PKTTYPE`.
 const PROTOCOL: u32 = 0xffff_f000;
+const KIND: u32 = 0xffff_f004;
+/// `SKF_LL_OFF`: the frame's header, which begins with the MAC it goes to.
+const FRAME: u32 = 0xffe0_0000;
 /// Bytes of a packet that are read: all headers up to the frame inside a tunnel packet.
 const READ: u32 = 128;
 /// Larger packets carry data of pods. Of those there may be very many, and small ones tell the same.
@@ -71,9 +77,16 @@ impl Tap {
         Ok(Self::of(socket))
     }
 
-    /// Sees ARP and neighbor discovery at all interfaces, ports of bridges among them, in both directions.
-    pub fn of_neighbors() -> io::Result<Self> {
-        Self::open(NO_PORT)
+    /// Sees ARP and neighbor discovery at all interfaces, ports of bridges among them: as they leave, and of
+    /// what comes in the frames to this MAC alone. A bridge passes no others on to this host, or not only.
+    pub fn of_neighbors(to: Mac) -> io::Result<Self> {
+        let socket = packet_socket(Type::DGRAM, EVERYTHING)?;
+        socket
+            .attach_filter(&to_mac(to).into_iter().chain(program(NO_PORT)).collect::<Vec<_>>())?;
+        let tap = Self::of(socket);
+        // What came before the filter is of no interest.
+        while tap.next(|_| ())?.is_some() {}
+        Ok(tap)
     }
 
     fn of(socket: Socket) -> Self {
@@ -163,6 +176,24 @@ impl Asker {
     pub fn solicit(&self, to: Option<Mac>, sender: Ipv6Addr, target: Ipv6Addr) -> io::Result<()> {
         self.socket.send(&solicitation(self.mac, to, sender, target)).map(drop)
     }
+}
+
+/// For the kernel's packet filter: lets pass what leaves and what comes to this MAC, for a filter behind it.
+fn to_mac(mac: Mac) -> [SockFilter; 7] {
+    let [a, b, c, d, e, f] = *mac.as_bytes();
+    let step = |code: u32, operand| SockFilter::new(code as u16, 0, 0, operand);
+    let when = |value, then, otherwise| {
+        SockFilter::new((BPF_JMP | BPF_JEQ | BPF_K) as u16, then, otherwise, value)
+    };
+    [
+        step(BPF_LD | BPF_B | BPF_ABS, KIND),
+        when(LEAVING.into(), 5, 0),
+        step(BPF_LD | BPF_W | BPF_ABS, FRAME),
+        when(u32::from_be_bytes([a, b, c, d]), 0, 2),
+        step(BPF_LD | BPF_H | BPF_ABS, FRAME + 4),
+        when(u32::from_be_bytes([0, 0, e, f]), 1, 0),
+        step(BPF_RET, 0),
+    ]
 }
 
 /// For the kernel's packet filter: ARP, neighbor discovery, and small datagrams to the port that are no

@@ -29,7 +29,7 @@ const SILENT: Duration = Duration::from_secs(5);
 /// So many rounds in a row without an answer make a verdict.
 const VERDICT: u32 = 3;
 /// Kinds of packets as packet sockets tell them (linux/if_packet.h).
-const LEAVING: u8 = 4;
+pub const LEAVING: u8 = 4;
 /// Ethernet's number, and that of ICMPv6 (IANA).
 const IPV6: u16 = 0x86dd;
 const ICMPV6: u8 = 58;

@@ -1,10 +1,18 @@
 //! What changes a pod's port on the bridge is put right; what drops a pod's packets there is noticed by
 //! asking the pod, and named.
 
-use std::fs;
+use std::{
+    fs,
+    net::Ipv4Addr,
+    os::fd::AsRawFd as _,
+    sync::atomic::{AtomicBool, Ordering},
+    time::{Duration, Instant},
+};
 
 use gossamer::lab::{Agent, Host, NetNs};
+use nix::{ifaddrs::getifaddrs, sys::socket::bind};
 use serde_json::Value;
+use socket2::{Domain, Socket, Type};
 
 use crate::{
     causes::{pair, wait_for_path, wait_for_words},
@@ -104,7 +112,7 @@ fn settings_of_a_pods_port_are_put_right_at_once() {
                 format!("ip link set dev {port} type bridge_slave {first}"),
                 format!("bridge link set dev {port} {second}"),
             ] {
-                let begun = std::time::Instant::now();
+                let begun = Instant::now();
                 if !run(host, &command).status.success() {
                     skipped(&command, "this kernel or ip does not know it");
                     continue;
@@ -198,7 +206,7 @@ fn what_drops_a_pods_packets_at_its_interface_is_named_until_it_is_gone() {
             sh(host, &begin.iter().map(String::as_str).collect::<Vec<_>>());
             let words: Vec<&str> =
                 [pod.as_str()].into_iter().chain(words.iter().map(String::as_str)).collect();
-            let begun = std::time::Instant::now();
+            let begun = Instant::now();
             wait_for_named(&mut cluster, &words)?;
             println!("{:>7.1?} {}", begun.elapsed(), begin.join("; "));
             assert!(!has_problem(&mut cluster.agents[0], "pod a eth0"), "the other pod");
@@ -334,6 +342,44 @@ fn pod_whose_own_end_is_down_or_has_another_address_or_mac_is_no_problem() {
     });
 }
 
+#[test]
+fn answers_to_other_stations_than_the_bridge_are_no_loss_on_this_host() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        let spaces = namespaces(&["a"])?;
+        let added = Runtime::new(&cluster.agents[0]).add("a");
+        let pod: Ipv4Addr = address(&added).parse()?;
+        wait_for_answers(&mut cluster, "1 pod answers when asked");
+        tool(&spaces[0], "ip link set eth0 arp off");
+        let socket = spaces[0].run(|| {
+            let socket = Socket::new(Domain::PACKET, Type::RAW, None)?;
+            let found = getifaddrs()?.filter(|found| found.interface_name == "eth0");
+            let link = found.filter_map(|found| found.address?.as_link_addr().copied()).next();
+            bind(socket.as_raw_fd(), &link.expect("eth0"))?;
+            Ok((socket, link.and_then(|link| link.addr()).expect("a MAC")))
+        });
+        let (socket, mac) = socket?;
+        let answer = |to: [u8; 6]| {
+            let head = [&to[..], &mac, &[8, 6, 0, 1, 8, 0, 6, 4, 0, 2], &mac].concat();
+            [&head[..], &pod.octets(), &[0; 10]].concat()
+        };
+        // A group that no bridge passes on, and a station that is not there.
+        let answers = [[1, 0x80, 0xc2, 0, 0, 0x0e], [2, 0, 0, 0, 0, 0x55]].map(answer);
+        let (is_over, begun) = (AtomicBool::new(false), Instant::now());
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !is_over.load(Ordering::Relaxed) && begun.elapsed() < PATIENCE {
+                    answers.iter().for_each(|answer| _ = socket.send(answer));
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+            });
+            let named = wait_for_named(&mut cluster, &["and no answer comes from eth0"]);
+            is_over.store(true, Ordering::Relaxed);
+            named
+        })
+    });
+}
+
 /// Not the network.
 #[test]
 fn what_drops_packets_at_the_overlay_device_or_the_underlay_is_named() {
@@ -374,7 +420,7 @@ fn what_drops_packets_at_the_overlay_device_or_the_underlay_is_named() {
             ),
         ] {
             sh(&cluster.hosts[1], &begin.iter().map(String::as_str).collect::<Vec<_>>());
-            let begun = std::time::Instant::now();
+            let begun = Instant::now();
             wait_for_words(&mut cluster.agents[1], &words);
             println!("{:>7.1?} {}", begun.elapsed(), begin.join("; "));
             tool(&cluster.hosts[1].netns, &end);
