@@ -407,6 +407,26 @@ fn a_pod_cannot_use_an_address_or_a_mac_that_it_was_not_given() {
         claim(&spaces[0], b6.parse()?)?;
         assert!(reaches(&a6, "fd42:0:0:7::1"), "what came before has been heard");
         assert_eq!(lladdr(&b6), of_b);
+        // The same of its link-local address, and that of the gateway.
+        let link_local_of = |netns: &NetNs, interface: &str| {
+            let shown = tool(netns, &format!("ip -6 -br addr show dev {interface} scope link"));
+            let address = shown.split_whitespace().nth(2).and_then(|text| text.split('/').next());
+            address.expect("a link-local address").to_owned()
+        };
+        wait_for_link_local(&spaces[1], "eth0");
+        let local = link_local_of(&spaces[1], "eth0");
+        tool(&host.netns, &format!("ping -c 1 -W 2 {local}%gsm0"));
+        let of_b = lladdr(&local);
+        assert!(of_b.is_some(), "{}", known(&local));
+        claim(&spaces[0], local.parse()?)?;
+        let of_gateway = link_local_of(&host.netns, "gsm0");
+        tool(&spaces[1], &format!("ping -c 1 -W 2 {of_gateway}%eth0"));
+        let seen = || tool(&spaces[1], &format!("ip neigh show {of_gateway} dev eth0"));
+        claim(&spaces[0], of_gateway.parse()?)?;
+        assert!(reaches(&a6, "fd42:0:0:7::1"), "what came before has been heard");
+        assert_eq!(lladdr(&local), of_b);
+        tool(&spaces[1], "ping -c 1 -W 2 fd42:0:0:7::1");
+        assert!(!seen().contains(&mac), "{}", seen());
         // Another MAC.
         tool(&spaces[0], "ip link set eth0 address 02:00:00:00:00:99");
         assert!(!reaches(&a4, "10.42.7.1") && !reaches(&a4, &b4));

@@ -8,11 +8,12 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
+    net::{IpAddr, Ipv6Addr},
 };
 
 use super::pod_tables::{Elements, Shape};
 use crate::{
+    model::Mac,
     netlink::{
         attributes,
         nftables::{BRIDGE, Base, Rule, name_bytes},
@@ -141,11 +142,17 @@ fn rules() -> Vec<Rule> {
             .accept(),
         icmpv6(ROUTER_ADVERTISEMENT).count().drop(),
         icmpv6(REDIRECT).count().drop(),
+        icmpv6(NEIGHBOUR_ADVERTISEMENT)
+            .inside(USED6, TARGET)
+            .input_with(ADDRESSES6, &[ETHER_SOURCE, TARGET], false)
+            .count()
+            .drop(),
         advertised.input_with(ADDRESSES6, &[ETHER_SOURCE, TARGET], false).count().drop(),
         Rule::new()
             .ether_type(IPV6)
             .input_with(ADDRESSES6, &[ETHER_SOURCE, SOURCE6], true)
             .accept(),
+        Rule::new().ether_type(IPV6).inside(USED6, SOURCE6).count().drop(),
         link_local(SOURCE6, Rule::new().ether_type(IPV6), true).accept(),
         // The same in IPv6, and what groups it is in.
         Rule::new()
@@ -169,8 +176,9 @@ fn elements_of(bridge: &Bridge, tenants: &Tenants, strangers: &BTreeSet<String>)
     strangers.iter().for_each(|port| add(STRANGERS, name_bytes(port).to_vec()));
     let gateways = bridge.subnets.iter().map(gateway);
     let own = last_addresses(bridge.subnets);
-    for first in [gateway(bridge.subnets.first), own.first] {
-        add(USED_MACS, mac_at(first).as_bytes().to_vec());
+    for mac in [gateway(bridge.subnets.first), own.first].map(mac_at) {
+        add(USED_MACS, mac.as_bytes().to_vec());
+        add(USED6, link_local(mac).octets().to_vec());
     }
     let of_pods = tenants.values().flat_map(|tenant| tenant.addresses.iter());
     for ip in gateways.chain(own.iter()).chain(of_pods) {
@@ -181,6 +189,9 @@ fn elements_of(bridge: &Bridge, tenants: &Tenants, strangers: &BTreeSet<String>)
         let Some(mac) = tenant.mac else { continue };
         add(USED_MACS, mac.as_bytes().to_vec());
         let key = [&name_bytes(cable)[..], mac.as_bytes(), &[0; 2]].concat();
+        let own = link_local(mac).octets();
+        add(USED6, own.to_vec());
+        add(ADDRESSES6, [&key[..], &own].concat());
         for &ip in addresses.get(tenant.container.as_str()).into_iter().flatten() {
             let set = if matches!(ip, IpAddr::V4(_)) { ADDRESSES4 } else { ADDRESSES6 };
             add(set, [&key[..], &attributes::octets(ip)].concat());
@@ -188,6 +199,14 @@ fn elements_of(bridge: &Bridge, tenants: &Tenants, strangers: &BTreeSet<String>)
         add(MACS, key);
     }
     elements
+}
+
+/// The address that kernels make of a MAC as a rule (RFC 4291, 2.5.6 and appendix A). Others that a pod uses
+/// are not known, and nothing else has them.
+const fn link_local(mac: Mac) -> Ipv6Addr {
+    let [a, b, c, d, e, f] = *mac.as_bytes();
+    let bits = u64::from_be_bytes([a ^ 2, b, c, 0xff, 0xfe, d, e, f]);
+    Ipv6Addr::from_bits((0xfe80 << 112) | bits as u128)
 }
 
 const fn used(ip: IpAddr) -> &'static str {
