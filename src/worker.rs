@@ -6,13 +6,13 @@
 use std::{
     collections::VecDeque,
     io,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        mpsc::{self, RecvTimeoutError, TryRecvError},
-    },
+    net::{SocketAddr, ToSocketAddrs as _},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc::TryRecvError},
     thread,
     time::Instant,
 };
+
+use tokio::sync::oneshot;
 
 pub use self::alarm::Sleeper;
 use self::alarm::{Alarm, alarm};
@@ -23,7 +23,7 @@ mod alarm;
 pub struct Thread {
     name: &'static str,
     /// Its other end is dropped when the thread ends.
-    running: mpsc::Receiver<()>,
+    running: oneshot::Receiver<()>,
     handle: thread::JoinHandle<()>,
 }
 
@@ -31,30 +31,49 @@ impl Thread {
     /// # Errors
     /// The system gives no thread.
     pub fn start(name: &'static str, work: impl FnOnce() + Send + 'static) -> io::Result<Self> {
-        let (end, running) = mpsc::channel();
+        let (end, running) = oneshot::channel();
         let handle = thread::Builder::new().name(name.to_owned()).spawn(move || {
-            let _end: mpsc::Sender<()> = end;
+            let _end: oneshot::Sender<()> = end;
             work();
         })?;
         Ok(Self { name, running, handle })
     }
 
-    /// Waits until it has ended, but not longer than until `deadline`.
+    /// Whether it runs no more: at its end, or after a panic.
+    pub fn has_ended(&self) -> bool {
+        self.handle.is_finished()
+    }
+
+    /// Waits until it has ended, but not longer than until `deadline`. Takes no other thread: the system may
+    /// give none.
     ///
     /// # Errors
     /// Its name, if it has not ended by then. It goes on by itself.
-    pub fn join(self, deadline: Instant) -> Result<(), &'static str> {
-        let patience = deadline.saturating_duration_since(Instant::now());
-        match self.running.recv_timeout(patience) {
-            Err(RecvTimeoutError::Disconnected) => {
-                if self.handle.join().is_err() {
-                    tracing::error!(thread = self.name, "thread panicked");
-                }
-                Ok(())
-            }
-            _ => Err(self.name),
+    pub async fn join(self, deadline: Instant) -> Result<(), &'static str> {
+        // Nothing is ever sent.
+        let ended = tokio::time::timeout_at(deadline.into(), self.running).await;
+        let _ = ended.map_err(|_| self.name)?;
+        if self.handle.join().is_err() {
+            tracing::error!(thread = self.name, "thread panicked");
         }
+        Ok(())
     }
+}
+
+/// Finds the addresses of a name, `HOST:PORT`, in a thread of its own: a look-up may take long, and a task of
+/// the runtime that blocks panics where the system gives no thread.
+///
+/// # Errors
+/// The name has no address, or the system gives no thread.
+pub async fn resolve(name: String) -> io::Result<Vec<SocketAddr>> {
+    if let Ok(address) = name.parse() {
+        return Ok(vec![address]);
+    }
+    let (reply, answer) = oneshot::channel();
+    let look_up = move || _ = reply.send(name.to_socket_addrs().map(Iterator::collect));
+    // Not waited for: whoever asks may lose patience before.
+    let _thread = Thread::start("names", look_up)?;
+    answer.await.map_err(io::Error::other)?
 }
 
 /// What a worker is asked for.
@@ -89,6 +108,11 @@ impl<O: Order> Worker<O> {
         queue.orders.push_back(order);
         drop(queue);
         self.queue.alarm.ring();
+    }
+
+    /// Whether its thread has ended, though nothing told it to.
+    pub fn has_ended(&self) -> bool {
+        self.thread.has_ended()
     }
 
     /// Tells the thread to end once it has carried out what waits.
@@ -141,7 +165,7 @@ fn lock<O>(queue: &Mutex<Queue<O>>) -> MutexGuard<'_, Queue<O>> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::{sync::mpsc, time::Duration};
 
     use super::*;
 
@@ -161,8 +185,8 @@ mod tests {
         Instant::now() + Duration::from_secs(30)
     }
 
-    #[test]
-    fn worker_that_is_ended_carries_out_what_waits_without_what_is_superseded() {
+    #[tokio::test]
+    async fn worker_that_is_ended_carries_out_what_waits_without_what_is_superseded() {
         let (begin, begun) = mpsc::channel::<()>();
         let (report, reported) = mpsc::channel();
         let worker = Worker::start("test", move |orders: Orders<Task>| {
@@ -180,13 +204,13 @@ mod tests {
             worker.order(task);
         }
         begin.send(()).expect("the thread waits");
-        assert_eq!(worker.end().join(soon()), Ok(()));
+        assert_eq!(worker.end().join(soon()).await, Ok(()));
         let tasks: Vec<Task> = reported.iter().collect();
         assert_eq!(tasks, [Task::Job(1), Task::Job(2), Task::View(2)]);
     }
 
-    #[test]
-    fn worker_that_sleeps_is_woken_by_an_order_and_by_the_end() {
+    #[tokio::test]
+    async fn worker_that_sleeps_is_woken_by_an_order_and_by_the_end() {
         let (report, reported) = mpsc::channel();
         let worker = Worker::start("test", move |orders: Orders<Task>| {
             loop {
@@ -200,20 +224,32 @@ mod tests {
         let worker = worker.expect("a thread");
         worker.order(Task::Job(7));
         assert_eq!(reported.recv(), Ok(Task::Job(7)));
-        assert_eq!(worker.end().join(soon()), Ok(()));
+        assert_eq!(worker.end().join(soon()).await, Ok(()));
     }
 
-    #[test]
-    fn thread_that_hangs_is_named_and_not_waited_for() {
+    #[tokio::test]
+    async fn thread_that_hangs_is_named_and_not_waited_for() {
         let (end, ended) = mpsc::channel::<()>();
         let thread = Thread::start("stuck", move || _ = ended.recv()).expect("a thread");
-        assert_eq!(thread.join(Instant::now()), Err("stuck"));
+        assert_eq!(thread.join(Instant::now()).await, Err("stuck"));
         drop(end);
     }
 
-    #[test]
-    fn thread_that_panics_has_ended() {
-        let thread = Thread::start("test", || panic!("on purpose")).expect("a thread");
-        assert_eq!(thread.join(soon()), Ok(()));
+    #[tokio::test]
+    async fn thread_that_panics_has_ended() {
+        let (end, ended) = mpsc::channel::<()>();
+        let work = move |_: Orders<Task>| {
+            let _ = ended.recv();
+            panic!("on purpose");
+        };
+        let worker = Worker::start("test", work).expect("a thread");
+        assert!(!worker.has_ended());
+        drop(end);
+        let until = soon();
+        while !worker.has_ended() {
+            assert!(Instant::now() < until, "its end is not seen");
+            thread::yield_now();
+        }
+        assert_eq!(worker.end().join(soon()).await, Ok(()));
     }
 }

@@ -75,7 +75,7 @@ pub struct Answers {
 }
 
 pub struct Asking {
-    worker: Worker<Option<Roster>>,
+    pub(super) worker: Worker<Option<Roster>>,
     told: Option<Roster>,
     looked: Option<Instant>,
 }

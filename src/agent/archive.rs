@@ -34,7 +34,7 @@ const MAX_LINES: usize = 16_384;
 
 /// What is to be done with the files.
 #[derive(Debug)]
-enum Job {
+pub(super) enum Job {
     /// With the number of contents that the subnet file has had.
     Save(Saved, usize),
     Append(Vec<Value>),
@@ -85,7 +85,7 @@ pub(super) enum Kept {
 
 /// The loop's end of it.
 pub(super) struct Archive {
-    worker: Worker<Job>,
+    pub(super) worker: Worker<Job>,
     shared: Arc<Shared>,
     /// What the subnet file is to say.
     subnet: Option<(PathBuf, SubnetFile)>,
@@ -288,8 +288,8 @@ mod tests {
         Saved::Underlay([192, 0, 2, 1].into(), mtu)
     }
 
-    #[test]
-    fn disk_that_hangs_keeps_the_thread_alone_and_the_newest_content_is_written_then() {
+    #[tokio::test]
+    async fn disk_that_hangs_keeps_the_thread_alone_and_the_newest_content_is_written_then() {
         let dir = tempfile::tempdir().expect("tempdir");
         let (release, released) = mpsc::channel::<()>();
         let (report, reported) = mpsc::channel();
@@ -311,7 +311,7 @@ mod tests {
         assert!(archive.shared.lines.load(Ordering::Relaxed) <= MAX_LINES);
         drop(release);
         let thread = archive.end();
-        assert_eq!(thread.join(Instant::now() + Duration::from_secs(60)), Ok(()));
+        assert_eq!(thread.join(Instant::now() + Duration::from_secs(60)).await, Ok(()));
         let written: Vec<u32> = reported.iter().collect();
         assert!(written.len() <= 2 && written.last() == Some(&1_000), "{written:?}");
     }

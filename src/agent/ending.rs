@@ -26,6 +26,8 @@ pub enum Ending {
     Reassigned,
     /// It cannot go on; the sentence says why.
     Failed(String),
+    /// This program has failed: all state stays, in the kernel too.
+    Broken(String),
 }
 
 impl Agent {
@@ -90,7 +92,7 @@ impl Agent {
             let answer = match &ending {
                 Ending::Left { heir } => Ok(heir.map(|heir| self.node.name_of(heir).to_owned())),
                 Ending::Failed(why) => Err(why.clone()),
-                Ending::Stopped | Ending::Anew | Ending::Reassigned => {
+                Ending::Stopped | Ending::Anew | Ending::Reassigned | Ending::Broken(_) => {
                     Err("the agent was stopped before it had left".to_owned())
                 }
             };
@@ -105,11 +107,9 @@ impl Agent {
 /// Waits for threads, without those that hang in a disk or in the kernel.
 async fn await_threads<const N: usize>(threads: [Thread; N]) {
     let deadline = Instant::now() + THREAD_PATIENCE;
-    // The loop's thread has the sockets to close meanwhile.
-    let joined = tokio::task::spawn_blocking(move || {
-        for name in threads.into_iter().filter_map(|thread| thread.join(deadline).err()) {
+    for thread in threads {
+        if let Err(name) = thread.join(deadline).await {
             tracing::error!(thread = name, "thread hangs: the agent ends without it");
         }
-    });
-    let _ = joined.await;
+    }
 }

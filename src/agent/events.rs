@@ -117,6 +117,7 @@ impl Agent {
             return;
         }
         self.journal.look_at = now + LOOK;
+        self.watch_threads(now);
         self.watch_company(now);
         self.watch_members();
         self.watch_paths();

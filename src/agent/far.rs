@@ -71,7 +71,7 @@ pub enum Told {
     Testimony(ReplyId, Option<Arrivals>),
 }
 
-enum Command {
+pub(super) enum Command {
     Room(Option<Room>),
     Setting(Setting),
     /// This member asks about this round.
@@ -90,8 +90,10 @@ impl Order for Command {
 }
 
 pub struct Far {
-    worker: Worker<Command>,
+    pub(super) worker: Worker<Command>,
     told: Setting,
+    /// The pod where it listens.
+    room: Option<Room>,
 }
 
 impl Far {
@@ -108,11 +110,16 @@ impl Far {
             };
             runner.run();
         })?;
-        Ok(Self { worker, told: Setting::default() })
+        Ok(Self { worker, told: Setting::default(), room: None })
     }
 
-    pub fn set_room(&self, room: Option<Room>) {
+    pub fn set_room(&mut self, room: Option<Room>) {
+        self.room.clone_from(&room);
         self.worker.order(Command::Room(room));
+    }
+
+    pub fn room(&self) -> Option<Room> {
+        self.room.clone()
     }
 
     /// Answers a member that asks what has come of a round.

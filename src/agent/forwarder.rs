@@ -86,7 +86,7 @@ pub enum ForwarderNews {
 }
 
 pub struct Forwarder {
-    worker: Worker<Option<Setting>>,
+    pub(super) worker: Worker<Option<Setting>>,
     told: Option<Setting>,
 }
 

@@ -78,7 +78,7 @@ pub struct Found {
 }
 
 pub struct Inquest {
-    worker: Worker<Option<Case>>,
+    pub(super) worker: Worker<Option<Case>>,
     told: Option<Case>,
     found: Found,
     /// Peers of which something was found, and which are silent no longer.
@@ -113,6 +113,11 @@ impl Inquest {
     /// Ends it after the step under way. Once the thread has ended no table of it is left.
     pub fn end(self) -> Thread {
         self.worker.end()
+    }
+
+    /// What was found so far is not known any more.
+    pub fn forget(&mut self) {
+        (self.found, self.recovered) = (Found::default(), BTreeMap::new());
     }
 
     /// What was found of a silent peer.

@@ -149,15 +149,16 @@ fn save(name: &str, table: &str) -> Option<String> {
         .ok()?;
     let output = child.stdout.take()?;
     let (done, read) = mpsc::channel();
-    let reader = thread::spawn(move || {
+    let reader = thread::Builder::new().spawn(move || {
         let mut text = String::new();
         let whole = output.take(MOST).read_to_string(&mut text);
         let _ = done.send(whole.is_ok().then_some(text));
     });
+    // Without a thread its end of the channel is gone, and nothing is waited for.
     let text = read.recv_timeout(PATIENCE).ok().flatten();
     let _ = child.kill();
     let _ = child.wait();
-    let _ = reader.join();
+    let _ = reader.map(thread::JoinHandle::join);
     text
 }
 

@@ -53,6 +53,7 @@ mod subnet_env;
 mod surroundings;
 mod survey;
 mod tap;
+mod threads;
 mod told;
 mod underlay;
 mod vanished;
@@ -159,6 +160,9 @@ struct Agent {
     source: Option<Source>,
     /// Set when the kernel refuses the device of a node that has only just come.
     giving_up: Option<(String, Instant)>,
+    /// Where threads that are started later tell what they find.
+    news: threads::Sender,
+    ended: threads::Ended,
     ending: Option<Ending>,
 }
 

@@ -58,7 +58,7 @@ pub struct Goal {
 pub type Tables = (desired::Tables, Actual);
 type Look = Box<dyn FnOnce(Result<Tables, String>) + Send>;
 
-enum Task {
+pub(super) enum Task {
     Goal(Goal),
     Look(Look),
     Count,
@@ -81,7 +81,7 @@ pub enum State {
 }
 
 pub struct Programmer {
-    worker: Worker<Task>,
+    pub(super) worker: Worker<Task>,
 }
 
 impl Programmer {

@@ -12,15 +12,14 @@ use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 
 use super::{
-    Agent, Archive, Arrivals, Asking, Clock, Company, Ending, Far, Forwarder, Gate, Inquest,
-    Journal, KernelState, News, PodState, Prober, Programmer, Reread, Service, Signals, Source,
-    Surveys, Unread, Wirer,
+    Agent, Archive, Arrivals, Clock, Company, Ending, Gate, Journal, KernelState, News, PodState,
+    Prober, Programmer, Reread, Service, Signals, Source, Surveys, Unread, Wirer,
     doors::Doors,
     host_view::{self, HostView},
     kubernetes,
     recall::{self, Memory, Recalled},
     secrets::Steps,
-    underlay,
+    threads, underlay,
     waiting::Waiting,
     wirer::Job,
 };
@@ -290,22 +289,10 @@ async fn prepare(
     let programmer = Programmer::start(kernel, config.clone(), chosen.clone(), move |told| {
         let _ = report.send(News::Kernel(told));
     })?;
-    let report = sender.clone();
-    let forwarder = Forwarder::start(move |news| {
-        let _ = report.send(News::Forwarding(news));
-    })?;
-    let report = sender.clone();
-    let far = Far::start(move |told| {
-        let _ = report.send(News::Far(told));
-    })?;
-    let report = sender.clone();
-    let asking = Asking::start(move |state| {
-        let _ = report.send(News::Answers(state));
-    })?;
-    let report = sender.clone();
-    let inquest = Inquest::start(move |found| {
-        let _ = report.send(News::Found(found));
-    })?;
+    let forwarder = threads::start_forwarder(sender.clone())?;
+    let far = threads::start_far(sender.clone())?;
+    let asking = threads::start_asking(sender.clone())?;
+    let inquest = threads::start_inquest(sender.clone())?;
     let report = sender.clone();
     let wirer = Wirer::start(move |wired| {
         let _ = report.send(News::Pods(wired));
@@ -363,6 +350,8 @@ async fn prepare(
         surveys: Surveys::default(),
         source,
         giving_up: None,
+        news: sender,
+        ended: threads::Ended::default(),
         ending: None,
     };
     if agent.underlay.is_present() {

@@ -127,6 +127,7 @@ impl Agent {
         problems.extend(kernel.problem.iter().chain(&kernel.underlay_problem).cloned());
         problems.extend(self.closed.problems());
         problems.extend(self.company_problem());
+        problems.extend(self.ended.problems());
         problems.extend(self.inquest.claim().cloned());
         problems.extend(self.flood_problem().into_iter().chain(self.crowd_problem()));
         let capped = self.transport.receive_buffer().capped;

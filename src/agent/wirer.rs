@@ -135,7 +135,7 @@ pub enum Wired {
 }
 
 pub struct Wirer {
-    worker: Worker<Job>,
+    pub(super) worker: Worker<Job>,
 }
 
 impl Order for Job {
@@ -152,7 +152,10 @@ impl Wirer {
         let worker = Worker::start("pods", move |jobs| {
             let (doomed, reaping) = mpsc::channel();
             thread::scope(|scope| {
-                scope.spawn(|| reap(reaper, reaping, &report));
+                let work = || reap(reaper, reaping, &report);
+                if let Err(error) = thread::Builder::new().spawn_scoped(scope, work) {
+                    return tracing::error!(%error, "no thread that removes cables");
+                }
                 let worker = PodWorker {
                     wiring,
                     monitor,

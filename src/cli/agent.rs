@@ -104,7 +104,7 @@ fn run_with(args: AgentArgs, plugin: Option<&UnixListener>) -> ExitCode {
         Ok(Ok(Ending::Stopped | Ending::Anew | Ending::Reassigned | Ending::Left { .. })) => {
             ExitCode::SUCCESS
         }
-        Ok(Ok(Ending::Failed(why))) => fail(why),
+        Ok(Ok(Ending::Failed(why) | Ending::Broken(why))) => fail(why),
         Ok(Err(failure)) => fail(failure),
         Err(error) => fail(error),
     }

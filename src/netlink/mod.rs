@@ -280,8 +280,15 @@ pub fn inside<T: Send>(
 }
 
 /// In a thread of its own: a namespace once entered is never left.
+///
+/// # Errors
+/// That of the work, or the system gives no thread.
 pub fn in_thread<T: Send>(work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
-    thread::scope(|scope| scope.spawn(work).join())
+    let builder = thread::Builder::new().name("namespace".to_owned());
+    thread::scope(|scope| builder.spawn_scoped(scope, work).map(thread::ScopedJoinHandle::join))
+        .map_err(|error| {
+            io::Error::new(error.kind(), format!("the system gives no thread: {error}"))
+        })?
         .unwrap_or_else(|_| Err(io::Error::other("a namespace thread panicked")))
 }
 

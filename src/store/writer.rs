@@ -91,6 +91,11 @@ impl Writer {
         self.inbox.0.lock().since.map(|since| since.elapsed())
     }
 
+    /// Whether its thread has ended, though nothing told it to.
+    pub fn has_ended(&self) -> bool {
+        self.thread.has_ended()
+    }
+
     /// Ends it: what waits is written, unless the disk does not take it now, and the database is closed.
     pub fn end(self) -> Thread {
         self.thread

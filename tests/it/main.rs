@@ -63,6 +63,7 @@ mod refusals;
 mod repair;
 mod routing;
 mod runtimes;
+mod scarce;
 mod secret;
 mod service;
 mod strangers;

@@ -48,6 +48,12 @@ const IMPURE: [&str; 24] = [
     "crate::agent",
 ];
 
+/// What panics where the system gives no thread, instead of an error.
+const PANICKING: [&str; 4] =
+    ["thread::spawn(", "scope.spawn(", "spawn_blocking", "tokio::net::lookup_host"];
+/// Parts that no agent runs.
+const NO_AGENT: [&str; 4] = ["src/bin/", "src/cli/", "src/lab/", "src/sim/"];
+
 /// All of our Rust files with their paths below the project's root.
 fn sources() -> Vec<(String, String)> {
     fn collect(directory: &Path, files: &mut Vec<PathBuf>) {
@@ -98,6 +104,23 @@ fn the_pure_ring_imports_no_io_no_clock_and_no_luck() {
         }
     }
     assert!(looked_at > 20, "the pure ring was not found");
+    assert!(found.is_empty(), "{found:#?}");
+}
+
+#[test]
+fn agent_starts_no_thread_that_panics_where_there_is_none() {
+    let mut found = Vec::new();
+    let of_agent = |name: &String| {
+        name.starts_with("src/")
+            && !name.ends_with("tests.rs")
+            && !NO_AGENT.iter().any(|part| name.starts_with(part))
+    };
+    for (name, text) in sources().into_iter().filter(|(name, _)| of_agent(name)) {
+        for (number, line) in code(&text) {
+            let panicking = PANICKING.iter().filter(|word| line.contains(**word));
+            found.extend(panicking.map(|word| format!("{name}:{number}: {word}")));
+        }
+    }
     assert!(found.is_empty(), "{found:#?}");
 }
 

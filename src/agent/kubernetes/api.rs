@@ -1,7 +1,12 @@
 //! Questions to the API server, with the pod's own service account. The account is read each time, for its
 //! token is replaced every hour.
 
-use std::{net::IpAddr, path::Path, sync::Arc, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
 
 use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper::{
@@ -20,7 +25,7 @@ use serde_json::Value;
 use tokio::net::TcpStream;
 
 use super::{Age, RETRY, Unknown, answer};
-use crate::files;
+use crate::{files, worker::resolve};
 
 /// Where Kubernetes puts what a pod needs to speak to it.
 const ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
@@ -116,7 +121,11 @@ impl Api {
     }
 
     async fn request(&self, target: &str) -> anyhow::Result<Got> {
-        let tcp = TcpStream::connect((self.host.as_str(), self.port)).await?;
+        let addresses = match self.host.parse::<IpAddr>() {
+            Ok(ip) => vec![SocketAddr::new(ip, self.port)],
+            Err(_) => resolve(format!("{}:{}", self.host, self.port)).await?,
+        };
+        let tcp = TcpStream::connect(addresses.as_slice()).await?;
         let name = ServerName::try_from(self.host.clone())?;
         let tls = tokio_rustls::TlsConnector::from(self.tls.clone()).connect(name, tcp).await?;
         let (mut sender, connection) = http1::handshake(TokioIo::new(tls)).await?;

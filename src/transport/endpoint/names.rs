@@ -6,7 +6,7 @@ use quinn::{Connection, VarInt};
 use tokio::task::JoinSet;
 
 use super::{Event, dial::Dialler};
-use crate::{core::CallError, model::NodeId};
+use crate::{core::CallError, model::NodeId, worker::resolve};
 
 /// Addresses of one name that are tried.
 const MAX_ADDRESSES: usize = 8;
@@ -25,12 +25,12 @@ impl Dialler {
         turn: usize,
     ) -> Result<(NodeId, Connection), CallError> {
         let ipv4_only = self.endpoint.local_addr().is_ok_and(|local| local.is_ipv4());
-        let resolved = tokio::net::lookup_host(name)
+        let mut resolved = resolve(name.to_owned())
             .await
-            .map_err(|error| CallError::Unreachable(format!("{name}: {error}")))?
-            .filter(|address| address.is_ipv4() || !ipv4_only);
+            .map_err(|error| CallError::Unreachable(format!("{name}: {error}")))?;
+        resolved.retain(|address| address.is_ipv4() || !ipv4_only);
         let mut tries = JoinSet::new();
-        for (place, address) in in_turn(resolved.collect(), turn).into_iter().enumerate() {
+        for (place, address) in in_turn(resolved, turn).into_iter().enumerate() {
             let dialler = self.clone();
             let delay = NEXT_ADDRESS_AFTER * u32::try_from(place).unwrap_or(u32::MAX);
             tries.spawn(async move {
