@@ -1,5 +1,7 @@
 //! Where the kernel sends packets to peers: what the agent has heard from it, or what it says now.
 
+use ipnet::IpNet;
+
 use super::{Finding, Patient};
 use crate::{
     dataplane::{desired::device_name, kernel::Kernel},
@@ -41,9 +43,17 @@ fn without_agent(device: &str) -> Finding {
         let mut netlink = Netlink::open()?;
         let Some(link) = netlink.link(device)? else { return Ok(None) };
         let routes = kernel.leftovers()?.routes;
+        let addresses = netlink.addresses()?;
+        // The gateway of this host's own subnet is an address of its bridge.
+        let is_own = |subnet: &IpNet| {
+            let mut own = addresses.iter().filter(|address| address.link == link.index);
+            own.any(|address| subnet.contains(&address.ip))
+        };
         let mut elsewhere = Vec::new();
         let mut count = 0;
-        for (subnet, _) in routes.iter().filter(|(subnet, _)| !is_single(subnet)).take(ASKED) {
+        let subnets = routes.iter().map(|(subnet, _)| subnet);
+        let of_peers = subnets.filter(|subnet| !is_single(subnet) && !is_own(subnet));
+        for subnet in of_peers.take(ASKED) {
             let Ok(found) = netlink.route(&Query::to(gateway(*subnet))) else { continue };
             count += 1;
             if found.link != link.index && found.table != MAIN {
@@ -70,6 +80,6 @@ fn without_agent(device: &str) -> Finding {
 /// `RT_TABLE_MAIN`
 const MAIN: u32 = 254;
 
-fn is_single(subnet: &ipnet::IpNet) -> bool {
+fn is_single(subnet: &IpNet) -> bool {
     subnet.prefix_len() == subnet.max_prefix_len()
 }

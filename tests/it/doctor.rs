@@ -10,8 +10,12 @@ use gossamer::lab::{Agent, Host, NetNs};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use crate::common::{
-    Cluster, PATIENCE, freeze, gossamer_token, isolated, program, run, sh, status_where, thaw, tool,
+use crate::{
+    common::{
+        Cluster, PATIENCE, freeze, gossamer_token, isolated, program, run, sh, status_where, thaw,
+        tool,
+    },
+    forwarding::with_pods,
 };
 
 /// What it finds on a host, with the host's own files.
@@ -277,6 +281,24 @@ fn without_an_agent_it_says_what_would_keep_one_from_starting() {
         assert_eq!(fs::read(&database)?, bytes, "nothing was changed");
         fs::write(&database, whole)?;
         assert!(complaints(host, "").iter().all(|finding| finding["check"] != "state"));
+        Ok(())
+    });
+}
+
+#[test]
+fn host_with_pods_whose_agent_is_stopped_has_no_other_fault() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let mut spaces = Vec::new();
+        with_pods(&mut cluster, &mut spaces)?;
+        cluster.agents[1].end(Signal::SIGTERM)?;
+        let findings = examine(&cluster.hosts[1], "");
+        let routing = findings.iter().find(|finding| finding["check"] == "routing");
+        let routing = routing.expect("a finding");
+        assert_eq!(routing["verdict"], "ok", "{routing:#}");
+        let faults: Vec<_> = findings.iter().filter(|f| f["verdict"] == "problem").collect();
+        let [fault] = faults[..] else { panic!("{faults:#?}") };
+        assert_eq!(fault["check"], "agent");
         Ok(())
     });
 }
