@@ -18,6 +18,9 @@ const LENGTH: usize = 12;
 const UDP_HEADER: u32 = 8;
 /// Where the number of the round is.
 const NUMBER: u32 = 8;
+/// What makes a question large. A rule that takes the beginning of a later fragment for a header of UDP finds
+/// neither a port nor a checksum of 0 there.
+const FILLER: u8 = b'.';
 /// Payload of a small one.
 const SMALL: usize = 32;
 /// Segments in one packet of several.
@@ -129,7 +132,7 @@ pub fn question(kind: Kind, number: u32, size: usize) -> Vec<u8> {
     let mut payload = MAGIC.to_vec();
     payload.extend([QUESTION, kind.number(), 0, 0]);
     payload.extend(number.to_be_bytes());
-    payload.resize(size.max(LENGTH), 0);
+    payload.resize(size.max(LENGTH), FILLER);
     payload
 }
 
@@ -219,6 +222,13 @@ mod tests {
         let segment = Kind::Aggregate.size(ipv4, 1450).expect("a size");
         assert!(segment <= 1450 - 28 && segment * Kind::Aggregate.segments() > 1500 + 28);
         assert_eq!(Kind::Aggregate.size(ipv4, 32_000), None);
+    }
+
+    #[test]
+    fn later_fragment_has_no_zero_where_a_header_would_have_a_checksum() {
+        let size = Kind::Fragmented.size([10, 42, 1, 254].into(), 1450).expect("a size");
+        let payload = question(Kind::Fragmented, 7, size);
+        assert!(payload[LENGTH..].iter().all(|byte| *byte != 0));
     }
 
     #[test]
