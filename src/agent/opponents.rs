@@ -97,6 +97,12 @@ impl Opponents {
         self.fights.pause(kind)
     }
 
+    /// Whether one of this kind is under way.
+    pub fn is_under_way(&mut self, kind: Kind) -> bool {
+        let now = self.now();
+        self.fights.is_under_way(now, kind)
+    }
+
     /// The fights that are under way, as sentences.
     pub fn problems(&mut self) -> Vec<String> {
         let now = self.now();

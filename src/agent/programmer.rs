@@ -361,7 +361,8 @@ impl<F: Fn(Told)> Reconciler<F> {
 
     fn look_around(&mut self) {
         let Some(Goal { state: State::Overlay(desired, _), .. }) = &self.goal else { return };
-        self.surroundings.look(desired, &self.underlay.present().name);
+        let bridge = self.config.bridge_name(desired.device.vni);
+        self.surroundings.look(desired, &bridge, &self.underlay.present().name);
         self.tell_host();
         self.look_for_overlaps();
         // An event may have been lost.

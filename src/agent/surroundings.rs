@@ -23,8 +23,10 @@ use crate::{
             sysctl,
             users::UsersRule,
         },
+        toggled::{Setting, Toggled},
     },
-    netlink::{Netlink, nftables::Changes},
+    model::Time,
+    netlink::{Netlink, netconf::Switches, nftables::Changes},
 };
 
 /// Chains of others may have very many rules: reading them takes no more than one part in so many of the
@@ -60,6 +62,9 @@ pub struct Surroundings {
     right: BTreeSet<String>,
     /// Interfaces that take router advertisements although this host forwards, because it was told to.
     kept: BTreeSet<String>,
+    begun: Instant,
+    switches: Option<Switches>,
+    toggled: Toggled,
     /// The device was closed to what comes out of it when last looked at.
     was_closed: bool,
     table_problem: Option<String>,
@@ -95,6 +100,9 @@ impl Surroundings {
             set_sysctls,
             right: BTreeSet::new(),
             kept: BTreeSet::new(),
+            begun: Instant::now(),
+            switches: Switches::open().ok(),
+            toggled: Toggled::default(),
             was_closed: false,
             table_problem: None,
             guarded: false,
@@ -174,7 +182,7 @@ impl Surroundings {
     }
 
     /// Looks at sysctls, at the table of connections and, now and then, at chains of others.
-    pub fn look(&mut self, desired: &Desired, underlay: &str) {
+    pub fn look(&mut self, desired: &Desired, bridge: &str, underlay: &str) {
         let begun = Instant::now();
         let networks: Vec<_> = desired.pool.networks().iter().collect();
         if self.read_chains_at <= begun {
@@ -211,6 +219,7 @@ impl Surroundings {
                 Err(error) => self.problems.push(error),
             }
         }
+        self.look_at_switches([&desired.device.name, bridge]);
         let kept = sysctl::keep_advertisements(&self.kept);
         let closed = interface::close(&desired.device.name, Ipv6::AsItIs);
         // One that an earlier version has left is not as this one makes it.
@@ -222,6 +231,34 @@ impl Surroundings {
         self.was_closed = closed.problems.is_empty();
         if !self.guarded {
             self.problems.extend(closed.problems);
+        }
+    }
+
+    /// Forwarding that was off for a moment, of all interfaces or of these.
+    fn look_at_switches(&mut self, interfaces: [&str; 2]) {
+        let Some(switches) = &mut self.switches else { return };
+        let heard = switches.read().unwrap_or_else(|error| {
+            tracing::debug!(%error, "cannot hear of forwarding");
+            Vec::new()
+        });
+        let now = Time::ZERO + self.begun.elapsed();
+        let is_needed = heard.iter().any(|switched| switched.link.is_some());
+        let netlink = self.netlink.as_mut().ok().filter(|_| is_needed);
+        let links = netlink.map(|netlink| interfaces.map(|name| netlink.link(name).ok().flatten()));
+        for switched in heard {
+            let mut links = links.iter().flatten().flatten();
+            let interface = match switched.link {
+                None => None,
+                Some(index) => match links.find(|link| link.index == index) {
+                    Some(link) => Some(link.name.clone()),
+                    None => continue,
+                },
+            };
+            self.toggled.note(now, Setting { interface, ipv4: switched.ipv4 }, switched.forwards);
+        }
+        // What is put right each time is told as a fight.
+        if !self.opponents.is_under_way(Kind::Sysctls) {
+            self.problems.extend(self.toggled.problems(now));
         }
     }
 

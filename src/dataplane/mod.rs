@@ -12,6 +12,7 @@
 //! - [`overlap`]: networks of the host that are also the overlay's (pure)
 //! - [`paths`]: whether packets get through to each peer (pure)
 //! - [`silence`]: why nothing comes from a peer (pure)
+//! - [`toggled`]: forwarding that another program turns off again and again (pure)
 //! - [`told`]: which path MTUs that routers have told are to be believed (pure)
 //! - `kernel`: dump and apply, by netlink
 //! - `fake`: a kernel in memory, for property tests and the simulator
@@ -47,5 +48,7 @@ pub mod paths;
 pub mod plan;
 #[warn(clippy::disallowed_methods)]
 pub mod silence;
+#[warn(clippy::disallowed_methods)]
+pub mod toggled;
 #[warn(clippy::disallowed_methods)]
 pub mod told;

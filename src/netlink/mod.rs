@@ -12,6 +12,7 @@ pub mod ipset;
 pub mod link;
 pub mod monitor;
 pub mod neighbour;
+pub mod netconf;
 pub mod nftables;
 mod raw;
 pub mod route;

@@ -48,6 +48,7 @@ mod neighbors;
 mod netavark;
 mod odd_hosts;
 mod offload;
+mod other_programs;
 mod overlap;
 mod own_drops;
 mod own_rules;
