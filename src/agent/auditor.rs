@@ -37,7 +37,7 @@ use crate::{
     netlink::{
         Netlink,
         link::Link,
-        route::{Found, Query, Refusal, Rule},
+        route::{Found, MAIN, Query, Refusal, Rule},
     },
     pods::bridge::ALIAS,
 };
@@ -320,6 +320,8 @@ struct Facts {
     /// Addresses of this host.
     has: Vec<IpAddr>,
     rules: [Vec<(u32, u32, bool)>; 2],
+    /// No policy rule leads all packets to the main table.
+    without_main: [bool; 2],
     refusals: [Vec<Refusal>; 2],
 }
 
@@ -402,6 +404,7 @@ impl Witness<'_> {
             connected,
             ours: self.desired.tables.routes.get(&question.subject).map(|hop| hop.metric),
             rules,
+            without_main: facts.without_main[family],
             refusals: others.map(|r| (r.destination, r.kind, r.table)).collect(),
             forwards: match query.to {
                 IpAddr::V4(_) => is_on("ipv4/ip_forward"),
@@ -414,17 +417,24 @@ impl Witness<'_> {
 
 impl Facts {
     fn gather(netlink: &mut Netlink) -> io::Result<Self> {
-        let mut rules = |ipv4| {
-            let rules = netlink.rules(ipv4).unwrap_or_default().into_iter();
-            let of_others =
-                |rule: &Rule| rule.protocol != Some(RouteProtocol::Other(ROUTE_PROTOCOL));
-            rules.filter(of_others).map(|rule| (rule.priority, rule.table, rule.refuses)).collect()
+        let mut read = |ipv4| {
+            let mut rules = netlink.rules(ipv4).unwrap_or_default();
+            rules.retain(|rule| rule.protocol != Some(RouteProtocol::Other(ROUTE_PROTOCOL)));
+            rules
         };
-        let rules = [rules(true), rules(false)];
+        let rules = [read(true), read(false)];
+        let leads = |rule: &Rule| rule.table == MAIN && rule.takes_all();
+        // Without rules there was nothing to read.
+        let without_main =
+            rules.each_ref().map(|rules| !rules.is_empty() && !rules.iter().any(leads));
+        let rules = rules.map(|rules| {
+            let short = |rule: Rule| (rule.priority, rule.table, rule.refuses);
+            rules.into_iter().map(short).collect()
+        });
         let mut refusals = |ipv4| netlink.refusals(ipv4).unwrap_or_default();
         let refusals = [refusals(true), refusals(false)];
         let has = netlink.addresses()?.into_iter().map(|address| address.ip).collect();
-        Ok(Self { links: netlink.links()?, has, rules, refusals })
+        Ok(Self { links: netlink.links()?, has, rules, without_main, refusals })
     }
 
     fn of(&self, index: u32) -> Option<Fact> {

@@ -102,6 +102,16 @@ pub struct Rule {
     pub protocol: Option<RouteProtocol>,
 }
 
+impl Rule {
+    /// Whether it concerns every packet.
+    pub fn takes_all(&self) -> bool {
+        let Selector { from, to, transport, tos, .. } = self.selector;
+        let is_any = |network: Option<IpNet>| network.is_none_or(|to| to.prefix_len() == 0);
+        let is_selective = self.inverted || self.input.is_some() || self.mark.is_some();
+        is_any(from) && is_any(to) && transport.is_none() && tos == 0 && !is_selective
+    }
+}
+
 /// A route that leads nowhere, on purpose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Refusal {

@@ -181,6 +181,29 @@ fn what_takes_a_part_of_the_own_subnet_is_named_until_it_is_gone() {
     isolated(|lab| each_is_named_until_it_is_gone(lab, &FAULTS_AT_HOME, "10.42.1.", 0));
 }
 
+/// A host whose packets are looked up in tables of its own alone.
+#[test]
+fn missing_rule_of_the_main_table_is_named_and_the_advice_brings_the_ways_back() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let _pods = cluster.pods()?;
+        let (host, agent) = (&cluster.hosts[0].netns, &mut cluster.agents[0]);
+        sh(
+            host,
+            "ip route add 10.99.0.0/16 dev eth0 table 99 && ip rule add lookup 99 pref 10000 && \
+             ip rule del pref 32766",
+        );
+        let (words, advice) = (
+            "no ip rule leads to table main",
+            "ip rule add to 10.42.0.0/16 lookup main priority 32766",
+        );
+        wait_until(words, PATIENCE, || has_problem(agent, words) && has_problem(agent, advice));
+        sh(host, advice);
+        status_where(agent, |status| status["problems"] == serde_json::json!([]));
+        Ok(())
+    });
+}
+
 #[test]
 fn nobody_is_told_to_open_a_port_while_packets_take_another_way_here() {
     isolated(|lab| {

@@ -9,6 +9,8 @@ use crate::{dataplane::plan::full_len, model::Selector};
 
 /// `RT_TABLE_MAIN`, where our routes are.
 pub const MAIN: u32 = 254;
+/// Where the kernel's own rule about the main table is.
+const OF_MAIN: u32 = 32_766;
 /// `RT_TABLE_LOCAL`: addresses of this host.
 const LOCAL: u32 = 255;
 
@@ -37,6 +39,8 @@ pub enum Cause {
     Refused { destination: IpNet, kind: &'static str, table: u32, priority: Option<u32> },
     /// A policy rule that drops packets.
     Rule { priority: u32, ipv4: bool },
+    /// No policy rule leads all packets to the main table.
+    NoMain { ipv4: bool },
     /// There is no route, or none that is known.
     Unknown { errno: i32 },
     /// It concerns only the packets that a policy rule selects.
@@ -66,6 +70,8 @@ pub struct Evidence {
     pub ours: Option<u32>,
     /// Policy rules in their order: priority, table, and whether they drop.
     pub rules: Vec<(u32, u32, bool)>,
+    /// No policy rule leads all packets to the main table.
+    pub without_main: bool,
     /// Routes that lead nowhere and are not ours: destination, kind and table.
     pub refusals: Vec<(IpNet, &'static str, u32)>,
     /// Whether the host forwards packets of this family.
@@ -167,6 +173,7 @@ impl Cause {
         }
         match evidence.rules.iter().find(|(_, _, refuses)| *refuses) {
             Some((priority, ..)) => Self::Rule { priority: *priority, ipv4 },
+            None if evidence.without_main => Self::NoMain { ipv4 },
             None => Self::Unknown { errno },
         }
     }
@@ -324,6 +331,12 @@ impl Cause {
                 "{packets} are dropped by ip{} rule {priority}; let the overlay come first: {}",
                 six(*ipv4),
                 first_rule(network, *priority, *ipv4)
+            ),
+            Self::NoMain { ipv4 } => format!(
+                "{packets} find no way here, for no ip{} rule leads to table main, where the overlay's \
+                 routes are: {}",
+                six(*ipv4),
+                first_rule(network, OF_MAIN + 1, *ipv4)
             ),
             Self::Unknown { errno } => format!(
                 "{packets} find no way here: {} (ip route get ADDRESS from ADDRESS iif INTERFACE)",

@@ -346,6 +346,13 @@ fn what_wins_is_named_with_what_helps() {
         ),
         (question, Answer::Refused(113), healthy.clone(), "find no way here: No route to host"),
         (
+            question,
+            Answer::Refused(101),
+            Evidence { without_main: true, ..healthy.clone() },
+            "no ip rule leads to table main, where the overlay's routes are: ip rule add to 10.42.0.0/16 \
+             lookup main priority 32766",
+        ),
+        (
             Question { kind: Kind::PodsToHost, expected: Expected::Unfiltered, ..question },
             Answer::Refused(22),
             Evidence {
