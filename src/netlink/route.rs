@@ -65,6 +65,8 @@ pub struct Found {
     pub mtu: Option<u32>,
     /// It was learned, and not configured: the kernel forgets it after a while.
     pub learned: bool,
+    /// An ICMP redirect has led it there (`RTCF_REDIRECTED`, `RTPROT_REDIRECT`).
+    pub redirected: bool,
     /// Unicast, local, unreachable, blackhole ...
     pub kind: RouteType,
 }
@@ -122,6 +124,8 @@ pub struct Refusal {
     pub protocol: RouteProtocol,
 }
 
+/// `RTCF_REDIRECTED` of linux/in_route.h.
+const REDIRECTED: u32 = 0x0004_0000;
 /// `RT_TABLE_LOCAL`: addresses of this host.
 const LOCAL: u32 = 255;
 
@@ -191,6 +195,8 @@ impl Netlink {
             table: u32::from(message.header.table),
             mtu: None,
             learned: false,
+            redirected: message.header.flags.bits() & REDIRECTED != 0
+                || message.header.protocol == RouteProtocol::IcmpRedirect,
             kind: message.header.kind,
         };
         for attribute in &message.attributes {

@@ -1,6 +1,14 @@
 //! What other programs and machines do to a host's settings, cards and ways: named with what helps.
 
-use crate::common::{Cluster, PATIENCE, has_problem, isolated, sh, wait_until};
+use std::net::{Ipv4Addr, SocketAddr};
+
+use gossamer::lab::NetNs;
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::{
+    causes::{pair, wait_for_path, wait_for_words},
+    common::{Cluster, PATIENCE, has_problem, isolated, sh, tool, wait_until},
+};
 
 /// Settings that are turned off and on again, and what is named.
 const SWITCHES: [(&str, &str); 3] = [
@@ -26,6 +34,75 @@ fn forwarding_that_is_turned_off_again_and_again_is_named_though_it_is_on() {
             }
             wait_until(words, PATIENCE, || has_problem(agent, words));
         }
+        Ok(())
+    });
+}
+
+/// The checksum of the internet (RFC 1071) of an even number of bytes.
+fn checksum(bytes: &[u8]) -> [u8; 2] {
+    let words = bytes.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])));
+    let sum: u32 = words.sum();
+    let folded = (sum & 0xffff) + (sum >> 16);
+    (!(folded as u16)).to_be_bytes()
+}
+
+/// Tells a host that packets to another one had better take this gateway (RFC 792).
+fn redirect(
+    router: &NetNs,
+    host: Ipv4Addr,
+    peer: Ipv4Addr,
+    gateway: Ipv4Addr,
+) -> anyhow::Result<()> {
+    let mut packet = vec![5, 1, 0, 0];
+    packet.extend(gateway.octets());
+    // A packet of the agent: the kernel takes no redirect for what it has not sent.
+    packet.extend([0x45, 0, 0, 100, 0, 1, 0, 0, 64, 17, 0, 0]);
+    packet.extend(host.octets());
+    packet.extend(peer.octets());
+    [8473_u16, 8473, 80, 0].iter().for_each(|word| packet.extend(word.to_be_bytes()));
+    let sum = checksum(&packet);
+    packet[2..4].copy_from_slice(&sum);
+    let socket = router.run(|| Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::ICMPV4)))?;
+    socket.send_to(&packet, &SocketAddr::from((host, 0)).into())?;
+    Ok(())
+}
+
+#[test]
+fn redirect_that_leads_to_a_machine_which_forwards_nothing_is_named_and_the_advice_helps() {
+    isolated(|lab| {
+        let mut cluster = pair(lab)?;
+        let router = lab.host(9, "router")?;
+        let (host, peer) = (&cluster.hosts[1].netns, cluster.hosts[0].ip);
+        sh(&router.netns, "sysctl -qw net.ipv4.ip_forward=1 net.ipv4.conf.all.send_redirects=0");
+        sh(&router.netns, "sysctl -qw net.ipv4.conf.eth0.send_redirects=0");
+        let settings = ["all", "eth0"].map(|name| {
+            format!(
+                "net.ipv4.conf.{name}.accept_redirects=1 net.ipv4.conf.{name}.secure_redirects=0"
+            )
+        });
+        sh(host, &format!("sysctl -qw {}", settings.join(" ")));
+        sh(
+            host,
+            &format!(
+                "ip route add {peer} via {} dev eth0 && \
+                 ip neigh add 10.99.0.77 lladdr 02:00:00:00:00:77 dev eth0 nud permanent",
+                router.ip
+            ),
+        );
+        cluster.agents.iter_mut().for_each(wait_for_path);
+        let (here, there) = (cluster.hosts[1].ip, peer);
+        let get = format!("ip route get {there}");
+        let gateway = Ipv4Addr::new(10, 99, 0, 77);
+        wait_until("the redirect was not taken", PATIENCE, || {
+            redirect(&router.netns, here, there, gateway).expect("sent");
+            tool(host, &get).contains("10.99.0.77")
+        });
+        let words = "an ICMP redirect leads tunnel packets to n1 (10.99.0.10) by 10.99.0.77";
+        let advice = "sysctl -w net.ipv4.conf.all.accept_redirects=0 \
+                      net.ipv4.conf.eth0.accept_redirects=0";
+        wait_for_words(&mut cluster.agents[1], &[words, advice]);
+        sh(host, &format!("{advice} && ip route flush cache"));
+        cluster.agents.iter_mut().for_each(wait_for_path);
         Ok(())
     });
 }

@@ -25,6 +25,8 @@ pub enum Detour {
     By { interface: String, lead: Lead },
     /// By a gateway, though the host is in the underlay's own network.
     Gateway { gateway: IpAddr, lead: Lead },
+    /// By a gateway that an ICMP redirect has named.
+    Redirected { gateway: IpAddr },
     /// Nowhere: the kernel's error.
     Refused(String),
 }
@@ -42,7 +44,8 @@ pub struct Lead {
     by_address: bool,
 }
 
-/// Whether packets to a host take a gateway though it is in one of these networks.
+/// Whether packets to a host take a gateway because of an ICMP redirect, or though it is in one of these
+/// networks.
 pub fn around(
     netlink: &mut Netlink,
     query: &Query,
@@ -50,6 +53,9 @@ pub fn around(
     networks: &[IpNet],
 ) -> Option<Detour> {
     let gateway = found.gateway.filter(|gateway| *gateway != query.to)?;
+    if found.redirected {
+        return Some(Detour::Redirected { gateway });
+    }
     let is_beside = networks.iter().any(|network| network.contains(&query.to));
     is_beside.then(|| Detour::Gateway { gateway, lead: lead(netlink, query, found) })
 }
@@ -102,6 +108,19 @@ impl Detour {
                 return format!(
                     "this host has no way to {name} ({there}) on the underlay: {why}; add the route that is \
                      missing, or take away the one that refuses ({get})"
+                );
+            }
+            Self::Redirected { gateway } => {
+                let (family, underlay) =
+                    (if there.is_ipv4() { 4 } else { 6 }, underlay.replace('.', "/"));
+                let refuse = ["all", &underlay]
+                    .map(|name| format!("net.ipv{family}.conf.{name}.accept_redirects=0"));
+                let flush = if there.is_ipv4() { "ip" } else { "ip -6" };
+                return format!(
+                    "an ICMP redirect leads tunnel packets to {name} ({there}) by {gateway}, and no answer \
+                     comes: sysctl -w {} (and a file in /etc/sysctl.d), then {flush} route flush cache; see \
+                     which machine sends such redirects ({get})",
+                    refuse.join(" ")
                 );
             }
             Self::By { interface, lead } => {
@@ -206,6 +225,17 @@ mod tests {
         );
         let default = said(254, None, false);
         assert!(default.contains("the default route of table main leads them there"), "{default}");
+    }
+
+    #[test]
+    fn redirect_of_a_router_is_named_with_the_settings_that_refuse_it() {
+        let between = [[10, 99, 0, 11].into(), [10, 99, 0, 12].into()];
+        let said = Detour::Redirected { gateway: [10, 99, 0, 77].into() };
+        let said = said.sentence("n2", between, 8472, "eth0.5");
+        let words = "an ICMP redirect leads tunnel packets to n2 (10.99.0.12) by 10.99.0.77, and no answer \
+                     comes: sysctl -w net.ipv4.conf.all.accept_redirects=0 \
+                     net.ipv4.conf.eth0/5.accept_redirects=0";
+        assert!(said.contains(words) && said.contains("then ip route flush cache"), "{said}");
     }
 
     #[test]
