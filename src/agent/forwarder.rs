@@ -275,6 +275,7 @@ impl<F: Fn(ForwarderNews)> TrialRunner<F> {
         if (setting.has_pods || setting.unanswered) && closed.iter().all(is_of_host) {
             self.warnings.extend(warnings::of_host(setting, &closed));
             self.warnings.extend(partial::warnings(&mut self.netlink, setting));
+            self.warnings.extend(warnings::programs(&mut self.netlink, setting));
         }
         for (ipv4, address) in &self.arriving {
             self.warnings.push(warnings::arriving(setting, *ipv4, *address));

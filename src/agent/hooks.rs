@@ -62,13 +62,7 @@ pub fn at(netlink: &mut Netlink, link: &Link, side: Side) -> Vec<String> {
     if side == Side::Egress {
         found.extend(qdiscs(netlink, link));
     }
-    if side == Side::Ingress && link.has_xdp() {
-        let program = link.xdp_program().map_or_else(String::new, |id| format!(" {id}"));
-        found.push(format!(
-            "the XDP program{program} of {name} sees what comes in before all else (ip -d link show dev \
-             {name}; bpftool net): ip link set dev {name} xdp off"
-        ));
-    }
+    found.extend(xdp(link).filter(|_| side == Side::Ingress));
     let filters = netlink.filters(link.index, side == Side::Egress).unwrap_or_default();
     let filters: Vec<String> = filters.into_iter().take(NAMED).collect();
     let side_name = side.name();
@@ -78,16 +72,53 @@ pub fn at(netlink: &mut Netlink, link: &Link, side: Side) -> Vec<String> {
             filters.join(", ")
         ));
     }
-    let programs = tcx_programs(name, side).unwrap_or_default();
-    if !programs.is_empty() {
-        let programs: Vec<String> = programs.into_iter().take(NAMED).collect();
-        found.push(format!(
-            "{name} has eBPF programs on its {side_name} (tcx: {}): bpftool net show dev {name} and bpftool \
-             prog show tell more; end or uninstall the program that has attached them",
-            programs.join("; ")
-        ));
+    found.extend(tcx(name, side));
+    found
+}
+
+/// eBPF programs on an interface that see every packet there, as sentences with what helps. What they do with
+/// single packets is not known.
+pub fn programs(netlink: &mut Netlink, link: &Link) -> Vec<String> {
+    let name = &link.name;
+    let mut found: Vec<String> = xdp(link).into_iter().collect();
+    for side in [Side::Ingress, Side::Egress] {
+        let filters = netlink.filters(link.index, side == Side::Egress).unwrap_or_default();
+        let is_program = |filter: &String| filter.split(' ').next() == Some("bpf");
+        let filters: Vec<String> = filters.into_iter().filter(is_program).take(NAMED).collect();
+        let side_name = side.name();
+        if !filters.is_empty() {
+            found.push(format!(
+                "{name} has eBPF programs on its {side_name} ({}): tc filter show dev {name} {side_name}",
+                filters.join(", ")
+            ));
+        }
+        found.extend(tcx(name, side));
     }
     found
+}
+
+fn xdp(link: &Link) -> Option<String> {
+    let name = &link.name;
+    link.has_xdp().then(|| {
+        let program = link.xdp_program().map_or_else(String::new, |id| format!(" {id}"));
+        format!(
+            "the XDP program{program} of {name} sees what comes in before all else (ip -d link show dev \
+             {name}; bpftool net): ip link set dev {name} xdp off"
+        )
+    })
+}
+
+fn tcx(name: &str, side: Side) -> Option<String> {
+    let programs = tcx_programs(name, side).unwrap_or_default();
+    let named: Vec<String> = programs.into_iter().take(NAMED).collect();
+    (!named.is_empty()).then(|| {
+        format!(
+            "{name} has eBPF programs on its {} (tcx: {}): bpftool net show dev {name} and bpftool prog show \
+             tell more; end or uninstall the program that has attached them",
+            side.name(),
+            named.join("; ")
+        )
+    })
 }
 
 fn qdiscs(netlink: &mut Netlink, link: &Link) -> Option<String> {

@@ -1,13 +1,18 @@
 //! What other programs and machines do to a host's settings, cards and ways: named with what helps.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    time::Duration,
+};
 
 use gossamer::lab::NetNs;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::{
     causes::{pair, wait_for_path, wait_for_words},
-    common::{Cluster, PATIENCE, has_problem, isolated, sh, tool, wait_until},
+    common::{Cluster, PATIENCE, has_problem, isolated, sh, status_where, tool, wait_until},
+    forwarding::with_pods,
+    odd_hosts::{all_well, warned},
 };
 
 /// Settings that are turned off and on again, and what is named.
@@ -33,6 +38,49 @@ fn forwarding_that_is_turned_off_again_and_again_is_named_though_it_is_on() {
                 sh(host, &format!("sysctl -qw {name}=0 && sysctl -qw {name}=1"));
             }
             wait_until(words, PATIENCE, || has_problem(agent, words));
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn program_on_an_interface_of_the_overlay_is_a_warning_until_it_is_gone() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let mut spaces = Vec::new();
+        with_pods(&mut cluster, &mut spaces)?;
+        let host = &cluster.hosts[1];
+        // It lets all packets pass (`TC_ACT_UNSPEC`), and needs no compiler.
+        let path = host.dir.join("pass.bpf");
+        std::fs::write(&path, "1,6 0 0 4294967295,")?;
+        let path = path.display();
+        for device in ["gossamer.1", "gsm0"] {
+            sh(
+                &host.netns,
+                &format!(
+                    "tc qdisc add dev {device} clsact && tc filter add dev {device} egress protocol all bpf \
+                     direct-action bytecode-file {path}"
+                ),
+            );
+            let words =
+                format!("{device} has eBPF programs on its egress (bpf): tc filter show dev");
+            warned(&mut cluster.agents[1], &["some packets of pods may be dropped", &words]);
+            sh(&host.netns, &format!("tc qdisc del dev {device} clsact"));
+            status_where(&mut cluster.agents[1], all_well);
+        }
+        // Programs on the card are another's, as on each host with Cilium.
+        sh(
+            &host.netns,
+            &format!(
+                "tc qdisc add dev eth0 clsact && tc filter add dev eth0 ingress protocol all bpf \
+                 direct-action bytecode-file {path}"
+            ),
+        );
+        let begun = std::time::Instant::now();
+        while begun.elapsed() < Duration::from_secs(12) {
+            let status = cluster.agents[1].ask("/v1/status", PATIENCE)?;
+            assert!(all_well(&status), "{status:#}");
+            std::thread::sleep(Duration::from_millis(300));
         }
         Ok(())
     });

@@ -5,13 +5,17 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::{Setting, explain::translating};
+use super::{
+    Setting,
+    explain::{bridge_name, translating},
+};
 use crate::{
-    agent::connections,
+    agent::{connections, hooks},
     dataplane::{
         forwarding::{Direction, Way},
         kernel::{Closing, FirewallTable, OwnHook},
     },
+    netlink::Netlink,
 };
 
 const CLOSED_TO_PODS: &str = "pods do not reach the host that they are on: it answers no echo, no datagram \
@@ -46,6 +50,19 @@ pub fn arriving(setting: &Setting, ipv4: bool, address: IpAddr) -> String {
          own, so policies and logs here name the wrong source: {}",
         translating(setting, ipv4)
     )
+}
+
+/// eBPF programs at the overlay's own interfaces, for they may drop packets that no trial sends.
+pub fn programs(netlink: &mut Netlink, setting: &Setting) -> Vec<String> {
+    let mut sentences = Vec::new();
+    for name in [&setting.device_name, bridge_name(setting)] {
+        let link = netlink.link(name).ok().flatten();
+        let found = link.map(|link| hooks::programs(netlink, &link)).unwrap_or_default();
+        sentences.extend(found.into_iter().map(|program| {
+            format!("some packets of pods may be dropped where no trial shows it: {program}")
+        }));
+    }
+    sentences
 }
 
 /// That this host and its own pods do not hear each other, with the chains that may be the cause. Without
