@@ -86,6 +86,24 @@ fn program_on_an_interface_of_the_overlay_is_a_warning_until_it_is_gone() {
     });
 }
 
+#[test]
+fn card_that_became_a_port_and_kept_its_address_is_named_and_the_advice_helps() {
+    isolated(|lab| {
+        let mut cluster = pair(lab)?;
+        let (host, agent) = (&cluster.hosts[1].netns, &mut cluster.agents[1]);
+        sh(
+            host,
+            "ip link add br0 type bridge && ip link set br0 up && ip link set eth0 master br0",
+        );
+        let words = "eth0 is a port of br0 and has the address 10.99.0.11/16 all the same";
+        let advice = "ip addr del 10.99.0.11/16 dev eth0; ip addr add 10.99.0.11/16 dev br0";
+        wait_until(words, PATIENCE, || has_problem(agent, words) && has_problem(agent, advice));
+        advice.split("; ").for_each(|command| _ = tool(host, command));
+        cluster.agents.iter_mut().for_each(wait_for_path);
+        Ok(())
+    });
+}
+
 /// The checksum of the internet (RFC 1071) of an even number of bytes.
 fn checksum(bytes: &[u8]) -> [u8; 2] {
     let words = bytes.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])));

@@ -257,13 +257,37 @@ impl Host {
     }
 
     /// The present address, if its interface still has it although nothing new should begin to use it.
-    pub(super) fn fading(&self, present: &Chosen) -> Option<Address> {
+    ///
+    /// # Errors
+    /// The interface has become a port of another one.
+    pub(super) fn fading(&self, present: &Chosen) -> Result<Option<Address>, UnderlayError> {
         let is_present = |address: &&Address| {
             let link = self.link(address.link);
             let is_there = |link: &Link| link.up && link.name == present.name;
             address.ip == present.local && link.is_some_and(is_there)
         };
-        self.addresses.iter().find(is_present).copied()
+        let found = self.addresses.iter().find(is_present).copied();
+        match found.and_then(|found| self.left_on_port(&found)) {
+            Some(error) => Err(error),
+            None => Ok(found),
+        }
+    }
+
+    /// That the named interface has an address and is a port of another one.
+    pub(super) fn misplaced(&self, choice: &IfaceChoice) -> Option<UnderlayError> {
+        let IfaceChoice::Name(name) = choice else { return None };
+        let mut own = self.addresses.iter();
+        let own = own.find(|address| is_reachable(address.ip) && self.is_called(address, name));
+        self.left_on_port(own?)
+    }
+
+    /// That the interface of an address is a port of another one, such as a bridge, which takes its packets.
+    fn left_on_port(&self, address: &Address) -> Option<UnderlayError> {
+        let link = self.link(address.link)?;
+        let controller = self.link(link.controller()?).filter(|other| other.kind != "vrf")?;
+        let (iface, controller) = (link.name.clone(), controller.name.clone());
+        let address = IpNet::new(address.ip, address.prefix_len).ok()?;
+        Some(UnderlayError::Port { iface, controller, address })
     }
 
     pub(super) fn chosen(

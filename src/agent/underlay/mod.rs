@@ -100,6 +100,12 @@ pub enum UnderlayError {
          \"{now}\" (--iface {now}) and restart the agent"
     )]
     Moved { address: IpAddr, iface: String, now: String },
+    #[error(
+        "{iface} is a port of {controller} and has the address {address} all the same, so {controller} takes \
+         what comes in for it: move the address there (ip addr del {address} dev {iface}; ip addr add \
+         {address} dev {controller}, and routes that go by {iface})"
+    )]
+    Port { iface: String, controller: String, address: IpNet },
     #[error("iface: {iface} has no carrier: is the cable plugged in, and the other end up?")]
     NoCarrier { iface: String },
     #[error("netlink: {0}")]
@@ -122,7 +128,7 @@ pub fn choose(
     let host = Host::look(netlink, config, peers)?;
     match host.by_config(netlink, config, None)? {
         Some(found) => host.chosen(netlink, found, config),
-        None => Err(host.no_match(&config.iface)),
+        None => Err(host.misplaced(&config.iface).unwrap_or_else(|| host.no_match(&config.iface))),
     }
 }
 
@@ -160,7 +166,7 @@ pub fn look_again(
             (Some(held), Some(best)) if held.link != best.link => best,
             (Some(held), _) => held,
             (None, Some(best)) => best,
-            (None, None) => host.fading(present).ok_or_else(|| {
+            (None, None) => host.fading(present)?.ok_or_else(|| {
                 let moved = host.moved(present, config);
                 moved
                     .or_else(|| host.vanished(present, config))
