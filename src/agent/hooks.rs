@@ -8,6 +8,7 @@ use std::{error::Error, io};
 
 use aya::programs::{SchedClassifier, tc::TcAttachType};
 use ipnet::IpNet;
+use rtnetlink::packet_route::link::LinkAttribute;
 
 use crate::{
     dataplane::kernel::{Closing, FirewallTable},
@@ -117,6 +118,24 @@ fn tcx(name: &str, side: Side) -> Option<String> {
              tell more; end or uninstall the program that has attached them",
             side.name(),
             named.join("; ")
+        )
+    })
+}
+
+/// What takes all that comes in at an interface that is promiscuous and no port of another one.
+pub fn passthru(link: &Link) -> Option<String> {
+    let is_promiscuous = link
+        .message
+        .attributes
+        .iter()
+        .any(|attribute| matches!(attribute, LinkAttribute::Promiscuity(count) if *count > 0));
+    let name = &link.name;
+    (is_promiscuous && link.controller().is_none()).then(|| {
+        format!(
+            "{name} is promiscuous and no port of a bridge: a macvlan or macvtap in mode passthru on it, as \
+             of a container or virtual machine, takes all that comes in, and may be in another network \
+             namespace (ip -all netns exec ip -d link show type macvlan): give it mode bridge, or another \
+             card"
         )
     })
 }

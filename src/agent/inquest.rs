@@ -18,7 +18,7 @@ use std::{
 };
 
 use self::{
-    ask::{Knock, Ways, at_device, congested},
+    ask::{Knock, Knocked, Ways, at_device, congested, nothing_found},
     questions::Questions,
 };
 use crate::{
@@ -294,6 +294,7 @@ impl<F: Fn(Found)> Inquirer<F> {
                 pinned: ways.pinned(&mut self.netlink, suspect.address, |hop| watch.answering(hop)),
                 congested: errors.is_some_and(|(before, after)| after > before),
                 xdp: ways.has_xdp(place),
+                passthru: ways.passthru(place),
                 uncounted: counts.is_some_and(|(before, after)| before == after),
                 ..Facts::default()
             };
@@ -310,6 +311,7 @@ impl<F: Fn(Found)> Inquirer<F> {
             let is_known = facts.unresolved.is_some() || facts.filtered.is_some();
             let is_known = is_known || facts.pinned.is_some();
             let is_lost_here = facts.sent && traces.left.is_empty() || is_translated;
+            let is_lost_here = is_lost_here || sent.forbidden.contains(&suspect.node);
             // Of one that lives, packets may come by another way, without a tunnel.
             !is_known && (is_lost_here || !traces.came.is_empty() || suspect.lives)
         };
@@ -342,6 +344,13 @@ impl<F: Fn(Found)> Inquirer<F> {
                 }
                 for way in [OUT, IN] {
                     facts.hints[way] = ways.hints(&mut self.netlink, place, way);
+                }
+                let is_unexplained = trace.is_some() && facts.hints[OUT].is_empty();
+                facts.forbidden = is_unexplained && sent.forbidden.contains(&suspect.node);
+                for way in [OUT, IN] {
+                    if facts.hints[way].is_empty() {
+                        facts.hints[way].push(nothing_found(&place.interface, way));
+                    }
                 }
             }
         }
@@ -426,8 +435,11 @@ impl<F: Fn(Found)> Inquirer<F> {
                 knock_at = now + KNOCK;
                 // A peer without a tunnel would take it for one of this host's pods' packets in a tunnel.
                 let tunnelled = asked.iter().filter(|suspect| suspect.tunnelled);
-                let sent_to = tunnelled.filter(|suspect| knock.at(suspect.address));
-                sent.past.extend(sent_to.map(|suspect| suspect.node));
+                for suspect in tunnelled {
+                    let knocked = knock.at(suspect.address);
+                    sent.past.extend((knocked != Knocked::NoWay).then_some(suspect.node));
+                    sent.forbidden.extend((knocked == Knocked::Forbidden).then_some(suspect.node));
+                }
                 let sent_to =
                     asked.iter().filter(|suspect| suspect.tunnelled && knock.inside(suspect));
                 sent.into.extend(sent_to.map(|suspect| suspect.node));
@@ -461,6 +473,8 @@ impl<F: Fn(Found)> Inquirer<F> {
 struct Sent {
     /// Past the VXLAN device.
     past: BTreeSet<NodeId>,
+    /// Of these, what was refused.
+    forbidden: BTreeSet<NodeId>,
     /// By the VXLAN device.
     into: BTreeSet<NodeId>,
 }

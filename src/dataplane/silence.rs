@@ -11,7 +11,9 @@ use std::{
 
 use crate::model::{Mac, NodeId};
 
-pub use self::cause::{Astray, Cause, Culprit, Pinned, Place, iptables_ports, open_chain};
+pub use self::cause::{
+    Astray, Cause, Culprit, MAY_NOT_SEND, Pinned, Place, iptables_ports, open_chain,
+};
 
 mod cause;
 #[cfg(test)]
@@ -126,6 +128,8 @@ pub struct Watch {
 pub struct Facts {
     /// Tunnel packets to it were sent while the watch lasted.
     pub sent: bool,
+    /// The kernel has refused those of the agent, and no rule or policy was found that does so.
+    pub forbidden: bool,
     /// Packets to it were handed to the VXLAN device meanwhile.
     pub entered: bool,
     /// The kernel does not find the hardware address of this next hop, at this interface.
@@ -148,6 +152,8 @@ pub struct Facts {
     pub translating_legacy: Option<(String, String)>,
     /// A program sees packets that come in before they can be watched.
     pub xdp: bool,
+    /// What may take all that comes in at the underlay's interface: a sentence with what helps.
+    pub passthru: Option<String>,
     /// None of its tunnel packets came as far as the guard, which counts them.
     pub uncounted: bool,
     /// What else may drop packets on their way out, and on their way in: sentences with what helps.

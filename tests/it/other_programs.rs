@@ -10,6 +10,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::{
     causes::{pair, wait_for_path, wait_for_words},
+    cni::namespaces,
     common::{Cluster, PATIENCE, has_problem, isolated, sh, status_where, tool, wait_until},
     forwarding::with_pods,
     odd_hosts::{all_well, warned},
@@ -99,6 +100,26 @@ fn card_that_became_a_port_and_kept_its_address_is_named_and_the_advice_helps() 
         let advice = "ip addr del 10.99.0.11/16 dev eth0; ip addr add 10.99.0.11/16 dev br0";
         wait_until(words, PATIENCE, || has_problem(agent, words) && has_problem(agent, advice));
         advice.split("; ").for_each(|command| _ = tool(host, command));
+        cluster.agents.iter_mut().for_each(wait_for_path);
+        Ok(())
+    });
+}
+
+#[test]
+fn macvlan_that_takes_all_that_comes_in_is_named() {
+    isolated(|lab| {
+        let mut cluster = pair(lab)?;
+        let _space = namespaces(&["vm"])?;
+        let host = &cluster.hosts[1].netns;
+        sh(
+            host,
+            "ip link add mv0 link eth0 type macvlan mode passthru && ip link set mv0 netns vm && \
+             ip -n vm link set mv0 up && ip neigh flush all",
+        );
+        let words =
+            "eth0 is promiscuous and no port of a bridge: a macvlan or macvtap in mode passthru";
+        wait_for_words(&mut cluster.agents[1], &[words]);
+        sh(host, "ip -n vm link del mv0");
         cluster.agents.iter_mut().for_each(wait_for_path);
         Ok(())
     });

@@ -15,13 +15,17 @@ use crate::{
         packet_filter::{Shown, only},
         raw_tcp,
     },
-    dataplane::forwarding::{NONCE_LEN, Probe, Transport, UNUSED_OUT},
+    dataplane::{
+        forwarding::{NONCE_LEN, Probe, Transport, UNUSED_OUT},
+        silence::MAY_NOT_SEND,
+    },
     icmp::{Family, never_fragment},
     pods::standin::StandIn,
 };
 
 /// More than any packet of a trial has that is looked at.
 const LONGEST: usize = 128;
+const EPERM: i32 = 1;
 const EMSGSIZE: i32 = 90;
 
 /// Inside a pod.
@@ -70,8 +74,11 @@ impl PodSockets {
     }
 
     /// What cannot be sent is not seen arriving.
-    pub fn send(&self, probe: &Probe) {
-        let _ = match probe.transport {
+    ///
+    /// # Errors
+    /// The kernel lets this process send nothing. No rule of the host sees packets inside a pod yet.
+    pub fn send(&self, probe: &Probe) -> io::Result<()> {
+        let sent = match probe.transport {
             Transport::Udp => {
                 let to = SocketAddr::new(probe.to, probe.ports[1]);
                 self.datagrams.send_to(&Probe::payload(probe.nonce), &to.into())
@@ -81,6 +88,7 @@ impl PodSockets {
                 self.segments.send_to(&probe.segment(), &to.into())
             }
         };
+        permitted(&sent)
     }
 
     /// Which of these have arrived, and from which address a segment has that was sent from another.
@@ -105,6 +113,13 @@ impl PodSockets {
         });
         other
     }
+}
+
+/// # Errors
+/// The kernel does not let this process send.
+fn permitted(sent: &io::Result<usize>) -> io::Result<()> {
+    let errno = sent.as_ref().err().and_then(io::Error::raw_os_error);
+    if errno == Some(EPERM) { Err(io::Error::other(MAY_NOT_SEND)) } else { Ok(()) }
 }
 
 /// Lets only packets of a trial with this number come to a socket, so that those of others leave room for
@@ -149,5 +164,19 @@ pub fn send_whole(socket: &UdpSocket, to: IpAddr, size: u32, begin: &[u8]) {
     payload.resize(length.max(begin.len()), 0);
     if socket.connect((to, UNUSED_OUT)).is_ok() {
         let _ = socket.send(&payload);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn trial_whose_packets_the_kernel_refuses_says_so_and_one_that_finds_no_way_goes_on() {
+        let refused = permitted(&Err(io::Error::from_raw_os_error(EPERM)));
+        let said = refused.expect_err("no trial").to_string();
+        assert!(said.contains("refuses what the agent sends (EPERM)"), "{said}");
+        assert!(permitted(&Err(io::Error::from_raw_os_error(101))).is_ok());
+        assert!(permitted(&Ok(7)).is_ok());
     }
 }

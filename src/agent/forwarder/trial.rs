@@ -140,10 +140,10 @@ impl Trial<'_> {
         let numbers: Vec<u32> = checks.iter().flat_map(Check::numbers).collect();
         let mut capture = Capture::open(exit, &numbers)?;
         let mut tunnels = Capture::of_tunnels(&numbers)?;
-        checks.iter().for_each(|check| {
-            check.send();
+        for check in &checks {
+            check.send()?;
             self.inject(check, &tunnel);
-        });
+        }
         let until = Instant::now() + PATIENCE;
         loop {
             let pause = until.saturating_duration_since(Instant::now());
@@ -280,7 +280,7 @@ impl Trial<'_> {
 }
 
 impl Check<'_> {
-    fn send(&self) {
+    fn send(&self) -> io::Result<()> {
         let FamilySockets { family, pod, home, .. } = self.sockets;
         for (number, to) in self.asked.iter().enumerate() {
             // By its number it is found inside a tunnel packet.
@@ -288,13 +288,14 @@ impl Check<'_> {
             let packet = family.request_with(self.asker.identifier, number as u16, &payload);
             let _ = home.send_to(&packet, &SocketAddr::new(*to, 0).into());
         }
-        self.outgoing.iter().chain(&self.beside).for_each(|probe| pod.send(probe));
+        self.outgoing.iter().chain(&self.beside).try_for_each(|probe| pod.send(probe))?;
         if let Some((probe, size)) = &self.fitting {
             send_whole(&pod.fitting, probe.to, *size, &Probe::payload(probe.nonce));
         }
         if let Some((to, size)) = self.too_large {
             send_whole(&pod.large, to, size, &[]);
         }
+        Ok(())
     }
 
     /// Of packets that are to be seen on this host.

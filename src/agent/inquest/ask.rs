@@ -68,13 +68,23 @@ impl Knock {
         self.inside.iter().find(is_it).is_some_and(|socket| socket.send_to(&[], to).is_ok())
     }
 
-    /// Sends one. Says whether a packet was sent or a rule has refused it; not so, if there is no way.
-    pub fn at(&self, address: IpAddr) -> bool {
+    /// Sends one, and says what became of it.
+    pub fn at(&self, address: IpAddr) -> Knocked {
         match self.socket.send_to(&NO_NETWORK, (address, self.port)) {
-            Ok(_) => true,
-            Err(error) => error.raw_os_error() == Some(EPERM),
+            Ok(_) => Knocked::Sent,
+            Err(error) if error.raw_os_error() == Some(EPERM) => Knocked::Forbidden,
+            Err(_) => Knocked::NoWay,
         }
     }
+}
+
+/// What became of a packet of our own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Knocked {
+    Sent,
+    /// A rule, or a program of this process's cgroup, has refused it.
+    Forbidden,
+    NoWay,
 }
 
 /// Interfaces of this host, and its ways to the peers.
@@ -205,9 +215,14 @@ impl Ways {
         link.is_some_and(Link::has_xdp)
     }
 
+    /// What takes all that comes in at the underlay's interface, if something may.
+    pub fn passthru(&self, place: &Place) -> Option<String> {
+        hooks::passthru(self.links.iter().find(|link| link.index == place.link)?)
+    }
+
     /// What else may drop tunnel packets on their way out or in, for none that nftables tells of does.
     pub fn hints(&self, netlink: &mut Netlink, place: &Place, way: usize) -> Vec<String> {
-        let Place { interface, local, port, gossip, .. } = place;
+        let Place { local, port, gossip, .. } = place;
         let is_out = way == OUT;
         let side = if is_out { Side::Egress } else { Side::Ingress };
         let legacy = if is_out { Way::Out } else { Way::In };
@@ -218,6 +233,7 @@ impl Ways {
         }
         let underlay = self.links.iter().find(|link| link.index == place.link);
         hints.extend(underlay.into_iter().flat_map(|link| hooks::at(netlink, link, side)));
+        hints.extend(self.passthru(place).filter(|_| !is_out));
         let direction = if is_out { "out" } else { "in" };
         let policies = xfrm::policies().unwrap_or_default();
         let concerned = policies.iter().filter(|policy| {
@@ -231,16 +247,18 @@ impl Ways {
                 policy.from, policy.to, policy.priority
             )
         }));
-        if hints.is_empty() {
-            let legacy = if is_out { "-S OUTPUT" } else { "-S INPUT, -t nat -S PREROUTING" };
-            hints.push(format!(
-                "no rule or policy that drops them was found, and {}; look at ip rule and iptables -t mangle \
-                 -S OUTPUT (a mark may lead them elsewhere), and iptables-legacy {legacy}",
-                hooks::nothing_found(interface)
-            ));
-        }
         hints
     }
+}
+
+/// Where to look if there are no hints.
+pub fn nothing_found(interface: &str, way: usize) -> String {
+    let legacy = if way == OUT { "-S OUTPUT" } else { "-S INPUT, -t nat -S PREROUTING" };
+    format!(
+        "no rule or policy that drops them was found, and {}; look at ip rule and iptables -t mangle -S \
+         OUTPUT (a mark may lead them elsewhere), and iptables-legacy {legacy}",
+        hooks::nothing_found(interface)
+    )
 }
 
 /// What may drop packets at the VXLAN device on their way in or out; none where nothing hangs there but what

@@ -12,6 +12,11 @@ const NAMED: usize = 3;
 /// The same of ports: iptables takes 15 at once.
 const PORTS: usize = 8;
 
+/// Why no packet of this process leaves it, where no rule for packets of this host drops it.
+pub const MAY_NOT_SEND: &str = "the kernel refuses what the agent sends (EPERM): IPAddressDeny= of its unit \
+                                (systemctl show gossamer -p IPAddressDeny), or another eBPF program of its \
+                                cgroup (bpftool cgroup tree), forbids it";
+
 /// This host's end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Place {
@@ -79,6 +84,8 @@ pub enum Cause {
         by: Culprit,
     },
     Astray(Astray),
+    /// The kernel refuses what the agent sends.
+    Forbidden,
     /// This host sends under another address than the one that peers know.
     Translated {
         seen: IpAddr,
@@ -99,6 +106,8 @@ pub enum Cause {
         gateway: Option<IpAddr>,
         interface: String,
         by: Option<Culprit>,
+        /// What may take all that comes in.
+        passthru: Option<String>,
     },
     /// The VXLAN device drops what routers have marked as having met congestion.
     Congested,
@@ -153,7 +162,8 @@ impl Cause {
         }
         if let (Some(by), Some((hop, interface))) = (&facts.refused, &facts.unresolved) {
             let gateway = Some(*hop).filter(|hop| *hop != suspect.address);
-            return Some(Self::Refused { gateway, interface: interface.clone(), by: by.clone() });
+            let (interface, by, passthru) = (interface.clone(), by.clone(), facts.passthru.clone());
+            return Some(Self::Refused { gateway, interface, by, passthru });
         }
         if let Some(interface) = facts.filtered.clone() {
             return Some(Self::Filtered { interface });
@@ -164,6 +174,9 @@ impl Cause {
             if let Some(by) = facts.dropped[way].clone().filter(|_| applies) {
                 return Some(Self::Dropped { outgoing, by });
             }
+        }
+        if facts.forbidden && facts.dropped[OUT].is_none() {
+            return Some(Self::Forbidden);
         }
         if let Some(astray) = facts.astray.clone() {
             return Some(Self::Astray(astray));
@@ -254,6 +267,10 @@ impl Cause {
                  reverse path (rpfilter, fib) drop that. Set the same mode on all nodes, or: {}",
                 open_for_pods(&by.chain, place.overlay)
             ),
+            Self::Forbidden => format!(
+                "packets of the agent to {peers} do not leave this host, though those of pods may: \
+                 {MAY_NOT_SEND}"
+            ),
             Self::Translated { seen, chain, legacy } => {
                 let (by, fix) = match (chain, legacy) {
                     (Some(chain), _) => (format!("chain {chain}"), open_chain(chain, &[*port])),
@@ -299,16 +316,17 @@ impl Cause {
                     answering.join(", ")
                 )
             }
-            Self::Refused { gateway, interface, by } => {
+            Self::Refused { gateway, interface, by, passthru } => {
                 let ipv4 = local.is_ipv4();
                 let asked = if ipv4 { "ARP" } else { "neighbor discovery" };
                 let (of, hops) = match gateway {
                     Some(gateway) => (format!("the gateway {gateway}"), vec![*gateway]),
                     None => (peers.clone(), whom.iter().map(|suspect| suspect.address).collect()),
                 };
-                let why = match by {
-                    Some(by) => format!("{by} does: {}", open_for_answers(&by.chain, &hops)),
-                    None => format!(
+                let why = match (by, passthru) {
+                    (Some(by), _) => format!("{by} does: {}", open_for_answers(&by.chain, &hops)),
+                    (None, Some(passthru)) => passthru.clone(),
+                    (None, None) => format!(
                         "no rule of nftables was seen to do so: look at {}, and tc filter show dev \
                          {interface} ingress",
                         if ipv4 {

@@ -166,6 +166,19 @@ fn what_does_not_leave_is_told_by_the_rule_or_by_where_to_look() {
 }
 
 #[test]
+fn agent_that_may_not_send_is_told_from_a_host_that_sends_nothing() {
+    let words = ["packets of the agent to n2", "(EPERM): IPAddressDeny=", "bpftool cgroup tree"];
+    let forbidden = Facts { sent: true, forbidden: true, ..Facts::default() };
+    assert_told(&watch(), forbidden.clone(), &words);
+    let mut left = watch();
+    see(&mut left, LEAVING, IPV4, &tunnel(LOCAL, PEER));
+    assert_told(&left, forbidden.clone(), &words);
+    let by = Culprit { chain: "inet hard out".to_owned(), handle: None, queued: false };
+    let dropped = Facts { dropped: [Some(by), None], ..forbidden };
+    assert_told(&watch(), dropped, &["the policy of chain inet hard out"]);
+}
+
+#[test]
 fn what_arrives_and_is_lost_here_is_told_by_rule_filter_or_interface() {
     let mut watch = watch();
     see(&mut watch, TO_THIS_HOST, IPV4, &tunnel(PEER, LOCAL));
