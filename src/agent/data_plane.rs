@@ -108,7 +108,7 @@ impl Agent {
                 }
                 let bridge = self.config.bridge_name(view.settings.vni);
                 let firewall = Firewall::new(&usable, &self.config.firewall, &bridge);
-                State::Overlay(Box::new(desired), firewall)
+                State::Overlay(Box::new(desired), Box::new(firewall))
             }
             (None, Some(cluster)) if self.kernel.withdrawn => State::Nothing {
                 device: device_name(cluster.settings.vni),

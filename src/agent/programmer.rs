@@ -71,7 +71,7 @@ impl Order for Task {
 }
 
 pub enum State {
-    Overlay(Box<Desired>, Firewall),
+    Overlay(Box<Desired>, Box<Firewall>),
     /// No device of this name, no entry on it, no table of nftables that is called like it, and no route of
     /// ours into this pool's networks.
     Nothing {
