@@ -78,6 +78,15 @@ pub fn read(
                 _ => taken.limit_mark(&context.marks.restored(), is_it)?,
             }
         }
+        "dscp" => {
+            let (class, inverts) = (byte(info, 0)?, byte(info, 1)? != 0);
+            taken.limit_classes(|known| (known == class) != inverts);
+        }
+        // The upper bits are the class.
+        "tos" => {
+            let (mask, value, inverts) = (byte(info, 0)?, byte(info, 1)?, byte(info, 2)? != 0);
+            taken.limit_classes(|known| (known << 2 & mask == value) != inverts);
+        }
         "set" => {
             let (number, count, flags) = (half(info, 0)?, byte(info, 2)?, byte(info, 3)?);
             // `IPSET_DIM_ONE_SRC` and those after it.

@@ -46,6 +46,7 @@ const EQUAL: u32 = 0;
 const NOT_EQUAL: u32 = 1;
 const LESS: u32 = 2;
 const AT_MOST: u32 = 3;
+const MORE: u32 = 4;
 const AT_LEAST: u32 = 5;
 /// `NFT_OBJECT_COUNTER`
 const COUNTER: u32 = 1;
@@ -56,7 +57,10 @@ const INVERTED: u32 = 1;
 #[derive(Clone)]
 enum Loaded {
     Unknown,
-    Interface { side: Side, by_name: bool },
+    Interface {
+        side: Side,
+        by_name: bool,
+    },
     Source,
     Destination,
     Addresses,
@@ -67,13 +71,17 @@ enum Loaded {
     EtherType,
     Protocol,
     State,
-    Mark { of_connection: bool },
+    Mark {
+        of_connection: bool,
+    },
     Flags,
     Length,
     Content,
     Share,
     Amount,
     Time,
+    /// The class of service, with bits beside it.
+    Class,
 }
 
 /// A value in registers: how many bytes, and which of its bits matter.
@@ -133,6 +141,10 @@ pub fn read(context: &mut Context<'_>, rule: &Object) -> Option<Reading> {
             "meta" | "payload" | "ct" | "fib" | "numgen" => {
                 registers.load(get(1)?, load(traffic, name, &get));
             }
+            // Of connections, which it takes by what looks like chance.
+            "hash" => {
+                registers.load(get(2)?, Value { loaded: Loaded::Share, bytes: 4, mask: None });
+            }
             "bitwise" => {
                 let mask = value(attributes::find(data, 4));
                 let mut loaded = registers.value(get(1)?)?.clone();
@@ -159,7 +171,9 @@ pub fn read(context: &mut Context<'_>, rule: &Object) -> Option<Reading> {
                         }
                         _ => ((found.to_vec(), vec![u8::MAX; found.len()]), false),
                     },
-                    LESS | AT_MOST => ((vec![0; found.len()], found.to_vec()), false),
+                    AT_MOST => ((vec![0; found.len()], found.to_vec()), false),
+                    LESS => ((vec![0; found.len()], neighbor(found, false)?), false),
+                    MORE => ((neighbor(found, true)?, vec![u8::MAX; found.len()]), false),
                     _ => return None,
                 };
                 let value = registers.value(get(1)?)?.clone();
@@ -239,6 +253,20 @@ pub fn read(context: &mut Context<'_>, rule: &Object) -> Option<Reading> {
     Some(Reading { branches, changes: effects::changes(context, rule) })
 }
 
+/// The next higher number of as many bytes, or the next lower one; none, beyond the last.
+pub fn neighbor(number: &[u8], is_higher: bool) -> Option<Vec<u8>> {
+    let mut number = number.to_vec();
+    for byte in number.iter_mut().rev() {
+        let (next, carries) =
+            if is_higher { byte.overflowing_add(1) } else { byte.overflowing_sub(1) };
+        *byte = next;
+        if !carries {
+            return Some(number);
+        }
+    }
+    None
+}
+
 /// Whether a limit matches what exceeds it.
 fn is_above(limit: &[u8]) -> bool {
     number(attributes::find(limit, 5)).unwrap_or(0) & INVERTED != 0
@@ -304,12 +332,14 @@ fn load<'a>(traffic: &Traffic<'_>, name: &str, get: &impl Fn(u16) -> Option<u32>
 fn payload(traffic: &Traffic<'_>, (base, at, length): (u32, Option<u32>, Option<u32>)) -> Loaded {
     let (Some(at), Some(length)) = (at, length) else { return Loaded::Unknown };
     let (source, octets, protocol) = if traffic.is_ipv4() { (12, 4, 9) } else { (8, 16, 6) };
+    let class = if traffic.is_ipv4() { (1, 1) } else { (0, 2) };
     match base {
         LINK if (at, length) == (12, 2) => Loaded::EtherType,
         NETWORK if at == source && length == 2 * octets => Loaded::Addresses,
         NETWORK if at == source && length <= octets => Loaded::Source,
         NETWORK if at == source + octets && length <= octets => Loaded::Destination,
         NETWORK if (at, length) == (protocol, 1) => Loaded::Protocol,
+        NETWORK if (at, length) == class => Loaded::Class,
         TRANSPORT if (at, length) == (0, 2) => Loaded::SourcePort,
         TRANSPORT if (at, length) == (2, 2) => Loaded::DestinationPort,
         TRANSPORT if (at, length) == (13, 1) => Loaded::Flags,
@@ -424,6 +454,19 @@ fn compare(
         }
         Loaded::Time => {
             taken.limit_times();
+            Some(())
+        }
+        Loaded::Class => {
+            // The bits below belong to ECN, and in IPv6 to the label of the flow.
+            let below = if traffic.is_ipv4() { 2 } else { 6 };
+            let shown = |class: u8| match traffic.is_ipv4() {
+                true => vec![class << below],
+                false => (u16::from(class) << below).to_be_bytes().to_vec(),
+            };
+            if mask.is_none_or(|mask| *mask != shown(0x3f)) {
+                return None;
+            }
+            taken.limit_classes(|class| is_any(&shown(class)) != is_inverted);
             Some(())
         }
     }

@@ -350,6 +350,14 @@ impl Selection {
         Some(())
     }
 
+    /// Takes packets of some classes of service (DSCP, RFC 2474). Most have none.
+    pub(super) fn limit_classes(&mut self, is_it: impl Fn(u8) -> bool) {
+        match is_it(0) {
+            true => self.is_partial = true,
+            false => self.narrow("with a certain DSCP".to_owned()),
+        }
+    }
+
     /// Takes so many packets of a time, or those above a rate.
     pub(super) const fn limit_rate(&mut self, is_above: bool) {
         self.is_partial = true;

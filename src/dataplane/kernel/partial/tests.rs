@@ -179,6 +179,31 @@ fn rule_that_drops_some_packets_is_found_with_what_it_takes() {
 }
 
 #[test]
+fn rule_that_takes_packets_by_class_hash_or_amount_is_found() {
+    let class = |operator, class: u8| {
+        [payload(1, 1, 1), masked(&[data(4, &[0xfc]), data(5, &[0])]), cmp(operator, &[class << 2])]
+    };
+    let hash = Attributes::new().be32(1, 1).be32(2, 1).be32(3, 4).be32(4, 4).be32(5, 0);
+    let by_hash = [("hash", hash), cmp(0, &[0; 4])];
+    let carried = Attributes::new().be32(1, 1).be32(2, 15).put(3, &[0]);
+    let amount = [("ct", carried), cmp(4, &100_000_u64.to_be_bytes())];
+    for (expressions, words) in [
+        (&class(1, 0)[..], "with a certain DSCP"),
+        (&class(0, 46), "with a certain DSCP"),
+        (&by_hash, "taken by chance"),
+        (&amount, "of connections that have carried a certain amount"),
+        (&of_iptables("dscp", &[46, 0]), "with a certain DSCP"),
+        (&of_iptables("tos", &[0xff, 0x10, 0]), "with a certain DSCP"),
+    ] {
+        let found = one(&[expressions, &drop()]);
+        assert!(found.iter().any(|found| found.contains(words)), "{words}: {found:?}");
+    }
+    assert_eq!(reader::neighbor(&[1, 255], true), Some(vec![2, 0]));
+    assert_eq!(reader::neighbor(&[2, 0], false), Some(vec![1, 255]));
+    assert_eq!((reader::neighbor(&[255], true), reader::neighbor(&[0], false)), (None, None));
+}
+
+#[test]
 fn rule_that_leaves_packets_between_pods_alone_is_not_found() {
     let outside = [payload(1, 12, 4), cmp(0, &[203, 0, 113, 9])];
     assert!(one(&[&outside, &port(443), &drop()]).is_empty());
