@@ -71,7 +71,7 @@ pub async fn resolve(name: String) -> io::Result<Vec<SocketAddr>> {
     }
     let (reply, answer) = oneshot::channel();
     let look_up = move || _ = reply.send(name.to_socket_addrs().map(Iterator::collect));
-    // Not waited for: whoever asks may lose patience before.
+    // Not joined: the caller may give up before the answer comes.
     let _thread = Thread::start("names", look_up)?;
     answer.await.map_err(io::Error::other)?
 }

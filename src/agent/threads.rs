@@ -39,14 +39,14 @@ pub(super) struct Ended(BTreeMap<Watcher, Instant>);
 
 /// What is to be done about a thread that does not run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Deed {
+enum Measure {
     /// What it found is not known any more.
     Forget,
     Revive,
 }
 
 impl Ended {
-    fn on_look(&mut self, now: Instant, watcher: Watcher, has_ended: bool) -> Option<Deed> {
+    fn on_look(&mut self, now: Instant, watcher: Watcher, has_ended: bool) -> Option<Measure> {
         if !has_ended {
             self.0.remove(&watcher);
             return None;
@@ -54,11 +54,11 @@ impl Ended {
         match self.0.get_mut(&watcher) {
             None => {
                 self.0.insert(watcher, now);
-                Some(Deed::Forget)
+                Some(Measure::Forget)
             }
             Some(at) if now.saturating_duration_since(*at) >= PAUSE => {
                 *at = now;
-                Some(Deed::Revive)
+                Some(Measure::Revive)
             }
             Some(_) => None,
         }
@@ -128,11 +128,11 @@ impl Agent {
         for watcher in Watcher::ALL {
             let has_ended = self.has_ended(watcher);
             match self.ended.on_look(now, watcher, has_ended) {
-                Some(Deed::Forget) => {
+                Some(Measure::Forget) => {
                     tracing::error!(thread = ?watcher, "thread ended");
                     self.forget_findings(watcher);
                 }
-                Some(Deed::Revive) => self.revive(watcher),
+                Some(Measure::Revive) => self.revive(watcher),
                 None => {}
             }
         }
@@ -197,12 +197,12 @@ mod tests {
         let mut look =
             |after, has_ended| ended.on_look(begun + after, Watcher::Forwarding, has_ended);
         assert_eq!(look(Duration::ZERO, false), None);
-        assert_eq!(look(PAUSE, true), Some(Deed::Forget));
+        assert_eq!(look(PAUSE, true), Some(Measure::Forget));
         assert_eq!(look(PAUSE + PAUSE / 2, true), None);
-        assert_eq!(look(PAUSE * 2, true), Some(Deed::Revive));
+        assert_eq!(look(PAUSE * 2, true), Some(Measure::Revive));
         // It could not be started, or has ended at once.
         assert_eq!(look(PAUSE * 2 + PAUSE / 2, true), None);
-        assert_eq!(look(PAUSE * 3, true), Some(Deed::Revive));
+        assert_eq!(look(PAUSE * 3, true), Some(Measure::Revive));
         assert_eq!(ended.problems().filter(|problem| problem.contains("forwards")).count(), 1);
         assert_eq!(ended.on_look(begun + PAUSE * 4, Watcher::Forwarding, false), None);
         assert_eq!(ended.problems().count(), 0);

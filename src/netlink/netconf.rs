@@ -1,4 +1,4 @@
-//! What the kernel tells of the forwarding of interfaces, whoever switches it (`RTM_NEWNETCONF`,
+//! What the kernel tells of the forwarding of interfaces, by any program (`RTM_NEWNETCONF`,
 //! linux/netconf.h).
 //!
 //! Never blocks. What was lost in an overrun is missing.

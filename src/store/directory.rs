@@ -209,7 +209,7 @@ fn take(lock: fs::File, path: &Path) -> Result<Flock<fs::File>, StoreError> {
     })
 }
 
-/// The seed of the node's key in a state directory, whoever holds that.
+/// The seed of the node's key in a state directory, also in one that an agent holds.
 pub fn node_key(directory: &Path) -> Result<Option<[u8; 32]>, StoreError> {
     let path = directory.join(KEY);
     let Some(text) = read_if_there(&path)? else { return Ok(None) };

@@ -1,4 +1,4 @@
-//! What a rule does with which packets, whoever has made it.
+//! What a rule of any program does, and with which packets.
 
 use super::selection::{Marked, Selection, Traffic};
 use super::sets::Sets;
