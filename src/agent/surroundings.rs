@@ -256,7 +256,7 @@ impl Surroundings {
             };
             self.toggled.note(now, Setting { interface, ipv4: switched.ipv4 }, switched.forwards);
         }
-        // What is put right each time is told as a fight.
+        // What is repaired each time is told as a fight.
         if !self.opponents.is_under_way(Kind::Sysctls) {
             self.problems.extend(self.toggled.problems(now));
         }

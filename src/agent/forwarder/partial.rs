@@ -80,8 +80,6 @@ fn of_tunnels(
     if peers.is_empty() {
         return Vec::new();
     }
-    let routed: Vec<IpNet> =
-        peers.iter().copied().filter(|peer| has_router(netlink, setting, *peer)).collect();
     let underlay = links.iter().find(|link| link.index == setting.underlay);
     let underlay = underlay.map(|link| (link.index, link.name.clone()));
     let local = [IpNet::from(setting.local)];
@@ -94,8 +92,11 @@ fn of_tunnels(
     let mut found = table.partial_rules(rules, &of(&peers, &local, &inwards));
     let mut leaving = table.partial_rules(rules, &of(&local, &peers, &outwards));
     // A neighbor needs no more than one hop.
+    let shortens = leaving.iter().any(is_shortening);
     leaving.retain(|partial| !is_shortening(partial));
     found.append(&mut leaving);
+    let routed = peers.iter().filter(|_| shortens).copied();
+    let routed: Vec<IpNet> = routed.filter(|peer| has_router(netlink, setting, *peer)).collect();
     if !routed.is_empty() {
         let leaving = table.partial_rules(rules, &of(&local, &routed, &outwards));
         found.extend(leaving.into_iter().filter(is_shortening));

@@ -17,13 +17,13 @@ use rtnetlink::packet_core::{NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL};
 
 pub use self::chains::TRIAL_MARK;
 use self::chains::{
-    Elements, MEMBERS, add_guard, add_masquerade, add_sets, elements, refuse_routers,
-    refuse_unleased,
+    MEMBERS, add_guard, add_masquerade, add_sets, elements, refuse_routers, refuse_unleased,
 };
 use super::{
     forward::{Closing, ForeignChains, OwnHook, redirecting_chains, translating_chains},
     partial::{ForeignRules, LegacyTable, Partial, Traffic},
     ports::{ClosedPort, closed_ports, redirected_port},
+    sets::{self, Elements},
 };
 use crate::{
     dataplane::firewall::{Firewall, Guard, Leases},
@@ -35,8 +35,6 @@ use crate::{
 
 /// `NFTA_SET_ELEM_EXPR`: what an element of a set does when it is found.
 const ELEMENT_EXPRESSION: u16 = 7;
-/// Elements per message: an attribute holds no more than 65,531 bytes.
-const ELEMENTS: usize = 1_500;
 /// Bytes: what a socket's buffer takes where nobody has raised its limit (`net.core.wmem_max`).
 const MAX_TRANSACTION: usize = 300_000;
 /// The table, as it is in the kernel.
@@ -100,11 +98,12 @@ impl FirewallTable {
             return self.write_anew(wanted, elements);
         };
         let mut steps = Vec::new();
-        for (set, wanted_keys) in &elements {
-            let Some(keys) = written.elements.get(set) else { continue };
-            let (new, gone) = (wanted_keys.difference(keys), keys.difference(wanted_keys));
-            add_elements(&wanted.table, Kind::NewElements, set, new, &mut steps);
-            add_elements(&wanted.table, Kind::DelElements, set, gone, &mut steps);
+        for (kind, of, without) in [
+            (Kind::NewElements, &elements, &written.elements),
+            (Kind::DelElements, &written.elements, &elements),
+        ] {
+            let others = of.iter().filter_map(|(set, keys)| Some((*set, keys - without.get(set)?)));
+            steps.extend(sets::steps(&wanted.table, kind, &others.collect()));
         }
         match self.carry_out(&steps) {
             Err(_) => {
@@ -128,7 +127,7 @@ impl FirewallTable {
         self.write(wanted)?;
         let Some(written) = &mut self.written else { return Ok(Pass::default()) };
         let (shown, counted) = look(&mut self.nftables, INET, &wanted.table)?;
-        let present = elements_in(&mut self.nftables, &wanted.table, &written.elements)?;
+        let present = written.present(&mut self.nftables)?;
         self.dropped = self.dropped_before + counted;
         let right = written.is_shown_by(&shown, &present);
         if right {
@@ -146,7 +145,7 @@ impl FirewallTable {
     fn read_back(&mut self, table: &str) -> io::Result<()> {
         let Some(written) = &mut self.written else { return Ok(()) };
         let (shown, _) = look(&mut self.nftables, INET, table)?;
-        let present = elements_in(&mut self.nftables, table, &written.elements)?;
+        let present = written.present(&mut self.nftables)?;
         if !written.is_shown_by(&shown, &present) {
             return Err(io::Error::other("another program changes the table at the same time"));
         }
@@ -184,9 +183,11 @@ impl FirewallTable {
     pub fn packets_of_members(&mut self, table: &str) -> io::Result<BTreeMap<IpAddr, u64>> {
         let mut packets = BTreeMap::new();
         for set in MEMBERS {
-            elements_of(&mut self.nftables, table, set, &mut packets, |key, element| {
+            let counted = |key: &[u8], element: &[u8]| {
                 Some((attributes::address(key)?, packets_of(element)?))
-            })?;
+            };
+            let mut of_set = sets::read(&mut self.nftables, INET, (table, set), counted)?;
+            packets.append(&mut of_set);
         }
         Ok(packets)
     }
@@ -254,9 +255,7 @@ impl FirewallTable {
             steps.push(create_table(table));
         }
         add_sets(table, &elements, &mut steps);
-        for (set, keys) in &elements {
-            add_elements(table, Kind::NewElements, set, keys.iter(), &mut steps);
-        }
+        steps.extend(sets::steps(table, Kind::NewElements, &elements));
         if let Some(guard) = &wanted.guard {
             add_guard(table, guard, &mut steps);
             refuse_routers(table, guard, &mut steps);
@@ -304,6 +303,11 @@ impl Shown {
 }
 
 impl Written {
+    /// What its sets hold now.
+    fn present(&self, nftables: &mut Nftables) -> io::Result<Elements> {
+        sets::keys_in(nftables, INET, &self.firewall.table, self.elements.keys().copied())
+    }
+
     fn is_shown_by(&self, shown: &Shown, elements: &Elements) -> bool {
         let rules_are_right = match &self.shown {
             Some(before) => before == shown,
@@ -316,7 +320,9 @@ impl Written {
 impl Firewall {
     fn equals_but_for_elements(&self, other: &Self) -> bool {
         let networks = |leases: &Leases| (leases.device.clone(), leases.networks.clone());
-        let place = |guard: &Guard| (guard.port, guard.vni, guard.interfaces.clone());
+        let place = |guard: &Guard| {
+            (guard.port, guard.vni, guard.interfaces.clone(), guard.networks.clone())
+        };
         self.table == other.table
             && self.port == other.port
             && self.masquerade == other.masquerade
@@ -356,38 +362,11 @@ pub fn look(nftables: &mut Nftables, family: u8, table: &str) -> io::Result<(Sho
     Ok((shown, counted))
 }
 
-/// The elements of a set, each with its attributes, of which `what` is made.
-fn elements_of<T: Extend<E>, E>(
-    nftables: &mut Nftables,
-    table: &str,
-    set: &str,
-    into: &mut T,
-    what: impl Fn(&[u8], &[u8]) -> Option<E>,
-) -> io::Result<()> {
-    let filter = Attributes::new().text(1, table).text(2, set);
-    for object in nftables.dump(Kind::GetElements, INET, &filter)? {
-        let list = attributes::find(&object.attributes, 3).unwrap_or_default();
-        into.extend(attributes::read(list).filter_map(|(_, element)| {
-            what(attributes::find(attributes::find(element, 1)?, 1)?, element)
-        }));
-    }
-    Ok(())
-}
-
-/// What the sets hold that `wanted` has.
-fn elements_in(nftables: &mut Nftables, table: &str, wanted: &Elements) -> io::Result<Elements> {
-    let mut elements = Elements::new();
-    for set in wanted.keys() {
-        let keys = elements.entry(set).or_default();
-        elements_of(nftables, table, set, keys, |key, _| Some(key.to_vec()))?;
-    }
-    Ok(elements)
-}
-
 fn members_in(nftables: &mut Nftables, table: &str) -> io::Result<BTreeSet<IpAddr>> {
     let mut members = BTreeSet::new();
     for set in MEMBERS {
-        elements_of(nftables, table, set, &mut members, |key, _| attributes::address(key))?;
+        let addresses = sets::read(nftables, INET, (table, set), |key, _| attributes::address(key));
+        members.append(&mut addresses?);
     }
     Ok(members)
 }
@@ -400,25 +379,6 @@ fn packets_of(element: &[u8]) -> Option<u64> {
 /// As a counter shows them.
 fn packets_in(counter: &[u8]) -> Option<u64> {
     Some(u64::from_be_bytes(*attributes::find(counter, 2)?.first_chunk()?))
-}
-
-fn add_elements<'a>(
-    table: &str,
-    kind: Kind,
-    set: &str,
-    keys: impl Iterator<Item = &'a Vec<u8>>,
-    steps: &mut Vec<Step>,
-) {
-    let keys: Vec<&Vec<u8>> = keys.collect();
-    for some in keys.chunks(ELEMENTS) {
-        let list = some.iter().fold(Attributes::new(), |list, key| {
-            let value = Attributes::new().put(1, key);
-            list.nest(1, &Attributes::new().nest(1, &value))
-        });
-        let attributes = Attributes::new().text(1, table).text(2, set).nest(3, &list);
-        let flags = if kind == Kind::NewElements { NLM_F_CREATE } else { 0 };
-        steps.push(Step { kind, flags, attributes });
-    }
 }
 
 pub fn create_table(table: &str) -> Step {

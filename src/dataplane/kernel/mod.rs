@@ -17,6 +17,7 @@ mod partial;
 pub mod pod_tables;
 mod ports;
 mod rules;
+mod sets;
 mod spoofing;
 pub mod sysctl;
 pub mod trace;

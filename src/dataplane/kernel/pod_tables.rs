@@ -5,35 +5,29 @@
 //! showed is a change of another program.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeSet,
     io,
     os::fd::{AsFd as _, BorrowedFd},
     time::{Duration, Instant},
 };
 
-use rtnetlink::packet_core::NLM_F_CREATE;
-
 use super::{
     firewall::{Shown, append, create, create_table, delete_table, look, name_of},
     rules::family_name,
+    sets::{self, Elements},
     spoofing, unused,
 };
 use crate::{
     model::Mac,
     netlink::{
-        attributes::{self, Attributes},
+        attributes::Attributes,
         nftables::{Changes, IFNAMSIZ, Kind, Nftables, Rule, Step, base_chain, name_bytes},
     },
     pods::bridge::{Bridge, Tenant, Tenants},
 };
 
-/// Elements per message: an attribute holds no more than 65,531 bytes.
-const ELEMENTS: usize = 500;
 /// What the kernel refused is tried again after so long.
 const TRY_AGAIN: Duration = Duration::from_secs(60);
-
-/// Elements of the sets, by their names.
-pub(super) type Elements = BTreeMap<&'static str, BTreeSet<Vec<u8>>>;
 
 /// What a table is like.
 pub(super) struct Shape {
@@ -248,7 +242,7 @@ impl Table {
     /// Steps that add or remove elements of the table as it was written, with its family.
     fn element_steps(&self, kind: Kind, elements: &Elements) -> Vec<(u8, Step)> {
         let Some((family, name)) = self.place() else { return Vec::new() };
-        element_steps(&name, kind, elements).into_iter().map(|step| (family, step)).collect()
+        sets::steps(&name, kind, elements).into_iter().map(|step| (family, step)).collect()
     }
 
     /// Forgets elements that are gone, or removes them if they are not.
@@ -345,7 +339,7 @@ impl Table {
             let of_keys = named.be32(3, 0).be32(4, *kind).be32(5, *length).be32(10, id);
             steps.push(create(Kind::NewSet, of_keys));
         }
-        steps.extend(element_steps(table, Kind::NewElements, &elements));
+        steps.extend(sets::steps(table, Kind::NewElements, &elements));
         for (chain, hook, priority) in *chains {
             let based = base_chain(table, chain, "filter", *hook, *priority);
             steps.push(create(Kind::NewChain, based));
@@ -408,7 +402,9 @@ fn with_known_macs(
     }
     let Ok(nftables) = nftables else { return tenants };
     let (family, name) = (spoofing::SHAPE.family, (spoofing::SHAPE.name)(&bridge.table));
-    let left = keys_in(nftables, family, &name, spoofing::MACS).unwrap_or_default();
+    let left: BTreeSet<Vec<u8>> =
+        sets::read(nftables, family, (&name, spoofing::MACS), |key, _| Some(key.to_vec()))
+            .unwrap_or_default();
     for (cable, tenant) in tenants.iter_mut().filter(|(_, tenant)| tenant.mac.is_none()) {
         let its = left.iter().find(|key| key.starts_with(&name_bytes(cable)));
         let mac = its.and_then(|key| key.get(IFNAMSIZ..)?.first_chunk::<6>().copied());
@@ -450,43 +446,8 @@ fn carry_out(nftables: &mut io::Result<Nftables>, steps: &[(u8, Step)]) -> bool 
     steps.len() == 0 || nftables.transaction_of(steps).is_ok()
 }
 
-fn element_steps(table: &str, kind: Kind, elements: &Elements) -> Vec<Step> {
-    let mut steps = Vec::new();
-    let flags = if kind == Kind::NewElements { NLM_F_CREATE } else { 0 };
-    for (set, keys) in elements {
-        let keys: Vec<&Vec<u8>> = keys.iter().collect();
-        for some in keys.chunks(ELEMENTS) {
-            let list = some.iter().fold(Attributes::new(), |list, key| {
-                let value = Attributes::new().put(1, key);
-                list.nest(1, &Attributes::new().nest(1, &value))
-            });
-            let attributes = Attributes::new().text(1, table).text(2, set).nest(3, &list);
-            steps.push(Step { kind, flags, attributes });
-        }
-    }
-    steps
-}
-
 fn present(nftables: &mut Nftables, shape: &Shape, table: &str) -> io::Result<Elements> {
-    let sets = shape.sets.iter();
-    sets.map(|(set, ..)| Ok((*set, keys_in(nftables, shape.family, table, set)?))).collect()
-}
-
-fn keys_in(
-    nftables: &mut Nftables,
-    family: u8,
-    table: &str,
-    set: &str,
-) -> io::Result<BTreeSet<Vec<u8>>> {
-    let filter = Attributes::new().text(1, table).text(2, set);
-    let mut keys = BTreeSet::new();
-    for object in nftables.dump(Kind::GetElements, family, &filter)? {
-        let list = attributes::find(&object.attributes, 3).unwrap_or_default();
-        keys.extend(attributes::read(list).filter_map(|(_, element)| {
-            Some(attributes::find(attributes::find(element, 1)?, 1)?.to_vec())
-        }));
-    }
-    Ok(keys)
+    sets::keys_in(nftables, shape.family, table, shape.sets.iter().map(|(set, ..)| *set))
 }
 
 fn tables_in(nftables: &mut Nftables, family: u8) -> io::Result<Vec<String>> {

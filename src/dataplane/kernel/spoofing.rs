@@ -11,7 +11,7 @@ use std::{
     net::{IpAddr, Ipv6Addr},
 };
 
-use super::pod_tables::{Elements, Shape};
+use super::{pod_tables::Shape, sets::Elements};
 use crate::{
     model::Mac,
     netlink::{

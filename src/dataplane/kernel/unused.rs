@@ -12,7 +12,7 @@ use std::{collections::BTreeSet, net::IpAddr};
 
 use ipnet::IpNet;
 
-use super::pod_tables::{Elements, Shape};
+use super::{pod_tables::Shape, sets::Elements};
 use crate::{
     dataplane::desired::pods_table_name,
     model::Addresses,

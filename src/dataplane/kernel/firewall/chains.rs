@@ -1,15 +1,15 @@
 //! What the chains and sets of our table hold.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
-};
+use std::{collections::BTreeSet, net::IpAddr};
 
 use ipnet::IpNet;
 
 use super::{append, create};
 use crate::{
-    dataplane::firewall::{Firewall, Guard, Leases},
+    dataplane::{
+        firewall::{Firewall, Guard, Leases},
+        kernel::sets::Elements,
+    },
     netlink::{
         attributes::{self, Attributes},
         nftables::{Base, Field, Kind, Rule, Step, base_chain, counter},
@@ -47,9 +47,6 @@ pub(super) const MEMBERS: [&str; 2] = ["members4", "members6"];
 /// The same addresses: the elements of the others count packets from members.
 const UNDERLAY: [&str; 2] = ["underlay4", "underlay6"];
 const LEASES: [&str; 2] = ["leases4", "leases6"];
-
-/// Elements of the sets, by their names.
-pub(super) type Elements = BTreeMap<&'static str, BTreeSet<Vec<u8>>>;
 
 /// What the sets hold, each of them that there is to be.
 pub(super) fn elements(wanted: &Firewall, members: &BTreeSet<IpAddr>) -> Elements {
