@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::ensure;
+use anyhow::{bail, ensure};
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 
 use crate::{
@@ -97,7 +97,11 @@ fn cuts(world: &mut World) -> anyhow::Result<()> {
         launch(&mut victim)?;
         let launched = Instant::now();
         while promises(&victim.console()[again..]).len() < usize::from(HOSTS) {
-            ensure!(launched.elapsed() < SOON, "cut {cut}: not all have a subnet afterwards");
+            if launched.elapsed() >= SOON {
+                let said = victim.console()[again..].to_owned();
+                let logs = victim.ok("tail -n 25 /run/h*.env /run/h*.log")?;
+                bail!("cut {cut}: not all have a subnet afterwards\nconsole: {said}\n{logs}");
+            }
             std::thread::sleep(Duration::from_millis(50));
         }
         usual = launched.elapsed();
