@@ -19,6 +19,7 @@ use std::{
 use self::{explain::Explained, ports::Ports};
 use super::{
     Agent,
+    pods::mac_of,
     tap::{Asker, Tap},
 };
 use crate::{
@@ -388,7 +389,7 @@ impl Agent {
             |pod: &&Pod| bridge.subnets.iter().any(|subnet| subnet.contains(&pod.addresses.first));
         let pods = self.pods.table.iter().filter(is_connected).filter(is_inside);
         let asked = |pod: &Pod| {
-            let asked = Asked { pod: pod.clone(), mac: self.pods.mac(pod) };
+            let asked = Asked { pod: pod.clone(), mac: mac_of(pod) };
             (link_name(&pod.attachment), asked)
         };
         let pods: BTreeMap<String, Asked> = pods.map(asked).collect();

@@ -177,13 +177,14 @@ impl Agent {
         }
         self.drop_old_reservations();
         let bridge = self.ready_bridge()?;
-        if let Some(mac) = reservation.mac {
+        let mac = reservation.mac;
+        if let Some(mac) = mac {
             self.expect_free_docker_mac(mac, &attachment, address, bridge.subnets.first)?;
         }
         let addresses = address.into_iter().collect();
-        let wish = Wish { attachment, owner: OWNER.to_owned(), netns: String::new(), addresses };
+        let wish =
+            Wish { attachment, owner: OWNER.to_owned(), netns: String::new(), addresses, mac };
         let pod = self.pods.table.attach(self.clock.now(), bridge.subnets, wish)?.clone();
-        self.pods.macs.extend(reservation.mac.map(|mac| (pod.attachment.clone(), mac)));
         Ok((pod, subnet))
     }
 
@@ -235,14 +236,7 @@ impl Agent {
             let why = format!("address {first}: endpoint {} has it", held.container());
             return Err(PodError::new(PodErrorKind::Address, why));
         }
-        let mac = mac_in(&held);
-        if let Some(mac) = mac {
-            // An agent that was started since has not held it.
-            self.expect_free_mac(mac, &held)?;
-        }
         self.pods.table.rename(&held, attachment.clone(), String::new());
-        self.pods.macs.remove(&held);
-        self.pods.macs.extend(mac.map(|mac| (attachment.clone(), mac)));
         // A network of one family takes no more, and must not be told of routes of the other.
         if addresses.len() == 1 {
             self.pods.table.drop_second(&attachment);
@@ -380,12 +374,6 @@ type Entered = (Bridge, Pod, Vec<(IpNet, IpAddr)>);
 
 fn attachment(name: &str) -> Result<Attachment, PodError> {
     Attachment::new(name, INTERFACE).map_err(PodError::invalid)
-}
-
-/// Docker gives it to the container in any case.
-fn mac_in(reservation: &Attachment) -> Option<Mac> {
-    let digits = reservation.container().strip_prefix(BY_MAC)?;
-    Mac::from_digits(digits)
 }
 
 /// No endpoint has it yet.

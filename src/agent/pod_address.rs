@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::Agent;
+use super::{Agent, pods::mac_of};
 use crate::{
     api::{AttachRequest, PodError, PodErrorKind},
     model::{Attachment, Mac, Pod},
@@ -35,11 +35,8 @@ impl Agent {
             }
         }
         let addresses = request.addresses.clone();
-        let wish = Wish { attachment: attachment.clone(), owner, netns, addresses };
+        let wish = Wish { attachment, owner, netns, addresses, mac: request.mac };
         let pod = self.pods.table.attach(self.clock.now(), bridge.subnets, wish)?.clone();
-        if let Some(mac) = request.mac {
-            self.pods.macs.insert(attachment, mac);
-        }
         Ok((bridge, pod))
     }
 
@@ -58,7 +55,7 @@ impl Agent {
             return Err(NoAddress::MacOfHost(mac));
         }
         let others = self.pods.table.iter().filter(|pod| pod.attachment != *attachment);
-        if let Some(pod) = others.into_iter().find(|pod| self.pods.mac(pod) == Some(mac)) {
+        if let Some(pod) = others.into_iter().find(|pod| mac_of(pod) == Some(mac)) {
             return Err(NoAddress::MacTaken { mac, holder: pod.attachment.clone() });
         }
         Ok(())

@@ -50,9 +50,6 @@ pub(super) struct PodState {
     to_save: Vec<(Key, Vec<u8>)>,
     /// What their bridge is kept like.
     pub(super) bridge: Option<Bridge>,
-    /// MACs that do not follow from addresses: those that Docker has given, as far as this process has heard
-    /// of them, and those that were asked for.
-    pub(super) macs: BTreeMap<Attachment, Mac>,
     /// What is wrong with their bridge, as sentences.
     pub(super) problems: Vec<String>,
     /// Where sysctls let pods give this host routes, if the table of nftables does not see to it.
@@ -105,12 +102,6 @@ impl PodState {
         self.table.iter().map(|pod| link_name(&pod.attachment)).collect()
     }
 
-    /// Docker gives its containers MACs of its own.
-    pub(super) fn mac(&self, pod: &Pod) -> Option<Mac> {
-        let given = self.macs.get(&pod.attachment).copied();
-        if pod.owner == docker::OWNER { given } else { given.or(Some(mac_at(pod.addresses.first))) }
-    }
-
     /// Whether a pod is being connected.
     pub(super) fn is_attaching(&self, attachment: &Attachment) -> bool {
         self.attaching.values().any(|attaching| attaching.pod.attachment == *attachment)
@@ -118,7 +109,7 @@ impl PodState {
 
     /// Who is behind the cables that should be there.
     pub(super) fn tenants(&self) -> Tenants {
-        let tenant = |pod: &Pod| (link_name(&pod.attachment), Tenant::new(pod, self.mac(pod)));
+        let tenant = |pod: &Pod| (link_name(&pod.attachment), Tenant::new(pod, mac_of(pod)));
         // Addresses that are only held have no cable.
         let held = |pod: &&Pod| pod.owner == docker::OWNER && pod.netns.is_empty();
         self.table.iter().filter(|pod| !held(pod)).map(tenant).collect()
@@ -216,7 +207,7 @@ impl Agent {
     pub(super) fn connect(&mut self, bridge: Bridge, pod: Pod, end: End, reply: Answer<Attached>) {
         let number = self.pods.next();
         let (on, one) = (bridge.clone(), pod.clone());
-        let mac = self.pods.mac(&pod);
+        let mac = mac_of(&pod);
         // The disk first: it takes longest, and its thread leaves the processor to the kernel's work.
         self.writer.save(vec![record(&pod)], number);
         self.wirer.ask(Job::Connect { number, bridge: on, pod: one, mac, end });
@@ -328,7 +319,7 @@ impl Agent {
             Err(error) => _ = reply.send(Err(error)),
             Ok(pod) => {
                 let netns = netns.map(File::from);
-                let mac = self.pods.mac(&pod).filter(|_| self.config.anti_spoofing);
+                let mac = mac_of(&pod).filter(|_| self.config.anti_spoofing);
                 self.wirer.ask(Job::Check { pod, netns, mac, reply });
             }
         }
@@ -409,7 +400,6 @@ impl Agent {
     pub(super) fn forget_pod(&mut self, number: u64, attachment: &Attachment) -> bool {
         let pod = self.pods.table.detach(self.clock.now(), attachment);
         let Some(pod) = pod else { return false };
-        self.pods.macs.remove(attachment);
         // The problem may be one of this pod.
         if !self.kernel.answers.problems.is_empty() {
             self.update_roster();
@@ -480,4 +470,10 @@ pub(super) fn status_of(pod: &Pod) -> PodStatus {
 
 pub(super) fn record(pod: &Pod) -> (Key, Vec<u8>) {
     (Key::Pod(pod.addresses.first), Record::Pod(pod.clone()).encode())
+}
+
+/// The MAC that a pod has; Docker gives its containers MACs of its own.
+pub(super) fn mac_of(pod: &Pod) -> Option<Mac> {
+    let follows = || (pod.owner != docker::OWNER).then(|| mac_at(pod.addresses.first));
+    pod.mac.or_else(follows)
 }

@@ -239,7 +239,7 @@ async fn prepare(
     }
     pods.early = early;
     let fresh = fresh && pods.table.is_empty();
-    pods.macs = macs;
+    pods.table.learn_macs(&macs);
     // Bridges hold this host's containers, and pods that run keep their addresses.
     let occupied = foreign.into_iter().filter(|found| {
         let has_pods =

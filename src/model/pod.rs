@@ -4,6 +4,8 @@ use std::{fmt, net::IpAddr};
 
 use serde::{Deserialize, Serialize};
 
+use super::Mac;
+
 /// One interface of one container. What is asked for, and what is given back, is called by this.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Attachment {
@@ -91,7 +93,7 @@ pub fn check_interface_name(name: &str) -> Result<(), AttachmentError> {
 }
 
 /// An attachment with its addresses, as it is kept on disk.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pod {
     pub attachment: Attachment,
     /// On whose behalf: a runtime may collect only what is its own.
@@ -99,6 +101,9 @@ pub struct Pod {
     pub addresses: Addresses,
     /// Path of the network namespace, for people.
     pub netns: String,
+    /// The MAC that a runtime or its user has chosen. Without one, that of a pod of CNI follows from its first
+    /// address, and that of a container of Docker is not known.
+    pub mac: Option<Mac>,
 }
 
 /// One address, or in a dual-stack overlay one of each family.

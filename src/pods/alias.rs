@@ -17,8 +17,6 @@ const NO_DEFAULT_ROUTE: &str = ";";
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Told {
     pub(super) pod: Pod,
-    /// If it does not follow from the address.
-    pub(super) mac: Option<Mac>,
     /// Whether the interface may have a default route.
     pub(super) default_route: bool,
 }
@@ -76,8 +74,8 @@ pub(super) fn from_alias(alias: &str) -> Option<Told> {
     let owner = words.next().unwrap_or_default().to_owned();
     // Its path is not known any more; that it is somewhere is certain.
     let netns = "?".to_owned();
-    let pod = Pod { attachment, owner, addresses: Addresses { first, second }, netns };
-    Some(Told { pod, mac, default_route })
+    let pod = Pod { attachment, owner, addresses: Addresses { first, second }, netns, mac };
+    Some(Told { pod, default_route })
 }
 
 #[cfg(test)]
@@ -95,6 +93,7 @@ mod tests {
                 second: second.map(|ip| ip.parse().expect("an address")),
             },
             netns: "?".to_owned(),
+            mac: None,
         };
         let usual = mac_at([10, 42, 7, 2].into());
         let asked_for = Mac::from_bytes([2, 0, 0, 0, 0, 5]);
@@ -102,7 +101,8 @@ mod tests {
             for (mac, told) in [(asked_for, Some(asked_for)), (usual, None)] {
                 for default_route in [true, false] {
                     let found = from_alias(&alias(&pod, mac, default_route));
-                    assert_eq!(found, Some(Told { pod: pod.clone(), mac: told, default_route }));
+                    let pod = Pod { mac: told, ..pod.clone() };
+                    assert_eq!(found, Some(Told { pod, default_route }));
                 }
             }
         }
@@ -116,7 +116,7 @@ mod tests {
             ..pod("", None)
         };
         let found = from_alias(&alias(&longest, asked_for, false)).expect("a pod");
-        assert_eq!((found.pod, found.mac), (longest, Some(asked_for)));
+        assert_eq!(found.pod, Pod { mac: Some(asked_for), ..longest });
         let long = pod(&"o".repeat(300), None);
         let text = alias(&long, usual, true);
         let found = from_alias(&text).expect("a pod").pod;

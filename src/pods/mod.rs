@@ -100,6 +100,8 @@ pub struct Wish {
     pub netns: String,
     /// Those that it must have; any, if empty.
     pub addresses: Vec<IpAddr>,
+    /// The MAC that it must have; any, if none.
+    pub mac: Option<Mac>,
 }
 
 /// All pods of this node.
@@ -128,7 +130,7 @@ impl Pods {
         &mut self,
         now: Time,
         subnets: Subnets,
-        Wish { attachment, owner, netns, addresses: wishes }: Wish,
+        Wish { attachment, owner, netns, addresses: wishes, mac }: Wish,
     ) -> Result<&Pod, NoAddress> {
         if let Some(pod) = self.pods.get(&attachment) {
             let address = pod.addresses.first;
@@ -139,7 +141,7 @@ impl Pods {
             [first, ..] => self.wished_place(subnets, *first, &wishes)?,
         };
         let addresses = addresses_at(subnets, place);
-        let pod = Pod { attachment: attachment.clone(), owner, addresses, netns };
+        let pod = Pod { attachment: attachment.clone(), owner, addresses, netns, mac };
         self.resting.remove(&addresses.first);
         self.insert(pod);
         Ok(&self.pods[&attachment])
@@ -165,6 +167,13 @@ impl Pods {
         let pod = self.pods.remove(from)?;
         self.insert(Pod { attachment: to.clone(), netns, ..pod });
         self.pods.get(&to)
+    }
+
+    /// Takes in MACs that the records of an earlier program do not have.
+    pub fn learn_macs(&mut self, macs: &BTreeMap<Attachment, Mac>) {
+        for pod in self.pods.values_mut() {
+            pod.mac = pod.mac.or_else(|| macs.get(&pod.attachment).copied());
+        }
     }
 
     /// Takes back the second address of a pod that uses none.

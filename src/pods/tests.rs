@@ -23,7 +23,7 @@ fn named(container: &str) -> Attachment {
 
 fn wish(container: &str, addresses: &[IpAddr]) -> Wish {
     let [owner, netns] = ["cni/net", "/ns"].map(str::to_owned);
-    Wish { attachment: named(container), owner, netns, addresses: addresses.to_vec() }
+    Wish { attachment: named(container), owner, netns, addresses: addresses.to_vec(), mac: None }
 }
 
 fn ip(text: &str) -> IpAddr {

@@ -5,11 +5,13 @@
 
 use std::{fmt, net::IpAddr};
 
-use crate::model::{ClusterRecord, Forget, MemberRecord, NodeId, Pod, Run};
+use crate::model::{
+    Addresses, Attachment, ClusterRecord, Forget, Mac, MemberRecord, NodeId, Pod, Run,
+};
 
 use super::{
     WireError,
-    codec::{decode, encode},
+    codec::{decode, decode_prefix, encode},
 };
 
 const RECORD_VERSION: u8 = 1;
@@ -57,7 +59,7 @@ impl Record {
             Self::Slots(runs) => encode(runs),
             Self::Member(member) => encode(member),
             Self::Forget(forget) => encode(forget),
-            Self::Pod(pod) => encode(pod),
+            Self::Pod(pod) => encode_pod(pod),
         };
         let mut bytes = vec![RECORD_VERSION];
         bytes.extend_from_slice(&value);
@@ -85,10 +87,34 @@ impl Record {
             Key::Slots(_) => decode("slots", value).map(Self::Slots),
             Key::Member(_) => decode("member", value).map(Self::Member),
             Key::Forget(_) => decode("forget", value).map(Self::Forget),
-            Key::Pod(_) => decode("pod", value).map(Self::Pod),
+            Key::Pod(_) => decode_pod(value).map(Self::Pod),
         };
         record.map(|record| (parsed, record)).map_err(|error: WireError| fail(error.to_string()))
     }
+}
+
+/// A pod as it is kept: its MAC follows where it has one of its own, so that records without one are as
+/// earlier programs wrote them.
+type PodFields = (Attachment, String, Addresses, String);
+
+fn encode_pod(pod: &Pod) -> Vec<u8> {
+    let mut bytes = encode(&(&pod.attachment, &pod.owner, pod.addresses, &pod.netns));
+    bytes.extend(pod.mac.iter().flat_map(|mac| mac.as_bytes()));
+    bytes
+}
+
+fn decode_pod(bytes: &[u8]) -> Result<Pod, WireError> {
+    let ((attachment, owner, addresses, netns), used): (PodFields, _) =
+        decode_prefix("pod", bytes)?;
+    let mac = match &bytes[used..] {
+        [] => None,
+        mac => {
+            let why = || format!("{} bytes in the place of a MAC", mac.len());
+            let malformed = |_| WireError::Malformed { what: "pod", why: why() };
+            Some(Mac::from_bytes(mac.try_into().map_err(malformed)?))
+        }
+    };
+    Ok(Pod { attachment, owner, addresses, netns, mac })
 }
 
 impl Key {
@@ -144,6 +170,30 @@ mod tests {
         }
         assert_eq!(Key::parse(b"member/xyz"), None);
         assert_eq!(Key::parse(&[0xff]), None);
+    }
+
+    #[test]
+    fn pod_record_keeps_its_mac_and_is_read_without_one() {
+        let first: IpAddr = [10, 42, 7, 2].into();
+        let key = Key::Pod(first);
+        let decode = |bytes: &[u8]| Record::decode(key.to_string().as_bytes(), bytes);
+        let pod = Pod {
+            attachment: Attachment::new("web", "eth0").expect("a name"),
+            owner: "docker".to_owned(),
+            addresses: Addresses { first, second: None },
+            netns: String::new(),
+            mac: Some(Mac::from_bytes([2, 0x42, 0, 0, 0, 1])),
+        };
+        for mac in [pod.mac, None] {
+            let record = Record::Pod(Pod { mac, ..pod.clone() });
+            assert_eq!(decode(&record.encode()), Ok((key, record)));
+        }
+        let mut cut = vec![RECORD_VERSION];
+        cut.extend(encode_pod(&pod));
+        cut.pop();
+        cut.extend(crc32fast::hash(&cut).to_le_bytes());
+        let error = decode(&cut).expect_err("five bytes of a MAC");
+        assert!(error.why.contains("5 bytes in the place of a MAC"), "{error}");
     }
 
     #[test]

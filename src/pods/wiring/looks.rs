@@ -48,7 +48,7 @@ impl Wiring {
     pub fn macs(&mut self) -> io::Result<BTreeMap<Attachment, Mac>> {
         let links = self.netlink.links()?;
         let pods = links.iter().filter_map(|link| from_alias(&link.alias));
-        Ok(pods.filter_map(|told| Some((told.pod.attachment, told.mac?))).collect())
+        Ok(pods.filter_map(|told| Some((told.pod.attachment, told.pod.mac?))).collect())
     }
 
     /// Bridges of pods on this host, whichever overlay they are of.
