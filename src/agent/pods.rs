@@ -270,6 +270,8 @@ impl Agent {
         netns: Option<File>,
         answer: impl FnOnce(Result<bool, PodError>) + Send + 'static,
     ) {
+        // Other interfaces of the container, which take over its routes, have to be known for that.
+        self.keep_bridge();
         self.give_up_attaching(attachment);
         let number = self.pods.next();
         // The kernel takes long to remove an interface. The answer need not wait for that: whoever connects

@@ -120,6 +120,30 @@ fn interface_that_is_left_gets_the_routes_of_the_one_that_is_removed() {
 }
 
 #[test]
+fn interface_that_is_left_gets_the_routes_of_one_removed_without_an_agent() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        let spaces = namespaces(&["a"])?;
+        let runtime = Runtime::new(&cluster.agents[0]);
+        runtime.add("a");
+        let second = [("CNI_IFNAME", "net1")];
+        let (done, result) = runtime.call_with("ADD", "a", &second, &json!({}));
+        assert!(done, "{result}");
+        let default = || tool(&spaces[0], "ip route show default");
+        let before = default();
+        cluster.agents[0].end(nix::sys::signal::Signal::SIGKILL)?;
+        Runtime::new(&cluster.agents[0]).del("a");
+        cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &[])?;
+        cluster.converge()?;
+        wait_until("its cable is gone", PATIENCE, || {
+            !run(&spaces[0], "ip link show eth0").status.success()
+        });
+        assert_eq!(default(), before.replace("eth0", "net1"));
+        Ok(())
+    });
+}
+
+#[test]
 fn a_default_route_of_another_network_stays_and_the_overlay_has_its_own() {
     isolated(|lab| {
         let cluster = Cluster::start(lab, 2)?;
