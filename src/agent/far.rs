@@ -25,7 +25,7 @@ use crate::{
         forwarding::{FarLoss, FarOutput, FarPods, FarWay, Subject, Way, Witness},
     },
     model::{NodeId, PathState, Subnets},
-    pods::{gateway, last_address, last_addresses, standin::Room},
+    pods::{gateway, last_addresses, standin::Room},
     wire::{Arrivals, Inquiry, Report},
     worker::{Order, Orders, Thread, Worker},
 };
@@ -294,14 +294,19 @@ impl<F: Fn(Told)> Runner<F> {
 /// Under which a member's own pod may ask: its own, or one of its host's, should that translate them. Not
 /// those of other pods.
 fn askers(subnets: Subnets, underlay: IpAddr) -> impl Iterator<Item = IpAddr> {
-    let of_host = subnets.iter().flat_map(|subnet| [subnet.network(), gateway(subnet)]);
-    of_host.collect::<Vec<_>>().into_iter().chain(last_addresses(subnets).iter()).chain([underlay])
+    subnets.iter().flat_map(move |subnet| ends(subnets, subnet)).chain([underlay])
 }
 
-/// The same in all subnets of one of the overlay's networks, of which one is this host's.
-fn sources(network: IpNet, subnet: IpNet) -> Sources {
-    let of_host = [subnet.network(), gateway(subnet), last_address(subnet)];
-    Sources::new(network, subnet, of_host)
+/// The same in all subnets of the overlay's networks, of which these are this host's.
+fn sources(networks: Subnets, own: Subnets) -> Vec<Sources> {
+    let pairs = networks.iter().zip(own.iter());
+    pairs.map(|(network, subnet)| Sources::new(network, subnet, ends(own, subnet))).collect()
+}
+
+/// Addresses in one of a host's subnets: those of the host, and that of the agent's own pod.
+fn ends(subnets: Subnets, subnet: IpNet) -> impl Iterator<Item = IpAddr> {
+    let own = last_addresses(subnets).iter().filter(move |ip| subnet.contains(ip));
+    [subnet.network(), gateway(subnet)].into_iter().chain(own)
 }
 
 impl Agent {
@@ -346,8 +351,7 @@ impl Agent {
             Some(askers(*subnets, peer.vtep.underlay).map(move |from| (from, node)))
         };
         let askers = view.peers.iter().filter_map(askers_of).flatten().collect();
-        let networks = view.settings.pool.networks().iter().zip(view.own.subnets.iter());
-        let sources = networks.map(|(network, subnet)| sources(network, subnet)).collect();
+        let sources = sources(view.settings.pool.networks(), view.own.subnets);
         let lost_here = self.kernel.forwarding.closed.clone();
         // Where entries are there on demand, peers without any are not tried: each trial is a use.
         let in_use = self.kernel.demand.in_use.as_ref();
@@ -391,16 +395,32 @@ impl Agent {
 mod tests {
     use super::*;
 
+    fn dual() -> Subnets {
+        let net = |text: &str| text.parse().expect("a subnet");
+        Subnets { first: net("10.42.1.0/24"), second: Some(net("fd42:0:0:1::/64")) }
+    }
+
     #[test]
     fn pod_of_a_member_may_not_ask_and_its_own_one_may_also_if_its_host_translates_it() {
-        let net = |text: &str| text.parse().expect("a subnet");
-        let subnets = Subnets { first: net("10.42.1.0/24"), second: Some(net("fd42:0:0:1::/64")) };
         let underlay = IpAddr::from([10, 99, 0, 11]);
-        let askers: BTreeSet<IpAddr> = askers(subnets, underlay).collect();
+        let askers: BTreeSet<IpAddr> = askers(dual(), underlay).collect();
         for last in [0, 1, 254] {
             assert!(askers.contains(&IpAddr::from([10, 42, 1, last])), "{last}");
         }
         assert!(!askers.contains(&IpAddr::from([10, 42, 1, 2])) && askers.contains(&underlay));
         assert_eq!(askers.iter().filter(|ip| ip.is_ipv6()).count(), 3);
+    }
+
+    #[test]
+    fn filter_of_the_sockets_lets_in_those_who_may_ask_in_both_families() {
+        let net = |text: &str| text.parse().expect("a network");
+        let networks = Subnets { first: net("10.42.0.0/16"), second: Some(net("fd42::/48")) };
+        let asks: Vec<IpAddr> = askers(dual(), IpAddr::from([10, 99, 0, 11])).collect();
+        assert!(last_addresses(dual()).iter().all(|last| asks.contains(&last)), "{asks:?}");
+        let expected = networks.iter().zip(dual().iter()).map(|(network, subnet)| {
+            let of_subnet = asks.iter().copied().filter(|ip| subnet.contains(ip));
+            Sources::new(network, subnet, of_subnet)
+        });
+        assert_eq!(sources(networks, dual()), expected.collect::<Vec<_>>());
     }
 }

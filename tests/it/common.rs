@@ -75,9 +75,14 @@ pub struct Cluster {
 impl Cluster {
     /// Starts hosts number 1 to `count`, and waits until all have converged.
     pub fn start(lab: &mut Lab, count: u16) -> anyhow::Result<Self> {
+        Self::start_with(lab, count, &[])
+    }
+
+    /// The same, where the first one creates it with these settings.
+    pub fn start_with(lab: &mut Lab, count: u16, settings: &[&str]) -> anyhow::Result<Self> {
         let mut cluster = Self { hosts: Vec::new(), agents: Vec::new(), token: String::new() };
         let first = lab.host(1, "n1")?;
-        let mut agent = Agent::start(program(), &first, &["--init"])?;
+        let mut agent = Agent::start(program(), &first, &[&["--init"], settings].concat())?;
         agent.wait_converged(1, PATIENCE)?;
         cluster.token = token_of(&mut agent)?;
         cluster.hosts.push(first);

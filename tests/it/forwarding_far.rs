@@ -286,6 +286,35 @@ fn losses_by_chance_and_long_round_trips_are_no_problem() {
     });
 }
 
+/// The last address for pods is another one in dual stack: both families have the same places.
+#[test]
+fn dual_stack_cluster_of_which_all_pods_answer_has_no_problem() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start_with(lab, 2, &["--network6", "fd42::/48"])?;
+        for host in &cluster.hosts {
+            sh(&host.netns, "sysctl -qw net.ipv6.conf.all.forwarding=1");
+        }
+        let spaces = namespaces(&["a", "b"])?;
+        let begun = Instant::now();
+        for (agent, name) in cluster.agents.iter_mut().zip(["a", "b"]) {
+            Runtime::new(agent).add(name);
+        }
+        for agent in &mut cluster.agents {
+            all_answer(agent, 1);
+            status_where(agent, |status| detail(status).contains("IPv6 out"));
+        }
+        // A loss is told within half a minute.
+        while begun.elapsed() < Duration::from_secs(35) {
+            for agent in &mut cluster.agents {
+                assert!(!has_problem(agent, "at pods of"), "{}", agent.log());
+            }
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        drop(spaces);
+        Ok(())
+    });
+}
+
 /// What comes to the port of the agent's own pod from elsewhere.
 #[test]
 fn agents_own_pod_answers_other_hosts_no_more_than_they_send_and_no_pod_of_theirs() {
