@@ -40,6 +40,8 @@ pub(super) struct Doors {
     /// The same, once it could be opened.
     _later: Option<oneshot::Receiver<api::Socket>>,
     closed: watch::Receiver<Problems>,
+    /// Whether Docker is answered no more.
+    closing_plugin: watch::Sender<bool>,
 }
 
 /// What keeps doors closed.
@@ -80,14 +82,16 @@ impl Doors {
             news.clone(),
         ));
         let mut later = None;
+        let closing_plugin = watch::Sender::new(false);
         let plugin = match (plugin, &config.docker_plugin) {
             (Some(listener), _) => {
-                docker::handle(UnixListener::from_std(listener)?, requests(news));
+                let listener = UnixListener::from_std(listener)?;
+                docker::handle(listener, closing_plugin.subscribe(), requests(news));
                 None
             }
             (None, Some(path)) => match api::Socket::listen(path) {
                 Ok((socket, listener)) => {
-                    docker::handle(listener, requests(news));
+                    docker::handle(listener, closing_plugin.subscribe(), requests(news));
                     Some(socket)
                 }
                 Err(error @ SocketError::NotASocket(_)) => return Err(error.into()),
@@ -95,8 +99,9 @@ impl Doors {
                     let first = no_plugin(path, &error);
                     let (opened, socket) = oneshot::channel();
                     let (path, problems, news) = (path.clone(), problems.clone(), news.clone());
+                    let closing = closing_plugin.clone();
                     tokio::spawn(async move {
-                        let socket = open_plugin(&path, first, &problems, &news).await;
+                        let socket = open_plugin(&path, first, &problems, &closing, &news).await;
                         let _ = opened.send(socket);
                     });
                     later = Some(socket);
@@ -115,7 +120,13 @@ impl Doors {
                 Err(error) => return Err(StartFailure::Http { address, error }),
             }
         }
-        Ok(Self { _control: control, _plugin: plugin, _later: later, closed })
+        Ok(Self { _control: control, _plugin: plugin, _later: later, closed, closing_plugin })
+    }
+
+    /// Lets Docker ask nothing more; returns when all that it has asked is answered.
+    pub(super) async fn close_plugin(&self) {
+        self.closing_plugin.send_replace(true);
+        self.closing_plugin.closed().await;
     }
 
     /// What keeps some of them closed, now and later.
@@ -205,11 +216,12 @@ async fn open_plugin(
     path: &Path,
     first: String,
     problems: &watch::Sender<Problems>,
+    closing: &watch::Sender<bool>,
     news: &mpsc::UnboundedSender<News>,
 ) -> api::Socket {
     let again = || api::Socket::listen(path).map_err(|error| no_plugin(path, &error));
     let (socket, listener) = open_later("docker_plugin", first, problems, again).await;
-    docker::handle(listener, requests(news));
+    docker::handle(listener, closing.subscribe(), requests(news));
     socket
 }
 

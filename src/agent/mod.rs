@@ -61,6 +61,7 @@ mod waiting;
 mod wirer;
 
 use std::{
+    pin::pin,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -74,7 +75,7 @@ use self::{
     clock::Clock,
     company::Company,
     data_plane::KernelState,
-    doors::Closed,
+    doors::{Closed, Doors},
     events::Journal,
     far::Far,
     forwarder::Forwarder,
@@ -111,6 +112,8 @@ pub use underlay::choose as choose_underlay;
 
 /// A turn of the loop that takes longer is logged: everything else waits for it.
 const SLOW_TURN: Duration = Duration::from_millis(100);
+/// How long the end waits for answers to Docker.
+const LAST_ANSWERS: Duration = Duration::from_millis(500);
 /// Events taken in one turn before the outputs are carried out.
 const EVENTS_PER_TURN: usize = 64;
 
@@ -172,6 +175,7 @@ impl Agent {
         mut signals: Signals,
         mut arrivals: Arrivals,
         reread: &Reread,
+        doors: &Doors,
     ) -> Ending {
         self.carry_out();
         self.catch_up();
@@ -208,7 +212,32 @@ impl Agent {
                 tracing::warn!(?took, "a turn of the event loop was slow");
             }
         }
+        if self.ending == Some(Ending::Stopped) {
+            self.answer_docker_to_the_end(&mut arrivals, reread, doors).await;
+        }
         self.finish().await
+    }
+
+    /// Answers what Docker has asked before the end: what is lost it repeats without the request's body.
+    async fn answer_docker_to_the_end(
+        &mut self,
+        arrivals: &mut Arrivals,
+        reread: &Reread,
+        doors: &Doors,
+    ) {
+        let mut answered = pin!(doors.close_plugin());
+        let mut deadline = pin!(tokio::time::sleep(LAST_ANSWERS));
+        loop {
+            let arrival = tokio::select! {
+                biased;
+                () = &mut answered => return,
+                () = &mut deadline => return,
+                arrival = arrivals.next() => arrival,
+            };
+            self.on_arrival(arrival, Instant::now(), reread);
+            self.carry_out();
+            self.answer_early();
+        }
     }
 
     fn on_arrival(&mut self, arrival: Arrival, now: Instant, reread: &Reread) {

@@ -106,7 +106,8 @@ pub async fn run(
     match prepare(config, memory, waiting, sender).await {
         Ok(None) => Ok(Ending::Stopped),
         Ok(Some(Prepared { agent, network, heard })) => {
-            let ending = agent.run(signals, Arrivals { threads, network, heard }, reread).await;
+            let arrivals = Arrivals { threads, network, heard };
+            let ending = agent.run(signals, arrivals, reread, &doors).await;
             if ending == Ending::Anew {
                 state.new_identity(&random()?)?;
             }

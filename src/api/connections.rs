@@ -28,7 +28,7 @@ use hyper::{
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit},
+    sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit, watch},
     time::{sleep, timeout},
 };
 use tower::ServiceExt as _;
@@ -50,6 +50,9 @@ const SMALL_BODY: usize = 64 << 10;
 const LARGE_BODIES: usize = 8;
 /// A connection that anyone may open ends after so long, unless its answer is a stream.
 const LIFETIME: Duration = Duration::from_secs(20);
+/// Connections and requests that wait in the kernel when a listener is closed are taken until there has been
+/// none for so long.
+const LAST_LOOK: Duration = Duration::from_millis(10);
 /// What a client may send of a request and leave unread of an answer, at most, in bytes.
 const BUFFER: usize = 64 << 10;
 
@@ -63,10 +66,34 @@ pub enum Excess {
     Refused,
 }
 
-/// Serves for ever. `prepare` may add to each request what its connection carries.
+/// Tells a listener's connections to end as soon as they have answered what they were asked.
+#[derive(Clone, Debug)]
+pub struct Closing(Option<watch::Receiver<bool>>);
+
+impl Closing {
+    /// Of a listener that is never closed.
+    pub const NEVER: Self = Self(None);
+
+    /// When the value becomes true. Each connection that is open keeps a receiver.
+    pub const fn when(closing: watch::Receiver<bool>) -> Self {
+        Self(Some(closing))
+    }
+
+    /// Returns when there has been time to take what was there before.
+    async fn is_due(&mut self) {
+        let Some(closing) = &mut self.0 else { return std::future::pending().await };
+        if closing.wait_for(|is_closing| *is_closing).await.is_err() {
+            return std::future::pending().await;
+        }
+        sleep(LAST_LOOK).await;
+    }
+}
+
+/// Serves until the listener is closed. `prepare` may add to each request what its connection carries.
 pub async fn serve<L, P>(
     mut listener: L,
     excess: Excess,
+    mut closing: Closing,
     router: Router,
     prepare: impl Fn(&L::Io) -> P,
 ) where
@@ -77,10 +104,18 @@ pub async fn serve<L, P>(
     let streams = Arc::new(Semaphore::new(MAX_STREAMS));
     let bodies = Arc::new(Bodies::of(excess));
     loop {
-        if excess == Excess::Waits && free.acquire().await.is_err() {
-            return;
-        }
-        let (stream, _) = listener.accept().await;
+        let next = async {
+            if excess == Excess::Waits {
+                // The connection takes the place itself.
+                let _ = free.acquire().await;
+            }
+            listener.accept().await.0
+        };
+        let stream = tokio::select! {
+            biased;
+            stream = next => stream,
+            () = closing.is_due() => return,
+        };
         let Ok(permit) = free.clone().try_acquire_owned() else {
             tracing::debug!(limit = MAX_CONNECTIONS, "connection refused: there are too many");
             continue;
@@ -88,6 +123,7 @@ pub async fn serve<L, P>(
         let prepare = prepare(&stream);
         let (router, bodies) = (router.clone(), bodies.clone());
         let streaming = Arc::new(Streaming { all: streams.clone(), own: OnceLock::new() });
+        let mut closing = closing.clone();
         tokio::spawn(async move {
             let answer = service_fn(|request: Request<Incoming>| {
                 let (router, streaming) = (router.clone(), streaming.clone());
@@ -110,6 +146,10 @@ pub async fn serve<L, P>(
             let mut connection = pin!(connection);
             let ended = tokio::select! {
                 ended = connection.as_mut() => ended,
+                () = closing.is_due() => {
+                    connection.as_mut().graceful_shutdown();
+                    connection.await
+                }
                 () = sleep(LIFETIME / 2), if excess == Excess::Refused => {
                     if streaming.own.get().is_some() {
                         connection.await
@@ -240,7 +280,7 @@ mod tests {
             .route("/events", get(move || async move { Sse::new(endless()) }));
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("an address");
-        tokio::spawn(serve(listener, Excess::Refused, router, |_| |_: &mut _| {}));
+        tokio::spawn(serve(listener, Excess::Refused, Closing::NEVER, router, |_| |_: &mut _| {}));
         address
     }
 

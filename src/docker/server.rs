@@ -18,7 +18,10 @@ use axum::{
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
-use tokio::{net::UnixListener, sync::oneshot::Sender};
+use tokio::{
+    net::UnixListener,
+    sync::{oneshot::Sender, watch},
+};
 
 use super::message::{AddressRequest, CreateNetwork, EndpointRequest, MTU, RequestPool};
 use crate::{
@@ -124,14 +127,22 @@ pub fn socket_in(directory: &Path, instance: &Instance) -> PathBuf {
     directory.join(format!("{}.sock", instance.directory()))
 }
 
-/// Serves in a task of its own. `ask` hands a request to the agent's loop.
-pub fn handle(listener: UnixListener, ask: impl Fn(Request) -> bool + Send + Sync + 'static) {
+/// Serves in a task of its own, until `closing` says that no more is answered than was asked before. `ask`
+/// hands a request to the agent's loop.
+pub fn handle(
+    listener: UnixListener,
+    closing: watch::Receiver<bool>,
+    ask: impl Fn(Request) -> bool + Send + Sync + 'static,
+) {
     let ask: Ask = Arc::new(ask);
     let router = Router::new()
         .fallback(post(respond))
         .layer(DefaultBodyLimit::max(REQUEST_MAX))
         .with_state(ask);
-    tokio::spawn(api::serve_connections(listener, api::Excess::Waits, router, |_| |_: &mut _| {}));
+    let closing = api::Closing::when(closing);
+    let serving =
+        api::serve_connections(listener, api::Excess::Waits, closing, router, |_| |_: &mut _| {});
+    tokio::spawn(serving);
 }
 
 async fn respond(State(ask): State<Ask>, uri: Uri, body: Bytes) -> Response {
@@ -319,10 +330,14 @@ async fn put<T>(
     }
 }
 
-/// Requests without a payload have no body, or null.
+/// All requests that are read have a body. Docker repeats one whose answer is lost, but the body only once.
 fn parse<T: DeserializeOwned + Default>(body: &[u8]) -> Result<T, Refused> {
     if body.is_empty() {
-        return Ok(T::default());
+        return Err(Refused(
+            "Docker repeated a request without its content, for gossamer's agent ended before it answered: \
+             start the container again"
+                .to_owned(),
+        ));
     }
     let request: Result<Option<Object<T>>, _> = json::read(body);
     let request = request.map_err(|error| Refused(format!("the request: {error}")))?;
