@@ -43,11 +43,20 @@ fn limits(chosen: &Chosen, pool: Option<&Pool>) -> Vec<String> {
     let networks = pool.map(|pool| pool.networks().iter());
     let ipv6 = networks.and_then(|mut all| all.find(|network| network.addr().is_ipv6()));
     if let Some(ipv6) = ipv6.filter(|_| chosen.tunnel_mtu < IPV6_MTU_MIN) {
+        let left = chosen.tunnel_mtu;
+        let enough = IPV6_MTU_MIN + overhead(*local);
+        let why = match *carried < enough {
+            true => format!(
+                "interface {name} with MTU {carried} leaves {left} (IPv4 goes on): ip link set {name} mtu \
+                 {enough}"
+            ),
+            false => format!(
+                "`mtu` of this host's settings is {left} (IPv4 goes on): raise it, or leave it out"
+            ),
+        };
         limits.push(format!(
             "IPv6 ({ipv6}) is left out on this host: it needs an MTU of {IPV6_MTU_MIN} in the overlay, and \
-             interface {name} with MTU {carried} leaves {} (IPv4 goes on): ip link set {name} mtu {}",
-            chosen.tunnel_mtu,
-            IPV6_MTU_MIN + overhead(*local)
+             {why}"
         ));
     }
     limits
@@ -93,5 +102,8 @@ mod tests {
         assert!(limits(&chosen("192.0.2.1", 1_329), None).is_empty());
         let said = limits(&chosen("192.0.2.1", 1_329), Some(&pool)).join("");
         assert!(said.contains("leaves 1279") && said.contains("mtu 1330"), "{said}");
+        let set = Chosen { tunnel_mtu: 1_200, ..chosen("192.0.2.1", 1_500) };
+        let said = limits(&set, Some(&pool)).join("");
+        assert!(said.contains("settings is 1200") && !said.contains("ip link"), "{said}");
     }
 }

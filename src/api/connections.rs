@@ -72,7 +72,7 @@ pub struct Closing(Option<watch::Receiver<bool>>);
 
 impl Closing {
     /// Of a listener that is never closed.
-    pub const NEVER: Self = Self(None);
+    const NEVER: Self = Self(None);
 
     /// When the value becomes true. Each connection that is open keeps a receiver.
     pub const fn when(closing: watch::Receiver<bool>) -> Self {
@@ -89,11 +89,20 @@ impl Closing {
     }
 }
 
-/// Serves until the listener is closed. `prepare` may add to each request what its connection carries.
-pub async fn serve<L, P>(
+/// Serves for ever. `prepare` may add to each request what its connection carries.
+pub async fn serve<L, P>(listener: L, excess: Excess, router: Router, prepare: impl Fn(&L::Io) -> P)
+where
+    L: Listener,
+    P: Fn(&mut Request<Body>) + Send + Sync + 'static,
+{
+    serve_until(Closing::NEVER, listener, excess, router, prepare).await;
+}
+
+/// The same until the listener is closed.
+pub async fn serve_until<L, P>(
+    mut closing: Closing,
     mut listener: L,
     excess: Excess,
-    mut closing: Closing,
     router: Router,
     prepare: impl Fn(&L::Io) -> P,
 ) where
@@ -280,7 +289,7 @@ mod tests {
             .route("/events", get(move || async move { Sse::new(endless()) }));
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("an address");
-        tokio::spawn(serve(listener, Excess::Refused, Closing::NEVER, router, |_| |_: &mut _| {}));
+        tokio::spawn(serve(listener, Excess::Refused, router, |_| |_: &mut _| {}));
         address
     }
 

@@ -21,7 +21,9 @@ mod status;
 pub use client::{
     ClientError, block_on, follow, get, other_version, own_version, post, post_json, post_with,
 };
-pub use connections::{Closing, Excess, serve as serve_connections};
+pub use connections::{
+    Closing, Excess, serve as serve_connections, serve_until as serve_connections_until,
+};
 pub use events::{Event, EventFeed, EventKind, EventLevel, SAMPLE_INTERVAL, Sample};
 pub use matrix::{Matrix, MatrixPath, MatrixRow};
 pub use ping::{PingReport, Reach};

@@ -30,7 +30,7 @@ use super::{
     AgentStatus, AttachRequest, Attached, AttachmentName, ClientError, Event, EventFeed,
     KernelEntry, MatrixRow, PingReport, PodError, PodErrorKind, PodStatus, SAMPLE_INTERVAL, Sample,
     Socket, SocketError,
-    connections::{Closing, Excess, serve as serve_connections},
+    connections::{Excess, serve as serve_connections},
     dashboard,
     descriptor::{CarrierListener, Received},
     metrics::{self, Page},
@@ -176,16 +176,10 @@ pub fn serve(
         .route("/v1/pods/check", post(check))
         .route("/v1/pods/release", post(release))
         .with_state(ask);
-    tokio::spawn(serve_connections(
-        CarrierListener(listener),
-        Excess::Waits,
-        Closing::NEVER,
-        router,
-        |carrier| {
-            let received = carrier.received();
-            move |request| _ = request.extensions_mut().insert(ConnectInfo(received.clone()))
-        },
-    ));
+    tokio::spawn(serve_connections(CarrierListener(listener), Excess::Waits, router, |carrier| {
+        let received = carrier.received();
+        move |request| _ = request.extensions_mut().insert(ConnectInfo(received.clone()))
+    }));
     Ok(socket)
 }
 
@@ -203,9 +197,7 @@ pub fn observe(
         address,
         observed().route("/v1/status", get(status_now)).merge(dashboard::pages()).with_state(ask),
     );
-    tokio::spawn(serve_connections(listener, Excess::Refused, Closing::NEVER, router, |_| {
-        |_: &mut _| {}
-    }));
+    tokio::spawn(serve_connections(listener, Excess::Refused, router, |_| |_: &mut _| {}));
     Ok(())
 }
 

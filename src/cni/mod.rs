@@ -16,7 +16,7 @@ mod routes;
 mod spool;
 
 pub use netns::open as open_netns;
-pub use plugin::{COMMAND, ask, connect, detach, disconnect, run, say};
+pub use plugin::{COMMAND, ask, connect, detach_first, disconnect, run, say};
 pub use request::LOOPBACK;
 pub use spool::{Note, Spool};
 

@@ -215,8 +215,25 @@ pub fn detach(
     name: &AttachmentName,
     netns: Option<&File>,
 ) -> Result<(), ClientError> {
+    detach_within(UNDO_PATIENCE, socket, name, netns)
+}
+
+/// The same for a pod that is connected at once afterwards: it waits for as long as that does.
+///
+/// # Errors
+/// Why the agent has not done it.
+pub fn detach_first(socket: &Path, name: &AttachmentName, netns: &File) -> Result<(), ClientError> {
+    detach_within(PATIENCE, socket, name, Some(netns))
+}
+
+fn detach_within(
+    patience: Duration,
+    socket: &Path,
+    name: &AttachmentName,
+    netns: Option<&File>,
+) -> Result<(), ClientError> {
     let netns = netns.and_then(|netns| netns.try_clone().ok()).map(OwnedFd::from);
-    ask_for(UNDO_PATIENCE, api::post_with(socket, "/v1/pods/detach", name, netns)).map(drop)
+    ask_for(patience, api::post_with(socket, "/v1/pods/detach", name, netns)).map(drop)
 }
 
 /// Removes what a network has connected and the runtime does not know any more: all that can be.

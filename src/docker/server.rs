@@ -141,7 +141,9 @@ pub fn handle(
         .with_state(ask);
     let closing = api::Closing::when(closing);
     let serving =
-        api::serve_connections(listener, api::Excess::Waits, closing, router, |_| |_: &mut _| {});
+        api::serve_connections_until(closing, listener, api::Excess::Waits, router, |_| {
+            |_: &mut _| {}
+        });
     tokio::spawn(serving);
 }
 

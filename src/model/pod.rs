@@ -101,8 +101,8 @@ pub struct Pod {
     pub addresses: Addresses,
     /// Path of the network namespace, for people.
     pub netns: String,
-    /// The MAC that a runtime or its user has chosen. Without one, that of a pod of CNI follows from its first
-    /// address, and that of a container of Docker is not known.
+    /// The MAC that a runtime or its user has chosen. Without one, that of a pod of CNI follows from its
+    /// first address, and that of a container of Docker is not known.
     pub mac: Option<Mac>,
 }
 

@@ -141,7 +141,7 @@ fn setup(netns: &Path, connection: &Connection) -> Result<Value, String> {
     };
     let opened = cni::open_netns("network namespace", netns).map_err(|error| error.msg)?;
     // A container that ended without a word, and is started again, is still known from before.
-    cni::detach(&socket, &name_of(connection), Some(&opened)).map_err(explain)?;
+    cni::detach_first(&socket, &name_of(connection), &opened).map_err(explain)?;
     let attached = cni::connect(&socket, &asked, &opened).map_err(explain)?;
     if !connection.port_mappings.is_empty() {
         // netavark hands it on to the user. It is no error: every network of a container is told its ports.

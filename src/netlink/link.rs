@@ -30,6 +30,7 @@ use super::Netlink;
 use crate::model::Mac;
 
 /// What the kernel says of an interface that is gone.
+const ENXIO: i32 = 6;
 pub(crate) const ENODEV: i32 = 19;
 
 /// Between two looks at an interface that is awaited.
@@ -253,6 +254,8 @@ impl Netlink {
         let message = address_message(link, ip, prefix_len);
         match self.apply_one(RouteNetlinkMessage::DelAddress(message), 0) {
             Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => Ok(()),
+            // Below an MTU of 1280 an interface has no IPv6, and has lost its addresses.
+            Err(error) if error.raw_os_error() == Some(ENXIO) => Ok(()),
             result => result,
         }
     }

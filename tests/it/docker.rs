@@ -1,14 +1,10 @@
 //! Docker's network plugin: by the requests that Docker sends, and with real dockerds.
 
-use std::{
-    io::{Read as _, Write as _},
-    os::unix::net::UnixStream,
-    path::{Path, PathBuf},
-};
+use std::path::Path;
 
 use gossamer::{
     api::{self, ClientError},
-    lab::{Agent, Host, NetNs},
+    lab::{Agent, NetNs},
 };
 use nix::{
     sys::signal::{Signal, kill},
@@ -21,65 +17,12 @@ use crate::{
     common::{
         Cluster, PATIENCE, client, eventually, freeze, isolated, program, skipped, thaw, tool,
     },
+    docker_plugin::{Plugin, endpoint},
     dockerd::{BUSYBOX, DOCKERD, Dockerd},
 };
 
-/// What Docker talks to.
-struct Plugin(PathBuf);
-
-impl Plugin {
-    fn on(host: &Host) -> Self {
-        Self(host.dir.join("plugins/gossamer.sock"))
-    }
-
-    fn ask(&self, method: &str, request: &Value) -> Value {
-        let target = format!("/{method}");
-        let answer = api::block_on(api::post_json(&self.0, &target, request)).expect("a runtime");
-        answer.unwrap_or_else(|error| panic!("{method}: {error}"))
-    }
-
-    fn done(&self, method: &str, request: &Value) -> Value {
-        let answer = self.ask(method, request);
-        assert!(answer["Err"].is_null() && answer["Error"].is_null(), "{method}: {answer}");
-        answer
-    }
-
-    fn refused(&self, method: &str, request: &Value) -> String {
-        let answer = self.ask(method, request);
-        let field = if method.starts_with("Ipam") { "Error" } else { "Err" };
-        answer[field].as_str().unwrap_or_else(|| panic!("{method}: {answer}")).to_owned()
-    }
-
-    /// Sends a request as it is, without waiting for the answer.
-    fn send(&self, method: &str, body: &str) -> anyhow::Result<UnixStream> {
-        let mut stream = UnixStream::connect(&self.0)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        let head = format!("POST /{method} HTTP/1.1\r\nHost: plugin\r\nConnection: close\r\n");
-        write!(stream, "{head}Content-Length: {}\r\n\r\n{body}", body.len())?;
-        Ok(stream)
-    }
-
-    /// An address for a container with this MAC.
-    fn address(&self, pool: &Value, mac: &str) -> String {
-        let options = json!({ "com.docker.network.endpoint.macaddress": mac });
-        let request = json!({ "PoolID": pool, "Address": "", "Options": options });
-        let answer = self.done("IpamDriver.RequestAddress", &request);
-        answer["Address"].as_str().expect("an address").to_owned()
-    }
-}
-
-fn read(mut stream: UnixStream) -> anyhow::Result<String> {
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer)?;
-    Ok(answer)
-}
-
-fn endpoint(id: &str, address: &str) -> Value {
-    json!({ "NetworkID": "n", "EndpointID": id, "Interface": { "Address": address } })
-}
-
 /// Ends the agent of a host, and starts it with the plugin.
-fn serve(cluster: &mut Cluster, number: usize, end: Signal) -> anyhow::Result<()> {
+pub fn serve(cluster: &mut Cluster, number: usize, end: Signal) -> anyhow::Result<()> {
     cluster.agents[number].end(end)?;
     let plugins = cluster.hosts[number].dir.join("plugins");
     let plugins = plugins.to_str().expect("a path").to_owned();
@@ -321,45 +264,6 @@ fn mac_of_another_pod_is_refused_to_a_container_of_dockers() {
         plugin.address(&pool, "0a:58:de:ad:be:ef");
         plugin.done("NetworkDriver.DeleteEndpoint", &json!({ "EndpointID": "e1" }));
         plugin.address(&pool, of_docker);
-        Ok(())
-    });
-}
-
-#[test]
-fn requests_that_docker_has_sent_before_the_agent_ends_are_answered() {
-    isolated(|lab| {
-        let mut cluster = Cluster::start(lab, 1)?;
-        serve(&mut cluster, 0, Signal::SIGTERM)?;
-        let plugin = Plugin::on(&cluster.hosts[0]);
-        let pool = plugin.done("IpamDriver.RequestPool", &json!({ "Pool": "" }))["PoolID"].clone();
-        freeze(&cluster.agents[0])?;
-        let mut sent = Vec::new();
-        for number in 1..=8 {
-            let options = json!({ "com.docker.network.endpoint.macaddress": format!("02:42:00:00:00:{number:02}") });
-            let body = json!({ "PoolID": pool, "Address": "", "Options": options }).to_string();
-            sent.push(plugin.send("IpamDriver.RequestAddress", &body)?);
-        }
-        kill(Pid::from_raw(cluster.agents[0].pid().cast_signed()), Signal::SIGTERM)?;
-        thaw(&cluster.agents[0])?;
-        for stream in sent {
-            let answer = read(stream)?;
-            assert!(answer.contains("\"Address\":\"10.42."), "{answer}");
-        }
-        assert!(cluster.agents[0].wait()?.success());
-        Ok(())
-    });
-}
-
-#[test]
-fn request_that_docker_repeats_without_its_content_is_refused_with_the_reason() {
-    isolated(|lab| {
-        let mut cluster = Cluster::start(lab, 1)?;
-        serve(&mut cluster, 0, Signal::SIGTERM)?;
-        let plugin = Plugin::on(&cluster.hosts[0]);
-        for method in ["IpamDriver.RequestAddress", "NetworkDriver.CreateEndpoint"] {
-            let answer = read(plugin.send(method, "")?)?;
-            assert!(answer.contains("start the container again"), "{answer}");
-        }
         Ok(())
     });
 }

@@ -123,6 +123,21 @@ fn both_families_go_through_one_tunnel() {
 }
 
 #[test]
+fn mtu_too_small_for_ipv6_in_the_settings_is_named_and_ends_no_start() {
+    isolated(|lab| {
+        let host = lab.host(1, "n1")?;
+        let mut agent = Agent::start(program(), &host, &["--init", "--network6", "fd42::/48"])?;
+        agent.wait_converged(1, PATIENCE)?;
+        agent.end(nix::sys::signal::Signal::SIGTERM)?;
+        let mut agent = Agent::start(program(), &host, &["--mtu", "1200"])?;
+        let status = agent.wait_converged(1, PATIENCE)?;
+        let problems = status["problems"].to_string();
+        assert!(problems.contains("settings is 1200 (IPv4 goes on)"), "{status:#}");
+        Ok(())
+    });
+}
+
+#[test]
 fn a_cluster_can_do_without_ipv4() {
     isolated(|lab| {
         let Some(hosts) = hosts(lab)? else { return Ok(()) };

@@ -22,6 +22,7 @@ mod dashboard;
 mod demand;
 mod docker;
 mod docker_life;
+mod docker_plugin;
 mod dockerd;
 mod docs;
 mod doctor;

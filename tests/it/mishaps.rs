@@ -19,8 +19,10 @@ use serde_json::json;
 use crate::{
     cni::{Runtime, address, namespaces},
     common::{
-        Cluster, PATIENCE, eventually, has_problem, isolated, program, run, tool, wait_until,
+        Cluster, PATIENCE, eventually, freeze, has_problem, isolated, program, run, thaw, tool,
+        wait_until,
     },
+    netavark::{self, Podman},
 };
 
 /// An agent that is told to end has ended after 5 s, whatever hangs; the rest is for a machine under load.
@@ -385,5 +387,23 @@ fn status_can_wait_for_an_agent_that_is_about_to_start() {
         let output = waiting.wait_with_output()?;
         assert_eq!(output.status.code(), Some(0), "{output:?}");
         Ok(())
+    });
+}
+
+#[test]
+fn setup_of_netavark_waits_longer_for_an_agent_that_stands_still_than_teardown() {
+    isolated(|lab| {
+        let cluster = Cluster::start(lab, 1)?;
+        let _space = NetNs::new("a")?;
+        let podman = Podman::new(&cluster.agents[0]);
+        freeze(&cluster.agents[0])?;
+        std::thread::scope(|scope| {
+            let asked = scope.spawn(|| podman.set_up("a", &json!({})));
+            // Teardown gives up before this.
+            std::thread::sleep(Duration::from_secs(6));
+            thaw(&cluster.agents[0])?;
+            assert!(netavark::address(&asked.join().expect("an answer")).starts_with("10.42."));
+            Ok(())
+        })
     });
 }

@@ -45,14 +45,14 @@ fn answer(output: &Output) -> Value {
 }
 
 /// Podman with netavark on one host, with one network.
-struct Podman {
+pub struct Podman {
     plugin: PathBuf,
     network: Value,
 }
 
 impl Podman {
     /// Creates the network.
-    fn new(agent: &Agent) -> Self {
+    pub fn new(agent: &Agent) -> Self {
         let plugin = PathBuf::from("/run/netavark/gossamer");
         if !plugin.exists() {
             install(Path::new("/run/netavark"), &[]);
@@ -89,7 +89,7 @@ impl Podman {
         call(Command::new(&self.plugin), &[verb, &netns], request.as_bytes())
     }
 
-    fn set_up(&self, container: &str, options: &Value) -> Value {
+    pub fn set_up(&self, container: &str, options: &Value) -> Value {
         let output = self.call("setup", container, options);
         assert!(output.status.success(), "{}", answer(&output));
         answer(&output)
@@ -153,7 +153,7 @@ fn every_call_that_is_wrong_is_answered_with_an_error_that_netavark_reads() {
 }
 
 /// The address on `eth0` without the length of its subnet.
-fn address(status: &Value) -> String {
+pub fn address(status: &Value) -> String {
     let ipnet = status["interfaces"]["eth0"]["subnets"][0]["ipnet"].as_str().expect("an address");
     ipnet.split('/').next().expect("an address").to_owned()
 }

@@ -1,0 +1,113 @@
+//! What Docker sends to its network plugin, and what becomes of it when the agent ends.
+
+use std::{
+    io::{Read as _, Write as _},
+    os::unix::net::UnixStream,
+    path::PathBuf,
+};
+
+use gossamer::{api, lab::Host};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use serde_json::{Value, json};
+
+use crate::{
+    common::{Cluster, PATIENCE, freeze, isolated, thaw},
+    docker::serve,
+};
+
+/// What Docker talks to.
+pub struct Plugin(pub PathBuf);
+
+impl Plugin {
+    pub fn on(host: &Host) -> Self {
+        Self(host.dir.join("plugins/gossamer.sock"))
+    }
+
+    pub fn ask(&self, method: &str, request: &Value) -> Value {
+        let target = format!("/{method}");
+        let answer = api::block_on(api::post_json(&self.0, &target, request)).expect("a runtime");
+        answer.unwrap_or_else(|error| panic!("{method}: {error}"))
+    }
+
+    pub fn done(&self, method: &str, request: &Value) -> Value {
+        let answer = self.ask(method, request);
+        assert!(answer["Err"].is_null() && answer["Error"].is_null(), "{method}: {answer}");
+        answer
+    }
+
+    pub fn refused(&self, method: &str, request: &Value) -> String {
+        let answer = self.ask(method, request);
+        let field = if method.starts_with("Ipam") { "Error" } else { "Err" };
+        answer[field].as_str().unwrap_or_else(|| panic!("{method}: {answer}")).to_owned()
+    }
+
+    /// Sends a request as it is, without waiting for the answer.
+    fn send(&self, method: &str, body: &str) -> anyhow::Result<UnixStream> {
+        let mut stream = UnixStream::connect(&self.0)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        let head = format!("POST /{method} HTTP/1.1\r\nHost: plugin\r\nConnection: close\r\n");
+        write!(stream, "{head}Content-Length: {}\r\n\r\n{body}", body.len())?;
+        Ok(stream)
+    }
+
+    /// An address for a container with this MAC.
+    pub fn address(&self, pool: &Value, mac: &str) -> String {
+        let options = json!({ "com.docker.network.endpoint.macaddress": mac });
+        let request = json!({ "PoolID": pool, "Address": "", "Options": options });
+        let answer = self.done("IpamDriver.RequestAddress", &request);
+        answer["Address"].as_str().expect("an address").to_owned()
+    }
+}
+
+fn read(mut stream: UnixStream) -> anyhow::Result<String> {
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    Ok(answer)
+}
+
+pub fn endpoint(id: &str, address: &str) -> Value {
+    json!({ "NetworkID": "n", "EndpointID": id, "Interface": { "Address": address } })
+}
+
+#[test]
+fn requests_that_docker_has_sent_before_the_agent_ends_are_answered() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        serve(&mut cluster, 0, Signal::SIGTERM)?;
+        let plugin = Plugin::on(&cluster.hosts[0]);
+        let pool = plugin.done("IpamDriver.RequestPool", &json!({ "Pool": "" }))["PoolID"].clone();
+        freeze(&cluster.agents[0])?;
+        let mut sent = Vec::new();
+        for number in 1..=8 {
+            let mac = format!("02:42:00:00:00:{number:02}");
+            let options = json!({ "com.docker.network.endpoint.macaddress": mac });
+            let body = json!({ "PoolID": pool, "Address": "", "Options": options }).to_string();
+            sent.push(plugin.send("IpamDriver.RequestAddress", &body)?);
+        }
+        kill(Pid::from_raw(cluster.agents[0].pid().cast_signed()), Signal::SIGTERM)?;
+        thaw(&cluster.agents[0])?;
+        for stream in sent {
+            let answer = read(stream)?;
+            assert!(answer.contains("\"Address\":\"10.42."), "{answer}");
+        }
+        assert!(cluster.agents[0].wait()?.success());
+        Ok(())
+    });
+}
+
+#[test]
+fn request_that_docker_repeats_without_its_content_is_refused_with_the_reason() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        serve(&mut cluster, 0, Signal::SIGTERM)?;
+        let plugin = Plugin::on(&cluster.hosts[0]);
+        for method in ["IpamDriver.RequestAddress", "NetworkDriver.CreateEndpoint"] {
+            let answer = read(plugin.send(method, "")?)?;
+            assert!(answer.contains("start the container again"), "{answer}");
+        }
+        Ok(())
+    });
+}
