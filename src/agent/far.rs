@@ -4,6 +4,7 @@
 //! sees is decided in [`crate::dataplane::forwarding::FarPods`]. What came to it is told to agents that ask.
 
 mod sockets;
+mod streams;
 mod words;
 
 use std::{
@@ -169,7 +170,8 @@ impl<F: Fn(Told)> Runner<F> {
             let due = self.place.as_ref().and_then(|_| self.far.next_due());
             let pause = due.map(|due| due.since(now));
             let fds = self.place.iter().flat_map(|place| place.sockets.fds());
-            self.orders.sleeper.wait(fds, pause);
+            let writable = self.place.iter().flat_map(|place| place.sockets.writable());
+            self.orders.sleeper.wait_for(fds, writable, pause);
         }
     }
 
@@ -240,6 +242,10 @@ impl<F: Fn(Told)> Runner<F> {
                         far.on_question(now, from);
                     }
                     is_answered
+                }
+                Heard::Connected { to, round } => {
+                    far.on_connected(now, to, round);
+                    false
                 }
                 Heard::Overflow => {
                     witness.on_overflow(now);

@@ -38,9 +38,10 @@ mod witness;
 
 pub use far::{FarLoss, FarOutput, FarPods, FarWay, Half, Subject};
 use loss::Losses;
+use message::SEES_DATA;
 pub use message::{
-    FAR_PORT, IS_SAID, Kind, Said, Segment, Sort, answer, answers_segment, is_of_round, question,
-    read, segment as far_segment,
+    FAR_DATA_PORT, FAR_PORT, IS_SAID, Kind, SMALL, Said, Segment, Sort, answer, answers_segment,
+    is_of_round, question, read, read_stream, segment as far_segment, stream_question,
 };
 pub use packet::{
     Field, IN_DATAGRAM, IN_SEGMENT, MAGIC, NONCE_LEN, Probe, Tunnelled, UNUSED, UNUSED_OUT,

@@ -51,6 +51,16 @@ impl Sleeper {
         others: impl IntoIterator<Item = BorrowedFd<'a>>,
         pause: Option<Duration>,
     ) {
+        self.wait_for(others, [], pause);
+    }
+
+    /// The same, and until one of the second ones is writable.
+    pub fn wait_for<'a>(
+        &'a self,
+        others: impl IntoIterator<Item = BorrowedFd<'a>>,
+        writable: impl IntoIterator<Item = BorrowedFd<'a>>,
+        pause: Option<Duration>,
+    ) {
         let timeout = pause.map_or(PollTimeout::NONE, |pause| {
             // A whole millisecond more than none, or it would spin through the last one.
             PollTimeout::try_from(pause.as_millis() + 1).unwrap_or(PollTimeout::MAX)
@@ -58,6 +68,7 @@ impl Sleeper {
         let readable = |fd| PollFd::new(fd, PollFlags::POLLIN);
         let mut fds = vec![readable(self.0.as_fd())];
         fds.extend(others.into_iter().map(readable));
+        fds.extend(writable.into_iter().map(|fd| PollFd::new(fd, PollFlags::POLLOUT)));
         if let Err(error) = poll(&mut fds, timeout)
             && error != Errno::EINTR
         {

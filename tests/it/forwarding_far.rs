@@ -58,7 +58,7 @@ struct Wall {
     open: &'static str,
 }
 
-const TUNNELLED: [Wall; 8] = [
+const TUNNELLED: [Wall; 10] = [
     // A mark of the tunnel packet is that of the packet inside.
     Wall {
         close: "nft add table ip m && \
@@ -115,6 +115,25 @@ const TUNNELLED: [Wall; 8] = [
         ],
         there: "do not arrive at pods of n2 (IPv4 packets of several segments): ",
         open: "nft delete table ip gso",
+    },
+    // Connections are made, and carry nothing.
+    Wall {
+        close: "nft add table ip psh && \
+                nft add chain ip psh f { type filter hook forward priority 0 ; } && \
+                nft add rule ip psh f iifname gossamer.1 tcp flags & psh == psh drop",
+        here: &["do not come back (IPv4 data of TCP connections): chain ip psh f (hook forward)"],
+        there: "do not arrive at pods of n2 (IPv4 data of TCP connections): ",
+        open: "nft delete table ip psh",
+    },
+    // Large segments alone, which is refused.
+    Wall {
+        close: "nft add table ip len && \
+                nft add chain ip len f { type filter hook forward priority 0 ; } && \
+                nft add rule ip len f iifname gossamer.1 meta l4proto tcp ip length > 1000 \
+                reject with tcp reset",
+        here: &["do not come back (IPv4 data of TCP connections): chain ip len f (hook forward)"],
+        there: "do not arrive at pods of n2 (IPv4 data of TCP connections): ",
+        open: "nft delete table ip len",
     },
     // The same by a program: if the length is more than 1514, drop.
     Wall {

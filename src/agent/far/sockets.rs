@@ -17,14 +17,15 @@ use nix::{
 };
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
+use super::streams::{self, Calls, Event, Guests};
 use crate::{
     agent::{
         packet_filter::{Condition, Shown, Sources, only, only_where},
         raw_tcp,
     },
     dataplane::forwarding::{
-        FAR_PORT, Field, IS_SAID, Kind, NONCE_LEN, Probe, Said, Segment, Sort, Transport, answer,
-        answers_segment, far_segment, is_of_round, question, read,
+        FAR_DATA_PORT, FAR_PORT, Field, IS_SAID, Kind, NONCE_LEN, Probe, Said, Segment, Sort,
+        Transport, answer, answers_segment, far_segment, is_of_round, question, read,
     },
     pods::standin::Room,
 };
@@ -54,6 +55,11 @@ pub enum Heard {
         round: u32,
         kind: Kind,
     },
+    /// A connection to there is made, and carries data.
+    Connected {
+        to: IpAddr,
+        round: u32,
+    },
     /// Packets that the kernel had no room for.
     Overflow,
 }
@@ -79,6 +85,9 @@ struct FamilySockets {
     segments_taken: Taken,
     /// Makes the kernel accept connections, as services of pods do: firewalls may drop refusals alone.
     listener: Socket,
+    /// Connections with data: those that are made here, and those of others.
+    calls: Calls,
+    guests: Guests,
 }
 
 /// What was taken from a socket since it was last empty. The kernel's own count of packets for which there
@@ -102,6 +111,8 @@ impl RoomSockets {
                 segments_taken: Taken::of(&segments)?,
                 segments,
                 listener: listener(address)?,
+                calls: Calls::default(),
+                guests: Guests::listen(address)?,
             })
         };
         let addresses = room.addresses;
@@ -125,6 +136,7 @@ impl RoomSockets {
         self.round = Some(round);
         room.inside(|| {
             for sockets in families {
+                sockets.calls.forget();
                 sockets.asking = datagrams(sockets.address, 0)?;
                 only(&sockets.asking, Shown::Segment, &[is_of_round(round)])?;
                 sockets.admit(&self.sources, self.round)?;
@@ -135,16 +147,37 @@ impl RoomSockets {
 
     pub fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.families.iter().flat_map(|sockets| {
-            let FamilySockets { echoes, asking, segments, listener, .. } = sockets;
-            [echoes.as_fd(), asking.as_fd(), segments.as_fd(), listener.as_fd()]
+            let FamilySockets { echoes, asking, segments, listener, calls, guests, .. } = sockets;
+            let single = [echoes.as_fd(), asking.as_fd(), segments.as_fd(), listener.as_fd()];
+            single.into_iter().chain(calls.readable()).chain(guests.readable())
+        })
+    }
+
+    /// Those that wait for room to send.
+    pub fn writable(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.families.iter().flat_map(|sockets| {
+            let FamilySockets { calls, guests, .. } = sockets;
+            calls.writable().chain(guests.writable())
         })
     }
 
     /// What cannot be sent does not arrive, and so is seen.
-    pub fn send(&self, to: IpAddr, kind: Kind, round: u32, size: Option<usize>) -> io::Result<()> {
-        let of_family = |sockets: &&FamilySockets| sockets.address.is_ipv4() == to.is_ipv4();
-        let Some(sockets) = self.families.iter().find(of_family) else { return Ok(()) };
+    pub fn send(
+        &mut self,
+        to: IpAddr,
+        kind: Kind,
+        round: u32,
+        size: Option<usize>,
+    ) -> io::Result<()> {
+        let Self { room, families, .. } = self;
+        let of_family = |sockets: &&mut FamilySockets| sockets.address.is_ipv4() == to.is_ipv4();
+        let Some(sockets) = families.iter_mut().find(of_family) else { return Ok(()) };
+        let from = sockets.address;
         let sent = match size {
+            Some(size) if kind == Kind::Data => {
+                let open = || room.inside(|| streams::caller(from));
+                sockets.calls.begin(to, round, size, open)
+            }
             Some(size) => {
                 let payload = question(kind, round, size * kind.segments());
                 send_in(&sockets.asking, &payload, SocketAddr::new(to, FAR_PORT), size)
@@ -224,6 +257,19 @@ impl RoomSockets {
                     None => {}
                 }
             }
+            let kind = Kind::Data;
+            let sort = Sort { ipv4, kind };
+            let is_full =
+                sockets.guests.go_on(|from, round| give(Heard::Question { from, round, sort }));
+            if is_full {
+                give(Heard::Overflow);
+            }
+            sockets.calls.go_on(|event| {
+                give(match event {
+                    Event::Connected(to, round) => Heard::Connected { to, round },
+                    Event::Answered(from, round) => Heard::Answer { from, round, kind },
+                });
+            });
         }
     }
 }
@@ -238,6 +284,8 @@ impl FamilySockets {
         let [to_port, from_port] = [2, 0].map(|at| Field::Half(at, FAR_PORT));
         only_where(&self.echoes, Shown::Segment, &[&question(IS_SAID)])?;
         only_where(&self.listener, Shown::Segment, &[&question(to_port)])?;
+        let to_data = question(Field::Half(2, FAR_DATA_PORT));
+        only_where(self.guests.listener(), Shown::Segment, &[&to_data])?;
         let question = question(to_port);
         let answer = round.map(|round| [from_port, answers_segment(round)].map(Condition::Field));
         let answer = answer.as_ref().map(<[_; 2]>::as_slice);

@@ -171,20 +171,22 @@ fn list(sorts: &[Sort]) -> String {
         let kinds: Vec<Kind> =
             sorts.iter().filter(|sort| sort.ipv4 == ipv4).map(|sort| sort.kind).collect();
         let family = if ipv4 { "IPv4" } else { "IPv6" };
-        // Where single large packets do not pass, several in one do not either.
-        let has_large = kinds.contains(&Kind::Large);
+        // Where single large packets do not pass, several in one do not either, and data takes connections.
+        let [has_large, has_first] = [Kind::Large, Kind::Segment].map(|kind| kinds.contains(&kind));
         let named = kinds.iter().filter_map(|kind| match kind {
             Kind::Segment => Some("TCP"),
             Kind::Small => Some("UDP"),
             Kind::Large => Some("large packets"),
             Kind::Fragmented => Some("fragments"),
             Kind::Aggregate => (!has_large).then_some("packets of several segments"),
+            Kind::Data => (!has_first).then_some("data of TCP connections"),
             Kind::Sample => None,
         });
-        match kinds.len() {
-            0 => None,
-            all if all == Kind::ALL.len() => Some(family.to_owned()),
-            _ => Some(format!("{family} {}", named.collect::<Vec<_>>().join(", "))),
+        let is_all = Kind::ALL.iter().all(|kind| *kind == Kind::Data || kinds.contains(kind));
+        match kinds.is_empty() {
+            true => None,
+            false if is_all => Some(family.to_owned()),
+            false => Some(format!("{family} {}", named.collect::<Vec<_>>().join(", "))),
         }
     };
     [true, false].into_iter().filter_map(of_family).collect::<Vec<_>>().join("; ")
@@ -204,6 +206,11 @@ mod tests {
         assert_eq!(list(&all), "IPv4");
         let both = [all, sorts(false, &[Kind::Large, Kind::Fragmented])].concat();
         assert_eq!(list(&both), "IPv4; IPv6 large packets, fragments");
+        let all_but_data: Vec<Sort> =
+            sorts(true, &Kind::ALL).into_iter().filter(|sort| sort.kind != Kind::Data).collect();
+        assert_eq!(list(&all_but_data), "IPv4", "data takes a connection");
+        assert_eq!(list(&sorts(true, &[Kind::Data])), "IPv4 data of TCP connections");
+        assert_eq!(list(&sorts(true, &[Kind::Segment, Kind::Data])), "IPv4 TCP");
         let in_one = sorts(true, &[Kind::Aggregate]);
         assert_eq!(list(&in_one), "IPv4 packets of several segments");
         let with_large = sorts(true, &[Kind::Large, Kind::Aggregate]);

@@ -16,8 +16,8 @@ use std::{
     time::Duration,
 };
 
-use self::target::{Target, sorts};
-use super::{ANXIOUS, CALM, Kind, Losses, Sort, Trials, Way};
+use self::target::{Target, carries_large, sorts};
+use super::{ANXIOUS, CALM, Kind, Losses, SEES_DATA, SMALL, Sort, Trials, Way};
 use crate::{
     model::{Addresses, NodeId, Time},
     wire::Arrivals,
@@ -33,6 +33,8 @@ const SENDS: [Duration; 5] = [
 ];
 /// The peer is asked then.
 const ASK: Duration = Duration::from_millis(2_000);
+/// A connection that is made later than this may carry data too late for that.
+const CONNECTED: Duration = Duration::from_millis(1_000);
 /// What it does not say by then it does not say.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// An answer may come at least so long after the peer has told that it was sent.
@@ -92,8 +94,8 @@ pub enum FarOutput {
     /// The round with this number begins: what follows is sent from other ports than before, as new
     /// connections are.
     Begin(u32),
-    /// Datagrams of this size, as many as its kind has in one packet, or without one the first segment of a
-    /// connection.
+    /// Datagrams of this size, as many as its kind has in one packet, a connection that carries so much, or
+    /// without a size the first segment of one.
     Send { to: IpAddr, kind: Kind, number: u32, size: Option<usize> },
     /// These peers are to be asked what has come of a round.
     Ask(u32, Vec<NodeId>),
@@ -228,6 +230,15 @@ impl FarPods {
         }
     }
 
+    /// A connection to a peer's pod is made, and data is on its way.
+    pub fn on_connected(&mut self, now: Time, to: IpAddr, number: u32) {
+        let begun = self.round.as_ref().map_or(now, |round| round.begun);
+        let is_early = now.since(begun) <= CONNECTED;
+        if let Some(target) = self.target(to, number).filter(|_| is_early) {
+            target.connected.insert(to.is_ipv4());
+        }
+    }
+
     /// In the round with this number.
     fn target(&mut self, address: IpAddr, number: u32) -> Option<&mut Target> {
         let round = self.round.as_mut().filter(|round| round.number == number)?;
@@ -259,6 +270,8 @@ impl FarPods {
                 && age >= now.since(round.begun)
             {
                 target.arrivals = Some(*arrivals);
+                let sees_data = arrivals.came & SEES_DATA != 0;
+                target.open.retain(|sort| sees_data || sort.kind != Kind::Data);
             }
         }
         // What is on its way back takes about as long as what was told has taken.
@@ -396,7 +409,10 @@ impl FarPods {
             for sort in &target.open {
                 let of_family = |ip: &IpAddr| ip.is_ipv4() == sort.ipv4;
                 let Some(to) = subject.addresses.iter().find(of_family) else { continue };
-                let size = sort.kind.size(to, subject.carried);
+                let is_small =
+                    sort.kind == Kind::Data && !carries_large(subject, &self.lost_here, sort.ipv4);
+                let whole = sort.kind.size(to, subject.carried);
+                let size = if is_small { Some(SMALL) } else { whole };
                 let number = round.number;
                 self.outputs.push_back(FarOutput::Send { to, kind: sort.kind, number, size });
             }

@@ -10,19 +10,26 @@ use super::{Field, Transport};
 
 /// Where questions go. Nothing else listens there: next to those of the other trials.
 pub const FAR_PORT: u16 = 61_476;
+/// Where connections go that carry a question: apart from those of which only the first segment counts.
+pub const FAR_DATA_PORT: u16 = 61_477;
 /// How questions and answers begin. Other than what trials of this host alone begin with.
 const MAGIC: [u8; 4] = *b"gsmF";
 const QUESTION: u8 = b'?';
 const ANSWER: u8 = b'!';
 const LENGTH: usize = 12;
+/// Where what a connection carries tells how long it is.
+const LENGTH_AT: usize = 6;
 const UDP_HEADER: u32 = 8;
 /// Where the number of the round is.
 const NUMBER: u32 = 8;
 /// What makes a question large. A rule that takes the beginning of a later fragment for a header of UDP finds
 /// neither a port nor a checksum of 0 there.
 const FILLER: u8 = b'.';
-/// Payload of a small one.
-const SMALL: usize = 32;
+/// Payload of a small one, and of the first segment of data.
+pub const SMALL: usize = 32;
+/// In the byte that tells which have arrived: data of connections would have been seen. Agents of earlier
+/// versions do not know of it.
+pub const SEES_DATA: u16 = 1 << 15;
 /// Segments in one packet of several.
 const SEGMENTS: usize = 2;
 /// What is sent in fragments is larger than a packet by one part in so many.
@@ -46,6 +53,8 @@ pub enum Kind {
     Aggregate,
     /// A small datagram of many that are counted.
     Sample,
+    /// What a connection carries once it is made: a small segment, and full-size ones.
+    Data,
 }
 
 /// A kind of packet of one family.
@@ -63,12 +72,12 @@ pub enum Said {
 
 impl Kind {
     /// Those that each have to get through.
-    pub const ALL: [Self; 5] =
-        [Self::Segment, Self::Small, Self::Large, Self::Fragmented, Self::Aggregate];
+    pub const ALL: [Self; 6] =
+        [Self::Segment, Self::Small, Self::Large, Self::Fragmented, Self::Aggregate, Self::Data];
 
     pub const fn transport(self) -> Transport {
         match self {
-            Self::Segment => Transport::Tcp,
+            Self::Segment | Self::Data => Transport::Tcp,
             Self::Small | Self::Large | Self::Fragmented | Self::Aggregate | Self::Sample => {
                 Transport::Udp
             }
@@ -88,8 +97,8 @@ impl Kind {
         }
     }
 
-    /// Bytes of payload of a datagram where packets have at most `carried`; none where it cannot be sent as
-    /// one.
+    /// Bytes of payload of a datagram, or of a connection, where packets have at most `carried`; none where
+    /// it cannot be sent as one.
     pub fn size(self, to: IpAddr, carried: u32) -> Option<usize> {
         let whole = carried.checked_sub(if to.is_ipv4() { 28 } else { 48 })?;
         let size = match self {
@@ -97,6 +106,9 @@ impl Kind {
             Self::Small | Self::Sample => return Some(SMALL),
             Self::Large | Self::Aggregate => whole,
             Self::Fragmented => whole + carried / EXCESS,
+            Self::Data => {
+                return Some((carried + carried / EXCESS) as usize).map(|size| size.min(LARGEST));
+            }
         };
         Some(size as usize).filter(|size| size * self.segments() <= LARGEST)
     }
@@ -154,8 +166,43 @@ pub fn read(payload: &[u8]) -> Option<(Said, Kind, u32)> {
     let number = *rest.get(1)?;
     let kind = Kind::ALL.into_iter().chain([Kind::Sample]).find(|kind| kind.number() == number)?;
     let number = rest.get(4..)?.first_chunk()?;
-    (kind != Kind::Segment).then_some((said, kind, u32::from_be_bytes(*number)))
+    let is_datagram = kind.transport() == Transport::Udp;
+    is_datagram.then_some((said, kind, u32::from_be_bytes(*number)))
 }
+
+/// What a connection carries to ask in a round, `size` bytes of it.
+pub fn stream_question(number: u32, size: usize) -> Vec<u8> {
+    let size = size.clamp(SMALL, LARGEST);
+    let mut stream = question(Kind::Data, number, size);
+    stream[LENGTH_AT..][..2].copy_from_slice(&(size as u16).to_be_bytes());
+    stream
+}
+
+/// Reads what a connection has carried so far: what it says, of which round, and with how many bytes in all.
+///
+/// # Errors
+/// It is of another kind. None, if that cannot be told yet.
+pub fn read_stream(carried: &[u8]) -> Result<Option<(Said, u32, usize)>, Strange> {
+    let head = carried.get(..LENGTH).ok_or(());
+    let Ok(head) = head else { return Ok(None) };
+    let said = match head[MAGIC.len()] {
+        QUESTION => Said::Question,
+        ANSWER => Said::Answer,
+        _ => return Err(Strange),
+    };
+    let is_it = head.starts_with(&MAGIC) && head[MAGIC.len() + 1] == Kind::Data.number();
+    let size = usize::from(u16::from_be_bytes([head[LENGTH_AT], head[LENGTH_AT + 1]]));
+    let number = u32::from_be_bytes([head[8], head[9], head[10], head[11]]);
+    if is_it && (SMALL..=LARGEST).contains(&size) && carried.len() <= size {
+        Ok(Some((said, number, size)))
+    } else {
+        Err(Strange)
+    }
+}
+
+/// What a connection carries that is of no trial.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Strange;
 
 /// What a segment of TCP is, if it belongs to a trial.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -200,10 +247,33 @@ mod tests {
     }
 
     #[test]
+    fn a_connection_carries_its_question_and_the_answer_in_any_number_of_parts() {
+        let size = Kind::Data.size([10, 42, 1, 254].into(), 1450).expect("a size");
+        let mut stream = stream_question(0x0102_0304, size);
+        assert_eq!(stream.len(), size);
+        for said in [Said::Question, Said::Answer] {
+            for length in 0..=size {
+                let read = read_stream(&stream[..length]).expect("of a trial");
+                let expected = (length >= LENGTH).then_some((said, 0x0102_0304, size));
+                assert_eq!(read, expected, "{length} bytes");
+            }
+            answer(&mut stream);
+        }
+        for (at, byte) in [(0, b'G'), (4, b'.'), (5, 0), (6, 0xff), (7, 0)] {
+            let mut other = stream.clone();
+            other[at] = byte;
+            assert_eq!(read_stream(&other), Err(Strange), "{byte} at {at}");
+        }
+        assert_eq!(read_stream(&[stream, vec![0]].concat()), Err(Strange));
+        let small = stream_question(7, 0);
+        assert_eq!((small.len(), read(&small)), (SMALL, None), "it is no datagram");
+    }
+
+    #[test]
     fn what_is_cut_off_or_of_others_is_not_read() {
         let payload = question(Kind::Small, 7, SMALL);
         (0..LENGTH).for_each(|length| assert_eq!(read(&payload[..length]), None));
-        for (at, byte) in [(0, b'G'), (4, b'.'), (5, 0), (5, 6)] {
+        for (at, byte) in [(0, b'G'), (4, b'.'), (5, 0), (5, 6), (5, 7)] {
             let mut other = payload.clone();
             other[at] = byte;
             assert_eq!(read(&other), None, "{byte} at {at}");
@@ -238,7 +308,7 @@ mod tests {
             .flat_map(|kind| [true, false].map(|ipv4| Sort { ipv4, kind: *kind }.bit()))
             .collect();
         let all = bits.iter().fold(0, |all, bit| all | bit);
-        assert_eq!(all.count_ones() as usize, bits.len());
+        assert_eq!((all.count_ones() as usize, all & SEES_DATA), (bits.len(), 0));
     }
 
     #[test]

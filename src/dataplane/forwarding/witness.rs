@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Kind, Sort};
+use super::{Kind, SEES_DATA, Sort};
 use crate::{model::Time, wire::Arrivals};
 
 /// Answers to all askers. What the pod sends is bounded, however many ask.
@@ -99,7 +99,7 @@ impl Witness {
         let is_recent = |at: Option<Time>| at.is_some_and(|at| now.since(at) < SHED);
         let mut told = Arrivals {
             there_for_ms: u32::try_from(there_for).unwrap_or(u32::MAX),
-            came: 0,
+            came: SEES_DATA,
             samples: 0,
             shed: is_recent(self.shed),
         };
@@ -176,12 +176,12 @@ mod tests {
         let ipv6 = Sort { ipv4: false, ..SMALL };
         assert!(witness.on_question(at(2_000), Ipv6Addr::LOCALHOST.into(), 7, ipv6));
         let is_its = |from: IpAddr| from == asker(1) || from.is_ipv6();
-        let came = SMALL.bit() | ipv6.bit();
+        let came = SEES_DATA | SMALL.bit() | ipv6.bit();
         let told = Arrivals { there_for_ms: 4_000, came, samples: 0, shed: false };
         assert_eq!(witness.testify(at(5_000), 7, is_its), told);
-        assert_eq!(witness.testify(at(5_000), 8, is_its), Arrivals { came: 0, ..told });
+        assert_eq!(witness.testify(at(5_000), 8, is_its), Arrivals { came: SEES_DATA, ..told });
         let other = |from: IpAddr| from == asker(2);
-        assert_eq!(witness.testify(at(5_000), 7, other), Arrivals { came: 0, ..told });
+        assert_eq!(witness.testify(at(5_000), 7, other), Arrivals { came: SEES_DATA, ..told });
         let sample = Sort { kind: Kind::Sample, ..SMALL };
         (0..7).for_each(|_| _ = witness.on_question(at(5_000), asker(1), 8, sample));
         assert_eq!(witness.testify(at(5_000), 8, is_its).samples, 7);
@@ -196,7 +196,7 @@ mod tests {
         assert!(witness.testify(at(10), 1, its(1)).shed);
         assert!(witness.on_question(at(10), asker(2), 2, SMALL));
         let Arrivals { came, shed, .. } = witness.testify(at(10), 2, its(2));
-        assert_eq!((came, shed), (SMALL.bit(), false));
+        assert_eq!((came, shed), (SEES_DATA | SMALL.bit(), false));
         assert!(witness.testify(at(10), 3, its(1)).shed, "all of it may have been shed");
         assert!(!witness.testify(at(10), 3, its(2)).shed, "another one has asked too much");
         assert!(witness.on_question(at(1_000), asker(1), 4, SMALL), "it fills again");
@@ -228,7 +228,7 @@ mod tests {
         assert_eq!(witness.askers[&asker(1)].rounds.len(), MAX_ROUNDS);
         let now = at(250_000);
         let told = |round| witness.testify(now, round, |_| true);
-        assert_eq!(told(4_999).came, SMALL.bit());
+        assert_eq!(told(4_999).came, SEES_DATA | SMALL.bit());
         assert!(told(0).shed && !told(4_999).shed);
     }
 }

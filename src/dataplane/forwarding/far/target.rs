@@ -12,6 +12,8 @@ use crate::wire::Arrivals;
 pub struct Target {
     pub open: BTreeSet<Sort>,
     pub answered: BTreeSet<Sort>,
+    /// Families of which connections were made early in the round, so that they have carried data.
+    pub connected: BTreeSet<bool>,
     /// Of which family the packets are that are counted, how many were sent, and how many were answered.
     pub sampled: Option<IpAddr>,
     pub samples: u16,
@@ -42,14 +44,25 @@ impl Target {
     pub fn verdicts(&self, proves_loss: bool) -> impl Iterator<Item = (Sort, Seen, Seen)> {
         let arrivals = self.arrivals.filter(|arrivals| proves_loss && !arrivals.shed);
         let answered = self.answered.iter().map(|sort| (*sort, Seen::Passed, Seen::Passed));
-        let open = self.open.iter().map(move |sort| match arrivals {
-            None => (*sort, Seen::Unclear, Seen::Unclear),
-            Some(Arrivals { came, .. }) if came & sort.bit() == 0 => {
-                (*sort, Seen::Lost, Seen::Unclear)
-            }
-            Some(_) => (*sort, Seen::Passed, Seen::Lost),
-        });
+        let open =
+            self.open.iter().map(move |sort| match arrivals.filter(|_| self.is_tried(*sort)) {
+                None => (*sort, Seen::Unclear, Seen::Unclear),
+                Some(Arrivals { came, .. }) if came & sort.bit() == 0 => {
+                    (*sort, Seen::Lost, Seen::Unclear)
+                }
+                Some(_) => (*sort, Seen::Passed, Seen::Lost),
+            });
         answered.chain(open.filter(move |_| proves_loss))
+    }
+
+    /// Whether silence says something about packets of this sort, and not about others that had to pass
+    /// first: data takes a connection, and large segments come where large packets do.
+    fn is_tried(&self, sort: Sort) -> bool {
+        let is_lost = |kind| self.open.contains(&Sort { kind, ..sort });
+        sort.kind != Kind::Data
+            || self.connected.contains(&sort.ipv4)
+                && !is_lost(Kind::Segment)
+                && !is_lost(Kind::Large)
     }
 }
 
@@ -65,6 +78,12 @@ pub fn sorts(subject: &Subject, lost_here: &[Way]) -> impl Iterator<Item = Sort>
         let is_lost = lost_here.iter().any(|way| explains(*way, *sort));
         !is_lost && (takes_large || !sort.kind.is_large())
     })
+}
+
+/// Whether large packets are not known to be lost on the way to a peer.
+pub fn carries_large(subject: &Subject, lost_here: &[Way], ipv4: bool) -> bool {
+    let large = Way { direction: Direction::LargeOut, ipv4 };
+    subject.takes_large && !lost_here.contains(&large)
 }
 
 /// Whether packets of a sort are lost where this host drops those on a way.

@@ -35,16 +35,21 @@ struct World {
     counted: u32,
     /// Packets of several datagrams cannot be sent.
     cannot_send: bool,
+    /// After so long connections are made.
+    connects_after: Duration,
+    /// Peers see no data of connections.
+    is_old: bool,
     /// Others than those.
     sent: Vec<IpAddr>,
 }
 
-const ALL: [(Kind, bool); 5] = [
+const ALL: [(Kind, bool); 6] = [
     (Kind::Segment, true),
     (Kind::Small, true),
     (Kind::Large, true),
     (Kind::Fragmented, true),
     (Kind::Aggregate, true),
+    (Kind::Data, true),
 ];
 
 impl World {
@@ -63,6 +68,8 @@ impl World {
             loses: None,
             counted: 0,
             cannot_send: false,
+            connects_after: Duration::ZERO,
+            is_old: false,
             sent: Vec::new(),
         }
     }
@@ -102,6 +109,13 @@ impl World {
                             self.far.on_unsent(to, kind, number);
                         }
                         let node = subject_at(to);
+                        if kind == Kind::Data {
+                            let sorts = self.peers.get(&node).into_iter().flatten();
+                            if sorts.into_iter().any(|sort| *sort == (Kind::Segment, true)) {
+                                let at = self.now + self.connects_after;
+                                self.far.on_connected(at, to, number);
+                            }
+                        }
                         let passing = self.peers.get(&node).into_iter().flatten();
                         for (_, comes_back) in passing.filter(|(passing, _)| *passing == kind) {
                             *came.entry(node).or_default() |= Sort { ipv4: true, kind }.bit();
@@ -113,7 +127,8 @@ impl World {
                     FarOutput::Ask(number, nodes) => {
                         let told = nodes.into_iter().filter_map(|node| {
                             let there_for_ms = *self.telling.get(&node)?;
-                            let came = came.get(&node).copied().unwrap_or(0);
+                            let sees_data = if self.is_old { 0 } else { SEES_DATA };
+                            let came = came.get(&node).copied().unwrap_or(0) | sees_data;
                             let samples = samples.get(&node).copied().unwrap_or(0);
                             let shed = self.is_shedding;
                             Some((node, Arrivals { there_for_ms, came, samples, shed }))
@@ -242,18 +257,58 @@ fn what_this_host_drops_itself_is_not_tried_and_not_told_twice() {
     let mut world = World::new(1);
     world.peers.insert(PEER, vec![(Kind::Segment, true)]);
     world.rounds(3);
-    assert_eq!(world.far.closed().len(), Kind::ALL.len() - 1);
+    assert_eq!(world.far.closed().len(), Kind::ALL.len() - 2, "data is large, too");
     let way = Way { direction: Direction::In(Transport::Udp), ipv4: true };
     world.far.update(&[subject(1)], &[way]);
     assert!(world.far.closed().is_empty());
     world.sent.clear();
+    world.peers.insert(PEER, vec![(Kind::Segment, true), (Kind::Data, true)]);
     world.rounds(1);
-    assert_eq!(world.sent.len(), 1);
+    assert_eq!(world.sent.len(), 2);
     world.far.update(&[Subject { takes_large: false, ..subject(1) }], &[]);
     world.sent.clear();
     world.peers.insert(PEER, ALL.to_vec());
     world.rounds(1);
-    assert_eq!(world.sent.len(), 2);
+    assert_eq!(world.sent.len(), 3);
+}
+
+#[test]
+fn data_that_a_connection_does_not_carry_is_lost_where_connections_are_made() {
+    let data = Sort { ipv4: true, kind: Kind::Data };
+    let closed = |half| [FarWay { node: PEER, half, sort: data }];
+    let mut world = World::new(1);
+    world.peers.insert(PEER, ALL[..5].to_vec());
+    world.rounds(3);
+    assert_eq!(world.far.closed(), closed(Half::There));
+    world.peers.insert(PEER, ALL.map(|(kind, _)| (kind, kind != Kind::Data)).to_vec());
+    world.far.update(&[], &[]);
+    world.far.update(&[subject(1)], &[]);
+    world.rounds(3);
+    assert_eq!(world.far.closed(), closed(Half::Back));
+}
+
+#[test]
+fn data_that_did_not_get_so_far_or_that_a_peer_does_not_know_of_is_not_lost() {
+    let mut slow = World::new(1);
+    slow.connects_after = CONNECTED + Duration::from_millis(1);
+    let mut old = World::new(1);
+    old.is_old = true;
+    for world in [&mut slow, &mut old] {
+        world.peers.insert(PEER, ALL[..5].to_vec());
+        world.rounds(5);
+        assert!(world.far.closed().is_empty() && !world.far.is_in_doubt());
+        assert_eq!(world.far.answering(), [PEER].into());
+    }
+    // Where large packets do not pass, data does not, either.
+    let mut world = World::new(1);
+    world.peers.insert(PEER, ALL[..2].to_vec());
+    world.rounds(3);
+    assert!(world.far.closed().iter().all(|way| way.sort.kind.is_large()));
+    // And where connections are not made.
+    world.peers.insert(PEER, ALL[1..5].to_vec());
+    world.rounds(3);
+    let sort = Sort { ipv4: true, kind: Kind::Segment };
+    assert_eq!(world.far.closed(), [FarWay { node: PEER, half: Half::There, sort }]);
 }
 
 #[test]
@@ -274,7 +329,7 @@ fn a_peer_that_is_gone_is_forgotten_with_all_that_was_lost() {
     let mut world = World::new(2);
     world.peers.insert(PEER, Vec::new());
     world.rounds(8);
-    assert_eq!(world.far.closed().len(), Kind::ALL.len());
+    assert_eq!(world.far.closed().len(), Kind::ALL.len() - 1, "without a connection no data");
     world.far.update(&[subject(2)], &[]);
     assert!(world.far.closed().is_empty() && !world.far.is_in_doubt());
 }
