@@ -21,6 +21,9 @@
 //! *To this host* and *from this host*: what pods say to the host they are on, and what it says to them.
 //! Hosts may be closed to pods on purpose, so these are told as warnings.
 //!
+//! Some hosts accept connections in place of their destination (SYNPROXY): then the first segment goes no
+//! further, and is answered. That is as good as if it had passed here.
+//!
 //! Each other way is tried with a UDP datagram and with the first segment of a TCP connection: rules often
 //! drop the one or the other alone. Echoes are not: pods live without them. Pure: packets are made here, and
 //! sent elsewhere.
@@ -44,8 +47,8 @@ pub use message::{
     is_of_round, question, read, read_stream, segment as far_segment, stream_question,
 };
 pub use packet::{
-    Field, IN_DATAGRAM, IN_SEGMENT, MAGIC, NONCE_LEN, Probe, Tunnelled, UNUSED, UNUSED_OUT,
-    destination, echo, inner, number, parse,
+    Field, IN_ANSWER, IN_DATAGRAM, IN_SEGMENT, MAGIC, NONCE_LEN, Probe, Tunnelled, UNUSED,
+    UNUSED_OUT, destination, echo, inner, number, parse,
 };
 pub use witness::Witness;
 

@@ -1,7 +1,7 @@
 //! Rules that do something with some packets between pods alone: warned of by their form, and by no more.
 
 use crate::{
-    common::{isolated, run, sh, status_where},
+    common::{PATIENCE, has_problem, isolated, run, sh, skipped, status_where, wait_until},
     forwarding::Scene,
     odd_hosts::{all_well, warned},
 };
@@ -130,6 +130,48 @@ fn rules_of_healthy_hosts_are_not_warned_of() {
         assert!(!said.contains("inet hard"), "{said}");
         sh(host, "nft delete table ip last");
         status_where(agent, all_well);
+        Ok(())
+    });
+}
+
+/// It accepts connections in place of their destination, and makes them there once they are in earnest.
+#[test]
+fn proxy_of_connections_that_are_half_open_is_no_loss_and_one_that_loses_them_is() {
+    isolated(|lab| {
+        let mut scene = Scene::new(lab)?;
+        let (host, agent) = scene.second();
+        let proxy = "nft add table ip proxy && \
+                     nft add chain ip proxy p { type filter hook prerouting priority raw ; } && \
+                     nft add chain ip proxy f { type filter hook forward priority 0 ; } && \
+                     nft add rule ip proxy p tcp flags & (syn|ack) == syn notrack && \
+                     sysctl -qw net.netfilter.nf_conntrack_tcp_loose=0";
+        sh(host, proxy);
+        let rule = "nft add rule ip proxy f ct state invalid,untracked meta l4proto tcp \
+                    counter synproxy mss 1460 wscale 7 timestamp sack-perm";
+        if !run(host, rule).status.success() {
+            skipped("a proxy of half open connections", "the kernel has no synproxy");
+            return Ok(());
+        }
+        sh(host, "nft add rule ip proxy f ct state invalid drop");
+        let counted = || {
+            let listed = run(host, "nft list chain ip proxy f").stdout;
+            let listed = String::from_utf8(listed).expect("UTF-8");
+            let (_, rest) = listed.split_once("counter packets ").expect("a counter");
+            rest.split(' ').next().expect("a number").parse::<u64>().expect("a number")
+        };
+        // Several trials, each of which meets it.
+        wait_until("no trial", PATIENCE * 2, || {
+            assert!(!has_problem(agent, "packets"), "{}", agent.log());
+            counted() > 40
+        });
+        status_where(agent, |status| status["kernel"]["forwarding"]["state"] == "ok");
+        // What it sends to the destination is lost.
+        sh(
+            host,
+            "nft add chain ip proxy o { type filter hook postrouting priority 0 ; } && \
+             nft add rule ip proxy o ip daddr 10.42.0.0/16 tcp flags & (syn|ack) == syn drop",
+        );
+        wait_until("not named", PATIENCE * 2, || has_problem(agent, "data of TCP connections"));
         Ok(())
     });
 }

@@ -13,7 +13,7 @@ use nix::{
 };
 use socket2::{Domain, Protocol, SockFilter, Socket, Type};
 
-use crate::dataplane::forwarding::{IN_DATAGRAM, IN_SEGMENT};
+use crate::dataplane::forwarding::{IN_ANSWER, IN_DATAGRAM, IN_SEGMENT};
 
 /// `ETH_P_ALL`, in network byte order.
 const EVERYTHING: u16 = 3_u16.to_be();
@@ -82,27 +82,26 @@ impl Capture {
 }
 
 /// For the kernel's packet filter: packets of this interface, without options in their IP header, that are
-/// datagrams or segments with one of these numbers.
+/// datagrams or segments with one of these numbers, or answers to such a segment.
 fn program(interface: u32, numbers: &[u32]) -> Vec<SockFilter> {
-    let wanted = has_one_of(numbers);
-    // To the number, once it is loaded: of IPv4, over what is about IPv6.
+    let answers: Vec<u32> = numbers.iter().map(|number| number.wrapping_add(1)).collect();
+    let of_family = |protocol, header| {
+        let datagrams = [word(header + IN_DATAGRAM)].into_iter().chain(has_one_of(numbers));
+        let datagrams: Vec<SockFilter> = datagrams.chain([refuse()]).collect();
+        let mut steps = vec![byte(protocol), when(UDP, 0, 1), jump(1), jump(datagrams.len())];
+        steps.extend(datagrams);
+        steps.extend([when(TCP, 1, 0), refuse(), word(header + IN_SEGMENT)]);
+        steps.extend(has_one_of(numbers));
+        steps.push(word(header + IN_ANSWER));
+        steps.extend(has_one_of(&answers));
+        steps.push(refuse());
+        steps
+    };
     let mut program = vec![word(INTERFACE), when(interface, 1, 0), refuse(), byte(0), and(0xf0)];
-    program.push(when(0x40, 0, 8));
-    for (protocol, header) in [(IPV4_PROTOCOL, IPV4), (IPV6_PROTOCOL, IPV6)] {
-        let to_wanted = if header == IPV4 { 8 } else { 0 };
-        program.extend([
-            byte(protocol),
-            when(UDP, 0, 2),
-            word(header + IN_DATAGRAM),
-            jump(to_wanted + 4),
-            when(TCP, 1, 0),
-            refuse(),
-            word(header + IN_SEGMENT),
-            jump(to_wanted),
-        ]);
-    }
-    program.extend(wanted);
-    program.push(refuse());
+    let ipv4 = of_family(IPV4_PROTOCOL, IPV4);
+    program.extend([when(0x40, 1, 0), jump(ipv4.len())]);
+    program.extend(ipv4);
+    program.extend(of_family(IPV6_PROTOCOL, IPV6));
     program
 }
 
@@ -200,6 +199,10 @@ mod tests {
                 assert!(passes(filter, &packet(version, protocol, number)), "{named}");
                 assert!(!passes(filter, &packet(version, protocol, number + 1)), "{named}");
                 assert!(!passes(filter, &packet(version, 1, number)), "{named}");
+                let answer = packet(version, protocol, 0);
+                let number = if protocol == TCP { number + 1 } else { number };
+                let answer = [answer, number.to_be_bytes().to_vec()].concat();
+                assert_eq!(passes(filter, &answer), protocol == TCP, "{named}");
             }
         }
     }

@@ -16,7 +16,7 @@ use crate::{
         raw_tcp,
     },
     dataplane::{
-        forwarding::{NONCE_LEN, Probe, Transport, UNUSED_OUT},
+        forwarding::{Field, NONCE_LEN, Probe, Transport, UNUSED_OUT},
         silence::MAY_NOT_SEND,
     },
     icmp::{Family, never_fragment},
@@ -66,11 +66,17 @@ impl PodSockets {
         })
     }
 
-    /// Lets only what has this number come to these sockets from now on, and forgets what has come before.
-    pub fn await_only(&self, nonce: [u8; NONCE_LEN]) -> io::Result<()> {
+    /// Lets only what has this number come to these sockets from now on, and answers to first segments with
+    /// one of the others, and forgets what has come before.
+    pub fn await_only(&self, nonce: [u8; NONCE_LEN], asked: &[[u8; NONCE_LEN]]) -> io::Result<()> {
         let Self { address, datagrams, segments, .. } = self;
         only_with(datagrams, Transport::Udp, *address, nonce)?;
-        only_with(segments, Transport::Tcp, *address, nonce)
+        let answers = asked.iter().map(|nonce| Probe::answer(*nonce));
+        let fields: Vec<Field> =
+            Probe::fields(Transport::Tcp, nonce).into_iter().chain(answers).collect();
+        only(segments, Shown::raw(*address), &fields)?;
+        drain(segments, |_, _| {});
+        Ok(())
     }
 
     /// What cannot be sent is not seen arriving.
@@ -91,11 +97,13 @@ impl PodSockets {
         permitted(&sent)
     }
 
-    /// Which of these have arrived, and from which address a segment has that was sent from another.
+    /// Which of these have arrived, and from which address a segment has that was sent from another. Gives
+    /// each segment with its source.
     pub fn hear<'a>(
         &self,
         probes: impl Iterator<Item = &'a Probe> + Clone,
         arrived: &mut BTreeSet<Transport>,
+        mut give: impl FnMut(&[u8], Option<IpAddr>),
     ) -> Option<IpAddr> {
         drain(&self.datagrams, |payload, _| {
             let is_it = |probe: &&Probe| {
@@ -106,6 +114,7 @@ impl PodSockets {
         let mut other = None;
         drain(&self.segments, |packet, from| {
             let segment = raw_tcp::segment(self.address, packet).unwrap_or_default();
+            give(segment, from);
             let is_it = |probe: &&Probe| probe.transport == Transport::Tcp && probe.is(segment);
             let found = probes.clone().find(is_it);
             other = other.or(from.filter(|from| found.is_some_and(|probe| probe.from != *from)));

@@ -195,8 +195,8 @@ impl Trial<'_> {
             family.filter(home, asker, false)?;
             let (inwards, outwards, sideways) = (random()?, random()?, random()?);
             let (whole, own) = (random()?, random()?);
-            pod.await_only(inwards)?;
-            mate.map_or(Ok(()), |mate| mate.await_only(sideways))?;
+            pod.await_only(inwards, &[outwards, sideways])?;
+            mate.map_or(Ok(()), |mate| mate.await_only(sideways, &[]))?;
             // Another port each time, as connections have it.
             let fresh = u16::from_ne_bytes([a, b]) | 0x8000;
             let probe =
@@ -323,9 +323,21 @@ impl Check<'_> {
         // It does not fit, then: a route has a smaller MTU.
         self.fitting.take_if(|_| hears_too_large(&pod.fitting));
         let incoming = self.incoming.iter().map(|packet| &packet.probe);
-        self.arriving = self.arriving.or(pod.hear(incoming, &mut self.arrived));
+        let accepts = |probes: &[Probe], segment: &[u8], from: Option<IpAddr>| {
+            let mut asked = probes.iter().filter(|probe| from == Some(probe.to));
+            asked.any(|probe| probe.is_accepted_by(segment))
+        };
+        let arriving = pod.hear(incoming, &mut self.arrived, |segment, from| {
+            if accepts(&self.outgoing, segment, from) {
+                self.left.insert(Transport::Tcp);
+            }
+            if accepts(&self.beside, segment, from) {
+                self.arrived_beside.insert(Transport::Tcp);
+            }
+        });
+        self.arriving = self.arriving.or(arriving);
         if let Some(mate) = mate {
-            mate.hear(self.beside.iter(), &mut self.arrived_beside);
+            mate.hear(self.beside.iter(), &mut self.arrived_beside, |_, _| {});
         }
     }
 
@@ -348,6 +360,11 @@ impl Check<'_> {
         }
         if self.incoming.iter().any(|packet| is_it(&packet.probe)) {
             self.come.insert(transport);
+        }
+        let is_accepted =
+            |packet: &Tunnelled| from == packet.probe.to && packet.probe.is_accepted_by(segment);
+        if self.incoming.iter().any(is_accepted) {
+            self.arrived.insert(transport);
         }
     }
 

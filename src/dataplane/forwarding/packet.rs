@@ -24,10 +24,11 @@ const TCP: u8 = 6;
 /// Of IPv4 and of IPv6.
 const ICMP: [u8; 2] = [1, 58];
 const UDP_HEADER: usize = 8;
-/// Where the kernel's packet filter finds the beginning of the number: in a datagram or an echo, and in a
-/// first segment, counted from its header on.
+/// Where the kernel's packet filter finds the beginning of the number: in a datagram or an echo, in a first
+/// segment, and one more than that in the answer to one, counted from its header on.
 pub const IN_DATAGRAM: u32 = (UDP_HEADER + MAGIC.len()) as u32;
 pub const IN_SEGMENT: u32 = 4;
+pub const IN_ANSWER: u32 = 8;
 const TCP_HEADER: usize = 20;
 const SYN: u8 = 2;
 const ACK: u8 = 16;
@@ -120,17 +121,29 @@ impl Probe {
             }
     }
 
+    /// Whether a segment accepts the connection of which this is the first one. What a host does in place of
+    /// the destination is the same.
+    pub fn is_accepted_by(&self, segment: &[u8]) -> bool {
+        let accepts = segment.get(13).is_some_and(|flags| flags & (SYN | ACK) == SYN | ACK);
+        let number = number(self.nonce).wrapping_add(1).to_be_bytes();
+        self.transport == Transport::Tcp
+            && accepts
+            && segment.get(..2) == Some(&self.ports[1].to_be_bytes())
+            && segment.get(IN_ANSWER as usize..12) == Some(&number)
+    }
+
     /// By one of which the kernel's packet filter finds packets with this number, and refusals of such first
     /// segments, among those of others.
     pub const fn fields(transport: Transport, nonce: [u8; NONCE_LEN]) -> [Field; 2] {
-        let number = number(nonce);
         match transport {
-            Transport::Udp => [Field::Word(IN_DATAGRAM, number); 2],
-            // Sequence number and acknowledgement (RFC 9293, 3.10.7.1).
-            Transport::Tcp => {
-                [Field::Word(IN_SEGMENT, number), Field::Word(8, number.wrapping_add(1))]
-            }
+            Transport::Udp => [Field::Word(IN_DATAGRAM, number(nonce)); 2],
+            Transport::Tcp => [Field::Word(IN_SEGMENT, number(nonce)), Self::answer(nonce)],
         }
+    }
+
+    /// The same of answers to a first segment: the acknowledgement (RFC 9293, 3.10.7.1).
+    pub const fn answer(nonce: [u8; NONCE_LEN]) -> Field {
+        Field::Word(IN_ANSWER, number(nonce).wrapping_add(1))
     }
 
     fn sequence(&self) -> [u8; 4] {
@@ -365,5 +378,23 @@ mod tests {
         let mut segment = probe.segment();
         segment[13] |= ACK;
         assert!(!probe.is(&segment));
+        // As the other end makes it.
+        let mut answer = probe.segment();
+        answer[..2].copy_from_slice(&probe.ports[1].to_be_bytes());
+        answer[2..4].copy_from_slice(&probe.ports[0].to_be_bytes());
+        answer[8..12].copy_from_slice(&number(probe.nonce).wrapping_add(1).to_be_bytes());
+        for (flags, accepts) in [(SYN | ACK, true), (SYN, false), (ACK, false), (0b1_0100, false)] {
+            answer[13] = flags;
+            assert_eq!(probe.is_accepted_by(&answer), accepts, "{flags:#b}");
+        }
+        answer[13] = SYN | ACK;
+        for other in [
+            Probe { ports: [probe.ports[0], 9], ..probe },
+            Probe { nonce: [8; NONCE_LEN], ..probe },
+            Probe { transport: Transport::Udp, ..probe },
+        ] {
+            assert!(!other.is_accepted_by(&answer), "{other:?}");
+        }
+        (0..14).for_each(|length| assert!(!probe.is_accepted_by(&answer[..length])));
     }
 }
