@@ -13,10 +13,7 @@ use std::{
 };
 
 use ipnet::IpNet;
-use rtnetlink::packet_route::{
-    link::{InfoData, InfoVrf, LinkAttribute, LinkInfo},
-    route::{RouteProtocol, RouteType},
-};
+use rtnetlink::packet_route::route::{RouteProtocol, RouteType};
 
 mod detour;
 mod others;
@@ -100,6 +97,8 @@ pub struct Auditor {
     read_for: BTreeSet<IpNet>,
     /// Before this they are not read again.
     read_at: Instant,
+    /// Selectors of policy rules with which no packets are tried.
+    unread: usize,
     told: Routing,
 }
 
@@ -138,6 +137,7 @@ impl Auditor {
             path_asked: None,
             read_for: BTreeSet::new(),
             read_at: now,
+            unread: 0,
             told: Routing::default(),
         }
     }
@@ -188,7 +188,7 @@ impl Auditor {
         let problems = self.audit.sentences(desired.pool.networks());
         let (state, detail) = match (self.audit.subjects(), problems.as_slice()) {
             (0, _) => (CheckState::Skipped, "there is no peer to ask about".to_owned()),
-            (count, []) => (CheckState::Ok, format!("{count} subnets of peers are routed to")),
+            (count, []) => (CheckState::Ok, policy::detail(count, self.unread)),
             (_, problems) => (CheckState::Failing, problems.join("; ")),
         };
         let astray = self.audit.astray();
@@ -213,7 +213,8 @@ impl Auditor {
         desired: &Desired,
         place: Place<'_>,
     ) -> io::Result<()> {
-        let ground = ground(netlink, desired, place)?;
+        let (ground, unread) = ground(netlink, desired, place)?;
+        self.unread = unread;
         let mut witness = Witness { netlink, desired, facts: None };
         let questions = self.audit.questions(desired, &ground);
         let results = questions.into_iter().map(|question| {
@@ -277,8 +278,12 @@ impl Auditor {
 }
 
 /// Which interface pods are behind is for the addresses to tell: our bridge, Docker's or one made by hand.
-/// Where there are several, ours is the right one.
-fn ground(netlink: &mut Netlink, desired: &Desired, place: Place<'_>) -> io::Result<Ground> {
+/// Where there are several, ours is the right one. The second is how many selectors of rules are left out.
+fn ground(
+    netlink: &mut Netlink,
+    desired: &Desired,
+    place: Place<'_>,
+) -> io::Result<(Ground, usize)> {
     let mut has: Vec<(u32, IpAddr)> =
         netlink.addresses()?.iter().map(|address| (address.link, address.ip)).collect();
     let pool = &desired.pool;
@@ -304,8 +309,9 @@ fn ground(netlink: &mut Netlink, desired: &Desired, place: Place<'_>) -> io::Res
     let has = has.into_iter().map(|(_, ip)| ip).collect();
     let links: Vec<u32> =
         own.iter().filter_map(|own| own.inside).chain([device, underlay]).collect();
-    let selected = policy::selected(netlink, &own, &links)?;
-    Ok(Ground { device, underlay, local, own, has, masquerade, selected })
+    let policy::Found { selected, unread } =
+        policy::selected(netlink, &own, pool.networks(), &links)?;
+    Ok((Ground { device, underlay, local, own, has, masquerade, selected }, unread))
 }
 
 /// Answers questions; looks further only where an answer is wrong, and at everything once.
@@ -444,7 +450,7 @@ impl Facts {
         let vrf = self.links.iter().find(|vrf| Some(vrf.index) == controller && vrf.kind == "vrf");
         Some(Fact {
             name: name.clone(),
-            vrf: vrf.map(|vrf| (vrf.name.clone(), table_of(vrf).unwrap_or_default())),
+            vrf: vrf.map(|vrf| (vrf.name.clone(), vrf.vrf_table().unwrap_or_default())),
             forwards: is_on(&format!("ipv4/conf/{name}/forwarding")),
             carrier: link.carrier,
             filters: ["all", name.as_str()]
@@ -455,19 +461,6 @@ impl Facts {
             without_ipv6: is_on(&format!("ipv6/conf/{name}/disable_ipv6")),
         })
     }
-}
-
-fn table_of(vrf: &Link) -> Option<u32> {
-    vrf.message.attributes.iter().find_map(|attribute| match attribute {
-        LinkAttribute::LinkInfo(infos) => infos.iter().find_map(|info| match info {
-            LinkInfo::Data(InfoData::Vrf(data)) => data.iter().find_map(|data| match data {
-                InfoVrf::TableId(table) => Some(*table),
-                _ => None,
-            }),
-            _ => None,
-        }),
-        _ => None,
-    })
 }
 
 /// With IPv6 the kernel shows such a route, with IPv4 it gives its error.

@@ -15,8 +15,8 @@ use rtnetlink::{
         AddressFamily, RouteNetlinkMessage,
         address::{AddressAttribute, AddressHeaderFlags, AddressMessage, AddressScope},
         link::{
-            AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute, LinkFlags, LinkInfo,
-            LinkMessage, Prop, State,
+            AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoVrf, LinkAttribute, LinkFlags,
+            LinkInfo, LinkMessage, Prop, State,
         },
         nsid::{NsidAttribute, NsidMessage},
         route::{
@@ -65,6 +65,21 @@ impl Link {
     pub fn controller(&self) -> Option<u32> {
         self.message.attributes.iter().find_map(|attribute| match attribute {
             LinkAttribute::Controller(index) if *index != 0 => Some(*index),
+            _ => None,
+        })
+    }
+
+    /// The routing table of a VRF.
+    pub fn vrf_table(&self) -> Option<u32> {
+        let infos = self.message.attributes.iter().filter_map(|attribute| match attribute {
+            LinkAttribute::LinkInfo(infos) => Some(infos),
+            _ => None,
+        });
+        infos.flatten().find_map(|info| match info {
+            LinkInfo::Data(InfoData::Vrf(data)) => data.iter().find_map(|data| match data {
+                InfoVrf::TableId(table) => Some(*table),
+                _ => None,
+            }),
             _ => None,
         })
     }

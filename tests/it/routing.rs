@@ -176,6 +176,46 @@ fn policy_rule_that_takes_some_packets_of_pods_is_named_with_what_it_selects() {
     isolated(|lab| each_is_named_until_it_is_gone(lab, &FAULTS_OF_SOME, "10.42.1.", 0));
 }
 
+/// As multi-homing and containers of other programs make them: one for each of their networks.
+#[test]
+fn policy_rule_behind_many_is_named_and_how_many_are_not_looked_at_is_told() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let subnet = Agent::subnet(&cluster.agents[0].ask("/v1/status", PATIENCE)?)?;
+        let prefix = subnet.to_string().replace("0/24", "");
+        let real = |text: &str| text.replace("10.42.1.", &prefix);
+        let _pods = cluster.pods()?;
+        let (host, agent) = (&cluster.hosts[0].netns, &mut cluster.agents[0]);
+        sh(host, "ip link add d0 type veth peer name d1 && ip link set d0 up && ip link set d1 up");
+        sh(host, "ip route add default dev d0 table 52");
+        let add = |number: u32, selector: &str, table: &str| {
+            sh(host, &real(&format!("ip rule add {selector} lookup {table} pref {number}")));
+        };
+        for number in 0..50 {
+            add(1_000 + number, &format!("from 192.168.{number}.0/24"), "52");
+            add(2_000 + number, &format!("from 10.42.1.7 to 192.168.{number}.0/24"), "52");
+            // The same again selects nothing else.
+            add(3_000 + number, "from 10.42.1.7 ipproto tcp dport 80", "main");
+        }
+        add(4_000, "from 10.42.1.9", "52");
+        let words = &real("that rule 4000 selects (from 10.42.1.9/32) leave by d0");
+        wait_until(words, PATIENCE, || has_problem(agent, words));
+        sh(host, "ip rule del pref 4000");
+        let detail = |status: &Value| {
+            status["kernel"]["routing"]["detail"].as_str().unwrap_or_default().to_owned()
+        };
+        let status = status_where(agent, |status| status["problems"] == serde_json::json!([]));
+        assert!(!detail(&status).contains("not looked at"), "{status:#}");
+        for number in 0..36 {
+            add(5_000 + number, &format!("from 10.42.1.{}", 100 + number), "main");
+        }
+        let words = "5 policy rules that may select packets of pods were not looked at";
+        let status = status_where(agent, |status| detail(status).contains(words));
+        assert_eq!(status["problems"], serde_json::json!([]), "{status:#}");
+        Ok(())
+    });
+}
+
 #[test]
 fn what_takes_a_part_of_the_own_subnet_is_named_until_it_is_gone() {
     isolated(|lab| each_is_named_until_it_is_gone(lab, &FAULTS_AT_HOME, "10.42.1.", 0));

@@ -1,7 +1,8 @@
 //! Policy rules of this host that may take some packets of pods.
 
-use std::io;
+use std::{collections::BTreeSet, io};
 
+use ipnet::IpNet;
 use rtnetlink::packet_route::route::RouteProtocol;
 
 use crate::{
@@ -9,26 +10,44 @@ use crate::{
         audit::{Own, Selected},
         desired::ROUTE_PROTOCOL,
     },
+    model::{Selector, Subnets},
     netlink::{Netlink, route::Rule},
 };
 
-/// Rules of a family that packets are tried against.
-const MAX_RULES: usize = 32;
+/// Selectors of a family that packets are tried with.
+const MOST: usize = 32;
+
+/// What policy rules select that may be packets between pods.
+#[derive(Debug, Default)]
+pub struct Found {
+    pub selected: Vec<Selected>,
+    /// Further selectors, with which no packets are tried.
+    pub unread: usize,
+}
 
 /// What the policy rules of both families select that may be packets between pods, apart from what every
 /// packet meets. Marks cannot be known from here. Packets of pods come in by these links.
 ///
 /// # Errors
 /// The kernel does not show its rules.
-pub fn selected(netlink: &mut Netlink, own: &[Own], links: &[u32]) -> io::Result<Vec<Selected>> {
-    let mut selected = Vec::new();
+pub fn selected(
+    netlink: &mut Netlink,
+    own: &[Own],
+    networks: Subnets,
+    links: &[u32],
+) -> io::Result<Found> {
+    let mut found = Found::default();
     for ipv4 in [true, false] {
-        let inside = own.iter().find(|own| own.subnet.addr().is_ipv4() == ipv4);
-        if inside.is_none_or(|own| own.inside.is_none()) {
+        let own = own.iter().find(|own| own.subnet.addr().is_ipv4() == ipv4);
+        let Some(own) = own.filter(|own| own.inside.is_some()) else { continue };
+        let Some(all) = networks.iter().find(|network| network.addr().is_ipv4() == ipv4) else {
             continue;
-        }
-        let rules = netlink.rules(ipv4)?;
-        for rule in rules.iter().filter(|rule| selects(rule)).take(MAX_RULES) {
+        };
+        let mut selected = Vec::new();
+        for rule in netlink.rules(ipv4)?.iter().filter(|rule| selects(rule)) {
+            if !meets(&rule.selector, own.subnet, all) {
+                continue;
+            }
             let input = match &rule.input {
                 Some(name) => match netlink.link(name)? {
                     Some(link) if links.contains(&link.index) => Some(link.index),
@@ -38,8 +57,50 @@ pub fn selected(netlink: &mut Netlink, own: &[Own], links: &[u32]) -> io::Result
             };
             selected.push(Selected { selector: rule.selector, input, ipv4 });
         }
+        let few = few(selected);
+        found.selected.extend(few.selected);
+        found.unread += few.unread;
     }
-    Ok(selected)
+    Ok(found)
+}
+
+/// That nothing takes a wrong way, and how much was not tried.
+pub fn detail(subnets: usize, unread: usize) -> String {
+    let rules = match unread {
+        0 => String::new(),
+        1 => "; 1 policy rule that may select packets of pods was not looked at".to_owned(),
+        count => {
+            format!("; {count} policy rules that may select packets of pods were not looked at")
+        }
+    };
+    format!("{subnets} subnets of peers are routed to{rules}")
+}
+
+/// Rules that select alike are met by the same packets: of these the first is enough.
+fn few(selected: Vec<Selected>) -> Found {
+    let mut found = Found::default();
+    let mut known = BTreeSet::new();
+    for one in selected {
+        let selects = Selector { priority: 0, ..one.selector };
+        if !known.insert((selects, one.input)) {
+            continue;
+        }
+        if found.selected.len() < MOST {
+            found.selected.push(one);
+        } else {
+            found.unread += 1;
+        }
+    }
+    found
+}
+
+/// Whether it may select packets between pods here, in this subnet, and others of the overlay.
+fn meets(selector: &Selector, own: IpNet, all: IpNet) -> bool {
+    let touches = |wanted: Option<IpNet>, network: IpNet| {
+        wanted.is_none_or(|wanted| wanted.contains(&network) || network.contains(&wanted))
+    };
+    let Selector { from, to, .. } = *selector;
+    touches(from, own) && touches(to, all) || touches(from, all) && touches(to, own)
 }
 
 /// Whether it is another program's and concerns some packets, and which ones is known.
@@ -51,4 +112,55 @@ fn selects(rule: &Rule) -> bool {
         || selector.transport.is_some()
         || selector.tos != 0;
     some && !inverted && mark.is_none() && !is_ours
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn net(text: &str) -> Option<IpNet> {
+        Some(text.parse().expect("a network"))
+    }
+
+    fn selector(priority: u32, from: Option<IpNet>, to: Option<IpNet>) -> Selector {
+        Selector { priority, from, to, transport: None, tos: 0 }
+    }
+
+    #[test]
+    fn rules_for_other_networks_and_other_hosts_do_not_count() {
+        let [own, all] =
+            ["10.42.1.0/24", "10.42.0.0/16"].map(|text| text.parse().expect("a network"));
+        let is_met = |from, to| meets(&selector(1, from, to), own, all);
+        for (from, to) in [
+            (net("10.42.1.7/32"), None),
+            (None, net("10.42.1.0/26")),
+            (net("10.42.2.9/32"), None),
+            (net("0.0.0.0/0"), net("10.42.2.0/24")),
+            (net("10.42.2.0/24"), net("10.0.0.0/8")),
+        ] {
+            assert!(is_met(from, to), "{from:?} {to:?}");
+        }
+        for (from, to) in [
+            (net("192.168.7.0/24"), None),
+            (None, net("10.43.0.0/16")),
+            (net("10.42.1.0/24"), net("192.168.0.0/16")),
+            (net("10.42.2.0/24"), net("10.42.3.0/24")),
+        ] {
+            assert!(!is_met(from, to), "{from:?} {to:?}");
+        }
+    }
+
+    #[test]
+    fn rules_that_select_alike_count_once_and_those_above_the_bound_are_counted() {
+        let of = |number: u8, priority| {
+            let from = IpNet::new([10, 42, 1, number].into(), 32).ok();
+            Selected { selector: selector(priority, from, None), input: None, ipv4: true }
+        };
+        let alike = (0..100).map(|priority| of(7, priority));
+        let others = (100..150).map(|number| of(number, number.into()));
+        let found = few(alike.chain(others).collect());
+        assert_eq!((found.selected.len(), found.unread), (MOST, 51 - MOST));
+        assert_eq!(found.selected[..2], [of(7, 0), of(100, 100)]);
+        assert_eq!(few(Vec::new()).unread, 0);
+    }
 }
