@@ -49,6 +49,16 @@ pub fn arp(mac: Mac, to: Option<Mac>, sender: Ipv4Addr, target: Ipv4Addr) -> Vec
     frame
 }
 
+/// Answers a station that has asked for the MAC of an IPv4 address (RFC 826).
+pub fn arp_answer((mac, ip): (Mac, Ipv4Addr), (to, asked_by): (Mac, Ipv4Addr)) -> Vec<u8> {
+    const OPERATION: usize = 14 + 6;
+    const TARGET: usize = 14 + 18;
+    let mut frame = arp(mac, Some(to), ip, asked_by);
+    frame[OPERATION + 1] = 2;
+    frame[TARGET..TARGET + 6].copy_from_slice(to.as_bytes());
+    frame
+}
+
 /// Asks one station, or those whose address ends so, for the MAC of an IPv6 address (RFC 4861, 4.3).
 pub fn solicitation(mac: Mac, station: Option<Mac>, sender: Ipv6Addr, target: Ipv6Addr) -> Vec<u8> {
     let [.., a, b, c] = target.octets();
@@ -132,6 +142,16 @@ mod tests {
         assert_eq!(frame[..6], [0x33, 0x33, 0xff, 0x12, 0x34, 0x56]);
         let to = "ff02::1:ff12:3456".parse::<Ipv6Addr>().expect("address").octets();
         assert!(frame[38..54] == to && is_whole(&frame));
+    }
+
+    #[test]
+    fn answer_goes_to_the_station_that_has_asked_and_names_both() {
+        let [mac, to] = [1, 2].map(|number| Mac::from_bytes([2, 0, 0, 0, 0, number]));
+        let frame = arp_answer((mac, [10, 42, 1, 9].into()), (to, [10, 42, 1, 8].into()));
+        assert_eq!(frame[..12], [2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1]);
+        assert_eq!(frame[20..22], [0, 2]);
+        assert_eq!(frame[22..32], [2, 0, 0, 0, 0, 1, 10, 42, 1, 9]);
+        assert_eq!(frame[32..], [2, 0, 0, 0, 0, 2, 10, 42, 1, 8]);
     }
 
     #[test]

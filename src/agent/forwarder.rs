@@ -7,6 +7,7 @@
 mod capture;
 mod carried;
 mod explain;
+mod finding;
 mod gateway;
 mod home;
 mod marks;
@@ -320,7 +321,7 @@ impl<F: Fn(ForwarderNews)> TrialRunner<F> {
         found.into_iter().for_each(|(way, seen)| self.trials.note(way, seen));
         // What is not tried any more is not known any more.
         self.trials.keep(|way| match way.direction {
-            Direction::Between(_) => between[usize::from(!way.ipv4)],
+            Direction::Between(_) | Direction::Finding => between[usize::from(!way.ipv4)],
             Direction::Out(_) | Direction::In(_) => !setting.peers.is_empty(),
             Direction::Carried | Direction::LargeOut | Direction::TooLarge => {
                 setting.peers.iter().any(|peer| peer.tunnelled)

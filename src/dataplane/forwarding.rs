@@ -8,7 +8,8 @@
 //!
 //! Two more need no peer. *Gateway*: this host answers a pod that asks for the MAC of its gateway.
 //! *Between pods*: a packet to a second pod on the same bridge, where the kernel shows such packets to the
-//! firewall of what is forwarded.
+//! firewall of what is forwarded, or a firewall of bridges may drop them. *Neighbors*: by what such pods find
+//! each other, ARP or neighbor discovery, where that is tried.
 //!
 //! *Too large*: a packet of a pod that does not fit into the tunnel. This host has to tell the pod so (ICMP),
 //! or connections hang. It counts as lost only where one that just fits (*large out*) was seen leaving at the
@@ -81,6 +82,8 @@ pub enum Direction {
     TooLarge,
     /// From one pod of this host to another.
     Between(Transport),
+    /// The same of ARP, or neighbor discovery, by which they find each other.
+    Finding,
     /// From pods to this host itself, by whatever protocol.
     ToHost,
     /// From this host itself to pods of its own.
@@ -214,6 +217,7 @@ impl Direction {
             Self::Gateway => "gateway",
             Self::TooLarge => "size errors",
             Self::Between(_) => "between pods",
+            Self::Finding => "neighbors",
         }
     }
 
@@ -223,7 +227,12 @@ impl Direction {
             | Self::In(transport)
             | Self::Between(transport)
             | Self::FromHost(transport) => Some(transport),
-            Self::LargeOut | Self::Carried | Self::Gateway | Self::TooLarge | Self::ToHost => None,
+            Self::LargeOut
+            | Self::Carried
+            | Self::Gateway
+            | Self::TooLarge
+            | Self::ToHost
+            | Self::Finding => None,
         }
     }
 }

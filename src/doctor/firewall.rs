@@ -94,6 +94,7 @@ fn forwarding(patient: &Patient, chains: &ForeignChains, networks: &[IpNet]) -> 
                     "does not forward",
                     "at pods of",
                     "do not find their gateway",
+                    "do not find each other",
                     "leave under the address",
                     "do not hear that a packet",
                     "do not leave this host inside",

@@ -39,7 +39,7 @@ pub const OWN_ALIAS: &str = "gossamer forwarding trial";
 const PREFIX: &str = "gsp.";
 const MATE: &str = "b";
 /// Its interface inside.
-const INNER: &str = "eth0";
+pub const INNER: &str = "eth0";
 
 /// What it is to be like.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -176,6 +176,11 @@ impl StandIn {
 
     pub const fn port(&self) -> u32 {
         self.port
+    }
+
+    /// Of the first one, whichever of the two this is.
+    pub const fn addresses(&self) -> Addresses {
+        self.shape.addresses
     }
 
     /// Removes it at once: the kernel would take its time.

@@ -13,8 +13,8 @@ use nix::sys::signal::Signal;
 use crate::{
     cni::{Runtime, namespaces},
     common::{
-        Cluster, PATIENCE, client, eventually, isolated, program, run, status_where, token_of,
-        tool, wait_until,
+        Cluster, PATIENCE, client, eventually, has_problem, isolated, program, run, sh,
+        status_where, token_of, tool, wait_until,
     },
 };
 
@@ -202,6 +202,64 @@ fn entries_of_next_hops_and_of_pods_gateways_stay_and_follow_the_mac() {
         eventually(host, &show, |text| !text.contains("extern_learn"));
         let of_peer = format!("ip neigh show {} dev eth0 nud all", cluster.hosts[0].ip);
         eventually(peer, &of_peer, |text| !text.contains("extern_learn"));
+        Ok(())
+    });
+}
+
+/// A firewall of bridges that drops how pods find each other, and no other packets of them.
+#[test]
+fn pods_of_one_host_that_do_not_find_each_other_are_named_with_the_chain_until_it_is_gone() {
+    isolated(|lab| {
+        let mut cluster = cluster(lab)?;
+        let spaces = namespaces(&["a", "b"])?;
+        let runtime = Runtime::new(&cluster.agents[0]);
+        runtime.add("a");
+        let other = addresses(&runtime.add("b"));
+        let (host, agent) = (&cluster.hosts[0].netns, &mut cluster.agents[0]);
+        for (family, rule, address) in [
+            (4, "ether type arp", &other[0]),
+            (4, "arp operation reply", &other[0]),
+            (6, "icmpv6 type nd-neighbor-solicit", &other[1]),
+            (6, "icmpv6 type nd-neighbor-advert", &other[1]),
+        ] {
+            let reaches = || {
+                run(&spaces[0], "ip neigh flush all");
+                run(&spaces[1], "ip neigh flush all");
+                run(&spaces[0], &format!("ping -c 1 -W 1 {address}")).status.success()
+            };
+            sh(
+                host,
+                &format!(
+                    "nft add table bridge wall && \
+                     nft add chain bridge wall f {{ type filter hook forward priority 0 ; }} && \
+                     nft add rule bridge wall f {rule} drop"
+                ),
+            );
+            assert!(!reaches(), "{rule}: the case is another one");
+            let words = format!("pods of this host do not find each other (IPv{family})");
+            wait_until(rule, PATIENCE, || {
+                has_problem(agent, &words)
+                    && has_problem(agent, "chain bridge wall f (hook forward) has rules that drop")
+            });
+            let shown = String::from_utf8(client(agent, &["doctor"]).stdout)?;
+            assert!(shown.contains("PROBLEM   forwarding     pods of this host"), "{shown}");
+            sh(host, "nft delete table bridge wall");
+            status_where(agent, |status| status["problems"] == serde_json::json!([]));
+            assert!(reaches());
+        }
+        // Where all of it passes, that is known.
+        sh(
+            host,
+            "nft add table bridge wall && \
+             nft add chain bridge wall f { type filter hook forward priority 0 ; } && \
+             nft add rule bridge wall f ip daddr 192.0.2.1 drop",
+        );
+        status_where(agent, |status| {
+            let forwarding = &status["kernel"]["forwarding"];
+            let detail = forwarding["detail"].as_str().unwrap_or_default();
+            forwarding["state"] == "ok"
+                && ["IPv4 neighbors", "IPv6 neighbors"].iter().all(|words| detail.contains(words))
+        });
         Ok(())
     });
 }

@@ -45,6 +45,8 @@ pub struct Reasons {
     pub gateway: BTreeMap<bool, String>,
     /// What shows packets between pods to those rules, by whether it is about IPv4.
     bridged: BTreeMap<bool, Bridged>,
+    /// Sentences about pods that do not find each other; the same.
+    finding: BTreeMap<bool, String>,
     /// What translates the source of pods' packets, by whether it is about IPv4.
     translating: BTreeMap<bool, String>,
     /// What drops this host's word that a packet was too large, by whether it is about IPv4.
@@ -93,6 +95,10 @@ impl Reasons {
                 reasons.gateway.extend(sentence.map(|sentence| (*ipv4, sentence)));
                 continue;
             }
+            if *direction == Direction::Finding {
+                reasons.finding.insert(*ipv4, finding(setting, *ipv4));
+                continue;
+            }
             if reasons.rules.is_empty() {
                 (reasons.rules, reasons.takes_all) = (or_where_to_look(&found, setting), takes_all);
             }
@@ -116,6 +122,7 @@ impl Reasons {
         };
         self.gateway.retain(|ipv4, _| is_closed(|way| way == Direction::Gateway, *ipv4));
         self.bridged.retain(|ipv4, _| is_closed(Direction::is_between, *ipv4));
+        self.finding.retain(|ipv4, _| is_closed(|way| way == Direction::Finding, *ipv4));
         self.silencing.retain(|ipv4, _| is_closed(|way| way == Direction::TooLarge, *ipv4));
         if !closed.iter().any(|way| way.direction == Direction::Carried) {
             (self.dropping, self.stray) = (None, None);
@@ -133,6 +140,7 @@ impl Reasons {
         let is_known = |way: &Way| match way.direction {
             Direction::Gateway => self.gateway.contains_key(&way.ipv4),
             Direction::Between(_) => self.bridged.contains_key(&way.ipv4),
+            Direction::Finding => self.finding.contains_key(&way.ipv4),
             Direction::Out(_) | Direction::In(_) | Direction::LargeOut => !self.rules.is_empty(),
             Direction::Carried => self.dropping.is_some() || !self.leading.is_empty(),
             Direction::TooLarge | Direction::ToHost | Direction::FromHost(_) => true,
@@ -155,9 +163,11 @@ impl Reasons {
         })
     }
 
-    /// Sentences about packets that do not pass between pods of this host.
+    /// Sentences about packets that do not pass between pods of this host. Where none do, that is told alone.
     pub fn between(&self) -> impl Iterator<Item = String> {
-        self.bridged.iter().map(|(ipv4, bridged)| {
+        let finding = self.finding.iter().filter(|(ipv4, _)| !self.bridged.contains_key(*ipv4));
+        let finding = finding.map(|(_, sentence)| sentence.clone());
+        let bridged = self.bridged.iter().map(|(ipv4, bridged)| {
             let cause = match bridged {
                 Bridged::ByRules(why) => format!("{why}: {}", self.rules.join("; ")),
                 Bridged::ByChains(chains) => chains.clone(),
@@ -166,7 +176,8 @@ impl Reasons {
             format!(
                 "this host does not forward packets between its own pods (IPv{family}): {cause}"
             )
-        })
+        });
+        bridged.chain(finding)
     }
 }
 
@@ -191,6 +202,24 @@ fn chains_between(setting: &Setting, ipv4: bool) -> Vec<String> {
     let networks: Vec<IpNet> = setting.networks.iter().collect();
     let network = networks.iter().find(|network| network.addr().is_ipv4() == ipv4);
     network.into_iter().flat_map(|network| hooks::chains(*network, &["bridge"])).collect()
+}
+
+/// That pods of this host do not find each other, and what may be the cause.
+fn finding(setting: &Setting, ipv4: bool) -> String {
+    let (family, question) = if ipv4 { (4, "ARP") } else { (6, "neighbor discovery") };
+    let mut causes = chains_between(setting, ipv4);
+    if causes.is_empty() {
+        causes.push(format!(
+            "no rule was found that says so; look at nft list ruleset (families bridge and netdev), \
+             ebtables-legacy -L, arptables-legacy -L, bridge -d link show and bpftool net show dev {}",
+            bridge_name(setting)
+        ));
+    }
+    format!(
+        "pods of this host do not find each other (IPv{family}): {question} of one does not arrive at \
+         another: {}",
+        causes.join("; ")
+    )
 }
 
 /// Whether packets between ports of the bridge go through the rules for forwarded packets: with IPv4, and

@@ -15,6 +15,7 @@ use super::{
     Peer, Setting,
     capture::Capture,
     carried::Carried,
+    finding::Finding,
     pod::{PodSockets, hears_too_large, send_whole},
 };
 use crate::{
@@ -47,8 +48,8 @@ struct FamilySockets {
     family: Family,
     pod: PodSockets,
     home: Socket,
-    /// A second pod, to which the first speaks.
-    mate: Option<PodSockets>,
+    /// A second pod, to which the first speaks, and by which it is found.
+    mate: Option<(PodSockets, Finding)>,
 }
 
 pub struct Trial<'a> {
@@ -100,6 +101,7 @@ struct Check<'a> {
     come: BTreeSet<Transport>,
     arrived: BTreeSet<Transport>,
     arrived_beside: BTreeSet<Transport>,
+    found_beside: [bool; 2],
     translated: Option<IpAddr>,
     /// The same of what comes in.
     arriving: Option<IpAddr>,
@@ -117,7 +119,10 @@ impl Sockets {
             home.set_nonblocking(true)?;
             let of_family = |ip: &IpAddr| ip.is_ipv4() == address.is_ipv4();
             let beside = shape.mate.into_iter().flat_map(Addresses::iter).find(of_family);
-            let mate = mate.zip(beside).map(|(mate, address)| PodSockets::open(mate, address));
+            let mate = mate.zip(beside).map(|(mate, to)| {
+                let finding = Finding::open(standin, mate, address, to)?;
+                io::Result::Ok((PodSockets::open(mate, to)?, finding))
+            });
             Ok(FamilySockets { family, pod, home, mate: mate.transpose()? })
         };
         shape.addresses.iter().map(open).collect::<io::Result<_>>().map(Self)
@@ -196,7 +201,7 @@ impl Trial<'_> {
             let (inwards, outwards, sideways) = (random()?, random()?, random()?);
             let (whole, own) = (random()?, random()?);
             pod.await_only(inwards, &[outwards, sideways])?;
-            mate.map_or(Ok(()), |mate| mate.await_only(sideways, &[]))?;
+            mate.map_or(Ok(()), |(mate, _)| mate.await_only(sideways, &[]))?;
             // Another port each time, as connections have it.
             let fresh = u16::from_ne_bytes([a, b]) | 0x8000;
             let probe =
@@ -219,7 +224,7 @@ impl Trial<'_> {
                     .zip(ports)
                     .map(|(transport, ports)| probe(transport, pod.address, *vtep, ports, outwards))
             });
-            let beside = mate.into_iter().flat_map(|mate| {
+            let beside = mate.into_iter().flat_map(|(mate, _)| {
                 let ports = [[pod.port, mate.port], [fresh, UNUSED]];
                 Transport::ALL.into_iter().zip(ports).map(|(transport, ports)| {
                     probe(transport, pod.address, mate.address, ports, sideways)
@@ -245,6 +250,7 @@ impl Trial<'_> {
                 come: BTreeSet::new(),
                 arrived: BTreeSet::new(),
                 arrived_beside: BTreeSet::new(),
+                found_beside: [false; 2],
                 translated: None,
                 arriving: None,
                 carried: through.map(|_| Carried {
@@ -281,7 +287,10 @@ impl Trial<'_> {
 
 impl Check<'_> {
     fn send(&self) -> io::Result<()> {
-        let FamilySockets { family, pod, home, .. } = self.sockets;
+        let FamilySockets { family, pod, home, mate } = self.sockets;
+        if let (Some((_, finding)), [_, ..]) = (mate, &self.beside[..]) {
+            finding.send();
+        }
         for (number, to) in self.asked.iter().enumerate() {
             // By its number it is found inside a tunnel packet.
             let payload = Probe::payload(self.own);
@@ -309,9 +318,10 @@ impl Check<'_> {
 
     fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         let FamilySockets { pod, home, mate, .. } = self.sockets;
-        let pods = [pod].into_iter().chain(mate);
+        let pods = [pod].into_iter().chain(mate.as_ref().map(|(mate, _)| mate));
         let inside = pods.flat_map(|pod| [pod.datagrams.as_fd(), pod.segments.as_fd()]);
-        inside.chain([pod.large.as_fd(), home.as_fd()])
+        let finding = mate.iter().map(|(_, finding)| finding.socket().as_fd());
+        inside.chain(finding).chain([pod.large.as_fd(), home.as_fd()])
     }
 
     fn hear(&mut self) {
@@ -336,8 +346,9 @@ impl Check<'_> {
             }
         });
         self.arriving = self.arriving.or(arriving);
-        if let Some(mate) = mate {
+        if let Some((mate, finding)) = mate {
             mate.hear(self.beside.iter(), &mut self.arrived_beside, |_, _| {});
+            finding.hear(&mut self.found_beside);
         }
     }
 
@@ -393,7 +404,8 @@ impl Check<'_> {
             && (self.fitting.is_none() || self.fitting_left)
             && (self.outgoing.is_empty() || all(&self.left))
             && (self.incoming.is_empty() || all(&self.arrived))
-            && (self.beside.is_empty() || all(&self.arrived_beside))
+            && (self.beside.is_empty()
+                || all(&self.arrived_beside) && self.found_beside == [true; 2])
     }
 
     fn seen(&self) -> Vec<(Way, Seen)> {
@@ -420,6 +432,10 @@ impl Check<'_> {
         }
         if let Some(carried) = &self.carried {
             note(Direction::Carried, carried.seen());
+        }
+        if !self.beside.is_empty() {
+            let is_found = self.found_beside == [true; 2];
+            note(Direction::Finding, if is_found { Seen::Passed } else { Seen::Lost });
         }
         for transport in Transport::ALL {
             if !self.outgoing.is_empty() {

@@ -95,6 +95,7 @@ fn explains(way: Way, sort: Sort) -> bool {
         Direction::Carried | Direction::Gateway => true,
         Direction::TooLarge
         | Direction::Between(_)
+        | Direction::Finding
         | Direction::ToHost
         | Direction::FromHost(_) => false,
     };

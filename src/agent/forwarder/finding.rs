@@ -1,0 +1,112 @@
+//! How pods of one host find each other: by ARP, or by neighbor discovery, of which the first pod of the
+//! agent's own sends frames to the second. What comes there is seen before any kernel answers it.
+//!
+//! The frames tell what is so in any case: which MAC the address of the first one has.
+
+use std::{io, net::IpAddr};
+
+use nix::libc::{BPF_ABS, BPF_H, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W};
+use socket2::{SockFilter, Socket, Type};
+
+use super::pod::drain;
+use crate::{
+    dataplane::silence::ARP,
+    frames::{self, IPV6, packet_socket, sender_at},
+    model::Mac,
+    pods::standin::{INNER, StandIn, mate_mac},
+};
+
+/// To all stations, and to the second pod alone.
+const FRAMES: usize = 2;
+
+/// Of one family.
+pub struct Finding {
+    sender: Socket,
+    receiver: Socket,
+    frames: [Vec<u8>; FRAMES],
+}
+
+impl Finding {
+    /// From the first pod, with this address, to the second one, with that.
+    pub fn open(first: &StandIn, mate: &StandIn, from: IpAddr, to: IpAddr) -> io::Result<Self> {
+        let (sender, mac) = first.inside(|| sender_at(INNER))?;
+        let to_mac = mate_mac(first.addresses());
+        let (frames, protocol) = match (from, to) {
+            (IpAddr::V4(from), IpAddr::V4(to)) => {
+                let all = frames::arp(mac, None, from, from);
+                ([all, frames::arp_answer((mac, from), (to_mac, to))], ARP)
+            }
+            (IpAddr::V6(from), IpAddr::V6(to)) => {
+                let one = frames::solicitation(mac, Some(to_mac), from, to);
+                ([frames::advertisement(mac, from), one], IPV6)
+            }
+            _ => return Err(io::ErrorKind::InvalidInput.into()),
+        };
+        let receiver = mate.inside(|| packet_socket(Type::RAW, protocol))?;
+        receiver.attach_filter(&comes_from(mac))?;
+        Ok(Self { sender, receiver, frames })
+    }
+
+    /// What cannot be sent is not seen arriving.
+    pub fn send(&self) {
+        // Of an earlier trial.
+        drain(&self.receiver, |_, _| {});
+        for frame in &self.frames {
+            if let Err(error) = self.sender.send(frame) {
+                tracing::trace!(%error, "not sent");
+            }
+        }
+    }
+
+    pub const fn socket(&self) -> &Socket {
+        &self.receiver
+    }
+
+    /// Notes which of them have come.
+    pub fn hear(&self, come: &mut [bool; FRAMES]) {
+        drain(&self.receiver, |frame, _| {
+            for (come, sent) in come.iter_mut().zip(&self.frames) {
+                *come |= frame.starts_with(sent);
+            }
+        });
+    }
+}
+
+/// For the kernel's packet filter: frames of this sender.
+fn comes_from(mac: Mac) -> Vec<SockFilter> {
+    let [a, b, c, d, e, f] = *mac.as_bytes();
+    let step = |code: u32, operand| SockFilter::new(code as u16, 0, 0, operand);
+    let is = |value, or: u8| SockFilter::new((BPF_JMP | BPF_JEQ | BPF_K) as u16, 0, or, value);
+    vec![
+        step(BPF_LD | BPF_W | BPF_ABS, 6),
+        is(u32::from_be_bytes([a, b, c, d]), 3),
+        step(BPF_LD | BPF_H | BPF_ABS, 10),
+        is(u32::from(u16::from_be_bytes([e, f])), 1),
+        step(BPF_RET | BPF_K, u32::MAX),
+        step(BPF_RET | BPF_K, 0),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixDatagram;
+
+    use socket2::SockRef;
+
+    use super::*;
+
+    #[test]
+    fn frames_of_other_senders_do_not_fill_the_buffer() {
+        let mac = Mac::from_bytes([2, 0x85, 0, 0, 0x90, 1]);
+        let (to, from) = UnixDatagram::pair().expect("sockets");
+        from.set_nonblocking(true).expect("a socket");
+        SockRef::from(&from).attach_filter(&comes_from(mac)).expect("a filter");
+        for sender in [[2, 0x85, 0, 0, 0x90, 1], [2, 0x85, 0, 0, 0x90, 2], [6, 0x85, 0, 0, 0x90, 1]]
+        {
+            let ip = [10, 42, 1, 254].into();
+            let passes = to.send(&frames::arp(Mac::from_bytes(sender), None, ip, ip)).is_ok()
+                && from.recv(&mut [0; 64]).is_ok();
+            assert_eq!(passes, sender == *mac.as_bytes(), "{sender:?}");
+        }
+    }
+}
