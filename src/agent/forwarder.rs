@@ -10,6 +10,7 @@ mod explain;
 mod finding;
 mod gateway;
 mod home;
+mod ipsec;
 mod marks;
 mod output;
 mod partial;
@@ -276,6 +277,7 @@ impl<F: Fn(ForwarderNews)> TrialRunner<F> {
         if (setting.has_pods || setting.unanswered) && closed.iter().all(is_of_host) {
             self.warnings.extend(warnings::of_host(setting, &closed));
             self.warnings.extend(partial::warnings(&mut self.netlink, setting));
+            self.warnings.extend(ipsec::selecting(setting));
             self.warnings.extend(warnings::programs(&mut self.netlink, setting));
         }
         for (ipv4, address) in &self.arriving {

@@ -24,12 +24,14 @@ const GET_POLICY: u16 = 0x15;
 const REQUEST: u32 = 16 + 64;
 /// `struct xfrm_userpolicy_info`, before the attributes.
 const INFO: usize = 168;
+/// `struct xfrm_selector`, with which it begins.
+const SELECTOR: usize = 56;
 /// `XFRMA_TMPL`: what is done with packets that match.
 const TEMPLATE: u16 = 5;
 const AF_INET: u16 = 2;
 const DIRECTIONS: [&str; 3] = ["in", "out", "fwd"];
 
-/// A policy that does something with packets, or drops them.
+/// What is done with packets.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Policy {
     pub from: IpNet,
@@ -37,9 +39,22 @@ pub struct Policy {
     /// As `ip xfrm policy` calls it.
     pub direction: &'static str,
     pub priority: u32,
+    /// Packets that match are dropped.
+    pub blocks: bool,
+    /// Packets that match are transformed, as by encryption.
+    pub transforms: bool,
+    /// What else it selects packets by, as `ip xfrm policy` takes it.
+    pub what: String,
 }
 
-/// All policies of this network namespace that do not just let packets pass. Takes CAP_NET_ADMIN.
+impl Policy {
+    /// Whether packets that match pass as they are.
+    pub const fn lets_pass(&self) -> bool {
+        !self.blocks && !self.transforms
+    }
+}
+
+/// All policies of this network namespace. Takes CAP_NET_ADMIN.
 pub fn policies() -> io::Result<Vec<Policy>> {
     let socket = open_socket(NETLINK_XFRM)?;
     let mut request = Vec::new();
@@ -71,13 +86,33 @@ fn policy(bytes: &[u8]) -> Option<Policy> {
     };
     let priority = u32::from_ne_bytes(*bytes.get(152..)?.first_chunk()?);
     let direction = DIRECTIONS.get(usize::from(*bytes.get(160)?))?;
-    let blocks = *bytes.get(161)? != 0;
-    let has_template = find(bytes.get(INFO..)?, TEMPLATE).is_some();
-    let policy = Policy {
+    Some(Policy {
         to: network(0, *bytes.get(42)?)?,
         from: network(16, *bytes.get(43)?)?,
         direction,
         priority,
-    };
-    (blocks || has_template).then_some(policy)
+        blocks: *bytes.get(161)? != 0,
+        transforms: find(bytes.get(INFO..)?, TEMPLATE).is_some(),
+        what: selected(bytes.get(..SELECTOR)?),
+    })
+}
+
+/// By which protocol and ports (`struct xfrm_selector`).
+fn selected(selector: &[u8]) -> String {
+    let half = |at: usize| u16::from_be_bytes([selector[at], selector[at + 1]]);
+    let mut words = Vec::new();
+    match selector[44] {
+        0 => {}
+        6 => words.push("proto tcp".to_owned()),
+        17 => words.push("proto udp".to_owned()),
+        number => words.push(format!("proto {number}")),
+    }
+    for (name, at) in [("sport", 36), ("dport", 32)] {
+        match half(at + 2) {
+            0 => {}
+            u16::MAX => words.push(format!("{name} {}", half(at))),
+            mask => words.push(format!("{name} {}/{mask:#x}", half(at))),
+        }
+    }
+    words.join(" ")
 }

@@ -134,6 +134,42 @@ fn rules_of_healthy_hosts_are_not_warned_of() {
     });
 }
 
+#[test]
+fn ipsec_policy_about_some_packets_between_pods_is_warned_of_until_the_advice_is_followed() {
+    isolated(|lab| {
+        let mut scene = Scene::new(lab)?;
+        let (host, agent) = scene.second();
+        status_where(agent, all_well);
+        for (policy, does) in [
+            ("src 10.42.2.0/24 dst 10.42.0.0/16 proto tcp dport 80 dir out", "action block"),
+            ("src 10.42.0.0/16 dst 10.42.2.9/32 dir fwd", "action block"),
+            ("src 10.42.2.0/24 dst 10.42.3.0/24 proto udp dir out", "tmpl proto esp mode tunnel"),
+        ] {
+            if !run(host, &format!("ip xfrm policy add {policy} {does}")).status.success() {
+                skipped("IPsec policies about some packets", "the kernel has no IPsec");
+                return Ok(());
+            }
+            // Those that concern others, or let all pass.
+            sh(
+                host,
+                "ip xfrm policy add src 192.168.0.0/16 dst 10.42.0.0/16 dir fwd action block && \
+                 ip xfrm policy add src 10.42.0.0/16 dst 10.42.9.0/24 dir out && \
+                 nft add table ip change",
+            );
+            let mut words = policy.split(' ');
+            let [_, from, _, to] = std::array::from_fn(|_| words.next().expect("a word"));
+            let advice = format!("ip xfrm policy delete {policy}");
+            let named = format!("some packets between pods: those from {from} to {to}");
+            let said = warned(agent, &["an IPsec policy", &named, &advice]);
+            assert_eq!(said.matches("an IPsec policy").count(), 1, "{said}");
+            sh(host, &format!("{advice} && nft delete table ip change"));
+            status_where(agent, all_well);
+            sh(host, "ip xfrm policy flush");
+        }
+        Ok(())
+    });
+}
+
 /// It accepts connections in place of their destination, and makes them there once they are in earnest.
 #[test]
 fn proxy_of_connections_that_are_half_open_is_no_loss_and_one_that_loses_them_is() {

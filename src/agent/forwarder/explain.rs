@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fs, net::IpAddr};
 use ipnet::IpNet;
 use rtnetlink::packet_route::link::{InfoBridge, InfoData, LinkAttribute, LinkInfo};
 
-use super::{Setting, gateway, marks, partial};
+use super::{Setting, gateway, ipsec, marks, partial};
 use crate::{
     agent::{
         connections,
@@ -17,15 +17,9 @@ use crate::{
         kernel::{ClosedPort, FirewallTable, open_port},
         silence::Culprit,
     },
-    netlink::{
-        Netlink,
-        link::Link,
-        xfrm::{self, Policy},
-    },
+    netlink::{Netlink, link::Link},
 };
 
-/// IPsec policies that are named at once.
-const MAX_POLICIES: usize = 3;
 /// Tables of iptables-legacy.
 const LEGACY: [(&str, &str); 2] = [
     ("/proc/net/ip_tables_names", "iptables-legacy"),
@@ -350,7 +344,7 @@ fn suspects(netlink: &mut Netlink, setting: &Setting, port: Option<u32>) -> (Vec
         Err(error) => reasons.push(format!("nftables cannot be read ({error})")),
     }
     reasons.extend(partial::shortening(netlink, setting));
-    reasons.extend(ipsec(&networks));
+    reasons.extend(ipsec::taking(&networks));
     reasons.extend(networks.iter().flat_map(|network| legacy::around_pods(*network)));
     let links = netlink.links().unwrap_or_default();
     let is_on_the_way = |link: &&Link| {
@@ -387,25 +381,6 @@ fn redirecting(networks: &[IpNet]) -> Vec<String> {
         chains.unwrap_or_default().into_iter().map(sentence).collect::<Vec<_>>()
     };
     networks.iter().flat_map(open).collect()
-}
-
-/// IPsec policies that take packets between pods.
-fn ipsec(networks: &[IpNet]) -> Vec<String> {
-    let concerns = |policy: &Policy, network: &IpNet| {
-        let meets = |other: IpNet| network.contains(&other) || other.contains(network);
-        meets(policy.from) && meets(policy.to)
-    };
-    // A kernel without IPsec has none.
-    let policies = xfrm::policies().unwrap_or_default();
-    let taking = policies.iter().filter_map(|policy| {
-        let network = networks.iter().find(|network| concerns(policy, network))?;
-        let Policy { from, to, direction, priority } = policy;
-        Some(format!(
-            "an IPsec policy takes packets from {from} to {to} (ip xfrm policy: dir {direction}, priority \
-             {priority}): exempt packets from {network} to {network} in the IPsec configuration"
-        ))
-    });
-    taking.take(MAX_POLICIES).collect()
 }
 
 /// Chains that drop tunnel packets which come to this host.

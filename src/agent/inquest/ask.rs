@@ -238,7 +238,7 @@ impl Ways {
         let policies = xfrm::policies().unwrap_or_default();
         let concerned = policies.iter().filter(|policy| {
             let ours = if is_out { policy.from } else { policy.to };
-            policy.direction == direction && ours.contains(local)
+            !policy.lets_pass() && policy.direction == direction && ours.contains(local)
         });
         hints.extend(concerned.take(NAMED).map(|policy| {
             format!(

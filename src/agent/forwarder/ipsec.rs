@@ -1,0 +1,132 @@
+//! IPsec policies that take packets of pods: all of them, where those of trials are lost, or some.
+
+use ipnet::IpNet;
+
+use super::Setting;
+use crate::netlink::xfrm::{self, Policy};
+
+/// Policies that are named at once.
+const NAMED: usize = 3;
+
+/// Those that may take all packets between pods, with what helps.
+pub fn taking(networks: &[IpNet]) -> Vec<String> {
+    let policies = policies();
+    let taking = policies.iter().filter(|policy| !policy.lets_pass()).filter_map(|policy| {
+        let network = networks.iter().find(|network| meets(policy, **network))?;
+        let Policy { from, to, direction, priority, .. } = policy;
+        Some(format!(
+            "an IPsec policy takes packets from {from} to {to} (ip xfrm policy: dir {direction}, priority \
+             {priority}): exempt packets from {network} to {network} in the IPsec configuration"
+        ))
+    });
+    taking.take(NAMED).collect()
+}
+
+/// Those that take some packets between pods, which no trial meets, with what helps.
+pub fn selecting(setting: &Setting) -> Vec<String> {
+    sentences(&policies(), &setting.networks.iter().collect::<Vec<_>>())
+}
+
+fn sentences(policies: &[Policy], networks: &[IpNet]) -> Vec<String> {
+    let is_forwarded = |policy: &&Policy| policy.direction != "in" && !policy.lets_pass();
+    let found = policies.iter().filter(is_forwarded).filter_map(|policy| {
+        let network = networks.iter().find(|network| meets(policy, **network))?;
+        let is_exempt = policies.iter().any(|other| {
+            other.lets_pass()
+                && other.direction == policy.direction
+                && other.priority < policy.priority
+                && covers(other, policy, *network)
+        });
+        (!is_exempt).then(|| sentence(policy, *network))
+    });
+    found.take(NAMED).collect()
+}
+
+fn sentence(policy: &Policy, network: IpNet) -> String {
+    let Policy { from, to, direction, priority, what, .. } = policy;
+    let does = if policy.blocks { "drops" } else { "encrypts or drops" };
+    let what = if what.is_empty() { String::new() } else { format!(" {what}") };
+    format!(
+        "an IPsec policy {does} some packets between pods: those from {from} to {to}{what} (ip xfrm policy: \
+         dir {direction}, priority {priority}); if that is not on purpose: ip xfrm policy delete src {from} \
+         dst {to}{what} dir {direction}, or exempt packets from {network} to {network} in the IPsec \
+         configuration"
+    )
+}
+
+/// A kernel without IPsec has none.
+fn policies() -> Vec<Policy> {
+    xfrm::policies().unwrap_or_default()
+}
+
+/// Whether it may take packets between addresses of a network.
+fn meets(policy: &Policy, network: IpNet) -> bool {
+    let meets = |other: IpNet| network.contains(&other) || other.contains(&network);
+    meets(policy.from) && meets(policy.to)
+}
+
+/// Whether the first one takes all that the second one does of packets in this network.
+fn covers(first: &Policy, second: &Policy, network: IpNet) -> bool {
+    let covers = |first: IpNet, second: IpNet| first.contains(&second) || first.contains(&network);
+    let is_wide = first.what.is_empty() || first.what == second.what;
+    is_wide && covers(first.from, second.from) && covers(first.to, second.to)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn policy(from: &str, to: &str, action: (bool, bool), priority: u32) -> Policy {
+        let net = |text: &str| text.parse().expect("a network");
+        let (blocks, transforms) = action;
+        let (from, to, what) = (net(from), net(to), String::new());
+        Policy { from, to, direction: "fwd", priority, blocks, transforms, what }
+    }
+
+    const BLOCK: (bool, bool) = (true, false);
+    const PASS: (bool, bool) = (false, false);
+    const TUNNEL: (bool, bool) = (false, true);
+
+    #[test]
+    fn policy_for_some_packets_between_pods_is_told_unless_an_earlier_one_lets_them_pass() {
+        let network: IpNet = "10.42.0.0/16".parse().expect("a network");
+        let told = |policies: &[Policy]| sentences(policies, &[network]);
+        let block = policy("10.42.1.3/32", "10.42.0.0/16", BLOCK, 20);
+        let said = told(std::slice::from_ref(&block));
+        assert!(
+            said[0].starts_with(
+                "an IPsec policy drops some packets between pods: those from 10.42.1.3/32 to 10.42.0.0/16 \
+                 (ip xfrm policy: dir fwd, priority 20)"
+            ),
+            "{said:?}"
+        );
+        for (other, is_exempt) in [
+            (policy("10.42.0.0/16", "10.42.0.0/16", PASS, 10), true),
+            (policy("0.0.0.0/0", "10.42.0.0/16", PASS, 10), true),
+            (policy("10.42.0.0/16", "10.42.0.0/16", PASS, 30), false),
+            (policy("10.42.1.0/24", "10.42.2.0/24", PASS, 10), false),
+            (Policy { direction: "out", ..policy("0.0.0.0/0", "0.0.0.0/0", PASS, 10) }, false),
+            (
+                Policy { what: "proto tcp".into(), ..policy("0.0.0.0/0", "0.0.0.0/0", PASS, 10) },
+                false,
+            ),
+        ] {
+            assert_eq!(told(&[other.clone(), block.clone()]).is_empty(), is_exempt, "{other:?}");
+        }
+        assert_eq!(
+            told(&[policy("10.42.0.0/16", "192.168.0.0/16", BLOCK, 1)]),
+            Vec::<String>::new()
+        );
+        let own = Policy { direction: "in", ..block };
+        assert_eq!(told(&[own]), Vec::<String>::new(), "what comes to this host itself");
+        let ports = policy("10.0.0.0/8", "10.42.2.0/24", TUNNEL, 0);
+        let said = told(&[Policy { what: "proto tcp dport 80".into(), ..ports }]);
+        assert!(said[0].contains("encrypts or drops some packets"), "{said:?}");
+        assert!(
+            said[0].contains(
+                "ip xfrm policy delete src 10.0.0.0/8 dst 10.42.2.0/24 proto tcp dport 80 dir fwd"
+            ),
+            "{said:?}"
+        );
+    }
+}
