@@ -211,6 +211,39 @@ fn packets_of_pods_that_are_lost_between_two_hosts_are_noticed_wherever_that_is(
     });
 }
 
+/// They are on the way, and take other packets than those that are lost.
+#[test]
+fn rules_of_this_host_that_do_not_take_what_another_host_drops_are_not_blamed() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let _spaces = with_pods(&mut cluster, &["a", "b"])?;
+        let host = &cluster.hosts[0].netns;
+        sh(
+            host,
+            "nft add table inet own && \
+             nft add chain inet own f { type filter hook forward priority 0 ; } && \
+             nft add chain inet own more && \
+             nft add rule inet own f tcp flags & (syn|fin) == syn|fin drop && \
+             nft add rule inet own f udp dport 137 drop && \
+             nft add rule inet own f ip saddr 192.168.0.0/16 drop && \
+             nft add rule inet own f oifname docker0 drop && \
+             nft add rule inet own f iifname docker0 jump more && \
+             nft add rule inet own more drop",
+        );
+        let wall = &TUNNELLED[2];
+        sh(&cluster.hosts[1].netns, wall.close);
+        let unknown = "of its rules that might drop them none was found";
+        let agent = &mut cluster.agents[0];
+        wait_until(wall.there, PATIENCE, || has_problem(agent, wall.there));
+        wait_until(unknown, PATIENCE, || has_problem(agent, unknown));
+        // One that may be it is named all the same.
+        sh(host, "nft add rule inet own f udp dport 1-65535 ip length 60000 drop");
+        let named = "chain inet own f (hook forward) has rules that drop or reject";
+        wait_until(named, PATIENCE, || has_problem(agent, named));
+        Ok(())
+    });
+}
+
 #[test]
 fn packets_of_pods_that_are_lost_without_a_tunnel_are_noticed() {
     isolated(|lab| {

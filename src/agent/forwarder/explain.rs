@@ -1,6 +1,10 @@
 //! What may drop packets of which a trial has shown that they do not pass: read, and never decided by.
 
-use std::{collections::BTreeMap, fs, net::IpAddr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    net::IpAddr,
+};
 
 use ipnet::IpNet;
 use rtnetlink::packet_route::link::{InfoBridge, InfoData, LinkAttribute, LinkInfo};
@@ -13,8 +17,8 @@ use crate::{
         legacy,
     },
     dataplane::{
-        forwarding::{Direction, Way},
-        kernel::{ClosedPort, FirewallTable, open_port},
+        forwarding::{Direction, Transport, Way},
+        kernel::{ClosedPort, FirewallTable, Lost, open_port},
         silence::Culprit,
     },
     netlink::{Netlink, link::Link},
@@ -73,7 +77,7 @@ impl Reasons {
         }
         let needs_rules = setting.is_far_lost || closed.iter().any(needs_rules);
         let (found, takes_all) =
-            if needs_rules { suspects(netlink, setting, port) } else { Default::default() };
+            if needs_rules { suspects(netlink, setting, port, closed) } else { Default::default() };
         for Way { direction, ipv4 } in closed {
             if *direction == Direction::TooLarge || direction.is_of_host() {
                 continue;
@@ -323,7 +327,12 @@ fn or_where_to_look(found: &[String], setting: &Setting) -> Vec<String> {
 
 /// What was found to be in the way; the second says whether one of them sees packets before their way is
 /// looked up.
-fn suspects(netlink: &mut Netlink, setting: &Setting, port: Option<u32>) -> (Vec<String>, bool) {
+fn suspects(
+    netlink: &mut Netlink,
+    setting: &Setting,
+    port: Option<u32>,
+    closed: &[Way],
+) -> (Vec<String>, bool) {
     // No rule is to blame for what the table drops.
     if let Some(full) = connections::full() {
         return (vec![full], false);
@@ -332,7 +341,11 @@ fn suspects(netlink: &mut Netlink, setting: &Setting, port: Option<u32>) -> (Vec
     let mut reasons: Vec<String> = Vec::new();
     reasons.extend(networks.iter().flat_map(|network| marks::of_pods(netlink, setting, *network)));
     let mut takes_all = false;
-    match FirewallTable::open().and_then(|mut table| table.foreign_chains(&networks)) {
+    let links = netlink.links().unwrap_or_default();
+    let lost = lost(setting, port, closed, &links);
+    let chains =
+        FirewallTable::open().and_then(|mut table| table.chains_that_may_drop(&networks, &lost));
+    match chains {
         Ok(chains) => reasons.extend(chains.suspects().iter().map(|chain| {
             takes_all |= ["prerouting", "ingress"].contains(&chain.hook);
             let is_ipv6 = chain.chain.starts_with("ip6 ");
@@ -346,7 +359,6 @@ fn suspects(netlink: &mut Netlink, setting: &Setting, port: Option<u32>) -> (Vec
     reasons.extend(partial::shortening(netlink, setting));
     reasons.extend(ipsec::taking(&networks));
     reasons.extend(networks.iter().flat_map(|network| legacy::around_pods(*network)));
-    let links = netlink.links().unwrap_or_default();
     let is_on_the_way = |link: &&Link| {
         link.index == setting.device
             || link.name == bridge_name(setting)
@@ -361,6 +373,42 @@ fn suspects(netlink: &mut Netlink, setting: &Setting, port: Option<u32>) -> (Vec
         reasons.extend(redirecting(&networks));
     }
     (reasons, takes_all)
+}
+
+/// What rules would have to take to be in the way.
+fn lost(setting: &Setting, port: Option<u32>, closed: &[Way], links: &[Link]) -> Lost {
+    let mut transports: BTreeSet<Transport> = BTreeSet::new();
+    for way in closed {
+        match way.direction {
+            Direction::Out(of) | Direction::In(of) | Direction::Between(of) => {
+                transports.insert(of);
+            }
+            Direction::LargeOut => _ = transports.insert(Transport::Udp),
+            _ => {}
+        }
+    }
+    transports.extend(&setting.far_lost);
+    if transports.is_empty() || setting.is_far_lost && setting.far_lost.is_empty() {
+        transports.extend(Transport::ALL);
+    }
+    let is_on_the_way = |link: &&Link| {
+        [setting.device, setting.underlay].contains(&link.index)
+            || link.name == bridge_name(setting)
+            || Some(link.index) == port
+    };
+    let on_the_way: Vec<&Link> = links.iter().filter(is_on_the_way).collect();
+    let controllers = on_the_way.iter().filter_map(|link| {
+        let controller = link.controller()?;
+        links.iter().find(|other| other.index == controller)
+    });
+    let links = on_the_way.iter().copied().chain(controllers).map(|link| link.name.clone());
+    let hosts = setting.peers.iter().map(|peer| peer.underlay).chain([setting.local]);
+    Lost {
+        transports,
+        networks: setting.networks.iter().chain(hosts.map(IpNet::from)).collect(),
+        port: setting.port,
+        links: links.collect(),
+    }
 }
 
 /// Chains that send packets to another address, and how to exempt the overlay.

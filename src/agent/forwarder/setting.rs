@@ -1,12 +1,13 @@
 //! All that a trial depends on, and where it comes from.
 
-use std::net::IpAddr;
+use std::{collections::BTreeSet, net::IpAddr};
 
 use super::trial::{EXCESS, LARGEST};
 use crate::{
     agent::Agent,
     dataplane::{
         desired::{Way as Path, device_name},
+        forwarding::Transport,
         kernel::TRIAL_MARK,
     },
     model::{Mac, PathState, Subnets},
@@ -49,6 +50,8 @@ pub struct Setting {
     pub unanswered: bool,
     /// Packets to a pod of another host, or its answers, are lost, or all that go to a host without a tunnel.
     pub is_far_lost: bool,
+    /// Of which protocols they are, as far as that is certain.
+    pub far_lost: BTreeSet<Transport>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -119,6 +122,12 @@ impl Agent {
             peers: peers.take(MAX_PEERS).collect(),
             unanswered: self.path_states().any(|(_, state, _)| state == PathState::Unanswered),
             is_far_lost: self.kernel.far.is_in_doubt || self.is_lost_without_tunnel(),
+            far_lost: match self.is_lost_without_tunnel() {
+                true => Transport::ALL.into(),
+                false => {
+                    self.kernel.far.closed.iter().map(|way| way.sort.kind.transport()).collect()
+                }
+            },
         })
     }
 }

@@ -20,7 +20,7 @@ use self::chains::{
     MEMBERS, add_guard, add_masquerade, add_sets, elements, refuse_routers, refuse_unleased,
 };
 use super::{
-    forward::{Closing, ForeignChains, OwnHook, redirecting_chains, translating_chains},
+    forward::{Closing, ForeignChains, Lost, OwnHook, redirecting_chains, translating_chains},
     partial::{ForeignRules, LegacyTable, Partial, Traffic},
     ports::{ClosedPort, closed_ports, redirected_port},
     sets::{self, Elements},
@@ -201,7 +201,16 @@ impl FirewallTable {
 
     /// What others do with packets of these networks.
     pub fn foreign_chains(&mut self, networks: &[IpNet]) -> io::Result<ForeignChains> {
-        ForeignChains::read(&mut self.nftables, networks)
+        ForeignChains::read(&mut self.nftables, networks, None)
+    }
+
+    /// The same of packets that were lost: rules that certainly take none of them do not count.
+    pub fn chains_that_may_drop(
+        &mut self,
+        networks: &[IpNet],
+        lost: &Lost,
+    ) -> io::Result<ForeignChains> {
+        ForeignChains::read(&mut self.nftables, networks, Some(lost))
     }
 
     /// Chains of others that may keep pods from finding the gateway of this subnet.

@@ -3,7 +3,11 @@
 //! Each base chain has to let a packet pass, so none of ours can open what one of theirs closes. They are
 //! only read, and reading explains: whether packets pass is tried (`dataplane::forwarding`).
 
+mod lost;
+
 use std::{collections::BTreeSet, fmt, io, net::IpAddr};
+
+pub use lost::Lost;
 
 use ipnet::IpNet;
 
@@ -84,10 +88,16 @@ pub enum How {
 }
 
 impl ForeignChains {
-    pub fn read(nftables: &mut Nftables, networks: &[IpNet]) -> io::Result<Self> {
+    /// Without rules that are known to take none of what was lost.
+    pub fn read(
+        nftables: &mut Nftables,
+        networks: &[IpNet],
+        lost: Option<&Lost>,
+    ) -> io::Result<Self> {
         let chains = nftables.dump(Kind::GetChain, ANY, &Attributes::new())?;
         Ok(Self {
-            closing: closing_chains(nftables, &chains, networks, is_on_the_way).unwrap_or_default(),
+            closing: closing_chains(nftables, &chains, (networks, lost), is_on_the_way)
+                .unwrap_or_default(),
             dropping: direct_access_drops(nftables, &chains, networks).unwrap_or_default(),
         })
     }
@@ -104,7 +114,7 @@ impl ForeignChains {
             (INET | IP6, IpNet::V6(_)) => base.hook != FORWARD,
             _ => false,
         };
-        let mut closing = closing_chains(nftables, &chains, &[network], is_around)?;
+        let mut closing = closing_chains(nftables, &chains, (&[network], None), is_around)?;
         closing.truncate(NAMED);
         Ok(closing)
     }
@@ -119,7 +129,7 @@ impl ForeignChains {
         let hook = if at == OwnHook::Input { OWN_PACKETS[0] } else { OWN_PACKETS[1] };
         let is_at =
             |family: u8, base: &Base| [INET, IP, IP6].contains(&family) && base.hook == hook;
-        let mut closing = closing_chains(nftables, &chains, &[network], is_at)?;
+        let mut closing = closing_chains(nftables, &chains, (&[network], None), is_at)?;
         closing.truncate(NAMED);
         Ok(closing)
     }
@@ -218,7 +228,7 @@ impl fmt::Display for Closing {
 fn closing_chains(
     nftables: &mut Nftables,
     chains: &[Object],
-    networks: &[IpNet],
+    (networks, lost): (&[IpNet], Option<&Lost>),
     is_concerned: impl Fn(u8, &Base) -> bool,
 ) -> io::Result<Vec<Closing>> {
     let mut closing = Vec::new();
@@ -240,10 +250,11 @@ fn closing_chains(
             nftables.dump(Kind::GetRule, chain.family, &Attributes::new().text(1, table))?;
         let (own, others): (Vec<_>, Vec<_>) =
             rules.iter().partition(|rule| name_of(rule, 2) == name);
+        let may_take = |rule: &&Object| !lost.is_some_and(|lost| lost.misses(chain.family, rule));
         let has = |what: fn(&Object) -> bool| {
-            let leads = |rule: &&Object| effect(rule) == Effect::Leads;
-            own.iter().any(|rule| what(rule))
-                || own.iter().any(leads) && others.iter().any(|rule| what(rule))
+            let is_it = |rule: &&Object| what(rule) && may_take(rule);
+            let leads = |rule: &&Object| effect(rule) == Effect::Leads && may_take(rule);
+            own.iter().any(is_it) || own.iter().any(leads) && others.iter().any(is_it)
         };
         let hands_over = has(hands_over);
         let drops = || has(|rule| effect(rule) == Effect::Drops);

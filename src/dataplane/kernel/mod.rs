@@ -40,7 +40,7 @@ use rtnetlink::{
 pub use self::{
     error::KernelError,
     firewall::{FirewallTable, Pass, TRIAL_MARK},
-    forward::{Closing, ForeignChains, OwnHook},
+    forward::{Closing, ForeignChains, Lost, OwnHook},
     leftovers::Leftovers,
     observe::overlaps,
     partial::{Act, ForeignRules, LegacyTable, Partial, Traffic, Way},

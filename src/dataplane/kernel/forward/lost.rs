@@ -1,0 +1,238 @@
+//! Packets of trials that were lost, and rules that certainly do not take them: those for another protocol,
+//! another port, addresses of others or other interfaces.
+
+use std::collections::BTreeSet;
+
+use ipnet::IpNet;
+
+use super::{INET, IP, IP6};
+use crate::{
+    dataplane::{
+        forwarding::{FAR_DATA_PORT, FAR_PORT, Transport, UNUSED, UNUSED_OUT},
+        kernel::rules::{expressions, number},
+    },
+    netlink::{
+        attributes::{self, octets},
+        nftables::Object,
+    },
+};
+
+/// `NFT_META_*`
+const META_PROTOCOL: u32 = 1;
+const META_IIFNAME: u32 = 6;
+const META_OIFNAME: u32 = 7;
+const META_NFPROTO: u32 = 15;
+const META_L4PROTO: u32 = 16;
+/// `NFT_PAYLOAD_*`
+const NETWORK: u32 = 1;
+const TRANSPORT: u32 = 2;
+/// `NFT_CMP_EQ`
+const EQUAL: u32 = 0;
+const TCP: u8 = 6;
+const UDP: u8 = 17;
+/// Errors may have to get through for large packets to do so.
+const ICMP: [u8; 2] = [1, 58];
+/// A name of an interface is compared with so many bytes, unless only its beginning is.
+const NAME: usize = 16;
+
+/// What was lost.
+#[derive(Clone, Debug)]
+pub struct Lost {
+    pub transports: BTreeSet<Transport>,
+    /// Where packets come from and go to: the overlay, and hosts of the underlay.
+    pub networks: Vec<IpNet>,
+    /// Of tunnels.
+    pub port: u16,
+    /// Names of interfaces on the way.
+    pub links: Vec<String>,
+}
+
+/// What a comparison is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Loaded {
+    /// By its name in the kernel, or by its number in Ethernet.
+    Family,
+    Protocol,
+    Port,
+    Address,
+    Interface,
+}
+
+impl Lost {
+    /// Whether a rule of a table of this family takes none of these packets, as its form tells. A rule of
+    /// which that is not known may take them.
+    pub fn misses(&self, family: u8, rule: &Object) -> bool {
+        let mut is_ipv4 = match family {
+            IP => Some(true),
+            IP6 => Some(false),
+            _ => None,
+        };
+        let mut last: Option<(u32, Loaded)> = None;
+        for (name, data) in expressions(rule) {
+            let get = |attribute| number(attributes::find(data, attribute));
+            match name {
+                "meta" if get(3).is_none() => last = get(1).zip(of_meta(family, get(2))),
+                "payload" if get(5).is_none() => {
+                    let place = [get(2), get(3), get(4)].map(Option::unwrap_or_default);
+                    last = get(1).zip(of_payload(is_ipv4, place));
+                }
+                "cmp" if get(2) == Some(EQUAL) => {
+                    let compared = last.filter(|(register, _)| get(1) == Some(*register));
+                    let value =
+                        attributes::find(data, 3).and_then(|data| attributes::find(data, 1));
+                    let (Some((_, loaded)), Some(value)) = (compared, value) else { continue };
+                    if loaded == Loaded::Family {
+                        is_ipv4 = is_ipv4.or(of_family(value));
+                    } else if self.differs(loaded, value) {
+                        return true;
+                    }
+                }
+                "cmp" | "counter" | "range" | "lookup" => {}
+                // It may have changed what was loaded.
+                _ => last = None,
+            }
+        }
+        false
+    }
+
+    /// Whether none of the packets has this value.
+    fn differs(&self, loaded: Loaded, value: &[u8]) -> bool {
+        match (loaded, value) {
+            (Loaded::Protocol, [TCP]) => !self.transports.contains(&Transport::Tcp),
+            (Loaded::Protocol, [UDP]) => !self.transports.contains(&Transport::Udp),
+            (Loaded::Protocol, [other]) => !ICMP.contains(other),
+            // The other port is another one each time.
+            (Loaded::Port, [high, low]) => {
+                let port = u16::from_be_bytes([*high, *low]);
+                ![UNUSED, UNUSED_OUT, FAR_PORT, FAR_DATA_PORT, self.port].contains(&port)
+            }
+            (Loaded::Address, first) => !self.networks.iter().any(|network| {
+                let own = octets(network.network());
+                let length = first.len().min(usize::from(network.prefix_len() / 8));
+                own.len() >= first.len() && own[..length] == first[..length]
+            }),
+            (Loaded::Interface, name) if name.len() == NAME => {
+                let name = attributes::text(name);
+                !self.links.iter().any(|link| link == name)
+            }
+            _ => false,
+        }
+    }
+}
+
+fn of_meta(family: u8, key: Option<u32>) -> Option<Loaded> {
+    match key? {
+        META_PROTOCOL | META_NFPROTO => Some(Loaded::Family),
+        META_L4PROTO => Some(Loaded::Protocol),
+        // Elsewhere they are those of ports, too.
+        META_IIFNAME | META_OIFNAME if [INET, IP, IP6].contains(&family) => Some(Loaded::Interface),
+        _ => None,
+    }
+}
+
+/// By base, offset and length.
+fn of_payload(is_ipv4: Option<bool>, place: [u32; 3]) -> Option<Loaded> {
+    match (is_ipv4, place) {
+        (_, [TRANSPORT, 0 | 2, 2]) => Some(Loaded::Port),
+        (Some(true), [NETWORK, 9, 1]) | (Some(false), [NETWORK, 6, 1]) => Some(Loaded::Protocol),
+        (Some(true), [NETWORK, 12 | 16, 1..=4]) | (Some(false), [NETWORK, 8 | 24, 1..=16]) => {
+            Some(Loaded::Address)
+        }
+        _ => None,
+    }
+}
+
+fn of_family(value: &[u8]) -> Option<bool> {
+    match value {
+        [2] | [0x08, 0x00] => Some(true),
+        [10] | [0x86, 0xdd] => Some(false),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::netlink::attributes::Attributes;
+
+    const BRIDGE: u8 = 7;
+
+    type Expression = (&'static str, Attributes);
+
+    fn meta(key: u32) -> Expression {
+        ("meta", Attributes::new().be32(1, 1).be32(2, key))
+    }
+
+    fn payload(base: u32, at: u32, length: u32) -> Expression {
+        ("payload", Attributes::new().be32(1, 1).be32(2, base).be32(3, at).be32(4, length))
+    }
+
+    fn cmp(operator: u32, bytes: &[u8]) -> Expression {
+        let value = Attributes::new().put(1, bytes);
+        ("cmp", Attributes::new().be32(1, 1).be32(2, operator).nest(3, &value))
+    }
+
+    fn misses(family: u8, expressions: &[Expression]) -> bool {
+        let list = expressions.iter().fold(Attributes::new(), |list, (name, data)| {
+            list.nest(1, &Attributes::new().text(1, name).nest(2, data))
+        });
+        let attributes = Attributes::new().nest(4, &list).as_bytes().to_vec();
+        let net = |text: &str| text.parse().expect("a network");
+        let lost = Lost {
+            transports: [Transport::Udp].into(),
+            networks: vec![net("10.42.0.0/16"), net("fd42::/48"), net("10.99.0.10/32")],
+            port: 8472,
+            links: vec!["gsm0".into(), "gossamer.1".into()],
+        };
+        lost.misses(family, &Object { family, attributes })
+    }
+
+    fn name(text: &str) -> Vec<u8> {
+        let mut bytes = text.as_bytes().to_vec();
+        bytes.resize(NAME, 0);
+        bytes
+    }
+
+    #[test]
+    fn rule_for_another_protocol_port_address_or_interface_takes_nothing_that_was_lost() {
+        let protocol = |number| [meta(META_L4PROTO), cmp(0, &[number])];
+        let port = |port: u16| [payload(TRANSPORT, 2, 2), cmp(0, &port.to_be_bytes())];
+        let from = |bytes: &[u8]| [payload(NETWORK, 12, bytes.len() as u32), cmp(0, bytes)];
+        let by = |text: &[u8]| [meta(META_IIFNAME), cmp(0, text)];
+        for (family, rule, misses_it) in [
+            (INET, protocol(TCP), true),
+            (INET, protocol(132), true),
+            (INET, protocol(UDP), false),
+            (INET, protocol(1), false),
+            (IP, port(80), true),
+            (IP, port(8472), false),
+            (IP, port(FAR_DATA_PORT), false),
+            (IP, from(&[192, 168]), true),
+            (IP, from(&[10, 42, 1, 9]), false),
+            (IP, from(&[10]), false),
+            (IP, from(&[10, 99, 0, 10]), false),
+            (IP, from(&[10, 99, 0, 11]), true),
+            // It may be something else there.
+            (INET, from(&[192, 168]), false),
+            (INET, by(&name("docker0")), true),
+            (INET, by(&name("gsm0")), false),
+            (INET, by(b"br-"), false),
+            (BRIDGE, by(&name("gsv1")), false),
+        ] {
+            assert_eq!(misses(family, &rule), misses_it, "{family} {rule:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_certain_about_a_rule_does_not_leave_it_out() {
+        let family = [meta(META_NFPROTO), cmp(0, &[2])];
+        let outside = [payload(NETWORK, 12, 2), cmp(0, &[192, 168])];
+        assert!(misses(INET, &[&family[..], &outside].concat()));
+        assert!(!misses(INET, &[]));
+        assert!(!misses(INET, &[meta(META_L4PROTO), cmp(1, &[TCP])]), "another operator");
+        let masked = ("bitwise", Attributes::new().be32(1, 1).be32(2, 1));
+        assert!(!misses(IP, &[payload(NETWORK, 12, 4), masked, cmp(0, &[192, 168, 0, 0])]));
+        let other = ("cmp", Attributes::new().be32(1, 2).be32(2, 0));
+        assert!(!misses(IP, &[meta(META_L4PROTO), other]), "another register");
+    }
+}
