@@ -7,7 +7,7 @@ use crate::{
 };
 
 /// Chains of a table, rules, what is said of them, and the advice.
-const NARROW: [(&str, &str, &str, &str); 6] = [
+const NARROW: [(&str, &str, &str, &str); 8] = [
     (
         "ip crowd f { type filter hook forward priority -10 ; }",
         "ip saddr { 10.42.3.3, 203.0.113.9 } drop",
@@ -19,6 +19,19 @@ const NARROW: [(&str, &str, &str, &str); 6] = [
         "ip daddr 10.42.2.2-10.42.2.99 reject",
         "chain inet old f rejects some packets between pods: those to 10.42.2.2-10.42.2.99",
         "nft insert rule inet old f ip saddr 10.42.0.0/16 ip daddr 10.42.0.0/16 accept",
+    ),
+    // Left by a program that has gone, or written by an administrator where a program calls them.
+    (
+        "ip kube KUBE-POD-FW-A { type filter hook forward priority 0 ; }",
+        "ip daddr 10.42.2.2 reject",
+        "chain ip kube KUBE-POD-FW-A rejects some packets between pods: those to 10.42.2.2",
+        "nft insert rule ip kube KUBE-POD-FW-A ip saddr 10.42.0.0/16 ip daddr 10.42.0.0/16 accept",
+    ),
+    (
+        "ip dock DOCKER-USER { type filter hook forward priority 0 ; }",
+        "tcp dport 8080 drop",
+        "chain ip dock DOCKER-USER drops some packets between pods: those to port 8080",
+        "nft insert rule ip dock DOCKER-USER ip saddr 10.42.0.0/16 ip daddr 10.42.0.0/16 accept",
     ),
     (
         "bridge guard p { type filter hook prerouting priority -300 ; }",

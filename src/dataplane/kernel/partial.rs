@@ -55,8 +55,6 @@ const RULES: usize = 100_000;
 const PASSES: usize = 3;
 /// Findings of one kind that are named at once.
 const NAMED: usize = 3;
-/// Chains of programs that know what they do with addresses of pods.
-const KNOWN: [&str; 6] = ["DOCKER", "KUBE-", "CNI-", "NETAVARK", "cali-", "CILIUM"];
 /// Tables of iptables in the order of packets (`NF_IP_PRI_*`).
 const LEGACY: [(&str, i32); 5] =
     [("raw", -300), ("mangle", -150), ("nat", -100), ("filter", 0), ("security", 50)];

@@ -10,7 +10,7 @@ use crate::netlink::attributes;
 pub const UNICAST: u32 = 1;
 const LOCAL: u32 = 2;
 /// States of connections as bits: new and established.
-const NEW: u32 = 8;
+pub const NEW: u32 = 8;
 pub const ESTABLISHED: u32 = 2;
 /// Flags of TCP that packets of a working connection have; a reset is no loss.
 const FLAGS: [u8; 5] = [0x02, 0x12, 0x10, 0x18, 0x11];
@@ -157,6 +157,11 @@ impl Selection {
     /// Whether it takes all packets of its ways.
     pub const fn is_all(&self) -> bool {
         !self.is_partial && self.takes(NEW) && self.takes(ESTABLISHED)
+    }
+
+    /// Ways of which it takes all packets of established connections.
+    pub const fn settled(&self) -> u8 {
+        if !self.is_partial && self.takes(ESTABLISHED) { self.ways } else { 0 }
     }
 
     /// Whether it takes only packets that begin connections.

@@ -3,9 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
-    Act, Base, KNOWN, Key, POSTROUTING, PREROUTING, Partial, Place, lines, reader,
+    Act, Base, Key, POSTROUTING, PREROUTING, Partial, Place, lines, reader,
     reading::{Change, Context, Marks, Reading, Verdict},
-    selection::{Marked, Selection, Traffic},
+    selection::{ESTABLISHED, Marked, NEW, Selection, Traffic},
     sets::Sets,
 };
 use crate::netlink::nftables::Object;
@@ -41,6 +41,8 @@ impl Walk<'_> {
         let mut back = 0;
         // What they take of which no packet comes further.
         let mut gone: BTreeSet<Vec<String>> = BTreeSet::new();
+        // Ways of which no packet of an established connection does, of those that come to this chain.
+        let mut has_settled = 0;
         for at in 0..count {
             if *self.left == 0 {
                 return 0;
@@ -53,7 +55,8 @@ impl Walk<'_> {
             };
             for (own, verdict) in branches {
                 let Some(all) = into.and(&own) else { continue };
-                let has_passed = all.is_late && all.ways & !self.passes_established == 0;
+                let settled = self.passes_established | has_settled;
+                let has_passed = all.is_late && all.ways & !settled == 0;
                 if !has_passed && !gone.contains(&own.what) {
                     for act in self.acts(&verdict, &changes, &all) {
                         self.note(act, (name, at));
@@ -76,13 +79,15 @@ impl Walk<'_> {
                     Verdict::Return => {
                         back |= whole;
                         into.ways &= !whole;
-                        gone.insert(own.what);
+                        has_settled |= own.settled();
+                        gone.extend(own.takes(NEW).then_some(own.what));
                     }
                     Verdict::Accept => {
-                        if !all.is_partial && own.takes(super::selection::ESTABLISHED) {
+                        has_settled |= own.settled();
+                        if !all.is_partial && own.takes(ESTABLISHED) {
                             self.passes_established |= all.ways;
                         } else {
-                            gone.insert(own.what);
+                            gone.extend(own.takes(NEW).then_some(own.what));
                         }
                         into.ways &= !whole;
                     }
@@ -97,9 +102,6 @@ impl Walk<'_> {
     }
 
     fn note(&mut self, (act, what): (Act, Vec<String>), (name, at): (&str, usize)) {
-        if KNOWN.iter().any(|known| name.starts_with(known)) {
-            return;
-        }
         let base = self.base;
         let (label, chain) = (base.label(&base.name), base.shown(name));
         let new = || Partial {
