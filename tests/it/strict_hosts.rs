@@ -95,6 +95,33 @@ fn rules_against_traceroute_and_against_resets_are_no_problem() {
     });
 }
 
+/// As OpenWrt's firewall has it, whose chains are all in one table.
+const ROUTER: &str = "nft add table inet fw4 && \
+    nft add chain inet fw4 forward { type filter hook forward priority 0 ; policy drop ; } && \
+    nft add chain inet fw4 srcnat { type nat hook postrouting priority srcnat ; } && \
+    nft add chain inet fw4 handle_reject && \
+    nft add chain inet fw4 srcnat_wan && \
+    nft add chain inet fw4 input_wan && \
+    nft add rule inet fw4 input_wan udp dport { 8472, 8473 } accept && \
+    nft add rule inet fw4 handle_reject reject && \
+    nft add rule inet fw4 srcnat_wan masquerade && \
+    nft add rule inet fw4 forward ct state established accept && \
+    nft add rule inet fw4 forward jump handle_reject && \
+    nft add rule inet fw4 srcnat oifname eth0 jump srcnat_wan";
+
+#[test]
+fn chain_that_translates_is_not_blamed_for_what_another_one_of_its_table_rejects() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let _spaces = with_pods(&mut cluster, &["a", "b"])?;
+        sh(&cluster.hosts[1].netns, ROUTER);
+        let words = "chain inet fw4 forward (hook forward)";
+        wait_until(words, PATIENCE, || has_problem(&mut cluster.agents[1], words));
+        assert!(!has_problem(&mut cluster.agents[1], "srcnat"), "{}", cluster.agents[1].log());
+        Ok(())
+    });
+}
+
 #[test]
 fn rule_that_hands_forwarded_packets_to_no_program_is_named() {
     isolated(|lab| {

@@ -15,7 +15,7 @@ use super::{
     firewall::name_of,
     rules::{
         Base, Effect, base_of, effect, family_name, hands_over, hook_name, is_conditional,
-        translates_destination, translates_source,
+        target_of, translates_destination, translates_source,
     },
 };
 use crate::{
@@ -73,6 +73,8 @@ pub struct Closing {
     pub is_likely: bool,
     /// A rule hands packets to a program.
     pub hands_over: bool,
+    /// What it accepts is not translated.
+    pub is_nat: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -189,6 +191,12 @@ impl Closing {
             ["netdev" | "bridge" | "arp", table, _] => {
                 format!("see nft list table {} {table}", words[0])
             }
+            // Other packets of pods have to be translated.
+            _ if self.is_nat => format!(
+                "nft insert rule {} {1} saddr {network} {1} daddr {network} accept",
+                self.chain,
+                protocol(network)
+            ),
             _ => format!(
                 "nft insert rule {0} {1} saddr {network} accept; nft insert rule {0} {1} daddr {network} \
                  accept",
@@ -248,13 +256,14 @@ fn closing_chains(
         }
         let rules =
             nftables.dump(Kind::GetRule, chain.family, &Attributes::new().text(1, table))?;
-        let (own, others): (Vec<_>, Vec<_>) =
-            rules.iter().partition(|rule| name_of(rule, 2) == name);
-        let may_take = |rule: &&Object| !lost.is_some_and(|lost| lost.misses(chain.family, rule));
+        let own: Vec<&Object> = rules.iter().filter(|rule| name_of(rule, 2) == name).collect();
+        let is_nat = is_nat(chain);
+        let may_take = |rule: &Object| !lost.is_some_and(|lost| lost.misses(chain.family, rule));
+        let reached = reached(&rules, name, !is_nat, may_take);
         let has = |what: fn(&Object) -> bool| {
-            let is_it = |rule: &&Object| what(rule) && may_take(rule);
-            let leads = |rule: &&Object| effect(rule) == Effect::Leads && may_take(rule);
-            own.iter().any(is_it) || own.iter().any(leads) && others.iter().any(is_it)
+            rules
+                .iter()
+                .any(|rule| what(rule) && may_take(rule) && reached.contains(name_of(rule, 2)))
         };
         let hands_over = has(hands_over);
         let drops = || has(|rule| effect(rule) == Effect::Drops);
@@ -269,10 +278,42 @@ fn closing_chains(
             hook: hook_name(chain.family, base.hook),
             is_likely: base.hook == FORWARD && !ours.iter().all(accepts),
             hands_over,
+            is_nat,
         });
     }
     closing.sort_by_key(|closing| (!closing.is_likely, closing.how));
     Ok(closing)
+}
+
+/// Chains that packets come to from one of a table. A map of verdicts may lead to any other; those of chains
+/// that translate are taken to lead to others of that kind, which drop nothing.
+fn reached<'a>(
+    rules: &'a [Object],
+    from: &'a str,
+    follows_maps: bool,
+    may_take: impl Fn(&Object) -> bool,
+) -> BTreeSet<&'a str> {
+    let mut reached = BTreeSet::from([from]);
+    let mut open = vec![from];
+    while let Some(chain) = open.pop() {
+        let leads = |rule: &&Object| {
+            name_of(rule, 2) == chain && effect(rule) == Effect::Leads && may_take(rule)
+        };
+        let leading = rules.iter().filter(leads);
+        for rule in leading {
+            match target_of(rule) {
+                Some(target) if reached.insert(target) => open.push(target),
+                None if follows_maps => return rules.iter().map(|rule| name_of(rule, 2)).collect(),
+                _ => {}
+            }
+        }
+    }
+    reached
+}
+
+/// Whether a base chain translates addresses: only the first packet of a connection comes to it.
+fn is_nat(chain: &Object) -> bool {
+    attributes::find(&chain.attributes, 7).map(attributes::text) == Some("nat")
 }
 
 /// Chains of others that translate the source of what leaves this host; where rules without a condition do
@@ -383,4 +424,29 @@ fn compared(expression: &[u8]) -> Option<&[u8]> {
     let is_comparison = attributes::find(expression, 1).map(attributes::text) == Some("cmp");
     let data = attributes::find(expression, 2).filter(|_| is_comparison)?;
     attributes::find(attributes::find(data, 3)?, 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn advice_about_a_chain_that_translates_leaves_out_packets_between_pods_alone() {
+        let network = "10.42.0.0/16".parse().expect("a network");
+        let fix = |is_nat| {
+            let closing = Closing {
+                how: How::Rules,
+                chain: "inet wan post".to_owned(),
+                hook: "postrouting",
+                is_likely: false,
+                hands_over: false,
+                is_nat,
+            };
+            closing.fix(network)
+        };
+        let both =
+            "nft insert rule inet wan post ip saddr 10.42.0.0/16 ip daddr 10.42.0.0/16 accept";
+        assert_eq!(fix(true), both);
+        assert!(fix(false).contains("post ip saddr 10.42.0.0/16 accept; "), "{}", fix(false));
+    }
 }

@@ -100,6 +100,14 @@ pub fn effect(rule: &Object) -> Effect {
     effect
 }
 
+/// The chain that packets which match all conditions of a rule are led to; none, by a map of verdicts.
+pub fn target_of(rule: &Object) -> Option<&str> {
+    expressions(rule).filter(|(name, _)| *name == "immediate").find_map(|(_, data)| {
+        let verdict = attributes::find(attributes::find(data, 2)?, 2)?;
+        attributes::find(verdict, 2).map(attributes::text)
+    })
+}
+
 /// Whether packets that match all conditions of a rule are handed to a program, which decides on them.
 pub fn hands_over(rule: &Object) -> bool {
     expressions(rule)
