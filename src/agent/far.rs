@@ -47,6 +47,19 @@ pub struct Setting {
     askers: BTreeMap<IpAddr, NodeId>,
     /// The same as far as the kernel can tell them.
     sources: Vec<Sources>,
+    /// Those of this host, which its rules may have put in the place of a member's.
+    own: BTreeSet<IpAddr>,
+}
+
+impl Setting {
+    fn may_ask(&self, from: IpAddr) -> bool {
+        self.askers.contains_key(&from) || self.own.contains(&from)
+    }
+
+    /// Whether what came from an address may be a member's. A round's number is known to that one alone.
+    fn may_be_of(&self, from: IpAddr, node: NodeId) -> bool {
+        self.askers.get(&from).map_or(self.own.contains(&from), |asker| *asker == node)
+    }
 }
 
 /// What is known.
@@ -184,7 +197,7 @@ impl<F: Fn(Told)> Runner<F> {
                     self.setting = setting;
                     self.update();
                     if let Some(place) = &mut self.place {
-                        place.witness.keep(|from| self.setting.askers.contains_key(&from));
+                        place.witness.keep(|from| self.setting.may_ask(from));
                         if let Err(error) = place.sockets.admit(&self.setting.sources) {
                             tracing::debug!(%error, "no filter of questions");
                         }
@@ -194,7 +207,7 @@ impl<F: Fn(Told)> Runner<F> {
                     // What waits to be read has come, too.
                     self.hear();
                     let now = self.clock.now();
-                    let is_its = |from| self.setting.askers.get(&from) == Some(&node);
+                    let is_its = |from| self.setting.may_be_of(from, node);
                     let place = self.place.as_ref();
                     let told = place.map(|place| place.witness.testify(now, round, is_its));
                     (self.tell)(Told::Testimony(reply, told));
@@ -236,8 +249,8 @@ impl<F: Fn(Told)> Runner<F> {
             let now = clock.now();
             match heard {
                 Heard::Question { from, round, sort } => {
-                    let is_answered = setting.askers.contains_key(&from)
-                        && witness.on_question(now, from, round, sort);
+                    let is_answered =
+                        setting.may_ask(from) && witness.on_question(now, from, round, sort);
                     if is_answered {
                         far.on_question(now, from);
                     }
@@ -356,6 +369,8 @@ impl Agent {
             let node = *node;
             Some(askers(*subnets, peer.vtep.underlay).map(move |from| (from, node)))
         };
+        let own = askers(view.own.subnets, view.own.vtep.underlay);
+        let own = own.chain([self.underlay.local]).collect();
         let askers = view.peers.iter().filter_map(askers_of).flatten().collect();
         let sources = sources(view.settings.pool.networks(), view.own.subnets);
         let lost_here = self.kernel.forwarding.closed.clone();
@@ -365,7 +380,7 @@ impl Agent {
         // Where nothing gets to any peer, that is told already.
         let is_told = self.kernel.underlay_problem.is_some() || self.kernel.host.is_table_full;
         if is_told {
-            return Some(Setting { subjects: Vec::new(), lost_here, rest, askers, sources });
+            return Some(Setting { subjects: Vec::new(), lost_here, rest, askers, sources, own });
         }
         let underlay = self.underlay.with_mode(self.config.mode);
         let subject = |(node, state, _): (NodeId, PathState, Option<Duration>)| {
@@ -393,7 +408,7 @@ impl Agent {
             (is_reached && !matches!(way, Path::Unreachable)).then_some(subject)
         };
         let subjects = self.path_states().filter_map(subject).collect();
-        Some(Setting { subjects, lost_here, rest, askers, sources })
+        Some(Setting { subjects, lost_here, rest, askers, sources, own })
     }
 }
 
@@ -428,5 +443,21 @@ mod tests {
             Sources::new(network, subnet, of_subnet)
         });
         assert_eq!(sources(networks, dual()), expected.collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn what_came_under_an_address_of_this_host_may_be_of_any_member_and_of_a_member_only_its_own() {
+        let [first, second] = [1, 2].map(|number| NodeId::from_bytes([number; 8]));
+        let [member, own, pod] =
+            [[10, 42, 1, 254], [10, 42, 2, 1], [10, 42, 2, 2]].map(IpAddr::from);
+        let setting = Setting {
+            askers: BTreeMap::from([(member, first)]),
+            own: BTreeSet::from([own]),
+            ..Setting::default()
+        };
+        assert!(setting.may_ask(member) && setting.may_ask(own) && !setting.may_ask(pod));
+        assert!(setting.may_be_of(member, first) && !setting.may_be_of(member, second));
+        assert!(setting.may_be_of(own, first) && setting.may_be_of(own, second));
+        assert!(!setting.may_be_of(pod, first));
     }
 }

@@ -123,6 +123,23 @@ fn chain_that_translates_is_not_blamed_for_what_another_one_of_its_table_rejects
 }
 
 #[test]
+fn masquerading_of_all_packets_by_one_host_is_no_problem_of_others() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let _spaces = with_pods(&mut cluster, &["a", "b"])?;
+        sh(
+            &cluster.hosts[1].netns,
+            "nft add table ip full && \
+             nft add chain ip full post { type nat hook postrouting priority srcnat ; } && \
+             nft add rule ip full post masquerade",
+        );
+        let words = "reach pods here under the address";
+        wait_until(words, PATIENCE, || has_warning(&mut cluster.agents[1], words));
+        hold(&mut cluster.agents[..1], |status| status["problems"] == serde_json::json!([]))
+    });
+}
+
+#[test]
 fn rule_that_hands_forwarded_packets_to_no_program_is_named() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
