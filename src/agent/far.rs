@@ -74,6 +74,8 @@ pub struct FarState {
     pub losses: Vec<FarLoss>,
     /// Something was lost when it was last tried.
     pub is_in_doubt: bool,
+    /// Peers to which large packets were lost then, and small ones were not.
+    pub losing_large: BTreeSet<NodeId>,
 }
 
 /// What the thread tells.
@@ -302,6 +304,7 @@ impl<F: Fn(Told)> Runner<F> {
             overrun: self.far.overrun(),
             losses: self.far.losses(),
             is_in_doubt: self.far.is_in_doubt(),
+            losing_large: self.far.losing_large(),
         };
         if now != self.told {
             self.told.clone_from(&now);
@@ -334,6 +337,11 @@ impl Agent {
             Told::State(state) => {
                 let words = |agent: &Self| [agent.far_problems(), agent.far_warnings()].concat();
                 let before = words(self);
+                // A link on the way may carry less than before.
+                let clock = self.clock.now();
+                for node in state.losing_large.difference(&self.kernel.far.losing_large) {
+                    self.prober.paths.doubt_size(clock, *node);
+                }
                 self.kernel.far = state;
                 let now = words(self);
                 let new = now.iter().filter(|problem| !before.contains(problem));

@@ -266,6 +266,18 @@ impl Paths {
         self.peers.get(&node).and_then(Path::narrower_by)
     }
 
+    /// Large packets of others to a peer were lost where small ones were not: asks at once whether full ones
+    /// get through.
+    pub fn doubt_size(&mut self, now: Time, node: NodeId) {
+        let at = self.awake.look(now);
+        self.change(node, |path| path.doubt_size(at));
+    }
+
+    /// Whether it is being found out how large packets to a peer may be.
+    pub fn is_measured(&self, node: NodeId) -> bool {
+        self.peers.get(&node).is_some_and(Path::is_measured)
+    }
+
     /// How many flows to a peer are lost, of how many; none where that is not so, or all are.
     pub fn flows(&self, node: NodeId) -> Option<(usize, usize)> {
         self.peers.get(&node).and_then(Path::flows)

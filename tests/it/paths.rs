@@ -6,9 +6,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::common::{
-    Cluster, PATIENCE, client, eventually, has_problem, has_warning, isolated, run, skipped, tool,
-    wait_until,
+use crate::{
+    common::{
+        Cluster, PATIENCE, client, eventually, has_problem, has_warning, isolated, run, skipped,
+        tool, wait_until,
+    },
+    forwarding_far::with_pods,
 };
 use gossamer::lab::{Agent, NetNs, Pinger};
 use nix::sys::signal::Signal;
@@ -257,6 +260,31 @@ fn a_path_that_is_narrower_than_the_underlay_is_named() {
         assert!(wide.success());
         wait_until("the route is still limited", PATIENCE, || {
             !tool(&cluster.hosts[0].netns, routes).contains(" mtu ")
+        });
+        Ok(())
+    });
+}
+
+/// Without a packet of a pod that is lost, full packets are tried after minutes.
+#[test]
+fn path_that_becomes_narrow_in_silence_is_named_as_soon_as_packets_of_pods_are_lost() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let _spaces = with_pods(&mut cluster, &["a", "b"])?;
+        let narrow = Command::new("ip").args(["link", "set", "port2", "mtu", "1400"]).status()?;
+        assert!(narrow.success());
+        let agent = &mut cluster.agents[0];
+        wait_until("it is not named", PATIENCE, || {
+            assert!(!has_problem(agent, "do not arrive at pods"), "{}", agent.log());
+            has_problem(agent, "packets of 1450 bytes to n2 are lost, those of 13")
+        });
+        let routes = "ip route show proto 73 dev gossamer.1";
+        eventually(&cluster.hosts[0].netns, routes, |shown| shown.contains(" mtu 13"));
+        cluster.agents.iter_mut().for_each(|agent| {
+            wait_until("pods do not answer", PATIENCE, || {
+                let status = agent.ask("/v1/status", PATIENCE).expect("a status");
+                status["kernel"]["forwarding"]["state"] == "ok"
+            });
         });
         Ok(())
     });

@@ -75,8 +75,8 @@ impl Agent {
         [Half::There, Half::Back].into_iter().filter_map(of).collect()
     }
 
-    /// What is lost to or from pods of each peer. Where nothing gets through, the path as a whole is bad:
-    /// that is told by what the path is found to be.
+    /// What is lost to or from pods of each peer. Where nothing gets through, the path as a whole is bad, and
+    /// where full packets do not, it may be narrow: that is told by what the path is found to be.
     fn far_lost(&self) -> BTreeMap<NodeId, Vec<(Half, Sort)>> {
         let answering = &self.kernel.far.answering;
         let unanswered: BTreeSet<NodeId> = self
@@ -88,7 +88,11 @@ impl Agent {
             .map(|(node, ..)| node)
             .collect();
         let mut lost = by_node(&self.kernel.far.closed);
-        lost.retain(|node, _| !unanswered.contains(node));
+        for (node, lost) in &mut lost {
+            let is_measured = self.prober.paths.is_measured(*node);
+            lost.retain(|(_, sort)| !(is_measured && sort.kind.is_large()));
+        }
+        lost.retain(|node, lost| !unanswered.contains(node) && !lost.is_empty());
         lost
     }
 

@@ -328,6 +328,16 @@ impl FarPods {
         self.trials.doubted().next().is_some()
     }
 
+    /// Peers to which large packets were lost when they were last tried, and small ones were not.
+    pub fn losing_large(&self) -> BTreeSet<NodeId> {
+        let lost = |is_large: bool| {
+            let of_size =
+                self.trials.doubted().filter(move |way| way.sort.kind.is_large() == is_large);
+            of_size.map(|way| way.node).collect::<BTreeSet<NodeId>>()
+        };
+        &lost(true) - &lost(false)
+    }
+
     /// Peers to which something was lost when they were last tried, or many packets by chance.
     fn doubted(&self) -> BTreeSet<NodeId> {
         let lossy = self.peers.values().filter(|peer| peer.losses.is_unsettled());

@@ -243,6 +243,19 @@ impl Path {
         self.due = self.due.min(self.full.due);
     }
 
+    /// Large packets of others were lost: whether full ones get through is asked now.
+    pub(super) fn doubt_size(&mut self, now: Time) {
+        if self.full.lost == 0 && self.narrow.is_none() {
+            self.full.due = self.full.due.min(now);
+            self.due = self.due.min(now);
+        }
+    }
+
+    /// Full packets have been lost, and what gets through is not known yet.
+    pub(super) fn is_measured(&self) -> bool {
+        (1..VERDICT).contains(&self.full.lost) || self.narrow.and_then(Narrow::next).is_some()
+    }
+
     pub(super) fn narrower_by(&self) -> Option<u32> {
         let narrow = self.narrow.filter(|narrow| narrow.next().is_none())?;
         narrow.answered.filter(|_| self.full.lost >= VERDICT)
@@ -423,9 +436,8 @@ impl Path {
     pub(super) fn is_calm(&self) -> bool {
         let is_open = |lost: u32| (1..VERDICT).contains(&lost);
         let is_clear = self.round_trip.is_some() && self.lost == 0 && self.trial == 0;
-        let is_decided = !is_open(self.full.lost) && !is_open(self.checksum.lost);
+        let is_decided = !self.is_measured() && !is_open(self.checksum.lost);
         let is_decided = is_decided && !is_open(self.echo.lost) && !self.flows.is_open();
-        let is_decided = is_decided && self.narrow.and_then(Narrow::next).is_none();
         self.is_alive() && is_clear && is_decided
     }
 

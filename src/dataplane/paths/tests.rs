@@ -232,6 +232,31 @@ fn an_agent_that_answered_datagrams_takes_that_witness_with_it() {
 }
 
 #[test]
+fn size_of_packets_is_asked_at_once_where_those_of_others_were_lost_by_it() {
+    let is_small = |probe: &Probe| !matches!(probe.kind, Kind::Full { less: ..60 });
+    let mut story = Story::new();
+    story.run(60, |_| true);
+    story.run(30, is_small);
+    assert_eq!(story.state(), PathState::Ok, "it is not asked for minutes");
+    story.paths.doubt_size(story.now, story.node);
+    story.run(3, is_small);
+    assert!(story.paths.is_measured(story.node));
+    story.run(12, is_small);
+    assert_eq!(story.state(), PathState::MtuTooLarge);
+    assert!(!story.paths.is_measured(story.node));
+    assert!(story.paths.narrower_by(story.node).is_some_and(|less| less < 68));
+    // What is known already is not asked again, and what gets through is known after one question.
+    let sent = story.sent;
+    story.paths.doubt_size(story.now, story.node);
+    story.run(1, is_small);
+    assert_eq!(story.sent, sent);
+    story.run(60, |_| true);
+    story.paths.doubt_size(story.now, story.node);
+    story.run(5, |_| true);
+    assert_eq!((story.state(), story.paths.is_measured(story.node)), (PathState::Ok, false));
+}
+
+#[test]
 fn a_peer_that_never_answered_is_never_withdrawn() {
     let mut story = Story::new();
     story.liveness = Liveness::Down;

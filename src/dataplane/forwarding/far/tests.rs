@@ -175,6 +175,19 @@ fn packets_that_do_not_come_there_are_lost_there_after_three_rounds() {
 }
 
 #[test]
+fn peer_to_which_large_packets_alone_are_lost_is_told_after_one_round() {
+    for (passing, told) in [(&ALL[..2], 1), (&ALL[..1], 0), (&ALL[2..], 0)] {
+        let mut world = World::new(1);
+        world.peers.insert(PEER, passing.to_vec());
+        world.rounds(1);
+        assert_eq!(world.far.losing_large().len(), told, "{passing:?}");
+        world.peers.insert(PEER, ALL.to_vec());
+        world.rounds(1);
+        assert!(world.far.losing_large().is_empty());
+    }
+}
+
+#[test]
 fn peer_that_sheds_packets_is_told_of_until_all_is_answered() {
     let mut world = World::new(1);
     world.peers.insert(PEER, ALL[..3].to_vec());
