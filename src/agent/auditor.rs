@@ -404,7 +404,8 @@ impl Witness<'_> {
                 Expected::Nowhere | Expected::Unfiltered => None,
             },
             back: back.map(|found| found.link),
-            from_local: back.is_some_and(|found| found.kind == RouteType::Local),
+            from_local: back
+                .is_some_and(|found| matches!(found.kind, RouteType::Local | RouteType::Broadcast)),
             entry,
             local,
             connected,

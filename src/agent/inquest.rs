@@ -288,7 +288,8 @@ impl<F: Fn(Found)> Inquirer<F> {
             let counts = count(&before).zip(count(&after));
             let of_suspect = Facts {
                 sent: sent.past.contains(&suspect.node),
-                entered: sent.into.contains(&suspect.node),
+                entered: sent.into.contains(&suspect.node)
+                    && ways.leads_into(&mut self.netlink, place, suspect.vtep),
                 unresolved: ways.unresolved(&mut self.netlink, suspect.address),
                 filtered: ways.filtered(&mut self.netlink, place, suspect.address, &traces.came),
                 pinned: ways.pinned(&mut self.netlink, suspect.address, |hop| watch.answering(hop)),

@@ -1,5 +1,7 @@
 //! Networks of a host that are also the overlay's: refused, avoided, and named.
 
+use std::time::{Duration, Instant};
+
 use gossamer::lab::{Agent, Host};
 use nix::sys::signal::Signal;
 
@@ -9,6 +11,7 @@ use crate::{
         Cluster, PATIENCE, client, has_problem, isolated, program, run, status_where, tool,
         wait_until,
     },
+    forwarding_far::{all_answer, with_pods},
 };
 
 /// Gives a host another interface with an address.
@@ -117,6 +120,37 @@ fn second_bridge_in_the_own_subnet_is_named_with_the_command_that_removes_it() {
         tool(host, "ip link add docker9 type bridge");
         tool(host, &format!("ip addr add {gateway}/24 dev docker9"));
         wait_until("it is not named", PATIENCE, || has_problem(agent, "on docker9"));
+        Ok(())
+    });
+}
+
+/// Of a hotspot, or a bridge of other containers.
+#[test]
+fn interface_in_the_subnet_of_a_peer_is_named_and_no_other_cause_is() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let _spaces = with_pods(&mut cluster, &["a", "b"])?;
+        let subnet = Agent::subnet(&cluster.agents[0].ask("/v1/status", PATIENCE)?)?;
+        let gateway = subnet.hosts().next().expect("an address");
+        let host = &cluster.hosts[1].netns;
+        let agent = &mut cluster.agents[1];
+        let words = format!("{gateway} on d0 is in the overlay's network");
+        // The first takes all packets to the peer's pods, the second some addresses alone.
+        for flags in ["", " noprefixroute"] {
+            tool(host, "ip link add d0 type bridge");
+            tool(host, "ip link set d0 up");
+            tool(host, &format!("ip addr add {gateway}/24 brd + dev d0{flags}"));
+            wait_until(&words, PATIENCE, || has_problem(agent, &words));
+            let begun = Instant::now();
+            while begun.elapsed() < Duration::from_secs(30) {
+                for made_up in ["Invalid argument", "handed to gossamer.1"] {
+                    assert!(!has_problem(agent, made_up), "{}", agent.log());
+                }
+                std::thread::sleep(Duration::from_millis(300));
+            }
+            tool(host, "ip link del d0");
+            all_answer(agent, 1);
+        }
         Ok(())
     });
 }

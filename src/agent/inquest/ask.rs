@@ -192,6 +192,14 @@ impl Ways {
         links.next().map(|link| link.name.clone())
     }
 
+    /// Whether packets to a peer's pods go to the VXLAN device: a route of others may come first.
+    pub fn leads_into(&self, netlink: &mut Netlink, place: &Place, vtep: IpAddr) -> bool {
+        let goes = netlink.route(&Query::to(vtep)).map(|found| found.link);
+        self.links
+            .iter()
+            .any(|link| goes.as_ref().ok() == Some(&link.index) && link.name == place.device)
+    }
+
     /// What drops packets of a peer's pods that come in by one interface, if those to them leave by another.
     pub fn astray(
         &self,

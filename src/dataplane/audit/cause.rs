@@ -62,7 +62,7 @@ pub struct Evidence {
     pub entry: Option<(IpNet, u32)>,
     /// Its type is local.
     pub local: bool,
-    /// So is that of the entry for the sender's address.
+    /// That of the entry for the sender's address follows from an address of this host: local, or broadcast.
     pub from_local: bool,
     /// That entry follows from an address of this host.
     pub connected: bool,
