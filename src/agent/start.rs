@@ -241,11 +241,11 @@ async fn prepare(
     pods.early = early;
     let fresh = fresh && pods.table.is_empty();
     pods.table.learn_macs(&macs);
-    // Bridges hold this host's containers, and pods that run keep their addresses.
+    // Bridges hold this host's containers, and pods that run keep their addresses, and so their subnet.
+    let pool = known_cluster.map(|cluster| cluster.settings.pool);
+    let addresses: Vec<IpAddr> = pods.table.iter().flat_map(|pod| pod.addresses.iter()).collect();
     let occupied = foreign.into_iter().filter(|found| {
-        let has_pods =
-            pods.table.iter().any(|pod| pod.addresses.iter().any(|ip| found.network.contains(&ip)));
-        found.kind != ForeignKind::Bridge && !has_pods
+        found.kind != ForeignKind::Bridge && !found.is_among(&addresses, pool.as_ref())
     });
     let occupied = occupied.map(|found| found.network.trunc()).collect();
     let node = NodeConfig {

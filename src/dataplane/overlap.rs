@@ -8,6 +8,8 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
+use crate::model::Pool;
+
 /// A network that leads somewhere else on this host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Foreign {
@@ -47,6 +49,16 @@ impl Foreign {
     pub fn forbids(&self, network: &IpNet) -> bool {
         let is_around = self.kind != ForeignKind::Route && self.network.contains(network);
         is_around || self.takes_from(network)
+    }
+
+    /// Whether it has some of these addresses of pods, or others of their subnets.
+    pub fn is_among(&self, pods: &[IpAddr], pool: Option<&Pool>) -> bool {
+        let slots = pool.map_or(0..0, |pool| pool.slots_in(&self.network));
+        let is_in = |ip: &IpAddr| {
+            let slot = pool.and_then(|pool| pool.slot_of(*ip));
+            self.network.contains(ip) || slot.is_some_and(|slot| slots.contains(&slot.0))
+        };
+        pods.iter().any(is_in)
     }
 
     pub fn address(&self) -> IpAddr {
@@ -109,6 +121,7 @@ fn rival(found: &Foreign, subnet: IpNet, home: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::PoolSpec;
 
     fn foreign(network: &str, kind: ForeignKind) -> Foreign {
         let network = network.parse().expect("a network");
@@ -134,6 +147,28 @@ mod tests {
             assert_eq!(found.takes_from(&pool), takes, "{network} {kind:?}");
             assert_eq!(found.forbids(&pool), forbids, "{network} {kind:?}");
         }
+    }
+
+    #[test]
+    fn network_in_the_subnet_of_pods_is_among_them_also_where_it_has_none() {
+        let spec = PoolSpec::of("10.42.0.0/16".parse().expect("a network"));
+        let pool = Pool::new(&spec).expect("a pool");
+        let pod = [IpAddr::from([10, 42, 2, 2])];
+        for (network, kind, is_among) in [
+            ("10.42.2.64/26", ForeignKind::Route, true),
+            ("10.42.2.0/26", ForeignKind::Route, true),
+            ("10.42.0.0/16", ForeignKind::Route, true),
+            ("10.42.2.7/24", ForeignKind::Address, true),
+            ("10.42.3.0/26", ForeignKind::Route, false),
+            ("192.0.2.0/24", ForeignKind::Route, false),
+        ] {
+            let found = foreign(network, kind);
+            assert_eq!(found.is_among(&pod, Some(&pool)), is_among, "{network}");
+            assert!(!found.is_among(&[], Some(&pool)), "{network}");
+        }
+        // Of a cluster that is not known, only addresses are.
+        assert!(!foreign("10.42.2.64/26", ForeignKind::Route).is_among(&pod, None));
+        assert!(foreign("10.42.2.0/26", ForeignKind::Route).is_among(&pod, None));
     }
 
     #[test]

@@ -156,6 +156,24 @@ fn interface_in_the_subnet_of_a_peer_is_named_and_no_other_cause_is() {
 }
 
 #[test]
+fn route_in_the_own_subnet_moves_no_node_that_has_pods() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let _spaces = with_pods(&mut cluster, &["a", "b"])?;
+        let subnet = Agent::subnet(&cluster.agents[1].ask("/v1/status", PATIENCE)?)?;
+        let part = subnet.to_string().replace("0/24", "64/26");
+        tool(&cluster.hosts[1].netns, &format!("ip route add blackhole {part}"));
+        cluster.restart(1, &[])?;
+        let agent = &mut cluster.agents[1];
+        assert_eq!(Agent::subnet(&agent.ask("/v1/status", PATIENCE)?)?, subnet);
+        let words = format!("blackhole route to {part}");
+        wait_until(&words, PATIENCE, || has_problem(agent, &words));
+        assert!(!has_problem(agent, "outside this node's subnet"), "{}", agent.log());
+        Ok(())
+    });
+}
+
+#[test]
 fn bridge_of_containers_in_the_own_subnet_is_no_overlap() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
