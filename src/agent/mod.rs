@@ -29,6 +29,7 @@ mod legacy;
 mod limits;
 mod neighbor_tables;
 mod opponents;
+mod overruns;
 mod owners;
 mod packet_filter;
 mod path_words;

@@ -17,6 +17,7 @@ use std::{
 
 use super::{
     auditor::Auditor,
+    overruns::Overruns,
     surroundings::Surroundings,
     told::{DemandState, Outcome, Told},
     underlay::{Chosen, Watch},
@@ -114,6 +115,7 @@ impl Programmer {
             goal: None,
             reached: false,
             touched: Touched::default(),
+            overruns: Overruns::default(),
             overlaps: Vec::new(),
             auditor: Auditor::new(Instant::now()),
             next_hops: NextHops::default(),
@@ -169,6 +171,7 @@ struct Reconciler<F> {
     /// The kernel has been equal to the goal.
     reached: bool,
     touched: Touched,
+    overruns: Overruns,
     /// As last told.
     overlaps: Vec<String>,
     auditor: Auditor,
@@ -186,6 +189,9 @@ impl<F: Fn(Told)> Reconciler<F> {
                 thread::sleep(RETRY);
             }
             let now = Instant::now();
+            if self.overruns.take(now) {
+                self.touched = Touched::EVERYTHING;
+            }
             if self.underlay_due(now).is_some_and(|due| due <= now) {
                 self.look_at_underlay(now);
             }
@@ -266,19 +272,21 @@ impl<F: Fn(Told)> Reconciler<F> {
         let Some(Goal { state: State::Overlay(all, firewall), .. }) = &self.goal else {
             // Read all the same: what is not read wakes this thread again and again.
             self.surroundings.touched("")?;
-            let (touched, _) = self.kernel.touched(None)?;
-            self.touched.merge(touched);
+            let heard = self.kernel.listen(None)?;
+            self.touched.merge(heard.touched);
+            self.overruns.note(heard.overrun);
             return Ok(());
         };
         let desired = self.part.as_ref().unwrap_or(all);
-        let (touched, misses) = self.kernel.touched(Some(desired))?;
-        self.touched.merge(touched);
+        let heard = self.kernel.listen(Some(desired))?;
+        self.touched.merge(heard.touched);
+        self.overruns.note(heard.overrun);
         self.table_touched |= self.surroundings.touched(&firewall.table)?;
-        if misses.is_empty() {
+        if heard.misses.is_empty() {
             return Ok(());
         }
         let ops: Vec<Op> =
-            misses.into_iter().flat_map(|miss| self.demand.answer(all, miss)).collect();
+            heard.misses.into_iter().flat_map(|miss| self.demand.answer(all, miss)).collect();
         let answered = self.kernel.answer(&ops);
         self.choose_part();
         self.tell_demand();
@@ -437,7 +445,7 @@ impl<F: Fn(Told)> Reconciler<F> {
         let table = firewall_touched.then(|| self.repair_at(Kind::Firewall));
         let repairs = entries.into_iter().chain(table).flatten();
         let until = self.due.into_iter().chain(repairs).chain(self.underlay_due(now));
-        let until = until.chain([self.auditor.due()]).min();
+        let until = until.chain(self.overruns.due(now)).chain([self.auditor.due()]).min();
         let pause = until.map(|until| until.saturating_duration_since(now));
         let changes = [Some(self.kernel.changes()), self.surroundings.changes()];
         self.orders.sleeper.wait(changes.into_iter().flatten(), pause);

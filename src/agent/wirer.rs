@@ -6,6 +6,7 @@
 mod absent;
 mod guests;
 mod heirs;
+mod news;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -22,7 +23,7 @@ use std::{
 use tokio::sync::oneshot::Sender;
 
 use self::absent::{Fetched, look, note_absent};
-use super::opponents::Opponents;
+use super::{opponents::Opponents, overruns::Overruns};
 use crate::{
     api::{PodError, PodStatus},
     dataplane::{fight::Kind, kernel::pod_tables::PodTables},
@@ -159,6 +160,7 @@ impl Wirer {
                 let worker = PodWorker {
                     wiring,
                     monitor,
+                    overruns: Overruns::default(),
                     jobs,
                     doomed,
                     report: &report,
@@ -206,6 +208,7 @@ struct Doomed {
 struct PodWorker<'a, F> {
     wiring: Wiring,
     monitor: Monitor,
+    overruns: Overruns,
     jobs: Orders<Job>,
     doomed: mpsc::Sender<Doomed>,
     report: &'a F,
@@ -246,22 +249,7 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
                 self.wait();
                 continue;
             }
-            match self.monitor.read() {
-                Ok(heard) => {
-                    let named =
-                        self.awaited().is_some_and(|bridge| bridge.is_named(&heard.messages));
-                    let touched = self.wiring.is_touched(&self.tenants, heard.messages);
-                    self.touched |= heard.overrun || named || touched;
-                }
-                Err(error) => {
-                    tracing::error!(%error, "cannot hear of changes of interfaces");
-                    thread::sleep(GAP);
-                }
-            }
-            match self.tables.touched() {
-                Ok(touched) => self.table_touched |= touched,
-                Err(error) => tracing::debug!(%error, "cannot hear of changes of nftables"),
-            }
+            self.listen();
             self.mend();
             self.wait();
         }
@@ -460,14 +448,6 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
         }
     }
 
-    /// The bridge of which any news may change whether pods can be plugged in.
-    fn awaited(&self) -> Option<&Bridge> {
-        match &self.kept {
-            Some(bridge) => self.refusal.as_ref().map(|_| bridge),
-            None => self.expected.as_ref(),
-        }
-    }
-
     /// Between two looks at the bridge. One that another program fights about is looked at more rarely.
     fn pause(&self) -> Duration {
         let after = |touched: bool, kind| touched.then(|| GAP.max(self.opponents.pause(kind)));
@@ -484,6 +464,9 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
         }
         let looks = self.kept.as_ref().or(self.expected.as_ref());
         let mend = looks.map(|_| self.pause().saturating_sub(self.looked.elapsed()));
+        let now = Instant::now();
+        let lost = self.overruns.due(now).map(|due| due.saturating_duration_since(now));
+        let mend = mend.into_iter().chain(lost).min();
         let changes = [Some(self.monitor.as_fd()), self.tables.changes()];
         self.jobs.sleeper.wait(changes.into_iter().flatten(), mend);
     }

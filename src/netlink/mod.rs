@@ -46,6 +46,8 @@ const DUMP_TRIES: usize = 8;
 const ENOBUFS: i32 = 105;
 /// The kernel never sends more in one message to a reader with a buffer of this size.
 const RECEIVE_BUFFER: usize = 1 << 16;
+/// Datagrams that are read in one turn of a reader that has other work, too: some 20 ms.
+const TURN: usize = 1_024;
 
 /// One change: the message and its `NLM_F_*` flags beside request and acknowledgement.
 #[derive(Debug, PartialEq)]
@@ -346,15 +348,15 @@ fn receive(socket: &Socket, buffer: &mut Vec<u8>) -> io::Result<()> {
     })
 }
 
-/// Everything that waits in a socket that does not block, datagram by datagram. Says whether some was lost
-/// because there was more than the socket holds.
+/// What waits in a socket that does not block, datagram by datagram: all of it, unless it is more than one
+/// turn takes. Says whether some was lost because there was more than the socket holds.
 fn drain(
     socket: &Socket,
     buffer: &mut Vec<u8>,
     mut each: impl FnMut(&[u8]) -> io::Result<()>,
 ) -> io::Result<bool> {
     let mut overrun = false;
-    loop {
+    for _ in 0..TURN {
         match receive(socket, buffer) {
             Ok(()) => each(buffer)?,
             Err(error) if error.kind() == io::ErrorKind::TimedOut => return Ok(overrun),
@@ -363,6 +365,7 @@ fn drain(
             Err(error) => return Err(error),
         }
     }
+    Ok(overrun)
 }
 
 fn send_all(socket: &Socket, bytes: &[u8]) -> io::Result<()> {

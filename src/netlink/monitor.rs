@@ -1,6 +1,8 @@
 //! What the kernel tells about changes of its tables, whoever made them.
 //!
-//! Never blocks. What was lost in an overrun is not known, so the reader must look at everything then.
+//! Never blocks, and keeps nothing: a pod that sets its interface down and up makes the kernel tell of it
+//! ten thousand times a second. What was lost in an overrun is not known, so the reader must look at
+//! everything then.
 
 use std::{
     borrow::Cow,
@@ -35,14 +37,6 @@ pub struct Monitor {
     buffer: Vec<u8>,
 }
 
-/// What was waiting.
-#[derive(Debug, Default)]
-pub struct Heard {
-    pub messages: Vec<RouteNetlinkMessage>,
-    /// More happened than the socket could hold.
-    pub overrun: bool,
-}
-
 impl Monitor {
     /// Hears of interfaces, neighbours, routes and rules.
     pub fn open() -> io::Result<Self> {
@@ -70,18 +64,17 @@ impl Monitor {
         Ok(Self { socket, buffer: Vec::with_capacity(RECEIVE_BUFFER) })
     }
 
-    /// Takes everything that has come.
-    pub fn read(&mut self) -> io::Result<Heard> {
-        let mut heard = Heard::default();
-        heard.overrun = drain(&self.socket, &mut self.buffer, |bytes| {
+    /// Gives each change that has been told, or as many of them as one turn takes; the socket stays readable
+    /// while there are more. Says whether more happened than the socket could hold.
+    pub fn read(&mut self, mut each: impl FnMut(RouteNetlinkMessage)) -> io::Result<bool> {
+        drain(&self.socket, &mut self.buffer, |bytes| {
             for message in parse_messages(&without_statistics(bytes))? {
                 if let NetlinkPayload::InnerMessage(inner) = message.payload {
-                    heard.messages.push(inner);
+                    each(inner);
                 }
             }
             Ok(())
-        })?;
-        Ok(heard)
+        })
     }
 }
 

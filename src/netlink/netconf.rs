@@ -1,7 +1,8 @@
 //! What the kernel tells of the forwarding of interfaces, by any program (`RTM_NEWNETCONF`,
 //! linux/netconf.h).
 //!
-//! Never blocks. What was lost in an overrun is missing.
+//! Never blocks. What was lost in an overrun is missing, and what is more than one turn takes comes with the
+//! next.
 
 use std::io;
 
@@ -45,7 +46,7 @@ impl Switches {
         Ok(Self { socket, buffer: Vec::with_capacity(RECEIVE_BUFFER) })
     }
 
-    /// Everything that has been told since.
+    /// What has been told since.
     pub fn read(&mut self) -> io::Result<Vec<Switched>> {
         let mut heard = Vec::new();
         drain(&self.socket, &mut self.buffer, |bytes| {

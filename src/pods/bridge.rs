@@ -13,7 +13,7 @@ use rtnetlink::{
     LinkBridge, LinkUnspec,
     packet_core::{NLM_F_CREATE, NLM_F_EXCL},
     packet_route::{
-        AddressFamily, RouteNetlinkMessage,
+        RouteNetlinkMessage,
         address::{AddressAttribute, AddressFlags},
         link::{
             BridgeBooleanOptionFlags, BridgeStpState, InfoBridge, InfoData, LinkAttribute, LinkInfo,
@@ -25,7 +25,7 @@ use super::{
     gateway,
     names::{is_link_name, loose_end},
     neighbors, obstacle, port,
-    renamed::{is_renamed, take_names_back},
+    renamed::take_names_back,
     standin,
 };
 use crate::{
@@ -237,70 +237,6 @@ pub(super) fn plug_again(
     neighbors::keep(netlink, provided, ports, mended)
 }
 
-/// The messages about one interface tell different things.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Teller {
-    Kernel,
-    Bridge,
-}
-
-/// Whether something has happened to the bridge or to one of the ports, after which it is to be looked at
-/// again. What came last about each counts.
-pub(super) fn is_touched(
-    provided: &Provided,
-    ports: &Tenants,
-    messages: Vec<RouteNetlinkMessage>,
-) -> bool {
-    let mut whole = BTreeMap::new();
-    for message in messages {
-        match message {
-            RouteNetlinkMessage::NewLink(message) => {
-                let family = message.header.interface_family;
-                let link = Link::from(message);
-                let is_port = ports.contains_key(&link.name);
-                match family {
-                    AddressFamily::Unspec if link.index == provided.index => {
-                        let is_right = is_as_it_should_be(&link, &provided.bridge);
-                        whole.insert((link.index, Teller::Kernel), is_right);
-                    }
-                    AddressFamily::Unspec if is_port => {
-                        let is_right = is_plugged(&link, provided.index) && port::is_right(&link);
-                        whole.insert((link.index, Teller::Kernel), is_right);
-                    }
-                    AddressFamily::Unspec if is_renamed(&link, ports) => {
-                        whole.insert((link.index, Teller::Kernel), false);
-                    }
-                    AddressFamily::Unspec if is_stranger(&link, provided.index, ports) => {
-                        whole.insert((link.index, Teller::Kernel), false);
-                    }
-                    // What bridges tell in messages of their own lacks most attributes.
-                    AddressFamily::Bridge if is_port => {
-                        whole.insert((link.index, Teller::Bridge), port::is_right(&link));
-                    }
-                    _ => {}
-                }
-            }
-            RouteNetlinkMessage::DelLink(message) if message.header.index == provided.index => {
-                whole.insert((provided.index, Teller::Kernel), false);
-            }
-            RouteNetlinkMessage::DelLink(message) => {
-                let link = Link::from(message);
-                if ports.contains_key(&link.name) {
-                    whole.insert((link.index, Teller::Kernel), false);
-                }
-            }
-            RouteNetlinkMessage::DelAddress(message) => {
-                let address = Address::new(&message);
-                if address.is_some_and(|address| provided.bridge.is_gateway(address.ip)) {
-                    return true;
-                }
-            }
-            _ => {}
-        }
-    }
-    whole.values().any(|whole| !whole)
-}
-
 /// A port needs no address of its own. Where the kernel has no IPv6, or none on a link this narrow, it
 /// refuses to hear of it.
 pub(super) fn without_address(port: &str) -> Request {
@@ -334,14 +270,14 @@ pub fn is_address_mac(mac: Mac) -> bool {
 
 impl Bridge {
     /// Whether the kernel tells something about an interface of this name.
-    pub fn is_named(&self, messages: &[RouteNetlinkMessage]) -> bool {
-        messages.iter().any(|message| match message {
+    pub fn is_named(&self, message: &RouteNetlinkMessage) -> bool {
+        match message {
             RouteNetlinkMessage::NewLink(link) | RouteNetlinkMessage::DelLink(link) => {
                 let name = LinkAttribute::IfName(self.name.clone());
                 link.attributes.contains(&name)
             }
             _ => false,
-        })
+        }
     }
 
     /// Without an IPv6 subnet it needs no IPv6 address. With one it needs the link-local one too: from there
@@ -376,7 +312,7 @@ const fn is_link_local(ip: IpAddr) -> bool {
 
 /// Whether it is a port of another program. Cables of pods that are gone, and those of the agent's own pods,
 /// are none.
-fn is_stranger(link: &Link, bridge: u32, ports: &Tenants) -> bool {
+pub(super) fn is_stranger(link: &Link, bridge: u32, ports: &Tenants) -> bool {
     let is_ours = || {
         let name = &link.name;
         ports.contains_key(name) || is_link_name(name) || standin::is_link_name(name)
@@ -384,11 +320,11 @@ fn is_stranger(link: &Link, bridge: u32, ports: &Tenants) -> bool {
     link.is_plugged_into(bridge) && !is_ours()
 }
 
-fn is_plugged(port: &Link, bridge: u32) -> bool {
+pub(super) fn is_plugged(port: &Link, bridge: u32) -> bool {
     port.up && port.is_plugged_into(bridge)
 }
 
-fn is_as_it_should_be(link: &Link, bridge: &Bridge) -> bool {
+pub(super) fn is_as_it_should_be(link: &Link, bridge: &Bridge) -> bool {
     link.up
         && link.mtu == bridge.mtu
         && link.alias == ALIAS

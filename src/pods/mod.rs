@@ -24,6 +24,8 @@ mod names;
 #[cfg(feature = "agent")]
 mod neighbors;
 #[cfg(feature = "agent")]
+pub mod news;
+#[cfg(feature = "agent")]
 pub mod obstacle;
 #[cfg(feature = "agent")]
 pub mod port;

@@ -37,6 +37,7 @@ use super::{
     bridge::{self, ALIAS, Bridge, Mended, PREFIX, Provided, Tenants, mac_at},
     furnish::{DefaultRoute, Inside, Route},
     names::{link_mac, told_name},
+    news::News,
     obstacle, port,
 };
 use crate::{
@@ -267,9 +268,11 @@ impl Wiring {
         obstacle::to(bridge, &link, &mut self.netlink)
     }
 
-    /// Whether what the kernel tells makes [`Wiring::mend`] necessary.
-    pub fn is_touched(&self, ports: &Tenants, told: Vec<RouteNetlinkMessage>) -> bool {
-        self.bridge.as_ref().is_some_and(|provided| bridge::is_touched(provided, ports, told))
+    /// Takes note of what the kernel tells: it may make [`Wiring::mend`] necessary.
+    pub fn hear(&self, ports: &Tenants, told: RouteNetlinkMessage, news: &mut News) {
+        if let Some(provided) = &self.bridge {
+            news.add(provided, ports, told);
+        }
     }
 
     /// Of a pod's end on this host, if there is one, whatever another program calls it.

@@ -29,6 +29,7 @@ mod doctor;
 mod doors;
 mod families;
 mod firewall;
+mod floods;
 mod foreign_rules;
 mod forged;
 mod forwarding;

@@ -96,6 +96,16 @@ pub struct Kernel {
     foreign: BTreeSet<IpAddr>,
 }
 
+/// What the kernel has told.
+#[derive(Debug, Default)]
+pub struct Heard {
+    pub touched: Touched,
+    /// What it asks for.
+    pub misses: Vec<Miss>,
+    /// More happened than was told.
+    pub overrun: bool,
+}
+
 /// What one pass over the kernel did.
 #[derive(Debug, Default)]
 pub struct Report {
@@ -152,20 +162,24 @@ impl Kernel {
     }
 
     /// Reads what has changed, and says what of it is our business, and what the kernel asks for.
-    pub fn touched(&mut self, desired: Option<&Desired>) -> io::Result<(Touched, Vec<Miss>)> {
-        let heard = self.monitor.read()?;
-        let mut touched = Touched::default();
-        heard.messages.iter().for_each(|message| touched.add(message, desired, self.device));
-        if heard.overrun {
-            touched = Touched::EVERYTHING;
-        }
-        if let Some(Desired { pool, .. }) = desired {
-            let foreign = heard.messages.iter().filter_map(foreign_route);
-            let inside = foreign.filter(|ip| pool.networks().iter().any(|net| net.contains(ip)));
-            self.foreign.extend(inside.take(MAX_FOREIGN.saturating_sub(self.foreign.len())));
-        }
-        let misses = heard.messages.iter().filter_map(|message| miss(message, self.device?));
-        Ok((touched, misses.take(MAX_MISSES).collect()))
+    pub fn listen(&mut self, desired: Option<&Desired>) -> io::Result<Heard> {
+        let Self { monitor, foreign, device, .. } = self;
+        let device = *device;
+        let mut heard = Heard::default();
+        let overrun = monitor.read(|message| {
+            heard.touched.add(&message, desired, device);
+            let is_inside = |ip: &IpAddr| {
+                desired.is_some_and(|all| all.pool.networks().iter().any(|net| net.contains(ip)))
+            };
+            if foreign.len() < MAX_FOREIGN {
+                foreign.extend(foreign_route(&message).filter(is_inside));
+            }
+            if heard.misses.len() < MAX_MISSES {
+                heard.misses.extend(device.and_then(|device| miss(&message, device)));
+            }
+        })?;
+        heard.overrun = overrun;
+        Ok(heard)
     }
 
     /// Makes the kernel ask us for neighbours on our device instead of the network, where nobody would

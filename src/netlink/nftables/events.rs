@@ -83,7 +83,7 @@ impl Traces {
         Changes::open_group(TRACE_GROUP).map(Self)
     }
 
-    /// Everything that has been told since: the family of the rules, and `NFTA_TRACE_*`.
+    /// What has been told since: the family of the rules, and `NFTA_TRACE_*`.
     pub fn read(&mut self, mut each: impl FnMut(u8, &[u8])) -> io::Result<()> {
         let Changes { socket, buffer } = &mut self.0;
         drain(socket, buffer, |bytes| {

@@ -1,0 +1,33 @@
+//! What the kernel tells of interfaces, and of the tables about pods' addresses.
+
+use std::{thread, time::Instant};
+
+use super::{GAP, PodWorker, Wired};
+use crate::pods::news::News;
+
+impl<F: Fn(Wired)> PodWorker<'_, F> {
+    /// Reads what has changed, and takes note of whether the bridge or the tables are to be looked at.
+    pub(super) fn listen(&mut self) {
+        let awaited = match &self.kept {
+            Some(bridge) => self.refusal.as_ref().map(|_| bridge),
+            None => self.expected.as_ref(),
+        };
+        let (mut named, mut news) = (false, News::default());
+        let read = self.monitor.read(|message| {
+            named |= awaited.is_some_and(|bridge| bridge.is_named(&message));
+            self.wiring.hear(&self.tenants, message, &mut news);
+        });
+        match read {
+            Ok(overrun) => self.overruns.note(overrun),
+            Err(error) => {
+                tracing::error!(%error, "cannot hear of changes of interfaces");
+                thread::sleep(GAP);
+            }
+        }
+        self.touched |= named || news.is_bad() || self.overruns.take(Instant::now());
+        match self.tables.touched() {
+            Ok(touched) => self.table_touched |= touched,
+            Err(error) => tracing::debug!(%error, "cannot hear of changes of nftables"),
+        }
+    }
+}
