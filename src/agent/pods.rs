@@ -115,15 +115,29 @@ impl PodState {
         self.table.iter().filter(|pod| !held(pod)).map(tenant).collect()
     }
 
-    /// From what the disk has. After a new start of the host no container is there any more, whether or not
-    /// somebody will say so; addresses that a network of Docker's holds are not of containers.
-    pub(super) fn remember(records: &[(Key, Record)], same_boot: bool) -> Self {
+    /// From what the disk has, and the pods whose cables are there. After a new start of the host no
+    /// container is there any more, whether or not somebody will say so; addresses that a network of Docker's
+    /// holds are not of containers. No cable is there then: one that is proves that the note of the start is
+    /// wrong.
+    pub(super) fn remember(records: &[(Key, Record)], same_boot: bool, found: &[Pod]) -> Self {
+        if !same_boot && !found.is_empty() {
+            tracing::warn!(
+                count = found.len(),
+                "the state directory is of another start of this host: pods are known by their interfaces"
+            );
+        }
+        let has_cable = |pod: &Pod| {
+            let is_it = |cable: &Pod| {
+                cable.attachment == pod.attachment && cable.addresses == pod.addresses
+            };
+            found.iter().any(is_it)
+        };
         let pods = records.iter().filter_map(|(_, record)| match record {
             Record::Pod(pod) => Some(pod.clone()),
             _ => None,
         });
         let (known, gone): (Vec<Pod>, Vec<Pod>) =
-            pods.partition(|pod| same_boot || is_of_a_network(pod));
+            pods.partition(|pod| same_boot || is_of_a_network(pod) || has_cable(pod));
         let removals = gone.iter().map(|pod| (Key::Pod(pod.addresses.first), Vec::new()));
         Self { to_save: removals.collect(), table: Pods::new(known), ..Self::default() }
     }

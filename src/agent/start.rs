@@ -232,8 +232,8 @@ async fn prepare(
     let (waiters, early) = waiting.into_questions();
     let port = transport.local_address()?.port();
     let (ip, advertised) = config.advertise.unwrap_or((chosen.local, None));
-    let mut pods = PodState::remember(&records, memory.is_same_boot);
-    if known_cluster.is_none() || is_new {
+    let mut pods = PodState::remember(&records, memory.is_same_boot, &found);
+    if known_cluster.is_none() || is_new || !memory.is_same_boot {
         // Pods outlive the state directory and the database. One whose record is gone from a database that is
         // whole was disconnected: its cable is swept away.
         pods.adopt(found);

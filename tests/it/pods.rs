@@ -144,6 +144,79 @@ fn pods_outlive_a_lost_database_and_not_a_new_start_of_the_host() {
 }
 
 #[test]
+fn pods_outlive_a_note_of_another_start_of_the_host() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        let spaces = namespaces(&["a", "b", "c"])?;
+        let a = Runtime::new(&cluster.agents[0]).add("a");
+        let gateway = a["ips"][0]["gateway"].as_str().expect("a gateway").to_owned();
+        let state = cluster.hosts[0].dir.join("state");
+        let noted = fs::read(state.join("boot"))?;
+        let mut another = noted.clone();
+        another[1] = if noted[1] == b'0' { b'1' } else { b'0' };
+        let mut given = vec![address(&a)];
+        for (turn, name) in ["b", "c"].iter().enumerate() {
+            cluster.agents[0].end(Signal::SIGTERM)?;
+            fs::write(state.join("boot"), &another)?;
+            cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &["--init"])?;
+            cluster.converge()?;
+            let log = cluster.agents[0].log();
+            assert!(log.contains("of another start of this host"), "{log}");
+            // The disk has them all: a look into the namespace needs its path.
+            let (done, said) =
+                Runtime::new(&cluster.agents[0]).call("CHECK", "a", &json!({ "prevResult": a }));
+            assert!(done, "{said}");
+            let new = address(&Runtime::new(&cluster.agents[0]).add(name));
+            assert!(!given.contains(&new), "{new} is {given:?}");
+            given.push(new);
+            assert_eq!(
+                (pods(&mut cluster.agents[0]), cables(&cluster.hosts[0])),
+                (turn + 2, turn + 2)
+            );
+            tool(&spaces[0], &format!("ping -c 1 -W 5 {gateway}"));
+            wait_until("this start is noted", PATIENCE, || {
+                fs::read(state.join("boot")).is_ok_and(|now| now == noted)
+            });
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn pods_outlive_a_state_directory_of_an_earlier_start_of_the_host() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 1)?;
+        let _spaces = namespaces(&["old", "a", "b"])?;
+        let state = cluster.hosts[0].dir.join("state");
+        let copy = cluster.hosts[0].dir.join("copy");
+        let start = |cluster: &mut Cluster| {
+            cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &["--init"])?;
+            cluster.converge()
+        };
+        let old = Runtime::new(&cluster.agents[0]).add("old");
+        cluster.agents[0].end(Signal::SIGTERM)?;
+        let copied = format!("cp -a {} {}", state.display(), copy.display());
+        tool(&cluster.hosts[0].netns, &copied);
+        fs::write(copy.join("boot"), "0a7d2f1e-9c1b-4c37-9f0d-b0b86d1f0000\n")?;
+        start(&mut cluster)?;
+        Runtime::new(&cluster.agents[0]).call("DEL", "old", &json!({}));
+        wait_until("its cable is left", PATIENCE, || cables(&cluster.hosts[0]) == 0);
+        let a = Runtime::new(&cluster.agents[0]).add("a");
+        cluster.agents[0].end(Signal::SIGTERM)?;
+        fs::remove_dir_all(&state)?;
+        fs::rename(&copy, &state)?;
+        start(&mut cluster)?;
+        // The pod of the earlier start is gone, and that of this one is known.
+        assert_eq!((pods(&mut cluster.agents[0]), cables(&cluster.hosts[0])), (1, 1));
+        let listed = cluster.agents[0].ask("/v1/pods", PATIENCE)?.to_string();
+        assert!(listed.contains(&address(&a)), "{listed}");
+        let b = Runtime::new(&cluster.agents[0]).add("b");
+        assert!(address(&b) != address(&a) && address(&old) != address(&a), "{listed}");
+        Ok(())
+    });
+}
+
+#[test]
 fn fifo_in_the_place_of_a_namespace_is_refused_and_delays_no_other_pod() {
     isolated(|lab| {
         let cluster = Cluster::start(lab, 1)?;
