@@ -114,9 +114,8 @@ impl StateDir {
 
     /// The subnets that Kubernetes gave to this node; none, if there is no telling.
     pub fn pod_cidrs(&self) -> Result<Vec<IpNet>, StoreError> {
-        let text = read_if_there(&self.path.join(POD_CIDR))?.unwrap_or_default();
-        let subnets: Option<_> = text.split_whitespace().map(|word| word.parse().ok()).collect();
-        Ok(subnets.unwrap_or_default())
+        let parse = |text: &str| text.split_whitespace().map(|word| word.parse().ok()).collect();
+        Ok(self.learned(POD_CIDR, parse)?.unwrap_or_default())
     }
 
     pub fn save_pod_cidrs(&self, subnets: &[IpNet]) -> Result<(), StoreError> {
@@ -129,11 +128,10 @@ impl StateDir {
 
     /// The underlay address of this host and the MTU of its overlay, as they last were.
     pub fn underlay(&self) -> Result<Option<(IpAddr, u32)>, StoreError> {
-        let text = read_if_there(&self.path.join(UNDERLAY))?.unwrap_or_default();
-        let mut words = text.split_whitespace();
-        let address = words.next().and_then(|word| word.parse().ok());
-        let mtu = words.next().and_then(|word| word.parse().ok());
-        Ok(address.zip(mtu))
+        self.learned(UNDERLAY, |text| {
+            let (address, mtu) = text.trim_end().split_once(' ')?;
+            Some((address.parse().ok()?, mtu.parse().ok()?))
+        })
     }
 
     pub fn save_underlay(&self, address: IpAddr, mtu: u32) -> Result<(), StoreError> {
@@ -185,6 +183,29 @@ impl StateDir {
             }
         }
         Ok(())
+    }
+
+    /// What a file says that this node can learn again: a damaged one is as good as none.
+    fn learned<T>(
+        &self,
+        name: &str,
+        parse: impl FnOnce(&str) -> Option<T>,
+    ) -> Result<Option<T>, StoreError> {
+        let path = self.path.join(name);
+        let said = match read_if_there(&path) {
+            Ok(None) => return Ok(None),
+            Ok(Some(text)) => parse(&text),
+            Err(StoreError::Directory { error, .. })
+                if error.kind() == io::ErrorKind::InvalidData =>
+            {
+                None
+            }
+            Err(error) => return Err(error),
+        };
+        if said.is_none() {
+            tracing::warn!(path = %path.display(), "damaged: what it said is learned again");
+        }
+        Ok(said)
     }
 
     fn save(&self, name: &str, text: &str) -> Result<(), StoreError> {
@@ -257,8 +278,12 @@ pub fn read_token(state_dir: &Path) -> Result<Option<Token>, StoreError> {
     text.parse().map(Some).map_err(|error| StoreError::Token { path, error })
 }
 
+/// What in it is no UTF-8 is for the parser of that file to refuse: it knows what is to be done then.
 fn read_if_there(path: &Path) -> Result<Option<String>, StoreError> {
-    match files::read_text(path, files::SMALL) {
+    let read = files::open(path, OFlag::empty())
+        .and_then(|file| files::read_bytes(file, files::SMALL))
+        .map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+    match read {
         Ok(text) => Ok(Some(text)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(StoreError::Directory { path: path.to_owned(), error }),
@@ -323,6 +348,42 @@ mod tests {
         }
         fs::write(&file, "0a7d2f1e-9c1b-4c37-9f0d-b0b86d1f0000\n").expect("written");
         assert!(!state.is_same_boot());
+    }
+
+    #[test]
+    fn damaged_files_of_what_can_be_learned_again_are_as_good_as_none() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let state = StateDir::open(dir.path()).expect("opens");
+        let (address, subnet) = ([192, 0, 2, 7].into(), "10.42.7.0/24".parse().expect("a subnet"));
+        let long = vec![b'7'; files::SMALL as usize + 1];
+        for damaged in [&b"\xff\xfe\n"[..], b"", b"192.0.2.7", b"10.42.7.0/", &long] {
+            fs::write(dir.path().join(UNDERLAY), damaged).expect("written");
+            assert_eq!(state.underlay().expect("as without"), None);
+            state.save_underlay(address, 1450).expect("written again");
+            assert_eq!(state.underlay().expect("read"), Some((address, 1450)));
+            fs::write(dir.path().join(POD_CIDR), damaged).expect("written");
+            assert_eq!(state.pod_cidrs().expect("as without"), []);
+            state.save_pod_cidrs(&[subnet]).expect("written again");
+            assert_eq!(state.pod_cidrs().expect("read"), [subnet]);
+        }
+    }
+
+    #[test]
+    fn damaged_file_of_what_cannot_be_learned_says_what_to_do() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let state = StateDir::open(dir.path()).expect("opens");
+        for name in [KEY, TOKEN, SECRETS] {
+            fs::write(dir.path().join(name), b"\xff\xfe\n").expect("written");
+        }
+        let said = [
+            state.node_key().expect_err("refused").to_string(),
+            state.token().expect_err("refused").to_string(),
+            state.keyring().expect_err("refused").to_string(),
+        ];
+        for (said, name) in said.iter().zip([KEY, TOKEN, SECRETS]) {
+            assert!(said.contains(name) && !said.contains("UTF-8"), "{said}");
+        }
+        assert!(said[0].contains("restore it") && said[2].contains("restore it"), "{said:?}");
     }
 
     #[test]
