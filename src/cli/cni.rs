@@ -13,7 +13,7 @@ use anyhow::{Context as _, ensure};
 use clap::{Args, Subcommand};
 
 use super::{
-    fail,
+    fail, output,
     placed::{PLUGIN_NAME, Taken, expect_directory, put, put_here, take_away},
 };
 use crate::{
@@ -76,7 +76,7 @@ pub fn run(args: &CniArgs) -> ExitCode {
     };
     match done {
         Ok(lines) => {
-            lines.iter().for_each(|line| println!("{line}"));
+            lines.iter().for_each(|line| _ = output::put(&format!("{line}\n")));
             ExitCode::SUCCESS
         }
         Err(error) => fail(format_args!("{error:#}")),

@@ -7,7 +7,7 @@ use anyhow::{Context as _, anyhow};
 use clap::Args;
 use serde_json::{Map, Value};
 
-use super::fail;
+use super::{fail, output::put};
 use crate::{config::Instance, files};
 
 #[derive(Debug, Args)]
@@ -29,11 +29,11 @@ pub struct DockerOptsArgs {
 pub fn run(args: &DockerOptsArgs) -> ExitCode {
     match options(args) {
         Ok(options) if args.json => {
-            println!("{:#}", Value::from(options));
+            put(&format!("{:#}\n", Value::from(options)));
             ExitCode::SUCCESS
         }
         Ok(options) => {
-            println!("{}", flags(&options));
+            put(&format!("{}\n", flags(&options)));
             ExitCode::SUCCESS
         }
         Err(error) => fail(format_args!("docker-opts: {error:#}")),

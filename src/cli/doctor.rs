@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::{
     block_on, fail,
-    output::{bad, doubtful, each, good, text, wrapped},
+    output::{bad, doubtful, each, good, put, text, wrapped},
 };
 use crate::{
     api::{self, ClientError},
@@ -48,7 +48,7 @@ pub fn run(args: DoctorArgs) -> ExitCode {
     let answer = json!({ "findings": findings });
     args.output.print(&answer, findings_text);
     if let Some(path) = args.bundle.filter(|_| args.output.is_text()) {
-        println!("written: {}", path.display());
+        put(&format!("written: {}\n", path.display()));
     }
     if findings.iter().any(|finding| finding.verdict == Verdict::Problem) {
         return ExitCode::FAILURE;

@@ -33,9 +33,9 @@ pub fn run(args: &EventsArgs) -> ExitCode {
     }
     let format = args.client.output;
     let show = |event: &Value| match format {
-        Format::Json => put(&format!("{event}\n")),
+        Format::Json => _ = put(&format!("{event}\n")),
         Format::Yaml => format.print(&Value::from(vec![event.clone()]), |_, _| String::new()),
-        _ => put(&line(event)),
+        _ => _ = put(&line(event)),
     };
     match block_on(api::follow(&socket, "/v1/events", show)) {
         Ok(Ok(())) => fail("the agent has ended"),

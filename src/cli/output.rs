@@ -33,14 +33,12 @@ pub enum Format {
 impl Format {
     /// Prints an answer, as it came or by `text`, which is told whether there is room for all.
     pub fn print(self, answer: &Value, text: impl FnOnce(&Value, bool) -> String) {
-        match self {
-            Self::Text => put(&text(&visible_value(answer), false)),
-            Self::Wide => put(&text(&visible_value(answer), true)),
-            Self::Json => put(&escaped_lines(&format!("{answer:#}\n"))),
-            Self::Yaml => {
-                put(&serde_yaml_ng::to_string(&visible_value(answer)).unwrap_or_default());
-            }
-        }
+        put(&match self {
+            Self::Text => text(&visible_value(answer), false),
+            Self::Wide => text(&visible_value(answer), true),
+            Self::Json => escaped_lines(&format!("{answer:#}\n")),
+            Self::Yaml => serde_yaml_ng::to_string(&visible_value(answer)).unwrap_or_default(),
+        });
     }
 
     pub const fn is_text(self) -> bool {
@@ -60,9 +58,9 @@ fn visible_value(value: &Value) -> Value {
     }
 }
 
-/// To standard output. Whoever reads only the beginning has what it wanted.
-pub fn put(text: &str) {
-    let _ = anstream::stdout().write_all(text.as_bytes());
+/// To standard output. Says whether that is read to here: a reader of the beginning has what it wanted.
+pub fn put(text: &str) -> bool {
+    anstream::stdout().write_all(text.as_bytes()).is_ok()
 }
 
 /// Asks the agent and prints the answer.

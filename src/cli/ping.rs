@@ -9,7 +9,7 @@ use std::{
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::{Client, block_on, escaped, fail};
+use super::{Client, block_on, escaped, fail, output::put};
 use crate::api;
 
 /// The three ways, as the answer calls them.
@@ -43,11 +43,12 @@ pub fn run(args: &PingArgs) -> ExitCode {
             Ok(Err(error)) => return fail(error),
             Err(error) => return fail(error),
         };
-        if text && number == 1 {
-            print!("{}", header(&round));
-        }
         if text {
-            println!("{}", line(&number.to_string(), WAYS.map(|way| time(&round[way]))));
+            let header = if number == 1 { header(&round) } else { String::new() };
+            let times = line(&number.to_string(), WAYS.map(|way| time(&round[way])));
+            if !put(&format!("{header}{times}\n")) {
+                return ExitCode::SUCCESS;
+            }
         }
         rounds.push(round);
         if number < args.count {
@@ -57,8 +58,8 @@ pub fn run(args: &PingArgs) -> ExitCode {
     let answered =
         |way: &str| rounds.iter().filter(|round| round[way]["round_trip_ms"].is_number()).count();
     if text {
-        println!("{}", line("", WAYS.map(|way| format!("{} of {}", answered(way), rounds.len()))));
-        rounds.last().into_iter().for_each(|last| print!("{}", verdict(last)));
+        let sums = line("", WAYS.map(|way| format!("{} of {}", answered(way), rounds.len())));
+        put(&format!("{sums}\n{}", rounds.last().map(verdict).unwrap_or_default()));
     } else {
         args.client.output.print(&json!({ "rounds": rounds }), |_, _| String::new());
     }

@@ -8,6 +8,7 @@ use clap::{Args, Subcommand};
 
 use super::{
     fail,
+    output::put,
     placed::{Taken, expect_directory, put_here, take_away},
 };
 use crate::netavark::DRIVER;
@@ -64,7 +65,7 @@ pub fn run(args: &PodmanArgs) -> ExitCode {
     };
     match done {
         Ok(text) => {
-            print!("{text}");
+            put(&text);
             ExitCode::SUCCESS
         }
         Err(error) => fail(format_args!("{error:#}")),

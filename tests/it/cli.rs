@@ -214,3 +214,26 @@ fn completions_and_manual_pages_are_of_all_commands() {
         assert!(text.contains(".SH NAME"), "{page}");
     }
 }
+
+#[test]
+fn command_whose_output_is_read_no_further_ends_without_a_word() {
+    isolated(|lab| {
+        let cluster = Cluster::start(lab, 2)?;
+        let socket = cluster.agents[0].socket().display().to_string();
+        let commands = [
+            &["ping", "n2", "--socket", &socket][..],
+            &["status", "--socket", &socket],
+            &["docker-opts"],
+        ];
+        for arguments in commands {
+            let (reader, writer) = std::io::pipe()?;
+            drop(reader);
+            let mut command = Command::new(program());
+            command.args(arguments).stdout(writer).stderr(Stdio::piped());
+            let output = command.spawn()?.wait_with_output()?;
+            let said = String::from_utf8(output.stderr)?;
+            assert!(!said.contains("panicked"), "{arguments:?}: {said}");
+        }
+        Ok(())
+    });
+}
