@@ -189,14 +189,15 @@ impl Agent {
         ))
     }
 
-    /// Strangers that take the places of handshakes, as a sentence.
+    /// Programs that take the places of handshakes, as a sentence.
     fn crowd_problem(&self) -> Option<String> {
         let Flood { packets, example } = self.transport.crowd()?;
         let port = self.node.address().port();
         Some(format!(
-            "{packets} handshakes of strangers a minute on UDP {port}, some of them from {example}, find no \
-             place or lose it, because earlier ones are not finished: joins may take longer; see what \
-             {example} is, and let a firewall drop UDP {port} of hosts that are no members"
+            "{packets} handshakes a minute on UDP {port}, some of them from {example}, find no place or lose \
+             it, because earlier ones are not finished: joins may take longer, and so may gossip of a member \
+             at that address; see which program at {example} sends to UDP {port} (ss -unp), and let a \
+             firewall drop UDP {port} of hosts that are no members"
         ))
     }
 

@@ -1,7 +1,7 @@
 //! A stranger that proves its addresses, begins handshakes, and says nothing more.
 
 use std::{
-    net::{Ipv4Addr, SocketAddrV4, UdpSocket},
+    net::{IpAddr, SocketAddr, UdpSocket},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -33,7 +33,7 @@ impl Silence {
     ///
     /// # Errors
     /// Fails if the stranger's credentials cannot be made.
-    pub fn start(netns: &NetNs, to: SocketAddrV4, from: Vec<Ipv4Addr>) -> anyhow::Result<Self> {
+    pub fn start(netns: &NetNs, to: SocketAddr, from: Vec<IpAddr>) -> anyhow::Result<Self> {
         let key = NodeKey::from_seed([66; 32])?;
         let stranger = Credentials::new(&[Secret::new(vec![66; 32])?], &key)?;
         let (ends, begun) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
@@ -70,13 +70,13 @@ impl Drop for Silence {
     }
 }
 
-fn begin(socket: &UdpSocket, stranger: &Credentials, to: SocketAddrV4) -> anyhow::Result<()> {
+fn begin(socket: &UdpSocket, stranger: &Credentials, to: SocketAddr) -> anyhow::Result<()> {
     socket.set_read_timeout(Some(PATIENCE))?;
-    let (mut handshake, first) = Unfinished::begin(stranger, to.into())?;
+    let (mut handshake, first) = Unfinished::begin(stranger, to)?;
     socket.send_to(&first, to)?;
     let mut answer = [0; 2_048];
     let (length, _) = socket.recv_from(&mut answer)?;
-    let proof = handshake.prove(to.into(), &answer[..length]);
+    let proof = handshake.prove(to, &answer[..length]);
     socket.send_to(&proof.context("no Retry")?, to)?;
     Ok(())
 }

@@ -176,7 +176,7 @@ impl Transport {
         self.dialler.admissions.lock().flood(Instant::now())
     }
 
-    /// Whether handshakes of strangers find no place now, or lose it. Their addresses are proven.
+    /// Whether handshakes find no place now, or lose it. Their addresses are proven.
     pub fn crowd(&self) -> Option<Flood> {
         self.dialler.admissions.lock().crowd(Instant::now())
     }

@@ -54,6 +54,11 @@ impl Unfinished {
 
     /// The packet that proves the own address, if `answer` asks for that.
     pub fn prove(&mut self, from: SocketAddr, answer: &[u8]) -> Option<Vec<u8>> {
+        // The form and the type of a Retry (RFC 9000, 17.2.5). What else comes is not answered: the handshake
+        // would go on, or end.
+        if answer.first().is_none_or(|first| first & 0xf0 != 0xf0) {
+            return None;
+        }
         let now = Instant::now();
         let mut refusal = Vec::new();
         let event = self.endpoint.handle(now, from, None, None, answer.into(), &mut refusal);

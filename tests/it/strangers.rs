@@ -1,14 +1,17 @@
 //! A host without the secret that floods a member's gossip port: no member goes down, and hosts join.
 
 use std::{
-    net::{Ipv4Addr, SocketAddrV4},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4},
     time::{Duration, Instant},
 };
 
-use gossamer::lab::{Flood, Silence, Source};
+use gossamer::lab::{Agent, Flood, Silence, Source};
 use serde_json::Value;
 
-use crate::common::{Cluster, PATIENCE, has_problem, isolated, tool, wait_until};
+use crate::{
+    common::{Cluster, PATIENCE, has_problem, isolated, program, token_of, tool, wait_until},
+    families,
+};
 
 const PORT: u16 = 8473;
 
@@ -70,16 +73,16 @@ fn strangers_that_finish_no_handshake_keep_no_host_out() {
         let mut cluster = Cluster::start(lab, 1)?;
         let target = SocketAddrV4::new(cluster.hosts[0].ip, PORT);
         let attacker = lab.host(66, "evil")?;
-        let addresses: Vec<Ipv4Addr> = (66..70).map(|host| [10, 99, 66, host].into()).collect();
+        let addresses: Vec<IpAddr> = (66..70).map(|host| [10, 99, 66, host].into()).collect();
         for address in &addresses {
             tool(&attacker.netns, &format!("ip addr add {address}/16 dev eth0"));
         }
         // Another one is a user of the host itself.
-        let loopback = [[127, 0, 0, 1], [127, 0, 0, 2], [127, 1, 1, 3]].map(Ipv4Addr::from);
+        let loopback = [[127, 0, 0, 1], [127, 0, 0, 2], [127, 1, 1, 3]].map(IpAddr::from);
         let own = SocketAddrV4::new(Ipv4Addr::LOCALHOST, PORT);
         let silences = [
-            Silence::start(&attacker.netns, target, addresses)?,
-            Silence::start(&cluster.hosts[0].netns, own, loopback.to_vec())?,
+            Silence::start(&attacker.netns, target.into(), addresses)?,
+            Silence::start(&cluster.hosts[0].netns, own.into(), loopback.to_vec())?,
         ];
         wait_until("all places could be taken", PATIENCE, || {
             silences.iter().all(|silence| silence.begun() > 300)
@@ -92,6 +95,42 @@ fn strangers_that_finish_no_handshake_keep_no_host_out() {
         let status = cluster.agents[0].ask("/v1/status", PATIENCE)?;
         assert!(told, "{:#}", status["problems"]);
         assert!(status["handshakes"]["refused"].as_u64() > Some(100), "{}", status["handshakes"]);
+        Ok(())
+    });
+}
+
+#[test]
+fn address_that_finishes_no_handshake_keeps_no_host_of_its_ipv6_network_out() {
+    isolated(|lab| {
+        let Some(hosts) = families::hosts(lab)? else { return Ok(()) };
+        let attacker = lab.host(66, "evil")?;
+        let address: Ipv6Addr = "fd99::66".parse()?;
+        tool(&attacker.netns, &format!("ip addr add {address}/64 dev eth0 nodad"));
+        let mut first = Agent::start(program(), &hosts[0], &["--init", "--iface", "fd99::1"])?;
+        first.wait_converged(1, PATIENCE)?;
+        let target = SocketAddr::new("fd99::1".parse()?, PORT);
+        let silence = Silence::start(&attacker.netns, target, vec![address.into()])?;
+        wait_until("all places could be taken", PATIENCE, || silence.begun() > 300);
+        let token = token_of(&mut first)?;
+        let arguments = ["--iface", "fd99::2", "--join", "fd99::1", "--token", &token];
+        let begun = Instant::now();
+        let mut second = Agent::start(program(), &hosts[1], &arguments)?;
+        second.wait_converged(2, PATIENCE)?;
+        println!("joined after {:?}", begun.elapsed());
+        Ok(())
+    });
+}
+
+#[test]
+fn user_of_a_members_host_that_finishes_no_handshake_is_told_by_the_other_members() {
+    isolated(|lab| {
+        let mut cluster = Cluster::start(lab, 2)?;
+        let target = SocketAddrV4::new(cluster.hosts[0].ip, PORT);
+        let own = cluster.hosts[1].ip.into();
+        let _silence = Silence::start(&cluster.hosts[1].netns, target.into(), vec![own])?;
+        wait_until("it is not told", PATIENCE, || {
+            has_problem(&mut cluster.agents[0], "find no place or lose it")
+        });
         Ok(())
     });
 }

@@ -5,8 +5,10 @@
 //! answer of some hundred bytes. A member begins at once, within a small budget for first packets that
 //! prove nothing; beyond it, it has to prove its address, too. Each kind has a budget of its own.
 //!
-//! A stranger with a few addresses of its own can prove them and then finish no handshake. So each source has
-//! few places, and when all places are taken, the source with the most of them loses its oldest handshake.
+//! A host with a few addresses of its own can prove them and then finish no handshake. So each source has few
+//! places, and when all places are taken, the source with the most of them loses its oldest handshake. Within
+//! a source, which may be a whole network or a host with many users, the address with the most does; where
+//! all come from one address, half of the places are given on soon.
 //!
 //! Whatever the endpoint answers to addresses that have proven nothing (a Retry, a list of versions, a
 //! refusal) is limited in the socket: see [`Admissions::may_send`].
@@ -25,9 +27,14 @@ use crate::model::bounded::MAX_MEMBERS;
 /// Handshakes under way with strangers that have proven their addresses. Each handshake may cost about
 /// 40 KiB and a millisecond of CPU.
 const MAX_OF_STRANGERS: usize = 128;
-/// The same from one source. Several hosts may share it, behind a router that translates: on a network
-/// with a round trip of 300 ms they finish 20 handshakes a second.
-const MAX_OF_ONE_SOURCE: usize = 8;
+/// The same from one source.
+const MAX_OF_ONE_SOURCE: usize = 16;
+/// The oldest of them are not ended for newer ones of the same source. Several hosts may share it, behind a
+/// router that translates: on a network with a round trip of 300 ms they finish 20 handshakes a second.
+const KEPT_OF_ONE_SOURCE: usize = 8;
+/// Any other has to end for a newer one of its source after this, where a handshake takes milliseconds
+/// without loss. So one that does not end keeps no near host out, and a source begins 80 more a second.
+const UNDISTURBED_BY_OWN: Duration = Duration::from_millis(100);
 /// A stranger's handshake ends after this. With a round trip of 300 ms the host sends its certificate after
 /// 300 ms, and if that packet is lost, once more 900 ms later: QUIC waits for three round trips after its
 /// first sample (RFC 9002, 5.3 and 6.2.1). Losses before are repaired sooner, from 60 ms on.
@@ -38,7 +45,8 @@ const UNDISTURBED: Duration = Duration::from_millis(250);
 /// Handshakes under way with members.
 const MAX_OF_MEMBERS: usize = 192;
 /// The same from one member's address. Several nodes may share it, behind a router that translates.
-const MAX_OF_ONE_MEMBER: usize = 16;
+const MAX_OF_ONE_MEMBER: usize = 24;
+const KEPT_OF_ONE_MEMBER: usize = 16;
 /// Handshakes under way in the name of members that have not proven their addresses.
 const MAX_UNPROVEN: usize = 64;
 const MAX_UNPROVEN_OF_ONE: usize = 4;
@@ -92,7 +100,7 @@ pub struct Handshakes {
     pub retried: u64,
     /// Refused: too many of their source were under way.
     pub refused: u64,
-    /// Begun, and ended for a newer one: all places were taken, and their source had the most.
+    /// Begun, and ended for a newer one: all places were taken, or all of their source.
     pub displaced: u64,
     /// Answers that were not sent, to addresses that had proven nothing: there were too many.
     pub unanswered: u64,
@@ -120,12 +128,32 @@ pub(super) struct Admissions {
     counts: Handshakes,
     /// First packets without a proof, less the proofs that followed. Their addresses may be forged.
     unproven: Tally,
-    /// Handshakes of strangers that found no place, or lost it. Their addresses are proven.
+    /// Handshakes that found no place, or lost it. Their addresses are proven.
     crowd: Tally,
 }
 
-/// Handshakes under way of each source.
+/// Handshakes under way of each source, or of each address of a source.
 type Places = BTreeMap<IpAddr, usize>;
+
+/// How many handshakes may be under way in one budget.
+#[derive(Clone, Copy)]
+struct Limits {
+    of_all: usize,
+    of_one: usize,
+    /// So many of one source are not ended for its newer ones.
+    kept: usize,
+}
+
+impl Budget {
+    const fn limits(self) -> Limits {
+        let (of_all, of_one, kept) = match self {
+            Self::Stranger => (MAX_OF_STRANGERS, MAX_OF_ONE_SOURCE, KEPT_OF_ONE_SOURCE),
+            Self::Member => (MAX_OF_MEMBERS, MAX_OF_ONE_MEMBER, KEPT_OF_ONE_MEMBER),
+            Self::Unproven => (MAX_UNPROVEN, MAX_UNPROVEN_OF_ONE, MAX_UNPROVEN_OF_ONE),
+        };
+        Limits { of_all, of_one, kept }
+    }
+}
 
 /// A handshake under way.
 struct Handshake {
@@ -134,6 +162,12 @@ struct Handshake {
     /// What it is counted with.
     source: IpAddr,
     from: IpAddr,
+}
+
+impl Handshake {
+    fn age(&self, now: Instant) -> Duration {
+        now.saturating_duration_since(self.begun)
+    }
 }
 
 /// A token bucket.
@@ -249,7 +283,7 @@ impl Admissions {
             Admission::Retry => self.counts.retried += 1,
             Admission::Refuse => self.counts.refused += 1,
         }
-        if admission == Admission::Refuse && !is_member {
+        if admission == Admission::Refuse {
             self.crowd.add(from);
         }
         if is_proven {
@@ -267,22 +301,29 @@ impl Admissions {
         is_member: bool,
         is_proven: bool,
     ) -> Admission {
-        let (budget, of_one, of_all) = match (is_member, is_proven) {
-            (true, true) => (Budget::Member, MAX_OF_ONE_MEMBER, MAX_OF_MEMBERS),
-            (true, false) => (Budget::Unproven, MAX_UNPROVEN_OF_ONE, MAX_UNPROVEN),
-            (false, true) => (Budget::Stranger, MAX_OF_ONE_SOURCE, MAX_OF_STRANGERS),
+        let budget = match (is_member, is_proven) {
+            (true, true) => Budget::Member,
+            (true, false) => Budget::Unproven,
+            (false, true) => Budget::Stranger,
             (false, false) => return Admission::Retry,
         };
         let source = if budget == Budget::Stranger { self.source(from) } else { from };
+        let Limits { of_all, of_one, kept } = budget.limits();
         let places = self.places(budget);
-        let has_place = count_of(&places, source) < of_one;
+        let is_source_full = count_of(&places, source) >= of_one;
         let is_full = places.values().sum::<usize>() >= of_all;
-        let instead_of = match is_full && has_place && budget == Budget::Stranger {
-            true => self.displace(now, &places, source),
-            false => None,
+        let instead_of = match budget {
+            Budget::Unproven => None,
+            _ if is_source_full => self.rival_within(now, (budget, source), from, kept),
+            _ if is_full => self.rival_of_all(now, budget, &places, source),
+            _ => None,
         };
-        if !has_place || is_full && instead_of.is_none() {
+        if (is_source_full || is_full) && instead_of.is_none() {
             return if is_proven { Admission::Refuse } else { Admission::Retry };
+        }
+        if let Some(displaced) = instead_of.and_then(|number| self.under_way.remove(&number)) {
+            self.crowd.add(displaced.from);
+            self.counts.displaced += 1;
         }
         let number = self.next;
         self.next += 1;
@@ -299,21 +340,47 @@ impl Admissions {
         places
     }
 
-    /// Ends the oldest handshake among those of the strangers that have the most, for one of `newcomer`.
-    fn displace(&mut self, now: Instant, places: &Places, newcomer: IpAddr) -> Option<u64> {
+    /// The handshake that has to end for one of the source `newcomer`: the oldest of the sources that have
+    /// the most.
+    fn rival_of_all(
+        &self,
+        now: Instant,
+        budget: Budget,
+        places: &Places,
+        newcomer: IpAddr,
+    ) -> Option<u64> {
         let most = places.values().copied().max()?;
         let mut oldest_first = self.under_way.iter();
-        let (&number, oldest) = oldest_first.find(|(_, handshake)| {
-            handshake.budget == Budget::Stranger && count_of(places, handshake.source) == most
+        let (number, oldest) = oldest_first.find(|(_, handshake)| {
+            handshake.budget == budget && count_of(places, handshake.source) == most
         })?;
-        let had_its_time = now.saturating_duration_since(oldest.begun) >= UNDISTURBED;
-        if most <= count_of(places, newcomer) + 1 && !had_its_time {
-            return None;
+        let has_more = most > count_of(places, newcomer) + 1;
+        (has_more || oldest.age(now) >= UNDISTURBED).then_some(*number)
+    }
+
+    /// The handshake that has to end for one of the address `newcomer`, whose source has all its places: the
+    /// oldest of the addresses that have the most. Where the newcomer's address has as many, the oldest are
+    /// kept.
+    fn rival_within(
+        &self,
+        now: Instant,
+        (budget, source): (Budget, IpAddr),
+        newcomer: IpAddr,
+        kept: usize,
+    ) -> Option<u64> {
+        let is_own =
+            |handshake: &Handshake| handshake.budget == budget && handshake.source == source;
+        let mut places = Places::new();
+        for handshake in self.under_way.values().filter(|handshake| is_own(handshake)) {
+            *places.entry(handshake.from).or_default() += 1;
         }
-        self.crowd.add(oldest.from);
-        self.counts.displaced += 1;
-        self.under_way.remove(&number);
-        Some(number)
+        let most = places.values().copied().max()?;
+        let mut oldest_first = self.under_way.iter().filter(|(_, handshake)| {
+            is_own(handshake) && count_of(&places, handshake.from) == most
+        });
+        let has_more = most > count_of(&places, newcomer) + 1;
+        let (number, rival) = oldest_first.nth(if has_more { 0 } else { kept })?;
+        (has_more || rival.age(now) >= UNDISTURBED_BY_OWN).then_some(*number)
     }
 
     /// What is counted together: what a single host can have whole. That is one IPv4 address or one IPv6
@@ -343,7 +410,7 @@ impl Admissions {
         self.unproven.flood(now)
     }
 
-    /// Whether strangers take each other's places now.
+    /// Whether hosts, or users of one, take each other's places now.
     pub(super) fn crowd(&mut self, now: Instant) -> Option<Flood> {
         self.crowd.flood(now)
     }

@@ -76,6 +76,66 @@ fn addresses_of_one_ipv6_network_share_one_budget() {
     }
     assert_eq!(admissions.judge(now, host(1, 1 << 40), true), Admission::Refuse);
     assert!(matches!(admissions.judge(now, host(2, 1), true), Admission::Begin(_)));
+    // With each address of its own, they give way after a while.
+    let later = now + UNDISTURBED_BY_OWN;
+    let kept = KEPT_OF_ONE_SOURCE as u64;
+    assert_eq!(displaced_by(&mut admissions, later, host(1, 1 << 40)), Some(kept));
+}
+
+#[test]
+fn address_that_takes_all_places_of_its_network_keeps_no_other_address_out() {
+    let now = Instant::now();
+    let mut admissions = Admissions::new(now);
+    let host = |host: u16| IpAddr::V6(Ipv6Addr::new(0xfd98, 0, 0, 0, 0, 0, 0, host));
+    for _ in 0..100 {
+        admissions.judge(now, host(4), true);
+    }
+    let Admission::Begin(joiner) = admissions.judge(now, host(3), true) else { panic!("kept out") };
+    assert_eq!(joiner.instead_of, Some(0), "the oldest of the other");
+    // The other one takes places from itself alone.
+    for milliseconds in 0..2_000 {
+        let later = now + Duration::from_millis(milliseconds);
+        let displaced = displaced_by(&mut admissions, later, host(4));
+        assert_ne!(displaced, Some(joiner.number), "after {milliseconds} ms");
+    }
+    assert!(admissions.under_way.contains_key(&joiner.number));
+    assert_eq!(admissions.places(Budget::Stranger).values().sum::<usize>(), MAX_OF_ONE_SOURCE);
+}
+
+#[test]
+fn newcomer_of_a_full_source_takes_a_place_in_which_a_near_host_would_have_finished() {
+    let start = Instant::now();
+    for is_member in [false, true] {
+        let mut admissions = Admissions::new(start);
+        let (mut of_one, mut kept) = (MAX_OF_ONE_SOURCE, KEPT_OF_ONE_SOURCE);
+        if is_member {
+            admissions.learn_member(start, ip(1));
+            (of_one, kept) = (MAX_OF_ONE_MEMBER, KEPT_OF_ONE_MEMBER);
+        }
+        for _ in 0..of_one {
+            number(admissions.judge(start, ip(1), true));
+        }
+        assert_eq!(admissions.judge(start, ip(1), true), Admission::Refuse);
+        let later = start + UNDISTURBED_BY_OWN;
+        for displaced in kept..of_one {
+            assert_eq!(displaced_by(&mut admissions, later, ip(1)), Some(displaced as u64));
+        }
+        assert_eq!(admissions.judge(later, ip(1), true), Admission::Refuse, "the oldest are kept");
+        assert_eq!(admissions.counts().displaced, (of_one - kept) as u64);
+        assert_eq!(admissions.under_way.len(), of_one);
+    }
+}
+
+#[test]
+fn users_of_a_members_host_that_take_its_places_are_told() {
+    let start = Instant::now();
+    let mut admissions = Admissions::new(start);
+    admissions.learn_member(start, ip(1));
+    for _ in 0..MAX_OF_ONE_MEMBER as u64 + CROWD {
+        admissions.judge(start, ip(1), true);
+    }
+    let told = Some(Flood { packets: CROWD, example: ip(1) });
+    assert_eq!(admissions.crowd(start), told);
 }
 
 #[test]
