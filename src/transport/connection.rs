@@ -5,7 +5,7 @@ use std::{net::SocketAddr, time::Duration};
 use quinn::{Connection, ConnectionError, RecvStream, SendStream, VarInt};
 use tokio::sync::mpsc;
 
-use super::intake::{ConnectionIntake, Intake, Message};
+use super::intake::{Intake, Message, NodeIntake};
 use crate::{
     core::{CallError, CallId},
     model::NodeId,
@@ -32,7 +32,7 @@ pub(super) type Events = mpsc::Sender<Event>;
 
 /// Reads everything that comes in on a connection until it ends.
 pub(super) async fn read(peer: NodeId, connection: Connection, intake: Intake, events: Events) {
-    let intake = intake.of_connection();
+    let intake = intake.of_node(peer);
     loop {
         tokio::select! {
             datagram = connection.read_datagram() => match datagram {
@@ -89,7 +89,7 @@ pub(super) async fn ask(
         let (mut send, mut recv) = connection.open_bi().await?;
         send.write_all(bytes).await?;
         send.finish()?;
-        anyhow::Ok(intake.of_connection().read(&mut recv).await?)
+        anyhow::Ok(intake.of_node(peer).read(&mut recv).await?)
     };
     let received = || connection.stats().udp_rx.datagrams;
     let before = received();
@@ -130,12 +130,7 @@ pub(super) fn call_error(error: &ConnectionError, address: SocketAddr) -> CallEr
     }
 }
 
-async fn read_message(
-    from: NodeId,
-    mut stream: RecvStream,
-    intake: ConnectionIntake,
-    events: Events,
-) {
+async fn read_message(from: NodeId, mut stream: RecvStream, intake: NodeIntake, events: Events) {
     match tokio::time::timeout(READ_TIMEOUT, intake.read(&mut stream)).await {
         Ok(Ok(message)) => _ = events.send(Event::Message { from, message }).await,
         Ok(Err(error)) => tracing::debug!(%from, error = visible(&error.to_string()), "frame lost"),
@@ -146,7 +141,7 @@ async fn read_message(
 async fn read_request(
     from: NodeId,
     (stream, mut recv): (SendStream, RecvStream),
-    intake: ConnectionIntake,
+    intake: NodeIntake,
     events: Events,
 ) {
     match tokio::time::timeout(READ_TIMEOUT, intake.read(&mut recv)).await {

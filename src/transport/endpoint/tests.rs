@@ -288,3 +288,51 @@ async fn the_connection_that_was_not_used_for_longest_makes_way() {
     assert!(!kept(&spokes[0]), "the first is the longest unused");
     assert!(spokes[1..].iter().all(kept));
 }
+
+/// Half a message on each of so many streams of one node, which never go on.
+async fn stall(hub: &mut Side, key: u16, streams: usize, bytes: usize) -> (Side, Vec<SendStream>) {
+    let mut node = bind(1, key);
+    let (hub_id, to) = (hub.0.dialler.me, address(hub));
+    node.0.send(hub_id, to, b"hello".to_vec());
+    next_while(hub, &mut node).await;
+    let connection = node.0.peers[&hub_id].live().expect("connected").clone();
+    let mut open = Vec::new();
+    for _ in 0..streams {
+        let mut stream = connection.open_uni().await.expect("a stream");
+        stream.write_all(&vec![0; bytes]).await.expect("written");
+        open.push(stream);
+    }
+    (node, open)
+}
+
+/// How long a question takes to arrive.
+async fn question(hub: &mut Side) -> Duration {
+    let mut asking = bind(1, 1);
+    let begun = Instant::now();
+    asking.0.call(CallId(1), hub.0.dialler.me, address(hub), b"question".to_vec());
+    let Input::Request { .. } = next_while(hub, &mut asking).await else { panic!("asked") };
+    begun.elapsed()
+}
+
+#[tokio::test]
+async fn nodes_that_do_not_finish_their_messages_keep_no_other_node_waiting() {
+    let mut hub = bind(1, 0);
+    let mut stalled = Vec::new();
+    for key in 2..22 {
+        stalled.push(stall(&mut hub, key, 2, 66_000).await);
+    }
+    // Long before what is not finished is given up.
+    let took = question(&mut hub).await;
+    assert!(took < Duration::from_secs(2), "{took:?}");
+}
+
+#[tokio::test]
+async fn messages_that_do_not_go_on_give_their_room_to_those_that_wait() {
+    let mut hub = bind(1, 0);
+    let mut stalled = Vec::new();
+    for key in 2..18 {
+        stalled.push(stall(&mut hub, key, 16, 60_000).await);
+    }
+    let took = question(&mut hub).await;
+    assert!(took < Duration::from_secs(5), "{took:?}");
+}
