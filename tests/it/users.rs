@@ -3,14 +3,21 @@
 use std::{
     fs, io,
     io::Write as _,
-    net::{Ipv4Addr, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
 };
 
 use gossamer::lab::{Agent, Host, NetNs};
+use nix::{
+    libc::MSG_MORE,
+    unistd::{Uid, setfsuid},
+};
 
-use crate::common::{
-    Cluster, PATIENCE, checksum, echoes, eventually, isolated, run, skipped, status_where, tool,
-    wait_until,
+use crate::{
+    common::{
+        Cluster, PATIENCE, checksum, echoes, eventually, isolated, run, skipped, status_where,
+        tool, wait_until,
+    },
+    families,
 };
 
 const USER: &str = "setpriv --reuid 1234 --regid 1234 --clear-groups";
@@ -146,5 +153,80 @@ fn user_of_a_host_cannot_speak_as_a_pod_and_reaches_pods() {
         let left = run(&cluster.hosts[0].netns, routes).stdout;
         assert!(left.is_empty(), "{}", String::from_utf8_lossy(&left));
         Ok(())
+    });
+}
+
+/// Sends datagrams to the VXLAN port by a socket that has got its route by another port.
+fn send_by_a_known_route(netns: &NetNs, user: u32, bytes: &[u8], to: IpAddr) -> io::Result<()> {
+    netns.run(|| {
+        // Of this thread alone.
+        setfsuid(Uid::from_raw(user));
+        let any: IpAddr = match to {
+            IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+            IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        let socket = UdpSocket::bind((any, 0))?;
+        socket.connect((to, 9))?;
+        let other = SocketAddr::new(to, 8472);
+        // In IPv6 the route of a connected socket is that of other ports, too. Some of this is refused.
+        let _ = socket.send_to(bytes, other);
+        // What is held back keeps its route, wherever the socket is connected to by then.
+        let socket = socket2::SockRef::from(&socket);
+        socket.send_with_flags(bytes, MSG_MORE)?;
+        let _ = socket.connect(&other.into());
+        let _ = socket.send(&[]);
+        Ok(())
+    })
+}
+
+/// Of two hosts that reach each other under these addresses.
+fn no_user_speaks_as_a_pod(
+    hosts: &[Host; 2],
+    underlays: [&str; 2],
+    test: &str,
+) -> anyhow::Result<()> {
+    let mut agents = families::cluster(hosts, underlays, &[])?;
+    let host = &hosts[0].netns;
+    if !run(host, &format!("{USER} true")).status.success() {
+        skipped(test, "there are no users but root here");
+        return Ok(());
+    }
+    let pod = hosts[1].pod(Agent::subnet(&agents[1].ask("/v1/status", PATIENCE)?)?, 1430)?;
+    let link = tool(&hosts[1].netns, "ip -br link show gossamer.1");
+    let forgery = forgery(link.split_whitespace().nth(2).expect("a MAC"), pod.ip.octets());
+    let to = underlays[1].parse()?;
+    let dropped = |agents: &mut [Agent; 2]| {
+        let status = agents[0].ask("/v1/status", PATIENCE).expect("a status");
+        status["kernel"]["strangers_dropped"].as_u64().unwrap_or_default()
+    };
+    send_by_a_known_route(host, 0, &forgery, to)?;
+    wait_until("the forgery is none", PATIENCE, || echoes(&pod.netns) > 0);
+    let (heard, before) = (echoes(&pod.netns), dropped(&mut agents));
+    send_by_a_known_route(host, 1234, &forgery, to)?;
+    wait_until("nothing is dropped", PATIENCE, || dropped(&mut agents) > before);
+    assert_eq!(echoes(&pod.netns), heard, "a user speaks as a pod");
+    // What the kernel puts into the tunnel for a user still belongs to the user's socket.
+    let before = dropped(&mut agents);
+    tool(host, &format!("{USER} ping -c 3 -i 0.2 -W 2 -s 1300 {}", pod.ip));
+    assert_eq!(dropped(&mut agents), before);
+    Ok(())
+}
+
+#[test]
+fn user_cannot_speak_as_a_pod_by_a_socket_that_has_a_route_already() {
+    isolated(|lab| {
+        let hosts = [lab.host(1, "n1")?, lab.host(2, "n2")?];
+        let underlays = hosts.each_ref().map(|host| host.ip.to_string());
+        let test = "user_cannot_speak_as_a_pod_by_a_socket_that_has_a_route_already";
+        no_user_speaks_as_a_pod(&hosts, underlays.each_ref().map(String::as_str), test)
+    });
+}
+
+#[test]
+fn user_cannot_speak_as_a_pod_by_a_socket_that_has_a_route_already_in_ipv6() {
+    isolated(|lab| {
+        let Some(hosts) = families::hosts(lab)? else { return Ok(()) };
+        let test = "user_cannot_speak_as_a_pod_by_a_socket_that_has_a_route_already_in_ipv6";
+        no_user_speaks_as_a_pod(&hosts, ["fd99::1", "fd99::2"], test)
     });
 }

@@ -18,6 +18,7 @@ use rtnetlink::packet_core::{NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL};
 pub use self::chains::TRIAL_MARK;
 use self::chains::{
     MEMBERS, add_guard, add_masquerade, add_sets, elements, refuse_routers, refuse_unleased,
+    refuse_users,
 };
 use super::{
     forward::{Closing, ForeignChains, Lost, OwnHook, redirecting_chains, translating_chains},
@@ -37,6 +38,8 @@ use crate::{
 const ELEMENT_EXPRESSION: u16 = 7;
 /// Bytes: what a socket's buffer takes where nobody has raised its limit (`net.core.wmem_max`).
 const MAX_TRANSACTION: usize = 300_000;
+/// What the kernel says of an expression that it does not know.
+const EOPNOTSUPP: i32 = 95;
 /// The table, as it is in the kernel.
 pub struct FirewallTable {
     nftables: Nftables,
@@ -258,26 +261,17 @@ impl FirewallTable {
     }
 
     fn write_anew(&mut self, wanted: &Firewall, elements: Elements) -> io::Result<()> {
-        let table = &wanted.table;
-        let mut steps = vec![create_table(table), delete_table(table)];
-        if !wanted.is_empty() {
-            steps.push(create_table(table));
-        }
-        add_sets(table, &elements, &mut steps);
-        steps.extend(sets::steps(table, Kind::NewElements, &elements));
-        if let Some(guard) = &wanted.guard {
-            add_guard(table, guard, &mut steps);
-            refuse_routers(table, guard, &mut steps);
-        }
-        if let Some(leases) = &wanted.leases {
-            refuse_unleased(table, leases, &mut steps);
-        }
-        if !wanted.masquerade.is_empty() {
-            add_masquerade(wanted, &mut steps);
-        }
         self.written = None;
         self.dropped_before = self.dropped;
-        match self.carry_out(&steps) {
+        let mut steps = steps_to(wanted, &elements, true);
+        let mut written = self.carry_out(&steps);
+        let is_unknown = |error: &io::Error| error.raw_os_error() == Some(EOPNOTSUPP);
+        if written.as_ref().is_err_and(is_unknown) && wanted.guard.is_some() {
+            // Kernels before 5.1 cannot tell what goes into a tunnel.
+            steps = steps_to(wanted, &elements, false);
+            written = self.carry_out(&steps);
+        }
+        match written {
             // A kernel without nftables holds nothing of ours.
             Err(error) if wanted.is_empty() && is_missing(&error) => return Ok(()),
             written => written?,
@@ -338,6 +332,31 @@ impl Firewall {
             && self.guard.as_ref().map(place) == other.guard.as_ref().map(place)
             && self.leases.as_ref().map(networks) == other.leases.as_ref().map(networks)
     }
+}
+
+/// What makes the table, with or without the chains about what users send.
+fn steps_to(wanted: &Firewall, elements: &Elements, of_users: bool) -> Vec<Step> {
+    let table = &wanted.table;
+    let mut steps = vec![create_table(table), delete_table(table)];
+    if !wanted.is_empty() {
+        steps.push(create_table(table));
+    }
+    add_sets(table, elements, &mut steps);
+    steps.extend(sets::steps(table, Kind::NewElements, elements));
+    if let Some(guard) = &wanted.guard {
+        add_guard(table, guard, &mut steps);
+        refuse_routers(table, guard, &mut steps);
+        if of_users {
+            refuse_users(table, guard, &mut steps);
+        }
+    }
+    if let Some(leases) = &wanted.leases {
+        refuse_unleased(table, leases, &mut steps);
+    }
+    if !wanted.masquerade.is_empty() {
+        add_masquerade(wanted, &mut steps);
+    }
+    steps
 }
 
 /// The table as it is, and how many packets its rules have counted.

@@ -1,8 +1,8 @@
 //! Policy rules by which users of this host cannot send to the VXLAN port.
 //!
 //! Any process may send UDP to that port of another host, and what it sends has this host's address, so the
-//! guards there take it for tunnel packets of a member. The kernel looks up a route for each datagram with
-//! the user that sends it, and for the tunnel's own packets with none, which is root. So rules part them:
+//! guards there take it for tunnel packets of a member. The kernel looks up a route with the user and the
+//! port of a datagram, and for the tunnel's own packets with no user, which is root. So rules part them:
 //!
 //! ```text
 //! 72: from all iif lo uidrange 1-4294967294 ipproto udp dport 8472 lookup 847273 proto 73
@@ -14,9 +14,10 @@
 //! sends. So table 847273 has a route of type local for each interface: what a user sends comes back to this
 //! host, where the guard drops and counts it. IPv6 needs no such table: there the refusal holds.
 //!
-//! The packet filter cannot tell them apart: packets that the kernel puts into the tunnel for a process of
-//! this host still belong to the socket of that process, and a datagram that the kernel cuts into several
-//! (`UDP_SEGMENT`) passes the filter as one.
+//! Rules hold for lookups alone. A socket that is connected to another port has got a route by that one, and
+//! may send to this one by the same: an IPv6 socket by `sendto`, any by what it has held back (`UDP_CORK`).
+//! So the guard's table drops what users send, too (`firewall::chains::refuse_users`), on kernels that tell
+//! what goes into a tunnel; on older ones the rules are all that there is.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

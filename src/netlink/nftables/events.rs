@@ -7,9 +7,9 @@ use std::{
 
 use rtnetlink::sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
 
-use super::{INET, RECEIVE_BUFFER, attributes};
+use super::{INET, RECEIVE_BUFFER};
 use crate::netlink::{
-    drain,
+    attributes, drain,
     raw::{Answer, answers},
 };
 

@@ -12,7 +12,7 @@ use crate::{
     },
     netlink::{
         attributes::{self, Attributes},
-        nftables::{Base, Field, Kind, Rule, Step, base_chain, counter},
+        nftables::{Base, Field, Kind, Rule, SET_EXPRESSION, Step, base_chain, counter},
     },
     pods::{bridge::PREFIX, wiring::LINK_NAME},
 };
@@ -22,27 +22,37 @@ pub const TRIAL_MARK: u32 = u32::from_be_bytes(*b"gsmP");
 const GUARD_CHAIN: &str = "guard";
 const ROUTERS_CHAIN: &str = "routers";
 const MASQUERADE_CHAIN: &str = "masquerade";
+/// What users send; what of it goes into a tunnel; and what has come out of one, on its way to another host.
+const USERS_CHAIN: &str = "users";
+const INTO_TUNNEL_CHAIN: &str = "into_tunnel";
+const OUT_OF_TUNNEL_CHAIN: &str = "tunnelled";
 /// What this host forwards, and what it sends itself, to subnets without a lease: chains with their hooks.
 const UNLEASED_CHAINS: [(&str, u32); 2] = [("unleased", 2), ("unleased_here", 3)];
 /// Hooks and priorities of linux/netfilter.h and linux/netfilter_ipv4.h: what is for this host, before all
 /// other rules about that (what it only forwards is none of our business), and where source addresses are
 /// rewritten.
 const INPUT: u32 = 1;
+const OUTPUT: u32 = 3;
 const POSTROUTING: u32 = 4;
+const FIRST: i32 = i32::MIN;
+const LAST: i32 = i32::MAX;
 const RAW: i32 = -300;
 const FILTER: i32 = 0;
 const SOURCE_NAT: i32 = 100;
 /// Where the VNI stands, counted from the UDP header (RFC 7348, 5).
 const VNI_OFFSET: u32 = 12;
 const PORT_OFFSET: u32 = 2;
+/// A bit of a packet's priority that no user can set (`SO_PRIORITY` takes 0 to 6 of them), and no
+/// queueing discipline reads: it says that a packet goes into a tunnel.
+const INTO_TUNNEL: u32 = 0x8000;
+/// Kinds of interfaces by which packets of users come into tunnels, also into those of other programs.
+const TUNNEL_KINDS: [&str; 2] = ["vxlan", "bridge"];
 /// What gives a host routes: protocol and type of ICMPv6's router advertisement and redirect, and of ICMP's
 /// redirect.
 const ROUTE_GIVERS: [(u8, u8); 3] = [(58, 134), (58, 137), (1, 5)];
 /// Errors that say how a packet was lost: protocol and type of ICMP's "destination unreachable", and of
 /// ICMPv6's "destination unreachable" and "packet too big"; and where the destination of that packet stands.
 const ERRORS: [(u8, u8, u32); 3] = [(1, 3, 24), (58, 1, 32), (58, 2, 32)];
-/// `NFTA_SET_EXPR`: what each element of a set does when it is found.
-const SET_EXPRESSION: u16 = 17;
 pub(super) const MEMBERS: [&str; 2] = ["members4", "members6"];
 /// The same addresses: the elements of the others count packets from members.
 const UNDERLAY: [&str; 2] = ["underlay4", "underlay6"];
@@ -96,10 +106,13 @@ pub(super) fn add_sets(table: &str, elements: &Elements, steps: &mut Vec<Step>) 
     }
 }
 
+fn to_port(port: u16) -> Rule {
+    Rule::new().udp().holds(Base::Transport, PORT_OFFSET, &port.to_be_bytes())
+}
+
 pub(super) fn add_guard(table: &str, guard: &Guard, steps: &mut Vec<Step>) {
     steps.push(create(Kind::NewChain, base_chain(table, GUARD_CHAIN, "filter", INPUT, RAW)));
-    let to_port =
-        || Rule::new().udp().holds(Base::Transport, PORT_OFFSET, &guard.port.to_be_bytes());
+    let to_port = || to_port(guard.port);
     let vni = &guard.vni.to_be_bytes()[1..];
     // A trial of this host's own: a packet as if it came from a member. Behind the tunnel it is like any.
     let of_trial = to_port().from_loopback().marked(TRIAL_MARK).unmark();
@@ -122,6 +135,34 @@ pub(super) fn add_guard(table: &str, guard: &Guard, steps: &mut Vec<Step>) {
     let of_others = to_port().lacks(Base::Transport, VNI_OFFSET, vni);
     steps.push(append(table, GUARD_CHAIN, &of_others.leave_chain()));
     steps.push(append(table, GUARD_CHAIN, &to_port().count().drop()));
+}
+
+/// What users who are not root send to the port leaves this host in its name, so guards of other hosts would
+/// take it for tunnel packets. A tunnel packet that the kernel makes of what a process sends still belongs to
+/// the socket of that process. So what goes into a tunnel is given a bit, which the tunnel packet still has:
+/// what lacks it is a user's own. Policy rules ([`super::super::users`]) refuse that as well, but hold only
+/// where the kernel looks up a route with the packet's user and port, not where a socket has one already.
+///
+/// Nothing in the packet itself counts: what follows the first segment of several (`UDP_SEGMENT`) is not seen
+/// here, and what lies in a user's pages (`splice`) may still change. The bit is cleared by the second chain
+/// of this hook, when each overlay on this host has looked at it.
+pub(super) fn refuse_users(table: &str, guard: &Guard, steps: &mut Vec<Step>) {
+    for (chain, hook, priority) in [
+        (USERS_CHAIN, OUTPUT, FIRST),
+        (OUT_OF_TUNNEL_CHAIN, OUTPUT, FIRST + 1),
+        (INTO_TUNNEL_CHAIN, POSTROUTING, LAST),
+    ] {
+        let based = base_chain(table, chain, "filter", hook, priority);
+        steps.push(create(Kind::NewChain, based));
+    }
+    let of_user = to_port(guard.port).of_user().prioritized(INTO_TUNNEL, false);
+    steps.push(append(table, USERS_CHAIN, &of_user.count().drop()));
+    let tunnelled = Rule::new().prioritized(INTO_TUNNEL, true).prioritize(INTO_TUNNEL, false);
+    steps.push(append(table, OUT_OF_TUNNEL_CHAIN, &tunnelled));
+    for kind in TUNNEL_KINDS {
+        let into_tunnel = Rule::new().to_kind(kind).of_user().prioritize(INTO_TUNNEL, true);
+        steps.push(append(table, INTO_TUNNEL_CHAIN, &into_tunnel));
+    }
 }
 
 /// What comes in from pods, and through the tunnel. Counted are only tunnel packets.
@@ -181,8 +222,7 @@ pub(super) fn add_masquerade(wanted: &Firewall, steps: &mut Vec<Step>) {
     let chain = base_chain(table, MASQUERADE_CHAIN, "nat", POSTROUTING, SOURCE_NAT);
     steps.push(create(Kind::NewChain, chain));
     // Under this host's address it would pass the guards of all members.
-    let to_port = Rule::new().udp().holds(Base::Transport, PORT_OFFSET, &port.to_be_bytes());
-    steps.push(append(table, MASQUERADE_CHAIN, &to_port.leave_chain()));
+    steps.push(append(table, MASQUERADE_CHAIN, &to_port(*port).leave_chain()));
     for (network, own) in masquerade {
         let [group4, group6] = groups();
         let multicast = if network.addr().is_ipv4() { group4 } else { group6 };
