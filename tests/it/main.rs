@@ -42,6 +42,7 @@ mod instances;
 mod kubernetes;
 mod legacy_rules;
 mod limits;
+mod loops;
 mod matrix;
 mod metrics;
 mod mishaps;

@@ -131,7 +131,7 @@ impl FirewallTable {
         let Some(written) = &mut self.written else { return Ok(Pass::default()) };
         let (shown, counted) = look(&mut self.nftables, INET, &wanted.table)?;
         let present = written.present(&mut self.nftables)?;
-        self.dropped = self.dropped_before + counted;
+        self.dropped = self.dropped_before + counted.values().sum::<u64>();
         let right = written.is_shown_by(&shown, &present);
         if right {
             written.shown = Some(shown);
@@ -359,9 +359,13 @@ fn steps_to(wanted: &Firewall, elements: &Elements, of_users: bool) -> Vec<Step>
     steps
 }
 
-/// The table as it is, and how many packets its rules have counted.
-pub fn look(nftables: &mut Nftables, family: u8, table: &str) -> io::Result<(Shown, u64)> {
-    let (mut shown, mut counted) = (Shown::default(), 0);
+/// The table as it is, and how many packets the rules of each chain have counted.
+pub fn look(
+    nftables: &mut Nftables,
+    family: u8,
+    table: &str,
+) -> io::Result<(Shown, BTreeMap<String, u64>)> {
+    let (mut shown, mut counted) = (Shown::default(), BTreeMap::new());
     let ours = |object: &Object| object.family == family && name_of(object, 1) == table;
     for object in nftables.dump(Kind::GetTable, family, &Attributes::new())? {
         if ours(&object) {
@@ -375,17 +379,18 @@ pub fn look(nftables: &mut Nftables, family: u8, table: &str) -> io::Result<(Sho
     }
     let filter = Attributes::new().text(1, table);
     for object in nftables.dump(Kind::GetRule, family, &filter)?.iter().filter(|o| ours(o)) {
-        let mut right = Vec::new();
+        let (mut right, chain) = (Vec::new(), name_of(object, 2).to_owned());
         let expressions = attributes::find(&object.attributes, 4).unwrap_or_default();
         for (_, expression) in attributes::read(expressions) {
             let name = attributes::find(expression, 1).map(attributes::text);
             if name == Some("counter") {
-                counted += attributes::find(expression, 2).and_then(packets_in).unwrap_or(0);
+                let packets = attributes::find(expression, 2).and_then(packets_in).unwrap_or(0);
+                *counted.entry(chain.clone()).or_default() += packets;
             } else {
                 right.extend(expression);
             }
         }
-        shown.rules.push((name_of(object, 2).to_owned(), right));
+        shown.rules.push((chain, right));
     }
     Ok((shown, counted))
 }

@@ -21,7 +21,10 @@ use crate::{
     model::Mac,
     netlink::{
         attributes::Attributes,
-        nftables::{Changes, IFNAMSIZ, Kind, Nftables, Rule, Step, base_chain, name_bytes},
+        nftables::{
+            Changes, IFNAMSIZ, Kind, Nftables, Rule, SET_EXPRESSION, Step, base_chain, limit,
+            name_bytes,
+        },
     },
     pods::bridge::{Bridge, Tenant, Tenants},
 };
@@ -36,6 +39,9 @@ pub(super) struct Shape {
     pub(super) name: fn(&str) -> String,
     /// Sets with the length of their elements and their type as the `nft` program knows it.
     pub(super) sets: &'static [(&'static str, u32, u32)],
+    /// A set whose elements are found only so many times a second.
+    pub(super) limited: Option<(&'static str, u64)>,
+    pub(super) alarm: Option<Alarm>,
     /// Chains with their hooks and priorities.
     pub(super) chains: &'static [(&'static str, u32, i32)],
     /// Chain and rule, from top to bottom.
@@ -48,6 +54,12 @@ pub(super) struct Shape {
     pub(super) cables: Option<&'static str>,
     /// What is so without the table, and what the table takes.
     pub(super) without: (&'static str, &'static str),
+}
+
+/// A chain that should count no packets, and what is told while it does.
+pub(super) struct Alarm {
+    pub(super) chain: &'static str,
+    pub(super) words: fn(&Bridge) -> String,
 }
 
 /// The tables of one bridge.
@@ -64,6 +76,9 @@ struct Table {
     shape: &'static Shape,
     written: Option<Written>,
     problem: Option<String>,
+    /// What the chain of the alarm had counted when the table was last read.
+    counted: u64,
+    alarm: Option<String>,
     refused_at: Option<Instant>,
     /// It is not wanted, and what an earlier run has left was looked for.
     removed: bool,
@@ -101,9 +116,10 @@ impl PodTables {
         self.changes.as_mut().map_or(Ok(false), |changes| changes.touched_in(&tables, own))
     }
 
-    /// What keeps the tables from being there.
+    /// What keeps the tables from being there, and what they have found out.
     pub fn problems(&self) -> impl Iterator<Item = &String> {
-        [&self.spoofing, &self.unused].into_iter().filter_map(|table| table.problem.as_ref())
+        let tables = [&self.spoofing, &self.unused];
+        tables.into_iter().flat_map(|table| table.problem.iter().chain(&table.alarm))
     }
 
     /// Lets a pod in by its cable, before it is answered.
@@ -207,7 +223,15 @@ impl PodTables {
 
 impl Table {
     const fn new(shape: &'static Shape) -> Self {
-        Self { shape, written: None, problem: None, refused_at: None, removed: false }
+        Self {
+            shape,
+            written: None,
+            problem: None,
+            counted: 0,
+            alarm: None,
+            refused_at: None,
+            removed: false,
+        }
     }
 
     fn name(&self, bridge: &Bridge) -> String {
@@ -272,7 +296,9 @@ impl Table {
             (Ok(nftables), Some(written)) => {
                 let (family, name) = (self.shape.family, self.name(&written.bridge));
                 look(nftables, family, &name)
-                    .and_then(|(shown, _)| Ok((shown, present(nftables, self.shape, &name)?)))
+                    .and_then(|(shown, counted)| {
+                        Ok((shown, present(nftables, self.shape, &name)?, counted))
+                    })
                     .ok()
             }
             _ => {
@@ -281,7 +307,12 @@ impl Table {
             }
         };
         let Some(written) = &mut self.written else { return false };
-        let is_right = found.is_some_and(|(shown, present)| {
+        let is_right = found.is_some_and(|(shown, present, counted)| {
+            if let Some(alarm) = &self.shape.alarm {
+                let now = counted.get(alarm.chain).copied().unwrap_or_default();
+                self.alarm = (now > self.counted).then(|| (alarm.words)(bridge));
+                self.counted = now;
+            }
             let rules_are_right = match &written.shown {
                 Some(before) => *before == shown,
                 None => shown.rules() == (self.shape.rules)(&written.bridge).len(),
@@ -331,13 +362,17 @@ impl Table {
         if self.refused_at.is_some_and(|at| at.elapsed() < TRY_AGAIN) {
             return;
         }
-        let Shape { family, sets, chains, rules, without, .. } = self.shape;
+        let Shape { family, sets, limited, chains, rules, without, .. } = self.shape;
         let table = &self.name(bridge);
         let mut steps = vec![create_table(table), delete_table(table), create_table(table)];
         for (id, (set, length, kind)) in (1..).zip(*sets) {
             let named = Attributes::new().text(1, table).text(2, set);
             let of_keys = named.be32(3, 0).be32(4, *kind).be32(5, *length).be32(10, id);
-            steps.push(create(Kind::NewSet, of_keys));
+            let attributes = match limited.filter(|(limited, _)| limited == set) {
+                Some((_, rate)) => of_keys.nest(SET_EXPRESSION, &limit(rate, rate as u32)),
+                None => of_keys,
+            };
+            steps.push(create(Kind::NewSet, attributes));
         }
         steps.extend(sets::steps(table, Kind::NewElements, &elements));
         for (chain, hook, priority) in *chains {
@@ -353,6 +388,7 @@ impl Table {
         match done {
             Ok(()) => {
                 (self.problem, self.refused_at, self.removed) = (None, None, false);
+                self.counted = 0;
                 self.written = Some(Written { bridge: bridge.clone(), elements, shown: None });
             }
             Err(error) => {
@@ -368,7 +404,7 @@ impl Table {
     }
 
     fn remove(&mut self, nftables: &mut io::Result<Nftables>, device: &str) -> io::Result<()> {
-        self.written = None;
+        (self.written, self.alarm) = (None, None);
         let (family, name) = (self.shape.family, (self.shape.name)(device));
         let Ok(nftables) = nftables else { return Ok(()) };
         if !tables_in(nftables, family)?.contains(&name) {

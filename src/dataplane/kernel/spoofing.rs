@@ -5,18 +5,26 @@
 //! the sets before its pod is answered, and its name stays until the kernel has removed it. What comes from
 //! a port of another program has addresses that are not known, and is dropped if they are a pod's, the
 //! gateway's, or those of the agent's own pod.
+//!
+//! A pod may bridge its own interfaces, or send back by one of them what comes in there. Frames would go
+//! round for ever: a broadcast comes back by its own port (hairpin mode, which services need) or by another
+//! one of the same container. So what leaves by such a port has to be for the pod itself, as what comes to it
+//! by a service is, and what the pod sends must not be. A limit ends a loop through several pods.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv6Addr},
 };
 
-use super::{pod_tables::Shape, sets::Elements};
+use super::{
+    pod_tables::{Alarm, Shape},
+    sets::Elements,
+};
 use crate::{
     model::Mac,
     netlink::{
         attributes,
-        nftables::{BRIDGE, Base, Rule, name_bytes},
+        nftables::{BRIDGE, Base, Rule, Side, name_bytes},
     },
     pods::{
         bridge::{Bridge, Tenant, Tenants, mac_at},
@@ -27,14 +35,21 @@ use crate::{
 const CHAIN: &str = "pods";
 /// About ports of other programs. Frames pass it first.
 const STRANGERS_CHAIN: &str = "strangers";
+/// About frames that one container sends and would receive.
+const RETURNING_CHAIN: &str = "returning";
+/// About frames to several: what the rules for pods have let pass.
+const GROUPS_CHAIN: &str = "groups";
 /// `NF_BR_PRE_ROUTING`; before the bridge learns who is where, and before Docker and kube-proxy change
 /// addresses (linux/netfilter_bridge.h).
 const PREROUTING: u32 = 0;
+/// `NF_BR_FORWARD`
+const FORWARD: u32 = 2;
 const FIRST: i32 = -310;
 
 /// Sets with the length of their elements and their type as the `nft` program knows it: name of the cable,
-/// MAC, and address. The last ones hold names of ports of others, and what is used by pods, the gateway and
-/// the agent's own pod.
+/// MAC, and address. Then names of ports of others, and what is used by pods, the gateway and the agent's own
+/// pod; pairs of cables of one container, and MACs of the same container; and cables that have not sent too
+/// much to groups.
 const CABLES: &str = "cables";
 pub(super) const MACS: &str = "macs";
 const ADDRESSES4: &str = "addresses4";
@@ -43,7 +58,10 @@ const STRANGERS: &str = "strangers";
 const USED_MACS: &str = "used_macs";
 const USED4: &str = "used4";
 const USED6: &str = "used6";
-const SETS: [(&str, u32, u32); 8] = [
+const SIBLINGS: &str = "siblings";
+const SIBLING_MACS: &str = "sibling_macs";
+const CALM: &str = "calm";
+const SETS: [(&str, u32, u32); 11] = [
     (CABLES, 16, 41),
     (MACS, 24, 41 << 6 | 9),
     (ADDRESSES4, 28, (41 << 6 | 9) << 6 | 7),
@@ -52,9 +70,16 @@ const SETS: [(&str, u32, u32); 8] = [
     (USED_MACS, 6, 9),
     (USED4, 4, 7),
     (USED6, 16, 8),
+    (SIBLINGS, 32, 41 << 6 | 41),
+    (SIBLING_MACS, 24, 41 << 6 | 9),
+    (CALM, 16, 41),
 ];
 
+/// Broadcasts and multicasts a second by one cable. Each of them costs this host a copy for each of its pods.
+const GROUP_RATE: u64 = 2_000;
+
 /// Places in a frame: offset and length.
+const ETHER_DESTINATION: (Base, u32, u32) = (Base::Link, 0, 6);
 const ETHER_SOURCE: (Base, u32, u32) = (Base::Link, 6, 6);
 const ARP_KIND: u32 = 0;
 const ARP_MAC: (Base, u32, u32) = (Base::Network, 8, 6);
@@ -79,10 +104,23 @@ pub(super) static SHAPE: Shape = Shape {
     family: BRIDGE,
     name: str::to_owned,
     sets: &SETS,
-    chains: &[(STRANGERS_CHAIN, PREROUTING, FIRST - 1), (CHAIN, PREROUTING, FIRST)],
+    chains: &[
+        (STRANGERS_CHAIN, PREROUTING, FIRST - 1),
+        (CHAIN, PREROUTING, FIRST),
+        (GROUPS_CHAIN, PREROUTING, FIRST + 1),
+        (RETURNING_CHAIN, FORWARD, FIRST),
+    ],
+    limited: Some((CALM, GROUP_RATE)),
+    alarm: Some(Alarm { chain: GROUPS_CHAIN, words: flooded }),
     rules: |_| {
         let of_strangers = rules_for_strangers().into_iter().map(|rule| (STRANGERS_CHAIN, rule));
-        of_strangers.chain(rules().into_iter().map(|rule| (CHAIN, rule))).collect()
+        let of_pods = rules().into_iter().map(|rule| (CHAIN, rule));
+        let to_groups = rules_for_groups().into_iter().map(|rule| (GROUPS_CHAIN, rule));
+        let to_itself = Rule::new()
+            .named_with(SIBLINGS, &[Side::Input, Side::Output], &[], true)
+            .named_with(SIBLING_MACS, &[Side::Output], &[ETHER_DESTINATION], false);
+        let returning = std::iter::once((RETURNING_CHAIN, to_itself.count().drop()));
+        of_strangers.chain(of_pods).chain(to_groups).chain(returning).collect()
     },
     elements: elements_of,
     leaving: of_cable,
@@ -101,6 +139,26 @@ fn icmpv6(kind: u8) -> Rule {
 fn arp() -> Rule {
     let kind = [0, 1, 8, 0, 6, 4];
     Rule::new().ether_type(ARP).holds(Base::Network, ARP_KIND, &kind)
+}
+
+fn flooded(bridge: &Bridge) -> String {
+    let (name, table) = (&bridge.name, &bridge.table);
+    format!(
+        "a pod sends more than {GROUP_RATE} broadcasts and multicasts a second to the pods' bridge {name}: \
+         the rest of them is dropped, and counted by nft list chain bridge {table} {GROUPS_CHAIN}; which one \
+         it is shows in tcpdump -eni {name} multicast (a pod that bridges its interfaces makes a loop)"
+    )
+}
+
+/// Without the limit, which the kernel knows since 5.7, all cables are calm.
+fn rules_for_groups() -> Vec<Rule> {
+    let (base, offset, _) = ETHER_DESTINATION;
+    vec![
+        Rule::new().masked(base, offset, &[1], &[0], true).accept(),
+        Rule::new().input_with(CABLES, &[], false).accept(),
+        Rule::new().input_with(CALM, &[], true).accept(),
+        Rule::new().count().drop(),
+    ]
 }
 
 /// From top to bottom; what none of them drops goes on.
@@ -130,6 +188,7 @@ fn rules() -> Vec<Rule> {
     vec![
         Rule::new().input_with(CABLES, &[], false).accept(),
         Rule::new().input_with(MACS, &[ETHER_SOURCE], false).count().drop(),
+        Rule::new().input_with(SIBLING_MACS, &[ETHER_DESTINATION], true).count().drop(),
         arp().input_with(ADDRESSES4, &[ARP_MAC, ARP_ADDRESS], true).accept(),
         // Who asks whether an address is free has none yet (RFC 5227).
         arp()
@@ -167,9 +226,9 @@ fn rules() -> Vec<Rule> {
 /// A container with several cables may answer by any of them for each of its addresses: which way its packets
 /// take is for its routes to say.
 fn elements_of(bridge: &Bridge, tenants: &Tenants, strangers: &BTreeSet<String>) -> Elements {
-    let mut addresses: BTreeMap<&str, Vec<IpAddr>> = BTreeMap::new();
-    for tenant in tenants.values() {
-        addresses.entry(&tenant.container).or_default().extend(tenant.addresses.iter());
+    let mut containers: BTreeMap<&str, Vec<(&String, &Tenant)>> = BTreeMap::new();
+    for (cable, tenant) in tenants {
+        containers.entry(&tenant.container).or_default().push((cable, tenant));
     }
     let mut elements: Elements = SETS.map(|(set, ..)| (set, BTreeSet::new())).into();
     let mut add = |set, key| _ = elements.entry(set).or_default().insert(key);
@@ -186,19 +245,32 @@ fn elements_of(bridge: &Bridge, tenants: &Tenants, strangers: &BTreeSet<String>)
     }
     for (cable, tenant) in tenants {
         add(CABLES, name_bytes(cable).to_vec());
+        add(CALM, name_bytes(cable).to_vec());
+        let of_container = containers.get(tenant.container.as_str());
+        for (other, sibling) in of_container.into_iter().flatten() {
+            add(SIBLINGS, [name_bytes(cable), name_bytes(other)].concat());
+            if let Some(mac) = sibling.mac {
+                add(SIBLING_MACS, with_mac(cable, mac));
+            }
+        }
         let Some(mac) = tenant.mac else { continue };
         add(USED_MACS, mac.as_bytes().to_vec());
-        let key = [&name_bytes(cable)[..], mac.as_bytes(), &[0; 2]].concat();
+        let key = with_mac(cable, mac);
         let own = link_local(mac).octets();
         add(USED6, own.to_vec());
         add(ADDRESSES6, [&key[..], &own].concat());
-        for &ip in addresses.get(tenant.container.as_str()).into_iter().flatten() {
+        let of_container = of_container.into_iter().flatten();
+        for ip in of_container.flat_map(|(_, sibling)| sibling.addresses.iter()) {
             let set = if matches!(ip, IpAddr::V4(_)) { ADDRESSES4 } else { ADDRESSES6 };
             add(set, [&key[..], &attributes::octets(ip)].concat());
         }
         add(MACS, key);
     }
     elements
+}
+
+fn with_mac(cable: &str, mac: Mac) -> Vec<u8> {
+    [&name_bytes(cable)[..], mac.as_bytes(), &[0; 2]].concat()
 }
 
 /// The address that kernels make of a MAC as a rule (RFC 4291, 2.5.6 and appendix A). Others that a pod uses
@@ -217,7 +289,7 @@ const fn used(ip: IpAddr) -> &'static str {
 /// cables of the container may have the same.
 fn of_cable(_: &Bridge, cable: &str, _: &Tenant, elements: &Elements) -> Elements {
     let is_its = |key: &&Vec<u8>| key.starts_with(&name_bytes(cable));
-    let others = [MACS, ADDRESSES4, ADDRESSES6].into_iter();
+    let others = [MACS, ADDRESSES4, ADDRESSES6, SIBLINGS, SIBLING_MACS, CALM].into_iter();
     let kept = others.filter_map(|set| Some((set, elements.get(set)?)));
     kept.map(|(set, keys)| (set, keys.iter().filter(is_its).cloned().collect())).collect()
 }

@@ -38,6 +38,8 @@ pub(super) static SHAPE: Shape = Shape {
     family: INET,
     name: pods_table_name,
     sets: &SETS,
+    limited: None,
+    alarm: None,
     chains: &CHAINS,
     rules,
     elements,
