@@ -10,7 +10,7 @@ use gossamer::lab::{Agent, Host, NetNs, Pinger};
 
 use crate::{
     cni::{Runtime, address, namespaces},
-    common::{PATIENCE, isolated, program, status_where, token_of, tool, wait_until},
+    common::{PATIENCE, eventually, isolated, program, status_where, token_of, tool, wait_until},
 };
 
 const PORT: u16 = 5_555;
@@ -65,6 +65,47 @@ fn frame_to_a_link_local_group_is_not_taken_from_a_pod() {
             send_from(&spaces[0], own, gateway);
             heard(&socket) == Some(own)
         });
+        Ok(())
+    });
+}
+
+/// The kernel takes a question of another about an address that it is just trying for a conflict.
+#[test]
+fn pod_cannot_take_the_address_of_another_by_asking_whether_it_is_free() {
+    isolated(|lab| {
+        let host = lab.host(1, "n1")?;
+        let mut agent = Agent::start(program(), &host, &["--init", "--network6", "fd42::/48"])?;
+        agent.wait_converged(1, PATIENCE)?;
+        let spaces = namespaces(&["a", "b"])?;
+        let runtime = Runtime::new(&agent);
+        runtime.add("a");
+        runtime.add("b");
+        let [victim, other] = &spaces[..] else { unreachable!("two namespaces") };
+        let own = |text: &str| -> Option<String> {
+            let at = text.split_whitespace().skip_while(|word| *word != "inet6").nth(1)?;
+            Some(at.to_owned())
+        };
+        let of_link = "ip -6 -o addr show dev eth0 scope link";
+        let address = own(&tool(victim, of_link)).expect("a link-local address");
+        // It is to try for long, and the other one at once.
+        for (space, name, value) in
+            [(victim, "dad_transmits", "8"), (other, "router_solicitation_delay", "0")]
+        {
+            space.sysctl(&format!("net/ipv6/conf/eth0/{name}"), value)?;
+        }
+        tool(victim, "ip link set eth0 down");
+        tool(victim, "ip link set eth0 up");
+        eventually(victim, of_link, |text| text.contains(&address) && text.contains("tentative"));
+        for _ in 0..3 {
+            tool(other, &format!("ip -6 addr add {address} dev eth0"));
+            std::thread::sleep(Duration::from_millis(300));
+            assert!(tool(victim, of_link).contains("tentative"), "too slow to see anything");
+            tool(other, &format!("ip -6 addr del {address} dev eth0"));
+        }
+        let found = eventually(victim, of_link, |text| {
+            text.contains("dadfailed") || !text.contains("tentative")
+        });
+        assert!(!found.contains("dadfailed"), "{found}");
         Ok(())
     });
 }

@@ -86,7 +86,7 @@ const ARP_MAC: (Base, u32, u32) = (Base::Network, 8, 6);
 const ARP_ADDRESS: (Base, u32, u32) = (Base::Network, 14, 4);
 const SOURCE4: (Base, u32, u32) = (Base::Network, 12, 4);
 const SOURCE6: (Base, u32, u32) = (Base::Network, 8, 16);
-/// Of a neighbour advertisement.
+/// Of a neighbour solicitation or advertisement.
 const TARGET: (Base, u32, u32) = (Base::Transport, 8, 16);
 
 const IPV4: u16 = 0x0800;
@@ -97,6 +97,7 @@ const VLAN: u16 = 0x8100;
 const SERVICE_VLAN: u16 = 0x88a8;
 const ICMPV6: u8 = 58;
 const ROUTER_ADVERTISEMENT: u8 = 134;
+const NEIGHBOUR_SOLICITATION: u8 = 135;
 const NEIGHBOUR_ADVERTISEMENT: u8 = 136;
 const REDIRECT: u8 = 137;
 
@@ -141,6 +142,13 @@ fn arp() -> Rule {
     Rule::new().ether_type(ARP).holds(Base::Network, ARP_KIND, &kind)
 }
 
+/// By a question without a source the kernel finds out whether its new address is another's. One that hears
+/// such a question about the address that it asks about itself gives that up (RFC 4862, 5.4.3).
+fn looks_for_duplicates() -> Rule {
+    let (base, offset, _) = SOURCE6;
+    icmpv6(NEIGHBOUR_SOLICITATION).holds(base, offset, &[0; 16])
+}
+
 fn flooded(bridge: &Bridge) -> String {
     let (name, table) = (&bridge.name, &bridge.table);
     format!(
@@ -169,6 +177,7 @@ fn rules_for_strangers() -> Vec<Rule> {
         Rule::new().ether_type(IPV4).inside(USED4, SOURCE4),
         Rule::new().ether_type(IPV6).inside(USED6, SOURCE6),
         icmpv6(NEIGHBOUR_ADVERTISEMENT).inside(USED6, TARGET),
+        looks_for_duplicates().inside(USED6, TARGET),
         // The kernel has taken the outer tag off. It would take this one off as well before a pod looks at
         // what is behind it.
         Rule::new().ether_type(VLAN),
@@ -213,7 +222,11 @@ fn rules() -> Vec<Rule> {
             .accept(),
         Rule::new().ether_type(IPV6).inside(USED6, SOURCE6).count().drop(),
         link_local(SOURCE6, Rule::new().ether_type(IPV6), true).accept(),
-        // The same in IPv6, and what groups it is in.
+        looks_for_duplicates()
+            .input_with(ADDRESSES6, &[ETHER_SOURCE, TARGET], false)
+            .count()
+            .drop(),
+        // Whether its own address is free, and what groups it is in.
         Rule::new()
             .ether_type(IPV6)
             .transport(ICMPV6)
