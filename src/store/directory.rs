@@ -3,7 +3,7 @@
 //! It belongs to one process at a time, and a directory with anything else in it is never taken for one.
 
 use std::{
-    ffi::OsStr,
+    ffi::{OsStr, OsString},
     fs, io,
     net::IpAddr,
     os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
@@ -24,6 +24,7 @@ use crate::{
 };
 
 const KEY: &str = "node.key";
+const KEY_IN_WRITING: &str = "node.key.new";
 const TOKEN: &str = "token";
 const SECRETS: &str = "secrets";
 const BOOT: &str = "boot";
@@ -219,7 +220,9 @@ fn expect_ours(path: &Path) -> Result<(), StoreError> {
     let names: Vec<_> = fs::read_dir(path)
         .and_then(|entries| entries.map(|entry| Ok(entry?.file_name())).collect())
         .map_err(|error| StoreError::Directory { path: path.to_owned(), error })?;
-    let ours = names.iter().all(|name| name == LOCK) || names.iter().any(|name| name == KEY);
+    // The key comes first; a power cut may leave it under the name that it is written by.
+    let begins = |name: &OsString| name == LOCK || name == KEY_IN_WRITING;
+    let ours = names.iter().all(begins) || names.iter().any(|name| name == KEY);
     if ours { Ok(()) } else { Err(StoreError::NotOurs { path: path.to_owned() }) }
 }
 
@@ -305,6 +308,20 @@ mod tests {
         assert_eq!(fs::read_dir(dir.path()).expect("readable").count(), 2);
         let mode = fs::metadata(dir.path()).expect("metadata").permissions().mode();
         assert_eq!(mode & 0o777, 0o755);
+    }
+
+    #[test]
+    fn directory_that_a_power_cut_left_without_its_first_key_is_taken() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        fs::write(dir.path().join(LOCK), "").expect("a lock");
+        // Its name is on the disk, its content is not.
+        fs::write(dir.path().join(KEY_IN_WRITING), "").expect("half of a file");
+        let state = StateDir::open(dir.path()).expect("it is ours");
+        assert_eq!(state.node_key().expect("readable"), None);
+        state.save_node_key(&[7; 32]).expect("written");
+        drop(state);
+        assert!(!dir.path().join(KEY_IN_WRITING).exists());
+        assert_eq!(StateDir::look(dir.path()).expect("ours"), Some([7; 32]));
     }
 
     #[test]

@@ -8,6 +8,7 @@
 //! small packets are sent once, and counted: what is lost by chance. A state machine without a clock or a
 //! socket.
 
+mod round;
 mod target;
 
 use std::{
@@ -16,7 +17,10 @@ use std::{
     time::Duration,
 };
 
-use self::target::{Target, carries_large, sorts};
+use self::{
+    round::Round,
+    target::{Target, carries_large, sorts},
+};
 use super::{ANXIOUS, CALM, Kind, Losses, SEES_DATA, SMALL, Sort, Trials, Way};
 use crate::{
     model::{Addresses, NodeId, Time},
@@ -129,17 +133,6 @@ struct Peer {
     absent: u32,
     rests_until: Time,
     losses: Losses,
-}
-
-#[derive(Debug)]
-struct Round {
-    number: u32,
-    begun: Time,
-    /// How often packets were sent.
-    sent: usize,
-    asked: Option<Time>,
-    judged_at: Option<Time>,
-    targets: BTreeMap<NodeId, Target>,
 }
 
 impl FarPods {
@@ -482,23 +475,6 @@ impl FarPods {
             } else {
                 WATCH + WATCH_PER_PEER * self.peers.len() as u32
             };
-    }
-}
-
-impl Round {
-    fn is_answered(&self) -> bool {
-        self.targets.values().all(Target::is_answered)
-    }
-
-    fn next_due(&self) -> Time {
-        if self.is_answered() {
-            return self.begun;
-        }
-        match (SENDS.get(self.sent), self.asked) {
-            (Some(at), _) => self.begun + *at,
-            (None, None) => self.begun + ASK,
-            (None, Some(asked)) => self.judged_at.unwrap_or(asked + PATIENCE),
-        }
     }
 }
 
