@@ -32,7 +32,7 @@ impl Overruns {
         self.is_waiting.then(|| self.looked.map_or(now, |looked| looked + self.pause))
     }
 
-    /// Whether everything is to be looked at now. Whoever asks does it then.
+    /// Whether everything is to be looked at now. The caller does it then.
     pub fn take(&mut self, now: Instant) -> bool {
         let is_due = self.due(now).is_some_and(|due| due <= now);
         if is_due {

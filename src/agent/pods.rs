@@ -116,7 +116,7 @@ impl PodState {
     }
 
     /// From what the disk has, and the pods whose cables are there. After a new start of the host no
-    /// container is there any more, whether or not somebody will say so; addresses that a network of Docker's
+    /// container is there any more, even where no runtime will say so; addresses that a network of Docker's
     /// holds are not of containers. No cable is there then: one that is proves that the note of the start is
     /// wrong.
     pub(super) fn remember(records: &[(Key, Record)], same_boot: bool, found: &[Pod]) -> Self {

@@ -213,7 +213,7 @@ impl Rule {
         self.meta(META_OIFKIND).compare(EQUAL, &name_bytes(kind))
     }
 
-    /// What belongs to a socket of this network namespace that a user has opened who is not root.
+    /// Matches what a socket of this network namespace sends that a user other than root has opened.
     pub fn of_user(self) -> Self {
         self.meta(META_SKUID).compare(UNEQUAL, &0_u32.to_ne_bytes())
     }

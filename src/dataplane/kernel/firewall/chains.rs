@@ -137,7 +137,7 @@ pub(super) fn add_guard(table: &str, guard: &Guard, steps: &mut Vec<Step>) {
     steps.push(append(table, GUARD_CHAIN, &to_port().count().drop()));
 }
 
-/// What users who are not root send to the port leaves this host in its name, so guards of other hosts would
+/// What users other than root send to the port leaves this host in its name, so guards of other hosts would
 /// take it for tunnel packets. A tunnel packet that the kernel makes of what a process sends still belongs to
 /// the socket of that process. So what goes into a tunnel is given a bit, which the tunnel packet still has:
 /// what lacks it is a user's own. Policy rules ([`super::super::users`]) refuse that as well, but hold only
