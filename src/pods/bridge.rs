@@ -303,7 +303,7 @@ fn remove_former(netlink: &mut Netlink, bridge: &Bridge) -> io::Result<()> {
     links.iter().filter(former).try_for_each(|link| netlink.delete_link(link.index))
 }
 
-const fn is_link_local(ip: IpAddr) -> bool {
+pub(super) const fn is_link_local(ip: IpAddr) -> bool {
     match ip {
         IpAddr::V4(ip) => ip.is_link_local(),
         IpAddr::V6(ip) => ip.is_unicast_link_local(),

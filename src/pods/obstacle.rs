@@ -5,7 +5,7 @@ use std::io;
 use ipnet::IpNet;
 
 use super::{
-    bridge::{ALIAS, Bridge, is_address_mac, mac_at},
+    bridge::{ALIAS, Bridge, is_address_mac, is_link_local, mac_at},
     gateway,
 };
 use crate::{
@@ -58,8 +58,10 @@ fn other_overlay(
     bridge: &Bridge,
 ) -> io::Result<Option<String>> {
     let has = netlink.addresses()?;
-    let is_foreign =
-        |address: &&Address| address.link == link.index && !bridge.is_gateway(address.ip);
+    // Every interface with IPv6 has an address in the same link-local network.
+    let is_foreign = |address: &&Address| {
+        address.link == link.index && !bridge.is_gateway(address.ip) && !is_link_local(address.ip)
+    };
     let foreign = has.iter().filter(is_foreign);
     let foreign: Vec<IpNet> =
         foreign.filter_map(|address| IpNet::new(address.ip, address.prefix_len).ok()).collect();

@@ -178,6 +178,33 @@ fn networks_that_overlap_are_refused() {
 }
 
 #[test]
+fn device_of_another_overlay_with_a_link_local_address_keeps_no_pod_out() {
+    isolated(|lab: &mut Lab| {
+        let host = lab.host(1, "n1")?;
+        let mut agent =
+            gossamer::lab::Agent::start(program(), &host, &["--init", "--network6", "fd42::/48"])?;
+        agent.wait_converged(1, PATIENCE)?;
+        let _spaces = namespaces(&["a", "b"])?;
+        let runtime = Runtime::new(&agent);
+        runtime.add("a");
+        let netns = &host.netns;
+        tool(netns, "ip link add flannel.9 type vxlan id 9 dstport 8479 dev eth0");
+        tool(netns, "sysctl -qw net.ipv6.conf.flannel/9.disable_ipv6=0");
+        tool(netns, "ip link set flannel.9 up");
+        let has_link_local = |shown: &str| shown.contains("fe80:");
+        eventually(netns, "ip -6 addr show dev flannel.9", has_link_local);
+        eventually(netns, "ip -6 addr show dev gsm0", has_link_local);
+        runtime.add("b");
+        // The verdict is taken again with the bridge.
+        tool(netns, "ip link set gsm0 mtu 1400");
+        eventually(netns, "ip link show gsm0", |shown| shown.contains("mtu 1450"));
+        let status = agent.ask("/v1/status", PATIENCE)?;
+        assert!(!status.to_string().contains("another overlay"), "{status:#}");
+        Ok(())
+    });
+}
+
+#[test]
 fn bridge_of_another_overlay_is_left_alone_and_named() {
     isolated(|lab: &mut Lab| {
         let host = lab.host(1, "n1")?;

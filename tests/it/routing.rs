@@ -143,7 +143,7 @@ const FAULTS_AT_HOME: [(&str, &str, &str); 7] = [
 ];
 
 /// Policy rules that take some packets of pods only.
-const FAULTS_OF_SOME: [(&str, &str, &str); 5] = [
+const FAULTS_OF_SOME: [(&str, &str, &str); 6] = [
     (
         "that rule 5270 selects (from 10.42.1.9/32) leave by d0: table 52 has a route for them",
         "ip route add default dev d0 table 52 && ip rule add from 10.42.1.9 lookup 52 pref 5270",
@@ -168,6 +168,13 @@ const FAULTS_OF_SOME: [(&str, &str, &str); 5] = [
         "that rule 5274 selects (tos 0x10) leave by d0",
         "ip rule add tos 0x10 lookup 52 pref 5274",
         "ip rule del pref 5274",
+    ),
+    // As sing-box, mihomo and Clash write them.
+    (
+        "dport 53) leave by d0",
+        "ip rule add not from all dport 53 lookup main suppress_prefixlength 0 pref 5275 && \
+         ip rule add not from all iif lo lookup 52 pref 5276",
+        "ip rule del pref 5275 && ip rule del pref 5276",
     ),
 ];
 

@@ -49,11 +49,12 @@ pub fn selected(
                 continue;
             }
             let input = match &rule.input {
-                Some(name) => match netlink.link(name)? {
+                // What a negated rule names meets the rules behind it, by whichever interface it came.
+                Some(name) if !rule.inverted => match netlink.link(name)? {
                     Some(link) if links.contains(&link.index) => Some(link.index),
                     _ => continue,
                 },
-                None => None,
+                _ => None,
             };
             selected.push(Selected { selector: rule.selector, input, ipv4 });
         }
@@ -103,15 +104,16 @@ fn meets(selector: &Selector, own: IpNet, all: IpNet) -> bool {
     touches(from, own) && touches(to, all) || touches(from, all) && touches(to, own)
 }
 
-/// Whether it is another program's and concerns some packets, and which ones is known.
+/// Whether it is another program's and concerns some packets, and which ones is known. A rule with `not`
+/// concerns those that it names, too: it leaves them to the rules behind it.
 fn selects(rule: &Rule) -> bool {
-    let Rule { selector, inverted, mark, protocol, .. } = rule;
+    let Rule { selector, mark, protocol, .. } = rule;
     let is_ours = *protocol == Some(RouteProtocol::Other(ROUTE_PROTOCOL));
     let some = selector.from.is_some()
         || selector.to.is_some()
         || selector.transport.is_some()
         || selector.tos != 0;
-    some && !inverted && mark.is_none() && !is_ours
+    some && mark.is_none() && !is_ours
 }
 
 #[cfg(test)]
