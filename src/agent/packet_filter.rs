@@ -150,11 +150,13 @@ impl Sources {
     }
 }
 
-fn step(code: u32, operand: u32) -> SockFilter {
+/// One step without a jump.
+pub fn step(code: u32, operand: u32) -> SockFilter {
     SockFilter::new(code as u16, 0, 0, operand)
 }
 
-fn when(value: u32, then: u8, otherwise: u8) -> SockFilter {
+/// Over so many steps if what is loaded has this value, and over so many otherwise.
+pub fn when(value: u32, then: u8, otherwise: u8) -> SockFilter {
     SockFilter::new((BPF_JMP | BPF_JEQ | BPF_K) as u16, then, otherwise, value)
 }
 

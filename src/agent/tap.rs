@@ -22,6 +22,7 @@ use nix::{
 };
 use socket2::{SockFilter, Socket, Type};
 
+use super::packet_filter::{step, when};
 use crate::{
     dataplane::{
         answers::LEAVING,
@@ -181,10 +182,6 @@ impl Asker {
 /// For the kernel's packet filter: lets pass what leaves and what comes to this MAC, for a filter behind it.
 fn to_mac(mac: Mac) -> [SockFilter; 7] {
     let [a, b, c, d, e, f] = *mac.as_bytes();
-    let step = |code: u32, operand| SockFilter::new(code as u16, 0, 0, operand);
-    let when = |value, then, otherwise| {
-        SockFilter::new((BPF_JMP | BPF_JEQ | BPF_K) as u16, then, otherwise, value)
-    };
     [
         step(BPF_LD | BPF_B | BPF_ABS, KIND),
         when(LEAVING.into(), 5, 0),
@@ -199,7 +196,6 @@ fn to_mac(mac: Mac) -> [SockFilter; 7] {
 /// For the kernel's packet filter: ARP, neighbor discovery, and small datagrams to the port that are no
 /// fragments.
 fn program(port: u16) -> [SockFilter; 23] {
-    let step = |code: u32, operand| SockFilter::new(code as u16, 0, 0, operand);
     let when = |test: u32, value, then, otherwise| {
         SockFilter::new((BPF_JMP | test | BPF_K) as u16, then, otherwise, value)
     };

@@ -6,14 +6,15 @@ use std::{io, os::fd::AsRawFd as _};
 
 use nix::{
     errno::Errno,
-    libc::{
-        BPF_ABS, BPF_ALU, BPF_AND, BPF_B, BPF_JA, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W,
-    },
+    libc::{BPF_ABS, BPF_ALU, BPF_AND, BPF_B, BPF_JA, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W},
     sys::socket::{LinkAddr, recvfrom},
 };
 use socket2::{Domain, Protocol, SockFilter, Socket, Type};
 
-use crate::dataplane::forwarding::{IN_ANSWER, IN_DATAGRAM, IN_SEGMENT};
+use crate::{
+    agent::packet_filter::{step, when},
+    dataplane::forwarding::{IN_ANSWER, IN_DATAGRAM, IN_SEGMENT},
+};
 
 /// `ETH_P_ALL`, in network byte order.
 const EVERYTHING: u16 = 3_u16.to_be();
@@ -137,10 +138,6 @@ fn refuse() -> SockFilter {
     step(BPF_RET, 0)
 }
 
-fn step(code: u32, operand: u32) -> SockFilter {
-    SockFilter::new(code as u16, 0, 0, operand)
-}
-
 fn word(offset: u32) -> SockFilter {
     step(BPF_LD | BPF_W | BPF_ABS, offset)
 }
@@ -156,11 +153,6 @@ fn and(mask: u32) -> SockFilter {
 /// Over so many steps.
 fn jump(over: usize) -> SockFilter {
     step(BPF_JMP | BPF_JA, over as u32)
-}
-
-/// Over so many steps if what is loaded has this value, and over so many otherwise.
-fn when(value: u32, then: u8, otherwise: u8) -> SockFilter {
-    SockFilter::new((BPF_JMP | BPF_JEQ | BPF_K) as u16, then, otherwise, value)
 }
 
 #[cfg(test)]

@@ -5,11 +5,12 @@
 
 use std::{io, net::IpAddr};
 
-use nix::libc::{BPF_ABS, BPF_H, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W};
+use nix::libc::{BPF_ABS, BPF_H, BPF_K, BPF_LD, BPF_RET, BPF_W};
 use socket2::{SockFilter, Socket, Type};
 
 use super::pod::drain;
 use crate::{
+    agent::packet_filter::{step, when},
     dataplane::silence::ARP,
     frames::{self, IPV6, packet_socket, sender_at},
     model::Mac,
@@ -75,13 +76,11 @@ impl Finding {
 /// For the kernel's packet filter: frames of this sender.
 fn comes_from(mac: Mac) -> Vec<SockFilter> {
     let [a, b, c, d, e, f] = *mac.as_bytes();
-    let step = |code: u32, operand| SockFilter::new(code as u16, 0, 0, operand);
-    let is = |value, or: u8| SockFilter::new((BPF_JMP | BPF_JEQ | BPF_K) as u16, 0, or, value);
     vec![
         step(BPF_LD | BPF_W | BPF_ABS, 6),
-        is(u32::from_be_bytes([a, b, c, d]), 3),
+        when(u32::from_be_bytes([a, b, c, d]), 0, 3),
         step(BPF_LD | BPF_H | BPF_ABS, 10),
-        is(u32::from(u16::from_be_bytes([e, f])), 1),
+        when(u32::from(u16::from_be_bytes([e, f])), 0, 1),
         step(BPF_RET | BPF_K, u32::MAX),
         step(BPF_RET | BPF_K, 0),
     ]
