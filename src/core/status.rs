@@ -173,9 +173,11 @@ impl Node {
         }
     }
 
-    /// The last comparison with a peer found no difference (or there is no peer).
+    /// Whether the last comparison with a peer found no difference, or there is no peer to compare with: the
+    /// cluster has no other member, or all of them went down after this node had settled once.
     pub fn is_settled(&self) -> bool {
-        self.is_alone() || self.sync.settled()
+        let has_lost_all = self.sync.settled_once() && !self.has_company();
+        self.is_alone() || self.sync.settled() || has_lost_all
     }
 
     fn member_statuses(&self) -> Vec<MemberStatus> {

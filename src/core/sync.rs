@@ -56,6 +56,8 @@ pub(super) struct SyncRound {
     open: Open,
     /// A peer's state equalled ours after our last change, but for what cannot be taken over.
     settled: bool,
+    /// That was so at some time since the start.
+    settled_once: bool,
     /// And was the same without exception: that peer holds the same members as alive.
     agreed: bool,
     /// The present pause between rounds, while not settled.
@@ -101,6 +103,7 @@ impl SyncRound {
             due: now,
             open: Open::default(),
             settled: false,
+            settled_once: false,
             agreed: false,
             busy: BUSY_FIRST,
             rounds: 0,
@@ -133,6 +136,10 @@ impl SyncRound {
 
     pub(super) fn settled(&self) -> bool {
         self.settled
+    }
+
+    pub(super) fn settled_once(&self) -> bool {
+        self.settled_once
     }
 
     /// Whether the last comparison found no difference at all.
@@ -226,6 +233,7 @@ impl SyncRound {
         self.witness(peer);
         self.agreed = false;
         self.settled = same;
+        self.settled_once |= same;
         self.due = now + self.pause();
     }
 }
@@ -247,7 +255,7 @@ impl Node {
         let directory = &self.directory;
         self.sync.partners.keep_only(|node| directory.get(node).is_some());
         if self.is_alone() {
-            (self.sync.settled, self.sync.agreed) = (true, true);
+            (self.sync.settled, self.sync.settled_once, self.sync.agreed) = (true, true, true);
         }
         let partner = self.choose_partner(now, self.sync.rounds + 1);
         // A round in which no member could be asked is none.

@@ -120,6 +120,37 @@ fn joiner_takes_another_subnet_as_soon_as_the_owner_of_the_preferred_one_is_know
 }
 
 #[test]
+fn node_whose_only_peer_went_down_before_the_first_comparison_is_settled() {
+    let mut world = World::founded(settings("10.42.0.0/16", 24));
+    world.run_for(seconds(2));
+    let joiner = world.join();
+    while world.node(0).is_alone() || !world.node(0).has_company() {
+        world.run_for(Duration::from_millis(1));
+    }
+    world.kill(joiner);
+    assert!(!world.node(0).is_settled(), "the joiner's records are not compared yet");
+    world.run_for(seconds(60));
+    assert!(!world.node(0).has_company());
+    assert!(world.node(0).is_settled());
+    world.start(joiner);
+    world.run_for(seconds(30));
+    assert!(world.all_settled());
+    world.assert_right();
+}
+
+#[test]
+fn restarted_node_without_an_answer_of_any_member_is_not_settled() {
+    let mut world = World::with_members(2);
+    world.kill(1);
+    world.restart(0);
+    world.run_for(seconds(60));
+    assert!(!world.node(0).is_settled());
+    world.start(1);
+    world.run_for(seconds(30));
+    assert!(world.all_settled());
+}
+
+#[test]
 fn down_members_keep_their_subnets_and_the_way_to_them() {
     let mut world = World::with_members(4);
     world.isolate(3..4);
@@ -323,7 +354,7 @@ fn joiner_whose_granted_subnet_leads_elsewhere_on_its_host_takes_a_spare_one() {
     let joiner = world.add_joiner(&[0]);
     world.hosts[joiner].occupied = vec![granted];
     world.start(joiner);
-    world.run_for(seconds(4));
+    world.run_for(seconds(30));
     let taken = world.subnet(joiner).expect("a subnet");
     assert_ne!(taken, granted);
     assert_eq!(world.leased(0), 2, "the other one is spare again");
@@ -332,7 +363,7 @@ fn joiner_whose_granted_subnet_leads_elsewhere_on_its_host_takes_a_spare_one() {
     let joiner = world.add_joiner(&[0]);
     world.hosts[joiner].occupied = vec!["10.0.0.0/8".parse().expect("a network")];
     world.start(joiner);
-    world.run_for(seconds(4));
+    world.run_for(seconds(30));
     assert!(world.subnet(joiner).is_some());
     world.assert_right();
     probe.assert_right();
