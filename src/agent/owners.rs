@@ -32,17 +32,17 @@ impl Agent {
             })
         };
         let lines: Vec<Value> = changes.iter().map(line).collect();
-        // Who comes into a cluster learns of all spare subnets at once, which is no news.
+        // Who comes into a cluster learns of all free subnets at once, which is no news.
         let told = |(run, before): &Change| {
             let owner = self.node.name_of(run.record.owner);
             match (run.record.state, before) {
                 (SlotState::Leased, _) => {
                     Some(format!("{} is the subnet of {owner}", subnets(run)))
                 }
-                (SlotState::Spare, None) => None,
-                (SlotState::Spare, Some(before)) => {
+                (SlotState::Free, None) => None,
+                (SlotState::Free, Some(before)) => {
                     let before = self.node.name_of(before.owner);
-                    Some(format!("{owner} has {} to spare, from {before}", subnets(run)))
+                    Some(format!("{owner} has {} free, from {before}", subnets(run)))
                 }
             }
         };

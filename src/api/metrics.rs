@@ -59,10 +59,10 @@ fn node(text: &mut Text, status: &AgentStatus) {
     text.gauge("members", "Members by what gossip says of them, this one included.", by_state);
     let slots = &node.slots;
     text.number("subnets", "Subnets of the pool.", slots.total);
-    let by_state = [("leased", slots.leased), ("spare", slots.spare)];
+    let by_state = [("leased", slots.leased), ("free", slots.free)];
     let by_state = by_state.map(|(state, count)| ("state", state, count.into()));
     text.gauge("subnets_known", "Subnets that some member owns.", by_state);
-    text.number("subnets_spare_own", "Spare subnets that this node could grant.", slots.own_spare);
+    text.number("subnets_free_own", "Free subnets that this node could grant.", slots.own_free);
     text.number("connections", "Open connections to members.", status.connections as f64);
     let handshakes = status.handshakes;
     text.counter(

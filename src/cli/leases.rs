@@ -1,4 +1,4 @@
-//! `gossamer leases`: who owns which subnet, and who has some to spare.
+//! `gossamer leases`: who owns which subnet, and who has some free.
 
 use std::{fmt::Write as _, process::ExitCode};
 
@@ -14,7 +14,7 @@ use crate::api;
 
 #[derive(Debug, Args)]
 pub struct LeasesArgs {
-    /// Only the spare subnets, and who can give them
+    /// Only the free subnets, and who can give them
     #[arg(long)]
     free: bool,
     #[command(flatten)]
@@ -24,18 +24,18 @@ pub struct LeasesArgs {
 pub fn run(args: &LeasesArgs) -> ExitCode {
     let ask = async {
         let mut status = api::get(&args.client.socket(), "/v1/status").await?;
-        Ok(if args.free { status["spares"].take() } else { leases_of(&status) })
+        Ok(if args.free { status["free_slots"].take() } else { leases_of(&status) })
     };
     let text = if args.free { free_text } else { leases_text };
     ask_and_print(&args.client, ask, text).map_or_else(|code| code, |_| ExitCode::SUCCESS)
 }
 
-/// Only what concerns addresses: who holds which subnet and how many spares.
+/// Only what concerns addresses: who holds which subnet and how many free slots.
 fn leases_of(status: &Value) -> Value {
     let lease = |member: &Value| {
         json!({
             "node": member["node"], "name": member["name"], "liveness": member["liveness"],
-            "subnets": member["subnets"], "spare": member["spare"],
+            "subnets": member["subnets"], "free": member["free"],
         })
     };
     let owners = each(&status["members"]).filter(|member| is_present(member));
@@ -48,28 +48,28 @@ fn leases_of(status: &Value) -> Value {
 
 fn leases_text(leases: &Value, wide: bool) -> String {
     let row = |owner: &Value| {
-        let [state, spare] = ["liveness", "spare"].map(|key| text(&owner[key]));
-        [list(&owner["subnets"], wide), name(&owner["name"], wide), state, spare]
+        let [state, free] = ["liveness", "free"].map(|key| text(&owner[key]));
+        [list(&owner["subnets"], wide), name(&owner["name"], wide), state, free]
     };
     let rows: Vec<_> = each(&leases["owners"]).map(row).collect();
-    let mut out = table(["SUBNET", "NODE", "STATE", "SPARE"], &rows);
+    let mut out = table(["SUBNET", "NODE", "STATE", "FREE"], &rows);
     let _ = writeln!(out, "\n{}: {}", text(&leases["network"]), slots_text(&leases["slots"]));
     out
 }
 
-fn free_text(spares: &Value, wide: bool) -> String {
-    let row = |spare: &Value| {
-        let subnets = match (&spare["first"], &spare["last"]) {
+fn free_text(free_slots: &Value, wide: bool) -> String {
+    let row = |free: &Value| {
+        let subnets = match (&free["first"], &free["last"]) {
             (first, last) if first == last => text(first),
             (first, last) => format!("{} to {}", text(first), text(last)),
         };
-        let [count, state] = ["count", "liveness"].map(|key| text(&spare[key]));
-        [subnets, count, name(&spare["name"], wide), state]
+        let [count, state] = ["count", "liveness"].map(|key| text(&free[key]));
+        [subnets, count, name(&free["name"], wide), state]
     };
-    let rows: Vec<_> = each(spares).map(row).collect();
+    let rows: Vec<_> = each(free_slots).map(row).collect();
     table(["SUBNETS", "COUNT", "NODE", "STATE"], &rows)
 }
 
 pub fn slots_text(slots: &Value) -> String {
-    format!("{} leased, {} spare of {}", slots["leased"], slots["spare"], slots["total"])
+    format!("{} leased, {} free of {}", slots["leased"], slots["free"], slots["total"])
 }

@@ -70,11 +70,11 @@ fn members_text(members: &Value, wide: bool) -> String {
     }
     let more = |member: &Value| {
         let [name, state, path, subnets, address] = row(member);
-        let [node, spare, mac] = ["node", "spare", "vtep_mac"].map(|key| text(&member[key]));
-        [name, node, state, path, subnets, spare, address, mac]
+        let [node, free, mac] = ["node", "free", "vtep_mac"].map(|key| text(&member[key]));
+        [name, node, state, path, subnets, free, address, mac]
     };
     let rows: Vec<_> = each(members).map(more).collect();
-    table(["NAME", "NODE", "STATE", "PATH", "SUBNET", "SPARE", "ADDRESS", "VTEP MAC"], &rows)
+    table(["NAME", "NODE", "STATE", "PATH", "SUBNET", "FREE", "ADDRESS", "VTEP MAC"], &rows)
 }
 
 fn state(member: &Value) -> String {
@@ -106,7 +106,7 @@ fn peer_text(peer: &Value) -> String {
     row("member", format!("{} ({})", text(&member["name"]), text(&member["node"])));
     let compared = if member["heard"] == true { "compared with" } else { "not compared with yet" };
     row("gossip", format!("{}, {compared}", state(member)));
-    row("subnets", format!("{}, and {} spare", list(&member["subnets"], true), member["spare"]));
+    row("subnets", format!("{}, and {} free", list(&member["subnets"], true), member["free"]));
     let vtep = format!("{} at {}", text(&member["vtep_mac"]), text(&member["underlay"]));
     row("vtep", vtep);
     let reach = |way: &str| {

@@ -195,10 +195,10 @@ fn head_lines(picture: &Picture) -> Vec<Line<'static>> {
     vec![
         Line::from(vec![name, Span::raw("  "), state, Span::raw(subnet)]),
         Line::from(format!(
-            "members {alive} alive of {}   subnets {} leased, {} spare   pods {}   repairs {repairs}",
+            "members {alive} alive of {}   subnets {} leased, {} free   pods {}   repairs {repairs}",
             present().count(),
             slots["leased"],
-            slots["spare"],
+            slots["free"],
             status["pods"]
         )),
         Line::from(format!(
@@ -328,7 +328,7 @@ mod tests {
             "members": [member("n1", true, "alive"), member("n20", false, "alive"),
                         member("n300", false, "down")],
             "paths": [path("n20", "ok"), path("n300", "unanswered")],
-            "slots": { "leased": 3, "spare": 252 }, "problems": ["the tunnel to n300 is blocked"],
+            "slots": { "leased": 3, "free": 252 }, "problems": ["the tunnel to n300 is blocked"],
             "settings": { "pool": { "network": "10.42.0.0/16" } },
             "kernel": { "device": "gossamer.1", "underlay_interface": "eth0", "mtu": 1450,
                         "repairs": { "route": 2, "neighbour": 1 } },

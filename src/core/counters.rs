@@ -22,7 +22,7 @@ pub struct Counters {
     pub rollbacks: u64,
     /// Times that gossip called a member down.
     pub downs: u64,
-    /// Leases of its own that it did not need and made spares.
+    /// Leases of its own that it did not need and made free slots.
     pub surplus: u64,
     /// Late grants of forgotten nodes, passed on to their heirs.
     pub declined: u64,

@@ -1,9 +1,9 @@
 //! Seeing to it that this node has exactly one lease.
 //!
-//! A member without one (its seed had no spare) makes one of its own spares its lease, or asks those who
-//! have spares, one after the other, for ever: first those who can still serve many. A donor that does not
-//! answer holds it up for a moment only. A member with several (two of them answered) keeps the one that is
-//! in use and makes the others spares.
+//! A member without one (its seed had no free slot) makes one of its own free slots its lease, or asks those
+//! who have free slots, one after the other, for ever: first those who can still serve many. A donor that
+//! does not answer holds it up for a moment only. A member with several (two of them answered) keeps the one
+//! that is in use and makes the others free slots.
 
 use std::{collections::BTreeSet, ops::Range, time::Duration};
 
@@ -87,7 +87,7 @@ impl LeaseSearch {
         !self.occupied.iter().any(|slots| slots.contains(&slot.0))
     }
 
-    /// Makes a spare slot of `me` its lease; one that leads elsewhere on this host only if there is no other.
+    /// Makes a free slot of `me` its lease; one that leads elsewhere on this host only if there is no other.
     pub(super) fn lease_own(&self, slots: &mut SlotTable, me: NodeId) -> Option<Change> {
         let is_free = |slot| self.is_free(slot);
         let free = slots.lease_own_where(me, self.prefer, is_free);
@@ -96,7 +96,7 @@ impl LeaseSearch {
 
     /// Which of the leased slots of `me` is the one in use: the one that was, or else the one that was
     /// asked for. Another one would take the addresses away from under running pods. None, if all of them
-    /// lead elsewhere on this host and `me` has a spare one that does not.
+    /// lead elsewhere on this host and `me` has a free one that does not.
     pub(super) fn own_slot(&self, slots: &SlotTable, me: NodeId) -> Option<Slot> {
         let is_leased = |slot: &Slot| slots.leased_by(me).any(|leased| leased == *slot);
         if self.assigned {
@@ -110,7 +110,7 @@ impl LeaseSearch {
         if let Some(free) = leased().find(|slot| self.is_free(*slot)) {
             return Some(free);
         }
-        let has_better = slots.has_spare_where(me, |slot| self.is_free(slot));
+        let has_better = slots.has_free_slot_where(me, |slot| self.is_free(slot));
         leased().next().filter(|_| !has_better)
     }
 }
@@ -208,15 +208,15 @@ impl Node {
         let me = self.me.node;
         let active = self.active();
         let Some(home) = &mut self.home else { return };
-        let spares = home.slots.census().spare;
+        let free_slots = home.slots.census().free;
         let untried = |node: &NodeId| *node != me && !home.search.tried.contains(node);
         let wanted = home
             .search
             .prefer
             .and_then(|slot| home.slots.record(slot))
-            .filter(|record| record.state == SlotState::Spare && untried(&record.owner));
+            .filter(|record| record.state == SlotState::Free && untried(&record.owner));
         let candidates = || {
-            let donors = spares.iter().map(|(node, count)| (*node, *count));
+            let donors = free_slots.iter().map(|(node, count)| (*node, *count));
             donors.filter(|(node, _)| untried(node))
         };
         let donor = wanted.map(|record| record.owner).or_else(|| {
@@ -275,12 +275,12 @@ impl Node {
     }
 }
 
-/// Which of these donors, with their spares, `me` asks first: of those that can still serve at least half as
-/// many joiners as the one with the most, the one that suits it best. So requests are spread, and a donor
-/// that others may have emptied meanwhile is asked late.
+/// Which of these donors, with their free slots, `me` asks first: of those that can still serve at least
+/// half as many joiners as the one with the most, the one that suits it best. So requests are spread, and a
+/// donor that others may have emptied meanwhile is asked late.
 fn best_donor(me: NodeId, donors: impl Iterator<Item = (NodeId, u32)>) -> Option<NodeId> {
-    // A donor gives half of its spares away each time.
-    let serves = donors.map(|(node, spares)| (node, u32::BITS - spares.leading_zeros()));
+    // A donor gives half of its free slots away each time.
+    let serves = donors.map(|(node, free_slots)| (node, u32::BITS - free_slots.leading_zeros()));
     let serves: Vec<(NodeId, u32)> = serves.collect();
     let most = serves.iter().map(|(_, count)| *count).max()?;
     let large = serves.iter().filter(|(_, count)| count * 2 >= most);
@@ -295,8 +295,8 @@ mod tests {
     fn donors_with_few_spares_are_asked_after_those_with_many() {
         let donor = |index: u8| NodeId::from_bytes([index; 8]);
         // As after eight joins by one seed.
-        let spares = [127, 63, 31, 15, 7, 3, 1];
-        let donors = || (1..).map(donor).zip(spares);
+        let free_slots = [127, 63, 31, 15, 7, 3, 1];
+        let donors = || (1..).map(donor).zip(free_slots);
         let mut asked = BTreeSet::new();
         for number in 0..500_u64 {
             let me = NodeId::from_bytes((number << 16).to_be_bytes());

@@ -63,8 +63,8 @@ pub enum Grant {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Census {
     pub leased: u32,
-    /// Spare slots by owner.
-    pub spare: BTreeMap<NodeId, u32>,
+    /// Free slots by owner.
+    pub free: BTreeMap<NodeId, u32>,
 }
 
 impl SlotTable {
@@ -73,10 +73,10 @@ impl SlotTable {
         Self { pool, runs: Vec::new(), hashes: [0; Buckets::COUNT] }
     }
 
-    /// The table of a new cluster: everything is the founder's spare at epoch 0.
+    /// The table of a new cluster: everything is the founder's free at epoch 0.
     pub fn founded_by(pool: Pool, founder: NodeId) -> Self {
         let record =
-            SlotRecord { epoch: 0, owner: founder, state: SlotState::Spare, granter: founder };
+            SlotRecord { epoch: 0, owner: founder, state: SlotState::Free, granter: founder };
         let mut table = Self::empty(pool);
         table.set(Run { start: Slot(*pool.slots().start()), len: pool.slot_count(), record });
         table
@@ -106,13 +106,13 @@ impl SlotTable {
         for run in &self.runs {
             match run.record.state {
                 SlotState::Leased => census.leased += run.len,
-                SlotState::Spare => *census.spare.entry(run.record.owner).or_default() += run.len,
+                SlotState::Free => *census.free.entry(run.record.owner).or_default() += run.len,
             }
         }
         census
     }
 
-    /// Gives `to` the spare slot of `me` that suits it best and half of the rest (or, if it owns
+    /// Gives `to` the free slot of `me` that suits it best and half of the rest (or, if it owns
     /// slots already, names those again). The change is in the table; the caller makes it durable.
     pub fn grant(
         &mut self,
@@ -126,24 +126,24 @@ impl SlotTable {
         }
         let preferred_elsewhere = prefer
             .and_then(|slot| self.record(slot))
-            .is_some_and(|record| record.state == SlotState::Spare && record.owner != me);
+            .is_some_and(|record| record.state == SlotState::Free && record.owner != me);
         if preferred_elsewhere {
-            return Err(self.no_spare());
+            return Err(self.no_free_slot());
         }
         let Some(chosen) = self.choose(me, to, prefer, |_| true) else {
-            return Err(self.no_spare());
+            return Err(self.no_free_slot());
         };
         let mut granted = vec![self.rewrite(chosen, 1, me, to, SlotState::Leased)];
         granted.extend(self.donate_half(me, to));
         Ok(Grant::New(granted))
     }
 
-    /// Turns a spare slot of `me` into its lease.
+    /// Turns a free slot of `me` into its lease.
     pub fn lease_own(&mut self, me: NodeId, prefer: Option<Slot>) -> Option<Change> {
         self.lease_own_where(me, prefer, |_| true)
     }
 
-    /// Turns a spare slot of `me` that is wanted into its lease.
+    /// Turns a free slot of `me` that is wanted into its lease.
     pub fn lease_own_where(
         &mut self,
         me: NodeId,
@@ -165,24 +165,24 @@ impl SlotTable {
         (run, before)
     }
 
-    /// Turns a lease of `me` that it does not need into a spare.
+    /// Turns a lease of `me` that it does not need into a free slot.
     pub fn release_own(&mut self, me: NodeId, slot: Slot) -> Option<Change> {
         let record = self.record(slot)?;
         (record.owner == me && record.state == SlotState::Leased)
-            .then(|| self.rewrite(slot, 1, me, me, SlotState::Spare))
+            .then(|| self.rewrite(slot, 1, me, me, SlotState::Free))
     }
 
-    /// Makes everything that `me` owns a spare of `heir`.
+    /// Makes everything that `me` owns a free of `heir`.
     pub fn hand_over(&mut self, me: NodeId, heir: NodeId) -> Vec<Change> {
         let owned: Vec<Run> = self.runs_of(me).copied().collect();
         owned
             .into_iter()
-            .map(|run| self.rewrite(run.start, run.len, me, heir, SlotState::Spare))
+            .map(|run| self.rewrite(run.start, run.len, me, heir, SlotState::Free))
             .collect()
     }
 
-    /// Makes spares of `me` of everything that the forgotten node `gone` owned. The new epochs outrank any
-    /// that it, or somebody to whom it granted, or an heir of an earlier round, can have written.
+    /// Makes free slots of `me` of everything that the forgotten node `gone` owned. The new epochs outrank
+    /// any that it, or somebody to whom it granted, or an heir of an earlier round, can have written.
     pub fn reclaim(&mut self, me: NodeId, gone: NodeId, round: u32) -> Vec<Change> {
         let owned: Vec<Run> = self.runs_of(gone).copied().collect();
         let mut changes = Vec::new();
@@ -192,7 +192,7 @@ impl SlotTable {
             } else {
                 later_generation(run.record.epoch, u64::from(round))
             };
-            let record = SlotRecord { epoch, owner: me, state: SlotState::Spare, granter: me };
+            let record = SlotRecord { epoch, owner: me, state: SlotState::Free, granter: me };
             let new = Run { record, ..run };
             self.set(new);
             changes.push((new, Some(run.record)));
@@ -203,7 +203,7 @@ impl SlotTable {
     /// Gives slots that `me` owns and never used to `heir`.
     pub fn pass_on(&mut self, run: Run, me: NodeId, heir: NodeId) -> Option<Change> {
         (self.record(run.start)? == run.record)
-            .then(|| self.rewrite(run.start, run.len, me, heir, SlotState::Spare))
+            .then(|| self.rewrite(run.start, run.len, me, heir, SlotState::Free))
     }
 
     /// The bucket of a slot: equal, contiguous parts of the pool, so that runs stay whole.
@@ -234,16 +234,16 @@ impl SlotTable {
         self.pool.slot_count().div_ceil(Buckets::COUNT as u32)
     }
 
-    fn spares_of(&self, owner: NodeId) -> impl Iterator<Item = Run> + '_ {
-        self.runs_of(owner).filter(|run| run.record.state == SlotState::Spare).copied()
+    fn free_slots_of(&self, owner: NodeId) -> impl Iterator<Item = Run> + '_ {
+        self.runs_of(owner).filter(|run| run.record.state == SlotState::Free).copied()
     }
 
-    /// Whether `node` has a spare slot that is wanted.
-    pub fn has_spare_where(&self, node: NodeId, is_wanted: impl Fn(Slot) -> bool) -> bool {
-        self.spares_of(node).flat_map(|run| run.slots()).any(is_wanted)
+    /// Whether `node` has a free slot that is wanted.
+    pub fn has_free_slot_where(&self, node: NodeId, is_wanted: impl Fn(Slot) -> bool) -> bool {
+        self.free_slots_of(node).flat_map(|run| run.slots()).any(is_wanted)
     }
 
-    /// The spare slot of `owner` for `user` among those wanted: the preferred one, or else the best by
+    /// The free slot of `owner` for `user` among those wanted: the preferred one, or else the best by
     /// rendezvous score.
     fn choose(
         &self,
@@ -252,33 +252,33 @@ impl SlotTable {
         prefer: Option<Slot>,
         is_wanted: impl Fn(Slot) -> bool,
     ) -> Option<Slot> {
-        let all = || self.spares_of(owner).flat_map(|run| run.slots());
-        let spares = || all().filter(|slot| is_wanted(*slot));
+        let all = || self.free_slots_of(owner).flat_map(|run| run.slots());
+        let free_slots = || all().filter(|slot| is_wanted(*slot));
         prefer
-            .filter(|slot| spares().any(|spare| spare == *slot))
-            .or_else(|| spares().max_by_key(|slot| (slot_score(user, *slot), Reverse(*slot))))
+            .filter(|slot| free_slots().any(|free| free == *slot))
+            .or_else(|| free_slots().max_by_key(|slot| (slot_score(user, *slot), Reverse(*slot))))
     }
 
-    fn no_spare(&self) -> Refusal {
+    fn no_free_slot(&self) -> Refusal {
         let census = self.census();
-        match census.spare.values().sum() {
+        match census.free.values().sum() {
             0 => Refusal::Exhausted { total: self.pool.slot_count(), leased: census.leased },
-            spare_elsewhere => Refusal::NoSpareHere { spare_elsewhere },
+            free_elsewhere => Refusal::NoFreeSlotHere { free_elsewhere },
         }
     }
 
-    /// Half of the spares of `me`, rounded down, from the top of its range: whole runs where possible.
+    /// Half of the free slots of `me`, rounded down, from the top of its range: whole runs where possible.
     fn donate_half(&mut self, me: NodeId, to: NodeId) -> Vec<Change> {
-        let spares: Vec<Run> = self.spares_of(me).collect();
-        let mut left = spares.iter().map(|run| run.len).sum::<u32>() / 2;
+        let free_slots: Vec<Run> = self.free_slots_of(me).collect();
+        let mut left = free_slots.iter().map(|run| run.len).sum::<u32>() / 2;
         let mut donated = Vec::new();
-        for run in spares.iter().rev() {
+        for run in free_slots.iter().rev() {
             let len = run.len.min(left);
             if len == 0 {
                 break;
             }
             left -= len;
-            donated.push(self.rewrite(Slot(run.end() - len), len, me, to, SlotState::Spare));
+            donated.push(self.rewrite(Slot(run.end() - len), len, me, to, SlotState::Free));
         }
         donated
     }

@@ -45,8 +45,8 @@ pub struct NodeStatus {
     /// A comparison with a peer has succeeded since the start (or there is no peer).
     pub synced: bool,
     pub members: Vec<MemberStatus>,
-    /// Spare subnets, as ranges.
-    pub spares: Vec<SpareRange>,
+    /// Free subnets, as ranges.
+    pub free_slots: Vec<FreeRange>,
     /// Forgotten nodes whose subnets are not back in the pool yet.
     pub reclaiming: Vec<Reclaiming>,
     /// What stands in the way, as sentences.
@@ -58,13 +58,13 @@ pub struct NodeStatus {
 pub struct SlotCounts {
     pub total: u32,
     pub leased: u32,
-    pub spare: u32,
-    pub own_spare: u32,
+    pub free: u32,
+    pub own_free: u32,
 }
 
-/// Spare subnets in a row, of one owner.
+/// Free subnets in a row, of one owner.
 #[derive(Clone, Debug, Serialize)]
-pub struct SpareRange {
+pub struct FreeRange {
     pub first: IpNet,
     pub last: IpNet,
     pub count: u32,
@@ -88,7 +88,7 @@ pub struct MemberStatus {
     pub underlay: IpAddr,
     pub vtep_mac: Mac,
     pub subnets: Vec<IpNet>,
-    pub spare: u32,
+    pub free: u32,
 }
 
 impl NodeStatus {
@@ -106,7 +106,7 @@ impl NodeStatus {
             settled: false,
             synced: false,
             members: Vec::new(),
-            spares: Vec::new(),
+            free_slots: Vec::new(),
             reclaiming: Vec::new(),
             problems: vec![problem],
             counters: Counters::default(),
@@ -151,13 +151,13 @@ impl Node {
             slots: SlotCounts {
                 total: pool.map_or(0, |pool| pool.slot_count()),
                 leased: census.leased,
-                spare: census.spare.values().sum(),
-                own_spare: census.spare.get(&me).copied().unwrap_or(0),
+                free: census.free.values().sum(),
+                own_free: census.free.get(&me).copied().unwrap_or(0),
             },
             settled: self.is_settled(),
             synced: self.is_alone() || self.sync.synced(),
             members: self.member_statuses(),
-            spares: self.spares(),
+            free_slots: self.free_slots(),
             reclaiming: self.reclaiming(),
             problems: self.problems(),
             counters: self.counters,
@@ -186,7 +186,7 @@ impl Node {
         let member = |record: &MemberRecord| {
             let is_me = record.node == self.me.node;
             let runs = slots.iter().flat_map(|(home, _)| home.slots.runs_of(record.node));
-            let (leased, spare): (Vec<_>, Vec<_>) =
+            let (leased, free): (Vec<_>, Vec<_>) =
                 runs.partition(|run| run.record.state == SlotState::Leased);
             let subnets = leased.into_iter().flat_map(|run: &Run| run.slots());
             MemberStatus {
@@ -207,7 +207,7 @@ impl Node {
                 subnets: slots
                     .map(|(_, pool)| subnets.flat_map(|slot| pool.subnets(slot).iter()).collect())
                     .unwrap_or_default(),
-                spare: spare.iter().map(|run| run.len).sum(),
+                free: free.iter().map(|run| run.len).sum(),
             }
         };
         let mut members: Vec<_> = self.directory.iter().map(member).collect();
@@ -215,7 +215,7 @@ impl Node {
         members
     }
 
-    fn spares(&self) -> Vec<SpareRange> {
+    fn free_slots(&self) -> Vec<FreeRange> {
         let Some(home) = &self.home else { return Vec::new() };
         let pool = home.cluster.settings.pool;
         let opinions = self.membership.opinions();
@@ -223,9 +223,9 @@ impl Node {
             true => Some(Liveness::Alive),
             false => opinions.get(&node).copied(),
         };
-        let spares = home.slots.runs().iter().filter(|run| run.record.state == SlotState::Spare);
-        spares
-            .map(|run| SpareRange {
+        let free_slots = home.slots.runs().iter().filter(|run| run.record.state == SlotState::Free);
+        free_slots
+            .map(|run| FreeRange {
                 first: pool.subnet(run.start),
                 last: pool.subnet(Slot(run.end().saturating_sub(1))),
                 count: run.len,
@@ -236,23 +236,22 @@ impl Node {
             .collect()
     }
 
-    /// Who has spares that this node cannot have, and what helps.
+    /// Who has free slots that this node cannot have, and what helps.
     fn stranded(&self) -> Option<String> {
-        let spares = self.spares();
+        let free_slots = self.free_slots();
         let count = |alive: bool| -> u32 {
-            let reachable =
-                |spare: &&SpareRange| (spare.liveness == Some(Liveness::Alive)) == alive;
-            spares.iter().filter(reachable).map(|spare| spare.count).sum()
+            let reachable = |free: &&FreeRange| (free.liveness == Some(Liveness::Alive)) == alive;
+            free_slots.iter().filter(reachable).map(|free| free.count).sum()
         };
         let (reachable, stranded) = (count(true), count(false));
         if reachable > 0 || stranded == 0 {
             return None;
         }
-        let away: BTreeSet<&str> = spares.iter().map(|spare| spare.name.as_str()).collect();
+        let away: BTreeSet<&str> = free_slots.iter().map(|free| free.name.as_str()).collect();
         let names = away.iter().copied().collect::<Vec<_>>().join(", ");
         let example = away.first().copied().unwrap_or_default();
         Some(format!(
-            "no reachable member has a spare subnet, and {stranded} are spare at members that do not answer \
+            "no reachable member has a free subnet, and {stranded} are free at members that do not answer \
              ({names}): bring one back, or if it is gone for good, run `gossamer forget {example}`"
         ))
     }

@@ -14,7 +14,7 @@ use crate::{
     wire::{Key, Record},
 };
 
-/// Adds these members, each with one of the host's spare subnets; gives all that is in the database then.
+/// Adds these members, each with one of the host's free subnets; gives all that is in the database then.
 pub fn add_crowd(host: &Host, crowd: &[MemberRecord]) -> anyhow::Result<Vec<(Key, Record)>> {
     let state = StateDir::open(&host.dir.join("state"))?;
     let seed = state.node_key()?.ok_or_else(|| anyhow::anyhow!("no node ever ran there"))?;
@@ -26,9 +26,9 @@ pub fn add_crowd(host: &Host, crowd: &[MemberRecord]) -> anyhow::Result<Vec<(Key
         let Record::Slots(runs) = record else { continue };
         let mut leased = Vec::new();
         for run in runs {
-            let spare = run.record.owner == me && run.record.state == SlotState::Spare;
+            let free = run.record.owner == me && run.record.state == SlotState::Free;
             for slot in run.slots() {
-                let member = if spare { members.next() } else { None };
+                let member = if free { members.next() } else { None };
                 leased.push(match member {
                     Some(member) => {
                         let record = Record::Member(member.clone()).encode();
@@ -41,7 +41,7 @@ pub fn add_crowd(host: &Host, crowd: &[MemberRecord]) -> anyhow::Result<Vec<(Key
         }
         written.insert(*key, Record::Slots(leased).encode());
     }
-    anyhow::ensure!(members.next().is_none(), "{} has too few spare subnets", host.name);
+    anyhow::ensure!(members.next().is_none(), "{} has too few free subnets", host.name);
     opened.database.write(&written)?;
     drop(opened.database);
     Ok(Database::open(&state.database(), me)?.records)

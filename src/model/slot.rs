@@ -23,7 +23,7 @@ pub struct SlotRecord {
 #[serde(rename_all = "lowercase")]
 pub enum SlotState {
     /// Owned and not in use: may be granted to a joiner.
-    Spare,
+    Free,
     /// Owned and in use: pods live in this subnet.
     Leased,
 }

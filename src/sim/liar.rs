@@ -80,7 +80,7 @@ impl World {
             }
             5 => {
                 let record =
-                    SlotRecord { epoch: 3, owner: node, state: SlotState::Spare, granter: node };
+                    SlotRecord { epoch: 3, owner: node, state: SlotState::Free, granter: node };
                 let run = |start, len| Run { start: Slot(start), len, record };
                 facts.slots = vec![run(0, 0), run(u32::MAX, u32::MAX), run(1 << 30, 7)];
             }

@@ -360,14 +360,14 @@ impl Transport {
         // Two nodes that dial each other at once keep the connection of the smaller id; the other one
         // is still read for a while. Later on a new connection means that the peer has lost the old one.
         let at_once = link.since.is_some_and(|since| since.elapsed() < DIAL_TIMEOUT);
-        let spare = if link.live().is_none() || !at_once || inbound == (peer < self.dialler.me) {
+        let free = if link.live().is_none() || !at_once || inbound == (peer < self.dialler.me) {
             link.since = Some(Instant::now());
             link.connection.replace(connection.clone())
         } else {
             Some(connection.clone())
         };
-        if let Some(spare) = spare {
-            tokio::spawn(close_later(spare));
+        if let Some(free) = free {
+            tokio::spawn(close_later(free));
         }
         link.used = Some(Instant::now());
         for bytes in link.frames.drain(..) {

@@ -129,7 +129,7 @@ pub struct GrantWish {
     pub prefer: Option<IpAddr>,
 }
 
-/// Everything a joiner needs, its own slot included if this node had one to spare.
+/// Everything a joiner needs, its own slot included if this node had one free.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Welcome {
     pub cluster: ClusterRecord,
@@ -200,10 +200,10 @@ pub enum Refusal {
         "the node has not compared its state with a peer since it started, so it grants nothing"
     )]
     NotSynced,
-    #[error("all {total} subnets are leased: {leased} leased, none spare; use a larger network")]
+    #[error("all {total} subnets are leased: {leased} leased, none free; use a larger network")]
     Exhausted { total: u32, leased: u32 },
-    #[error("the node has no spare subnet: {spare_elsewhere} are spare at other nodes")]
-    NoSpareHere { spare_elsewhere: u32 },
+    #[error("the node has no free subnet: {free_elsewhere} are free at other nodes")]
+    NoFreeSlotHere { free_elsewhere: u32 },
     #[error("this node has left the cluster for good, and can only join as a new one")]
     Left,
     #[error("the node is leaving the cluster itself")]
@@ -265,7 +265,7 @@ mod tests {
 
     fn facts() -> Facts {
         let record =
-            SlotRecord { epoch: 4, owner: node(1), state: SlotState::Spare, granter: node(2) };
+            SlotRecord { epoch: 4, owner: node(1), state: SlotState::Free, granter: node(2) };
         Facts {
             members: vec![member(1), member(2)],
             slots: vec![Run { start: Slot(1), len: 254, record }],

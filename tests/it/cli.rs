@@ -54,14 +54,14 @@ fn status_members_leases_and_token() {
 
         let leases = client(&cluster, 2, &["leases"]);
         assert!(
-            text(&leases).contains("10.42.0.0/16: 3 leased, 252 spare of 255"),
+            text(&leases).contains("10.42.0.0/16: 3 leased, 252 free of 255"),
             "{}",
             text(&leases)
         );
         let owners = &json(&client(&cluster, 2, &["leases", "-o", "json"]))["owners"];
-        let spare: u64 =
-            owners.as_array().expect("owners").iter().filter_map(|o| o["spare"].as_u64()).sum();
-        assert_eq!(spare, 252);
+        let free: u64 =
+            owners.as_array().expect("owners").iter().filter_map(|o| o["free"].as_u64()).sum();
+        assert_eq!(free, 252);
 
         let token = client(&cluster, 2, &["token"]);
         assert!(text(&token).starts_with("gsm1."), "{}", text(&token));

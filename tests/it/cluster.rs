@@ -296,7 +296,7 @@ fn leaving_takes_every_trace_along_and_the_others_forget_the_way() {
         }
         let status = cluster.agents[0].ask("/v1/status", PATIENCE)?;
         assert_eq!(status["slots"]["leased"], 2);
-        assert_eq!(status["slots"]["spare"], 253);
+        assert_eq!(status["slots"]["free"], 253);
         // Whoever left may come back, as a new node.
         cluster.agents[2] = cluster.start_agent(&cluster.hosts[2], &[])?;
         cluster.converge()

@@ -202,7 +202,7 @@ fn status() -> Value {
                 "heard": true, "address": format!("10.99.{}.{number}:8473", number % 3),
                 "underlay": format!("10.99.{}.{number}", number % 3),
                 "vtep_mac": format!("02:00:00:00:00:{number:02x}"),
-                "subnets": [format!("10.42.{number}.0/24")], "spare": u32::from(number == 2) * 155,
+                "subnets": [format!("10.42.{number}.0/24")], "free": u32::from(number == 2) * 155,
             })
         })
         .collect();
@@ -217,9 +217,9 @@ fn status() -> Value {
             },
             "vni": 1, "vxlan_port": 8472,
         },
-        "slots": { "total": 255, "leased": 100, "spare": 155, "own_spare": 0 },
+        "slots": { "total": 255, "leased": 100, "free": 155, "own_free": 0 },
         "settled": true, "synced": true, "members": members, "paths": paths,
-        "spares": [{
+        "free_slots": [{
             "first": "10.42.101.0/24", "last": "10.42.255.0/24", "count": 155, "node": id(2),
             "name": "n2", "liveness": "alive",
         }],

@@ -399,7 +399,7 @@ fn flood_of_a_member_stops_no_loop_and_fills_no_log() {
             id[..4].copy_from_slice(&n.to_be_bytes());
             let owner = NodeId::from_bytes(id);
             let record =
-                SlotRecord { epoch: 0, owner, state: SlotState::Spare, granter: hostile.node };
+                SlotRecord { epoch: 0, owner, state: SlotState::Free, granter: hostile.node };
             Run { start: Slot(0), len: 256, record }
         });
         let slots: Vec<Run> = contradictions.collect();

@@ -73,7 +73,7 @@ pub fn table(machine: &mut Machine, number: u8) -> anyhow::Result<Vec<(String, S
     let mut rows: Vec<_> = owners
         .iter()
         .map(|owner| {
-            (owner["node"].to_string(), owner["subnets"].to_string(), owner["spare"].to_string())
+            (owner["node"].to_string(), owner["subnets"].to_string(), owner["free"].to_string())
         })
         .collect();
     rows.sort();

@@ -56,8 +56,8 @@ const block = (title, values) => [title, values.filter(isKnown)];
 
 function aboutMember(member) {
   const path = model.paths.get(member.node);
-  const spares = (model.status.spares ?? []).filter(({ node }) => node === member.node);
-  const ranges = spares.map(({ first, last }) => (first === last ? first : `${first} to ${last}`));
+  const free_slots = (model.status.free_slots ?? []).filter(({ node }) => node === member.node);
+  const ranges = free_slots.map(({ first, last }) => (first === last ? first : `${first} to ${last}`));
   const gone = (model.status.reclaiming ?? []).find(({ node }) => node === member.node);
   return [
     block("Member", [
@@ -73,8 +73,8 @@ function aboutMember(member) {
     ]),
     block("Subnets", [
       ["Leased", member.subnets.join(", ") || "none"],
-      ["Spare", number(member.spare)],
-      ["Spare ranges", some(ranges, 6)],
+      ["Free", number(member.free)],
+      ["Free ranges", some(ranges, 6)],
       ["Reclaimed by", gone && `${nameOf(gone.heir)}: ${count(gone.slots, "slot")} left`],
       ["Waits for", gone?.waits_for?.length ? some(gone.waits_for, 12) : null],
     ]),

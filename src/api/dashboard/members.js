@@ -19,12 +19,12 @@ const COLUMNS = [
     (member) => path(member)?.round_trip_ms ?? Infinity,
   ],
   ["Subnets", (member) => member.subnets.join(", ") || "–"],
-  ["Spare", (member) => number(member.spare), (member) => member.spare],
+  ["Free", (member) => number(member.free), (member) => member.free],
   ["Underlay", (member) => member.underlay],
   ["VTEP MAC", (member) => member.vtep_mac],
   ["Node", (member) => member.node],
 ];
-const NUMERIC = new Set(["Round trip", "Spare"]);
+const NUMERIC = new Set(["Round trip", "Free"]);
 
 let sorting = { column: 0, down: false };
 const table = $("members");

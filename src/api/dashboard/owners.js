@@ -10,13 +10,13 @@ const LISTED = 12;
 
 /** `pool` is the division of the network, `first` and `last` bound what is used of it. */
 export function summarize(status, { first, last }, pool) {
-  const { total = 0, leased = 0, spare = 0 } = status.slots ?? {};
+  const { total = 0, leased = 0, free = 0 } = status.slots ?? {};
   const unused = pool.size - (last - first + 1);
   const aside =
     unused > 0 ? `; ${count(unused, "subnet")} of the network ${unused === 1 ? "is" : "are"} not used` : "";
   text(
     $("pool-summary-head"),
-    `${number(leased)} of ${count(total, "slot")} ${leased === 1 ? "is" : "are"} leased and ${number(spare)} spare${aside}.`,
+    `${number(leased)} of ${count(total, "slot")} ${leased === 1 ? "is" : "are"} leased and ${number(free)} free${aside}.`,
   );
   keyed(
     $("reclaiming"),
@@ -35,7 +35,7 @@ export function summarize(status, { first, last }, pool) {
       );
     },
   );
-  const owns = (member) => member.spare + slotsOf(member, pool);
+  const owns = (member) => member.free + slotsOf(member, pool);
   const owners = here()
     .filter(owns)
     .sort((a, b) => owns(b) - owns(a));
@@ -76,5 +76,5 @@ function showOwner(item, member, pool) {
   const [, name, words] = item.firstChild.children;
   attr(item.firstChild, "aria-pressed", member.node === model.selected);
   text(name, member.name);
-  text(words, `${number(slotsOf(member, pool))} leased, ${number(member.spare)} spare`);
+  text(words, `${number(slotsOf(member, pool))} leased, ${number(member.free)} free`);
 }

@@ -45,7 +45,7 @@ export function painter(pen, cell) {
   };
   return (x, y, owner, state, pale) => {
     pen.globalAlpha = pale && state !== "unusable" ? 0.3 : 1;
-    pen.fillStyle = state === "leased" ? of(owner, full) : state === "spare" ? of(owner, light) : line;
+    pen.fillStyle = state === "leased" ? of(owner, full) : state === "free" ? of(owner, light) : line;
     if (state !== "unclaimed") pen.fillRect(x, y, side, side);
     pen.lineWidth = 1;
     pen.strokeStyle = ink;
@@ -75,7 +75,7 @@ export function painter(pen, cell) {
 
 const SAMPLES = [
   ["leased", "leased"],
-  ["spare", "spare"],
+  ["free", "free"],
   ["reclaimed", "being reclaimed"],
   ["unclaimed", "owner not known"],
   ["unusable", "not used"],

@@ -1,5 +1,5 @@
 // The address pool as a picture: each slot a cell, row by row, in the colour of its owner; full colour is a
-// lease, pale a spare. A row is as many slots as a shorter prefix holds, so that rows have names too.
+// lease, pale a free slot. A row is as many slots as a shorter prefix holds, so that rows have names too.
 
 import { division } from "./addresses.js";
 import { Cells } from "./cells.js";
@@ -42,7 +42,7 @@ export function showPool(anew) {
     devicePixelRatio,
     settings,
     owned,
-    status.spares,
+    status.free_slots,
     status.reclaiming,
     model.selected,
   ]);
@@ -57,16 +57,16 @@ export function showPool(anew) {
 }
 
 /** For each slot whose it is, and what for. */
-function survey({ members, spares, reclaiming }, { first, last }) {
+function survey({ members, free_slots, reclaiming }, { first, last }) {
   const gone = new Set((reclaiming ?? []).map(({ node }) => node));
   const list = Array(pool.size);
   const nobody = { state: "unclaimed" };
   const unusable = { state: "unusable" };
   for (let slot = 0; slot < pool.size; slot++) list[slot] = slot < first || slot > last ? unusable : nobody;
-  for (const { node, first: from, count: length } of spares ?? []) {
+  for (const { node, first: from, count: length } of free_slots ?? []) {
     const start = pool.slot(from);
     if (start !== null)
-      list.fill({ owner: node, state: gone.has(node) ? "reclaimed" : "spare" }, start, start + length);
+      list.fill({ owner: node, state: gone.has(node) ? "reclaimed" : "free" }, start, start + length);
   }
   for (const { node, subnets } of members ?? []) {
     for (const subnet of subnets) {
@@ -127,7 +127,7 @@ function describe(slot) {
   const owner = it.owner === model.status.node ? `${nameOf(it.owner)}, this host` : nameOf(it.owner);
   return {
     leased: `${where}: leased by ${owner}`,
-    spare: `${where}: spare of ${owner}`,
+    free: `${where}: free of ${owner}`,
     reclaimed: `${where}: of ${owner}, which is forgotten; being reclaimed`,
     unclaimed: `${where}: owner not known here`,
     unusable: `${where}: not used by this cluster`,

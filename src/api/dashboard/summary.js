@@ -99,7 +99,7 @@ function showFigures(status) {
     [
       "Leased",
       number(slots?.leased ?? 0),
-      `${number(slots?.spare ?? 0)} spare of ${number(slots?.total ?? 0)}`,
+      `${number(slots?.free ?? 0)} free of ${number(slots?.total ?? 0)}`,
     ],
     [
       "Round trip",

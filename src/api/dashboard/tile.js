@@ -52,5 +52,5 @@ export function describe(member) {
     ? `path ${path.state}${path.state === "ok" ? `, ${milliseconds(path.round_trip_ms)}` : ""}`
     : pathWords(member);
   const subnets = member.subnets.join(" and ") || "no subnet";
-  return `${member.name}: ${memberState(member)}; ${way}; ${subnets}; ${member.spare} spare`;
+  return `${member.name}: ${memberState(member)}; ${way}; ${subnets}; ${member.free} free`;
 }

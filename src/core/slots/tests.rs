@@ -30,7 +30,7 @@ fn as_map(table: &SlotTable) -> BTreeMap<u32, SlotRecord> {
 
 /// The runs that a grant names.
 fn granted(grant: Result<Grant, Refusal>) -> Vec<Run> {
-    match grant.expect("a spare") {
+    match grant.expect("a free slot") {
         Grant::New(changes) => changes.into_iter().map(|(run, _)| run).collect(),
         Grant::Again(runs) => runs,
     }
@@ -58,7 +58,7 @@ fn rebuilt(table: &SlotTable) -> SlotTable {
 #[test]
 fn a_grant_gives_one_lease_and_half_of_the_spares() {
     let mut table = SlotTable::founded_by(pool("10.42.0.0/16", 24), node(1));
-    let (own, _) = table.lease_own(node(1), None).expect("a spare");
+    let (own, _) = table.lease_own(node(1), None).expect("a free slot");
     assert_eq!(own.record.state, SlotState::Leased);
     let granted = granted(table.grant(node(1), node(2), None));
     assert_eq!(granted.iter().map(|run| run.len).sum::<u32>(), 1 + 253 / 2);
@@ -81,11 +81,11 @@ fn asking_again_gives_the_same_answer_and_changes_nothing() {
 #[test]
 fn a_preferred_slot_is_honoured_when_free_and_left_to_its_owner_otherwise() {
     let mut table = SlotTable::founded_by(pool("10.42.0.0/16", 24), node(1));
-    table.grant(node(1), node(2), Some(Slot(9))).expect("spares");
+    table.grant(node(1), node(2), Some(Slot(9))).expect("free_slots");
     assert_eq!(table.leased_by(node(2)).collect::<Vec<_>>(), [Slot(9)]);
-    let elsewhere = table.spares_of(node(2)).next().expect("node 2 has spares").start;
+    let elsewhere = table.free_slots_of(node(2)).next().expect("node 2 has free slots").start;
     let refusal = table.grant(node(1), node(3), Some(elsewhere)).expect_err("node 2 must be asked");
-    assert!(matches!(refusal, Refusal::NoSpareHere { spare_elsewhere } if spare_elsewhere > 0));
+    assert!(matches!(refusal, Refusal::NoFreeSlotHere { free_elsewhere } if free_elsewhere > 0));
     table.grant(node(1), node(3), Some(Slot(9))).expect("taken, so another one is given");
     assert_ne!(table.leased_by(node(3)).next(), Some(Slot(9)));
 }
@@ -97,8 +97,8 @@ fn an_exhausted_pool_says_how_it_is_divided() {
         if seed == 1 {
             table.lease_own(node(1), None).expect("three slots");
         } else {
-            let donor = *table.census().spare.keys().next().expect("spare left");
-            table.grant(donor, node(seed), None).expect("spare left");
+            let donor = *table.census().free.keys().next().expect("free left");
+            table.grant(donor, node(seed), None).expect("free left");
         }
     }
     let refusal = table.grant(node(1), node(9), None).expect_err("full");
@@ -108,12 +108,12 @@ fn an_exhausted_pool_says_how_it_is_divided() {
 #[test]
 fn leaving_hands_everything_to_the_heir_as_spares() {
     let mut table = SlotTable::founded_by(pool("10.42.0.0/16", 24), node(1));
-    table.grant(node(1), node(2), None).expect("spares");
+    table.grant(node(1), node(2), None).expect("free_slots");
     let owned: u32 = table.runs_of(node(2)).map(|run| run.len).sum();
     let moved = table.hand_over(node(2), node(1));
     assert_eq!(moved.iter().map(|(run, _)| run.len).sum::<u32>(), owned);
     assert_eq!(table.runs_of(node(2)).count(), 0);
-    assert_eq!(table.census().spare[&node(1)], 255);
+    assert_eq!(table.census().free[&node(1)], 255);
 }
 
 #[test]
@@ -144,7 +144,7 @@ fn buckets_cover_the_table_and_localise_a_difference() {
     let covered: u32 = (0..Buckets::COUNT).flat_map(|b| one.bucket(b)).map(|run| run.len).sum();
     assert_eq!(covered, 255);
     let mut two = one.clone();
-    two.lease_own(node(1), Some(Slot(100))).expect("spare");
+    two.lease_own(node(1), Some(Slot(100))).expect("free");
     let (a, b) = (one.hashes(), two.hashes());
     let differing: Vec<usize> = (0..Buckets::COUNT).filter(|&i| a[i] != b[i]).collect();
     assert_eq!(differing, [one.bucket_of(Slot(100))]);
@@ -159,7 +159,7 @@ fn any_runs() -> impl Strategy<Value = Vec<Run>> {
             record: SlotRecord {
                 epoch,
                 owner: node(owner),
-                state: if leased { SlotState::Leased } else { SlotState::Spare },
+                state: if leased { SlotState::Leased } else { SlotState::Free },
                 granter: node(0),
             },
         },

@@ -47,7 +47,7 @@ fn a_forgotten_members_subnets_are_spares_again_and_it_is_in_no_view() {
     world.forget_lost(1, lost);
     world.run_for(seconds(3));
     let slots = world.node(0).status().slots;
-    assert_eq!((slots.leased, slots.spare), (3, 252));
+    assert_eq!((slots.leased, slots.free), (3, 252));
     assert!(world.node(2).status().members.iter().any(|m| m.node == lost && m.forgotten));
     world.assert_right();
 }
@@ -191,16 +191,16 @@ fn an_heir_that_is_gone_itself_is_replaced() {
 fn what_a_forgotten_node_granted_late_goes_to_its_heir_unused() {
     let late_grant = |world: &World, lost: NodeId| {
         let home = world.node(0).home.as_ref().expect("in a cluster");
-        let mut spares =
-            home.slots.runs_of(lost).filter(|run| run.record.state == SlotState::Spare);
-        let spare = *spares.next().expect("a spare");
+        let mut free_slots =
+            home.slots.runs_of(lost).filter(|run| run.record.state == SlotState::Free);
+        let free = *free_slots.next().expect("a free slot");
         let record = SlotRecord {
-            epoch: spare.record.epoch + 1,
+            epoch: free.record.epoch + 1,
             owner: world.hosts[1].key,
             state: SlotState::Leased,
             granter: lost,
         };
-        Run { start: spare.start, len: 1, record }
+        Run { start: free.start, len: 1, record }
     };
     // Once the heir has reclaimed the slot, that alone outranks it ...
     let mut world = World::with_members(3);

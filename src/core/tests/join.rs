@@ -80,7 +80,7 @@ fn an_answer_that_is_lost_loses_no_slot() {
     assert_eq!(world.leased(0), 4, "asked again, got the same one");
 }
 
-/// Kills these members of ten, whose seed has no spare any more, and has others join.
+/// Kills these members of ten, whose seed has no free slot any more, and has others join.
 fn join_after_the_death_of(killed: Range<usize>, prefers: impl Fn(&World) -> Option<IpNet>) {
     let mut world = World::founded(settings("10.42.0.0/16", 24));
     for _ in 1..10 {
@@ -114,8 +114,8 @@ fn joiner_takes_another_subnet_as_soon_as_the_owner_of_the_preferred_one_is_know
         let home = world.node(0).home.as_ref().expect("in a cluster");
         let owner = world.hosts[1].key;
         let mut of_owner = home.slots.runs_of(owner);
-        let spare = of_owner.find(|run| run.record.state == SlotState::Spare).expect("spares");
-        Some(home.cluster.settings.pool.subnet(spare.start))
+        let free = of_owner.find(|run| run.record.state == SlotState::Free).expect("free_slots");
+        Some(home.cluster.settings.pool.subnet(free.start))
     });
 }
 
@@ -173,19 +173,18 @@ fn the_subnet_in_use_stays_when_a_second_one_turns_up() {
     let subnet = world.subnet(2).expect("a subnet");
     // A grant from long ago, by a seed whose answer never came: a lower slot than the one in use.
     let home = world.node(0).home.as_ref().expect("in a cluster");
-    let spare = home.slots.runs_of(founder).find(|run| {
-        run.record.state == SlotState::Spare
-            && home.cluster.settings.pool.subnet(run.start) < subnet
+    let free = home.slots.runs_of(founder).find(|run| {
+        run.record.state == SlotState::Free && home.cluster.settings.pool.subnet(run.start) < subnet
     });
-    let spare = *spare.expect("a lower spare");
+    let free = *free.expect("a lower free slot");
     let record = SlotRecord {
-        epoch: spare.record.epoch + 1,
+        epoch: free.record.epoch + 1,
         owner: id,
         state: SlotState::Leased,
         granter: founder,
     };
     world.oracle.lenient = true;
-    let run = Run { start: spare.start, len: 1, record };
+    let run = Run { start: free.start, len: 1, record };
     world.push(0, 2, Facts { slots: vec![run], ..Facts::default() });
     world.run_for(seconds(5));
     assert_eq!(world.subnet(2), Some(subnet), "pods live in it");
@@ -357,7 +356,7 @@ fn joiner_whose_granted_subnet_leads_elsewhere_on_its_host_takes_a_spare_one() {
     world.run_for(seconds(30));
     let taken = world.subnet(joiner).expect("a subnet");
     assert_ne!(taken, granted);
-    assert_eq!(world.leased(0), 2, "the other one is spare again");
+    assert_eq!(world.leased(0), 2, "the other one is free again");
     world.assert_right();
     // The whole pool leads elsewhere: any subnet is better than none.
     let joiner = world.add_joiner(&[0]);

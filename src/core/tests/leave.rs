@@ -10,7 +10,7 @@ fn leaving_hands_over_everything_and_is_known_everywhere() {
     assert!(matches!(world.hosts[2].stopped, Some(Stop::Left { heir: Some(_) })));
     world.assert_right();
     let slots = world.node(0).status().slots;
-    assert_eq!((slots.total, slots.leased, slots.spare), (255, 3, 252));
+    assert_eq!((slots.total, slots.leased, slots.free), (255, 3, 252));
 }
 
 #[test]
@@ -32,7 +32,7 @@ fn a_leave_that_a_crash_cut_short_goes_on_after_the_restart() {
     assert!(matches!(world.hosts[2].stopped, Some(Stop::Left { .. })));
     world.assert_right();
     let slots = world.node(0).status().slots;
-    assert_eq!((slots.leased, slots.spare), (2, 253), "all of it came to somebody who is there");
+    assert_eq!((slots.leased, slots.free), (2, 253), "all of it came to somebody who is there");
 }
 
 #[test]
@@ -45,7 +45,7 @@ fn members_that_leave_together_lose_no_slot_and_none_spins() {
     world.assert_right();
     let status = world.node(0).status();
     let here = status.members.iter().filter(|member| !member.left);
-    let owned: u32 = here.map(|member| member.spare + member.subnets.len() as u32).sum();
+    let owned: u32 = here.map(|member| member.free + member.subnets.len() as u32).sum();
     assert_eq!((status.slots.total, owned), (255, 255), "all belongs to somebody who is here");
 }
 
