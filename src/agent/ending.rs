@@ -19,7 +19,7 @@ pub enum Ending {
     /// A signal: all state stays, in the kernel too.
     Stopped,
     /// The node left its cluster: nothing of it is left on this host.
-    Left { heir: Option<NodeId> },
+    Left { successor: Option<NodeId> },
     /// It is no member any more under this identity, and is to join as a new node.
     Anew,
     /// It was given another subnet, and is to start again with that one.
@@ -33,13 +33,13 @@ pub enum Ending {
 impl Agent {
     pub(super) fn on_stop(&mut self, stop: Stop) {
         self.ending = Some(match stop {
-            Stop::Left { heir } => match self.giving_up.take() {
+            Stop::Left { successor } => match self.giving_up.take() {
                 Some((why, _)) => Ending::Failed(why),
-                None => Ending::Left { heir },
+                None => Ending::Left { successor },
             },
-            Stop::Expelled { heir } => {
+            Stop::Expelled { successor } => {
                 tracing::error!(
-                    heir = heir.map(tracing::field::display),
+                    successor = successor.map(tracing::field::display),
                     "the cluster holds this node as gone for good: it joins as a new one, with another subnet"
                 );
                 Ending::Anew
@@ -90,7 +90,9 @@ impl Agent {
         }
         if let Some(reply) = self.leave_reply.take() {
             let answer = match &ending {
-                Ending::Left { heir } => Ok(heir.map(|heir| self.node.name_of(heir).to_owned())),
+                Ending::Left { successor } => {
+                    Ok(successor.map(|successor| self.node.name_of(successor).to_owned()))
+                }
                 Ending::Failed(why) => Err(why.clone()),
                 Ending::Stopped | Ending::Anew | Ending::Reassigned | Ending::Broken(_) => {
                     Err("the agent was stopped before it had left".to_owned())

@@ -5,8 +5,8 @@
 
 mod absent;
 mod guests;
-mod heirs;
 mod news;
+mod successors;
 
 use std::{
     collections::{BTreeMap, BTreeSet},

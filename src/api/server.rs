@@ -60,7 +60,7 @@ pub enum Question {
     Token {
         reply: Sender<Option<String>>,
     },
-    /// Answered with the heir, or why it cannot leave.
+    /// Answered with the successor, or why it cannot leave.
     Leave {
         reply: Sender<Result<Option<String>, String>>,
     },
@@ -327,7 +327,7 @@ async fn token(State(ask): State<Ask>) -> Response {
 }
 
 async fn leave(State(ask): State<Ask>) -> Response {
-    let left = |heir| json!({ "left": true, "heir": heir });
+    let left = |successor| json!({ "left": true, "successor": successor });
     answer(&ask, |reply| Question::Leave { reply }, |result| done(result.map(left))).await
 }
 

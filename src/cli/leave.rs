@@ -6,8 +6,8 @@ use super::{Client, ask_and_print};
 use crate::api;
 
 pub fn run(client: &Client) -> ExitCode {
-    let text = |answer: &serde_json::Value, _: bool| match answer["heir"].as_str() {
-        Some(heir) => format!("left: all subnets of this node belong to {heir} now\n"),
+    let text = |answer: &serde_json::Value, _: bool| match answer["successor"].as_str() {
+        Some(successor) => format!("left: all subnets of this node belong to {successor} now\n"),
         None => "left: this was the last member, the cluster is gone\n".to_owned(),
     };
     ask_and_print(client, api::post(&client.socket(), "/v1/leave"), text)

@@ -165,7 +165,7 @@ fn reclaims(node: &Value) -> String {
             let names: Vec<String> = missing.iter().map(text).collect();
             format!("waits for {}", some(&names))
         }
-        _ => format!("by {}", text(&node["heir"])),
+        _ => format!("by {}", text(&node["successor"])),
     };
     format!("{} subnets of {}, forgotten: {waits}", node["slots"], text(&node["name"]))
 }

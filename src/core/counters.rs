@@ -24,7 +24,7 @@ pub struct Counters {
     pub downs: u64,
     /// Leases of its own that it did not need and made free slots.
     pub surplus: u64,
-    /// Late grants of forgotten nodes, passed on to their heirs.
+    /// Late grants of forgotten nodes, passed on to their successors.
     pub declined: u64,
     /// Rounds of comparison that ended in "same" / "different".
     pub syncs_same: u64,

@@ -1,11 +1,11 @@
 //! Reclaiming what a node owned that is gone for good.
 //!
-//! Somebody vouches that a node is gone, and becomes its heir. The record of it spreads like any fact; from
-//! then on nobody listens to the forgotten node. But it may have granted slots to somebody whom the heir
-//! has not met, so the heir asks every member: each makes the record durable, and answers with all that the
-//! heir lacks. Members that so become known are asked too. Once all have acknowledged, nothing that was
-//! granted is unknown to the heir, and it alone reclaims the rest. A node that left counts as gone by its
-//! own word.
+//! Somebody vouches that a node is gone, and becomes its successor. The record of it spreads like any fact;
+//! from then on nobody listens to the forgotten node. But it may have granted slots to somebody whom the
+//! successor has not met, so the successor asks every member: each makes the record durable, and answers
+//! with all that the successor lacks. Members that so become known are asked too. Once all have
+//! acknowledged, nothing that was granted is unknown to the successor, and it alone reclaims the rest. A
+//! node that left counts as gone by its own word.
 //!
 //! Liveness plays one part only: an operator is not allowed to forget somebody who is alive.
 
@@ -30,7 +30,7 @@ const RETRY: Duration = Duration::from_secs(2);
 /// Acknowledgements asked for at once.
 const MAX_ASKED: usize = 16;
 
-/// What an heir knows of who has acknowledged.
+/// What a successor knows of who has acknowledged.
 #[derive(Default)]
 pub(super) struct Forgetting {
     acknowledged: BTreeMap<Forget, BTreeSet<NodeId>>,
@@ -78,16 +78,16 @@ pub enum CannotForget {
 pub struct Reclaiming {
     pub node: NodeId,
     pub name: String,
-    pub heir: NodeId,
+    pub successor: NodeId,
     /// Slots that are not reclaimed yet.
     pub slots: u32,
-    /// Who has not acknowledged; known on the heir only.
+    /// Who has not acknowledged; known on the successor only.
     pub waits_for: Option<Vec<String>>,
 }
 
 impl Node {
     /// An operator vouches that a member is gone for good; `whom` is its name or id. This node becomes its
-    /// heir.
+    /// successor.
     ///
     /// # Errors
     /// Why nothing was done.
@@ -134,24 +134,26 @@ impl Node {
         }
     }
 
-    /// Its record was lost with it, but it owns slots, or was somebody's heir, or told all by one that left.
+    /// Its record was lost with it, but it owns slots, or was somebody's successor, or told all by one that
+    /// left.
     fn is_remembered(&self, node: NodeId) -> bool {
         let owns = |home: &super::Home| home.slots.runs_of(node).next().is_some();
-        let inherits = self.directory.forgets().any(|forget| forget.heir == node);
+        let inherits = self.directory.forgets().any(|forget| forget.successor == node);
         let keeps = self.directory.iter().any(|record| record.left_to == Some(node));
         inherits || keeps || self.home.as_ref().is_some_and(owns)
     }
 
-    /// Puts down that `node` is gone and this node its heir; over an earlier word only where that one's heir
-    /// is gone too, or more is risked.
+    /// Puts down that `node` is gone and this node its successor; over an earlier word only where that one's
+    /// successor is gone too, or more is risked.
     pub(super) fn vouch(&mut self, now: Time, node: NodeId, forced: bool) {
         let earlier = self.directory.forgotten(node);
-        if earlier.is_some_and(|earlier| !self.is_gone(earlier.heir) && (earlier.forced || !forced))
+        if earlier
+            .is_some_and(|earlier| !self.is_gone(earlier.successor) && (earlier.forced || !forced))
         {
             return;
         }
         let round = earlier.map_or(0, |earlier| earlier.round) + 1;
-        let forget = Forget { node, round, forced, heir: self.me.node };
+        let forget = Forget { node, round, forced, successor: self.me.node };
         tracing::info!(%node, name = self.name_of(node), round, forced, "forgetting");
         self.dirty.mark(Key::Forget(node), true);
         self.learn(now, &Facts { forgets: vec![forget], ..Facts::default() }, None);
@@ -161,7 +163,8 @@ impl Node {
     pub(super) fn merge_forget(&mut self, now: Time, forget: &Forget) -> bool {
         if forget.node == self.me.node {
             if self.leaving.is_none() {
-                self.outputs.push_back(Output::Stop(Stop::Expelled { heir: Some(forget.heir) }));
+                self.outputs
+                    .push_back(Output::Stop(Stop::Expelled { successor: Some(forget.successor) }));
             }
             return false;
         }
@@ -207,17 +210,17 @@ impl Node {
         self.ask_for_acknowledgement(&mine);
     }
 
-    /// Something that an heir waits for may have changed.
+    /// Something that a successor waits for may have changed.
     pub(super) fn recheck_forgets(&mut self, now: Time) {
         self.forgetting.retry_at = Some(now);
     }
 
     /// Steps in where slots belong to nobody who is there: those of a node that left before it heard of them,
-    /// and those of a forgotten one whose heir is gone as well.
+    /// and those of a forgotten one whose successor is gone as well.
     fn inherit(&mut self, now: Time) {
         let Some(home) = self.home.as_ref().filter(|_| self.sync.settled()) else { return };
         let orphaned = |node: &NodeId| match self.directory.forgotten(*node) {
-            Some(forget) => self.is_gone(forget.heir),
+            Some(forget) => self.is_gone(forget.successor),
             None => self.is_gone(*node),
         };
         let owners = home.slots.runs().iter().map(|run| run.record.owner);
@@ -227,20 +230,20 @@ impl Node {
         }
         let active = self.active();
         for node in orphans {
-            let best = active.keys().max_by_key(|heir| peer_score(node, **heir));
+            let best = active.keys().max_by_key(|successor| peer_score(node, **successor));
             if best == Some(&self.me.node) {
                 self.vouch(now, node, false);
             }
         }
     }
 
-    /// Forgotten nodes that still own slots and whose heir this node is.
+    /// Forgotten nodes that still own slots and whose successor this node is.
     fn inheritances(&self) -> impl Iterator<Item = Forget> + '_ {
         let owns =
             |node| self.home.as_ref().is_some_and(|home| home.slots.runs_of(node).next().is_some());
         self.directory
             .forgets()
-            .filter(move |forget| forget.heir == self.me.node && owns(forget.node))
+            .filter(move |forget| forget.successor == self.me.node && owns(forget.node))
             .copied()
     }
 
@@ -325,14 +328,15 @@ impl Node {
     }
 
     /// What a forgotten node granted to this one, and this one hears of only after it acknowledged the
-    /// forgetting: the heir may have taken it already. It is the heir's in any case, and never used here.
+    /// forgetting: the successor may have taken it already. It is the successor's in any case, and never
+    /// used here.
     pub(super) fn decline_late_grants(&mut self, now: Time, news: &[Run]) {
         let me = self.me.node;
         for run in news.iter().filter(|run| run.record.owner == me) {
             let Some(forget) = self.directory.forgotten(run.record.granter) else { continue };
-            let (Some(home), false) = (&mut self.home, forget.heir == me) else { continue };
+            let (Some(home), false) = (&mut self.home, forget.successor == me) else { continue };
             self.counters.declined += 1;
-            let change = home.slots.pass_on(*run, me, forget.heir);
+            let change = home.slots.pass_on(*run, me, forget.successor);
             self.note_own_change(now, change.into_iter().collect());
         }
     }
@@ -364,12 +368,12 @@ impl Node {
         };
         let reclaiming = |forget: &Forget| {
             let slots = home.slots.runs_of(forget.node).map(|run| run.len).sum();
-            let waits_for = (forget.heir == self.me.node)
+            let waits_for = (forget.successor == self.me.node)
                 .then(|| self.missing(forget).into_iter().map(name).collect());
             Reclaiming {
                 node: forget.node,
                 name: name(forget.node),
-                heir: forget.heir,
+                successor: forget.successor,
                 slots,
                 waits_for,
             }

@@ -21,7 +21,7 @@ use super::{
 /// What may have been missed: one event a second, which is how often systemd restarts an agent that fails,
 /// for more than four years.
 const LEAP: u64 = 1 << 27;
-/// Heirs of one node that were lost one after the other before any of them could take over.
+/// Successors of one node that were lost one after the other before any of them could take over.
 const LEAP_OF_ROUNDS: u64 = 1 << 12;
 /// Beyond the horizon, so many after a known value.
 const STEP: u64 = 8;

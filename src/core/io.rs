@@ -55,7 +55,7 @@ pub enum Input {
 /// What an operator asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Command {
-    /// Hand all slots to an heir and go for good.
+    /// Hand all slots to a successor and go for good.
     Leave,
     /// Compare states with a peer now rather than at the next round.
     Sync,
@@ -157,11 +157,11 @@ pub enum Output {
 /// Why a node stops of its own accord.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Stop {
-    /// It left; everything it owned belongs to the heir now (nobody, if it was the last one).
-    Left { heir: Option<NodeId> },
-    /// The others hold this identity as gone: forgotten (then there is an heir), or left before its state was
-    /// restored. Its host may come back under a new one.
-    Expelled { heir: Option<NodeId> },
+    /// It left; everything it owned belongs to the successor now (nobody, if it was the last one).
+    Left { successor: Option<NodeId> },
+    /// The others hold this identity as gone: forgotten (then there is a successor), or left before its
+    /// state was restored. Its host may come back under a new one.
+    Expelled { successor: Option<NodeId> },
     /// A seed refused it for a reason that will not go away.
     Refused(Refusal),
     /// Every seed refused its certificate.

@@ -225,13 +225,13 @@ impl Node {
 
     /// The cluster holds this node as gone: its state is from before, or it was written off.
     pub(super) fn on_expulsion(&mut self, refusal: &Refusal) {
-        let heir = match refusal {
+        let successor = match refusal {
             _ if self.leaving.is_some() => return,
-            Refusal::Forgotten { heir } => Some(*heir),
+            Refusal::Forgotten { successor } => Some(*successor),
             Refusal::Left => None,
             _ => return,
         };
-        self.outputs.push_back(Output::Stop(Stop::Expelled { heir }));
+        self.outputs.push_back(Output::Stop(Stop::Expelled { successor }));
     }
 
     fn on_no_welcome(&mut self, now: Time, seed: usize, error: CallError) {

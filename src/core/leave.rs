@@ -1,8 +1,9 @@
-//! Going for good: everything this node owns goes to an heir, and the node goes only once somebody has it.
+//! Going for good: everything this node owns goes to a successor, and the node goes only once somebody has
+//! it.
 //!
-//! First the heir is asked whether it will; only then are the records written, for a record cannot be
+//! First the successor is asked whether it will; only then are the records written, for a record cannot be
 //! taken back. From then on this node's disk is the only place that knows, so it goes on offering the
-//! records, to any member if the heir has died in that moment, and over restarts, until one has them.
+//! records, to any member if the successor has died in that moment, and over restarts, until one has them.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -22,9 +23,9 @@ const RETRY: Duration = Duration::from_secs(1);
 pub(super) struct Leaving {
     /// Asked in vain.
     tried: BTreeSet<NodeId>,
-    /// Who agreed to take everything. From then on this node uses its subnet no more: the heir may lease
+    /// Who agreed to take everything. From then on this node uses its subnet no more: the successor may lease
     /// it to somebody in the moment in which it is told.
-    heir: Option<NodeId>,
+    successor: Option<NodeId>,
     /// The records are written, and somebody must accept them.
     handed: bool,
     /// All keepers were asked in vain: once more then.
@@ -33,12 +34,12 @@ pub(super) struct Leaving {
 
 impl Leaving {
     fn new() -> Self {
-        Self { tried: BTreeSet::new(), heir: None, handed: false, retry_at: None }
+        Self { tried: BTreeSet::new(), successor: None, handed: false, retry_at: None }
     }
 
     /// Whether the subnet is in use no more.
     pub(super) const fn withdraws(&self) -> bool {
-        self.heir.is_some()
+        self.successor.is_some()
     }
 
     /// The leave that a crash or a signal cut short after the records were written.
@@ -53,7 +54,7 @@ impl Node {
             return;
         }
         if self.home.is_none() || self.is_alone() {
-            self.outputs.push_back(Output::Stop(Stop::Left { heir: None }));
+            self.outputs.push_back(Output::Stop(Stop::Left { successor: None }));
             return;
         }
         if self.clone.is_some() {
@@ -69,7 +70,7 @@ impl Node {
             );
         }
         self.leaving = Some(Leaving::new());
-        self.ask_next_heir();
+        self.ask_next_successor();
     }
 
     pub(super) fn next_leave_step(&self) -> Option<Time> {
@@ -81,7 +82,7 @@ impl Node {
             return;
         }
         if self.is_alone() {
-            self.outputs.push_back(Output::Stop(Stop::Left { heir: None }));
+            self.outputs.push_back(Output::Stop(Stop::Left { successor: None }));
         }
         if let Some(leaving) = &mut self.leaving {
             leaving.retry_at = None;
@@ -103,11 +104,15 @@ impl Node {
         candidates
     }
 
-    fn ask_next_heir(&mut self) {
-        let heir = self.candidates().into_iter().find(|node| self.membership.is_active(*node));
-        match heir {
-            Some(heir) => {
-                self.call_member(heir, Purpose::AskHeir { heir }, &Request::BeMyHeir);
+    fn ask_next_successor(&mut self) {
+        let successor = self.candidates().into_iter().find(|node| self.membership.is_active(*node));
+        match successor {
+            Some(successor) => {
+                self.call_member(
+                    successor,
+                    Purpose::AskSuccessor { successor },
+                    &Request::BeMySuccessor,
+                );
             }
             None => {
                 self.leaving = None;
@@ -123,36 +128,36 @@ impl Node {
         self.outputs.push_back(Output::CannotLeave(why.to_owned()));
     }
 
-    pub(super) fn on_heir_answer(&mut self, heir: NodeId, answer: Answer) {
+    pub(super) fn on_successor_answer(&mut self, successor: NodeId, answer: Answer) {
         let Some(leaving) = &mut self.leaving else { return };
-        leaving.tried.insert(heir);
+        leaving.tried.insert(successor);
         match answer {
             Ok((_, Response::Accepted)) => {
                 leaving.tried.clear();
-                leaving.heir = Some(heir);
+                leaving.successor = Some(successor);
                 self.view_stale = true;
                 if self.in_use == InUse::Nothing || planted(Bug::LeaveWithoutWithdrawal) {
                     self.on_withdrawn();
                 }
             }
-            _ => self.ask_next_heir(),
+            _ => self.ask_next_successor(),
         }
     }
 
     /// The kernel uses no subnet of ours any more.
     pub(super) fn on_withdrawn(&mut self) {
         let unwritten = self.leaving.as_ref().filter(|leaving| !leaving.handed);
-        if let Some(heir) = unwritten.and_then(|leaving| leaving.heir) {
-            self.hand_over(heir);
-            self.hand_to(heir);
+        if let Some(successor) = unwritten.and_then(|leaving| leaving.successor) {
+            self.hand_over(successor);
+            self.hand_to(successor);
         }
     }
 
-    /// Writes everything this node owns over to the heir.
-    fn hand_over(&mut self, heir: NodeId) {
+    /// Writes everything this node owns over to the successor.
+    fn hand_over(&mut self, successor: NodeId) {
         let (Some(leaving), Some(home)) = (&mut self.leaving, &mut self.home) else { return };
         let me = self.me.node;
-        let changes = home.slots.hand_over(me, heir);
+        let changes = home.slots.hand_over(me, successor);
         leaving.handed = true;
         self.note_slots(&changes);
     }
@@ -182,7 +187,7 @@ impl Node {
     pub(super) fn on_handover_answer(&mut self, now: Time, keeper: NodeId, answer: Answer) {
         let Some(leaving) = &mut self.leaving else { return };
         leaving.tried.insert(keeper);
-        let heir = leaving.heir;
+        let successor = leaving.successor;
         let accepted = matches!(answer, Ok((_, Response::Accepted)));
         if !accepted && !planted(Bug::LeaveWithoutAcceptance) {
             tracing::warn!(%keeper, "did not accept the handover, asking another member");
@@ -194,7 +199,7 @@ impl Node {
         if still_owns && self.may_write() {
             // A grant to this node was on its way when it left. In doubt it writes nothing, and others
             // reclaim it.
-            self.hand_over(heir.unwrap_or(keeper));
+            self.hand_over(successor.unwrap_or(keeper));
             return self.hand_to(keeper);
         }
         let mine = |run: &&Run| run.record.granter == me;
@@ -205,6 +210,6 @@ impl Node {
         self.flush_push(now);
         self.membership.leave(now);
         self.drain_membership(now);
-        self.outputs.push_back(Output::Stop(Stop::Left { heir }));
+        self.outputs.push_back(Output::Stop(Stop::Left { successor }));
     }
 }

@@ -197,9 +197,9 @@ enum Purpose {
     AreYouThere {
         node: NodeId,
     },
-    /// Is the heir there?
-    AskHeir {
-        heir: NodeId,
+    /// Is the successor there?
+    AskSuccessor {
+        successor: NodeId,
     },
     Handover {
         keeper: NodeId,
@@ -341,7 +341,7 @@ impl Node {
                 }
                 Err(error) => tracing::debug!(%node, %error, "a suspect does not answer"),
             },
-            Purpose::AskHeir { heir } => self.on_heir_answer(heir, answer),
+            Purpose::AskSuccessor { successor } => self.on_successor_answer(successor, answer),
             Purpose::Handover { keeper } => self.on_handover_answer(now, keeper, answer),
             Purpose::Acknowledge { node, forgets, era } => {
                 self.on_acknowledgement(now, node, &forgets, era, answer);

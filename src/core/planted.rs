@@ -15,7 +15,7 @@ pub enum Bug {
     SameEpoch,
     /// A member that gossip holds as down loses its slots.
     DownFreesSlots,
-    /// An heir reclaims without waiting for the others.
+    /// A successor reclaims without waiting for the others.
     ForgetWithoutAcknowledgements,
     /// A reclaimed slot does not outrank what the forgotten node wrote.
     ReclaimKeepsGeneration,

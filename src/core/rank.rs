@@ -18,7 +18,7 @@ pub fn slot_score(node: NodeId, slot: Slot) -> u64 {
     hasher.finish()
 }
 
-/// How well a peer suits a node as its donor or heir: spreads requests over the cluster.
+/// How well a peer suits a node as its donor or successor: spreads requests over the cluster.
 pub fn peer_score(node: NodeId, peer: NodeId) -> u64 {
     let mut hasher = hasher(2);
     hasher.write(node.as_bytes());

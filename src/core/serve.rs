@@ -56,7 +56,7 @@ impl Node {
             }
             _ => {
                 let forget = self.directory.forgotten(from);
-                forget.map(|forget| Refusal::Forgotten { heir: forget.heir })
+                forget.map(|forget| Refusal::Forgotten { successor: forget.successor })
             }
         }
     }
@@ -102,7 +102,7 @@ impl Node {
                 return None;
             }
             _ if self.leaving.is_some() => Response::Refused(Refusal::Leaving),
-            Request::BeMyHeir => Response::Accepted,
+            Request::BeMySuccessor => Response::Accepted,
             Request::Handover(facts) => {
                 self.learn(now, &facts, Some(from));
                 // Whoever hands over wipes its own copy next: none of this may wait to be flushed, and

@@ -172,17 +172,17 @@ impl SlotTable {
             .then(|| self.rewrite(slot, 1, me, me, SlotState::Free))
     }
 
-    /// Makes everything that `me` owns a free of `heir`.
-    pub fn hand_over(&mut self, me: NodeId, heir: NodeId) -> Vec<Change> {
+    /// Makes everything that `me` owns a free of `successor`.
+    pub fn hand_over(&mut self, me: NodeId, successor: NodeId) -> Vec<Change> {
         let owned: Vec<Run> = self.runs_of(me).copied().collect();
         owned
             .into_iter()
-            .map(|run| self.rewrite(run.start, run.len, me, heir, SlotState::Free))
+            .map(|run| self.rewrite(run.start, run.len, me, successor, SlotState::Free))
             .collect()
     }
 
     /// Makes free slots of `me` of everything that the forgotten node `gone` owned. The new epochs outrank
-    /// any that it, or somebody to whom it granted, or an heir of an earlier round, can have written.
+    /// any that it, or somebody to whom it granted, or a successor of an earlier round, can have written.
     pub fn reclaim(&mut self, me: NodeId, gone: NodeId, round: u32) -> Vec<Change> {
         let owned: Vec<Run> = self.runs_of(gone).copied().collect();
         let mut changes = Vec::new();
@@ -200,10 +200,10 @@ impl SlotTable {
         changes
     }
 
-    /// Gives slots that `me` owns and never used to `heir`.
-    pub fn pass_on(&mut self, run: Run, me: NodeId, heir: NodeId) -> Option<Change> {
+    /// Gives slots that `me` owns and never used to `successor`.
+    pub fn pass_on(&mut self, run: Run, me: NodeId, successor: NodeId) -> Option<Change> {
         (self.record(run.start)? == run.record)
-            .then(|| self.rewrite(run.start, run.len, me, heir, SlotState::Free))
+            .then(|| self.rewrite(run.start, run.len, me, successor, SlotState::Free))
     }
 
     /// The bucket of a slot: equal, contiguous parts of the pool, so that runs stay whole.

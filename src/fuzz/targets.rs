@@ -89,7 +89,7 @@ fn facts() -> Facts {
         members: (1..4).filter_map(member).collect(),
         slots: vec![Run { start: Slot(7), len: 3, record }],
         active: vec![Identity { node: node(1), incarnation }],
-        forgets: vec![Forget { node: node(9), heir: node(1), round: 2, forced: false }],
+        forgets: vec![Forget { node: node(9), successor: node(1), round: 2, forced: false }],
     }
 }
 
@@ -108,7 +108,7 @@ fn requests() -> Vec<Vec<u8>> {
     });
     let exchange = Request::Exchange { buckets: 3, identity: identity(), facts: facts() };
     let inquiry = Request::Inquire(Inquiry::Arrivals(7));
-    let all = [Request::Grant(GrantWish::default()), Request::BeMyHeir, exchange, inquiry];
+    let all = [Request::Grant(GrantWish::default()), Request::BeMySuccessor, exchange, inquiry];
     all.into_iter().chain(hello).map(|request| request.encode()).collect()
 }
 
@@ -124,7 +124,7 @@ fn responses() -> Vec<Vec<u8>> {
 fn frames() -> Vec<Vec<u8>> {
     let cluster = ClusterId::from_bytes([9; 8]);
     let push = Push { facts: facts() }.encode();
-    let request = Request::BeMyHeir.encode();
+    let request = Request::BeMySuccessor.encode();
     vec![Frame::Push(&push).encode(cluster), Frame::Request(&request).encode(cluster)]
 }
 

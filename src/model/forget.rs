@@ -11,10 +11,10 @@ use super::NodeId;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Forget {
     pub node: NodeId,
-    /// 1, and one more each time that an heir has gone before it could take over.
+    /// 1, and one more each time that a successor has gone before it could take over.
     pub round: u32,
-    /// The operator takes the risk that somebody knows of a grant that the heir does not.
+    /// The operator takes the risk that somebody knows of a grant that the successor does not.
     pub forced: bool,
     /// Who issued this, collects the acknowledgements and then owns what `node` owned.
-    pub heir: NodeId,
+    pub successor: NodeId,
 }

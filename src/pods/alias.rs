@@ -24,7 +24,7 @@ pub(super) struct Told {
 impl Told {
     /// Which of two interfaces of a pod its routes are better given to: one that may have a default route,
     /// and of two of these the first by name.
-    pub(super) fn cmp_as_heir(&self, other: &Self) -> Ordering {
+    pub(super) fn cmp_as_successor(&self, other: &Self) -> Ordering {
         let place = |told: &Self| (!told.default_route, told.pod.attachment.clone());
         place(self).cmp(&place(other))
     }

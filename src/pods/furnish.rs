@@ -154,7 +154,7 @@ impl Inside<'_> {
         &mut self,
         bridge: &Bridge,
         leaving: u32,
-        heir: u32,
+        successor: u32,
         default_route: bool,
     ) -> io::Result<()> {
         let addresses = self.netlink.addresses()?;
@@ -165,7 +165,9 @@ impl Inside<'_> {
                 let has = addresses.iter().find(is_its)?;
                 Some(gateway(IpNet::new(has.ip, has.prefix_len).ok()?.trunc()))
             };
-            let (Some(old), Some(via)) = (gateway_of(leaving), gateway_of(heir)) else { continue };
+            let (Some(old), Some(via)) = (gateway_of(leaving), gateway_of(successor)) else {
+                continue;
+            };
             for route in self.netlink.routes(old.is_ipv4())? {
                 let is_default = route.to.prefix_len() == 0;
                 let is_its = route.link == Some(leaving) && route.gateways == [old];
@@ -176,7 +178,7 @@ impl Inside<'_> {
                     true => Route { to: network, via, metric: None },
                     false => Route { to: route.to, via, metric: Some(route.metric) },
                 };
-                let Request { message, .. } = request(heir, route)?;
+                let Request { message, .. } = request(successor, route)?;
                 changes.push(Request { message, flags: NLM_F_CREATE | NLM_F_REPLACE });
             }
         }

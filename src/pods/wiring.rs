@@ -315,20 +315,22 @@ impl Wiring {
         others: &[&String],
     ) -> Result<(), WiringError> {
         let look = "looking for the pod's other interfaces";
-        let mut heirs = Vec::new();
+        let mut successors = Vec::new();
         for name in others {
             let link = self.netlink.link(name).map_err(failed(look))?;
-            heirs.extend(link.and_then(|link| Some((link.index, from_alias(&link.alias)?))));
+            successors.extend(link.and_then(|link| Some((link.index, from_alias(&link.alias)?))));
         }
-        heirs.sort_by(|(_, one), (_, other)| one.cmp_as_heir(other));
+        successors.sort_by(|(_, one), (_, other)| one.cmp_as_successor(other));
         let (netns, mut netlink) = self.enter(netns, opened)?;
         let links = netlink.links().map_err(failed(look))?;
         let inside = |index: u32| links.iter().find(|link| is_behind(link, index));
-        let heir = heirs.iter().find_map(|(index, told)| Some((inside(*index)?, told)));
-        let (Some(leaving), Some((heir, told))) = (inside(leaving), heir) else { return Ok(()) };
+        let successor = successors.iter().find_map(|(index, told)| Some((inside(*index)?, told)));
+        let (Some(leaving), Some((successor, told))) = (inside(leaving), successor) else {
+            return Ok(());
+        };
         let mut inside = Inside { netlink, netns: &netns, home: &self.home };
         inside
-            .hand_over(bridge, leaving.index, heir.index, told.default_route)
+            .hand_over(bridge, leaving.index, successor.index, told.default_route)
             .map_err(failed("giving its routes to another interface"))
     }
 

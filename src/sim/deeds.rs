@@ -63,7 +63,7 @@ impl World {
                 self.oracle.reach("left");
                 let leaver = self.hosts[index].key;
                 let knows = |host: &Host| host.index != index && host.knows_as_left(leaver);
-                if matches!(stop, Stop::Left { heir: Some(_) })
+                if matches!(stop, Stop::Left { successor: Some(_) })
                     && !self.oracle.lenient
                     && !self.hosts.iter().any(knows)
                 {

@@ -131,7 +131,7 @@ impl World {
             }
             5 => {
                 let round = 1 << rng.random_range(20..32);
-                facts.forgets.push(Forget { node: victim, round, forced: false, heir: me });
+                facts.forgets.push(Forget { node: victim, round, forced: false, successor: me });
             }
             6 => {
                 // In the name of another member, dead ones above all, which then never go down.

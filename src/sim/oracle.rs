@@ -1,7 +1,7 @@
 //! The judge: its own model of who owns what, built from what reaches the disks, never by asking a node.
 //!
 //! Safety is judged at every event. I1 one record per slot and epoch; I2 one user per subnet; I3 only the
-//! owner (or the heir of a forgotten one) writes the next record; I4 no epoch on a disk goes back; I5
+//! owner (or the successor of a forgotten one) writes the next record; I4 no epoch on a disk goes back; I5
 //! nothing is said that is not on its writer's disk; I7 no grant after a start before somebody was met; I16
 //! who asks twice is given one slot; I17 no counter jumps; I18 no record that no node can use; D4 no
 //! entry of a host that works is removed.
@@ -36,7 +36,7 @@ pub struct Oracle {
     epochs: BTreeMap<NodeId, BTreeMap<u32, u64>>,
     users: BTreeMap<IpNet, BTreeSet<usize>>,
     founder: Option<NodeId>,
-    /// Heirs of forgotten nodes, as first flushed.
+    /// Successors of forgotten nodes, as first flushed.
     forgotten: BTreeMap<NodeId, BTreeSet<NodeId>>,
     /// Identities whose hosts were switched off for good, or left: they use nothing.
     pub gone: BTreeSet<NodeId>,
@@ -79,7 +79,7 @@ impl Oracle {
                     runs.iter().for_each(|run| self.on_flushed_run(node, met, run));
                 }
                 Ok((_, Record::Forget(forget))) => {
-                    self.forgotten.entry(forget.node).or_default().insert(forget.heir);
+                    self.forgotten.entry(forget.node).or_default().insert(forget.successor);
                 }
                 Ok((_, Record::Member(record))) => self.on_flushed_member(node, &record),
                 Ok(_) => {}
@@ -167,12 +167,12 @@ impl Oracle {
             None if generation == 0 => {
                 *self.founder.get_or_insert(record.granter) == record.granter
             }
-            // This is the heir of a forgotten owner, and nobody owns the slot since by its own disk.
+            // This is the successor of a forgotten owner, and nobody owns the slot since by its own disk.
             None => {
                 let owners = self.records.range((slot, 0)..(slot, generation)).rev();
                 let inherits = |old: &SlotRecord| {
-                    let heirs = self.forgotten.get(&old.owner);
-                    heirs.is_some_and(|heirs| heirs.contains(&record.granter))
+                    let successors = self.forgotten.get(&old.owner);
+                    successors.is_some_and(|successors| successors.contains(&record.granter))
                 };
                 let owns = |epoch: u64, owner: NodeId| {
                     let disk = self.epochs.get(&owner).and_then(|epochs| epochs.get(&slot));

@@ -57,12 +57,12 @@ pub enum Request {
     /// "Give me a slot of yours."
     Grant(GrantWish),
     /// "I am leaving; would you take my slots?"
-    BeMyHeir,
+    BeMySuccessor,
     /// "I have left; these are the records of it. Say that you have them."
     Handover(Facts),
     /// "You did not answer me. If you are alive, refute that."
     AreYouThere(Suspicion),
-    /// "These nodes are gone and I am their heir. Make that durable, and tell me what I lack."
+    /// "These nodes are gone and I am their successor. Make that durable, and tell me what I lack."
     Acknowledge {
         #[serde(deserialize_with = "bounded::members")]
         forgets: Vec<Forget>,
@@ -212,8 +212,8 @@ pub enum Refusal {
     Full { limit: u32 },
     #[error("the request was not understood: {0}")]
     Unreadable(Text),
-    #[error("this node was forgotten: its subnets belong to {heir} now")]
-    Forgotten { heir: NodeId },
+    #[error("this node was forgotten: its subnets belong to {successor} now")]
+    Forgotten { successor: NodeId },
     #[error("another process runs with this node's key, so neither grants anything")]
     Cloned,
     #[error("what this node says about itself cannot be used: {0}: correct its settings")]
@@ -309,8 +309,10 @@ mod tests {
         assert!(Push::decode(&push(MAX_MEMBERS).encode()).is_ok());
         let error = Push::decode(&push(MAX_MEMBERS + 1).encode()).expect_err("too many");
         assert!(error.to_string().contains("at most 16384"), "{error}");
-        let forgets =
-            vec![Forget { node: node(1), round: 1, forced: false, heir: node(2) }; MAX_MEMBERS + 1];
+        let forgets = vec![
+            Forget { node: node(1), round: 1, forced: false, successor: node(2) };
+            MAX_MEMBERS + 1
+        ];
         let request = Request::Acknowledge { forgets, buckets: Box::default() };
         assert!(Request::decode(&request.encode()).is_err());
         let suspicion = Suspicion { identity: facts().active[0], refutation: 0 };

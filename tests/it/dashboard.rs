@@ -224,7 +224,7 @@ fn status() -> Value {
             "name": "n2", "liveness": "alive",
         }],
         "reclaiming": [{
-            "node": id(99), "name": "n99", "heir": id(2), "slots": 1, "waits_for": ["n7"],
+            "node": id(99), "name": "n99", "successor": id(2), "slots": 1, "waits_for": ["n7"],
         }],
         "problems": ["the tunnel to n7 is blocked: allow UDP 8472 from 10.99.1.1 to 10.99.1.7"],
         "counters": { "grants": 3, "downs": 1 },

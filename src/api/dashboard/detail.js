@@ -75,7 +75,7 @@ function aboutMember(member) {
       ["Leased", member.subnets.join(", ") || "none"],
       ["Free", number(member.free)],
       ["Free ranges", some(ranges, 6)],
-      ["Reclaimed by", gone && `${nameOf(gone.heir)}: ${count(gone.slots, "slot")} left`],
+      ["Reclaimed by", gone && `${nameOf(gone.successor)}: ${count(gone.slots, "slot")} left`],
       ["Waits for", gone?.waits_for?.length ? some(gone.waits_for, 12) : null],
     ]),
     block("Paths", [

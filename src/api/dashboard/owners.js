@@ -31,7 +31,7 @@ export function summarize(status, { first, last }, pool) {
           : "; all have acknowledged";
       text(
         line,
-        `${gone.name} is forgotten: ${nameOf(gone.heir)} reclaims ${count(gone.slots, "slot")}${waits}.`,
+        `${gone.name} is forgotten: ${nameOf(gone.successor)} reclaims ${count(gone.slots, "slot")}${waits}.`,
       );
     },
   );

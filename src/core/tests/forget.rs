@@ -21,8 +21,8 @@ impl World {
     }
 }
 
-/// The third of three has left, and its heir is a joiner that the other two have never met. Gives the joiner
-/// and the leaver's record.
+/// The third of three has left, and its successor is a joiner that the other two have never met. Gives the
+/// joiner and the leaver's record.
 fn a_leaver_and_its_heir() -> (World, usize, Vec<MemberRecord>) {
     let mut world = World::with_members(3);
     let joiner = world.add_joiner(&[2]);
@@ -30,7 +30,7 @@ fn a_leaver_and_its_heir() -> (World, usize, Vec<MemberRecord>) {
     world.start(joiner);
     world.run_for(seconds(3));
     assert!(world.subnet(joiner).is_some(), "granted");
-    // In their half only the joiner can be the heir; of it the others hear by one record alone.
+    // In their half only the joiner can be the successor; of it the others hear by one record alone.
     world.run_for(seconds(30));
     world.command(2, Command::Leave);
     world.run_for(seconds(3));
@@ -173,15 +173,15 @@ fn a_forgotten_member_that_comes_back_is_told_and_joins_as_a_new_one() {
 fn an_heir_that_is_gone_itself_is_replaced() {
     let mut world = World::with_members(4);
     let lost = world.lose(3);
-    // The heir hears from one member no more, and is gone before it could take over.
+    // The successor hears from one member no more, and is gone before it could take over.
     world.isolate(2..3);
     world.forget_lost(0, lost);
     world.run_for(seconds(2));
     world.destroy(0);
     world.network.mend();
     world.run_for(seconds(20));
-    let heir = world.hosts[0].key;
-    world.forget_lost(1, heir);
+    let successor = world.hosts[0].key;
+    world.forget_lost(1, successor);
     world.run_for(seconds(30));
     assert_eq!(world.leased(1), 2, "{:?}", world.node(1).status().reclaiming);
     world.assert_right();
@@ -202,7 +202,7 @@ fn what_a_forgotten_node_granted_late_goes_to_its_heir_unused() {
         };
         Run { start: free.start, len: 1, record }
     };
-    // Once the heir has reclaimed the slot, that alone outranks it ...
+    // Once the successor has reclaimed the slot, that alone outranks it ...
     let mut world = World::with_members(3);
     let lost = world.lose(2);
     let run = late_grant(&world, lost);
@@ -215,14 +215,14 @@ fn what_a_forgotten_node_granted_late_goes_to_its_heir_unused() {
     let lost = world.lose(2);
     let run = late_grant(&world, lost);
     world.isolate(0..1);
-    let (now, heir) = (world.now, world.hosts[0].key);
-    let forget = Forget { node: lost, round: 1, forced: false, heir };
+    let (now, successor) = (world.now, world.hosts[0].key);
+    let forget = Forget { node: lost, round: 1, forced: false, successor };
     let node = world.node_mut(1);
     node.absorb(now, &Facts { forgets: vec![forget], ..Facts::default() }, None);
     node.absorb(now, &Facts { slots: vec![run], ..Facts::default() }, None);
     assert_eq!(node.counters.declined, 1);
     let home = node.home.as_ref().expect("in a cluster");
-    assert_eq!(home.slots.record(run.start).expect("known").owner, heir);
+    assert_eq!(home.slots.record(run.start).expect("known").owner, successor);
 }
 
 #[test]

@@ -7,7 +7,7 @@ fn leaving_hands_over_everything_and_is_known_everywhere() {
     let mut world = World::with_members(4);
     world.command(2, Command::Leave);
     world.run_for(LATENCY * 30);
-    assert!(matches!(world.hosts[2].stopped, Some(Stop::Left { heir: Some(_) })));
+    assert!(matches!(world.hosts[2].stopped, Some(Stop::Left { successor: Some(_) })));
     world.assert_right();
     let slots = world.node(0).status().slots;
     assert_eq!((slots.total, slots.leased, slots.free), (255, 3, 252));
@@ -17,7 +17,7 @@ fn leaving_hands_over_everything_and_is_known_everywhere() {
 fn a_leave_that_a_crash_cut_short_goes_on_after_the_restart() {
     let mut world = World::with_members(3);
     world.run_for(seconds(2));
-    // The heir agrees, the records are written, and nothing of this node arrives any more.
+    // The successor agrees, the records are written, and nothing of this node arrives any more.
     world.command(2, Command::Leave);
     while !world.node(2).me.has_left() {
         world.run_for(Duration::from_micros(100));
@@ -54,7 +54,7 @@ fn the_last_member_may_just_go_and_one_without_reachable_peers_may_not() {
     let mut world = World::founded(settings("10.42.0.0/16", 24));
     world.command(0, Command::Leave);
     world.run_for(seconds(1));
-    assert_eq!(world.hosts[0].stopped, Some(Stop::Left { heir: None }));
+    assert_eq!(world.hosts[0].stopped, Some(Stop::Left { successor: None }));
 
     let mut world = World::with_members(2);
     world.isolate(1..2);
