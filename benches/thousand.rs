@@ -22,7 +22,7 @@ use std::{
 
 use anyhow::{Context as _, ensure};
 use gossamer::{
-    core::{CallId, Founding, Gate, Input, Node, NodeConfig, Output, ReplyId, Target},
+    core::{Bootstrap, CallId, Gate, Input, Node, NodeConfig, Output, ReplyId, Target},
     icmp::{self, Family},
     lab::{self, Agent, Host, Lab, cpu_seconds, memory_mib},
     model::{BootId, Mac, MemberRecord, NodeId, PathState, SettingsWish, Time, Version, Vtep},
@@ -270,7 +270,7 @@ impl Crowd {
                 name: record.name,
                 address: record.address,
                 vtep: record.vtep,
-                founding: Founding::Join,
+                bootstrap: Bootstrap::Join,
                 seeds: 0,
                 cluster: None,
                 wish: SettingsWish::default(),

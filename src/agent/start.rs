@@ -26,7 +26,7 @@ use super::{
 use crate::{
     api,
     config::{Config, ConfigError, DEFAULT_VXLAN_PORT},
-    core::{Founding, Node, NodeConfig, StartError},
+    core::{Bootstrap, Node, NodeConfig, StartError},
     dataplane::{kernel::KernelError, overlap::ForeignKind},
     icmp::Heard,
     model::{BootId, ClusterId, ClusterRecord, ClusterSettings, Mac, NodeId, Time, Vtep},
@@ -161,7 +161,7 @@ async fn prepare(
         None => return Err(StartFailure::NoToken),
     };
     if token.is_none() {
-        // Of a cluster that is founded now: the secret is on disk before the database can be.
+        // Of a cluster that is created now: the secret is on disk before the database can be.
         let seeds = Vec::new();
         state.save_token(&Token { cluster: ClusterId::UNKNOWN, secret: secret.clone(), seeds })?;
     }
@@ -254,7 +254,7 @@ async fn prepare(
         name: config.name.clone(),
         address: (ip, advertised.unwrap_or(port)).into(),
         vtep: Vtep { mac: Mac::of_node(key.id()), underlay: ip },
-        founding: config.create.map_or(Founding::Join, Founding::Create),
+        bootstrap: config.create.map_or(Bootstrap::Join, Bootstrap::Create),
         seeds: config.seeds.len(),
         cluster: match assigned {
             Some((_, settings)) => Some(common_id(&secret, settings)),
@@ -376,12 +376,12 @@ fn remembered_underlay(
     local.map(|local| underlay::Chosen::remembered(local, mtu))
 }
 
-/// The cluster of nodes whose subnets are given from outside has no founder who could make up an id: it
+/// The cluster of nodes whose subnets are given from outside has no creator who could make up an id: it
 /// follows from what all of them know. Nodes with other settings are in another cluster, and hear so.
 fn common_id(secret: &Secret, settings: ClusterSettings) -> ClusterId {
     let record = Record::Cluster(ClusterRecord { id: ClusterId::UNKNOWN, settings }).encode();
     let mut hash = Sha256::new();
-    hash.update(b"gossamer: a cluster without a founder");
+    hash.update(b"gossamer: a cluster without a creator");
     hash.update(secret.as_bytes());
     hash.update(record);
     let hash = hash.finalize();

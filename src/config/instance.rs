@@ -37,7 +37,7 @@ impl Instance {
         self.0.as_ref().map_or_else(|| NAME.to_owned(), |name| format!("{NAME}-{name}"))
     }
 
-    /// VXLAN network identifier of a cluster founded under this name. Short enough for the device's name.
+    /// VXLAN network identifier of a cluster created under this name. Short enough for the device's name.
     pub fn vni(&self) -> u32 {
         self.0.as_ref().map_or(1, |name| 1_000 + number(name, "vni") % 999_000)
     }

@@ -41,7 +41,7 @@ pub struct NodeConfig {
     /// Where peers reach this node's QUIC endpoint.
     pub address: SocketAddr,
     pub vtep: Vtep,
-    pub founding: Founding,
+    pub bootstrap: Bootstrap,
     /// How many seeds there are; the shell knows their names.
     pub seeds: usize,
     /// The cluster that the join token names.
@@ -52,7 +52,7 @@ pub struct NodeConfig {
     pub prefer_subnet: Option<IpAddr>,
     /// First address of the subnet that this node has been given from outside (Kubernetes). It leases that
     /// one and no other, as all nodes of its cluster do; nobody grants anything, and the cluster needs no
-    /// founder: its id is `cluster`, which all of them know.
+    /// creator: its id is `cluster`, which all of them know.
     pub assigned: Option<IpAddr>,
     /// Networks that this host uses for something else. It takes no subnet in them, if it has another.
     pub occupied: Vec<IpNet>,
@@ -66,7 +66,7 @@ pub struct NodeConfig {
 
 /// What to do where the disk remembers no cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Founding {
+pub enum Bootstrap {
     Create(ClusterSettings),
     Join,
 }
@@ -119,20 +119,20 @@ impl Node {
             vtep: config.vtep,
             left_to,
         };
-        let home = match (memory.cluster, config.founding) {
+        let home = match (memory.cluster, config.bootstrap) {
             (Some(cluster), _) => Some(resume(now, cluster, &memory.runs, &config)?),
-            (None, Founding::Create(settings)) => {
+            (None, Bootstrap::Create(settings)) => {
                 Some(found(now, settings, me.node, &config, &mut rng))
             }
-            (None, Founding::Join) if config.seeds == 0 => return Err(StartError::NoCluster),
-            (None, Founding::Join) => None,
+            (None, Bootstrap::Join) if config.seeds == 0 => return Err(StartError::NoCluster),
+            (None, Bootstrap::Join) => None,
         };
         if let (Some(address), Some(home)) = (config.assigned, &home) {
             let pool = home.cluster.settings.pool;
             pool.slot_at(address)
                 .ok_or(StartError::Assigned { address, network: pool.network() })?;
         }
-        let founded = home.is_some() && memory.cluster.is_none();
+        let created = home.is_some() && memory.cluster.is_none();
         let leaving = (home.is_some() && left_to.is_some()).then(|| Leaving::resumed(now));
         let identity = Identity { node: me.node, incarnation: Incarnation { starts, renewals: 0 } };
         let mut node = Self {
@@ -169,18 +169,18 @@ impl Node {
             config,
             rng,
         };
-        node.begin(now, founded);
+        node.begin(now, created);
         Ok(node)
     }
 
     /// The first outputs: the start itself is on disk before anything is said.
-    fn begin(&mut self, now: Time, founded: bool) {
+    fn begin(&mut self, now: Time, created: bool) {
         let starts = Record::Starts(self.me.version.starts).encode();
         self.writes = FIRST_WRITE;
         self.needed_write = self.writes;
         let records = vec![(Key::Starts, starts)];
         self.outputs.push_back(Output::Write { records, seq: self.writes });
-        if founded && let Some(home) = &self.home {
+        if created && let Some(home) = &self.home {
             let everything = home.slots.runs().to_vec();
             let changed: Vec<_> = everything.into_iter().map(|run| (run, None)).collect();
             self.dirty.mark(Key::Cluster, true);
@@ -278,7 +278,7 @@ fn resume(
 fn found(
     now: Time,
     settings: ClusterSettings,
-    founder: NodeId,
+    creator: NodeId,
     config: &NodeConfig,
     rng: &mut StdRng,
 ) -> Home {
@@ -289,9 +289,9 @@ fn found(
         return Home { cluster, slots: SlotTable::empty(settings.pool), search };
     }
     let cluster = ClusterRecord { id, settings };
-    let mut slots = SlotTable::founded_by(settings.pool, founder);
+    let mut slots = SlotTable::created_by(settings.pool, creator);
     let search = LeaseSearch::new(now, &cluster, config);
-    search.lease_own(&mut slots, founder);
+    search.lease_own(&mut slots, creator);
     Home { cluster, slots, search }
 }
 

@@ -55,7 +55,7 @@ use std::{
 use ipnet::IpNet;
 use rand::{RngExt as _, rngs::StdRng};
 
-pub use boot::{Founding, NodeConfig, StartError};
+pub use boot::{Bootstrap, NodeConfig, StartError};
 pub use counters::Counters;
 pub use forget::{CannotForget, Reclaiming};
 pub use gate::Gate;

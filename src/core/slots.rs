@@ -73,10 +73,10 @@ impl SlotTable {
         Self { pool, runs: Vec::new(), hashes: [0; Buckets::COUNT] }
     }
 
-    /// The table of a new cluster: everything is the founder's free at epoch 0.
-    pub fn founded_by(pool: Pool, founder: NodeId) -> Self {
+    /// The table of a new cluster: everything is the creator's free at epoch 0.
+    pub fn created_by(pool: Pool, creator: NodeId) -> Self {
         let record =
-            SlotRecord { epoch: 0, owner: founder, state: SlotState::Free, granter: founder };
+            SlotRecord { epoch: 0, owner: creator, state: SlotState::Free, granter: creator };
         let mut table = Self::empty(pool);
         table.set(Run { start: Slot(*pool.slots().start()), len: pool.slot_count(), record });
         table

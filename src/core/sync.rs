@@ -248,7 +248,7 @@ impl Node {
         self.sync.busy = (self.sync.busy * 2).min(BUSY_LAST);
         self.sync.due = now + self.jittered(base);
         let unheard = |node: NodeId| !self.sync.heard(node) && !self.is_gone(node);
-        // Without a founder everybody begins alone, and finds the others by its seeds.
+        // Without a creator everybody begins alone, and finds the others by its seeds.
         let is_lonely = self.config.assigned.is_some() && self.is_alone();
         self.sync.curious = is_lonely || self.membership.others().any(unheard);
         self.sync.others = self.membership.others().count() as u32;

@@ -35,18 +35,18 @@ const fn seconds(count: u64) -> Duration {
     Duration::from_secs(count)
 }
 
-/// Hosts are named by their numbers; 0 is the founder.
+/// Hosts are named by their numbers; 0 is the creator.
 impl World {
-    fn founded(settings: ClusterSettings) -> Self {
+    fn created(settings: ClusterSettings) -> Self {
         let mut world = Self::new(1, settings);
-        let founder = world.add_founder();
-        world.start(founder);
+        let creator = world.add_creator();
+        world.start(creator);
         world.run_for(Duration::from_millis(50));
         world
     }
 
     fn with_members(count: usize) -> Self {
-        let mut world = Self::founded(settings("10.42.0.0/16", 24));
+        let mut world = Self::created(settings("10.42.0.0/16", 24));
         (1..count).for_each(|_| _ = world.join());
         world.run_for(seconds(4));
         world.assert_right();

@@ -226,7 +226,7 @@ fn token(patient: &Patient, config: &Config) -> Finding {
         _ => Finding::problem(
             "token",
             "there is none",
-            "a host enters a cluster by its token, or founds one with --init",
+            "a host enters a cluster by its token, or creates one with --init",
             "on a member: gossamer token > token; here: gossamer agent --token-file token",
         ),
     }

@@ -153,7 +153,7 @@ fn cluster(nodes: usize) -> World {
     };
     let mut world = World::new(nodes as u64, ClusterSettings { pool, vni: 1, vxlan_port: 8472 });
     world.oracle.light = true;
-    world.add_founder();
+    world.add_creator();
     for _ in 1..nodes {
         world.add_joiner(&[0, 1, 2]);
     }

@@ -10,7 +10,7 @@ use ipnet::IpNet;
 
 use super::disk::Disk;
 use crate::{
-    core::{CallId, Founding, Gate, Input, Node, NodeConfig, Stop, View},
+    core::{Bootstrap, CallId, Gate, Input, Node, NodeConfig, Stop, View},
     dataplane::{
         desired::{Desired, Underlay},
         fake::FakeKernel,
@@ -249,9 +249,9 @@ impl Host {
             name: self.name.parse().unwrap_or_else(|_| unreachable!("n and a number")),
             address: self.address(),
             vtep: Vtep { mac: Mac::of_node(self.key), underlay: self.underlay.into() },
-            founding: match self.creates {
-                Some(settings) if !remembers => Founding::Create(settings),
-                _ => Founding::Join,
+            bootstrap: match self.creates {
+                Some(settings) if !remembers => Bootstrap::Create(settings),
+                _ => Bootstrap::Join,
             },
             seeds: self.seed_count(),
             cluster: self.saved_cluster.or(self.assigned.map(|_| ASSIGNED)),

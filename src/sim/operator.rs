@@ -31,7 +31,7 @@ impl World {
         let members = members.map(|host| host.index).filter(|member| *member != index).collect();
         let host = &mut self.hosts[index];
         if host.seed_count() == 0 {
-            // A copy of the founder's state from when it was alone: the operator names somebody to join.
+            // A copy of the creator's state from when it was alone: the operator names somebody to join.
             host.seeds = members;
         }
         host.new_identity();

@@ -35,7 +35,7 @@ pub struct Oracle {
     /// What each identity's disk has held: highest epoch by slot.
     epochs: BTreeMap<NodeId, BTreeMap<u32, u64>>,
     users: BTreeMap<IpNet, BTreeSet<usize>>,
-    founder: Option<NodeId>,
+    creator: Option<NodeId>,
     /// Successors of forgotten nodes, as first flushed.
     forgotten: BTreeMap<NodeId, BTreeSet<NodeId>>,
     /// Identities whose hosts were switched off for good, or left: they use nothing.
@@ -165,7 +165,7 @@ impl Oracle {
         let allowed = match before {
             Some((_, before)) => before.owner == record.granter,
             None if generation == 0 => {
-                *self.founder.get_or_insert(record.granter) == record.granter
+                *self.creator.get_or_insert(record.granter) == record.granter
             }
             // This is the successor of a forgotten owner, and nobody owns the slot since by its own disk.
             None => {

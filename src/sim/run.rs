@@ -82,14 +82,14 @@ impl Plan {
     }
 
     fn faulty_phase(&self, world: &mut World, rng: &mut StdRng, lies: &mut StdRng) {
-        let founder = world.add_founder();
+        let creator = world.add_creator();
         for index in 1..self.nodes {
             let seeds: Vec<usize> =
                 (0..rng.random_range(1..=3)).map(|_| rng.random_range(0..index)).collect();
             world.add_joiner(&seeds);
         }
         self.faults.begin(world, rng);
-        world.start(founder);
+        world.start(creator);
         world.run_for(Duration::from_secs(1));
         // Some come at once, the others while things go wrong.
         let at_once = rng.random_range(1..=self.nodes);

@@ -132,8 +132,8 @@ impl World {
         index
     }
 
-    /// A machine whose agent founds the cluster.
-    pub fn add_founder(&mut self) -> usize {
+    /// A machine whose agent creates the cluster.
+    pub fn add_creator(&mut self) -> usize {
         let index = self.add_host();
         self.hosts[index].creates = Some(self.settings);
         index

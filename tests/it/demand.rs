@@ -78,8 +78,8 @@ fn on_demand_the_kernel_holds_ten_peers_of_a_thousand() {
         // Who of the crowd is used would be withdrawn after a while, and forgotten later than the others.
         let on_demand =
             ["--program", "on-demand", "--idle-after", "3s", "--withdraw-after", "never"];
-        let founding = ["--init", "--network", "10.32.0.0/12", "--subnet-len", "24"];
-        let mut first = Agent::start(program(), &hosts[0], &[&founding[..], &on_demand].concat())?;
+        let bootstrap = ["--init", "--network", "10.32.0.0/12", "--subnet-len", "24"];
+        let mut first = Agent::start(program(), &hosts[0], &[&bootstrap[..], &on_demand].concat())?;
         first.wait_converged(1, PATIENCE)?;
         let token = token_of(&mut first)?;
         let seed = hosts[0].ip.to_string();

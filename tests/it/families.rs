@@ -20,18 +20,18 @@ pub fn hosts(lab: &mut Lab) -> anyhow::Result<Option<[Host; 2]>> {
     Ok(Some(hosts))
 }
 
-/// A cluster of the two; `first` founds it.
+/// A cluster of the two; `first` creates it.
 pub fn cluster(
     hosts: &[Host; 2],
     underlays: [&str; 2],
     first: &[&str],
 ) -> anyhow::Result<[Agent; 2]> {
-    let founding = [&["--init", "--iface", underlays[0]], first].concat();
-    let mut founder = Agent::start(program(), &hosts[0], &founding)?;
-    founder.wait_converged(1, PATIENCE)?;
-    let token = token_of(&mut founder)?;
+    let bootstrap = [&["--init", "--iface", underlays[0]], first].concat();
+    let mut creator = Agent::start(program(), &hosts[0], &bootstrap)?;
+    creator.wait_converged(1, PATIENCE)?;
+    let token = token_of(&mut creator)?;
     let arguments = ["--iface", underlays[1], "--join", underlays[0], "--token", &token];
-    let mut agents = [founder, Agent::start(program(), &hosts[1], &arguments)?];
+    let mut agents = [creator, Agent::start(program(), &hosts[1], &arguments)?];
     agents.iter_mut().try_for_each(|agent| agent.wait_converged(2, PATIENCE).map(drop))?;
     Ok(agents)
 }

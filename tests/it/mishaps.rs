@@ -37,14 +37,14 @@ fn a_host_that_lost_its_database_finds_its_cluster_and_its_subnet_again() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 3)?;
         let id = cluster.agents[1].wait_converged(3, PATIENCE)?["cluster"].clone();
-        // The founder, whose unit still says --init, and a joiner without any flags.
+        // The creator, whose unit still says --init, and a joiner without any flags.
         for (n, arguments) in [(0, &["--init"][..]), (1, &[][..])] {
             let subnet = Agent::subnet(&cluster.agents[n].wait_converged(3, PATIENCE)?)?;
             cluster.agents[n].end(Signal::SIGTERM)?;
             lose_database(&cluster.hosts[n])?;
             cluster.agents[n] = Agent::start(program(), &cluster.hosts[n], arguments)?;
             let status = cluster.agents[n].wait_converged(3, PATIENCE)?;
-            assert_eq!(status["cluster"], id, "no second cluster was founded");
+            assert_eq!(status["cluster"], id, "no second cluster was created");
             assert_eq!(Agent::subnet(&status)?, subnet, "a peer remembered it");
         }
         cluster.converge()
@@ -172,23 +172,23 @@ fn a_full_disk_delays_grants_and_loses_nothing() {
         let state = first.dir.join("state");
         fs::create_dir_all(&state)?;
         mount(Some("tmpfs"), &state, Some("tmpfs"), MsFlags::empty(), Some("size=4m"))?;
-        let mut founder = Agent::start(program(), &first, &["--init"])?;
-        founder.wait_converged(1, PATIENCE)?;
-        let token = crate::common::token_of(&mut founder)?;
+        let mut creator = Agent::start(program(), &first, &["--init"])?;
+        creator.wait_converged(1, PATIENCE)?;
+        let token = crate::common::token_of(&mut creator)?;
         fill(&state)?;
 
         let second = lab.host(2, "n2")?;
         let seed = first.ip.to_string();
         let mut joiner = Agent::start(program(), &second, &["--join", &seed, "--token", &token])?;
-        let named = |founder: &mut Agent| has_problem(founder, "state directory");
-        wait_until("a full disk is a problem to be named", PATIENCE, || named(&mut founder));
+        let named = |creator: &mut Agent| has_problem(creator, "state directory");
+        wait_until("a full disk is a problem to be named", PATIENCE, || named(&mut creator));
         fs::remove_file(state.join("filler"))?;
         joiner.wait_converged(2, PATIENCE)?;
-        founder.wait_converged(2, PATIENCE)?;
-        assert!(!named(&mut founder));
-        founder.end(Signal::SIGKILL)?;
-        let mut founder = Agent::start(program(), &first, &[])?;
-        let status = founder.wait_converged(2, PATIENCE)?;
+        creator.wait_converged(2, PATIENCE)?;
+        assert!(!named(&mut creator));
+        creator.end(Signal::SIGKILL)?;
+        let mut creator = Agent::start(program(), &first, &[])?;
+        let status = creator.wait_converged(2, PATIENCE)?;
         assert_eq!(status["slots"]["leased"], 2, "what was granted then is on the disk now");
         Ok(())
     });

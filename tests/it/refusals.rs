@@ -79,12 +79,12 @@ fn joiners_that_do_not_belong() {
         // Another cluster with the same secret: told apart by its id.
         let other = lab.host(10, "other")?;
         let secret = new_token();
-        let mut founder = Agent::start(program(), &other, &["--init", "--token", &secret])?;
-        founder.wait_converged(1, PATIENCE)?;
-        let theirs = crate::common::token_of(&mut founder)?;
+        let mut creator = Agent::start(program(), &other, &["--init", "--token", &secret])?;
+        creator.wait_converged(1, PATIENCE)?;
+        let theirs = crate::common::token_of(&mut creator)?;
         let third = lab.host(11, "third")?;
-        let mut founder = Agent::start(program(), &third, &["--init", "--token", &secret])?;
-        founder.wait_converged(1, PATIENCE)?;
+        let mut creator = Agent::start(program(), &third, &["--init", "--token", &secret])?;
+        creator.wait_converged(1, PATIENCE)?;
         let seed = third.ip.to_string();
         refused(&stranger, &["--join", &seed, "--token", &theirs], &["clusters never merge"])?;
 
@@ -192,14 +192,14 @@ fn a_pipe_or_a_device_in_the_place_of_a_file_is_refused_at_once() {
 fn a_vni_that_only_the_cluster_knows_is_given_back_when_it_is_taken() {
     isolated(|lab| {
         let first = lab.host(1, "n1")?;
-        let mut founder = Agent::start(program(), &first, &["--init", "--vni", "42"])?;
-        founder.wait_converged(1, PATIENCE)?;
-        let token = crate::common::token_of(&mut founder)?;
+        let mut creator = Agent::start(program(), &first, &["--init", "--vni", "42"])?;
+        creator.wait_converged(1, PATIENCE)?;
+        let token = crate::common::token_of(&mut creator)?;
         let host = lab.host(2, "n2")?;
         tool(&host.netns, "ip link add other type vxlan id 42 dstport 8472 dev eth0");
         let seed = first.ip.to_string();
         refused(&host, &["--join", &seed, "--token", &token], &["VNI 42", "device other"])?;
-        let status = founder.wait_converged(1, PATIENCE)?;
+        let status = creator.wait_converged(1, PATIENCE)?;
         assert_eq!(status["slots"]["leased"], 1, "the subnet was given back");
         Ok(())
     });

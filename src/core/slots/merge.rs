@@ -156,7 +156,7 @@ mod tests {
     #[test]
     fn merge_of_any_message_is_one_pass_over_both_tables() {
         let slots = pool().slot_count();
-        let mut table = SlotTable::founded_by(pool(), NodeId::from_bytes([9; 8]));
+        let mut table = SlotTable::created_by(pool(), NodeId::from_bytes([9; 8]));
         let contradictions: Vec<Run> = (0..60_000).map(|n| run(0, slots + 1, 0, n)).collect();
         let merged = table.merge(&contradictions);
         assert_eq!(merged.contested.len(), 1, "one run, however many say it");

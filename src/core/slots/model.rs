@@ -54,12 +54,12 @@ fn pool() -> Pool {
 
 impl State {
     fn first() -> Self {
-        let mut founded = SlotTable::founded_by(pool(), id(0));
-        founded.lease_own(id(0), None);
-        let founder = Node { table: founded.clone(), disk: founded, doubts: false };
+        let mut created = SlotTable::created_by(pool(), id(0));
+        created.lease_own(id(0), None);
+        let creator = Node { table: created.clone(), disk: created, doubts: false };
         let empty = SlotTable::empty(pool());
         let stranger = Node { table: empty.clone(), disk: empty, doubts: false };
-        let nodes = vec![founder, stranger.clone(), stranger];
+        let nodes = vec![creator, stranger.clone(), stranger];
         Self { nodes, sent: BTreeMap::new(), grants: 0, crashes: 0 }
     }
 

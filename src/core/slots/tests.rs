@@ -57,7 +57,7 @@ fn rebuilt(table: &SlotTable) -> SlotTable {
 
 #[test]
 fn a_grant_gives_one_lease_and_half_of_the_spares() {
-    let mut table = SlotTable::founded_by(pool("10.42.0.0/16", 24), node(1));
+    let mut table = SlotTable::created_by(pool("10.42.0.0/16", 24), node(1));
     let (own, _) = table.lease_own(node(1), None).expect("a free slot");
     assert_eq!(own.record.state, SlotState::Leased);
     let granted = granted(table.grant(node(1), node(2), None));
@@ -70,7 +70,7 @@ fn a_grant_gives_one_lease_and_half_of_the_spares() {
 
 #[test]
 fn asking_again_gives_the_same_answer_and_changes_nothing() {
-    let mut table = SlotTable::founded_by(pool("10.42.0.0/16", 24), node(1));
+    let mut table = SlotTable::created_by(pool("10.42.0.0/16", 24), node(1));
     let first: u32 = granted(table.grant(node(1), node(2), None)).iter().map(|r| r.len).sum();
     let before = table.runs().to_vec();
     let again: u32 = granted(table.grant(node(1), node(2), None)).iter().map(|r| r.len).sum();
@@ -80,7 +80,7 @@ fn asking_again_gives_the_same_answer_and_changes_nothing() {
 
 #[test]
 fn a_preferred_slot_is_honoured_when_free_and_left_to_its_owner_otherwise() {
-    let mut table = SlotTable::founded_by(pool("10.42.0.0/16", 24), node(1));
+    let mut table = SlotTable::created_by(pool("10.42.0.0/16", 24), node(1));
     table.grant(node(1), node(2), Some(Slot(9))).expect("free_slots");
     assert_eq!(table.leased_by(node(2)).collect::<Vec<_>>(), [Slot(9)]);
     let elsewhere = table.free_slots_of(node(2)).next().expect("node 2 has free slots").start;
@@ -92,7 +92,7 @@ fn a_preferred_slot_is_honoured_when_free_and_left_to_its_owner_otherwise() {
 
 #[test]
 fn an_exhausted_pool_says_how_it_is_divided() {
-    let mut table = SlotTable::founded_by(pool("10.42.0.0/24", 26), node(1));
+    let mut table = SlotTable::created_by(pool("10.42.0.0/24", 26), node(1));
     for seed in 1..=3 {
         if seed == 1 {
             table.lease_own(node(1), None).expect("three slots");
@@ -107,7 +107,7 @@ fn an_exhausted_pool_says_how_it_is_divided() {
 
 #[test]
 fn leaving_hands_everything_to_the_heir_as_spares() {
-    let mut table = SlotTable::founded_by(pool("10.42.0.0/16", 24), node(1));
+    let mut table = SlotTable::created_by(pool("10.42.0.0/16", 24), node(1));
     table.grant(node(1), node(2), None).expect("free_slots");
     let owned: u32 = table.runs_of(node(2)).map(|run| run.len).sum();
     let moved = table.hand_over(node(2), node(1));
@@ -119,8 +119,8 @@ fn leaving_hands_everything_to_the_heir_as_spares() {
 #[test]
 fn one_epoch_with_two_owners_is_reported_and_settled_alike_on_both_sides() {
     let pool = pool("10.42.0.0/24", 26);
-    let mut one = SlotTable::founded_by(pool, node(1));
-    let mut two = SlotTable::founded_by(pool, node(2));
+    let mut one = SlotTable::created_by(pool, node(1));
+    let mut two = SlotTable::created_by(pool, node(2));
     let (ours, theirs) = (one.runs().to_vec(), two.runs().to_vec());
     assert_eq!(contested(&one.merge(&theirs)), 3);
     assert_eq!(contested(&two.merge(&ours)), 3);
@@ -129,7 +129,7 @@ fn one_epoch_with_two_owners_is_reported_and_settled_alike_on_both_sides() {
 
 #[test]
 fn records_outside_the_pool_are_ignored() {
-    let mut table = SlotTable::founded_by(pool("10.42.0.0/24", 26), node(1));
+    let mut table = SlotTable::created_by(pool("10.42.0.0/24", 26), node(1));
     let before = table.runs().to_vec();
     let record = SlotRecord { epoch: 9, ..before[0].record };
     let outside =
@@ -140,7 +140,7 @@ fn records_outside_the_pool_are_ignored() {
 
 #[test]
 fn buckets_cover_the_table_and_localise_a_difference() {
-    let one = SlotTable::founded_by(pool("10.42.0.0/16", 24), node(1));
+    let one = SlotTable::created_by(pool("10.42.0.0/16", 24), node(1));
     let covered: u32 = (0..Buckets::COUNT).flat_map(|b| one.bucket(b)).map(|run| run.len).sum();
     assert_eq!(covered, 255);
     let mut two = one.clone();
@@ -223,7 +223,7 @@ proptest! {
 
     #[test]
     fn joins_in_any_order_never_share_a_slot(donors in prop::collection::vec(0_usize..8, 1..60)) {
-        let mut table = SlotTable::founded_by(pool("10.42.0.0/16", 24), node(0));
+        let mut table = SlotTable::created_by(pool("10.42.0.0/16", 24), node(0));
         table.lease_own(node(0), None);
         let mut members = vec![node(0)];
         for (seed, donor) in donors.into_iter().enumerate() {

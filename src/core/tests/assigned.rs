@@ -15,7 +15,7 @@ fn cluster(given: &[u8]) -> World {
 }
 
 fn add(world: &mut World, octet: u8) -> usize {
-    let host = world.add_founder();
+    let host = world.add_creator();
     world.hosts[host].assigned = Some([10, 42, octet, 0].into());
     for one in 0..=host {
         world.hosts[one].seeds = (0..=host).filter(|other| *other != one).collect();

@@ -227,8 +227,8 @@ fn refused_entry_is_told_of_its_sender_and_passed_on_to_nobody() {
 /// Each run of an answer was looked for in all runs of the question.
 #[test]
 fn exchange_of_large_tables_is_one_pass_over_them() {
-    let founding = Founding::Create(settings("10.0.0.0/8", 24));
-    let config = NodeConfig { founding, ..Host::new(0, [0; 24]).config() };
+    let bootstrap = Bootstrap::Create(settings("10.0.0.0/8", 24));
+    let config = NodeConfig { bootstrap, ..Host::new(0, [0; 24]).config() };
     let mut node = Node::start(Time::ZERO, config, vec![]).expect("starts");
     let from = absent(1);
     let runs: Vec<Run> = (1..60_000)
@@ -241,7 +241,7 @@ fn exchange_of_large_tables_is_one_pass_over_them() {
         .collect();
     let facts = Facts { slots: runs, members: vec![from.clone()], ..Facts::default() };
     let identity = first_of(&from);
-    let cluster = node.cluster_id().expect("founded");
+    let cluster = node.cluster_id().expect("created");
     for _ in 0..3 {
         let facts = facts.clone();
         let request = Request::Exchange { buckets: u32::MAX, identity, facts };

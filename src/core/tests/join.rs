@@ -13,7 +13,7 @@ fn a_joiner_is_known_everywhere_within_a_few_round_trips() {
 
 #[test]
 fn all_at_once_gives_every_node_its_own_subnet() {
-    let mut world = World::founded(settings("10.42.0.0/16", 24));
+    let mut world = World::created(settings("10.42.0.0/16", 24));
     (1..40).for_each(|_| _ = world.join());
     world.run_for(seconds(3));
     world.assert_right();
@@ -82,7 +82,7 @@ fn an_answer_that_is_lost_loses_no_slot() {
 
 /// Kills these members of ten, whose seed has no free slot any more, and has others join.
 fn join_after_the_death_of(killed: Range<usize>, prefers: impl Fn(&World) -> Option<IpNet>) {
-    let mut world = World::founded(settings("10.42.0.0/16", 24));
+    let mut world = World::created(settings("10.42.0.0/16", 24));
     for _ in 1..10 {
         world.join();
         world.run_for(Duration::from_millis(300));
@@ -121,7 +121,7 @@ fn joiner_takes_another_subnet_as_soon_as_the_owner_of_the_preferred_one_is_know
 
 #[test]
 fn node_whose_only_peer_went_down_before_the_first_comparison_is_settled() {
-    let mut world = World::founded(settings("10.42.0.0/16", 24));
+    let mut world = World::created(settings("10.42.0.0/16", 24));
     world.run_for(seconds(2));
     let joiner = world.join();
     while world.node(0).is_alone() || !world.node(0).has_company() {
@@ -169,11 +169,11 @@ fn down_members_keep_their_subnets_and_the_way_to_them() {
 #[test]
 fn the_subnet_in_use_stays_when_a_second_one_turns_up() {
     let mut world = World::with_members(3);
-    let (id, founder) = (world.hosts[2].key, world.hosts[0].key);
+    let (id, creator) = (world.hosts[2].key, world.hosts[0].key);
     let subnet = world.subnet(2).expect("a subnet");
     // A grant from long ago, by a seed whose answer never came: a lower slot than the one in use.
     let home = world.node(0).home.as_ref().expect("in a cluster");
-    let free = home.slots.runs_of(founder).find(|run| {
+    let free = home.slots.runs_of(creator).find(|run| {
         run.record.state == SlotState::Free && home.cluster.settings.pool.subnet(run.start) < subnet
     });
     let free = *free.expect("a lower free slot");
@@ -181,7 +181,7 @@ fn the_subnet_in_use_stays_when_a_second_one_turns_up() {
         epoch: free.record.epoch + 1,
         owner: id,
         state: SlotState::Leased,
-        granter: founder,
+        granter: creator,
     };
     world.oracle.lenient = true;
     let run = Run { start: free.start, len: 1, record };
@@ -212,7 +212,7 @@ fn strangers_that_are_each_others_seeds_become_patient() {
 
 #[test]
 fn a_full_pool_is_said_and_a_freed_subnet_is_taken() {
-    let mut world = World::founded(settings("10.42.0.0/24", 26));
+    let mut world = World::created(settings("10.42.0.0/24", 26));
     for _ in 1..4 {
         world.join();
         world.run_for(seconds(2));
@@ -228,14 +228,14 @@ fn a_full_pool_is_said_and_a_freed_subnet_is_taken() {
 
 #[test]
 fn what_reveals_a_grant_waits_for_the_write_that_holds_it() {
-    let founding = Founding::Create(settings("10.42.0.0/16", 24));
-    let config = |index: u8, founding| {
+    let bootstrap = Bootstrap::Create(settings("10.42.0.0/16", 24));
+    let config = |index: u8, bootstrap| {
         let host = Host::new(usize::from(index), [index; 24]);
-        NodeConfig { founding, seeds: 1, ..host.config() }
+        NodeConfig { bootstrap, seeds: 1, ..host.config() }
     };
-    let mut node = Node::start(Time::ZERO, config(0, founding), vec![]).expect("starts");
+    let mut node = Node::start(Time::ZERO, config(0, bootstrap), vec![]).expect("starts");
     outputs(&mut node).for_each(drop);
-    let joiner = config(1, Founding::Join);
+    let joiner = config(1, Bootstrap::Join);
     let mut stranger = Node::start(Time::ZERO, joiner.clone(), vec![]).expect("starts");
     let hello = outputs(&mut stranger).find_map(|output| match output {
         Output::Call { bytes, .. } => Some(bytes),
@@ -349,7 +349,7 @@ fn joiner_whose_granted_subnet_leads_elsewhere_on_its_host_takes_a_spare_one() {
     let probe = World::with_members(2);
     let granted = probe.subnet(1).expect("a subnet");
     // The same world, in which that subnet is on another interface of the joiner's host.
-    let mut world = World::founded(settings("10.42.0.0/16", 24));
+    let mut world = World::created(settings("10.42.0.0/16", 24));
     let joiner = world.add_joiner(&[0]);
     world.hosts[joiner].occupied = vec![granted];
     world.start(joiner);

@@ -51,7 +51,7 @@ fn members_that_leave_together_lose_no_slot_and_none_spins() {
 
 #[test]
 fn the_last_member_may_just_go_and_one_without_reachable_peers_may_not() {
-    let mut world = World::founded(settings("10.42.0.0/16", 24));
+    let mut world = World::created(settings("10.42.0.0/16", 24));
     world.command(0, Command::Leave);
     world.run_for(seconds(1));
     assert_eq!(world.hosts[0].stopped, Some(Stop::Left { successor: None }));

@@ -56,7 +56,7 @@ fn nothing_is_granted_between_a_restart_and_the_first_comparison() {
 
 #[test]
 fn a_node_without_a_subnet_looks_for_one_again_after_a_restart() {
-    let mut world = World::founded(settings("10.42.0.0/24", 26));
+    let mut world = World::created(settings("10.42.0.0/24", 26));
     for _ in 1..4 {
         world.join();
         world.run_for(seconds(2));

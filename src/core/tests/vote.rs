@@ -14,7 +14,7 @@ fn quorum(names: &[&str]) -> Option<Quorum> {
 fn world() -> World {
     let mut world = World::new(1, settings("10.42.0.0/16", 24));
     world.quorum = quorum(&["n0", "n1", "n2"]);
-    world.add_founder();
+    world.add_creator();
     (1..5).for_each(|_| _ = world.add_joiner(&[0]));
     (0..5).for_each(|host| world.start(host));
     world.run_for(seconds(4));
