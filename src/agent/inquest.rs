@@ -104,7 +104,7 @@ impl Inquest {
             due: None,
             claim_due: None,
             claim: None,
-            clones: BTreeMap::new(),
+            duplicates: BTreeMap::new(),
         };
         let worker = Worker::start("inquest", move |orders| begin(orders).run())?;
         Ok(Self { worker, told: None, found: Found::default(), recovered: BTreeMap::new() })
@@ -160,7 +160,7 @@ struct Inquirer<F> {
     claim_due: Option<Instant>,
     claim: Option<String>,
     /// Silent peers that had a hardware address of this host.
-    clones: BTreeMap<NodeId, Mac>,
+    duplicates: BTreeMap<NodeId, Mac>,
 }
 
 impl<F: Fn(Found)> Inquirer<F> {
@@ -196,7 +196,7 @@ impl<F: Fn(Found)> Inquirer<F> {
                     let is_silent = |node: &NodeId| {
                         suspects.is_some_and(|all| all.iter().any(|one| one.node == *node))
                     };
-                    self.clones.retain(|node, _| is_silent(node));
+                    self.duplicates.retain(|node, _| is_silent(node));
                     self.pause = FIRST_PAUSE;
                     self.due = suspects.filter(|all| !all.is_empty()).map(|_| now + SETTLE);
                 }
@@ -266,7 +266,7 @@ impl<F: Fn(Found)> Inquirer<F> {
         let place = &case.place;
         let ways = Ways::find(&mut self.netlink, place, case.pinned, asked)?;
         let mut watch = Watch::new(place.local, place.port, ways.own_macs(), asked);
-        watch.recall(&self.clones);
+        watch.recall(&self.duplicates);
         let hops = ways.hops(place);
         watch.expect(hops.iter().copied());
         let questions = Questions::new(place, hops);
@@ -275,7 +275,7 @@ impl<F: Fn(Found)> Inquirer<F> {
         let Some(sent) = self.watch(case, asked, questions.as_ref(), None, &mut watch)? else {
             return Ok(None);
         };
-        self.clones.extend(watch.clones());
+        self.duplicates.extend(watch.duplicates());
         self.claim = watch.claim().map(|mac| claimed(mac, place));
         let after = counted(case);
         let errors = errors.zip(congested(&mut self.netlink, &place.device));

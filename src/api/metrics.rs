@@ -102,7 +102,11 @@ fn node(text: &mut Text, status: &AgentStatus) {
         "Records in the name of this process that it never wrote.",
         counters.forged,
     );
-    text.total("violations", "Subnets that had two owners at one epoch.", counters.violations);
+    text.total(
+        "ownership_conflicts",
+        "Subnets that had two owners at one epoch.",
+        counters.ownership_conflicts,
+    );
     text.counter(
         "comparisons",
         "Comparisons with members.",

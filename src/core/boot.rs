@@ -155,7 +155,7 @@ impl Node {
             voting: Voting::new(now),
             in_use: InUse::Unknown,
             asked: Asked::Nothing,
-            clone: None,
+            duplicate: None,
             could_write: false,
             outranked: BTreeSet::new(),
             view_stale: true,

@@ -4,9 +4,9 @@
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Counters {
     /// Broken promises of single ownership, each settled alike on all nodes.
-    pub violations: u64,
+    pub ownership_conflicts: u64,
     /// Records of another process that runs with this node's key.
-    pub clones: u64,
+    pub duplicates: u64,
     /// Frames and answers that could not be read.
     pub malformed: u64,
     /// Entries of peers that cannot be true.

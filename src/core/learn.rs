@@ -15,7 +15,7 @@ use crate::{
 };
 
 use super::{
-    CloneSeen, Node,
+    DuplicateSeen, Node,
     planted::{Bug, planted},
     slots::Contested,
     strange::Kind,
@@ -30,7 +30,7 @@ const OUTBID_EVERY: Duration = Duration::from_secs(1);
 /// Processes with this node's key that are told apart.
 const MAX_OUTRANKED: usize = 1024;
 /// A copy that was silent for so long is none any more.
-const CLONE_GONE: Duration = Duration::from_secs(120);
+const DUPLICATE_GONE: Duration = Duration::from_secs(120);
 
 /// What came of facts that a peer told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -123,7 +123,7 @@ impl Node {
     /// Slots with two records of one epoch, however many in one line.
     fn note_contested(&mut self, contested: &[Contested], from: Option<NodeId>) {
         let slots: u64 = contested.iter().map(|(run, _)| u64::from(run.len)).sum();
-        self.counters.violations += slots;
+        self.counters.ownership_conflicts += slots;
         // Of subnets that are given from outside both may have heard at once; one of them says so.
         let Some((theirs, ours)) = contested.first().filter(|_| self.config.assigned.is_none())
         else {
@@ -214,13 +214,13 @@ impl Node {
         // Once a peer's state was equal to ours, no earlier life of ours can come up that outranks this one.
         let known_best = self.counters.syncs_same > 0;
         if known_best || self.outranked.contains(&record.boot) {
-            self.counters.clones += 1;
-            let before = self.clone.replace(CloneSeen { address: record.address, at: now });
+            self.counters.duplicates += 1;
+            let before = self.duplicate.replace(DuplicateSeen { address: record.address, at: now });
             match before {
                 // The other one must hear of this one too, but two copies that outbid each other would never
                 // end, so each speaks up rarely.
                 Some(seen) if now.since(seen.at) < SPEAK_UP => {
-                    self.clone = Some(CloneSeen { at: seen.at, ..seen });
+                    self.duplicate = Some(DuplicateSeen { at: seen.at, ..seen });
                     return;
                 }
                 Some(_) => {}
@@ -315,13 +315,13 @@ impl Node {
 
     /// Whether this node may write new records of ownership: its memory is beyond doubt.
     pub(super) fn may_write(&self) -> bool {
-        (self.sync.synced() || self.is_alone()) && self.clone.is_none()
+        (self.sync.synced() || self.is_alone()) && self.duplicate.is_none()
     }
 
     /// A copy that was not heard of for long is gone, or has another identity by now.
-    pub(super) fn forgive_clone(&mut self, now: Time) {
-        if self.clone.as_ref().is_some_and(|seen| now.since(seen.at) > CLONE_GONE) {
-            self.clone = None;
+    pub(super) fn clear_duplicate(&mut self, now: Time) {
+        if self.duplicate.as_ref().is_some_and(|seen| now.since(seen.at) > DUPLICATE_GONE) {
+            self.duplicate = None;
             self.doubt_memory();
         }
     }

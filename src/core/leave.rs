@@ -57,7 +57,7 @@ impl Node {
             self.outputs.push_back(Output::Stop(Stop::Left { successor: None }));
             return;
         }
-        if self.clone.is_some() {
+        if self.duplicate.is_some() {
             return self.cannot_leave(
                 "another process runs with this node's key, and its subnet is in use there too: run \
                  `gossamer reset-identity` on one of the two first",

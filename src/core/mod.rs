@@ -120,7 +120,7 @@ pub struct Node {
     writes: WriteSeq,
     needed_write: WriteSeq,
     /// Another process that lives with this node's key, if it was heard of lately.
-    clone: Option<CloneSeen>,
+    duplicate: Option<DuplicateSeen>,
     /// Whether this node's memory was beyond doubt after the last input.
     could_write: bool,
     /// Processes with this node's key that it has gone above; bounded by what peers remember of it.
@@ -151,7 +151,7 @@ enum InUse {
 }
 
 /// A copy of this node, as last heard of.
-struct CloneSeen {
+struct DuplicateSeen {
     address: SocketAddr,
     at: Time,
 }

@@ -178,7 +178,7 @@ impl Node {
         if !self.sync.synced() && !planted(Bug::DonateBeforeSync) {
             return Err(Refusal::NotSynced);
         }
-        if self.clone.is_some() {
+        if self.duplicate.is_some() {
             return Err(Refusal::Cloned);
         }
         let Some(home) = self.home.as_mut().filter(|_| self.leaving.is_none()) else {

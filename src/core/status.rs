@@ -283,11 +283,11 @@ impl Node {
                 self.name_of(rival)
             ));
         }
-        if let Some(clone) = &self.clone {
+        if let Some(duplicate) = &self.duplicate {
             problems.push(format!(
                 "this node's key is in use twice, at {} and at {}: its state directory was copied. Neither \
                  grants subnets until you run `gossamer reset-identity` on one of the two",
-                self.me.address, clone.address
+                self.me.address, duplicate.address
             ));
         }
         if self.counters.rollbacks > 0 {
@@ -302,10 +302,10 @@ impl Node {
                 }
             ));
         }
-        if self.counters.violations > 0 && self.config.assigned.is_none() {
+        if self.counters.ownership_conflicts > 0 && self.config.assigned.is_none() {
             problems.push(format!(
                 "{} slots had two owners at one epoch: a state directory was copied or rolled back",
-                self.counters.violations
+                self.counters.ownership_conflicts
             ));
         }
         if self.counters.forged > 0 {

@@ -240,7 +240,7 @@ impl SyncRound {
 
 impl Node {
     pub(super) fn step_sync(&mut self, now: Time) {
-        self.forgive_clone(now);
+        self.clear_duplicate(now);
         if self.home.is_none() || now < self.sync.due {
             return;
         }

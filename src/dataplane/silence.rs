@@ -308,16 +308,16 @@ impl Watch {
     }
 
     /// Peers that had a hardware address of this host, when they were seen at some time.
-    pub fn clones(&self) -> BTreeMap<NodeId, Mac> {
-        let clones = self.traces.iter().filter_map(|(node, traces)| {
+    pub fn duplicates(&self) -> BTreeMap<NodeId, Mac> {
+        let duplicates = self.traces.iter().filter_map(|(node, traces)| {
             Some((*node, *traces.macs.intersection(&self.own).next()?))
         });
-        clones.collect()
+        duplicates.collect()
     }
 
     /// Takes note of what was seen of such peers before: they are seldom seen, as nothing reaches them.
-    pub fn recall(&mut self, clones: &BTreeMap<NodeId, Mac>) {
-        for (node, mac) in clones.iter().filter(|(_, mac)| self.own.contains(mac)) {
+    pub fn recall(&mut self, duplicates: &BTreeMap<NodeId, Mac>) {
+        for (node, mac) in duplicates.iter().filter(|(_, mac)| self.own.contains(mac)) {
             if let Some(traces) = self.traces.get_mut(node) {
                 traces.macs.insert(*mac);
             }

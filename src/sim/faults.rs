@@ -235,7 +235,7 @@ impl Faults {
                 }
                 None => world.hosts[host].snapshot = Some(world.hosts[host].disk.clone()),
             },
-            Fault::Clone => world.clone_host(host),
+            Fault::Clone => world.copy_host(host),
             Fault::ForgetAlive => {
                 let victim = world.hosts[rng.random_range(0..hosts)].key;
                 // Whoever forgets all others, and is forgotten by all, stays apart: outside the promise.

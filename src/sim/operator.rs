@@ -7,7 +7,7 @@ use crate::model::NodeId;
 
 impl World {
     /// A second machine from the disk of a first.
-    pub fn clone_host(&mut self, index: usize) {
+    pub fn copy_host(&mut self, index: usize) {
         if self.hosts.iter().any(|host| host.is_copy) || self.hosts[index].saved_cluster.is_none() {
             return;
         }

@@ -407,7 +407,7 @@ fn flood_of_a_member_stops_no_loop_and_fills_no_log() {
         let malformed = |status: &Value| status["counters"]["malformed"].as_u64() >= Some(50);
         status_where(&mut cluster.agents[0], malformed);
         status_where(&mut cluster.agents[0], |status| {
-            status["counters"]["violations"].as_u64() > Some(0)
+            status["counters"]["ownership_conflicts"].as_u64() > Some(0)
         });
         status(&mut cluster, 0);
         let log = cluster.agents[0].log();

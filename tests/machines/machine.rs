@@ -220,7 +220,7 @@ impl World {
     }
 
     /// A copy of a machine that has booted with systemd, in a tenth of the time; the first one is made now.
-    pub fn clone_booted(&self, name: &str, index: u8) -> anyhow::Result<Machine> {
+    pub fn copy_booted(&self, name: &str, index: u8) -> anyhow::Result<Machine> {
         let snapshot = self.snapshot()?;
         let disk = self.disk(name);
         host(&format!("cp --sparse=always {} {}", snapshot.display(), disk.display()))?;

@@ -39,7 +39,7 @@ fn package_installed_starts_after_the_network_and_before_docker() {
 }
 
 fn start_order(world: &mut World) -> anyhow::Result<()> {
-    let mut host = world.clone_booted("v1", 1)?;
+    let mut host = world.copy_booted("v1", 1)?;
     install(&mut host, "init = true\\n")?;
     let enabled = host.run("systemctl is-enabled gossamer; systemctl is-active gossamer", SOON)?;
     ensure!(enabled.text == "disabled\ninactive\n", "installed, it is {}", enabled.text);

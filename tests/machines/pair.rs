@@ -82,7 +82,7 @@ pub fn add_pod(machine: &mut Machine, name: &str) -> anyhow::Result<String> {
 impl Pair {
     pub fn new(world: &World) -> anyhow::Result<Self> {
         let ready = |name, index, settings| -> anyhow::Result<Machine> {
-            let mut machine = world.clone_booted(name, index)?;
+            let mut machine = world.copy_booted(name, index)?;
             install(&mut machine, settings)?;
             Ok(machine)
         };

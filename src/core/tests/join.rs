@@ -313,7 +313,7 @@ fn copies_that_start_in_one_moment_both_hear_of_each_other() {
     world.oracle.lenient = true;
     world.kill(2);
     // Their records have one version, and only the boot tells them apart.
-    world.clone_host(2);
+    world.copy_host(2);
     world.start(2);
     world.run_for(seconds(20));
     for copy in [2, 3] {
@@ -333,7 +333,7 @@ fn a_copied_state_directory_is_named_and_starts_no_race() {
         let version = crate::model::Version { starts, change: 0 };
         let clone = MemberRecord { version, boot: BootId::from_bytes([99; 8]), ..me };
         world.push(0, 2, Facts { members: vec![clone], ..Facts::default() });
-        assert_eq!(world.node(2).status().counters.clones, round + 1);
+        assert_eq!(world.node(2).status().counters.duplicates, round + 1);
     }
     assert!(world.node(2).me.version.starts < 10, "it went above the other once, not twenty times");
     assert!(world.problems(2).contains("was copied"));

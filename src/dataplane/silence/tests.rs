@@ -110,12 +110,12 @@ fn hardware_addresses_of_a_peer_tell_a_clone_and_a_double() {
     see(&mut clone, 1, ARP, &arp(mac(1), PEER));
     assert_told(&clone, Facts::default(), &["same MAC address 02:00:00:00:00:01", "n2"]);
     let mut again = watch();
-    again.recall(&clone.clones());
-    assert_eq!(again.clones(), clone.clones(), "seen before");
+    again.recall(&clone.duplicates());
+    assert_eq!(again.duplicates(), clone.duplicates(), "seen before");
     let mut probe = watch();
     let question = [&arp(mac(1), [0; 4])[..24], &PEER].concat();
     see(&mut probe, 1, ARP, &question);
-    assert_eq!(probe.clones(), clone.clones(), "it asks for its own address");
+    assert_eq!(probe.duplicates(), clone.duplicates(), "it asks for its own address");
     let mut double = watch();
     see(&mut double, TO_THIS_HOST, ARP, &arp(mac(3), PEER));
     see(&mut double, TO_THIS_HOST, ARP, &arp(mac(4), PEER));
