@@ -21,7 +21,7 @@ pub enum Ending {
     /// The node left its cluster: nothing of it is left on this host.
     Left { successor: Option<NodeId> },
     /// It is no member any more under this identity, and is to join as a new node.
-    Anew,
+    Restart,
     /// It was given another subnet, and is to start again with that one.
     Reassigned,
     /// It cannot go on; the sentence says why.
@@ -42,7 +42,7 @@ impl Agent {
                     successor = successor.map(tracing::field::display),
                     "the cluster holds this node as gone for good: it joins as a new one, with another subnet"
                 );
-                Ending::Anew
+                Ending::Restart
             }
             Stop::Refused(refusal) => Ending::Failed(visible(&format!("join refused: {refusal}"))),
             Stop::Rejected { seed, why } => {
@@ -79,7 +79,7 @@ impl Agent {
         ];
         await_threads(threads).await;
         let refused = self.fresh && matches!(ending, Ending::Failed(_));
-        let ends = matches!(ending, Ending::Left { .. } | Ending::Anew) || refused;
+        let ends = matches!(ending, Ending::Left { .. } | Ending::Restart) || refused;
         if ends && made_something {
             remove_traces(traces, &self.config);
         }
@@ -94,7 +94,7 @@ impl Agent {
                     Ok(successor.map(|successor| self.node.name_of(successor).to_owned()))
                 }
                 Ending::Failed(why) => Err(why.clone()),
-                Ending::Stopped | Ending::Anew | Ending::Reassigned | Ending::Broken(_) => {
+                Ending::Stopped | Ending::Restart | Ending::Reassigned | Ending::Broken(_) => {
                     Err("the agent was stopped before it had left".to_owned())
                 }
             };

@@ -315,7 +315,7 @@ impl Agent {
                 self.store_failure = None;
             }
             News::Disk(Written::Emptied) => {
-                tracing::error!("the database was lost and is written anew");
+                tracing::error!("the database was lost and is rewritten");
                 self.input(Input::Command(Command::SaveAll));
                 self.save_pods();
             }
@@ -419,7 +419,7 @@ impl Agent {
             }
             Question::ResetIdentity { reply } => {
                 let _ = reply.send(Ok(()));
-                self.ending = Some(Ending::Anew);
+                self.ending = Some(Ending::Restart);
             }
             Question::Ping { node, reply } => self.begin_ping(&node, reply),
             Question::Attach { request, netns, reply } => self.attach(request, netns, reply),

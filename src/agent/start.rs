@@ -66,7 +66,7 @@ pub enum StartFailure {
     TokenOfACluster(ClusterId),
     #[error(
         "state_dir: this host is in cluster {0}, but its database is lost and no other member is known: \
-         name one with --join, or remove the state directory to start anew"
+         name one with --join, or remove the state directory to restart"
     )]
     LostDatabase(ClusterId),
     #[error(
@@ -87,7 +87,7 @@ pub enum StartFailure {
 }
 
 /// Runs an agent until it ends. Must be called within a tokio runtime of its own, which takes the sockets
-/// along when it is dropped. After [`Ending::Anew`] and
+/// along when it is dropped. After [`Ending::Restart`] and
 /// [`Ending::Reassigned`] it is to be called again. `plugin` is the socket of Docker's plugin, if the service
 /// manager has opened it. `reread` is called at SIGHUP.
 pub async fn run(
@@ -108,7 +108,7 @@ pub async fn run(
         Ok(Some(Prepared { agent, network, heard })) => {
             let arrivals = Arrivals { threads, network, heard };
             let ending = agent.run(signals, arrivals, reread, &doors).await;
-            if ending == Ending::Anew {
+            if ending == Ending::Restart {
                 state.new_identity(&random()?)?;
             }
             Ok(ending)

@@ -157,7 +157,7 @@ impl Agent {
         let subnet = kernel.wanted.as_ref().map(|view| view.own.subnets.first);
         if let (Some(subnet), outside @ 1..) = (subnet, self.pods_outside()) {
             problems.push(format!(
-                "{outside} pods have addresses outside this node's subnet {subnet}: start them anew"
+                "{outside} pods have addresses outside this node's subnet {subnet}: restart them"
             ));
         }
         let states = self.path_states();

@@ -94,14 +94,14 @@ fn run_with(args: AgentArgs, plugin: Option<&UnixListener>) -> ExitCode {
         };
         let agent = async move { agent::run(config, plugin, &reread).await };
         match block_on(async { tokio::spawn(agent).await }) {
-            Ok(Ok(Ok(Ending::Anew | Ending::Reassigned))) => {}
+            Ok(Ok(Ok(Ending::Restart | Ending::Reassigned))) => {}
             Ok(Ok(ended)) => break Ok(ended),
             Ok(Err(panicked)) => std::panic::resume_unwind(panicked.into_panic()),
             Err(error) => break Err(error),
         }
     };
     match ended {
-        Ok(Ok(Ending::Stopped | Ending::Anew | Ending::Reassigned | Ending::Left { .. })) => {
+        Ok(Ok(Ending::Stopped | Ending::Restart | Ending::Reassigned | Ending::Left { .. })) => {
             ExitCode::SUCCESS
         }
         Ok(Ok(Ending::Failed(why) | Ending::Broken(why))) => fail(why),

@@ -53,7 +53,7 @@ async fn ask(args: &StatusArgs) -> Result<Value, ClientError> {
     let answered = tokio::time::timeout(patience, async {
         loop {
             match api::get(socket, &target).await {
-                // Also one that begins anew, as after reset-identity.
+                // Also one that begins again, as after reset-identity.
                 Err(ClientError::NoAgent { .. } | ClientError::NoAnswer) => {
                     tokio::time::sleep(RETRY).await;
                 }

@@ -24,7 +24,7 @@ pub struct Settings {
     /// Create a new cluster, unless this host is in one already
     #[arg(long, env = "GOSSAMER_INIT", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
     pub init: Option<bool>,
-    /// A member to join by, HOST or HOST:PORT; repeatable. Names are resolved anew at each try
+    /// A member to join by, HOST or HOST:PORT; repeatable. Names are resolved again at each try
     #[arg(long, env = "GOSSAMER_JOIN", value_delimiter = ',', value_name = "HOST[:PORT]")]
     pub join: Vec<String>,
     /// The cluster's token, from `gossamer token`. Visible in `ps`: prefer the file or GOSSAMER_TOKEN

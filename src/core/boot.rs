@@ -81,7 +81,7 @@ pub enum StartError {
     NoCluster,
     #[error(
         "the token is for cluster {token}, but this host's state belongs to cluster {state}: \
-         use that cluster's token, or remove the state directory to start anew"
+         use that cluster's token, or remove the state directory to restart"
     )]
     OtherCluster { token: ClusterId, state: ClusterId },
     #[error("{0}: the settings of a cluster cannot be changed; correct or leave out that setting")]

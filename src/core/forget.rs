@@ -341,7 +341,7 @@ impl Node {
         }
     }
 
-    /// A node that was started anew under its old name vouches for its predecessor.
+    /// A node that was restarted under its old name vouches for its predecessor.
     pub(super) fn replace_predecessor(&mut self, now: Time) {
         // Agreed: a peer holds the same members as alive.
         if !self.config.replace_by_name || self.leaving.is_some() || !self.sync.agreed() {

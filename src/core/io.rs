@@ -72,7 +72,7 @@ pub enum Target {
         node: NodeId,
         address: SocketAddr,
     },
-    /// The n-th configured seed: its name is resolved anew for each call.
+    /// The n-th configured seed: its name is resolved again for each call.
     Seed(usize),
 }
 

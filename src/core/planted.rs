@@ -34,7 +34,7 @@ pub enum Bug {
     /// The start is not on disk before the incarnation is used.
     ForgetStarts,
     /// A second grant to the same joiner is another slot than the first, and the first is forgotten.
-    GrantAgainAnew,
+    GrantAnotherSlot,
     /// Comparisons never exchange slots.
     NeverExchangeSlots,
     /// A member record is taken whatever its version.
@@ -71,7 +71,7 @@ impl Bug {
         Self::LeaveWithoutAcceptance,
         Self::GiveBackInUse,
         Self::ForgetStarts,
-        Self::GrantAgainAnew,
+        Self::GrantAnotherSlot,
         Self::NeverExchangeSlots,
         Self::IgnoreVersions,
         Self::TakeUnfitRecords,

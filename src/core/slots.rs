@@ -121,7 +121,7 @@ impl SlotTable {
         prefer: Option<Slot>,
     ) -> Result<Grant, Refusal> {
         let known: Vec<Run> = self.runs_of(to).copied().collect();
-        if !known.is_empty() && !planted(Bug::GrantAgainAnew) {
+        if !known.is_empty() && !planted(Bug::GrantAnotherSlot) {
             return Ok(Grant::Again(known));
         }
         let preferred_elsewhere = prefer

@@ -33,7 +33,7 @@ const FIRST_ROUNDS: u64 = 64;
 /// In clusters up to this size; in larger ones members get to know each other more slowly, for most of them
 /// have to be connected to first. At most as slowly as they compare for ever.
 const COMPARED_EACH_SECOND: u32 = 100;
-/// The view is made anew when one in so many of those heard are new to it, or after so many rounds.
+/// The view is re-created when one in so many of those heard are new to it, or after so many rounds.
 const VIEW_SHARE: usize = 16;
 const VIEW_ROUNDS: u64 = 16;
 

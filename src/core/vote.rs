@@ -3,8 +3,8 @@
 //! Each voter counts how long it has itself missed a member, without interruption. Once that is long enough
 //! it asks the other voters whether they have missed it as long, and vouches that it is gone if most have;
 //! what follows is in `forget`. A vote is an observation and no promise, so nothing of it is kept: a voter
-//! that restarts begins to count anew, one that was frozen has missed nobody meanwhile, and one that does not
-//! hold most voters as alive is itself the one that is cut off, and misses nobody. Two parts of a cluster
+//! that restarts begins to count again, one that was frozen has missed nobody meanwhile, and one that does
+//! not hold most voters as alive is itself the one that is cut off, and misses nobody. Two parts of a cluster
 //! never forget each other's members: at most one of them has most voters.
 
 use std::{

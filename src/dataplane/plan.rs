@@ -96,7 +96,7 @@ pub fn plan(desired: &Desired, actual: &Actual) -> Vec<Op> {
     let mut actual = actual.clone();
     let kept = plan_device(&desired.device, actual.device.as_ref(), &mut ops);
     if !kept {
-        // A device that is made anew has lost all entries on it, routes included.
+        // A device that is re-created has lost all entries on it, routes included.
         let elsewhere = |(_, hop): &(IpNet, Hop)| !matches!(hop.way, Way::Overlay(_) | Way::Device);
         let routes = actual.routes.into_iter().filter(elsewhere).collect();
         actual = Actual { routes, ..Actual::default() };

@@ -328,7 +328,7 @@ fn seeds(patient: &Patient) -> Vec<Finding> {
         let (why, fix) = if is_token {
             (
                 "its secret is another one than ours",
-                "copy the token anew: on a member, gossamer token",
+                "copy the token again: on a member, gossamer token",
             )
         } else {
             (

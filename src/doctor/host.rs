@@ -311,7 +311,7 @@ fn mtu(patient: &Patient, links: &[Link], underlay: Option<&str>) -> Vec<Finding
             format!("{} has MTU {}, the overlay {}", link.name, link.mtu, own.unwrap_or_default()),
             "large packets of that pod are lost on their way to other hosts",
             format!(
-                "ip link set {} mtu {} (in the pod too), or start the pod anew",
+                "ip link set {} mtu {} (in the pod too), or restart the pod",
                 link.name,
                 own.unwrap_or_default()
             ),

@@ -145,7 +145,7 @@ fn database(state_dir: &Path) -> Option<Finding> {
         Ok(Some(why)) => Some(Finding::problem(
             "state",
             format!("the database {} {why}", original.display()),
-            "at its next start the agent asks the members for everything anew",
+            "at its next start the agent asks the members for everything again",
             "nothing, if another member is reachable; or restore a backup of the whole state directory",
         )),
         Err(error) => Some(Finding::problem(
@@ -204,7 +204,7 @@ fn token(patient: &Patient, config: &Config) -> Finding {
                 "token",
                 error.to_string(),
                 "without it a lost database cannot be got back from the members",
-                "write it anew on another member (gossamer token), and pass it with --token-file",
+                "write it again on another member (gossamer token), and pass it with --token-file",
             );
         }
     };

@@ -223,7 +223,7 @@ impl World {
         }
     }
 
-    /// A host made anew vouches for its predecessor without asking an operator, who would not have done so
+    /// A host re-created vouches for its predecessor without asking an operator, who would not have done so
     /// while somebody might know more: from then on the proviso is broken.
     fn judge_vouching(&mut self, index: usize, news: &Contents) {
         for key in news.keys() {

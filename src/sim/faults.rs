@@ -40,7 +40,7 @@ pub enum Fault {
     Blackout,
     /// A host dies for good, and later an operator has it forgotten.
     Death,
-    /// A host dies, and one made anew takes its name and place.
+    /// A host dies, and one re-created takes its name and place.
     Recreate,
     /// A member says of itself what cannot be.
     Errs,
@@ -318,7 +318,7 @@ fn leave(world: &mut World, host: usize) {
     }
 }
 
-/// Hosts that are made anew in one run: all the others must acknowledge that each is gone.
+/// Hosts that are re-created in one run: all the others must acknowledge that each is gone.
 const MAX_RECREATED: usize = 6;
 
 /// As docker-compose does it: the container is gone, and another one has its name.

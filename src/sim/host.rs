@@ -33,7 +33,7 @@ pub const KERNEL_LATENCY: Duration = Duration::from_micros(300);
 /// The machine, and what runs on it.
 pub struct Host {
     pub index: usize,
-    /// Present identity; a host that starts anew gets another one.
+    /// Present identity; a host that restarts gets another one.
     pub key: NodeId,
     pub identities: u8,
     /// Those it had before.

@@ -85,7 +85,7 @@ pub(super) enum Event {
         host: usize,
         life: u32,
     },
-    /// A host that learned that it is no member any more begins anew.
+    /// A host that learned that it is no member any more begins again.
     Rebirth {
         host: usize,
         life: u32,

@@ -30,7 +30,7 @@ pub enum Written {
     Failing(String),
     /// It does again.
     Recovered,
-    /// The database had to be started anew and is empty but for what waited to be written.
+    /// The database had to be restarted and is empty but for what waited to be written.
     Emptied,
 }
 

@@ -290,7 +290,7 @@ impl Transport {
     }
 
     /// From now on handshakes are made with these. Connections with peers that would not be let in any more
-    /// are closed; they are made anew when they are next needed.
+    /// are closed; they are re-created when they are next needed.
     pub fn use_credentials(&mut self, credentials: &Credentials) {
         let (server, client) = roles(credentials);
         self.dialler.endpoint.set_server_config(Some(server));

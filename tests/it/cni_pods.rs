@@ -319,7 +319,7 @@ fn a_mac_that_is_asked_for_is_used_kept_over_restarts_and_given_to_one_pod_only(
         assert!(done && b["interfaces"][2]["mac"] == "02:12:34:56:78:9b", "{b}");
 
         cluster.restart(0, &[])?;
-        // What keeps pods to their MACs is made anew.
+        // What keeps pods to their MACs is re-created.
         run(&cluster.hosts[0].netns, "nft delete table bridge gossamer.1");
         let runtime = Runtime::new(&cluster.agents[0]);
         runtime.add("c");

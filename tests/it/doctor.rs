@@ -262,7 +262,7 @@ fn without_an_agent_it_says_what_would_keep_one_from_starting() {
         );
         let stranger = gossamer_token()?;
         let wrong = format!("--join {seed} --token {stranger}");
-        assert_named(&third, &wrong, "seeds", "copy the token anew");
+        assert_named(&third, &wrong, "seeds", "copy the token again");
         let nobody = format!("--join 10.99.0.99 --token {token}");
         assert_named(&third, &nobody, "seeds", "10.99.0.99");
         let half = format!("--join 10.99.0.99 --join {seed} --token {token}");

@@ -241,13 +241,13 @@ fn addresses_macs_and_names_that_are_asked_for_are_given_or_refused() {
         });
         assert_eq!(podman.set_up("b", &again), b);
 
-        // An agent that starts anew lets the MAC through that an earlier one was told of.
+        // An agent that restarts lets the MAC through that an earlier one was told of.
         cluster.agents[0].end(Signal::SIGKILL)?;
         cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &[])?;
         cluster.converge()?;
         for _ in 0..2 {
             tool(&spaces[0], &format!("ping -c 1 -W 2 {}", address(&b)));
-            // What others delete is written anew, by the new agent's knowledge alone.
+            // What others delete is rewritten, by the new agent's knowledge alone.
             run(&cluster.hosts[0].netns, "nft delete table bridge gossamer.1");
             eventually(&cluster.hosts[0].netns, "nft list table bridge gossamer.1", |table| {
                 table.contains("02:00:00:00:00:33")

@@ -80,7 +80,7 @@ fn a_card_that_sends_unfinished_checksums_is_noticed_and_cured() {
         assert_eq!(status["kernel"]["checksum_offload"], false, "{status:#}");
         assert_eq!(status["kernel"]["checksum_offload_fails"], true, "{status:#}");
         assert_eq!(status["kernel"]["repairs"], serde_json::json!({}), "no other program did it");
-        // A device that is made anew has it on again, and what was found out still holds.
+        // A device that is re-created has it on again, and what was found out still holds.
         tool(host, "ip link del gossamer.1");
         eventually(host, FEATURE, |features| features.contains(OFF));
         assert!(arrives(&pods)?);

@@ -28,7 +28,7 @@ export class Cells {
     canvas.addEventListener("blur", () => (this.cursor.hidden = true));
   }
 
-  /** Draws anew: `shape` has columns, rows, the size of a cell, and the room for labels left and top. */
+  /** Draws again: `shape` has columns, rows, the size of a cell, and the room for labels left and top. */
   draw(shape, paint) {
     this.shape = shape;
     const { columns, rows, cell, left = 0, top = 0 } = shape;

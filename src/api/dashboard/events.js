@@ -11,7 +11,7 @@ const list = $("events");
 const box = list.parentElement;
 /** Newest last, with the row of each; those that came while paused have none. */
 let events = [];
-/** The agent replays what it has kept when the stream is connected anew. */
+/** The agent replays what it has kept when the stream is connected again. */
 let seen = new Set();
 let paused = false;
 let scheduled = false;

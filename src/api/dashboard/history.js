@@ -88,7 +88,7 @@ let samples = [];
 let picked = null;
 
 export function showHistory() {
-  // The counter of repairs begins anew with the agent.
+  // The counter of repairs begins again with the agent.
   samples = model.samples.map((sample, i, all) => {
     const before = all[i - 1]?.repairs ?? sample.repairs;
     return { ...sample, fresh: sample.repairs >= before ? sample.repairs - before : sample.repairs };

@@ -1,4 +1,4 @@
-// The table of members: sorted by any column, filtered by any word. Rows are kept and moved, never made anew,
+// The table of members: sorted by any column, filtered by any word. Rows are kept and moved, never re-created,
 // so that focus and selected text survive a refresh.
 
 import { $, attr, el, keyed, text } from "./dom.js";

@@ -56,7 +56,7 @@ fn a_voter_counts_only_what_it_has_seen_itself() {
     world.run_for(AFTER - seconds(15));
     (0..3).for_each(|voter| world.restart(voter));
     world.run_for(AFTER - seconds(10));
-    assert_eq!(world.leased(0), 5, "they have begun anew");
+    assert_eq!(world.leased(0), 5, "they have begun again");
     world.run_for(seconds(40));
     assert_eq!(world.leased(0), 4);
     world.assert_right();

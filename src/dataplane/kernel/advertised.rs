@@ -78,7 +78,7 @@ impl Advertised {
     }
 }
 
-/// Makes an interface take advertisements again that has been made anew since.
+/// Makes an interface take advertisements again that has been re-created since.
 pub fn keep_again(interface: &str) -> bool {
     takes_them_no_more(interface) && keep(interface).is_ok()
 }

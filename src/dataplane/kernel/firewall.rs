@@ -98,7 +98,7 @@ impl FirewallTable {
         let elements = elements(wanted, &self.wanted_members(wanted)?);
         let Some(written) = self.written.take_if(|w| w.firewall.equals_but_for_elements(wanted))
         else {
-            return self.write_anew(wanted, elements);
+            return self.rewrite(wanted, elements);
         };
         let mut steps = Vec::new();
         for (kind, of, without) in [
@@ -111,7 +111,7 @@ impl FirewallTable {
         match self.carry_out(&steps) {
             Err(_) => {
                 self.refused = true;
-                self.write_anew(wanted, elements)
+                self.rewrite(wanted, elements)
             }
             Ok(()) => {
                 self.written = Some(Written { firewall: wanted.clone(), elements, ..written });
@@ -125,7 +125,7 @@ impl FirewallTable {
         self.written.as_ref().is_some_and(|written| written.shown.is_none())
     }
 
-    /// Reads the table, and writes it anew if it is not as it was last written.
+    /// Reads the table, and writes it again if it is not as it was last written.
     pub fn verify(&mut self, wanted: &Firewall) -> io::Result<Pass> {
         self.write(wanted)?;
         let Some(written) = &mut self.written else { return Ok(Pass::default()) };
@@ -137,7 +137,7 @@ impl FirewallTable {
             written.shown = Some(shown);
         } else {
             let members = self.wanted_members(wanted)?;
-            self.write_anew(wanted, elements(wanted, &members))?;
+            self.rewrite(wanted, elements(wanted, &members))?;
             self.read_back(&wanted.table)?;
         }
         let repaired = std::mem::take(&mut self.refused) || !right;
@@ -260,7 +260,7 @@ impl FirewallTable {
         closed_ports(&mut self.nftables, ports)
     }
 
-    fn write_anew(&mut self, wanted: &Firewall, elements: Elements) -> io::Result<()> {
+    fn rewrite(&mut self, wanted: &Firewall, elements: Elements) -> io::Result<()> {
         self.written = None;
         self.dropped_before = self.dropped;
         let mut steps = steps_to(wanted, &elements, true);

@@ -104,7 +104,7 @@ impl Sysctl {
     }
 }
 
-/// Interfaces that this process has made take advertisements do so again where they were made anew.
+/// Interfaces that this process has made take advertisements do so again where they were re-created.
 pub fn keep_advertisements(interfaces: &BTreeSet<String>) -> bool {
     interfaces.iter().filter(|interface| keep_again(interface)).count() > 0
 }
