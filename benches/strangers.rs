@@ -1,5 +1,6 @@
-//! What strangers can do to a member: floods of first packets, and half-open connections to its `http` port.
-//! `cargo bench --bench strangers [-- SECONDS]`; `GOSSAMER=PATH` measures another program.
+//! What non-members can do to a member: floods of first packets, and half-open connections to its `http`
+//! port.
+//! `cargo bench --bench non-members [-- SECONDS]`; `GOSSAMER=PATH` measures another program.
 //!
 //! Three members and an attacker, in network namespaces on one machine. While a flood goes on hosts join one
 //! after the other. What counts: members called down, the time to join, memory and CPU of the flooded member.

@@ -83,8 +83,8 @@ fn number(identifier: u16, version: [u8; 4], packet: &[u8]) -> Option<u16> {
     (is_long && is_right && is_ours).then_some(u16::from_be_bytes(number))
 }
 
-/// For the kernel's packet filter: a list of versions (version 0) for this identifier, so that strangers wake
-/// no agent.
+/// For the kernel's packet filter: a list of versions (version 0) for this identifier, so that non-members
+/// wake no agent.
 fn filter(identifier: u16) -> [SockFilter; 6] {
     use nix::libc::{BPF_ABS, BPF_H, BPF_JEQ, BPF_JMP, BPF_LD, BPF_RET, BPF_W};
     let load = |size, offset| SockFilter::new((BPF_LD | size | BPF_ABS) as u16, 0, 0, offset);

@@ -89,7 +89,7 @@ impl Agent {
                 repairs: kernel.repairs.clone(),
                 checksum_offload: kernel.checksum_offload,
                 checksum_offload_fails: self.prober.is_offload_guilty(),
-                strangers_dropped: kernel.host.dropped,
+                non_members_dropped: kernel.host.dropped,
                 peers_in_use: kernel.demand.in_use.as_ref().map(BTreeSet::len),
                 misses_answered: kernel.demand.answered,
                 misses_unknown: kernel.demand.unknown,
@@ -178,12 +178,12 @@ impl Agent {
         known.map(|warning| visible(&warning)).collect()
     }
 
-    /// Strangers that flood the gossip port, as a sentence.
+    /// Non-members that flood the gossip port, as a sentence.
     fn flood_problem(&self) -> Option<String> {
         let Flood { packets, example } = self.transport.flood()?;
         let port = self.node.address().port();
         Some(format!(
-            "strangers send {packets} first packets of handshakes a minute to UDP {port}, one of them \
+            "non-members send {packets} first packets of handshakes a minute to UDP {port}, one of them \
              from {example} (which may be forged), and prove no address: joins may take longer; let a \
              firewall drop UDP {port} of hosts that are no members"
         ))

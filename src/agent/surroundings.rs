@@ -45,7 +45,7 @@ pub struct HostState {
     pub is_table_full: bool,
     /// Our table is in the kernel, and drops what would give this host routes of pods.
     pub refuses_routers: bool,
-    /// Tunnel packets of strangers that were dropped.
+    /// Tunnel packets of non-members that were dropped.
     pub dropped: u64,
     /// What other programs had changed and was put right, by kind; since the last report.
     pub repaired: Vec<&'static str>,

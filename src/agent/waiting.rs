@@ -212,7 +212,7 @@ fn status(name: &NodeName, node: NodeId, problem: String) -> AgentStatus {
         repairs: Default::default(),
         checksum_offload: None,
         checksum_offload_fails: false,
-        strangers_dropped: 0,
+        non_members_dropped: 0,
         peers_in_use: None,
         misses_answered: 0,
         misses_unknown: 0,

@@ -374,9 +374,9 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
         for (cable, tenant) in self.tenants.iter_mut().filter(|(_, tenant)| tenant.mac.is_none()) {
             tenant.mac = self.wiring.mac_behind(cable, Path::new(&tenant.netns));
         }
-        let strangers = result.as_ref().ok().map(|mended| &mended.strangers);
+        let foreign_ports = result.as_ref().ok().map(|mended| &mended.foreign_ports);
         let links = || Ok(self.wiring.links()?.into_keys().collect());
-        let rewritten = self.tables.keep(bridge, &self.tenants, strangers, links);
+        let rewritten = self.tables.keep(bridge, &self.tenants, foreign_ports, links);
         self.looked = Instant::now();
         (self.touched, self.table_touched) = (false, false);
         let (mut problems, mut open, mut guests) = (Vec::new(), Vec::new(), None);
@@ -401,7 +401,7 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
             }
             is_news = mended.count() > 0;
             open.clone_from(&mended.open);
-            guests = guests::warning(bridge, &mended.strangers);
+            guests = guests::warning(bridge, &mended.foreign_ports);
         }
         for table in rewritten.iter().filter(|_| as_before) {
             self.opponents.note(Kind::Spoofing, table, None);

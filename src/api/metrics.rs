@@ -131,7 +131,11 @@ fn kernel(text: &mut Text, status: &AgentStatus) {
             ("result", "unknown", kernel.misses_unknown as f64),
         ],
     );
-    text.total("guard_dropped_packets", "Tunnel packets of strangers.", kernel.strangers_dropped);
+    text.total(
+        "guard_dropped_packets",
+        "Tunnel packets of non-members.",
+        kernel.non_members_dropped,
+    );
     let mut paths: BTreeMap<String, u32> = BTreeMap::new();
     for path in &status.paths {
         // As `gossamer members` calls them.

@@ -75,7 +75,7 @@ pub struct KernelStatus {
     /// Packets whose checksums are left to the network card do not arrive, so that was turned off.
     pub checksum_offload_fails: bool,
     /// Tunnel packets that came from no member and were dropped by the guard.
-    pub strangers_dropped: u64,
+    pub non_members_dropped: u64,
     /// Peers that have entries in the kernel; none, if all of them always have.
     pub peers_in_use: Option<usize>,
     /// Entries that the kernel asked for and was given.

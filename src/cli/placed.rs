@@ -29,7 +29,7 @@ const MARK: &[u8] = b"GOSSAMER_";
 
 /// What is in the place of the program and is not to be replaced, as the rest of a sentence; none, if that is
 /// this program, another version of it, or nothing.
-pub(super) fn stranger(program: &Path, plugin: &Path) -> io::Result<Option<&'static str>> {
+pub(super) fn foreign(program: &Path, plugin: &Path) -> io::Result<Option<&'static str>> {
     let meta = match fs::symlink_metadata(plugin) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         meta => meta?,
@@ -64,7 +64,7 @@ pub(super) fn put_here(
     force: bool,
 ) -> anyhow::Result<()> {
     let shown = plugin.display();
-    match stranger(program, plugin).with_context(|| shown.to_string())? {
+    match foreign(program, plugin).with_context(|| shown.to_string())? {
         Some(what) if plugin.is_dir() && !plugin.is_symlink() => {
             bail!("{shown} is {what}: remove it")
         }

@@ -1,4 +1,4 @@
-//! How a node begins: from what its disk remembers, or as the first of a new cluster, or as a stranger.
+//! How a node begins: from what its disk remembers, or as the first of a new cluster, or as a non-member.
 
 use std::{
     collections::{BTreeSet, VecDeque},
@@ -25,9 +25,9 @@ use super::{
     join::Joining,
     lease::LeaseSearch,
     leave::Leaving,
+    malformed::Notes,
     planted::{Bug, planted},
     push::PushQueue,
-    strange::Notes,
     sync::{Doubt, SyncRound},
     vote::Voting,
 };

@@ -1,6 +1,6 @@
-//! From stranger to member.
+//! From non-member to member.
 //!
-//! A stranger asks its seeds, a few at a time, until one welcomes it; that answer holds the cluster, all
+//! A non-member asks its seeds, a few at a time, until one welcomes it; that answer holds the cluster, all
 //! facts and usually a slot. What a member does that got none is in `lease`.
 
 use std::time::Duration;
@@ -24,7 +24,7 @@ const NOT_READY_PAUSE: Duration = Duration::from_millis(20);
 /// Greetings on their way at once.
 const MAX_OPEN_HELLOS: usize = 4;
 
-/// A stranger's search for somebody who lets it in.
+/// A non-member's search for somebody who lets it in.
 pub(super) struct Joining {
     next_seed: usize,
     next_try: Time,

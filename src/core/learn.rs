@@ -16,9 +16,9 @@ use crate::{
 
 use super::{
     DuplicateSeen, Node,
+    malformed::Kind,
     planted::{Bug, planted},
     slots::Contested,
-    strange::Kind,
     sync::Doubt,
     vet::Refused,
 };

@@ -8,9 +8,9 @@
 //! - [`slots`]: who owns which slot; the table and its rules
 //! - [`directory`]: what each node says about itself
 //! - `learn`: merging what others say
-//! - `join`: from stranger to member; `lease`: having exactly one subnet
+//! - `join`: from non-member to member; `lease`: having exactly one subnet
 //! - `push`, `sync`: how a change reaches everybody: at once, and surely
-//! - `serve`: answers to peers; `vet`, `horizon`: what of their words is believed; `strange`: the rest
+//! - `serve`: answers to peers; `vet`, `horizon`: what of their words is believed; `malformed`: the rest
 //! - `leave`: handing over and going; `forget`: reclaiming what others left behind; `vote`: forgetting by
 //!   time alone
 //! - `ping`, `inquire`: an operator's questions
@@ -28,6 +28,7 @@ mod join;
 mod learn;
 mod lease;
 mod leave;
+mod malformed;
 mod membership;
 mod partners;
 mod ping;
@@ -37,7 +38,6 @@ mod rank;
 mod serve;
 mod slots;
 mod status;
-mod strange;
 mod sync;
 #[cfg(test)]
 mod tests;
@@ -73,11 +73,11 @@ use self::{
     join::Joining,
     lease::LeaseSearch,
     leave::Leaving,
+    malformed::{Notes, read_response},
     membership::{Membership, Notice},
     planted::{Bug, planted},
     push::PushQueue,
     slots::SlotTable,
-    strange::{Notes, read_response},
     sync::SyncRound,
     vote::Voting,
     writes::Dirty,

@@ -12,9 +12,9 @@ use crate::{
 
 use super::{
     Home, Node, Output, ReplyId,
+    malformed::Kind,
     planted::{Bug, planted},
     slots::{Change, Grant},
-    strange::Kind,
 };
 
 impl Node {

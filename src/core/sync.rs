@@ -16,10 +16,10 @@ use crate::{
 use super::{
     Answer, CallError, Node, Purpose, Target,
     learn::Learned,
+    malformed::Kind,
     partners::Partners,
     planted::{Bug, planted},
     rank::state_hash,
-    strange::Kind,
 };
 
 /// Between rounds when the last one found no difference.

@@ -1,4 +1,4 @@
-//! A stranger that floods a node with first packets of handshakes, under forged source addresses.
+//! A non-member that floods a node with first packets of handshakes, under forged source addresses.
 
 use std::{
     io,
@@ -54,8 +54,8 @@ impl Flood {
         per_second: u32,
     ) -> anyhow::Result<Self> {
         let key = NodeKey::from_seed([66; 32])?;
-        let stranger = Credentials::new(&[Secret::new(vec![66; 32])?], &key)?;
-        let packets = first_packets(&stranger, to.into(), PACKETS)?;
+        let non_member = Credentials::new(&[Secret::new(vec![66; 32])?], &key)?;
+        let packets = first_packets(&non_member, to.into(), PACKETS)?;
         let from = |number: u8| match source {
             Source::UnusedNeighbors => Ipv4Addr::new(10, 99, 200, number),
             Source::Far => Ipv4Addr::new(198, 18, 0, number),

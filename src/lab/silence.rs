@@ -1,4 +1,4 @@
-//! A stranger that proves its addresses, begins handshakes, and says nothing more.
+//! A non-member that proves its addresses, begins handshakes, and says nothing more.
 
 use std::{
     net::{IpAddr, SocketAddr, UdpSocket},
@@ -32,10 +32,10 @@ impl Silence {
     /// Begins handshakes with an address from all of these addresses by turns.
     ///
     /// # Errors
-    /// Fails if the stranger's credentials cannot be made.
+    /// Fails if the non-member's credentials cannot be made.
     pub fn start(netns: &NetNs, to: SocketAddr, from: Vec<IpAddr>) -> anyhow::Result<Self> {
         let key = NodeKey::from_seed([66; 32])?;
-        let stranger = Credentials::new(&[Secret::new(vec![66; 32])?], &key)?;
+        let non_member = Credentials::new(&[Secret::new(vec![66; 32])?], &key)?;
         let (ends, begun) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let work = {
             let (ends, begun) = (ends.clone(), begun.clone());
@@ -45,7 +45,8 @@ impl Silence {
                         break;
                     }
                     let socket = UdpSocket::bind((*address, 0));
-                    let is_begun = socket.is_ok_and(|socket| begin(&socket, &stranger, to).is_ok());
+                    let is_begun =
+                        socket.is_ok_and(|socket| begin(&socket, &non_member, to).is_ok());
                     begun.fetch_add(u64::from(is_begun), Ordering::Relaxed);
                 }
             }
@@ -70,9 +71,9 @@ impl Drop for Silence {
     }
 }
 
-fn begin(socket: &UdpSocket, stranger: &Credentials, to: SocketAddr) -> anyhow::Result<()> {
+fn begin(socket: &UdpSocket, non_member: &Credentials, to: SocketAddr) -> anyhow::Result<()> {
     socket.set_read_timeout(Some(PATIENCE))?;
-    let (mut handshake, first) = Unfinished::begin(stranger, to)?;
+    let (mut handshake, first) = Unfinished::begin(non_member, to)?;
     socket.send_to(&first, to)?;
     let mut answer = [0; 2_048];
     let (length, _) = socket.recv_from(&mut answer)?;

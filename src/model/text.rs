@@ -9,7 +9,7 @@ const LONGEST: usize = 600;
 
 /// Replaces what a terminal would obey, and cuts what is longer than any sentence of this program.
 ///
-/// Reasons why a peer refuses or closes are its own words, and a stranger may answer at a seed's address.
+/// Reasons why a peer refuses or closes are its own words, and a non-member may answer at a seed's address.
 pub fn visible(text: &str) -> String {
     text.chars().take(LONGEST).map(|c| if obeyed(c) { '\u{fffd}' } else { c }).collect()
 }

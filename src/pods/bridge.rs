@@ -99,7 +99,7 @@ pub struct Mended {
     /// Names of ports whose other end is on this host.
     pub loose: BTreeSet<String>,
     /// Names of the bridge's ports of others.
-    pub strangers: BTreeSet<String>,
+    pub foreign_ports: BTreeSet<String>,
 }
 
 impl Mended {
@@ -205,8 +205,8 @@ pub(super) fn plug_again(
     mended.absent = ports.keys().filter(|name| !there.contains(name)).cloned().collect();
     let is_loose = |name: &&String| there.contains(&loose_end(name));
     mended.loose = ports.keys().filter(is_loose).cloned().collect();
-    let strangers = links.iter().filter(|link| is_stranger(link, provided.index, ports));
-    mended.strangers = strangers.map(|link| link.name.clone()).collect();
+    let foreign_ports = links.iter().filter(|link| is_foreign(link, provided.index, ports));
+    mended.foreign_ports = foreign_ports.map(|link| link.name.clone()).collect();
     for port in links.iter().filter(|link| ports.contains_key(&link.name)) {
         let closed = interface::close(&port.name, Ipv6::AsItIs);
         mended.sysctls += closed.set;
@@ -312,7 +312,7 @@ pub(super) const fn is_link_local(ip: IpAddr) -> bool {
 
 /// Whether it is a port of another program. Cables of pods that are gone, and those of the agent's own pods,
 /// are none.
-pub(super) fn is_stranger(link: &Link, bridge: u32, ports: &Tenants) -> bool {
+pub(super) fn is_foreign(link: &Link, bridge: u32, ports: &Tenants) -> bool {
     let is_ours = || {
         let name = &link.name;
         ports.contains_key(name) || is_link_name(name) || standin::is_link_name(name)

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use super::{
-    bridge::{Provided, Tenants, is_as_it_should_be, is_plugged, is_stranger},
+    bridge::{Provided, Tenants, is_as_it_should_be, is_foreign, is_plugged},
     port,
     renamed::is_renamed,
 };
@@ -47,8 +47,7 @@ impl News {
                         (Teller::Kernel, is_plugged && port::is_right(&link))
                     }
                     AddressFamily::Unspec
-                        if is_renamed(&link, ports)
-                            || is_stranger(&link, provided.index, ports) =>
+                        if is_renamed(&link, ports) || is_foreign(&link, provided.index, ports) =>
                     {
                         (Teller::Kernel, false)
                     }

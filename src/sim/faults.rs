@@ -82,7 +82,7 @@ impl Fault {
     ];
 
     /// Those of members, drawn apart.
-    pub const STRANGE: [Self; 2] = [Self::Errs, Self::Lies];
+    pub const BYZANTINE: [Self; 2] = [Self::Errs, Self::Lies];
 
     /// Those under which two owners may come about, and must be found out.
     pub const BREAKING: [Self; 5] =
@@ -93,7 +93,7 @@ impl FromStr for Fault {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let all = Self::ALL.into_iter().chain(Self::STRANGE).chain(Self::BREAKING);
+        let all = Self::ALL.into_iter().chain(Self::BYZANTINE).chain(Self::BREAKING);
         let mut named = all.filter(|fault| fault.to_string() == text);
         named.next().ok_or_else(|| format!("{text:?} is no kind of fault"))
     }
@@ -125,8 +125,8 @@ impl Faults {
     }
 
     /// Whether a member errs or lies is drawn apart, so that all else of a seed stays as it was.
-    pub fn add_strange(&mut self, rng: &mut StdRng) {
-        self.kinds.extend(Fault::STRANGE.into_iter().filter(|_| rng.random_ratio(1, 4)));
+    pub fn add_byzantine(&mut self, rng: &mut StdRng) {
+        self.kinds.extend(Fault::BYZANTINE.into_iter().filter(|_| rng.random_ratio(1, 4)));
     }
 
     /// A member errs or lies now and then, also while all else is calm.

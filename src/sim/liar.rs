@@ -126,7 +126,7 @@ impl World {
                 facts.slots.extend(theirs.map(|run| Run { record: taken, ..*run }));
             }
             4 => {
-                facts.active = (0..300).map(|_| stranger(rng)).collect();
+                facts.active = (0..300).map(|_| non_member(rng)).collect();
                 facts.active.push(Identity { node: victim, incarnation: top });
             }
             5 => {
@@ -142,7 +142,7 @@ impl World {
             _ => {
                 let updates = vec![
                     Member::alive(Identity { node: victim, incarnation: top }),
-                    Member::alive(stranger(rng)),
+                    Member::alive(non_member(rng)),
                 ];
                 return self.gossip_as(liar, me, updates);
             }
@@ -298,7 +298,7 @@ impl Host {
     }
 }
 
-fn stranger(rng: &mut StdRng) -> Identity {
+fn non_member(rng: &mut StdRng) -> Identity {
     let node = NodeId::from_bytes(rng.random());
     Identity { node, incarnation: Incarnation { starts: 1, renewals: 0 } }
 }

@@ -42,17 +42,17 @@ pub fn broken(world: &World) -> Option<String> {
     if let Some((subnet, users)) = world.oracle.shared_subnets().next() {
         return Some(format!("{subnet} is used by hosts {users:?}"));
     }
-    strangers(&live)
+    non_members(&live)
         .or_else(|| packets_arrive(world, &live, &subnets))
         .or_else(|| every_slot_has_an_owner(world, &live))
 }
 
 /// Gossip knows members only.
-fn strangers(live: &[&Host]) -> Option<String> {
+fn non_members(live: &[&Host]) -> Option<String> {
     live.iter().find_map(|host| {
         let node = host.node()?;
-        let stranger = node.opinions().into_keys().find(|id| node.address_of(*id).is_none())?;
-        Some(format!("I19: gossip of host {} knows {stranger}, which has no record", host.index))
+        let non_member = node.opinions().into_keys().find(|id| node.address_of(*id).is_none())?;
+        Some(format!("I19: gossip of host {} knows {non_member}, which has no record", host.index))
     })
 }
 

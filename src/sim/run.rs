@@ -55,7 +55,7 @@ impl Plan {
         let nodes = StdRng::seed_from_u64(seed ^ 0x5eed_0de5).random_range(nodes);
         let mut rng = StdRng::seed_from_u64(seed);
         let mut faults = Faults::draw(&mut rng);
-        faults.add_strange(&mut StdRng::seed_from_u64(seed ^ 0x5eed_11e5));
+        faults.add_byzantine(&mut StdRng::seed_from_u64(seed ^ 0x5eed_11e5));
         let span = Duration::from_secs(rng.random_range(20..120));
         Self { seed, nodes, faults, span }
     }

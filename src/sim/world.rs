@@ -160,7 +160,7 @@ impl World {
             Err(error) => return self.oracle.accuse(|| format!("host {index}: {error}")),
         };
         let me = host.key;
-        let strangers = host.members_on_disk().into_iter().filter(|node| *node != me).collect();
+        let non_members = host.members_on_disk().into_iter().filter(|node| *node != me).collect();
         match Node::start(host.clock.local(now), config, records) {
             Ok(node) => {
                 host.process = Some(Process {
@@ -173,7 +173,7 @@ impl World {
                     open_calls: BTreeSet::new(),
                     comparisons: BTreeMap::new(),
                     last_silent: None,
-                    unmet: strangers,
+                    unmet: non_members,
                 });
                 self.settle(index);
                 self.arm(index);

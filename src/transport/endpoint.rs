@@ -171,7 +171,7 @@ impl Transport {
         self.dialler.admissions.lock().counts()
     }
 
-    /// Whether strangers flood this node now with first packets that prove no address.
+    /// Whether non-members flood this node now with first packets that prove no address.
     pub fn flood(&self) -> Option<Flood> {
         self.dialler.admissions.lock().flood(Instant::now())
     }

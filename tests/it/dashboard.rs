@@ -231,7 +231,7 @@ fn status() -> Value {
         "kernel": {
             "device": "gossamer.1", "mtu": 1450, "underlay_interface": "eth0",
             "underlay_address": "10.99.1.1", "in_sync": true, "operations": 300,
-            "repairs": { "route": 2 }, "checksum_offload": true, "strangers_dropped": 0,
+            "repairs": { "route": 2 }, "checksum_offload": true, "non_members_dropped": 0,
             "peers_in_use": null, "misses_answered": 0, "misses_unknown": 0,
         },
         "pods": 4, "pods_outside": 0, "connections": 12,

@@ -76,7 +76,7 @@ fn tunnel_packets_of_strangers_are_dropped_and_those_of_a_new_member_pass_at_onc
         forge(&stranger, &cluster.hosts[0], &pods[0]);
         assert_eq!(echoes(&pods[0].netns), open, "let in");
         status_where(&mut cluster.agents[0], |status| {
-            status["kernel"]["strangers_dropped"].as_u64() >= Some(3)
+            status["kernel"]["non_members_dropped"].as_u64() >= Some(3)
         });
 
         // Nor do they pass piecemeal.

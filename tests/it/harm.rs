@@ -387,12 +387,12 @@ fn a_pod_cannot_use_an_address_or_a_mac_that_it_was_not_given() {
         all_works();
 
         // Addresses that it was not given, of its own subnet and of another.
-        for strange in ["10.42.7.99/24", "10.43.0.9/32", "fd42:0:0:7::99/64"] {
-            tool(&spaces[0], &format!("ip addr add {strange} dev eth0"));
-            let from = strange.split('/').next().expect("an address");
+        for malformed in ["10.42.7.99/24", "10.43.0.9/32", "fd42:0:0:7::99/64"] {
+            tool(&spaces[0], &format!("ip addr add {malformed} dev eth0"));
+            let from = malformed.split('/').next().expect("an address");
             let to = if from.contains(':') { &b6 } else { &b4 };
             assert!(!reaches(from, to), "{from} to {to}");
-            tool(&spaces[0], &format!("ip addr del {strange} dev eth0"));
+            tool(&spaces[0], &format!("ip addr del {malformed} dev eth0"));
         }
         // The address of another, taken while that one is known to all.
         let known = |address: &str| tool(&host.netns, &format!("ip neigh show {address} dev gsm0"));

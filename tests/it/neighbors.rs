@@ -49,7 +49,7 @@ fn flood(from: &NetNs) -> anyhow::Result<()> {
 }
 
 /// Entries for addresses of the subnets on the pods' bridge, less those of pods.
-fn strange_entries(host: &NetNs, pods: &[String]) -> Vec<String> {
+fn altered_entries(host: &NetNs, pods: &[String]) -> Vec<String> {
     let all = tool(host, "ip neigh show nud all dev gsm0");
     let of_subnet = |line: &&str| line.starts_with("fd42:") || line.starts_with("10.42.");
     let is_pods = |line: &str| pods.iter().any(|ip| line.starts_with(&format!("{ip} ")));
@@ -87,8 +87,8 @@ fn packets_to_unused_addresses_fill_no_neighbor_table_and_new_pods_are_found() {
         for source in [&spaces[1], host] {
             flood(source)?;
             let _ = run(source, "ping -c 1 -W 1 10.42.7.98");
-            let strange = strange_entries(host, &known);
-            assert!(strange.len() < 5, "{} entries: {:?}", strange.len(), strange.first());
+            let malformed = altered_entries(host, &known);
+            assert!(malformed.len() < 5, "{} entries: {:?}", malformed.len(), malformed.first());
         }
         let added = addresses(&Runtime::new(&cluster.agents[0]).add("c"));
         for address in known.iter().take(2).chain(&added) {

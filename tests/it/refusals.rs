@@ -63,7 +63,7 @@ fn limit_of_open_files_that_is_too_low_for_an_agent() {
 fn joiners_that_do_not_belong() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
-        let stranger = lab.host(9, "stranger")?;
+        let stranger = lab.host(9, "non-member")?;
         let (seed, token) = (cluster.hosts[0].ip.to_string(), cluster.token.clone());
         refused(&stranger, &["--join", &seed, "--token", &new_token()], &["certificate", "token"])?;
         refused(&stranger, &["--join", &seed], &["a token is needed", "gossamer token"])?;

@@ -67,7 +67,7 @@ fn tunnel_packets_to_several_hosts_are_dropped_and_counted_though_a_member_sends
         let forgery = forgery(mac, pods[1].ip.octets());
         send_to_all(&cluster.hosts[0], &forgery, 8472);
         status_where(&mut cluster.agents[1], |status| {
-            status["kernel"]["strangers_dropped"].as_u64() == Some(3)
+            status["kernel"]["non_members_dropped"].as_u64() == Some(3)
         });
         assert_eq!(echoes(&pods[1].netns), 0, "let in");
         // Networks of others may use groups at this port.
@@ -76,7 +76,7 @@ fn tunnel_packets_to_several_hosts_are_dropped_and_counted_though_a_member_sends
         send_to_all(&cluster.hosts[0], &of_others, 8472);
         assert!(run(&pods[0].netns, &format!("ping -c 1 -W 2 {}", pods[1].ip)).status.success());
         let status = cluster.agents[1].ask("/v1/status", PATIENCE)?;
-        assert_eq!(status["kernel"]["strangers_dropped"].as_u64(), Some(3));
+        assert_eq!(status["kernel"]["non_members_dropped"].as_u64(), Some(3));
         Ok(())
     });
 }
@@ -114,7 +114,7 @@ fn user_of_a_host_cannot_speak_as_a_pod_and_reaches_pods() {
         }
         sends(host, USER, &path, &peer, 8472);
         status_where(&mut cluster.agents[0], |status| {
-            status["kernel"]["strangers_dropped"].as_u64() == Some(1)
+            status["kernel"]["non_members_dropped"].as_u64() == Some(1)
         });
         assert!(sends(host, USER, &path, &peer, 8474));
         assert!(sends(host, USER, &path, &pods[1].ip.to_string(), 9));
@@ -197,7 +197,7 @@ fn no_user_speaks_as_a_pod(
     let to = underlays[1].parse()?;
     let dropped = |agents: &mut [Agent; 2]| {
         let status = agents[0].ask("/v1/status", PATIENCE).expect("a status");
-        status["kernel"]["strangers_dropped"].as_u64().unwrap_or_default()
+        status["kernel"]["non_members_dropped"].as_u64().unwrap_or_default()
     };
     send_by_a_known_route(host, 0, &forgery, to)?;
     wait_until("the forgery is none", PATIENCE, || echoes(&pod.netns) > 0);

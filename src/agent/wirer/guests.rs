@@ -8,16 +8,16 @@ use crate::pods::bridge::Bridge;
 const SHOWN: usize = 4;
 
 /// A sentence about ports of other programs on the pods' bridge.
-pub(super) fn warning(bridge: &Bridge, strangers: &BTreeSet<String>) -> Option<String> {
-    let first = strangers.first()?;
+pub(super) fn warning(bridge: &Bridge, foreign_ports: &BTreeSet<String>) -> Option<String> {
+    let first = foreign_ports.first()?;
     let held = match bridge.anti_spoofing {
         true => {
             "any address but those of pods, of the gateway and of the agent's own pod (the last one)"
         }
         false => "any address, also those of pods (anti_spoofing is off)",
     };
-    let names: Vec<&str> = strangers.iter().take(SHOWN).map(String::as_str).collect();
-    let more = match strangers.len().saturating_sub(SHOWN) {
+    let names: Vec<&str> = foreign_ports.iter().take(SHOWN).map(String::as_str).collect();
+    let more = match foreign_ports.len().saturating_sub(SHOWN) {
         0 => String::new(),
         more => format!(" and {more} more"),
     };

@@ -136,7 +136,7 @@ function aboutThisHost({
             ["Checksums", yes(kernel.checksum_offload, ["left to the card", "by the kernel"])],
             ["Operations", kernel.operations],
             ["Peers in use", kernel.peers_in_use],
-            ["Strangers dropped", kernel.strangers_dropped],
+            ["Non-members dropped", kernel.non_members_dropped],
             ["Misses answered", kernel.misses_answered],
             ["Misses unknown", kernel.misses_unknown],
             ...Object.entries(kernel.repairs ?? {}).map(([kind, value]) => [`Repairs: ${kind}`, value]),

@@ -58,8 +58,8 @@ impl State {
         created.lease_own(id(0), None);
         let creator = Node { table: created.clone(), disk: created, doubts: false };
         let empty = SlotTable::empty(pool());
-        let stranger = Node { table: empty.clone(), disk: empty, doubts: false };
-        let nodes = vec![creator, stranger.clone(), stranger];
+        let non_member = Node { table: empty.clone(), disk: empty, doubts: false };
+        let nodes = vec![creator, non_member.clone(), non_member];
         Self { nodes, sent: BTreeMap::new(), grants: 0, crashes: 0 }
     }
 

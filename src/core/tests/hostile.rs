@@ -28,12 +28,12 @@ fn first_of(record: &MemberRecord) -> Identity {
     Identity { node: record.node, incarnation: Incarnation { starts: 1, renewals: 0 } }
 }
 
-fn stranger_with_seeds(seeds: usize) -> Node {
+fn non_member_with_seeds(seeds: usize) -> Node {
     let config = NodeConfig { seeds, ..Host::new(1, [1; 24]).config() };
     Node::start(Time::ZERO, config, vec![]).expect("starts")
 }
 
-/// The greetings that a stranger sends until it has asked so many seeds.
+/// The greetings that a non-member sends until it has asked so many seeds.
 fn greetings(node: &mut Node, count: usize) -> Vec<CallId> {
     let mut calls = Vec::new();
     let mut now = Time::ZERO;
@@ -59,7 +59,7 @@ fn stops(node: &mut Node) -> usize {
 
 #[test]
 fn seed_of_another_cluster_stops_a_joiner_only_when_no_other_seed_may_be_right() {
-    let mut node = stranger_with_seeds(2);
+    let mut node = non_member_with_seeds(2);
     let calls = greetings(&mut node, 2);
     let (ours, theirs) = (ClusterId::from_bytes([1; 8]), ClusterId::from_bytes([2; 8]));
     let other = || refused(Refusal::OtherCluster { ours, theirs });
@@ -79,7 +79,7 @@ fn seed_of_another_cluster_stops_a_joiner_only_when_no_other_seed_may_be_right()
 
 #[test]
 fn answer_to_a_seed_from_before_a_reload_is_not_that_of_a_new_seed() {
-    let mut node = stranger_with_seeds(2);
+    let mut node = non_member_with_seeds(2);
     let calls = greetings(&mut node, 2);
     let now = Time::ZERO + seconds(1);
     node.set_seeds(now, 1);

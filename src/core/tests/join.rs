@@ -1,4 +1,4 @@
-//! From stranger to member with a subnet.
+//! From non-member to member with a subnet.
 
 use super::*;
 use crate::{model::MemberRecord, sim::host::Host};
@@ -236,12 +236,12 @@ fn what_reveals_a_grant_waits_for_the_write_that_holds_it() {
     let mut node = Node::start(Time::ZERO, config(0, bootstrap), vec![]).expect("starts");
     outputs(&mut node).for_each(drop);
     let joiner = config(1, Bootstrap::Join);
-    let mut stranger = Node::start(Time::ZERO, joiner.clone(), vec![]).expect("starts");
-    let hello = outputs(&mut stranger).find_map(|output| match output {
+    let mut non_member = Node::start(Time::ZERO, joiner.clone(), vec![]).expect("starts");
+    let hello = outputs(&mut non_member).find_map(|output| match output {
         Output::Call { bytes, .. } => Some(bytes),
         _ => None,
     });
-    let bytes = hello.expect("a stranger greets its seed");
+    let bytes = hello.expect("a non-member greets its seed");
     let request = Input::Request { from: joiner.node, reply: ReplyId(1), bytes };
     node.handle(Time::ZERO + LATENCY, request);
     let mut durable = None;
@@ -285,17 +285,17 @@ fn clusters_that_were_founded_apart_never_merge() {
     let other = World::new(2, settings("10.42.0.0/16", 24));
     let mut host = Host::new(7, [7; 24]);
     host.creates = Some(other.settings);
-    let stranger = Node::start(Time::ZERO, host.config(), Vec::new()).expect("starts");
+    let non_member = Node::start(Time::ZERO, host.config(), Vec::new()).expect("starts");
     let mine = world.node(0).cluster_id().expect("a cluster");
-    let theirs = stranger.cluster_id().expect("a cluster");
+    let theirs = non_member.cluster_id().expect("a cluster");
     assert_ne!(mine, theirs);
 
-    let compare = Request::Compare(stranger.roots());
+    let compare = Request::Compare(non_member.roots());
     let bytes = Frame::Request(&compare.encode()).encode(theirs);
     let before = world.node(0).roots();
     let now = world.now;
     let node = world.node_mut(0);
-    node.handle(now, Input::Request { from: stranger.me.node, reply: ReplyId(9), bytes });
+    node.handle(now, Input::Request { from: non_member.me.node, reply: ReplyId(9), bytes });
     let answer = outputs(node).find_map(|output| match output {
         Output::Reply { bytes, .. } => read_response(&bytes).ok(),
         _ => None,

@@ -182,13 +182,13 @@ pub fn stream_question(number: u32, size: usize) -> Vec<u8> {
 ///
 /// # Errors
 /// It is of another kind. None, if that cannot be told yet.
-pub fn read_stream(carried: &[u8]) -> Result<Option<(Said, u32, usize)>, Strange> {
+pub fn read_stream(carried: &[u8]) -> Result<Option<(Said, u32, usize)>, Malformed> {
     let head = carried.get(..LENGTH).ok_or(());
     let Ok(head) = head else { return Ok(None) };
     let said = match head[MAGIC.len()] {
         QUESTION => Said::Question,
         ANSWER => Said::Answer,
-        _ => return Err(Strange),
+        _ => return Err(Malformed),
     };
     let is_it = head.starts_with(&MAGIC) && head[MAGIC.len() + 1] == Kind::Data.number();
     let size = usize::from(u16::from_be_bytes([head[LENGTH_AT], head[LENGTH_AT + 1]]));
@@ -196,13 +196,13 @@ pub fn read_stream(carried: &[u8]) -> Result<Option<(Said, u32, usize)>, Strange
     if is_it && (SMALL..=LARGEST).contains(&size) && carried.len() <= size {
         Ok(Some((said, number, size)))
     } else {
-        Err(Strange)
+        Err(Malformed)
     }
 }
 
 /// What a connection carries that is of no trial.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Strange;
+pub struct Malformed;
 
 /// What a segment of TCP is, if it belongs to a trial.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -262,9 +262,9 @@ mod tests {
         for (at, byte) in [(0, b'G'), (4, b'.'), (5, 0), (6, 0xff), (7, 0)] {
             let mut other = stream.clone();
             other[at] = byte;
-            assert_eq!(read_stream(&other), Err(Strange), "{byte} at {at}");
+            assert_eq!(read_stream(&other), Err(Malformed), "{byte} at {at}");
         }
-        assert_eq!(read_stream(&[stream, vec![0]].concat()), Err(Strange));
+        assert_eq!(read_stream(&[stream, vec![0]].concat()), Err(Malformed));
         let small = stream_question(7, 0);
         assert_eq!((small.len(), read(&small)), (SMALL, None), "it is no datagram");
     }

@@ -59,7 +59,7 @@ pub struct FirewallTable {
 pub struct Pass {
     /// Somebody else had changed the table.
     pub repaired: bool,
-    /// Tunnel packets of strangers that were dropped.
+    /// Tunnel packets of non-members that were dropped.
     pub dropped: u64,
 }
 

@@ -69,7 +69,7 @@ pub struct PodTables {
     spoofing: Table,
     unused: Table,
     /// Ports of other programs on the bridge, as last seen.
-    strangers: BTreeSet<String>,
+    foreign_ports: BTreeSet<String>,
 }
 
 struct Table {
@@ -99,7 +99,7 @@ impl PodTables {
             changes: Changes::open().ok(),
             spoofing: Table::new(&spoofing::SHAPE),
             unused: Table::new(&unused::SHAPE),
-            strangers: BTreeSet::new(),
+            foreign_ports: BTreeSet::new(),
         }
     }
 
@@ -146,10 +146,10 @@ impl PodTables {
         all.extend(one);
         let all = with_known_macs(&mut self.nftables, bridge, &all);
         if !spoofing {
-            self.spoofing.write_for(&mut self.nftables, bridge, &all, &self.strangers);
+            self.spoofing.write_for(&mut self.nftables, bridge, &all, &self.foreign_ports);
         }
         if was_written && !unused {
-            self.unused.write_for(&mut self.nftables, bridge, &all, &self.strangers);
+            self.unused.write_for(&mut self.nftables, bridge, &all, &self.foreign_ports);
         }
     }
 
@@ -168,14 +168,14 @@ impl PodTables {
         }
     }
 
-    /// Makes the tables what they should be, or removes them where they are not wanted. `strangers` are the
-    /// bridge's ports of others, whose addresses are not known; none, where it was not looked at. `there`
+    /// Makes the tables what they should be, or removes them where they are not wanted. `foreign_ports` are
+    /// the bridge's ports of others, whose addresses are not known; none, where it was not looked at. `there`
     /// lists the interfaces of this host. Names the tables that another program had changed.
     pub fn keep(
         &mut self,
         bridge: &Bridge,
         tenants: &Tenants,
-        strangers: Option<&BTreeSet<String>>,
+        foreign_ports: Option<&BTreeSet<String>>,
         there: impl FnOnce() -> io::Result<BTreeSet<String>>,
     ) -> Vec<String> {
         let tenants = match bridge.anti_spoofing {
@@ -183,11 +183,11 @@ impl PodTables {
             false => Tenants::new(),
         };
         let mut there = Some(there);
-        if let Some(strangers) = strangers {
-            self.strangers.clone_from(strangers);
+        if let Some(foreign_ports) = foreign_ports {
+            self.foreign_ports.clone_from(foreign_ports);
         }
         // What was not looked at may have ports of others.
-        let is_alone = strangers.is_some_and(BTreeSet::is_empty);
+        let is_alone = foreign_ports.is_some_and(BTreeSet::is_empty);
         let wanted = [
             (&mut self.spoofing, bridge.anti_spoofing),
             (&mut self.unused, bridge.anti_spoofing && is_alone),
@@ -198,7 +198,7 @@ impl PodTables {
                 table.remove_once(&mut self.nftables, bridge);
                 continue;
             }
-            let elements = (table.shape.elements)(bridge, &tenants, &self.strangers);
+            let elements = (table.shape.elements)(bridge, &tenants, &self.foreign_ports);
             if table.keep(&mut self.nftables, bridge, elements, &mut there) {
                 changed.push(table.full_name(bridge));
             }
@@ -352,9 +352,9 @@ impl Table {
         nftables: &mut io::Result<Nftables>,
         bridge: &Bridge,
         tenants: &Tenants,
-        strangers: &BTreeSet<String>,
+        foreign_ports: &BTreeSet<String>,
     ) {
-        self.write(nftables, bridge, (self.shape.elements)(bridge, tenants, strangers));
+        self.write(nftables, bridge, (self.shape.elements)(bridge, tenants, foreign_ports));
     }
 
     /// In one transaction, which no packet notices.

@@ -34,7 +34,7 @@ use crate::{
 
 const CHAIN: &str = "pods";
 /// About ports of other programs. Frames pass it first.
-const STRANGERS_CHAIN: &str = "strangers";
+const FOREIGN_PORTS_CHAIN: &str = "foreign-ports";
 /// About frames that one container sends and would receive.
 const RETURNING_CHAIN: &str = "returning";
 /// About frames to several: what the rules for pods have let pass.
@@ -54,7 +54,7 @@ const CABLES: &str = "cables";
 pub(super) const MACS: &str = "macs";
 const ADDRESSES4: &str = "addresses4";
 const ADDRESSES6: &str = "addresses6";
-const STRANGERS: &str = "strangers";
+const FOREIGN_PORTS: &str = "foreign-ports";
 const USED_MACS: &str = "used_macs";
 const USED4: &str = "used4";
 const USED6: &str = "used6";
@@ -66,7 +66,7 @@ const SETS: [(&str, u32, u32); 11] = [
     (MACS, 24, 41 << 6 | 9),
     (ADDRESSES4, 28, (41 << 6 | 9) << 6 | 7),
     (ADDRESSES6, 40, (41 << 6 | 9) << 6 | 8),
-    (STRANGERS, 16, 41),
+    (FOREIGN_PORTS, 16, 41),
     (USED_MACS, 6, 9),
     (USED4, 4, 7),
     (USED6, 16, 8),
@@ -106,7 +106,7 @@ pub(super) static SHAPE: Shape = Shape {
     name: str::to_owned,
     sets: &SETS,
     chains: &[
-        (STRANGERS_CHAIN, PREROUTING, FIRST - 1),
+        (FOREIGN_PORTS_CHAIN, PREROUTING, FIRST - 1),
         (CHAIN, PREROUTING, FIRST),
         (GROUPS_CHAIN, PREROUTING, FIRST + 1),
         (RETURNING_CHAIN, FORWARD, FIRST),
@@ -114,14 +114,15 @@ pub(super) static SHAPE: Shape = Shape {
     limited: Some((CALM, GROUP_RATE)),
     alarm: Some(Alarm { chain: GROUPS_CHAIN, words: flooded }),
     rules: |_| {
-        let of_strangers = rules_for_strangers().into_iter().map(|rule| (STRANGERS_CHAIN, rule));
+        let of_non_members =
+            rules_for_foreign_ports().into_iter().map(|rule| (FOREIGN_PORTS_CHAIN, rule));
         let of_pods = rules().into_iter().map(|rule| (CHAIN, rule));
         let to_groups = rules_for_groups().into_iter().map(|rule| (GROUPS_CHAIN, rule));
         let to_itself = Rule::new()
             .named_with(SIBLINGS, &[Side::Input, Side::Output], &[], true)
             .named_with(SIBLING_MACS, &[Side::Output], &[ETHER_DESTINATION], false);
         let returning = std::iter::once((RETURNING_CHAIN, to_itself.count().drop()));
-        of_strangers.chain(of_pods).chain(to_groups).chain(returning).collect()
+        of_non_members.chain(of_pods).chain(to_groups).chain(returning).collect()
     },
     elements: elements_of,
     leaving: of_cable,
@@ -170,7 +171,7 @@ fn rules_for_groups() -> Vec<Rule> {
 }
 
 /// From top to bottom; what none of them drops goes on.
-fn rules_for_strangers() -> Vec<Rule> {
+fn rules_for_foreign_ports() -> Vec<Rule> {
     let used = [
         Rule::new().inside(USED_MACS, ETHER_SOURCE),
         arp().inside(USED4, ARP_ADDRESS),
@@ -183,7 +184,7 @@ fn rules_for_strangers() -> Vec<Rule> {
         Rule::new().ether_type(VLAN),
         Rule::new().ether_type(SERVICE_VLAN),
     ];
-    let of_others = Rule::new().input_with(STRANGERS, &[], false).accept();
+    let of_others = Rule::new().input_with(FOREIGN_PORTS, &[], false).accept();
     std::iter::once(of_others).chain(used.map(|rule| rule.count().drop())).collect()
 }
 
@@ -238,14 +239,14 @@ fn rules() -> Vec<Rule> {
 
 /// A container with several cables may answer by any of them for each of its addresses: which way its packets
 /// take is for its routes to say.
-fn elements_of(bridge: &Bridge, tenants: &Tenants, strangers: &BTreeSet<String>) -> Elements {
+fn elements_of(bridge: &Bridge, tenants: &Tenants, foreign_ports: &BTreeSet<String>) -> Elements {
     let mut containers: BTreeMap<&str, Vec<(&String, &Tenant)>> = BTreeMap::new();
     for (cable, tenant) in tenants {
         containers.entry(&tenant.container).or_default().push((cable, tenant));
     }
     let mut elements: Elements = SETS.map(|(set, ..)| (set, BTreeSet::new())).into();
     let mut add = |set, key| _ = elements.entry(set).or_default().insert(key);
-    strangers.iter().for_each(|port| add(STRANGERS, name_bytes(port).to_vec()));
+    foreign_ports.iter().for_each(|port| add(FOREIGN_PORTS, name_bytes(port).to_vec()));
     let gateways = bridge.subnets.iter().map(gateway);
     let own = last_addresses(bridge.subnets);
     for mac in [gateway(bridge.subnets.first), own.first].map(mac_at) {

@@ -93,7 +93,7 @@ pub enum Cause {
         legacy: Option<(String, String)>,
     },
     /// The peer's packets arrive under another address than the one that it advertises.
-    Stranger {
+    UnknownSender {
         seen: IpAddr,
     },
     /// Several cards claim the peer's address.
@@ -186,7 +186,7 @@ impl Cause {
             return Some(Self::Translated { seen: *seen, chain, legacy });
         }
         if let (Some(seen), true) = (traces.came_as, traces.came.is_empty()) {
-            return Some(Self::Stranger { seen });
+            return Some(Self::UnknownSender { seen });
         }
         if traces.macs.len() > 1 {
             return Some(Self::Claimed { macs: traces.macs.clone() });
@@ -285,7 +285,7 @@ impl Cause {
                      the guard of each member drops them: {by} changes it; exempt UDP {port}: {fix}"
                 )
             }
-            Self::Stranger { seen } => {
+            Self::UnknownSender { seen } => {
                 let dropped =
                     if place.guard { ", so the guard of this host drops them" } else { "" };
                 let address =

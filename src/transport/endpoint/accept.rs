@@ -7,7 +7,9 @@ use tokio::sync::oneshot;
 
 use super::{
     DIAL_TIMEOUT, Event, Events,
-    admission::{Admission, Begun, Budget, MAX_PLACES, Place, STRANGERS_TIMEOUT, SharedAdmissions},
+    admission::{
+        Admission, Begun, Budget, MAX_PLACES, NON_MEMBERS_TIMEOUT, Place, SharedAdmissions,
+    },
     read,
 };
 use crate::transport::{credentials::peer_of, intake::Intake};
@@ -54,7 +56,7 @@ async fn handshake(
     _place: Place,
 ) -> Option<Connection> {
     let address = incoming.remote_address();
-    let limit = if budget == Budget::Stranger { STRANGERS_TIMEOUT } else { DIAL_TIMEOUT };
+    let limit = if budget == Budget::NonMember { NON_MEMBERS_TIMEOUT } else { DIAL_TIMEOUT };
     tokio::select! {
         finished = tokio::time::timeout(limit, incoming.into_future()) => match finished {
             Ok(Ok(connection)) => return Some(connection),

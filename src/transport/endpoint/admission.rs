@@ -1,8 +1,8 @@
-//! Admission: which handshakes are begun, so that strangers never use up what members need.
+//! Admission: which handshakes are begun, so that non-members never use up what members need.
 //!
-//! The first packet of a handshake may carry any source address. A stranger, an address from which no member
-//! has spoken yet, must prove its address by QUIC's Retry (RFC 9000, 8.1.2) before it costs more than an
-//! answer of some hundred bytes. A member begins at once, within a small budget for first packets that
+//! The first packet of a handshake may carry any source address. A non-member, an address from which no
+//! member has spoken yet, must prove its address by QUIC's Retry (RFC 9000, 8.1.2) before it costs more than
+//! an answer of some hundred bytes. A member begins at once, within a small budget for first packets that
 //! prove nothing; beyond it, it has to prove its address, too. Each kind has a budget of its own.
 //!
 //! A host with a few addresses of its own can prove them and then finish no handshake. So each source has few
@@ -24,9 +24,9 @@ use ipnet::IpNet;
 
 use crate::model::bounded::MAX_MEMBERS;
 
-/// Handshakes under way with strangers that have proven their addresses. Each handshake may cost about
+/// Handshakes under way with non-members that have proven their addresses. Each handshake may cost about
 /// 40 KiB and a millisecond of CPU.
-const MAX_OF_STRANGERS: usize = 128;
+const MAX_OF_NON_MEMBERS: usize = 128;
 /// The same from one source.
 const MAX_OF_ONE_SOURCE: usize = 16;
 /// The oldest of them are not ended for newer ones of the same source. Several hosts may share it, behind a
@@ -35,10 +35,10 @@ const KEPT_OF_ONE_SOURCE: usize = 8;
 /// Any other has to end for a newer one of its source after this, where a handshake takes milliseconds
 /// without loss. So one that does not end keeps no near host out, and a source begins 80 more a second.
 const UNDISTURBED_BY_OWN: Duration = Duration::from_millis(100);
-/// A stranger's handshake ends after this. With a round trip of 300 ms the host sends its certificate after
+/// A non-member's handshake ends after this. With a round trip of 300 ms the host sends its certificate after
 /// 300 ms, and if that packet is lost, once more 900 ms later: QUIC waits for three round trips after its
 /// first sample (RFC 9002, 5.3 and 6.2.1). Losses before are repaired sooner, from 60 ms on.
-pub(super) const STRANGERS_TIMEOUT: Duration = Duration::from_millis(1_500);
+pub(super) const NON_MEMBERS_TIMEOUT: Duration = Duration::from_millis(1_500);
 /// Among sources that have equally many, a handshake has to end for a newer one after this at the earliest.
 /// Otherwise many hosts that join at once would end each other's handshakes, and none would finish.
 const UNDISTURBED: Duration = Duration::from_millis(250);
@@ -51,8 +51,8 @@ const KEPT_OF_ONE_MEMBER: usize = 16;
 const MAX_UNPROVEN: usize = 64;
 const MAX_UNPROVEN_OF_ONE: usize = 4;
 /// Handshakes under way at once.
-pub(super) const MAX_PLACES: usize = MAX_OF_STRANGERS + MAX_OF_MEMBERS + MAX_UNPROVEN;
-/// Strangers that have proven their addresses, or that this node dials, which are remembered.
+pub(super) const MAX_PLACES: usize = MAX_OF_NON_MEMBERS + MAX_OF_MEMBERS + MAX_UNPROVEN;
+/// Non-members that have proven their addresses, or that this node dials, which are remembered.
 const MAX_PROVEN: usize = 1_024;
 /// Packets per second to addresses that have proven nothing. Those to an address of the own network that no
 /// host has stay in the socket's buffer until the kernel gives up ARP or ND, 3 s later: 9,000 packets, of
@@ -87,7 +87,7 @@ pub(super) struct Begun {
 /// Whose budget a handshake uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Budget {
-    Stranger,
+    NonMember,
     Member,
     Unproven,
 }
@@ -106,7 +106,7 @@ pub struct Handshakes {
     pub unanswered: u64,
 }
 
-/// What strangers do too often.
+/// What non-members do too often.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Flood {
     /// In one minute.
@@ -147,7 +147,7 @@ struct Limits {
 impl Budget {
     const fn limits(self) -> Limits {
         let (of_all, of_one, kept) = match self {
-            Self::Stranger => (MAX_OF_STRANGERS, MAX_OF_ONE_SOURCE, KEPT_OF_ONE_SOURCE),
+            Self::NonMember => (MAX_OF_NON_MEMBERS, MAX_OF_ONE_SOURCE, KEPT_OF_ONE_SOURCE),
             Self::Member => (MAX_OF_MEMBERS, MAX_OF_ONE_MEMBER, KEPT_OF_ONE_MEMBER),
             Self::Unproven => (MAX_UNPROVEN, MAX_UNPROVEN_OF_ONE, MAX_UNPROVEN_OF_ONE),
         };
@@ -248,8 +248,8 @@ impl Admissions {
         learn(&mut self.members, MAX_MEMBERS, now, address);
     }
 
-    /// A stranger is about to be dialled at this address.
-    pub(super) fn learn_stranger(&mut self, now: Instant, address: IpAddr) {
+    /// A non-member is about to be dialled at this address.
+    pub(super) fn learn_non_member(&mut self, now: Instant, address: IpAddr) {
         learn(&mut self.proven, MAX_PROVEN, now, address);
     }
 
@@ -273,7 +273,7 @@ impl Admissions {
         let from = from.to_canonical();
         let is_member = self.members.contains_key(&from);
         if is_proven && !is_member {
-            self.learn_stranger(now, from);
+            self.learn_non_member(now, from);
         }
         self.unproven.turn(now);
         self.crowd.turn(now);
@@ -304,10 +304,10 @@ impl Admissions {
         let budget = match (is_member, is_proven) {
             (true, true) => Budget::Member,
             (true, false) => Budget::Unproven,
-            (false, true) => Budget::Stranger,
+            (false, true) => Budget::NonMember,
             (false, false) => return Admission::Retry,
         };
-        let source = if budget == Budget::Stranger { self.source(from) } else { from };
+        let source = if budget == Budget::NonMember { self.source(from) } else { from };
         let Limits { of_all, of_one, kept } = budget.limits();
         let places = self.places(budget);
         let is_source_full = count_of(&places, source) >= of_one;
@@ -405,7 +405,7 @@ impl Admissions {
         self.counts
     }
 
-    /// Whether strangers flood this node now with first packets that prove no address.
+    /// Whether non-members flood this node now with first packets that prove no address.
     pub(super) fn flood(&mut self, now: Instant) -> Option<Flood> {
         self.unproven.flood(now)
     }

@@ -34,7 +34,7 @@ impl Dialler {
         &self,
         address: SocketAddr,
     ) -> Result<(NodeId, Connection), CallError> {
-        self.admissions.lock().learn_stranger(Instant::now(), address.ip());
+        self.admissions.lock().learn_non_member(Instant::now(), address.ip());
         let connecting = self
             .endpoint
             .connect_with(self.client.clone(), address, SERVER_NAME)

@@ -1,4 +1,4 @@
-//! The UDP socket: buffers that a flood does not fill, and a limit for answers to strangers.
+//! The UDP socket: buffers that a flood does not fill, and a limit for answers to non-members.
 
 use std::{
     fmt,

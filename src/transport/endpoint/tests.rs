@@ -106,11 +106,11 @@ async fn who_was_on_the_way_in_when_its_secret_was_dropped_stays_outside() {
 
 #[tokio::test]
 async fn without_the_secret_nobody_gets_past_the_handshake() {
-    let (stranger, mut member) = (bind(2, 1), bind(1, 2));
-    let mut stranger = stranger;
+    let (non_member, mut member) = (bind(2, 1), bind(1, 2));
+    let mut non_member = non_member;
     let to = address(&member).to_string();
-    stranger.0.call_name(CallId(1), to, b"let me in".to_vec());
-    let Input::Answer { result: Err(error), .. } = next_input(&mut stranger).await else {
+    non_member.0.call_name(CallId(1), to, b"let me in".to_vec());
+    let Input::Answer { result: Err(error), .. } = next_input(&mut non_member).await else {
         panic!("no answer")
     };
     assert!(matches!(&error, CallError::Rejected(_)), "{error:?}");
@@ -119,7 +119,7 @@ async fn without_the_secret_nobody_gets_past_the_handshake() {
 
     // A dialler that accepts any server still shows a certificate of its own secret, or none.
     let roots = danger::client_without_certificate();
-    let connecting = stranger
+    let connecting = non_member
         .0
         .dialler
         .endpoint

@@ -23,7 +23,7 @@ fn stranger_proves_its_address_before_a_handshake_begins() {
     let now = Instant::now();
     let mut admissions = Admissions::new(now);
     assert_eq!(admissions.judge(now, ip(1), false), Admission::Retry);
-    assert_eq!(begun(admissions.judge(now, ip(1), true)), Some(Budget::Stranger));
+    assert_eq!(begun(admissions.judge(now, ip(1), true)), Some(Budget::NonMember));
     admissions.learn_member(now, ip(2));
     assert_eq!(begun(admissions.judge(now, ip(2), false)), Some(Budget::Unproven));
     let counts = Handshakes { begun: 2, retried: 1, ..Handshakes::default() };
@@ -99,7 +99,7 @@ fn address_that_takes_all_places_of_its_network_keeps_no_other_address_out() {
         assert_ne!(displaced, Some(joiner.number), "after {milliseconds} ms");
     }
     assert!(admissions.under_way.contains_key(&joiner.number));
-    assert_eq!(admissions.places(Budget::Stranger).values().sum::<usize>(), MAX_OF_ONE_SOURCE);
+    assert_eq!(admissions.places(Budget::NonMember).values().sum::<usize>(), MAX_OF_ONE_SOURCE);
 }
 
 #[test]
@@ -196,7 +196,7 @@ fn displaced_by(admissions: &mut Admissions, now: Instant, from: IpAddr) -> Opti
 fn source_has_few_places_and_loses_the_oldest_when_all_are_taken() {
     let now = Instant::now();
     let mut admissions = Admissions::new(now);
-    let sources = MAX_OF_STRANGERS / MAX_OF_ONE_SOURCE;
+    let sources = MAX_OF_NON_MEMBERS / MAX_OF_ONE_SOURCE;
     for source in 0..sources as u32 {
         for _ in 0..MAX_OF_ONE_SOURCE {
             number(admissions.judge(now, ip(source), true));
@@ -211,14 +211,14 @@ fn source_has_few_places_and_loses_the_oldest_when_all_are_taken() {
     assert_eq!(displaced_by(&mut admissions, now, ip(0)), None, "it would have the most again");
     assert_eq!(displaced_by(&mut admissions, now + UNDISTURBED, ip(0)), Some(own));
     assert_eq!(admissions.counts().displaced, 3);
-    assert_eq!(admissions.places(Budget::Stranger).values().sum::<usize>(), MAX_OF_STRANGERS);
+    assert_eq!(admissions.places(Budget::NonMember).values().sum::<usize>(), MAX_OF_NON_MEMBERS);
 }
 
 #[test]
 fn hosts_that_join_at_once_leave_each_other_time_to_finish() {
     let now = Instant::now();
     let mut admissions = Admissions::new(now);
-    for host in 0..MAX_OF_STRANGERS as u32 {
+    for host in 0..MAX_OF_NON_MEMBERS as u32 {
         number(admissions.judge(now, ip(host), true));
     }
     assert_eq!(admissions.judge(now, ip(1_000), true), Admission::Refuse);
@@ -234,11 +234,11 @@ fn loopback_is_one_source_and_so_are_all_pods() {
         let net: Ipv4Addr = net.parse().expect("an address");
         let host = |host: usize| IpAddr::V4((net.to_bits() + host as u32 * 259).into());
         for number in 1..=MAX_OF_ONE_SOURCE {
-            assert_eq!(begun(admissions.judge(now, host(number), true)), Some(Budget::Stranger));
+            assert_eq!(begun(admissions.judge(now, host(number), true)), Some(Budget::NonMember));
         }
         assert_eq!(admissions.judge(now, host(99), true), Admission::Refuse);
     }
-    assert_eq!(begun(admissions.judge(now, ip(1), true)), Some(Budget::Stranger));
+    assert_eq!(begun(admissions.judge(now, ip(1), true)), Some(Budget::NonMember));
 }
 
 #[test]

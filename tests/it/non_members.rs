@@ -15,7 +15,7 @@ use crate::{
 
 const PORT: u16 = 8473;
 
-/// Before answers to strangers were limited, 30 packets a second from unused addresses filled the socket's
+/// Before answers to non-members were limited, 30 packets a second from unused addresses filled the socket's
 /// buffer, and the flooded member was called down after 15 s.
 const LONG: Duration = Duration::from_secs(25);
 
@@ -35,7 +35,11 @@ fn flood_from_unused_addresses_mutes_no_member_and_a_host_joins() {
         cluster.converge()?;
         wait_until("the flood has lasted", PATIENCE, || begun.elapsed() > LONG);
         let status = cluster.agents[0].ask("/v1/status", PATIENCE)?;
-        assert!(has_problem(&mut cluster.agents[0], "strangers send"), "{:#}", status["problems"]);
+        assert!(
+            has_problem(&mut cluster.agents[0], "non-members send"),
+            "{:#}",
+            status["problems"]
+        );
         assert!(status["handshakes"]["retried"].as_u64() > Some(1_000), "{}", status["handshakes"]);
         assert!(flood.sent() > 1_000, "{}", flood.sent());
         drop(flood);
