@@ -358,7 +358,7 @@ fn taps<'a>(
     Ok(taps)
 }
 
-/// Whether both ends of a pod's cable are up, and it is plugged in as it should be.
+/// Whether both ends of a pod's veth pair are up, and it is plugged in as it should be.
 fn can_be_asked(port: &Link, bridge: &Link) -> bool {
     port.up && port.carrier && port.is_plugged_into(bridge.index) && port::is_right(port)
 }

@@ -389,7 +389,7 @@ fn concerns(op: &Op, peer: &Peer) -> bool {
 }
 
 /// Takes away the device of a VNI with every entry on it, routes into the pool's networks, the pods' bridge
-/// with their cables, and the file.
+/// with their veth pairs, and the file.
 pub(super) fn remove_traces(traces: Option<(u32, Pool)>, config: &Config) {
     let Some((vni, pool)) = traces else { return };
     let device = device_name(vni);

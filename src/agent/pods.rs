@@ -1,4 +1,4 @@
-//! The loop's side of pods: addresses are given and taken back, kept on disk, and cables are made.
+//! The loop's side of pods: addresses are given and taken back, kept on disk, and veth pairs are made.
 //!
 //! An answer is given when both the disk and the kernel have done their part. What fails half-way is taken
 //! back. The work itself is the writer's and the wirer's; here nothing waits.
@@ -60,7 +60,7 @@ pub(super) struct PodState {
     pub(super) reserved: BTreeMap<Attachment, Time>,
     /// What Docker has asked for before this node had a subnet, and since when it waits.
     pub(super) early: Vec<(Instant, docker::Request)>,
-    /// Cables that should be there and are not, as last told.
+    /// Veth pairs that should be there and are not, as last told.
     pub(super) absent: BTreeSet<String>,
     /// What the bridge is to be made like when the first pod comes.
     pub(super) expected: Option<Bridge>,
@@ -68,7 +68,7 @@ pub(super) struct PodState {
     pub(super) looks_ahead: usize,
     /// Why no pod can be plugged in.
     pub(super) refusal: Option<String>,
-    /// What waits for a look at the cables.
+    /// What waits for a look at the veth pairs.
     pub(super) looking: BTreeMap<u64, Looking>,
     number: u64,
     pub(super) attaching: BTreeMap<u64, Attaching>,
@@ -97,7 +97,7 @@ pub(super) struct Attaching {
 }
 
 impl PodState {
-    /// Ends of pods' cables that should be there.
+    /// Ends of pods' veth pairs that should be there.
     pub(super) fn links(&self) -> BTreeSet<String> {
         self.table.iter().map(|pod| link_name(&pod.attachment)).collect()
     }
@@ -107,18 +107,18 @@ impl PodState {
         self.attaching.values().any(|attaching| attaching.pod.attachment == *attachment)
     }
 
-    /// Who is behind the cables that should be there.
+    /// Who is behind the veth pairs that should be there.
     pub(super) fn tenants(&self) -> Tenants {
         let tenant = |pod: &Pod| (link_name(&pod.attachment), Tenant::new(pod, mac_of(pod)));
-        // Addresses that are only held have no cable.
+        // Addresses that are only held have no veth pair.
         let held = |pod: &&Pod| pod.owner == docker::OWNER && pod.netns.is_empty();
         self.table.iter().filter(|pod| !held(pod)).map(tenant).collect()
     }
 
-    /// From what the disk has, and the pods whose cables are there. After a new start of the host no
+    /// From what the disk has, and the pods whose veth pairs are there. After a new start of the host no
     /// container is there any more, even where no runtime will say so; addresses that a network of Docker's
-    /// holds are not of containers. No cable is there then: one that is proves that the note of the start is
-    /// wrong.
+    /// holds are not of containers. No veth pair is there then: one that is proves that the note of the
+    /// start is wrong.
     pub(super) fn remember(records: &[(Key, Record)], same_boot: bool, found: &[Pod]) -> Self {
         if !same_boot && !found.is_empty() {
             tracing::warn!(
@@ -126,10 +126,9 @@ impl PodState {
                 "the state directory is of another start of this host: pods are known by their interfaces"
             );
         }
-        let has_cable = |pod: &Pod| {
-            let is_it = |cable: &Pod| {
-                cable.attachment == pod.attachment && cable.addresses == pod.addresses
-            };
+        let has_veth = |pod: &Pod| {
+            let is_it =
+                |veth: &Pod| veth.attachment == pod.attachment && veth.addresses == pod.addresses;
             found.iter().any(is_it)
         };
         let pods = records.iter().filter_map(|(_, record)| match record {
@@ -137,7 +136,7 @@ impl PodState {
             _ => None,
         });
         let (known, gone): (Vec<Pod>, Vec<Pod>) =
-            pods.partition(|pod| same_boot || is_of_a_network(pod) || has_cable(pod));
+            pods.partition(|pod| same_boot || is_of_a_network(pod) || has_veth(pod));
         let removals = gone.iter().map(|pod| (Key::Pod(pod.addresses.first), Vec::new()));
         Self { to_save: removals.collect(), table: Pods::new(known), ..Self::default() }
     }

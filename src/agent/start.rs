@@ -235,7 +235,7 @@ async fn prepare(
     let mut pods = PodState::remember(&records, memory.is_same_boot, &found);
     if known_cluster.is_none() || is_new || !memory.is_same_boot {
         // Pods outlive the state directory and the database. One whose record is gone from a database that is
-        // whole was disconnected: its cable is swept away.
+        // whole was disconnected: its veth pair is swept away.
         pods.adopt(found);
     }
     pods.early = early;

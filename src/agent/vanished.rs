@@ -1,7 +1,7 @@
 //! Pods that are gone: those that ended while the agent was away, and those whose runtime has not said so.
 //!
-//! A cable goes with its namespace, so a pod without one uses its addresses no more. They are taken back when
-//! a later look confirms it, and at once where they are needed.
+//! A veth pair goes with its namespace, so a pod without one uses its addresses no more. They are taken back
+//! when a later look confirms it, and at once where they are needed.
 
 use std::{
     collections::BTreeSet,
@@ -29,7 +29,7 @@ use crate::{
 /// Between two looks for notes of the CNI plugin. It leaves them when an agent that runs does not answer.
 const NOTES_EVERY: Duration = Duration::from_secs(5);
 
-/// What waits for a look at the cables.
+/// What waits for a look at the veth pairs.
 pub(super) enum Looking {
     /// A pod for which there is no address, as long as all others are there.
     Attach {
@@ -139,7 +139,7 @@ impl Agent {
         self.wirer.ask(job);
     }
 
-    /// Pods that may be gone. What Docker has asked for and not plugged in yet has no cable.
+    /// Pods that may be gone. What Docker has asked for and not plugged in yet has no veth pair.
     fn suspects(&self) -> impl Iterator<Item = &Pod> {
         let may_be = |pod: &&Pod| !pod.netns.is_empty() && !self.pods.is_attaching(&pod.attachment);
         self.pods.table.iter().filter(may_be)
@@ -188,7 +188,7 @@ impl Agent {
         self.take_back(confirmed);
     }
 
-    /// Forgets pods by their cables; says which.
+    /// Forgets pods by their veth pairs; says which.
     fn take_back(&mut self, links: &BTreeSet<String>) -> Vec<PodStatus> {
         let is_gone = |pod: &&Pod| links.contains(&link_name(&pod.attachment));
         let gone: Vec<Pod> = self.suspects().filter(is_gone).cloned().collect();

@@ -82,18 +82,18 @@ pub enum Job {
 /// A pod that may be gone.
 #[derive(Debug)]
 pub struct Suspect {
-    /// Name of its cable's end on this host.
+    /// Name of its veth pair's end on this host.
     pub link: String,
     /// Path of its network namespace.
     pub netns: String,
 }
 
-/// Which pods are gone, by the names of their cables.
+/// Which pods are gone, by the names of their veth pairs.
 #[derive(Debug, Default)]
 pub struct Looked {
-    /// The kernel has no such cable.
+    /// The kernel has no such veth pair.
     pub gone: BTreeSet<String>,
-    /// The kernel still has the cable, but the path does not lead to its namespace any more: it may be
+    /// The kernel still has the veth pair, but the path does not lead to its namespace any more: it may be
     /// removing both.
     pub going: BTreeSet<String>,
 }
@@ -114,7 +114,7 @@ pub enum Wired {
         number: u64,
         result: io::Result<Looked>,
     },
-    /// Cables of pods that the kernel does not have, and those of them that it did not have a while ago.
+    /// Veth pairs of pods that the kernel does not have, and those of them that it did not have a while ago.
     Absent {
         links: BTreeSet<String>,
         confirmed: BTreeSet<String>,
@@ -155,7 +155,7 @@ impl Wirer {
             thread::scope(|scope| {
                 let work = || reap(reaper, reaping, &report);
                 if let Err(error) = thread::Builder::new().spawn_scoped(scope, work) {
-                    return tracing::error!(%error, "no thread that removes cables");
+                    return tracing::error!(%error, "no thread that removes veth pairs");
                 }
                 let worker = PodWorker {
                     wiring,
@@ -236,7 +236,7 @@ struct PodWorker<'a, F> {
     /// As last told.
     guests: Option<String>,
     fetched: Fetched,
-    /// Since when cables of pods are not there.
+    /// Since when veth pairs of pods are not there.
     absent: BTreeMap<String, Instant>,
     /// What the kernel tells of our own work is read when those who wait for it have their answers.
     worked: Instant,
@@ -272,9 +272,9 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
     fn work(&mut self, job: Job) {
         match job {
             Job::Connect { number, bridge, pod, mac, end } => {
-                let cable = link_name(&pod.attachment);
+                let veth = link_name(&pod.attachment);
                 let tenant = Tenant::new(&pod, mac);
-                self.tables.let_in(&bridge, &cable, &tenant, &self.tenants);
+                self.tables.let_in(&bridge, &veth, &tenant, &self.tenants);
                 let result = self.wiring.connect(&bridge, &pod, mac, &end);
                 if result.is_ok() {
                     self.seen = Some(bridge.clone());
@@ -282,11 +282,11 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
                 // Ports of others may be on a bridge that has not been looked at.
                 self.touched |= self.kept.as_ref() != Some(&bridge);
                 self.kept = Some(bridge);
-                self.fetched.0.remove(&cable);
+                self.fetched.0.remove(&veth);
                 if result.is_ok() {
-                    self.tenants.insert(cable, tenant);
+                    self.tenants.insert(veth, tenant);
                 } else {
-                    self.tables.shut_out(&cable, &tenant);
+                    self.tables.shut_out(&veth, &tenant);
                 }
                 let attachment = result.is_ok().then(|| pod.attachment.clone());
                 (self.report)(Wired::Connected { number, result });
@@ -295,13 +295,13 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
                 }
             }
             Job::Disconnect { number, attachment, netns } => {
-                let cable = link_name(&attachment);
-                let tenant = self.tenants.remove(&cable);
+                let veth = link_name(&attachment);
+                let tenant = self.tenants.remove(&veth);
                 if let Some(tenant) = &tenant {
-                    self.tables.shut_out(&cable, tenant);
+                    self.tables.shut_out(&veth, tenant);
                     self.wiring.forget_neighbors(tenant.addresses);
                 }
-                // Its addresses are of the container's other cables too.
+                // Its addresses are of the container's other veth pairs too.
                 let is_its = |other: &Tenant| other.container == attachment.container();
                 self.touched |= self.tenants.values().any(is_its);
                 let gone = |result| {
@@ -323,7 +323,7 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
             }
             Job::Keep { bridge, tenants } => {
                 // An agent that has just started was not there to see it.
-                let new = tenants.keys().filter(|cable| !self.tenants.contains_key(*cable));
+                let new = tenants.keys().filter(|veth| !self.tenants.contains_key(*veth));
                 self.fetched.0.extend(new.cloned());
                 (self.kept, self.tenants) = (Some(bridge), tenants);
                 self.touched = true;
@@ -371,8 +371,8 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
             return self.look_ahead();
         };
         let mut result = self.wiring.mend(bridge, &self.tenants);
-        for (cable, tenant) in self.tenants.iter_mut().filter(|(_, tenant)| tenant.mac.is_none()) {
-            tenant.mac = self.wiring.mac_behind(cable, Path::new(&tenant.netns));
+        for (veth, tenant) in self.tenants.iter_mut().filter(|(_, tenant)| tenant.mac.is_none()) {
+            tenant.mac = self.wiring.mac_behind(veth, Path::new(&tenant.netns));
         }
         let foreign_ports = result.as_ref().ok().map(|mended| &mended.foreign_ports);
         let links = || Ok(self.wiring.links()?.into_keys().collect());

@@ -62,7 +62,7 @@ impl From<&Attachment> for AttachmentName {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attached {
     pub mac: Mac,
-    /// The other end of its cable, on this host.
+    /// The other end of its veth pair, on this host.
     pub link: String,
     pub link_mac: Mac,
     pub bridge: String,

@@ -111,7 +111,7 @@ impl Places {
 #[derive(Debug, Default, serde::Serialize)]
 struct Removed {
     devices: Vec<String>,
-    /// With the cables of pods.
+    /// With the veth pairs of pods.
     bridges: Vec<String>,
     routes: Vec<String>,
     /// How many policy rules.

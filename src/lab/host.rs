@@ -78,8 +78,8 @@ impl Lab {
         Ok(Host { name: name.to_owned(), ip, netns, dir })
     }
 
-    /// Pulls or plugs the cable of a host.
-    pub fn set_cable(&mut self, number: u16, plugged: bool) -> io::Result<()> {
+    /// Pulls or plugs the veth pair of a host.
+    pub fn set_veth(&mut self, number: u16, plugged: bool) -> io::Result<()> {
         let index = self.netlink.index_of(&format!("port{number}"))?;
         let link = LinkUnspec::new_with_index(index);
         self.netlink.set_link(if plugged { link.up() } else { link.down() })

@@ -48,7 +48,7 @@ pub struct Link {
     /// What `ip link set alias` gave it; empty without.
     pub alias: String,
     pub up: bool,
-    /// A cable, a radio link or the other end of the pair is there (`IFF_LOWER_UP`).
+    /// A veth pair, a radio link or the other end of the pair is there (`IFF_LOWER_UP`).
     pub carrier: bool,
     pub loopback: bool,
     pub message: LinkMessage,
@@ -84,7 +84,7 @@ impl Link {
         })
     }
 
-    /// The kernel's number for the namespace that the other end of a cable is in; negative, if that is
+    /// The kernel's number for the namespace that the other end of a veth pair is in; negative, if that is
     /// ending; none, if it is this one.
     pub fn peer_namespace(&self) -> Option<i32> {
         self.message.attributes.iter().find_map(|attribute| match attribute {

@@ -310,8 +310,8 @@ pub(super) const fn is_link_local(ip: IpAddr) -> bool {
     }
 }
 
-/// Whether it is a port of another program. Cables of pods that are gone, and those of the agent's own pods,
-/// are none.
+/// Whether it is a port of another program. Veth pairs of pods that are gone, and those of the agent's own
+/// pods, are none.
 pub(super) fn is_foreign(link: &Link, bridge: u32, ports: &Tenants) -> bool {
     let is_ours = || {
         let name = &link.name;

@@ -1,5 +1,5 @@
-//! How the ends of pods' cables on this host are called: by a hash of the attachment, so that what an agent
-//! left half-made is found again.
+//! How the ends of pods' veth pairs on this host are called: by a hash of the attachment, so that what an
+//! agent left half-made is found again.
 
 use sha2::{Digest as _, Sha256};
 
@@ -11,7 +11,7 @@ use crate::{
 
 /// So many bytes of the hash: the name has 13 characters, the kernel allows 15.
 const HASHED: usize = 5;
-/// Bytes in the name of a cable's end on this host.
+/// Bytes in the name of a veth pair's end on this host.
 pub const LINK_NAME: usize = PREFIX.len() + 2 * HASHED;
 
 /// The name of the end on this host.
@@ -30,7 +30,7 @@ pub fn loose_end(link: &str) -> String {
     format!("{link}p")
 }
 
-/// Whether an interface is called as the end of a cable on this host is.
+/// Whether an interface is called as the end of a veth pair on this host is.
 pub fn is_link_name(name: &str) -> bool {
     name.strip_prefix(PREFIX).is_some_and(|digits| {
         digits.len() == 2 * HASHED && digits.bytes().all(|byte| byte.is_ascii_hexdigit())

@@ -1,4 +1,4 @@
-//! Ends of pods' cables that another program has renamed: what keeps a pod connected goes by their names.
+//! Ends of pods' veth pairs that another program has renamed: what keeps a pod connected goes by their names.
 
 use std::{collections::BTreeSet, io};
 

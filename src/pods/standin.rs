@@ -1,9 +1,9 @@
 //! A pod of the agent's own: a network namespace without a name on the pods' bridge, whose packets are
 //! forwarded like those of any pod.
 //!
-//! The kernel removes the namespace with its cable as soon as the last file descriptor on it is closed, so
-//! that nothing is left of an agent that was killed. It has the last address of the subnet, which is given to
-//! a pod when there is no other; whoever uses this gives it up then.
+//! The kernel removes the namespace with its veth pair as soon as the last file descriptor on it is closed,
+//! so that nothing is left of an agent that was killed. It has the last address of the subnet, which is
+//! given to a pod when there is no other; whoever uses this gives it up then.
 
 use std::{
     fs::File,

@@ -1,5 +1,5 @@
-//! A pod's cable: a veth pair from the bridge of this host's pods into a network namespace, with addresses
-//! and routes, by netlink alone.
+//! A pod's veth pair: a veth pair from the bridge of this host's pods into a network namespace, with
+//! addresses and routes, by netlink alone.
 //!
 //! The kernel answers for what is there: an end on this host is known by its name, which follows from the
 //! attachment, so that whatever an agent left half-made is found again. Which addresses a pod has is not
@@ -81,7 +81,7 @@ pub enum WiringError {
     Kernel { what: &'static str, error: io::Error },
 }
 
-/// Where a pod's end of its cable is to be.
+/// Where a pod's end of its veth pair is to be.
 #[derive(Debug)]
 pub enum End {
     /// In the pod's namespace, with addresses and routes.
@@ -101,8 +101,8 @@ impl End {
     }
 }
 
-/// What a cable is made like.
-struct Cable<'a> {
+/// What a veth pair is made like.
+struct Veth<'a> {
     mac: Mac,
     mtu: u32,
     netns: Option<&'a File>,
@@ -120,7 +120,7 @@ pub struct Connected {
     pub routes: Vec<Route>,
 }
 
-/// Makes and removes cables on this host.
+/// Makes and removes veth pairs on this host.
 #[derive(Debug)]
 pub struct Wiring {
     netlink: Netlink,
@@ -176,7 +176,7 @@ impl Wiring {
             End::Loose => None,
         };
         let netns_of_pod = inside.as_ref().map(|(file, _)| file);
-        let cable = Cable {
+        let veth = Veth {
             mac,
             mtu: bridge.mtu,
             netns: netns_of_pod,
@@ -186,13 +186,13 @@ impl Wiring {
         if mac != mac_at(pod.addresses.first) {
             self.expect_no_port_has(mac, bridge, pod)?;
         }
-        let plugged = self.port(bridge).and_then(|port| self.plug(pod, &cable, port));
+        let plugged = self.port(bridge).and_then(|port| self.plug(pod, &veth, port));
         if plugged.is_err() {
             // An interface of an attachment that nobody knows any more may be there, or another bridge.
             self.bridge = None;
             self.disconnect(&pod.attachment).map_err(failed("removing an old interface"))?;
             let port = self.port(bridge).map_err(failed("making the bridge"))?;
-            if let Err(error) = self.plug(pod, &cable, port) {
+            if let Err(error) = self.plug(pod, &veth, port) {
                 let _ = self.disconnect(&pod.attachment);
                 return Err(match error.kind() {
                     io::ErrorKind::AlreadyExists => WiringError::InterfaceTaken {
@@ -298,7 +298,7 @@ impl Wiring {
         self.index(attachment)?.map_or(Ok(false), |index| self.delete(index))
     }
 
-    /// The MAC at the other end of a cable whose pod another program has furnished.
+    /// The MAC at the other end of a veth pair whose pod another program has furnished.
     pub fn mac_behind(&mut self, port: &str, netns: &Path) -> Option<Mac> {
         let index = self.netlink.link(port).ok()??.index;
         let (_, mut inside) = self.enter(netns, None).ok()?;
@@ -334,7 +334,7 @@ impl Wiring {
             .map_err(failed("giving its routes to another interface"))
     }
 
-    /// Removes a bridge of pods with all cables on it.
+    /// Removes a bridge of pods with all veth pairs on it.
     pub fn remove(&mut self, bridge: &str) -> io::Result<()> {
         self.sweep(bridge, &BTreeSet::new())?;
         match self.netlink.link(bridge)?.filter(|link| link.alias == ALIAS) {
@@ -343,7 +343,7 @@ impl Wiring {
         }
     }
 
-    /// Removes all cables on a bridge of pods but these; says how many.
+    /// Removes all veth pairs on a bridge of pods but these; says how many.
     pub fn sweep(&mut self, bridge: &str, keep: &BTreeSet<String>) -> io::Result<usize> {
         let links = self.netlink.links()?;
         let found = links.iter().find(|link| link.name == bridge && link.alias == ALIAS);
@@ -357,8 +357,8 @@ impl Wiring {
         Ok(strays.len())
     }
 
-    /// Looks whether a pod still has both ends of its cable, its addresses, and the MAC that it is held to;
-    /// returns all addresses of its interface.
+    /// Looks whether a pod still has both ends of its veth pair, its addresses, and the MAC that it is held
+    /// to; returns all addresses of its interface.
     ///
     /// # Errors
     /// What it lacks.
@@ -408,7 +408,7 @@ impl Wiring {
     fn plug(
         &mut self,
         pod: &Pod,
-        &Cable { mac, mtu, netns, default_route, pinned }: &Cable<'_>,
+        &Veth { mac, mtu, netns, default_route, pinned }: &Veth<'_>,
         port: u32,
     ) -> io::Result<()> {
         let name = link_name(&pod.attachment);
@@ -439,7 +439,7 @@ impl Wiring {
         all_done(refused.iter().filter(|refused| NEEDED.contains(&refused.index)))
     }
 
-    /// Closes the ends of a cable on this host. What cannot be set is told when the bridge is looked at.
+    /// Closes the ends of a veth pair on this host. What cannot be set is told when the bridge is looked at.
     ///
     /// A port of a bridge hands nothing to this host itself, so the pod need not wait for that.
     pub fn close(attachment: &Attachment, end: &End) {

@@ -329,11 +329,11 @@ fn gateway_to_a_peer_beside_and_a_peer_without_an_answer_are_named() {
         wait_for_words(&mut cluster.agents[1], &words);
         tool(&host.netns, "ip rule del pref 200");
         cluster.agents.iter_mut().for_each(wait_for_path);
-        lab.set_cable(1, false)?;
+        lab.set_veth(1, false)?;
         tool(&cluster.hosts[1].netns, "ip neigh flush dev eth0");
         let words = ["no machine on eth0 answers ARP for 10.99.0.10, so packets to n1"];
         wait_for_words(&mut cluster.agents[1], &words);
-        lab.set_cable(1, true)?;
+        lab.set_veth(1, true)?;
         cluster.agents.iter_mut().for_each(wait_for_path);
         Ok(())
     });

@@ -255,10 +255,10 @@ fn a_host_that_comes_back_needs_nobody() {
         let subnet = Agent::subnet(&cluster.agents[1].wait_converged(3, PATIENCE)?)?;
         let device = netns(&cluster, "ip -br link show dev gossamer.1");
         cluster.agents[1].end(Signal::SIGTERM)?;
-        // As after a reboot with the cable pulled: no device, no file, nobody to ask.
+        // As after a reboot with the veth pair pulled: no device, no file, nobody to ask.
         netns(&cluster, "ip link del gossamer.1");
         fs::remove_file(cluster.hosts[1].dir.join("subnet.env"))?;
-        lab.set_cable(2, false)?;
+        lab.set_veth(2, false)?;
         cluster.agents[1] = Agent::start(program(), &cluster.hosts[1], &[])?;
         assert_eq!(cluster.agents[1].wait_subnet(PATIENCE)?, subnet);
         let netns = &cluster.hosts[1].netns;
@@ -270,7 +270,7 @@ fn a_host_that_comes_back_needs_nobody() {
         assert_eq!(mac(&now), mac(&device), "the VTEP is the same");
         let env = fs::read_to_string(cluster.hosts[1].dir.join("subnet.env"))?;
         assert!(env.contains(&format!("FLANNEL_SUBNET={}", subnet.hosts().next().expect("hosts"))));
-        lab.set_cable(2, true)?;
+        lab.set_veth(2, true)?;
         cluster.converge()
     });
 }

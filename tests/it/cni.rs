@@ -108,8 +108,8 @@ pub fn address(result: &Value) -> String {
     text.split('/').next().expect("an address").to_owned()
 }
 
-/// Ends of pods' cables on a host.
-pub fn cables(host: &Host) -> usize {
+/// Ends of pods' veth pairs on a host.
+pub fn veths(host: &Host) -> usize {
     let links = tool(&host.netns, "ip -o link show type veth");
     links.lines().filter(|line| line.contains(": gsm")).count()
 }
@@ -239,7 +239,7 @@ fn what_cannot_be_connected_is_refused_and_leaves_nothing() {
 
         let runtime = Runtime::new(&cluster.agents[0]);
         runtime.add("a");
-        assert_eq!(cables(&cluster.hosts[0]), 1);
+        assert_eq!(veths(&cluster.hosts[0]), 1);
         Ok(())
     });
 }
@@ -253,11 +253,11 @@ fn what_the_runtime_does_not_know_any_more_is_collected_and_nothing_of_others() 
         ["a", "b"].iter().for_each(|pod| _ = runtime.add(pod));
         assert!(runtime.call("ADD", "c", &json!({ "name": "another" })).0);
         let (code, _) = runtime.refused("GC", "", &json!({}));
-        assert_eq!((code, cables(&cluster.hosts[0])), (7, 3));
+        assert_eq!((code, veths(&cluster.hosts[0])), (7, 3));
         let valid =
             json!({ "cni.dev/valid-attachments": [{ "containerID": "b", "ifname": "eth0" }] });
         assert!(runtime.call("GC", "", &valid).0);
-        wait_until("two are left", PATIENCE, || cables(&cluster.hosts[0]) == 2);
+        wait_until("two are left", PATIENCE, || veths(&cluster.hosts[0]) == 2);
         let left = cluster.agents[0].ask("/v1/pods", PATIENCE)?;
         let names: Vec<_> =
             left["pods"].as_array().expect("a list").iter().map(|pod| &pod["container"]).collect();
@@ -281,12 +281,12 @@ fn many_at_once_all_succeed() {
         });
         addresses.sort();
         addresses.dedup();
-        assert_eq!((addresses.len(), cables(&cluster.hosts[0])), (200, 200));
+        assert_eq!((addresses.len(), veths(&cluster.hosts[0])), (200, 200));
         std::thread::scope(|scope| {
             names.iter().for_each(|name| _ = scope.spawn(|| runtime.del(name)))
         });
         assert_eq!(pods(&mut cluster.agents[0]), 0);
-        wait_until("no interface is left", PATIENCE, || cables(&cluster.hosts[0]) == 0);
+        wait_until("no interface is left", PATIENCE, || veths(&cluster.hosts[0]) == 0);
         Ok(())
     });
 }
@@ -319,7 +319,7 @@ fn an_agent_that_is_killed_at_any_moment_leaves_neither_address_nor_interface() 
                 kill_and_start(&mut cluster)?;
             }
             assert_eq!(pods(&mut cluster.agents[0]), 0, "{round}");
-            wait_until("no interface is left", PATIENCE, || cables(&cluster.hosts[0]) == 0);
+            wait_until("no interface is left", PATIENCE, || veths(&cluster.hosts[0]) == 0);
         }
         assert!(cut_short > 0, "no ADD was cut short");
         assert!(Runtime::new(&cluster.agents[0]).add("a")["ips"].is_array());
@@ -413,7 +413,7 @@ fn a_subnet_that_is_used_up_is_said_and_what_is_given_back_is_given_again() {
             names[..5].iter().map(|name| address(&runtime.add(name))).collect();
         let (code, why) = runtime.refused("ADD", "f", &json!({}));
         assert!(code == 100 && why.contains("all 5 addresses"), "{code} {why}");
-        assert_eq!((cables(&host), pods(&mut agent)), (5, 5));
+        assert_eq!((veths(&host), pods(&mut agent)), (5, 5));
         let runtime = Runtime::new(&agent);
         runtime.del("c");
         assert_eq!(address(&runtime.add("f")), given[2]);

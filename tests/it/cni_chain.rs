@@ -139,7 +139,7 @@ fn firewall_lets_a_pods_packets_through_a_chain_that_drops() {
 }
 
 #[test]
-fn bandwidth_finds_the_cable_of_a_pod_and_shapes_it() {
+fn bandwidth_finds_the_veth_of_a_pod_and_shapes_it() {
     if let Some(why) = missing("bandwidth") {
         return skipped("cni_chain::bandwidth_finds_the_cable_of_a_pod_and_shapes_it", &why);
     }
@@ -171,8 +171,8 @@ fn bandwidth_finds_the_cable_of_a_pod_and_shapes_it() {
                 return Ok(());
             }
         };
-        let cable = first["interfaces"][1]["name"].as_str().expect("a name");
-        let shown = tool(list.host, &format!("tc qdisc show dev {cable}"));
+        let veth = first["interfaces"][1]["name"].as_str().expect("a name");
+        let shown = tool(list.host, &format!("tc qdisc show dev {veth}"));
         assert!(shown.contains("tbf") && shown.contains("8Mbit"), "{shown}");
         let gateway = first["ips"][0]["gateway"].as_str().expect("a gateway");
         tool(&spaces[0], &format!("ping -c 1 -W 2 {gateway}"));

@@ -7,7 +7,7 @@ use nix::sys::signal::Signal;
 use serde_json::json;
 
 use crate::{
-    cni::{Runtime, address, cables, namespaces, pods},
+    cni::{Runtime, address, namespaces, pods, veths},
     common::{
         Cluster, PATIENCE, client, eventually, freeze, isolated, program, status_where, thaw, tool,
         wait_until,
@@ -63,9 +63,9 @@ fn a_container_of_the_same_name_is_connected_again_after_it_vanished() {
         let space = NetNs::new("a")?;
         let runtime = Runtime::new(&cluster.agents[0]);
         runtime.add("a");
-        // Its cable is gone with its namespace, and another namespace has its name.
+        // Its veth pair is gone with its namespace, and another namespace has its name.
         end(space);
-        wait_until("the cable is gone", PATIENCE, || cables(&cluster.hosts[0]) == 0);
+        wait_until("the veth pair is gone", PATIENCE, || veths(&cluster.hosts[0]) == 0);
         let space = NetNs::new("a")?;
         let added = runtime.add("a");
         let gateway = added["ips"][0]["gateway"].as_str().expect("a gateway");
@@ -83,7 +83,7 @@ fn container_that_comes_again_in_a_namespace_of_the_same_name_is_connected_at_on
             let space = NetNs::new("a")?;
             runtime.add("a");
             end(space);
-            // The kernel may not have removed the cable yet, and the path leads to another namespace.
+            // The kernel may not have removed the veth pair yet, and the path leads to another namespace.
             let space = NetNs::new("a")?;
             runtime.add("a");
             runtime.del("a");
@@ -151,7 +151,7 @@ fn a_vanished_pod_is_no_pod_and_its_address_comes_back_by_itself() {
             pods(&mut cluster.agents[0]) == 1
         });
         assert!(cluster.agents[0].log().contains("gone without notice"));
-        assert_eq!(cables(&cluster.hosts[0]), 1);
+        assert_eq!(veths(&cluster.hosts[0]), 1);
         Ok(())
     });
 }
@@ -164,7 +164,7 @@ fn release_takes_back_the_addresses_of_vanished_pods_and_of_no_others() {
         let runtime = Runtime::new(&cluster.agents[0]);
         let (a, _) = (runtime.add("a"), runtime.add("b"));
         end(spaces.remove(0));
-        wait_until("the cable is gone", PATIENCE, || cables(&cluster.hosts[0]) == 1);
+        wait_until("the veth pair is gone", PATIENCE, || veths(&cluster.hosts[0]) == 1);
         let release = |agent: &Agent| {
             let output = client(agent, &["pods", "--release"]);
             assert!(output.status.success(), "{output:?}");
@@ -206,7 +206,7 @@ fn what_ended_while_no_agent_ran_is_noted_and_done_when_it_is_back() {
         let left = cluster.agents[0].ask("/v1/pods", PATIENCE)?;
         let left = left["pods"].as_array().expect("a list");
         assert!(left.len() == 1 && left[0]["container"] == "b", "{left:?}");
-        wait_until("their cables are gone", PATIENCE, || cables(&cluster.hosts[0]) == 1);
+        wait_until("their veth pairs are gone", PATIENCE, || veths(&cluster.hosts[0]) == 1);
         let gateway = b["ips"][0]["gateway"].as_str().expect("a gateway");
         tool(&spaces[1], &format!("ping -c 1 -W 2 {gateway}"));
 
@@ -248,7 +248,7 @@ fn notes_left_for_an_agent_that_hangs_are_carried_out_when_it_goes_on() {
         wait_until("the notes are carried out", PATIENCE, || count() == 0);
         // What was asked for by a runtime that waits no longer is not done either.
         assert_eq!(pods(&mut cluster.agents[0]), 0);
-        wait_until("no interface is left", PATIENCE, || cables(&cluster.hosts[0]) == 0);
+        wait_until("no interface is left", PATIENCE, || veths(&cluster.hosts[0]) == 0);
         Ok(())
     });
 }
@@ -284,7 +284,7 @@ fn note_that_comes_while_the_agent_runs_is_carried_out_and_spoils_no_later_pod()
         runtime.add("a");
         wait_until("the note is gone", PATIENCE, || find().is_none());
         assert_eq!(pods(&mut cluster.agents[0]), 1);
-        assert_eq!(cables(&cluster.hosts[0]), 1);
+        assert_eq!(veths(&cluster.hosts[0]), 1);
         Ok(())
     });
 }

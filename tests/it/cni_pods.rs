@@ -11,7 +11,7 @@ use gossamer::lab::{Agent, Host, NetNs, Pinger};
 use serde_json::{Value, json};
 
 use crate::{
-    cni::{Runtime, address, cables, namespaces, pods},
+    cni::{Runtime, address, namespaces, pods, veths},
     common::{Cluster, PATIENCE, isolated, program, run, skipped, status_where, tool, wait_until},
 };
 
@@ -71,7 +71,7 @@ fn a_second_interface_has_its_own_address_and_the_first_keeps_the_default_route(
             assert!(whole, "{why}");
         }
         assert!(runtime.call_with("DEL", "a", &second, &json!({ "name": "second" })).0);
-        wait_until("its cable is gone", PATIENCE, || cables(&cluster.hosts[0]) == 2);
+        wait_until("its veth pair is gone", PATIENCE, || veths(&cluster.hosts[0]) == 2);
         ping(&spaces[2], &address(&first));
         assert!(tool(&spaces[0], "ip route show default").contains("dev eth0"));
         Ok(())
@@ -102,7 +102,7 @@ fn interface_that_is_left_gets_the_routes_of_the_one_that_is_removed() {
             agent = Agent::start(program(), &host, &[])?;
             agent.wait_converged(1, PATIENCE)?;
             Runtime::new(&agent).del(name);
-            wait_until("its cable is gone", PATIENCE, || {
+            wait_until("its veth pair is gone", PATIENCE, || {
                 !run(space, "ip link show eth0").status.success()
             });
             let now = routes(space, "default");
@@ -135,7 +135,7 @@ fn interface_that_is_left_gets_the_routes_of_one_removed_without_an_agent() {
         Runtime::new(&cluster.agents[0]).del("a");
         cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &[])?;
         cluster.converge()?;
-        wait_until("its cable is gone", PATIENCE, || {
+        wait_until("its veth pair is gone", PATIENCE, || {
             !run(&spaces[0], "ip link show eth0").status.success()
         });
         assert_eq!(default(), before.replace("eth0", "net1"));
@@ -221,7 +221,7 @@ fn a_namespace_named_by_a_process_needs_no_capability_of_the_agent() {
         // Its end is noticed like that of any other.
         container.kill()?;
         container.wait()?;
-        wait_until("its cable is gone", PATIENCE, || cables(&host) == 0);
+        wait_until("its veth pair is gone", PATIENCE, || veths(&host) == 0);
         status_where(&mut agent, |status| status["pods"] == 0);
         let runtime = Runtime::new(&agent);
         assert!(runtime.call_with("DEL", "c", &named, &json!({})).0);

@@ -410,7 +410,7 @@ fn containers_go_on_while_docker_and_the_agent_come_and_go() {
             boot.done("rm -f three");
         }
         let one = boot.address("one");
-        // What ends while no agent runs: Docker puts the cable's end back on this host, and tells nobody.
+        // What ends while no agent runs: Docker puts the veth pair's end back on this host, and tells nobody.
         cluster.agents[0].end(Signal::SIGKILL)?;
         let mut remove = Command::new("docker");
         remove.args(["--host", &boot.socket, "rm", "-f", "two"]).stdout(Stdio::null());
@@ -421,7 +421,7 @@ fn containers_go_on_while_docker_and_the_agent_come_and_go() {
         cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &[])?;
         let agent = &mut cluster.agents[0];
         wait_until("the address is free again", PATIENCE, || addresses(agent) == [one.clone()]);
-        wait_until("its cable is gone", PATIENCE, || !loose());
+        wait_until("its veth pair is gone", PATIENCE, || !loose());
         remove.kill()?;
         remove.wait()?;
         Ok(())

@@ -13,7 +13,7 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::{
-    cni::{cables, namespaces, pods},
+    cni::{namespaces, pods, veths},
     common::{Cluster, PATIENCE, eventually, isolated, program, run, skipped, tool, wait_until},
 };
 
@@ -228,7 +228,7 @@ fn addresses_macs_and_names_that_are_asked_for_are_given_or_refused() {
         // Setup refuses it, so there is nothing to be torn down.
         let never = podman.call("teardown", "b", &json!({ "interface_name": "all" }));
         assert!(never.status.success(), "{}", answer(&never));
-        assert_eq!((pods(&mut cluster.agents[0]), cables(&cluster.hosts[0])), (1, 1));
+        assert_eq!((pods(&mut cluster.agents[0]), veths(&cluster.hosts[0])), (1, 1));
 
         // As `podman network reload` does it: the same address and MAC once more.
         let output = podman.call("teardown", "a", &asked);
@@ -346,7 +346,7 @@ fn a_container_that_ended_without_teardown_starts_again() {
         let space = NetNs::new("a")?;
         let podman = Podman::new(&cluster.agents[0]);
         podman.set_up("a", &json!({}));
-        // Its namespace is gone with its cable, and there is another one of the same name.
+        // Its namespace is gone with its veth pair, and there is another one of the same name.
         tool(&cluster.hosts[0].netns, "ip netns del a");
         drop(space);
         let space = NetNs::new("a")?;
@@ -354,7 +354,7 @@ fn a_container_that_ended_without_teardown_starts_again() {
         let shown = tool(&space, "ip addr show dev eth0");
         assert!(shown.contains(&address(&given)), "{shown}");
         assert_eq!(pods(&mut cluster.agents[0]), 1);
-        wait_until("one cable is left", PATIENCE, || cables(&cluster.hosts[0]) == 1);
+        wait_until("one veth pair is left", PATIENCE, || veths(&cluster.hosts[0]) == 1);
         Ok(())
     });
 }
@@ -372,7 +372,7 @@ fn a_container_that_ends_without_an_agent_gives_its_address_back_later() {
         cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &[])?;
         cluster.converge()?;
         wait_until("one pod is left", PATIENCE, || pods(&mut cluster.agents[0]) == 1);
-        wait_until("one cable is left", PATIENCE, || cables(&cluster.hosts[0]) == 1);
+        wait_until("one veth pair is left", PATIENCE, || veths(&cluster.hosts[0]) == 1);
         let left = cluster.agents[0].ask("/v1/pods", PATIENCE)?;
         assert_eq!(left["pods"][0]["container"], "b");
         Ok(())

@@ -61,7 +61,7 @@ fn a_host_without_power_is_withdrawn_and_restored_when_it_is_back() {
         wait_until("the path is not known", PATIENCE, || {
             path(&mut cluster.agents[0], "n2").contains("ok")
         });
-        lab.set_cable(2, false)?;
+        lab.set_veth(2, false)?;
         let begun = Instant::now();
         eventually(host, &show, |route| route.starts_with("unreachable"));
         println!("withdrawn after {:?}", begun.elapsed());
@@ -69,7 +69,7 @@ fn a_host_without_power_is_withdrawn_and_restored_when_it_is_back() {
         let refused = run(host, &format!("ping -c 1 -W 5 {}", pod.ip));
         let said = String::from_utf8_lossy(&[refused.stdout, refused.stderr].concat()).into_owned();
         assert!(said.contains("No route to host") || said.contains("Unreachable"), "{said}");
-        lab.set_cable(2, true)?;
+        lab.set_veth(2, true)?;
         eventually(host, &show, |route| route.contains("via"));
         // Its own kernel may wait a second for another answer of the underlay's ARP.
         for netns in [host, &cluster.hosts[1].netns] {
@@ -203,7 +203,7 @@ fn echoes_that_are_filtered_once_the_agent_is_dead_cut_no_pod_off_that_is_heard(
         stays_reached(&pods[0].netns, pods[1].ip)?;
         assert!(path(&mut cluster.agents[0], "n2").contains("one-way"));
         // Without power there are no packets of its own any more.
-        lab.set_cable(2, false)?;
+        lab.set_veth(2, false)?;
         eventually(&cluster.hosts[0].netns, "ip route show proto 73", |route| {
             route.contains("unreachable")
         });

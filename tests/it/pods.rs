@@ -14,7 +14,7 @@ use nix::{
 use serde_json::json;
 
 use crate::{
-    cni::{Runtime, address, cables, namespaces, pods},
+    cni::{Runtime, address, namespaces, pods, veths},
     common::{
         Cluster, PATIENCE, client, eventually, gossamer_token, isolated, program, run,
         status_where, tool, wait_until,
@@ -119,7 +119,7 @@ fn pods_outlive_a_lost_database_and_not_a_new_start_of_the_host() {
         // Once more: now the disk has them again, and nothing is swept away.
         cluster.agents[1].end(Signal::SIGKILL)?;
         start(&mut cluster)?;
-        assert_eq!((pods(&mut cluster.agents[1]), cables(&cluster.hosts[1])), (2, 2));
+        assert_eq!((pods(&mut cluster.agents[1]), veths(&cluster.hosts[1])), (2, 2));
         tool(&spaces[0], &format!("ping -c 1 -W 2 {gateway}"));
 
         cluster.agents[1].end(Signal::SIGKILL)?;
@@ -170,7 +170,7 @@ fn pods_outlive_a_note_of_another_start_of_the_host() {
             assert!(!given.contains(&new), "{new} is {given:?}");
             given.push(new);
             assert_eq!(
-                (pods(&mut cluster.agents[0]), cables(&cluster.hosts[0])),
+                (pods(&mut cluster.agents[0]), veths(&cluster.hosts[0])),
                 (turn + 2, turn + 2)
             );
             tool(&spaces[0], &format!("ping -c 1 -W 5 {gateway}"));
@@ -200,14 +200,14 @@ fn pods_outlive_a_state_directory_of_an_earlier_start_of_the_host() {
         fs::write(copy.join("boot"), "0a7d2f1e-9c1b-4c37-9f0d-b0b86d1f0000\n")?;
         start(&mut cluster)?;
         Runtime::new(&cluster.agents[0]).call("DEL", "old", &json!({}));
-        wait_until("its cable is left", PATIENCE, || cables(&cluster.hosts[0]) == 0);
+        wait_until("its veth pair is left", PATIENCE, || veths(&cluster.hosts[0]) == 0);
         let a = Runtime::new(&cluster.agents[0]).add("a");
         cluster.agents[0].end(Signal::SIGTERM)?;
         fs::remove_dir_all(&state)?;
         fs::rename(&copy, &state)?;
         start(&mut cluster)?;
         // The pod of the earlier start is gone, and that of this one is known.
-        assert_eq!((pods(&mut cluster.agents[0]), cables(&cluster.hosts[0])), (1, 1));
+        assert_eq!((pods(&mut cluster.agents[0]), veths(&cluster.hosts[0])), (1, 1));
         let listed = cluster.agents[0].ask("/v1/pods", PATIENCE)?.to_string();
         assert!(listed.contains(&address(&a)), "{listed}");
         let b = Runtime::new(&cluster.agents[0]).add("b");
@@ -242,7 +242,7 @@ fn fifo_in_the_place_of_a_namespace_is_refused_and_delays_no_other_pod() {
     });
 }
 
-/// A cable is removed after its DEL was answered.
+/// A veth pair is removed after its DEL was answered.
 #[test]
 fn pods_that_were_disconnected_before_a_crash_do_not_come_back() {
     isolated(|lab| {
@@ -260,7 +260,7 @@ fn pods_that_were_disconnected_before_a_crash_do_not_come_back() {
         cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &["--init"])?;
         cluster.converge()?;
         assert_eq!(pods(&mut cluster.agents[0]), 1);
-        wait_until("the cables are left", PATIENCE, || cables(&cluster.hosts[0]) == 1);
+        wait_until("the veth pairs are left", PATIENCE, || veths(&cluster.hosts[0]) == 1);
         Ok(())
     });
 }
@@ -294,7 +294,7 @@ fn pods_outlive_a_lost_state_directory_over_all_restarts_that_follow() {
                 let (done, said) =
                     Runtime::new(&agent).call("CHECK", "a", &json!({ "prevResult": given[0] }));
                 assert!(done, "{said}");
-                assert_eq!((pods(&mut agent), cables(&host)), (turn + 2, turn + 2));
+                assert_eq!((pods(&mut agent), veths(&host)), (turn + 2, turn + 2));
                 tool(&spaces[0], &format!("ping -c 1 -W 5 {gateway}"));
             }
         }

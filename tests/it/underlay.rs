@@ -121,7 +121,7 @@ fn uplink_that_fails_is_replaced_and_the_better_one_taken_again() {
         std::thread::sleep(Duration::from_millis(2500));
         assert!(is_on(&mut cluster.agents[1], "eth0", "10.99.0.11"), "it is the worse one");
 
-        // The cable is pulled: a network manager takes address and routes away.
+        // The veth pair is pulled: a network manager takes address and routes away.
         outside("ip link set port2 down");
         tool(&host.netns, "ip addr flush dev eth0");
         wait_until("no failover", SOON, || is_on(&mut cluster.agents[1], "wwan0", "10.99.9.9"));

@@ -96,7 +96,7 @@ fn network_manager(world: &mut World) -> anyhow::Result<()> {
         nmcli device; exit 1";
     restart_and_watch(&mut pair, "NetworkManager started", script)?;
     restart_and_watch(&mut pair, "NetworkManager restarted", "systemctl restart NetworkManager")?;
-    // What is new there looks to it like a cable that has just been plugged in.
+    // What is new there looks to it like a veth pair that has just been plugged in.
     pair.pods[1] = add_pod(&mut pair.hosts[1], "late")?;
     let restart = "systemctl restart NetworkManager";
     restart_and_watch(&mut pair, "a pod that is added to NetworkManager's host", restart)?;

@@ -106,7 +106,7 @@ pub enum UnderlayError {
          {address} dev {controller}, and routes that go by {iface})"
     )]
     Port { iface: String, controller: String, address: IpNet },
-    #[error("iface: {iface} has no carrier: is the cable plugged in, and the other end up?")]
+    #[error("iface: {iface} has no carrier: is the veth pair plugged in, and the other end up?")]
     NoCarrier { iface: String },
     #[error("netlink: {0}")]
     Netlink(String),

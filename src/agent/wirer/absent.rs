@@ -1,4 +1,4 @@
-//! Cables of pods that are not there any more, and cables that no container uses.
+//! Veth pairs of pods that are not there any more, and veth pairs that no container uses.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,24 +13,25 @@ use crate::pods::{
     wiring::{Wiring, loose_end},
 };
 
-/// Cables whose loose ends Docker has fetched. It puts an end back on this host when the container has ended
-/// or has left the network, and tells the agent, if that runs.
+/// Veth pairs whose loose ends Docker has fetched. It puts an end back on this host when the container has
+/// ended or has left the network, and tells the agent, if that runs.
 #[derive(Default)]
 pub(super) struct Fetched(pub(super) BTreeSet<String>);
 
 impl Fetched {
-    /// Cables that are of no container any more: those that are not there, and those with a loose end again.
+    /// Veth pairs that are of no container any more: those that are not there, and those with a loose end
+    /// again.
     pub(super) fn gone(&mut self, tenants: &Tenants, seen: &Mended) -> BTreeSet<String> {
         let is_fetched =
-            |cable: &&String| !seen.absent.contains(*cable) && !seen.loose.contains(*cable);
+            |veth: &&String| !seen.absent.contains(*veth) && !seen.loose.contains(*veth);
         self.0.extend(tenants.keys().filter(is_fetched).cloned());
-        self.0.retain(|cable| tenants.contains_key(cable));
+        self.0.retain(|veth| tenants.contains_key(veth));
         seen.absent.iter().chain(seen.loose.intersection(&self.0)).cloned().collect()
     }
 }
 
-/// Tells of cables that are not there, as often as that changes, and of those that have not been there for
-/// long enough.
+/// Tells of veth pairs that are not there, as often as that changes, and of those that have not been there
+/// for long enough.
 pub(super) fn note_absent(
     known: &mut BTreeMap<String, Instant>,
     absent: &BTreeSet<String>,

@@ -6,7 +6,7 @@ use super::{PodWorker, Wired};
 use crate::{model::Attachment, pods::bridge::Tenant};
 
 impl<F: Fn(Wired)> PodWorker<'_, F> {
-    /// Gives the routes of a cable that is to be removed to another one of the same container.
+    /// Gives the routes of a veth pair that is to be removed to another one of the same container.
     pub(super) fn hand_over(
         &mut self,
         attachment: &Attachment,
@@ -15,7 +15,7 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
         index: u32,
     ) {
         let is_its = |(_, other): &(_, &Tenant)| other.container == attachment.container();
-        let others = self.tenants.iter().filter(is_its).map(|(cable, _)| cable);
+        let others = self.tenants.iter().filter(is_its).map(|(veth, _)| veth);
         let others: Vec<&String> = others.collect();
         if others.is_empty() {
             return;

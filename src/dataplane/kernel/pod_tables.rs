@@ -50,8 +50,8 @@ pub(super) struct Shape {
     pub(super) elements: fn(&Bridge, &Tenants, &BTreeSet<String>) -> Elements,
     /// Which of the elements go with a pod that is unplugged.
     pub(super) leaving: fn(&Bridge, &str, &Tenant, &Elements) -> Elements,
-    /// A set of cables whose elements stay until the kernel has removed the cable.
-    pub(super) cables: Option<&'static str>,
+    /// A set of veth pairs whose elements stay until the kernel has removed the veth pair.
+    pub(super) veths: Option<&'static str>,
     /// What is so without the table, and what the table takes.
     pub(super) without: (&'static str, &'static str),
 }
@@ -122,11 +122,11 @@ impl PodTables {
         tables.into_iter().flat_map(|table| table.problem.iter().chain(&table.alarm))
     }
 
-    /// Lets a pod in by its cable, before it is answered.
+    /// Lets a pod in by its veth pair, before it is answered.
     ///
     /// Whether addresses without a pod can be refused is known only after a look at the bridge's ports
     /// ([`PodTables::keep`]).
-    pub fn let_in(&mut self, bridge: &Bridge, cable: &str, tenant: &Tenant, all: &Tenants) {
+    pub fn let_in(&mut self, bridge: &Bridge, veth: &str, tenant: &Tenant, all: &Tenants) {
         if !bridge.anti_spoofing {
             self.spoofing.remove_once(&mut self.nftables, bridge);
             self.unused.remove_once(&mut self.nftables, bridge);
@@ -135,7 +135,7 @@ impl PodTables {
         let its_others = all.iter().filter(|(_, other)| other.container == tenant.container);
         let mut one: Tenants =
             its_others.map(|(name, other)| (name.clone(), other.clone())).collect();
-        one.insert(cable.to_owned(), tenant.clone());
+        one.insert(veth.to_owned(), tenant.clone());
         let was_written = self.unused.written.is_some();
         let tables = [&mut self.spoofing, &mut self.unused];
         let [spoofing, unused] = add(tables, &mut self.nftables, bridge, &one);
@@ -153,10 +153,10 @@ impl PodTables {
         }
     }
 
-    /// Takes back what a cable was allowed. Nothing that comes out of it passes any more.
-    pub fn shut_out(&mut self, cable: &str, tenant: &Tenant) {
+    /// Takes back what a veth pair was allowed. Nothing that comes out of it passes any more.
+    pub fn shut_out(&mut self, veth: &str, tenant: &Tenant) {
         let tables = [&self.spoofing, &self.unused];
-        let gone = tables.map(|table| table.leaving(cable, tenant));
+        let gone = tables.map(|table| table.leaving(veth, tenant));
         let steps: Vec<(u8, Step)> = tables
             .iter()
             .zip(&gone)
@@ -256,9 +256,9 @@ impl Table {
     }
 
     /// What goes with a pod.
-    fn leaving(&self, cable: &str, tenant: &Tenant) -> Elements {
+    fn leaving(&self, veth: &str, tenant: &Tenant) -> Elements {
         let of_written = |written: &Written| {
-            (self.shape.leaving)(&written.bridge, cable, tenant, &written.elements)
+            (self.shape.leaving)(&written.bridge, veth, tenant, &written.elements)
         };
         self.written.as_ref().map(of_written).unwrap_or_default()
     }
@@ -328,13 +328,13 @@ impl Table {
         !is_right
     }
 
-    /// Cables that are being removed stay where they are.
+    /// Veth pairs that are being removed stay where they are.
     fn keep_dying(
         &self,
         wanted: &mut Elements,
         there: &mut Option<impl FnOnce() -> io::Result<BTreeSet<String>>>,
     ) {
-        let Some(set) = self.shape.cables else { return };
+        let Some(set) = self.shape.veths else { return };
         let had = self.written.as_ref().and_then(|written| written.elements.get(set));
         let keep = wanted.entry(set).or_default();
         let stale: Vec<Vec<u8>> =
@@ -441,8 +441,8 @@ fn with_known_macs(
     let left: BTreeSet<Vec<u8>> =
         sets::read(nftables, family, (&name, spoofing::MACS), |key, _| Some(key.to_vec()))
             .unwrap_or_default();
-    for (cable, tenant) in tenants.iter_mut().filter(|(_, tenant)| tenant.mac.is_none()) {
-        let its = left.iter().find(|key| key.starts_with(&name_bytes(cable)));
+    for (veth, tenant) in tenants.iter_mut().filter(|(_, tenant)| tenant.mac.is_none()) {
+        let its = left.iter().find(|key| key.starts_with(&name_bytes(veth)));
         let mac = its.and_then(|key| key.get(IFNAMSIZ..)?.first_chunk::<6>().copied());
         tenant.mac = mac.map(Mac::from_bytes);
     }

@@ -1,9 +1,9 @@
 //! The table that holds pods to the addresses and the MAC that they were given, for what comes into their
-//! bridge from their cables.
+//! bridge from their veth pairs.
 //!
-//! What comes from a cable that is in a set is dropped if the other sets do not hold it. So a cable is in
-//! the sets before its pod is answered, and its name stays until the kernel has removed it. What comes from
-//! a port of another program has addresses that are not known, and is dropped if they are a pod's, the
+//! What comes from a veth pair that is in a set is dropped if the other sets do not hold it. So a veth pair
+//! is in the sets before its pod is answered, and its name stays until the kernel has removed it. What comes
+//! from a port of another program has addresses that are not known, and is dropped if they are a pod's, the
 //! gateway's, or those of the agent's own pod.
 //!
 //! A pod may bridge its own interfaces, or send back by one of them what comes in there. Frames would go
@@ -46,11 +46,11 @@ const PREROUTING: u32 = 0;
 const FORWARD: u32 = 2;
 const FIRST: i32 = -310;
 
-/// Sets with the length of their elements and their type as the `nft` program knows it: name of the cable,
-/// MAC, and address. Then names of ports of others, and what is used by pods, the gateway and the agent's own
-/// pod; pairs of cables of one container, and MACs of the same container; and cables that have not sent too
-/// much to groups.
-const CABLES: &str = "cables";
+/// Sets with the length of their elements and their type as the `nft` program knows it: name of the veth
+/// pair, MAC, and address. Then names of ports of others, and what is used by pods, the gateway and the
+/// agent's own pod; pairs of veth pairs of one container, and MACs of the same container; and veth pairs
+/// that have not sent too much to groups.
+const VETHS: &str = "veth pairs";
 pub(super) const MACS: &str = "macs";
 const ADDRESSES4: &str = "addresses4";
 const ADDRESSES6: &str = "addresses6";
@@ -62,7 +62,7 @@ const SIBLINGS: &str = "siblings";
 const SIBLING_MACS: &str = "sibling_macs";
 const CALM: &str = "calm";
 const SETS: [(&str, u32, u32); 11] = [
-    (CABLES, 16, 41),
+    (VETHS, 16, 41),
     (MACS, 24, 41 << 6 | 9),
     (ADDRESSES4, 28, (41 << 6 | 9) << 6 | 7),
     (ADDRESSES6, 40, (41 << 6 | 9) << 6 | 8),
@@ -75,7 +75,8 @@ const SETS: [(&str, u32, u32); 11] = [
     (CALM, 16, 41),
 ];
 
-/// Broadcasts and multicasts a second by one cable. Each of them costs this host a copy for each of its pods.
+/// Broadcasts and multicasts a second by one veth pair. Each of them costs this host a copy for each of its
+/// pods.
 const GROUP_RATE: u64 = 2_000;
 
 /// Places in a frame: offset and length.
@@ -125,8 +126,8 @@ pub(super) static SHAPE: Shape = Shape {
         of_non_members.chain(of_pods).chain(to_groups).chain(returning).collect()
     },
     elements: elements_of,
-    leaving: of_cable,
-    cables: Some(CABLES),
+    leaving: of_veth,
+    veths: Some(VETHS),
     without: (
         "pods can use addresses that they were not given",
         "nf_tables for bridges (CONFIG_NF_TABLES_BRIDGE)",
@@ -159,12 +160,12 @@ fn flooded(bridge: &Bridge) -> String {
     )
 }
 
-/// Without the limit, which the kernel knows since 5.7, all cables are calm.
+/// Without the limit, which the kernel knows since 5.7, all veth pairs are calm.
 fn rules_for_groups() -> Vec<Rule> {
     let (base, offset, _) = ETHER_DESTINATION;
     vec![
         Rule::new().masked(base, offset, &[1], &[0], true).accept(),
-        Rule::new().input_with(CABLES, &[], false).accept(),
+        Rule::new().input_with(VETHS, &[], false).accept(),
         Rule::new().input_with(CALM, &[], true).accept(),
         Rule::new().count().drop(),
     ]
@@ -196,7 +197,7 @@ fn rules() -> Vec<Rule> {
     };
     let advertised = link_local(TARGET, icmpv6(NEIGHBOUR_ADVERTISEMENT), false);
     vec![
-        Rule::new().input_with(CABLES, &[], false).accept(),
+        Rule::new().input_with(VETHS, &[], false).accept(),
         Rule::new().input_with(MACS, &[ETHER_SOURCE], false).count().drop(),
         Rule::new().input_with(SIBLING_MACS, &[ETHER_DESTINATION], true).count().drop(),
         arp().input_with(ADDRESSES4, &[ARP_MAC, ARP_ADDRESS], true).accept(),
@@ -237,12 +238,12 @@ fn rules() -> Vec<Rule> {
     ]
 }
 
-/// A container with several cables may answer by any of them for each of its addresses: which way its packets
-/// take is for its routes to say.
+/// A container with several veth pairs may answer by any of them for each of its addresses: which way its
+/// packets take is for its routes to say.
 fn elements_of(bridge: &Bridge, tenants: &Tenants, foreign_ports: &BTreeSet<String>) -> Elements {
     let mut containers: BTreeMap<&str, Vec<(&String, &Tenant)>> = BTreeMap::new();
-    for (cable, tenant) in tenants {
-        containers.entry(&tenant.container).or_default().push((cable, tenant));
+    for (veth, tenant) in tenants {
+        containers.entry(&tenant.container).or_default().push((veth, tenant));
     }
     let mut elements: Elements = SETS.map(|(set, ..)| (set, BTreeSet::new())).into();
     let mut add = |set, key| _ = elements.entry(set).or_default().insert(key);
@@ -257,19 +258,19 @@ fn elements_of(bridge: &Bridge, tenants: &Tenants, foreign_ports: &BTreeSet<Stri
     for ip in gateways.chain(own.iter()).chain(of_pods) {
         add(used(ip), attributes::octets(ip));
     }
-    for (cable, tenant) in tenants {
-        add(CABLES, name_bytes(cable).to_vec());
-        add(CALM, name_bytes(cable).to_vec());
+    for (veth, tenant) in tenants {
+        add(VETHS, name_bytes(veth).to_vec());
+        add(CALM, name_bytes(veth).to_vec());
         let of_container = containers.get(tenant.container.as_str());
         for (other, sibling) in of_container.into_iter().flatten() {
-            add(SIBLINGS, [name_bytes(cable), name_bytes(other)].concat());
+            add(SIBLINGS, [name_bytes(veth), name_bytes(other)].concat());
             if let Some(mac) = sibling.mac {
-                add(SIBLING_MACS, with_mac(cable, mac));
+                add(SIBLING_MACS, with_mac(veth, mac));
             }
         }
         let Some(mac) = tenant.mac else { continue };
         add(USED_MACS, mac.as_bytes().to_vec());
-        let key = with_mac(cable, mac);
+        let key = with_mac(veth, mac);
         let own = link_local(mac).octets();
         add(USED6, own.to_vec());
         add(ADDRESSES6, [&key[..], &own].concat());
@@ -283,8 +284,8 @@ fn elements_of(bridge: &Bridge, tenants: &Tenants, foreign_ports: &BTreeSet<Stri
     elements
 }
 
-fn with_mac(cable: &str, mac: Mac) -> Vec<u8> {
-    [&name_bytes(cable)[..], mac.as_bytes(), &[0; 2]].concat()
+fn with_mac(veth: &str, mac: Mac) -> Vec<u8> {
+    [&name_bytes(veth)[..], mac.as_bytes(), &[0; 2]].concat()
 }
 
 /// The address that kernels make of a MAC as a rule (RFC 4291, 2.5.6 and appendix A). Others that a pod uses
@@ -299,10 +300,10 @@ const fn used(ip: IpAddr) -> &'static str {
     if ip.is_ipv4() { USED4 } else { USED6 }
 }
 
-/// As long as the kernel has the cable it is looked at. What is used is taken back at the next look: other
-/// cables of the container may have the same.
-fn of_cable(_: &Bridge, cable: &str, _: &Tenant, elements: &Elements) -> Elements {
-    let is_its = |key: &&Vec<u8>| key.starts_with(&name_bytes(cable));
+/// As long as the kernel has the veth pair it is looked at. What is used is taken back at the next look:
+/// other veth pairs of the container may have the same.
+fn of_veth(_: &Bridge, veth: &str, _: &Tenant, elements: &Elements) -> Elements {
+    let is_its = |key: &&Vec<u8>| key.starts_with(&name_bytes(veth));
     let others = [MACS, ADDRESSES4, ADDRESSES6, SIBLINGS, SIBLING_MACS, CALM].into_iter();
     let kept = others.filter_map(|set| Some((set, elements.get(set)?)));
     kept.map(|(set, keys)| (set, keys.iter().filter(is_its).cloned().collect())).collect()

@@ -44,7 +44,7 @@ pub(super) static SHAPE: Shape = Shape {
     rules,
     elements,
     leaving,
-    cables: None,
+    veths: None,
     without: (
         "packets to unused addresses of this host's subnet can fill the kernel's neighbor table",
         "reject of nf_tables (CONFIG_NFT_REJECT_INET)",

@@ -150,7 +150,7 @@ impl Touched {
 
 /// Whether packets may take another way because of a change: those of the underlay, and those of pods. What
 /// concerns our own device, and ports of bridges, which come and go with pods, does not lead them elsewhere.
-/// A cable is no port yet when the kernel first tells of it, and gets a route of multicast when it is up.
+/// A veth pair is no port yet when the kernel first tells of it, and gets a route of multicast when it is up.
 fn may_lead_elsewhere(message: &RouteNetlinkMessage, device: Option<u32>) -> bool {
     use RouteNetlinkMessage as Message;
     match message {
@@ -159,10 +159,10 @@ fn may_lead_elsewhere(message: &RouteNetlinkMessage, device: Option<u32>) -> boo
             let is_port = link.attributes.iter().any(
                 |attribute| matches!(attribute, LinkAttribute::Controller(index) if *index != 0),
             );
-            let is_cable = link.attributes.iter().any(
+            let is_veth = link.attributes.iter().any(
                 |attribute| matches!(attribute, LinkAttribute::IfName(name) if is_link_name(name)),
             );
-            Some(link.header.index) != device && !is_of_bridge && !is_port && !is_cable
+            Some(link.header.index) != device && !is_of_bridge && !is_port && !is_veth
         }
         Message::NewAddress(address) | Message::DelAddress(address) => {
             Some(address.header.index) != device
@@ -231,7 +231,7 @@ mod tests {
         };
         assert!(told("eth1", None) && told("gsm0", None) && told("eth1", Some(0)));
         assert!(!told("veth1", Some(3)), "a port of a bridge");
-        assert!(!told("gsm43ba27666d", None), "a cable that is not plugged in yet");
+        assert!(!told("gsm43ba27666d", None), "a veth pair that is not plugged in yet");
         let route = |to: IpAddr, len| {
             let mut route = RouteMessage::default();
             route.header.destination_prefix_length = len;

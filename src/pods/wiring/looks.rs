@@ -1,4 +1,4 @@
-//! What the kernel shows of pods' cables and bridges.
+//! What the kernel shows of pods' veth pairs and bridges.
 
 use std::{collections::BTreeMap, io, path::Path};
 
@@ -10,7 +10,7 @@ use crate::{
 
 impl Wiring {
     /// All interfaces of this host by their names, with the kernel's number for the namespace that the other
-    /// end of a cable is in. An end that another program has renamed is there under its own name, too.
+    /// end of a veth pair is in. An end that another program has renamed is there under its own name, too.
     pub fn links(&mut self) -> io::Result<BTreeMap<String, Option<i32>>> {
         let links = self.netlink.links()?;
         let names = links.iter().flat_map(|link| {

@@ -191,11 +191,11 @@ pub(super) fn refuse_routers(table: &str, guard: &Guard, steps: &mut Vec<Step>) 
         }
     }
     // A bridge hands frames to link-local groups (IEEE 802.1D, 7.12.6) to the host as if its port were no
-    // port, past the rules that hold pods to their addresses; and another program may have pulled a cable out
-    // of the bridge. The names of cables are longer than those of other interfaces that begin alike: GSM
-    // modems are called gsm0.
-    let of_cables = Rule::new().from_interfaces(PREFIX, LINK_NAME).drop();
-    steps.push(append(table, ROUTERS_CHAIN, &of_cables));
+    // port, past the rules that hold pods to their addresses; and another program may have pulled a veth
+    // pair out of the bridge. The names of veth pairs are longer than those of other interfaces that begin
+    // alike: GSM modems are called gsm0.
+    let of_veths = Rule::new().from_interfaces(PREFIX, LINK_NAME).drop();
+    steps.push(append(table, ROUTERS_CHAIN, &of_veths));
 }
 
 /// Answers packets to subnets without a lease. The kernel would ask for each address, and its table of
