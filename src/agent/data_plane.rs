@@ -19,7 +19,7 @@ use super::{
     auditor::Routing,
     far::FarState,
     forwarder::{ForwarderNews, Forwarding},
-    programmer::{Goal, State},
+    programmer::{DesiredState, State},
     subnet_env::SubnetFile,
     surroundings::HostState,
     told::{DemandState, Outcome, Told},
@@ -55,7 +55,7 @@ pub(super) struct KernelState {
     pub(super) withdrawn_peers: BTreeSet<NodeId>,
     /// MTU of the packets to each peer whose path carries less than the overlay device.
     pub(super) narrow: BTreeMap<NodeId, u32>,
-    pub(super) goals: u64,
+    pub(super) requested: u64,
     pub(super) answered: u64,
     /// Its index, as long as there is one.
     pub(super) device: Option<u32>,
@@ -118,8 +118,8 @@ impl Agent {
         };
         self.update_forwarder();
         self.expect_bridge();
-        self.kernel.goals += 1;
-        self.programmer.program(Goal { number: self.kernel.goals, state });
+        self.kernel.requested += 1;
+        self.programmer.program(DesiredState { number: self.kernel.requested, state });
     }
 
     pub(super) fn on_told(&mut self, told: Told) {
@@ -279,7 +279,7 @@ impl Agent {
 
     /// The core gives a subnet away only when the kernel does not use it any more.
     fn tell_what_is_in_use(&mut self) {
-        if self.kernel.answered != self.kernel.goals {
+        if self.kernel.answered != self.kernel.requested {
             return;
         }
         let in_use = self.kernel.wanted.as_ref().map(|view| view.own.subnets.first);

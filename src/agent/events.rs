@@ -150,7 +150,7 @@ impl Agent {
     }
 
     fn watch_members(&mut self) {
-        let at = (self.kernel.goals, self.node.opinions_hash(), self.node.peers().count());
+        let at = (self.kernel.requested, self.node.opinions_hash(), self.node.peers().count());
         if self.journal.seen.members_at.replace(at) == Some(at) {
             return;
         }

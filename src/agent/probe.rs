@@ -307,7 +307,7 @@ impl Agent {
         let Some(view) = &self.kernel.wanted else { return };
         let now = self.clock.now();
         let in_use = self.kernel.demand.in_use.as_ref();
-        let news = in_use.is_none().then(|| (self.kernel.goals, self.node.opinions_hash()));
+        let news = in_use.is_none().then(|| (self.kernel.requested, self.node.opinions_hash()));
         if news.is_some() && self.prober.told == news {
             self.prober.paths.judge(now);
             return self.follow_paths();
@@ -375,7 +375,7 @@ impl Agent {
         let mut deaf = self.prober.paths.deaf();
         deaf.retain(|node| self.has_tunnel(*node));
         // Unless the kernel has what was last ordered, it is not known how it is.
-        let is_settled = self.kernel.answered == self.kernel.goals;
+        let is_settled = self.kernel.answered == self.kernel.requested;
         let is_on = self.kernel.checksum_offload.filter(|_| is_settled);
         let Prober { offload, paths, .. } = &mut self.prober;
         let (before, was_guilty) = (offload.wanted(), offload.is_guilty());

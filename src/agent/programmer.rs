@@ -50,7 +50,7 @@ const LOOK_GAP: Duration = Duration::from_millis(100);
 const REPAIR_GAP: Duration = Duration::from_millis(20);
 
 /// What to make the kernel equal to; the number tells the answers apart.
-pub struct Goal {
+pub struct DesiredState {
     pub number: u64,
     pub state: State,
 }
@@ -60,14 +60,17 @@ pub type Tables = (desired::Tables, Actual);
 type Look = Box<dyn FnOnce(Result<Tables, String>) + Send>;
 
 pub(super) enum Task {
-    Goal(Goal),
+    DesiredState(DesiredState),
     Look(Look),
     Count,
 }
 
 impl Order for Task {
     fn supersedes(&self, earlier: &Self) -> bool {
-        matches!((self, earlier), (Self::Goal(_), Self::Goal(_)) | (Self::Count, Self::Count))
+        matches!(
+            (self, earlier),
+            (Self::DesiredState(_), Self::DesiredState(_)) | (Self::Count, Self::Count)
+        )
     }
 }
 
@@ -112,7 +115,7 @@ impl Programmer {
             tell,
             lookers: Vec::new(),
             count: false,
-            goal: None,
+            desired_state: None,
             reached: false,
             touched: Touched::default(),
             overruns: Overruns::default(),
@@ -125,8 +128,8 @@ impl Programmer {
         Ok(Self { worker: Worker::start("kernel", move |orders| begin(orders).run())? })
     }
 
-    pub fn program(&self, goal: Goal) {
-        self.worker.order(Task::Goal(goal));
+    pub fn program(&self, desired_state: DesiredState) {
+        self.worker.order(Task::DesiredState(desired_state));
     }
 
     /// Reads the kernel's tables, once what was ordered before is under way.
@@ -167,7 +170,7 @@ struct Reconciler<F> {
     lookers: Vec<Look>,
     count: bool,
     tell: F,
-    goal: Option<Goal>,
+    desired_state: Option<DesiredState>,
     /// The kernel has been equal to the goal.
     reached: bool,
     touched: Touched,
@@ -182,7 +185,7 @@ struct Reconciler<F> {
 
 impl<F: Fn(Told)> Reconciler<F> {
     fn run(mut self) {
-        while self.take_goals() {
+        while self.take_orders() {
             if let Err(error) = self.listen() {
                 tracing::error!(%error, "cannot hear of changes in the kernel");
                 self.touched = Touched::EVERYTHING;
@@ -229,7 +232,8 @@ impl<F: Fn(Told)> Reconciler<F> {
 
     fn show_tables(&mut self) {
         for then in std::mem::take(&mut self.lookers) {
-            let Some(Goal { state: State::Overlay(all, _), .. }) = &self.goal else {
+            let Some(DesiredState { state: State::Overlay(all, _), .. }) = &self.desired_state
+            else {
                 then(Err("this node has nothing in the kernel yet".to_owned()));
                 continue;
             };
@@ -241,21 +245,24 @@ impl<F: Fn(Told)> Reconciler<F> {
     }
 
     fn count_packets(&mut self) {
-        let Some(Goal { state: State::Overlay(_, firewall), .. }) = &self.goal else { return };
+        let Some(DesiredState { state: State::Overlay(_, firewall), .. }) = &self.desired_state
+        else {
+            return;
+        };
         if let Some(counted) = self.surroundings.count_packets(&firewall.table) {
             (self.tell)(Told::Counted(counted));
         }
     }
 
     /// Says whether the agent still runs.
-    fn take_goals(&mut self) -> bool {
+    fn take_orders(&mut self) -> bool {
         loop {
             match self.orders.take() {
                 Ok(Task::Look(then)) => self.lookers.push(then),
                 Ok(Task::Count) => self.count = true,
-                Ok(Task::Goal(goal)) => {
+                Ok(Task::DesiredState(desired_state)) => {
                     let had_peers = self.underlays().next().is_some();
-                    self.goal = Some(goal);
+                    self.desired_state = Some(desired_state);
                     // Which uplink leads to them is known only now.
                     self.touched.underlay |= !had_peers && self.underlays().next().is_some();
                     self.choose_part();
@@ -269,7 +276,8 @@ impl<F: Fn(Told)> Reconciler<F> {
     }
 
     fn listen(&mut self) -> io::Result<()> {
-        let Some(Goal { state: State::Overlay(all, firewall), .. }) = &self.goal else {
+        let Some(DesiredState { state: State::Overlay(all, firewall), .. }) = &self.desired_state
+        else {
             // Read all the same: what is not read wakes this thread again and again.
             self.surroundings.touched("")?;
             let heard = self.kernel.listen(None)?;
@@ -295,7 +303,7 @@ impl<F: Fn(Told)> Reconciler<F> {
 
     /// With entries on demand only a part of the goal is to be in the kernel.
     fn choose_part(&mut self) {
-        let Some(Goal { state: State::Overlay(all, _), .. }) = &self.goal else {
+        let Some(DesiredState { state: State::Overlay(all, _), .. }) = &self.desired_state else {
             self.part = None;
             return;
         };
@@ -310,7 +318,9 @@ impl<F: Fn(Told)> Reconciler<F> {
 
     /// Peers that an earlier process had in use. Until they are known nothing is removed.
     fn adopt(&mut self) -> Result<(), KernelError> {
-        let Some(Goal { state: State::Overlay(all, _), .. }) = &self.goal else { return Ok(()) };
+        let Some(DesiredState { state: State::Overlay(all, _), .. }) = &self.desired_state else {
+            return Ok(());
+        };
         if self.adopted || self.demand.in_use().is_none() {
             return Ok(());
         }
@@ -354,7 +364,10 @@ impl<F: Fn(Told)> Reconciler<F> {
     /// Before the tunnels: a new member is let in before it is spoken to. It does not wait for the whole
     /// table to be read.
     fn see_to_table(&mut self, verify: bool) {
-        let Some(Goal { state: State::Overlay(_, firewall), .. }) = &self.goal else { return };
+        let Some(DesiredState { state: State::Overlay(_, firewall), .. }) = &self.desired_state
+        else {
+            return;
+        };
         if verify {
             self.table_touched = false;
             self.surroundings.verify_table(firewall);
@@ -368,7 +381,10 @@ impl<F: Fn(Told)> Reconciler<F> {
     }
 
     fn look_around(&mut self) {
-        let Some(Goal { state: State::Overlay(desired, _), .. }) = &self.goal else { return };
+        let Some(DesiredState { state: State::Overlay(desired, _), .. }) = &self.desired_state
+        else {
+            return;
+        };
         let bridge = self.config.bridge_name(desired.device.vni);
         self.surroundings.look(desired, &bridge, &self.underlay.present().name);
         self.tell_host();
@@ -388,7 +404,7 @@ impl<F: Fn(Told)> Reconciler<F> {
         let result = self.adopt().and_then(|()| self.bring_about());
         let now = Instant::now();
         self.worked = Some(now);
-        let Some(Goal { number, state }) = &self.goal else { return };
+        let Some(DesiredState { number, state }) = &self.desired_state else { return };
         let clean = result.as_ref().is_ok_and(|report| report.failed.is_empty());
         let routes = match state {
             State::Overlay(all, _) => self.part.as_ref().unwrap_or(all).tables.routes.len(),
@@ -416,8 +432,8 @@ impl<F: Fn(Told)> Reconciler<F> {
         if let Err(error) = self.age() {
             tracing::debug!(%error, "peers that are not used any more not found out");
         }
-        match &self.goal {
-            Some(Goal { state: State::Overlay(all, _), .. }) => {
+        match &self.desired_state {
+            Some(DesiredState { state: State::Overlay(all, _), .. }) => {
                 let report = self.kernel.reconcile(self.part.as_ref().unwrap_or(all))?;
                 // Without it only events tell of missing entries; on demand there would be none at all.
                 match self.kernel.be_asked() {
@@ -425,7 +441,7 @@ impl<F: Fn(Told)> Reconciler<F> {
                     _ => Ok(report),
                 }
             }
-            Some(Goal { state: State::Nothing { device, pool }, .. }) => {
+            Some(DesiredState { state: State::Nothing { device, pool }, .. }) => {
                 if let Err(error) = self.surroundings.remove(device) {
                     tracing::error!(%error, "the table of nftables was not removed");
                 }

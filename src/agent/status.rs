@@ -226,7 +226,7 @@ impl Agent {
     fn is_in_sync(&self) -> bool {
         let kernel = &self.kernel;
         kernel.wanted.is_some()
-            && kernel.answered == kernel.goals
+            && kernel.answered == kernel.requested
             && kernel.programmed_once
             && kernel.problem.is_none()
             // Pods are a part of what the kernel is to reach.

@@ -6,7 +6,7 @@ use rand::RngExt as _;
 
 use super::{
     disk::Contents,
-    host::{Goal, Host, by_address},
+    host::{DesiredState, Host, by_address},
     network::CALL_TIMEOUT,
     world::{Event, World},
 };
@@ -41,10 +41,10 @@ impl World {
                 }
             }
             Output::Program { view, .. } => {
-                self.pursue(index, Goal::Overlay(view));
+                self.pursue(index, DesiredState::Overlay(view));
             }
             Output::Withdraw => {
-                self.pursue(index, Goal::Nothing);
+                self.pursue(index, DesiredState::Nothing);
             }
             Output::Owned(_)
             | Output::Answered { .. }
@@ -240,11 +240,11 @@ impl World {
         }
     }
 
-    fn pursue(&mut self, index: usize, goal: Goal) {
+    fn pursue(&mut self, index: usize, desired_state: DesiredState) {
         let host = &mut self.hosts[index];
         let latency = host.kernel_latency;
         if let Some(process) = &mut host.process {
-            process.goal = Some(goal);
+            process.desired_state = Some(desired_state);
             self.schedule_kernel(index, latency);
         }
     }
@@ -270,11 +270,11 @@ impl World {
         if process.paused.is_some() {
             return self.schedule_kernel(index, RECONCILE_RETRY);
         }
-        let Some(goal) = process.goal.take() else { return };
+        let Some(desired_state) = process.desired_state.take() else { return };
         let host = &self.hosts[index];
-        let ops = match &goal {
-            Goal::Overlay(view) => plan(&host.desired(view), &host.kernel.dump()),
-            Goal::Nothing => vec![Op::DeleteDevice],
+        let ops = match &desired_state {
+            DesiredState::Overlay(view) => plan(&host.desired(view), &host.kernel.dump()),
+            DesiredState::Nothing => vec![Op::DeleteDevice],
         };
         let mut again = None;
         // Now and then the thread is interrupted in the middle.
@@ -299,9 +299,9 @@ impl World {
             }
         }
         let Some(process) = &mut self.hosts[index].process else { return };
-        let subnet = match process.goal.get_or_insert(goal) {
-            Goal::Overlay(view) => Some(view.own.subnets.first),
-            Goal::Nothing => None,
+        let subnet = match process.desired_state.get_or_insert(desired_state) {
+            DesiredState::Overlay(view) => Some(view.own.subnets.first),
+            DesiredState::Nothing => None,
         };
         self.schedule_kernel(index, again.unwrap_or(RECONCILE));
         if again.is_none() {

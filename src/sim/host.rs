@@ -84,7 +84,7 @@ pub struct Host {
 pub struct Process {
     pub node: Node,
     pub gate: Gate,
-    pub goal: Option<Goal>,
+    pub desired_state: Option<DesiredState>,
     /// When the kernel is next made equal to the goal.
     pub programs_at: Option<Time>,
     /// The wake-up that is in the queue.
@@ -102,7 +102,7 @@ pub struct Process {
 
 /// What the kernel is to be made equal to.
 #[derive(Clone, Debug)]
-pub enum Goal {
+pub enum DesiredState {
     Overlay(View),
     Nothing,
 }

@@ -166,7 +166,7 @@ impl World {
                 host.process = Some(Process {
                     node,
                     gate: Gate::default(),
-                    goal: None,
+                    desired_state: None,
                     programs_at: None,
                     timer: None,
                     paused: None,

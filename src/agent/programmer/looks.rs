@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, net::IpAddr, time::Instant};
 
-use super::{Goal, LOOK_GAP, Reconciler, State};
+use super::{DesiredState, LOOK_GAP, Reconciler, State};
 use crate::{
     agent::{auditor::Place, told::Told, underlay::look_again},
     dataplane::kernel::overlaps,
@@ -30,15 +30,18 @@ impl<F: Fn(Told)> Reconciler<F> {
 
     /// Underlay addresses of the peers.
     pub(super) fn underlays(&self) -> impl Iterator<Item = IpAddr> + '_ {
-        let all = self.goal.iter().filter_map(|goal| match &goal.state {
-            State::Overlay(all, _) => Some(all.underlays()),
-            State::Nothing { .. } => None,
-        });
+        let all =
+            self.desired_state.iter().filter_map(|desired_state| match &desired_state.state {
+                State::Overlay(all, _) => Some(all.underlays()),
+                State::Nothing { .. } => None,
+            });
         all.flatten()
     }
 
     pub(super) fn look_for_overlaps(&mut self) {
-        let Some(Goal { state: State::Overlay(all, _), .. }) = &self.goal else { return };
+        let Some(DesiredState { state: State::Overlay(all, _), .. }) = &self.desired_state else {
+            return;
+        };
         let networks: Vec<_> = all.pool.networks().iter().collect();
         let slots = all.device.addresses.iter().filter_map(|ip| all.pool.slot_of(*ip));
         let own: Vec<_> = slots.flat_map(|slot| all.pool.subnets(slot).iter()).collect();
@@ -60,8 +63,8 @@ impl<F: Fn(Told)> Reconciler<F> {
             self.auditor.touch(now, self.kernel.take_foreign());
         }
         let device = self.kernel.device().filter(|_| self.reached);
-        let (Some(Goal { state: State::Overlay(all, firewall), .. }), Some(device)) =
-            (&self.goal, device)
+        let (Some(DesiredState { state: State::Overlay(all, firewall), .. }), Some(device)) =
+            (&self.desired_state, device)
         else {
             return self.auditor.put_off(now);
         };
