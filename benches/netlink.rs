@@ -117,7 +117,7 @@ fn desired(peers: u32, local: Ipv4Addr, link: u32) -> Desired {
         settings: ClusterSettings { pool, vni: 1, vxlan_port: 8472 },
         own: Own { subnets: pool.subnets(Slot(1)), vtep: vtep(0) },
         peers: (1..=peers).map(peer).collect::<BTreeMap<_, _>>(),
-        unheard: Vec::new(),
+        unconfirmed: Vec::new(),
     };
     Desired::new(&view, &Underlay::of_tunnels(link, local.into(), 1450), &BTreeSet::new())
 }

@@ -103,7 +103,7 @@ impl Node {
             Some(liveness) => *liveness == Liveness::Down,
             // Right after a start nothing is known of anybody, until a member has told whom it holds as
             // alive.
-            None => self.sync.has_heard(),
+            None => self.sync.has_confirmed(),
         };
         if !gone && !force {
             return Err(CannotForget::Alive(self.name_of(node).to_owned()));

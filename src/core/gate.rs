@@ -110,7 +110,7 @@ mod tests {
         let subnets = settings.pool.subnets(Slot(*settings.pool.slots().start()));
         let vtep = Vtep { mac: Mac::from_bytes([2; 6]), underlay: [192, 0, 2, 1].into() };
         let own = Own { subnets, vtep };
-        View { settings, own, peers: BTreeMap::new(), unheard: Vec::new() }
+        View { settings, own, peers: BTreeMap::new(), unconfirmed: Vec::new() }
     }
 
     #[test]

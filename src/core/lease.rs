@@ -167,7 +167,7 @@ impl Node {
     fn claim(&mut self, now: Time) {
         let me = self.me.node;
         let may_write = self.may_write();
-        let has_heard = self.sync.has_heard();
+        let has_confirmed = self.sync.has_confirmed();
         let active = self.active();
         let Some(home) = &mut self.home else { return };
         let search = &mut home.search;
@@ -175,7 +175,7 @@ impl Node {
         let user = home.slots.record(slot).filter(|record| record.state == SlotState::Leased);
         search.rival =
             user.map(|record| record.owner).filter(|user| *user != me && active.contains_key(user));
-        let knows_enough = has_heard || self.config.seeds == 0 || now >= search.since + HEARSAY;
+        let knows_enough = has_confirmed || self.config.seeds == 0 || now >= search.since + HEARSAY;
         if search.rival.is_none() && may_write && knows_enough {
             let change = home.slots.claim(me, slot);
             self.note_own_change(now, vec![change]);

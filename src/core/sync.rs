@@ -66,7 +66,7 @@ pub(super) struct SyncRound {
     /// Members compared with since the start: what the table says of their slots was true at that moment.
     heard: BTreeSet<NodeId>,
     /// Those among them whom the view does not reflect yet.
-    newly_heard: usize,
+    newly_confirmed: usize,
     /// How many members are active.
     others: u32,
     /// There are active members among those who were not heard.
@@ -97,7 +97,7 @@ impl SyncRound {
         Self {
             doubt,
             heard: BTreeSet::new(),
-            newly_heard: 0,
+            newly_confirmed: 0,
             others: 0,
             curious: true,
             due: now,
@@ -126,7 +126,7 @@ impl SyncRound {
     }
 
     /// Some member was compared with since the start.
-    pub(super) fn has_heard(&self) -> bool {
+    pub(super) fn has_confirmed(&self) -> bool {
         !self.heard.is_empty()
     }
 
@@ -247,10 +247,10 @@ impl Node {
         let base = self.sync.pause();
         self.sync.busy = (self.sync.busy * 2).min(BUSY_LAST);
         self.sync.due = now + self.jittered(base);
-        let unheard = |node: NodeId| !self.sync.heard(node) && !self.is_gone(node);
+        let unconfirmed = |node: NodeId| !self.sync.heard(node) && !self.is_gone(node);
         // Without a creator everybody begins alone, and finds the others by its seeds.
         let is_lonely = self.config.assigned.is_some() && self.is_alone();
-        self.sync.curious = is_lonely || self.membership.others().any(unheard);
+        self.sync.curious = is_lonely || self.membership.others().any(unconfirmed);
         self.sync.others = self.membership.others().count() as u32;
         let directory = &self.directory;
         self.sync.partners.keep_only(|node| directory.get(node).is_some());
@@ -261,7 +261,7 @@ impl Node {
         // A round in which no member could be asked is none.
         self.sync.rounds += u64::from(partner.is_some());
         let is_turn = !self.sync.curious || self.sync.rounds.is_multiple_of(VIEW_ROUNDS);
-        self.view_stale |= is_turn && std::mem::take(&mut self.sync.newly_heard) > 0;
+        self.view_stale |= is_turn && std::mem::take(&mut self.sync.newly_confirmed) > 0;
         let Some(partner) = partner else { return };
         *self.sync.open.with(partner) = true;
         let request = Request::Compare(self.buckets().roots());
@@ -325,10 +325,10 @@ impl Node {
     /// What is known of a peer's slots is its own word. Entries in the kernel may be judged by that now; in a
     /// large cluster not after each of them, for that takes a look at all.
     fn hear(&mut self, peer: NodeId) {
-        let SyncRound { heard, newly_heard, .. } = &mut self.sync;
-        *newly_heard += usize::from(heard.insert(peer));
-        if *newly_heard * VIEW_SHARE >= heard.len() {
-            self.view_stale |= std::mem::take(newly_heard) > 0;
+        let SyncRound { heard, newly_confirmed, .. } = &mut self.sync;
+        *newly_confirmed += usize::from(heard.insert(peer));
+        if *newly_confirmed * VIEW_SHARE >= heard.len() {
+            self.view_stale |= std::mem::take(newly_confirmed) > 0;
         }
     }
 

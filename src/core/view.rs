@@ -20,7 +20,7 @@ pub struct View {
     /// Slots whose entries must stay although they are in no peer's name: nobody was heard since the start
     /// who can know of them. A process that was killed may have programmed more than its disk remembers,
     /// and removing that would cut off a member that works.
-    pub unheard: Vec<Range<u32>>,
+    pub unconfirmed: Vec<Range<u32>>,
 }
 
 /// This node's end of the tunnels.
@@ -88,24 +88,24 @@ impl Node {
             settings: cluster.settings,
             own: Own { subnets, vtep: self.me.vtep },
             peers: self.directory.peers(me).filter_map(peer).collect(),
-            unheard: if planted(Bug::SweepAtOnce) { Vec::new() } else { self.unheard() },
+            unconfirmed: if planted(Bug::SweepAtOnce) { Vec::new() } else { self.unconfirmed() },
         })
     }
 
     /// A slot's owner is the only one who can have leased it to somebody else. So what the table says of it
     /// is the last word if the owner has been compared with, or if this node has seen it change hands
     /// itself.
-    fn unheard(&self) -> Vec<Range<u32>> {
+    fn unconfirmed(&self) -> Vec<Range<u32>> {
         let Some(home) = &self.home else { return Vec::new() };
         let pool = home.cluster.settings.pool;
-        let mut unheard: Vec<Range<u32>> = Vec::new();
+        let mut unconfirmed: Vec<Range<u32>> = Vec::new();
         let mut next = *pool.slots().start();
         // Where nobody owns what is not leased there is nobody to hear of it.
         let ownerless = self.config.assigned.is_some() && self.sync.synced();
-        let mut add = |range: Range<u32>| match unheard.last_mut() {
+        let mut add = |range: Range<u32>| match unconfirmed.last_mut() {
             _ if range.is_empty() => {}
             Some(last) if last.end == range.start => last.end = range.end,
-            _ => unheard.push(range),
+            _ => unconfirmed.push(range),
         };
         for run in home.slots.runs() {
             // No record, so nobody was heard.
@@ -127,6 +127,6 @@ impl Node {
         if !ownerless {
             add(next..pool.slots().end() + 1);
         }
-        unheard
+        unconfirmed
     }
 }

@@ -103,8 +103,8 @@ pub struct Desired {
     pub tables: Tables,
     /// Routes with our protocol number into its networks are ours, wherever they lead.
     pub pool: Pool,
-    /// Slots of nobody whose entries stay although they are not in `tables`: see [`View::unheard`].
-    pub unheard: Vec<Range<u32>>,
+    /// Slots of nobody whose entries stay although they are not in `tables`: see [`View::unconfirmed`].
+    pub unconfirmed: Vec<Range<u32>>,
 }
 
 /// How packets get to a peer.
@@ -239,7 +239,12 @@ impl Desired {
             addresses: own().map(|subnet| subnet.network()).collect(),
             checksum_offload: None,
         };
-        Self { device, tables, pool: view.settings.pool, unheard: unheard_of_nobody(view) }
+        Self {
+            device,
+            tables,
+            pool: view.settings.pool,
+            unconfirmed: unconfirmed_without_peers(view),
+        }
     }
 
     /// Underlay addresses of the hosts to which packets go, with a tunnel or without.
@@ -261,7 +266,7 @@ impl Desired {
     /// name, and who could know of it was not heard.
     pub fn stays(&self, address: IpAddr) -> bool {
         let slot = self.pool.slot_of(address);
-        slot.is_some_and(|slot| self.unheard.iter().any(|slots| slots.contains(&slot.0)))
+        slot.is_some_and(|slot| self.unconfirmed.iter().any(|slots| slots.contains(&slot.0)))
     }
 }
 
@@ -289,11 +294,11 @@ impl Tables {
 }
 
 /// Of the slots about which nobody was heard, those that no peer is known to have leased.
-fn unheard_of_nobody(view: &View) -> Vec<Range<u32>> {
+fn unconfirmed_without_peers(view: &View) -> Vec<Range<u32>> {
     let leases = view.peers.values().flat_map(|peer| &peer.leases);
     let leased: BTreeSet<u32> = leases.map(|(slot, _)| slot.0).collect();
     let mut rest = Vec::new();
-    for range in &view.unheard {
+    for range in &view.unconfirmed {
         let mut from = range.start;
         for slot in leased.range(range.clone()) {
             rest.push(from..*slot);
@@ -438,9 +443,9 @@ mod tests {
     #[test]
     fn what_a_peer_is_known_to_have_leased_is_not_in_doubt() {
         let mut view = view(&[(1, 9), (2, 7), (3, 8)]);
-        view.unheard = vec![0..9, 20..31];
+        view.unconfirmed = vec![0..9, 20..31];
         let desired = Desired::new(&view, &underlay(), &BTreeSet::new());
-        assert_eq!(desired.unheard, [0..7, 20..31]);
+        assert_eq!(desired.unconfirmed, [0..7, 20..31]);
         assert!(desired.stays([10, 42, 6, 9].into()) && !desired.stays([10, 42, 7, 0].into()));
     }
 

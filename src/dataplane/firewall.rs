@@ -70,7 +70,7 @@ impl Firewall {
             port: view.settings.vxlan_port,
             vni: view.settings.vni,
             members: view.peers.values().map(|peer| peer.vtep.underlay).collect(),
-            lenient: !view.unheard.is_empty(),
+            lenient: !view.unconfirmed.is_empty(),
             interfaces: [device_name(view.settings.vni), bridge.to_owned()],
             networks: view.settings.pool.networks().iter().collect(),
         });

@@ -261,7 +261,7 @@ pub(super) mod tests {
             settings: ClusterSettings { pool, vni: 1, vxlan_port: 8472 },
             own: Own { subnets: pool.subnets(Slot(own.1)), vtep: vtep(own.0) },
             peers: peers.collect(),
-            unheard: Vec::new(),
+            unconfirmed: Vec::new(),
         }
     }
 
@@ -331,7 +331,7 @@ pub(super) mod tests {
     fn nothing_is_removed_of_slots_about_which_nobody_was_heard() {
         let mut kernel = FakeKernel::default();
         kernel.settle(&desired(&[(1, 9), (2, 7), (3, 8)]));
-        let timid = Desired { unheard: vec![8..9, 50..60], ..desired(&[(1, 9), (2, 7)]) };
+        let timid = Desired { unconfirmed: vec![8..9, 50..60], ..desired(&[(1, 9), (2, 7)]) };
         assert_eq!(plan(&timid, &kernel.dump()), []);
         kernel.settle(&desired(&[(1, 9), (2, 7)]));
         assert_eq!(kernel.routes.len(), 2, "a peer's and this node's own");

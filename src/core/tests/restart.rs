@@ -15,11 +15,11 @@ fn a_restarted_node_has_its_subnet_at_once_and_alone() {
     assert_eq!(world.subnet(2), subnet);
     let view = world.node(2).view().expect("a view without any peer");
     assert_eq!(view.peers.len(), 2);
-    assert!(!view.unheard.is_empty(), "an old database must not remove anybody");
+    assert!(!view.unconfirmed.is_empty(), "an old database must not remove anybody");
     assert_eq!(world.hosts[2].kernel.routes.len(), 3, "two peers' and its own");
     world.network.mend();
     world.run_for(seconds(10));
-    assert_eq!(world.node(2).view().expect("a view").unheard, []);
+    assert_eq!(world.node(2).view().expect("a view").unconfirmed, []);
     world.assert_right();
 }
 
