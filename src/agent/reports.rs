@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use super::Agent;
 use crate::{
     api::{EventKind, EventLevel},
-    dataplane::{kernel::sysctl, told::Deed},
+    dataplane::{kernel::sysctl, told::Action},
     model::NodeId,
     netlink::Netlink,
 };
@@ -17,12 +17,12 @@ impl Agent {
         let told = self.kernel.routing.path_mtus.iter().filter(|(_, path)| path.learned);
         let told = told.map(|(host, path)| (*host, path.mtu)).collect();
         self.prober.reports.update(now, &told);
-        while let Some(deed) = self.prober.reports.poll(now) {
-            let (Deed::Ask(host) | Deed::Forget(host, _)) = deed;
+        while let Some(action) = self.prober.reports.poll(now) {
+            let (Action::Ask(host) | Action::Forget(host, _)) = action;
             let Some(node) = self.prober.paths.holder(host) else { continue };
-            match deed {
-                Deed::Ask(_) => self.fill_underlay(node),
-                Deed::Forget(_, told) => self.forget_path_mtus(node, host, told),
+            match action {
+                Action::Ask(_) => self.fill_underlay(node),
+                Action::Forget(_, told) => self.forget_path_mtus(node, host, told),
             }
         }
     }

@@ -51,7 +51,7 @@ enum Verdict {
 
 /// What is to be done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Deed {
+pub enum Action {
     /// Send this host a datagram of full size.
     Ask(IpAddr),
     /// Have the kernel forget what it was told of this host: the MTU.
@@ -74,7 +74,7 @@ impl Reports {
     }
 
     /// What is due.
-    pub fn poll(&mut self, now: Time) -> Option<Deed> {
+    pub fn poll(&mut self, now: Time) -> Option<Action> {
         let (&host, report) = self.hosts.iter_mut().find(|(_, report)| report.due <= now)?;
         Some(match report.verdict {
             Verdict::Open if report.tries == TRIES => {
@@ -84,16 +84,16 @@ impl Reports {
             Verdict::Open => {
                 report.tries += 1;
                 report.due = now + if report.tries == TRIES { PATIENCE } else { PAUSE };
-                Deed::Ask(host)
+                Action::Ask(host)
             }
             Verdict::Right => {
                 report.due = now + AGAIN;
-                Deed::Ask(host)
+                Action::Ask(host)
             }
             Verdict::Wrong => {
                 report.forgotten += 1;
                 report.due = now + FORGET;
-                Deed::Forget(host, report.told)
+                Action::Forget(host, report.told)
             }
         })
     }
@@ -149,7 +149,7 @@ mod tests {
         let mut reports = Reports::default();
         for second in 0..TRIES.into() {
             reports.update(at(second), &told(1400));
-            assert_eq!(reports.poll(at(second)), Some(Deed::Ask(HOST)), "{second}");
+            assert_eq!(reports.poll(at(second)), Some(Action::Ask(HOST)), "{second}");
             assert_eq!(reports.poll(at(second)), None);
             assert_eq!(reports.believed(HOST), None);
         }
@@ -157,13 +157,13 @@ mod tests {
         assert_eq!(reports.believed(HOST), Some(1400));
         // Another one is tried for itself, and so is this one after a while.
         reports.update(at(6), &told(1300));
-        assert_eq!((reports.believed(HOST), reports.poll(at(6))), (None, Some(Deed::Ask(HOST))));
+        assert_eq!((reports.believed(HOST), reports.poll(at(6))), (None, Some(Action::Ask(HOST))));
         let mut reports = Reports::default();
         reports.update(at(0), &told(1400));
         for second in 0..6 {
             reports.poll(at(second));
         }
-        assert_eq!(reports.poll(at(400)), Some(Deed::Ask(HOST)));
+        assert_eq!(reports.poll(at(400)), Some(Action::Ask(HOST)));
         assert_eq!(reports.believed(HOST), Some(1400), "until it is answered");
         reports.on_asked(HOST, 7);
         reports.on_arrival(at(400), HOST, 7);
@@ -176,16 +176,16 @@ mod tests {
     fn report_is_forgotten_when_a_datagram_of_full_size_arrives_and_lasting_when_it_comes_back() {
         let mut reports = Reports::default();
         reports.update(at(0), &told(552));
-        assert_eq!(reports.poll(at(0)), Some(Deed::Ask(HOST)));
+        assert_eq!(reports.poll(at(0)), Some(Action::Ask(HOST)));
         reports.on_asked(HOST, 9);
         reports.on_arrival(at(0), HOST, 8);
         reports.on_arrival(at(0), [192, 0, 2, 9].into(), 9);
         assert_eq!(reports.poll(at(0)), None, "not what was asked");
         reports.on_arrival(at(0), HOST, 9);
-        assert_eq!(reports.poll(at(0)), Some(Deed::Forget(HOST, 552)));
+        assert_eq!(reports.poll(at(0)), Some(Action::Forget(HOST, 552)));
         assert_eq!((reports.poll(at(5)), reports.lasting(HOST)), (None, None));
         reports.update(at(10), &told(600));
-        assert_eq!(reports.poll(at(10)), Some(Deed::Forget(HOST, 600)));
+        assert_eq!(reports.poll(at(10)), Some(Action::Forget(HOST, 600)));
         assert_eq!((reports.lasting(HOST), reports.believed(HOST)), (Some(600), None));
     }
 }

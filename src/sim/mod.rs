@@ -4,7 +4,7 @@
 //! four under one clock and one seed reaches them in large numbers. QUIC is modelled, not run; nothing in
 //! here reads a clock or draws luck that does not come from the seed.
 //!
-//! - [`world`]: the queue of events; `deeds`: what nodes ask for, done; [`host`]: a machine; [`network`],
+//! - [`world`]: the queue of events; `effects`: what nodes ask for, done; [`host`]: a machine; [`network`],
 //!   [`disk`]: what surrounds a node (its kernel is [`crate::dataplane::fake`])
 //! - [`oracle`]: the judge of safety at every event
 //! - [`faults`]: what goes wrong in a run, drawn from the seed; `operator`: what people do; `liar`: what a
@@ -13,8 +13,8 @@
 //! - [`run`]: one seed from start to verdict; [`campaign`]: many of them; [`figures`]: how fast
 
 pub mod campaign;
-mod deeds;
 pub mod disk;
+mod effects;
 pub mod faults;
 pub mod figures;
 pub mod host;

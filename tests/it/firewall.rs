@@ -192,7 +192,7 @@ fn the_table_is_put_right_whatever_is_done_to_it() {
             "{whole}"
         );
         let member = cluster.hosts[1].ip;
-        let deeds = [
+        let faults = [
             "nft flush ruleset".to_owned(),
             "nft delete table inet gossamer.1".to_owned(),
             "nft flush chain inet gossamer.1 guard".to_owned(),
@@ -201,14 +201,14 @@ fn the_table_is_put_right_whatever_is_done_to_it() {
             format!("nft delete element inet gossamer.1 members4 {{ {member} }}"),
             "nft add element inet gossamer.1 members4 { 192.0.2.66 }".to_owned(),
         ];
-        for deed in &deeds {
-            tool(host, deed);
+        for fault in &faults {
+            tool(host, fault);
             let begun = Instant::now();
-            wait_until(deed, AT_ONCE, || table(host) == whole);
-            println!("{:>4} ms after {deed}", begun.elapsed().as_millis());
+            wait_until(fault, AT_ONCE, || table(host) == whole);
+            println!("{:>4} ms after {fault}", begun.elapsed().as_millis());
         }
         status_where(&mut cluster.agents[0], |status| {
-            status["kernel"]["repairs"]["firewall"].as_u64() == Some(deeds.len() as u64)
+            status["kernel"]["repairs"]["firewall"].as_u64() == Some(faults.len() as u64)
         });
         Ok(())
     });
@@ -258,13 +258,13 @@ fn with_partial_knowledge_those_let_in_before_stay_and_nobody_else_comes_in() {
         let mut table = open()?;
         table.verify(&wanted(&[1], true))?;
         assert_eq!(members(), [1, 2]);
-        for deed in [
+        for fault in [
             "nft delete table inet gossamer.1",
             "nft add element inet gossamer.1 members4 { 192.0.2.7 }",
         ] {
-            tool(&host.netns, deed);
-            assert!(table.verify(&wanted(&[1], true))?.repaired, "{deed}");
-            assert_eq!(members(), [1, 2], "{deed}");
+            tool(&host.netns, fault);
+            assert!(table.verify(&wanted(&[1], true))?.repaired, "{fault}");
+            assert_eq!(members(), [1, 2], "{fault}");
         }
         // It is heard of, and leaves.
         table.verify(&wanted(&[1, 2], true))?;

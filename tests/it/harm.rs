@@ -103,12 +103,12 @@ struct Opponent(std::process::Child);
 
 impl Opponent {
     /// It is called `name`, for whoever looks at what runs.
-    fn start(host: &Host, name: &str, deed: &str) -> io::Result<Self> {
+    fn start(host: &Host, name: &str, fault: &str) -> io::Result<Self> {
         let shell = host.dir.join(name);
         fs::copy("/bin/sh", &shell)?;
         fs::set_permissions(&shell, fs::Permissions::from_mode(0o755))?;
         let mut command = Command::new(shell);
-        let script = format!("while :; do {deed} 2>/dev/null; sleep 0.2; done");
+        let script = format!("while :; do {fault} 2>/dev/null; sleep 0.2; done");
         command.args(["-c", &script]).stdin(Stdio::null());
         Ok(Self(host.netns.spawn(&mut command)?))
     }
@@ -321,10 +321,10 @@ fn a_program_that_undoes_every_repair_is_named_and_not_answered_at_its_own_pace(
         let added = Runtime::new(&cluster.agents[0]).add("a");
         let port = added["interfaces"][1]["name"].as_str().expect("a name").to_owned();
         let subnet = Agent::subnet(&cluster.agents[0].ask("/v1/status", PATIENCE)?)?;
-        let deed = format!("ip link set {port} nomaster");
-        let on_ports = Opponent::start(&cluster.hosts[0], "connmand", &deed)?;
-        let deed = format!("ip route del {subnet}");
-        let on_routes = Opponent::start(&cluster.hosts[1], "keepalived", &deed)?;
+        let fault = format!("ip link set {port} nomaster");
+        let on_ports = Opponent::start(&cluster.hosts[0], "connmand", &fault)?;
+        let fault = format!("ip route del {subnet}");
+        let on_routes = Opponent::start(&cluster.hosts[1], "keepalived", &fault)?;
         let said = |agent: &mut Agent, words: &[&str]| {
             let status = agent.ask("/v1/status", PATIENCE).expect("a status");
             let problems = status["problems"].as_array().expect("a list").clone();

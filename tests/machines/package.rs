@@ -93,10 +93,10 @@ fn start_order(world: &mut World) -> anyhow::Result<()> {
 #[test]
 #[ignore = "minutes"]
 fn agent_reloaded_restarted_killed_hung_or_stopped_costs_no_packet() {
-    on_machines(Needs::Package, LIMIT, deeds);
+    on_machines(Needs::Package, LIMIT, faults);
 }
 
-fn deeds(world: &mut World) -> anyhow::Result<()> {
+fn faults(world: &mut World) -> anyhow::Result<()> {
     let mut pair = Pair::new(world)?;
     let quiet = Duration::from_secs(5);
     let pid = property(&mut pair.hosts[1], "gossamer", "MainPID")?;

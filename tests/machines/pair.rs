@@ -151,11 +151,11 @@ impl Pair {
     pub fn lost_while(
         &mut self,
         rest: Duration,
-        deed: impl FnOnce(&mut Machine) -> anyhow::Result<()>,
+        fault: impl FnOnce(&mut Machine) -> anyhow::Result<()>,
     ) -> anyhow::Result<Loss> {
         self.start_ping()?;
         std::thread::sleep(Duration::from_secs(1));
-        deed(&mut self.hosts[1])?;
+        fault(&mut self.hosts[1])?;
         std::thread::sleep(rest);
         self.stop_ping()
     }

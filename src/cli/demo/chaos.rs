@@ -36,7 +36,7 @@ const RENAMES: u32 = 100;
 
 /// What is done to the kernel.
 #[derive(Clone, Copy)]
-enum Deed {
+enum Fault {
     DeleteFdb,
     WrongFdb,
     DeleteNeighbour,
@@ -52,20 +52,20 @@ enum Deed {
     DropTable,
 }
 
-const DEEDS: [(Deed, &str); 13] = [
-    (Deed::DeleteFdb, "FDB entry of a peer deleted"),
-    (Deed::WrongFdb, "FDB entry leads to another host"),
-    (Deed::DeleteNeighbour, "neighbour entry deleted"),
-    (Deed::WrongNeighbour, "neighbour entry with another MAC"),
-    (Deed::DeleteRoute, "route deleted"),
-    (Deed::ForeignRoute, "route that leads nowhere in its place"),
-    (Deed::RemoveAddress, "address of the device removed"),
-    (Deed::DeviceDown, "device set down"),
-    (Deed::DeviceMtu, "MTU of the device changed"),
-    (Deed::DeviceMac, "MAC of the device changed"),
-    (Deed::DeviceName, "device renamed"),
-    (Deed::DeleteDevice, "device deleted with all its entries"),
-    (Deed::DropTable, "our table of nftables deleted"),
+const FAULTS: [(Fault, &str); 13] = [
+    (Fault::DeleteFdb, "FDB entry of a peer deleted"),
+    (Fault::WrongFdb, "FDB entry leads to another host"),
+    (Fault::DeleteNeighbour, "neighbour entry deleted"),
+    (Fault::WrongNeighbour, "neighbour entry with another MAC"),
+    (Fault::DeleteRoute, "route deleted"),
+    (Fault::ForeignRoute, "route that leads nowhere in its place"),
+    (Fault::RemoveAddress, "address of the device removed"),
+    (Fault::DeviceDown, "device set down"),
+    (Fault::DeviceMtu, "MTU of the device changed"),
+    (Fault::DeviceMac, "MAC of the device changed"),
+    (Fault::DeviceName, "device renamed"),
+    (Fault::DeleteDevice, "device deleted with all its entries"),
+    (Fault::DropTable, "our table of nftables deleted"),
 ];
 
 /// Does everything to `host` while `from`, a pod of it, pings `to`; gives a row for each deed: what, after
@@ -77,13 +77,13 @@ pub fn vandalise(
     to: &Pod,
 ) -> anyhow::Result<Vec<[String; 3]>> {
     let mut rows = Vec::new();
-    for (deed, what) in DEEDS {
+    for (fault, what) in FAULTS {
         let before = shown(host, device)?;
         let (mut pinger, to) = (Pinger::new(&from.netns)?, to.ip);
         let stream = thread::spawn(move || pinger.stream(to, REQUESTS, INTERVAL));
         thread::sleep(BEFORE);
         let begun = Instant::now();
-        host.netns.run(|| deed.commit(device)).with_context(|| what)?;
+        host.netns.run(|| fault.commit(device)).with_context(|| what)?;
         while shown(host, device)? != before {
             ensure!(begun.elapsed() < PATIENCE, "{what}: not put right in {}", span(PATIENCE));
             thread::sleep(Duration::from_micros(500));
@@ -123,7 +123,7 @@ fn rename(netlink: &mut Netlink, index: u32) -> io::Result<()> {
     }
 }
 
-impl Deed {
+impl Fault {
     fn commit(self, device: &str) -> io::Result<()> {
         let mut kernel = Kernel::open()?;
         let actual = kernel.observe(device, None).map_err(io::Error::other)?;
