@@ -65,7 +65,7 @@ pub struct Routing {
     /// Why packets do not go as they should, with what helps.
     pub problems: Vec<String>,
     /// Subnets of peers whose packets take a wrong way.
-    pub astray: BTreeSet<IpNet>,
+    pub diverted: BTreeSet<IpNet>,
     /// MTU of the underlay's path to these hosts, where it is smaller than that of the interface: a router
     /// has said so, or a route has it.
     pub path_mtus: BTreeMap<IpAddr, PathMtu>,
@@ -191,9 +191,9 @@ impl Auditor {
             (count, []) => (CheckState::Ok, policy::detail(count, self.unread)),
             (_, problems) => (CheckState::Failing, problems.join("; ")),
         };
-        let astray = self.audit.astray();
+        let diverted = self.audit.diverted();
         let (state, detail) = match state {
-            CheckState::Ok if !astray.is_empty() => {
+            CheckState::Ok if !diverted.is_empty() => {
                 (CheckState::Failing, "packets to peers take a wrong way".to_owned())
             }
             _ => (state, detail),
@@ -201,7 +201,7 @@ impl Auditor {
         self.ask_paths(netlink, desired, place);
         let (path_mtus, detours) = (self.path_mtus.clone(), self.detours.clone());
         let status = CheckStatus { state, detail };
-        let state = Routing { problems, astray, path_mtus, detours, status };
+        let state = Routing { problems, diverted, path_mtus, detours, status };
         let is_news = state != self.told;
         self.told.clone_from(&state);
         is_news.then_some(state)

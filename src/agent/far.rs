@@ -401,10 +401,10 @@ impl Agent {
             let peer = view.peers.get(&node)?;
             let is_in_use = in_use.is_none_or(|macs| macs.contains(&peer.vtep.mac));
             let (_, subnets) = peer.leases.first()?;
-            let is_astray =
-                subnets.iter().any(|subnet| self.kernel.routing.astray.contains(&subnet));
+            let is_diverted =
+                subnets.iter().any(|subnet| self.kernel.routing.diverted.contains(&subnet));
             let way = underlay.way(peer.vtep.underlay, subnets.first);
-            let is_reached = is_in_use && is_usable && !is_astray && self.node.is_active(node);
+            let is_reached = is_in_use && is_usable && !is_diverted && self.node.is_active(node);
             let narrow = self.kernel.narrow.get(&node).copied();
             let subject = Subject {
                 node,

@@ -334,9 +334,10 @@ impl<F: Fn(Found)> Inquirer<F> {
                 if let Some(trace) = &trace {
                     facts.dropped = trace.told().dropped(place.local, suspect.address);
                     facts.translating = trace.told().translating(suspect.address);
-                    let astray = trace.told().dropped_at(suspect.vtep);
-                    facts.astray = astray
-                        .and_then(|(by, at)| ways.astray(&mut self.netlink, suspect.vtep, by, at));
+                    let diverted = trace.told().dropped_at(suspect.vtep);
+                    facts.diverted = diverted.and_then(|(by, at)| {
+                        ways.diverted(&mut self.netlink, suspect.vtep, by, at)
+                    });
                 }
                 let left = &watch.traces[&suspect.node].left;
                 if facts.translating.is_none() && left.values().any(|from| *from != place.source) {

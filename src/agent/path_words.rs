@@ -183,7 +183,7 @@ impl Agent {
             return None;
         }
         // It never left, or its answer was lost here: that is told by its cause.
-        if lost && subnets.iter().any(|subnet| self.kernel.routing.astray.contains(&subnet)) {
+        if lost && subnets.iter().any(|subnet| self.kernel.routing.diverted.contains(&subnet)) {
             return None;
         }
         // Answers that come without a tunnel may be this host's own packets that a route turns round.
@@ -198,7 +198,7 @@ impl Agent {
         let underlay = self.underlay.with_mode(self.config.mode);
         let ways: Vec<Way> = subnets.iter().map(|subnet| underlay.way(there, subnet)).collect();
         let is_direct = matches!(ways[0], Way::Direct { .. });
-        if lost && self.prober.paths.comes_astray(node) {
+        if lost && self.prober.paths.is_diverted_inbound(node) {
             let own = view.own.subnets.first.network();
             return certain(mixed_problem(name, own, is_direct));
         }

@@ -136,7 +136,7 @@ impl Agent {
         problems.extend(self.underlay_limits());
         problems.extend(kernel.forwarding.input.iter().cloned());
         // What is sent elsewhere is not forwarded either: one cause, one problem.
-        if !self.is_all_astray() {
+        if !self.is_all_diverted() {
             problems.extend(kernel.forwarding.problems.iter().cloned());
             problems.extend(self.far_problems());
         }
@@ -202,12 +202,12 @@ impl Agent {
     }
 
     /// Whether packets to every peer take a wrong way.
-    fn is_all_astray(&self) -> bool {
-        let astray = &self.kernel.routing.astray;
+    fn is_all_diverted(&self) -> bool {
+        let diverted = &self.kernel.routing.diverted;
         let peers = self.kernel.wanted.iter().flat_map(|view| view.peers.values());
         let mut subnets = peers.filter_map(|peer| Some(peer.leases.first()?.1));
-        !astray.is_empty()
-            && subnets.all(|subnets| subnets.iter().any(|subnet| astray.contains(&subnet)))
+        !diverted.is_empty()
+            && subnets.all(|subnets| subnets.iter().any(|subnet| diverted.contains(&subnet)))
     }
 
     pub(super) fn is_converged(&self) -> bool {

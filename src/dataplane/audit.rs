@@ -199,7 +199,7 @@ pub struct Audit {
     /// Subjects that were not asked about since [`Audit::begin`].
     rest: usize,
     doubts: BTreeMap<IpNet, BTreeSet<(Cause, Kind)>>,
-    /// Of each subject addresses that are asked about in any case: they went astray, one for each cause, or
+    /// Of each subject addresses that are asked about in any case: they went diverted, one for each cause, or
     /// have routes of their own.
     suspects: BTreeMap<IpNet, BTreeSet<IpAddr>>,
     /// Addresses of this node's own subnets that are asked about in any case, one for each cause.
@@ -426,7 +426,7 @@ impl Audit {
     }
 
     /// Subnets of peers to or from which packets take a wrong way.
-    pub fn astray(&self) -> BTreeSet<IpNet> {
+    pub fn diverted(&self) -> BTreeSet<IpNet> {
         let of_pods = self.findings.iter().filter(|finding| finding.kind <= Kind::Own);
         of_pods.flat_map(|finding| finding.subjects.iter().copied()).collect()
     }

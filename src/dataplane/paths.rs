@@ -251,8 +251,8 @@ impl Paths {
     }
 
     /// Whether what a peer sends of its own accord comes by another way than packets to it go.
-    pub fn comes_astray(&self, node: NodeId) -> bool {
-        self.peers.get(&node).is_some_and(|path| path.comes_astray)
+    pub fn is_diverted_inbound(&self, node: NodeId) -> bool {
+        self.peers.get(&node).is_some_and(|path| path.is_diverted_inbound)
     }
 
     /// Whether gossip holds a peer as alive, as last told.

@@ -447,7 +447,7 @@ pub(super) mod tests {
                     if new.is_some() {
                         let now = kernel.forward(*subnet).map(|(_, underlay)| underlay);
                         prop_assert!(now.is_some(), "{subnet} is cut off by {op:?}");
-                        prop_assert!(now == old || now == new, "{subnet} leads astray");
+                        prop_assert!(now == old || now == new, "{subnet} leads diverted");
                     }
                 }
             }

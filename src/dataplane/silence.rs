@@ -12,7 +12,7 @@ use std::{
 use crate::model::{Mac, NodeId};
 
 pub use self::cause::{
-    Astray, Cause, Culprit, MAY_NOT_SEND, Pinned, Place, iptables_ports, open_chain,
+    Cause, Culprit, Diverted, MAY_NOT_SEND, Pinned, Place, iptables_ports, open_chain,
 };
 
 mod cause;
@@ -145,7 +145,7 @@ pub struct Facts {
     /// What nftables drops of packets to it, and from it.
     pub dropped: [Option<Culprit>; 2],
     /// What nftables drops of the packets of its pods that come by another way than those to them go.
-    pub astray: Option<Astray>,
+    pub diverted: Option<Diverted>,
     /// The chain that changes the source of packets to it.
     pub translating: Option<String>,
     /// The same for a rule of iptables-legacy, and the command that exempts tunnel packets from it.

@@ -182,8 +182,8 @@ fn correct_seeds(world: &mut World) {
     let members: Vec<_> = world.hosts.iter().filter(is_member).map(|host| host.index).collect();
     for index in 0..world.hosts.len() {
         let host = &world.hosts[index];
-        let astray = !host.seeds.iter().any(|seed| *seed != index && members.contains(seed));
-        if astray && host.power && members.iter().any(|member| *member != index) {
+        let diverted = !host.seeds.iter().any(|seed| *seed != index && members.contains(seed));
+        if diverted && host.power && members.iter().any(|member| *member != index) {
             world.kill(index);
             world.hosts[index].seeds.clone_from(&members);
             world.start(index);

@@ -17,7 +17,7 @@ use crate::{
     dataplane::{
         audit::EXDEV,
         kernel::FirewallTable,
-        silence::{Astray, Culprit, OUT, Pinned, Place, Suspect, open_chain},
+        silence::{Culprit, Diverted, OUT, Pinned, Place, Suspect, open_chain},
     },
     model::{Mac, Transport},
     netlink::{
@@ -201,20 +201,20 @@ impl Ways {
     }
 
     /// What drops packets of a peer's pods that come in by one interface, if those to them leave by another.
-    pub fn astray(
+    pub fn diverted(
         &self,
         netlink: &mut Netlink,
         vtep: IpAddr,
         by: Culprit,
         at: u32,
-    ) -> Option<Astray> {
+    ) -> Option<Diverted> {
         let goes = netlink.route(&Query::to(vtep)).ok()?.link;
         let name = |index: u32| {
             let link = self.links.iter().find(|link| link.index == index)?;
             Some(link.name.clone())
         };
         let (came, goes) = (name(at)?, name(goes).filter(|_| goes != at)?);
-        Some(Astray { by, came, goes })
+        Some(Diverted { by, came, goes })
     }
 
     /// Whether a program sees packets that come in at the underlay's interface before packet sockets do.

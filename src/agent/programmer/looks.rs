@@ -56,7 +56,7 @@ impl<F: Fn(Told)> Reconciler<F> {
         }
     }
 
-    /// Asks where the kernel sends packets. What is not programmed yet goes astray by design.
+    /// Asks where the kernel sends packets. What is not programmed yet goes diverted by design.
     pub(super) fn audit(&mut self) {
         let now = Instant::now();
         if std::mem::take(&mut self.touched.routing) {

@@ -38,15 +38,15 @@ fn cause(number: u32) -> Cause {
     Cause::Table { table: number, priority: Some(number), interface: "d0".to_owned(), ipv4: true }
 }
 
-/// One pass in which the packets of one kind to some subjects go astray.
+/// One pass in which the packets of one kind to some subjects go diverted.
 fn pass(
     audit: &mut Audit,
     desired: &Desired,
-    astray: impl Fn(&Question) -> Option<Cause>,
+    diverted: impl Fn(&Question) -> Option<Cause>,
 ) -> usize {
     let questions = audit.questions(desired, &ground(Some(BRIDGE)));
     let count = questions.len();
-    audit.conclude(questions.into_iter().map(|question| (question, astray(&question))));
+    audit.conclude(questions.into_iter().map(|question| (question, diverted(&question))));
     count
 }
 
@@ -125,10 +125,10 @@ fn a_cause_is_told_once_however_many_peers_it_concerns_and_only_if_it_lasts() {
     for words in ["10.42.2.0/24, 10.42.3.0/24, 10.42.4.0/24, 6 more", "table 52", "ip rule 52"] {
         assert!(said[0].contains(words), "{words}: {said:?}");
     }
-    assert_eq!(audit.astray().len(), 9);
+    assert_eq!(audit.diverted().len(), 9);
     assert!(!audit.is_unfinished());
     pass(&mut audit, &desired, |_| None);
-    assert!(audit.sentences(networks).is_empty() && audit.astray().is_empty());
+    assert!(audit.sentences(networks).is_empty() && audit.diverted().is_empty());
 }
 
 #[test]
@@ -147,8 +147,8 @@ fn a_thousand_peers_are_asked_in_turn_and_those_in_doubt_each_time() {
         assert!(about_peers < QUESTIONS + 10, "{about_peers}");
         assert!(passes < 3 || questions.iter().any(|q| q.subject == doubted));
         asked.extend(questions.iter().filter(|q| q.kind != Kind::Home).map(|q| q.subject));
-        let astray = |q: &Question| (q.subject == doubted).then(|| cause(52));
-        audit.conclude(questions.into_iter().map(|question| (question, astray(&question))));
+        let diverted = |q: &Question| (q.subject == doubted).then(|| cause(52));
+        audit.conclude(questions.into_iter().map(|question| (question, diverted(&question))));
         if !audit.is_unfinished() {
             break;
         }
@@ -158,7 +158,7 @@ fn a_thousand_peers_are_asked_in_turn_and_those_in_doubt_each_time() {
     // One that is gone is in doubt no more.
     let desired = Desired::new(&view(&[(1, 1), (2, 2)]), &underlay(), &BTreeSet::new());
     pass(&mut audit, &desired, |_| None);
-    assert!(audit.astray().is_empty());
+    assert!(audit.diverted().is_empty());
 }
 
 #[test]
@@ -218,7 +218,7 @@ fn the_own_subnet_is_asked_about_as_a_whole_and_what_takes_a_part_of_it_is_told_
             "{said:?}"
         );
     }
-    assert!(audit.astray().is_empty(), "peers have nothing to do with it");
+    assert!(audit.diverted().is_empty(), "peers have nothing to do with it");
     pass(&mut audit, &desired, |_| None);
     assert!(audit.sentences(desired.pool.networks()).is_empty());
     // What takes packets to peers too is told as that.
@@ -259,13 +259,13 @@ fn an_address_that_went_astray_or_has_a_route_of_its_own_is_asked_about_again() 
     let narrow: IpAddr = [10, 42, 3, 77].into();
     pass(&mut audit, &desired, |_| None);
     audit.suspect([narrow, [10, 42, 1, 9].into()]);
-    let astray = |q: &Question| (q.kind == Kind::Out && q.to == narrow).then(|| cause(52));
+    let diverted = |q: &Question| (q.kind == Kind::Out && q.to == narrow).then(|| cause(52));
     for _ in 0..5 {
-        pass(&mut audit, &desired, astray);
+        pass(&mut audit, &desired, diverted);
     }
-    assert_eq!(audit.astray(), BTreeSet::from([net("10.42.3.0/24")]));
+    assert_eq!(audit.diverted(), BTreeSet::from([net("10.42.3.0/24")]));
     pass(&mut audit, &desired, |_| None);
-    assert!(audit.astray().is_empty());
+    assert!(audit.diverted().is_empty());
 }
 
 #[test]

@@ -65,11 +65,11 @@ pub(super) struct Path {
     silent_since: Option<Time>,
     heard: Option<Time>,
     /// What was heard came from elsewhere.
-    pub(super) comes_astray: bool,
+    pub(super) is_diverted_inbound: bool,
     /// Of the underlay, as the transport has it.
     estimate: Option<Duration>,
     /// The last answer came from elsewhere.
-    astray: bool,
+    diverted: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -129,10 +129,10 @@ impl Path {
             life: now,
             silent_since: None,
             heard: None,
-            comes_astray: false,
+            is_diverted_inbound: false,
             round_trip: None,
             estimate: None,
-            astray: false,
+            diverted: false,
             withdrawn: false,
         }
     }
@@ -285,7 +285,7 @@ impl Path {
         self.open
             .retain(|other| other.kind != open.kind || other.sent > open.sent || other.counted);
         self.round_trip = Some(now.since(open.sent));
-        self.astray = elsewhere;
+        self.diverted = elsewhere;
         (self.lost, self.life, self.silent_since) = (0, now, None);
         self.withdrawn = false;
         if open.counted {
@@ -308,7 +308,7 @@ impl Path {
 
     /// A packet of the peer's own: its kernel lives, whatever becomes of ours.
     pub(super) fn hear(&mut self, now: Time, elsewhere: bool) {
-        self.comes_astray = elsewhere;
+        self.is_diverted_inbound = elsewhere;
         (self.heard, self.life, self.silent_since) = (Some(now), now, None);
         self.withdrawn = false;
     }
@@ -460,7 +460,7 @@ impl Path {
             _ if self.lost >= VERDICT => PathState::Unanswered,
             _ if self.flows.tally().is_some() => PathState::PartlyLost,
             _ if self.full.lost >= VERDICT => PathState::MtuTooLarge,
-            Some(_) if self.astray => PathState::Asymmetric,
+            Some(_) if self.diverted => PathState::Asymmetric,
             Some(_) => PathState::Ok,
             None => PathState::Unknown,
         }

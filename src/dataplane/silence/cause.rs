@@ -50,7 +50,7 @@ pub struct Culprit {
 
 /// What drops packets of a peer's pods that come in by one interface, while packets to them leave by another.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Astray {
+pub struct Diverted {
     pub by: Culprit,
     pub came: String,
     pub goes: String,
@@ -83,7 +83,7 @@ pub enum Cause {
         outgoing: bool,
         by: Culprit,
     },
-    Astray(Astray),
+    Diverted(Diverted),
     /// The kernel refuses what the agent sends.
     Forbidden,
     /// This host sends under another address than the one that peers know.
@@ -178,8 +178,8 @@ impl Cause {
         if facts.forbidden && facts.dropped[OUT].is_none() {
             return Some(Self::Forbidden);
         }
-        if let Some(astray) = facts.astray.clone() {
-            return Some(Self::Astray(astray));
+        if let Some(diverted) = facts.diverted.clone() {
+            return Some(Self::Diverted(diverted));
         }
         if let Some(seen) = traces.left.values().find(|from| **from != place.source) {
             let (chain, legacy) = (facts.translating.clone(), facts.translating_legacy.clone());
@@ -261,7 +261,7 @@ impl Cause {
                     open_chain(&by.chain, &ports)
                 )
             }
-            Self::Astray(Astray { by, came, goes }) => format!(
+            Self::Diverted(Diverted { by, came, goes }) => format!(
                 "{by} drops packets of {peers} and of pods there on this host: they come in by {came}, and \
                  packets to them leave by {goes}, as where two hosts have different modes; rules about the \
                  reverse path (rpfilter, fib) drop that. Set the same mode on all nodes, or: {}",

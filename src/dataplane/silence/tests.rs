@@ -294,18 +294,18 @@ fn answers_that_this_host_drops_are_told_by_their_rule() {
 #[test]
 fn packets_of_pods_that_come_by_another_way_and_are_dropped_are_told_by_the_rule() {
     let by = |chain: &str| Culprit { chain: chain.to_owned(), handle: Some(4), queued: false };
-    let astray = |chain| {
+    let diverted = |chain| {
         let (came, goes) = ("eth0".to_owned(), "gossamer.1".to_owned());
-        Facts { astray: Some(Astray { by: by(chain), came, goes }), ..Facts::default() }
+        Facts { diverted: Some(Diverted { by: by(chain), came, goes }), ..Facts::default() }
     };
     let parts = [
         "a rule of chain ip mangle rpf (handle 4: ",
         "come in by eth0, and packets to them leave by gossamer.1",
         "nft insert rule ip mangle rpf ip saddr 10.42.0.0/16 accept",
     ];
-    assert_told(&watch(), astray("ip mangle rpf"), &parts);
+    assert_told(&watch(), diverted("ip mangle rpf"), &parts);
     let built_in = "iptables -t raw -I PREROUTING -s 10.42.0.0/16 -j ACCEPT";
-    assert_told(&watch(), astray("ip raw PREROUTING"), &[built_in]);
+    assert_told(&watch(), diverted("ip raw PREROUTING"), &[built_in]);
 }
 
 #[test]
