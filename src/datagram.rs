@@ -17,7 +17,7 @@ use nix::sys::socket::{
 };
 use socket2::{SockFilter, SockRef};
 
-use crate::icmp::{Asker, Family, Heard, What, never_fragment, take};
+use crate::icmp::{Asker, Family, IcmpEvent, What, never_fragment, take};
 
 /// Servers ignore shorter ones (RFC 9000, 5.2.2).
 pub const SIZE: usize = 1_200;
@@ -68,11 +68,11 @@ pub fn number_of(identifier: u16, question: &[u8]) -> Option<u16> {
 }
 
 /// Takes the next answer from the socket.
-pub fn receive(socket: &impl AsRawFd, asker: Asker) -> io::Result<Option<Heard>> {
+pub fn receive(socket: &impl AsRawFd, asker: Asker) -> io::Result<Option<IcmpEvent>> {
     let mut buffer = [0; PARSED];
     let Some((from, interface, answer)) = take(socket, &mut buffer)? else { return Ok(None) };
     let number = number(asker.identifier, [0; 4], answer);
-    Ok(number.map(|number| Heard { from, interface, what: What::Arrival(number) }))
+    Ok(number.map(|number| IcmpEvent { from, interface, what: What::Arrival(number) }))
 }
 
 fn number(identifier: u16, version: [u8; 4], packet: &[u8]) -> Option<u16> {

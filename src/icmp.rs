@@ -48,7 +48,7 @@ pub struct Asker {
 
 /// What came in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Heard {
+pub struct IcmpEvent {
     pub from: IpAddr,
     /// Index of the interface by which it came.
     pub interface: u32,
@@ -142,7 +142,7 @@ impl Family {
     }
 
     /// Takes the next packet from a socket; none, if it does not concern whoever asks.
-    pub fn receive(self, socket: &impl AsRawFd, asker: Asker) -> io::Result<Option<Heard>> {
+    pub fn receive(self, socket: &impl AsRawFd, asker: Asker) -> io::Result<Option<IcmpEvent>> {
         let mut buffer = [0; PARSED];
         let taken = take(socket, &mut buffer)?;
         Ok(taken.and_then(|(from, interface, packet)| self.parse(asker, from, interface, packet)))
@@ -177,7 +177,7 @@ impl Family {
 
     /// Reads a packet as a raw socket gives it, with IPv4 after its header; none, if it does not
     /// concern whoever asks.
-    fn parse(self, asker: Asker, from: IpAddr, interface: u32, packet: &[u8]) -> Option<Heard> {
+    fn parse(self, asker: Asker, from: IpAddr, interface: u32, packet: &[u8]) -> Option<IcmpEvent> {
         let header = match self {
             Self::Inet => usize::from(packet.first()? & 0x0f) * 4,
             Self::Inet6 => 0,
@@ -197,7 +197,7 @@ impl Family {
             }
             _ => return None,
         };
-        Some(Heard { from, interface, what })
+        Some(IcmpEvent { from, interface, what })
     }
 
     /// The number of the datagram of ours that is quoted after an ICMP header, if it was sent to `to`.

@@ -4,10 +4,10 @@ use tokio::sync::mpsc;
 
 use super::{
     answers::Answers, archive::Kept, far, forwarder::ForwarderNews, inquest::Found,
-    kubernetes::Heard as HeardOfNode, told::Told, wirer::Wired,
+    kernel_event::KernelEvent, kubernetes::NodeReport, wirer::AttachResult,
 };
 use crate::{
-    api::Question, docker as docker_plugin, icmp::Heard, store::Written, transport::Event,
+    api::Question, docker as docker_plugin, icmp::IcmpEvent, store::Written, transport::Event,
 };
 
 /// What a turn of the loop begins with.
@@ -15,40 +15,40 @@ pub(super) enum Arrival {
     Deadline,
     /// The settings are to be read again.
     Hangup,
-    News(News),
+    LoopEvent(LoopEvent),
     Network(Event),
-    Heard(Heard),
+    Icmp(IcmpEvent),
 }
 
 /// What comes in from threads and from the control socket.
-pub(super) enum News {
+pub(super) enum LoopEvent {
     Disk(Written),
-    Kernel(Told),
+    Kernel(KernelEvent),
     Forwarding(ForwarderNews),
-    Far(far::Told),
+    Far(far::FarEvent),
     Answers(Answers),
     Found(Found),
-    Pods(Wired),
+    Pods(AttachResult),
     Api(Question),
     Docker(docker_plugin::Request),
-    Node(HeardOfNode),
+    Node(NodeReport),
     Kept(Kept),
 }
 
 /// Everything that comes in but signals and the clock. Each source has its turn, however busy the others are.
 pub(super) struct Arrivals {
-    pub(super) threads: mpsc::UnboundedReceiver<News>,
+    pub(super) threads: mpsc::UnboundedReceiver<LoopEvent>,
     pub(super) network: mpsc::Receiver<Event>,
-    pub(super) heard: mpsc::Receiver<Heard>,
+    pub(super) heard: mpsc::Receiver<IcmpEvent>,
 }
 
 impl Arrivals {
     /// Waits for the next one.
     pub(super) async fn next(&mut self) -> Arrival {
         tokio::select! {
-            Some(news) = self.threads.recv() => Arrival::News(news),
+            Some(news) = self.threads.recv() => Arrival::LoopEvent(news),
             Some(event) = self.network.recv() => Arrival::Network(event),
-            Some(heard) = self.heard.recv() => Arrival::Heard(heard),
+            Some(heard) = self.heard.recv() => Arrival::Icmp(heard),
             // The agent holds a sender of the first.
             else => std::future::pending().await,
         }
@@ -57,9 +57,9 @@ impl Arrivals {
     /// Takes one of each source, as far as there is one now.
     pub(super) fn take(&mut self) -> impl Iterator<Item = Arrival> + use<> {
         let arrivals = [
-            self.threads.try_recv().ok().map(Arrival::News),
+            self.threads.try_recv().ok().map(Arrival::LoopEvent),
             self.network.try_recv().ok().map(Arrival::Network),
-            self.heard.try_recv().ok().map(Arrival::Heard),
+            self.heard.try_recv().ok().map(Arrival::Icmp),
         ];
         arrivals.into_iter().flatten()
     }
@@ -76,14 +76,14 @@ mod tests {
         let (to_network, network) = mpsc::channel(100);
         let (_to_heard, heard) = mpsc::channel(1);
         for number in 0..100 {
-            let _ = to_threads.send(News::Disk(Written::Saved(number)));
+            let _ = to_threads.send(LoopEvent::Disk(Written::Saved(number)));
             let call = CallId(number);
             let _ = to_network.try_send(Event::Answer { call, result: Err(CallError::Myself) });
         }
         let mut arrivals = Arrivals { threads, network, heard };
         for _ in 0..100 {
             let taken: Vec<_> = arrivals.take().collect();
-            assert!(matches!(taken[..], [Arrival::News(_), Arrival::Network(_)]));
+            assert!(matches!(taken[..], [Arrival::LoopEvent(_), Arrival::Network(_)]));
         }
         assert_eq!(arrivals.take().count(), 0);
     }

@@ -21,7 +21,7 @@ mod policy;
 
 pub use detour::Detour;
 
-use super::underlay::Chosen;
+use super::underlay::ChosenUnderlay;
 use crate::{
     api::{CheckState, CheckStatus},
     dataplane::{
@@ -118,9 +118,9 @@ pub struct Place<'a> {
 }
 
 impl<'a> Place<'a> {
-    pub fn new(device: u32, underlay: &'a Chosen, firewall: &Firewall) -> Self {
+    pub fn new(device: u32, underlay: &'a ChosenUnderlay, firewall: &Firewall) -> Self {
         let masquerade = !firewall.masquerade.is_empty();
-        let Chosen { link, local, carried, ref networks, .. } = *underlay;
+        let ChosenUnderlay { link, local, carried, ref networks, .. } = *underlay;
         Self { device, underlay: link, local, carried, networks, masquerade }
     }
 }

@@ -19,11 +19,11 @@ use super::{
     auditor::Routing,
     far::FarState,
     forwarder::{ForwarderNews, Forwarding},
+    kernel_event::{DemandState, KernelEvent, Outcome},
     programmer::{DesiredState, State},
     subnet_env::SubnetFile,
     surroundings::HostState,
-    told::{DemandState, Outcome, Told},
-    underlay::{Chosen, UnderlayError},
+    underlay::{ChosenUnderlay, UnderlayError},
 };
 use crate::{
     config::Config,
@@ -122,24 +122,24 @@ impl Agent {
         self.programmer.program(DesiredState { number: self.kernel.requested, state });
     }
 
-    pub(super) fn on_told(&mut self, told: Told) {
+    pub(super) fn on_kernel_event(&mut self, told: KernelEvent) {
         match told {
-            Told::Outcome(outcome) => self.on_kernel(outcome),
-            Told::Underlay(underlay) => self.on_underlay(underlay),
-            Told::Routing(routing) => {
+            KernelEvent::Outcome(outcome) => self.on_kernel(outcome),
+            KernelEvent::Underlay(underlay) => self.on_underlay(underlay),
+            KernelEvent::Routing(routing) => {
                 let known = &self.kernel.routing.problems;
                 let new = routing.problems.iter().filter(|problem| !known.contains(problem));
                 new.for_each(|problem| tracing::warn!("{problem}"));
                 self.kernel.routing = routing;
                 self.follow_path_mtus();
             }
-            Told::Overlaps(overlaps) => {
+            KernelEvent::Overlaps(overlaps) => {
                 overlaps.iter().for_each(|overlap| tracing::warn!("{overlap}"));
                 self.kernel.overlaps = overlaps;
             }
-            Told::Host(state) => self.on_host(state),
-            Told::Demand(state) => self.on_demand(state),
-            Told::Counted(counted) => self.on_counted(counted),
+            KernelEvent::Host(state) => self.on_host(state),
+            KernelEvent::Demand(state) => self.on_demand(state),
+            KernelEvent::Counted(counted) => self.on_counted(counted),
         }
     }
 
@@ -217,7 +217,7 @@ impl Agent {
     }
 
     /// The interface that carries the tunnels has changed, or what makes it the chosen one.
-    fn on_underlay(&mut self, underlay: Result<Chosen, UnderlayError>) {
+    fn on_underlay(&mut self, underlay: Result<ChosenUnderlay, UnderlayError>) {
         let chosen = match underlay {
             Ok(chosen) => chosen,
             Err(error) => {
@@ -245,8 +245,9 @@ impl Agent {
         if before == *now {
             return;
         }
-        let what =
-            |chosen: &Chosen| format!("{} ({}, MTU {})", chosen.local, chosen.name, chosen.mtu);
+        let what = |chosen: &ChosenUnderlay| {
+            format!("{} ({}, MTU {})", chosen.local, chosen.name, chosen.mtu)
+        };
         if before.is_present() && what(&before) == what(now) {
             tracing::debug!(?before, ?now, "the underlay's interface has changed");
         } else if before.is_present() {
@@ -272,7 +273,7 @@ impl Agent {
     /// A host that starts without a network serves its pods by what is saved here. The address is the one
     /// that members know, so that a start under another one is noticed.
     pub(super) fn save_underlay(&mut self) {
-        let Chosen { local, mtu, .. } = self.underlay;
+        let ChosenUnderlay { local, mtu, .. } = self.underlay;
         let local = self.company.known_as().unwrap_or(local);
         self.archive.save(Saved::Underlay(local, mtu));
     }

@@ -19,7 +19,7 @@ use tokio::{
     sync::{mpsc, oneshot, watch},
 };
 
-use super::{News, StartFailure};
+use super::{LoopEvent, StartFailure};
 use crate::{
     api::{self, SocketError},
     config::Config,
@@ -70,7 +70,7 @@ impl Doors {
     pub(super) fn open(
         config: &Config,
         plugin: Option<net::UnixListener>,
-        news: &mpsc::UnboundedSender<News>,
+        news: &mpsc::UnboundedSender<LoopEvent>,
     ) -> Result<Self, StartFailure> {
         let control = api::serve(&config.socket, questions(news))?;
         let control = Arc::new(Mutex::new(control));
@@ -136,20 +136,20 @@ impl Doors {
 }
 
 fn questions(
-    news: &mpsc::UnboundedSender<News>,
+    news: &mpsc::UnboundedSender<LoopEvent>,
 ) -> impl Fn(api::Question) -> bool + Send + Sync + 'static {
     let report = news.clone();
-    move |question| report.send(News::Api(question)).is_ok()
+    move |question| report.send(LoopEvent::Api(question)).is_ok()
 }
 
 fn requests(
-    news: &mpsc::UnboundedSender<News>,
+    news: &mpsc::UnboundedSender<LoopEvent>,
 ) -> impl Fn(docker::Request) -> bool + Send + Sync + 'static {
     let report = news.clone();
-    move |request| report.send(News::Docker(request)).is_ok()
+    move |request| report.send(LoopEvent::Docker(request)).is_ok()
 }
 
-fn listen(address: SocketAddr, news: &mpsc::UnboundedSender<News>) -> std::io::Result<()> {
+fn listen(address: SocketAddr, news: &mpsc::UnboundedSender<LoopEvent>) -> std::io::Result<()> {
     TcpListener::bind(address).and_then(|listener| api::observe(listener, questions(news)))
 }
 
@@ -176,7 +176,7 @@ async fn keep_control(
     path: PathBuf,
     control: Weak<Mutex<api::Socket>>,
     problems: watch::Sender<Problems>,
-    news: mpsc::UnboundedSender<News>,
+    news: mpsc::UnboundedSender<LoopEvent>,
 ) {
     loop {
         tokio::time::sleep(LOOK).await;
@@ -206,7 +206,7 @@ async fn open_http(
     address: SocketAddr,
     first: String,
     problems: watch::Sender<Problems>,
-    news: mpsc::UnboundedSender<News>,
+    news: mpsc::UnboundedSender<LoopEvent>,
 ) {
     let again = || listen(address, &news).map_err(|error| no_http(address, &error));
     open_later("http", first, &problems, again).await;
@@ -217,7 +217,7 @@ async fn open_plugin(
     first: String,
     problems: &watch::Sender<Problems>,
     closing: &watch::Sender<bool>,
-    news: &mpsc::UnboundedSender<News>,
+    news: &mpsc::UnboundedSender<LoopEvent>,
 ) -> api::Socket {
     let again = || api::Socket::listen(path).map_err(|error| no_plugin(path, &error));
     let (socket, listener) = open_later("docker_plugin", first, problems, again).await;

@@ -17,7 +17,7 @@ use std::{
 
 use ipnet::IpNet;
 
-use self::sockets::{Heard, RoomSockets};
+use self::sockets::{RoomSockets, SocketEvent};
 use super::{Agent, clock::Clock, packet_filter::Sources, start::random};
 use crate::{
     core::{Peer, ReplyId},
@@ -79,7 +79,7 @@ pub struct FarState {
 }
 
 /// What the thread tells.
-pub enum Told {
+pub enum FarEvent {
     State(FarState),
     /// These members are to be asked what has come of a round.
     Ask(u32, Vec<NodeId>),
@@ -93,7 +93,7 @@ pub(super) enum Command {
     /// This member asks about this round.
     Testify(ReplyId, NodeId, u32),
     /// What members have told of a round.
-    Heard(u32, BTreeMap<NodeId, Arrivals>),
+    Arrivals(u32, BTreeMap<NodeId, Arrivals>),
 }
 
 impl Order for Command {
@@ -113,7 +113,7 @@ pub struct Far {
 }
 
 impl Far {
-    pub fn start(tell: impl Fn(Told) + Send + 'static) -> io::Result<Self> {
+    pub fn start(tell: impl Fn(FarEvent) + Send + 'static) -> io::Result<Self> {
         let worker = Worker::start("far pods", move |orders| {
             let runner = Runner {
                 orders,
@@ -151,7 +151,7 @@ impl Far {
     }
 
     fn hear(&self, round: u32, told: BTreeMap<NodeId, Arrivals>) {
-        self.worker.order(Command::Heard(round, told));
+        self.worker.order(Command::Arrivals(round, told));
     }
 
     pub fn end(self) -> Thread {
@@ -175,7 +175,7 @@ struct Runner<F> {
     told: FarState,
 }
 
-impl<F: Fn(Told)> Runner<F> {
+impl<F: Fn(FarEvent)> Runner<F> {
     fn run(mut self) {
         while self.take_orders() {
             self.hear();
@@ -212,11 +212,11 @@ impl<F: Fn(Told)> Runner<F> {
                     let is_its = |from| self.setting.may_be_of(from, node);
                     let place = self.place.as_ref();
                     let told = place.map(|place| place.witness.testify(now, round, is_its));
-                    (self.tell)(Told::Testimony(reply, told));
+                    (self.tell)(FarEvent::Testimony(reply, told));
                 }
-                Ok(Command::Heard(round, told)) => {
+                Ok(Command::Arrivals(round, told)) => {
                     self.hear();
-                    self.far.on_told(self.clock.now(), round, &told);
+                    self.far.on_arrivals_told(self.clock.now(), round, &told);
                 }
                 Err(TryRecvError::Empty) => return true,
                 Err(TryRecvError::Disconnected) => return false,
@@ -250,7 +250,7 @@ impl<F: Fn(Told)> Runner<F> {
         sockets.hear(|heard| {
             let now = clock.now();
             match heard {
-                Heard::Question { from, round, sort } => {
+                SocketEvent::Question { from, round, sort } => {
                     let is_answered =
                         setting.may_ask(from) && witness.on_question(now, from, round, sort);
                     if is_answered {
@@ -258,15 +258,15 @@ impl<F: Fn(Told)> Runner<F> {
                     }
                     is_answered
                 }
-                Heard::Connected { to, round } => {
+                SocketEvent::Connected { to, round } => {
                     far.on_connected(now, to, round);
                     false
                 }
-                Heard::Overflow => {
+                SocketEvent::Overflow => {
                     witness.on_overflow(now);
                     false
                 }
-                Heard::Answer { from, round, kind } => {
+                SocketEvent::Answer { from, round, kind } => {
                     far.on_answer(from, kind, round);
                     false
                 }
@@ -292,7 +292,7 @@ impl<F: Fn(Told)> Runner<F> {
                         self.far.on_unsent(to, kind, number);
                     }
                 }
-                FarOutput::Ask(round, nodes) => (self.tell)(Told::Ask(round, nodes)),
+                FarOutput::Ask(round, nodes) => (self.tell)(FarEvent::Ask(round, nodes)),
             }
         }
     }
@@ -308,7 +308,7 @@ impl<F: Fn(Told)> Runner<F> {
         };
         if now != self.told {
             self.told.clone_from(&now);
-            (self.tell)(Told::State(now));
+            (self.tell)(FarEvent::State(now));
         }
     }
 }
@@ -332,9 +332,9 @@ fn ends(subnets: Subnets, subnet: IpNet) -> impl Iterator<Item = IpAddr> {
 }
 
 impl Agent {
-    pub(super) fn on_far(&mut self, told: Told) {
+    pub(super) fn on_far(&mut self, told: FarEvent) {
         match told {
-            Told::State(state) => {
+            FarEvent::State(state) => {
                 let words = |agent: &Self| [agent.far_problems(), agent.far_warnings()].concat();
                 let before = words(self);
                 // A link on the way may carry less than before.
@@ -348,7 +348,7 @@ impl Agent {
                 new.for_each(|problem| tracing::warn!("{problem}"));
                 self.update_forwarder();
             }
-            Told::Ask(round, nodes) => {
+            FarEvent::Ask(round, nodes) => {
                 let asked = self.survey(nodes, Inquiry::Arrivals(round), move |agent, found| {
                     let told =
                         |(node, report): (NodeId, Option<Report>)| Some((node, report?.arrivals?));
@@ -358,7 +358,7 @@ impl Agent {
                     self.far.hear(round, BTreeMap::new());
                 }
             }
-            Told::Testimony(reply, arrivals) => {
+            FarEvent::Testimony(reply, arrivals) => {
                 self.node.report(reply, Report { arrivals, ..Report::default() });
             }
         }

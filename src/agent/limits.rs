@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use super::{Agent, underlay::Chosen};
+use super::{Agent, underlay::ChosenUnderlay};
 use crate::{
     dataplane::desired::{IPV6_MTU_MIN, overhead},
     model::{Pool, Subnets},
@@ -26,8 +26,8 @@ impl Agent {
     }
 }
 
-fn limits(chosen: &Chosen, pool: Option<&Pool>) -> Vec<String> {
-    let Chosen { name, local, carried, .. } = chosen;
+fn limits(chosen: &ChosenUnderlay, pool: Option<&Pool>) -> Vec<String> {
+    let ChosenUnderlay { name, local, carried, .. } = chosen;
     let mut limits = Vec::new();
     if !chosen.is_present() {
         return limits;
@@ -75,11 +75,11 @@ mod tests {
     use super::*;
     use crate::model::PoolSpec;
 
-    fn chosen(local: &str, carried: u32) -> Chosen {
+    fn chosen(local: &str, carried: u32) -> ChosenUnderlay {
         let local: IpAddr = local.parse().expect("an address");
         let mtu = carried - overhead(local);
-        let remembered = Chosen::remembered(local, Some(mtu));
-        Chosen { name: "eth0".to_owned(), ..remembered }
+        let remembered = ChosenUnderlay::remembered(local, Some(mtu));
+        ChosenUnderlay { name: "eth0".to_owned(), ..remembered }
     }
 
     #[test]
@@ -90,7 +90,9 @@ mod tests {
             let words = ["eth0".to_owned(), format!("MTU {}", minimum - 1), minimum.to_string()];
             assert!(words.iter().all(|word| said.contains(word)), "{said}");
         }
-        assert!(limits(&Chosen::remembered([192, 0, 2, 1].into(), Some(900)), None).is_empty());
+        assert!(
+            limits(&ChosenUnderlay::remembered([192, 0, 2, 1].into(), Some(900)), None).is_empty()
+        );
     }
 
     #[test]
@@ -102,7 +104,7 @@ mod tests {
         assert!(limits(&chosen("192.0.2.1", 1_329), None).is_empty());
         let said = limits(&chosen("192.0.2.1", 1_329), Some(&pool)).join("");
         assert!(said.contains("leaves 1279") && said.contains("mtu 1330"), "{said}");
-        let set = Chosen { tunnel_mtu: 1_200, ..chosen("192.0.2.1", 1_500) };
+        let set = ChosenUnderlay { tunnel_mtu: 1_200, ..chosen("192.0.2.1", 1_500) };
         let said = limits(&set, Some(&pool)).join("");
         assert!(said.contains("settings is 1200") && !said.contains("ip link"), "{said}");
     }

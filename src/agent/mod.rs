@@ -23,6 +23,7 @@ mod forwarder;
 mod hooks;
 mod host_view;
 mod inquest;
+mod kernel_event;
 mod knock;
 mod kubernetes;
 mod legacy;
@@ -55,7 +56,6 @@ mod surroundings;
 mod survey;
 mod tap;
 mod threads;
-mod told;
 mod underlay;
 mod vanished;
 mod waiting;
@@ -72,7 +72,7 @@ use tokio::sync::oneshot;
 use self::{
     answers::Asking,
     archive::{Archive, Kept},
-    arrivals::{Arrival, Arrivals, News},
+    arrivals::{Arrival, Arrivals, LoopEvent},
     clock::Clock,
     company::Company,
     data_plane::KernelState,
@@ -92,7 +92,7 @@ use self::{
     signals::Signals,
     status::Waiter,
     survey::Surveys,
-    underlay::Chosen,
+    underlay::ChosenUnderlay,
     wirer::Wirer,
 };
 use crate::{
@@ -136,7 +136,7 @@ struct Agent {
     unread: Unread,
     pods: PodState,
     wirer: Wirer,
-    underlay: Chosen,
+    underlay: ChosenUnderlay,
     config: Config,
     state: Arc<StateDir>,
     /// Of the settings alone.
@@ -245,9 +245,9 @@ impl Agent {
         match arrival {
             Arrival::Deadline => self.on_deadline(now),
             Arrival::Hangup => self.reload(reread),
-            Arrival::News(news) => self.on_news(news),
+            Arrival::LoopEvent(news) => self.on_loop_event(news),
             Arrival::Network(event) => self.on_network(event),
-            Arrival::Heard(heard) => self.on_heard(heard),
+            Arrival::Icmp(heard) => self.on_icmp_event(heard),
         }
     }
 
@@ -297,41 +297,41 @@ impl Agent {
         }
     }
 
-    fn on_news(&mut self, news: News) {
+    fn on_loop_event(&mut self, news: LoopEvent) {
         match news {
-            News::Disk(Written::Durable(seq)) => {
+            LoopEvent::Disk(Written::Durable(seq)) => {
                 // Not before: a token that names a cluster says that the database knew it.
                 self.save_token();
                 for output in self.gate.open(seq) {
                     self.execute(output);
                 }
             }
-            News::Disk(Written::Failing(why)) => {
+            LoopEvent::Disk(Written::Failing(why)) => {
                 tracing::error!(%why, "cannot write to the state directory: nothing new is granted");
                 self.store_failure = Some(why);
             }
-            News::Disk(Written::Recovered) => {
+            LoopEvent::Disk(Written::Recovered) => {
                 tracing::info!("the state directory can be written again");
                 self.store_failure = None;
             }
-            News::Disk(Written::Emptied) => {
+            LoopEvent::Disk(Written::Emptied) => {
                 tracing::error!("the database was lost and is rewritten");
                 self.input(Input::Command(Command::SaveAll));
                 self.save_pods();
             }
-            News::Disk(Written::Saved(number)) => self.on_saved(number),
-            News::Kernel(told) => self.on_told(told),
-            News::Forwarding(news) => self.on_forwarding(news),
-            News::Far(told) => self.on_far(told),
-            News::Answers(state) => self.on_answers(state),
-            News::Found(found) => self.on_found(found),
-            News::Pods(wired) => self.on_wired(wired),
-            News::Api(request) => self.on_api(request),
-            News::Docker(request) => self.on_docker(request),
+            LoopEvent::Disk(Written::Saved(number)) => self.on_saved(number),
+            LoopEvent::Kernel(told) => self.on_kernel_event(told),
+            LoopEvent::Forwarding(news) => self.on_forwarding(news),
+            LoopEvent::Far(told) => self.on_far(told),
+            LoopEvent::Answers(state) => self.on_answers(state),
+            LoopEvent::Found(found) => self.on_found(found),
+            LoopEvent::Pods(wired) => self.on_attach_result(wired),
+            LoopEvent::Api(request) => self.on_api(request),
+            LoopEvent::Docker(request) => self.on_docker(request),
             // Who waits for convergence is served at the end of the turn.
-            News::Kept(Kept::Subnet) => {}
-            News::Kept(Kept::Secrets(result)) => self.on_secrets_kept(result),
-            News::Node(heard) => self.on_heard_of_node(heard),
+            LoopEvent::Kept(Kept::Subnet) => {}
+            LoopEvent::Kept(Kept::Secrets(result)) => self.on_secrets_kept(result),
+            LoopEvent::Node(heard) => self.on_node_report(heard),
         }
     }
 

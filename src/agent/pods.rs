@@ -19,7 +19,7 @@ use super::{
     docker::is_of_a_network,
     pod_address::NotGiven,
     vanished::Looking,
-    wirer::{Job, Wired},
+    wirer::{AttachResult, Job},
 };
 use crate::{
     api::{
@@ -340,15 +340,15 @@ impl Agent {
         }
     }
 
-    pub(super) fn on_wired(&mut self, wired: Wired) {
+    pub(super) fn on_attach_result(&mut self, wired: AttachResult) {
         match wired {
-            Wired::Connected { number, result: Ok(connected) } => {
+            AttachResult::Connected { number, result: Ok(connected) } => {
                 if let Some(attaching) = self.pods.attaching.get_mut(&number) {
                     attaching.connected = Some(connected);
                 }
                 self.finish_attaching(number);
             }
-            Wired::Connected { number, result: Err(error) } => {
+            AttachResult::Connected { number, result: Err(error) } => {
                 let Some(attaching) = self.pods.attaching.remove(&number) else { return };
                 let Attaching { pod, reply, .. } = attaching;
                 tracing::warn!(pod = %pod.attachment, %error, "not connected");
@@ -358,11 +358,13 @@ impl Agent {
                 }
                 reply(Err(error.into()));
             }
-            Wired::Looked { number, result } => self.on_looked(number, result),
-            Wired::Absent { links, confirmed } => self.on_absent(links, &confirmed),
-            Wired::LookedAhead => self.pods.looks_ahead = self.pods.looks_ahead.saturating_sub(1),
-            Wired::Refusal(refusal) => self.on_refusal(refusal),
-            Wired::Mended { result, problems, open, guests } => {
+            AttachResult::Looked { number, result } => self.on_looked(number, result),
+            AttachResult::Absent { links, confirmed } => self.on_absent(links, &confirmed),
+            AttachResult::LookedAhead => {
+                self.pods.looks_ahead = self.pods.looks_ahead.saturating_sub(1)
+            }
+            AttachResult::Refusal(refusal) => self.on_refusal(refusal),
+            AttachResult::Mended { result, problems, open, guests } => {
                 match result {
                     Ok(mended) => {
                         self.note_repair("bridge", mended.bridge + mended.ports);
@@ -381,7 +383,7 @@ impl Agent {
                 }
                 self.pods.guests = guests;
             }
-            Wired::Disconnected { number, attachment, result } => {
+            AttachResult::Disconnected { number, attachment, result } => {
                 if let Err(error) = &result {
                     tracing::error!(pod = %attachment, %error, "its interface was not removed");
                 }

@@ -21,7 +21,7 @@ use crate::{
         paths::{By, FLOWS, Kind, LOOK, Paths, Subject},
         told::Reports,
     },
-    icmp::{self, Asker, Family, Heard, What},
+    icmp::{self, Asker, Family, IcmpEvent, What},
     model::NodeId,
 };
 
@@ -64,7 +64,7 @@ impl Prober {
     pub(super) fn start(
         identifier: u16,
         withdraw_after: Option<Duration>,
-    ) -> (Self, mpsc::Receiver<Heard>) {
+    ) -> (Self, mpsc::Receiver<IcmpEvent>) {
         let (heard, receiver) = mpsc::channel(QUEUE);
         let start = |family: Family| {
             let opened = Sockets::open(family, identifier)
@@ -193,7 +193,7 @@ async fn read_echoes(
     family: Family,
     socket: Arc<UdpSocket>,
     asker: Asker,
-    heard: mpsc::Sender<Heard>,
+    heard: mpsc::Sender<IcmpEvent>,
 ) {
     while !heard.is_closed() {
         let next = || family.receive(&*socket, asker);
@@ -205,7 +205,7 @@ async fn read_echoes(
     }
 }
 
-async fn read_datagrams(socket: Arc<UdpSocket>, asker: Asker, heard: mpsc::Sender<Heard>) {
+async fn read_datagrams(socket: Arc<UdpSocket>, asker: Asker, heard: mpsc::Sender<IcmpEvent>) {
     while !heard.is_closed() {
         let next = || datagram::receive(&*socket, asker);
         match socket.async_io(Interest::READABLE, next).await {
@@ -276,7 +276,7 @@ impl Agent {
         self.prober.reports.on_asked(to.ip(), sequence);
     }
 
-    pub(super) fn on_heard(&mut self, heard: Heard) {
+    pub(super) fn on_icmp_event(&mut self, heard: IcmpEvent) {
         let now = self.clock.now();
         let holder = self.prober.paths.holder(heard.from);
         let is_direct = holder.is_some_and(|node| self.is_direct(node));

@@ -17,10 +17,10 @@ use std::{
 
 use super::{
     auditor::Auditor,
+    kernel_event::{DemandState, KernelEvent, Outcome},
     overruns::Overruns,
     surroundings::Surroundings,
-    told::{DemandState, Outcome, Told},
-    underlay::{Chosen, Watch},
+    underlay::{ChosenUnderlay, Watch},
 };
 use crate::{
     config::Config,
@@ -92,8 +92,8 @@ impl Programmer {
     pub fn start(
         kernel: Kernel,
         config: Config,
-        chosen: Chosen,
-        tell: impl Fn(Told) + Send + 'static,
+        chosen: ChosenUnderlay,
+        tell: impl Fn(KernelEvent) + Send + 'static,
     ) -> io::Result<Self> {
         let netlink = Netlink::open()?;
         let surroundings = Surroundings::open(config.mode, config.set_sysctls);
@@ -183,7 +183,7 @@ struct Reconciler<F> {
     worked: Option<Instant>,
 }
 
-impl<F: Fn(Told)> Reconciler<F> {
+impl<F: Fn(KernelEvent)> Reconciler<F> {
     fn run(mut self) {
         while self.take_orders() {
             if let Err(error) = self.listen() {
@@ -250,7 +250,7 @@ impl<F: Fn(Told)> Reconciler<F> {
             return;
         };
         if let Some(counted) = self.surroundings.count_packets(&firewall.table) {
-            (self.tell)(Told::Counted(counted));
+            (self.tell)(KernelEvent::Counted(counted));
         }
     }
 
@@ -341,7 +341,7 @@ impl<F: Fn(Told)> Reconciler<F> {
         }
         self.demand_told = state.clone();
         self.demand_told_at = Instant::now();
-        (self.tell)(Told::Demand(state));
+        (self.tell)(KernelEvent::Demand(state));
     }
 
     /// Takes away what nobody needs any more.
@@ -395,7 +395,7 @@ impl<F: Fn(Told)> Reconciler<F> {
 
     fn tell_host(&mut self) {
         if let Some(state) = self.surroundings.news() {
-            (self.tell)(Told::Host(state));
+            (self.tell)(KernelEvent::Host(state));
         }
     }
 
@@ -424,7 +424,7 @@ impl<F: Fn(Told)> Reconciler<F> {
             let kinds: Vec<&str> = report.done.keys().copied().collect();
             self.surroundings.opponents.note(Kind::Entries, &kinds.join(", "), report.device);
         }
-        (self.tell)(Told::Outcome(Outcome { number: *number, repair, result }));
+        (self.tell)(KernelEvent::Outcome(Outcome { number: *number, repair, result }));
         self.tell_host();
     }
 

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use super::Agent;
 use crate::{
     api::{EventKind, EventLevel},
-    dataplane::{kernel::sysctl, told::Action},
+    dataplane::{kernel::sysctl, path_mtu_reports::Action},
     model::NodeId,
     netlink::Netlink,
 };

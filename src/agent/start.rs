@@ -12,8 +12,8 @@ use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 
 use super::{
-    Agent, Archive, Arrivals, Clock, Company, Ending, Gate, Journal, KernelState, News, PodState,
-    Prober, Programmer, Reread, Service, Signals, Source, Surveys, Unread, Wirer,
+    Agent, Archive, Arrivals, Clock, Company, Ending, Gate, Journal, KernelState, LoopEvent,
+    PodState, Prober, Programmer, Reread, Service, Signals, Source, Surveys, Unread, Wirer,
     doors::Doors,
     host_view::{self, HostView},
     kubernetes,
@@ -28,7 +28,7 @@ use crate::{
     config::{Config, ConfigError, DEFAULT_VXLAN_PORT},
     core::{Bootstrap, Node, NodeConfig, StartError},
     dataplane::{kernel::KernelError, overlap::ForeignKind},
-    icmp::Heard,
+    icmp::IcmpEvent,
     model::{BootId, ClusterId, ClusterRecord, ClusterSettings, Mac, NodeId, Time, Vtep},
     netlink::Netlink,
     store::{EssentialsCopy, StoreError, Writer, Written},
@@ -126,7 +126,7 @@ pub async fn run(
 struct Prepared {
     agent: Agent,
     network: mpsc::Receiver<Event>,
-    heard: mpsc::Receiver<Heard>,
+    heard: mpsc::Receiver<IcmpEvent>,
 }
 
 /// Gives none if a signal ends the agent before it is ready.
@@ -134,7 +134,7 @@ async fn prepare(
     mut config: Config,
     memory: Memory,
     mut waiting: Waiting<'_>,
-    sender: mpsc::UnboundedSender<News>,
+    sender: mpsc::UnboundedSender<LoopEvent>,
 ) -> Result<Option<Prepared>, StartFailure> {
     waiting.identify(memory.key.id());
     let Memory { state, key, is_fresh: fresh, saved, keyring: kept, .. } = memory;
@@ -280,15 +280,15 @@ async fn prepare(
 
     if is_new {
         // Once the loop runs it writes all that is known.
-        let _ = sender.send(News::Disk(Written::Emptied));
+        let _ = sender.send(LoopEvent::Disk(Written::Emptied));
     }
     let report = sender.clone();
     let writer = Writer::start(database, state.database(), copy, move |written| {
-        let _ = report.send(News::Disk(written));
+        let _ = report.send(LoopEvent::Disk(written));
     })?;
     let report = sender.clone();
     let programmer = Programmer::start(kernel, config.clone(), chosen.clone(), move |told| {
-        let _ = report.send(News::Kernel(told));
+        let _ = report.send(LoopEvent::Kernel(told));
     })?;
     let forwarder = threads::start_forwarder(sender.clone())?;
     let far = threads::start_far(sender.clone())?;
@@ -296,7 +296,7 @@ async fn prepare(
     let inquest = threads::start_inquest(sender.clone())?;
     let report = sender.clone();
     let wirer = Wirer::start(move |wired| {
-        let _ = report.send(News::Pods(wired));
+        let _ = report.send(LoopEvent::Pods(wired));
     })?;
     pods.begin(&writer);
     if known_cluster.is_some() {
@@ -305,7 +305,7 @@ async fn prepare(
     }
     let report = sender.clone();
     let archive = Archive::start(state.clone(), move |kept| {
-        let _ = report.send(News::Kept(kept));
+        let _ = report.send(LoopEvent::Kept(kept));
     })?;
     let (prober, heard) = Prober::start(u16::from_ne_bytes(random()?), config.withdraw_after);
     let mut company = Company::default();
@@ -366,14 +366,14 @@ fn remembered_underlay(
     saved: Option<(IpAddr, u32)>,
     records: &[(Key, Record)],
     me: NodeId,
-) -> Option<underlay::Chosen> {
+) -> Option<underlay::ChosenUnderlay> {
     let own = records.iter().find_map(|(_, record)| match record {
         Record::Member(member) if member.node == me => Some(member.vtep.underlay),
         _ => None,
     });
     let local = own.map(|published| saved.map_or(published, |(local, _)| local));
     let mtu = saved.map(|(_, mtu)| mtu);
-    local.map(|local| underlay::Chosen::remembered(local, mtu))
+    local.map(|local| underlay::ChosenUnderlay::remembered(local, mtu))
 }
 
 /// The cluster of nodes whose subnets are given from outside has no creator who could make up an id: it

@@ -14,9 +14,9 @@ use std::{
 use tokio::sync::mpsc;
 
 use super::{
-    Agent, Asking, Ending, Far, Forwarder, Inquest, News,
+    Agent, Asking, Ending, Far, Forwarder, Inquest, LoopEvent,
     answers::Answers,
-    far::{FarState, Told},
+    far::{FarEvent, FarState},
     forwarder::{ForwarderNews, Forwarding},
 };
 use crate::api::{CheckState, CheckStatus};
@@ -92,22 +92,22 @@ impl Watcher {
 }
 
 /// What a thread tells goes to the loop.
-pub(super) type Sender = mpsc::UnboundedSender<News>;
+pub(super) type Sender = mpsc::UnboundedSender<LoopEvent>;
 
 pub(super) fn start_forwarder(news: Sender) -> io::Result<Forwarder> {
-    Forwarder::start(move |told| _ = news.send(News::Forwarding(told)))
+    Forwarder::start(move |told| _ = news.send(LoopEvent::Forwarding(told)))
 }
 
 pub(super) fn start_far(news: Sender) -> io::Result<Far> {
-    Far::start(move |told| _ = news.send(News::Far(told)))
+    Far::start(move |told| _ = news.send(LoopEvent::Far(told)))
 }
 
 pub(super) fn start_asking(news: Sender) -> io::Result<Asking> {
-    Asking::start(move |state| _ = news.send(News::Answers(state)))
+    Asking::start(move |state| _ = news.send(LoopEvent::Answers(state)))
 }
 
 pub(super) fn start_inquest(news: Sender) -> io::Result<Inquest> {
-    Inquest::start(move |found| _ = news.send(News::Found(found)))
+    Inquest::start(move |found| _ = news.send(LoopEvent::Found(found)))
 }
 
 impl Agent {
@@ -157,7 +157,7 @@ impl Agent {
                 self.on_forwarding(ForwarderNews::Room(None));
                 self.on_forwarding(ForwarderNews::State(nothing));
             }
-            Watcher::FarPods => self.on_far(Told::State(FarState::default())),
+            Watcher::FarPods => self.on_far(FarEvent::State(FarState::default())),
             Watcher::Answers => self.on_answers(Answers::default()),
             Watcher::Inquest => self.inquest.forget(),
         }

@@ -12,12 +12,12 @@ use std::{
 use tokio::sync::mpsc;
 
 use super::{
-    News, StartFailure,
+    LoopEvent, StartFailure,
     doors::Closed,
     service::Service,
     signals::Signals,
     status::Waiter,
-    underlay::{self, Chosen, UnderlayError},
+    underlay::{self, ChosenUnderlay, UnderlayError},
 };
 use crate::{
     api::{AgentStatus, CheckStatus, KernelStatus, PodError, PodErrorKind, Question},
@@ -46,7 +46,7 @@ pub(super) struct Waiting<'a> {
     node: NodeId,
     closed: Closed,
     signals: &'a mut Signals,
-    questions: &'a mut mpsc::UnboundedReceiver<News>,
+    questions: &'a mut mpsc::UnboundedReceiver<LoopEvent>,
     service: Service,
     /// Questions for convergence wait on.
     waiters: Vec<Waiter>,
@@ -60,7 +60,7 @@ impl<'a> Waiting<'a> {
         name: NodeName,
         closed: Closed,
         signals: &'a mut Signals,
-        questions: &'a mut mpsc::UnboundedReceiver<News>,
+        questions: &'a mut mpsc::UnboundedReceiver<LoopEvent>,
     ) -> Self {
         let service = Service::new(Instant::now());
         let problem = STARTING.to_owned();
@@ -123,8 +123,8 @@ impl<'a> Waiting<'a> {
                 () = self.signals.end() => return None,
                 done = &mut work => return Some(done),
                 Some(news) = self.questions.recv() => match news {
-                    News::Api(question) => self.waiters.extend(answer(question, &status)),
-                    News::Docker(request) => self.docker.push((Instant::now(), request)),
+                    LoopEvent::Api(question) => self.waiters.extend(answer(question, &status)),
+                    LoopEvent::Docker(request) => self.docker.push((Instant::now(), request)),
                     _ => {}
                 },
                 () = tokio::time::sleep(TICK) => {}
@@ -139,7 +139,7 @@ impl<'a> Waiting<'a> {
     pub(super) async fn for_underlay(
         &mut self,
         config: &Config,
-    ) -> Result<Option<Chosen>, StartFailure> {
+    ) -> Result<Option<ChosenUnderlay>, StartFailure> {
         let mut netlink = Netlink::open()?;
         loop {
             match underlay::choose(&mut netlink, config, std::iter::empty()) {

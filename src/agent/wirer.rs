@@ -100,7 +100,7 @@ pub struct Looked {
 
 /// How it went.
 #[derive(Debug)]
-pub enum Wired {
+pub enum AttachResult {
     Connected {
         number: u64,
         result: Result<Connected, WiringError>,
@@ -147,7 +147,7 @@ impl Order for Job {
 }
 
 impl Wirer {
-    pub fn start(report: impl Fn(Wired) + Send + Sync + 'static) -> io::Result<Self> {
+    pub fn start(report: impl Fn(AttachResult) + Send + Sync + 'static) -> io::Result<Self> {
         let (wiring, reaper) = (Wiring::open()?, Wiring::open()?);
         let monitor = Monitor::of_interfaces()?;
         let worker = Worker::start("pods", move |jobs| {
@@ -199,7 +199,7 @@ impl Wirer {
 }
 
 /// An interface that is to be removed, by its index: its name may be another's by then.
-struct Doomed {
+struct PendingDelete {
     number: u64,
     attachment: Attachment,
     index: u32,
@@ -210,7 +210,7 @@ struct PodWorker<'a, F> {
     monitor: Monitor,
     overruns: Overruns,
     jobs: Orders<Job>,
-    doomed: mpsc::Sender<Doomed>,
+    doomed: mpsc::Sender<PendingDelete>,
     report: &'a F,
     /// What is to be kept right: since the first pod came.
     kept: Option<Bridge>,
@@ -242,7 +242,7 @@ struct PodWorker<'a, F> {
     worked: Instant,
 }
 
-impl<F: Fn(Wired)> PodWorker<'_, F> {
+impl<F: Fn(AttachResult)> PodWorker<'_, F> {
     fn run(mut self) {
         while self.take_jobs() {
             if self.worked.elapsed() < GAP {
@@ -289,7 +289,7 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
                     self.tables.shut_out(&veth, &tenant);
                 }
                 let attachment = result.is_ok().then(|| pod.attachment.clone());
-                (self.report)(Wired::Connected { number, result });
+                (self.report)(AttachResult::Connected { number, result });
                 if let Some(attachment) = attachment {
                     Wiring::close(&attachment, &end);
                 }
@@ -305,7 +305,7 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
                 let is_its = |other: &Tenant| other.container == attachment.container();
                 self.touched |= self.tenants.values().any(is_its);
                 let gone = |result| {
-                    (self.report)(Wired::Disconnected {
+                    (self.report)(AttachResult::Disconnected {
                         number,
                         attachment: attachment.clone(),
                         result,
@@ -315,7 +315,7 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
                     Ok(Some(index)) => {
                         self.hand_over(&attachment, tenant.as_ref(), netns.as_ref(), index);
                         // The other thread lives as long as this one.
-                        let _ = self.doomed.send(Doomed { number, attachment, index });
+                        let _ = self.doomed.send(PendingDelete { number, attachment, index });
                     }
                     Ok(None) => gone(Ok(false)),
                     Err(error) => gone(Err(error)),
@@ -331,7 +331,7 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
             Job::Expect(bridge) => {
                 self.expected = Some(bridge);
                 self.look_ahead();
-                (self.report)(Wired::LookedAhead);
+                (self.report)(AttachResult::LookedAhead);
             }
             Job::Sweep { bridge, keep } => match self.wiring.sweep(&bridge, &keep) {
                 Ok(0) => {}
@@ -344,7 +344,7 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
             }
             Job::Look { number, pods } => {
                 let result = look(pods, &mut self.wiring, &self.fetched);
-                (self.report)(Wired::Looked { number, result });
+                (self.report)(AttachResult::Looked { number, result });
             }
             Job::List { mut pods, reply } => {
                 match self.wiring.links() {
@@ -417,7 +417,7 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
         is_news |= why.is_some() && why != self.failing && refusal.is_none();
         self.failing = why;
         if is_news {
-            (self.report)(Wired::Mended { result, problems, open, guests });
+            (self.report)(AttachResult::Mended { result, problems, open, guests });
         }
         self.tell_refusal(refusal);
     }
@@ -444,7 +444,7 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
     fn tell_refusal(&mut self, refusal: Option<String>) {
         if refusal != self.refusal {
             self.refusal.clone_from(&refusal);
-            (self.report)(Wired::Refusal(refusal));
+            (self.report)(AttachResult::Refusal(refusal));
         }
     }
 
@@ -473,9 +473,9 @@ impl<F: Fn(Wired)> PodWorker<'_, F> {
 }
 
 /// The kernel takes ten times as long to remove an interface as to make one: nobody waits behind that.
-fn reap(mut wiring: Wiring, doomed: mpsc::Receiver<Doomed>, report: &impl Fn(Wired)) {
-    for Doomed { number, attachment, index } in doomed {
+fn reap(mut wiring: Wiring, doomed: mpsc::Receiver<PendingDelete>, report: &impl Fn(AttachResult)) {
+    for PendingDelete { number, attachment, index } in doomed {
         let result = wiring.delete(index);
-        report(Wired::Disconnected { number, attachment, result });
+        report(AttachResult::Disconnected { number, attachment, result });
     }
 }

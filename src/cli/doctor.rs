@@ -12,7 +12,7 @@ use super::{
 use crate::{
     api::{self, ClientError},
     config::{Instance, Settings},
-    doctor::{self, Agent, Patient, Verdict, examine},
+    doctor::{self, Agent, Examination, Verdict, examine},
 };
 
 /// An agent that does not answer within this time does nothing else either.
@@ -56,7 +56,7 @@ pub fn run(args: DoctorArgs) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-fn patient(args: &DoctorArgs) -> Patient {
+fn patient(args: &DoctorArgs) -> Examination {
     let completed = args.settings.clone().complete(args.config.as_deref());
     let config = completed.and_then(Settings::check);
     let socket = match &config {
@@ -82,7 +82,7 @@ fn patient(args: &DoctorArgs) -> Patient {
         Ok(Err(_)) => (None, Some(format!("the agent does not answer within {PATIENCE:?}"))),
         Err(error) => (None, Some(error.to_string())),
     };
-    Patient { config, agent, agent_error, socket }
+    Examination { config, agent, agent_error, socket }
 }
 
 fn counted(count: usize, what: &str) -> String {

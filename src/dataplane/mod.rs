@@ -43,6 +43,8 @@ pub mod offload;
 #[warn(clippy::disallowed_methods)]
 pub mod overlap;
 #[warn(clippy::disallowed_methods)]
+pub mod path_mtu_reports;
+#[warn(clippy::disallowed_methods)]
 pub mod paths;
 #[warn(clippy::disallowed_methods)]
 pub mod plan;
@@ -50,5 +52,3 @@ pub mod plan;
 pub mod silence;
 #[warn(clippy::disallowed_methods)]
 pub mod toggled;
-#[warn(clippy::disallowed_methods)]
-pub mod told;

@@ -12,7 +12,7 @@ use flate2::{Compression, write::GzEncoder};
 use regex_lite::Regex;
 use serde_json::Value;
 
-use super::{Finding, Patient};
+use super::{Examination, Finding};
 use crate::{files, model::visible_lines};
 
 /// What is asked of the host; a program that is not there is left out.
@@ -40,7 +40,7 @@ const MEMBERS: [&str; 3] = ["/etc/os-release", "/proc/meminfo", "/run/gossamer/s
 /// One sentence, if it cannot be written or is there already.
 pub fn write(
     path: &Path,
-    patient: &Patient,
+    patient: &Examination,
     findings: &[Finding],
     config: Option<&Path>,
 ) -> Result<(), String> {
@@ -52,7 +52,7 @@ pub fn write(
 
 fn pack(
     file: File,
-    patient: &Patient,
+    patient: &Examination,
     findings: &[Finding],
     config: Option<&Path>,
 ) -> io::Result<()> {

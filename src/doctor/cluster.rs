@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
-use super::{Agent, Finding, Patient};
+use super::{Agent, Examination, Finding};
 use crate::{
     agent::{is_own, knock, own_sentence},
     api::block_on,
@@ -16,7 +16,7 @@ use crate::{
 /// So often down within the events that are kept, and a member comes and goes.
 const FLAPS: usize = 3;
 
-pub fn examine(patient: &Patient, findings: &mut Vec<Finding>) {
+pub fn examine(patient: &Examination, findings: &mut Vec<Finding>) {
     let Some(agent) = &patient.agent else {
         findings.push(no_agent(patient));
         findings.extend(seeds(patient));
@@ -46,7 +46,7 @@ fn text<'a>(value: &'a Value, key: &str) -> &'a str {
     value[key].as_str().unwrap_or_default()
 }
 
-fn no_agent(patient: &Patient) -> Finding {
+fn no_agent(patient: &Examination) -> Finding {
     Finding::problem(
         "agent",
         patient.agent_error.clone().unwrap_or_else(|| "no agent answers".to_owned()),
@@ -301,7 +301,7 @@ fn tables(routes: &Value) -> Finding {
 }
 
 /// Whether members could be joined by what is configured.
-fn seeds(patient: &Patient) -> Vec<Finding> {
+fn seeds(patient: &Examination) -> Vec<Finding> {
     let Ok(config) = &patient.config else { return Vec::new() };
     // What the agent would fall back on, too.
     let saved = read_token(&config.state_dir).ok().flatten();

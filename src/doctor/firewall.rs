@@ -3,10 +3,10 @@
 use ipnet::IpNet;
 use serde_json::Value;
 
-use super::{Finding, Patient, Verdict};
+use super::{Examination, Finding, Verdict};
 use crate::dataplane::kernel::{ClosedPort, FirewallTable, ForeignChains, open_port};
 
-pub fn examine(patient: &Patient, findings: &mut Vec<Finding>) {
+pub fn examine(patient: &Examination, findings: &mut Vec<Finding>) {
     let numbers = patient.numbers();
     let ports = [numbers.gossip_port, numbers.vxlan_port];
     let read = FirewallTable::open().and_then(|mut table| {
@@ -82,7 +82,7 @@ pub fn examine(patient: &Patient, findings: &mut Vec<Finding>) {
 }
 
 /// What the agent has found by trying; where it could not try, a guess by what chains look like.
-fn forwarding(patient: &Patient, chains: &ForeignChains, networks: &[IpNet]) -> Vec<Finding> {
+fn forwarding(patient: &Examination, chains: &ForeignChains, networks: &[IpNet]) -> Vec<Finding> {
     let tried = patient.status().map(|status| &status["kernel"]["forwarding"]);
     let detail = tried.and_then(|tried| tried["detail"].as_str()).unwrap_or("no agent tries it");
     let detail = if detail.is_empty() { "it has not been tried yet" } else { detail };

@@ -8,7 +8,7 @@ use std::{
 use nix::sched::{CloneFlags, unshare};
 use rtnetlink::{LinkBridge, LinkVeth, LinkVxlan};
 
-use super::{Finding, Numbers, Patient};
+use super::{Examination, Finding, Numbers};
 use crate::{
     agent::choose_underlay,
     dataplane::{
@@ -32,7 +32,7 @@ const OTHERS: [(&str, &str); 6] = [
 /// What IPv6 needs (RFC 8200, 5).
 const MIN_MTU: u32 = 1280;
 
-pub fn examine(patient: &Patient, findings: &mut Vec<Finding>) {
+pub fn examine(patient: &Examination, findings: &mut Vec<Finding>) {
     let numbers = patient.numbers();
     privileges(patient, findings);
     if lacking(held("self")).is_empty() {
@@ -63,7 +63,7 @@ const NEEDED: [(u8, &str, &str); 3] = [
 ];
 
 /// What the agent may do, or where none runs, what this process may.
-fn privileges(patient: &Patient, findings: &mut Vec<Finding>) {
+fn privileges(patient: &Examination, findings: &mut Vec<Finding>) {
     // A process of another namespace has no number here.
     let agent = patient.agent_pid().filter(|pid| *pid > 0);
     let (held, holder) = match agent {
@@ -149,7 +149,7 @@ fn kernel() -> Finding {
 }
 
 /// Gives the interface's name.
-fn underlay(patient: &Patient, findings: &mut Vec<Finding>) -> Option<String> {
+fn underlay(patient: &Examination, findings: &mut Vec<Finding>) -> Option<String> {
     let kernel = patient.status().map(|status| &status["kernel"]);
     if let Some((name, address)) = kernel.and_then(|kernel| {
         let name = kernel["underlay_interface"].as_str().filter(|name| !name.is_empty());
@@ -195,7 +195,7 @@ fn sysctls(numbers: &Numbers, mode: Mode, underlay: Option<&str>, findings: &mut
 }
 
 /// With an agent both ports are its own.
-fn ports(patient: &Patient, numbers: &Numbers, findings: &mut Vec<Finding>) {
+fn ports(patient: &Examination, numbers: &Numbers, findings: &mut Vec<Finding>) {
     let before = findings.len();
     if patient.agent.is_none() {
         if let Err(error) = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, numbers.gossip_port)) {
@@ -245,7 +245,7 @@ fn overlays(links: &[Link], numbers: &Numbers) -> Vec<Finding> {
 }
 
 /// Another interface that has the name of the pods' bridge. With an agent, that says so itself.
-fn bridge(patient: &Patient, links: &[Link], numbers: &Numbers) -> Option<Finding> {
+fn bridge(patient: &Examination, links: &[Link], numbers: &Numbers) -> Option<Finding> {
     let config = patient.config.as_ref().ok().filter(|_| patient.agent.is_none())?;
     let name = config.bridge_name(numbers.vni);
     let obstacle = obstacle(links.iter().find(|link| link.name == name)?, None)?;
@@ -253,7 +253,7 @@ fn bridge(patient: &Patient, links: &[Link], numbers: &Numbers) -> Option<Findin
 }
 
 /// Networks of interfaces that are also the overlay's.
-fn overlap(patient: &Patient, numbers: &Numbers, findings: &mut Vec<Finding>) {
+fn overlap(patient: &Examination, numbers: &Numbers, findings: &mut Vec<Finding>) {
     let Ok(mut netlink) = Netlink::open() else { return };
     let own: Vec<ipnet::IpNet> = ["subnet", "subnet6"]
         .into_iter()
@@ -267,7 +267,7 @@ fn overlap(patient: &Patient, numbers: &Numbers, findings: &mut Vec<Finding>) {
     }));
 }
 
-fn mtu(patient: &Patient, links: &[Link], underlay: Option<&str>) -> Vec<Finding> {
+fn mtu(patient: &Examination, links: &[Link], underlay: Option<&str>) -> Vec<Finding> {
     let mut findings = Vec::new();
     let vni = patient.numbers().vni;
     let device = links.iter().find(|link| link.name == device_name(vni));

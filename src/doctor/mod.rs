@@ -107,7 +107,7 @@ impl Finding {
 }
 
 /// What is examined.
-pub struct Patient {
+pub struct Examination {
     /// As the agent would read it.
     pub config: Result<Config, ConfigError>,
     /// `/v1/status`, `/v1/routes` and the kept events; none, if no agent answers.
@@ -124,7 +124,7 @@ pub struct Agent {
 }
 
 /// All checks. Must be called outside of a runtime; takes a few seconds where a seed does not answer.
-pub fn examine(patient: &Patient) -> Vec<Finding> {
+pub fn examine(patient: &Examination) -> Vec<Finding> {
     let mut findings = Vec::new();
     state::configuration(patient, &mut findings);
     host::examine(patient, &mut findings);
@@ -145,7 +145,7 @@ struct Numbers {
     networks: Vec<ipnet::IpNet>,
 }
 
-impl Patient {
+impl Examination {
     fn status(&self) -> Option<&Value> {
         self.agent.as_ref().map(|agent| &agent.status)
     }

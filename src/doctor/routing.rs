@@ -2,7 +2,7 @@
 
 use ipnet::IpNet;
 
-use super::{Finding, Patient};
+use super::{Examination, Finding};
 use crate::{
     dataplane::{desired::device_name, kernel::Kernel},
     netlink::{Netlink, route::Query},
@@ -12,7 +12,7 @@ use crate::{
 /// Routes of an agent that does not run, of which so many are asked about.
 const ASKED: usize = 64;
 
-pub fn examine(patient: &Patient, findings: &mut Vec<Finding>) {
+pub fn examine(patient: &Examination, findings: &mut Vec<Finding>) {
     let Some(status) = patient.status() else {
         return findings.push(without_agent(&device_name(patient.numbers().vni)));
     };

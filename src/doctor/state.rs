@@ -9,7 +9,7 @@ use std::{
 
 use nix::sys::statvfs::statvfs;
 
-use super::{Finding, Patient};
+use super::{Examination, Finding};
 use crate::{
     agent::random,
     config::Config,
@@ -25,14 +25,14 @@ const EARLIEST: Duration = Duration::from_secs(1_735_689_600);
 /// A change of ownership that is so far in the future was noted by another clock.
 const TOLERANCE: u64 = 300;
 
-pub fn configuration(patient: &Patient, findings: &mut Vec<Finding>) {
+pub fn configuration(patient: &Examination, findings: &mut Vec<Finding>) {
     findings.push(match &patient.config {
         Ok(_) => Finding::ok("configuration", "all settings fit together"),
         Err(error) => Finding::sentence("configuration", &error.to_string()),
     });
 }
 
-pub fn examine(patient: &Patient, findings: &mut Vec<Finding>) {
+pub fn examine(patient: &Examination, findings: &mut Vec<Finding>) {
     let Ok(config) = &patient.config else {
         let seen = "the settings cannot be used";
         return findings.extend(["clock", "state", "token"].map(|c| Finding::skipped(c, seen)));
@@ -195,7 +195,7 @@ fn copy_all(from: &Path, to: &Path) -> io::Result<()> {
     Ok(())
 }
 
-fn token(patient: &Patient, config: &Config) -> Finding {
+fn token(patient: &Examination, config: &Config) -> Finding {
     let saved: Result<Option<Token>, _> = read_token(&config.state_dir);
     let saved = match saved {
         Ok(saved) => saved,

@@ -11,7 +11,7 @@ use socket2::Socket;
 use super::NetNs;
 use crate::{
     dataplane::paths::FLOWS,
-    icmp::{self, Asker, Family, Heard, What},
+    icmp::{self, Asker, Family, IcmpEvent, What},
 };
 
 /// Asks from one namespace.
@@ -78,7 +78,9 @@ impl Pinger {
     fn receive(&self, timeout: Duration) -> io::Result<Option<(IpAddr, u16)>> {
         self.socket.set_read_timeout(Some(timeout.max(Duration::from_micros(1))))?;
         match Family::Inet.receive(&self.socket, self.asker) {
-            Ok(Some(Heard { from, what: What::Answer(number), .. })) => Ok(Some((from, number))),
+            Ok(Some(IcmpEvent { from, what: What::Answer(number), .. })) => {
+                Ok(Some((from, number)))
+            }
             Ok(_) => Ok(None),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
             Err(error) => Err(error),

@@ -15,13 +15,13 @@ const NO_DEFAULT_ROUTE: &str = ";";
 
 /// What an alias tells.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Told {
+pub(super) struct AliasContent {
     pub(super) pod: Pod,
     /// Whether the interface may have a default route.
     pub(super) default_route: bool,
 }
 
-impl Told {
+impl AliasContent {
     /// Which of two interfaces of a pod its routes are better given to: one that may have a default route,
     /// and of two of these the first by name.
     pub(super) fn cmp_as_successor(&self, other: &Self) -> Ordering {
@@ -54,7 +54,7 @@ pub(super) fn alias(pod: &Pod, mac: Mac, default_route: bool) -> String {
 }
 
 /// Reads such an alias.
-pub(super) fn from_alias(alias: &str) -> Option<Told> {
+pub(super) fn from_alias(alias: &str) -> Option<AliasContent> {
     let mut words = alias.strip_prefix(POD_ALIAS)?.splitn(4, ' ');
     let word = words.next()?;
     let (word, default_route) = match word.strip_suffix(NO_DEFAULT_ROUTE) {
@@ -75,7 +75,7 @@ pub(super) fn from_alias(alias: &str) -> Option<Told> {
     // Its path is not known any more; that it is somewhere is certain.
     let netns = "?".to_owned();
     let pod = Pod { attachment, owner, addresses: Addresses { first, second }, netns, mac };
-    Some(Told { pod, default_route })
+    Some(AliasContent { pod, default_route })
 }
 
 #[cfg(test)]
@@ -102,7 +102,7 @@ mod tests {
                 for default_route in [true, false] {
                     let found = from_alias(&alias(&pod, mac, default_route));
                     let pod = Pod { mac: told, ..pod.clone() };
-                    assert_eq!(found, Some(Told { pod, default_route }));
+                    assert_eq!(found, Some(AliasContent { pod, default_route }));
                 }
             }
         }

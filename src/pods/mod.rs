@@ -20,11 +20,11 @@ pub mod bridge;
 #[cfg(feature = "agent")]
 pub mod furnish;
 #[cfg(feature = "agent")]
+pub mod link_updates;
+#[cfg(feature = "agent")]
 mod names;
 #[cfg(feature = "agent")]
 mod neighbors;
-#[cfg(feature = "agent")]
-pub mod news;
 #[cfg(feature = "agent")]
 pub mod obstacle;
 #[cfg(feature = "agent")]

@@ -36,8 +36,8 @@ use super::{
     announce::Announcer,
     bridge::{self, ALIAS, Bridge, Mended, PREFIX, Provided, Tenants, mac_at},
     furnish::{DefaultRoute, Inside, Route},
+    link_updates::LinkUpdates,
     names::{link_mac, told_name},
-    news::News,
     obstacle, port,
 };
 use crate::{
@@ -269,7 +269,7 @@ impl Wiring {
     }
 
     /// Takes note of what the kernel tells: it may make [`Wiring::mend`] necessary.
-    pub fn hear(&self, ports: &Tenants, told: RouteNetlinkMessage, news: &mut News) {
+    pub fn hear(&self, ports: &Tenants, told: RouteNetlinkMessage, news: &mut LinkUpdates) {
         if let Some(provided) = &self.bridge {
             news.add(provided, ports, told);
         }

@@ -37,7 +37,7 @@ pub enum Written {
 type Records = Vec<(Key, Vec<u8>)>;
 
 /// On whose behalf something is written.
-enum Whose {
+enum WriteOrigin {
     Core(WriteSeq),
     Shell(u64),
 }
@@ -78,12 +78,12 @@ impl Writer {
     }
 
     pub fn write(&self, records: Records, seq: WriteSeq) {
-        self.inbox.add(records, Whose::Core(seq));
+        self.inbox.add(records, WriteOrigin::Core(seq));
     }
 
     /// Writes what is not the core's; an empty value removes its record.
     pub fn save(&self, records: Records, number: u64) {
-        self.inbox.add(records, Whose::Shell(number));
+        self.inbox.add(records, WriteOrigin::Shell(number));
     }
 
     /// For how long the disk has neither taken the oldest change that waits nor refused it.
@@ -112,12 +112,12 @@ struct Pending {
 }
 
 impl Pending {
-    fn add(&mut self, records: Records, whose: Whose) {
+    fn add(&mut self, records: Records, whose: WriteOrigin) {
         self.records.extend(records);
         self.is_any = true;
         match whose {
-            Whose::Core(seq) => self.seq = self.seq.max(Some(seq)),
-            Whose::Shell(number) => self.saved.push(number),
+            WriteOrigin::Core(seq) => self.seq = self.seq.max(Some(seq)),
+            WriteOrigin::Shell(number) => self.saved.push(number),
         }
     }
 
@@ -192,7 +192,7 @@ impl Waiting {
 struct Inbox(Arc<Waiting>);
 
 impl Inbox {
-    fn add(&self, records: Records, whose: Whose) {
+    fn add(&self, records: Records, whose: WriteOrigin) {
         let mut state = self.0.lock();
         state.since.get_or_insert_with(Instant::now);
         state.pending.add(records, whose);

@@ -44,7 +44,7 @@ const EACH: usize = 1280;
 const BACKLOG: i32 = 1024;
 
 /// What has come.
-pub enum Heard {
+pub enum SocketEvent {
     Question {
         from: IpAddr,
         round: u32,
@@ -192,7 +192,7 @@ impl RoomSockets {
     }
 
     /// Gives all that has come, and answers a question if the answer is yes.
-    pub fn hear(&mut self, mut give: impl FnMut(Heard) -> bool) {
+    pub fn hear(&mut self, mut give: impl FnMut(SocketEvent) -> bool) {
         for sockets in &mut self.families {
             let FamilySockets { address, echoes, asking, segments, listener, .. } = sockets;
             let (echoes_taken, segments_taken) =
@@ -201,7 +201,7 @@ impl RoomSockets {
             for _ in 0..AT_ONCE {
                 let received = receive(echoes, &mut self.buffer);
                 if echoes_taken.note(&received) {
-                    give(Heard::Overflow);
+                    give(SocketEvent::Overflow);
                 }
                 let Ok(Received { length, from, segment }) = received else { break };
                 let Some(from) = from else { continue };
@@ -215,7 +215,7 @@ impl RoomSockets {
                     let (payload, others) = std::mem::take(&mut rest).split_at_mut(size);
                     rest = others;
                     let sort = Sort { ipv4, kind };
-                    if give(Heard::Question { from: from.ip(), round, sort }) {
+                    if give(SocketEvent::Question { from: from.ip(), round, sort }) {
                         answer(payload);
                         let sent = send_in(echoes, payload, from, datagram)
                             .or_else(|_| send_in(echoes, &payload[..datagram], from, datagram));
@@ -230,7 +230,7 @@ impl RoomSockets {
                 if let Some((Said::Answer, kind, round)) = read(&self.buffer[..length])
                     && from.port() == FAR_PORT
                 {
-                    give(Heard::Answer { from: from.ip(), round, kind });
+                    give(SocketEvent::Answer { from: from.ip(), round, kind });
                 }
             }
             for _ in 0..AT_ONCE {
@@ -242,7 +242,7 @@ impl RoomSockets {
                 let mut packet = [0; HEADERS];
                 let received = receive(segments, &mut packet);
                 if segments_taken.note(&received) {
-                    give(Heard::Overflow);
+                    give(SocketEvent::Overflow);
                 }
                 let Ok(Received { length, from, .. }) = received else { break };
                 let Some(from) = from.map(|from| from.ip()) else { continue };
@@ -251,23 +251,26 @@ impl RoomSockets {
                 match raw_tcp::segment(*address, packet).and_then(far_segment) {
                     // The kernel answers.
                     Some(Segment::Question(round)) => {
-                        give(Heard::Question { from, round, sort: Sort { ipv4, kind } });
+                        give(SocketEvent::Question { from, round, sort: Sort { ipv4, kind } });
                     }
-                    Some(Segment::Answer(round)) => _ = give(Heard::Answer { from, round, kind }),
+                    Some(Segment::Answer(round)) => {
+                        _ = give(SocketEvent::Answer { from, round, kind })
+                    }
                     None => {}
                 }
             }
             let kind = Kind::Data;
             let sort = Sort { ipv4, kind };
-            let is_full =
-                sockets.guests.go_on(|from, round| give(Heard::Question { from, round, sort }));
+            let is_full = sockets
+                .guests
+                .go_on(|from, round| give(SocketEvent::Question { from, round, sort }));
             if is_full {
-                give(Heard::Overflow);
+                give(SocketEvent::Overflow);
             }
             sockets.calls.go_on(|event| {
                 give(match event {
-                    Event::Connected(to, round) => Heard::Connected { to, round },
-                    Event::Answered(from, round) => Heard::Answer { from, round, kind },
+                    Event::Connected(to, round) => SocketEvent::Connected { to, round },
+                    Event::Answered(from, round) => SocketEvent::Answer { from, round, kind },
                 });
             });
         }

@@ -10,7 +10,7 @@ use ipnet::IpNet;
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::{
-    super::{Agent, Ending, News},
+    super::{Agent, Ending, LoopEvent},
     Age, Given, RETRY, Unknown, api, ask,
 };
 use crate::{
@@ -24,7 +24,7 @@ const PERIOD: Duration = Duration::from_secs(20);
 
 /// What was heard of this node, and of others if that was asked.
 #[derive(Debug)]
-pub(crate) struct Heard {
+pub(crate) struct NodeReport {
     cidrs: Result<Vec<IpNet>, Unknown>,
     others: Option<Result<Vec<std::net::IpAddr>, String>>,
 }
@@ -35,7 +35,7 @@ pub(crate) struct Source {
     name: String,
     pool: Pool,
     cidrs: Vec<IpNet>,
-    report: UnboundedSender<News>,
+    report: UnboundedSender<LoopEvent>,
     /// When to ask; none while an answer is awaited.
     due: Option<Instant>,
     /// Why the other nodes are not known, as long as no list has come.
@@ -57,7 +57,7 @@ impl Source {
         pool: Pool,
         given: &Given,
         seeds: Vec<String>,
-        report: UnboundedSender<News>,
+        report: UnboundedSender<LoopEvent>,
     ) -> Option<Self> {
         if matches!(from, PodCidr::Values(_)) {
             return None;
@@ -115,7 +115,7 @@ impl Source {
                 true => Some(api::addresses_of_others(&name).await),
                 false => None,
             };
-            let _ = report.send(News::Node(Heard { cidrs, others }));
+            let _ = report.send(LoopEvent::Node(NodeReport { cidrs, others }));
         });
     }
 
@@ -150,7 +150,7 @@ impl Agent {
         }
     }
 
-    pub(in crate::agent) fn on_heard_of_node(&mut self, Heard { cidrs, others }: Heard) {
+    pub(in crate::agent) fn on_node_report(&mut self, NodeReport { cidrs, others }: NodeReport) {
         let now = Instant::now();
         let Some(source) = &mut self.source else { return };
         let mut pause = Duration::ZERO;

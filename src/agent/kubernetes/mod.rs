@@ -18,7 +18,7 @@ use std::{
 
 use ipnet::IpNet;
 
-pub(super) use self::inquiry::{Heard, Source};
+pub(super) use self::inquiry::{NodeReport, Source};
 use super::{StartFailure, waiting::Waiting};
 use crate::{config::PodCidr, files, model::Pool, store::StateDir};
 

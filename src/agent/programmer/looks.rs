@@ -4,11 +4,11 @@ use std::{collections::BTreeSet, net::IpAddr, time::Instant};
 
 use super::{DesiredState, LOOK_GAP, Reconciler, State};
 use crate::{
-    agent::{auditor::Place, told::Told, underlay::look_again},
+    agent::{auditor::Place, kernel_event::KernelEvent, underlay::look_again},
     dataplane::kernel::overlaps,
 };
 
-impl<F: Fn(Told)> Reconciler<F> {
+impl<F: Fn(KernelEvent)> Reconciler<F> {
     pub(super) fn underlay_due(&self, now: Instant) -> Option<Instant> {
         let earliest = self.looked.map_or(now, |looked| looked + LOOK_GAP);
         let touched = self.touched.underlay.then_some(earliest);
@@ -22,7 +22,7 @@ impl<F: Fn(Told)> Reconciler<F> {
         let present = self.underlay.present();
         let look = look_again(&mut self.netlink, &self.config, present, peers.into_iter());
         if let Some(change) = self.underlay.step(now, look) {
-            (self.tell)(Told::Underlay(change));
+            (self.tell)(KernelEvent::Underlay(change));
         }
         // What has changed may be an address inside the overlay's networks.
         self.look_for_overlaps();
@@ -49,7 +49,7 @@ impl<F: Fn(Told)> Reconciler<F> {
             Ok(overlaps) => {
                 if overlaps != self.overlaps {
                     self.overlaps.clone_from(&overlaps);
-                    (self.tell)(Told::Overlaps(overlaps));
+                    (self.tell)(KernelEvent::Overlaps(overlaps));
                 }
             }
             Err(error) => tracing::debug!(%error, "addresses of interfaces not read"),
@@ -72,7 +72,7 @@ impl<F: Fn(Told)> Reconciler<F> {
         let desired = self.part.as_ref().unwrap_or(all);
         let place = Place::new(device, self.underlay.present(), firewall);
         if let Some(routing) = self.auditor.look(now, &mut self.netlink, desired, place) {
-            (self.tell)(Told::Routing(routing));
+            (self.tell)(KernelEvent::Routing(routing));
         }
         if is_due
             && let Err(error) = self.next_hops.keep(&mut self.netlink, &self.auditor.next_hops())

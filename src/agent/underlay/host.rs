@@ -7,7 +7,7 @@ use std::{
 
 use ipnet::IpNet;
 
-use super::{Chosen, ETHERNET_MTU, UnderlayError};
+use super::{ChosenUnderlay, ETHERNET_MTU, UnderlayError};
 use crate::{
     config::{Config, IfaceChoice},
     dataplane::desired::{Mode, overhead},
@@ -100,7 +100,7 @@ impl Host {
         &self,
         netlink: &mut Netlink,
         config: &Config,
-        present: Option<&Chosen>,
+        present: Option<&ChosenUnderlay>,
     ) -> io::Result<Option<Address>> {
         let by_regex = |regex: &regex_lite::Regex| {
             let by_address = self.find(|address| regex.is_match(&address.ip.to_string()));
@@ -143,7 +143,7 @@ impl Host {
         &self,
         netlink: &mut Netlink,
         config: &Config,
-        present: Option<&Chosen>,
+        present: Option<&ChosenUnderlay>,
     ) -> io::Result<Option<Address>> {
         if let Some(listen) = config.listen.filter(|listen| !listen.ip().is_unspecified()) {
             return Ok(self.find(|address| address.ip == listen.ip()));
@@ -246,7 +246,7 @@ impl Host {
     }
 
     /// The present choice, by the name of its interface, which may be another one by now.
-    pub(super) fn held(&self, present: &Chosen, choice: &IfaceChoice) -> Option<Address> {
+    pub(super) fn held(&self, present: &ChosenUnderlay, choice: &IfaceChoice) -> Option<Address> {
         let is_bound_to = |link: &Link| match choice {
             IfaceChoice::Name(name) => link.is_called(name),
             _ => link.name == present.name,
@@ -260,7 +260,10 @@ impl Host {
     ///
     /// # Errors
     /// The interface has become a port of another one.
-    pub(super) fn fading(&self, present: &Chosen) -> Result<Option<Address>, UnderlayError> {
+    pub(super) fn fading(
+        &self,
+        present: &ChosenUnderlay,
+    ) -> Result<Option<Address>, UnderlayError> {
         let is_present = |address: &&Address| {
             let link = self.link(address.link);
             let is_there = |link: &Link| link.up && link.name == present.name;
@@ -295,7 +298,7 @@ impl Host {
         netlink: &mut Netlink,
         address: Address,
         config: &Config,
-    ) -> Result<Chosen, UnderlayError> {
+    ) -> Result<ChosenUnderlay, UnderlayError> {
         let Some(link) = self.link(address.link) else {
             return Err(self.no_match(&config.iface));
         };
@@ -315,7 +318,7 @@ impl Host {
         let networks = on_link.filter_map(|other| IpNet::new(other.ip, other.prefix_len).ok());
         let has = |ip: &IpAddr| self.addresses.iter().any(|address| address.ip == *ip);
         let advertised = config.advertise.map(|(ip, _)| ip).filter(has);
-        Ok(Chosen {
+        Ok(ChosenUnderlay {
             name: link.name.clone(),
             link: link.index,
             pinned: link.controller().is_some(),
@@ -387,7 +390,7 @@ impl Host {
 
     /// That another interface than the named one has the present address: one was renamed, or became a port
     /// of a bridge.
-    pub(super) fn moved(&self, present: &Chosen, config: &Config) -> Option<UnderlayError> {
+    pub(super) fn moved(&self, present: &ChosenUnderlay, config: &Config) -> Option<UnderlayError> {
         let IfaceChoice::Name(iface) = &config.iface else { return None };
         let holder = self.addresses.iter().find(|address| address.ip == present.local)?;
         let link = self.link(holder.link).filter(|link| link.up && !link.is_called(iface))?;
@@ -396,7 +399,11 @@ impl Host {
     }
 
     /// That the interface has lost the present address, if that is all there is to say.
-    pub(super) fn vanished(&self, present: &Chosen, config: &Config) -> Option<UnderlayError> {
+    pub(super) fn vanished(
+        &self,
+        present: &ChosenUnderlay,
+        config: &Config,
+    ) -> Option<UnderlayError> {
         let link = self.links.iter().find(|link| link.name == present.name && link.up)?;
         let mut own = self.addresses.iter().filter(|address| address.link == link.index);
         if own.any(|address| address.ip == present.local) {

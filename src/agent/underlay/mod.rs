@@ -28,7 +28,7 @@ const ETHERNET_MTU: u32 = 1_500;
 
 /// The chosen end of the underlay.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Chosen {
+pub struct ChosenUnderlay {
     /// Empty while there is none, and the address is the last one known.
     pub name: String,
     pub link: u32,
@@ -48,7 +48,7 @@ pub struct Chosen {
     pub tunnel_mtu: u32,
 }
 
-impl Chosen {
+impl ChosenUnderlay {
     /// The end that a node remembers while its host has no network: pods of this host are served.
     pub fn remembered(local: IpAddr, mtu: Option<u32>) -> Self {
         let mtu = mtu.unwrap_or(ETHERNET_MTU - overhead(local));
@@ -124,7 +124,7 @@ pub fn choose(
     netlink: &mut Netlink,
     config: &Config,
     peers: impl Iterator<Item = IpAddr>,
-) -> Result<Chosen, UnderlayError> {
+) -> Result<ChosenUnderlay, UnderlayError> {
     let host = Host::look(netlink, config, peers)?;
     match host.by_config(netlink, config, None)? {
         Some(found) => host.chosen(netlink, found, config),
@@ -136,7 +136,7 @@ pub fn choose(
 #[derive(Clone, Debug)]
 pub struct Look {
     /// The best choice; the present one, as long as nothing is better.
-    pub found: Result<Chosen, UnderlayError>,
+    pub found: Result<ChosenUnderlay, UnderlayError>,
     /// The interface still has the present address.
     pub present_holds: bool,
 }
@@ -149,10 +149,10 @@ pub struct Look {
 pub fn look_again(
     netlink: &mut Netlink,
     config: &Config,
-    present: &Chosen,
+    present: &ChosenUnderlay,
     peers: impl Iterator<Item = IpAddr>,
 ) -> Look {
-    let look = |netlink: &mut Netlink| -> Result<(Chosen, bool), UnderlayError> {
+    let look = |netlink: &mut Netlink| -> Result<(ChosenUnderlay, bool), UnderlayError> {
         let mut host = Host::look(netlink, config, peers)?;
         host.candidates.retain(|candidate| candidate.ip.is_ipv4() == present.local.is_ipv4());
         // A socket that is bound to one address receives what is sent to that one alone.

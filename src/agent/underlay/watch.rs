@@ -6,7 +6,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Chosen, Look, UnderlayError};
+use super::{ChosenUnderlay, Look, UnderlayError};
 
 /// An address may be away for so long.
 const GRACE: Duration = Duration::from_secs(1);
@@ -19,11 +19,11 @@ const LOOK_AGAIN: Duration = Duration::from_millis(500);
 /// The state between looks.
 #[derive(Debug)]
 pub struct Watch {
-    present: Chosen,
+    present: ChosenUnderlay,
     /// Since when the present address is gone.
     lost: Option<Instant>,
     /// What is about to replace the present choice, and since when it is there.
-    coming: Option<(Chosen, Instant)>,
+    coming: Option<(ChosenUnderlay, Instant)>,
     /// The problem that was told last.
     told: Option<UnderlayError>,
     look_at: Option<Instant>,
@@ -32,12 +32,12 @@ pub struct Watch {
 impl Watch {
     /// Begins with the choice of the start. One that is only remembered is replaced as soon as there is
     /// another.
-    pub fn new(now: Instant, present: Chosen) -> Self {
+    pub fn new(now: Instant, present: ChosenUnderlay) -> Self {
         let look_at = (!present.is_present()).then_some(now);
         Self { present, lost: None, coming: None, told: None, look_at }
     }
 
-    pub const fn present(&self) -> &Chosen {
+    pub const fn present(&self) -> &ChosenUnderlay {
         &self.present
     }
 
@@ -47,7 +47,11 @@ impl Watch {
     }
 
     /// Takes in a look at the interfaces. Gives what has changed: the new choice, or a problem.
-    pub fn step(&mut self, now: Instant, look: Look) -> Option<Result<Chosen, UnderlayError>> {
+    pub fn step(
+        &mut self,
+        now: Instant,
+        look: Look,
+    ) -> Option<Result<ChosenUnderlay, UnderlayError>> {
         let change = match look.found {
             Ok(found) => self.on_found(now, found, look.present_holds).map(Ok),
             Err(error) => self.on_nothing(now, error).map(Err),
@@ -57,7 +61,12 @@ impl Watch {
         change
     }
 
-    fn on_found(&mut self, now: Instant, found: Chosen, present_holds: bool) -> Option<Chosen> {
+    fn on_found(
+        &mut self,
+        now: Instant,
+        found: ChosenUnderlay,
+        present_holds: bool,
+    ) -> Option<ChosenUnderlay> {
         if found.local == self.present.local && found.name == self.present.name {
             (self.lost, self.coming) = (None, None);
             let had_problem = self.told.take().is_some();
@@ -105,15 +114,15 @@ impl Watch {
 mod tests {
     use super::*;
 
-    fn chosen(name: &str, last: u8, link: u32) -> Chosen {
-        Chosen {
+    fn chosen(name: &str, last: u8, link: u32) -> ChosenUnderlay {
+        ChosenUnderlay {
             name: name.to_owned(),
             link,
-            ..Chosen::remembered([192, 0, 2, last].into(), Some(1450))
+            ..ChosenUnderlay::remembered([192, 0, 2, last].into(), Some(1450))
         }
     }
 
-    fn found(chosen: &Chosen, present_holds: bool) -> Look {
+    fn found(chosen: &ChosenUnderlay, present_holds: bool) -> Look {
         Look { found: Ok(chosen.clone()), present_holds }
     }
 
@@ -173,7 +182,7 @@ mod tests {
     #[test]
     fn host_without_network_takes_the_first_that_comes() {
         let (start, eth0) = (Instant::now(), chosen("eth0", 1, 2));
-        let mut watch = Watch::new(start, Chosen::remembered([192, 0, 2, 5].into(), None));
+        let mut watch = Watch::new(start, ChosenUnderlay::remembered([192, 0, 2, 5].into(), None));
         assert_eq!(watch.due(), Some(start));
         assert!(matches!(watch.step(start, nothing()), Some(Err(_))));
         assert_eq!(watch.step(start + ms(500), nothing()), None);
@@ -185,7 +194,7 @@ mod tests {
     fn other_mtu_of_the_same_interface_counts_at_once() {
         let (start, eth0) = (Instant::now(), chosen("eth0", 1, 2));
         let mut watch = Watch::new(start, eth0.clone());
-        let narrow = Chosen { mtu: 1350, ..eth0 };
+        let narrow = ChosenUnderlay { mtu: 1350, ..eth0 };
         assert_eq!(watch.step(start, found(&narrow, true)), Some(Ok(narrow)));
     }
 }

@@ -7,7 +7,7 @@ use std::{
     time::Instant,
 };
 
-use super::{LOOK, Looked, Suspect, Wired};
+use super::{AttachResult, LOOK, Looked, Suspect};
 use crate::pods::{
     bridge::{Mended, Tenants},
     wiring::{Wiring, loose_end},
@@ -36,7 +36,7 @@ pub(super) fn note_absent(
     known: &mut BTreeMap<String, Instant>,
     absent: &BTreeSet<String>,
     now: Instant,
-    report: &impl Fn(Wired),
+    report: &impl Fn(AttachResult),
 ) {
     let before = known.len();
     known.retain(|link, _| absent.contains(link));
@@ -51,7 +51,7 @@ pub(super) fn note_absent(
         .map(|(link, _)| link.clone())
         .collect();
     if is_news || !confirmed.is_empty() {
-        report(Wired::Absent { links: absent.clone(), confirmed });
+        report(AttachResult::Absent { links: absent.clone(), confirmed });
     }
 }
 

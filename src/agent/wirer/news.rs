@@ -2,17 +2,17 @@
 
 use std::{thread, time::Instant};
 
-use super::{GAP, PodWorker, Wired};
-use crate::pods::news::News;
+use super::{AttachResult, GAP, PodWorker};
+use crate::pods::link_updates::LinkUpdates;
 
-impl<F: Fn(Wired)> PodWorker<'_, F> {
+impl<F: Fn(AttachResult)> PodWorker<'_, F> {
     /// Reads what has changed, and takes note of whether the bridge or the tables are to be looked at.
     pub(super) fn listen(&mut self) {
         let awaited = match &self.kept {
             Some(bridge) => self.refusal.as_ref().map(|_| bridge),
             None => self.expected.as_ref(),
         };
-        let (mut named, mut news) = (false, News::default());
+        let (mut named, mut news) = (false, LinkUpdates::default());
         let read = self.monitor.read(|message| {
             named |= awaited.is_some_and(|bridge| bridge.is_named(&message));
             self.wiring.hear(&self.tenants, message, &mut news);

@@ -2,10 +2,10 @@
 
 use std::{fs::File, path::Path};
 
-use super::{PodWorker, Wired};
+use super::{AttachResult, PodWorker};
 use crate::{model::Attachment, pods::bridge::Tenant};
 
-impl<F: Fn(Wired)> PodWorker<'_, F> {
+impl<F: Fn(AttachResult)> PodWorker<'_, F> {
     /// Gives the routes of a veth pair that is to be removed to another one of the same container.
     pub(super) fn hand_over(
         &mut self,

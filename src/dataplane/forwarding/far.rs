@@ -251,7 +251,7 @@ impl FarPods {
     }
 
     /// What peers have told of a round; those that have told nothing are left out.
-    pub fn on_told(&mut self, now: Time, number: u32, told: &BTreeMap<NodeId, Arrivals>) {
+    pub fn on_arrivals_told(&mut self, now: Time, number: u32, told: &BTreeMap<NodeId, Arrivals>) {
         let Some(round) = self.round.as_mut().filter(|round| round.number == number) else {
             return;
         };

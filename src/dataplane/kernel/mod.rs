@@ -98,7 +98,7 @@ pub struct Kernel {
 
 /// What the kernel has told.
 #[derive(Debug, Default)]
-pub struct Heard {
+pub struct KernelEvents {
     pub touched: Touched,
     /// What it asks for.
     pub misses: Vec<Miss>,
@@ -162,10 +162,10 @@ impl Kernel {
     }
 
     /// Reads what has changed, and says what of it is our business, and what the kernel asks for.
-    pub fn listen(&mut self, desired: Option<&Desired>) -> io::Result<Heard> {
+    pub fn listen(&mut self, desired: Option<&Desired>) -> io::Result<KernelEvents> {
         let Self { monitor, foreign, device, .. } = self;
         let device = *device;
-        let mut heard = Heard::default();
+        let mut heard = KernelEvents::default();
         let overrun = monitor.read(|message| {
             heard.touched.add(&message, desired, device);
             let is_inside = |ip: &IpAddr| {

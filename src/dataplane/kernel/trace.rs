@@ -77,12 +77,12 @@ pub struct Trace {
     nftables: Nftables,
     traces: Traces,
     table: String,
-    told: Told,
+    told: TraceReport,
 }
 
 /// What was told, by source and destination of the packets.
 #[derive(Debug, Default)]
-pub struct Told {
+pub struct TraceReport {
     /// Chains that change source addresses: family, table and name.
     translating: BTreeSet<String>,
     packets: BTreeMap<u32, (IpAddr, IpAddr)>,
@@ -104,7 +104,8 @@ impl Trace {
     ) -> io::Result<Self> {
         let mut nftables = Nftables::open()?;
         let traces = Traces::open()?;
-        let told = Told { translating: translating(&mut nftables)?, ..Told::default() };
+        let told =
+            TraceReport { translating: translating(&mut nftables)?, ..TraceReport::default() };
         let table = format!("{name}-trace");
         let mut inet = Vec::new();
         for (chain, hook) in [("to", OUTPUT), ("from", PREROUTING)] {
@@ -162,7 +163,7 @@ impl Trace {
             steps.push(append(&table, "to", &rule.limit(PER_SECOND).trace()));
         }
         set_up(&mut nftables, INET, &table, steps)?;
-        Ok(Self { nftables, traces, table, told: Told::default() })
+        Ok(Self { nftables, traces, table, told: TraceReport::default() })
     }
 
     /// Traces answers to ARP or neighbor discovery for these next hops. `device` is where they come in,
@@ -201,7 +202,7 @@ impl Trace {
                 tracing::debug!(%error, family, "answers are not traced");
             }
         }
-        Ok(Self { nftables, traces, table, told: Told::default() })
+        Ok(Self { nftables, traces, table, told: TraceReport::default() })
     }
 
     /// Takes note of what has been told since.
@@ -210,7 +211,7 @@ impl Trace {
         traces.read(|family, attributes| _ = told.note(family, attributes))
     }
 
-    pub const fn told(&self) -> &Told {
+    pub const fn told(&self) -> &TraceReport {
         &self.told
     }
 }
@@ -232,7 +233,7 @@ impl Drop for Trace {
     }
 }
 
-impl Told {
+impl TraceReport {
     /// What drops packets to a host, and from it.
     pub fn dropped(&self, local: IpAddr, peer: IpAddr) -> [Option<Culprit>; 2] {
         let mut dropped = [None, None];
@@ -374,8 +375,10 @@ mod tests {
             let verdict = Attributes::new().be32(1, verdict);
             attributes.put(HANDLE, &handle).nest(VERDICT, &verdict)
         };
-        let mut all =
-            Told { translating: BTreeSet::from(["ip t nat".to_owned()]), ..Told::default() };
+        let mut all = TraceReport {
+            translating: BTreeSet::from(["ip t nat".to_owned()]),
+            ..TraceReport::default()
+        };
         let first = by_rule(told(1, "a", BY_RULE), u32::MAX).put(NETWORK_HEADER, &header());
         all.note(1, first.as_bytes());
         assert_eq!(all.dropped(here, there), [None, None]);

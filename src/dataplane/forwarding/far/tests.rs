@@ -133,7 +133,7 @@ impl World {
                             let shed = self.is_shedding;
                             Some((node, Arrivals { there_for_ms, came, samples, shed }))
                         });
-                        self.far.on_told(self.now, number, &told.collect());
+                        self.far.on_arrivals_told(self.now, number, &told.collect());
                     }
                 }
             }

@@ -13,7 +13,7 @@ use crate::netlink::link::{Address, Link};
 
 /// Whether each interface is right by what was told of it last.
 #[derive(Debug, Default)]
-pub struct News {
+pub struct LinkUpdates {
     right: BTreeMap<(u32, Teller), bool>,
     is_gateway_gone: bool,
 }
@@ -25,7 +25,7 @@ enum Teller {
     Bridge,
 }
 
-impl News {
+impl LinkUpdates {
     /// Whether something is wrong with the bridge or one of the ports.
     pub fn is_bad(&self) -> bool {
         self.is_gateway_gone || self.right.values().any(|is_right| !is_right)

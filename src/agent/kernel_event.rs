@@ -8,7 +8,7 @@ use std::{
 use super::{
     auditor::Routing,
     surroundings::HostState,
-    underlay::{Chosen, UnderlayError},
+    underlay::{ChosenUnderlay, UnderlayError},
 };
 use crate::{
     dataplane::kernel::{KernelError, Report},
@@ -17,11 +17,11 @@ use crate::{
 
 /// What the thread has to say.
 #[derive(Debug)]
-pub enum Told {
+pub enum KernelEvent {
     Outcome(Outcome),
     /// The interface that carries the tunnels is another one, or has another address or MTU; or there is
     /// none that would do.
-    Underlay(Result<Chosen, UnderlayError>),
+    Underlay(Result<ChosenUnderlay, UnderlayError>),
     /// Where the kernel sends packets is not where they should go, or is again.
     Routing(Routing),
     /// Addresses of this host inside the overlay's networks, as sentences.
