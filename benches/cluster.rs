@@ -34,7 +34,7 @@ use rtnetlink::{
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_gossamer");
 const SIZES: [usize; 3] = [3, 10, 30];
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 const AT_REST: Duration = Duration::from_secs(20);
 const ENTRIES_PER_PEER: usize = 3;
 
@@ -118,7 +118,7 @@ fn joiner(hosts: &[Host]) -> anyhow::Result<(Duration, Duration, Vec<Agent>)> {
     let (last, others) = hosts.split_last().expect("at least two hosts");
     let mut agents = boot(others, &token)?;
     for agent in &mut agents {
-        agent.wait_converged(others.len(), PATIENCE)?;
+        agent.wait_converged(others.len(), TIMEOUT)?;
     }
     let seed = hosts[0].ip.to_string();
     let (watch, start) = (Watch::start(hosts)?, Instant::now());
@@ -205,7 +205,7 @@ impl Watch {
     }
 
     fn next(&self) -> anyhow::Result<(usize, Instant)> {
-        Ok(self.events.recv_timeout(PATIENCE)?)
+        Ok(self.events.recv_timeout(TIMEOUT)?)
     }
 
     /// When so many entries have appeared in all.

@@ -17,7 +17,7 @@ use gossamer::lab::{self, Agent, Host, Lab, NetNs, PLUGINS, call_plugin, median,
 use serde_json::{Value, json};
 
 const ROUNDS: usize = 100;
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
@@ -48,7 +48,7 @@ fn measure(rounds: usize) -> anyhow::Result<()> {
     let shipped = std::env::var_os("GOSSAMER");
     let program = shipped.as_deref().map_or(Path::new(env!("CARGO_BIN_EXE_gossamer")), Path::new);
     let mut agent = Agent::start(program, &host, &["--init"])?;
-    agent.wait_converged(1, PATIENCE)?;
+    agent.wait_converged(1, TIMEOUT)?;
     let leases = host.dir.join("host-local");
     let mut plugins = [
         Plugin::new(

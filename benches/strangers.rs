@@ -26,7 +26,7 @@ use nix::sys::{
 use serde_json::json;
 
 const SECONDS: u64 = 60;
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 const RATES: [u32; 3] = [200, 1_000, 5_000];
 const SOURCES: [(Source, &str); 3] = [
     (Source::UnusedNeighbors, "unused addresses of the underlay"),
@@ -68,8 +68,8 @@ impl Bench {
         let first = lab.host(1, "n1")?;
         let http = SocketAddrV4::new(first.ip, HTTP).to_string();
         let mut agent = Agent::start(program, &first, &["--init", "--http", &http])?;
-        agent.wait_converged(1, PATIENCE)?;
-        let token = agent.ask("/v1/token", PATIENCE)?["token"].as_str().expect("one").to_owned();
+        agent.wait_converged(1, TIMEOUT)?;
+        let token = agent.ask("/v1/token", TIMEOUT)?["token"].as_str().expect("one").to_owned();
         let attacker = lab.host(66, "attacker")?;
         let program = program.to_owned();
         let (hosts, agents) = (vec![first], vec![agent]);
@@ -80,7 +80,7 @@ impl Bench {
             bench.agents.push(agent);
         }
         for agent in &mut bench.agents {
-            agent.wait_converged(3, PATIENCE)?;
+            agent.wait_converged(3, TIMEOUT)?;
         }
         Ok(bench)
     }
@@ -95,7 +95,7 @@ impl Bench {
     fn measure(&mut self, seconds: u64) -> anyhow::Result<()> {
         println!(
             "{seconds} s each; joins in s: median (min-max) of those that succeeded within {} s\n",
-            PATIENCE.as_secs()
+            TIMEOUT.as_secs()
         );
         println!(
             "| from | packets/s | sent | downs | joins | in s | CPU of the flooded | RSS | handshakes |"
@@ -112,7 +112,7 @@ impl Bench {
     fn downs(&mut self) -> anyhow::Result<u64> {
         let mut downs = 0;
         for agent in &mut self.agents {
-            let status = agent.ask("/v1/status", PATIENCE)?;
+            let status = agent.ask("/v1/status", TIMEOUT)?;
             downs += status["counters"]["downs"].as_u64().expect("a number");
         }
         Ok(downs)
@@ -136,7 +136,7 @@ impl Bench {
             self.joined += 1;
             let start = Instant::now();
             let (_host, mut agent) = self.join(100 + self.joined)?;
-            if agent.wait_converged(4, PATIENCE).is_ok() {
+            if agent.wait_converged(4, TIMEOUT).is_ok() {
                 times.push(start.elapsed().as_secs_f64());
                 agent.leave()?;
                 agent.wait()?;
@@ -151,7 +151,7 @@ impl Bench {
         // A joiner that leaves again is called down by each of those that stay.
         let left = (times.len() * self.agents.len()) as u64;
         let downs = (self.downs()? - downs).saturating_sub(left);
-        let status = self.agents[0].ask("/v1/status", PATIENCE)?;
+        let status = self.agents[0].ask("/v1/status", TIMEOUT)?;
         let joins = if times.is_empty() { "-".to_owned() } else { spread(&times, 2) };
         println!(
             "| {name} | {rate} | {sent} | {downs} | {} of {tried} | {joins} | {:.1} % | {:.0} MiB | {} |",
@@ -197,7 +197,7 @@ impl Bench {
         });
         for round in 0..ROUNDS {
             let start = Instant::now();
-            self.agents[0].ask("/v1/status", PATIENCE)?;
+            self.agents[0].ask("/v1/status", TIMEOUT)?;
             asked.push(start.elapsed().as_secs_f64() * 1e3);
             let container = format!("pod{open}-{round}");
             let _space = NetNs::new(&container)?;

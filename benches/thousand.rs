@@ -34,7 +34,7 @@ use nix::sys::signal::Signal;
 use tokio::sync::mpsc;
 
 const MEMBERS: usize = 1_000;
-const PATIENCE: Duration = Duration::from_secs(300);
+const TIMEOUT: Duration = Duration::from_secs(300);
 const PORT: u16 = 20_000;
 const HTTP: &str = "127.0.0.1:9473";
 /// Room for 4,096 subnets.
@@ -63,8 +63,8 @@ fn measure(members: usize, watched: bool) -> anyhow::Result<()> {
     let program = std::env::var_os("GOSSAMER");
     let program = Path::new(program.as_deref().unwrap_or(env!("CARGO_BIN_EXE_gossamer").as_ref()));
     let mut agent = Agent::start(program, &host, &["--init", "--network", NETWORK])?;
-    let status = agent.wait_converged(1, PATIENCE)?;
-    let answer = agent.ask("/v1/token", PATIENCE)?;
+    let status = agent.wait_converged(1, TIMEOUT)?;
+    let answer = agent.ask("/v1/token", TIMEOUT)?;
     let token: Token = answer["token"].as_str().context("no token")?.parse()?;
     let own = &status["members"][0];
     let mac = own["vtep_mac"].as_str().context("no MAC")?;
@@ -89,7 +89,7 @@ fn measure(members: usize, watched: bool) -> anyhow::Result<()> {
     });
     let http: &[&str] = if watched { &["--http", HTTP] } else { &[] };
     let mut agent = Agent::start(program, &host, http)?;
-    agent.wait_converged(members + 1, PATIENCE)?;
+    agent.wait_converged(members + 1, TIMEOUT)?;
     println!(
         "all {} have started and are known as alive after {:.1?}",
         members + 1,
@@ -98,11 +98,11 @@ fn measure(members: usize, watched: bool) -> anyhow::Result<()> {
 
     // Otherwise that takes most of an hour, with a new connection for each of them.
     let begun = Instant::now();
-    while agent.ask("/v1/status?wait=0&members=1", PATIENCE)?["members"]
+    while agent.ask("/v1/status?wait=0&members=1", TIMEOUT)?["members"]
         .as_array()
         .is_none_or(|members| members.iter().any(|member| member["heard"] != true))
     {
-        ensure!(begun.elapsed() < PATIENCE, "not compared with all members");
+        ensure!(begun.elapsed() < TIMEOUT, "not compared with all members");
     }
     println!("compared with all of them after another {:.1?}", begun.elapsed());
     if watched {
@@ -114,7 +114,7 @@ fn measure(members: usize, watched: bool) -> anyhow::Result<()> {
     let cpu = (cpu_seconds(agent.pid()) - before) / AT_REST.as_secs_f64() * 100.0;
     let memory = |field| memory_mib(agent.pid(), field);
     let (rss, anonymous) = (memory("VmRSS:"), memory("RssAnon:"));
-    let status = agent.ask("/v1/status", PATIENCE)?;
+    let status = agent.ask("/v1/status", TIMEOUT)?;
     let count = |list: &str, field: &str, value: &str| {
         let all = status[list].as_array().map(Vec::as_slice).unwrap_or_default();
         all.iter().filter(|item| item[field] == value).count()

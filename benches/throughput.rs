@@ -17,7 +17,7 @@ use gossamer::lab::{self, Agent, Host, Lab, NetNs, Pod, median};
 
 const ROUNDS: usize = 12;
 const SECONDS: u32 = 2;
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 const MTU: u32 = 1450;
 
 fn main() -> ExitCode {
@@ -94,7 +94,7 @@ impl Pair {
             let report: serde_json::Value = serde_json::from_slice(&output.stdout)?;
             match report["end"]["sum_received"]["bits_per_second"].as_f64() {
                 Some(rate) => break rate / 1e9,
-                None => ensure!(begun.elapsed() < PATIENCE, "{report}"),
+                None => ensure!(begun.elapsed() < TIMEOUT, "{report}"),
             }
             thread::sleep(Duration::from_millis(20));
         };
@@ -107,15 +107,15 @@ impl Pair {
 fn by_gossamer(hosts: [Host; 2], mode: &str) -> anyhow::Result<Pair> {
     let program = Path::new(env!("CARGO_BIN_EXE_gossamer"));
     let mut first = Agent::start(program, &hosts[0], &["--init", "--mode", mode])?;
-    first.wait_converged(1, PATIENCE)?;
-    let answer = first.ask("/v1/token", PATIENCE)?;
+    first.wait_converged(1, TIMEOUT)?;
+    let answer = first.ask("/v1/token", TIMEOUT)?;
     let token = answer["token"].as_str().context("no token")?.to_owned();
     let seed = hosts[0].ip.to_string();
     let joining = ["--join", &seed, "--token", &token, "--mode", mode];
     let mut agents = vec![first, Agent::start(program, &hosts[1], &joining)?];
     let mut pods = Vec::new();
     for (host, agent) in hosts.iter().zip(&mut agents) {
-        let subnet = Agent::subnet(&agent.wait_converged(2, PATIENCE)?)?;
+        let subnet = Agent::subnet(&agent.wait_converged(2, TIMEOUT)?)?;
         pods.push(host.pod(subnet, MTU)?);
     }
     let pods = pods.try_into().map_err(|_| anyhow::anyhow!("two pods"))?;

@@ -53,7 +53,7 @@ impl Agent {
             |(_, request): &mut (Instant, Request)| is_ready || !request.needs_subnet();
         let ready: Vec<_> = self.pods.early.extract_if(.., may_be_answered).collect();
         // Docker has had an answer to the others.
-        let waiting = ready.into_iter().filter(|(since, _)| since.elapsed() < docker::PATIENCE);
+        let waiting = ready.into_iter().filter(|(since, _)| since.elapsed() < docker::TIMEOUT);
         waiting.for_each(|(_, request)| self.answer_docker(request));
     }
 

@@ -11,7 +11,7 @@ use crate::{
 };
 
 /// How long its threads are waited for when the agent ends, so that all takes less than
-/// [`super::signals::PATIENCE`].
+/// [`super::signals::TIMEOUT`].
 const THREAD_PATIENCE: Duration = Duration::from_millis(3500);
 /// How an agent ended that had started well.
 #[derive(Debug, PartialEq, Eq)]

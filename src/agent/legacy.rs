@@ -16,7 +16,7 @@ use ipnet::IpNet;
 use crate::dataplane::{kernel::LegacyTable, silence::iptables_ports};
 
 /// The program prints at once, or does not at all.
-const PATIENCE: Duration = Duration::from_secs(2);
+const TIMEOUT: Duration = Duration::from_secs(2);
 const MOST: u64 = 1 << 20;
 /// Tables that are read, and rules that are named.
 const TABLES: usize = 5;
@@ -155,7 +155,7 @@ fn save(name: &str, table: &str) -> Option<String> {
         let _ = done.send(whole.is_ok().then_some(text));
     });
     // Without a thread its end of the channel is gone, and nothing is waited for.
-    let text = read.recv_timeout(PATIENCE).ok().flatten();
+    let text = read.recv_timeout(TIMEOUT).ok().flatten();
     let _ = child.kill();
     let _ = child.wait();
     let _ = reader.map(thread::JoinHandle::join);

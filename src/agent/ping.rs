@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// What has not answered by then does not answer.
-const PATIENCE: Duration = Duration::from_secs(1);
+const TIMEOUT: Duration = Duration::from_secs(1);
 /// Rounds under way at once.
 const MAX_ROUNDS: usize = 64;
 
@@ -36,7 +36,7 @@ pub(super) struct Round {
 
 impl Round {
     pub(super) fn deadline(&self) -> Instant {
-        self.begun + PATIENCE
+        self.begun + TIMEOUT
     }
 
     fn is_over(&self, now: Instant) -> bool {

@@ -19,7 +19,7 @@ use crate::{
         desired::Way,
         offload::{Ask, Offload},
         paths::{By, FLOWS, Kind, LOOK, Paths, Subject},
-        told::Reports,
+        path_mtu_reports::Reports,
     },
     icmp::{self, Asker, Family, IcmpEvent, What},
     model::NodeId,

@@ -8,7 +8,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use crate::api::block_on;
 
 /// An agent that has been told to end has ended after so long, whatever hangs.
-pub const PATIENCE: Duration = Duration::from_secs(5);
+pub const TIMEOUT: Duration = Duration::from_secs(5);
 
 pub(super) struct Signals {
     pub(super) terminate: Signal,
@@ -36,7 +36,7 @@ impl Signals {
     }
 }
 
-/// Ends this process where the agent does not: [`PATIENCE`] after the first signal to end, and at once at the
+/// Ends this process where the agent does not: [`TIMEOUT`] after the first signal to end, and at once at the
 /// second. It has a thread of its own, so it does not depend on anything that may hang.
 ///
 /// # Errors
@@ -46,13 +46,13 @@ pub fn guard() -> io::Result<()> {
         let waited = block_on(async {
             let mut signals = Signals::catch()?;
             signals.end().await;
-            let is_again = tokio::time::timeout(PATIENCE, signals.end()).await.is_ok();
+            let is_again = tokio::time::timeout(TIMEOUT, signals.end()).await.is_ok();
             io::Result::Ok(is_again)
         });
         match waited {
             Ok(Ok(true)) => tracing::error!("told to end a second time: ending at once"),
             Ok(Ok(false)) => tracing::error!(
-                patience = ?PATIENCE,
+                patience = ?TIMEOUT,
                 "something hangs (a disk, the kernel, a runtime): ending without waiting for it"
             ),
             Ok(Err(error)) | Err(error) => {

@@ -24,7 +24,7 @@ const AT_ONCE: usize = 16;
 /// Members asked in all.
 const MAX_ASKED: usize = 256;
 /// What has not answered by then does not answer.
-const PATIENCE: Duration = Duration::from_secs(2);
+const TIMEOUT: Duration = Duration::from_secs(2);
 /// A picture of all paths this young is given again.
 const FRESH: Duration = Duration::from_secs(3);
 /// Surveys that wait.
@@ -171,7 +171,7 @@ impl Agent {
     fn go_on_with(&mut self, queue: usize) {
         let now = Instant::now();
         while let Some(survey) = self.surveys.queues[queue].front_mut() {
-            let is_late = *survey.deadline.get_or_insert(now + PATIENCE) <= now;
+            let is_late = *survey.deadline.get_or_insert(now + TIMEOUT) <= now;
             while survey.asked.len() < AT_ONCE
                 && !is_late
                 && let Some(node) = survey.left.pop_front()

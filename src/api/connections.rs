@@ -278,7 +278,7 @@ mod tests {
     /// More than the buffers of two sockets hold.
     const LARGE: usize = 32 << 20;
     /// For a machine under load.
-    const PATIENCE: Duration = Duration::from_secs(90);
+    const TIMEOUT: Duration = Duration::from_secs(90);
 
     async fn serve_some() -> SocketAddr {
         let endless = || stream::pending::<Result<Event, Infallible>>();
@@ -307,14 +307,14 @@ mod tests {
     /// The first bytes of an answer; none if the connection was closed.
     async fn status(mut stream: TcpStream) -> String {
         let mut bytes = [0; 12];
-        let read = timeout(PATIENCE, stream.read_exact(&mut bytes)).await.expect("in time");
+        let read = timeout(TIMEOUT, stream.read_exact(&mut bytes)).await.expect("in time");
         read.map_or_else(|_| String::new(), |_| String::from_utf8_lossy(&bytes).into_owned())
     }
 
     async fn is_served_in_time(address: SocketAddr) -> bool {
         let begun = Instant::now();
         while status(ask(address, &get_of("/small")).await).await != "HTTP/1.1 200" {
-            if begun.elapsed() > PATIENCE {
+            if begun.elapsed() > TIMEOUT {
                 return false;
             }
             sleep(Duration::from_millis(100)).await;

@@ -13,7 +13,7 @@ use tokio::{
 };
 
 /// Who reads an answer takes some of it in this time.
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 
 pub(super) struct Paced<T> {
     stream: T,
@@ -31,7 +31,7 @@ impl<T> Paced<T> {
             self.limit = None;
             return done;
         }
-        let limit = self.limit.get_or_insert_with(|| Box::pin(sleep(PATIENCE)));
+        let limit = self.limit.get_or_insert_with(|| Box::pin(sleep(TIMEOUT)));
         ready!(limit.as_mut().poll(cx));
         Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the answer is not read")))
     }

@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// An agent that does not answer within this time does nothing else either.
-const PATIENCE: Duration = Duration::from_secs(5);
+const TIMEOUT: Duration = Duration::from_secs(5);
 /// Columns of what stands before each line.
 const INDENT: usize = 25;
 
@@ -75,11 +75,11 @@ fn patient(args: &DoctorArgs) -> Examination {
         };
         Ok::<_, ClientError>(Agent { status, routes, events })
     };
-    let asked = block_on(async { tokio::time::timeout(PATIENCE, asking).await });
+    let asked = block_on(async { tokio::time::timeout(TIMEOUT, asking).await });
     let (agent, agent_error) = match asked {
         Ok(Ok(Ok(agent))) => (Some(agent), None),
         Ok(Ok(Err(error))) => (None, Some(error.to_string())),
-        Ok(Err(_)) => (None, Some(format!("the agent does not answer within {PATIENCE:?}"))),
+        Ok(Err(_)) => (None, Some(format!("the agent does not answer within {TIMEOUT:?}"))),
         Err(error) => (None, Some(error.to_string())),
     };
     Examination { config, agent, agent_error, socket }

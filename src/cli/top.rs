@@ -29,7 +29,7 @@ use crate::api::{self, ClientError};
 /// Between two looks.
 const LOOK: Duration = Duration::from_secs(1);
 /// Keys are not read while an agent that hangs is waited for.
-const PATIENCE: Duration = Duration::from_secs(2);
+const TIMEOUT: Duration = Duration::from_secs(2);
 /// Lines of events.
 const EVENTS: u16 = 8;
 
@@ -75,8 +75,8 @@ fn watch(client: &Client, mut draw: impl FnMut(&Picture) -> io::Result<()>) -> i
     let mut counted: Option<(Instant, [u64; 2])> = None;
     loop {
         let begun = Instant::now();
-        let asked = block_on(async { tokio::time::timeout(PATIENCE, look(&socket)).await })?;
-        match asked.map_err(|_| format!("the agent does not answer within {PATIENCE:?}")) {
+        let asked = block_on(async { tokio::time::timeout(TIMEOUT, look(&socket)).await })?;
+        match asked.map_err(|_| format!("the agent does not answer within {TIMEOUT:?}")) {
             Ok(Ok((status, events))) => {
                 let device = text(&status["kernel"]["device"]);
                 let now = bytes_of(&device).map(|bytes| (begun, bytes));

@@ -35,7 +35,7 @@ use crate::{
 /// A runtime sets it, and a person who types a command does not.
 pub const COMMAND: &str = "CNI_COMMAND";
 /// An agent that is silent for so long hangs. Runtimes wait longer.
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 /// The end of a pod can be noted for an agent that is silent for so long.
 const UNDO_PATIENCE: Duration = Duration::from_secs(5);
 /// So long the kernel may take to remove pods that are gone, when their addresses are needed.
@@ -223,7 +223,7 @@ pub fn detach(
 /// # Errors
 /// Why the agent has not done it.
 pub fn detach_first(socket: &Path, name: &AttachmentName, netns: &File) -> Result<(), ClientError> {
-    detach_within(PATIENCE, socket, name, Some(netns))
+    detach_within(TIMEOUT, socket, name, Some(netns))
 }
 
 fn detach_within(
@@ -336,7 +336,7 @@ fn compare(
 /// # Errors
 /// Why there is no answer.
 pub fn ask(answer: impl Future<Output = Result<Value, ClientError>>) -> Result<Value, ClientError> {
-    ask_for(PATIENCE, answer)
+    ask_for(TIMEOUT, answer)
 }
 
 fn ask_for(

@@ -21,7 +21,7 @@ const HELPED: u32 = SAMPLE - 1;
 /// Datagrams that show that nothing has changed since a verdict.
 const SAMPLE_AGAIN: u32 = 3;
 /// A trial that has no result by then has none.
-const PATIENCE: Duration = Duration::from_secs(90);
+const TIMEOUT: Duration = Duration::from_secs(90);
 
 /// What has been found out.
 #[derive(Debug, Default)]
@@ -148,7 +148,7 @@ impl Trial {
     }
 
     fn is_over(&self, now: Time) -> bool {
-        now.since(self.begun) >= PATIENCE
+        now.since(self.begun) >= TIMEOUT
     }
 
     /// The peers that datagrams reach now, as soon as that is clear for all.
@@ -257,7 +257,7 @@ mod tests {
     fn a_trial_without_a_result_is_given_up() {
         let mut offload = after(&[]);
         offload.conclude(Time::ZERO, Some(false), nodes(&[]), |_| Some(NOTHING));
-        offload.conclude(Time::ZERO + PATIENCE, Some(false), nodes(&[]), |_| Some(NOTHING));
+        offload.conclude(Time::ZERO + TIMEOUT, Some(false), nodes(&[]), |_| Some(NOTHING));
         assert_eq!(offload.wanted(), Some(true));
         let mut offload = after(&[ALL]);
         offload.conclude(Time::ZERO, Some(true), nodes(&[]), |_| None);

@@ -17,7 +17,7 @@ use crate::model::Time;
 /// Datagrams sent for one report, and the time between two, and until the verdict.
 const TRIES: u32 = 3;
 const PAUSE: Duration = Duration::from_secs(1);
-const PATIENCE: Duration = Duration::from_secs(3);
+const TIMEOUT: Duration = Duration::from_secs(3);
 /// A report that was believed is tried again, for the path may be another one.
 const AGAIN: Duration = Duration::from_secs(300);
 /// The kernel is made to forget at most so often.
@@ -83,7 +83,7 @@ impl Reports {
             }
             Verdict::Open => {
                 report.tries += 1;
-                report.due = now + if report.tries == TRIES { PATIENCE } else { PAUSE };
+                report.due = now + if report.tries == TRIES { TIMEOUT } else { PAUSE };
                 Action::Ask(host)
             }
             Verdict::Right => {

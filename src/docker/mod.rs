@@ -10,7 +10,7 @@
 mod message;
 mod server;
 
-pub use server::{DIRECTORY, Endpoint, Joined, PATIENCE, Request, handle, socket_in};
+pub use server::{DIRECTORY, Endpoint, Joined, Request, TIMEOUT, handle, socket_in};
 
 /// On whose behalf addresses of Docker's are held.
 pub const OWNER: &str = "docker";

@@ -35,7 +35,7 @@ use crate::{
 pub const DIRECTORY: &str = "/run/docker/plugins";
 /// So long a request waits for this node's subnet. Docker tries a container that it restarts after a boot
 /// only once.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const TIMEOUT: Duration = Duration::from_secs(60);
 /// Longest request that is read, in bytes.
 const REQUEST_MAX: usize = 1 << 20;
 
@@ -320,14 +320,14 @@ async fn put<T>(
     ask: &Ask,
     request: impl FnOnce(Sender<Result<T, PodError>>) -> Request,
 ) -> Result<T, Refused> {
-    match tokio::time::timeout(PATIENCE, api::put(&**ask, request)).await {
+    match tokio::time::timeout(TIMEOUT, api::put(&**ask, request)).await {
         Ok(Some(result)) => result.map_err(|error| Refused(error.error)),
         Ok(None) => Err(Refused(
             "gossamer's agent gave no answer: it is ending, or has too much to do".to_owned(),
         )),
         Err(_) => Err(Refused(format!(
             "this node has had no subnet in use for {} s: see `gossamer status`",
-            PATIENCE.as_secs()
+            TIMEOUT.as_secs()
         ))),
     }
 }

@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// An answer that takes longer is not waited for.
-const PATIENCE: Duration = Duration::from_millis(50);
+const TIMEOUT: Duration = Duration::from_millis(50);
 
 /// Begins handshakes, one after another, until it is dropped.
 pub struct Silence {
@@ -72,7 +72,7 @@ impl Drop for Silence {
 }
 
 fn begin(socket: &UdpSocket, non_member: &Credentials, to: SocketAddr) -> anyhow::Result<()> {
-    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.set_read_timeout(Some(TIMEOUT))?;
     let (mut handshake, first) = Unfinished::begin(non_member, to)?;
     socket.send_to(&first, to)?;
     let mut answer = [0; 2_048];

@@ -35,9 +35,9 @@ const SMALL_OF_ALL: usize = 12 << 20;
 const LARGE_OF_ALL: usize = 20 << 20;
 /// Room that a message has as soon as it begins.
 const FIRST: usize = 4 * UNIT;
-/// While others wait for room, so much of a message has to come in each `PATIENCE`.
+/// While others wait for room, so much of a message has to come in each `TIMEOUT`.
 const PROGRESS: usize = 16 * UNIT;
-const PATIENCE: Duration = Duration::from_secs(1);
+const TIMEOUT: Duration = Duration::from_secs(1);
 /// A message that has room waits so long for more: others may wait for what it has.
 const PATIENCE_FOR_MORE: Duration = Duration::from_secs(2);
 
@@ -245,14 +245,14 @@ impl NodeIntake {
     pub(super) async fn read(&self, stream: &mut RecvStream) -> Result<Message, IntakeError> {
         let mut room = self.room();
         let mut bytes = Vec::new();
-        let (mut counted, mut until) = (0, Instant::now() + PATIENCE);
+        let (mut counted, mut until) = (0, Instant::now() + TIMEOUT);
         loop {
             let Ok(chunk) = timeout_at(until, stream.read_chunk(SMALL, true)).await else {
                 let is_short = self.all.waiting.load(Ordering::Relaxed) > 0;
                 if is_short && room.bytes() > 0 && bytes.len() - counted < PROGRESS {
                     return Err(IntakeError::Stalled);
                 }
-                (counted, until) = (bytes.len(), Instant::now() + PATIENCE);
+                (counted, until) = (bytes.len(), Instant::now() + TIMEOUT);
                 continue;
             };
             let Some(chunk) = chunk? else { break };

@@ -4,7 +4,7 @@
 use std::{fs, path::Path, process::Command, time::Duration};
 
 use crate::common::{
-    Cluster, PATIENCE, client, isolated, program, run, status_where, tool, wait_until,
+    Cluster, TIMEOUT, client, isolated, program, run, status_where, tool, wait_until,
 };
 use gossamer::lab::{Agent, Host, Lab, Pod};
 use nix::sys::signal::Signal;
@@ -99,7 +99,7 @@ fn both_halves_of_a_partition_take_joiners_and_become_one_again() {
         assert_all_reach_all(&mut cluster)?;
         assert_eq!(subnet_of(&mut cluster.agents[5], 7)?, one, "nobody was renumbered");
         assert_eq!(subnet_of(&mut cluster.agents[6], 7)?, other);
-        wait_until("tables differ", PATIENCE, || one_table_everywhere(&cluster));
+        wait_until("tables differ", TIMEOUT, || one_table_everywhere(&cluster));
         Ok(())
     });
 }
@@ -139,7 +139,7 @@ fn a_member_that_is_gone_is_forgotten_and_one_that_returns_is_a_new_node() {
         for agent in &mut cluster.agents[..2] {
             status_where(agent, |status| status["slots"]["leased"] == 2);
         }
-        wait_until("the way to it is still there", PATIENCE, || {
+        wait_until("the way to it is still there", TIMEOUT, || {
             !tool(&cluster.hosts[0].netns, "ip route show proto 73").contains(&lost)
         });
         let history = client(&cluster.agents[0], &["lease", "history"]);
@@ -168,15 +168,15 @@ fn a_copied_state_directory_is_named_on_both_hosts_and_cured_on_one() {
         for number in [2, 3] {
             let both = [2, 3].map(|n: usize| cluster.hosts[n].ip.to_string());
             wait_until("the copy is not named", DOWN_PATIENCE, || {
-                let status = cluster.agents[number].ask("/v1/status", PATIENCE);
+                let status = cluster.agents[number].ask("/v1/status", TIMEOUT);
                 let problems = status.expect("a status")["problems"].to_string();
                 problems.contains("reset-identity") && both.iter().all(|ip| problems.contains(ip))
             });
         }
         let reset = client(&cluster.agents[3], &["reset-identity"]);
         assert!(reset.status.success(), "{reset:?}");
-        wait_until("still one identity", PATIENCE, || {
-            let status = [2, 3].map(|n: usize| cluster.agents[n].ask("/v1/status", PATIENCE));
+        wait_until("still one identity", TIMEOUT, || {
+            let status = [2, 3].map(|n: usize| cluster.agents[n].ask("/v1/status", TIMEOUT));
             matches!(&status, [Ok(one), Ok(other)] if one["node"] != other["node"])
         });
         Ok(())

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 const PROGRAM: &str = "chromium";
 /// It is started, opens a page and draws it, on a machine that does other things too.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 pub fn is_installed() -> bool {
     let mut asked = Command::new(PROGRAM);
@@ -105,7 +105,7 @@ impl Browser {
     pub fn wait_for(&mut self, expression: &str) -> anyhow::Result<()> {
         let begun = Instant::now();
         while self.ask(expression)? != true {
-            if begun.elapsed() > PATIENCE {
+            if begun.elapsed() > TIMEOUT {
                 let page = self.ask("document.body.innerText")?;
                 anyhow::bail!("never: {expression}\n{page}\n{:?}", self.complaints);
             }

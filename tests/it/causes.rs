@@ -8,7 +8,7 @@ use std::{
 use gossamer::lab::{Agent, Host, Lab};
 
 use crate::common::{
-    Cluster, PATIENCE, client, eventually, has_problem, isolated, program, run, skipped, tool,
+    Cluster, TIMEOUT, client, eventually, has_problem, isolated, program, run, skipped, tool,
     wait_until,
 };
 
@@ -24,7 +24,7 @@ pub fn pair(lab: &mut Lab) -> anyhow::Result<Cluster> {
 
 pub fn wait_for_path(agent: &mut Agent) {
     wait_until("the path is not ok", NAMED, || {
-        let status = agent.ask("/v1/status", PATIENCE).expect("a status");
+        let status = agent.ask("/v1/status", TIMEOUT).expect("a status");
         status["paths"][0]["state"] == "ok" && status["problems"] == serde_json::json!([])
     });
 }
@@ -120,7 +120,7 @@ fn rule_that_takes_tunnel_packets_is_named_by_its_chain() {
             all(host, mend_it);
             cluster.agents.iter_mut().for_each(wait_for_path);
         }
-        wait_until("a table of traces is left", PATIENCE, || {
+        wait_until("a table of traces is left", TIMEOUT, || {
             !tool(&host.netns, "nft list tables").contains("trace")
         });
         Ok(())
@@ -176,7 +176,7 @@ fn limit_of_udp_packets_is_named_by_its_rule_on_the_host_that_has_it() {
                 "nft add rule inet flood in udp dport 8472 limit rate over 2/second burst 2 packets drop",
             ],
         );
-        let subnet = Agent::subnet(&cluster.agents[1].ask("/v1/status", PATIENCE)?)?;
+        let subnet = Agent::subnet(&cluster.agents[1].ask("/v1/status", TIMEOUT)?)?;
         let mut ping = Command::new("ping");
         ping.args(["-q", "-i", "0.01", &subnet.network().to_string()]).stdout(Stdio::null());
         let mut load = first.netns.spawn(&mut ping)?;

@@ -6,7 +6,7 @@ use std::{io::BufRead as _, process::Stdio};
 
 use crate::{
     cni::{Runtime, namespaces},
-    common::{Cluster, PATIENCE, isolated, program, status_where, tool, wait_until},
+    common::{Cluster, TIMEOUT, isolated, program, status_where, tool, wait_until},
 };
 use serde_json::Value;
 
@@ -162,7 +162,7 @@ fn events_are_shown_as_they_happen_and_problems_come_first() {
         wait_for("problem", "n2");
         follower.kill()?;
         follower.wait()?;
-        wait_until("no problem", PATIENCE, || {
+        wait_until("no problem", TIMEOUT, || {
             let shown = text(&client(&cluster, 0, &["status"]));
             shown.starts_with("problem   ") && shown.contains("UDP 8472")
         });

@@ -15,7 +15,7 @@ use std::{
     time::Duration,
 };
 
-use crate::common::{Cluster, PATIENCE, eventually, isolated, program, run, tool};
+use crate::common::{Cluster, TIMEOUT, eventually, isolated, program, run, tool};
 use gossamer::lab::{Agent, Host, NetNs, Pinger, Pod};
 use nix::sys::signal::Signal;
 
@@ -70,7 +70,7 @@ fn pods_on_three_hosts_reach_each_other() {
 fn the_kernel_holds_what_flannel_would_program() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
-        let status = cluster.agents[1].wait_converged(2, PATIENCE)?;
+        let status = cluster.agents[1].wait_converged(2, TIMEOUT)?;
         let peer = status["members"].as_array().expect("members").iter().find(|m| m["me"] == true);
         let peer = peer.expect("the second node itself");
         let (mac, underlay) = (peer["vtep_mac"].as_str(), peer["underlay"].as_str());
@@ -132,7 +132,7 @@ fn ten_hosts_that_start_at_once_all_get_their_own_subnet() {
         }
         let mut subnets = std::collections::BTreeSet::new();
         for agent in &mut agents {
-            subnets.insert(Agent::subnet(&agent.wait_converged(10, PATIENCE)?)?);
+            subnets.insert(Agent::subnet(&agent.wait_converged(10, TIMEOUT)?)?);
         }
         assert_eq!(subnets.len(), 10);
         for host in &hosts {
@@ -159,7 +159,7 @@ fn restarts_lose_no_packet_and_touch_no_entry() {
             cluster.agents[1].end(signal)?;
             // With its state it needs neither seeds nor a token.
             cluster.agents[1] = Agent::start(program(), &cluster.hosts[1], &[])?;
-            cluster.agents[1].wait_converged(3, PATIENCE)?;
+            cluster.agents[1].wait_converged(3, TIMEOUT)?;
         }
         let answered = stream.join().expect("no panic")?;
         assert_eq!(answered, 300, "packets were lost");
@@ -204,7 +204,7 @@ fn an_upgrade_of_all_agents_in_turn_loses_no_packet_and_no_connection() {
         for number in 0..3 {
             cluster.agents[number].end(Signal::SIGTERM)?;
             cluster.agents[number] = Agent::start(program(), &cluster.hosts[number], &[])?;
-            cluster.agents[number].wait_converged(3, PATIENCE)?;
+            cluster.agents[number].wait_converged(3, TIMEOUT)?;
         }
         assert_eq!(stream.join().expect("no panic")?, 300, "packets were lost");
         stop.store(true, Ordering::Relaxed);
@@ -252,7 +252,7 @@ fn a_host_that_comes_back_needs_nobody() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 3)?;
         let netns = |cluster: &Cluster, command: &str| tool(&cluster.hosts[1].netns, command);
-        let subnet = Agent::subnet(&cluster.agents[1].wait_converged(3, PATIENCE)?)?;
+        let subnet = Agent::subnet(&cluster.agents[1].wait_converged(3, TIMEOUT)?)?;
         let device = netns(&cluster, "ip -br link show dev gossamer.1");
         cluster.agents[1].end(Signal::SIGTERM)?;
         // As after a reboot with the veth pair pulled: no device, no file, nobody to ask.
@@ -260,7 +260,7 @@ fn a_host_that_comes_back_needs_nobody() {
         fs::remove_file(cluster.hosts[1].dir.join("subnet.env"))?;
         lab.set_veth(2, false)?;
         cluster.agents[1] = Agent::start(program(), &cluster.hosts[1], &[])?;
-        assert_eq!(cluster.agents[1].wait_subnet(PATIENCE)?, subnet);
+        assert_eq!(cluster.agents[1].wait_subnet(TIMEOUT)?, subnet);
         let netns = &cluster.hosts[1].netns;
         eventually(netns, "ip -4 route show proto 73 dev gossamer.1", |routes| {
             routes.lines().count() == 2
@@ -294,7 +294,7 @@ fn leaving_takes_every_trace_along_and_the_others_forget_the_way() {
                 eventually(&host.netns, command, |output| output.lines().count() == entries);
             }
         }
-        let status = cluster.agents[0].ask("/v1/status", PATIENCE)?;
+        let status = cluster.agents[0].ask("/v1/status", TIMEOUT)?;
         assert_eq!(status["slots"]["leased"], 2);
         assert_eq!(status["slots"]["free"], 253);
         // Whoever left may come back, as a new node.
@@ -315,7 +315,7 @@ fn entries_of_a_dead_process_are_swept_once_a_peer_agrees() {
         cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &[])?;
         let routes =
             eventually(&cluster.hosts[0].netns, show, |routes| routes.lines().count() == 1);
-        let subnet = Agent::subnet(&cluster.agents[1].wait_converged(2, PATIENCE)?)?;
+        let subnet = Agent::subnet(&cluster.agents[1].wait_converged(2, TIMEOUT)?)?;
         assert!(routes.contains(&subnet.to_string()), "{routes}");
         Ok(())
     });

@@ -12,7 +12,7 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::common::{
-    Cluster, PATIENCE, client, eventually, isolated, program, run, tool, wait_until,
+    Cluster, TIMEOUT, client, eventually, isolated, program, run, tool, wait_until,
 };
 
 /// A runtime on one host.
@@ -115,7 +115,7 @@ pub fn veths(host: &Host) -> usize {
 }
 
 pub fn pods(agent: &mut Agent) -> usize {
-    let answer = agent.ask("/v1/pods", PATIENCE).expect("pods");
+    let answer = agent.ask("/v1/pods", TIMEOUT).expect("pods");
     answer["pods"].as_array().expect("a list").len()
 }
 
@@ -206,7 +206,7 @@ fn pods_keep_their_addresses_over_restarts_and_give_them_back_once() {
         eventually(host, "ip -o link show type veth master gsm0", str::is_empty);
         let shown = tool(host, "ip link show gsm0");
         assert!(shown.contains("mtu 1450"), "{shown}");
-        let status = cluster.agents[0].ask("/v1/status", PATIENCE)?;
+        let status = cluster.agents[0].ask("/v1/status", TIMEOUT)?;
         assert_eq!(status["kernel"]["repairs"]["bridge"], Value::Null, "{status}");
         Ok(())
     });
@@ -257,8 +257,8 @@ fn what_the_runtime_does_not_know_any_more_is_collected_and_nothing_of_others() 
         let valid =
             json!({ "cni.dev/valid-attachments": [{ "containerID": "b", "ifname": "eth0" }] });
         assert!(runtime.call("GC", "", &valid).0);
-        wait_until("two are left", PATIENCE, || veths(&cluster.hosts[0]) == 2);
-        let left = cluster.agents[0].ask("/v1/pods", PATIENCE)?;
+        wait_until("two are left", TIMEOUT, || veths(&cluster.hosts[0]) == 2);
+        let left = cluster.agents[0].ask("/v1/pods", TIMEOUT)?;
         let names: Vec<_> =
             left["pods"].as_array().expect("a list").iter().map(|pod| &pod["container"]).collect();
         assert_eq!(names, ["b", "c"]);
@@ -286,7 +286,7 @@ fn many_at_once_all_succeed() {
             names.iter().for_each(|name| _ = scope.spawn(|| runtime.del(name)))
         });
         assert_eq!(pods(&mut cluster.agents[0]), 0);
-        wait_until("no interface is left", PATIENCE, || veths(&cluster.hosts[0]) == 0);
+        wait_until("no interface is left", TIMEOUT, || veths(&cluster.hosts[0]) == 0);
         Ok(())
     });
 }
@@ -319,7 +319,7 @@ fn an_agent_that_is_killed_at_any_moment_leaves_neither_address_nor_interface() 
                 kill_and_start(&mut cluster)?;
             }
             assert_eq!(pods(&mut cluster.agents[0]), 0, "{round}");
-            wait_until("no interface is left", PATIENCE, || veths(&cluster.hosts[0]) == 0);
+            wait_until("no interface is left", TIMEOUT, || veths(&cluster.hosts[0]) == 0);
         }
         assert!(cut_short > 0, "no ADD was cut short");
         assert!(Runtime::new(&cluster.agents[0]).add("a")["ips"].is_array());
@@ -405,7 +405,7 @@ fn a_subnet_that_is_used_up_is_said_and_what_is_given_back_is_given_again() {
         let host = lab.host(1, "n1")?;
         let small = ["--init", "--network", "10.42.0.0/24", "--subnet-len", "29"];
         let mut agent = Agent::start(program(), &host, &small)?;
-        agent.wait_converged(1, PATIENCE)?;
+        agent.wait_converged(1, TIMEOUT)?;
         let names = ["a", "b", "c", "d", "e", "f"];
         let _spaces = namespaces(&names)?;
         let runtime = Runtime::new(&agent);
@@ -426,7 +426,7 @@ fn an_overlay_that_is_too_narrow_for_ipv6_carries_pods_all_the_same() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
         let mut agent = Agent::start(program(), &host, &["--init", "--mtu", "1200"])?;
-        agent.wait_converged(1, PATIENCE)?;
+        agent.wait_converged(1, TIMEOUT)?;
         let space = NetNs::new("a")?;
         let added = Runtime::new(&agent).add("a");
         let gateway = added["ips"][0]["gateway"].as_str().expect("a gateway");

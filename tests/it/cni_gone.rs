@@ -9,7 +9,7 @@ use serde_json::json;
 use crate::{
     cni::{Runtime, address, namespaces, pods, veths},
     common::{
-        Cluster, PATIENCE, client, eventually, freeze, isolated, program, status_where, thaw, tool,
+        Cluster, TIMEOUT, client, eventually, freeze, isolated, program, status_where, thaw, tool,
         wait_until,
     },
 };
@@ -34,7 +34,7 @@ fn addresses_of_vanished_pods_are_given_again_as_soon_as_they_are_needed() {
         let host = lab.host(1, "n1")?;
         let small = ["--init", "--network", "10.42.0.0/24", "--subnet-len", "29"];
         let mut agent = Agent::start(program(), &host, &small)?;
-        agent.wait_converged(1, PATIENCE)?;
+        agent.wait_converged(1, TIMEOUT)?;
         let mut spaces = namespaces(&["a", "b", "c", "d", "e"])?;
         let runtime = Runtime::new(&agent);
         let given: Vec<String> =
@@ -65,7 +65,7 @@ fn a_container_of_the_same_name_is_connected_again_after_it_vanished() {
         runtime.add("a");
         // Its veth pair is gone with its namespace, and another namespace has its name.
         end(space);
-        wait_until("the veth pair is gone", PATIENCE, || veths(&cluster.hosts[0]) == 0);
+        wait_until("the veth pair is gone", TIMEOUT, || veths(&cluster.hosts[0]) == 0);
         let space = NetNs::new("a")?;
         let added = runtime.add("a");
         let gateway = added["ips"][0]["gateway"].as_str().expect("a gateway");
@@ -164,7 +164,7 @@ fn release_takes_back_the_addresses_of_vanished_pods_and_of_no_others() {
         let runtime = Runtime::new(&cluster.agents[0]);
         let (a, _) = (runtime.add("a"), runtime.add("b"));
         end(spaces.remove(0));
-        wait_until("the veth pair is gone", PATIENCE, || veths(&cluster.hosts[0]) == 1);
+        wait_until("the veth pair is gone", TIMEOUT, || veths(&cluster.hosts[0]) == 1);
         let release = |agent: &Agent| {
             let output = client(agent, &["pods", "--release"]);
             assert!(output.status.success(), "{output:?}");
@@ -202,11 +202,11 @@ fn what_ended_while_no_agent_ran_is_noted_and_done_when_it_is_back() {
 
         cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &[])?;
         cluster.converge()?;
-        wait_until("all notes are done", PATIENCE, || count() == 0);
-        let left = cluster.agents[0].ask("/v1/pods", PATIENCE)?;
+        wait_until("all notes are done", TIMEOUT, || count() == 0);
+        let left = cluster.agents[0].ask("/v1/pods", TIMEOUT)?;
         let left = left["pods"].as_array().expect("a list");
         assert!(left.len() == 1 && left[0]["container"] == "b", "{left:?}");
-        wait_until("their veth pairs are gone", PATIENCE, || veths(&cluster.hosts[0]) == 1);
+        wait_until("their veth pairs are gone", TIMEOUT, || veths(&cluster.hosts[0]) == 1);
         let gateway = b["ips"][0]["gateway"].as_str().expect("a gateway");
         tool(&spaces[1], &format!("ping -c 1 -W 2 {gateway}"));
 
@@ -245,10 +245,10 @@ fn notes_left_for_an_agent_that_hangs_are_carried_out_when_it_goes_on() {
         });
         assert_eq!(count(), 2);
         thaw(&cluster.agents[0])?;
-        wait_until("the notes are carried out", PATIENCE, || count() == 0);
+        wait_until("the notes are carried out", TIMEOUT, || count() == 0);
         // What was asked for by a runtime that waits no longer is not done either.
         assert_eq!(pods(&mut cluster.agents[0]), 0);
-        wait_until("no interface is left", PATIENCE, || veths(&cluster.hosts[0]) == 0);
+        wait_until("no interface is left", TIMEOUT, || veths(&cluster.hosts[0]) == 0);
         Ok(())
     });
 }
@@ -270,19 +270,19 @@ fn note_that_comes_while_the_agent_runs_is_carried_out_and_spoils_no_later_pod()
         let text = std::fs::read(&note)?;
         cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &[])?;
         cluster.converge()?;
-        wait_until("the note is carried out", PATIENCE, || find().is_none());
+        wait_until("the note is carried out", TIMEOUT, || find().is_none());
         let runtime = Runtime::new(&cluster.agents[0]);
         runtime.add("a");
         // As an agent finds it that has hung while the plugin wrote it.
         std::fs::write(&note, &text)?;
-        wait_until("the pod is gone", PATIENCE, || pods(&mut cluster.agents[0]) == 0);
-        wait_until("the note is gone", PATIENCE, || find().is_none());
+        wait_until("the pod is gone", TIMEOUT, || pods(&mut cluster.agents[0]) == 0);
+        wait_until("the note is gone", TIMEOUT, || find().is_none());
         // The runtime has noted the end of the former pod, and asks for the next one at once.
         let runtime = Runtime::new(&cluster.agents[0]);
         runtime.add("a");
         std::fs::write(&note, &text)?;
         runtime.add("a");
-        wait_until("the note is gone", PATIENCE, || find().is_none());
+        wait_until("the note is gone", TIMEOUT, || find().is_none());
         assert_eq!(pods(&mut cluster.agents[0]), 1);
         assert_eq!(veths(&cluster.hosts[0]), 1);
         Ok(())

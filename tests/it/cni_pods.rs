@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::{
     cni::{Runtime, address, namespaces, pods, veths},
-    common::{Cluster, PATIENCE, isolated, program, run, skipped, status_where, tool, wait_until},
+    common::{Cluster, TIMEOUT, isolated, program, run, skipped, status_where, tool, wait_until},
 };
 
 fn gateway(result: &Value) -> &str {
@@ -21,7 +21,7 @@ fn gateway(result: &Value) -> &str {
 
 fn ping(from: &NetNs, to: &str) {
     let ping = format!("ping -c 1 -W 2 {to}");
-    wait_until("it is not reached", PATIENCE, || run(from, &ping).status.success());
+    wait_until("it is not reached", TIMEOUT, || run(from, &ping).status.success());
 }
 
 #[test]
@@ -35,7 +35,7 @@ fn first_packet_to_a_pod_that_was_just_connected_arrives() {
             let name = format!("pod{round}");
             let _space = NetNs::new(&name)?;
             let pod = address(&runtime.add(&name)).parse()?;
-            let answered = pinger.ping(pod, PATIENCE)?;
+            let answered = pinger.ping(pod, TIMEOUT)?;
             assert!(answered.is_some(), "round {round}: one packet was lost");
             runtime.del(&name);
         }
@@ -71,7 +71,7 @@ fn a_second_interface_has_its_own_address_and_the_first_keeps_the_default_route(
             assert!(whole, "{why}");
         }
         assert!(runtime.call_with("DEL", "a", &second, &json!({ "name": "second" })).0);
-        wait_until("its veth pair is gone", PATIENCE, || veths(&cluster.hosts[0]) == 2);
+        wait_until("its veth pair is gone", TIMEOUT, || veths(&cluster.hosts[0]) == 2);
         ping(&spaces[2], &address(&first));
         assert!(tool(&spaces[0], "ip route show default").contains("dev eth0"));
         Ok(())
@@ -83,7 +83,7 @@ fn interface_that_is_left_gets_the_routes_of_the_one_that_is_removed() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
         let mut agent = Agent::start(program(), &host, &["--init", "--network6", "fd42::/48"])?;
-        agent.wait_converged(1, PATIENCE)?;
+        agent.wait_converged(1, TIMEOUT)?;
         let spaces = namespaces(&["a", "b"])?;
         let second = [("CNI_IFNAME", "net1")];
         let routes = |space: &NetNs, to: &str| {
@@ -100,9 +100,9 @@ fn interface_that_is_left_gets_the_routes_of_the_one_that_is_removed() {
             // The agent knows of the wish by what the kernel keeps.
             agent.end(nix::sys::signal::Signal::SIGKILL)?;
             agent = Agent::start(program(), &host, &[])?;
-            agent.wait_converged(1, PATIENCE)?;
+            agent.wait_converged(1, TIMEOUT)?;
             Runtime::new(&agent).del(name);
-            wait_until("its veth pair is gone", PATIENCE, || {
+            wait_until("its veth pair is gone", TIMEOUT, || {
                 !run(space, "ip link show eth0").status.success()
             });
             let now = routes(space, "default");
@@ -135,7 +135,7 @@ fn interface_that_is_left_gets_the_routes_of_one_removed_without_an_agent() {
         Runtime::new(&cluster.agents[0]).del("a");
         cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &[])?;
         cluster.converge()?;
-        wait_until("its veth pair is gone", PATIENCE, || {
+        wait_until("its veth pair is gone", TIMEOUT, || {
             !run(&spaces[0], "ip link show eth0").status.success()
         });
         assert_eq!(default(), before.replace("eth0", "net1"));
@@ -195,14 +195,14 @@ fn a_namespace_named_by_a_process_needs_no_capability_of_the_agent() {
         let host = lab.host(1, "n1")?;
         let few = with_few_capabilities(&host);
         let mut agent = Agent::start(&few, &host, &["--init"])?;
-        agent.wait_converged(1, PATIENCE)?;
+        agent.wait_converged(1, TIMEOUT)?;
         let mut container = Command::new("unshare")
             .args(["--net", "sleep", "infinity"])
             .stdin(Stdio::null())
             .spawn()?;
         let path = format!("/proc/{}/ns/net", container.id());
         let own = fs::read_link("/proc/self/ns/net")?;
-        wait_until("it has a namespace", PATIENCE, || {
+        wait_until("it has a namespace", TIMEOUT, || {
             fs::read_link(&path).is_ok_and(|netns| netns != own)
         });
         let named = [("CNI_NETNS", path.as_str())];
@@ -213,7 +213,7 @@ fn a_namespace_named_by_a_process_needs_no_capability_of_the_agent() {
         assert!(runtime.call_with("CHECK", "c", &named, &json!({ "prevResult": added })).0);
         agent.end(nix::sys::signal::Signal::SIGTERM)?;
         let mut agent = Agent::start(&few, &host, &[])?;
-        agent.wait_converged(1, PATIENCE)?;
+        agent.wait_converged(1, TIMEOUT)?;
         let runtime = Runtime::new(&agent);
         let (whole, why) = runtime.call_with("CHECK", "c", &named, &json!({}));
         assert!(whole, "{why}");
@@ -221,7 +221,7 @@ fn a_namespace_named_by_a_process_needs_no_capability_of_the_agent() {
         // Its end is noticed like that of any other.
         container.kill()?;
         container.wait()?;
-        wait_until("its veth pair is gone", PATIENCE, || veths(&host) == 0);
+        wait_until("its veth pair is gone", TIMEOUT, || veths(&host) == 0);
         status_where(&mut agent, |status| status["pods"] == 0);
         let runtime = Runtime::new(&agent);
         assert!(runtime.call_with("DEL", "c", &named, &json!({})).0);
@@ -262,7 +262,7 @@ fn ipv6_that_is_off_in_a_namespace_is_on_for_the_pods_interface_alone() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
         let mut agent = Agent::start(program(), &host, &["--init", "--network6", "fd42::/48"])?;
-        agent.wait_converged(1, PATIENCE)?;
+        agent.wait_converged(1, TIMEOUT)?;
         let spaces = namespaces(&["a", "b"])?;
         spaces[0].sysctl("net/ipv6/conf/default/disable_ipv6", "1")?;
         spaces[1].sysctl("net/ipv6/conf/all/disable_ipv6", "1")?;
@@ -345,7 +345,7 @@ fn neighbors_of_an_address_hear_at_once_that_it_has_another_mac() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
         let mut agent = Agent::start(program(), &host, &["--init", "--network6", "fd42::/48"])?;
-        agent.wait_converged(1, PATIENCE)?;
+        agent.wait_converged(1, TIMEOUT)?;
         let spaces = namespaces(&["neighbor", "a", "b", "c"])?;
         let runtime = Runtime::new(&agent);
         runtime.add("neighbor");

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::{
     cni::{Runtime, address, invoke, namespaces, pods},
-    common::{Cluster, PATIENCE, isolated, program, tool},
+    common::{Cluster, TIMEOUT, isolated, program, tool},
 };
 
 /// With whether they have CHECK, and GC and STATUS.
@@ -114,7 +114,7 @@ fn every_error_has_the_number_of_the_specification_and_names_what_is_wrong() {
         let host = lab.host(1, "n1")?;
         let small = ["--init", "--network", "10.42.0.0/24", "--subnet-len", "29"];
         let mut agent = Agent::start(program(), &host, &small)?;
-        agent.wait_converged(1, PATIENCE)?;
+        agent.wait_converged(1, TIMEOUT)?;
         let spaces = namespaces(&["a", "b", "c", "d", "e", "f"])?;
         let runtime = Runtime::new(&agent);
         let lost = runtime.add("a");

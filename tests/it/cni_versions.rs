@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use crate::{
     cni::{Runtime, invoke, namespaces, pods},
-    common::{Cluster, PATIENCE, isolated, program, wait_until},
+    common::{Cluster, TIMEOUT, isolated, program, wait_until},
 };
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -132,8 +132,8 @@ fn a_pod_that_ended_before_the_agent_was_upgraded_is_taken_back_afterwards() {
         assert!(done, "{said}");
         fs::remove_file(&socket)?;
         cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &[])?;
-        cluster.agents[0].wait_converged(1, PATIENCE)?;
-        wait_until("the pod is gone", PATIENCE, || pods(&mut cluster.agents[0]) == 0);
+        cluster.agents[0].wait_converged(1, TIMEOUT)?;
+        wait_until("the pod is gone", TIMEOUT, || pods(&mut cluster.agents[0]) == 0);
         Ok(())
     });
 }

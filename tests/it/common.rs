@@ -14,7 +14,7 @@ use nix::{
 };
 use serde_json::Value;
 
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// No test takes half of that on a quiet machine.
 const LIMIT_SECONDS: &str = "400";
@@ -83,7 +83,7 @@ impl Cluster {
         let mut cluster = Self { hosts: Vec::new(), agents: Vec::new(), token: String::new() };
         let first = lab.host(1, "n1")?;
         let mut agent = Agent::start(program(), &first, &[&["--init"], settings].concat())?;
-        agent.wait_converged(1, PATIENCE)?;
+        agent.wait_converged(1, TIMEOUT)?;
         cluster.token = token_of(&mut agent)?;
         cluster.hosts.push(first);
         cluster.agents.push(agent);
@@ -113,7 +113,7 @@ impl Cluster {
     pub fn restart(&mut self, number: usize, arguments: &[&str]) -> anyhow::Result<()> {
         self.agents[number].end(Signal::SIGTERM)?;
         self.agents[number] = self.start_agent(&self.hosts[number], arguments)?;
-        self.agents[number].wait_converged(self.hosts.len(), PATIENCE)?;
+        self.agents[number].wait_converged(self.hosts.len(), TIMEOUT)?;
         Ok(())
     }
 
@@ -123,7 +123,7 @@ impl Cluster {
         let pairs = self.hosts.iter().zip(&mut self.agents);
         pairs
             .map(|(host, agent)| {
-                let status = agent.wait_converged(count, PATIENCE)?;
+                let status = agent.wait_converged(count, TIMEOUT)?;
                 Ok(host.pod(Agent::subnet(&status)?, 1450)?)
             })
             .collect()
@@ -132,14 +132,12 @@ impl Cluster {
     /// Waits until the agents, and one that is not of this value, have converged with so many members.
     pub fn converge_with(&mut self, other: &mut Agent, count: usize) -> anyhow::Result<()> {
         let agents = self.agents.iter_mut().chain([other]);
-        agents
-            .map(|agent| agent.wait_converged(count, PATIENCE))
-            .try_for_each(|done| done.map(drop))
+        agents.map(|agent| agent.wait_converged(count, TIMEOUT)).try_for_each(|done| done.map(drop))
     }
 
     pub fn converge(&mut self) -> anyhow::Result<()> {
         let count = self.agents.len();
-        self.agents.iter_mut().try_for_each(|agent| agent.wait_converged(count, PATIENCE).map(drop))
+        self.agents.iter_mut().try_for_each(|agent| agent.wait_converged(count, TIMEOUT).map(drop))
     }
 }
 
@@ -150,7 +148,7 @@ pub fn gossamer_token() -> anyhow::Result<String> {
 }
 
 pub fn token_of(agent: &mut Agent) -> anyhow::Result<String> {
-    let answer = agent.ask("/v1/token", PATIENCE)?;
+    let answer = agent.ask("/v1/token", TIMEOUT)?;
     Ok(answer["token"].as_str().expect("a token").to_owned())
 }
 
@@ -195,7 +193,7 @@ pub fn freeze(agent: &Agent) -> anyhow::Result<()> {
     let pid = agent.pid();
     kill(Pid::from_raw(pid.cast_signed()), Signal::SIGSTOP)?;
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task"))?.collect::<Result<Vec<_>, _>>()?;
-    wait_until("it does not stand still", PATIENCE, || {
+    wait_until("it does not stand still", TIMEOUT, || {
         tasks.iter().all(|task| {
             let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
             stat.rsplit(')').next().is_none_or(|rest| rest.trim_start().starts_with('T'))
@@ -214,23 +212,23 @@ pub fn thaw(agent: &Agent) -> anyhow::Result<()> {
 pub fn status_where(agent: &mut Agent, wanted: impl Fn(&Value) -> bool) -> Value {
     let start = Instant::now();
     loop {
-        let status = agent.ask("/v1/status", PATIENCE).expect("a status");
+        let status = agent.ask("/v1/status", TIMEOUT).expect("a status");
         if wanted(&status) {
             return status;
         }
-        assert!(start.elapsed() < PATIENCE, "not what was expected: {status:#}");
+        assert!(start.elapsed() < TIMEOUT, "not what was expected: {status:#}");
         std::thread::sleep(Duration::from_millis(20));
     }
 }
 
 /// Whether one of the problems in an agent's status says so.
 pub fn has_problem(agent: &mut Agent, words: &str) -> bool {
-    let status = agent.ask("/v1/status", PATIENCE).expect("a status");
+    let status = agent.ask("/v1/status", TIMEOUT).expect("a status");
     status["problems"].to_string().contains(words)
 }
 
 pub fn has_warning(agent: &mut Agent, words: &str) -> bool {
-    let status = agent.ask("/v1/status", PATIENCE).expect("a status");
+    let status = agent.ask("/v1/status", TIMEOUT).expect("a status");
     status["warnings"].to_string().contains(words)
 }
 
@@ -243,7 +241,7 @@ pub fn eventually(netns: &NetNs, command: &str, wanted: impl Fn(&str) -> bool) -
         if wanted(&output) {
             return output;
         }
-        assert!(start.elapsed() < PATIENCE, "`{command}` never said what was expected:\n{output}");
+        assert!(start.elapsed() < TIMEOUT, "`{command}` never said what was expected:\n{output}");
         std::thread::sleep(Duration::from_millis(20));
     }
 }

@@ -11,7 +11,7 @@ use serde_json::json;
 
 use crate::{
     cni::{Runtime, namespaces},
-    common::{PATIENCE, isolated, program, wait_until},
+    common::{TIMEOUT, isolated, program, wait_until},
 };
 
 /// More than an agent may have of the kernel where nobody has raised the limit.
@@ -24,7 +24,7 @@ fn idle_connections_beyond_the_limit_delay_neither_status_nor_pods() {
         let address: SocketAddr = (host.ip, 9473).into();
         let mut agent =
             Agent::start(program(), &host, &["--init", "--http", &address.to_string()])?;
-        agent.wait_converged(1, PATIENCE)?;
+        agent.wait_converged(1, TIMEOUT)?;
         let limit = std::fs::read_to_string(format!("/proc/{}/limits", agent.pid()))?;
         let files = limit.lines().find(|line| line.starts_with("Max open files")).expect("a limit");
         let words: Vec<&str> = files.split_whitespace().collect();
@@ -43,14 +43,14 @@ fn idle_connections_beyond_the_limit_delay_neither_status_nor_pods() {
         assert!(open < 300, "{open} files are open");
         let _spaces = namespaces(&["a"])?;
         let begun = Instant::now();
-        agent.ask("/v1/status", PATIENCE)?;
+        agent.ask("/v1/status", TIMEOUT)?;
         Runtime::new(&agent).add("a");
         assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
         let (is_done, answer) = Runtime::new(&agent).call("CHECK", "a", &json!({}));
         assert!(is_done || answer["code"] == 7, "{answer}");
 
         // They are closed in time, although they stay open at the other end, and others have their turn.
-        wait_until("idle connections keep others out", PATIENCE, || {
+        wait_until("idle connections keep others out", TIMEOUT, || {
             let asked = || -> std::io::Result<bool> {
                 let mut stream = connect()?;
                 stream.set_read_timeout(Some(Duration::from_secs(1)))?;

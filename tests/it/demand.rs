@@ -6,7 +6,7 @@ use gossamer::lab::{Agent, NetNs, Pinger, absent_member, add_crowd};
 use nix::sys::signal::Signal;
 
 use crate::common::{
-    Cluster, PATIENCE, eventually, freeze, isolated, program, run, status_where, thaw, token_of,
+    Cluster, TIMEOUT, eventually, freeze, isolated, program, run, status_where, thaw, token_of,
     tool, wait_until,
 };
 
@@ -36,11 +36,11 @@ fn what_the_kernel_misses_about_nobody_is_counted() {
         ] {
             tool(host, command);
         }
-        wait_until("they are not counted", PATIENCE, || {
+        wait_until("they are not counted", TIMEOUT, || {
             for nobody in ["10.42.250.5", "10.42.251.5"] {
                 run(host, &format!("ping -c 1 -W 1 {nobody}"));
             }
-            let status = cluster.agents[0].ask("/v1/status", PATIENCE).expect("a status");
+            let status = cluster.agents[0].ask("/v1/status", TIMEOUT).expect("a status");
             status["kernel"]["misses_unknown"].as_u64() >= Some(2)
         });
         Ok(())
@@ -52,7 +52,7 @@ fn a_neighbour_that_fails_is_answered_from_the_view() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let pods = cluster.pods()?;
-        let subnet = Agent::subnet(&cluster.agents[1].ask("/v1/status", PATIENCE)?)?;
+        let subnet = Agent::subnet(&cluster.agents[1].ask("/v1/status", TIMEOUT)?)?;
         let host = &cluster.hosts[0].netns;
         // No event tells of what was deleted while nobody could hear; the kernel's question does.
         freeze(&cluster.agents[0])?;
@@ -60,7 +60,7 @@ fn a_neighbour_that_fails_is_answered_from_the_view() {
         let mut pinger = Pinger::new(&pods[0].netns)?;
         assert_eq!(pinger.ping(pods[1].ip, Duration::from_millis(300))?, None);
         thaw(&cluster.agents[0])?;
-        wait_until("no answer", PATIENCE, || {
+        wait_until("no answer", TIMEOUT, || {
             pinger.ping(pods[1].ip, Duration::from_millis(300)).is_ok_and(|got| got.is_some())
         });
         status_where(&mut cluster.agents[0], |status| {
@@ -80,12 +80,12 @@ fn on_demand_the_kernel_holds_ten_peers_of_a_thousand() {
             ["--program", "on-demand", "--idle-after", "3s", "--withdraw-after", "never"];
         let bootstrap = ["--init", "--network", "10.32.0.0/12", "--subnet-len", "24"];
         let mut first = Agent::start(program(), &hosts[0], &[&bootstrap[..], &on_demand].concat())?;
-        first.wait_converged(1, PATIENCE)?;
+        first.wait_converged(1, TIMEOUT)?;
         let token = token_of(&mut first)?;
         let seed = hosts[0].ip.to_string();
         let join = ["--join", &seed, "--token", &token];
         let mut second = Agent::start(program(), &hosts[1], &[&join[..], &on_demand].concat())?;
-        second.wait_converged(2, PATIENCE)?;
+        second.wait_converged(2, TIMEOUT)?;
         first.end(Signal::SIGTERM)?;
         add_crowd(&hosts[0], &(1..=1_000).map(absent_member).collect::<Vec<_>>())?;
         let seed = hosts[1].ip.to_string();
@@ -125,7 +125,7 @@ fn on_demand_the_kernel_holds_ten_peers_of_a_thousand() {
         });
         assert!(pinger.ping(pods[1].ip, Duration::from_secs(2))?.is_some());
         assert_eq!(pinger.stream(pods[1].ip, 100, Duration::from_millis(5))?, 100);
-        let status = first.ask("/v1/status", PATIENCE)?;
+        let status = first.ask("/v1/status", TIMEOUT)?;
         assert_eq!(status["kernel"]["repairs"], serde_json::json!({}), "ageing is nobody's doing");
         Ok(())
     });

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use crate::{
     cni::Runtime,
     common::{
-        Cluster, PATIENCE, client, eventually, freeze, isolated, program, skipped, thaw, tool,
+        Cluster, TIMEOUT, client, eventually, freeze, isolated, program, skipped, thaw, tool,
     },
     docker_plugin::{Plugin, endpoint},
     dockerd::{BUSYBOX, DOCKERD, Dockerd},
@@ -32,7 +32,7 @@ pub fn serve(cluster: &mut Cluster, number: usize, end: Signal) -> anyhow::Resul
 }
 
 fn pods(agent: &mut Agent) -> Vec<Value> {
-    let answer = agent.ask("/v1/pods", PATIENCE).expect("pods");
+    let answer = agent.ask("/v1/pods", TIMEOUT).expect("pods");
     answer["pods"].as_array().expect("a list").clone()
 }
 
@@ -277,13 +277,13 @@ fn docker_waits_for_a_node_that_has_no_subnet_yet() {
         let plugins = host.dir.join("plugins").display().to_string();
         let mut late = cluster.start_agent(&host, &["--docker-plugin", &plugins])?;
         // It answers, and cannot join.
-        late.ask("/v1/status", PATIENCE)?;
+        late.ask("/v1/status", TIMEOUT)?;
         let plugin = Plugin::on(&host);
         let asked = std::thread::spawn(move || {
             let pool = plugin.done("IpamDriver.RequestPool", &json!({}))["PoolID"].clone();
             plugin.address(&pool, "02:42:00:00:00:01")
         });
-        late.ask("/v1/status", PATIENCE)?;
+        late.ask("/v1/status", TIMEOUT)?;
         assert!(!asked.is_finished());
         thaw(&cluster.agents[0])?;
         let address = asked.join().expect("an address");
@@ -385,7 +385,7 @@ fn in_dual_stack_a_container_has_the_same_place_in_both_pools() {
         let plugins = host.dir.join("plugins").display().to_string();
         let dual = ["--init", "--network6", "fd42::/48", "--docker-plugin", &plugins];
         let mut agent = Agent::start(program(), &host, &dual)?;
-        agent.wait_converged(1, PATIENCE)?;
+        agent.wait_converged(1, TIMEOUT)?;
         let plugin = Plugin::on(&host);
         let pool = |v6: bool| {
             let request = json!({ "Pool": "", "V6": v6 });

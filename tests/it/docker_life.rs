@@ -21,7 +21,7 @@ use nix::{
 };
 
 use crate::{
-    common::{Cluster, PATIENCE, isolated, program, run, skipped, tool, wait_until},
+    common::{Cluster, TIMEOUT, isolated, program, run, skipped, tool, wait_until},
     compose::documented,
     dockerd::{BUSYBOX, DOCKERD, import},
 };
@@ -87,7 +87,7 @@ impl<'a> Boot<'a> {
             &script,
         ]);
         let keeper = host.netns.spawn(command.stdin(Stdio::null())).expect("unshare runs");
-        wait_until("the host has not booted", PATIENCE, || ready.exists());
+        wait_until("the host has not booted", TIMEOUT, || ready.exists());
         let children = format!("/proc/{0}/task/{0}/children", keeper.id());
         let child = fs::read_to_string(children).expect("its first process");
         let enter = format!("nsenter --target {} --mount --pid", child.trim());
@@ -128,7 +128,7 @@ impl<'a> Boot<'a> {
     }
 
     fn wait(&self) {
-        wait_until("dockerd answers", PATIENCE, || self.docker("version").status.success());
+        wait_until("dockerd answers", TIMEOUT, || self.docker("version").status.success());
     }
 
     fn start(&self, programs: Option<&str>, options: &str) {
@@ -142,7 +142,7 @@ impl<'a> Boot<'a> {
         let pid = tool(&self.host.netns, &pid);
         tool(&self.host.netns, &format!("{} kill {}", self.enter, pid.trim()));
         let there = format!("{} test -e /proc/{}", self.enter, pid.trim());
-        wait_until("dockerd ends", PATIENCE, || !run(&self.host.netns, &there).status.success());
+        wait_until("dockerd ends", TIMEOUT, || !run(&self.host.netns, &there).status.success());
     }
 
     fn docker(&self, arguments: &str) -> Output {
@@ -174,7 +174,7 @@ impl<'a> Boot<'a> {
     /// Waits until a container has started by itself.
     fn comes_up(&self, container: &str) {
         let running = || self.done("ps --format {{.Names}}").lines().any(|name| name == container);
-        wait_until(&format!("{container} does not run"), PATIENCE, running);
+        wait_until(&format!("{container} does not run"), TIMEOUT, running);
     }
 }
 
@@ -199,7 +199,7 @@ fn serve(cluster: &mut Cluster, end: Signal) -> anyhow::Result<()> {
 }
 
 fn addresses(agent: &mut Agent) -> Vec<String> {
-    let answer = agent.ask("/v1/pods", PATIENCE).expect("pods");
+    let answer = agent.ask("/v1/pods", TIMEOUT).expect("pods");
     let pods = answer["pods"].as_array().expect("a list");
     pods.iter().map(|pod| pod["addresses"][0].as_str().expect("one").to_owned()).collect()
 }
@@ -217,7 +217,7 @@ fn containers_that_restart_come_up_after_a_boot_with_an_agent_that_is_late() {
         let boot = Boot::new(&cluster.hosts[0]);
         drop(boot);
         serve(&mut cluster, Signal::SIGTERM)?;
-        let subnet = Agent::subnet(&cluster.agents[0].ask("/v1/status", PATIENCE)?)?;
+        let subnet = Agent::subnet(&cluster.agents[0].ask("/v1/status", TIMEOUT)?)?;
         let fixed = subnet.hosts().nth(50).expect("an address").to_string();
         let boot = Boot::new(&cluster.hosts[0]);
         boot.start(None, "");
@@ -242,7 +242,7 @@ fn containers_that_restart_come_up_after_a_boot_with_an_agent_that_is_late() {
         boot.ping("any", "one");
         // The address that nobody has any more is free again.
         let agent = &mut cluster.agents[0];
-        wait_until("two addresses are in use", PATIENCE, || addresses(agent).len() == 2);
+        wait_until("two addresses are in use", TIMEOUT, || addresses(agent).len() == 2);
         Ok(())
     });
 }
@@ -263,7 +263,7 @@ fn socket_activated(host: &Host, socket: &UnixListener, more: &str) -> anyhow::R
 
 /// Waits until somebody calls.
 fn is_called(socket: &UnixListener) {
-    let limit = PollTimeout::try_from(PATIENCE).expect("a limit");
+    let limit = PollTimeout::try_from(TIMEOUT).expect("a limit");
     let mut fds = [PollFd::new(std::os::fd::AsFd::as_fd(socket), PollFlags::POLLIN)];
     assert_eq!(poll(&mut fds, limit).expect("poll"), 1, "nobody has called");
 }
@@ -344,7 +344,7 @@ fn the_socket_that_systemd_opens_is_served_from_the_first_call_on() {
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         let mut agent = host.netns.spawn(&mut command)?;
         let mut called = None;
-        wait_until("systemd listens", PATIENCE, || {
+        wait_until("systemd listens", TIMEOUT, || {
             called = UnixStream::connect(&socket).ok();
             called.is_some()
         });
@@ -416,12 +416,12 @@ fn containers_go_on_while_docker_and_the_agent_come_and_go() {
         remove.args(["--host", &boot.socket, "rm", "-f", "two"]).stdout(Stdio::null());
         let mut remove = remove.stderr(Stdio::null()).spawn()?;
         let loose = || tool(&cluster.hosts[0].netns, "ip -o link show type veth").contains("p@gsm");
-        wait_until("the end is not put back", PATIENCE, loose);
+        wait_until("the end is not put back", TIMEOUT, loose);
         // Without the plugin, for it is not to be told.
         cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &[])?;
         let agent = &mut cluster.agents[0];
-        wait_until("the address is free again", PATIENCE, || addresses(agent) == [one.clone()]);
-        wait_until("its veth pair is gone", PATIENCE, || !loose());
+        wait_until("the address is free again", TIMEOUT, || addresses(agent) == [one.clone()]);
+        wait_until("its veth pair is gone", TIMEOUT, || !loose());
         remove.kill()?;
         remove.wait()?;
         Ok(())

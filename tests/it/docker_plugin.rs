@@ -14,7 +14,7 @@ use nix::{
 use serde_json::{Value, json};
 
 use crate::{
-    common::{Cluster, PATIENCE, freeze, isolated, thaw},
+    common::{Cluster, TIMEOUT, freeze, isolated, thaw},
     docker::serve,
 };
 
@@ -47,7 +47,7 @@ impl Plugin {
     /// Sends a request as it is, without waiting for the answer.
     fn send(&self, method: &str, body: &str) -> anyhow::Result<UnixStream> {
         let mut stream = UnixStream::connect(&self.0)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_read_timeout(Some(TIMEOUT))?;
         let head = format!("POST /{method} HTTP/1.1\r\nHost: plugin\r\nConnection: close\r\n");
         write!(stream, "{head}Content-Length: {}\r\n\r\n{body}", body.len())?;
         Ok(stream)

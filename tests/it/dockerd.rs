@@ -14,7 +14,7 @@ use nix::{
     unistd::Pid,
 };
 
-use crate::common::{PATIENCE, wait_until};
+use crate::common::{TIMEOUT, wait_until};
 
 /// Debian's `busybox-static`.
 pub const BUSYBOX: &str = "/usr/bin/busybox";
@@ -75,7 +75,7 @@ impl Dockerd {
         command.stdout(log.try_clone().expect("a log")).stderr(log);
         let child = host.netns.spawn(&mut command).expect("dockerd starts");
         let this = Self { child, socket };
-        wait_until("dockerd answers", PATIENCE, || this.run("version").status.success());
+        wait_until("dockerd answers", TIMEOUT, || this.run("version").status.success());
         this
     }
 

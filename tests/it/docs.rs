@@ -17,7 +17,7 @@ use gossamer::{
     lab::{Host, Lab},
 };
 
-use crate::common::{PATIENCE, isolated, program, wait_until};
+use crate::common::{TIMEOUT, isolated, program, wait_until};
 
 /// Pages with transcripts, each run by a test below.
 const RUN: [&str; 5] =
@@ -118,7 +118,7 @@ fn furnish(host: &Host) -> anyhow::Result<Child> {
     let child = host.netns.spawn(command.stdin(Stdio::null()))?;
     fs::write(format!("/run/lab/{}.pid", host.name), child.id().to_string())?;
     let ready = PathBuf::from(format!("/proc/{}/root/mnt/ready", child.id()));
-    wait_until("the host is not furnished", PATIENCE, || ready.exists());
+    wait_until("the host is not furnished", TIMEOUT, || ready.exists());
     Ok(child)
 }
 

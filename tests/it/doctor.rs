@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use crate::{
     common::{
-        Cluster, PATIENCE, freeze, gossamer_token, isolated, program, run, sh, status_where, thaw,
+        Cluster, TIMEOUT, freeze, gossamer_token, isolated, program, run, sh, status_where, thaw,
         tool,
     },
     forwarding::with_pods,
@@ -327,7 +327,7 @@ fn an_archive_for_whoever_helps_has_no_secret_in_it() {
         let again = run(&host.netns, &format!("{} doctor {more}", program().display()));
         let said = String::from_utf8(again.stderr)?;
         assert!(said.contains("bundle: ") && said.contains("exists"), "{said}");
-        let _ = Agent::subnet(&cluster.agents[0].ask("/v1/status", PATIENCE)?)?;
+        let _ = Agent::subnet(&cluster.agents[0].ask("/v1/status", TIMEOUT)?)?;
         Ok(())
     });
 }
@@ -345,7 +345,7 @@ fn capability_that_the_agent_lacks_is_named_with_its_process() {
         fs::write(&wrapper, script)?;
         fs::set_permissions(&wrapper, fs::Permissions::from_mode(0o755))?;
         let mut agent = Agent::start(&wrapper, &host, &["--init"])?;
-        agent.wait_converged(1, PATIENCE)?;
+        agent.wait_converged(1, TIMEOUT)?;
         let words = format!("CAP_SYS_ADMIN is not held by the agent (process {})", agent.pid());
         assert_named(&host, "", "privileges", &words);
         Ok(())

@@ -5,7 +5,7 @@ use std::io::Write as _;
 use gossamer::lab::{Agent, Host, Lab, NetNs};
 use ipnet::IpNet;
 
-use crate::common::{PATIENCE, eventually, isolated, program, run, status_where, token_of, tool};
+use crate::common::{TIMEOUT, eventually, isolated, program, run, status_where, token_of, tool};
 
 /// Two hosts of which each has an IPv6 address on the underlay too; none, if the kernel has no IPv6.
 pub fn hosts(lab: &mut Lab) -> anyhow::Result<Option<[Host; 2]>> {
@@ -28,11 +28,11 @@ pub fn cluster(
 ) -> anyhow::Result<[Agent; 2]> {
     let bootstrap = [&["--init", "--iface", underlays[0]], first].concat();
     let mut creator = Agent::start(program(), &hosts[0], &bootstrap)?;
-    creator.wait_converged(1, PATIENCE)?;
+    creator.wait_converged(1, TIMEOUT)?;
     let token = token_of(&mut creator)?;
     let arguments = ["--iface", underlays[1], "--join", underlays[0], "--token", &token];
     let mut agents = [creator, Agent::start(program(), &hosts[1], &arguments)?];
-    agents.iter_mut().try_for_each(|agent| agent.wait_converged(2, PATIENCE).map(drop))?;
+    agents.iter_mut().try_for_each(|agent| agent.wait_converged(2, TIMEOUT).map(drop))?;
     Ok(agents)
 }
 
@@ -57,7 +57,7 @@ fn pod6(host: &Host, subnet: IpNet) -> anyhow::Result<(NetNs, String)> {
 }
 
 fn subnet_of(agent: &mut Agent, field: &str) -> anyhow::Result<IpNet> {
-    let status = agent.ask("/v1/status", PATIENCE)?;
+    let status = agent.ask("/v1/status", TIMEOUT)?;
     Ok(status[field].as_str().expect("a subnet").parse()?)
 }
 
@@ -75,7 +75,7 @@ fn an_ipv6_underlay_carries_the_ipv4_overlay() {
         let mut agents = cluster(&hosts, ["fd99::1", "fd99::2"], &[])?;
         let mut pods = Vec::new();
         for (host, agent) in hosts.iter().zip(&mut agents) {
-            pods.push(host.pod(Agent::subnet(&agent.ask("/v1/status", PATIENCE)?)?, 1430)?);
+            pods.push(host.pod(Agent::subnet(&agent.ask("/v1/status", TIMEOUT)?)?, 1430)?);
         }
         assert_pings(&pods[0].netns, &pods[1].ip.to_string(), 1402);
         let fdb = tool(&hosts[0].netns, "bridge fdb show dev gossamer.1");
@@ -93,7 +93,7 @@ fn both_families_go_through_one_tunnel() {
         let mut agents = cluster(&hosts, underlays, &["--network6", "fd42::/48"])?;
         let mut pods = Vec::new();
         for (host, agent) in hosts.iter().zip(&mut agents) {
-            let subnet = Agent::subnet(&agent.ask("/v1/status", PATIENCE)?)?;
+            let subnet = Agent::subnet(&agent.ask("/v1/status", TIMEOUT)?)?;
             pods.push((host.pod(subnet, 1450)?, pod6(host, subnet_of(agent, "subnet6")?)?));
         }
         assert_pings(&pods[0].0.netns, &pods[1].0.ip.to_string(), 1422);
@@ -127,10 +127,10 @@ fn mtu_too_small_for_ipv6_in_the_settings_is_named_and_ends_no_start() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
         let mut agent = Agent::start(program(), &host, &["--init", "--network6", "fd42::/48"])?;
-        agent.wait_converged(1, PATIENCE)?;
+        agent.wait_converged(1, TIMEOUT)?;
         agent.end(nix::sys::signal::Signal::SIGTERM)?;
         let mut agent = Agent::start(program(), &host, &["--mtu", "1200"])?;
-        let status = agent.wait_converged(1, PATIENCE)?;
+        let status = agent.wait_converged(1, TIMEOUT)?;
         let problems = status["problems"].to_string();
         assert!(problems.contains("settings is 1200 (IPv4 goes on)"), "{status:#}");
         Ok(())
@@ -160,7 +160,7 @@ fn a_cluster_can_do_without_ipv4() {
                 let arguments = ["--iface", &iface, "--join", seed, "--mode", mode];
                 agents[number] = Agent::start(program(), host, &arguments)?;
             }
-            agents.iter_mut().try_for_each(|agent| agent.wait_converged(2, PATIENCE).map(drop))?;
+            agents.iter_mut().try_for_each(|agent| agent.wait_converged(2, TIMEOUT).map(drop))?;
             let via = if mode == "direct" { "via fd99::2 dev eth0" } else { "dev gossamer.1" };
             let subnet = subnet_of(&mut agents[1], "subnet")?;
             let route = tool(&hosts[0].netns, &format!("ip -6 route show {subnet}"));

@@ -17,7 +17,7 @@ use gossamer::{
 
 use crate::{
     common::{
-        Cluster, PATIENCE, echoes, eventually, gossamer_token, has_problem, isolated, program, run,
+        Cluster, TIMEOUT, echoes, eventually, gossamer_token, has_problem, isolated, program, run,
         skipped, status_where, tool, wait_until,
     },
     forwarding::with_pods,
@@ -66,7 +66,7 @@ fn tunnel_packets_of_strangers_are_dropped_and_those_of_a_new_member_pass_at_onc
         let stranger = lab.host(3, "n3")?;
         cluster.restart(0, &["--guard", "false"])?;
         assert_eq!(table(&cluster.hosts[0].netns), "", "no table without a guard");
-        wait_until("the forgery is none", PATIENCE, || {
+        wait_until("the forgery is none", TIMEOUT, || {
             forge(&stranger, &cluster.hosts[0], &pods[0]);
             echoes(&pods[0].netns) >= 3
         });
@@ -88,9 +88,9 @@ fn tunnel_packets_of_strangers_are_dropped_and_those_of_a_new_member_pass_at_onc
         // The same host as a member.
         tool(&stranger.netns, "ip link del forged");
         let mut joiner = cluster.start_agent(&stranger, &[])?;
-        let subnet = Agent::subnet(&joiner.wait_converged(3, PATIENCE)?)?;
+        let subnet = Agent::subnet(&joiner.wait_converged(3, TIMEOUT)?)?;
         let pod = stranger.pod(subnet, 1450)?;
-        cluster.agents[0].wait_converged(3, PATIENCE)?;
+        cluster.agents[0].wait_converged(3, TIMEOUT)?;
         let mut pinger = Pinger::new(&pod.netns)?;
         // The first packet waits for the pods' own ARP.
         assert!(pinger.ping(pods[0].ip, Duration::from_secs(2))?.is_some());
@@ -165,7 +165,7 @@ fn an_agent_that_waits_for_its_cluster_costs_nothing_while_others_change_their_t
         let token = gossamer_token()?;
         let arguments = ["--join", "10.99.0.99", "--token", &token];
         let mut agent = Agent::start(program(), &host, &arguments)?;
-        agent.ask("/v1/status", PATIENCE)?;
+        agent.ask("/v1/status", TIMEOUT)?;
         tool(&host.netns, "nft add table inet mine");
         let used = || {
             let stat = fs::read_to_string(format!("/proc/{}/stat", agent.pid())).expect("stat");
@@ -299,7 +299,7 @@ fn pods_reach_the_outside_and_hosts_reach_remote_pods_by_masquerade() {
             "the router knows no pods"
         );
         cluster.restart(0, &["--ip-masq"])?;
-        wait_until("no answer from outside", PATIENCE, || {
+        wait_until("no answer from outside", TIMEOUT, || {
             pinger.ping(router, Duration::from_millis(500)).is_ok_and(|answer| answer.is_some())
         });
         let env = fs::read_to_string(cluster.hosts[0].dir.join("subnet.env"))?;
@@ -309,7 +309,7 @@ fn pods_reach_the_outside_and_hosts_reach_remote_pods_by_masquerade() {
         count_from(&pods[1].netns, &pods[0].ip.to_string());
         assert!(pinger.ping(pods[1].ip, Duration::from_secs(2))?.is_some());
         assert!(has_counted(&pods[1].netns), "the address of the pod was changed");
-        let subnet = Agent::subnet(&cluster.agents[0].ask("/v1/status", PATIENCE)?)?;
+        let subnet = Agent::subnet(&cluster.agents[0].ask("/v1/status", TIMEOUT)?)?;
         count_from(&pods[1].netns, &subnet.network().to_string());
         let host = &cluster.hosts[0];
         let said = tool(&host.netns, &format!("ping -c 1 -W 2 -I {} {}", host.ip, pods[1].ip));
@@ -435,13 +435,13 @@ fn full_table_of_connections_is_named_until_it_has_room() {
         // It ends with the entry for which there is no room.
         run(host, &format!("conntrack -R {}", file.display()));
         let words = format!("table of connections is full ({most} of {most})");
-        wait_until("not named", 2 * PATIENCE, || has_problem(agent, &words));
+        wait_until("not named", 2 * TIMEOUT, || has_problem(agent, &words));
         let blamed = ["bonds", "no rule was found"];
-        let status = agent.ask("/v1/status", PATIENCE)?;
+        let status = agent.ask("/v1/status", TIMEOUT)?;
         assert!(!blamed.iter().any(|word| status.to_string().contains(word)), "{status:#}");
         tool(host, "conntrack -F");
-        wait_until("still named", 2 * PATIENCE, || !has_problem(agent, &words));
-        agent.wait_converged(2, PATIENCE)?;
+        wait_until("still named", 2 * TIMEOUT, || !has_problem(agent, &words));
+        agent.wait_converged(2, TIMEOUT)?;
         Ok(())
     });
 }

@@ -5,7 +5,7 @@ use gossamer::lab::NetNs;
 
 use crate::{
     common::{
-        Cluster, PATIENCE, eventually, has_problem, isolated, run, sh, skipped, status_where, tool,
+        Cluster, TIMEOUT, eventually, has_problem, isolated, run, sh, skipped, status_where, tool,
         wait_until,
     },
     forwarding::Scene,
@@ -361,7 +361,7 @@ fn rule_that_leaves_packets_of_pods_too_few_hops_is_named_and_the_advice_brings_
             assert!(!run(&spaces[1], &ping).status.success(), "the case is another one: {rule}");
             warned(agent, &[words, advice]);
             // Once packets are known to be lost, that is told as the cause.
-            wait_until(words, PATIENCE, || has_problem(agent, words));
+            wait_until(words, TIMEOUT, || has_problem(agent, words));
             tool(host, advice);
             eventually(&spaces[1], &ping, |shown| shown.contains(" 0% packet loss"));
             status_where(agent, all_well);

@@ -10,7 +10,7 @@ use gossamer::lab::{Agent, Host, NetNs, Pinger};
 
 use crate::{
     cni::{Runtime, address, namespaces},
-    common::{PATIENCE, eventually, isolated, program, status_where, token_of, tool, wait_until},
+    common::{TIMEOUT, eventually, isolated, program, status_where, token_of, tool, wait_until},
 };
 
 const PORT: u16 = 5_555;
@@ -36,7 +36,7 @@ fn frame_to_a_link_local_group_is_not_taken_from_a_pod() {
         let host = lab.host(1, "n1")?;
         let mut agent =
             Agent::start(program(), &host, &["--init", "--prefer-subnet", "10.42.7.0"])?;
-        agent.wait_converged(1, PATIENCE)?;
+        agent.wait_converged(1, TIMEOUT)?;
         let spaces = namespaces(&["a"])?;
         let own: Ipv4Addr = address(&Runtime::new(&agent).add("a")).parse()?;
         let (gateway, forged) = (Ipv4Addr::new(10, 42, 7, 1), Ipv4Addr::new(192, 0, 2, 9));
@@ -46,7 +46,7 @@ fn frame_to_a_link_local_group_is_not_taken_from_a_pod() {
             socket.set_read_timeout(Some(Duration::from_millis(500)))?;
             Ok(socket)
         })?;
-        wait_until("the host does not hear its pod", PATIENCE, || {
+        wait_until("the host does not hear its pod", TIMEOUT, || {
             send_from(&spaces[0], own, gateway);
             heard(&socket) == Some(own)
         });
@@ -61,7 +61,7 @@ fn frame_to_a_link_local_group_is_not_taken_from_a_pod() {
             }
         }
         tool(&spaces[0], &format!("ip neigh del {gateway} dev eth0"));
-        wait_until("the host does not hear its pod any more", PATIENCE, || {
+        wait_until("the host does not hear its pod any more", TIMEOUT, || {
             send_from(&spaces[0], own, gateway);
             heard(&socket) == Some(own)
         });
@@ -75,7 +75,7 @@ fn pod_cannot_take_the_address_of_another_by_asking_whether_it_is_free() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
         let mut agent = Agent::start(program(), &host, &["--init", "--network6", "fd42::/48"])?;
-        agent.wait_converged(1, PATIENCE)?;
+        agent.wait_converged(1, TIMEOUT)?;
         let spaces = namespaces(&["a", "b"])?;
         let runtime = Runtime::new(&agent);
         runtime.add("a");
@@ -125,7 +125,7 @@ fn packets_to_subnets_without_a_lease_fill_no_table_when_peers_come_on_demand() 
         let on_demand = ["--program", "on-demand"];
         let first = [&["--init", "--prefer-subnet", "10.42.7.0"][..], &on_demand].concat();
         let mut first = Agent::start(program(), &hosts[0], &first)?;
-        first.wait_converged(1, PATIENCE)?;
+        first.wait_converged(1, TIMEOUT)?;
         let spaces = namespaces(&["a", "b"])?;
         let own: Ipv4Addr = address(&Runtime::new(&first).add("a")).parse()?;
         let flood = || {
@@ -145,20 +145,20 @@ fn packets_to_subnets_without_a_lease_fill_no_table_when_peers_come_on_demand() 
         let (token, seed) = (token_of(&mut first)?, hosts[0].ip.to_string());
         let second = ["--join", &seed, "--token", &token, "--prefer-subnet", "10.42.9.0"];
         let mut second = Agent::start(program(), &hosts[1], &[&second[..], &on_demand].concat())?;
-        second.wait_converged(2, PATIENCE)?;
-        first.wait_converged(2, PATIENCE)?;
+        second.wait_converged(2, TIMEOUT)?;
+        first.wait_converged(2, TIMEOUT)?;
         let pod: Ipv4Addr = address(&Runtime::new(&second).add("b")).parse()?;
         assert_eq!(pod.octets()[..3], [10, 42, 9]);
         let mut pinger = Pinger::new(&spaces[0])?;
-        wait_until("the new host's pod is not reached", PATIENCE, || {
+        wait_until("the new host's pod is not reached", TIMEOUT, || {
             pinger.ping(pod, Duration::from_secs(1)).is_ok_and(|got| got.is_some())
         });
         flood()?;
         assert_eq!(asked_for(&hosts[0]), 0);
         // Its subnet has no lease any more.
         second.leave()?;
-        first.wait_converged(1, PATIENCE)?;
-        wait_until("the subnet is not refused", PATIENCE, || {
+        first.wait_converged(1, TIMEOUT)?;
+        wait_until("the subnet is not refused", TIMEOUT, || {
             let _ = pinger.ping(pod, Duration::from_millis(200));
             asked_for(&hosts[0]) == 0
         });

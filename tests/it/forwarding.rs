@@ -7,7 +7,7 @@ use serde_json::Value;
 use crate::{
     cni::{Runtime, namespaces},
     common::{
-        Cluster, PATIENCE, eventually, has_problem, isolated, program, run, sh, status_where, tool,
+        Cluster, TIMEOUT, eventually, has_problem, isolated, program, run, sh, status_where, tool,
         wait_until,
     },
 };
@@ -143,7 +143,7 @@ fn a_wall_of_any_kind_is_noticed_by_packets_and_named_until_it_is_gone() {
             sh(host, CHAIN);
             sh(host, wall);
             let said = format!("does not forward packets of pods {ways}");
-            wait_until(wall, PATIENCE, || has_problem(agent, &said) && has_problem(agent, words));
+            wait_until(wall, TIMEOUT, || has_problem(agent, &said) && has_problem(agent, words));
             let doctor =
                 format!("{} doctor --socket {}", program().display(), agent.socket().display());
             let shown = String::from_utf8(run(host, &doctor).stdout)?;
@@ -151,7 +151,7 @@ fn a_wall_of_any_kind_is_noticed_by_packets_and_named_until_it_is_gone() {
             for table in ["inet wall", "bridge wall", "netdev wall", "ip raw"] {
                 run(host, &format!("nft delete table {table}"));
             }
-            wait_until("still named", PATIENCE, || !has_problem(agent, "does not forward"));
+            wait_until("still named", TIMEOUT, || !has_problem(agent, "does not forward"));
         }
         // Rules that look closed and let pods pass are no problem, whatever their form.
         sh(host, CHAIN);
@@ -172,7 +172,7 @@ fn a_wall_of_any_kind_is_noticed_by_packets_and_named_until_it_is_gone() {
         eventually(host, "nft list chain ip count f", |text| {
             text.contains("counter packets") && !text.contains("counter packets 0 ")
         });
-        let status = agent.ask("/v1/status", PATIENCE)?;
+        let status = agent.ask("/v1/status", TIMEOUT)?;
         assert_eq!(
             (state(&status), &status["problems"]),
             ("ok", &serde_json::json!([])),
@@ -187,7 +187,7 @@ fn each_family_is_tried() {
     isolated(|lab| {
         let first = lab.host(1, "n1")?;
         let mut agent = Agent::start(program(), &first, &["--init", "--network6", "fd42::/48"])?;
-        agent.wait_converged(1, PATIENCE)?;
+        agent.wait_converged(1, TIMEOUT)?;
         let token = crate::common::token_of(&mut agent)?;
         let mut cluster = Cluster { hosts: vec![first], agents: vec![agent], token };
         cluster.join(lab, 2)?;
@@ -202,7 +202,7 @@ fn each_family_is_tried() {
             "nft add table ip6 wall && \
                   nft add chain ip6 wall f { type filter hook forward priority 0 ; policy drop ; }",
         );
-        wait_until("not named", PATIENCE, || {
+        wait_until("not named", TIMEOUT, || {
             has_problem(agent, "(IPv6 out, IPv6 in)") && has_problem(agent, "ip6 saddr fd42::/48")
         });
         let routes = tool(host, "ip -6 route show proto 73");
@@ -210,7 +210,7 @@ fn each_family_is_tried() {
         let half = subnet.expect("the peer's subnet").replace("/64", "/65");
         sh(host, &format!("nft delete table ip6 wall && ip -6 route add blackhole {half}"));
         let words = format!("blackhole route to {half}");
-        wait_until(&words, PATIENCE, || has_problem(agent, &words));
+        wait_until(&words, TIMEOUT, || has_problem(agent, &words));
         Ok(())
     });
 }
@@ -221,7 +221,7 @@ fn the_agents_own_pod_makes_way_and_leaves_nothing() {
         let first = lab.host(1, "n1")?;
         let small = ["--init", "--network", "10.42.0.0/24", "--subnet-len", "29"];
         let mut agent = Agent::start(program(), &first, &small)?;
-        agent.wait_converged(1, PATIENCE)?;
+        agent.wait_converged(1, TIMEOUT)?;
         let token = crate::common::token_of(&mut agent)?;
         let mut cluster = Cluster { hosts: vec![first], agents: vec![agent], token };
         cluster.join(lab, 2)?;
@@ -239,20 +239,20 @@ fn the_agents_own_pod_makes_way_and_leaves_nothing() {
             let runtime = Runtime::new(&cluster.agents[1]);
             ["c", "d", "e", "f"].iter().map(|name| runtime.add(name)).collect()
         };
-        wait_until("it does not make way", PATIENCE, || !own(&cluster));
+        wait_until("it does not make way", TIMEOUT, || !own(&cluster));
         let status = status_where(&mut cluster.agents[1], |status| state(status) == "skipped");
         assert!(detail(&status).contains("a pod has the address"), "{status:#}");
         let gateway = added[3]["ips"][0]["gateway"].as_str().expect("a gateway");
         tool(&more[3], &format!("ping -c 1 -W 2 {gateway}"));
         Runtime::new(&cluster.agents[1]).del("f");
-        wait_until("it does not come back", PATIENCE, || own(&cluster));
+        wait_until("it does not come back", TIMEOUT, || own(&cluster));
         status_where(&mut cluster.agents[1], |status| state(status) == "ok");
         // An agent that is killed takes it along, and so does one that leaves.
         cluster.agents[1].end(Signal::SIGKILL)?;
-        wait_until("it is left behind", PATIENCE, || !own(&cluster));
+        wait_until("it is left behind", TIMEOUT, || !own(&cluster));
         cluster.agents[1] = cluster.start_agent(&cluster.hosts[1], &[])?;
-        cluster.agents[1].wait_converged(2, PATIENCE)?;
-        wait_until("it does not come back", PATIENCE, || own(&cluster));
+        cluster.agents[1].wait_converged(2, TIMEOUT)?;
+        wait_until("it does not come back", TIMEOUT, || own(&cluster));
         cluster.agents[1].leave()?;
         assert!(
             !own(&cluster) && !run(&cluster.hosts[1].netns, "ip link show gsm0").status.success()
@@ -274,9 +274,9 @@ fn a_silent_peer_is_no_fault_of_this_host() {
         for number in 0..4 {
             let before = tool(host, "cat /proc/net/snmp");
             sh(host, &format!("nft add table ip t{number}"));
-            wait_until("it is not tried", PATIENCE, || tool(host, "cat /proc/net/snmp") != before);
+            wait_until("it is not tried", TIMEOUT, || tool(host, "cat /proc/net/snmp") != before);
         }
-        let status = cluster.agents[1].ask("/v1/status", PATIENCE)?;
+        let status = cluster.agents[1].ask("/v1/status", TIMEOUT)?;
         assert!(!status["problems"].to_string().contains("does not forward"), "{status:#}");
         Ok(())
     });
@@ -299,10 +299,10 @@ fn a_translation_of_the_source_of_pods_packets_is_named_until_it_is_gone() {
         );
         let words = "chain ip nat POSTROUTING: iptables -t nat -I POSTROUTING -s 10.42.0.0/16 \
                      -d 10.42.0.0/16 -j ACCEPT";
-        wait_until("not named", PATIENCE, || {
+        wait_until("not named", TIMEOUT, || {
             has_problem(agent, "leave under the address 10.42.") && has_problem(agent, words)
         });
-        let status = agent.ask("/v1/status", PATIENCE)?;
+        let status = agent.ask("/v1/status", TIMEOUT)?;
         assert!(!status["problems"].to_string().contains("ip nat docker"), "{status:#}");
         let doctor =
             format!("{} doctor --socket {}", program().display(), agent.socket().display());
@@ -358,12 +358,12 @@ fn pods_that_do_not_find_their_gateway_are_named_with_the_cause_until_they_do() 
             sh(host, plant);
             // Rules that change have it tried at once.
             sh(host, "nft add table ip change");
-            wait_until(words, PATIENCE, || {
+            wait_until(words, TIMEOUT, || {
                 has_problem(agent, "pods do not find their gateway 10.42.")
                     && has_problem(agent, "it answers no ARP")
                     && has_problem(agent, words)
             });
-            let status = agent.ask("/v1/status", PATIENCE)?;
+            let status = agent.ask("/v1/status", TIMEOUT)?;
             let problems = status["problems"].to_string();
             assert!(!problems.contains("no rule was found"), "no other cause: {problems}");
             let doctor =
@@ -371,8 +371,8 @@ fn pods_that_do_not_find_their_gateway_are_named_with_the_cause_until_they_do() 
             let shown = String::from_utf8(run(host, &doctor).stdout)?;
             assert!(shown.contains("PROBLEM   forwarding"), "{shown}");
             sh(host, &format!("{remove} && nft delete table ip change"));
-            wait_until("still named", PATIENCE, || {
-                let status = agent.ask("/v1/status", PATIENCE).expect("a status");
+            wait_until("still named", TIMEOUT, || {
+                let status = agent.ask("/v1/status", TIMEOUT).expect("a status");
                 status["problems"] == serde_json::json!([])
             });
         }
@@ -385,7 +385,7 @@ fn pods_that_do_not_find_their_ipv6_gateway_are_named() {
     isolated(|lab| {
         let first = lab.host(1, "n1")?;
         let mut agent = Agent::start(program(), &first, &["--init", "--network6", "fd42::/48"])?;
-        agent.wait_converged(1, PATIENCE)?;
+        agent.wait_converged(1, TIMEOUT)?;
         let _spaces = namespaces(&["a"])?;
         Runtime::new(&agent).add("a");
         // It takes no peer.
@@ -396,13 +396,13 @@ fn pods_that_do_not_find_their_ipv6_gateway_are_named() {
             "nft add table ip6 wall && \
              nft add chain ip6 wall in { type filter hook input priority 0 ; policy drop ; }",
         );
-        wait_until("not named", PATIENCE, || {
+        wait_until("not named", TIMEOUT, || {
             has_problem(&mut agent, "pods do not find their gateway fd42:")
                 && has_problem(&mut agent, "chain ip6 wall in (hook input) has the policy drop")
         });
         assert!(!has_problem(&mut agent, "pods do not find their gateway 10."));
         sh(host, "nft delete table ip6 wall");
-        wait_until("still named", PATIENCE, || !has_problem(&mut agent, "do not find"));
+        wait_until("still named", TIMEOUT, || !has_problem(&mut agent, "do not find"));
         Ok(())
     });
 }
@@ -436,12 +436,12 @@ fn pods_of_one_host_that_do_not_reach_each_other_by_rules_for_bridged_packets_ar
                     nft add rule ip filter FORWARD oifname gossamer.1 accept";
         sh(host, wall);
         assert!(!reaches(), "the case is another one");
-        wait_until("not named", PATIENCE, || {
+        wait_until("not named", TIMEOUT, || {
             has_problem(agent, "does not forward packets between its own pods (IPv4)")
                 && has_problem(agent, "net.bridge.bridge-nf-call-iptables is 1")
                 && has_problem(agent, "chain ip filter FORWARD (hook forward) has the policy drop")
         });
-        let status = agent.ask("/v1/status", PATIENCE)?;
+        let status = agent.ask("/v1/status", TIMEOUT)?;
         assert!(detail(&status).contains("lost: IPv4 between pods"), "{status:#}");
         assert_eq!(status["problems"].as_array().map(Vec::len), Some(1), "{status:#}");
         let doctor =
@@ -453,7 +453,7 @@ fn pods_of_one_host_that_do_not_reach_each_other_by_rules_for_bridged_packets_ar
         );
         // What helps, as it is said.
         sh(host, "nft insert rule ip filter FORWARD ip saddr 10.42.0.0/16 accept");
-        wait_until("still named", PATIENCE, || !has_problem(agent, "does not forward"));
+        wait_until("still named", TIMEOUT, || !has_problem(agent, "does not forward"));
         assert!(reaches());
         // Where bridged packets go through no rule, it is not tried.
         sh(host, "sysctl -w net.bridge.bridge-nf-call-iptables=0 && nft delete table ip filter");
@@ -465,7 +465,7 @@ fn pods_of_one_host_that_do_not_reach_each_other_by_rules_for_bridged_packets_ar
         // A bridge has a setting of its own for that.
         if run(host, "ip link set gsm0 type bridge nf_call_iptables 1").status.success() {
             sh(host, "nft add table ip change");
-            wait_until("not named", PATIENCE, || {
+            wait_until("not named", TIMEOUT, || {
                 has_problem(agent, "ip link set gsm0 type bridge nf_call_iptables 0")
             });
         }
@@ -487,7 +487,7 @@ fn ipsec_policies_that_take_packets_of_pods_are_named() {
         }
         sh(host, "ip xfrm policy add dir out src 192.168.0.0/16 dst 192.168.0.0/16 action block");
         sh(host, "nft add table ip change");
-        wait_until("not named", PATIENCE, || {
+        wait_until("not named", TIMEOUT, || {
             has_problem(
                 agent,
                 "an IPsec policy takes packets from 10.42.0.0/16 to 10.0.0.0/8 (ip xfrm policy: dir fwd, \

@@ -17,7 +17,7 @@ use serde_json::Value;
 use crate::{
     cni::{Runtime, namespaces},
     common::{
-        Cluster, PATIENCE, client, freeze, has_problem, isolated, run, sh, skipped, status_where,
+        Cluster, TIMEOUT, client, freeze, has_problem, isolated, run, sh, skipped, status_where,
         thaw, wait_until,
     },
     ports::longer_than,
@@ -181,9 +181,9 @@ fn try_walls(cluster: &mut Cluster, walls: &[Wall]) -> anyhow::Result<()> {
     let host = &cluster.hosts[1].netns;
     for Wall { close, here, there, open } in walls {
         sh(host, &close.replace("LONGER", &longer_than(&cluster.hosts[1], 1_514)));
-        wait_until(there, PATIENCE, || has_problem(&mut cluster.agents[0], there));
+        wait_until(there, TIMEOUT, || has_problem(&mut cluster.agents[0], there));
         for words in *here {
-            wait_until(words, PATIENCE, || has_problem(&mut cluster.agents[1], words));
+            wait_until(words, TIMEOUT, || has_problem(&mut cluster.agents[1], words));
             // One cause is one problem.
             status_where(&mut cluster.agents[1], |status| {
                 status["problems"].as_array().is_some_and(|problems| problems.len() == 1)
@@ -234,12 +234,12 @@ fn rules_of_this_host_that_do_not_take_what_another_host_drops_are_not_blamed() 
         sh(&cluster.hosts[1].netns, wall.close);
         let unknown = "of its rules that might drop them none was found";
         let agent = &mut cluster.agents[0];
-        wait_until(wall.there, PATIENCE, || has_problem(agent, wall.there));
-        wait_until(unknown, PATIENCE, || has_problem(agent, unknown));
+        wait_until(wall.there, TIMEOUT, || has_problem(agent, wall.there));
+        wait_until(unknown, TIMEOUT, || has_problem(agent, unknown));
         // One that may be it is named all the same.
         sh(host, "nft add rule inet own f udp dport 1-65535 ip length 60000 drop");
         let named = "chain inet own f (hook forward) has rules that drop or reject";
-        wait_until(named, PATIENCE, || has_problem(agent, named));
+        wait_until(named, TIMEOUT, || has_problem(agent, named));
         Ok(())
     });
 }
@@ -266,14 +266,14 @@ fn one_bad_host_is_one_problem_of_all_others_with_its_name() {
         sh(host, wall.close);
         for number in [0, 2] {
             let agent = &mut cluster.agents[number];
-            wait_until(wall.there, PATIENCE, || has_problem(agent, wall.there));
-            let status = agent.ask("/v1/status", PATIENCE)?;
+            wait_until(wall.there, TIMEOUT, || has_problem(agent, wall.there));
+            let status = agent.ask("/v1/status", TIMEOUT)?;
             assert_eq!(status["problems"].as_array().map(Vec::len), Some(1), "{status:#}");
         }
         // What all others share is told once.
         let words = "at pods of n1 and n3, and their answers do not come back";
         let other = "at pods of n3 and n1, and their answers do not come back";
-        wait_until(words, PATIENCE, || {
+        wait_until(words, TIMEOUT, || {
             let agent = &mut cluster.agents[1];
             has_problem(agent, words) || has_problem(agent, other)
         });
@@ -303,7 +303,7 @@ fn a_host_that_stands_still_or_restarts_or_has_no_pods_is_no_problem_of_others()
         cluster.agents[1].end(Signal::SIGKILL)?;
         calm(&mut cluster.agents[0]);
         cluster.agents[1] = cluster.start_agent(&cluster.hosts[1], &[])?;
-        cluster.agents[1].wait_converged(2, PATIENCE)?;
+        cluster.agents[1].wait_converged(2, TIMEOUT)?;
         all_answer(&mut cluster.agents[0], 1);
         // Without pods there is no bridge, and no pod of the agent's.
         Runtime::new(&cluster.agents[1]).del("b");
@@ -395,7 +395,7 @@ fn agents_own_pod_answers_other_hosts_no_more_than_they_send_and_no_pod_of_their
 
 /// The agent's own pod of that host.
 fn own_pod_of(agent: &mut Agent) -> anyhow::Result<IpAddr> {
-    let subnet = Agent::subnet(&agent.ask("/v1/status", PATIENCE)?)?;
+    let subnet = Agent::subnet(&agent.ask("/v1/status", TIMEOUT)?)?;
     Ok(last_address(subnet.into()))
 }
 
@@ -474,7 +474,7 @@ fn questions_of_a_pod_do_not_hide_that_packets_to_pods_of_another_host_are_lost(
             || {
                 let Wall { close, there, .. } = &TUNNELLED[4];
                 sh(&cluster.hosts[1].netns, close);
-                wait_until(there, PATIENCE, || has_problem(&mut cluster.agents[0], there));
+                wait_until(there, TIMEOUT, || has_problem(&mut cluster.agents[0], there));
                 Ok(())
             },
         )

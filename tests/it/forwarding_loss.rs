@@ -7,7 +7,7 @@ use gossamer::lab::NetNs;
 
 use crate::{
     cni::{Runtime, address, namespaces},
-    common::{Cluster, PATIENCE, has_problem, has_warning, isolated, run, sh, wait_until},
+    common::{Cluster, TIMEOUT, has_problem, has_warning, isolated, run, sh, wait_until},
     forwarding_far::{all_answer, with_pods},
 };
 
@@ -36,12 +36,12 @@ fn loss_by_chance_is_warned_of_with_its_share_and_direction_until_it_is_over() {
         let there = "% of the packets of pods here to pods of n2 are lost on their way there";
         let here = "% of the packets of pods of n1 to pods here are lost on their way here";
         let begun = Instant::now();
-        wait_until(there, 2 * PATIENCE, || has_warning(&mut cluster.agents[0], there));
+        wait_until(there, 2 * TIMEOUT, || has_warning(&mut cluster.agents[0], there));
         println!("told there after {:?}", begun.elapsed());
-        wait_until(here, 2 * PATIENCE, || has_warning(&mut cluster.agents[1], here));
+        wait_until(here, 2 * TIMEOUT, || has_warning(&mut cluster.agents[1], here));
         println!("told here after {:?}", begun.elapsed());
         for (agent, other) in [(0, "way here"), (1, "way there")] {
-            let status = cluster.agents[agent].ask("/v1/status", PATIENCE)?;
+            let status = cluster.agents[agent].ask("/v1/status", TIMEOUT)?;
             let said = status["warnings"].to_string();
             let percent = said.split("about ").nth(1).and_then(|rest| rest.split(' ').next());
             let percent: u32 = percent.expect("a share").parse()?;
@@ -52,7 +52,7 @@ fn loss_by_chance_is_warned_of_with_its_share_and_direction_until_it_is_over() {
         sh(&cluster.hosts[1].netns, "nft delete table ip weather");
         let begun = Instant::now();
         for agent in &mut cluster.agents {
-            wait_until("still told", PATIENCE, || !has_warning(agent, LOST));
+            wait_until("still told", TIMEOUT, || !has_warning(agent, LOST));
         }
         println!("not told after {:?}", begun.elapsed());
         Ok(())
@@ -93,11 +93,11 @@ fn pods_of_peers_in_use_are_tried_where_entries_are_there_on_demand() {
         let spaces = namespaces(&["a", "b"])?;
         Runtime::new(&cluster.agents[0]).add("a");
         let there = address(&Runtime::new(&cluster.agents[1]).add("b"));
-        wait_until("the pod is not reached", PATIENCE, || {
+        wait_until("the pod is not reached", TIMEOUT, || {
             run(&spaces[0], &format!("ping -c 1 -W 1 {there}")).status.success()
         });
         let words = "packets of pods here do not arrive at pods of n2 (IPv4 fragments): ";
-        wait_until(words, PATIENCE, || has_problem(&mut cluster.agents[0], words));
+        wait_until(words, TIMEOUT, || has_problem(&mut cluster.agents[0], words));
         sh(&cluster.hosts[1].netns, "nft delete table ip fr");
         all_answer(&mut cluster.agents[0], 1);
         Ok(())

@@ -6,7 +6,7 @@ use gossamer::lab::Pinger;
 
 use crate::{
     cni::{Runtime, address, namespaces},
-    common::{Cluster, PATIENCE, has_problem, has_warning, isolated, tool, wait_until},
+    common::{Cluster, TIMEOUT, has_problem, has_warning, isolated, tool, wait_until},
 };
 
 /// For packets that are to be lost.
@@ -41,22 +41,20 @@ fn port_of_another_program_is_named_and_cannot_speak_as_a_pod() {
             answered.expect("asked").is_some()
         };
         let agent = &mut cluster.agents[0];
-        wait_until("it is not named", PATIENCE, || {
-            has_warning(agent, "guest0 on the pods' bridge")
-        });
+        wait_until("it is not named", TIMEOUT, || has_warning(agent, "guest0 on the pods' bridge"));
         assert!(!has_problem(agent, "guest0"), "a guest on purpose is no problem");
-        wait_until("an address that no pod has", PATIENCE, || reaches(own, &unused));
+        wait_until("an address that no pod has", TIMEOUT, || reaches(own, &unused));
         assert!(!reaches(own, &taken), "the address of a pod");
         assert!(!reaches(own, &gateway), "the address of the gateway");
         assert!(!reaches(own, &of_agent), "the address of the agent's own pod");
         assert!(!reaches(mac, &unused), "the MAC of a pod");
-        let ping = Pinger::new(&spaces[1])?.ping(first.parse()?, PATIENCE)?;
+        let ping = Pinger::new(&spaces[1])?.ping(first.parse()?, TIMEOUT)?;
         assert!(ping.is_some(), "pods are cut off");
         // Its address is free once the pod is gone.
         runtime.del("b");
-        wait_until("the address of a pod that is gone", PATIENCE, || reaches(own, &taken));
+        wait_until("the address of a pod that is gone", TIMEOUT, || reaches(own, &taken));
         tool(host, "ip link set guest0 nomaster");
-        wait_until("it is still named", PATIENCE, || !has_warning(agent, "guest0"));
+        wait_until("it is still named", TIMEOUT, || !has_warning(agent, "guest0"));
         Ok(())
     });
 }

@@ -19,7 +19,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 use crate::{
     cni::{Runtime, address, namespaces},
     common::{
-        Cluster, PATIENCE, client, eventually, isolated, program, run, status_where, tool,
+        Cluster, TIMEOUT, client, eventually, isolated, program, run, status_where, tool,
         wait_until,
     },
 };
@@ -77,7 +77,7 @@ fn sysctl(netns: &NetNs, name: &str) -> String {
 }
 
 fn problems(agent: &mut Agent) -> String {
-    agent.ask("/v1/status", PATIENCE).expect("a status")["problems"].to_string()
+    agent.ask("/v1/status", TIMEOUT).expect("a status")["problems"].to_string()
 }
 
 /// A host that takes router advertisements, as one that forwards no IPv6 does.
@@ -128,7 +128,7 @@ fn a_pod_that_says_it_is_a_router_gives_its_host_no_route() {
             let host = lab.host(number, &format!("n{number}"))?;
             is_no_router(&host);
             let mut agent = Agent::start(program(), &host, &[&["--init"], more].concat())?;
-            agent.wait_converged(1, PATIENCE)?;
+            agent.wait_converged(1, TIMEOUT)?;
             let name = format!("pod{number}");
             let space = NetNs::new(&name)?;
             let added = Runtime::new(&agent).add(&name);
@@ -180,7 +180,7 @@ fn sysctls_that_others_open_are_closed_again_and_named_where_they_cannot_be() {
         tool(host, "sysctl -qw net.ipv6.conf.gsm0.accept_ra=2");
         // The kernel tells of this; of a sysctl alone it does not.
         tool(host, "ip link set gsm0 down");
-        wait_until("it stays open", PATIENCE, || {
+        wait_until("it stays open", TIMEOUT, || {
             sysctl(host, "net/ipv6/conf/gsm0/accept_ra") == "0"
         });
         status_where(&mut cluster.agents[0], |status| {
@@ -230,8 +230,8 @@ fn a_host_that_is_turned_into_a_router_keeps_what_it_has_learned_from_one() {
 
         let setting = [&overlay[..], &["--set-sysctls"]].concat();
         let mut agent = Agent::start(program(), &hosts[0], &setting)?;
-        agent.wait_converged(1, PATIENCE)?;
-        wait_until("it does not forward", PATIENCE, || forwards(&hosts[0]));
+        agent.wait_converged(1, TIMEOUT)?;
+        wait_until("it does not forward", TIMEOUT, || forwards(&hosts[0]));
         assert_ne!(learned(&hosts[0]), "");
         assert_eq!(sysctl(&hosts[0].netns, "net/ipv6/conf/eth0/accept_ra"), "2");
         assert_eq!(sysctl(&hosts[0].netns, "net/ipv6/conf/gossamer.1/accept_ra"), "0");
@@ -270,7 +270,7 @@ fn packets_for_addresses_that_no_pod_has_are_refused_here() {
             &host,
             &["--init", "--network6", "fd42::/48", "--prefer-subnet", "10.42.7.0"],
         )?;
-        agent.wait_converged(1, PATIENCE)?;
+        agent.wait_converged(1, TIMEOUT)?;
         tool(&host.netns, "ip addr add fd99::1/64 dev eth0 nodad");
         tool(&host.netns, "ip -6 route add default via fd99::9");
         let way = |to: &str| {
@@ -285,7 +285,7 @@ fn packets_for_addresses_that_no_pod_has_are_refused_here() {
         assert!(unused.iter().all(refused), "{:?}", unused.map(way));
         // Repaired like every other, and no difference to what is wanted.
         tool(&host.netns, "ip route del unreachable 10.42.7.0/24");
-        wait_until("it was not repaired", PATIENCE, || refused(&unused[0]));
+        wait_until("it was not repaired", TIMEOUT, || refused(&unused[0]));
         assert!(client(&agent, &["routes"]).status.success());
 
         // As soon as there are pods they are where the packets go.
@@ -309,7 +309,7 @@ fn packets_for_addresses_that_no_pod_has_are_refused_here() {
 
 /// Changes of one kind that were repaired.
 fn repairs(agent: &mut Agent, kind: &str) -> u64 {
-    let status: Value = agent.ask("/v1/status", PATIENCE).expect("a status");
+    let status: Value = agent.ask("/v1/status", TIMEOUT).expect("a status");
     status["kernel"]["repairs"][kind].as_u64().unwrap_or(0)
 }
 
@@ -320,13 +320,13 @@ fn a_program_that_undoes_every_repair_is_named_and_not_answered_at_its_own_pace(
         let _space = NetNs::new("a")?;
         let added = Runtime::new(&cluster.agents[0]).add("a");
         let port = added["interfaces"][1]["name"].as_str().expect("a name").to_owned();
-        let subnet = Agent::subnet(&cluster.agents[0].ask("/v1/status", PATIENCE)?)?;
+        let subnet = Agent::subnet(&cluster.agents[0].ask("/v1/status", TIMEOUT)?)?;
         let fault = format!("ip link set {port} nomaster");
         let on_ports = Opponent::start(&cluster.hosts[0], "connmand", &fault)?;
         let fault = format!("ip route del {subnet}");
         let on_routes = Opponent::start(&cluster.hosts[1], "keepalived", &fault)?;
         let said = |agent: &mut Agent, words: &[&str]| {
-            let status = agent.ask("/v1/status", PATIENCE).expect("a status");
+            let status = agent.ask("/v1/status", TIMEOUT).expect("a status");
             let problems = status["problems"].as_array().expect("a list").clone();
             let has = |problem: &Value| words.iter().all(|word| problem.to_string().contains(word));
             problems.iter().any(has)
@@ -345,7 +345,7 @@ fn a_program_that_undoes_every_repair_is_named_and_not_answered_at_its_own_pace(
         );
         // The other side acts five times a second.
         let (before, begun) = (repairs(&mut cluster.agents[0], "bridge"), Instant::now());
-        wait_until("it is not repaired any more", PATIENCE, || {
+        wait_until("it is not repaired any more", TIMEOUT, || {
             repairs(&mut cluster.agents[0], "bridge") >= before + 5
         });
         assert!(begun.elapsed() > Duration::from_secs(3), "{:?}", begun.elapsed());
@@ -366,7 +366,7 @@ fn a_pod_cannot_use_an_address_or_a_mac_that_it_was_not_given() {
         let host = lab.host(1, "n1")?;
         let overlay = ["--init", "--network6", "fd42::/48", "--prefer-subnet", "10.42.7.0"];
         let mut agent = Agent::start(program(), &host, &overlay)?;
-        agent.wait_converged(1, PATIENCE)?;
+        agent.wait_converged(1, TIMEOUT)?;
         let spaces = namespaces(&["a", "b"])?;
         let (a, b) = (Runtime::new(&agent).add("a"), Runtime::new(&agent).add("b"));
         let ip = |added: &Value, n: usize| {
@@ -381,7 +381,7 @@ fn a_pod_cannot_use_an_address_or_a_mac_that_it_was_not_given() {
         let all_works = || {
             for to in [&b4, "10.42.7.1", &b6, "fd42:0:0:7::1"] {
                 let from = if to.contains(':') { &a6 } else { &a4 };
-                wait_until(to, PATIENCE, || reaches(from, to));
+                wait_until(to, TIMEOUT, || reaches(from, to));
             }
         };
         all_works();
@@ -462,11 +462,11 @@ fn a_pod_cannot_use_an_address_or_a_mac_that_it_was_not_given() {
         });
         agent.end(nix::sys::signal::Signal::SIGTERM)?;
         agent = Agent::start(program(), &host, &[])?;
-        agent.wait_converged(1, PATIENCE)?;
+        agent.wait_converged(1, TIMEOUT)?;
         assert_eq!(pinging.join().expect("the pinger ends")?, 300);
         agent.end(nix::sys::signal::Signal::SIGTERM)?;
         agent = Agent::start(program(), &host, &["--anti-spoofing", "false"])?;
-        agent.wait_converged(1, PATIENCE)?;
+        agent.wait_converged(1, TIMEOUT)?;
         eventually(&host.netns, "nft list tables", |text| !text.contains("bridge"));
         agent.end(nix::sys::signal::Signal::SIGTERM)?;
         agent = Agent::start(program(), &host, &[])?;

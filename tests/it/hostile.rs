@@ -20,7 +20,7 @@ use gossamer::{
 use serde_json::Value;
 
 use crate::common::{
-    Cluster, PATIENCE, eventually, has_problem, isolated, run, status_where, tool, wait_until,
+    Cluster, TIMEOUT, eventually, has_problem, isolated, run, status_where, tool, wait_until,
 };
 
 const PORT: u16 = 8473;
@@ -81,7 +81,7 @@ impl Hostile {
         let (reply, answer) = mpsc::channel();
         let bytes = Frame::Request(&request.encode()).encode(self.cluster);
         self.order(Order::Ask((host.ip, PORT).into(), bytes, reply));
-        Ok(answer.recv_timeout(PATIENCE)??)
+        Ok(answer.recv_timeout(TIMEOUT)??)
     }
 
     fn greet(&self, host: &Host, member: MemberRecord) -> anyhow::Result<(NodeId, Response)> {
@@ -170,7 +170,7 @@ fn serve(
 
 fn status(cluster: &mut Cluster, agent: usize) -> Value {
     let begun = Instant::now();
-    let status = cluster.agents[agent].ask("/v1/status", PATIENCE).expect("a status");
+    let status = cluster.agents[agent].ask("/v1/status", TIMEOUT).expect("a status");
     assert!(begun.elapsed() < AT_ONCE, "the loop did not turn for {:?}", begun.elapsed());
     status
 }
@@ -200,7 +200,7 @@ fn assert_sound(cluster: &mut Cluster) {
 }
 
 fn node_of(cluster: &mut Cluster, agent: usize) -> NodeId {
-    let status = cluster.agents[agent].ask("/v1/status", PATIENCE).expect("a status");
+    let status = cluster.agents[agent].ask("/v1/status", TIMEOUT).expect("a status");
     status["node"].as_str().expect("an id").parse().expect("an id")
 }
 
@@ -242,13 +242,13 @@ fn address_that_no_member_can_have_is_the_problem_of_the_member_that_says_it() {
             hostile.push_self(n1, &cluster.hosts[0], |record| {
                 record.vtep.underlay = underlay.parse().expect("an address");
             });
-            wait_until(why, PATIENCE, || has_problem(&mut cluster.agents[0], why));
+            wait_until(why, TIMEOUT, || has_problem(&mut cluster.agents[0], why));
         }
         let mac = Mac::of_node(node_of(&mut cluster, 1));
         hostile.push_self(n1, &cluster.hosts[0], |record| record.vtep.mac = mac);
-        wait_until("MAC", PATIENCE, || has_problem(&mut cluster.agents[0], "that of its key"));
+        wait_until("MAC", TIMEOUT, || has_problem(&mut cluster.agents[0], "that of its key"));
         hostile.push_self(n1, &cluster.hosts[0], |record| record.address.set_port(0));
-        wait_until("port", PATIENCE, || has_problem(&mut cluster.agents[0], "its port is 0"));
+        wait_until("port", TIMEOUT, || has_problem(&mut cluster.agents[0], "its port is 0"));
         let entries = tool(&cluster.hosts[0].netns, fdb);
         assert!(entries.contains(&evil) && entries.contains(&n2), "{entries}");
         for address in ["127.0.0.1", "dst 0.0.0.0", "255.255.255.255"] {
@@ -274,7 +274,7 @@ fn address_that_no_member_can_have_is_the_problem_of_the_member_that_says_it() {
         }
         hostile.push_self(n1, &cluster.hosts[0], |record| record.vtep.underlay = own);
         let said = "which is this host's own";
-        wait_until(said, PATIENCE, || has_problem(&mut cluster.agents[0], said));
+        wait_until(said, TIMEOUT, || has_problem(&mut cluster.agents[0], said));
         let entries = tool(&cluster.hosts[0].netns, fdb);
         assert!(!entries.contains(&format!("dst {own} ")), "{entries}");
         assert_sound(&mut cluster);
@@ -282,7 +282,7 @@ fn address_that_no_member_can_have_is_the_problem_of_the_member_that_says_it() {
         // And the same after a restart: nothing of it was kept.
         cluster.agents[0].end(nix::sys::signal::Signal::SIGTERM)?;
         cluster.agents[0] = cluster.start_agent(&cluster.hosts[0], &[])?;
-        cluster.agents[0].wait_converged(2, PATIENCE)?;
+        cluster.agents[0].wait_converged(2, TIMEOUT)?;
         assert_sound(&mut cluster);
         Ok(())
     });
@@ -325,7 +325,7 @@ fn jump_of_a_counter_takes_no_subnet_and_no_member_away() {
         hostile.push(from, &cluster.hosts[0], facts.clone());
         hostile.push(n2, &cluster.hosts[1], facts);
         for agent in 0..2 {
-            wait_until("the jumps are not named", PATIENCE, || {
+            wait_until("the jumps are not named", TIMEOUT, || {
                 has_problem(&mut cluster.agents[agent], "a jump to")
             });
         }
@@ -341,7 +341,7 @@ fn jump_of_a_counter_takes_no_subnet_and_no_member_away() {
         let facts = Facts { members: vec![victim], ..Facts::default() };
         hostile.push(from, &cluster.hosts[0], facts);
         let said = "records of this node were told that it never wrote";
-        wait_until(said, PATIENCE, || has_problem(&mut cluster.agents[1], said));
+        wait_until(said, TIMEOUT, || has_problem(&mut cluster.agents[1], said));
         eventually(&cluster.hosts[0].netns, "bridge fdb show dev gossamer.1", |fdb| {
             fdb.contains(&their_end) && !fdb.contains("10.99.0.250")
         });
@@ -369,7 +369,7 @@ fn flood_of_a_member_stops_no_loop_and_fills_no_log() {
         refusal.extend_from_slice(&(text.len() as u16).to_le_bytes());
         refusal.extend_from_slice(text.as_bytes());
         hostile.order(Order::AnswerWith(refusal));
-        wait_until("nothing was compared", PATIENCE, || {
+        wait_until("nothing was compared", TIMEOUT, || {
             cluster.agents[0].log().contains("comparison refused")
         });
         let stranger = |n: u32| {

@@ -4,7 +4,7 @@ use gossamer::lab::{Host, Lab, NetNs};
 
 use crate::{
     cni::{Runtime, namespaces},
-    common::{Cluster, PATIENCE, eventually, isolated, program, run, tool, wait_until},
+    common::{Cluster, TIMEOUT, eventually, isolated, program, run, tool, wait_until},
 };
 
 /// An agent with the files that follow from its instance's name; the lab's directory stands for `/`.
@@ -93,7 +93,7 @@ fn two_overlays_share_a_host_and_nothing_else() {
         };
         for status in [converged(&host, &plain, 2), converged(&host, "--instance blue", 2)] {
             let to = vtep(&status);
-            wait_until("no answer", PATIENCE, || {
+            wait_until("no answer", TIMEOUT, || {
                 run(&both.netns, &format!("ping -c 1 -W 1 {to}")).status.success()
             });
         }
@@ -148,7 +148,7 @@ fn an_overlay_that_is_refused_leaves_the_other_one_alone() {
         converged(host, &format!("--socket {}", files("third.sock")), 1);
         let tables = tool(&host.netns, "nft list tables");
         assert_eq!(tables, "table inet gossamer.1\ntable inet gossamer.2\n");
-        let status = cluster.agents[0].ask("/v1/status", PATIENCE)?;
+        let status = cluster.agents[0].ask("/v1/status", TIMEOUT)?;
         assert_eq!(status["kernel"]["repairs"], serde_json::json!({}), "they fight");
         Ok(())
     });
@@ -183,7 +183,7 @@ fn device_of_another_overlay_with_a_link_local_address_keeps_no_pod_out() {
         let host = lab.host(1, "n1")?;
         let mut agent =
             gossamer::lab::Agent::start(program(), &host, &["--init", "--network6", "fd42::/48"])?;
-        agent.wait_converged(1, PATIENCE)?;
+        agent.wait_converged(1, TIMEOUT)?;
         let _spaces = namespaces(&["a", "b"])?;
         let runtime = Runtime::new(&agent);
         runtime.add("a");
@@ -198,7 +198,7 @@ fn device_of_another_overlay_with_a_link_local_address_keeps_no_pod_out() {
         // The verdict is taken again with the bridge.
         tool(netns, "ip link set gsm0 mtu 1400");
         eventually(netns, "ip link show gsm0", |shown| shown.contains("mtu 1450"));
-        let status = agent.ask("/v1/status", PATIENCE)?;
+        let status = agent.ask("/v1/status", TIMEOUT)?;
         assert!(!status.to_string().contains("another overlay"), "{status:#}");
         Ok(())
     });
@@ -222,7 +222,7 @@ fn bridge_of_another_overlay_is_left_alone_and_named() {
         let _blue = start(&host, "--init --instance blue --network 10.43.0.0/16 --bridge gsm0");
         converged(&host, "--instance blue", 1);
         let words = "bridge gsm0 has the pods of another overlay on this host (gossamer.1)";
-        wait_until(words, PATIENCE, || {
+        wait_until(words, TIMEOUT, || {
             let status = ask(&host, "status --instance blue -o json");
             status.contains(words)
         });

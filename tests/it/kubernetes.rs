@@ -18,7 +18,7 @@ use self::{
 };
 use crate::{
     cni::{Runtime, address, namespaces},
-    common::{PATIENCE, gossamer_token, has_problem, isolated, program, tool, wait_until},
+    common::{TIMEOUT, gossamer_token, has_problem, isolated, program, tool, wait_until},
 };
 
 /// An agent that leases what it is told.
@@ -29,7 +29,7 @@ fn start(host: &Host, token: &str, seed: &Host, more: &[&str]) -> anyhow::Result
 }
 
 fn subnet(agent: &mut Agent) -> String {
-    let status = agent.ask("/v1/status", PATIENCE).expect("a status");
+    let status = agent.ask("/v1/status", TIMEOUT).expect("a status");
     status["subnet"].as_str().unwrap_or_default().to_owned()
 }
 
@@ -52,25 +52,25 @@ fn nodes_have_the_subnets_that_they_were_given_and_a_double_one_is_named() {
             )?,
         ];
         for (number, agent) in agents.iter_mut().enumerate() {
-            agent.wait_converged(3, PATIENCE)?;
+            agent.wait_converged(3, TIMEOUT)?;
             assert_eq!(subnet(agent), format!("10.42.{number}.0/24"));
         }
         let spaces = [NetNs::new("a")?, NetNs::new("b")?];
         Runtime::new(&agents[0]).add("a");
         Runtime::new(&agents[2]).add("b");
-        let answered = Pinger::new(&spaces[0])?.ping([10, 42, 2, 2].into(), PATIENCE)?;
+        let answered = Pinger::new(&spaces[0])?.ping([10, 42, 2, 2].into(), TIMEOUT)?;
         assert!(answered.is_some());
 
         let again = ["--pod-cidr", "10.42.1.0/24"];
         let mut fourth = start(&hosts[3], &token, &hosts[0], &again)?;
         let problem = "10.42.1.0/24 was given to this node and to n2";
-        wait_until(problem, PATIENCE, || has_problem(&mut fourth, problem));
+        wait_until(problem, TIMEOUT, || has_problem(&mut fourth, problem));
         assert_eq!(subnet(&mut fourth), "");
         assert_eq!(subnet(&mut agents[1]), "10.42.1.0/24");
         // The user is gone, and Kubernetes has given it to the other one.
         agents[1].end(Signal::SIGTERM)?;
         tool(&hosts[1].netns, "ip link del gossamer.1");
-        wait_until("it has its subnet", 2 * PATIENCE, || subnet(&mut fourth) == "10.42.1.0/24");
+        wait_until("it has its subnet", 2 * TIMEOUT, || subnet(&mut fourth) == "10.42.1.0/24");
         Ok(())
     });
 }
@@ -107,10 +107,10 @@ fn nodes_started_as_the_manifest_says_meet_at_the_addresses_that_kubernetes_know
             let ip = host.ip.to_string();
             agents.push(start_as_kubelet(host, &ip, &token, &server.variables(), &[])?);
             // One after the other: the first is alone for a while.
-            agents[number].wait_converged(number + 1, PATIENCE)?;
+            agents[number].wait_converged(number + 1, TIMEOUT)?;
         }
         for (number, agent) in agents.iter_mut().enumerate() {
-            let status = agent.wait_converged(3, PATIENCE)?;
+            let status = agent.wait_converged(3, TIMEOUT)?;
             assert_eq!(status["subnet"], format!("10.42.{number}.0/24"));
             assert_eq!(status["kernel"]["underlay_address"], hosts[number].ip.to_string());
         }
@@ -122,7 +122,7 @@ fn nodes_started_as_the_manifest_says_meet_at_the_addresses_that_kubernetes_know
         agents[2].end(Signal::SIGKILL)?;
         let ip = hosts[2].ip.to_string();
         agents[2] = start_as_kubelet(&hosts[2], &ip, &token, &variables(closed_port()), &[])?;
-        agents[2].wait_converged(3, PATIENCE)?;
+        agents[2].wait_converged(3, TIMEOUT)?;
         assert!(agents[2].log().contains("the subnet of the last run"), "{}", agents[2].log());
         tool(&spaces[0], &format!("ping -c 1 -W 5 {}", address(&b)));
         Ok(())

@@ -5,7 +5,7 @@ use gossamer::lab::Host;
 use crate::{
     causes::{all, pair, wait_for_words},
     common::{
-        Cluster, PATIENCE, client, has_problem, isolated, run, skipped, status_where, tool,
+        Cluster, TIMEOUT, client, has_problem, isolated, run, skipped, status_where, tool,
         wait_until,
     },
     forwarding::with_pods,
@@ -112,7 +112,7 @@ fn rule_of_iptables_legacy_that_lets_only_packets_of_users_leave_is_named_and_th
                     .is_some_and(|detail| detail.contains("IPv4 in tunnel packets"))
             });
             all(host, rules);
-            wait_until("it is not named", PATIENCE, || {
+            wait_until("it is not named", TIMEOUT, || {
                 [said, by, fix].iter().all(|words| has_problem(agent, words))
             });
             let doctor = String::from_utf8(client(agent, &["doctor"]).stdout)?;

@@ -8,7 +8,7 @@ use serde_json::Value;
 use crate::{
     cni::{Runtime, namespaces},
     common::{
-        Cluster, PATIENCE, eventually, has_problem, has_warning, isolated, program, run,
+        Cluster, TIMEOUT, eventually, has_problem, has_warning, isolated, program, run,
         status_where, token_of, tool, wait_until,
     },
 };
@@ -23,19 +23,19 @@ fn an_underlay_below_the_minimum_of_quic_is_named_by_creator_and_joiner() {
         let hosts = [lab.host(1, "n1")?, lab.host(2, "n2")?];
         hosts.iter().for_each(|host| set_mtu(host, 1_200));
         let mut creator = Agent::start(program(), &hosts[0], &["--init"])?;
-        creator.wait_converged(1, PATIENCE)?;
+        creator.wait_converged(1, TIMEOUT)?;
         let token = token_of(&mut creator)?;
         let seed = hosts[0].ip.to_string();
         let mut joiner = Agent::start(program(), &hosts[1], &["--join", &seed, "--token", &token])?;
         for agent in [&mut creator, &mut joiner] {
-            wait_until("it is not named", PATIENCE, || {
+            wait_until("it is not named", TIMEOUT, || {
                 has_problem(agent, "interface eth0 has MTU 1200")
                     && has_problem(agent, "QUIC, which needs at least 1228")
             });
         }
         hosts.iter().for_each(|host| set_mtu(host, 1_228));
-        creator.wait_converged(2, PATIENCE)?;
-        joiner.wait_converged(2, PATIENCE)?;
+        creator.wait_converged(2, TIMEOUT)?;
+        joiner.wait_converged(2, TIMEOUT)?;
         assert!(!has_problem(&mut creator, "QUIC") && !has_problem(&mut joiner, "QUIC"));
         Ok(())
     });
@@ -53,7 +53,7 @@ fn an_underlay_too_small_for_ipv6_carries_ipv4_in_dual_stack() {
         set_mtu(&cluster.hosts[0], 1_300);
         let arguments = ["--init", "--network6", "fd42::/48"];
         let mut creator = Agent::start(program(), &cluster.hosts[0], &arguments)?;
-        creator.wait_converged(1, PATIENCE)?;
+        creator.wait_converged(1, TIMEOUT)?;
         cluster.token = token_of(&mut creator)?;
         cluster.agents.push(creator);
         let second = lab.host(2, "n2")?;
@@ -113,7 +113,7 @@ fn rules_of_others_in_any_number_are_not_kept_in_memory() {
                 "nft add table ip proxy; add chain ip proxy pre {{ {hook} }}; add rule ip proxy pre {proxy}"
             ),
         );
-        wait_until("it is not named", PATIENCE, || {
+        wait_until("it is not named", TIMEOUT, || {
             has_warning(&mut cluster.agents[0], "ip proxy pre")
         });
         let peak = memory_mib(pid, "VmHWM:");

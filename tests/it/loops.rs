@@ -10,7 +10,7 @@ use serde_json::json;
 
 use crate::{
     cni::{Runtime, address, namespaces},
-    common::{Cluster, PATIENCE, has_problem, isolated, run, sh, skipped, tool, wait_until},
+    common::{Cluster, TIMEOUT, has_problem, isolated, run, sh, skipped, tool, wait_until},
 };
 
 /// Many more than the kernels of a few pods send of their own accord in a second.
@@ -91,7 +91,7 @@ fn pod_reaches_itself_by_the_address_of_a_service() {
         // Of the gateway: packets to the service come to the host as they come to a router.
         let gateway = format!("{subnet}.1");
         tool(&spaces[0], &format!("ip route add {service}/32 via {gateway} dev eth0"));
-        wait_until("the pod does not reach itself", PATIENCE, || {
+        wait_until("the pod does not reach itself", TIMEOUT, || {
             run(&spaces[0], &format!("ping -c 1 -W 1 {service}")).status.success()
         });
         let rules = tool(host, "nft list table ip services");
@@ -133,8 +133,8 @@ fn pod_that_floods_groups_is_slowed_down_and_told_and_its_other_packets_pass() {
         tool(&spaces[0], &format!("ping -c 5 -i 0.2 -W 2 {other}"));
         let words = "a pod sends more than 2000 broadcasts and multicasts a second";
         let agent = &mut cluster.agents[0];
-        wait_until("it is not told", PATIENCE, || has_problem(agent, words));
-        wait_until("it is still told", PATIENCE, || !has_problem(agent, words));
+        wait_until("it is not told", TIMEOUT, || has_problem(agent, words));
+        wait_until("it is still told", TIMEOUT, || !has_problem(agent, words));
         Ok(())
     });
 }

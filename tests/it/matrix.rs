@@ -22,7 +22,7 @@ use serde_json::json;
 
 use crate::{
     cni::{Runtime, address, namespaces},
-    common::{Cluster, PATIENCE, has_problem, program, token_of, wait_until},
+    common::{Cluster, TIMEOUT, has_problem, program, token_of, wait_until},
 };
 
 /// An agent that is told to end has ended after 5 s, whatever hangs; the rest is for a machine under load.
@@ -48,7 +48,7 @@ impl Scene {
         fs::create_dir_all(first.dir.join("state"))?;
         prepare(&first)?;
         let mut agent = Agent::start(program(), &first, &["--init"])?;
-        agent.wait_converged(1, PATIENCE)?;
+        agent.wait_converged(1, TIMEOUT)?;
         let token = token_of(&mut agent)?;
         let mut cluster = Cluster { hosts: vec![first], agents: vec![agent], token };
         cluster.join(lab, 2)?;
@@ -56,14 +56,14 @@ impl Scene {
         let pods = namespaces(&["a", "b", "c", "d"])?;
         Runtime::new(&cluster.agents[0]).add("a");
         let other = address(&Runtime::new(&cluster.agents[1]).add("b")).parse()?;
-        let subnet = Agent::subnet(&cluster.agents[0].wait_converged(2, PATIENCE)?)?.to_string();
+        let subnet = Agent::subnet(&cluster.agents[0].wait_converged(2, TIMEOUT)?)?.to_string();
         let scene = Self { cluster, pods, other, subnet };
         scene.pods_talk("before the fault")?;
         Ok(scene)
     }
 
     fn pods_talk(&self, when: &str) -> anyhow::Result<()> {
-        let answered = Pinger::new(&self.pods[0])?.ping(self.other, PATIENCE)?;
+        let answered = Pinger::new(&self.pods[0])?.ping(self.other, TIMEOUT)?;
         assert!(answered.is_some(), "pods are cut off {when}");
         Ok(())
     }
@@ -71,7 +71,7 @@ impl Scene {
     /// Waits until the first agent names the cause.
     fn is_named(&mut self, words: &str) {
         let agent = &mut self.cluster.agents[0];
-        wait_until(&format!("not named: {words}"), PATIENCE, || has_problem(agent, words));
+        wait_until(&format!("not named: {words}"), TIMEOUT, || has_problem(agent, words));
     }
 
     fn ends(&mut self) -> anyhow::Result<()> {
@@ -88,10 +88,10 @@ impl Scene {
 
     /// The same agent, in its cluster and with its subnet, serves pods again.
     fn recovers(&mut self) -> anyhow::Result<()> {
-        let status = self.cluster.agents[0].wait_converged(2, PATIENCE)?;
+        let status = self.cluster.agents[0].wait_converged(2, TIMEOUT)?;
         assert_eq!(Agent::subnet(&status)?.to_string(), self.subnet);
         let runtime = Runtime::new(&self.cluster.agents[0]);
-        wait_until("no pod gets an address again", PATIENCE, || {
+        wait_until("no pod gets an address again", TIMEOUT, || {
             runtime.call("ADD", "c", &json!({})).0
         });
         runtime.del("c");
@@ -114,7 +114,7 @@ impl Tracer {
         strace.args(["-qq", "-o", "/dev/null", "-e", &trace, "-e", &inject]).args(whom);
         let child = strace.stderr(Stdio::null()).spawn()?;
         let traced = format!("/proc/{}/status", whom.last().expect("a number"));
-        wait_until("it is not traced", PATIENCE, || {
+        wait_until("it is not traced", TIMEOUT, || {
             let status = fs::read_to_string(&traced).unwrap_or_default();
             !status.contains("TracerPid:\t0\n")
         });

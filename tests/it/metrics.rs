@@ -12,7 +12,7 @@ use gossamer::lab::{Agent, NetNs};
 
 use crate::{
     cni::Runtime,
-    common::{Cluster, PATIENCE, isolated, program, skipped, wait_until},
+    common::{Cluster, TIMEOUT, isolated, program, skipped, wait_until},
 };
 
 const PORT: u16 = 9473;
@@ -89,7 +89,7 @@ fn collectors_and_probes_are_answered() {
         let third = lab.host(3, "n3")?;
         let lost = ["--http", &address, "--join", "10.99.0.99", "--token", &cluster.token];
         let _joining = Agent::start(program(), &third, &lost)?;
-        wait_until("it answers", PATIENCE, || {
+        wait_until("it answers", TIMEOUT, || {
             third.netns.run(|| TcpStream::connect((Ipv4Addr::LOCALHOST, PORT))).is_ok()
         });
         assert!(get(&third.netns, "/healthz", "*/*").0.contains("200"));
@@ -97,7 +97,7 @@ fn collectors_and_probes_are_answered() {
 
         cluster.agents[1].end(nix::sys::signal::Signal::SIGKILL)?;
         let host = &cluster.hosts[0].netns;
-        wait_until("the dead member is counted", PATIENCE, || {
+        wait_until("the dead member is counted", TIMEOUT, || {
             sample(&get(host, "/metrics", "*/*").1, "gossamer_members{state=\"down\"}") == 1.0
         });
         Ok(())

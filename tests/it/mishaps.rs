@@ -19,7 +19,7 @@ use serde_json::json;
 use crate::{
     cni::{Runtime, address, namespaces},
     common::{
-        Cluster, PATIENCE, eventually, freeze, has_problem, isolated, program, run, thaw, tool,
+        Cluster, TIMEOUT, eventually, freeze, has_problem, isolated, program, run, thaw, tool,
         wait_until,
     },
     netavark::{self, Podman},
@@ -36,14 +36,14 @@ pub fn lose_database(host: &Host) -> anyhow::Result<()> {
 fn a_host_that_lost_its_database_finds_its_cluster_and_its_subnet_again() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 3)?;
-        let id = cluster.agents[1].wait_converged(3, PATIENCE)?["cluster"].clone();
+        let id = cluster.agents[1].wait_converged(3, TIMEOUT)?["cluster"].clone();
         // The creator, whose unit still says --init, and a joiner without any flags.
         for (n, arguments) in [(0, &["--init"][..]), (1, &[][..])] {
-            let subnet = Agent::subnet(&cluster.agents[n].wait_converged(3, PATIENCE)?)?;
+            let subnet = Agent::subnet(&cluster.agents[n].wait_converged(3, TIMEOUT)?)?;
             cluster.agents[n].end(Signal::SIGTERM)?;
             lose_database(&cluster.hosts[n])?;
             cluster.agents[n] = Agent::start(program(), &cluster.hosts[n], arguments)?;
-            let status = cluster.agents[n].wait_converged(3, PATIENCE)?;
+            let status = cluster.agents[n].wait_converged(3, TIMEOUT)?;
             assert_eq!(status["cluster"], id, "no second cluster was created");
             assert_eq!(Agent::subnet(&status)?, subnet, "a peer remembered it");
         }
@@ -59,8 +59,8 @@ fn lone_node_that_lost_its_database_goes_on_with_the_second_copy() {
         for container in ["a", "b"] {
             Runtime::new(&cluster.agents[0]).add(container);
         }
-        let before = cluster.agents[0].wait_converged(1, PATIENCE)?;
-        let pods = |agent: &mut Agent| agent.ask("/v1/pods", PATIENCE);
+        let before = cluster.agents[0].wait_converged(1, TIMEOUT)?;
+        let pods = |agent: &mut Agent| agent.ask("/v1/pods", TIMEOUT);
         let known = pods(&mut cluster.agents[0])?;
         for damage in ["lost", "emptied"] {
             cluster.agents[0].end(Signal::SIGTERM)?;
@@ -69,7 +69,7 @@ fn lone_node_that_lost_its_database_goes_on_with_the_second_copy() {
                 _ => fs::write(host.dir.join("state/db/db"), "")?,
             }
             cluster.agents[0] = Agent::start(program(), host, &["--init"])?;
-            let after = cluster.agents[0].wait_converged(1, PATIENCE)?;
+            let after = cluster.agents[0].wait_converged(1, TIMEOUT)?;
             assert_eq!(after["cluster"], before["cluster"], "{damage}");
             assert_eq!(Agent::subnet(&after)?, Agent::subnet(&before)?, "{damage}");
             assert_eq!(after["slots"], before["slots"], "{damage}");
@@ -98,19 +98,19 @@ fn database_that_lost_its_last_changes_is_completed_by_the_second_copy() {
         cluster.converge()?;
         Runtime::new(&cluster.agents[0]).del("a");
         Runtime::new(&cluster.agents[0]).add("c");
-        let known = cluster.agents[0].ask("/v1/pods", PATIENCE)?;
-        let before = cluster.agents[0].wait_converged(2, PATIENCE)?;
+        let known = cluster.agents[0].ask("/v1/pods", TIMEOUT)?;
+        let before = cluster.agents[0].wait_converged(2, TIMEOUT)?;
         cluster.agents[0].end(Signal::SIGTERM)?;
         fs::remove_dir_all(&db)?;
         fs::rename(&earlier, &db)?;
         cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &[])?;
-        let after = cluster.agents[0].wait_converged(2, PATIENCE)?;
+        let after = cluster.agents[0].wait_converged(2, TIMEOUT)?;
         assert!(cluster.agents[0].log().contains("lost its last changes"));
         assert_eq!(Agent::subnet(&after)?, Agent::subnet(&before)?);
-        assert_eq!(cluster.agents[0].ask("/v1/pods", PATIENCE)?, known);
+        assert_eq!(cluster.agents[0].ask("/v1/pods", TIMEOUT)?, known);
         // And now it is in the database.
         cluster.restart(0, &[])?;
-        assert_eq!(cluster.agents[0].ask("/v1/pods", PATIENCE)?, known);
+        assert_eq!(cluster.agents[0].ask("/v1/pods", TIMEOUT)?, known);
         assert_eq!(cluster.agents[0].log().matches("lost its last changes").count(), 1);
         Ok(())
     });
@@ -123,7 +123,7 @@ fn databases_of_two_hosts_that_are_swapped_are_moved_aside_and_no_pod_is_lost() 
         let spaces = namespaces(&["a", "b"])?;
         let [a, b] = [(0, "a"), (1, "b")]
             .map(|(n, pod)| address(&Runtime::new(&cluster.agents[n]).add(pod)));
-        let before = [0, 1].map(|n| cluster.agents[n].ask("/v1/pods", PATIENCE).expect("pods"));
+        let before = [0, 1].map(|n| cluster.agents[n].ask("/v1/pods", TIMEOUT).expect("pods"));
         cluster.agents[..2]
             .iter_mut()
             .try_for_each(|agent| agent.end(Signal::SIGTERM).map(drop))?;
@@ -140,7 +140,7 @@ fn databases_of_two_hosts_that_are_swapped_are_moved_aside_and_no_pod_is_lost() 
             let log = cluster.agents[n].log();
             assert!(log.contains("has written it, and this is"), "{log}");
             assert!(!log.contains("pods that nobody knows"), "{log}");
-            let after = cluster.agents[n].ask("/v1/pods", PATIENCE)?;
+            let after = cluster.agents[n].ask("/v1/pods", TIMEOUT)?;
             assert_eq!(after["pods"][0]["addresses"], before["pods"][0]["addresses"]);
             assert!(cluster.hosts[n].dir.join("state/db.damaged-1").exists());
         }
@@ -173,7 +173,7 @@ fn a_full_disk_delays_grants_and_loses_nothing() {
         fs::create_dir_all(&state)?;
         mount(Some("tmpfs"), &state, Some("tmpfs"), MsFlags::empty(), Some("size=4m"))?;
         let mut creator = Agent::start(program(), &first, &["--init"])?;
-        creator.wait_converged(1, PATIENCE)?;
+        creator.wait_converged(1, TIMEOUT)?;
         let token = crate::common::token_of(&mut creator)?;
         fill(&state)?;
 
@@ -181,14 +181,14 @@ fn a_full_disk_delays_grants_and_loses_nothing() {
         let seed = first.ip.to_string();
         let mut joiner = Agent::start(program(), &second, &["--join", &seed, "--token", &token])?;
         let named = |creator: &mut Agent| has_problem(creator, "state directory");
-        wait_until("a full disk is a problem to be named", PATIENCE, || named(&mut creator));
+        wait_until("a full disk is a problem to be named", TIMEOUT, || named(&mut creator));
         fs::remove_file(state.join("filler"))?;
-        joiner.wait_converged(2, PATIENCE)?;
-        creator.wait_converged(2, PATIENCE)?;
+        joiner.wait_converged(2, TIMEOUT)?;
+        creator.wait_converged(2, TIMEOUT)?;
         assert!(!named(&mut creator));
         creator.end(Signal::SIGKILL)?;
         let mut creator = Agent::start(program(), &first, &[])?;
-        let status = creator.wait_converged(2, PATIENCE)?;
+        let status = creator.wait_converged(2, TIMEOUT)?;
         assert_eq!(status["slots"]["leased"], 2, "what was granted then is on the disk now");
         Ok(())
     });
@@ -202,11 +202,11 @@ fn agent_on_a_full_disk_ends_when_told_to_and_keeps_its_subnet() {
         fs::create_dir_all(&state)?;
         mount(Some("tmpfs"), &state, Some("tmpfs"), MsFlags::empty(), Some("size=4m"))?;
         let mut agent = Agent::start(program(), &host, &["--init"])?;
-        let subnet = Agent::subnet(&agent.wait_converged(1, PATIENCE)?)?;
+        let subnet = Agent::subnet(&agent.wait_converged(1, TIMEOUT)?)?;
         fill(&state)?;
         let _spaces = namespaces(&["a"])?;
         // The last page of the database takes some records more.
-        wait_until("not named", PATIENCE, || {
+        wait_until("not named", TIMEOUT, || {
             let runtime = Runtime::new(&agent);
             let is_full = !runtime.call("ADD", "a", &json!({})).0;
             is_full || !runtime.call("DEL", "a", &json!({})).0
@@ -218,7 +218,7 @@ fn agent_on_a_full_disk_ends_when_told_to_and_keeps_its_subnet() {
         assert!(agent.log().contains("were not written to the state directory"), "{}", agent.log());
         fs::remove_file(state.join("filler"))?;
         let mut agent = Agent::start(program(), &host, &[])?;
-        assert_eq!(Agent::subnet(&agent.wait_converged(1, PATIENCE)?)?, subnet);
+        assert_eq!(Agent::subnet(&agent.wait_converged(1, TIMEOUT)?)?, subnet);
         Ok(())
     });
 }
@@ -229,7 +229,7 @@ fn agent_whose_disk_hangs_at_start_ends_when_told_to() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
         let mut agent = Agent::start(program(), &host, &["--init"])?;
-        agent.wait_converged(1, PATIENCE)?;
+        agent.wait_converged(1, TIMEOUT)?;
         agent.end(Signal::SIGTERM)?;
         // The database engine opens it, and waits.
         let file = host.dir.join("state/db/conf");
@@ -239,7 +239,7 @@ fn agent_whose_disk_hangs_at_start_ends_when_told_to() {
             let agent = Agent::start(program(), &host, &["--init"])?;
             let caught = format!("/proc/{}/status", agent.pid());
             // Until then a signal ends any process.
-            wait_until("it catches no signal", PATIENCE, || {
+            wait_until("it catches no signal", TIMEOUT, || {
                 let status = fs::read_to_string(&caught).unwrap_or_default();
                 let line = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
                 let mask = line.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
@@ -347,10 +347,10 @@ fn a_route_of_another_program_is_reported_and_not_touched() {
         tool(host, "ip route add 10.42.7.0/24 via 10.99.0.1 proto static metric 8");
         let second = lab.host(2, "n2")?;
         let mut joiner = cluster.start_agent(&second, &["--prefer-subnet", "10.42.7.0"])?;
-        let subnet = Agent::subnet(&joiner.ask("/v1/status?wait=20&members=2", PATIENCE)?)?;
+        let subnet = Agent::subnet(&joiner.ask("/v1/status?wait=20&members=2", TIMEOUT)?)?;
         assert_eq!(subnet.to_string(), "10.42.7.0/24");
         let said = "another program has a route to 10.42.7.0/24";
-        wait_until("it is not named", PATIENCE, || has_problem(&mut cluster.agents[0], said));
+        wait_until("it is not named", TIMEOUT, || has_problem(&mut cluster.agents[0], said));
         let routes = tool(host, "ip route show 10.42.7.0/24");
         assert!(routes.contains("via 10.99.0.1 dev eth0 proto static"), "{routes}");
         // Gone is the obstacle, and the agent sees it by itself.

@@ -7,7 +7,7 @@ use nix::sys::signal::Signal;
 
 use crate::{
     causes::{NAMED, all, wait_for_path, wait_for_words},
-    common::{Cluster, PATIENCE, client, has_problem, isolated, run, skipped, tool, wait_until},
+    common::{Cluster, TIMEOUT, client, has_problem, isolated, run, skipped, tool, wait_until},
 };
 
 /// But for the one that refuses what no pod takes.
@@ -98,10 +98,10 @@ fn direct_routes_come_back_after_the_underlay_was_down() {
         for command in ["ip link set eth0 down", "ip link set eth0 up"] {
             tool(&host.netns, command);
         }
-        wait_until("it is not restored", PATIENCE, || routes(host) == before);
+        wait_until("it is not restored", TIMEOUT, || routes(host) == before);
         let subnet = before.split_whitespace().next().expect("a subnet");
         tool(&host.netns, &format!("ip route replace {subnet} via 10.99.0.1 proto 73 metric 9"));
-        wait_until("it is not restored", PATIENCE, || routes(host) == before);
+        wait_until("it is not restored", TIMEOUT, || routes(host) == before);
         Ok(())
     });
 }
@@ -116,18 +116,18 @@ fn peers_behind_a_router_have_a_tunnel_or_are_named() {
         restart_all(&mut cluster, &["--mode", "direct"])?;
         let pods = cluster.pods()?;
         for (to, via) in [(1, "dev eth0"), (2, "dev gossamer.1")] {
-            let subnet = Agent::subnet(&cluster.agents[to].ask("/v1/status", PATIENCE)?)?;
+            let subnet = Agent::subnet(&cluster.agents[to].ask("/v1/status", TIMEOUT)?)?;
             let route = tool(&cluster.hosts[0].netns, &format!("ip route show {subnet}"));
             assert!(route.contains(via), "{route}");
             let mut pinger = Pinger::new(&pods[0].netns)?;
-            wait_until("no answer", PATIENCE, || {
+            wait_until("no answer", TIMEOUT, || {
                 pinger.ping(pods[to].ip, Duration::from_secs(1)).is_ok_and(|got| got.is_some())
             });
         }
 
         cluster.agents[0].end(Signal::SIGTERM)?;
         cluster.agents[0] = cluster.start_agent(&cluster.hosts[0], &["--mode", "host-gw"])?;
-        wait_until("it is not named", PATIENCE, || {
+        wait_until("it is not named", TIMEOUT, || {
             has_problem(&mut cluster.agents[0], "n3 (10.98.0.3) is not on this host's underlay")
         });
         let routes = routes(&cluster.hosts[0]);

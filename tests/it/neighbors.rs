@@ -13,7 +13,7 @@ use nix::sys::signal::Signal;
 use crate::{
     cni::{Runtime, namespaces},
     common::{
-        Cluster, PATIENCE, client, eventually, has_problem, isolated, program, run, sh,
+        Cluster, TIMEOUT, client, eventually, has_problem, isolated, program, run, sh,
         status_where, token_of, tool, wait_until,
     },
 };
@@ -27,7 +27,7 @@ fn cluster(lab: &mut Lab) -> anyhow::Result<Cluster> {
     let first = lab.host(1, "n1")?;
     let overlay = ["--init", "--network6", "fd42::/48", "--prefer-subnet", "10.42.7.0"];
     let mut agent = Agent::start(program(), &first, &overlay)?;
-    agent.wait_converged(1, PATIENCE)?;
+    agent.wait_converged(1, TIMEOUT)?;
     let token = token_of(&mut agent)?;
     let mut cluster = Cluster { hosts: vec![first], agents: vec![agent], token };
     cluster.join(lab, 2)?;
@@ -93,7 +93,7 @@ fn packets_to_unused_addresses_fill_no_neighbor_table_and_new_pods_are_found() {
         let added = addresses(&Runtime::new(&cluster.agents[0]).add("c"));
         for address in known.iter().take(2).chain(&added) {
             // A bridge that is new asks for nobody before its own address is known to be its own.
-            wait_until(address, PATIENCE, || reaches(&spaces[1], address));
+            wait_until(address, TIMEOUT, || reaches(&spaces[1], address));
         }
 
         // What others do to the table is repaired; a restart loses no packet; a pod that is gone is refused.
@@ -106,7 +106,7 @@ fn packets_to_unused_addresses_fill_no_neighbor_table_and_new_pods_are_found() {
         let pinging = thread::spawn(move || pinger.stream(to, 300, Duration::from_millis(10)));
         cluster.agents[0].end(Signal::SIGTERM)?;
         cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &[])?;
-        cluster.agents[0].wait_converged(2, PATIENCE)?;
+        cluster.agents[0].wait_converged(2, TIMEOUT)?;
         assert_eq!(pinging.join().expect("the pinger ends")?, 300);
         Runtime::new(&cluster.agents[0]).del("c");
         eventually(host, REFUSED, |text| !text.contains(&added[0]));
@@ -165,7 +165,7 @@ fn entry_of_a_pod_with_another_mac_and_a_smaller_port_are_put_right() {
         tool(host, &format!("ip link set {port} mtu 1200"));
         for ip in &pod {
             eventually(host, &format!("ip neigh show {ip} dev gsm0"), |text| text.contains(mac));
-            wait_until(ip, PATIENCE, || reaches(host, ip));
+            wait_until(ip, TIMEOUT, || reaches(host, ip));
         }
         eventually(host, &format!("ip link show {port}"), |text| text.contains("mtu 1450"));
         runtime.del("a");
@@ -237,7 +237,7 @@ fn pods_of_one_host_that_do_not_find_each_other_are_named_with_the_chain_until_i
             );
             assert!(!reaches(), "{rule}: the case is another one");
             let words = format!("pods of this host do not find each other (IPv{family})");
-            wait_until(rule, PATIENCE, || {
+            wait_until(rule, TIMEOUT, || {
                 has_problem(agent, &words)
                     && has_problem(agent, "chain bridge wall f (hook forward) has rules that drop")
             });

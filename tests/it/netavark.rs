@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use crate::{
     cni::{namespaces, pods, veths},
-    common::{Cluster, PATIENCE, eventually, isolated, program, run, skipped, tool, wait_until},
+    common::{Cluster, TIMEOUT, eventually, isolated, program, run, skipped, tool, wait_until},
 };
 
 /// Puts the plugin into a directory; gives its path, and what was said.
@@ -178,7 +178,7 @@ fn containers_of_two_hosts_reach_each_other_at_full_size() {
         for (from, to) in [(&spaces[0], &second), (&spaces[1], &first)] {
             tool(from, &format!("ping -c 2 -i 0.2 -W 2 -M do -s 1422 {}", address(to)));
         }
-        let listed = cluster.agents[0].ask("/v1/pods", PATIENCE)?;
+        let listed = cluster.agents[0].ask("/v1/pods", TIMEOUT)?;
         assert_eq!(listed["pods"][0]["owner"], "podman/web");
         // Twice is as good as once.
         podmans[0].tear_down("one");
@@ -195,7 +195,7 @@ fn addresses_macs_and_names_that_are_asked_for_are_given_or_refused() {
         let mut cluster = Cluster::start(lab, 1)?;
         let spaces = namespaces(&["a", "b"])?;
         let podman = Podman::new(&cluster.agents[0]);
-        let subnet = Agent::subnet(&cluster.agents[0].ask("/v1/status", PATIENCE)?)?;
+        let subnet = Agent::subnet(&cluster.agents[0].ask("/v1/status", TIMEOUT)?)?;
         let place = |n: usize| subnet.hosts().nth(n).expect("an address").to_string();
         let asked = json!({
             "static_ips": [place(50)], "static_mac": "02:00:00:00:00:33", "interface_name": "net5",
@@ -296,7 +296,7 @@ fn a_container_in_several_networks_keeps_the_default_route_of_the_others() {
             // What is left when the first network is disconnected is enough.
             podmans[0].tear_down(name);
             let overlay = || tool(space, "ip route show 10.42.0.0/16");
-            wait_until("eth1 has its routes", PATIENCE, || overlay().contains("dev eth1"));
+            wait_until("eth1 has its routes", TIMEOUT, || overlay().contains("dev eth1"));
             let default = tool(space, "ip route show default metric 200");
             assert!(default.contains("dev eth1"), "{name}: {default}");
             tool(space, &format!("ping -c 1 -W 2 {}", address(&peer)));
@@ -316,7 +316,7 @@ fn in_dual_stack_a_container_has_both_addresses() {
             return Ok(());
         }
         let mut agent = Agent::start(program(), &host, &["--init", "--network6", "fd42::/48"])?;
-        agent.wait_converged(1, PATIENCE)?;
+        agent.wait_converged(1, TIMEOUT)?;
         let podman = Podman::new(&agent);
         let both = json!([{ "subnet": "10.42.0.0/16" }, { "subnet": "fd42::/48" }]);
         assert_eq!(
@@ -354,7 +354,7 @@ fn a_container_that_ended_without_teardown_starts_again() {
         let shown = tool(&space, "ip addr show dev eth0");
         assert!(shown.contains(&address(&given)), "{shown}");
         assert_eq!(pods(&mut cluster.agents[0]), 1);
-        wait_until("one veth pair is left", PATIENCE, || veths(&cluster.hosts[0]) == 1);
+        wait_until("one veth pair is left", TIMEOUT, || veths(&cluster.hosts[0]) == 1);
         Ok(())
     });
 }
@@ -371,9 +371,9 @@ fn a_container_that_ends_without_an_agent_gives_its_address_back_later() {
         podman.tear_down("a");
         cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &[])?;
         cluster.converge()?;
-        wait_until("one pod is left", PATIENCE, || pods(&mut cluster.agents[0]) == 1);
-        wait_until("one veth pair is left", PATIENCE, || veths(&cluster.hosts[0]) == 1);
-        let left = cluster.agents[0].ask("/v1/pods", PATIENCE)?;
+        wait_until("one pod is left", TIMEOUT, || pods(&mut cluster.agents[0]) == 1);
+        wait_until("one veth pair is left", TIMEOUT, || veths(&cluster.hosts[0]) == 1);
+        let left = cluster.agents[0].ask("/v1/pods", TIMEOUT)?;
         assert_eq!(left["pods"][0]["container"], "b");
         Ok(())
     });

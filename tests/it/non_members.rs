@@ -9,7 +9,7 @@ use gossamer::lab::{Agent, Flood, Silence, Source};
 use serde_json::Value;
 
 use crate::{
-    common::{Cluster, PATIENCE, has_problem, isolated, program, token_of, tool, wait_until},
+    common::{Cluster, TIMEOUT, has_problem, isolated, program, token_of, tool, wait_until},
     families,
 };
 
@@ -33,8 +33,8 @@ fn flood_from_unused_addresses_mutes_no_member_and_a_host_joins() {
         let begun = Instant::now();
         cluster.join(lab, 4)?;
         cluster.converge()?;
-        wait_until("the flood has lasted", PATIENCE, || begun.elapsed() > LONG);
-        let status = cluster.agents[0].ask("/v1/status", PATIENCE)?;
+        wait_until("the flood has lasted", TIMEOUT, || begun.elapsed() > LONG);
+        let status = cluster.agents[0].ask("/v1/status", TIMEOUT)?;
         assert!(
             has_problem(&mut cluster.agents[0], "non-members send"),
             "{:#}",
@@ -44,7 +44,7 @@ fn flood_from_unused_addresses_mutes_no_member_and_a_host_joins() {
         assert!(flood.sent() > 1_000, "{}", flood.sent());
         drop(flood);
         for agent in &mut cluster.agents {
-            let status = agent.ask("/v1/status", PATIENCE)?;
+            let status = agent.ask("/v1/status", TIMEOUT)?;
             assert_eq!(counter(&status, "downs"), 0, "{:#}", status["members"]);
         }
         cluster.converge()?;
@@ -64,7 +64,7 @@ fn floods_from_far_addresses_and_of_one_honest_host_keep_no_host_out() {
             cluster.converge()?;
         }
         for agent in &mut cluster.agents {
-            let status = agent.ask("/v1/status", PATIENCE)?;
+            let status = agent.ask("/v1/status", TIMEOUT)?;
             assert_eq!(counter(&status, "downs"), 0, "{:#}", status["members"]);
         }
         Ok(())
@@ -88,15 +88,15 @@ fn strangers_that_finish_no_handshake_keep_no_host_out() {
             Silence::start(&attacker.netns, target.into(), addresses)?,
             Silence::start(&cluster.hosts[0].netns, own.into(), loopback.to_vec())?,
         ];
-        wait_until("all places could be taken", PATIENCE, || {
+        wait_until("all places could be taken", TIMEOUT, || {
             silences.iter().all(|silence| silence.begun() > 300)
         });
         let begun = Instant::now();
         cluster.join(lab, 2)?;
-        cluster.agents[1].wait_converged(2, PATIENCE)?;
+        cluster.agents[1].wait_converged(2, TIMEOUT)?;
         println!("joined after {:?}", begun.elapsed());
         let told = has_problem(&mut cluster.agents[0], "find no place or lose it");
-        let status = cluster.agents[0].ask("/v1/status", PATIENCE)?;
+        let status = cluster.agents[0].ask("/v1/status", TIMEOUT)?;
         assert!(told, "{:#}", status["problems"]);
         assert!(status["handshakes"]["refused"].as_u64() > Some(100), "{}", status["handshakes"]);
         Ok(())
@@ -111,15 +111,15 @@ fn address_that_finishes_no_handshake_keeps_no_host_of_its_ipv6_network_out() {
         let address: Ipv6Addr = "fd99::66".parse()?;
         tool(&attacker.netns, &format!("ip addr add {address}/64 dev eth0 nodad"));
         let mut first = Agent::start(program(), &hosts[0], &["--init", "--iface", "fd99::1"])?;
-        first.wait_converged(1, PATIENCE)?;
+        first.wait_converged(1, TIMEOUT)?;
         let target = SocketAddr::new("fd99::1".parse()?, PORT);
         let silence = Silence::start(&attacker.netns, target, vec![address.into()])?;
-        wait_until("all places could be taken", PATIENCE, || silence.begun() > 300);
+        wait_until("all places could be taken", TIMEOUT, || silence.begun() > 300);
         let token = token_of(&mut first)?;
         let arguments = ["--iface", "fd99::2", "--join", "fd99::1", "--token", &token];
         let begun = Instant::now();
         let mut second = Agent::start(program(), &hosts[1], &arguments)?;
-        second.wait_converged(2, PATIENCE)?;
+        second.wait_converged(2, TIMEOUT)?;
         println!("joined after {:?}", begun.elapsed());
         Ok(())
     });
@@ -132,7 +132,7 @@ fn user_of_a_members_host_that_finishes_no_handshake_is_told_by_the_other_member
         let target = SocketAddrV4::new(cluster.hosts[0].ip, PORT);
         let own = cluster.hosts[1].ip.into();
         let _silence = Silence::start(&cluster.hosts[1].netns, target.into(), vec![own])?;
-        wait_until("it is not told", PATIENCE, || {
+        wait_until("it is not told", TIMEOUT, || {
             has_problem(&mut cluster.agents[0], "find no place or lose it")
         });
         Ok(())

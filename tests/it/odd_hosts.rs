@@ -8,7 +8,7 @@ use serde_json::Value;
 use crate::{
     cni::Runtime,
     common::{
-        Cluster, PATIENCE, client, has_problem, isolated, program, run, sh, skipped, status_where,
+        Cluster, TIMEOUT, client, has_problem, isolated, program, run, sh, skipped, status_where,
         tool, wait_until,
     },
     forwarding::{Scene, with_pods},
@@ -95,8 +95,8 @@ fn mark_that_leads_packets_of_pods_elsewhere_is_named_and_the_advice_alone_bring
             );
             assert!(!run(&spaces[1], &ping).status.success(), "the case is another one: {words}");
             let agent = &mut cluster.agents[1];
-            wait_until(words, PATIENCE, || has_problem(agent, words));
-            let status = agent.ask("/v1/status", PATIENCE)?;
+            wait_until(words, TIMEOUT, || has_problem(agent, words));
+            let status = agent.ask("/v1/status", TIMEOUT)?;
             let problems: Vec<&str> = status["problems"]
                 .as_array()
                 .into_iter()
@@ -107,7 +107,7 @@ fn mark_that_leads_packets_of_pods_elsewhere_is_named_and_the_advice_alone_bring
             let advice = problem.and_then(|problem| problem.rsplit_once("come first: "));
             let (_, advice) = advice.expect("an advice");
             advice.split("; ").for_each(|command| _ = tool(&host.netns, command));
-            wait_until(advice, PATIENCE, || run(&spaces[1], &ping).status.success());
+            wait_until(advice, TIMEOUT, || run(&spaces[1], &ping).status.success());
             status_where(agent, all_well);
             for command in advice.split("; ") {
                 tool(&host.netns, &command.replace("rule add", "rule del"));
@@ -143,11 +143,7 @@ fn several_next_hops_to_a_peer_are_no_detour() {
         let begun = std::time::Instant::now();
         // Longer than what it takes to name one.
         while begun.elapsed() < std::time::Duration::from_secs(8) {
-            assert!(
-                !has_problem(agent, "by another way"),
-                "{}",
-                agent.ask("/v1/status", PATIENCE)?
-            );
+            assert!(!has_problem(agent, "by another way"), "{}", agent.ask("/v1/status", TIMEOUT)?);
             std::thread::sleep(std::time::Duration::from_millis(200));
         }
         Ok(())
@@ -196,7 +192,7 @@ fn redirection_of_single_ports_between_pods_is_warned_of_until_the_advice_is_fol
             sh(host, table);
             sh(host, &format!("nft add rule ip proxy pre {rule}"));
             warned(agent, &["chain ip proxy", words]);
-            let status = agent.ask("/v1/status", PATIENCE)?;
+            let status = agent.ask("/v1/status", TIMEOUT)?;
             assert_eq!(status["kernel"]["forwarding"]["state"], "ok", "{status:#}");
             assert_eq!(status["converged"], true);
             sh(host, "nft insert rule ip proxy pre ip daddr 10.42.0.0/16 accept");
@@ -293,7 +289,7 @@ fn host_that_is_closed_to_its_pods_or_does_not_reach_them_is_warned_of_with_the_
                 "nft insert rule inet wall in ip saddr 10.42.0.0/16 accept",
             ],
         );
-        let status = agent.ask("/v1/status", PATIENCE)?;
+        let status = agent.ask("/v1/status", TIMEOUT)?;
         assert_eq!(status["problems"], serde_json::json!([]), "{status:#}");
         assert_eq!(status["kernel"]["forwarding"]["state"], "ok", "{status:#}");
         // A host that lets pods at some of its ports, and answers echoes, is none.
@@ -349,12 +345,10 @@ fn trial_that_cannot_be_made_is_warned_of_with_the_chain_that_drops() {
                  packets of pods pass: iptables -I FORWARD -s 10.42.0.0/16 -j ACCEPT",
             ],
         );
-        let status = agent.ask("/v1/status", PATIENCE)?;
+        let status = agent.ask("/v1/status", TIMEOUT)?;
         assert_eq!(status["kernel"]["forwarding"]["state"], "skipped", "{status:#}");
         std::fs::write(limit, before.trim())?;
-        wait_until("not named", PATIENCE, || {
-            has_problem(agent, "does not forward packets of pods")
-        });
+        wait_until("not named", TIMEOUT, || has_problem(agent, "does not forward packets of pods"));
         Ok(())
     });
 }
@@ -364,7 +358,7 @@ fn trial_that_cannot_be_made_is_warned_of_with_the_chain_that_drops() {
 fn narrow_route_that_was_there_before_the_agent_is_named_soon() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
-        let subnet = Agent::subnet(&cluster.agents[1].ask("/v1/status", PATIENCE)?)?;
+        let subnet = Agent::subnet(&cluster.agents[1].ask("/v1/status", TIMEOUT)?)?;
         let prefix = subnet.to_string().replace("0/24", "");
         let _pods = cluster.pods()?;
         cluster.agents[0].end(Signal::SIGTERM)?;
@@ -385,7 +379,7 @@ fn narrow_route_that_was_there_before_the_agent_is_named_soon() {
             format!("ip route del local {prefix}31/32 dev lo table local"),
         ];
         for words in &words {
-            wait_until(words, PATIENCE, || has_problem(agent, words));
+            wait_until(words, TIMEOUT, || has_problem(agent, words));
         }
         Ok(())
     });
@@ -400,13 +394,13 @@ fn overlay_device_in_a_foreign_bridge_is_taken_out_of_it_and_a_fight_is_named() 
         let is_out = || !tool(host, "ip -o link show gossamer.1").contains("master");
         let plug = "ip link set gossamer.1 master br-foreign";
         sh(host, plug);
-        wait_until("it stays in the bridge", PATIENCE, is_out);
+        wait_until("it stays in the bridge", TIMEOUT, is_out);
         let repairs =
             |status: &Value| status["kernel"]["repairs"]["device attribute"].as_u64() > Some(0);
         status_where(agent, repairs);
-        wait_until("a fight is not named", PATIENCE, || {
+        wait_until("a fight is not named", TIMEOUT, || {
             run(host, plug);
-            wait_until("it stays in the bridge", PATIENCE, is_out);
+            wait_until("it stays in the bridge", TIMEOUT, is_out);
             has_problem(agent, "gossamer's entries in the kernel")
         });
         Ok(())
@@ -438,9 +432,9 @@ fn address_that_has_vanished_from_the_underlay_is_named_with_its_interface() {
         sh(host, "ip addr flush dev eth0");
         let words = "address 10.99.0.11 has vanished from interface eth0 (there now: no IPv4 address): the \
                      agent waits until an interface with a default route has an IPv4 address";
-        wait_until(words, PATIENCE, || has_problem(agent, words));
+        wait_until(words, TIMEOUT, || has_problem(agent, words));
         sh(host, "ip addr add 10.99.0.11/16 dev eth0 && ip route add default via 10.99.0.1");
-        wait_until("still named", PATIENCE, || !has_problem(agent, "vanished"));
+        wait_until("still named", TIMEOUT, || !has_problem(agent, "vanished"));
         Ok(())
     });
 }

@@ -9,7 +9,7 @@ use std::{
 use gossamer::lab::{Agent, Pod};
 
 use crate::common::{
-    Cluster, PATIENCE, client, eventually, freeze, isolated, status_where, thaw, tool, wait_until,
+    Cluster, TIMEOUT, client, eventually, freeze, isolated, status_where, thaw, tool, wait_until,
 };
 
 /// Three requests that are lost, six that are answered, six that are lost again.
@@ -44,7 +44,7 @@ fn has_event(agent: &Agent, words: &str) -> bool {
 }
 
 fn vtep(agent: &mut Agent) -> anyhow::Result<Ipv4Addr> {
-    Ok(Agent::subnet(&agent.ask("/v1/status", PATIENCE)?)?.network())
+    Ok(Agent::subnet(&agent.ask("/v1/status", TIMEOUT)?)?.network())
 }
 
 #[test]
@@ -53,7 +53,7 @@ fn a_card_that_sends_unfinished_checksums_is_noticed_and_cured() {
         let mut cluster = Cluster::start(lab, 2)?;
         let pods: [Pod; 2] =
             cluster.pods()?.try_into().map_err(|_| anyhow::anyhow!("not two pods"))?;
-        wait_until("the pods do not reach each other", PATIENCE, || {
+        wait_until("the pods do not reach each other", TIMEOUT, || {
             arrives(&pods).is_ok_and(|arrives| arrives)
         });
         let (from, to) = (vtep(&mut cluster.agents[0])?, vtep(&mut cluster.agents[1])?);
@@ -76,7 +76,7 @@ fn a_card_that_sends_unfinished_checksums_is_noticed_and_cured() {
         wait_until("no verdict", TRIAL, || has_event(&cluster.agents[0], "is turned off"));
         eventually(host, FEATURE, |features| features.contains(OFF));
         assert!(arrives(&pods)?);
-        let status = cluster.agents[0].ask("/v1/status", PATIENCE)?;
+        let status = cluster.agents[0].ask("/v1/status", TIMEOUT)?;
         assert_eq!(status["kernel"]["checksum_offload"], false, "{status:#}");
         assert_eq!(status["kernel"]["checksum_offload_fails"], true, "{status:#}");
         assert_eq!(status["kernel"]["repairs"], serde_json::json!({}), "no other program did it");
@@ -110,7 +110,7 @@ fn where_a_firewall_drops_datagrams_the_offload_is_left_on() {
         is("on");
         is("off");
         is("on");
-        let status = cluster.agents[0].ask("/v1/status", PATIENCE)?;
+        let status = cluster.agents[0].ask("/v1/status", TIMEOUT)?;
         assert_eq!(status["paths"][0]["state"], "ok", "{status:#}");
         assert_eq!(status["kernel"]["repairs"], serde_json::json!({}), "{status:#}");
         Ok(())
@@ -151,7 +151,7 @@ fn an_agent_that_stood_still_finds_fault_with_no_path_and_no_card() {
             thaw(&cluster.agents[0])?;
             let begun = Instant::now();
             while begun.elapsed() < Duration::from_secs(3) {
-                let status = cluster.agents[0].ask("/v1/status", PATIENCE)?;
+                let status = cluster.agents[0].ask("/v1/status", TIMEOUT)?;
                 assert_eq!(status["paths"][0]["state"], "ok", "{status:#}");
                 assert_eq!(status["kernel"]["checksum_offload"], true, "{status:#}");
             }

@@ -11,7 +11,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 use crate::{
     causes::{pair, wait_for_path, wait_for_words},
     cni::namespaces,
-    common::{Cluster, PATIENCE, has_problem, isolated, sh, status_where, tool, wait_until},
+    common::{Cluster, TIMEOUT, has_problem, isolated, sh, status_where, tool, wait_until},
     forwarding::with_pods,
     odd_hosts::{all_well, warned},
 };
@@ -38,7 +38,7 @@ fn forwarding_that_is_turned_off_again_and_again_is_named_though_it_is_on() {
             for _ in 0..4 {
                 sh(host, &format!("sysctl -qw {name}=0 && sysctl -qw {name}=1"));
             }
-            wait_until(words, PATIENCE, || has_problem(agent, words));
+            wait_until(words, TIMEOUT, || has_problem(agent, words));
         }
         Ok(())
     });
@@ -79,7 +79,7 @@ fn program_on_an_interface_of_the_overlay_is_a_warning_until_it_is_gone() {
         );
         let begun = std::time::Instant::now();
         while begun.elapsed() < Duration::from_secs(12) {
-            let status = cluster.agents[1].ask("/v1/status", PATIENCE)?;
+            let status = cluster.agents[1].ask("/v1/status", TIMEOUT)?;
             assert!(all_well(&status), "{status:#}");
             std::thread::sleep(Duration::from_millis(300));
         }
@@ -98,7 +98,7 @@ fn card_that_became_a_port_and_kept_its_address_is_named_and_the_advice_helps() 
         );
         let words = "eth0 is a port of br0 and has the address 10.99.0.11/16 all the same";
         let advice = "ip addr del 10.99.0.11/16 dev eth0; ip addr add 10.99.0.11/16 dev br0";
-        wait_until(words, PATIENCE, || has_problem(agent, words) && has_problem(agent, advice));
+        wait_until(words, TIMEOUT, || has_problem(agent, words) && has_problem(agent, advice));
         advice.split("; ").for_each(|command| _ = tool(host, command));
         cluster.agents.iter_mut().for_each(wait_for_path);
         Ok(())
@@ -180,7 +180,7 @@ fn redirect_that_leads_to_a_machine_which_forwards_nothing_is_named_and_the_advi
         let (here, there) = (cluster.hosts[1].ip, peer);
         let get = format!("ip route get {there}");
         let gateway = Ipv4Addr::new(10, 99, 0, 77);
-        wait_until("the redirect was not taken", PATIENCE, || {
+        wait_until("the redirect was not taken", TIMEOUT, || {
             redirect(&router.netns, here, there, gateway).expect("sent");
             tool(host, &get).contains("10.99.0.77")
         });

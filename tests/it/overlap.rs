@@ -8,7 +8,7 @@ use nix::sys::signal::Signal;
 use crate::{
     cni::{Runtime, namespaces},
     common::{
-        Cluster, PATIENCE, client, has_problem, isolated, program, run, status_where, tool,
+        Cluster, TIMEOUT, client, has_problem, isolated, program, run, status_where, tool,
         wait_until,
     },
     forwarding_far::{all_answer, with_pods},
@@ -41,7 +41,7 @@ fn cluster_whose_network_leads_elsewhere_on_its_first_host_is_refused() {
         let host = lab.host(9, "wide")?;
         tool(&host.netns, "ip route add 10.0.0.0/8 via 10.99.0.1");
         let mut agent = Agent::start(program(), &host, &["--init"])?;
-        agent.wait_converged(1, PATIENCE)?;
+        agent.wait_converged(1, TIMEOUT)?;
         Ok(())
     });
 }
@@ -53,7 +53,7 @@ fn joiner_takes_a_subnet_that_leads_nowhere_else_and_names_the_rest() {
         let host = lab.host(2, "n2")?;
         second_card(&host, "10.42.200.7/24");
         let mut agent = cluster.start_agent(&host, &["--prefer-subnet", "10.42.200.0"])?;
-        let status = agent.wait_converged(2, PATIENCE)?;
+        let status = agent.wait_converged(2, TIMEOUT)?;
         let subnet = Agent::subnet(&status)?;
         assert_ne!(subnet.to_string(), "10.42.200.0/24");
         status_where(&mut agent, |status| {
@@ -65,16 +65,16 @@ fn joiner_takes_a_subnet_that_leads_nowhere_else_and_names_the_rest() {
         // An address in its own subnet is as bad, and one that goes is forgotten.
         let own = subnet.hosts().nth(20).expect("an address");
         tool(&host.netns, &format!("ip addr add {own}/32 dev eth1"));
-        wait_until("it is not named", PATIENCE, || has_problem(&mut agent, &own.to_string()));
+        wait_until("it is not named", TIMEOUT, || has_problem(&mut agent, &own.to_string()));
         tool(&host.netns, "ip link del eth1");
-        wait_until("it is still named", PATIENCE, || !has_problem(&mut agent, "on eth1"));
+        wait_until("it is still named", TIMEOUT, || !has_problem(&mut agent, "on eth1"));
 
         // After a reboot, with the card in the node's own subnet, it moves to another one.
         agent.end(Signal::SIGTERM)?;
         tool(&host.netns, "ip link del gossamer.1");
         second_card(&host, &format!("{own}/24"));
         let mut agent = cluster.start_agent(&host, &[])?;
-        let status = agent.wait_converged(2, PATIENCE)?;
+        let status = agent.wait_converged(2, TIMEOUT)?;
         assert_ne!(Agent::subnet(&status)?, subnet);
         Ok(())
     });
@@ -86,7 +86,7 @@ fn second_bridge_in_the_own_subnet_is_named_with_the_command_that_removes_it() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let agent = &mut cluster.agents[1];
-        let subnet = Agent::subnet(&agent.ask("/v1/status", PATIENCE)?)?;
+        let subnet = Agent::subnet(&agent.ask("/v1/status", TIMEOUT)?)?;
         let host = &cluster.hosts[1].netns;
         let gateway = subnet.hosts().next().expect("an address");
         for command in [
@@ -109,8 +109,8 @@ fn second_bridge_in_the_own_subnet_is_named_with_the_command_that_removes_it() {
         let doctor = String::from_utf8(run(host, &doctor).stdout)?;
         assert!(doctor.contains("PROBLEM   overlays") && doctor.contains("on cni0"), "{doctor}");
         // No other cause is made up, however often it is tried.
-        wait_until("the way is not found wrong", PATIENCE, || {
-            let status = agent.ask("/v1/status", PATIENCE).expect("a status");
+        wait_until("the way is not found wrong", TIMEOUT, || {
+            let status = agent.ask("/v1/status", TIMEOUT).expect("a status");
             status["kernel"]["routing"]["state"] == "failing"
         });
         assert!(!has_problem(agent, "no rule was found"));
@@ -119,7 +119,7 @@ fn second_bridge_in_the_own_subnet_is_named_with_the_command_that_removes_it() {
         // One that comes later takes nothing as long as the other is there, and is in the way all the same.
         tool(host, "ip link add docker9 type bridge");
         tool(host, &format!("ip addr add {gateway}/24 dev docker9"));
-        wait_until("it is not named", PATIENCE, || has_problem(agent, "on docker9"));
+        wait_until("it is not named", TIMEOUT, || has_problem(agent, "on docker9"));
         Ok(())
     });
 }
@@ -130,7 +130,7 @@ fn interface_in_the_subnet_of_a_peer_is_named_and_no_other_cause_is() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let _spaces = with_pods(&mut cluster, &["a", "b"])?;
-        let subnet = Agent::subnet(&cluster.agents[0].ask("/v1/status", PATIENCE)?)?;
+        let subnet = Agent::subnet(&cluster.agents[0].ask("/v1/status", TIMEOUT)?)?;
         let gateway = subnet.hosts().next().expect("an address");
         let host = &cluster.hosts[1].netns;
         let agent = &mut cluster.agents[1];
@@ -140,7 +140,7 @@ fn interface_in_the_subnet_of_a_peer_is_named_and_no_other_cause_is() {
             tool(host, "ip link add d0 type bridge");
             tool(host, "ip link set d0 up");
             tool(host, &format!("ip addr add {gateway}/24 brd + dev d0{flags}"));
-            wait_until(&words, PATIENCE, || has_problem(agent, &words));
+            wait_until(&words, TIMEOUT, || has_problem(agent, &words));
             let begun = Instant::now();
             while begun.elapsed() < Duration::from_secs(30) {
                 for made_up in ["Invalid argument", "handed to gossamer.1"] {
@@ -160,14 +160,14 @@ fn route_in_the_own_subnet_moves_no_node_that_has_pods() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let _spaces = with_pods(&mut cluster, &["a", "b"])?;
-        let subnet = Agent::subnet(&cluster.agents[1].ask("/v1/status", PATIENCE)?)?;
+        let subnet = Agent::subnet(&cluster.agents[1].ask("/v1/status", TIMEOUT)?)?;
         let part = subnet.to_string().replace("0/24", "64/26");
         tool(&cluster.hosts[1].netns, &format!("ip route add blackhole {part}"));
         cluster.restart(1, &[])?;
         let agent = &mut cluster.agents[1];
-        assert_eq!(Agent::subnet(&agent.ask("/v1/status", PATIENCE)?)?, subnet);
+        assert_eq!(Agent::subnet(&agent.ask("/v1/status", TIMEOUT)?)?, subnet);
         let words = format!("blackhole route to {part}");
-        wait_until(&words, PATIENCE, || has_problem(agent, &words));
+        wait_until(&words, TIMEOUT, || has_problem(agent, &words));
         assert!(!has_problem(agent, "outside this node's subnet"), "{}", agent.log());
         Ok(())
     });
@@ -178,10 +178,10 @@ fn bridge_of_containers_in_the_own_subnet_is_no_overlap() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 1)?;
         let pods = cluster.pods()?;
-        let subnet = Agent::subnet(&cluster.agents[0].ask("/v1/status", PATIENCE)?)?;
+        let subnet = Agent::subnet(&cluster.agents[0].ask("/v1/status", TIMEOUT)?)?;
         cluster.agents[0].end(Signal::SIGTERM)?;
         cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &[])?;
-        let status = cluster.agents[0].wait_converged(1, PATIENCE)?;
+        let status = cluster.agents[0].wait_converged(1, TIMEOUT)?;
         assert_eq!(Agent::subnet(&status)?, subnet);
         assert_eq!(status["problems"].as_array().map(Vec::len), Some(0), "{status:#}");
         drop(pods);

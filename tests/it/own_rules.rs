@@ -3,7 +3,7 @@
 use gossamer::lab::Host;
 
 use crate::{
-    common::{Cluster, PATIENCE, client, has_problem, isolated, status_where, tool, wait_until},
+    common::{Cluster, TIMEOUT, client, has_problem, isolated, status_where, tool, wait_until},
     forwarding::with_pods,
 };
 
@@ -60,7 +60,7 @@ fn rule_that_keeps_pods_from_hearing_that_packets_are_too_large_is_named() {
         );
         let fix = "nft insert rule ip quiet out icmp type destination-unreachable accept";
         let said = "pods do not hear that a packet is too large for the tunnel (IPv4)";
-        wait_until("it is not named", PATIENCE, || {
+        wait_until("it is not named", TIMEOUT, || {
             [said, "a rule of chain ip quiet out (handle ", fix]
                 .iter()
                 .all(|words| has_problem(agent, words))
@@ -113,7 +113,7 @@ fn rule_that_lets_only_packets_of_users_leave_is_named_by_what_it_does_to_those_
                     .is_some_and(|detail| detail.contains("IPv4 in tunnel packets"))
             });
             all(host, rules);
-            wait_until("it is not named", PATIENCE, || {
+            wait_until("it is not named", TIMEOUT, || {
                 [said, by, fix].iter().all(|words| has_problem(agent, words))
             });
             let doctor = String::from_utf8(client(agent, &["doctor"]).stdout)?;
@@ -145,7 +145,7 @@ fn rule_that_drops_large_datagrams_is_named_and_no_error_is_missed() {
         );
         let fix = "nft insert rule inet ddos in ip saddr 10.42.0.0/16 accept";
         let said = "does not forward packets of pods (IPv4 large out)";
-        wait_until("it is not named", PATIENCE, || {
+        wait_until("it is not named", TIMEOUT, || {
             [said, "chain inet ddos in (hook prerouting) has rules that drop", fix]
                 .iter()
                 .all(|words| has_problem(agent, words))

@@ -1,7 +1,7 @@
 //! Rules that do something with some packets between pods alone: warned of by their form, and by no more.
 
 use crate::{
-    common::{PATIENCE, has_problem, isolated, run, sh, skipped, status_where, wait_until},
+    common::{TIMEOUT, has_problem, isolated, run, sh, skipped, status_where, wait_until},
     forwarding::Scene,
     odd_hosts::{all_well, warned},
 };
@@ -209,7 +209,7 @@ fn proxy_of_connections_that_are_half_open_is_no_loss_and_one_that_loses_them_is
             rest.split(' ').next().expect("a number").parse::<u64>().expect("a number")
         };
         // Several trials, each of which meets it.
-        wait_until("no trial", PATIENCE * 2, || {
+        wait_until("no trial", TIMEOUT * 2, || {
             assert!(!has_problem(agent, "packets"), "{}", agent.log());
             counted() > 40
         });
@@ -220,7 +220,7 @@ fn proxy_of_connections_that_are_half_open_is_no_loss_and_one_that_loses_them_is
             "nft add chain ip proxy o { type filter hook postrouting priority 0 ; } && \
              nft add rule ip proxy o ip daddr 10.42.0.0/16 tcp flags & (syn|ack) == syn drop",
         );
-        wait_until("not named", PATIENCE * 2, || has_problem(agent, "data of TCP connections"));
+        wait_until("not named", TIMEOUT * 2, || has_problem(agent, "data of TCP connections"));
         Ok(())
     });
 }

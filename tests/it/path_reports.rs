@@ -11,7 +11,7 @@ use gossamer::lab::{Host, NetNs};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::common::{
-    Cluster, PATIENCE, checksum, eventually, has_problem, isolated, run, tool, wait_until,
+    Cluster, TIMEOUT, checksum, eventually, has_problem, isolated, run, tool, wait_until,
 };
 
 /// That a tunnel packet from one host to another was too large.
@@ -87,7 +87,7 @@ fn forged_path_mtu_is_forgotten_and_named_when_it_comes_back() {
         let (victim, peer) = (&cluster.hosts[0], &cluster.hosts[1]);
         let way = format!("ip route get {} from {}", peer.ip, victim.ip);
         for mtu in [552, 1_000] {
-            wait_until("the kernel does not believe it", PATIENCE, || {
+            wait_until("the kernel does not believe it", TIMEOUT, || {
                 forge(&attacker.netns, victim, peer, mtu).is_ok()
                     && tool(&victim.netns, &way).contains(&format!("mtu {mtu}"))
             });
@@ -95,7 +95,7 @@ fn forged_path_mtu_is_forgotten_and_named_when_it_comes_back() {
             assert!(!tool(&victim.netns, "ip route show proto 73").contains("mtu"));
         }
         let large = format!("ping -c 1 -W 2 -M do -s 1422 {}", pods[1].ip);
-        wait_until("full packets do not pass", PATIENCE, || {
+        wait_until("full packets do not pass", TIMEOUT, || {
             run(&victim.netns, &large).status.success()
         });
         // Again and again.
@@ -109,14 +109,12 @@ fn forged_path_mtu_is_forgotten_and_named_when_it_comes_back() {
                 }
             });
             let named = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-                wait_until("it is not named", PATIENCE, || {
-                    has_problem(agent, "forges ICMP type 3")
-                });
+                wait_until("it is not named", TIMEOUT, || has_problem(agent, "forges ICMP type 3"));
             }));
             is_over.store(true, Ordering::Relaxed);
             named.expect("it is named");
         });
-        wait_until("it is named for ever", PATIENCE, || !has_problem(agent, "forges ICMP type 3"));
+        wait_until("it is named for ever", TIMEOUT, || !has_problem(agent, "forges ICMP type 3"));
         Ok(())
     });
 }

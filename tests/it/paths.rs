@@ -8,7 +8,7 @@ use std::{
 
 use crate::{
     common::{
-        Cluster, PATIENCE, client, eventually, has_problem, has_warning, isolated, run, skipped,
+        Cluster, TIMEOUT, client, eventually, has_problem, has_warning, isolated, run, skipped,
         tool, wait_until,
     },
     forwarding_far::with_pods,
@@ -24,7 +24,7 @@ const FLOWS_NAMED: Duration = Duration::from_secs(90);
 const WITHDRAW_AFTER: Duration = Duration::from_secs(10);
 
 fn path(agent: &mut Agent, name: &str) -> String {
-    let status = agent.ask("/v1/status", PATIENCE).expect("a status");
+    let status = agent.ask("/v1/status", TIMEOUT).expect("a status");
     let paths = status["paths"].as_array().expect("paths").clone();
     let path = paths.iter().find(|path| path["name"] == name);
     path.map(|path| path["state"].to_string()).unwrap_or_default()
@@ -34,7 +34,7 @@ fn path(agent: &mut Agent, name: &str) -> String {
 fn a_member_whose_agent_is_dead_loses_no_packet_for_as_long_as_its_kernel_lives() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 3)?;
-        let subnet = Agent::subnet(&cluster.agents[1].wait_converged(3, PATIENCE)?)?;
+        let subnet = Agent::subnet(&cluster.agents[1].wait_converged(3, TIMEOUT)?)?;
         let pod = cluster.hosts[1].pod(subnet, 1450)?;
         cluster.agents[1].end(Signal::SIGKILL)?;
         // Gossip calls it down meanwhile, and the patience is over.
@@ -53,12 +53,12 @@ fn a_member_whose_agent_is_dead_loses_no_packet_for_as_long_as_its_kernel_lives(
 fn a_host_without_power_is_withdrawn_and_restored_when_it_is_back() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 3)?;
-        let subnet = Agent::subnet(&cluster.agents[1].wait_converged(3, PATIENCE)?)?;
+        let subnet = Agent::subnet(&cluster.agents[1].wait_converged(3, TIMEOUT)?)?;
         let pod = cluster.hosts[1].pod(subnet, 1450)?;
         let host = &cluster.hosts[0].netns;
         let show = format!("ip route show proto 73 {subnet}");
         // What has never answered is not withdrawn.
-        wait_until("the path is not known", PATIENCE, || {
+        wait_until("the path is not known", TIMEOUT, || {
             path(&mut cluster.agents[0], "n2").contains("ok")
         });
         lab.set_veth(2, false)?;
@@ -93,7 +93,7 @@ fn a_tunnel_that_is_closed_is_named_with_both_possible_causes() {
         }
         let mut cluster = Cluster::start(lab, 2)?;
         let [here, there] = [0, 1].map(|n: usize| cluster.hosts[n].ip);
-        wait_until("the path is not known", PATIENCE, || {
+        wait_until("the path is not known", TIMEOUT, || {
             path(&mut cluster.agents[0], "n2").contains("ok")
                 && path(&mut cluster.agents[1], "n1").contains("ok")
         });
@@ -115,7 +115,7 @@ fn a_tunnel_that_is_closed_is_named_with_both_possible_causes() {
         wait_until("it is not named", 2 * VERDICT, || has_problem(&mut cluster.agents[1], of_rule));
         assert!(!has_problem(&mut cluster.agents[0], "allow UDP 8472"), "not known for certain");
         tool(host, "nft delete table inet block");
-        wait_until("it is still named", PATIENCE, || {
+        wait_until("it is still named", TIMEOUT, || {
             !has_warning(&mut cluster.agents[0], "8472")
                 && !has_problem(&mut cluster.agents[1], "8472")
         });
@@ -158,7 +158,7 @@ fn a_host_that_takes_only_documented_ports_keeps_its_pods_when_its_agent_ends() 
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let pods = cluster.pods()?;
-        wait_until("the path is not known", PATIENCE, || {
+        wait_until("the path is not known", TIMEOUT, || {
             path(&mut cluster.agents[0], "n2").contains("ok")
         });
         close(&cluster.hosts[1].netns, "input", "drop", &ONLY_WHAT_IS_DOCUMENTED);
@@ -192,11 +192,11 @@ fn echoes_that_are_filtered_once_the_agent_is_dead_cut_no_pod_off_that_is_heard(
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
         let pods = cluster.pods()?;
-        wait_until("the path is not known", PATIENCE, || {
+        wait_until("the path is not known", TIMEOUT, || {
             path(&mut cluster.agents[0], "n2").contains("ok")
         });
         cluster.agents[1].end(Signal::SIGKILL)?;
-        wait_until("it is not down", PATIENCE, || is_down(&cluster.agents[0], "n2"));
+        wait_until("it is not down", TIMEOUT, || is_down(&cluster.agents[0], "n2"));
         // Neither echoes nor refusals: only what its pods send tells that it lives.
         let only_pods = ["iifname gossamer.1 drop"];
         close(&cluster.hosts[1].netns, "input", "accept", &only_pods);
@@ -241,7 +241,7 @@ fn a_path_that_is_narrower_than_the_underlay_is_named() {
         let narrow = Command::new("ip").args(["link", "set", "port2", "mtu", "1400"]).status()?;
         assert!(narrow.success());
         let _agent = cluster.start_agent(&host, &[])?;
-        wait_until("it is not named", PATIENCE, || {
+        wait_until("it is not named", TIMEOUT, || {
             // Between what there is room for, 4 bytes of a VLAN included, and what the search leaves.
             (1_347..=1_354).any(|fits| {
                 let words = format!("those of {fits} arrive");
@@ -258,7 +258,7 @@ fn a_path_that_is_narrower_than_the_underlay_is_named() {
         eventually(&cluster.hosts[0].netns, routes, |shown| shown.contains(" mtu 13"));
         let wide = Command::new("ip").args(["link", "set", "port2", "mtu", "1500"]).status()?;
         assert!(wide.success());
-        wait_until("the route is still limited", PATIENCE, || {
+        wait_until("the route is still limited", TIMEOUT, || {
             !tool(&cluster.hosts[0].netns, routes).contains(" mtu ")
         });
         Ok(())
@@ -274,15 +274,15 @@ fn path_that_becomes_narrow_in_silence_is_named_as_soon_as_packets_of_pods_are_l
         let narrow = Command::new("ip").args(["link", "set", "port2", "mtu", "1400"]).status()?;
         assert!(narrow.success());
         let agent = &mut cluster.agents[0];
-        wait_until("it is not named", PATIENCE, || {
+        wait_until("it is not named", TIMEOUT, || {
             assert!(!has_problem(agent, "do not arrive at pods"), "{}", agent.log());
             has_problem(agent, "packets of 1450 bytes to n2 are lost, those of 13")
         });
         let routes = "ip route show proto 73 dev gossamer.1";
         eventually(&cluster.hosts[0].netns, routes, |shown| shown.contains(" mtu 13"));
         cluster.agents.iter_mut().for_each(|agent| {
-            wait_until("pods do not answer", PATIENCE, || {
-                let status = agent.ask("/v1/status", PATIENCE).expect("a status");
+            wait_until("pods do not answer", TIMEOUT, || {
+                let status = agent.ask("/v1/status", TIMEOUT).expect("a status");
                 status["kernel"]["forwarding"]["state"] == "ok"
             });
         });
@@ -315,15 +315,15 @@ fn path_mtu_told_by_a_router_limits_the_route_of_that_peer() {
         tool(near, &format!("ip route add 10.98.0.0/24 via {}", router.ip));
         let mut agent = cluster.start_agent(&far, &[])?;
         cluster.converge_with(&mut agent, 2)?;
-        let subnet = Agent::subnet(&agent.ask("/v1/status", PATIENCE)?)?;
+        let subnet = Agent::subnet(&agent.ask("/v1/status", TIMEOUT)?)?;
         let there = far.pod(subnet, 1_350)?;
-        let subnet = Agent::subnet(&cluster.agents[0].ask("/v1/status", PATIENCE)?)?;
+        let subnet = Agent::subnet(&cluster.agents[0].ask("/v1/status", TIMEOUT)?)?;
         let here = cluster.hosts[0].pod(subnet, 1_450)?;
         let near = &cluster.hosts[0].netns;
-        wait_until("the route is not limited", PATIENCE, || {
+        wait_until("the route is not limited", TIMEOUT, || {
             tool(near, "ip route show proto 73").contains(" mtu 1350")
         });
-        let status = cluster.agents[0].ask("/v1/status", PATIENCE)?;
+        let status = cluster.agents[0].ask("/v1/status", TIMEOUT)?;
         assert_eq!(status["paths"][0]["mtu"], 1_350);
         // The pod is told the size that fits.
         let said = run(&here.netns, &format!("ping -c 1 -W 2 -M do -s 1400 {}", there.ip));
@@ -339,7 +339,7 @@ fn path_mtu_told_by_a_router_limits_the_route_of_that_peer() {
 fn flows_that_a_dead_leg_takes_are_counted_while_others_get_through() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
-        wait_until("the path is not known", PATIENCE, || {
+        wait_until("the path is not known", TIMEOUT, || {
             path(&mut cluster.agents[0], "n2").contains("ok")
         });
         let nft = |command: &str| {
@@ -387,11 +387,11 @@ fn flows_that_a_dead_leg_takes_are_counted_while_others_get_through() {
 fn answers_that_come_by_another_way_are_named() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
-        let subnet = Agent::subnet(&cluster.agents[0].ask("/v1/status", PATIENCE)?)?;
+        let subnet = Agent::subnet(&cluster.agents[0].ask("/v1/status", TIMEOUT)?)?;
         let (here, there) = (cluster.hosts[0].ip, &cluster.hosts[1].netns);
         tool(there, &format!("ip route add {}/32 via {here} dev eth0", subnet.network()));
         let said = "its answers come without";
-        wait_until("it is not named", PATIENCE, || has_problem(&mut cluster.agents[0], said));
+        wait_until("it is not named", TIMEOUT, || has_problem(&mut cluster.agents[0], said));
         assert!(path(&mut cluster.agents[0], "n2").contains("asymmetric"));
         tool(there, &format!("ip route del {}/32", subnet.network()));
         wait_until("it is still named", VERDICT, || !has_problem(&mut cluster.agents[0], said));

@@ -19,7 +19,7 @@ use nix::{
 use serde_json::Value;
 
 use crate::{
-    common::{PATIENCE, isolated, program, skipped, token_of, wait_until},
+    common::{TIMEOUT, isolated, program, skipped, token_of, wait_until},
     dockerd::unpack_busybox,
 };
 
@@ -90,7 +90,7 @@ impl Machine {
         command.env("PROGRAM", program()).stdin(Stdio::null());
         let keeper = host.netns.spawn(&mut command)?;
         let ready = host.dir.join("ready");
-        wait_until("the host is not furnished", PATIENCE, || ready.exists());
+        wait_until("the host is not furnished", TIMEOUT, || ready.exists());
         let machine = Self { host, keeper };
         let script =
             format!("#!/bin/sh\nexec {} /usr/local/bin/gossamer \"$@\"\n", machine.enter());
@@ -202,7 +202,7 @@ impl Drop for Machine {
 }
 
 fn addresses(agent: &mut Agent) -> Vec<String> {
-    let answer = agent.ask("/v1/pods", PATIENCE).expect("pods");
+    let answer = agent.ask("/v1/pods", TIMEOUT).expect("pods");
     let pods = answer["pods"].as_array().expect("a list");
     pods.iter().map(|pod| pod["addresses"][0].as_str().expect("one").to_owned()).collect()
 }
@@ -212,12 +212,12 @@ fn pair(lab: &mut Lab, lower: &Path) -> anyhow::Result<([Machine; 2], [Agent; 2]
     let machines = [Machine::new(lab, 1, lower)?, Machine::new(lab, 2, lower)?];
     let [one, two] = &machines;
     let mut first = one.agent(&["--init"])?;
-    first.wait_converged(1, PATIENCE)?;
+    first.wait_converged(1, TIMEOUT)?;
     let (seed, token) = (one.host.ip.to_string(), token_of(&mut first)?);
     let second = two.agent(&["--join", &seed, "--token", &token])?;
     let mut agents = [first, second];
     for agent in &mut agents {
-        agent.wait_converged(2, PATIENCE)?;
+        agent.wait_converged(2, TIMEOUT)?;
     }
     for machine in &machines {
         let said = machine.done("gossamer podman install");
@@ -260,7 +260,7 @@ fn containers_of_podman_5_on_two_hosts_are_in_one_network() {
         two.ping("b", &one.address("a"));
 
         // An address and a MAC that the user wants.
-        let subnet = Agent::subnet(&agents[0].ask("/v1/status", PATIENCE)?)?;
+        let subnet = Agent::subnet(&agents[0].ask("/v1/status", TIMEOUT)?)?;
         let wanted = subnet.hosts().nth(50).expect("an address");
         let fixed = format!("--mac-address {MAC} --network web --ip");
         run(one, &format!("--name c {fixed} {wanted}"));
@@ -285,8 +285,8 @@ fn containers_of_podman_5_on_two_hosts_are_in_one_network() {
         let error = one.refused("podman run -d --name e --network web box /bin/sleep 600");
         assert!(error.contains("no gossamer agent"), "{error}");
         agents[0] = one.agent(&[])?;
-        agents[0].wait_converged(2, PATIENCE)?;
-        wait_until("c and d are left", PATIENCE, || addresses(&mut agents[0]).len() == 2);
+        agents[0].wait_converged(2, TIMEOUT)?;
+        wait_until("c and d are left", TIMEOUT, || addresses(&mut agents[0]).len() == 2);
         one.done("podman start e");
         for machine in &machines {
             machine.done("podman rm -f -t 0 --all");
@@ -335,7 +335,7 @@ fn a_pod_of_podman_5_has_one_address_and_containers_start_again_after_a_reboot()
         two.ping("b", &group);
 
         run(one, "--name a --network web");
-        let subnet = Agent::subnet(&agents[0].ask("/v1/status", PATIENCE)?)?;
+        let subnet = Agent::subnet(&agents[0].ask("/v1/status", TIMEOUT)?)?;
         let fixed = subnet.hosts().nth(50).expect("an address").to_string();
         run(one, &format!("--name c --network web --ip {fixed}"));
         one.reboot(&mut agents[0])?;
@@ -343,7 +343,7 @@ fn a_pod_of_podman_5_has_one_address_and_containers_start_again_after_a_reboot()
         let error = one.refused("podman start a");
         assert!(error.contains("no gossamer agent"), "{error}");
         agents[0] = one.agent(&[])?;
-        agents[0].wait_converged(2, PATIENCE)?;
+        agents[0].wait_converged(2, TIMEOUT)?;
         assert_eq!(addresses(&mut agents[0]), [""; 0], "none has survived");
         one.done("podman start a c");
         one.done("podman pod start group");

@@ -16,8 +16,8 @@ use serde_json::json;
 use crate::{
     cni::{Runtime, address, namespaces, pods, veths},
     common::{
-        Cluster, PATIENCE, client, eventually, gossamer_token, isolated, program, run,
-        status_where, tool, wait_until,
+        Cluster, TIMEOUT, client, eventually, gossamer_token, isolated, program, run, status_where,
+        tool, wait_until,
     },
     mishaps::lose_database,
 };
@@ -36,7 +36,7 @@ fn what_others_do_to_the_bridge_is_put_right() {
         let (a, _) = (runtime.add("a"), runtime.add("b"));
         let link = a["interfaces"][1]["name"].as_str().expect("a name");
         let is_whole = |what: &str| {
-            wait_until(what, PATIENCE, || {
+            wait_until(what, TIMEOUT, || {
                 let ports = tool(host, "ip -o link show type veth master pods0 up");
                 let addresses = String::from_utf8(run(host, "ip addr show pods0").stdout);
                 // Beside what the agent tries forwarding with.
@@ -79,7 +79,7 @@ fn end_of_a_cable_that_is_renamed_gets_its_name_back() {
         let mut cluster = Cluster::start(lab, 1)?;
         let _space = namespaces(&["a"])?;
         let given = address(&Runtime::new(&cluster.agents[0]).add("a"));
-        let answer = cluster.agents[0].ask("/v1/pods", PATIENCE)?;
+        let answer = cluster.agents[0].ask("/v1/pods", TIMEOUT)?;
         let link = answer["pods"][0]["link"].as_str().expect("a name").to_owned();
         let rename =
             [format!("{link} down"), format!("{link} name other0"), "other0 up".to_owned()];
@@ -136,7 +136,7 @@ fn pods_outlive_a_lost_database_and_not_a_new_start_of_the_host() {
         fs::write(&boot, another)?;
         start(&mut cluster)?;
         assert_eq!(pods(&mut cluster.agents[1]), 0);
-        wait_until("this start is noted", PATIENCE, || {
+        wait_until("this start is noted", TIMEOUT, || {
             fs::read_to_string(&boot).is_ok_and(|noted| noted != another)
         });
         Ok(())
@@ -174,7 +174,7 @@ fn pods_outlive_a_note_of_another_start_of_the_host() {
                 (turn + 2, turn + 2)
             );
             tool(&spaces[0], &format!("ping -c 1 -W 5 {gateway}"));
-            wait_until("this start is noted", PATIENCE, || {
+            wait_until("this start is noted", TIMEOUT, || {
                 fs::read(state.join("boot")).is_ok_and(|now| now == noted)
             });
         }
@@ -200,7 +200,7 @@ fn pods_outlive_a_state_directory_of_an_earlier_start_of_the_host() {
         fs::write(copy.join("boot"), "0a7d2f1e-9c1b-4c37-9f0d-b0b86d1f0000\n")?;
         start(&mut cluster)?;
         Runtime::new(&cluster.agents[0]).call("DEL", "old", &json!({}));
-        wait_until("its veth pair is left", PATIENCE, || veths(&cluster.hosts[0]) == 0);
+        wait_until("its veth pair is left", TIMEOUT, || veths(&cluster.hosts[0]) == 0);
         let a = Runtime::new(&cluster.agents[0]).add("a");
         cluster.agents[0].end(Signal::SIGTERM)?;
         fs::remove_dir_all(&state)?;
@@ -208,7 +208,7 @@ fn pods_outlive_a_state_directory_of_an_earlier_start_of_the_host() {
         start(&mut cluster)?;
         // The pod of the earlier start is gone, and that of this one is known.
         assert_eq!((pods(&mut cluster.agents[0]), veths(&cluster.hosts[0])), (1, 1));
-        let listed = cluster.agents[0].ask("/v1/pods", PATIENCE)?.to_string();
+        let listed = cluster.agents[0].ask("/v1/pods", TIMEOUT)?.to_string();
         assert!(listed.contains(&address(&a)), "{listed}");
         let b = Runtime::new(&cluster.agents[0]).add("b");
         assert!(address(&b) != address(&a) && address(&old) != address(&a), "{listed}");
@@ -226,7 +226,7 @@ fn fifo_in_the_place_of_a_namespace_is_refused_and_delays_no_other_pod() {
         let body = json!({ "container": "x", "interface": "eth0", "owner": "test", "netns": fifo });
         let body = body.to_string();
         let mut stream = UnixStream::connect(agent.socket())?;
-        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_read_timeout(Some(TIMEOUT))?;
         write!(
             stream,
             "POST /v1/pods/attach HTTP/1.1\r\nHost: gossamer\r\nConnection: close\r\n\
@@ -260,7 +260,7 @@ fn pods_that_were_disconnected_before_a_crash_do_not_come_back() {
         cluster.agents[0] = Agent::start(program(), &cluster.hosts[0], &["--init"])?;
         cluster.converge()?;
         assert_eq!(pods(&mut cluster.agents[0]), 1);
-        wait_until("the veth pairs are left", PATIENCE, || veths(&cluster.hosts[0]) == 1);
+        wait_until("the veth pairs are left", TIMEOUT, || veths(&cluster.hosts[0]) == 1);
         Ok(())
     });
 }
@@ -272,7 +272,7 @@ fn pods_outlive_a_lost_state_directory_over_all_restarts_that_follow() {
         let arguments =
             ["--lease-source", "podcidr", "--token", &token, "--pod-cidr", "10.42.0.0/24"];
         let mut agent = Agent::start(program(), &host, &arguments)?;
-        agent.wait_converged(1, PATIENCE)?;
+        agent.wait_converged(1, TIMEOUT)?;
         let spaces = namespaces(&["a", "b", "c"])?;
         let mut given = vec![Runtime::new(&agent).add("a")];
         let gateway = given[0]["ips"][0]["gateway"].as_str().expect("a gateway").to_owned();
@@ -280,7 +280,7 @@ fn pods_outlive_a_lost_state_directory_over_all_restarts_that_follow() {
             agent.end(Signal::SIGKILL)?;
             fs::remove_dir_all(host.dir.join("state"))?;
             agent = Agent::start(program(), &host, &arguments)?;
-            agent.wait_converged(1, PATIENCE)?;
+            agent.wait_converged(1, TIMEOUT)?;
             assert_eq!(pods(&mut agent), turn + 1);
             // Addresses of pods that are there are not given again.
             let new = Runtime::new(&agent).add(name);
@@ -289,7 +289,7 @@ fn pods_outlive_a_lost_state_directory_over_all_restarts_that_follow() {
             for _ in 0..2 {
                 agent.end(Signal::SIGTERM)?;
                 agent = Agent::start(program(), &host, &arguments)?;
-                agent.wait_converged(1, PATIENCE)?;
+                agent.wait_converged(1, TIMEOUT)?;
                 // A second look at the bridge is over when another pod has been looked at.
                 let (done, said) =
                     Runtime::new(&agent).call("CHECK", "a", &json!({ "prevResult": given[0] }));
@@ -434,7 +434,7 @@ fn what_the_operators_settings_change_about_the_bridge_is_blamed_on_no_other_pro
             });
             cluster.converge()?;
         }
-        let status = cluster.agents[0].ask("/v1/status", PATIENCE)?;
+        let status = cluster.agents[0].ask("/v1/status", TIMEOUT)?;
         let log = cluster.agents[0].log();
         assert!(!log.contains("what another program had changed"), "{log}");
         assert_eq!(status["kernel"]["repairs"]["bridge"], serde_json::Value::Null, "{status}");

@@ -18,7 +18,7 @@ use crate::{
     causes::{pair, wait_for_path, wait_for_words},
     cni::{Runtime, address, namespaces},
     common::{
-        Cluster, PATIENCE, client, eventually, has_problem, has_warning, isolated, program, run,
+        Cluster, TIMEOUT, client, eventually, has_problem, has_warning, isolated, program, run,
         skipped, status_where, token_of, tool, wait_until,
     },
 };
@@ -86,7 +86,7 @@ fn sh(host: &Host, commands: &[&str]) {
 /// Waits until status and doctor say these words of a pod, and the check fails.
 fn wait_for_named(cluster: &mut Cluster, words: &[&str]) -> anyhow::Result<()> {
     let agent = &mut cluster.agents[0];
-    wait_until(&words.join(", "), PATIENCE, || words.iter().all(|words| has_problem(agent, words)));
+    wait_until(&words.join(", "), TIMEOUT, || words.iter().all(|words| has_problem(agent, words)));
     status_where(agent, |status| status["kernel"]["forwarding"]["state"] == "failing");
     let shown = String::from_utf8(client(agent, &["doctor"]).stdout)?;
     assert!(shown.contains("PROBLEM   forwarding"), "{shown}");
@@ -95,7 +95,7 @@ fn wait_for_named(cluster: &mut Cluster, words: &[&str]) -> anyhow::Result<()> {
 
 fn wait_for_none(cluster: &mut Cluster) {
     let agent = &mut cluster.agents[0];
-    wait_until("still named", PATIENCE, || !has_problem(agent, "not answer"));
+    wait_until("still named", TIMEOUT, || !has_problem(agent, "not answer"));
 }
 
 #[test]
@@ -286,15 +286,15 @@ fn what_another_program_hangs_on_a_pods_interface_is_warned_of_and_a_bandwidth_p
             run(&spaces[0], &format!("ping -c 1 -W 1 -s 1200 {}", pods[3].1));
             let words = words.replace("PORT", port);
             let agent = &mut cluster.agents[0];
-            wait_until(&words, PATIENCE, || has_warning(agent, &words));
-            let status = agent.ask("/v1/status", PATIENCE)?;
+            wait_until(&words, TIMEOUT, || has_warning(agent, &words));
+            let status = agent.ask("/v1/status", TIMEOUT)?;
             let said = status["warnings"].to_string();
             assert!(said.contains(&format!("pod a eth0 ({ip}): ")), "{said}");
             assert!(!["b", "c", "d"].iter().any(|name| said.contains(&format!("pod {name}"))));
             assert!(!status["problems"].to_string().contains(port.as_str()), "{status:#}");
             assert!(said.contains(&end.replace("PORT", port)), "{said}");
             in_place(end, port, 0);
-            wait_until("still told", PATIENCE, || !has_warning(agent, port));
+            wait_until("still told", TIMEOUT, || !has_warning(agent, port));
             if begin.contains("clsact") {
                 in_place("tc qdisc del dev PORT clsact", port, 0);
             }
@@ -368,7 +368,7 @@ fn answers_to_other_stations_than_the_bridge_are_no_loss_on_this_host() {
         let (is_over, begun) = (AtomicBool::new(false), Instant::now());
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                while !is_over.load(Ordering::Relaxed) && begun.elapsed() < PATIENCE {
+                while !is_over.load(Ordering::Relaxed) && begun.elapsed() < TIMEOUT {
                     answers.iter().for_each(|answer| _ = socket.send(answer));
                     std::thread::sleep(Duration::from_millis(20));
                 }
@@ -435,7 +435,7 @@ fn pod_with_an_ipv6_address_alone_is_asked_by_neighbor_discovery() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
         let mut agent = Agent::start(program(), &host, &["--init", "--network", "fd42::/48"])?;
-        agent.wait_converged(1, PATIENCE)?;
+        agent.wait_converged(1, TIMEOUT)?;
         let token = token_of(&mut agent)?;
         let mut cluster = Cluster { hosts: vec![host], agents: vec![agent], token };
         let (_spaces, pods) = with_pods(&mut cluster, &["a"])?;
@@ -482,9 +482,9 @@ fn chain_of_bridges_that_drops_packets_between_pods_is_named_until_it_is_gone() 
         let agent = &mut cluster.agents[0];
         let words =
             "between its own pods (IPv4): chain bridge wall f (hook forward) has the policy drop";
-        wait_until("not named", PATIENCE, || has_problem(agent, words));
+        wait_until("not named", TIMEOUT, || has_problem(agent, words));
         sh(host, &["nft delete table bridge wall"]);
-        wait_until("still named", PATIENCE, || !has_problem(agent, words));
+        wait_until("still named", TIMEOUT, || !has_problem(agent, words));
         assert!(reaches());
         Ok(())
     });

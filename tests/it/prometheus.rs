@@ -11,7 +11,7 @@ use std::{
 use gossamer::lab::NetNs;
 use serde_json::Value;
 
-use crate::common::{Cluster, PATIENCE, isolated, skipped, wait_until};
+use crate::common::{Cluster, TIMEOUT, isolated, skipped, wait_until};
 
 const PROGRAM: &str = "/usr/bin/prometheus";
 const PORT: u16 = 9090;
@@ -69,7 +69,7 @@ fn a_prometheus_scrapes_the_agent_and_answers_what_the_dashboard_asks() {
         command.arg(format!("--web.listen-address=127.0.0.1:{PORT}"));
         command.stdout(Stdio::null()).stderr(Stdio::null());
         let mut prometheus = host.netns.spawn(&mut command)?;
-        wait_until("not scraped", PATIENCE, || {
+        wait_until("not scraped", TIMEOUT, || {
             let alive = query(&host.netns, "gossamer_members{state=\"alive\"}");
             alive["data"]["result"][0]["value"][1] == "2"
         });
@@ -85,7 +85,7 @@ fn a_prometheus_scrapes_the_agent_and_answers_what_the_dashboard_asks() {
         assert!(queries.len() >= 12, "{queries:?}");
         // Two scrapes for those that ask for a rate.
         for expression in queries {
-            wait_until(&expression, PATIENCE, || {
+            wait_until(&expression, TIMEOUT, || {
                 let answer = query(&host.netns, &expression);
                 assert_eq!(answer["status"], "success", "{expression}: {answer}");
                 // Nothing was repaired, so there is no such series yet.

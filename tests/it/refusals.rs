@@ -8,7 +8,7 @@ use std::{
 use gossamer::lab::{Agent, Host, Lab};
 use nix::{sys::stat::Mode, unistd::mkfifo};
 
-use crate::common::{Cluster, PATIENCE, has_problem, isolated, program, run, tool, wait_until};
+use crate::common::{Cluster, TIMEOUT, has_problem, isolated, program, run, tool, wait_until};
 
 /// Runs an agent that must end by itself with code 1, and checks what it said and left.
 fn refused(host: &Host, arguments: &[&str], words: &[&str]) -> anyhow::Result<()> {
@@ -80,15 +80,15 @@ fn joiners_that_do_not_belong() {
         let other = lab.host(10, "other")?;
         let secret = new_token();
         let mut creator = Agent::start(program(), &other, &["--init", "--token", &secret])?;
-        creator.wait_converged(1, PATIENCE)?;
+        creator.wait_converged(1, TIMEOUT)?;
         let theirs = crate::common::token_of(&mut creator)?;
         let third = lab.host(11, "third")?;
         let mut creator = Agent::start(program(), &third, &["--init", "--token", &secret])?;
-        creator.wait_converged(1, PATIENCE)?;
+        creator.wait_converged(1, TIMEOUT)?;
         let seed = third.ip.to_string();
         refused(&stranger, &["--join", &seed, "--token", &theirs], &["clusters never merge"])?;
 
-        let status = cluster.agents[0].ask("/v1/status", PATIENCE)?;
+        let status = cluster.agents[0].ask("/v1/status", TIMEOUT)?;
         assert_eq!(status["members"].as_array().map(Vec::len), Some(2), "no trace in the cluster");
         assert_eq!(status["slots"]["leased"], 2);
         Ok(())
@@ -148,12 +148,12 @@ fn hosts_where_something_is_in_the_way() {
         refused(&host, &with(&["--network", "10.42.0.0/30"]), &["too small"])?;
 
         let mut agent = cluster.start_agent(&host, &[])?;
-        agent.wait_converged(2, PATIENCE)?;
+        agent.wait_converged(2, TIMEOUT)?;
         let second = Agent::start(program(), &host, &join).and_then(|mut second| second.wait())?;
         assert_eq!(second.code(), Some(1));
         assert!(agent.log().contains("an agent is already listening"), "{}", agent.log());
-        agent.wait_converged(2, PATIENCE)?;
-        let status = cluster.agents[0].ask("/v1/status", PATIENCE)?;
+        agent.wait_converged(2, TIMEOUT)?;
+        let status = cluster.agents[0].ask("/v1/status", TIMEOUT)?;
         assert_eq!(status["slots"]["leased"], 2, "refused hosts hold no subnet");
         Ok(())
     });
@@ -180,10 +180,10 @@ fn a_pipe_or_a_device_in_the_place_of_a_file_is_refused_at_once() {
         let named = given.to_str().expect("UTF-8");
         let mut agent = Agent::start(program(), &host, &[&waiting[..], &[named]].concat())?;
         let problem = "it is no regular file";
-        wait_until(problem, PATIENCE, || has_problem(&mut agent, problem));
+        wait_until(problem, TIMEOUT, || has_problem(&mut agent, problem));
         fs::remove_file(&given)?;
         fs::write(&given, "10.42.7.0/24\n")?;
-        agent.wait_converged(1, PATIENCE)?;
+        agent.wait_converged(1, TIMEOUT)?;
         Ok(())
     });
 }
@@ -193,13 +193,13 @@ fn a_vni_that_only_the_cluster_knows_is_given_back_when_it_is_taken() {
     isolated(|lab| {
         let first = lab.host(1, "n1")?;
         let mut creator = Agent::start(program(), &first, &["--init", "--vni", "42"])?;
-        creator.wait_converged(1, PATIENCE)?;
+        creator.wait_converged(1, TIMEOUT)?;
         let token = crate::common::token_of(&mut creator)?;
         let host = lab.host(2, "n2")?;
         tool(&host.netns, "ip link add other type vxlan id 42 dstport 8472 dev eth0");
         let seed = first.ip.to_string();
         refused(&host, &["--join", &seed, "--token", &token], &["VNI 42", "device other"])?;
-        let status = creator.wait_converged(1, PATIENCE)?;
+        let status = creator.wait_converged(1, TIMEOUT)?;
         assert_eq!(status["slots"]["leased"], 1, "the subnet was given back");
         Ok(())
     });

@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use crate::common::{
-    Cluster, PATIENCE, eventually, has_problem, isolated, run, status_where, tool, wait_until,
+    Cluster, TIMEOUT, eventually, has_problem, isolated, run, status_where, tool, wait_until,
 };
 use gossamer::lab::{Agent, Host, Pod};
 
@@ -46,7 +46,7 @@ fn what_is_deleted_altered_or_renamed_is_put_right_at_once() {
         let mut cluster = Cluster::start(lab, 3)?;
         let pods = cluster.pods()?;
         let before = tables(&cluster.hosts[0]);
-        let status = cluster.agents[1].ask("/v1/status", PATIENCE)?;
+        let status = cluster.agents[1].ask("/v1/status", TIMEOUT)?;
         let members = status["members"].as_array().expect("members").clone();
         let peer = members.iter().find(|member| member["me"] == true).expect("itself");
         let mac = peer["vtep_mac"].as_str().expect("a MAC");
@@ -112,7 +112,7 @@ fn a_host_that_gets_another_address_or_mtu_keeps_its_subnet_and_its_pods_connect
         let mut cluster = Cluster::start(lab, 3)?;
         let pods = cluster.pods()?;
         assert_both_ways(&pods);
-        let subnet = Agent::subnet(&cluster.agents[1].ask("/v1/status", PATIENCE)?)?;
+        let subnet = Agent::subnet(&cluster.agents[1].ask("/v1/status", TIMEOUT)?)?;
         let host = &cluster.hosts[1].netns;
         tool(host, "ip addr flush dev eth0");
         tool(host, "ip addr add 10.99.7.7/16 dev eth0");
@@ -125,7 +125,7 @@ fn a_host_that_gets_another_address_or_mtu_keeps_its_subnet_and_its_pods_connect
             routes.lines().count() == 2
         });
         assert_both_ways(&pods);
-        let status = cluster.agents[1].wait_converged(3, PATIENCE)?;
+        let status = cluster.agents[1].wait_converged(3, TIMEOUT)?;
         assert_eq!(Agent::subnet(&status)?, subnet);
         let log = cluster.agents[1].log();
         assert!(log.contains("the underlay has changed"), "{log}");
@@ -144,7 +144,7 @@ fn a_host_that_gets_another_address_or_mtu_keeps_its_subnet_and_its_pods_connect
 fn a_route_of_another_program_that_outranks_ours_is_named_until_it_is_gone() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
-        let subnet = Agent::subnet(&cluster.agents[1].ask("/v1/status", PATIENCE)?)?;
+        let subnet = Agent::subnet(&cluster.agents[1].ask("/v1/status", TIMEOUT)?)?;
         let host = &cluster.hosts[0].netns;
         tool(host, &format!("ip route add {subnet} via 10.99.0.1 metric 0 proto static"));
         let said = format!("takes the packets to {subnet}");

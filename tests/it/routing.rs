@@ -9,7 +9,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::common::{
-    Cluster, PATIENCE, has_problem, isolated, program, run, sh, status_where, wait_until,
+    Cluster, TIMEOUT, has_problem, isolated, program, run, sh, status_where, wait_until,
 };
 
 fn doctor(netns: &NetNs, agent: &Agent) -> String {
@@ -76,7 +76,7 @@ fn each_is_named_until_it_is_gone(
     of: usize,
 ) -> anyhow::Result<()> {
     let mut cluster = Cluster::start(lab, 2)?;
-    let subnet = Agent::subnet(&cluster.agents[of].ask("/v1/status", PATIENCE)?)?;
+    let subnet = Agent::subnet(&cluster.agents[of].ask("/v1/status", TIMEOUT)?)?;
     let prefix = subnet.to_string().replace("0/24", "");
     let real = |text: &str| text.replace(example, &prefix);
     let _pods = cluster.pods()?;
@@ -86,14 +86,14 @@ fn each_is_named_until_it_is_gone(
     for (words, plant, remove) in faults {
         let (words, plant, remove) = (&real(words), &real(plant), &real(remove));
         sh(host, plant);
-        wait_until(words, PATIENCE, || has_problem(agent, words));
-        let status = agent.ask("/v1/status", PATIENCE)?;
+        wait_until(words, TIMEOUT, || has_problem(agent, words));
+        let status = agent.ask("/v1/status", TIMEOUT)?;
         let problems = status["problems"].as_array().expect("problems");
         assert_eq!(problems.len(), 1, "one cause, one problem: {problems:#?}");
         let shown = doctor(host, agent);
         assert!(shown.contains("PROBLEM   routing"), "{shown}");
         sh(host, remove);
-        wait_until("still named", PATIENCE, || !has_problem(agent, words));
+        wait_until("still named", TIMEOUT, || !has_problem(agent, words));
     }
     Ok(())
 }
@@ -188,7 +188,7 @@ fn policy_rule_that_takes_some_packets_of_pods_is_named_with_what_it_selects() {
 fn policy_rule_behind_many_is_named_and_how_many_are_not_looked_at_is_told() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 2)?;
-        let subnet = Agent::subnet(&cluster.agents[0].ask("/v1/status", PATIENCE)?)?;
+        let subnet = Agent::subnet(&cluster.agents[0].ask("/v1/status", TIMEOUT)?)?;
         let prefix = subnet.to_string().replace("0/24", "");
         let real = |text: &str| text.replace("10.42.1.", &prefix);
         let _pods = cluster.pods()?;
@@ -206,7 +206,7 @@ fn policy_rule_behind_many_is_named_and_how_many_are_not_looked_at_is_told() {
         }
         add(4_000, "from 10.42.1.9", "52");
         let words = &real("that rule 4000 selects (from 10.42.1.9/32) leave by d0");
-        wait_until(words, PATIENCE, || has_problem(agent, words));
+        wait_until(words, TIMEOUT, || has_problem(agent, words));
         sh(host, "ip rule del pref 4000");
         let detail = |status: &Value| {
             status["kernel"]["routing"]["detail"].as_str().unwrap_or_default().to_owned()
@@ -244,7 +244,7 @@ fn missing_rule_of_the_main_table_is_named_and_the_advice_brings_the_ways_back()
             "no ip rule leads to table main",
             "ip rule add to 10.42.0.0/16 lookup main priority 32766",
         );
-        wait_until(words, PATIENCE, || has_problem(agent, words) && has_problem(agent, advice));
+        wait_until(words, TIMEOUT, || has_problem(agent, words) && has_problem(agent, advice));
         sh(host, advice);
         status_where(agent, |status| status["problems"] == serde_json::json!([]));
         Ok(())
@@ -292,7 +292,7 @@ fn rules_that_let_the_overlay_pass_are_no_problem() {
         let begun = std::time::Instant::now();
         // Longer than what it takes to name one.
         while begun.elapsed() < Duration::from_secs(4) {
-            let status = agent.ask("/v1/status", PATIENCE)?;
+            let status = agent.ask("/v1/status", TIMEOUT)?;
             assert_eq!(status["problems"], serde_json::json!([]), "{status:#}");
             std::thread::sleep(Duration::from_millis(100));
         }

@@ -16,7 +16,7 @@ use nix::{
 use serde_json::{Value, json};
 
 use crate::{
-    common::{Cluster, PATIENCE, isolated, program, skipped, tool, wait_until},
+    common::{Cluster, TIMEOUT, isolated, program, skipped, tool, wait_until},
     dockerd::{BUSYBOX, unpack_busybox},
 };
 
@@ -58,7 +58,7 @@ fn missing(programs: &[&str]) -> Option<String> {
 
 /// What a container of an agent's host has been given.
 fn addresses(agent: &mut Agent) -> Vec<String> {
-    let answer = agent.ask("/v1/pods", PATIENCE).expect("pods");
+    let answer = agent.ask("/v1/pods", TIMEOUT).expect("pods");
     let pods = answer["pods"].as_array().expect("a list");
     pods.iter().map(|pod| pod["addresses"][0].as_str().expect("one").to_owned()).collect()
 }
@@ -91,7 +91,7 @@ impl Containerd {
         let child = host.netns.spawn(&mut command).expect("containerd starts");
         let enter = format!("nsenter --mount --net --target {}", child.id());
         let this = Self { child, enter, dir };
-        wait_until("containerd answers", PATIENCE, || this.run("version").status.success());
+        wait_until("containerd answers", TIMEOUT, || this.run("version").status.success());
         this
     }
 
@@ -143,7 +143,7 @@ fn containers_of_containerd_reach_each_other() {
         }
         // ctr's own removal calls DEL.
         containerds[0].done("task kill --signal KILL box0");
-        wait_until("the container has ended", PATIENCE, || {
+        wait_until("the container has ended", TIMEOUT, || {
             containerds[0].done("task ls").contains("STOPPED")
         });
         containerds[0].done("task rm box0");

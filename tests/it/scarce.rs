@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// A trial that cannot be made is told after some more.
-const PATIENCE: Duration = Duration::from_secs(90);
+const TIMEOUT: Duration = Duration::from_secs(90);
 
 /// A cgroup with a process, whose threads it limits.
 struct Threads {
@@ -62,8 +62,8 @@ fn host_that_gives_no_threads_for_a_while_stops_neither_trials_for_good_nor_the_
             return Ok(());
         };
         let mut says = |state: &str, words: &str| {
-            wait_until(words, PATIENCE, || {
-                let status: Value = agent.ask("/v1/status", PATIENCE).expect("a status");
+            wait_until(words, TIMEOUT, || {
+                let status: Value = agent.ask("/v1/status", TIMEOUT).expect("a status");
                 let forwarding = &status["kernel"]["forwarding"];
                 forwarding["state"] == state && forwarding["detail"].to_string().contains(words)
             });
@@ -80,7 +80,7 @@ fn host_that_gives_no_threads_for_a_while_stops_neither_trials_for_good_nor_the_
             "nft add table bridge wall; \
              add chain bridge wall f { type filter hook forward priority 0; policy drop; }",
         );
-        wait_until("it is not told", PATIENCE, || {
+        wait_until("it is not told", TIMEOUT, || {
             has_problem(agent, "does not forward packets between its own pods")
         });
         threads.limit("1")?;

@@ -6,7 +6,7 @@ use gossamer::lab::{Agent, Pinger};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use crate::common::{Cluster, PATIENCE, client, isolated, program, status_where, wait_until};
+use crate::common::{Cluster, TIMEOUT, client, isolated, program, status_where, wait_until};
 
 /// Runs a step on the first member; gives the names of the secrets, or what was said instead.
 fn step(cluster: &Cluster, arguments: &[&str]) -> Result<Value, String> {
@@ -71,7 +71,7 @@ fn the_secret_is_changed_under_traffic_and_nobody_is_lost() {
         let answered = talking.join().expect("the stream ends")?;
         assert_eq!(answered, 1_000, "packets were lost");
         for agent in &mut cluster.agents {
-            let status = agent.wait_converged(4, PATIENCE)?;
+            let status = agent.wait_converged(4, TIMEOUT)?;
             assert_eq!(status["counters"]["downs"], 0, "somebody was lost: {status:#}");
         }
         // The old token is worth nothing now, and the new one is.
@@ -79,19 +79,19 @@ fn the_secret_is_changed_under_traffic_and_nobody_is_lost() {
         let seed = cluster.hosts[0].ip.to_string();
         let refused =
             Agent::start(program(), &stranger, &["--join", &seed, "--token", &old_token])?;
-        wait_until("it gets in", PATIENCE, || {
+        wait_until("it gets in", TIMEOUT, || {
             refused.log().contains("certificate of another secret")
         });
         drop(refused);
         cluster.token = crate::common::token_of(&mut cluster.agents[2])?;
         let fifth = lab.host(6, "n6")?;
         let mut fifth = cluster.start_agent(&fifth, &[])?;
-        fifth.wait_converged(5, PATIENCE)?;
+        fifth.wait_converged(5, TIMEOUT)?;
         // Over a restart, also with a configuration that nobody has brought up to date.
         cluster.agents[1].end(Signal::SIGTERM)?;
         let arguments = ["--token", &old_token, "--join", &seed];
         cluster.agents[1] = Agent::start(program(), &cluster.hosts[1], &arguments)?;
-        cluster.agents[1].wait_converged(5, PATIENCE)?;
+        cluster.agents[1].wait_converged(5, TIMEOUT)?;
         assert!(cluster.agents[1].log().contains("has a secret that the cluster has done with"));
         Ok(())
     });
@@ -102,7 +102,7 @@ fn whoever_missed_the_change_gets_in_again_with_a_new_token() {
     isolated(|lab| {
         let mut cluster = Cluster::start(lab, 3)?;
         let old = names(&step(&cluster, &["list"]).expect("listed")).remove(0);
-        let subnet = Agent::subnet(&cluster.agents[2].ask("/v1/status", PATIENCE)?)?;
+        let subnet = Agent::subnet(&cluster.agents[2].ask("/v1/status", TIMEOUT)?)?;
         cluster.agents[2].end(Signal::SIGTERM)?;
         status_where(&mut cluster.agents[0], |status| {
             status["members"].to_string().contains("\"down\"")
@@ -119,15 +119,15 @@ fn whoever_missed_the_change_gets_in_again_with_a_new_token() {
         let seed = cluster.hosts[0].ip.to_string();
         let host = &cluster.hosts[2];
         cluster.agents[2] = Agent::start(program(), host, &["--join", &seed])?;
-        wait_until("it gets in", PATIENCE, || {
-            let status = cluster.agents[2].ask("/v1/status", PATIENCE).expect("a status");
+        wait_until("it gets in", TIMEOUT, || {
+            let status = cluster.agents[2].ask("/v1/status", TIMEOUT).expect("a status");
             status["synced"] == false
         });
         cluster.agents[2].end(Signal::SIGTERM)?;
         let token = crate::common::token_of(&mut cluster.agents[0])?;
         let file = token_file(&host.dir, &token);
         cluster.agents[2] = Agent::start(program(), host, &["--token-file", &file])?;
-        let status = cluster.agents[2].wait_converged(3, PATIENCE)?;
+        let status = cluster.agents[2].wait_converged(3, TIMEOUT)?;
         assert_eq!(Agent::subnet(&status)?, subnet, "with the subnet it had");
         Ok(())
     });

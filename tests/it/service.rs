@@ -15,7 +15,7 @@ use nix::{
 };
 
 use crate::common::{
-    Cluster, PATIENCE, freeze, gossamer_token, isolated, program, skipped, thaw, wait_until,
+    Cluster, TIMEOUT, freeze, gossamer_token, isolated, program, skipped, thaw, wait_until,
 };
 
 const UNIT: &str = "config/gossamer.service";
@@ -26,7 +26,7 @@ fn systemd_hears_that_the_agent_has_started_how_it_is_and_that_its_loop_turns() 
         let host = lab.host(1, "n1")?;
         let path = host.dir.join("notify");
         let systemd = UnixDatagram::bind(&path)?;
-        systemd.set_read_timeout(Some(PATIENCE))?;
+        systemd.set_read_timeout(Some(TIMEOUT))?;
         let variables =
             [("NOTIFY_SOCKET", path.display().to_string()), ("WATCHDOG_USEC", "400000".to_owned())];
         let mut agent = Agent::start_with(program(), &host, &["--init"], &variables)?;
@@ -50,7 +50,7 @@ fn systemd_hears_that_the_agent_has_started_how_it_is_and_that_its_loop_turns() 
         systemd.set_read_timeout(Some(Duration::from_secs(1)))?;
         while hear().is_ok() {}
         thaw(&agent)?;
-        systemd.set_read_timeout(Some(PATIENCE))?;
+        systemd.set_read_timeout(Some(TIMEOUT))?;
         assert!(hear()?.contains(&"WATCHDOG=1".to_owned()));
         agent.end(Signal::SIGTERM)?;
         while !hear()?.contains(&"STOPPING=1".to_owned()) {}
@@ -74,20 +74,20 @@ fn a_hangup_has_log_seeds_and_token_read_again() {
         write(&format!("join = [\"10.99.0.99\"]\ntoken = \"{token}\"\n"))?;
         let config = settings.display().to_string();
         let mut agent = Agent::start(program(), &host, &["--config", &config])?;
-        agent.ask("/v1/status", PATIENCE)?;
+        agent.ask("/v1/status", TIMEOUT)?;
         assert!(!agent.log().contains("DEBUG"));
         let hangup = |agent: &Agent| kill(Pid::from_raw(agent.pid().cast_signed()), Signal::SIGHUP);
         write("mtu = \"many\"\n")?;
         hangup(&agent)?;
-        wait_until("not refused", PATIENCE, || agent.log().contains("nothing was changed"));
+        wait_until("not refused", TIMEOUT, || agent.log().contains("nothing was changed"));
 
         let right = &cluster.token;
         write(&format!("join = [\"10.99.0.10\"]\ntoken = \"{right}\"\nlog = \"debug\"\n"))?;
         hangup(&agent)?;
-        let status = agent.wait_converged(2, PATIENCE)?;
+        let status = agent.wait_converged(2, TIMEOUT)?;
         assert_eq!(status["name"], "n2");
         assert!(agent.log().contains("DEBUG"), "{}", agent.log());
-        cluster.agents[0].wait_converged(2, PATIENCE)?;
+        cluster.agents[0].wait_converged(2, TIMEOUT)?;
         Ok(())
     });
 }
@@ -98,11 +98,11 @@ fn the_journal_has_level_and_fields() {
         let host = lab.host(1, "n1")?;
         let format = ["--init", "--log-format", "journal"];
         let mut blind = Agent::start(program(), &host, &format)?;
-        wait_until("it starts", PATIENCE, || blind.log().contains("log_format: systemd's journal"));
+        wait_until("it starts", TIMEOUT, || blind.log().contains("log_format: systemd's journal"));
         blind.end(Signal::SIGTERM)?;
         fs::create_dir_all("/run/systemd/journal")?;
         let journal = UnixDatagram::bind("/run/systemd/journal/socket")?;
-        journal.set_read_timeout(Some(PATIENCE))?;
+        journal.set_read_timeout(Some(TIMEOUT))?;
         let _agent = Agent::start(program(), &host, &format)?;
         let mut buffer = [0; 8192];
         loop {

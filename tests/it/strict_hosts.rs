@@ -9,8 +9,8 @@ use serde_json::Value;
 use crate::{
     causes::{all, pair, wait_for_path, wait_for_words},
     common::{
-        Cluster, PATIENCE, client, eventually, has_problem, has_warning, isolated, run, sh,
-        skipped, status_where, tool, wait_until,
+        Cluster, TIMEOUT, client, eventually, has_problem, has_warning, isolated, run, sh, skipped,
+        status_where, tool, wait_until,
     },
     forwarding_far::{all_answer, with_pods},
 };
@@ -33,7 +33,7 @@ fn hold(agents: &mut [Agent], what: impl Fn(&Value) -> bool) -> anyhow::Result<(
     let begun = Instant::now();
     while begun.elapsed() < LONG {
         for agent in &mut *agents {
-            let status = agent.ask("/v1/status", PATIENCE)?;
+            let status = agent.ask("/v1/status", TIMEOUT)?;
             assert!(what(&status), "{status:#}");
         }
         std::thread::sleep(Duration::from_millis(300));
@@ -59,7 +59,7 @@ fn host_open_for_members_alone_is_no_problem_once_its_pods_answer() {
         let host = &cluster.hosts[1].netns;
         sh(host, "nft insert rule inet strict in udp dport 8472 drop");
         let words = "nothing that is asked of n2 through the tunnel is answered";
-        wait_until(words, PATIENCE, || has_problem(&mut cluster.agents[0], words));
+        wait_until(words, TIMEOUT, || has_problem(&mut cluster.agents[0], words));
         Ok(())
     });
 }
@@ -71,7 +71,7 @@ fn host_open_for_members_alone_without_pods_is_a_warning() {
         cluster.hosts.iter().for_each(|host| sh(&host.netns, DOCUMENTED));
         for (agent, other) in cluster.agents.iter_mut().zip(["n2", "n1"]) {
             let words = format!("the firewall of {other} drops ICMP and UDP 8473");
-            wait_until(&words, PATIENCE, || has_warning(agent, &words));
+            wait_until(&words, TIMEOUT, || has_warning(agent, &words));
         }
         hold(&mut cluster.agents, |status| status["problems"] == serde_json::json!([]))
     });
@@ -116,7 +116,7 @@ fn chain_that_translates_is_not_blamed_for_what_another_one_of_its_table_rejects
         let _spaces = with_pods(&mut cluster, &["a", "b"])?;
         sh(&cluster.hosts[1].netns, ROUTER);
         let words = "chain inet fw4 forward (hook forward)";
-        wait_until(words, PATIENCE, || has_problem(&mut cluster.agents[1], words));
+        wait_until(words, TIMEOUT, || has_problem(&mut cluster.agents[1], words));
         assert!(!has_problem(&mut cluster.agents[1], "srcnat"), "{}", cluster.agents[1].log());
         Ok(())
     });
@@ -134,7 +134,7 @@ fn masquerading_of_all_packets_by_one_host_is_no_problem_of_others() {
              nft add rule ip full post masquerade",
         );
         let words = "reach pods here under the address";
-        wait_until(words, PATIENCE, || has_warning(&mut cluster.agents[1], words));
+        wait_until(words, TIMEOUT, || has_warning(&mut cluster.agents[1], words));
         hold(&mut cluster.agents[..1], |status| status["problems"] == serde_json::json!([]))
     });
 }
@@ -150,7 +150,7 @@ fn rule_that_hands_forwarded_packets_to_no_program_is_named() {
             return Ok(());
         }
         let words = "chain ip filter FORWARD (hook forward) hands packets to a program (NFQUEUE)";
-        wait_until(words, PATIENCE, || has_problem(&mut cluster.agents[0], words));
+        wait_until(words, TIMEOUT, || has_problem(&mut cluster.agents[0], words));
         Ok(())
     });
 }
@@ -189,7 +189,7 @@ fn interface_that_became_a_port_of_a_bridge_is_named_with_the_bridge_to_choose()
         );
         let words =
             "address 10.99.0.10 is on interface br0 now, and iface = \\\"eth0\\\" forbids that one";
-        wait_until(words, PATIENCE, || has_problem(&mut cluster.agents[0], words));
+        wait_until(words, TIMEOUT, || has_problem(&mut cluster.agents[0], words));
         assert!(!has_problem(&mut cluster.agents[0], "ip addr add"));
         assert!(!has_problem(&mut cluster.agents[0], "once the network is back"));
         Ok(())

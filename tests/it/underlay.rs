@@ -13,7 +13,7 @@ use serde_json::Value;
 use crate::{
     cni::Runtime,
     common::{
-        Cluster, PATIENCE, client, eventually, has_problem, isolated, program, run, status_where,
+        Cluster, TIMEOUT, client, eventually, has_problem, isolated, program, run, status_where,
         token_of, tool, wait_until,
     },
 };
@@ -44,7 +44,7 @@ fn underlay(status: &Value) -> (String, String) {
 }
 
 fn status(agent: &mut Agent) -> Value {
-    agent.ask("/v1/status", PATIENCE).expect("a status")
+    agent.ask("/v1/status", TIMEOUT).expect("a status")
 }
 
 fn is_on(agent: &mut Agent, interface: &str, address: &str) -> bool {
@@ -62,7 +62,7 @@ fn wait_for_ping(from: &Pod, to: &Pod) {
 /// Starts an agent that creates a cluster, and waits for its underlay.
 fn alone(host: &Host, arguments: &[&str]) -> anyhow::Result<Agent> {
     let mut agent = Agent::start(program(), host, &[&["--init"], arguments].concat())?;
-    agent.wait_converged(1, PATIENCE)?;
+    agent.wait_converged(1, TIMEOUT)?;
     Ok(agent)
 }
 
@@ -134,7 +134,7 @@ fn uplink_that_fails_is_replaced_and_the_better_one_taken_again() {
             is_on(&mut cluster.agents[1], "eth0", "10.99.0.11")
         });
         wait_for_ping(&pods[0], &pods[1]);
-        let now = cluster.agents[1].wait_converged(2, PATIENCE)?;
+        let now = cluster.agents[1].wait_converged(2, TIMEOUT)?;
         assert_eq!(Agent::subnet(&now)?, subnet);
         Ok(())
     });
@@ -212,7 +212,7 @@ fn known_node_without_network_serves_its_pods_and_connects_when_it_comes() {
         tool(&host.netns, "ip addr add 10.99.0.11/16 dev eth0");
         tool(&host.netns, "ip route add default via 10.99.0.1");
         let came = Instant::now();
-        let status = cluster.agents[1].wait_converged(2, PATIENCE)?;
+        let status = cluster.agents[1].wait_converged(2, TIMEOUT)?;
         println!("connected after {:?}", came.elapsed());
         assert_eq!(underlay(&status), ("eth0".to_owned(), "10.99.0.11".to_owned()));
         assert_eq!(Agent::subnet(&status)?, subnet);
@@ -235,7 +235,7 @@ fn new_node_without_network_says_what_it_waits_for_and_joins_when_it_comes() {
         assert!(!client(&agent, &["leave"]).status.success());
         tool(&host.netns, "ip addr add 10.99.0.11/16 dev eth0");
         tool(&host.netns, "ip route add default via 10.99.0.1");
-        agent.wait_converged(2, PATIENCE)?;
+        agent.wait_converged(2, TIMEOUT)?;
         cluster.converge_with(&mut agent, 2)?;
 
         // An interface that does not exist is waited for, too, and named. A signal ends that.
@@ -367,7 +367,7 @@ fn ipv6_renumbering_moves_tunnels_to_the_preferred_address() {
         let token = token_of(&mut first)?;
         let join = ["--iface", "eth0", "--join", "2001:db8:1::1", "--token", &token];
         let mut second = Agent::start(program(), &hosts[1], &join)?;
-        second.wait_converged(2, PATIENCE)?;
+        second.wait_converged(2, TIMEOUT)?;
         // The provider gives another prefix: the old one is deprecated and stays valid for a while.
         for (number, host) in hosts.iter().enumerate() {
             let number = number + 1;
@@ -381,7 +381,7 @@ fn ipv6_renumbering_moves_tunnels_to_the_preferred_address() {
         eventually(&hosts[0].netns, "bridge fdb show dev gossamer.1", |fdb| {
             fdb.contains("dst 2001:db8:2::2 ")
         });
-        second.wait_converged(2, PATIENCE)?;
+        second.wait_converged(2, TIMEOUT)?;
         Ok(())
     });
 }
@@ -401,7 +401,7 @@ fn seed_name_with_dead_addresses_delays_no_join() {
         let came = Instant::now();
         let arguments = ["--join", "seeds", "--token", &cluster.token];
         let mut agent = Agent::start(program(), &host, &arguments)?;
-        agent.wait_converged(2, PATIENCE)?;
+        agent.wait_converged(2, TIMEOUT)?;
         // One after the other they would take four seconds each.
         assert!(came.elapsed() < Duration::from_secs(4), "{:?}", came.elapsed());
         cluster.converge_with(&mut agent, 2)

@@ -8,7 +8,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::common::{
-    Cluster, PATIENCE, client, eventually, has_problem, isolated, program, run, skipped, token_of,
+    Cluster, TIMEOUT, client, eventually, has_problem, isolated, program, run, skipped, token_of,
     tool, wait_until,
 };
 
@@ -34,7 +34,7 @@ fn add_uplink(host: &Host, address: &str) {
 }
 
 fn underlay(agent: &mut Agent) -> (String, String) {
-    let status = agent.ask("/v1/status", PATIENCE).expect("a status");
+    let status = agent.ask("/v1/status", TIMEOUT).expect("a status");
     let text = |key: &str| status["kernel"][key].as_str().unwrap_or_default().to_owned();
     (text("underlay_interface"), text("underlay_address"))
 }
@@ -59,7 +59,7 @@ fn better_default_route_that_leads_to_no_peer_moves_no_underlay() {
         // Members are known on the disk, so that a start chooses no worse.
         cluster.agents[1].end(Signal::SIGTERM)?;
         cluster.agents[1] = Agent::start(program(), &cluster.hosts[1], &[])?;
-        cluster.agents[1].wait_converged(2, PATIENCE)?;
+        cluster.agents[1].wait_converged(2, TIMEOUT)?;
         assert_eq!(underlay(&mut cluster.agents[1]), eth0);
         tool(&pods[1].netns, &format!("ping -c 1 -W 5 {}", pods[0].ip));
         Ok(())
@@ -75,7 +75,7 @@ fn creator_with_a_public_default_route_moves_to_the_network_of_its_first_peer() 
             tool(&host.netns, "ip route replace default via 192.0.2.1 dev tun0 onlink");
         }
         let mut creator = Agent::start(program(), &first, &["--init"])?;
-        creator.wait_converged(1, PATIENCE)?;
+        creator.wait_converged(1, TIMEOUT)?;
         assert_eq!(
             underlay(&mut creator),
             is("tun0", "198.51.100.2"),
@@ -84,7 +84,7 @@ fn creator_with_a_public_default_route_moves_to_the_network_of_its_first_peer() 
         let token = token_of(&mut creator)?;
         let seed = first.ip.to_string();
         let mut joiner = Agent::start(program(), &second, &["--join", &seed, "--token", &token])?;
-        wait_until("it stays at the public address", PATIENCE, || {
+        wait_until("it stays at the public address", TIMEOUT, || {
             underlay(&mut creator) == is("eth0", "10.99.0.10")
         });
         assert_eq!(underlay(&mut joiner), is("eth0", "10.99.0.11"), "its seed is in that network");
@@ -111,7 +111,7 @@ fn host_with_its_only_address_on_lo_uses_it_unasked() {
             tool(&host.netns, command);
         }
         let mut agent = Agent::start(program(), &host, &["--init"])?;
-        agent.wait_converged(1, PATIENCE)?;
+        agent.wait_converged(1, TIMEOUT)?;
         assert_eq!(underlay(&mut agent), is("lo", "10.50.0.1"));
         Ok(())
     });
@@ -130,7 +130,7 @@ fn interface_is_found_by_its_alternative_name() {
             return Ok(());
         }
         let mut agent = Agent::start(program(), &host, &["--init", "--iface", name])?;
-        agent.wait_converged(1, PATIENCE)?;
+        agent.wait_converged(1, TIMEOUT)?;
         assert_eq!(underlay(&mut agent), is("eth0", "10.99.0.10"));
         Ok(())
     });
@@ -147,9 +147,9 @@ fn ipv6_underlay_is_used_up_to_the_mtu_that_its_router_has_told() {
             return Ok(());
         }
         let mut agent = Agent::start(program(), &host, &["--init", "--iface", "eth0"])?;
-        agent.wait_converged(1, PATIENCE)?;
+        agent.wait_converged(1, TIMEOUT)?;
         let is_mtu = |agent: &mut Agent, mtu: u32| {
-            agent.ask("/v1/status", PATIENCE).expect("a status")["kernel"]["mtu"] == mtu
+            agent.ask("/v1/status", TIMEOUT).expect("a status")["kernel"]["mtu"] == mtu
         };
         assert!(is_mtu(&mut agent, 1_430));
         tool(&host.netns, "sysctl -qw net.ipv6.conf.eth0.mtu=1400");
@@ -192,7 +192,7 @@ fn tunnel_packets_led_elsewhere_are_named_by_interface_and_table() {
             let doctor = String::from_utf8(client(agent, &["doctor"]).stdout)?;
             assert!(!doctor.contains("gossamer forget"), "{doctor}");
             let is_well = |agent: &mut Agent| {
-                let status: Value = agent.ask("/v1/status", PATIENCE).expect("a status");
+                let status: Value = agent.ask("/v1/status", TIMEOUT).expect("a status");
                 status["problems"].as_array().is_some_and(Vec::is_empty)
             };
             if let Some((_, advice)) = named.split_once("come first: ") {
@@ -220,7 +220,7 @@ fn token_whose_address_each_host_has_is_named_and_another_address_helps() {
             tool(&host.netns, "ip route replace default via 10.0.2.2 dev tun0 onlink");
         }
         let mut creator = Agent::start(program(), &first, &["--init"])?;
-        creator.wait_converged(1, PATIENCE)?;
+        creator.wait_converged(1, TIMEOUT)?;
         let token = token_of(&mut creator)?;
         let mut joiner = Agent::start(program(), &second, &["--token", &token])?;
         let words = "the token's address 10.0.2.15:8473 is this host's own";
@@ -238,7 +238,7 @@ fn token_whose_address_each_host_has_is_named_and_another_address_helps() {
         assert!(doctor.contains("PROBLEM   seeds          the token's address"), "{doctor}");
         let there = first.ip.to_string();
         joiner = Agent::start(program(), &second, &["--token", &token, "--join", &there])?;
-        joiner.wait_converged(2, PATIENCE)?;
+        joiner.wait_converged(2, TIMEOUT)?;
         assert!(!has_problem(&mut joiner, words));
         Ok(())
     });
@@ -268,7 +268,7 @@ fn hosts_that_were_all_renumbered_while_they_were_off_are_told_what_helps() {
         cluster.agents[1].end(Signal::SIGTERM)?;
         cluster.agents[1] = Agent::start(program(), &cluster.hosts[1], &[])?;
         wait_until("it is not named again", NAMED, || has_problem(&mut cluster.agents[1], words));
-        let status = cluster.agents[1].ask("/v1/status", PATIENCE)?;
+        let status = cluster.agents[1].ask("/v1/status", TIMEOUT)?;
         assert_eq!(status["problems"].as_array().map(Vec::len), Some(1), "{status:#}");
         cluster.agents[1].end(Signal::SIGTERM)?;
         let join = ["--join", "10.98.0.10"];
@@ -294,9 +294,9 @@ fn only_address_deprecated_is_named_until_it_is_preferred_again() {
         }
         let mut agent = Agent::start(program(), &host, &["--init"])?;
         let words = "eth0 (2001:db8:1::1) is deprecated, so it is not used";
-        wait_until(words, PATIENCE, || has_problem(&mut agent, words));
+        wait_until(words, TIMEOUT, || has_problem(&mut agent, words));
         tool(&host.netns, "ip addr change 2001:db8:1::1/64 dev eth0 preferred_lft forever");
-        agent.wait_converged(1, PATIENCE)?;
+        agent.wait_converged(1, TIMEOUT)?;
         Ok(())
     });
 }

@@ -14,8 +14,8 @@ use nix::{
 
 use crate::{
     common::{
-        Cluster, PATIENCE, checksum, echoes, eventually, isolated, run, skipped, status_where,
-        tool, wait_until,
+        Cluster, TIMEOUT, checksum, echoes, eventually, isolated, run, skipped, status_where, tool,
+        wait_until,
     },
     families,
 };
@@ -75,7 +75,7 @@ fn tunnel_packets_to_several_hosts_are_dropped_and_counted_though_a_member_sends
         of_others[6] = 9;
         send_to_all(&cluster.hosts[0], &of_others, 8472);
         assert!(run(&pods[0].netns, &format!("ping -c 1 -W 2 {}", pods[1].ip)).status.success());
-        let status = cluster.agents[1].ask("/v1/status", PATIENCE)?;
+        let status = cluster.agents[1].ask("/v1/status", TIMEOUT)?;
         assert_eq!(status["kernel"]["non_members_dropped"].as_u64(), Some(3));
         Ok(())
     });
@@ -102,7 +102,7 @@ fn user_of_a_host_cannot_speak_as_a_pod_and_reaches_pods() {
 
         // What root can do in any case, to see that the forgery is one.
         assert!(sends(host, "env", &path, &peer, 8472));
-        wait_until("the forgery is none", PATIENCE, || echoes(&pods[1].netns) == 1);
+        wait_until("the forgery is none", TIMEOUT, || echoes(&pods[1].netns) == 1);
         let way = |words: &str| tool(host, &format!("ip route get {peer} {words}"));
         // Also where the user names the interface, packets come back to this host.
         for (port, user, is_back) in [(8472, 1234, true), (8474, 1234, false), (8472, 0, false)] {
@@ -191,19 +191,19 @@ fn no_user_speaks_as_a_pod(
         skipped(test, "there are no users but root here");
         return Ok(());
     }
-    let pod = hosts[1].pod(Agent::subnet(&agents[1].ask("/v1/status", PATIENCE)?)?, 1430)?;
+    let pod = hosts[1].pod(Agent::subnet(&agents[1].ask("/v1/status", TIMEOUT)?)?, 1430)?;
     let link = tool(&hosts[1].netns, "ip -br link show gossamer.1");
     let forgery = forgery(link.split_whitespace().nth(2).expect("a MAC"), pod.ip.octets());
     let to = underlays[1].parse()?;
     let dropped = |agents: &mut [Agent; 2]| {
-        let status = agents[0].ask("/v1/status", PATIENCE).expect("a status");
+        let status = agents[0].ask("/v1/status", TIMEOUT).expect("a status");
         status["kernel"]["non_members_dropped"].as_u64().unwrap_or_default()
     };
     send_by_a_known_route(host, 0, &forgery, to)?;
-    wait_until("the forgery is none", PATIENCE, || echoes(&pod.netns) > 0);
+    wait_until("the forgery is none", TIMEOUT, || echoes(&pod.netns) > 0);
     let (heard, before) = (echoes(&pod.netns), dropped(&mut agents));
     send_by_a_known_route(host, 1234, &forgery, to)?;
-    wait_until("nothing is dropped", PATIENCE, || dropped(&mut agents) > before);
+    wait_until("nothing is dropped", TIMEOUT, || dropped(&mut agents) > before);
     assert_eq!(echoes(&pod.netns), heard, "a user speaks as a pod");
     // What the kernel puts into the tunnel for a user still belongs to the user's socket.
     let before = dropped(&mut agents);

@@ -8,7 +8,7 @@ use anyhow::ensure;
 use crate::{
     common::{Needs, on_machines, say},
     machine::{Machine, SOON, World},
-    pair::{PATIENCE, Pair, add_pod, status},
+    pair::{Pair, TIMEOUT, add_pod, status},
 };
 
 const LIMIT: Duration = Duration::from_secs(1200);
@@ -25,7 +25,7 @@ fn repairs(host: &mut Machine) -> anyhow::Result<u64> {
 /// Restarts it by a script, which may cost packets; then nothing may.
 fn restart_and_watch(pair: &mut Pair, what: &str, script: &str) -> anyhow::Result<()> {
     let during =
-        pair.lost_while(Duration::from_secs(5), |host| host.ok_within(script, PATIENCE).map(drop))?;
+        pair.lost_while(Duration::from_secs(5), |host| host.ok_within(script, TIMEOUT).map(drop))?;
     let before = repairs(&mut pair.hosts[1])?;
     let after = pair.lost_while(Duration::from_secs(30), |_| Ok(()))?;
     let fought = repairs(&mut pair.hosts[1])? - before;

@@ -7,7 +7,7 @@ use anyhow::{Context as _, ensure};
 use crate::{
     common::{Needs, on_machines, say},
     machine::{Machine, SOON, World},
-    pair::{PATIENCE, Pair, converged, install, status},
+    pair::{Pair, TIMEOUT, converged, install, status},
 };
 
 const LIMIT: Duration = Duration::from_secs(1200);
@@ -54,10 +54,10 @@ fn start_order(world: &mut World) -> anyhow::Result<()> {
          sed -i 's/\\$?/$$?/' /etc/systemd/system/docker.service
          systemctl -q enable docker gossamer",
     )?;
-    host.ok_within("systemctl start gossamer", PATIENCE)?;
+    host.ok_within("systemctl start gossamer", TIMEOUT)?;
     let subnet = converged(&mut host, 1)?;
     host.reboot()?;
-    host.run("systemctl is-system-running --wait", PATIENCE)?;
+    host.run("systemctl is-system-running --wait", TIMEOUT)?;
     ensure!(converged(&mut host, 1)? == subnet, "another subnet after a reboot");
     let online = moment(&mut host, "network-online.target", "ActiveEnterTimestampMonotonic")?;
     let begun = moment(&mut host, "gossamer", "InactiveExitTimestampMonotonic")?;
@@ -83,8 +83,8 @@ fn start_order(world: &mut World) -> anyhow::Result<()> {
     let saw = host.ok("cat /root/docker-saw")?;
     ensure!(["0\n", "3\n"].contains(&code.as_str()), "docker saw ({code}): {saw}");
     // Removed, it leaves no unit; settings go with a purge.
-    host.ok_within("dpkg -r gossamer 2>&1; test -e /etc/gossamer/gossamer.toml", PATIENCE)?;
-    host.ok_within("dpkg -P gossamer 2>&1; test ! -e /etc/gossamer", PATIENCE)?;
+    host.ok_within("dpkg -r gossamer 2>&1; test -e /etc/gossamer/gossamer.toml", TIMEOUT)?;
+    host.ok_within("dpkg -P gossamer 2>&1; test ! -e /etc/gossamer", TIMEOUT)?;
     let left = host.run("systemctl cat gossamer", SOON)?;
     ensure!(left.code != 0, "a unit is left: {}", left.text);
     Ok(())
@@ -107,7 +107,7 @@ fn faults(world: &mut World) -> anyhow::Result<()> {
     ensure!(loss.lost == 0 && pid == same, "reload: {loss}; process {pid}, then {same}");
 
     let loss = pair.lost_while(quiet, |host| {
-        host.ok_within("systemctl restart gossamer", PATIENCE)?;
+        host.ok_within("systemctl restart gossamer", TIMEOUT)?;
         converged(host, 2).map(drop)
     })?;
     say(&format!("restart: {loss}"));
@@ -116,7 +116,7 @@ fn faults(world: &mut World) -> anyhow::Result<()> {
     let loss = pair.lost_while(quiet, |host| {
         let pid = property(host, "gossamer", "MainPID")?;
         host.ok(&format!("kill -9 {pid}"))?;
-        wait_other_process(host, &pid, PATIENCE)?;
+        wait_other_process(host, &pid, TIMEOUT)?;
         converged(host, 2).map(drop)
     })?;
     say(&format!("kill -9: {loss}"));
@@ -135,7 +135,7 @@ fn faults(world: &mut World) -> anyhow::Result<()> {
     let before = kernel_state(&mut pair.hosts[1])?;
     ensure!(before.contains("gossamer.1") && before.contains("via"), "{before}");
     let loss = pair.lost_while(Duration::from_secs(10), |host| {
-        host.ok_within("systemctl stop gossamer", PATIENCE).map(drop)
+        host.ok_within("systemctl stop gossamer", TIMEOUT).map(drop)
     })?;
     let after = kernel_state(&mut pair.hosts[1])?;
     say(&format!("stop: {loss}"));
@@ -143,7 +143,7 @@ fn faults(world: &mut World) -> anyhow::Result<()> {
     ensure!(before == after, "stopped, it left:\n{after}\nIt was:\n{before}");
 
     let loss = pair.lost_while(quiet, |host| {
-        host.ok_within("systemctl start gossamer", PATIENCE)?;
+        host.ok_within("systemctl start gossamer", TIMEOUT)?;
         converged(host, 2).map(drop)
     })?;
     say(&format!("start: {loss}; {}, {}", pair.hosts[0].figures(), pair.hosts[1].figures()));

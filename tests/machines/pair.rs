@@ -11,7 +11,7 @@ use crate::{
 };
 
 /// The longest that an installation, or the start of an agent, takes in emulation.
-pub const PATIENCE: Duration = Duration::from_secs(180);
+pub const TIMEOUT: Duration = Duration::from_secs(180);
 
 pub struct Pair {
     pub hosts: [Machine; 2],
@@ -42,7 +42,7 @@ impl std::fmt::Display for Loss {
 /// Installs the package and writes the settings; does not start anything.
 pub fn install(machine: &mut Machine, settings: &str) -> anyhow::Result<()> {
     machine.take_parcel()?;
-    machine.ok_within("dpkg -i /parcel/gossamer.deb 2>&1", PATIENCE)?;
+    machine.ok_within("dpkg -i /parcel/gossamer.deb 2>&1", TIMEOUT)?;
     // The one of the package is what is tested, not the one beside it.
     machine.ok("rm -f /usr/local/bin/gossamer; test -x /usr/bin/gossamer")?;
     machine.ok(&format!("printf '{settings}' >> /etc/gossamer/gossamer.toml")).map(drop)
@@ -56,7 +56,7 @@ pub fn status(machine: &mut Machine) -> anyhow::Result<Value> {
 /// Waits until a host has converged with so many members; gives its subnet.
 pub fn converged(machine: &mut Machine, members: usize) -> anyhow::Result<String> {
     let wait = format!("gossamer status --wait=150 --members {members} -o json 2>&1");
-    let answer = machine.run(&wait, PATIENCE)?;
+    let answer = machine.run(&wait, TIMEOUT)?;
     if answer.code != 0 {
         let journal = machine.ok("journalctl -b -u gossamer --no-pager | tail -40")?;
         anyhow::bail!("{} has not converged: {}\n{journal}", machine.name(), answer.text);
@@ -94,11 +94,11 @@ impl Pair {
         let mut first = first?;
         let mut second = second.map_err(|_| anyhow::anyhow!("the second host's thread"))??;
         say(&format!("two hosts with the package: {}, {}", first.figures(), second.figures()));
-        first.ok_within("systemctl enable --now gossamer 2>&1", PATIENCE)?;
+        first.ok_within("systemctl enable --now gossamer 2>&1", TIMEOUT)?;
         let mut subnets = [converged(&mut first, 1)?, String::new()];
         let token = first.ok("gossamer token")?;
         second.ok(&format!("umask 077; echo {} > /etc/gossamer/token", token.trim()))?;
-        second.ok_within("systemctl enable --now gossamer 2>&1", PATIENCE)?;
+        second.ok_within("systemctl enable --now gossamer 2>&1", TIMEOUT)?;
         subnets[1] = converged(&mut second, 2)?;
         converged(&mut first, 2)?;
         let pods = [add_pod(&mut first, "pod")?, add_pod(&mut second, "pod")?];

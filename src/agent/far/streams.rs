@@ -19,7 +19,7 @@ use crate::dataplane::forwarding::{
 /// Connections that are answered at once.
 const AT_ONCE: usize = 64;
 /// A connection that is not at its end by then does not get there.
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 const BACKLOG: i32 = 64;
 /// Bytes that are read at once.
 const PART: usize = 1 << 14;
@@ -157,7 +157,7 @@ impl Guests {
     /// Goes on with each as far as it goes. A question of which all has come is answered if the answer of
     /// `give` to its sender and its round is yes. Says whether one was turned away.
     pub fn go_on(&mut self, mut give: impl FnMut(IpAddr, u32) -> bool) -> bool {
-        self.guests.retain(|guest| guest.since.elapsed() < PATIENCE);
+        self.guests.retain(|guest| guest.since.elapsed() < TIMEOUT);
         while self.guests.len() < AT_ONCE
             && let Ok((socket, from)) = self.listener.accept()
         {

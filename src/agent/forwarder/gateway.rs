@@ -27,7 +27,7 @@ use crate::{
 };
 
 /// What is not answered by then is not answered: the kernel asks again after a second.
-const PATIENCE: Duration = Duration::from_millis(1500);
+const TIMEOUT: Duration = Duration::from_millis(1500);
 /// Between two looks; the answer is usually there at the first.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
@@ -71,7 +71,7 @@ impl Gateway {
                 false
             }
         });
-        let until = Instant::now() + PATIENCE;
+        let until = Instant::now() + TIMEOUT;
         let mut pause = FIRST_PAUSE;
         loop {
             open.retain(|ip| match self.look(*ip) {

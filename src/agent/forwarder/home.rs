@@ -33,7 +33,7 @@ use crate::{
 };
 
 /// What has not come by then is lost.
-const PATIENCE: Duration = Duration::from_secs(1);
+const TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Sockets of both families, in the pod and on this host.
 pub struct Home(Vec<Ends>);
@@ -81,7 +81,7 @@ impl Home {
     ) -> io::Result<Vec<(Way, Seen)>> {
         let mut checks = self.0.iter().map(Check::begin).collect::<io::Result<Vec<_>>>()?;
         checks.iter().for_each(Check::send);
-        let until = Instant::now() + PATIENCE;
+        let until = Instant::now() + TIMEOUT;
         loop {
             let pause = until.saturating_duration_since(Instant::now());
             let fds: Vec<_> = checks.iter().flat_map(|check| check.ends.fds()).collect();

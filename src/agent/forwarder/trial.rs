@@ -33,7 +33,7 @@ use crate::{
 };
 
 /// What has not come by then is lost.
-const PATIENCE: Duration = Duration::from_secs(1);
+const TIMEOUT: Duration = Duration::from_secs(1);
 /// Peers that are asked at once.
 const ASKED: usize = 3;
 /// By so many bytes the pod's own MTU exceeds that of the tunnel.
@@ -149,7 +149,7 @@ impl Trial<'_> {
             check.send()?;
             self.inject(check, &tunnel);
         }
-        let until = Instant::now() + PATIENCE;
+        let until = Instant::now() + TIMEOUT;
         loop {
             let pause = until.saturating_duration_since(Instant::now());
             let mut fds: Vec<_> = checks.iter().flat_map(Check::fds).collect();

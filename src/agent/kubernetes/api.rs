@@ -29,7 +29,7 @@ use crate::{files, worker::resolve};
 
 /// Where Kubernetes puts what a pod needs to speak to it.
 const ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
-const PATIENCE: Duration = Duration::from_secs(5);
+const TIMEOUT: Duration = Duration::from_secs(5);
 /// Longest pause that the API server may ask for.
 const PAUSE_MAX: Duration = Duration::from_secs(60);
 /// Longest answer that is read, in bytes.
@@ -115,8 +115,8 @@ impl Api {
         let failed = |error: &dyn std::fmt::Display| {
             format!("https://{}:{}{target}: {error}", self.host, self.port)
         };
-        let asked = tokio::time::timeout(PATIENCE, self.request(target)).await;
-        let waited = format_args!("no answer within {PATIENCE:?}");
+        let asked = tokio::time::timeout(TIMEOUT, self.request(target)).await;
+        let waited = format_args!("no answer within {TIMEOUT:?}");
         asked.map_err(|_| failed(&waited))?.map_err(|error| failed(&format_args!("{error:#}")))
     }
 

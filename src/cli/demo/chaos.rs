@@ -24,7 +24,7 @@ use crate::{
 };
 
 /// A deed that is not undone after this time will not be.
-const PATIENCE: Duration = Duration::from_secs(5);
+const TIMEOUT: Duration = Duration::from_secs(5);
 /// Requests while one deed is done and undone, and between two of them.
 const REQUESTS: u16 = 100;
 const INTERVAL: Duration = Duration::from_millis(5);
@@ -85,7 +85,7 @@ pub fn vandalise(
         let begun = Instant::now();
         host.netns.run(|| fault.commit(device)).with_context(|| what)?;
         while shown(host, device)? != before {
-            ensure!(begun.elapsed() < PATIENCE, "{what}: not put right in {}", span(PATIENCE));
+            ensure!(begun.elapsed() < TIMEOUT, "{what}: not put right in {}", span(TIMEOUT));
             thread::sleep(Duration::from_micros(500));
         }
         let took = begun.elapsed();

@@ -40,7 +40,7 @@ const ROUND: Duration = Duration::from_secs(2);
 const REPEAT: u32 = 15;
 const ANSWER: Duration = Duration::from_millis(300);
 /// For the agent to come up, and for the token to be written.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 const RETRY: Duration = Duration::from_millis(100);
 
 #[derive(Debug, Args)]
@@ -248,10 +248,10 @@ fn keep_routes(routes: &[Route]) -> anyhow::Result<()> {
 }
 
 fn wait_until(what: &str, mut reached: impl FnMut() -> bool) -> anyhow::Result<()> {
-    let until = std::time::Instant::now() + PATIENCE;
+    let until = std::time::Instant::now() + TIMEOUT;
     while !reached() {
         if std::time::Instant::now() > until {
-            bail!("{what} after {PATIENCE:?}");
+            bail!("{what} after {TIMEOUT:?}");
         }
         thread::sleep(RETRY);
     }

@@ -22,7 +22,7 @@ use crate::{
     lab::{Agent, Host, Lab, Pinger, Pod, tables},
 };
 
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 const PING_TIMEOUT: Duration = Duration::from_secs(2);
 const POD_MTU: u32 = 1450;
 /// Pings at 10 ms while an agent is dead.
@@ -90,8 +90,8 @@ impl Story {
         let (program, host) = (&self.program, &self.hosts[0]);
         let (agent, token) = self.screen.step("n1 creates the cluster", || {
             let mut agent = Agent::start(program, host, &["--init"])?;
-            let status = agent.wait_converged(1, PATIENCE)?;
-            let answer = agent.ask("/v1/token", PATIENCE)?;
+            let status = agent.wait_converged(1, TIMEOUT)?;
+            let answer = agent.ask("/v1/token", TIMEOUT)?;
             let token = answer["token"].as_str().context("no token")?.to_owned();
             let subnet = Agent::subnet(&status)?;
             Ok(((agent, token), format!("cluster {}, n1 has {subnet}", text(&status["cluster"]))))
@@ -113,7 +113,7 @@ impl Story {
             }
             let begun = Instant::now();
             for agent in agents.iter_mut() {
-                subnets.push(Agent::subnet(&agent.wait_converged(count, PATIENCE)?)?);
+                subnets.push(Agent::subnet(&agent.wait_converged(count, TIMEOUT)?)?);
             }
             for (n, subnet) in subnets.iter().enumerate() {
                 ensure!(!subnets[..n].contains(subnet), "{subnet} was leased twice");
@@ -222,10 +222,10 @@ impl Story {
         self.screen.step("it is started again, without seeds or token", || {
             let begun = Instant::now();
             agents[1] = Agent::start(program, &hosts[1], &[])?;
-            let after = agents[1].wait_subnet(PATIENCE)?;
+            let after = agents[1].wait_subnet(TIMEOUT)?;
             let ready = begun.elapsed();
             ensure!(after == before, "it had {before} and has {after} now");
-            agents[1].wait_converged(count, PATIENCE)?;
+            agents[1].wait_converged(count, TIMEOUT)?;
             reach(&mut Pinger::new(&from.netns)?, to)?;
             Ok(((), format!("same subnet {after}, known {} after the start", span(ready))))
         })
@@ -245,7 +245,7 @@ impl Story {
                     if routes(&shown) == last - 1 && !shown.contains(&subnet.to_string()) {
                         break;
                     }
-                    ensure!(begun.elapsed() < PATIENCE, "{} still has its entries", host.name);
+                    ensure!(begun.elapsed() < TIMEOUT, "{} still has its entries", host.name);
                     thread::sleep(Duration::from_millis(1));
                 }
             }
@@ -267,7 +267,7 @@ impl Story {
             let seed = hosts[0].ip.to_string();
             agents[last] =
                 Agent::start(program, &hosts[last], &["--join", &seed, "--token", token])?;
-            let status = agents[last].wait_converged(last + 1, PATIENCE)?;
+            let status = agents[last].wait_converged(last + 1, TIMEOUT)?;
             Ok(((), format!("it has {}", Agent::subnet(&status)?)))
         })
     }

@@ -40,7 +40,7 @@ const ASK: Duration = Duration::from_millis(2_000);
 /// A connection that is made later than this may carry data too late for that.
 const CONNECTED: Duration = Duration::from_millis(1_000);
 /// What it does not say by then it does not say.
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 /// An answer may come at least so long after the peer has told that it was sent.
 const GRACE: Duration = Duration::from_millis(500);
 /// A step that comes later than this after its time: this process had no turn, so the round proves no loss.

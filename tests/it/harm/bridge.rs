@@ -5,7 +5,7 @@ use gossamer::lab::{Agent, NetNs};
 use super::{advertise, wait_for_link_local};
 use crate::{
     cni::Runtime,
-    common::{Cluster, PATIENCE, eventually, isolated, program, tool, wait_until},
+    common::{Cluster, TIMEOUT, eventually, isolated, program, tool, wait_until},
 };
 
 /// A frame to a link-local group, or a query of multicast listeners, by a pod would change where the bridge
@@ -39,7 +39,7 @@ fn interface_that_is_called_like_ours_hears_its_router() {
     isolated(|lab| {
         let host = lab.host(1, "n1")?;
         let mut agent = Agent::start(program(), &host, &["--init"])?;
-        agent.wait_converged(1, PATIENCE)?;
+        agent.wait_converged(1, TIMEOUT)?;
         let rules = tool(&host.netns, "nft list chain inet gossamer.1 routers");
         assert!(rules.contains("nd-router-advert"), "{rules}");
         let router = NetNs::new("router")?;
@@ -53,7 +53,7 @@ fn interface_that_is_called_like_ours_hears_its_router() {
         tool(&router, "ip link set eth0 up");
         wait_for_link_local(&router, "eth0");
         let learned = || tool(netns, "ip -6 route show default").contains("dev gsm8");
-        wait_until("the router is not heard", PATIENCE, || advertise(&router).is_ok() && learned());
+        wait_until("the router is not heard", TIMEOUT, || advertise(&router).is_ok() && learned());
         Ok(())
     });
 }

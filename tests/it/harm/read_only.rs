@@ -14,7 +14,7 @@ fn where_sysctls_are_read_only_the_guard_drops_what_would_give_routes_and_nothin
         // Held to their addresses pods cannot send it in the first place.
         let loose = ["--init", "--anti-spoofing", "false"];
         let mut agent = Agent::start(&wrapped, &host, &loose)?;
-        agent.wait_converged(1, PATIENCE)?;
+        agent.wait_converged(1, TIMEOUT)?;
         let space = NetNs::new("pod1")?;
         let added = Runtime::new(&agent).add("pod1");
         let gateway = added["ips"][0]["gateway"].as_str().expect("a gateway").to_owned();

@@ -13,7 +13,7 @@ use super::{
 use crate::{
     cni::{Runtime, address, namespaces},
     common::{
-        PATIENCE, client, gossamer_token, has_problem, isolated, program, status_where, tool,
+        TIMEOUT, client, gossamer_token, has_problem, isolated, program, status_where, tool,
         wait_until,
     },
 };
@@ -33,7 +33,7 @@ fn pair(lab: &mut Lab) -> anyhow::Result<(ApiServer, Vec<Host>, String, [Agent; 
     let mut agents =
         [start(&hosts[0], &token, server.port)?, start(&hosts[1], &token, server.port)?];
     for agent in &mut agents {
-        agent.wait_converged(2, PATIENCE)?;
+        agent.wait_converged(2, TIMEOUT)?;
     }
     Ok((server, hosts, token, agents))
 }
@@ -83,7 +83,7 @@ fn agent_without_a_subnet_says_what_it_waits_for_and_ends_at_once_when_asked() {
         server.register("n1", &host.ip.to_string(), &["10.43.0.0/24"]);
         status_where(&mut agent, |status| is_waiting_for(status, "set network to the cluster's"));
         server.register("n1", &host.ip.to_string(), &["10.42.7.0/24"]);
-        let status = agent.wait_converged(1, PATIENCE)?;
+        let status = agent.wait_converged(1, TIMEOUT)?;
         assert_eq!(status["subnet"], "10.42.7.0/24");
         Ok(())
     });
@@ -96,7 +96,7 @@ fn only_an_answer_about_the_node_keeps_it_from_its_last_subnet() {
         let hosts = nodes(lab, &server, 1)?;
         let (host, token) = (&hosts[0], gossamer_token()?);
         let mut agent = start(host, &token, server.port)?;
-        agent.wait_converged(1, PATIENCE)?;
+        agent.wait_converged(1, TIMEOUT)?;
         let well = server.port;
         for (mood, port) in [
             (Mood::Well, closed_port()),
@@ -144,14 +144,14 @@ fn nodes_that_could_not_list_the_others_say_so_and_find_them_later() {
                 // It serves its pods all the same.
                 let status = status_where(agent, |status| status["phase"] == "member");
                 assert_eq!(status["converged"], false, "{status:#}");
-                wait_until("the reason is not told", 2 * PATIENCE, || {
+                wait_until("the reason is not told", 2 * TIMEOUT, || {
                     has_problem(agent, "no other node is known") && has_problem(agent, why)
                 });
                 assert!(agent.log().contains("Kubernetes does not list the other nodes"));
             }
             server.answer(Mood::Well, Mood::Well);
             for agent in &mut agents {
-                agent.wait_converged(2, 2 * PATIENCE)?;
+                agent.wait_converged(2, 2 * TIMEOUT)?;
                 assert!(!has_problem(agent, "no other node is known"));
             }
             for agent in &mut agents {
@@ -175,16 +175,16 @@ fn node_that_is_registered_anew_with_another_subnet_moves_to_it() {
         let far = Runtime::new(&agents[1]).add("far");
         // The node's object is gone: that is said, and nothing else changes.
         server.delete("n1");
-        wait_until("it is said that the node is not registered", 3 * PATIENCE, || {
+        wait_until("it is said that the node is not registered", 3 * TIMEOUT, || {
             has_problem(&mut agents[0], "this node goes on with 10.42.0.0/24")
         });
         tool(&spaces[0], &format!("ping -c 1 -W 5 {}", address(&far)));
         server.register("n1", &hosts[0].ip.to_string(), &["10.42.9.0/24"]);
-        wait_until("it has moved", 3 * PATIENCE, || {
+        wait_until("it has moved", 3 * TIMEOUT, || {
             let routes = tool(&hosts[1].netns, "ip route");
             routes.contains("10.42.9.0/24") && !routes.contains("10.42.0.0/24")
         });
-        let status = agents[0].wait_converged(2, PATIENCE)?;
+        let status = agents[0].wait_converged(2, TIMEOUT)?;
         assert_eq!(status["subnet"], "10.42.9.0/24");
         assert!(has_problem(&mut agents[0], "1 pods have addresses outside"), "{status:#}");
         let new = Runtime::new(&agents[0]).add("new");
@@ -196,10 +196,10 @@ fn node_that_is_registered_anew_with_another_subnet_moves_to_it() {
         server.register("n1", &hosts[0].ip.to_string(), &["10.42.9.0/24"]);
         agents[0].end(Signal::SIGTERM)?;
         agents[0] = start(&hosts[0], &token, server.port)?;
-        agents[0].wait_converged(2, PATIENCE)?;
+        agents[0].wait_converged(2, TIMEOUT)?;
         let asked = server.count();
-        wait_until("it was asked again", 2 * PATIENCE, || server.count() > asked + 1);
-        assert_eq!(agents[0].wait_converged(2, PATIENCE)?["subnet"], "10.42.9.0/24");
+        wait_until("it was asked again", 2 * TIMEOUT, || server.count() > asked + 1);
+        assert_eq!(agents[0].wait_converged(2, TIMEOUT)?["subnet"], "10.42.9.0/24");
         Ok(())
     });
 }
@@ -215,7 +215,7 @@ fn api_server_silent_at_each_time_cuts_no_pod_off_and_delays_no_end() {
         let talks = || tool(&spaces[0], &format!("ping -c 1 -W 5 {far}"));
         server.answer(Mood::Silent, Mood::Silent);
         let before = server.count();
-        wait_until("it was not asked", 3 * PATIENCE, || server.count() > before);
+        wait_until("it was not asked", 3 * TIMEOUT, || server.count() > before);
         talks();
         Runtime::new(&agents[0]).add("new");
         Runtime::new(&agents[0]).del("new");
@@ -224,7 +224,7 @@ fn api_server_silent_at_each_time_cuts_no_pod_off_and_delays_no_end() {
         assert!(told.elapsed().as_secs() < 8, "ending took {:?}", told.elapsed());
         talks();
         agents[0] = start(&hosts[0], &token, server.port)?;
-        let status = agents[0].wait_converged(2, 2 * PATIENCE)?;
+        let status = agents[0].wait_converged(2, 2 * TIMEOUT)?;
         assert_eq!(status["subnet"], "10.42.0.0/24", "its last subnet");
         talks();
         Runtime::new(&agents[0]).add("new");

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use super::{api_server::ApiServer, manifests::start_as_kubelet, nodes};
 use crate::{
     cni::{Runtime, namespaces},
-    common::{PATIENCE, client, gossamer_token, isolated, run, skipped, tool},
+    common::{TIMEOUT, client, gossamer_token, isolated, run, skipped, tool},
 };
 
 const NETWORK6: &str = "fd00:42::/56";
@@ -47,7 +47,7 @@ fn pods_of_a_dual_stack_cluster_have_an_address_of_each_pod_cidr_whichever_comes
                 agents.push(start_as_kubelet(host, &ip, &token, &server.variables(), &more)?);
             }
             for (number, agent) in agents.iter_mut().enumerate() {
-                let status = agent.wait_converged(2, PATIENCE)?;
+                let status = agent.wait_converged(2, TIMEOUT)?;
                 let slot = number + 3 + 2 * usize::from(ipv6_first);
                 assert_eq!(status["subnet"], format!("10.42.{slot}.0/24"));
                 assert_eq!(status["subnet6"], format!("fd00:42:0:{slot:x}::/64"));

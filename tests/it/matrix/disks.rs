@@ -25,7 +25,7 @@ use serde_json::{Value, json};
 use super::{Scene, Tracer};
 use crate::{
     cni::Runtime,
-    common::{PATIENCE, isolated, program, skipped, wait_until},
+    common::{TIMEOUT, isolated, program, skipped, wait_until},
 };
 
 /// A runtime has its answer by then; half of it is for a machine under load.
@@ -58,7 +58,7 @@ impl Disk {
         let mut command = Command::new("bindfs");
         command.arg("-f").arg(&real).arg(&state).stderr(Stdio::null());
         let child = command.spawn()?;
-        wait_until("it is not mounted", PATIENCE, || {
+        wait_until("it is not mounted", TIMEOUT, || {
             let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
             mounts.contains(&format!("{} fuse", state.display()))
         });
@@ -78,7 +78,7 @@ impl Disk {
             Self::Hanging(process) => {
                 let pid = process.id();
                 kill(Pid::from_raw(pid.cast_signed()), Signal::SIGSTOP)?;
-                wait_until("it does not stand still", PATIENCE, || {
+                wait_until("it does not stand still", TIMEOUT, || {
                     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
                     stat.contains(") T ")
                 });
@@ -178,7 +178,7 @@ fn ends_at_the_second_signal(scene: &mut Scene, disk: &mut Disk) -> anyhow::Resu
     let pid = Pid::from_raw(agent.pid().cast_signed());
     let stat = format!("/proc/{pid}/stat");
     let told = Instant::now();
-    wait_until("the second signal does not end it", PATIENCE, || {
+    wait_until("the second signal does not end it", TIMEOUT, || {
         let is_told = kill(pid, Signal::SIGTERM).is_ok();
         is_told && fs::read_to_string(&stat).is_ok_and(|stat| stat.contains(") Z "))
     });
@@ -290,9 +290,9 @@ fn runtimes_are_answered_while_the_disk_hangs_and_the_pods_end_is_not_lost() {
         assert!(!begun && said["code"] == 11 && took < ANSWER, "ADD: {said} after {took:?}");
         assert!(said["msg"].to_string().contains("disk has not answered"), "{said}");
         disk.mend()?;
-        wait_until("the note is carried out", PATIENCE, || count() == 0);
+        wait_until("the note is carried out", TIMEOUT, || count() == 0);
         let agent = &mut scene.cluster.agents[0];
-        wait_until("one pod is left", PATIENCE, || crate::cni::pods(agent) == 1);
+        wait_until("one pod is left", TIMEOUT, || crate::cni::pods(agent) == 1);
         scene.recovers()
     });
 }

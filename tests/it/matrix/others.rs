@@ -23,7 +23,7 @@ use super::{END, Scene, Tracer};
 use crate::{
     cni::Runtime,
     common::{
-        PATIENCE, eventually, freeze, has_problem, isolated, program, skipped, thaw, tool,
+        TIMEOUT, eventually, freeze, has_problem, isolated, program, skipped, thaw, tool,
         wait_until,
     },
 };
@@ -45,7 +45,7 @@ fn let_go(agent: &Agent) -> anyhow::Result<()> {
     if let Some(pid) = tracer() {
         kill(Pid::from_raw(pid), Signal::SIGTERM)?;
     }
-    wait_until("it is still traced", PATIENCE, || tracer().is_none());
+    wait_until("it is still traced", TIMEOUT, || tracer().is_none());
     Ok(())
 }
 
@@ -97,8 +97,8 @@ fn busy_kernel_at_each_time_delays_repairs_alone() {
             scene.cluster.agents[0] = agent;
             scene.pods_talk("while the agent starts")?;
             // Its first answers fail as well.
-            wait_until("no answer", PATIENCE, || {
-                scene.cluster.agents[0].ask("/v1/status", PATIENCE).is_ok()
+            wait_until("no answer", TIMEOUT, || {
+                scene.cluster.agents[0].ask("/v1/status", TIMEOUT).is_ok()
             });
             scene.recovers()?;
             // The write by which a handler tells of its signal would fail as well.
@@ -122,20 +122,20 @@ fn silent_peer_at_each_time_delays_what_is_asked_of_it_alone() {
         let token = scene.cluster.token.clone();
         let start = || Agent::start(program(), &host, &["--join", &seed, "--token", &token]);
         let mut joiner = start()?;
-        wait_until("not named", PATIENCE, || has_problem(&mut joiner, &seed));
+        wait_until("not named", TIMEOUT, || has_problem(&mut joiner, &seed));
         let told = Instant::now();
         joiner.end(Signal::SIGTERM)?;
         assert!(told.elapsed() < END, "ending took {:?}", told.elapsed());
         let mut joiner = start()?;
-        wait_until("not named", PATIENCE, || has_problem(&mut joiner, &seed));
+        wait_until("not named", TIMEOUT, || has_problem(&mut joiner, &seed));
         // Its packets pass: the silence of an agent is no silence of its host.
         scene.pods_talk("while the agent runs")?;
         scene.ends()?;
         scene.starts()?;
-        scene.cluster.agents[0].ask("/v1/status", PATIENCE)?;
+        scene.cluster.agents[0].ask("/v1/status", TIMEOUT)?;
         scene.pods_talk("while the agent starts")?;
         thaw(&scene.cluster.agents[1])?;
-        joiner.wait_converged(3, PATIENCE)?;
+        joiner.wait_converged(3, TIMEOUT)?;
         scene.cluster.converge_with(&mut joiner, 3)?;
         scene.pods_talk("after the fault")
     });
@@ -197,7 +197,7 @@ fn docker_that_hangs_at_each_time_delays_nothing() {
             let host = &scene.cluster.hosts[0];
             scene.cluster.agents[0] = Agent::start(program(), host, &arguments)?;
             // From the first moment on.
-            wait_until("no plugin", PATIENCE, || UnixStream::connect(&plugin).is_ok());
+            wait_until("no plugin", TIMEOUT, || UnixStream::connect(&plugin).is_ok());
             let clients = hang_on(&plugin);
             assert!(clients.len() > 100, "{}", clients.len());
             scene.recovers()?;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::{ASK, PATIENCE, SENDS, target::Target};
+use super::{ASK, SENDS, TIMEOUT, target::Target};
 use crate::model::{NodeId, Time};
 
 /// A trial of a few peers at once.
@@ -29,7 +29,7 @@ impl Round {
         match (SENDS.get(self.sent), self.asked) {
             (Some(at), _) => self.begun + *at,
             (None, None) => self.begun + ASK,
-            (None, Some(asked)) => self.judged_at.unwrap_or(asked + PATIENCE),
+            (None, Some(asked)) => self.judged_at.unwrap_or(asked + TIMEOUT),
         }
     }
 }
