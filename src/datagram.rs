@@ -16,7 +16,9 @@ use nix::sys::socket::{
 };
 use socket2::{SockFilter, SockRef};
 
-use crate::icmp::{Asker, Family, IcmpEvent, What, never_fragment, take};
+use crate::icmp::{
+    Family, IcmpEvent, IcmpKind, ProbeIdentity, disable_fragmentation, receive_packet,
+};
 
 /// Least size of a datagram, in bytes. Servers ignore shorter ones (RFC 9000, 5.2.2).
 pub const SIZE: usize = 1_200;
@@ -24,7 +26,7 @@ pub const SIZE: usize = 1_200;
 const NO_VERSION: [u8; 4] = [0x6a; 4];
 /// First byte of a long header, with the fixed bit of QUIC versions 1 and 2.
 const LONG_HEADER: u8 = 0xc0;
-/// Offset of the first connection id, behind its length. The question contains the receiver's id there, the
+/// Offset of the first connection id, behind its length. The probe contains the receiver's id there, the
 /// answer the sender's; both are equal.
 const ID: usize = 6;
 /// Length of a connection id, in bytes.
@@ -49,13 +51,13 @@ pub fn open(family: Family, identifier: u16) -> io::Result<UdpSocket> {
         Family::Inet => setsockopt(&socket, Ipv4PacketInfo, &true)?,
         Family::Inet6 => setsockopt(&socket, Ipv6RecvPacketInfo, &true)?,
     }
-    never_fragment(&socket)?;
+    disable_fragmentation(&socket)?;
     SockRef::from(&socket).attach_filter(&filter(identifier))?;
     Ok(socket)
 }
 
 /// Builds the datagram with this number. It has `size` bytes, but at least [`SIZE`].
-pub fn question(identifier: u16, number: u16, size: usize) -> Vec<u8> {
+pub fn probe_packet(identifier: u16, number: u16, size: usize) -> Vec<u8> {
     let [a, b, c, d] = (u32::from(identifier) << 16 | u32::from(number)).to_be_bytes();
     let mut packet = vec![LONG_HEADER];
     packet.extend(NO_VERSION);
@@ -67,19 +69,21 @@ pub fn question(identifier: u16, number: u16, size: usize) -> Vec<u8> {
 }
 
 /// Returns the number of an own datagram from the part of it that an ICMP error quotes.
-pub fn number_of(identifier: u16, question: &[u8]) -> Option<u16> {
-    number(identifier, NO_VERSION, question)
+pub fn probe_number(identifier: u16, packet: &[u8]) -> Option<u16> {
+    number(identifier, NO_VERSION, packet)
 }
 
 /// Receives the next answer. `None` if it is malformed.
 ///
 /// # Errors
 /// If the kernel reports an error; `WouldBlock` if no answer is queued.
-pub fn receive(socket: &impl AsRawFd, asker: Asker) -> io::Result<Option<IcmpEvent>> {
+pub fn receive(socket: &impl AsRawFd, identity: ProbeIdentity) -> io::Result<Option<IcmpEvent>> {
     let mut buffer = [0; PARSED];
-    let Some((from, interface, answer)) = take(socket, &mut buffer)? else { return Ok(None) };
-    let number = number(asker.identifier, [0; 4], answer);
-    Ok(number.map(|number| IcmpEvent { from, interface, what: What::Arrival(number) }))
+    let Some((from, interface, answer)) = receive_packet(socket, &mut buffer)? else {
+        return Ok(None);
+    };
+    let number = number(identity.identifier, [0; 4], answer);
+    Ok(number.map(|number| IcmpEvent { from, interface, kind: IcmpKind::Arrival(number) }))
 }
 
 /// Returns the number from a packet with this identifier and version.
@@ -115,30 +119,31 @@ mod tests {
 
     #[test]
     fn quoted_prefix_of_a_datagram_yields_its_number() {
-        let packet = question(7, 0x1234, SIZE);
-        assert_eq!(number_of(7, &packet[..20]), Some(0x1234));
-        assert_eq!(number_of(8, &packet), None, "of another agent");
-        (0..10).for_each(|len| assert_eq!(number_of(7, &packet[..len]), None));
+        let packet = probe_packet(7, 0x1234, SIZE);
+        assert_eq!(probe_number(7, &packet[..20]), Some(0x1234));
+        assert_eq!(probe_number(8, &packet), None, "of another agent");
+        (0..10).for_each(|len| assert_eq!(probe_number(7, &packet[..len]), None));
     }
 
     #[test]
     fn filter_passes_only_answers_with_the_own_identifier() {
         let socket = open(Family::Inet, 7).expect("a socket");
         let to = (Ipv4Addr::LOCALHOST, socket.local_addr().expect("an address").port());
-        let asker = Asker { identifier: 7, ports: [to.1; crate::dataplane::paths::FLOWS] };
+        let identity =
+            ProbeIdentity { identifier: 7, ports: [to.1; crate::dataplane::paths::FLOWS] };
         let sender = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).expect("a socket");
         let answer = |identifier| {
-            let mut packet = question(identifier, 9, SIZE);
+            let mut packet = probe_packet(identifier, 9, SIZE);
             packet[1..5].fill(0);
             packet
         };
-        for packet in [vec![], vec![0x80; 20], question(7, 9, SIZE), answer(8)] {
+        for packet in [vec![], vec![0x80; 20], probe_packet(7, 9, SIZE), answer(8)] {
             sender.send_to(&packet, to).expect("sent");
-            let nothing = receive(&socket, asker).expect_err("nothing to read");
+            let nothing = receive(&socket, identity).expect_err("nothing to read");
             assert_eq!(nothing.kind(), io::ErrorKind::WouldBlock, "{packet:?}");
         }
         sender.send_to(&answer(7), to).expect("sent");
-        let event = receive(&socket, asker).expect("a datagram").expect("an answer");
-        assert_eq!((event.from, event.what), (Ipv4Addr::LOCALHOST.into(), What::Arrival(9)));
+        let event = receive(&socket, identity).expect("a datagram").expect("an answer");
+        assert_eq!((event.from, event.kind), (Ipv4Addr::LOCALHOST.into(), IcmpKind::Arrival(9)));
     }
 }

@@ -39,7 +39,7 @@ pub enum Family {
 
 /// What identifies the answers to one prober's packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Asker {
+pub struct ProbeIdentity {
     /// Identifier of its echo requests and datagrams.
     pub identifier: u16,
     /// UDP source ports of its datagrams.
@@ -54,12 +54,12 @@ pub struct IcmpEvent {
     /// Index of the interface that received it.
     pub interface: u32,
     /// Its meaning.
-    pub what: What,
+    pub kind: IcmpKind,
 }
 
 /// The meaning of a received packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum What {
+pub enum IcmpKind {
     /// An echo request of another prober.
     Request,
     /// The reply to the own echo request with this sequence number.
@@ -75,7 +75,7 @@ pub enum What {
 ///
 /// # Errors
 /// If the kernel refuses a socket option.
-pub fn never_fragment(socket: &impl AsFd) -> io::Result<()> {
+pub fn disable_fragmentation(socket: &impl AsFd) -> io::Result<()> {
     // quinn-udp sets these options for QUIC's sockets. Using it avoids unsafe code in this crate.
     UdpSocketState::new(UdpSockRef::from(socket)).map(drop)
 }
@@ -99,30 +99,35 @@ impl Family {
             Self::Inet => {
                 let socket = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::ICMPV4))?;
                 setsockopt(&socket, Ipv4PacketInfo, &true)?;
-                never_fragment(&socket)?;
+                disable_fragmentation(&socket)?;
                 Ok(socket)
             }
             Self::Inet6 => {
                 let socket = Socket::new(Domain::IPV6, Type::RAW, Some(Protocol::ICMPV6))?;
                 setsockopt(&socket, Ipv6RecvPacketInfo, &true)?;
-                never_fragment(&socket)?;
+                disable_fragmentation(&socket)?;
                 Ok(socket)
             }
         }
     }
 
-    /// Attaches a filter to the socket, which then receives only packets that may concern `asker`, and echo
+    /// Attaches a filter to the socket, which then receives only packets that may concern `identity`, and echo
     /// requests if `requests` is true. The pings of other programs no longer wake the process.
     ///
     /// # Errors
     /// If the kernel refuses the filter.
-    pub fn filter(self, socket: &impl AsFd, asker: Asker, requests: bool) -> io::Result<()> {
-        SockRef::from(socket).attach_filter(&self.program(asker, requests))
+    pub fn filter(
+        self,
+        socket: &impl AsFd,
+        identity: ProbeIdentity,
+        requests: bool,
+    ) -> io::Result<()> {
+        SockRef::from(socket).attach_filter(&self.program(identity, requests))
     }
 
     /// Returns the program for the kernel's packet filter (`linux/filter.h`). Register X holds the offset of
     /// the ICMP header: raw IPv4 sockets also receive the IP header.
-    fn program(self, asker: Asker, requests: bool) -> [SockFilter; 9] {
+    fn program(self, identity: ProbeIdentity, requests: bool) -> [SockFilter; 9] {
         use nix::libc::{
             BPF_B, BPF_H, BPF_IMM, BPF_IND, BPF_JEQ, BPF_JMP, BPF_LD, BPF_LDX, BPF_MSH, BPF_RET,
         };
@@ -145,20 +150,25 @@ impl Family {
             when(self.unreachable().into(), 3, 0),
             when(request.into(), if requests { 2 } else { 3 }, 3),
             step(HALF, 4),
-            when(asker.identifier.into(), 0, 1),
+            when(identity.identifier.into(), 0, 1),
             step(BPF_RET, u32::MAX),
             step(BPF_RET, 0),
         ]
     }
 
-    /// Receives the next packet. `None` if it does not concern `asker`.
+    /// Receives the next packet. `None` if it does not concern `identity`.
     ///
     /// # Errors
     /// If the kernel reports an error; `WouldBlock` if no packet is queued.
-    pub fn receive(self, socket: &impl AsRawFd, asker: Asker) -> io::Result<Option<IcmpEvent>> {
+    pub fn receive(
+        self,
+        socket: &impl AsRawFd,
+        identity: ProbeIdentity,
+    ) -> io::Result<Option<IcmpEvent>> {
         let mut buffer = [0; PARSED];
-        let taken = take(socket, &mut buffer)?;
-        Ok(taken.and_then(|(from, interface, packet)| self.parse(asker, from, interface, packet)))
+        let received = receive_packet(socket, &mut buffer)?;
+        Ok(received
+            .and_then(|(from, interface, packet)| self.parse(identity, from, interface, packet)))
     }
 
     /// Returns the length of the IP and ICMP headers, in bytes.
@@ -189,8 +199,14 @@ impl Family {
     }
 
     /// Parses a packet from a raw socket, which for IPv4 begins with the IP header. `None` if it does not
-    /// concern `asker`.
-    fn parse(self, asker: Asker, from: IpAddr, interface: u32, packet: &[u8]) -> Option<IcmpEvent> {
+    /// concern `identity`.
+    fn parse(
+        self,
+        identity: ProbeIdentity,
+        from: IpAddr,
+        interface: u32,
+        packet: &[u8],
+    ) -> Option<IcmpEvent> {
         let header = match self {
             Self::Inet => usize::from(packet.first()? & 0x0f) * 4,
             Self::Inet6 => 0,
@@ -198,32 +214,33 @@ impl Family {
         let icmp = packet.get(header..)?;
         let number = u16::from_be_bytes(icmp.get(6..8)?.try_into().ok()?);
         let (request, reply) = self.types();
-        let what = match *icmp.first()? {
+        let kind = match *icmp.first()? {
             kind if kind == reply => {
-                let is_own = *icmp.get(4..6)? == asker.identifier.to_be_bytes();
-                is_own.then_some(What::Answer(number))?
+                let is_own = *icmp.get(4..6)? == identity.identifier.to_be_bytes();
+                is_own.then_some(IcmpKind::Answer(number))?
             }
-            kind if kind == request => What::Request,
+            kind if kind == request => IcmpKind::Request,
             kind if kind == self.unreachable() => {
-                let number = self.refused(icmp.get(8..)?, from, asker)?;
-                What::Refusal(number)
+                let number = self.refused(icmp.get(8..)?, from, identity)?;
+                IcmpKind::Refusal(number)
             }
             _ => return None,
         };
-        Some(IcmpEvent { from, interface, what })
+        Some(IcmpEvent { from, interface, kind })
     }
 
     /// Returns the number of the own datagram that an ICMP error quotes. `None` if the datagram is another
     /// prober's or was not sent to `to`.
-    fn refused(self, quoted: &[u8], to: IpAddr, asker: Asker) -> Option<u16> {
+    fn refused(self, quoted: &[u8], to: IpAddr, identity: ProbeIdentity) -> Option<u16> {
         let (protocol, destination, length) = match self {
             Self::Inet => (9, 16..20, usize::from(quoted.first()? & 0x0f) * 4),
             Self::Inet6 => (6, 24..40, 40),
         };
         let matches_sender = address(quoted.get(destination)?) == Some(to);
         let port = u16::from_be_bytes(*quoted.get(length..)?.first_chunk()?);
-        let number = datagram::number_of(asker.identifier, quoted.get(length + 8..)?)?;
-        let is_own = matches_sender && *quoted.get(protocol)? == UDP && asker.ports.contains(&port);
+        let number = datagram::probe_number(identity.identifier, quoted.get(length + 8..)?)?;
+        let is_own =
+            matches_sender && *quoted.get(protocol)? == UDP && identity.ports.contains(&port);
         is_own.then_some(number)
     }
 
@@ -278,7 +295,7 @@ pub fn send_from(
 ///
 /// # Errors
 /// If the kernel reports an error; `WouldBlock` if no packet is queued.
-pub fn take<'a>(
+pub fn receive_packet<'a>(
     socket: &impl AsRawFd,
     buffer: &'a mut [u8],
 ) -> io::Result<Option<(IpAddr, u32, &'a [u8])>> {
@@ -313,17 +330,17 @@ pub(crate) fn samples() -> Vec<Vec<u8>> {
     let mut quoted = ip.clone();
     quoted[9] = UDP;
     let datagram = [0, 1, 0, 2, 0, 32, 0, 0];
-    let question = datagram::question(7, 9, 64);
-    let error = [&ip[..], &[3, 3, 0, 0, 0, 0, 0, 0], &quoted, &datagram, &question].concat();
+    let probe = datagram::probe_packet(7, 9, 64);
+    let error = [&ip[..], &[3, 3, 0, 0, 0, 0, 0, 0], &quoted, &datagram, &probe].concat();
     vec![reply, error, [&[129, 0, 0, 0, 0, 7, 0, 9][..], &[0; 8]].concat()]
 }
 
 /// Parses a packet as either family, for the fuzzer.
 #[cfg(any(test, feature = "sim"))]
 pub(crate) fn fuzz(packet: &[u8]) -> bool {
-    let asker = Asker { identifier: 7, ports: [1; FLOWS] };
+    let identity = ProbeIdentity { identifier: 7, ports: [1; FLOWS] };
     let from = [192, 0, 2, 1].into();
-    let read = |family: Family| family.parse(asker, from, 1, packet);
+    let read = |family: Family| family.parse(identity, from, 1, packet);
     read(Family::Inet).or_else(|| read(Family::Inet6)).is_some()
 }
 
@@ -349,12 +366,12 @@ mod tests {
             packet.extend(family.request(7, 9, 4));
             let parse = |identifier, packet: &[u8]| {
                 family
-                    .parse(Asker { identifier, ports: [1; FLOWS] }, from, 3, packet)
-                    .map(|event| event.what)
+                    .parse(ProbeIdentity { identifier, ports: [1; FLOWS] }, from, 3, packet)
+                    .map(|event| event.kind)
             };
-            assert_eq!(parse(7, &packet), Some(What::Request));
+            assert_eq!(parse(7, &packet), Some(IcmpKind::Request));
             packet[header.len()] = reply;
-            assert_eq!(parse(7, &packet), Some(What::Answer(9)));
+            assert_eq!(parse(7, &packet), Some(IcmpKind::Answer(9)));
             assert_eq!(parse(8, &packet), None, "of another prober");
             (0..header.len() + 8).for_each(|len| assert_eq!(parse(7, &packet[..len]), None));
         }
@@ -369,7 +386,7 @@ mod tests {
                 let (to, from) = UnixDatagram::pair().expect("sockets");
                 from.set_nonblocking(true).expect("a socket");
                 family
-                    .filter(&from, Asker { identifier: 7, ports: [1; FLOWS] }, requests)
+                    .filter(&from, ProbeIdentity { identifier: 7, ports: [1; FLOWS] }, requests)
                     .expect("a filter");
                 let mut packet = [header, &family.request(identifier, 9, 4)].concat();
                 packet[header.len()] = kind;
@@ -395,14 +412,14 @@ mod tests {
         let mut quoted =
             [0x45, 0, 0, 0, 0, 0, 0, 0, 64, 17, 0, 0, 10, 42, 9, 0, 10, 42, 7, 0].to_vec();
         quoted.extend([0x12, 0x34, 0x82, 0x9a, 0, 8, 0, 0]);
-        quoted.extend(&datagram::question(7, 9, datagram::SIZE)[..10]);
+        quoted.extend(&datagram::probe_packet(7, 9, datagram::SIZE)[..10]);
         let packet = [&ip_header[..], &[3, 3, 0, 0, 0, 0, 0, 0], &quoted].concat();
         let parse = |port, from: [u8; 4], packet: &[u8]| {
-            let asker = Asker { identifier: 7, ports: [port; FLOWS] };
-            Family::Inet.parse(asker, from.into(), 3, packet).map(|event| event.what)
+            let identity = ProbeIdentity { identifier: 7, ports: [port; FLOWS] };
+            Family::Inet.parse(identity, from.into(), 3, packet).map(|event| event.kind)
         };
         let peer = [10, 42, 7, 0];
-        assert_eq!(parse(0x1234, peer, &packet), Some(What::Refusal(9)));
+        assert_eq!(parse(0x1234, peer, &packet), Some(IcmpKind::Refusal(9)));
         assert_eq!(parse(0x1235, peer, &packet), None, "of another prober");
         assert_eq!(parse(0x1234, [10, 42, 7, 1], &packet), None, "from a router on the path");
         (0..packet.len()).for_each(|len| assert_eq!(parse(0x1234, peer, &packet[..len]), None));
@@ -410,10 +427,14 @@ mod tests {
         let mut quoted = [0; 48];
         (quoted[6], quoted[40], quoted[41]) = (17, 0x12, 0x34);
         quoted[24..40].copy_from_slice(&crate::netlink::attributes::octets(from));
-        let question = &datagram::question(7, 9, datagram::SIZE)[..10];
-        let packet = [&[1, 4, 0, 0, 0, 0, 0, 0], &quoted[..], question].concat();
-        let event =
-            Family::Inet6.parse(Asker { identifier: 7, ports: [0x1234; FLOWS] }, from, 3, &packet);
-        assert_eq!(event.map(|event| event.what), Some(What::Refusal(9)));
+        let probe = &datagram::probe_packet(7, 9, datagram::SIZE)[..10];
+        let packet = [&[1, 4, 0, 0, 0, 0, 0, 0], &quoted[..], probe].concat();
+        let event = Family::Inet6.parse(
+            ProbeIdentity { identifier: 7, ports: [0x1234; FLOWS] },
+            from,
+            3,
+            &packet,
+        );
+        assert_eq!(event.map(|event| event.kind), Some(IcmpKind::Refusal(9)));
     }
 }

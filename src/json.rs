@@ -93,19 +93,19 @@ where
 ///
 /// # Errors
 /// If the value has another type.
-pub fn objects<'de, D, T>(deserializer: D) -> Result<Vec<T>, D::Error>
+pub fn objects_without_nulls<'de, D, T>(deserializer: D) -> Result<Vec<T>, D::Error>
 where
     D: Deserializer<'de>,
     T: Deserialize<'de>,
 {
-    Ok(entries(deserializer)?.into_iter().map(|Object(value)| value).collect())
+    Ok(list_without_nulls(deserializer)?.into_iter().map(|Object(value)| value).collect())
 }
 
 /// Deserializes a list. The list may be null, and nulls in it are skipped.
 ///
 /// # Errors
 /// If the value has another type.
-pub fn entries<'de, D, T>(deserializer: D) -> Result<Vec<T>, D::Error>
+pub fn list_without_nulls<'de, D, T>(deserializer: D) -> Result<Vec<T>, D::Error>
 where
     D: Deserializer<'de>,
     T: Deserialize<'de>,
@@ -118,7 +118,7 @@ where
 ///
 /// # Errors
 /// If the value has another type.
-pub fn named<'de, D, T>(deserializer: D) -> Result<BTreeMap<String, T>, D::Error>
+pub fn map_without_nulls<'de, D, T>(deserializer: D) -> Result<BTreeMap<String, T>, D::Error>
 where
     D: Deserializer<'de>,
     T: Deserialize<'de>,
@@ -181,7 +181,7 @@ mod tests {
     struct Nested {
         #[serde(deserialize_with = "object")]
         inner: Sample,
-        #[serde(default, deserialize_with = "objects")]
+        #[serde(default, deserialize_with = "objects_without_nulls")]
         all: Vec<Sample>,
     }
 

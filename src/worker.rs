@@ -201,7 +201,7 @@ mod tests {
             let _ = begun.recv();
             loop {
                 match orders.take() {
-                    Ok(task) => report.send(task).expect("the test listens"),
+                    Ok(task) => report.send(task).expect("the test receives"),
                     Err(TryRecvError::Empty) => orders.sleeper.wait([], None),
                     Err(TryRecvError::Disconnected) => return,
                 }
@@ -223,7 +223,7 @@ mod tests {
         let worker = Worker::start("test", move |orders: Orders<Task>| {
             loop {
                 match orders.take() {
-                    Ok(task) => report.send(task).expect("the test listens"),
+                    Ok(task) => report.send(task).expect("the test receives"),
                     Err(TryRecvError::Empty) => orders.sleeper.wait([], None),
                     Err(TryRecvError::Disconnected) => return,
                 }

@@ -115,9 +115,9 @@ fn requests() -> Vec<Vec<u8>> {
 }
 
 fn responses() -> Vec<Vec<u8>> {
-    let refused = Response::Refused(Refusal::Unreadable("no such bucket".to_owned().into()));
+    let refused = Response::Refused(Refusal::Malformed("no such bucket".to_owned().into()));
     let facts = Response::Facts { facts: facts(), down: Vec::new(), down_as: None };
-    let arrivals = Arrivals { there_for_ms: 60_000, came: 0x55, samples: 20, shed: false };
+    let arrivals = Arrivals { pod_age_ms: 60_000, came: 0x55, samples: 20, shed: false };
     let report = Report { arrivals: Some(arrivals), ..Report::default() };
     let report = Response::Report(Box::new(report));
     [Response::Same, refused, facts, report].into_iter().map(|response| response.encode()).collect()

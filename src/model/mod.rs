@@ -34,5 +34,5 @@ pub use selector::{Selector, Transport};
 pub use slot::{Run, SlotRecord, SlotState};
 pub use text::{Text, escaped_lines, visible, visible_lines};
 pub use time::Time;
-pub use unfit::Unfit;
+pub use unfit::UnusableRecord;
 pub use vtep::{Mac, Vtep};

@@ -43,7 +43,7 @@ impl PathState {
     }
 
     /// Whether the state is a problem.
-    pub const fn is_bad(self) -> bool {
+    pub const fn is_problem(self) -> bool {
         !matches!(self, Self::Unknown | Self::Ok)
     }
 }

@@ -1,8 +1,7 @@
 //! Checks whether a member record is usable by any node.
 //!
-//! Only conditions on which all nodes agree are checked: a record that some nodes accept and others refuse
-//! would keep their states different forever. Whether this host can send to a usable address is checked by
-//! the data plane.
+//! Only conditions on which all nodes agree are checked: a record that only some nodes accept would keep
+//! the nodes' states different. Whether this host can send to a usable address is checked by the data plane.
 
 use std::net::IpAddr;
 
@@ -10,7 +9,7 @@ use super::{Mac, MemberRecord, Pool};
 
 /// Why every node refuses a member record.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Unfit {
+pub enum UnusableRecord {
     /// The VTEP's MAC does not follow from the node id.
     #[error("its tunnel has the MAC {said} instead of {own}, which follows from its key")]
     Mac {
@@ -36,17 +35,17 @@ pub enum Unfit {
 
 impl MemberRecord {
     /// Returns why no node can use this record, or `None` if it is usable.
-    pub fn unfit(&self, pool: &Pool) -> Option<Unfit> {
+    pub fn why_unusable(&self, pool: &Pool) -> Option<UnusableRecord> {
         let own = Mac::of_node(self.node);
         if self.vtep.mac != own {
-            return Some(Unfit::Mac { said: self.vtep.mac, own });
+            return Some(UnusableRecord::Mac { said: self.vtep.mac, own });
         }
         if self.address.port() == 0 {
-            return Some(Unfit::Port);
+            return Some(UnusableRecord::Port);
         }
         let check = |what, address| {
             let why = no_host(address).or_else(|| inside(pool, address))?;
-            Some(Unfit::Address { what, address, why })
+            Some(UnusableRecord::Address { what, address, why })
         };
         check("underlay address", self.vtep.underlay)
             .or_else(|| check("address", self.address.ip()))
@@ -124,13 +123,16 @@ mod tests {
             "10.42.7.1",
             "fd42::7:1",
         ] {
-            assert!(record(bad).unfit(&pool()).is_some(), "{bad}");
+            assert!(record(bad).why_unusable(&pool()).is_some(), "{bad}");
             let elsewhere = MemberRecord { address: record(bad).address, ..record("192.0.2.1") };
-            assert!(elsewhere.unfit(&pool()).is_some(), "{bad} as the address of the endpoint");
+            assert!(
+                elsewhere.why_unusable(&pool()).is_some(),
+                "{bad} as the address of the endpoint"
+            );
         }
         for good in ["192.0.2.1", "10.43.0.1", "2001:db8::1", "fd43::1", "100.64.0.1", "240.0.0.1"]
         {
-            assert_eq!(record(good).unfit(&pool()), None, "{good}");
+            assert_eq!(record(good).why_unusable(&pool()), None, "{good}");
         }
     }
 
@@ -138,9 +140,9 @@ mod tests {
     fn record_with_another_mac_or_without_a_port_is_unusable() {
         let mut other = record("192.0.2.1");
         other.vtep.mac = Mac::of_node(NodeId::of_public_key(&[2; 32]));
-        assert!(matches!(other.unfit(&pool()), Some(Unfit::Mac { .. })));
+        assert!(matches!(other.why_unusable(&pool()), Some(UnusableRecord::Mac { .. })));
         let mut no_port = record("192.0.2.1");
         no_port.address.set_port(0);
-        assert_eq!(no_port.unfit(&pool()), Some(Unfit::Port));
+        assert_eq!(no_port.why_unusable(&pool()), Some(UnusableRecord::Port));
     }
 }

@@ -20,7 +20,7 @@ impl Mac {
     }
 
     /// Whether an interface can have this MAC: it is neither a group address (IEEE 802, bit 0) nor zero.
-    pub fn is_of_one_interface(self) -> bool {
+    pub fn is_assignable(self) -> bool {
         self.0[0] & 1 == 0 && self.0 != [0; 6]
     }
 
@@ -130,7 +130,7 @@ mod tests {
 
     #[test]
     fn group_and_zero_macs_are_not_assignable() {
-        let is_assignable = |text: &str| text.parse::<Mac>().expect("a MAC").is_of_one_interface();
+        let is_assignable = |text: &str| text.parse::<Mac>().expect("a MAC").is_assignable();
         assert!(is_assignable("02:42:00:00:00:01") && is_assignable("00:00:00:00:00:01"));
         for none in
             ["01:00:5e:00:00:01", "33:33:00:00:00:01", "ff:ff:ff:ff:ff:ff", "00:00:00:00:00:00"]

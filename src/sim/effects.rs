@@ -249,8 +249,8 @@ impl World {
         }
     }
 
-    /// Makes the oracle lenient if a host with `replace_by_name` forgets its predecessor while other hosts
-    /// may know more than its members. An operator would not do so; the precondition is broken.
+    /// Makes the oracle lenient if a host with `replace_by_name` forgets its predecessor although
+    /// [`World::is_forgettable`] does not hold. The agent cannot check this precondition.
     fn check_replacement(&mut self, index: usize, written: &Contents) {
         for key in written.keys() {
             let Key::Forget(victim) = *key else { continue };

@@ -17,7 +17,7 @@ pub enum Fault {
     Doubles,
     /// Up to 20 % of the messages are late, by up to 5 s or, in a third of the runs, 30 s.
     Late,
-    /// A half, one host or a random group cannot reach the others.
+    /// A half, one host or a random group of hosts cannot reach the rest.
     Partition,
     /// One direction of a link is dead.
     OneWay,
@@ -49,7 +49,7 @@ pub enum Fault {
     Recreate,
     /// Byzantine: a member publishes impossible facts about itself.
     Errs,
-    /// Byzantine: a member publishes false facts about others, or sends in their names.
+    /// Byzantine: a member publishes false facts about other members, or sends in their names.
     Lies,
     /// Breaks a precondition: a host loses its database.
     LoseDisk,

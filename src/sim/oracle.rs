@@ -117,7 +117,7 @@ impl Oracle {
         if version.starts.max(version.change) > MAX_PLAUSIBLE_COUNT {
             self.report_violation(|| format!("I17: {node} has {} at {version:?}", record.node));
         }
-        if let Some(unfit) = self.pool.as_ref().and_then(|pool| record.unfit(pool)) {
+        if let Some(unfit) = self.pool.as_ref().and_then(|pool| record.why_unusable(pool)) {
             self.report_violation(|| {
                 format!("I18: {node} has a record of {}: {unfit}", record.node)
             });

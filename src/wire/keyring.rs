@@ -48,7 +48,7 @@ impl Keyring {
     }
 
     /// Whether the secret is accepted.
-    pub fn knows(&self, id: SecretId) -> bool {
+    pub fn accepts(&self, id: SecretId) -> bool {
         self.secrets.iter().any(|secret| secret.id() == id)
     }
 
@@ -61,7 +61,7 @@ impl Keyring {
     ///
     /// # Errors
     /// If the step is not allowed, with the reason; nothing has changed then.
-    pub fn obey(&mut self, order: &SecretOrder) -> Result<bool, String> {
+    pub fn apply(&mut self, order: &SecretOrder) -> Result<bool, String> {
         match order {
             SecretOrder::Add(secret) => self.add(secret),
             SecretOrder::Use(id) => self.use_from_now_on(*id),
@@ -71,14 +71,14 @@ impl Keyring {
 
     /// Whether an operator's token with this secret requires a change: the secret is not in use, was not in
     /// use before and was not dropped.
-    pub fn is_news(&self, id: SecretId) -> bool {
+    pub fn is_new_secret(&self, id: SecretId) -> bool {
         self.in_use().id() != id && !self.former.contains(&id) && !self.has_dropped(id)
     }
 
     /// Makes the secret of an operator's token the one in use, unless the token is outdated.
-    pub fn bring(&mut self, secret: &Secret) {
+    pub fn adopt(&mut self, secret: &Secret) {
         let id = secret.id();
-        if !self.is_news(id) {
+        if !self.is_new_secret(id) {
             return;
         }
         self.former.insert(self.in_use().id());
@@ -90,7 +90,7 @@ impl Keyring {
     /// Accepts a secret in addition.
     fn add(&mut self, secret: &Secret) -> Result<bool, String> {
         let id = secret.id();
-        if self.knows(id) {
+        if self.accepts(id) {
             return Ok(false);
         }
         if self.has_dropped(id) {
@@ -187,28 +187,28 @@ mod tests {
     fn secret_is_rotated_in_three_repeatable_steps() {
         let (old, new) = (secret(1), secret(2));
         let mut ring = Keyring::new(old.clone());
-        assert!(ring.obey(&SecretOrder::Use(new.id())).is_err(), "not accepted yet");
-        assert_eq!(ring.obey(&SecretOrder::Add(new.clone())), Ok(true));
-        assert_eq!(ring.obey(&SecretOrder::Add(new.clone())), Ok(false), "repeated");
+        assert!(ring.apply(&SecretOrder::Use(new.id())).is_err(), "not accepted yet");
+        assert_eq!(ring.apply(&SecretOrder::Add(new.clone())), Ok(true));
+        assert_eq!(ring.apply(&SecretOrder::Add(new.clone())), Ok(false), "repeated");
         assert_eq!(ring.in_use(), &old);
-        assert!(ring.obey(&SecretOrder::Drop(old.id())).is_err(), "in use");
-        assert_eq!(ring.obey(&SecretOrder::Use(new.id())), Ok(true));
-        assert_eq!(ring.obey(&SecretOrder::Use(new.id())), Ok(false));
+        assert!(ring.apply(&SecretOrder::Drop(old.id())).is_err(), "in use");
+        assert_eq!(ring.apply(&SecretOrder::Use(new.id())), Ok(true));
+        assert_eq!(ring.apply(&SecretOrder::Use(new.id())), Ok(false));
         assert_eq!(ring.ids(), [new.id(), old.id()]);
-        assert_eq!(ring.obey(&SecretOrder::Drop(old.id())), Ok(true));
-        assert_eq!(ring.obey(&SecretOrder::Drop(old.id())), Ok(false));
-        assert!(ring.obey(&SecretOrder::Add(old.clone())).is_err(), "dropped");
+        assert_eq!(ring.apply(&SecretOrder::Drop(old.id())), Ok(true));
+        assert_eq!(ring.apply(&SecretOrder::Drop(old.id())), Ok(false));
+        assert!(ring.apply(&SecretOrder::Add(old.clone())).is_err(), "dropped");
         // A configured token with the old secret changes nothing; one with a new secret does.
-        ring.bring(&old);
+        ring.adopt(&old);
         assert_eq!(ring.ids(), [new.id()]);
-        ring.bring(&secret(3));
+        ring.adopt(&secret(3));
         assert_eq!(ring.in_use(), &secret(3));
         // A node that missed the second step accepts the new secret and does not use it.
         let mut behind = Keyring::new(old.clone());
-        behind.obey(&SecretOrder::Add(new.clone())).expect("added");
-        behind.bring(&new);
+        behind.apply(&SecretOrder::Add(new.clone())).expect("added");
+        behind.adopt(&new);
         assert_eq!(behind.in_use(), &new);
-        behind.bring(&old);
+        behind.adopt(&old);
         assert_eq!(behind.in_use(), &new, "a token with a former secret is outdated");
         assert_eq!(behind.to_string().parse(), Ok(behind));
     }
@@ -217,10 +217,10 @@ mod tests {
     fn keyring_is_bounded_and_its_file_round_trips() {
         let mut ring = Keyring::new(secret(1));
         for seed in 2..=4 {
-            assert_eq!(ring.obey(&SecretOrder::Add(secret(seed))), Ok(true));
+            assert_eq!(ring.apply(&SecretOrder::Add(secret(seed))), Ok(true));
         }
-        assert!(ring.obey(&SecretOrder::Add(secret(5))).is_err());
-        ring.obey(&SecretOrder::Drop(secret(2).id())).expect("dropped");
+        assert!(ring.apply(&SecretOrder::Add(secret(5))).is_err());
+        ring.apply(&SecretOrder::Drop(secret(2).id())).expect("dropped");
         assert_eq!(ring.to_string().parse(), Ok(ring.clone()));
         let line = "accept ".to_owned() + &BASE32_NOPAD.encode(&[1; 32]);
         for wrong in ["", "use", "use ME", "accept 1", "dropped x", &format!("{line}\n{line}\n")] {

@@ -282,7 +282,7 @@ pub enum Refusal {
     },
     /// The request cannot be decoded or contradicts itself.
     #[error("the request is malformed: {0}")]
-    Unreadable(Text),
+    Malformed(Text),
     /// The requester was forgotten.
     #[error("this node was forgotten: its subnets belong to {successor} now")]
     Forgotten {
@@ -291,10 +291,10 @@ pub enum Refusal {
     },
     /// The responder has detected a duplicate identity of its own.
     #[error("another running agent has this node's key, so neither of them grants slots")]
-    Cloned,
+    DuplicateIdentity,
     /// The joiner's member record is unusable.
     #[error("this node's member record is unusable: {0}: correct its settings")]
-    Unfit(Text),
+    UnusableRecord(Text),
 }
 
 macro_rules! payload {
@@ -406,7 +406,7 @@ mod tests {
     #[test]
     fn decoded_refusal_is_bounded_and_has_no_control_characters() {
         let text = format!("x\nERROR forged\u{1b}[2J\u{7}{}", "y".repeat(20_000));
-        // Indices of the variants Refused and Unreadable.
+        // Indices of the variants Refused and Malformed.
         let bytes = [&[6, 9], &encode(&text)[..]].concat();
         let Ok(Response::Refused(refusal)) = Response::decode(&bytes) else {
             panic!("not a refusal");

@@ -60,7 +60,7 @@ pub struct Report {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Arrivals {
     /// Age of that pod, in milliseconds.
-    pub there_for_ms: u32,
+    pub pod_age_ms: u32,
     /// Bit set of the kinds of packets that arrived and were answered.
     pub came: u16,
     /// Number of packets that arrived out of those sent for counting.

@@ -222,7 +222,9 @@ fn address_that_no_member_can_have_is_the_problem_of_the_member_that_says_it() {
             let mut member = hostile.record();
             member.vtep.underlay = underlay;
             let (_, answer) = hostile.greet(&cluster.hosts[0], member)?;
-            let Response::Refused(Refusal::Unfit(said)) = answer else { panic!("{answer:?}") };
+            let Response::Refused(Refusal::UnusableRecord(said)) = answer else {
+                panic!("{answer:?}")
+            };
             assert!(said.as_str().contains(why), "{said}");
         }
         assert_eq!(status(&mut cluster, 0)["members"].as_array().map(Vec::len), Some(2));
