@@ -352,7 +352,7 @@ fn mac(field: &str, text: &str) -> Result<Option<Mac>, Refused> {
         return Ok(None);
     }
     let mac: Mac = read(field, text)?;
-    match mac.is_of_one_interface() {
+    match mac.is_assignable() {
         true => Ok(Some(mac)),
         false => Err(Refused(format!("{field} {mac}: it is not that of one interface"))),
     }

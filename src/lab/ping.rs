@@ -11,20 +11,21 @@ use socket2::Socket;
 use super::NetNs;
 use crate::{
     dataplane::paths::FLOWS,
-    icmp::{self, Asker, Family, IcmpEvent, What},
+    icmp::{self, Family, IcmpEvent, IcmpKind, ProbeIdentity},
 };
 
 /// Asks from one namespace.
 pub struct Pinger {
     socket: Socket,
-    asker: Asker,
+    asker: ProbeIdentity,
     sequence: u16,
 }
 
 impl Pinger {
     pub fn new(netns: &NetNs) -> io::Result<Self> {
         // It sends no datagrams.
-        let asker = Asker { identifier: (std::process::id() & 0xffff) as u16, ports: [0; FLOWS] };
+        let asker =
+            ProbeIdentity { identifier: (std::process::id() & 0xffff) as u16, ports: [0; FLOWS] };
         Ok(Self { socket: netns.run(|| Family::Inet.open())?, asker, sequence: 0 })
     }
 
@@ -78,7 +79,7 @@ impl Pinger {
     fn receive(&self, timeout: Duration) -> io::Result<Option<(IpAddr, u16)>> {
         self.socket.set_read_timeout(Some(timeout.max(Duration::from_micros(1))))?;
         match Family::Inet.receive(&self.socket, self.asker) {
-            Ok(Some(IcmpEvent { from, what: What::Answer(number), .. })) => {
+            Ok(Some(IcmpEvent { from, kind: IcmpKind::Answer(number), .. })) => {
                 Ok(Some((from, number)))
             }
             Ok(_) => Ok(None),
