@@ -1,4 +1,4 @@
-//! `gossamer top`: a live view of this node for a terminal.
+//! `gossamer top`: a live view of this node in the terminal.
 
 use std::{
     collections::BTreeMap,
@@ -26,30 +26,31 @@ use super::{
 };
 use crate::api::{self, ClientError};
 
-/// Between two looks.
-const LOOK: Duration = Duration::from_secs(1);
-/// Keys are not read while an agent that hangs is waited for.
-const TIMEOUT: Duration = Duration::from_secs(2);
-/// Lines of events.
-const EVENTS: u16 = 8;
+/// Time between two refreshes.
+const REFRESH_INTERVAL: Duration = Duration::from_secs(1);
+/// Longest wait for the agent. Keys are not read meanwhile.
+const QUERY_TIMEOUT: Duration = Duration::from_secs(2);
+/// Number of events shown.
+const EVENT_LINES: u16 = 8;
 
-/// What the screen is drawn from.
+/// Data of one screen.
 #[derive(Default)]
 struct Picture {
     status: Value,
     events: Vec<Value>,
-    /// Bytes per second in and out of the overlay device.
+    /// Bytes per second received and sent by the overlay device.
     traffic: Option<[f64; 2]>,
-    /// Why there is nothing new.
+    /// Why the last query failed.
     error: Option<String>,
-    /// The first member shown.
+    /// Index of the first member shown.
     scroll: usize,
     order: Order,
 }
 
+/// Order of the members.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Order {
-    /// What is wrong first.
+    /// Members with problems first.
     #[default]
     State,
     Name,
@@ -58,7 +59,9 @@ enum Order {
 
 pub fn run(client: &Client) -> ExitCode {
     if !io::stdout().is_terminal() || !io::stdin().is_terminal() {
-        return fail("top: this is not a terminal: use `gossamer status`");
+        return fail(
+            "top: standard input and output must be a terminal: use `gossamer status` instead",
+        );
     }
     let mut terminal = ratatui::init();
     let ended = watch(client, |picture| terminal.draw(|frame| draw(frame, picture)).map(drop));
@@ -72,23 +75,24 @@ pub fn run(client: &Client) -> ExitCode {
 fn watch(client: &Client, mut draw: impl FnMut(&Picture) -> io::Result<()>) -> io::Result<()> {
     let socket = client.socket();
     let mut picture = Picture::default();
-    let mut counted: Option<(Instant, [u64; 2])> = None;
+    let mut previous: Option<(Instant, [u64; 2])> = None;
     loop {
         let begun = Instant::now();
-        let asked = block_on(async { tokio::time::timeout(TIMEOUT, look(&socket)).await })?;
-        match asked.map_err(|_| format!("the agent does not answer within {TIMEOUT:?}")) {
+        let response =
+            block_on(async { tokio::time::timeout(QUERY_TIMEOUT, fetch(&socket)).await })?;
+        match response.map_err(|_| format!("the agent does not answer within {QUERY_TIMEOUT:?}")) {
             Ok(Ok((status, events))) => {
                 let device = text(&status["kernel"]["device"]);
-                let now = bytes_of(&device).map(|bytes| (begun, bytes));
-                picture.traffic = counted.zip(now).map(|(before, now)| rate(before, now));
-                counted = now;
+                let now = device_bytes(&device).map(|bytes| (begun, bytes));
+                picture.traffic = previous.zip(now).map(|(before, now)| rate(before, now));
+                previous = now;
                 (picture.status, picture.events, picture.error) = (status, events, None);
             }
             Ok(Err(error)) => picture.error = Some(error.to_string()),
             Err(late) => picture.error = Some(late),
         }
         draw(&picture)?;
-        while let Some(left) = LOOK.checked_sub(begun.elapsed()) {
+        while let Some(left) = REFRESH_INTERVAL.checked_sub(begun.elapsed()) {
             if !event::poll(left)? {
                 break;
             }
@@ -127,22 +131,22 @@ impl Order {
 
     const fn text(self) -> &'static str {
         match self {
-            Self::State => "what is wrong first",
+            Self::State => "problems first",
             Self::Name => "by name",
             Self::RoundTrip => "slowest first",
         }
     }
 }
 
-async fn look(socket: &Path) -> Result<(Value, Vec<Value>), ClientError> {
+async fn fetch(socket: &Path) -> Result<(Value, Vec<Value>), ClientError> {
     let status = api::get(socket, "/v1/status").await?;
     let mut events = api::get(socket, "/v1/events?follow=false").await?;
     let events = events["events"].as_array_mut().map(std::mem::take).unwrap_or_default();
     Ok((status, events))
 }
 
-/// Received and sent since the device was made.
-fn bytes_of(device: &str) -> Option<[u64; 2]> {
+/// Returns the bytes received and sent since the device was created.
+fn device_bytes(device: &str) -> Option<[u64; 2]> {
     let read = |what: &str| {
         let path = format!("/sys/class/net/{device}/statistics/{what}_bytes");
         fs::read_to_string(path).ok()?.trim().parse().ok()
@@ -161,7 +165,7 @@ fn draw(frame: &mut Frame<'_>, picture: &Picture) {
         Constraint::Length(4),
         Constraint::Length(problems.len().min(6) as u16),
         Constraint::Min(4),
-        Constraint::Length(EVENTS + 2),
+        Constraint::Length(EVENT_LINES + 2),
         Constraint::Length(1),
     ])
     .areas(frame.area());
@@ -169,7 +173,7 @@ fn draw(frame: &mut Frame<'_>, picture: &Picture) {
     frame.render_widget(Paragraph::new(problems).wrap(Wrap { trim: true }), wrong);
     draw_members(frame, picture, members);
     draw_events(frame, picture, events);
-    let keys = format!("q ends  s sorts ({})  up and down scroll", picture.order.text());
+    let keys = format!("q quit  s sort ({})  up/down scroll", picture.order.text());
     frame.render_widget(Paragraph::new(keys).style(Style::new().add_modifier(Modifier::DIM)), foot);
 }
 
@@ -285,7 +289,7 @@ fn draw_events(frame: &mut Frame<'_>, picture: &Picture, area: Rect) {
             if event["level"] == "warn" { Style::new().fg(Color::Yellow) } else { Style::new() };
         Line::styled(format!("{}  {:<8} {}", at, text(&event["kind"]), text(&event["text"])), style)
     };
-    let newest = picture.events.iter().rev().take(usize::from(EVENTS)).map(line);
+    let newest = picture.events.iter().rev().take(usize::from(EVENT_LINES)).map(line);
     let lines: Vec<Line<'_>> = newest.collect();
     frame.render_widget(
         Paragraph::new(lines).block(Block::bordered().title("events, newest first")),
@@ -293,7 +297,7 @@ fn draw_events(frame: &mut Frame<'_>, picture: &Picture, area: Rect) {
     );
 }
 
-/// In bits, as networks are measured.
+/// Formats a rate in bits per second.
 fn bits(bytes: f64) -> String {
     let bits = bytes * 8.0;
     let units = [(1e9, "Gbit/s"), (1e6, "Mbit/s"), (1e3, "kbit/s")];
@@ -351,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_comes_first_and_all_of_it_is_there() {
+    fn draw_member_with_problem_is_listed_first() {
         let lines = screen(&picture());
         let all = lines.join("\n");
         for words in [
@@ -372,11 +376,11 @@ mod tests {
     }
 
     #[test]
-    fn an_agent_that_is_gone_leaves_the_last_picture_and_says_so() {
+    fn draw_agent_gone_keeps_last_data_and_shows_error() {
         let gone = Picture { error: Some("no agent".to_owned()), ..picture() };
         let all = screen(&gone).join("\n");
         assert!(all.contains("! no agent") && all.contains("n20"), "{all}");
-        // Before the first answer there is nothing to show.
+        // Without an earlier answer only the error is shown.
         assert!(
             screen(&Picture { error: Some("no agent".to_owned()), ..Picture::default() })
                 .join("\n")

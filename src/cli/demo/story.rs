@@ -1,4 +1,4 @@
-//! The steps of the demo. Each is verified; the first that is not ends it.
+//! The steps of the demo. Each step is verified; the first failure ends the demo.
 
 use std::{
     net::Ipv4Addr,
@@ -13,7 +13,7 @@ use nix::sys::signal::Signal;
 
 use super::{
     StoryArgs,
-    chaos::vandalise,
+    chaos::inject_faults,
     screen::{Screen, span},
 };
 use crate::{
@@ -25,8 +25,8 @@ use crate::{
 const TIMEOUT: Duration = Duration::from_secs(30);
 const PING_TIMEOUT: Duration = Duration::from_secs(2);
 const POD_MTU: u32 = 1450;
-/// Pings at 10 ms while an agent is dead.
-const STREAM: u16 = 150;
+/// Pings sent, one each 10 ms, while an agent is dead.
+const STREAM_REQUESTS: u16 = 150;
 
 struct Story {
     screen: Screen,
@@ -38,7 +38,7 @@ struct Story {
     token: String,
 }
 
-pub fn tell(nodes: u16, StoryArgs { chaos, keep }: StoryArgs) -> anyhow::Result<()> {
+pub fn run_demo(nodes: u16, StoryArgs { chaos, keep }: StoryArgs) -> anyhow::Result<()> {
     let mut story = Story {
         screen: Screen::new(),
         program: std::env::current_exe()?,
@@ -103,7 +103,7 @@ impl Story {
 
     fn join(&mut self) -> anyhow::Result<()> {
         let count = self.hosts.len();
-        let what = format!("n2 to n{count} join at once, and everybody knows everybody");
+        let what = format!("n2 to n{count} join at once, and every node knows all others");
         let (program, hosts, token) = (&self.program, &self.hosts, &self.token);
         let (agents, subnets) = (&mut self.agents, &mut self.subnets);
         self.screen.step(&what, || {
@@ -121,7 +121,7 @@ impl Story {
             Ok((
                 (),
                 format!(
-                    "{count} subnets, none twice, converged {} after the start",
+                    "{count} different subnets, converged {} after the start",
                     span(begun.elapsed())
                 ),
             ))
@@ -142,7 +142,7 @@ impl Story {
     fn ping_all(&mut self) -> anyhow::Result<()> {
         let (hosts, subnets, pods) = (&self.hosts, &self.subnets, &mut self.pods);
         let rows =
-            self.screen.step("a pod on each host, and every pod pings every other", || {
+            self.screen.step("a pod on each host, and every pod pings all others", || {
                 for (host, subnet) in hosts.iter().zip(subnets) {
                     pods.push(host.pod(*subnet, POD_MTU)?);
                 }
@@ -161,9 +161,9 @@ impl Story {
                     }
                     rows.push(row);
                 }
-                Ok((rows, format!("{pairs} of {pairs} pairs answer")))
+                Ok((rows, format!("{pairs} of {pairs} pairs reach each other")))
             })?;
-        // Wide matrices say nothing that the step has not said.
+        // A wider table would add nothing to the result of the step.
         if rows.len() <= 6 {
             let header = hosts.iter().map(|host| format!("-> {}", host.name));
             let header: Vec<String> = ["pod".to_owned()].into_iter().chain(header).collect();
@@ -175,29 +175,28 @@ impl Story {
     fn kernel_tables(&mut self) -> anyhow::Result<()> {
         let (host, peers) = (&self.hosts[0], self.hosts.len() - 1);
         let device = device_name(1);
-        let shown =
-            self.screen.step("what n1's kernel holds: device, routes, neighbours, FDB", || {
-                let shown = tables(host, &device)?;
-                ensure!(
-                    routes(&shown) == peers,
-                    "{} routes for {peers} peers:\n{shown}",
-                    routes(&shown)
-                );
-                Ok((shown, format!("three entries for each of {peers} peers")))
-            })?;
+        let shown = self.screen.step("n1's kernel: device, routes, neighbours, FDB", || {
+            let shown = tables(host, &device)?;
+            ensure!(
+                routes(&shown) == peers,
+                "{} routes for {peers} peers:\n{shown}",
+                routes(&shown)
+            );
+            Ok((shown, format!("three entries for each of {peers} peers")))
+        })?;
         self.screen.details(shown);
         Ok(())
     }
 
     fn chaos(&mut self) -> anyhow::Result<()> {
         let (host, pods) = (&self.hosts[0], &self.pods);
-        let what = "n1's kernel is vandalised while its pod pings another every 5 ms";
+        let what = "faults in n1's kernel, while its pod pings another every 5 ms";
         let rows = self.screen.step(what, || {
-            let rows = vandalise(host, &device_name(1), &pods[0], &pods[1])?;
-            let text = format!("{} deeds, all put right by n1 itself", rows.len());
+            let rows = inject_faults(host, &device_name(1), &pods[0], &pods[1])?;
+            let text = format!("{} faults, all repaired by n1 itself", rows.len());
             Ok((rows, text))
         })?;
-        self.screen.details(table(["CAUSE", "PUT RIGHT AFTER", "PACKETS LOST"], &rows));
+        self.screen.details(table(["FAULT", "REPAIRED AFTER", "PACKETS LOST"], &rows));
         Ok(())
     }
 
@@ -206,12 +205,22 @@ impl Story {
         let agent = &mut self.agents[1];
         self.screen.step("the agent of n2 is killed (SIGKILL) under a ping every 10 ms", || {
             let mut pinger = Pinger::new(&from.netns)?;
-            let stream =
-                thread::spawn(move || pinger.stream(to, STREAM, Duration::from_millis(10)));
+            let stream = thread::spawn(move || {
+                pinger.stream(to, STREAM_REQUESTS, Duration::from_millis(10))
+            });
             agent.end(Signal::SIGKILL)?;
             let answered = stream.join().map_err(|_| anyhow::anyhow!("the ping panicked"))??;
-            ensure!(answered == STREAM, "{} of {STREAM} packets were lost", STREAM - answered);
-            Ok(((), format!("0 of {STREAM} packets lost: the kernel forwards without it")))
+            ensure!(
+                answered == STREAM_REQUESTS,
+                "{} of {STREAM_REQUESTS} packets were lost",
+                STREAM_REQUESTS - answered
+            );
+            Ok((
+                (),
+                format!(
+                    "0 of {STREAM_REQUESTS} packets lost: the kernel forwards without the agent"
+                ),
+            ))
         })
     }
 
@@ -227,7 +236,7 @@ impl Story {
             ensure!(after == before, "it had {before} and has {after} now");
             agents[1].wait_converged(count, TIMEOUT)?;
             reach(&mut Pinger::new(&from.netns)?, to)?;
-            Ok(((), format!("same subnet {after}, known {} after the start", span(ready))))
+            Ok(((), format!("same subnet {after}, {} after the start", span(ready))))
         })
     }
 
@@ -257,7 +266,7 @@ impl Story {
         Ok(())
     }
 
-    /// For --keep: a whole cluster to look around in.
+    /// Makes the cluster complete again, for `--keep`.
     fn rejoin(&mut self) -> anyhow::Result<()> {
         let last = self.hosts.len() - 1;
         let what = format!("n{} joins again, as a new node", last + 1);
@@ -287,7 +296,8 @@ impl Story {
     }
 }
 
-/// The round trip to a pod. The first packet may have to wait for the pods' own ARP.
+/// Returns the round trip to a pod. The first ping may be lost, because the pods resolve each other's MAC
+/// first.
 fn reach(pinger: &mut Pinger, to: Ipv4Addr) -> anyhow::Result<String> {
     pinger.ping(to, PING_TIMEOUT)?;
     let round_trip =
