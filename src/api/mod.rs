@@ -34,6 +34,6 @@ pub use pods::{
 };
 pub use question::{Question, SecretStep};
 pub use routes::KernelEntry;
-pub use server::{observe, serve, submit};
+pub use server::{serve, serve_http, submit};
 pub use socket::{Socket, SocketError};
 pub use status::{AgentStatus, CheckState, CheckStatus, KernelStatus, MemberState, PathStatus};

@@ -29,20 +29,20 @@ pub struct AttachRequest {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mac: Option<Mac>,
     /// Whether the interface gets default routes, for each family without one.
-    #[serde(default = "yes", skip_serializing_if = "is_yes")]
+    #[serde(default = "default_true", skip_serializing_if = "is_true")]
     pub default_route: bool,
     /// Whether default routes that other programs add take precedence, whatever the order.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub others_first: bool,
 }
 
-const fn yes() -> bool {
+const fn default_true() -> bool {
     true
 }
 
 // serde requires a reference.
 #[allow(clippy::trivially_copy_pass_by_ref)]
-const fn is_yes(value: &bool) -> bool {
+const fn is_true(value: &bool) -> bool {
     *value
 }
 
@@ -169,7 +169,7 @@ impl PodError {
 }
 
 /// Longest name of an owner, in bytes. It is stored with every pod.
-const OWNER_MAX: usize = 256;
+const MAX_OWNER_BYTES: usize = 256;
 
 impl AttachRequest {
     /// Returns the name of the owner.
@@ -177,8 +177,9 @@ impl AttachRequest {
     /// # Errors
     /// Fails if the name is too long or has control characters.
     pub fn owner(&self) -> Result<&str, PodError> {
-        let fits = self.owner.len() <= OWNER_MAX && !self.owner.contains(char::is_control);
-        let error = || format!("owner: use at most {OWNER_MAX} bytes without control characters");
+        let fits = self.owner.len() <= MAX_OWNER_BYTES && !self.owner.contains(char::is_control);
+        let error =
+            || format!("owner: use at most {MAX_OWNER_BYTES} bytes without control characters");
         fits.then_some(self.owner.as_str()).ok_or_else(|| PodError::invalid(error()))
     }
 

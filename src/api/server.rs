@@ -86,7 +86,7 @@ pub fn serve(
 ///
 /// # Errors
 /// Fails if the listener cannot be made asynchronous.
-pub fn observe(
+pub fn serve_http(
     listener: TcpListener,
     submit_fn: impl Fn(Question) -> bool + Send + Sync + 'static,
 ) -> io::Result<()> {

@@ -66,7 +66,7 @@ impl Socket {
 
     /// Returns whether the file is still the one that was created: another program may have removed or
     /// replaced it.
-    pub fn is_there(&self) -> bool {
+    pub fn still_exists(&self) -> bool {
         self.file.is_some() && device_and_inode(&self.path) == self.file
     }
 }
@@ -84,7 +84,7 @@ fn listen_for_owner(path: &Path) -> io::Result<UnixListener> {
 
 impl Drop for Socket {
     fn drop(&mut self) {
-        if self.is_there() {
+        if self.still_exists() {
             let _ = fs::remove_file(&self.path);
         }
     }
