@@ -102,7 +102,7 @@ fn install(args: &InstallArgs) -> anyhow::Result<Vec<String>> {
         let arrow = if args.copy { "=" } else { "->" };
         done.push(format!("{} {arrow} {}", plugin.display(), program.display()));
     }
-    done.extend(put_loopback(&bin_dir.join(LOOPBACK), args.force)?);
+    done.extend(link_loopback(&bin_dir.join(LOOPBACK), args.force)?);
     let has = |plugin: &str| fs::symlink_metadata(bin_dir.join(plugin)).is_ok();
     if let InstalledList::Modified(why) = &found
         && !args.force
@@ -135,7 +135,7 @@ fn install(args: &InstallArgs) -> anyhow::Result<Vec<String>> {
 ///
 /// The link is relative, so it also works where the directory is mounted elsewhere. A dangling link stays
 /// unless `force`: seen from inside a container, a valid link of the host may dangle.
-fn put_loopback(loopback: &Path, force: bool) -> anyhow::Result<Option<String>> {
+fn link_loopback(loopback: &Path, force: bool) -> anyhow::Result<Option<String>> {
     let context = || loopback.display().to_string();
     if fs::metadata(loopback).is_ok() {
         return Ok(None);

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::{
     block_on, fail,
-    output::{bad, doubtful, each, good, text, wrapped, write_stdout},
+    output::{bad, doubtful, elements, good, text, wrapped, write_stdout},
 };
 use crate::{
     api::{self, ClientError},
@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// An agent that does not answer within this time counts as hanging.
-const TIMEOUT: Duration = Duration::from_secs(5);
+const QUERY_TIMEOUT: Duration = Duration::from_secs(5);
 /// Columns before the text of each line.
 const LABEL_COLUMNS: usize = 25;
 
@@ -76,11 +76,11 @@ fn examination(args: &DoctorArgs) -> Examination {
         };
         Ok::<_, ClientError>(Agent { status, routes, events })
     };
-    let response = block_on(async { tokio::time::timeout(TIMEOUT, query).await });
+    let response = block_on(async { tokio::time::timeout(QUERY_TIMEOUT, query).await });
     let (agent, agent_error) = match response {
         Ok(Ok(Ok(agent))) => (Some(agent), None),
         Ok(Ok(Err(error))) => (None, Some(error.to_string())),
-        Ok(Err(_)) => (None, Some(format!("the agent does not answer within {TIMEOUT:?}"))),
+        Ok(Err(_)) => (None, Some(format!("the agent does not answer within {QUERY_TIMEOUT:?}"))),
         Err(error) => (None, Some(error.to_string())),
     };
     Examination { config, agent, agent_error, socket }
@@ -93,11 +93,12 @@ fn pluralized(count: usize, what: &str) -> String {
 fn findings_text(answer: &Value, wide: bool) -> String {
     let mut out = String::new();
     let count = |verdict: &str| {
-        each(&answer["findings"]).filter(|finding| finding["verdict"] == verdict).count()
+        elements(&answer["findings"]).filter(|finding| finding["verdict"] == verdict).count()
     };
     let with_verdicts = |verdicts: &[&str]| {
-        let fits = |finding: &&Value| verdicts.contains(&finding["verdict"].as_str().unwrap_or(""));
-        each(&answer["findings"]).filter(fits).collect::<Vec<_>>()
+        let matches_verdict =
+            |finding: &&Value| verdicts.contains(&finding["verdict"].as_str().unwrap_or(""));
+        elements(&answer["findings"]).filter(matches_verdict).collect::<Vec<_>>()
     };
     // Problems come last, where a terminal shows them.
     let unremarkable = with_verdicts(&["ok", "skipped"]).into_iter();

@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::{
     Client, Format, block_on, fail,
-    output::{doubtful, each, query_and_print, text, write_stdout},
+    output::{doubtful, elements, query_and_print, text, write_stdout},
 };
 use crate::api;
 
@@ -27,7 +27,7 @@ pub fn run(args: &EventsArgs) -> ExitCode {
     let socket = args.client.socket();
     if !args.follow {
         let query = api::get(&socket, "/v1/events?follow=false");
-        let all = |events: &Value, _| each(&events["events"]).map(line).collect();
+        let all = |events: &Value, _| elements(&events["events"]).map(line).collect();
         return query_and_print(&args.client, query, all)
             .map_or_else(|code| code, |_| ExitCode::SUCCESS);
     }

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::{
     Client,
-    output::{each, list, name, query_and_print, table, text},
+    output::{elements, list, name, query_and_print, table, text},
     status::is_present,
 };
 use crate::api;
@@ -38,7 +38,7 @@ fn leases_of(status: &Value) -> Value {
             "subnets": member["subnets"], "free": member["free"],
         })
     };
-    let owners = each(&status["members"]).filter(|member| is_present(member));
+    let owners = elements(&status["members"]).filter(|member| is_present(member));
     json!({
         "network": status["settings"]["pool"]["network"],
         "slots": status["slots"],
@@ -51,7 +51,7 @@ fn leases_text(leases: &Value, wide: bool) -> String {
         let [state, free] = ["liveness", "free"].map(|key| text(&owner[key]));
         [list(&owner["subnets"], wide), name(&owner["name"], wide), state, free]
     };
-    let rows: Vec<_> = each(&leases["owners"]).map(row).collect();
+    let rows: Vec<_> = elements(&leases["owners"]).map(row).collect();
     let mut out = table(["SUBNET", "NODE", "STATE", "FREE"], &rows);
     let _ = writeln!(out, "\n{}: {}", text(&leases["network"]), slots_text(&leases["slots"]));
     out
@@ -66,7 +66,7 @@ fn free_text(free_slots: &Value, wide: bool) -> String {
         let [count, state] = ["count", "liveness"].map(|key| text(&free[key]));
         [subnets, count, name(&free["name"], wide), state]
     };
-    let rows: Vec<_> = each(free_slots).map(row).collect();
+    let rows: Vec<_> = elements(free_slots).map(row).collect();
     table(["SUBNETS", "COUNT", "NODE", "STATE"], &rows)
 }
 

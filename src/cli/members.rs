@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::{
     Client,
-    output::{bad, doubtful, each, good, list, name, query_and_print, table, text, wrapped},
+    output::{bad, doubtful, elements, good, list, name, query_and_print, table, text, wrapped},
     percent_encoded,
     status::is_present,
 };
@@ -43,17 +43,17 @@ async fn peer_details(client: &Client, node: &str) -> Result<Value, ClientError>
     let member = members_of(&status).find(|member| member["node"] == ping["node"]);
     let member = member.unwrap_or_default();
     let concerns_member = |entry: &&Value| entry["peer"] == member["name"];
-    let entries: Vec<&Value> = each(&routes["entries"]).filter(concerns_member).collect();
+    let entries: Vec<&Value> = elements(&routes["entries"]).filter(concerns_member).collect();
     Ok(json!({ "member": member, "ping": ping, "entries": entries, "report": report }))
 }
 
 /// Adds to each member the state of the path to it.
 fn members_of(status: &Value) -> impl Iterator<Item = Value> {
     let path = |node: &Value| {
-        let path = each(&status["paths"]).find(|path| path["node"] == *node)?;
+        let path = elements(&status["paths"]).find(|path| path["node"] == *node)?;
         Some(json!({ "state": path["state"], "round_trip_ms": path["round_trip_ms"] }))
     };
-    each(&status["members"]).cloned().map(move |mut member| {
+    elements(&status["members"]).cloned().map(move |mut member| {
         let path = path(&member["node"]).filter(|_| is_present(&member));
         member["path"] = path.unwrap_or(Value::Null);
         member
@@ -67,7 +67,7 @@ fn members_text(members: &Value, wide: bool) -> String {
         [name(&member["name"], wide), state, path, subnets, text(&member["address"])]
     };
     if !wide {
-        let rows: Vec<_> = each(members).map(row).collect();
+        let rows: Vec<_> = elements(members).map(row).collect();
         return table(["NAME", "STATE", "PATH", "SUBNET", "ADDRESS"], &rows);
     }
     let wide_row = |member: &Value| {
@@ -75,7 +75,7 @@ fn members_text(members: &Value, wide: bool) -> String {
         let [node, free, mac] = ["node", "free", "vtep_mac"].map(|key| text(&member[key]));
         [name, node, state, path, subnets, free, address, mac]
     };
-    let rows: Vec<_> = each(members).map(wide_row).collect();
+    let rows: Vec<_> = elements(members).map(wide_row).collect();
     table(["NAME", "NODE", "STATE", "PATH", "SUBNET", "FREE", "ADDRESS", "VTEP MAC"], &rows)
 }
 
@@ -119,7 +119,7 @@ fn peer_text(peer: &Value) -> String {
     row("agent", reach("underlay"));
     row("overlay", format!("{}, path {}", reach("overlay"), path(&member["path"])));
     row("pods", reach("pods"));
-    for entry in each(&peer["entries"]) {
+    for entry in elements(&peer["entries"]) {
         let [table, key, wanted, verdict] =
             ["table", "key", "wanted", "verdict"].map(|field| text(&entry[field]));
         let verdict = if verdict == "same" { good("in the kernel") } else { bad(verdict) };
@@ -128,8 +128,8 @@ fn peer_text(peer: &Value) -> String {
     match &report["version"] {
         Value::Null => row("itself", "sent no report".to_owned()),
         version => {
-            let failing = each(&report["paths"]).filter(|path| path["state"] != "ok").count();
-            let all = each(&report["paths"]).count();
+            let failing = elements(&report["paths"]).filter(|path| path["state"] != "ok").count();
+            let all = elements(&report["paths"]).count();
             let problems =
                 format!("{} problems, {} of {all} paths ok", report["problems"], all - failing);
             row("itself", format!("version {}, {problems}", text(version)));

@@ -175,7 +175,7 @@ pub fn list(values: &Value, wide: bool) -> String {
 }
 
 /// Iterates over the elements of an array; empty for any other value.
-pub fn each(value: &Value) -> impl Iterator<Item = &Value> {
+pub fn elements(value: &Value) -> impl Iterator<Item = &Value> {
     value.as_array().into_iter().flatten()
 }
 

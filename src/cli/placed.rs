@@ -25,7 +25,7 @@ pub(super) enum Removal {
 }
 
 /// Bytes in the text of every version of this program: the prefix of its environment variables.
-const MARK: &[u8] = b"GOSSAMER_";
+const PROGRAM_MARK: &[u8] = b"GOSSAMER_";
 
 /// Returns what occupies the plugin's path and must not be replaced, as the rest of a sentence. `None` if
 /// that is this program, another version of it, or nothing.
@@ -49,9 +49,9 @@ pub(super) fn foreign_file(program: &Path, plugin: &Path) -> io::Result<Option<&
 
 fn is_version_of_this_program(program: &Path) -> io::Result<bool> {
     let mut text = BufReader::new(files::open(program, OFlag::empty())?);
-    let (mut part, last) = (Vec::new(), MARK[MARK.len() - 1]);
+    let (mut part, last) = (Vec::new(), PROGRAM_MARK[PROGRAM_MARK.len() - 1]);
     while text.read_until(last, &mut part)? > 0 {
-        if part.ends_with(MARK) {
+        if part.ends_with(PROGRAM_MARK) {
             return Ok(true);
         }
         part.clear();

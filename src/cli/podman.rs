@@ -14,7 +14,7 @@ use super::{
 use crate::netavark::DRIVER;
 
 /// Default plugin directories of Podman, in order of precedence.
-const SEARCHED: [&str; 4] = [
+const DEFAULT_PLUGIN_DIRS: [&str; 4] = [
     "/usr/local/libexec/netavark",
     "/usr/libexec/netavark",
     "/usr/local/lib/netavark",
@@ -38,7 +38,7 @@ enum PodmanCommand {
 #[derive(Debug, Args)]
 struct InstallArgs {
     /// Plugin directory of netavark
-    #[arg(long, default_value = SEARCHED[0], value_name = "DIR")]
+    #[arg(long, default_value = DEFAULT_PLUGIN_DIRS[0], value_name = "DIR")]
     dir: PathBuf,
     /// Copy this program instead of linking to it, for example out of a container
     #[arg(long)]
@@ -51,7 +51,7 @@ struct InstallArgs {
 #[derive(Debug, Args)]
 struct UninstallArgs {
     /// Plugin directory of netavark
-    #[arg(long, default_value = SEARCHED[0], value_name = "DIR")]
+    #[arg(long, default_value = DEFAULT_PLUGIN_DIRS[0], value_name = "DIR")]
     dir: PathBuf,
     /// Remove the file even if it is another program
     #[arg(long)]
@@ -84,7 +84,7 @@ fn install(args: &InstallArgs) -> anyhow::Result<String> {
         let arrow = if args.copy { "=" } else { "->" };
         writeln!(text, "{} {arrow} {}", plugin.display(), program.display())?;
     }
-    if !SEARCHED.iter().any(|searched| dir == PathBuf::from(searched)) {
+    if !DEFAULT_PLUGIN_DIRS.iter().any(|default| dir == PathBuf::from(default)) {
         writeln!(
             text,
             "Podman does not search this directory by default: in /etc/containers/containers.conf, below \

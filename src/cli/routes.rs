@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::{
     Client,
-    output::{bad, each, list, name, query_and_print, table, text},
+    output::{bad, elements, list, name, query_and_print, table, text},
 };
 use crate::api;
 
@@ -30,7 +30,7 @@ pub fn run(args: &RoutesArgs) -> ExitCode {
         Ok(routes)
     };
     match query_and_print(&args.client, query, routes_text) {
-        Ok(routes) if each(&routes["entries"]).all(|entry| entry["verdict"] == "same") => {
+        Ok(routes) if elements(&routes["entries"]).all(|entry| entry["verdict"] == "same") => {
             ExitCode::SUCCESS
         }
         Ok(_) => ExitCode::FAILURE,
@@ -46,9 +46,9 @@ fn routes_text(routes: &Value, wide: bool) -> String {
         let verdict = if verdict == "same" { verdict } else { bad(verdict) };
         [table, key, wanted, found, name(&entry["peer"], wide), verdict]
     };
-    let rows: Vec<_> = each(&routes["entries"]).map(row).collect();
+    let rows: Vec<_> = elements(&routes["entries"]).map(row).collect();
     let mut out = table(["TABLE", "KEY", "WANTED", "IN THE KERNEL", "PEER", ""], &rows);
-    let differ = each(&routes["entries"]).filter(|entry| entry["verdict"] != "same").count();
+    let differ = elements(&routes["entries"]).filter(|entry| entry["verdict"] != "same").count();
     let _ = match differ {
         0 => writeln!(out, "\nthe kernel has all entries"),
         count => writeln!(

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::{
     Client,
-    output::{bad, each, query_and_print, table, text},
+    output::{bad, elements, query_and_print, table, text},
     token::new_token,
 };
 use crate::{
@@ -66,7 +66,7 @@ pub fn run(args: &SecretArgs) -> ExitCode {
         Step::Drop(args) => query_and_print(&args.client, change(args, "drop"), secrets_text),
     };
     match done {
-        Ok(answer) if each(&answer["refused"]).next().is_some() => ExitCode::FAILURE,
+        Ok(answer) if elements(&answer["refused"]).next().is_some() => ExitCode::FAILURE,
         Ok(_) => ExitCode::SUCCESS,
         Err(code) => code,
     }
@@ -97,16 +97,16 @@ fn secrets_text(answer: &Value, wide: bool) -> String {
         names => names.len().to_string(),
     };
     let row = |secret: &Value| {
-        let lacking = each(&secret["lacked_by"]).map(text).collect::<Vec<_>>().join(", ");
+        let lacking = elements(&secret["lacked_by"]).map(text).collect::<Vec<_>>().join(", ");
         let lacking = if lacking.is_empty() { "-".to_owned() } else { bad(lacking) };
         [text(&secret["secret"]), names(&secret["used_by"]), names(&secret["accepted_by"]), lacking]
     };
-    let rows: Vec<_> = each(&answer["secrets"]).map(row).collect();
+    let rows: Vec<_> = elements(&answer["secrets"]).map(row).collect();
     let mut out = table(["SECRET", "USED BY", "ACCEPTED BY", "LACKED BY"], &rows);
-    for refused in each(&answer["refused"]) {
+    for refused in elements(&answer["refused"]) {
         let _ = writeln!(out, "{}", bad(format_args!("refused by {}", text(refused))));
     }
-    let silent: Vec<String> = each(&answer["silent"]).map(text).collect();
+    let silent: Vec<String> = elements(&answer["silent"]).map(text).collect();
     if !silent.is_empty() {
         let _ = writeln!(out, "{}", bad(format_args!("no answer from {}", silent.join(", "))));
     }

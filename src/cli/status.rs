@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::{
     Client,
     leases::slots_text,
-    output::{bad, doubtful, each, good, query_and_print, strong, text, wrapped},
+    output::{bad, doubtful, elements, good, query_and_print, strong, text, wrapped},
 };
 use crate::api::{self, ClientError};
 
@@ -72,11 +72,11 @@ async fn query_status(args: &StatusArgs) -> Result<Value, ClientError> {
 
 fn status_text(status: &Value, wide: bool) -> String {
     let mut out = String::new();
-    for problem in each(&status["problems"]) {
+    for problem in elements(&status["problems"]) {
         let words = wrapped(&text(problem), LABEL_COLUMNS);
         let _ = writeln!(out, "{}   {words}", bad("problem"));
     }
-    for warning in each(&status["warnings"]) {
+    for warning in elements(&status["warnings"]) {
         let words = wrapped(&text(warning), LABEL_COLUMNS);
         let _ = writeln!(out, "{}   {words}", doubtful("warning"));
     }
@@ -106,7 +106,7 @@ fn status_text(status: &Value, wide: bool) -> String {
     row("members", format!("{alive} alive of {known}{}", members_not_alive(status)));
     row("paths", paths(status));
     row("slots", slots_text(&status["slots"]));
-    for node in each(&status["reclaiming"]) {
+    for node in elements(&status["reclaiming"]) {
         row("reclaims", reclaims(node));
     }
     let interface = text(&kernel["underlay_interface"]);
@@ -130,7 +130,7 @@ fn status_text(status: &Value, wide: bool) -> String {
 /// Lists members that are not alive, grouped by state.
 fn members_not_alive(status: &Value) -> String {
     let mut by_state: BTreeMap<String, Vec<String>> = BTreeMap::new();
-    for member in each(&status["members"]) {
+    for member in elements(&status["members"]) {
         if is_present(member) && member["liveness"] != "alive" {
             let state = member["liveness"].as_str().unwrap_or("unknown");
             by_state.entry(state.to_owned()).or_default().push(text(&member["name"]));
@@ -142,7 +142,7 @@ fn members_not_alive(status: &Value) -> String {
 
 fn paths(status: &Value) -> String {
     let mut by_state: BTreeMap<String, Vec<String>> = BTreeMap::new();
-    for path in each(&status["paths"]) {
+    for path in elements(&status["paths"]) {
         by_state.entry(text(&path["state"])).or_default().push(text(&path["name"]));
     }
     let ok = by_state.remove("ok").unwrap_or_default().len();
@@ -192,7 +192,7 @@ fn alive(status: &Value) -> usize {
 }
 
 fn count(status: &Value, which: impl Fn(&Value) -> bool) -> usize {
-    each(&status["members"]).filter(|member| is_present(member) && which(member)).count()
+    elements(&status["members"]).filter(|member| is_present(member) && which(member)).count()
 }
 
 /// Returns whether a member has neither left nor been forgotten.

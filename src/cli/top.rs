@@ -21,7 +21,7 @@ use serde_json::Value;
 
 use super::{
     Client, block_on, fail,
-    output::{each, text},
+    output::{elements, text},
     status::is_present,
 };
 use crate::api::{self, ClientError};
@@ -100,7 +100,7 @@ fn watch(client: &Client, mut draw: impl FnMut(&Picture) -> io::Result<()>) -> i
                 draw(&picture)?;
                 continue;
             };
-            let members = each(&picture.status["members"]).count();
+            let members = elements(&picture.status["members"]).count();
             match key.code {
                 _ if key.kind != KeyEventKind::Press => continue,
                 KeyCode::Char('q') | KeyCode::Esc => return Ok(()),
@@ -161,7 +161,7 @@ fn rate(before: (Instant, [u64; 2]), now: (Instant, [u64; 2])) -> [f64; 2] {
 
 fn draw(frame: &mut Frame<'_>, picture: &Picture) {
     let problems = problem_lines(picture);
-    let [head, wrong, members, events, foot] = Layout::vertical([
+    let [head, problem_area, members, events, foot] = Layout::vertical([
         Constraint::Length(4),
         Constraint::Length(problems.len().min(6) as u16),
         Constraint::Min(4),
@@ -170,7 +170,7 @@ fn draw(frame: &mut Frame<'_>, picture: &Picture) {
     ])
     .areas(frame.area());
     frame.render_widget(Paragraph::new(head_lines(picture)), head);
-    frame.render_widget(Paragraph::new(problems).wrap(Wrap { trim: true }), wrong);
+    frame.render_widget(Paragraph::new(problems).wrap(Wrap { trim: true }), problem_area);
     draw_members(frame, picture, members);
     draw_events(frame, picture, events);
     let keys = format!("q quit  s sort ({})  up/down scroll", picture.order.text());
@@ -190,10 +190,11 @@ fn head_lines(picture: &Picture) -> Vec<Line<'static>> {
         text(&status["subnet"]),
         text(&status["settings"]["pool"]["network"])
     );
-    let present = || each(&status["members"]).filter(|member| is_present(member));
+    let present = || elements(&status["members"]).filter(|member| is_present(member));
     let alive = present().filter(|member| member["liveness"] == "alive").count();
     let slots = &status["slots"];
-    let [inward, outward] = traffic.map_or(["-".to_owned(), "-".to_owned()], |t| t.map(bits));
+    let [inward, outward] =
+        traffic.map_or(["-".to_owned(), "-".to_owned()], |t| t.map(format_bits));
     let repairs: u64 =
         kernel["repairs"].as_object().into_iter().flatten().filter_map(|(_, n)| n.as_u64()).sum();
     vec![
@@ -216,23 +217,24 @@ fn head_lines(picture: &Picture) -> Vec<Line<'static>> {
 }
 
 fn problem_lines(picture: &Picture) -> Vec<Line<'static>> {
-    let problems = each(&picture.status["problems"]).map(text);
+    let problems = elements(&picture.status["problems"]).map(text);
     let all = picture.error.clone().into_iter().chain(problems);
     all.map(|problem| Line::styled(format!("! {problem}"), Color::Red)).collect()
 }
 
 fn draw_members(frame: &mut Frame<'_>, picture: &Picture, area: Rect) {
     let status = &picture.status;
-    let paths: BTreeMap<&str, &Value> =
-        each(&status["paths"]).filter_map(|path| Some((path["node"].as_str()?, path))).collect();
-    let mut members: Vec<(&Value, Option<&Value>)> = each(&status["members"])
+    let paths: BTreeMap<&str, &Value> = elements(&status["paths"])
+        .filter_map(|path| Some((path["node"].as_str()?, path)))
+        .collect();
+    let mut members: Vec<(&Value, Option<&Value>)> = elements(&status["members"])
         .filter(|member| is_present(member))
         .map(|member| (member, member["node"].as_str().and_then(|id| paths.get(id)).copied()))
         .collect();
     let span = |path: &Option<&Value>| path.and_then(|path| path["round_trip_ms"].as_f64());
     match picture.order {
         Order::Name => {}
-        Order::State => members.sort_by_key(|(member, path)| !is_wrong(member, *path)),
+        Order::State => members.sort_by_key(|(member, path)| !has_problem(member, *path)),
         Order::RoundTrip => {
             members.sort_by(|(_, a), (_, b)| {
                 span(b).unwrap_or(0.0).total_cmp(&span(a).unwrap_or(0.0))
@@ -247,7 +249,7 @@ fn draw_members(frame: &mut Frame<'_>, picture: &Picture, area: Rect) {
             let span = path.and_then(|path| path[key].as_f64());
             span.map_or("-".to_owned(), |span| format!("{span:.2} ms"))
         };
-        let subnet = each(&member["subnets"]).next().map(text).unwrap_or_default();
+        let subnet = elements(&member["subnets"]).next().map(text).unwrap_or_default();
         let cells = [
             text(&member["name"]),
             state,
@@ -257,7 +259,7 @@ fn draw_members(frame: &mut Frame<'_>, picture: &Picture, area: Rect) {
             subnet,
         ];
         let style =
-            if is_wrong(member, *path) { Style::new().fg(Color::Yellow) } else { Style::new() };
+            if has_problem(member, *path) { Style::new().fg(Color::Yellow) } else { Style::new() };
         Row::new(cells.map(Cell::from)).style(style)
     };
     let rows: Vec<Row<'_>> = members.iter().skip(picture.scroll).map(row).collect();
@@ -274,7 +276,7 @@ fn draw_members(frame: &mut Frame<'_>, picture: &Picture, area: Rect) {
     frame.render_widget(table.block(Block::bordered().title("members")), area);
 }
 
-fn is_wrong(member: &Value, path: Option<&Value>) -> bool {
+fn has_problem(member: &Value, path: Option<&Value>) -> bool {
     let way = path.and_then(|path| path["state"].as_str());
     let is_alive = member["me"] == true || member["liveness"] == "alive";
     !is_alive || way.is_some_and(|way| !matches!(way, "ok" | "unknown"))
@@ -298,7 +300,7 @@ fn draw_events(frame: &mut Frame<'_>, picture: &Picture, area: Rect) {
 }
 
 /// Formats a rate in bits per second.
-fn bits(bytes: f64) -> String {
+fn format_bits(bytes: f64) -> String {
     let bits = bytes * 8.0;
     let units = [(1e9, "Gbit/s"), (1e6, "Mbit/s"), (1e3, "kbit/s")];
     match units.into_iter().find(|(size, _)| bits >= *size) {

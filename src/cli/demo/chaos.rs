@@ -112,10 +112,10 @@ fn owned_state(host: &Host, device: &str) -> io::Result<(String, Vec<String>)> {
 /// Sets the device down and renames it in one batch: kernels before 6.2 rename no device that is up. It
 /// retries, because the agent may set the device up between the two requests.
 fn rename(netlink: &mut Netlink, index: u32) -> io::Result<()> {
-    let change = || LinkUnspec::new_with_index(index);
+    let link = || LinkUnspec::new_with_index(index);
     let mut attempts = 0;
     loop {
-        let both = [change().down().build(), change().name("stolen").build()];
+        let both = [link().down().build(), link().name("stolen").build()];
         let both =
             both.map(|link| Request { message: RouteNetlinkMessage::SetLink(link), flags: 0 });
         attempts += 1;
@@ -136,11 +136,11 @@ impl Fault {
         }
         let mut netlink = Netlink::open()?;
         let index = netlink.index_of(device)?;
-        let change = || LinkUnspec::new_with_index(index);
+        let link = || LinkUnspec::new_with_index(index);
         match self {
-            Self::DeviceDown => netlink.set_link(change().down()),
-            Self::DeviceMtu => netlink.set_link(change().mtu(1300)),
-            Self::DeviceMac => netlink.set_link(change().address(vec![2, 0, 0, 0, 0, 0x99])),
+            Self::DeviceDown => netlink.set_link(link().down()),
+            Self::DeviceMtu => netlink.set_link(link().mtu(1300)),
+            Self::DeviceMac => netlink.set_link(link().address(vec![2, 0, 0, 0, 0, 0x99])),
             Self::DeviceName => rename(&mut netlink, index),
             Self::DeleteDevice => netlink.delete_link(index),
             Self::RemoveAddress => {

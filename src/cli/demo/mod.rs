@@ -26,14 +26,14 @@ pub struct DemoArgs {
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(2..=i64::from(MAX_NODES)))]
     nodes: u16,
     #[command(flatten)]
-    story: StoryArgs,
+    story: DemoOptions,
     #[command(subcommand)]
     command: Option<DemoCommand>,
 }
 
 /// Options of the demo's sequence of steps.
 #[derive(Clone, Copy, Debug, Args)]
-struct StoryArgs {
+struct DemoOptions {
     /// Inject faults into a host's kernel while its pod sends pings, and show the packet loss
     #[arg(long)]
     chaos: bool,
@@ -56,7 +56,7 @@ enum DemoCommand {
     Inside {
         nodes: u16,
         #[command(flatten)]
-        story: StoryArgs,
+        story: DemoOptions,
     },
 }
 
@@ -64,7 +64,7 @@ pub fn run(args: &DemoArgs) -> ExitCode {
     match &args.command {
         Some(DemoCommand::Exec(exec)) => exec::run(exec),
         Some(DemoCommand::Node(args)) => node::run(args),
-        Some(DemoCommand::Router) => node::route(),
+        Some(DemoCommand::Router) => node::run_router(),
         Some(DemoCommand::Inside { nodes, story }) => inside(*nodes, *story),
         None => enter(args),
     }
@@ -85,7 +85,7 @@ fn enter(args: &DemoArgs) -> ExitCode {
     }
 }
 
-fn inside(nodes: u16, story: StoryArgs) -> ExitCode {
+fn inside(nodes: u16, story: DemoOptions) -> ExitCode {
     // If the outer process is killed, the kernel must end everything in here.
     if let Err(error) = set_pdeathsig(Signal::SIGKILL) {
         return fail(error);

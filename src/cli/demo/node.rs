@@ -88,7 +88,7 @@ pub fn run(args: &NodeArgs) -> ExitCode {
 }
 
 /// Waits for SIGTERM or SIGINT. The kernel does the forwarding.
-pub fn route() -> ExitCode {
+pub fn run_router() -> ExitCode {
     let mut signals = SigSet::empty();
     [Signal::SIGTERM, Signal::SIGINT].into_iter().for_each(|signal| signals.add(signal));
     match signals.thread_block().and_then(|()| signals.wait()) {

@@ -12,7 +12,7 @@ use ipnet::Ipv4Net;
 use nix::sys::signal::Signal;
 
 use super::{
-    StoryArgs,
+    DemoOptions,
     chaos::inject_faults,
     screen::{Screen, span},
 };
@@ -22,13 +22,13 @@ use crate::{
     lab::{Agent, Host, Lab, Pinger, Pod, tables},
 };
 
-const TIMEOUT: Duration = Duration::from_secs(30);
+const STEP_TIMEOUT: Duration = Duration::from_secs(30);
 const PING_TIMEOUT: Duration = Duration::from_secs(2);
 const POD_MTU: u32 = 1450;
 /// Pings sent, one each 10 ms, while an agent is dead.
 const STREAM_REQUESTS: u16 = 150;
 
-struct Story {
+struct DemoRun {
     screen: Screen,
     program: PathBuf,
     hosts: Vec<Host>,
@@ -38,8 +38,8 @@ struct Story {
     token: String,
 }
 
-pub fn run_demo(nodes: u16, StoryArgs { chaos, keep }: StoryArgs) -> anyhow::Result<()> {
-    let mut story = Story {
+pub fn run_demo(nodes: u16, DemoOptions { chaos, keep }: DemoOptions) -> anyhow::Result<()> {
+    let mut story = DemoRun {
         screen: Screen::new(),
         program: std::env::current_exe()?,
         hosts: Vec::new(),
@@ -73,7 +73,7 @@ pub fn run_demo(nodes: u16, StoryArgs { chaos, keep }: StoryArgs) -> anyhow::Res
     Ok(())
 }
 
-impl Story {
+impl DemoRun {
     fn build(&mut self, nodes: u16) -> anyhow::Result<()> {
         let hosts = &mut self.hosts;
         self.screen.step("an underlay: hosts on a bridge", || {
@@ -90,8 +90,8 @@ impl Story {
         let (program, host) = (&self.program, &self.hosts[0]);
         let (agent, token) = self.screen.step("n1 creates the cluster", || {
             let mut agent = Agent::start(program, host, &["--init"])?;
-            let status = agent.wait_converged(1, TIMEOUT)?;
-            let answer = agent.ask("/v1/token", TIMEOUT)?;
+            let status = agent.wait_converged(1, STEP_TIMEOUT)?;
+            let answer = agent.ask("/v1/token", STEP_TIMEOUT)?;
             let token = answer["token"].as_str().context("no token")?.to_owned();
             let subnet = Agent::subnet(&status)?;
             Ok(((agent, token), format!("cluster {}, n1 has {subnet}", text(&status["cluster"]))))
@@ -113,7 +113,7 @@ impl Story {
             }
             let begun = Instant::now();
             for agent in agents.iter_mut() {
-                subnets.push(Agent::subnet(&agent.wait_converged(count, TIMEOUT)?)?);
+                subnets.push(Agent::subnet(&agent.wait_converged(count, STEP_TIMEOUT)?)?);
             }
             for (n, subnet) in subnets.iter().enumerate() {
                 ensure!(!subnets[..n].contains(subnet), "{subnet} was leased twice");
@@ -231,10 +231,10 @@ impl Story {
         self.screen.step("it is started again, without seeds or token", || {
             let begun = Instant::now();
             agents[1] = Agent::start(program, &hosts[1], &[])?;
-            let after = agents[1].wait_subnet(TIMEOUT)?;
+            let after = agents[1].wait_subnet(STEP_TIMEOUT)?;
             let ready = begun.elapsed();
             ensure!(after == before, "it had {before} and has {after} now");
-            agents[1].wait_converged(count, TIMEOUT)?;
+            agents[1].wait_converged(count, STEP_TIMEOUT)?;
             reach(&mut Pinger::new(&from.netns)?, to)?;
             Ok(((), format!("same subnet {after}, {} after the start", span(ready))))
         })
@@ -254,7 +254,7 @@ impl Story {
                     if routes(&shown) == last - 1 && !shown.contains(&subnet.to_string()) {
                         break;
                     }
-                    ensure!(begun.elapsed() < TIMEOUT, "{} still has its entries", host.name);
+                    ensure!(begun.elapsed() < STEP_TIMEOUT, "{} still has its entries", host.name);
                     thread::sleep(Duration::from_millis(1));
                 }
             }
@@ -276,7 +276,7 @@ impl Story {
             let seed = hosts[0].ip.to_string();
             agents[last] =
                 Agent::start(program, &hosts[last], &["--join", &seed, "--token", token])?;
-            let status = agents[last].wait_converged(last + 1, TIMEOUT)?;
+            let status = agents[last].wait_converged(last + 1, STEP_TIMEOUT)?;
             Ok(((), format!("it has {}", Agent::subnet(&status)?)))
         })
     }
