@@ -320,7 +320,7 @@ async fn put<T>(
     ask: &Ask,
     request: impl FnOnce(Sender<Result<T, PodError>>) -> Request,
 ) -> Result<T, Refused> {
-    match tokio::time::timeout(TIMEOUT, api::put(&**ask, request)).await {
+    match tokio::time::timeout(TIMEOUT, api::submit(&**ask, request)).await {
         Ok(Some(result)) => result.map_err(|error| Refused(error.error)),
         Ok(None) => Err(Refused(
             "gossamer's agent gave no answer: it is ending, or has too much to do".to_owned(),
