@@ -14,7 +14,7 @@ use std::{
 
 use clap::{Parser, Subcommand};
 use gossamer::{
-    core::planted::Bug,
+    core::planted::Mutation,
     sim::{
         campaign::{Campaign, MUST_REACH, Report, repeat_command, seeds_to_catch, shrink},
         faults::Faults,
@@ -180,7 +180,7 @@ fn summary(cli: &Cli, report: &Report, seconds: f64) -> String {
 fn planted(limit: u64) -> ExitCode {
     let (next, escaped) = (AtomicUsize::new(0), AtomicUsize::new(0));
     let hunt = || {
-        while let Some(bug) = Bug::ALL.get(next.fetch_add(1, Ordering::Relaxed)) {
+        while let Some(bug) = Mutation::ALL.get(next.fetch_add(1, Ordering::Relaxed)) {
             match seeds_to_catch(*bug, limit) {
                 Some((seeds, why)) => println!("{bug:<32?} seed {seeds:>5}  {why:.100}"),
                 None => {
@@ -196,7 +196,7 @@ fn planted(limit: u64) -> ExitCode {
         }
     });
     let escaped = escaped.into_inner();
-    println!("{} of {} planted bugs caught", Bug::ALL.len() - escaped, Bug::ALL.len());
+    println!("{} of {} planted bugs caught", Mutation::ALL.len() - escaped, Mutation::ALL.len());
     if escaped == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 

@@ -14,7 +14,7 @@ use super::{
     faults::{Fault, Faults},
     run::{Plan, Verdict},
 };
-use crate::core::planted::{self, Bug};
+use crate::core::planted::{self, Mutation};
 
 /// Every so many seeds one is run twice, and both runs must be the same to the last event.
 const TWICE_EVERY: u64 = 50;
@@ -192,12 +192,15 @@ pub fn repeat_command(plan: &Plan) -> String {
 
 /// Seeds by which defects were caught that need many of them: they are tried first. One that is out of date
 /// costs a search from the first seed on.
-const CAUGHT_AT: [(Bug, u64); 3] =
-    [(Bug::LeaveWithoutWithdrawal, 1_354), (Bug::GiveBackInUse, 4_395), (Bug::IgnoreVersions, 332)];
+const CAUGHT_AT: [(Mutation, u64); 3] = [
+    (Mutation::LeaveWithoutWithdrawal, 1_354),
+    (Mutation::ReleaseLeaseInUse, 4_395),
+    (Mutation::IgnoreVersions, 332),
+];
 
 /// A seed by which a planted bug is caught; none, if `limit` were not enough. Only what goes well
 /// without the bug counts.
-pub fn seeds_to_catch(bug: Bug, limit: u64) -> Option<(u64, String)> {
+pub fn seeds_to_catch(bug: Mutation, limit: u64) -> Option<(u64, String)> {
     let recorded = CAUGHT_AT.iter().filter(|(of, _)| *of == bug).map(|(_, seed)| *seed);
     recorded.chain(1..=limit).find_map(|seed| {
         let plan = Plan::draw(seed, 3..=20);

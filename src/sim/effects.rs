@@ -46,10 +46,10 @@ impl World {
             Output::Withdraw => {
                 self.pursue(index, DesiredState::Nothing);
             }
-            Output::Owned(_)
-            | Output::Answered { .. }
-            | Output::Inquired { .. }
-            | Output::Reported { .. } => {}
+            Output::SlotsChanged(_)
+            | Output::PingResult { .. }
+            | Output::InquiryReceived { .. }
+            | Output::InquiryResult { .. } => {}
             Output::CannotLeave(_) => self.hosts[index].going = false,
             Output::Stop(stop) => self.on_stop(index, stop),
         }
@@ -305,7 +305,7 @@ impl World {
         };
         self.schedule_kernel(index, again.unwrap_or(RECONCILE));
         if again.is_none() {
-            self.input(index, Input::InUse(subnet));
+            self.input(index, Input::KernelSubnet(subnet));
         }
     }
 

@@ -5,7 +5,7 @@ use super::{
     campaign::{Campaign, repeat_command, seeds_to_catch},
     run::Plan,
 };
-use crate::core::planted::Bug;
+use crate::core::planted::Mutation;
 
 #[test]
 fn no_seed_breaks_a_promise() {
@@ -40,8 +40,12 @@ fn one_seed_is_one_run() {
 /// The judge must see at once what breaks the rules grossly; `gossamer-sim planted` tries all defects.
 #[test]
 fn planted_bugs_are_caught() {
-    for bug in [Bug::AnswerBeforeFlush, Bug::SameEpoch, Bug::RemoveBeforeAdd, Bug::DonateBeforeSync]
-    {
+    for bug in [
+        Mutation::AnswerBeforeFlush,
+        Mutation::SameEpoch,
+        Mutation::RemoveBeforeAdd,
+        Mutation::GrantBeforeSync,
+    ] {
         assert!(seeds_to_catch(bug, 20).is_some(), "{bug:?} escaped");
     }
 }
