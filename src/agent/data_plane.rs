@@ -261,7 +261,7 @@ impl Agent {
         self.save_underlay();
         let now = &self.underlay;
         if before.local != now.local && self.config.advertise.is_none() {
-            let input = Input::Moved { underlay: now.local };
+            let input = Input::UnderlayChanged { underlay: now.local };
             self.transport.moved();
             self.input(input);
         } else {
@@ -285,7 +285,7 @@ impl Agent {
         }
         let in_use = self.kernel.wanted.as_ref().map(|view| view.own.subnets.first);
         if self.kernel.in_use.replace(in_use) != Some(in_use) {
-            self.input(Input::InUse(in_use));
+            self.input(Input::KernelSubnet(in_use));
         }
     }
 
@@ -354,7 +354,7 @@ impl Agent {
             tracing::info!("giving the subnet back");
             self.giving_up = Some((why, Instant::now() + GIVE_BACK));
             // What was refused is not there.
-            self.input(Input::InUse(None));
+            self.input(Input::KernelSubnet(None));
             self.input(Input::Command(Command::Leave));
         } else {
             self.ending = Some(Ending::Failed(why));

@@ -374,18 +374,22 @@ impl Agent {
                 if self.has_made_something() {
                     self.program();
                 } else {
-                    self.input(Input::InUse(None));
+                    self.input(Input::KernelSubnet(None));
                 }
             }
-            Output::Owned(changes) => self.note_owners(&changes),
+            Output::SlotsChanged(changes) => self.note_owners(&changes),
             Output::CannotLeave(why) => {
                 if let Some(reply) = self.leave_reply.take() {
                     let _ = reply.send(Err(why));
                 }
             }
-            Output::Answered { node, answered } => self.on_answered(node, answered),
-            Output::Inquired { reply, from, inquiry } => self.on_inquired(reply, from, inquiry),
-            Output::Reported { node, number, report } => self.on_reported(node, number, report),
+            Output::PingResult { node, answered } => self.on_answered(node, answered),
+            Output::InquiryReceived { reply, from, inquiry } => {
+                self.on_inquired(reply, from, inquiry)
+            }
+            Output::InquiryResult { node, number, report } => {
+                self.on_reported(node, number, report)
+            }
             Output::Stop(stop) => self.on_stop(stop),
         }
     }

@@ -15,7 +15,7 @@ use ipnet::IpNet;
 
 use super::desired::{Desired, Device, Hop, Tables, Way};
 use crate::{
-    core::planted::{Bug, planted},
+    core::planted::{Mutation, has_mutation},
     model::Mac,
 };
 
@@ -105,7 +105,7 @@ pub fn plan(desired: &Desired, actual: &Actual) -> Vec<Op> {
         // The kernel forgets the neighbours of a device whose address changes.
         actual.neighbours.clear();
     }
-    if planted(Bug::RemoveBeforeAdd) {
+    if has_mutation(Mutation::RemoveBeforeAdd) {
         ops.extend(actual.routes.iter().map(|(subnet, hop)| Op::RemoveRoute(*subnet, *hop)));
         actual.routes.clear();
     }
