@@ -16,7 +16,7 @@ use tokio::sync::oneshot::Sender;
 use super::{Agent, pod_address::NotGiven, pods::record, vanished::Looking};
 use crate::{
     api::{PodError, PodErrorKind},
-    docker::{self, Endpoint, Joined, OWNER, Request},
+    docker::{self, Endpoint, EndpointInterface, OWNER, Request},
     model::{Attachment, Mac, Pod},
     pods::{
         Wish,
@@ -267,7 +267,7 @@ impl Agent {
         match entered {
             Err(error) => _ = reply.send(Err(error)),
             Ok((bridge, pod, routes)) => {
-                let joined = Joined { interface: loose_name(&pod.attachment), routes };
+                let joined = EndpointInterface { interface: loose_name(&pod.attachment), routes };
                 let answer =
                     move |result: Result<_, PodError>| _ = reply.send(result.map(|_| joined));
                 self.connect(bridge, pod, End::Loose, Box::new(answer));
@@ -360,7 +360,7 @@ impl Reservation {
 pub(super) struct Join {
     endpoint: Endpoint,
     sandbox: String,
-    reply: Sender<Result<Joined, PodError>>,
+    reply: Sender<Result<EndpointInterface, PodError>>,
 }
 
 impl Join {
