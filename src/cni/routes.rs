@@ -11,7 +11,7 @@ use super::{
 };
 use crate::netlink::{
     Netlink,
-    route::{MAIN, Listed},
+    route::{MAIN, UnicastRoute},
 };
 
 /// A route in `prevResult`. `None` fields are not compared.
@@ -45,7 +45,7 @@ impl Expected {
         })
     }
 
-    fn matches(&self, listed: &Listed) -> bool {
+    fn matches(&self, listed: &UnicastRoute) -> bool {
         self.to == listed.to
             && self.table == listed.table
             && self.via.is_none_or(|via| listed.gateways.contains(&via))
@@ -95,14 +95,14 @@ mod tests {
 
     use super::*;
 
-    fn listed(to: &str, via: &str, metric: u32, table: u32) -> Listed {
+    fn listed(to: &str, via: &str, metric: u32, table: u32) -> UnicastRoute {
         let gateways = vec![via.parse().expect("an address")];
-        Listed { to: to.parse().expect("a network"), gateways, link: None, metric, table }
+        UnicastRoute { to: to.parse().expect("a network"), gateways, link: None, metric, table }
     }
 
     #[test]
     fn route_is_compared_only_in_the_fields_of_the_result() {
-        let matches = |route: Value, listed: &Listed| {
+        let matches = |route: Value, listed: &UnicastRoute| {
             let read = Expected::all(&json!({ "routes": [route] }));
             read.iter().all(|route| route.matches(listed))
         };

@@ -27,7 +27,7 @@ use crate::{
     netlink::{
         Netlink, Request,
         link::{Address, Link},
-        neighbour::staying,
+        neighbour::protected_entry,
         route::MAIN,
     },
 };
@@ -94,10 +94,10 @@ impl PodNamespace<'_> {
             changes.push(request(index, *route)?);
         }
         let named = changes.len();
-        // Other pods can fill the kernel's neighbor table, which all namespaces share. Permanent entries are
-        // not evicted.
+        // Other pods can fill the kernel's neighbor table, which all namespaces share.
+        // A protected entry is not evicted.
         for (subnet, mac) in bridge.subnets.iter().zip(gateway_mac.into_iter().cycle()) {
-            changes.push(staying(index, gateway(subnet), Some(mac), ROUTE_PROTOCOL));
+            changes.push(protected_entry(index, gateway(subnet), Some(mac), ROUTE_PROTOCOL));
         }
         let mut existing = Vec::new();
         for refused in self.netlink.apply(changes)? {

@@ -16,7 +16,7 @@ use crate::{
     model::Mac,
     netlink::{
         Netlink,
-        neighbour::{permanent, without},
+        neighbour::{entry_removal, permanent_entry},
     },
 };
 
@@ -36,7 +36,7 @@ pub(super) fn keep(
         .flat_map(|tenant| tenant.addresses.iter().map(|address| (address, tenant.mac)))
         .collect();
     let (mut right, mut changes) = (BTreeSet::new(), Vec::new());
-    for (ip, mac) in netlink.pinned_neighbours(index)? {
+    for (ip, mac) in netlink.permanent_neighbors(index)? {
         let is_of_pods = bridge.subnets.iter().any(|subnet| subnet.contains(&ip));
         match pods.get(&ip) {
             Some(Some(of_pod)) if *of_pod == mac => _ = right.insert(ip),
@@ -44,16 +44,16 @@ pub(super) fn keep(
             Some(None) => {}
             Some(Some(_)) => {
                 report.note(format!("the neighbor entry of {ip} on {}", bridge.name), index);
-                changes.push(without(index, ip));
+                changes.push(entry_removal(index, ip));
             }
             // The pod of this address is gone.
-            None if is_of_pods && bridge.anti_spoofing => changes.push(without(index, ip)),
+            None if is_of_pods && bridge.anti_spoofing => changes.push(entry_removal(index, ip)),
             None => {}
         }
     }
     if bridge.anti_spoofing {
         let missing = pods.iter().filter(|(ip, _)| !right.contains(ip));
-        let missing = missing.filter_map(|(ip, mac)| Some(permanent(index, *ip, (*mac)?)));
+        let missing = missing.filter_map(|(ip, mac)| Some(permanent_entry(index, *ip, (*mac)?)));
         changes.extend(missing);
     }
     for refused in netlink.apply(changes)? {

@@ -242,7 +242,7 @@ impl StandIn {
                     )?;
                 }
             }
-            other.into_iter().try_for_each(|ip| netlink.set_neighbour(index, ip, mac))
+            other.into_iter().try_for_each(|ip| netlink.set_permanent_neighbor(index, ip, mac))
         })
     }
 }

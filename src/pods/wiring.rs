@@ -42,7 +42,7 @@ use crate::{
     dataplane::kernel::interface::{self, Ipv6},
     model::{Addresses, Attachment, Mac, Pod},
     netlink::{
-        Netlink, Refused, Request,
+        Netlink, RefusedChange, Request,
         link::{ENODEV, Link},
         neighbour,
     },
@@ -295,7 +295,7 @@ impl Wiring {
         let Some(bridge) = self.bridge.as_ref().map(|ready_bridge| ready_bridge.index) else {
             return;
         };
-        let changes = addresses.iter().map(|ip| neighbour::without(bridge, ip)).collect();
+        let changes = addresses.iter().map(|ip| neighbour::entry_removal(bridge, ip)).collect();
         if let Err(error) = self.netlink.apply(changes) {
             tracing::debug!(%error, "neighbor entries of a pod not removed");
         }
@@ -427,9 +427,9 @@ impl Wiring {
         let up = port::up(&name, alias(pod, mac, default_route));
         let mut changes = vec![made, bridge::without_address(&name), up];
         changes.extend(pod.addresses.iter().map(|ip| match pinned {
-            true => neighbour::permanent(port, ip, mac),
+            true => neighbour::permanent_entry(port, ip, mac),
             // The previous owner of the address may have had another MAC.
-            false => neighbour::without(port, ip),
+            false => neighbour::entry_removal(port, ip),
         }));
         let refused = self.netlink.apply(changes)?;
         all_done(refused.iter().filter(|refused| REQUIRED_CHANGES.contains(&refused.index)))
@@ -486,7 +486,7 @@ fn is_peer_of(link: &Link, index: u32) -> bool {
 }
 
 /// Returns the first error.
-fn all_done<'a>(mut refused: impl Iterator<Item = &'a Refused>) -> io::Result<()> {
+fn all_done<'a>(mut refused: impl Iterator<Item = &'a RefusedChange>) -> io::Result<()> {
     refused.next().map_or(Ok(()), |refused| Err(refused.to_io()))
 }
 
