@@ -34,7 +34,7 @@ use crate::{
     netlink::{
         Netlink,
         link::Link,
-        route::{Found, MAIN, Query, Refusal, Rule},
+        route::{MAIN, Query, Refusal, RouteLookup, Rule},
     },
     pods::bridge::ALIAS,
 };
@@ -260,11 +260,13 @@ impl Auditor {
                 Some(detour) => _ = self.detours.insert(host, detour),
                 None => _ = self.detours.remove(&host),
             }
-            if let Ok(Found { link: link @ 1.., gateway, kind: RouteType::Unicast, .. }) = found {
+            if let Ok(RouteLookup { link: link @ 1.., gateway, kind: RouteType::Unicast, .. }) =
+                found
+            {
                 self.next_hops.insert(host, (link, gateway.unwrap_or(host)));
             }
             let mtu = found.ok().and_then(|found| match found {
-                Found { mtu: Some(mtu), learned, .. } if mtu < place.carried => {
+                RouteLookup { mtu: Some(mtu), learned, .. } if mtu < place.carried => {
                     Some(PathMtu { mtu, learned })
                 }
                 _ => None,

@@ -99,7 +99,7 @@ use crate::{
     api::Question,
     config::Config,
     core::{Command, Gate, Input, Node, Output, Target},
-    store::{StateDir, Writer, Written},
+    store::{StateDir, WriteEvent, Writer},
     transport::{Event, Transport},
     wire::{Keyring, Token},
 };
@@ -299,27 +299,27 @@ impl Agent {
 
     fn on_loop_event(&mut self, news: LoopEvent) {
         match news {
-            LoopEvent::Disk(Written::Durable(seq)) => {
+            LoopEvent::Disk(WriteEvent::Durable(seq)) => {
                 // Not before: a token that names a cluster says that the database knew it.
                 self.save_token();
                 for output in self.gate.open(seq) {
                     self.execute(output);
                 }
             }
-            LoopEvent::Disk(Written::Failing(why)) => {
+            LoopEvent::Disk(WriteEvent::Failing(why)) => {
                 tracing::error!(%why, "cannot write to the state directory: nothing new is granted");
                 self.store_failure = Some(why);
             }
-            LoopEvent::Disk(Written::Recovered) => {
+            LoopEvent::Disk(WriteEvent::Recovered) => {
                 tracing::info!("the state directory can be written again");
                 self.store_failure = None;
             }
-            LoopEvent::Disk(Written::Emptied) => {
+            LoopEvent::Disk(WriteEvent::Emptied) => {
                 tracing::error!("the database was lost and is rewritten");
                 self.input(Input::Command(Command::SaveAll));
                 self.save_pods();
             }
-            LoopEvent::Disk(Written::Saved(number)) => self.on_saved(number),
+            LoopEvent::Disk(WriteEvent::Saved(number)) => self.on_saved(number),
             LoopEvent::Kernel(told) => self.on_kernel_event(told),
             LoopEvent::Forwarding(news) => self.on_forwarding(news),
             LoopEvent::Far(told) => self.on_far(told),

@@ -28,7 +28,7 @@ use crate::{
     },
     model::{Mac, Pool},
     netlink::{
-        About, Netlink,
+        MessageSubject, Netlink,
         ethtool::TX_CHECKSUM,
         link::{Address, Link},
     },
@@ -58,7 +58,10 @@ impl Kernel {
             routes: self.our_routes(Some(link.index), pool)?,
             device: Some(self.found(&link)?),
         };
-        let of_ours = [About::Interface(link.index), About::Route { protocol: ROUTE_PROTOCOL }];
+        let of_ours = [
+            MessageSubject::Interface(link.index),
+            MessageSubject::Route { protocol: ROUTE_PROTOCOL },
+        ];
         let unreadable = self.netlink.take_unreadable();
         match unreadable.iter().find(|message| of_ours.contains(&message.about)) {
             Some(message) => Err(message.to_io().into()),
