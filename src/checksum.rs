@@ -1,6 +1,7 @@
 //! The internet checksum.
 
-/// Sums up 16-bit words (RFC 1071). Over bytes that contain their own checksum it is 0.
+/// Computes the ones' complement checksum of 16-bit words (RFC 1071). The result is 0 for bytes that contain
+/// their own checksum.
 pub fn checksum(bytes: &[u8]) -> u16 {
     let mut sum: u32 = bytes
         .chunks(2)

@@ -1,8 +1,11 @@
-//! Flags, environment and TOML file into one typed configuration.
+//! Combines command-line flags, environment variables and a TOML file into one typed configuration.
 //!
 //! Every setting has one name: `--subnet-len`, `GOSSAMER_SUBNET_LEN` and `subnet_len = ...` are the same.
-//! A flag outranks the environment, which outranks the file, which outranks a flannel `net-conf.json`.
-//! What cannot work is refused here, with the field, its value and the fix; nothing is read later.
+//! A flag takes precedence over the environment, the environment over the file, and the file over a
+//! flannel `net-conf.json`.
+//!
+//! Invalid settings are rejected here with the field, its value and a remedy. The agent reads no setting
+//! from elsewhere.
 
 use std::{
     fs,
@@ -35,94 +38,127 @@ mod tests;
 pub use instance::{BadInstance, Instance, NAME};
 pub use settings::{LeaseSource, LogFormat, Settings};
 
+/// Pool of a cluster whose operator sets none.
 const DEFAULT_NETWORK: &str = "10.42.0.0/16";
+/// UDP port of the VXLAN device unless the operator sets another; flannel's default.
 pub const DEFAULT_VXLAN_PORT: u16 = 8472;
 
-/// A complete configuration of one agent. All of it has been checked.
+/// A complete and checked configuration of one agent.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// The settings of the cluster to create where this host is in none.
+    /// Settings of the cluster to create if this host has not joined one.
     pub create: Option<ClusterSettings>,
-    /// `HOST:PORT` of seeds.
+    /// Seeds as `HOST:PORT`.
     pub seeds: Vec<String>,
+    /// Token of the cluster to join or create.
     pub token: Option<Token>,
+    /// Directory of the node's key and database.
     pub state_dir: PathBuf,
+    /// Path of the control socket.
     pub socket: PathBuf,
+    /// Path of the file `subnet.env`.
     pub subnet_file: PathBuf,
-    /// None: port 8473 on all addresses of the underlay's family.
+    /// Address of the gossip socket. `None`: port [`Self::port`] on all addresses of the underlay's
+    /// family.
     pub listen: Option<SocketAddr>,
+    /// Address, and port if it differs, under which peers reach this node's agent.
     pub advertise: Option<(IpAddr, Option<u16>)>,
+    /// How to choose the underlay interface.
     pub iface: IfaceChoice,
+    /// Settings that the operator has set. They must match those of the cluster.
     pub wish: SettingsWish,
+    /// An address of the subnet that this node requests if it is free.
     pub prefer_subnet: Option<IpAddr>,
-    /// Who says which subnet this node has, if that is not for gossip to find out.
+    /// Source of this node's subnets if Kubernetes assigns them. `None`: the cluster assigns them by
+    /// gossip.
     pub pod_cidr: Option<PodCidr>,
+    /// Whether to forget a member that is down and has this node's name, and take over its subnet.
     pub replace_by_name: bool,
+    /// Voters that forget members which have been missing for a time. `None`: only the operator forgets
+    /// members.
     pub quorum: Option<Quorum>,
+    /// Time for which a peer must be down and silent until its route is withdrawn. `None`: never.
     pub withdraw_after: Option<Duration>,
-    /// VNI of a cluster that is not known yet, as far as this node can guess it.
+    /// VNI assumed until the cluster's settings are known.
     pub vni: u32,
-    /// UDP port for gossip, unless `listen` names one.
+    /// UDP port for gossip, unless `listen` has one.
     pub port: u16,
+    /// Which peers have entries in the kernel: all, or those in use.
     pub program: Program,
-    /// Entries made on demand go when their peer was not used for so long.
+    /// Time without traffic after which a peer's on-demand entries are removed.
     pub idle_after: Duration,
+    /// How packets reach peers: by tunnel, directly, or either.
     pub mode: Mode,
+    /// Policy of the nftables table.
     pub firewall: Policy,
-    /// Pods are held to the addresses that they were given.
+    /// Whether pods may only use the addresses and the MAC assigned to them.
     pub anti_spoofing: bool,
-    /// Sysctls that keep packets from passing are set, not only named.
+    /// Whether the agent sets sysctls that block packets, instead of only reporting them.
     pub set_sysctls: bool,
+    /// MTU of the overlay device, in bytes. `None`: derived from the underlay's.
     pub mtu: Option<u32>,
-    /// What pods are plugged into, unless it is called after the VNI.
+    /// Name of the pods' bridge. `None`: derived from the VNI.
     pub bridge: Option<String>,
-    /// Where metrics and health can be read over TCP.
+    /// TCP address of the HTTP server for dashboard, metrics and health.
     pub http: Option<SocketAddr>,
-    /// The socket of Docker's network plugin, if it is served.
+    /// Path of the socket of Docker's network plugin. `None`: not served.
     pub docker_plugin: Option<PathBuf>,
+    /// Name of this node.
     pub name: NodeName,
 }
 
-/// Where the subnets stand that Kubernetes has given to this node: one, or one of each family.
+/// Source of the subnets that Kubernetes has assigned to this node: one, or one of each family.
 #[derive(Clone, Debug)]
 pub enum PodCidr {
+    /// The subnets themselves.
     Values(Vec<IpNet>),
+    /// A file that holds the subnets.
     File(PathBuf),
-    /// In the node's object, by the API.
+    /// The node object of the Kubernetes API.
     Api,
 }
 
-/// How the underlay interface is chosen; flannel's ways.
+/// How the underlay interface is chosen. The choices are flannel's.
 #[derive(Clone, Debug)]
 pub enum IfaceChoice {
+    /// The interface of the default route.
     Default,
+    /// The interface with this name.
     Name(String),
+    /// The interface with this address.
     Address(IpAddr),
+    /// The first interface whose address matches, or else the first whose name matches.
     Regex(Regex),
+    /// The interface of the route to this address.
     CanReach(IpAddr),
 }
 
-/// A setting that cannot work: where it is, what is wrong, how to put it right.
+/// An invalid setting.
 #[derive(Debug, thiserror::Error)]
 #[error("{field}: {problem}")]
 pub struct ConfigError {
+    /// The setting, and its file if it comes from one.
     pub field: String,
+    /// What is wrong, and the remedy.
     pub problem: String,
 }
 
 impl Config {
-    /// What pods are plugged into, in an overlay with this VNI.
+    /// Returns the name of the pods' bridge in an overlay with this VNI.
     pub fn bridge_name(&self, vni: u32) -> String {
         self.bridge.clone().unwrap_or_else(|| bridge_name(vni))
     }
 }
 
-/// A token in a file that nobody else can read.
+/// Reads a token from a file that only its owner can read.
+///
+/// # Errors
+/// Fails if the file cannot be read, is accessible to other users, or holds no valid token.
 pub fn read_token_file(path: &Path) -> Result<Token, ConfigError> {
     let field = format!("token_file {}", path.display());
     let meta = fs::metadata(path).map_err(|error| bad(field.clone(), error))?;
     if meta.permissions().mode() & 0o077 != 0 {
-        return Err(bad(field, "others may read it: run chmod 600 on it"));
+        return Err(bad(field, "other users have access to it: run chmod 600 on it"));
     }
     let text = files::read_text(path, files::SMALL).map_err(|error| bad(field.clone(), error))?;
     parse_token(&field, &text)
@@ -136,7 +172,10 @@ fn parse_token(field: &str, text: &str) -> Result<Token, ConfigError> {
 }
 
 impl Settings {
-    /// Checks everything that can be checked without a network.
+    /// Checks all settings, as far as that is possible without a network.
+    ///
+    /// # Errors
+    /// Fails with the first setting that is invalid or contradicts another one.
     pub fn check(self) -> Result<Config, ConfigError> {
         let instance: Instance = self
             .instance
@@ -158,18 +197,19 @@ impl Settings {
         let pod_cidr = self.pod_cidr_source()?;
         let mut wish = wish;
         if pod_cidr.is_some() {
-            // Kubernetes begins with the first.
+            // Kubernetes assigns subnets from the first of the network on.
             let network = wish.network.unwrap_or_else(default_network);
             wish.subnet_min = wish.subnet_min.or(Some(network.network()));
         }
         let settings = cluster_settings(&wish, &instance)?;
         let init = self.init.unwrap_or(false);
         if init && pod_cidr.is_some() {
-            let problem = "with lease_source = \"podcidr\" no node is the first: leave it out";
+            let problem =
+                "with lease_source = \"podcidr\" no node creates the cluster: remove init";
             return Err(bad("init", problem));
         }
         if init && !self.join.is_empty() {
-            let problem = "--init creates a cluster and --join enters one: use one of the two";
+            let problem = "init creates a cluster and join enters one: use only one of the two";
             return Err(bad("init", problem));
         }
         let mut seeds = self.join.clone();
@@ -201,7 +241,7 @@ impl Settings {
         let quorum = quorum(self.forget_after.as_deref(), &self.voters)?;
         let (mode, program) = (self.mode.unwrap_or_default(), self.program.unwrap_or_default());
         if program == Program::OnDemand && mode != Mode::Vxlan {
-            let problem = "on-demand is for tunnels: leave it out, or use mode = \"vxlan\"";
+            let problem = "on-demand requires tunnels: remove it, or use mode = \"vxlan\"";
             return Err(bad("program", problem));
         }
         let idle_after = span("idle_after", self.idle_after.as_deref().unwrap_or("5m"))?
@@ -261,9 +301,10 @@ impl Settings {
         match self.lease_source.unwrap_or_default() {
             LeaseSource::PodCidr => Ok(Some(source)),
             LeaseSource::Gossip if matches!(source, PodCidr::Api) => Ok(None),
-            LeaseSource::Gossip => {
-                Err(bad("pod_cidr", "it is for lease_source = \"podcidr\": set that too"))
-            }
+            LeaseSource::Gossip => Err(bad(
+                "pod_cidr",
+                "it has no effect without lease_source = \"podcidr\": set that too",
+            )),
         }
     }
 
@@ -286,9 +327,7 @@ impl Settings {
             }
             (None, None, Some(ip)) => Ok(IfaceChoice::CanReach(ip)),
             (None, None, None) => Ok(IfaceChoice::Default),
-            _ => {
-                Err(bad("iface", "use one of iface, iface_regex and iface_can_reach, not several"))
-            }
+            _ => Err(bad("iface", "set only one of iface, iface_regex and iface_can_reach")),
         }
     }
 }
@@ -296,7 +335,7 @@ impl Settings {
 fn not_a_subnet(text: &str) -> ConfigError {
     bad(
         "pod_cidr",
-        format!("{text:?} is no subnet: use CIDR, or CIDR,CIDR with one of each family"),
+        format!("{text:?} is not a subnet: use CIDR, or CIDR,CIDR with one of each family"),
     )
 }
 
@@ -304,7 +343,7 @@ fn default_network() -> IpNet {
     IpNet::V4(DEFAULT_NETWORK.parse().unwrap_or_default())
 }
 
-/// The settings of a cluster in which whatever the operator left open has its default.
+/// Returns the settings of a new cluster: the operator's, and defaults for the others.
 fn cluster_settings(
     wish: &SettingsWish,
     instance: &Instance,
@@ -323,25 +362,25 @@ fn cluster_settings(
     }
     let vxlan_port = wish.vxlan_port.unwrap_or(DEFAULT_VXLAN_PORT);
     if vxlan_port == 0 {
-        return Err(bad("vxlan_port", "0 is no port: use 1 to 65535"));
+        return Err(bad("vxlan_port", "0 is not a valid port: use 1 to 65535"));
     }
     let pool = pool.map_err(|error| bad("pool", error))?;
     Ok(ClusterSettings { pool, vni, vxlan_port })
 }
 
-/// A span of time; none for "never".
+/// Parses a duration. Returns `None` for "never".
 fn span(field: &str, text: &str) -> Result<Option<Duration>, ConfigError> {
     if text == "never" {
         return Ok(None);
     }
     humantime::parse_duration(text).map(Some).map_err(|error| {
-        bad(field, format!("{text:?}: {error}; write a span as in \"12h\", or \"never\""))
+        bad(field, format!("{text:?}: {error}; use a duration such as \"12h\", or \"never\""))
     })
 }
 
 fn quorum(forget_after: Option<&str>, voters: &[String]) -> Result<Option<Quorum>, ConfigError> {
     let Some(span) = span("forget_after", forget_after.unwrap_or("never"))? else {
-        let problem = "without forget_after they decide nothing: set it, or leave them out";
+        let problem = "they have no effect without forget_after: set it, or remove them";
         return if voters.is_empty() { Ok(None) } else { Err(bad("voters", problem)) };
     };
     let parse = |name: &String| name.parse().map_err(|error| bad("voters", error));
@@ -355,17 +394,17 @@ fn quorum(forget_after: Option<&str>, voters: &[String]) -> Result<Option<Quorum
     })
 }
 
-/// The name that was given must be usable as it is; that of the host is made so.
+/// Returns the node's name. A configured name must be valid; the host's name is adapted.
 fn node_name(given: Option<String>) -> Result<NodeName, ConfigError> {
     if let Some(text) = given {
         return text.parse().map_err(|error| bad("node_name", error));
     }
     let host = nix::unistd::gethostname().map_err(|error| bad("node_name", error))?;
     NodeName::of_host(&host.to_string_lossy())
-        .ok_or_else(|| bad("node_name", "this host has no name: set one"))
+        .ok_or_else(|| bad("node_name", "this host has no usable name: set one"))
 }
 
-/// `HOST`, `HOST:PORT`, `IPv6` or `[IPv6]:PORT` as `HOST:PORT`.
+/// Converts `HOST`, `HOST:PORT`, `IPv6` or `[IPv6]:PORT` to `HOST:PORT`.
 fn with_port(field: &str, text: &str, default: u16) -> Result<String, ConfigError> {
     if let Ok(ip) = text.parse::<IpAddr>() {
         return Ok(SocketAddr::new(ip, default).to_string());
@@ -390,7 +429,7 @@ fn bad(field: impl Into<String>, problem: impl std::fmt::Display) -> ConfigError
     ConfigError { field: field.into(), problem: problem.to_string() }
 }
 
-/// All settings of the example that is shipped, for the fuzzer.
+/// Returns all settings of the shipped example as one file, as a sample for the fuzzer.
 #[cfg(any(test, feature = "sim"))]
 pub(crate) fn samples() -> Vec<Vec<u8>> {
     let shipped = include_str!("../config/gossamer.toml").lines();
@@ -399,7 +438,7 @@ pub(crate) fn samples() -> Vec<Vec<u8>> {
     vec![settings.join("\n").into_bytes()]
 }
 
-/// Reads settings, for the fuzzer.
+/// Parses settings from arbitrary bytes; entry point of the fuzzer.
 #[cfg(any(test, feature = "sim"))]
 pub(crate) fn fuzz(text: &[u8]) -> bool {
     std::str::from_utf8(text).is_ok_and(|text| toml::from_str::<Settings>(text).is_ok())

@@ -1,9 +1,8 @@
-//! A UDP datagram that every host of the cluster answers as long as its kernel runs, and that firewalls let
-//! through: it goes to the port of the agent.
+//! A UDP datagram to the agent's port that tests a path: firewalls let it pass, and every host answers it.
 //!
-//! It is a QUIC packet of a version that does not exist. An agent answers it with the versions that it knows
-//! (RFC 9000, section 6), without any state; where no agent runs, the kernel says that the port is closed
-//! (ICMP). The number of the question stands in its connection ids, which come back in both.
+//! The datagram is a QUIC packet of a version that does not exist. An agent answers it statelessly with the
+//! list of its versions (RFC 9000, section 6). Without an agent, the kernel answers with an ICMP "port
+//! unreachable" error. The connection ids contain the datagram's number; both answers return it.
 
 use std::{
     io,
@@ -17,23 +16,30 @@ use nix::sys::socket::{
 };
 use socket2::{SockFilter, SockRef};
 
-use crate::icmp::{Asker, Family, IcmpEvent, What, never_fragment, take};
+use crate::icmp::{
+    Family, IcmpEvent, IcmpKind, ProbeIdentity, disable_fragmentation, receive_packet,
+};
 
-/// Servers ignore shorter ones (RFC 9000, 5.2.2).
+/// Least size of a datagram, in bytes. Servers ignore shorter ones (RFC 9000, 5.2.2).
 pub const SIZE: usize = 1_200;
-/// Of the form that asks for a list of versions (RFC 9000, 15).
+/// A reserved version that forces version negotiation (RFC 9000, 15).
 const NO_VERSION: [u8; 4] = [0x6a; 4];
-/// A long header, with the bit that all versions so far have set.
+/// First byte of a long header, with the fixed bit of QUIC versions 1 and 2.
 const LONG_HEADER: u8 = 0xc0;
-/// Where the first connection id stands, behind its length: in the question that of the receiver, in the
-/// answer that of whoever asked. Both are the same.
+/// Offset of the first connection id, behind its length. The probe contains the receiver's id there, the
+/// answer the sender's; both are equal.
 const ID: usize = 6;
+/// Length of a connection id, in bytes.
 const ID_LENGTH: u8 = 4;
+/// Length of the UDP header, in bytes.
 const UDP_HEADER: u32 = 8;
-/// What of an answer is read.
+/// Bytes of an answer that are read.
 const PARSED: usize = 32;
 
-/// Opens the socket from which they are sent. It takes only answers.
+/// Opens the socket that sends datagrams. Its filter passes only answers with this identifier.
+///
+/// # Errors
+/// If the kernel refuses the socket, an option or the filter.
 pub fn open(family: Family, identifier: u16) -> io::Result<UdpSocket> {
     let any = match family {
         Family::Inet => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
@@ -45,13 +51,13 @@ pub fn open(family: Family, identifier: u16) -> io::Result<UdpSocket> {
         Family::Inet => setsockopt(&socket, Ipv4PacketInfo, &true)?,
         Family::Inet6 => setsockopt(&socket, Ipv6RecvPacketInfo, &true)?,
     }
-    never_fragment(&socket)?;
+    disable_fragmentation(&socket)?;
     SockRef::from(&socket).attach_filter(&filter(identifier))?;
     Ok(socket)
 }
 
-/// The question with this number, of `size` bytes, which is at least [`SIZE`].
-pub fn question(identifier: u16, number: u16, size: usize) -> Vec<u8> {
+/// Builds the datagram with this number. It has `size` bytes, but at least [`SIZE`].
+pub fn probe_packet(identifier: u16, number: u16, size: usize) -> Vec<u8> {
     let [a, b, c, d] = (u32::from(identifier) << 16 | u32::from(number)).to_be_bytes();
     let mut packet = vec![LONG_HEADER];
     packet.extend(NO_VERSION);
@@ -62,42 +68,48 @@ pub fn question(identifier: u16, number: u16, size: usize) -> Vec<u8> {
     packet
 }
 
-/// The number of a question of ours, in what is quoted of it.
-pub fn number_of(identifier: u16, question: &[u8]) -> Option<u16> {
-    number(identifier, NO_VERSION, question)
+/// Returns the number of an own datagram from the part of it that an ICMP error quotes.
+pub fn probe_number(identifier: u16, packet: &[u8]) -> Option<u16> {
+    number(identifier, NO_VERSION, packet)
 }
 
-/// Takes the next answer from the socket.
-pub fn receive(socket: &impl AsRawFd, asker: Asker) -> io::Result<Option<IcmpEvent>> {
+/// Receives the next answer. `None` if it is malformed.
+///
+/// # Errors
+/// If the kernel reports an error; `WouldBlock` if no answer is queued.
+pub fn receive(socket: &impl AsRawFd, identity: ProbeIdentity) -> io::Result<Option<IcmpEvent>> {
     let mut buffer = [0; PARSED];
-    let Some((from, interface, answer)) = take(socket, &mut buffer)? else { return Ok(None) };
-    let number = number(asker.identifier, [0; 4], answer);
-    Ok(number.map(|number| IcmpEvent { from, interface, what: What::Arrival(number) }))
+    let Some((from, interface, answer)) = receive_packet(socket, &mut buffer)? else {
+        return Ok(None);
+    };
+    let number = number(identity.identifier, [0; 4], answer);
+    Ok(number.map(|number| IcmpEvent { from, interface, kind: IcmpKind::Arrival(number) }))
 }
 
+/// Returns the number from a packet with this identifier and version.
 fn number(identifier: u16, version: [u8; 4], packet: &[u8]) -> Option<u16> {
     let is_long = packet.first()? & 0x80 != 0;
-    let is_right = packet.get(1..5)? == version && *packet.get(5)? == ID_LENGTH;
-    let is_ours = packet.get(ID..ID + 2)? == identifier.to_be_bytes();
+    let has_version = packet.get(1..5)? == version && *packet.get(5)? == ID_LENGTH;
+    let is_own = packet.get(ID..ID + 2)? == identifier.to_be_bytes();
     let number = packet.get(ID + 2..ID + 4)?.try_into().ok()?;
-    (is_long && is_right && is_ours).then_some(u16::from_be_bytes(number))
+    (is_long && has_version && is_own).then_some(u16::from_be_bytes(number))
 }
 
-/// For the kernel's packet filter: a list of versions (version 0) for this identifier, so that non-members
-/// wake no agent.
+/// Returns the program for the kernel's packet filter: it passes version negotiation packets (version 0) with
+/// this identifier, so that non-members cannot wake the agent.
 fn filter(identifier: u16) -> [SockFilter; 6] {
     use nix::libc::{BPF_ABS, BPF_H, BPF_JEQ, BPF_JMP, BPF_LD, BPF_RET, BPF_W};
     let load = |size, offset| SockFilter::new((BPF_LD | size | BPF_ABS) as u16, 0, 0, offset);
     let equals =
         |value, otherwise| SockFilter::new((BPF_JMP | BPF_JEQ) as u16, 0, otherwise, value);
-    let give = |bytes| SockFilter::new(BPF_RET as u16, 0, 0, bytes);
+    let accept = |bytes| SockFilter::new(BPF_RET as u16, 0, 0, bytes);
     [
         load(BPF_W, UDP_HEADER + 1),
         equals(0, 3),
         load(BPF_H, UDP_HEADER + ID as u32),
         equals(identifier.into(), 1),
-        give(u32::MAX),
-        give(0),
+        accept(u32::MAX),
+        accept(0),
     ]
 }
 
@@ -106,31 +118,32 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_question_is_recognised_in_what_is_quoted_of_it() {
-        let packet = question(7, 0x1234, SIZE);
-        assert_eq!(number_of(7, &packet[..20]), Some(0x1234));
-        assert_eq!(number_of(8, &packet), None, "of another agent");
-        (0..10).for_each(|len| assert_eq!(number_of(7, &packet[..len]), None));
+    fn quoted_prefix_of_a_datagram_yields_its_number() {
+        let packet = probe_packet(7, 0x1234, SIZE);
+        assert_eq!(probe_number(7, &packet[..20]), Some(0x1234));
+        assert_eq!(probe_number(8, &packet), None, "of another agent");
+        (0..10).for_each(|len| assert_eq!(probe_number(7, &packet[..len]), None));
     }
 
     #[test]
-    fn only_answers_to_this_agent_come_through_the_filter() {
+    fn filter_passes_only_answers_with_the_own_identifier() {
         let socket = open(Family::Inet, 7).expect("a socket");
         let to = (Ipv4Addr::LOCALHOST, socket.local_addr().expect("an address").port());
-        let asker = Asker { identifier: 7, ports: [to.1; crate::dataplane::paths::FLOWS] };
+        let identity =
+            ProbeIdentity { identifier: 7, ports: [to.1; crate::dataplane::paths::FLOWS] };
         let sender = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).expect("a socket");
         let answer = |identifier| {
-            let mut packet = question(identifier, 9, SIZE);
+            let mut packet = probe_packet(identifier, 9, SIZE);
             packet[1..5].fill(0);
             packet
         };
-        for packet in [vec![], vec![0x80; 20], question(7, 9, SIZE), answer(8)] {
+        for packet in [vec![], vec![0x80; 20], probe_packet(7, 9, SIZE), answer(8)] {
             sender.send_to(&packet, to).expect("sent");
-            let nothing = receive(&socket, asker).expect_err("nothing to read");
+            let nothing = receive(&socket, identity).expect_err("nothing to read");
             assert_eq!(nothing.kind(), io::ErrorKind::WouldBlock, "{packet:?}");
         }
         sender.send_to(&answer(7), to).expect("sent");
-        let heard = receive(&socket, asker).expect("a datagram").expect("an answer");
-        assert_eq!((heard.from, heard.what), (Ipv4Addr::LOCALHOST.into(), What::Arrival(9)));
+        let event = receive(&socket, identity).expect("a datagram").expect("an answer");
+        assert_eq!((event.from, event.kind), (Ipv4Addr::LOCALHOST.into(), IcmpKind::Arrival(9)));
     }
 }

@@ -1,4 +1,4 @@
-//! Ethernet frames of ARP and neighbor discovery, and the socket that sends them.
+//! Ethernet frames of ARP and neighbor discovery, and packet sockets to send them.
 
 use std::{
     io,
@@ -18,25 +18,29 @@ use crate::{
     model::Mac,
 };
 
-/// Ethernet's number, and that of ICMPv6 (IANA).
+/// EtherType of IPv6 (IANA).
 pub const IPV6: u16 = 0x86dd;
+/// Protocol number of ICMPv6 (IANA).
 pub const ICMPV6: u8 = 58;
-/// `ARPHRD_ETHER`
+/// `ARPHRD_ETHER`.
 const ETHERNET: u16 = 1;
-/// All stations of a link.
+/// The broadcast MAC.
 const BROADCAST: Mac = Mac::from_bytes([0xff; 6]);
-/// All nodes of a link (RFC 4291, 2.7.1).
+/// The group of all nodes of a link (RFC 4291, 2.7.1).
 const ALL_NODES: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
-/// Those of whom one may have an address: it ends with the last three bytes of that (RFC 4291, 2.7.1).
+/// Prefix of solicited-node groups; the last three bytes are those of the address (RFC 4291, 2.7.1).
 const SOLICITED: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 1, 0xff00, 0);
-/// Options of neighbor discovery: the hardware address of the sender, and that of the target.
+/// Neighbor discovery option with the sender's hardware address (RFC 4861, 4.6.1).
 const SOURCE_LINK: u8 = 1;
+/// Neighbor discovery option with the target's hardware address (RFC 4861, 4.6.1).
 const TARGET_LINK: u8 = 2;
-/// What is known of the target is replaced (RFC 4861, 4.4).
+/// Flag of an advertisement: receivers replace their cached entry (RFC 4861, 4.4).
 const OVERRIDE: u8 = 0x20;
 
-/// Asks one station, or all, for the MAC of an IPv4 address (RFC 826). Where `sender` is the target, it tells
-/// them that the address has this MAC (RFC 5944, 4.6).
+/// Builds an ARP request for the MAC of `target` (RFC 826), to one station or to all.
+///
+/// With `sender` equal to `target` it is a gratuitous ARP: it announces that the address has the MAC `mac`
+/// (RFC 5944, 4.6).
 pub fn arp(mac: Mac, to: Option<Mac>, sender: Ipv4Addr, target: Ipv4Addr) -> Vec<u8> {
     let mut frame = to.unwrap_or(BROADCAST).as_bytes().to_vec();
     frame.extend(mac.as_bytes());
@@ -49,17 +53,18 @@ pub fn arp(mac: Mac, to: Option<Mac>, sender: Ipv4Addr, target: Ipv4Addr) -> Vec
     frame
 }
 
-/// Answers a station that has asked for the MAC of an IPv4 address (RFC 826).
-pub fn arp_answer((mac, ip): (Mac, Ipv4Addr), (to, asked_by): (Mac, Ipv4Addr)) -> Vec<u8> {
+/// Builds the ARP reply to the station that requested the MAC of `ip` (RFC 826).
+pub fn arp_answer((mac, ip): (Mac, Ipv4Addr), (to, requester): (Mac, Ipv4Addr)) -> Vec<u8> {
     const OPERATION: usize = 14 + 6;
     const TARGET: usize = 14 + 18;
-    let mut frame = arp(mac, Some(to), ip, asked_by);
+    let mut frame = arp(mac, Some(to), ip, requester);
     frame[OPERATION + 1] = 2;
     frame[TARGET..TARGET + 6].copy_from_slice(to.as_bytes());
     frame
 }
 
-/// Asks one station, or those whose address ends so, for the MAC of an IPv6 address (RFC 4861, 4.3).
+/// Builds a neighbor solicitation for `target` (RFC 4861, 4.3), to one station or to the solicited-node
+/// group.
 pub fn solicitation(mac: Mac, station: Option<Mac>, sender: Ipv6Addr, target: Ipv6Addr) -> Vec<u8> {
     let [.., a, b, c] = target.octets();
     let mut to = SOLICITED.octets();
@@ -67,11 +72,13 @@ pub fn solicitation(mac: Mac, station: Option<Mac>, sender: Ipv6Addr, target: Ip
     discovery(mac, station, sender, to.into(), [SOLICITATION, 0, SOURCE_LINK], target)
 }
 
-/// Tells all stations that an IPv6 address has this MAC (RFC 4861, 7.2.6).
+/// Builds an unsolicited neighbor advertisement to all nodes: `address` has the MAC `mac` (RFC 4861, 7.2.6).
 pub fn advertisement(mac: Mac, address: Ipv6Addr) -> Vec<u8> {
     discovery(mac, None, address, ALL_NODES, [ADVERTISEMENT, OVERRIDE, TARGET_LINK], address)
 }
 
+/// Builds a neighbor discovery message with IPv6 and Ethernet headers. `station` replaces the MAC of the
+/// group `to`.
 fn discovery(
     mac: Mac,
     station: Option<Mac>,
@@ -83,7 +90,7 @@ fn discovery(
     let [.., a, b, c, d] = to.octets();
     let mut message = vec![kind, 0, 0, 0, flags, 0, 0, 0];
     message.extend(target.octets());
-    // In one unit of eight bytes.
+    // The option's length is 1, in units of eight bytes.
     message.extend([option, 1]);
     message.extend(mac.as_bytes());
     let length = message.len() as u8;
@@ -100,7 +107,10 @@ fn discovery(
     frame
 }
 
-/// A socket for frames of a protocol. Takes CAP_NET_RAW.
+/// Opens a nonblocking packet socket for one EtherType. Requires CAP_NET_RAW.
+///
+/// # Errors
+/// If the kernel refuses the socket.
 pub fn packet_socket(kind: Type, protocol: u16) -> io::Result<Socket> {
     let protocol = Protocol::from(i32::from(protocol.to_be()));
     let socket = Socket::new(Domain::PACKET, kind, Some(protocol))?;
@@ -108,13 +118,14 @@ pub fn packet_socket(kind: Type, protocol: u16) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// A socket that sends whole frames at one Ethernet interface and takes none, with the MAC of that.
+/// Opens a socket that sends whole frames on one Ethernet interface and receives none. Also returns the
+/// interface's MAC.
 ///
 /// # Errors
-/// `Unsupported` where the interface is no Ethernet.
+/// `Unsupported` if the interface does not exist or is not Ethernet; otherwise the kernel's error.
 pub fn sender_at(interface: &str) -> io::Result<(Socket, Mac)> {
-    let of_link = getifaddrs()?.filter(|address| address.interface_name == interface);
-    let address = of_link
+    let entries = getifaddrs()?.filter(|address| address.interface_name == interface);
+    let address = entries
         .filter_map(|address| address.address?.as_link_addr().copied())
         .find(|address: &LinkAddr| address.hatype() == ETHERNET)
         .ok_or(io::ErrorKind::Unsupported)?;
@@ -135,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn question_for_an_ipv6_address_goes_to_those_whose_address_ends_so_with_a_right_checksum() {
+    fn solicitation_goes_to_the_solicited_node_group_with_a_valid_checksum() {
         let [sender, target] =
             ["fd99::1", "fd99::12:3456"].map(|text| text.parse().expect("an address"));
         let frame = solicitation(Mac::from_bytes([2, 0, 0, 0, 0, 1]), None, sender, target);
@@ -145,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn answer_goes_to_the_station_that_has_asked_and_names_both() {
+    fn arp_answer_is_addressed_to_the_requester_and_names_both_stations() {
         let [mac, to] = [1, 2].map(|number| Mac::from_bytes([2, 0, 0, 0, 0, number]));
         let frame = arp_answer((mac, [10, 42, 1, 9].into()), (to, [10, 42, 1, 8].into()));
         assert_eq!(frame[..12], [2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1]);
@@ -155,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn advertisement_replaces_what_all_nodes_know_of_the_address() {
+    fn advertisement_goes_to_all_nodes_with_the_override_flag() {
         let mac = Mac::from_bytes([2, 0, 0, 0, 0, 1]);
         let address: Ipv6Addr = "fd42::7".parse().expect("an address");
         let frame = advertisement(mac, address);

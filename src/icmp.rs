@@ -1,6 +1,4 @@
-//! ICMP (RFC 792, RFC 4443): questions that every kernel answers, whatever runs on it.
-//!
-//! Echoes, and what a kernel says about a datagram that no process waits for.
+//! ICMP (RFC 792, RFC 4443): echoes, which every kernel answers, and errors about datagrams to a closed port.
 
 use std::{
     io::{self, IoSlice, IoSliceMut},
@@ -21,63 +19,69 @@ use socket2::{Domain, Protocol, SockFilter, SockRef, Socket, Type};
 
 use crate::{checksum::checksum, datagram, dataplane::paths::FLOWS, netlink::attributes::address};
 
-/// Payload of an ordinary request.
+/// Payload of an ordinary echo request, in bytes.
 pub const SMALL: usize = 56;
-/// Enough of a packet to parse it.
+/// Bytes of a received packet that are read: enough for all headers.
 const PARSED: usize = 128;
-/// `IPPROTO_UDP`
+/// `IPPROTO_UDP`.
 const UDP: u8 = 17;
-/// Enough for what the kernel says about where a packet came in.
+/// Size of the buffer for control messages about the receiving interface, in bytes.
 const CONTROL: usize = 128;
 
-/// Of which IP an echo is.
+/// The version of IP that an echo uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Family {
+    /// IPv4.
     Inet,
+    /// IPv6.
     Inet6,
 }
 
-/// By what answers are recognised as ours.
+/// What identifies the answers to one prober's packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Asker {
-    /// Of echo requests.
+pub struct ProbeIdentity {
+    /// Identifier of its echo requests and datagrams.
     pub identifier: u16,
-    /// UDP ports from which datagrams are sent.
+    /// UDP source ports of its datagrams.
     pub ports: [u16; FLOWS],
 }
 
-/// What came in.
+/// A received packet that concerns a prober.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IcmpEvent {
+    /// The sender.
     pub from: IpAddr,
-    /// Index of the interface by which it came.
+    /// Index of the interface that received it.
     pub interface: u32,
-    pub what: What,
+    /// Its meaning.
+    pub kind: IcmpKind,
 }
 
+/// The meaning of a received packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum What {
-    /// Somebody else's request.
+pub enum IcmpKind {
+    /// An echo request of another prober.
     Request,
-    /// The answer to our request with this number.
+    /// The reply to the own echo request with this sequence number.
     Answer(u16),
-    /// Our datagram with this number has arrived whole, and an agent has answered it.
+    /// An agent's answer to the own datagram with this number.
     Arrival(u16),
-    /// The same, and the kernel has refused it: no process waits for it there.
+    /// A "port unreachable" error about the own datagram with this number: it arrived, and no agent runs.
     Refusal(u16),
 }
 
-/// Makes a socket send packets whole, as large as the interface takes them, whatever MTU a route has or a
-/// router has told: such a packet is to find out whether that is still so (ip(7), `IP_PMTUDISC_PROBE`).
+/// Makes a socket send packets unfragmented, up to the MTU of the interface, regardless of route and path
+/// MTUs (`IP_PMTUDISC_PROBE`, ip(7)). Such packets test whether these MTUs are still right.
 ///
 /// # Errors
-/// What the kernel says to the socket options.
-pub fn never_fragment(socket: &impl AsFd) -> io::Result<()> {
-    // What QUIC's sockets need, too, and where the options are set without unsafe code of our own.
+/// If the kernel refuses a socket option.
+pub fn disable_fragmentation(socket: &impl AsFd) -> io::Result<()> {
+    // quinn-udp sets these options for QUIC's sockets. Using it avoids unsafe code in this crate.
     UdpSocketState::new(UdpSockRef::from(socket)).map(drop)
 }
 
 impl Family {
+    /// Returns the family of an address.
     pub const fn of(address: IpAddr) -> Self {
         match address {
             IpAddr::V4(_) => Self::Inet,
@@ -85,34 +89,45 @@ impl Family {
         }
     }
 
-    /// A raw socket of the present network namespace; takes CAP_NET_RAW. It sees everything that comes to
-    /// this host, requests too, which the kernel answers.
+    /// Opens a raw ICMP socket in the present network namespace. Requires CAP_NET_RAW. The socket receives
+    /// all ICMP packets to this host, including requests that the kernel answers.
+    ///
+    /// # Errors
+    /// If the kernel refuses the socket or an option.
     pub fn open(self) -> io::Result<Socket> {
         match self {
             Self::Inet => {
                 let socket = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::ICMPV4))?;
                 setsockopt(&socket, Ipv4PacketInfo, &true)?;
-                never_fragment(&socket)?;
+                disable_fragmentation(&socket)?;
                 Ok(socket)
             }
             Self::Inet6 => {
                 let socket = Socket::new(Domain::IPV6, Type::RAW, Some(Protocol::ICMPV6))?;
                 setsockopt(&socket, Ipv6RecvPacketInfo, &true)?;
-                never_fragment(&socket)?;
+                disable_fragmentation(&socket)?;
                 Ok(socket)
             }
         }
     }
 
-    /// Lets the kernel pass on only what concerns whoever asks, with or without requests of others, so that
-    /// nobody else's pings wake it.
-    pub fn filter(self, socket: &impl AsFd, asker: Asker, requests: bool) -> io::Result<()> {
-        SockRef::from(socket).attach_filter(&self.program(asker, requests))
+    /// Attaches a filter to the socket, which then receives only packets that may concern `identity`, and echo
+    /// requests if `requests` is true. The pings of other programs no longer wake the process.
+    ///
+    /// # Errors
+    /// If the kernel refuses the filter.
+    pub fn filter(
+        self,
+        socket: &impl AsFd,
+        identity: ProbeIdentity,
+        requests: bool,
+    ) -> io::Result<()> {
+        SockRef::from(socket).attach_filter(&self.program(identity, requests))
     }
 
-    /// For the kernel's packet filter (`linux/filter.h`): X is where the ICMP header begins, behind that of
-    /// IPv4, which raw sockets get too.
-    fn program(self, asker: Asker, requests: bool) -> [SockFilter; 9] {
+    /// Returns the program for the kernel's packet filter (`linux/filter.h`). Register X holds the offset of
+    /// the ICMP header: raw IPv4 sockets also receive the IP header.
+    fn program(self, identity: ProbeIdentity, requests: bool) -> [SockFilter; 9] {
         use nix::libc::{
             BPF_B, BPF_H, BPF_IMM, BPF_IND, BPF_JEQ, BPF_JMP, BPF_LD, BPF_LDX, BPF_MSH, BPF_RET,
         };
@@ -135,20 +150,28 @@ impl Family {
             when(self.unreachable().into(), 3, 0),
             when(request.into(), if requests { 2 } else { 3 }, 3),
             step(HALF, 4),
-            when(asker.identifier.into(), 0, 1),
+            when(identity.identifier.into(), 0, 1),
             step(BPF_RET, u32::MAX),
             step(BPF_RET, 0),
         ]
     }
 
-    /// Takes the next packet from a socket; none, if it does not concern whoever asks.
-    pub fn receive(self, socket: &impl AsRawFd, asker: Asker) -> io::Result<Option<IcmpEvent>> {
+    /// Receives the next packet. `None` if it does not concern `identity`.
+    ///
+    /// # Errors
+    /// If the kernel reports an error; `WouldBlock` if no packet is queued.
+    pub fn receive(
+        self,
+        socket: &impl AsRawFd,
+        identity: ProbeIdentity,
+    ) -> io::Result<Option<IcmpEvent>> {
         let mut buffer = [0; PARSED];
-        let taken = take(socket, &mut buffer)?;
-        Ok(taken.and_then(|(from, interface, packet)| self.parse(asker, from, interface, packet)))
+        let received = receive_packet(socket, &mut buffer)?;
+        Ok(received
+            .and_then(|(from, interface, packet)| self.parse(identity, from, interface, packet)))
     }
 
-    /// Headers of IP and ICMP: what a packet is larger than its payload.
+    /// Returns the length of the IP and ICMP headers, in bytes.
     pub const fn headers(self) -> u32 {
         match self {
             Self::Inet => 28,
@@ -156,13 +179,13 @@ impl Family {
         }
     }
 
-    /// A request with `payload` zero bytes; the kernel puts the IP header before it, and with IPv6 the
-    /// checksum into it.
+    /// Builds an echo request with `payload` zero bytes. The kernel adds the IP header and, for IPv6, the
+    /// checksum.
     pub fn request(self, identifier: u16, sequence: u16, payload: usize) -> Vec<u8> {
         self.request_with(identifier, sequence, &vec![0; payload])
     }
 
-    /// The same with another payload.
+    /// Builds an echo request with this payload.
     pub fn request_with(self, identifier: u16, sequence: u16, payload: &[u8]) -> Vec<u8> {
         let mut packet = [&[0; 8], payload].concat();
         (packet[0], _) = self.types();
@@ -175,9 +198,15 @@ impl Family {
         packet
     }
 
-    /// Reads a packet as a raw socket gives it, with IPv4 after its header; none, if it does not
-    /// concern whoever asks.
-    fn parse(self, asker: Asker, from: IpAddr, interface: u32, packet: &[u8]) -> Option<IcmpEvent> {
+    /// Parses a packet from a raw socket, which for IPv4 begins with the IP header. `None` if it does not
+    /// concern `identity`.
+    fn parse(
+        self,
+        identity: ProbeIdentity,
+        from: IpAddr,
+        interface: u32,
+        packet: &[u8],
+    ) -> Option<IcmpEvent> {
         let header = match self {
             Self::Inet => usize::from(packet.first()? & 0x0f) * 4,
             Self::Inet6 => 0,
@@ -185,35 +214,37 @@ impl Family {
         let icmp = packet.get(header..)?;
         let number = u16::from_be_bytes(icmp.get(6..8)?.try_into().ok()?);
         let (request, reply) = self.types();
-        let what = match *icmp.first()? {
+        let kind = match *icmp.first()? {
             kind if kind == reply => {
-                let ours = *icmp.get(4..6)? == asker.identifier.to_be_bytes();
-                ours.then_some(What::Answer(number))?
+                let is_own = *icmp.get(4..6)? == identity.identifier.to_be_bytes();
+                is_own.then_some(IcmpKind::Answer(number))?
             }
-            kind if kind == request => What::Request,
+            kind if kind == request => IcmpKind::Request,
             kind if kind == self.unreachable() => {
-                let number = self.refused(icmp.get(8..)?, from, asker)?;
-                What::Refusal(number)
+                let number = self.refused(icmp.get(8..)?, from, identity)?;
+                IcmpKind::Refusal(number)
             }
             _ => return None,
         };
-        Some(IcmpEvent { from, interface, what })
+        Some(IcmpEvent { from, interface, kind })
     }
 
-    /// The number of the datagram of ours that is quoted after an ICMP header, if it was sent to `to`.
-    fn refused(self, quoted: &[u8], to: IpAddr, asker: Asker) -> Option<u16> {
+    /// Returns the number of the own datagram that an ICMP error quotes. `None` if the datagram is another
+    /// prober's or was not sent to `to`.
+    fn refused(self, quoted: &[u8], to: IpAddr, identity: ProbeIdentity) -> Option<u16> {
         let (protocol, destination, length) = match self {
             Self::Inet => (9, 16..20, usize::from(quoted.first()? & 0x0f) * 4),
             Self::Inet6 => (6, 24..40, 40),
         };
-        let sent_there = address(quoted.get(destination)?) == Some(to);
+        let matches_sender = address(quoted.get(destination)?) == Some(to);
         let port = u16::from_be_bytes(*quoted.get(length..)?.first_chunk()?);
-        let number = datagram::number_of(asker.identifier, quoted.get(length + 8..)?)?;
-        let is_ours = sent_there && *quoted.get(protocol)? == UDP && asker.ports.contains(&port);
-        is_ours.then_some(number)
+        let number = datagram::probe_number(identity.identifier, quoted.get(length + 8..)?)?;
+        let is_own =
+            matches_sender && *quoted.get(protocol)? == UDP && identity.ports.contains(&port);
+        is_own.then_some(number)
     }
 
-    /// The type of "destination unreachable".
+    /// Returns the type of "destination unreachable".
     const fn unreachable(self) -> u8 {
         match self {
             Self::Inet => 3,
@@ -221,7 +252,7 @@ impl Family {
         }
     }
 
-    /// The types of request and reply.
+    /// Returns the types of echo request and echo reply.
     const fn types(self) -> (u8, u8) {
         match self {
             Self::Inet => (8, 0),
@@ -230,10 +261,10 @@ impl Family {
     }
 }
 
-/// Sends a packet from this address of the host, whatever the route to its destination says.
+/// Sends a packet from an address of this host, regardless of the source address of the route.
 ///
 /// # Errors
-/// What the kernel says, `WouldBlock` among it.
+/// If the kernel refuses the packet; `WouldBlock` if the socket's buffer is full.
 pub fn send_from(
     socket: &impl AsRawFd,
     packet: &[u8],
@@ -259,9 +290,12 @@ pub fn send_from(
     sent.map_err(io::Error::from)
 }
 
-/// Takes the next packet from a socket that says where it came in: the sender, the index of that interface,
-/// and as much of the packet as there is room for.
-pub fn take<'a>(
+/// Receives the next packet from a socket with packet information. Returns the sender, the index of the
+/// receiving interface, and the part of the packet that fits `buffer`.
+///
+/// # Errors
+/// If the kernel reports an error; `WouldBlock` if no packet is queued.
+pub fn receive_packet<'a>(
     socket: &impl AsRawFd,
     buffer: &'a mut [u8],
 ) -> io::Result<Option<(IpAddr, u32, &'a [u8])>> {
@@ -288,7 +322,7 @@ pub fn take<'a>(
     Ok(from.map(|from| (from, interface, buffer.get(..length).unwrap_or_default())))
 }
 
-/// A reply and an error that quotes a datagram of ours, for the fuzzer.
+/// Returns two replies and an error that quotes an own datagram, for the fuzzer.
 #[cfg(any(test, feature = "sim"))]
 pub(crate) fn samples() -> Vec<Vec<u8>> {
     let ip = [&[0x45][..], &[0; 15], &[192, 0, 2, 1]].concat();
@@ -296,17 +330,17 @@ pub(crate) fn samples() -> Vec<Vec<u8>> {
     let mut quoted = ip.clone();
     quoted[9] = UDP;
     let datagram = [0, 1, 0, 2, 0, 32, 0, 0];
-    let question = datagram::question(7, 9, 64);
-    let error = [&ip[..], &[3, 3, 0, 0, 0, 0, 0, 0], &quoted, &datagram, &question].concat();
+    let probe = datagram::probe_packet(7, 9, 64);
+    let error = [&ip[..], &[3, 3, 0, 0, 0, 0, 0, 0], &quoted, &datagram, &probe].concat();
     vec![reply, error, [&[129, 0, 0, 0, 0, 7, 0, 9][..], &[0; 8]].concat()]
 }
 
-/// Reads a packet of either family, for the fuzzer.
+/// Parses a packet as either family, for the fuzzer.
 #[cfg(any(test, feature = "sim"))]
 pub(crate) fn fuzz(packet: &[u8]) -> bool {
-    let asker = Asker { identifier: 7, ports: [1; FLOWS] };
+    let identity = ProbeIdentity { identifier: 7, ports: [1; FLOWS] };
     let from = [192, 0, 2, 1].into();
-    let read = |family: Family| family.parse(asker, from, 1, packet);
+    let read = |family: Family| family.parse(identity, from, 1, packet);
     read(Family::Inet).or_else(|| read(Family::Inet6)).is_some()
 }
 
@@ -317,12 +351,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_checksum_of_a_packet_with_its_checksum_is_zero() {
+    fn checksum_over_a_packet_with_its_checksum_is_zero() {
         assert_eq!(checksum(&Family::Inet.request(7, 9, 5)), 0);
     }
 
     #[test]
-    fn only_whole_echoes_of_ours_are_answers() {
+    fn only_complete_replies_with_the_own_identifier_are_answers() {
         let ip_header = [0x45, 0, 0, 0, 0, 0, 0, 0, 64, 1, 0, 0, 10, 42, 7, 0, 10, 42, 9, 0];
         for (family, header, reply) in
             [(Family::Inet, &ip_header[..], 0), (Family::Inet6, &[][..], 129)]
@@ -332,71 +366,75 @@ mod tests {
             packet.extend(family.request(7, 9, 4));
             let parse = |identifier, packet: &[u8]| {
                 family
-                    .parse(Asker { identifier, ports: [1; FLOWS] }, from, 3, packet)
-                    .map(|heard| heard.what)
+                    .parse(ProbeIdentity { identifier, ports: [1; FLOWS] }, from, 3, packet)
+                    .map(|event| event.kind)
             };
-            assert_eq!(parse(7, &packet), Some(What::Request));
+            assert_eq!(parse(7, &packet), Some(IcmpKind::Request));
             packet[header.len()] = reply;
-            assert_eq!(parse(7, &packet), Some(What::Answer(9)));
-            assert_eq!(parse(8, &packet), None, "of somebody else");
+            assert_eq!(parse(7, &packet), Some(IcmpKind::Answer(9)));
+            assert_eq!(parse(8, &packet), None, "of another prober");
             (0..header.len() + 8).for_each(|len| assert_eq!(parse(7, &packet[..len]), None));
         }
     }
 
-    /// The kernel filters what comes to a socket of any kind.
+    /// The filter works on sockets of any kind, so a Unix socket avoids the need for CAP_NET_RAW.
     #[test]
-    fn the_kernel_passes_on_what_concerns_us_and_requests_only_when_asked_to() {
+    fn filter_passes_own_replies_and_errors_and_requests_if_enabled() {
         let ip_header = [0x45, 0, 0, 0, 0, 0, 0, 0, 64, 1, 0, 0, 10, 42, 7, 0, 10, 42, 9, 0];
         for (family, header) in [(Family::Inet, &ip_header[..]), (Family::Inet6, &[][..])] {
             let passes = |requests, kind, identifier: u16| {
                 let (to, from) = UnixDatagram::pair().expect("sockets");
                 from.set_nonblocking(true).expect("a socket");
                 family
-                    .filter(&from, Asker { identifier: 7, ports: [1; FLOWS] }, requests)
+                    .filter(&from, ProbeIdentity { identifier: 7, ports: [1; FLOWS] }, requests)
                     .expect("a filter");
                 let mut packet = [header, &family.request(identifier, 9, 4)].concat();
                 packet[header.len()] = kind;
                 to.send(&packet).is_ok() && from.recv(&mut [0; 64]).is_ok()
             };
             let (request, reply) = family.types();
-            for (kind, identifier, quiet, curious) in [
+            for (kind, identifier, passes_without, passes_with) in [
                 (reply, 7, true, true),
                 (reply, 8, false, false),
                 (request, 8, false, true),
                 (family.unreachable(), 0, true, true),
                 (5, 7, false, false),
             ] {
-                assert_eq!(passes(false, kind, identifier), quiet, "{family:?} {kind}");
-                assert_eq!(passes(true, kind, identifier), curious, "{family:?} {kind}");
+                assert_eq!(passes(false, kind, identifier), passes_without, "{family:?} {kind}");
+                assert_eq!(passes(true, kind, identifier), passes_with, "{family:?} {kind}");
             }
         }
     }
 
     #[test]
-    fn only_what_is_said_of_our_datagram_by_whom_it_was_sent_to_is_a_refusal() {
+    fn only_an_error_from_the_destination_about_an_own_datagram_is_a_refusal() {
         let ip_header = [0x45, 0, 0, 0, 0, 0, 0, 0, 64, 1, 0, 0, 10, 42, 7, 0, 10, 42, 9, 0];
         let mut quoted =
             [0x45, 0, 0, 0, 0, 0, 0, 0, 64, 17, 0, 0, 10, 42, 9, 0, 10, 42, 7, 0].to_vec();
         quoted.extend([0x12, 0x34, 0x82, 0x9a, 0, 8, 0, 0]);
-        quoted.extend(&datagram::question(7, 9, datagram::SIZE)[..10]);
+        quoted.extend(&datagram::probe_packet(7, 9, datagram::SIZE)[..10]);
         let packet = [&ip_header[..], &[3, 3, 0, 0, 0, 0, 0, 0], &quoted].concat();
         let parse = |port, from: [u8; 4], packet: &[u8]| {
-            let asker = Asker { identifier: 7, ports: [port; FLOWS] };
-            Family::Inet.parse(asker, from.into(), 3, packet).map(|heard| heard.what)
+            let identity = ProbeIdentity { identifier: 7, ports: [port; FLOWS] };
+            Family::Inet.parse(identity, from.into(), 3, packet).map(|event| event.kind)
         };
         let peer = [10, 42, 7, 0];
-        assert_eq!(parse(0x1234, peer, &packet), Some(What::Refusal(9)));
-        assert_eq!(parse(0x1235, peer, &packet), None, "of somebody else");
-        assert_eq!(parse(0x1234, [10, 42, 7, 1], &packet), None, "from somewhere on the way");
+        assert_eq!(parse(0x1234, peer, &packet), Some(IcmpKind::Refusal(9)));
+        assert_eq!(parse(0x1235, peer, &packet), None, "of another prober");
+        assert_eq!(parse(0x1234, [10, 42, 7, 1], &packet), None, "from a router on the path");
         (0..packet.len()).for_each(|len| assert_eq!(parse(0x1234, peer, &packet[..len]), None));
         let from: IpAddr = "fd42:0:0:7::".parse().expect("an address");
         let mut quoted = [0; 48];
         (quoted[6], quoted[40], quoted[41]) = (17, 0x12, 0x34);
         quoted[24..40].copy_from_slice(&crate::netlink::attributes::octets(from));
-        let question = &datagram::question(7, 9, datagram::SIZE)[..10];
-        let packet = [&[1, 4, 0, 0, 0, 0, 0, 0], &quoted[..], question].concat();
-        let heard =
-            Family::Inet6.parse(Asker { identifier: 7, ports: [0x1234; FLOWS] }, from, 3, &packet);
-        assert_eq!(heard.map(|heard| heard.what), Some(What::Refusal(9)));
+        let probe = &datagram::probe_packet(7, 9, datagram::SIZE)[..10];
+        let packet = [&[1, 4, 0, 0, 0, 0, 0, 0], &quoted[..], probe].concat();
+        let event = Family::Inet6.parse(
+            ProbeIdentity { identifier: 7, ports: [0x1234; FLOWS] },
+            from,
+            3,
+            &packet,
+        );
+        assert_eq!(event.map(|event| event.kind), Some(IcmpKind::Refusal(9)));
     }
 }

@@ -1,4 +1,4 @@
-//! JSON of container runtimes: what is wrong with it is said with the place in it.
+//! JSON from container runtimes. Errors name the place in the document.
 
 use std::{collections::BTreeMap, fmt, marker::PhantomData};
 
@@ -8,17 +8,17 @@ use serde::{
 };
 use serde_path_to_error::{Path, Segment};
 
-/// Reads what a runtime has sent.
+/// Deserializes a document.
 ///
 /// # Errors
-/// What is wrong, behind the path of the field where it is.
+/// If the input is not JSON or has the wrong types: the path of the field, and the error.
 pub fn read<T: DeserializeOwned>(input: &[u8]) -> Result<T, String> {
     let mut source = serde_json::Deserializer::from_slice(input);
     let read = serde_path_to_error::deserialize(&mut source).map_err(|error| at_path(&error));
     read.and_then(|value| source.end().map(|()| value).map_err(|error| error.to_string()))
 }
 
-/// The same for a part of it that is a value already.
+/// Deserializes a part of a document that is already parsed.
 ///
 /// # Errors
 /// As for [`read`].
@@ -26,10 +26,10 @@ pub fn read_value<T: DeserializeOwned>(value: &serde_json::Value) -> Result<T, S
     serde_path_to_error::deserialize(value).map_err(|error| at_path(&error))
 }
 
-/// Reads a field that may be null, which is as good as no field.
+/// Deserializes a field that may be null, which stands for the default.
 ///
 /// # Errors
-/// For a value of another type.
+/// If the value has another type.
 pub fn or_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
 where
     D: Deserializer<'de>,
@@ -38,7 +38,8 @@ where
     Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
 
-/// An object. What is derived takes a list for one as well, with its fields in their order.
+/// A value that must be a JSON object. Derived implementations also accept a list of the fields in their
+/// order; this type does not.
 #[derive(Debug, Default)]
 pub struct Object<T>(pub T);
 
@@ -48,6 +49,7 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
     }
 }
 
+/// Accepts maps only.
 struct ObjectVisitor<T>(PhantomData<T>);
 
 impl<'de, T: Deserialize<'de>> Visitor<'de> for ObjectVisitor<T> {
@@ -62,10 +64,10 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for ObjectVisitor<T> {
     }
 }
 
-/// Reads a field that is an object.
+/// Deserializes a field that must be an object.
 ///
 /// # Errors
-/// For a value of another type.
+/// If the value has another type.
 pub fn object<'de, D, T>(deserializer: D) -> Result<T, D::Error>
 where
     D: Deserializer<'de>,
@@ -74,10 +76,10 @@ where
     Object::deserialize(deserializer).map(|Object(value)| value)
 }
 
-/// Reads a field that is an object, or null.
+/// Deserializes a field that must be an object or null.
 ///
 /// # Errors
-/// For a value of another type.
+/// If the value has another type.
 pub fn object_or_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
 where
     D: Deserializer<'de>,
@@ -87,23 +89,23 @@ where
     Ok(value.map(|Object(value)| value).unwrap_or_default())
 }
 
-/// Reads a list of objects that may be null, or have nulls in it.
+/// Deserializes a list of objects. The list may be null, and nulls in it are skipped.
 ///
 /// # Errors
-/// For a value of another type.
-pub fn objects<'de, D, T>(deserializer: D) -> Result<Vec<T>, D::Error>
+/// If the value has another type.
+pub fn objects_without_nulls<'de, D, T>(deserializer: D) -> Result<Vec<T>, D::Error>
 where
     D: Deserializer<'de>,
     T: Deserialize<'de>,
 {
-    Ok(entries(deserializer)?.into_iter().map(|Object(value)| value).collect())
+    Ok(list_without_nulls(deserializer)?.into_iter().map(|Object(value)| value).collect())
 }
 
-/// Reads a list that may be null, or have nulls in it.
+/// Deserializes a list. The list may be null, and nulls in it are skipped.
 ///
 /// # Errors
-/// For a value of another type.
-pub fn entries<'de, D, T>(deserializer: D) -> Result<Vec<T>, D::Error>
+/// If the value has another type.
+pub fn list_without_nulls<'de, D, T>(deserializer: D) -> Result<Vec<T>, D::Error>
 where
     D: Deserializer<'de>,
     T: Deserialize<'de>,
@@ -112,29 +114,30 @@ where
     Ok(list.unwrap_or_default().into_iter().flatten().collect())
 }
 
-/// Reads an object that may be null, or have nulls in it.
+/// Deserializes an object as a map. The object may be null, and fields that are null are skipped.
 ///
 /// # Errors
-/// For a value of another type.
-pub fn named<'de, D, T>(deserializer: D) -> Result<BTreeMap<String, T>, D::Error>
+/// If the value has another type.
+pub fn map_without_nulls<'de, D, T>(deserializer: D) -> Result<BTreeMap<String, T>, D::Error>
 where
     D: Deserializer<'de>,
     T: Deserialize<'de>,
 {
     let map: Option<BTreeMap<String, Option<T>>> = Option::deserialize(deserializer)?;
-    let some = |(name, value): (String, Option<T>)| Some((name, value?));
-    Ok(map.unwrap_or_default().into_iter().filter_map(some).collect())
+    let non_null = |(name, value): (String, Option<T>)| Some((name, value?));
+    Ok(map.unwrap_or_default().into_iter().filter_map(non_null).collect())
 }
 
+/// Formats an error with the path of its field.
 fn at_path(error: &serde_path_to_error::Error<serde_json::Error>) -> String {
-    match shown(error.path()) {
+    match format_path(error.path()) {
         path if path.is_empty() => error.inner().to_string(),
         path => format!("{path}: {}", error.inner()),
     }
 }
 
-/// The names and numbers on the way; what the reader itself makes up is left out.
-fn shown(path: &Path) -> String {
+/// Formats a path, such as `list[1].name`, without the segments that serde adds.
+fn format_path(path: &Path) -> String {
     let mut text = String::new();
     for segment in path {
         match segment {
@@ -163,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn error_names_the_field_and_the_place_in_the_list() {
+    fn type_error_names_the_field_and_the_index() {
         let sample = |text: &str| read::<Sample>(text.as_bytes());
         assert_eq!(sample(r#"{"list": null, "more": 1}"#), Ok(Sample::default()));
         let error = sample(r#"{"list": [{"a": 1}, {"b": "c"}]}"#).expect_err("no number");
@@ -178,12 +181,12 @@ mod tests {
     struct Nested {
         #[serde(deserialize_with = "object")]
         inner: Sample,
-        #[serde(default, deserialize_with = "objects")]
+        #[serde(default, deserialize_with = "objects_without_nulls")]
         all: Vec<Sample>,
     }
 
     #[test]
-    fn list_is_no_object_and_what_is_wrong_inside_one_is_named_by_its_place() {
+    fn object_refuses_a_list_and_errors_inside_it_name_their_path() {
         let nested = |text: &str| read::<Object<Nested>>(text.as_bytes());
         let Object(read) =
             nested(r#"{"inner": {}, "all": [null, {"list": null}]}"#).expect("an object");
@@ -200,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn error_of_syntax_names_the_field_too() {
+    fn syntax_error_names_the_field() {
         let error = read::<Value>(br#"{"a": {"b": [1, x]}}"#).expect_err("no JSON");
         assert!(error.starts_with("a.b[1]: expected value"), "{error}");
         let error = read_value::<Vec<u8>>(&json!([1, null])).expect_err("no number");

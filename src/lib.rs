@@ -1,9 +1,9 @@
-//! gossamer: a VXLAN overlay without etcd. Hosts find each other by gossip, agree which host owns which
-//! subnet, and each programs its own kernel so that the pods of all hosts reach each other.
+//! gossamer: a VXLAN overlay without etcd. Hosts find each other by gossip and agree which host owns which
+//! subnet. Each host programs its own kernel, so that pods on different hosts can reach each other.
 //!
-//! # The map
+//! # Structure
 //!
-//! Three rings; arrows say who may import whom.
+//! Three rings. An arrow points from a module to one that it imports.
 //!
 //! ```text
 //!  main -> cli -> agent -> core -> wire -> model         the pure ring: core, wire, model,
@@ -11,25 +11,25 @@
 //!                   +-> dataplane::kernel, pods::wiring, netlink, store, transport, api     the adapters
 //! ```
 //!
-//! - **The pure ring** decides. It reads no clock, draws no randomness of its own, opens no file and no
-//!   socket, and compiles without the feature `agent`.
-//!   [`model`] is the vocabulary, [`wire`] the only parser of foreign bytes, [`core`] one node as a state
-//!   machine, [`dataplane::desired`] what the kernel should hold, [`dataplane::plan`] how it gets there.
-//! - **Adapters** each know one outside thing: [`dataplane::kernel`] and [`netlink`] the kernel,
-//!   [`store`] the disk, [`transport`] QUIC, [`api`] the control socket. [`pods`] knows who has which of this
-//!   node's addresses, [`pods::wiring`] plugs containers in; [`cni`] and [`netavark`] are what
-//!   runtimes call, [`docker`] what Docker does.
-//! - **The shell**, [`agent`], is one loop that feeds the core and carries out what it asks for.
-//!   `sim` (feature `sim`) runs many cores in a simulated world.
-//!   [`config`] and [`cli`] are its front, [`doctor`] looks for what is wrong with a host. [`lab`] builds
-//!   clusters in namespaces for the demo, the tests and the benchmarks.
+//! - **The pure ring** makes the decisions. It reads no clock, draws no randomness of its own, opens no file
+//!   and no socket, and compiles without the feature `agent`. [`model`] holds the data types, [`wire`] parses
+//!   messages of peers and database records, [`core`] is one node as a state machine, [`dataplane::desired`]
+//!   computes what the kernel must hold, and [`dataplane::plan`] the operations that lead there.
+//! - **Adapters** each serve one external interface: [`dataplane::kernel`] and [`netlink`] the kernel,
+//!   [`store`] the disk, [`transport`] QUIC, [`api`] the control socket. [`pods`] records which pod has which
+//!   of the node's addresses, and [`pods::wiring`] connects pods. Container runtimes call [`cni`] and
+//!   [`netavark`], Docker calls [`docker`].
+//! - **The shell**, [`agent`], is one loop that feeds inputs to the core and executes its outputs. `sim`
+//!   (feature `sim`) runs many cores in a simulated world. [`config`] and [`cli`] read settings and commands,
+//!   [`doctor`] checks a host for problems, and [`lab`] builds clusters in network namespaces for the demo,
+//!   the tests and the benchmarks.
 //!
 //! # Where to start reading
 //!
-//! [`core`] (the machine), `core/slots.rs` (who owns what), [`dataplane::desired`],
-//! [`dataplane::plan`], [`agent`] (the loop). Together with this file they explain the product.
+//! [`core`] (the state machine), `core/slots.rs` (ownership), [`dataplane::desired`], [`dataplane::plan`],
+//! [`agent`] (the loop). Together with this file they explain the product.
 
-// The documentation is for readers of the source: it may point at private rooms.
+// The documentation is for readers of the source, so links to private items are allowed.
 #![allow(rustdoc::private_intra_doc_links)]
 
 #[cfg(feature = "agent")]

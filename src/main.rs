@@ -1,4 +1,4 @@
-//! The `gossamer` program: parse, run one subcommand, exit with a code that scripts can use.
+//! The `gossamer` program: runs one subcommand and exits with a code for scripts.
 
 use std::process::ExitCode;
 
@@ -9,7 +9,7 @@ use gossamer::{
 };
 
 fn main() -> ExitCode {
-    // A container runtime calls by this, without arguments.
+    // A CNI runtime sets this variable and passes no arguments.
     if std::env::var_os(cni::COMMAND).is_some() && std::env::args_os().len() == 1 {
         return cni::run();
     }
@@ -19,7 +19,7 @@ fn main() -> ExitCode {
     match Cli::try_parse() {
         Ok(cli) => run(cli),
         Err(error) => {
-            // netavark reads standard output alone.
+            // A netavark plugin must report errors on standard output.
             let call = netavark::Call::unknown(std::env::args_os()).filter(|_| error.use_stderr());
             call.map_or_else(|| error.exit(), |call| netavark::run(&call))
         }

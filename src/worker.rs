@@ -1,7 +1,8 @@
-//! Threads that work for the agent's loop: orders go in by a queue, and at the end each thread is waited for,
-//! but not for ever.
+//! Threads that work for the agent's loop. Orders reach a thread through a queue; at the end, the loop waits
+//! for each thread up to a deadline.
 //!
-//! A disk, a kernel or a runtime may keep a thread for as long as it likes. The agent ends without it then.
+//! A disk, a kernel or a container runtime may block a thread without limit. In this case the agent ends
+//! without the thread.
 
 use std::{
     collections::VecDeque,
@@ -19,17 +20,19 @@ use self::alarm::{Alarm, alarm};
 
 mod alarm;
 
-/// A thread that can be waited for until a deadline.
+/// A thread that can be joined with a deadline.
 pub struct Thread {
     name: &'static str,
-    /// Its other end is dropped when the thread ends.
+    /// Closed when the thread ends; the thread holds the sender.
     running: oneshot::Receiver<()>,
     handle: thread::JoinHandle<()>,
 }
 
 impl Thread {
+    /// Starts a thread. The name appears in logs and in `/proc`.
+    ///
     /// # Errors
-    /// The system gives no thread.
+    /// If the system cannot create a thread.
     pub fn start(name: &'static str, work: impl FnOnce() + Send + 'static) -> io::Result<Self> {
         let (end, running) = oneshot::channel();
         let handle = thread::Builder::new().name(name.to_owned()).spawn(move || {
@@ -39,18 +42,18 @@ impl Thread {
         Ok(Self { name, running, handle })
     }
 
-    /// Whether it runs no more: at its end, or after a panic.
+    /// Whether the thread has returned or panicked.
     pub fn has_ended(&self) -> bool {
         self.handle.is_finished()
     }
 
-    /// Waits until it has ended, but not longer than until `deadline`. Takes no other thread: the system may
-    /// give none.
+    /// Waits for the end of the thread, until `deadline`. Needs no other thread, which the system may be
+    /// unable to create.
     ///
     /// # Errors
-    /// Its name, if it has not ended by then. It goes on by itself.
+    /// The thread's name, if it has not ended by then. It continues to run, detached.
     pub async fn join(self, deadline: Instant) -> Result<(), &'static str> {
-        // Nothing is ever sent.
+        // No value is ever sent: the channel closes.
         let ended = tokio::time::timeout_at(deadline.into(), self.running).await;
         let _ = ended.map_err(|_| self.name)?;
         if self.handle.join().is_err() {
@@ -60,37 +63,39 @@ impl Thread {
     }
 }
 
-/// Finds the addresses of a name, `HOST:PORT`, in a thread of its own: a look-up may take long, and a task of
-/// the runtime that blocks panics where the system gives no thread.
+/// Resolves a name, `HOST:PORT`, in a separate thread. A lookup may take long, and a blocking task of the
+/// runtime would panic if the system cannot create a thread.
 ///
 /// # Errors
-/// The name has no address, or the system gives no thread.
+/// If the name has no address, or the system cannot create a thread.
 pub async fn resolve(name: String) -> io::Result<Vec<SocketAddr>> {
     if let Ok(address) = name.parse() {
         return Ok(vec![address]);
     }
     let (reply, answer) = oneshot::channel();
     let look_up = move || _ = reply.send(name.to_socket_addrs().map(Iterator::collect));
-    // Not joined: the caller may give up before the answer comes.
+    // Not joined: the caller may stop waiting before the lookup ends.
     let _thread = Thread::start("names", look_up)?;
     answer.await.map_err(io::Error::other)?
 }
 
-/// What a worker is asked for.
+/// An order to a worker.
 pub trait Order: Send + 'static {
-    /// An earlier order that still waits need not be carried out any more.
+    /// Whether this order makes an earlier, still queued one unnecessary.
     fn supersedes(&self, earlier: &Self) -> bool;
 }
 
-/// A thread with a queue of orders.
+/// A thread with a queue of orders. Dropping it, like [`Worker::end`], closes the queue.
 pub struct Worker<O> {
-    queue: Writing<O>,
+    queue: QueueWriter<O>,
     thread: Thread,
 }
 
 impl<O: Order> Worker<O> {
+    /// Starts the thread, which receives its end of the queue.
+    ///
     /// # Errors
-    /// The system gives no thread, or no socket to wake it by.
+    /// If the system cannot create a thread, or the socket pair that wakes it.
     pub fn start(
         name: &'static str,
         work: impl FnOnce(Orders<O>) + Send + 'static,
@@ -99,9 +104,10 @@ impl<O: Order> Worker<O> {
         let queue = Arc::new(Mutex::new(Queue { orders: VecDeque::new(), is_closed: false }));
         let orders = Orders { queue: queue.clone(), sleeper };
         let thread = Thread::start(name, move || work(orders))?;
-        Ok(Self { queue: Writing { queue, alarm }, thread })
+        Ok(Self { queue: QueueWriter { queue, alarm }, thread })
     }
 
+    /// Queues an order, removes those that it supersedes, and wakes the thread.
     pub fn order(&self, order: O) {
         let mut queue = lock(&self.queue.queue);
         queue.orders.retain(|earlier| !order.supersedes(earlier));
@@ -110,12 +116,12 @@ impl<O: Order> Worker<O> {
         self.queue.alarm.ring();
     }
 
-    /// Whether its thread has ended, though nothing told it to.
+    /// Whether the thread has ended, although the queue is open.
     pub fn has_ended(&self) -> bool {
         self.thread.has_ended()
     }
 
-    /// Tells the thread to end once it has carried out what waits.
+    /// Closes the queue. The thread ends after the orders that are already queued.
     pub fn end(self) -> Thread {
         self.thread
     }
@@ -124,41 +130,43 @@ impl<O: Order> Worker<O> {
 /// The thread's end of the queue.
 pub struct Orders<O> {
     queue: Arc<Mutex<Queue<O>>>,
+    /// Blocks the thread until an order arrives.
     pub sleeper: Sleeper,
 }
 
 impl<O> Orders<O> {
-    /// The next order.
+    /// Takes the next order.
     ///
     /// # Errors
-    /// There is none now, or none will come any more: the thread is to end.
+    /// `Empty` if no order is queued; `Disconnected` if the queue is also closed, after which the thread must
+    /// end.
     pub fn take(&self) -> Result<O, TryRecvError> {
         let mut queue = lock(&self.queue);
-        let is_over =
-            if queue.is_closed { TryRecvError::Disconnected } else { TryRecvError::Empty };
-        queue.orders.pop_front().ok_or(is_over)
+        let error = if queue.is_closed { TryRecvError::Disconnected } else { TryRecvError::Empty };
+        queue.orders.pop_front().ok_or(error)
     }
 }
 
+/// Orders shared between the loop and the thread.
 struct Queue<O> {
     orders: VecDeque<O>,
     is_closed: bool,
 }
 
-/// The loop's end of the queue, which is closed with it.
-struct Writing<O> {
+/// The loop's end of the queue. Closes the queue when it is dropped.
+struct QueueWriter<O> {
     queue: Arc<Mutex<Queue<O>>>,
     alarm: Alarm,
 }
 
-impl<O> Drop for Writing<O> {
+impl<O> Drop for QueueWriter<O> {
     fn drop(&mut self) {
         lock(&self.queue).is_closed = true;
         self.alarm.ring();
     }
 }
 
-/// A panic with the lock held leaves a queue that is as good as before.
+/// Locks the queue. A panic while the lock is held leaves the queue consistent.
 fn lock<O>(queue: &Mutex<Queue<O>>) -> MutexGuard<'_, Queue<O>> {
     queue.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -186,14 +194,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn worker_that_is_ended_carries_out_what_waits_without_what_is_superseded() {
+    async fn ended_worker_executes_queued_orders_except_superseded_ones() {
         let (begin, begun) = mpsc::channel::<()>();
         let (report, reported) = mpsc::channel();
         let worker = Worker::start("test", move |orders: Orders<Task>| {
             let _ = begun.recv();
             loop {
                 match orders.take() {
-                    Ok(task) => report.send(task).expect("the test listens"),
+                    Ok(task) => report.send(task).expect("the test receives"),
                     Err(TryRecvError::Empty) => orders.sleeper.wait([], None),
                     Err(TryRecvError::Disconnected) => return,
                 }
@@ -210,12 +218,12 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn worker_that_sleeps_is_woken_by_an_order_and_by_the_end() {
+    async fn sleeping_worker_is_woken_by_an_order_and_by_the_end() {
         let (report, reported) = mpsc::channel();
         let worker = Worker::start("test", move |orders: Orders<Task>| {
             loop {
                 match orders.take() {
-                    Ok(task) => report.send(task).expect("the test listens"),
+                    Ok(task) => report.send(task).expect("the test receives"),
                     Err(TryRecvError::Empty) => orders.sleeper.wait([], None),
                     Err(TryRecvError::Disconnected) => return,
                 }
@@ -228,7 +236,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn thread_that_hangs_is_named_and_not_waited_for() {
+    async fn join_of_a_hanging_thread_returns_its_name_at_the_deadline() {
         let (end, ended) = mpsc::channel::<()>();
         let thread = Thread::start("stuck", move || _ = ended.recv()).expect("a thread");
         assert_eq!(thread.join(Instant::now()).await, Err("stuck"));
@@ -236,7 +244,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn thread_that_panics_has_ended() {
+    async fn panicked_thread_has_ended_and_can_be_joined() {
         let (end, ended) = mpsc::channel::<()>();
         let work = move |_: Orders<Task>| {
             let _ = ended.recv();
@@ -247,7 +255,7 @@ mod tests {
         drop(end);
         let until = soon();
         while !worker.has_ended() {
-            assert!(Instant::now() < until, "its end is not seen");
+            assert!(Instant::now() < until, "the end of the thread was not noticed");
             thread::yield_now();
         }
         assert_eq!(worker.end().join(soon()).await, Ok(()));

@@ -150,7 +150,7 @@ fn requests(
 }
 
 fn listen(address: SocketAddr, news: &mpsc::UnboundedSender<LoopEvent>) -> std::io::Result<()> {
-    TcpListener::bind(address).and_then(|listener| api::observe(listener, questions(news)))
+    TcpListener::bind(address).and_then(|listener| api::serve_http(listener, questions(news)))
 }
 
 /// The port may be given up, and the address may come to this host.
@@ -182,7 +182,7 @@ async fn keep_control(
         tokio::time::sleep(LOOK).await;
         let Some(control) = control.upgrade() else { return };
         let mut socket = control.lock().unwrap_or_else(PoisonError::into_inner);
-        if socket.is_there() {
+        if socket.still_exists() {
             continue;
         }
         match api::serve(&path, questions(&news)) {

@@ -189,7 +189,7 @@ impl Agent {
         for (node, state) in &self.journal.seen.paths {
             let was = before.get(node).copied().unwrap_or(PathState::Unknown);
             let name = self.node.name_of(*node);
-            match (was.is_bad(), state.is_bad()) {
+            match (was.is_problem(), state.is_problem()) {
                 _ if was == *state => {}
                 (_, true) => bad.push(format!("packets to {name}: {}", state.text())),
                 (true, false) if *state == PathState::Ok => {
@@ -231,7 +231,7 @@ impl Agent {
         let (mut paths_ok, mut paths_bad) = (0, 0);
         for (_, state, round_trip) in self.path_states() {
             paths_ok += usize::from(state == PathState::Ok);
-            paths_bad += usize::from(state.is_bad());
+            paths_bad += usize::from(state.is_problem());
             let answers = round_trip.filter(|_| state == PathState::Ok);
             spans.extend(answers.map(|span| span.as_secs_f64() * 1000.0));
         }

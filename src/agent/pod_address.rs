@@ -46,7 +46,7 @@ impl Agent {
         mac: Mac,
         attachment: &Attachment,
     ) -> Result<(), NoAddress> {
-        if !mac.is_of_one_interface() {
+        if !mac.is_assignable() {
             return Err(NoAddress::GroupMac(mac));
         }
         // The trial of forwarding has it at the address that pods are given last.

@@ -21,7 +21,7 @@ use crate::{
         path_mtu_reports::Reports,
         paths::{By, FLOWS, Kind, LOOK, Paths, Subject},
     },
-    icmp::{self, Asker, Family, IcmpEvent, What},
+    icmp::{self, Family, IcmpEvent, IcmpKind, ProbeIdentity},
     model::NodeId,
 };
 
@@ -56,7 +56,7 @@ struct Sockets {
     echoes: Arc<UdpSocket>,
     /// One for each flow.
     datagrams: [Arc<UdpSocket>; FLOWS],
-    asker: Asker,
+    asker: ProbeIdentity,
 }
 
 impl Prober {
@@ -132,7 +132,7 @@ impl Prober {
         size: usize,
     ) -> io::Result<usize> {
         let Sockets { datagrams, asker, .. } = self.sockets(to.ip())?;
-        let question = datagram::question(asker.identifier, sequence, size);
+        let question = datagram::probe_packet(asker.identifier, sequence, size);
         send(&datagrams[flow % FLOWS], &question, to, from)
     }
 
@@ -162,7 +162,7 @@ impl Sockets {
     fn open(family: Family, identifier: u16) -> io::Result<Self> {
         let raw = family.open()?;
         raw.set_nonblocking(true)?;
-        let mut asker = Asker { identifier, ports: [0; FLOWS] };
+        let mut asker = ProbeIdentity { identifier, ports: [0; FLOWS] };
         let mut datagrams = Vec::new();
         for port in &mut asker.ports {
             let socket = datagram::open(family, identifier)?;
@@ -192,7 +192,7 @@ fn send(
 async fn read_echoes(
     family: Family,
     socket: Arc<UdpSocket>,
-    asker: Asker,
+    asker: ProbeIdentity,
     heard: mpsc::Sender<IcmpEvent>,
 ) {
     while !heard.is_closed() {
@@ -205,7 +205,11 @@ async fn read_echoes(
     }
 }
 
-async fn read_datagrams(socket: Arc<UdpSocket>, asker: Asker, heard: mpsc::Sender<IcmpEvent>) {
+async fn read_datagrams(
+    socket: Arc<UdpSocket>,
+    asker: ProbeIdentity,
+    heard: mpsc::Sender<IcmpEvent>,
+) {
     while !heard.is_closed() {
         let next = || datagram::receive(&*socket, asker);
         match socket.async_io(Interest::READABLE, next).await {
@@ -282,17 +286,17 @@ impl Agent {
         let is_direct = holder.is_some_and(|node| self.is_direct(node));
         let by_tunnel = self.kernel.device.map(|device| device == heard.interface);
         let elsewhere = by_tunnel.is_some_and(|by_tunnel| by_tunnel == is_direct);
-        match heard.what {
-            What::Answer(sequence) if self.on_ping_answer(heard.from, sequence) => return,
-            What::Answer(sequence) => {
+        match heard.kind {
+            IcmpKind::Answer(sequence) if self.on_ping_answer(heard.from, sequence) => return,
+            IcmpKind::Answer(sequence) => {
                 self.prober.paths.on_answer(now, heard.from, sequence, elsewhere);
             }
-            What::Request => self.prober.paths.on_packet(now, heard.from, elsewhere),
-            What::Arrival(sequence) => {
+            IcmpKind::Request => self.prober.paths.on_packet(now, heard.from, elsewhere),
+            IcmpKind::Arrival(sequence) => {
                 self.prober.reports.on_arrival(now, heard.from, sequence);
                 self.prober.paths.on_arrival(now, heard.from, sequence, By::Agent, elsewhere);
             }
-            What::Refusal(sequence) => {
+            IcmpKind::Refusal(sequence) => {
                 self.prober.reports.on_arrival(now, heard.from, sequence);
                 self.prober.paths.on_arrival(now, heard.from, sequence, By::Kernel, elsewhere);
             }

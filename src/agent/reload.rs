@@ -27,7 +27,7 @@ impl Agent {
         let token = config.token.filter(|_| self.config.pod_cidr.is_none());
         // A token that has not changed since before a rotation says nothing new.
         let new = token.as_ref().map(|token| token.secret.clone());
-        let new = new.filter(|secret| self.keyring.is_news(secret.id()));
+        let new = new.filter(|secret| self.keyring.is_new_secret(secret.id()));
         if token.is_some() {
             self.config.token = token;
         }

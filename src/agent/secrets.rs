@@ -80,7 +80,7 @@ impl Agent {
                 self.give(members, orders, Vec::new(), reply);
             }
             SecretStep::Use(id) => {
-                if !self.keyring.knows(id) {
+                if !self.keyring.accepts(id) {
                     let why = format!("secret {id} is not known here: see `gossamer secret list`");
                     return drop(reply.send(Err(why)));
                 }
@@ -218,7 +218,7 @@ impl Agent {
             && let Some((order, then)) = self.steps.queue.pop_front()
         {
             let mut keyring = self.keyring.clone();
-            match keyring.obey(&order) {
+            match keyring.apply(&order) {
                 Ok(true) => {
                     self.archive.save_secrets(keyring.clone());
                     self.steps.written = Some((keyring, order, then));

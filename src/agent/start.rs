@@ -175,7 +175,7 @@ async fn prepare(
              (gossamer token)"
         );
     }
-    keyring.bring(&secret);
+    keyring.adopt(&secret);
     let (assigned, source) = match (&config.pod_cidr, config.create) {
         (Some(from), Some(settings)) => {
             let (name, pool) = (config.name.as_str(), settings.pool);

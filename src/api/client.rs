@@ -1,4 +1,4 @@
-//! The command line's end of the control socket.
+//! The client side of the control socket.
 
 use std::{
     fmt::Display,
@@ -22,35 +22,58 @@ use tokio::net::UnixStream;
 use super::descriptor::Carrier;
 use crate::wire::visible;
 
-/// Characters that are shown of an answer that is no JSON.
-const SHOWN: usize = 200;
+/// Longest part of a non-JSON response, in characters, that an error message quotes.
+const MAX_QUOTED_CHARS: usize = 200;
 
-/// Why there is no answer.
+/// Why a request failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
+    /// No process listens on the socket.
     #[error(
         "no agent at {}: is it running? start it with `gossamer agent`, \
          or name its socket with --socket", path.display()
     )]
-    NoAgent { path: PathBuf },
+    NoAgent {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// This user may not connect to the socket.
     #[error("not permitted to use {}: run as the user that runs the agent (root?)", path.display())]
-    NotPermitted { path: PathBuf },
-    #[error("the agent gave no answer: it is ending, or has too much to do; ask again")]
+    NotPermitted {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// The agent dropped the request.
+    #[error("the agent did not answer: it is stopping or overloaded; try again")]
     NoAnswer,
+    /// The agent refused the request.
     #[error("{why}")]
     Refused {
+        /// The reason.
         why: String,
-        /// The whole answer.
+        /// The whole response.
         answer: Value,
     },
-    /// One of the two does not know what the other one says.
+    /// Client and agent are of different versions, and one of them does not know the request or response
+    /// of the other.
     #[error(
         "the agent is version {agent}, this program {}; restart the agent ({why})",
         own_version(agent)
     )]
-    OtherVersion { agent: String, why: String },
+    OtherVersion {
+        /// Version of the agent.
+        agent: String,
+        /// What was not understood.
+        why: String,
+    },
+    /// The connection failed, or another program listens on the socket.
     #[error("the agent at {} did not answer: {why}", path.display())]
-    Broken { path: PathBuf, why: String },
+    Broken {
+        /// The socket.
+        path: PathBuf,
+        /// The error.
+        why: String,
+    },
 }
 
 impl ClientError {
@@ -59,23 +82,39 @@ impl ClientError {
     }
 }
 
-/// Runs a future on a runtime of this thread alone: clients need no more, and neither does the agent.
+/// Runs a future on a single-threaded runtime, which suffices for clients and for the agent.
+///
+/// # Errors
+/// Fails if the runtime cannot be created.
 pub fn block_on<T>(future: impl Future<Output = T>) -> io::Result<T> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let result = runtime.block_on(future);
-    // Work that blocks may hang; tasks are dropped in any case, and their sockets with them.
+    // Blocking work may hang, so it is not awaited for long. Tasks and their sockets are dropped in any
+    // case.
     runtime.shutdown_timeout(Duration::from_millis(100));
     Ok(result)
 }
 
+/// Sends a GET request and returns the JSON of the response.
+///
+/// # Errors
+/// Fails if the agent is not reachable or refuses.
 pub async fn get(socket: &Path, target: &str) -> Result<Value, ClientError> {
     request(socket, Method::GET, target, Bytes::new(), None).await
 }
 
+/// Sends a POST request without a body.
+///
+/// # Errors
+/// Fails if the agent is not reachable or refuses.
 pub async fn post(socket: &Path, target: &str) -> Result<Value, ClientError> {
     request(socket, Method::POST, target, Bytes::new(), None).await
 }
 
+/// Sends a POST request with a JSON body.
+///
+/// # Errors
+/// Fails if the agent is not reachable or refuses.
 pub async fn post_json(
     socket: &Path,
     target: &str,
@@ -84,7 +123,10 @@ pub async fn post_json(
     post_with(socket, target, body, None).await
 }
 
-/// The same, with a file descriptor for the agent.
+/// Sends a POST request with a JSON body and optionally a file descriptor.
+///
+/// # Errors
+/// Fails if the agent is not reachable or refuses.
 pub async fn post_with(
     socket: &Path,
     target: &str,
@@ -95,7 +137,10 @@ pub async fn post_with(
     request(socket, Method::POST, target, body.into(), descriptor).await
 }
 
-/// Hands over each event of a stream (server-sent events) until it ends.
+/// Calls `each` for every event of a stream (server-sent events) until the stream ends.
+///
+/// # Errors
+/// Fails if the agent is not reachable or refuses, or if the connection breaks.
 pub async fn follow(
     socket: &Path,
     target: &str,
@@ -106,12 +151,12 @@ pub async fn follow(
         return read(socket, target, response).await.map(drop);
     }
     let mut body = response.into_body();
-    let mut kept = Vec::new();
+    let mut buffered = Vec::new();
     while let Some(frame) = body.frame().await {
         let frame = frame.map_err(|error| ClientError::broken(socket, &error))?;
-        kept.extend_from_slice(frame.data_ref().map_or(&[][..], |data| data));
-        while let Some(end) = kept.iter().position(|byte| *byte == b'\n') {
-            let line: Vec<u8> = kept.drain(..=end).collect();
+        buffered.extend_from_slice(frame.data_ref().map_or(&[][..], |data| data));
+        while let Some(end) = buffered.iter().position(|byte| *byte == b'\n') {
+            let line: Vec<u8> = buffered.drain(..=end).collect();
             let event = line.strip_prefix(b"data: ");
             if let Some(Ok(event)) = event.map(serde_json::from_slice) {
                 each(&event);
@@ -161,16 +206,16 @@ async fn open(
     sender.send_request(request).await.map_err(|error| broken(&error))
 }
 
-/// What is said where one of the two does not know what the other one says.
+/// Returns the error for a response that this version does not understand.
 pub async fn other_version(socket: &Path, why: String) -> ClientError {
     match version(socket).await {
         Some(agent) => ClientError::OtherVersion { agent, why },
-        // What listens there is no agent.
+        // The listener is not an agent.
         None => ClientError::broken(socket, &why),
     }
 }
 
-/// That of the agent: all versions tell it in their status.
+/// Queries the agent's version, which the status has in every version.
 async fn version(socket: &Path) -> Option<String> {
     let response = open(socket, Method::GET, "/v1/status", Bytes::new(), None).await.ok()?;
     let body = response.into_body().collect().await.ok()?.to_bytes();
@@ -178,7 +223,7 @@ async fn version(socket: &Path) -> Option<String> {
     status["version"].as_str().map(str::to_owned)
 }
 
-/// This program's, beside that of an agent.
+/// Returns this program's version, for a message that also has the agent's.
 pub fn own_version(agent: &str) -> String {
     let own = env!("CARGO_PKG_VERSION");
     if own == agent { format!("{own}, of another build") } else { own.to_owned() }
@@ -194,11 +239,11 @@ async fn read(
     let body = response.into_body().collect().await.map_err(|error| broken(&error))?.to_bytes();
     let value: Value = match serde_json::from_slice(&body) {
         Ok(value) => value,
-        // The agent itself answers in JSON. In plain text or without a word it says that it does not know
-        // the path, or the request.
+        // The agent answers in JSON. Plain text or an empty body comes from the HTTP library, for an
+        // unknown path or request.
         Err(_) => {
             let text = String::from_utf8_lossy(&body);
-            let text: String = text.chars().take(SHOWN).collect();
+            let text: String = text.chars().take(MAX_QUOTED_CHARS).collect();
             let why = format!("{target}: {status} {}", visible(text.trim()));
             return Err(other_version(socket, why.trim_end().to_owned()).await);
         }

@@ -1,8 +1,8 @@
-//! Serves HTTP/1 on the connections of a listener: so many at once, and each has to say what it wants, and to
-//! take its answer, in time.
+//! Serves HTTP/1 on the connections of a listener.
 //!
-//! Each listener has a budget of its own, so that clients of one do not take the place of another's, and all
-//! of them together leave file descriptors for the rest of the agent.
+//! The number of connections is limited, and so is the time to send a request and to read the response.
+//! Each listener has its own limit, so that clients of one cannot occupy the connections of another, and
+//! all limits together leave file descriptors for the rest of the agent.
 
 use std::{
     convert::Infallible,
@@ -33,63 +33,65 @@ use tokio::{
 };
 use tower::ServiceExt as _;
 
-use super::paced::Paced;
+use super::paced::StallTimeout;
 
-/// Connections of one listener.
+/// Most connections of one listener.
 pub const MAX_CONNECTIONS: usize = 128;
-/// Connections of them whose answers never end. They may stay, so they leave room for others.
+/// Most connections with an endless response. They may stay, so part of the connections is reserved for
+/// others.
 const MAX_STREAMS: usize = MAX_CONNECTIONS / 2;
-/// The head of the first request, and of each that follows, has to be there by then.
-const HEAD_PATIENCE: Duration = Duration::from_secs(5);
-/// So has the body, from the end of the head on.
-const BODY_PATIENCE: Duration = Duration::from_secs(5);
-/// Longest body, in bytes, and the longest that any number of connections may send at once.
-const BODY_MAX: usize = 2 << 20;
-const SMALL_BODY: usize = 64 << 10;
-/// Longer bodies at once, of all connections of a listener.
-const LARGE_BODIES: usize = 8;
-/// A connection that anyone may open ends after so long, unless its answer is a stream.
+/// Time to send the head of a request.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
+/// Time to send the body of a request, from the end of its head on.
+const BODY_TIMEOUT: Duration = Duration::from_secs(5);
+/// Longest body, in bytes.
+const MAX_BODY: usize = 2 << 20;
+/// Longest body, in bytes, that counts as small. Their number is not limited.
+const MAX_SMALL_BODY: usize = 64 << 10;
+/// Most bodies that are not small, at once, of all connections of a listener.
+const MAX_LARGE_BODIES: usize = 8;
+/// Lifetime of a connection that any client may open, unless its response is a stream.
 const LIFETIME: Duration = Duration::from_secs(20);
-/// Connections and requests that wait in the kernel when a listener is closed are taken until there has been
-/// none for so long.
-const LAST_LOOK: Duration = Duration::from_millis(10);
-/// What a client may send of a request and leave unread of an answer, at most, in bytes.
-const BUFFER: usize = 64 << 10;
+/// On closing, a listener still accepts connections and requests for this time: some may wait in the
+/// kernel.
+const CLOSING_DELAY: Duration = Duration::from_millis(10);
+/// Most bytes of a request that are buffered, and most unread bytes of a response.
+const MAX_BUFFER: usize = 64 << 10;
 
-/// What becomes of a connection beyond the limit.
+/// What happens to a connection beyond the limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Excess {
-    /// It waits in the kernel's queue until another has ended: its client is this host's own, and may wait
-    /// long for an answer.
+    /// It stays in the kernel's queue until another connection ends: the clients are this host's own and
+    /// may wait long for an answer.
     Waits,
-    /// It is closed at once. None lasts longer than [`LIFETIME`].
+    /// It is closed immediately. No connection lasts longer than [`LIFETIME`].
     Refused,
 }
 
-/// Tells a listener's connections to end as soon as they have answered what they were asked.
+/// Signals a listener's connections to end after their current responses.
 #[derive(Clone, Debug)]
 pub struct Closing(Option<watch::Receiver<bool>>);
 
 impl Closing {
-    /// Of a listener that is never closed.
+    /// For a listener that is never closed.
     const NEVER: Self = Self(None);
 
-    /// When the value becomes true. Each connection that is open keeps a receiver.
+    /// Closes when the value becomes true. Each open connection has a receiver.
     pub const fn when(closing: watch::Receiver<bool>) -> Self {
         Self(Some(closing))
     }
 
-    /// Returns when there has been time to take what was there before.
-    async fn is_due(&mut self) {
+    /// Waits for the signal, and then for [`CLOSING_DELAY`], in which earlier requests are accepted.
+    async fn wait(&mut self) {
         let Some(closing) = &mut self.0 else { return std::future::pending().await };
         if closing.wait_for(|is_closing| *is_closing).await.is_err() {
             return std::future::pending().await;
         }
-        sleep(LAST_LOOK).await;
+        sleep(CLOSING_DELAY).await;
     }
 }
 
-/// Serves for ever. `prepare` may add to each request what its connection carries.
+/// Serves forever. `prepare` may add data of the connection to each of its requests.
 pub async fn serve<L, P>(listener: L, excess: Excess, router: Router, prepare: impl Fn(&L::Io) -> P)
 where
     L: Listener,
@@ -98,7 +100,7 @@ where
     serve_until(Closing::NEVER, listener, excess, router, prepare).await;
 }
 
-/// The same until the listener is closed.
+/// Like [`serve`], until the listener is closed.
 pub async fn serve_until<L, P>(
     mut closing: Closing,
     mut listener: L,
@@ -111,11 +113,11 @@ pub async fn serve_until<L, P>(
 {
     let free = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let streams = Arc::new(Semaphore::new(MAX_STREAMS));
-    let bodies = Arc::new(Bodies::of(excess));
+    let bodies = Arc::new(BodyLimits::of(excess));
     loop {
         let next = async {
             if excess == Excess::Waits {
-                // The connection takes the place itself.
+                // Only waits for a free place. The connection takes it below.
                 let _ = free.acquire().await;
             }
             listener.accept().await.0
@@ -123,15 +125,15 @@ pub async fn serve_until<L, P>(
         let stream = tokio::select! {
             biased;
             stream = next => stream,
-            () = closing.is_due() => return,
+            () = closing.wait() => return,
         };
         let Ok(permit) = free.clone().try_acquire_owned() else {
-            tracing::debug!(limit = MAX_CONNECTIONS, "connection refused: there are too many");
+            tracing::debug!(limit = MAX_CONNECTIONS, "connection refused: limit reached");
             continue;
         };
         let prepare = prepare(&stream);
         let (router, bodies) = (router.clone(), bodies.clone());
-        let streaming = Arc::new(Streaming { all: streams.clone(), own: OnceLock::new() });
+        let streaming = Arc::new(StreamPermit { all: streams.clone(), own: OnceLock::new() });
         let mut closing = closing.clone();
         tokio::spawn(async move {
             let answer = service_fn(|request: Request<Incoming>| {
@@ -149,13 +151,13 @@ pub async fn serve_until<L, P>(
             });
             let connection = http1::Builder::new()
                 .timer(TokioTimer::new())
-                .header_read_timeout(HEAD_PATIENCE)
-                .max_buf_size(BUFFER)
-                .serve_connection(TokioIo::new(Paced::new(stream)), answer);
+                .header_read_timeout(HEAD_TIMEOUT)
+                .max_buf_size(MAX_BUFFER)
+                .serve_connection(TokioIo::new(StallTimeout::new(stream)), answer);
             let mut connection = pin!(connection);
             let ended = tokio::select! {
                 ended = connection.as_mut() => ended,
-                () = closing.is_due() => {
+                () = closing.wait() => {
                     connection.as_mut().graceful_shutdown();
                     connection.await
                 }
@@ -163,7 +165,7 @@ pub async fn serve_until<L, P>(
                     if streaming.own.get().is_some() {
                         connection.await
                     } else {
-                        // What is being answered is answered.
+                        // Finishes the current response.
                         connection.as_mut().graceful_shutdown();
                         timeout(LIFETIME / 2, connection).await.unwrap_or(Ok(()))
                     }
@@ -177,16 +179,16 @@ pub async fn serve_until<L, P>(
     }
 }
 
-/// Answers of one connection that never end.
-struct Streaming {
-    /// Places for them, of all connections.
+/// State of endless responses of one connection.
+struct StreamPermit {
+    /// Permits for streams, of all connections.
     all: Arc<Semaphore>,
-    /// The place of this connection, from its first one on.
+    /// The permit of this connection, since its first stream.
     own: OnceLock<OwnedSemaphorePermit>,
 }
 
-impl Streaming {
-    /// Gives an answer back, or what is said where it would be one stream too many.
+impl StreamPermit {
+    /// Returns the response, or an error response if it would be one stream too many.
     fn admit(&self, answer: Response) -> Response {
         let kind = answer.headers().get(CONTENT_TYPE);
         let is_stream = kind.is_some_and(|kind| kind.as_bytes() == b"text/event-stream");
@@ -194,34 +196,34 @@ impl Streaming {
             return answer;
         }
         match self.all.clone().try_acquire_owned() {
-            Ok(place) => {
-                let _ = self.own.set(place);
+            Ok(permit) => {
+                let _ = self.own.set(permit);
                 answer
             }
             Err(_) => {
-                let why = format!("{MAX_STREAMS} streams of events are open: close some\n");
+                let why = format!("{MAX_STREAMS} event streams are open: close some of them\n");
                 (StatusCode::SERVICE_UNAVAILABLE, why).into_response()
             }
         }
     }
 }
 
-/// How much of the bodies of requests is held at once.
-struct Bodies {
-    /// Longest of one request.
+/// Limits the memory for request bodies.
+struct BodyLimits {
+    /// Longest body of one request, in bytes.
     max: usize,
-    /// Places for those that are not small.
+    /// Permits for bodies that are not small.
     large: Semaphore,
 }
 
-impl Bodies {
-    /// Clients that anyone may be send small ones alone.
+impl BodyLimits {
+    /// Returns the limits. Arbitrary clients may send only small bodies.
     fn of(excess: Excess) -> Self {
-        let max = if excess == Excess::Refused { SMALL_BODY } else { BODY_MAX };
-        Self { max, large: Semaphore::new(LARGE_BODIES) }
+        let max = if excess == Excess::Refused { MAX_SMALL_BODY } else { MAX_BODY };
+        Self { max, large: Semaphore::new(MAX_LARGE_BODIES) }
     }
 
-    /// Waits for the body of a request.
+    /// Reads the whole body of a request, or returns an error response.
     async fn read(&self, request: Request<Incoming>) -> Result<Request<Body>, Response> {
         let (head, body) = request.into_parts();
         let size = body.size_hint();
@@ -229,32 +231,36 @@ impl Bodies {
             return Err(StatusCode::PAYLOAD_TOO_LARGE.into_response());
         }
         let whole = async {
-            let _place = self.place(size.upper()).await;
+            let _place = self.permit(size.upper()).await;
             Limited::new(body, self.max).collect().await
         };
-        match timeout(BODY_PATIENCE, whole).await {
+        match timeout(BODY_TIMEOUT, whole).await {
             Ok(Ok(body)) => Ok(Request::from_parts(head, Body::from(body.to_bytes()))),
-            Ok(Err(error)) => Err(unread(&*error)),
+            Ok(Err(error)) => Err(body_error(&*error)),
             Err(_) => {
-                let why = format!("no whole body within {} seconds\n", BODY_PATIENCE.as_secs());
+                let why = format!(
+                    "the body was not complete within {} seconds\n",
+                    BODY_TIMEOUT.as_secs()
+                );
                 Err((StatusCode::REQUEST_TIMEOUT, why).into_response())
             }
         }
     }
 
-    /// A place for a body of this size, where it needs one.
-    async fn place(&self, size: Option<u64>) -> Option<SemaphorePermit<'_>> {
-        let is_small = self.max <= SMALL_BODY || size.is_some_and(|size| size <= SMALL_BODY as u64);
+    /// Waits for the permit of a body of this size. Small bodies need none.
+    async fn permit(&self, size: Option<u64>) -> Option<SemaphorePermit<'_>> {
+        let is_small =
+            self.max <= MAX_SMALL_BODY || size.is_some_and(|size| size <= MAX_SMALL_BODY as u64);
         if is_small { None } else { self.large.acquire().await.ok() }
     }
 }
 
-fn unread(error: &(dyn Error + Send + Sync + 'static)) -> Response {
+fn body_error(error: &(dyn Error + Send + Sync + 'static)) -> Response {
     let status = match error.is::<LengthLimitError>() {
         true => StatusCode::PAYLOAD_TOO_LARGE,
         false => StatusCode::BAD_REQUEST,
     };
-    (status, format!("the body: {error}\n")).into_response()
+    (status, format!("cannot read the body: {error}\n")).into_response()
 }
 
 #[cfg(test)]
@@ -275,9 +281,9 @@ mod tests {
     use super::*;
     use crate::api::block_on;
 
-    /// More than the buffers of two sockets hold.
+    /// More bytes than the buffers of two sockets hold.
     const LARGE: usize = 32 << 20;
-    /// For a machine under load.
+    /// Long enough for a machine under load.
     const TIMEOUT: Duration = Duration::from_secs(90);
 
     async fn serve_some() -> SocketAddr {
@@ -295,7 +301,7 @@ mod tests {
 
     async fn ask(address: SocketAddr, request: &str) -> TcpStream {
         let mut stream = TcpStream::connect(address).await.expect("connected");
-        // One that is refused may be closed already.
+        // A refused connection may be closed already.
         let _ = stream.write_all(request.as_bytes()).await;
         stream
     }
@@ -304,7 +310,7 @@ mod tests {
         format!("GET {path} HTTP/1.1\r\nhost: here\r\nconnection: close\r\n\r\n")
     }
 
-    /// The first bytes of an answer; none if the connection was closed.
+    /// Returns the first bytes of the response; empty if the connection was closed.
     async fn status(mut stream: TcpStream) -> String {
         let mut bytes = [0; 12];
         let read = timeout(TIMEOUT, stream.read_exact(&mut bytes)).await.expect("in time");
@@ -323,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn clients_that_never_read_their_answers_make_room_for_others() {
+    fn connection_whose_client_does_not_read_is_closed_in_time() {
         let served = block_on(async {
             let address = serve_some().await;
             let mut silent = Vec::new();
@@ -336,13 +342,13 @@ mod tests {
     }
 
     #[test]
-    fn body_that_does_not_come_is_refused_in_time_and_a_whole_one_is_read() {
+    fn body_incomplete_is_refused_in_time_and_complete_is_read() {
         let statuses = block_on(async {
             let address = serve_some().await;
             let head = "POST /echo HTTP/1.1\r\nhost: here\r\ncontent-length: ";
             let slow = ask(address, &format!("{head}9\r\n\r\nabc")).await;
             let whole = ask(address, &format!("{head}3\r\n\r\nabc")).await;
-            let long = ask(address, &format!("{head}{}\r\n\r\nabc", SMALL_BODY + 1)).await;
+            let long = ask(address, &format!("{head}{}\r\n\r\nabc", MAX_SMALL_BODY + 1)).await;
             [status(slow).await, status(whole).await, status(long).await]
         });
         let expected = ["HTTP/1.1 408", "HTTP/1.1 200", "HTTP/1.1 413"];
@@ -350,27 +356,27 @@ mod tests {
     }
 
     #[test]
-    fn body_that_is_not_small_waits_for_a_place_and_a_small_one_does_not() {
-        let is_placed = |bodies: &Bodies, size| {
-            let place = block_on(async {
-                timeout(Duration::from_millis(1), bodies.place(size)).await.map(|place| {
-                    place.into_iter().for_each(SemaphorePermit::forget);
+    fn body_large_waits_for_permit_and_small_does_not() {
+        let is_placed = |bodies: &BodyLimits, size| {
+            let permit = block_on(async {
+                timeout(Duration::from_millis(1), bodies.permit(size)).await.map(|permit| {
+                    permit.into_iter().for_each(SemaphorePermit::forget);
                 })
             });
-            place.expect("a runtime").is_ok()
+            permit.expect("a runtime").is_ok()
         };
-        let bodies = Bodies::of(Excess::Waits);
-        assert_eq!(bodies.max, BODY_MAX);
-        for _ in 0..LARGE_BODIES {
-            assert!(is_placed(&bodies, Some(BODY_MAX as u64)));
+        let bodies = BodyLimits::of(Excess::Waits);
+        assert_eq!(bodies.max, MAX_BODY);
+        for _ in 0..MAX_LARGE_BODIES {
+            assert!(is_placed(&bodies, Some(MAX_BODY as u64)));
         }
-        assert!(!is_placed(&bodies, Some(BODY_MAX as u64)) && !is_placed(&bodies, None));
-        assert!(is_placed(&bodies, Some(SMALL_BODY as u64)));
-        assert_eq!(Bodies::of(Excess::Refused).max, SMALL_BODY);
+        assert!(!is_placed(&bodies, Some(MAX_BODY as u64)) && !is_placed(&bodies, None));
+        assert!(is_placed(&bodies, Some(MAX_SMALL_BODY as u64)));
+        assert_eq!(BodyLimits::of(Excess::Refused).max, MAX_SMALL_BODY);
     }
 
     #[test]
-    fn streams_take_no_more_than_their_share_of_the_connections() {
+    fn streams_beyond_limit_are_refused_and_other_requests_served() {
         let (one_more, other) = block_on(async {
             let address = serve_some().await;
             let mut open = Vec::new();

@@ -1,7 +1,7 @@
-//! The dashboard: a page that is part of the program, its stream of events, and who may open it.
+//! The dashboard: the embedded page, its stream of events, and access control.
 //!
-//! Everything it shows comes from the same answers as `gossamer status`; it changes nothing and needs nothing
-//! from elsewhere.
+//! The page shows the same data as `gossamer status`. It changes nothing and loads nothing from other
+//! servers.
 
 use std::{
     convert::Infallible,
@@ -28,17 +28,17 @@ use tokio::sync::broadcast::error::RecvError;
 
 use super::{Event, EventFeed};
 
-/// The page may load only what comes from here, and nothing may frame it.
+/// Allows the page to load only its own files, and forbids framing it.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; \
                       img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
-/// Between two signs of life on a quiet stream.
+/// Interval of keep-alive comments on a stream without events.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
 const HTML: &str = "text/html; charset=utf-8";
 const CSS: &str = "text/css; charset=utf-8";
 const SCRIPT: &str = "text/javascript; charset=utf-8";
 
-/// Path, type, text.
+/// Path, content type and content of a file.
 type File = (&'static str, &'static str, &'static str);
 
 macro_rules! scripts {
@@ -77,7 +77,7 @@ const SCRIPTS: [File; 23] = scripts![
     "words.js",
 ];
 
-/// The page's own files.
+/// Serves the page's files.
 pub fn pages<S: Clone + Send + Sync + 'static>() -> Router<S> {
     PAGE.into_iter().chain(SCRIPTS).fold(Router::new(), |router, (path, content_type, text)| {
         let headers = [
@@ -90,8 +90,9 @@ pub fn pages<S: Clone + Send + Sync + 'static>() -> Router<S> {
     })
 }
 
-/// Where only this host can ask, only pages of this host may. A page from elsewhere whose name is made to
-/// lead here (DNS rebinding) still calls this server by that name.
+/// On a loopback address, answers only requests whose `Host` is a number or `localhost`. A page of
+/// another site whose name is made to resolve to this host (DNS rebinding) still sends that name as
+/// `Host`.
 pub fn only_for(address: SocketAddr, router: Router) -> Router {
     if !address.ip().is_loopback() {
         return router;
@@ -100,7 +101,7 @@ pub fn only_for(address: SocketAddr, router: Router) -> Router {
         if names_this_host(request.headers()) {
             next.run(request).await
         } else {
-            let why = "this address answers only if it is called by its number, or localhost\n";
+            let why = "misdirected request: use an IP address or localhost as the host name\n";
             (StatusCode::MISDIRECTED_REQUEST, why).into_response()
         }
     }))
@@ -114,20 +115,20 @@ fn names_this_host(headers: &HeaderMap) -> bool {
         || host.split(':').next() == Some("localhost")
 }
 
-/// Those events that are kept and were not seen yet, then each as it happens.
+/// Streams the past events that the client has not seen, then new ones.
 pub fn stream(
     feed: EventFeed,
     seen: Option<u64>,
 ) -> Sse<impl Stream<Item = Result<sse::Event, Infallible>>> {
     let last = feed.past.last().map_or(0, |event| event.number);
-    // A number from before the agent's start is of other events.
+    // A larger number is from before the agent's start and counts other events.
     let seen = seen.filter(|seen| *seen <= last).unwrap_or(0);
     let past = stream::iter(feed.past.into_iter().filter(move |event| event.number > seen));
     let live = stream::unfold(feed.live, async |mut live| {
         loop {
             match live.recv().await {
                 Ok(event) => return Some((event, live)),
-                // Whoever is too slow misses some, which the numbers tell.
+                // A slow reader misses events. Gaps in the numbers show that.
                 Err(RecvError::Lagged(_)) => {}
                 Err(RecvError::Closed) => return None,
             }
@@ -147,7 +148,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_file_of_the_page_is_served_under_its_own_name() {
+    fn pages_serve_every_file_of_the_directory() {
         let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/src/api/dashboard");
         let there = std::fs::read_dir(directory).expect("a directory");
         let there: BTreeSet<String> = there
@@ -161,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn only_numbers_and_localhost_are_names_of_this_host() {
+    fn names_this_host_accepts_only_numbers_and_localhost() {
         let called = |host: &str| {
             let headers = HeaderMap::from_iter([(HOST, host.parse().expect("a value"))]);
             names_this_host(&headers)

@@ -1,7 +1,7 @@
-//! A file descriptor that travels with a request over the control socket (unix(7), `SCM_RIGHTS`).
+//! Passes a file descriptor with a request over the control socket (unix(7), `SCM_RIGHTS`).
 //!
-//! The plugin of a container runtime may open a network namespace that the agent, with fewer capabilities,
-//! may not. A connection carries at most one: a later one takes the place of an earlier one.
+//! A runtime's plugin may open network namespaces that the agent, with fewer capabilities, may not. A
+//! connection holds at most one descriptor: a later one replaces an earlier one.
 
 use std::{
     io::{self, IoSlice, IoSliceMut},
@@ -22,11 +22,11 @@ use tokio::{
     net::{UnixListener, UnixStream},
 };
 
-/// The descriptor that came over a connection, until it is taken.
+/// The descriptor that a connection has received, until it is taken.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Received(Arc<Mutex<Option<OwnedFd>>>);
+pub(super) struct ReceivedDescriptor(Arc<Mutex<Option<OwnedFd>>>);
 
-impl Received {
+impl ReceivedDescriptor {
     pub(super) fn take(&self) -> Option<OwnedFd> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
@@ -36,21 +36,21 @@ impl Received {
     }
 }
 
-/// A connection over which descriptors come, and one may be sent with the first bytes.
+/// A connection that receives descriptors, and may send one with its first bytes.
 #[derive(Debug)]
 pub(super) struct Carrier {
     stream: UnixStream,
     sending: Option<OwnedFd>,
-    received: Received,
+    received: ReceivedDescriptor,
 }
 
 impl Carrier {
     pub(super) fn new(stream: UnixStream, sending: Option<OwnedFd>) -> Self {
-        Self { stream, sending, received: Received::default() }
+        Self { stream, sending, received: ReceivedDescriptor::default() }
     }
 
-    /// Where descriptors are put that come over it.
-    pub(super) fn received(&self) -> Received {
+    /// Returns where received descriptors are put.
+    pub(super) fn received(&self) -> ReceivedDescriptor {
         self.received.clone()
     }
 
@@ -128,7 +128,7 @@ impl AsyncWrite for Carrier {
     }
 }
 
-/// A listening socket whose connections carry descriptors.
+/// A listener whose connections receive descriptors.
 pub(super) struct CarrierListener(pub(super) UnixListener);
 
 impl Listener for CarrierListener {
@@ -155,7 +155,7 @@ mod tests {
     use crate::api::block_on;
 
     #[test]
-    fn a_descriptor_arrives_with_the_first_bytes_and_is_the_same_file() {
+    fn descriptor_sent_with_first_bytes_refers_to_same_file() {
         let file = File::open("/proc/self/ns/net").expect("a namespace");
         let inode = file.metadata().expect("metadata").ino();
         let arrived = block_on(async {

@@ -1,70 +1,85 @@
-//! What happens at a node, as it happens, and how the last hour was: for `gossamer events` and the dashboard.
+//! Events of a node and samples of the last hour, for `gossamer events` and the dashboard.
 
 use std::time::Duration;
 
 use serde::Serialize;
 use tokio::sync::broadcast;
 
-/// One thing that somebody who looks after the cluster wants to know.
+/// A change that an operator may want to know.
 #[derive(Clone, Debug, Serialize)]
 pub struct Event {
-    /// Counts from 1 since the start of the agent.
+    /// Sequence number, from 1 since the start of the agent.
     pub number: u64,
     /// Seconds since 1970, by this host's clock.
     pub at: f64,
+    /// What changed.
     pub kind: EventKind,
+    /// Whether the change needs attention.
     pub level: EventLevel,
+    /// Description for people.
     pub text: String,
 }
 
+/// What an event is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum EventKind {
-    /// This node itself.
+    /// This node.
     Agent,
-    /// Somebody came, went, fell silent or is back.
+    /// A member joined, left, went down or came back.
     Member,
-    /// A subnet changed hands.
+    /// A subnet has another owner.
     Lease,
-    /// Packets to a peer get through, or do not.
+    /// The state of the path to a peer.
     Path,
-    /// What another program had changed was put right.
+    /// A repair of what another program changed in the kernel.
     Repair,
-    /// Something is wrong, or is not any more.
+    /// A problem that began or ended.
     Problem,
+    /// A pod of this node.
     Pod,
 }
 
+/// Severity of an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum EventLevel {
+    /// Normal operation.
     Info,
+    /// May need attention.
     Warn,
 }
 
-/// Events up to now, and those to come.
+/// Past events and a subscription to new ones.
 #[derive(Debug)]
 pub struct EventFeed {
+    /// The events that are kept, oldest first.
     pub past: Vec<Event>,
+    /// New events.
     pub live: broadcast::Receiver<Event>,
 }
 
-/// Between two samples.
+/// Time between two samples.
 pub const SAMPLE_INTERVAL: Duration = Duration::from_secs(10);
 
-/// How things were at one moment.
+/// The state of node and cluster at one moment.
 #[derive(Clone, Debug, Serialize)]
 pub struct Sample {
     /// Seconds since 1970, by this host's clock.
     pub at: u64,
-    /// Members that neither left nor were forgotten, this one included.
+    /// Members that have neither left nor been forgotten, including this one.
     pub members: usize,
+    /// Members that gossip considers alive.
     pub alive: usize,
+    /// Whether this node has converged.
     pub converged: bool,
-    /// Through the overlay: the middle one and the largest of all peers that answer.
+    /// Median and maximum round trip through the overlay, over all peers that answer.
     pub round_trip_ms: Option<f64>,
+    /// The maximum.
     pub worst_round_trip_ms: Option<f64>,
+    /// Peers whose path is `ok`.
     pub paths_ok: usize,
+    /// Peers whose path has another state, except `unknown`.
     pub paths_bad: usize,
     /// Repairs since the start of the agent.
     pub repairs: u64,

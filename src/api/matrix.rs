@@ -1,4 +1,4 @@
-//! Who reaches whom: what each member says of its ways to the others.
+//! The path matrix: the paths of each member, as that member reports them.
 
 use serde::Serialize;
 
@@ -7,30 +7,38 @@ use crate::{
     wire::PathReport,
 };
 
+/// The paths between all members.
 #[derive(Clone, Debug, Serialize)]
 pub struct Matrix {
-    /// By name.
+    /// One row per member, sorted by name.
     pub rows: Vec<MatrixRow>,
-    /// Members that were not asked, because there are too many.
+    /// Number of members that were not queried because there are too many.
     pub omitted: usize,
 }
 
-/// What one member said; nothing, if it did not answer.
+/// The report of one member. The optional fields are `None` if it did not answer.
 #[derive(Clone, Debug, Serialize)]
 pub struct MatrixRow {
+    /// Id of the member.
     pub node: NodeId,
+    /// Name of the member.
     pub name: String,
-    /// Of its program.
+    /// Version of its agent.
     pub version: Option<String>,
-    /// How many things are wrong there.
+    /// Number of its problems.
     pub problems: Option<u32>,
+    /// Its paths to other members.
     pub paths: Option<Vec<MatrixPath>>,
 }
 
+/// A path from one member to another.
 #[derive(Clone, Debug, Serialize)]
 pub struct MatrixPath {
+    /// The member at the other end.
     pub node: NodeId,
+    /// State of the path.
     pub state: PathState,
+    /// Last round trip through the overlay.
     pub round_trip_ms: Option<f64>,
 }
 

@@ -1,26 +1,29 @@
-//! What Prometheus collects: its own text format (0.0.4), or OpenMetrics 1.0 for those who ask for that.
+//! Metrics for Prometheus, in its text format (0.0.4) or, on request, in OpenMetrics 1.0.
 //!
-//! Everything comes from one status, so the numbers belong together. No label has more than a handful of
-//! values: a peer is none, however many there are. docs/METRICS.md lists them all; a test compares.
+//! All values are from one status, so they are consistent. Labels have few values: no label has peers as
+//! values. docs/METRICS.md lists all metrics; a test compares.
 
 use std::{collections::BTreeMap, fmt::Write as _, fs};
 
 use super::{AgentStatus, MemberState};
 
-/// `Content-Type` of each of the two formats.
+/// `Content-Type` of the Prometheus text format.
 const PLAIN: &str = "text/plain; version=0.0.4; charset=utf-8";
+/// `Content-Type` of OpenMetrics.
 const OPEN: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-/// `USER_HZ`: what /proc counts processor time in, on all architectures that Rust knows.
+/// `USER_HZ`: unit of CPU times in /proc, the same on all architectures that Rust supports.
 const TICKS_PER_SECOND: f64 = 100.0;
 
-/// A page for a collector.
+/// A response to a metrics collector.
 #[derive(Debug)]
 pub struct Page {
+    /// Its `Content-Type`.
     pub content_type: &'static str,
+    /// The metrics.
     pub text: String,
 }
 
-/// Writes a status down; `accept` is the header of the request.
+/// Formats a status as metrics. `accept` is the request's `Accept` header.
 pub fn page(status: &AgentStatus, accept: &str) -> Page {
     let open = accept.contains("application/openmetrics-text");
     let mut text = Text { open, out: String::new() };
@@ -34,15 +37,15 @@ pub fn page(status: &AgentStatus, accept: &str) -> Page {
 }
 
 fn node(text: &mut Text, status: &AgentStatus) {
-    text.gauge("build_info", "The version that runs.", [("version", status.version, 1.0)]);
+    text.gauge("build_info", "Version of the agent.", [("version", status.version, 1.0)]);
     text.number(
         "converged",
-        "Has its subnet, equals a peer, and the kernel equals its view.",
+        "Node has its subnet, equals a peer, and the kernel equals its view.",
         status.converged,
     );
     let node = &status.node;
-    text.number("has_subnet", "This node leases a subnet.", node.subnet.is_some());
-    text.number("problems", "Problems that `gossamer status` names.", node.problems.len() as f64);
+    text.number("has_subnet", "Node leases a subnet.", node.subnet.is_some());
+    text.number("problems", "Problems that `gossamer status` shows.", node.problems.len() as f64);
     let warnings = status.warnings.len() as f64;
     text.number("warnings", "Warnings that `gossamer status` shows.", warnings);
     let mut members =
@@ -56,13 +59,13 @@ fn node(text: &mut Text, status: &AgentStatus) {
     }
     let by_state =
         members.iter().map(|(state, count)| ("state", state.as_str(), f64::from(*count)));
-    text.gauge("members", "Members by what gossip says of them, this one included.", by_state);
+    text.gauge("members", "Members by their state in gossip, including this one.", by_state);
     let slots = &node.slots;
     text.number("subnets", "Subnets of the pool.", slots.total);
     let by_state = [("leased", slots.leased), ("free", slots.free)];
     let by_state = by_state.map(|(state, count)| ("state", state, count.into()));
-    text.gauge("subnets_known", "Subnets that some member owns.", by_state);
-    text.number("subnets_free_own", "Free subnets that this node could grant.", slots.own_free);
+    text.gauge("subnets_known", "Subnets that a member owns.", by_state);
+    text.number("subnets_free_own", "Free subnets that this node can grant.", slots.own_free);
     text.number("connections", "Open connections to members.", status.connections as f64);
     let handshakes = status.handshakes;
     text.counter(
@@ -84,27 +87,19 @@ fn node(text: &mut Text, status: &AgentStatus) {
     text.number("pods", "Pods of this node.", status.pods as f64);
     text.number(
         "pods_outside",
-        "Pods with addresses that are not of this node's subnet.",
+        "Pods with addresses outside this node's subnet.",
         status.pods_outside as f64,
     );
     let counters = &node.counters;
-    text.total("grants", "Subnets granted to others.", counters.grants);
-    text.total(
-        "reclaims",
-        "Times that a forgotten node's subnets were taken over.",
-        counters.reclaims,
-    );
-    text.total("downs", "Times that gossip called a member down.", counters.downs);
-    text.total("malformed", "Frames and answers that could not be read.", counters.malformed);
-    text.total("refused", "Entries of peers that cannot be true.", counters.refused);
-    text.total(
-        "forged",
-        "Records in the name of this process that it never wrote.",
-        counters.forged,
-    );
+    text.total("grants", "Subnets granted to other nodes.", counters.grants);
+    text.total("reclaims", "Reclaims of subnets of forgotten nodes.", counters.reclaims);
+    text.total("downs", "Changes of a member's state to down.", counters.downs);
+    text.total("malformed", "Malformed frames and answers.", counters.malformed);
+    text.total("refused", "Entries from peers that cannot be true.", counters.refused);
+    text.total("forged", "Records in this node's name that it never wrote.", counters.forged);
     text.total(
         "ownership_conflicts",
-        "Subnets that had two owners at one epoch.",
+        "Subnets with two different records of one epoch.",
         counters.ownership_conflicts,
     );
     text.counter(
@@ -122,10 +117,10 @@ fn kernel(text: &mut Text, status: &AgentStatus) {
     text.number("kernel_in_sync", "The kernel equals this node's view.", kernel.in_sync);
     text.total("kernel_operations", "Changes made to the kernel.", kernel.operations);
     let repairs = kernel.repairs.iter().map(|(kind, count)| ("kind", *kind, *count as f64));
-    text.counter("kernel_repairs", "Changes of others that were put right.", repairs);
+    text.counter("kernel_repairs", "Repairs of changes by other programs.", repairs);
     text.counter(
         "kernel_misses",
-        "Entries that the kernel asked for.",
+        "Entries requested by the kernel.",
         [
             ("result", "answered", kernel.misses_answered as f64),
             ("result", "unknown", kernel.misses_unknown as f64),
@@ -133,24 +128,24 @@ fn kernel(text: &mut Text, status: &AgentStatus) {
     );
     text.total(
         "guard_dropped_packets",
-        "Tunnel packets of non-members.",
+        "Tunnel packets from non-members dropped by the guard.",
         kernel.non_members_dropped,
     );
     let mut paths: BTreeMap<String, u32> = BTreeMap::new();
     for path in &status.paths {
-        // As `gossamer members` calls them.
+        // The names are those of `gossamer members`.
         let state = serde_json::to_value(path.state).ok();
         let state = state.as_ref().and_then(serde_json::Value::as_str).unwrap_or("unknown");
         *paths.entry(state.to_owned()).or_default() += 1;
     }
     let by_state = paths.iter().map(|(state, count)| ("state", state.as_str(), (*count).into()));
-    text.gauge("paths", "Peers with a subnet, by what becomes of packets to them.", by_state);
+    text.gauge("paths", "Peers with a subnet, by state of the path to them.", by_state);
     let trips = status.paths.iter().filter_map(|path| path.round_trip_ms);
     let worst = trips.fold(0.0, f64::max) / 1000.0;
-    text.number("path_round_trip_max_seconds", "The slowest way through the overlay.", worst);
+    text.number("path_round_trip_max_seconds", "Longest round trip through the overlay.", worst);
 }
 
-/// Under the names that all programs have for these.
+/// Adds metrics of the process under Prometheus' standard names.
 fn process(text: &mut Text) {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
@@ -169,12 +164,13 @@ fn process(text: &mut Text) {
     }
 }
 
+/// Metrics text under construction.
 struct Text {
     open: bool,
     out: String,
 }
 
-/// Label, its value, and the number; without a label, if that is empty.
+/// Label, its value, and the number. An empty label stands for none.
 type Sample<'a> = (&'a str, &'a str, f64);
 
 impl Text {
@@ -199,7 +195,7 @@ impl Text {
         self.family(&format!("gossamer_{name}"), "counter", help, samples);
     }
 
-    /// In OpenMetrics a family of counters has no suffix, and its samples do.
+    /// Adds a family. OpenMetrics requires counters' samples, but not their family, to have the suffix.
     fn family<'a>(
         &mut self,
         name: &str,

@@ -1,7 +1,7 @@
-//! The control socket: HTTP with JSON on a unix socket, for `gossamer status` and for `curl`.
+//! The control socket: HTTP with JSON on a Unix socket, for the command line and for `curl`.
 //!
-//! Requests become questions to the agent's loop and wait for its answer; nothing here knows or changes
-//! state. The socket is for its owner only (mode 0600).
+//! Each request is passed to the agent's loop and waits for its answer; this module has no state. Only
+//! the socket's owner may use it (mode 0600).
 
 mod client;
 mod connections;
@@ -13,6 +13,7 @@ mod metrics;
 mod paced;
 mod ping;
 mod pods;
+mod question;
 mod routes;
 mod server;
 mod socket;
@@ -31,7 +32,8 @@ pub use pods::{
     AttachRequest, Attached, AttachedAddress, AttachedRoute, AttachmentName, PodError,
     PodErrorKind, PodStatus,
 };
+pub use question::{Question, SecretStep};
 pub use routes::KernelEntry;
-pub use server::{Question, SecretStep, observe, put, serve};
+pub use server::{serve, serve_http, submit};
 pub use socket::{Socket, SocketError};
 pub use status::{AgentStatus, CheckState, CheckStatus, KernelStatus, MemberState, PathStatus};

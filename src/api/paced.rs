@@ -1,4 +1,4 @@
-//! A connection that fails when its other end takes nothing for too long.
+//! A connection that fails when its peer stops reading.
 
 use std::{
     io::{self, IoSlice},
@@ -12,32 +12,40 @@ use tokio::{
     time::{Sleep, sleep},
 };
 
-/// Who reads an answer takes some of it in this time.
-const TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest time in which a client must read a part of a response.
+const STALL_TIMEOUT: Duration = Duration::from_secs(10);
 
-pub(super) struct Paced<T> {
+/// A stream whose writes time out.
+pub(super) struct StallTimeout<T> {
     stream: T,
-    /// Runs while the kernel has no room for what is to be written.
-    limit: Option<Pin<Box<Sleep>>>,
+    /// Runs while the kernel's send buffer is full.
+    deadline: Option<Pin<Box<Sleep>>>,
 }
 
-impl<T> Paced<T> {
+impl<T> StallTimeout<T> {
     pub(super) const fn new(stream: T) -> Self {
-        Self { stream, limit: None }
+        Self { stream, deadline: None }
     }
 
-    fn pace<R>(&mut self, cx: &mut Context<'_>, done: Poll<io::Result<R>>) -> Poll<io::Result<R>> {
-        if done.is_ready() {
-            self.limit = None;
-            return done;
+    fn check_stall<R>(
+        &mut self,
+        cx: &mut Context<'_>,
+        result: Poll<io::Result<R>>,
+    ) -> Poll<io::Result<R>> {
+        if result.is_ready() {
+            self.deadline = None;
+            return result;
         }
-        let limit = self.limit.get_or_insert_with(|| Box::pin(sleep(TIMEOUT)));
-        ready!(limit.as_mut().poll(cx));
-        Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the answer is not read")))
+        let deadline = self.deadline.get_or_insert_with(|| Box::pin(sleep(STALL_TIMEOUT)));
+        ready!(deadline.as_mut().poll(cx));
+        Poll::Ready(Err(io::Error::new(
+            io::ErrorKind::TimedOut,
+            "the client does not read the response",
+        )))
     }
 }
 
-impl<T: AsyncRead + Unpin> AsyncRead for Paced<T> {
+impl<T: AsyncRead + Unpin> AsyncRead for StallTimeout<T> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -47,14 +55,14 @@ impl<T: AsyncRead + Unpin> AsyncRead for Paced<T> {
     }
 }
 
-impl<T: AsyncWrite + Unpin> AsyncWrite for Paced<T> {
+impl<T: AsyncWrite + Unpin> AsyncWrite for StallTimeout<T> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        let done = Pin::new(&mut self.stream).poll_write(cx, bytes);
-        self.pace(cx, done)
+        let result = Pin::new(&mut self.stream).poll_write(cx, bytes);
+        self.check_stall(cx, result)
     }
 
     fn poll_write_vectored(
@@ -62,8 +70,8 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Paced<T> {
         cx: &mut Context<'_>,
         slices: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let done = Pin::new(&mut self.stream).poll_write_vectored(cx, slices);
-        self.pace(cx, done)
+        let result = Pin::new(&mut self.stream).poll_write_vectored(cx, slices);
+        self.check_stall(cx, result)
     }
 
     fn is_write_vectored(&self) -> bool {

@@ -1,4 +1,4 @@
-//! The answer to one round of `gossamer ping`.
+//! The result of one round of `gossamer ping`.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -6,37 +6,41 @@ use serde::Serialize;
 
 use crate::model::{NodeId, PathState};
 
-/// What one round found.
+/// The results of one round.
 #[derive(Clone, Debug, Serialize)]
 pub struct PingReport {
+    /// Id of the member.
     pub node: NodeId,
+    /// Name of the member.
     pub name: String,
-    /// Its agent, by QUIC.
+    /// The member's agent, over QUIC.
     pub underlay: Reach<SocketAddr>,
-    /// Its kernel, at the VTEP's address.
+    /// The member's kernel, at the VTEP's address.
     pub overlay: Reach<IpAddr>,
-    /// Its kernel, at the gateway of its pods.
+    /// The member's kernel, at the gateway of its pods.
     pub pods: Reach<IpAddr>,
-    /// What the data path probe has found out about this member.
+    /// Path state according to the data path probe.
     pub path: Option<PathState>,
-    /// What is wrong, and what helps.
+    /// What is wrong, and a remedy.
     pub problem: Option<String>,
 }
 
-/// Who was asked, and how long the answer took.
+/// The address of a request and the time to the answer.
 #[derive(Clone, Debug, Serialize)]
 pub struct Reach<A> {
-    /// None, if there is nobody to ask: a member without a subnet.
+    /// `None` if there is no address, as for a member without a subnet.
     pub to: Option<A>,
+    /// `None` without an answer.
     pub round_trip_ms: Option<f64>,
 }
 
 impl<A> Reach<A> {
+    /// Returns a request that has not been answered.
     pub const fn unanswered(to: Option<A>) -> Self {
         Self { to, round_trip_ms: None }
     }
 
-    /// Whether there is nothing more to wait for.
+    /// Returns whether there is nothing more to wait for.
     pub const fn has_answered(&self) -> bool {
         self.to.is_none() || self.round_trip_ms.is_some()
     }

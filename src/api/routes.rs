@@ -1,17 +1,19 @@
-//! What this node wants in the kernel, and what is there: for `gossamer routes`.
+//! Kernel entries that this node wants and those that exist, for `gossamer routes`.
 
 use serde::Serialize;
 
+/// One key of a kernel table.
 #[derive(Clone, Debug, Serialize)]
 pub struct KernelEntry {
     /// `route`, `neighbour` or `fdb`.
     pub table: &'static str,
     /// A subnet, an overlay address, or a MAC.
     pub key: String,
-    /// Name of the member that it leads to; none, if it is nobody's.
+    /// Name of the member that the entry is for. `None` for an entry of no member.
     pub peer: Option<String>,
+    /// The value that this node wants.
     pub wanted: Option<String>,
-    /// The kernel allows several of one key.
+    /// The existing values. Some tables allow several of one key.
     pub found: Vec<String>,
     /// `same`, `missing`, `different` or `surplus`.
     pub verdict: &'static str,

@@ -1,9 +1,8 @@
-//! The agent's end of the control socket.
+//! The server side of the control socket.
 
 use std::{
     io,
     net::{IpAddr, TcpListener},
-    os::fd::OwnedFd,
     path::Path,
     sync::Arc,
     time::Duration,
@@ -24,137 +23,37 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::sync::oneshot::{self, Sender};
 
-use crate::wire::{Secret, SecretId, Token};
+use crate::wire::Token;
 
 use super::{
-    AgentStatus, AttachRequest, Attached, AttachmentName, ClientError, Event, EventFeed,
-    KernelEntry, MatrixRow, PingReport, PodError, PodErrorKind, PodStatus, SAMPLE_INTERVAL, Sample,
-    Socket, SocketError,
+    AgentStatus, AttachRequest, AttachmentName, ClientError, Event, EventFeed, KernelEntry,
+    MatrixRow, PingReport, PodError, PodErrorKind, PodStatus, Question, SAMPLE_INTERVAL, Sample,
+    SecretStep, Socket, SocketError,
     connections::{Excess, serve as serve_connections},
     dashboard,
-    descriptor::{CarrierListener, Received},
+    descriptor::{CarrierListener, ReceivedDescriptor},
     metrics::{self, Page},
 };
 
-/// Longest wait for convergence that can be asked for, in seconds.
-const MAX_WAIT: u64 = 3600;
-/// A loop that does not answer for so long does nothing else either.
-const ALIVE_WITHIN: Duration = Duration::from_secs(2);
+/// Longest wait for convergence that a client may request, in seconds.
+const MAX_WAIT_SECONDS: u64 = 3600;
+/// A loop that does not answer within this time counts as hanging.
+const LOOP_ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// What is asked over the socket, with the way back for the answer.
-#[derive(Debug)]
-pub enum Question {
-    Status {
-        reply: Sender<AgentStatus>,
-    },
-    /// Whether the loop answers.
-    Alive {
-        reply: Sender<()>,
-    },
-    /// Status once it has converged with this many members, or when the time is over.
-    Wait {
-        seconds: u64,
-        members: usize,
-        reply: Sender<AgentStatus>,
-    },
-    Token {
-        reply: Sender<Option<String>>,
-    },
-    /// Answered with the successor, or why it cannot leave.
-    Leave {
-        reply: Sender<Result<Option<String>, String>>,
-    },
-    Forget {
-        node: String,
-        force: bool,
-        reply: Sender<Result<Value, String>>,
-    },
-    ResetIdentity {
-        reply: Sender<Result<(), String>>,
-    },
-    /// One round of questions to a member.
-    Ping {
-        node: String,
-        reply: Sender<Result<PingReport, String>>,
-    },
-    History {
-        reply: Sender<Result<Vec<Value>, String>>,
-    },
-    Attach {
-        request: AttachRequest,
-        /// The network namespace, where the one who asks has opened it.
-        netns: Option<OwnedFd>,
-        reply: Sender<Result<Attached, PodError>>,
-    },
-    /// Answered with whether there was anything.
-    Detach {
-        request: AttachmentName,
-        netns: Option<OwnedFd>,
-        reply: Sender<Result<bool, PodError>>,
-    },
-    /// Whether the kernel still has it as it was made; answered with all addresses of its interface.
-    Check {
-        request: AttachmentName,
-        netns: Option<OwnedFd>,
-        reply: Sender<Result<Vec<IpAddr>, PodError>>,
-    },
-    Pods {
-        reply: Sender<Vec<PodStatus>>,
-    },
-    /// Takes back the addresses of pods that are gone; answered with those pods.
-    Release {
-        reply: Sender<Result<Vec<PodStatus>, PodError>>,
-    },
-    Events {
-        reply: Sender<Result<EventFeed, String>>,
-    },
-    PastEvents {
-        reply: Sender<Vec<Event>>,
-    },
-    Samples {
-        reply: Sender<Vec<Sample>>,
-    },
-    /// Answered with a [`Matrix`] as JSON, encoded once for all who look at it.
-    ///
-    /// [`Matrix`]: super::Matrix
-    Matrix {
-        reply: Sender<Bytes>,
-    },
-    Routes {
-        reply: Sender<Result<Vec<KernelEntry>, String>>,
-    },
-    /// Answered with who accepts and who uses which.
-    Secret {
-        step: SecretStep,
-        force: bool,
-        reply: Sender<Result<Value, String>>,
-    },
-    /// What a member says of itself.
-    Peer {
-        node: String,
-        reply: Sender<Result<Option<MatrixRow>, String>>,
-    },
-}
+/// Passes a request to the agent's loop. Returns false if the loop has ended.
+type SubmitFn = Arc<dyn Fn(Question) -> bool + Send + Sync>;
 
-/// A step of changing the cluster's secret.
-#[derive(Clone, Debug)]
-pub enum SecretStep {
-    List,
-    /// This one, or those there are to members that lack them.
-    Add(Option<Secret>),
-    Use(SecretId),
-    Drop(SecretId),
-}
-
-type Ask = Arc<dyn Fn(Question) -> bool + Send + Sync>;
-
-/// Listens and serves in tasks of its own. `ask` hands a request to the agent's loop.
+/// Listens on the control socket and serves requests in background tasks. `submit_fn` passes a request to the
+/// agent's loop; it returns false if the loop has ended.
+///
+/// # Errors
+/// Fails if the socket cannot be created.
 pub fn serve(
     path: &Path,
-    ask: impl Fn(Question) -> bool + Send + Sync + 'static,
+    submit_fn: impl Fn(Question) -> bool + Send + Sync + 'static,
 ) -> Result<Socket, SocketError> {
     let (socket, listener) = Socket::listen(path)?;
-    let ask: Ask = Arc::new(ask);
+    let submit_fn: SubmitFn = Arc::new(submit_fn);
     let router = Router::new()
         .route("/v1/status", get(status))
         .route("/v1/token", get(token))
@@ -169,13 +68,13 @@ pub fn serve(
         .route("/v1/routes", get(routes))
         .route("/v1/peer", get(peer))
         .route("/v1/history", get(history))
-        .merge(observed())
+        .merge(read_only_routes())
         .route("/v1/pods", get(pods))
         .route("/v1/pods/attach", post(attach))
         .route("/v1/pods/detach", post(detach))
         .route("/v1/pods/check", post(check))
         .route("/v1/pods/release", post(release))
-        .with_state(ask);
+        .with_state(submit_fn);
     tokio::spawn(serve_connections(CarrierListener(listener), Excess::Waits, router, |carrier| {
         let received = carrier.received();
         move |request| _ = request.extensions_mut().insert(ConnectInfo(received.clone()))
@@ -183,93 +82,99 @@ pub fn serve(
     Ok(socket)
 }
 
-/// The dashboard, and what collectors and probes ask, over TCP: nothing here changes anything or tells a
-/// secret.
-pub fn observe(
+/// Serves dashboard, metrics and health over TCP. These requests change nothing and reveal no secrets.
+///
+/// # Errors
+/// Fails if the listener cannot be made asynchronous.
+pub fn serve_http(
     listener: TcpListener,
-    ask: impl Fn(Question) -> bool + Send + Sync + 'static,
+    submit_fn: impl Fn(Question) -> bool + Send + Sync + 'static,
 ) -> io::Result<()> {
     listener.set_nonblocking(true)?;
     let address = listener.local_addr()?;
     let listener = tokio::net::TcpListener::from_std(listener)?;
-    let ask: Ask = Arc::new(ask);
+    let submit_fn: SubmitFn = Arc::new(submit_fn);
     let router = dashboard::only_for(
         address,
-        observed().route("/v1/status", get(status_now)).merge(dashboard::pages()).with_state(ask),
+        read_only_routes()
+            .route("/v1/status", get(status_now))
+            .merge(dashboard::pages())
+            .with_state(submit_fn),
     );
     tokio::spawn(serve_connections(listener, Excess::Refused, router, |_| |_: &mut _| {}));
     Ok(())
 }
 
-fn observed() -> Router<Ask> {
+fn read_only_routes() -> Router<SubmitFn> {
     Router::new()
         .route("/v1/events", get(events))
         .route("/v1/samples", get(samples))
         .route("/v1/matrix", get(matrix))
-        .route("/metrics", get(collect))
+        .route("/metrics", get(prometheus_metrics))
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
 }
 
-async fn collect(State(ask): State<Ask>, headers: HeaderMap) -> Response {
+async fn prometheus_metrics(State(submit_fn): State<SubmitFn>, headers: HeaderMap) -> Response {
     let accept = headers.get(ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or_default();
     let render = |status: AgentStatus| {
         let Page { content_type, text } = metrics::page(&status, accept);
         ([(CONTENT_TYPE, content_type)], text).into_response()
     };
-    answer(&ask, |reply| Question::Status { reply }, render).await
+    respond(&submit_fn, |reply| Question::Status { reply }, render).await
 }
 
-/// The loop answers.
-async fn healthz(State(ask): State<Ask>) -> Response {
+/// Reports whether the loop answers.
+async fn healthz(State(submit_fn): State<SubmitFn>) -> Response {
     let question = |reply| Question::Alive { reply };
-    let asked = answer(&ask, question, |()| "alive\n".into_response());
-    let late = || problem(StatusCode::SERVICE_UNAVAILABLE, "the agent's loop does not answer");
-    tokio::time::timeout(ALIVE_WITHIN, asked).await.unwrap_or_else(|_| late())
+    let response = respond(&submit_fn, question, |()| "alive\n".into_response());
+    let late =
+        || error_response(StatusCode::SERVICE_UNAVAILABLE, "the agent's loop does not answer");
+    tokio::time::timeout(LOOP_ANSWER_TIMEOUT, response).await.unwrap_or_else(|_| late())
 }
 
-/// It has its subnet, and its pods can be reached.
-async fn readyz(State(ask): State<Ask>) -> Response {
+/// Reports whether the node has its subnet and its pods can be reached.
+async fn readyz(State(submit_fn): State<SubmitFn>) -> Response {
     let render = |status: AgentStatus| {
         if status.converged {
             return "ready\n".into_response();
         }
         let why = status.node.problems.join("; ");
         let why = if why.is_empty() { "it has not converged yet".to_owned() } else { why };
-        problem(StatusCode::SERVICE_UNAVAILABLE, &why)
+        error_response(StatusCode::SERVICE_UNAVAILABLE, &why)
     };
-    answer(&ask, |reply| Question::Status { reply }, render).await
+    respond(&submit_fn, |reply| Question::Status { reply }, render).await
 }
 
-/// Server-sent events, as the WHATWG's HTML standard has them: those that are kept, then what happens.
+/// Sends past events and then new ones as server-sent events (WHATWG HTML standard).
 async fn events(
-    State(ask): State<Ask>,
+    State(submit_fn): State<SubmitFn>,
     Query(query): Query<EventsQuery>,
     headers: HeaderMap,
 ) -> Response {
     let seen = headers.get("last-event-id").and_then(|value| value.to_str().ok()?.parse().ok());
     if query.follow == Some(false) {
         let render = |past: Vec<Event>| Json(json!({ "events": past })).into_response();
-        return answer(&ask, |reply| Question::PastEvents { reply }, render).await;
+        return respond(&submit_fn, |reply| Question::PastEvents { reply }, render).await;
     }
     let render = move |feed: Result<EventFeed, String>| match feed {
         Ok(feed) => dashboard::stream(feed, seen).into_response(),
-        Err(why) => problem(StatusCode::SERVICE_UNAVAILABLE, &why),
+        Err(why) => error_response(StatusCode::SERVICE_UNAVAILABLE, &why),
     };
-    answer(&ask, |reply| Question::Events { reply }, render).await
+    respond(&submit_fn, |reply| Question::Events { reply }, render).await
 }
 
-async fn samples(State(ask): State<Ask>) -> Response {
+async fn samples(State(submit_fn): State<SubmitFn>) -> Response {
     let render = |samples: Vec<Sample>| {
         let interval = SAMPLE_INTERVAL.as_secs();
         Json(json!({ "interval_seconds": interval, "samples": samples })).into_response()
     };
-    answer(&ask, |reply| Question::Samples { reply }, render).await
+    respond(&submit_fn, |reply| Question::Samples { reply }, render).await
 }
 
-async fn matrix(State(ask): State<Ask>) -> Response {
+async fn matrix(State(submit_fn): State<SubmitFn>) -> Response {
     let render = |json: Bytes| ([(CONTENT_TYPE, "application/json")], json).into_response();
-    answer(&ask, |reply| Question::Matrix { reply }, render).await
+    respond(&submit_fn, |reply| Question::Matrix { reply }, render).await
 }
 
 #[derive(Deserialize)]
@@ -295,53 +200,65 @@ struct ForgetQuery {
     force: bool,
 }
 
-async fn status(State(ask): State<Ask>, Query(query): Query<WaitQuery>) -> Response {
+async fn status(State(submit_fn): State<SubmitFn>, Query(query): Query<WaitQuery>) -> Response {
     let question = |reply| match query.wait {
         Some(seconds) => Question::Wait {
-            seconds: seconds.min(MAX_WAIT),
+            seconds: seconds.min(MAX_WAIT_SECONDS),
             members: query.members.unwrap_or(1),
             reply,
         },
         None => Question::Status { reply },
     };
-    answer(&ask, question, |status| Json(status).into_response()).await
+    respond(&submit_fn, question, |status| Json(status).into_response()).await
 }
 
-/// For whoever may look and not wait.
-async fn status_now(State(ask): State<Ask>) -> Response {
-    answer(&ask, |reply| Question::Status { reply }, |status| Json(status).into_response()).await
+/// Returns the status without waiting, for clients over TCP.
+async fn status_now(State(submit_fn): State<SubmitFn>) -> Response {
+    respond(&submit_fn, |reply| Question::Status { reply }, |status| Json(status).into_response())
+        .await
 }
 
-async fn token(State(ask): State<Ask>) -> Response {
-    answer(
-        &ask,
+async fn token(State(submit_fn): State<SubmitFn>) -> Response {
+    respond(
+        &submit_fn,
         |reply| Question::Token { reply },
         |token| match token {
             Some(token) => Json(json!({ "token": token })).into_response(),
-            None => {
-                problem(StatusCode::CONFLICT, "this node is in no cluster yet: it is still joining")
-            }
+            None => error_response(
+                StatusCode::CONFLICT,
+                "this node is still joining and has no token yet",
+            ),
         },
     )
     .await
 }
 
-async fn leave(State(ask): State<Ask>) -> Response {
+async fn leave(State(submit_fn): State<SubmitFn>) -> Response {
     let left = |successor| json!({ "left": true, "successor": successor });
-    answer(&ask, |reply| Question::Leave { reply }, |result| done(result.map(left))).await
+    respond(
+        &submit_fn,
+        |reply| Question::Leave { reply },
+        |result| json_or_conflict(result.map(left)),
+    )
+    .await
 }
 
-async fn forget(State(ask): State<Ask>, Query(query): Query<ForgetQuery>) -> Response {
+async fn forget(State(submit_fn): State<SubmitFn>, Query(query): Query<ForgetQuery>) -> Response {
     let ForgetQuery { node, force } = query;
-    answer(&ask, |reply| Question::Forget { node, force, reply }, done).await
+    respond(&submit_fn, |reply| Question::Forget { node, force, reply }, json_or_conflict).await
 }
 
-async fn reset_identity(State(ask): State<Ask>) -> Response {
+async fn reset_identity(State(submit_fn): State<SubmitFn>) -> Response {
     let reset = |()| json!({ "reset": true });
-    answer(&ask, |reply| Question::ResetIdentity { reply }, |result| done(result.map(reset))).await
+    respond(
+        &submit_fn,
+        |reply| Question::ResetIdentity { reply },
+        |result| json_or_conflict(result.map(reset)),
+    )
+    .await
 }
 
-/// A token carries the new secret; without one, those there are go to whoever lacks them.
+/// A token with the new secret. Without it the existing secrets go to members that lack them.
 #[derive(Deserialize)]
 struct SecretBody {
     token: Option<String>,
@@ -354,101 +271,131 @@ struct SecretQuery {
     force: bool,
 }
 
-async fn secrets(State(ask): State<Ask>) -> Response {
-    change_secret(&ask, Ok(SecretStep::List), false).await
+async fn secrets(State(submit_fn): State<SubmitFn>) -> Response {
+    change_secret(&submit_fn, Ok(SecretStep::List), false).await
 }
 
-async fn add_secret(State(ask): State<Ask>, Json(body): Json<SecretBody>) -> Response {
+async fn add_secret(State(submit_fn): State<SubmitFn>, Json(body): Json<SecretBody>) -> Response {
     let token = body.token.map(|token| token.parse::<Token>()).transpose();
     let step = token.map(|token| SecretStep::Add(token.map(|token| token.secret)));
-    change_secret(&ask, step.map_err(|error| error.to_string()), false).await
+    change_secret(&submit_fn, step.map_err(|error| error.to_string()), false).await
 }
 
-async fn use_secret(State(ask): State<Ask>, Query(query): Query<SecretQuery>) -> Response {
-    change_secret(&ask, query.secret.parse().map(SecretStep::Use), query.force).await
+async fn use_secret(
+    State(submit_fn): State<SubmitFn>,
+    Query(query): Query<SecretQuery>,
+) -> Response {
+    change_secret(&submit_fn, query.secret.parse().map(SecretStep::Use), query.force).await
 }
 
-async fn drop_secret(State(ask): State<Ask>, Query(query): Query<SecretQuery>) -> Response {
-    change_secret(&ask, query.secret.parse().map(SecretStep::Drop), query.force).await
+async fn drop_secret(
+    State(submit_fn): State<SubmitFn>,
+    Query(query): Query<SecretQuery>,
+) -> Response {
+    change_secret(&submit_fn, query.secret.parse().map(SecretStep::Drop), query.force).await
 }
 
-async fn change_secret(ask: &Ask, step: Result<SecretStep, String>, force: bool) -> Response {
+async fn change_secret(
+    submit_fn: &SubmitFn,
+    step: Result<SecretStep, String>,
+    force: bool,
+) -> Response {
     match step {
-        Ok(step) => answer(ask, |reply| Question::Secret { step, force, reply }, done).await,
-        Err(why) => problem(StatusCode::BAD_REQUEST, &why),
+        Ok(step) => {
+            respond(submit_fn, |reply| Question::Secret { step, force, reply }, json_or_conflict)
+                .await
+        }
+        Err(why) => error_response(StatusCode::BAD_REQUEST, &why),
     }
 }
 
-async fn ping(State(ask): State<Ask>, Query(query): Query<PingQuery>) -> Response {
+async fn ping(State(submit_fn): State<SubmitFn>, Query(query): Query<PingQuery>) -> Response {
     let PingQuery { node } = query;
     let render = |result: Result<PingReport, String>| match result {
         Ok(report) => Json(report).into_response(),
-        Err(why) => problem(StatusCode::NOT_FOUND, &why),
+        Err(why) => error_response(StatusCode::NOT_FOUND, &why),
     };
-    answer(&ask, |reply| Question::Ping { node, reply }, render).await
+    respond(&submit_fn, |reply| Question::Ping { node, reply }, render).await
 }
 
-async fn routes(State(ask): State<Ask>) -> Response {
+async fn routes(State(submit_fn): State<SubmitFn>) -> Response {
     let entries = |entries: Vec<KernelEntry>| json!({ "entries": entries });
-    answer(&ask, |reply| Question::Routes { reply }, |result| done(result.map(entries))).await
+    respond(
+        &submit_fn,
+        |reply| Question::Routes { reply },
+        |result| json_or_conflict(result.map(entries)),
+    )
+    .await
 }
 
-async fn peer(State(ask): State<Ask>, Query(query): Query<PingQuery>) -> Response {
+async fn peer(State(submit_fn): State<SubmitFn>, Query(query): Query<PingQuery>) -> Response {
     let PingQuery { node } = query;
     let render = |result: Result<Option<MatrixRow>, String>| match result {
         Ok(row) => Json(row).into_response(),
-        Err(why) => problem(StatusCode::NOT_FOUND, &why),
+        Err(why) => error_response(StatusCode::NOT_FOUND, &why),
     };
-    answer(&ask, |reply| Question::Peer { node, reply }, render).await
+    respond(&submit_fn, |reply| Question::Peer { node, reply }, render).await
 }
 
-async fn history(State(ask): State<Ask>) -> Response {
-    answer(&ask, |reply| Question::History { reply }, |result| done(result.map(Value::Array))).await
+async fn history(State(submit_fn): State<SubmitFn>) -> Response {
+    respond(
+        &submit_fn,
+        |reply| Question::History { reply },
+        |result| json_or_conflict(result.map(Value::Array)),
+    )
+    .await
 }
 
-async fn pods(State(ask): State<Ask>) -> Response {
+async fn pods(State(submit_fn): State<SubmitFn>) -> Response {
     let render = |pods: Vec<PodStatus>| Json(json!({ "pods": pods })).into_response();
-    answer(&ask, |reply| Question::Pods { reply }, render).await
+    respond(&submit_fn, |reply| Question::Pods { reply }, render).await
 }
 
 async fn attach(
-    State(ask): State<Ask>,
-    ConnectInfo(received): ConnectInfo<Received>,
+    State(submit_fn): State<SubmitFn>,
+    ConnectInfo(received): ConnectInfo<ReceivedDescriptor>,
     Json(request): Json<AttachRequest>,
 ) -> Response {
-    answer(&ask, |reply| Question::Attach { request, netns: received.take(), reply }, outcome).await
+    respond(
+        &submit_fn,
+        |reply| Question::Attach { request, netns: received.take(), reply },
+        json_or_pod_error,
+    )
+    .await
 }
 
 async fn detach(
-    State(ask): State<Ask>,
-    ConnectInfo(received): ConnectInfo<Received>,
+    State(submit_fn): State<SubmitFn>,
+    ConnectInfo(received): ConnectInfo<ReceivedDescriptor>,
     Json(request): Json<AttachmentName>,
 ) -> Response {
     let render = |result: Result<bool, PodError>| {
-        outcome(result.map(|was_there| json!({ "was_there": was_there })))
+        json_or_pod_error(result.map(|was_there| json!({ "was_there": was_there })))
     };
-    answer(&ask, |reply| Question::Detach { request, netns: received.take(), reply }, render).await
+    respond(&submit_fn, |reply| Question::Detach { request, netns: received.take(), reply }, render)
+        .await
 }
 
 async fn check(
-    State(ask): State<Ask>,
-    ConnectInfo(received): ConnectInfo<Received>,
+    State(submit_fn): State<SubmitFn>,
+    ConnectInfo(received): ConnectInfo<ReceivedDescriptor>,
     Json(request): Json<AttachmentName>,
 ) -> Response {
     let render = |result: Result<Vec<IpAddr>, PodError>| {
-        outcome(result.map(|addresses| json!({ "addresses": addresses })))
+        json_or_pod_error(result.map(|addresses| json!({ "addresses": addresses })))
     };
-    answer(&ask, |reply| Question::Check { request, netns: received.take(), reply }, render).await
+    respond(&submit_fn, |reply| Question::Check { request, netns: received.take(), reply }, render)
+        .await
 }
 
-async fn release(State(ask): State<Ask>) -> Response {
+async fn release(State(submit_fn): State<SubmitFn>) -> Response {
     let render = |result: Result<Vec<PodStatus>, PodError>| {
-        outcome(result.map(|released| json!({ "released": released })))
+        json_or_pod_error(result.map(|released| json!({ "released": released })))
     };
-    answer(&ask, |reply| Question::Release { reply }, render).await
+    respond(&submit_fn, |reply| Question::Release { reply }, render).await
 }
 
-fn outcome(result: Result<impl Serialize, PodError>) -> Response {
+fn json_or_pod_error(result: Result<impl Serialize, PodError>) -> Response {
     match result {
         Ok(value) => Json(value).into_response(),
         Err(error) => {
@@ -462,12 +409,12 @@ fn outcome(result: Result<impl Serialize, PodError>) -> Response {
     }
 }
 
-async fn answer<T>(
-    ask: &Ask,
+async fn respond<T>(
+    submit_fn: &SubmitFn,
     question: impl FnOnce(Sender<T>) -> Question,
     render: impl FnOnce(T) -> Response,
 ) -> Response {
-    match put(&**ask, question).await {
+    match submit(&**submit_fn, question).await {
         Some(value) => render(value),
         None => {
             let why = ClientError::NoAnswer.to_string();
@@ -477,23 +424,23 @@ async fn answer<T>(
     }
 }
 
-/// Puts a question to the agent's loop, and waits for the answer; none, if the loop dropped it.
-pub async fn put<Q, T>(
-    ask: &(dyn Fn(Q) -> bool + Send + Sync),
+/// Passes a request to the agent's loop and waits for the answer. Returns `None` if the loop dropped it.
+pub async fn submit<Q, T>(
+    submit_fn: &(dyn Fn(Q) -> bool + Send + Sync),
     question: impl FnOnce(Sender<T>) -> Q,
 ) -> Option<T> {
     let (sender, receiver) = oneshot::channel();
-    let accepted = ask(question(sender));
+    let accepted = submit_fn(question(sender));
     receiver.await.ok().filter(|_| accepted)
 }
 
-fn done(result: Result<Value, String>) -> Response {
+fn json_or_conflict(result: Result<Value, String>) -> Response {
     match result {
         Ok(value) => Json(value).into_response(),
-        Err(why) => problem(StatusCode::CONFLICT, &why),
+        Err(why) => error_response(StatusCode::CONFLICT, &why),
     }
 }
 
-fn problem(status: StatusCode, error: &str) -> Response {
+fn error_response(status: StatusCode, error: &str) -> Response {
     (status, Json(json!({ "error": error }))).into_response()
 }

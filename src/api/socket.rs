@@ -1,4 +1,4 @@
-//! Unix sockets for one owner, where an earlier process may have left its own.
+//! Unix sockets that only their owner may use. They replace a socket that an earlier process left.
 
 use std::{
     fs::{self, Permissions},
@@ -19,33 +19,41 @@ use tokio::net::UnixListener;
 
 use crate::store::holder;
 
-/// Connections that wait to be accepted.
+/// Most connections that wait to be accepted.
 const BACKLOG: i32 = 4_096;
 
-/// The socket cannot be had.
+/// Why a socket cannot be created.
 #[derive(Debug, thiserror::Error)]
 pub enum SocketError {
-    #[error("socket: an agent is already listening on {}: stop it or choose another", .0.display())]
+    /// Another process listens on it.
+    #[error("socket: an agent is already listening on {}: stop it or choose another path", .0.display())]
     InUse(PathBuf),
-    #[error("socket: {} is there and is no socket: remove it or choose another", .0.display())]
+    /// The path has another type.
+    #[error("socket: {} exists and is not a socket: remove it or choose another path", .0.display())]
     NotASocket(PathBuf),
+    /// The kernel refused.
     #[error("socket: {}: {error}", path.display())]
-    Io { path: PathBuf, error: io::Error },
+    Io {
+        /// The path.
+        path: PathBuf,
+        /// The error.
+        error: io::Error,
+    },
 }
 
-/// A listening socket's file; it goes when this is dropped.
+/// The file of a listening socket. It is removed on drop.
 #[derive(Debug)]
 pub struct Socket {
     path: PathBuf,
-    /// Device and inode; none if they could not be read.
+    /// Device and inode of the file. `None` if they could not be read.
     file: Option<(u64, u64)>,
 }
 
 impl Socket {
-    /// Listens, for this user alone (mode 0600).
+    /// Listens on a socket that only this user may connect to (mode 0600).
     ///
     /// # Errors
-    /// Where somebody else does, or something else is there.
+    /// Fails if another process listens there, if the path is not a socket, or if the kernel refuses.
     pub fn listen(path: &Path) -> Result<(Self, UnixListener), SocketError> {
         let fail = |error| SocketError::Io { path: path.to_owned(), error };
         if let Some(directory) = path.parent() {
@@ -53,17 +61,18 @@ impl Socket {
         }
         remove_stale(path)?;
         let listener = listen_for_owner(path).map_err(fail)?;
-        Ok((Self { path: path.to_owned(), file: file_at(path) }, listener))
+        Ok((Self { path: path.to_owned(), file: device_and_inode(path) }, listener))
     }
 
-    /// Whether the file is still the one that was made: others may have removed or replaced it.
-    pub fn is_there(&self) -> bool {
-        self.file.is_some() && file_at(&self.path) == self.file
+    /// Returns whether the file is still the one that was created: another program may have removed or
+    /// replaced it.
+    pub fn still_exists(&self) -> bool {
+        self.file.is_some() && device_and_inode(&self.path) == self.file
     }
 }
 
-/// For its owner alone from the first moment on: secrets can be read over it. Before it listens it takes no
-/// connection. (The file mode creation mask would be that of all threads.)
+/// Creates the socket. It accepts no connection until it has mode 0600, because secrets can be read over
+/// it. (A umask would apply to all threads.)
 fn listen_for_owner(path: &Path) -> io::Result<UnixListener> {
     let socket = socket2::Socket::new(Domain::UNIX, Type::STREAM, None)?;
     socket.set_nonblocking(true)?;
@@ -75,33 +84,33 @@ fn listen_for_owner(path: &Path) -> io::Result<UnixListener> {
 
 impl Drop for Socket {
     fn drop(&mut self) {
-        if self.is_there() {
+        if self.still_exists() {
             let _ = fs::remove_file(&self.path);
         }
     }
 }
 
-fn file_at(path: &Path) -> Option<(u64, u64)> {
+fn device_and_inode(path: &Path) -> Option<(u64, u64)> {
     fs::symlink_metadata(path).ok().map(|meta| (meta.dev(), meta.ino()))
 }
 
-/// A socket that nobody listens on is left from an agent that was killed. One that is being killed may have
-/// it open for long, and answers no more.
+/// Removes a socket that no process listens on, or whose process is ending: a killed agent may hold it
+/// open for long without answering.
 fn remove_stale(path: &Path) -> Result<(), SocketError> {
     let path = path.to_owned();
     match fs::symlink_metadata(&path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(SocketError::Io { path, error }),
         Ok(meta) if !meta.file_type().is_socket() => Err(SocketError::NotASocket(path)),
-        Ok(_) if UnixStream::connect(&path).is_ok_and(|peer| !is_left(&peer)) => {
+        Ok(_) if UnixStream::connect(&path).is_ok_and(|peer| !is_ending_process(&peer)) => {
             Err(SocketError::InUse(path))
         }
         Ok(_) => fs::remove_file(&path).map_err(|error| SocketError::Io { path, error }),
     }
 }
 
-/// Whether the process that listens is on its way out. One of another PID namespace is not known.
-fn is_left(peer: &UnixStream) -> bool {
+/// Returns whether the listening process is ending. `false` for a process of another PID namespace.
+fn is_ending_process(peer: &UnixStream) -> bool {
     let listener = getsockopt(peer, PeerCredentials).ok();
     let pid = listener.and_then(|credentials| u32::try_from(credentials.pid()).ok());
     pid.is_some_and(|pid| pid != 0 && holder::is_ending(pid))

@@ -1,4 +1,4 @@
-//! The answer to "how are you": what `gossamer status` shows and scripts read.
+//! The status of an agent, as `gossamer status` and scripts read it.
 
 use std::{collections::BTreeMap, fmt, net::IpAddr};
 
@@ -10,115 +10,135 @@ use crate::{
     transport::Handshakes,
 };
 
-/// Everything `gossamer status` shows.
+/// The status of an agent.
 #[derive(Clone, Debug, Serialize)]
 pub struct AgentStatus {
+    /// Version of the agent.
     pub version: &'static str,
-    /// This node has its subnet, its state equals that of a peer, and the kernel equals its view.
+    /// Whether the node has its subnet, its state equals a peer's, and the kernel equals its view.
     pub converged: bool,
+    /// State of the node's core.
     #[serde(flatten)]
     pub node: NodeStatus,
-    /// What may hurt some packets, or keeps this node from knowing whether packets pass: as sentences with
-    /// what helps.
+    /// Conditions that may affect some packets, or that prevent this node from checking whether packets
+    /// pass, with remedies.
     pub warnings: Vec<String>,
+    /// State of kernel programming.
     pub kernel: KernelStatus,
-    /// Whether packets get through to each peer with a subnet.
+    /// State of the path to each peer with a subnet.
     pub paths: Vec<PathStatus>,
-    /// Pods of this node.
+    /// Number of pods of this node.
     pub pods: usize,
-    /// Those of them whose addresses are not of this node's subnet: nobody reaches them.
+    /// Number of pods with addresses outside this node's subnet: no other host reaches them.
     pub pods_outside: usize,
-    /// Why no pod can be connected now.
+    /// Why no pod can be connected at present.
     pub pods_refused: Option<String>,
+    /// Number of open connections to members.
     pub connections: usize,
-    /// First packets of handshakes since the start, by what became of them.
+    /// First packets of handshakes since the start, by outcome.
     pub handshakes: Handshakes,
     /// Packets to the agent's port that it did not read in time, since the start.
     pub gossip_dropped: u64,
 }
 
-/// The way to one peer through the overlay.
+/// The path to one peer through the overlay.
 #[derive(Clone, Debug, Serialize)]
 pub struct PathStatus {
+    /// Id of the peer.
     pub node: NodeId,
+    /// Name of the peer.
     pub name: String,
+    /// State of the path.
     pub state: PathState,
-    /// Of the last request that was answered.
+    /// Round trip of the last answered request.
     pub round_trip_ms: Option<f64>,
-    /// Over the underlay, between the two agents, as long as they have a connection.
+    /// Round trip between the agents over the underlay, while they have a connection.
     pub underlay_round_trip_ms: Option<f64>,
-    /// MTU of the packets to it in bytes, where its path carries less than the overlay device.
+    /// Path MTU in bytes, if it is smaller than the overlay device's.
     pub mtu: Option<u32>,
-    /// What is wrong, and what helps.
+    /// What is wrong, and a remedy.
     pub problem: Option<String>,
-    /// What is asked of that host is not answered, and its pods answer those of this host.
+    /// Whether the host does not answer, but its pods do.
     pub pods_answer: bool,
 }
 
+/// State of kernel programming.
 #[derive(Clone, Debug, Serialize)]
 pub struct KernelStatus {
+    /// Name of the overlay device.
     pub device: Option<String>,
+    /// MTU of the overlay device, in bytes.
     pub mtu: u32,
-    /// Empty while the host has no network that could carry tunnels.
+    /// Name of the underlay interface; empty while no network of the host can carry tunnels.
     pub underlay_interface: String,
-    /// None before the first network of a new node.
+    /// Address on the underlay. `None` before a new node has had a network.
     pub underlay_address: Option<IpAddr>,
-    /// The kernel has been made equal to the present view.
+    /// Whether the kernel equals the current view.
     pub in_sync: bool,
-    /// Operations carried out since the start.
+    /// Operations executed since the start.
     pub operations: u64,
-    /// What other programs had changed and was put right, by kind.
+    /// Repairs of changes by other programs, by kind.
     pub repairs: BTreeMap<&'static str, u64>,
-    /// Whether checksums of tunnelled packets are left to the network card, as far as is known; false also
-    /// after they were found not to arrive then.
+    /// Whether the network card computes checksums of tunneled packets; also false if that was found not
+    /// to work. `None` if unknown.
     pub checksum_offload: Option<bool>,
-    /// Packets whose checksums are left to the network card do not arrive, so that was turned off.
+    /// Whether such packets did not arrive, so that the agent has turned checksum offload off.
     pub checksum_offload_fails: bool,
-    /// Tunnel packets that came from no member and were dropped by the guard.
+    /// Tunnel packets from non-members that the guard has dropped.
     pub non_members_dropped: u64,
-    /// Peers that have entries in the kernel; none, if all of them always have.
+    /// Number of peers with entries in the kernel. `None` if all peers always have entries.
     pub peers_in_use: Option<usize>,
-    /// Entries that the kernel asked for and was given.
+    /// Entries that the kernel requested and got.
     pub misses_answered: u64,
-    /// Addresses and MACs of nobody that the kernel asked for.
+    /// Addresses and MACs of no member that the kernel requested.
     pub misses_unknown: u64,
-    /// Whether the kernel, when asked, sends packets of pods where they should go.
+    /// Whether the kernel routes packets of pods as it should, according to its own answers.
     pub routing: CheckStatus,
-    /// Whether this host forwards packets of pods, by packets that were sent to find out.
+    /// Whether this host forwards packets of pods, according to test packets.
     pub forwarding: CheckStatus,
 }
 
-/// What has come of something that is tried from time to time.
+/// The result of a periodic check.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct CheckStatus {
+    /// The result.
     pub state: CheckState,
-    /// What was looked at, or why nothing was.
+    /// What was checked, or why nothing was.
     pub detail: String,
 }
 
+/// Result of a check.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum CheckState {
+    /// The check passed.
     Ok,
+    /// The check failed.
     Failing,
-    /// There was nothing to look at, or no way to.
+    /// Nothing could or had to be checked.
     #[default]
     Skipped,
 }
 
-/// A member in one word.
+/// A member's state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum MemberState {
+    /// Answers probes.
     Alive,
+    /// Did not answer, and is not yet considered down.
     Suspect,
+    /// Does not answer.
     Down,
-    /// Gossip knows nothing of it (any more).
+    /// Not in gossip, or no longer.
     Unknown,
+    /// Has left the cluster.
     Left,
+    /// Was forgotten.
     Forgotten,
 }
 
 impl MemberState {
+    /// Returns the state of a member. `Forgotten` and `Left` precede its liveness.
     pub fn of(member: &MemberStatus) -> Self {
         match member.liveness {
             _ if member.forgotten => Self::Forgotten,
@@ -130,7 +150,7 @@ impl MemberState {
         }
     }
 
-    /// For good.
+    /// Returns whether the member has left or was forgotten.
     pub const fn is_gone(self) -> bool {
         matches!(self, Self::Left | Self::Forgotten)
     }
@@ -150,7 +170,7 @@ impl fmt::Display for MemberState {
 }
 
 impl AgentStatus {
-    /// Members that gossip holds as alive, this node included.
+    /// Returns the number of members that gossip considers alive, including this node.
     pub fn members_alive(&self) -> usize {
         let members = self.node.members.iter();
         members.filter(|member| MemberState::of(member) == MemberState::Alive).count()

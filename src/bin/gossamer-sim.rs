@@ -1,6 +1,7 @@
-//! `gossamer-sim`: the seeded simulator from the command line.
+//! `gossamer-sim`: the command line of the seeded simulator.
 //!
-//! Exit codes: 0 no promise was broken and every situation was met, 1 otherwise, 2 wrong usage.
+//! Exit codes: 0 if no rule was violated and every required situation occurred, 1 otherwise, 2 for wrong
+//! usage.
 
 use std::{
     collections::BTreeSet,
@@ -16,65 +17,68 @@ use clap::{Parser, Subcommand};
 use gossamer::{
     core::planted::Bug,
     sim::{
-        campaign::{Campaign, MUST_REACH, Report, repeat_command, seeds_to_catch, shrink},
+        campaign::{
+            Campaign, REQUIRED_SITUATIONS, Report, find_catching_seed, reproduce_command, shrink,
+        },
         faults::Faults,
         figures,
-        run::Verdict,
+        run::RunResult,
     },
 };
 
-/// Runs the production core of many nodes in a simulated world, by seeds
+/// Run the production core of many nodes in a simulated world, one run per seed
 #[derive(Debug, Parser)]
 #[command(name = "gossamer-sim", version)]
 struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
-    /// How many seeds to run
+    /// Number of seeds to run
     #[arg(long, default_value_t = 200)]
     seeds: u64,
     /// The first seed
     #[arg(long, default_value_t = 1)]
     start_seed: u64,
-    /// How many nodes, drawn from the seed
-    #[arg(long, default_value = "3..20", value_parser = nodes, value_name = "A..B")]
+    /// Range from which each seed draws its number of nodes
+    #[arg(long, default_value = "3..20", value_parser = parse_nodes, value_name = "A..B")]
     nodes: RangeInclusive<usize>,
-    /// Threads
+    /// Number of threads
     #[arg(long, default_value_t = 2)]
     jobs: usize,
-    /// Kinds of faults, instead of those that the seed draws ("none" for none)
-    #[arg(long, value_parser = faults, value_name = "KIND,KIND")]
+    /// Kinds of faults to inject, instead of those that the seed draws ("none" for no faults)
+    #[arg(long, value_parser = parse_faults, value_name = "KIND,KIND")]
     faults: Option<Faults>,
-    /// Seconds of the faulty phase, instead of those that the seed draws
+    /// Length of the faulty phase in seconds, instead of the one that the seed draws
     #[arg(long, value_name = "SECONDS")]
     span: Option<u64>,
-    /// One line of JSON for each seed
+    /// Print one line of JSON for each seed
     #[arg(long)]
     json: bool,
-    /// What the nodes log, for one seed
+    /// Print the nodes' log, with this filter; use it with one seed
     #[arg(long, value_name = "FILTER")]
     log: Option<String>,
 }
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Plant defects one by one, and look for a seed by which each is caught
+    /// Switch on each mutation (a defect) in turn, and search for a seed that catches it
     Planted {
-        /// Give up after so many seeds
+        /// Number of seeds to try for each mutation
         #[arg(long, default_value_t = 10_000)]
         limit: u64,
     },
-    /// Give every parser of bytes from outside so many mutated inputs
+    /// Feed mutated inputs to every parser of external bytes
     #[cfg(feature = "agent")]
     Fuzz {
+        /// Seed of the mutations
         #[arg(long, default_value_t = 1)]
         seed: u64,
-        /// Inputs of each parser
+        /// Number of inputs for each parser
         #[arg(long, default_value_t = 1_000_000)]
         inputs: u64,
     },
-    /// Measure convergence against its ceilings, in virtual time
+    /// Measure convergence against its limits, in virtual time
     Figures {
-        /// Nodes of the clusters that are measured; 1,000 take minutes
+        /// Sizes of the clusters to measure, in nodes; 1,000 nodes take minutes
         #[arg(long, value_delimiter = ',', default_values_t = [100, 500])]
         sizes: Vec<usize>,
     },
@@ -88,7 +92,7 @@ fn main() -> ExitCode {
     }
     match &cli.command {
         None => campaign(&cli),
-        Some(Command::Planted { limit }) => planted(*limit),
+        Some(Command::Planted { limit }) => mutations(*limit),
         #[cfg(feature = "agent")]
         Some(Command::Fuzz { seed, inputs }) => fuzz(*seed, *inputs),
         Some(Command::Figures { sizes }) => match figures::print_all(sizes) {
@@ -98,15 +102,16 @@ fn main() -> ExitCode {
     }
 }
 
+/// Fuzzes every parser and prints one line for each.
 #[cfg(feature = "agent")]
 fn fuzz(seed: u64, inputs: u64) -> ExitCode {
     let begun = Instant::now();
-    // A panic is an outcome, with its input.
+    // The outcome reports a panic together with its input.
     std::panic::set_hook(Box::new(|_| {}));
     let mut all = 0;
     let is_sound = gossamer::fuzz::run(seed, inputs, true, |outcome| {
         all += outcome.inputs;
-        let failure = outcome.failure.as_deref().unwrap_or("sound");
+        let failure = outcome.failure.as_deref().unwrap_or("ok");
         println!(
             "{:<14} {:>11} inputs {:>5.1} % accepted, slowest {:>9.1?}  {failure}",
             outcome.name,
@@ -119,6 +124,7 @@ fn fuzz(seed: u64, inputs: u64) -> ExitCode {
     if is_sound { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
+/// Runs a campaign and prints its failures and a summary.
 fn campaign(cli: &Cli) -> ExitCode {
     let begun = Instant::now();
     let campaign = Campaign {
@@ -129,23 +135,23 @@ fn campaign(cli: &Cli) -> ExitCode {
         faults: cli.faults.clone(),
         span: cli.span,
     };
-    let print = |verdict: &Verdict| {
+    let print_json = |result: &RunResult| {
         if cli.json
-            && let Ok(line) = serde_json::to_string(verdict)
+            && let Ok(line) = serde_json::to_string(result)
         {
             println!("{line}");
         }
     };
-    let report = campaign.run(print);
+    let report = campaign.run(print_json);
     for failure in &report.failures {
-        // What is logged should be of the run itself.
+        // Shrinking runs the plan many more times, which would mix their logs with the log of the failure.
         if cli.log.is_none() {
             explain(&campaign, failure);
         }
     }
-    let missed = campaign.missed(&report);
+    let missed = campaign.missing_situations(&report);
     if !missed.is_empty() {
-        println!("never met: {}", missed.join(", "));
+        println!("situations that did not occur: {}", missed.join(", "));
     }
     println!("{}", summary(cli, &report, begun.elapsed().as_secs_f64()));
     if report.failures.is_empty() && missed.is_empty() {
@@ -155,34 +161,39 @@ fn campaign(cli: &Cli) -> ExitCode {
     }
 }
 
-fn explain(campaign: &Campaign, failure: &Verdict) {
+/// Prints a failure with the command that reproduces it in the smallest plan.
+fn explain(campaign: &Campaign, failure: &RunResult) {
     println!("seed {}: {}", failure.seed, failure.violation.as_deref().unwrap_or_default());
     let smallest = shrink(&campaign.plan(failure.seed));
-    println!("  repeat with: {}", repeat_command(&smallest));
+    println!("  reproduce with: {}", reproduce_command(&smallest));
 }
 
 fn summary(cli: &Cli, report: &Report, seconds: f64) -> String {
-    let met = MUST_REACH.iter().filter(|what| report.reached.contains_key(**what)).count();
+    let reached =
+        REQUIRED_SITUATIONS.iter().filter(|what| report.reached.contains_key(**what)).count();
     format!(
-        "{} seeds of {} to {} nodes, {} violations, {met} of {} situations met, healed in {:.2} s (median) \
-         {:.2} s (99 %) {:.2} s (most), {seconds:.0} s",
+        "{} seeds of {} to {} nodes, {} violations, {reached} of {} situations reached, \
+         converged in {:.2} s (median) {:.2} s (99 %) {:.2} s (maximum), {seconds:.0} s",
         cli.seeds,
         cli.nodes.start(),
         cli.nodes.end(),
         report.failures.len(),
-        MUST_REACH.len(),
+        REQUIRED_SITUATIONS.len(),
         report.healed_percentile(50) as f64 / 1000.0,
         report.healed_percentile(99) as f64 / 1000.0,
         report.healed_percentile(100) as f64 / 1000.0,
     )
 }
 
-fn planted(limit: u64) -> ExitCode {
+/// Searches for a seed that catches each mutation, in as many threads as there are processors.
+fn mutations(limit: u64) -> ExitCode {
     let (next, escaped) = (AtomicUsize::new(0), AtomicUsize::new(0));
-    let hunt = || {
+    let catch_mutations = || {
         while let Some(bug) = Bug::ALL.get(next.fetch_add(1, Ordering::Relaxed)) {
-            match seeds_to_catch(*bug, limit) {
-                Some((seeds, why)) => println!("{bug:<32?} seed {seeds:>5}  {why:.100}"),
+            match find_catching_seed(*bug, limit) {
+                Some((seed, violation)) => {
+                    println!("{bug:<32?} seed {seed:>5}  {violation:.100}")
+                }
                 None => {
                     escaped.fetch_add(1, Ordering::Relaxed);
                     println!("{bug:<32?} not caught in {limit} seeds");
@@ -192,15 +203,16 @@ fn planted(limit: u64) -> ExitCode {
     };
     thread::scope(|scope| {
         for _ in 0..thread::available_parallelism().map_or(1, NonZero::get) {
-            scope.spawn(hunt);
+            scope.spawn(catch_mutations);
         }
     });
     let escaped = escaped.into_inner();
-    println!("{} of {} planted bugs caught", Bug::ALL.len() - escaped, Bug::ALL.len());
+    println!("{} of {} mutations caught", Bug::ALL.len() - escaped, Bug::ALL.len());
     if escaped == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-fn nodes(text: &str) -> Result<RangeInclusive<usize>, String> {
+/// Parses `A..B`, an inclusive range.
+fn parse_nodes(text: &str) -> Result<RangeInclusive<usize>, String> {
     let parse = |text: &str| text.parse::<usize>().map_err(|error| format!("{text:?}: {error}"));
     let (first, last) = text.split_once("..").ok_or("write A..B, as in 3..20")?;
     let (first, last) = (parse(first)?, parse(last.trim_start_matches('='))?);
@@ -210,7 +222,8 @@ fn nodes(text: &str) -> Result<RangeInclusive<usize>, String> {
     Ok(first..=last)
 }
 
-fn faults(text: &str) -> Result<Faults, String> {
+/// Parses a list of kinds of faults.
+fn parse_faults(text: &str) -> Result<Faults, String> {
     let kinds = text.split(',').filter(|kind| *kind != "none").map(str::parse);
     Ok(Faults { kinds: kinds.collect::<Result<BTreeSet<_>, _>>()? })
 }

@@ -1,4 +1,4 @@
-//! `gossamer agent`: settings, log, run.
+//! `gossamer agent`: reads the settings, sets up logging, and runs the agent.
 
 use std::{
     io::{self, IsTerminal as _},
@@ -22,14 +22,14 @@ use crate::{
     config::{LogFormat, Settings},
 };
 
-/// Open files that an agent never needs more of.
-const FILES: u64 = 65_536;
-/// As many as an agent needs for its own threads, its database, a few peers and questions at once.
-const FEWEST_FILES: u64 = 256;
+/// Upper bound of the soft limit of open files. An agent never needs more.
+const MAX_OPEN_FILES: u64 = 65_536;
+/// Lowest usable hard limit of open files: threads, database, a few peers and API requests at once.
+const MIN_OPEN_FILES: u64 = 256;
 
 #[derive(Debug, Args)]
 pub struct AgentArgs {
-    /// A TOML file with settings; flags and environment outrank it
+    /// TOML file with settings; flags and environment variables take precedence
     #[arg(long, env = "GOSSAMER_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
     #[command(flatten)]
@@ -37,20 +37,23 @@ pub struct AgentArgs {
 }
 
 pub fn run(args: AgentArgs) -> ExitCode {
-    let plugin = match inherited() {
+    let plugin = match docker_socket_from_systemd() {
         Ok(plugin) => plugin,
-        Err(error) => return fail(format_args!("the socket of Docker's plugin: {error}")),
+        Err(error) => {
+            return fail(format_args!("the socket of Docker's plugin, opened by systemd: {error}"));
+        }
     };
     let code = run_with(args, plugin.as_ref());
-    // Docker waits for as long as nobody takes its call, and must not wait for an agent that cannot start.
+    // Docker blocks until its connection is accepted. Accept and close all of them: this agent cannot
+    // start.
     if code != ExitCode::SUCCESS {
         plugin.into_iter().for_each(|plugin| while plugin.accept().is_ok() {});
     }
     code
 }
 
-/// The socket that systemd has opened by gossamer-docker.socket.
-fn inherited() -> io::Result<Option<UnixListener>> {
+/// Returns the socket that `gossamer-docker.socket` opened, if systemd passed one.
+fn docker_socket_from_systemd() -> io::Result<Option<UnixListener>> {
     let plugin = ListenFd::from_env().take_unix_listener(0)?;
     plugin.iter().try_for_each(|plugin| plugin.set_nonblocking(true))?;
     Ok(plugin)
@@ -86,7 +89,8 @@ fn run_with(args: AgentArgs, plugin: Option<&UnixListener>) -> ExitCode {
         return fail(error);
     }
     let ended = loop {
-        // A task is woken in memory; the future that a runtime blocks on, by way of the kernel.
+        // `block_on` wakes its own future through the kernel, but a spawned task in memory, which is
+        // cheaper.
         let (config, reread) = (config.clone(), reread.clone());
         let plugin = match plugin.map(UnixListener::try_clone).transpose() {
             Ok(plugin) => plugin,
@@ -110,39 +114,42 @@ fn run_with(args: AgentArgs, plugin: Option<&UnixListener>) -> ExitCode {
     }
 }
 
-/// Raises the limit of open files as far as it may be, within reason: the usual one of services is 1,024.
+/// Raises the soft limit of open files to at most [`MAX_OPEN_FILES`]. The usual limit of a service is 1,024.
 ///
 /// # Errors
-/// The hard limit is too low for an agent, which would run and answer no question.
+/// Fails if the hard limit is lower than [`MIN_OPEN_FILES`]: the agent would run without answering
+/// requests.
 fn allow_many_files() -> Result<(), String> {
     let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| {
-        setrlimit(Resource::RLIMIT_NOFILE, soft.max(hard.min(FILES)), hard)?;
+        setrlimit(Resource::RLIMIT_NOFILE, soft.max(hard.min(MAX_OPEN_FILES)), hard)?;
         Ok(hard)
     });
     match raised {
-        Ok(hard) if hard < FEWEST_FILES => Err(format!(
-            "this process may open {hard} files and an agent needs {FEWEST_FILES}: raise the hard limit \
-             (LimitNOFILE= in systemd's unit, `ulimit -Hn` in a shell, --ulimit nofile= of a container)"
+        Ok(hard) if hard < MIN_OPEN_FILES => Err(format!(
+            "this process may open only {hard} files, but an agent needs {MIN_OPEN_FILES}: raise the hard \
+             limit (LimitNOFILE= in the systemd unit, `ulimit -Hn` in a shell, --ulimit nofile= for a \
+             container)"
         )),
         Ok(_) => Ok(()),
         Err(error) => {
-            tracing::debug!(%error, "the limit of open files is not raised");
+            tracing::debug!(%error, "limit of open files not raised");
             Ok(())
         }
     }
 }
 
-/// A bare level is about gossamer; libraries are heard from when something is wrong.
+/// Parses the log filter. A bare level applies to gossamer; libraries then log only warnings and errors.
 fn filter(text: Option<&str>) -> Result<EnvFilter, String> {
     let text = text.unwrap_or("info");
     let filter = match text.contains([',', '=']) {
         true => text.to_owned(),
         false => format!("warn,gossamer={text}"),
     };
-    EnvFilter::try_new(&filter).map_err(|error| format!("log: {filter:?} is not a filter: {error}"))
+    EnvFilter::try_new(&filter)
+        .map_err(|error| format!("log: {filter:?} is not a valid filter: {error}"))
 }
 
-/// Gives what changes the filter afterwards.
+/// Installs the log subscriber and returns a function that replaces its filter later.
 fn start_log(
     filter: EnvFilter,
     format: LogFormat,
@@ -155,7 +162,7 @@ fn start_log(
         LogFormat::Json => registry.with(log.json()).init(),
         LogFormat::Journal => {
             let journal = tracing_journald::layer().map_err(|error| {
-                format!("log_format: systemd's journal cannot be reached: {error}: use \"text\"")
+                format!("log_format: cannot reach systemd's journal: {error}; use \"text\"")
             })?;
             let levels = PriorityMappings {
                 error: Priority::Error,

@@ -1,7 +1,7 @@
-//! `gossamer cleanup`: takes away everything that gossamer has made on this host, and nothing else.
+//! `gossamer cleanup`: removes everything that gossamer created on this host, and nothing else.
 //!
-//! For a host whose agent does not run any more. One that runs is asked to leave instead: it hands over what
-//! it owns.
+//! It is for a host whose agent no longer runs. A running agent should leave instead, because it then
+//! hands over its slots.
 
 use std::{
     collections::BTreeSet,
@@ -31,19 +31,19 @@ use crate::{
 
 #[derive(Debug, Args)]
 pub struct CleanupArgs {
-    /// Only list what would be removed
+    /// List what would be removed, and remove nothing
     #[arg(long)]
     dry_run: bool,
-    /// Where the state is [default: /var/lib/gossamer, and those of all named instances]
+    /// State directory [default: /var/lib/gossamer and those of all named instances]
     #[arg(long, env = "GOSSAMER_STATE_DIR", value_name = "DIR")]
     state_dir: Option<PathBuf>,
-    /// Where flannel's subnet.env was written [default: as with the state]
+    /// flannel-style subnet.env [default: those of all instances]
     #[arg(long, env = "GOSSAMER_SUBNET_FILE", value_name = "FILE")]
     subnet_file: Option<PathBuf>,
-    /// The agent's control socket [default: as with the state]
+    /// The agent's control socket [default: those of all instances]
     #[arg(long, env = "GOSSAMER_SOCKET", value_name = "FILE")]
     socket: Option<PathBuf>,
-    /// How to print
+    /// Output format
     #[arg(short, long, value_enum, default_value_t, value_name = "FORMAT")]
     output: Format,
 }
@@ -55,8 +55,8 @@ pub fn run(args: &CleanupArgs) -> ExitCode {
             Ok(Err(ClientError::NoAgent { .. })) => {}
             Ok(Ok(_)) => {
                 return fail(format_args!(
-                    "an agent runs here ({}): `gossamer leave` hands its subnet over and removes everything; \
-                     or stop it first",
+                    "an agent is running here ({}): run `gossamer leave`, which hands over its subnet and \
+                     removes everything, or stop it first",
                     socket.display()
                 ));
             }
@@ -73,17 +73,18 @@ pub fn run(args: &CleanupArgs) -> ExitCode {
     }
 }
 
-/// Where files of gossamer may be.
+/// The paths at which gossamer may have left files.
 struct Places {
     state_dirs: Vec<PathBuf>,
     subnet_files: Vec<PathBuf>,
     sockets: Vec<PathBuf>,
-    /// Of every instance, named here or not: what is in the kernel may be theirs.
+    /// Sockets of every instance, including those not selected: kernel state may belong to any of them.
     all_sockets: Vec<PathBuf>,
 }
 
 impl Places {
-    /// What was named; otherwise those of every instance of which there is a trace.
+    /// Returns the paths given in `args`, and for the others those of every instance with a directory in
+    /// /run or /var/lib.
     fn find(args: &CleanupArgs) -> Self {
         let directories =
             ["/run", "/var/lib"].into_iter().filter_map(|path| fs::read_dir(path).ok());
@@ -107,23 +108,23 @@ impl Places {
     }
 }
 
-/// What was found, and removed unless that was not asked for.
+/// What was found, and removed unless `--dry-run` was given.
 #[derive(Debug, Default, serde::Serialize)]
 struct Removed {
     devices: Vec<String>,
-    /// With the veth pairs of pods.
+    /// Bridges of pods; their veth pairs are removed, too.
     bridges: Vec<String>,
     routes: Vec<String>,
-    /// How many policy rules.
+    /// Number of policy rules.
     rules: usize,
-    /// Next hops whose neighbor entries were made to stay.
+    /// Next hops whose neighbor entries gossamer protected from the kernel's garbage collection.
     neighbors: Vec<IpAddr>,
-    /// Of nftables, of both families.
+    /// nftables tables of family `inet`.
     tables: Vec<String>,
-    /// The same, of bridges.
+    /// nftables tables of family `bridge`.
     bridge_tables: Vec<String>,
     files: Vec<PathBuf>,
-    /// Nodes whose keys were in the state directories. They have not left their clusters.
+    /// Ids of the nodes whose keys were in the state directories. They have not left their clusters.
     nodes: Vec<String>,
 }
 
@@ -132,7 +133,7 @@ fn cleanup(args: &CleanupArgs, places: &Places) -> anyhow::Result<Removed> {
     let leftovers = kernel.leftovers()?;
     let mut wiring = Wiring::open()?;
     let mut pod_tables = PodTables::open();
-    // Without nftables in the kernel there is no table in it.
+    // A kernel without nftables has no tables to remove.
     let mut firewall = FirewallTable::open().ok();
     let tables = firewall.as_mut().and_then(|firewall| firewall.tables(is_own_table).ok());
     let mut removed = Removed {
@@ -152,7 +153,7 @@ fn cleanup(args: &CleanupArgs, places: &Places) -> anyhow::Result<Removed> {
     removed.files.extend(noted.map(Path::to_owned));
     let state_dirs = || places.state_dirs.iter().filter(|path| path.exists());
     for path in state_dirs() {
-        // Refuses a directory of another program.
+        // Fails if the directory belongs to another program.
         if let Some(seed) = StateDir::look(path)? {
             removed.nodes.push(NodeKey::from_seed(seed)?.id().to_string());
         }
@@ -161,7 +162,7 @@ fn cleanup(args: &CleanupArgs, places: &Places) -> anyhow::Result<Removed> {
     if args.dry_run {
         return Ok(removed);
     }
-    // All of them are taken before anything is removed.
+    // Locks all state directories before removing anything.
     let opened = state_dirs().map(|path| Ok((StateDir::open(path)?, path)));
     let states: Vec<_> = opened.collect::<Result<_, StoreError>>()?;
     kernel.sweep(leftovers)?;
@@ -178,7 +179,7 @@ fn cleanup(args: &CleanupArgs, places: &Places) -> anyhow::Result<Removed> {
     for (state, path) in states {
         state.wipe()?;
         drop(state);
-        // Unless there is something of somebody else's in it.
+        // Fails if other programs have files in it: those stay.
         let _ = fs::remove_dir(path);
     }
     Ok(removed)
@@ -203,24 +204,24 @@ fn removed_text(removed: &Removed, dry_run: bool) -> String {
     let bridges = removed.bridges.iter().map(|name| format!("bridge {name} with the pods on it"));
     let routes = removed.routes.iter().map(|subnet| format!("route to {subnet}"));
     let rules = removed.rules;
-    let rules = (rules > 0).then(|| format!("{rules} policy rule(s) about the VXLAN port"));
+    let rules = (rules > 0).then(|| format!("{rules} policy rule(s) for the VXLAN port"));
     let tables = removed.tables.iter().map(|name| format!("nftables table inet {name}"));
     let bridge_tables =
         removed.bridge_tables.iter().map(|name| format!("nftables table bridge {name}"));
     let files = removed.files.iter().map(|path| path.display().to_string());
     let all = devices.chain(bridges).chain(routes).chain(rules);
     let neighbors =
-        removed.neighbors.iter().map(|ip| format!("mark of the neighbor entry of {ip}"));
+        removed.neighbors.iter().map(|ip| format!("protection of the neighbor entry of {ip}"));
     let all = all.chain(neighbors).chain(tables).chain(bridge_tables).chain(files);
     let mut text: String = all.map(|what| format!("{verb} {what}\n")).collect();
     if text.is_empty() {
-        text.push_str("nothing of gossamer is on this host\n");
+        text.push_str("gossamer has left nothing on this host\n");
     }
     for node in &removed.nodes {
         let _ = writeln!(
             text,
-            "node {node} has not left its cluster: `gossamer forget {node}` on another member gives \
-             its subnet back"
+            "node {node} has not left its cluster: run `gossamer forget {node}` on another member to \
+             reclaim its subnets"
         );
     }
     text

@@ -1,4 +1,4 @@
-//! `gossamer docker-opts`: what dockerd is to be started with so that its own bridge gives containers
+//! `gossamer docker-opts`: prints the dockerd options with which Docker's own bridge gives containers
 //! addresses of this node's subnet, as flannel's `mk-docker-opts.sh` does.
 
 use std::{path::PathBuf, process::ExitCode};
@@ -7,21 +7,21 @@ use anyhow::{Context as _, anyhow};
 use clap::Args;
 use serde_json::{Map, Value};
 
-use super::{fail, output::put};
+use super::{fail, output::write_stdout};
 use crate::{config::Instance, files};
 
 #[derive(Debug, Args)]
 pub struct DockerOptsArgs {
-    /// Name of the overlay, where this host has several
+    /// Name of the overlay, if this host has several
     #[arg(long, env = "GOSSAMER_INSTANCE", default_value_t, value_name = "NAME")]
     instance: Instance,
-    /// What the agent writes [default: /run/gossamer/subnet.env]
+    /// File that the agent writes [default: /run/gossamer/subnet.env]
     #[arg(long, env = "GOSSAMER_SUBNET_FILE", value_name = "FILE")]
     subnet_file: Option<PathBuf>,
-    /// For Docker 28 and later, which lets no other host speak to its containers otherwise
+    /// Let other hosts reach the containers, which Docker 28 and later refuse by default
     #[arg(long)]
     direct_routing: bool,
-    /// For /etc/docker/daemon.json instead of the command line
+    /// Print options for /etc/docker/daemon.json instead of the command line
     #[arg(long)]
     json: bool,
 }
@@ -29,11 +29,11 @@ pub struct DockerOptsArgs {
 pub fn run(args: &DockerOptsArgs) -> ExitCode {
     match options(args) {
         Ok(options) if args.json => {
-            put(&format!("{:#}\n", Value::from(options)));
+            write_stdout(&format!("{:#}\n", Value::from(options)));
             ExitCode::SUCCESS
         }
         Ok(options) => {
-            put(&format!("{}\n", flags(&options)));
+            write_stdout(&format!("{}\n", flags(&options)));
             ExitCode::SUCCESS
         }
         Err(error) => fail(format_args!("docker-opts: {error:#}")),
@@ -48,13 +48,13 @@ fn options(args: &DockerOptsArgs) -> anyhow::Result<Map<String, Value>> {
         let mut fields = text.lines().filter_map(|line| line.split_once('='));
         fields.find(|(key, _)| *key == name).map(|(_, value)| value.to_owned())
     };
-    let need = |name: &str| field(name).ok_or_else(|| anyhow!("{}: no {name}", path.display()));
+    let required = |name: &str| field(name).ok_or_else(|| anyhow!("{}: no {name}", path.display()));
     let mut options = Map::new();
-    options.insert("bip".to_owned(), need("FLANNEL_SUBNET")?.into());
-    let mtu: u32 = need("FLANNEL_MTU")?.parse().context("FLANNEL_MTU")?;
+    options.insert("bip".to_owned(), required("FLANNEL_SUBNET")?.into());
+    let mtu: u32 = required("FLANNEL_MTU")?.parse().context("FLANNEL_MTU")?;
     options.insert("mtu".to_owned(), mtu.into());
-    // One of the two is to do it.
-    options.insert("ip-masq".to_owned(), (need("FLANNEL_IPMASQ")? != "true").into());
+    // Either gossamer or Docker masquerades, not both.
+    options.insert("ip-masq".to_owned(), (required("FLANNEL_IPMASQ")? != "true").into());
     if let Some(subnet) = field("FLANNEL_IPV6_SUBNET") {
         options.insert("ipv6".to_owned(), true.into());
         options.insert("fixed-cidr-v6".to_owned(), subnet.into());

@@ -1,4 +1,4 @@
-//! `gossamer doctor`: looks for everything that keeps this host's pods from being reached.
+//! `gossamer doctor`: looks for everything that makes this host's pods unreachable.
 
 use std::{fmt::Write as _, path::PathBuf, process::ExitCode, time::Duration};
 
@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::{
     block_on, fail,
-    output::{bad, doubtful, each, good, put, text, wrapped},
+    output::{bad, doubtful, elements, good, text, wrapped, write_stdout},
 };
 use crate::{
     api::{self, ClientError},
@@ -15,40 +15,41 @@ use crate::{
     doctor::{self, Agent, Examination, Verdict, examine},
 };
 
-/// An agent that does not answer within this time does nothing else either.
-const TIMEOUT: Duration = Duration::from_secs(5);
-/// Columns of what stands before each line.
-const INDENT: usize = 25;
+/// An agent that does not answer within this time counts as hanging.
+const QUERY_TIMEOUT: Duration = Duration::from_secs(5);
+/// Columns before the text of each line.
+const LABEL_COLUMNS: usize = 25;
 
 #[derive(Debug, Args)]
 pub struct DoctorArgs {
-    /// The settings file of the agent
+    /// Settings file of the agent
     #[arg(long, env = "GOSSAMER_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Also write an archive for whoever helps: all of this, the agent's view and the host's tables,
-    /// without secrets
+    /// Also write a support archive with these findings, the agent's view and the host's tables, without
+    /// secrets
     #[arg(long, value_name = "FILE")]
     bundle: Option<PathBuf>,
-    /// How to print
+    /// Output format
     #[arg(short, long, value_enum, default_value_t, value_name = "FORMAT")]
     output: super::output::Format,
     #[command(flatten)]
     settings: Settings,
 }
 
-/// Exit code 0 if there is no problem, 1 if there is.
+/// Returns exit code 1 if there is a problem, and 0 otherwise.
 pub fn run(args: DoctorArgs) -> ExitCode {
-    let patient = patient(&args);
-    let findings = examine(&patient);
+    let examination = examination(&args);
+    let findings = examine(&examination);
     if let Some(path) = &args.bundle
-        && let Err(error) = doctor::write_bundle(path, &patient, &findings, args.config.as_deref())
+        && let Err(error) =
+            doctor::write_bundle(path, &examination, &findings, args.config.as_deref())
     {
         return fail(error);
     }
     let answer = json!({ "findings": findings });
     args.output.print(&answer, findings_text);
     if let Some(path) = args.bundle.filter(|_| args.output.is_text()) {
-        put(&format!("written: {}\n", path.display()));
+        write_stdout(&format!("written: {}\n", path.display()));
     }
     if findings.iter().any(|finding| finding.verdict == Verdict::Problem) {
         return ExitCode::FAILURE;
@@ -56,14 +57,14 @@ pub fn run(args: DoctorArgs) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-fn patient(args: &DoctorArgs) -> Examination {
+fn examination(args: &DoctorArgs) -> Examination {
     let completed = args.settings.clone().complete(args.config.as_deref());
     let config = completed.and_then(Settings::check);
     let socket = match &config {
         Ok(config) => config.socket.clone(),
         Err(_) => Instance::default().socket(),
     };
-    let asking = async {
+    let query = async {
         let status = api::get(&socket, "/v1/status").await?;
         let routes = match api::get(&socket, "/v1/routes").await {
             Err(ClientError::Refused { .. } | ClientError::OtherVersion { .. }) => Value::Null,
@@ -75,33 +76,34 @@ fn patient(args: &DoctorArgs) -> Examination {
         };
         Ok::<_, ClientError>(Agent { status, routes, events })
     };
-    let asked = block_on(async { tokio::time::timeout(TIMEOUT, asking).await });
-    let (agent, agent_error) = match asked {
+    let response = block_on(async { tokio::time::timeout(QUERY_TIMEOUT, query).await });
+    let (agent, agent_error) = match response {
         Ok(Ok(Ok(agent))) => (Some(agent), None),
         Ok(Ok(Err(error))) => (None, Some(error.to_string())),
-        Ok(Err(_)) => (None, Some(format!("the agent does not answer within {TIMEOUT:?}"))),
+        Ok(Err(_)) => (None, Some(format!("the agent does not answer within {QUERY_TIMEOUT:?}"))),
         Err(error) => (None, Some(error.to_string())),
     };
     Examination { config, agent, agent_error, socket }
 }
 
-fn counted(count: usize, what: &str) -> String {
+fn pluralized(count: usize, what: &str) -> String {
     format!("{count} {what}{}", if count == 1 { "" } else { "s" })
 }
 
 fn findings_text(answer: &Value, wide: bool) -> String {
     let mut out = String::new();
     let count = |verdict: &str| {
-        each(&answer["findings"]).filter(|finding| finding["verdict"] == verdict).count()
+        elements(&answer["findings"]).filter(|finding| finding["verdict"] == verdict).count()
     };
-    let by_weight = |weights: &[&str]| {
-        let fits = |finding: &&Value| weights.contains(&finding["verdict"].as_str().unwrap_or(""));
-        each(&answer["findings"]).filter(fits).collect::<Vec<_>>()
+    let with_verdicts = |verdicts: &[&str]| {
+        let matches_verdict =
+            |finding: &&Value| verdicts.contains(&finding["verdict"].as_str().unwrap_or(""));
+        elements(&answer["findings"]).filter(matches_verdict).collect::<Vec<_>>()
     };
-    // The worst comes last, where a terminal shows it.
-    let quiet = by_weight(&["ok", "skipped"]).into_iter();
-    let loud = by_weight(&["warning"]).into_iter().chain(by_weight(&["problem"]));
-    for finding in quiet.chain(loud) {
+    // Problems come last, where a terminal shows them.
+    let unremarkable = with_verdicts(&["ok", "skipped"]).into_iter();
+    let complaints = with_verdicts(&["warning"]).into_iter().chain(with_verdicts(&["problem"]));
+    for finding in unremarkable.chain(complaints) {
         let verdict = match finding["verdict"].as_str() {
             Some("ok") => good("ok      "),
             Some("warning") => doubtful("warning "),
@@ -109,11 +111,11 @@ fn findings_text(answer: &Value, wide: bool) -> String {
             _ => "skipped ".to_owned(),
         };
         let check = text(&finding["check"]);
-        let seen = wrapped(&text(&finding["seen"]), INDENT);
+        let seen = wrapped(&text(&finding["seen"]), LABEL_COLUMNS);
         let _ = writeln!(out, "{verdict}  {check:<13}  {seen}");
         for part in ["why", "fix"] {
             if let Some(words) = finding[part].as_str() {
-                let _ = writeln!(out, "{:20}{part}  {}", "", wrapped(words, INDENT));
+                let _ = writeln!(out, "{:20}{part}  {}", "", wrapped(words, LABEL_COLUMNS));
             }
         }
     }
@@ -124,8 +126,8 @@ fn findings_text(answer: &Value, wide: bool) -> String {
         _ => writeln!(
             out,
             "\n{} and {} in {all} checks",
-            counted(problems, "problem"),
-            counted(warnings, "warning")
+            pluralized(problems, "problem"),
+            pluralized(warnings, "warning")
         ),
     };
     if wide {

@@ -1,4 +1,4 @@
-//! `gossamer events`: what has happened at this node, and what happens.
+//! `gossamer events`: shows recent events of this node, and follows new ones.
 
 use std::{
     process::ExitCode,
@@ -10,13 +10,13 @@ use serde_json::Value;
 
 use super::{
     Client, Format, block_on, fail,
-    output::{ask_and_print, doubtful, each, put, text},
+    output::{doubtful, elements, query_and_print, text, write_stdout},
 };
 use crate::api;
 
 #[derive(Debug, Args)]
 pub struct EventsArgs {
-    /// Go on with what happens from now on, until Ctrl-C; JSON is then one object per line
+    /// Continue with new events until Ctrl-C; JSON is then one object per line
     #[arg(short, long)]
     follow: bool,
     #[command(flatten)]
@@ -26,16 +26,16 @@ pub struct EventsArgs {
 pub fn run(args: &EventsArgs) -> ExitCode {
     let socket = args.client.socket();
     if !args.follow {
-        let ask = api::get(&socket, "/v1/events?follow=false");
-        let all = |events: &Value, _| each(&events["events"]).map(line).collect();
-        return ask_and_print(&args.client, ask, all)
+        let query = api::get(&socket, "/v1/events?follow=false");
+        let all = |events: &Value, _| elements(&events["events"]).map(line).collect();
+        return query_and_print(&args.client, query, all)
             .map_or_else(|code| code, |_| ExitCode::SUCCESS);
     }
     let format = args.client.output;
     let show = |event: &Value| match format {
-        Format::Json => _ = put(&format!("{event}\n")),
+        Format::Json => _ = write_stdout(&format!("{event}\n")),
         Format::Yaml => format.print(&Value::from(vec![event.clone()]), |_, _| String::new()),
-        _ => _ = put(&line(event)),
+        _ => _ = write_stdout(&line(event)),
     };
     match block_on(api::follow(&socket, "/v1/events", show)) {
         Ok(Ok(())) => fail("the agent has ended"),

@@ -1,19 +1,20 @@
-//! `gossamer forget`: a member is gone for good, and its subnets go back into the pool.
+//! `gossamer forget`: removes a member that is gone for good and reclaims its subnets.
 
 use std::process::ExitCode;
 
 use clap::Args;
 use serde_json::Value;
 
-use super::{Client, ask_and_print, escaped};
+use super::{Client, percent_encoded, query_and_print};
 use crate::api;
 
 #[derive(Debug, Args)]
 pub struct ForgetArgs {
-    /// Name or id of the member that is gone
+    /// Name or id of the member
     node: String,
-    /// Reclaim without asking all other members, and even if it looks alive. If it granted a subnet to
-    /// somebody whom this node has never met, or still runs itself, that subnet may be given to two nodes
+    /// Reclaim without waiting for all other members, even if the member looks alive. If it still runs,
+    /// or if it granted a subnet to a node that this node does not know, two nodes may get the same
+    /// subnet
     #[arg(long)]
     force: bool,
     #[command(flatten)]
@@ -21,9 +22,9 @@ pub struct ForgetArgs {
 }
 
 pub fn run(args: &ForgetArgs) -> ExitCode {
-    let name = escaped(&args.node);
+    let name = percent_encoded(&args.node);
     let target = format!("/v1/forget?node={name}&force={}", args.force);
-    ask_and_print(&args.client, api::post(&args.client.socket(), &target), text)
+    query_and_print(&args.client, api::post(&args.client.socket(), &target), text)
         .map_or_else(|code| code, |_| ExitCode::SUCCESS)
 }
 
@@ -32,13 +33,13 @@ fn text(answer: &Value, _: bool) -> String {
     let waits: Vec<&str> =
         answer["waits_for"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
     match (answer["slots"].as_u64(), waits.len()) {
-        (Some(0) | None, _) => format!("{node} is forgotten; it owned nothing any more\n"),
+        (Some(0) | None, _) => format!("{node} is forgotten; it owned no subnets\n"),
         (Some(slots), 0) => {
-            format!("{node} is forgotten; its {slots} subnets come to this node now\n")
+            format!("{node} is forgotten; this node reclaims its {slots} subnets now\n")
         }
         (Some(slots), _) => format!(
-            "{node} is forgotten; its {slots} subnets come to this node as soon as all others have \
-             acknowledged that. Asked: {}. `gossamer status` shows who is missing\n",
+            "{node} is forgotten; this node reclaims its {slots} subnets when all other members have \
+             acknowledged that. Asked: {}. `gossamer status` shows who has not acknowledged\n",
             waits.join(", ")
         ),
     }

@@ -1,4 +1,4 @@
-//! `gossamer lab -- COMMAND`: how tests and benchmarks get namespaces of their own.
+//! `gossamer lab -- COMMAND`: runs a command in private namespaces, for tests and benchmarks.
 
 use std::process::{Command, ExitCode};
 
@@ -9,12 +9,12 @@ use crate::lab;
 
 #[derive(Debug, Args)]
 pub struct LabArgs {
-    /// The command and its arguments
+    /// Command and its arguments
     #[arg(required = true, trailing_var_arg = true, value_name = "COMMAND")]
     command: Vec<String>,
 }
 
-/// The exit code is that of the command.
+/// Runs the command and returns its exit code.
 pub fn run(args: &LabArgs) -> ExitCode {
     let [program, arguments @ ..] = args.command.as_slice() else {
         return fail("lab: no command");

@@ -1,4 +1,4 @@
-//! `gossamer lease history`: who gave which subnet to whom.
+//! `gossamer lease history`: shows which node granted which subnet to which other node.
 
 use std::{
     process::ExitCode,
@@ -8,7 +8,7 @@ use std::{
 use clap::{Args, Subcommand};
 use serde_json::Value;
 
-use super::{Client, ask_and_print, output::table};
+use super::{Client, output::table, query_and_print};
 use crate::api;
 
 #[derive(Debug, Args)]
@@ -19,13 +19,13 @@ pub struct LeaseArgs {
 
 #[derive(Debug, Subcommand)]
 enum LeaseCommand {
-    /// Show every change of ownership that this host has seen, the oldest first
+    /// List every change of ownership that this host has recorded, oldest first
     History(Client),
 }
 
 pub fn run(args: &LeaseArgs) -> ExitCode {
     let LeaseCommand::History(client) = &args.command;
-    ask_and_print(client, api::get(&client.socket(), "/v1/history"), text)
+    query_and_print(client, api::get(&client.socket(), "/v1/history"), text)
         .map_or_else(|code| code, |_| ExitCode::SUCCESS)
 }
 

@@ -1,4 +1,4 @@
-//! `gossamer leases`: who owns which subnet, and who has some free.
+//! `gossamer leases`: lists the owners of subnets and of free slots.
 
 use std::{fmt::Write as _, process::ExitCode};
 
@@ -7,14 +7,14 @@ use serde_json::{Value, json};
 
 use super::{
     Client,
-    output::{ask_and_print, each, list, name, table, text},
+    output::{elements, list, name, query_and_print, table, text},
     status::is_present,
 };
 use crate::api;
 
 #[derive(Debug, Args)]
 pub struct LeasesArgs {
-    /// Only the free subnets, and who can give them
+    /// List only the free subnets and their owners
     #[arg(long)]
     free: bool,
     #[command(flatten)]
@@ -22,15 +22,15 @@ pub struct LeasesArgs {
 }
 
 pub fn run(args: &LeasesArgs) -> ExitCode {
-    let ask = async {
+    let query = async {
         let mut status = api::get(&args.client.socket(), "/v1/status").await?;
         Ok(if args.free { status["free_slots"].take() } else { leases_of(&status) })
     };
     let text = if args.free { free_text } else { leases_text };
-    ask_and_print(&args.client, ask, text).map_or_else(|code| code, |_| ExitCode::SUCCESS)
+    query_and_print(&args.client, query, text).map_or_else(|code| code, |_| ExitCode::SUCCESS)
 }
 
-/// Only what concerns addresses: who holds which subnet and how many free slots.
+/// Selects the fields about addresses: subnets and free slots of each member.
 fn leases_of(status: &Value) -> Value {
     let lease = |member: &Value| {
         json!({
@@ -38,7 +38,7 @@ fn leases_of(status: &Value) -> Value {
             "subnets": member["subnets"], "free": member["free"],
         })
     };
-    let owners = each(&status["members"]).filter(|member| is_present(member));
+    let owners = elements(&status["members"]).filter(|member| is_present(member));
     json!({
         "network": status["settings"]["pool"]["network"],
         "slots": status["slots"],
@@ -51,7 +51,7 @@ fn leases_text(leases: &Value, wide: bool) -> String {
         let [state, free] = ["liveness", "free"].map(|key| text(&owner[key]));
         [list(&owner["subnets"], wide), name(&owner["name"], wide), state, free]
     };
-    let rows: Vec<_> = each(&leases["owners"]).map(row).collect();
+    let rows: Vec<_> = elements(&leases["owners"]).map(row).collect();
     let mut out = table(["SUBNET", "NODE", "STATE", "FREE"], &rows);
     let _ = writeln!(out, "\n{}: {}", text(&leases["network"]), slots_text(&leases["slots"]));
     out
@@ -66,10 +66,11 @@ fn free_text(free_slots: &Value, wide: bool) -> String {
         let [count, state] = ["count", "liveness"].map(|key| text(&free[key]));
         [subnets, count, name(&free["name"], wide), state]
     };
-    let rows: Vec<_> = each(free_slots).map(row).collect();
+    let rows: Vec<_> = elements(free_slots).map(row).collect();
     table(["SUBNETS", "COUNT", "NODE", "STATE"], &rows)
 }
 
+/// Formats the numbers of slots.
 pub fn slots_text(slots: &Value) -> String {
     format!("{} leased, {} free of {}", slots["leased"], slots["free"], slots["total"])
 }

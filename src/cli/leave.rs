@@ -1,15 +1,17 @@
-//! `gossamer leave`.
+//! `gossamer leave`: makes this node leave its cluster for good.
 
 use std::process::ExitCode;
 
-use super::{Client, ask_and_print};
+use super::{Client, query_and_print};
 use crate::api;
 
 pub fn run(client: &Client) -> ExitCode {
     let text = |answer: &serde_json::Value, _: bool| match answer["successor"].as_str() {
-        Some(successor) => format!("left: all subnets of this node belong to {successor} now\n"),
-        None => "left: this was the last member, the cluster is gone\n".to_owned(),
+        Some(successor) => {
+            format!("left the cluster: {successor} owns all subnets of this node now\n")
+        }
+        None => "left the cluster: this was its last member, so it no longer exists\n".to_owned(),
     };
-    ask_and_print(client, api::post(&client.socket(), "/v1/leave"), text)
+    query_and_print(client, api::post(&client.socket(), "/v1/leave"), text)
         .map_or_else(|code| code, |_| ExitCode::SUCCESS)
 }

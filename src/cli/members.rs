@@ -1,4 +1,4 @@
-//! `gossamer members` and `gossamer peers`: all members, and all that is known of one.
+//! `gossamer members` and `gossamer peers`: list all members, and show one in detail.
 
 use std::{fmt::Write as _, process::ExitCode};
 
@@ -6,8 +6,9 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::{
-    Client, escaped,
-    output::{ask_and_print, bad, doubtful, each, good, list, name, table, text, wrapped},
+    Client,
+    output::{bad, doubtful, elements, good, list, name, query_and_print, table, text, wrapped},
+    percent_encoded,
     status::is_present,
 };
 use crate::api::{self, ClientError};
@@ -21,37 +22,38 @@ pub struct PeersArgs {
 }
 
 pub fn members(client: &Client) -> ExitCode {
-    let ask = async { Ok(members_of(&api::get(&client.socket(), "/v1/status").await?).collect()) };
-    ask_and_print(client, ask, members_text).map_or_else(|code| code, |_| ExitCode::SUCCESS)
+    let query =
+        async { Ok(members_of(&api::get(&client.socket(), "/v1/status").await?).collect()) };
+    query_and_print(client, query, members_text).map_or_else(|code| code, |_| ExitCode::SUCCESS)
 }
 
-/// Gossip, path, entries in the kernel, three pings, and what the member says of itself.
+/// Shows gossip state, path, kernel entries, three pings, and the member's own report.
 pub fn peers(args: &PeersArgs) -> ExitCode {
-    let ask = about(&args.client, &args.node);
-    ask_and_print(&args.client, ask, |peer, _| peer_text(peer))
+    let query = peer_details(&args.client, &args.node);
+    query_and_print(&args.client, query, |peer, _| peer_text(peer))
         .map_or_else(|code| code, |_| ExitCode::SUCCESS)
 }
 
-async fn about(client: &Client, whom: &str) -> Result<Value, ClientError> {
-    let (socket, name) = (client.socket(), escaped(whom));
+async fn peer_details(client: &Client, node: &str) -> Result<Value, ClientError> {
+    let (socket, name) = (client.socket(), percent_encoded(node));
     let ping = api::get(&socket, &format!("/v1/ping?node={name}")).await?;
     let report = api::get(&socket, &format!("/v1/peer?node={name}")).await?;
     let routes = api::get(&socket, "/v1/routes").await?;
     let status = api::get(&socket, "/v1/status").await?;
     let member = members_of(&status).find(|member| member["node"] == ping["node"]);
     let member = member.unwrap_or_default();
-    let is_its = |entry: &&Value| entry["peer"] == member["name"];
-    let entries: Vec<&Value> = each(&routes["entries"]).filter(is_its).collect();
+    let concerns_member = |entry: &&Value| entry["peer"] == member["name"];
+    let entries: Vec<&Value> = elements(&routes["entries"]).filter(concerns_member).collect();
     Ok(json!({ "member": member, "ping": ping, "entries": entries, "report": report }))
 }
 
-/// Each member, with what is known of the way to it.
+/// Adds to each member the state of the path to it.
 fn members_of(status: &Value) -> impl Iterator<Item = Value> {
     let path = |node: &Value| {
-        let path = each(&status["paths"]).find(|path| path["node"] == *node)?;
+        let path = elements(&status["paths"]).find(|path| path["node"] == *node)?;
         Some(json!({ "state": path["state"], "round_trip_ms": path["round_trip_ms"] }))
     };
-    each(&status["members"]).cloned().map(move |mut member| {
+    elements(&status["members"]).cloned().map(move |mut member| {
         let path = path(&member["node"]).filter(|_| is_present(&member));
         member["path"] = path.unwrap_or(Value::Null);
         member
@@ -65,15 +67,15 @@ fn members_text(members: &Value, wide: bool) -> String {
         [name(&member["name"], wide), state, path, subnets, text(&member["address"])]
     };
     if !wide {
-        let rows: Vec<_> = each(members).map(row).collect();
+        let rows: Vec<_> = elements(members).map(row).collect();
         return table(["NAME", "STATE", "PATH", "SUBNET", "ADDRESS"], &rows);
     }
-    let more = |member: &Value| {
+    let wide_row = |member: &Value| {
         let [name, state, path, subnets, address] = row(member);
         let [node, free, mac] = ["node", "free", "vtep_mac"].map(|key| text(&member[key]));
         [name, node, state, path, subnets, free, address, mac]
     };
-    let rows: Vec<_> = each(members).map(more).collect();
+    let rows: Vec<_> = elements(members).map(wide_row).collect();
     table(["NAME", "NODE", "STATE", "PATH", "SUBNET", "FREE", "ADDRESS", "VTEP MAC"], &rows)
 }
 
@@ -117,19 +119,19 @@ fn peer_text(peer: &Value) -> String {
     row("agent", reach("underlay"));
     row("overlay", format!("{}, path {}", reach("overlay"), path(&member["path"])));
     row("pods", reach("pods"));
-    for entry in each(&peer["entries"]) {
+    for entry in elements(&peer["entries"]) {
         let [table, key, wanted, verdict] =
             ["table", "key", "wanted", "verdict"].map(|field| text(&entry[field]));
         let verdict = if verdict == "same" { good("in the kernel") } else { bad(verdict) };
         row(&table, format!("{key} {wanted}, {verdict}"));
     }
     match &report["version"] {
-        Value::Null => row("itself", "does not say how it is".to_owned()),
+        Value::Null => row("itself", "sent no report".to_owned()),
         version => {
-            let blind = each(&report["paths"]).filter(|path| path["state"] != "ok").count();
-            let all = each(&report["paths"]).count();
+            let failing = elements(&report["paths"]).filter(|path| path["state"] != "ok").count();
+            let all = elements(&report["paths"]).count();
             let problems =
-                format!("{} problems, {} of {all} paths ok", report["problems"], all - blind);
+                format!("{} problems, {} of {all} paths ok", report["problems"], all - failing);
             row("itself", format!("version {}, {problems}", text(version)));
         }
     }

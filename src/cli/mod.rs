@@ -1,7 +1,9 @@
-//! The command line: one file per subcommand, thin clients of the library and of the control socket.
+//! The command line: one file per subcommand.
 //!
-//! Exit codes: 0 done, 1 failed (one sentence on stderr says why and what to do), 2 wrong usage,
-//! 3 the agent runs but has not converged.
+//! Most subcommands are thin clients of the agent's control socket.
+//!
+//! Exit codes: 0, success; 1, failure, with the cause and a remedy on stderr; 2, wrong usage; 3, the
+//! agent runs but has not converged.
 
 mod agent;
 mod cleanup;
@@ -34,10 +36,10 @@ use std::{fmt::Display, path::PathBuf, process::ExitCode};
 
 use clap::{Args, Parser, Subcommand};
 
-use self::output::{Format, ask_and_print};
+use self::output::{Format, query_and_print};
 use crate::{api::block_on, config::Instance};
 
-/// A VXLAN overlay for containers without etcd: hosts agree on subnets by gossip.
+/// A VXLAN overlay for containers without etcd: hosts agree on subnets by gossip
 #[derive(Debug, Parser)]
 #[command(name = "gossamer", version, arg_required_else_help = true)]
 pub struct Cli {
@@ -55,63 +57,63 @@ enum Command {
     Members(Client),
     /// List the subnets and who owns them
     Leases(leases::LeasesArgs),
-    /// Show all that is known of one member
+    /// Show everything known about one member
     Peers(members::PeersArgs),
-    /// Show what this node wants in the kernel, beside what is there
+    /// Compare the kernel entries that this node wants with those that exist
     Routes(routes::RoutesArgs),
-    /// Find out what is wrong with this host, with or without a running agent
+    /// Diagnose this host, with or without a running agent
     Doctor(Box<doctor::DoctorArgs>),
-    /// Watch this node live, on a terminal
+    /// Show a live view of this node in the terminal
     Top(Client),
-    /// Show what has happened at this node, and what happens
+    /// Show recent events of this node, and follow new ones
     Events(events::EventsArgs),
-    /// Ask a member over the underlay, through the overlay and at its pods' gateway
+    /// Ping a member over the underlay, through the overlay, and at its pods' gateway
     Ping(ping::PingArgs),
-    /// List this node's pods and their addresses
+    /// List the pods of this node and their addresses
     Pods(pods::PodsArgs),
-    /// Install the CNI plugin for container runtimes, or remove it
+    /// Install or remove the CNI plugin for container runtimes
     Cni(cni::CniArgs),
-    /// Install the plugin by which Podman makes networks in the overlay, or remove it
+    /// Install or remove the Podman network plugin
     Podman(podman::PodmanArgs),
-    /// Print how dockerd gives its own bridge this node's subnet
+    /// Print the dockerd options that give Docker's own bridge this node's subnet
     DockerOpts(docker_opts::DockerOptsArgs),
-    /// Look at the history of subnets
+    /// Show how the ownership of subnets has changed
     Lease(lease::LeaseArgs),
-    /// Print the token by which other hosts join
+    /// Print the token with which other hosts join
     Token(token::TokenArgs),
-    /// Change the cluster's secret in three steps, while everybody goes on talking
+    /// Replace the cluster's secret in three steps, without interrupting the cluster
     Secret(secret::SecretArgs),
-    /// Leave the cluster for good: hand over the subnet and remove everything from this host
+    /// Leave the cluster for good: hand over all subnets and remove everything from this host
     Leave(Client),
     /// Remove a member that is gone for good, and reclaim its subnets
     Forget(forget::ForgetArgs),
-    /// Make this host a new node of its cluster: the cure for a copied state directory
+    /// Make this host a new node of its cluster, for example after its state directory was copied
     ResetIdentity(reset::ResetArgs),
-    /// Remove everything that gossamer has made on this host, whose agent does not run any more
+    /// Remove everything that gossamer created on a host whose agent no longer runs
     Cleanup(cleanup::CleanupArgs),
-    /// See it work: a cluster on this machine in namespaces of its own, no set-up and no root needed
+    /// Run a demo cluster in private namespaces on this machine; needs neither setup nor root
     Demo(demo::DemoArgs),
-    /// Print the version of the program, and that of the agent that runs
+    /// Print the version of this program and of the running agent
     Version(Client),
-    /// Print what a shell needs to complete these commands
+    /// Generate a completion script for a shell
     Completions(generate::CompletionsArgs),
-    /// Write a manual page for each command
+    /// Generate a manual page for each command
     Man(generate::ManArgs),
     /// Run a command in fresh user, mount, process and network namespaces
     #[command(hide = true)]
     Lab(lab::LabArgs),
 }
 
-/// What every client of the control socket takes.
+/// Arguments of every command that queries the control socket.
 #[derive(Debug, Args)]
 struct Client {
-    /// Name of the overlay, where this host has several
+    /// Name of the overlay, if this host has several
     #[arg(long, env = "GOSSAMER_INSTANCE", default_value_t, value_name = "NAME")]
     instance: Instance,
     /// The agent's control socket [default: /run/gossamer/gossamer.sock]
     #[arg(long, env = "GOSSAMER_SOCKET", value_name = "FILE")]
     socket: Option<PathBuf>,
-    /// How to print
+    /// Output format
     #[arg(short, long, value_enum, default_value_t, value_name = "FORMAT")]
     output: Format,
 }
@@ -122,7 +124,7 @@ impl Client {
     }
 }
 
-/// Runs what was asked for.
+/// Executes the parsed command and returns the exit code of the process.
 pub fn run(cli: Cli) -> ExitCode {
     match cli.command {
         Command::Agent(args) => agent::run(*args),
@@ -154,13 +156,13 @@ pub fn run(cli: Cli) -> ExitCode {
     }
 }
 
-/// Says why a command failed, with all causes.
+/// Prints an error with all its causes to stderr and returns exit code 1.
 fn fail(error: impl Display) -> ExitCode {
     eprintln!("gossamer: {error:#}");
     ExitCode::FAILURE
 }
 
-/// A text as part of a query: every byte escaped, whatever it is.
-fn escaped(text: &str) -> String {
+/// Percent-encodes every byte of a query parameter.
+fn percent_encoded(text: &str) -> String {
     text.bytes().map(|byte| format!("%{byte:02x}")).collect()
 }

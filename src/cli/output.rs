@@ -1,6 +1,6 @@
-//! What commands print: formats, colours, tables.
+//! Output of commands: formats, colors, tables.
 //!
-//! Colours are for terminals: elsewhere, or with `NO_COLOR`, they are taken out again while printing.
+//! Colors are for terminals only: `anstream` strips them elsewhere, and if `NO_COLOR` is set.
 
 use std::{fmt::Display, future::Future, io::Write as _, process::ExitCode};
 
@@ -14,30 +14,35 @@ use crate::{
     model::{escaped_lines, visible_lines},
 };
 
-/// The longest name that a table shows whole.
-const NAME: usize = 24;
-/// Sentences are broken into lines of so many columns.
-const WIDTH: usize = 98;
+/// Longest name, in characters, that a table shows whole.
+const MAX_NAME_CHARS: usize = 24;
+/// Sentences are wrapped at this column.
+const LINE_COLUMNS: usize = 98;
 
+/// Format of a command's output.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Format {
-    /// For people, within 100 columns
+    /// Tables and sentences within 100 columns
     #[default]
     Text,
-    /// The same, with all there is
+    /// The same, with all columns and full names
     Wide,
+    /// JSON
     Json,
+    /// YAML
     Yaml,
 }
 
 impl Format {
-    /// Prints an answer, as it came or by `text`, which is told whether there is room for all.
+    /// Prints an answer. `text` formats it for people; its second argument is true for the wide form.
     pub fn print(self, answer: &Value, text: impl FnOnce(&Value, bool) -> String) {
-        put(&match self {
-            Self::Text => text(&visible_value(answer), false),
-            Self::Wide => text(&visible_value(answer), true),
+        write_stdout(&match self {
+            Self::Text => text(&without_control_chars(answer), false),
+            Self::Wide => text(&without_control_chars(answer), true),
             Self::Json => escaped_lines(&format!("{answer:#}\n")),
-            Self::Yaml => serde_yaml_ng::to_string(&visible_value(answer)).unwrap_or_default(),
+            Self::Yaml => {
+                serde_yaml_ng::to_string(&without_control_chars(answer)).unwrap_or_default()
+            }
         });
     }
 
@@ -46,30 +51,35 @@ impl Format {
     }
 }
 
-/// The same without what a terminal would obey: names of interfaces and of pods are other programs' words.
-fn visible_value(value: &Value) -> Value {
+/// Removes control characters from all strings: names of interfaces and pods come from other programs and
+/// may hold terminal escape sequences.
+fn without_control_chars(value: &Value) -> Value {
     match value {
         Value::String(text) => visible_lines(text).into(),
-        Value::Array(values) => values.iter().map(visible_value).collect(),
-        Value::Object(object) => {
-            object.iter().map(|(key, value)| (visible_lines(key), visible_value(value))).collect()
-        }
+        Value::Array(values) => values.iter().map(without_control_chars).collect(),
+        Value::Object(object) => object
+            .iter()
+            .map(|(key, value)| (visible_lines(key), without_control_chars(value)))
+            .collect(),
         other => other.clone(),
     }
 }
 
-/// To standard output. Says whether that is read to here: a reader of the beginning has what it wanted.
-pub fn put(text: &str) -> bool {
+/// Writes to standard output. Returns false if the reader has closed it.
+pub fn write_stdout(text: &str) -> bool {
     anstream::stdout().write_all(text.as_bytes()).is_ok()
 }
 
-/// Asks the agent and prints the answer.
-pub fn ask_and_print(
+/// Queries the agent and prints the answer.
+///
+/// # Errors
+/// Prints the error and returns the exit code if the agent cannot be queried.
+pub fn query_and_print(
     client: &Client,
-    ask: impl Future<Output = Result<Value, ClientError>>,
+    query: impl Future<Output = Result<Value, ClientError>>,
     text: impl FnOnce(&Value, bool) -> String,
 ) -> Result<Value, ExitCode> {
-    let answer = block_on(ask).map_err(fail)?.map_err(fail)?;
+    let answer = block_on(query).map_err(fail)?.map_err(fail)?;
     client.output.print(&answer, text);
     Ok(answer)
 }
@@ -90,12 +100,12 @@ pub fn strong(text: impl Display) -> String {
     painted(1, &text)
 }
 
-/// By "Select Graphic Rendition", ECMA-48, 8.3.117.
+/// Colors a text by "Select Graphic Rendition" (ECMA-48, 8.3.117).
 fn painted(code: u8, text: &dyn Display) -> String {
     format!("\x1b[{code}m{text}\x1b[0m")
 }
 
-/// Lays out rows of cells under a header, two spaces apart. Every row has as many cells as the header.
+/// Formats a table with two spaces between columns.
 pub fn table<const N: usize>(header: [&str; N], rows: &[[String; N]]) -> String {
     let columns = |cell: &str| strip_str(cell).map(|text| text.chars().count()).sum::<usize>();
     let width = |column: usize| {
@@ -115,13 +125,13 @@ pub fn table<const N: usize>(header: [&str; N], rows: &[[String; N]]) -> String 
     std::iter::once(header).chain(rows).collect()
 }
 
-/// A sentence in lines, all but the first indented.
+/// Wraps a sentence. Every line but the first is indented.
 pub fn wrapped(text: &str, indent: usize) -> String {
     let mut lines = String::new();
     let mut column = indent;
     for word in text.split_whitespace() {
         let len = word.chars().count();
-        if column > indent && column + 1 + len > WIDTH {
+        if column > indent && column + 1 + len > LINE_COLUMNS {
             lines.push('\n');
             lines.push_str(&" ".repeat(indent));
             column = indent;
@@ -135,17 +145,17 @@ pub fn wrapped(text: &str, indent: usize) -> String {
     lines
 }
 
-/// A name, cut where a table has no room for all of it.
+/// Formats a name, and shortens it unless `wide`.
 pub fn name(value: &Value, wide: bool) -> String {
     let name = text(value);
-    if wide || name.chars().count() <= NAME {
+    if wide || name.chars().count() <= MAX_NAME_CHARS {
         return name;
     }
-    let kept: String = name.chars().take(NAME - 1).collect();
+    let kept: String = name.chars().take(MAX_NAME_CHARS - 1).collect();
     format!("{kept}…")
 }
 
-/// A value without quotes; "-" for none.
+/// Formats a value without quotes, `null` as "-".
 pub fn text(value: &Value) -> String {
     match value {
         Value::Null => "-".to_owned(),
@@ -154,7 +164,7 @@ pub fn text(value: &Value) -> String {
     }
 }
 
-/// All of them, or the first and how many more there are.
+/// Formats an array: all values if `wide`, otherwise the first value and the number of the others.
 pub fn list(values: &Value, wide: bool) -> String {
     let texts: Vec<String> = values.as_array().into_iter().flatten().map(text).collect();
     match &texts[..] {
@@ -164,8 +174,8 @@ pub fn list(values: &Value, wide: bool) -> String {
     }
 }
 
-/// The elements of an array; none, if it is no array.
-pub fn each(value: &Value) -> impl Iterator<Item = &Value> {
+/// Iterates over the elements of an array; empty for any other value.
+pub fn elements(value: &Value) -> impl Iterator<Item = &Value> {
     value.as_array().into_iter().flatten()
 }
 
@@ -174,7 +184,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn columns_line_up_whatever_their_colours() {
+    fn table_colored_cells_columns_are_aligned() {
         let rows =
             [["a".to_owned(), bad("10.42.7.0/24")], ["long-name".to_owned(), "-".to_owned()]];
         let text = table(["NAME", "SUBNET"], &rows);
@@ -185,10 +195,10 @@ mod tests {
     }
 
     #[test]
-    fn sentences_are_broken_between_words() {
+    fn wrapped_long_sentence_breaks_between_words() {
         let text = wrapped(&"word ".repeat(40), 4);
         assert!(text.lines().count() > 1);
-        assert!(text.lines().all(|line| line.len() <= WIDTH), "{text}");
+        assert!(text.lines().all(|line| line.len() <= LINE_COLUMNS), "{text}");
         assert!(text.lines().skip(1).all(|line| line.starts_with("    word")), "{text}");
     }
 }

@@ -1,4 +1,4 @@
-//! `gossamer ping`: underlay, overlay and pod path to one member, side by side.
+//! `gossamer ping`: pings the underlay, the overlay and the pods' gateway of one member.
 
 use std::{
     process::ExitCode,
@@ -9,29 +9,29 @@ use std::{
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::{Client, block_on, escaped, fail, output::put};
+use super::{Client, block_on, fail, output::write_stdout, percent_encoded};
 use crate::api;
 
-/// The three ways, as the answer calls them.
-const WAYS: [&str; 3] = ["underlay", "overlay", "pods"];
+/// Keys of the three results in an answer.
+const PROBES: [&str; 3] = ["underlay", "overlay", "pods"];
 
 #[derive(Debug, Args)]
 pub struct PingArgs {
     /// Name or id of a member
     node: String,
-    /// How many rounds
+    /// Number of rounds
     #[arg(short, long, default_value_t = 3, value_name = "NUMBER")]
     count: u32,
-    /// Between two rounds
+    /// Time between the starts of two rounds
     #[arg(short, long, default_value = "1s", value_parser = humantime::parse_duration, value_name = "SPAN")]
     interval: Duration,
     #[command(flatten)]
     client: Client,
 }
 
-/// Fails if the overlay did not answer once, though it was asked.
+/// Returns exit code 1 if the overlay answered in no round.
 pub fn run(args: &PingArgs) -> ExitCode {
-    let name = escaped(&args.node);
+    let name = percent_encoded(&args.node);
     let target = format!("/v1/ping?node={name}");
     let socket = args.client.socket();
     let text = args.client.output.is_text();
@@ -45,8 +45,8 @@ pub fn run(args: &PingArgs) -> ExitCode {
         };
         if text {
             let header = if number == 1 { header(&round) } else { String::new() };
-            let times = line(&number.to_string(), WAYS.map(|way| time(&round[way])));
-            if !put(&format!("{header}{times}\n")) {
+            let times = line(&number.to_string(), PROBES.map(|probe| time(&round[probe])));
+            if !write_stdout(&format!("{header}{times}\n")) {
                 return ExitCode::SUCCESS;
             }
         }
@@ -55,11 +55,13 @@ pub fn run(args: &PingArgs) -> ExitCode {
             thread::sleep(args.interval.saturating_sub(begun.elapsed()));
         }
     }
-    let answered =
-        |way: &str| rounds.iter().filter(|round| round[way]["round_trip_ms"].is_number()).count();
+    let answered = |probe: &str| {
+        rounds.iter().filter(|round| round[probe]["round_trip_ms"].is_number()).count()
+    };
     if text {
-        let sums = line("", WAYS.map(|way| format!("{} of {}", answered(way), rounds.len())));
-        put(&format!("{sums}\n{}", rounds.last().map(verdict).unwrap_or_default()));
+        let totals =
+            line("", PROBES.map(|probe| format!("{} of {}", answered(probe), rounds.len())));
+        write_stdout(&format!("{totals}\n{}", rounds.last().map(summary).unwrap_or_default()));
     } else {
         args.client.output.print(&json!({ "rounds": rounds }), |_, _| String::new());
     }
@@ -67,7 +69,7 @@ pub fn run(args: &PingArgs) -> ExitCode {
 }
 
 fn header(round: &Value) -> String {
-    let to = WAYS.map(|way| round[way]["to"].as_str().unwrap_or("-").to_owned());
+    let to = PROBES.map(|probe| round[probe]["to"].as_str().unwrap_or("-").to_owned());
     format!(
         "{} ({})\n{}\n{}\n",
         round["name"].as_str().unwrap_or("?"),
@@ -90,16 +92,16 @@ fn time(reach: &Value) -> String {
     }
 }
 
-/// What the answers mean together.
-fn verdict(round: &Value) -> String {
-    let answered = WAYS.map(|way| round[way]["round_trip_ms"].is_number());
+/// Returns what the results of the last round mean together.
+fn summary(round: &Value) -> String {
+    let answered = PROBES.map(|probe| round[probe]["round_trip_ms"].is_number());
     let words = match (round["problem"].as_str(), answered) {
         (Some(problem), _) => problem,
         (None, [_, true, false]) => {
-            "pods: nobody has the gateway's address there yet, which is so until a pod runs"
+            "pods: the gateway has no address there yet; it gets one with the first pod"
         }
-        (None, [false, true, _]) => "its agent does not answer; its kernel forwards all the same",
-        (None, [true, false, _]) => "its agent answers, and nothing comes through the tunnel",
+        (None, [false, true, _]) => "its agent does not answer, but its kernel forwards",
+        (None, [true, false, _]) => "its agent answers, but no packet passes the tunnel",
         (None, [false, false, _]) => "neither its agent nor its kernel answers",
         _ => return String::new(),
     };

@@ -1,4 +1,4 @@
-//! This program in the directories where container runtimes look for plugins: put there, and taken away.
+//! This program in the plugin directories of container runtimes: installs and removes it.
 
 use std::{
     fs::{self, File},
@@ -12,43 +12,46 @@ use nix::fcntl::OFlag;
 
 use crate::files;
 
-/// As runtimes call the plugin.
+/// The plugin's name in configurations.
 pub(super) const PLUGIN_NAME: &str = "gossamer";
 
-/// What has become of a file that was to be taken away.
+/// Result of removing a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Taken {
+pub(super) enum Removal {
     Removed,
     Absent,
-    /// It is not what an installation has put there; why not.
-    Stays(&'static str),
+    /// The file was kept because no installation created it. The text says what it is.
+    Kept(&'static str),
 }
 
-/// In the text of every version of this program: how the names of its variables begin.
-const MARK: &[u8] = b"GOSSAMER_";
+/// Bytes in the text of every version of this program: the prefix of its environment variables.
+const PROGRAM_MARK: &[u8] = b"GOSSAMER_";
 
-/// What is in the place of the program and is not to be replaced, as the rest of a sentence; none, if that is
-/// this program, another version of it, or nothing.
-pub(super) fn foreign(program: &Path, plugin: &Path) -> io::Result<Option<&'static str>> {
+/// Returns what occupies the plugin's path and must not be replaced, as the rest of a sentence. `None` if
+/// that is this program, another version of it, or nothing.
+pub(super) fn foreign_file(program: &Path, plugin: &Path) -> io::Result<Option<&'static str>> {
     let meta = match fs::symlink_metadata(plugin) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         meta => meta?,
     };
     Ok(match meta.file_type() {
         kind if kind.is_symlink() => {
-            let is_ours = leads_to(program, plugin)? || is_version_of_this(plugin).unwrap_or(false);
+            let is_ours =
+                leads_to(program, plugin)? || is_version_of_this_program(plugin).unwrap_or(false);
             (!is_ours).then_some("a link to something else")
         }
-        kind if kind.is_file() => (!is_version_of_this(plugin)?).then_some("another program"),
-        _ => Some("no file"),
+        kind if kind.is_file() => {
+            (!is_version_of_this_program(plugin)?).then_some("another program")
+        }
+        _ => Some("not a file"),
     })
 }
 
-fn is_version_of_this(program: &Path) -> io::Result<bool> {
+fn is_version_of_this_program(program: &Path) -> io::Result<bool> {
     let mut text = BufReader::new(files::open(program, OFlag::empty())?);
-    let (mut part, last) = (Vec::new(), MARK[MARK.len() - 1]);
+    let (mut part, last) = (Vec::new(), PROGRAM_MARK[PROGRAM_MARK.len() - 1]);
     while text.read_until(last, &mut part)? > 0 {
-        if part.ends_with(MARK) {
+        if part.ends_with(PROGRAM_MARK) {
             return Ok(true);
         }
         part.clear();
@@ -56,40 +59,39 @@ fn is_version_of_this(program: &Path) -> io::Result<bool> {
     Ok(false)
 }
 
-/// Puts the program there, unless something else is in its place: that takes `force`.
-pub(super) fn put_here(
+/// Installs the program unless another file has its path. `force` replaces that file.
+pub(super) fn place_program(
     program: &Path,
     plugin: &Path,
     copy: bool,
     force: bool,
 ) -> anyhow::Result<()> {
     let shown = plugin.display();
-    match foreign(program, plugin).with_context(|| shown.to_string())? {
+    match foreign_file(program, plugin).with_context(|| shown.to_string())? {
         Some(what) if plugin.is_dir() && !plugin.is_symlink() => {
             bail!("{shown} is {what}: remove it")
         }
-        Some(what) if !force => bail!("{shown} is {what} and stays: --force replaces it"),
-        _ => put(program, plugin, copy).with_context(|| shown.to_string()),
+        Some(what) if !force => bail!("{shown} is {what} and was kept: --force replaces it"),
+        _ => place(program, plugin, copy).with_context(|| shown.to_string()),
     }
 }
 
+/// Checks that a path is a directory, or does not exist yet.
+///
 /// # Errors
-/// For what is there and is no directory, with the option that names another.
+/// Fails if the path is anything else; the message has the option that selects another one.
 pub(super) fn expect_directory(path: &Path, option: &str) -> anyhow::Result<()> {
     let is_other = match fs::metadata(path) {
         Ok(meta) => !meta.is_dir(),
         Err(error) => error.kind() == io::ErrorKind::NotADirectory,
     };
     let shown = path.display();
-    ensure!(
-        !is_other,
-        "{shown} is no directory: remove what is there, or name another one ({option})"
-    );
+    ensure!(!is_other, "{shown} is not a directory: remove it, or use another one ({option})");
     Ok(())
 }
 
-/// Readers see the old or the new program, never none.
-pub(super) fn put(program: &Path, plugin: &Path, copy: bool) -> io::Result<()> {
+/// Replaces the plugin atomically: readers see the old or the new program.
+pub(super) fn place(program: &Path, plugin: &Path, copy: bool) -> io::Result<()> {
     if let Some(directory) = plugin.parent() {
         fs::create_dir_all(directory)?;
     }
@@ -103,35 +105,35 @@ pub(super) fn put(program: &Path, plugin: &Path, copy: bool) -> io::Result<()> {
     fs::rename(&temporary, plugin)
 }
 
-/// Takes away what [`put`] has put there, or with `force` whatever file it is.
-pub(super) fn take_away(program: &Path, plugin: &Path, force: bool) -> io::Result<Taken> {
+/// Removes what [`place`] installed; with `force` also any other file.
+pub(super) fn remove_program(program: &Path, plugin: &Path, force: bool) -> io::Result<Removal> {
     let meta = match fs::symlink_metadata(plugin) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Taken::Absent),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Removal::Absent),
         meta => meta?,
     };
-    let foreign = match meta.file_type() {
+    let foreign_file = match meta.file_type() {
         kind if kind.is_symlink() => {
             (!leads_to(program, plugin)?).then_some("a link to something else")
         }
         kind if kind.is_file() && plugin == program => Some("this program itself"),
-        kind if kind.is_file() => (!is_same_text(program, plugin)?)
+        kind if kind.is_file() => (!has_same_content(program, plugin)?)
             .then_some("another program, or another version of this one"),
-        _ => return Ok(Taken::Stays("no file")),
+        _ => return Ok(Removal::Kept("not a file")),
     };
-    match foreign.filter(|_| !force) {
-        Some(why) => Ok(Taken::Stays(why)),
-        None => fs::remove_file(plugin).map(|()| Taken::Removed),
+    match foreign_file.filter(|_| !force) {
+        Some(why) => Ok(Removal::Kept(why)),
+        None => fs::remove_file(plugin).map(|()| Removal::Removed),
     }
 }
 
-/// The program may have been moved since, or removed.
+/// A link with the plugin's name counts even if it dangles: the program may have been moved or removed.
 fn leads_to(program: &Path, link: &Path) -> io::Result<bool> {
     let target = fs::read_link(link)?;
     let is_named = target.file_name().is_some_and(|name| name == PLUGIN_NAME);
     Ok(is_named || fs::canonicalize(link).is_ok_and(|path| path == program))
 }
 
-fn is_same_text(one: &Path, other: &Path) -> io::Result<bool> {
+fn has_same_content(one: &Path, other: &Path) -> io::Result<bool> {
     let (one, other) = (File::open(one)?, File::open(other)?);
     if one.metadata()?.len() != other.metadata()?.len() {
         return Ok(false);
@@ -156,62 +158,63 @@ mod tests {
     use super::*;
 
     #[test]
-    fn other_programs_are_replaced_by_force_alone_and_other_versions_without() {
+    fn place_program_foreign_file_needs_force_but_other_version_does_not() {
         let dir = tempfile::tempdir().expect("a directory");
         let path = |name: &str| dir.path().join(name);
         let (program, plugin) = (path("program"), path("gossamer"));
         fs::write(&program, "the program").expect("written");
-        let put =
-            |force| put_here(&program, &plugin, true, force).map_err(|error| error.to_string());
-        assert_eq!(put(false), Ok(()));
+        let place = |force| {
+            place_program(&program, &plugin, true, force).map_err(|error| error.to_string())
+        };
+        assert_eq!(place(false), Ok(()));
         for text in ["GOSSAMER", "another, a_b GOSSAMER"] {
             fs::write(&plugin, text).expect("written");
-            let why = put(false).expect_err("another program");
+            let why = place(false).expect_err("another program");
             assert!(why.contains("another program") && why.contains("--force"), "{why}");
             assert_eq!(fs::read_to_string(&plugin).expect("read"), text);
-            assert_eq!(put(true), Ok(()));
+            assert_eq!(place(true), Ok(()));
         }
         fs::write(&plugin, "earlier_version \0GOSSAMER_SOCKET\0").expect("written");
-        assert_eq!(put(false), Ok(()));
+        assert_eq!(place(false), Ok(()));
         fs::remove_file(&plugin).expect("removed");
         symlink("/bin/sh", &plugin).expect("a link");
-        assert!(put(false).expect_err("a link").contains("a link to something else"));
+        assert!(place(false).expect_err("a link").contains("a link to something else"));
         fs::remove_file(&plugin).expect("removed");
         fs::create_dir(&plugin).expect("made");
         for force in [false, true] {
-            assert!(put(force).expect_err("a directory").contains("remove it"));
+            assert!(place(force).expect_err("a directory").contains("remove it"));
         }
     }
 
     #[test]
-    fn only_what_was_put_there_is_taken_away() {
+    fn remove_program_foreign_file_is_kept_without_force() {
         let dir = tempfile::tempdir().expect("a directory");
         let path = |name: &str| dir.path().join(name);
         let (program, plugin) = (path("program"), path("gossamer"));
         fs::write(&program, "the program").expect("written");
-        let take = |force| take_away(&program, &plugin, force).expect("looked at");
-        assert_eq!(take(false), Taken::Absent);
+        let take = |force| remove_program(&program, &plugin, force).expect("looked at");
+        assert_eq!(take(false), Removal::Absent);
         for copy in [false, true] {
-            put(&program, &plugin, copy).expect("put");
-            assert_eq!(take(false), Taken::Removed);
+            place(&program, &plugin, copy).expect("put");
+            assert_eq!(take(false), Removal::Removed);
             assert!(plugin.symlink_metadata().is_err() && program.exists());
         }
-        // The program that it leads to was removed by its package.
+        // A dangling link, as after the removal of the program's package.
         symlink("/nowhere/gossamer", &plugin).expect("a link");
-        assert_eq!(take(false), Taken::Removed);
+        assert_eq!(take(false), Removal::Removed);
         symlink("/bin/sh", &plugin).expect("a link");
-        assert!(matches!(take(false), Taken::Stays(why) if why.contains("link")));
+        assert!(matches!(take(false), Removal::Kept(why) if why.contains("link")));
         fs::remove_file(&plugin).expect("removed");
         for text in ["not program", "another"] {
             fs::write(&plugin, text).expect("written");
-            assert!(matches!(take(false), Taken::Stays(why) if why.contains("another")));
+            assert!(matches!(take(false), Removal::Kept(why) if why.contains("another")));
         }
-        assert_eq!(take(true), Taken::Removed);
+        assert_eq!(take(true), Removal::Removed);
         fs::create_dir(&plugin).expect("made");
-        assert_eq!(take(true), Taken::Stays("no file"));
+        assert_eq!(take(true), Removal::Kept("not a file"));
         assert_eq!(
-            take_away(&program, &program, false).expect("looked at"),
-            Taken::Stays("this program itself")
+            remove_program(&program, &program, false).expect("looked at"),
+            Removal::Kept("this program itself")
         );
     }
 }

@@ -1,5 +1,5 @@
-//! `gossamer podman install` and `uninstall`: put the network driver where Podman and netavark look for it,
-//! and take it away again.
+//! `gossamer podman install` and `uninstall`: install the network driver in netavark's plugin directory,
+//! and remove it.
 
 use std::{fmt::Write as _, path::PathBuf, process::ExitCode};
 
@@ -8,13 +8,13 @@ use clap::{Args, Subcommand};
 
 use super::{
     fail,
-    output::put,
-    placed::{Taken, expect_directory, put_here, take_away},
+    output::write_stdout,
+    placed::{Removal, expect_directory, place_program, remove_program},
 };
 use crate::netavark::DRIVER;
 
-/// Where Podman looks unless its configuration says otherwise, in this order.
-const SEARCHED: [&str; 4] = [
+/// Default plugin directories of Podman, in order of precedence.
+const DEFAULT_PLUGIN_DIRS: [&str; 4] = [
     "/usr/local/libexec/netavark",
     "/usr/libexec/netavark",
     "/usr/local/lib/netavark",
@@ -29,31 +29,31 @@ pub struct PodmanArgs {
 
 #[derive(Debug, Subcommand)]
 enum PodmanCommand {
-    /// Link this program into the directory of netavark's plugins
+    /// Link this program into netavark's plugin directory
     Install(InstallArgs),
-    /// Remove what install has put there, and nothing else
+    /// Remove what install created, and nothing else
     Uninstall(UninstallArgs),
 }
 
 #[derive(Debug, Args)]
 struct InstallArgs {
-    /// Where Podman looks for network drivers
-    #[arg(long, default_value = SEARCHED[0], value_name = "DIR")]
+    /// Plugin directory of netavark
+    #[arg(long, default_value = DEFAULT_PLUGIN_DIRS[0], value_name = "DIR")]
     dir: PathBuf,
-    /// Copy this program instead of linking to it: out of a container, for one
+    /// Copy this program instead of linking to it, for example out of a container
     #[arg(long)]
     copy: bool,
-    /// Replace another program named gossamer, too
+    /// Replace another program named gossamer
     #[arg(long)]
     force: bool,
 }
 
 #[derive(Debug, Args)]
 struct UninstallArgs {
-    /// Where Podman looks for network drivers
-    #[arg(long, default_value = SEARCHED[0], value_name = "DIR")]
+    /// Plugin directory of netavark
+    #[arg(long, default_value = DEFAULT_PLUGIN_DIRS[0], value_name = "DIR")]
     dir: PathBuf,
-    /// Remove a file that is another program too
+    /// Remove the file even if it is another program
     #[arg(long)]
     force: bool,
 }
@@ -65,7 +65,7 @@ pub fn run(args: &PodmanArgs) -> ExitCode {
     };
     match done {
         Ok(text) => {
-            put(&text);
+            write_stdout(&text);
             ExitCode::SUCCESS
         }
         Err(error) => fail(format_args!("{error:#}")),
@@ -77,18 +77,18 @@ fn install(args: &InstallArgs) -> anyhow::Result<String> {
     let dir = std::path::absolute(&args.dir).with_context(|| args.dir.display().to_string())?;
     let plugin = dir.join(DRIVER);
     let mut text = String::new();
-    // Installed there it needs no link.
+    // A program that already is in the plugin directory needs no link.
     if program != plugin {
         expect_directory(&dir, "--dir")?;
-        put_here(&program, &plugin, args.copy, args.force)?;
+        place_program(&program, &plugin, args.copy, args.force)?;
         let arrow = if args.copy { "=" } else { "->" };
         writeln!(text, "{} {arrow} {}", plugin.display(), program.display())?;
     }
-    if !SEARCHED.iter().any(|searched| dir == PathBuf::from(searched)) {
+    if !DEFAULT_PLUGIN_DIRS.iter().any(|default| dir == PathBuf::from(default)) {
         writeln!(
             text,
-            "Podman does not look there by itself: in /etc/containers/containers.conf, below [network], set \
-             netavark_plugin_dirs = [{dir:?}]"
+            "Podman does not search this directory by default: in /etc/containers/containers.conf, below \
+             [network], set netavark_plugin_dirs = [{dir:?}]"
         )?;
     }
     writeln!(text, "next, as root: podman network create --driver {DRIVER} web")?;
@@ -98,12 +98,12 @@ fn install(args: &InstallArgs) -> anyhow::Result<String> {
 fn uninstall(UninstallArgs { dir, force }: &UninstallArgs) -> anyhow::Result<String> {
     let program = std::env::current_exe().context("the path of this program")?;
     let plugin = dir.join(DRIVER);
-    let taken = take_away(&program, &plugin, *force);
-    Ok(match taken.with_context(|| plugin.display().to_string())? {
-        Taken::Removed => format!("removed {}\n", plugin.display()),
-        Taken::Absent => format!("nothing of gossamer is in {}\n", dir.display()),
-        Taken::Stays(why) => {
-            format!("{} is {why} and stays: --force removes a file\n", plugin.display())
+    let removal = remove_program(&program, &plugin, *force);
+    Ok(match removal.with_context(|| plugin.display().to_string())? {
+        Removal::Removed => format!("removed {}\n", plugin.display()),
+        Removal::Absent => format!("gossamer has no files in {}\n", dir.display()),
+        Removal::Kept(why) => {
+            format!("{} is {why} and was kept: --force removes a file\n", plugin.display())
         }
     })
 }

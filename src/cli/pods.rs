@@ -1,33 +1,33 @@
-//! `gossamer pods`: which container has which address.
+//! `gossamer pods`: lists this node's pods and their addresses.
 
 use std::process::ExitCode;
 
 use clap::Args;
 use serde_json::Value;
 
-use super::{Client, ask_and_print, output::table};
+use super::{Client, output::table, query_and_print};
 use crate::api;
 
-/// Enough of a container's id to tell it from others; the wide form has all of it.
-const SHOWN: usize = 13;
+/// Characters of a container's id in the narrow form. They are enough to distinguish ids.
+const SHORT_ID_CHARS: usize = 13;
 
 #[derive(Debug, Args)]
 pub struct PodsArgs {
     #[command(flatten)]
     client: Client,
-    /// Take back the addresses of pods that are gone, and list those
+    /// Release the addresses of pods that are gone, and list those pods
     #[arg(long)]
     release: bool,
 }
 
 pub fn run(PodsArgs { client, release }: &PodsArgs) -> ExitCode {
     let socket = client.socket();
-    let done = if *release {
-        ask_and_print(client, api::post(&socket, "/v1/pods/release"), released)
+    let printed = if *release {
+        query_and_print(client, api::post(&socket, "/v1/pods/release"), released)
     } else {
-        ask_and_print(client, api::get(&socket, "/v1/pods"), text)
+        query_and_print(client, api::get(&socket, "/v1/pods"), text)
     };
-    done.map_or_else(|code| code, |_| ExitCode::SUCCESS)
+    printed.map_or_else(|code| code, |_| ExitCode::SUCCESS)
 }
 
 fn text(answer: &Value, wide: bool) -> String {
@@ -35,8 +35,8 @@ fn text(answer: &Value, wide: bool) -> String {
     let mut text = table_of(pods, wide);
     if pods.iter().any(|pod| pod["orphan"] == true) {
         text.push_str(
-            "orphans: the container is gone and its runtime has not said so; the agent takes such addresses \
-             back by itself, `gossamer pods --release` at once\n",
+            "orphan: the container is gone, but its runtime has not released its addresses; the agent does \
+             so after a while, `gossamer pods --release` does it now\n",
         );
     }
     text
@@ -44,13 +44,13 @@ fn text(answer: &Value, wide: bool) -> String {
 
 fn released(answer: &Value, wide: bool) -> String {
     match answer["released"].as_array().map(Vec::as_slice).unwrap_or_default() {
-        [] => "no pod is gone: nothing was taken back\n".to_owned(),
+        [] => "no pod is gone: nothing was released\n".to_owned(),
         pods => table_of(pods, wide),
     }
 }
 
 fn table_of(pods: &[Value], wide: bool) -> String {
-    let shown = if wide { usize::MAX } else { SHOWN };
+    let shown = if wide { usize::MAX } else { SHORT_ID_CHARS };
     let cell = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let row = |pod: &Value| {
         let addresses = pod["addresses"].as_array().into_iter().flatten().map(cell);
@@ -62,7 +62,7 @@ fn table_of(pods: &[Value], wide: bool) -> String {
             cell(&pod["owner"]),
             match (pod["orphan"] == true, pod["netns"] == "") {
                 (true, _) => "orphan",
-                // For a container that Docker is about to start, or by a network of Docker's.
+                // Reserved by Docker, for a container that is about to start, or for a network.
                 (_, true) => "reserved",
                 _ => "connected",
             }

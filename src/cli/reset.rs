@@ -1,7 +1,7 @@
-//! `gossamer reset-identity`: this host becomes a new node of the same cluster.
+//! `gossamer reset-identity`: makes this host a new node of the same cluster.
 //!
-//! The cure for a state directory that was copied: on one of the two hosts. Works with and without a
-//! running agent.
+//! It repairs a duplicate identity after a state directory was copied: run it on one of the two hosts. It
+//! works with and without a running agent.
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -16,7 +16,7 @@ use crate::{
 
 #[derive(Debug, Args)]
 pub struct ResetArgs {
-    /// Where the state is, if no agent runs
+    /// State directory, used if no agent runs [default: /var/lib/gossamer]
     #[arg(long, env = "GOSSAMER_STATE_DIR", value_name = "DIR")]
     state_dir: Option<PathBuf>,
     #[command(flatten)]
@@ -24,19 +24,19 @@ pub struct ResetArgs {
 }
 
 pub fn run(args: &ResetArgs) -> ExitCode {
-    let asked = match block_on(api::post(&args.client.socket(), "/v1/reset-identity")) {
-        Ok(asked) => asked,
+    let response = match block_on(api::post(&args.client.socket(), "/v1/reset-identity")) {
+        Ok(response) => response,
         Err(error) => return fail(error),
     };
-    let said = match asked {
-        Ok(_) => "this host joins its cluster as a new node now",
+    let message = match response {
+        Ok(_) => "this host is joining its cluster as a new node",
         Err(ClientError::NoAgent { .. }) => match reset(args) {
             Ok(()) => "this host will join its cluster as a new node when its agent starts",
             Err(error) => return fail(error),
         },
         Err(error) => return fail(error),
     };
-    args.client.output.print(&serde_json::json!({ "reset": true }), |_, _| format!("{said}\n"));
+    args.client.output.print(&serde_json::json!({ "reset": true }), |_, _| format!("{message}\n"));
     ExitCode::SUCCESS
 }
 

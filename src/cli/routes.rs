@@ -1,4 +1,4 @@
-//! `gossamer routes`: what this node wants in the kernel, beside what is there.
+//! `gossamer routes`: compares the kernel entries that this node wants with those that exist.
 
 use std::{fmt::Write as _, process::ExitCode};
 
@@ -7,30 +7,30 @@ use serde_json::Value;
 
 use super::{
     Client,
-    output::{ask_and_print, bad, each, list, name, table, text},
+    output::{bad, elements, list, name, query_and_print, table, text},
 };
 use crate::api;
 
 #[derive(Debug, Args)]
 pub struct RoutesArgs {
-    /// Only what differs
+    /// Show only entries that differ
     #[arg(long)]
     differences: bool,
     #[command(flatten)]
     client: Client,
 }
 
-/// Fails if something differs.
+/// Returns exit code 1 if an entry differs.
 pub fn run(args: &RoutesArgs) -> ExitCode {
-    let ask = async {
+    let query = async {
         let mut routes = api::get(&args.client.socket(), "/v1/routes").await?;
         if let (true, Some(entries)) = (args.differences, routes["entries"].as_array_mut()) {
             entries.retain(|entry| entry["verdict"] != "same");
         }
         Ok(routes)
     };
-    match ask_and_print(&args.client, ask, routes_text) {
-        Ok(routes) if each(&routes["entries"]).all(|entry| entry["verdict"] == "same") => {
+    match query_and_print(&args.client, query, routes_text) {
+        Ok(routes) if elements(&routes["entries"]).all(|entry| entry["verdict"] == "same") => {
             ExitCode::SUCCESS
         }
         Ok(_) => ExitCode::FAILURE,
@@ -46,15 +46,15 @@ fn routes_text(routes: &Value, wide: bool) -> String {
         let verdict = if verdict == "same" { verdict } else { bad(verdict) };
         [table, key, wanted, found, name(&entry["peer"], wide), verdict]
     };
-    let rows: Vec<_> = each(&routes["entries"]).map(row).collect();
+    let rows: Vec<_> = elements(&routes["entries"]).map(row).collect();
     let mut out = table(["TABLE", "KEY", "WANTED", "IN THE KERNEL", "PEER", ""], &rows);
-    let differ = each(&routes["entries"]).filter(|entry| entry["verdict"] != "same").count();
+    let differ = elements(&routes["entries"]).filter(|entry| entry["verdict"] != "same").count();
     let _ = match differ {
-        0 => writeln!(out, "\nthe kernel has what it should"),
+        0 => writeln!(out, "\nthe kernel has all entries"),
         count => writeln!(
             out,
-            "\n{count} entries differ: the agent puts that right within a second, or `gossamer status` says \
-             why it cannot"
+            "\n{count} entries differ: the agent repairs them within a second, or `gossamer status` says why \
+             it cannot"
         ),
     };
     out

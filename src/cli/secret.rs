@@ -1,4 +1,4 @@
-//! `gossamer secret`: another secret for the cluster, in three steps, while everybody goes on talking.
+//! `gossamer secret`: replaces the cluster's secret in three steps, without an interruption.
 
 use std::{fmt::Write as _, path::PathBuf, process::ExitCode};
 
@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::{
     Client,
-    output::{ask_and_print, bad, each, table, text},
+    output::{bad, elements, query_and_print, table, text},
     token::new_token,
 };
 use crate::{
@@ -23,22 +23,22 @@ pub struct SecretArgs {
 
 #[derive(Debug, Subcommand)]
 enum Step {
-    /// Which secrets there are, and who uses, accepts or lacks them
+    /// List all secrets, and the members that use, accept or lack them
     List(Client),
-    /// Have all members accept a new secret beside the one in use; again, for those that have missed it
+    /// Make all members accept a new secret beside the one in use
     Add(AddArgs),
-    /// Have all members prove themselves by this secret
+    /// Make all members use this secret
     Use(ChangeArgs),
-    /// Have no member accept this secret any more
+    /// Make all members stop accepting this secret
     Drop(ChangeArgs),
 }
 
 #[derive(Debug, Args)]
 struct AddArgs {
-    /// A token with the new secret (`gossamer token --new`); without it one is made up
+    /// Token with the new secret (see `gossamer token --new`) [default: a random secret]
     #[arg(long, value_name = "FILE")]
     token_file: Option<PathBuf>,
-    /// Give the secrets there are to members that lack them, and make no new one
+    /// Send the existing secrets to members that lack them, instead of adding a new one
     #[arg(long, conflicts_with = "token_file")]
     again: bool,
     #[command(flatten)]
@@ -47,9 +47,9 @@ struct AddArgs {
 
 #[derive(Debug, Args)]
 struct ChangeArgs {
-    /// Its name, see `gossamer secret list`
+    /// Name of the secret, see `gossamer secret list`
     secret: String,
-    /// Go on though not all members are ready: those get in again with a new token only
+    /// Proceed although not all members are ready; those can return only with a new token
     #[arg(long)]
     force: bool,
     #[command(flatten)]
@@ -59,14 +59,14 @@ struct ChangeArgs {
 pub fn run(args: &SecretArgs) -> ExitCode {
     let done = match &args.step {
         Step::List(client) => {
-            ask_and_print(client, api::get(&client.socket(), "/v1/secrets"), secrets_text)
+            query_and_print(client, api::get(&client.socket(), "/v1/secrets"), secrets_text)
         }
-        Step::Add(args) => ask_and_print(&args.client, add(args), secrets_text),
-        Step::Use(args) => ask_and_print(&args.client, change(args, "use"), secrets_text),
-        Step::Drop(args) => ask_and_print(&args.client, change(args, "drop"), secrets_text),
+        Step::Add(args) => query_and_print(&args.client, add(args), secrets_text),
+        Step::Use(args) => query_and_print(&args.client, change(args, "use"), secrets_text),
+        Step::Drop(args) => query_and_print(&args.client, change(args, "drop"), secrets_text),
     };
     match done {
-        Ok(answer) if each(&answer["refused"]).next().is_some() => ExitCode::FAILURE,
+        Ok(answer) if elements(&answer["refused"]).next().is_some() => ExitCode::FAILURE,
         Ok(_) => ExitCode::SUCCESS,
         Err(code) => code,
     }
@@ -85,7 +85,7 @@ async fn add(args: &AddArgs) -> Result<Value, ClientError> {
 
 async fn change(args: &ChangeArgs, step: &str) -> Result<Value, ClientError> {
     let ChangeArgs { secret, force, client } = args;
-    let secret = super::escaped(secret);
+    let secret = super::percent_encoded(secret);
     let target = format!("/v1/secrets/{step}?secret={secret}&force={force}");
     api::post(&client.socket(), &target).await
 }
@@ -97,16 +97,16 @@ fn secrets_text(answer: &Value, wide: bool) -> String {
         names => names.len().to_string(),
     };
     let row = |secret: &Value| {
-        let lacking = each(&secret["lacked_by"]).map(text).collect::<Vec<_>>().join(", ");
+        let lacking = elements(&secret["lacked_by"]).map(text).collect::<Vec<_>>().join(", ");
         let lacking = if lacking.is_empty() { "-".to_owned() } else { bad(lacking) };
         [text(&secret["secret"]), names(&secret["used_by"]), names(&secret["accepted_by"]), lacking]
     };
-    let rows: Vec<_> = each(&answer["secrets"]).map(row).collect();
+    let rows: Vec<_> = elements(&answer["secrets"]).map(row).collect();
     let mut out = table(["SECRET", "USED BY", "ACCEPTED BY", "LACKED BY"], &rows);
-    for refused in each(&answer["refused"]) {
+    for refused in elements(&answer["refused"]) {
         let _ = writeln!(out, "{}", bad(format_args!("refused by {}", text(refused))));
     }
-    let silent: Vec<String> = each(&answer["silent"]).map(text).collect();
+    let silent: Vec<String> = elements(&answer["silent"]).map(text).collect();
     if !silent.is_empty() {
         let _ = writeln!(out, "{}", bad(format_args!("no answer from {}", silent.join(", "))));
     }

@@ -1,4 +1,4 @@
-//! `gossamer status`: one screen, what is wrong first.
+//! `gossamer status`: shows this node on one screen, problems first.
 
 use std::{collections::BTreeMap, fmt::Write as _, process::ExitCode, time::Duration};
 
@@ -8,34 +8,35 @@ use serde_json::Value;
 use super::{
     Client,
     leases::slots_text,
-    output::{ask_and_print, bad, doubtful, each, good, strong, text, wrapped},
+    output::{bad, doubtful, elements, good, query_and_print, strong, text, wrapped},
 };
 use crate::api::{self, ClientError};
 
+/// Exit code if the node has not converged.
 const NOT_CONVERGED: u8 = 3;
-/// Between looks for a socket that is not there yet.
-const RETRY: Duration = Duration::from_millis(50);
-/// Columns of what stands before each line.
-const INDENT: usize = 10;
-/// Names in a row.
-const NAMES: usize = 5;
+/// Time between two attempts to reach a socket that does not exist yet.
+const RETRY_INTERVAL: Duration = Duration::from_millis(50);
+/// Columns before the text of each line.
+const LABEL_COLUMNS: usize = 10;
+/// Most names in one row.
+const MAX_NAMES: usize = 5;
 
 #[derive(Debug, Args)]
 pub struct StatusArgs {
-    /// Wait until the node has converged (or until there is an agent at all), at most so many seconds
+    /// Wait up to SECONDS (60 if no value is given) for the agent to start and to converge
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "60")]
     #[arg(value_name = "SECONDS")]
     wait: Option<u64>,
-    /// With --wait: until so many members are alive, this one included
+    /// With --wait: also wait until COUNT members are alive, including this one
     #[arg(long, requires = "wait", default_value_t = 1, value_name = "COUNT")]
     members: usize,
     #[command(flatten)]
     client: Client,
 }
 
-/// Exit code 0 if converged (with as many members as were asked for), 3 if not.
+/// Returns exit code 0 if the node has converged and enough members are alive, and 3 if not.
 pub fn status(args: &StatusArgs) -> ExitCode {
-    match ask_and_print(&args.client, ask(args), status_text) {
+    match query_and_print(&args.client, query_status(args), status_text) {
         Ok(answer) if answer["converged"] == true && alive(&answer) >= args.members => {
             ExitCode::SUCCESS
         }
@@ -44,8 +45,9 @@ pub fn status(args: &StatusArgs) -> ExitCode {
     }
 }
 
-/// Who waits for an agent may have started it a moment ago: its socket is waited for as well.
-async fn ask(args: &StatusArgs) -> Result<Value, ClientError> {
+/// Queries the status. With `--wait` it also waits for the socket: the agent may have been started just
+/// now.
+async fn query_status(args: &StatusArgs) -> Result<Value, ClientError> {
     let socket = &args.client.socket();
     let Some(seconds) = args.wait else { return api::get(socket, "/v1/status").await };
     let target = format!("/v1/status?wait={seconds}&members={}", args.members);
@@ -53,9 +55,9 @@ async fn ask(args: &StatusArgs) -> Result<Value, ClientError> {
     let answered = tokio::time::timeout(patience, async {
         loop {
             match api::get(socket, &target).await {
-                // Also one that begins again, as after reset-identity.
+                // `NoAnswer`: the agent restarts its work, as after reset-identity.
                 Err(ClientError::NoAgent { .. } | ClientError::NoAnswer) => {
-                    tokio::time::sleep(RETRY).await;
+                    tokio::time::sleep(RETRY_INTERVAL).await;
                 }
                 answer => return answer,
             }
@@ -63,19 +65,19 @@ async fn ask(args: &StatusArgs) -> Result<Value, ClientError> {
     });
     match answered.await {
         Ok(answer) => answer,
-        // The agent itself answers when the time is over; it may be a moment late.
+        // The agent answers by itself when the time is over; its answer may be slightly late.
         Err(_) => api::get(socket, "/v1/status").await,
     }
 }
 
 fn status_text(status: &Value, wide: bool) -> String {
     let mut out = String::new();
-    for problem in each(&status["problems"]) {
-        let words = wrapped(&text(problem), INDENT);
+    for problem in elements(&status["problems"]) {
+        let words = wrapped(&text(problem), LABEL_COLUMNS);
         let _ = writeln!(out, "{}   {words}", bad("problem"));
     }
-    for warning in each(&status["warnings"]) {
-        let words = wrapped(&text(warning), INDENT);
+    for warning in elements(&status["warnings"]) {
+        let words = wrapped(&text(warning), LABEL_COLUMNS);
         let _ = writeln!(out, "{}   {words}", doubtful("warning"));
     }
     let (alive, known) = (alive(status), count(status, |_| true));
@@ -101,10 +103,10 @@ fn status_text(status: &Value, wide: bool) -> String {
     row("cluster", text(&status["cluster"]));
     row("subnet", of_network(&status["subnet"], &pool["network"]));
     row("", of_network(&status["subnet6"], &pool["network6"]));
-    row("members", format!("{alive} alive of {known}{}", others(status)));
+    row("members", format!("{alive} alive of {known}{}", members_not_alive(status)));
     row("paths", paths(status));
     row("slots", slots_text(&status["slots"]));
-    for node in each(&status["reclaiming"]) {
+    for node in elements(&status["reclaiming"]) {
         row("reclaims", reclaims(node));
     }
     let interface = text(&kernel["underlay_interface"]);
@@ -125,22 +127,22 @@ fn status_text(status: &Value, wide: bool) -> String {
     out
 }
 
-/// Members that are not alive, by what they are.
-fn others(status: &Value) -> String {
+/// Lists members that are not alive, grouped by state.
+fn members_not_alive(status: &Value) -> String {
     let mut by_state: BTreeMap<String, Vec<String>> = BTreeMap::new();
-    for member in each(&status["members"]) {
+    for member in elements(&status["members"]) {
         if is_present(member) && member["liveness"] != "alive" {
             let state = member["liveness"].as_str().unwrap_or("unknown");
             by_state.entry(state.to_owned()).or_default().push(text(&member["name"]));
         }
     }
-    let texts = by_state.iter().map(|(state, names)| format!(", {state}: {}", some(names)));
+    let texts = by_state.iter().map(|(state, names)| format!(", {state}: {}", first_names(names)));
     texts.map(doubtful).collect()
 }
 
 fn paths(status: &Value) -> String {
     let mut by_state: BTreeMap<String, Vec<String>> = BTreeMap::new();
-    for path in each(&status["paths"]) {
+    for path in elements(&status["paths"]) {
         by_state.entry(text(&path["state"])).or_default().push(text(&path["name"]));
     }
     let ok = by_state.remove("ok").unwrap_or_default().len();
@@ -153,7 +155,7 @@ fn paths(status: &Value) -> String {
         let _ = write!(line, ", {unknown} not known yet");
     }
     for (state, names) in by_state {
-        let _ = write!(line, ", {}", bad(format_args!("{state}: {}", some(&names))));
+        let _ = write!(line, ", {}", bad(format_args!("{state}: {}", first_names(&names))));
     }
     line
 }
@@ -163,7 +165,7 @@ fn reclaims(node: &Value) -> String {
         Value::Array(missing) if missing.is_empty() => "all have acknowledged".to_owned(),
         Value::Array(missing) => {
             let names: Vec<String> = missing.iter().map(text).collect();
-            format!("waits for {}", some(&names))
+            format!("waits for {}", first_names(&names))
         }
         _ => format!("by {}", text(&node["successor"])),
     };
@@ -176,10 +178,10 @@ fn repairs(kernel: &Value) -> String {
     kinds.join(", ")
 }
 
-/// A few names, and how many more there are.
-fn some(names: &[String]) -> String {
-    let shown = names.iter().take(NAMES).cloned().collect::<Vec<_>>().join(", ");
-    match names.len().saturating_sub(NAMES) {
+/// Formats the first names and the number of the others.
+fn first_names(names: &[String]) -> String {
+    let shown = names.iter().take(MAX_NAMES).cloned().collect::<Vec<_>>().join(", ");
+    match names.len().saturating_sub(MAX_NAMES) {
         0 => shown,
         more => format!("{shown} and {more} more"),
     }
@@ -190,10 +192,10 @@ fn alive(status: &Value) -> usize {
 }
 
 fn count(status: &Value, which: impl Fn(&Value) -> bool) -> usize {
-    each(&status["members"]).filter(|member| is_present(member) && which(member)).count()
+    elements(&status["members"]).filter(|member| is_present(member) && which(member)).count()
 }
 
-/// Neither gone nor forgotten.
+/// Returns whether a member has neither left nor been forgotten.
 pub fn is_present(member: &Value) -> bool {
     member["left"] == false && member["forgotten"] == false
 }

@@ -1,4 +1,4 @@
-//! `gossamer top`: a live view of this node for a terminal.
+//! `gossamer top`: a live view of this node in the terminal.
 
 use std::{
     collections::BTreeMap,
@@ -21,35 +21,36 @@ use serde_json::Value;
 
 use super::{
     Client, block_on, fail,
-    output::{each, text},
+    output::{elements, text},
     status::is_present,
 };
 use crate::api::{self, ClientError};
 
-/// Between two looks.
-const LOOK: Duration = Duration::from_secs(1);
-/// Keys are not read while an agent that hangs is waited for.
-const TIMEOUT: Duration = Duration::from_secs(2);
-/// Lines of events.
-const EVENTS: u16 = 8;
+/// Time between two refreshes.
+const REFRESH_INTERVAL: Duration = Duration::from_secs(1);
+/// Longest wait for the agent. Keys are not read meanwhile.
+const QUERY_TIMEOUT: Duration = Duration::from_secs(2);
+/// Number of events shown.
+const EVENT_LINES: u16 = 8;
 
-/// What the screen is drawn from.
+/// Data of one screen.
 #[derive(Default)]
 struct Picture {
     status: Value,
     events: Vec<Value>,
-    /// Bytes per second in and out of the overlay device.
+    /// Bytes per second received and sent by the overlay device.
     traffic: Option<[f64; 2]>,
-    /// Why there is nothing new.
+    /// Why the last query failed.
     error: Option<String>,
-    /// The first member shown.
+    /// Index of the first member shown.
     scroll: usize,
     order: Order,
 }
 
+/// Order of the members.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Order {
-    /// What is wrong first.
+    /// Members with problems first.
     #[default]
     State,
     Name,
@@ -58,7 +59,9 @@ enum Order {
 
 pub fn run(client: &Client) -> ExitCode {
     if !io::stdout().is_terminal() || !io::stdin().is_terminal() {
-        return fail("top: this is not a terminal: use `gossamer status`");
+        return fail(
+            "top: standard input and output must be a terminal: use `gossamer status` instead",
+        );
     }
     let mut terminal = ratatui::init();
     let ended = watch(client, |picture| terminal.draw(|frame| draw(frame, picture)).map(drop));
@@ -72,23 +75,24 @@ pub fn run(client: &Client) -> ExitCode {
 fn watch(client: &Client, mut draw: impl FnMut(&Picture) -> io::Result<()>) -> io::Result<()> {
     let socket = client.socket();
     let mut picture = Picture::default();
-    let mut counted: Option<(Instant, [u64; 2])> = None;
+    let mut previous: Option<(Instant, [u64; 2])> = None;
     loop {
         let begun = Instant::now();
-        let asked = block_on(async { tokio::time::timeout(TIMEOUT, look(&socket)).await })?;
-        match asked.map_err(|_| format!("the agent does not answer within {TIMEOUT:?}")) {
+        let response =
+            block_on(async { tokio::time::timeout(QUERY_TIMEOUT, fetch(&socket)).await })?;
+        match response.map_err(|_| format!("the agent does not answer within {QUERY_TIMEOUT:?}")) {
             Ok(Ok((status, events))) => {
                 let device = text(&status["kernel"]["device"]);
-                let now = bytes_of(&device).map(|bytes| (begun, bytes));
-                picture.traffic = counted.zip(now).map(|(before, now)| rate(before, now));
-                counted = now;
+                let now = device_bytes(&device).map(|bytes| (begun, bytes));
+                picture.traffic = previous.zip(now).map(|(before, now)| rate(before, now));
+                previous = now;
                 (picture.status, picture.events, picture.error) = (status, events, None);
             }
             Ok(Err(error)) => picture.error = Some(error.to_string()),
             Err(late) => picture.error = Some(late),
         }
         draw(&picture)?;
-        while let Some(left) = LOOK.checked_sub(begun.elapsed()) {
+        while let Some(left) = REFRESH_INTERVAL.checked_sub(begun.elapsed()) {
             if !event::poll(left)? {
                 break;
             }
@@ -96,7 +100,7 @@ fn watch(client: &Client, mut draw: impl FnMut(&Picture) -> io::Result<()>) -> i
                 draw(&picture)?;
                 continue;
             };
-            let members = each(&picture.status["members"]).count();
+            let members = elements(&picture.status["members"]).count();
             match key.code {
                 _ if key.kind != KeyEventKind::Press => continue,
                 KeyCode::Char('q') | KeyCode::Esc => return Ok(()),
@@ -127,22 +131,22 @@ impl Order {
 
     const fn text(self) -> &'static str {
         match self {
-            Self::State => "what is wrong first",
+            Self::State => "problems first",
             Self::Name => "by name",
             Self::RoundTrip => "slowest first",
         }
     }
 }
 
-async fn look(socket: &Path) -> Result<(Value, Vec<Value>), ClientError> {
+async fn fetch(socket: &Path) -> Result<(Value, Vec<Value>), ClientError> {
     let status = api::get(socket, "/v1/status").await?;
     let mut events = api::get(socket, "/v1/events?follow=false").await?;
     let events = events["events"].as_array_mut().map(std::mem::take).unwrap_or_default();
     Ok((status, events))
 }
 
-/// Received and sent since the device was made.
-fn bytes_of(device: &str) -> Option<[u64; 2]> {
+/// Returns the bytes received and sent since the device was created.
+fn device_bytes(device: &str) -> Option<[u64; 2]> {
     let read = |what: &str| {
         let path = format!("/sys/class/net/{device}/statistics/{what}_bytes");
         fs::read_to_string(path).ok()?.trim().parse().ok()
@@ -157,19 +161,19 @@ fn rate(before: (Instant, [u64; 2]), now: (Instant, [u64; 2])) -> [f64; 2] {
 
 fn draw(frame: &mut Frame<'_>, picture: &Picture) {
     let problems = problem_lines(picture);
-    let [head, wrong, members, events, foot] = Layout::vertical([
+    let [head, problem_area, members, events, foot] = Layout::vertical([
         Constraint::Length(4),
         Constraint::Length(problems.len().min(6) as u16),
         Constraint::Min(4),
-        Constraint::Length(EVENTS + 2),
+        Constraint::Length(EVENT_LINES + 2),
         Constraint::Length(1),
     ])
     .areas(frame.area());
     frame.render_widget(Paragraph::new(head_lines(picture)), head);
-    frame.render_widget(Paragraph::new(problems).wrap(Wrap { trim: true }), wrong);
+    frame.render_widget(Paragraph::new(problems).wrap(Wrap { trim: true }), problem_area);
     draw_members(frame, picture, members);
     draw_events(frame, picture, events);
-    let keys = format!("q ends  s sorts ({})  up and down scroll", picture.order.text());
+    let keys = format!("q quit  s sort ({})  up/down scroll", picture.order.text());
     frame.render_widget(Paragraph::new(keys).style(Style::new().add_modifier(Modifier::DIM)), foot);
 }
 
@@ -186,10 +190,11 @@ fn head_lines(picture: &Picture) -> Vec<Line<'static>> {
         text(&status["subnet"]),
         text(&status["settings"]["pool"]["network"])
     );
-    let present = || each(&status["members"]).filter(|member| is_present(member));
+    let present = || elements(&status["members"]).filter(|member| is_present(member));
     let alive = present().filter(|member| member["liveness"] == "alive").count();
     let slots = &status["slots"];
-    let [inward, outward] = traffic.map_or(["-".to_owned(), "-".to_owned()], |t| t.map(bits));
+    let [inward, outward] =
+        traffic.map_or(["-".to_owned(), "-".to_owned()], |t| t.map(format_bits));
     let repairs: u64 =
         kernel["repairs"].as_object().into_iter().flatten().filter_map(|(_, n)| n.as_u64()).sum();
     vec![
@@ -212,23 +217,24 @@ fn head_lines(picture: &Picture) -> Vec<Line<'static>> {
 }
 
 fn problem_lines(picture: &Picture) -> Vec<Line<'static>> {
-    let problems = each(&picture.status["problems"]).map(text);
+    let problems = elements(&picture.status["problems"]).map(text);
     let all = picture.error.clone().into_iter().chain(problems);
     all.map(|problem| Line::styled(format!("! {problem}"), Color::Red)).collect()
 }
 
 fn draw_members(frame: &mut Frame<'_>, picture: &Picture, area: Rect) {
     let status = &picture.status;
-    let paths: BTreeMap<&str, &Value> =
-        each(&status["paths"]).filter_map(|path| Some((path["node"].as_str()?, path))).collect();
-    let mut members: Vec<(&Value, Option<&Value>)> = each(&status["members"])
+    let paths: BTreeMap<&str, &Value> = elements(&status["paths"])
+        .filter_map(|path| Some((path["node"].as_str()?, path)))
+        .collect();
+    let mut members: Vec<(&Value, Option<&Value>)> = elements(&status["members"])
         .filter(|member| is_present(member))
         .map(|member| (member, member["node"].as_str().and_then(|id| paths.get(id)).copied()))
         .collect();
     let span = |path: &Option<&Value>| path.and_then(|path| path["round_trip_ms"].as_f64());
     match picture.order {
         Order::Name => {}
-        Order::State => members.sort_by_key(|(member, path)| !is_wrong(member, *path)),
+        Order::State => members.sort_by_key(|(member, path)| !has_problem(member, *path)),
         Order::RoundTrip => {
             members.sort_by(|(_, a), (_, b)| {
                 span(b).unwrap_or(0.0).total_cmp(&span(a).unwrap_or(0.0))
@@ -243,7 +249,7 @@ fn draw_members(frame: &mut Frame<'_>, picture: &Picture, area: Rect) {
             let span = path.and_then(|path| path[key].as_f64());
             span.map_or("-".to_owned(), |span| format!("{span:.2} ms"))
         };
-        let subnet = each(&member["subnets"]).next().map(text).unwrap_or_default();
+        let subnet = elements(&member["subnets"]).next().map(text).unwrap_or_default();
         let cells = [
             text(&member["name"]),
             state,
@@ -253,7 +259,7 @@ fn draw_members(frame: &mut Frame<'_>, picture: &Picture, area: Rect) {
             subnet,
         ];
         let style =
-            if is_wrong(member, *path) { Style::new().fg(Color::Yellow) } else { Style::new() };
+            if has_problem(member, *path) { Style::new().fg(Color::Yellow) } else { Style::new() };
         Row::new(cells.map(Cell::from)).style(style)
     };
     let rows: Vec<Row<'_>> = members.iter().skip(picture.scroll).map(row).collect();
@@ -270,7 +276,7 @@ fn draw_members(frame: &mut Frame<'_>, picture: &Picture, area: Rect) {
     frame.render_widget(table.block(Block::bordered().title("members")), area);
 }
 
-fn is_wrong(member: &Value, path: Option<&Value>) -> bool {
+fn has_problem(member: &Value, path: Option<&Value>) -> bool {
     let way = path.and_then(|path| path["state"].as_str());
     let is_alive = member["me"] == true || member["liveness"] == "alive";
     !is_alive || way.is_some_and(|way| !matches!(way, "ok" | "unknown"))
@@ -285,7 +291,7 @@ fn draw_events(frame: &mut Frame<'_>, picture: &Picture, area: Rect) {
             if event["level"] == "warn" { Style::new().fg(Color::Yellow) } else { Style::new() };
         Line::styled(format!("{}  {:<8} {}", at, text(&event["kind"]), text(&event["text"])), style)
     };
-    let newest = picture.events.iter().rev().take(usize::from(EVENTS)).map(line);
+    let newest = picture.events.iter().rev().take(usize::from(EVENT_LINES)).map(line);
     let lines: Vec<Line<'_>> = newest.collect();
     frame.render_widget(
         Paragraph::new(lines).block(Block::bordered().title("events, newest first")),
@@ -293,8 +299,8 @@ fn draw_events(frame: &mut Frame<'_>, picture: &Picture, area: Rect) {
     );
 }
 
-/// In bits, as networks are measured.
-fn bits(bytes: f64) -> String {
+/// Formats a rate in bits per second.
+fn format_bits(bytes: f64) -> String {
     let bits = bytes * 8.0;
     let units = [(1e9, "Gbit/s"), (1e6, "Mbit/s"), (1e3, "kbit/s")];
     match units.into_iter().find(|(size, _)| bits >= *size) {
@@ -351,7 +357,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_comes_first_and_all_of_it_is_there() {
+    fn draw_member_with_problem_is_listed_first() {
         let lines = screen(&picture());
         let all = lines.join("\n");
         for words in [
@@ -372,11 +378,11 @@ mod tests {
     }
 
     #[test]
-    fn an_agent_that_is_gone_leaves_the_last_picture_and_says_so() {
+    fn draw_agent_gone_keeps_last_data_and_shows_error() {
         let gone = Picture { error: Some("no agent".to_owned()), ..picture() };
         let all = screen(&gone).join("\n");
         assert!(all.contains("! no agent") && all.contains("n20"), "{all}");
-        // Before the first answer there is nothing to show.
+        // Without an earlier answer only the error is shown.
         assert!(
             screen(&Picture { error: Some("no agent".to_owned()), ..Picture::default() })
                 .join("\n")

@@ -1,4 +1,4 @@
-//! `gossamer version`: of this program, of the agent that runs, and what both speak.
+//! `gossamer version`: prints the versions of this program, of the running agent, and of the wire format.
 
 use std::process::ExitCode;
 
@@ -10,7 +10,7 @@ use crate::{
     wire::WIRE_VERSION,
 };
 
-/// Works without an agent.
+/// Prints the versions. It works without an agent.
 pub fn run(client: &Client) -> ExitCode {
     let agent = match block_on(api::get(&client.socket(), "/v1/status")) {
         Ok(Ok(status)) => status["version"].clone(),

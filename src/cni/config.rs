@@ -220,7 +220,7 @@ impl NetworkConfig {
         for (place, text, code) in texts.into_iter().filter(|(_, text, _)| !text.is_empty()) {
             let bad = |why: String| CniError::new(code, format!("{place}: {why}"));
             let mac: Mac = text.replace('-', ":").parse().map_err(bad)?;
-            if !mac.is_of_one_interface() {
+            if !mac.is_assignable() {
                 return Err(bad(format!("{mac} is not the MAC of one interface")));
             }
             match &said {

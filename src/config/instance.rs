@@ -1,48 +1,52 @@
-//! Several overlays on one host: everything that two of them must not share follows from a name.
+//! Several overlays on one host. Everything that two of them must not share is derived from the
+//! instance's name.
 //!
-//! The same name gives the same numbers on every host, so nothing else has to be agreed on. The UDP port of
-//! VXLAN is shared: the kernel tells networks apart by their VNI, and so does the guard.
+//! A name gives the same numbers on every host, so hosts need no further agreement. The VXLAN port is
+//! shared: kernel and guard distinguish the networks by VNI.
 
 use std::{fmt, path::PathBuf, str::FromStr};
 
 use sha2::{Digest as _, Sha256};
 
-/// UDP port for gossip of the instance without a name.
+/// UDP gossip port of the unnamed instance.
 const PORT: u16 = 8473;
-/// How all directories begin.
+/// Common prefix of all directories.
 pub const NAME: &str = "gossamer";
+/// Longest name, in bytes.
 const MAX_LEN: usize = 20;
 
-/// The name of an overlay on a host; the first one needs none.
+/// The name of an overlay on a host. The default instance has none.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Instance(Option<String>);
 
 impl Instance {
+    /// Returns the directory of key and database.
     pub fn state_dir(&self) -> PathBuf {
         format!("/var/lib/{}", self.directory()).into()
     }
 
-    /// The control socket.
+    /// Returns the path of the control socket.
     pub fn socket(&self) -> PathBuf {
         format!("/run/{}/gossamer.sock", self.directory()).into()
     }
 
-    /// flannel's file.
+    /// Returns the path of flannel's `subnet.env`.
     pub fn subnet_file(&self) -> PathBuf {
         format!("/run/{}/subnet.env", self.directory()).into()
     }
 
-    /// How its directories are called.
+    /// Returns the name of the instance's directories.
     pub fn directory(&self) -> String {
         self.0.as_ref().map_or_else(|| NAME.to_owned(), |name| format!("{NAME}-{name}"))
     }
 
-    /// VXLAN network identifier of a cluster created under this name. Short enough for the device's name.
+    /// Returns the VNI of a cluster created under this name. It has at most six digits, so the device's
+    /// name fits.
     pub fn vni(&self) -> u32 {
         self.0.as_ref().map_or(1, |name| 1_000 + number(name, "vni") % 999_000)
     }
 
-    /// UDP port for gossip: below those that kernels give out by themselves.
+    /// Returns the UDP gossip port. It is below the ports that kernels assign dynamically (32768 and up).
     pub fn port(&self) -> u16 {
         self.0.as_ref().map_or(PORT, |name| 20_000 + (number(name, "port") % 10_000) as u16)
     }
@@ -69,13 +73,14 @@ impl fmt::Display for Instance {
     }
 }
 
-/// A name that cannot be part of a file's name everywhere.
+/// A name that is not valid in file names.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{0:?} is no name for an instance: use up to {MAX_LEN} lower-case letters, digits and hyphens"
+    "{0:?} is not a valid instance name: use up to {MAX_LEN} lower-case letters, digits and hyphens"
 )]
 pub struct BadInstance(String);
 
+/// Derives a number from the name.
 fn number(name: &str, what: &str) -> u32 {
     let hash = Sha256::digest(format!("gossamer instance {what} {name}"));
     u32::from_be_bytes([hash[0], hash[1], hash[2], hash[3]])
@@ -87,14 +92,14 @@ mod tests {
     use crate::dataplane::desired::device_name;
 
     #[test]
-    fn a_name_gives_everything_that_two_overlays_must_not_share() {
+    fn instance_name_determines_paths_vni_and_port() {
         let plain = Instance::default();
         assert_eq!((plain.vni(), plain.port()), (1, 8473));
         assert_eq!(plain.socket(), PathBuf::from("/run/gossamer/gossamer.sock"));
         let blue: Instance = "blue".parse().expect("a name");
         assert_eq!(blue.state_dir(), PathBuf::from("/var/lib/gossamer-blue"));
         assert_eq!(blue.subnet_file(), PathBuf::from("/run/gossamer-blue/subnet.env"));
-        // Other hosts of the overlay have computed the same: these may never change.
+        // Other hosts have computed the same numbers: they must never change.
         assert_eq!((blue.vni(), blue.port()), (739_354, 26_977));
         let green: Instance = "green".parse().expect("a name");
         assert!(blue.vni() != green.vni() && blue.port() != green.port());
@@ -102,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_in_a_files_name_is_refused() {
+    fn instance_name_invalid_in_file_names_is_rejected() {
         for bad in ["Blue", "a/b", "..", "a b", "a-name-that-is-far-too-long"] {
             let error = bad.parse::<Instance>().expect_err(bad).to_string();
             assert!(error.contains("lower-case letters"), "{error}");

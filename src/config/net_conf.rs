@@ -1,7 +1,7 @@
-//! flannel's `net-conf.json`, as far as it speaks of the cluster.
+//! flannel's `net-conf.json`.
 //!
-//! Keys and their meaning are flannel's (`pkg/subnet/config.go`); what gossamer cannot do is refused by
-//! name rather than ignored.
+//! Keys and their meaning follow flannel (`pkg/subnet/config.go`). Unsupported keys are rejected instead
+//! of ignored.
 
 use std::path::Path;
 
@@ -13,7 +13,7 @@ use crate::{
     files,
 };
 
-/// Reads the file into the settings that it stands for.
+/// Reads the file and converts it to settings.
 pub(super) fn read(path: &Path) -> Result<Settings, ConfigError> {
     let field = format!("net_config {}", path.display());
     let text = files::read_text(path, files::SMALL).map_err(|e| bad(field.clone(), e))?;
@@ -43,7 +43,7 @@ fn parse(text: &str) -> Result<Settings, String> {
     Ok(settings)
 }
 
-/// Network and IPv6Network may both be there; which of them count, the two switches say.
+/// Applies EnableIPv4 and EnableIPv6: the file may have networks of families that are disabled.
 fn choose_families(settings: &mut Settings, ipv4: bool, ipv6: bool) -> Result<(), String> {
     if !ipv6 {
         (settings.network6, settings.subnet_len6) = (None, None);
@@ -75,7 +75,7 @@ fn backend(value: &Value, settings: &mut Settings) -> Result<(), String> {
                 port => settings.vxlan_port = Some(port),
             },
             "mtu" => {
-                // flannel means the underlay's MTU; ours is that of the overlay device.
+                // flannel's MTU is that of the underlay, gossamer's that of the overlay device.
                 let underlay: u32 = from_number(key, value)?;
                 let ipv4 = std::net::Ipv4Addr::UNSPECIFIED.into();
                 settings.mtu = Some(underlay.saturating_sub(overhead(ipv4)));
@@ -97,14 +97,14 @@ fn from_text<T: std::str::FromStr>(key: &str, value: &Value) -> Result<T, String
     value
         .as_str()
         .and_then(|text| text.parse().ok())
-        .ok_or_else(|| format!("{key} is {value}: not an address of the kind expected"))
+        .ok_or_else(|| format!("{key} is {value}: use an address or network of its family"))
 }
 
 fn from_number<T: TryFrom<u64>>(key: &str, value: &Value) -> Result<T, String> {
     value
         .as_u64()
         .and_then(|number| T::try_from(number).ok())
-        .ok_or_else(|| format!("{key} is {value}: not a number in range"))
+        .ok_or_else(|| format!("{key} is {value}: use a number in range"))
 }
 
 #[cfg(test)]
@@ -112,7 +112,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn flannels_own_example_is_understood() {
+    fn parse_example_of_flannel_gives_settings() {
         let settings = parse(
             r#"{ "Network": "10.244.0.0/16", "EnableNFTables": false,
                  "SubnetLen": 25, "SubnetMin": "10.244.8.0",
@@ -125,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn both_families_and_ways_without_a_tunnel_are_understood() {
+    fn parse_dual_stack_and_modes_without_tunnel_gives_settings() {
         let dual = r#""Network": "10.244.0.0/16", "EnableIPv6": true, "IPv6Network": "fd42::/48""#;
         let settings = parse(&format!("{{{dual}, \"Backend\": {{\"Type\": \"host-gw\"}}}}"));
         let settings = settings.expect("understood");
@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_supported_is_named() {
+    fn parse_unsupported_key_error_names_it() {
         for (text, word) in [
             (r#"{"Network": "10.244.0.0/16", "Backend": {"Type": "wireguard"}}"#, "wireguard"),
             (r#"{"EnableIPv6": true}"#, "IPv6Network"),

@@ -1,4 +1,4 @@
-//! What can be set, and how flags, environment and files are put together. Nothing is checked here.
+//! Defines all settings and merges flags, environment and files. Nothing is checked here.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -14,54 +14,56 @@ use crate::{
     docker, files,
 };
 
-/// Everything that can be set, as it was written. Nothing here is checked yet.
+/// All settings as the operator wrote them, unchecked.
 #[derive(Clone, Debug, Default, PartialEq, Eq, clap::Args, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
-    /// Name of this overlay, where a host has several: files, ports, VNI and device follow from it
+    /// Name of this overlay, if the host has several; files, ports, VNI and device are derived from it
     #[arg(long, env = "GOSSAMER_INSTANCE", value_name = "NAME")]
     pub instance: Option<String>,
-    /// Create a new cluster, unless this host is in one already
+    /// Create a new cluster, unless this host already belongs to one
     #[arg(long, env = "GOSSAMER_INIT", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
     pub init: Option<bool>,
-    /// A member to join by, HOST or HOST:PORT; repeatable. Names are resolved again at each try
+    /// Member through which to join, HOST or HOST:PORT; repeatable. Names are resolved for each attempt
     #[arg(long, env = "GOSSAMER_JOIN", value_delimiter = ',', value_name = "HOST[:PORT]")]
     pub join: Vec<String>,
-    /// The cluster's token, from `gossamer token`. Visible in `ps`: prefer the file or GOSSAMER_TOKEN
+    /// Token of the cluster, from `gossamer token`. Visible in `ps`: prefer --token-file or
+    /// GOSSAMER_TOKEN
     #[arg(long, env = "GOSSAMER_TOKEN", hide_env_values = true, value_name = "TOKEN")]
     pub token: Option<String>,
-    /// A file with the token, readable by its owner only
+    /// File with the token; only its owner may read it
     #[arg(long, env = "GOSSAMER_TOKEN_FILE", value_name = "FILE")]
     pub token_file: Option<PathBuf>,
-    /// Where this node keeps its key and its database [default: /var/lib/gossamer]
+    /// Directory for this node's key and database [default: /var/lib/gossamer]
     #[arg(long, env = "GOSSAMER_STATE_DIR", value_name = "DIR")]
     pub state_dir: Option<PathBuf>,
     /// The control socket [default: /run/gossamer/gossamer.sock]
     #[arg(long, env = "GOSSAMER_SOCKET", value_name = "FILE")]
     pub socket: Option<PathBuf>,
-    /// Where flannel's subnet.env is written [default: /run/gossamer/subnet.env]
+    /// Path of the flannel-style subnet.env [default: /run/gossamer/subnet.env]
     #[arg(long, env = "GOSSAMER_SUBNET_FILE", value_name = "FILE")]
     pub subnet_file: Option<PathBuf>,
     /// UDP address for gossip, IP or IP:PORT [default: all addresses, port 8473]
     #[arg(long, env = "GOSSAMER_LISTEN", value_name = "IP[:PORT]")]
     pub listen: Option<String>,
-    /// Address given to peers, IP or IP:PORT; behind NAT one that this host does not have
+    /// Address at which peers reach this agent, IP or IP:PORT; behind NAT it need not be this host's
     /// [default: the underlay address]
     #[arg(long, env = "GOSSAMER_ADVERTISE", value_name = "IP[:PORT]")]
     pub advertise: Option<String>,
-    /// Underlay interface, by name or address [default: that of the default route]
+    /// Underlay interface, by name or address [default: the interface of the default route]
     #[arg(long, env = "GOSSAMER_IFACE", value_name = "NAME|IP")]
     pub iface: Option<String>,
-    /// Underlay interface: the first whose address, or else whose name, matches
+    /// Underlay interface: the first whose address matches, or else the first whose name matches
     #[arg(long, env = "GOSSAMER_IFACE_REGEX", value_name = "REGEX")]
     pub iface_regex: Option<String>,
-    /// Underlay interface: the one by which this address is reached
+    /// Underlay interface: the interface of the route to this address
     #[arg(long, env = "GOSSAMER_IFACE_CAN_REACH", value_name = "IP")]
     pub iface_can_reach: Option<IpAddr>,
-    /// The cluster's addresses; IPv6, if it is to have no IPv4 [default: 10.42.0.0/16]
+    /// Address pool of the cluster; an IPv6 network for a cluster without IPv4 [default: 10.42.0.0/16]
     #[arg(long, env = "GOSSAMER_NETWORK", value_name = "CIDR")]
     pub network: Option<IpNet>,
-    /// Prefix length of each node's subnet [default: 24 (IPv6: 64), or network + 2 if that is narrower]
+    /// Prefix length of each node's subnet [default: 24 (IPv6: 64), or the network's + 2 if that is
+    /// longer]
     #[arg(long, env = "GOSSAMER_SUBNET_LEN", value_name = "BITS")]
     pub subnet_len: Option<u8>,
     /// First subnet to lease [default: the second of the network]
@@ -70,59 +72,59 @@ pub struct Settings {
     /// Last subnet to lease [default: the last of the network]
     #[arg(long, env = "GOSSAMER_SUBNET_MAX", value_name = "IP")]
     pub subnet_max: Option<IpAddr>,
-    /// IPv6 addresses beside those of IPv4 (dual stack)
+    /// IPv6 address pool beside the IPv4 one (dual stack)
     #[arg(long, env = "GOSSAMER_NETWORK6", value_name = "CIDR")]
     pub network6: Option<Ipv6Net>,
-    /// Prefix length of each node's IPv6 subnet in a dual stack [default: 64]
+    /// Prefix length of each node's IPv6 subnet in dual stack [default: 64]
     #[arg(long, env = "GOSSAMER_SUBNET_LEN6", value_name = "BITS")]
     pub subnet_len6: Option<u8>,
-    /// The subnet this node would like, if it is free
+    /// Address of the subnet that this node requests, if it is free
     #[arg(long, env = "GOSSAMER_PREFER_SUBNET", value_name = "IP")]
     pub prefer_subnet: Option<IpAddr>,
-    /// Who says which subnet this node has: the nodes among themselves, or Kubernetes [default: gossip]
+    /// How nodes get their subnets: from each other, or from Kubernetes [default: gossip]
     #[arg(long, env = "GOSSAMER_LEASE_SOURCE", value_enum, value_name = "WHO")]
     pub lease_source: Option<LeaseSource>,
-    /// With podcidr: that subnet, if it is not to be read from the API; with one of each family CIDR,CIDR
-    /// [default: spec.podCIDRs of the node]
+    /// With podcidr: this node's subnet, or CIDR,CIDR with one of each family [default: spec.podCIDRs of
+    /// the node, read from the API]
     #[arg(long, env = "GOSSAMER_POD_CIDR", value_name = "CIDR[,CIDR]")]
     pub pod_cidr: Option<String>,
-    /// With podcidr: a file with that subnet, or with one of each family
+    /// With podcidr: file that holds this node's subnet, or one of each family
     #[arg(long, env = "GOSSAMER_POD_CIDR_FILE", value_name = "FILE")]
     pub pod_cidr_file: Option<PathBuf>,
-    /// Node names are unique by construction: a down member of this node's name is its predecessor, is
-    /// forgotten, and its subnet taken over
+    /// Forget a member that is down and has this node's name, and take over its subnet. Requires that
+    /// node names are unique [default: false]
     #[arg(long, env = "GOSSAMER_REPLACE_BY_NAME", num_args = 0..=1, default_missing_value = "true")]
     pub replace_by_name: Option<bool>,
-    /// Forget a member that most voters have missed for so long, as in "12h" [default: never]
+    /// Forget a member that most voters have missed for this time, for example 12h [default: never]
     #[arg(long, env = "GOSSAMER_FORGET_AFTER", value_name = "SPAN")]
     pub forget_after: Option<String>,
-    /// Names of the 3, 5 or 7 nodes that vote on that: the same on all of them
+    /// Names of the 3, 5 or 7 nodes that vote on forgetting; the same on all of them
     #[arg(long, env = "GOSSAMER_VOTERS", value_delimiter = ',', value_name = "NAME,NAME")]
     pub voters: Vec<String>,
-    /// A peer's subnet is unreachable by route when gossip holds it as down and its kernel has not answered
-    /// for so long, or "never" [default: 10s]
+    /// Make a peer's subnet unreachable by route when gossip considers the peer down and its kernel has
+    /// not answered for this time, or "never" [default: 10s]
     #[arg(long, env = "GOSSAMER_WITHDRAW_AFTER", value_name = "SPAN")]
     pub withdraw_after: Option<String>,
-    /// How packets get to peers: through a tunnel, directly where the underlay allows it, or only so
-    /// [default: vxlan]
+    /// How packets reach peers: always by tunnel, directly where the underlay allows it, or always
+    /// directly [default: vxlan]
     #[arg(long, env = "GOSSAMER_MODE", value_enum, value_name = "MODE")]
     pub mode: Option<Mode>,
-    /// Program all peers, or each when the first packet goes to it [default: all]
+    /// Which peers have kernel entries: all, or each from its first packet on [default: all]
     #[arg(long, env = "GOSSAMER_PROGRAM", value_enum, value_name = "WHICH")]
     pub program: Option<Program>,
-    /// With on-demand: a peer loses its entries when it was not used for so long [default: 5m]
+    /// With on-demand: remove the entries of a peer that was not used for this time [default: 5m]
     #[arg(long, env = "GOSSAMER_IDLE_AFTER", value_name = "SPAN")]
     pub idle_after: Option<String>,
-    /// Take tunnel packets from members alone, by a table of nftables [default: true]
+    /// Accept tunnel packets from members only, by an nftables table [default: true]
     #[arg(long, env = "GOSSAMER_GUARD", num_args = 0..=1, default_missing_value = "true")]
     pub guard: Option<bool>,
-    /// Let pods speak to the outside under this host's address, by the same table [default: false]
+    /// Masquerade packets from pods to addresses outside the overlay, by the same table [default: false]
     #[arg(long, env = "GOSSAMER_IP_MASQ", num_args = 0..=1, default_missing_value = "true")]
     pub ip_masq: Option<bool>,
-    /// Hold pods to the addresses and the MAC that they were given, by a table of nftables [default: true]
+    /// Restrict pods to their assigned addresses and MAC, by an nftables table [default: true]
     #[arg(long, env = "GOSSAMER_ANTI_SPOOFING", num_args = 0..=1, default_missing_value = "true")]
     pub anti_spoofing: Option<bool>,
-    /// Set the sysctls that packets need to pass, instead of only naming those that are wrong
+    /// Set sysctls that block packets, instead of only reporting them [default: false]
     #[arg(long, env = "GOSSAMER_SET_SYSCTLS", num_args = 0..=1, default_missing_value = "true")]
     pub set_sysctls: Option<bool>,
     /// VXLAN network identifier [default: 1]
@@ -131,54 +133,65 @@ pub struct Settings {
     /// UDP port of the VXLAN device [default: 8472]
     #[arg(long, env = "GOSSAMER_VXLAN_PORT", value_name = "PORT")]
     pub vxlan_port: Option<u16>,
-    /// MTU of the overlay device [default: the underlay's, less 50 (IPv4) or 70 (IPv6)]
+    /// MTU of the overlay device [default: the underlay's minus 50 (IPv4) or 70 (IPv6)]
     #[arg(long, env = "GOSSAMER_MTU", value_name = "BYTES")]
     pub mtu: Option<u32>,
-    /// Bridge that pods are plugged into [default: gsm0, or gsm and the VNI]
+    /// Name of the pods' bridge [default: gsm0, or gsm and the VNI]
     #[arg(long, env = "GOSSAMER_BRIDGE", value_name = "NAME")]
     pub bridge: Option<String>,
-    /// Serve metrics and health by HTTP at this address, IP:PORT, to whoever reaches it [default: not]
+    /// Serve dashboard, metrics and health by HTTP at this address, without authentication [default: off]
     #[arg(long, env = "GOSSAMER_HTTP", value_name = "IP:PORT")]
     pub http: Option<SocketAddr>,
-    /// Serve Docker's network plugin on a socket in this directory [directory: /run/docker/plugins]
+    /// Serve Docker's network plugin on a socket in this directory [default without a value:
+    /// /run/docker/plugins]
     #[arg(long, env = "GOSSAMER_DOCKER_PLUGIN", num_args = 0..=1,
           default_missing_value = docker::DIRECTORY, value_name = "DIR")]
     pub docker_plugin: Option<PathBuf>,
-    /// Name of this node in tables [default: the host name]
+    /// Name of this node [default: the host name]
     #[arg(long, env = "GOSSAMER_NODE_NAME", value_name = "NAME")]
     pub node_name: Option<String>,
-    /// Cluster settings from a flannel net-conf.json
+    /// File with cluster settings, a flannel net-conf.json
     #[arg(long, env = "GOSSAMER_NET_CONFIG", value_name = "FILE")]
     pub net_config: Option<PathBuf>,
-    /// What to log: error, warn, info, debug, trace, or filters by module [default: info]
+    /// Log level (error, warn, info, debug, trace), or filters by module [default: info]
     #[arg(long, env = "GOSSAMER_LOG", value_name = "FILTER")]
     pub log: Option<String>,
-    /// How to log [default: text]
+    /// Log format [default: text]
     #[arg(long, env = "GOSSAMER_LOG_FORMAT", value_enum, value_name = "FORMAT")]
     pub log_format: Option<LogFormat>,
 }
 
+/// How a node gets its subnet.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[clap(rename_all = "lowercase")]
 pub enum LeaseSource {
+    /// Nodes lease subnets from each other.
     #[default]
     Gossip,
+    /// Kubernetes assigns subnets (`spec.podCIDRs`).
     PodCidr,
 }
 
+/// Format of the log.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LogFormat {
+    /// Lines of text on standard error.
     #[default]
     Text,
+    /// JSON objects on standard error.
     Json,
-    /// systemd's journal, with the fields as its own (`F_NODE=...`)
+    /// systemd's journal, with the fields of an event as journal fields (`F_NODE=...`)
     Journal,
 }
 
 impl Settings {
-    /// Fills in from the files what flags and environment left open.
+    /// Adds the settings of the TOML file and then those of `net_config`, where flags and environment set
+    /// none.
+    ///
+    /// # Errors
+    /// Fails if one of the files cannot be read or parsed.
     pub fn complete(self, file: Option<&Path>) -> Result<Self, ConfigError> {
         let from_file = match file {
             Some(path) => Self::from_toml(path)?,

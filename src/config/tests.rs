@@ -1,4 +1,4 @@
-//! What a configuration may be, and what is said of one that is not.
+//! Tests of merging and checking settings.
 
 use std::path::Path;
 
@@ -16,7 +16,7 @@ fn problem(settings: Settings) -> String {
 }
 
 #[test]
-fn flags_outrank_the_file_and_the_file_outranks_the_defaults() {
+fn complete_flag_takes_precedence_over_file_and_file_over_default() {
     let flags = Settings { vni: Some(7), ..Settings::default() };
     let merged = with_toml(flags, "vni = 9\nmtu = 1400\njoin = ['a']").expect("valid");
     let config = merged.check().expect("valid");
@@ -27,11 +27,11 @@ fn flags_outrank_the_file_and_the_file_outranks_the_defaults() {
 }
 
 #[test]
-fn the_annotated_example_is_valid_and_names_every_setting() {
+fn shipped_example_is_valid_and_has_every_setting() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("config/gossamer.toml");
     Settings::default().complete(Some(&path)).expect("valid").check().expect("usable");
     let text = fs::read_to_string(path).expect("read");
-    // Uncommented, each example line must be a known setting with a value of its type.
+    // Each commented-out setting must be known and have a value of its type.
     for line in text.lines().filter_map(|line| line.strip_prefix("# ")) {
         if line.split_once(" = ").is_some_and(|(key, _)| !key.contains(' ')) {
             toml::from_str::<Settings>(line).expect(line);
@@ -45,14 +45,14 @@ fn the_annotated_example_is_valid_and_names_every_setting() {
 }
 
 #[test]
-fn an_unknown_key_is_named_with_its_line() {
+fn from_toml_unknown_key_error_has_key_and_line() {
     let error = with_toml(Settings::default(), "vni = 1\nvnii = 2").expect_err("unknown key");
     let error = error.to_string();
     assert!(error.contains("vnii") && error.contains("line 2"), "{error}");
 }
 
 #[test]
-fn settings_that_cannot_work_are_refused_by_name() {
+fn check_invalid_setting_error_names_it() {
     let base = Settings::default;
     let voting = |after: &str, voters: &[&str]| Settings {
         forget_after: Some(after.to_owned()),
@@ -61,7 +61,7 @@ fn settings_that_cannot_work_are_refused_by_name() {
     };
     let seed = |text: &str| Settings { join: vec![text.to_owned()], ..base() };
     for (settings, words) in [
-        (Settings { init: Some(true), ..seed("a") }, "use one of the two"),
+        (Settings { init: Some(true), ..seed("a") }, "use only one of the two"),
         (Settings { network: "10.42.0.0/29".parse().ok(), ..base() }, "too small"),
         (Settings { subnet_len: Some(8), ..base() }, "subnet_len 8"),
         (Settings { vni: Some(1 << 24), ..base() }, "vni: 16777216"),
@@ -71,7 +71,7 @@ fn settings_that_cannot_work_are_refused_by_name() {
         (voting("10s", &["a", "b", "c"]), "forget_after: 10s is too short"),
         (voting("12h", &["a", "b"]), "voters: 2 voters cannot decide"),
         (voting("12h", &["a", "b", "c d"]), "voters"),
-        (voting("never", &["a", "b", "c"]), "voters: without forget_after"),
+        (voting("never", &["a", "b", "c"]), "voters: they have no effect without forget_after"),
         (Settings { listen: Some("here".to_owned()), ..base() }, "listen: \"here\""),
         (Settings { node_name: Some("two words".to_owned()), ..base() }, "two words"),
         (Settings { iface_regex: Some("(".to_owned()), ..base() }, "iface_regex"),
@@ -81,7 +81,7 @@ fn settings_that_cannot_work_are_refused_by_name() {
                 iface_can_reach: Some([1, 1, 1, 1].into()),
                 ..base()
             },
-            "not several",
+            "set only one of",
         ),
         (Settings { token: Some("hunter2".to_owned()), ..base() }, "gossamer token"),
         (seed("a:b:c"), "a:b:c"),
@@ -95,7 +95,7 @@ fn settings_that_cannot_work_are_refused_by_name() {
 }
 
 #[test]
-fn seeds_get_the_default_port() {
+fn with_port_seed_without_port_gets_default() {
     for (given, wanted) in [
         ("host", "host:8473"),
         ("host:1", "host:1"),
@@ -109,7 +109,7 @@ fn seeds_get_the_default_port() {
 }
 
 #[test]
-fn a_token_file_that_others_can_read_is_refused() {
+fn read_token_file_accessible_to_others_is_rejected() {
     let dir = tempfile::tempdir().expect("tempdir");
     let path = dir.path().join("token");
     fs::write(&path, "gsm1.x").expect("write");

@@ -154,7 +154,7 @@ pub(super) fn is_sound_member(
     cluster: Option<&ClusterRecord>,
 ) -> bool {
     let version = record.version;
-    let unfit = cluster.and_then(|cluster| record.unfit(&cluster.settings.pool));
+    let unfit = cluster.and_then(|cluster| record.why_unusable(&cluster.settings.pool));
     record.node == me || unfit.is_none() && u64::from(version.starts.max(version.change)) <= TOP
 }
 

@@ -124,11 +124,11 @@ impl Node {
         }
         if hello.member.node != from || hello.identity.node != from {
             let why = "a greeting must be about the node that sends it";
-            return Response::Refused(Refusal::Unreadable(why.into()));
+            return Response::Refused(Refusal::Malformed(why.into()));
         }
         if let Some(why) = self.unusable(&hello.member) {
             self.note_refused(from, 1, &why);
-            return Response::Refused(Refusal::Unfit(why.into()));
+            return Response::Refused(Refusal::UnusableRecord(why.into()));
         }
         if !self.directory.has_room_for(from) {
             return Response::Refused(Refusal::Full { limit: MAX_MEMBERS as u32 });
@@ -143,7 +143,7 @@ impl Node {
             Facts { members: vec![hello.member], active: vec![hello.identity], ..Facts::default() };
         if self.learn(now, &facts, Some(from)).refused {
             let why = "its version is beyond what any node can have reached";
-            return Response::Refused(Refusal::Unfit(why.into()));
+            return Response::Refused(Refusal::UnusableRecord(why.into()));
         }
         let no_slot = self.grant(now, from, hello.grant).err();
         match &self.home {
@@ -161,7 +161,7 @@ impl Node {
     fn unusable(&self, record: &MemberRecord) -> Option<String> {
         let pool = &self.home.as_ref()?.cluster.settings.pool;
         let (theirs, ours) = (record.vtep.underlay, self.me.vtep.underlay);
-        match record.unfit(pool) {
+        match record.why_unusable(pool) {
             _ if planted(Bug::TakeUnfitRecords) => None,
             Some(unfit) => Some(unfit.to_string()),
             None if theirs == ours => Some(format!("its underlay address {theirs} is this node's")),
@@ -179,7 +179,7 @@ impl Node {
             return Err(Refusal::NotSynced);
         }
         if self.duplicate.is_some() {
-            return Err(Refusal::Cloned);
+            return Err(Refusal::DuplicateIdentity);
         }
         let Some(home) = self.home.as_mut().filter(|_| self.leaving.is_none()) else {
             return Err(Refusal::NotReady);
@@ -207,7 +207,7 @@ impl Node {
     ) -> Response {
         if identity.node != from {
             let why = "an exchange must carry the identity of the node that sends it";
-            return Response::Refused(Refusal::Unreadable(why.into()));
+            return Response::Refused(Refusal::Malformed(why.into()));
         }
         self.learn(now, theirs, Some(from));
         self.sync.witness(from);
@@ -246,7 +246,7 @@ impl Node {
 
     fn unreadable(&mut self, from: NodeId, error: &dyn std::fmt::Display) -> Response {
         self.note_malformed(from, error);
-        Response::Refused(Refusal::Unreadable(error.to_string().into()))
+        Response::Refused(Refusal::Malformed(error.to_string().into()))
     }
 
     /// Everything there is, for a node that knows nothing, or from one that will soon know nothing.

@@ -46,7 +46,7 @@ impl Node {
         }
         let pool = self.home.as_ref().map(|home| &home.cluster.settings.pool);
         let unfit = pool.filter(|_| !is_me && !planted(Bug::TakeUnfitRecords));
-        if let Some(unfit) = unfit.and_then(|pool| record.unfit(pool)) {
+        if let Some(unfit) = unfit.and_then(|pool| record.why_unusable(pool)) {
             refused.add(|| format!("the record of {} ({}): {unfit}", record.name, record.node));
             return false;
         }

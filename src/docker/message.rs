@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use crate::json::{named, object_or_default, objects, or_default};
+use crate::json::{map_without_nulls, object_or_default, objects_without_nulls, or_default};
 
 /// The key of what the user gave with `docker network create -o`.
 const GENERIC: &str = "com.docker.network.generic";
@@ -19,9 +19,9 @@ const MAC: &str = "com.docker.network.endpoint.macaddress";
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]
 pub struct CreateNetwork {
-    #[serde(rename = "IPv4Data", deserialize_with = "objects")]
+    #[serde(rename = "IPv4Data", deserialize_with = "objects_without_nulls")]
     pub ipv4: Vec<PoolData>,
-    #[serde(rename = "IPv6Data", deserialize_with = "objects")]
+    #[serde(rename = "IPv6Data", deserialize_with = "objects_without_nulls")]
     pub ipv6: Vec<PoolData>,
     #[serde(deserialize_with = "or_default")]
     options: Map<String, Value>,
@@ -63,7 +63,7 @@ pub struct RequestPool {
     pub pool: String,
     #[serde(deserialize_with = "or_default")]
     pub sub_pool: String,
-    #[serde(deserialize_with = "named")]
+    #[serde(deserialize_with = "map_without_nulls")]
     pub options: BTreeMap<String, String>,
     #[serde(rename = "V6", deserialize_with = "or_default")]
     pub v6: bool,
@@ -77,7 +77,7 @@ pub struct AddressRequest {
     pub pool: String,
     #[serde(deserialize_with = "or_default")]
     pub address: String,
-    #[serde(deserialize_with = "named")]
+    #[serde(deserialize_with = "map_without_nulls")]
     options: BTreeMap<String, String>,
 }
 

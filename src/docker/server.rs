@@ -320,7 +320,7 @@ async fn put<T>(
     ask: &Ask,
     request: impl FnOnce(Sender<Result<T, PodError>>) -> Request,
 ) -> Result<T, Refused> {
-    match tokio::time::timeout(TIMEOUT, api::put(&**ask, request)).await {
+    match tokio::time::timeout(TIMEOUT, api::submit(&**ask, request)).await {
         Ok(Some(result)) => result.map_err(|error| Refused(error.error)),
         Ok(None) => Err(Refused(
             "gossamer's agent gave no answer: it is ending, or has too much to do".to_owned(),
@@ -352,7 +352,7 @@ fn mac(field: &str, text: &str) -> Result<Option<Mac>, Refused> {
         return Ok(None);
     }
     let mac: Mac = read(field, text)?;
-    match mac.is_of_one_interface() {
+    match mac.is_assignable() {
         true => Ok(Some(mac)),
         false => Err(Refused(format!("{field} {mac}: it is not that of one interface"))),
     }

@@ -1,8 +1,8 @@
-//! Mutated inputs for every parser of bytes from outside.
+//! Fuzzer for every parser of external bytes.
 //!
-//! Each target has samples that it accepts. A run changes them at random, by seed, and looks that the parser
-//! neither panics nor takes long, and that the process does not grow. `gossamer-sim fuzz` runs as many inputs
-//! as it is told; the tests run a few of each.
+//! Each target has samples that its parser accepts. A run mutates them at random, from a seed, and checks
+//! that the parser neither panics nor takes long, and that the process's memory does not grow. `gossamer-sim
+//! fuzz` runs as many inputs as requested; the unit test runs 2,000 per target.
 
 mod mutation;
 mod targets;
@@ -19,32 +19,40 @@ use rand::{SeedableRng as _, rngs::StdRng};
 use mutation::Mutator;
 use targets::TARGETS;
 
-/// No input of the length that mutation makes takes as long, on a machine under load.
+/// An input fails if its parser takes longer. Far above what any mutated input takes on a loaded machine.
 const SLOW: Duration = Duration::from_secs(2);
-/// How much a run may add to the memory of the process.
+/// Limit of the growth of the process's peak memory during one target, in KiB.
 const GROWTH_KIB: u64 = 64 << 10;
 
-/// A parser of foreign bytes.
+/// A parser of external bytes.
 struct Target {
     name: &'static str,
+    /// Returns inputs that the parser accepts.
     samples: fn() -> Vec<Vec<u8>>,
-    /// Says whether the input was accepted.
+    /// Runs the parser; returns whether it accepted the input.
     parse: fn(&[u8]) -> bool,
 }
 
-/// What became of the inputs of one target.
+/// The outcome of fuzzing one target.
 #[derive(Clone, Debug)]
 pub struct Outcome {
+    /// Name of the target.
     pub name: &'static str,
+    /// Number of inputs parsed.
     pub inputs: u64,
+    /// Number of inputs that the parser accepted.
     pub accepted: u64,
+    /// Time of the slowest input.
     pub slowest: Duration,
-    /// What went wrong, and the input in hexadecimal digits.
+    /// The first failure, with its input in hexadecimal digits.
     pub failure: Option<String>,
 }
 
-/// Runs so many inputs of each target. `is_alone` says that nothing else runs in the process, so that its
-/// growth is that of the parsers.
+/// Parses `inputs` inputs for each target and calls `report` with each outcome. Returns whether no target
+/// failed.
+///
+/// `is_alone` states that nothing else runs in the process. Growth of its memory is then a failure of the
+/// parser.
 pub fn run(seed: u64, inputs: u64, is_alone: bool, mut report: impl FnMut(&Outcome)) -> bool {
     let mut is_sound = true;
     for target in TARGETS {
@@ -60,6 +68,7 @@ pub fn run(seed: u64, inputs: u64, is_alone: bool, mut report: impl FnMut(&Outco
     is_sound
 }
 
+/// Parses `inputs` inputs for one target, up to the first failure.
 fn run_target(target: &Target, seed: u64, inputs: u64) -> Outcome {
     let samples = (target.samples)();
     let mut outcome = Outcome {
@@ -81,8 +90,8 @@ fn run_target(target: &Target, seed: u64, inputs: u64) -> Outcome {
         outcome.inputs += 1;
         outcome.slowest = outcome.slowest.max(took);
         let why = match parsed {
-            Err(_) => Some("a panic".to_owned()),
-            Ok(_) if took > SLOW => Some(format!("{took:?}")),
+            Err(_) => Some("panic".to_owned()),
+            Ok(_) if took > SLOW => Some(format!("took {took:?}")),
             Ok(is_accepted) => {
                 outcome.accepted += u64::from(is_accepted);
                 None
@@ -93,6 +102,7 @@ fn run_target(target: &Target, seed: u64, inputs: u64) -> Outcome {
     outcome
 }
 
+/// Returns the peak resident memory of the process, or 0 if it is unknown.
 fn peak_memory_kib() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
@@ -104,23 +114,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_parser_of_foreign_bytes_panics_or_takes_long() {
+    fn parsers_of_external_bytes_neither_panic_nor_take_long() {
         let mut failures = Vec::new();
         run(1, 2_000, false, |outcome| {
             failures.extend(outcome.failure.clone().map(|why| (outcome.name, why)));
-            assert!(outcome.accepted < outcome.inputs, "{outcome:?}: no input was changed");
+            assert!(outcome.accepted < outcome.inputs, "{outcome:?}: no input was rejected");
         });
         assert!(failures.is_empty(), "{failures:#?}");
     }
 
     #[test]
-    fn parser_that_panics_is_caught_with_its_input() {
+    fn parser_that_panics_is_reported_with_its_input() {
         fn parse(bytes: &[u8]) -> bool {
             assert!(bytes != [1], "the defect");
             bytes.len() == 2
         }
         let target = Target { name: "defect", samples: || vec![vec![1, 2]], parse };
         let failure = run_target(&target, 1, 100_000).failure.expect("a failure");
-        assert_eq!(failure, "a panic: 01");
+        assert_eq!(failure, "panic: 01");
     }
 }

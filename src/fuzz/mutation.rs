@@ -1,11 +1,12 @@
-//! Changing samples at random.
+//! Random mutation of samples.
 
 use rand::{Rng as _, RngExt as _, rngs::StdRng};
 
-/// No input is longer, but for what one mutation adds.
+/// Inputs are cut to this length after each mutation, in bytes.
 const MAX_LENGTH: usize = 4_096;
+/// Limit of mutations per input.
 const MAX_MUTATIONS: usize = 6;
-/// Numbers at which parsers go wrong.
+/// Boundary values of integers.
 const NUMBERS: [u64; 12] = [
     0,
     1,
@@ -20,7 +21,7 @@ const NUMBERS: [u64; 12] = [
     i64::MAX as u64,
     u64::MAX,
 ];
-/// Pieces of texts at which parsers go wrong.
+/// Texts that parsers often mishandle.
 const WORDS: [&str; 16] = [
     "null",
     "[]",
@@ -39,6 +40,7 @@ const WORDS: [&str; 16] = [
     "99999999999999999999",
     "../../../etc/passwd",
 ];
+/// Number of brackets that one mutation nests.
 const DEPTH: usize = 300;
 
 /// An endless source of inputs.
@@ -49,10 +51,12 @@ pub(super) struct Mutator {
 }
 
 impl Mutator {
+    /// Returns a mutator of these samples, of which there must be at least one.
     pub(super) const fn new(rng: StdRng, samples: Vec<Vec<u8>>) -> Self {
         Self { rng, samples, input: Vec::new() }
     }
 
+    /// Returns the next input.
     pub(super) fn next(&mut self) -> &[u8] {
         let sample = self.rng.random_range(0..self.samples.len());
         self.input.clear();
@@ -64,6 +68,7 @@ impl Mutator {
         &self.input
     }
 
+    /// Applies one random mutation to the input.
     fn mutate(&mut self) {
         let rng = &mut self.rng;
         let length = self.input.len();

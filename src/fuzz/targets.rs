@@ -1,4 +1,4 @@
-//! The parsers, and inputs that they accept.
+//! The parsers to fuzz, and samples that they accept.
 
 use std::net::{IpAddr, Ipv4Addr};
 
@@ -30,6 +30,7 @@ use crate::{
 
 use super::Target;
 
+/// All parsers of external bytes.
 pub(super) const TARGETS: &[Target] = &[
     Target { name: "frame", samples: frames, parse: |bytes| Frame::decode(bytes).is_ok() },
     Target { name: "push", samples: pushes, parse: |bytes| Push::decode(bytes).is_ok() },
@@ -60,6 +61,7 @@ pub(super) const TARGETS: &[Target] = &[
     Target { name: "settings", samples: config::samples, parse: config::fuzz },
 ];
 
+/// Runs a parser of text on bytes.
 fn as_text(bytes: &[u8], parse: impl FnOnce(&str) -> bool) -> bool {
     std::str::from_utf8(bytes).is_ok_and(parse)
 }
@@ -113,9 +115,9 @@ fn requests() -> Vec<Vec<u8>> {
 }
 
 fn responses() -> Vec<Vec<u8>> {
-    let refused = Response::Refused(Refusal::Unreadable("no such bucket".to_owned().into()));
+    let refused = Response::Refused(Refusal::Malformed("no such bucket".to_owned().into()));
     let facts = Response::Facts { facts: facts(), down: Vec::new(), down_as: None };
-    let arrivals = Arrivals { there_for_ms: 60_000, came: 0x55, samples: 20, shed: false };
+    let arrivals = Arrivals { pod_age_ms: 60_000, came: 0x55, samples: 20, shed: false };
     let report = Report { arrivals: Some(arrivals), ..Report::default() };
     let report = Response::Report(Box::new(report));
     [Response::Same, refused, facts, report].into_iter().map(|response| response.encode()).collect()
@@ -137,7 +139,7 @@ fn packets() -> Vec<Vec<u8>> {
     vec![SwimPacket::new(header, members).encode()]
 }
 
-/// A key, a zero byte, and the value.
+/// Parses a database entry: key, zero byte, value.
 fn parse_record(bytes: &[u8]) -> bool {
     let Some(end) = bytes.iter().position(|byte| *byte == 0) else { return false };
     Record::decode(&bytes[..end], &bytes[end + 1..]).is_ok()
@@ -174,7 +176,7 @@ fn keyrings() -> Vec<Vec<u8>> {
     secret.map(|secret| Keyring::new(secret).to_string().into_bytes()).into_iter().collect()
 }
 
-/// A link, a neighbor, a route, and an error, as the kernel tells of them.
+/// Returns messages of the kernel about a link, a neighbor and a route, and all three in one buffer.
 fn netlink_messages() -> Vec<Vec<u8>> {
     let link = LinkUnspec::new_with_index(5).name("gossamer.1".to_owned());
     let mut neighbor = NeighbourMessage::default();

@@ -18,7 +18,7 @@ use serde_json::Value;
 use super::Host;
 use crate::api;
 
-/// A running `gossamer agent`. Killed when dropped.
+/// A running `gossamer agent`. The process is killed on drop.
 #[derive(Debug)]
 pub struct Agent {
     child: Child,
@@ -28,11 +28,17 @@ pub struct Agent {
 
 impl Agent {
     /// Starts `program agent` on a host, with all its files in the host's directory.
+    ///
+    /// # Errors
+    /// Fails if the log cannot be opened or the process cannot be started.
     pub fn start(program: &Path, host: &Host, arguments: &[&str]) -> io::Result<Self> {
         Self::start_with(program, host, arguments, &[])
     }
 
-    /// The same, with these variables in its environment.
+    /// Like [`Self::start`], with additional environment variables.
+    ///
+    /// # Errors
+    /// Fails if the log cannot be opened or the process cannot be started.
     pub fn start_with(
         program: &Path,
         host: &Host,
@@ -61,20 +67,25 @@ impl Agent {
         Ok(Self { child, socket, log })
     }
 
+    /// Returns the process id.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
+    /// Returns the path of the control socket.
     pub fn socket(&self) -> &Path {
         &self.socket
     }
 
-    /// Everything it has logged, earlier runs on this host included.
+    /// Returns the log, including that of earlier runs on this host.
     pub fn log(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
 
-    /// Asks over the control socket, waiting for the agent to open it if need be.
+    /// Queries the agent over the control socket. Waits until the socket exists.
+    ///
+    /// # Errors
+    /// Fails if the agent ends, refuses the request, or does not answer within `patience`.
     pub fn ask(&mut self, target: &str, patience: Duration) -> anyhow::Result<Value> {
         api::block_on(async {
             tokio::time::timeout(patience, async {
@@ -95,7 +106,10 @@ impl Agent {
         })?
     }
 
-    /// Waits until the node has converged with so many members; gives its status.
+    /// Waits until the node has converged with `members` members, and returns its status.
+    ///
+    /// # Errors
+    /// Fails if that takes longer than `patience`.
     pub fn wait_converged(&mut self, members: usize, patience: Duration) -> anyhow::Result<Value> {
         let target = format!("/v1/status?wait={}&members={members}", patience.as_secs());
         let status = self.ask(&target, patience + Duration::from_secs(5))?;
@@ -105,7 +119,10 @@ impl Agent {
         Ok(status)
     }
 
-    /// Waits until the node has its subnet: an agent answers before it has read its state.
+    /// Waits until the node has its subnet: an agent may answer before it has read its state.
+    ///
+    /// # Errors
+    /// Fails if that takes longer than `patience`.
     pub fn wait_subnet(&mut self, patience: Duration) -> anyhow::Result<Ipv4Net> {
         let begun = Instant::now();
         loop {
@@ -118,26 +135,38 @@ impl Agent {
         }
     }
 
-    /// The subnet in a status.
+    /// Returns the subnet in a status.
+    ///
+    /// # Errors
+    /// Fails if there is none.
     pub fn subnet(status: &Value) -> anyhow::Result<Ipv4Net> {
         let text = status["subnet"].as_str().ok_or_else(|| anyhow::anyhow!("no subnet"))?;
         Ok(text.parse()?)
     }
 
-    /// Makes it leave the cluster for good, and waits for its end.
+    /// Makes the node leave its cluster for good, and waits for the end of the process.
+    ///
+    /// # Errors
+    /// Fails if the agent refuses.
     pub fn leave(&mut self) -> anyhow::Result<Value> {
         let answer = api::block_on(api::post(&self.socket, "/v1/leave"))??;
         self.child.wait()?;
         Ok(answer)
     }
 
-    /// Sends a signal and waits for the end.
+    /// Sends a signal and waits for the end of the process.
+    ///
+    /// # Errors
+    /// Fails if the process no longer exists.
     pub fn end(&mut self, signal: Signal) -> io::Result<ExitStatus> {
         kill(Pid::from_raw(self.child.id().cast_signed()), signal)?;
         self.child.wait()
     }
 
-    /// Waits for an end of its own accord.
+    /// Waits for the end of the process.
+    ///
+    /// # Errors
+    /// Fails if the process cannot be waited for.
     pub fn wait(&mut self) -> io::Result<ExitStatus> {
         self.child.wait()
     }

@@ -1,9 +1,9 @@
-//! What a process costs, as the kernel counts it.
+//! CPU time and memory of a process, as the kernel counts them.
 
 use std::fs;
 
-/// Seconds on a CPU since its start, all threads that still run; finer than the ticks of `/proc/PID/stat`
-/// (Documentation/scheduler/sched-stats.rst).
+/// Returns the CPU seconds that the running threads of a process have used. `schedstat` is finer than the
+/// ticks of `/proc/PID/stat` (Documentation/scheduler/sched-stats.rst).
 pub fn cpu_seconds(pid: u32) -> f64 {
     let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
     let nanos = threads.filter_map(|thread| {
@@ -13,7 +13,7 @@ pub fn cpu_seconds(pid: u32) -> f64 {
     nanos.sum::<f64>() / 1e9
 }
 
-/// A field of `/proc/PID/status` in MiB, like "VmRSS:".
+/// Returns a field of `/proc/PID/status`, such as "VmRSS:", in MiB; NaN if it is missing.
 pub fn memory_mib(pid: u32, field: &str) -> f64 {
     let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let line = text.lines().find_map(|line| line.strip_prefix(field));

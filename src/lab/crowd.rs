@@ -1,8 +1,8 @@
-//! Members that never joined: a cluster of a thousand as its members see it, on a machine that could not run
-//! one.
+//! Members that exist only as records: a cluster of a thousand members on a machine that could not run
+//! them.
 //!
-//! Written into the database of a node whose agent is stopped, as if they had joined by it. When it starts
-//! again all others learn of them.
+//! The records are written to the database of a stopped agent, as if the members had joined through it.
+//! When it starts again, all other agents learn them.
 
 use std::{collections::BTreeMap, net::Ipv4Addr};
 
@@ -14,7 +14,10 @@ use crate::{
     wire::{Key, Record},
 };
 
-/// Adds these members, each with one of the host's free subnets; gives all that is in the database then.
+/// Adds member records, each with one of the host's free slots. Returns all records of the database.
+///
+/// # Errors
+/// Fails if the host has no database, an agent uses it, or it has too few free slots.
 pub fn add_crowd(host: &Host, crowd: &[MemberRecord]) -> anyhow::Result<Vec<(Key, Record)>> {
     let state = StateDir::open(&host.dir.join("state"))?;
     let seed = state.node_key()?.ok_or_else(|| anyhow::anyhow!("no node ever ran there"))?;
@@ -57,7 +60,8 @@ fn lease(slot: Slot, member: &MemberRecord, before: SlotRecord) -> Run {
     Run { start: slot, len: 1, record }
 }
 
-/// One in a network behind the underlay's router, where nobody is; gossip will never meet it.
+/// Returns the record of a member behind the underlay's router, at an address that no host has. Gossip
+/// never reaches it.
 pub fn absent_member(number: u16) -> MemberRecord {
     let mut key = [0; 32];
     key[..2].copy_from_slice(&number.to_be_bytes());
@@ -69,7 +73,7 @@ pub fn absent_member(number: u16) -> MemberRecord {
         node,
         version: Version { starts: 1, change: 0 },
         boot: BootId::from_bytes([1; 8]),
-        // Letters, digits and a hyphen are a name.
+        // The name is valid: letters, digits and a hyphen.
         name: name.parse().unwrap_or_else(|_| unreachable!("{name}")),
         address: (ip, 8473).into(),
         vtep: Vtep { mac: Mac::of_node(node), underlay: ip.into() },

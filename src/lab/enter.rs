@@ -1,6 +1,6 @@
-//! Entering fresh namespaces: user (unless root), mount, process and network.
+//! Enters new namespaces: user (unless root), mount, process and network.
 //!
-//! The process tree below dies with its first process, so nothing is ever left behind, however it ends.
+//! All processes in them die with the first one, so nothing remains, however that one ends.
 
 use std::{
     fs, io,
@@ -14,27 +14,39 @@ use nix::{
     unistd::{Gid, Uid, getgid, getuid},
 };
 
-/// Set in the environment of everything that runs inside.
+/// Environment variable that is set for all processes inside.
 pub const INSIDE: &str = "GOSSAMER_LAB";
 
-/// This machine does not let us make namespaces.
+/// Why namespaces could not be entered.
 #[derive(Debug, thiserror::Error)]
 pub enum EnterError {
+    /// The user may not create namespaces.
     #[error(
-        "no namespaces for ordinary users here ({error}): run as root, or allow them: \
+        "ordinary users may not create namespaces here ({error}): run as root, or allow it: \
          sysctl -w user.max_user_namespaces=10000 (and, where they exist, \
          kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0)"
     )]
-    Forbidden { error: io::Error },
+    Forbidden {
+        /// The kernel's error.
+        error: io::Error,
+    },
+    /// Root lacks the capabilities to create namespaces.
     #[error(
         "cannot make namespaces as root ({error}): a container needs CAP_SYS_ADMIN (--privileged)"
     )]
-    NotPrivileged { error: io::Error },
+    NotPrivileged {
+        /// The kernel's error.
+        error: io::Error,
+    },
+    /// The namespaces exist, but preparing them or starting the command failed.
     #[error("inside the namespaces: {0}")]
     Inside(#[from] io::Error),
 }
 
-/// Runs a command in namespaces of its own and gives its exit code. The process must have one thread.
+/// Runs a command in new namespaces and returns its exit code. The process must have one thread.
+///
+/// # Errors
+/// Fails if the namespaces cannot be created, or if the command cannot be started in them.
 pub fn enter(command: &mut Command) -> Result<ExitCode, EnterError> {
     let (uid, gid) = (getuid(), getgid());
     let own = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWPID;
@@ -57,8 +69,8 @@ pub fn enter(command: &mut Command) -> Result<ExitCode, EnterError> {
     Ok(ExitCode::from(code))
 }
 
-/// For programs that live inside: runs this one once more in namespaces of its own, or says that it could
-/// not. None: it is inside already.
+/// Runs this program again in new namespaces, with these arguments. Returns `None` if it already is
+/// inside, and success with a line `SKIPPED` if namespaces are not possible.
 pub fn rerun_inside(arguments: &[String]) -> Option<ExitCode> {
     if std::env::var_os(INSIDE).is_some() {
         return None;
@@ -72,8 +84,8 @@ pub fn rerun_inside(arguments: &[String]) -> Option<ExitCode> {
     }))
 }
 
-/// A signal to us ends the command at once, and with it, as the first process of its namespaces,
-/// everything inside: there is nothing outside to clean up.
+/// Waits for the command. A signal to this process kills the command, and with it, as the first process
+/// of its namespaces, everything inside.
 fn wait(mut child: std::process::Child) -> io::Result<u8> {
     use nix::sys::signal::{SigSet, Signal, kill};
     let pid = nix::unistd::Pid::from_raw(child.id().cast_signed());
@@ -94,14 +106,14 @@ fn wait(mut child: std::process::Child) -> io::Result<u8> {
     }
 }
 
-/// Root inside is the caller outside.
+/// Maps the caller to root inside.
 fn map_to_root(uid: Uid, gid: Gid) -> io::Result<()> {
     fs::write("/proc/self/setgroups", "deny")?;
     fs::write("/proc/self/uid_map", format!("0 {uid} 1"))?;
     fs::write("/proc/self/gid_map", format!("0 {gid} 1"))
 }
 
-/// A `/run` of our own, for sockets, states and the names of network namespaces.
+/// Mounts a private `/run`, for sockets, state directories and the names of network namespaces.
 fn private_run() -> io::Result<()> {
     let none: Option<&str> = None;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;

@@ -1,4 +1,4 @@
-//! A non-member that floods a node with first packets of handshakes, under forged source addresses.
+//! A non-member that floods a node with first packets of handshakes from forged source addresses.
 
 use std::{
     io,
@@ -19,34 +19,34 @@ use crate::{
     wire::Secret,
 };
 
-/// Each forged address has a socket.
+/// Number of forged addresses, each with a socket of its own.
 const SOURCES: u8 = 250;
-/// Different first packets that are made beforehand, and sent over and over.
+/// Number of different first packets. They are created in advance and sent repeatedly.
 const PACKETS: usize = 2_048;
 
-/// From where the packets seem to come.
+/// Source addresses of the packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {
-    /// Addresses of the underlay's own network that no host has.
+    /// Unused addresses of the underlay's network.
     UnusedNeighbors,
-    /// Addresses far away.
+    /// Addresses outside the underlay's network.
     Far,
-    /// The address of the host that sends.
+    /// The sender's real address.
     Honest,
 }
 
-/// Sends until it is dropped.
+/// A flood of packets. It ends on drop.
 pub struct Flood {
-    ends: Arc<AtomicBool>,
+    stop: Arc<AtomicBool>,
     sent: Arc<AtomicU64>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Flood {
-    /// Begins to send so many packets per second from a host.
+    /// Starts to send `per_second` packets per second from a host.
     ///
     /// # Errors
-    /// Fails if the packets cannot be made, or if the host may not forge addresses.
+    /// Fails if the packets cannot be created, or if the host may not forge addresses.
     pub fn start(
         host: &Host,
         to: SocketAddrV4,
@@ -63,28 +63,28 @@ impl Flood {
         };
         let sockets: Vec<UdpSocket> =
             host.netns.run(|| (1..=SOURCES).map(|n| socket(from(n))).collect::<io::Result<_>>())?;
-        let (ends, sent) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let (stop, sent) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let thread = thread::spawn({
-            let (ends, sent) = (ends.clone(), sent.clone());
+            let (stop, sent) = (stop.clone(), sent.clone());
             move || {
                 let begun = Instant::now();
                 let due = |count: u64| Duration::from_secs(count) / per_second;
                 for (count, packet) in (0..).zip(packets.iter().cycle()) {
-                    if ends.load(Ordering::Relaxed) {
+                    if stop.load(Ordering::Relaxed) {
                         break;
                     }
                     thread::sleep(due(count).saturating_sub(begun.elapsed()));
                     let socket = &sockets[count as usize % sockets.len()];
-                    // A full queue loses some, as networks do.
+                    // A full send queue loses packets, which is acceptable.
                     let is_sent = socket.send_to(packet, to).is_ok();
                     sent.fetch_add(u64::from(is_sent), Ordering::Relaxed);
                 }
             }
         });
-        Ok(Self { ends, sent, thread: Some(thread) })
+        Ok(Self { stop, sent, thread: Some(thread) })
     }
 
-    /// Packets sent so far.
+    /// Returns the number of packets sent so far.
     pub fn sent(&self) -> u64 {
         self.sent.load(Ordering::Relaxed)
     }
@@ -92,14 +92,14 @@ impl Flood {
 
 impl Drop for Flood {
     fn drop(&mut self) {
-        self.ends.store(true, Ordering::Relaxed);
+        self.stop.store(true, Ordering::Relaxed);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
     }
 }
 
-/// A socket of any address, its own or not.
+/// Opens a socket that sends from any address, also from one that the host does not have.
 fn socket(from: Ipv4Addr) -> io::Result<UdpSocket> {
     let socket = Socket::new(Domain::IPV4, Type::DGRAM, Some(Protocol::UDP))?;
     socket.set_ip_transparent_v4(true)?;

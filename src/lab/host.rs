@@ -1,4 +1,4 @@
-//! Hosts, the underlay that joins them, and pods.
+//! Hosts, their underlay, and pods.
 
 use std::{
     io,
@@ -14,39 +14,49 @@ use rtnetlink::{LinkBridge, LinkUnspec, LinkVeth};
 use super::NetNs;
 use crate::netlink::Netlink;
 
-/// Prefix length of the underlay 10.99.0.0/16; the bridge is its router.
+/// Prefix length of the underlay 10.99.0.0/16.
 const UNDERLAY_LEN: u8 = 16;
+/// Address of the bridge, which routes for the underlay.
 const ROUTER: Ipv4Addr = Ipv4Addr::new(10, 99, 0, 1);
+/// Name of the bridge.
 const BRIDGE: &str = "underlay";
 
-/// A bridge in the present namespace, and hosts on it.
+/// The underlay: a bridge in the current network namespace, to which hosts are connected.
 pub struct Lab {
     netlink: Netlink,
     bridge: u32,
 }
 
-/// A host: a namespace with `eth0` on the underlay.
+/// A host: a network namespace with `eth0` on the underlay.
 #[derive(Debug)]
 pub struct Host {
+    /// Name of the host and of its namespace.
     pub name: String,
+    /// Address on the underlay.
     pub ip: Ipv4Addr,
+    /// Network namespace.
     pub netns: NetNs,
-    /// Its files: state, socket, subnet.env, log.
+    /// Directory of its files: state, socket, subnet.env, log.
     pub dir: PathBuf,
 }
 
-/// A pod of a host: a namespace behind the host's pod bridge.
+/// A pod: a network namespace behind the host's pod bridge.
 #[derive(Debug)]
 pub struct Pod {
+    /// Network namespace.
     pub netns: NetNs,
+    /// Address in the host's subnet.
     pub ip: Ipv4Addr,
 }
 
 impl Lab {
-    /// Must run inside namespaces made by [`super::enter()`].
+    /// Creates the underlay. Must run inside namespaces created by [`super::enter()`].
+    ///
+    /// # Errors
+    /// Fails if the kernel refuses to create the bridge.
     pub fn new() -> io::Result<Self> {
-        // The numbers of processes as they are in here. Some containers forbid it; then /proc shows
-        // those outside, which only measurements would mind.
+        // Makes /proc show the processes of the new process namespace. Some containers forbid this mount;
+        // only measurements of processes then fail.
         let none: Option<&str> = None;
         let _ = mount(Some("proc"), "/proc", Some("proc"), MsFlags::empty(), none);
         let mut netlink = Netlink::open()?;
@@ -58,7 +68,10 @@ impl Lab {
         Ok(Self { netlink, bridge })
     }
 
-    /// Adds the `number`-th host (1 to 60,000), 10.99.x.y.
+    /// Adds the host with this number (1 to 60,000), whose address is 10.99.x.y.
+    ///
+    /// # Errors
+    /// Fails if the kernel refuses, for example because the host already exists.
     pub fn host(&mut self, number: u16, name: &str) -> io::Result<Host> {
         let [high, low] = (number + 9).to_be_bytes();
         let ip = Ipv4Addr::new(10, 99, high, low);
@@ -71,14 +84,17 @@ impl Lab {
         inside.set_link(LinkUnspec::new_with_index(eth0).up())?;
         inside.add_route(Ipv4Net::default(), ROUTER)?;
         netns.sysctl("net/ipv4/ip_forward", "1")?;
-        // Where the kernel has no IPv6 there is nothing to forward.
+        // Fails on a kernel without IPv6, where no forwarding is needed.
         let _ = netns.sysctl("net/ipv6/conf/all/forwarding", "1");
         let dir = PathBuf::from("/run/lab").join(name);
         std::fs::create_dir_all(&dir)?;
         Ok(Host { name: name.to_owned(), ip, netns, dir })
     }
 
-    /// Pulls or plugs the veth pair of a host.
+    /// Connects or disconnects a host's cable to the underlay.
+    ///
+    /// # Errors
+    /// Fails if there is no such host.
     pub fn set_veth(&mut self, number: u16, plugged: bool) -> io::Result<()> {
         let index = self.netlink.index_of(&format!("port{number}"))?;
         let link = LinkUnspec::new_with_index(index);
@@ -94,8 +110,10 @@ impl Lab {
 }
 
 impl Host {
-    /// Adds a pod in `subnet`, behind the bridge `pods` that has the subnet's first address: what a CNI
-    /// plugin would do.
+    /// Adds a pod as a CNI plugin would: behind a bridge `pods` that has the subnet's first address.
+    ///
+    /// # Errors
+    /// Fails if the subnet has no address for a pod, or if the kernel refuses.
     pub fn pod(&self, subnet: Ipv4Net, mtu: u32) -> io::Result<Pod> {
         let netns = NetNs::new(&format!("{}-pod", self.name))?;
         let mut outside = self.netns.netlink()?;
@@ -119,7 +137,7 @@ impl Host {
     }
 }
 
-/// A veth pair with one end in the present namespace of `netlink` and the other inside `netns`.
+/// Creates a veth pair with one end in the namespace of `netlink` and the other in `netns`.
 fn veth_into(
     netlink: &mut Netlink,
     netns: &NetNs,
@@ -127,7 +145,7 @@ fn veth_into(
     inner: &str,
     mtu: Option<u32>,
 ) -> io::Result<()> {
-    // The peer must not exist under its final name here: there may be an eth0 already.
+    // The inner end has its final name only inside: here the name may be taken, such as eth0.
     let passing = format!("{outer}-peer");
     netlink.create_link(LinkVeth::new(outer, &passing).build())?;
     let index = netlink.index_of(&passing)?;

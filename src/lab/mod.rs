@@ -1,8 +1,7 @@
 //! A cluster on one machine: hosts as network namespaces on a bridge, each with a real agent and a pod.
 //!
-//! For the demo, the tests and the benchmarks. Everything is made inside private namespaces, entered by
-//! [`enter()`], so it works without root and nothing of it can outlive or disturb anything else. Nothing
-//! of the product may use this module.
+//! The demo, the tests and the benchmarks use it; the product must not. Everything exists in private
+//! namespaces, entered by [`enter()`], so it needs no root, disturbs nothing, and leaves nothing behind.
 
 mod agent;
 mod cost;
@@ -26,6 +25,6 @@ pub use flood::{Flood, Source};
 pub use host::{Host, Lab, Pod};
 pub use netns::NetNs;
 pub use ping::Pinger;
-pub use plugin::{Called, PLUGINS, call_plugin};
+pub use plugin::{PLUGINS, PluginResult, call_plugin};
 pub use show::tables;
-pub use silence::Silence;
+pub use silence::StalledHandshakes;

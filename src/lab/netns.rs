@@ -1,4 +1,4 @@
-//! Network namespaces with a name under `/run/netns`, where `ip netns` finds them too.
+//! Network namespaces. Named ones are mounted below `/run/netns`, where `ip netns` finds them.
 
 use std::{
     fs::{self, File},
@@ -14,7 +14,7 @@ use nix::{
 
 use crate::netlink::{Netlink, in_thread, inside};
 
-/// A network namespace; it lives as long as its name is mounted.
+/// A network namespace. A named one exists until its name is unmounted.
 #[derive(Debug)]
 pub struct NetNs {
     name: String,
@@ -22,7 +22,10 @@ pub struct NetNs {
 }
 
 impl NetNs {
-    /// Makes one, with its loopback interface up.
+    /// Creates a named namespace with its loopback interface up.
+    ///
+    /// # Errors
+    /// Fails if the kernel refuses, or if the name cannot be mounted.
     pub fn new(name: &str) -> io::Result<Self> {
         let path = PathBuf::from("/run/netns").join(name);
         File::create(&path)?;
@@ -36,7 +39,10 @@ impl NetNs {
         Ok(Self { name: name.to_owned(), file: File::open(path)? })
     }
 
-    /// Makes one that lives as long as this value: `name` is no file's. Needs no mounts.
+    /// Creates a namespace that exists as long as this value. `name` is only a label; nothing is mounted.
+    ///
+    /// # Errors
+    /// Fails if the kernel refuses.
     pub fn unnamed(name: &str) -> io::Result<Self> {
         let file = in_thread(|| {
             unshare(CloneFlags::CLONE_NEWNET)?;
@@ -46,29 +52,44 @@ impl NetNs {
         Ok(Self { name: name.to_owned(), file })
     }
 
+    /// Returns the name.
     pub fn name(&self) -> &str {
         &self.name
     }
 
+    /// Returns the open namespace file.
     pub fn file(&self) -> &File {
         &self.file
     }
 
-    /// Runs a function in a thread that is inside. Sockets it opens stay inside for good.
+    /// Runs a function in a thread inside the namespace. Sockets that it opens stay in the namespace.
+    ///
+    /// # Errors
+    /// Fails if the namespace cannot be entered, or with the function's error.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
         inside(&self.file, work)
     }
 
-    /// Starts a process inside.
+    /// Starts a process inside the namespace.
+    ///
+    /// # Errors
+    /// Fails if the process cannot be started.
     pub fn spawn(&self, command: &mut Command) -> io::Result<Child> {
         self.run(|| command.spawn())
     }
 
+    /// Opens a netlink socket inside the namespace.
+    ///
+    /// # Errors
+    /// Fails if the kernel refuses.
     pub fn netlink(&self) -> io::Result<Netlink> {
         self.run(Netlink::open)
     }
 
-    /// Sets `net/...` below /proc/sys.
+    /// Sets a sysctl; `key` is a path below /proc/sys that begins with `net/`.
+    ///
+    /// # Errors
+    /// Fails if there is no such key, or if it does not accept the value.
     pub fn sysctl(&self, key: &str, value: &str) -> io::Result<()> {
         self.run(|| fs::write(PathBuf::from("/proc/sys").join(key), value))
     }

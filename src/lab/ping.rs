@@ -1,4 +1,4 @@
-//! `ping` from inside a namespace, so that no such program is needed.
+//! `ping` from inside a namespace, without an external program.
 
 use std::{
     io,
@@ -11,26 +11,34 @@ use socket2::Socket;
 use super::NetNs;
 use crate::{
     dataplane::paths::FLOWS,
-    icmp::{self, Asker, Family, IcmpEvent, What},
+    icmp::{self, Family, IcmpEvent, IcmpKind, ProbeIdentity},
 };
 
-/// Asks from one namespace.
+/// Sends ICMP echo requests from one namespace.
 pub struct Pinger {
     socket: Socket,
-    asker: Asker,
+    asker: ProbeIdentity,
     sequence: u16,
 }
 
 impl Pinger {
+    /// Opens a socket in a namespace.
+    ///
+    /// # Errors
+    /// Fails if the kernel refuses the socket.
     pub fn new(netns: &NetNs) -> io::Result<Self> {
-        // It sends no datagrams.
-        let asker = Asker { identifier: (std::process::id() & 0xffff) as u16, ports: [0; FLOWS] };
+        // Only the identifier matters: a pinger sends no datagrams.
+        let asker =
+            ProbeIdentity { identifier: (std::process::id() & 0xffff) as u16, ports: [0; FLOWS] };
         Ok(Self { socket: netns.run(|| Family::Inet.open())?, asker, sequence: 0 })
     }
 
-    /// Sends one request and waits for its reply: the round trip, or None if none came in time.
+    /// Sends one request and waits for its reply. Returns the round trip, or `None` on timeout.
+    ///
+    /// # Errors
+    /// Fails if the request cannot be sent.
     pub fn ping(&mut self, to: Ipv4Addr, timeout: Duration) -> io::Result<Option<Duration>> {
-        // On one machine the reply may be here before the call that sends returns.
+        // On one machine the reply may arrive before `send` returns.
         let sent = Instant::now();
         self.send(to)?;
         while let Some(left) = timeout.checked_sub(sent.elapsed()).filter(|left| !left.is_zero()) {
@@ -41,12 +49,15 @@ impl Pinger {
         Ok(None)
     }
 
-    /// Sends `count` requests, one each `interval`, and says how many were answered.
+    /// Sends `count` requests, one per `interval`, and returns the number of replies.
+    ///
+    /// # Errors
+    /// Fails if the socket fails. A request that cannot be sent counts as unanswered.
     pub fn stream(&mut self, to: Ipv4Addr, count: u16, interval: Duration) -> io::Result<u16> {
         let start = Instant::now();
         let mut answered = 0;
         for number in 0..count {
-            // An unreachable network is a lost packet, like any other.
+            // An unreachable network counts as a lost packet.
             let _ = self.send(to);
             let next = start + interval * (u32::from(number) + 1);
             while let Some(left) =
@@ -74,11 +85,12 @@ impl Pinger {
         Ok(())
     }
 
-    /// The next reply to us: from whom, and its number. None if the time is over or it was something else.
+    /// Receives the next reply and returns its sender and sequence number. Returns `None` on timeout or
+    /// for another packet.
     fn receive(&self, timeout: Duration) -> io::Result<Option<(IpAddr, u16)>> {
         self.socket.set_read_timeout(Some(timeout.max(Duration::from_micros(1))))?;
         match Family::Inet.receive(&self.socket, self.asker) {
-            Ok(Some(IcmpEvent { from, what: What::Answer(number), .. })) => {
+            Ok(Some(IcmpEvent { from, kind: IcmpKind::Answer(number), .. })) => {
                 Ok(Some((from, number)))
             }
             Ok(_) => Ok(None),

@@ -1,4 +1,4 @@
-//! Calls of a CNI plugin, as a runtime makes them.
+//! Calls CNI plugins as a container runtime does.
 
 use std::{
     io::Write as _,
@@ -12,41 +12,42 @@ use serde_json::Value;
 
 use super::NetNs;
 
-/// Where Debian has its CNI plugins.
+/// Directory of Debian's CNI plugins.
 pub const PLUGINS: &str = "/usr/lib/cni";
 
-/// How a call went.
+/// Result of a call.
 #[derive(Clone, Debug)]
-pub struct Called {
-    /// What the plugin's process took.
-    pub took: Duration,
-    pub is_done: bool,
-    /// What it printed; nothing if that is no JSON.
-    pub said: Value,
+pub struct PluginResult {
+    /// Run time of the plugin's process.
+    pub duration: Duration,
+    /// Whether the plugin succeeded.
+    pub succeeded: bool,
+    /// The plugin's output; `null` if it is not JSON.
+    pub output: Value,
 }
 
-impl Called {
-    /// The time of a call that must succeed.
+impl PluginResult {
+    /// Returns the run time of a call that must succeed.
     ///
     /// # Errors
-    /// Fails with what the plugin said if it has failed.
+    /// Fails with the plugin's output if the plugin failed.
     pub fn done(self) -> anyhow::Result<Duration> {
-        anyhow::ensure!(self.is_done, "the plugin failed: {}", self.said);
-        Ok(self.took)
+        anyhow::ensure!(self.succeeded, "the plugin failed: {}", self.output);
+        Ok(self.duration)
     }
 }
 
-/// Calls a plugin in a host's namespace for a container whose namespace has the container's name.
+/// Calls a plugin in a host's namespace. The container's namespace has the container's name.
 ///
 /// # Errors
-/// Fails if the plugin cannot be run.
+/// Fails if the plugin cannot be started.
 pub fn call_plugin(
     program: &Path,
     host: &NetNs,
     config: &Value,
     verb: &str,
     container: &str,
-) -> anyhow::Result<Called> {
+) -> anyhow::Result<PluginResult> {
     let mut command = Command::new(program);
     command
         .env("CNI_COMMAND", verb)
@@ -61,8 +62,8 @@ pub fn call_plugin(
     let mut input = child.stdin.take().context("a pipe")?;
     input.write_all(config.to_string().as_bytes())?;
     drop(input);
-    let output = child.wait_with_output()?;
-    let took = begun.elapsed();
-    let said = serde_json::from_slice(&output.stdout).unwrap_or(Value::Null);
-    Ok(Called { took, is_done: output.status.success(), said })
+    let finished = child.wait_with_output()?;
+    let duration = begun.elapsed();
+    let output = serde_json::from_slice(&finished.stdout).unwrap_or(Value::Null);
+    Ok(PluginResult { duration, succeeded: finished.status.success(), output })
 }

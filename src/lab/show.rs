@@ -1,4 +1,4 @@
-//! The kernel's tables of a host, in the words of `ip` and `bridge`, read by netlink.
+//! Formats the kernel's tables of a host like `ip` and `bridge`, read by netlink.
 
 use std::{fmt::Write as _, io};
 
@@ -9,7 +9,10 @@ use crate::dataplane::{
     plan::{Actual, Found},
 };
 
-/// What `ip -d link`, `ip route`, `ip neigh` and `bridge fdb` would print of our device.
+/// Returns gossamer's entries as `ip -d link`, `ip route`, `ip neigh` and `bridge fdb` would print them.
+///
+/// # Errors
+/// Fails if the kernel cannot be queried.
 pub fn tables(host: &Host, device: &str) -> io::Result<String> {
     let actual = host.netns.run(|| {
         let mut kernel = Kernel::open()?;

@@ -1,4 +1,4 @@
-//! A non-member that proves its addresses, begins handshakes, and says nothing more.
+//! A non-member that proves its address, starts handshakes, and never finishes them.
 
 use std::{
     net::{IpAddr, SocketAddr, UdpSocket},
@@ -18,30 +18,30 @@ use crate::{
     wire::Secret,
 };
 
-/// An answer that takes longer is not waited for.
+/// Longest wait for the answer to a first packet.
 const TIMEOUT: Duration = Duration::from_millis(50);
 
-/// Begins handshakes, one after another, until it is dropped.
-pub struct Silence {
-    ends: Arc<AtomicBool>,
+/// Starts handshakes, one after another, until it is dropped.
+pub struct StalledHandshakes {
+    stop: Arc<AtomicBool>,
     begun: Arc<AtomicU64>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl Silence {
-    /// Begins handshakes with an address from all of these addresses by turns.
+impl StalledHandshakes {
+    /// Starts handshakes with `to`, from each of the addresses in turn.
     ///
     /// # Errors
-    /// Fails if the non-member's credentials cannot be made.
+    /// Fails if the non-member's credentials cannot be created.
     pub fn start(netns: &NetNs, to: SocketAddr, from: Vec<IpAddr>) -> anyhow::Result<Self> {
         let key = NodeKey::from_seed([66; 32])?;
         let non_member = Credentials::new(&[Secret::new(vec![66; 32])?], &key)?;
-        let (ends, begun) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let (stop, begun) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let work = {
-            let (ends, begun) = (ends.clone(), begun.clone());
+            let (stop, begun) = (stop.clone(), begun.clone());
             move || {
                 for address in from.iter().cycle() {
-                    if ends.load(Ordering::Relaxed) {
+                    if stop.load(Ordering::Relaxed) {
                         break;
                     }
                     let socket = UdpSocket::bind((*address, 0));
@@ -51,20 +51,20 @@ impl Silence {
                 }
             }
         };
-        // A thread stays in the network namespace in which it is started.
+        // The thread stays in the network namespace in which it is started.
         let thread = netns.run(|| thread::Builder::new().spawn(work))?;
-        Ok(Self { ends, begun, thread: Some(thread) })
+        Ok(Self { stop, begun, thread: Some(thread) })
     }
 
-    /// Handshakes begun so far.
+    /// Returns the number of handshakes started so far.
     pub fn begun(&self) -> u64 {
         self.begun.load(Ordering::Relaxed)
     }
 }
 
-impl Drop for Silence {
+impl Drop for StalledHandshakes {
     fn drop(&mut self) {
-        self.ends.store(true, Ordering::Relaxed);
+        self.stop.store(true, Ordering::Relaxed);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }

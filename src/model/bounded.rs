@@ -1,4 +1,4 @@
-//! Lists in messages, of no more elements than any cluster needs.
+//! Deserializers for lists in messages, bounded by what a cluster can need.
 
 use std::{fmt, marker::PhantomData};
 
@@ -9,12 +9,15 @@ use serde::{
 
 use super::MAX_SLOTS;
 
-/// No cluster records more members, departed ones included.
+/// Greatest number of member records in a cluster, departed members included.
 pub const MAX_MEMBERS: usize = 1 << 14;
-/// A table holds at most one run for each slot.
+/// Greatest number of runs in a table: one for each slot.
 const MAX_RUNS: usize = MAX_SLOTS as usize;
 
-/// One element for each member.
+/// Deserializes a list with at most [`MAX_MEMBERS`] elements.
+///
+/// # Errors
+/// If the list is longer, or an element is malformed.
 pub fn members<'de, D, T>(deserializer: D) -> Result<Vec<T>, D::Error>
 where
     D: Deserializer<'de>,
@@ -23,7 +26,10 @@ where
     list::<D, T, MAX_MEMBERS>(deserializer)
 }
 
-/// One element for each slot.
+/// Deserializes a list with at most [`MAX_SLOTS`] elements.
+///
+/// # Errors
+/// If the list is longer, or an element is malformed.
 pub fn runs<'de, D, T>(deserializer: D) -> Result<Vec<T>, D::Error>
 where
     D: Deserializer<'de>,
@@ -32,7 +38,10 @@ where
     list::<D, T, MAX_RUNS>(deserializer)
 }
 
-/// At most `MAX` elements. The list ends with the first one beyond that, before the rest is read.
+/// Deserializes a list with at most `MAX` elements. Stops at the first element beyond that.
+///
+/// # Errors
+/// If the list is longer, or an element is malformed.
 pub fn list<'de, D, T, const MAX: usize>(deserializer: D) -> Result<Vec<T>, D::Error>
 where
     D: Deserializer<'de>,
@@ -41,6 +50,7 @@ where
     deserializer.deserialize_seq(Bounded::<T, MAX>(PhantomData))
 }
 
+/// Visits a list with at most `MAX` elements.
 struct Bounded<T, const MAX: usize>(PhantomData<T>);
 
 impl<'de, T: Deserialize<'de>, const MAX: usize> Visitor<'de> for Bounded<T, MAX> {
@@ -55,7 +65,7 @@ impl<'de, T: Deserialize<'de>, const MAX: usize> Visitor<'de> for Bounded<T, MAX
         if announced > MAX {
             return Err(A::Error::invalid_length(announced, &self));
         }
-        // What is announced need not come.
+        // The announced length is not trusted: it could cause an allocation for elements that never come.
         let mut list = Vec::with_capacity(announced.min(64));
         while let Some(element) = elements.next_element()? {
             if list.len() == MAX {

@@ -7,51 +7,64 @@ use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 
 use super::{ClusterId, Pool, Text};
 
-/// Made once by the first node, adopted by every joiner, never changed.
+/// The cluster's record. The creator writes it once, each joiner copies it, and it never changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ClusterRecord {
+    /// The cluster id.
     pub id: ClusterId,
+    /// The cluster's settings.
     pub settings: ClusterSettings,
 }
 
-/// Settings on which all nodes must agree for a packet to arrive.
+/// Settings that must be equal on all nodes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ClusterSettings {
+    /// The address pool.
     pub pool: Pool,
-    /// VXLAN network identifier, 1 to 2^24 - 1.
+    /// VXLAN network identifier, from 1 to 2^24 - 1.
     #[serde(deserialize_with = "vni")]
     pub vni: u32,
-    /// UDP port of the VXLAN devices (8472 is the kernel's own default, 4789 IANA's).
+    /// UDP port of the VXLAN devices. The kernel's default is 8472, IANA's number is 4789.
     #[serde(deserialize_with = "port")]
     pub vxlan_port: u16,
 }
 
+/// Deserializes a valid VNI.
 fn vni<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
     let vni = u32::deserialize(deserializer)?;
     let why = || D::Error::custom(format!("vni {vni} is not between 1 and 2^24 - 1"));
     (1..1 << 24).contains(&vni).then_some(vni).ok_or_else(why)
 }
 
+/// Deserializes a nonzero port.
 fn port<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u16, D::Error> {
     let port = u16::deserialize(deserializer)?;
     if port == 0 { Err(D::Error::custom("vxlan_port is 0")) } else { Ok(port) }
 }
 
-/// What a joiner's operator wrote down; fields left out accept whatever the cluster has.
+/// Cluster settings from a joiner's configuration. `None` accepts the cluster's value.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SettingsWish {
+    /// Network of the pool.
     pub network: Option<IpNet>,
+    /// Prefix length of subnets in `network`.
     pub subnet_len: Option<u8>,
+    /// First address of the first subnet that may be leased.
     pub subnet_min: Option<IpAddr>,
+    /// First address of the last subnet that may be leased.
     pub subnet_max: Option<IpAddr>,
+    /// IPv6 network of a dual-stack pool.
     pub network6: Option<Ipv6Net>,
+    /// Prefix length of subnets in `network6`.
     pub subnet_len6: Option<u8>,
+    /// VXLAN network identifier.
     pub vni: Option<u32>,
+    /// UDP port of the VXLAN devices.
     pub vxlan_port: Option<u16>,
 }
 
 impl SettingsWish {
-    /// The first field in which the wish contradicts the cluster.
+    /// Returns the first field that contradicts the cluster's settings.
     pub fn difference(&self, cluster: &ClusterSettings) -> Option<Difference> {
         let pool = &cluster.pool;
         let bound = |slot: u32| pool.subnet(super::Slot(slot)).network();
@@ -67,11 +80,14 @@ impl SettingsWish {
     }
 }
 
-/// One setting that a joiner and the cluster see differently.
+/// A setting with different values at a joiner and in the cluster.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Difference {
+    /// Name of the setting.
     pub field: Text,
+    /// The joiner's value.
     pub joiner: Text,
+    /// The cluster's value.
     pub cluster: Text,
 }
 
@@ -82,6 +98,7 @@ impl fmt::Display for Difference {
     }
 }
 
+/// Returns the difference between a configured value and the cluster's.
 fn differs<T: PartialEq + fmt::Display>(
     field: &str,
     wish: Option<T>,
@@ -94,7 +111,7 @@ fn differs<T: PartialEq + fmt::Display>(
     })
 }
 
-/// The same for a setting that the cluster may not have at all.
+/// Returns the difference between a configured value and the cluster's, which may be absent.
 fn differs_if_any<T: PartialEq + fmt::Display>(
     field: &str,
     wish: Option<T>,
@@ -115,7 +132,7 @@ mod tests {
     use super::{super::PoolSpec, *};
 
     #[test]
-    fn a_wish_differs_only_in_what_it_says() {
+    fn wish_differs_only_in_fields_that_are_set() {
         let pool =
             Pool::new(&PoolSpec::of("10.42.0.0/16".parse().expect("network"))).expect("pool");
         let cluster = ClusterSettings { pool, vni: 1, vxlan_port: 8472 };
@@ -127,10 +144,10 @@ mod tests {
         };
         assert_eq!(same.difference(&cluster), None);
         let dual = SettingsWish { network6: "fd42::/48".parse().ok(), ..SettingsWish::default() };
-        let said = dual.difference(&cluster).expect("differs").to_string();
-        assert_eq!(said, "network6 is fd42::/48 here and none in the cluster");
+        let text = dual.difference(&cluster).expect("differs").to_string();
+        assert_eq!(text, "network6 is fd42::/48 here and none in the cluster");
         let other = SettingsWish { vni: Some(7), ..SettingsWish::default() };
-        let said = other.difference(&cluster).expect("differs").to_string();
-        assert_eq!(said, "vni is 7 here and 1 in the cluster");
+        let text = other.difference(&cluster).expect("differs").to_string();
+        assert_eq!(text, "vni is 7 here and 1 in the cluster");
     }
 }

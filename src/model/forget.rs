@@ -1,20 +1,22 @@
-//! The word that a node is gone for good.
+//! The statement that a node is gone permanently.
 
 use serde::{Deserialize, Serialize};
 
 use super::NodeId;
 
-/// Somebody vouches that `node` is gone and never comes back under this identity. Permanent.
+/// States that `node` is gone and never returns under this id. Permanent.
 ///
-/// Of several for one node the greatest holds: a later round outranks an earlier one, and within a round the
-/// order is arbitrary but the same for all.
+/// Of several forgets of one node, the greatest one holds: a later round supersedes an earlier one. Within a
+/// round the order is arbitrary but equal on all nodes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Forget {
+    /// The forgotten node.
     pub node: NodeId,
-    /// 1, and one more each time that a successor has gone before it could take over.
+    /// Starts at 1 and grows by one whenever the successor itself is gone before it has reclaimed the slots.
     pub round: u32,
-    /// The operator takes the risk that somebody knows of a grant that the successor does not.
+    /// Whether the operator accepts the risk that a member knows a grant that the successor does not know.
     pub forced: bool,
-    /// Who issued this, collects the acknowledgements and then owns what `node` owned.
+    /// The node that issued this forget. It collects the acknowledgements and then reclaims the slots of
+    /// `node`.
     pub successor: NodeId,
 }

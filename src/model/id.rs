@@ -1,22 +1,20 @@
 //! Identifiers of nodes, processes and clusters.
 //!
-//! All are eight bytes, shown as sixteen hexadecimal digits. Eight bytes keep the identity that travels
-//! in every gossip packet small (SWIM repeats it for each update), and an accidental collision in a
-//! cluster of 10,000 nodes has a chance of about 3 in 10^12.
+//! All are eight bytes, written as sixteen hexadecimal digits. SWIM repeats a node's identity in each update,
+//! so the length matters. The chance of an accidental collision among 10,000 nodes is about 3 in 10^12.
 
 use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 use sha2::{Digest, Sha256};
 
-/// A node, for as long as its key lives: the hash of its Ed25519 public key.
-///
-/// Never an address and never a host name, so a node keeps its subnet when those change.
+/// A node: a hash of its Ed25519 public key. It is independent of addresses and host names, so a node keeps
+/// its subnet when these change.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct NodeId([u8; 8]);
 
 impl NodeId {
-    /// The first eight bytes of SHA-256 over a fixed label and the raw public key.
+    /// Returns the first eight bytes of SHA-256 over a fixed label and the raw public key.
     pub fn of_public_key(key: &[u8; 32]) -> Self {
         let hash = Sha256::new().chain_update(b"gossamer node id").chain_update(key).finalize();
         let mut id = [0; 8];
@@ -25,21 +23,21 @@ impl NodeId {
     }
 }
 
-/// One process of an agent. Two live ones for one [`NodeId`] mean a copied state directory.
+/// One process of an agent. Two running processes with one [`NodeId`] are a duplicate identity.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BootId([u8; 8]);
 
-/// A cluster: drawn once by the node that creates it. Clusters with different ids never merge.
+/// A cluster: a random number that its creator draws. Clusters with different ids never merge.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ClusterId([u8; 8]);
 
 impl NodeId {
-    /// Stands for "not known yet" in the status of an agent that could not read its key.
+    /// Stands for an unknown id in the status of an agent that could not read its key.
     pub const UNKNOWN: Self = Self([0; 8]);
 }
 
 impl ClusterId {
-    /// Stands for "not known yet" in the frames of a joiner whose token names no cluster.
+    /// Stands for an unknown id in the frames of a joiner whose token names no cluster.
     pub const UNKNOWN: Self = Self([0; 8]);
 }
 
@@ -51,10 +49,12 @@ pub struct IdError(String);
 macro_rules! eight_byte_id {
     ($($name:ident),+) => {$(
         impl $name {
+            /// Returns the id with these bytes.
             pub const fn from_bytes(bytes: [u8; 8]) -> Self {
                 Self(bytes)
             }
 
+            /// Returns the bytes of the id.
             pub const fn as_bytes(&self) -> &[u8; 8] {
                 &self.0
             }
@@ -80,7 +80,7 @@ macro_rules! eight_byte_id {
             }
         }
 
-        /// Digits where people read (JSON, TOML), raw bytes on the wire and on disk.
+        /// Hexadecimal digits in text formats (JSON, TOML), raw bytes on the wire and on disk.
         impl Serialize for $name {
             fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
                 if serializer.is_human_readable() {
@@ -105,6 +105,7 @@ macro_rules! eight_byte_id {
 
 eight_byte_id!(NodeId, BootId, ClusterId);
 
+/// Parses sixteen hexadecimal digits.
 fn parse_hex(text: &str) -> Option<[u8; 8]> {
     if text.len() != 16 || !text.bytes().all(|digit| digit.is_ascii_hexdigit()) {
         return None;
@@ -121,7 +122,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn text_form_round_trips_and_rejects_other_texts() {
+    fn id_round_trips_through_its_text_and_other_texts_are_refused() {
         let id = NodeId::of_public_key(&[7; 32]);
         assert_eq!(id.to_string().parse::<NodeId>(), Ok(id));
         for bad in ["", "12", "zz00000000000000", "00000000000000001", "+1+1+1+1+1+1+1+1"] {
@@ -131,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn different_keys_are_different_nodes() {
+    fn different_keys_give_different_node_ids() {
         assert_ne!(NodeId::of_public_key(&[1; 32]), NodeId::of_public_key(&[2; 32]));
     }
 }

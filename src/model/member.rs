@@ -1,4 +1,4 @@
-//! What a node says about itself, and the identity under which gossip knows it.
+//! What a node publishes about itself, and the identity that gossip uses for it.
 
 use std::{fmt, net::SocketAddr, str::FromStr};
 
@@ -6,82 +6,94 @@ use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 
 use super::{BootId, NodeId, Vtep};
 
-/// Grows on each start of the agent (persisted, flushed before anything is said) and on each renewal
-/// within one run of it (not persisted: the next start is higher anyway).
+/// Version of a node's presence in gossip. It grows with each start of the agent and with each renewal.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
 )]
 pub struct Incarnation {
+    /// Number of starts of the agent. Flushed to disk before the agent sends anything.
     pub starts: u32,
+    /// Number of renewals since the start. Not persisted: the next start exceeds them.
     pub renewals: u32,
 }
 
-/// A node in one of its incarnations: the member that SWIM probes. 10 to 18 bytes on the wire.
+/// A node in one incarnation: the member that SWIM probes. Takes 10 to 18 bytes on the wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Identity {
+    /// The node.
     pub node: NodeId,
+    /// Its incarnation.
     pub incarnation: Incarnation,
 }
 
-/// A member that did not answer, in the incarnation that was probed. The last number is SWIM's own: it counts
-/// refutations of one identity.
+/// A member that did not answer a probe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Suspicion {
+    /// The identity that was probed.
     pub identity: Identity,
+    /// SWIM's own counter of refutations under this identity.
     pub refutation: u16,
 }
 
-/// Version of a [`MemberRecord`]; only the node itself makes new ones.
+/// Version of a [`MemberRecord`]. Only the node itself creates new versions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Version {
-    /// [`Incarnation::starts`] of the process that wrote it.
+    /// [`Incarnation::starts`] of the process that wrote the record.
     pub starts: u32,
     /// Grows with each change within one process.
     pub change: u32,
 }
 
-/// What a node publishes about itself. Copies travel from node to node unchanged.
+/// What a node publishes about itself. Other nodes forward it unchanged.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemberRecord {
+    /// The node.
     pub node: NodeId,
+    /// Version of this record.
     pub version: Version,
+    /// The process that wrote the record.
     pub boot: BootId,
+    /// Node name.
     pub name: NodeName,
-    /// Where peers reach its QUIC endpoint.
+    /// Address of the QUIC endpoint.
     pub address: SocketAddr,
+    /// The VXLAN endpoint.
     pub vtep: Vtep,
-    /// It left for good, and its id never comes back: this member has been told all that it knew.
+    /// Set once the node has left: the successor that accepted its records. The id never returns.
     pub left_to: Option<NodeId>,
 }
 
 impl MemberRecord {
+    /// Whether the node has left.
     pub const fn has_left(&self) -> bool {
         self.left_to.is_some()
     }
 }
 
+/// Greatest length of a name, in characters.
 const MAX_NAME: usize = 63;
 
-/// A host name as an attribute: for people, never identity. 1 to 63 visible ASCII characters.
+/// A node's name for operators: 1 to 63 visible ASCII characters. It identifies nothing.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub struct NodeName(String);
 
 impl NodeName {
+    /// Returns the name.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 }
 
 impl NodeName {
-    /// The name that a host has by itself, made fit for tables: what they cannot show becomes a hyphen, and
-    /// of a name that is too long the domain is left out, then the end. None of an empty one.
+    /// Derives a name from a host name. Characters that are not allowed become hyphens. A name that is too
+    /// long loses its domain, then its end. `None` for an empty one.
     pub fn of_host(host: &str) -> Option<Self> {
-        let shown = |c: char| if c.is_ascii_graphic() { c } else { '-' };
+        let visible_or_hyphen = |c: char| if c.is_ascii_graphic() { c } else { '-' };
         let label = match host.split_once('.') {
             Some((label, _)) if host.chars().count() > MAX_NAME && !label.is_empty() => label,
             _ => host,
         };
-        let name: String = label.chars().map(shown).take(MAX_NAME).collect();
+        let name: String = label.chars().map(visible_or_hyphen).take(MAX_NAME).collect();
         (!name.is_empty()).then_some(Self(name))
     }
 }
@@ -114,9 +126,9 @@ impl fmt::Debug for NodeName {
     }
 }
 
-/// A name that cannot be shown in a table or put on a command line.
+/// A text that is not a valid node name.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is not usable: write 1 to 63 ASCII characters without spaces")]
+#[error("{0:?} is not a node name: use 1 to 63 ASCII characters without spaces")]
 pub struct NodeNameError(String);
 
 #[cfg(test)]
@@ -124,13 +136,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_restart_outranks_every_renewal_before_it() {
+    fn restart_exceeds_every_earlier_renewal() {
         let renewed = Incarnation { starts: 3, renewals: u32::MAX };
         assert!(Incarnation { starts: 4, renewals: 0 } > renewed);
     }
 
     #[test]
-    fn host_name_that_tables_cannot_show_is_made_fit() {
+    fn invalid_host_name_is_converted_to_a_valid_node_name() {
         let name = |host: &str| NodeName::of_host(host).map(|name| name.to_string());
         let domain = ".compute.internal.example".repeat(3);
         assert_eq!(name("node-1.example").as_deref(), Some("node-1.example"));
@@ -143,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_short_visible_ascii() {
+    fn node_name_of_other_than_short_visible_ascii_is_refused() {
         for good in ["a", "node-1.example", &"x".repeat(63)] {
             assert!(good.parse::<NodeName>().is_ok(), "{good}");
         }

@@ -1,8 +1,9 @@
-//! The vocabulary: plain data and its own arithmetic, nothing else.
+//! The data types of the program and their arithmetic.
 //!
-//! Every other module speaks in these types, so one idea has one name in the whole program.
-//! Nothing here may do IO, know a protocol, or decide anything about other nodes.
+//! All other modules use these types, so each concept has one name. This module does no IO, knows no
+//! protocol, and makes no decisions about other nodes.
 
+/// Deserializers that bound the length of lists.
 pub mod bounded;
 mod cluster;
 mod forget;
@@ -33,5 +34,5 @@ pub use selector::{Selector, Transport};
 pub use slot::{Run, SlotRecord, SlotState};
 pub use text::{Text, escaped_lines, visible, visible_lines};
 pub use time::Time;
-pub use unfit::Unfit;
+pub use unfit::UnusableRecord;
 pub use vtep::{Mac, Vtep};

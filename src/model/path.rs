@@ -1,48 +1,49 @@
-//! The way of packets to a peer, as the one who asks sees it.
+//! States of a path to a peer, as the probing node sees it.
 
 use serde::{Deserialize, Serialize};
 
-/// What is known of the way to one peer. Part of what members tell each other: only appended to.
+/// State of the path to one peer. Part of messages between members: new variants are only appended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum PathState {
-    /// Nothing was answered yet, and not enough was lost.
+    /// No request was answered yet, and too few were lost for a conclusion.
     Unknown,
+    /// Requests are answered.
     Ok,
-    /// Nothing that is asked of it through the tunnel is answered: that may be closed, or only the questions.
+    /// No request through the tunnel is answered. Either packets are lost, or only these requests are.
     Unanswered,
-    /// The same, though packets of its own arrive.
+    /// No request is answered, but packets from the peer arrive.
     OneWay,
-    /// Its answers come by another way than our requests go.
+    /// Answers arrive on another path than the requests take.
     Asymmetric,
-    /// Small packets get through, and those of full size do not.
+    /// Small packets arrive, packets of full size do not.
     MtuTooLarge,
-    /// Neither its agent nor its kernel answers.
+    /// Neither the peer's agent nor its kernel answers.
     Dead,
-    /// Dead for so long that its subnet is unreachable by route.
+    /// Dead for so long that the route to its subnet was replaced by an `unreachable` route.
     Withdrawn,
-    /// Some flows get through, and others do not.
+    /// Packets of some flows are lost, those of others arrive.
     PartlyLost,
 }
 
 impl PathState {
-    /// What it means for packets, in a few words.
+    /// Describes the state, as in "packets to NAME: ...".
     pub const fn text(self) -> &'static str {
         match self {
-            Self::Unknown => "nothing is known yet",
-            Self::Ok => "they get through",
-            Self::Unanswered => "nothing that is asked through the tunnel is answered",
-            Self::OneWay => "what is asked is not answered, and packets from there arrive",
-            Self::Asymmetric => "the answers come by another way",
+            Self::Unknown => "not known yet",
+            Self::Ok => "they arrive",
+            Self::Unanswered => "no request through the tunnel is answered",
+            Self::OneWay => "requests are not answered, but packets from the peer arrive",
+            Self::Asymmetric => "answers arrive on another path",
             Self::MtuTooLarge => "those of full size are lost",
             Self::Dead => "neither its agent nor its kernel answers",
-            Self::PartlyLost => "those of some flows are lost, and others get through",
+            Self::PartlyLost => "those of some flows are lost, others arrive",
             Self::Withdrawn => "its subnet is unreachable until it answers again",
         }
     }
 
-    /// Whether somebody should look at it.
-    pub const fn is_bad(self) -> bool {
+    /// Whether the state is a problem.
+    pub const fn is_problem(self) -> bool {
         !matches!(self, Self::Unknown | Self::Ok)
     }
 }

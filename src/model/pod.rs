@@ -1,4 +1,4 @@
-//! A container's place in the overlay: which interface of which container has which addresses.
+//! A pod's attachment to the overlay: container, interface and addresses.
 
 use std::{fmt, net::IpAddr};
 
@@ -6,46 +6,53 @@ use serde::{Deserialize, Serialize};
 
 use super::Mac;
 
-/// One interface of one container. What is asked for, and what is given back, is called by this.
+/// One interface of one container. Requests of runtimes refer to it.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Attachment {
     container: String,
     interface: String,
 }
 
-/// A name that a runtime may not give.
+/// A container id or an interface name that is not allowed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AttachmentError {
+    /// The container or endpoint id is not allowed.
     #[error(
-        "container or endpoint id {0:?}: it begins with a letter or digit, goes on with those, \"_\", \".\" \
-         and \"-\", and has at most 153 characters"
+        "container or endpoint id {0:?}: it must begin with a letter or digit, contain only letters, digits, \
+         \"_\", \".\" and \"-\", and have at most 153 characters"
     )]
     Container(String),
+    /// The interface name is not allowed.
     #[error(
-        "interface name {0:?}: it has 1 to 15 bytes without \"/\", \":\" and white space, and is not \".\" \
-         or \"..\""
+        "interface name {0:?}: it must have 1 to 15 bytes without \"/\", \":\" and white space, and must not \
+         be \".\" or \"..\""
     )]
     Interface(String),
+    /// The kernel would complete the interface name.
     #[error(
-        "interface name {0:?}: the kernel puts a number in the place of \"%d\" and takes no other \"%\": \
-         give the whole name"
+        "interface name {0:?}: the kernel replaces \"%d\" by a number and refuses any other \"%\": give the \
+         complete name"
     )]
     Template(String),
+    /// The interface name has a special meaning below /proc/sys.
     #[error(
-        "interface name {0:?}: the kernel calls the sysctls of all interfaces so: choose another name"
+        "interface name {0:?}: the kernel reserves it for the sysctls of all interfaces: choose another name"
     )]
     Reserved(String),
 }
 
-/// Docker, containerd and CRI-O have 64; `ctr` and nerdctl name the namespace as well, and containerd has 76
-/// for each of the two (`identifiers.maxLength`). The alias of an interface has to hold it.
+/// Greatest length of a container id, in characters. Docker, containerd and CRI-O use 64. `ctr` and nerdctl
+/// prepend the namespace; containerd limits both parts to 76 (`identifiers.maxLength`). The alias of an
+/// interface must be able to hold the id.
 pub const CONTAINER_MAX: usize = 76 + 1 + 76;
-/// `IFNAMSIZ` less the zero at the end.
+/// Greatest length of an interface name, in bytes: `IFNAMSIZ` without the terminating zero.
 const INTERFACE_MAX: usize = 15;
 
 impl Attachment {
+    /// Checks both names.
+    ///
     /// # Errors
-    /// Names that CNI (SPEC.md, section 2) or the kernel (`dev_valid_name`) do not allow.
+    /// If CNI (SPEC.md, section 2) or the kernel (`dev_valid_name`) does not allow a name.
     pub fn new(container: &str, interface: &str) -> Result<Self, AttachmentError> {
         let plain = |c: char| c.is_ascii_alphanumeric();
         let allowed = |c: char| plain(c) || matches!(c, '_' | '.' | '-');
@@ -59,10 +66,12 @@ impl Attachment {
         Ok(Self { container: container.to_owned(), interface: interface.to_owned() })
     }
 
+    /// Returns the container id, or Docker's endpoint id.
     pub fn container(&self) -> &str {
         &self.container
     }
 
+    /// Returns the interface name.
     pub fn interface(&self) -> &str {
         &self.interface
     }
@@ -74,9 +83,11 @@ impl fmt::Display for Attachment {
     }
 }
 
+/// Checks the name of an interface.
+///
 /// # Errors
-/// Names that the kernel does not allow (`dev_valid_name`), that it would complete (`dev_alloc_name`), or
-/// that have another meaning below /proc/sys/net/ipv4/conf (`sysctl_dev_name_is_allowed`).
+/// If the kernel does not allow the name (`dev_valid_name`), would complete it (`dev_alloc_name`), or has
+/// another use for it below /proc/sys/net/ipv4/conf (`sysctl_dev_name_is_allowed`).
 pub fn check_interface_name(name: &str) -> Result<(), AttachmentError> {
     let forbidden = |c: char| matches!(c, '/' | ':') || c.is_whitespace() || c.is_control();
     let fits = (1..=INTERFACE_MAX).contains(&name.len());
@@ -92,28 +103,34 @@ pub fn check_interface_name(name: &str) -> Result<(), AttachmentError> {
     Ok(())
 }
 
-/// An attachment with its addresses, as it is kept on disk.
+/// An attachment with its addresses, as the database holds it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pod {
+    /// Container and interface.
     pub attachment: Attachment,
-    /// On whose behalf: a runtime may collect only what is its own.
+    /// The runtime that requested the attachment, for CNI with its network. A runtime may remove only its own
+    /// attachments.
     pub owner: String,
+    /// The pod's addresses.
     pub addresses: Addresses,
-    /// Path of the network namespace, for people.
+    /// Path of the network namespace, for operators.
     pub netns: String,
-    /// The MAC that a runtime or its user has chosen. Without one, that of a pod of CNI follows from its
-    /// first address, and that of a container of Docker is not known.
+    /// The MAC that a runtime or its user chose. Otherwise `None`: the MAC of a CNI pod follows from its
+    /// first address, and that of a Docker container is unknown.
     pub mac: Option<Mac>,
 }
 
-/// One address, or in a dual-stack overlay one of each family.
+/// One address, or one of each family in a dual-stack overlay.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Addresses {
+    /// The only address, or the IPv4 one.
     pub first: IpAddr,
+    /// The IPv6 address in a dual-stack overlay.
     pub second: Option<IpAddr>,
 }
 
 impl Addresses {
+    /// Iterates over the addresses.
     pub fn iter(self) -> impl Iterator<Item = IpAddr> {
         std::iter::once(self.first).chain(self.second)
     }
@@ -124,7 +141,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_that_could_lead_elsewhere_are_refused() {
+    fn attachment_with_an_unsafe_name_is_refused() {
         let longest = format!("{}-{}", "n".repeat(76), "i".repeat(76));
         for container in ["3f9a-b.c_d", &longest] {
             assert!(Attachment::new(container, "eth0").is_ok(), "{container}");

@@ -1,8 +1,7 @@
 //! The address pool of a cluster and its division into slots of equal size.
 //!
-//! A slot is a number; its subnets follow from the pool: one, or in a dual-stack overlay one of each family.
-//! All arithmetic of addresses lives here, and a [`Pool`] cannot be built from settings that do not fit
-//! together.
+//! A slot is a number; the pool determines its subnets: one, or one of each family in dual stack. All address
+//! arithmetic is in this module. A [`Pool`] always has consistent settings.
 
 use std::{
     fmt,
@@ -13,8 +12,8 @@ use std::{
 use ipnet::{IpNet, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
-/// More slots than this are refused (IPv4) or left unused (IPv6): 10.0.0.0/8 in /24s is the largest pool in
-/// practice, and the bound keeps every table and every frame that lists slots finite.
+/// Greatest number of slots. An IPv4 pool with more is refused; an IPv6 pool leaves the others unused.
+/// 10.0.0.0/8 in /24 subnets is the largest pool in practice, and the limit bounds every table and message.
 pub const MAX_SLOTS: u32 = 1 << 16;
 
 /// The n-th subnet of the pool, counted from the network address.
@@ -27,38 +26,42 @@ impl fmt::Debug for Slot {
     }
 }
 
-/// What a slot stands for: a subnet, and in a dual-stack overlay an IPv6 subnet beside it.
+/// The subnets of a slot: one, or one of each family in dual stack.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Subnets {
+    /// The only subnet, or the IPv4 one.
     pub first: IpNet,
+    /// The IPv6 subnet in dual stack.
     pub second: Option<IpNet>,
 }
 
 impl Subnets {
+    /// Iterates over the subnets.
     pub fn iter(self) -> impl Iterator<Item = IpNet> {
         [Some(self.first), self.second].into_iter().flatten()
     }
 }
 
-/// What an operator says about the pool; anything left out has flannel's default.
+/// Settings of a pool. Omitted ones have flannel's defaults.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PoolSpec {
-    /// IPv4, or IPv6 where the overlay is to have no IPv4.
+    /// The network: IPv4, or IPv6 for an overlay without IPv4.
     pub network: IpNet,
-    /// Prefix length of one node's subnet. Default: 24 (IPv6: 64), or network + 2 where the network is
-    /// narrower than /22 (/62).
+    /// Prefix length of one node's subnet. Default: 24 (IPv6: 64), or the network's length plus 2 if the
+    /// network is narrower than /22 (/62).
     pub subnet_len: Option<u8>,
-    /// First subnet that may be leased. Default: the second of the network.
+    /// First address of the first subnet that may be leased. Default: the second subnet of the network.
     pub subnet_min: Option<IpAddr>,
-    /// Last subnet that may be leased. Default: the last of the network.
+    /// First address of the last subnet that may be leased. Default: the last subnet of the network.
     pub subnet_max: Option<IpAddr>,
     /// The IPv6 network of a dual-stack overlay.
     pub network6: Option<Ipv6Net>,
+    /// Prefix length of one node's subnet in `network6`. Default: as for `subnet_len`.
     pub subnet_len6: Option<u8>,
 }
 
 impl PoolSpec {
-    /// A network with everything else left to the defaults.
+    /// Returns the settings with this network and defaults.
     pub const fn of(network: IpNet) -> Self {
         Self {
             network,
@@ -71,19 +74,26 @@ impl PoolSpec {
     }
 }
 
-/// The cluster's addresses: a network cut into subnets, of which a range may be leased, and in a dual-stack
-/// overlay a second one cut into as many.
+/// The cluster's addresses: a network divided into subnets, of which a range may be leased. A dual-stack pool
+/// has a second network with at least as many subnets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "RawPool", into = "RawPool")]
 pub struct Pool {
+    /// The only network, or the IPv4 one.
     main: Division,
+    /// The IPv6 network in dual stack.
     second: Option<Division>,
+    /// First slot that may be leased.
     first: Slot,
+    /// Last slot that may be leased.
     last: Slot,
 }
 
 impl Pool {
-    /// Checks and completes a specification.
+    /// Checks settings and completes them with defaults.
+    ///
+    /// # Errors
+    /// If the settings are inconsistent.
     pub fn new(spec: &PoolSpec) -> Result<Self, PoolError> {
         let main = Division::new(["network", "subnet_len"], spec.network, spec.subnet_len)?;
         let IpNet::V4(_) = spec.network else {
@@ -118,6 +128,7 @@ impl Pool {
         Self::bounded(main, second, spec)
     }
 
+    /// Restricts the pool to the range of slots from `subnet_min` to `subnet_max`.
     fn bounded(
         main: Division,
         second: Option<Division>,
@@ -146,49 +157,50 @@ impl Pool {
         Ok(Self { first, last, ..whole })
     }
 
-    /// The network, or in a dual-stack overlay the IPv4 one.
+    /// Returns the only network, or the IPv4 one in dual stack.
     pub const fn network(&self) -> IpNet {
         self.main.network
     }
 
-    /// Length of the subnets in [`Pool::network`].
+    /// Returns the prefix length of subnets in [`Pool::network`].
     pub const fn subnet_len(&self) -> u8 {
         self.main.subnet_len
     }
 
-    /// The IPv6 network of a dual-stack overlay, and the length of its subnets.
+    /// Returns the IPv6 network in dual stack, with the prefix length of its subnets.
     pub fn second(&self) -> Option<(IpNet, u8)> {
         self.second.map(|second| (second.network, second.subnet_len))
     }
 
-    /// All networks of the overlay: one, or one of each family.
+    /// Returns all networks: one, or one of each family.
     pub fn networks(&self) -> Subnets {
         Subnets { first: self.main.network, second: self.second.map(|second| second.network) }
     }
 
-    /// The slots that may be leased.
+    /// Returns the slots that may be leased.
     pub const fn slots(&self) -> RangeInclusive<u32> {
         self.first.0..=self.last.0
     }
 
-    /// How many slots may be leased; at least one.
+    /// Returns the number of slots that may be leased; at least one.
     pub const fn slot_count(&self) -> u32 {
         self.last.0 - self.first.0 + 1
     }
 
+    /// Whether the slot may be leased.
     pub const fn contains(&self, slot: Slot) -> bool {
         self.first.0 <= slot.0 && slot.0 <= self.last.0
     }
 
-    /// The subnet of a slot in [`Pool::network`], by which the slot is called.
+    /// Returns the slot's subnet in [`Pool::network`], which names the slot in messages and commands.
     ///
     /// # Panics
-    /// If the slot is outside the network, which [`Pool::contains`] rules out.
+    /// If the slot is outside the network. Slots in [`Pool::contains`] are inside.
     pub fn subnet(&self, slot: Slot) -> IpNet {
         self.main.subnet(slot)
     }
 
-    /// All subnets of a slot.
+    /// Returns all subnets of a slot.
     ///
     /// # Panics
     /// As [`Pool::subnet`].
@@ -197,13 +209,13 @@ impl Pool {
         Subnets { first: self.subnet(slot), second }
     }
 
-    /// The slot with a subnet that begins at `address`, if it may be leased.
+    /// Returns the slot with a subnet whose network address is `address`, if it may be leased.
     pub fn slot_at(&self, address: IpAddr) -> Option<Slot> {
         let slot = self.slot_of(address)?;
         self.subnets(slot).iter().any(|subnet| subnet.network() == address).then_some(slot)
     }
 
-    /// The slots with a subnet that has addresses of `network`.
+    /// Returns the slots that may be leased and whose subnets overlap `network`.
     pub fn slots_in(&self, network: &IpNet) -> Range<u32> {
         let divisions = std::iter::once(&self.main).chain(&self.second);
         let (first, last) = (self.first.0, self.last.0);
@@ -219,7 +231,7 @@ impl Pool {
         0..0
     }
 
-    /// The slot with a subnet that holds `address`, if it may be leased.
+    /// Returns the slot with a subnet that contains `address`, if it may be leased.
     pub fn slot_of(&self, address: IpAddr) -> Option<Slot> {
         let position = |division: &Division| division.position(address);
         let slot = position(&self.main).or_else(|| self.second.as_ref().and_then(position))?;
@@ -227,7 +239,7 @@ impl Pool {
     }
 }
 
-/// A network cut into subnets of equal length.
+/// A network divided into subnets of equal length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Division {
     network: IpNet,
@@ -235,6 +247,7 @@ struct Division {
 }
 
 impl Division {
+    /// Checks a network and a prefix length; `field` and `len_field` name them in errors.
     fn new(
         [field, len_field]: [&'static str; 2],
         network: IpNet,
@@ -256,11 +269,12 @@ impl Division {
         Ok(Self { network, subnet_len })
     }
 
-    /// How many subnets there are; 2^63 stands for more as well.
+    /// Returns the number of subnets, at most 2^63.
     fn subnets(&self) -> u64 {
         1 << (self.subnet_len - self.network.prefix_len()).min(63)
     }
 
+    /// Returns the n-th subnet.
     fn subnet(&self, slot: Slot) -> IpNet {
         let len = self.subnet_len;
         let host_bits = self.network.max_prefix_len() - len;
@@ -279,7 +293,7 @@ impl Division {
         subnet
     }
 
-    /// Which subnet holds an address.
+    /// Returns the number of the subnet that contains an address.
     fn position(&self, address: IpAddr) -> Option<Slot> {
         if !self.network.contains(&address) {
             return None;
@@ -294,37 +308,107 @@ impl Division {
     }
 }
 
-/// Settings of a pool that do not fit together. Each names the field, its value and the way out.
+/// Inconsistent settings of a pool. Each text names the setting, its value and the remedy.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PoolError {
+    /// The network address has host bits.
     #[error("{field} {network} has host bits set: write {fixed}")]
-    HostBits { field: &'static str, network: IpNet, fixed: IpNet },
+    HostBits {
+        /// Name of the setting.
+        field: &'static str,
+        /// Its value.
+        network: IpNet,
+        /// The network without host bits.
+        fixed: IpNet,
+    },
+    /// The network cannot hold four subnets.
     #[error("{field} {network} is too small: it must be /{widest} or wider to hold four subnets")]
-    TooNarrow { field: &'static str, network: IpNet, widest: u8 },
+    TooNarrow {
+        /// Name of the setting.
+        field: &'static str,
+        /// Its value.
+        network: IpNet,
+        /// Greatest prefix length of a network.
+        widest: u8,
+    },
+    /// The prefix length does not fit the network.
     #[error(
         "{len_field} {subnet_len} does not fit network {network}: \
          use {shortest} to {longest}, so that the network holds at least four subnets"
     )]
-    SubnetLen { len_field: &'static str, subnet_len: u8, network: IpNet, shortest: u8, longest: u8 },
+    SubnetLen {
+        /// Name of the setting.
+        len_field: &'static str,
+        /// Its value.
+        subnet_len: u8,
+        /// The network to divide.
+        network: IpNet,
+        /// Least prefix length.
+        shortest: u8,
+        /// Greatest prefix length.
+        longest: u8,
+    },
+    /// The IPv4 network has more than [`MAX_SLOTS`] subnets.
     #[error(
         "network {network} holds {slots} subnets of /{subnet_len}, more than {MAX_SLOTS}: \
          use a shorter subnet_len or a smaller network"
     )]
-    TooManySlots { network: IpNet, subnet_len: u8, slots: u64 },
+    TooManySlots {
+        /// The network.
+        network: IpNet,
+        /// Prefix length of its subnets.
+        subnet_len: u8,
+        /// Number of its subnets.
+        slots: u64,
+    },
+    /// The IPv6 network has fewer subnets than the IPv4 network.
     #[error(
         "network6 {network6} holds {slots6} subnets of /{subnet_len6}, fewer than the {slots} of network \
          {network}: use a wider network6 or a longer subnet_len6"
     )]
-    TooFewBeside { network6: IpNet, subnet_len6: u8, slots6: u64, network: IpNet, slots: u64 },
+    TooFewBeside {
+        /// The IPv6 network.
+        network6: IpNet,
+        /// Prefix length of its subnets.
+        subnet_len6: u8,
+        /// Number of its subnets.
+        slots6: u64,
+        /// The IPv4 network.
+        network: IpNet,
+        /// Number of its subnets.
+        slots: u64,
+    },
+    /// Both networks are IPv6.
     #[error("network {network} and network6 {network6} are both IPv6: leave network6 out")]
-    TwoOfIpv6 { network: IpNet, network6: IpNet },
+    TwoOfIpv6 {
+        /// The network.
+        network: IpNet,
+        /// The second network.
+        network6: IpNet,
+    },
+    /// A bound of the range is not the first address of a subnet.
     #[error("{field} {address} is not the first address of a /{subnet_len} subnet of {network}")]
-    Bound { field: &'static str, address: IpAddr, network: IpNet, subnet_len: u8 },
+    Bound {
+        /// Name of the setting.
+        field: &'static str,
+        /// Its value.
+        address: IpAddr,
+        /// The network.
+        network: IpNet,
+        /// Prefix length of its subnets.
+        subnet_len: u8,
+    },
+    /// The range is empty.
     #[error("subnet_min {min} is above subnet_max {max}: swap them")]
-    EmptyRange { min: IpAddr, max: IpAddr },
+    EmptyRange {
+        /// `subnet_min`.
+        min: IpAddr,
+        /// `subnet_max`.
+        max: IpAddr,
+    },
 }
 
-/// The serialised form; reading it back goes through the same checks as an operator's settings.
+/// The serialized form. Deserialization applies the same checks as [`Pool::new`].
 #[derive(Serialize, Deserialize)]
 struct RawPool {
     network: IpNet,
@@ -359,127 +443,11 @@ impl TryFrom<RawPool> for Pool {
         };
         let pool = Self::new(&spec).map_err(|e| e.to_string())?;
         if raw.first > raw.last || raw.last > pool.last {
-            return Err(format!("{:?} to {:?} is no range of this pool", raw.first, raw.last));
+            return Err(format!("{:?} to {:?} is not a range of this pool", raw.first, raw.last));
         }
         Ok(Self { first: raw.first, last: raw.last, ..pool })
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use ipnet::Ipv4Net;
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn spec(network: &str) -> PoolSpec {
-        PoolSpec::of(network.parse().expect("network"))
-    }
-
-    #[test]
-    fn defaults_are_flannels() {
-        let pool = Pool::new(&spec("10.42.0.0/16")).expect("pool");
-        assert_eq!((pool.subnet_len(), pool.slot_count()), (24, 255));
-        assert_eq!(pool.subnet(Slot(1)).to_string(), "10.42.1.0/24");
-        assert_eq!(pool.subnet(Slot(255)).to_string(), "10.42.255.0/24");
-        assert_eq!(Pool::new(&spec("10.42.0.0/23")).expect("pool").subnet_len(), 25);
-    }
-
-    #[test]
-    fn a_slot_of_a_dual_stack_pool_is_one_subnet_of_each_family() {
-        let dual = PoolSpec { network6: "fd42::/48".parse().ok(), ..spec("10.42.0.0/16") };
-        let pool = Pool::new(&dual).expect("pool");
-        let subnets: Vec<String> =
-            pool.subnets(Slot(7)).iter().map(|net| net.to_string()).collect();
-        assert_eq!(subnets, ["10.42.7.0/24", "fd42:0:0:7::/64"]);
-        for address in ["10.42.7.9", "fd42:0:0:7::9"] {
-            assert_eq!(pool.slot_of(address.parse().expect("address")), Some(Slot(7)));
-        }
-        assert_eq!(pool.slot_at("fd42:0:0:7::".parse().expect("address")), Some(Slot(7)));
-        let json = serde_json::to_string(&pool).expect("serialised");
-        assert_eq!(serde_json::from_str::<Pool>(&json).expect("read back"), pool);
-    }
-
-    #[test]
-    fn a_pool_of_ipv6_alone_uses_as_many_slots_as_a_table_holds() {
-        let pool = Pool::new(&spec("fd42::/40")).expect("pool");
-        assert_eq!((pool.subnet_len(), pool.slot_count()), (64, MAX_SLOTS - 1));
-        assert_eq!(pool.subnet(Slot(1)).to_string(), "fd42:0:0:1::/64");
-        assert_eq!(pool.slot_of("fd42:0:1::".parse().expect("address")), None);
-        let bounds = PoolSpec {
-            subnet_min: "fd42:0:0:10::".parse().ok(),
-            subnet_max: "fd42:0:0:1f::".parse().ok(),
-            ..spec("fd42::/48")
-        };
-        assert_eq!(Pool::new(&bounds).expect("pool").slots(), 16..=31);
-    }
-
-    #[test]
-    fn each_impossible_pool_is_refused_with_its_reason() {
-        let with = |network, len, min: Option<&str>, max: Option<&str>| {
-            let parse = |text: &str| text.parse().expect("address");
-            Pool::new(&PoolSpec {
-                subnet_len: len,
-                subnet_min: min.map(parse),
-                subnet_max: max.map(parse),
-                ..spec(network)
-            })
-            .expect_err("must be refused")
-            .to_string()
-        };
-        for (error, words) in [
-            (with("10.42.1.0/16", None, None, None), "write 10.42.0.0/16"),
-            (with("10.42.0.0/29", None, None, None), "/28 or wider"),
-            (with("10.42.0.0/16", Some(17), None, None), "use 18 to 30"),
-            (with("10.42.0.0/16", Some(31), None, None), "use 18 to 30"),
-            (with("10.0.0.0/8", Some(26), None, None), "262144 subnets"),
-            (with("10.42.0.0/16", None, Some("10.43.0.0"), None), "subnet_min 10.43.0.0"),
-            (with("10.42.0.0/16", None, Some("10.42.0.9"), None), "first address"),
-            (with("10.42.0.0/16", None, None, Some("10.41.0.0")), "subnet_max 10.41.0.0"),
-            (with("10.42.0.0/16", None, Some("10.42.9.0"), Some("10.42.8.0")), "swap them"),
-        ] {
-            assert!(error.contains(words), "{error:?} should say {words:?}");
-        }
-        let beside = |network, network6: &str, len| {
-            let network6 = network6.parse().ok();
-            let spec = PoolSpec { network6, subnet_len6: len, ..spec(network) };
-            Pool::new(&spec).expect_err("must be refused").to_string()
-        };
-        for (error, words) in [
-            (
-                beside("10.42.0.0/16", "fd42::/58", None),
-                "holds 64 subnets of /64, fewer than the 256",
-            ),
-            (beside("10.42.0.0/16", "fd42::1/48", None), "network6 fd42::1/48 has host bits"),
-            (beside("10.42.0.0/16", "fd42::/48", Some(127)), "subnet_len6 127"),
-            (beside("fd42::/48", "fd43::/48", None), "both IPv6"),
-        ] {
-            assert!(error.contains(words), "{error:?} should say {words:?}");
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn slots_and_subnets_are_one_to_one_and_disjoint(
-            address in any::<u32>(), prefix in 8_u8..=28, extra in 2_u8..=8,
-        ) {
-            let subnet_len = prefix + extra;
-            prop_assume!(subnet_len <= 30);
-            let network = Ipv4Net::new(Ipv4Addr::from(address), prefix).expect("prefix").trunc();
-            let spec = PoolSpec { subnet_len: Some(subnet_len), ..PoolSpec::of(network.into()) };
-            let pool = Pool::new(&spec).expect("pool");
-            let mut previous: Option<Ipv4Net> = None;
-            for slot in pool.slots().map(Slot) {
-                let IpNet::V4(subnet) = pool.subnet(slot) else { panic!("of IPv4") };
-                prop_assert!(network.contains(&subnet));
-                prop_assert_eq!(pool.slot_at(subnet.network().into()), Some(slot));
-                prop_assert_eq!(pool.slot_of(subnet.broadcast().into()), Some(slot));
-                if let Some(previous) = previous {
-                    prop_assert_eq!(
-                        u32::from(previous.broadcast()) + 1, u32::from(subnet.network()));
-                }
-                previous = Some(subnet);
-            }
-        }
-    }
-}
+mod tests;

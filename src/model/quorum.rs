@@ -1,4 +1,4 @@
-//! Who may decide by time alone that a node is gone.
+//! The rule by which fixed voters forget nodes without an operator.
 
 use std::{fmt, time::Duration};
 
@@ -6,19 +6,23 @@ use serde::{Deserialize, Serialize};
 
 use super::{NodeName, bounded};
 
+/// Greatest number of voters.
 const MAX_VOTERS: usize = 7;
 
-/// Fixed voters, most of whom must have missed a member for this long. The operator writes the same on all
-/// of them: most of a gossiped roster is no majority, for two halves of a cluster can each grow one.
+/// Fixed voters, a majority of which must have missed a member for `forget_after` before it is forgotten.
+///
+/// The operator configures the same rule on all voters. A majority of gossiped members would not be safe: two
+/// parts of a cluster can each grow one.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "RawQuorum")]
 pub struct Quorum {
+    /// How long a majority of the voters must have missed a member.
     pub forget_after: Duration,
     /// Node names, sorted and unique.
     voters: Vec<NodeName>,
 }
 
-/// The serialised form; reading it back goes through the same checks as an operator's settings.
+/// The serialized form. Deserialization applies the same checks as [`Quorum::new`].
 #[derive(Deserialize)]
 struct RawQuorum {
     forget_after: Duration,
@@ -26,11 +30,13 @@ struct RawQuorum {
     voters: Vec<NodeName>,
 }
 
-/// Why a quorum is none: the setting that is wrong, and what about it.
+/// Why a rule is not valid.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum QuorumError {
+    /// The number of different voters is not 3, 5 or 7.
     #[error("{0} voters cannot decide: name 3, 5 or 7 different nodes")]
     Voters(usize),
+    /// `forget_after` is below the minimum, which is the second value.
     #[error("{0:?} is too short: a node that restarts is not gone; use {1:?} or more")]
     TooShort(Duration, Duration),
 }
@@ -44,9 +50,13 @@ impl TryFrom<RawQuorum> for Quorum {
 }
 
 impl Quorum {
-    /// Far longer than it takes to call a member down, and than any vote takes.
+    /// Least `forget_after`. Far longer than gossip needs to call a member down, and than a vote takes.
     pub const SHORTEST: Duration = Duration::from_secs(60);
 
+    /// Checks a rule.
+    ///
+    /// # Errors
+    /// If the number of different voters is not 3, 5 or 7, or `forget_after` is below [`Quorum::SHORTEST`].
     pub fn new(forget_after: Duration, voters: &[NodeName]) -> Result<Self, QuorumError> {
         let mut voters = voters.to_vec();
         voters.sort();
@@ -60,11 +70,12 @@ impl Quorum {
         Ok(Self { forget_after, voters })
     }
 
+    /// Returns the voters' names, sorted and unique.
     pub fn voters(&self) -> &[NodeName] {
         &self.voters
     }
 
-    /// Votes that are enough.
+    /// Returns the number of votes that decide.
     pub fn majority(&self) -> usize {
         self.voters.len() / 2 + 1
     }
@@ -86,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn only_an_odd_number_of_different_voters_decides_and_not_in_haste() {
+    fn quorum_requires_an_odd_number_of_voters_and_a_minimum_time() {
         let hour = Duration::from_secs(3600);
         let quorum = Quorum::new(hour, &names(&["c", "a", "b"])).expect("three");
         assert_eq!((quorum.majority(), quorum.voters()), (2, &names(&["a", "b", "c"])[..]));

@@ -1,29 +1,33 @@
-//! Which packets a policy rule of the kernel concerns.
+//! Which packets a policy rule of the kernel selects.
 
 use std::fmt;
 
 use ipnet::IpNet;
 
-/// `IPPROTO_TCP`
+/// `IPPROTO_TCP`.
 const TCP: u8 = 6;
-/// `IPPROTO_UDP`
+/// `IPPROTO_UDP`.
 const UDP: u8 = 17;
 
-/// Protocol and ports of a packet, as far as a lookup of its route is told them.
+/// Protocol and ports of a packet, as far as a route lookup specifies them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Transport {
+    /// IP protocol number.
     pub protocol: u8,
+    /// Source port; `None` for any.
     pub source: Option<u16>,
+    /// Destination port; `None` for any.
     pub destination: Option<u16>,
 }
 
 impl Transport {
-    /// A UDP datagram to a port.
+    /// Returns a UDP datagram to a port.
     pub const fn udp_to(port: u16) -> Self {
         Self { protocol: UDP, source: None, destination: Some(port) }
     }
 
-    /// A packet of a protocol and from and to ports, where given: TCP where only ports are.
+    /// Returns a packet with this protocol and these ports, or `None` if nothing is specified. Ports without
+    /// a protocol imply TCP.
     pub fn new(
         protocol: Option<u8>,
         source: Option<u16>,
@@ -34,15 +38,19 @@ impl Transport {
     }
 }
 
-/// What a policy rule selects packets by (`ip rule`, linux/fib_rules.h), marks and interfaces apart. Of a
-/// range of ports it has the first.
+/// The selector of a policy rule (ip-rule(8), linux/fib_rules.h), without marks and interfaces. Of a range of
+/// ports it holds the first one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Selector {
+    /// Priority of the rule.
     pub priority: u32,
+    /// Source network; `None` for any.
     pub from: Option<IpNet>,
+    /// Destination network; `None` for any.
     pub to: Option<IpNet>,
+    /// Protocol and ports; `None` for any.
     pub transport: Option<Transport>,
-    /// The type of service; 0 for any.
+    /// Type of service; 0 for any.
     pub tos: u8,
 }
 

@@ -1,4 +1,4 @@
-//! Who owns a slot: the record that nodes agree on, and runs of slots with the same record.
+//! Ownership of slots: the record that nodes agree on, and runs of slots with equal records.
 
 use serde::{Deserialize, Serialize};
 
@@ -6,15 +6,17 @@ use super::{NodeId, Slot};
 
 /// Ownership of one slot.
 ///
-/// Only the owner writes a new record for its slot, and each new record has a higher epoch, so two
-/// records with one epoch are equal unless the promise of single ownership was broken.
+/// Only the owner writes a new record of its slot, with a higher epoch. Two records with one epoch are
+/// therefore equal, unless single ownership was violated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct SlotRecord {
-    /// Version of the record; the higher one is the truth.
+    /// Version of the record; the highest one holds.
     pub epoch: u64,
+    /// The node that may use or grant the slot.
     pub owner: NodeId,
+    /// Whether the owner uses the slot.
     pub state: SlotState,
-    /// The node that wrote this record: the owner before a grant, or the owner itself.
+    /// The node that wrote this record: the granter of a grant, otherwise the owner.
     pub granter: NodeId,
 }
 
@@ -22,26 +24,31 @@ pub struct SlotRecord {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum SlotState {
-    /// Owned and not in use: may be granted to a joiner.
+    /// Not in use: the owner may grant it.
     Free,
-    /// Owned and in use: pods live in this subnet.
+    /// In use: pods have addresses of the subnet.
     Leased,
 }
 
-/// `len` slots from `start` on that share one record. A pool of 65,536 slots is mostly few, long runs.
+/// `len` slots from `start` that have equal records. A pool of 65,536 slots usually consists of few, long
+/// runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Run {
+    /// First slot.
     pub start: Slot,
+    /// Number of slots.
     pub len: u32,
+    /// The common record.
     pub record: SlotRecord,
 }
 
 impl Run {
-    /// First slot after the run.
+    /// Returns the number of the first slot after the run.
     pub const fn end(&self) -> u32 {
         self.start.0.saturating_add(self.len)
     }
 
+    /// Iterates over the slots.
     pub fn slots(&self) -> impl Iterator<Item = Slot> + use<> {
         (self.start.0..self.end()).map(Slot)
     }

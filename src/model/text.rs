@@ -1,51 +1,54 @@
-//! Texts of peers, made fit for a log and a terminal.
+//! Texts of peers, made safe for logs and terminals.
 
 use std::fmt;
 
 use serde::{Deserialize, Deserializer, Serialize};
 
-/// Longer than any sentence of this program, in characters.
+/// Greatest length of a text, in characters: longer than any message of this program.
 const LONGEST: usize = 600;
 
-/// Replaces what a terminal would obey, and cuts what is longer than any sentence of this program.
+/// Replaces characters that control a terminal, and truncates the text to 600 characters.
 ///
-/// Reasons why a peer refuses or closes are its own words, and a non-member may answer at a seed's address.
+/// A peer chooses the reason with which it refuses a request or closes a connection, and a non-member may
+/// answer at the address of a seed.
 pub fn visible(text: &str) -> String {
-    text.chars().take(LONGEST).map(|c| if obeyed(c) { '\u{fffd}' } else { c }).collect()
+    text.chars().take(LONGEST).map(|c| if controls_terminal(c) { '\u{fffd}' } else { c }).collect()
 }
 
-/// Replaces what a terminal would obey, but for the ends of lines and tabs.
+/// Replaces characters that control a terminal, except newlines and tabs.
 pub fn visible_lines(text: &str) -> String {
-    let is_kept = |c: char| matches!(c, '\n' | '\t') || !obeyed(c);
+    let is_kept = |c: char| matches!(c, '\n' | '\t') || !controls_terminal(c);
     text.chars().map(|c| if is_kept(c) { c } else { '\u{fffd}' }).collect()
 }
 
-/// Writes what a terminal would obey, but for the ends of lines and tabs, as JSON can have it.
+/// Replaces characters that control a terminal, except newlines and tabs, by JSON escapes.
 pub fn escaped_lines(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for c in text.chars() {
         match c {
             '\n' | '\t' => escaped.push(c),
-            // All of them are of the first plane.
-            c if obeyed(c) => escaped.push_str(&format!("\\u{:04x}", u32::from(c))),
+            // All of them are below U+10000, so four digits suffice.
+            c if controls_terminal(c) => escaped.push_str(&format!("\\u{:04x}", u32::from(c))),
             c => escaped.push(c),
         }
     }
     escaped
 }
 
-/// Control characters, line and paragraph separators, and what changes the direction of writing.
-fn obeyed(c: char) -> bool {
-    let turns =
+/// Whether a character controls a terminal: control characters, line and paragraph separators, and characters
+/// that change the direction of writing.
+fn controls_terminal(c: char) -> bool {
+    let changes_direction =
         matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
-    c.is_control() || turns || matches!(c, '\u{2028}' | '\u{2029}' | '\u{feff}')
+    c.is_control() || changes_direction || matches!(c, '\u{2028}' | '\u{2029}' | '\u{feff}')
 }
 
-/// A text in a message: visible and bounded from the moment it is decoded.
+/// A text in a message. It is made visible and truncated when it is decoded.
 #[derive(Clone, Default, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub struct Text(String);
 
 impl Text {
+    /// Returns the text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -80,7 +83,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn text_with_control_characters_is_shown_without_them() {
+    fn control_characters_are_replaced_and_long_text_is_truncated() {
         assert_eq!(visible("a\u{1b}[2Jb\n"), "a\u{fffd}[2Jb\u{fffd}");
         assert_eq!(visible("\u{9b}2J\u{202e}txt\u{2028}x"), "\u{fffd}2J\u{fffd}txt\u{fffd}x");
         assert_eq!(visible(&"x".repeat(10_000)).len(), LONGEST);

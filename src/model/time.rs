@@ -1,22 +1,23 @@
-//! Time as the core sees it: nanoseconds on a monotonic clock that somebody else reads.
+//! Monotonic time as the core sees it. The core receives the present time with each input and reads no clock.
 //!
-//! Wall clocks decide nothing in gossamer, so there is no type for them here.
+//! Wall-clock time decides nothing in gossamer, so there is no type for it here.
 
 use std::{fmt, ops::Add, time::Duration};
 
-/// A point on the node's monotonic clock; only differences mean anything.
+/// A point on the node's monotonic clock. Only differences are meaningful.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Time(u64);
 
 impl Time {
+    /// The clock's origin.
     pub const ZERO: Self = Self(0);
 
-    /// Nanoseconds since the clock's own start. A `u64` lasts 584 years.
+    /// Returns the time `nanos` nanoseconds after the clock's origin. A `u64` holds 584 years.
     pub const fn from_nanos(nanos: u64) -> Self {
         Self(nanos)
     }
 
-    /// How long after `earlier` this is; zero if it is not after it.
+    /// Returns the time from `earlier` to `self`; zero if `earlier` is later.
     pub const fn since(self, earlier: Self) -> Duration {
         Duration::from_nanos(self.0.saturating_sub(earlier.0))
     }

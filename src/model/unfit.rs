@@ -1,45 +1,61 @@
-//! What no member can truthfully say about itself.
+//! Checks whether a member record is usable by any node.
 //!
-//! Only what every node of a cluster judges alike: a record that one node takes and another refuses would
-//! keep the two from ever agreeing. Whether this host can send to a usable address is for the data plane.
+//! Only conditions on which all nodes agree are checked: a record that only some nodes accept would keep
+//! the nodes' states different. Whether this host can send to a usable address is checked by the data plane.
 
 use std::net::IpAddr;
 
 use super::{Mac, MemberRecord, Pool};
 
-/// Why a member record is refused by every node.
+/// Why every node refuses a member record.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Unfit {
-    #[error("the MAC of its tunnel is {said}, and that of its key is {own}")]
-    Mac { said: Mac, own: Mac },
+pub enum UnusableRecord {
+    /// The VTEP's MAC does not follow from the node id.
+    #[error("its tunnel has the MAC {said} instead of {own}, which follows from its key")]
+    Mac {
+        /// The published MAC.
+        said: Mac,
+        /// The MAC that follows from the node id.
+        own: Mac,
+    },
+    /// The port is 0.
     #[error("its port is 0")]
     Port,
+    /// An address is that of no host.
     #[error("its {what} {address} is {why}")]
-    Address { what: &'static str, address: IpAddr, why: &'static str },
+    Address {
+        /// Which address of the record.
+        what: &'static str,
+        /// The address.
+        address: IpAddr,
+        /// The reason.
+        why: &'static str,
+    },
 }
 
 impl MemberRecord {
-    /// Why no node can use this record, if none can.
-    pub fn unfit(&self, pool: &Pool) -> Option<Unfit> {
+    /// Returns why no node can use this record, or `None` if it is usable.
+    pub fn why_unusable(&self, pool: &Pool) -> Option<UnusableRecord> {
         let own = Mac::of_node(self.node);
         if self.vtep.mac != own {
-            return Some(Unfit::Mac { said: self.vtep.mac, own });
+            return Some(UnusableRecord::Mac { said: self.vtep.mac, own });
         }
         if self.address.port() == 0 {
-            return Some(Unfit::Port);
+            return Some(UnusableRecord::Port);
         }
-        let of = |what, address| {
+        let check = |what, address| {
             let why = no_host(address).or_else(|| inside(pool, address))?;
-            Some(Unfit::Address { what, address, why })
+            Some(UnusableRecord::Address { what, address, why })
         };
-        of("underlay address", self.vtep.underlay).or_else(|| of("address", self.address.ip()))
+        check("underlay address", self.vtep.underlay)
+            .or_else(|| check("address", self.address.ip()))
     }
 }
 
-/// Why an address is that of no host which others can reach, if it is not.
+/// Returns why other hosts cannot reach an address, whatever the network.
 fn no_host(address: IpAddr) -> Option<&'static str> {
     let kinds = [
-        (address != address.to_canonical(), "an IPv4 address inside an IPv6 one"),
+        (address != address.to_canonical(), "an IPv4-mapped IPv6 address"),
         (address.is_unspecified(), "unspecified"),
         (address.is_loopback(), "a loopback address"),
         (address.is_multicast(), "a multicast address"),
@@ -47,7 +63,7 @@ fn no_host(address: IpAddr) -> Option<&'static str> {
         (matches!(address, IpAddr::V4(ip) if ip.is_broadcast()), "the broadcast address"),
         (matches!(address, IpAddr::V4(ip) if ip.octets()[0] == 0), "in 0.0.0.0/8"),
     ];
-    kinds.into_iter().find_map(|(is_so, why)| is_so.then_some(why))
+    kinds.into_iter().find_map(|(applies, why)| applies.then_some(why))
 }
 
 const fn is_link_local(address: IpAddr) -> bool {
@@ -57,6 +73,7 @@ const fn is_link_local(address: IpAddr) -> bool {
     }
 }
 
+/// Returns a reason if the address is inside the pool.
 fn inside(pool: &Pool, address: IpAddr) -> Option<&'static str> {
     let is_inside = pool.networks().iter().any(|network| network.contains(&address));
     is_inside.then_some("inside the overlay's own network")
@@ -90,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn record_with_an_address_of_no_host_is_unfit() {
+    fn record_with_an_unreachable_address_is_unusable() {
         for bad in [
             "fe80::1",
             "169.254.7.1",
@@ -106,23 +123,26 @@ mod tests {
             "10.42.7.1",
             "fd42::7:1",
         ] {
-            assert!(record(bad).unfit(&pool()).is_some(), "{bad}");
+            assert!(record(bad).why_unusable(&pool()).is_some(), "{bad}");
             let elsewhere = MemberRecord { address: record(bad).address, ..record("192.0.2.1") };
-            assert!(elsewhere.unfit(&pool()).is_some(), "{bad} as the address of the endpoint");
+            assert!(
+                elsewhere.why_unusable(&pool()).is_some(),
+                "{bad} as the address of the endpoint"
+            );
         }
         for good in ["192.0.2.1", "10.43.0.1", "2001:db8::1", "fd43::1", "100.64.0.1", "240.0.0.1"]
         {
-            assert_eq!(record(good).unfit(&pool()), None, "{good}");
+            assert_eq!(record(good).why_unusable(&pool()), None, "{good}");
         }
     }
 
     #[test]
-    fn record_with_another_mac_or_without_a_port_is_unfit() {
+    fn record_with_another_mac_or_without_a_port_is_unusable() {
         let mut other = record("192.0.2.1");
         other.vtep.mac = Mac::of_node(NodeId::of_public_key(&[2; 32]));
-        assert!(matches!(other.unfit(&pool()), Some(Unfit::Mac { .. })));
+        assert!(matches!(other.why_unusable(&pool()), Some(UnusableRecord::Mac { .. })));
         let mut no_port = record("192.0.2.1");
         no_port.address.set_port(0);
-        assert_eq!(no_port.unfit(&pool()), Some(Unfit::Port));
+        assert_eq!(no_port.why_unusable(&pool()), Some(UnusableRecord::Port));
     }
 }

@@ -1,4 +1,4 @@
-//! VXLAN tunnel endpoints (RFC 7348): the MAC and the underlay address of a node's tunnel device.
+//! VXLAN tunnel endpoints (RFC 7348): MAC and underlay address of a node's tunnel device.
 //!
 //! The overlay address of a VTEP is not stored: it is the first address of the node's subnet.
 
@@ -14,21 +14,23 @@ use super::NodeId;
 pub struct Mac([u8; 6]);
 
 impl Mac {
+    /// Returns the MAC with these bytes.
     pub const fn from_bytes(bytes: [u8; 6]) -> Self {
         Self(bytes)
     }
 
-    /// Whether an interface can have it: it is neither that of a group (IEEE 802, bit 0) nor none.
-    pub fn is_of_one_interface(self) -> bool {
+    /// Whether an interface can have this MAC: it is neither a group address (IEEE 802, bit 0) nor zero.
+    pub fn is_assignable(self) -> bool {
         self.0[0] & 1 == 0 && self.0 != [0; 6]
     }
 
+    /// Returns the bytes of the MAC.
     pub const fn as_bytes(&self) -> &[u8; 6] {
         &self.0
     }
 
-    /// The MAC of a node's VTEP, a pure function of its identity: a device that was deleted and made
-    /// anew is the same VTEP to all peers. Locally administered and unicast (IEEE 802, bits 1 and 0).
+    /// Returns the MAC of a node's VTEP. It depends only on the node id, so a re-created device is the same
+    /// VTEP to all peers. The MAC is locally administered and unicast (IEEE 802, bits 1 and 0).
     pub fn of_node(node: NodeId) -> Self {
         let hash = Sha256::new()
             .chain_update(b"gossamer vtep mac")
@@ -55,12 +57,12 @@ impl fmt::Debug for Mac {
 }
 
 impl Mac {
-    /// Without colons.
+    /// Returns the MAC as twelve hexadecimal digits without separators.
     pub fn digits(self) -> String {
         self.0.map(|byte| format!("{byte:02x}")).concat()
     }
 
-    /// Reads one without colons.
+    /// Parses twelve hexadecimal digits without separators.
     pub fn from_digits(digits: &str) -> Option<Self> {
         let is_whole = digits.len() == 12 && digits.bytes().all(|byte| byte.is_ascii_hexdigit());
         let number = u64::from_str_radix(digits, 16).ok().filter(|_| is_whole)?;
@@ -82,7 +84,7 @@ impl FromStr for Mac {
     }
 }
 
-/// Text where people read (JSON, TOML), raw bytes on the wire and on disk.
+/// Text with colons in text formats (JSON, TOML), raw bytes on the wire and on disk.
 impl Serialize for Mac {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         if serializer.is_human_readable() {
@@ -103,11 +105,12 @@ impl<'de> Deserialize<'de> for Mac {
     }
 }
 
-/// Where a node's tunnel ends: what a peer needs, with the subnet, to reach its pods.
+/// A node's tunnel endpoint. Together with the node's subnet it is all that a peer needs to reach the pods.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Vtep {
+    /// MAC of the VXLAN device.
     pub mac: Mac,
-    /// The address that peers put into their FDB.
+    /// Underlay address of the host, which peers put into their FDB.
     pub underlay: IpAddr,
 }
 
@@ -116,7 +119,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_nodes_mac_is_stable_unicast_and_locally_administered() {
+    fn mac_of_a_node_is_stable_unicast_and_locally_administered() {
         for seed in 0..64 {
             let node = NodeId::of_public_key(&[seed; 32]);
             let mac = Mac::of_node(node);
@@ -126,18 +129,18 @@ mod tests {
     }
 
     #[test]
-    fn macs_of_groups_and_the_empty_one_are_of_no_interface() {
-        let is = |text: &str| text.parse::<Mac>().expect("a MAC").is_of_one_interface();
-        assert!(is("02:42:00:00:00:01") && is("00:00:00:00:00:01"));
+    fn group_and_zero_macs_are_not_assignable() {
+        let is_assignable = |text: &str| text.parse::<Mac>().expect("a MAC").is_assignable();
+        assert!(is_assignable("02:42:00:00:00:01") && is_assignable("00:00:00:00:00:01"));
         for none in
             ["01:00:5e:00:00:01", "33:33:00:00:00:01", "ff:ff:ff:ff:ff:ff", "00:00:00:00:00:00"]
         {
-            assert!(!is(none), "{none}");
+            assert!(!is_assignable(none), "{none}");
         }
     }
 
     #[test]
-    fn text_form_round_trips() {
+    fn mac_round_trips_through_its_text() {
         let mac = Mac::from_bytes([2, 0, 0xab, 9, 8, 255]);
         assert_eq!(mac.to_string(), "02:00:ab:09:08:ff");
         assert_eq!(mac.to_string().parse(), Ok(mac));

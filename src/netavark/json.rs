@@ -10,7 +10,9 @@ use serde_json::{Map, Value, json};
 use crate::{
     api::{Attached, AttachedAddress},
     config::Instance,
-    json::{Object, entries, named, object, objects, or_default},
+    json::{
+        Object, list_without_nulls, map_without_nulls, object, objects_without_nulls, or_default,
+    },
     model::Mac,
 };
 
@@ -29,15 +31,15 @@ pub const SOCKET: &str = "socket";
 pub struct Network {
     #[serde(deserialize_with = "or_default")]
     pub name: String,
-    #[serde(deserialize_with = "named")]
+    #[serde(deserialize_with = "map_without_nulls")]
     pub options: BTreeMap<String, String>,
-    #[serde(deserialize_with = "named")]
+    #[serde(deserialize_with = "map_without_nulls")]
     pub ipam_options: BTreeMap<String, String>,
-    #[serde(deserialize_with = "objects")]
+    #[serde(deserialize_with = "objects_without_nulls")]
     pub subnets: Vec<Subnet>,
-    #[serde(deserialize_with = "entries")]
+    #[serde(deserialize_with = "list_without_nulls")]
     pub routes: Vec<Value>,
-    #[serde(deserialize_with = "entries")]
+    #[serde(deserialize_with = "list_without_nulls")]
     pub network_dns_servers: Vec<Value>,
     #[serde(deserialize_with = "or_default")]
     pub network_interface: String,
@@ -60,7 +62,7 @@ pub struct Subnet {
 #[derive(Debug, Deserialize)]
 pub struct Connection {
     pub container_id: String,
-    #[serde(default, deserialize_with = "entries")]
+    #[serde(default, deserialize_with = "list_without_nulls")]
     pub port_mappings: Vec<Value>,
     #[serde(deserialize_with = "object")]
     pub network: Network,
@@ -72,7 +74,7 @@ pub struct Connection {
 #[derive(Debug, Deserialize)]
 pub struct ContainerOptions {
     pub interface_name: String,
-    #[serde(default, deserialize_with = "entries")]
+    #[serde(default, deserialize_with = "list_without_nulls")]
     pub static_ips: Vec<IpAddr>,
     #[serde(default, deserialize_with = "or_default")]
     static_mac: String,

@@ -1,4 +1,4 @@
-//! Many seeds: in several threads, each failure shrunk and printed with the command that repeats it.
+//! A campaign: runs many seeds in several threads, and shrinks failing plans.
 
 use std::{
     collections::BTreeMap,
@@ -12,17 +12,17 @@ use std::{
 
 use super::{
     faults::{Fault, Faults},
-    run::{Plan, Verdict},
+    run::{Plan, RunResult},
 };
 use crate::core::planted::{self, Bug};
 
-/// Every so many seeds one is run twice, and both runs must be the same to the last event.
-const TWICE_EVERY: u64 = 50;
-/// Campaigns of at least so many seeds must have met each situation of [`MUST_REACH`].
-const ENOUGH: u64 = 1000;
+/// Every seed that is a multiple of this is run twice, and both runs must have the same trace.
+const DETERMINISM_CHECK_INTERVAL: u64 = 50;
+/// Campaigns of at least this many seeds must reach each of [`REQUIRED_SITUATIONS`].
+const MIN_SEEDS_FOR_COVERAGE: u64 = 1000;
 
-/// Situations without which a campaign has proved little.
-pub const MUST_REACH: [&str; 27] = [
+/// Situations that a large campaign must reach at least once.
+pub const REQUIRED_SITUATIONS: [&str; 27] = [
     "partition",
     "blackout",
     "address changed",
@@ -41,40 +41,47 @@ pub const MUST_REACH: [&str; 27] = [
     "cloned",
     "granted",
     "reclaimed",
-    "rollback noticed",
-    "clone noticed",
+    "rollback detected",
+    "duplicate identity detected",
     "surplus lease given back",
     "difference found by comparison",
-    "unreadable message refused",
-    "a member erred",
-    "a member lied",
+    "malformed message refused",
+    "impossible facts sent",
+    "false facts sent",
     "entry refused",
     "forged record answered",
 ];
 
-/// Which seeds, and how big.
+/// The parameters of a campaign.
 #[derive(Clone, Debug)]
 pub struct Campaign {
+    /// The first seed.
     pub start_seed: u64,
+    /// Number of consecutive seeds.
     pub seeds: u64,
+    /// Range from which each seed draws its number of nodes.
     pub nodes: RangeInclusive<usize>,
+    /// Number of threads.
     pub jobs: usize,
-    /// Instead of those that the seed draws.
+    /// Replaces the faults that a seed draws.
     pub faults: Option<Faults>,
-    /// Seconds of the faulty phase, instead of those that the seed draws.
+    /// Replaces the length of the faulty phase that a seed draws, in seconds.
     pub span: Option<u64>,
 }
 
-/// How a campaign went.
+/// The outcome of a campaign.
 #[derive(Debug, Default)]
 pub struct Report {
-    pub failures: Vec<Verdict>,
+    /// Results with a violation, by seed.
+    pub failures: Vec<RunResult>,
+    /// Number of occurrences of each situation.
     pub reached: BTreeMap<String, u64>,
-    /// Virtual milliseconds to heal, sorted.
+    /// Virtual milliseconds from the end of the faults until convergence, one per converged run, sorted.
     pub healed_ms: Vec<u64>,
 }
 
 impl Campaign {
+    /// Returns the plan of one seed.
     pub fn plan(&self, seed: u64) -> Plan {
         let mut plan = Plan::draw(seed, self.nodes.clone());
         if let Some(faults) = &self.faults {
@@ -86,8 +93,8 @@ impl Campaign {
         plan
     }
 
-    /// Runs all seeds; `each` sees every verdict as it comes.
-    pub fn run(&self, each: impl Fn(&Verdict) + Sync) -> Report {
+    /// Runs all seeds, and calls `each` with every result.
+    pub fn run(&self, each: impl Fn(&RunResult) + Sync) -> Report {
         let next = AtomicU64::new(self.start_seed);
         let report = Mutex::new(Report::default());
         thread::scope(|scope| {
@@ -98,59 +105,62 @@ impl Campaign {
                         if seed >= self.start_seed + self.seeds {
                             break;
                         }
-                        let verdict = self.judge(seed);
-                        each(&verdict);
-                        report.lock().unwrap_or_else(PoisonError::into_inner).add(verdict);
+                        let result = self.run_seed(seed);
+                        each(&result);
+                        report.lock().unwrap_or_else(PoisonError::into_inner).add(result);
                     }
                 });
             }
         });
         let mut report = report.into_inner().unwrap_or_else(PoisonError::into_inner);
         report.healed_ms.sort_unstable();
-        report.failures.sort_by_key(|verdict| verdict.seed);
+        report.failures.sort_by_key(|result| result.seed);
         report
     }
 
-    fn judge(&self, seed: u64) -> Verdict {
+    /// Runs one seed. Checks R4, determinism, for one seed in fifty.
+    fn run_seed(&self, seed: u64) -> RunResult {
         let plan = self.plan(seed);
-        let mut verdict = plan.run();
-        if seed.is_multiple_of(TWICE_EVERY) && verdict.violation.is_none() {
+        let mut result = plan.run();
+        if seed.is_multiple_of(DETERMINISM_CHECK_INTERVAL) && result.violation.is_none() {
             let again = plan.run();
-            if again.trace != verdict.trace {
-                verdict.violation = Some("R4: two runs of one seed differ".to_owned());
+            if again.trace != result.trace {
+                result.violation = Some("R4: two runs of one seed differ".to_owned());
             }
         }
-        verdict
+        result
     }
 
-    /// Situations that were never met, if there were seeds enough to expect them.
-    pub fn missed(&self, report: &Report) -> Vec<&'static str> {
-        if self.seeds < ENOUGH || self.faults.is_some() {
+    /// Returns the required situations that did not occur. Empty for campaigns that are small or have fixed
+    /// faults.
+    pub fn missing_situations(&self, report: &Report) -> Vec<&'static str> {
+        if self.seeds < MIN_SEEDS_FOR_COVERAGE || self.faults.is_some() {
             return Vec::new();
         }
-        MUST_REACH.into_iter().filter(|what| !report.reached.contains_key(*what)).collect()
+        REQUIRED_SITUATIONS.into_iter().filter(|what| !report.reached.contains_key(*what)).collect()
     }
 }
 
 impl Report {
-    fn add(&mut self, verdict: Verdict) {
-        for (what, times) in &verdict.reached {
+    /// Adds the result of one run.
+    fn add(&mut self, result: RunResult) {
+        for (what, times) in &result.reached {
             *self.reached.entry(what.clone()).or_default() += times;
         }
-        self.healed_ms.extend(verdict.healed_ms);
-        if verdict.violation.is_some() {
-            self.failures.push(verdict);
+        self.healed_ms.extend(result.healed_ms);
+        if result.violation.is_some() {
+            self.failures.push(result);
         }
     }
 
-    /// The value below which `percent` of the healing times are.
+    /// Returns a percentile of the convergence times, in virtual milliseconds.
     pub fn healed_percentile(&self, percent: usize) -> u64 {
         let at = self.healed_ms.len().saturating_sub(1) * percent / 100;
         self.healed_ms.get(at).copied().unwrap_or_default()
     }
 }
 
-/// The smallest plan found that still fails: fewer kinds of faults, fewer nodes, less time.
+/// Returns the smallest failing plan found by removing kinds of faults, then nodes, then time.
 pub fn shrink(plan: &Plan) -> Plan {
     let fails = |plan: &Plan| plan.run().violation.is_some();
     let mut smallest = plan.clone();
@@ -178,8 +188,8 @@ pub fn shrink(plan: &Plan) -> Plan {
     smallest
 }
 
-/// The command line that runs one plan again.
-pub fn repeat_command(plan: &Plan) -> String {
+/// Returns the command line that runs one plan.
+pub fn reproduce_command(plan: &Plan) -> String {
     let faults: Vec<String> = plan.faults.kinds.iter().map(Fault::to_string).collect();
     format!(
         "gossamer-sim --seeds 1 --start-seed {} --nodes {nodes}..{nodes} --span {} --faults {}",
@@ -190,15 +200,14 @@ pub fn repeat_command(plan: &Plan) -> String {
     )
 }
 
-/// Seeds by which defects were caught that need many of them: they are tried first. One that is out of date
-/// costs a search from the first seed on.
-const CAUGHT_AT: [(Bug, u64); 3] =
+/// Seeds that catch mutations which few seeds catch. They are tried first; an outdated entry costs only time.
+const KNOWN_CATCHING_SEEDS: [(Bug, u64); 3] =
     [(Bug::LeaveWithoutWithdrawal, 1_354), (Bug::GiveBackInUse, 4_395), (Bug::IgnoreVersions, 332)];
 
-/// A seed by which a planted bug is caught; none, if `limit` were not enough. Only what goes well
-/// without the bug counts.
-pub fn seeds_to_catch(bug: Bug, limit: u64) -> Option<(u64, String)> {
-    let recorded = CAUGHT_AT.iter().filter(|(of, _)| *of == bug).map(|(_, seed)| *seed);
+/// Searches the seeds from 1 to `limit` for one that fails with the mutation and passes without it. Returns
+/// the seed and the violation.
+pub fn find_catching_seed(bug: Bug, limit: u64) -> Option<(u64, String)> {
+    let recorded = KNOWN_CATCHING_SEEDS.iter().filter(|(of, _)| *of == bug).map(|(_, seed)| *seed);
     recorded.chain(1..=limit).find_map(|seed| {
         let plan = Plan::draw(seed, 3..=20);
         let violation = planted::with(bug, || plan.run().violation)?;

@@ -1,7 +1,7 @@
-//! A host's disk: what is on it for sure, and what has not been flushed yet.
+//! A host's disk: flushed records and queued batches.
 //!
-//! Batches are written in order, and each is flushed. A killed process loses what it had not handed to the
-//! system; of a power cut nobody knows whether the batches under way have arrived.
+//! Batches are flushed in order. A killed process loses all queued batches. In a power cut, a random number
+//! of them was flushed.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -13,58 +13,67 @@ use crate::{
 /// Encoded records by key, as the database holds them.
 pub type Contents = BTreeMap<Key, Vec<u8>>;
 
+/// The database of one host.
 #[derive(Clone, Debug, Default)]
 pub struct Disk {
+    /// Records that survive a power cut.
     flushed: Contents,
-    /// Asked for by the process, lost with it.
+    /// Batches that the process has submitted, each with its number.
     queued: VecDeque<(Contents, WriteSeq)>,
 }
 
 impl Disk {
+    /// Queues a batch.
     pub fn queue(&mut self, records: Vec<(Key, Vec<u8>)>, seq: WriteSeq) {
         self.queued.push_back((records.into_iter().collect(), seq));
     }
 
+    /// Whether no batch is queued.
     pub fn is_idle(&self) -> bool {
         self.queued.is_empty()
     }
 
-    /// Writes the next batch; says up to which number, and what is new on the disk.
+    /// Flushes the first queued batch. Returns its number and records.
     pub fn write_next(&mut self) -> Option<(WriteSeq, Contents)> {
-        let (news, seq) = self.queued.pop_front()?;
-        self.flushed.extend(news.clone());
-        Some((seq, news))
+        let (written, seq) = self.queued.pop_front()?;
+        self.flushed.extend(written.clone());
+        Some((seq, written))
     }
 
-    pub fn kill_process(&mut self) {
+    /// Drops all queued batches.
+    pub fn discard_queued(&mut self) {
         self.queued.clear();
     }
 
-    /// The first `kept` of the batches under way have arrived: these.
-    pub fn cut_power(&mut self, kept: usize) -> Contents {
-        let news: Contents = self.queued.drain(..kept).flat_map(|(contents, _)| contents).collect();
-        self.flushed.extend(news.clone());
+    /// Flushes the first `completed` batches, drops the others, and returns the records that were flushed.
+    pub fn cut_power(&mut self, completed: usize) -> Contents {
+        let written: Contents =
+            self.queued.drain(..completed).flat_map(|(contents, _)| contents).collect();
+        self.flushed.extend(written.clone());
         self.queued.clear();
-        news
+        written
     }
 
-    pub fn under_way(&self) -> usize {
+    /// Returns the number of queued batches.
+    pub fn queued_batches(&self) -> usize {
         self.queued.len()
     }
 
-    /// What a process that starts now finds.
+    /// Returns the flushed records.
     pub fn contents(&self) -> &Contents {
         &self.flushed
     }
 
-    /// A record that no power cut takes away.
+    /// Returns one flushed record.
     pub fn flushed(&self, key: Key) -> Option<Record> {
         let bytes = self.flushed.get(&key)?;
         Record::decode(key.to_string().as_bytes(), bytes).ok().map(|(_, record)| record)
     }
 
+    /// Decodes all flushed records.
+    ///
     /// # Errors
-    /// The first record that cannot be read, which only the product's own encoding can bring about.
+    /// The first record that cannot be decoded; only a defect in the product's own encoding causes this.
     pub fn records(&self) -> Result<Vec<(Key, Record)>, String> {
         let entries = self.contents().iter();
         entries

@@ -1,4 +1,5 @@
-//! What the nodes' shells would do: frames onto the network, records onto disks, operations into kernels.
+//! Executes the outputs of nodes, as the agent's loop does: frames to the network, records to disks,
+//! operations to kernels.
 
 use std::{collections::BTreeSet, net::SocketAddr, time::Duration};
 
@@ -20,14 +21,16 @@ use crate::{
     wire::Key,
 };
 
-/// The kernel is compared with the view at least this often, as in `agent`.
-const RECONCILE: Duration = Duration::from_secs(10);
-const RECONCILE_RETRY: Duration = Duration::from_secs(1);
-/// Addresses that the token file remembers, as in `agent`.
+/// Longest time between two passes of the data plane, as in `agent`.
+const RECONCILE_INTERVAL: Duration = Duration::from_secs(10);
+/// Time from a failed or deferred pass to the next one.
+const RECONCILE_RETRY_INTERVAL: Duration = Duration::from_secs(1);
+/// Number of addresses that the token file keeps, as in `agent`.
 const MAX_SAVED_SEEDS: usize = 8;
 
 impl World {
-    pub(super) fn carry_out(&mut self, index: usize, output: Output) {
+    /// Executes one output of a node.
+    pub(super) fn execute(&mut self, index: usize, output: Output) {
         match output {
             Output::Send { to, address, bytes, .. } => self.send(index, to, address, bytes),
             Output::Call { call, to, bytes, .. } => self.call(index, call, to, bytes),
@@ -41,64 +44,70 @@ impl World {
                 }
             }
             Output::Program { view, .. } => {
-                self.pursue(index, DesiredState::Overlay(view));
+                self.set_desired_state(index, DesiredState::Overlay(view));
             }
             Output::Withdraw => {
-                self.pursue(index, DesiredState::Nothing);
+                self.set_desired_state(index, DesiredState::Nothing);
             }
             Output::Owned(_)
             | Output::Answered { .. }
             | Output::Inquired { .. }
             | Output::Reported { .. } => {}
-            Output::CannotLeave(_) => self.hosts[index].going = false,
+            Output::CannotLeave(_) => self.hosts[index].is_departing = false,
             Output::Stop(stop) => self.on_stop(index, stop),
         }
     }
 
+    /// Handles the end of a process by the node's own decision. Checks that a leave is on another host's
+    /// disk.
     pub(super) fn on_stop(&mut self, index: usize, stop: Stop) {
         self.hosts[index].process = None;
-        self.hosts[index].disk.kill_process();
+        self.hosts[index].disk.discard_queued();
         match &stop {
             Stop::Left { .. } => {
-                self.oracle.reach("left");
+                self.oracle.record_situation("left");
                 let leaver = self.hosts[index].key;
                 let knows = |host: &Host| host.index != index && host.knows_as_left(leaver);
                 if matches!(stop, Stop::Left { successor: Some(_) })
                     && !self.oracle.lenient
                     && !self.hosts.iter().any(knows)
                 {
-                    self.oracle.accuse(|| format!("host {index} left and nobody has it on disk"));
+                    self.oracle.report_violation(|| {
+                        format!("host {index} left and no other host has its leave on disk")
+                    });
                 }
                 self.change_kernel(index, |host| host.kernel = Default::default());
-                self.oracle.gone.insert(leaver);
+                self.oracle.departed.insert(leaver);
                 self.hosts[index].new_identity();
-                self.hosts[index].power = false;
-                self.places = by_address(&self.hosts);
+                self.hosts[index].is_powered = false;
+                self.hosts_by_address = by_address(&self.hosts);
             }
             Stop::Expelled { .. } => {
-                self.oracle.reach("expelled");
+                self.oracle.record_situation("expelled");
                 self.change_kernel(index, |host| host.kernel = Default::default());
-                self.rebirth_soon(index);
+                self.schedule_identity_reset(index);
             }
             other => {
-                let what = format!("host {index} gave up: {other:?}");
-                self.oracle.accuse(|| what);
+                let what = format!("host {index} stopped: {other:?}");
+                self.oracle.report_violation(|| what);
             }
         }
         self.hosts[index].stopped = Some(stop);
     }
 
-    pub(super) fn rebirth_soon(&mut self, index: usize) {
-        let life = self.hosts[index].life;
-        self.schedule(Duration::from_millis(100), Event::Rebirth { host: index, life });
+    /// Schedules the restart of a host under a new identity.
+    pub(super) fn schedule_identity_reset(&mut self, index: usize) {
+        let process_id = self.hosts[index].process_id;
+        self.schedule(Duration::from_millis(100), Event::IdentityReset { host: index, process_id });
     }
 
+    /// Sends a message to the host at an address, if `to` listens there.
     pub(super) fn send(&mut self, index: usize, to: NodeId, address: SocketAddr, bytes: Vec<u8>) {
         let from = self.hosts[index].key;
         self.oracle.on_sent(from, &bytes);
-        let Some(host) = self.listener(address, Some(to)) else { return };
-        self.network.count(self.now, index, host, bytes.len());
-        // What does not fit a datagram takes a stream.
+        let Some(host) = self.host_listening_at(address, Some(to)) else { return };
+        self.network.record_traffic(self.now, index, host, bytes.len());
+        // Frames that are too large for a datagram take a stream.
         let arrivals = if bytes.len() > crate::wire::DATAGRAM_MAX {
             self.network.stream(index, host).into_iter().collect()
         } else {
@@ -109,56 +118,61 @@ impl World {
         }
     }
 
+    /// Sends a request. Its answer or a timeout ends the call.
     pub(super) fn call(&mut self, index: usize, call: CallId, to: Target, bytes: Vec<u8>) {
         let host = &mut self.hosts[index];
-        let (from, life) = (host.key, host.life);
+        let (from, process_id) = (host.key, host.process_id);
         let Some(process) = &mut host.process else { return };
         process.open_calls.insert(call);
         self.oracle.on_sent(from, &bytes);
         if let Target::Member { node, .. } = to {
-            self.judge_partner(index, call, node, &bytes);
+            self.check_comparison_partner(index, call, node, &bytes);
         }
         let size = bytes.len();
         let (address, expected) = match to {
             Target::Member { node, address } => (Some(address), Some(node)),
-            Target::Seed(seed) => (self.seed(index, seed), None),
+            Target::Seed(seed) => (self.seed_address(index, seed), None),
         };
-        let listener = address.and_then(|address| self.listener(address, expected));
+        let listener = address.and_then(|address| self.host_listening_at(address, expected));
         if listener == Some(index) {
             let result = Err(CallError::Myself);
             return self.schedule(
                 Duration::from_millis(1),
-                Event::Answer { to: index, life, call, result },
+                Event::Answer { to: index, process_id, call, result },
             );
         }
         let arrival = listener.and_then(|to| Some((to, self.network.stream(index, to)?)));
         if let Some(to) = listener {
-            self.network.count(self.now, index, to, size);
+            self.network.record_traffic(self.now, index, to, size);
         }
         if let Some((to, after)) = arrival {
-            let request = Event::Request { from, from_host: index, life, call, to, bytes };
+            let request = Event::Request { from, from_host: index, process_id, call, to, bytes };
             self.schedule(after, request);
         }
         let result = Err(CallError::Unreachable("no answer in time".to_owned()));
-        self.schedule(CALL_TIMEOUT, Event::Answer { to: index, life, call, result });
+        self.schedule(CALL_TIMEOUT, Event::Answer { to: index, process_id, call, result });
     }
 
+    /// Sends the response to a request. A Byzantine host falsifies it.
     pub(super) fn reply(&mut self, index: usize, reply: ReplyId, bytes: Vec<u8>) {
         let from = self.hosts[index].key;
         self.oracle.on_sent(from, &bytes);
-        let bytes = self.twist(index, bytes);
-        let Some((to, life, call)) = self.replies.remove(&reply.0) else { return };
-        self.network.count(self.now, index, to, bytes.len());
+        let bytes = self.falsify_answer(index, bytes);
+        let Some((to, process_id, call)) = self.pending_replies.remove(&reply.0) else { return };
+        self.network.record_traffic(self.now, index, to, bytes.len());
         match self.network.stream(index, to) {
             Some(after) => {
-                self.schedule(after, Event::Answer { to, life, call, result: Ok((from, bytes)) });
+                self.schedule(
+                    after,
+                    Event::Answer { to, process_id, call, result: Ok((from, bytes)) },
+                );
             }
-            None => self.oracle.reach("answer lost"),
+            None => self.oracle.record_situation("answer lost"),
         }
     }
 
-    /// The address behind the n-th seed of a host: names are looked up at each try.
-    pub(super) fn seed(&self, index: usize, seed: usize) -> Option<SocketAddr> {
+    /// Returns the present address of a host's n-th seed. Host names are resolved at each attempt.
+    pub(super) fn seed_address(&self, index: usize, seed: usize) -> Option<SocketAddr> {
         let host = &self.hosts[index];
         if host.seeds.is_empty() {
             return host.saved_seeds.get(seed).copied();
@@ -166,17 +180,22 @@ impl World {
         host.seeds.get(seed).map(|seed| self.hosts[*seed].address())
     }
 
-    /// The host that answers at an address under the expected identity.
-    pub(super) fn listener(&self, address: SocketAddr, expected: Option<NodeId>) -> Option<usize> {
-        let host = &self.hosts[*self.places.get(&address)?];
+    /// Returns the host whose agent listens at an address, with the expected identity if one is given.
+    pub(super) fn host_listening_at(
+        &self,
+        address: SocketAddr,
+        expected: Option<NodeId>,
+    ) -> Option<usize> {
+        let host = &self.hosts[*self.hosts_by_address.get(&address)?];
         let answers = host.process.is_some() && expected.is_none_or(|node| node == host.key);
         answers.then_some(host.index)
     }
 
-    /// What `agent` keeps in the token file.
-    pub(super) fn remember(&mut self, index: usize) {
-        let mut seeds: Vec<_> =
-            (0..self.hosts[index].seeds.len()).filter_map(|seed| self.seed(index, seed)).collect();
+    /// Saves cluster and seeds, as `agent` does in the token file.
+    pub(super) fn save_token_file(&mut self, index: usize) {
+        let mut seeds: Vec<_> = (0..self.hosts[index].seeds.len())
+            .filter_map(|seed| self.seed_address(index, seed))
+            .collect();
         let host = &mut self.hosts[index];
         let Some(process) = &host.process else { return };
         let Some(cluster) = process.node.cluster() else { return };
@@ -188,34 +207,41 @@ impl World {
         host.saved_seeds = seeds;
     }
 
+    /// Schedules the completion of the next batch.
     pub(super) fn schedule_disk(&mut self, index: usize) {
         let host = &self.hosts[index];
         let (least, most) = host.disk_latency;
-        let (life, after) = (host.life, self.luck.random_range(least..=most));
-        self.schedule(after, Event::Disk { host: index, life });
+        let (process_id, after) =
+            (host.process_id, self.environment_rng.random_range(least..=most));
+        self.schedule(after, Event::Disk { host: index, process_id });
     }
 
-    pub(super) fn write_next(&mut self, index: usize) {
+    /// Completes the first queued batch and executes the outputs that waited for it.
+    pub(super) fn complete_write(&mut self, index: usize) {
         let host = &mut self.hosts[index];
         let node = host.key;
         let Some(process) = host.process.as_mut().filter(|process| process.paused.is_none()) else {
             return;
         };
-        if let Some((seq, news)) = host.disk.write_next() {
+        if let Some((seq, written)) = host.disk.write_next() {
             let freed = process.gate.open(seq);
-            let unmet = std::mem::take(&mut process.unmet);
-            // Of those who have gone meanwhile nobody can be met any more.
-            let there = if unmet.is_empty() { unmet } else { &unmet & &host.members_on_disk() };
-            self.oracle.on_flushed(node, there.is_empty(), &news);
+            let awaited_peers = std::mem::take(&mut process.awaited_peers);
+            // Members that have departed since the start cannot be contacted any more.
+            let remaining = if awaited_peers.is_empty() {
+                awaited_peers
+            } else {
+                &awaited_peers & &host.members_on_disk()
+            };
+            self.oracle.on_flushed(node, remaining.is_empty(), &written);
             if let Some(process) = &mut host.process {
-                process.unmet = there;
+                process.awaited_peers = remaining;
             }
-            if news.keys().any(|key| matches!(key, Key::Cluster | Key::Member(_))) {
-                self.remember(index);
+            if written.keys().any(|key| matches!(key, Key::Cluster | Key::Member(_))) {
+                self.save_token_file(index);
             }
-            self.judge_vouching(index, &news);
+            self.check_replacement(index, &written);
             for output in freed {
-                self.carry_out(index, output);
+                self.execute(index, output);
             }
         }
         if !self.hosts[index].disk.is_idle() {
@@ -223,24 +249,25 @@ impl World {
         }
     }
 
-    /// A host re-created vouches for its predecessor without asking an operator, who would not have done so
-    /// while somebody might know more: from then on the proviso is broken.
-    fn judge_vouching(&mut self, index: usize, news: &Contents) {
-        for key in news.keys() {
+    /// Makes the oracle lenient if a host with `replace_by_name` forgets its predecessor although
+    /// [`World::is_forgettable`] does not hold. The agent cannot check this precondition.
+    fn check_replacement(&mut self, index: usize, written: &Contents) {
+        for key in written.keys() {
             let Key::Forget(victim) = *key else { continue };
             let destroyed =
-                |host: &Host| host.key == victim && !host.power && host.stopped.is_none();
+                |host: &Host| host.key == victim && !host.is_powered && host.stopped.is_none();
             if self.hosts[index].replaces
                 && self.hosts.iter().any(destroyed)
                 && !self.is_forgettable(victim, index)
             {
-                self.oracle.reach("replaced outside the promise");
+                self.oracle.record_situation("replaced outside the preconditions");
                 self.oracle.lenient = true;
             }
         }
     }
 
-    fn pursue(&mut self, index: usize, desired_state: DesiredState) {
+    /// Sets the desired state and schedules the pass that programs it.
+    fn set_desired_state(&mut self, index: usize, desired_state: DesiredState) {
         let host = &mut self.hosts[index];
         let latency = host.kernel_latency;
         if let Some(process) = &mut host.process {
@@ -249,26 +276,28 @@ impl World {
         }
     }
 
+    /// Schedules a pass of the data plane, unless an earlier one is scheduled.
     pub(super) fn schedule_kernel(&mut self, index: usize, after: Duration) {
         let at = self.now + after;
-        let life = self.hosts[index].life;
+        let process_id = self.hosts[index].process_id;
         let Some(process) = &mut self.hosts[index].process else { return };
-        if process.programs_at.is_none_or(|due| at < due) {
-            process.programs_at = Some(at);
-            self.schedule(after, Event::Kernel { host: index, life });
+        if process.next_program_at.is_none_or(|due| at < due) {
+            process.next_program_at = Some(at);
+            self.schedule(after, Event::Kernel { host: index, process_id });
         }
     }
 
-    /// One pass of the data plane: dump, plan, apply. A pass may be cut short, and goes on later.
-    pub(super) fn program(&mut self, index: usize) {
+    /// Executes one pass of the data plane: dump, plan, apply. The pass may be interrupted; a later one
+    /// completes it.
+    pub(super) fn program_kernel(&mut self, index: usize) {
         let now = self.now;
         let host = &mut self.hosts[index];
         let Some(process) = &mut host.process else { return };
-        if process.programs_at.take_if(|due| *due == now).is_none() {
+        if process.next_program_at.take_if(|due| *due == now).is_none() {
             return;
         }
         if process.paused.is_some() {
-            return self.schedule_kernel(index, RECONCILE_RETRY);
+            return self.schedule_kernel(index, RECONCILE_RETRY_INTERVAL);
         }
         let Some(desired_state) = process.desired_state.take() else { return };
         let host = &self.hosts[index];
@@ -276,26 +305,28 @@ impl World {
             DesiredState::Overlay(view) => plan(&host.desired(view), &host.kernel.dump()),
             DesiredState::Nothing => vec![Op::DeleteDevice],
         };
-        let mut again = None;
-        // Now and then the thread is interrupted in the middle.
-        let until = if self.luck.random_ratio(1, 8) && !ops.is_empty() {
-            again = Some(Duration::from_micros(500));
-            self.luck.random_range(0..ops.len())
+        let mut retry_after = None;
+        // One pass in eight stops at a random operation.
+        let end = if self.environment_rng.random_ratio(1, 8) && !ops.is_empty() {
+            retry_after = Some(Duration::from_micros(500));
+            self.environment_rng.random_range(0..ops.len())
         } else {
             ops.len()
         };
-        for op in &ops[..until] {
+        for op in &ops[..end] {
             if self.hosts[index].kernel_refuses > 0 {
                 self.hosts[index].kernel_refuses -= 1;
-                self.oracle.reach("kernel refused an operation");
-                again = Some(RECONCILE_RETRY);
+                self.oracle.record_situation("kernel refused an operation");
+                retry_after = Some(RECONCILE_RETRY_INTERVAL);
                 continue;
             }
-            let done = self.apply(index, op);
-            if let Err(refused) = done
-                && again.is_none()
+            let result = self.apply(index, op);
+            if let Err(refused) = result
+                && retry_after.is_none()
             {
-                self.oracle.accuse(|| format!("host {index}: the plan is impossible: {refused}"));
+                self.oracle.report_violation(|| {
+                    format!("host {index}: the kernel refused a planned operation: {refused}")
+                });
             }
         }
         let Some(process) = &mut self.hosts[index].process else { return };
@@ -303,22 +334,23 @@ impl World {
             DesiredState::Overlay(view) => Some(view.own.subnets.first),
             DesiredState::Nothing => None,
         };
-        self.schedule_kernel(index, again.unwrap_or(RECONCILE));
-        if again.is_none() {
+        self.schedule_kernel(index, retry_after.unwrap_or(RECONCILE_INTERVAL));
+        if retry_after.is_none() {
             self.input(index, Input::InUse(subnet));
         }
     }
 
+    /// Applies one operation to the kernel, after the oracle has checked it.
     pub(super) fn apply(&mut self, index: usize, op: &Op) -> Result<(), Refused> {
         let hosts = &self.hosts;
-        let works = |user: usize, subnet| {
-            let end = &hosts[user];
-            let arrives = hosts[index].kernel.forward(subnet) == end.tunnel_end();
-            end.power && !end.going && arrives
+        let is_in_use = |user: usize, subnet| {
+            let peer = &hosts[user];
+            let arrives = hosts[index].kernel.forward(subnet) == peer.tunnel_end();
+            peer.is_powered && !peer.is_departing && arrives
         };
-        self.oracle.on_op(index, op, works);
-        let mut done = Ok(());
-        self.change_kernel(index, |host| done = host.kernel.apply(op));
-        done
+        self.oracle.on_kernel_op(index, op, is_in_use);
+        let mut result = Ok(());
+        self.change_kernel(index, |host| result = host.kernel.apply(op));
+        result
     }
 }

@@ -1,5 +1,5 @@
-//! What goes wrong in a run. Which kinds, and how much of each, is drawn from the seed: everything on all
-//! the time hides bugs.
+//! The faults of a run. The seed determines which kinds occur and how often: a run with all of them would
+//! hide bugs.
 
 use std::{collections::BTreeSet, fmt, net::Ipv4Addr, str::FromStr, time::Duration};
 
@@ -13,53 +13,58 @@ use crate::{core::Command, model::Quorum};
 pub enum Fault {
     /// Datagrams are lost, up to 30 %.
     Loss,
+    /// Datagrams arrive twice, up to 50 %.
     Doubles,
-    /// Messages are late by up to 5 s.
+    /// Up to 20 % of the messages are late, by up to 5 s or, in a third of the runs, 30 s.
     Late,
-    /// Two halves, or one host alone, or pairs, do not reach each other.
+    /// A half, one host or a random group of hosts cannot reach the rest.
     Partition,
     /// One direction of a link is dead.
     OneWay,
+    /// Agents are killed.
     Kill,
+    /// Hosts lose power and come back.
     PowerCut,
-    /// A process is frozen.
+    /// Agents are frozen.
     Pause,
+    /// Disks take up to 2 s for a batch.
     SlowDisk,
+    /// Kernel passes start up to 5 s late.
     SlowKernel,
-    /// Clocks run at different rates, from any start.
+    /// Clocks have different offsets and rates.
     Drift,
-    /// A host comes back under another address.
+    /// Hosts change their address.
     Move,
-    /// The kernel refuses operations, loses entries, gets others, loses the device.
+    /// The kernel refuses operations, or another program changes entries or deletes the device.
     Kernel,
-    /// Bytes that mean nothing, old bytes again.
+    /// Random bytes arrive as messages.
     Garbage,
-    /// Hosts leave for good, and new ones come.
+    /// Hosts leave.
     Leave,
-    /// Many are killed at once.
+    /// Many agents are killed at once.
     Blackout,
-    /// A host dies for good, and later an operator has it forgotten.
+    /// Hosts are destroyed, and an operator forgets them later.
     Death,
-    /// A host dies, and one re-created takes its name and place.
+    /// Hosts are destroyed and replaced by hosts with the same name.
     Recreate,
-    /// A member says of itself what cannot be.
+    /// Byzantine: a member publishes impossible facts about itself.
     Errs,
-    /// A member says of others what cannot be, or speaks in their names.
+    /// Byzantine: a member publishes false facts about other members, or sends in their names.
     Lies,
-    /// Breaks the promise's proviso: a database is lost.
+    /// Breaks a precondition: a host loses its database.
     LoseDisk,
-    /// Breaks it: a disk is set back to an older state.
+    /// Breaks a precondition: a disk is set back to an older state.
     Rollback,
-    /// Breaks it: a disk is copied, and both hosts run.
+    /// Breaks a precondition: a disk is copied, and both hosts run.
     Clone,
-    /// Breaks it: a member that runs is forgotten.
+    /// Breaks a precondition: a running member is forgotten.
     ForgetAlive,
-    /// Breaks it: members are forgotten by time, among them such as are only cut off.
+    /// Breaks a precondition: voters forget members by time, disconnected ones included.
     Voters,
 }
 
 impl Fault {
-    /// Those under which the promise holds.
+    /// The kinds under which single ownership must hold.
     pub const ALL: [Self; 18] = [
         Self::Loss,
         Self::Doubles,
@@ -81,10 +86,11 @@ impl Fault {
         Self::Recreate,
     ];
 
-    /// Those of members, drawn apart.
+    /// The kinds of a Byzantine member, drawn from a separate generator.
     pub const BYZANTINE: [Self; 2] = [Self::Errs, Self::Lies];
 
-    /// Those under which two owners may come about, and must be found out.
+    /// The kinds that break a precondition: two owners of a slot are possible, and must be detected and
+    /// settled.
     pub const BREAKING: [Self; 5] =
         [Self::LoseDisk, Self::Rollback, Self::Clone, Self::ForgetAlive, Self::Voters];
 }
@@ -95,7 +101,7 @@ impl FromStr for Fault {
     fn from_str(text: &str) -> Result<Self, String> {
         let all = Self::ALL.into_iter().chain(Self::BYZANTINE).chain(Self::BREAKING);
         let mut named = all.filter(|fault| fault.to_string() == text);
-        named.next().ok_or_else(|| format!("{text:?} is no kind of fault"))
+        named.next().ok_or_else(|| format!("unknown kind of fault {text:?}"))
     }
 }
 
@@ -108,51 +114,55 @@ impl fmt::Display for Fault {
 /// The faults of one run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Faults {
+    /// Kinds that are injected.
     pub kinds: BTreeSet<Fault>,
 }
 
 impl Faults {
-    /// Each kind with one chance for all, so that most runs have some and few have most.
+    /// Draws each kind with the same chance, which is itself drawn: most runs have a few kinds, some have
+    /// most.
     pub fn draw(rng: &mut StdRng) -> Self {
         let chance = [0.1, 0.25, 0.5][rng.random_range(0..3)];
         let mut kinds: BTreeSet<Fault> =
             Fault::ALL.into_iter().filter(|_| rng.random_bool(chance)).collect();
-        // Now and then a proviso is broken.
+        // One run in eight breaks a precondition.
         if rng.random_ratio(1, 8) {
             kinds.extend(Fault::BREAKING.into_iter().choose(rng));
         }
         Self { kinds }
     }
 
-    /// Whether a member errs or lies is drawn apart, so that all else of a seed stays as it was.
+    /// Adds each Byzantine kind with a chance of one in four. The separate generator keeps the rest of the
+    /// seed's run unchanged.
     pub fn add_byzantine(&mut self, rng: &mut StdRng) {
         self.kinds.extend(Fault::BYZANTINE.into_iter().filter(|_| rng.random_ratio(1, 4)));
     }
 
-    /// A member errs or lies now and then, also while all else is calm.
-    pub fn speak(&self, world: &mut World, rng: &mut StdRng) {
+    /// Makes the Byzantine member send facts, with a chance of one half for each kind. Also used during
+    /// recovery.
+    pub fn send_byzantine_facts(&self, world: &mut World, rng: &mut StdRng) {
         if self.kinds.contains(&Fault::Errs) && rng.random_bool(0.5) {
-            world.err(rng);
+            world.send_impossible_facts(rng);
         }
         if self.kinds.contains(&Fault::Lies) && rng.random_bool(0.5) {
-            world.lie(rng);
+            world.send_false_facts(rng);
         }
     }
 
-    /// What holds for the whole of the faulty phase.
-    pub fn begin(&self, world: &mut World, rng: &mut StdRng) {
+    /// Applies the faults that last for the whole faulty phase.
+    pub fn apply_constant_faults(&self, world: &mut World, rng: &mut StdRng) {
         let on = |fault| self.kinds.contains(&fault);
         world.oracle.lenient = Fault::BREAKING.into_iter().any(on);
         if on(Fault::Loss) {
             world.network.loss = rng.random_range(0.01..0.3);
         }
         if on(Fault::Doubles) {
-            world.network.doubled = rng.random_range(0.01..0.5);
+            world.network.duplication = rng.random_range(0.01..0.5);
         }
         if on(Fault::Late) {
             world.network.late = rng.random_range(0.01..0.2);
             let most = if rng.random_ratio(1, 3) { 30_000 } else { 5_000 };
-            world.network.tail = Duration::from_millis(rng.random_range(50..most));
+            world.network.max_extra_delay = Duration::from_millis(rng.random_range(50..most));
         }
         if on(Fault::Voters) {
             let names = world.hosts.iter().take(3).filter_map(|host| host.name.parse().ok());
@@ -174,19 +184,19 @@ impl Faults {
         }
     }
 
-    /// One thing goes wrong, or comes right again.
-    pub fn strike(&self, world: &mut World, rng: &mut StdRng) {
+    /// Injects one random fault, or ends one.
+    pub fn inject_one(&self, world: &mut World, rng: &mut StdRng) {
         let Some(fault) = self.kinds.iter().copied().choose(rng) else { return };
         let hosts = world.hosts.len();
-        let Some(host) = (0..hosts).filter(|host| world.hosts[*host].power).choose(rng) else {
+        let Some(host) = (0..hosts).filter(|host| world.hosts[*host].is_powered).choose(rng) else {
             return;
         };
         match fault {
             Fault::Loss | Fault::Doubles | Fault::Late | Fault::SlowDisk => {}
             Fault::SlowKernel | Fault::Drift | Fault::Errs | Fault::Lies => {}
-            // Of the voters, the first three hosts, most stay.
+            // Two of the three voters, which are the first three hosts, survive.
             Fault::Voters if host < 2 => {}
-            Fault::Voters => _ = die(world, host),
+            Fault::Voters => _ = destroy_host(world, host),
             Fault::Partition | Fault::OneWay if rng.random_bool(0.4) => world.network.mend(),
             Fault::Partition => partition(world, rng),
             Fault::OneWay => world.network.cut(host, rng.random_range(0..hosts)),
@@ -197,7 +207,7 @@ impl Faults {
             Fault::PowerCut => world.cut_power(host),
             Fault::Move => {
                 world.kill(host);
-                world.oracle.reach("address changed");
+                world.oracle.record_situation("address changed");
                 let third = rng.random_range(1..250);
                 world.move_host(host, Ipv4Addr::new(10, 100, third, host as u8));
                 if rng.random_bool(0.5) {
@@ -206,30 +216,30 @@ impl Faults {
             }
             Fault::Pause if rng.random_bool(0.5) => (0..hosts).for_each(|host| world.resume(host)),
             Fault::Pause => world.pause(host),
-            Fault::Kernel => tamper(world, host, rng),
-            Fault::Garbage => world.babble(host, rng),
-            Fault::Leave => leave(world, host),
-            Fault::Death if rng.random_bool(0.5) => forget(world, rng),
-            Fault::Death => _ = die(world, host),
+            Fault::Kernel => tamper_with_kernel(world, host, rng),
+            Fault::Garbage => world.send_garbage(host, rng),
+            Fault::Leave => start_leave(world, host),
+            Fault::Death if rng.random_bool(0.5) => forget_dead_host(world, rng),
+            Fault::Death => _ = destroy_host(world, host),
             Fault::Recreate => recreate(world, host),
             Fault::LoseDisk => {
-                // One at most: where all have lost everything there is no cluster any more.
-                let others = members(world) > 3 && !world.hosts[host].saved_seeds.is_empty();
+                // At most one host: a cluster does not survive the loss of all disks.
+                let others = member_count(world) > 3 && !world.hosts[host].saved_seeds.is_empty();
                 if std::mem::replace(&mut world.disk_lost, true) || !others {
                     return;
                 }
-                world.oracle.reach("disk lost");
+                world.oracle.record_situation("disk lost");
                 world.kill(host);
                 world.hosts[host].disk = Disk::default();
                 world.start(host);
             }
             Fault::Rollback => match world.hosts[host].snapshot.take() {
                 Some(snapshot) => {
-                    world.oracle.reach("rolled back");
+                    world.oracle.record_situation("rolled back");
                     world.kill(host);
                     world.hosts[host].disk = snapshot;
                     world.start(host);
-                    // Somebody who asks it for a slot, which it may have granted before.
+                    // The joiner requests a slot, which the host may have granted already.
                     let joiner = world.add_joiner(&[host]);
                     world.start(joiner);
                 }
@@ -238,13 +248,13 @@ impl Faults {
             Fault::Clone => world.copy_host(host),
             Fault::ForgetAlive => {
                 let victim = world.hosts[rng.random_range(0..hosts)].key;
-                // Whoever forgets all others, and is forgotten by all, stays apart: outside the promise.
-                if members(world) > 2 && world.hosts[host].members_on_disk().len() > 2 {
+                // Two members that forget each other, with no third one, never reunite.
+                if member_count(world) > 2 && world.hosts[host].members_on_disk().len() > 2 {
                     world.forget(host, victim, true);
                 }
             }
             Fault::Blackout => {
-                world.oracle.reach("blackout");
+                world.oracle.record_situation("blackout");
                 let survivors = rng.random_range(0.0..0.7);
                 for host in 0..hosts {
                     if !rng.random_bool(survivors) {
@@ -258,8 +268,9 @@ impl Faults {
     }
 }
 
+/// Cuts all links between two groups of hosts.
 fn partition(world: &mut World, rng: &mut StdRng) {
-    world.oracle.reach("partition");
+    world.oracle.record_situation("partition");
     let hosts = world.hosts.len();
     let style = rng.random_range(0..3);
     let alone = rng.random_range(0..hosts);
@@ -279,13 +290,13 @@ fn partition(world: &mut World, rng: &mut StdRng) {
     }
 }
 
-/// Somebody's hand in the kernel's tables.
-fn tamper(world: &mut World, host: usize, rng: &mut StdRng) {
-    let what = rng.random_range(0..6);
+/// Makes the kernel refuse operations, or changes its entries as another program would.
+fn tamper_with_kernel(world: &mut World, host: usize, rng: &mut StdRng) {
+    let kind = rng.random_range(0..6);
     world.change_kernel(host, |host| {
         let kernel = &mut host.kernel;
-        match what {
-            0 => host.kernel_refuses = 1 + host.identities as u32,
+        match kind {
+            0 => host.kernel_refuses = 1 + host.identity_count as u32,
             1 => _ = kernel.routes.pop_first(),
             2 => _ = kernel.neighbours.pop_last(),
             3 => _ = kernel.fdb.pop_first(),
@@ -299,59 +310,63 @@ fn tamper(world: &mut World, host: usize, rng: &mut StdRng) {
     });
 }
 
-/// Another host has the same identity: nobody takes away one of two before that is cured.
-fn is_shared(world: &World, host: usize) -> bool {
+/// Whether another host has the same identity. Such a host neither leaves nor is destroyed before an operator
+/// has resolved that.
+fn has_duplicate_identity(world: &World, host: usize) -> bool {
     world.hosts.iter().any(|other| other.index != host && other.key == world.hosts[host].key)
 }
 
-/// Hosts of the cluster that are there to stay.
-fn members(world: &World) -> usize {
-    world.hosts.iter().filter(|host| host.saved_cluster.is_some() && !host.going).count()
+/// Number of hosts that belong to the cluster and are not leaving.
+fn member_count(world: &World) -> usize {
+    world.hosts.iter().filter(|host| host.saved_cluster.is_some() && !host.is_departing).count()
 }
 
-/// An operator takes a host away, the proper way. Two members stay, so that there is a cluster.
-fn leave(world: &mut World, host: usize) {
-    let runs = world.hosts[host].process.is_some() && !is_shared(world, host);
-    if members(world) > 2 && runs && world.hosts[host].saved_cluster.is_some() {
-        world.hosts[host].going = true;
+/// Acts as an operator: makes a host leave. Two members remain, so that the cluster persists.
+fn start_leave(world: &mut World, host: usize) {
+    let runs = world.hosts[host].process.is_some() && !has_duplicate_identity(world, host);
+    if member_count(world) > 2 && runs && world.hosts[host].saved_cluster.is_some() {
+        world.hosts[host].is_departing = true;
         world.command(host, Command::Leave);
     }
 }
 
-/// Hosts that are re-created in one run: all the others must acknowledge that each is gone.
+/// Limit of re-created hosts in one run. All other members must acknowledge each forget.
 const MAX_RECREATED: usize = 6;
 
-/// As docker-compose does it: the container is gone, and another one has its name.
+/// Destroys a host and adds one with the same name, as docker-compose re-creates a container.
 fn recreate(world: &mut World, host: usize) {
     let name = world.hosts[host].name.clone();
-    let members = world.hosts.iter().filter(|other| other.index != host && other.power);
+    let members = world.hosts.iter().filter(|other| other.index != host && other.is_powered);
     let seeds: Vec<usize> = members.map(|host| host.index).collect();
-    let anew = world.hosts.iter().filter(|host| host.replaces).count();
-    if anew > MAX_RECREATED || !die(world, host) {
+    let recreated = world.hosts.iter().filter(|host| host.replaces).count();
+    if recreated > MAX_RECREATED || !destroy_host(world, host) {
         return;
     }
-    let anew = world.add_joiner(&seeds);
-    world.hosts[anew].name = name;
-    world.hosts[anew].replaces = true;
-    world.oracle.reach("recreated");
-    world.start(anew);
+    let replacement = world.add_joiner(&seeds);
+    world.hosts[replacement].name = name;
+    world.hosts[replacement].replaces = true;
+    world.oracle.record_situation("recreated");
+    world.start(replacement);
 }
 
-/// A host is switched off and never comes back; two members stay. Says whether it was.
-fn die(world: &mut World, host: usize) -> bool {
-    let known = world.hosts[host].saved_cluster.is_some() && !is_shared(world, host);
-    if members(world) > 2 + usize::from(world.disk_lost) && known && !world.hosts[host].going {
-        world.oracle.reach("died");
-        world.hosts[host].going = true;
+/// Switches a host off for good, unless fewer than two members would remain. Returns whether it did.
+fn destroy_host(world: &mut World, host: usize) -> bool {
+    let known = world.hosts[host].saved_cluster.is_some() && !has_duplicate_identity(world, host);
+    if member_count(world) > 2 + usize::from(world.disk_lost)
+        && known
+        && !world.hosts[host].is_departing
+    {
+        world.oracle.record_situation("died");
+        world.hosts[host].is_departing = true;
         world.destroy(host);
         return true;
     }
     false
 }
 
-/// An operator tells some member that a dead one is gone, where that is within the promise.
-fn forget(world: &mut World, rng: &mut StdRng) {
-    let dead = |host: &&Host| !host.power && host.stopped.is_none();
+/// Acts as an operator: forgets a dead host at a random member, if the preconditions hold.
+fn forget_dead_host(world: &mut World, rng: &mut StdRng) {
+    let dead = |host: &&Host| !host.is_powered && host.stopped.is_none();
     let Some(victim) = world.hosts.iter().filter(dead).map(|host| host.key).choose(rng) else {
         return;
     };

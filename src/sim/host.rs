@@ -1,4 +1,4 @@
-//! A simulated host: a machine with a disk, a kernel and a clock, on which a process may run.
+//! A simulated host: a machine with a disk, a kernel and a clock, on which an agent may run.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -21,107 +21,131 @@ use crate::{
     wire::{Key, Record},
 };
 
-/// The cluster of hosts whose subnets somebody outside gives.
+/// Id of the cluster whose hosts are assigned their subnets from outside (`lease_source = "podcidr"`).
 const ASSIGNED: ClusterId = ClusterId::from_bytes([7; 8]);
 /// UDP port of every simulated endpoint.
 const PORT: u16 = 8473;
 
+/// Least and greatest time until a batch is flushed, without faults.
 pub const DISK_LATENCY: (Duration, Duration) =
     (Duration::from_micros(300), Duration::from_millis(2));
+/// Time from a new view to the pass that programs it, without faults.
 pub const KERNEL_LATENCY: Duration = Duration::from_micros(300);
 
-/// The machine, and what runs on it.
+/// A machine and the agent that runs on it.
 pub struct Host {
+    /// Position in [`World::hosts`](super::world::World::hosts).
     pub index: usize,
-    /// Present identity; a host that restarts gets another one.
+    /// Present node id. A host that was expelled or has left gets another one.
     pub key: NodeId,
-    pub identities: u8,
-    /// Those it had before.
-    pub former: Vec<NodeId>,
+    /// Number of identities so far, the present one included.
+    pub identity_count: u8,
+    /// Earlier node ids.
+    pub former_ids: Vec<NodeId>,
+    /// Node name.
     pub name: String,
+    /// Underlay address.
     pub underlay: Ipv4Addr,
-    /// What the operator wrote down; seeds by name, so that they are found at their present address.
+    /// Configuration: the cluster to create.
     pub creates: Option<ClusterSettings>,
+    /// Configuration: indices of the seeds. An index stands for a host name: it resolves to the present
+    /// address.
     pub seeds: Vec<usize>,
-    /// What the token file remembers, beside the database.
+    /// Token file: the cluster.
     pub saved_cluster: Option<ClusterId>,
+    /// Token file: addresses of seeds.
     pub saved_seeds: Vec<SocketAddr>,
+    /// The database.
     pub disk: Disk,
-    /// An older state of it that somebody kept.
+    /// An older state of the disk, for [`Fault::Rollback`](super::faults::Fault::Rollback).
     pub snapshot: Option<Disk>,
-    /// Its state directory is a copy of another host's.
+    /// Whether its state directory is a copy of another host's.
     pub is_copy: bool,
+    /// The kernel.
     pub kernel: FakeKernel,
+    /// The monotonic clock.
     pub clock: Clock,
-    /// Switched off for good otherwise.
-    pub power: bool,
-    /// The operator has told this host to leave, or its cluster that it is gone.
-    pub going: bool,
+    /// Whether the machine is switched on. A host that has left or was destroyed stays off.
+    pub is_powered: bool,
+    /// Whether the host is leaving or was destroyed.
+    pub is_departing: bool,
+    /// The running agent.
     pub process: Option<Process>,
-    /// Counts processes: what was meant for an earlier one is void.
-    pub life: u32,
-    /// First address of the subnet that somebody outside has given to it.
+    /// Number of the present or last process. Events of earlier ones are dropped.
+    pub process_id: u32,
+    /// First address of the subnet that is assigned from outside.
     pub assigned: Option<Ipv4Addr>,
-    /// Networks that lead elsewhere on it.
+    /// Networks that routes of this host already lead to.
     pub occupied: Vec<IpNet>,
-    /// An address in the subnet that it would like.
+    /// Configuration: an address in the preferred subnet.
     pub prefers: Option<IpAddr>,
-    /// Its agent runs with `replace_by_name`.
+    /// Configuration: `replace_by_name`.
     pub replaces: bool,
-    /// Who of the cluster forgets by time.
+    /// Configuration: voters that forget by time.
     pub quorum: Option<Quorum>,
+    /// Why the last process stopped by itself.
     pub stopped: Option<Stop>,
+    /// Least and greatest time until a batch is flushed.
     pub disk_latency: (Duration, Duration),
-    /// From a new view to the pass that programs it.
+    /// Time from a new view to the pass that programs it.
     pub kernel_latency: Duration,
-    /// Operations that the kernel refuses next.
+    /// Number of kernel operations that will fail.
     pub kernel_refuses: u32,
-    /// Extra entropy of this host's processes.
-    pub luck: [u8; 24],
+    /// Makes keys and random seeds of this host unique.
+    pub entropy: [u8; 24],
 }
 
-/// A running agent: the production node and gate, and what the shell would hold.
+/// A running agent: the production node and gate, and the state that the agent's loop holds.
 pub struct Process {
+    /// The production core.
     pub node: Node,
+    /// The production gate.
     pub gate: Gate,
+    /// State to program into the kernel.
     pub desired_state: Option<DesiredState>,
-    /// When the kernel is next made equal to the goal.
-    pub programs_at: Option<Time>,
-    /// The wake-up that is in the queue.
+    /// When the next pass of the data plane is scheduled.
+    pub next_program_at: Option<Time>,
+    /// When the scheduled timeout fires.
     pub timer: Option<Time>,
-    /// Frozen: what comes meanwhile waits here.
+    /// Inputs that arrived while the process is frozen; `None` while it runs.
     pub paused: Option<Vec<Input>>,
+    /// Calls without an answer.
     pub open_calls: BTreeSet<CallId>,
-    /// Comparisons under way, and with whom.
+    /// Comparisons without an answer, each with its partner.
     pub comparisons: BTreeMap<CallId, NodeId>,
-    /// The member that did not answer the last one that ended.
+    /// The partner of the last ended comparison, if it did not answer.
     pub last_silent: Option<NodeId>,
-    /// Members it knew when it started, none of whom it has met since.
-    pub unmet: BTreeSet<NodeId>,
+    /// Members that the disk held at the start. Emptied by the first contact with one of them.
+    pub awaited_peers: BTreeSet<NodeId>,
 }
 
-/// What the kernel is to be made equal to.
+/// What a pass makes the kernel equal to.
 #[derive(Clone, Debug)]
 pub enum DesiredState {
+    /// The device and entries of a view.
     Overlay(View),
+    /// No device.
     Nothing,
 }
 
-/// A monotonic clock of its own: any offset, and a rate that is off by parts in a million.
+/// A monotonic clock with an offset and a rate error.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Clock {
+    /// Value at virtual time zero.
     pub offset: Duration,
+    /// Rate error, in parts per million.
     pub drift_ppm: i32,
 }
 
 impl Clock {
+    /// Returns what the clock shows at virtual time `now`.
     pub fn local(&self, now: Time) -> Time {
         let nanos = now.since(Time::ZERO).as_nanos() as i128;
         let skew = nanos * i128::from(self.drift_ppm) / 1_000_000;
         Time::from_nanos((nanos + skew) as u64) + self.offset
     }
 
-    /// The first moment at which this clock shows `local`.
+    /// Returns the first virtual time at which the clock shows `local`.
     pub fn global(&self, local: Time) -> Time {
         let nanos = local.since(Time::ZERO).saturating_sub(self.offset).as_nanos() as i128;
         let rate = 1_000_000 + i128::from(self.drift_ppm);
@@ -135,12 +159,13 @@ impl Clock {
 }
 
 impl Host {
-    pub fn new(index: usize, luck: [u8; 24]) -> Self {
+    /// Returns a powered host without a running agent.
+    pub fn new(index: usize, entropy: [u8; 24]) -> Self {
         let mut host = Self {
             index,
             key: NodeId::from_bytes([0; 8]),
-            identities: 0,
-            former: Vec::new(),
+            identity_count: 0,
+            former_ids: Vec::new(),
             name: format!("n{index}"),
             underlay: Ipv4Addr::from(0x0a63_000a + index as u32),
             creates: None,
@@ -152,10 +177,10 @@ impl Host {
             is_copy: false,
             kernel: FakeKernel::default(),
             clock: Clock::default(),
-            power: true,
-            going: false,
+            is_powered: true,
+            is_departing: false,
             process: None,
-            life: 0,
+            process_id: 0,
             assigned: None,
             occupied: Vec::new(),
             prefers: None,
@@ -165,34 +190,36 @@ impl Host {
             disk_latency: DISK_LATENCY,
             kernel_latency: KERNEL_LATENCY,
             kernel_refuses: 0,
-            luck,
+            entropy,
         };
         host.new_identity();
         host
     }
 
-    /// Forgets who it was: key and database go, the token stays.
+    /// Draws a new key and clears the database. The token file remains.
     pub fn new_identity(&mut self) {
-        if self.identities > 0 {
-            self.former.push(self.key);
+        if self.identity_count > 0 {
+            self.former_ids.push(self.key);
         }
-        self.identities += 1;
-        let mut key = [self.identities; 32];
+        self.identity_count += 1;
+        let mut key = [self.identity_count; 32];
         key[..8].copy_from_slice(&(self.index as u64).to_le_bytes());
-        key[8..31].copy_from_slice(&self.luck[..23]);
+        key[8..31].copy_from_slice(&self.entropy[..23]);
         self.key = NodeId::of_public_key(&key);
         self.disk = Disk::default();
     }
 
+    /// Returns the address of the QUIC endpoint.
     pub fn address(&self) -> SocketAddr {
         (self.underlay, PORT).into()
     }
 
+    /// Returns the running node.
     pub fn node(&self) -> Option<&Node> {
         self.process.as_ref().map(|process| &process.node)
     }
 
-    /// Members by its disk, itself included, that are not gone.
+    /// Returns the members on disk that have neither left nor been forgotten, itself included.
     pub fn members_on_disk(&self) -> BTreeSet<NodeId> {
         let records = self.disk.records().unwrap_or_default();
         let forgotten = |node| records.iter().any(|(key, _)| *key == Key::Forget(node));
@@ -205,7 +232,7 @@ impl Host {
         records.iter().filter_map(member).collect()
     }
 
-    /// Whether it owns slots, for all that its disk says.
+    /// Whether the disk holds a slot record with this host as the owner.
     pub fn owns_by_its_disk(&self) -> bool {
         let records = self.disk.records().unwrap_or_default();
         records.iter().any(|(_, record)| match record {
@@ -214,35 +241,35 @@ impl Host {
         })
     }
 
-    /// Whether its disk says for sure that a node has left.
+    /// Whether the disk holds the record that a node has left.
     pub fn knows_as_left(&self, node: NodeId) -> bool {
         let record = self.disk.flushed(Key::Member(node));
         record.is_some_and(|record| matches!(record, Record::Member(record) if record.has_left()))
     }
 
-    /// The subnet that this host's kernel uses, whether or not a process runs.
+    /// Returns the subnet that the kernel uses, whether or not an agent runs.
     pub fn subnet_in_use(&self, pool: &Pool) -> Option<IpNet> {
         let found = self.kernel.device.as_ref()?;
         let (address, _) = found.addresses.first()?;
         Some(pool.subnet(pool.slot_of(*address)?))
     }
 
-    /// Where packets for this host's pods must be sent.
+    /// Returns the MAC and underlay address to which peers must send packets for this host's pods.
     pub fn tunnel_end(&self) -> Option<(Mac, IpAddr)> {
         let found = self.kernel.device.as_ref()?;
         Some((found.device.mac, self.underlay.into()))
     }
 
-    /// As `agent::start` makes it.
+    /// Returns the node's configuration, as `agent::start` builds it.
     pub fn config(&self) -> NodeConfig {
         let remembers = self.saved_cluster.is_some();
         let mut seed = [0; 32];
-        seed[..24].copy_from_slice(&self.luck);
-        seed[24..28].copy_from_slice(&self.life.to_le_bytes());
+        seed[..24].copy_from_slice(&self.entropy);
+        seed[24..28].copy_from_slice(&self.process_id.to_le_bytes());
         seed[28..].copy_from_slice(&(self.index as u32).to_le_bytes());
         let mut boot = [0; 8];
         boot[..4].copy_from_slice(&(self.index as u32).to_le_bytes());
-        boot[4..].copy_from_slice(&self.life.to_le_bytes());
+        boot[4..].copy_from_slice(&self.process_id.to_le_bytes());
         NodeConfig {
             node: self.key,
             boot: BootId::from_bytes(boot),
@@ -265,18 +292,19 @@ impl Host {
         }
     }
 
-    /// Of those given, or else of those remembered.
+    /// Returns the number of configured seeds, or of saved ones if none is configured.
     pub fn seed_count(&self) -> usize {
         if self.seeds.is_empty() { self.saved_seeds.len() } else { self.seeds.len() }
     }
 
+    /// Returns the desired state of the kernel for a view.
     pub fn desired(&self, view: &View) -> Desired {
         let underlay = Underlay::of_tunnels(2, self.underlay.into(), 1450);
         Desired::new(view, &underlay, &BTreeSet::new())
     }
 }
 
-/// Hosts by the address at which they can be reached now.
+/// Maps the present address of each powered host to its index.
 pub fn by_address(hosts: &[Host]) -> BTreeMap<SocketAddr, usize> {
-    hosts.iter().filter(|host| host.power).map(|host| (host.address(), host.index)).collect()
+    hosts.iter().filter(|host| host.is_powered).map(|host| (host.address(), host.index)).collect()
 }

@@ -1,16 +1,17 @@
-//! Many nodes in one thread under virtual time: the production core, unchanged, in a modelled world.
+//! Simulator: runs many nodes in one thread under virtual time, in a modelled environment.
 //!
-//! Our hard bugs lie where gossip, ownership, disks and kernels meet, and only a world that models all
-//! four under one clock and one seed reaches them in large numbers. QUIC is modelled, not run; nothing in
-//! here reads a clock or draws luck that does not come from the seed.
+//! The nodes are the unmodified production core. The defects that matter occur where gossip, ownership, disks
+//! and kernels interact; one clock and one seed for all four make such interactions frequent and
+//! reproducible. QUIC is modelled, not run. No module reads a real clock, and all randomness derives from the
+//! seed.
 //!
-//! - [`world`]: the queue of events; `effects`: what nodes ask for, done; [`host`]: a machine; [`network`],
-//!   [`disk`]: what surrounds a node (its kernel is [`crate::dataplane::fake`])
-//! - [`oracle`]: the judge of safety at every event
-//! - [`faults`]: what goes wrong in a run, drawn from the seed; `operator`: what people do; `liar`: what a
-//!   member says that errs or lies
-//! - [`rest`]: what must hold once all is calm
-//! - [`run`]: one seed from start to verdict; [`campaign`]: many of them; [`figures`]: how fast
+//! - [`world`]: the event queue; `effects`: executes the outputs of nodes; [`host`]: a machine; [`network`],
+//!   [`disk`]: the environment of a node (its kernel is [`crate::dataplane::fake`])
+//! - [`oracle`]: checks the safety rules at every event
+//! - [`faults`]: the faults of a run, drawn from the seed; `operator`: what operators do; `liar`: the
+//!   Byzantine member
+//! - [`rest`]: what must hold after the faults
+//! - [`run`]: one run from seed to result; [`campaign`]: many runs; [`figures`]: convergence times
 
 pub mod campaign;
 pub mod disk;

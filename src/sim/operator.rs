@@ -1,4 +1,4 @@
-//! What people do to hosts: copying a disk, giving a host another identity, saying that one is gone.
+//! What operators do to hosts: copy a disk, reset an identity, forget a node.
 
 use std::collections::BTreeSet;
 
@@ -6,7 +6,7 @@ use super::{host::Host, world::World};
 use crate::model::NodeId;
 
 impl World {
-    /// A second machine from the disk of a first.
+    /// Starts a second machine from a copy of this host's disk, unless there is one already.
     pub fn copy_host(&mut self, index: usize) {
         if self.hosts.iter().any(|host| host.is_copy) || self.hosts[index].saved_cluster.is_none() {
             return;
@@ -19,28 +19,29 @@ impl World {
         let host = &mut self.hosts[copy];
         (host.key, host.disk, host.saved_cluster) = (key, disk, cluster);
         (host.seeds, host.saved_seeds, host.is_copy) = (seeds, saved_seeds, true);
-        host.disk.kill_process();
-        self.oracle.reach("cloned");
+        host.disk.discard_queued();
+        self.oracle.record_situation("cloned");
         self.start(copy);
     }
 
-    /// `gossamer reset-identity` on a host whose agent does not run.
+    /// Executes `gossamer reset-identity` on a host whose agent does not run.
     pub fn reset_identity(&mut self, index: usize) {
         self.change_kernel(index, |host| host.kernel = Default::default());
-        let members = self.hosts.iter().filter(|host| host.power && host.saved_cluster.is_some());
+        let members =
+            self.hosts.iter().filter(|host| host.is_powered && host.saved_cluster.is_some());
         let members = members.map(|host| host.index).filter(|member| *member != index).collect();
         let host = &mut self.hosts[index];
         if host.seed_count() == 0 {
-            // A copy of the creator's state from when it was alone: the operator names somebody to join.
+            // A copy of the creator from before the first join knows no seed: the operator adds some.
             host.seeds = members;
         }
         host.new_identity();
-        // What it was before is another host.
-        host.former.clear();
+        // The former identity belongs to the original host.
+        host.former_ids.clear();
         host.is_copy = false;
     }
 
-    /// An operator's word at one host that another is gone.
+    /// Executes `gossamer forget` at one host.
     pub fn forget(&mut self, index: usize, victim: NodeId, force: bool) {
         let now = self.now;
         let host = &mut self.hosts[index];
@@ -48,35 +49,37 @@ impl World {
         let Some(process) = host.process.as_mut().filter(|process| process.paused.is_none()) else {
             return;
         };
-        // If all it knew are gone by the operator's word, there is nobody left to meet.
-        process.unmet.clear();
+        // The operator's statement stands in for the contact: all known peers may be gone.
+        process.awaited_peers.clear();
         let done = process.node.forget(local, &victim.to_string(), force);
         match done {
-            Ok(_) => self.oracle.reach("forgotten"),
-            Err(_) => self.oracle.reach("forget refused"),
+            Ok(_) => self.oracle.record_situation("forgotten"),
+            Err(_) => self.oracle.record_situation("forget refused"),
         }
-        self.settle(index);
-        self.arm(index);
+        self.drain_outputs(index);
+        self.arm_timer(index);
     }
 
-    /// Whether everybody who owns or uses a subnet is known to the issuer, or to somebody it will ask, and
-    /// so on: whoever was met by nobody but the victim is outside the promise.
+    /// Whether the preconditions of a forget hold: each host that owns or uses a subnet is known to the
+    /// issuer, to a member that the issuer knows, and so on. A host that only the victim has met breaks them.
     pub fn is_forgettable(&self, victim: NodeId, issuer: usize) -> bool {
         let roster = Host::members_on_disk;
         let mut known = roster(&self.hosts[issuer]);
         known.remove(&victim);
         loop {
-            let hosts = self.hosts.iter().filter(|host| host.power && known.contains(&host.key));
-            let met: BTreeSet<NodeId> = hosts.flat_map(roster).collect();
+            let hosts =
+                self.hosts.iter().filter(|host| host.is_powered && known.contains(&host.key));
+            let reachable: BTreeSet<NodeId> = hosts.flat_map(roster).collect();
             let before = known.len();
-            known.extend(met);
+            known.extend(reachable);
             if known.len() == before {
                 break;
             }
         }
         let pool = self.settings.pool;
-        let holds = |host: &&Host| host.subnet_in_use(&pool).is_some() || host.owns_by_its_disk();
-        let there = self.hosts.iter().filter(|host| host.power && host.key != victim);
-        there.filter(holds).all(|host| known.contains(&host.key))
+        let holds_slots =
+            |host: &&Host| host.subnet_in_use(&pool).is_some() || host.owns_by_its_disk();
+        let remaining = self.hosts.iter().filter(|host| host.is_powered && host.key != victim);
+        remaining.filter(holds_slots).all(|host| known.contains(&host.key))
     }
 }

@@ -1,10 +1,17 @@
-//! The judge: its own model of who owns what, built from what reaches the disks, never by asking a node.
+//! The oracle: checks safety at every event against its own model of slot ownership.
 //!
-//! Safety is judged at every event. I1 one record per slot and epoch; I2 one user per subnet; I3 only the
-//! owner (or the successor of a forgotten one) writes the next record; I4 no epoch on a disk goes back; I5
-//! nothing is said that is not on its writer's disk; I7 no grant after a start before somebody was met; I16
-//! who asks twice is given one slot; I17 no counter jumps; I18 no record that no node can use; D4 no
-//! entry of a host that works is removed.
+//! The model is built from the records that reach the disks; the oracle never queries a node. The rules:
+//!
+//! - I1: one record per slot and epoch
+//! - I2: one user per subnet
+//! - I3: only the owner of a slot, or the successor of its forgotten owner, writes the slot's next record
+//! - I4: no epoch on a disk decreases
+//! - I5: a node sends only records that are on the disk of the node that wrote them
+//! - I7: a restarted node grants nothing before contact with a peer that it knew
+//! - I16: repeated grant requests of one node yield one slot
+//! - I17: no counter jumps to an implausible value
+//! - I18: no disk holds a member record that no node can use
+//! - D4: no host removes the route to a subnet that is in use and reachable by it
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -16,99 +23,119 @@ use crate::{
     wire::{Facts, Frame, Key, Push, Record, Request, Response},
 };
 
-/// The epoch within one generation; the rest counts how often the slot was reclaimed.
-const COUNT_BITS: u32 = 32;
-/// In no run is anything counted so far.
-const JUMP: u32 = 1 << 28;
+/// Number of low bits of an epoch that count records within one generation. The high bits are the generation:
+/// the number of times that the slot was reclaimed.
+const EPOCH_COUNT_BITS: u32 = 32;
+/// Greatest value that a counter can reach in a run.
+const MAX_PLAUSIBLE_COUNT: u32 = 1 << 28;
 
+/// The model of ownership, and what the run has shown so far.
 #[derive(Debug, Default)]
 pub struct Oracle {
-    /// A promise's proviso was broken on purpose (a disk lost or copied, a living node forgotten): two
-    /// owners may come about, and must be found out and settled.
+    /// Whether a fault breaks a precondition (a disk lost or copied, a living node forgotten). Two owners of
+    /// a slot are then possible, and must be detected and settled.
     pub lenient: bool,
-    /// Addresses in it are those of no host.
+    /// The cluster's pool: a member address inside it is unusable.
     pool: Option<Pool>,
-    /// Large worlds: only who uses which subnet.
-    pub light: bool,
-    /// Every record, by slot and epoch, as first flushed.
+    /// Whether to check only I2 and D4, for large worlds.
+    pub subnets_only: bool,
+    /// Every record by slot and epoch, as first flushed.
     records: BTreeMap<(u32, u64), SlotRecord>,
-    /// What each identity's disk has held: highest epoch by slot.
+    /// The highest epoch that each node's disk has held, by slot.
     epochs: BTreeMap<NodeId, BTreeMap<u32, u64>>,
+    /// Hosts whose kernels use a subnet.
     users: BTreeMap<IpNet, BTreeSet<usize>>,
+    /// The node that wrote the first record of generation 0.
     creator: Option<NodeId>,
     /// Successors of forgotten nodes, as first flushed.
     forgotten: BTreeMap<NodeId, BTreeSet<NodeId>>,
-    /// Identities whose hosts were switched off for good, or left: they use nothing.
-    pub gone: BTreeSet<NodeId>,
-    /// Situations met, by name.
+    /// Nodes that have left or whose hosts were destroyed: they use nothing.
+    pub departed: BTreeSet<NodeId>,
+    /// Number of occurrences of each situation.
     pub reached: BTreeMap<&'static str, u64>,
+    /// The first violation.
     pub violation: Option<String>,
 }
 
 impl Oracle {
+    /// Returns an oracle without records.
     pub fn new(pool: Pool) -> Self {
         Self { pool: Some(pool), ..Self::default() }
     }
 
-    pub fn reach(&mut self, what: &'static str) {
+    /// Counts one occurrence of a situation.
+    pub fn record_situation(&mut self, what: &'static str) {
         *self.reached.entry(what).or_default() += 1;
     }
 
-    pub fn accuse(&mut self, what: impl FnOnce() -> String) {
+    /// Records a violation, unless an earlier one is recorded.
+    pub fn report_violation(&mut self, what: impl FnOnce() -> String) {
         if self.violation.is_none() {
             self.violation = Some(what());
         }
     }
 
-    /// A promise that holds only while the provisos do.
-    fn accuse_unless_lenient(&mut self, what: impl FnOnce() -> String) {
+    /// Records a violation of a rule that holds only under the preconditions.
+    fn report_unless_lenient(&mut self, what: impl FnOnce() -> String) {
         if !self.lenient {
-            self.accuse(what);
+            self.report_violation(what);
         }
     }
 
-    /// Records that are now on the disk of `node` for good.
-    pub fn on_flushed(&mut self, node: NodeId, met: bool, news: &BTreeMap<Key, Vec<u8>>) {
-        if self.light {
+    /// Checks records that were flushed to the disk of `node`. `has_contacted_peer` states whether the node
+    /// has had contact with a peer since its start, for I7.
+    pub fn on_flushed(
+        &mut self,
+        node: NodeId,
+        has_contacted_peer: bool,
+        written: &BTreeMap<Key, Vec<u8>>,
+    ) {
+        if self.subnets_only {
             return;
         }
-        // Slots last: they may be justified by what is flushed together with them.
-        for (key, bytes) in news.iter().rev() {
+        // Slots come last: a forget in the same batch may justify their new owner.
+        for (key, bytes) in written.iter().rev() {
             match Record::decode(key.to_string().as_bytes(), bytes) {
                 Ok((_, Record::Slots(runs))) => {
-                    runs.iter().for_each(|run| self.on_flushed_run(node, met, run));
+                    runs.iter().for_each(|run| self.on_flushed_run(node, has_contacted_peer, run));
                 }
                 Ok((_, Record::Forget(forget))) => {
                     self.forgotten.entry(forget.node).or_default().insert(forget.successor);
                 }
                 Ok((_, Record::Member(record))) => self.on_flushed_member(node, &record),
                 Ok(_) => {}
-                Err(error) => self.accuse(|| format!("{node} wrote what it cannot read: {error}")),
+                Err(error) => {
+                    self.report_violation(|| format!("{node} wrote an unreadable record: {error}"))
+                }
             }
         }
     }
 
-    /// I17: no counter jumps beyond what any history can have reached; I18: no record of a member that no
-    /// node can use.
+    /// Checks I17 and I18.
     fn on_flushed_member(&mut self, node: NodeId, record: &MemberRecord) {
         let version = record.version;
-        if version.starts.max(version.change) > JUMP {
-            self.accuse(|| format!("I17: {node} has {} at {version:?}", record.node));
+        if version.starts.max(version.change) > MAX_PLAUSIBLE_COUNT {
+            self.report_violation(|| format!("I17: {node} has {} at {version:?}", record.node));
         }
-        if let Some(unfit) = self.pool.as_ref().and_then(|pool| record.unfit(pool)) {
-            self.accuse(|| format!("I18: {node} has a record of {}: {unfit}", record.node));
+        if let Some(unfit) = self.pool.as_ref().and_then(|pool| record.why_unusable(pool)) {
+            self.report_violation(|| {
+                format!("I18: {node} has a record of {}: {unfit}", record.node)
+            });
         }
     }
 
-    fn on_flushed_run(&mut self, node: NodeId, met: bool, run: &Run) {
+    /// Checks I1, I3, I4, I5, I7, I16 and I17.
+    fn on_flushed_run(&mut self, node: NodeId, has_contacted_peer: bool, run: &Run) {
         let record = run.record;
-        if (record.epoch >> COUNT_BITS).max(record.epoch & u64::from(u32::MAX)) > u64::from(JUMP) {
-            self.accuse(|| format!("I17: {node} has {:?} at {record:?}", run.start));
+        if (record.epoch >> EPOCH_COUNT_BITS).max(record.epoch & u64::from(u32::MAX))
+            > u64::from(MAX_PLAUSIBLE_COUNT)
+        {
+            self.report_violation(|| format!("I17: {node} has {:?} at {record:?}", run.start));
         }
         for slot in run.slots() {
             let known = self.epochs.entry(node).or_default().insert(slot.0, record.epoch);
             if let Some(before) = known.filter(|before| *before > record.epoch) {
-                self.accuse_unless_lenient(|| {
+                self.report_unless_lenient(|| {
                     format!("I4: {slot:?} of {node}'s disk went from epoch {before} to {record:?}")
                 });
             }
@@ -116,7 +143,7 @@ impl Oracle {
                 Some(first) if *first == record => continue,
                 Some(first) => {
                     let first = *first;
-                    self.accuse_unless_lenient(|| {
+                    self.report_unless_lenient(|| {
                         format!("I1: {slot:?} has two records of one epoch: {first:?}, {record:?}")
                     });
                     continue;
@@ -124,91 +151,93 @@ impl Oracle {
                 None => {}
             }
             if record.granter != node {
-                self.accuse_unless_lenient(|| {
+                self.report_unless_lenient(|| {
                     format!("I5: {node} has {slot:?} {record:?} flushed before its granter has")
                 });
             }
-            if record.granter == node && record.owner != node && !met {
-                self.accuse_unless_lenient(|| {
-                    format!("I7: {node} granted {slot:?} before it met anybody")
+            if record.granter == node && record.owner != node && !has_contacted_peer {
+                self.report_unless_lenient(|| {
+                    format!("I7: {node} granted {slot:?} before it had contact with a peer")
                 });
             }
-            self.judge_grant(slot.0, &record);
-            self.judge_succession(slot.0, &record);
+            self.check_grant(slot.0, &record);
+            self.check_succession(slot.0, &record);
             self.records.insert((slot.0, record.epoch), record);
         }
     }
 
-    /// I16: whoever asks twice is given one slot.
-    fn judge_grant(&mut self, slot: u32, record: &SlotRecord) {
+    /// Checks I16.
+    fn check_grant(&mut self, slot: u32, record: &SlotRecord) {
         if record.state != SlotState::Leased || record.granter == record.owner {
             return;
         }
         let heads = self.records.iter().rev();
-        let mut judged = BTreeSet::from([slot]);
-        let twice = heads.filter(|((slot, _), _)| judged.insert(*slot)).any(|(_, head)| {
+        let mut seen_slots = BTreeSet::from([slot]);
+        let is_second = heads.filter(|((slot, _), _)| seen_slots.insert(*slot)).any(|(_, head)| {
             head.state == SlotState::Leased
                 && (head.owner, head.granter) == (record.owner, record.granter)
         });
-        if twice {
-            self.accuse_unless_lenient(|| {
+        if is_second {
+            self.report_unless_lenient(|| {
                 format!("I16: {} gave {} a second slot, {slot}", record.granter, record.owner)
             });
         }
     }
 
-    /// I3: who may write the next record.
-    fn judge_succession(&mut self, slot: u32, record: &SlotRecord) {
-        let generation = record.epoch >> COUNT_BITS << COUNT_BITS;
-        // What an owner rewrote before it was flushed is on no disk, so epochs may be missing.
+    /// Checks I3.
+    fn check_succession(&mut self, slot: u32, record: &SlotRecord) {
+        let generation = record.epoch >> EPOCH_COUNT_BITS << EPOCH_COUNT_BITS;
+        // Epochs may be missing: an owner may replace a record before it is flushed.
         let before = self.records.range((slot, generation)..(slot, record.epoch)).next_back();
         let allowed = match before {
             Some((_, before)) => before.owner == record.granter,
             None if generation == 0 => {
                 *self.creator.get_or_insert(record.granter) == record.granter
             }
-            // This is the successor of a forgotten owner, and nobody owns the slot since by its own disk.
+            // First record of a generation. It requires a forgotten owner whose successor is the granter, and
+            // no later owner that still holds the slot by its own disk.
             None => {
                 let owners = self.records.range((slot, 0)..(slot, generation)).rev();
-                let inherits = |old: &SlotRecord| {
+                let was_reclaimed = |old: &SlotRecord| {
                     let successors = self.forgotten.get(&old.owner);
                     successors.is_some_and(|successors| successors.contains(&record.granter))
                 };
-                let owns = |epoch: u64, owner: NodeId| {
+                let still_owns = |epoch: u64, owner: NodeId| {
                     let disk = self.epochs.get(&owner).and_then(|epochs| epochs.get(&slot));
-                    disk == Some(&epoch) && !self.gone.contains(&owner)
+                    disk == Some(&epoch) && !self.departed.contains(&owner)
                 };
-                let mut last =
-                    owners.filter(|((_, epoch), old)| inherits(old) || owns(*epoch, old.owner));
-                last.next().is_some_and(|(_, old)| inherits(old))
+                let mut last = owners.filter(|((_, epoch), old)| {
+                    was_reclaimed(old) || still_owns(*epoch, old.owner)
+                });
+                last.next().is_some_and(|(_, old)| was_reclaimed(old))
             }
         };
         if !allowed {
-            self.accuse_unless_lenient(|| {
+            self.report_unless_lenient(|| {
                 format!("I3: {} wrote slot {slot} {record:?} without owning it", record.granter)
             });
         }
     }
 
-    /// I5: what leaves a process is on the disk of whoever wrote it.
+    /// Checks I5 for a frame that leaves a process.
     pub fn on_sent(&mut self, from: NodeId, bytes: &[u8]) {
-        if self.light || self.lenient {
+        if self.subnets_only || self.lenient {
             return;
         }
         let Some(facts) = facts(bytes) else { return };
         for run in &facts.slots {
             for slot in run.slots() {
                 if self.records.get(&(slot.0, run.record.epoch)) != Some(&run.record) {
-                    self.accuse(|| {
-                        format!("I5: {from} says {slot:?} {:?}, which is on no disk", run.record)
+                    self.report_violation(|| {
+                        format!("I5: {from} sent {slot:?} {:?}, which is on no disk", run.record)
                     });
                 }
             }
         }
     }
 
-    /// The subnet that a host's kernel uses has changed.
-    pub fn on_use(&mut self, host: usize, before: Option<IpNet>, after: Option<IpNet>) {
+    /// Checks I2 when the subnet that a host's kernel uses changes.
+    pub fn on_subnet_change(&mut self, host: usize, before: Option<IpNet>, after: Option<IpNet>) {
         if before == after {
             return;
         }
@@ -220,32 +249,34 @@ impl Oracle {
         users.insert(host);
         if users.len() > 1 {
             let users = users.clone();
-            self.accuse_unless_lenient(|| format!("I2: {subnet} is used by hosts {users:?}"));
+            self.report_unless_lenient(|| format!("I2: {subnet} is used by hosts {users:?}"));
         }
     }
 
+    /// Returns the first host whose kernel uses a subnet.
     pub fn user_of(&self, subnet: IpNet) -> Option<usize> {
         self.users.get(&subnet)?.first().copied()
     }
 
+    /// Returns the subnets that several hosts use.
     pub fn shared_subnets(&self) -> impl Iterator<Item = (&IpNet, &BTreeSet<usize>)> {
         self.users.iter().filter(|(_, users)| users.len() > 1)
     }
 
-    /// D4: `host` removes a kernel entry; `works` says whether by that entry packets reach a user of the
-    /// subnet who is there to stay.
-    pub fn on_op(&mut self, host: usize, op: &Op, works: impl Fn(usize, IpNet) -> bool) {
+    /// Checks D4 before `host` applies an operation. `is_in_use` returns whether the route delivers packets
+    /// to the given host, which uses the subnet and is not departing.
+    pub fn on_kernel_op(&mut self, host: usize, op: &Op, is_in_use: impl Fn(usize, IpNet) -> bool) {
         let Op::RemoveRoute(subnet, _) = op else { return };
-        let user = self.user_of(*subnet).filter(|user| *user != host && works(*user, *subnet));
+        let user = self.user_of(*subnet).filter(|user| *user != host && is_in_use(*user, *subnet));
         if let Some(user) = user {
-            self.accuse_unless_lenient(|| {
-                format!("D4: host {host} removed {subnet} of host {user}, which works")
+            self.report_unless_lenient(|| {
+                format!("D4: host {host} removed {subnet} of host {user}, which is in use")
             });
         }
     }
 }
 
-/// The facts that a frame carries, if it carries any.
+/// Returns the facts that a frame carries.
 fn facts(bytes: &[u8]) -> Option<Facts> {
     match Frame::decode(bytes).ok()?.1 {
         Frame::Swim(_) => None,

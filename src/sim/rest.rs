@@ -1,6 +1,6 @@
-//! What must hold once the faults are over: every packet arrives, and all tables agree.
+//! What must hold after the faults: every packet arrives, and all nodes hold the same facts.
 //!
-//! Nodes are compared with each other and with the kernels, never asked what is right.
+//! The checks compare the nodes with each other and with the kernels; they never query a node's own judgment.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -9,8 +9,8 @@ use ipnet::IpNet;
 use super::{host::Host, world::World};
 use crate::core::{Node, Phase};
 
-/// Says what is still missing; nothing, if the world is at rest and right.
-pub fn unsettled(world: &World) -> Option<String> {
+/// Returns the first deviation from a converged cluster, or `None`.
+pub fn find_disagreement(world: &World) -> Option<String> {
     broken(world).or_else(|| {
         let live = world.hosts.iter().filter_map(Host::node);
         let states: BTreeSet<_> = live.map(Node::roots).collect();
@@ -18,8 +18,8 @@ pub fn unsettled(world: &World) -> Option<String> {
     })
 }
 
-/// The same without the members' opinions of each other, which go on changing: the dead go down at their
-/// time.
+/// Returns the first deviation, without comparing the nodes' facts: these continue to change while gossip
+/// calls dead members down.
 pub fn broken(world: &World) -> Option<String> {
     let live: Vec<&Host> = world.hosts.iter().filter(|host| host.process.is_some()).collect();
     let pool = &world.settings.pool;
@@ -31,7 +31,7 @@ pub fn broken(world: &World) -> Option<String> {
         let subnet = host.subnet_in_use(pool);
         match (phase, subnet) {
             (Some(Phase::Member), Some(subnet)) => _ = subnets.insert(index, subnet),
-            // More hosts than subnets: some have to wait.
+            // With more hosts than subnets, some hosts have none.
             (Some(Phase::Leaseless), None) if live.len() > slots => {}
             (phase, subnet) => return Some(format!("host {index} is {phase:?} with {subnet:?}")),
         }
@@ -42,13 +42,13 @@ pub fn broken(world: &World) -> Option<String> {
     if let Some((subnet, users)) = world.oracle.shared_subnets().next() {
         return Some(format!("{subnet} is used by hosts {users:?}"));
     }
-    non_members(&live)
-        .or_else(|| packets_arrive(world, &live, &subnets))
-        .or_else(|| every_slot_has_an_owner(world, &live))
+    unknown_gossip_member(&live)
+        .or_else(|| undelivered_packet(world, &live, &subnets))
+        .or_else(|| unowned_slot(world, &live))
 }
 
-/// Gossip knows members only.
-fn non_members(live: &[&Host]) -> Option<String> {
+/// Checks I19: gossip knows only nodes with a member record.
+fn unknown_gossip_member(live: &[&Host]) -> Option<String> {
     live.iter().find_map(|host| {
         let node = host.node()?;
         let non_member = node.opinions().into_keys().find(|id| node.address_of(*id).is_none())?;
@@ -56,14 +56,14 @@ fn non_members(live: &[&Host]) -> Option<String> {
     })
 }
 
-/// Walks route, neighbour and FDB of each host to each other one.
-fn packets_arrive(
+/// Follows route, neighbor and FDB entry from each host to each other one.
+fn undelivered_packet(
     world: &World,
     live: &[&Host],
     subnets: &BTreeMap<usize, IpNet>,
 ) -> Option<String> {
-    // A host that is down for now is a member all the same.
-    let members = world.hosts.iter().filter(|host| host.power);
+    // A host whose agent does not run is still a member.
+    let members = world.hosts.iter().filter(|host| host.is_powered);
     let pool = &world.settings.pool;
     let all_of = |subnet: IpNet| {
         let slot = pool.slot_of(subnet.network());
@@ -74,27 +74,30 @@ fn packets_arrive(
     for host in live {
         for (peer, subnet) in subnets.iter().filter(|(peer, _)| **peer != host.index) {
             let end = &world.hosts[*peer];
-            let right = end.tunnel_end();
-            let wrong = all_of(*subnet).find(|subnet| host.kernel.forward(*subnet) != right);
+            let expected = end.tunnel_end();
+            let wrong = all_of(*subnet).find(|subnet| host.kernel.forward(*subnet) != expected);
             if let Some(subnet) = wrong.filter(|_| subnets.contains_key(&host.index)) {
                 let (from, hop) = (host.index, host.kernel.forward(subnet));
-                return Some(format!("{subnet}: host {from} sends to {hop:?}, not {right:?}"));
+                return Some(format!("{subnet}: host {from} sends to {hop:?}, not {expected:?}"));
             }
         }
-        // Into a subnet leads also what leads to its gateway.
+        // A route to a peer's gateway alone is inside the peer's subnet.
         let used = |subnet: &IpNet| known.iter().any(|known| known.contains(subnet));
         let stale = host.kernel.routes.keys().find(|(subnet, _)| !used(subnet));
         if let Some((subnet, _)) = stale {
-            return Some(format!("host {} has a route to {subnet}, which nobody uses", host.index));
+            return Some(format!(
+                "host {} has a route to {subnet}, which no host uses",
+                host.index
+            ));
         }
     }
     None
 }
 
-/// No slot is lost: each belongs to a member that is there.
-fn every_slot_has_an_owner(world: &World, live: &[&Host]) -> Option<String> {
+/// Checks that each slot belongs to a powered host.
+fn unowned_slot(world: &World, live: &[&Host]) -> Option<String> {
     let owners: BTreeSet<_> =
-        world.hosts.iter().filter(|host| host.power).map(|host| host.key).collect();
+        world.hosts.iter().filter(|host| host.is_powered).map(|host| host.key).collect();
     let node = live.first()?.node()?;
     let mut counted = 0;
     for run in node.slots()? {

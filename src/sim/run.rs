@@ -1,5 +1,7 @@
-//! One seed from start to verdict: first faults, with safety judged at every event; then calm, in which
-//! everything must come right within a span.
+//! One run from seed to result.
+//!
+//! The faulty phase injects faults while the oracle checks safety at every event. The recovery phase injects
+//! none; the cluster must then converge within a limit.
 
 use std::time::Duration;
 
@@ -9,48 +11,61 @@ use serde::Serialize;
 use super::{
     faults::{Fault, Faults},
     host::{DISK_LATENCY, Host, KERNEL_LATENCY},
-    rest::{broken, unsettled},
+    rest::{broken, find_disagreement},
     world::World,
 };
 use crate::core::MemberStatus;
 use crate::model::{ClusterSettings, Pool, PoolSpec};
 
-/// How long everything may take to come right once the faults are over. Longest where most members are
-/// dead: each must be called down, and then be forgotten by an operator.
-pub const CALM_CEILING: Duration = Duration::from_secs(90);
-/// The same where a proviso was broken: of a copied identity nothing is granted for two minutes.
-pub const LENIENT_CEILING: Duration = Duration::from_secs(400);
-/// Where voters forget, the operator steps in when they should long have done so: most may be dead.
-const OPERATOR_AFTER_VOTERS: Duration = Duration::from_secs(150);
-/// How long it must then stay right.
-const STAY: Duration = Duration::from_secs(15);
-const LOOK_EVERY: Duration = Duration::from_millis(250);
+/// Longest virtual time from the end of the faults until the cluster has converged. Runs with many dead
+/// members take longest: gossip must call each of them down before an operator can forget it.
+pub const RECOVERY_LIMIT: Duration = Duration::from_secs(90);
+/// The limit for runs that break a precondition. A duplicate identity blocks grants for two minutes.
+pub const LENIENT_RECOVERY_LIMIT: Duration = Duration::from_secs(400);
+/// How long the voters of a [`crate::model::Quorum`] may take before the operator forgets dead members in
+/// their place: most voters may be dead.
+const VOTERS_HEAD_START: Duration = Duration::from_secs(150);
+/// How long a converged cluster must stay correct.
+const STABLE_FOR: Duration = Duration::from_secs(15);
+/// Virtual time between two checks of the recovery phase.
+const CHECK_INTERVAL: Duration = Duration::from_millis(250);
 
-/// What to run.
+/// The parameters of one run.
 #[derive(Clone, Debug)]
 pub struct Plan {
+    /// Seed of all randomness.
     pub seed: u64,
+    /// Number of initial hosts; faults may add more.
     pub nodes: usize,
+    /// Kinds of faults to inject.
     pub faults: Faults,
+    /// Length of the faulty phase, in virtual time.
     pub span: Duration,
 }
 
-/// How it went.
+/// The outcome of one run.
 #[derive(Clone, Debug, Serialize)]
-pub struct Verdict {
+pub struct RunResult {
+    /// [`Plan::seed`].
     pub seed: u64,
+    /// [`Plan::nodes`].
     pub nodes: usize,
+    /// Names of the kinds of faults.
     pub faults: Vec<String>,
+    /// Length of the faulty phase, in virtual seconds.
     pub span_s: u64,
+    /// The first rule that was broken, with its details.
     pub violation: Option<String>,
-    /// Virtual milliseconds from the end of the faults until everything was right.
+    /// Virtual milliseconds from the end of the faults until the cluster converged.
     pub healed_ms: Option<u64>,
+    /// Hash over all events: equal for two identical runs.
     pub trace: u64,
+    /// Situations that occurred, each with the number of times.
     pub reached: Vec<(String, u64)>,
 }
 
 impl Plan {
-    /// Draws nodes and faults from the seed.
+    /// Draws nodes, faults and the length of the faulty phase from the seed.
     pub fn draw(seed: u64, nodes: std::ops::RangeInclusive<usize>) -> Self {
         let nodes = StdRng::seed_from_u64(seed ^ 0x5eed_0de5).random_range(nodes);
         let mut rng = StdRng::seed_from_u64(seed);
@@ -60,16 +75,18 @@ impl Plan {
         Self { seed, nodes, faults, span }
     }
 
-    pub fn run(&self) -> Verdict {
-        // A stream of its own, so that fewer nodes or faults keep the rest of the run alike.
+    /// Executes the run.
+    pub fn run(&self) -> RunResult {
+        // A separate generator, so that a shrunk plan with fewer nodes or faults changes little else in the
+        // run.
         let mut rng = StdRng::seed_from_u64(self.seed ^ 0x5eed_0fa1);
         let mut world = World::new(self.seed, settings(self.nodes, &mut rng));
-        let mut lies = StdRng::seed_from_u64(self.seed ^ 0x5eed_11e6);
-        self.faulty_phase(&mut world, &mut rng, &mut lies);
-        let healed = self.calm_phase(&mut world, &mut lies);
-        note_counters(&mut world);
+        let mut byzantine_rng = StdRng::seed_from_u64(self.seed ^ 0x5eed_11e6);
+        self.faulty_phase(&mut world, &mut rng, &mut byzantine_rng);
+        let healed = self.recovery_phase(&mut world, &mut byzantine_rng);
+        record_counters(&mut world);
         let reached = world.oracle.reached.iter();
-        Verdict {
+        RunResult {
             seed: self.seed,
             nodes: self.nodes,
             faults: self.faults.kinds.iter().map(Fault::to_string).collect(),
@@ -81,17 +98,18 @@ impl Plan {
         }
     }
 
-    fn faulty_phase(&self, world: &mut World, rng: &mut StdRng, lies: &mut StdRng) {
+    /// Starts the hosts one by one while injecting faults, until the span is over or a rule is broken.
+    fn faulty_phase(&self, world: &mut World, rng: &mut StdRng, byzantine_rng: &mut StdRng) {
         let creator = world.add_creator();
         for index in 1..self.nodes {
             let seeds: Vec<usize> =
                 (0..rng.random_range(1..=3)).map(|_| rng.random_range(0..index)).collect();
             world.add_joiner(&seeds);
         }
-        self.faults.begin(world, rng);
+        self.faults.apply_constant_faults(world, rng);
         world.start(creator);
         world.run_for(Duration::from_secs(1));
-        // Some come at once, the others while things go wrong.
+        // Some hosts start now, the others during the faults.
         let at_once = rng.random_range(1..=self.nodes);
         (1..at_once).for_each(|index| world.start(index));
         let end = world.now + self.span;
@@ -102,64 +120,65 @@ impl Plan {
                 world.start(next);
                 next += 1;
             }
-            self.faults.strike(world, rng);
-            self.faults.speak(world, lies);
+            self.faults.inject_one(world, rng);
+            self.faults.send_byzantine_facts(world, byzantine_rng);
         }
     }
 
-    /// Everything is mended and everybody is there. Says how long it took to come right.
-    fn calm_phase(&self, world: &mut World, lies: &mut StdRng) -> Option<Duration> {
-        world.network.heal();
+    /// Ends all faults, starts every host and waits for convergence. Returns how long that took.
+    fn recovery_phase(&self, world: &mut World, byzantine_rng: &mut StdRng) -> Option<Duration> {
+        world.network.clear_faults();
         for index in 0..world.hosts.len() {
             let host = &mut world.hosts[index];
             host.kernel_refuses = 0;
             host.disk_latency = DISK_LATENCY;
             host.kernel_latency = KERNEL_LATENCY;
             if host.is_copy {
-                // The operator heeds the status, which names both.
+                // The status names both hosts; the operator resets the identity of the copy.
                 world.kill(index);
                 world.reset_identity(index);
             }
             world.resume(index);
             world.start(index);
         }
-        correct_seeds(world);
-        let begun = world.now;
-        let ceiling = if world.oracle.lenient { LENIENT_CEILING } else { CALM_CEILING };
-        let mut missing = Some("nothing was looked at".to_owned());
-        while missing.is_some() && world.now.since(begun) < ceiling {
-            self.faults.speak(world, lies);
+        replace_dead_seeds(world);
+        let started_at = world.now;
+        let ceiling = if world.oracle.lenient { LENIENT_RECOVERY_LIMIT } else { RECOVERY_LIMIT };
+        let mut missing = Some("not checked yet".to_owned());
+        while missing.is_some() && world.now.since(started_at) < ceiling {
+            self.faults.send_byzantine_facts(world, byzantine_rng);
             for _ in 0..4 {
-                world.run_for(LOOK_EVERY);
-                missing = unsettled(world);
+                world.run_for(CHECK_INTERVAL);
+                missing = find_disagreement(world);
                 if missing.is_none() {
                     break;
                 }
             }
-            if world.quorum.is_none() || world.now.since(begun) > OPERATOR_AFTER_VOTERS {
-                forget_the_dead(world);
+            if world.quorum.is_none() || world.now.since(started_at) > VOTERS_HEAD_START {
+                forget_departed_members(world);
             }
-            correct_seeds(world);
+            replace_dead_seeds(world);
             if world.oracle.violation.is_some() {
                 return None;
             }
         }
         if let Some(missing) = missing {
-            world.oracle.accuse(|| format!("not at rest after {ceiling:?}: {missing}"));
+            world.oracle.report_violation(|| format!("not converged after {ceiling:?}: {missing}"));
             return None;
         }
-        let healed = world.now.since(begun);
-        world.run_for(STAY);
+        let healed = world.now.since(started_at);
+        world.run_for(STABLE_FOR);
         if let Some(broken) = broken(world) {
             world
                 .oracle
-                .accuse(|| format!("came right after {healed:?}, and did not stay: {broken}"));
+                .report_violation(|| format!("converged after {healed:?}, then failed: {broken}"));
         }
         Some(healed)
     }
 }
 
-/// Small pools now and then, for scarcity has bugs of its own, and some of two families.
+/// Draws the cluster settings: small pools in a quarter of the runs, because scarcity has its own bugs, and
+/// dual stack in a third.
 fn settings(nodes: usize, rng: &mut StdRng) -> ClusterSettings {
     let subnet_len = match rng.random_range(0..4) {
         0 => 24 - (32 - (nodes as u32 + 1).leading_zeros()) as u8 - 1,
@@ -176,14 +195,15 @@ fn settings(nodes: usize, rng: &mut StdRng) -> ClusterSettings {
     }
 }
 
-/// The operator corrects seeds that lead nowhere any more.
-fn correct_seeds(world: &mut World) {
-    let is_member = |host: &&Host| host.power && host.saved_cluster.is_some();
+/// Acts as an operator: replaces the seeds of a host on which none leads to a member, and restarts its agent.
+fn replace_dead_seeds(world: &mut World) {
+    let is_member = |host: &&Host| host.is_powered && host.saved_cluster.is_some();
     let members: Vec<_> = world.hosts.iter().filter(is_member).map(|host| host.index).collect();
     for index in 0..world.hosts.len() {
         let host = &world.hosts[index];
-        let diverted = !host.seeds.iter().any(|seed| *seed != index && members.contains(seed));
-        if diverted && host.power && members.iter().any(|member| *member != index) {
+        let has_no_live_seed =
+            !host.seeds.iter().any(|seed| *seed != index && members.contains(seed));
+        if has_no_live_seed && host.is_powered && members.iter().any(|member| *member != index) {
             world.kill(index);
             world.hosts[index].seeds.clone_from(&members);
             world.start(index);
@@ -191,12 +211,14 @@ fn correct_seeds(world: &mut World) {
     }
 }
 
-/// The operator goes through the members that are gone; one that gossip still holds as alive is tried again,
-/// and so is one that left when nobody who heard of that is there any more.
-fn forget_the_dead(world: &mut World) {
+/// Acts as an operator: forgets every departed identity that the issuer does not hold as left or forgotten.
+///
+/// A member that gossip still holds as alive is retried in the next round. A member that left is included,
+/// because all hosts that recorded its leave may be gone.
+fn forget_departed_members(world: &mut World) {
     let gone = |host: &Host| {
-        let dead = (!host.power && host.stopped.is_none()).then_some(host.key);
-        host.former.iter().copied().chain(dead).collect::<Vec<_>>()
+        let dead = (!host.is_powered && host.stopped.is_none()).then_some(host.key);
+        host.former_ids.iter().copied().chain(dead).collect::<Vec<_>>()
     };
     let gone: Vec<_> = world.hosts.iter().flat_map(gone).collect();
     let running = world.hosts.iter().find(|host| host.process.is_some());
@@ -211,8 +233,8 @@ fn forget_the_dead(world: &mut World) {
     }
 }
 
-/// What the nodes themselves have counted, as situations met.
-fn note_counters(world: &mut World) {
+/// Records the nodes' own counters as situations.
+fn record_counters(world: &mut World) {
     let counters: Vec<_> =
         world.hosts.iter().filter_map(|host| Some(host.node()?.status().counters)).collect();
     for counters in counters {
@@ -220,18 +242,18 @@ fn note_counters(world: &mut World) {
             ("granted", counters.grants),
             ("reclaimed", counters.reclaims),
             ("forgotten by voters", counters.voted_gone),
-            ("rollback noticed", counters.rollbacks),
-            ("clone noticed", counters.duplicates),
-            ("two owners settled", counters.ownership_conflicts),
+            ("rollback detected", counters.rollbacks),
+            ("duplicate identity detected", counters.duplicates),
+            ("ownership conflict settled", counters.ownership_conflicts),
             ("surplus lease given back", counters.surplus),
             ("late grant declined", counters.declined),
             ("difference found by comparison", counters.syncs_different),
-            ("unreadable message refused", counters.malformed),
+            ("malformed message refused", counters.malformed),
             ("entry refused", counters.refused),
             ("forged record answered", counters.forged),
         ] {
             if times > 0 {
-                world.oracle.reach(what);
+                world.oracle.record_situation(what);
             }
         }
     }

@@ -1,47 +1,47 @@
-//! A hundred seeds with every `cargo test`, and every seed that ever found something. CI runs more of them,
-//! optimized.
+//! Runs a hundred seeds, and every seed that has found a defect before, in each `cargo test`. CI runs more
+//! seeds with optimization.
 
 use super::{
-    campaign::{Campaign, repeat_command, seeds_to_catch},
+    campaign::{Campaign, find_catching_seed, reproduce_command},
     run::Plan,
 };
 use crate::core::planted::Bug;
 
 #[test]
-fn no_seed_breaks_a_promise() {
+fn campaign_of_100_seeds_finds_no_violation() {
     let campaign =
         Campaign { start_seed: 1, seeds: 100, nodes: 3..=20, jobs: 2, faults: None, span: None };
     let report = campaign.run(|_| {});
     for failure in &report.failures {
-        let command = repeat_command(&campaign.plan(failure.seed));
+        let command = reproduce_command(&campaign.plan(failure.seed));
         println!("seed {}: {:?}\n  {command}", failure.seed, failure.violation);
     }
     assert!(report.failures.is_empty());
 }
 
-/// Seeds that once failed stay here; each line is a seed and what it found.
+/// Each line of `tests/seeds.txt` is a seed and the defect that it found.
 #[test]
-fn seeds_that_once_found_something_find_nothing_any_more() {
+fn seeds_that_found_defects_find_no_violation() {
     let seeds = include_str!("../../tests/seeds.txt");
     let seeds = seeds.lines().filter(|line| !line.starts_with('#'));
     for line in seeds {
         let seed = line.split_whitespace().next().and_then(|seed| seed.parse().ok());
         let plan = Plan::draw(seed.expect("a seed in each line"), 3..=20);
-        assert_eq!(plan.run().violation, None, "{line}: {}", repeat_command(&plan));
+        assert_eq!(plan.run().violation, None, "{line}: {}", reproduce_command(&plan));
     }
 }
 
 #[test]
-fn one_seed_is_one_run() {
+fn runs_of_one_seed_are_identical() {
     let plan = Plan::draw(7, 3..=20);
     assert_eq!(plan.run().trace, plan.run().trace);
 }
 
-/// The judge must see at once what breaks the rules grossly; `gossamer-sim planted` tries all defects.
+/// These mutations break rules so often that few seeds suffice; `gossamer-sim planted` tries all mutations.
 #[test]
-fn planted_bugs_are_caught() {
+fn gross_mutations_are_caught_within_20_seeds() {
     for bug in [Bug::AnswerBeforeFlush, Bug::SameEpoch, Bug::RemoveBeforeAdd, Bug::DonateBeforeSync]
     {
-        assert!(seeds_to_catch(bug, 20).is_some(), "{bug:?} escaped");
+        assert!(find_catching_seed(bug, 20).is_some(), "{bug:?} was not caught");
     }
 }

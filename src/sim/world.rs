@@ -1,8 +1,8 @@
-//! Many nodes under one clock: every message, timer, write and kernel operation is an event in one queue.
+//! The simulated world: every message, timer, disk write and kernel pass is an event in one queue.
 //!
-//! The nodes are the production core behind the production gate; only what surrounds them is modelled.
-//! One seed gives one run: events of one moment keep the order in which they came about, and each source
-//! of chance has a generator of its own.
+//! The nodes are the production core behind the production gate; only their environment is modelled. One seed
+//! determines one run: simultaneous events keep their order of creation, and each source of randomness has
+//! its own generator.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -16,7 +16,7 @@ use siphasher::sip::SipHasher13;
 
 use super::{
     host::{Host, Process, by_address},
-    liar::is_twisted,
+    liar::is_falsified,
     network::Network,
     oracle::Oracle,
 };
@@ -26,73 +26,78 @@ use crate::{
     wire::{Frame, Request, Response},
 };
 
-/// A node that asks for more turns without time going on would never end.
-const MAX_TURNS_A_MOMENT: u32 = 200_000;
+/// Limit of events at one virtual instant. A run that exceeds it loops without advancing time.
+const MAX_EVENTS_PER_INSTANT: u32 = 200_000;
 
+/// All hosts, the network between them, the oracle and the event queue.
 pub struct World {
+    /// Current virtual time.
     pub now: Time,
+    /// Hosts by [`Host::index`].
     pub hosts: Vec<Host>,
+    /// The underlay.
     pub network: Network,
+    /// Checks the safety rules.
     pub oracle: Oracle,
+    /// Settings of the cluster that the creator creates.
     pub settings: ClusterSettings,
-    /// Chances of a process's surroundings: disks, kernels.
-    pub luck: StdRng,
-    /// Who of the cluster forgets by time.
+    /// Randomness of disks and kernels.
+    pub environment_rng: StdRng,
+    /// Voters that forget by time, if configured.
     pub quorum: Option<Quorum>,
-    /// The host whose member errs or lies.
-    pub liar: Option<usize>,
-    /// Some host has lost its database.
+    /// Index of the host whose member sends Byzantine messages, once one is chosen.
+    pub byzantine_host: Option<usize>,
+    /// Whether some host has lost its database.
     pub disk_lost: bool,
+    /// Pending events by time and sequence number.
     queue: BTreeMap<(Time, u64), Event>,
+    /// Last sequence number given to an event or a reply.
     sequence: u64,
-    pub(super) places: BTreeMap<SocketAddr, usize>,
-    pub(super) replies: BTreeMap<u64, (usize, u32, CallId)>,
+    /// Powered hosts by their present address.
+    pub(super) hosts_by_address: BTreeMap<SocketAddr, usize>,
+    /// Requester of each unanswered request: host, process and call.
+    pub(super) pending_replies: BTreeMap<u64, (usize, u32, CallId)>,
+    /// Hash over all events.
     trace: SipHasher13,
-    turns: u32,
-    luck_of_hosts: StdRng,
+    /// Events dispatched at the present instant.
+    events_at_now: u32,
+    /// Randomness that [`Host::entropy`] is drawn from.
+    host_rng: StdRng,
 }
 
-/// What can happen. Processes are named by host and life: what was meant for an earlier one is void.
+/// An event in the queue. Events name processes by host and [`Host::process_id`]; those of an earlier process
+/// are dropped.
 pub(super) enum Event {
-    Message {
-        from: NodeId,
-        to: usize,
-        bytes: Vec<u8>,
-    },
+    /// A datagram or a one-way stream frame arrives.
+    Message { from: NodeId, to: usize, bytes: Vec<u8> },
+    /// A request arrives on a stream.
     Request {
         from: NodeId,
         from_host: usize,
-        life: u32,
+        process_id: u32,
         call: CallId,
         to: usize,
         bytes: Vec<u8>,
     },
+    /// A call ends, with a response or an error.
     Answer {
         to: usize,
-        life: u32,
+        process_id: u32,
         call: CallId,
         result: Result<(NodeId, Vec<u8>), CallError>,
     },
-    Timer {
-        host: usize,
-        life: u32,
-    },
-    Disk {
-        host: usize,
-        life: u32,
-    },
-    Kernel {
-        host: usize,
-        life: u32,
-    },
-    /// A host that learned that it is no member any more begins again.
-    Rebirth {
-        host: usize,
-        life: u32,
-    },
+    /// The node's timeout.
+    Timer { host: usize, process_id: u32 },
+    /// The disk completes a batch.
+    Disk { host: usize, process_id: u32 },
+    /// A pass of the data plane.
+    Kernel { host: usize, process_id: u32 },
+    /// A host that was expelled, or whose disk says that it has left, starts again under a new identity.
+    IdentityReset { host: usize, process_id: u32 },
 }
 
 impl World {
+    /// Returns an empty world.
     pub fn new(seed: u64, settings: ClusterSettings) -> Self {
         let stream = |purpose: u64| {
             let mut bytes = [0; 32];
@@ -106,133 +111,140 @@ impl World {
             network: Network::new(stream(1)),
             oracle: Oracle::new(settings.pool),
             settings,
-            luck: stream(2),
+            environment_rng: stream(2),
             quorum: None,
-            liar: None,
+            byzantine_host: None,
             disk_lost: false,
             queue: BTreeMap::new(),
             sequence: 0,
-            places: BTreeMap::new(),
-            replies: BTreeMap::new(),
+            hosts_by_address: BTreeMap::new(),
+            pending_replies: BTreeMap::new(),
             trace: SipHasher13::new_with_keys(0, 0),
-            turns: 0,
-            luck_of_hosts: stream(3),
+            events_at_now: 0,
+            host_rng: stream(3),
         }
     }
 
-    /// A new machine; nothing runs on it yet.
+    /// Adds a machine without a running agent, and returns its index.
     pub fn add_host(&mut self) -> usize {
         let index = self.hosts.len();
-        let mut luck = [0; 24];
-        self.luck_of_hosts.fill(&mut luck);
-        let mut host = Host::new(index, luck);
+        let mut entropy = [0; 24];
+        self.host_rng.fill(&mut entropy);
+        let mut host = Host::new(index, entropy);
         host.quorum.clone_from(&self.quorum);
         self.hosts.push(host);
-        self.places = by_address(&self.hosts);
+        self.hosts_by_address = by_address(&self.hosts);
         index
     }
 
-    /// A machine whose agent creates the cluster.
+    /// Adds a host whose agent creates the cluster.
     pub fn add_creator(&mut self) -> usize {
         let index = self.add_host();
         self.hosts[index].creates = Some(self.settings);
         index
     }
 
-    /// A machine whose agent joins at these hosts.
+    /// Adds a host whose agent joins at the hosts with these indices.
     pub fn add_joiner(&mut self, seeds: &[usize]) -> usize {
         let index = self.add_host();
         self.hosts[index].seeds = seeds.to_vec();
         index
     }
 
+    /// Starts the agent of a powered host, if none runs.
     pub fn start(&mut self, index: usize) {
         let now = self.now;
         let host = &mut self.hosts[index];
-        if host.process.is_some() || !host.power {
+        if host.process.is_some() || !host.is_powered {
             return;
         }
-        host.life += 1;
+        host.process_id += 1;
         host.stopped = None;
         let config = host.config();
         let records = match host.disk.records() {
             Ok(records) => records,
-            Err(error) => return self.oracle.accuse(|| format!("host {index}: {error}")),
+            Err(error) => return self.oracle.report_violation(|| format!("host {index}: {error}")),
         };
         let me = host.key;
-        let non_members = host.members_on_disk().into_iter().filter(|node| *node != me).collect();
+        let peers = host.members_on_disk().into_iter().filter(|node| *node != me).collect();
         match Node::start(host.clock.local(now), config, records) {
             Ok(node) => {
                 host.process = Some(Process {
                     node,
                     gate: Gate::default(),
                     desired_state: None,
-                    programs_at: None,
+                    next_program_at: None,
                     timer: None,
                     paused: None,
                     open_calls: BTreeSet::new(),
                     comparisons: BTreeMap::new(),
                     last_silent: None,
-                    unmet: non_members,
+                    awaited_peers: peers,
                 });
-                self.settle(index);
-                self.arm(index);
+                self.drain_outputs(index);
+                self.arm_timer(index);
             }
-            Err(StartError::HasLeft) => self.rebirth_soon(index),
-            Err(error) => self.oracle.accuse(|| format!("host {index} does not start: {error}")),
+            Err(StartError::HasLeft) => self.schedule_identity_reset(index),
+            Err(error) => {
+                self.oracle.report_violation(|| format!("host {index} does not start: {error}"))
+            }
         }
     }
 
-    /// SIGKILL: the kernel's state and what was handed to the system stay.
+    /// Kills the agent (SIGKILL). The kernel's state and everything flushed remain; queued writes are lost.
     pub fn kill(&mut self, index: usize) {
         self.hosts[index].process = None;
-        self.hosts[index].disk.kill_process();
+        self.hosts[index].disk.discard_queued();
     }
 
-    /// The machine loses power and comes back without its kernel's state and what was not flushed.
+    /// Cuts the power. The machine comes back without its kernel's state; of the queued writes a random
+    /// number was flushed.
     pub fn cut_power(&mut self, index: usize) {
-        let under_way = self.hosts[index].disk.under_way();
-        let kept = self.luck.random_range(0..=under_way);
+        let queued_batches = self.hosts[index].disk.queued_batches();
+        let completed = self.environment_rng.random_range(0..=queued_batches);
         let host = &mut self.hosts[index];
-        let (node, news) = (host.key, host.disk.cut_power(kept));
-        let unmet = host.process.take().map(|process| process.unmet).unwrap_or_default();
-        let met = (&unmet & &host.members_on_disk()).is_empty();
-        self.oracle.on_flushed(node, met, &news);
+        let (node, written) = (host.key, host.disk.cut_power(completed));
+        let awaited_peers =
+            host.process.take().map(|process| process.awaited_peers).unwrap_or_default();
+        let has_contacted_peer = (&awaited_peers & &host.members_on_disk()).is_empty();
+        self.oracle.on_flushed(node, has_contacted_peer, &written);
         self.change_kernel(index, |host| host.kernel = Default::default());
     }
 
-    /// The machine is gone for good.
+    /// Switches the machine off for good.
     pub fn destroy(&mut self, index: usize) {
         self.cut_power(index);
-        self.hosts[index].power = false;
-        self.oracle.gone.insert(self.hosts[index].key);
-        self.places = by_address(&self.hosts);
+        self.hosts[index].is_powered = false;
+        self.oracle.departed.insert(self.hosts[index].key);
+        self.hosts_by_address = by_address(&self.hosts);
     }
 
-    /// The host has another underlay address from its next start on.
+    /// Gives the host another underlay address, which its agent uses from its next start.
     pub fn move_host(&mut self, index: usize, to: std::net::Ipv4Addr) {
         self.hosts[index].underlay = to;
-        self.places = by_address(&self.hosts);
+        self.hosts_by_address = by_address(&self.hosts);
     }
 
+    /// Freezes the agent (SIGSTOP).
     pub fn pause(&mut self, index: usize) {
         if let Some(process) = &mut self.hosts[index].process {
             process.paused.get_or_insert_default();
         }
     }
 
+    /// Resumes a frozen agent, which first handles the inputs that arrived meanwhile.
     pub fn resume(&mut self, index: usize) {
         let inputs = self.hosts[index].process.as_mut().and_then(|process| process.paused.take());
         for input in inputs.into_iter().flatten() {
             self.handle(index, input);
         }
-        let life = self.hosts[index].life;
-        self.schedule(Duration::ZERO, Event::Timer { host: index, life });
-        self.schedule(Duration::ZERO, Event::Disk { host: index, life });
+        let process_id = self.hosts[index].process_id;
+        self.schedule(Duration::ZERO, Event::Timer { host: index, process_id });
+        self.schedule(Duration::ZERO, Event::Disk { host: index, process_id });
     }
 
-    /// Bytes from a member that mean nothing: random ones, or sound ones with one byte changed.
-    pub fn babble(&mut self, index: usize, rng: &mut StdRng) {
+    /// Delivers random bytes in the name of a random member, some of them behind a valid frame header.
+    pub fn send_garbage(&mut self, index: usize, rng: &mut StdRng) {
         let from = self.hosts[rng.random_range(0..self.hosts.len())].key;
         let mut bytes = vec![0; rng.random_range(0..64)];
         rng.fill(&mut bytes[..]);
@@ -241,15 +253,16 @@ impl World {
             bytes[1] %= 5;
             bytes[2..10].copy_from_slice(cluster.as_bytes());
         }
-        self.oracle.reach("garbage");
+        self.oracle.record_situation("garbage");
         self.input(index, Input::Message { from, bytes });
     }
 
+    /// Gives a command to the node.
     pub fn command(&mut self, index: usize, command: Command) {
         self.input(index, Input::Command(command));
     }
 
-    /// Runs until the queue has nothing before `until`, or a promise is broken.
+    /// Dispatches all events up to `until`, or up to the first violation.
     pub fn run_until(&mut self, until: Time) {
         while self.oracle.violation.is_none() {
             let Some(entry) = self.queue.first_entry() else { break };
@@ -258,64 +271,76 @@ impl World {
                 break;
             }
             if at > self.now {
-                self.turns = 0;
+                self.events_at_now = 0;
             }
-            self.turns += 1;
-            if self.turns > MAX_TURNS_A_MOMENT {
+            self.events_at_now += 1;
+            if self.events_at_now > MAX_EVENTS_PER_INSTANT {
                 let now = self.now;
-                return self.oracle.accuse(|| format!("time stands still at {now:?}"));
+                return self
+                    .oracle
+                    .report_violation(|| format!("time does not advance at {now:?}"));
             }
             let event = entry.remove();
             self.now = at;
             self.trace.write_u64(number);
-            self.happen(event);
+            self.dispatch(event);
         }
         self.now = self.now.max(until);
     }
 
+    /// Dispatches the events of the next `span`.
     pub fn run_for(&mut self, span: Duration) {
         self.run_until(self.now + span);
     }
 
-    /// A number that is the same for two runs only if all their events were.
+    /// Returns the hash over all events so far: equal for two runs only if all their events are.
     pub fn trace(&self) -> u64 {
         self.trace.finish()
     }
 
-    fn happen(&mut self, event: Event) {
+    fn dispatch(&mut self, event: Event) {
         match event {
             Event::Message { from, to, bytes } => self.input(to, Input::Message { from, bytes }),
-            Event::Request { from, from_host, life, call, to, bytes } => {
+            Event::Request { from, from_host, process_id, call, to, bytes } => {
                 self.sequence += 1;
                 let reply = self.sequence;
                 if let Some(process) = &mut self.hosts[to].process {
-                    if !process.unmet.is_empty() && is_exchange(&bytes) {
-                        process.unmet.clear();
+                    if !process.awaited_peers.is_empty() && is_exchange(&bytes) {
+                        process.awaited_peers.clear();
                     }
-                    self.replies.insert(reply, (from_host, life, call));
+                    self.pending_replies.insert(reply, (from_host, process_id, call));
                     self.input(to, Input::Request { from, reply: ReplyId(reply), bytes });
                 }
             }
-            Event::Answer { to, life, call, result } => {
+            Event::Answer { to, process_id, call, result } => {
                 let host = &mut self.hosts[to];
-                let process = host.process.as_mut().filter(|_| host.life == life);
-                let waits = process.is_some_and(|process| process.open_calls.remove(&call));
-                if waits {
-                    self.note_meeting(to, &result);
-                    self.note_silence(to, call, &result);
+                let process = host.process.as_mut().filter(|_| host.process_id == process_id);
+                let is_open = process.is_some_and(|process| process.open_calls.remove(&call));
+                if is_open {
+                    self.record_contact(to, &result);
+                    self.record_unanswered_comparison(to, call, &result);
                     let before =
                         self.hosts[to].node().map(|node| (node.is_settled(), node.roots()));
-                    let from = result.as_ref().ok().map(|(from, bytes)| (*from, is_twisted(bytes)));
+                    let from =
+                        result.as_ref().ok().map(|(from, bytes)| (*from, is_falsified(bytes)));
                     self.input(to, Input::Answer { call, result });
-                    if let Some((from, is_twisted)) = from {
-                        self.judge_odd_answer(to, from, before, is_twisted);
+                    if let Some((from, is_falsified)) = from {
+                        self.check_settled_after_falsified_answer(to, from, before, is_falsified);
                     }
                 }
             }
-            Event::Timer { host, life } if self.hosts[host].life == life => self.wake(host),
-            Event::Disk { host, life } if self.hosts[host].life == life => self.write_next(host),
-            Event::Kernel { host, life } if self.hosts[host].life == life => self.program(host),
-            Event::Rebirth { host, life } if self.hosts[host].life == life => {
+            Event::Timer { host, process_id } if self.hosts[host].process_id == process_id => {
+                self.fire_timer(host)
+            }
+            Event::Disk { host, process_id } if self.hosts[host].process_id == process_id => {
+                self.complete_write(host)
+            }
+            Event::Kernel { host, process_id } if self.hosts[host].process_id == process_id => {
+                self.program_kernel(host)
+            }
+            Event::IdentityReset { host, process_id }
+                if self.hosts[host].process_id == process_id =>
+            {
                 let host = &mut self.hosts[host];
                 host.new_identity();
                 let index = host.index;
@@ -324,14 +349,14 @@ impl World {
             Event::Timer { .. }
             | Event::Disk { .. }
             | Event::Kernel { .. }
-            | Event::Rebirth { .. } => {}
+            | Event::IdentityReset { .. } => {}
         }
     }
 
-    /// I7: whoever started with peers on its disk grants nothing before one of them has answered it.
-    fn note_meeting(&mut self, index: usize, answer: &Result<(NodeId, Vec<u8>), CallError>) {
+    /// For rule I7: a node that knew peers when it started grants nothing before one of them has answered.
+    fn record_contact(&mut self, index: usize, answer: &Result<(NodeId, Vec<u8>), CallError>) {
         let Some(process) = self.hosts[index].process.as_mut() else { return };
-        if process.unmet.is_empty() {
+        if process.awaited_peers.is_empty() {
             return;
         }
         let response = answer.as_ref().ok().and_then(|(_, bytes)| match Frame::decode(bytes) {
@@ -340,11 +365,12 @@ impl World {
         });
         if let Some(Response::Same | Response::Facts { .. } | Response::Acknowledged(_)) = response
         {
-            process.unmet.clear();
+            process.awaited_peers.clear();
         }
     }
 
-    fn wake(&mut self, index: usize) {
+    /// Delivers the timeout if it is due by the host's own clock, or arms the timer again.
+    fn fire_timer(&mut self, index: usize) {
         let now = self.now;
         let host = &mut self.hosts[index];
         let local = host.clock.local(now);
@@ -355,14 +381,15 @@ impl World {
         if process.node.poll_timeout().is_some_and(|at| at <= local) {
             self.input(index, Input::Timeout);
         } else {
-            self.arm(index);
+            self.arm_timer(index);
         }
     }
 
+    /// Delivers an input. A frozen process buffers it.
     pub fn input(&mut self, index: usize, input: Input) {
         let Some(process) = &mut self.hosts[index].process else { return };
         if let Some(waiting) = &mut process.paused {
-            // The socket's buffer: what does not fit is lost.
+            // Models the socket's buffer, which drops what does not fit.
             if waiting.len() < 4096 || matches!(input, Input::Answer { .. }) {
                 waiting.push(input);
             }
@@ -374,7 +401,7 @@ impl World {
             self.trace.write(bytes);
         }
         self.handle(index, input);
-        self.arm(index);
+        self.arm_timer(index);
     }
 
     fn handle(&mut self, index: usize, input: Input) {
@@ -384,53 +411,57 @@ impl World {
         let local = host.clock.local(now);
         let Some(process) = &mut host.process else { return };
         process.node.handle(local, input);
-        self.settle(index);
+        self.drain_outputs(index);
     }
 
-    /// Carries out what a node asked for, and sees to its next wake-up.
-    pub(super) fn settle(&mut self, index: usize) {
+    /// Executes the outputs that the gate lets pass.
+    pub(super) fn drain_outputs(&mut self, index: usize) {
         while let Some(process) = &mut self.hosts[index].process {
             let Some(output) = process.node.poll_output() else { break };
             if let Some(output) = process.gate.pass(output) {
-                self.carry_out(index, output);
+                self.execute(index, output);
             }
         }
     }
 
-    pub(super) fn arm(&mut self, index: usize) {
+    /// Schedules the node's next timeout.
+    pub(super) fn arm_timer(&mut self, index: usize) {
         let host = &mut self.hosts[index];
-        let (clock, life) = (host.clock, host.life);
+        let (clock, process_id) = (host.clock, host.process_id);
         let Some(process) = &mut host.process else { return };
         let Some(local) = process.node.poll_timeout() else {
-            // Something else will come: an answer, or the disk.
+            // An open call or a pending write wakes the node.
             if !process.open_calls.is_empty() || !host.disk.is_idle() {
                 return;
             }
-            return self.oracle.accuse(|| format!("R3: host {index} sleeps for ever"));
+            return self.oracle.report_violation(|| {
+                format!("R3: host {index} has no timeout and waits for nothing")
+            });
         };
         let at = clock.global(local).max(self.now);
         if process.timer.is_none_or(|armed| at < armed) {
             process.timer = Some(at);
-            self.schedule(at.since(self.now), Event::Timer { host: index, life });
+            self.schedule(at.since(self.now), Event::Timer { host: index, process_id });
         }
     }
 
-    /// Any change of a kernel, seen by the judge.
+    /// Changes a host, and reports the change of its kernel's subnet to the oracle.
     pub fn change_kernel(&mut self, index: usize, change: impl FnOnce(&mut Host)) {
         let pool = self.settings.pool;
         let before = self.hosts[index].subnet_in_use(&pool);
         change(&mut self.hosts[index]);
         let after = self.hosts[index].subnet_in_use(&pool);
-        self.oracle.on_use(index, before, after);
+        self.oracle.on_subnet_change(index, before, after);
     }
 
+    /// Queues an event.
     pub(super) fn schedule(&mut self, after: Duration, event: Event) {
         self.sequence += 1;
         self.queue.insert((self.now + after, self.sequence), event);
     }
 }
 
-/// Whether a request brings all that its sender has beyond the one it asks.
+/// Whether a request carries all facts that its sender has beyond those of the receiver.
 fn is_exchange(bytes: &[u8]) -> bool {
     let request = match Frame::decode(bytes) {
         Ok((_, Frame::Request(payload))) => Request::decode(payload).ok(),

@@ -348,7 +348,7 @@ mod tests {
             StateDir::look(dir.path()).expect_err("refused").to_string(),
         ];
         for error in refused {
-            assert!(error.contains("lock") && error.contains("no regular file"), "{error}");
+            assert!(error.contains("lock") && error.contains("not a regular file"), "{error}");
         }
     }
 

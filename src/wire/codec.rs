@@ -1,6 +1,6 @@
-//! The one module that names bincode, so that it can be replaced in a day (it is unmaintained).
+//! The only module that uses bincode, so that this unmaintained crate can be replaced easily.
 //!
-//! Little-endian, varint integers, and a byte limit on everything read.
+//! The encoding is little-endian with variable-length integers; every decoder has a byte limit.
 
 use bincode::{
     config::{Configuration, Limit, LittleEndian, Varint},
@@ -9,53 +9,79 @@ use bincode::{
 use bytes::BufMut;
 use serde::{Serialize, de::DeserializeOwned};
 
-/// No single value may claim more than this while it is decoded.
+/// Limit of the bytes that one value may claim while it is decoded.
 const LIMIT: usize = super::STREAM_MAX;
 
+/// The encoding.
 const CONFIG: Configuration<LittleEndian, Varint, Limit<LIMIT>> =
     bincode::config::standard().with_limit::<LIMIT>();
 
-/// Bytes that are not what they should be. Nothing has changed when this is returned.
+/// Why bytes cannot be decoded. The decoder has changed nothing when it returns this.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum WireError {
-    #[error("empty or cut off")]
+    /// The input ends too early.
+    #[error("empty or truncated")]
     Truncated,
+    /// The input exceeds a limit.
     #[error("{got} bytes, more than the {limit} allowed")]
-    TooLong { got: usize, limit: usize },
+    TooLong {
+        /// Length of the input, in bytes.
+        got: usize,
+        /// The limit, in bytes.
+        limit: usize,
+    },
+    /// The sender uses another version of the wire format.
     #[error(
         "the peer speaks wire version {theirs}, this build speaks {ours}: upgrade the older one"
     )]
-    Version { theirs: u8, ours: u8 },
+    Version {
+        /// The sender's version.
+        theirs: u8,
+        /// [`super::WIRE_VERSION`].
+        ours: u8,
+    },
+    /// The frame has an unknown kind.
     #[error("unknown frame kind {0}")]
     Kind(u8),
+    /// The bytes are not an encoding of the expected type.
     #[error("malformed {what}: {why}")]
-    Malformed { what: &'static str, why: String },
+    Malformed {
+        /// The expected type.
+        what: &'static str,
+        /// The decoder's error.
+        why: String,
+    },
 }
 
 /// Encodes a value.
 ///
 /// # Panics
-/// Never for the types of this crate: encoding to memory fails only for types that refuse to be
-/// serialised, or beyond the limit, which every caller's own bound is far below.
+/// Never for the types of this crate: encoding to memory fails only for types that refuse to be serialized.
 pub fn encode(value: &impl Serialize) -> Vec<u8> {
     match bincode::serde::encode_to_vec(value, CONFIG) {
         Ok(bytes) => bytes,
-        Err(error) => unreachable!("own types serialise to memory: {error}"),
+        Err(error) => unreachable!("own types serialize to memory: {error}"),
     }
 }
 
-/// Decodes exactly one value that fills `bytes`.
+/// Decodes one value that fills `bytes` exactly.
+///
+/// # Errors
+/// If `bytes` is truncated, too long or malformed, or has trailing bytes.
 pub fn decode<T: DeserializeOwned>(what: &'static str, bytes: &[u8]) -> Result<T, WireError> {
     let (value, used) = decode_prefix(what, bytes)?;
     if used == bytes.len() {
         Ok(value)
     } else {
-        let why = format!("{} bytes are left over", bytes.len() - used);
+        let why = format!("{} trailing bytes", bytes.len() - used);
         Err(WireError::Malformed { what, why })
     }
 }
 
-/// Decodes one value from the front of `bytes`; also gives how many bytes it took.
+/// Decodes one value from the front of `bytes`. Also returns its length in bytes.
+///
+/// # Errors
+/// If `bytes` is truncated, too long or malformed.
 pub fn decode_prefix<T: DeserializeOwned>(
     what: &'static str,
     bytes: &[u8],
@@ -67,7 +93,10 @@ pub fn decode_prefix<T: DeserializeOwned>(
     })
 }
 
-/// Encodes into a fixed buffer, which stays untouched where the value does not fit.
+/// Encodes a value into a buffer.
+///
+/// # Errors
+/// `TooLong` if the value does not fit. The buffer is unchanged in this case.
 pub fn encode_into(value: &impl Serialize, mut buffer: impl BufMut) -> Result<(), WireError> {
     let bytes = encode(value);
     if bytes.len() > buffer.remaining_mut() {

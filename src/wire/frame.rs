@@ -1,38 +1,41 @@
-//! The outermost layer of every message between nodes: version, kind, cluster, payload.
+//! The outer layer of every message between nodes: version, kind, cluster id, payload.
 //!
-//! The cluster id is in each frame, so that two clusters that share a secret are told apart by name
-//! before a single byte of the payload is read.
+//! The cluster id allows a receiver to reject a frame of another cluster with the same secret before it
+//! parses the payload.
 
 use crate::model::ClusterId;
 
 use super::WireError;
 
-/// Version of everything below this layer. Peers also negotiate it as part of the ALPN name.
+/// Version of the wire format. It is also part of the ALPN name that peers negotiate.
 pub const WIRE_VERSION: u8 = 1;
 
-/// Largest frame that goes into a QUIC datagram: what a fresh quinn connection surely carries
-/// (1,162 bytes), less a margin. Larger frames take a stream.
+/// Greatest length of a frame in a QUIC datagram, in bytes. A new quinn connection carries at least 1,162
+/// bytes; the rest is margin. Longer frames are sent on a stream.
 pub const DATAGRAM_MAX: usize = 1150;
 
-/// Largest frame on a stream. A full table of 65,536 single-slot runs is under 2 MiB.
+/// Greatest length of a frame on a stream, in bytes. A full table of 65,536 single-slot runs takes less than
+/// 2 MiB.
 pub const STREAM_MAX: usize = 4 << 20;
 
+/// Length of version, kind and cluster id, in bytes.
 const HEADER: usize = 10;
 
-/// A message as it travels. `payload` is still unparsed.
+/// A message with its unparsed payload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Frame<'a> {
-    /// A SWIM packet, laid out by foca with [`super::SwimCodec`].
+    /// A SWIM packet in foca's layout: [`super::SwimPacket`].
     Swim(&'a [u8]),
     /// Facts that are new to the sender: [`super::Push`].
     Push(&'a [u8]),
-    /// A question on a stream: [`super::Request`].
+    /// A request on a stream: [`super::Request`].
     Request(&'a [u8]),
-    /// Its answer on the same stream: [`super::Response`].
+    /// The response on the same stream: [`super::Response`].
     Response(&'a [u8]),
 }
 
 impl<'a> Frame<'a> {
+    /// Encodes the frame.
     pub fn encode(self, cluster: ClusterId) -> Vec<u8> {
         let (kind, payload) = match self {
             Self::Swim(payload) => (1, payload),
@@ -47,7 +50,10 @@ impl<'a> Frame<'a> {
         bytes
     }
 
-    /// Splits a frame; the payload is not looked at.
+    /// Splits a frame into cluster id, kind and payload.
+    ///
+    /// # Errors
+    /// If the version or the kind is unknown, or the frame is truncated or too long.
     pub fn decode(bytes: &'a [u8]) -> Result<(ClusterId, Self), WireError> {
         let (&theirs, rest) = bytes.split_first().ok_or(WireError::Truncated)?;
         if theirs != WIRE_VERSION {
@@ -76,7 +82,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn another_version_is_refused_by_name() {
+    fn frame_of_another_version_is_refused_with_both_versions() {
         let mut bytes = Frame::Push(b"x").encode(ClusterId::UNKNOWN);
         bytes[0] = 9;
         let error = Frame::decode(&bytes).expect_err("version 9");
@@ -85,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn unknown_kinds_and_short_frames_are_refused() {
+    fn frame_of_unknown_kind_or_short_length_is_refused() {
         let cluster = ClusterId::from_bytes([5; 8]);
         let mut bytes = Frame::Swim(b"").encode(cluster);
         for cut in 0..bytes.len() {
@@ -97,7 +103,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn frames_round_trip(
+        fn frame_round_trips(
             id in any::<[u8; 8]>(), kind in 0..4, payload in prop::collection::vec(any::<u8>(), 0..64),
         ) {
             let cluster = ClusterId::from_bytes(id);

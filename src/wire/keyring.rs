@@ -1,7 +1,8 @@
-//! The secrets that a node accepts, the one it uses, and those it has done with.
+//! The secrets that a node accepts, the one that it uses, and those that it has dropped.
 //!
-//! A cluster changes its secret in three steps, none of which costs a connection: all accept the new one too,
-//! all use it, nobody accepts the old one any more. Nothing here knows how far the others are.
+//! A cluster changes its secret in three steps, none of which closes a connection between members: all nodes
+//! accept the new secret, all use it, all drop the old one. This module knows nothing about the progress of
+//! other nodes.
 
 use std::{collections::BTreeSet, fmt, str::FromStr};
 
@@ -9,51 +10,58 @@ use data_encoding::BASE32_NOPAD;
 
 use super::{Secret, SecretId, SecretOrder};
 
-/// Secrets that are accepted at once: each is one more authority to check a certificate against.
+/// Greatest number of accepted secrets. Each of them is one more authority for the check of a certificate.
 const MAX_SECRETS: usize = 4;
-/// Secrets that are remembered as dropped.
+/// Number of dropped secrets that a node remembers.
 const MAX_DROPPED: usize = 64;
 
-/// Never empty; the first one is in use.
+/// A node's secrets: at least one, which is in use.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Keyring {
+    /// Accepted secrets; the first is in use.
     secrets: Vec<Secret>,
-    /// Those of them that were in use before: an old token names one of these.
+    /// Accepted secrets that were in use before. A token with one of them is outdated.
     former: BTreeSet<SecretId>,
+    /// Dropped secrets, the latest first.
     dropped: Vec<SecretId>,
 }
 
 impl Keyring {
+    /// Returns a keyring with one secret, which is in use.
     pub fn new(secret: Secret) -> Self {
         Self { secrets: vec![secret], former: BTreeSet::new(), dropped: Vec::new() }
     }
 
+    /// Returns the secret in use.
     pub fn in_use(&self) -> &Secret {
         &self.secrets[0]
     }
 
-    /// All of them, the one in use first.
+    /// Returns the accepted secrets, the one in use first.
     pub fn accepted(&self) -> &[Secret] {
         &self.secrets
     }
 
+    /// Returns the ids of the accepted secrets, the one in use first.
     pub fn ids(&self) -> Vec<SecretId> {
         self.secrets.iter().map(Secret::id).collect()
     }
 
-    pub fn knows(&self, id: SecretId) -> bool {
+    /// Whether the secret is accepted.
+    pub fn accepts(&self, id: SecretId) -> bool {
         self.secrets.iter().any(|secret| secret.id() == id)
     }
 
+    /// Whether the secret was dropped.
     pub fn has_dropped(&self, id: SecretId) -> bool {
         self.dropped.contains(&id)
     }
 
-    /// Carries out a step; says whether that changed anything.
+    /// Applies a step of a rotation. Returns whether it changed anything.
     ///
     /// # Errors
-    /// One sentence, and nothing has changed.
-    pub fn obey(&mut self, order: &SecretOrder) -> Result<bool, String> {
+    /// If the step is not allowed, with the reason; nothing has changed then.
+    pub fn apply(&mut self, order: &SecretOrder) -> Result<bool, String> {
         match order {
             SecretOrder::Add(secret) => self.add(secret),
             SecretOrder::Use(id) => self.use_from_now_on(*id),
@@ -61,15 +69,16 @@ impl Keyring {
         }
     }
 
-    /// Whether a token of this secret tells something new: it is not in use, and never was.
-    pub fn is_news(&self, id: SecretId) -> bool {
+    /// Whether an operator's token with this secret requires a change: the secret is not in use, was not in
+    /// use before and was not dropped.
+    pub fn is_new_secret(&self, id: SecretId) -> bool {
         self.in_use().id() != id && !self.former.contains(&id) && !self.has_dropped(id)
     }
 
-    /// An operator has brought a token of this secret: it is the one to use, unless it is an old one.
-    pub fn bring(&mut self, secret: &Secret) {
+    /// Makes the secret of an operator's token the one in use, unless the token is outdated.
+    pub fn adopt(&mut self, secret: &Secret) {
         let id = secret.id();
-        if !self.is_news(id) {
+        if !self.is_new_secret(id) {
             return;
         }
         self.former.insert(self.in_use().id());
@@ -78,9 +87,10 @@ impl Keyring {
         self.secrets.truncate(MAX_SECRETS);
     }
 
+    /// Accepts a secret in addition.
     fn add(&mut self, secret: &Secret) -> Result<bool, String> {
         let id = secret.id();
-        if self.knows(id) {
+        if self.accepts(id) {
             return Ok(false);
         }
         if self.has_dropped(id) {
@@ -93,6 +103,7 @@ impl Keyring {
         Ok(true)
     }
 
+    /// Puts an accepted secret in use.
     fn use_from_now_on(&mut self, id: SecretId) -> Result<bool, String> {
         let place = self.secrets.iter().position(|secret| secret.id() == id);
         let place = place.ok_or_else(|| format!("secret {id} is not known here: add it first"))?;
@@ -104,6 +115,7 @@ impl Keyring {
         Ok(place > 0)
     }
 
+    /// Drops a secret permanently.
     fn drop_for_good(&mut self, id: SecretId) -> Result<bool, String> {
         if self.in_use().id() == id {
             return Err(format!("secret {id} is in use here: use another one first"));
@@ -119,7 +131,8 @@ impl Keyring {
     }
 }
 
-/// As it is kept: a line for each, what becomes of it and the secret in base32, or the name of one dropped.
+/// The file format: one line per secret with its state and value in base32, and one line per dropped secret
+/// with its id.
 impl fmt::Display for Keyring {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (place, secret) in self.secrets.iter().enumerate() {
@@ -140,7 +153,7 @@ impl FromStr for Keyring {
     fn from_str(text: &str) -> Result<Self, String> {
         let (mut secrets, mut former, mut dropped) = (Vec::new(), BTreeSet::new(), Vec::new());
         for (number, line) in text.lines().enumerate() {
-            // The line itself is never repeated: it may hold a secret.
+            // Errors do not contain the line, which may hold a secret.
             let wrong = || format!("line {} cannot be read", number + 1);
             let (word, value) = line.split_once(' ').ok_or_else(wrong)?;
             match word {
@@ -156,7 +169,7 @@ impl FromStr for Keyring {
         }
         let ids: BTreeSet<SecretId> = secrets.iter().map(Secret::id).collect();
         if secrets.is_empty() || ids.len() < secrets.len() {
-            return Err("it holds no secret, or one of them twice".to_owned());
+            return Err("no secret, or the same secret twice".to_owned());
         }
         Ok(Self { secrets, former, dropped })
     }
@@ -171,43 +184,43 @@ mod tests {
     }
 
     #[test]
-    fn a_secret_is_changed_in_three_steps() {
+    fn secret_is_rotated_in_three_repeatable_steps() {
         let (old, new) = (secret(1), secret(2));
         let mut ring = Keyring::new(old.clone());
-        assert!(ring.obey(&SecretOrder::Use(new.id())).is_err(), "not known yet");
-        assert_eq!(ring.obey(&SecretOrder::Add(new.clone())), Ok(true));
-        assert_eq!(ring.obey(&SecretOrder::Add(new.clone())), Ok(false), "as often as one likes");
+        assert!(ring.apply(&SecretOrder::Use(new.id())).is_err(), "not accepted yet");
+        assert_eq!(ring.apply(&SecretOrder::Add(new.clone())), Ok(true));
+        assert_eq!(ring.apply(&SecretOrder::Add(new.clone())), Ok(false), "repeated");
         assert_eq!(ring.in_use(), &old);
-        assert!(ring.obey(&SecretOrder::Drop(old.id())).is_err(), "in use");
-        assert_eq!(ring.obey(&SecretOrder::Use(new.id())), Ok(true));
-        assert_eq!(ring.obey(&SecretOrder::Use(new.id())), Ok(false));
+        assert!(ring.apply(&SecretOrder::Drop(old.id())).is_err(), "in use");
+        assert_eq!(ring.apply(&SecretOrder::Use(new.id())), Ok(true));
+        assert_eq!(ring.apply(&SecretOrder::Use(new.id())), Ok(false));
         assert_eq!(ring.ids(), [new.id(), old.id()]);
-        assert_eq!(ring.obey(&SecretOrder::Drop(old.id())), Ok(true));
-        assert_eq!(ring.obey(&SecretOrder::Drop(old.id())), Ok(false));
-        assert!(ring.obey(&SecretOrder::Add(old.clone())).is_err(), "done with");
-        // A configuration that still has the old token changes nothing; a new one is taken.
-        ring.bring(&old);
+        assert_eq!(ring.apply(&SecretOrder::Drop(old.id())), Ok(true));
+        assert_eq!(ring.apply(&SecretOrder::Drop(old.id())), Ok(false));
+        assert!(ring.apply(&SecretOrder::Add(old.clone())).is_err(), "dropped");
+        // A configured token with the old secret changes nothing; one with a new secret does.
+        ring.adopt(&old);
         assert_eq!(ring.ids(), [new.id()]);
-        ring.bring(&secret(3));
+        ring.adopt(&secret(3));
         assert_eq!(ring.in_use(), &secret(3));
-        // One that was away since the first step knows the new one, and has not used it.
-        let mut away = Keyring::new(old.clone());
-        away.obey(&SecretOrder::Add(new.clone())).expect("added");
-        away.bring(&new);
-        assert_eq!(away.in_use(), &new);
-        away.bring(&old);
-        assert_eq!(away.in_use(), &new, "what was in use before is an old token");
-        assert_eq!(away.to_string().parse(), Ok(away));
+        // A node that missed the second step accepts the new secret and does not use it.
+        let mut behind = Keyring::new(old.clone());
+        behind.apply(&SecretOrder::Add(new.clone())).expect("added");
+        behind.adopt(&new);
+        assert_eq!(behind.in_use(), &new);
+        behind.adopt(&old);
+        assert_eq!(behind.in_use(), &new, "a token with a former secret is outdated");
+        assert_eq!(behind.to_string().parse(), Ok(behind));
     }
 
     #[test]
-    fn it_is_bounded_and_can_be_kept() {
+    fn keyring_is_bounded_and_its_file_round_trips() {
         let mut ring = Keyring::new(secret(1));
         for seed in 2..=4 {
-            assert_eq!(ring.obey(&SecretOrder::Add(secret(seed))), Ok(true));
+            assert_eq!(ring.apply(&SecretOrder::Add(secret(seed))), Ok(true));
         }
-        assert!(ring.obey(&SecretOrder::Add(secret(5))).is_err());
-        ring.obey(&SecretOrder::Drop(secret(2).id())).expect("dropped");
+        assert!(ring.apply(&SecretOrder::Add(secret(5))).is_err());
+        ring.apply(&SecretOrder::Drop(secret(2).id())).expect("dropped");
         assert_eq!(ring.to_string().parse(), Ok(ring.clone()));
         let line = "accept ".to_owned() + &BASE32_NOPAD.encode(&[1; 32]);
         for wrong in ["", "use", "use ME", "accept 1", "dropped x", &format!("{line}\n{line}\n")] {

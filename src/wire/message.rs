@@ -1,6 +1,6 @@
-//! What nodes say to each other beside SWIM: pushed facts, and questions with answers.
+//! Messages between nodes besides SWIM: pushed facts, requests and responses.
 //!
-//! Enums are only ever appended to; a published struct never changes its fields.
+//! Enums only grow at the end; the fields of a published struct never change.
 
 use std::{net::IpAddr, ops::RangeInclusive};
 
@@ -16,21 +16,25 @@ use super::{
     codec::{decode, encode},
 };
 
-/// Replicated state, or a part of it. Merging it twice, or in another order, changes nothing.
+/// Replicated state or a part of it. Merging facts is idempotent and independent of their order.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Facts {
+    /// Member records.
     #[serde(deserialize_with = "bounded::members")]
     pub members: Vec<MemberRecord>,
+    /// Slot records.
     #[serde(deserialize_with = "bounded::runs")]
     pub slots: Vec<Run>,
-    /// Members that the sender holds as alive, in the incarnation it knows.
+    /// Members that the sender holds as alive, with the incarnations it knows.
     #[serde(deserialize_with = "bounded::members")]
     pub active: Vec<Identity>,
+    /// Forgets.
     #[serde(deserialize_with = "bounded::members")]
     pub forgets: Vec<Forget>,
 }
 
 impl Facts {
+    /// Whether there is no fact.
     pub fn is_empty(&self) -> bool {
         self.members.is_empty()
             && self.slots.is_empty()
@@ -39,127 +43,166 @@ impl Facts {
     }
 }
 
-/// Facts that were new to the sender, told at once to those who may not have them yet.
+/// Facts that were new to the sender.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Push {
+    /// The facts.
     pub facts: Facts,
 }
 
-/// Asked on a stream of its own; each gets exactly one [`Response`].
+/// A request on its own stream; it gets exactly one [`Response`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Request {
-    /// "Let me in": from a node that knows no cluster record yet.
+    /// Requests to join; the sender has no cluster record.
     Hello(Hello),
-    /// "Is your state the same as mine?"
+    /// Compares the hashes of all facts.
     Compare(Roots),
-    /// "Here is mine in these buckets; what do you have beyond it?"
-    Exchange { buckets: u32, identity: Identity, facts: Facts },
-    /// "Give me a slot of yours."
+    /// Sends the facts in the differing buckets and requests the receiver's newer ones.
+    Exchange {
+        /// Bit mask of the buckets.
+        buckets: u32,
+        /// The sender's identity.
+        identity: Identity,
+        /// The sender's facts in these buckets.
+        facts: Facts,
+    },
+    /// Requests a slot.
     Grant(GrantWish),
-    /// "I am leaving; would you take my slots?"
+    /// Requests the receiver's consent to be the successor of the sender, which is about to leave.
     BeMySuccessor,
-    /// "I have left; these are the records of it. Say that you have them."
+    /// Hands over the records of a completed leave, which the receiver must make durable.
     Handover(Facts),
-    /// "You did not answer me. If you are alive, refute that."
+    /// Informs a member that it is suspected. A live member refutes the suspicion.
     AreYouThere(Suspicion),
-    /// "These nodes are gone and I am their successor. Make that durable, and tell me what I lack."
+    /// Sends forgets whose successor is the sender. The receiver makes them durable and returns what the
+    /// sender lacks.
     Acknowledge {
+        /// The forgets.
         #[serde(deserialize_with = "bounded::members")]
         forgets: Vec<Forget>,
+        /// Hashes of the sender's facts.
         buckets: Box<Buckets>,
     },
-    /// "This is our rule. Have you missed that member for so long yourself?"
-    HaveYouMissed { node: NodeId, quorum: Quorum },
-    /// An operator's question, or order.
+    /// Requests the observation of another voter: whether it has missed a member for as long as the rule
+    /// requires.
+    HaveYouMissed {
+        /// The missed member.
+        node: NodeId,
+        /// The sender's rule.
+        quorum: Quorum,
+    },
+    /// An operator's inquiry or order.
     Inquire(Inquiry),
 }
 
+/// The response to a [`Request`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Response {
+    /// Admits a joiner.
     Welcome(Box<Welcome>),
-    /// States are equal.
+    /// The hashes are equal.
     Same,
-    /// They are not; these are mine.
+    /// The hashes differ; these are the responder's.
     Differ(Box<Buckets>),
-    /// What the asker lacked; members that it holds as alive and the asked one as down. If the asker itself
-    /// is not held as alive, also the newest incarnation that is known of it, or the first possible one: it
-    /// must go above that to be believed.
+    /// The responder's part of an exchange.
     Facts {
+        /// Facts that the requester lacks.
         facts: Facts,
+        /// Members that the requester holds as alive and the responder as down.
         #[serde(deserialize_with = "bounded::members")]
         down: Vec<Suspicion>,
+        /// Set if the responder does not hold the requester as alive: the newest incarnation it knows of the
+        /// requester, or the lowest possible one. The requester must exceed it.
         down_as: Option<Incarnation>,
     },
-    /// The asker owns these slots now (also when it asked before). Flushed at the granter.
+    /// The slots that the requester owns, by this or an earlier grant. Durable at the granter.
     Granted(Facts),
+    /// The receiver accepts.
     Accepted,
+    /// The receiver refuses.
     Refused(Refusal),
-    /// The asked one is alive, under this count of refutations.
+    /// The receiver is alive; the suspicion is refuted under this identity and count of refutations.
     Here(Suspicion),
-    /// It is durable; this is what the asker lacked.
+    /// The forgets are durable; these are the facts that the requester lacks.
     Acknowledged(Facts),
+    /// A voter's observation.
     Vote(Vote),
+    /// The answer to an inquiry.
     Report(Box<Report>),
 }
 
-/// What a voter has seen of a member.
+/// A voter's observation of a member.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Vote {
-    /// Nothing for as long as the rule says.
+    /// The voter has missed the member for as long as the rule requires.
     Missed,
+    /// The voter has seen the member.
     Seen,
-    /// The asked one is no voter, or by another rule.
+    /// The receiver is not a voter, or has another rule.
     OtherRule,
 }
 
-/// A joiner's introduction.
+/// A join request.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hello {
+    /// The joiner's member record.
     pub member: MemberRecord,
+    /// The joiner's identity.
     pub identity: Identity,
+    /// Cluster settings that the joiner's configuration requires.
     pub settings: SettingsWish,
+    /// The slot that the joiner prefers.
     pub grant: GrantWish,
 }
 
-/// Which slot a node would like. Asking again for the same reason gets the same slot: the granter
-/// sees in its table that the asker owns one already.
+/// The slot that a node prefers. A repeated request gets the same slot: the granter finds in its table that
+/// the requester already owns one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GrantWish {
-    /// First address of the subnet it would prefer.
+    /// First address of the preferred subnet.
     pub prefer: Option<IpAddr>,
 }
 
-/// Everything a joiner needs, its own slot included if this node had one free.
+/// What a joiner needs to become a member.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Welcome {
+    /// The cluster's record.
     pub cluster: ClusterRecord,
+    /// All facts, including a slot for the joiner if the sender had a free one.
     pub facts: Facts,
-    /// The joiner has been here before, as another process: it has lost its memory.
+    /// Whether the joiner was a member before: it has lost its records.
     pub returning: bool,
-    /// Why `facts` holds no slot for the joiner, if it does not.
+    /// Why `facts` contains no slot for the joiner.
     pub no_slot: Option<Refusal>,
 }
 
-/// One hash per kind of fact: all there is to say when nothing differs.
+/// One hash over all facts of each kind. Equal hashes end a comparison.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Roots {
+    /// Over members and forgets.
     pub members: u64,
+    /// Over slots.
     pub slots: u64,
+    /// Over active members.
     pub active: u64,
 }
 
-/// One hash per bucket and kind of fact: members fall into a bucket by id, slots by number.
+/// One hash for each bucket and kind of fact. Members are assigned to buckets by id, slots by number.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Buckets {
+    /// Over members and forgets, by bucket.
     pub members: [u64; Self::COUNT],
+    /// Over slots, by bucket.
     pub slots: [u64; Self::COUNT],
+    /// Over active members, by bucket.
     pub active: [u64; Self::COUNT],
 }
 
 impl Buckets {
+    /// Number of buckets.
     pub const COUNT: usize = 32;
 
-    /// The buckets in which two states differ, as a bit mask.
+    /// Returns the buckets in which two states differ, as a bit mask.
     pub fn differing(&self, other: &Self) -> u32 {
         (0..Self::COUNT)
             .filter(|&i| {
@@ -170,12 +213,13 @@ impl Buckets {
             .fold(0, |mask, i| mask | 1 << i)
     }
 
-    /// The bucket of a node, by the first bits of its id (a hash, so evenly spread).
+    /// Returns the bucket of a node: the first five bits of its id, which is a hash and thus evenly
+    /// distributed.
     pub const fn of_node(node: NodeId) -> usize {
         (node.as_bytes()[0] >> 3) as usize
     }
 
-    /// All nodes whose bucket this is.
+    /// Returns the range of node ids in a bucket.
     pub fn nodes(bucket: usize) -> RangeInclusive<NodeId> {
         let (mut first, mut last) = ([0; 8], [0xff; 8]);
         first[0] = (bucket << 3) as u8;
@@ -184,49 +228,87 @@ impl Buckets {
     }
 }
 
-/// Why a node said no. Every variant is one sentence with its cause and, where there is one, the fix.
+/// Why a node refuses a request. The text of each variant names the cause and, where there is one, the
+/// remedy.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum Refusal {
+    /// The requester belongs to another cluster than the responder.
     #[error(
         "the node belongs to cluster {theirs}, this one to {ours}: clusters never merge; \
          join with a token of cluster {theirs}, or remove the state directory first"
     )]
-    OtherCluster { ours: ClusterId, theirs: ClusterId },
+    OtherCluster {
+        /// The requester's cluster.
+        ours: ClusterId,
+        /// The responder's cluster.
+        theirs: ClusterId,
+    },
+    /// A setting of the joiner contradicts the cluster.
     #[error("{0}: change the joiner's setting or leave it out")]
     Settings(Difference),
-    #[error("the node is not in a cluster yet itself")]
+    /// The responder has not joined yet.
+    #[error("the node is not in a cluster yet")]
     NotReady,
+    /// The responder's memory is unverified.
     #[error(
         "the node has not compared its state with a peer since it started, so it grants nothing"
     )]
     NotSynced,
+    /// No slot of the cluster is free.
     #[error("all {total} subnets are leased: {leased} leased, none free; use a larger network")]
-    Exhausted { total: u32, leased: u32 },
+    Exhausted {
+        /// Number of slots of the pool.
+        total: u32,
+        /// Number of leased slots.
+        leased: u32,
+    },
+    /// The responder has no free slot; other nodes have.
     #[error("the node has no free subnet: {free_elsewhere} are free at other nodes")]
-    NoFreeSlotHere { free_elsewhere: u32 },
-    #[error("this node has left the cluster for good, and can only join as a new one")]
+    NoFreeSlotHere {
+        /// Number of free slots of other nodes.
+        free_elsewhere: u32,
+    },
+    /// The requester's id has left the cluster.
+    #[error("this node has left the cluster, and can join again only under a new identity")]
     Left,
-    #[error("the node is leaving the cluster itself")]
+    /// The responder is leaving.
+    #[error("the node is leaving the cluster")]
     Leaving,
+    /// The cluster has reached its limit of member records.
     #[error("the cluster knows {limit} members, departed ones included, and records no more")]
-    Full { limit: u32 },
-    #[error("the request was not understood: {0}")]
-    Unreadable(Text),
+    Full {
+        /// Greatest number of member records.
+        limit: u32,
+    },
+    /// The request cannot be decoded or contradicts itself.
+    #[error("the request is malformed: {0}")]
+    Malformed(Text),
+    /// The requester was forgotten.
     #[error("this node was forgotten: its subnets belong to {successor} now")]
-    Forgotten { successor: NodeId },
-    #[error("another process runs with this node's key, so neither grants anything")]
-    Cloned,
-    #[error("what this node says about itself cannot be used: {0}: correct its settings")]
-    Unfit(Text),
+    Forgotten {
+        /// The member that took over its slots.
+        successor: NodeId,
+    },
+    /// The responder has detected a duplicate identity of its own.
+    #[error("another running agent has this node's key, so neither of them grants slots")]
+    DuplicateIdentity,
+    /// The joiner's member record is unusable.
+    #[error("this node's member record is unusable: {0}: correct its settings")]
+    UnusableRecord(Text),
 }
 
 macro_rules! payload {
     ($($name:ident: $what:literal),+) => {$(
         impl $name {
+            /// Encodes the message.
             pub fn encode(&self) -> Vec<u8> {
                 encode(self)
             }
 
+            /// Decodes the message.
+            ///
+            /// # Errors
+            /// If `bytes` is truncated, too long or malformed, or has trailing bytes.
             pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
                 decode($what, bytes)
             }
@@ -275,7 +357,7 @@ mod tests {
     }
 
     #[test]
-    fn messages_round_trip() {
+    fn message_round_trips() {
         let request =
             Request::Exchange { buckets: 0xffff_0000, identity: facts().active[0], facts: facts() };
         assert_eq!(Request::decode(&request.encode()), Ok(request));
@@ -286,26 +368,26 @@ mod tests {
     }
 
     #[test]
-    fn a_member_with_its_grant_fits_one_datagram_many_times_over() {
+    fn push_of_a_member_with_its_slots_takes_less_than_200_bytes() {
         let push = Push { facts: facts() };
         assert!(push.encode().len() < 200, "{}", push.encode().len());
     }
 
     #[test]
-    fn cut_off_and_padded_messages_are_refused() {
+    fn truncated_or_padded_message_is_refused() {
         let bytes = Push { facts: facts() }.encode();
         for cut in 0..bytes.len() {
             assert!(Push::decode(&bytes[..cut]).is_err(), "cut at {cut}");
         }
         let padded = [&bytes[..], b"!"].concat();
         let error = Push::decode(&padded).expect_err("padded").to_string();
-        assert!(error.contains("1 bytes are left over"), "{error}");
+        assert!(error.contains("1 trailing bytes"), "{error}");
     }
 
     #[test]
-    fn list_that_is_longer_than_any_cluster_needs_is_refused() {
-        let named = |count| vec![facts().active[0]; count];
-        let push = |count| Push { facts: Facts { active: named(count), ..Facts::default() } };
+    fn list_above_its_limit_is_refused() {
+        let active = |count| vec![facts().active[0]; count];
+        let push = |count| Push { facts: Facts { active: active(count), ..Facts::default() } };
         assert!(Push::decode(&push(MAX_MEMBERS).encode()).is_ok());
         let error = Push::decode(&push(MAX_MEMBERS + 1).encode()).expect_err("too many");
         assert!(error.to_string().contains("at most 16384"), "{error}");
@@ -322,27 +404,27 @@ mod tests {
     }
 
     #[test]
-    fn text_of_a_refusal_obeys_no_terminal_once_it_is_decoded() {
+    fn decoded_refusal_is_bounded_and_has_no_control_characters() {
         let text = format!("x\nERROR forged\u{1b}[2J\u{7}{}", "y".repeat(20_000));
-        // Numbers of the variants Refused and Unreadable.
+        // Indices of the variants Refused and Malformed.
         let bytes = [&[6, 9], &encode(&text)[..]].concat();
         let Ok(Response::Refused(refusal)) = Response::decode(&bytes) else {
             panic!("not a refusal");
         };
-        let said = refusal.to_string();
-        assert!(said.len() < 3000 && !said.chars().any(char::is_control), "{said:?}");
+        let text = refusal.to_string();
+        assert!(text.len() < 3000 && !text.chars().any(char::is_control), "{text:?}");
     }
 
     #[test]
-    fn a_huge_length_prefix_is_refused_without_allocating() {
-        // varint marker for u64, then 2^60 members
+    fn huge_length_prefix_is_refused() {
+        // Marker of a 64-bit varint, then 2^60 members.
         let mut bytes = vec![253];
         bytes.extend_from_slice(&(1_u64 << 60).to_le_bytes());
         assert!(Push::decode(&bytes).is_err());
     }
 
     #[test]
-    fn differing_buckets_are_named() {
+    fn differing_returns_the_mask_of_differing_buckets() {
         let mut one = Buckets::default();
         let two = Buckets::default();
         assert_eq!(one.differing(&two), 0);
@@ -353,7 +435,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn random_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..512)) {
+        fn decoding_random_bytes_does_not_panic(bytes in prop::collection::vec(any::<u8>(), 0..512)) {
             let _ = Push::decode(&bytes);
             let _ = Request::decode(&bytes);
             let _ = Response::decode(&bytes);

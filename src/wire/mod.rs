@@ -1,7 +1,6 @@
-//! Bytes to model and back: the only place that parses what came from outside.
+//! Encoding and decoding: messages between nodes, database records, join tokens, and keyrings.
 //!
-//! Everything foreign (datagrams, streams, database records, join tokens) enters through here, bounded
-//! and versioned. Nothing here decides anything; it never panics on any input.
+//! Decoders bound the input, check its version, and never panic. This module makes no decisions.
 
 mod codec;
 mod frame;

@@ -1,7 +1,7 @@
-//! Records of the local database: a version byte, the value, a checksum.
+//! Records of the local database: version byte, value, checksum.
 //!
-//! sled reports a flipped bit as a panic or not at all, so each record carries its own CRC-32 and a
-//! record that fails it is an error here, never a wrong fact.
+//! sled reports a flipped bit as a panic or not at all. Each record therefore has its own CRC-32, and a
+//! damaged record yields an error instead of a wrong fact.
 
 use std::{fmt, net::IpAddr};
 
@@ -14,44 +14,57 @@ use super::{
     codec::{decode, decode_prefix, encode},
 };
 
+/// Version of the record format.
 const RECORD_VERSION: u8 = 1;
 
-/// Where a record is kept. The text form is the key in the database.
+/// The key of a record. Its text form is the key in the database.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Key {
-    /// How often this agent has started.
+    /// Number of starts of this agent.
     Starts,
+    /// The cluster's record.
     Cluster,
-    /// All runs of slots whose bucket this is.
+    /// All runs of slots in this bucket.
     Slots(u8),
+    /// The record of a member.
     Member(NodeId),
+    /// The forget of a node.
     Forget(NodeId),
-    /// The pod with this address, the first of its addresses.
+    /// The pod with this address as its first one.
     Pod(IpAddr),
 }
 
-/// What is kept there.
+/// The value of a record; each variant belongs to the [`Key`] of the same name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Record {
+    /// Number of starts.
     Starts(u32),
+    /// Cluster id and settings.
     Cluster(ClusterRecord),
+    /// Runs of slots.
     Slots(Vec<Run>),
+    /// A member record.
     Member(MemberRecord),
+    /// A forget.
     Forget(Forget),
+    /// A pod.
     Pod(Pod),
 }
 
-/// A database entry that cannot be used.
+/// A database record that cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("database record {key:?}: {why}")]
 pub struct RecordError {
+    /// The key in the database.
     pub key: String,
+    /// The reason.
     pub why: String,
-    /// It is sound, but a newer gossamer wrote it.
+    /// Whether the record is intact, but in the format of a newer gossamer.
     pub newer: bool,
 }
 
 impl Record {
+    /// Encodes the record.
     pub fn encode(&self) -> Vec<u8> {
         let value = match self {
             Self::Starts(starts) => encode(starts),
@@ -68,7 +81,10 @@ impl Record {
         bytes
     }
 
-    /// Reads one database entry.
+    /// Decodes a database record.
+    ///
+    /// # Errors
+    /// If the checksum does not match, the version or the key is unknown, or the value is malformed.
     pub fn decode(key: &[u8], bytes: &[u8]) -> Result<(Key, Self), RecordError> {
         let name = || String::from_utf8_lossy(key).into_owned();
         let newer = |why: String| RecordError { key: name(), why, newer: true };
@@ -93,8 +109,8 @@ impl Record {
     }
 }
 
-/// A pod as it is kept: its MAC follows where it has one of its own, so that records without one are as
-/// earlier programs wrote them.
+/// The encoded fields of a pod. Its MAC follows if it is set: records without one thus have the same form as
+/// those of earlier versions, which had no such field.
 type PodFields = (Attachment, String, Addresses, String);
 
 fn encode_pod(pod: &Pod) -> Vec<u8> {
@@ -109,7 +125,7 @@ fn decode_pod(bytes: &[u8]) -> Result<Pod, WireError> {
     let mac = match &bytes[used..] {
         [] => None,
         mac => {
-            let why = || format!("{} bytes in the place of a MAC", mac.len());
+            let why = || format!("{} bytes instead of a MAC", mac.len());
             let malformed = |_| WireError::Malformed { what: "pod", why: why() };
             Some(Mac::from_bytes(mac.try_into().map_err(malformed)?))
         }
@@ -145,9 +161,9 @@ impl fmt::Display for Key {
     }
 }
 
-/// Version and value of a record whose checksum is right.
+/// Returns version and value of a record, if its checksum matches.
 fn checked(bytes: &[u8]) -> Result<(u8, &[u8]), &'static str> {
-    let (body, checksum) = bytes.split_last_chunk::<4>().ok_or("cut off")?;
+    let (body, checksum) = bytes.split_last_chunk::<4>().ok_or("truncated")?;
     if crc32fast::hash(body) != u32::from_le_bytes(*checksum) {
         return Err("checksum does not match");
     }
@@ -160,7 +176,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn keys_round_trip_through_their_text() {
+    fn key_round_trips_through_its_text() {
         let node = NodeId::of_public_key(&[3; 32]);
         let pods =
             ["10.42.7.2", "fd42:0:0:7::2"].map(|ip| Key::Pod(ip.parse().expect("an address")));
@@ -173,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn pod_record_keeps_its_mac_and_is_read_without_one() {
+    fn pod_record_round_trips_with_and_without_a_mac() {
         let first: IpAddr = [10, 42, 7, 2].into();
         let key = Key::Pod(first);
         let decode = |bytes: &[u8]| Record::decode(key.to_string().as_bytes(), bytes);
@@ -193,11 +209,11 @@ mod tests {
         cut.pop();
         cut.extend(crc32fast::hash(&cut).to_le_bytes());
         let error = decode(&cut).expect_err("five bytes of a MAC");
-        assert!(error.why.contains("5 bytes in the place of a MAC"), "{error}");
+        assert!(error.why.contains("5 bytes instead of a MAC"), "{error}");
     }
 
     #[test]
-    fn every_flipped_bit_is_noticed() {
+    fn flipped_bit_is_detected_and_the_error_names_the_key() {
         let bytes = Record::Starts(77).encode();
         let key = Key::Starts.to_string();
         assert_eq!(Record::decode(key.as_bytes(), &bytes), Ok((Key::Starts, Record::Starts(77))));
@@ -211,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn a_newer_version_says_so() {
+    fn record_of_unknown_version_or_kind_is_reported_as_newer() {
         let mut body = vec![9, 1];
         let checksum = crc32fast::hash(&body);
         body.extend_from_slice(&checksum.to_le_bytes());

@@ -1,7 +1,7 @@
-//! What a member says of itself to somebody who looks at the cluster as a whole, and orders about the
-//! cluster's secrets.
+//! Inquiries about a member and its answers: reports for surveys of the cluster, and steps of a secret
+//! rotation.
 //!
-//! Both are answered by the shell, not by the core: no decision of a node depends on them.
+//! The core forwards inquiries to the shell, which answers them. No decision of a node depends on them.
 
 use std::{fmt, str::FromStr};
 
@@ -11,72 +11,76 @@ use crate::model::{NodeId, PathState, Text, bounded};
 
 use super::Secret;
 
+/// Greatest number of secrets in a report.
 const MAX_SECRETS: usize = 16;
 
-/// What is asked. Only ever appended to.
+/// An inquiry. New variants are only appended.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Inquiry {
-    /// "How are you, and whom do you reach?"
+    /// Requests the member's report.
     Report,
-    /// "Do this with a secret, and tell me how you are then."
+    /// Applies a step of a secret rotation and then requests the report.
     Secret(SecretOrder),
-    /// "Which packets of this round of trials have come to your own pod?"
+    /// Requests the packets of this round of forwarding trials that reached the member's own pod.
     Arrivals(u32),
 }
 
-/// A step of a rotation. Each is done once, however often it is asked for.
+/// A step of a secret rotation. All steps are idempotent.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum SecretOrder {
-    /// Accept members that prove themselves by this one, too.
+    /// Accept this secret in addition.
     Add(Secret),
-    /// Prove yourself by this one from now on.
+    /// Authenticate with this secret.
     Use(SecretId),
-    /// Accept nobody by this one any more.
+    /// Stop accepting this secret.
     Drop(SecretId),
 }
 
-/// The answer to any [`Inquiry`].
+/// The answer to an [`Inquiry`].
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
-    /// Of the program.
+    /// Version of the member's program.
     pub version: Text,
-    /// How many things are wrong there.
+    /// Number of the member's problems.
     pub problems: u32,
-    /// To each peer with a subnet.
+    /// Paths to each peer with a subnet.
     #[serde(deserialize_with = "bounded::members")]
     pub paths: Vec<PathReport>,
-    /// Secrets that it accepts; the first is the one it uses.
+    /// Accepted secrets; the first is in use.
     #[serde(deserialize_with = "bounded::list::<_, _, MAX_SECRETS>")]
     pub secrets: Vec<SecretId>,
-    /// Why an order was not carried out.
+    /// Why a step of a rotation was not applied.
     pub refused: Option<Text>,
-    /// What has come of a round of trials, if that was asked, and there is a pod for it to come to.
+    /// Packets of the requested round of trials; `None` if none was requested or the member has no pod for
+    /// it.
     pub arrivals: Option<Arrivals>,
 }
 
-/// What has come of a round of trials to the pod of the agent that is asked.
+/// Packets of one round of forwarding trials that reached the pod of the queried agent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Arrivals {
-    /// For how long that pod has been there, in milliseconds.
-    pub there_for_ms: u32,
-    /// A bit for each sort of packet that has come, and was answered.
+    /// Age of that pod, in milliseconds.
+    pub pod_age_ms: u32,
+    /// Bit set of the kinds of packets that arrived and were answered.
     pub came: u16,
-    /// Packets that were sent to be counted, and have come.
+    /// Number of packets that arrived out of those sent for counting.
     pub samples: u16,
-    /// There were too many packets lately to answer all.
+    /// Whether the pod received too many packets recently to answer all of them.
     pub shed: bool,
 }
 
-/// The way from the one who reports to a peer.
+/// The path from the reporting member to a peer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PathReport {
+    /// The peer.
     pub node: NodeId,
+    /// State of the path.
     pub state: PathState,
-    /// Of the last request that was answered, in microseconds.
+    /// Round-trip time of the last answered request, in microseconds.
     pub round_trip_us: Option<u32>,
 }
 
-/// A name for a secret that can be shown: the first four bytes of its hash.
+/// A printable name of a secret: the first four bytes of its hash.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct SecretId(pub(super) [u8; 4]);
 
@@ -113,7 +117,7 @@ mod tests {
     };
 
     #[test]
-    fn report_of_more_secrets_than_a_node_accepts_is_refused() {
+    fn report_with_too_many_secrets_is_refused() {
         let report = |count| {
             let secrets = vec![SecretId([0; 4]); count];
             encode(&Report { secrets, ..Report::default() })
@@ -124,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn the_name_of_a_secret_can_be_read_back() {
+    fn secret_id_round_trips_through_its_text() {
         let id = SecretId([0, 0x1f, 0xa2, 0xff]);
         assert_eq!(id.to_string(), "001fa2ff");
         assert_eq!("001fa2ff".parse(), Ok(id));

@@ -1,4 +1,4 @@
-//! How foca's packets are laid out: headers and member updates through our own codec.
+//! The layout of foca's packets, with headers and updates in this crate's encoding.
 
 use bytes::{Buf, BufMut};
 use foca::{Codec, Header, Member};
@@ -11,20 +11,22 @@ use super::{
     codec::{decode_prefix, encode, encode_into},
 };
 
-/// A SWIM packet as foca lays it out: a header, and then the number of updates and the updates, if any.
+/// A SWIM packet as foca lays it out: a header, optionally followed by the number of updates and the updates.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SwimPacket {
+    /// Sender, receiver and kind of message.
     pub header: Header<Identity>,
+    /// Updates about members.
     pub members: Vec<Member<Identity>>,
-    /// An empty list is not the same as none.
+    /// Whether the number of updates is present; foca distinguishes an empty list from a missing one.
     has_list: bool,
 }
 
 impl SwimPacket {
-    /// Reads a whole packet.
+    /// Decodes a packet.
     ///
     /// # Errors
-    /// If it is no such packet, or longer.
+    /// If the packet is truncated or malformed, or has trailing bytes.
     pub fn decode(mut bytes: &[u8]) -> Result<Self, WireError> {
         let header = SwimCodec.decode_header(&mut bytes)?;
         let has_list = !bytes.is_empty();
@@ -37,16 +39,18 @@ impl SwimPacket {
             }
         }
         if !bytes.is_empty() {
-            let why = format!("{} bytes are left over", bytes.len());
+            let why = format!("{} trailing bytes", bytes.len());
             return Err(WireError::Malformed { what: "swim packet", why });
         }
         Ok(Self { header, members, has_list })
     }
 
+    /// Returns a packet with a list of updates.
     pub const fn new(header: Header<Identity>, members: Vec<Member<Identity>>) -> Self {
         Self { header, members, has_list: true }
     }
 
+    /// Encodes the packet.
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = encode(&self.header);
         if self.has_list {
@@ -57,7 +61,7 @@ impl SwimPacket {
     }
 }
 
-/// Stateless; foca owns one.
+/// The codec that foca uses for headers and updates.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct SwimCodec;
 
@@ -89,6 +93,7 @@ impl Codec<Identity> for SwimCodec {
     }
 }
 
+/// Decodes one value from the front of a buffer and advances the buffer.
 fn take<T: Serialize + DeserializeOwned>(
     what: &'static str,
     mut buf: impl Buf,
@@ -105,7 +110,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn packets_round_trip_and_nothing_may_follow_them() {
+    fn packet_round_trips_and_trailing_bytes_are_refused() {
         let id = Identity {
             node: NodeId::of_public_key(&[1; 32]),
             incarnation: Incarnation { starts: 2, renewals: 0 },
@@ -131,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn members_round_trip_and_never_leave_half_a_record() {
+    fn member_round_trips_and_a_short_buffer_stays_unchanged() {
         let id = Identity {
             node: NodeId::of_public_key(&[1; 32]),
             incarnation: Incarnation { starts: 70_000, renewals: 2 },

@@ -1,7 +1,8 @@
-//! The join token: cluster id, secret and seeds as one word to copy from host to host.
+//! The join token: cluster id, secret and seeds in one string to copy from host to host.
 //!
-//! `gsm1.` and then base32 (no padding, lower case) of the encoded fields and a CRC-32. A mistyped
-//! token is told apart from a wrong one, because the checksum covers every character.
+//! The string is `gsm1.`, followed by lower-case base32 without padding of the encoded fields and a CRC-32.
+//! The checksum covers every character, so a mistyped token is distinguishable from the token of another
+//! cluster.
 
 use std::{fmt, str::FromStr};
 
@@ -16,15 +17,20 @@ use super::{
     codec::{decode, encode},
 };
 
-/// Whoever dials a node sees a signature that depends on the secret, so it must be too long to guess.
+/// Least length of a secret, in bytes. Any host that connects to a node receives a signature that depends on
+/// the secret, so the secret must resist guessing.
 pub const MIN_SECRET_LEN: usize = 16;
+/// Greatest length of a secret, in bytes.
 const MAX_SECRET_LEN: usize = 1024;
 
+/// Format and version of the token.
 const PREFIX: &str = "gsm1.";
+/// Greatest number of seeds in a token.
 const MAX_SEEDS: usize = 64;
+/// Greatest length of a token without its prefix, in characters.
 const MAX_TEXT: usize = 8192;
 
-/// The cluster's shared secret. Never printed, not even by `{:?}`.
+/// The cluster's shared secret. `Debug` does not print it.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Vec<u8>")]
 pub struct Secret(Vec<u8>);
@@ -38,8 +44,10 @@ impl TryFrom<Vec<u8>> for Secret {
 }
 
 impl Secret {
+    /// Checks and wraps a secret.
+    ///
     /// # Errors
-    /// If it is shorter than [`MIN_SECRET_LEN`] bytes, or much longer than anybody needs.
+    /// If it has fewer than [`MIN_SECRET_LEN`] or more than 1,024 bytes.
     pub fn new(bytes: Vec<u8>) -> Result<Self, TokenError> {
         if !(MIN_SECRET_LEN..=MAX_SECRET_LEN).contains(&bytes.len()) {
             return Err(TokenError::WeakSecret { len: bytes.len() });
@@ -47,10 +55,12 @@ impl Secret {
         Ok(Self(bytes))
     }
 
+    /// Returns the secret itself.
     pub fn as_bytes(&self) -> &[u8] {
         &self.0
     }
 
+    /// Returns the printable name of the secret.
     pub fn id(&self) -> SecretId {
         let hash = Sha256::new().chain_update(b"gossamer secret").chain_update(&self.0).finalize();
         SecretId(std::array::from_fn(|i| hash[i]))
@@ -63,17 +73,19 @@ impl fmt::Debug for Secret {
     }
 }
 
-/// Everything a node needs to enter a cluster.
+/// What a node needs to join a cluster.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Token {
+    /// The cluster, or [`ClusterId::UNKNOWN`] if the token was created before the cluster.
     pub cluster: ClusterId,
+    /// The cluster's secret.
     pub secret: Secret,
-    /// `HOST:PORT` of members, tried beside those of `--join`.
+    /// `HOST:PORT` of members, tried in addition to those of `--join`.
     pub seeds: Vec<String>,
 }
 
 impl Token {
-    /// The cluster that the token names; one made before there was a cluster names none.
+    /// Returns the cluster that the token names, if it names one.
     pub fn known_cluster(&self) -> Option<ClusterId> {
         (self.cluster != ClusterId::UNKNOWN).then_some(self.cluster)
     }
@@ -111,18 +123,24 @@ impl FromStr for Token {
     }
 }
 
-/// A token that cannot be used. The text of the token is never repeated: it holds the secret.
+/// Why a token is unusable. The error never contains the token's text, which holds the secret.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TokenError {
+    /// The text has another prefix.
     #[error("token: it does not begin with {PREFIX:?}: paste what `gossamer token` printed")]
     NotAToken,
+    /// The checksum does not match, or a field exceeds its limit.
     #[error("token: a character is missing or wrong: copy it again from `gossamer token`")]
     Damaged,
+    /// The secret is too short or too long.
     #[error(
         "token: its secret has {len} bytes, at least {MIN_SECRET_LEN} are needed: \
          make one with `gossamer token --new`"
     )]
-    WeakSecret { len: usize },
+    WeakSecret {
+        /// Length of the secret, in bytes.
+        len: usize,
+    },
 }
 
 #[cfg(test)]
@@ -138,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn tokens_round_trip_in_either_case() {
+    fn token_round_trips_in_either_case() {
         let text = token().to_string();
         assert_eq!(text.parse(), Ok(token()));
         assert_eq!(format!("  {text}\n").parse(), Ok(token()));
@@ -147,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn every_mistyped_character_is_noticed() {
+    fn mistyped_or_missing_character_is_detected() {
         let text = token().to_string();
         for i in PREFIX.len()..text.len() {
             let mut wrong = text.clone().into_bytes();
@@ -160,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn weak_secrets_are_refused_and_no_secret_is_ever_shown() {
+    fn weak_secret_is_refused_and_debug_output_hides_secrets() {
         assert_eq!(Secret::new(vec![0; 15]), Err(TokenError::WeakSecret { len: 15 }));
         let weak = Token { secret: Secret(vec![1]), ..token() }.to_string();
         assert_eq!(weak.parse::<Token>(), Err(TokenError::Damaged));

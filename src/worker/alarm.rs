@@ -1,7 +1,7 @@
-//! Waking a thread that waits for the kernel.
+//! Wakes a thread that polls file descriptors.
 //!
-//! A thread that polls file descriptors cannot wait for a queue too, so an order that is put into its queue
-//! rings as well.
+//! A thread in poll(2) cannot also wait for a queue. The sender of an order therefore writes to a socket that
+//! the thread polls.
 
 use std::{
     io::{self, Read as _, Write as _},
@@ -18,18 +18,21 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
 };
 
-/// After a failure of `poll`, which should not be.
+/// Pause after a failure of poll(2), which is not expected.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// For the loop, which wakes the thread.
+/// The waking end, for the agent's loop.
 #[derive(Debug)]
 pub struct Alarm(UnixStream);
 
-/// For the thread.
+/// The waiting end, for the thread.
 #[derive(Debug)]
 pub struct Sleeper(UnixStream);
 
-/// Both ends.
+/// Creates both ends.
+///
+/// # Errors
+/// If the system cannot create a socket pair.
 pub fn alarm() -> io::Result<(Alarm, Sleeper)> {
     let (alarm, sleeper) = UnixStream::pair()?;
     alarm.set_nonblocking(true)?;
@@ -38,14 +41,15 @@ pub fn alarm() -> io::Result<(Alarm, Sleeper)> {
 }
 
 impl Alarm {
+    /// Wakes the thread, or makes its next wait return at once.
     pub fn ring(&self) {
-        // If it is full the thread is about to wake anyway.
+        // A full socket means that earlier rings are still unread, so the thread wakes anyway.
         let _ = (&self.0).write(&[0]);
     }
 }
 
 impl Sleeper {
-    /// Waits until the alarm rings, one of these is readable, or the time is over.
+    /// Waits until the alarm rings, one of `others` is readable, or `pause` is over (`None` for no limit).
     pub fn wait<'a>(
         &'a self,
         others: impl IntoIterator<Item = BorrowedFd<'a>>,
@@ -54,7 +58,7 @@ impl Sleeper {
         self.wait_for(others, [], pause);
     }
 
-    /// The same, and until one of the second ones is writable.
+    /// Waits like [`Sleeper::wait`], and also until one of `writable` is writable.
     pub fn wait_for<'a>(
         &'a self,
         others: impl IntoIterator<Item = BorrowedFd<'a>>,
@@ -62,7 +66,7 @@ impl Sleeper {
         pause: Option<Duration>,
     ) {
         let timeout = pause.map_or(PollTimeout::NONE, |pause| {
-            // A whole millisecond more than none, or it would spin through the last one.
+            // Rounds up: a remainder below 1 ms would become 0 and make the thread spin.
             PollTimeout::try_from(pause.as_millis() + 1).unwrap_or(PollTimeout::MAX)
         });
         let readable = |fd| PollFd::new(fd, PollFlags::POLLIN);
@@ -72,7 +76,7 @@ impl Sleeper {
         if let Err(error) = poll(&mut fds, timeout)
             && error != Errno::EINTR
         {
-            tracing::error!(%error, "poll");
+            tracing::error!(%error, "poll failed");
             thread::sleep(RETRY);
         }
         let mut bytes = [0; 64];

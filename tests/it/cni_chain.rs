@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use gossamer::lab::{Called, NetNs, PLUGINS, call_plugin};
+use gossamer::lab::{NetNs, PLUGINS, PluginResult, call_plugin};
 use serde_json::{Value, json};
 
 use crate::{
@@ -39,8 +39,8 @@ impl<'a> List<'a> {
         }
         let plugin = Path::new(PLUGINS).join(self.behind["type"].as_str().expect("a type"));
         let called = call_plugin(&plugin, self.host, &config, verb, container);
-        let Called { is_done, said, .. } = called.expect("the plugin runs");
-        (is_done, said)
+        let PluginResult { succeeded, output, .. } = called.expect("the plugin runs");
+        (succeeded, output)
     }
 
     /// In order; gives both results.

@@ -96,11 +96,11 @@ fn list_that_another_one_precedes_is_said_to_be_without_effect() {
 fn list_that_stays_and_cannot_work_is_named_with_the_reason() {
     let places = Places::new();
     for (text, words) in [
-        ("{".to_owned(), "is no JSON"),
-        (String::new(), "is no JSON"),
-        (list("gossamer", "bridge"), "does not name the plugin gossamer"),
-        (list("gossamer", "bridge"), "names the plugin bridge, which is not in"),
-        (list("mine", "gossamer"), "was changed and stays"),
+        ("{".to_owned(), "is not JSON"),
+        (String::new(), "is not JSON"),
+        (list("gossamer", "bridge"), "does not use the plugin gossamer"),
+        (list("gossamer", "bridge"), "uses the plugin bridge, which is not in"),
+        (list("mine", "gossamer"), "was changed and was kept"),
     ] {
         places.put("10-gossamer.conflist", &text);
         let said = places.cni("install", &[]);
@@ -108,7 +108,7 @@ fn list_that_stays_and_cannot_work_is_named_with_the_reason() {
         let kept = fs::read_to_string(places.conf().join("10-gossamer.conflist")).expect("read");
         assert_eq!(kept, text);
     }
-    assert!(!places.cni("install", &["--force"]).contains("stays"));
+    assert!(!places.cni("install", &["--force"]).contains("was kept"));
 }
 
 #[test]
@@ -134,7 +134,7 @@ fn what_cannot_be_installed_fails_and_says_what_helps() {
     fs::remove_dir(places.conf()).expect("removed");
     fs::write(places.conf(), "").expect("written");
     let said = fails(&[]);
-    assert!(said.contains("is no directory") && said.contains("--conf-dir"), "{said}");
+    assert!(said.contains("is not a directory") && said.contains("--conf-dir"), "{said}");
     fs::remove_file(places.conf()).expect("removed");
     // Another's program.
     let plugin = places.bin().join("gossamer");
@@ -165,7 +165,7 @@ fn loopback_that_leads_nowhere_is_named_and_replaced_by_force_alone() {
     let loopback = places.bin().join("loopback");
     symlink("/nonexistent/loopback", &loopback).expect("a link");
     let said = places.cni("install", &[]);
-    assert!(said.contains("leads nowhere") && said.contains("/nonexistent/loopback"), "{said}");
+    assert!(said.contains("dangling link") && said.contains("/nonexistent/loopback"), "{said}");
     assert_eq!(fs::read_link(&loopback).expect("a link"), Path::new("/nonexistent/loopback"));
     places.cni("install", &["--force"]);
     assert_eq!(fs::read_link(&loopback).expect("a link"), Path::new("gossamer"));
@@ -174,7 +174,7 @@ fn loopback_that_leads_nowhere_is_named_and_replaced_by_force_alone() {
 #[test]
 fn uninstall_removes_what_install_has_put_there_and_nothing_else() {
     let places = Places::new();
-    assert!(places.cni("uninstall", &[]).contains("nothing of gossamer"));
+    assert!(places.cni("uninstall", &[]).contains("gossamer has no files in"));
     fs::write(places.bin().join("portmap"), "another's").expect("written");
     places.put("05-flannel.conflist", &list("cbr0", "flannel"));
     let before = places.content();
@@ -194,7 +194,7 @@ fn uninstall_removes_what_install_has_put_there_and_nothing_else() {
     }
     let changed = places.content();
     let said = places.cni("uninstall", &[]);
-    assert_eq!(said.matches("stays: --force").count(), 2, "{said}");
+    assert_eq!(said.matches("was kept: --force").count(), 2, "{said}");
     assert_eq!(places.content(), changed);
     places.cni("uninstall", &["--force"]);
     assert_eq!(places.content(), ["05-flannel.conflist", "loopback", "portmap"]);
@@ -214,9 +214,9 @@ fn podmans_driver_is_installed_and_uninstalled() {
     podman("install", &[]);
     assert!(podman("uninstall", &[]).contains("removed"));
     assert!(driver.symlink_metadata().is_err());
-    assert!(podman("uninstall", &[]).contains("nothing of gossamer"));
+    assert!(podman("uninstall", &[]).contains("gossamer has no files in"));
     fs::write(&driver, "another's").expect("written");
-    assert!(podman("uninstall", &[]).contains("stays"));
+    assert!(podman("uninstall", &[]).contains("was kept"));
     podman("uninstall", &["--force"]);
     assert!(driver.symlink_metadata().is_err());
 }

@@ -222,7 +222,9 @@ fn address_that_no_member_can_have_is_the_problem_of_the_member_that_says_it() {
             let mut member = hostile.record();
             member.vtep.underlay = underlay;
             let (_, answer) = hostile.greet(&cluster.hosts[0], member)?;
-            let Response::Refused(Refusal::Unfit(said)) = answer else { panic!("{answer:?}") };
+            let Response::Refused(Refusal::UnusableRecord(said)) = answer else {
+                panic!("{answer:?}")
+            };
             assert!(said.as_str().contains(why), "{said}");
         }
         assert_eq!(status(&mut cluster, 0)["members"].as_array().map(Vec::len), Some(2));
@@ -246,7 +248,9 @@ fn address_that_no_member_can_have_is_the_problem_of_the_member_that_says_it() {
         }
         let mac = Mac::of_node(node_of(&mut cluster, 1));
         hostile.push_self(n1, &cluster.hosts[0], |record| record.vtep.mac = mac);
-        wait_until("MAC", TIMEOUT, || has_problem(&mut cluster.agents[0], "that of its key"));
+        wait_until("MAC", TIMEOUT, || {
+            has_problem(&mut cluster.agents[0], "which follows from its key")
+        });
         hostile.push_self(n1, &cluster.hosts[0], |record| record.address.set_port(0));
         wait_until("port", TIMEOUT, || has_problem(&mut cluster.agents[0], "its port is 0"));
         let entries = tool(&cluster.hosts[0].netns, fdb);

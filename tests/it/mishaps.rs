@@ -312,7 +312,7 @@ fn cleanup_takes_everything_of_ours_and_nothing_else() {
             "route to 10.42.77.0/24",
             "would remove nftables table inet gossamer.77",
             "would remove nftables table bridge gossamer.1",
-            "mark of the neighbor entry of 10.99.0.10",
+            "protection of the neighbor entry of 10.99.0.10",
             &file,
             "gossamer forget",
         ] {
@@ -331,7 +331,7 @@ fn cleanup_takes_everything_of_ours_and_nothing_else() {
         assert!(!state.exists() && !env.exists());
         let again = clean("");
         assert!(
-            String::from_utf8_lossy(&again.stdout).contains("nothing of gossamer"),
+            String::from_utf8_lossy(&again.stdout).contains("gossamer has left nothing"),
             "{again:?}"
         );
         Ok(())

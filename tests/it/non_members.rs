@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use gossamer::lab::{Agent, Flood, Silence, Source};
+use gossamer::lab::{Agent, Flood, Source, StalledHandshakes};
 use serde_json::Value;
 
 use crate::{
@@ -85,8 +85,8 @@ fn strangers_that_finish_no_handshake_keep_no_host_out() {
         let loopback = [[127, 0, 0, 1], [127, 0, 0, 2], [127, 1, 1, 3]].map(IpAddr::from);
         let own = SocketAddrV4::new(Ipv4Addr::LOCALHOST, PORT);
         let silences = [
-            Silence::start(&attacker.netns, target.into(), addresses)?,
-            Silence::start(&cluster.hosts[0].netns, own.into(), loopback.to_vec())?,
+            StalledHandshakes::start(&attacker.netns, target.into(), addresses)?,
+            StalledHandshakes::start(&cluster.hosts[0].netns, own.into(), loopback.to_vec())?,
         ];
         wait_until("all places could be taken", TIMEOUT, || {
             silences.iter().all(|silence| silence.begun() > 300)
@@ -113,7 +113,7 @@ fn address_that_finishes_no_handshake_keeps_no_host_of_its_ipv6_network_out() {
         let mut first = Agent::start(program(), &hosts[0], &["--init", "--iface", "fd99::1"])?;
         first.wait_converged(1, TIMEOUT)?;
         let target = SocketAddr::new("fd99::1".parse()?, PORT);
-        let silence = Silence::start(&attacker.netns, target, vec![address.into()])?;
+        let silence = StalledHandshakes::start(&attacker.netns, target, vec![address.into()])?;
         wait_until("all places could be taken", TIMEOUT, || silence.begun() > 300);
         let token = token_of(&mut first)?;
         let arguments = ["--iface", "fd99::2", "--join", "fd99::1", "--token", &token];
@@ -131,7 +131,7 @@ fn user_of_a_members_host_that_finishes_no_handshake_is_told_by_the_other_member
         let mut cluster = Cluster::start(lab, 2)?;
         let target = SocketAddrV4::new(cluster.hosts[0].ip, PORT);
         let own = cluster.hosts[1].ip.into();
-        let _silence = Silence::start(&cluster.hosts[1].netns, target.into(), vec![own])?;
+        let _silence = StalledHandshakes::start(&cluster.hosts[1].netns, target.into(), vec![own])?;
         wait_until("it is not told", TIMEOUT, || {
             has_problem(&mut cluster.agents[0], "find no place or lose it")
         });

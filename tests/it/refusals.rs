@@ -167,9 +167,9 @@ fn a_pipe_or_a_device_in_the_place_of_a_file_is_refused_at_once() {
         mkfifo(&pipe, Mode::S_IRUSR | Mode::S_IWUSR)?;
         let pipe = pipe.to_str().expect("UTF-8");
         for flag in ["--config", "--net-config", "--token-file"] {
-            refused(&host, &[flag, pipe], &[pipe, "no regular file"])?;
+            refused(&host, &[flag, pipe], &[pipe, "not a regular file"])?;
         }
-        refused(&host, &["--config", "/dev/zero"], &["/dev/zero", "no regular file"])?;
+        refused(&host, &["--config", "/dev/zero"], &["/dev/zero", "not a regular file"])?;
         let long = host.dir.join("long");
         fs::write(&long, " ".repeat((1 << 20) + 1))?;
         refused(&host, &["--config", long.to_str().expect("UTF-8")], &["longer than 1048576"])?;
@@ -179,7 +179,7 @@ fn a_pipe_or_a_device_in_the_place_of_a_file_is_refused_at_once() {
         mkfifo(&given, Mode::S_IRUSR | Mode::S_IWUSR)?;
         let named = given.to_str().expect("UTF-8");
         let mut agent = Agent::start(program(), &host, &[&waiting[..], &[named]].concat())?;
-        let problem = "it is no regular file";
+        let problem = "not a regular file";
         wait_until(problem, TIMEOUT, || has_problem(&mut agent, problem));
         fs::remove_file(&given)?;
         fs::write(&given, "10.42.7.0/24\n")?;

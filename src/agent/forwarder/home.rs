@@ -25,7 +25,7 @@ use crate::{
         forwarding::{Direction, NONCE_LEN, Probe, Seen, Transport, UNUSED, Way},
         paths::FLOWS,
     },
-    icmp::{Asker, Family, SMALL, What},
+    icmp::{Family, IcmpKind, ProbeIdentity, SMALL},
     pods::{
         gateway,
         standin::{Shape, StandIn},
@@ -55,7 +55,7 @@ struct Ends {
 /// What is sent, and what has been seen of it.
 struct Check<'a> {
     ends: &'a Ends,
-    asker: Asker,
+    asker: ProbeIdentity,
     nonce: [u8; NONCE_LEN],
     /// Source port of the segment to this host.
     fresh: u16,
@@ -129,7 +129,7 @@ impl<'a> Check<'a> {
     fn begin(ends: &'a Ends) -> io::Result<Self> {
         let [a, b, c, d, ref nonce @ ..] =
             random::<{ NONCE_LEN + 4 }>().map_err(io::Error::other)?;
-        let asker = Asker { identifier: u16::from_ne_bytes([a, b]), ports: [0; FLOWS] };
+        let asker = ProbeIdentity { identifier: u16::from_ne_bytes([a, b]), ports: [0; FLOWS] };
         ends.family.filter(&ends.echo, asker, false)?;
         for (socket, transport) in [
             (&ends.inside, Transport::Udp),
@@ -168,7 +168,7 @@ impl<'a> Check<'a> {
     fn hear(&mut self) {
         let Ends { family, pod, gateway, echo, inside, segments, outside, .. } = self.ends;
         while let Ok(heard) = family.receive(echo, self.asker) {
-            self.heard |= heard.is_some_and(|heard| matches!(heard.what, What::Answer(_)));
+            self.heard |= heard.is_some_and(|heard| matches!(heard.kind, IcmpKind::Answer(_)));
         }
         let payload = Probe::payload(self.nonce);
         drain(outside, |datagram, _| self.heard |= datagram == payload);

@@ -19,7 +19,7 @@ use crate::{
         forwarding::{Field, NONCE_LEN, Probe, Transport, UNUSED_OUT},
         silence::MAY_NOT_SEND,
     },
-    icmp::{Family, never_fragment},
+    icmp::{Family, disable_fragmentation},
     pods::standin::StandIn,
 };
 
@@ -53,7 +53,7 @@ impl PodSockets {
             let whole = || {
                 let socket = UdpSocket::bind((any, 0))?;
                 socket.set_nonblocking(true)?;
-                never_fragment(&socket)?;
+                disable_fragmentation(&socket)?;
                 only(&socket, Shown::Segment, &[])?;
                 io::Result::Ok(socket)
             };

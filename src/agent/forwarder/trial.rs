@@ -27,7 +27,7 @@ use crate::{
         },
         paths::FLOWS,
     },
-    icmp::{Asker, Family, What},
+    icmp::{Family, IcmpKind, ProbeIdentity},
     model::Addresses,
     pods::standin::{Shape, StandIn},
 };
@@ -78,7 +78,7 @@ pub struct Outcome {
 /// Packets of one family.
 struct Check<'a> {
     sockets: &'a FamilySockets,
-    asker: Asker,
+    asker: ProbeIdentity,
     /// The number of what this host itself asks.
     own: [u8; NONCE_LEN],
     /// Peers' addresses.
@@ -196,7 +196,7 @@ impl Trial<'_> {
             let chosen: Vec<_> =
                 peers.iter().cycle().skip(start).take(ASKED.min(peers.len())).collect();
             let [a, b, ..] = random()?;
-            let asker = Asker { identifier: u16::from_ne_bytes([a, b]), ports: [0; FLOWS] };
+            let asker = ProbeIdentity { identifier: u16::from_ne_bytes([a, b]), ports: [0; FLOWS] };
             family.filter(home, asker, false)?;
             let (inwards, outwards, sideways) = (random()?, random()?, random()?);
             let (whole, own) = (random()?, random()?);
@@ -327,7 +327,7 @@ impl Check<'_> {
     fn hear(&mut self) {
         let FamilySockets { family, pod, home, mate } = self.sockets;
         while let Ok(heard) = family.receive(home, self.asker) {
-            self.answered |= heard.is_some_and(|heard| matches!(heard.what, What::Answer(_)));
+            self.answered |= heard.is_some_and(|heard| matches!(heard.kind, IcmpKind::Answer(_)));
         }
         self.told |= hears_too_large(&pod.large);
         // It does not fit, then: a route has a smaller MTU.

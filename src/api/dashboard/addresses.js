@@ -1,7 +1,6 @@
-// The arithmetic of addresses that the pool's picture and the map need. Numbers are BigInt, since an IPv6
-// address has 128 bits.
+// Address arithmetic for the pool and the map. Numbers are BigInt, because an IPv6 address has 128 bits.
 
-/** The number an address is, and its length in bits; null for what is no address. */
+/** Parses an address. Returns its value and its length in bits, or null if it is not an address. */
 function parse(address) {
   if (address.includes(":")) {
     const [head, tail] = address.split("::");
@@ -24,14 +23,14 @@ function format(value, bits) {
     parts.push(((value >> BigInt(at)) & ((1n << BigInt(step)) - 1n)).toString(bits === 32 ? 10 : 16));
   }
   if (bits === 32) return parts.join(".");
-  // The longest row of zeros is left out, the first of equals, as Rust prints it.
+  // Omits the longest run of zeros, the first of equally long ones, as Rust does.
   const runs = parts.join(":").match(/\b0(:0)+\b/g) ?? [];
   const longest = runs.reduce((best, run) => (run.length > best.length ? run : best), "");
   if (!longest) return parts.join(":");
   return parts.join(":").replace(new RegExp(`(^|:)${longest}(:|$)`), "::");
 }
 
-/** The pool as numbers: what slot a subnet is, what subnet a slot is. */
+/** Returns functions that convert between slots and subnets of the pool. */
 export function division(pool) {
   const [address, prefix] = pool.network.split("/");
   const base = parse(address);
@@ -42,10 +41,10 @@ export function division(pool) {
   return {
     size,
     subnet: (slot) => `${format(value + (BigInt(slot) << shift), bits)}/${pool.subnet_len}`,
-    /** A block of slots in a row that share a prefix. */
+    /** The block of consecutive slots that share a shorter prefix. */
     block: (slot, slots) =>
       `${format(value + (BigInt(slot) << shift), bits)}/${pool.subnet_len - Math.log2(slots)}`,
-    /** Null for subnets elsewhere, such as the other family's in dual stack. */
+    /** Null for subnets outside the pool, such as those of the other family in dual stack. */
     slot: (subnet) => {
       const at = parse(subnet.split("/")[0]);
       if (!at || at.bits !== bits || at.value < value) return null;
@@ -55,8 +54,8 @@ export function division(pool) {
   };
 }
 
-/** The network by which hosts stand together on the map. */
-export function neighbourhood(address) {
+/** Returns the network (/24 or /64) by which the map groups hosts. */
+export function networkOf(address) {
   const at = parse(address ?? "");
   if (!at) return "unknown network";
   const length = at.bits === 32 ? 24 : 64;

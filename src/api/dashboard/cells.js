@@ -1,11 +1,10 @@
-// A picture of many equal cells on a canvas, with a cursor that the pointer and the keyboard move. Ten thousand
-// elements would be slow and no use to a screen reader; so there are pixels, and a sentence about the cell
-// under the cursor.
+// A grid of many equal cells on a canvas, with a cursor for pointer and keyboard. Ten thousand elements
+// would be slow, and useless with a screen reader. A note describes the cell under the cursor instead.
 
 import { attr, el, text } from "./dom.js";
 
 export class Cells {
-  /** `describe(column, row)` is the sentence, null where there is no cell; `choose` hears of Enter and clicks. */
+  /** `describe(column, row)` returns the note, or null without a cell; Enter and clicks call `choose`. */
   constructor(canvas, note, { hint, describe, choose }) {
     Object.assign(this, { canvas, note, hint, describe, choose, at: null, shape: null });
     this.cursor = el("div", { class: "cell-cursor", hidden: "", "aria-hidden": "true" });
@@ -22,13 +21,13 @@ export class Cells {
     });
     canvas.addEventListener("keydown", (event) => this.press(event));
     canvas.addEventListener("focus", () => {
-      // A click moves the cursor itself.
+      // A click places the cursor by itself.
       if (canvas.matches(":focus-visible")) this.move(...(this.at ?? this.shape?.start ?? [0, 0]), true);
     });
     canvas.addEventListener("blur", () => (this.cursor.hidden = true));
   }
 
-  /** Draws again: `shape` has columns, rows, the size of a cell, and the room for labels left and top. */
+  /** Redraws. `shape` has columns, rows, the size of a cell, and the space for labels at the left and top. */
   draw(shape, paint) {
     this.shape = shape;
     const { columns, rows, cell, left = 0, top = 0 } = shape;
@@ -46,7 +45,7 @@ export class Cells {
     this.say(false);
   }
 
-  /** Marks a column and a row; null for none. */
+  /** Highlights a column and a row; null for none. */
   mark(column, row) {
     const { columns, rows, cell, left = 0, top = 0 } = this.shape;
     const [across, along] = this.bands;
@@ -99,7 +98,7 @@ export class Cells {
     if (!this.shape) return;
     this.at = [column, row];
     const { cell, left = 0, top = 0 } = this.shape;
-    // The cursor of a tiny cell must be seen all the same.
+    // The cursor of a tiny cell must still be visible.
     const size = Math.max(cell, 7);
     const off = (size - cell) / 2;
     place(this.cursor, false, left + column * cell - off, top + row * cell - off, size, size);
@@ -107,7 +106,7 @@ export class Cells {
     this.say(byKey);
   }
 
-  /** Aloud only what the keyboard asked for: not each cell that the pointer crosses, nor each refresh. */
+  /** Announces only cells reached by keyboard, not those that the pointer crosses or a refresh changes. */
   say(aloud) {
     attr(this.note, "aria-live", aloud ? "polite" : "off");
     text(this.note, (this.at && this.describe(...this.at)) ?? (this.canvas.hidden ? "" : this.hint));

@@ -1,4 +1,4 @@
-// One small chart over time. It is made once; a refresh gives its few paths and labels other values.
+// A small chart over time. A refresh only changes its few paths and labels.
 
 import { attr, attrs, el, onWidth, svg, text } from "./dom.js";
 import { clock } from "./words.js";
@@ -7,21 +7,21 @@ const LEFT = 46;
 const RIGHT = 10;
 const TOP = 8;
 const FOOT = 22;
-/** A young agent's few samples do not fill the width, and the picture does not shrink with each new one. */
+/** Shortest time span shown, in seconds. Without it a young agent's chart would shrink with each new sample. */
 const SHORTEST = 600;
-/** Samples further apart than this are not joined: the host slept. */
+/** Samples further apart than this, in seconds, are not joined: the host was asleep. */
 const APART = 35;
 
-/** `series` are [{name, tone, of(sample)}], drawn as "line" or "bars"; a "band" shows times that differ. */
+/** `series` are [{name, tone, of(sample)}], drawn as "line" or "bars"; a "band" shows two states over time. */
 export class Chart {
-  constructor({ title, kind = "line", series, unit = (value) => value, height = 132, low = () => 0, tell }) {
-    Object.assign(this, { kind, series, unit, height, low, tell, samples: [], width: 0 });
+  constructor({ title, kind = "line", series, unit = (value) => value, height = 132, low = () => 0, summary }) {
+    Object.assign(this, { kind, series, unit, height, low, summary, samples: [], width: 0 });
     this.axes = svg("path", { class: "axes" });
     this.lines = series.map(({ tone }) => svg("path", { class: `series in-${kind} ${tone}` }));
     this.labels = [0, 1, 2, 3, 4].map(() => svg("text"));
     this.pointer = svg("path", { class: "pointer" });
     this.plot = svg("svg", { role: "img" }, this.axes, ...this.lines, ...this.labels, this.pointer);
-    this.words = el("span", { class: "told" });
+    this.words = el("span", { class: "chart-note" });
     const keys =
       kind === "line" && series.length > 1
         ? series.map(({ name, tone }) => el("span", { class: `key ${tone}` }, name))
@@ -42,7 +42,7 @@ export class Chart {
 
   show(samples) {
     this.samples = samples;
-    const words = samples.length ? this.tell(samples) : "no samples yet";
+    const words = samples.length ? this.summary(samples) : "no samples yet";
     text(this.words, words);
     attr(this.plot, "aria-label", `${this.title}: ${words}`);
     if (!this.width) return;
@@ -88,7 +88,7 @@ export class Chart {
     this.ceiling = this.floor + (round || 1);
   }
 
-  /** A line at one sample; null for none. */
+  /** Draws a vertical line at a sample; null for none. */
   point(sample) {
     attr(this.pointer, "d", sample && this.x ? `M${this.x(sample.at)} ${TOP}V${this.height - FOOT}` : "");
   }

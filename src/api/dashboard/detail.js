@@ -1,11 +1,10 @@
-// All that is known of one member: the one that is selected, or this host. It is the answer of `v1/status`
-// spelled out, so that nobody needs a shell to look something up.
+// The detail panel: everything that `v1/status` has about the selected member or this host.
 
 import { $, el, keyed, sentence, text } from "./dom.js";
 import { model, nameOf } from "./model.js";
 import { count, memberState, milliseconds, number, some } from "./words.js";
 
-let told = null;
+let lastShown = null;
 
 export function showDetail() {
   const { status, selected } = model;
@@ -15,9 +14,9 @@ export function showDetail() {
   document.body.classList.toggle("selected", selected !== null);
   text($("h-detail"), name);
   $("deselect").hidden = selected === null;
-  if (selected !== told) {
-    told = selected;
-    text($("detail-note"), selected ? `${name} is selected` : "Nobody is selected");
+  if (selected !== lastShown) {
+    lastShown = selected;
+    text($("detail-note"), selected ? `${name} is selected` : "No member is selected");
     $("detail").scrollTop = 0;
   }
   const facts = [
@@ -35,7 +34,7 @@ export function showDetail() {
 
 const makeBlock = () => el("section", {}, el("h3"), el("dl"));
 
-/** A block is a title and [term, value] pairs; pairs without a value are left out. */
+/** Shows a block: a title and [term, value] pairs. Pairs without a value are omitted. */
 function showBlock(block, [title, values]) {
   text(block.firstChild, title);
   const make = () => el("div", {}, el("dt"), el("dd"));
@@ -62,14 +61,14 @@ function aboutMember(member) {
   return [
     block("Member", [
       ["State", member.me ? "alive (this host)" : memberState(member)],
-      ["Gossip says", member.left || member.forgotten ? member.liveness : null],
+      ["Gossip state", member.left || member.forgotten ? member.liveness : null],
       ["Node", member.node],
       ["Address", member.address],
       ["Underlay", member.underlay],
       ["VTEP MAC", member.vtep_mac],
-      ["Its slots", member.heard === undefined ? null : member.heard ? "by its own word" : "as others tell"],
+      ["Slots", member.heard === undefined ? null : member.heard ? "confirmed" : "unconfirmed"],
       ["Version", rowOf(member.node)?.version],
-      ["Problems there", member.me ? null : rowOf(member.node)?.problems],
+      ["Problems", member.me ? null : rowOf(member.node)?.problems],
     ]),
     block("Subnets", [
       ["Leased", member.subnets.join(", ") || "none"],
@@ -82,7 +81,7 @@ function aboutMember(member) {
       ["From this host", path && path.state],
       ["Round trip", path && milliseconds(path.round_trip_ms)],
       ["Problem", path?.problem],
-      ["Its own paths", ownPaths(member.node)],
+      ["Paths from it", ownPaths(member.node)],
       ["Paths to it", pathsTo(member.node)],
     ]),
   ];
@@ -97,7 +96,7 @@ function tally(paths) {
 
 function ownPaths(node) {
   const row = rowOf(node);
-  return row && (row.paths ? tally(row.paths) : "it did not answer");
+  return row && (row.paths ? tally(row.paths) : "did not answer");
 }
 
 function pathsTo(node) {
@@ -133,7 +132,7 @@ function aboutThisHost({
             ["MTU", kernel.mtu],
             ["View", yes(kernel.in_sync, ["in sync", "not in sync"])],
             ["Underlay", `${kernel.underlay_address ?? "–"} on ${kernel.underlay_interface || "–"}`],
-            ["Checksums", yes(kernel.checksum_offload, ["left to the card", "by the kernel"])],
+            ["Checksums", yes(kernel.checksum_offload, ["by the network card", "by the kernel"])],
             ["Operations", kernel.operations],
             ["Peers in use", kernel.peers_in_use],
             ["Non-members dropped", kernel.non_members_dropped],

@@ -1,25 +1,25 @@
-// The few helpers with which all parts write to the page. They exist for two promises: what the server says
-// is only ever text, and a refresh touches only what has changed, so that focus, selection and scroll stay.
+// Helpers to write to the page. They ensure that data from the server is only ever text, and that a
+// refresh changes only what differs, so that focus, selection and scroll position stay.
 
 const SVG = "http://www.w3.org/2000/svg";
 
 export const $ = (id) => document.getElementById(id);
 
 export function el(tag, attributes = {}, ...children) {
-  return furnish(document.createElement(tag), attributes, children);
+  return fill(document.createElement(tag), attributes, children);
 }
 
 export function svg(tag, attributes = {}, ...children) {
-  return furnish(document.createElementNS(SVG, tag), attributes, children);
+  return fill(document.createElementNS(SVG, tag), attributes, children);
 }
 
-function furnish(node, attributes, children) {
+function fill(node, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) attr(node, name, value);
   node.append(...children);
   return node;
 }
 
-/** An attribute; null and false remove it. */
+/** Sets an attribute; null and false remove it. */
 export function attr(node, name, value) {
   if (value === null || value === undefined || value === false) {
     if (node.hasAttribute(name)) node.removeAttribute(name);
@@ -36,7 +36,7 @@ export function text(node, value) {
   if (node.textContent !== String(value)) node.textContent = value;
 }
 
-/** A sentence in which what stands between backticks is a command. */
+/** Sets a text in which parts between backticks are code. */
 export function sentence(node, value) {
   if (node.textContent === value.replaceAll("`", "")) return;
   const parts = value.split("`");
@@ -45,7 +45,7 @@ export function sentence(node, value) {
 
 const kept = new WeakMap();
 
-/** Makes the children of `parent` those of `items`, by key: what stays is updated where it is. */
+/** Updates the children of `parent` to match `items`, by key. Existing nodes are kept and updated. */
 export function keyed(parent, items, keyOf, make, update) {
   const before = kept.get(parent) ?? new Map();
   const now = new Map();
@@ -64,11 +64,11 @@ export function keyed(parent, items, keyOf, make, update) {
     else parent.insertBefore(node, next);
   }
   kept.set(parent, now);
-  // A node that is moved loses the focus.
+  // A node that is moved loses focus.
   if (focused?.isConnected && document.activeElement !== focused) focused.focus({ preventScroll: true });
 }
 
-/** Calls back with the width of an element, now and whenever it is another one. */
+/** Calls `then` with the width of an element, now and after each change. */
 export function onWidth(node, then) {
   let last = 0;
   new ResizeObserver(([entry]) => {
@@ -78,8 +78,8 @@ export function onWidth(node, then) {
 }
 
 let probe;
-/** What a colour of the style sheet is at the moment, for canvases. */
-export function colour(name) {
+/** Returns the present value of a color of the style sheet, for canvases. */
+export function color(name) {
   probe ??= document.body.appendChild(el("i", { hidden: "" }));
   probe.style.color = `var(--${name})`;
   return getComputedStyle(probe).color;

@@ -1,5 +1,5 @@
-// The event log, newest first. Events are gathered and drawn once per frame: the agent replays hundreds at once
-// when the page opens.
+// The event log, newest first. Events are drawn once per frame, because the agent replays hundreds of
+// them when the page opens.
 
 import { $, attr, el, text } from "./dom.js";
 import { count, number } from "./words.js";
@@ -9,9 +9,9 @@ const MOST = 500;
 
 const list = $("events");
 const box = list.parentElement;
-/** Newest last, with the row of each; those that came while paused have none. */
+/** Newest last, each with its row. Events that arrived while paused have no row. */
 let events = [];
-/** The agent replays what it has kept when the stream is connected again. */
+/** Keys of known events: the agent replays past events after each reconnection. */
 let seen = new Set();
 let paused = false;
 let scheduled = false;
@@ -22,7 +22,7 @@ $("event-warnings").addEventListener("change", refilter);
 $("event-pause").addEventListener("click", () => {
   paused = !paused;
   attr($("event-pause"), "aria-pressed", paused);
-  text($("event-pause"), paused ? "Go on" : "Pause");
+  text($("event-pause"), paused ? "Resume" : "Pause");
   schedule();
 });
 
@@ -35,7 +35,7 @@ export function addEvent(event) {
   schedule();
 }
 
-// In a hidden page no frame comes, but events do: the list is kept short here too.
+// A hidden page gets no frames, but still events, so the list is limited here, too.
 function schedule() {
   if (events.length >= 2 * MOST) trim();
   if (scheduled) return;
@@ -55,7 +55,7 @@ function trim() {
 function show() {
   trim();
   if (!paused) {
-    // Whoever reads further down keeps the place.
+    // A reader who has scrolled down keeps the scroll position.
     const reading = box.scrollTop > 0 ? box.scrollHeight - box.scrollTop : null;
     for (const event of events) {
       if (event.row) continue;
@@ -65,12 +65,12 @@ function show() {
     }
     if (reading !== null) box.scrollTop = box.scrollHeight - reading;
   }
-  tell();
+  showCount();
 }
 
 function refilter() {
   for (const event of events) if (event.row) event.row.hidden = !wanted(event);
-  tell();
+  showCount();
 }
 
 function wanted({ kind, level }) {
@@ -78,7 +78,7 @@ function wanted({ kind, level }) {
   return (!only || kind === only) && (level === "warn" || !$("event-warnings").checked);
 }
 
-function tell() {
+function showCount() {
   const waiting = events.filter(({ row }) => !row).length;
   const shown = events.filter(({ row }) => row && !row.hidden).length;
   text($("event-state"), paused ? `paused, ${number(waiting)} new` : count(shown, "event"));

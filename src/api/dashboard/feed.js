@@ -1,7 +1,7 @@
-// Where the data come from: answers asked for again and again while somebody looks, and the stream of events.
-// URLs are relative, so the page works behind a proxy that serves it under another path.
+// Data sources: periodic requests while the page is visible, and the event stream. URLs are relative, so
+// the page also works behind a proxy that serves it under another path.
 
-/** Asks now and `every` so many milliseconds after each answer; not while the page is hidden. */
+/** Requests `url` now and `every` milliseconds after each answer, except while the page is hidden. */
 export function poll(url, every, patience, onAnswer, onSilence) {
   let timer = null;
   let asking = false;
@@ -20,7 +20,8 @@ export function poll(url, every, patience, onAnswer, onSilence) {
       onSilence?.();
     }
     asking = false;
-    // What draws is outside the try: its errors belong in the console, not among the silences.
+    // Drawing is outside the `try`, so that its errors reach the console instead of counting as no
+    // answer.
     timer = setTimeout(ask, every);
     if (answer) onAnswer(answer);
   }
@@ -29,8 +30,8 @@ export function poll(url, every, patience, onAnswer, onSilence) {
   ask();
 }
 
-/** The stream of events. Browsers connect again by themselves after a broken connection, but not after an
- * answer that is no stream, such as one of a proxy in front of an agent that is gone. */
+/** Opens the event stream. Browsers reconnect after a broken connection, but not after a response that is no
+ * stream, such as that of a proxy while the agent is gone. */
 export function listen(url, onEvent, onOpen) {
   const source = new EventSource(url);
   source.onopen = onOpen;

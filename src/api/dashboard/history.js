@@ -1,5 +1,5 @@
-// The last hour in small charts, which share one moment: pointer or arrow keys pick a sample in all of them, and
-// a sentence says what it was.
+// Small charts of the last hour. Pointer or arrow keys select a sample in all of them, and a note
+// describes it.
 
 import { Chart } from "./chart.js";
 import { $, attrs, text } from "./dom.js";
@@ -20,7 +20,7 @@ const fresh = (sample) => sample.fresh;
 function span(samples, of, unit) {
   const [low, high] = [least(samples, of), most(samples, of)];
   const now = unit(of(samples.at(-1)) ?? null);
-  return low === high ? `${now} all the time` : `${now} now, ${unit(low)} to ${unit(high)}`;
+  return low === high ? `${now} throughout` : `${now} now, ${unit(low)} to ${unit(high)}`;
 }
 
 const charts = [
@@ -32,9 +32,9 @@ const charts = [
       { tone: "ok", of: (sample) => (sample.converged ? 1 : 0) },
       { tone: "bad", of: (sample) => (sample.converged ? 0 : 2) },
     ],
-    tell: (samples) => {
+    summary: (samples) => {
       const not = samples.filter((sample) => !sample.converged).length;
-      return not ? `not in ${number(not)} of ${count(samples.length, "sample")} (tall)` : "all the time";
+      return not ? `not in ${number(not)} of ${count(samples.length, "sample")} (tall)` : "throughout";
     },
   }),
   new Chart({
@@ -43,12 +43,12 @@ const charts = [
       { name: "known", tone: "dim", of: (sample) => sample.members },
       { name: "alive", tone: "accent", of: alive },
     ],
-    // With many members, one that is down would not be seen above zero.
+    // With many members, a single one that is down would not be visible on a scale that starts at zero.
     low: (samples) => {
       const low = least(samples, alive);
       return low > 10 && low < Infinity ? Math.floor((low - 1) / 5) * 5 : 0;
     },
-    tell: (samples) => span(samples, alive, number),
+    summary: (samples) => span(samples, alive, number),
   }),
   new Chart({
     title: "Round trip",
@@ -57,20 +57,20 @@ const charts = [
       { name: "worst", tone: "dim", of: worst },
       { name: "median", tone: "accent", of: middle },
     ],
-    tell: (samples) =>
+    summary: (samples) =>
       values(samples, middle).length ? `median ${span(samples, middle, milliseconds)}` : "no peer answered",
   }),
   new Chart({
     title: "Own paths not ok",
     kind: "bars",
     series: [{ tone: "bad", of: bad }],
-    tell: (samples) => (most(samples, bad) > 0 ? span(samples, bad, number) : "none"),
+    summary: (samples) => (most(samples, bad) > 0 ? span(samples, bad, number) : "none"),
   }),
   new Chart({
     title: "Repairs per sample",
     kind: "bars",
     series: [{ tone: "warn", of: fresh }],
-    tell: (samples) => (total(samples, fresh) ? `${number(total(samples, fresh))} in all` : "none"),
+    summary: (samples) => (total(samples, fresh) ? `${number(total(samples, fresh))} in all` : "none"),
   }),
 ];
 
@@ -80,15 +80,15 @@ box.append(...charts.map((chart) => chart.figure));
 attrs(box, {
   tabindex: 0,
   role: "group",
-  "aria-label": "Charts; left and right arrow keys go through the samples",
+  "aria-label": "Charts; left and right arrow keys select a sample",
 });
 
 let samples = [];
-/** The time of the sample that is picked; an index would move on with every new sample. */
+/** Time of the selected sample; an index would change with every new sample. */
 let picked = null;
 
 export function showHistory() {
-  // The counter of repairs begins again with the agent.
+  // The repair counter restarts with the agent.
   samples = model.samples.map((sample, i, all) => {
     const before = all[i - 1]?.repairs ?? sample.repairs;
     return { ...sample, fresh: sample.repairs >= before ? sample.repairs - before : sample.repairs };

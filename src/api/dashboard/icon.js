@@ -1,8 +1,8 @@
-// Signs of states as small drawings, and legends made of them.
+// State icons, and legends made of them.
 
 import { attr, attrs, el, svg } from "./dom.js";
 
-/** The sign of a look; `update` gives it another one. */
+/** Creates the icon of a look; `update` changes its look. */
 export function icon(look) {
   const drawing = svg("svg", { viewBox: "0 0 10 10", "aria-hidden": "true" }, svg("path"));
   update(drawing, look);
@@ -14,7 +14,7 @@ export function update(drawing, { tone, sign }) {
   attr(drawing.firstChild, "d", sign);
 }
 
-/** `groups` are [title, looks by name]. */
+/** Fills a legend. `groups` are [title, looks by name]. */
 export function legend(list, ...groups) {
   const items = ([title, looks]) => [
     ...(title ? [el("li", { class: "title" }, title)] : []),

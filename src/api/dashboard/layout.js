@@ -1,10 +1,10 @@
-// Where each host stands on the map, as plain numbers: a ring for a few hosts of one network, columns for a few
-// hosts of some networks, and a grid of small tiles for many.
+// Positions of the hosts on the map: a ring for a few hosts of one network, columns for a few hosts of
+// several networks, and a grid of small tiles for many.
 
 const HEADER = 28;
 const PAD = 12;
 
-/** `groups` is [[network, members]], that of this host first. Tiles are given by their centres. */
+/** `groups` is [[network, members]], the one of this host first. Tiles are positioned by their centers. */
 export function layout(groups, width) {
   const total = groups.reduce((sum, [, members]) => sum + members.length, 0);
   const narrow = width < 620;
@@ -21,7 +21,7 @@ export function layout(groups, width) {
 }
 
 function ring(members, width, tile, narrow) {
-  // This host is at the left, or on top where there is more room below than beside.
+  // This host is at the left, or at the top of a narrow page.
   const start = narrow ? -Math.PI / 2 : Math.PI;
   const across = Math.min(width / 2 - tile.w / 2 - 4, 420);
   const up = members.length <= (narrow ? 1 : 2) ? 0 : 64 + members.length * 12;
@@ -53,7 +53,7 @@ function columns(groups, width, tile, tallest) {
   return { height, tile, small: false, boxes, tiles };
 }
 
-/** Boxes of tiles, next to each other as far as there is room. */
+/** Places boxes of tiles in rows. */
 function grid(groups, width, narrow) {
   const least = (narrow ? 62 : 86) + 7;
   const most = Math.max(1, Math.floor((width - 2 * PAD + 7) / least));
@@ -63,8 +63,8 @@ function grid(groups, width, narrow) {
   const boxes = [];
   const tiles = [];
   let [left, top, shelf] = [0, 0, 0];
-  for (const [label, members] of together(groups)) {
-    // A label needs the room of two tiles.
+  for (const [label, members] of mergeSingleHosts(groups)) {
+    // A label needs the width of two tiles.
     const wide = Math.min(most, Math.max(members.length, 2));
     const w = wide * across - 7 + 2 * PAD;
     const h = HEADER + Math.ceil(members.length / wide) * down - 7 + PAD;
@@ -80,8 +80,8 @@ function grid(groups, width, narrow) {
   return { height: top + shelf, tile, small: true, boxes, tiles };
 }
 
-/** Where nearly every host has a network of its own, boxes would tell nothing. */
-function together(groups) {
+/** Merges networks with a single host into one box if there are many of them. */
+function mergeSingleHosts(groups) {
   const single = groups.filter(([, members]) => members.length === 1);
   if (single.length <= 8) return groups;
   const rest = groups.filter(([, members]) => members.length > 1);

@@ -1,4 +1,4 @@
-// The start: connects what is asked of the agent to the parts of the page that show it.
+// Entry point: connects the agent's answers to the parts of the page.
 
 import { showDetail } from "./detail.js";
 import { $, text } from "./dom.js";
@@ -8,7 +8,7 @@ import { showHistory } from "./history.js";
 import { showMap } from "./map.js";
 import { showMatrix } from "./matrix.js";
 import { showMembers } from "./members.js";
-import { learn, model, onSelect, select } from "./model.js";
+import { model, onSelect, select, storeStatus } from "./model.js";
 import { showPool } from "./pool.js";
 import { showSilence, showSummary } from "./summary.js";
 import { clock } from "./words.js";
@@ -17,20 +17,20 @@ const SECOND = 1000;
 const STATUS_EVERY = 2 * SECOND;
 const SLOW_EVERY = 10 * SECOND;
 
-// For tests of the page: each kind of answer has been drawn once.
+// For tests of the page: waits until each kind of answer has been drawn once.
 const awaited = new Set(["status", "matrix", "samples", "events"]);
 function arrived(kind) {
   awaited.delete(kind);
   if (awaited.size === 0) document.documentElement.dataset.ready = "true";
 }
 
-let heardAt = new Date();
+let answeredAt = new Date();
 
 function onStatus(status) {
-  heardAt = new Date();
+  answeredAt = new Date();
   $("stale").hidden = true;
   document.body.classList.remove("stale", "waiting");
-  learn(status);
+  storeStatus(status);
   showSummary();
   showMap();
   showMatrix();
@@ -41,8 +41,8 @@ function onStatus(status) {
 }
 
 function onSilence() {
-  const since = `No answer from the agent since ${clock(heardAt)}`;
-  text($("stale"), model.status ? `${since}. What you see is from then.` : `${since}.`);
+  const since = `No answer from the agent since ${clock(answeredAt)}`;
+  text($("stale"), model.status ? `${since}. The page shows the last known state.` : `${since}.`);
   $("stale").hidden = false;
   showSilence();
   document.body.classList.add("stale");
@@ -73,12 +73,12 @@ document.addEventListener("themechange", () => {
   showPool(true);
 });
 document.addEventListener("keydown", (event) => {
-  // In the filter, Escape empties the field.
+  // In the filter, Escape clears the field.
   if (event.key === "Escape" && model.selected && event.target.id !== "filter") select(null);
 });
 $("deselect").addEventListener("click", () => {
   select(null);
-  // The button is gone now, and the focus with it.
+  // The button is hidden now and has lost focus.
   $("map").querySelector("[tabindex='0']")?.focus({ preventScroll: true });
 });
 

@@ -1,11 +1,11 @@
-// The map: hosts as tiles, this host's paths as lines in the colour of their state. One tile is in the order of
-// the Tab key; arrow keys go on from there, for a hundred stops would be a trap.
+// The map: hosts as tiles, this host's paths as lines in the color of their state. The Tab key stops at
+// one tile only, and arrow keys move between tiles: a hundred tab stops would be unusable.
 
-import { neighbourhood } from "./addresses.js";
+import { networkOf } from "./addresses.js";
 import { $, attr, attrs, keyed, onWidth, svg, text } from "./dom.js";
 import { legend } from "./icon.js";
 import { layout } from "./layout.js";
-import { here, model, select } from "./model.js";
+import { model, presentMembers, select } from "./model.js";
 import { describe, makeTile, showTile } from "./tile.js";
 import { MEMBERS, PATHS, domainOf, pathLook } from "./words.js";
 
@@ -16,7 +16,7 @@ legend($("map-legend"), ["Members", MEMBERS], ["Own paths", PATHS]);
 
 let width = 0;
 let places = [];
-/** The tile that the Tab key reaches. */
+/** Node of the tile at which the Tab key stops. */
 let stop = null;
 
 onWidth(map.parentElement, (now) => {
@@ -27,9 +27,9 @@ onWidth(map.parentElement, (now) => {
 export function showMap() {
   if (!model.status || !width) return;
   const groups = new Map();
-  const members = here();
+  const members = presentMembers();
   for (const member of [...members.filter((m) => m.me), ...members.filter((m) => !m.me)]) {
-    const network = neighbourhood(member.underlay);
+    const network = networkOf(member.underlay);
     if (!groups.has(network)) groups.set(network, []);
     groups.get(network).push(member);
   }
@@ -66,7 +66,7 @@ function showBox(box, { label, x, y, w, h }) {
   text(box.lastChild, label);
 }
 
-/** Among many, lines to those with whom all is well would hide the others. */
+/** Draws a path. Among many, healthy paths are faint so that they do not hide the others. */
 function showLine(line, own, { node, x, y }, plan) {
   const state = model.paths.get(node.node)?.state ?? "unknown";
   const chosen = node.node === model.selected;
@@ -112,7 +112,7 @@ function goTo(place) {
   if (place) [...tiles.children].find((tile) => tile.dataset.node === place.node.node)?.focus();
 }
 
-/** What lies in a direction: straight ahead counts more than near. */
+/** Returns the nearest tile in a direction. Deviation from the direction costs three times the distance. */
 function nearest(node, [right, down]) {
   const from = places.find((place) => place.node.node === node);
   const cost = (place) => {

@@ -1,15 +1,16 @@
-// The path matrix: who reaches whom, as every member says it. A canvas, for it has a cell for each pair.
+// The path matrix: the paths of every member, as that member reports them. It is a canvas, because it has
+// a cell per pair.
 
 import { Cells } from "./cells.js";
-import { $, colour, el, onWidth } from "./dom.js";
+import { $, color, el, onWidth } from "./dom.js";
 import { legend } from "./icon.js";
-import { here, model, nameOf, select } from "./model.js";
+import { model, nameOf, presentMembers, select } from "./model.js";
 import { summarize } from "./pathwords.js";
 import { PATHS, SILENT, byName, domainOf, milliseconds, pathLook, shorten } from "./words.js";
 
 const LARGEST = 46;
 const SMALLEST = 8;
-/** Of a label, in characters. */
+/** Longest label, in characters. */
 const LONGEST = 12;
 
 let nodes = [];
@@ -30,13 +31,13 @@ onWidth($("at-matrix"), (now) => {
   showMatrix();
 });
 
-export function showMatrix(anew) {
+export function showMatrix(redraw) {
   if (!model.status || !width) return;
-  // Until all have been asked there are cells without signs, so that nothing jumps when the answers come.
-  const list = model.matrix?.rows ?? here().map(({ node, name }) => ({ node, name, paths: [] }));
-  const asked = model.matrix ?? list.map(({ node }) => node).join();
-  if (anew || asked !== drawn.asked || width !== drawn.width) {
-    drawn = { asked, width };
+  // Before the first answer the cells are empty, so that the layout does not change when it arrives.
+  const list = model.matrix?.rows ?? presentMembers().map(({ node, name }) => ({ node, name, paths: [] }));
+  const source = model.matrix ?? list.map(({ node }) => node).join();
+  if (redraw || source !== drawn.source || width !== drawn.width) {
+    drawn = { source, width };
     read(list);
     draw();
     if (model.matrix) summarize(nodes, names, rows);
@@ -55,7 +56,7 @@ function read(list) {
   );
 }
 
-/** Undefined: the member said nothing of this path; null: it said nothing at all. */
+/** Undefined: the member did not report this path; null: it did not answer. */
 const pathOf = (from, to) => (rows.get(from) ? rows.get(from).get(to) : null);
 
 function describe(from, to) {
@@ -64,7 +65,7 @@ function describe(from, to) {
   if (from === to) return `${way}: itself`;
   const path = pathOf(from, to);
   if (path === null) return `${way}: ${names.get(from)} did not answer`;
-  if (!path) return `${way}: not told`;
+  if (!path) return `${way}: not reported`;
   return path.round_trip_ms === null
     ? `${way}: ${path.state}`
     : `${way}: ${path.state}, ${milliseconds(path.round_trip_ms)}`;
@@ -88,7 +89,7 @@ function draw() {
       if (!sprites.has(look)) sprites.set(look, stamp(look, cell - gap));
       return sprites.get(look);
     };
-    const ink = colour("ok-ink");
+    const ink = color("ok-ink");
     nodes.forEach((from, row) =>
       nodes.forEach((to, column) => {
         if (from === to) return;
@@ -106,7 +107,7 @@ function draw() {
         );
       }),
     );
-    pen.fillStyle = colour("muted");
+    pen.fillStyle = color("muted");
     label(pen, cell, left, top);
   });
 }
@@ -129,17 +130,17 @@ function label(pen, cell, left, top) {
   });
 }
 
-/** A cell is drawn once for each state and then stamped: that is what makes 10,000 of them fast. */
+/** Draws a cell once per state, for copying. That makes 10,000 cells fast. */
 function stamp({ tone, sign }, size) {
   const dots = devicePixelRatio || 1;
   const canvas = el("canvas", { width: Math.ceil(size * dots), height: Math.ceil(size * dots) });
   const pen = canvas.getContext("2d");
   pen.scale((size * dots) / 10, (size * dots) / 10);
-  pen.fillStyle = colour(`${tone}-fill`);
+  pen.fillStyle = color(`${tone}-fill`);
   pen.beginPath();
   pen.roundRect(0, 0, 10, 10, size > 16 ? 1.4 : 0.8);
   pen.fill();
-  pen.strokeStyle = colour(`${tone}-on`);
+  pen.strokeStyle = color(`${tone}-on`);
   pen.lineWidth = size > 16 ? 1 : 1.5;
   pen.lineCap = pen.lineJoin = "round";
   if (size >= 40) {
@@ -151,7 +152,7 @@ function stamp({ tone, sign }, size) {
     pen.scale(0.6, 0.6);
     pen.lineWidth = 1.4;
   }
-  // Thousands of signs that all is well would drown the others.
+  // Thousands of bright "ok" icons would hide the others.
   if (size <= 16 && tone === "ok") pen.globalAlpha = 0.45;
   pen.stroke(new Path2D(sign));
   return canvas;

@@ -1,14 +1,14 @@
-// The table of members: sorted by any column, filtered by any word. Rows are kept and moved, never re-created,
-// so that focus and selected text survive a refresh.
+// The table of members: sorted by any column, filtered by any word. Rows are kept and moved instead of
+// re-created, so that focus and selected text survive a refresh.
 
 import { $, attr, el, keyed, text } from "./dom.js";
 import { icon, update } from "./icon.js";
 import { model, select } from "./model.js";
-import { MEMBERS, byName, isHere, memberLook, memberState, milliseconds, number, pathLook } from "./words.js";
+import { MEMBERS, byName, isPresent, memberLook, memberState, milliseconds, number, pathLook } from "./words.js";
 
 const path = (member) => model.paths.get(member.node);
 
-/** Heading, text of a cell, and what to sort by where that is something else. */
+/** Heading, text of a cell, and sort key if it differs from the text. */
 const COLUMNS = [
   ["Name", (member) => member.name],
   ["State", memberState, (member) => Object.keys(MEMBERS).indexOf(memberState(member))],
@@ -29,7 +29,7 @@ const NUMERIC = new Set(["Round trip", "Free"]);
 let sorting = { column: 0, down: false };
 const table = $("members");
 const body = table.tBodies[0];
-/** The member whose name the Tab key reaches; arrow keys go on from there. */
+/** Node of the name at which the Tab key stops; arrow keys move from there. */
 let stop = null;
 
 const headings = COLUMNS.map(([title], column) => {
@@ -75,14 +75,14 @@ export function showMembers() {
   });
   if (!shown.some(({ node }) => node === stop)) stop = shown[0]?.node;
   keyed(body, shown, (member) => member.node, makeRow, showRow);
-  const gone = all.length - all.filter(isHere).length;
-  const known = `${number(all.length)} known${gone ? `, ${number(gone)} of them gone` : ""}`;
+  const gone = all.length - all.filter(isPresent).length;
+  const known = `${number(all.length)} known${gone ? `, ${number(gone)} of them left or forgotten` : ""}`;
   text($("filter-count"), words.length ? `${number(shown.length)} of ${known}` : known);
 }
 
 const nameIn = (row) => row.cells[0].firstChild;
 
-/** Equal ones by name, or rows would change places at each refresh. */
+/** Sorts equal rows by name, so that they keep their order across refreshes. */
 function compare(a, b) {
   const [, cell, key = cell] = COLUMNS[sorting.column];
   const [left, right] = [key(a), key(b)];
@@ -104,7 +104,7 @@ function makeRow({ node }) {
     row.append(cell);
   }
   row.addEventListener("click", () => {
-    // Who has just marked an address to copy it has not clicked.
+    // Selecting text to copy it is not a click.
     if (getSelection().isCollapsed) select(node);
   });
   return row;

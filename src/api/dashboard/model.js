@@ -1,40 +1,40 @@
-// What the page knows at the moment. Only `main.js` writes the answers in; all parts read them here, and share
-// which member is selected.
+// The current data of the page. Only `main.js` stores answers; all parts read them and share the selected
+// member.
 
-import { byName, isHere } from "./words.js";
+import { byName, isPresent } from "./words.js";
 
 export const model = {
   status: null,
   matrix: null,
   samples: [],
-  /** Node id; null: nobody, and the detail panel shows this host. */
+  /** Id of the selected node; null for none: the detail panel then shows this host. */
   selected: null,
   members: new Map(),
   paths: new Map(),
 };
 
 const watchers = [];
-/** Calls back whenever another member is selected. */
+/** Registers a callback for each change of the selection. */
 export const onSelect = (watcher) => watchers.push(watcher);
 
-/** Selecting whom is selected already ends the selection. */
+/** Selects a node. Selecting the selected node clears the selection. */
 export function select(node) {
   model.selected = node === model.selected ? null : node;
   for (const watcher of watchers) watcher();
 }
 
-export function learn(status) {
+export function storeStatus(status) {
   model.status = status;
   model.members = new Map((status.members ?? []).map((member) => [member.node, member]));
   model.paths = new Map((status.paths ?? []).map((path) => [path.node, path]));
   if (model.selected && !model.members.has(model.selected)) select(null);
 }
 
-/** Those that neither left nor were forgotten, by name. */
-export function here() {
-  const members = [...model.members.values()].filter(isHere);
+/** Returns the members that have neither left nor been forgotten, by name. */
+export function presentMembers() {
+  const members = [...model.members.values()].filter(isPresent);
   return members.sort((a, b) => byName(a.name, b.name) || (a.node < b.node ? -1 : 1));
 }
 
-/** What a node is called; the beginning of its id, if nobody said. */
+/** Returns a node's name, or the beginning of its id if the name is not known. */
 export const nameOf = (node) => model.members.get(node)?.name ?? String(node).slice(0, 8);

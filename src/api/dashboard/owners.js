@@ -1,14 +1,14 @@
-// The pool in words: how full it is, what is being reclaimed, and who owns the most.
+// The pool as text: its usage, reclaims in progress, and the largest owners.
 
 import { $, attr, el, keyed, text } from "./dom.js";
-import { here, model, nameOf, select } from "./model.js";
+import { model, nameOf, presentMembers, select } from "./model.js";
 import { hue } from "./paint.js";
 import { count, number, some } from "./words.js";
 
-/** Owners that are listed beside the picture. */
+/** Most owners in the list. */
 const LISTED = 12;
 
-/** `pool` is the division of the network, `first` and `last` bound what is used of it. */
+/** `pool` is the division of the network; `first` and `last` are the usable slots. */
 export function summarize(status, { first, last }, pool) {
   const { total = 0, leased = 0, free = 0 } = status.slots ?? {};
   const unused = pool.size - (last - first + 1);
@@ -36,7 +36,7 @@ export function summarize(status, { first, last }, pool) {
     },
   );
   const owns = (member) => member.free + slotsOf(member, pool);
-  const owners = here()
+  const owners = presentMembers()
     .filter(owns)
     .sort((a, b) => owns(b) - owns(a));
   const shown = owners.slice(0, LISTED);
@@ -54,7 +54,7 @@ export function summarize(status, { first, last }, pool) {
   );
 }
 
-/** In dual stack a slot is two subnets. */
+/** Counts leased slots. In dual stack each slot has two subnets. */
 const slotsOf = ({ subnets }, pool) => subnets.filter((subnet) => pool.slot(subnet) !== null).length;
 
 function makeOwner({ node }) {

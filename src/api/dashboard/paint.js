@@ -1,9 +1,9 @@
-// How a slot of the pool is painted. The hue comes from the owner's id, so that it is the same on all hosts and
-// after every reload; the state shows by fill and mark, so that it does not hang on the hue.
+// Paints slots of the pool. The hue is derived from the owner's id, so it is the same on all hosts and
+// after each reload. Fill and marks show the state independently of the hue.
 
-import { $, colour, el } from "./dom.js";
+import { $, color, el } from "./dom.js";
 
-/** FNV-1a: ids that differ in one digit get hues far apart. Lightness differs too, for hues may be close. */
+/** FNV-1a hash: similar ids get distant hues. Lightness varies as well, because hues may be close. */
 export function hue(node) {
   let hash = 2166136261;
   for (const char of node) hash = Math.imul(hash ^ char.charCodeAt(0), 16777619);
@@ -11,7 +11,7 @@ export function hue(node) {
   return { hue: hash % 360, shade: ((Math.floor(hash / 360) % 3) - 1) * 0.06 };
 }
 
-/** A function that paints one slot; `pale` ones stand back behind the owner that is selected. */
+/** Returns a function that paints one slot. `pale` dims the slots of owners that are not selected. */
 export function painter(pen, cell) {
   const isDark = matchMedia("(prefers-color-scheme: dark)").matches;
   const dark = (document.documentElement.dataset.theme ?? (isDark ? "dark" : "light")) === "dark";
@@ -24,19 +24,19 @@ export function painter(pen, cell) {
         [0.55, 0.13],
         [0.87, 0.055],
       ];
-  const line = colour("line");
-  const ink = colour("muted");
+  const line = color("line");
+  const ink = color("muted");
   const mark = dark ? "#0d1419" : "#fff";
   const side = cell - (cell >= 6 ? (cell >= 16 ? 2 : 1) : 0);
-  const colours = new Map();
+  const colors = new Map();
   const of = (owner, [lightness, chroma]) => {
     const key = owner + lightness;
-    if (!colours.has(key)) {
+    if (!colors.has(key)) {
       const own = hue(owner);
       const shade = own.shade * (chroma > 0.1 ? 1 : 0.4);
-      colours.set(key, `oklch(${lightness + shade} ${chroma} ${own.hue})`);
+      colors.set(key, `oklch(${lightness + shade} ${chroma} ${own.hue})`);
     }
-    return colours.get(key);
+    return colors.get(key);
   };
   const stroke = (draw) => {
     pen.beginPath();
@@ -81,7 +81,7 @@ const SAMPLES = [
   ["unusable", "not used"],
 ];
 
-/** The legend is painted by the same brush. */
+/** Paints the legend with the same function. */
 export function showLegend(owner) {
   const items = SAMPLES.map(([state, name]) => {
     const dots = devicePixelRatio || 1;

@@ -1,14 +1,14 @@
-// The path matrix in words: how many paths are not ok, and which. Who cannot see the picture learns the same, and
-// who can has something to copy into a ticket.
+// The path matrix as text: how many paths are not ok, and which. It serves screen readers, and copying
+// into tickets.
 
 import { $, el, keyed, text } from "./dom.js";
 import { icon, update } from "./icon.js";
 import { model } from "./model.js";
 import { SILENT, count, number, pathLook, some } from "./words.js";
 
-/** More lines than this say nothing more. */
+/** Most lines shown. */
 const MOST_LINES = 50;
-/** So many paths to one member in the same state are one line: whoever is down is dead to everybody. */
+/** From this number on, paths to one member in the same state share a line: all members lose a dead one. */
 const TOGETHER = 4;
 
 const PLAIN = { tone: "none", sign: "" };
@@ -21,7 +21,7 @@ export function summarize(nodes, names, rows) {
   const bad = paths.filter(({ state }) => state !== "ok" && state !== "unknown");
   const unknown = paths.filter(({ state }) => state === "unknown").length;
   text($("matrix-summary-head"), headline(paths.length, bad.length, unknown));
-  const lines = inLines(bad, names);
+  const lines = asLines(bad, names);
   const shown = lines.slice(0, MOST_LINES);
   if (lines.length > MOST_LINES)
     shown.push({ look: PLAIN, words: `and ${number(lines.length - MOST_LINES)} more` });
@@ -36,7 +36,7 @@ export function summarize(nodes, names, rows) {
     });
   const { omitted } = model.matrix;
   if (omitted)
-    shown.push({ look: PLAIN, words: `${count(omitted, "member")} not asked, because there are too many` });
+    shown.push({ look: PLAIN, words: `${count(omitted, "member")} not queried, because there are too many` });
   const make = ({ look, words }) => el("li", {}, icon(look), words);
   keyed(
     $("matrix-summary-list"),
@@ -54,8 +54,8 @@ function headline(all, bad, unknown) {
   return all === 1 ? "The only path is ok." : `All ${count(all, "path")} are ok.`;
 }
 
-/** Single paths come before those that are many for one reason. */
-function inLines(bad, names) {
+/** Formats paths as lines. Single paths come first, paths that share a line last. */
+function asLines(bad, names) {
   const groups = new Map();
   for (const path of bad) {
     const key = `${path.node} ${path.state}`;

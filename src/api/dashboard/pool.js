@@ -1,9 +1,9 @@
-// The address pool as a picture: each slot a cell, row by row, in the colour of its owner; full colour is a
-// lease, pale a free slot. A row is as many slots as a shorter prefix holds, so that rows have names too.
+// The address pool as a grid: a cell per slot in the owner's color, full for a lease, pale for a free
+// slot. The slots of a row share a shorter prefix, which is the row's label.
 
 import { division } from "./addresses.js";
 import { Cells } from "./cells.js";
-import { $, colour, onWidth, text } from "./dom.js";
+import { $, color, onWidth, text } from "./dom.js";
 import { model, nameOf, select } from "./model.js";
 import { summarize } from "./owners.js";
 import { painter, showLegend } from "./paint.js";
@@ -30,12 +30,12 @@ onWidth($("at-pool"), (now) => {
   showPool();
 });
 
-export function showPool(anew) {
+export function showPool(redraw) {
   const { status } = model;
   if (!status || !width) return;
   const settings = status.settings?.pool;
   if (!settings)
-    return void text($("pool-summary-head"), "The pool is not known yet: this host is in no cluster.");
+    return void text($("pool-summary-head"), "The pool is not known yet: this host is not in a cluster.");
   const owned = (status.members ?? []).map(({ node, name, subnets }) => [node, name, subnets]);
   const now = JSON.stringify([
     width,
@@ -46,7 +46,7 @@ export function showPool(anew) {
     status.reclaiming,
     model.selected,
   ]);
-  if (!anew && now === drawn) return;
+  if (!redraw && now === drawn) return;
   drawn = now;
   pool = division(settings);
   if (!pool) return;
@@ -56,13 +56,13 @@ export function showPool(anew) {
   summarize(status, settings, pool);
 }
 
-/** For each slot whose it is, and what for. */
+/** Returns the owner and the state of each slot. */
 function survey({ members, free_slots, reclaiming }, { first, last }) {
   const gone = new Set((reclaiming ?? []).map(({ node }) => node));
   const list = Array(pool.size);
-  const nobody = { state: "unclaimed" };
+  const unclaimed = { state: "unclaimed" };
   const unusable = { state: "unusable" };
-  for (let slot = 0; slot < pool.size; slot++) list[slot] = slot < first || slot > last ? unusable : nobody;
+  for (let slot = 0; slot < pool.size; slot++) list[slot] = slot < first || slot > last ? unusable : unclaimed;
   for (const { node, first: from, count: length } of free_slots ?? []) {
     const start = pool.slot(from);
     if (start !== null)
@@ -80,7 +80,7 @@ function survey({ members, free_slots, reclaiming }, { first, last }) {
 function draw() {
   const room = Math.min(width - 40, 1100);
   const bits = Math.log2(pool.size);
-  // Twice as wide as high where there is room for it.
+  // Twice as wide as high if there is enough space.
   const columns = 2 ** Math.min(bits, Math.ceil(bits / 2) + (room > 600 ? 1 : 0));
   const left = room > 600 ? 118 : 0;
   const cell = Math.min(LARGEST, Math.max(1, Math.floor(((room - left) / columns) * 4) / 4));
@@ -97,11 +97,11 @@ function draw() {
   });
   text(
     $("pool-lead"),
-    `Who owns which subnet, from ${pool.subnet(0)} on; a row is ${columns === 1 ? "one subnet" : `${count(columns, "subnet")}, a ${pool.block(0, columns).replace(/.*\//, "/")}`}.`,
+    `Owners of all subnets, starting at ${pool.subnet(0)}; each row is ${columns === 1 ? "one subnet" : `${count(columns, "subnet")}, a ${pool.block(0, columns).replace(/.*\//, "/")}`}.`,
   );
 }
 
-/** The keyboard begins at this host's own subnet. */
+/** The cursor starts at this host's own subnet. */
 function startAt(columns) {
   const slot = slots.findIndex(({ owner, state }) => owner === model.status.node && state === "leased");
   const at = Math.max(slot, 0);
@@ -110,7 +110,7 @@ function startAt(columns) {
 
 function label(pen) {
   const { columns, rows, cell, left } = shape;
-  pen.fillStyle = colour("muted");
+  pen.fillStyle = color("muted");
   pen.font = "11px system-ui, sans-serif";
   pen.textAlign = "right";
   pen.textBaseline = "middle";
@@ -127,9 +127,9 @@ function describe(slot) {
   const owner = it.owner === model.status.node ? `${nameOf(it.owner)}, this host` : nameOf(it.owner);
   return {
     leased: `${where}: leased by ${owner}`,
-    free: `${where}: free of ${owner}`,
-    reclaimed: `${where}: of ${owner}, which is forgotten; being reclaimed`,
-    unclaimed: `${where}: owner not known here`,
+    free: `${where}: free, owned by ${owner}`,
+    reclaimed: `${where}: owned by ${owner}, which is forgotten; being reclaimed`,
+    unclaimed: `${where}: owner not known`,
     unusable: `${where}: not used by this cluster`,
   }[it.state];
 }

@@ -1,16 +1,16 @@
-// The first look: who this is, one verdict, what is wrong, and the key figures.
+// The summary: this node, its overall state, its problems, and key figures.
 
 import { $, attr, el, keyed, sentence, text } from "./dom.js";
-import { here, model } from "./model.js";
+import { model, presentMembers } from "./model.js";
 import { count, milliseconds, number } from "./words.js";
 
-/** More sentences than this are folded away: one cause often has many. */
+/** Number of problems shown; the others are folded, because one cause often has many problems. */
 const UNFOLDED = 6;
 
 const PHASES = {
-  joining: "it looks for a member that lets it in",
-  leaseless: "it is in the cluster and looks for a subnet",
-  leaving: "it hands its subnet over and leaves",
+  joining: "it is looking for a member to join through",
+  leaseless: "it is in the cluster and is looking for a subnet",
+  leaving: "it is handing over its subnet",
 };
 
 export function showSummary() {
@@ -37,19 +37,19 @@ function showVerdict(status) {
   text($("verdict"), words);
 }
 
-/** Nobody knows how it is now. */
+/** Shows that the current state is not known. */
 export function showSilence() {
   attr($("verdict"), "data-tone", "none");
-  text($("verdict"), "Not known: no answer");
+  text($("verdict"), "Unknown: no answer");
 }
 
 function whyNot(status) {
   const phase = PHASES[status.phase];
   if (phase) return phase;
-  if (!status.synced) return "it was not compared with a peer yet";
-  if (!status.settled) return "its state is not equal to a peer's yet";
-  if (!status.kernel?.in_sync) return "its kernel is not equal to its view yet";
-  return "it has not said why";
+  if (!status.synced) return "it has not compared its state with a peer yet";
+  if (!status.settled) return "its state does not equal a peer's yet";
+  if (!status.kernel?.in_sync) return "its kernel does not equal its view yet";
+  return "the reason is not known";
 }
 
 let known = null;
@@ -69,21 +69,21 @@ function showProblems(problems) {
   announce(list);
 }
 
-/** A screen reader is told what is new, not all again. */
+/** Announces only new problems to screen readers. */
 function announce(list) {
   const fresh = known && list.filter((problem) => !known.has(problem));
   if (fresh?.length) {
     const more = fresh.length > 1 ? ` And ${number(fresh.length - 1)} more.` : "";
     text($("problem-news"), `New problem: ${fresh[0]}${more}`);
   } else if (known?.size && list.length === 0) {
-    text($("problem-news"), "No problems any more.");
+    text($("problem-news"), "All problems are resolved.");
   }
   known = new Set(list);
 }
 
 function showFigures(status) {
   const { slots, kernel, pods } = status;
-  const members = here();
+  const members = presentMembers();
   const alive = members.filter((member) => member.liveness === "alive").length;
   const answered = (status.paths ?? []).filter((path) => path.state === "ok" && path.round_trip_ms !== null);
   const spans = answered.map((path) => path.round_trip_ms).sort((a, b) => a - b);

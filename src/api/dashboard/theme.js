@@ -1,17 +1,17 @@
-// Light or dark. A classic script in the head, not a module: modules run after the first paint, and the page
-// would flash in the wrong theme.
+// Light or dark theme. This is a classic script in the head, because a module would run after the first
+// paint, and the page would flash in the wrong theme.
 (() => {
   const root = document.documentElement;
   const system = matchMedia("(prefers-color-scheme: dark)");
   const isDark = () => (root.dataset.theme ?? (system.matches ? "dark" : "light")) === "dark";
 
-  // Where storage is forbidden (a private window, a sandbox) the choice lasts as long as the page.
+  // Without storage (a private window, a sandbox) the choice lasts until the page is closed.
   try {
     const kept = localStorage.getItem("gossamer-theme");
     if (kept === "light" || kept === "dark") root.dataset.theme = kept;
   } catch {}
 
-  // Canvases hold pixels, so they must hear of it.
+  // Canvases have to be redrawn, so other parts are notified.
   function changed() {
     const button = document.getElementById("theme");
     if (button) button.textContent = isDark() ? "Light theme" : "Dark theme";

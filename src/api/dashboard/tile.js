@@ -1,11 +1,11 @@
-// One host on the map: its name, subnet and state, and the path to it.
+// A host on the map: its name, subnet and state, and the path to it.
 
 import { attrs, svg, text } from "./dom.js";
 import { icon, update } from "./icon.js";
 import { model } from "./model.js";
 import { MEMBERS, PATHS, memberLook, memberState, milliseconds, pathLook, shorten } from "./words.js";
 
-/** What is known of the way to a member, in words. */
+/** Describes the path to a member. */
 function pathWords(member) {
   if (member.me) return "this host";
   const path = model.paths.get(member.node);
@@ -13,7 +13,7 @@ function pathWords(member) {
   return path.state === "ok" ? milliseconds(path.round_trip_ms) : path.state;
 }
 
-/** A tile that the keyboard can press. */
+/** Creates a tile that works as a button. */
 export function makeTile({ node }) {
   const tile = svg("g", { role: "button", "data-node": node.node }, svg("rect", { rx: 9 }));
   tile.append(icon(MEMBERS.unknown), svg("text", { class: "name" }), svg("text", { class: "subnet" }));
@@ -21,7 +21,7 @@ export function makeTile({ node }) {
   return tile;
 }
 
-/** `domain` is what all names end with. */
+/** Updates a tile. `domain` is the common end of all names. */
 export function showTile(tile, { node: member, x, y }, { tile: { w, h }, small, domain }) {
   const [state, path] = [memberState(member), model.paths.get(member.node)];
   const [box, sign, name, subnet, pathSign, words] = tile.children;
@@ -32,7 +32,7 @@ export function showTile(tile, { node: member, x, y }, { tile: { w, h }, small, 
     "aria-label": describe(member),
   });
   attrs(box, { width: w, height: h });
-  // A small tile has room for one sign: that of the path, unless gossip has more to say.
+  // A small tile has room for one icon: that of the path, unless the member is not alive.
   const look = small && state === "alive" && path ? pathLook(path.state) : memberLook(state);
   update(sign, look);
   attrs(sign, { x: 7, y: small ? 8 : 6, width: 14, height: 14 });

@@ -1,27 +1,27 @@
-// The words and signs for states, in one place: map, matrix, table and legends must agree. A sign is a path in
-// a box of 10 by 10, which SVG and canvas both draw; it tells states apart without colours.
+// Texts and icons of states, shared by map, matrix, table and legends. An icon is a path in a box of 10
+// by 10, drawn by SVG and canvas alike; its shape distinguishes states without color.
 
 const DISC = "M5 4.3a.7.7 0 1 0 .01 0zM5 3.2a1.8 1.8 0 1 0 .01 0z";
 const CROSS = "M3 3l4 4M7 3L3 7";
 
 export const PATHS = {
   ok: { tone: "ok", sign: "M2.6 5.3l1.8 1.9 3.2-4.2", means: "packets get through" },
-  unanswered: { tone: "bad", sign: CROSS, means: "nothing that is asked through the tunnel is answered" },
+  unanswered: { tone: "bad", sign: CROSS, means: "no request through the tunnel is answered" },
   "one-way": {
     tone: "warn",
     sign: "M2 5h6M5.6 2.7L8 5 5.6 7.3",
-    means: "packets from there arrive, and nothing that is asked there is answered",
+    means: "packets arrive from there, but no request is answered",
   },
-  asymmetric: { tone: "warn", sign: "M2 3.6h5.6L6 2M8 6.4H2.4L4 8", means: "answers come by another way" },
+  asymmetric: { tone: "warn", sign: "M2 3.6h5.6L6 2M8 6.4H2.4L4 8", means: "replies take another path" },
   "partly-lost": {
     tone: "warn",
     sign: "M2.4 3.6h5.2M2.4 6.4h2M5.6 6.4h2",
-    means: "some flows get through, others do not: one of several links is dead",
+    means: "some flows get through, others do not: one of several links has failed",
   },
   "mtu-too-large": {
     tone: "warn",
     sign: "M2.4 2.2v5.6M7.6 2.2v5.6M2.4 5h5.2",
-    means: "small packets get through, those of full size do not",
+    means: "small packets get through, full-size packets do not",
   },
   dead: {
     tone: "bad",
@@ -31,15 +31,15 @@ export const PATHS = {
   withdrawn: {
     tone: "gone",
     sign: "M2.6 2.6h4.8v4.8H2.6z",
-    means: "dead for so long that its subnet is unreachable by route",
+    means: "dead for some time: its subnet has an unreachable route",
   },
   unknown: {
     tone: "none",
     sign: "M3.4 3.9c0-2.4 3.4-2.2 3.2-.1C6.5 5 5 5 5 6.2M5 8h.01",
-    means: "nothing was answered yet",
+    means: "not known yet",
   },
 };
-/** A member that did not tell its paths. */
+/** The look of a member that did not report its paths. */
 export const SILENT = {
   tone: "none",
   sign: "M2.2 5h.01M5 5h.01M7.8 5h.01",
@@ -65,10 +65,10 @@ export function memberState(member) {
   return member.liveness ?? "unknown";
 }
 
-/** Neither left nor forgotten. */
-export const isHere = (member) => !member.left && !member.forgotten;
+/** Returns whether a member has neither left nor been forgotten. */
+export const isPresent = (member) => !member.left && !member.forgotten;
 
-/** Numbers in names count as numbers: n2 comes before n10. */
+/** Compares names; digits compare as numbers, so n2 precedes n10. */
 export const byName = new Intl.Collator("en", { numeric: true }).compare;
 
 export const number = (value) => value.toLocaleString("en");
@@ -84,13 +84,13 @@ export function milliseconds(value) {
 
 export const clock = (date) => date.toLocaleTimeString("en-GB");
 
-/** The first few of a list in words, and how many more there are. */
+/** Formats the first items of a list and the number of the others. */
 export function some(list, most) {
   const shown = list.slice(0, most).join(", ");
   return list.length > most ? `${shown} and ${number(list.length - most)} more` : shown;
 }
 
-/** The end of all names, from a dot on: where all hosts are of one domain, it tells nothing. */
+/** Returns the common domain of all names, with its dot, or "". It is omitted where space is short. */
 export function domainOf(names) {
   const [first = "", ...others] = new Set(names);
   if (!others.length) return "";
@@ -98,7 +98,7 @@ export function domainOf(names) {
   return ends.find((end) => others.every((name) => name.endsWith(end))) ?? "";
 }
 
-/** Names often differ at the end only, so it is the middle that is left out. */
+/** Shortens a name in the middle: names often differ only at the end. */
 export function shorten(name, room, domain = "") {
   const own = name.slice(0, name.length - domain.length);
   const most = Math.max(4, Math.floor(room));

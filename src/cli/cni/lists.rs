@@ -1,5 +1,5 @@
-//! The list of plugins that is installed, and the other configurations beside it, of which a runtime may take
-//! one.
+//! The network configuration list that `cni install` writes, and other configurations beside it that a
+//! runtime may use instead.
 
 use std::{
     fs, io,
@@ -11,34 +11,36 @@ use serde_json::Value;
 use super::PLUGIN_NAME;
 use crate::files;
 
-/// What a runtime reads.
+/// The configuration list, as the repository has it.
 const CONFLIST: &str = include_str!("../../../config/10-gossamer.conflist");
 const CONFLIST_NAME: &str = "10-gossamer.conflist";
-/// Of this plugin, and what they were in the list of earlier versions: that is no change of an operator's.
+/// The plugin's capabilities in the current list, and in the list of earlier versions. A list with the
+/// latter is not a modification by the operator.
 const CAPABILITIES: &str = r#"{ "ips": true, "mac": true, "dns": true }"#;
 const EARLIER_CAPABILITIES: &str = r#"{ "ips": true }"#;
-/// Another plugin that the list names.
+/// File name of the list.
+/// The other plugin that the list uses; it publishes ports.
 pub const PORTMAP: &str = "portmap";
-/// How the names of files end that runtimes read (libcni, `ConfFiles`).
-const ENDINGS: [&str; 3] = ["conf", "conflist", "json"];
+/// Extensions of the files that runtimes read (libcni, `ConfFiles`).
+const CONFIG_EXTENSIONS: [&str; 3] = ["conf", "conflist", "json"];
 
-/// The list, at its place.
+/// The configuration list at its path.
 pub struct List {
     path: PathBuf,
-    whole: String,
+    full: String,
     without_portmap: String,
-    /// Of earlier versions.
-    earlier: [String; 2],
+    /// The two forms of the list in earlier versions.
+    earlier_forms: [String; 2],
 }
 
-/// What is at the place of the list.
+/// State of the file at the list's path.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Found {
+pub enum InstalledList {
     Absent,
-    /// As this version or an earlier one writes it.
-    Ours,
-    /// Something else; what, as the rest of a sentence.
-    Changed(String),
+    /// Written by this version or an earlier one, and not modified.
+    Unmodified,
+    /// Something else. The text continues a sentence that begins with the path.
+    Modified(String),
 }
 
 impl List {
@@ -46,9 +48,9 @@ impl List {
         let earlier = CONFLIST.replace(CAPABILITIES, EARLIER_CAPABILITIES);
         Ok(Self {
             path: directory.join(CONFLIST_NAME),
-            whole: CONFLIST.to_owned(),
+            full: CONFLIST.to_owned(),
             without_portmap: without_portmap(CONFLIST)?,
-            earlier: [without_portmap(&earlier)?, earlier],
+            earlier_forms: [without_portmap(&earlier)?, earlier],
         })
     }
 
@@ -56,32 +58,33 @@ impl List {
         &self.path
     }
 
-    /// A runtime refuses every pod where one plugin of the list is missing.
+    /// Returns the list to write, without `portmap` if that is not installed: a runtime refuses every pod
+    /// if one plugin of the list is missing.
     pub fn text(&self, has_portmap: bool) -> &str {
-        if has_portmap { &self.whole } else { &self.without_portmap }
+        if has_portmap { &self.full } else { &self.without_portmap }
     }
 
-    pub fn find(&self) -> Found {
+    pub fn inspect(&self) -> InstalledList {
         let present = match files::read_text(&self.path, files::SMALL) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Found::Absent,
-            Err(error) => return Found::Changed(format!("cannot be read ({error})")),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return InstalledList::Absent,
+            Err(error) => return InstalledList::Modified(format!("cannot be read ({error})")),
             Ok(present) => present,
         };
-        if [&self.whole, &self.without_portmap]
+        if [&self.full, &self.without_portmap]
             .into_iter()
-            .chain(&self.earlier)
+            .chain(&self.earlier_forms)
             .any(|text| *text == present)
         {
-            return Found::Ours;
+            return InstalledList::Unmodified;
         }
-        Found::Changed(match serde_json::from_str::<Value>(&present) {
-            Err(error) => format!("is no JSON, so that no runtime can read it ({error}),"),
+        InstalledList::Modified(match serde_json::from_str::<Value>(&present) {
+            Err(error) => format!("is not JSON, so no runtime can read it ({error}),"),
             Ok(list) if plugins(&list).any(|name| name == PLUGIN_NAME) => "was changed".to_owned(),
-            Ok(_) => format!("was changed, does not name the plugin {PLUGIN_NAME},"),
+            Ok(_) => format!("was changed, does not use the plugin {PLUGIN_NAME},"),
         })
     }
 
-    /// Plugins that the list at the place names and that are not there.
+    /// Returns the plugins that the file on disk uses and that `has` does not find.
     pub fn missing(&self, has: impl Fn(&str) -> bool) -> impl Iterator<Item = String> {
         let text = files::read_text(&self.path, files::SMALL).unwrap_or_default();
         let list: Value = serde_json::from_str(&text).unwrap_or_default();
@@ -104,13 +107,14 @@ fn without_portmap(list: &str) -> anyhow::Result<String> {
     Ok(format!("{list:#}\n"))
 }
 
-/// Other configurations that keep runtimes from this one, as sentences.
-pub fn rivals(directory: &Path) -> Vec<String> {
+/// Returns a message for each configuration that keeps runtimes from using this one.
+pub fn conflicting_configurations(directory: &Path) -> Vec<String> {
     let names = fs::read_dir(directory).into_iter().flatten().flatten();
     let names = names.filter_map(|entry| entry.file_name().into_string().ok());
     let is_read = |name: &String| {
         let ending = Path::new(name).extension().and_then(|ending| ending.to_str());
-        ending.is_some_and(|ending| ENDINGS.contains(&ending)) && !directory.join(name).is_dir()
+        ending.is_some_and(|ending| CONFIG_EXTENSIONS.contains(&ending))
+            && !directory.join(name).is_dir()
     };
     let mut names: Vec<String> = names.filter(is_read).collect();
     names.sort();
@@ -127,8 +131,8 @@ pub fn rivals(directory: &Path) -> Vec<String> {
             Err(error) => format!("which cannot be read: {error}"),
         };
         found.push(format!(
-            "pods are not connected by gossamer yet: containerd and CRI-O take the first file of {} by its \
-             name, which is {first} ({what}): remove it, or give it a name behind {CONFLIST_NAME}",
+            "gossamer does not connect pods yet: containerd and CRI-O use the first file of {} in order of \
+             names, which is {first} ({what}): remove it, or rename it to sort after {CONFLIST_NAME}",
             directory.display()
         ));
     }
@@ -136,7 +140,7 @@ pub fn rivals(directory: &Path) -> Vec<String> {
     let others = names.iter().filter(|name| *name != CONFLIST_NAME);
     let same = others.filter(|name| !own.is_empty() && network(name).is_ok_and(|name| name == own));
     found.extend(same.map(|name| {
-        format!("two networks are called {own:?}: {name} and {CONFLIST_NAME}: remove or rename one")
+        format!("two networks have the name {own:?}, in {name} and {CONFLIST_NAME}: remove or rename one")
     }));
     found
 }

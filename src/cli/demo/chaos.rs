@@ -1,7 +1,7 @@
-//! `gossamer demo --chaos`: somebody lays hands on a host's kernel while its pod is talking, and a table
-//! shows how long that lasts and what it costs.
+//! `gossamer demo --chaos`: injects faults into a host's kernel while its pod sends pings, and measures
+//! the time until repair and the packets lost.
 //!
-//! Done by netlink, so that no other program is needed. The agent under test is told nothing.
+//! Faults are injected by netlink, so no other program is needed. The agent gets no hint.
 
 use std::{
     io, thread,
@@ -23,18 +23,18 @@ use crate::{
     netlink::{Netlink, Request},
 };
 
-/// A deed that is not undone after this time will not be.
-const TIMEOUT: Duration = Duration::from_secs(5);
-/// Requests while one deed is done and undone, and between two of them.
-const REQUESTS: u16 = 100;
-const INTERVAL: Duration = Duration::from_millis(5);
-/// Requests before the deed.
-const BEFORE: Duration = Duration::from_millis(50);
+/// Time after which a fault counts as not repaired.
+const REPAIR_TIMEOUT: Duration = Duration::from_secs(5);
+/// Number of requests sent during each fault, and the interval between them.
+const REQUESTS_PER_FAULT: u16 = 100;
+const REQUEST_INTERVAL: Duration = Duration::from_millis(5);
+/// Requests are sent for this time before the fault.
+const DELAY_BEFORE_FAULT: Duration = Duration::from_millis(50);
 
-/// Renames that are tried until one comes between two repairs.
-const RENAMES: u32 = 100;
+/// Attempts to rename the device, which succeeds only between two repairs.
+const MAX_RENAME_ATTEMPTS: u32 = 100;
 
-/// What is done to the kernel.
+/// A change to the kernel that the agent must repair.
 #[derive(Clone, Copy)]
 enum Fault {
     DeleteFdb,
@@ -58,19 +58,19 @@ const FAULTS: [(Fault, &str); 13] = [
     (Fault::DeleteNeighbour, "neighbour entry deleted"),
     (Fault::WrongNeighbour, "neighbour entry with another MAC"),
     (Fault::DeleteRoute, "route deleted"),
-    (Fault::ForeignRoute, "route that leads nowhere in its place"),
+    (Fault::ForeignRoute, "route replaced by an unreachable one"),
     (Fault::RemoveAddress, "address of the device removed"),
     (Fault::DeviceDown, "device set down"),
     (Fault::DeviceMtu, "MTU of the device changed"),
     (Fault::DeviceMac, "MAC of the device changed"),
     (Fault::DeviceName, "device renamed"),
     (Fault::DeleteDevice, "device deleted with all its entries"),
-    (Fault::DropTable, "our table of nftables deleted"),
+    (Fault::DropTable, "nftables table deleted"),
 ];
 
-/// Does everything to `host` while `from`, a pod of it, pings `to`; gives a row for each deed: what, after
-/// how long it was undone, and how many packets were lost.
-pub fn vandalise(
+/// Injects every fault into `host` while its pod `from` pings `to`. Returns one row per fault:
+/// description, time until repair, packets lost.
+pub fn inject_faults(
     host: &Host,
     device: &str,
     from: &Pod,
@@ -78,65 +78,69 @@ pub fn vandalise(
 ) -> anyhow::Result<Vec<[String; 3]>> {
     let mut rows = Vec::new();
     for (fault, what) in FAULTS {
-        let before = shown(host, device)?;
+        let before = owned_state(host, device)?;
         let (mut pinger, to) = (Pinger::new(&from.netns)?, to.ip);
-        let stream = thread::spawn(move || pinger.stream(to, REQUESTS, INTERVAL));
-        thread::sleep(BEFORE);
+        let stream = thread::spawn(move || pinger.stream(to, REQUESTS_PER_FAULT, REQUEST_INTERVAL));
+        thread::sleep(DELAY_BEFORE_FAULT);
         let begun = Instant::now();
-        host.netns.run(|| fault.commit(device)).with_context(|| what)?;
-        while shown(host, device)? != before {
-            ensure!(begun.elapsed() < TIMEOUT, "{what}: not put right in {}", span(TIMEOUT));
+        host.netns.run(|| fault.inject(device)).with_context(|| what)?;
+        while owned_state(host, device)? != before {
+            ensure!(
+                begun.elapsed() < REPAIR_TIMEOUT,
+                "{what}: not repaired within {}",
+                span(REPAIR_TIMEOUT)
+            );
             thread::sleep(Duration::from_micros(500));
         }
         let took = begun.elapsed();
         let answered = stream.join().map_err(|_| anyhow::anyhow!("the ping panicked"))??;
-        let lost = format!("{} of {REQUESTS}", REQUESTS - answered);
+        let lost = format!("{} of {REQUESTS_PER_FAULT}", REQUESTS_PER_FAULT - answered);
         rows.push([what.to_owned(), span(took), lost]);
     }
     Ok(rows)
 }
 
-/// Everything of ours, as the kernel has it now.
-fn shown(host: &Host, device: &str) -> io::Result<(String, Vec<String>)> {
+/// Returns gossamer's entries and nftables tables, as the kernel has them now.
+fn owned_state(host: &Host, device: &str) -> io::Result<(String, Vec<String>)> {
     let tables_of_nft =
         || FirewallTable::open().and_then(|mut nft| nft.tables(|name| name == device));
-    // Without nftables in the kernel there is no table to lose.
+    // A kernel without nftables has no table to lose.
     let of_nft = host.netns.run(tables_of_nft).unwrap_or_default();
     Ok((tables(host, device)?, of_nft))
 }
 
-/// Sets the device down and renames it, which kernels before 6.2 refuse to a device that is up. The agent may
-/// have set it up again between the two.
+/// Sets the device down and renames it in one batch: kernels before 6.2 rename no device that is up. It
+/// retries, because the agent may set the device up between the two requests.
 fn rename(netlink: &mut Netlink, index: u32) -> io::Result<()> {
-    let change = || LinkUnspec::new_with_index(index);
-    let mut tries = 0;
+    let link = || LinkUnspec::new_with_index(index);
+    let mut attempts = 0;
     loop {
-        let both = [change().down().build(), change().name("stolen").build()];
+        let both = [link().down().build(), link().name("stolen").build()];
         let both =
             both.map(|link| Request { message: RouteNetlinkMessage::SetLink(link), flags: 0 });
-        tries += 1;
+        attempts += 1;
         match netlink.apply(both.into())?.pop() {
             None => return Ok(()),
-            Some(refused) if tries == RENAMES => return Err(refused.to_io()),
+            Some(refused) if attempts == MAX_RENAME_ATTEMPTS => return Err(refused.to_io()),
             Some(_) => {}
         }
     }
 }
 
 impl Fault {
-    fn commit(self, device: &str) -> io::Result<()> {
+    fn inject(self, device: &str) -> io::Result<()> {
         let mut kernel = Kernel::open()?;
         let actual = kernel.observe(device, None).map_err(io::Error::other)?;
-        if let Some(op) = self.on_an_entry(&actual) {
+        if let Some(op) = self.entry_operations(&actual) {
             return kernel.answer(&op);
         }
         let mut netlink = Netlink::open()?;
         let index = netlink.index_of(device)?;
-        let change = || LinkUnspec::new_with_index(index);
+        let link = || LinkUnspec::new_with_index(index);
         match self {
-            Self::DeviceDown => netlink.set_link(change().down()),
-            Self::DeviceMtu => netlink.set_link(change().mtu(1300)),
-            Self::DeviceMac => netlink.set_link(change().address(vec![2, 0, 0, 0, 0, 0x99])),
+            Self::DeviceDown => netlink.set_link(link().down()),
+            Self::DeviceMtu => netlink.set_link(link().mtu(1300)),
+            Self::DeviceMac => netlink.set_link(link().address(vec![2, 0, 0, 0, 0, 0x99])),
             Self::DeviceName => rename(&mut netlink, index),
             Self::DeleteDevice => netlink.delete_link(index),
             Self::RemoveAddress => {
@@ -147,9 +151,10 @@ impl Fault {
         }
     }
 
-    /// All peers' entries suffer alike: which of them the pod talks to is not known here.
-    fn on_an_entry(self, actual: &Actual) -> Option<Vec<Op>> {
-        let nobody = Mac::from_bytes([2, 0, 0, 0, 0, 0x99]);
+    /// Returns the operations of a fault that concerns entries, for all peers alike: this function does
+    /// not know which peer the pod pings.
+    fn entry_operations(self, actual: &Actual) -> Option<Vec<Op>> {
+        let wrong_mac = Mac::from_bytes([2, 0, 0, 0, 0, 0x99]);
         let (fdb, neighbours, routes) = (&actual.fdb, &actual.neighbours, &actual.routes);
         Some(match self {
             Self::DeleteFdb => fdb.iter().map(|(mac, to)| Op::RemoveFdb(*mac, *to)).collect(),
@@ -158,7 +163,7 @@ impl Fault {
             }
             Self::DeleteNeighbour => neighbours.keys().map(|ip| Op::RemoveNeighbour(*ip)).collect(),
             Self::WrongNeighbour => {
-                neighbours.keys().map(|ip| Op::SetNeighbour(*ip, nobody)).collect()
+                neighbours.keys().map(|ip| Op::SetNeighbour(*ip, wrong_mac)).collect()
             }
             Self::DeleteRoute => {
                 routes.iter().map(|(subnet, hop)| Op::RemoveRoute(*subnet, *hop)).collect()

@@ -1,4 +1,4 @@
-//! `gossamer demo exec`: into the namespaces of a demo that runs elsewhere.
+//! `gossamer demo exec`: runs a command in the namespaces of a running demo.
 
 use std::{
     fs::{self, File},
@@ -14,15 +14,15 @@ use super::fail;
 
 #[derive(Debug, Args)]
 pub struct ExecArgs {
-    /// A host (n1) or a pod (n1-pod)
+    /// Host (n1) or pod (n1-pod)
     #[arg(value_name = "NODE")]
     node: String,
-    /// The command and its arguments; `gossamer` is this program
+    /// Command and its arguments; `gossamer` stands for this program
     #[arg(required = true, trailing_var_arg = true, value_name = "COMMAND")]
     command: Vec<String>,
 }
 
-/// The exit code is that of the command.
+/// Runs the command and returns its exit code.
 pub fn run(args: &ExecArgs) -> ExitCode {
     let program = std::env::current_exe();
     let result = running_demo().and_then(|demo| enter(&demo, &args.node)).and_then(|()| {
@@ -40,7 +40,7 @@ pub fn run(args: &ExecArgs) -> ExitCode {
     }
 }
 
-/// /proc of the first process inside a demo of ours.
+/// Returns the /proc directory of the demo's first process.
 fn running_demo() -> Result<PathBuf, String> {
     let mut demos = fs::read_dir("/proc")
         .map_err(|error| format!("/proc: {error}"))?
@@ -59,11 +59,11 @@ fn is_inside_a_demo(process: &Path) -> bool {
     words.next() == Some(b"demo") && words.next() == Some(b"inside")
 }
 
-/// Enters the demo's namespaces and then that of one node. The process must have one thread.
+/// Enters the demo's namespaces, then that of one node. The process must have one thread.
 fn enter(demo: &Path, node: &str) -> Result<(), String> {
     let join = |kind: &str, flag: CloneFlags| -> io::Result<()> {
         let theirs = demo.join("ns").join(kind);
-        // Entering one's own user namespace is an error.
+        // Entering the current user namespace again is an error.
         if fs::read_link(&theirs)? == fs::read_link(Path::new("/proc/self/ns").join(kind))? {
             return Ok(());
         }
@@ -79,8 +79,8 @@ fn enter(demo: &Path, node: &str) -> Result<(), String> {
     }
     let path = Path::new("/run/netns").join(node);
     let netns = File::open(&path).map_err(|_| match names() {
-        names if names.is_empty() => format!("{node}: the demo has no hosts yet"),
-        names => format!("{node}: no such host or pod; there are {names}"),
+        names if names.is_empty() => format!("{node}: the demo has not created its hosts yet"),
+        names => format!("{node}: no such host or pod; the demo has {names}"),
     })?;
     setns(netns, CloneFlags::CLONE_NEWNET).map_err(|error| format!("{node}: {error}"))
 }

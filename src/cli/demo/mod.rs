@@ -1,7 +1,7 @@
-//! `gossamer demo`: the main job, shown and verified on one machine.
+//! `gossamer demo`: shows and verifies the main functions on one machine.
 //!
-//! The command enters namespaces of its own and runs itself there (`inside`), as their first process:
-//! when that ends, however it ends, the kernel ends everything below it.
+//! The command runs itself again (`inside`) as the first process of new namespaces. When that process
+//! ends, the kernel ends all others in them.
 
 mod chaos;
 mod exec;
@@ -17,46 +17,46 @@ use nix::sys::{prctl::set_pdeathsig, signal::Signal};
 use super::fail;
 use crate::lab;
 
-/// Hosts on one machine: beyond this the output is no longer readable.
+/// Most hosts on one machine: with more of them the output is not readable.
 const MAX_NODES: u16 = 30;
 
 #[derive(Debug, Args)]
 pub struct DemoArgs {
-    /// How many hosts
+    /// Number of hosts
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(2..=i64::from(MAX_NODES)))]
     nodes: u16,
     #[command(flatten)]
-    story: StoryArgs,
+    story: DemoOptions,
     #[command(subcommand)]
     command: Option<DemoCommand>,
 }
 
-/// What is shown.
+/// Options of the demo's sequence of steps.
 #[derive(Clone, Copy, Debug, Args)]
-struct StoryArgs {
-    /// Lay hands on a host's kernel while its pod talks, and show what that costs
+struct DemoOptions {
+    /// Inject faults into a host's kernel while its pod sends pings, and show the packet loss
     #[arg(long)]
     chaos: bool,
-    /// Leave the cluster running afterwards, until Ctrl-C
+    /// Keep the cluster running afterwards, until Ctrl-C
     #[arg(long)]
     keep: bool,
 }
 
 #[derive(Debug, Subcommand)]
 enum DemoCommand {
-    /// Run a command on a host (n1) or in a pod (n1-pod) of a demo that was started with --keep
+    /// Run a command on a host (n1) or in a pod (n1-pod) of a demo started with --keep
     Exec(exec::ExecArgs),
-    /// Be one host of a cluster of containers: what docker-compose.yml runs
+    /// Run one host of a cluster of containers, as docker-compose.yml does
     Node(node::NodeArgs),
-    /// Be a router between networks of containers: wait until told to end
+    /// Route between networks of containers until SIGTERM
     #[command(hide = true)]
     Router,
-    /// What the demo runs inside its namespaces
+    /// Run the demo inside its namespaces
     #[command(hide = true)]
     Inside {
         nodes: u16,
         #[command(flatten)]
-        story: StoryArgs,
+        story: DemoOptions,
     },
 }
 
@@ -64,7 +64,7 @@ pub fn run(args: &DemoArgs) -> ExitCode {
     match &args.command {
         Some(DemoCommand::Exec(exec)) => exec::run(exec),
         Some(DemoCommand::Node(args)) => node::run(args),
-        Some(DemoCommand::Router) => node::route(),
+        Some(DemoCommand::Router) => node::run_router(),
         Some(DemoCommand::Inside { nodes, story }) => inside(*nodes, *story),
         None => enter(args),
     }
@@ -85,12 +85,12 @@ fn enter(args: &DemoArgs) -> ExitCode {
     }
 }
 
-fn inside(nodes: u16, story: StoryArgs) -> ExitCode {
-    // Should the outer process be killed, nothing may stay behind.
+fn inside(nodes: u16, story: DemoOptions) -> ExitCode {
+    // If the outer process is killed, the kernel must end everything in here.
     if let Err(error) = set_pdeathsig(Signal::SIGKILL) {
         return fail(error);
     }
-    match story::tell(nodes, story) {
+    match story::run_demo(nodes, story) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(format_args!("demo: {error:#}")),
     }

@@ -1,8 +1,8 @@
-//! `gossamer demo node`: one host of a cluster of containers, for docker-compose: an agent, and pods that ask
-//! the pods of all other hosts without end.
+//! `gossamer demo node`: one host of a cluster of containers, for docker-compose. It runs an agent, and
+//! pods that ping the pods of all other hosts continuously.
 //!
-//! The pods are connected as those of a container runtime are, by the agent's control socket. What they reach
-//! is one line of output whenever it changes.
+//! Pods are attached through the agent's control socket, as a container runtime does it. A line of output
+//! shows what the pods reach, whenever that changes.
 
 use std::{
     fs,
@@ -33,36 +33,36 @@ use crate::{
     store::{PRIVATE, replace},
 };
 
-/// Pods of a host have the addresses from this place on: the gateway has the one before.
-const FIRST_PLACE: u32 = 2;
-const ROUND: Duration = Duration::from_secs(2);
-/// The same line is said again after so many rounds.
-const REPEAT: u32 = 15;
-const ANSWER: Duration = Duration::from_millis(300);
-/// For the agent to come up, and for the token to be written.
-const TIMEOUT: Duration = Duration::from_secs(60);
-const RETRY: Duration = Duration::from_millis(100);
+/// Offset of the first pod's address in the subnet. The gateway has offset 1.
+const FIRST_POD_OFFSET: u32 = 2;
+const ROUND_INTERVAL: Duration = Duration::from_secs(2);
+/// An unchanged line is printed again after this number of rounds.
+const REPEAT_AFTER_ROUNDS: u32 = 15;
+const PING_TIMEOUT: Duration = Duration::from_millis(300);
+/// Time for the agent to converge, and for the token to be written.
+const STARTUP_TIMEOUT: Duration = Duration::from_secs(60);
+const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
 #[derive(Debug, Args)]
 pub struct NodeArgs {
-    /// Pods on this host
+    /// Number of pods on this host
     #[arg(long, default_value_t = 2, value_name = "COUNT")]
     pods: u32,
-    /// A file that all hosts share: the one with --init writes the token into it, others wait for it
+    /// File shared by all hosts: the host with --init writes the token to it, the others wait for it
     #[arg(long, value_name = "FILE")]
     token_file: PathBuf,
-    /// Create the cluster, unless the file has a token already
+    /// Create the cluster, unless the file already has a token
     #[arg(long)]
     init: bool,
-    /// A route of this host's, as in 10.0.2.0/24=10.0.1.254; repeatable
+    /// Route of this host, as in 10.0.2.0/24=10.0.1.254; repeatable
     #[arg(long, value_name = "NETWORK=VIA")]
     route: Vec<Route>,
-    /// Settings of the agent
+    /// Arguments of the agent
     #[arg(last = true, value_name = "SETTING")]
     agent: Vec<String>,
 }
 
-/// Where a network is to be found.
+/// A route of the underlay.
 #[derive(Clone, Copy, Debug)]
 struct Route {
     network: Ipv4Net,
@@ -81,14 +81,14 @@ impl FromStr for Route {
 }
 
 pub fn run(args: &NodeArgs) -> ExitCode {
-    match stay(args) {
+    match run_node(args) {
         Ok(code) => code,
         Err(error) => fail(format_args!("demo node: {error:#}")),
     }
 }
 
-/// Forwarding is the kernel's work.
-pub fn route() -> ExitCode {
+/// Waits for SIGTERM or SIGINT. The kernel does the forwarding.
+pub fn run_router() -> ExitCode {
     let mut signals = SigSet::empty();
     [Signal::SIGTERM, Signal::SIGINT].into_iter().for_each(|signal| signals.add(signal));
     match signals.thread_block().and_then(|()| signals.wait()) {
@@ -97,12 +97,13 @@ pub fn route() -> ExitCode {
     }
 }
 
-/// The first process of a container has to pass signals on itself.
-fn stay(args: &NodeArgs) -> anyhow::Result<ExitCode> {
+/// Runs agent and pods. Forwards SIGTERM and SIGINT to the agent, because the first process of a
+/// container has to.
+fn run_node(args: &NodeArgs) -> anyhow::Result<ExitCode> {
     let mut signals = SigSet::empty();
     [Signal::SIGTERM, Signal::SIGINT].into_iter().for_each(|signal| signals.add(signal));
     signals.thread_block()?;
-    keep_routes(&args.route)?;
+    ensure_routes(&args.route)?;
     let mut agent = start_agent(args, &signals)?;
     let pid = Pid::from_raw(agent.id().cast_signed());
     thread::spawn(move || {
@@ -113,7 +114,7 @@ fn stay(args: &NodeArgs) -> anyhow::Result<ExitCode> {
     let (pods, token, init) = (args.pods, args.token_file.clone(), args.init);
     let routes = args.route.clone();
     let shown = thread::spawn(move || {
-        let shown = serve(pods, init.then_some(token.as_path()), &routes);
+        let shown = run_pods(pods, init.then_some(token.as_path()), &routes);
         if let Err(error) = &shown {
             eprintln!("demo node: {error:#}");
             let _ = kill(pid, Signal::SIGTERM);
@@ -121,7 +122,7 @@ fn stay(args: &NodeArgs) -> anyhow::Result<ExitCode> {
         shown
     });
     let status = agent.wait()?;
-    // It ends only if it fails.
+    // The thread ends only on failure.
     let failed = shown.is_finished() || !status.success();
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
@@ -136,60 +137,60 @@ fn start_agent(args: &NodeArgs, signals: &SigSet) -> anyhow::Result<Child> {
         wait_until("the token has not been written", has_token)?;
         command.arg("--token-file").arg(&args.token_file);
     }
-    // Signals that are blocked here would be in there.
+    // The child would inherit blocked signals.
     signals.thread_unblock()?;
     let child = command.spawn();
     signals.thread_block()?;
     child.context("the agent")
 }
 
-fn serve(count: u32, token_file: Option<&Path>, routes: &[Route]) -> anyhow::Result<()> {
+fn run_pods(count: u32, token_file: Option<&Path>, routes: &[Route]) -> anyhow::Result<()> {
     let socket = Instance::default().socket();
-    let ask =
+    let query_agent =
         |target: &str| -> anyhow::Result<Value> { Ok(api::block_on(api::get(&socket, target))??) };
     let mut subnet = None;
     wait_until("the agent has no subnet", || {
-        let status = ask("/v1/status").ok().filter(|status| status["converged"] == true);
+        let status = query_agent("/v1/status").ok().filter(|status| status["converged"] == true);
         subnet = status.and_then(|status| status["subnet"].as_str()?.parse::<Ipv4Net>().ok());
         subnet.is_some()
     })?;
     let subnet = subnet.context("a subnet")?;
     if let Some(path) = token_file {
-        let token = ask("/v1/token")?;
+        let token = query_agent("/v1/token")?;
         let token = token["token"].as_str().context("a token")?;
         replace(path, token, PRIVATE).with_context(|| path.display().to_string())?;
     }
-    let spaces: Vec<NetNs> =
+    let namespaces: Vec<NetNs> =
         (0..count).map(|pod| NetNs::unnamed(&format!("pod-{pod}"))).collect::<Result<_, _>>()?;
     let own: Vec<Ipv4Addr> = (0..count).map(|pod| address(subnet, pod)).collect();
     let mut pingers = Vec::new();
-    for (space, ip) in spaces.iter().zip(&own) {
-        connect(&socket, space, *ip)?;
-        pingers.push(Pinger::new(space)?);
+    for (pod_netns, ip) in namespaces.iter().zip(&own) {
+        attach_pod(&socket, pod_netns, *ip)?;
+        pingers.push(Pinger::new(pod_netns)?);
     }
-    let (mut said, mut rounds) = (String::new(), 0);
+    let (mut printed, mut rounds) = (String::new(), 0);
     loop {
-        keep_routes(routes)?;
-        if let Ok(status) = ask("/v1/status") {
-            let line = ask_everybody(&status, count, &own, &mut pingers);
-            if line != said || rounds % REPEAT == 0 {
+        ensure_routes(routes)?;
+        if let Ok(status) = query_agent("/v1/status") {
+            let line = ping_all_pods(&status, count, &own, &mut pingers);
+            if line != printed || rounds % REPEAT_AFTER_ROUNDS == 0 {
                 println!("{line}");
-                said = line;
+                printed = line;
             }
             rounds += 1;
         }
-        thread::sleep(ROUND);
+        thread::sleep(ROUND_INTERVAL);
     }
 }
 
-/// As a runtime does, after it has given back what an earlier run of this container may have had.
-fn connect(socket: &Path, space: &NetNs, ip: Ipv4Addr) -> anyhow::Result<()> {
-    let name = || (space.name().to_owned(), "eth0".to_owned());
+/// Attaches a pod as a runtime does. It first detaches the pod of an earlier run of this container.
+fn attach_pod(socket: &Path, pod_netns: &NetNs, ip: Ipv4Addr) -> anyhow::Result<()> {
+    let name = || (pod_netns.name().to_owned(), "eth0".to_owned());
     let (container, interface) = name();
     let old = AttachmentName { container, interface };
     api::block_on(api::post_json(socket, "/v1/pods/detach", &old))??;
     let (container, interface) = name();
-    let netns = format!("/proc/{}/fd/{}", std::process::id(), space.file().as_raw_fd());
+    let netns = format!("/proc/{}/fd/{}", std::process::id(), pod_netns.file().as_raw_fd());
     let (owner, addresses) = ("demo".to_owned(), vec![IpAddr::V4(ip)]);
     let request = AttachRequest {
         container,
@@ -205,9 +206,9 @@ fn connect(socket: &Path, space: &NetNs, ip: Ipv4Addr) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Every pod of this host asks all pods of the cluster.
-fn ask_everybody(status: &Value, count: u32, own: &[Ipv4Addr], pingers: &mut [Pinger]) -> String {
-    let (mut asked, mut answered, mut silent) = (0, 0, Vec::new());
+/// Pings all pods of the cluster from every pod of this host, and returns the line of output.
+fn ping_all_pods(status: &Value, count: u32, own: &[Ipv4Addr], pingers: &mut [Pinger]) -> String {
+    let (mut sent, mut answered, mut silent) = (0, 0, Vec::new());
     let members = status["members"].as_array().map(Vec::as_slice).unwrap_or_default();
     let is_gone = |member: &&Value| member["left"] == true || member["forgotten"] == true;
     for member in members.iter().filter(|member| !is_gone(member)) {
@@ -215,45 +216,45 @@ fn ask_everybody(status: &Value, count: u32, own: &[Ipv4Addr], pingers: &mut [Pi
         let Some(subnet) = subnets.filter_map(|text| text.parse::<Ipv4Net>().ok()).next() else {
             continue;
         };
-        let before = asked - answered;
+        let before = sent - answered;
         for to in (0..count).map(|pod| address(subnet, pod)) {
             for (pinger, _) in pingers.iter_mut().zip(own).filter(|(_, from)| **from != to) {
-                asked += 1;
-                answered += u32::from(matches!(pinger.ping(to, ANSWER), Ok(Some(_))));
+                sent += 1;
+                answered += u32::from(matches!(pinger.ping(to, PING_TIMEOUT), Ok(Some(_))));
             }
         }
-        if asked - answered > before {
+        if sent - answered > before {
             silent.push(member["name"].as_str().unwrap_or("?"));
         }
     }
     let name = status["name"].as_str().unwrap_or("?");
     let subnet = status["subnet"].as_str().unwrap_or("no subnet");
     let alive = members.iter().filter(|member| member["liveness"] == "alive").count();
-    let line = format!("{name}: {subnet}, {alive} members up, pods reach {answered} of {asked}");
+    let line = format!("{name}: {subnet}, {alive} members up, pods reach {answered} of {sent}");
     if silent.is_empty() { line } else { format!("{line}; silent: {}", silent.join(", ")) }
 }
 
 fn address(subnet: Ipv4Net, pod: u32) -> Ipv4Addr {
-    (u32::from(subnet.network()) + FIRST_PLACE + pod).into()
+    (u32::from(subnet.network()) + FIRST_POD_OFFSET + pod).into()
 }
 
-/// They go when Docker takes an interface away, and have to be there when it comes back.
-fn keep_routes(routes: &[Route]) -> anyhow::Result<()> {
+/// Adds missing routes. The kernel deletes them when Docker removes an interface.
+fn ensure_routes(routes: &[Route]) -> anyhow::Result<()> {
     let mut netlink = Netlink::open()?;
     for Route { network, via } in routes {
-        // It is there, or its interface is not.
+        // Fails if the route exists, or if its interface does not.
         let _ = netlink.add_route(*network, *via);
     }
     Ok(())
 }
 
 fn wait_until(what: &str, mut reached: impl FnMut() -> bool) -> anyhow::Result<()> {
-    let until = std::time::Instant::now() + TIMEOUT;
+    let until = std::time::Instant::now() + STARTUP_TIMEOUT;
     while !reached() {
         if std::time::Instant::now() > until {
-            bail!("{what} after {TIMEOUT:?}");
+            bail!("{what} after {STARTUP_TIMEOUT:?}");
         }
-        thread::sleep(RETRY);
+        thread::sleep(RETRY_INTERVAL);
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! What the demo prints: steps as they begin and end, with times.
+//! Output of the demo: steps with their results and times.
 
 use std::{
     fmt::Display,
@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Prints steps and counts them.
+/// Prints and counts steps.
 pub struct Screen {
     start: Instant,
     steps: u32,
@@ -18,7 +18,7 @@ impl Screen {
         Self { start: Instant::now(), steps: 0, bold: stdout().is_terminal() }
     }
 
-    /// Announces a step, does it, and says how long it took and what came of it.
+    /// Prints the name of a step, executes it, and prints its result and duration.
     pub fn step<T>(
         &mut self,
         what: &str,
@@ -41,7 +41,7 @@ impl Screen {
         }
     }
 
-    /// Further lines under a step.
+    /// Prints further lines below a step.
     pub fn details(&self, text: impl Display) {
         for line in text.to_string().lines() {
             println!("      {line}");
@@ -55,7 +55,7 @@ impl Screen {
     }
 }
 
-/// A span in the unit that suits it.
+/// Formats a duration in ms or s.
 pub fn span(span: Duration) -> String {
     match span.as_millis() {
         0..10 => format!("{:.2} ms", span.as_secs_f64() * 1e3),
@@ -65,6 +65,7 @@ pub fn span(span: Duration) -> String {
 }
 
 fn flush() {
-    // A closed pipe is the reader's wish; the steps go on and the exit code tells the result.
+    // A failure means that the reader closed the pipe. The steps continue; the exit code reports the
+    // result.
     let _ = stdout().flush();
 }

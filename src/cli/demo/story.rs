@@ -1,4 +1,4 @@
-//! The steps of the demo. Each is verified; the first that is not ends it.
+//! The steps of the demo. Each step is verified; the first failure ends the demo.
 
 use std::{
     net::Ipv4Addr,
@@ -12,8 +12,8 @@ use ipnet::Ipv4Net;
 use nix::sys::signal::Signal;
 
 use super::{
-    StoryArgs,
-    chaos::vandalise,
+    DemoOptions,
+    chaos::inject_faults,
     screen::{Screen, span},
 };
 use crate::{
@@ -22,13 +22,13 @@ use crate::{
     lab::{Agent, Host, Lab, Pinger, Pod, tables},
 };
 
-const TIMEOUT: Duration = Duration::from_secs(30);
+const STEP_TIMEOUT: Duration = Duration::from_secs(30);
 const PING_TIMEOUT: Duration = Duration::from_secs(2);
 const POD_MTU: u32 = 1450;
-/// Pings at 10 ms while an agent is dead.
-const STREAM: u16 = 150;
+/// Pings sent, one each 10 ms, while an agent is dead.
+const STREAM_REQUESTS: u16 = 150;
 
-struct Story {
+struct DemoRun {
     screen: Screen,
     program: PathBuf,
     hosts: Vec<Host>,
@@ -38,8 +38,8 @@ struct Story {
     token: String,
 }
 
-pub fn tell(nodes: u16, StoryArgs { chaos, keep }: StoryArgs) -> anyhow::Result<()> {
-    let mut story = Story {
+pub fn run_demo(nodes: u16, DemoOptions { chaos, keep }: DemoOptions) -> anyhow::Result<()> {
+    let mut story = DemoRun {
         screen: Screen::new(),
         program: std::env::current_exe()?,
         hosts: Vec::new(),
@@ -73,7 +73,7 @@ pub fn tell(nodes: u16, StoryArgs { chaos, keep }: StoryArgs) -> anyhow::Result<
     Ok(())
 }
 
-impl Story {
+impl DemoRun {
     fn build(&mut self, nodes: u16) -> anyhow::Result<()> {
         let hosts = &mut self.hosts;
         self.screen.step("an underlay: hosts on a bridge", || {
@@ -90,8 +90,8 @@ impl Story {
         let (program, host) = (&self.program, &self.hosts[0]);
         let (agent, token) = self.screen.step("n1 creates the cluster", || {
             let mut agent = Agent::start(program, host, &["--init"])?;
-            let status = agent.wait_converged(1, TIMEOUT)?;
-            let answer = agent.ask("/v1/token", TIMEOUT)?;
+            let status = agent.wait_converged(1, STEP_TIMEOUT)?;
+            let answer = agent.ask("/v1/token", STEP_TIMEOUT)?;
             let token = answer["token"].as_str().context("no token")?.to_owned();
             let subnet = Agent::subnet(&status)?;
             Ok(((agent, token), format!("cluster {}, n1 has {subnet}", text(&status["cluster"]))))
@@ -103,7 +103,7 @@ impl Story {
 
     fn join(&mut self) -> anyhow::Result<()> {
         let count = self.hosts.len();
-        let what = format!("n2 to n{count} join at once, and everybody knows everybody");
+        let what = format!("n2 to n{count} join at once, and every node knows all others");
         let (program, hosts, token) = (&self.program, &self.hosts, &self.token);
         let (agents, subnets) = (&mut self.agents, &mut self.subnets);
         self.screen.step(&what, || {
@@ -113,7 +113,7 @@ impl Story {
             }
             let begun = Instant::now();
             for agent in agents.iter_mut() {
-                subnets.push(Agent::subnet(&agent.wait_converged(count, TIMEOUT)?)?);
+                subnets.push(Agent::subnet(&agent.wait_converged(count, STEP_TIMEOUT)?)?);
             }
             for (n, subnet) in subnets.iter().enumerate() {
                 ensure!(!subnets[..n].contains(subnet), "{subnet} was leased twice");
@@ -121,7 +121,7 @@ impl Story {
             Ok((
                 (),
                 format!(
-                    "{count} subnets, none twice, converged {} after the start",
+                    "{count} different subnets, converged {} after the start",
                     span(begun.elapsed())
                 ),
             ))
@@ -142,7 +142,7 @@ impl Story {
     fn ping_all(&mut self) -> anyhow::Result<()> {
         let (hosts, subnets, pods) = (&self.hosts, &self.subnets, &mut self.pods);
         let rows =
-            self.screen.step("a pod on each host, and every pod pings every other", || {
+            self.screen.step("a pod on each host, and every pod pings all others", || {
                 for (host, subnet) in hosts.iter().zip(subnets) {
                     pods.push(host.pod(*subnet, POD_MTU)?);
                 }
@@ -161,9 +161,9 @@ impl Story {
                     }
                     rows.push(row);
                 }
-                Ok((rows, format!("{pairs} of {pairs} pairs answer")))
+                Ok((rows, format!("{pairs} of {pairs} pairs reach each other")))
             })?;
-        // Wide matrices say nothing that the step has not said.
+        // A wider table would add nothing to the result of the step.
         if rows.len() <= 6 {
             let header = hosts.iter().map(|host| format!("-> {}", host.name));
             let header: Vec<String> = ["pod".to_owned()].into_iter().chain(header).collect();
@@ -175,29 +175,28 @@ impl Story {
     fn kernel_tables(&mut self) -> anyhow::Result<()> {
         let (host, peers) = (&self.hosts[0], self.hosts.len() - 1);
         let device = device_name(1);
-        let shown =
-            self.screen.step("what n1's kernel holds: device, routes, neighbours, FDB", || {
-                let shown = tables(host, &device)?;
-                ensure!(
-                    routes(&shown) == peers,
-                    "{} routes for {peers} peers:\n{shown}",
-                    routes(&shown)
-                );
-                Ok((shown, format!("three entries for each of {peers} peers")))
-            })?;
+        let shown = self.screen.step("n1's kernel: device, routes, neighbours, FDB", || {
+            let shown = tables(host, &device)?;
+            ensure!(
+                routes(&shown) == peers,
+                "{} routes for {peers} peers:\n{shown}",
+                routes(&shown)
+            );
+            Ok((shown, format!("three entries for each of {peers} peers")))
+        })?;
         self.screen.details(shown);
         Ok(())
     }
 
     fn chaos(&mut self) -> anyhow::Result<()> {
         let (host, pods) = (&self.hosts[0], &self.pods);
-        let what = "n1's kernel is vandalised while its pod pings another every 5 ms";
+        let what = "faults in n1's kernel, while its pod pings another every 5 ms";
         let rows = self.screen.step(what, || {
-            let rows = vandalise(host, &device_name(1), &pods[0], &pods[1])?;
-            let text = format!("{} deeds, all put right by n1 itself", rows.len());
+            let rows = inject_faults(host, &device_name(1), &pods[0], &pods[1])?;
+            let text = format!("{} faults, all repaired by n1 itself", rows.len());
             Ok((rows, text))
         })?;
-        self.screen.details(table(["CAUSE", "PUT RIGHT AFTER", "PACKETS LOST"], &rows));
+        self.screen.details(table(["FAULT", "REPAIRED AFTER", "PACKETS LOST"], &rows));
         Ok(())
     }
 
@@ -206,12 +205,22 @@ impl Story {
         let agent = &mut self.agents[1];
         self.screen.step("the agent of n2 is killed (SIGKILL) under a ping every 10 ms", || {
             let mut pinger = Pinger::new(&from.netns)?;
-            let stream =
-                thread::spawn(move || pinger.stream(to, STREAM, Duration::from_millis(10)));
+            let stream = thread::spawn(move || {
+                pinger.stream(to, STREAM_REQUESTS, Duration::from_millis(10))
+            });
             agent.end(Signal::SIGKILL)?;
             let answered = stream.join().map_err(|_| anyhow::anyhow!("the ping panicked"))??;
-            ensure!(answered == STREAM, "{} of {STREAM} packets were lost", STREAM - answered);
-            Ok(((), format!("0 of {STREAM} packets lost: the kernel forwards without it")))
+            ensure!(
+                answered == STREAM_REQUESTS,
+                "{} of {STREAM_REQUESTS} packets were lost",
+                STREAM_REQUESTS - answered
+            );
+            Ok((
+                (),
+                format!(
+                    "0 of {STREAM_REQUESTS} packets lost: the kernel forwards without the agent"
+                ),
+            ))
         })
     }
 
@@ -222,12 +231,12 @@ impl Story {
         self.screen.step("it is started again, without seeds or token", || {
             let begun = Instant::now();
             agents[1] = Agent::start(program, &hosts[1], &[])?;
-            let after = agents[1].wait_subnet(TIMEOUT)?;
+            let after = agents[1].wait_subnet(STEP_TIMEOUT)?;
             let ready = begun.elapsed();
             ensure!(after == before, "it had {before} and has {after} now");
-            agents[1].wait_converged(count, TIMEOUT)?;
+            agents[1].wait_converged(count, STEP_TIMEOUT)?;
             reach(&mut Pinger::new(&from.netns)?, to)?;
-            Ok(((), format!("same subnet {after}, known {} after the start", span(ready))))
+            Ok(((), format!("same subnet {after}, {} after the start", span(ready))))
         })
     }
 
@@ -245,7 +254,7 @@ impl Story {
                     if routes(&shown) == last - 1 && !shown.contains(&subnet.to_string()) {
                         break;
                     }
-                    ensure!(begun.elapsed() < TIMEOUT, "{} still has its entries", host.name);
+                    ensure!(begun.elapsed() < STEP_TIMEOUT, "{} still has its entries", host.name);
                     thread::sleep(Duration::from_millis(1));
                 }
             }
@@ -257,7 +266,7 @@ impl Story {
         Ok(())
     }
 
-    /// For --keep: a whole cluster to look around in.
+    /// Makes the cluster complete again, for `--keep`.
     fn rejoin(&mut self) -> anyhow::Result<()> {
         let last = self.hosts.len() - 1;
         let what = format!("n{} joins again, as a new node", last + 1);
@@ -267,7 +276,7 @@ impl Story {
             let seed = hosts[0].ip.to_string();
             agents[last] =
                 Agent::start(program, &hosts[last], &["--join", &seed, "--token", token])?;
-            let status = agents[last].wait_converged(last + 1, TIMEOUT)?;
+            let status = agents[last].wait_converged(last + 1, STEP_TIMEOUT)?;
             Ok(((), format!("it has {}", Agent::subnet(&status)?)))
         })
     }
@@ -287,7 +296,8 @@ impl Story {
     }
 }
 
-/// The round trip to a pod. The first packet may have to wait for the pods' own ARP.
+/// Returns the round trip to a pod. The first ping may be lost, because the pods resolve each other's MAC
+/// first.
 fn reach(pinger: &mut Pinger, to: Ipv4Addr) -> anyhow::Result<String> {
     pinger.ping(to, PING_TIMEOUT)?;
     let round_trip =

@@ -95,7 +95,7 @@ fn answer_to_a_seed_from_before_a_reload_is_not_that_of_a_new_seed() {
 fn member_that_never_agrees_keeps_nobody_from_being_settled_and_is_named() {
     let mut world = World::with_members(3);
     world.run_for(seconds(20));
-    world.liar = Some(2);
+    world.byzantine_host = Some(2);
     world.run_for(seconds(300));
     assert_eq!(world.oracle.violation, None);
     for host in 0..2 {

@@ -258,7 +258,7 @@ impl FarPods {
         let Some(asked) = round.asked.filter(|_| round.judged_at.is_none()) else { return };
         for (node, arrivals) in told {
             // A pod that is younger than the round could not hear all of it.
-            let age = Duration::from_millis(arrivals.there_for_ms.into());
+            let age = Duration::from_millis(arrivals.pod_age_ms.into());
             if let Some(target) = round.targets.get_mut(node)
                 && age >= now.since(round.begun)
             {

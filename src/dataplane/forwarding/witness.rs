@@ -98,7 +98,7 @@ impl Witness {
         let there_for = now.since(self.since).as_millis();
         let is_recent = |at: Option<Time>| at.is_some_and(|at| now.since(at) < SHED);
         let mut told = Arrivals {
-            there_for_ms: u32::try_from(there_for).unwrap_or(u32::MAX),
+            pod_age_ms: u32::try_from(there_for).unwrap_or(u32::MAX),
             came: SEES_DATA,
             samples: 0,
             shed: is_recent(self.shed),
@@ -177,7 +177,7 @@ mod tests {
         assert!(witness.on_question(at(2_000), Ipv6Addr::LOCALHOST.into(), 7, ipv6));
         let is_its = |from: IpAddr| from == asker(1) || from.is_ipv6();
         let came = SEES_DATA | SMALL.bit() | ipv6.bit();
-        let told = Arrivals { there_for_ms: 4_000, came, samples: 0, shed: false };
+        let told = Arrivals { pod_age_ms: 4_000, came, samples: 0, shed: false };
         assert_eq!(witness.testify(at(5_000), 7, is_its), told);
         assert_eq!(witness.testify(at(5_000), 8, is_its), Arrivals { came: SEES_DATA, ..told });
         let other = |from: IpAddr| from == asker(2);

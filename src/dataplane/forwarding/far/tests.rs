@@ -126,12 +126,12 @@ impl World {
                     }
                     FarOutput::Ask(number, nodes) => {
                         let told = nodes.into_iter().filter_map(|node| {
-                            let there_for_ms = *self.telling.get(&node)?;
+                            let pod_age_ms = *self.telling.get(&node)?;
                             let sees_data = if self.is_old { 0 } else { SEES_DATA };
                             let came = came.get(&node).copied().unwrap_or(0) | sees_data;
                             let samples = samples.get(&node).copied().unwrap_or(0);
                             let shed = self.is_shedding;
-                            Some((node, Arrivals { there_for_ms, came, samples, shed }))
+                            Some((node, Arrivals { pod_age_ms, came, samples, shed }))
                         });
                         self.far.on_arrivals_told(self.now, number, &told.collect());
                     }
@@ -242,7 +242,7 @@ fn a_pod_that_is_younger_than_the_round_has_lost_nothing() {
 #[test]
 fn a_peer_that_had_to_shed_packets_proves_nothing() {
     let mut target = Target { open: [SMALL].into(), ..Target::default() };
-    target.arrivals = Some(Arrivals { there_for_ms: 60_000, shed: true, ..Arrivals::default() });
+    target.arrivals = Some(Arrivals { pod_age_ms: 60_000, shed: true, ..Arrivals::default() });
     assert_eq!(target.verdicts(true).next(), Some((SMALL, Seen::Unclear, Seen::Unclear)));
 }
 
