@@ -18,8 +18,8 @@ use crate::{
     dataplane::{
         desired::Way,
         offload::{Ask, Offload},
-        paths::{By, FLOWS, Kind, LOOK, Paths, Subject},
         path_mtu_reports::Reports,
+        paths::{By, FLOWS, Kind, LOOK, Paths, Subject},
     },
     icmp::{self, Asker, Family, IcmpEvent, What},
     model::NodeId,
