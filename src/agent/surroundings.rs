@@ -11,7 +11,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{connections::Connections, neighbor_tables::NeighborTables, opponents::Opponents};
+use super::{
+    connections::Connections, fragments::Fragments, neighbor_tables::NeighborTables,
+    opponents::Opponents,
+};
 use crate::{
     dataplane::{
         desired::{Desired, Mode},
@@ -21,6 +24,7 @@ use crate::{
             FirewallTable,
             interface::{self, Ipv6},
             sysctl,
+            tunnels::into_tunnels,
             users::UsersRule,
         },
         toggled::{Setting, Toggled},
@@ -53,6 +57,8 @@ pub struct HostState {
 
 pub struct Surroundings {
     table: io::Result<FirewallTable>,
+    /// Interfaces that lead into tunnels, as last read.
+    tunnels: Option<BTreeSet<String>>,
     changes: Option<Changes>,
     users: UsersRule,
     users_problem: Option<String>,
@@ -73,6 +79,7 @@ pub struct Surroundings {
     /// The kernel would not have the masquerade.
     refused_at: Option<Instant>,
     connections: Connections,
+    fragments: Fragments,
     neighbors: NeighborTables,
     netlink: io::Result<Netlink>,
     problems: Vec<String>,
@@ -93,6 +100,7 @@ impl Surroundings {
     pub fn open(mode: Mode, set_sysctls: bool) -> Self {
         Self {
             table: FirewallTable::open(),
+            tunnels: None,
             changes: Changes::open().ok(),
             users: UsersRule::open(),
             users_problem: None,
@@ -108,6 +116,7 @@ impl Surroundings {
             guarded: false,
             refused_at: None,
             connections: Connections::default(),
+            fragments: Fragments::default(),
             neighbors: NeighborTables::default(),
             netlink: Netlink::open(),
             problems: Vec::new(),
@@ -153,17 +162,28 @@ impl Surroundings {
 
     /// Makes our table equal to what is wanted, without reading it.
     pub fn write_table(&mut self, firewall: &Firewall) {
+        if self.tunnels.is_none() {
+            self.read_tunnels(firewall.port);
+        }
         self.on_table(firewall, FirewallTable::write);
     }
 
     /// Reads our table, and puts right what is wrong in it.
     pub fn verify_table(&mut self, firewall: &Firewall) {
+        self.read_tunnels(firewall.port);
         if let Some(pass) = self.on_table(firewall, FirewallTable::verify) {
             self.dropped = self.dropped.max(pass.dropped);
             if pass.repaired {
                 self.repaired.push("firewall");
                 self.opponents.note(Kind::Firewall, &format!("inet {}", firewall.table), None);
             }
+        }
+    }
+
+    fn read_tunnels(&mut self, port: u16) {
+        let links = self.netlink.as_mut().map(Netlink::links);
+        if let Ok(Ok(links)) = links {
+            self.tunnels = Some(into_tunnels(&links, port));
         }
     }
 
@@ -181,7 +201,7 @@ impl Surroundings {
         counted.inspect_err(|error| tracing::debug!(%error, "packets of members not read")).ok()
     }
 
-    /// Looks at sysctls, at the table of connections and, now and then, at chains of others.
+    /// Looks at sysctls, at tables of the kernel that may be full and, now and then, at chains of others.
     pub fn look(&mut self, desired: &Desired, bridge: &str, underlay: &str) {
         let begun = Instant::now();
         let networks: Vec<_> = desired.pool.networks().iter().collect();
@@ -194,6 +214,7 @@ impl Surroundings {
         }
         self.problems.clear();
         self.problems.extend(self.connections.look());
+        self.problems.extend(self.fragments.look());
         if let Ok(netlink) = &mut self.netlink {
             match self.neighbors.look(netlink) {
                 Ok(problems) => self.problems.extend(problems),
@@ -297,7 +318,11 @@ impl Surroundings {
         firewall: &Firewall,
         act: impl Fn(&mut FirewallTable, &Firewall) -> io::Result<T>,
     ) -> Option<T> {
-        let done = self.try_on_table(firewall, act);
+        let mut firewall = firewall.clone();
+        if let (Some(guard), Some(tunnels)) = (&mut firewall.guard, &self.tunnels) {
+            guard.tunnels.extend(tunnels.iter().cloned());
+        }
+        let done = self.try_on_table(&firewall, act);
         self.guarded = firewall.guard.is_some() && done.is_some();
         done
     }
