@@ -340,7 +340,7 @@ impl Agent {
                 // A link on the way may carry less than before.
                 let clock = self.clock.now();
                 for node in state.losing_large.difference(&self.kernel.far.losing_large) {
-                    self.prober.paths.doubt_size(clock, *node);
+                    self.prober.paths.request_size_check(clock, *node);
                 }
                 self.kernel.far = state;
                 let now = words(self);
