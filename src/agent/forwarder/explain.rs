@@ -19,7 +19,7 @@ use crate::{
     dataplane::{
         forwarding::{Direction, Transport, Way},
         kernel::{ClosedPort, FirewallTable, Lost, open_port},
-        silence::Culprit,
+        silence::DroppingRule,
     },
     netlink::{Netlink, link::Link},
 };
@@ -48,9 +48,9 @@ pub struct Reasons {
     /// What translates the source of pods' packets, by whether it is about IPv4.
     translating: BTreeMap<bool, String>,
     /// What drops this host's word that a packet was too large, by whether it is about IPv4.
-    pub(super) silencing: BTreeMap<bool, Culprit>,
+    pub(super) silencing: BTreeMap<bool, DroppingRule>,
     /// What drops tunnel packets with packets of pods.
-    pub(super) dropping: Option<Culprit>,
+    pub(super) dropping: Option<DroppingRule>,
     /// The same as a guess by rules of iptables-legacy, where nothing was traced.
     pub(super) legacy: Vec<String>,
     /// What leads tunnel packets with packets of pods elsewhere.
