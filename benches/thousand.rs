@@ -377,9 +377,9 @@ impl Crowd {
             Output::Program { view, .. } => {
                 let subnet = view.own.subnets.first;
                 self.members[member].vtep = Some(subnet.network());
-                self.inputs.push_back((member, Input::InUse(Some(subnet))));
+                self.inputs.push_back((member, Input::KernelSubnet(Some(subnet))));
             }
-            Output::Inquired { reply, .. } => {
+            Output::InquiryReceived { reply, .. } => {
                 let everybody = self.members.iter().map(|member| PathReport {
                     node: member.id,
                     state: PathState::Ok,
@@ -392,7 +392,7 @@ impl Crowd {
                     self.execute(member, output);
                 }
             }
-            Output::Owned(_) | Output::Answered { .. } => {}
+            Output::SlotsChanged(_) | Output::PingResult { .. } => {}
             other => println!("{from} wants {other:?}"),
         }
     }

@@ -123,7 +123,7 @@ impl Network {
             // A kernel would get the device and the entries of this view, and then use the subnet.
             Output::Program { view, .. } => {
                 let subnet = Some(view.own.subnets.first);
-                self.queue.push_back((index, Input::InUse(subnet)));
+                self.queue.push_back((index, Input::KernelSubnet(subnet)));
             }
             Output::Stop(stop) => println!("{from} stops: {stop:?}"),
             _ => {}

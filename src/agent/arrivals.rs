@@ -7,7 +7,7 @@ use super::{
     kernel_event::KernelEvent, kubernetes::NodeReport, wirer::AttachResult,
 };
 use crate::{
-    api::Question, docker as docker_plugin, icmp::IcmpEvent, store::Written, transport::Event,
+    api::Question, docker as docker_plugin, icmp::IcmpEvent, store::WriteEvent, transport::Event,
 };
 
 /// What a turn of the loop begins with.
@@ -22,7 +22,7 @@ pub(super) enum Arrival {
 
 /// What comes in from threads and from the control socket.
 pub(super) enum LoopEvent {
-    Disk(Written),
+    Disk(WriteEvent),
     Kernel(KernelEvent),
     Forwarding(ForwarderNews),
     Far(far::FarEvent),
@@ -76,7 +76,7 @@ mod tests {
         let (to_network, network) = mpsc::channel(100);
         let (_to_heard, heard) = mpsc::channel(1);
         for number in 0..100 {
-            let _ = to_threads.send(LoopEvent::Disk(Written::Saved(number)));
+            let _ = to_threads.send(LoopEvent::Disk(WriteEvent::Saved(number)));
             let call = CallId(number);
             let _ = to_network.try_send(Event::Answer { call, result: Err(CallError::Myself) });
         }

@@ -40,7 +40,7 @@ impl Company {
 
 impl Agent {
     pub(super) fn watch_company(&mut self, now: Instant) {
-        if self.node.is_alone() || self.node.has_company() {
+        if self.node.is_alone() || self.node.has_active_peer() {
             self.company.none_since = None;
             let is_known = |(_, at): &mut (IpAddr, Instant)| now.duration_since(*at) >= FRESH;
             if self.company.moved.take_if(is_known).is_some() {

@@ -68,6 +68,8 @@ pub(super) struct KernelState {
     pub(super) peer_problems: Vec<String>,
     /// Why the underlay cannot be used as it is.
     pub(super) underlay_problem: Option<String>,
+    /// The carrier of the underlay's interface comes and goes, as a sentence.
+    pub(super) flapping: Option<String>,
     /// Addresses of this host inside the overlay's networks, as sentences.
     pub(super) overlaps: Vec<String>,
     /// Where the kernel sends packets.
@@ -132,6 +134,12 @@ impl Agent {
                 new.for_each(|problem| tracing::warn!("{problem}"));
                 self.kernel.routing = routing;
                 self.follow_path_mtus();
+            }
+            KernelEvent::Flapping(flapping) => {
+                if let (None, Some(problem)) = (&self.kernel.flapping, &flapping) {
+                    tracing::warn!("{problem}");
+                }
+                self.kernel.flapping = flapping;
             }
             KernelEvent::Overlaps(overlaps) => {
                 overlaps.iter().for_each(|overlap| tracing::warn!("{overlap}"));
@@ -261,7 +269,7 @@ impl Agent {
         self.save_underlay();
         let now = &self.underlay;
         if before.local != now.local && self.config.advertise.is_none() {
-            let input = Input::Moved { underlay: now.local };
+            let input = Input::UnderlayChanged { underlay: now.local };
             self.transport.moved();
             self.input(input);
         } else {
@@ -285,7 +293,7 @@ impl Agent {
         }
         let in_use = self.kernel.wanted.as_ref().map(|view| view.own.subnets.first);
         if self.kernel.in_use.replace(in_use) != Some(in_use) {
-            self.input(Input::InUse(in_use));
+            self.input(Input::KernelSubnet(in_use));
         }
     }
 
@@ -354,7 +362,7 @@ impl Agent {
             tracing::info!("giving the subnet back");
             self.giving_up = Some((why, Instant::now() + GIVE_BACK));
             // What was refused is not there.
-            self.input(Input::InUse(None));
+            self.input(Input::KernelSubnet(None));
             self.input(Input::Command(Command::Leave));
         } else {
             self.ending = Some(Ending::Failed(why));

@@ -16,10 +16,10 @@ use tokio::sync::oneshot::Sender;
 use super::{Agent, pod_address::NotGiven, pods::record, vanished::Looking};
 use crate::{
     api::{PodError, PodErrorKind},
-    docker::{self, Endpoint, Joined, OWNER, Request},
+    docker::{self, Endpoint, EndpointInterface, OWNER, Request},
     model::{Attachment, Mac, Pod},
     pods::{
-        Wish,
+        PodRequest,
         bridge::Bridge,
         gateway,
         wiring::{End, loose_name},
@@ -120,7 +120,7 @@ impl Agent {
     fn reserve(&mut self, reservation: Reservation) {
         match self.find_or_reserve(&reservation) {
             // A container that is gone may stand in the way: one that did not survive a power cut.
-            Err(NotGiven::Address(error)) if error.is_of_pods() => {
+            Err(NotGiven::Address(error)) if error.is_pod_conflict() => {
                 self.look(Looking::Reserve(reservation));
             }
             result => self.answer_reservation(reservation, result),
@@ -182,8 +182,13 @@ impl Agent {
             self.expect_free_docker_mac(mac, &attachment, address, bridge.subnets.first)?;
         }
         let addresses = address.into_iter().collect();
-        let wish =
-            Wish { attachment, owner: OWNER.to_owned(), netns: String::new(), addresses, mac };
+        let wish = PodRequest {
+            attachment,
+            owner: OWNER.to_owned(),
+            netns: String::new(),
+            addresses,
+            mac,
+        };
         let pod = self.pods.table.attach(self.clock.now(), bridge.subnets, wish)?.clone();
         Ok((pod, subnet))
     }
@@ -267,7 +272,7 @@ impl Agent {
         match entered {
             Err(error) => _ = reply.send(Err(error)),
             Ok((bridge, pod, routes)) => {
-                let joined = Joined { interface: loose_name(&pod.attachment), routes };
+                let joined = EndpointInterface { interface: loose_name(&pod.attachment), routes };
                 let answer =
                     move |result: Result<_, PodError>| _ = reply.send(result.map(|_| joined));
                 self.connect(bridge, pod, End::Loose, Box::new(answer));
@@ -360,7 +365,7 @@ impl Reservation {
 pub(super) struct Join {
     endpoint: Endpoint,
     sandbox: String,
-    reply: Sender<Result<Joined, PodError>>,
+    reply: Sender<Result<EndpointInterface, PodError>>,
 }
 
 impl Join {

@@ -99,13 +99,14 @@ use crate::{
     api::Question,
     config::Config,
     core::{Command, Gate, Input, Node, Output, Target},
-    store::{StateDir, Writer, Written},
+    store::{StateDir, WriteEvent, Writer},
     transport::{Event, Transport},
     wire::{Keyring, Token},
 };
 
 pub use ending::Ending;
 pub use knock::{is_own, knock, own_sentence};
+pub use limits::LACKS_IPV6;
 pub use reload::Reread;
 pub use signals::guard;
 pub use start::{StartFailure, random, run};
@@ -299,27 +300,27 @@ impl Agent {
 
     fn on_loop_event(&mut self, news: LoopEvent) {
         match news {
-            LoopEvent::Disk(Written::Durable(seq)) => {
+            LoopEvent::Disk(WriteEvent::Durable(seq)) => {
                 // Not before: a token that names a cluster says that the database knew it.
                 self.save_token();
                 for output in self.gate.open(seq) {
                     self.execute(output);
                 }
             }
-            LoopEvent::Disk(Written::Failing(why)) => {
+            LoopEvent::Disk(WriteEvent::Failing(why)) => {
                 tracing::error!(%why, "cannot write to the state directory: nothing new is granted");
                 self.store_failure = Some(why);
             }
-            LoopEvent::Disk(Written::Recovered) => {
+            LoopEvent::Disk(WriteEvent::Recovered) => {
                 tracing::info!("the state directory can be written again");
                 self.store_failure = None;
             }
-            LoopEvent::Disk(Written::Emptied) => {
+            LoopEvent::Disk(WriteEvent::Emptied) => {
                 tracing::error!("the database was lost and is rewritten");
                 self.input(Input::Command(Command::SaveAll));
                 self.save_pods();
             }
-            LoopEvent::Disk(Written::Saved(number)) => self.on_saved(number),
+            LoopEvent::Disk(WriteEvent::Saved(number)) => self.on_saved(number),
             LoopEvent::Kernel(told) => self.on_kernel_event(told),
             LoopEvent::Forwarding(news) => self.on_forwarding(news),
             LoopEvent::Far(told) => self.on_far(told),
@@ -374,18 +375,22 @@ impl Agent {
                 if self.has_made_something() {
                     self.program();
                 } else {
-                    self.input(Input::InUse(None));
+                    self.input(Input::KernelSubnet(None));
                 }
             }
-            Output::Owned(changes) => self.note_owners(&changes),
+            Output::SlotsChanged(changes) => self.note_owners(&changes),
             Output::CannotLeave(why) => {
                 if let Some(reply) = self.leave_reply.take() {
                     let _ = reply.send(Err(why));
                 }
             }
-            Output::Answered { node, answered } => self.on_answered(node, answered),
-            Output::Inquired { reply, from, inquiry } => self.on_inquired(reply, from, inquiry),
-            Output::Reported { node, number, report } => self.on_reported(node, number, report),
+            Output::PingResult { node, answered } => self.on_answered(node, answered),
+            Output::InquiryReceived { reply, from, inquiry } => {
+                self.on_inquired(reply, from, inquiry)
+            }
+            Output::InquiryResult { node, number, report } => {
+                self.on_reported(node, number, report)
+            }
             Output::Stop(stop) => self.on_stop(stop),
         }
     }

@@ -9,7 +9,7 @@ use crate::{
     api::{AttachRequest, PodError, PodErrorKind},
     model::{Attachment, Mac, Pod},
     pods::{
-        NoAddress, Wish,
+        NoAddress, PodRequest,
         bridge::{Bridge, is_address_mac, mac_at},
         last_addresses,
         standin::mate_mac,
@@ -35,7 +35,7 @@ impl Agent {
             }
         }
         let addresses = request.addresses.clone();
-        let wish = Wish { attachment, owner, netns, addresses, mac: request.mac };
+        let wish = PodRequest { attachment, owner, netns, addresses, mac: request.mac };
         let pod = self.pods.table.attach(self.clock.now(), bridge.subnets, wish)?.clone();
         Ok((bridge, pod))
     }
@@ -132,7 +132,7 @@ impl From<NoAddress> for PodError {
             | NoAddress::AddressMac(_)
             | NoAddress::MacOfHost(_)
             | NoAddress::MacTaken { .. }
-            | NoAddress::TwoOfOne { .. }
+            | NoAddress::TwoOfOneFamily { .. }
             | NoAddress::TwoPlaces { .. } => PodErrorKind::Address,
         };
         Self::new(kind, error)
@@ -142,7 +142,7 @@ impl From<NoAddress> for PodError {
 impl From<WiringError> for PodError {
     fn from(error: WiringError) -> Self {
         let kind = match error {
-            WiringError::Kernel { .. } | WiringError::Lacks(_) => PodErrorKind::Failed,
+            WiringError::Kernel { .. } | WiringError::Incomplete(_) => PodErrorKind::Failed,
             _ => PodErrorKind::Invalid,
         };
         Self::new(kind, error)

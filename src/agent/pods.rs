@@ -35,7 +35,7 @@ use crate::{
         bridge::{Bridge, Tenant, Tenants, mac_at},
         furnish::DefaultRoute,
         gateway,
-        wiring::{Connected, End, link_name},
+        wiring::{ConnectedPod, End, link_name},
         with_length,
     },
     store::Writer,
@@ -92,7 +92,7 @@ pub(super) struct Attaching {
     bridge: Bridge,
     pub(super) pod: Pod,
     pub(super) saved: bool,
-    connected: Option<Connected>,
+    connected: Option<ConnectedPod>,
     pub(super) reply: Answer<Attached>,
 }
 
@@ -186,7 +186,7 @@ impl Agent {
         self.catch_up_before(&request);
         match self.give_address(&request) {
             // A pod that is gone may stand in the way.
-            Err(NotGiven::Address(error)) if error.is_of_pods() => {
+            Err(NotGiven::Address(error)) if error.is_pod_conflict() => {
                 self.look(Looking::Attach { request, netns, reply });
             }
             given => self.attach_with(given, &request, netns, reply),

@@ -18,7 +18,7 @@ use super::{
 use crate::{
     config::Config,
     model::NodeId,
-    store::{Copied, Database, Opened, StateDir, StoreError},
+    store::{Database, EssentialsContent, LoadedDatabase, StateDir, StoreError},
     transport::NodeKey,
     wire::{Key, Keyring, Record, Token},
     worker::Thread,
@@ -164,7 +164,7 @@ fn recall(
     saved: Option<&Token>,
 ) -> Result<Recalled, StoreError> {
     let path = state.database();
-    let Opened { mut database, mut records, quarantined } = Database::open(&path, me)?;
+    let LoadedDatabase { mut database, mut records, quarantined } = Database::open(&path, me)?;
     let counted = database.batches();
     let mut is_new = quarantined.is_some();
     if let Some((aside, why)) = quarantined {
@@ -177,9 +177,11 @@ fn recall(
     let batches = copied.as_ref().map_or(0, |copied| copied.batches.min(MAX_BATCHES));
     let Some(cluster) = saved.and_then(Token::known_cluster).filter(|_| !has_cluster(&records))
     else {
-        database.count_on(batches);
+        database.raise_batches(batches);
         match copied {
-            Ok(Copied { records: copy, .. }) if batches > counted && has_cluster(&copy) => {
+            Ok(EssentialsContent { records: copy, .. })
+                if batches > counted && has_cluster(&copy) =>
+            {
                 tracing::error!(
                     batches,
                     counted,
@@ -198,11 +200,11 @@ fn recall(
         (database, is_new) = (empty, true);
         tracing::error!(%cluster, moved_to = %aside.display(), "database lost records, moved aside");
     }
-    database.count_on(batches);
+    database.raise_batches(batches);
     let knows_others =
         !config.seeds.is_empty() || saved.is_some_and(|token| !token.seeds.is_empty());
     if !knows_others {
-        let Copied { records: copy, .. } =
+        let EssentialsContent { records: copy, .. } =
             copied.map_err(|error| StoreError::Directory { path, error })?;
         let is_of_cluster =
             |record: &Record| matches!(record, Record::Cluster(known) if known.id == cluster);

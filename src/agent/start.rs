@@ -31,7 +31,7 @@ use crate::{
     icmp::IcmpEvent,
     model::{BootId, ClusterId, ClusterRecord, ClusterSettings, Mac, NodeId, Time, Vtep},
     netlink::Netlink,
-    store::{EssentialsCopy, StoreError, Writer, Written},
+    store::{EssentialsCopy, StoreError, WriteEvent, Writer},
     transport::{BindError, CredentialError, Credentials, Event, Transport},
     wire::{Key, Keyring, Record, Secret, Token, TokenError},
 };
@@ -280,7 +280,7 @@ async fn prepare(
 
     if is_new {
         // Once the loop runs it writes all that is known.
-        let _ = sender.send(LoopEvent::Disk(Written::Emptied));
+        let _ = sender.send(LoopEvent::Disk(WriteEvent::Emptied));
     }
     let report = sender.clone();
     let writer = Writer::start(database, state.database(), copy, move |written| {

@@ -26,7 +26,7 @@ use crate::{
         toggled::{ForwardingChanges, Setting},
     },
     model::Time,
-    netlink::{Netlink, netconf::Switches, nftables::Changes},
+    netlink::{Netlink, netconf::ForwardingMonitor, nftables::Changes},
 };
 
 /// Chains of others may have very many rules: reading them takes no more than one part in so many of the
@@ -63,7 +63,7 @@ pub struct Surroundings {
     /// Interfaces that take router advertisements although this host forwards, because it was told to.
     kept: BTreeSet<String>,
     begun: Instant,
-    switches: Option<Switches>,
+    switches: Option<ForwardingMonitor>,
     forwarding_changes: ForwardingChanges,
     /// The device was closed to what comes out of it when last looked at.
     was_closed: bool,
@@ -101,7 +101,7 @@ impl Surroundings {
             right: BTreeSet::new(),
             kept: BTreeSet::new(),
             begun: Instant::now(),
-            switches: Switches::open().ok(),
+            switches: ForwardingMonitor::open().ok(),
             forwarding_changes: ForwardingChanges::default(),
             was_closed: false,
             table_problem: None,

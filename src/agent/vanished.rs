@@ -214,7 +214,7 @@ fn is_about_to_change(error: &NoAddress, going: &BTreeSet<String>) -> bool {
         | NoAddress::GroupMac(_)
         | NoAddress::AddressMac(_)
         | NoAddress::MacOfHost(_)
-        | NoAddress::TwoOfOne { .. }
+        | NoAddress::TwoOfOneFamily { .. }
         | NoAddress::TwoPlaces { .. } => false,
     }
 }

@@ -30,8 +30,8 @@ use crate::{
     model::{Attachment, Mac, Pod},
     netlink::monitor::Monitor,
     pods::{
-        bridge::{Bridge, Mended, Tenant, Tenants},
-        wiring::{Connected, End, Wiring, WiringError, link_name},
+        bridge::{Bridge, RepairReport, Tenant, Tenants},
+        wiring::{ConnectedPod, End, Wiring, WiringError, link_name},
     },
     worker::{Order, Orders, Thread, Worker},
 };
@@ -103,7 +103,7 @@ pub struct Looked {
 pub enum AttachResult {
     Connected {
         number: u64,
-        result: Result<Connected, WiringError>,
+        result: Result<ConnectedPod, WiringError>,
     },
     Disconnected {
         number: u64,
@@ -125,7 +125,7 @@ pub enum AttachResult {
     Refusal(Option<String>),
     Mended {
         /// How much of the bridge and its ports was not as it should be, or why that is not known.
-        result: io::Result<Mended>,
+        result: io::Result<RepairReport>,
         /// What is wrong with them in the long run.
         problems: Vec<String>,
         /// Where sysctls let pods give this host routes.
@@ -370,7 +370,7 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
             (self.touched, self.table_touched) = (false, false);
             return self.look_ahead();
         };
-        let mut result = self.wiring.mend(bridge, &self.tenants);
+        let mut result = self.wiring.repair(bridge, &self.tenants);
         for (veth, tenant) in self.tenants.iter_mut().filter(|(_, tenant)| tenant.mac.is_none()) {
             tenant.mac = self.wiring.mac_behind(veth, Path::new(&tenant.netns));
         }
@@ -389,7 +389,7 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
                 if mended.count() > 0 {
                     tracing::info!(bridge = %bridge.name, "the pods' bridge is as the settings want it");
                 }
-                mended.forget_counts();
+                mended.reset_counts();
             }
             let gone = self.fetched.gone(&self.tenants, mended);
             note_absent(&mut self.absent, &gone, self.looked, self.report);

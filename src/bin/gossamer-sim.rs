@@ -15,7 +15,7 @@ use std::{
 
 use clap::{Parser, Subcommand};
 use gossamer::{
-    core::planted::Bug,
+    core::planted::Mutation,
     sim::{
         campaign::{
             Campaign, REQUIRED_SITUATIONS, Report, find_catching_seed, reproduce_command, shrink,
@@ -189,7 +189,7 @@ fn summary(cli: &Cli, report: &Report, seconds: f64) -> String {
 fn mutations(limit: u64) -> ExitCode {
     let (next, escaped) = (AtomicUsize::new(0), AtomicUsize::new(0));
     let catch_mutations = || {
-        while let Some(bug) = Bug::ALL.get(next.fetch_add(1, Ordering::Relaxed)) {
+        while let Some(bug) = Mutation::ALL.get(next.fetch_add(1, Ordering::Relaxed)) {
             match find_catching_seed(*bug, limit) {
                 Some((seed, violation)) => {
                     println!("{bug:<32?} seed {seed:>5}  {violation:.100}")
@@ -207,7 +207,7 @@ fn mutations(limit: u64) -> ExitCode {
         }
     });
     let escaped = escaped.into_inner();
-    println!("{} of {} mutations caught", Bug::ALL.len() - escaped, Bug::ALL.len());
+    println!("{} of {} mutations caught", Mutation::ALL.len() - escaped, Mutation::ALL.len());
     if escaped == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 

@@ -154,7 +154,7 @@ fn cleanup(args: &CleanupArgs, places: &Places) -> anyhow::Result<Removed> {
     let state_dirs = || places.state_dirs.iter().filter(|path| path.exists());
     for path in state_dirs() {
         // Fails if the directory belongs to another program.
-        if let Some(seed) = StateDir::look(path)? {
+        if let Some(seed) = StateDir::peek_node_key(path)? {
             removed.nodes.push(NodeKey::from_seed(seed)?.id().to_string());
         }
         removed.files.push(path.clone());

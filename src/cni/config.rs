@@ -1,8 +1,8 @@
-//! The network configuration on standard input. The only parser of it.
+//! Parses the network configuration that the runtime writes to standard input.
 //!
-//! What decides where a request goes is read for every verb. What a pod is to be like is read for ADD alone:
-//! DEL must succeed whatever has become of the rest. Unknown keys are left alone, and null is as good as no
-//! key.
+//! The keys that route a request (`name`, `type`, `socket`, `instance`) are read for every verb. The keys
+//! that shape a pod are read for ADD only, because DEL must succeed even if the rest of the configuration has
+//! become invalid. Unknown keys are ignored. Null counts as an absent key.
 
 use std::{collections::BTreeMap, fmt::Display, net::IpAddr, path::PathBuf};
 
@@ -16,23 +16,25 @@ use super::{
 };
 use crate::{api::AttachmentName, json, model::Mac};
 
-/// What a runtime can ask for in the pod's part of the configuration, and gossamer does not do.
+/// Keys of `runtimeConfig` that gossamer refuses, because it does not implement them.
 const UNSUPPORTED: [&str; 4] = ["bandwidth", "ipRanges", "infinibandGUID", "deviceID"];
-/// Longest name of a network, in bytes: it is kept with every pod.
+/// Maximum length of a network name, in bytes. The name is stored with every pod.
 const NAME_MAX: usize = 200;
 
-/// A network configuration.
+/// A network configuration: a JSON object.
 #[derive(Debug, Default)]
 pub struct NetworkConfig(Value);
 
-/// What a pod is to be like.
+/// The properties that a configuration requests for one pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Wishes {
-    /// Those that it must have; any, if empty.
+pub struct PodOptions {
+    /// The addresses that the pod must get. If empty, the agent chooses.
     pub addresses: Vec<IpAddr>,
+    /// The MAC that the pod must get. `None`: the agent chooses.
     pub mac: Option<Mac>,
+    /// Whether the pod gets a default route through the gateway.
     pub default_route: bool,
-    /// For the result alone, in the format of it.
+    /// The `dns` object of the result, in the result's format. Only passed through.
     pub dns: Value,
 }
 
@@ -45,97 +47,106 @@ struct ValidAttachment {
 }
 
 impl NetworkConfig {
+    /// Parses the bytes of standard input.
+    ///
     /// # Errors
-    /// For what is no JSON object.
+    /// If the input is longer than [`INPUT_MAX`], is not JSON, or is not an object.
     pub fn parse(input: &[u8]) -> Result<Self, CniError> {
         let undecodable = |why: &dyn Display| {
             CniError::new(code::UNDECODABLE, format!("network configuration on stdin: {why}"))
         };
         if input.len() as u64 > INPUT_MAX {
-            return Err(undecodable(&format_args!("it is longer than {INPUT_MAX} bytes")));
+            return Err(undecodable(&format_args!("longer than {INPUT_MAX} bytes")));
         }
         let value: Value = json::read(input).map_err(|error| undecodable(&error))?;
         match value {
             Value::Object(_) => Ok(Self(value)),
-            _ => Err(undecodable(&"it is no JSON object")),
+            _ => Err(undecodable(&"not a JSON object")),
         }
     }
 
-    /// Of the specification; empty if it is not named.
+    /// Returns `cniVersion`; empty if it is absent.
     ///
     /// # Errors
-    /// For what is no text, as with all others.
+    /// If the value is not a string.
     pub fn version(&self) -> Result<String, CniError> {
         Ok(self.get(&["cniVersion"])?.unwrap_or_default())
     }
 
-    /// Name of the network.
+    /// Returns the name of the network; empty if it is absent.
     ///
     /// # Errors
-    /// For a name that cannot be kept.
+    /// If the value is not a string, is longer than 200 bytes or has control characters.
     pub fn name(&self) -> Result<String, CniError> {
         let name: String = self.get(&["name"])?.unwrap_or_default();
         if name.len() > NAME_MAX || name.contains(char::is_control) {
-            let why = format!("name: it has at most {NAME_MAX} bytes and no control characters");
+            let why = format!("name: at most {NAME_MAX} bytes, no control characters");
             return Err(CniError::new(code::BAD_CONFIG, why));
         }
         Ok(name)
     }
 
-    /// Name of the plugin.
+    /// Returns `type`, the name of the plugin; empty if it is absent.
+    ///
+    /// # Errors
+    /// If the value is not a string.
     pub fn kind(&self) -> Result<String, CniError> {
         Ok(self.get(&["type"])?.unwrap_or_default())
     }
 
-    /// The agent's control socket, where it is not at its usual place.
+    /// Returns the path of the agent's control socket. `None` means the default path.
     ///
     /// # Errors
-    /// For a relative path: each runtime would look in a directory of its own.
+    /// If the value is not a string or is a relative path: each runtime would resolve it against its own
+    /// working directory.
     pub fn socket(&self) -> Result<Option<PathBuf>, CniError> {
         let socket: Option<PathBuf> = self.get(&["socket"])?;
         match socket.filter(|socket| !socket.as_os_str().is_empty()) {
             Some(socket) if socket.is_relative() => {
-                let why = format!("socket: {}: give its absolute path", socket.display());
+                let why = format!("socket: {}: use an absolute path", socket.display());
                 Err(CniError::new(code::BAD_CONFIG, why))
             }
             socket => Ok(socket),
         }
     }
 
-    /// Name of the overlay, where this host has several.
+    /// Returns the name of the overlay, for hosts that have several; empty if it is absent.
+    ///
+    /// # Errors
+    /// If the value is not a string.
     pub fn instance(&self) -> Result<String, CniError> {
         Ok(self.get(&["instance"])?.unwrap_or_default())
     }
 
-    /// The result of the plugins before this one.
+    /// Returns `prevResult`, the result of the plugins before this one.
     pub fn previous(&self) -> Option<&Value> {
         self.0.get("prevResult").filter(|previous| previous.is_object())
     }
 
-    /// The addresses of an interface of the pod in the result of the plugins before this one. What is no
-    /// result has none.
+    /// Returns the addresses that `prevResult` lists for the given interface of the pod. Skips malformed
+    /// entries.
     pub fn previous_addresses(&self, interface: &str) -> Vec<IpAddr> {
         let Some(previous) = self.previous() else { return Vec::new() };
-        let is_its = |ip: &&Value| {
+        let is_of_interface = |ip: &&Value| {
             let index = ip["interface"].as_u64().and_then(|index| usize::try_from(index).ok());
             let link = index.map_or(&Value::Null, |index| &previous["interfaces"][index]);
             link["name"] == interface
                 && link["sandbox"].as_str().is_some_and(|path| !path.is_empty())
         };
         let all = previous["ips"].as_array().map(Vec::as_slice).unwrap_or_default();
-        let addresses = all.iter().filter(is_its).filter_map(|ip| ip["address"].as_str());
+        let addresses = all.iter().filter(is_of_interface).filter_map(|ip| ip["address"].as_str());
         addresses.filter_map(parse_address).collect()
     }
 
-    /// What the runtime still knows, with GC: under the key of the specification, and under the one that
-    /// libcni 1.2.0 used. Null is an empty list.
+    /// Returns the attachments that the runtime still knows (GC). Reads the key of the specification and the
+    /// key that libcni 1.2.0 used. Null counts as an empty list.
     ///
     /// # Errors
-    /// If neither is there: nothing must be removed then.
+    /// If both keys are absent, because GC would then remove every pod, or if an entry lacks a name.
     pub fn valid_attachments(&self) -> Result<Vec<AttachmentName>, CniError> {
         let keys = ["cni.dev/valid-attachments", "cni.dev/attachments"];
         if keys.iter().all(|key| self.0.get(key).is_none()) {
-            let why = format!("{} is missing: nothing is removed", keys[0]);
+            let why = format!("{} is missing, so no attachment is removed", keys[0]);
             return Err(CniError::new(code::BAD_CONFIG, why));
         }
         let mut all = Vec::new();
@@ -149,13 +160,17 @@ impl NetworkConfig {
         Ok(all)
     }
 
-    /// What a pod is to be like, with what `CNI_ARGS` says.
+    /// Returns the properties requested for a pod, from the configuration and from `CNI_ARGS`.
     ///
     /// # Errors
-    /// For what cannot be honoured; it names the key and its value.
-    pub fn wishes(&self, arguments: &BTreeMap<String, String>) -> Result<Wishes, CniError> {
+    /// If a value is malformed, contradicts another one or requests an unsupported feature. The message names
+    /// the key and the value.
+    pub fn pod_options(
+        &self,
+        arguments: &BTreeMap<String, String>,
+    ) -> Result<PodOptions, CniError> {
         self.refuse_unsupported()?;
-        Ok(Wishes {
+        Ok(PodOptions {
             addresses: self.addresses(arguments)?,
             mac: self.mac(arguments)?,
             default_route: self.get(&["isDefaultGateway"])?.unwrap_or(true),
@@ -165,12 +180,12 @@ impl NetworkConfig {
 
     fn refuse_unsupported(&self) -> Result<(), CniError> {
         for key in UNSUPPORTED {
-            match self.0["runtimeConfig"].get(key).filter(|value| !asks_for_nothing(value)) {
+            match self.0["runtimeConfig"].get(key).filter(|value| !requests_nothing(value)) {
                 None => {}
                 Some(value) => {
                     let why = format!(
-                        "runtimeConfig.{key}: {value}: gossamer does not do that: declare the capability \
-                         at a plugin that does"
+                        "runtimeConfig.{key}: {value}: not supported by gossamer; declare the capability \
+                         at a plugin that supports it"
                     );
                     return Err(CniError::new(code::UNSUPPORTED_FIELD, why));
                 }
@@ -179,15 +194,16 @@ impl NetworkConfig {
         Ok(())
     }
 
-    /// From the capability `ips`, from `args.cni.ips` and from `CNI_ARGS` ("IP=10.42.7.9,fd42::9"). With or
-    /// without the length of the subnet.
+    /// Collects the addresses of the capability `ips`, of `args.cni.ips` and of `CNI_ARGS`
+    /// ("IP=10.42.7.9,fd42::9"). Each may carry a prefix length.
     fn addresses(&self, arguments: &BTreeMap<String, String>) -> Result<Vec<IpAddr>, CniError> {
-        let mut found = Vec::new();
+        let mut addresses = Vec::new();
         let mut add = |place: &str, text: &str, code| {
-            let ip = parse_address(text)
-                .ok_or_else(|| CniError::new(code, format!("{place}: {text:?} is no address")))?;
-            if !found.contains(&ip) {
-                found.push(ip);
+            let ip = parse_address(text).ok_or_else(|| {
+                CniError::new(code, format!("{place}: {text:?} is not an address"))
+            })?;
+            if !addresses.contains(&ip) {
+                addresses.push(ip);
             }
             Ok::<(), CniError>(())
         };
@@ -198,13 +214,13 @@ impl NetworkConfig {
         let argument = arguments.get("IP").map(String::as_str).unwrap_or_default();
         let mut texts = argument.split(',').map(str::trim).filter(|text| !text.is_empty());
         texts.try_for_each(|text| add("CNI_ARGS IP", text, code::BAD_ENVIRONMENT))?;
-        Ok(found)
+        Ok(addresses)
     }
 
-    /// From the capability `mac`, from `args.cni.mac` and from `CNI_ARGS`, which must not contradict each
-    /// other; the network's own `mac` is for pods for which nothing else is said.
+    /// Returns the MAC of the capability `mac`, of `args.cni.mac` or of `CNI_ARGS`. These must not contradict
+    /// each other. The network's own `mac` applies only if none of them is set.
     fn mac(&self, arguments: &BTreeMap<String, String>) -> Result<Option<Mac>, CniError> {
-        let mut said: Option<(String, Mac)> = None;
+        let mut chosen: Option<(String, Mac)> = None;
         let places = [&["runtimeConfig", "mac"][..], &["args", "cni", "mac"]];
         let mut texts: Vec<(String, String, u32)> = Vec::new();
         for path in places {
@@ -221,19 +237,19 @@ impl NetworkConfig {
             let bad = |why: String| CniError::new(code, format!("{place}: {why}"));
             let mac: Mac = text.replace('-', ":").parse().map_err(bad)?;
             if !mac.is_assignable() {
-                return Err(bad(format!("{mac} is not the MAC of one interface")));
+                return Err(bad(format!("{mac} must be unicast and not zero")));
             }
-            match &said {
+            match &chosen {
                 Some((other, before)) if *before != mac => {
-                    return Err(bad(format!("{mac}, but {other} says {before}")));
+                    return Err(bad(format!("{mac} contradicts {other}, which is {before}")));
                 }
-                _ => said = Some((place, mac)),
+                _ => chosen = Some((place, mac)),
             }
         }
-        Ok(said.map(|(_, mac)| mac))
+        Ok(chosen.map(|(_, mac)| mac))
     }
 
-    /// What the runtime says of DNS goes before what the network says.
+    /// Returns the DNS settings. Those of the runtime override those of the network, key by key.
     fn dns(&self) -> Result<Value, CniError> {
         let mut dns = Map::new();
         for (place, names) in [
@@ -261,16 +277,16 @@ impl NetworkConfig {
         Ok(Value::Object(dns))
     }
 
-    /// The list at a path, without what is null in it.
+    /// Returns the list at a path, without its null elements.
     fn list<T: DeserializeOwned>(&self, path: &[&str]) -> Result<Vec<T>, CniError> {
         let all: Option<Vec<Option<T>>> = self.get(path)?;
         Ok(all.unwrap_or_default().into_iter().flatten().collect())
     }
 
-    /// What is at a path; none where nothing or null is.
+    /// Returns the value at a path; `None` where it is absent or null.
     ///
     /// # Errors
-    /// For a value of another type, there or on the way.
+    /// If the value, or one on the way to it, has another type.
     fn get<T: DeserializeOwned>(&self, path: &[&str]) -> Result<Option<T>, CniError> {
         let bad = |depth: usize, why: &dyn Display| {
             CniError::new(code::BAD_CONFIG, format!("{}: {why}", path[..depth].join(".")))
@@ -280,30 +296,30 @@ impl NetworkConfig {
             value = match value {
                 Value::Object(map) => map.get(*key).unwrap_or(&Value::Null),
                 Value::Null => &Value::Null,
-                _ => return Err(bad(depth, &"it is no JSON object")),
+                _ => return Err(bad(depth, &"not a JSON object")),
             };
         }
         json::read_value(value).map_err(|error| {
-            // Behind the path comes what is wrong, or the rest of the path.
+            // The error starts with an index if it is about an element below this path.
             let (colon, place) = (if error.starts_with('[') { "" } else { ": " }, path.join("."));
             CniError::new(code::BAD_CONFIG, format!("{place}{colon}{error}"))
         })
     }
 }
 
-/// With or without a length.
+/// Parses an address with or without a prefix length.
 fn parse_address(text: &str) -> Option<IpAddr> {
     text.parse::<IpNet>().map(|net| net.addr()).or_else(|_| text.parse()).ok()
 }
 
-/// A limit of 0 is none.
-fn asks_for_nothing(value: &Value) -> bool {
+/// Returns whether a value requests nothing. A limit of 0 means "no limit".
+fn requests_nothing(value: &Value) -> bool {
     match value {
         Value::Null => true,
         Value::Bool(is_wanted) => !is_wanted,
         Value::Number(number) => number.as_f64() == Some(0.0),
         Value::String(text) => text.is_empty(),
-        Value::Array(list) => list.iter().all(asks_for_nothing),
-        Value::Object(map) => map.values().all(asks_for_nothing),
+        Value::Array(list) => list.iter().all(requests_nothing),
+        Value::Object(map) => map.values().all(requests_nothing),
     }
 }

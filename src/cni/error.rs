@@ -1,43 +1,55 @@
-//! What went wrong, by the numbers of the specification (section "Error").
+//! Errors with the codes of the CNI specification (section "Error").
 
 use serde_json::{Value, json};
 
 use crate::api::{self, ClientError, PodError, PodErrorKind};
 
-/// A failure, as the runtime is told it.
+/// An error as the runtime receives it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CniError {
+    /// One of the numbers in [`code`].
     pub code: u32,
+    /// One line: what is wrong.
     pub msg: String,
+    /// More about the cause; may be empty.
     pub details: String,
 }
 
-/// The specification's numbers; from 100 on they are a plugin's own.
+/// Error codes. Codes below 100 are the specification's; those from 100 on are gossamer's own.
 pub mod code {
+    /// The plugin does not support the configuration's version.
     pub const INCOMPATIBLE_VERSION: u32 = 1;
-    /// The message has the key and the value.
+    /// The configuration requests an unsupported feature. The message has the key and the value.
     pub const UNSUPPORTED_FIELD: u32 = 2;
+    /// The container is not known.
     pub const UNKNOWN_CONTAINER: u32 = 3;
-    /// The message has the names of the variables.
+    /// An environment variable is missing or invalid. The message has its name.
     pub const BAD_ENVIRONMENT: u32 = 4;
+    /// A system call or the agent failed.
     pub const IO: u32 = 5;
+    /// The input is not JSON.
     pub const UNDECODABLE: u32 = 6;
+    /// The configuration has an invalid value.
     pub const BAD_CONFIG: u32 = 7;
+    /// The agent cannot do it now; a retry may succeed.
     pub const TRY_LATER: u32 = 11;
+    /// STATUS: no pod can be connected now.
     pub const NOT_AVAILABLE: u32 = 50;
-    /// And pods that are there may be cut off.
+    /// STATUS: no pod can be connected now, and existing pods may have lost connectivity.
     pub const NOT_AVAILABLE_AND_CUT_OFF: u32 = 51;
-    /// Ours: the node's subnet is used up.
+    /// gossamer's own: the node's subnet has no free address.
     pub const EXHAUSTED: u32 = 100;
-    /// Ours: the address that was asked for cannot be had.
+    /// gossamer's own: the requested address is not available.
     pub const ADDRESS: u32 = 101;
 }
 
 impl CniError {
+    /// Creates an error without details.
     pub fn new(code: u32, msg: impl ToString) -> Self {
         Self { code, msg: msg.to_string(), details: String::new() }
     }
 
+    /// Returns the error in the format of the specification.
     pub fn to_json(&self, version: &str) -> Value {
         json!({
             "cniVersion": version,
@@ -60,7 +72,7 @@ impl From<ClientError> for CniError {
                     path.display()
                 ),
             },
-            // Runtimes wait no longer: whatever it does, it may answer the next time.
+            // The agent may still be at work. A retry can succeed.
             ClientError::NoAnswer | ClientError::Broken { .. } => Self {
                 code: code::TRY_LATER,
                 msg: "the gossamer agent runs on this host and does not answer".to_owned(),
@@ -104,7 +116,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_agent_that_is_not_there_is_named_with_what_a_configuration_can_say() {
+    fn agent_that_does_not_run_is_reported_with_the_configuration_keys() {
         let error = CniError::from(ClientError::NoAgent { path: "/run/x.sock".into() });
         assert!(error.details.contains("/run/x.sock") && error.details.contains("the key socket"));
         assert!(!error.details.contains("--socket"), "{}", error.details);

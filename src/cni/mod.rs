@@ -1,9 +1,9 @@
-//! The CNI plugin: what a container runtime calls to connect a container (CNI SPEC.md 1.1.0).
+//! The CNI plugin, which a container runtime calls to connect a container (CNI SPEC.md 1.1.0).
 //!
-//! The program itself, called with `CNI_COMMAND` in its environment. It reads the request, asks the agent
-//! over its control socket and prints the answer in the runtime's version of the format; the agent does the
-//! work. What ends a pod is noted where no agent answers ([`Spool`]). Called as `loopback` it sets up a pod's
-//! `lo`, for which it takes no agent.
+//! The plugin is this program, called with `CNI_COMMAND` in its environment. It reads the request, sends it
+//! to the agent over the control socket, and prints the answer in the format of the runtime's version. The
+//! agent does the work. If no agent answers, the plugin stores a request that ends a pod in the [`Spool`].
+//! Called as `loopback`, the program sets up a pod's `lo_state` without the agent.
 
 mod config;
 mod error;
@@ -16,11 +16,11 @@ mod routes;
 mod spool;
 
 pub use netns::open as open_netns;
-pub use plugin::{COMMAND, ask, connect, detach_first, disconnect, run, say};
+pub use plugin::{COMMAND, await_answer, connect, detach_first, disconnect, print_answer, run};
 pub use request::LOOPBACK;
 pub use spool::{Note, Spool};
 
-/// What a runtime sends, for the fuzzer.
+/// Returns example configurations of a runtime, as seeds for the fuzzer.
 #[cfg(any(test, feature = "sim"))]
 pub(crate) fn samples() -> Vec<Vec<u8>> {
     let config = serde_json::json!({
@@ -39,7 +39,7 @@ pub(crate) fn samples() -> Vec<Vec<u8>> {
     ]
 }
 
-/// Reads what a runtime sends with each verb, for the fuzzer.
+/// Parses the input as a configuration with each verb, for the fuzzer. Returns whether any verb accepts it.
 #[cfg(any(test, feature = "sim"))]
 pub(crate) fn fuzz(input: &[u8]) -> bool {
     let read = |verb: &str| {

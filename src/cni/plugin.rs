@@ -16,11 +16,11 @@ use serde_json::{Value, json};
 
 use super::{
     Note, Spool,
-    config::Wishes,
+    config::PodOptions,
     error::{CniError, code},
     loopback, netns,
-    request::{Asked, CniRequest, Environment, INPUT_MAX, VERSIONS},
-    result::Made,
+    request::{CniRequest, Environment, INPUT_MAX, Operation, VERSIONS},
+    result::AddResult,
     routes,
 };
 use crate::{
@@ -32,17 +32,18 @@ use crate::{
     pods::wiring::open_netns,
 };
 
-/// A runtime sets it, and a person who types a command does not.
+/// Environment variable that every runtime sets. Its presence distinguishes a plugin call from a command
+/// line.
 pub const COMMAND: &str = "CNI_COMMAND";
-/// An agent that is silent for so long hangs. Runtimes wait longer.
-const TIMEOUT: Duration = Duration::from_secs(30);
-/// The end of a pod can be noted for an agent that is silent for so long.
-const UNDO_PATIENCE: Duration = Duration::from_secs(5);
-/// So long the kernel may take to remove pods that are gone, when their addresses are needed.
-const VANISHING: Duration = Duration::from_secs(5);
-const PAUSE: Duration = Duration::from_millis(100);
+/// Time to wait for the agent. Runtimes wait longer.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+/// Time to wait for the agent when a pod ends. After that, the request is stored in the spool.
+const DETACH_TIMEOUT: Duration = Duration::from_secs(5);
+/// Time during which ADD is retried while the kernel removes a pod that holds the address.
+const REMOVAL_TIMEOUT: Duration = Duration::from_secs(5);
+const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Does what the runtime asks, with the answer or the error on standard output.
+/// Carries out the runtime's request. Prints the result or the error to standard output.
 pub fn run() -> ExitCode {
     let environment: Environment = std::env::vars_os()
         .filter_map(|(name, value)| Some((name.into_string().ok()?, value)))
@@ -51,7 +52,7 @@ pub fn run() -> ExitCode {
     let program = Path::new(&program).file_name().and_then(|name| name.to_str());
     let mut input = Vec::new();
     let newest = VERSIONS[VERSIONS.len() - 1];
-    // One byte more than is allowed, so that a configuration that is too long is seen to be.
+    // One byte more than allowed, to detect a configuration that is too long.
     let done = match io::stdin().take(INPUT_MAX + 1).read_to_end(&mut input) {
         Err(error) => Err((CniError::new(code::IO, format!("stdin: {error}")), newest)),
         Ok(_) => CniRequest::parse(program.unwrap_or_default(), &environment, &input)
@@ -61,24 +62,25 @@ pub fn run() -> ExitCode {
         Ok(answer) => (answer, ExitCode::SUCCESS),
         Err((error, version)) => (Some(error.to_json(version)), ExitCode::FAILURE),
     };
-    say(answer.as_ref(), exit)
+    print_answer(answer.as_ref(), exit)
 }
 
-/// Prints the answer of a plugin. A runtime that does not get it must not believe that all is well.
-pub fn say(answer: Option<&Value>, exit: ExitCode) -> ExitCode {
+/// Prints the answer of a plugin. Returns a failure if it cannot be printed, because the runtime lacks it
+/// then.
+pub fn print_answer(answer: Option<&Value>, exit: ExitCode) -> ExitCode {
     let said = answer.map_or(Ok(()), |answer| writeln!(io::stdout(), "{answer}"));
     match said {
         Ok(()) => exit,
         Err(error) => {
-            // Not by a macro, which panics where that cannot be written either.
-            let _ = writeln!(io::stderr(), "gossamer: the answer cannot be written: {error}");
+            // `eprintln!` would panic if standard error is closed.
+            let _ = writeln!(io::stderr(), "gossamer: cannot write the answer to stdout: {error}");
             ExitCode::FAILURE
         }
     }
 }
 
 fn carry_out(request: &CniRequest) -> Result<Option<Value>, CniError> {
-    if matches!(request.asked, Asked::Version) {
+    if matches!(request.operation, Operation::Version) {
         return Ok(Some(json!({
             "cniVersion": request.version,
             "supportedVersions": VERSIONS,
@@ -88,36 +90,41 @@ fn carry_out(request: &CniRequest) -> Result<Option<Value>, CniError> {
         return loopback::carry_out(request);
     }
     let socket = request.socket()?;
-    match &request.asked {
-        Asked::Add { attachment, netns, wishes } => {
-            add(request, &socket, attachment, netns, wishes).map(Some)
+    match &request.operation {
+        Operation::Add { attachment, netns, pod_options } => {
+            add(request, &socket, attachment, netns, pod_options).map(Some)
         }
-        Asked::Del { name, netns } => {
+        Operation::Del { name, netns } => {
             disconnect(&socket, name, netns.as_deref())?;
             Ok(None)
         }
-        Asked::Check { attachment, netns } => {
+        Operation::Check { attachment, netns } => {
             let opened = netns::open("CNI_NETNS", netns)?;
             let again = opened.try_clone();
-            let again = again.map_err(|error| netns::unusable("CNI_NETNS", netns, &error))?;
+            let again =
+                again.map_err(|error| netns::namespace_error("CNI_NETNS", netns, &error))?;
             let name = AttachmentName::from(attachment);
-            let checked =
-                ask(api::post_with(&socket, "/v1/pods/check", &name, Some(opened.into())))?;
+            let checked = await_answer(api::post_with(
+                &socket,
+                "/v1/pods/check",
+                &name,
+                Some(opened.into()),
+            ))?;
             let has: Vec<IpAddr> = read(&socket, checked["addresses"].clone())?;
             let expected = request.config.previous_addresses(attachment.interface());
             compare(attachment.interface(), netns, &has, &expected)?;
             let expected = request.config.previous().map(routes::Expected::all);
             routes::compare(&again, netns, &expected.unwrap_or_default()).map(|()| None)
         }
-        Asked::Gc { valid } => {
+        Operation::Gc { valid } => {
             let (owner, valid) = (request.owner(), valid.clone());
             let collecting = || collect(&socket, &owner, &valid);
             let note = Note::Collect { owner: owner.clone(), valid: valid.clone() };
-            undo(&socket, &note, collecting)?;
+            detach_or_store(&socket, &note, collecting)?;
             Ok(None)
         }
-        Asked::Status => status(&socket).map(|()| None),
-        Asked::Version => Ok(None),
+        Operation::Status => status(&socket).map(|()| None),
+        Operation::Version => Ok(None),
     }
 }
 
@@ -126,76 +133,77 @@ fn add(
     socket: &Path,
     attachment: &Attachment,
     path: &Path,
-    wishes: &Wishes,
+    pod_options: &PodOptions,
 ) -> Result<Value, CniError> {
     let netns = netns::open("CNI_NETNS", path)?;
-    let asked = AttachRequest {
+    let attach_request = AttachRequest {
         container: attachment.container().to_owned(),
         interface: attachment.interface().to_owned(),
         owner: request.owner(),
         netns: path.to_owned(),
-        addresses: wishes.addresses.clone(),
-        mac: wishes.mac,
-        default_route: wishes.default_route,
+        addresses: pod_options.addresses.clone(),
+        mac: pod_options.mac,
+        default_route: pod_options.default_route,
         others_first: false,
     };
-    let attached = connect(socket, &asked, &netns)?;
+    let attached = connect(socket, &attach_request, &netns)?;
     let shown = path.display().to_string();
-    let made = Made::new(attachment.interface(), &shown, &attached, wishes.dns.clone());
-    Ok(made.to_json(request.version))
+    let result = AddResult::new(attachment.interface(), &shown, &attached, pod_options.dns.clone());
+    Ok(result.to_json(request.version))
 }
 
-/// Connects a pod.
+/// Connects a pod. Drops spooled requests about an earlier pod of the same name.
 ///
 /// # Errors
-/// Why the agent has not done it.
+/// If the agent cannot be reached or refuses the request.
 pub fn connect(
     socket: &Path,
-    asked: &AttachRequest,
+    attach_request: &AttachRequest,
     netns: &File,
 ) -> Result<Attached, ClientError> {
-    let attached = read(socket, attach(socket, asked, netns)?)?;
-    // Whatever was asked for earlier and is not done yet was not about this pod.
+    let attached = read(socket, attach(socket, attach_request, netns)?)?;
+    // Pending requests in the spool are about earlier pods.
     let spool = Spool::beside(socket);
-    let (container, interface) = (asked.container.clone(), asked.interface.clone());
+    let (container, interface) =
+        (attach_request.container.clone(), attach_request.interface.clone());
     spool.drop(&Note::Detach(AttachmentName { container, interface }));
-    spool.drop(&Note::Collect { owner: asked.owner.clone(), valid: Vec::new() });
+    spool.drop(&Note::Collect { owner: attach_request.owner.clone(), valid: Vec::new() });
     Ok(attached)
 }
 
-/// Disconnects a pod, or notes it for the agent that is not there.
+/// Disconnects a pod. If no agent answers, stores the request in the spool and returns success.
 ///
 /// # Errors
-/// Why the agent has not done it.
+/// If the agent refuses the request.
 pub fn disconnect(
     socket: &Path,
     name: &AttachmentName,
     netns: Option<&Path>,
 ) -> Result<(), ClientError> {
     if Attachment::new(&name.container, &name.interface).is_err() {
-        // Nothing can have been connected by this name.
+        // ADD refuses this name, so no pod has it.
         return Ok(());
     }
-    // Its other interfaces are given routes in there. It may be gone.
+    // The agent updates the routes of the pod's other interfaces. The namespace may be gone.
     let netns = netns.and_then(|path| open_netns(path).ok());
-    undo(socket, &Note::Detach(name.clone()), || detach(socket, name, netns.as_ref()))
+    detach_or_store(socket, &Note::Detach(name.clone()), || detach(socket, name, netns.as_ref()))
 }
 
-/// Waits for the kernel where what is needed is about to become free.
-fn attach(socket: &Path, asked: &impl Serialize, netns: &File) -> Result<Value, ClientError> {
+/// Sends the request to connect a pod. Retries while an address is about to become free.
+fn attach(socket: &Path, body: &impl Serialize, netns: &File) -> Result<Value, ClientError> {
     let start = Instant::now();
     loop {
         let again = netns.try_clone().map_err(|error| broken(error.to_string()))?;
-        match ask(api::post_with(socket, "/v1/pods/attach", asked, Some(again.into()))) {
-            Err(error) if may_succeed_later(&error) && start.elapsed() < VANISHING => {
-                thread::sleep(PAUSE);
+        match await_answer(api::post_with(socket, "/v1/pods/attach", body, Some(again.into()))) {
+            Err(error) if is_retryable(&error) && start.elapsed() < REMOVAL_TIMEOUT => {
+                thread::sleep(RETRY_INTERVAL);
             }
             answer => return answer,
         }
     }
 }
 
-fn may_succeed_later(error: &ClientError) -> bool {
+fn is_retryable(error: &ClientError) -> bool {
     refusal(error).is_some_and(|refusal| refusal.again)
 }
 
@@ -206,39 +214,40 @@ fn refusal(error: &ClientError) -> Option<PodError> {
     }
 }
 
-/// Where nothing is there, that is what was wanted.
+/// Disconnects a pod through the agent. Succeeds if the pod is not connected.
 ///
 /// # Errors
-/// Why the agent has not done it.
+/// If the agent cannot be reached or refuses the request.
 pub fn detach(
     socket: &Path,
     name: &AttachmentName,
     netns: Option<&File>,
 ) -> Result<(), ClientError> {
-    detach_within(UNDO_PATIENCE, socket, name, netns)
+    detach_within(DETACH_TIMEOUT, socket, name, netns)
 }
 
-/// The same for a pod that is connected at once afterwards: it waits for as long as that does.
+/// Like [`detach`], for a pod that is connected again directly afterwards. Waits as long as connecting does.
 ///
 /// # Errors
-/// Why the agent has not done it.
+/// If the agent cannot be reached or refuses the request.
 pub fn detach_first(socket: &Path, name: &AttachmentName, netns: &File) -> Result<(), ClientError> {
-    detach_within(TIMEOUT, socket, name, Some(netns))
+    detach_within(ANSWER_TIMEOUT, socket, name, Some(netns))
 }
 
 fn detach_within(
-    patience: Duration,
+    timeout: Duration,
     socket: &Path,
     name: &AttachmentName,
     netns: Option<&File>,
 ) -> Result<(), ClientError> {
     let netns = netns.and_then(|netns| netns.try_clone().ok()).map(OwnedFd::from);
-    ask_for(patience, api::post_with(socket, "/v1/pods/detach", name, netns)).map(drop)
+    await_answer_for(timeout, api::post_with(socket, "/v1/pods/detach", name, netns)).map(drop)
 }
 
-/// Removes what a network has connected and the runtime does not know any more: all that can be.
+/// Disconnects all pods of an owner that are not in `valid`. Continues after an error and returns the first
+/// one.
 fn collect(socket: &Path, owner: &str, valid: &[AttachmentName]) -> Result<(), ClientError> {
-    let answer = ask_for(UNDO_PATIENCE, api::get(socket, "/v1/pods"))?;
+    let answer = await_answer_for(DETACH_TIMEOUT, api::get(socket, "/v1/pods"))?;
     let pods: Vec<PodStatus> = read(socket, answer["pods"].clone())?;
     let mut failed = Ok(());
     for PodStatus { container, interface, .. } in pods.into_iter().filter(|pod| pod.owner == owner)
@@ -251,33 +260,34 @@ fn collect(socket: &Path, owner: &str, valid: &[AttachmentName]) -> Result<(), C
     failed
 }
 
-/// Does what ends pods, or notes it for the agent that is not there or does not answer.
-fn undo(
+/// Runs a request that ends pods. If the agent does not answer, stores the request in the spool.
+fn detach_or_store(
     socket: &Path,
     note: &Note,
     work: impl Fn() -> Result<(), ClientError>,
 ) -> Result<(), ClientError> {
-    let hangs = match work() {
-        Err(error) if is_away(&error) => matches!(error, ClientError::Broken { .. }),
+    let agent_hangs = match work() {
+        Err(error) if is_unavailable(&error) => matches!(error, ClientError::Broken { .. }),
         done => return done,
     };
     let spool = Spool::beside(socket);
     if let Err(error) = spool.put(note) {
-        // The agent takes back the addresses of pods that are gone by itself.
-        eprintln!("gossamer: the agent does not answer, and nothing was noted for it: {error}");
+        // The agent still releases the addresses of pods whose veth pair is gone.
+        eprintln!("gossamer: the agent does not answer, and the request is not stored: {error}");
         return Ok(());
     }
-    // It may be back, and have read its notes a moment too early. One that hangs reads them when it goes on.
-    if !hangs && work().is_ok() {
+    // An agent that started in the meantime may have read the spool before the note was there. An agent that
+    // hangs reads it once it continues.
+    if !agent_hangs && work().is_ok() {
         spool.drop(note);
     }
     Ok(())
 }
 
-/// Whether the agent will be able to do it another time.
-fn is_away(error: &ClientError) -> bool {
+/// Returns whether the agent is unavailable now and able to carry out the request later.
+fn is_unavailable(error: &ClientError) -> bool {
     match error {
-        // One of another version is about to be restarted.
+        // An agent of another version is about to be restarted.
         ClientError::NoAgent { .. }
         | ClientError::NoAnswer
         | ClientError::OtherVersion { .. }
@@ -291,12 +301,13 @@ fn is_away(error: &ClientError) -> bool {
 
 fn status(socket: &Path) -> Result<(), CniError> {
     let unavailable = |error| CniError { code: code::NOT_AVAILABLE, ..CniError::from(error) };
-    judge(&ask(api::get(socket, "/v1/status")).map_err(unavailable)?)
+    check_ready(&await_answer(api::get(socket, "/v1/status")).map_err(unavailable)?)
 }
 
-/// By the agent's own verdict. Earlier versions of it have none, and are judged by whether they have a subnet
-/// in use. Pods that have kept addresses of another subnet do not keep new ones from being connected.
-fn judge(status: &Value) -> Result<(), CniError> {
+/// Checks from the agent's status whether pods can be connected. Earlier agents do not report `pods_refused`;
+/// for them, a subnet in use is enough. Pods that keep addresses of another subnet do not prevent new pods
+/// from being connected.
+fn check_ready(status: &Value) -> Result<(), CniError> {
     let refused = status["pods_refused"].as_str();
     let in_use = !status["subnet"].is_null() && status["kernel"]["in_sync"] == true;
     if in_use && refused.is_none() {
@@ -314,7 +325,7 @@ fn judge(status: &Value) -> Result<(), CniError> {
     }
 }
 
-/// Whether an interface has what the results of this plugin and of others say of it.
+/// Checks that an interface has the addresses that `prevResult` lists for it.
 fn compare(
     interface: &str,
     netns: &Path,
@@ -331,21 +342,23 @@ fn compare(
     }
 }
 
-/// Asks the agent, and does not wait for ever.
+/// Waits for an answer of the agent, at most 30 s.
 ///
 /// # Errors
-/// Why there is no answer.
-pub fn ask(answer: impl Future<Output = Result<Value, ClientError>>) -> Result<Value, ClientError> {
-    ask_for(TIMEOUT, answer)
-}
-
-fn ask_for(
-    patience: Duration,
+/// If the request fails or no answer arrives in time.
+pub fn await_answer(
     answer: impl Future<Output = Result<Value, ClientError>>,
 ) -> Result<Value, ClientError> {
-    let late = || Err(broken(format!("no answer within {} seconds", patience.as_secs())));
+    await_answer_for(ANSWER_TIMEOUT, answer)
+}
+
+fn await_answer_for(
+    timeout: Duration,
+    answer: impl Future<Output = Result<Value, ClientError>>,
+) -> Result<Value, ClientError> {
+    let late = || Err(broken(format!("no answer within {} seconds", timeout.as_secs())));
     let answer = api::block_on(async {
-        tokio::time::timeout(patience, answer).await.unwrap_or_else(|_| late())
+        tokio::time::timeout(timeout, answer).await.unwrap_or_else(|_| late())
     });
     answer.unwrap_or_else(|error| Err(broken(error.to_string())))
 }
@@ -356,8 +369,9 @@ fn broken(why: String) -> ClientError {
 
 fn read<T: DeserializeOwned>(socket: &Path, answer: Value) -> Result<T, ClientError> {
     serde_json::from_value(answer).map_err(|error| {
-        let asked = ask(async { Err(api::other_version(socket, error.to_string()).await) });
-        asked.err().unwrap_or(ClientError::NoAnswer)
+        let error =
+            await_answer(async { Err(api::other_version(socket, error.to_string()).await) });
+        error.err().unwrap_or(ClientError::NoAnswer)
     })
 }
 
@@ -366,11 +380,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn status_fails_only_without_a_subnet_in_use_and_says_whether_pods_are_cut_off() {
+    fn status_fails_without_subnet_in_use_and_reports_pods_that_are_cut_off() {
         let status = |subnet: Value, in_sync: bool, outside: u64| {
             let kernel = json!({ "in_sync": in_sync });
             let status = json!({ "subnet": subnet, "kernel": kernel, "pods_outside": outside });
-            judge(&status).map_err(|error| error.code)
+            check_ready(&status).map_err(|error| error.code)
         };
         assert_eq!(status("10.42.7.0/24".into(), true, 0), Ok(()));
         assert_eq!(status("10.42.9.0/24".into(), true, 2), Ok(()));
@@ -380,7 +394,7 @@ mod tests {
         let refusing = json!({
             "subnet": "10.42.7.0/24", "kernel": { "in_sync": true }, "pods_refused": "why not",
         });
-        let error = judge(&refusing).expect_err("no pod can be connected");
+        let error = check_ready(&refusing).expect_err("no pod can be connected");
         assert_eq!((error.code, error.msg.starts_with("why not")), (50, true));
     }
 }

@@ -1,4 +1,4 @@
-//! What the runtime asks: its environment, and the configuration that comes with it.
+//! A request of the runtime: its environment variables and the configuration on standard input.
 
 use std::{
     collections::BTreeMap,
@@ -7,29 +7,35 @@ use std::{
 };
 
 use super::{
-    config::{NetworkConfig, Wishes},
+    config::{NetworkConfig, PodOptions},
     error::{CniError, code},
 };
 use crate::{api::AttachmentName, config::Instance, model::Attachment};
 
-/// Versions of the specification that are spoken, oldest first.
+/// Supported versions of the specification, oldest first.
 pub const VERSIONS: [&str; 7] = ["0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
-/// Longest configuration that is read, in bytes.
+/// Maximum length of the configuration, in bytes.
 pub const INPUT_MAX: u64 = 1 << 20;
-/// The plugin that sets up a pod's `lo`, which is this program under another name.
+/// Name of the plugin that sets up a pod's `lo_state`. It is this program under another name.
 pub const LOOPBACK: &str = "loopback";
 
-/// Variables by their names.
+/// Environment variables by name.
 pub type Environment = BTreeMap<String, OsString>;
 
-/// Named by `CNI_COMMAND`.
+/// The operation that `CNI_COMMAND` names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verb {
+    /// Connects a pod.
     Add,
+    /// Disconnects a pod.
     Del,
+    /// Checks a connected pod.
     Check,
+    /// Removes the attachments that the runtime no longer knows.
     Gc,
+    /// Reports whether pods can be connected.
     Status,
+    /// Reports the supported versions.
     Version,
 }
 
@@ -37,7 +43,7 @@ impl Verb {
     const ALL: [Self; 6] =
         [Self::Add, Self::Del, Self::Check, Self::Gc, Self::Status, Self::Version];
 
-    /// As the specification writes it.
+    /// Returns the value of `CNI_COMMAND`.
     const fn name(self) -> &'static str {
         match self {
             Self::Add => "ADD",
@@ -50,49 +56,64 @@ impl Verb {
     }
 }
 
-/// A request, checked: what is to be done, with what that takes.
+/// A validated operation with its parameters.
 #[derive(Debug)]
-pub enum Asked {
+pub enum Operation {
+    /// Connects a pod.
     Add {
+        /// Container and interface.
         attachment: Attachment,
+        /// Path of the pod's network namespace.
         netns: PathBuf,
-        wishes: Wishes,
+        /// The properties requested for the pod.
+        pod_options: PodOptions,
     },
-    /// Of a name that ADD refuses there is nothing.
+    /// Disconnects a pod. The name is not validated: a name that ADD refuses belongs to no pod.
     Del {
+        /// Container and interface.
         name: AttachmentName,
+        /// Path of the pod's network namespace, if the runtime still has one.
         netns: Option<PathBuf>,
     },
+    /// Checks a connected pod.
     Check {
+        /// Container and interface.
         attachment: Attachment,
+        /// Path of the pod's network namespace.
         netns: PathBuf,
     },
-    /// Removes all but these.
+    /// Removes the network's attachments that are not listed.
     Gc {
+        /// The attachments to keep.
         valid: Vec<AttachmentName>,
     },
+    /// Reports whether pods can be connected.
     Status,
+    /// Reports the supported versions.
     Version,
 }
 
+/// A parsed call of the plugin.
 #[derive(Debug)]
 pub struct CniRequest {
-    pub asked: Asked,
-    /// In which the answer is to be.
+    /// The operation and its parameters.
+    pub operation: Operation,
+    /// The version of the specification whose format the answer has.
     pub version: &'static str,
-    /// Whether the pod's `lo` is meant, and not its place in the overlay.
+    /// Whether the request is for the plugin `loopback` and not for the overlay.
     pub loopback: bool,
     /// Name of the network.
     pub network: String,
+    /// The whole configuration.
     pub config: NetworkConfig,
 }
 
 impl CniRequest {
-    /// `program` is the name by which this one was called.
+    /// Parses a call of the plugin. `program` is the file name by which the program was called.
     ///
     /// # Errors
-    /// By the specification's numbers, with the version in which they are to be told; it names what is
-    /// wrong.
+    /// If a variable or the configuration is missing or invalid. The error comes with the version whose
+    /// format it must have.
     pub fn parse(
         program: &str,
         environment: &Environment,
@@ -101,7 +122,7 @@ impl CniRequest {
         const NEWEST: &str = VERSIONS[VERSIONS.len() - 1];
         let verb = verb(environment).map_err(|error| (error, NEWEST))?;
         let config = match input.trim_ascii() {
-            // The oldest runtimes send nothing along with it.
+            // The oldest runtimes send no configuration with VERSION.
             [] if verb == Verb::Version => Ok(NetworkConfig::default()),
             input => NetworkConfig::parse(input),
         };
@@ -109,9 +130,9 @@ impl CniRequest {
         let named = config.version().map_err(|error| (error, NEWEST))?;
         let version = match VERSIONS.into_iter().find(|version| *version == named) {
             Some(version) => version,
-            // What asks for the versions need not know them.
+            // VERSION must work for any version.
             None if verb == Verb::Version => NEWEST,
-            // Configurations named none before there was a second.
+            // Configurations of the first version have no `cniVersion`.
             None if named.is_empty() => VERSIONS[0],
             None => return Err((unknown_version(&named), NEWEST)),
         };
@@ -135,36 +156,36 @@ impl CniRequest {
         };
         let netns = || need("CNI_NETNS").map(|path| Path::new(path).to_owned());
         expect_verb(verb, version)?;
-        let asked = match verb {
+        let operation = match verb {
             Verb::Add => {
                 let (attachment, netns) = (attachment()?, netns()?);
                 let arguments = arguments(text(environment, "CNI_ARGS")?.unwrap_or_default())?;
-                Asked::Add { attachment, netns, wishes: config.wishes(&arguments)? }
+                Operation::Add { attachment, netns, pod_options: config.pod_options(&arguments)? }
             }
             Verb::Del => {
                 let [container, interface] =
                     [need("CNI_CONTAINERID")?, need("CNI_IFNAME")?].map(str::to_owned);
                 let netns = variable(environment, "CNI_NETNS").map(PathBuf::from);
-                Asked::Del { name: AttachmentName { container, interface }, netns }
+                Operation::Del { name: AttachmentName { container, interface }, netns }
             }
-            Verb::Check => Asked::Check { attachment: attachment()?, netns: netns()? },
-            Verb::Gc => Asked::Gc { valid: config.valid_attachments()? },
-            Verb::Status => Asked::Status,
-            Verb::Version => Asked::Version,
+            Verb::Check => Operation::Check { attachment: attachment()?, netns: netns()? },
+            Verb::Gc => Operation::Gc { valid: config.valid_attachments()? },
+            Verb::Status => Operation::Status,
+            Verb::Version => Operation::Version,
         };
         let loopback = program == LOOPBACK || config.kind()? == LOOPBACK;
-        Ok(Self { asked, version, loopback, network: config.name()?, config })
+        Ok(Self { operation, version, loopback, network: config.name()?, config })
     }
 
-    /// On whose behalf the agent keeps what this network asks for.
+    /// Returns the owner under which the agent stores this network's pods.
     pub fn owner(&self) -> String {
         format!("cni/{}", self.network)
     }
 
-    /// Where the agent listens.
+    /// Returns the path of the agent's control socket.
     ///
     /// # Errors
-    /// For an instance that cannot be one.
+    /// If `socket` or `instance` in the configuration is invalid.
     pub fn socket(&self) -> Result<PathBuf, CniError> {
         if let Some(socket) = self.config.socket()? {
             return Ok(socket);
@@ -183,7 +204,7 @@ fn variable<'a>(environment: &'a Environment, name: &str) -> Option<&'a OsStr> {
 fn text<'a>(environment: &'a Environment, name: &str) -> Result<Option<&'a str>, CniError> {
     let Some(value) = variable(environment, name) else { return Ok(None) };
     let unreadable = || {
-        let why = format!("{name} {}: it is not UTF-8", value.display());
+        let why = format!("{name} {}: not UTF-8", value.display());
         CniError::new(code::BAD_ENVIRONMENT, why)
     };
     value.to_str().map(Some).ok_or_else(unreadable)
@@ -196,12 +217,12 @@ fn missing(name: &str) -> CniError {
 fn verb(environment: &Environment) -> Result<Verb, CniError> {
     let said = text(environment, "CNI_COMMAND")?.ok_or_else(|| missing("CNI_COMMAND"))?;
     Verb::ALL.into_iter().find(|verb| verb.name() == said).ok_or_else(|| {
-        let why = format!("CNI_COMMAND {said:?}: it is ADD, DEL, CHECK, GC, STATUS or VERSION");
+        let why = format!("CNI_COMMAND {said:?}: use ADD, DEL, CHECK, GC, STATUS or VERSION");
         CniError::new(code::BAD_ENVIRONMENT, why)
     })
 }
 
-/// Verbs that came later than others are not in earlier versions.
+/// Checks that the version of the configuration has the verb.
 fn expect_verb(verb: Verb, version: &'static str) -> Result<(), CniError> {
     let since = match verb {
         Verb::Add | Verb::Del | Verb::Version => VERSIONS[0],
@@ -213,17 +234,17 @@ fn expect_verb(verb: Verb, version: &'static str) -> Result<(), CniError> {
         return Ok(());
     }
     let verb = verb.name();
-    let why = format!("CNI_COMMAND {verb}: cniVersion {version} has none: it came with {since}");
+    let why = format!("CNI_COMMAND {verb}: not in cniVersion {version}; it exists since {since}");
     Err(CniError::new(code::INCOMPATIBLE_VERSION, why))
 }
 
 fn unknown_version(version: &str) -> CniError {
-    let why = format!("cniVersion {version}: this plugin does not speak it");
-    let details = format!("it speaks {}", VERSIONS.join(", "));
+    let why = format!("cniVersion {version}: not supported by this plugin");
+    let details = format!("supported: {}", VERSIONS.join(", "));
     CniError { details, ..CniError::new(code::INCOMPATIBLE_VERSION, why) }
 }
 
-/// The pairs in `CNI_ARGS`. One that is not known is refused, unless the runtime says that it need not be.
+/// Parses the pairs in `CNI_ARGS`. Refuses unknown keys unless `IgnoreUnknown` is set.
 fn arguments(text: &str) -> Result<BTreeMap<String, String>, CniError> {
     const IGNORE: &str = "IgnoreUnknown";
     const KNOWN: [&str; 3] = ["IP", "MAC", IGNORE];
@@ -231,11 +252,11 @@ fn arguments(text: &str) -> Result<BTreeMap<String, String>, CniError> {
     let mut pairs = BTreeMap::new();
     for pair in text.split(';').filter(|pair| !pair.trim().is_empty()) {
         let (key, value) =
-            pair.split_once('=').ok_or_else(|| bad(format!("{pair:?} is no KEY=VALUE")))?;
+            pair.split_once('=').ok_or_else(|| bad(format!("{pair:?} is not KEY=VALUE")))?;
         let (key, value) = (key.trim(), value.trim());
         match pairs.insert(key.to_owned(), value.to_owned()) {
             Some(other) if other != value && KNOWN.contains(&key) => {
-                return Err(bad(format!("{key} is said twice: {other} and {value}")));
+                return Err(bad(format!("{key} is set twice: {other} and {value}")));
             }
             _ => {}
         }
@@ -244,13 +265,11 @@ fn arguments(text: &str) -> Result<BTreeMap<String, String>, CniError> {
     let ignore = match ignore.as_deref() {
         None | Some("0" | "false") => false,
         Some("1" | "true") => true,
-        Some(other) => return Err(bad(format!("{IGNORE}={other}: it is 1, true, 0 or false"))),
+        Some(other) => return Err(bad(format!("{IGNORE}={other}: use 1, true, 0 or false"))),
     };
     let is_unknown = |key: &&String| !KNOWN.contains(&key.as_str());
     match pairs.keys().find(is_unknown).filter(|_| !ignore) {
-        Some(key) => {
-            Err(bad(format!("{key} is not known here: set {IGNORE}=1 to have it ignored")))
-        }
+        Some(key) => Err(bad(format!("{key} is unknown: set {IGNORE}=1 to ignore unknown keys"))),
         None => Ok(pairs),
     }
 }

@@ -1,4 +1,4 @@
-//! A connected pod as the runtime reads it: the formats of the specification's versions differ.
+//! The result of ADD, in the format of each version of the specification.
 
 use std::net::IpAddr;
 
@@ -7,27 +7,35 @@ use serde_json::{Map, Value, json};
 
 use crate::api::{Attached, AttachedRoute};
 
-/// What ADD has made, in no version's format.
+/// What ADD has created, independent of the version.
 #[derive(Debug, Default)]
-pub struct Made {
+pub struct AddResult {
+    /// The interfaces, in the order of the result. The last one is the pod's.
     pub interfaces: Vec<Interface>,
-    /// All are of the last interface.
+    /// Address with prefix length, and gateway. All belong to the last interface.
     pub addresses: Vec<(IpNet, Option<IpAddr>)>,
+    /// The pod's routes.
     pub routes: Vec<AttachedRoute>,
+    /// The `dns` object of the result.
     pub dns: Value,
 }
 
+/// An interface in the result.
 #[derive(Debug, Default)]
 pub struct Interface {
+    /// Name of the interface in its namespace.
     pub name: String,
+    /// The MAC as text.
     pub mac: Option<String>,
+    /// The MTU in bytes.
     pub mtu: Option<u32>,
     /// Path of the network namespace, unless it is the host's.
     pub sandbox: Option<String>,
 }
 
-impl Made {
-    /// A pod's place in the overlay.
+impl AddResult {
+    /// Builds the result for a pod of the overlay: bridge, the host's end of the veth pair, and the pod's
+    /// end.
     pub fn new(interface: &str, netns: &str, attached: &Attached, dns: Value) -> Self {
         let link = |name: &str, mac: Option<String>, sandbox: Option<&str>| Interface {
             name: name.to_owned(),
@@ -52,7 +60,7 @@ impl Made {
         }
     }
 
-    /// The answer to ADD (section "ADD Success" of the specification, and its earlier versions).
+    /// Returns the answer to ADD (section "ADD Success" of each version of the specification).
     pub fn to_json(&self, version: &str) -> Value {
         if matches!(version, "0.1.0" | "0.2.0") {
             return self.to_oldest_json(version);
@@ -79,13 +87,15 @@ impl Made {
         })
     }
 
-    /// One address of each family, without interfaces.
+    /// Returns the format of 0.1.0 and 0.2.0: one address of each family, no interfaces.
     fn to_oldest_json(&self, version: &str) -> Value {
         let mut result = Map::new();
         result.insert("cniVersion".to_owned(), version.into());
         for (key, ipv4) in [("ip4", true), ("ip6", false)] {
-            let is_its = |(address, _): &&(IpNet, _)| address.addr().is_ipv4() == ipv4;
-            let Some((address, gateway)) = self.addresses.iter().find(is_its) else { continue };
+            let is_of_family = |(address, _): &&(IpNet, _)| address.addr().is_ipv4() == ipv4;
+            let Some((address, gateway)) = self.addresses.iter().find(is_of_family) else {
+                continue;
+            };
             let routes = self.routes.iter().filter(|route| route.via.is_ipv4() == ipv4);
             let mut ip = json!({ "ip": address, "routes": routes.map(route).collect::<Vec<_>>() });
             if let Some(gateway) = gateway {
@@ -122,7 +132,7 @@ mod tests {
     use crate::{api::AttachedAddress, model::Mac};
 
     #[test]
-    fn each_version_has_its_own_format() {
+    fn result_has_the_format_of_each_version() {
         let attached = Attached {
             mac: Mac::from_bytes([0x0a, 0x58, 10, 42, 7, 2]),
             link: "gsm0123456789".to_owned(),
@@ -139,8 +149,9 @@ mod tests {
                 via: [10, 42, 7, 1].into(),
             }],
         };
-        let made = Made::new("eth0", "/ns", &attached, json!({ "nameservers": ["10.42.0.10"] }));
-        let new = made.to_json("1.1.0");
+        let result =
+            AddResult::new("eth0", "/ns", &attached, json!({ "nameservers": ["10.42.0.10"] }));
+        let new = result.to_json("1.1.0");
         assert_eq!(
             new["interfaces"][2],
             json!({ "name": "eth0", "mac": "0a:58:0a:2a:07:02", "mtu": 1450, "sandbox": "/ns" })
@@ -152,14 +163,14 @@ mod tests {
         assert_eq!(new["routes"], json!([{ "dst": "0.0.0.0/0", "gw": "10.42.7.1" }]));
         assert_eq!(new["dns"]["nameservers"], json!(["10.42.0.10"]));
         for version in ["0.3.0", "0.3.1", "0.4.0"] {
-            let old = made.to_json(version);
+            let old = result.to_json(version);
             assert_eq!(
                 (&old["ips"][0]["version"], &old["interfaces"][2]["mtu"]),
                 (&json!("4"), &Value::Null)
             );
         }
-        assert_eq!(made.to_json("1.0.0")["ips"][0].get("version"), None);
-        let oldest = made.to_json("0.2.0");
+        assert_eq!(result.to_json("1.0.0")["ips"][0].get("version"), None);
+        let oldest = result.to_json("0.2.0");
         assert_eq!(
             oldest["ip4"],
             json!({

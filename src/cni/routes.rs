@@ -1,4 +1,4 @@
-//! The routes of an earlier result, which CHECK holds a pod to: whichever program has set them.
+//! Compares the routes in `prevResult` with the kernel, for CHECK. Any plugin may have added those routes.
 
 use std::{fmt, fs::File, net::IpAddr, path::Path};
 
@@ -11,10 +11,10 @@ use super::{
 };
 use crate::netlink::{
     Netlink,
-    route::{Listed, MAIN},
+    route::{MAIN, UnicastRoute},
 };
 
-/// A route as a result tells it. What a result does not tell may be as it likes.
+/// A route in `prevResult`. `None` fields are not compared.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Expected {
     to: IpNet,
@@ -24,7 +24,7 @@ pub struct Expected {
 }
 
 impl Expected {
-    /// Reads the routes of a result. What is no route is none.
+    /// Returns the routes of a result. Skips malformed ones.
     pub fn all(result: &Value) -> Vec<Self> {
         let all = result["routes"].as_array().map(Vec::as_slice).unwrap_or_default();
         all.iter().filter_map(Self::read).collect()
@@ -34,7 +34,7 @@ impl Expected {
         let to: IpNet = route["dst"].as_str()?.parse().ok()?;
         let number = |key: &str| {
             let number = route[key].as_u64().and_then(|number| u32::try_from(number).ok());
-            // The kernel takes 0 for "not told".
+            // The kernel treats 0 as "not set".
             number.filter(|number| *number != 0)
         };
         Some(Self {
@@ -45,7 +45,7 @@ impl Expected {
         })
     }
 
-    fn is(&self, listed: &Listed) -> bool {
+    fn matches(&self, listed: &UnicastRoute) -> bool {
         self.to == listed.to
             && self.table == listed.table
             && self.via.is_none_or(|via| listed.gateways.contains(&via))
@@ -62,25 +62,25 @@ impl fmt::Display for Expected {
     }
 }
 
-/// Looks for routes in the namespace of a pod.
+/// Checks that the routes exist in the namespace of a pod. `path` is the namespace's path for messages.
 ///
 /// # Errors
-/// It names the first that is not there.
+/// If the routes cannot be read, or if one is missing. The error names the first missing route.
 pub fn compare(opened: &File, path: &Path, expected: &[Expected]) -> Result<(), CniError> {
     if expected.is_empty() {
         return Ok(());
     }
     let failed = |error| CniError::new(code::IO, format!("routes in {}: {error}", path.display()));
-    let home = File::open(netns::OWN).map_err(failed)?;
-    let mut inside = Netlink::open_in(opened, &home)
-        .map_err(|error| netns::unusable("CNI_NETNS", path, &error))?;
+    let host_netns = File::open(netns::OWN_NETNS).map_err(failed)?;
+    let mut inside = Netlink::open_in(opened, &host_netns)
+        .map_err(|error| netns::namespace_error("CNI_NETNS", path, &error))?;
     let mut listed = Vec::new();
     for ipv4 in [true, false] {
         if expected.iter().any(|route| route.to.addr().is_ipv4() == ipv4) {
             listed.extend(inside.routes(ipv4).map_err(failed)?);
         }
     }
-    match expected.iter().find(|route| !listed.iter().any(|listed| route.is(listed))) {
+    match expected.iter().find(|route| !listed.iter().any(|listed| route.matches(listed))) {
         None => Ok(()),
         Some(route) => {
             let why = format!("{} does not have the route {route} of prevResult", path.display());
@@ -95,31 +95,31 @@ mod tests {
 
     use super::*;
 
-    fn listed(to: &str, via: &str, metric: u32, table: u32) -> Listed {
+    fn listed(to: &str, via: &str, metric: u32, table: u32) -> UnicastRoute {
         let gateways = vec![via.parse().expect("an address")];
-        Listed { to: to.parse().expect("a network"), gateways, link: None, metric, table }
+        UnicastRoute { to: to.parse().expect("a network"), gateways, link: None, metric, table }
     }
 
     #[test]
-    fn route_is_held_to_what_the_result_tells_of_it() {
-        let is = |route: Value, listed: &Listed| {
+    fn route_is_compared_only_in_the_fields_of_the_result() {
+        let matches = |route: Value, listed: &UnicastRoute| {
             let read = Expected::all(&json!({ "routes": [route] }));
-            read.iter().all(|route| route.is(listed))
+            read.iter().all(|route| route.matches(listed))
         };
         let default = listed("0.0.0.0/0", "10.42.7.1", 0, MAIN);
-        assert!(is(json!({ "dst": "0.0.0.0/0", "gw": "10.42.7.1" }), &default));
-        assert!(is(json!({ "dst": "0.0.0.0/0", "gw": null, "table": 0 }), &default));
-        assert!(!is(json!({ "dst": "0.0.0.0/0", "gw": "10.42.7.9" }), &default));
-        assert!(!is(json!({ "dst": "10.0.0.0/8", "gw": "10.42.7.1" }), &default));
-        assert!(!is(json!({ "dst": "0.0.0.0/0", "table": 100 }), &default));
+        assert!(matches(json!({ "dst": "0.0.0.0/0", "gw": "10.42.7.1" }), &default));
+        assert!(matches(json!({ "dst": "0.0.0.0/0", "gw": null, "table": 0 }), &default));
+        assert!(!matches(json!({ "dst": "0.0.0.0/0", "gw": "10.42.7.9" }), &default));
+        assert!(!matches(json!({ "dst": "10.0.0.0/8", "gw": "10.42.7.1" }), &default));
+        assert!(!matches(json!({ "dst": "0.0.0.0/0", "table": 100 }), &default));
         let other = listed("10.0.0.0/8", "10.42.7.1", 50, 100);
-        assert!(is(json!({ "dst": "10.1.2.3/8", "priority": 50, "table": 100 }), &other));
-        assert!(!is(json!({ "dst": "10.0.0.0/8", "priority": 51, "table": 100 }), &other));
-        assert!(!is(json!({ "dst": "::/0" }), &default));
+        assert!(matches(json!({ "dst": "10.1.2.3/8", "priority": 50, "table": 100 }), &other));
+        assert!(!matches(json!({ "dst": "10.0.0.0/8", "priority": 51, "table": 100 }), &other));
+        assert!(!matches(json!({ "dst": "::/0" }), &default));
     }
 
     #[test]
-    fn what_is_no_route_is_none() {
+    fn malformed_routes_are_skipped() {
         for routes in [json!(null), json!("a"), json!({}), json!([null, 1, {}, { "dst": "a" }])] {
             assert_eq!(Expected::all(&json!({ "routes": routes })), []);
         }

@@ -1,9 +1,9 @@
-//! What runtimes have asked for while no agent answered, kept until one does it.
+//! Requests of runtimes that no agent has answered, stored until the agent carries them out.
 //!
-//! A pod's end must not wait for an agent, or it cannot be deleted while the agent is being upgraded, or was
-//! removed. The folder is beside the control socket, below /run as a rule: after a new start of the host no
-//! pod is there any more. Its size is bounded, and what does not fit is not lost for good: the agent takes
-//! back the addresses of pods that are gone by itself.
+//! The end of a pod must not wait for the agent. Otherwise pods could not be deleted while the agent is
+//! upgraded or after it was removed. The directory is beside the control socket, usually below /run, and so
+//! disappears with a reboot, as do the pods. Its size is bounded. A request that does not fit is not lost,
+//! because the agent also releases the addresses of pods whose veth pair is gone.
 
 use std::{
     fs::{self, DirBuilder},
@@ -24,25 +24,28 @@ use crate::{
     store::{PRIVATE, replace},
 };
 
-/// Files in the folder.
+/// Maximum number of files in the directory.
 const NOTES_MAX: usize = 4096;
-/// Of the hash in a file's name.
-const HASHED: usize = 10;
+/// Bytes of the hash in a file's name.
+const HASH_LEN: usize = 10;
 
-/// Something to be done.
+/// A stored request.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Note {
+    /// Disconnects a pod.
     Detach(AttachmentName),
-    /// All of an owner's but these.
+    /// Disconnects all pods of an owner that are not in `valid`.
     Collect {
+        /// The owner of the pods.
         owner: String,
+        /// The attachments to keep.
         valid: Vec<AttachmentName>,
     },
 }
 
 impl Note {
-    /// Of its file. What is asked for again takes the place of what was asked for before.
+    /// Returns the name of its file. A later request about the same pod or owner replaces the earlier one.
     fn file_name(&self) -> String {
         let (kind, text) = match self {
             Self::Detach(AttachmentName { container, interface }) => {
@@ -50,33 +53,34 @@ impl Note {
             }
             Self::Collect { owner, .. } => ("gc", owner.clone()),
         };
-        format!("{kind}-{}", HEXLOWER.encode(&Sha256::digest(text)[..HASHED]))
+        format!("{kind}-{}", HEXLOWER.encode(&Sha256::digest(text)[..HASH_LEN]))
     }
 }
 
-/// The folder.
+/// The directory of stored requests.
 #[derive(Debug)]
 pub struct Spool(PathBuf);
 
 impl Spool {
-    /// That of the agent which listens there.
+    /// Returns the spool of the agent that listens at `socket`.
     pub fn beside(socket: &Path) -> Self {
         let mut path = socket.as_os_str().to_owned();
         path.push(".pending");
         Self(path.into())
     }
 
+    /// Returns the path of the directory.
     pub fn path(&self) -> &Path {
         &self.0
     }
 
-    /// Keeps a note.
+    /// Stores a note. Does nothing if the socket's directory does not exist.
     ///
     /// # Errors
-    /// If the folder is full, of another user, or cannot be written.
+    /// If the directory is full, is not private to this user, or cannot be written.
     pub fn put(&self, note: &Note) -> io::Result<()> {
         if self.0.parent().is_some_and(|directory| !directory.exists()) {
-            // No agent has listened there since this host was started, so no pod was connected.
+            // No agent has listened there since the host started, so no pod is connected.
             return Ok(());
         }
         match DirBuilder::new().mode(0o700).create(&self.0) {
@@ -90,28 +94,28 @@ impl Spool {
         replace(&path, &serde_json::to_string(note)?, PRIVATE)
     }
 
-    /// Whether there is a note of its kind about the same pod or owner.
+    /// Returns whether a note of the same kind about the same pod or owner exists.
     pub fn holds(&self, note: &Note) -> bool {
         self.0.join(note.file_name()).symlink_metadata().is_ok()
     }
 
-    /// Drops a note that has been carried out, or that no longer holds.
+    /// Removes a note that was carried out or no longer applies.
     pub fn drop(&self, note: &Note) {
         let _ = fs::remove_file(self.0.join(note.file_name()));
     }
 
-    /// All notes. A file that is none is removed, with a word in the log.
+    /// Returns all notes. Removes and logs files that are not valid notes.
     pub fn read(&self) -> Vec<Note> {
         let entries = match fs::read_dir(&self.0) {
             Ok(entries) => entries,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Vec::new(),
             Err(error) => {
-                tracing::warn!(path = %self.0.display(), %error, "notes of the CNI plugin not read");
+                tracing::warn!(path = %self.0.display(), %error, "CNI spool unreadable");
                 return Vec::new();
             }
         };
         if let Err(error) = self.expect_private() {
-            tracing::warn!(%error, "notes of the CNI plugin not read");
+            tracing::warn!(%error, "CNI spool ignored");
             return Vec::new();
         }
         let mut notes = Vec::new();
@@ -120,7 +124,7 @@ impl Spool {
                 Ok(note) => notes.push(note),
                 Err(error) => {
                     let path = entry.path();
-                    tracing::warn!(path = %path.display(), %error, "removed: no note of the CNI plugin");
+                    tracing::warn!(path = %path.display(), %error, "invalid file removed from CNI spool");
                     let _ = fs::remove_file(path);
                 }
             }
@@ -128,13 +132,13 @@ impl Spool {
         notes
     }
 
-    /// Only this user can have written what is in there.
+    /// Checks that only this user can have written the directory's content.
     fn expect_private(&self) -> io::Result<()> {
         let meta = fs::symlink_metadata(&self.0)?;
         if meta.is_dir() && meta.uid() == geteuid().as_raw() && meta.mode() & 0o077 == 0 {
             return Ok(());
         }
-        let why = format!("{}: it is not this user's alone: remove it", self.0.display());
+        let why = format!("{}: other users have access to it: remove it", self.0.display());
         Err(io::Error::other(why))
     }
 }
@@ -144,7 +148,7 @@ fn read(path: &Path) -> io::Result<Note> {
     let note: Note = serde_json::from_slice(&text)?;
     match path.file_name().is_some_and(|name| *name == *note.file_name()) {
         true => Ok(note),
-        false => Err(io::Error::other("its name does not follow from what is in it")),
+        false => Err(io::Error::other("its name does not match its content")),
     }
 }
 
@@ -160,11 +164,11 @@ mod tests {
     }
 
     #[test]
-    fn notes_are_read_as_they_were_written_and_one_of_a_kind_is_kept() {
+    fn notes_are_read_back_and_one_of_a_kind_is_kept() {
         let dir = tempfile::tempdir().expect("a directory");
         let spool = Spool::beside(&dir.path().join("run/gossamer.sock"));
         assert_eq!(spool.read(), []);
-        // Where no agent has ever listened.
+        // No agent has ever listened there.
         spool.put(&detach("a")).expect("nothing to be noted");
         assert_eq!(fs::read_dir(dir.path()).expect("readable").count(), 0);
         fs::create_dir(dir.path().join("run")).expect("made");
@@ -181,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_note_is_removed_and_spoils_none() {
+    fn invalid_notes_are_removed_and_valid_ones_read() {
         let dir = tempfile::tempdir().expect("a directory");
         let spool = Spool::beside(&dir.path().join("gossamer.sock"));
         spool.put(&detach("a")).expect("noted");
@@ -196,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_of_others_is_not_believed_and_a_full_one_takes_no_more() {
+    fn spool_of_other_users_is_ignored_and_full_one_takes_no_more_notes() {
         let dir = tempfile::tempdir().expect("a directory");
         let spool = Spool::beside(&dir.path().join("gossamer.sock"));
         (0..NOTES_MAX).for_each(|number| spool.put(&detach(&number.to_string())).expect("noted"));

@@ -1,4 +1,4 @@
-//! How a node begins: from what its disk remembers, or as the first of a new cluster, or as a non-member.
+//! Starts a node: from saved records, as the creator of a cluster, or as a non-member.
 
 use std::{
     collections::{BTreeSet, VecDeque},
@@ -17,8 +17,8 @@ use crate::{
 };
 
 use super::{
-    Asked, Calls, Counters, Directory, Dirty, FIRST_WRITE, Home, InUse, Membership, Node, Output,
-    SlotTable,
+    Calls, ClusterState, Counters, Directory, Dirty, FIRST_WRITE, KernelRequest, KernelSubnet,
+    Membership, Node, Output, SlotTable,
     forget::Forgetting,
     horizon::{Horizons, is_sound_epoch, is_sound_member},
     introduce::Introductions,
@@ -26,77 +26,105 @@ use super::{
     lease::LeaseSearch,
     leave::Leaving,
     malformed::Notes,
-    planted::{Bug, planted},
+    planted::{Mutation, has_mutation},
     push::PushQueue,
-    sync::{Doubt, SyncRound},
+    sync::{NeededWitnesses, SyncRound},
     vote::Voting,
 };
 
-/// What a node is told from outside. Nothing in it is remembered; the disk has the rest.
+/// Settings from outside the core. None of them is saved; saved records are passed to [`Node::start`].
 #[derive(Clone, Debug)]
 pub struct NodeConfig {
+    /// This node's id.
     pub node: NodeId,
+    /// A random id of this process.
     pub boot: BootId,
+    /// This node's name.
     pub name: NodeName,
-    /// Where peers reach this node's QUIC endpoint.
+    /// The address at which peers reach this node's QUIC endpoint.
     pub address: SocketAddr,
+    /// This node's VXLAN endpoint.
     pub vtep: Vtep,
+    /// What to do if no cluster is saved.
     pub bootstrap: Bootstrap,
-    /// How many seeds there are; the shell knows their names.
+    /// The number of seeds; the agent knows their addresses.
     pub seeds: usize,
-    /// The cluster that the join token names.
+    /// The cluster id in the join token.
     pub cluster: Option<ClusterId>,
-    /// What the operator wrote down about the cluster.
+    /// The cluster settings that the operator configured; they must not differ from the cluster's own.
     pub wish: SettingsWish,
-    /// First address of the subnet this node would like.
+    /// An address of the subnet that this node prefers.
     pub prefer_subnet: Option<IpAddr>,
-    /// First address of the subnet that this node has been given from outside (Kubernetes). It leases that
-    /// one and no other, as all nodes of its cluster do; nobody grants anything, and the cluster needs no
-    /// creator: its id is `cluster`, which all of them know.
+    /// An address of the subnet that Kubernetes assigned to this node. The node leases that subnet and no
+    /// other; all nodes of such a cluster have this setting. Nodes grant no slots to each other, and the
+    /// cluster needs no creator: its id is `cluster`, which all nodes know.
     pub assigned: Option<IpAddr>,
-    /// Networks that this host uses for something else. It takes no subnet in them, if it has another.
+    /// Networks that this host routes elsewhere. The node leases a subnet in them only if it has no other.
     pub occupied: Vec<IpNet>,
-    /// Names are unique by construction: a down member of this node's name is its predecessor, and gone.
+    /// Whether node names are unique. A down member with this node's name is then its predecessor, which this
+    /// node forgets.
     pub replace_by_name: bool,
-    /// By time alone nobody is forgotten otherwise.
+    /// The voters and the timeout for automatic forgetting; `None` turns it off.
     pub quorum: Option<Quorum>,
-    /// Seed of all randomness in the node: from the OS in production, from the run's seed in simulation.
+    /// The seed of all randomness in the node: from the OS in the agent, from the run's seed in the
+    /// simulator.
     pub rng_seed: [u8; 32],
 }
 
-/// What to do where the disk remembers no cluster.
+/// What a node does if no cluster is saved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Bootstrap {
+    /// Create a cluster with these settings.
     Create(ClusterSettings),
+    /// Join a cluster through the seeds.
     Join,
 }
 
-/// Why a node cannot begin. Nothing has been written.
+/// The reason for which a node cannot start. Nothing has been written.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StartError {
+    /// No cluster is saved and there are no seeds.
     #[error(
         "this host is in no cluster: start the first node of a new one with --init, \
          or join one with --join HOST and its token"
     )]
     NoCluster,
+    /// The token and the saved records name different clusters.
     #[error(
         "the token is for cluster {token}, but this host's state belongs to cluster {state}: \
          use that cluster's token, or remove the state directory to restart"
     )]
-    OtherCluster { token: ClusterId, state: ClusterId },
+    OtherCluster {
+        /// The cluster id in the token.
+        token: ClusterId,
+        /// The saved cluster id.
+        state: ClusterId,
+    },
+    /// The configured settings differ from those of the saved cluster.
     #[error("{0}: the settings of a cluster cannot be changed; correct or leave out that setting")]
     Settings(Difference),
+    /// The assigned subnet is outside the cluster's network.
     #[error("pod_cidr: {address} is outside the cluster's network {network}: set network")]
-    Assigned { address: IpAddr, network: IpNet },
+    Assigned {
+        /// The assigned address.
+        address: IpAddr,
+        /// The cluster's network.
+        network: IpNet,
+    },
+    /// The node has left, and the record of its cluster is missing.
     #[error(
-        "this host left its cluster, and of that cluster nothing is known here any more: \
+        "this host has left its cluster, and its state directory holds no record of that cluster: \
          remove the state directory to join as a new node"
     )]
     HasLeft,
 }
 
 impl Node {
-    /// Begins with the records that the database holds, in any order.
+    /// Starts a node from the saved records, which may come in any order.
+    ///
+    /// # Errors
+    /// Fails if the configuration and the saved records contradict each other, or if there is neither a saved
+    /// cluster nor a way into one.
     pub fn start(
         now: Time,
         config: NodeConfig,
@@ -104,7 +132,11 @@ impl Node {
     ) -> Result<Self, StartError> {
         let mut memory = Memory::new(now, config.node, &saved);
         saved.into_iter().for_each(|(_, record)| memory.recall(record));
-        let starts = if planted(Bug::ForgetStarts) { 1 } else { memory.starts.saturating_add(1) };
+        let starts = if has_mutation(Mutation::StartsNotCounted) {
+            1
+        } else {
+            memory.starts.saturating_add(1)
+        };
         let mut rng = StdRng::from_seed(config.rng_seed);
         let left_to = memory.directory.get(config.node).and_then(|record| record.left_to);
         if left_to.is_some() && memory.cluster.is_none() {
@@ -119,7 +151,7 @@ impl Node {
             vtep: config.vtep,
             left_to,
         };
-        let home = match (memory.cluster, config.bootstrap) {
+        let cluster_state = match (memory.cluster, config.bootstrap) {
             (Some(cluster), _) => Some(resume(now, cluster, &memory.runs, &config)?),
             (None, Bootstrap::Create(settings)) => {
                 Some(found(now, settings, me.node, &config, &mut rng))
@@ -127,18 +159,18 @@ impl Node {
             (None, Bootstrap::Join) if config.seeds == 0 => return Err(StartError::NoCluster),
             (None, Bootstrap::Join) => None,
         };
-        if let (Some(address), Some(home)) = (config.assigned, &home) {
-            let pool = home.cluster.settings.pool;
+        if let (Some(address), Some(cluster_state)) = (config.assigned, &cluster_state) {
+            let pool = cluster_state.cluster.settings.pool;
             pool.slot_at(address)
                 .ok_or(StartError::Assigned { address, network: pool.network() })?;
         }
-        let created = home.is_some() && memory.cluster.is_none();
-        let leaving = (home.is_some() && left_to.is_some()).then(|| Leaving::resumed(now));
+        let created = cluster_state.is_some() && memory.cluster.is_none();
+        let leaving = (cluster_state.is_some() && left_to.is_some()).then(|| Leaving::resumed(now));
         let identity = Identity { node: me.node, incarnation: Incarnation { starts, renewals: 0 } };
         let mut node = Self {
             membership: Membership::new(identity, StdRng::from_rng(&mut rng)),
             joining: Joining::new(now, config.seeds),
-            sync: SyncRound::new(now, config.seeds, memory.doubt(me.node)),
+            sync: SyncRound::new(now, config.seeds, memory.needed_witnesses(me.node)),
             push: PushQueue::default(),
             directory: memory.directory,
             counters: Counters::default(),
@@ -153,18 +185,18 @@ impl Node {
             introductions: Introductions::default(),
             outbid_at: None,
             voting: Voting::new(now),
-            in_use: InUse::Unknown,
-            asked: Asked::Nothing,
+            kernel_subnet: KernelSubnet::Unknown,
+            kernel_request: KernelRequest::Nothing,
             duplicate: None,
-            could_write: false,
-            outranked: BTreeSet::new(),
+            may_write_before: false,
+            outranked_boots: BTreeSet::new(),
             view_stale: true,
-            moved: BTreeSet::new(),
+            reassigned: BTreeSet::new(),
             identity_write: FIRST_WRITE,
             lease_write: 0,
             writes: 0,
-            needed_write: 0,
-            home,
+            last_urgent_write: 0,
+            cluster_state,
             me,
             config,
             rng,
@@ -173,27 +205,27 @@ impl Node {
         Ok(node)
     }
 
-    /// The first outputs: the start itself is on disk before anything is said.
+    /// Queues the first outputs. The number of the start is written before anything is sent.
     fn begin(&mut self, now: Time, created: bool) {
         let starts = Record::Starts(self.me.version.starts).encode();
         self.writes = FIRST_WRITE;
-        self.needed_write = self.writes;
+        self.last_urgent_write = self.writes;
         let records = vec![(Key::Starts, starts)];
         self.outputs.push_back(Output::Write { records, seq: self.writes });
-        if created && let Some(home) = &self.home {
-            let everything = home.slots.runs().to_vec();
+        if created && let Some(cluster_state) = &self.cluster_state {
+            let everything = cluster_state.slots.runs().to_vec();
             let changed: Vec<_> = everything.into_iter().map(|run| (run, None)).collect();
             self.dirty.mark(Key::Cluster, true);
             self.note_slots(&changed);
         }
-        if self.home.is_some() {
+        if self.cluster_state.is_some() {
             self.publish_self(now);
         }
         self.advance(now);
     }
 }
 
-/// What the records of a database add up to.
+/// The state that the saved records describe.
 struct Memory {
     me: NodeId,
     horizons: Horizons,
@@ -213,7 +245,7 @@ impl Memory {
         Self { me, horizons: Horizons::new(now), starts: 0, cluster, directory, runs }
     }
 
-    /// Leaves out what an earlier release took and this one refuses.
+    /// Adds a saved record. Leaves out records that an earlier release accepted and this one refuses.
     fn recall(&mut self, record: Record) {
         match record {
             Record::Starts(starts) => self.starts = starts,
@@ -221,38 +253,38 @@ impl Memory {
             Record::Slots(runs) => {
                 let sound = runs.iter().filter(|run| is_sound_epoch(run.record.epoch));
                 for run in sound {
-                    self.horizons.begin_with_run(run);
+                    self.horizons.include_run(run);
                     self.runs.push(*run);
                 }
             }
             Record::Member(record) if is_sound_member(&record, self.me, self.cluster.as_ref()) => {
-                self.horizons.begin_with_member(&record);
+                self.horizons.include_member(&record);
                 self.directory.merge(&record);
             }
             Record::Member(record) => {
-                tracing::warn!(node = %record.node, "a saved record that no node can use is left out");
+                tracing::warn!(node = %record.node, "saved member record is invalid, ignored");
             }
             Record::Forget(forget) => {
-                self.horizons.begin_with_forget(&forget);
+                self.horizons.include_forget(&forget);
                 self.directory.merge_forget(&forget);
             }
-            // Of this host alone, and the shell's.
+            // Pod records belong to the agent.
             Record::Pod(_) => {}
         }
     }
 }
 
 impl Memory {
-    /// Who could know of something that this memory lacks: any member that owned slots by it, or else all
-    /// there are.
-    fn doubt(&self, me: NodeId) -> Doubt {
+    /// Returns which peers must confirm this memory, because they may know records that it lacks: any one
+    /// member that owned slots, or all members if none of them did.
+    fn needed_witnesses(&self, me: NodeId) -> NeededWitnesses {
         let owners: BTreeSet<_> = self.runs.iter().map(|run| run.record.owner).collect();
         let members: BTreeSet<_> = self.directory.peers(me).map(|record| record.node).collect();
         let witnesses = &members & &owners;
         match (witnesses.is_empty(), members.is_empty()) {
-            (false, _) => Doubt::AnyOf(witnesses),
-            (true, false) => Doubt::AllOf(members),
-            (true, true) => Doubt::None,
+            (false, _) => NeededWitnesses::AnyOf(witnesses),
+            (true, false) => NeededWitnesses::AllOf(members),
+            (true, true) => NeededWitnesses::None,
         }
     }
 }
@@ -262,7 +294,7 @@ fn resume(
     cluster: ClusterRecord,
     runs: &[Run],
     config: &NodeConfig,
-) -> Result<Home, StartError> {
+) -> Result<ClusterState, StartError> {
     if let Some(token) = config.cluster.filter(|token| *token != cluster.id) {
         return Err(StartError::OtherCluster { token, state: cluster.id });
     }
@@ -272,7 +304,7 @@ fn resume(
     let mut slots = SlotTable::empty(cluster.settings.pool);
     slots.merge(runs);
     let search = LeaseSearch::new(now, &cluster, config);
-    Ok(Home { cluster, slots, search })
+    Ok(ClusterState { cluster, slots, search })
 }
 
 fn found(
@@ -281,18 +313,18 @@ fn found(
     creator: NodeId,
     config: &NodeConfig,
     rng: &mut StdRng,
-) -> Home {
+) -> ClusterState {
     let id = ClusterId::from_bytes(rng.random());
     if config.assigned.is_some() {
         let cluster = ClusterRecord { id: config.cluster.unwrap_or(id), settings };
         let search = LeaseSearch::new(now, &cluster, config);
-        return Home { cluster, slots: SlotTable::empty(settings.pool), search };
+        return ClusterState { cluster, slots: SlotTable::empty(settings.pool), search };
     }
     let cluster = ClusterRecord { id, settings };
     let mut slots = SlotTable::created_by(settings.pool, creator);
     let search = LeaseSearch::new(now, &cluster, config);
     search.lease_own(&mut slots, creator);
-    Home { cluster, slots, search }
+    ClusterState { cluster, slots, search }
 }
 
 pub(super) fn preferred(cluster: &ClusterRecord, config: &NodeConfig) -> Option<Slot> {

@@ -1,32 +1,34 @@
-//! What a node counts, for people and tests.
+//! Counters of a node, for metrics, status and tests.
 
-/// Counts since the start.
+/// Counts since the start of this process.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Counters {
-    /// Broken promises of single ownership, each settled alike on all nodes.
+    /// Slots for which two records of one epoch were received (ownership conflicts).
     pub ownership_conflicts: u64,
-    /// Records of another process that runs with this node's key.
+    /// Records received from another process with this node's key.
     pub duplicates: u64,
-    /// Frames and answers that could not be read.
+    /// Frames and responses that could not be decoded or were of the wrong kind or cluster.
     pub malformed: u64,
-    /// Entries of peers that cannot be true.
+    /// Facts of peers that were refused because they cannot be true.
     pub refused: u64,
-    /// Records in the name of this process that it never wrote.
+    /// Records in the name of this process that it did not write.
     pub forged: u64,
+    /// Slot grants to other nodes.
     pub grants: u64,
-    /// Times that a forgotten node's slots were taken over.
+    /// Forgotten nodes whose slots this node reclaimed.
     pub reclaims: u64,
-    /// Members that this node forgot because most voters had missed them for long.
+    /// Members that this node forgot by a vote.
     pub voted_gone: u64,
-    /// Records of this node's own that it did not remember: its state directory was rolled back.
+    /// Own records that peers hold and this node lost: its state directory was rolled back.
     pub rollbacks: u64,
-    /// Times that gossip called a member down.
+    /// Transitions of members to down.
     pub downs: u64,
-    /// Leases of its own that it did not need and made free slots.
+    /// Surplus leases that this node turned into free slots.
     pub surplus: u64,
-    /// Late grants of forgotten nodes, passed on to their successors.
+    /// Late grants of forgotten nodes that this node passed on to their successors.
     pub declined: u64,
-    /// Rounds of comparison that ended in "same" / "different".
+    /// Comparisons that found equal states.
     pub syncs_same: u64,
+    /// Comparisons that found a difference.
     pub syncs_different: u64,
 }

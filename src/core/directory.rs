@@ -1,7 +1,7 @@
-//! What each node says about itself: the newest member record of every node ever known.
+//! The newest member record of every node ever known, and the records of forgotten nodes.
 //!
-//! Each record has one writer, the node it describes. Records of nodes that left stay, so that a
-//! late copy from elsewhere cannot bring them back.
+//! Only the node that a member record describes writes it. Records of nodes that left stay, so that an
+//! outdated copy cannot restore them.
 
 use std::collections::{BTreeMap, BTreeSet, btree_map::Entry};
 
@@ -11,26 +11,27 @@ use crate::{
 };
 
 use super::{
-    planted::{Bug, planted},
+    planted::{Mutation, has_mutation},
     rank::state_hash,
 };
 
-/// Forgotten nodes whose records were lost with them.
+/// Limit of forgotten nodes without a member record.
 const MAX_STRAY: usize = 1 << 10;
 
+/// Member records and forget records.
 #[derive(Clone, Debug, Default)]
 pub struct Directory {
     records: BTreeMap<NodeId, MemberRecord>,
-    /// Who was forgotten: those with a record, and a bounded number of others.
+    /// Forgotten nodes: all with a member record, and at most `MAX_STRAY` others.
     forgets: BTreeMap<NodeId, Forget>,
-    /// Whose records say that they have left.
+    /// Nodes whose member record says that they have left.
     left: BTreeSet<NodeId>,
-    /// One per bucket, always that of both.
+    /// Hashes of the buckets, kept consistent with `records` and `forgets`.
     hashes: [u64; Buckets::COUNT],
 }
 
 impl Directory {
-    /// Takes the record if it is newer than ours. Says whether it was.
+    /// Takes the record over if it is newer than the known one. Returns whether it was.
     pub fn merge(&mut self, record: &MemberRecord) -> bool {
         let full = self.records.len() >= MAX_MEMBERS;
         let taken = match self.records.entry(record.node) {
@@ -42,7 +43,7 @@ impl Directory {
             }
             Entry::Occupied(mut entry) => {
                 let newer = precedence(record) > precedence(entry.get())
-                    || planted(Bug::IgnoreVersions) && record != entry.get();
+                    || has_mutation(Mutation::IgnoreVersions) && record != entry.get();
                 if newer {
                     let before = entry.insert(record.clone());
                     self.hashes[Buckets::of_node(record.node)] ^=
@@ -59,35 +60,37 @@ impl Directory {
         taken
     }
 
-    /// Who has left or was forgotten, each once.
+    /// Returns the nodes that left or were forgotten, each once.
     pub fn gone(&self) -> impl Iterator<Item = NodeId> {
         let left = self.left.iter().filter(|node| !self.forgets.contains_key(node));
         self.forgets.keys().chain(left).copied()
     }
 
-    /// Whether a record of this node would be kept.
+    /// Returns whether a record of this node can be stored.
     pub fn has_room_for(&self, node: NodeId) -> bool {
         self.records.len() < MAX_MEMBERS || self.records.contains_key(&node)
     }
 
+    /// Returns a node's record.
     pub fn get(&self, node: NodeId) -> Option<&MemberRecord> {
         self.records.get(&node)
     }
 
+    /// Returns all records, by node id.
     pub fn iter(&self) -> impl Iterator<Item = &MemberRecord> {
         self.records.values()
     }
 
-    /// Members that are not gone, other than `me`: those who may write records and hold newer facts.
+    /// Returns the records of all members except `me`, without those that left or were forgotten.
     pub fn peers(&self, me: NodeId) -> impl Iterator<Item = &MemberRecord> {
         self.records.values().filter(move |record| {
             record.node != me && !record.has_left() && !self.forgets.contains_key(&record.node)
         })
     }
 
-    /// Takes the word that a node is gone, unless a greater one is known. Says whether it was new.
+    /// Takes a forget record over unless a greater one is known. Returns whether it was new.
     pub fn merge_forget(&mut self, forget: &Forget) -> bool {
-        // Those without a record are bounded for themselves, so that they leave room for those with one.
+        // Nodes without a member record have a limit of their own, to leave room for those with one.
         let has_record = self.records.contains_key(&forget.node);
         let full = !has_record && self.forgets.len() >= MAX_STRAY && {
             let stray = |node: &&NodeId| !self.records.contains_key(node);
@@ -112,23 +115,27 @@ impl Directory {
         }
     }
 
+    /// Returns a node's forget record.
     pub fn forgotten(&self, node: NodeId) -> Option<&Forget> {
         self.forgets.get(&node)
     }
 
+    /// Returns all forget records.
     pub fn forgets(&self) -> impl Iterator<Item = &Forget> {
         self.forgets.values()
     }
 
+    /// Returns the forget records in a bucket.
     pub fn forgets_in(&self, bucket: usize) -> impl Iterator<Item = &Forget> {
         self.forgets.range(Buckets::nodes(bucket)).map(|(_, forget)| forget)
     }
 
+    /// Returns the member records in a bucket.
     pub fn bucket(&self, bucket: usize) -> impl Iterator<Item = &MemberRecord> {
         self.records.range(Buckets::nodes(bucket)).map(|(_, record)| record)
     }
 
-    /// One hash per bucket; the order of arrival makes no difference.
+    /// Returns one hash per bucket; they do not depend on the order of arrival.
     pub const fn hashes(&self) -> [u64; Buckets::COUNT] {
         self.hashes
     }
@@ -142,8 +149,8 @@ fn forget_hash(forget: &Forget) -> u64 {
     state_hash(&Record::Forget(*forget).encode())
 }
 
-/// The greatest is kept. Two different records of one version come from a copied state directory; the
-/// rest of the key makes all nodes keep the same one.
+/// Returns the key by which records of one node are ordered; the greatest is kept. Two different records of
+/// one version come from a copied state directory; the rest of the key makes all nodes keep the same one.
 fn precedence(record: &MemberRecord) -> impl Ord {
     let address = (record.address, record.vtep, record.name.clone());
     (record.version, record.left_to, record.boot, address)
@@ -171,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn a_departed_member_is_no_peer_and_old_news_do_not_revive_it() {
+    fn member_that_left_is_no_peer_and_older_record_does_not_restore_it() {
         let mut directory = Directory::default();
         assert!(directory.merge(&record(1, 2, 0, true)));
         assert!(!directory.merge(&record(1, 1, 0, false)));
@@ -180,7 +187,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_order_of_arrival_makes_no_difference(
+        fn order_of_arrival_makes_no_difference(
             parts in prop::collection::vec((0_u8..3, 0_u32..3, 0_u8..3, any::<bool>()), 0..20),
         ) {
             let records: Vec<_> = parts.iter().map(|&(s, v, b, l)| record(s, v, b, l)).collect();

@@ -1,13 +1,13 @@
-//! Reclaiming what a node owned that is gone for good.
+//! Reclaims the slots of a node that is lost for good.
 //!
-//! Somebody vouches that a node is gone, and becomes its successor. The record of it spreads like any fact;
-//! from then on nobody listens to the forgotten node. But it may have granted slots to somebody whom the
-//! successor has not met, so the successor asks every member: each makes the record durable, and answers
-//! with all that the successor lacks. Members that so become known are asked too. Once all have
-//! acknowledged, nothing that was granted is unknown to the successor, and it alone reclaims the rest. A
-//! node that left counts as gone by its own word.
+//! A member declares a node gone and becomes its successor. This forget record spreads like any fact, and
+//! members ignore the forgotten node from then on. The node may have granted slots to nodes that the
+//! successor does not know. So the successor asks every member for an acknowledgement: the member makes the
+//! forget record durable and responds with all facts that the successor lacks. Members that the successor
+//! learns of this way have to acknowledge as well. Once all have acknowledged, the successor knows every
+//! grant, and it alone reclaims the remaining slots. A node that left counts as gone without a forget record.
 //!
-//! Liveness plays one part only: an operator is not allowed to forget somebody who is alive.
+//! Liveness has one use: an operator may forget a node that appears alive only with `--force`.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -21,110 +21,123 @@ use crate::{
 
 use super::{
     Answer, Liveness, Node, Output, Purpose, Stop,
-    planted::{Bug, planted},
+    planted::{Mutation, has_mutation},
     rank::peer_score,
 };
 
-/// Members that did not acknowledge are asked again after this.
-const RETRY: Duration = Duration::from_secs(2);
-/// Acknowledgements asked for at once.
-const MAX_ASKED: usize = 16;
+/// Pause before missing acknowledgements are requested again.
+const RETRY_INTERVAL: Duration = Duration::from_secs(2);
+/// Limit of unanswered acknowledgement requests.
+const MAX_PENDING: usize = 16;
 
-/// What a successor knows of who has acknowledged.
+/// A successor's record of acknowledgements.
 #[derive(Default)]
 pub(super) struct Forgetting {
     acknowledged: BTreeMap<Forget, BTreeSet<NodeId>>,
-    asked: BTreeSet<NodeId>,
-    /// Grows when somebody is gone: what was asked before that no longer counts.
+    pending: BTreeSet<NodeId>,
+    /// Grows whenever a member departs; acknowledgements requested in an earlier era do not count.
     era: u64,
     retry_at: Option<Time>,
 }
 
 impl Forgetting {
-    /// Whoever had not acknowledged may have told what it knew to those who had: they are asked again.
+    /// Discards acknowledgements if a member departs that had not acknowledged: it may have passed its facts
+    /// to members that acknowledged before.
     pub(super) fn note_departure(&mut self, gone: NodeId) {
         self.era += 1;
-        for (forget, heard) in &mut self.acknowledged {
-            if forget.node != gone && !heard.contains(&gone) {
-                heard.clear();
+        for (forget, acknowledged_by) in &mut self.acknowledged {
+            if forget.node != gone && !acknowledged_by.contains(&gone) {
+                acknowledged_by.clear();
             }
         }
     }
 }
 
-/// Why a node is not forgotten.
+/// The reason for which a node is not forgotten.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CannotForget {
+    /// No member has this name or id.
     #[error("no member is called {0}: see `gossamer members`")]
     Unknown(String),
+    /// Several members have this name.
     #[error("{0} members are called {1}: give the node's id, see `gossamer members`")]
     Ambiguous(usize, String),
+    /// The member is this node.
     #[error("a node cannot forget itself: use `gossamer leave`")]
     Myself,
+    /// The member is not held as down.
     #[error(
-        "{0} is alive, for all that is known: stop its agent first, or run `gossamer leave` on it. \
-         If that host is out of your hands, --force forgets it all the same; its pods keep addresses that \
-         others will be given"
+        "{0} appears to be alive: stop its agent first, or run `gossamer leave` on it. If that host is \
+         out of reach, --force forgets it anyway; its pods then keep addresses that other nodes may use \
+         as well"
     )]
     Alive(String),
+    /// This node is in no cluster.
     #[error("this node is in no cluster yet")]
     NoCluster,
-    #[error("this node is leaving itself: run it on another member")]
+    /// This node is leaving.
+    #[error("this node is leaving: run the command on another member")]
     Leaving,
 }
 
-/// How far the reclaiming of a forgotten node's slots has come.
+/// The progress of reclaiming a forgotten node's slots.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Reclaiming {
+    /// The forgotten node.
     pub node: NodeId,
+    /// Its name, or its id if the name is not known.
     pub name: String,
+    /// The member that reclaims its slots.
     pub successor: NodeId,
-    /// Slots that are not reclaimed yet.
+    /// Number of slots not reclaimed yet.
     pub slots: u32,
-    /// Who has not acknowledged; known on the successor only.
+    /// Names of members that have not acknowledged; `None` except on the successor.
     pub waits_for: Option<Vec<String>>,
 }
 
 impl Node {
-    /// An operator vouches that a member is gone for good; `whom` is its name or id. This node becomes its
-    /// successor.
+    /// Forgets a member that an operator declares gone for good; `whom` is its name or id. This node becomes
+    /// its successor. `force` also forgets a member that appears alive, and reclaims without
+    /// acknowledgements.
     ///
     /// # Errors
-    /// Why nothing was done.
+    /// Fails if no or several members match, if the member appears alive and `force` is false, or if this
+    /// node is leaving or in no cluster.
     pub fn forget(&mut self, now: Time, whom: &str, force: bool) -> Result<NodeId, CannotForget> {
-        if self.home.is_none() {
+        if self.cluster_state.is_none() {
             return Err(CannotForget::NoCluster);
         }
         if self.leaving.is_some() {
             return Err(CannotForget::Leaving);
         }
-        let node = self.member_called(whom)?;
+        let node = self.member_named(whom)?;
         let gone = match self.membership.opinions().get(&node) {
             Some(liveness) => *liveness == Liveness::Down,
-            // Right after a start nothing is known of anybody, until a member has told whom it holds as
+            // After a start liveness is unknown until a member has sent the identities that it holds as
             // alive.
             None => self.sync.has_confirmed(),
         };
         if !gone && !force {
             return Err(CannotForget::Alive(self.name_of(node).to_owned()));
         }
-        self.vouch(now, node, force);
+        self.declare_gone(now, node, force);
         self.advance(now);
         Ok(node)
     }
 
-    pub(super) fn member_called(&self, whom: &str) -> Result<NodeId, CannotForget> {
-        let called = |record: &&MemberRecord| {
+    /// Returns the one member with this name or id. Prefers members that are not forgotten.
+    pub(super) fn member_named(&self, whom: &str) -> Result<NodeId, CannotForget> {
+        let matches = |record: &&MemberRecord| {
             !record.has_left() && (record.name.as_str() == whom || record.node.to_string() == whom)
         };
         let mut found: Vec<NodeId> =
-            self.directory.iter().filter(called).map(|record| record.node).collect();
+            self.directory.iter().filter(matches).map(|record| record.node).collect();
         if found.len() > 1 {
-            // Those that were forgotten before do not stand in the way of the one that was not.
+            // Forgotten members with the same name do not count.
             found.retain(|node| self.directory.forgotten(*node).is_none());
         }
         if found.is_empty() {
-            found.extend(whom.parse().ok().filter(|node| self.is_remembered(*node)));
+            found.extend(whom.parse().ok().filter(|node| self.is_referenced(*node)));
         }
         match found[..] {
             [node] if node == self.me.node => Err(CannotForget::Myself),
@@ -134,18 +147,20 @@ impl Node {
         }
     }
 
-    /// Its record was lost with it, but it owns slots, or was somebody's successor, or told all by one that
-    /// left.
-    fn is_remembered(&self, node: NodeId) -> bool {
-        let owns = |home: &super::Home| home.slots.runs_of(node).next().is_some();
-        let inherits = self.directory.forgets().any(|forget| forget.successor == node);
-        let keeps = self.directory.iter().any(|record| record.left_to == Some(node));
-        inherits || keeps || self.home.as_ref().is_some_and(owns)
+    /// Returns whether a node without a member record is still referenced: it owns slots, is the successor
+    /// of a forgotten node, or received the records of a node that left.
+    fn is_referenced(&self, node: NodeId) -> bool {
+        let owns = |cluster_state: &super::ClusterState| {
+            cluster_state.slots.runs_of(node).next().is_some()
+        };
+        let is_successor = self.directory.forgets().any(|forget| forget.successor == node);
+        let is_keeper = self.directory.iter().any(|record| record.left_to == Some(node));
+        is_successor || is_keeper || self.cluster_state.as_ref().is_some_and(owns)
     }
 
-    /// Puts down that `node` is gone and this node its successor; over an earlier word only where that one's
-    /// successor is gone too, or more is risked.
-    pub(super) fn vouch(&mut self, now: Time, node: NodeId, forced: bool) {
+    /// Writes a forget record with this node as successor. It replaces an earlier one only if its successor
+    /// is gone as well, or if this one is forced and that one is not.
+    pub(super) fn declare_gone(&mut self, now: Time, node: NodeId, forced: bool) {
         let earlier = self.directory.forgotten(node);
         if earlier
             .is_some_and(|earlier| !self.is_gone(earlier.successor) && (earlier.forced || !forced))
@@ -159,7 +174,7 @@ impl Node {
         self.learn(now, &Facts { forgets: vec![forget], ..Facts::default() }, None);
     }
 
-    /// Takes the word that a node is gone. Says whether it was new.
+    /// Merges a forget record. Returns whether it was new.
     pub(super) fn merge_forget(&mut self, now: Time, forget: &Forget) -> bool {
         if forget.node == self.me.node {
             if self.leaving.is_none() {
@@ -178,52 +193,56 @@ impl Node {
         new
     }
 
-    /// It left or was forgotten: it writes no more records.
+    /// Returns whether a node left or was forgotten, so that it writes no more records.
     pub(super) fn is_gone(&self, node: NodeId) -> bool {
         self.directory.forgotten(node).is_some()
             || self.directory.get(node).is_some_and(MemberRecord::has_left)
     }
 
     pub(super) fn next_forget_step(&self) -> Option<Time> {
-        self.forgetting.retry_at.filter(|_| self.home.is_some())
+        self.forgetting.retry_at.filter(|_| self.cluster_state.is_some())
     }
 
     pub(super) fn step_forget(&mut self, now: Time) {
-        if self.home.is_none() || self.forgetting.retry_at.is_none_or(|at| now < at) {
+        if self.cluster_state.is_none() || self.forgetting.retry_at.is_none_or(|at| now < at) {
             return;
         }
         self.forgetting.retry_at = None;
         if self.leaving.is_some() {
             return;
         }
-        self.inherit(now);
-        let mine: Vec<Forget> = self.inheritances().collect();
+        self.adopt_orphans(now);
+        let mine: Vec<Forget> = self.pending_reclaims().collect();
         if mine.is_empty() {
             return;
         }
-        self.forgetting.retry_at = Some(now + RETRY);
+        self.forgetting.retry_at = Some(now + RETRY_INTERVAL);
         for forget in &mine {
-            if self.missing(forget).is_empty() || forget.forced {
+            if self.missing_acknowledgements(forget).is_empty() || forget.forced {
                 self.reclaim(now, forget);
             }
         }
-        self.ask_for_acknowledgement(&mine);
+        self.request_acknowledgements(&mine);
     }
 
-    /// Something that a successor waits for may have changed.
+    /// Makes the next step check pending reclaims, because something that they wait for may have changed.
     pub(super) fn recheck_forgets(&mut self, now: Time) {
         self.forgetting.retry_at = Some(now);
     }
 
-    /// Steps in where slots belong to nobody who is there: those of a node that left before it heard of them,
-    /// and those of a forgotten one whose successor is gone as well.
-    fn inherit(&mut self, now: Time) {
-        let Some(home) = self.home.as_ref().filter(|_| self.sync.settled()) else { return };
+    /// Declares nodes gone whose slots have no active owner or successor: nodes that left and received slots
+    /// later, and forgotten nodes whose successor is gone as well. Of all active members the best suited
+    /// does it.
+    fn adopt_orphans(&mut self, now: Time) {
+        let Some(cluster_state) = self.cluster_state.as_ref().filter(|_| self.sync.settled())
+        else {
+            return;
+        };
         let orphaned = |node: &NodeId| match self.directory.forgotten(*node) {
             Some(forget) => self.is_gone(forget.successor),
             None => self.is_gone(*node),
         };
-        let owners = home.slots.runs().iter().map(|run| run.record.owner);
+        let owners = cluster_state.slots.runs().iter().map(|run| run.record.owner);
         let orphans: BTreeSet<NodeId> = owners.filter(orphaned).collect();
         if orphans.is_empty() {
             return;
@@ -232,57 +251,65 @@ impl Node {
         for node in orphans {
             let best = active.keys().max_by_key(|successor| peer_score(node, **successor));
             if best == Some(&self.me.node) {
-                self.vouch(now, node, false);
+                self.declare_gone(now, node, false);
             }
         }
     }
 
-    /// Forgotten nodes that still own slots and whose successor this node is.
-    fn inheritances(&self) -> impl Iterator<Item = Forget> + '_ {
-        let owns =
-            |node| self.home.as_ref().is_some_and(|home| home.slots.runs_of(node).next().is_some());
+    /// Returns the forget records with this node as successor whose nodes still own slots.
+    fn pending_reclaims(&self) -> impl Iterator<Item = Forget> + '_ {
+        let owns = |node| {
+            self.cluster_state
+                .as_ref()
+                .is_some_and(|cluster_state| cluster_state.slots.runs_of(node).next().is_some())
+        };
         self.directory
             .forgets()
             .filter(move |forget| forget.successor == self.me.node && owns(forget.node))
             .copied()
     }
 
-    /// Whose acknowledgement is missing: members, and those who are known only as owners of slots or as
-    /// whoever was told all by one that left. They may know of grants that nobody else has heard of.
-    fn missing(&self, forget: &Forget) -> BTreeSet<NodeId> {
-        if planted(Bug::ForgetWithoutAcknowledgements) {
+    /// Returns the nodes that have not acknowledged: members, and nodes that are known only as owners of
+    /// slots or as receivers of the records of a node that left. They may know grants that no other node
+    /// knows.
+    fn missing_acknowledgements(&self, forget: &Forget) -> BTreeSet<NodeId> {
+        if has_mutation(Mutation::ForgetWithoutAcknowledgements) {
             return BTreeSet::new();
         }
-        let heard = self.forgetting.acknowledged.get(forget);
+        let acknowledged_by = self.forgetting.acknowledged.get(forget);
         let members = self.directory.peers(self.me.node).map(|record| record.node);
         let keepers = self.directory.iter().filter_map(|record| record.left_to);
-        let runs = self.home.iter().flat_map(|home| home.slots.runs());
+        let runs = self.cluster_state.iter().flat_map(|cluster_state| cluster_state.slots.runs());
         let owners: BTreeSet<NodeId> = runs.map(|run| run.record.owner).collect();
         members
             .chain(keepers)
             .chain(owners)
             .filter(|node| *node != self.me.node && !self.is_gone(*node))
-            .filter(|node| heard.is_none_or(|heard| !heard.contains(node)))
+            .filter(|node| {
+                acknowledged_by.is_none_or(|acknowledged_by| !acknowledged_by.contains(node))
+            })
             .collect()
     }
 
-    fn ask_for_acknowledgement(&mut self, mine: &[Forget]) {
+    fn request_acknowledgements(&mut self, mine: &[Forget]) {
         let missing: BTreeSet<NodeId> =
-            mine.iter().flat_map(|forget| self.missing(forget)).collect();
+            mine.iter().flat_map(|forget| self.missing_acknowledgements(forget)).collect();
         for node in missing {
-            if self.forgetting.asked.len() >= MAX_ASKED || self.forgetting.asked.contains(&node) {
+            if self.forgetting.pending.len() >= MAX_PENDING
+                || self.forgetting.pending.contains(&node)
+            {
                 continue;
             }
             let request =
                 Request::Acknowledge { forgets: mine.to_vec(), buckets: Box::new(self.buckets()) };
             let (forgets, era) = (mine.to_vec(), self.forgetting.era);
             if self.call_member(node, Purpose::Acknowledge { node, forgets, era }, &request) {
-                self.forgetting.asked.insert(node);
+                self.forgetting.pending.insert(node);
             }
         }
     }
 
-    pub(super) fn on_acknowledgement(
+    pub(super) fn handle_acknowledgement(
         &mut self,
         now: Time,
         node: NodeId,
@@ -290,7 +317,7 @@ impl Node {
         era: u64,
         answer: Answer,
     ) {
-        self.forgetting.asked.remove(&node);
+        self.forgetting.pending.remove(&node);
         match answer {
             Ok((from, Response::Acknowledged(facts))) if from == node => {
                 self.learn(now, &facts, Some(from));
@@ -299,51 +326,61 @@ impl Node {
                 }
                 self.recheck_forgets(now);
             }
-            Ok((from, other)) => self.note_unexpected(from, &other, "no acknowledgement"),
-            Err(error) => tracing::debug!(%node, %error, "no acknowledgement"),
+            Ok((from, other)) => {
+                self.note_unexpected(
+                    from,
+                    &other,
+                    "unexpected response to an acknowledgement request",
+                );
+            }
+            Err(error) => tracing::debug!(%node, %error, "member did not acknowledge"),
         }
     }
 
-    /// Takes what the forgotten node owned.
+    /// Reclaims the slots of the forgotten node.
     fn reclaim(&mut self, now: Time, forget: &Forget) {
         let me = self.me.node;
-        // A node that was given its subnet from outside has no use for another one.
+        // A node with an assigned subnet needs no other.
         let replaces = self.config.replace_by_name
             && self.config.assigned.is_none()
             && self.directory.get(forget.node).is_some_and(|record| record.name == self.me.name);
         let may_write = self.may_write();
-        let Some(home) = self.home.as_mut().filter(|_| may_write) else { return };
-        let leased: Option<Slot> = home.slots.leased_by(forget.node).next();
-        let mut changes = home.slots.reclaim(me, forget.node, forget.round);
+        let Some(cluster_state) = self.cluster_state.as_mut().filter(|_| may_write) else { return };
+        let leased: Option<Slot> = cluster_state.slots.leased_by(forget.node).next();
+        let mut changes = cluster_state.slots.reclaim(me, forget.node, forget.round);
         if let Some(slot) = leased.filter(|_| replaces) {
-            // The predecessor's subnet; the one leased meanwhile goes back once the kernel has moved over.
-            changes.extend(home.slots.lease_own(me, Some(slot)));
-            home.search.prefer_from_now(slot);
+            // Takes over the predecessor's subnet. The present one is given back once the kernel has
+            // switched.
+            changes.extend(cluster_state.slots.lease_own(me, Some(slot)));
+            cluster_state.search.prefer_from_now(slot);
         }
         let slots: u32 = changes.iter().map(|(run, _)| run.len).sum();
-        tracing::info!(node = %forget.node, slots, "reclaimed what a forgotten node owned");
+        tracing::info!(node = %forget.node, slots, "reclaimed the slots of a forgotten node");
         self.counters.reclaims += 1;
         self.forgetting.acknowledged.remove(forget);
         self.note_own_change(now, changes);
     }
 
-    /// What a forgotten node granted to this one, and this one hears of only after it acknowledged the
-    /// forgetting: the successor may have taken it already. It is the successor's in any case, and never
-    /// used here.
+    /// Passes slots that a forgotten node granted to this one on to the successor. This node had acknowledged
+    /// before it learned of the grant, so the successor may have reclaimed them already. This node never
+    /// uses them.
     pub(super) fn decline_late_grants(&mut self, now: Time, news: &[Run]) {
         let me = self.me.node;
         for run in news.iter().filter(|run| run.record.owner == me) {
             let Some(forget) = self.directory.forgotten(run.record.granter) else { continue };
-            let (Some(home), false) = (&mut self.home, forget.successor == me) else { continue };
+            let (Some(cluster_state), false) = (&mut self.cluster_state, forget.successor == me)
+            else {
+                continue;
+            };
             self.counters.declined += 1;
-            let change = home.slots.pass_on(*run, me, forget.successor);
+            let change = cluster_state.slots.pass_on(*run, me, forget.successor);
             self.note_own_change(now, change.into_iter().collect());
         }
     }
 
-    /// A node that was restarted under its old name vouches for its predecessor.
+    /// Declares the predecessor gone, if this node was re-created under its name.
     pub(super) fn replace_predecessor(&mut self, now: Time) {
-        // Agreed: a peer holds the same members as alive.
+        // `agreed`: a peer holds the same members as alive, so liveness is reliable.
         if !self.config.replace_by_name || self.leaving.is_some() || !self.sync.agreed() {
             return;
         }
@@ -355,21 +392,21 @@ impl Node {
             .filter(|node| !self.membership.is_active(*node))
             .collect();
         for node in predecessors {
-            self.vouch(now, node, false);
+            self.declare_gone(now, node, false);
         }
     }
 
-    /// What stands between forgotten nodes and the pool.
+    /// Returns the forgotten nodes whose slots are not reclaimed yet.
     pub fn reclaiming(&self) -> Vec<Reclaiming> {
-        let Some(home) = &self.home else { return Vec::new() };
+        let Some(cluster_state) = &self.cluster_state else { return Vec::new() };
         let name = |node: NodeId| match self.name_of(node) {
             "?" => node.to_string(),
             name => name.to_owned(),
         };
         let reclaiming = |forget: &Forget| {
-            let slots = home.slots.runs_of(forget.node).map(|run| run.len).sum();
+            let slots = cluster_state.slots.runs_of(forget.node).map(|run| run.len).sum();
             let waits_for = (forget.successor == self.me.node)
-                .then(|| self.missing(forget).into_iter().map(name).collect());
+                .then(|| self.missing_acknowledgements(forget).into_iter().map(name).collect());
             Reclaiming {
                 node: forget.node,
                 name: name(forget.node),

@@ -1,28 +1,27 @@
-//! Holds back what may not leave before a write is durable: between the node and whoever carries out
-//! what it asks for, in production and in simulation alike.
+//! Holds back outputs until the write that they depend on is durable. It sits between the node and the
+//! program that carries out outputs, which is the agent or the simulator.
 
 use std::collections::VecDeque;
 
 use super::{
     Output, ReplyId, WriteSeq,
-    planted::{Bug, planted},
+    planted::{Mutation, has_mutation},
 };
 
-/// Outputs held while the disk is slow or full; then the oldest frames and answers are dropped, which
-/// peers take as lost on the way.
+/// Limit of held outputs. Beyond it the oldest frame or reply is dropped; for peers that is a lost packet.
 const MAX_HELD: usize = 8192;
 
-/// Outputs in order, each with the write it waits for.
+/// Held outputs in order, each with the write it waits for.
 #[derive(Default)]
 pub struct Gate {
     durable: WriteSeq,
     held: VecDeque<(WriteSeq, Output)>,
-    /// Answers that were dropped, and whose askers do not know yet.
+    /// Dropped replies whose streams are not reset yet.
     shed: Vec<ReplyId>,
 }
 
 impl Gate {
-    /// Gives the output back if it may leave now, or keeps it.
+    /// Returns the output if it may leave now; otherwise holds it.
     pub fn pass(&mut self, output: Output) -> Option<Output> {
         let after = match &output {
             Output::Send { after, .. }
@@ -31,19 +30,19 @@ impl Gate {
             | Output::Program { after, .. } => *after,
             Output::Write { .. }
             | Output::Withdraw
-            | Output::Owned(_)
+            | Output::SlotsChanged(_)
             | Output::CannotLeave(_)
-            | Output::Answered { .. }
-            | Output::Inquired { .. }
-            | Output::Reported { .. }
+            | Output::PingResult { .. }
+            | Output::InquiryReceived { .. }
+            | Output::InquiryResult { .. }
             | Output::Stop(_) => 0,
         };
-        // The kernel must not be given back what it has just been told to let go of. Of several views that
-        // wait the newest is the only one that will be true.
+        // A held view must not reach the kernel after a withdrawal, and of several views only the newest is
+        // current.
         if matches!(output, Output::Withdraw | Output::Program { .. }) {
             self.held.retain(|(_, held)| !matches!(held, Output::Program { .. }));
         }
-        if after <= self.durable || planted(Bug::AnswerBeforeFlush) {
+        if after <= self.durable || has_mutation(Mutation::AnswerBeforeFlush) {
             return Some(output);
         }
         if self.held.len() >= MAX_HELD
@@ -59,12 +58,12 @@ impl Gate {
         None
     }
 
-    /// Answers that were dropped since this was last asked: their streams are to be reset.
+    /// Returns the replies dropped since the last call; the caller resets their streams.
     pub fn take_shed(&mut self) -> Vec<ReplyId> {
         std::mem::take(&mut self.shed)
     }
 
-    /// Everything up to this write is on disk: what may leave now, in order.
+    /// Marks all writes up to `seq` as durable. Returns the outputs that may leave now, in order.
     pub fn open(&mut self, seq: WriteSeq) -> Vec<Output> {
         self.durable = self.durable.max(seq);
         let (free, held) =
@@ -90,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn outputs_wait_for_their_own_write_and_no_other() {
+    fn outputs_wait_for_their_own_write_only() {
         let mut gate = Gate::default();
         assert!(gate.pass(reply(1, 0)).is_some());
         assert!(gate.pass(reply(2, 2)).is_none());
@@ -114,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn newer_view_replaces_one_that_waits_for_the_disk() {
+    fn newer_view_replaces_a_view_that_waits_for_the_disk() {
         let mut gate = Gate::default();
         for vni in 1..=10_000 {
             assert!(gate.pass(Output::Program { view: view(vni), after: 1 }).is_none());
@@ -126,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn answers_that_are_dropped_while_the_disk_is_stuck_are_named_once() {
+    fn replies_dropped_while_the_disk_is_stuck_are_returned_once() {
         let mut gate = Gate::default();
         for number in 0..MAX_HELD as u64 + 3 {
             assert!(gate.pass(reply(number, 1)).is_none());
@@ -135,9 +134,9 @@ mod tests {
         assert_eq!(gate.take_shed(), []);
     }
 
-    /// A view that waited on a slow disk was programmed after the subnet had been given away.
+    /// Regression: a view held by a slow disk was programmed after the subnet had been handed over.
     #[test]
-    fn what_the_kernel_lets_go_of_does_not_come_back_when_the_disk_is_ready() {
+    fn withdrawal_removes_a_view_that_waits_for_the_disk() {
         let mut gate = Gate::default();
         assert!(gate.pass(Output::Program { view: view(1), after: 1 }).is_none());
         assert!(gate.pass(reply(1, 1)).is_none());

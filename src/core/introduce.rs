@@ -1,6 +1,6 @@
-//! Telling gossip of members in slices: foca searches its list for each of them.
+//! Passes members to gossip in batches, because foca's cost per member is linear in its member list.
 //!
-//! One message can name as many members as a cluster has. What does not fit one turn waits for the next.
+//! One message can name all members of a cluster. Members beyond a batch wait for the node's next step.
 
 use std::collections::VecDeque;
 
@@ -8,10 +8,10 @@ use crate::model::{Identity, Suspicion, Time, bounded::MAX_MEMBERS};
 
 use super::Node;
 
-/// Members that gossip is told of in one turn, alive or down.
-const SLICE: usize = 256;
+/// Limit of members that one step passes to gossip, for alive and for down ones each.
+const BATCH_SIZE: usize = 256;
 
-/// What gossip is still to be told. What does not fit comes again with the next comparison.
+/// Members that gossip has yet to receive. Those beyond `MAX_MEMBERS` come again with the next comparison.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Introductions {
     alive: VecDeque<Identity>,
@@ -24,20 +24,20 @@ impl Introductions {
     }
 }
 
-/// Adds what there is room for.
+/// Appends to the queue up to `MAX_MEMBERS`.
 fn queue<T>(waiting: &mut VecDeque<T>, more: Vec<T>) {
     let room = MAX_MEMBERS.saturating_sub(waiting.len());
     waiting.extend(more.into_iter().take(room));
 }
 
 impl Node {
-    /// Members that a credible peer holds as alive, the first of them at once.
+    /// Queues members that a vetted peer holds as alive, and passes the first batch to gossip.
     pub(super) fn introduce(&mut self, now: Time, identities: Vec<Identity>) {
         queue(&mut self.introductions.alive, identities);
         self.step_introductions(now);
     }
 
-    /// Members that a peer holds as down, the first of them at once.
+    /// Queues members that a peer holds as down, and passes the first batch to gossip.
     pub(super) fn suspect(&mut self, now: Time, suspicions: Vec<Suspicion>) {
         queue(&mut self.introductions.down, suspicions);
         self.step_introductions(now);
@@ -49,7 +49,7 @@ impl Node {
 
     pub(super) fn step_introductions(&mut self, now: Time) {
         let Introductions { alive, down } = &mut self.introductions;
-        let (some_alive, some_down) = (alive.len().min(SLICE), down.len().min(SLICE));
+        let (some_alive, some_down) = (alive.len().min(BATCH_SIZE), down.len().min(BATCH_SIZE));
         if some_alive > 0 {
             self.membership.introduce(now, alive.drain(..some_alive));
         }

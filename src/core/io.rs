@@ -1,4 +1,4 @@
-//! Everything that can happen to a node and everything it can ask for: the core's whole boundary.
+//! The core's interface: inputs to a node, and outputs that the agent or the simulator carries out.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -11,159 +11,212 @@ use crate::{
 
 use super::{slots::Change, view::View};
 
-/// Numbers the durable writes of one process. An output that depends on one names it in `after`.
+/// The number of a durable write, counted per process. An output that depends on a write names it in `after`.
 pub type WriteSeq = u64;
 
-/// A question this node asked; it is answered exactly once.
+/// Identifies a request of this node; each one gets exactly one [`Input::Answer`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct CallId(pub u64);
 
-/// A question a peer asked, as numbered by whoever carries the answer back.
+/// Identifies a peer's request, as numbered by the transport that returns the reply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ReplyId(pub u64);
 
-/// What happens to a node. Peers are authenticated: `from` is proven by the transport.
+/// An event for a node. The transport has authenticated every `from`.
 #[derive(Clone, Debug)]
 pub enum Input {
-    /// A frame that wants no answer.
+    /// A frame that needs no reply.
     Message {
+        /// The sender.
         from: NodeId,
+        /// The encoded frame.
         bytes: Vec<u8>,
     },
-    /// A frame that wants one; it leaves as [`Output::Reply`].
+    /// A frame that needs a reply, as [`Output::Reply`].
     Request {
+        /// The sender.
         from: NodeId,
+        /// Identifies the reply.
         reply: ReplyId,
+        /// The encoded frame.
         bytes: Vec<u8>,
     },
-    /// The end of a call of ours. Whoever carries calls ends each one, in time, once.
+    /// The result of an [`Output::Call`]. The transport ends each call exactly once, within its timeout.
     Answer {
+        /// The call that ended.
         call: CallId,
+        /// The node that answered and its encoded response, or the failure.
         result: Result<(NodeId, Vec<u8>), CallError>,
     },
-    /// The time asked for by `Node::poll_timeout` has come.
+    /// The time returned by `Node::poll_timeout` has come.
     Timeout,
-    /// The kernel is equal now to what was asked for: it uses this subnet, or none.
-    InUse(Option<IpNet>),
-    /// This host has another underlay address from now on; the port stays.
-    Moved {
+    /// The kernel now equals the last [`Output::Program`] or [`Output::Withdraw`]: it uses this subnet, or
+    /// none.
+    KernelSubnet(Option<IpNet>),
+    /// The host's underlay address has changed; the port has not.
+    UnderlayChanged {
+        /// The new address.
         underlay: IpAddr,
     },
+    /// A command of the operator or of the agent.
     Command(Command),
 }
 
-/// What an operator asks for.
+/// A command of the operator or of the agent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Command {
-    /// Hand all slots to a successor and go for good.
+    /// Hand all slots to a successor and end membership.
     Leave,
-    /// Compare states with a peer now rather than at the next round.
+    /// Compare states with a peer now instead of at the next round.
     Sync,
-    /// The process is about to end: write what has only been gathered so far.
+    /// The process is about to end: write all changes that were deferred.
     Save,
-    /// The disk has lost what was written: write everything again.
+    /// The disk has lost records: write all of them again.
     SaveAll,
 }
 
-/// Whom to call.
+/// The recipient of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Target {
+    /// A member.
     Member {
+        /// The member's id; the transport verifies it.
         node: NodeId,
+        /// The address of its QUIC endpoint.
         address: SocketAddr,
     },
-    /// The n-th configured seed: its name is resolved again for each call.
+    /// The seed with this index in the configuration. The transport resolves its name for each call.
     Seed(usize),
 }
 
-/// Why a call brought no answer. None of them changed any state.
+/// The reason for which a call brought no answer. The call has changed nothing on this node.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CallError {
+    /// No connection, no answer in time, or an answer that cannot be used.
     #[error("no answer: {0}")]
     Unreachable(String),
-    /// The handshake failed on somebody's certificate: the secrets differ.
+    /// The TLS handshake failed on a certificate of either side: the secrets differ.
     #[error("the handshake was refused: {0}")]
     Rejected(String),
-    /// The address is our own.
-    #[error("that is this node itself")]
+    /// The address is this node's own.
+    #[error("the address is this node's own")]
     Myself,
 }
 
-/// What a node asks for. Outputs with `after: n` may leave only once write `n` is durable; the order of
-/// outputs is otherwise free.
+/// An effect for the agent or the simulator to carry out. Outputs with `after: n` must wait until write `n`
+/// is durable; otherwise they may be carried out in any order.
 #[derive(Clone, Debug)]
 pub enum Output {
-    /// A frame for a member, lossy.
+    /// Send a frame to a member; loss is allowed.
     Send {
+        /// The recipient.
         to: NodeId,
+        /// The recipient's address.
         address: SocketAddr,
+        /// The encoded frame.
         bytes: Vec<u8>,
+        /// The write to wait for.
         after: WriteSeq,
     },
+    /// Send a request and report its result as [`Input::Answer`].
     Call {
+        /// Identifies the call.
         call: CallId,
+        /// The recipient.
         to: Target,
+        /// The encoded frame.
         bytes: Vec<u8>,
+        /// The write to wait for.
         after: WriteSeq,
     },
+    /// Reply to an [`Input::Request`].
     Reply {
+        /// The `reply` of the request.
         reply: ReplyId,
+        /// The encoded frame.
         bytes: Vec<u8>,
+        /// The write to wait for.
         after: WriteSeq,
     },
-    /// Records to write in one batch and to flush; then the number is to be reported as durable.
+    /// Write and flush these records as one batch, then report `seq` as durable to the [`Gate`].
+    ///
+    /// [`Gate`]: super::Gate
     Write {
+        /// Keys and encoded records.
         records: Vec<(Key, Vec<u8>)>,
+        /// The number of this write.
         seq: WriteSeq,
     },
-    /// What the kernel is to be made equal to; replaces any earlier one.
+    /// Make the kernel equal to this view; replaces any earlier one.
     Program {
+        /// The view.
         view: View,
+        /// The write to wait for.
         after: WriteSeq,
     },
-    /// The kernel is to hold nothing of ours any more; replaces [`Output::Program`].
+    /// Remove everything of gossamer's from the kernel; replaces [`Output::Program`].
     Withdraw,
-    /// Slots that changed hands, for the audit log.
-    Owned(Vec<Change>),
-    /// [`Command::Leave`] cannot be done, for this reason; the node goes on as before.
+    /// Slot records have changed, for the audit log.
+    SlotsChanged(Vec<Change>),
+    /// [`Command::Leave`] is impossible for this reason; the node remains a member.
     CannotLeave(String),
-    /// Whether a member answered that [`Node::ping`] had asked.
+    /// The result of [`Node::ping`].
     ///
     /// [`Node::ping`]: super::Node::ping
-    Answered {
+    PingResult {
+        /// The member that was pinged.
         node: NodeId,
+        /// Whether it answered.
         answered: bool,
     },
-    /// A member wants to know; whoever carries this node answers with [`Node::report`].
+    /// A member's inquiry; the agent answers it with [`Node::report`].
     ///
     /// [`Node::report`]: super::Node::report
-    Inquired {
+    InquiryReceived {
+        /// Identifies the reply.
         reply: ReplyId,
+        /// The member that inquires.
         from: NodeId,
+        /// What it inquires about.
         inquiry: Inquiry,
     },
-    /// What a member answered that [`Node::inquire`] had asked, if anything.
+    /// The result of [`Node::inquire`].
     ///
     /// [`Node::inquire`]: super::Node::inquire
-    Reported {
+    InquiryResult {
+        /// The member that was called.
         node: NodeId,
+        /// The number that the caller gave to the inquiry.
         number: u64,
+        /// The member's report, or `None` without a usable answer.
         report: Option<Box<Report>>,
     },
-    /// The node's work is over.
+    /// The node has ended for this reason and produces no more work.
     Stop(Stop),
 }
 
-/// Why a node stops of its own accord.
+/// The reason for which a node stops by its own decision.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Stop {
-    /// It left; everything it owned belongs to the successor now (nobody, if it was the last one).
-    Left { successor: Option<NodeId> },
-    /// The others hold this identity as gone: forgotten (then there is a successor), or left before its
-    /// state was restored. Its host may come back under a new one.
-    Expelled { successor: Option<NodeId> },
-    /// A seed refused it for a reason that will not go away.
+    /// The node left.
+    Left {
+        /// The member that owns its slots now; `None` if there is no other member, or if the leave was
+        /// resumed after a restart.
+        successor: Option<NodeId>,
+    },
+    /// Peers hold this node id as gone. Its host may join again under a new one.
+    Expelled {
+        /// The member that takes over its slots if it was forgotten; `None` if it had left before its state
+        /// directory was restored.
+        successor: Option<NodeId>,
+    },
+    /// A seed refused the node for a reason that a retry does not change.
     Refused(Refusal),
-    /// Every seed refused its certificate.
-    Rejected { seed: usize, why: String },
+    /// Every seed refused the node's certificate.
+    Rejected {
+        /// The index of one of the seeds.
+        seed: usize,
+        /// The transport's error.
+        why: String,
+    },
 }

@@ -1,7 +1,7 @@
-//! From non-member to member.
+//! Turns a non-member into a member.
 //!
-//! A non-member asks its seeds, a few at a time, until one welcomes it; that answer holds the cluster, all
-//! facts and usually a slot. What a member does that got none is in `lease`.
+//! A non-member sends `Hello` to its seeds, several at a time, until one answers with `Welcome`: the cluster,
+//! all facts and usually a slot. A member without a slot searches for one in `lease`.
 
 use std::time::Duration;
 
@@ -11,45 +11,46 @@ use crate::{
 };
 
 use super::{
-    Answer, CallError, Home, Node, Output, Purpose, SlotTable, Stop, Target, lease::LeaseSearch,
+    Answer, CallError, ClusterState, Node, Output, Purpose, SlotTable, Stop, Target,
+    lease::LeaseSearch,
 };
 
-/// The next seed is tried when the one before has not answered within this time.
+/// The next seed is tried if the previous one has not answered within this time.
 const NEXT_SEED_AFTER: Duration = Duration::from_millis(100);
-/// Pause after all seeds were tried: the first, and the longest it grows to.
+/// Pause after all seeds were tried; doubles from the first to the longest.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
-/// A seed that is in no cluster yet itself is asked again this soon; the pause doubles up to the longest.
+/// Pause before another attempt if a seed is in no cluster yet; doubles up to `LONGEST_PAUSE`.
 const NOT_READY_PAUSE: Duration = Duration::from_millis(20);
-/// Greetings on their way at once.
+/// Limit of unanswered `Hello` requests.
 const MAX_OPEN_HELLOS: usize = 4;
 
-/// A non-member's search for somebody who lets it in.
+/// A non-member's search for a member that admits it.
 pub(super) struct Joining {
     next_seed: usize,
     next_try: Time,
     pause: Duration,
     not_ready_pause: Duration,
     open: usize,
-    /// The last word of each seed.
-    said: Vec<Option<Word>>,
+    /// The last failure of each seed, by seed index.
+    last_failures: Vec<Option<SeedFailure>>,
     pub(super) refusal: Option<Refusal>,
 }
 
-/// Why a seed did not let this node in.
+/// The reason for which a seed did not admit this node.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Word {
+pub(super) enum SeedFailure {
     NoAnswer(CallError),
     Refused(Refusal),
 }
 
-impl Word {
-    /// Its address is this node's own.
-    pub(super) const fn is_own(&self) -> bool {
+impl SeedFailure {
+    /// Whether the seed's address is this node's own.
+    pub(super) const fn is_own_address(&self) -> bool {
         matches!(self, Self::NoAnswer(CallError::Myself))
     }
 
-    /// Whether it will say so again however often it is asked.
+    /// Whether a retry at the same seed cannot succeed.
     const fn is_final(&self) -> bool {
         matches!(
             self,
@@ -59,7 +60,7 @@ impl Word {
     }
 }
 
-impl std::fmt::Display for Word {
+impl std::fmt::Display for SeedFailure {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::NoAnswer(error) => error.fmt(f),
@@ -76,33 +77,36 @@ impl Joining {
             pause: FIRST_PAUSE,
             not_ready_pause: NOT_READY_PAUSE,
             open: 0,
-            said: vec![None; seeds],
+            last_failures: vec![None; seeds],
             refusal: None,
         }
     }
 
-    /// A seed that is none any more may still have answered.
-    fn note(&mut self, seed: usize, word: Option<Word>) {
-        if let Some(said) = self.said.get_mut(seed) {
-            *said = word;
+    /// Sets a seed's last failure. Ignores answers of seeds that were removed meanwhile.
+    fn note(&mut self, seed: usize, failure: Option<SeedFailure>) {
+        if let Some(last_failure) = self.last_failures.get_mut(seed) {
+            *last_failure = failure;
         }
     }
 
-    /// The last words of seeds, for status.
-    pub(super) fn words(&self) -> impl Iterator<Item = (usize, &Word)> {
-        self.said.iter().enumerate().filter_map(|(seed, said)| Some((seed, said.as_ref()?)))
+    /// Returns the seeds' last failures with their indices, for status.
+    pub(super) fn failures(&self) -> impl Iterator<Item = (usize, &SeedFailure)> {
+        self.last_failures
+            .iter()
+            .enumerate()
+            .filter_map(|(seed, failure)| Some((seed, failure.as_ref()?)))
     }
 }
 
 impl Node {
-    /// Seeds whose address is this node's own, as long as it looks for one that lets it in.
+    /// Returns the seeds whose address is this node's own; none once the node is in a cluster.
     pub fn own_seeds(&self) -> impl Iterator<Item = usize> + '_ {
-        let words = self.joining.words().filter(|_| self.home.is_none());
-        words.filter(|(_, word)| word.is_own()).map(|(seed, _)| seed)
+        let failures = self.joining.failures().filter(|_| self.cluster_state.is_none());
+        failures.filter(|(_, failure)| failure.is_own_address()).map(|(seed, _)| seed)
     }
 
-    /// The operator names other seeds: so many. What is under way to the old ones has no place among them:
-    /// their answers are ignored.
+    /// Replaces the seeds; `seeds` is their new number. Answers to calls to the old seeds are ignored,
+    /// because their indices are no longer valid.
     pub fn set_seeds(&mut self, now: Time, seeds: usize) {
         self.config.seeds = seeds;
         let to_a_seed = |purpose: &Purpose| match purpose {
@@ -114,22 +118,22 @@ impl Node {
         };
         self.calls.open.retain(|_, purpose| !to_a_seed(purpose));
         self.joining.open = 0;
-        self.joining.said = vec![None; seeds];
+        self.joining.last_failures = vec![None; seeds];
         self.joining.next_seed = 0;
         self.joining.next_try = now;
         self.sync.set_seeds(seeds);
     }
 
     pub(super) fn next_join_step(&self) -> Option<Time> {
-        let may_ask = self.home.is_none() && self.joining.open < MAX_OPEN_HELLOS;
-        may_ask.then_some(self.joining.next_try)
+        let may_request = self.cluster_state.is_none() && self.joining.open < MAX_OPEN_HELLOS;
+        may_request.then_some(self.joining.next_try)
     }
 
-    /// Greets the next seed when it is its turn.
+    /// Sends `Hello` to the next seed if it is due.
     pub(super) fn step_join(&mut self, now: Time) {
         let seeds = self.config.seeds;
         let joining = &mut self.joining;
-        if self.home.is_some()
+        if self.cluster_state.is_some()
             || seeds == 0
             || now < joining.next_try
             || joining.open >= MAX_OPEN_HELLOS
@@ -155,25 +159,27 @@ impl Node {
         self.call(Target::Seed(seed), Purpose::Hello { seed }, &Request::Hello(hello));
     }
 
-    pub(super) fn on_hello_answer(&mut self, now: Time, seed: usize, answer: Answer) {
+    pub(super) fn handle_hello_answer(&mut self, now: Time, seed: usize, answer: Answer) {
         self.joining.open = self.joining.open.saturating_sub(1);
         match answer {
             Ok((from, Response::Welcome(welcome))) => {
                 self.sync.note_seed(seed, from);
                 self.joining.note(seed, None);
-                self.enter(now, from, *welcome);
+                self.enter_cluster(now, from, *welcome);
             }
-            Ok((from, Response::Refused(refusal))) => self.on_refusal(now, seed, from, refusal),
-            Ok((from, _)) => self.note_malformed(from, &"no answer to a greeting"),
-            Err(error) => self.on_no_welcome(now, seed, error),
+            Ok((from, Response::Refused(refusal))) => {
+                self.handle_hello_refusal(now, seed, from, refusal)
+            }
+            Ok((from, _)) => self.note_malformed(from, &"unexpected response to a hello"),
+            Err(error) => self.handle_hello_failure(now, seed, error),
         }
     }
 
-    fn enter(&mut self, now: Time, from: NodeId, welcome: Welcome) {
+    fn enter_cluster(&mut self, now: Time, from: NodeId, welcome: Welcome) {
         let Welcome { cluster, facts, returning, no_slot } = welcome;
-        match &self.home {
-            // A second seed answered too. What it granted is ours by the table and is given back.
-            Some(home) if home.cluster.id == cluster.id => {
+        match &self.cluster_state {
+            // A second seed answered as well. If it granted another slot, `lease` gives that one back.
+            Some(cluster_state) if cluster_state.cluster.id == cluster.id => {
                 self.learn(now, &facts, Some(from));
             }
             Some(_) => {
@@ -183,37 +189,40 @@ impl Node {
                 tracing::info!(cluster = %cluster.id, members = facts.members.len(), "joined");
                 let search = LeaseSearch::new(now, &cluster, &self.config);
                 let slots = SlotTable::empty(cluster.settings.pool);
-                self.home = Some(Home { cluster, slots, search });
+                self.cluster_state = Some(ClusterState { cluster, slots, search });
                 self.dirty.mark(Key::Cluster, true);
                 self.directory.merge(&self.me);
                 self.dirty.mark(Key::Member(self.me.node), false);
-                // The seed passes on what is new; all the rest is old news to everybody else.
-                facts.members.iter().for_each(|record| self.horizons.begin_with_member(record));
-                facts.slots.iter().for_each(|run| self.horizons.begin_with_run(run));
-                facts.forgets.iter().for_each(|forget| self.horizons.begin_with_forget(forget));
+                // The facts are not pushed: only this node's join is new to the others, and the seed pushes
+                // it.
+                facts.members.iter().for_each(|record| self.horizons.include_member(record));
+                facts.slots.iter().for_each(|run| self.horizons.include_run(run));
+                facts.forgets.iter().for_each(|forget| self.horizons.include_forget(forget));
                 self.absorb(now, &facts, Some(from));
                 if returning {
-                    self.doubt_memory();
+                    self.require_full_verification();
                 }
-                self.compared(now, from, false);
-                if let Some(home) = &mut self.home {
-                    home.search.refusal = no_slot;
+                self.note_comparison(now, from, false);
+                if let Some(cluster_state) = &mut self.cluster_state {
+                    cluster_state.search.refusal = no_slot;
                 }
             }
         }
     }
 
-    fn on_refusal(&mut self, now: Time, seed: usize, from: NodeId, refusal: Refusal) {
+    fn handle_hello_refusal(&mut self, now: Time, seed: usize, from: NodeId, refusal: Refusal) {
         let joining = &mut self.joining;
         if joining.refusal.as_ref() != Some(&refusal) {
-            tracing::warn!(peer = %from, %refusal, "a seed refused this node");
+            tracing::warn!(peer = %from, %refusal, "seed refused this node");
             joining.refusal = Some(refusal.clone());
         }
-        joining.note(seed, Some(Word::Refused(refusal.clone())));
+        joining.note(seed, Some(SeedFailure::Refused(refusal.clone())));
         match refusal {
-            _ if self.home.is_some() => {}
-            Refusal::OtherCluster { .. } | Refusal::Settings(_) => self.give_up_if_hopeless(seed),
-            Refusal::Left | Refusal::Forgotten { .. } => self.on_expulsion(&refusal),
+            _ if self.cluster_state.is_some() => {}
+            Refusal::OtherCluster { .. } | Refusal::Settings(_) => {
+                self.stop_if_all_seeds_refuse(seed)
+            }
+            Refusal::Left | Refusal::Forgotten { .. } => self.stop_if_expelled(&refusal),
             Refusal::NotReady => {
                 let pause = joining.not_ready_pause;
                 joining.not_ready_pause = (pause * 2).min(LONGEST_PAUSE);
@@ -223,8 +232,8 @@ impl Node {
         }
     }
 
-    /// The cluster holds this node as gone: its state is from before, or it was written off.
-    pub(super) fn on_expulsion(&mut self, refusal: &Refusal) {
+    /// Stops the node: the cluster holds it as left or forgotten.
+    pub(super) fn stop_if_expelled(&mut self, refusal: &Refusal) {
         let successor = match refusal {
             _ if self.leaving.is_some() => return,
             Refusal::Forgotten { successor } => Some(*successor),
@@ -234,29 +243,33 @@ impl Node {
         self.outputs.push_back(Output::Stop(Stop::Expelled { successor }));
     }
 
-    fn on_no_welcome(&mut self, now: Time, seed: usize, error: CallError) {
+    fn handle_hello_failure(&mut self, now: Time, seed: usize, error: CallError) {
         tracing::debug!(seed, %error, "seed did not answer");
         if matches!(error, CallError::Myself) {
             self.sync.note_seed(seed, self.me.node);
         }
-        self.joining.note(seed, Some(Word::NoAnswer(error)));
-        self.give_up_if_hopeless(seed);
+        self.joining.note(seed, Some(SeedFailure::NoAnswer(error)));
+        self.stop_if_all_seeds_refuse(seed);
         if self.joining.next_seed != 0 {
             self.joining.next_try = now;
         }
     }
 
-    /// Stops where every seed has refused this node for a reason that will not go away: one of them may be
-    /// wrong while the others are right.
-    fn give_up_if_hopeless(&mut self, seed: usize) {
-        let said = &self.joining.said;
-        let is_final = |word: &Option<Word>| word.as_ref().is_some_and(Word::is_final);
-        if self.home.is_some() || said.is_empty() || !said.iter().all(is_final) {
+    /// Stops the node once every seed has refused it for good. A single seed may be misconfigured while the
+    /// others are right.
+    fn stop_if_all_seeds_refuse(&mut self, seed: usize) {
+        let last_failures = &self.joining.last_failures;
+        let is_final =
+            |failure: &Option<SeedFailure>| failure.as_ref().is_some_and(SeedFailure::is_final);
+        if self.cluster_state.is_some()
+            || last_failures.is_empty()
+            || !last_failures.iter().all(is_final)
+        {
             return;
         }
-        let stop = match said.get(seed).and_then(Option::as_ref) {
-            Some(Word::Refused(refusal)) => Stop::Refused(refusal.clone()),
-            Some(Word::NoAnswer(error)) => Stop::Rejected { seed, why: error.to_string() },
+        let stop = match last_failures.get(seed).and_then(Option::as_ref) {
+            Some(SeedFailure::Refused(refusal)) => Stop::Refused(refusal.clone()),
+            Some(SeedFailure::NoAnswer(error)) => Stop::Rejected { seed, why: error.to_string() },
             None => return,
         };
         self.outputs.push_back(Output::Stop(stop));

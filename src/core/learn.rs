@@ -1,7 +1,7 @@
-//! Merging what others say, and what this node says about itself.
+//! Merges facts from peers, and publishes this node's own record.
 //!
-//! A fact is news if merging it changed something. Truth is decided by the table and the directory alone;
-//! here it is only carried to them, and what follows from it is set going.
+//! A fact is news if merging it changed something. The slot table and the directory decide that; this module
+//! passes facts to them and triggers what follows from a change.
 
 use std::{
     borrow::Cow,
@@ -15,46 +15,47 @@ use crate::{
 };
 
 use super::{
-    DuplicateSeen, Node,
+    DuplicateIdentity, Node,
     malformed::Kind,
-    planted::{Bug, planted},
+    planted::{Mutation, has_mutation},
     slots::Contested,
-    sync::Doubt,
-    vet::Refused,
+    sync::NeededWitnesses,
+    vet::Refusals,
 };
 
-/// A node with a copy tells the world about itself again this often.
-const SPEAK_UP: Duration = Duration::from_secs(10);
-/// And goes above what others tell of it at most this often.
-const OUTBID_EVERY: Duration = Duration::from_secs(1);
-/// Processes with this node's key that are told apart.
+/// While a duplicate identity exists, how often this node publishes its own record above the other one.
+const DUPLICATE_PUBLISH_INTERVAL: Duration = Duration::from_secs(10);
+/// Minimum time between two versions that exceed one that a peer sent.
+const OUTBID_INTERVAL: Duration = Duration::from_secs(1);
+/// Limit of remembered processes with this node's key.
 const MAX_OUTRANKED: usize = 1024;
-/// A copy that was silent for so long is none any more.
-const DUPLICATE_GONE: Duration = Duration::from_secs(120);
+/// A duplicate identity ends when no record of the other process has arrived for this long.
+const DUPLICATE_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// What came of facts that a peer told.
+/// The result of merging a peer's facts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Learned {
-    /// Something was new.
+pub(super) struct MergeResult {
+    /// Whether anything was new.
     pub(super) new: bool,
-    /// Something cannot be true.
+    /// Whether anything was refused because it cannot be true.
     pub(super) refused: bool,
 }
 
 impl Node {
-    /// Merges what somebody told; what is new is passed on, except to whom it came from.
-    pub(super) fn learn(&mut self, now: Time, facts: &Facts, from: Option<NodeId>) -> Learned {
+    /// Merges facts and pushes the new ones to other members, but not back to a single sender. `from` is
+    /// `None` for this node's own decisions.
+    pub(super) fn learn(&mut self, now: Time, facts: &Facts, from: Option<NodeId>) -> MergeResult {
         let (news, refused) = self.absorb(now, facts, from);
         let new = !news.is_empty();
         if new {
             self.sync.unsettle(now);
             self.push.add(now, &news, from);
         }
-        Learned { new, refused }
+        MergeResult { new, refused }
     }
 
-    /// Merges facts, and says what of them was new and whether anything was refused. What this node decided
-    /// itself comes from no peer.
+    /// Merges facts without pushing them. Returns the new ones, and whether any were refused. `from` is
+    /// `None` for this node's own decisions, which are not vetted.
     pub(super) fn absorb(
         &mut self,
         now: Time,
@@ -62,10 +63,10 @@ impl Node {
         from: Option<NodeId>,
     ) -> (Facts, bool) {
         let mut news = Facts::default();
-        let mut refused = Refused::default();
+        let mut refused = Refusals::default();
         for record in &facts.members {
-            let is_own_word = from.is_none();
-            if (is_own_word || self.can_be(now, record, &mut refused))
+            let is_own = from.is_none();
+            if (is_own || self.is_possible_member(now, record, &mut refused))
                 && self.merge_member(now, record)
             {
                 news.members.push(record.clone());
@@ -73,16 +74,16 @@ impl Node {
         }
         self.merge_slots(now, facts, from, &mut news, &mut refused);
         for forget in &facts.forgets {
-            let is_own_word = from.is_none();
-            if (is_own_word || self.can_be_gone(now, forget, &mut refused))
+            let is_own = from.is_none();
+            if (is_own || self.is_possible_forget(now, forget, &mut refused))
                 && self.merge_forget(now, forget)
             {
                 news.forgets.push(*forget);
             }
         }
-        let there = self.credible(now, &facts.active);
-        self.introduce(now, there);
-        (news, from.is_some_and(|from| self.name_refused(from, &refused)))
+        let active = self.credible_identities(now, &facts.active);
+        self.introduce(now, active);
+        (news, from.is_some_and(|from| self.report_refused(from, &refused)))
     }
 
     fn merge_slots(
@@ -91,27 +92,27 @@ impl Node {
         facts: &Facts,
         from: Option<NodeId>,
         news: &mut Facts,
-        refused: &mut Refused,
+        refused: &mut Refusals,
     ) {
-        let possible = match from {
-            Some(_) => Cow::Owned(self.possible(now, &facts.slots, refused)),
+        let possible_runs = match from {
+            Some(_) => Cow::Owned(self.possible_runs(now, &facts.slots, refused)),
             None => Cow::Borrowed(&facts.slots[..]),
         };
-        let theirs = self.timely(&possible);
-        let Some(home) = &mut self.home else { return };
-        let merged = home.slots.merge(&theirs);
+        let theirs = self.without_late_grants(&possible_runs);
+        let Some(cluster_state) = &mut self.cluster_state else { return };
+        let merged = cluster_state.slots.merge(&theirs);
         self.note_contested(&merged.contested, from);
         let me = self.me.node;
-        // Of a slot that it knew before: who has lost its whole database remembers nothing.
-        let unknown = merged
+        // Only slots that had a record before: a node that lost its whole database is not rolled back.
+        let rolled_back = merged
             .changed
             .iter()
             .filter(|(run, before)| run.record.granter == me && before.is_some());
-        let forgotten_writes: u64 = unknown.map(|(run, _)| u64::from(run.len)).sum();
+        let lost_records: u64 = rolled_back.map(|(run, _)| u64::from(run.len)).sum();
         self.note_slots(&merged.changed);
         news.slots = merged.changed.into_iter().map(|(run, _)| run).collect();
-        if forgotten_writes > 0 {
-            self.on_rollback(forgotten_writes);
+        if lost_records > 0 {
+            self.handle_rollback(lost_records);
         }
         if !news.slots.is_empty() {
             self.recheck_lease(now);
@@ -120,27 +121,27 @@ impl Node {
         }
     }
 
-    /// Slots with two records of one epoch, however many in one line.
+    /// Counts and logs ownership conflicts, with one log line per message.
     fn note_contested(&mut self, contested: &[Contested], from: Option<NodeId>) {
         let slots: u64 = contested.iter().map(|(run, _)| u64::from(run.len)).sum();
         self.counters.ownership_conflicts += slots;
-        // Of subnets that are given from outside both may have heard at once; one of them says so.
+        // Two nodes may claim an assigned subnet at once; they report that as a problem of its own.
         let Some((theirs, ours)) = contested.first().filter(|_| self.config.assigned.is_none())
         else {
             return;
         };
-        let teller = from.unwrap_or(self.me.node);
-        if let Some(slots) = self.note(teller, Kind::TwoOwners, slots, "") {
+        let peer = from.unwrap_or(self.me.node);
+        if let Some(slots) = self.note(peer, Kind::TwoOwners, slots, "") {
             tracing::error!(
-                slots, first = ?theirs.start, ?ours, theirs = ?theirs.record, told_by = %teller,
-                "two owners of slots at one epoch"
+                slots, first = ?theirs.start, ?ours, theirs = ?theirs.record, %peer,
+                "ownership conflict: two records of one epoch"
             );
         }
     }
 
-    /// Without grants of a forgotten node to this one that come late, while this one may not write: it
-    /// would have to pass them on. They come again.
-    fn timely<'a>(&self, runs: &'a [Run]) -> Cow<'a, [Run]> {
+    /// While this node may not write, leaves out late grants of forgotten nodes to it: it would have to pass
+    /// them on to the successor. Comparisons bring them again.
+    fn without_late_grants<'a>(&self, runs: &'a [Run]) -> Cow<'a, [Run]> {
         if self.may_write() {
             return Cow::Borrowed(runs);
         }
@@ -151,26 +152,26 @@ impl Node {
         runs.iter().filter(|run| !late(run)).copied().collect()
     }
 
-    /// A member is gone: what it knew must be known from others.
+    /// Notes that a member left or was forgotten, so that other members have to provide what it knew.
     pub(super) fn note_departure(&mut self, node: NodeId) {
-        self.lose_witness(node);
+        self.drop_witness(node);
         self.forgetting.note_departure(node);
     }
 
-    /// Takes a newer member record.
+    /// Merges a member record. Returns whether it was new.
     fn merge_member(&mut self, now: Time, record: &MemberRecord) -> bool {
         if record.node == self.me.node {
             if record.boot == self.me.boot {
-                self.on_forged_self(now, record);
+                self.handle_forged_record(now, record);
             } else if record.version.starts >= self.me.version.starts {
-                self.on_another_self(now, record);
+                self.handle_competing_record(now, record);
             }
             return false;
         }
         let new = self.directory.merge(record);
         if new {
             self.dirty.mark(Key::Member(record.node), false);
-            self.sync.partners.note_sound(record.node);
+            self.sync.partners.end_pause(record.node);
             self.view_stale = true;
             if record.has_left() {
                 self.note_departure(record.node);
@@ -179,84 +180,89 @@ impl Node {
         new
     }
 
-    /// A record in the name of this very process that it did not write, so a member errs or lies: the true
-    /// one goes above it.
-    fn on_forged_self(&mut self, now: Time, record: &MemberRecord) {
+    /// Handles a record that names this very process but was not written by it: a member is faulty or lies.
+    /// This node publishes its own record with a higher version.
+    fn handle_forged_record(&mut self, now: Time, record: &MemberRecord) {
         let is_old = record.version < self.me.version || *record == self.me;
-        if is_old || planted(Bug::LetForgeriesStand) || !self.may_outbid(now) {
+        if is_old || has_mutation(Mutation::IgnoreForgedRecords) || !self.may_outbid(now) {
             return;
         }
         self.counters.forged += 1;
         tracing::error!(
             version = ?record.version, address = %record.address,
-            "a record of this node was told that it never wrote: going on above it"
+            "received a forged record of this node, publishing a higher version"
         );
         if record.version.starts > self.me.version.starts {
-            return self.go_above(now, record.version.starts);
+            return self.publish_later_start(now, record.version.starts);
         }
         self.me.version.change = record.version.change.saturating_add(1);
         self.publish_self(now);
     }
 
-    /// Whatever is told of this node: it answers at a bounded rate, and is told again.
+    /// Returns whether this node may exceed a peer's version now. The rate is bounded; a suppressed attempt
+    /// is repeated when the record arrives again.
     fn may_outbid(&mut self, now: Time) -> bool {
         let may = self.outbid_at.is_none_or(|at| now >= at);
         if may {
-            self.outbid_at = Some(now + OUTBID_EVERY);
+            self.outbid_at = Some(now + OUTBID_INTERVAL);
         }
         may
     }
 
-    /// A record of this node that this process did not write, and that outranks it. From an earlier life
-    /// whose database was lost: this life goes on above it. From another process that lives now, which
-    /// answers by going above us in turn: a copied state directory, and nothing to be won by a race.
-    fn on_another_self(&mut self, now: Time, record: &MemberRecord) {
-        // Once a peer's state was equal to ours, no earlier life of ours can come up that outranks this one.
-        let known_best = self.counters.syncs_same > 0;
-        if known_best || self.outranked.contains(&record.boot) {
+    /// Handles a record of this node from another process whose version is not lower. If it is from an
+    /// earlier run whose database was lost, this run publishes a higher version. If it is from a process
+    /// that runs now, because the state directory was copied, that process does the same, and neither can
+    /// win.
+    fn handle_competing_record(&mut self, now: Time, record: &MemberRecord) {
+        // Once a peer's state equaled this node's, no record of an earlier run with a higher version can
+        // appear.
+        let has_matched_peer = self.counters.syncs_same > 0;
+        if has_matched_peer || self.outranked_boots.contains(&record.boot) {
             self.counters.duplicates += 1;
-            let before = self.duplicate.replace(DuplicateSeen { address: record.address, at: now });
+            let before =
+                self.duplicate.replace(DuplicateIdentity { address: record.address, at: now });
             match before {
-                // The other one must hear of this one too, but two copies that outbid each other would never
-                // end, so each speaks up rarely.
-                Some(seen) if now.since(seen.at) < SPEAK_UP => {
-                    self.duplicate = Some(DuplicateSeen { at: seen.at, ..seen });
+                // The other process has to receive this node's record, too. Two processes that outbid each
+                // other would never stop, so each publishes rarely.
+                Some(seen) if now.since(seen.at) < DUPLICATE_PUBLISH_INTERVAL => {
+                    self.duplicate = Some(DuplicateIdentity { at: seen.at, ..seen });
                     return;
                 }
                 Some(_) => {}
                 None => tracing::error!(
                     here = %self.me.address, there = %record.address,
-                    "another process runs with this node's key: nothing is granted"
+                    "duplicate identity: another process runs with this node's key, granting nothing"
                 ),
             }
         } else if !self.may_outbid(now) {
             return;
         }
-        if self.outranked.len() < MAX_OUTRANKED {
-            self.outranked.insert(record.boot);
+        if self.outranked_boots.len() < MAX_OUTRANKED {
+            self.outranked_boots.insert(record.boot);
         }
-        self.doubt_memory();
-        self.go_above(now, record.version.starts);
+        self.require_full_verification();
+        self.publish_later_start(now, record.version.starts);
     }
 
-    /// A peer holds this node as down under an incarnation, and must be told of a newer one. Its own
-    /// suffices, unless another process has run with this node's key and was heard of by gossip alone.
-    pub(super) fn rise_above(&mut self, now: Time, theirs: Incarnation) {
-        let is_possible = self.horizons.reach_incarnation(now, theirs, Some(&self.me));
+    /// Makes this node's incarnation exceed the one under which a peer holds it as down. A renewal suffices
+    /// unless gossip knows a later start of another process with this node's key.
+    pub(super) fn exceed_incarnation(&mut self, now: Time, theirs: Incarnation) {
+        let is_possible = self.horizons.allows_incarnation(now, theirs, Some(&self.me));
         if theirs > self.membership.identity().incarnation {
             if is_possible && self.may_outbid(now) {
-                self.go_above(now, theirs.starts);
+                self.publish_later_start(now, theirs.starts);
             }
         } else {
             self.membership.renew(now);
         }
     }
 
-    fn go_above(&mut self, now: Time, starts: u32) {
+    /// Publishes this node under a later start than `starts`.
+    fn publish_later_start(&mut self, now: Time, starts: u32) {
         self.me.version.starts = starts.saturating_add(1);
         tracing::warn!(
             starts = self.me.version.starts,
-            "peers remember a later start of this node than its own state: going on above it"
+            "peers know a later start of this node than its state directory, publishing a higher one"
         );
         self.dirty.mark(Key::Starts, true);
         self.identity_write = self.after();
@@ -266,67 +272,67 @@ impl Node {
         self.publish_self(now);
     }
 
-    /// Peers show records that this node wrote and does not remember. Every one is flushed before anybody
-    /// hears of it, so its state directory was rolled back, and there may be more that it does not know of.
-    fn on_rollback(&mut self, records: u64) {
+    /// Handles records that this node wrote and no longer has. Each one was flushed before any peer received
+    /// it, so the state directory was rolled back, and more records may be missing.
+    fn handle_rollback(&mut self, records: u64) {
         if self.counters.rollbacks == 0 {
             tracing::error!(
                 records,
-                "the state directory was rolled back: peers know more of this node"
+                "state directory was rolled back: peers hold records that this node no longer has"
             );
         }
         self.counters.rollbacks += records;
-        let peers = self.roster();
+        let peers = self.other_members();
         if !peers.is_empty() {
-            self.sync.doubt(Doubt::AllOf(peers));
+            self.sync.require_witnesses(NeededWitnesses::AllOf(peers));
         }
     }
 
-    /// This node has lost its memory. It may have granted slots that not everybody has heard of, so all
-    /// who are there are asked before it writes another record.
-    pub(super) fn doubt_memory(&mut self) {
+    /// Marks memory as unverified because this node lost it. It may have granted slots that few members know,
+    /// so all active members have to confirm before it writes another ownership record.
+    pub(super) fn require_full_verification(&mut self) {
         let me = self.me.node;
-        let there = self.active().into_keys();
-        let there: BTreeSet<_> = there.filter(|node| *node != me).collect();
-        if !there.is_empty() {
-            self.sync.doubt(Doubt::AllOf(there));
+        let peers = self.active().into_keys();
+        let peers: BTreeSet<_> = peers.filter(|node| *node != me).collect();
+        if !peers.is_empty() {
+            self.sync.require_witnesses(NeededWitnesses::AllOf(peers));
         }
     }
 
-    /// A member is gone that could have told what this node's memory lacks: then all the others together
-    /// must, among whom is whoever has its knowledge.
-    fn lose_witness(&mut self, node: NodeId) {
-        let others = self.roster();
-        self.sync.lose_witness(node, others);
+    /// Notes that a possible witness of this node's memory is gone. If it was the last one, all other members
+    /// have to confirm.
+    fn drop_witness(&mut self, node: NodeId) {
+        let others = self.other_members();
+        self.sync.drop_witness(node, others);
     }
 
-    /// Members held as alive that are not gone, this node included. One that has left or was forgotten may
-    /// linger in gossip for a while.
+    /// Returns the active members that are not gone, with this node. Gossip may list a member for a while
+    /// after it has left or was forgotten.
     pub(super) fn active(&self) -> BTreeMap<NodeId, Identity> {
         let mut active = self.membership.active();
         active.retain(|node, _| *node == self.me.node || !self.is_gone(*node));
         active
     }
 
-    /// All other members that are not gone.
-    fn roster(&self) -> BTreeSet<NodeId> {
+    /// Returns all other members that are not gone.
+    fn other_members(&self) -> BTreeSet<NodeId> {
         self.directory.peers(self.me.node).map(|record| record.node).collect()
     }
 
-    /// Whether this node may write new records of ownership: its memory is beyond doubt.
+    /// Returns whether this node may write ownership records: memory is verified, and the identity is unique.
     pub(super) fn may_write(&self) -> bool {
         (self.sync.synced() || self.is_alone()) && self.duplicate.is_none()
     }
 
-    /// A copy that was not heard of for long is gone, or has another identity by now.
+    /// Ends a duplicate identity after a time without records of the other process.
     pub(super) fn clear_duplicate(&mut self, now: Time) {
-        if self.duplicate.as_ref().is_some_and(|seen| now.since(seen.at) > DUPLICATE_GONE) {
+        if self.duplicate.as_ref().is_some_and(|seen| now.since(seen.at) > DUPLICATE_TIMEOUT) {
             self.duplicate = None;
-            self.doubt_memory();
+            self.require_full_verification();
         }
     }
 
-    /// Tells everybody the present version of this node's own record.
+    /// Publishes this node's own record.
     pub(super) fn publish_self(&mut self, now: Time) {
         self.directory.merge(&self.me);
         self.dirty.mark(Key::Member(self.me.node), false);

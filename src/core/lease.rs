@@ -1,9 +1,9 @@
-//! Seeing to it that this node has exactly one lease.
+//! Ensures that this node has exactly one lease.
 //!
-//! A member without one (its seed had no free slot) makes one of its own free slots its lease, or asks those
-//! who have free slots, one after the other, for ever: first those who can still serve many. A donor that
-//! does not answer holds it up for a moment only. A member with several (two of them answered) keeps the one
-//! that is in use and makes the others free slots.
+//! A member without a lease, for example because its seed had no free slot, leases one of its own free slots.
+//! If it has none, it requests grants from the owners of free slots until one succeeds; owners with many free
+//! slots come first. A donor that does not answer delays the search only briefly. A member with several
+//! leases (several donors answered) keeps the one in use and turns the others into free slots.
 
 use std::{collections::BTreeSet, ops::Range, time::Duration};
 
@@ -13,48 +13,48 @@ use crate::{
 };
 
 use super::{
-    Answer, Change, Home, InUse, Node, NodeConfig, Purpose, SlotTable,
+    Answer, Change, ClusterState, KernelSubnet, Node, NodeConfig, Purpose, SlotTable,
     boot::preferred,
-    planted::{Bug, planted},
+    planted::{Mutation, has_mutation},
     rank::peer_score,
 };
 
-/// A node whose subnet is given from outside waits so long for others to tell who had it, where it has met
-/// nobody yet.
-const HEARSAY: Duration = Duration::from_secs(3);
-/// And looks again so often.
-const LOOK_AGAIN: Duration = Duration::from_millis(200);
-/// Pause after all donors were asked in vain.
+/// A node with an assigned subnet that has compared its state with no member yet waits this long before it
+/// claims the subnet, so that it first learns the slot's current record.
+const ASSIGNED_CLAIM_DELAY: Duration = Duration::from_secs(3);
+/// Interval at which a claim is retried.
+const CLAIM_RETRY_INTERVAL: Duration = Duration::from_millis(200);
+/// Pause after no donor has granted a slot.
 const DONOR_PAUSE: Duration = Duration::from_secs(2);
-/// The next donor is asked as well when the one before has not answered within this time. Gossip may hold a
-/// dead member as alive for longer.
+/// A request to another donor starts in parallel if the last one has not answered within this time. Gossip
+/// may take longer to detect that it is dead.
 const NEXT_DONOR_AFTER: Duration = Duration::from_millis(500);
-/// A call is answered by then, or has failed.
+/// Time within which a call has ended, with or without an answer.
 const ANSWERED_BY: Duration = Duration::from_secs(6);
-/// Donors that are asked at once.
-const MAX_OPEN_ASKS: usize = 4;
+/// Limit of unanswered grant requests.
+const MAX_OPEN_GRANTS: usize = 4;
 
 /// A member's search for a lease.
 pub(super) struct LeaseSearch {
-    /// The slot it would like, until its owner has been asked in vain.
+    /// The preferred slot; reset when its owner does not answer or no donor is left.
     prefer: Option<Slot>,
-    /// It is to have that one and no other: somebody else gives it.
+    /// Whether `prefer` was assigned from outside: no other slot may be used.
     assigned: bool,
-    /// Slots whose subnets lead elsewhere on this host.
+    /// Slot ranges whose subnets this host routes elsewhere.
     occupied: Vec<Range<u32>>,
     /// When the search began.
     since: Time,
-    /// A living member that has the subnet assigned to this node.
+    /// A living member that leases the subnet assigned to this node.
     pub(super) rival: Option<NodeId>,
-    /// Donors that were asked since the last pause.
+    /// Donors that got a request since the last pause.
     tried: BTreeSet<NodeId>,
-    /// How many of them have not answered yet.
+    /// Number of unanswered grant requests.
     open: usize,
-    /// When another donor is asked besides those.
-    next_ask: Time,
+    /// When a request to another donor may start in parallel.
+    next_request: Time,
     next_try: Option<Time>,
-    /// The lease last found.
-    held: Option<Slot>,
+    /// The lease that this node uses.
+    used_lease: Option<Slot>,
     pub(super) refusal: Option<Refusal>,
 }
 
@@ -70,150 +70,158 @@ impl LeaseSearch {
             rival: None,
             tried: BTreeSet::new(),
             open: 0,
-            next_ask: now,
+            next_request: now,
             next_try: Some(now),
-            held: None,
+            used_lease: None,
             refusal: None,
         }
     }
 
-    /// From now on another slot than the present one is the one to use.
+    /// Makes `slot` the one to use instead of the present one.
     pub(super) fn prefer_from_now(&mut self, slot: Slot) {
-        self.held = None;
+        self.used_lease = None;
         self.prefer = Some(slot);
     }
 
-    fn is_free(&self, slot: Slot) -> bool {
+    fn is_unoccupied(&self, slot: Slot) -> bool {
         !self.occupied.iter().any(|slots| slots.contains(&slot.0))
     }
 
-    /// Makes a free slot of `me` its lease; one that leads elsewhere on this host only if there is no other.
+    /// Leases a free slot of `me`. Takes one that this host routes elsewhere only if there is no other.
     pub(super) fn lease_own(&self, slots: &mut SlotTable, me: NodeId) -> Option<Change> {
-        let is_free = |slot| self.is_free(slot);
-        let free = slots.lease_own_where(me, self.prefer, is_free);
+        let is_unoccupied = |slot| self.is_unoccupied(slot);
+        let free = slots.lease_own_where(me, self.prefer, is_unoccupied);
         free.or_else(|| slots.lease_own_where(me, self.prefer, |_| true))
     }
 
-    /// Which of the leased slots of `me` is the one in use: the one that was, or else the one that was
-    /// asked for. Another one would take the addresses away from under running pods. None, if all of them
-    /// lead elsewhere on this host and `me` has a free one that does not.
+    /// Returns which leased slot of `me` to use: the present one, else the preferred one, else the lowest.
+    /// Changing it would take the addresses away from running pods. Returns `None` if this host routes all of
+    /// them elsewhere and `me` owns a free slot that it does not.
     pub(super) fn own_slot(&self, slots: &SlotTable, me: NodeId) -> Option<Slot> {
         let is_leased = |slot: &Slot| slots.leased_by(me).any(|leased| leased == *slot);
         if self.assigned {
             return self.prefer.filter(is_leased);
         }
-        if let Some(held) = self.held.filter(is_leased) {
-            return Some(held);
+        if let Some(used_lease) = self.used_lease.filter(is_leased) {
+            return Some(used_lease);
         }
         let wanted = self.prefer.filter(is_leased);
         let leased = || wanted.into_iter().chain(slots.leased_by(me));
-        if let Some(free) = leased().find(|slot| self.is_free(*slot)) {
+        if let Some(free) = leased().find(|slot| self.is_unoccupied(*slot)) {
             return Some(free);
         }
-        let has_better = slots.has_free_slot_where(me, |slot| self.is_free(slot));
+        let has_better = slots.has_free_slot_where(me, |slot| self.is_unoccupied(slot));
         leased().next().filter(|_| !has_better)
     }
 }
 
 impl Node {
     pub(super) fn next_lease_step(&self) -> Option<Time> {
-        self.home.as_ref()?.search.next_try.filter(|_| self.leaving.is_none())
+        self.cluster_state.as_ref()?.search.next_try.filter(|_| self.leaving.is_none())
     }
 
-    /// Sees to it that this node has exactly one lease.
+    /// Takes the next step towards exactly one lease, if it is due.
     pub(super) fn step_lease(&mut self, now: Time) {
         let me = self.me.node;
-        let synced = self.may_write();
-        let Some(home) = &mut self.home else { return };
-        if self.leaving.is_some() || home.search.next_try.is_none_or(|at| now < at) {
+        let may_write = self.may_write();
+        let Some(cluster_state) = &mut self.cluster_state else { return };
+        if self.leaving.is_some() || cluster_state.search.next_try.is_none_or(|at| now < at) {
             return;
         }
-        home.search.next_try = None;
-        if let Some(own) = home.search.own_slot(&home.slots, me) {
-            home.search.tried.clear();
-            home.search.refusal = None;
-            home.search.rival = None;
-            if home.search.held.replace(own) != Some(own) {
-                let subnet = home.cluster.settings.pool.subnet(own);
-                tracing::info!(%subnet, "this node's subnet");
+        cluster_state.search.next_try = None;
+        if let Some(own) = cluster_state.search.own_slot(&cluster_state.slots, me) {
+            cluster_state.search.tried.clear();
+            cluster_state.search.refusal = None;
+            cluster_state.search.rival = None;
+            if cluster_state.search.used_lease.replace(own) != Some(own) {
+                let subnet = cluster_state.cluster.settings.pool.subnet(own);
+                tracing::info!(%subnet, "subnet leased");
                 self.view_stale = true;
             }
-            // Not before the kernel has moved over: what is given back may be leased to somebody at once.
-            let in_use = home.cluster.settings.pool.subnet(own);
-            let moved = self.in_use == InUse::Subnet(in_use) || planted(Bug::GiveBackInUse);
-            if synced && moved {
-                self.give_back_all_but(now, own);
+            // Only after the kernel has switched: a slot given back may be leased to another node at once.
+            let subnet = cluster_state.cluster.settings.pool.subnet(own);
+            let has_switched = self.kernel_subnet == KernelSubnet::Subnet(subnet)
+                || has_mutation(Mutation::ReleaseLeaseInUse);
+            if may_write && has_switched {
+                self.release_all_but(now, own);
             }
             return;
         }
-        if home.search.assigned {
+        if cluster_state.search.assigned {
             self.claim(now);
             return;
         }
-        if synced && let Some(change) = home.search.lease_own(&mut home.slots, me) {
+        if may_write
+            && let Some(change) = cluster_state.search.lease_own(&mut cluster_state.slots, me)
+        {
             self.note_own_change(now, vec![change]);
             return;
         }
-        let search = &mut home.search;
-        if search.open == 0 || search.open < MAX_OPEN_ASKS && search.next_ask <= now {
-            self.ask_donor(now);
-        } else if search.open < MAX_OPEN_ASKS {
-            search.next_try = Some(search.next_ask);
+        let search = &mut cluster_state.search;
+        if search.open == 0 || search.open < MAX_OPEN_GRANTS && search.next_request <= now {
+            self.request_grant(now);
+        } else if search.open < MAX_OPEN_GRANTS {
+            search.next_try = Some(search.next_request);
         }
     }
 
-    /// Takes the subnet that was given to this node, unless a living member uses it: then somebody has given
-    /// it twice.
+    /// Claims the slot assigned to this node, unless a living member leases it: then it was assigned to two
+    /// nodes.
     fn claim(&mut self, now: Time) {
         let me = self.me.node;
         let may_write = self.may_write();
         let has_confirmed = self.sync.has_confirmed();
         let active = self.active();
-        let Some(home) = &mut self.home else { return };
-        let search = &mut home.search;
+        let Some(cluster_state) = &mut self.cluster_state else { return };
+        let search = &mut cluster_state.search;
         let Some(slot) = search.prefer else { return };
-        let user = home.slots.record(slot).filter(|record| record.state == SlotState::Leased);
+        let user =
+            cluster_state.slots.record(slot).filter(|record| record.state == SlotState::Leased);
         search.rival =
             user.map(|record| record.owner).filter(|user| *user != me && active.contains_key(user));
-        let knows_enough = has_confirmed || self.config.seeds == 0 || now >= search.since + HEARSAY;
+        let knows_enough =
+            has_confirmed || self.config.seeds == 0 || now >= search.since + ASSIGNED_CLAIM_DELAY;
         if search.rival.is_none() && may_write && knows_enough {
-            let change = home.slots.claim(me, slot);
+            let change = cluster_state.slots.claim(me, slot);
             self.note_own_change(now, vec![change]);
             return;
         }
-        if search.rival.is_some() && search.held.take().is_some() {
+        if search.rival.is_some() && search.used_lease.take().is_some() {
             self.view_stale = true;
         }
-        search.next_try = Some(now + LOOK_AGAIN);
+        search.next_try = Some(now + CLAIM_RETRY_INTERVAL);
     }
 
-    fn give_back_all_but(&mut self, now: Time, own: Slot) {
+    fn release_all_but(&mut self, now: Time, own: Slot) {
         let me = self.me.node;
-        let Some(home) = &mut self.home else { return };
-        let surplus: Vec<Slot> = home.slots.leased_by(me).filter(|slot| *slot != own).collect();
+        let Some(cluster_state) = &mut self.cluster_state else { return };
+        let surplus: Vec<Slot> =
+            cluster_state.slots.leased_by(me).filter(|slot| *slot != own).collect();
         self.counters.surplus += surplus.len() as u64;
-        let released =
-            surplus.into_iter().filter_map(|slot| home.slots.release_own(me, slot)).collect();
+        let released = surplus
+            .into_iter()
+            .filter_map(|slot| cluster_state.slots.release_own(me, slot))
+            .collect();
         self.note_own_change(now, released);
     }
 
-    /// Has another look for a lease at the next step: the table changed.
+    /// Makes the lease search run at the next step, because the slot table changed.
     pub(super) fn recheck_lease(&mut self, now: Time) {
-        if let Some(home) = &mut self.home {
-            home.search.next_try = Some(now);
+        if let Some(cluster_state) = &mut self.cluster_state {
+            cluster_state.search.next_try = Some(now);
         }
     }
 
-    fn ask_donor(&mut self, now: Time) {
+    fn request_grant(&mut self, now: Time) {
         let me = self.me.node;
         let active = self.active();
-        let Some(home) = &mut self.home else { return };
-        let free_slots = home.slots.census().free;
-        let untried = |node: &NodeId| *node != me && !home.search.tried.contains(node);
-        let wanted = home
+        let Some(cluster_state) = &mut self.cluster_state else { return };
+        let free_slots = cluster_state.slots.census().free;
+        let untried = |node: &NodeId| *node != me && !cluster_state.search.tried.contains(node);
+        let wanted = cluster_state
             .search
             .prefer
-            .and_then(|slot| home.slots.record(slot))
+            .and_then(|slot| cluster_state.slots.record(slot))
             .filter(|record| record.state == SlotState::Free && untried(&record.owner));
         let candidates = || {
             let donors = free_slots.iter().map(|(node, count)| (*node, *count));
@@ -224,62 +232,65 @@ impl Node {
                 .or_else(|| best_donor(me, candidates()))
         });
         let Some(donor) = donor else {
-            if home.search.open > 0 {
+            if cluster_state.search.open > 0 {
                 return;
             }
-            home.search.tried.clear();
-            home.search.prefer = None;
+            cluster_state.search.tried.clear();
+            cluster_state.search.prefer = None;
             let pause = self.jittered(DONOR_PAUSE);
-            if let Some(home) = &mut self.home {
-                home.search.next_try = Some(now + pause);
+            if let Some(cluster_state) = &mut self.cluster_state {
+                cluster_state.search.next_try = Some(now + pause);
             }
             self.sync.hasten(now);
             return;
         };
-        let pool = home.cluster.settings.pool;
-        let prefer = home.search.prefer.map(|slot| pool.subnet(slot).network());
+        let pool = cluster_state.cluster.settings.pool;
+        let prefer = cluster_state.search.prefer.map(|slot| pool.subnet(slot).network());
         let request = Request::Grant(GrantWish { prefer });
-        home.search.tried.insert(donor);
-        let asked = self.call_member(donor, Purpose::Grant { donor }, &request);
-        let Some(Home { search, .. }) = &mut self.home else { return };
-        if asked {
+        cluster_state.search.tried.insert(donor);
+        let called = self.call_member(donor, Purpose::Grant { donor }, &request);
+        let Some(ClusterState { search, .. }) = &mut self.cluster_state else { return };
+        if called {
             search.open += 1;
-            // Others refuse what is known to be another's: its owner alone can grant it.
-            search.next_ask = now + if wanted.is_some() { ANSWERED_BY } else { NEXT_DONOR_AFTER };
-            search.next_try = Some(search.next_ask);
+            // A known free slot can be granted only by its owner, so no other donor gets a request in
+            // parallel.
+            search.next_request =
+                now + if wanted.is_some() { ANSWERED_BY } else { NEXT_DONOR_AFTER };
+            search.next_try = Some(search.next_request);
         } else {
-            // Known by its slots alone: its record is on its way, or lost with it.
+            // The donor has no record: it has not arrived yet, or it was lost with a database.
             search.next_try = Some(now);
         }
     }
 
-    pub(super) fn on_grant_answer(&mut self, now: Time, donor: NodeId, answer: Answer) {
-        let Some(home) = &mut self.home else { return };
-        home.search.open = home.search.open.saturating_sub(1);
-        home.search.next_ask = now;
-        home.search.next_try = Some(now);
+    pub(super) fn handle_grant_answer(&mut self, now: Time, donor: NodeId, answer: Answer) {
+        let Some(cluster_state) = &mut self.cluster_state else { return };
+        cluster_state.search.open = cluster_state.search.open.saturating_sub(1);
+        cluster_state.search.next_request = now;
+        cluster_state.search.next_try = Some(now);
         match answer {
             Ok((_, Response::Granted(facts))) => _ = self.learn(now, &facts, Some(donor)),
-            Ok((_, Response::Refused(refusal))) => home.search.refusal = Some(refusal),
-            Ok((from, _)) => self.note_malformed(from, &"no answer to a grant request"),
+            Ok((_, Response::Refused(refusal))) => cluster_state.search.refusal = Some(refusal),
+            Ok((from, _)) => self.note_malformed(from, &"unexpected response to a grant request"),
             Err(error) => {
                 tracing::debug!(%donor, %error, "donor did not answer");
-                let wanted = home.search.prefer.and_then(|slot| home.slots.record(slot));
+                let wanted =
+                    cluster_state.search.prefer.and_then(|slot| cluster_state.slots.record(slot));
                 if wanted.is_some_and(|record| record.owner == donor) {
-                    // Those who have refused for the sake of this slot are asked for any.
-                    home.search.prefer = None;
-                    home.search.tried = BTreeSet::from([donor]);
+                    // Donors that refused because of the preferred slot may grant any other one.
+                    cluster_state.search.prefer = None;
+                    cluster_state.search.tried = BTreeSet::from([donor]);
                 }
             }
         }
     }
 }
 
-/// Which of these donors, with their free slots, `me` asks first: of those that can still serve at least
-/// half as many joiners as the one with the most, the one that suits it best. So requests are spread, and a
-/// donor that others may have emptied meanwhile is asked late.
+/// Returns the donor that `me` requests a grant from first. Candidates are the donors that can serve at
+/// least half as many joiners as the one with the most free slots; among them the highest rendezvous score
+/// decides. This spreads the requests, and donors that other joiners may have emptied come late.
 fn best_donor(me: NodeId, donors: impl Iterator<Item = (NodeId, u32)>) -> Option<NodeId> {
-    // A donor gives half of its free slots away each time.
+    // Each grant takes half of the donor's free slots, so the number of joiners is logarithmic.
     let serves = donors.map(|(node, free_slots)| (node, u32::BITS - free_slots.leading_zeros()));
     let serves: Vec<(NodeId, u32)> = serves.collect();
     let most = serves.iter().map(|(_, count)| *count).max()?;
@@ -292,17 +303,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn donors_with_few_spares_are_asked_after_those_with_many() {
+    fn donors_with_few_free_slots_come_after_those_with_many() {
         let donor = |index: u8| NodeId::from_bytes([index; 8]);
-        // As after eight joins by one seed.
+        // Free slots of the donors after eight joins through one seed.
         let free_slots = [127, 63, 31, 15, 7, 3, 1];
         let donors = || (1..).map(donor).zip(free_slots);
-        let mut asked = BTreeSet::new();
+        let mut chosen = BTreeSet::new();
         for number in 0..500_u64 {
             let me = NodeId::from_bytes((number << 16).to_be_bytes());
-            asked.extend(best_donor(me, donors()));
+            chosen.extend(best_donor(me, donors()));
         }
-        assert_eq!(asked, (1..=4).map(donor).collect(), "of one kind, and all of them");
+        assert_eq!(
+            chosen,
+            (1..=4).map(donor).collect(),
+            "all of the large donors, and no small one"
+        );
         let only_small = donors().skip(6);
         assert_eq!(best_donor(donor(9), only_small), Some(donor(7)));
         assert_eq!(best_donor(donor(9), donors().take(0)), None);

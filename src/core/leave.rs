@@ -1,9 +1,8 @@
-//! Going for good: everything this node owns goes to a successor, and the node goes only once somebody has
-//! it.
+//! Leaving: hands all slots of this node to a successor and ends membership once a member has the records.
 //!
-//! First the successor is asked whether it will; only then are the records written, for a record cannot be
-//! taken back. From then on this node's disk is the only place that knows, so it goes on offering the
-//! records, to any member if the successor has died in that moment, and over restarts, until one has them.
+//! The successor has to agree first, because records cannot be revoked once written. From then on this node's
+//! disk may be the only place that holds them. So the node offers the records to one member after the other,
+//! also after a restart, until one accepts.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -13,22 +12,23 @@ use crate::{
 };
 
 use super::{
-    Answer, InUse, Node, Output, Purpose, Stop,
-    planted::{Bug, planted},
+    Answer, KernelSubnet, Node, Output, Purpose, Stop,
+    planted::{Mutation, has_mutation},
     rank::peer_score,
 };
 
-const RETRY: Duration = Duration::from_secs(1);
+/// Pause after no member has accepted the handover.
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 pub(super) struct Leaving {
-    /// Asked in vain.
+    /// Members that refused or did not answer.
     tried: BTreeSet<NodeId>,
-    /// Who agreed to take everything. From then on this node uses its subnet no more: the successor may lease
-    /// it to somebody in the moment in which it is told.
+    /// The member that agreed to take over. This node stops using its subnet, because the successor may lease
+    /// it to another node as soon as it has the records.
     successor: Option<NodeId>,
-    /// The records are written, and somebody must accept them.
+    /// Whether the handover records are written, so that a member has to accept them.
     handed: bool,
-    /// All keepers were asked in vain: once more then.
+    /// When to offer the records again after all members failed.
     retry_at: Option<Time>,
 }
 
@@ -37,12 +37,12 @@ impl Leaving {
         Self { tried: BTreeSet::new(), successor: None, handed: false, retry_at: None }
     }
 
-    /// Whether the subnet is in use no more.
+    /// Whether this node stops using its subnet.
     pub(super) const fn withdraws(&self) -> bool {
         self.successor.is_some()
     }
 
-    /// The leave that a crash or a signal cut short after the records were written.
+    /// Resumes a leave that a crash or a signal interrupted after the records were written.
     pub(super) fn resumed(now: Time) -> Self {
         Self { handed: true, retry_at: Some(now), ..Self::new() }
     }
@@ -53,24 +53,24 @@ impl Node {
         if self.leaving.is_some() {
             return;
         }
-        if self.home.is_none() || self.is_alone() {
+        if self.cluster_state.is_none() || self.is_alone() {
             self.outputs.push_back(Output::Stop(Stop::Left { successor: None }));
             return;
         }
         if self.duplicate.is_some() {
             return self.cannot_leave(
-                "another process runs with this node's key, and its subnet is in use there too: run \
-                 `gossamer reset-identity` on one of the two first",
+                "another process runs with this node's key and may use its subnet: run \
+                 `gossamer reset-identity` on one of the two hosts first",
             );
         }
         if !self.sync.synced() {
             return self.cannot_leave(
-                "this node has not met anybody since its start who would know what it granted \
-                 before: try again when it has",
+                "since its start this node has not compared its state with a member that knows its \
+                 earlier grants: try again when it has",
             );
         }
         self.leaving = Some(Leaving::new());
-        self.ask_next_successor();
+        self.query_next_successor();
     }
 
     pub(super) fn next_leave_step(&self) -> Option<Time> {
@@ -91,7 +91,7 @@ impl Node {
         self.hand_to_next(now);
     }
 
-    /// Peers that have not been asked in vain, the best suited first.
+    /// Returns the peers that have not failed yet, active ones first, then by rendezvous score.
     fn candidates(&self) -> Vec<NodeId> {
         let me = self.me.node;
         let tried = self.leaving.as_ref().map(|leaving| &leaving.tried);
@@ -104,20 +104,20 @@ impl Node {
         candidates
     }
 
-    fn ask_next_successor(&mut self) {
+    fn query_next_successor(&mut self) {
         let successor = self.candidates().into_iter().find(|node| self.membership.is_active(*node));
         match successor {
             Some(successor) => {
                 self.call_member(
                     successor,
-                    Purpose::AskSuccessor { successor },
+                    Purpose::QuerySuccessor { successor },
                     &Request::BeMySuccessor,
                 );
             }
             None => {
                 self.leaving = None;
                 self.cannot_leave(
-                    "no other member answers, and its subnets must go to somebody: \
+                    "no other member answers, and one has to take over the subnets of this node: \
                      try again when one does",
                 );
             }
@@ -128,7 +128,7 @@ impl Node {
         self.outputs.push_back(Output::CannotLeave(why.to_owned()));
     }
 
-    pub(super) fn on_successor_answer(&mut self, successor: NodeId, answer: Answer) {
+    pub(super) fn handle_successor_answer(&mut self, successor: NodeId, answer: Answer) {
         let Some(leaving) = &mut self.leaving else { return };
         leaving.tried.insert(successor);
         match answer {
@@ -136,16 +136,18 @@ impl Node {
                 leaving.tried.clear();
                 leaving.successor = Some(successor);
                 self.view_stale = true;
-                if self.in_use == InUse::Nothing || planted(Bug::LeaveWithoutWithdrawal) {
-                    self.on_withdrawn();
+                if self.kernel_subnet == KernelSubnet::Nothing
+                    || has_mutation(Mutation::LeaveWithoutWithdrawal)
+                {
+                    self.continue_leave_after_withdrawal();
                 }
             }
-            _ => self.ask_next_successor(),
+            _ => self.query_next_successor(),
         }
     }
 
-    /// The kernel uses no subnet of ours any more.
-    pub(super) fn on_withdrawn(&mut self) {
+    /// Continues the leave after the kernel has stopped using this node's subnet.
+    pub(super) fn continue_leave_after_withdrawal(&mut self) {
         let unwritten = self.leaving.as_ref().filter(|leaving| !leaving.handed);
         if let Some(successor) = unwritten.and_then(|leaving| leaving.successor) {
             self.hand_over(successor);
@@ -153,16 +155,19 @@ impl Node {
         }
     }
 
-    /// Writes everything this node owns over to the successor.
+    /// Writes records that make the successor owner of all slots of this node.
     fn hand_over(&mut self, successor: NodeId) {
-        let (Some(leaving), Some(home)) = (&mut self.leaving, &mut self.home) else { return };
+        let (Some(leaving), Some(cluster_state)) = (&mut self.leaving, &mut self.cluster_state)
+        else {
+            return;
+        };
         let me = self.me.node;
-        let changes = home.slots.hand_over(me, successor);
+        let changes = cluster_state.slots.hand_over(me, successor);
         leaving.handed = true;
         self.note_slots(&changes);
     }
 
-    /// Tells a member everything, the record that names it as the one who knows included.
+    /// Sends all facts to a member, including this node's record with `left_to` set to it.
     fn hand_to(&mut self, keeper: NodeId) {
         if self.me.left_to != Some(keeper) {
             self.me.left_to = Some(keeper);
@@ -170,40 +175,47 @@ impl Node {
             self.directory.merge(&self.me);
             self.dirty.mark(Key::Member(self.me.node), true);
         }
-        let Some(home) = &self.home else { return };
-        // Not only what it gives away: it may be the only one who knows of something else.
-        let facts = self.everything(home);
+        let Some(cluster_state) = &self.cluster_state else { return };
+        // All facts, not only the handover: this node may be the only one that knows some of them.
+        let facts = self.everything(cluster_state);
         self.call_member(keeper, Purpose::Handover { keeper }, &Request::Handover(facts));
     }
 
     fn hand_to_next(&mut self, now: Time) {
         match (self.candidates().first(), &mut self.leaving) {
             (Some(keeper), _) => self.hand_to(*keeper),
-            (None, Some(leaving)) => leaving.retry_at = Some(now + RETRY),
+            (None, Some(leaving)) => leaving.retry_at = Some(now + RETRY_INTERVAL),
             (None, None) => {}
         }
     }
 
-    pub(super) fn on_handover_answer(&mut self, now: Time, keeper: NodeId, answer: Answer) {
+    pub(super) fn handle_handover_answer(&mut self, now: Time, keeper: NodeId, answer: Answer) {
         let Some(leaving) = &mut self.leaving else { return };
         leaving.tried.insert(keeper);
         let successor = leaving.successor;
         let accepted = matches!(answer, Ok((_, Response::Accepted)));
-        if !accepted && !planted(Bug::LeaveWithoutAcceptance) {
-            tracing::warn!(%keeper, "did not accept the handover, asking another member");
+        if !accepted && !has_mutation(Mutation::LeaveWithoutAcceptance) {
+            tracing::warn!(%keeper, "handover not accepted, trying another member");
             return self.hand_to_next(now);
         }
         let me = self.me.node;
-        let still_owns =
-            self.home.as_ref().is_some_and(|home| home.slots.runs_of(me).next().is_some());
+        let still_owns = self
+            .cluster_state
+            .as_ref()
+            .is_some_and(|cluster_state| cluster_state.slots.runs_of(me).next().is_some());
         if still_owns && self.may_write() {
-            // A grant to this node was on its way when it left. In doubt it writes nothing, and others
-            // reclaim it.
+            // A grant to this node arrived during the leave. With unverified memory the node writes nothing,
+            // and the cluster reclaims the slot.
             self.hand_over(successor.unwrap_or(keeper));
             return self.hand_to(keeper);
         }
         let mine = |run: &&Run| run.record.granter == me;
-        let slots = self.home.iter().flat_map(|home| home.slots.runs()).filter(mine).copied();
+        let slots = self
+            .cluster_state
+            .iter()
+            .flat_map(|cluster_state| cluster_state.slots.runs())
+            .filter(mine)
+            .copied();
         let facts =
             Facts { members: vec![self.me.clone()], slots: slots.collect(), ..Facts::default() };
         self.push.add(now, &facts, None);

@@ -1,7 +1,7 @@
-//! What peers send that is of no use: counted, logged at a bounded rate, and otherwise ignored.
+//! Unusable input from peers: counted, logged at a bounded rate, and otherwise ignored.
 //!
-//! One peer can be at fault for long, and in many messages: the log gets one line a minute for each peer and
-//! kind, with what came since the line before.
+//! A faulty peer can send many such messages for a long time. The log gets at most one line a minute for each
+//! peer and kind, with the count since the previous line.
 
 use std::{collections::BTreeMap, fmt::Display, time::Duration};
 
@@ -12,27 +12,30 @@ use crate::{
 
 use super::Node;
 
-/// Between two lines of the log about one peer and kind.
-const LOG_EVERY: Duration = Duration::from_secs(60);
-/// What a peer did is a problem of its for so long.
-const FADES: Duration = Duration::from_secs(600);
-/// Peers and kinds that are remembered.
+/// Interval between two log lines about one peer and kind.
+const LOG_INTERVAL: Duration = Duration::from_secs(60);
+/// How long a refused entry remains among the problems.
+const PROBLEM_DURATION: Duration = Duration::from_secs(600);
+/// Limit of remembered notes; beyond it the oldest is dropped.
 const MAX_NOTES: usize = 1024;
-/// Peers that are named among the problems.
+/// Limit of peers named among the problems.
 const MAX_NAMED: usize = 20;
 
-/// What is wrong with what a peer sent.
+/// What is wrong with a peer's input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Kind {
+    /// A message that cannot be decoded, or a response of the wrong kind.
     Unreadable,
+    /// A message of another cluster.
     OtherCluster,
-    /// Entries of its facts that cannot be true.
+    /// Facts that cannot be true.
     Refused,
     /// Two records of one slot and epoch.
     TwoOwners,
-    /// It does not compare states with this node.
+    /// The peer refuses to compare states with this node.
     RefusesComparison,
-    Greets,
+    /// A `Hello` was served; noted only to bound the log.
+    SendsHello,
 }
 
 #[derive(Clone, Debug)]
@@ -43,13 +46,13 @@ struct Note {
     why: String,
 }
 
-/// What was noted of whom.
+/// The notes, by peer and kind.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Notes(BTreeMap<(NodeId, Kind), Note>);
 
 impl Notes {
-    /// Takes note; says how many came since the last line of the log, if it is time for another one.
-    pub(super) fn take(
+    /// Adds to a note. Returns the count since the last log line if another line is due.
+    pub(super) fn add(
         &mut self,
         now: Time,
         peer: NodeId,
@@ -69,34 +72,34 @@ impl Notes {
         if note.why != why {
             why.clone_into(&mut note.why);
         }
-        let is_due = is_first || now.since(note.logged) >= LOG_EVERY;
+        let is_due = is_first || now.since(note.logged) >= LOG_INTERVAL;
         is_due.then(|| {
             note.logged = now;
             std::mem::take(&mut note.since)
         })
     }
 
-    /// Whose entries were refused lately, and why.
+    /// Returns the peers whose entries were refused lately, with the last reason.
     fn refused(&self, now: Time) -> impl Iterator<Item = (NodeId, &str)> {
-        let lately = move |note: &&Note| now.since(note.last) < FADES;
+        let lately = move |note: &&Note| now.since(note.last) < PROBLEM_DURATION;
         self.0.iter().filter(|((_, kind), _)| *kind == Kind::Refused).filter_map(
             move |((peer, _), note)| Some((*peer, Some(note).filter(lately)?.why.as_str())),
         )
     }
 
-    /// What was refused of this peer is right now.
-    pub(super) fn forgive(&mut self, peer: NodeId) {
+    /// Removes the note about refused entries of a peer that now sends valid ones.
+    pub(super) fn clear_refused(&mut self, peer: NodeId) {
         self.0.remove(&(peer, Kind::Refused));
     }
 }
 
 impl Node {
-    /// A peer may refuse; any other response that was not asked for is a fault of its program.
+    /// Notes a response of the wrong kind. Every peer may answer with a refusal; anything else is malformed.
     pub(super) fn note_unexpected(&mut self, from: NodeId, response: &Response, what: &str) {
         match response {
             Response::Refused(refusal) => {
                 tracing::debug!(peer = %from, %refusal, "{what}");
-                self.on_expulsion(refusal);
+                self.stop_if_expelled(refusal);
             }
             _ => self.note_malformed(from, &what),
         }
@@ -119,8 +122,8 @@ impl Node {
         }
     }
 
-    /// Entries of a peer's facts that cannot be true. Members refuse them and pass none on, so they are the
-    /// fault of the peer that sent them, or of its old release.
+    /// Notes facts that cannot be true. Members refuse them and pass none on, so the sender is faulty or runs
+    /// an old release.
     pub(super) fn note_refused(&mut self, peer: NodeId, count: u64, why: &str) {
         self.counters.refused += count;
         let why = visible(why);
@@ -130,18 +133,19 @@ impl Node {
     }
 
     pub(super) fn note(&mut self, peer: NodeId, kind: Kind, count: u64, why: &str) -> Option<u64> {
-        self.notes.take(self.clock, peer, kind, count, why)
+        self.notes.add(self.clock, peer, kind, count, why)
     }
 
-    /// Peers whose entries are refused, as sentences.
+    /// Returns one problem for each peer whose entries are refused.
     pub(super) fn refused_problems(&self) -> Vec<String> {
         let all: Vec<_> = self.notes.refused(self.clock).collect();
         let named = all.iter().take(MAX_NAMED).map(|(node, why)| {
             let name = self.name_of(*node);
-            format!("{name} ({node}) tells what cannot be, and is not believed: {why}")
+            format!("{name} ({node}) sends facts that cannot be true, and they are ignored: {why}")
         });
         let more = all.len().saturating_sub(MAX_NAMED);
-        let more = (more > 0).then(|| format!("{more} more members tell what cannot be"));
+        let more =
+            (more > 0).then(|| format!("{more} more members send facts that cannot be true"));
         named.chain(more).collect()
     }
 }
@@ -161,12 +165,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn notes_about_one_peer_and_kind_are_logged_once_a_minute_with_their_number() {
+    fn notes_about_one_peer_and_kind_are_logged_once_a_minute_with_their_count() {
         let peer = |seed: u8| NodeId::from_bytes([seed; 8]);
         let mut notes = Notes::default();
         let mut at = |seconds, seed, kind| {
             let now = Time::ZERO + Duration::from_secs(seconds);
-            notes.take(now, peer(seed), kind, 1, "why")
+            notes.add(now, peer(seed), kind, 1, "why")
         };
         assert_eq!(at(0, 1, Kind::Unreadable), Some(1));
         for second in 1..60 {
@@ -182,7 +186,7 @@ mod tests {
         let mut notes = Notes::default();
         for number in 0..3_000_u64 {
             let now = Time::from_nanos(number);
-            notes.take(now, NodeId::from_bytes(number.to_le_bytes()), Kind::Refused, 1, "why");
+            notes.add(now, NodeId::from_bytes(number.to_le_bytes()), Kind::Refused, 1, "why");
         }
         assert_eq!(notes.0.len(), MAX_NOTES);
     }

@@ -1,10 +1,14 @@
-//! Who is alive: SWIM, by foca, wrapped once and exposed nowhere else.
+//! Liveness of members: SWIM, implemented by foca. No other module uses foca, except for its wire codec.
 //!
-//! foca is driven sans-IO: packets and due timers go in, packets, timers and notices come out. Three of
-//! its traps are handled here and only here: a node that refuted a suspicion is still told that it is
-//! down (the notice is dropped), every heal renews identities (peers are keyed by node, a renewal is
-//! nothing), and its settings depend on the cluster's size (they follow it). What is down here is an
-//! opinion: nothing in this module may touch ownership or the kernel.
+//! foca runs without IO: packets and due timers go in; packets, timers and notices come out. Three
+//! properties of foca are handled here:
+//!
+//! - It sends "you are down" to a node even if the node has refuted the suspicion. Such packets are dropped.
+//! - After a healed partition nodes renew their identities. Peers are keyed by node, so a renewal is no new
+//!   peer.
+//! - Its settings depend on the size of the cluster. They are adapted to it.
+//!
+//! Liveness is an estimate: nothing in this module may change ownership or the kernel.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -28,67 +32,79 @@ use crate::{
 
 use super::rank::state_hash;
 
-/// Largest SWIM packet: a datagram less the frame around it, with room for the frame to grow.
+/// Maximum size of a SWIM packet in bytes: a datagram without the frame around it and a reserve for its
+/// growth.
 const PACKET_MAX: usize = DATAGRAM_MAX - 20;
 
-/// A suspicion of this node names one of its own refutations; the last ones may not have been sent yet.
+/// A suspicion of this node may name a refutation count this much above the last one sent, because foca
+/// counts refutations before it sends them.
 pub(super) const UNSENT_REFUTATIONS: u16 = 16;
 
-/// A timer that is served so much too late tells of this process, not of its peers.
-const PAUSE: Duration = Duration::from_millis(500);
-/// What waits in the socket is read within this.
-const CATCH_UP: Duration = Duration::from_millis(250);
+/// Timers that are this late indicate that this process was frozen, not that peers are silent.
+const FREEZE_THRESHOLD: Duration = Duration::from_millis(500);
+/// Time to read the packets that arrived while the process was frozen.
+const SOCKET_DRAIN_TIME: Duration = Duration::from_millis(250);
 
-/// A member as gossip sees it.
+/// The state of a member in gossip.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Liveness {
+    /// It answers probes.
     Alive,
+    /// It did not answer a probe and has not refuted the suspicion yet.
     Suspect,
+    /// It did not refute a suspicion in time.
     Down,
 }
 
-/// What the rest of the node learns from gossip.
+/// An event or packet from gossip.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Notice {
+    /// Send this packet to a member.
     Send {
+        /// The recipient.
         to: NodeId,
+        /// The SWIM packet.
         packet: Bytes,
     },
+    /// A member is active: alive or suspect.
     Up(NodeId),
-    /// This node's own probe of a member failed. It will be down unless it refutes that.
+    /// This node's own probe of a member failed. The member will be down unless it refutes the suspicion.
     Suspect(Suspicion),
     Down(NodeId),
-    /// Somebody believed us dead; we go on under this identity.
+    /// A member is down.
+    /// A peer held this node as down; it continues under this identity.
     Renewed(Identity),
 }
 
+/// This node's SWIM instance.
 pub struct Membership {
     foca: Foca<Identity, SwimCodec, StdRng, NoCustomBroadcast>,
     runtime: AccumulatingRuntime<Identity>,
-    /// Armed timers by due time; the number keeps equal times in order of arming.
+    /// Pending timers by due time; the number keeps timers of equal due time in order.
     timers: BTreeMap<(Time, u64), Timer<Identity>>,
-    armed: u64,
-    /// The timer of the next gossip and its delay, while there is nothing to gossip about.
+    timers_armed: u64,
+    /// The next gossip timer and its delay, while there is nothing to gossip.
     idle_gossip: Option<(Duration, Timer<Identity>)>,
     /// The cluster size that foca's settings were made for.
     tuned_for: u32,
-    /// foca's own count of this node's refutations, as last sent.
+    /// The refutation count of this node, as last sent; foca calls it the incarnation.
     refutation: u16,
     notices: VecDeque<Notice>,
-    /// Members held as alive or suspect, this node excluded: foca's own search is linear.
+    /// Members held as alive or suspect, without this node. A lookup in foca would be linear.
     active: BTreeMap<NodeId, Identity>,
-    /// One per bucket, always that of `active`.
+    /// Hashes of the buckets, kept consistent with `active`.
     hashes: [u64; Buckets::COUNT],
 }
 
 impl Membership {
+    /// Creates an instance that knows no other member.
     pub fn new(identity: Identity, rng: StdRng) -> Self {
         Self {
             foca: Foca::new(identity, settings(1), rng, SwimCodec),
             runtime: AccumulatingRuntime::new(),
             timers: BTreeMap::new(),
-            armed: 0,
+            timers_armed: 0,
             idle_gossip: None,
             tuned_for: 1,
             refutation: 0,
@@ -98,17 +114,18 @@ impl Membership {
         }
     }
 
+    /// Returns this node's present identity.
     pub fn identity(&self) -> Identity {
         *self.foca.identity()
     }
 
-    /// A SWIM packet from an authenticated peer.
+    /// Handles a SWIM packet. The caller has checked its sender.
     pub fn handle_packet(&mut self, now: Time, packet: &[u8]) {
         let result = self.foca.handle_data(packet, &mut self.runtime);
         self.collect(now, "packet", result);
     }
 
-    /// Members that somebody credible holds as alive, or that talk to us.
+    /// Adds members that a vetted peer holds as alive, or that have sent a message to this node.
     pub fn introduce(&mut self, now: Time, identities: impl Iterator<Item = Identity>) {
         let me = self.identity().node;
         let members: Vec<_> = identities.filter(|id| id.node != me).map(Member::alive).collect();
@@ -116,40 +133,41 @@ impl Membership {
         self.collect(now, "introduce", result);
     }
 
-    /// Whether this node holds the member as something else than active in this identity.
-    pub fn is_news(&self, identity: &Identity) -> bool {
+    /// Returns whether `identity` is of another node and not the one held as active.
+    pub fn is_new(&self, identity: &Identity) -> bool {
         identity.node != self.identity().node && self.active.get(&identity.node) != Some(identity)
     }
 
-    /// Whether this node holds the member as active in this identity.
+    /// Returns whether the member is held as active in exactly this identity.
     pub fn holds_alive(&self, identity: &Identity) -> bool {
         self.active.get(&identity.node) == Some(identity)
     }
 
-    /// foca's count of this node's refutations, as last sent.
+    /// Returns the refutation count of this node, as last sent.
     pub const fn refutation(&self) -> u16 {
         self.refutation
     }
 
-    /// Goes on under a newer identity, because a peer believes that this one is down.
+    /// Renews this node's identity, because a peer holds the present one as down.
     pub fn renew(&mut self, now: Time) {
         if let Some(identity) = foca::Identity::renew(&self.identity()) {
             self.adopt(now, identity);
         }
     }
 
-    /// Goes on under `identity`, which must be newer than the present one.
+    /// Continues under `identity`, which must be newer than the present one.
     pub fn adopt(&mut self, now: Time, identity: Identity) {
         let result = self.foca.change_identity(identity, &mut self.runtime);
         self.notices.push_back(Notice::Renewed(identity));
         self.collect(now, "change identity", result);
     }
 
-    /// Somebody suspects this node. Says under which count of refutations it is alive all the same.
+    /// Refutes a suspicion of this node. Returns its identity and its refutation count afterwards.
     pub fn refute(&mut self, now: Time, suspicion: &Suspicion) -> Suspicion {
-        // A suspicion names a count that this node has told before.
-        let is_told = suspicion.refutation <= self.refutation.saturating_add(UNSENT_REFUTATIONS);
-        if suspicion.identity == self.identity() && is_told {
+        // A valid suspicion names a refutation count that this node has sent, or is about to send.
+        let is_plausible =
+            suspicion.refutation <= self.refutation.saturating_add(UNSENT_REFUTATIONS);
+        if suspicion.identity == self.identity() && is_plausible {
             let Suspicion { identity, refutation } = *suspicion;
             let suspect = Member::new(identity, refutation, State::Suspect);
             let result = self.foca.apply_many([suspect].into_iter(), false, &mut self.runtime);
@@ -158,7 +176,7 @@ impl Membership {
         Suspicion { identity: self.identity(), refutation: self.refutation }
     }
 
-    /// What is known of those of these identities that are held as down.
+    /// Returns which of these identities are held as down, with their refutation counts.
     pub fn held_down(&self, identities: &[Identity]) -> Vec<Suspicion> {
         let wanted: BTreeSet<&Identity> = identities
             .iter()
@@ -174,35 +192,37 @@ impl Membership {
             .collect()
     }
 
-    /// A peer holds these members as down: they are, unless they say otherwise.
+    /// Marks members that a peer holds as down as suspects. They go down unless they refute it.
     pub fn suspect(&mut self, now: Time, suspicions: impl Iterator<Item = Suspicion>) {
-        let suspect =
-            |doubt: Suspicion| Member::new(doubt.identity, doubt.refutation, State::Suspect);
+        let suspect = |suspicion: Suspicion| {
+            Member::new(suspicion.identity, suspicion.refutation, State::Suspect)
+        };
         let members: Vec<_> = suspicions.map(suspect).collect();
         let result = self.foca.apply_many(members.into_iter(), true, &mut self.runtime);
         self.collect(now, "suspect", result);
     }
 
-    /// A suspect answered.
-    pub fn absolve(&mut self, now: Time, alive: &Suspicion) {
+    /// Ends a suspicion, because the suspect answered.
+    pub fn clear_suspicion(&mut self, now: Time, alive: &Suspicion) {
         let member = Member::new(alive.identity, alive.refutation, State::Alive);
         let result = self.foca.apply_many([member].into_iter(), true, &mut self.runtime);
         self.collect(now, "absolve", result);
     }
 
-    /// Tells the others that this node goes away on purpose.
+    /// Announces that this node leaves.
     pub fn leave(&mut self, now: Time) {
         let result = self.foca.leave_cluster(&mut self.runtime);
         self.collect(now, "leave", result);
     }
 
+    /// Returns when [`Self::handle_timeout`] is due.
     pub fn next_timeout(&self) -> Option<Time> {
         self.timers.keys().next().map(|(due, _)| *due)
     }
 
-    /// Serves every timer that is due, in foca's own order of preference.
+    /// Handles all due timers, in the order that foca defines.
     pub fn handle_timeout(&mut self, now: Time) {
-        self.make_up_for_a_pause(now);
+        self.postpone_overdue_timers(now);
         let later = self.timers.split_off(&(now + Duration::from_nanos(1), 0));
         let mut due: Vec<_> = std::mem::replace(&mut self.timers, later).into_values().collect();
         due.sort();
@@ -212,46 +232,49 @@ impl Membership {
         }
     }
 
-    /// A process that was frozen or starved has not heard the answers that came meanwhile: its timers prove
-    /// nothing about anybody. All of them move to after those answers, at their old distances.
-    fn make_up_for_a_pause(&mut self, now: Time) {
+    /// Postpones all timers if the process was frozen. Answers from that time are still unread, so expired
+    /// timers do not prove that a peer is silent. The distances between timers remain.
+    fn postpone_overdue_timers(&mut self, now: Time) {
         let late = self.next_timeout().map_or(Duration::ZERO, |due| now.since(due));
-        if late > PAUSE {
+        if late > FREEZE_THRESHOLD {
             let timers = std::mem::take(&mut self.timers).into_iter();
-            let moved =
-                timers.map(|((due, number), timer)| ((due + late + CATCH_UP, number), timer));
+            let moved = timers
+                .map(|((due, number), timer)| ((due + late + SOCKET_DRAIN_TIME, number), timer));
             self.timers = moved.collect();
         }
     }
 
+    /// Returns the next notice, oldest first.
     pub fn poll_notice(&mut self) -> Option<Notice> {
         self.notices.pop_front()
     }
 
+    /// Returns whether the member is held as alive or suspect.
     pub fn is_active(&self, node: NodeId) -> bool {
         self.active.contains_key(&node)
     }
 
-    /// As far as gossip has heard of a node; the first possible one, if it has not.
+    /// Returns the newest incarnation of a node in gossip, or the default one if gossip does not know the
+    /// node.
     pub fn newest_incarnation(&self, node: NodeId) -> Incarnation {
         let known = self.foca.iter_membership_state().map(|member| *member.id());
         let incarnations = known.filter(|id| id.node == node).map(|id| id.incarnation);
         incarnations.max().unwrap_or_default()
     }
 
-    /// Members held as alive or suspect, without this node.
+    /// Returns the members held as alive or suspect, without this node.
     pub fn others(&self) -> impl Iterator<Item = NodeId> {
         self.active.keys().copied()
     }
 
-    /// Members held as alive or suspect, this node included, in order of their ids.
+    /// Returns the members held as alive or suspect, with this node, in order of their ids.
     pub fn active(&self) -> BTreeMap<NodeId, Identity> {
         let mut active = self.active.clone();
         active.insert(self.identity().node, self.identity());
         active
     }
 
-    /// Gossip's opinion on everybody it has heard of, this node excluded.
+    /// Returns the liveness of all members that gossip knows, without this node.
     pub fn opinions(&self) -> BTreeMap<NodeId, Liveness> {
         let mut opinions = BTreeMap::new();
         for member in self.foca.iter_membership_state() {
@@ -260,7 +283,7 @@ impl Membership {
                 State::Suspect => Liveness::Suspect,
                 State::Down => Liveness::Down,
             };
-            // An old identity may linger as down beside the one that replaced it.
+            // An older identity may remain as down beside the one that replaced it.
             opinions
                 .entry(member.id().node)
                 .and_modify(|known: &mut Liveness| *known = liveness.min(*known))
@@ -269,7 +292,7 @@ impl Membership {
         opinions
     }
 
-    /// Another one whenever an opinion has changed.
+    /// Returns a hash that differs whenever a member's identity or liveness has changed.
     pub fn opinions_hash(&self) -> u64 {
         let mut hasher = DefaultHasher::new();
         for member in self.foca.iter_membership_state() {
@@ -278,12 +301,12 @@ impl Membership {
         hasher.finish()
     }
 
-    /// One hash per bucket over the active members and this node, without those who are `gone`; each of
-    /// them is named once.
+    /// Returns one hash per bucket over the active members and this node, without the nodes in `gone`, which
+    /// must contain each of them once.
     pub fn hashes(&self, gone: impl Iterator<Item = NodeId>) -> [u64; Buckets::COUNT] {
         let mut hashes = self.hashes;
-        let there = gone.filter_map(|node| self.active.get(&node));
-        for identity in there.chain([&self.identity()]) {
+        let gone_but_active = gone.filter_map(|node| self.active.get(&node));
+        for identity in gone_but_active.chain([&self.identity()]) {
             hashes[Buckets::of_node(identity.node)] ^= identity_hash(identity);
         }
         hashes
@@ -303,10 +326,11 @@ impl Membership {
 
     fn collect(&mut self, now: Time, what: &'static str, result: Result<(), foca::Error>) {
         if let Err(error) = result {
-            // All are survivable: stale packets, packets of our own, an interrupted probe cycle.
+            // All errors are harmless: stale packets, this node's own packets, an interrupted probe cycle.
             tracing::trace!(what, %error, "swim");
         }
-        // Under a new identity foca is at rest until somebody is heard from: nobody would be found dead.
+        // After an identity change foca sends no probes until a packet arrives, so it would detect no dead
+        // member. Applying an empty update restarts them.
         if let Err(error) = self.foca.apply_many(std::iter::empty(), false, &mut self.runtime) {
             tracing::debug!(%error, "swim");
         }
@@ -316,9 +340,9 @@ impl Membership {
                     self.idle_gossip = Some((after, timer));
                     continue;
                 }
-                // foca's own period cannot be changed while it runs.
+                // foca's period is fixed while it runs, so the timer is delayed instead.
                 Timer::ProbeRandomMember(_) | Timer::PeriodicAnnounce(_) => {
-                    after = after.mul_f64(self.stretch());
+                    after = after.mul_f64(self.slowdown());
                 }
                 Timer::ChangeSuspectToDown { member_id, incarnation, .. } => {
                     let suspicion = Suspicion { identity: *member_id, refutation: *incarnation };
@@ -334,7 +358,7 @@ impl Membership {
             self.arm(now + after, timer);
         }
         while let Some(notification) = self.runtime.to_notify() {
-            self.on_notification(notification);
+            self.handle_notification(notification);
         }
         while let Some((to, packet)) = self.runtime.to_send() {
             let header = SwimCodec.decode_header(packet.as_ref());
@@ -344,7 +368,7 @@ impl Membership {
                 self.refutation = header.src_incarnation;
             }
             if header.is_ok_and(|header| self.is_stray_down_notice(&to, &header.message)) {
-                tracing::trace!(to = %to.node, "dropped a down notice to a member that is active");
+                tracing::trace!(to = %to.node, "dropped a down notice for an active member");
                 continue;
             }
             self.notices.push_back(Notice::Send { to: to.node, packet });
@@ -352,17 +376,17 @@ impl Membership {
         debug_assert!(
             self.foca.num_members() == self.active.len()
                 && self.foca.iter_members().all(|m| self.active.get(&m.id().node) == Some(m.id())),
-            "what foca told is what it holds"
+            "`active` equals foca's member list"
         );
         self.tune();
     }
 
     fn arm(&mut self, at: Time, timer: Timer<Identity>) {
-        self.armed += 1;
-        self.timers.insert((at, self.armed), timer);
+        self.timers_armed += 1;
+        self.timers.insert((at, self.timers_armed), timer);
     }
 
-    fn on_notification(&mut self, notification: OwnedNotification<Identity>) {
+    fn handle_notification(&mut self, notification: OwnedNotification<Identity>) {
         match notification {
             OwnedNotification::MemberUp(id) => {
                 self.activate(id);
@@ -382,23 +406,24 @@ impl Membership {
         }
     }
 
-    /// foca sends "you are down" also when the suspicion it stems from was refuted in time.
+    /// Returns whether a packet tells an active member that it is down. foca sends it even after a timely
+    /// refutation.
     fn is_stray_down_notice(&self, to: &Identity, message: &Message<Identity>) -> bool {
         *message == Message::TurnUndead && self.active.get(&to.node) == Some(to)
     }
 
-    /// How much slower than in a small cluster members are probed and announced to.
-    fn stretch(&self) -> f64 {
-        f64::max(self.foca.num_members() as f64 / PROBED_EACH_SECOND, 1.0)
+    /// Returns the factor by which probes and announcements are slower than in a small cluster.
+    fn slowdown(&self) -> f64 {
+        f64::max(self.foca.num_members() as f64 / CLUSTER_PROBES_PER_SECOND, 1.0)
     }
 
-    /// Follows the cluster's size when it has doubled or halved.
+    /// Adapts foca's settings when the cluster's size has doubled or halved.
     fn tune(&mut self) {
         let size = u32::try_from(self.foca.num_members() + 1).unwrap_or(u32::MAX);
         if size >= self.tuned_for.saturating_mul(2) || size <= self.tuned_for / 2 {
             match self.foca.set_config(settings(size)) {
                 Ok(()) => self.tuned_for = size,
-                Err(error) => tracing::error!(%error, size, "swim settings refused"),
+                Err(error) => tracing::error!(%error, size, "foca settings rejected"),
             }
         }
     }
@@ -430,13 +455,14 @@ impl foca::Identity for Identity {
     }
 }
 
-/// Clusters up to this size are probed once a second by each member; larger ones ever less often, so that a
-/// member meets each of the others about as often as before and their connections stay open.
-const PROBED_EACH_SECOND: f64 = 250.0;
-/// How long a member is suspected before it is called down. Suspects are asked on a stream, and a call fails
-/// in less than that; a starved CPU is not a death. In a large cluster it need not take longer.
-const SUSPECTED_MIN: Duration = Duration::from_secs(6);
-const SUSPECTED_MAX: Duration = Duration::from_secs(8);
+/// Number of probes per second in the whole cluster. Up to this size each member sends one a second. In
+/// larger clusters each member sends fewer, so that it meets each other member about as often as at this
+/// size and their connections stay open.
+const CLUSTER_PROBES_PER_SECOND: f64 = 250.0;
+/// Bounds of the time from suspicion to down. Suspects are queried on a stream, and such a call fails in less
+/// time; a short CPU shortage must not make a member down. Large clusters need no longer time.
+const MIN_SUSPICION: Duration = Duration::from_secs(6);
+const MAX_SUSPICION: Duration = Duration::from_secs(8);
 
 fn settings(cluster_size: u32) -> Config {
     const ONE: NonZeroUsize = NonZeroUsize::MIN;
@@ -449,10 +475,10 @@ fn settings(cluster_size: u32) -> Config {
     let size = NonZeroU32::new(cluster_size).unwrap_or(NonZeroU32::MIN);
     let lan = Config::new_lan(size);
     Config {
-        suspect_to_down_after: lan.suspect_to_down_after.clamp(SUSPECTED_MIN, SUSPECTED_MAX),
+        suspect_to_down_after: lan.suspect_to_down_after.clamp(MIN_SUSPICION, MAX_SUSPICION),
         max_transmissions: lan.max_transmissions.max(TRANSMISSIONS_MIN),
         max_packet_size: PACKET,
-        // News travel by push; this carries suspicions and their refutations.
+        // Facts travel by push; gossip carries suspicions and refutations.
         periodic_gossip: Some(PeriodicParams {
             frequency: Duration::from_millis(500),
             num_members: THREE,

@@ -1,19 +1,19 @@
-//! One node as a state machine: `handle(now, input)`, `poll_output()`, `poll_timeout()`.
+//! One cluster node as a state machine: `handle(now, input)`, `poll_output()`, `poll_timeout()`.
 //!
-//! All of a node's decisions are made here and in the modules below, from inputs alone: no clock, no
-//! randomness but the seed it was given, no socket, file or task. Production and the simulator run this
-//! same code. What is decided elsewhere: how bytes travel, how the kernel is made equal to the view.
+//! A node's decisions depend on its inputs only: it has no clock, no randomness besides its seed, no sockets,
+//! files or tasks. The agent and the simulator run the same code. The core decides neither how bytes travel
+//! nor how the kernel is made equal to the view.
 //!
-//! - [`membership`]: who is alive (SWIM); an opinion, which changes nothing else
-//! - [`slots`]: who owns which slot; the table and its rules
-//! - [`directory`]: what each node says about itself
-//! - `learn`: merging what others say
-//! - `join`: from non-member to member; `lease`: having exactly one subnet
-//! - `push`, `sync`: how a change reaches everybody: at once, and surely
-//! - `serve`: answers to peers; `vet`, `horizon`: what of their words is believed; `malformed`: the rest
-//! - `leave`: handing over and going; `forget`: reclaiming what others left behind; `vote`: forgetting by
-//!   time alone
-//! - `ping`, `inquire`: an operator's questions
+//! - [`membership`]: which members are alive (SWIM); has no effect on ownership or on the kernel
+//! - [`slots`]: the table of slot owners and its rules
+//! - [`directory`]: each node's record about itself
+//! - `learn`: merges facts from peers
+//! - `join`: turns a non-member into a member; `lease`: keeps exactly one subnet leased
+//! - `push`, `sync`: spread a change: `push` sends it at once, `sync` compares states and closes all gaps
+//! - `serve`: answers peers; `vet`, `horizon`: refuse facts that cannot be true; `malformed`: reports them
+//! - `leave`: hands over all slots; `forget`: reclaims the slots of a lost node; `vote`: starts that by
+//!   timeout
+//! - `ping`, `inquire`: an operator's questions to members
 
 mod boot;
 mod counters;
@@ -75,7 +75,7 @@ use self::{
     leave::Leaving,
     malformed::{Notes, read_response},
     membership::{Membership, Notice},
-    planted::{Bug, planted},
+    planted::{Mutation, has_mutation},
     push::PushQueue,
     slots::SlotTable,
     sync::SyncRound,
@@ -87,91 +87,91 @@ use crate::{
     wire::{Frame, Push, Request, Response, Roots},
 };
 
-/// The write of the start itself, the first of each process.
+/// The first write of each process: it saves the number of this start.
 const FIRST_WRITE: WriteSeq = 1;
 
-/// A node. Feed it with [`Node::handle`], then drain [`Node::poll_output`].
+/// A node. Pass events to [`Node::handle`], then drain [`Node::poll_output`].
 pub struct Node {
-    /// When the present input came.
+    /// Time of the input that is being handled.
     clock: Time,
-    /// What this node says about itself; the newest version is also in the directory.
+    /// This node's own record; the directory holds a copy of the newest version.
     me: MemberRecord,
-    /// What the operator wants of a cluster that this node enters.
+    /// Settings from outside; nothing in them is saved.
     config: NodeConfig,
     rng: StdRng,
     membership: Membership,
     directory: Directory,
-    /// Known from the moment this node is in a cluster.
-    home: Option<Home>,
+    /// `None` until this node is in a cluster.
+    cluster_state: Option<ClusterState>,
     joining: Joining,
     leaving: Option<Leaving>,
     forgetting: Forgetting,
     horizons: Horizons,
     notes: Notes,
     introductions: Introductions,
-    /// Before that this node does not go above what others tell of it again.
+    /// Earliest time at which this node may again publish a version above one that a peer sent.
     outbid_at: Option<Time>,
     voting: Voting,
     push: PushQueue,
     sync: SyncRound,
     calls: Calls,
     dirty: Dirty,
-    /// The number of the latest write asked for, and of the latest that this node's word depends on.
+    /// Number of the last write, and of the last one that messages to peers have to wait for.
     writes: WriteSeq,
-    needed_write: WriteSeq,
-    /// Another process that lives with this node's key, if it was heard of lately.
-    duplicate: Option<DuplicateSeen>,
-    /// Whether this node's memory was beyond doubt after the last input.
-    could_write: bool,
-    /// Processes with this node's key that it has gone above; bounded by what peers remember of it.
-    outranked: BTreeSet<BootId>,
-    /// The write that holds the present start. Nothing leaves before it: an incarnation that was seen is
-    /// never used a second time.
+    last_urgent_write: WriteSeq,
+    /// Another running process with this node's key, if one was detected lately.
+    duplicate: Option<DuplicateIdentity>,
+    /// Value of [`Node::may_write`] after the previous input.
+    may_write_before: bool,
+    /// Processes with this node's key whose version this node has exceeded; at most `MAX_OUTRANKED`.
+    outranked_boots: BTreeSet<BootId>,
+    /// The write that saves the present start. No packet leaves before it is durable, so no incarnation that
+    /// a peer has seen is used twice.
     identity_write: WriteSeq,
-    /// The write that holds the last change of this node's own slots.
+    /// The write that saves the last change of this node's own slots.
     lease_write: WriteSeq,
-    /// What the kernel is known to use.
-    in_use: InUse,
-    asked: Asked,
-    /// Whether something that the view is made of has changed since.
+    /// The subnet that the kernel uses, as last reported.
+    kernel_subnet: KernelSubnet,
+    kernel_request: KernelRequest,
+    /// Whether something that the view depends on has changed since it was computed.
     view_stale: bool,
-    /// Slots that were leased and then changed hands, since the start.
-    moved: BTreeSet<Slot>,
+    /// Slots that were leased and then changed owner or state since the start.
+    reassigned: BTreeSet<Slot>,
     counters: Counters,
     outputs: VecDeque<Output>,
 }
 
-/// The subnet in the kernel: pods live in it, whatever the table says.
+/// The subnet that the kernel uses. Pods have addresses in it, whatever the slot table says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum InUse {
-    /// Nothing was heard from the kernel since the start.
+enum KernelSubnet {
+    /// The kernel's state was not reported since the start.
     Unknown,
     Nothing,
     Subnet(IpNet),
 }
 
-/// A copy of this node, as last heard of.
-struct DuplicateSeen {
+/// Another process with this node's key.
+struct DuplicateIdentity {
     address: SocketAddr,
     at: Time,
 }
 
-/// What was last asked of the kernel.
+/// The last output for the kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Asked {
+enum KernelRequest {
     Nothing,
     Overlay(View),
     Withdraw,
 }
 
 /// The cluster this node belongs to.
-struct Home {
+struct ClusterState {
     cluster: ClusterRecord,
     slots: SlotTable,
     search: LeaseSearch,
 }
 
-/// Questions on their way, by what to do with the answer.
+/// Calls without an answer, with the purpose that decides how the answer is handled.
 #[derive(Default)]
 struct Calls {
     next: u64,
@@ -193,12 +193,12 @@ enum Purpose {
     Grant {
         donor: NodeId,
     },
-    /// Is a suspect alive?
+    /// To ask a suspect whether it is alive.
     AreYouThere {
         node: NodeId,
     },
-    /// Is the successor there?
-    AskSuccessor {
+    /// To ask a member whether it will be the successor.
+    QuerySuccessor {
         successor: NodeId,
     },
     Handover {
@@ -209,34 +209,35 @@ enum Purpose {
         forgets: Vec<Forget>,
         era: u64,
     },
-    /// Has a voter missed a node as well?
+    /// To ask another voter whether it has missed `node` for as long.
     Vote {
         voter: NodeId,
         node: NodeId,
     },
-    /// An operator wants to know.
+    /// [`Node::ping`].
     Ping {
         node: NodeId,
     },
+    /// [`Node::inquire`].
     Inquire {
         node: NodeId,
         number: u64,
     },
 }
 
-/// How a question ended: who answered, and what.
+/// The result of a call: the node that answered, and its response.
 type Answer = Result<(NodeId, Response), CallError>;
 
 impl Node {
-    /// Takes in what happened. Everything that follows from it is in the outputs afterwards.
+    /// Handles one input. All effects are in the outputs afterwards.
     pub fn handle(&mut self, now: Time, input: Input) {
         self.clock = now;
         match input {
             Input::Message { from, bytes } => self.handle_message(now, from, &bytes),
             Input::Request { from, reply, bytes } => self.serve(now, from, reply, &bytes),
             Input::Answer { call, result } => self.handle_answer(now, call, result),
-            Input::InUse(subnet) => self.on_in_use(now, subnet),
-            Input::Moved { underlay } => self.on_moved(now, underlay),
+            Input::KernelSubnet(subnet) => self.record_kernel_subnet(now, subnet),
+            Input::UnderlayChanged { underlay } => self.change_underlay(now, underlay),
             Input::Timeout => self.membership.handle_timeout(now),
             Input::Command(Command::Leave) => self.start_leaving(),
             Input::Command(Command::Sync) => self.sync.hasten(now),
@@ -246,11 +247,12 @@ impl Node {
         self.advance(now);
     }
 
+    /// Returns the next output, oldest first.
     pub fn poll_output(&mut self) -> Option<Output> {
         self.outputs.pop_front()
     }
 
-    /// When [`Input::Timeout`] is due.
+    /// Returns when [`Input::Timeout`] is due.
     pub fn poll_timeout(&self) -> Option<Time> {
         let deadlines = [
             self.membership.next_timeout(),
@@ -261,16 +263,16 @@ impl Node {
             self.next_vote_step(),
             self.next_introduction(),
             self.push.due(),
-            self.home.as_ref().map(|_| self.sync.due()),
+            self.cluster_state.as_ref().map(|_| self.sync.due()),
             self.dirty.lazy_at,
         ];
         deadlines.into_iter().flatten().min()
     }
 
-    /// Everything that is due by time or follows from the last input.
+    /// Runs all steps that are due or that follow from the last input.
     fn advance(&mut self, now: Time) {
         let may_write = self.may_write();
-        if std::mem::replace(&mut self.could_write, may_write) != may_write {
+        if std::mem::replace(&mut self.may_write_before, may_write) != may_write {
             self.recheck_lease(now);
             self.recheck_forgets(now);
         }
@@ -284,7 +286,7 @@ impl Node {
         self.drain_membership(now);
         self.write_changes(now);
         self.flush_push(now);
-        self.program();
+        self.program_kernel();
     }
 
     fn handle_message(&mut self, now: Time, from: NodeId, bytes: &[u8]) {
@@ -296,7 +298,7 @@ impl Node {
             Ok((theirs, _)) if theirs != cluster => {
                 self.note_foreign(from, theirs);
             }
-            Ok((_, Frame::Swim(packet))) => self.on_swim(now, from, packet),
+            Ok((_, Frame::Swim(packet))) => self.handle_swim_packet(now, from, packet),
             Ok((_, Frame::Push(payload))) => match Push::decode(payload) {
                 Ok(push) => _ = self.learn(now, &push.facts, Some(from)),
                 Err(error) => self.note_malformed(from, &error),
@@ -315,7 +317,7 @@ impl Node {
         let Some(purpose) = self.calls.open.remove(&call) else { return };
         let answer = result.and_then(|(from, bytes)| match read_response(&bytes) {
             Ok(_) if self.directory.forgotten(from).is_some() => {
-                Err(CallError::Unreachable("it was forgotten meanwhile".to_owned()))
+                Err(CallError::Unreachable("the node was forgotten meanwhile".to_owned()))
             }
             Ok(response) => Ok((from, response)),
             Err(error) => {
@@ -324,49 +326,52 @@ impl Node {
             }
         });
         match purpose {
-            Purpose::Hello { seed } => self.on_hello_answer(now, seed, answer),
-            Purpose::Grant { donor } => self.on_grant_answer(now, donor, answer),
-            Purpose::Compare { partner } => self.on_compare_answer(now, partner, answer),
+            Purpose::Hello { seed } => self.handle_hello_answer(now, seed, answer),
+            Purpose::Grant { donor } => self.handle_grant_answer(now, donor, answer),
+            Purpose::Compare { partner } => self.handle_compare_answer(now, partner, answer),
             Purpose::Exchange { partner, with } => {
-                self.on_exchange_answer(now, partner, with, answer);
+                self.handle_exchange_answer(now, partner, with, answer);
             }
             Purpose::AreYouThere { node } => match answer {
                 Ok((from, Response::Here(alive)))
                     if from == node && alive.identity.node == node =>
                 {
-                    self.membership.absolve(now, &alive);
+                    self.membership.clear_suspicion(now, &alive);
                 }
                 Ok((from, other)) => {
                     self.note_unexpected(from, &other, "no answer to a suspicion");
                 }
-                Err(error) => tracing::debug!(%node, %error, "a suspect does not answer"),
+                Err(error) => tracing::debug!(%node, %error, "suspect did not answer"),
             },
-            Purpose::AskSuccessor { successor } => self.on_successor_answer(successor, answer),
-            Purpose::Handover { keeper } => self.on_handover_answer(now, keeper, answer),
-            Purpose::Acknowledge { node, forgets, era } => {
-                self.on_acknowledgement(now, node, &forgets, era, answer);
+            Purpose::QuerySuccessor { successor } => {
+                self.handle_successor_answer(successor, answer)
             }
-            Purpose::Vote { voter, node } => self.on_vote(now, voter, node, answer),
-            Purpose::Ping { node } => self.on_ping_answer(node, &answer),
-            Purpose::Inquire { node, number } => self.on_inquiry_answer(node, number, answer),
+            Purpose::Handover { keeper } => self.handle_handover_answer(now, keeper, answer),
+            Purpose::Acknowledge { node, forgets, era } => {
+                self.handle_acknowledgement(now, node, &forgets, era, answer);
+            }
+            Purpose::Vote { voter, node } => self.handle_vote(now, voter, node, answer),
+            Purpose::Ping { node } => self.handle_ping_answer(node, &answer),
+            Purpose::Inquire { node, number } => self.handle_inquiry_answer(node, number, answer),
         }
     }
 
-    fn on_in_use(&mut self, now: Time, subnet: Option<IpNet>) {
-        self.in_use = subnet.map_or(InUse::Nothing, InUse::Subnet);
+    /// Handles the kernel's report of the subnet that it uses.
+    fn record_kernel_subnet(&mut self, now: Time, subnet: Option<IpNet>) {
+        self.kernel_subnet = subnet.map_or(KernelSubnet::Nothing, KernelSubnet::Subnet);
         match subnet {
             Some(_) => self.recheck_lease(now),
-            None => self.on_withdrawn(),
+            None => self.continue_leave_after_withdrawal(),
         }
     }
 
-    /// The same node with the same subnet elsewhere: all others are told at once.
-    fn on_moved(&mut self, now: Time, underlay: IpAddr) {
+    /// Takes a new underlay address and publishes it; node and subnet stay the same.
+    fn change_underlay(&mut self, now: Time, underlay: IpAddr) {
         self.me.version.change += 1;
         self.me.address.set_ip(underlay);
         self.me.vtep.underlay = underlay;
         self.view_stale = true;
-        if self.home.is_some() {
+        if self.cluster_state.is_some() {
             self.publish_self(now);
             self.sync.hasten(now);
         }
@@ -380,7 +385,7 @@ impl Node {
                 }
                 Notice::Up(node) => {
                     tracing::info!(%node, name = self.name_of(node), "member up");
-                    self.sync.partners.note_sound(node);
+                    self.sync.partners.end_pause(node);
                     if self.directory.get(node).is_none() {
                         self.sync.hasten(now);
                     }
@@ -394,8 +399,8 @@ impl Node {
                     self.counters.downs += 1;
                     tracing::info!(%node, name = self.name_of(node), "member down");
                     self.replace_predecessor(now);
-                    if planted(Bug::DownFreesSlots) {
-                        self.vouch(now, node, true);
+                    if has_mutation(Mutation::DownFreesSlots) {
+                        self.declare_gone(now, node, true);
                     }
                 }
                 Notice::Renewed(identity) => {
@@ -423,7 +428,7 @@ impl Node {
         self.outputs.push_back(Output::Call { call, to, bytes, after: self.after() });
     }
 
-    /// Says whether there is anybody to call: a node without a record has no address.
+    /// Calls a member. Returns false if the node has no record and so no known address.
     fn call_member(&mut self, node: NodeId, purpose: Purpose, request: &Request) -> bool {
         let target = self.target(node);
         if let Some(target) = target {
@@ -432,7 +437,7 @@ impl Node {
         target.is_some()
     }
 
-    /// Where a member's endpoint is.
+    /// Returns the address of a member's QUIC endpoint.
     pub fn address_of(&self, node: NodeId) -> Option<SocketAddr> {
         self.directory.get(node).map(|record| record.address)
     }
@@ -442,51 +447,51 @@ impl Node {
         Some(Target::Member { node, address })
     }
 
-    /// The cluster this node is in.
+    /// Returns the cluster that this node is in.
     pub fn cluster(&self) -> Option<&ClusterRecord> {
-        self.home.as_ref().map(|home| &home.cluster)
+        self.cluster_state.as_ref().map(|cluster_state| &cluster_state.cluster)
     }
 
-    /// Addresses of other members, for a host that has to find them again without its database.
+    /// Returns the addresses of the other members. A host saves them to rejoin without its database.
     pub fn member_addresses(&self) -> impl Iterator<Item = SocketAddr> + '_ {
         self.directory.peers(self.me.node).map(|record| record.address)
     }
 
-    /// Members that gossip holds as alive or suspect, this node included.
+    /// Counts the members that gossip holds as alive or suspect, this node included.
     pub fn active_count(&self) -> usize {
         self.membership.others().count() + 1
     }
 
-    /// Where peers reach this node.
+    /// Returns the address at which peers reach this node.
     pub fn address(&self) -> SocketAddr {
         self.me.address
     }
 
-    /// Who owns which slot, as far as this node knows.
+    /// Returns the slot records that this node knows, or `None` outside a cluster.
     pub fn slots(&self) -> Option<&[Run]> {
-        self.home.as_ref().map(|home| home.slots.runs())
+        self.cluster_state.as_ref().map(|cluster_state| cluster_state.slots.runs())
     }
 
-    /// Hashes of everything that members agree on.
+    /// Returns the hashes of all state that members agree on.
     pub fn roots(&self) -> Roots {
         self.buckets().roots()
     }
 
     fn cluster_id(&self) -> Option<ClusterId> {
-        self.home.as_ref().map(|home| home.cluster.id)
+        self.cluster_state.as_ref().map(|cluster_state| cluster_state.cluster.id)
     }
 
-    /// Nobody else has ever been here, or all have left.
+    /// Returns whether the cluster has no other member: none ever joined, or all left or were forgotten.
     pub fn is_alone(&self) -> bool {
         self.directory.peers(self.me.node).next().is_none()
     }
 
-    /// "?" for one that is not known.
+    /// Returns the node's name, or "?" if its record is not known.
     pub fn name_of(&self, node: NodeId) -> &str {
         self.directory.get(node).map_or("?", |record| record.name.as_str())
     }
 
-    /// A span between `base` and `base` and a quarter, so that nodes do not act in step.
+    /// Returns a span between `base` and 1.25 * `base`, so that nodes do not act in step.
     fn jittered(&mut self, base: Duration) -> Duration {
         base + base.mul_f64(self.rng.random_range(0.0..0.25))
     }

@@ -1,27 +1,28 @@
-//! How comparisons with each member went: a member that does not answer is asked ever later, and one that
-//! never agrees is left to itself.
+//! Results of comparisons by member. A member that does not answer is compared with ever more rarely; one
+//! whose differences never resolve does not keep this node unsettled.
 
 use std::{collections::BTreeMap, time::Duration};
 
 use crate::model::{NodeId, Time};
 
-/// A member that did not answer is asked again after this, doubling from the first to the last.
-const SILENT_FIRST: Duration = Duration::from_secs(1);
-const SILENT_LAST: Duration = Duration::from_secs(16);
-/// A member whose state differed so often in a row, and that had nothing to tell each time, holds what cannot
-/// be taken over: that is its own problem.
-const FRUITLESS: u32 = 3;
+/// Pause before a silent member is tried again; doubles from the first to the last.
+const MIN_RETRY_PAUSE: Duration = Duration::from_secs(1);
+const MAX_RETRY_PAUSE: Duration = Duration::from_secs(16);
+/// Limit of successive fruitless comparisons with one member: its state differed, but it sent nothing new.
+/// Beyond it, the member holds facts that cannot be exchanged, and its differences are ignored.
+const MAX_FRUITLESS: u32 = 3;
 
+/// Results of comparisons by member.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Partners {
     silent: BTreeMap<NodeId, Silence>,
-    /// The member that did not answer the last comparison.
+    /// The last partner, if it did not answer.
     last_silent: Option<NodeId>,
-    /// How often in a row a member's state differed and it had nothing to tell that was new.
+    /// Numbers of successive fruitless comparisons.
     fruitless: BTreeMap<NodeId, u32>,
 }
 
-/// A member that does not answer.
+/// The backoff of a member that does not answer.
 #[derive(Clone, Copy, Debug)]
 struct Silence {
     until: Time,
@@ -29,27 +30,28 @@ struct Silence {
 }
 
 impl Partners {
-    /// A member does not answer: it is asked again ever later.
+    /// Notes that a member did not answer, and doubles its pause.
     pub(super) fn note_silence(&mut self, now: Time, node: NodeId) {
         let before = self.silent.get(&node).map(|silence| silence.pause);
-        let pause = before.map_or(SILENT_FIRST, |pause| (pause * 2).min(SILENT_LAST));
+        let pause = before.map_or(MIN_RETRY_PAUSE, |pause| (pause * 2).min(MAX_RETRY_PAUSE));
         self.silent.insert(node, Silence { until: now + pause, pause });
         self.last_silent = Some(node);
     }
 
-    /// A member is up again, or there is something new of it.
-    pub(super) fn note_sound(&mut self, node: NodeId) {
+    /// Ends a member's pause, because it is up or has published a new record.
+    pub(super) fn end_pause(&mut self, node: NodeId) {
         self.silent.remove(&node);
     }
 
-    /// A member was compared with.
+    /// Notes a successful comparison.
     pub(super) fn note_answer(&mut self, node: NodeId) {
-        self.note_sound(node);
+        self.end_pause(node);
         self.last_silent = None;
     }
 
-    /// Whether a member may be asked now: never the same silent one twice running, unless it is the only one.
-    pub(super) fn may_ask(&self, now: Time, node: NodeId, is_only: bool) -> bool {
+    /// Returns whether a comparison with a member may start now. The last partner, if silent, is excluded
+    /// unless it is the only member.
+    pub(super) fn may_compare(&self, now: Time, node: NodeId, is_only: bool) -> bool {
         (is_only || self.last_silent != Some(node))
             && self.silent.get(&node).is_none_or(|silence| now >= silence.until)
     }
@@ -58,27 +60,27 @@ impl Partners {
         self.fruitless.remove(&node);
     }
 
-    /// A member's state differed, and it had something to tell, or not. Says whether it was the latter too
-    /// often: then comparisons with it say nothing of this node.
-    pub(super) fn is_fruitless(&mut self, node: NodeId, has_told: bool) -> bool {
-        if has_told {
+    /// Counts a comparison that found a difference. Returns whether too many in a row were fruitless, so that
+    /// the difference says nothing about this node.
+    pub(super) fn count_fruitless(&mut self, node: NodeId, has_news: bool) -> bool {
+        if has_news {
             self.fruitless.remove(&node);
             return false;
         }
         let times = self.fruitless.entry(node).or_default();
         *times = times.saturating_add(1);
-        *times > FRUITLESS
+        *times > MAX_FRUITLESS
     }
 
-    /// Members whose states differ whatever they are told.
-    pub(super) fn odd(&self) -> impl Iterator<Item = NodeId> {
-        self.fruitless.iter().filter(|(_, times)| **times > FRUITLESS).map(|(node, _)| *node)
+    /// Returns the members whose differences never resolve.
+    pub(super) fn irreconcilable(&self) -> impl Iterator<Item = NodeId> {
+        self.fruitless.iter().filter(|(_, times)| **times > MAX_FRUITLESS).map(|(node, _)| *node)
     }
 
-    /// Forgets those who are no members.
-    pub(super) fn keep_only(&mut self, is_there: impl Fn(NodeId) -> bool) {
-        self.silent.retain(|node, _| is_there(*node));
-        self.fruitless.retain(|node, _| is_there(*node));
+    /// Drops the results of nodes that are no members.
+    pub(super) fn retain(&mut self, is_member: impl Fn(NodeId) -> bool) {
+        self.silent.retain(|node, _| is_member(*node));
+        self.fruitless.retain(|node, _| is_member(*node));
     }
 }
 
@@ -87,38 +89,42 @@ mod tests {
     use super::*;
 
     #[test]
-    fn silent_member_is_asked_ever_later_and_at_once_when_it_is_heard() {
+    fn silent_member_is_tried_more_rarely_and_at_once_when_it_is_up() {
         let node = |seed| NodeId::from_bytes([seed; 8]);
         let at = |seconds| Time::ZERO + Duration::from_secs(seconds);
         let mut partners = Partners::default();
         partners.note_silence(at(0), node(1));
-        assert!(!partners.may_ask(at(100), node(1), false), "it is the last one that was asked");
-        assert!(partners.may_ask(at(1), node(1), true) && !partners.may_ask(at(0), node(1), true));
+        assert!(!partners.may_compare(at(100), node(1), false), "it was the last partner");
+        assert!(
+            partners.may_compare(at(1), node(1), true)
+                && !partners.may_compare(at(0), node(1), true)
+        );
         partners.note_silence(at(1), node(2));
         assert!(
-            partners.may_ask(at(1), node(1), false) && !partners.may_ask(at(1), node(2), false)
+            partners.may_compare(at(1), node(1), false)
+                && !partners.may_compare(at(1), node(2), false)
         );
-        for (asked, pause) in [(1, 2), (10, 4), (20, 8), (30, 16), (50, 16)] {
-            partners.note_silence(at(asked), node(1));
-            assert!(!partners.may_ask(at(asked + pause - 1), node(1), true));
-            assert!(partners.may_ask(at(asked + pause), node(1), true));
+        for (tried, pause) in [(1, 2), (10, 4), (20, 8), (30, 16), (50, 16)] {
+            partners.note_silence(at(tried), node(1));
+            assert!(!partners.may_compare(at(tried + pause - 1), node(1), true));
+            assert!(partners.may_compare(at(tried + pause), node(1), true));
         }
-        partners.note_sound(node(1));
-        assert!(partners.may_ask(at(50), node(1), true));
+        partners.end_pause(node(1));
+        assert!(partners.may_compare(at(50), node(1), true));
         partners.note_answer(node(2));
-        assert!(partners.may_ask(at(50), node(1), false));
+        assert!(partners.may_compare(at(50), node(1), false));
     }
 
     #[test]
-    fn member_is_odd_only_after_several_comparisons_without_any_news() {
+    fn member_is_irreconcilable_only_after_several_fruitless_comparisons() {
         let node = NodeId::from_bytes([1; 8]);
         let mut partners = Partners::default();
-        for has_told in [false, false, true, false, false, false] {
-            assert!(!partners.is_fruitless(node, has_told));
+        for has_news in [false, false, true, false, false, false] {
+            assert!(!partners.count_fruitless(node, has_news));
         }
-        assert!(partners.is_fruitless(node, false));
-        assert_eq!(partners.odd().collect::<Vec<_>>(), [node]);
+        assert!(partners.count_fruitless(node, false));
+        assert_eq!(partners.irreconcilable().collect::<Vec<_>>(), [node]);
         partners.note_agreement(node);
-        assert_eq!(partners.odd().count(), 0);
+        assert_eq!(partners.irreconcilable().count(), 0);
     }
 }

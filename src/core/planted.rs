@@ -1,111 +1,113 @@
-//! Defects on purpose, to test the tests: the simulator switches them on one by one and must catch each.
+//! Mutations: deliberate defects. The simulator switches them on one by one, and its oracle has to detect
+//! each.
 //!
-//! In the product the question "is this defect planted?" is the constant `false` and costs nothing.
+//! In the product [`has_mutation`] is the constant `false` and costs nothing.
 
-/// A deliberate defect.
+/// A deliberate defect of the core or of the kernel's plan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Bug {
+pub enum Mutation {
     /// Outputs do not wait for the write that they depend on.
     AnswerBeforeFlush,
-    /// A restarted node grants before it has compared its memory with anybody.
-    DonateBeforeSync,
-    /// Of two records of a slot the lower epoch is kept, if it comes later.
+    /// A restarted node grants slots with unverified memory.
+    GrantBeforeSync,
+    /// Of two records of a slot the later one to arrive is kept, even with a lower epoch.
     MergeByLowerEpoch,
-    /// The owner hands on a slot without raising its epoch.
+    /// A grant does not raise the slot's epoch.
     SameEpoch,
     /// A member that gossip holds as down loses its slots.
     DownFreesSlots,
-    /// A successor reclaims without waiting for the others.
+    /// A successor reclaims without waiting for acknowledgements.
     ForgetWithoutAcknowledgements,
-    /// A reclaimed slot does not outrank what the forgotten node wrote.
+    /// A reclaimed slot's epoch does not exceed what the forgotten node wrote.
     ReclaimKeepsGeneration,
-    /// Down members are never compared with, and seeds not either once one was met.
-    NoAnnounceAfterHeal,
-    /// Where anything differs all entries are removed, and then the wanted ones added.
+    /// States are never compared with down members, nor with a seed whose node is known.
+    NeverCompareWithDown,
+    /// Any difference in the kernel removes all entries before the wanted ones are added.
     RemoveBeforeAdd,
-    /// Unknown entries are swept before the first comparison.
-    SweepAtOnce,
-    /// A leaver hands its subnet over while its kernel still uses it.
+    /// Unknown kernel entries are removed before the first comparison.
+    RemoveUnconfirmedEntries,
+    /// A leaving node hands its subnet over while its kernel still uses it.
     LeaveWithoutWithdrawal,
-    /// A leaver goes without waiting for anybody to accept.
+    /// A leaving node stops before a member has accepted its records.
     LeaveWithoutAcceptance,
-    /// A surplus lease is given back while the kernel still uses it.
-    GiveBackInUse,
-    /// The start is not on disk before the incarnation is used.
-    ForgetStarts,
-    /// A second grant to the same joiner is another slot than the first, and the first is forgotten.
+    /// A surplus lease is released while the kernel still uses it.
+    ReleaseLeaseInUse,
+    /// Starts are not counted, so an incarnation is used twice.
+    StartsNotCounted,
+    /// A repeated grant request gets another slot instead of the same one.
     GrantAnotherSlot,
     /// Comparisons never exchange slots.
     NeverExchangeSlots,
-    /// A member record is taken whatever its version.
+    /// Member records are merged whatever their version.
     IgnoreVersions,
-    /// A member record is taken whatever addresses and MAC it has.
-    TakeUnfitRecords,
-    /// Counters may jump as far as anybody says.
-    TakeJumps,
-    /// Gossip hears of nodes that have no record.
-    TakeAnyIdentity,
-    /// A gossip packet counts as sent by whom it says.
-    TakeAnySender,
-    /// A member whose state can never be taken over keeps this node unsettled.
-    OddPeersUnsettle,
-    /// A member that does not answer is compared with again at once.
-    SilentTwice,
-    /// A record of its own that a node never wrote is not answered.
-    LetForgeriesStand,
+    /// Member records are merged whatever their addresses and MAC.
+    AcceptUnfitRecords,
+    /// Counters are accepted beyond their horizon.
+    AcceptJumps,
+    /// Gossip accepts identities of nodes without a record.
+    AcceptAnyIdentity,
+    /// A gossip packet may name any sender.
+    AcceptAnySender,
+    /// A member whose differences never resolve keeps this node unsettled.
+    FruitlessComparisonUnsettles,
+    /// The next comparison may be with the member that just did not answer.
+    RetrySilentPartner,
+    /// A forged record of this node is not exceeded.
+    IgnoreForgedRecords,
 }
 
-impl Bug {
+impl Mutation {
+    /// All mutations.
     pub const ALL: [Self; 24] = [
         Self::AnswerBeforeFlush,
-        Self::DonateBeforeSync,
+        Self::GrantBeforeSync,
         Self::MergeByLowerEpoch,
         Self::SameEpoch,
         Self::DownFreesSlots,
         Self::ForgetWithoutAcknowledgements,
         Self::ReclaimKeepsGeneration,
-        Self::NoAnnounceAfterHeal,
+        Self::NeverCompareWithDown,
         Self::RemoveBeforeAdd,
-        Self::SweepAtOnce,
+        Self::RemoveUnconfirmedEntries,
         Self::LeaveWithoutWithdrawal,
         Self::LeaveWithoutAcceptance,
-        Self::GiveBackInUse,
-        Self::ForgetStarts,
+        Self::ReleaseLeaseInUse,
+        Self::StartsNotCounted,
         Self::GrantAnotherSlot,
         Self::NeverExchangeSlots,
         Self::IgnoreVersions,
-        Self::TakeUnfitRecords,
-        Self::TakeJumps,
-        Self::TakeAnyIdentity,
-        Self::TakeAnySender,
-        Self::OddPeersUnsettle,
-        Self::SilentTwice,
-        Self::LetForgeriesStand,
+        Self::AcceptUnfitRecords,
+        Self::AcceptJumps,
+        Self::AcceptAnyIdentity,
+        Self::AcceptAnySender,
+        Self::FruitlessComparisonUnsettles,
+        Self::RetrySilentPartner,
+        Self::IgnoreForgedRecords,
     ];
 }
 
-/// Whether this defect is switched on in this thread.
+/// Returns whether this mutation is switched on in this thread.
 #[cfg(any(test, feature = "sim"))]
-pub fn planted(bug: Bug) -> bool {
-    PLANTED.get() == Some(bug)
+pub fn has_mutation(mutation: Mutation) -> bool {
+    ACTIVE_MUTATION.get() == Some(mutation)
 }
 
-/// Never.
+/// Returns false: the product has no mutations.
 #[cfg(not(any(test, feature = "sim")))]
-pub const fn planted(_: Bug) -> bool {
+pub const fn has_mutation(_: Mutation) -> bool {
     false
 }
 
-/// Runs `work` with one defect switched on, in this thread only.
+/// Runs `work` with one mutation switched on, in this thread only.
 #[cfg(any(test, feature = "sim"))]
-pub fn with<T>(bug: Bug, work: impl FnOnce() -> T) -> T {
-    PLANTED.set(Some(bug));
+pub fn with<T>(mutation: Mutation, work: impl FnOnce() -> T) -> T {
+    ACTIVE_MUTATION.set(Some(mutation));
     let result = work();
-    PLANTED.set(None);
+    ACTIVE_MUTATION.set(None);
     result
 }
 
 #[cfg(any(test, feature = "sim"))]
 thread_local! {
-    static PLANTED: std::cell::Cell<Option<Bug>> = const { std::cell::Cell::new(None) };
+    static ACTIVE_MUTATION: std::cell::Cell<Option<Mutation>> = const { std::cell::Cell::new(None) };
 }

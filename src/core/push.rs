@@ -1,9 +1,9 @@
-//! Telling everybody what is new, at once.
+//! Push: sends new facts at once.
 //!
-//! Whoever learns something new passes it on to the members at distances 1, 2, 4, 8 ... on the ring of
-//! active members in order of their ids. With equal views that reaches everybody in log2(n) hops, each
-//! from several sides, and costs each node log2(n) frames a change. What is lost anyway is found by
-//! comparison (`sync`). Nothing here decides what is true.
+//! A node that learns a new fact sends it to the members at distances 1, 2, 4, 8 ... on the ring of active
+//! members in order of their ids. With equal views every member receives it within log2(n) hops, from several
+//! sides, and each node sends log2(n) frames per change. Comparisons (`sync`) find what is lost. Push does
+//! not check facts.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -14,18 +14,19 @@ use crate::{
 
 use super::Node;
 
-/// Changes within this span after a push wait for it to end and travel together.
-const GATHER: Duration = Duration::from_millis(5);
+/// Changes within this time after a push wait for the next one and travel together.
+const BATCH_DELAY: Duration = Duration::from_millis(5);
 
-/// More than this many changes at once are left to comparison.
+/// Limit of queued changes; further ones are left to comparison.
 const MAX_PENDING: usize = 4096;
 
+/// New facts that wait for the next push.
 #[derive(Default)]
 pub(super) struct PushQueue {
     members: BTreeSet<NodeId>,
     slots: Vec<Run>,
     forgets: BTreeSet<NodeId>,
-    /// Where the news came from; if all came from one node, that node is left out.
+    /// The senders of the queued facts; a single sender does not get them back.
     sources: BTreeSet<Option<NodeId>>,
     due: Option<Time>,
     last: Option<Time>,
@@ -42,7 +43,7 @@ impl PushQueue {
         self.slots.extend_from_slice(&news.slots);
         self.forgets.extend(news.forgets.iter().map(|forget| forget.node));
         self.sources.insert(from);
-        let earliest = self.last.map_or(now, |last| now.max(last + GATHER));
+        let earliest = self.last.map_or(now, |last| now.max(last + BATCH_DELAY));
         self.due.get_or_insert(earliest);
     }
 
@@ -52,7 +53,7 @@ impl PushQueue {
 }
 
 impl Node {
-    /// Sends what has gathered, if it is time.
+    /// Sends the queued facts, if due.
     pub(super) fn flush_push(&mut self, now: Time) {
         if self.push.due.is_none_or(|due| now < due) {
             return;
@@ -83,7 +84,7 @@ impl Node {
     }
 }
 
-/// The members at distances 1, 2, 4 ... after `me` on a sorted ring that contains it.
+/// Returns the members at distances 1, 2, 4 ... after `me` on a sorted ring that contains it.
 fn fingers(ring: &[NodeId], me: NodeId) -> impl Iterator<Item = NodeId> + '_ {
     let at = ring.partition_point(|node| *node < me);
     (0..usize::BITS)

@@ -1,7 +1,7 @@
-//! Rendezvous hashing and the hashes by which states are compared.
+//! Rendezvous hashing, and the hashes that comparisons of states use.
 //!
-//! Every node must compute the same numbers, in this release and in the next, so the function is fixed:
-//! SipHash-1-3 under constant keys. None of it is a defence: members are trusted.
+//! All nodes and all releases must compute the same values, so the function is fixed: SipHash-1-3 with
+//! constant keys. It protects against no attack: members are trusted.
 
 use std::hash::Hasher;
 
@@ -9,8 +9,8 @@ use siphasher::sip::SipHasher13;
 
 use crate::model::{NodeId, Slot};
 
-/// How well a slot suits a node. The free slot with the highest score is the one it is offered, so
-/// nodes that join at different donors rarely want the same one.
+/// Returns the preference of a node for a slot. A donor offers the free slot with the highest score, so nodes
+/// that join through different donors rarely get the same slot.
 pub fn slot_score(node: NodeId, slot: Slot) -> u64 {
     let mut hasher = hasher(1);
     hasher.write(node.as_bytes());
@@ -18,7 +18,7 @@ pub fn slot_score(node: NodeId, slot: Slot) -> u64 {
     hasher.finish()
 }
 
-/// How well a peer suits a node as its donor or successor: spreads requests over the cluster.
+/// Returns the preference of a node for a peer as donor or successor; spreads requests over the cluster.
 pub fn peer_score(node: NodeId, peer: NodeId) -> u64 {
     let mut hasher = hasher(2);
     hasher.write(node.as_bytes());
@@ -26,7 +26,7 @@ pub fn peer_score(node: NodeId, peer: NodeId) -> u64 {
     hasher.finish()
 }
 
-/// The hash of some encoded state.
+/// Returns the hash of encoded state.
 pub fn state_hash(bytes: &[u8]) -> u64 {
     let mut hasher = hasher(3);
     hasher.write(bytes);

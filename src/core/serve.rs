@@ -1,4 +1,4 @@
-//! Answers to peers. Each request gets exactly one answer, a refusal with its reason if need be.
+//! Responses to peers. Each request gets exactly one response, which may be a refusal with its reason.
 
 use std::collections::BTreeSet;
 
@@ -11,9 +11,9 @@ use crate::{
 };
 
 use super::{
-    Home, Node, Output, ReplyId,
+    ClusterState, Node, Output, ReplyId,
     malformed::Kind,
-    planted::{Bug, planted},
+    planted::{Mutation, has_mutation},
     slots::{Change, Grant},
 };
 
@@ -30,7 +30,7 @@ impl Node {
                 },
                 Err(error) => self.unreadable(from, &error),
             },
-            Ok(_) => self.unreadable(from, &"a stream must begin with a request"),
+            Ok(_) => self.unreadable(from, &"a stream has to begin with a request"),
             Err(error) => self.unreadable(from, &error),
         };
         self.reply(reply, &response);
@@ -42,14 +42,14 @@ impl Node {
         self.outputs.push_back(Output::Reply { reply, bytes, after: self.after() });
     }
 
-    /// Whether the asker is somebody who gets no answer of any other kind.
+    /// Returns the refusal that the sender gets whatever it requests, if any.
     fn refusal(&self, from: NodeId, cluster: ClusterId, request: &Request) -> Option<Refusal> {
         match self.cluster_id() {
             None => Some(Refusal::NotReady),
             Some(ours) if cluster != ours && cluster != ClusterId::UNKNOWN => {
                 Some(Refusal::OtherCluster { ours: cluster, theirs: ours })
             }
-            // A leaver whose records nobody had accepted yet may still bring them.
+            // A member that left may still have to hand over its records.
             _ if matches!(request, Request::Handover(_)) => None,
             _ if self.directory.get(from).is_some_and(MemberRecord::has_left) => {
                 Some(Refusal::Left)
@@ -61,7 +61,7 @@ impl Node {
         }
     }
 
-    /// No response yet, if the shell has to give it.
+    /// Returns the response, or `None` if the agent has to provide it.
     fn respond(
         &mut self,
         now: Time,
@@ -70,7 +70,7 @@ impl Node {
         request: Request,
     ) -> Option<Response> {
         Some(match request {
-            Request::Hello(hello) => self.on_hello(now, from, hello),
+            Request::Hello(hello) => self.respond_to_hello(now, from, hello),
             Request::AreYouThere(suspicion) => {
                 Response::Here(self.membership.refute(now, &suspicion))
             }
@@ -83,7 +83,7 @@ impl Node {
                 }
             }
             Request::Exchange { buckets, identity, facts } => {
-                self.on_exchange(now, from, buckets, identity, &facts)
+                self.respond_to_exchange(now, from, buckets, identity, &facts)
             }
             Request::Grant(wish) => match self.grant(now, from, wish) {
                 Ok(facts) => Response::Granted(facts),
@@ -92,30 +92,32 @@ impl Node {
             Request::Acknowledge { forgets, buckets } => {
                 let lacks = self.facts_in(buckets.differing(&self.buckets()));
                 self.learn(now, &Facts { forgets, ..Facts::default() }, Some(from));
-                // Known before, it may still wait to be flushed.
+                // The sender's record may be known already but not flushed yet.
                 self.dirty.mark(Key::Member(from), true);
                 Response::Acknowledged(lacks)
             }
             Request::HaveYouMissed { node, quorum } => Response::Vote(self.vote(node, &quorum)),
             Request::Inquire(inquiry) => {
-                self.outputs.push_back(Output::Inquired { reply, from, inquiry });
+                self.outputs.push_back(Output::InquiryReceived { reply, from, inquiry });
                 return None;
             }
             _ if self.leaving.is_some() => Response::Refused(Refusal::Leaving),
             Request::BeMySuccessor => Response::Accepted,
             Request::Handover(facts) => {
                 self.learn(now, &facts, Some(from));
-                // Whoever hands over wipes its own copy next: none of this may wait to be flushed, and
-                // neither may what was learned of it before.
+                // The sender deletes its own copy next, so these facts must be durable, including those that
+                // were known before but not flushed yet.
                 self.dirty.mark(Key::Member(from), true);
                 Response::Accepted
             }
         })
     }
 
-    fn on_hello(&mut self, now: Time, from: NodeId, hello: Hello) -> Response {
-        let Some(home) = &self.home else { return Response::Refused(Refusal::NotReady) };
-        if let Some(difference) = hello.settings.difference(&home.cluster.settings) {
+    fn respond_to_hello(&mut self, now: Time, from: NodeId, hello: Hello) -> Response {
+        let Some(cluster_state) = &self.cluster_state else {
+            return Response::Refused(Refusal::NotReady);
+        };
+        if let Some(difference) = hello.settings.difference(&cluster_state.cluster.settings) {
             return Response::Refused(Refusal::Settings(difference));
         }
         if self.config.assigned.is_some() {
@@ -123,7 +125,7 @@ impl Node {
             return Response::Refused(Refusal::Settings(Difference { field, joiner, cluster }));
         }
         if hello.member.node != from || hello.identity.node != from {
-            let why = "a greeting must be about the node that sends it";
+            let why = "a hello must describe the node that sends it";
             return Response::Refused(Refusal::Malformed(why.into()));
         }
         if let Some(why) = self.unusable(&hello.member) {
@@ -134,7 +136,7 @@ impl Node {
             return Response::Refused(Refusal::Full { limit: MAX_MEMBERS as u32 });
         }
         let MemberRecord { name, address, .. } = &hello.member;
-        if let Some(count) = self.note(from, Kind::Greets, 1, "") {
+        if let Some(count) = self.note(from, Kind::SendsHello, 1, "") {
             tracing::info!(node = %from, %name, %address, count, "joining");
         }
         let known = self.directory.get(from);
@@ -142,50 +144,52 @@ impl Node {
         let facts =
             Facts { members: vec![hello.member], active: vec![hello.identity], ..Facts::default() };
         if self.learn(now, &facts, Some(from)).refused {
-            let why = "its version is beyond what any node can have reached";
+            let why = "its version is higher than any node can have reached";
             return Response::Refused(Refusal::UnusableRecord(why.into()));
         }
         let no_slot = self.grant(now, from, hello.grant).err();
-        match &self.home {
-            Some(home) => {
-                let facts = self.everything(home);
-                let cluster = home.cluster;
+        match &self.cluster_state {
+            Some(cluster_state) => {
+                let facts = self.everything(cluster_state);
+                let cluster = cluster_state.cluster;
                 Response::Welcome(Box::new(Welcome { cluster, facts, returning, no_slot }))
             }
             None => Response::Refused(Refusal::NotReady),
         }
     }
 
-    /// Why a joiner with this record could not be used here. Beyond what no node can use, its tunnels must
-    /// not end at this host, nor at an address of a family that this node's tunnels do not have.
+    /// Returns the reason for which a joiner's record cannot be used, if any. Besides the general rules, its
+    /// underlay address must differ from this node's and be of the same family.
     fn unusable(&self, record: &MemberRecord) -> Option<String> {
-        let pool = &self.home.as_ref()?.cluster.settings.pool;
+        let pool = &self.cluster_state.as_ref()?.cluster.settings.pool;
         let (theirs, ours) = (record.vtep.underlay, self.me.vtep.underlay);
         match record.why_unusable(pool) {
-            _ if planted(Bug::TakeUnfitRecords) => None,
+            _ if has_mutation(Mutation::AcceptUnfitRecords) => None,
             Some(unfit) => Some(unfit.to_string()),
             None if theirs == ours => Some(format!("its underlay address {theirs} is this node's")),
             None if theirs.is_ipv4() != ours.is_ipv4() => Some(format!(
-                "its underlay address {theirs} is of another family than {ours}, so no tunnel can be made"
+                "its underlay address {theirs} is of another family than {ours}, so no tunnel is possible"
             )),
             None => None,
         }
     }
 
-    /// Gives `to` a slot of this node's own. The answer waits for the write.
+    /// Grants a slot of this node to `to`. The response waits for the write.
     fn grant(&mut self, now: Time, to: NodeId, wish: GrantWish) -> Result<Facts, Refusal> {
         let me = self.me.node;
-        if !self.sync.synced() && !planted(Bug::DonateBeforeSync) {
+        if !self.sync.synced() && !has_mutation(Mutation::GrantBeforeSync) {
             return Err(Refusal::NotSynced);
         }
         if self.duplicate.is_some() {
             return Err(Refusal::DuplicateIdentity);
         }
-        let Some(home) = self.home.as_mut().filter(|_| self.leaving.is_none()) else {
+        let Some(cluster_state) = self.cluster_state.as_mut().filter(|_| self.leaving.is_none())
+        else {
             return Err(Refusal::NotReady);
         };
-        let prefer = wish.prefer.and_then(|address| home.cluster.settings.pool.slot_at(address));
-        let changes = match home.slots.grant(me, to, prefer)? {
+        let prefer =
+            wish.prefer.and_then(|address| cluster_state.cluster.settings.pool.slot_at(address));
+        let changes = match cluster_state.slots.grant(me, to, prefer)? {
             Grant::Again(slots) => return Ok(Facts { slots, ..Facts::default() }),
             Grant::New(changes) => changes,
         };
@@ -197,7 +201,7 @@ impl Node {
         Ok(Facts { slots, ..Facts::default() })
     }
 
-    fn on_exchange(
+    fn respond_to_exchange(
         &mut self,
         now: Time,
         from: NodeId,
@@ -210,11 +214,11 @@ impl Node {
             return Response::Refused(Refusal::Malformed(why.into()));
         }
         self.learn(now, theirs, Some(from));
-        self.sync.witness(from);
-        let sender = self.credible(now, &[identity]);
+        self.sync.verify_memory(from);
+        let sender = self.credible_identities(now, &[identity]);
         self.introduce(now, sender);
         let mut facts = self.facts_in(buckets);
-        // Two copies of one node may be of one version.
+        // Version and boot are compared: two processes with one key may publish the same version.
         let known: BTreeSet<_> =
             theirs.members.iter().map(|r| (r.node, r.version, r.boot)).collect();
         facts.members.retain(|r| !known.contains(&(r.node, r.version, r.boot)));
@@ -229,15 +233,16 @@ impl Node {
         Response::Facts { facts, down, down_as }
     }
 
-    /// Slots that this node itself wrote a new record for.
+    /// Writes and pushes slot records that this node has changed itself.
     pub(super) fn note_own_change(&mut self, now: Time, changes: Vec<Change>) {
         if changes.is_empty() {
             return;
         }
         self.note_slots(&changes);
-        // As they are now: of two changes of one slot only the last one is on disk.
-        let Some(home) = &self.home else { return };
-        let slots = changes.iter().flat_map(|(run, _)| home.slots.range(run.start.0, run.end()));
+        // The present records, because of two changes of one slot only the last is written.
+        let Some(cluster_state) = &self.cluster_state else { return };
+        let slots =
+            changes.iter().flat_map(|(run, _)| cluster_state.slots.range(run.start.0, run.end()));
         let slots = slots.collect();
         self.push.add(now, &Facts { slots, ..Facts::default() }, None);
         self.sync.unsettle(now);
@@ -249,11 +254,11 @@ impl Node {
         Response::Refused(Refusal::Malformed(error.to_string().into()))
     }
 
-    /// Everything there is, for a node that knows nothing, or from one that will soon know nothing.
-    pub(super) fn everything(&self, home: &Home) -> Facts {
+    /// Returns all facts that this node has.
+    pub(super) fn everything(&self, cluster_state: &ClusterState) -> Facts {
         Facts {
             members: self.directory.iter().cloned().collect(),
-            slots: home.slots.runs().to_vec(),
+            slots: cluster_state.slots.runs().to_vec(),
             active: self.active().into_values().collect(),
             forgets: self.directory.forgets().copied().collect(),
         }

@@ -1,9 +1,9 @@
-//! The ownership table: which node owns which slot of the pool, and the only rules that change it.
+//! The slot table: which node owns which slot of the pool, and the only rules that change it.
 //!
-//! Each slot has one writer, its owner, so there is nothing to vote on: a grant is a record that the
-//! owner writes, and merging two tables keeps the newer record of each slot. Merging is commutative,
-//! associative and idempotent. Liveness and clocks play no part here, and nothing here does IO: the
-//! caller makes a change durable before it tells anybody.
+//! Only the owner of a slot writes its record, so no vote is needed: a grant is a record that the owner
+//! writes, and a merge of two tables keeps the newer record of each slot. Merging is commutative,
+//! associative and idempotent. The rules use neither liveness nor clocks and do no IO. The caller makes a
+//! change durable before it sends the new record.
 
 use std::{cmp::Reverse, collections::BTreeMap};
 
@@ -13,67 +13,70 @@ use crate::{
 };
 
 use super::{
-    planted::{Bug, planted},
+    planted::{Mutation, has_mutation},
     rank::{slot_score, state_hash},
 };
 
-/// The epoch counts an owner's records in its lower half, and how often the slot was reclaimed in its upper.
+/// The upper half of an epoch counts how often the slot was reclaimed (the generation), the lower half counts
+/// the records written since.
 const GENERATION_SHIFT: u32 = 32;
 
-/// How often a slot was reclaimed.
+/// Returns how often the slot was reclaimed.
 pub const fn generation_of(epoch: u64) -> u64 {
     epoch >> GENERATION_SHIFT
 }
 
-/// How many records were written since.
+/// Returns how many records were written since the last reclaim.
 pub const fn count_of(epoch: u64) -> u64 {
     epoch & ((1 << GENERATION_SHIFT) - 1)
 }
 
-/// The first epoch of a generation that comes so much after that of a record.
+/// Returns the first epoch of the generation that is `by` generations after that of `epoch`.
 fn later_generation(epoch: u64, by: u64) -> u64 {
     generation_of(epoch).saturating_add(by).min(u64::from(u32::MAX)) << GENERATION_SHIFT
 }
 
-/// Records of all slots of one pool, as maximal runs in slot order.
+/// The records of all slots of one pool, as maximal runs in slot order.
 #[derive(Clone, Debug)]
 pub struct SlotTable {
     pool: Pool,
-    /// Sorted, disjoint, within the pool; neighbours that touch have different records.
+    /// Sorted, disjoint, within the pool; adjacent runs have different records.
     runs: Vec<Run>,
-    /// One per bucket, always that of `runs`.
+    /// Hashes of the buckets, kept consistent with `runs`.
     hashes: [u64; Buckets::COUNT],
 }
 
-/// A run as it is now, and the record that its slots shared before (none: unknown until now).
+/// A changed run, and the record that its slots had before (`None` if unknown until now).
 pub type Change = (Run, Option<SlotRecord>);
 
-/// A run of theirs, and the record of the same epoch that is ours there.
+/// A peer's run, and this node's different record of the same epoch for its slots.
 pub type Contested = (Run, SlotRecord);
 
-/// An answer to a node that asked for a slot.
+/// The result of a grant request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Grant {
+    /// The changes that the grant made.
     New(Vec<Change>),
-    /// It owned slots already: these.
+    /// The node owns these slots already; nothing changed.
     Again(Vec<Run>),
 }
 
-/// How the slots of the pool are divided right now.
+/// How the slots of the pool are divided at present.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Census {
+    /// Number of leased slots.
     pub leased: u32,
-    /// Free slots by owner.
+    /// Numbers of free slots, by owner.
     pub free: BTreeMap<NodeId, u32>,
 }
 
 impl SlotTable {
-    /// A table that knows nothing yet.
+    /// Returns a table without records.
     pub fn empty(pool: Pool) -> Self {
         Self { pool, runs: Vec::new(), hashes: [0; Buckets::COUNT] }
     }
 
-    /// The table of a new cluster: everything is the creator's free at epoch 0.
+    /// Returns the table of a new cluster: all slots are free slots of the creator at epoch 0.
     pub fn created_by(pool: Pool, creator: NodeId) -> Self {
         let record =
             SlotRecord { epoch: 0, owner: creator, state: SlotState::Free, granter: creator };
@@ -82,25 +85,29 @@ impl SlotTable {
         table
     }
 
+    /// Returns all records, as maximal runs in slot order.
     pub fn runs(&self) -> &[Run] {
         &self.runs
     }
 
+    /// Returns the record of one slot, if known.
     pub fn record(&self, slot: Slot) -> Option<SlotRecord> {
         let after = self.runs.partition_point(|run| run.start <= slot);
         let run = self.runs.get(after.checked_sub(1)?)?;
         (slot.0 < run.end()).then_some(run.record)
     }
 
-    /// The slots in use by `node`, lowest first. More than one only until it gives the others back.
+    /// Returns the slots leased by `node`, lowest first; more than one only until it releases the others.
     pub fn leased_by(&self, node: NodeId) -> impl Iterator<Item = Slot> + '_ {
         self.runs_of(node).filter(|run| run.record.state == SlotState::Leased).flat_map(Run::slots)
     }
 
+    /// Returns the runs that `owner` owns, in slot order.
     pub fn runs_of(&self, owner: NodeId) -> impl Iterator<Item = &Run> + '_ {
         self.runs.iter().filter(move |run| run.record.owner == owner)
     }
 
+    /// Counts leased and free slots.
     pub fn census(&self) -> Census {
         let mut census = Census::default();
         for run in &self.runs {
@@ -112,8 +119,12 @@ impl SlotTable {
         census
     }
 
-    /// Gives `to` the free slot of `me` that suits it best and half of the rest (or, if it owns
-    /// slots already, names those again). The change is in the table; the caller makes it durable.
+    /// Grants a free slot of `me` to `to`, as its lease, with half of the remaining free slots. The slot is
+    /// `prefer` if it is free, else the one with the highest score. A node that owns slots already gets those
+    /// again. The caller makes the change durable.
+    ///
+    /// # Errors
+    /// Fails if `me` has no free slot, or if the preferred slot is a free slot of another node.
     pub fn grant(
         &mut self,
         me: NodeId,
@@ -121,7 +132,7 @@ impl SlotTable {
         prefer: Option<Slot>,
     ) -> Result<Grant, Refusal> {
         let known: Vec<Run> = self.runs_of(to).copied().collect();
-        if !known.is_empty() && !planted(Bug::GrantAnotherSlot) {
+        if !known.is_empty() && !has_mutation(Mutation::GrantAnotherSlot) {
             return Ok(Grant::Again(known));
         }
         let preferred_elsewhere = prefer
@@ -134,16 +145,16 @@ impl SlotTable {
             return Err(self.no_free_slot());
         };
         let mut granted = vec![self.rewrite(chosen, 1, me, to, SlotState::Leased)];
-        granted.extend(self.donate_half(me, to));
+        granted.extend(self.grant_half(me, to));
         Ok(Grant::New(granted))
     }
 
-    /// Turns a free slot of `me` into its lease.
+    /// Turns a free slot of `me` into its lease, the preferred one if possible.
     pub fn lease_own(&mut self, me: NodeId, prefer: Option<Slot>) -> Option<Change> {
         self.lease_own_where(me, prefer, |_| true)
     }
 
-    /// Turns a free slot of `me` that is wanted into its lease.
+    /// Turns a free slot of `me` that satisfies `is_wanted` into its lease.
     pub fn lease_own_where(
         &mut self,
         me: NodeId,
@@ -154,8 +165,8 @@ impl SlotTable {
         Some(self.rewrite(chosen, 1, me, me, SlotState::Leased))
     }
 
-    /// Makes a slot the lease of `me` because somebody outside the cluster has given it: the new epoch
-    /// outranks any that an earlier user of it can have written.
+    /// Makes an externally assigned slot the lease of `me`. The new epoch is of a later generation, so it
+    /// exceeds all that the previous owner can have written.
     pub fn claim(&mut self, me: NodeId, slot: Slot) -> Change {
         let before = self.record(slot);
         let epoch = later_generation(before.map_or(0, |record| record.epoch), 1);
@@ -165,14 +176,14 @@ impl SlotTable {
         (run, before)
     }
 
-    /// Turns a lease of `me` that it does not need into a free slot.
+    /// Turns a surplus lease of `me` into a free slot.
     pub fn release_own(&mut self, me: NodeId, slot: Slot) -> Option<Change> {
         let record = self.record(slot)?;
         (record.owner == me && record.state == SlotState::Leased)
             .then(|| self.rewrite(slot, 1, me, me, SlotState::Free))
     }
 
-    /// Makes everything that `me` owns a free of `successor`.
+    /// Makes all slots of `me` free slots of `successor`.
     pub fn hand_over(&mut self, me: NodeId, successor: NodeId) -> Vec<Change> {
         let owned: Vec<Run> = self.runs_of(me).copied().collect();
         owned
@@ -181,13 +192,13 @@ impl SlotTable {
             .collect()
     }
 
-    /// Makes free slots of `me` of everything that the forgotten node `gone` owned. The new epochs outrank
-    /// any that it, or somebody to whom it granted, or a successor of an earlier round, can have written.
+    /// Makes all slots of the forgotten node `gone` free slots of `me`. The new epochs exceed all that the
+    /// forgotten node, the nodes it granted to, or the successor of an earlier round can have written.
     pub fn reclaim(&mut self, me: NodeId, gone: NodeId, round: u32) -> Vec<Change> {
         let owned: Vec<Run> = self.runs_of(gone).copied().collect();
         let mut changes = Vec::new();
         for run in owned {
-            let epoch = if planted(Bug::ReclaimKeepsGeneration) {
+            let epoch = if has_mutation(Mutation::ReclaimKeepsGeneration) {
                 run.record.epoch + 1
             } else {
                 later_generation(run.record.epoch, u64::from(round))
@@ -200,32 +211,32 @@ impl SlotTable {
         changes
     }
 
-    /// Gives slots that `me` owns and never used to `successor`.
+    /// Makes a run that `me` owns and never used free slots of `successor`, unless its record has changed.
     pub fn pass_on(&mut self, run: Run, me: NodeId, successor: NodeId) -> Option<Change> {
         (self.record(run.start)? == run.record)
             .then(|| self.rewrite(run.start, run.len, me, successor, SlotState::Free))
     }
 
-    /// The bucket of a slot: equal, contiguous parts of the pool, so that runs stay whole.
+    /// Returns the bucket of a slot. Buckets are equal, contiguous parts of the pool, so few runs are cut.
     pub fn bucket_of(&self, slot: Slot) -> usize {
         (slot.0.saturating_sub(*self.pool.slots().start()) / self.bucket_width()) as usize
     }
 
-    /// The runs of one bucket, cut at its borders.
+    /// Returns the runs of one bucket, cut at its borders.
     pub fn bucket(&self, bucket: usize) -> Vec<Run> {
         let width = self.bucket_width();
         let start = self.pool.slots().start() + bucket as u32 * width;
         self.range(start, start.saturating_add(width)).collect()
     }
 
-    /// The runs in `[start, end)`, cut at its borders.
+    /// Returns the runs in `[start, end)`, cut at its borders.
     pub fn range(&self, start: u32, end: u32) -> impl Iterator<Item = Run> + '_ {
         let first = self.runs.partition_point(|run| run.end() <= start);
         let last = self.runs.partition_point(|run| run.start.0 < end);
         self.runs[first..last.max(first)].iter().filter_map(move |run| clip(run, start, end))
     }
 
-    /// One hash per bucket; equal tables have equal hashes.
+    /// Returns one hash per bucket; equal tables have equal hashes.
     pub const fn hashes(&self) -> [u64; Buckets::COUNT] {
         self.hashes
     }
@@ -238,13 +249,13 @@ impl SlotTable {
         self.runs_of(owner).filter(|run| run.record.state == SlotState::Free).copied()
     }
 
-    /// Whether `node` has a free slot that is wanted.
+    /// Returns whether `node` has a free slot that satisfies `is_wanted`.
     pub fn has_free_slot_where(&self, node: NodeId, is_wanted: impl Fn(Slot) -> bool) -> bool {
         self.free_slots_of(node).flat_map(|run| run.slots()).any(is_wanted)
     }
 
-    /// The free slot of `owner` for `user` among those wanted: the preferred one, or else the best by
-    /// rendezvous score.
+    /// Returns the free slot of `owner` to lease to `user`, among those that satisfy `is_wanted`: the
+    /// preferred one, else the one with the highest rendezvous score.
     fn choose(
         &self,
         owner: NodeId,
@@ -267,8 +278,9 @@ impl SlotTable {
         }
     }
 
-    /// Half of the free slots of `me`, rounded down, from the top of its range: whole runs where possible.
-    fn donate_half(&mut self, me: NodeId, to: NodeId) -> Vec<Change> {
+    /// Makes half of the free slots of `me`, rounded down, free slots of `to`: the highest ones, so that
+    /// whole runs move where possible.
+    fn grant_half(&mut self, me: NodeId, to: NodeId) -> Vec<Change> {
         let free_slots: Vec<Run> = self.free_slots_of(me).collect();
         let mut left = free_slots.iter().map(|run| run.len).sum::<u32>() / 2;
         let mut donated = Vec::new();
@@ -283,7 +295,7 @@ impl SlotTable {
         donated
     }
 
-    /// Writes the next record of slots that share one record and belong to `me`.
+    /// Writes the next record of a run of slots that `me` owns and that share one record.
     fn rewrite(
         &mut self,
         start: Slot,
@@ -294,14 +306,14 @@ impl SlotTable {
     ) -> Change {
         let before = self.record(start);
         debug_assert!(before.is_some_and(|r| r.owner == me), "only the owner writes {start:?}");
-        let raise = u64::from(!planted(Bug::SameEpoch) || owner == me);
+        let raise = u64::from(!has_mutation(Mutation::SameEpoch) || owner == me);
         let epoch = before.map_or(0, |record| record.epoch.saturating_add(raise));
         let run = Run { start, len, record: SlotRecord { epoch, owner, state, granter: me } };
         self.set(run);
         (run, before)
     }
 
-    /// Cuts `run` at the borders of our runs and pairs each part with our record there.
+    /// Cuts `run` at the borders of this table's runs and pairs each part with this table's record.
     fn overlaps(&self, run: Run) -> Vec<(Run, Option<SlotRecord>)> {
         let pool = self.pool.slots();
         let mut parts = Vec::new();
@@ -321,7 +333,7 @@ impl SlotTable {
         parts
     }
 
-    /// Overwrites a range, keeping the runs maximal.
+    /// Overwrites a range of slots and keeps the runs maximal.
     fn set(&mut self, new: Run) {
         let (start, end) = (new.start.0, new.end());
         let first = self.runs.partition_point(|run| run.end() < start);
@@ -342,7 +354,7 @@ impl SlotTable {
         self.runs.splice(first..last, middle);
     }
 
-    /// Adds a run to the hashes of its buckets, or takes it out again.
+    /// Adds a run to the hashes of its buckets, or removes it: XOR undoes itself.
     fn toggle(&mut self, run: &Run) {
         let width = self.bucket_width();
         for bucket in self.bucket_of(run.start)..=self.bucket_of(Slot(run.end() - 1)) {
@@ -365,15 +377,15 @@ fn run_hash(run: &Run) -> u64 {
     state_hash(&bytes)
 }
 
-/// The part of a run within `[start, end)`.
+/// Returns the part of a run within `[start, end)`.
 fn clip(run: &Run, start: u32, end: u32) -> Option<Run> {
     let from = run.start.0.max(start);
     let to = run.end().min(end);
     (from < to).then(|| Run { start: Slot(from), len: to - from, record: run.record })
 }
 
-/// A total order on records of one slot; the greatest is kept. Within one epoch (which only a broken
-/// promise brings about) the owner with the lower rank for the slot stays.
+/// Returns the key by which records of one slot are ordered; the greatest is kept. Within one epoch, which
+/// occurs only in an ownership conflict, the owner with the lower score for the slot wins.
 fn precedence(slot: Slot, record: &SlotRecord) -> (u64, Reverse<u64>, SlotRecord) {
     (record.epoch, Reverse(slot_score(record.owner, slot)), *record)
 }

@@ -1,4 +1,4 @@
-//! What a node can say about itself and the cluster: a picture for people and tests, never for decisions.
+//! Status of a node and its view of the cluster, for operators and tests. No decision depends on it.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -14,85 +14,119 @@ use crate::model::{
 
 use super::{Counters, Liveness, Node, Reclaiming};
 
+/// The phase of a node's membership.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Phase {
-    /// It waits for a network over which it could join, or for Kubernetes to say which subnet it has.
+    /// Waiting to start: for a network to join over, or for Kubernetes to assign a subnet.
     Waiting,
-    /// Looking for a member that lets it in.
+    /// Searching for a member that admits it.
     Joining,
-    /// In the cluster, and looking for a subnet.
+    /// In the cluster, searching for a subnet.
     Leaseless,
     /// In the cluster with a subnet.
     Member,
-    /// Handing over.
+    /// Handing over its slots.
     Leaving,
 }
 
+/// The status of a node.
 #[derive(Clone, Debug, Serialize)]
 pub struct NodeStatus {
+    /// This node's id.
     pub node: NodeId,
+    /// This node's name.
     pub name: NodeName,
+    /// The phase of its membership.
     pub phase: Phase,
+    /// The id of its cluster.
     pub cluster: Option<ClusterId>,
+    /// The settings of its cluster.
     pub settings: Option<ClusterSettings>,
+    /// Its subnet.
     pub subnet: Option<IpNet>,
-    /// In a dual-stack overlay the IPv6 subnet beside it.
+    /// Its IPv6 subnet in a dual-stack overlay.
     pub subnet6: Option<IpNet>,
+    /// Numbers of slots.
     pub slots: SlotCounts,
-    /// The last comparison with a peer found no difference (or there is no peer).
+    /// Whether the last comparison found no difference, or there is no member to compare with.
     pub settled: bool,
-    /// A comparison with a peer has succeeded since the start (or there is no peer).
+    /// Whether memory is verified, or there is no other member.
     pub synced: bool,
+    /// All known members, also those that left or were forgotten, by name.
     pub members: Vec<MemberStatus>,
     /// Free subnets, as ranges.
     pub free_slots: Vec<FreeRange>,
-    /// Forgotten nodes whose subnets are not back in the pool yet.
+    /// Forgotten nodes whose subnets are not reclaimed yet.
     pub reclaiming: Vec<Reclaiming>,
-    /// What stands in the way, as sentences.
+    /// Problems and what to do about them, in sentences.
     pub problems: Vec<String>,
+    /// Counts since the start.
     pub counters: Counters,
 }
 
+/// Numbers of slots in the cluster.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct SlotCounts {
+    /// Slots of the pool.
     pub total: u32,
+    /// Leased slots.
     pub leased: u32,
+    /// Free slots.
     pub free: u32,
+    /// Free slots of this node.
     pub own_free: u32,
 }
 
-/// Free subnets in a row, of one owner.
+/// Consecutive free subnets of one owner.
 #[derive(Clone, Debug, Serialize)]
 pub struct FreeRange {
+    /// The first subnet.
     pub first: IpNet,
+    /// The last subnet.
     pub last: IpNet,
+    /// Number of subnets.
     pub count: u32,
+    /// The owner.
     pub node: NodeId,
+    /// The owner's name, or "?".
     pub name: String,
+    /// The owner's liveness, as in [`MemberStatus`].
     pub liveness: Option<Liveness>,
 }
 
+/// The status of a member.
 #[derive(Clone, Debug, Serialize)]
 pub struct MemberStatus {
+    /// The member's id.
     pub node: NodeId,
+    /// Its name.
     pub name: NodeName,
+    /// Whether it is this node.
     pub me: bool,
-    /// None: gossip knows nothing of it (any more): not met since the start, or down for a day.
+    /// Its liveness; `None` if gossip does not know it: not seen since the start, or down for a day.
     pub liveness: Option<Liveness>,
+    /// Whether it left.
     pub left: bool,
+    /// Whether it was forgotten.
     pub forgotten: bool,
-    /// It was compared with since the start of this agent: what is known of its slots is its own word.
+    /// Whether this node has compared its state with it since the start, so that the records of its slots are
+    /// confirmed.
     pub heard: bool,
+    /// The address of its QUIC endpoint.
     pub address: SocketAddr,
+    /// The underlay address of its VTEP.
     pub underlay: IpAddr,
+    /// The MAC of its VTEP.
     pub vtep_mac: Mac,
+    /// The subnets that it leases.
     pub subnets: Vec<IpNet>,
+    /// Number of free slots that it owns.
     pub free: u32,
 }
 
 impl NodeStatus {
-    /// The status of a node that cannot begin yet, and what it waits for.
+    /// Returns the status of a node that cannot start yet; `problem` says what it waits for.
     pub fn waiting(node: NodeId, name: NodeName, problem: String) -> Self {
         Self {
             node,
@@ -115,37 +149,46 @@ impl NodeStatus {
 }
 
 impl Node {
-    /// Whether gossip holds a member as alive or suspect.
+    /// Returns whether gossip holds a member as alive or suspect.
     pub fn is_active(&self, node: NodeId) -> bool {
         self.membership.is_active(node)
     }
 
-    /// Whether gossip holds any other member as alive or suspect.
-    pub fn has_company(&self) -> bool {
+    /// Returns whether gossip holds any other member as alive or suspect.
+    pub fn has_active_peer(&self) -> bool {
         self.membership.others().next().is_some()
     }
 
-    /// Gossip's opinion on everybody it has heard of.
+    /// Returns the liveness of all members that gossip knows, without this node.
     pub fn opinions(&self) -> BTreeMap<NodeId, Liveness> {
         self.membership.opinions()
     }
 
-    /// Another one whenever an opinion has changed.
+    /// Returns a hash that differs whenever a member's identity or liveness has changed.
     pub fn opinions_hash(&self) -> u64 {
         self.membership.opinions_hash()
     }
 
+    /// Returns the node's status.
     pub fn status(&self) -> NodeStatus {
         let me = self.me.node;
-        let pool = self.home.as_ref().map(|home| home.cluster.settings.pool);
+        let pool =
+            self.cluster_state.as_ref().map(|cluster_state| cluster_state.cluster.settings.pool);
         let subnets = self.own_subnets();
-        let census = self.home.as_ref().map(|home| home.slots.census()).unwrap_or_default();
+        let census = self
+            .cluster_state
+            .as_ref()
+            .map(|cluster_state| cluster_state.slots.census())
+            .unwrap_or_default();
         NodeStatus {
             node: me,
             name: self.me.name.clone(),
             phase: self.phase(),
             cluster: self.cluster_id(),
-            settings: self.home.as_ref().map(|home| home.cluster.settings),
+            settings: self
+                .cluster_state
+                .as_ref()
+                .map(|cluster_state| cluster_state.cluster.settings),
             subnet: subnets.map(|subnets| subnets.first),
             subnet6: subnets.and_then(|subnets| subnets.second),
             slots: SlotCounts {
@@ -164,8 +207,9 @@ impl Node {
         }
     }
 
+    /// Returns the phase of the node's membership.
     pub fn phase(&self) -> Phase {
-        match (&self.home, &self.leaving, self.own_subnets()) {
+        match (&self.cluster_state, &self.leaving, self.own_subnets()) {
             (_, Some(_), _) => Phase::Leaving,
             (None, _, _) => Phase::Joining,
             (_, _, None) => Phase::Leaseless,
@@ -173,19 +217,24 @@ impl Node {
         }
     }
 
-    /// Whether the last comparison with a peer found no difference, or there is no peer to compare with: the
-    /// cluster has no other member, or all of them went down after this node had settled once.
+    /// Returns whether the last comparison found no difference or there is no member to compare with: the
+    /// cluster has no other member, or all of them went down after this node was settled once.
     pub fn is_settled(&self) -> bool {
-        let has_lost_all = self.sync.settled_once() && !self.has_company();
+        let has_lost_all = self.sync.settled_once() && !self.has_active_peer();
         self.is_alone() || self.sync.settled() || has_lost_all
     }
 
     fn member_statuses(&self) -> Vec<MemberStatus> {
         let opinions = self.membership.opinions();
-        let slots = self.home.as_ref().map(|home| (home, home.cluster.settings.pool));
+        let slots = self
+            .cluster_state
+            .as_ref()
+            .map(|cluster_state| (cluster_state, cluster_state.cluster.settings.pool));
         let member = |record: &MemberRecord| {
             let is_me = record.node == self.me.node;
-            let runs = slots.iter().flat_map(|(home, _)| home.slots.runs_of(record.node));
+            let runs = slots
+                .iter()
+                .flat_map(|(cluster_state, _)| cluster_state.slots.runs_of(record.node));
             let (leased, free): (Vec<_>, Vec<_>) =
                 runs.partition(|run| run.record.state == SlotState::Leased);
             let subnets = leased.into_iter().flat_map(|run: &Run| run.slots());
@@ -200,7 +249,7 @@ impl Node {
                 },
                 left: record.has_left(),
                 forgotten: self.directory.forgotten(record.node).is_some(),
-                heard: is_me || self.sync.heard(record.node),
+                heard: is_me || self.sync.is_confirmed(record.node),
                 address: record.address,
                 underlay: record.vtep.underlay,
                 vtep_mac: record.vtep.mac,
@@ -216,14 +265,15 @@ impl Node {
     }
 
     fn free_slots(&self) -> Vec<FreeRange> {
-        let Some(home) = &self.home else { return Vec::new() };
-        let pool = home.cluster.settings.pool;
+        let Some(cluster_state) = &self.cluster_state else { return Vec::new() };
+        let pool = cluster_state.cluster.settings.pool;
         let opinions = self.membership.opinions();
         let liveness = |node: NodeId| match node == self.me.node {
             true => Some(Liveness::Alive),
             false => opinions.get(&node).copied(),
         };
-        let free_slots = home.slots.runs().iter().filter(|run| run.record.state == SlotState::Free);
+        let free_slots =
+            cluster_state.slots.runs().iter().filter(|run| run.record.state == SlotState::Free);
         free_slots
             .map(|run| FreeRange {
                 first: pool.subnet(run.start),
@@ -236,7 +286,7 @@ impl Node {
             .collect()
     }
 
-    /// Who has free slots that this node cannot have, and what helps.
+    /// Returns a problem if all free slots belong to members that do not answer.
     fn stranded(&self) -> Option<String> {
         let free_slots = self.free_slots();
         let count = |alive: bool| -> u32 {
@@ -251,34 +301,39 @@ impl Node {
         let names = away.iter().copied().collect::<Vec<_>>().join(", ");
         let example = away.first().copied().unwrap_or_default();
         Some(format!(
-            "no reachable member has a free subnet, and {stranded} are free at members that do not answer \
-             ({names}): bring one back, or if it is gone for good, run `gossamer forget {example}`"
+            "no reachable member has a free subnet, but members that do not answer own {stranded} free \
+             ones ({names}): restart one of them, or if it is lost for good, run \
+             `gossamer forget {example}`"
         ))
     }
 
-    /// What stands in the way, as sentences.
+    /// Returns the present problems and what to do about them, in sentences.
     pub fn problems(&self) -> Vec<String> {
         let phase = self.phase();
         let mut problems = Vec::new();
         if phase == Phase::Joining {
-            // Which address its own is, the shell knows and tells.
-            let words = self.joining.words().filter(|(_, word)| !word.is_own());
-            problems.extend(words.map(|(seed, word)| format!("seed {}: {word}", seed + 1)));
+            // The agent reports seeds that are this node's own address.
+            let failures = self.joining.failures().filter(|(_, failure)| !failure.is_own_address());
+            problems
+                .extend(failures.map(|(seed, failure)| format!("seed {}: {failure}", seed + 1)));
         }
-        if let (Phase::Leaseless, Some(home)) = (phase, &self.home) {
-            problems.extend(home.search.refusal.iter().map(|r| format!("no subnet yet: {r}")));
-            if home.search.rival.is_none() {
+        if let (Phase::Leaseless, Some(cluster_state)) = (phase, &self.cluster_state) {
+            problems
+                .extend(cluster_state.search.refusal.iter().map(|r| format!("no subnet yet: {r}")));
+            if cluster_state.search.rival.is_none() {
                 problems.extend(self.stranded());
             }
         }
-        if let Some((home, rival)) = self.home.as_ref().and_then(|h| Some((h, h.search.rival?))) {
+        if let Some((cluster_state, rival)) =
+            self.cluster_state.as_ref().and_then(|h| Some((h, h.search.rival?)))
+        {
             let subnet = self.config.assigned.and_then(|address| {
-                let pool = home.cluster.settings.pool;
+                let pool = cluster_state.cluster.settings.pool;
                 Some(pool.subnet(pool.slot_at(address)?))
             });
             problems.push(format!(
-                "{} was given to this node and to {}, which uses it: give one of the two another (in \
-                 Kubernetes: delete the Node object of one, and restart its kubelet)",
+                "{} was assigned to this node and to {}, which uses it: assign another one to one \
+                 of the two (in Kubernetes: delete the Node object of one, and restart its kubelet)",
                 subnet.map_or_else(String::new, |subnet| subnet.to_string()),
                 self.name_of(rival)
             ));
@@ -292,11 +347,11 @@ impl Node {
         }
         if self.counters.rollbacks > 0 {
             problems.push(format!(
-                "peers hold {} records that this node wrote and does not remember: its state directory \
+                "peers hold {} records that this node wrote and no longer has: its state directory \
                  was rolled back to an older copy{}",
                 self.counters.rollbacks,
                 if self.may_write() {
-                    "; all members were asked since, and it has caught up"
+                    "; it has compared its state with all members since and is up to date"
                 } else {
                     "; it grants nothing until it has compared with all members"
                 }
@@ -310,15 +365,18 @@ impl Node {
         }
         if self.counters.forged > 0 {
             problems.push(format!(
-                "{} records of this node were told that it never wrote: a member errs or lies; this \
-                 node went above them",
+                "{} records of this node were received that it never wrote: a member is faulty or lies; this \
+                 node has published newer ones",
                 self.counters.forged
             ));
         }
         problems.extend(self.refused_problems());
-        problems.extend(self.sync.partners.odd().filter(|node| !self.is_gone(*node)).map(|node| {
+        let irreconcilable = self.sync.partners.irreconcilable();
+        let irreconcilable = irreconcilable.filter(|node| !self.is_gone(*node));
+        problems.extend(irreconcilable.map(|node| {
             format!(
-                "{} ({node}): its state differs however often it is compared; this stops no other node",
+                "{} ({node}): its state still differs after several comparisons; other nodes are not \
+                 affected",
                 self.name_of(node)
             )
         }));

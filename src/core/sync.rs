@@ -1,8 +1,8 @@
-//! Comparing states with one peer at a time, so that whatever was missed is found.
+//! Comparison of states with one peer at a time, which finds every missed fact.
 //!
-//! A round sends three hashes to a random member, one that gossip holds as down included, or to a seed
-//! that is not in view: islands and healed partitions find together this way, for ever. Only what
-//! differs is exchanged; where nothing does, a round costs its hashes.
+//! A round sends three hashes to a random member, also one held as down, or to a seed that is not an active
+//! member. So a partition that has healed is always noticed. Only the differing buckets are exchanged;
+//! without a difference a round costs three hashes.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -15,64 +15,67 @@ use crate::{
 
 use super::{
     Answer, CallError, Node, Purpose, Target,
-    learn::Learned,
+    learn::MergeResult,
     malformed::Kind,
     partners::Partners,
-    planted::{Bug, planted},
+    planted::{Mutation, has_mutation},
     rank::state_hash,
 };
 
-/// Between rounds when the last one found no difference.
-const CALM: Duration = Duration::from_secs(10);
-/// Between rounds while something has changed, or differed, since: doubling from the first to the last.
-const BUSY_FIRST: Duration = Duration::from_millis(200);
-const BUSY_LAST: Duration = Duration::from_secs(1);
-/// Between rounds right after the start, and while this node's own memory is in doubt.
-const FIRST: Duration = Duration::from_millis(250);
-const FIRST_ROUNDS: u64 = 64;
-/// In clusters up to this size; in larger ones members get to know each other more slowly, for most of them
-/// have to be connected to first. At most as slowly as they compare for ever.
-const COMPARED_EACH_SECOND: u32 = 100;
-/// The view is re-created when one in so many of those heard are new to it, or after so many rounds.
-const VIEW_SHARE: usize = 16;
-const VIEW_ROUNDS: u64 = 16;
+/// Interval of rounds while settled.
+const SETTLED_INTERVAL: Duration = Duration::from_secs(10);
+/// Interval of rounds while not settled; doubles from the first to the last.
+const MIN_UNSETTLED_INTERVAL: Duration = Duration::from_millis(200);
+const MAX_UNSETTLED_INTERVAL: Duration = Duration::from_secs(1);
+/// Interval of the first rounds after the start, and of all rounds while memory is unverified.
+const STARTUP_INTERVAL: Duration = Duration::from_millis(250);
+const STARTUP_ROUNDS: u64 = 64;
+/// Comparisons per second in the whole cluster by nodes that have unconfirmed peers. In clusters above this
+/// size the interval grows in proportion, up to `SETTLED_INTERVAL`, because most comparisons need a new
+/// connection.
+const CLUSTER_COMPARISONS_PER_SECOND: u32 = 100;
+/// The view is computed again when one in this many confirmed peers is new to it, or after this many rounds.
+const VIEW_REFRESH_SHARE: usize = 16;
+const VIEW_REFRESH_ROUNDS: u64 = 16;
 
-/// Whether this node's own memory may lack records that it wrote, and who can tell. While in doubt it
-/// writes no new ones.
+/// The peers that must confirm this node's memory, because it may lack records that the node wrote. While any
+/// confirmation is missing, memory is unverified and the node writes no new ownership records.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Doubt {
+pub(super) enum NeededWitnesses {
+    /// Memory is verified.
     None,
-    /// After a restart: members that owned slots before it. A joiner that knows the cluster through this
-    /// node alone owns none and proves nothing.
+    /// After a restart: one of the members that owned slots before it. Members that own none may know the
+    /// cluster through this node alone.
     AnyOf(BTreeSet<NodeId>),
-    /// After the loss of the database: everybody who was there when this node came back.
+    /// After the loss of the database: all members that were active when this node returned.
     AllOf(BTreeSet<NodeId>),
 }
 
+/// The schedule and the results of comparisons.
 pub(super) struct SyncRound {
     due: Time,
-    /// Whether a comparison is under way with a member, and with a seed: one that is silent for long must not
-    /// hold up the other.
+    /// Unanswered comparisons, for members and seeds separately, so that a silent one does not delay the
+    /// other.
     open: Open,
-    /// A peer's state equalled ours after our last change, but for what cannot be taken over.
+    /// Since this node's last change a peer had the same state, apart from facts that cannot be exchanged.
     settled: bool,
-    /// That was so at some time since the start.
+    /// Whether `settled` was true at any time since the start.
     settled_once: bool,
-    /// And was the same without exception: that peer holds the same members as alive.
+    /// Like `settled`, but without exception: the peer also holds the same members as alive.
     agreed: bool,
-    /// The present pause between rounds, while not settled.
-    busy: Duration,
-    doubt: Doubt,
-    /// Members compared with since the start: what the table says of their slots was true at that moment.
-    heard: BTreeSet<NodeId>,
-    /// Those among them whom the view does not reflect yet.
+    /// The present interval of rounds while not settled.
+    unsettled_interval: Duration,
+    needed_witnesses: NeededWitnesses,
+    /// Members whose state was compared with this node's since the start.
+    confirmed: BTreeSet<NodeId>,
+    /// Number of those that the view does not reflect yet.
     newly_confirmed: usize,
-    /// How many members are active.
-    others: u32,
-    /// There are active members among those who were not heard.
-    curious: bool,
+    /// Number of other active members.
+    active_peers: u32,
+    /// Whether some active member is unconfirmed.
+    has_unconfirmed: bool,
     rounds: u64,
-    /// Which node answers at each seed, once known.
+    /// The node that answers at each seed, once known.
     seeds: Vec<Option<NodeId>>,
     pub(super) partners: Partners,
 }
@@ -93,45 +96,47 @@ impl Open {
 }
 
 impl SyncRound {
-    pub(super) fn new(now: Time, seeds: usize, doubt: Doubt) -> Self {
+    pub(super) fn new(now: Time, seeds: usize, needed_witnesses: NeededWitnesses) -> Self {
         Self {
-            doubt,
-            heard: BTreeSet::new(),
+            needed_witnesses,
+            confirmed: BTreeSet::new(),
             newly_confirmed: 0,
-            others: 0,
-            curious: true,
+            active_peers: 0,
+            has_unconfirmed: true,
             due: now,
             open: Open::default(),
             settled: false,
             settled_once: false,
             agreed: false,
-            busy: BUSY_FIRST,
+            unsettled_interval: MIN_UNSETTLED_INTERVAL,
             rounds: 0,
             seeds: vec![None; seeds],
             partners: Partners::default(),
         }
     }
 
+    /// Returns when the next round is due.
     pub(super) fn due(&self) -> Time {
         self.due
     }
 
-    /// This node's memory of what it wrote itself is beyond doubt.
+    /// Returns whether this node's memory is verified.
     pub(super) fn synced(&self) -> bool {
-        self.doubt == Doubt::None
+        self.needed_witnesses == NeededWitnesses::None
     }
 
-    pub(super) fn heard(&self, node: NodeId) -> bool {
-        self.heard.contains(&node)
+    /// Returns whether this node has compared its state with `node` since the start.
+    pub(super) fn is_confirmed(&self, node: NodeId) -> bool {
+        self.confirmed.contains(&node)
     }
 
-    /// Some member was compared with since the start.
+    /// Returns whether this node has compared its state with any member since the start.
     pub(super) fn has_confirmed(&self) -> bool {
-        !self.heard.is_empty()
+        !self.confirmed.is_empty()
     }
 
-    pub(super) fn doubt(&mut self, doubt: Doubt) {
-        self.doubt = doubt;
+    pub(super) fn require_witnesses(&mut self, needed: NeededWitnesses) {
+        self.needed_witnesses = needed;
     }
 
     pub(super) fn settled(&self) -> bool {
@@ -142,13 +147,13 @@ impl SyncRound {
         self.settled_once
     }
 
-    /// Whether the last comparison found no difference at all.
+    /// Returns whether the last comparison found no difference at all.
     pub(super) fn agreed(&self) -> bool {
         self.agreed
     }
 
     pub(super) fn note_seed(&mut self, seed: usize, node: NodeId) {
-        // One that is none any more may still have answered.
+        // The seed may have been removed before it answered.
         if let Some(known) = self.seeds.get_mut(seed) {
             *known = Some(node);
         }
@@ -159,108 +164,116 @@ impl SyncRound {
         self.open.seed = false;
     }
 
-    /// Something changed: compare soon.
+    /// Notes a change, so that the next comparison comes soon.
     pub(super) fn unsettle(&mut self, now: Time) {
         self.agreed = false;
         if std::mem::replace(&mut self.settled, false) {
-            self.busy = BUSY_FIRST;
+            self.unsettled_interval = MIN_UNSETTLED_INTERVAL;
         }
-        self.due = self.due.min(now + self.busy);
+        self.due = self.due.min(now + self.unsettled_interval);
     }
 
-    /// A peer told of what is not known here: compare within the pace of a change.
+    /// Schedules a comparison soon, because a peer knows something that this node does not.
     pub(super) fn suggest(&mut self, now: Time) {
-        self.due = self.due.min(now + BUSY_FIRST.max(self.busy));
+        self.due = self.due.min(now + MIN_UNSETTLED_INTERVAL.max(self.unsettled_interval));
     }
 
-    /// Compare now.
+    /// Makes the next comparison due now.
     pub(super) fn hasten(&mut self, now: Time) {
         self.due = self.due.min(now);
     }
 
-    /// We have all that `peer` had.
-    pub(super) fn witness(&mut self, peer: NodeId) {
-        let settled = match &mut self.doubt {
-            Doubt::None => return,
-            Doubt::AnyOf(peers) => peers.contains(&peer),
-            Doubt::AllOf(peers) => {
+    /// Notes that this node has all facts of `peer`, which may verify its memory.
+    pub(super) fn verify_memory(&mut self, peer: NodeId) {
+        let settled = match &mut self.needed_witnesses {
+            NeededWitnesses::None => return,
+            NeededWitnesses::AnyOf(peers) => peers.contains(&peer),
+            NeededWitnesses::AllOf(peers) => {
                 peers.remove(&peer);
                 peers.is_empty()
             }
         };
         if settled {
-            self.doubt = Doubt::None;
+            self.needed_witnesses = NeededWitnesses::None;
         }
     }
 
-    pub(super) fn lose_witness(&mut self, node: NodeId, others: BTreeSet<NodeId>) {
-        let (Doubt::AnyOf(witnesses) | Doubt::AllOf(witnesses)) = &mut self.doubt else { return };
+    /// Removes a departed witness. If it was the last of several alternatives, all `others` have to confirm:
+    /// one of them has received the facts of the departed one.
+    pub(super) fn drop_witness(&mut self, node: NodeId, others: BTreeSet<NodeId>) {
+        let (NeededWitnesses::AnyOf(witnesses) | NeededWitnesses::AllOf(witnesses)) =
+            &mut self.needed_witnesses
+        else {
+            return;
+        };
         witnesses.remove(&node);
         if witnesses.is_empty() {
-            self.doubt = match &self.doubt {
-                Doubt::AnyOf(_) if !others.is_empty() => Doubt::AllOf(others),
-                _ => Doubt::None,
+            self.needed_witnesses = match &self.needed_witnesses {
+                NeededWitnesses::AnyOf(_) if !others.is_empty() => NeededWitnesses::AllOf(others),
+                _ => NeededWitnesses::None,
             };
         }
     }
 
-    /// Whom to ask first.
+    /// Returns the peers that can help to verify memory.
     fn witnesses(&self) -> Option<&BTreeSet<NodeId>> {
-        match &self.doubt {
-            Doubt::None => None,
-            Doubt::AnyOf(peers) | Doubt::AllOf(peers) => Some(peers),
+        match &self.needed_witnesses {
+            NeededWitnesses::None => None,
+            NeededWitnesses::AnyOf(peers) | NeededWitnesses::AllOf(peers) => Some(peers),
         }
     }
 
-    /// Until the next round.
-    fn pause(&self) -> Duration {
+    /// Returns the interval to the next round.
+    fn interval(&self) -> Duration {
         match self.settled {
-            _ if self.is_new() => FIRST,
-            true if self.curious => {
-                (BUSY_LAST * (self.others / COMPARED_EACH_SECOND).max(1)).min(CALM)
-            }
-            true => CALM,
-            false => self.busy,
+            _ if self.is_starting() => STARTUP_INTERVAL,
+            true if self.has_unconfirmed => (MAX_UNSETTLED_INTERVAL
+                * (self.active_peers / CLUSTER_COMPARISONS_PER_SECOND).max(1))
+            .min(SETTLED_INTERVAL),
+            true => SETTLED_INTERVAL,
+            false => self.unsettled_interval,
         }
     }
 
-    /// This node is not sure of its own memory yet, or has only just begun to hear the others.
-    fn is_new(&self) -> bool {
-        !self.synced() || self.curious && self.rounds < FIRST_ROUNDS
+    /// Returns whether memory is unverified, or the start is recent and some members are unconfirmed.
+    fn is_starting(&self) -> bool {
+        !self.synced() || self.has_unconfirmed && self.rounds < STARTUP_ROUNDS
     }
 
     fn complete(&mut self, now: Time, peer: NodeId, same: bool) {
-        self.witness(peer);
+        self.verify_memory(peer);
         self.agreed = false;
         self.settled = same;
         self.settled_once |= same;
-        self.due = now + self.pause();
+        self.due = now + self.interval();
     }
 }
 
 impl Node {
     pub(super) fn step_sync(&mut self, now: Time) {
         self.clear_duplicate(now);
-        if self.home.is_none() || now < self.sync.due {
+        if self.cluster_state.is_none() || now < self.sync.due {
             return;
         }
-        let base = self.sync.pause();
-        self.sync.busy = (self.sync.busy * 2).min(BUSY_LAST);
+        let base = self.sync.interval();
+        self.sync.unsettled_interval =
+            (self.sync.unsettled_interval * 2).min(MAX_UNSETTLED_INTERVAL);
         self.sync.due = now + self.jittered(base);
-        let unconfirmed = |node: NodeId| !self.sync.heard(node) && !self.is_gone(node);
-        // Without a creator everybody begins alone, and finds the others by its seeds.
+        let unconfirmed = |node: NodeId| !self.sync.is_confirmed(node) && !self.is_gone(node);
+        // Without a creator each node starts alone and finds the others through its seeds.
         let is_lonely = self.config.assigned.is_some() && self.is_alone();
-        self.sync.curious = is_lonely || self.membership.others().any(unconfirmed);
-        self.sync.others = self.membership.others().count() as u32;
+        self.sync.has_unconfirmed = is_lonely || self.membership.others().any(unconfirmed);
+        self.sync.active_peers = self.membership.others().count() as u32;
         let directory = &self.directory;
-        self.sync.partners.keep_only(|node| directory.get(node).is_some());
+        self.sync.partners.retain(|node| directory.get(node).is_some());
         if self.is_alone() {
             (self.sync.settled, self.sync.settled_once, self.sync.agreed) = (true, true, true);
         }
         let partner = self.choose_partner(now, self.sync.rounds + 1);
-        // A round in which no member could be asked is none.
+        // Rounds without a partner do not count.
         self.sync.rounds += u64::from(partner.is_some());
-        let is_turn = !self.sync.curious || self.sync.rounds.is_multiple_of(VIEW_ROUNDS);
+        let is_turn =
+            !self.sync.has_unconfirmed || self.sync.rounds.is_multiple_of(VIEW_REFRESH_ROUNDS);
         self.view_stale |= is_turn && std::mem::take(&mut self.sync.newly_confirmed) > 0;
         let Some(partner) = partner else { return };
         *self.sync.open.with(partner) = true;
@@ -268,35 +281,37 @@ impl Node {
         self.call(partner, Purpose::Compare { partner }, &request);
     }
 
-    /// In every second round one who can end a doubt or was not heard yet; it may be out of reach for long,
-    /// so in the others any member. Mostly active ones; every fourth round anybody; a seed that is not in
-    /// view every other one.
+    /// Chooses the partner of a round. Two of four rounds prefer members that can verify memory, or else
+    /// unconfirmed ones; the other two take any, because the preferred ones may be unreachable for long.
+    /// Three of four rounds take active members, the fourth also ones held as down. Every second round takes
+    /// a seed, if one is not an active member.
     fn choose_partner(&mut self, now: Time, rounds: u64) -> Option<Target> {
         let me = self.me.node;
-        let missing: Vec<usize> = (0..self.sync.seeds.len())
+        let absent_seeds: Vec<usize> = (0..self.sync.seeds.len())
             .filter(|&seed| {
                 self.sync.seeds[seed]
                     .is_none_or(|node| node != me && !self.membership.is_active(node))
             })
             .collect();
-        let witness = |node: &NodeId| match self.sync.witnesses() {
+        let is_useful = |node: &NodeId| match self.sync.witnesses() {
             Some(witnesses) => witnesses.contains(node),
-            None => !self.sync.heard.contains(node),
+            None => !self.sync.confirmed.contains(node),
         };
-        let any = rounds.is_multiple_of(4) && !planted(Bug::NoAnnounceAfterHeal);
-        let choosy = rounds % 4 < 2;
-        let everybody: Vec<&MemberRecord> = self.directory.peers(me).collect();
-        let may_ask = |record: &&&MemberRecord| {
-            self.sync.partners.may_ask(now, record.node, everybody.len() == 1)
-                || planted(Bug::SilentTwice)
+        let takes_down = rounds.is_multiple_of(4) && !has_mutation(Mutation::NeverCompareWithDown);
+        let prefers_useful = rounds % 4 < 2;
+        let peers: Vec<&MemberRecord> = self.directory.peers(me).collect();
+        let may_compare = |record: &&&MemberRecord| {
+            self.sync.partners.may_compare(now, record.node, peers.len() == 1)
+                || has_mutation(Mutation::RetrySilentPartner)
         };
-        let all: Vec<&MemberRecord> = everybody.iter().filter(may_ask).copied().collect();
+        let all: Vec<&MemberRecord> = peers.iter().filter(may_compare).copied().collect();
         let wanted = |record: &&&MemberRecord| {
-            (any || self.membership.is_active(record.node)) && (!choosy || witness(&record.node))
+            (takes_down || self.membership.is_active(record.node))
+                && (!prefers_useful || is_useful(&record.node))
         };
         let preferred: Vec<&MemberRecord> = all.iter().filter(wanted).copied().collect();
         let from = match preferred.is_empty() {
-            true if planted(Bug::NoAnnounceAfterHeal) => &preferred,
+            true if has_mutation(Mutation::NeverCompareWithDown) => &preferred,
             true => &all,
             false => &preferred,
         };
@@ -305,34 +320,36 @@ impl Node {
             .filter(|_| !self.sync.open.member)
             .map(|record| Target::Member { node: record.node, address: record.address });
         let turn = (rounds / 2) as usize;
-        let missing = if planted(Bug::NoAnnounceAfterHeal) { Vec::new() } else { missing };
-        if !missing.is_empty()
+        let absent_seeds =
+            if has_mutation(Mutation::NeverCompareWithDown) { Vec::new() } else { absent_seeds };
+        if !absent_seeds.is_empty()
             && !self.sync.open.seed
             && (!rounds.is_multiple_of(2) || peer.is_none())
         {
-            return Some(Target::Seed(missing[turn % missing.len()]));
+            return Some(Target::Seed(absent_seeds[turn % absent_seeds.len()]));
         }
         peer
     }
 
-    /// A comparison with `peer` succeeded; `same` if it found no difference.
-    pub(super) fn compared(&mut self, now: Time, peer: NodeId, same: bool) {
-        self.hear(peer);
+    /// Notes a successful comparison with `peer`; `same` if it found no difference.
+    pub(super) fn note_comparison(&mut self, now: Time, peer: NodeId, same: bool) {
+        self.confirm(peer);
         self.sync.partners.note_answer(peer);
         self.sync.complete(now, peer, same);
     }
 
-    /// What is known of a peer's slots is its own word. Entries in the kernel may be judged by that now; in a
-    /// large cluster not after each of them, for that takes a look at all.
-    fn hear(&mut self, peer: NodeId) {
-        let SyncRound { heard, newly_confirmed, .. } = &mut self.sync;
-        *newly_confirmed += usize::from(heard.insert(peer));
-        if *newly_confirmed * VIEW_SHARE >= heard.len() {
+    /// Confirms a peer: the known records of its slots are its own statement. Kernel entries for them can be
+    /// checked from then on. In a large cluster the view is computed again only after several confirmations,
+    /// because each time all entries are checked.
+    fn confirm(&mut self, peer: NodeId) {
+        let SyncRound { confirmed, newly_confirmed, .. } = &mut self.sync;
+        *newly_confirmed += usize::from(confirmed.insert(peer));
+        if *newly_confirmed * VIEW_REFRESH_SHARE >= confirmed.len() {
             self.view_stale |= std::mem::take(newly_confirmed) > 0;
         }
     }
 
-    pub(super) fn on_compare_answer(&mut self, now: Time, partner: Target, answer: Answer) {
+    pub(super) fn handle_compare_answer(&mut self, now: Time, partner: Target, answer: Answer) {
         *self.sync.open.with(partner) = false;
         if let (Target::Seed(seed), Ok((from, _))) = (partner, &answer) {
             self.sync.note_seed(seed, *from);
@@ -341,8 +358,8 @@ impl Node {
             Ok((from, Response::Same)) => {
                 self.counters.syncs_same += 1;
                 self.sync.partners.note_agreement(from);
-                self.notes.forgive(from);
-                self.compared(now, from, true);
+                self.notes.clear_refused(from);
+                self.note_comparison(now, from, true);
                 self.sync.agreed = true;
                 self.recheck_forgets(now);
                 self.replace_predecessor(now);
@@ -353,7 +370,7 @@ impl Node {
                 let facts = self.facts_in(buckets);
                 let identity = self.membership.identity();
                 let request = Request::Exchange { buckets, identity, facts };
-                // To the same place: of a member that has moved our record may be old.
+                // To the same target: the known address of a member that has moved may be outdated.
                 *self.sync.open.with(partner) = true;
                 self.call(partner, Purpose::Exchange { partner, with: from }, &request);
             }
@@ -362,11 +379,11 @@ impl Node {
                 if let Some(count) = self.note(from, Kind::RefusesComparison, 1, "") {
                     tracing::warn!(peer = %from, count, %refusal, "comparison refused");
                 }
-                self.on_expulsion(&refusal);
+                self.stop_if_expelled(&refusal);
             }
             Ok((from, _)) => {
                 self.sync.partners.note_silence(now, from);
-                self.note_malformed(from, &"no answer to a comparison");
+                self.note_malformed(from, &"unexpected response to a comparison");
             }
             Err(error) => {
                 if let (Target::Seed(seed), CallError::Myself) = (partner, &error) {
@@ -375,12 +392,12 @@ impl Node {
                 if let Target::Member { node, .. } = partner {
                     self.sync.partners.note_silence(now, node);
                 }
-                tracing::debug!(?partner, %error, "no comparison");
+                tracing::debug!(?partner, %error, "comparison failed");
             }
         }
     }
 
-    pub(super) fn on_exchange_answer(
+    pub(super) fn handle_exchange_answer(
         &mut self,
         now: Time,
         partner: Target,
@@ -390,60 +407,69 @@ impl Node {
         *self.sync.open.with(partner) = false;
         match answer {
             Ok((from, Response::Facts { facts, down, down_as })) => {
-                let Learned { new, refused } = self.learn(now, &facts, Some(from));
-                let doubted = self.doubted(now, &down);
-                let has_told = new || !doubted.is_empty() || down_as.is_some();
-                self.suspect(now, doubted);
-                tracing::debug!(peer = %from, has_told, refused, "exchanged");
-                // Facts are facts from anybody, but only whoever was compared with has told all it had.
+                let MergeResult { new, refused } = self.learn(now, &facts, Some(from));
+                let credible_suspicions = self.credible_suspicions(now, &down);
+                let has_news = new || !credible_suspicions.is_empty() || down_as.is_some();
+                self.suspect(now, credible_suspicions);
+                tracing::debug!(peer = %from, has_news, refused, "exchanged");
+                // Facts are accepted from any node, but only the compared node is confirmed by them.
                 if from == with {
-                    // Of what cannot be taken over nothing else follows: the member has all of ours now, and
-                    // this node all of its that can be true.
-                    let is_odd =
-                        self.sync.partners.is_fruitless(from, has_told) || refused && !has_told;
+                    // Facts that cannot be exchanged do not count as a difference: the member has all facts
+                    // of this node now, and this node has all of the member's that can be true.
+                    let is_irreconcilable =
+                        self.sync.partners.count_fruitless(from, has_news) || refused && !has_news;
                     if !refused {
-                        self.notes.forgive(from);
+                        self.notes.clear_refused(from);
                     }
-                    let is_settled = is_odd && !planted(Bug::OddPeersUnsettle);
-                    self.compared(now, from, is_settled);
+                    let is_settled =
+                        is_irreconcilable && !has_mutation(Mutation::FruitlessComparisonUnsettles);
+                    self.note_comparison(now, from, is_settled);
                     if is_settled {
                         self.recheck_forgets(now);
                     }
                 }
                 if let Some(incarnation) = down_as {
-                    self.rise_above(now, incarnation);
+                    self.exceed_incarnation(now, incarnation);
                     self.sync.hasten(now);
                 }
             }
-            Ok((from, other)) => self.note_unexpected(from, &other, "no answer to an exchange"),
+            Ok((from, other)) => {
+                self.note_unexpected(from, &other, "unexpected response to an exchange");
+            }
             Err(error) => {
                 if let Target::Member { node, .. } = partner {
                     self.sync.partners.note_silence(now, node);
                 }
-                tracing::debug!(%error, "exchange cut off");
+                tracing::debug!(%error, "exchange failed");
             }
         }
     }
 
+    /// Returns the hashes of this node's state, by bucket.
     pub(super) fn buckets(&self) -> Buckets {
         Buckets {
             members: self.directory.hashes(),
-            slots: self.home.as_ref().map_or([0; Buckets::COUNT], |home| home.slots.hashes()),
+            slots: self
+                .cluster_state
+                .as_ref()
+                .map_or([0; Buckets::COUNT], |cluster_state| cluster_state.slots.hashes()),
             active: self.membership.hashes(self.directory.gone()),
         }
     }
 
-    /// Our facts in the buckets of a mask.
+    /// Returns this node's facts in the buckets of a bit mask.
     pub(super) fn facts_in(&self, mask: u32) -> Facts {
         let wanted = |bucket: &usize| mask & (1 << bucket) != 0;
         let buckets: Vec<usize> = (0..Buckets::COUNT).filter(wanted).collect();
         let members = buckets.iter().flat_map(|b| self.directory.bucket(*b).cloned()).collect();
         let forgets = buckets.iter().flat_map(|b| self.directory.forgets_in(*b).copied()).collect();
         let slots = self
-            .home
+            .cluster_state
             .iter()
-            .filter(|_| !planted(Bug::NeverExchangeSlots))
-            .flat_map(|home| buckets.iter().flat_map(|bucket| home.slots.bucket(*bucket)))
+            .filter(|_| !has_mutation(Mutation::NeverExchangeSlots))
+            .flat_map(|cluster_state| {
+                buckets.iter().flat_map(|bucket| cluster_state.slots.bucket(*bucket))
+            })
             .collect();
         let active = self
             .active()

@@ -1,5 +1,4 @@
-//! The rules of joining, restarting and leaving, told as short stories in the simulator's world: the
-//! judge watches all of them.
+//! Tests of joining, restarting and leaving in the simulator's world, each checked by its oracle.
 
 use std::ops::Range;
 
@@ -20,7 +19,7 @@ mod leave;
 mod restart;
 mod vote;
 
-/// The longest that one message takes.
+/// Maximum latency of one message.
 const LATENCY: Duration = Duration::from_millis(2);
 
 fn settings(network: &str, len: u8) -> ClusterSettings {
@@ -35,7 +34,7 @@ const fn seconds(count: u64) -> Duration {
     Duration::from_secs(count)
 }
 
-/// Hosts are named by their numbers; 0 is the creator.
+/// Hosts are identified by their index; 0 is the creator.
 impl World {
     fn created(settings: ClusterSettings) -> Self {
         let mut world = Self::new(1, settings);
@@ -49,7 +48,7 @@ impl World {
         let mut world = Self::created(settings("10.42.0.0/16", 24));
         (1..count).for_each(|_| _ = world.join());
         world.run_for(seconds(4));
-        world.assert_right();
+        world.assert_converged_and_safe();
         world
     }
 
@@ -84,11 +83,11 @@ impl World {
         self.node(host).status().problems.join("\n")
     }
 
-    /// Nothing reaches these hosts, and nothing comes from them.
+    /// Cuts each of these hosts off from all others, in both directions.
     fn isolate(&mut self, hosts: Range<usize>) {
-        for one in hosts {
-            let others: Vec<usize> = (0..self.hosts.len()).filter(|other| *other != one).collect();
-            self.separate(&[one], &others);
+        for host in hosts {
+            let others: Vec<usize> = (0..self.hosts.len()).filter(|other| *other != host).collect();
+            self.separate(&[host], &others);
         }
     }
 
@@ -116,14 +115,14 @@ impl World {
         self.hosts.iter().filter_map(|host| host.node()).all(|node| node.status().settled)
     }
 
-    /// No promise was broken, packets get from every host to every other, and no slot is lost.
-    fn assert_right(&self) {
+    /// Asserts that the oracle found no violation, every host reaches every other, and no slot is lost.
+    fn assert_converged_and_safe(&self) {
         assert_eq!(self.oracle.violation, None);
         assert_eq!(rest::broken(self), None);
     }
 }
 
-/// What a node asks for.
+/// Drains a node's outputs.
 fn outputs(node: &mut Node) -> impl Iterator<Item = Output> + '_ {
     std::iter::from_fn(|| node.poll_output())
 }

@@ -1,8 +1,8 @@
-//! What of a peer's facts and packets is looked at further; the rest is refused by name.
+//! Refuses facts and gossip of a peer that cannot be true.
 //!
-//! The form of a message is checked where it is decoded; here is what depends on the cluster: addresses that
-//! no member can have, counters beyond their horizon, identities of nodes without a record. Every node judges
-//! alike, so what is refused here is refused everywhere, and members go on agreeing on the rest.
+//! Decoding checks the form of a message. This module checks what depends on the cluster: addresses that no
+//! member can have, counters beyond their horizon, identities of nodes without a record. All nodes check
+//! alike, so what one refuses all refuse, and members still agree on the rest.
 
 use crate::{
     model::{Forget, Identity, MemberRecord, NodeId, Run, Suspicion, Time},
@@ -12,17 +12,17 @@ use crate::{
 use super::{
     Node,
     membership::UNSENT_REFUTATIONS,
-    planted::{Bug, planted},
+    planted::{Mutation, has_mutation},
 };
 
-/// What was refused of one message: how much, and why the first of it.
+/// The entries of one message that were refused: their number, and the reason of the first.
 #[derive(Default)]
-pub(super) struct Refused {
+pub(super) struct Refusals {
     count: u64,
     why: String,
 }
 
-impl Refused {
+impl Refusals {
     fn add(&mut self, why: impl FnOnce() -> String) {
         if self.count == 0 {
             self.why = why();
@@ -32,25 +32,26 @@ impl Refused {
 }
 
 impl Node {
-    /// Whether a member record can be true. One of this node itself is only looked at for its version.
-    pub(super) fn can_be(
+    /// Returns whether a member record can be true. Of a record of this node only the version is checked.
+    pub(super) fn is_possible_member(
         &mut self,
         now: Time,
         record: &MemberRecord,
-        refused: &mut Refused,
+        refused: &mut Refusals,
     ) -> bool {
         let is_me = record.node == self.me.node;
         let known = if is_me { Some(&self.me) } else { self.directory.get(record.node) };
         if known == Some(record) {
             return true;
         }
-        let pool = self.home.as_ref().map(|home| &home.cluster.settings.pool);
-        let unfit = pool.filter(|_| !is_me && !planted(Bug::TakeUnfitRecords));
+        let pool =
+            self.cluster_state.as_ref().map(|cluster_state| &cluster_state.cluster.settings.pool);
+        let unfit = pool.filter(|_| !is_me && !has_mutation(Mutation::AcceptUnfitRecords));
         if let Some(unfit) = unfit.and_then(|pool| record.why_unusable(pool)) {
             refused.add(|| format!("the record of {} ({}): {unfit}", record.name, record.node));
             return false;
         }
-        let reaches = self.horizons.reach_member(now, record, known);
+        let reaches = self.horizons.allows_member(now, record, known);
         if !reaches {
             let version = record.version;
             refused.add(|| {
@@ -61,31 +62,36 @@ impl Node {
         reaches
     }
 
-    /// Runs whose epochs can have come about.
-    pub(super) fn possible(&mut self, now: Time, runs: &[Run], refused: &mut Refused) -> Vec<Run> {
-        let Some(home) = &self.home else { return Vec::new() };
-        let mut possible = Vec::with_capacity(runs.len());
+    /// Returns the runs whose epochs are possible.
+    pub(super) fn possible_runs(
+        &mut self,
+        now: Time,
+        runs: &[Run],
+        refused: &mut Refusals,
+    ) -> Vec<Run> {
+        let Some(cluster_state) = &self.cluster_state else { return Vec::new() };
+        let mut possible_runs = Vec::with_capacity(runs.len());
         for run in runs {
-            let known = home.slots.record(run.start).map(|record| record.epoch);
-            if self.horizons.reach_epoch(now, run.record.epoch, known) {
-                possible.push(*run);
+            let known = cluster_state.slots.record(run.start).map(|record| record.epoch);
+            if self.horizons.allows_epoch(now, run.record.epoch, known) {
+                possible_runs.push(*run);
             } else {
                 let (start, epoch) = (run.start, run.record.epoch);
                 refused.add(|| format!("{start:?}: a jump to epoch {epoch:#x}"));
             }
         }
-        possible
+        possible_runs
     }
 
-    /// Whether the word that a node is gone can have come about.
-    pub(super) fn can_be_gone(
+    /// Returns whether a forget record can be true.
+    pub(super) fn is_possible_forget(
         &mut self,
         now: Time,
         forget: &Forget,
-        refused: &mut Refused,
+        refused: &mut Refusals,
     ) -> bool {
         let known = self.directory.forgotten(forget.node);
-        let reaches = self.horizons.reach_round(now, forget, known);
+        let reaches = self.horizons.allows_round(now, forget, known);
         if !reaches {
             refused
                 .add(|| format!("{} is forgotten: a jump to round {}", forget.node, forget.round));
@@ -93,45 +99,54 @@ impl Node {
         reaches
     }
 
-    /// Whether gossip may hear of this identity: one of a member that is known and there.
+    /// Returns whether gossip may use this identity: the node has a record, and the incarnation is possible.
     fn is_credible(&mut self, now: Time, identity: Identity) -> bool {
-        if planted(Bug::TakeAnyIdentity) {
+        if has_mutation(Mutation::AcceptAnyIdentity) {
             return true;
         }
         let Identity { node, incarnation } = identity;
         let record = if node == self.me.node { Some(&self.me) } else { self.directory.get(node) };
-        record.is_some() && self.horizons.reach_incarnation(now, incarnation, record)
+        record.is_some() && self.horizons.allows_incarnation(now, incarnation, record)
     }
 
-    /// Members that a peer holds as alive, without those that are known to be, are gone, or have no record.
-    pub(super) fn credible(&mut self, now: Time, identities: &[Identity]) -> Vec<Identity> {
+    /// Returns which members that a peer holds as alive are to be added to gossip: those that are not active
+    /// here, not gone, and credible.
+    pub(super) fn credible_identities(
+        &mut self,
+        now: Time,
+        identities: &[Identity],
+    ) -> Vec<Identity> {
         let news = identities
             .iter()
-            .filter(|identity| self.membership.is_news(identity) && !self.is_gone(identity.node));
+            .filter(|identity| self.membership.is_new(identity) && !self.is_gone(identity.node));
         let news: Vec<Identity> = news.copied().collect();
         news.into_iter().filter(|identity| self.is_credible(now, *identity)).collect()
     }
 
-    /// Members that a peer holds as down, of those that this node holds as alive in that incarnation.
-    pub(super) fn doubted(&mut self, now: Time, down: &[Suspicion]) -> Vec<Suspicion> {
-        let doubted =
+    /// Returns which members that a peer holds as down are to be suspected: those that are active here in
+    /// the same incarnation, and credible.
+    pub(super) fn credible_suspicions(&mut self, now: Time, down: &[Suspicion]) -> Vec<Suspicion> {
+        let credible_suspicions =
             down.iter().filter(|suspicion| self.membership.holds_alive(&suspicion.identity));
-        let doubted: Vec<Suspicion> = doubted.copied().collect();
-        doubted.into_iter().filter(|doubt| self.is_credible(now, doubt.identity)).collect()
+        let credible_suspicions: Vec<Suspicion> = credible_suspicions.copied().collect();
+        credible_suspicions
+            .into_iter()
+            .filter(|suspicion| self.is_credible(now, suspicion.identity))
+            .collect()
     }
 
-    /// A SWIM packet: its sender speaks for itself alone, and of members that are known.
-    pub(super) fn on_swim(&mut self, now: Time, from: NodeId, bytes: &[u8]) {
+    /// Handles a SWIM packet. A peer may send packets only in its own name, and about known members.
+    pub(super) fn handle_swim_packet(&mut self, now: Time, from: NodeId, bytes: &[u8]) {
         let mut packet = match SwimPacket::decode(bytes) {
             Ok(packet) => packet,
             Err(error) => return self.note_malformed(from, &error),
         };
         let sender = packet.header.src;
-        if sender.node != from && !planted(Bug::TakeAnySender) {
-            return self.note_malformed(from, &"a gossip packet in the name of another node");
+        if sender.node != from && !has_mutation(Mutation::AcceptAnySender) {
+            return self.note_malformed(from, &"a gossip packet with the identity of another node");
         }
         if !self.is_credible(now, sender) {
-            // Its record is on its way, or it cannot be as it says: nothing can be answered in either case.
+            // Its record has not arrived yet, or its incarnation is impossible. No answer is possible.
             return self.sync.suggest(now);
         }
         let (me, sent) = (self.membership.identity(), self.membership.refutation());
@@ -154,8 +169,8 @@ impl Node {
         }
     }
 
-    /// Names what was refused of a peer's message; says whether anything was.
-    pub(super) fn name_refused(&mut self, peer: NodeId, refused: &Refused) -> bool {
+    /// Notes the refused entries of a peer's message. Returns whether there are any.
+    pub(super) fn report_refused(&mut self, peer: NodeId, refused: &Refusals) -> bool {
         if refused.count > 0 {
             self.note_refused(peer, refused.count, &refused.why);
         }

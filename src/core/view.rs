@@ -1,79 +1,86 @@
-//! What the kernel must know: the converged state, boiled down to tunnels and subnets.
+//! The view: the part of the cluster's state that the kernel needs.
 
 use std::{collections::BTreeMap, ops::Range};
 
 use crate::model::{ClusterSettings, MemberRecord, NodeId, Slot, SlotState, Subnets, Vtep};
 
 use super::{
-    Asked, Home, Node, Output,
+    ClusterState, KernelRequest, Node, Output,
     leave::Leaving,
-    planted::{Bug, planted},
+    planted::{Mutation, has_mutation},
 };
 
-/// One node's picture of the overlay. Equal views mean equal kernel tables.
+/// The overlay as one node programs it. Equal views give equal kernel tables.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct View {
+    /// The cluster's settings.
     pub settings: ClusterSettings,
+    /// This node's endpoint and subnets.
     pub own: Own,
-    /// Every member with a lease, whether it is alive or not: being down is an opinion.
+    /// Every member with a lease. Liveness does not matter.
     pub peers: BTreeMap<NodeId, Peer>,
-    /// Slots whose entries must stay although they are in no peer's name: nobody was heard since the start
-    /// who can know of them. A process that was killed may have programmed more than its disk remembers,
-    /// and removing that would cut off a member that works.
+    /// Slot ranges whose kernel entries must stay although no peer is known to lease them, because their
+    /// owner is unconfirmed. A killed process may have programmed more than its disk records; removing that
+    /// would cut off a working member.
     pub unconfirmed: Vec<Range<u32>>,
 }
 
 /// This node's end of the tunnels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Own {
+    /// The subnets that this node leases.
     pub subnets: Subnets,
+    /// This node's VXLAN endpoint.
     pub vtep: Vtep,
 }
 
-/// A peer's end.
+/// A peer's end of its tunnel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Peer {
+    /// The peer's VXLAN endpoint.
     pub vtep: Vtep,
-    /// Its leases, lowest slot first; more than one only for moments.
+    /// Its leases, lowest slot first; more than one only temporarily.
     pub leases: Vec<(Slot, Subnets)>,
 }
 
 impl Node {
-    /// Asks for the kernel to be made equal to the view, if the view changed. What this node says it
-    /// owns is used only once that is on its own disk.
-    pub(super) fn program(&mut self) {
+    /// Queues an output for the kernel if the view has changed. It waits for the write of this node's own
+    /// slots, so that the kernel uses them only once they are on disk.
+    pub(super) fn program_kernel(&mut self) {
         if !std::mem::take(&mut self.view_stale) {
             return;
         }
         let Some(view) = self.view() else {
-            let goes = self.leaving.as_ref().is_some_and(Leaving::withdraws);
-            if goes && self.asked == Asked::Nothing || matches!(self.asked, Asked::Overlay(_)) {
-                self.asked = Asked::Withdraw;
+            let withdraws = self.leaving.as_ref().is_some_and(Leaving::withdraws);
+            if withdraws && self.kernel_request == KernelRequest::Nothing
+                || matches!(self.kernel_request, KernelRequest::Overlay(_))
+            {
+                self.kernel_request = KernelRequest::Withdraw;
                 self.outputs.push_back(Output::Withdraw);
             }
             return;
         };
-        let asked = Asked::Overlay(view.clone());
-        if self.asked != asked {
-            self.asked = asked;
+        let request = KernelRequest::Overlay(view.clone());
+        if self.kernel_request != request {
+            self.kernel_request = request;
             self.outputs.push_back(Output::Program { view, after: self.lease_write });
         }
     }
 
-    /// The subnets in use; none without a lease, or when it is about to be handed over.
+    /// Returns the subnets to use, or `None` without a lease or when the leases are to be handed over.
     pub(super) fn own_subnets(&self) -> Option<Subnets> {
         if self.leaving.as_ref().is_some_and(Leaving::withdraws) {
             return None;
         }
-        let Home { cluster, slots, search } = self.home.as_ref()?;
+        let ClusterState { cluster, slots, search } = self.cluster_state.as_ref()?;
         Some(cluster.settings.pool.subnets(search.own_slot(slots, self.me.node)?))
     }
 
-    /// None without a subnet to use: there is no lease, or it is about to be handed over.
+    /// Returns the view, or `None` if this node has no subnets to use.
     pub(super) fn view(&self) -> Option<View> {
         let me = self.me.node;
         let subnets = self.own_subnets()?;
-        let Home { cluster, slots, .. } = self.home.as_ref()?;
+        let ClusterState { cluster, slots, .. } = self.cluster_state.as_ref()?;
         let pool = cluster.settings.pool;
         let mut leases: BTreeMap<NodeId, Vec<(Slot, Subnets)>> = BTreeMap::new();
         for run in slots.runs().iter().filter(|run| run.record.state == SlotState::Leased) {
@@ -88,43 +95,47 @@ impl Node {
             settings: cluster.settings,
             own: Own { subnets, vtep: self.me.vtep },
             peers: self.directory.peers(me).filter_map(peer).collect(),
-            unconfirmed: if planted(Bug::SweepAtOnce) { Vec::new() } else { self.unconfirmed() },
+            unconfirmed: if has_mutation(Mutation::RemoveUnconfirmedEntries) {
+                Vec::new()
+            } else {
+                self.unconfirmed()
+            },
         })
     }
 
-    /// A slot's owner is the only one who can have leased it to somebody else. So what the table says of it
-    /// is the last word if the owner has been compared with, or if this node has seen it change hands
-    /// itself.
+    /// Returns the slot ranges of unconfirmed owners. Only its owner can have leased a slot to another node.
+    /// So a known record is current if its owner is confirmed, or if this node has received the change since
+    /// its start.
     fn unconfirmed(&self) -> Vec<Range<u32>> {
-        let Some(home) = &self.home else { return Vec::new() };
-        let pool = home.cluster.settings.pool;
+        let Some(cluster_state) = &self.cluster_state else { return Vec::new() };
+        let pool = cluster_state.cluster.settings.pool;
         let mut unconfirmed: Vec<Range<u32>> = Vec::new();
         let mut next = *pool.slots().start();
-        // Where nobody owns what is not leased there is nobody to hear of it.
-        let ownerless = self.config.assigned.is_some() && self.sync.synced();
+        // With assigned subnets, slots without a record have no owner that could confirm them.
+        let has_no_owners = self.config.assigned.is_some() && self.sync.synced();
         let mut add = |range: Range<u32>| match unconfirmed.last_mut() {
             _ if range.is_empty() => {}
             Some(last) if last.end == range.start => last.end = range.end,
             _ => unconfirmed.push(range),
         };
-        for run in home.slots.runs() {
-            // No record, so nobody was heard.
-            if !ownerless {
+        for run in cluster_state.slots.runs() {
+            // A slot without a record has no known owner.
+            if !has_no_owners {
                 add(next..run.start.0);
             }
             next = run.end();
             let owner = run.record.owner;
-            if owner == self.me.node || self.sync.heard(owner) {
+            if owner == self.me.node || self.sync.is_confirmed(owner) {
                 continue;
             }
             let mut from = run.start.0;
-            for moved in self.moved.range(run.start..Slot(run.end())) {
-                add(from..moved.0);
-                from = moved.0 + 1;
+            for slot in self.reassigned.range(run.start..Slot(run.end())) {
+                add(from..slot.0);
+                from = slot.0 + 1;
             }
             add(from..run.end());
         }
-        if !ownerless {
+        if !has_no_owners {
             add(next..pool.slots().end() + 1);
         }
         unconfirmed

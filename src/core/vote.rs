@@ -1,11 +1,15 @@
-//! Forgetting by time alone, where most of a few fixed voters agree.
+//! Forgets members by timeout, if a majority of configured voters agrees.
 //!
-//! Each voter counts how long it has itself missed a member, without interruption. Once that is long enough
-//! it asks the other voters whether they have missed it as long, and vouches that it is gone if most have;
-//! what follows is in `forget`. A vote is an observation and no promise, so nothing of it is kept: a voter
-//! that restarts begins to count again, one that was frozen has missed nobody meanwhile, and one that does
-//! not hold most voters as alive is itself the one that is cut off, and misses nobody. Two parts of a cluster
-//! never forget each other's members: at most one of them has most voters.
+//! Each voter measures how long a member has been missing without interruption. After `forget_after` it
+//! queries the other voters. If a majority has missed the member for as long, it declares the member gone;
+//! `forget` does the rest. A vote is an observation, so it is not saved:
+//!
+//! - A restarted voter starts to measure from zero.
+//! - A voter that was frozen does not count that time.
+//! - A voter that does not hold a majority of voters as alive is cut off itself and counts nothing.
+//!
+//! Two parts of a partitioned cluster never forget each other's members, because only one of them can have a
+//! majority of voters.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -19,68 +23,73 @@ use crate::{
 
 use super::{Answer, Node, Purpose};
 
-/// How often a voter looks who is missing, and at most how much of a pause counts as having looked.
-const LOOK: Duration = Duration::from_secs(5);
-/// Each further voter waits so much longer before it asks: one of them is enough.
-const STAGGER: Duration = Duration::from_secs(15);
+/// How often a voter checks which members are missing. At most twice this much counts between two checks.
+const CHECK_INTERVAL: Duration = Duration::from_secs(5);
+/// Delay of each voter after the one before it in the list; a vote by one of them is enough.
+const VOTER_STAGGER: Duration = Duration::from_secs(15);
 
-/// What a voter has seen.
+/// The observations of this node as a voter.
 pub(super) struct Voting {
-    look_at: Time,
-    looked: Time,
+    next_check: Time,
+    last_check: Time,
     missing: BTreeMap<NodeId, Absence>,
-    /// Voters whose rule is another one: their votes count for nothing.
+    /// Voters with another list of voters or another timeout: their votes do not count.
     differing: BTreeSet<NodeId>,
 }
 
-/// A member that this voter has not seen alive for so long.
+/// A member that this voter has not seen alive for a time.
 #[derive(Default)]
 struct Absence {
-    lasts: Duration,
-    /// Voters that have missed it long enough as well.
+    duration: Duration,
+    /// Voters that have missed it for `forget_after`.
     votes: BTreeSet<NodeId>,
 }
 
 impl Voting {
     pub(super) fn new(now: Time) -> Self {
         let missing = BTreeMap::new();
-        Self { look_at: now + LOOK, looked: now, missing, differing: BTreeSet::new() }
+        Self {
+            next_check: now + CHECK_INTERVAL,
+            last_check: now,
+            missing,
+            differing: BTreeSet::new(),
+        }
     }
 }
 
 impl Node {
     pub(super) fn next_vote_step(&self) -> Option<Time> {
-        self.ballot().map(|_| self.voting.look_at)
+        self.voting_rule().map(|_| self.voting.next_check)
     }
 
     pub(super) fn step_vote(&mut self, now: Time) {
-        let Some((quorum, place)) = self.ballot() else { return };
-        if now < self.voting.look_at {
+        let Some((quorum, index)) = self.voting_rule() else { return };
+        if now < self.voting.next_check {
             return;
         }
-        let due = quorum.forget_after + STAGGER * place;
+        let due = quorum.forget_after + VOTER_STAGGER * index;
         let quorum = quorum.clone();
-        let watched = now.since(self.voting.looked).min(LOOK * 2);
-        (self.voting.looked, self.voting.look_at) = (now, now + LOOK);
+        let elapsed = now.since(self.voting.last_check).min(CHECK_INTERVAL * 2);
+        (self.voting.last_check, self.voting.next_check) = (now, now + CHECK_INTERVAL);
 
-        let here = self.voters(&quorum).filter(|voter| self.is_here(*voter)).count();
+        let alive = self.voters(&quorum).filter(|voter| self.is_alive(*voter)).count();
         let peers = self.directory.peers(self.me.node).map(|record| record.node);
         let missing: BTreeSet<NodeId> = peers
-            .filter(|node| here >= quorum.majority() && !self.membership.is_active(*node))
+            .filter(|node| alive >= quorum.majority() && !self.membership.is_active(*node))
             .collect();
         self.voting.missing.retain(|node, _| missing.contains(node));
         for node in missing {
             let absence = self.voting.missing.entry(node).or_default();
-            absence.lasts += watched;
-            if absence.lasts >= due {
+            absence.duration += elapsed;
+            if absence.duration >= due {
                 absence.votes.insert(self.me.node);
-                self.ask_voters(&quorum, node);
+                self.query_voters(&quorum, node);
                 self.count_votes(now, node);
             }
         }
     }
 
-    fn ask_voters(&mut self, quorum: &Quorum, node: NodeId) {
+    fn query_voters(&mut self, quorum: &Quorum, node: NodeId) {
         let voted = |voter: &NodeId| {
             self.voting.missing.get(&node).is_some_and(|absence| absence.votes.contains(voter))
         };
@@ -90,23 +99,25 @@ impl Node {
         }
     }
 
-    /// What this node says to a voter that asks.
-    pub(super) fn vote(&self, asked_for: NodeId, theirs: &Quorum) -> Vote {
-        match self.ballot() {
+    /// Returns this node's vote on a member, for a voter with the rule `theirs`.
+    pub(super) fn vote(&self, node: NodeId, theirs: &Quorum) -> Vote {
+        match self.voting_rule() {
             Some((ours, _)) if ours == theirs => {
-                let missed = self.voting.missing.get(&asked_for);
-                let long = missed.is_some_and(|absence| absence.lasts >= ours.forget_after);
+                let missed = self.voting.missing.get(&node);
+                let long = missed.is_some_and(|absence| absence.duration >= ours.forget_after);
                 if long { Vote::Missed } else { Vote::Seen }
             }
             _ => Vote::OtherRule,
         }
     }
 
-    pub(super) fn on_vote(&mut self, now: Time, voter: NodeId, node: NodeId, answer: Answer) {
+    pub(super) fn handle_vote(&mut self, now: Time, voter: NodeId, node: NodeId, answer: Answer) {
         let vote = match answer {
             Ok((from, Response::Vote(vote))) if from == voter => vote,
-            Ok((from, other)) => return self.note_unexpected(from, &other, "no vote"),
-            Err(error) => return tracing::debug!(%voter, %error, "no vote"),
+            Ok((from, other)) => {
+                return self.note_unexpected(from, &other, "unexpected response to a vote request");
+            }
+            Err(error) => return tracing::debug!(%voter, %error, "voter did not answer"),
         };
         if vote == Vote::OtherRule {
             self.voting.differing.insert(voter);
@@ -120,34 +131,34 @@ impl Node {
     }
 
     fn count_votes(&mut self, now: Time, node: NodeId) {
-        let Some((quorum, _)) = self.ballot() else { return };
+        let Some((quorum, _)) = self.voting_rule() else { return };
         let votes = self.voting.missing.get(&node).map_or(0, |absence| absence.votes.len());
         if votes >= quorum.majority() && self.leaving.is_none() && !self.membership.is_active(node)
         {
             let name = self.name_of(node);
-            tracing::warn!(%node, name, votes, ?quorum, "missed for too long by most voters");
+            tracing::warn!(%node, name, votes, ?quorum, "majority of voters missed a member for too long");
             self.counters.voted_gone += 1;
             self.voting.missing.remove(&node);
-            self.vouch(now, node, false);
+            self.declare_gone(now, node, false);
         }
     }
 
-    /// The rule, and this node's place among the voters if it is one.
-    fn ballot(&self) -> Option<(&Quorum, u32)> {
-        let quorum = self.config.quorum.as_ref().filter(|_| self.home.is_some())?;
-        let place = quorum.voters().iter().position(|name| *name == self.me.name)?;
-        Some((quorum, place as u32))
+    /// Returns the rule and this node's index among the voters, or `None` if it is no voter.
+    fn voting_rule(&self) -> Option<(&Quorum, u32)> {
+        let quorum = self.config.quorum.as_ref().filter(|_| self.cluster_state.is_some())?;
+        let index = quorum.voters().iter().position(|name| *name == self.me.name)?;
+        Some((quorum, index as u32))
     }
 
     fn voters(&self, quorum: &Quorum) -> impl Iterator<Item = NodeId> {
         quorum.voters().iter().filter_map(|name| self.voter(name).ok())
     }
 
-    fn is_here(&self, node: NodeId) -> bool {
+    fn is_alive(&self, node: NodeId) -> bool {
         node == self.me.node || self.membership.is_active(node)
     }
 
-    /// The one member of a voter's name that is not gone.
+    /// Returns the one current member with a voter's name.
     fn voter(&self, name: &NodeName) -> Result<NodeId, &'static str> {
         if *name == self.me.name {
             return Ok(self.me.node);
@@ -160,9 +171,9 @@ impl Node {
         }
     }
 
-    /// Why voting may come to nothing.
+    /// Returns the reasons for which votes may fail.
     pub(super) fn vote_problems(&self) -> Vec<String> {
-        let Some((quorum, _)) = self.ballot() else { return Vec::new() };
+        let Some((quorum, _)) = self.voting_rule() else { return Vec::new() };
         let unknown = quorum.voters().iter().filter_map(|name| {
             let why = self.voter(name).err()?;
             Some(format!("voter {}: {why}", name.as_str()))
@@ -170,7 +181,7 @@ impl Node {
         let differing = self.voting.differing.iter().map(|voter| {
             format!(
                 "voter {} has other voters or another forget_after than this node ({quorum:?}), so its \
-                 vote does not count: write the same on all voters",
+                 vote does not count: configure the same on all voters",
                 self.name_of(*voter)
             )
         });

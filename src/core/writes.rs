@@ -1,9 +1,9 @@
-//! What is written when: at once where this node's word depends on it, else gathered.
+//! Decides when changed records are written: at once if messages depend on them, otherwise in batches.
 //!
-//! Records of this node's own slots must be on disk before anybody hears of them; records learned from
-//! others can be had again, and flash wears, so they wait for each other, and nothing waits for them. All are
-//! flushed: what members know of each other's grants must survive a power cut too. Nothing is written when
-//! nothing has changed.
+//! Records of this node's own slots must be durable before any peer receives them. Records from peers can be
+//! fetched again, so they are collected for up to a second to save flash wear, and no message waits for them.
+//! Both kinds are flushed, because what members know of each other's grants must survive a power cut. Without
+//! changes nothing is written.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -14,21 +14,21 @@ use crate::{
 
 use super::{Node, Output, WriteSeq, slots::Change};
 
-/// How long facts learned from others may wait to be written.
-const LAZY_WRITE: Duration = Duration::from_secs(1);
+/// How long records from peers may wait to be written.
+const MAX_WRITE_DELAY: Duration = Duration::from_secs(1);
 
 /// Records that changed since they were last written.
 #[derive(Default)]
 pub(super) struct Dirty {
     pub(super) keys: BTreeSet<Key>,
-    /// Something among them must be on disk before anybody hears of it.
+    /// Whether messages depend on one of them, so that it is written at once.
     pub(super) durable: bool,
     /// When the rest is written at the latest.
     pub(super) lazy_at: Option<Time>,
 }
 
 impl Dirty {
-    /// Has what has gathered written now.
+    /// Makes the collected records due now.
     pub(super) fn hasten(&mut self, now: Time) {
         self.lazy_at = self.lazy_at.map(|at| at.min(now));
     }
@@ -40,39 +40,40 @@ impl Dirty {
 }
 
 impl Node {
-    /// Slots that changed: to be written, and before anything else where this node gains or loses one.
+    /// Marks changed slots to be written; at once if this node is the old or the new owner of one.
     pub(super) fn note_slots(&mut self, changes: &[Change]) {
         let me = self.me.node;
-        let Some(home) = &self.home else { return };
+        let Some(cluster_state) = &self.cluster_state else { return };
         for (run, before) in changes {
             let mine = run.record.owner == me || before.is_some_and(|record| record.owner == me);
             let (first, last) = (run.start, Slot(run.end().saturating_sub(1)));
-            for bucket in home.slots.bucket_of(first)..=home.slots.bucket_of(last) {
+            for bucket in cluster_state.slots.bucket_of(first)..=cluster_state.slots.bucket_of(last)
+            {
                 self.dirty.mark(Key::Slots(bucket as u8), mine);
             }
             if before.is_some_and(|record| record.state == SlotState::Leased) {
-                self.moved.extend(run.slots());
+                self.reassigned.extend(run.slots());
             }
             if mine {
                 self.lease_write = self.writes + 1;
             }
             self.view_stale = true;
         }
-        let moved = |(run, before): &&Change| {
+        let has_moved = |(run, before): &&Change| {
             before.is_some_and(|old| (old.owner, old.state) != (run.record.owner, run.record.state))
         };
-        let moved: Vec<Change> = changes.iter().filter(moved).copied().collect();
+        let moved: Vec<Change> = changes.iter().filter(has_moved).copied().collect();
         if !moved.is_empty() {
-            self.outputs.push_back(Output::Owned(moved));
+            self.outputs.push_back(Output::SlotsChanged(moved));
         }
     }
 
-    /// Writes what changed: at once and durably, or lazily in one batch with whatever else comes.
+    /// Writes changed records in one batch if one is urgent or the oldest has waited long enough.
     pub(super) fn write_changes(&mut self, now: Time) {
         if self.dirty.keys.is_empty() {
             return;
         }
-        let due = *self.dirty.lazy_at.get_or_insert(now + LAZY_WRITE);
+        let due = *self.dirty.lazy_at.get_or_insert(now + MAX_WRITE_DELAY);
         if !self.dirty.durable && now < due {
             return;
         }
@@ -80,7 +81,7 @@ impl Node {
         self.writes += 1;
         let seq = self.writes;
         if durable {
-            self.needed_write = seq;
+            self.last_urgent_write = seq;
         }
         let records = keys.into_iter().filter_map(|key| Some((key, self.record(key)?.encode())));
         let records = records.collect();
@@ -90,18 +91,18 @@ impl Node {
     pub(super) fn record(&self, key: Key) -> Option<Record> {
         match key {
             Key::Starts => Some(Record::Starts(self.me.version.starts)),
-            Key::Cluster => Some(Record::Cluster(self.home.as_ref()?.cluster)),
+            Key::Cluster => Some(Record::Cluster(self.cluster_state.as_ref()?.cluster)),
             Key::Slots(bucket) => {
-                Some(Record::Slots(self.home.as_ref()?.slots.bucket(usize::from(bucket))))
+                Some(Record::Slots(self.cluster_state.as_ref()?.slots.bucket(usize::from(bucket))))
             }
             Key::Member(node) => self.directory.get(node).cloned().map(Record::Member),
             Key::Forget(node) => self.directory.forgotten(node).copied().map(Record::Forget),
-            // The shell keeps those.
+            // Pod records belong to the agent.
             Key::Pod(_) => None,
         }
     }
 
-    /// Everything, as if the disk were empty: it is.
+    /// Marks all records to be written at once, because the disk has lost them.
     pub(super) fn write_everything(&mut self) {
         let members: Vec<_> =
             self.directory.iter().map(|record| Key::Member(record.node)).collect();
@@ -115,8 +116,8 @@ impl Node {
         }
     }
 
-    /// The number of the write that everything this node vouches for by now will be part of.
+    /// Returns the write that messages have to wait for: the one that holds all urgent changes up to now.
     pub(super) fn after(&self) -> WriteSeq {
-        if self.dirty.durable { self.writes + 1 } else { self.needed_write }
+        if self.dirty.durable { self.writes + 1 } else { self.last_urgent_write }
     }
 }

@@ -10,7 +10,7 @@
 //! interface but does not reach the bridge. A query that leaves and gets no answer was lost at the pod; that
 //! is a problem only if the pod has answered before.
 //!
-//! Pure: `agent/answers` sends and captures the packets.
+//! Pure: the agent sends and captures the packets.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -10,7 +10,7 @@
 //! consumes a CPU. The delay stays short enough that repairs continue to fill the window while the other
 //! program continues. The fight ends when nothing of that kind needed a repair for a while.
 //!
-//! Pure. `agent/opponents` finds out which program it is.
+//! Pure. The agent finds out which program it is.
 
 use std::{
     collections::{BTreeMap, VecDeque},

@@ -27,7 +27,7 @@
 //! gets an answer but goes no further; this counts as passed.
 //!
 //! *Out* and *in* need a peer, but each of these trials shows only what this host does. [`FarPods`] tries the
-//! whole path to pods of other hosts. Pure: this module only builds packets; `agent/forwarder` sends them.
+//! whole path to pods of other hosts. Pure: this module only builds packets; the agent sends them.
 
 use std::{collections::BTreeMap, time::Duration};
 

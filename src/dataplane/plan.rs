@@ -20,7 +20,7 @@ use ipnet::IpNet;
 
 use super::desired::{Desired, Device, Hop, Tables, Way};
 use crate::{
-    core::planted::{Bug, planted},
+    core::planted::{Mutation, has_mutation},
     model::Mac,
 };
 
@@ -128,7 +128,7 @@ pub fn plan(desired: &Desired, actual: &Actual) -> Vec<Op> {
         // The kernel drops the neighbor entries of a device whose MAC changes.
         actual.neighbors.clear();
     }
-    if planted(Bug::RemoveBeforeAdd) {
+    if has_mutation(Mutation::RemoveBeforeAdd) {
         ops.extend(actual.routes.iter().map(|(subnet, hop)| Op::RemoveRoute(*subnet, *hop)));
         actual.routes.clear();
     }

@@ -2,7 +2,7 @@
 //!
 //! A path's state says that packets are lost, but not where. The capture shows it: whether packets left this
 //! host, and whether, by which interface and from which address packets arrive. The kernel's trace shows what
-//! nftables did with them. Pure: `agent/inquest` captures the packets, and only while a peer does not answer.
+//! nftables did with them. Pure: the agent captures the packets, and only while a peer does not answer.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

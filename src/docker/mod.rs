@@ -1,21 +1,21 @@
-//! Docker's network plugin: a driver for networks and one for addresses (libnetwork's remote drivers) on a
-//! socket where Docker looks for plugins.
+//! Docker's network plugin: a network driver and an address driver (libnetwork's remote drivers) on a socket
+//! in Docker's plugin directory.
 //!
-//! Every Docker network of this driver leads into the overlay: its addresses are of this node's subnet, so
-//! each is unique in the cluster. What Docker asks becomes questions to the agent's loop; here nothing
-//! is known but Docker's way to ask (moby: `libnetwork/docs/remote.md`, `ipam.md`). Docker moves the
-//! interface into the container and gives it addresses and routes; the way to the outside and published
-//! ports are its own bridge `docker_gwbridge`.
+//! Every Docker network of this driver connects containers with the overlay. Their addresses are from this
+//! node's subnet, so each is unique in the cluster. This module translates Docker's protocol (moby:
+//! `libnetwork/docs/remote.md`, `ipam.md`) into requests to the agent's loop. Docker itself moves the
+//! interface into the container and sets its addresses and routes. Outbound connections and published ports
+//! use Docker's own bridge `docker_gwbridge`.
 
 mod message;
 mod server;
 
-pub use server::{DIRECTORY, Endpoint, Joined, Request, TIMEOUT, handle, socket_in};
+pub use server::{DIRECTORY, Endpoint, EndpointInterface, Request, TIMEOUT, handle, socket_in};
 
-/// On whose behalf addresses of Docker's are held.
+/// Owner under which the agent stores Docker's addresses.
 pub const OWNER: &str = "docker";
 
-/// What dockerd sends, for the fuzzer.
+/// Returns example requests of dockerd, as seeds for the fuzzer.
 #[cfg(any(test, feature = "sim"))]
 pub(crate) fn samples() -> Vec<Vec<u8>> {
     let generic = serde_json::json!({ "com.docker.network.generic": { "a": "b" } });
@@ -30,7 +30,7 @@ pub(crate) fn samples() -> Vec<Vec<u8>> {
     [network, endpoint, address].map(|body| body.to_string().into_bytes()).into()
 }
 
-/// Reads what dockerd sends, for the fuzzer.
+/// Parses the input as each request of dockerd, for the fuzzer. Returns whether any of them accepts it.
 #[cfg(any(test, feature = "sim"))]
 pub(crate) fn fuzz(body: &[u8]) -> bool {
     use message::{AddressRequest, CreateNetwork, EndpointRequest, RequestPool};

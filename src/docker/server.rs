@@ -1,4 +1,5 @@
-//! Docker's questions and our answers. All of them can be asked again: Docker repeats what was lost.
+//! Serves Docker's requests. All of them are idempotent, because Docker repeats a request whose answer was
+//! lost.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
@@ -31,68 +32,92 @@ use crate::{
     model::Mac,
 };
 
-/// Where Docker looks for sockets of plugins.
+/// Directory in which Docker looks for the sockets of plugins.
 pub const DIRECTORY: &str = "/run/docker/plugins";
-/// So long a request waits for this node's subnet. Docker tries a container that it restarts after a boot
-/// only once.
+/// Time that a request waits for this node's subnet. After a boot, Docker tries to start a container only
+/// once.
 pub const TIMEOUT: Duration = Duration::from_secs(60);
-/// Longest request that is read, in bytes.
+/// Maximum length of a request, in bytes.
 const REQUEST_MAX: usize = 1 << 20;
 
-/// A question to the agent's loop.
+/// A request to the agent's loop. Each carries the channel for its reply.
 #[derive(Debug)]
 pub enum Request {
-    /// This node's subnet of one family, for a new network.
+    /// Returns this node's subnet of one family, for a new network.
     Pool {
+        /// Whether the IPv6 subnet is requested.
         ipv6: bool,
+        /// Channel for the reply.
         reply: Sender<Result<IpNet, PodError>>,
     },
-    /// The MTU of networks, if they are of this node's subnets.
+    /// Checks that the pools are this node's subnets, and returns the MTU of the network in bytes.
     Network {
+        /// The network's pools.
         pools: Vec<IpNet>,
+        /// Channel for the reply.
         reply: Sender<Result<u32, PodError>>,
     },
-    /// The host's own address in a pool.
+    /// Returns the host's own address in a pool.
     Gateway {
+        /// One of this node's subnets, or the pool that stands for it.
         pool: IpNet,
+        /// Channel for the reply.
         reply: Sender<Result<IpNet, PodError>>,
     },
-    /// Any address of a pool, or a certain one, for the container that will have this MAC.
+    /// Reserves an address for a container.
     Reserve {
+        /// One of this node's subnets, or the pool that stands for it.
         pool: IpNet,
+        /// The requested address. `None`: any free one.
         address: Option<IpAddr>,
+        /// The MAC that the container will have.
         mac: Option<Mac>,
+        /// Channel for the reply.
         reply: Sender<Result<IpNet, PodError>>,
     },
+    /// Releases an address.
     Release {
+        /// The address.
         address: IpAddr,
+        /// Channel for the reply.
         reply: Sender<Result<(), PodError>>,
     },
-    /// Addresses that were reserved are of this endpoint.
+    /// Assigns reserved addresses to an endpoint.
     Bind {
+        /// The endpoint.
         endpoint: Endpoint,
+        /// Its addresses.
         addresses: Vec<IpAddr>,
+        /// Channel for the reply.
         reply: Sender<Result<(), PodError>>,
     },
-    /// Whether an endpoint is known.
+    /// Checks that an endpoint exists.
     Find {
+        /// The endpoint.
         endpoint: Endpoint,
+        /// Channel for the reply.
         reply: Sender<Result<(), PodError>>,
     },
-    /// An interface for an endpoint, for the container in this sandbox.
+    /// Creates the interface of an endpoint for a container.
     Join {
+        /// The endpoint.
         endpoint: Endpoint,
+        /// Path of the container's network namespace.
         sandbox: String,
-        reply: Sender<Result<Joined, PodError>>,
+        /// Channel for the reply.
+        reply: Sender<Result<EndpointInterface, PodError>>,
     },
+    /// Removes an endpoint with its interface and addresses.
     Delete {
+        /// The endpoint.
         endpoint: Endpoint,
+        /// Channel for the reply.
         reply: Sender<Result<(), PodError>>,
     },
 }
 
 impl Request {
-    /// Whether it can be answered only when this node has a subnet in use.
+    /// Returns whether the request can be answered only while this node has a subnet in use.
     pub const fn needs_subnet(&self) -> bool {
         match self {
             Self::Pool { .. }
@@ -107,38 +132,40 @@ impl Request {
     }
 }
 
-/// Docker's name of a container's place in a network.
+/// Docker's id of a container's attachment to a network.
 pub type Endpoint = String;
 
-/// What Docker moves into a container, and the routes that belong to it.
+/// The interface that Docker moves into a container, with its routes.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Joined {
+pub struct EndpointInterface {
+    /// Name of the interface on the host.
     pub interface: String,
+    /// Destination and gateway of each route.
     pub routes: Vec<(IpNet, IpAddr)>,
 }
 
-type Ask = Arc<dyn Fn(Request) -> bool + Send + Sync>;
+type SubmitFn = Arc<dyn Fn(Request) -> bool + Send + Sync>;
 
-/// Why there is no answer, in one sentence.
-struct Refused(String);
+/// Why a request is refused, in one sentence for Docker's user.
+struct Refusal(String);
 
-/// The name of a driver is that of its socket.
+/// Returns the path of the plugin's socket. Docker derives the driver's name from the file name.
 pub fn socket_in(directory: &Path, instance: &Instance) -> PathBuf {
     directory.join(format!("{}.sock", instance.directory()))
 }
 
-/// Serves in a task of its own, until `closing` says that no more is answered than was asked before. `ask`
-/// hands a request to the agent's loop.
+/// Serves Docker's requests in a separate task. Once `closing` becomes true, it answers pending requests
+/// and accepts no more. `submit` passes a request to the agent's loop and returns whether the loop took it.
 pub fn handle(
     listener: UnixListener,
     closing: watch::Receiver<bool>,
-    ask: impl Fn(Request) -> bool + Send + Sync + 'static,
+    submit: impl Fn(Request) -> bool + Send + Sync + 'static,
 ) {
-    let ask: Ask = Arc::new(ask);
+    let submit: SubmitFn = Arc::new(submit);
     let router = Router::new()
         .fallback(post(respond))
         .layer(DefaultBodyLimit::max(REQUEST_MAX))
-        .with_state(ask);
+        .with_state(submit);
     let closing = api::Closing::when(closing);
     let serving =
         api::serve_connections_until(closing, listener, api::Excess::Waits, router, |_| {
@@ -147,14 +174,14 @@ pub fn handle(
     tokio::spawn(serving);
 }
 
-async fn respond(State(ask): State<Ask>, uri: Uri, body: Bytes) -> Response {
+async fn respond(State(submit): State<SubmitFn>, uri: Uri, body: Bytes) -> Response {
     let method = uri.path().trim_start_matches('/');
-    // The two drivers' errors have two names.
+    // The two drivers report errors under different keys.
     let error = if method.starts_with("IpamDriver.") { "Error" } else { "Err" };
-    match answer(&ask, method, &body).await {
+    match answer(&submit, method, &body).await {
         Some(Ok(value)) => axum::Json(value).into_response(),
-        Some(Err(Refused(why))) => {
-            tracing::warn!(%why, "refused Docker's {method}");
+        Some(Err(Refusal(why))) => {
+            tracing::warn!(method, %why, "Docker request refused");
             axum::Json(json!({ error: why })).into_response()
         }
         None => {
@@ -164,19 +191,22 @@ async fn respond(State(ask): State<Ask>, uri: Uri, body: Bytes) -> Response {
     }
 }
 
-async fn answer(ask: &Ask, method: &str, body: &[u8]) -> Option<Result<Value, Refused>> {
+async fn answer(submit: &SubmitFn, method: &str, body: &[u8]) -> Option<Result<Value, Refusal>> {
     Some(match method {
         "Plugin.Activate" => Ok(json!({ "Implements": ["NetworkDriver", "IpamDriver"] })),
-        // A global scope is for Swarm; containers of several hosts reach each other without.
+        // Scope "global" is for Swarm. Containers of several hosts reach each other without it.
         "NetworkDriver.GetCapabilities" => {
             Ok(json!({ "Scope": "local", "ConnectivityScope": "global" }))
         }
-        "NetworkDriver.CreateNetwork" => create_network(ask, body).await,
-        "NetworkDriver.CreateEndpoint" => create_endpoint(ask, body).await,
-        "NetworkDriver.EndpointOperInfo" => find(ask, body).await.map(|()| json!({ "Value": {} })),
-        "NetworkDriver.DeleteEndpoint" => delete_endpoint(ask, body).await,
-        "NetworkDriver.Join" => join(ask, body).await,
-        // The interface goes with the endpoint. Docker also leaves what was taken back after a power cut.
+        "NetworkDriver.CreateNetwork" => create_network(submit, body).await,
+        "NetworkDriver.CreateEndpoint" => create_endpoint(submit, body).await,
+        "NetworkDriver.EndpointOperInfo" => {
+            find(submit, body).await.map(|()| json!({ "Value": {} }))
+        }
+        "NetworkDriver.DeleteEndpoint" => delete_endpoint(submit, body).await,
+        "NetworkDriver.Join" => join(submit, body).await,
+        // DeleteEndpoint removes the interface. After a power cut Docker also sends Leave for endpoints that
+        // no longer exist.
         "NetworkDriver.Leave"
         | "NetworkDriver.DeleteNetwork"
         | "NetworkDriver.ProgramExternalConnectivity"
@@ -184,7 +214,8 @@ async fn answer(ask: &Ask, method: &str, body: &[u8]) -> Option<Result<Value, Re
         | "NetworkDriver.DiscoverNew"
         | "NetworkDriver.DiscoverDelete"
         | "IpamDriver.ReleasePool" => Ok(json!({})),
-        // All that was given is on disk: a repetition could not be told from somebody else's request.
+        // Reservations are on disk, so Docker need not repeat them. A repetition would look like a new
+        // request.
         "IpamDriver.GetCapabilities" => {
             Ok(json!({ "RequiresMACAddress": true, "RequiresRequestReplay": false }))
         }
@@ -192,56 +223,56 @@ async fn answer(ask: &Ask, method: &str, body: &[u8]) -> Option<Result<Value, Re
             "LocalDefaultAddressSpace": "gossamer",
             "GlobalDefaultAddressSpace": "gossamer",
         })),
-        "IpamDriver.RequestPool" => request_pool(ask, body).await,
-        "IpamDriver.RequestAddress" => request_address(ask, body).await,
-        "IpamDriver.ReleaseAddress" => release_address(ask, body).await,
+        "IpamDriver.RequestPool" => request_pool(submit, body).await,
+        "IpamDriver.RequestAddress" => request_address(submit, body).await,
+        "IpamDriver.ReleaseAddress" => release_address(submit, body).await,
         _ => return None,
     })
 }
 
-async fn create_network(ask: &Ask, body: &[u8]) -> Result<Value, Refused> {
+async fn create_network(submit: &SubmitFn, body: &[u8]) -> Result<Value, Refusal> {
     let request: CreateNetwork = parse(body)?;
     let pools = request.ipv4.iter().chain(&request.ipv6);
     let pools: Vec<IpNet> = pools.map(|data| read("Pool", &data.pool)).collect::<Result<_, _>>()?;
-    let mtu = put(ask, |reply| Request::Network { pools, reply }).await?;
+    let mtu = query(submit, |reply| Request::Network { pools, reply }).await?;
     for (name, value) in request.options() {
-        let said = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-        if name != MTU || said != mtu.to_string() {
-            return Err(Refused(format!(
-                "option {name}={said}: there are no options (the MTU is {mtu}): leave it out"
+        let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        if name != MTU || text != mtu.to_string() {
+            return Err(Refusal(format!(
+                "option {name}={text}: not supported (the MTU is {mtu}): leave it out"
             )));
         }
     }
     Ok(json!({}))
 }
 
-async fn create_endpoint(ask: &Ask, body: &[u8]) -> Result<Value, Refused> {
+async fn create_endpoint(submit: &SubmitFn, body: &[u8]) -> Result<Value, Refusal> {
     let EndpointRequest { endpoint, interface, .. } = parse(body)?;
     mac("MacAddress", &interface.mac)?;
-    let given = [("Address", interface.address), ("AddressIPv6", interface.address6)];
-    let given = given.iter().filter(|(_, text)| !text.is_empty());
-    let addresses: Vec<IpAddr> = given
+    let fields = [("Address", interface.address), ("AddressIPv6", interface.address6)];
+    let fields = fields.iter().filter(|(_, text)| !text.is_empty());
+    let addresses: Vec<IpAddr> = fields
         .map(|(field, text)| read::<IpNet>(field, text).map(|address| address.addr()))
         .collect::<Result<_, _>>()?;
-    put(ask, |reply| Request::Bind { endpoint, addresses, reply }).await?;
-    // Addresses and MAC are Docker's already.
+    query(submit, |reply| Request::Bind { endpoint, addresses, reply }).await?;
+    // Docker already has the addresses and the MAC.
     Ok(json!({ "Interface": {} }))
 }
 
-async fn find(ask: &Ask, body: &[u8]) -> Result<(), Refused> {
+async fn find(submit: &SubmitFn, body: &[u8]) -> Result<(), Refusal> {
     let EndpointRequest { endpoint, .. } = parse(body)?;
-    put(ask, |reply| Request::Find { endpoint, reply }).await
+    query(submit, |reply| Request::Find { endpoint, reply }).await
 }
 
-async fn delete_endpoint(ask: &Ask, body: &[u8]) -> Result<Value, Refused> {
+async fn delete_endpoint(submit: &SubmitFn, body: &[u8]) -> Result<Value, Refusal> {
     let EndpointRequest { endpoint, .. } = parse(body)?;
-    put(ask, |reply| Request::Delete { endpoint, reply }).await?;
+    query(submit, |reply| Request::Delete { endpoint, reply }).await?;
     Ok(json!({}))
 }
 
-async fn join(ask: &Ask, body: &[u8]) -> Result<Value, Refused> {
+async fn join(submit: &SubmitFn, body: &[u8]) -> Result<Value, Refusal> {
     let EndpointRequest { endpoint, sandbox, .. } = parse(body)?;
-    let joined = put(ask, |reply| Request::Join { endpoint, sandbox, reply }).await?;
+    let joined = query(submit, |reply| Request::Join { endpoint, sandbox, reply }).await?;
     let routes: Vec<Value> = joined
         .routes
         .iter()
@@ -253,60 +284,61 @@ async fn join(ask: &Ask, body: &[u8]) -> Result<Value, Refused> {
     }))
 }
 
-async fn request_pool(ask: &Ask, body: &[u8]) -> Result<Value, Refused> {
+async fn request_pool(submit: &SubmitFn, body: &[u8]) -> Result<Value, Refusal> {
     let RequestPool { pool, sub_pool, options, v6 } = parse(body)?;
     let named = (!pool.is_empty()).then(|| read::<IpNet>("subnet", &pool)).transpose()?;
     if !sub_pool.is_empty() {
-        let why = "containers get addresses of the node's whole subnet: leave it out";
-        return Err(Refused(format!("ip-range {sub_pool}: {why}")));
+        let why = "containers get addresses from the node's whole subnet: leave it out";
+        return Err(Refusal(format!("ip-range {sub_pool}: {why}")));
     }
     if let Some((name, value)) = options.first_key_value() {
-        return Err(Refused(format!("ipam-opt {name}={value}: there are none: leave it out")));
+        return Err(Refusal(format!("ipam-opt {name}={value}: not supported: leave it out")));
     }
-    let subnet = put(ask, |reply| Request::Pool { ipv6: v6, reply }).await?;
+    let subnet = query(submit, |reply| Request::Pool { ipv6: v6, reply }).await?;
     let pool = match named {
         None => any_subnet(v6),
         Some(named) if named.trunc() == subnet => subnet,
         Some(named) => {
-            return Err(Refused(format!(
-                "subnet {named}: this node's is {subnet}: give that, or none"
+            return Err(Refusal(format!(
+                "subnet {named}: this node's subnet is {subnet}: request that one, or none"
             )));
         }
     };
     Ok(json!({ "PoolID": pool, "Pool": pool, "Data": {} }))
 }
 
-async fn request_address(ask: &Ask, body: &[u8]) -> Result<Value, Refused> {
+async fn request_address(submit: &SubmitFn, body: &[u8]) -> Result<Value, Refusal> {
     let request: AddressRequest = parse(body)?;
     let pool: IpNet = read("PoolID", &request.pool)?;
     let address: Option<IpAddr> =
         (!request.address.is_empty()).then(|| read("Address", &request.address)).transpose()?;
-    let given = if request.is_for_gateway() {
-        let gateway = put(ask, |reply| Request::Gateway { pool, reply }).await?;
+    let reserved = if request.is_for_gateway() {
+        let gateway = query(submit, |reply| Request::Gateway { pool, reply }).await?;
         if address.is_some_and(|address| address != gateway.addr()) {
             let ours = gateway.addr();
             let why = format!("gateway {}: it is {ours} in every network", request.address);
-            return Err(Refused(format!("{why}: leave it out")));
+            return Err(Refusal(format!("{why}: leave it out")));
         }
         gateway
     } else {
         let mac = mac("MAC", request.mac().unwrap_or_default())?;
-        put(ask, |reply| Request::Reserve { pool, address, mac, reply }).await?
+        query(submit, |reply| Request::Reserve { pool, address, mac, reply }).await?
     };
-    Ok(json!({ "Address": given, "Data": {} }))
+    Ok(json!({ "Address": reserved, "Data": {} }))
 }
 
-async fn release_address(ask: &Ask, body: &[u8]) -> Result<Value, Refused> {
+async fn release_address(submit: &SubmitFn, body: &[u8]) -> Result<Value, Refusal> {
     let request: AddressRequest = parse(body)?;
     let address: IpAddr = read("Address", &request.address)?;
-    put(ask, |reply| Request::Release { address, reply }).await?;
+    query(submit, |reply| Request::Release { address, reply }).await?;
     Ok(json!({}))
 }
 
-/// The pool of a network whose user has named none: whichever subnet this node has.
+/// Returns the pool of a network for which the user requests no subnet: `0.0.0.0/0` or `::/0`. It stands for
+/// the subnet that this node has at the time.
 ///
-/// Docker compares a pool with the routes of the host, finds that of the bridge or those of other nodes,
-/// asks for another pool, and so without end. It does not compare this one.
+/// Docker compares any other pool with the host's routes. Those of the bridge and of other nodes overlap with
+/// the node's subnet, and Docker would request pools without end (docs/decisions/0016).
 const fn any_subnet(ipv6: bool) -> IpNet {
     if ipv6 {
         IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::UNSPECIFIED, 0))
@@ -315,52 +347,53 @@ const fn any_subnet(ipv6: bool) -> IpNet {
     }
 }
 
-/// Asks the loop, and waits for a node that has no subnet yet.
-async fn put<T>(
-    ask: &Ask,
+/// Sends a request to the loop and waits for the reply, also while the node has no subnet yet.
+async fn query<T>(
+    submit: &SubmitFn,
     request: impl FnOnce(Sender<Result<T, PodError>>) -> Request,
-) -> Result<T, Refused> {
-    match tokio::time::timeout(TIMEOUT, api::submit(&**ask, request)).await {
-        Ok(Some(result)) => result.map_err(|error| Refused(error.error)),
-        Ok(None) => Err(Refused(
-            "gossamer's agent gave no answer: it is ending, or has too much to do".to_owned(),
+) -> Result<T, Refusal> {
+    match tokio::time::timeout(TIMEOUT, api::submit(&**submit, request)).await {
+        Ok(Some(result)) => result.map_err(|error| Refusal(error.error)),
+        Ok(None) => Err(Refusal(
+            "the gossamer agent gave no answer: it is ending, or has too much to do".to_owned(),
         )),
-        Err(_) => Err(Refused(format!(
+        Err(_) => Err(Refusal(format!(
             "this node has had no subnet in use for {} s: see `gossamer status`",
             TIMEOUT.as_secs()
         ))),
     }
 }
 
-/// All requests that are read have a body. Docker repeats one whose answer is lost, but the body only once.
-fn parse<T: DeserializeOwned + Default>(body: &[u8]) -> Result<T, Refused> {
+/// Parses the body of a request. An empty body is an error: if the answer is lost, Docker repeats the request
+/// once with its body and then without it.
+fn parse<T: DeserializeOwned + Default>(body: &[u8]) -> Result<T, Refusal> {
     if body.is_empty() {
-        return Err(Refused(
-            "Docker repeated a request without its content, for gossamer's agent ended before it answered: \
-             start the container again"
+        return Err(Refusal(
+            "Docker repeated a request without its content, because gossamer's agent ended before it \
+             answered: start the container again"
                 .to_owned(),
         ));
     }
     let request: Result<Option<Object<T>>, _> = json::read(body);
-    let request = request.map_err(|error| Refused(format!("the request: {error}")))?;
+    let request = request.map_err(|error| Refusal(format!("the request: {error}")))?;
     Ok(request.unwrap_or_default().0)
 }
 
-/// A container's MAC; none, where Docker names none.
-fn mac(field: &str, text: &str) -> Result<Option<Mac>, Refused> {
+/// Parses a container's MAC; `None` where Docker sends none.
+fn mac(field: &str, text: &str) -> Result<Option<Mac>, Refusal> {
     if text.is_empty() {
         return Ok(None);
     }
     let mac: Mac = read(field, text)?;
     match mac.is_assignable() {
         true => Ok(Some(mac)),
-        false => Err(Refused(format!("{field} {mac}: it is not that of one interface"))),
+        false => Err(Refusal(format!("{field} {mac}: must be unicast and not zero"))),
     }
 }
 
 fn read<T: std::str::FromStr<Err: std::fmt::Display>>(
     field: &str,
     text: &str,
-) -> Result<T, Refused> {
-    text.parse().map_err(|error| Refused(format!("{field} {text:?}: {error}")))
+) -> Result<T, Refusal> {
+    text.parse().map_err(|error| Refusal(format!("{field} {text:?}: {error}")))
 }

@@ -13,7 +13,7 @@ use super::{Examination, Finding};
 use crate::{
     agent::random,
     config::Config,
-    store::{Database, History, Opened, node_key, read_token},
+    store::{Database, History, LoadedDatabase, node_key, read_token},
     transport::NodeKey,
     wire::{Record, Token},
 };
@@ -133,7 +133,7 @@ fn database(state_dir: &Path) -> Option<Finding> {
     let was_in_one = token.as_ref().and_then(Token::known_cluster).is_some();
     let opened = Copy::of(&original).and_then(|copy| {
         let opened = Database::open(&copy.database(), key.id()).map_err(io::Error::other);
-        opened.map(|Opened { quarantined, records, .. }| {
+        opened.map(|LoadedDatabase { quarantined, records, .. }| {
             let knows = records.iter().any(|(_, record)| matches!(record, Record::Cluster(_)));
             quarantined.map(|(_, why)| format!("cannot be read: {why}")).or_else(|| {
                 (!knows && was_in_one).then(|| "knows of no cluster any more".to_owned())

@@ -1,21 +1,21 @@
-//! A new network: what the user asked for is checked, and the fields that are gossamer's are filled in.
+//! Checks a new network, and fills in the fields that gossamer defines.
 //!
-//! The network gets the overlay's networks as its subnets and no addresses from Podman (`none` as driver for
-//! addresses). So Podman accepts any address of the overlay that is asked for (`--ip`), cuts no subnet of its
-//! own out of the overlay, and keeps nothing that another subnet of this host would make wrong.
+//! The network gets the overlay's networks as its subnets, and the IPAM driver `none`. With that driver
+//! Podman accepts any address of the overlay for `--ip`, does not allocate a subnet from the overlay, and
+//! stores nothing that depends on the subnet of this host.
 
 use ipnet::IpNet;
 use serde_json::{Map, Value, json};
 
 use super::json::{INSTANCE, Network, SOCKET};
 
-/// Podman gives no addresses then.
+/// IPAM driver with which Podman allocates no addresses.
 const NO_ADDRESSES: &str = "none";
 
-/// Checks a new network.
+/// Checks that gossamer supports the properties of a new network.
 ///
 /// # Errors
-/// What the network cannot have, by the flag that asked for it.
+/// If it does not. The message names the flag of `podman network create`.
 pub fn check(network: &Network, overlay: &[IpNet]) -> Result<(), String> {
     check_options(network)?;
     let shown: Vec<String> = overlay.iter().map(ToString::to_string).collect();
@@ -23,56 +23,58 @@ pub fn check(network: &Network, overlay: &[IpNet]) -> Result<(), String> {
     for subnet in &network.subnets {
         if !overlay.contains(&subnet.subnet.trunc()) {
             return Err(format!(
-                "--subnet {}: leave it out: each host gives its containers addresses of its own subnet of \
+                "--subnet {}: leave it out: each host gives its containers addresses from its own subnet of \
                  {shown}",
                 subnet.subnet
             ));
         }
         if subnet.gateway.is_some() || subnet.lease_range.is_some() {
             return Err(
-                "--gateway, --ip-range: leave them out: the agent of each host has its own"
+                "--gateway, --ip-range: leave them out: they are the agent's, and differ on each host"
                     .to_owned(),
             );
         }
     }
     if network.ipv6_enabled && !overlay.iter().any(|network| network.addr().is_ipv6()) {
         return Err(format!(
-            "--ipv6: this overlay is {shown} and has no IPv6: it was created without network6"
+            "--ipv6: the overlay is {shown} and has no IPv6: its cluster was created without network6"
         ));
     }
     Ok(())
 }
 
-/// Checks what can be checked without knowing the overlay.
+/// Checks the properties that do not depend on the overlay.
 fn check_options(network: &Network) -> Result<(), String> {
     if let Some(key) =
         network.options.keys().find(|key| ![INSTANCE, SOCKET].contains(&key.as_str()))
     {
         return Err(format!(
-            "option {key}: a network of gossamer has the options {INSTANCE} and {SOCKET}; all else, the MTU \
-             included, is a setting of the agent"
+            "option {key}: a gossamer network has the options {INSTANCE} and {SOCKET} only; everything else, \
+             such as the MTU, is a setting of the agent"
         ));
     }
     let ipam = network.ipam_options.get("driver").map_or("", String::as_str);
     if !["", NO_ADDRESSES].contains(&ipam) {
-        return Err(format!("--ipam-driver {ipam}: leave it out: gossamer gives the addresses"));
+        return Err(format!(
+            "--ipam-driver {ipam}: leave it out: gossamer allocates the addresses"
+        ));
     }
     let refused = [
         (
             network.internal,
-            "--internal: containers of the overlay always have a route to their host",
+            "--internal: not supported: containers of the overlay always have a route to their host",
         ),
         (
             !network.routes.is_empty(),
-            "--route: containers have a route to everything, by their host",
+            "--route: not supported: containers have a default route through their host",
         ),
         (
             !network.network_dns_servers.is_empty(),
-            "--dns: the network has no name server of its own: give --dns to `podman run`",
+            "--dns: not supported for the network: give --dns to `podman run`",
         ),
         (
             !network.network_interface.is_empty(),
-            "--interface-name: the bridge's name is the agent's setting `bridge`",
+            "--interface-name: not supported: the bridge's name is the agent's setting `bridge`",
         ),
     ];
     match refused.into_iter().find(|(is_asked, _)| *is_asked) {
@@ -81,7 +83,7 @@ fn check_options(network: &Network) -> Result<(), String> {
     }
 }
 
-/// Fills in the fields that are gossamer's; all others stay as they are.
+/// Sets the fields that gossamer defines. Leaves all others unchanged.
 pub fn fill(network: &mut Map<String, Value>, overlay: &[IpNet]) {
     let subnets: Vec<Value> = overlay.iter().map(|subnet| json!({ "subnet": subnet })).collect();
     let ipv6 = overlay.iter().any(|subnet| subnet.addr().is_ipv6());
@@ -89,7 +91,7 @@ pub fn fill(network: &mut Map<String, Value>, overlay: &[IpNet]) {
         ("subnets", json!(subnets)),
         ("ipam_options", json!({ "driver": NO_ADDRESSES })),
         ("ipv6_enabled", json!(ipv6)),
-        // Podman's name server answers for networks that netavark makes itself.
+        // Podman's name server serves only networks of netavark's built-in drivers.
         ("dns_enabled", json!(false)),
     ] {
         network.insert(key.to_owned(), value);
@@ -101,7 +103,7 @@ mod tests {
     use super::{super::json::network, *};
 
     fn created(more: Value, overlay: &[&str]) -> Result<Map<String, Value>, String> {
-        // As Podman 5.4 sends it.
+        // The input of Podman 5.4.
         let mut input = json!({
             "name": "web", "id": "d5d6", "driver": "gossamer", "created": "0001-01-01T00:00:00Z",
             "ipv6_enabled": false, "internal": false, "dns_enabled": true, "labels": {"a": "b"},
@@ -120,7 +122,7 @@ mod tests {
     const OVERLAY: [&str; 1] = ["10.42.0.0/16"];
 
     #[test]
-    fn a_network_holds_the_overlay_and_what_podman_gave_it() {
+    fn created_network_has_the_overlay_and_podmans_fields() {
         let made = created(json!({}), &OVERLAY).expect("a network");
         for (key, wanted) in [
             ("name", json!("web")),
@@ -148,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_network_cannot_have_is_refused_by_its_flag() {
+    fn unsupported_property_is_refused_by_its_flag() {
         for (asked, word) in [
             (json!({ "options": { "mtu": "1400" } }), "option mtu"),
             (json!({ "ipam_options": { "driver": "host-local" } }), "--ipam-driver host-local"),

@@ -1,5 +1,5 @@
-//! What Podman and netavark say, as JSON, and what they are answered. Unknown fields are ignored, and a null
-//! is the same as an absent field: versions differ in both.
+//! JSON of Podman and netavark: requests and answers. Unknown fields are ignored, and null counts as an
+//! absent field, because versions differ in both.
 
 use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
 
@@ -16,74 +16,95 @@ use crate::{
     model::Mac,
 };
 
-/// Longest input that is read, in bytes.
+/// Maximum length of a request, in bytes.
 pub const INPUT_MAX: u64 = 1 << 20;
-/// Longest name of a network: its file is called after it.
+/// Maximum length of a network's name, in bytes. Podman stores the network in a file of this name.
 const NAME_MAX: usize = 250;
 
-/// Options of a network, as `podman network create -o` takes them.
+/// Option of a network (`podman network create -o`): the name of the overlay.
 pub const INSTANCE: &str = "instance";
+/// Option of a network: the path of the agent's control socket.
 pub const SOCKET: &str = "socket";
 
-/// A network: the fields that decide something here.
+/// A network, with the fields that gossamer uses.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub struct Network {
+    /// Name of the network.
     #[serde(deserialize_with = "or_default")]
     pub name: String,
+    /// The options that the user gave with `-o`.
     #[serde(deserialize_with = "map_without_nulls")]
     pub options: BTreeMap<String, String>,
+    /// Options of the address driver.
     #[serde(deserialize_with = "map_without_nulls")]
     pub ipam_options: BTreeMap<String, String>,
+    /// The network's subnets.
     #[serde(deserialize_with = "objects_without_nulls")]
     pub subnets: Vec<Subnet>,
+    /// Static routes; must be empty.
     #[serde(deserialize_with = "list_without_nulls")]
     pub routes: Vec<Value>,
+    /// Name servers of the network; must be empty.
     #[serde(deserialize_with = "list_without_nulls")]
     pub network_dns_servers: Vec<Value>,
+    /// Name of the bridge; must be empty.
     #[serde(deserialize_with = "or_default")]
     pub network_interface: String,
+    /// Whether containers get no route out of the network; must be false.
     #[serde(deserialize_with = "or_default")]
     pub internal: bool,
+    /// Whether the user requests IPv6.
     #[serde(deserialize_with = "or_default")]
     pub ipv6_enabled: bool,
 }
 
+/// A subnet of a network.
 #[derive(Debug, Deserialize)]
 pub struct Subnet {
+    /// The subnet.
     pub subnet: IpNet,
+    /// The gateway that the user requests; must be absent.
     #[serde(default)]
     pub gateway: Option<IpAddr>,
+    /// The range that the user requests; must be absent.
     #[serde(default)]
     pub lease_range: Option<Value>,
 }
 
-/// One container and one of its networks, to be connected or disconnected.
+/// A container and one of its networks, to be connected or disconnected.
 #[derive(Debug, Deserialize)]
 pub struct Connection {
+    /// Id of the container.
     pub container_id: String,
+    /// Ports that the user publishes.
     #[serde(default, deserialize_with = "list_without_nulls")]
     pub port_mappings: Vec<Value>,
+    /// The network.
     #[serde(deserialize_with = "object")]
     pub network: Network,
+    /// What the container requests in this network.
     #[serde(deserialize_with = "object")]
     pub network_options: ContainerOptions,
 }
 
-/// What a container wants of a network.
+/// What a container requests in a network.
 #[derive(Debug, Deserialize)]
 pub struct ContainerOptions {
+    /// Name of the interface in the container.
     pub interface_name: String,
+    /// The addresses that it must get. If empty, the agent chooses.
     #[serde(default, deserialize_with = "list_without_nulls")]
     pub static_ips: Vec<IpAddr>,
     #[serde(default, deserialize_with = "or_default")]
     static_mac: String,
 }
 
-/// Reads the network that Podman wants to create: whole, for it is given back, and the part that matters.
+/// Parses the network that Podman wants to create. Returns the whole object, which the answer repeats, and
+/// the fields in use.
 ///
 /// # Errors
-/// What cannot be read.
+/// If the input is malformed or too long, or the network's name is empty or too long.
 pub fn network(input: &[u8]) -> Result<(Map<String, Value>, Network), String> {
     let whole: Map<String, Value> = parse(input)?;
     let Object(network): Object<Network> = parse(input)?;
@@ -91,17 +112,18 @@ pub fn network(input: &[u8]) -> Result<(Map<String, Value>, Network), String> {
     Ok((whole, network))
 }
 
-/// Reads what netavark wants to connect or disconnect.
+/// Parses the request to connect or disconnect a container.
 ///
 /// # Errors
-/// What cannot be read.
+/// If the input is malformed or too long, or the network's name is empty or too long.
 pub fn connection(input: &[u8]) -> Result<Connection, String> {
     let Object(connection): Object<Connection> = parse(input)?;
     connection.network.check_name()?;
     Ok(connection)
 }
 
-/// netavark's `StatusBlock` of a connected container. Names are looked up where the host looks them up.
+/// Returns netavark's `StatusBlock` of a connected container. It has no name servers: the container uses the
+/// host's.
 pub fn status_block(interface: &str, attached: &Attached) -> Value {
     let subnet = |one: &AttachedAddress| json!({ "ipnet": one.address, "gateway": one.gateway });
     let subnets: Vec<Value> = attached.addresses.iter().map(subnet).collect();
@@ -121,14 +143,13 @@ impl Network {
         }
     }
 
-    /// Where the agent listens.
+    /// Returns the path of the agent's control socket.
     ///
     /// # Errors
-    /// An option that names no place.
+    /// If the option `socket` or `instance` is invalid.
     pub fn socket(&self) -> Result<PathBuf, String> {
         if let Some(socket) = self.options.get(SOCKET).map(PathBuf::from) {
-            let relative =
-                || format!("option {SOCKET}={}: give its absolute path", socket.display());
+            let relative = || format!("option {SOCKET}={}: use an absolute path", socket.display());
             return if socket.is_absolute() { Ok(socket) } else { Err(relative()) };
         }
         let name = self.options.get(INSTANCE).map_or("", String::as_str);
@@ -138,10 +159,10 @@ impl Network {
 }
 
 impl ContainerOptions {
-    /// The MAC that the container must have.
+    /// Returns the MAC that the container must have.
     ///
     /// # Errors
-    /// A text that is none.
+    /// If the text is not a MAC.
     pub fn mac(&self) -> Result<Option<Mac>, String> {
         match self.static_mac.as_str() {
             "" => Ok(None),
@@ -161,7 +182,7 @@ fn parse<T: DeserializeOwned>(input: &[u8]) -> Result<T, String> {
 mod tests {
     use super::*;
 
-    /// As netavark 1.14 sends it.
+    /// A request of netavark 1.14.
     const SETUP: &str = r#"{
         "container_id": "c4856cb8", "container_name": "a", "port_mappings": null,
         "network": {
@@ -179,7 +200,7 @@ mod tests {
     }"#;
 
     #[test]
-    fn a_whole_request_is_read() {
+    fn complete_request_is_parsed() {
         let read = connection(SETUP.as_bytes()).expect("a request");
         assert_eq!((read.container_id.as_str(), read.network.name.as_str()), ("c4856cb8", "web"));
         assert_eq!(read.network.socket(), Ok("/run/gossamer-blue/gossamer.sock".into()));
@@ -189,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn nulls_and_absent_fields_are_the_same() {
+    fn null_counts_as_absent_field() {
         let little = r#"{"container_id": "c", "network": {"name": "web"},
             "network_options": {"interface_name": "eth0"}}"#;
         let nulls = r#"{"container_id": "c", "container_name": null, "port_mappings": null,
@@ -205,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_read_is_named() {
+    fn invalid_request_is_refused_with_the_place() {
         let long = [b" ".repeat(INPUT_MAX as usize), SETUP.as_bytes().to_vec()].concat();
         let nameless = SETUP.replace("\"web\"", "null");
         let deep = format!("{}{}", "[".repeat(10_000), "]".repeat(10_000));
@@ -238,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connected_container_is_told_in_netavarks_format() {
+    fn status_block_has_netavarks_format() {
         let address = |address: &str, gateway: &str| AttachedAddress {
             address: address.parse().expect("an address"),
             gateway: gateway.parse().expect("an address"),

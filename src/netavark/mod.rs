@@ -1,10 +1,10 @@
-//! The netavark plugin: what Podman 5 calls to create a network and to connect a container (plugin-API.md of
+//! The netavark plugin, which Podman 5 calls to create a network and to connect a container (plugin-API.md of
 //! netavark).
 //!
-//! The program itself, called with one of the plugin's four subcommands, which are none of its own. As with
-//! CNI, the plugin reads the request, asks the agent over its control socket and prints the answer; nothing
-//! here touches the kernel or keeps anything. A network is a way into the one overlay: it holds the overlay's
-//! networks and no subnet of a host, so it stays valid whichever subnet the host has.
+//! The plugin is this program, called with one of the plugin's four subcommands. These are not commands of
+//! gossamer. The plugin reads the request, sends it to the agent over the control socket and prints the
+//! answer, as the CNI plugin does. It does not touch the kernel and stores nothing. A Podman network holds
+//! the overlay's networks and no subnet of a host, so it stays valid when the host's subnet changes.
 
 mod create;
 mod json;
@@ -12,15 +12,15 @@ mod plugin;
 
 pub use plugin::{Call, run};
 
-/// How Podman names the driver: the file name of the plugin.
+/// Podman's name of the driver, which is the file name of the plugin.
 pub const DRIVER: &str = "gossamer";
 
-/// The owner of addresses in a network.
+/// Returns the owner under which the agent stores the pods of a network.
 fn owner(network: &str) -> String {
     format!("podman/{network}")
 }
 
-/// What Podman and netavark send, for the fuzzer.
+/// Returns example requests of Podman and netavark, as seeds for the fuzzer.
 #[cfg(any(test, feature = "sim"))]
 pub(crate) fn samples() -> Vec<Vec<u8>> {
     let network = serde_json::json!({
@@ -45,7 +45,8 @@ pub(crate) fn samples() -> Vec<Vec<u8>> {
     [network, connection].map(|value| value.to_string().into_bytes()).into()
 }
 
-/// Reads what Podman and netavark send, for the fuzzer.
+/// Parses the input as each request of Podman and netavark, for the fuzzer. Returns whether any of them
+/// accepts it.
 #[cfg(any(test, feature = "sim"))]
 pub(crate) fn fuzz(input: &[u8]) -> bool {
     let connection = json::connection(input);

@@ -22,41 +22,46 @@ use crate::{
     cni,
 };
 
-/// Of the plugin API.
+/// Version of the plugin API.
 const API_VERSION: &str = "1.0.0";
-/// Podman looks for plugins in directories of this name.
+/// Name of the directories in which Podman looks for plugins.
 const DIRECTORY: &str = "netavark";
-/// What the first user namespace of a host has in /proc/self/uid_map.
+/// Content of /proc/self/uid_map in the initial user namespace.
 const ALL_USERS: [&str; 3] = ["0", "0", "4294967295"];
 
-/// What Podman or netavark wants.
+/// A call of the plugin.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Call {
+    /// Prints the versions of the plugin and of its API.
     Info,
+    /// Creates a network.
     Create,
-    /// With the path of the container's network namespace, as the next.
+    /// Connects a container. Has the path of its network namespace.
     Setup(PathBuf),
+    /// Disconnects a container. Has the path of its network namespace.
     Teardown(PathBuf),
-    /// What is none of these, with why. It is answered as the plugin answers, not as a command is.
-    Misused(String),
+    /// A malformed call, with the reason. The answer has the plugin's format, not that of a command.
+    Invalid(String),
 }
 
 impl Call {
-    /// Reads the program's arguments; none, if this is not a call of the plugin. A person at a terminal does
-    /// not make one: there is no request to read.
+    /// Parses the program's arguments. Returns `None` if this is not a call of the plugin. Except for `info`,
+    /// a call with a terminal as standard input is not one, because it has no request.
     pub fn new(arguments: impl IntoIterator<Item = OsString>) -> Option<Self> {
         let call = Self::parse(arguments)?;
         (call == Self::Info || !io::stdin().is_terminal()).then_some(call)
     }
 
-    /// What is no command of this program either, where Podman and netavark call it: by its whole path.
+    /// Returns a malformed call for an unknown subcommand if the program was called by a path in a directory
+    /// of netavark plugins, as Podman and netavark do. Use it for arguments that are no command of gossamer
+    /// either.
     pub fn unknown(arguments: impl IntoIterator<Item = OsString>) -> Option<Self> {
         let mut arguments = arguments.into_iter();
         let program = PathBuf::from(arguments.next()?);
         let verb = arguments.next().unwrap_or_default();
-        let why = format!("subcommand {verb:?}: it is info, create, setup or teardown");
+        let why = format!("subcommand {verb:?}: use info, create, setup or teardown");
         let is_plugin = program.parent().and_then(Path::file_name) == Some(OsStr::new(DIRECTORY));
-        is_plugin.then_some(Self::Misused(why))
+        is_plugin.then_some(Self::Invalid(why))
     }
 
     fn parse(arguments: impl IntoIterator<Item = OsString>) -> Option<Self> {
@@ -73,17 +78,17 @@ impl Call {
             ("setup" | "teardown", _) => "one argument, the path of a network namespace",
             _ => return None,
         };
-        Some(Self::Misused(format!("{verb} takes {wanted}, and was given {}", rest.len())))
+        Some(Self::Invalid(format!("{verb} takes {wanted}, and was given {}", rest.len())))
     }
 }
 
-/// Does what is wanted, with the answer or the error on standard output.
+/// Carries out a call. Prints the answer or the error to standard output.
 pub fn run(call: &Call) -> ExitCode {
     let (answer, exit) = match carry_out(call) {
         Ok(answer) => (answer, ExitCode::SUCCESS),
         Err(error) => (Some(json!({ "error": error })), ExitCode::FAILURE),
     };
-    cni::say(answer.as_ref(), exit)
+    cni::print_answer(answer.as_ref(), exit)
 }
 
 fn carry_out(call: &Call) -> Result<Option<Value>, String> {
@@ -94,14 +99,14 @@ fn carry_out(call: &Call) -> Result<Option<Value>, String> {
         }))),
         Call::Create => create(&input()?).map(Some),
         Call::Setup(netns) => setup(netns, &json::connection(&input()?)?).map(Some),
-        Call::Misused(why) => Err(why.clone()),
+        Call::Invalid(why) => Err(why.clone()),
         Call::Teardown(netns) => teardown(netns, &json::connection(&input()?)?).map(|()| None),
     }
 }
 
 fn input() -> Result<Vec<u8>, String> {
     let mut input = Vec::new();
-    // One byte more than is allowed, so that a request that is too long is seen to be.
+    // One byte more than allowed, to detect a request that is too long.
     let read = io::stdin().take(INPUT_MAX + 1).read_to_end(&mut input);
     read.map_err(|error| format!("stdin: {error}"))?;
     Ok(input)
@@ -109,16 +114,16 @@ fn input() -> Result<Vec<u8>, String> {
 
 fn create(input: &[u8]) -> Result<Value, String> {
     let (mut whole, network) = json::network(input)?;
-    let status = cni::ask(api::get(&network.socket()?, "/v1/status")).map_err(explain)?;
+    let status = cni::await_answer(api::get(&network.socket()?, "/v1/status")).map_err(explain)?;
     let overlay = overlay(&status).ok_or(
-        "this node is in no cluster yet: create the network when `gossamer status --wait` succeeds",
+        "this node is not in a cluster yet: create the network once `gossamer status --wait` succeeds",
     )?;
     create::check(&network, &overlay)?;
     create::fill(&mut whole, &overlay);
     Ok(Value::Object(whole))
 }
 
-/// The overlay's networks in an agent's status.
+/// Returns the overlay's networks from an agent's status. `None` if the node is in no cluster.
 fn overlay(status: &Value) -> Option<Vec<IpNet>> {
     let pool = status["settings"]["pool"].as_object()?;
     let network = |key: &str| pool.get(key)?.as_str()?.parse::<IpNet>().ok();
@@ -129,7 +134,7 @@ fn overlay(status: &Value) -> Option<Vec<IpNet>> {
 fn setup(netns: &Path, connection: &Connection) -> Result<Value, String> {
     let socket = connection.network.socket()?;
     let options = &connection.network_options;
-    let asked = AttachRequest {
+    let attach_request = AttachRequest {
         container: connection.container_id.clone(),
         interface: options.interface_name.clone(),
         owner: owner(&connection.network.name),
@@ -140,14 +145,15 @@ fn setup(netns: &Path, connection: &Connection) -> Result<Value, String> {
         others_first: true,
     };
     let opened = cni::open_netns("network namespace", netns).map_err(|error| error.msg)?;
-    // A container that ended without a word, and is started again, is still known from before.
-    cni::detach_first(&socket, &name_of(connection), &opened).map_err(explain)?;
-    let attached = cni::connect(&socket, &asked, &opened).map_err(explain)?;
+    // If the container ended without a teardown, its earlier attachment still exists.
+    cni::detach_first(&socket, &attachment_name(connection), &opened).map_err(explain)?;
+    let attached = cni::connect(&socket, &attach_request, &opened).map_err(explain)?;
     if !connection.port_mappings.is_empty() {
-        // netavark hands it on to the user. It is no error: every network of a container is told its ports.
+        // netavark passes it on to the user. It is no error, because netavark passes the ports to every
+        // network of a container.
         eprintln!(
-            "gossamer: network {} publishes no ports: those of this container are published if it is also \
-             in a network of Podman's own (--network podman)",
+            "gossamer: network {} publishes no ports: to publish those of this container, also connect it \
+             to a network of Podman's own (--network podman)",
             connection.network.name
         );
     }
@@ -156,21 +162,21 @@ fn setup(netns: &Path, connection: &Connection) -> Result<Value, String> {
 
 fn teardown(netns: &Path, connection: &Connection) -> Result<(), String> {
     let socket = connection.network.socket()?;
-    cni::disconnect(&socket, &name_of(connection), Some(netns)).map_err(explain)
+    cni::disconnect(&socket, &attachment_name(connection), Some(netns)).map_err(explain)
 }
 
-fn name_of(connection: &Connection) -> AttachmentName {
+fn attachment_name(connection: &Connection) -> AttachmentName {
     let interface = connection.network_options.interface_name.clone();
     AttachmentName { container: connection.container_id.clone(), interface }
 }
 
-/// What helps a user of Podman.
+/// Converts an error of the control socket into advice for a user of Podman.
 fn explain(error: ClientError) -> String {
     match error {
         ClientError::NoAgent { .. } | ClientError::NotPermitted { .. } if is_rootless() => {
-            "rootless Podman cannot use networks of gossamer: its containers are in network namespaces that \
-             belong to a user, and the agent connects those of the host. Run Podman as root (`sudo podman`, \
-             or a unit of the system's systemd)"
+            "rootless Podman cannot use gossamer networks: its containers are in network namespaces of a \
+             user, and the agent connects only namespaces of the host. Run Podman as root (`sudo podman`, \
+             or a system unit of systemd)"
                 .to_owned()
         }
         ClientError::NoAgent { path } => format!(
@@ -182,7 +188,7 @@ fn explain(error: ClientError) -> String {
     }
 }
 
-/// Whether this process has no rights on the host's network, as with rootless Podman.
+/// Returns whether this process lacks privileges on the host's network, as with rootless Podman.
 fn is_rootless() -> bool {
     let map = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
     !geteuid().is_root() || !map.split_whitespace().eq(ALL_USERS)
@@ -193,7 +199,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_calls_of_the_plugin_are_told_from_commands() {
+    fn plugin_calls_are_distinguished_from_commands() {
         let parse = |words: &str| Call::parse(words.split(' ').map(OsString::from));
         assert_eq!(parse("gossamer info"), Some(Call::Info));
         assert_eq!(parse("/usr/libexec/netavark/gossamer create"), Some(Call::Create));
@@ -210,7 +216,7 @@ mod tests {
             ("gossamer teardown", "was given 0"),
         ] {
             let call = parse(wrong);
-            let is_named = matches!(&call, Some(Call::Misused(why)) if why.contains(word));
+            let is_named = matches!(&call, Some(Call::Invalid(why)) if why.contains(word));
             assert!(is_named, "{wrong}: {call:?}");
         }
         for other in ["gossamer", "gossamer status", "/usr/libexec/netavark/gossamer update a"] {
@@ -222,7 +228,7 @@ mod tests {
             ("/run/netavark/gossamer", "\"\""),
         ] {
             let call = unknown(words);
-            let is_named = matches!(&call, Some(Call::Misused(why)) if why.contains(word));
+            let is_named = matches!(&call, Some(Call::Invalid(why)) if why.contains(word));
             assert!(is_named, "{words}: {call:?}");
         }
         for other in ["/usr/bin/gossamer update a", "gossamer update", "netavark"] {
@@ -231,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn the_overlay_is_read_from_a_status() {
+    fn overlay_networks_are_read_from_the_status() {
         let pool = json!({ "network": "10.42.0.0/16", "subnet_len": 24, "network6": "fd42::/48" });
         let found = overlay(&json!({ "settings": { "pool": pool } })).expect("an overlay");
         assert_eq!(

@@ -1,22 +1,27 @@
 //! Netlink attributes as bytes (`struct nlattr`, linux/netlink.h), for protocols that the packet crates do
-//! not speak.
+//! not support.
 
 use std::net::IpAddr;
 
-/// Marks an attribute that holds attributes.
+/// `NLA_F_NESTED`: the attribute contains attributes.
 const NESTED: u16 = 0x8000;
+/// `NLA_TYPE_MASK`.
 const KIND: u16 = 0x3fff;
+/// Bytes of `struct nlattr`.
 const HEADER: usize = 4;
 
-/// Attributes in the order in which they were put.
+/// Encoded attributes, in the order in which they were added.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Attributes(Vec<u8>);
 
 impl Attributes {
+    /// Returns an empty list.
     pub fn new() -> Self {
         Self::default()
     }
 
+    /// Appends an attribute.
+    ///
     /// # Panics
     /// If the payload exceeds the 65,531 bytes that an attribute can hold.
     pub fn put(mut self, kind: u16, payload: &[u8]) -> Self {
@@ -29,27 +34,29 @@ impl Attributes {
         self
     }
 
-    /// A string with the zero byte that ends it in C.
+    /// Appends a string with its terminating zero byte.
     pub fn text(self, kind: u16, text: &str) -> Self {
         let bytes = [text.as_bytes(), &[0]].concat();
         self.put(kind, &bytes)
     }
 
-    /// A number in network byte order.
+    /// Appends a number in network byte order.
     pub fn be32(self, kind: u16, number: u32) -> Self {
         self.put(kind, &number.to_be_bytes())
     }
 
+    /// Appends an attribute that contains attributes.
     pub fn nest(self, kind: u16, inner: &Self) -> Self {
         self.put(kind | NESTED, &inner.0)
     }
 
+    /// Returns the encoded attributes.
     pub fn as_bytes(&self) -> &[u8] {
         &self.0
     }
 }
 
-/// The attributes in these bytes, up to the first that is cut off: kind and payload.
+/// Iterates over kind and payload of the attributes, up to the first truncated one.
 pub fn read(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     std::iter::from_fn(move || {
         let length = usize::from(u16::from_ne_bytes(*bytes.first_chunk()?));
@@ -60,12 +67,12 @@ pub fn read(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     })
 }
 
-/// The payload of the first attribute of this kind.
+/// Returns the payload of the first attribute of a kind.
 pub fn find(bytes: &[u8], wanted: u16) -> Option<&[u8]> {
     read(bytes).find(|(kind, _)| *kind == wanted).map(|(_, payload)| payload)
 }
 
-/// An IP address as bytes in network order: 4 or 16.
+/// Returns the 4 or 16 bytes of an IP address, in network byte order.
 pub fn octets(address: IpAddr) -> Vec<u8> {
     match address {
         IpAddr::V4(ip) => ip.octets().to_vec(),
@@ -73,7 +80,7 @@ pub fn octets(address: IpAddr) -> Vec<u8> {
     }
 }
 
-/// The same back; none, if there are neither 4 nor 16 bytes.
+/// Returns the IP address of 4 or 16 bytes in network byte order; `None` for another length.
 pub fn address(bytes: &[u8]) -> Option<IpAddr> {
     <[u8; 4]>::try_from(bytes)
         .map(IpAddr::from)
@@ -81,7 +88,7 @@ pub fn address(bytes: &[u8]) -> Option<IpAddr> {
         .ok()
 }
 
-/// A payload as text, without the zero byte that ends it.
+/// Returns a payload as text, up to its first zero byte. Empty if it is not UTF-8.
 pub fn text(payload: &[u8]) -> &str {
     let end = payload.iter().position(|byte| *byte == 0).unwrap_or(payload.len());
     std::str::from_utf8(&payload[..end]).unwrap_or_default()
@@ -92,7 +99,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_put_is_read_back_and_what_is_cut_off_is_not() {
+    fn attributes_are_read_back_and_truncated_ones_are_not() {
         let inner = Attributes::new().be32(1, 7);
         let written = Attributes::new().text(1, "abc").nest(2, &inner).put(3, &[9]);
         let bytes = written.as_bytes();

@@ -1,6 +1,6 @@
-//! Sets of `ipset` (linux/netfilter/ipset/ip_set.h): read, to see which packets a rule means.
+//! Reads sets of `ipset` (linux/netfilter/ipset/ip_set.h), to determine which packets a rule matches.
 //!
-//! By hand, because of all that protocol two dumps are needed. Takes CAP_NET_ADMIN.
+//! Implemented here because only two dumps of the protocol are needed. Requires CAP_NET_ADMIN.
 
 use std::{collections::BTreeSet, io};
 
@@ -11,19 +11,20 @@ use rtnetlink::{
 };
 
 use super::{
-    RECEIVE_BUFFER,
+    RECEIVE_BUFFER_BYTES,
     attributes::{Attributes, address, find, octets, read, text},
     open_socket,
     raw::{Answer, answers, append},
     receive, send_all,
 };
 
+/// `NFNL_SUBSYS_IPSET`.
 const SUBSYSTEM: u16 = 6;
-/// `IPSET_CMD_LIST`
+/// `IPSET_CMD_LIST`.
 const LIST: u16 = 7;
-/// The one that gives numbers of sets (Linux 4.20), and the one before.
+/// Protocol versions, in the order in which they are tried. 7 (Linux 4.20) reports the sets' numbers.
 const VERSIONS: [u8; 2] = [7, 6];
-/// `IPSET_ATTR_*` of a message, and of an element.
+/// `IPSET_ATTR_*` of a message. `MEMBER` and `ELEMENT_FLAGS` are those of an element.
 const PROTOCOL: u16 = 1;
 const NAME: u16 = 2;
 const TYPE: u16 = 3;
@@ -32,72 +33,88 @@ const ELEMENTS: u16 = 8;
 const NUMBER: u16 = 11;
 const MEMBER: u16 = 18;
 const ELEMENT_FLAGS: u16 = 8;
-/// Of an address: first, last, length of a prefix.
+/// `IPSET_ATTR_*` of an element's first and second address: first address, last address, prefix length.
 const ADDRESSES: [[u16; 3]; 2] = [[1, 2, 3], [20, 22, 21]];
+/// `IPSET_ATTR_PORT` and `IPSET_ATTR_PORT_TO`.
 const PORTS: [u16; 2] = [4, 5];
-/// `IPSET_FLAG_LIST_HEADER` and `IPSET_FLAG_NOMATCH`
+/// `IPSET_FLAG_LIST_HEADER`.
 const HEADERS: u32 = 1 << 2;
+/// `IPSET_FLAG_NOMATCH`.
 const NO_MATCH: u32 = 1 << 2;
-/// Sets that are listed, and sets in a set of sets.
-const SETS: usize = 4_096;
-const MEMBERS: usize = 16;
+/// Maximum number of sets that are listed.
+const MAX_SETS: usize = 4_096;
+/// Maximum number of members of a set of sets that are read.
+const MAX_MEMBERS: usize = 16;
 
 /// A set.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Set {
+    /// Name of the set.
     pub name: String,
-    /// By which rules name it; older kernels do not tell.
+    /// Number by which rules refer to it. `None` on kernels before 4.20.
     pub number: Option<u16>,
 }
 
-/// What part of a packet a part of an element is about.
+/// The part of a packet that a part of an element matches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Dimension {
+    /// A source or destination address.
     Address,
+    /// A source or destination port.
     Port,
-    /// Interfaces, MAC addresses, marks.
+    /// Interfaces, MAC addresses or marks.
     Other,
 }
 
-/// What a set holds.
+/// The content of a set.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Content {
+    /// The dimensions of every entry.
     pub dimensions: Vec<Dimension>,
+    /// The elements, in the kernel's order.
     pub entries: Vec<Entry>,
 }
 
-/// First and last of each dimension, in network order.
+/// An element of a set.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
+    /// First and last value of each dimension, in network byte order. Empty for [`Dimension::Other`].
     pub parts: Vec<(Vec<u8>, Vec<u8>)>,
 }
 
-/// All sets of this network namespace.
+/// Returns all sets of this network namespace.
+///
+/// # Errors
+/// If the kernel refuses or does not answer.
 pub fn sets() -> io::Result<Vec<Set>> {
     let mut sets = Vec::new();
     list(None, HEADERS, |attributes| {
         let name = find(attributes, NAME).map(text).unwrap_or_default().to_owned();
         let number = find(attributes, NUMBER).and_then(|bytes| bytes.first_chunk().copied());
-        if sets.len() < SETS {
+        if sets.len() < MAX_SETS {
             sets.push(Set { name, number: number.map(u16::from_be_bytes) });
         }
     })?;
     Ok(sets)
 }
 
-/// What a set holds: so many elements at most, those of the sets in a set of sets included. What an element
-/// takes out again (`nomatch`) is left out.
+/// Returns the content of a set: at most `most` elements, including those of the sets in a set of sets.
+/// Leaves out elements that a `nomatch` element covers.
+///
+/// # Errors
+/// If the kernel refuses or does not answer.
 pub fn content(name: &str, most: usize) -> io::Result<Content> {
     let mut content = Content::default();
     let mut members = BTreeSet::new();
     read_into(&mut content, name, most, &mut members)?;
-    for member in members.into_iter().take(MEMBERS) {
-        // A set of sets is in none.
+    for member in members.into_iter().take(MAX_MEMBERS) {
+        // The kernel does not allow nested sets of sets.
         read_into(&mut content, &member, most, &mut BTreeSet::new())?;
     }
     Ok(content)
 }
 
+/// Adds the elements of a set to `content`, and the names of sets in it to `members`.
 fn read_into(
     content: &mut Content,
     name: &str,
@@ -108,7 +125,7 @@ fn read_into(
     let mut excepted = Vec::new();
     let mut entries = Vec::new();
     list(Some(name), 0, |attributes| {
-        // Only the first message of a set tells its type.
+        // Only the first message about a set has its type.
         if let Some(kind) = find(attributes, TYPE).map(text) {
             own = Some(dimensions(kind));
         }
@@ -148,7 +165,7 @@ impl Entry {
     }
 }
 
-/// Of a type as `hash:ip,port`.
+/// Returns the dimensions of a type such as `hash:ip,port`.
 fn dimensions(kind: &str) -> Vec<Dimension> {
     let (_, parts) = kind.split_once(':').unwrap_or_default();
     let dimension = |part: &str| match part {
@@ -159,11 +176,13 @@ fn dimensions(kind: &str) -> Vec<Dimension> {
     parts.split(',').map(dimension).collect()
 }
 
+/// Returns whether an element is an exception (`nomatch`).
 fn is_excepted(element: &[u8]) -> bool {
     let flags = find(element, ELEMENT_FLAGS).and_then(|bytes| bytes.first_chunk().copied());
     flags.is_some_and(|flags| u32::from_be_bytes(flags) & NO_MATCH != 0)
 }
 
+/// Parses an element.
 fn entry(dimensions: &[Dimension], element: &[u8]) -> Option<Entry> {
     let mut addresses = ADDRESSES.iter();
     let part = |dimension: &Dimension| match dimension {
@@ -193,16 +212,16 @@ fn entry(dimensions: &[Dimension], element: &[u8]) -> Option<Entry> {
     Some(Entry { parts: dimensions.iter().map(part).collect::<Option<_>>()? })
 }
 
-/// Has the kernel list a set, or all. A kernel without them has none.
+/// Lists a set, or all sets. Tries the protocol versions in order.
 fn list(name: Option<&str>, flags: u32, mut each: impl FnMut(&[u8])) -> io::Result<()> {
-    let mut listed = Ok(());
+    let mut unicast_route = Ok(());
     for version in VERSIONS {
-        listed = list_by(version, name, flags, &mut each);
-        if listed.is_ok() {
+        unicast_route = list_by(version, name, flags, &mut each);
+        if unicast_route.is_ok() {
             break;
         }
     }
-    listed
+    unicast_route
 }
 
 fn list_by(
@@ -220,10 +239,10 @@ fn list_by(
         wanted = wanted.be32(FLAGS | BIG_ENDIAN, flags);
     }
     let mut request = Vec::new();
-    // `struct nfgenmsg` of no family.
+    // `struct nfgenmsg` without a family.
     append(SUBSYSTEM << 8 | LIST, NLM_F_REQUEST | NLM_F_DUMP, 1, [0; 4], &wanted, &mut request);
     send_all(&socket, &request)?;
-    let mut buffer = Vec::with_capacity(RECEIVE_BUFFER);
+    let mut buffer = Vec::with_capacity(RECEIVE_BUFFER_BYTES);
     loop {
         receive(&socket, &mut buffer)?;
         for Answer { error, done, attributes, .. } in answers(&buffer) {
@@ -251,12 +270,12 @@ mod tests {
     fn element_of_several_dimensions_is_read_with_the_range_of_each() {
         let own = dimensions("hash:net,port,ip");
         assert_eq!(own, [Dimension::Address, Dimension::Port, Dimension::Address]);
-        let of = [
+        let elements = [
             address_of(1, &[10, 42, 3, 9]).put(3, &[24]),
             Attributes::new().put(4, &443_u16.to_be_bytes()),
             address_of(20, &[10, 42, 1, 2]),
         ];
-        let bytes: Vec<u8> = of.iter().flat_map(|part| part.as_bytes().to_vec()).collect();
+        let bytes: Vec<u8> = elements.iter().flat_map(|part| part.as_bytes().to_vec()).collect();
         let Entry { parts } = entry(&own, &bytes).expect("an entry");
         assert_eq!(parts[0], (vec![10, 42, 3, 0], vec![10, 42, 3, 255]));
         assert_eq!(parts[1], (vec![1, 187], vec![1, 187]));

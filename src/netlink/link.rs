@@ -1,4 +1,4 @@
-//! Interfaces and addresses: made, changed and found.
+//! Interfaces, addresses and default routes.
 
 use std::{
     fs, io,
@@ -29,39 +29,47 @@ use rtnetlink::{
 use super::Netlink;
 use crate::model::Mac;
 
-/// What the kernel says of an interface that is gone.
+/// Error of the kernel for an address of an interface without its family.
 const ENXIO: i32 = 6;
+/// Error of the kernel for an interface that does not exist.
 pub(crate) const ENODEV: i32 = 19;
 
-/// Between two looks at an interface that is awaited.
-const LOOK_AGAIN: Duration = Duration::from_millis(1);
+/// Interval between two checks of an interface that is waited for.
+const LINK_POLL_INTERVAL: Duration = Duration::from_millis(1);
 
 /// An interface as the kernel lists it.
 #[derive(Clone, Debug)]
 pub struct Link {
+    /// Index of the interface.
     pub index: u32,
+    /// Name of the interface.
     pub name: String,
     /// `IFLA_INFO_KIND`: "vxlan", "veth" ...; empty for physical devices.
     pub kind: String,
+    /// The MAC. `None` if the link-layer address is not 6 bytes long.
     pub mac: Option<Mac>,
+    /// MTU in bytes.
     pub mtu: u32,
-    /// What `ip link set alias` gave it; empty without.
+    /// Alias (`ip link set alias`); empty without one.
     pub alias: String,
+    /// Whether it is administratively up (`IFF_UP`).
     pub up: bool,
-    /// A veth pair, a radio link or the other end of the pair is there (`IFF_LOWER_UP`).
+    /// Whether a cable, a radio link or a peer that is up is connected (`IFF_LOWER_UP`).
     pub carrier: bool,
+    /// Whether it is a loopback interface.
     pub loopback: bool,
+    /// The whole message of the kernel.
     pub message: LinkMessage,
 }
 
 impl Link {
-    /// Whether it sends and receives (`IF_OPER_UP` of RFC 2863). The kernel gets there a moment after there
-    /// is a carrier, and drops what is sent before that.
+    /// Returns whether it sends and receives (`IF_OPER_UP` of RFC 2863). The kernel sets this state shortly
+    /// after the carrier appears, and drops packets sent before.
     pub fn is_operational(&self) -> bool {
         self.message.attributes.contains(&LinkAttribute::OperState(State::Up))
     }
 
-    /// Index of the bridge, bond, team or VRF that it is a port of.
+    /// Returns the index of the bridge, bond, team or VRF that it is a port of.
     pub fn controller(&self) -> Option<u32> {
         self.message.attributes.iter().find_map(|attribute| match attribute {
             LinkAttribute::Controller(index) if *index != 0 => Some(*index),
@@ -69,7 +77,7 @@ impl Link {
         })
     }
 
-    /// The routing table of a VRF.
+    /// Returns the routing table of a VRF.
     pub fn vrf_table(&self) -> Option<u32> {
         let infos = self.message.attributes.iter().filter_map(|attribute| match attribute {
             LinkAttribute::LinkInfo(infos) => Some(infos),
@@ -84,8 +92,8 @@ impl Link {
         })
     }
 
-    /// The kernel's number for the namespace that the other end of a veth pair is in; negative, if that is
-    /// ending; none, if it is this one.
+    /// Returns the kernel's id of the namespace of a veth pair's other end. Negative while that namespace is
+    /// being removed; `None` if it is this namespace.
     pub fn peer_namespace(&self) -> Option<i32> {
         self.message.attributes.iter().find_map(|attribute| match attribute {
             LinkAttribute::LinkNetNsId(number) => Some(*number),
@@ -93,7 +101,7 @@ impl Link {
         })
     }
 
-    /// Whether this is its name, or one of its alternative names (`ip link property add ... altname`).
+    /// Returns whether this is its name or one of its alternative names (`ip link property add ... altname`).
     pub fn is_called(&self, name: &str) -> bool {
         let properties = self.message.attributes.iter().filter_map(|attribute| match attribute {
             LinkAttribute::PropList(properties) => Some(properties),
@@ -104,17 +112,17 @@ impl Link {
         self.name == name || properties.flatten().any(is_alternative)
     }
 
-    /// Bytes in the largest packet of this family that it sends. IPv6 has an MTU of its own, which a router
-    /// may have told (RFC 4861).
+    /// Returns the largest packet of a family that it sends, in bytes. IPv6 has a separate MTU, which
+    /// router advertisements may set (RFC 4861).
     pub fn mtu_of(&self, ipv4: bool) -> u32 {
         let ipv6 = || {
-            let told = fs::read_to_string(format!("/proc/sys/net/ipv6/conf/{}/mtu", self.name));
-            told.ok().and_then(|told| told.trim().parse().ok())
+            let mtu = fs::read_to_string(format!("/proc/sys/net/ipv6/conf/{}/mtu", self.name));
+            mtu.ok().and_then(|mtu| mtu.trim().parse().ok())
         };
         if ipv4 { self.mtu } else { ipv6().unwrap_or(self.mtu).min(self.mtu) }
     }
 
-    /// Whether it is a port of the bridge with this index.
+    /// Returns whether it is a port of the bridge with this index.
     pub fn is_plugged_into(&self, bridge: u32) -> bool {
         self.message.attributes.contains(&LinkAttribute::Controller(bridge))
     }
@@ -123,33 +131,43 @@ impl Link {
 /// An address of an interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Address {
+    /// Index of the interface.
     pub link: u32,
+    /// The address.
     pub ip: IpAddr,
+    /// Prefix length of its subnet.
     pub prefix_len: u8,
-    /// Worse than another address of the same interface: of a narrow scope, dynamic or temporary.
+    /// Rank among addresses of the same interface; 0 is the best. From the most to the least significant bit:
+    /// narrow scope, dynamic, temporary.
     pub demerits: u8,
-    /// May not be used (yet): duplicate address detection runs, or has found a duplicate.
+    /// Whether it is not usable (yet): duplicate address detection is running or has found a duplicate.
     pub tentative: bool,
-    /// An IPv6 address that another machine has, too: duplicate address detection has found it.
+    /// Whether duplicate address detection has found this IPv6 address on another machine.
     pub duplicate: bool,
-    /// New connections are not to use it any more.
+    /// Whether new connections should not use it.
     pub deprecated: bool,
-    /// An IPv6 privacy address (RFC 8981), which another one replaces within a day.
+    /// Whether it is an IPv6 privacy address (RFC 8981), which is replaced within a day.
     pub temporary: bool,
 }
 
-/// A default route of the main table.
+/// A default route of the main table, or one of its next hops.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DefaultRoute {
+    /// Index of the interface.
     pub link: u32,
-    /// The source address that the route itself names.
+    /// The route's preferred source address.
     pub source: Option<IpAddr>,
+    /// Metric; lower is preferred.
     pub metric: u32,
-    /// Its interface has no carrier.
+    /// Whether its interface has no carrier.
     pub link_down: bool,
 }
 
 impl Netlink {
+    /// Returns all interfaces of this namespace.
+    ///
+    /// # Errors
+    /// If the kernel does not answer.
     pub fn links(&mut self) -> io::Result<Vec<Link>> {
         let found = self.dump(&RouteNetlinkMessage::GetLink(LinkMessage::default()))?;
         Ok(found
@@ -161,6 +179,10 @@ impl Netlink {
             .collect())
     }
 
+    /// Returns an interface by name; `None` if it does not exist.
+    ///
+    /// # Errors
+    /// If the kernel does not answer.
     pub fn link(&mut self, name: &str) -> io::Result<Option<Link>> {
         let mut wanted = LinkMessage::default();
         wanted.attributes.push(LinkAttribute::IfName(name.to_owned()));
@@ -172,33 +194,40 @@ impl Netlink {
         }
     }
 
-    /// Waits until an interface is as wanted, but not longer than `patience`. The kernel brings an interface
-    /// into operation when it is asked about it (since 6.8), or when it comes to that by itself.
+    /// Waits until an interface meets a condition, at most for `timeout`. Each check also makes the kernel
+    /// update the operational state (since 6.8).
     ///
     /// # Errors
-    /// It is not, in that time; or the kernel does not say.
+    /// `TimedOut` if the condition is not met in time; or if the kernel does not answer.
     pub fn await_link(
         &mut self,
         name: &str,
-        patience: Duration,
+        timeout: Duration,
         is_as_wanted: impl Fn(&Link) -> bool,
     ) -> io::Result<()> {
         let start = Instant::now();
         loop {
             match self.link(name)? {
                 Some(link) if is_as_wanted(&link) => return Ok(()),
-                _ if start.elapsed() >= patience => return Err(io::ErrorKind::TimedOut.into()),
-                _ => thread::sleep(LOOK_AGAIN),
+                _ if start.elapsed() >= timeout => return Err(io::ErrorKind::TimedOut.into()),
+                _ => thread::sleep(LINK_POLL_INTERVAL),
             }
         }
     }
 
-    /// The index of an interface that must exist.
+    /// Returns the index of an interface.
+    ///
+    /// # Errors
+    /// `NotFound` if it does not exist; or if the kernel does not answer.
     pub fn index_of(&mut self, name: &str) -> io::Result<u32> {
         let missing = || io::Error::new(io::ErrorKind::NotFound, format!("no interface {name}"));
         self.link(name)?.map(|link| link.index).ok_or_else(missing)
     }
 
+    /// Returns the addresses of all interfaces.
+    ///
+    /// # Errors
+    /// If the kernel does not answer.
     pub fn addresses(&mut self) -> io::Result<Vec<Address>> {
         let found = self.dump(&RouteNetlinkMessage::GetAddress(AddressMessage::default()))?;
         Ok(found
@@ -210,22 +239,32 @@ impl Netlink {
             .collect())
     }
 
+    /// Creates an interface.
+    ///
+    /// # Errors
+    /// If the kernel refuses, for example because the name is taken.
     pub fn create_link(&mut self, message: LinkMessage) -> io::Result<()> {
         self.apply_one(RouteNetlinkMessage::NewLink(message), NLM_F_CREATE | NLM_F_EXCL)
     }
 
     /// Changes attributes of an existing interface.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
     pub fn set_link(&mut self, change: LinkMessageBuilder<LinkUnspec>) -> io::Result<()> {
         self.apply_one(RouteNetlinkMessage::SetLink(change.build()), 0)
     }
 
-    /// Calls an interface by another name.
+    /// Renames an interface. A kernel before 6.2 requires it to be down; it is left down then, and the caller
+    /// has to restore what the kernel removes with that.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
     pub fn rename_link(&mut self, index: u32, name: &str) -> io::Result<()> {
         let change = || LinkUnspec::new_with_index(index);
         let rename = || change().name(name.to_owned());
         match self.set_link(rename()) {
-            // Kernels before 6.2 rename only what is down.
-            // What is lost by that is for the caller to put back.
+            // Kernels before 6.2 rename an interface only while it is down.
             Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
                 self.set_link(change().down())?;
                 self.set_link(rename())
@@ -234,7 +273,11 @@ impl Netlink {
         }
     }
 
-    /// The number by which the kernel calls a namespace in this one; none, where it has not needed one yet.
+    /// Returns the kernel's id of a namespace, as seen from this one. `None` if the kernel has not assigned
+    /// one.
+    ///
+    /// # Errors
+    /// If the kernel does not answer.
     pub fn namespace(&mut self, netns: &impl AsRawFd) -> io::Result<Option<i32>> {
         let mut message = NsidMessage::default();
         message.attributes.push(NsidAttribute::Fd(netns.as_raw_fd().cast_unsigned()));
@@ -250,11 +293,19 @@ impl Netlink {
         Ok(number.filter(|number| *number >= 0))
     }
 
+    /// Removes an interface.
+    ///
+    /// # Errors
+    /// If the kernel refuses; `ENODEV` if it does not exist.
     pub fn delete_link(&mut self, index: u32) -> io::Result<()> {
         let message = LinkUnspec::new_with_index(index).build();
         self.apply_one(RouteNetlinkMessage::DelLink(message), 0)
     }
 
+    /// Adds an address to an interface. Succeeds if it is already there.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
     pub fn add_address(&mut self, link: u32, ip: IpAddr, prefix_len: u8) -> io::Result<()> {
         let message = address_message(link, ip, prefix_len);
         let added =
@@ -265,17 +316,24 @@ impl Netlink {
         }
     }
 
+    /// Removes an address from an interface. Succeeds if it is not there.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
     pub fn remove_address(&mut self, link: u32, ip: IpAddr, prefix_len: u8) -> io::Result<()> {
         let message = address_message(link, ip, prefix_len);
         match self.apply_one(RouteNetlinkMessage::DelAddress(message), 0) {
             Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => Ok(()),
-            // Below an MTU of 1280 an interface has no IPv6, and has lost its addresses.
+            // Below an MTU of 1280 an interface has no IPv6, and the kernel has removed its IPv6 addresses.
             Err(error) if error.raw_os_error() == Some(ENXIO) => Ok(()),
             result => result,
         }
     }
 
-    /// Adds a route by a gateway.
+    /// Adds a route through a gateway.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
     pub fn add_route(&mut self, destination: ipnet::Ipv4Net, via: Ipv4Addr) -> io::Result<()> {
         let message = RouteMessageBuilder::<Ipv4Addr>::new()
             .destination_prefix(destination.network(), destination.prefix_len())
@@ -284,8 +342,11 @@ impl Netlink {
         self.apply_one(RouteNetlinkMessage::NewRoute(message), NLM_F_CREATE | NLM_F_EXCL)
     }
 
-    /// The default routes of the main table, the one that the kernel prefers first. Of a multipath route each
-    /// next hop is one.
+    /// Returns the default routes of the main table, in the kernel's order of preference. Each next hop of a
+    /// multipath route is a separate entry.
+    ///
+    /// # Errors
+    /// If the kernel does not answer.
     pub fn default_routes(&mut self, ipv4: bool) -> io::Result<Vec<DefaultRoute>> {
         let mut filter = RouteMessage::default();
         filter.header.address_family =
@@ -299,7 +360,7 @@ impl Netlink {
                 _ => None,
             });
         let found = match found {
-            // A kernel without IPv6.
+            // The kernel may have no IPv6.
             Err(_) if !ipv4 => return Ok(Vec::new()),
             found => found?,
         };
@@ -309,7 +370,7 @@ impl Netlink {
     }
 }
 
-/// The next hops of a default route; none of a route that is no default, or leads nowhere.
+/// Returns the next hops of a default route. Empty for other routes.
 fn default_routes(message: &RouteMessage) -> Vec<DefaultRoute> {
     let header = &message.header;
     if header.destination_prefix_length != 0 || header.kind != RouteType::Unicast {
@@ -377,6 +438,7 @@ impl From<LinkMessage> for Link {
 }
 
 impl Address {
+    /// Parses a message of the kernel. `None` if it has no address.
     pub(crate) fn new(message: &AddressMessage) -> Option<Self> {
         let find = |local: bool| {
             message.attributes.iter().find_map(|attribute| match attribute {
@@ -385,16 +447,16 @@ impl Address {
                 _ => None,
             })
         };
-        // On point-to-point links IFA_ADDRESS is the other end.
+        // On point-to-point links IFA_ADDRESS is the peer's address.
         let ip = find(true).or_else(|| find(false))?;
         let header = &message.header;
-        let bad = [
+        let flaws = [
             header.scope != AddressScope::Universe,
             !header.flags.contains(AddressHeaderFlags::Permanent),
             ip.is_ipv6() && header.flags.contains(AddressHeaderFlags::Secondary),
         ];
-        let demerits = bad.iter().rev().enumerate().map(|(i, bad)| u8::from(*bad) << i).sum();
-        let not_yet = AddressHeaderFlags::Tentative | AddressHeaderFlags::Dadfailed;
+        let demerits = flaws.iter().rev().enumerate().map(|(i, bad)| u8::from(*bad) << i).sum();
+        let unusable = AddressHeaderFlags::Tentative | AddressHeaderFlags::Dadfailed;
         Some(Self {
             link: header.index,
             ip,
@@ -402,7 +464,7 @@ impl Address {
             demerits,
             duplicate: header.flags.contains(AddressHeaderFlags::Dadfailed),
             tentative: ip.is_ipv6()
-                && header.flags.intersects(not_yet)
+                && header.flags.intersects(unusable)
                 && !header.flags.contains(AddressHeaderFlags::Optimistic),
             deprecated: header.flags.contains(AddressHeaderFlags::Deprecated),
             temporary: ip.is_ipv6() && header.flags.contains(AddressHeaderFlags::Secondary),
@@ -410,12 +472,13 @@ impl Address {
     }
 }
 
-/// The attribute by which a device gets no IPv6 address of its own.
+/// Returns the attribute that disables automatic IPv6 addresses on an interface.
 pub(crate) fn no_ipv6_address() -> LinkAttribute {
     let none = AfSpecInet6::AddrGenMode(In6AddrGenMode::None);
     LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![none])])
 }
 
+/// Returns a message about an address of an interface.
 pub(crate) fn address_message(link: u32, ip: IpAddr, prefix_len: u8) -> AddressMessage {
     match ip {
         IpAddr::V4(ip) => {

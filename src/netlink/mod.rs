@@ -1,10 +1,10 @@
-//! A blocking netlink route socket: batches of changes and dumps, nothing else.
+//! A blocking rtnetlink socket for batches of changes and for dumps.
 //!
-//! Messages are built with `rtnetlink` and its packet crates. The sending is ours because a bulk of
-//! entries must travel in few system calls with every failure tied to its message, and because nothing
-//! may report success for work that was not done (both measured against the asynchronous handle).
-//! Interfaces are made and found in [`link`]; [`monitor`] hears of changes. What to program is not decided
-//! here.
+//! Messages are built with `rtnetlink` and its packet crates. This module sends them itself, because many
+//! entries must be sent in few system calls, each failure must be attributed to its message, and success must
+//! not be reported for work that was not done. The asynchronous handle of `rtnetlink` does not meet these
+//! requirements. [`link`] has interfaces and addresses; [`monitor`] receives change notifications. The
+//! callers decide what to program.
 
 pub mod attributes;
 pub mod ethtool;
@@ -34,50 +34,57 @@ use rtnetlink::{
 };
 
 use unreadable::MAX_UNREADABLE;
-pub use unreadable::{About, Unreadable};
+pub use unreadable::{MessageSubject, Unreadable};
 
-/// Messages per system call. Without this bound more failures than the receive buffer holds could come
-/// back at once (it takes about 250).
+/// Maximum number of messages per system call. The receive buffer holds about 250 error messages; more would
+/// be lost if they arrive at once.
 const BATCH_MESSAGES: usize = 128;
-/// The kernel answers at once; silence this long means that the answer was lost.
+/// Time to wait for the kernel's answer. The kernel answers at once, so after this time the answer is lost.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
-/// A dump that other changes interrupt is asked for again, this many times.
-const DUMP_TRIES: usize = 8;
+/// Number of attempts at a dump that concurrent changes interrupt.
+const MAX_DUMP_ATTEMPTS: usize = 8;
+/// Error of a socket whose receive buffer was full.
 const ENOBUFS: i32 = 105;
-/// The kernel never sends more in one message to a reader with a buffer of this size.
-const RECEIVE_BUFFER: usize = 1 << 16;
-/// Datagrams that are read in one turn of a reader that has other work, too: some 20 ms.
-const TURN: usize = 1_024;
+/// Receive buffer in bytes. The kernel sends no larger datagram to a reader with a buffer of this size.
+const RECEIVE_BUFFER_BYTES: usize = 1 << 16;
+/// Maximum number of datagrams per call of [`drain`], so that a reader with other work returns after about 20
+/// ms.
+const MAX_DATAGRAMS_PER_READ: usize = 1_024;
 
-/// One change: the message and its `NLM_F_*` flags beside request and acknowledgement.
+/// A change to send.
 #[derive(Debug, PartialEq)]
 pub struct Request {
+    /// The message.
     pub message: RouteNetlinkMessage,
+    /// `NLM_F_*` flags in addition to `NLM_F_REQUEST` and `NLM_F_ACK`.
     pub flags: u16,
 }
 
-/// A change that the kernel refused; `index` is its place in the batch.
+/// A change that the kernel refused.
 #[derive(Debug)]
-pub struct Refused {
+pub struct RefusedChange {
+    /// Index of the change in its batch.
     pub index: usize,
+    /// The kernel's error number.
     pub errno: i32,
 }
 
-impl Refused {
+impl RefusedChange {
+    /// Returns the error.
     pub fn to_io(&self) -> io::Error {
         io::Error::from_raw_os_error(self.errno)
     }
 }
 
-/// Changes that travel together.
+/// Encoded changes that are sent with one system call.
 pub struct Batch {
     bytes: Vec<u8>,
-    /// Sequence number of the first.
+    /// Sequence number of the first change.
     first: u32,
     messages: usize,
 }
 
-/// A socket in the network namespace of the thread that opened it, for good.
+/// A socket in the network namespace of the thread that opened it. It stays in that namespace.
 pub struct Netlink {
     socket: Socket,
     sequence: u32,
@@ -86,20 +93,24 @@ pub struct Netlink {
 }
 
 impl Netlink {
+    /// Opens a socket in the network namespace of this thread.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
     pub fn open() -> io::Result<Self> {
         let socket = open_socket(NETLINK_ROUTE)?;
         socket.set_cap_ack(true)?;
-        // Without strict checking the kernel ignores the filters of a dump silently.
+        // Without strict checking the kernel silently ignores the filters of a dump.
         socket.set_netlink_get_strict_chk(true)?;
-        let buffer = Vec::with_capacity(RECEIVE_BUFFER);
+        let buffer = Vec::with_capacity(RECEIVE_BUFFER_BYTES);
         Ok(Self { socket, sequence: 0, buffer, unreadable: Vec::new() })
     }
 
-    /// A socket in another network namespace, for good. This thread goes there and comes back to its
-    /// `home`: a thread of its own would take longer than the rest.
+    /// Opens a socket in another network namespace. Switches this thread to that namespace and back to
+    /// `home`, which is faster than a separate thread.
     ///
     /// # Errors
-    /// `EINVAL` if that is none.
+    /// If the kernel refuses; `EINVAL` if `netns` is not a network namespace.
     pub fn open_in(netns: &impl AsFd, home: &impl AsFd) -> io::Result<Self> {
         setns(netns, CloneFlags::CLONE_NEWNET)?;
         let opened = Self::open();
@@ -107,39 +118,45 @@ impl Netlink {
         opened
     }
 
-    /// Carries out all changes, in order, and names those that the kernel refused.
-    pub fn apply(&mut self, changes: Vec<Request>) -> io::Result<Vec<Refused>> {
+    /// Applies all changes in order. Returns those that the kernel refused.
+    ///
+    /// # Errors
+    /// If the kernel does not answer.
+    pub fn apply(&mut self, changes: Vec<Request>) -> io::Result<Vec<RefusedChange>> {
         let mut refused = Vec::new();
         let mut changes = changes.into_iter();
         let mut done = 0;
         loop {
-            let some: Vec<Request> = changes.by_ref().take(BATCH_MESSAGES).collect();
-            if some.is_empty() {
+            let chunk: Vec<Request> = changes.by_ref().take(BATCH_MESSAGES).collect();
+            if chunk.is_empty() {
                 return Ok(refused);
             }
-            let batch = self.encode(some);
-            for Refused { index, errno } in self.send(&batch)? {
-                refused.push(Refused { index: done + index, errno });
+            let batch = self.encode(chunk);
+            for RefusedChange { index, errno } in self.send(&batch)? {
+                refused.push(RefusedChange { index: done + index, errno });
             }
             done += batch.messages;
         }
     }
 
-    /// Changes as bytes, for one system call: at most 128 of them.
+    /// Encodes changes for one system call: at most 128.
     pub fn encode(&mut self, changes: Vec<Request>) -> Batch {
         let first = self.sequence.wrapping_add(1);
         let messages = changes.len();
         let mut bytes = Vec::new();
         for (i, Request { message, flags }) in changes.into_iter().enumerate() {
-            // Refusals come back in any case; one acknowledgement tells that all is done.
+            // The kernel always reports errors, so one acknowledgement, of the last change, is enough.
             let ack = if i + 1 == messages { NLM_F_ACK } else { 0 };
             self.append(message, NLM_F_REQUEST | ack | flags, &mut bytes);
         }
         Batch { bytes, first, messages }
     }
 
-    /// Sends a batch and waits until it is done.
-    pub fn send(&mut self, batch: &Batch) -> io::Result<Vec<Refused>> {
+    /// Sends a batch and waits until the kernel has processed it. Returns the refused changes.
+    ///
+    /// # Errors
+    /// If the kernel does not answer.
+    pub fn send(&mut self, batch: &Batch) -> io::Result<Vec<RefusedChange>> {
         send_all(&self.socket, &batch.bytes)?;
         let mut refused = Vec::new();
         loop {
@@ -152,7 +169,7 @@ impl Netlink {
                 if let NetlinkPayload::Error(error) = message.payload {
                     acknowledged |= index + 1 == batch.messages;
                     if let Some(code) = error.code {
-                        refused.push(Refused { index, errno: -code.get() });
+                        refused.push(RefusedChange { index, errno: -code.get() });
                     }
                 }
             }
@@ -162,7 +179,10 @@ impl Netlink {
         }
     }
 
-    /// Carries out one change; a refusal is an error with the kernel's number.
+    /// Applies one change.
+    ///
+    /// # Errors
+    /// If the kernel refuses it (with the kernel's error number) or does not answer.
     pub fn apply_one(&mut self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
         match self.apply(vec![Request { message, flags }])?.first() {
             Some(refused) => Err(refused.to_io()),
@@ -170,19 +190,25 @@ impl Netlink {
         }
     }
 
-    /// All objects that match the message, from one undisturbed pass.
+    /// Returns all objects that match the message, from one consistent dump.
+    ///
+    /// # Errors
+    /// If the kernel refuses or does not answer; `Interrupted` if the tables change too fast.
     pub fn dump(&mut self, message: &RouteNetlinkMessage) -> io::Result<Vec<RouteNetlinkMessage>> {
         self.dump_some(message, Some)
     }
 
-    /// The same, where a table may be very long and little of it is wanted: only what `keep` gives for an
-    /// object is held in memory.
+    /// Like [`Self::dump`], but stores only what `keep` returns for each object. For long tables of which
+    /// little is needed.
+    ///
+    /// # Errors
+    /// As for [`Self::dump`].
     pub fn dump_some<T>(
         &mut self,
         message: &RouteNetlinkMessage,
         mut keep: impl FnMut(RouteNetlinkMessage) -> Option<T>,
     ) -> io::Result<Vec<T>> {
-        for _ in 0..DUMP_TRIES {
+        for _ in 0..MAX_DUMP_ATTEMPTS {
             if let Some(found) = self.dump_once(message.clone(), &mut keep)? {
                 return Ok(found);
             }
@@ -190,7 +216,10 @@ impl Netlink {
         Err(io::Error::new(io::ErrorKind::Interrupted, "the kernel's tables change too fast"))
     }
 
-    /// The object that a message asks for by name or number.
+    /// Returns the object that a message requests by name or index.
+    ///
+    /// # Errors
+    /// If the kernel refuses, does not answer, or its answer cannot be parsed.
     pub fn get(&mut self, message: RouteNetlinkMessage) -> io::Result<RouteNetlinkMessage> {
         let mut bytes = Vec::new();
         self.append(message, NLM_F_REQUEST, &mut bytes);
@@ -209,7 +238,7 @@ impl Netlink {
         }
     }
 
-    /// None if the tables changed meanwhile, so that the result may lack entries.
+    /// Runs one dump. `None` if the tables changed during it, so that the result may lack entries.
     fn dump_once<T>(
         &mut self,
         message: RouteNetlinkMessage,
@@ -237,6 +266,7 @@ impl Netlink {
         }
     }
 
+    /// Appends a message with the next sequence number.
     fn append(&mut self, message: RouteNetlinkMessage, flags: u16, bytes: &mut Vec<u8>) {
         self.sequence = self.sequence.wrapping_add(1);
         let mut header = NetlinkHeader::default();
@@ -245,12 +275,12 @@ impl Netlink {
         let mut message = NetlinkMessage::new(header, NetlinkPayload::from(message));
         message.finalize();
         let start = bytes.len();
-        // Each message begins on a multiple of four bytes (NLMSG_ALIGN).
+        // Each message starts at a multiple of four bytes (NLMSG_ALIGN).
         bytes.resize((start + message.buffer_len()).next_multiple_of(4), 0);
         message.serialize(&mut bytes[start..]);
     }
 
-    /// Messages that could not be read since this was last asked, the latest ones.
+    /// Returns the messages that could not be parsed since the last call, at most the latest 64.
     pub fn take_unreadable(&mut self) -> Vec<Unreadable> {
         std::mem::take(&mut self.unreadable)
     }
@@ -271,7 +301,10 @@ impl fmt::Debug for Netlink {
     }
 }
 
-/// Does something in another network namespace. Sockets that are opened stay there for good.
+/// Runs `work` in another network namespace, in a separate thread. Sockets that it opens stay there.
+///
+/// # Errors
+/// If the namespace cannot be entered, the thread cannot be started, or the error of `work`.
 pub fn inside<T: Send>(
     netns: &(impl AsFd + Sync),
     work: impl FnOnce() -> io::Result<T> + Send,
@@ -282,42 +315,40 @@ pub fn inside<T: Send>(
     })
 }
 
-/// In a thread of its own: a namespace once entered is never left.
+/// Runs `work` in a separate thread, so that a change of the network namespace ends with the thread.
 ///
 /// # Errors
-/// That of the work, or the system gives no thread.
+/// If the thread cannot be started, or the error of `work`.
 pub fn in_thread<T: Send>(work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
     let builder = thread::Builder::new().name("namespace".to_owned());
     thread::scope(|scope| builder.spawn_scoped(scope, work).map(thread::ScopedJoinHandle::join))
-        .map_err(|error| {
-            io::Error::new(error.kind(), format!("the system gives no thread: {error}"))
-        })?
+        .map_err(|error| io::Error::new(error.kind(), format!("cannot start a thread: {error}")))?
         .unwrap_or_else(|_| Err(io::Error::other("a namespace thread panicked")))
 }
 
-/// Every message of one datagram. One that the packet crate cannot read is left out.
+/// Parses the messages of one datagram. Skips messages that the packet crate cannot parse.
 ///
 /// # Errors
-/// Fails if the datagram is cut off.
+/// If the datagram is truncated.
 pub fn parse_messages(bytes: &[u8]) -> io::Result<Vec<NetlinkMessage<RouteNetlinkMessage>>> {
     let (messages, unreadable) = parse(bytes)?;
     for message in unreadable {
-        tracing::debug!(error = %message.to_io(), "netlink message not understood");
+        tracing::debug!(error = %message.to_io(), "unreadable netlink message skipped");
     }
     Ok(messages)
 }
 
 type Parsed = (Vec<NetlinkMessage<RouteNetlinkMessage>>, Vec<Unreadable>);
 
+/// Parses the messages of one datagram.
 fn parse(bytes: &[u8]) -> io::Result<Parsed> {
     let (mut messages, mut unreadable) = (Vec::new(), Vec::new());
     let mut rest = bytes;
     while let Some(length) = rest.first_chunk::<4>() {
         let length = u32::from_ne_bytes(*length) as usize;
-        let message = rest
-            .get(..length)
-            .filter(|_| length >= 16)
-            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "cut off netlink message"))?;
+        let message = rest.get(..length).filter(|_| length >= 16).ok_or_else(|| {
+            io::Error::new(io::ErrorKind::InvalidData, "truncated netlink message")
+        })?;
         match NetlinkMessage::deserialize(message) {
             Ok(message) => messages.push(message),
             Err(error) => unreadable.push(Unreadable::new(message, &error)),
@@ -327,7 +358,7 @@ fn parse(bytes: &[u8]) -> io::Result<Parsed> {
     Ok((messages, unreadable))
 }
 
-/// A socket that talks to the kernel, and waits only so long for its answers.
+/// Opens a socket to the kernel, with [`ANSWER_TIMEOUT`] for reading.
 fn open_socket(protocol: isize) -> io::Result<Socket> {
     let mut socket = Socket::new(protocol)?;
     socket.bind_auto()?;
@@ -336,10 +367,10 @@ fn open_socket(protocol: isize) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// The kernel's next answer, in the place of what is in the buffer.
+/// Receives the next datagram of the kernel into the buffer.
 fn receive(socket: &Socket, buffer: &mut Vec<u8>) -> io::Result<()> {
     buffer.clear();
-    buffer.reserve(RECEIVE_BUFFER);
+    buffer.reserve(RECEIVE_BUFFER_BYTES);
     socket.recv(buffer, 0).map(drop).map_err(|error| match error.kind() {
         io::ErrorKind::WouldBlock => {
             io::Error::new(io::ErrorKind::TimedOut, "the kernel did not answer")
@@ -348,15 +379,15 @@ fn receive(socket: &Socket, buffer: &mut Vec<u8>) -> io::Result<()> {
     })
 }
 
-/// What waits in a socket that does not block, datagram by datagram: all of it, unless it is more than one
-/// turn takes. Says whether some was lost because there was more than the socket holds.
+/// Passes the datagrams that wait in a non-blocking socket to `each`, at most [`MAX_DATAGRAMS_PER_READ`] of
+/// them. Returns whether datagrams were lost because the socket's buffer was full.
 fn drain(
     socket: &Socket,
     buffer: &mut Vec<u8>,
     mut each: impl FnMut(&[u8]) -> io::Result<()>,
 ) -> io::Result<bool> {
     let mut overrun = false;
-    for _ in 0..TURN {
+    for _ in 0..MAX_DATAGRAMS_PER_READ {
         match receive(socket, buffer) {
             Ok(()) => each(buffer)?,
             Err(error) if error.kind() == io::ErrorKind::TimedOut => return Ok(overrun),
@@ -377,7 +408,7 @@ fn send_all(socket: &Socket, bytes: &[u8]) -> io::Result<()> {
 mod tests {
     use super::*;
 
-    /// A message of a type with a body that begins with this header.
+    /// Returns a message of a type, with a body that starts with the protocol's header.
     fn message(kind: u16, body: &[u8]) -> Vec<u8> {
         let mut bytes = u32::try_from(16 + body.len()).expect("short").to_ne_bytes().to_vec();
         bytes.extend(kind.to_ne_bytes());
@@ -389,8 +420,8 @@ mod tests {
     }
 
     #[test]
-    fn message_that_cannot_be_read_says_what_it_is_about() {
-        // A neighbor of interface 5 and a route of protocol 73, each with an attribute that is cut off.
+    fn unreadable_message_is_reported_with_its_subject() {
+        // A neighbor of interface 5 and a route of protocol 73, each with a truncated attribute.
         let mut neighbor = vec![0; 12];
         neighbor[4] = 5;
         let mut route = vec![2, 24, 0, 0, 254, 73, 0, 1, 0, 0, 0, 0];
@@ -401,6 +432,9 @@ mod tests {
         let (read, unreadable) = parse(&bytes).expect("whole");
         assert!(read.is_empty(), "{read:?}");
         let about: Vec<_> = unreadable.iter().map(|one| (one.sequence, one.about)).collect();
-        assert_eq!(about, [(7, About::Interface(5)), (7, About::Route { protocol: 73 })]);
+        assert_eq!(
+            about,
+            [(7, MessageSubject::Interface(5)), (7, MessageSubject::Route { protocol: 73 })]
+        );
     }
 }

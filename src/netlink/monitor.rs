@@ -1,8 +1,8 @@
-//! What the kernel tells about changes of its tables, whoever made them.
+//! Notifications of the kernel about changes of its tables, by any program.
 //!
-//! Never blocks, and keeps nothing: a pod that sets its interface down and up makes the kernel tell of it
-//! ten thousand times a second. What was lost in an overrun is not known, so the reader must look at
-//! everything then.
+//! A monitor never blocks and stores nothing, because a pod that sets its interface down and up causes ten
+//! thousand notifications a second. After an overrun it is unknown what was lost, so the reader must then
+//! check everything.
 
 use std::{
     borrow::Cow,
@@ -16,56 +16,67 @@ use rtnetlink::{
     sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE},
 };
 
-use super::{RECEIVE_BUFFER, drain, parse_messages};
+use super::{RECEIVE_BUFFER_BYTES, drain, parse_messages};
 
-/// `RTNLGRP_*` of linux/rtnetlink.h: links, neighbours, addresses, routes and rules of both families.
-const EVERYTHING: [u32; 8] = [1, 3, 5, 7, 8, 9, 11, 19];
-/// Of them, links and addresses.
-const INTERFACES: [u32; 3] = [1, 5, 9];
-/// `RTM_NEWLINK` of linux/rtnetlink.h, and the lengths of `struct nlmsghdr` and `struct ifinfomsg`.
+/// `RTNLGRP_*` (linux/rtnetlink.h): links, neighbors, addresses, routes and rules of both families.
+const ALL_GROUPS: [u32; 8] = [1, 3, 5, 7, 8, 9, 11, 19];
+/// The groups of links and addresses.
+const INTERFACE_GROUPS: [u32; 3] = [1, 5, 9];
+/// `RTM_NEWLINK` (linux/rtnetlink.h).
 const NEW_LINK: u16 = 16;
+/// Bytes of `struct nlmsghdr`.
 const HEADER: usize = 16;
+/// Bytes of `struct ifinfomsg`.
 const LINK_HEADER: usize = 16;
-/// `IFLA_STATS`, `IFLA_STATS64` and `IFLA_AF_SPEC` of linux/if_link.h.
+/// `IFLA_STATS`, `IFLA_STATS64` and `IFLA_AF_SPEC` (linux/if_link.h).
 const STATISTICS: [u16; 3] = [7, 23, 26];
-/// Some 20,000 changes: more than one burst of a busy host.
-const SOCKET_BUFFER: usize = 8 << 20;
+/// Receive buffer of the socket in bytes: about 20,000 changes, which exceeds a burst of a busy host.
+const SOCKET_BUFFER_BYTES: usize = 8 << 20;
 
-/// A socket that hears of all changes in its network namespace.
+/// A socket that receives notifications about changes in its network namespace.
 pub struct Monitor {
     socket: Socket,
     buffer: Vec<u8>,
 }
 
 impl Monitor {
-    /// Hears of interfaces, neighbours, routes and rules.
+    /// Opens a monitor of interfaces, neighbors, addresses, routes and rules.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
     pub fn open() -> io::Result<Self> {
-        Self::of(&EVERYTHING)
+        Self::of(&ALL_GROUPS)
     }
 
-    /// Hears of interfaces and their addresses alone.
+    /// Opens a monitor of interfaces and addresses.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
     pub fn of_interfaces() -> io::Result<Self> {
-        Self::of(&INTERFACES)
+        Self::of(&INTERFACE_GROUPS)
     }
 
     fn of(groups: &[u32]) -> io::Result<Self> {
         let mut socket = Socket::new(NETLINK_ROUTE)?;
         socket.bind(&SocketAddr::new(0, 0))?;
         for &group in groups {
-            // A kernel without IPv6 has no such group.
+            // Groups from 9 on are those of IPv6, which the kernel may lack.
             let joined = socket.add_membership(group);
             if group < 9 {
                 joined?;
             }
         }
-        // Without the privilege to exceed the system's limit it stays smaller, and overruns sooner.
-        let _ = socket.set_rx_buf_sz(i32::try_from(SOCKET_BUFFER).unwrap_or(i32::MAX));
+        // Without CAP_NET_ADMIN the buffer is limited by rmem_max and overruns sooner.
+        let _ = socket.set_rx_buf_sz(i32::try_from(SOCKET_BUFFER_BYTES).unwrap_or(i32::MAX));
         socket.set_non_blocking(true)?;
-        Ok(Self { socket, buffer: Vec::with_capacity(RECEIVE_BUFFER) })
+        Ok(Self { socket, buffer: Vec::with_capacity(RECEIVE_BUFFER_BYTES) })
     }
 
-    /// Gives each change that has been told, or as many of them as one turn takes; the socket stays readable
-    /// while there are more. Says whether more happened than the socket could hold.
+    /// Passes the pending notifications to `each`, at most as many as [`drain`] reads per call. The socket
+    /// stays readable while there are more. Returns whether notifications were lost.
+    ///
+    /// # Errors
+    /// If the socket fails or a datagram is truncated.
     pub fn read(&mut self, mut each: impl FnMut(RouteNetlinkMessage)) -> io::Result<bool> {
         drain(&self.socket, &mut self.buffer, |bytes| {
             for message in parse_messages(&without_statistics(bytes))? {
@@ -78,15 +89,15 @@ impl Monitor {
     }
 }
 
-/// Messages without counters and sysctls of interfaces: two thirds of what the kernel says of each change,
-/// and nothing that a listener asks for. A pod that is connected makes a dozen of these changes.
+/// Removes counters and sysctls from messages about interfaces. They are two thirds of each message, and no
+/// reader needs them. Connecting one pod causes a dozen such messages.
 fn without_statistics(bytes: &[u8]) -> Cow<'_, [u8]> {
     let mut rest = bytes;
     let mut kept = Vec::with_capacity(bytes.len());
     while let Some(length) = rest.first_chunk::<4>() {
         let length = u32::from_ne_bytes(*length) as usize;
         let (Some(message), true) = (rest.get(..length), length >= HEADER) else {
-            // The parser names what is wrong.
+            // The parser reports the truncated message.
             return bytes.into();
         };
         let start = kept.len();
@@ -141,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn statistics_are_left_out_and_all_else_of_each_message_stays() {
+    fn statistics_are_removed_and_everything_else_is_kept() {
         let link = |attributes: &[LinkAttribute]| {
             let mut link = LinkMessage::default();
             link.header.index = 7;
@@ -159,9 +170,9 @@ mod tests {
         let [counters, sysctls] = statistics;
         let whole = link(&[name.clone(), counters, alias.clone(), sysctls]);
         let address = RouteNetlinkMessage::NewAddress(AddressMessage::default());
-        let told = [bytes(whole.clone()), bytes(address.clone()), bytes(whole)].concat();
-        let kept = without_statistics(&told);
-        assert!(kept.len() * 3 < told.len(), "{} of {}", kept.len(), told.len());
+        let received = [bytes(whole.clone()), bytes(address.clone()), bytes(whole)].concat();
+        let kept = without_statistics(&received);
+        assert!(kept.len() * 3 < received.len(), "{} of {}", kept.len(), received.len());
         let read = parse_messages(&kept).expect("whole messages").into_iter();
         let read: Vec<NetlinkPayload<_>> = read.map(|message| message.payload).collect();
         let wanted = [link(&[name.clone(), alias.clone()]), address, link(&[name, alias])];
@@ -169,21 +180,21 @@ mod tests {
     }
 
     #[test]
-    fn messages_that_are_cut_off_stay_as_they_are() {
-        let mut told = bytes(RouteNetlinkMessage::NewLink(LinkMessage::default()));
-        told.truncate(told.len() - 4);
-        assert_eq!(without_statistics(&told), told);
-        assert!(parse_messages(&without_statistics(&told)).is_err());
+    fn truncated_messages_are_left_unchanged() {
+        let mut received = bytes(RouteNetlinkMessage::NewLink(LinkMessage::default()));
+        received.truncate(received.len() - 4);
+        assert_eq!(without_statistics(&received), received);
+        assert!(parse_messages(&without_statistics(&received)).is_err());
     }
 
     #[test]
-    fn attributes_of_any_length_end_with_their_message() {
-        let mut told = bytes(RouteNetlinkMessage::NewLink(LinkMessage::default()));
+    fn attribute_lengths_never_exceed_their_message() {
+        let mut received = bytes(RouteNetlinkMessage::NewLink(LinkMessage::default()));
         for attribute in [[0, 0, 3, 0], [255, 255, 3, 0], [4, 0, 7, 0]] {
-            told.extend(attribute);
-            let length = (told.len() as u32).to_ne_bytes();
-            told[..4].copy_from_slice(&length);
-            assert!(without_statistics(&told).len() <= told.len());
+            received.extend(attribute);
+            let length = (received.len() as u32).to_ne_bytes();
+            received[..4].copy_from_slice(&length);
+            assert!(without_statistics(&received).len() <= received.len());
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Neighbours: the answer of the kernel to the question which MAC an address has.
+//! Neighbor entries of the kernel: the MACs of addresses (ARP and ND).
 
 use std::{io, net::IpAddr};
 
@@ -19,36 +19,41 @@ use crate::model::Mac;
 
 const ENOENT: i32 = 2;
 
-/// The kernel's table of neighbors of a family, which is one for all interfaces and namespaces.
+/// The kernel's neighbor table of a family, which all interfaces and namespaces share.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct NeighborTable {
+    /// Whether it is the table of IPv4.
     pub is_ipv4: bool,
+    /// Number of entries.
     pub entries: u32,
-    /// Entries that it holds at most (`gc_thresh3`).
+    /// Maximum number of entries (`gc_thresh3`).
     pub most: u32,
-    /// Neighbors that found no room, since the kernel has started.
+    /// Number of entries refused because the table was full, since boot.
     pub refused: u64,
 }
 
-/// An entry of these tables.
+/// A neighbor entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Neighbor {
+    /// Index of the interface.
     pub link: u32,
+    /// Address of the neighbor.
     pub ip: IpAddr,
+    /// MAC of the neighbor, if it is known.
     pub mac: Option<Mac>,
-    /// The kernel has asked for the MAC, and has been told.
+    /// Whether the kernel has resolved the MAC by ARP or ND.
     pub is_resolved: bool,
-    /// It stays when the table is full, and takes no place there (`extern_learn`).
+    /// Whether the kernel does not evict it from a full table and does not count it there (`extern_learn`).
     pub stays: bool,
-    /// What has made it so.
+    /// Protocol number of the program that added it.
     pub protocol: Option<u8>,
 }
 
 impl Netlink {
-    /// All entries of this namespace.
+    /// Returns all neighbor entries of this namespace.
     ///
     /// # Errors
-    /// The kernel's answer to the question.
+    /// If the kernel does not answer.
     pub fn neighbors(&mut self) -> io::Result<Vec<Neighbor>> {
         let wanted = RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default());
         self.dump_some(&wanted, |message| match message {
@@ -57,7 +62,10 @@ impl Netlink {
         })
     }
 
-    /// The kernel's tables of neighbors.
+    /// Returns the kernel's neighbor tables.
+    ///
+    /// # Errors
+    /// If the kernel does not answer.
     pub fn neighbor_tables(&mut self) -> io::Result<Vec<NeighborTable>> {
         let wanted = RouteNetlinkMessage::GetNeighbourTable(NeighbourTableMessage::default());
         self.dump_some(&wanted, |message| match message {
@@ -66,32 +74,40 @@ impl Netlink {
         })
     }
 
-    /// Forgets an address on the link with this index: the next packet to it makes the kernel ask for its
-    /// MAC.
-    pub fn forget_neighbour(&mut self, link: u32, ip: IpAddr) -> io::Result<()> {
-        let Request { message, flags } = without(link, ip);
+    /// Removes the entry of an address, so that the kernel resolves its MAC again for the next packet.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn remove_neighbor(&mut self, link: u32, ip: IpAddr) -> io::Result<()> {
+        let Request { message, flags } = entry_removal(link, ip);
         match self.apply_one(message, flags) {
             Err(error) if error.raw_os_error() != Some(ENOENT) => Err(error),
             _ => Ok(()),
         }
     }
 
-    /// How far the kernel is with an address; none, if it does not know of it.
+    /// Returns the state of an entry; `None` if there is no entry.
+    ///
+    /// # Errors
+    /// If the kernel does not answer.
     pub fn neighbour(&mut self, link: u32, ip: IpAddr) -> io::Result<Option<NeighbourState>> {
         Ok(self.entry(link, ip)?.map(|found| found.header.state))
     }
 
-    /// The MAC that an address has for good; none, if the kernel asks for it.
-    pub fn pinned_neighbour(&mut self, link: u32, ip: IpAddr) -> io::Result<Option<Mac>> {
-        let found = self.entry(link, ip)?;
-        Ok(found.and_then(|found| pinned(&found)).map(|(_, mac)| mac))
-    }
-
-    /// Addresses on a link that have a MAC for good.
+    /// Returns the MAC of a permanent entry; `None` if the address has no permanent entry.
     ///
     /// # Errors
-    /// The kernel's answer to the question.
-    pub fn pinned_neighbours(&mut self, link: u32) -> io::Result<Vec<(IpAddr, Mac)>> {
+    /// If the kernel does not answer.
+    pub fn permanent_neighbor(&mut self, link: u32, ip: IpAddr) -> io::Result<Option<Mac>> {
+        let found = self.entry(link, ip)?;
+        Ok(found.and_then(|found| permanent(&found)).map(|(_, mac)| mac))
+    }
+
+    /// Returns all permanent entries of an interface.
+    ///
+    /// # Errors
+    /// If the kernel does not answer.
+    pub fn permanent_neighbors(&mut self, link: u32) -> io::Result<Vec<(IpAddr, Mac)>> {
         let mut wanted = NeighbourMessage::default();
         wanted.header.ifindex = link;
         let found = self.dump(&RouteNetlinkMessage::GetNeighbour(wanted))?;
@@ -100,27 +116,30 @@ impl Netlink {
             _ => None,
         });
         let of_link = of_link.filter(|found| found.header.ifindex == link);
-        Ok(of_link.filter_map(pinned).collect())
+        Ok(of_link.filter_map(permanent).collect())
     }
 
     fn entry(&mut self, link: u32, ip: IpAddr) -> io::Result<Option<NeighbourMessage>> {
         match self.get(RouteNetlinkMessage::GetNeighbour(message(link, ip))) {
             Ok(RouteNetlinkMessage::NewNeighbour(found)) => Ok(Some(found)),
-            Ok(_) => Err(io::Error::new(io::ErrorKind::InvalidData, "no neighbour in the answer")),
+            Ok(_) => Err(io::Error::new(io::ErrorKind::InvalidData, "no neighbor in the answer")),
             Err(error) if error.raw_os_error() == Some(ENOENT) => Ok(None),
             Err(error) => Err(error),
         }
     }
 
-    /// Gives an address a MAC for good: nothing is asked for.
-    pub fn set_neighbour(&mut self, link: u32, ip: IpAddr, mac: Mac) -> io::Result<()> {
-        let Request { message, flags } = permanent(link, ip, mac);
+    /// Adds or replaces a permanent entry.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn set_permanent_neighbor(&mut self, link: u32, ip: IpAddr, mac: Mac) -> io::Result<()> {
+        let Request { message, flags } = permanent_entry(link, ip, mac);
         self.apply_one(message, flags)
     }
 }
 
-/// Gives an address a MAC for good: nothing is asked for.
-pub fn permanent(link: u32, ip: IpAddr, mac: Mac) -> Request {
+/// Returns a request to add or replace a permanent entry. The kernel does not resolve its MAC.
+pub fn permanent_entry(link: u32, ip: IpAddr, mac: Mac) -> Request {
     let mut known = message(link, ip);
     known.header.state = NeighbourState::Permanent;
     known.attributes.push(NeighbourAttribute::LinkLayerAddress(mac.as_bytes().to_vec()));
@@ -128,36 +147,38 @@ pub fn permanent(link: u32, ip: IpAddr, mac: Mac) -> Request {
     Request { message: RouteNetlinkMessage::NewNeighbour(known), flags }
 }
 
-/// Has an entry stay when the table is full, and take no place there; the kernel goes on asking for its MAC
-/// when it is old. Without a MAC an entry is made for an address of which the kernel knows nothing.
-pub fn staying(link: u32, ip: IpAddr, mac: Option<Mac>, protocol: u8) -> Request {
+/// Returns a request to protect an entry: a full table does not evict it, and it does not count there. The
+/// kernel still refreshes its MAC. Without a MAC, an entry is added for an address that has none, and the
+/// kernel resolves the MAC.
+pub fn protected_entry(link: u32, ip: IpAddr, mac: Option<Mac>, protocol: u8) -> Request {
     let mut known = message(link, ip);
     known.header.flags = NeighbourFlags::ExtLearned;
     known.attributes.push(NeighbourAttribute::Protocol(RouteProtocol::from(protocol)));
     learned(known, mac)
 }
 
-/// Has an entry go when the table is full, as others do.
-pub fn passing(link: u32, ip: IpAddr, mac: Mac) -> Request {
+/// Returns a request to remove the protection of [`protected_entry`].
+pub fn unprotected_entry(link: u32, ip: IpAddr, mac: Mac) -> Request {
     learned(message(link, ip), Some(mac))
 }
 
+/// Returns a request for an entry whose MAC the kernel verifies.
 fn learned(mut known: NeighbourMessage, mac: Option<Mac>) -> Request {
     let exists = if mac.is_some() { NLM_F_REPLACE } else { NLM_F_EXCL };
     if let Some(mac) = mac {
-        // The kernel makes sure of it when it is used next.
+        // In this state the kernel verifies the MAC when the entry is used.
         known.header.state = NeighbourState::Stale;
         known.attributes.push(NeighbourAttribute::LinkLayerAddress(mac.as_bytes().to_vec()));
     }
     Request { message: RouteNetlinkMessage::NewNeighbour(known), flags: NLM_F_CREATE | exists }
 }
 
-/// Forgets which MAC an address has; the kernel may know none.
-pub fn without(link: u32, ip: IpAddr) -> Request {
+/// Returns a request to remove an entry. The kernel refuses it if there is none.
+pub fn entry_removal(link: u32, ip: IpAddr) -> Request {
     Request { message: RouteNetlinkMessage::DelNeighbour(message(link, ip)), flags: 0 }
 }
 
-/// None for what is told of one interface alone.
+/// Parses a message about a table. `None` for messages about the parameters of one interface.
 fn neighbor_table(message: &NeighbourTableMessage) -> Option<NeighborTable> {
     let is_ipv4 = message.header.family == AddressFamily::Inet;
     let mut table = NeighborTable { is_ipv4, ..NeighborTable::default() };
@@ -175,14 +196,14 @@ fn neighbor_table(message: &NeighbourTableMessage) -> Option<NeighborTable> {
     is_whole.then_some(table)
 }
 
-/// Address and MAC of an entry that never changes.
-fn pinned(found: &NeighbourMessage) -> Option<(IpAddr, Mac)> {
-    let is_pinned = found.header.state == NeighbourState::Permanent;
-    let Neighbor { ip, mac, .. } = neighbor(found).filter(|_| is_pinned)?;
+/// Returns address and MAC of a permanent entry.
+fn permanent(found: &NeighbourMessage) -> Option<(IpAddr, Mac)> {
+    let is_permanent = found.header.state == NeighbourState::Permanent;
+    let Neighbor { ip, mac, .. } = neighbor(found).filter(|_| is_permanent)?;
     Some((ip, mac?))
 }
 
-/// None for entries that are not about addresses.
+/// Parses an entry. `None` if it has no IP address.
 fn neighbor(found: &NeighbourMessage) -> Option<Neighbor> {
     let (mut ip, mut mac, mut protocol) = (None, None, None);
     for attribute in &found.attributes {
@@ -217,6 +238,7 @@ fn neighbor(found: &NeighbourMessage) -> Option<Neighbor> {
     })
 }
 
+/// Returns a message about the entry of an address.
 fn message(link: u32, ip: IpAddr) -> NeighbourMessage {
     let mut message = NeighbourMessage::default();
     message.header.family = match ip {

@@ -1,8 +1,8 @@
-//! nf_tables by netlink (linux/netfilter/nf_tables.h): transactions, dumps, and the few expressions that
-//! gossamer's rules are made of.
+//! nf_tables by netlink (linux/netfilter/nf_tables.h): transactions, dumps, and the expressions that
+//! gossamer's rules use.
 //!
-//! By hand, because no library does it without a C library or the `nft` program (the one that does is under
-//! the GPL). Shapes only: what the tables hold is said in `dataplane::kernel::firewall`.
+//! Implemented here because other libraries need a C library or the `nft` program, or are under the GPL. This
+//! module only encodes; `dataplane::kernel::firewall` defines the content of the tables.
 
 mod dump;
 mod events;
@@ -16,7 +16,7 @@ use rtnetlink::{
 };
 
 use super::{
-    RECEIVE_BUFFER,
+    RECEIVE_BUFFER_BYTES,
     attributes::Attributes,
     open_socket,
     raw::{Answer, answers, append},
@@ -28,61 +28,80 @@ pub use self::{
     rule::{Base, Field, Rule, Side, limit},
 };
 
-/// `NFPROTO_INET`: tables for both families.
+/// `NFPROTO_INET`: tables for IPv4 and IPv6.
 pub const INET: u8 = 1;
-/// `NFPROTO_BRIDGE`: tables for what passes bridges.
+/// `NFPROTO_BRIDGE`: tables for packets that pass a bridge.
 pub const BRIDGE: u8 = 7;
-/// `NFPROTO_NETDEV`: tables for what passes single interfaces.
+/// `NFPROTO_NETDEV`: tables for packets of single interfaces.
 pub const NETDEV: u8 = 5;
-/// Every family, in a request.
+/// `NFPROTO_UNSPEC`: all families, in a request.
 pub const ANY: u8 = 0;
 
+/// `NFNL_SUBSYS_NFTABLES`.
 const SUBSYSTEM: u16 = 10;
+/// `NFNL_MSG_BATCH_BEGIN`.
 const BATCH_BEGIN: u16 = 0x10;
+/// `NFNL_MSG_BATCH_END`.
 const BATCH_END: u16 = 0x11;
-/// As far as the system's limit allows.
-const SEND_BUFFER: usize = 1 << 20;
-/// Bytes of an interface's name.
+/// Send buffer in bytes, if the system's limit allows.
+const SEND_BUFFER_BYTES: usize = 1 << 20;
+/// Bytes of an interface's name, including the terminating zero.
 pub const IFNAMSIZ: usize = 16;
-/// `NFTA_SET_EXPR`: what each element of a set does when it is found (Linux 5.7; older ones pass over it).
+/// `NFTA_SET_EXPR`: an expression that runs for each element of a set that matches. Kernels before 5.7 ignore
+/// it.
 pub const SET_EXPRESSION: u16 = 17;
 const EINVAL: i32 = 22;
 const EPROTONOSUPPORT: i32 = 93;
 const EOPNOTSUPP: i32 = 95;
 
-/// `NFT_MSG_*`.
+/// The type of a message (`NFT_MSG_*`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
+    /// `NFT_MSG_NEWTABLE`.
     NewTable = 0,
+    /// `NFT_MSG_GETTABLE`.
     GetTable = 1,
+    /// `NFT_MSG_DELTABLE`.
     DelTable = 2,
+    /// `NFT_MSG_NEWCHAIN`.
     NewChain = 3,
+    /// `NFT_MSG_GETCHAIN`.
     GetChain = 4,
+    /// `NFT_MSG_NEWRULE`.
     NewRule = 6,
+    /// `NFT_MSG_GETRULE`.
     GetRule = 7,
+    /// `NFT_MSG_NEWSET`.
     NewSet = 9,
+    /// `NFT_MSG_NEWSETELEM`.
     NewElements = 12,
+    /// `NFT_MSG_GETSETELEM`.
     GetElements = 13,
+    /// `NFT_MSG_DELSETELEM`.
     DelElements = 14,
 }
 
 /// One step of a transaction.
 #[derive(Clone, Debug)]
 pub struct Step {
+    /// Type of the message.
     pub kind: Kind,
-    /// `NLM_F_*` beside request and acknowledgement.
+    /// `NLM_F_*` flags in addition to `NLM_F_REQUEST` and `NLM_F_ACK`.
     pub flags: u16,
+    /// Attributes of the message.
     pub attributes: Attributes,
 }
 
 /// An object as the kernel lists it.
 #[derive(Clone, Debug)]
 pub struct Object {
+    /// Family of its table (`NFPROTO_*`).
     pub family: u8,
+    /// Its encoded attributes.
     pub attributes: Vec<u8>,
 }
 
-/// A socket in the network namespace of the thread that opened it.
+/// An nf_tables socket in the network namespace of the thread that opened it.
 pub struct Nftables {
     socket: Socket,
     sequence: u32,
@@ -90,23 +109,36 @@ pub struct Nftables {
 }
 
 impl Nftables {
+    /// Opens a socket.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
     pub fn open() -> io::Result<Self> {
         let socket = open_socket(NETLINK_NETFILTER)?;
-        socket2::SockRef::from(&socket).set_send_buffer_size(SEND_BUFFER)?;
-        Ok(Self { socket, sequence: 0, buffer: Vec::with_capacity(RECEIVE_BUFFER) })
+        socket2::SockRef::from(&socket).set_send_buffer_size(SEND_BUFFER_BYTES)?;
+        Ok(Self { socket, sequence: 0, buffer: Vec::with_capacity(RECEIVE_BUFFER_BYTES) })
     }
 
-    /// Carries out all steps on tables of both families, or none; the error is that of the first that failed.
+    /// Applies all steps on `inet` tables atomically.
+    ///
+    /// # Errors
+    /// The error of the first step that fails; nothing has changed then.
     pub fn transaction(&mut self, steps: &[Step]) -> io::Result<()> {
         self.transaction_in(INET, steps)
     }
 
-    /// The same on tables of a family.
+    /// Like [`Self::transaction`], on tables of a family.
+    ///
+    /// # Errors
+    /// As for [`Self::transaction`].
     pub fn transaction_in(&mut self, family: u8, steps: &[Step]) -> io::Result<()> {
         self.transaction_of(steps.iter().map(|step| (family, step)))
     }
 
-    /// The same on tables of several families: steps with the families of their tables.
+    /// Like [`Self::transaction`], on tables of several families. Each step comes with its table's family.
+    ///
+    /// # Errors
+    /// As for [`Self::transaction`].
     pub fn transaction_of<'a>(
         &mut self,
         steps: impl ExactSizeIterator<Item = (u8, &'a Step)>,
@@ -115,10 +147,10 @@ impl Nftables {
         let mut bytes = Vec::new();
         let subsystem = nfgenmsg(ANY, SUBSYSTEM);
         self.append(BATCH_BEGIN, NLM_F_REQUEST, subsystem, &Attributes::new(), &mut bytes);
-        // What is wrong with the subsystem as a whole comes back under the number of the beginning.
+        // The kernel reports errors of the whole subsystem with the sequence number of BATCH_BEGIN.
         let begin = self.sequence;
         for (i, (family, step)) in steps.enumerate() {
-            // Failures come back in any case; the last acknowledgement tells that all is done.
+            // The kernel always reports errors, so one acknowledgement, of the last step, is enough.
             let ack = if i + 1 == count { NLM_F_ACK } else { 0 };
             let kind = SUBSYSTEM << 8 | step.kind as u16;
             let flags = NLM_F_REQUEST | ack | step.flags;
@@ -139,7 +171,10 @@ impl Nftables {
         }
     }
 
-    /// By what the kernel tells changes of this socket from those of others.
+    /// Returns the socket's netlink port id, by which notifications name the socket that made a change.
+    ///
+    /// # Errors
+    /// If the address of the socket cannot be read.
     pub fn port(&self) -> io::Result<u32> {
         let mut address = SocketAddr::new(0, 0);
         self.socket.get_address(&mut address)?;
@@ -164,32 +199,32 @@ impl Nftables {
     }
 }
 
-/// `struct nfgenmsg`: family, version and, in network order, which subsystem a batch is for.
+/// Returns a `struct nfgenmsg`: family, version, and, for a batch, the subsystem in network byte order.
 const fn nfgenmsg(family: u8, resource: u16) -> [u8; 4] {
     let [high, low] = resource.to_be_bytes();
     [family, 0, high, low]
 }
 
-/// Whether the error says that the kernel has no nftables.
+/// Returns whether the error means that the kernel has no nftables.
 pub fn is_missing(error: &io::Error) -> bool {
-    // EINVAL is what a kernel says that cannot load the subsystem.
+    // A kernel that cannot load the subsystem reports EINVAL.
     matches!(error.raw_os_error(), Some(EINVAL | EPROTONOSUPPORT | EOPNOTSUPP))
 }
 
-/// The name of an interface as the kernel compares it.
+/// Returns an interface's name as the kernel compares it, padded with zeros.
 pub fn name_bytes(name: &str) -> [u8; IFNAMSIZ] {
     let mut bytes = [0; IFNAMSIZ];
     bytes.iter_mut().zip(name.bytes()).for_each(|(place, byte)| *place = byte);
     bytes
 }
 
-/// An expression that counts packets and bytes.
+/// Returns an expression that counts packets and bytes.
 pub fn counter() -> Attributes {
     let zero = 0_u64.to_be_bytes();
     Attributes::new().text(1, "counter").nest(2, &Attributes::new().put(1, &zero).put(2, &zero))
 }
 
-/// A base chain that accepts what no rule decides.
+/// Returns a base chain with the policy `accept`.
 pub fn base_chain(table: &str, name: &str, kind: &str, hook: u32, priority: i32) -> Attributes {
     let hook = Attributes::new().be32(1, hook).be32(2, priority.cast_unsigned());
     Attributes::new()

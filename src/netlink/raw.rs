@@ -1,34 +1,37 @@
-//! Messages of protocols that the packet crates do not speak: `struct nlmsghdr`, four bytes whose meaning is
-//! the protocol's own (`struct nfgenmsg`, `struct genlmsghdr`), and attributes.
-//!
-//! Shapes only; nothing is sent here.
+//! Encodes and decodes messages of protocols that the packet crates do not support: `struct nlmsghdr`, a
+//! protocol header of four bytes (`struct nfgenmsg`, `struct genlmsghdr`), and attributes.
 
 use rtnetlink::packet_core::NLM_F_DUMP_INTR;
 
 use super::attributes::Attributes;
 
+/// `NLMSG_ERROR`.
 const NLMSG_ERROR: u16 = 2;
+/// `NLMSG_DONE`.
 const NLMSG_DONE: u16 = 3;
-/// `struct nlmsghdr` and the protocol's four bytes.
+/// Bytes of `struct nlmsghdr` and the protocol header.
 const HEADERS: usize = 20;
 
 /// A message of the kernel.
 pub struct Answer {
+    /// Sequence number of the request that it answers.
     pub sequence: u32,
-    /// Port of the socket whose request it answers, or whose change it tells of; 0 is the kernel's.
+    /// Port id of the socket whose request it answers or whose change it reports; 0 for the kernel itself.
     pub port: u32,
-    /// 0 is an acknowledgement.
+    /// Error number; 0 is an acknowledgement. `None` if the message is not an error.
     pub error: Option<i32>,
-    /// The end of a dump.
+    /// Whether it ends a dump.
     pub done: bool,
-    /// Something changed during the dump.
+    /// Whether the tables changed during the dump.
     pub interrupted: bool,
-    /// The protocol's four bytes.
+    /// The protocol header.
     pub own: [u8; 4],
+    /// The encoded attributes.
     pub attributes: Vec<u8>,
 }
 
-/// Appends a request; every one begins on a multiple of four bytes, like every attribute.
+/// Appends a request. The caller's buffer must end at a multiple of four bytes, as it does after other
+/// requests.
 pub fn append(
     kind: u16,
     flags: u16,
@@ -47,7 +50,7 @@ pub fn append(
     bytes.extend(attributes);
 }
 
-/// The messages of one datagram, up to the first that is cut off.
+/// Iterates over the messages of one datagram, up to the first truncated one.
 pub fn answers(bytes: &[u8]) -> impl Iterator<Item = Answer> {
     let mut rest = bytes;
     std::iter::from_fn(move || {
@@ -74,7 +77,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn whole_messages_are_read_and_what_is_cut_off_is_not() {
+    fn whole_messages_are_read_and_truncated_ones_are_not() {
         let attributes = Attributes::new().text(1, "abcd");
         let mut bytes = Vec::new();
         append(7, 0, 1, [2, 0, 0, 0], &attributes, &mut bytes);
@@ -87,9 +90,9 @@ mod tests {
     }
 
     #[test]
-    fn bytes_that_are_no_error_may_have_any_value() {
+    fn protocol_header_may_have_any_value() {
         let mut bytes = Vec::new();
-        // What nftables tells at its 128th change in a network namespace; and an error that no kernel sends.
+        // A notification of nftables can have this protocol header. No kernel sends it as an error.
         append(7, 0, 0, i32::MIN.to_ne_bytes(), &Attributes::new(), &mut bytes);
         append(NLMSG_ERROR, 0, 0, i32::MIN.to_ne_bytes(), &Attributes::new(), &mut bytes);
         let errors: Vec<Option<i32>> = answers(&bytes).map(|answer| answer.error).collect();

@@ -1,7 +1,7 @@
-//! Routes asked of the kernel: which way a packet would take, and the rules that send it there.
+//! Routes, policy rules and route lookups.
 //!
-//! A lookup is the kernel's own decision (`RTM_GETROUTE` without `NLM_F_DUMP`), so policy rules, VRFs,
-//! more specific prefixes, reverse path filters and per-interface forwarding all take part in it.
+//! A lookup is the kernel's own decision (`RTM_GETROUTE` without `NLM_F_DUMP`). It includes policy rules,
+//! VRFs, more specific prefixes, reverse path filters and the interfaces' forwarding settings.
 
 use std::{
     io,
@@ -11,140 +11,175 @@ use std::{
 use rtnetlink::packet_route::{
     AddressFamily, RouteNetlinkMessage,
     route::{
-        RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric,
-        RouteProtocol, RouteType,
+        RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteLwEnCapType, RouteMessage,
+        RouteMetric, RouteNextHop, RouteProtocol, RouteType,
     },
-    rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage},
+    rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage, RulePortRange},
 };
 
 use ipnet::IpNet;
 
 use super::Netlink;
-use crate::model::{Selector, Transport};
+use crate::model::{Condition, Ports, Selector, Transport};
 
-/// A packet whose way is asked for.
+/// A packet whose route is looked up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Query {
+    /// Destination address.
     pub to: IpAddr,
-    /// Source address. With `input` it must not be an address of this host.
+    /// Source address. With `input`, it must not be an address of this host.
     pub from: Option<IpAddr>,
-    /// Index of the interface by which the packet comes in; none for a packet of this host's own.
+    /// Index of the interface through which the packet comes in. `None` for a packet of this host.
     pub input: Option<u32>,
-    /// Index of the interface by which it has to leave.
+    /// Index of the interface through which it must leave.
     pub output: Option<u32>,
-    /// Its protocol and ports: rules may ask for them.
+    /// Protocol and ports, which policy rules may match.
     pub transport: Option<Transport>,
-    /// Its type of service: rules may ask for that.
+    /// Type of service, which policy rules may match.
     pub tos: u8,
-    /// What a rule of the firewall may have marked it with.
+    /// Firewall mark, which policy rules may match.
     pub mark: Option<u32>,
 }
 
 impl Query {
-    /// A packet of this host's own to `to`.
+    /// Returns a query for a packet from this host to `to`.
     pub const fn to(to: IpAddr) -> Self {
         Self { to, from: None, input: None, output: None, transport: None, tos: 0, mark: None }
     }
 
-    /// A packet that comes in by `input`, to be forwarded or delivered.
+    /// Returns a query for a packet that comes in through `input`, to be forwarded or delivered.
     pub const fn forwarded(from: IpAddr, to: IpAddr, input: u32) -> Self {
         Self { from: Some(from), input: Some(input), ..Self::to(to) }
     }
 }
 
-/// The way that the kernel has chosen.
+/// The result of a route lookup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Found {
-    /// Index of the interface by which the packet leaves; 0 if it leaves by none.
+pub struct RouteLookup {
+    /// Index of the interface through which the packet leaves; 0 if there is none.
     pub link: u32,
+    /// The next hop. `None` if the destination is on the link.
     pub gateway: Option<IpAddr>,
-    /// Source address of a packet that has none yet.
+    /// Source address for a packet without one.
     pub source: Option<IpAddr>,
+    /// Number of the routing table.
     pub table: u32,
-    /// MTU of the path, where a route has one or a router has told it; none: that of the interface.
+    /// MTU of the path in bytes, if a route or an ICMP message sets one. `None`: the interface's MTU applies.
     pub mtu: Option<u32>,
-    /// It was learned, and not configured: the kernel forgets it after a while.
+    /// Whether the route expires, because it was learned and not configured.
     pub learned: bool,
-    /// An ICMP redirect has led it there (`RTCF_REDIRECTED`, `RTPROT_REDIRECT`).
+    /// Whether it results from an ICMP redirect (`RTCF_REDIRECTED`, `RTPROT_REDIRECT`).
     pub redirected: bool,
     /// Unicast, local, unreachable, blackhole ...
     pub kind: RouteType,
+    /// Something is put before the packet, or a program changes it (MPLS, SRv6, BPF).
+    pub rewrites: bool,
 }
 
-/// The entry of a table that has decided a lookup.
+/// The table entry that decides a lookup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Entry {
+    /// Destination address. `None` for a default route.
     pub destination: Option<IpAddr>,
+    /// Prefix length of the destination.
     pub prefix_len: u8,
+    /// Metric; lower is preferred.
     pub metric: u32,
+    /// Number of the routing table.
     pub table: u32,
+    /// The program that added it.
     pub protocol: RouteProtocol,
     /// Unicast, local ...
     pub kind: RouteType,
-    /// It has several next hops.
+    /// Whether it has several next hops.
     pub is_multipath: bool,
+    pub condition: Condition,
 }
 
 /// A policy rule (`ip rule`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rule {
+    /// Priority; the kernel processes rules in ascending order.
     pub priority: u32,
-    /// What else it selects packets by; with `inverted` it concerns all other packets.
+    /// Properties of the packets that it matches. With `inverted`, the rule applies to all other packets.
     pub selector: Selector,
+    /// Whether the selection is inverted (`not`).
     pub inverted: bool,
-    /// Name of the interface by which packets come in.
+    /// Name of the interface through which packets come in.
     pub input: Option<String>,
-    /// Where the lookup goes on; 0 if the rule leads to no table of its own.
+    /// Number of the routing table that it selects; 0 if it selects none.
     pub table: u32,
-    /// Packets that match are dropped.
+    /// Whether matching packets are dropped.
     pub refuses: bool,
-    /// It concerns packets with this mark alone: value and mask.
+    /// Value and mask of the mark that packets must have.
     pub mark: Option<(u32, u32)>,
-    /// Which program has made it, as far as it says.
+    /// The program that added it, if it is known.
     pub protocol: Option<RouteProtocol>,
 }
 
 impl Rule {
-    /// Whether it concerns every packet.
+    /// Returns whether it matches every packet.
     pub fn takes_all(&self) -> bool {
-        let Selector { from, to, transport, tos, .. } = self.selector;
+        let Selector { from, to, tos, .. } = self.selector;
+        let transport = self.selector.transport();
         let is_any = |network: Option<IpNet>| network.is_none_or(|to| to.prefix_len() == 0);
         let is_selective = self.inverted || self.input.is_some() || self.mark.is_some();
         is_any(from) && is_any(to) && transport.is_none() && tos == 0 && !is_selective
     }
 }
 
-/// A route that leads nowhere, on purpose.
+/// A route that drops packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Refusal {
+    /// The destination.
     pub destination: IpNet,
+    /// Number of the routing table.
     pub table: u32,
-    /// As `ip route` calls it.
+    /// The kind, as in `ip route`.
     pub kind: &'static str,
+    /// The program that added it.
+    pub protocol: RouteProtocol,
+    pub condition: Condition,
+}
+
+/// A destination for which a route exists, of any kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Destination {
+    /// The destination.
+    pub network: IpNet,
+    /// What else the route requires of a packet.
+    pub condition: Condition,
+    /// The program that added it.
     pub protocol: RouteProtocol,
 }
 
-/// `RTCF_REDIRECTED` of linux/in_route.h.
+/// The kind of a route that ends the lookup in its table.
+pub const THROW: &str = "throw";
+
+/// `RTCF_REDIRECTED` (linux/in_route.h).
 const REDIRECTED: u32 = 0x0004_0000;
-/// `RT_TABLE_LOCAL`: addresses of this host.
+/// `RT_TABLE_LOCAL`: the addresses of this host.
 const LOCAL: u32 = 255;
 
-/// Number of the table in which a packet's way is looked up where no rule says otherwise.
+/// Number of the main table, which the kernel uses if no policy rule selects another one.
 pub const MAIN: u32 = RouteHeader::RT_TABLE_MAIN as u32;
 
-/// A route by which packets leave.
+/// A unicast route.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Listed {
+pub struct UnicastRoute {
+    /// The destination.
     pub to: IpNet,
-    /// None, if what it leads to is on its link; several, if it has several next hops.
+    /// The gateways: none if the destination is on the link, several for a multipath route.
     pub gateways: Vec<IpAddr>,
-    /// Of the interface; none, if it has several next hops.
+    /// Index of the interface. `None` for a multipath route.
     pub link: Option<u32>,
+    /// Metric; lower is preferred.
     pub metric: u32,
+    /// Number of the routing table.
     pub table: u32,
 }
 
-/// Asks for routes of a family.
+/// Returns a filter for routes of a family.
 fn of_family(ipv4: bool) -> RouteMessage {
     let mut filter = RouteMessage::default();
     filter.header.address_family = if ipv4 { AddressFamily::Inet } else { AddressFamily::Inet6 };
@@ -152,18 +187,24 @@ fn of_family(ipv4: bool) -> RouteMessage {
 }
 
 impl Netlink {
-    /// The routes of a family by which packets leave, in all tables.
-    pub fn routes(&mut self, ipv4: bool) -> io::Result<Vec<Listed>> {
+    /// Returns the unicast routes of a family, of all tables.
+    ///
+    /// # Errors
+    /// If the kernel does not answer.
+    pub fn routes(&mut self, ipv4: bool) -> io::Result<Vec<UnicastRoute>> {
         let wanted = RouteNetlinkMessage::GetRoute(of_family(ipv4));
         self.dump_some(&wanted, |message| match message {
-            RouteNetlinkMessage::NewRoute(route) => listed(&route, ipv4),
+            RouteNetlinkMessage::NewRoute(route) => unicast_route(&route, ipv4),
             _ => None,
         })
     }
 
-    /// Destinations of all routes of a family, whatever becomes of packets there, with the program that has
-    /// made each. Those of this host's own addresses are left out.
-    pub fn destinations(&mut self, ipv4: bool) -> io::Result<Vec<(IpNet, RouteProtocol)>> {
+    /// Returns the destinations of all routes of a family, of any kind, without the routes of this host's own
+    /// addresses.
+    ///
+    /// # Errors
+    /// If the kernel does not answer.
+    pub fn destinations(&mut self, ipv4: bool) -> io::Result<Vec<Destination>> {
         let wanted = RouteNetlinkMessage::GetRoute(of_family(ipv4));
         self.dump_some(&wanted, |message| {
             let RouteNetlinkMessage::NewRoute(route) = message else { return None };
@@ -174,21 +215,23 @@ impl Netlink {
                 RouteAttribute::Destination(address) => ip(address),
                 _ => None,
             });
+            let is_default = route.header.destination_prefix_length == 0;
+            let to = to.or_else(|| is_default.then(|| any(ipv4)));
             let to = to.filter(|to| !is_own && to.is_ipv4() == ipv4)?;
             let network = IpNet::new(to, route.header.destination_prefix_length).ok()?;
-            Some((network, protocol))
+            Some(Destination { network, condition: condition(&route), protocol })
         })
     }
 
-    /// Asks the kernel for the way of a packet.
+    /// Looks up the route of a packet.
     ///
     /// # Errors
-    /// The kernel's answer to the packet itself, as `ip route get` shows it: `EHOSTUNREACH` and `ENETUNREACH`
-    /// where no route leads there or the input interface does not forward, `EXDEV` where the reverse path
-    /// filter drops it, `EINVAL` for a source address that no packet can have.
-    pub fn route(&mut self, query: &Query) -> io::Result<Found> {
+    /// The kernel's result for the packet, as in `ip route get`: `EHOSTUNREACH` and `ENETUNREACH` if there is
+    /// no route or the input interface does not forward, `EXDEV` if the reverse path filter drops the packet,
+    /// `EINVAL` for an impossible source address.
+    pub fn route(&mut self, query: &Query) -> io::Result<RouteLookup> {
         let message = self.lookup(query, RouteFlags::empty())?;
-        let mut found = Found {
+        let mut found = RouteLookup {
             link: 0,
             gateway: None,
             source: None,
@@ -198,9 +241,15 @@ impl Netlink {
             redirected: message.header.flags.bits() & REDIRECTED != 0
                 || message.header.protocol == RouteProtocol::IcmpRedirect,
             kind: message.header.kind,
+            rewrites: false,
         };
         for attribute in &message.attributes {
             match attribute {
+                // Tunnels alone read what these say, and no device of ours is such a one.
+                RouteAttribute::EncapType(
+                    RouteLwEnCapType::None | RouteLwEnCapType::Ip | RouteLwEnCapType::Ip6,
+                ) => {}
+                RouteAttribute::EncapType(_) => found.rewrites = true,
                 RouteAttribute::Oif(index) => found.link = *index,
                 RouteAttribute::Gateway(address) => found.gateway = ip(address),
                 RouteAttribute::Via(via) => found.gateway = via_ip(via),
@@ -219,7 +268,7 @@ impl Netlink {
         Ok(found)
     }
 
-    /// The entry by which the kernel decides on a packet. Kernels since 4.17 tell.
+    /// Returns the table entry that decides the route of a packet. Requires Linux 4.17.
     ///
     /// # Errors
     /// As for [`Netlink::route`].
@@ -233,6 +282,7 @@ impl Netlink {
             protocol: message.header.protocol,
             kind: message.header.kind,
             is_multipath: false,
+            condition: condition(&message),
         };
         for attribute in &message.attributes {
             match attribute {
@@ -246,7 +296,25 @@ impl Netlink {
         Ok(entry)
     }
 
-    /// The policy rules of a family, in the order in which the kernel follows them.
+    /// Returns interface and gateway of each next hop of the entry that decides a lookup, if it has several.
+    ///
+    /// # Errors
+    /// As for [`Netlink::route`].
+    pub fn entry_hops(&mut self, query: &Query) -> io::Result<Vec<(u32, Option<IpAddr>)>> {
+        let message = self.lookup(query, RouteFlags::FibMatch)?;
+        let hops = message.attributes.iter().filter_map(|attribute| match attribute {
+            RouteAttribute::MultiPath(hops) => Some(hops),
+            _ => None,
+        });
+        let hop =
+            |hop: &RouteNextHop| (hop.interface_index, hop.attributes.iter().find_map(gateway));
+        Ok(hops.flatten().map(hop).collect())
+    }
+
+    /// Returns the policy rules of a family, in the kernel's order.
+    ///
+    /// # Errors
+    /// If the kernel does not answer.
     pub fn rules(&mut self, ipv4: bool) -> io::Result<Vec<Rule>> {
         let mut filter = RuleMessage::default();
         filter.header.family = if ipv4 { AddressFamily::Inet } else { AddressFamily::Inet6 };
@@ -256,13 +324,17 @@ impl Netlink {
         Ok(rules)
     }
 
-    /// Routes of a family by which packets are dropped: in all tables, and of all programs.
+    /// Returns the routes of a family that drop packets, of all tables and programs.
+    ///
+    /// # Errors
+    /// If the kernel does not answer.
     pub fn refusals(&mut self, ipv4: bool) -> io::Result<Vec<Refusal>> {
         let mut refusals = Vec::new();
         for (kind, name) in [
             (RouteType::Unreachable, "unreachable"),
             (RouteType::BlackHole, "blackhole"),
             (RouteType::Prohibit, "prohibit"),
+            (RouteType::Throw, THROW),
         ] {
             let mut filter = of_family(ipv4);
             filter.header.kind = kind;
@@ -277,7 +349,10 @@ impl Netlink {
         Ok(refusals)
     }
 
-    /// Forgets what routers have told of the path to an IPv6 host.
+    /// Removes what ICMP messages have changed about the path to an IPv6 host (MTU, redirect).
+    ///
+    /// # Errors
+    /// If the kernel refuses.
     pub fn forget_path(&mut self, host: Ipv6Addr) -> io::Result<()> {
         let mut message = RouteMessage::default();
         message.header.address_family = AddressFamily::Inet6;
@@ -288,6 +363,7 @@ impl Netlink {
         self.apply_one(RouteNetlinkMessage::DelRoute(message), 0)
     }
 
+    /// Sends a lookup.
     fn lookup(&mut self, query: &Query, flags: RouteFlags) -> io::Result<RouteMessage> {
         let mut message = RouteMessage::default();
         let (family, length) = match query.to {
@@ -296,7 +372,7 @@ impl Netlink {
         };
         message.header.address_family = family;
         message.header.destination_prefix_length = length;
-        // IPv6 tells the table unasked, and refuses to be asked.
+        // IPv6 always reports the table, and refuses the flag.
         let table = if query.to.is_ipv4() { RouteFlags::LookupTable } else { RouteFlags::empty() };
         message.header.flags = flags | table;
         message.attributes.push(RouteAttribute::Destination(query.to.into()));
@@ -309,7 +385,7 @@ impl Netlink {
         message.attributes.extend(query.mark.map(RouteAttribute::Mark));
         message.header.tos = query.tos;
         if let Some(Transport { protocol, source, destination }) = query.transport {
-            // Kernels since 4.17 take them, older ones ignore them.
+            // Kernels before 4.17 ignore these.
             message.attributes.push(RouteAttribute::IpProto(protocol));
             message.attributes.extend(source.map(RouteAttribute::Sport));
             message.attributes.extend(destination.map(RouteAttribute::Dport));
@@ -321,6 +397,7 @@ impl Netlink {
     }
 }
 
+/// Parses a policy rule.
 fn rule(message: RouteNetlinkMessage) -> Option<Rule> {
     let RouteNetlinkMessage::NewRule(message) = message else { return None };
     let refuses = matches!(
@@ -332,6 +409,7 @@ fn rule(message: RouteNetlinkMessage) -> Option<Rule> {
     let (mut mark, mut mask) = (None, u32::MAX);
     let (mut from, mut to) = (None, None);
     let (mut protocol, mut source, mut destination) = (None, None, None);
+    let range = |ports: &RulePortRange| Ports { first: ports.start, last: ports.end };
     let network = |ip: &IpAddr, length: u8| IpNet::new(*ip, length).ok();
     for attribute in &message.attributes {
         match attribute {
@@ -341,18 +419,20 @@ fn rule(message: RouteNetlinkMessage) -> Option<Rule> {
             RuleAttribute::Source(ip) => from = network(ip, message.header.src_len),
             RuleAttribute::Destination(ip) => to = network(ip, message.header.dst_len),
             RuleAttribute::IpProtocol(number) => protocol = Some(u8::from(*number)),
-            RuleAttribute::SourcePortRange(ports) => source = Some(ports.start),
-            RuleAttribute::DestinationPortRange(ports) => destination = Some(ports.start),
+            RuleAttribute::SourcePortRange(ports) => source = Some(range(ports)),
+            RuleAttribute::DestinationPortRange(ports) => destination = Some(range(ports)),
             RuleAttribute::FwMark(value) => mark = Some(*value),
             RuleAttribute::FwMask(value) => mask = *value,
             RuleAttribute::Protocol(number) => origin = Some(*number),
             _ => {}
         }
     }
-    let transport = Transport::new(protocol, source, destination);
+    let tos = message.header.tos;
+    let selector =
+        Selector { priority: Some(priority), from, to, protocol, source, destination, tos };
     Some(Rule {
         priority,
-        selector: Selector { priority, from, to, transport, tos: message.header.tos },
+        selector,
         inverted: message.header.flags.contains(RuleFlags::Invert),
         input,
         table: of_table,
@@ -362,11 +442,12 @@ fn rule(message: RouteNetlinkMessage) -> Option<Rule> {
     })
 }
 
-fn listed(route: &RouteMessage, ipv4: bool) -> Option<Listed> {
+/// Parses a unicast route. `None` for other kinds.
+fn unicast_route(route: &RouteMessage, ipv4: bool) -> Option<UnicastRoute> {
     if route.header.kind != RouteType::Unicast {
         return None;
     }
-    let mut network = if ipv4 { IpAddr::from([0; 4]) } else { IpAddr::from([0; 16]) };
+    let mut network = any(ipv4);
     let (mut metric, mut table) = (0, u32::from(route.header.table));
     let (mut gateways, mut link) = (Vec::new(), None);
     for attribute in &route.attributes {
@@ -383,9 +464,10 @@ fn listed(route: &RouteMessage, ipv4: bool) -> Option<Listed> {
         }
     }
     let to = IpNet::new(network, route.header.destination_prefix_length).ok()?;
-    Some(Listed { to, gateways, link, metric, table })
+    Some(UnicastRoute { to, gateways, link, metric, table })
 }
 
+/// Returns the gateway in an attribute.
 const fn gateway(attribute: &RouteAttribute) -> Option<IpAddr> {
     match attribute {
         RouteAttribute::Gateway(address) => ip(address),
@@ -394,8 +476,9 @@ const fn gateway(attribute: &RouteAttribute) -> Option<IpAddr> {
     }
 }
 
+/// Parses a route that drops packets.
 fn refusal(route: &RouteMessage, kind: &'static str, ipv4: bool) -> Option<Refusal> {
-    let mut network = if ipv4 { IpAddr::from([0; 4]) } else { IpAddr::from([0; 16]) };
+    let mut network = any(ipv4);
     let mut table = u32::from(route.header.table);
     for attribute in &route.attributes {
         match attribute {
@@ -405,7 +488,22 @@ fn refusal(route: &RouteMessage, kind: &'static str, ipv4: bool) -> Option<Refus
         }
     }
     let destination = IpNet::new(network, route.header.destination_prefix_length).ok()?;
-    Some(Refusal { destination, table, kind, protocol: route.header.protocol })
+    let (protocol, condition) = (route.header.protocol, condition(route));
+    Some(Refusal { destination, table, kind, protocol, condition })
+}
+
+/// What a route selects packets by beside their destination.
+pub fn condition(route: &RouteMessage) -> Condition {
+    let length = route.header.source_prefix_length;
+    let from = route.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Source(address) => IpNet::new(ip(address)?, length).ok(),
+        _ => None,
+    });
+    Condition { from: from.filter(|_| length > 0), tos: route.header.tos }
+}
+
+fn any(ipv4: bool) -> IpAddr {
+    if ipv4 { [0; 4].into() } else { [0; 16].into() }
 }
 
 const fn ip(address: &RouteAddress) -> Option<IpAddr> {

@@ -1,4 +1,4 @@
-//! Queueing disciplines, filters and programs that hang on interfaces: read, to name what may drop packets.
+//! Reads queueing disciplines, filters and eBPF programs of interfaces, to name what may drop packets.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -18,10 +18,11 @@ use rtnetlink::{
     },
 };
 
-/// Parameters of the action `gact`, where in them its verdict is, and the verdict that drops
-/// (linux/tc_act/tc_gact.h, linux/pkt_cls.h).
+/// `TCA_GACT_PARMS` (linux/tc_act/tc_gact.h).
 const GACT_PARAMETERS: u16 = 2;
+/// Offset of `action` in `struct tc_gact`, in bytes.
 const VERDICT_AT: usize = 8;
+/// `TC_ACT_SHOT` (linux/pkt_cls.h).
 const DROP: i32 = 2;
 
 use super::{Netlink, link::Link};
@@ -29,22 +30,29 @@ use super::{Netlink, link::Link};
 /// A queueing discipline of an interface.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Qdisc {
+    /// Kind, such as `fq_codel`.
     pub kind: String,
-    /// It is the first for all that leaves.
+    /// Whether it is the root for outgoing packets.
     pub is_root: bool,
-    /// The number that it was given, or that the kernel has chosen: from 0x8000 on.
+    /// Major number of its handle. The kernel assigns numbers from 0x8000 on.
     pub handle: u16,
-    /// Packets that it has dropped.
+    /// Number of packets that it has dropped.
     pub drops: u32,
 }
 
 impl Netlink {
-    /// Queueing disciplines of an interface.
+    /// Returns the queueing disciplines of an interface.
+    ///
+    /// # Errors
+    /// If the kernel does not answer.
     pub fn qdiscs(&mut self, link: u32) -> io::Result<Vec<Qdisc>> {
         Ok(self.all_qdiscs()?.remove(&link).unwrap_or_default())
     }
 
-    /// Those of all interfaces, by their indices.
+    /// Returns the queueing disciplines of all interfaces, by the interfaces' indices.
+    ///
+    /// # Errors
+    /// If the kernel does not answer.
     pub fn all_qdiscs(&mut self) -> io::Result<BTreeMap<u32, Vec<Qdisc>>> {
         let wanted = RouteNetlinkMessage::GetQueueDiscipline(TcMessage::default());
         let mut all: BTreeMap<u32, Vec<Qdisc>> = BTreeMap::new();
@@ -56,19 +64,21 @@ impl Netlink {
         Ok(all)
     }
 
-    /// Filters at one side of an interface: kind, and name if it is an eBPF program.
+    /// Returns the filters at one side of an interface: the kind, followed by the program's name for an eBPF
+    /// program.
     ///
     /// # Errors
-    /// `EINVAL` where nothing can hang on it.
+    /// If the kernel does not answer; `EINVAL` if the interface has no place for filters.
     pub fn filters(&mut self, link: u32, egress: bool) -> io::Result<BTreeSet<String>> {
         let found = self.filter_messages(link, egress)?;
         Ok(found.iter().filter_map(|filter| name(&filter.attributes)).collect())
     }
 
-    /// Whether one of them drops packets by an action of its own. What an eBPF program does is not known.
+    /// Returns whether a filter at one side of an interface drops packets by an action. The effect of eBPF
+    /// programs is unknown.
     ///
     /// # Errors
-    /// `EINVAL` where nothing can hang on it.
+    /// As for [`Self::filters`].
     pub fn has_dropping_filter(&mut self, link: u32, egress: bool) -> io::Result<bool> {
         let found = self.filter_messages(link, egress)?;
         Ok(found.iter().flat_map(|filter| actions(&filter.attributes)).any(drops))
@@ -91,14 +101,14 @@ impl Netlink {
 }
 
 impl Link {
-    /// Whether an eBPF program sees packets before all else (XDP).
+    /// Returns whether an eBPF program processes packets before everything else (XDP).
     pub fn has_xdp(&self) -> bool {
         let is_attached =
             |xdp: &LinkXdp| matches!(xdp, LinkXdp::Attached(kind) if *kind != XdpAttached::None);
         self.xdp().any(is_attached)
     }
 
-    /// The number of that program; none where there are several, or none.
+    /// Returns the id of the XDP program. `None` if there are several, or none.
     pub fn xdp_program(&self) -> Option<u32> {
         self.xdp().find_map(|xdp| match xdp {
             LinkXdp::ProgId(id) => Some(*id),
@@ -134,6 +144,7 @@ impl Qdisc {
     }
 }
 
+/// Returns the kind of an object.
 fn kind(attributes: &[TcAttribute]) -> Option<String> {
     attributes.iter().find_map(|attribute| match attribute {
         TcAttribute::Kind(kind) => Some(kind.clone()),
@@ -141,6 +152,7 @@ fn kind(attributes: &[TcAttribute]) -> Option<String> {
     })
 }
 
+/// Returns the kind of a filter, followed by the name of its eBPF program.
 fn name(attributes: &[TcAttribute]) -> Option<String> {
     let kind = kind(attributes)?;
     let program = options(attributes).find_map(|option| match option {
@@ -158,7 +170,7 @@ fn options(attributes: &[TcAttribute]) -> impl Iterator<Item = &TcOption> {
     options.flatten()
 }
 
-/// What a filter does with packets, of the kinds of filters that are known here.
+/// Returns the actions of a filter, for the supported kinds of filters.
 fn actions(attributes: &[TcAttribute]) -> impl Iterator<Item = &TcAction> {
     let actions = options(attributes).filter_map(|option| match option {
         TcOption::U32(TcFilterU32Option::Action(actions))
@@ -169,7 +181,7 @@ fn actions(attributes: &[TcAttribute]) -> impl Iterator<Item = &TcAction> {
     actions.flatten()
 }
 
-/// Whether an action drops packets: all, or those above a rate.
+/// Returns whether an action drops packets: all, or those above a rate.
 fn drops(action: &TcAction) -> bool {
     action.attributes.iter().any(|attribute| match attribute {
         TcActionAttribute::Kind(kind) => kind == "police",
@@ -204,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn filter_drops_by_the_action_drop_and_by_a_limit_of_rate() {
+    fn filter_drops_by_action_and_by_rate_limit() {
         let drops = |filter: Vec<TcAttribute>| actions(&filter).any(drops);
         assert!(drops(filter("gact", DROP)) && drops(filter("police", 0)));
         assert!(!drops(filter("gact", 0)) && !drops(filter("mirred", 4)));

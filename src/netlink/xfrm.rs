@@ -1,6 +1,6 @@
-//! IPsec policies (`ip xfrm policy`, linux/xfrm.h): read, to name one that takes packets.
+//! Reads IPsec policies (`ip xfrm policy`, linux/xfrm.h), to name a policy that applies to packets.
 //!
-//! By hand, because of all that protocol one dump is needed.
+//! Implemented here because only one dump of the protocol is needed.
 
 use std::{io, net::IpAddr};
 
@@ -11,50 +11,57 @@ use rtnetlink::{
 };
 
 use super::{
-    RECEIVE_BUFFER,
+    RECEIVE_BUFFER_BYTES,
     attributes::{address, find},
     open_socket,
     raw::answers,
     receive, send_all,
 };
 
-/// `XFRM_MSG_GETPOLICY`
+/// `XFRM_MSG_GETPOLICY`.
 const GET_POLICY: u16 = 0x15;
-/// `struct nlmsghdr` with a `struct xfrm_userpolicy_id`.
+/// Bytes of a `struct nlmsghdr` with a `struct xfrm_userpolicy_id`.
 const REQUEST: u32 = 16 + 64;
-/// `struct xfrm_userpolicy_info`, before the attributes.
+/// Bytes of `struct xfrm_userpolicy_info`, which precedes the attributes.
 const INFO: usize = 168;
-/// `struct xfrm_selector`, with which it begins.
+/// Bytes of `struct xfrm_selector`, the first member of that struct.
 const SELECTOR: usize = 56;
-/// `XFRMA_TMPL`: what is done with packets that match.
+/// `XFRMA_TMPL`: the transformations of matching packets.
 const TEMPLATE: u16 = 5;
 const AF_INET: u16 = 2;
+/// Names of `XFRM_POLICY_IN`, `XFRM_POLICY_OUT` and `XFRM_POLICY_FWD`.
 const DIRECTIONS: [&str; 3] = ["in", "out", "fwd"];
 
-/// What is done with packets.
+/// An IPsec policy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Policy {
+    /// Source network.
     pub from: IpNet,
+    /// Destination network.
     pub to: IpNet,
-    /// As `ip xfrm policy` calls it.
+    /// The direction, as in `ip xfrm policy`.
     pub direction: &'static str,
+    /// Priority; lower is preferred.
     pub priority: u32,
-    /// Packets that match are dropped.
+    /// Whether matching packets are dropped.
     pub blocks: bool,
-    /// Packets that match are transformed, as by encryption.
+    /// Whether matching packets are transformed, for example encrypted.
     pub transforms: bool,
-    /// What else it selects packets by, as `ip xfrm policy` takes it.
+    /// Further properties of matching packets, in the syntax of `ip xfrm policy`; may be empty.
     pub what: String,
 }
 
 impl Policy {
-    /// Whether packets that match pass as they are.
+    /// Returns whether matching packets pass unchanged.
     pub const fn lets_pass(&self) -> bool {
         !self.blocks && !self.transforms
     }
 }
 
-/// All policies of this network namespace. Takes CAP_NET_ADMIN.
+/// Returns all policies of this network namespace. Requires CAP_NET_ADMIN.
+///
+/// # Errors
+/// If the kernel refuses or does not answer.
 pub fn policies() -> io::Result<Vec<Policy>> {
     let socket = open_socket(NETLINK_XFRM)?;
     let mut request = Vec::new();
@@ -63,7 +70,7 @@ pub fn policies() -> io::Result<Vec<Policy>> {
     request.extend((NLM_F_REQUEST | NLM_F_DUMP).to_ne_bytes());
     request.resize(REQUEST as usize, 0);
     send_all(&socket, &request)?;
-    let mut buffer = Vec::with_capacity(RECEIVE_BUFFER);
+    let mut buffer = Vec::with_capacity(RECEIVE_BUFFER_BYTES);
     let mut policies = Vec::new();
     loop {
         receive(&socket, &mut buffer)?;
@@ -77,6 +84,7 @@ pub fn policies() -> io::Result<Vec<Policy>> {
     }
 }
 
+/// Parses a `struct xfrm_userpolicy_info` with its attributes.
 fn policy(bytes: &[u8]) -> Option<Policy> {
     let family = u16::from_ne_bytes(*bytes.get(40..)?.first_chunk()?);
     let length = if family == AF_INET { 4 } else { 16 };
@@ -93,12 +101,12 @@ fn policy(bytes: &[u8]) -> Option<Policy> {
         priority,
         blocks: *bytes.get(161)? != 0,
         transforms: find(bytes.get(INFO..)?, TEMPLATE).is_some(),
-        what: selected(bytes.get(..SELECTOR)?),
+        what: protocol_and_ports(bytes.get(..SELECTOR)?),
     })
 }
 
-/// By which protocol and ports (`struct xfrm_selector`).
-fn selected(selector: &[u8]) -> String {
+/// Returns protocol and ports of a `struct xfrm_selector`, as text.
+fn protocol_and_ports(selector: &[u8]) -> String {
     let half = |at: usize| u16::from_be_bytes([selector[at], selector[at + 1]]);
     let mut words = Vec::new();
     match selector[44] {

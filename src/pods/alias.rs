@@ -1,19 +1,19 @@
-//! What the alias of a pod's end on this host says: who it is of, for a node that has lost its memory.
+//! The alias of a pod's end on this host. It names the pod, for a node whose database is lost.
 
 use std::cmp::Ordering;
 
 use super::bridge::mac_at;
 use crate::model::{Addresses, Attachment, Mac, Pod};
 
-/// How the alias of a pod's end on this host begins.
+/// Prefix of the alias of a pod's end on this host.
 const POD_ALIAS: &str = "gossamer pod ";
-/// The kernel takes no longer ones (`IFALIASZ` less the zero at the end).
+/// Maximum length of an alias, in bytes (`IFALIASZ` without the terminating zero).
 const ALIAS_MAX: usize = 255;
 
-/// Behind the addresses of a pod's interface that was to have no default route.
+/// Follows the addresses of an interface for which no default route was requested.
 const NO_DEFAULT_ROUTE: &str = ";";
 
-/// What an alias tells.
+/// The parsed content of an alias.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct AliasContent {
     pub(super) pod: Pod,
@@ -22,16 +22,16 @@ pub(super) struct AliasContent {
 }
 
 impl AliasContent {
-    /// Which of two interfaces of a pod its routes are better given to: one that may have a default route,
-    /// and of two of these the first by name.
+    /// Compares two interfaces of a pod as successors of a third one's routes. An interface that may have a
+    /// default route comes first, then the first by name.
     pub(super) fn cmp_as_successor(&self, other: &Self) -> Ordering {
-        let place = |told: &Self| (!told.default_route, told.pod.attachment.clone());
-        place(self).cmp(&place(other))
+        let rank = |content: &Self| (!content.default_route, content.pod.attachment.clone());
+        rank(self).cmp(&rank(other))
     }
 }
 
-/// Who has which addresses behind a port, as far as it fits: the owner may have a long name. A MAC that does
-/// not follow from the address is told too.
+/// Returns the alias of a pod. Contains the MAC only if it does not follow from the address. Truncates the
+/// owner's name if the alias is too long.
 pub(super) fn alias(pod: &Pod, mac: Mac, default_route: bool) -> String {
     let addresses: Vec<String> = pod.addresses.iter().map(|ip| ip.to_string()).collect();
     let addresses = addresses.join(",");
@@ -42,7 +42,7 @@ pub(super) fn alias(pod: &Pod, mac: Mac, default_route: bool) -> String {
         false => with(format!("={mac}")),
     };
     if alias.len() > ALIAS_MAX {
-        // So the longest names of containers and interfaces fit.
+        // Without colons the longest names of containers and interfaces fit.
         alias = with(format!("={}", mac.digits()));
     }
     alias.push(' ');
@@ -53,8 +53,8 @@ pub(super) fn alias(pod: &Pod, mac: Mac, default_route: bool) -> String {
     alias
 }
 
-/// Reads such an alias.
-pub(super) fn from_alias(alias: &str) -> Option<AliasContent> {
+/// Parses an alias; `None` if it is not that of a pod.
+pub(super) fn parse_alias(alias: &str) -> Option<AliasContent> {
     let mut words = alias.strip_prefix(POD_ALIAS)?.splitn(4, ' ');
     let word = words.next()?;
     let (word, default_route) = match word.strip_suffix(NO_DEFAULT_ROUTE) {
@@ -72,7 +72,7 @@ pub(super) fn from_alias(alias: &str) -> Option<AliasContent> {
     let second = addresses.next().transpose().ok()?;
     let attachment = Attachment::new(words.next()?, words.next()?).ok()?;
     let owner = words.next().unwrap_or_default().to_owned();
-    // Its path is not known any more; that it is somewhere is certain.
+    // The alias lacks the path. A placeholder shows that the pod has a namespace.
     let netns = "?".to_owned();
     let pod = Pod { attachment, owner, addresses: Addresses { first, second }, netns, mac };
     Some(AliasContent { pod, default_route })
@@ -84,7 +84,7 @@ mod tests {
     use crate::model::CONTAINER_MAX;
 
     #[test]
-    fn an_alias_tells_all_of_a_pod_that_fits() {
+    fn alias_contains_the_pod_as_far_as_it_fits() {
         let pod = |owner: &str, second: Option<&str>| Pod {
             attachment: Attachment::new(&"a".repeat(128), "eth0").expect("a name"),
             owner: owner.to_owned(),
@@ -98,15 +98,15 @@ mod tests {
         let usual = mac_at([10, 42, 7, 2].into());
         let asked_for = Mac::from_bytes([2, 0, 0, 0, 0, 5]);
         for pod in [pod("cni/net", None), pod("docker", Some("fd42:0:0:7::2"))] {
-            for (mac, told) in [(asked_for, Some(asked_for)), (usual, None)] {
+            for (mac, stored) in [(asked_for, Some(asked_for)), (usual, None)] {
                 for default_route in [true, false] {
-                    let found = from_alias(&alias(&pod, mac, default_route));
-                    let pod = Pod { mac: told, ..pod.clone() };
+                    let found = parse_alias(&alias(&pod, mac, default_route));
+                    let pod = Pod { mac: stored, ..pod.clone() };
                     assert_eq!(found, Some(AliasContent { pod, default_route }));
                 }
             }
         }
-        // The longest of all.
+        // The longest names and addresses.
         let ip = |text: &str| text.parse().expect("an address");
         let v6 = ip("fd42:1111:2222:3333:4444:5555:6666:7777");
         let longest = Pod {
@@ -115,11 +115,11 @@ mod tests {
             addresses: Addresses { first: ip("100.127.255.254"), second: Some(v6) },
             ..pod("", None)
         };
-        let found = from_alias(&alias(&longest, asked_for, false)).expect("a pod");
+        let found = parse_alias(&alias(&longest, asked_for, false)).expect("a pod");
         assert_eq!(found.pod, Pod { mac: Some(asked_for), ..longest });
         let long = pod(&"o".repeat(300), None);
         let text = alias(&long, usual, true);
-        let found = from_alias(&text).expect("a pod").pod;
+        let found = parse_alias(&text).expect("a pod").pod;
         assert_eq!((text.len(), found.addresses), (ALIAS_MAX, long.addresses));
         for other in [
             "",
@@ -128,7 +128,7 @@ mod tests {
             "gossamer pod 10.42.7.2 ../a eth0 o",
             "gossamer pod 10.42.7.2=x a eth0 o",
         ] {
-            assert_eq!(from_alias(other), None, "{other}");
+            assert_eq!(parse_alias(other), None, "{other}");
         }
     }
 }

@@ -1,8 +1,9 @@
-//! Tells the pods of this host that an address has another MAC than before.
+//! Announces to the pods of this host that an address has another MAC than before.
 //!
-//! A MAC follows from its address, as a rule, so that what neighbors remember is right. Docker makes MACs up,
-//! and a pod can ask for one: then neighbors on the bridge keep the MAC of the address's last holder, and
-//! reach its next one only when their kernels have asked in vain, up to a minute later.
+//! A MAC usually follows from its address, so the neighbor entries of other pods stay valid. Docker chooses
+//! random MACs, and a pod can request one. Then the neighbors on the bridge keep the MAC of the address's
+//! previous owner, and reach the new owner only after their kernels' probes have failed, up to a minute
+//! later.
 
 use std::{collections::BTreeSet, io, net::IpAddr};
 
@@ -17,33 +18,33 @@ use crate::{
 /// Announces pods on their bridge.
 #[derive(Debug, Default)]
 pub(super) struct Announcer {
-    /// Addresses that neighbors may know with a MAC that does not follow from them, by the first of each pod.
-    unusual: BTreeSet<IpAddr>,
-    /// For the bridge with this index.
+    /// The first address of each pod whose neighbors may know a MAC that does not follow from the address.
+    custom: BTreeSet<IpAddr>,
+    /// Index of a bridge, and a socket that sends on it.
     socket: Option<(u32, Socket)>,
 }
 
 impl Announcer {
-    /// Takes note of a pod that neighbors know.
+    /// Records a pod that neighbors know.
     pub(super) fn note(&mut self, tenant: &Tenant) {
         if tenant.mac != Some(mac_at(tenant.addresses.first)) {
-            self.unusual.insert(tenant.addresses.first);
+            self.custom.insert(tenant.addresses.first);
         }
     }
 
-    /// Tells all ports of a bridge which MAC the addresses of a pod have, if what they know may be wrong.
+    /// Announces the MAC of a pod's addresses to all ports of a bridge, if neighbors may know another one.
     ///
-    /// The pod's own interface is not up yet: its kernel would warn of its own address in another's hands.
+    /// Call it before the pod's own interface is up. Otherwise its kernel reports an address conflict.
     pub(super) fn announce(&mut self, bridge: &str, index: u32, addresses: Addresses, mac: Mac) {
         let first = addresses.first;
-        let is_unusual = mac != mac_at(first);
-        let was_unusual =
-            if is_unusual { !self.unusual.insert(first) } else { self.unusual.remove(&first) };
-        if !is_unusual && !was_unusual {
+        let is_custom = mac != mac_at(first);
+        let was_custom =
+            if is_custom { !self.custom.insert(first) } else { self.custom.remove(&first) };
+        if !is_custom && !was_custom {
             return;
         }
         if let Err(error) = self.send(bridge, index, addresses, mac) {
-            tracing::warn!(address = %first, %mac, %error, "pods of this host not told of a new MAC");
+            tracing::warn!(address = %first, %mac, %error, "new MAC not announced to pods of this host");
         }
     }
 

@@ -1,7 +1,7 @@
-//! The inside of a pod: its interface up, with addresses and routes.
+//! The configuration inside a pod's namespace: the interface's state, addresses and routes.
 //!
-//! The namespace may have been furnished before: with another interface of the same pod, which keeps the
-//! default route, or with sysctls that turn IPv6 off for new interfaces.
+//! The namespace may already have a configuration: another interface of the pod with the default route, or
+//! sysctls that turn off IPv6 for new interfaces.
 
 use std::{fs::File, io, net::IpAddr};
 
@@ -16,7 +16,7 @@ use rtnetlink::{
 use super::{
     bridge::{Bridge, address_request},
     gateway,
-    wiring::OPENING,
+    wiring::PORT_OPEN_TIMEOUT,
 };
 use crate::{
     dataplane::{
@@ -27,46 +27,51 @@ use crate::{
     netlink::{
         Netlink, Request,
         link::{Address, Link},
-        neighbour::staying,
+        neighbour::protected_entry,
         route::MAIN,
     },
 };
 
-/// What the kernel says of a route that is there already.
+/// Error of the kernel for a route that already exists.
 const EEXIST: i32 = 17;
 
-/// Of a default route that others precede: netavark's have 100.
-const LATER: u32 = 200;
+/// Metric of a default route to which others are preferred. netavark's default routes have 100.
+const LATE_METRIC: u32 = 200;
 
-/// Which default routes a pod gets.
+/// The default routes that a pod gets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DefaultRoute {
+    /// None.
     None,
     /// One for each family that has none yet.
     IfMissing,
-    /// One that those of the pod's other networks precede, whichever of them is connected first.
+    /// One with a high metric: the default routes of the pod's other networks are preferred, in any order of
+    /// connecting.
     AfterOthers,
 }
 
-/// A route that a pod was given.
+/// A route of a pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Route {
+    /// The destination.
     pub to: IpNet,
+    /// The gateway.
     pub via: IpAddr,
     metric: Option<u32>,
 }
 
-/// A pod's namespace, entered.
-pub(super) struct Inside<'a> {
+/// A pod's namespace, with a netlink socket inside.
+pub(super) struct PodNamespace<'a> {
     pub(super) netlink: Netlink,
     pub(super) netns: &'a File,
-    /// The namespace of this thread.
-    pub(super) home: &'a File,
+    /// This thread's own namespace.
+    pub(super) host_netns: &'a File,
 }
 
-impl Inside<'_> {
-    /// Sets addresses and routes; says which routes.
-    pub(super) fn furnish(
+impl PodNamespace<'_> {
+    /// Sets the interface up, and adds addresses, routes and the gateway's neighbor entries. Returns the
+    /// routes that it added.
+    pub(super) fn configure(
         &mut self,
         pod: &Pod,
         bridge: &Bridge,
@@ -89,32 +94,36 @@ impl Inside<'_> {
             changes.push(request(index, *route)?);
         }
         let named = changes.len();
-        // Others can fill the kernel's table of neighbors, which all pods share.
+        // Other pods can fill the kernel's neighbor table, which all namespaces share.
+        // A protected entry is not evicted.
         for (subnet, mac) in bridge.subnets.iter().zip(gateway_mac.into_iter().cycle()) {
-            changes.push(staying(index, gateway(subnet), Some(mac), ROUTE_PROTOCOL));
+            changes.push(protected_entry(index, gateway(subnet), Some(mac), ROUTE_PROTOCOL));
         }
-        let mut there = Vec::new();
+        let mut existing = Vec::new();
         for refused in self.netlink.apply(changes)? {
             match refused.index.checked_sub(fixed) {
-                // The pod's other interfaces lead there already.
-                Some(route) if refused.errno == EEXIST => there.push(route),
+                // Another interface of the pod already has this route.
+                Some(route) if refused.errno == EEXIST => existing.push(route),
                 Some(_) if refused.index >= named => {
                     let error = refused.to_io();
-                    tracing::debug!(interface, %error, "neighbor entry of the gateway not made");
+                    tracing::debug!(interface, %error, "neighbor entry of the gateway not added");
                 }
                 _ => return Err(refused.to_io()),
             }
         }
-        there.sort_unstable();
-        there.iter().rev().for_each(|route| _ = routes.remove(*route));
-        if let Err(error) = self.netlink.await_link(interface, OPENING, Link::is_operational) {
-            tracing::debug!(interface, %error, "a pod's interface does not send yet");
+        existing.sort_unstable();
+        existing.iter().rev().for_each(|route| _ = routes.remove(*route));
+        if let Err(error) =
+            self.netlink.await_link(interface, PORT_OPEN_TIMEOUT, Link::is_operational)
+        {
+            tracing::debug!(interface, %error, "interface of a pod not operational yet");
         }
         Ok(routes)
     }
 
-    /// The default routes. A family without one of the pod's own, or with one that others precede, gets the
-    /// networks of the overlay, unless another interface of the pod is in them.
+    /// Returns the routes to add: default routes, and a route to the overlay's network in each family for
+    /// which the pod's default route does not lead here. No route to the overlay is needed if another
+    /// interface of the pod is in it.
     fn routes(
         &mut self,
         bridge: &Bridge,
@@ -134,13 +143,14 @@ impl Inside<'_> {
                     }
                 }
                 DefaultRoute::AfterOthers => {
-                    routes.push(Route { to: everything(via), via, metric: Some(LATER) });
+                    routes.push(Route { to: everything(via), via, metric: Some(LATE_METRIC) });
                 }
             }
             let has = self.netlink.addresses()?;
             if has.iter().any(|address| network.contains(&address.ip)) {
-                // Or this interface would answer for addresses of the other one, and take its packets.
-                self.inside(|| answer_for_own_addresses(pod.attachment.interface()))?;
+                // With the kernel's default, this interface would answer ARP for the other interface's
+                // addresses and receive its packets.
+                self.run_inside(|| answer_for_own_addresses(pod.attachment.interface()))?;
             } else {
                 routes.push(Route { to: network, via, metric: None });
             }
@@ -148,8 +158,9 @@ impl Inside<'_> {
         Ok(routes)
     }
 
-    /// Gives the default routes and those to the overlay that one interface has to another, by whose gateways
-    /// they lead then. One that may have no default route gets routes to the overlay in their place.
+    /// Moves the default routes and the routes to the overlay from one interface to another, with the other
+    /// interface's gateways. If the other interface may have no default route, it gets routes to the overlay
+    /// instead.
     pub(super) fn hand_over(
         &mut self,
         bridge: &Bridge,
@@ -161,8 +172,8 @@ impl Inside<'_> {
         let mut changes = Vec::new();
         for network in bridge.networks.iter() {
             let gateway_of = |link: u32| {
-                let is_its = |has: &&Address| has.link == link && network.contains(&has.ip);
-                let has = addresses.iter().find(is_its)?;
+                let is_of_link = |has: &&Address| has.link == link && network.contains(&has.ip);
+                let has = addresses.iter().find(is_of_link)?;
                 Some(gateway(IpNet::new(has.ip, has.prefix_len).ok()?.trunc()))
             };
             let (Some(old), Some(via)) = (gateway_of(leaving), gateway_of(successor)) else {
@@ -170,8 +181,8 @@ impl Inside<'_> {
             };
             for route in self.netlink.routes(old.is_ipv4())? {
                 let is_default = route.to.prefix_len() == 0;
-                let is_its = route.link == Some(leaving) && route.gateways == [old];
-                if !is_its || route.table != MAIN || !(is_default || route.to == network) {
+                let is_of_link = route.link == Some(leaving) && route.gateways == [old];
+                if !is_of_link || route.table != MAIN || !(is_default || route.to == network) {
                     continue;
                 }
                 let route = match is_default && !default_route {
@@ -188,22 +199,22 @@ impl Inside<'_> {
         }
     }
 
-    /// Sysctls are those of the namespace of the thread that opens them.
-    fn inside<T>(&self, work: impl FnOnce() -> T) -> io::Result<T> {
+    /// Runs `work` in the pod's namespace. Sysctls belong to the namespace of the thread that opens them.
+    fn run_inside<T>(&self, work: impl FnOnce() -> T) -> io::Result<T> {
         setns(self.netns, CloneFlags::CLONE_NEWNET)?;
         let done = work();
-        setns(self.home, CloneFlags::CLONE_NEWNET)?;
+        setns(self.host_netns, CloneFlags::CLONE_NEWNET)?;
         Ok(done)
     }
 
     fn switch_on_ipv6(&self, interface: &str) -> io::Result<()> {
-        match self.inside(|| switch_on_ipv6(interface))? {
+        match self.run_inside(|| switch_on_ipv6(interface))? {
             Ok(Switched::On) => Ok(()),
             Ok(Switched::NoKernel) => Err(io::Error::other(
-                "this kernel has no IPv6, which pods of this cluster need: start it without ipv6.disable=1",
+                "this kernel has no IPv6, which pods of this cluster need: boot without ipv6.disable=1",
             )),
             Ok(Switched::NoInterface) => Err(io::Error::other(
-                "the kernel gives this interface no IPv6: the MTU of the overlay must be 1280 or more",
+                "the kernel has IPv6 disabled on this interface: the MTU of the overlay must be 1280 or more",
             )),
             Err(error) => Err(io::Error::other(format!(
                 "net.ipv6.conf.{interface}.disable_ipv6 of the pod is 1 and cannot be set to 0 ({error}): \
@@ -214,6 +225,7 @@ impl Inside<'_> {
     }
 }
 
+/// Returns the destination of a default route, in the family of the address.
 fn everything(family: IpAddr) -> IpNet {
     match family {
         IpAddr::V4(_) => IpNet::V4(Ipv4Net::default()),
@@ -221,6 +233,7 @@ fn everything(family: IpAddr) -> IpNet {
     }
 }
 
+/// Returns a request to add a route.
 fn request(link: u32, Route { to, via, metric }: Route) -> io::Result<Request> {
     let route = RouteMessageBuilder::<IpAddr>::new()
         .destination_prefix(to.network(), to.prefix_len())

@@ -1,72 +1,79 @@
-//! What the kernel tells of the bridge and its ports, after which they are to be looked at again.
+//! Tracks the kernel's messages about the bridge and its ports, to detect when a repair is needed.
 
 use std::collections::BTreeMap;
 
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use super::{
-    bridge::{Provided, Tenants, is_as_it_should_be, is_foreign, is_plugged},
+    bridge::{ReadyBridge, Tenants, is_correct, is_foreign, is_plugged},
     port,
     renamed::is_renamed,
 };
 use crate::netlink::link::{Address, Link};
 
-/// Whether each interface is right by what was told of it last.
+/// Whether each interface is in the desired state according to the last message about it.
 #[derive(Debug, Default)]
 pub struct LinkUpdates {
-    right: BTreeMap<(u32, Teller), bool>,
+    right: BTreeMap<(u32, Source), bool>,
     is_gateway_gone: bool,
 }
 
-/// The messages about one interface tell different things.
+/// The source of a message about an interface. The two sources report different attributes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Teller {
+enum Source {
     Kernel,
     Bridge,
 }
 
 impl LinkUpdates {
-    /// Whether something is wrong with the bridge or one of the ports.
-    pub fn is_bad(&self) -> bool {
+    /// Returns whether the bridge or one of the ports needs a repair.
+    pub fn needs_repair(&self) -> bool {
         self.is_gateway_gone || self.right.values().any(|is_right| !is_right)
     }
 
-    pub(super) fn add(&mut self, provided: &Provided, ports: &Tenants, told: RouteNetlinkMessage) {
-        let is_bridge = |index| index == provided.index;
-        match told {
+    /// Records a message of the kernel.
+    pub(super) fn add(
+        &mut self,
+        ready_bridge: &ReadyBridge,
+        ports: &Tenants,
+        message: RouteNetlinkMessage,
+    ) {
+        let is_bridge = |index| index == ready_bridge.index;
+        match message {
             RouteNetlinkMessage::NewLink(message) => {
                 let family = message.header.interface_family;
                 let link = Link::from(message);
                 let is_port = ports.contains_key(&link.name);
-                let (teller, is_right) = match family {
+                let (source, is_right) = match family {
                     AddressFamily::Unspec if is_bridge(link.index) => {
-                        (Teller::Kernel, is_as_it_should_be(&link, &provided.bridge))
+                        (Source::Kernel, is_correct(&link, &ready_bridge.bridge))
                     }
                     AddressFamily::Unspec if is_port => {
-                        let is_plugged = is_plugged(&link, provided.index);
-                        (Teller::Kernel, is_plugged && port::is_right(&link))
+                        let is_plugged = is_plugged(&link, ready_bridge.index);
+                        (Source::Kernel, is_plugged && port::is_right(&link))
                     }
                     AddressFamily::Unspec
-                        if is_renamed(&link, ports) || is_foreign(&link, provided.index, ports) =>
+                        if is_renamed(&link, ports)
+                            || is_foreign(&link, ready_bridge.index, ports) =>
                     {
-                        (Teller::Kernel, false)
+                        (Source::Kernel, false)
                     }
-                    // What bridges tell in messages of their own lacks most attributes.
-                    AddressFamily::Bridge if is_port => (Teller::Bridge, port::is_right(&link)),
+                    // The bridge's own messages lack most attributes.
+                    AddressFamily::Bridge if is_port => (Source::Bridge, port::is_right(&link)),
                     _ => return,
                 };
-                self.right.insert((link.index, teller), is_right);
+                self.right.insert((link.index, source), is_right);
             }
             RouteNetlinkMessage::DelLink(message) => {
                 let link = Link::from(message);
                 if is_bridge(link.index) || ports.contains_key(&link.name) {
-                    self.right.insert((link.index, Teller::Kernel), false);
+                    self.right.insert((link.index, Source::Kernel), false);
                 }
             }
             RouteNetlinkMessage::DelAddress(message) => {
                 let address = Address::new(&message);
                 self.is_gateway_gone |=
-                    address.is_some_and(|address| provided.bridge.is_gateway(address.ip));
+                    address.is_some_and(|address| ready_bridge.bridge.is_gateway(address.ip));
             }
             _ => {}
         }

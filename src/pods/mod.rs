@@ -1,9 +1,9 @@
-//! Who has which of this node's addresses, and which is given next.
+//! The allocation of this node's addresses to pods.
 //!
-//! A table without a clock, a disk or a kernel: what was given and taken back is told to whoever keeps it.
-//! A pod has the same place in each subnet of its node, so one number stands for both of its addresses; the
-//! first place is the gateway's. What was given back rests for a while before it is given again, for others
-//! may still hold on to whom they knew there. Which subnets this node has is not decided here.
+//! [`Pods`] is a table without a clock, a disk or a kernel; the caller stores changes and carries them out. A
+//! pod has the same place (offset) in each subnet of its node, so one number stands for both of its
+//! addresses. The first place is the gateway's. A released address is not allocated again for a while,
+//! because peers may still send to its previous owner. The caller supplies the node's subnets.
 
 use std::{collections::BTreeMap, net::IpAddr, time::Duration};
 
@@ -38,53 +38,99 @@ mod tests;
 #[cfg(feature = "agent")]
 pub mod wiring;
 
-/// An address that was given back rests for so long, unless there is no other.
-const REST: Duration = Duration::from_secs(120);
-/// Places in one subnet: as many as an IPv4 /16 has. IPv6 subnets are never used up.
-const PLACES: u32 = 1 << 16;
-/// Of the gateway, which is this host.
-const GATEWAY: u32 = 1;
+/// Time before a released address is allocated again, if another one is free.
+const RELEASE_COOLDOWN: Duration = Duration::from_secs(120);
+/// Maximum number of places in a subnet: as many as an IPv4 /16 has. IPv6 subnets are larger.
+const MAX_PLACES: u32 = 1 << 16;
+/// Place of the gateway, which is this host.
+const GATEWAY_PLACE: u32 = 1;
 
-/// Why there is no address for a pod.
+/// Why a pod gets no address.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NoAddress {
+    /// The attachment already has an address.
     #[error("{attachment} has an address already: {address}")]
-    Attached { attachment: Attachment, address: IpAddr },
-    #[error("address {address}: it is not one for pods of this node's subnet {subnet}")]
-    Outside { address: IpAddr, subnet: IpNet },
+    Attached {
+        /// Container and interface.
+        attachment: Attachment,
+        /// Its first address.
+        address: IpAddr,
+    },
+    /// The requested address is not in a subnet of this node, or not one for pods.
+    #[error("address {address}: not a pod address of this node's subnet {subnet}")]
+    Outside {
+        /// The requested address.
+        address: IpAddr,
+        /// This node's subnet of the same family, if it has one.
+        subnet: IpNet,
+    },
+    /// The requested address is the gateway's.
     #[error(
         "address {address}: it is the gateway of the pods in {subnet}, which is this node itself"
     )]
-    Gateway { address: IpAddr, subnet: IpNet },
+    Gateway {
+        /// The requested address.
+        address: IpAddr,
+        /// The subnet of that gateway.
+        subnet: IpNet,
+    },
+    /// Another pod has the requested address.
     #[error("address {address}: {holder} has it")]
-    Taken { address: IpAddr, holder: Attachment },
+    Taken {
+        /// The requested address.
+        address: IpAddr,
+        /// The pod that has it.
+        holder: Attachment,
+    },
+    /// The requested addresses have different places in the two subnets.
     #[error(
-        "addresses {first} and {second}: a pod has the same place in both subnets, and these are two places"
+        "addresses {first} and {second}: a pod has the same offset in both subnets, and these differ"
     )]
-    TwoPlaces { first: IpAddr, second: IpAddr },
+    TwoPlaces {
+        /// The first requested address.
+        first: IpAddr,
+        /// The address at another place.
+        second: IpAddr,
+    },
+    /// Two addresses of the same family are requested.
     #[error(
-        "addresses {first} and {second}: a pod has one {} address: ask for one of them",
+        "addresses {first} and {second}: a pod has one {} address: request one of them",
         family(*.first)
     )]
-    TwoOfOne { first: IpAddr, second: IpAddr },
-    #[error("MAC {0}: it is not that of one interface")]
+    TwoOfOneFamily {
+        /// The first requested address.
+        first: IpAddr,
+        /// Another one of its family.
+        second: IpAddr,
+    },
+    /// The requested MAC is a group's or zero.
+    #[error("MAC {0}: must be unicast and not zero")]
     GroupMac(Mac),
+    /// The requested MAC follows from an address that is not requested.
     #[error(
-        "MAC {0}: those that begin with 0a:58 follow from addresses: ask for that address too, or for \
+        "MAC {0}: those that begin with 0a:58 follow from addresses: request that address too, or \
          another MAC"
     )]
     AddressMac(Mac),
-    #[error("MAC {0}: this host has it itself: ask for another one")]
+    /// This host has the requested MAC.
+    #[error("MAC {0}: this host has it: request another one")]
     MacOfHost(Mac),
+    /// Another pod has the requested MAC.
     #[error("MAC {mac}: {holder} has it")]
-    MacTaken { mac: Mac, holder: Attachment },
+    MacTaken {
+        /// The requested MAC.
+        mac: Mac,
+        /// The pod that has it.
+        holder: Attachment,
+    },
+    /// No address is free. Has the number of addresses for pods.
     #[error("all {0} addresses of this node's subnet are in use: see `gossamer pods`")]
     Exhausted(usize),
 }
 
 impl NoAddress {
-    /// Whether other pods are in the way, which may be gone by now.
-    pub const fn is_of_pods(&self) -> bool {
+    /// Returns whether another pod holds what is requested. That pod may be gone by now.
+    pub const fn is_pod_conflict(&self) -> bool {
         matches!(
             self,
             Self::Attached { .. } | Self::Taken { .. } | Self::MacTaken { .. } | Self::Exhausted(_)
@@ -92,93 +138,96 @@ impl NoAddress {
     }
 }
 
-/// What somebody asks for.
+/// A request for a pod's addresses.
 #[derive(Clone, Debug)]
-pub struct Wish {
+pub struct PodRequest {
+    /// Container and interface.
     pub attachment: Attachment,
-    /// On whose behalf.
+    /// The program or network that connects the pod, such as `docker` or `cni/net`.
     pub owner: String,
     /// Path of the network namespace.
     pub netns: String,
-    /// Those that it must have; any, if empty.
+    /// The addresses that the pod must get. If empty, any free ones.
     pub addresses: Vec<IpAddr>,
-    /// The MAC that it must have; any, if none.
+    /// The MAC that the pod must have. `None`: any.
     pub mac: Option<Mac>,
 }
 
-/// All pods of this node.
+/// The pods of this node and their addresses.
 #[derive(Debug, Default)]
 pub struct Pods {
     pods: BTreeMap<Attachment, Pod>,
     holders: BTreeMap<IpAddr, Attachment>,
-    /// When addresses were given back, by the first of each pod.
-    resting: BTreeMap<IpAddr, Time>,
+    /// Release time of released addresses, by the first address of each pod.
+    released: BTreeMap<IpAddr, Time>,
 }
 
 impl Pods {
-    /// Pods of an earlier run.
+    /// Returns a table with the pods of an earlier run.
     pub fn new(pods: impl IntoIterator<Item = Pod>) -> Self {
         let mut all = Self::default();
         pods.into_iter().for_each(|pod| all.insert(pod));
         all
     }
 
-    /// Gives a pod its addresses in the subnets that this node has now: those it wishes for, or the lowest
-    /// ones that have rested. Pods with addresses of earlier subnets keep them.
+    /// Allocates addresses in the current subnets of this node: the requested ones, or the lowest free ones
+    /// that were not released recently. Pods with addresses of earlier subnets keep them.
     ///
     /// # Errors
-    /// Why not; nothing has changed then.
+    /// If the attachment already has an address, a requested address is not available, or no address is free.
+    /// Nothing has changed then.
     pub fn attach(
         &mut self,
         now: Time,
         subnets: Subnets,
-        Wish { attachment, owner, netns, addresses: wishes, mac }: Wish,
+        PodRequest { attachment, owner, netns, addresses: requested, mac }: PodRequest,
     ) -> Result<&Pod, NoAddress> {
         if let Some(pod) = self.pods.get(&attachment) {
             let address = pod.addresses.first;
             return Err(NoAddress::Attached { attachment, address });
         }
-        let place = match wishes.as_slice() {
+        let place = match requested.as_slice() {
             [] => self.free_place(now, subnets)?,
-            [first, ..] => self.wished_place(subnets, *first, &wishes)?,
+            [first, ..] => self.requested_place(subnets, *first, &requested)?,
         };
         let addresses = addresses_at(subnets, place);
         let pod = Pod { attachment: attachment.clone(), owner, addresses, netns, mac };
-        self.resting.remove(&addresses.first);
+        self.released.remove(&addresses.first);
         self.insert(pod);
         Ok(&self.pods[&attachment])
     }
 
-    /// Takes the addresses of a pod back, if it has any.
+    /// Releases the addresses of a pod. Returns the pod, if it had any.
     pub fn detach(&mut self, now: Time, attachment: &Attachment) -> Option<Pod> {
         let pod = self.pods.remove(attachment)?;
         for address in pod.addresses.iter() {
             self.holders.remove(&address);
         }
-        self.resting.retain(|_, since| now.since(*since) < REST);
-        self.resting.insert(pod.addresses.first, now);
+        self.released.retain(|_, since| now.since(*since) < RELEASE_COOLDOWN);
+        self.released.insert(pod.addresses.first, now);
         Some(pod)
     }
 
+    /// Returns whether there are no pods.
     pub fn is_empty(&self) -> bool {
         self.pods.is_empty()
     }
 
-    /// Calls a pod by another name, and says where it is.
+    /// Gives a pod another name and namespace. Returns it, if it exists.
     pub fn rename(&mut self, from: &Attachment, to: Attachment, netns: String) -> Option<&Pod> {
         let pod = self.pods.remove(from)?;
         self.insert(Pod { attachment: to.clone(), netns, ..pod });
         self.pods.get(&to)
     }
 
-    /// Takes in MACs that the records of an earlier program do not have.
+    /// Adds MACs to pods whose records were written by a version without MACs.
     pub fn learn_macs(&mut self, macs: &BTreeMap<Attachment, Mac>) {
         for pod in self.pods.values_mut() {
             pod.mac = pod.mac.or_else(|| macs.get(&pod.attachment).copied());
         }
     }
 
-    /// Takes back the second address of a pod that uses none.
+    /// Releases the second address of a pod that does not use it.
     pub fn drop_second(&mut self, attachment: &Attachment) {
         let second = self.pods.get_mut(attachment).and_then(|pod| pod.addresses.second.take());
         if let Some(address) = second {
@@ -186,12 +235,12 @@ impl Pods {
         }
     }
 
-    /// Who has an address.
+    /// Returns the pod that has an address.
     pub fn holder(&self, address: IpAddr) -> Option<&Pod> {
         self.pods.get(self.holders.get(&address)?)
     }
 
-    /// Pods that others cannot reach any more, for their addresses are none of this node's.
+    /// Returns the pods whose addresses are in none of this node's subnets. Other pods cannot reach them.
     pub fn outside(&self, subnets: Option<Subnets>) -> impl Iterator<Item = &Pod> {
         let is_inside = move |address: IpAddr| {
             subnets.is_some_and(|subnets| subnets.iter().any(|subnet| subnet.contains(&address)))
@@ -199,10 +248,12 @@ impl Pods {
         self.iter().filter(move |pod| !is_inside(pod.addresses.first))
     }
 
+    /// Returns a pod by its attachment.
     pub fn get(&self, attachment: &Attachment) -> Option<&Pod> {
         self.pods.get(attachment)
     }
 
+    /// Returns all pods, ordered by attachment.
     pub fn iter(&self) -> impl Iterator<Item = &Pod> {
         self.pods.values()
     }
@@ -214,51 +265,51 @@ impl Pods {
         self.pods.insert(pod.attachment.clone(), pod);
     }
 
-    /// The lowest free place that was not given back lately, or the one that has rested for longest.
+    /// Returns the lowest free place that was not released recently; otherwise the one released first.
     fn free_place(&self, now: Time, subnets: Subnets) -> Result<u32, NoAddress> {
         let last = last_place(subnets);
-        let mut longest: Option<(Time, u32)> = None;
-        for place in GATEWAY + 1..=last {
+        let mut oldest: Option<(Time, u32)> = None;
+        for place in GATEWAY_PLACE + 1..=last {
             let addresses = addresses_at(subnets, place);
             if addresses.iter().any(|address| self.holders.contains_key(&address)) {
                 continue;
             }
-            match self.resting.get(&addresses.first) {
-                Some(since) if now.since(*since) < REST => {
-                    longest =
-                        Some(longest.map_or((*since, place), |best| best.min((*since, place))));
+            match self.released.get(&addresses.first) {
+                Some(since) if now.since(*since) < RELEASE_COOLDOWN => {
+                    oldest = Some(oldest.map_or((*since, place), |best| best.min((*since, place))));
                 }
                 _ => return Ok(place),
             }
         }
-        let exhausted = NoAddress::Exhausted((last - GATEWAY) as usize);
-        longest.map(|(_, place)| place).ok_or(exhausted)
+        let exhausted = NoAddress::Exhausted((last - GATEWAY_PLACE) as usize);
+        oldest.map(|(_, place)| place).ok_or(exhausted)
     }
 
-    /// The one place of all wishes, of which `first` is one.
-    fn wished_place(
+    /// Returns the common place of all requested addresses. `first` is one of them.
+    fn requested_place(
         &self,
         subnets: Subnets,
         first: IpAddr,
-        wishes: &[IpAddr],
+        requested: &[IpAddr],
     ) -> Result<u32, NoAddress> {
         let place = place_of(subnets, first)?;
-        let same = |other: &&IpAddr| **other != first && other.is_ipv4() == first.is_ipv4();
-        if let Some(&second) = wishes.iter().find(same) {
-            return Err(NoAddress::TwoOfOne { first, second });
+        let is_same_family =
+            |other: &&IpAddr| **other != first && other.is_ipv4() == first.is_ipv4();
+        if let Some(&second) = requested.iter().find(is_same_family) {
+            return Err(NoAddress::TwoOfOneFamily { first, second });
         }
-        for &second in wishes {
-            let its = place_of(subnets, second)?;
-            self.expect_free(second)?;
-            if its != place {
+        for &second in requested {
+            let second_place = place_of(subnets, second)?;
+            self.require_free(second)?;
+            if second_place != place {
                 return Err(NoAddress::TwoPlaces { first, second });
             }
         }
-        addresses_at(subnets, place).iter().try_for_each(|address| self.expect_free(address))?;
+        addresses_at(subnets, place).iter().try_for_each(|address| self.require_free(address))?;
         Ok(place)
     }
 
-    fn expect_free(&self, address: IpAddr) -> Result<(), NoAddress> {
+    fn require_free(&self, address: IpAddr) -> Result<(), NoAddress> {
         match self.holders.get(&address) {
             Some(holder) => Err(NoAddress::Taken { address, holder: holder.clone() }),
             None => Ok(()),
@@ -266,28 +317,28 @@ impl Pods {
     }
 }
 
-/// The address of this host in a subnet of its own: the one after the network address, as flannel has it.
+/// Returns the gateway's address in a subnet of this host: the one after the network address, as in flannel.
 pub fn gateway(subnet: IpNet) -> IpAddr {
-    address_at(subnet, GATEWAY)
+    address_at(subnet, GATEWAY_PLACE)
 }
 
-/// The last address of a subnet that a pod can have.
+/// Returns the last address of a subnet that a pod can have.
 pub fn last_address(subnet: IpNet) -> IpAddr {
     last_addresses(Subnets { first: subnet, second: None }).first
 }
 
-/// The last addresses that a pod can have: they are given when there are no others.
+/// Returns the last addresses that a pod can have. They are allocated only when no others are free.
 pub fn last_addresses(subnets: Subnets) -> Addresses {
     addresses_at(subnets, last_place(subnets))
 }
 
-/// Those before them; none where the subnets have no more than one place for a pod.
+/// Returns the addresses before the last ones; `None` if the subnets have only one place for a pod.
 pub fn last_but_one(subnets: Subnets) -> Option<Addresses> {
-    let place = last_place(subnets).checked_sub(1).filter(|place| *place > GATEWAY)?;
+    let place = last_place(subnets).checked_sub(1).filter(|place| *place > GATEWAY_PLACE)?;
     Some(addresses_at(subnets, place))
 }
 
-/// An address as an interface in this subnet has it.
+/// Returns an address with the prefix length of its subnet.
 pub fn with_length(ip: IpAddr, subnet: IpNet) -> IpNet {
     IpNet::new_assert(ip, subnet.prefix_len())
 }
@@ -308,19 +359,20 @@ fn address_at(subnet: IpNet, place: u32) -> IpAddr {
     }
 }
 
-/// The last one for pods; in IPv4 the very last is for broadcasts.
+/// Returns the last place for pods. In IPv4 the address after it is the broadcast address.
 fn last_place(subnets: Subnets) -> u32 {
     let last = |subnet: IpNet| {
         let bits = u32::from(subnet.max_prefix_len() - subnet.prefix_len());
-        let places = 1_u64.checked_shl(bits).unwrap_or(u64::MAX).min(PLACES.into()) as u32;
+        let places = 1_u64.checked_shl(bits).unwrap_or(u64::MAX).min(MAX_PLACES.into()) as u32;
         places - if subnet.addr().is_ipv4() { 2 } else { 1 }
     };
     subnets.iter().map(last).min().unwrap_or(0)
 }
 
+/// Returns the place of a pod address in the subnet of its family.
 fn place_of(subnets: Subnets, address: IpAddr) -> Result<u32, NoAddress> {
-    let same = |subnet: &IpNet| subnet.addr().is_ipv4() == address.is_ipv4();
-    let subnet = subnets.iter().find(same).unwrap_or(subnets.first);
+    let is_same_family = |subnet: &IpNet| subnet.addr().is_ipv4() == address.is_ipv4();
+    let subnet = subnets.iter().find(is_same_family).unwrap_or(subnets.first);
     let place = match (address, subnet.network()) {
         (IpAddr::V4(address), IpAddr::V4(network)) => {
             u32::from(address).checked_sub(network.into())
@@ -331,10 +383,10 @@ fn place_of(subnets: Subnets, address: IpAddr) -> Result<u32, NoAddress> {
         }
         _ => None,
     };
-    if place == Some(GATEWAY) {
+    if place == Some(GATEWAY_PLACE) {
         return Err(NoAddress::Gateway { address, subnet });
     }
     place
-        .filter(|place| (GATEWAY + 1..=last_place(subnets)).contains(place))
+        .filter(|place| (GATEWAY_PLACE + 1..=last_place(subnets)).contains(place))
         .ok_or(NoAddress::Outside { address, subnet })
 }

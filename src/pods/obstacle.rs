@@ -1,4 +1,4 @@
-//! What keeps pods from being plugged into the interface that has the bridge's name.
+//! Interfaces with the bridge's name that prevent pods from being connected.
 
 use std::io;
 
@@ -16,10 +16,11 @@ use crate::{
     },
 };
 
-/// Why no pod can be plugged into an interface that has the bridge's name; none, if it is the bridge.
+/// Returns why an interface with the bridge's name is not gossamer's bridge; `None` if it is.
 ///
-/// It is known by its alias, or by its MAC if an agent ended in the middle of making it. Without an agent the
-/// subnets are not known.
+/// The bridge has gossamer's alias. If an agent ended while creating it, it may lack the alias and have the
+/// MAC that follows from the gateway's address. Without an agent (`subnets` is `None`) any MAC that follows
+/// from an address counts.
 pub fn obstacle(link: &Link, subnets: Option<Subnets>) -> Option<String> {
     let has_mac = |mac: Mac| match subnets {
         Some(subnets) => mac == mac_at(gateway(subnets.first)),
@@ -35,10 +36,10 @@ pub fn obstacle(link: &Link, subnets: Option<Subnets>) -> Option<String> {
     })
 }
 
-/// Why no pod can be plugged into an interface that has the name of this bridge.
+/// Returns why no pod can be plugged into the interface with the name of this bridge; `None` if one can.
 ///
 /// # Errors
-/// The kernel does not show its addresses or interfaces.
+/// If the kernel's addresses or interfaces cannot be read.
 pub(super) fn to(
     bridge: &Bridge,
     link: &Link,
@@ -50,15 +51,15 @@ pub(super) fn to(
     }
 }
 
-/// Why the bridge is not this overlay's but that of another one on this host: it has a gateway of a subnet
-/// whose VTEP another device has.
+/// Returns an obstacle if the bridge belongs to another overlay on this host. Then it has a gateway's address
+/// in a subnet from which another VXLAN device has its VTEP's address.
 fn other_overlay(
     netlink: &mut Netlink,
     link: &Link,
     bridge: &Bridge,
 ) -> io::Result<Option<String>> {
     let has = netlink.addresses()?;
-    // Every interface with IPv6 has an address in the same link-local network.
+    // Link-local addresses are in the same network on every interface.
     let is_foreign = |address: &&Address| {
         address.link == link.index && !bridge.is_gateway(address.ip) && !is_link_local(address.ip)
     };

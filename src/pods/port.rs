@@ -1,8 +1,10 @@
-//! Settings of a pod's port on the bridge: what another value of them would drop, and how they are put right.
+//! Settings of a pod's port on the bridge: their correct values, and the repair of wrong ones.
 //!
-//! The kernel gives new ports the right values, all but the hairpin mode. Another program or an operator may
-//! change them (`bridge link set`, `ip link set type bridge_slave`), and then packets of the pod are dropped
-//! where nothing counts them.
+//! The kernel's defaults for new ports are correct, except for the hairpin mode. If another program or an
+//! operator changes them (`bridge link set`, `ip link set type bridge_slave`), the kernel drops packets of
+//! the pod without counting them.
+
+use std::fmt;
 
 use rtnetlink::{
     LinkMessageBuilder, LinkUnspec,
@@ -17,13 +19,14 @@ use rtnetlink::{
 
 use crate::netlink::{Request, link::Link};
 
-/// `IFLA_BRPORT_STATE` (linux/if_link.h), and `BR_STATE_FORWARDING`.
+/// `IFLA_BRPORT_STATE` (linux/if_link.h).
 const STATE: u16 = 1;
+/// `BR_STATE_FORWARDING` (linux/if_bridge.h).
 const FORWARDING: u8 = 3;
-/// `IFLA_BRPORT_MODE`: the hairpin mode.
+/// `IFLA_BRPORT_MODE` (linux/if_link.h): the hairpin mode.
 const HAIRPIN: u16 = 4;
 
-/// Number of each setting, the value that it has to have, and its name in `bridge link set`.
+/// Attribute number (`IFLA_BRPORT_*`), correct value and name in `bridge link set` of each setting.
 const SETTINGS: [(u16, u8, &str); 16] = [
     (STATE, FORWARDING, "state"),
     (HAIRPIN, 1, "hairpin"),
@@ -43,23 +46,58 @@ const SETTINGS: [(u16, u8, &str); 16] = [
     (40, 0, "mab"),
 ];
 
-/// Whether the bridge takes packets from a port and to it.
+/// Returns whether the bridge forwards packets from and to a port.
 pub(super) fn is_open(port: &Link) -> bool {
-    port.is_operational() && told(port).contains(&(STATE, FORWARDING))
+    port.is_operational() && reported_settings(port).contains(&(STATE, FORWARDING))
 }
 
-/// Whether all settings that the kernel tells of a port are right.
+/// State of a bridge port (`BR_STATE_*` of linux/if_bridge.h).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PortState {
+    Disabled,
+    Listening,
+    Learning,
+    Forwarding,
+    Blocking,
+}
+
+impl fmt::Display for PortState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Disabled => "disabled",
+            Self::Listening => "listening",
+            Self::Learning => "learning",
+            Self::Forwarding => "forwarding",
+            Self::Blocking => "blocking",
+        })
+    }
+}
+
+/// Returns the state of a port of any bridge. `None` if the kernel does not report it.
+pub fn state(port: &Link) -> Option<PortState> {
+    let states = [
+        PortState::Disabled,
+        PortState::Listening,
+        PortState::Learning,
+        PortState::Forwarding,
+        PortState::Blocking,
+    ];
+    let (_, value) = reported_settings(port).into_iter().find(|(kind, _)| *kind == STATE)?;
+    states.get(usize::from(value)).copied()
+}
+
+/// Returns whether all settings that the kernel reports are correct.
 pub fn is_right(port: &Link) -> bool {
     wrong(port).is_empty()
 }
 
-/// Names of the settings that are wrong, as `bridge link set` calls them.
+/// Returns the names of the wrong settings, as in `bridge link set`.
 pub fn wrong_names(port: &Link) -> Vec<&'static str> {
     wrong(port).into_iter().map(|(.., name)| name).collect()
 }
 
-/// The changes that put wrong settings right; none where all are right. The state travels by itself: the
-/// kernel refuses it while the pod's end is down, and then sets it when that comes up.
+/// Returns requests that correct the wrong settings. The state has a separate request: the kernel refuses
+/// it while the pod's end is down, and sets it by itself when that end comes up.
 pub(super) fn repair(port: &Link) -> Vec<Request> {
     let (state, flags): (Vec<_>, Vec<_>) =
         wrong(port).into_iter().partition(|(kind, ..)| *kind == STATE);
@@ -72,13 +110,13 @@ pub(super) fn repair(port: &Link) -> Vec<Request> {
         .collect()
 }
 
-/// Lets a pod speak to itself by way of a service's address.
+/// Returns a request for the hairpin mode, which lets a pod reach itself through a service's address.
 pub(super) fn hairpin(port: &str) -> Request {
     request(port, vec![InfoBridgePort::HairpinMode(true)])
 }
 
-/// The same for a new port, which it names and sets up: one message costs the kernel and those who hear of it
-/// less than three.
+/// Returns a request that sets a new port's alias, hairpin mode and state. One message causes less work in
+/// the kernel and fewer notifications than three.
 pub(super) fn up(port: &str, alias: String) -> Request {
     to_request(message(port, vec![InfoBridgePort::HairpinMode(true)]).alias(alias).up())
 }
@@ -97,45 +135,46 @@ fn to_request(message: LinkMessageBuilder<LinkUnspec>) -> Request {
     Request { message: RouteNetlinkMessage::NewLink(message.build()), flags: 0 }
 }
 
+/// Returns a one-byte setting.
 fn flag(kind: u16, value: u8) -> InfoBridgePort {
     InfoBridgePort::Other(DefaultNla::new(kind, vec![value]))
 }
 
-/// Number, right value and name of each setting that has another value. Settings that the kernel does not
-/// tell are taken as right: it is too old for them.
+/// Returns number, correct value and name of each setting that has another value. A setting that the kernel
+/// does not report counts as correct, because the kernel is too old to have it.
 fn wrong(port: &Link) -> Vec<(u16, u8, &'static str)> {
-    let is_wrong = |(kind, right, _): &&(u16, u8, &str), told: &[(u16, u8)]| {
-        told.iter().any(|(told, value)| told == kind && value != right)
+    let is_wrong = |(kind, right, _): &&(u16, u8, &str), reported: &[(u16, u8)]| {
+        reported.iter().any(|(number, value)| number == kind && value != right)
     };
-    let told = told(port);
-    // Without a carrier the kernel itself keeps the port disabled.
-    let is_kept = |(kind, ..): &&(u16, u8, &str)| *kind != STATE || port.carrier;
-    SETTINGS.iter().filter(|setting| is_wrong(setting, &told)).filter(is_kept).copied().collect()
+    let reported = reported_settings(port);
+    // Without a carrier the kernel keeps the port disabled.
+    let is_relevant = |(kind, ..): &&(u16, u8, &str)| *kind != STATE || port.carrier;
+    let wrong = SETTINGS.iter().filter(|setting| is_wrong(setting, &reported));
+    wrong.filter(is_relevant).copied().collect()
 }
 
-/// Settings by their numbers. In a message of the bridge itself the hairpin mode of a port that was just made
-/// is not the last word: it is set right after the port was plugged in, without another message.
-fn told(port: &Link) -> Vec<(u16, u8)> {
-    let mut told = Vec::new();
+/// Returns the reported settings by number. Ignores the hairpin mode in messages of the bridge: for a new
+/// port the message precedes the setting, and no other message follows.
+fn reported_settings(port: &Link) -> Vec<(u16, u8)> {
+    let mut reported = Vec::new();
     for attribute in &port.message.attributes {
         match attribute {
             LinkAttribute::LinkInfo(infos) => {
                 for info in infos {
                     if let LinkInfo::PortData(InfoPortData::BridgePort(settings)) = info {
-                        told.extend(settings.iter().filter_map(byte));
+                        reported.extend(settings.iter().filter_map(byte));
                     }
                 }
             }
-            LinkAttribute::ProtoInfoBridge(settings) => {
-                told.extend(settings.iter().filter_map(byte).filter(|(kind, _)| *kind != HAIRPIN))
-            }
+            LinkAttribute::ProtoInfoBridge(settings) => reported
+                .extend(settings.iter().filter_map(byte).filter(|(kind, _)| *kind != HAIRPIN)),
             _ => {}
         }
     }
-    told
+    reported
 }
 
-/// Number and value of a setting that is one byte long.
+/// Returns number and value of a setting that is one byte long.
 fn byte(setting: &impl Nla) -> Option<(u16, u8)> {
     if setting.value_len() != 1 {
         return None;
@@ -161,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn setting_with_another_value_is_wrong_and_one_that_is_not_told_is_right() {
+    fn setting_with_another_value_is_wrong_and_unreported_one_is_correct() {
         let right: Vec<(u16, u8)> =
             SETTINGS.iter().map(|(kind, value, _)| (*kind, *value)).collect();
         assert!(is_right(&port(true, &right)) && is_right(&port(true, &[])));
@@ -174,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn port_without_carrier_is_disabled_by_the_kernel_and_left_so() {
+    fn port_without_carrier_may_be_disabled() {
         assert!(is_right(&port(false, &[(STATE, 0)])));
         assert!(!is_right(&port(false, &[(STATE, 0), (33, 1)])));
         assert!(!is_right(&port(true, &[(STATE, 0)])));

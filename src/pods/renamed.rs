@@ -1,35 +1,36 @@
-//! Ends of pods' veth pairs that another program has renamed: what keeps a pod connected goes by their names.
+//! Ends of pods' veth pairs that another program has renamed. gossamer refers to the ends by name, so it
+//! restores their names.
 
 use std::{collections::BTreeSet, io};
 
 use super::{
-    bridge::{Mended, Tenants},
-    names::told_name,
+    bridge::{RepairReport, Tenants},
+    names::original_name,
 };
 use crate::netlink::{Netlink, link::Link};
 
-/// Gives renamed ends their names again, in the kernel and in the list.
-pub(super) fn take_names_back(
+/// Restores the names of renamed ends, in the kernel and in `links`.
+pub(super) fn restore_names(
     netlink: &mut Netlink,
     links: &mut [Link],
     ports: &Tenants,
-    mended: &mut Mended,
+    report: &mut RepairReport,
 ) -> io::Result<()> {
-    let there: BTreeSet<String> = links.iter().map(|link| link.name.clone()).collect();
-    // An earlier end of a pod may be about to be removed.
-    let may_be = |name: &String| ports.contains_key(name) && !there.contains(name);
+    let existing: BTreeSet<String> = links.iter().map(|link| link.name.clone()).collect();
+    // If an interface of the original name exists, the renamed one is an earlier end about to be removed.
+    let is_restorable = |name: &String| ports.contains_key(name) && !existing.contains(name);
     for link in links {
-        let Some(name) = told_name(link).filter(may_be) else { continue };
+        let Some(name) = original_name(link).filter(is_restorable) else { continue };
         netlink.rename_link(link.index, &name)?;
-        // Kernels before 6.2 rename only what is down.
+        // Kernels before 6.2 rename an interface only while it is down.
         link.up = false;
         link.name = name;
-        mended.note_port(&link.name, link.index);
+        report.note_port(&link.name, link.index);
     }
     Ok(())
 }
 
-/// Whether what the kernel tells of an interface is that one of the ports has got another name.
+/// Returns whether an interface in a message is a renamed port.
 pub(super) fn is_renamed(link: &Link, ports: &Tenants) -> bool {
-    told_name(link).is_some_and(|name| ports.contains_key(&name))
+    original_name(link).is_some_and(|name| ports.contains_key(&name))
 }

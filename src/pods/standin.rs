@@ -1,9 +1,9 @@
-//! A pod of the agent's own: a network namespace without a name on the pods' bridge, whose packets are
-//! forwarded like those of any pod.
+//! A stand-in pod: a pod of the agent's own, to test whether the host forwards pods' packets. It is an
+//! unnamed network namespace on the pods' bridge.
 //!
-//! The kernel removes the namespace with its veth pair as soon as the last file descriptor on it is closed,
-//! so that nothing is left of an agent that was killed. It has the last address of the subnet, which is
-//! given to a pod when there is no other; whoever uses this gives it up then.
+//! The kernel removes the namespace and its veth pair when the last file descriptor on it is closed, so a
+//! killed agent leaves nothing behind. The stand-in pod has the last address of the subnet. A pod gets that
+//! address when no other is free, and the caller then removes the stand-in pod.
 
 use std::{
     fs::File,
@@ -33,77 +33,92 @@ use crate::{
     netlink::{Netlink, Request, in_thread, inside, link::no_ipv6_address},
 };
 
-/// By which its end on this host is known.
+/// Alias of the stand-in pod's end on this host.
 pub const OWN_ALIAS: &str = "gossamer forwarding trial";
-/// How its end on this host is called: this and the VNI, and with this behind that the second one's.
+/// Prefix of the name of its end on this host; the VNI follows.
 const PREFIX: &str = "gsp.";
-const MATE: &str = "b";
-/// Its interface inside.
+/// Suffix of the name of the second stand-in pod's end on this host.
+const SECOND_SUFFIX: &str = "b";
+/// Name of the interface inside the stand-in pod.
 pub const INNER: &str = "eth0";
 
-/// What it is to be like.
+/// The desired state of a stand-in pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Shape {
     /// Name of its end on this host.
     pub link: String,
+    /// Name of the pods' bridge.
     pub bridge: String,
+    /// This node's subnets.
     pub subnets: Subnets,
+    /// Addresses of the first stand-in pod.
     pub addresses: Addresses,
-    /// Of a second one, for packets between two pods; none where the subnet is too small.
+    /// Addresses of a second one, for packets between two pods. `None` if the subnet is too small.
     pub mate: Option<Addresses>,
+    /// MTU of the interface, in bytes.
     pub mtu: u32,
-    /// That of its route to others, above which it sends fragments, as pods do.
+    /// MTU of its default route, in bytes. As in pods, larger packets are fragmented.
     pub route_mtu: u32,
 }
 
-/// It exists for as long as this is kept.
+/// A stand-in pod. It exists until this value is dropped.
 #[derive(Debug)]
 pub struct StandIn {
     netns: Arc<File>,
     shape: Shape,
     link: String,
-    /// Indices of the bridge and of its port.
+    /// Index of the bridge.
     bridge: u32,
+    /// Index of its port on the bridge.
     port: u32,
 }
 
-/// Its inside, for others that have sockets there. That alone keeps nothing on this host.
+/// The namespace of a stand-in pod, for code that opens sockets there. Does not keep the end on this host.
 #[derive(Clone, Debug)]
 pub struct Room {
     netns: Arc<File>,
+    /// Addresses of the first stand-in pod.
     pub addresses: Addresses,
 }
 
-/// Which of the two it is.
+/// One of the two stand-in pods.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Role {
-    /// The one that is like a pod.
+    /// The one that is configured like a pod.
     First,
-    /// The one to which the first speaks by way of the bridge alone. It answers no ARP, and its MAC is known
-    /// to the first alone: its address may be a pod's.
+    /// The one that exchanges packets with the first across the bridge only. It answers no ARP and only the
+    /// first knows its MAC, because a pod may have its address.
     Mate,
 }
 
-/// The name of its end on this host, in the overlay of this VNI: no pod's end is called like that.
+/// Returns the name of a stand-in pod's end on this host, in the overlay of this VNI. Differs from the names
+/// of pods' ends.
 pub fn link_name(vni: u32) -> String {
     format!("{PREFIX}{vni}")
 }
 
-/// Whether an interface is called as the end of one is.
+/// Returns whether an interface name is that of a stand-in pod's end.
 pub fn is_link_name(name: &str) -> bool {
-    let vni = name.strip_prefix(PREFIX).map(|rest| rest.strip_suffix(MATE).unwrap_or(rest));
+    let vni =
+        name.strip_prefix(PREFIX).map(|rest| rest.strip_suffix(SECOND_SUFFIX).unwrap_or(rest));
     vni.is_some_and(|vni| vni.parse::<u32>().is_ok())
 }
 
 impl StandIn {
-    /// Makes it on a bridge of pods; without such a bridge there are no pods, and nothing is made.
+    /// Creates a stand-in pod on the pods' bridge. Returns `None` if the bridge does not exist.
+    ///
+    /// # Errors
+    /// If the kernel refuses the namespace, the veth pair, an address or a route.
     pub fn make(netlink: &mut Netlink, shape: &Shape) -> io::Result<Option<Self>> {
         let found = netlink.link(&shape.bridge)?;
         let Some(bridge) = found.filter(|link| link.alias == ALIAS) else { return Ok(None) };
         Self::plugged_into(bridge.index, netlink, shape, Role::First).map(Some)
     }
 
-    /// Makes a second one beside it, at the mate's addresses of its shape.
+    /// Creates a second stand-in pod, with the addresses in `mate` of the shape.
+    ///
+    /// # Errors
+    /// As for [`StandIn::make`].
     pub fn make_mate(&self, netlink: &mut Netlink) -> io::Result<Self> {
         Self::plugged_into(self.bridge, netlink, &self.shape, Role::Mate)
     }
@@ -116,9 +131,9 @@ impl StandIn {
     ) -> io::Result<Self> {
         let (link, mac) = match role {
             Role::First => (shape.link.clone(), mac_at(shape.addresses.first)),
-            Role::Mate => (format!("{}{MATE}", shape.link), mate_mac(shape.addresses)),
+            Role::Mate => (format!("{}{SECOND_SUFFIX}", shape.link), mate_mac(shape.addresses)),
         };
-        remove_former(netlink, &link)?;
+        remove_stale(netlink, &link)?;
         let netns = in_thread(|| {
             unshare(CloneFlags::CLONE_NEWNET)?;
             File::open("/proc/thread-self/ns/net").map(Arc::new)
@@ -134,21 +149,24 @@ impl StandIn {
             .controller(bridge);
         netlink.create_link(pair.build())?;
         let port = netlink.index_of(&link)?;
-        // A port needs none; a kernel without IPv6 refuses to hear of it.
+        // A port needs no IPv6 address. A kernel without IPv6 refuses the request.
         let Request { message, flags } = without_address(&link);
         let made = Self { netns, shape: shape.clone(), link, bridge, port };
         let _ = netlink.apply_one(message, flags);
         let up = LinkUnspec::new_with_index(port).alias(OWN_ALIAS).up();
-        let furnished = netlink.set_link(up).and_then(|()| made.furnish(role));
-        if let Err(error) = furnished {
+        let configured = netlink.set_link(up).and_then(|()| made.configure(role));
+        if let Err(error) = configured {
             made.remove(netlink);
             return Err(error);
         }
         Ok(made)
     }
 
-    /// Whether it is still like this, on a bridge that is still there.
-    pub fn is(&self, netlink: &mut Netlink, shape: &Shape) -> io::Result<bool> {
+    /// Returns whether the stand-in pod is complete and has this shape.
+    ///
+    /// # Errors
+    /// If the kernel's interfaces cannot be read.
+    pub fn matches(&self, netlink: &mut Netlink, shape: &Shape) -> io::Result<bool> {
         let port = netlink.link(&self.link)?;
         let is_whole = port.is_some_and(|port| {
             port.index == self.port && port.up && port.is_plugged_into(self.bridge)
@@ -156,16 +174,23 @@ impl StandIn {
         Ok(is_whole && self.shape == *shape)
     }
 
-    /// Does something inside. Sockets that are opened stay there for good.
+    /// Runs `work` in the namespace. Sockets that it opens stay there.
+    ///
+    /// # Errors
+    /// If the namespace cannot be entered, or the error of `work`.
     pub fn inside<T: Send>(&self, work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
         inside(&*self.netns, work)
     }
 
+    /// Returns the namespace, for sockets there.
     pub fn room(&self) -> Room {
         Room { netns: self.netns.clone(), addresses: self.shape.addresses }
     }
 
-    /// A socket inside, and the index of the interface there.
+    /// Opens a netlink socket inside. Returns it with the index of the interface there.
+    ///
+    /// # Errors
+    /// If the socket cannot be opened or the interface is gone.
     pub fn netlink(&self) -> io::Result<(Netlink, u32)> {
         self.inside(|| {
             let mut netlink = Netlink::open()?;
@@ -174,22 +199,24 @@ impl StandIn {
         })
     }
 
+    /// Returns the index of the port on the bridge.
     pub const fn port(&self) -> u32 {
         self.port
     }
 
-    /// Of the first one, whichever of the two this is.
+    /// Returns the addresses of the first stand-in pod, also if this is the second one.
     pub const fn addresses(&self) -> Addresses {
         self.shape.addresses
     }
 
-    /// Removes it at once: the kernel would take its time.
+    /// Removes the stand-in pod at once. After a drop, the kernel removes it later.
     pub fn remove(self, netlink: &mut Netlink) {
-        // If it is gone, so much the better.
+        // An error means that the interface is already gone.
         let _ = netlink.delete_link(self.port);
     }
 
-    fn furnish(&self, role: Role) -> io::Result<()> {
+    /// Sets up the interface inside, with addresses, routes and neighbor entries.
+    fn configure(&self, role: Role) -> io::Result<()> {
         let Shape { addresses, subnets, mate, route_mtu, .. } = &self.shape;
         self.inside(|| {
             let mut netlink = Netlink::open()?;
@@ -215,20 +242,23 @@ impl StandIn {
                     )?;
                 }
             }
-            other.into_iter().try_for_each(|ip| netlink.set_neighbour(index, ip, mac))
+            other.into_iter().try_for_each(|ip| netlink.set_permanent_neighbor(index, ip, mac))
         })
     }
 }
 
 impl Room {
-    /// Does something inside. Sockets that are opened stay there for good.
+    /// Runs `work` in the namespace. Sockets that it opens stay there.
+    ///
+    /// # Errors
+    /// If the namespace cannot be entered, or the error of `work`.
     pub fn inside<T: Send>(&self, work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
         inside(&*self.netns, work)
     }
 }
 
-/// The MAC of the second one beside a first one with these addresses. No pod has it, whatever its address; a
-/// pod that asks for it is refused.
+/// Returns the MAC of the second stand-in pod, from the addresses of the first. No pod has it: it does not
+/// follow from an address, and a pod that requests it is refused.
 pub fn mate_mac(of_first: Addresses) -> Mac {
     let [_, rest @ ..] = *mac_at(of_first.first).as_bytes();
     let [a, b, c, d, e] = rest;
@@ -248,14 +278,16 @@ fn default_route(link: u32, via: IpAddr, mtu: u32) -> RouteNetlinkMessage {
     RouteNetlinkMessage::NewRoute(route)
 }
 
-/// Of an agent that was killed a moment ago: the kernel is about to remove it.
-fn remove_former(netlink: &mut Netlink, link: &str) -> io::Result<()> {
+/// Removes the interface of an agent that was killed a moment ago and that the kernel has not removed yet.
+fn remove_stale(netlink: &mut Netlink, link: &str) -> io::Result<()> {
     match netlink.link(link)? {
         Some(former) if former.kind == "veth" => {
             let _ = netlink.delete_link(former.index);
             Ok(())
         }
-        Some(_) => Err(io::Error::other(format!("an interface of others is called {link}"))),
+        Some(_) => {
+            Err(io::Error::other(format!("an interface of another program has the name {link}")))
+        }
         None => Ok(()),
     }
 }

@@ -14,7 +14,7 @@ use super::{
     faults::{Fault, Faults},
     run::{Plan, RunResult},
 };
-use crate::core::planted::{self, Bug};
+use crate::core::planted::{self, Mutation};
 
 /// Every seed that is a multiple of this is run twice, and both runs must have the same trace.
 const DETERMINISM_CHECK_INTERVAL: u64 = 50;
@@ -201,12 +201,15 @@ pub fn reproduce_command(plan: &Plan) -> String {
 }
 
 /// Seeds that catch mutations which few seeds catch. They are tried first; an outdated entry costs only time.
-const KNOWN_CATCHING_SEEDS: [(Bug, u64); 3] =
-    [(Bug::LeaveWithoutWithdrawal, 1_354), (Bug::GiveBackInUse, 4_395), (Bug::IgnoreVersions, 332)];
+const KNOWN_CATCHING_SEEDS: [(Mutation, u64); 3] = [
+    (Mutation::LeaveWithoutWithdrawal, 1_354),
+    (Mutation::ReleaseLeaseInUse, 4_395),
+    (Mutation::IgnoreVersions, 332),
+];
 
 /// Searches the seeds from 1 to `limit` for one that fails with the mutation and passes without it. Returns
 /// the seed and the violation.
-pub fn find_catching_seed(bug: Bug, limit: u64) -> Option<(u64, String)> {
+pub fn find_catching_seed(bug: Mutation, limit: u64) -> Option<(u64, String)> {
     let recorded = KNOWN_CATCHING_SEEDS.iter().filter(|(of, _)| *of == bug).map(|(_, seed)| *seed);
     recorded.chain(1..=limit).find_map(|seed| {
         let plan = Plan::draw(seed, 3..=20);

@@ -49,10 +49,10 @@ impl World {
             Output::Withdraw => {
                 self.set_desired_state(index, DesiredState::Nothing);
             }
-            Output::Owned(_)
-            | Output::Answered { .. }
-            | Output::Inquired { .. }
-            | Output::Reported { .. } => {}
+            Output::SlotsChanged(_)
+            | Output::PingResult { .. }
+            | Output::InquiryReceived { .. }
+            | Output::InquiryResult { .. } => {}
             Output::CannotLeave(_) => self.hosts[index].is_departing = false,
             Output::Stop(stop) => self.on_stop(index, stop),
         }
@@ -336,7 +336,7 @@ impl World {
         };
         self.schedule_kernel(index, retry_after.unwrap_or(RECONCILE_INTERVAL));
         if retry_after.is_none() {
-            self.input(index, Input::InUse(subnet));
+            self.input(index, Input::KernelSubnet(subnet));
         }
     }
 

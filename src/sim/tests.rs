@@ -5,7 +5,7 @@ use super::{
     campaign::{Campaign, find_catching_seed, reproduce_command},
     run::Plan,
 };
-use crate::core::planted::Bug;
+use crate::core::planted::Mutation;
 
 #[test]
 fn campaign_of_100_seeds_finds_no_violation() {
@@ -40,8 +40,12 @@ fn runs_of_one_seed_are_identical() {
 /// These mutations break rules so often that few seeds suffice; `gossamer-sim planted` tries all mutations.
 #[test]
 fn gross_mutations_are_caught_within_20_seeds() {
-    for bug in [Bug::AnswerBeforeFlush, Bug::SameEpoch, Bug::RemoveBeforeAdd, Bug::DonateBeforeSync]
-    {
+    for bug in [
+        Mutation::AnswerBeforeFlush,
+        Mutation::SameEpoch,
+        Mutation::RemoveBeforeAdd,
+        Mutation::GrantBeforeSync,
+    ] {
         assert!(find_catching_seed(bug, 20).is_some(), "{bug:?} was not caught");
     }
 }

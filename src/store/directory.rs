@@ -1,6 +1,6 @@
 //! The state directory and the small files in it.
 //!
-//! It belongs to one process at a time, and a directory with anything else in it is never taken for one.
+//! One process at a time uses it. A directory with files of other programs is refused.
 
 use std::{
     ffi::{OsStr, OsString},
@@ -24,7 +24,7 @@ use crate::{
 };
 
 const KEY: &str = "node.key";
-const KEY_IN_WRITING: &str = "node.key.new";
+const KEY_TEMPORARY: &str = "node.key.new";
 const TOKEN: &str = "token";
 const SECRETS: &str = "secrets";
 const BOOT: &str = "boot";
@@ -34,7 +34,7 @@ const UNDERLAY: &str = "underlay";
 const DATABASE: &str = "db";
 const ESSENTIALS: &str = "essentials";
 
-/// A directory that only its owner can enter, held by this process.
+/// The state directory, locked by this process. Only its owner can enter it.
 #[derive(Debug)]
 pub struct StateDir {
     path: PathBuf,
@@ -42,11 +42,15 @@ pub struct StateDir {
 }
 
 impl StateDir {
-    /// Takes the directory, making it if need be. Nothing is changed in one that is not ours.
+    /// Locks the directory, and creates it if it does not exist. Does not change a directory of another
+    /// program.
+    ///
+    /// # Errors
+    /// If the directory is in use, has files of other programs, or cannot be created.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
         let fail = |error| StoreError::Directory { path: path.to_owned(), error };
         fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(fail)?;
-        expect_ours(path)?;
+        require_state_dir(path)?;
         fs::set_permissions(path, fs::Permissions::from_mode(0o700)).map_err(fail)?;
         let file = path.join(LOCK);
         let lock =
@@ -55,12 +59,13 @@ impl StateDir {
         Ok(Self { path: path.to_owned(), _lock: lock })
     }
 
-    /// The seed of the node's key in a directory that could be taken, if it has one. Changes nothing.
+    /// Returns the seed of the node's key, if there is one, after checking that the directory could be
+    /// opened. Changes nothing.
     ///
     /// # Errors
-    /// As when it is taken.
-    pub fn look(path: &Path) -> Result<Option<[u8; 32]>, StoreError> {
-        expect_ours(path)?;
+    /// As for [`Self::open`], or if the key is invalid.
+    pub fn peek_node_key(path: &Path) -> Result<Option<[u8; 32]>, StoreError> {
+        require_state_dir(path)?;
         let file = path.join(LOCK);
         match files::open(&file, OFlag::O_NOFOLLOW) {
             Ok(lock) => drop(take(lock, path)?),
@@ -70,55 +75,84 @@ impl StateDir {
         node_key(path)
     }
 
-    /// Whether a directory is of a node that has started before, or whether there is no telling.
+    /// Returns whether a node has started with this directory before. True if that cannot be determined.
     pub fn is_known(path: &Path) -> bool {
         path.join(KEY).try_exists().unwrap_or(true)
     }
 
+    /// Returns the path of the database.
     pub fn database(&self) -> PathBuf {
         self.path.join(DATABASE)
     }
 
-    /// The seed of the node's key, if it has one.
+    /// Returns the seed of the node's key, if there is one.
+    ///
+    /// # Errors
+    /// If the file cannot be read or is damaged.
     pub fn node_key(&self) -> Result<Option<[u8; 32]>, StoreError> {
         node_key(&self.path)
     }
 
+    /// Stores the seed of the node's key.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
     pub fn save_node_key(&self, seed: &[u8; 32]) -> Result<(), StoreError> {
         self.save(KEY, &key_to_text(seed))
     }
 
-    /// The second copy of what makes this node.
+    /// Returns the second copy of the essential records.
     pub fn essentials(&self) -> Essentials {
         Essentials::new(self.path.join(ESSENTIALS))
     }
 
-    /// How this node entered its cluster, and where it would find it again.
+    /// Returns the token with which the node joined, and which lists seeds.
+    ///
+    /// # Errors
+    /// If the file cannot be read or is damaged.
     pub fn token(&self) -> Result<Option<Token>, StoreError> {
         read_token(&self.path)
     }
 
+    /// Stores the token.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
     pub fn save_token(&self, token: &Token) -> Result<(), StoreError> {
         self.save(TOKEN, &format!("{token}\n"))
     }
 
-    /// The secrets that this node accepts, if there ever was more than the token's.
+    /// Returns the secrets that this node accepts. `None` if it never had another one than the token's.
+    ///
+    /// # Errors
+    /// If the file cannot be read or is damaged.
     pub fn keyring(&self) -> Result<Option<Keyring>, StoreError> {
         let path = self.path.join(SECRETS);
         let Some(text) = read_if_there(&path)? else { return Ok(None) };
         text.parse().map(Some).map_err(|why| StoreError::Secrets { path, why })
     }
 
+    /// Stores the secrets that this node accepts.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
     pub fn save_keyring(&self, keyring: &Keyring) -> Result<(), StoreError> {
         self.save(SECRETS, &keyring.to_string())
     }
 
-    /// The subnets that Kubernetes gave to this node; none, if there is no telling.
+    /// Returns the subnets that Kubernetes assigned to this node; empty if they are not known.
+    ///
+    /// # Errors
+    /// If the file cannot be read. A damaged file counts as absent.
     pub fn pod_cidrs(&self) -> Result<Vec<IpNet>, StoreError> {
         let parse = |text: &str| text.split_whitespace().map(|word| word.parse().ok()).collect();
-        Ok(self.learned(POD_CIDR, parse)?.unwrap_or_default())
+        Ok(self.read_rebuildable(POD_CIDR, parse)?.unwrap_or_default())
     }
 
+    /// Stores the subnets that Kubernetes assigned to this node.
+    ///
+    /// # Errors
+    /// If the file cannot be read or written.
     pub fn save_pod_cidrs(&self, subnets: &[IpNet]) -> Result<(), StoreError> {
         if self.pod_cidrs()? == subnets {
             return Ok(());
@@ -127,14 +161,21 @@ impl StateDir {
         self.save(POD_CIDR, &lines)
     }
 
-    /// The underlay address of this host and the MTU of its overlay, as they last were.
+    /// Returns the last known underlay address of this host and MTU of its overlay, in bytes.
+    ///
+    /// # Errors
+    /// If the file cannot be read. A damaged file counts as absent.
     pub fn underlay(&self) -> Result<Option<(IpAddr, u32)>, StoreError> {
-        self.learned(UNDERLAY, |text| {
+        self.read_rebuildable(UNDERLAY, |text| {
             let (address, mtu) = text.trim_end().split_once(' ')?;
             Some((address.parse().ok()?, mtu.parse().ok()?))
         })
     }
 
+    /// Stores the underlay address and the MTU of the overlay.
+    ///
+    /// # Errors
+    /// If the file cannot be read or written.
     pub fn save_underlay(&self, address: IpAddr, mtu: u32) -> Result<(), StoreError> {
         if self.underlay()? == Some((address, mtu)) {
             return Ok(());
@@ -142,8 +183,8 @@ impl StateDir {
         self.save(UNDERLAY, &format!("{address} {mtu}\n"))
     }
 
-    /// Whether the host has not been started again since [`Self::note_boot`]; true if that is not known, as
-    /// with a file that is damaged.
+    /// Returns whether the host has not rebooted since [`Self::note_boot`]. True if that is unknown, for
+    /// example if the file is damaged.
     pub fn is_same_boot(&self) -> bool {
         let noted = files::read_text(&self.path.join(BOOT), files::SMALL).ok();
         let noted = noted.filter(|noted| is_boot_id(noted));
@@ -151,17 +192,24 @@ impl StateDir {
         noted.is_none_or(|noted| now.is_none_or(|now| now == noted))
     }
 
+    /// Stores the id of the host's current boot.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
     pub fn note_boot(&self) -> Result<(), StoreError> {
         boot_id().map_or(Ok(()), |id| self.save(BOOT, &id))
     }
 
-    /// The log of changes of ownership.
+    /// Returns the log of ownership changes.
     pub fn history(&self) -> History {
         History::new(&self.path)
     }
 
-    /// Forgets who this node was, and what it knew; how it entered its cluster stays. In this order: a new
-    /// key never meets an old database.
+    /// Removes the database and stores a new key, but keeps the token. The order ensures that a new key never
+    /// comes with an old database.
+    ///
+    /// # Errors
+    /// If the database cannot be removed or the key cannot be written.
     pub fn new_identity(&self, seed: &[u8; 32]) -> Result<(), StoreError> {
         let fail = |error| StoreError::Directory { path: self.path.clone(), error };
         match fs::remove_dir_all(self.database()) {
@@ -171,13 +219,16 @@ impl StateDir {
         self.save_node_key(seed)
     }
 
-    /// Forgets everything that was ever kept here: the next start is that of a new node.
+    /// Removes all of gossamer's files except the directory itself. The next start is that of a new node.
+    ///
+    /// # Errors
+    /// If a file cannot be removed.
     pub fn wipe(&self) -> Result<(), StoreError> {
         let fail = |error| StoreError::Directory { path: self.path.clone(), error };
         for entry in fs::read_dir(&self.path).map_err(fail)? {
             let entry = entry.map_err(fail)?;
             let path = entry.path();
-            match is_ours(&entry.file_name()) {
+            match is_own_file(&entry.file_name()) {
                 true if path.is_dir() => fs::remove_dir_all(&path).map_err(fail)?,
                 true => fs::remove_file(&path).map_err(fail)?,
                 false => {}
@@ -186,14 +237,14 @@ impl StateDir {
         Ok(())
     }
 
-    /// What a file says that this node can learn again: a damaged one is as good as none.
-    fn learned<T>(
+    /// Returns the parsed content of a file that the node can rebuild. A damaged file counts as absent.
+    fn read_rebuildable<T>(
         &self,
         name: &str,
         parse: impl FnOnce(&str) -> Option<T>,
     ) -> Result<Option<T>, StoreError> {
         let path = self.path.join(name);
-        let said = match read_if_there(&path) {
+        let content = match read_if_there(&path) {
             Ok(None) => return Ok(None),
             Ok(Some(text)) => parse(&text),
             Err(StoreError::Directory { error, .. })
@@ -203,10 +254,10 @@ impl StateDir {
             }
             Err(error) => return Err(error),
         };
-        if said.is_none() {
-            tracing::warn!(path = %path.display(), "damaged: what it said is learned again");
+        if content.is_none() {
+            tracing::warn!(path = %path.display(), "damaged file ignored; its content will be rebuilt");
         }
-        Ok(said)
+        Ok(content)
     }
 
     fn save(&self, name: &str, text: &str) -> Result<(), StoreError> {
@@ -215,17 +266,19 @@ impl StateDir {
     }
 }
 
-/// Nothing else is in it, or it has a key of ours.
-fn expect_ours(path: &Path) -> Result<(), StoreError> {
+/// Checks that the directory is a state directory: empty except for files of a first start, or with a node's
+/// key.
+fn require_state_dir(path: &Path) -> Result<(), StoreError> {
     let names: Vec<_> = fs::read_dir(path)
         .and_then(|entries| entries.map(|entry| Ok(entry?.file_name())).collect())
         .map_err(|error| StoreError::Directory { path: path.to_owned(), error })?;
-    // The key comes first; a power cut may leave it under the name that it is written by.
-    let begins = |name: &OsString| name == LOCK || name == KEY_IN_WRITING;
+    // The key is the first file. After a power cut it may still have its temporary name.
+    let begins = |name: &OsString| name == LOCK || name == KEY_TEMPORARY;
     let ours = names.iter().all(begins) || names.iter().any(|name| name == KEY);
     if ours { Ok(()) } else { Err(StoreError::NotOurs { path: path.to_owned() }) }
 }
 
+/// Locks the directory.
 fn take(lock: fs::File, path: &Path) -> Result<Flock<fs::File>, StoreError> {
     Flock::lock(lock, FlockArg::LockExclusiveNonblock).map_err(|_| StoreError::InUse {
         path: path.to_owned(),
@@ -233,15 +286,18 @@ fn take(lock: fs::File, path: &Path) -> Result<Flock<fs::File>, StoreError> {
     })
 }
 
-/// The seed of the node's key in a state directory, also in one that an agent holds.
+/// Returns the seed of the node's key in a state directory, also while an agent uses it.
+///
+/// # Errors
+/// If the file cannot be read or is damaged.
 pub fn node_key(directory: &Path) -> Result<Option<[u8; 32]>, StoreError> {
     let path = directory.join(KEY);
     let Some(text) = read_if_there(&path)? else { return Ok(None) };
     key_from_text(&text).map(Some).ok_or(StoreError::Key { path })
 }
 
-/// Everything that this module or the database ever makes here.
-fn is_ours(name: &OsStr) -> bool {
+/// Returns whether gossamer creates files or directories of this name in the state directory.
+fn is_own_file(name: &OsStr) -> bool {
     let Some(name) = name.to_str() else { return false };
     let name = name.strip_suffix(".new").unwrap_or(name);
     let files = [KEY, TOKEN, SECRETS, LOCK, BOOT, POD_CIDR, UNDERLAY, DATABASE, ESSENTIALS];
@@ -250,19 +306,19 @@ fn is_ours(name: &OsStr) -> bool {
         || name.starts_with("db.damaged-")
 }
 
-/// Another one whenever the kernel starts (random(4)).
+/// Returns the id of the host's current boot (random(4)).
 fn boot_id() -> Option<String> {
     fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()
 }
 
-/// 32 hexadecimal digits in five groups.
+/// Returns whether a text is a boot id: 32 hexadecimal digits in five groups.
 fn is_boot_id(text: &str) -> bool {
     let groups: Vec<usize> = text.trim_end().split('-').map(str::len).collect();
     let is_hex = |byte: u8| byte.is_ascii_hexdigit() || byte == b'-';
     groups == [8, 4, 4, 4, 12] && text.trim_end().bytes().all(is_hex)
 }
 
-/// A key with its checksum: a flipped bit must not make another node of this one.
+/// Encodes a key with its checksum, because a flipped bit would turn the node into another one.
 fn key_to_text(seed: &[u8; 32]) -> String {
     format!("{} {:08x}\n", HEXLOWER.encode(seed), crc32fast::hash(seed))
 }
@@ -274,14 +330,18 @@ fn key_from_text(text: &str) -> Option<[u8; 32]> {
     (checksum == crc32fast::hash(&seed)).then_some(seed)
 }
 
-/// The token in a state directory, whoever holds that.
+/// Returns the token in a state directory, also while an agent uses it.
+///
+/// # Errors
+/// If the file cannot be read or is damaged.
 pub fn read_token(state_dir: &Path) -> Result<Option<Token>, StoreError> {
     let path = state_dir.join(TOKEN);
     let Some(text) = read_if_there(&path)? else { return Ok(None) };
     text.parse().map(Some).map_err(|error| StoreError::Token { path, error })
 }
 
-/// What in it is no UTF-8 is for the parser of that file to refuse: it knows what is to be done then.
+/// Reads a file; `None` if it does not exist. Replaces invalid UTF-8, so that the file's parser refuses it
+/// with its own advice.
 fn read_if_there(path: &Path) -> Result<Option<String>, StoreError> {
     let read = files::open(path, OFlag::empty())
         .and_then(|file| files::read_bytes(file, files::SMALL))
@@ -294,154 +354,4 @@ fn read_if_there(path: &Path) -> Result<Option<String>, StoreError> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_directory_of_somebody_elses_is_refused_and_untouched() {
-        let dir = tempfile::tempdir().expect("tempdir");
-        fs::create_dir(dir.path().join("db")).expect("their database");
-        fs::write(dir.path().join("token"), "theirs").expect("their token");
-        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).expect("chmod");
-        let error = StateDir::open(dir.path()).expect_err("not ours").to_string();
-        assert!(error.contains("something else"), "{error}");
-        assert_eq!(fs::read_dir(dir.path()).expect("readable").count(), 2);
-        let mode = fs::metadata(dir.path()).expect("metadata").permissions().mode();
-        assert_eq!(mode & 0o777, 0o755);
-    }
-
-    #[test]
-    fn directory_that_a_power_cut_left_without_its_first_key_is_taken() {
-        let dir = tempfile::tempdir().expect("tempdir");
-        fs::write(dir.path().join(LOCK), "").expect("a lock");
-        // Its name is on the disk, its content is not.
-        fs::write(dir.path().join(KEY_IN_WRITING), "").expect("half of a file");
-        let state = StateDir::open(dir.path()).expect("it is ours");
-        assert_eq!(state.node_key().expect("readable"), None);
-        state.save_node_key(&[7; 32]).expect("written");
-        drop(state);
-        assert!(!dir.path().join(KEY_IN_WRITING).exists());
-        assert_eq!(StateDir::look(dir.path()).expect("ours"), Some([7; 32]));
-    }
-
-    #[test]
-    fn key_with_any_flipped_bit_is_refused() {
-        let text = key_to_text(&[7; 32]);
-        assert_eq!(key_from_text(&text), Some([7; 32]));
-        for byte in 0..text.trim_end().len() {
-            for bit in 0..8 {
-                let mut bytes = text.clone().into_bytes();
-                bytes[byte] ^= 1 << bit;
-                let read = String::from_utf8(bytes).ok().and_then(|text| key_from_text(&text));
-                // Digits of the checksum may be in either case.
-                assert!(read.is_none_or(|seed| seed == [7; 32]), "bit {bit} of byte {byte}");
-            }
-        }
-    }
-
-    #[test]
-    fn pipe_in_the_place_of_the_lock_is_refused_at_once() {
-        let dir = tempfile::tempdir().expect("tempdir");
-        nix::unistd::mkfifo(&dir.path().join(LOCK), nix::sys::stat::Mode::S_IRWXU).expect("a pipe");
-        let refused = [
-            StateDir::open(dir.path()).expect_err("refused").to_string(),
-            StateDir::look(dir.path()).expect_err("refused").to_string(),
-        ];
-        for error in refused {
-            assert!(error.contains("lock") && error.contains("not a regular file"), "{error}");
-        }
-    }
-
-    #[test]
-    fn damaged_note_of_the_boot_says_nothing() {
-        let dir = tempfile::tempdir().expect("tempdir");
-        let state = StateDir::open(dir.path()).expect("opens");
-        state.note_boot().expect("noted");
-        assert!(state.is_same_boot());
-        let file = dir.path().join(BOOT);
-        for damaged in [&b"\xff\xfe"[..], b"", b"5c0a", b"0a7d2f1e-9c1b-4c37-9f0d-b0b86d1fzzzz\n"] {
-            fs::write(&file, damaged).expect("written");
-            assert!(state.is_same_boot(), "{damaged:?}");
-        }
-        fs::write(&file, "0a7d2f1e-9c1b-4c37-9f0d-b0b86d1f0000\n").expect("written");
-        assert!(!state.is_same_boot());
-    }
-
-    #[test]
-    fn damaged_files_of_what_can_be_learned_again_are_as_good_as_none() {
-        let dir = tempfile::tempdir().expect("tempdir");
-        let state = StateDir::open(dir.path()).expect("opens");
-        let (address, subnet) = ([192, 0, 2, 7].into(), "10.42.7.0/24".parse().expect("a subnet"));
-        let long = vec![b'7'; files::SMALL as usize + 1];
-        for damaged in [&b"\xff\xfe\n"[..], b"", b"192.0.2.7", b"10.42.7.0/", &long] {
-            fs::write(dir.path().join(UNDERLAY), damaged).expect("written");
-            assert_eq!(state.underlay().expect("as without"), None);
-            state.save_underlay(address, 1450).expect("written again");
-            assert_eq!(state.underlay().expect("read"), Some((address, 1450)));
-            fs::write(dir.path().join(POD_CIDR), damaged).expect("written");
-            assert_eq!(state.pod_cidrs().expect("as without"), []);
-            state.save_pod_cidrs(&[subnet]).expect("written again");
-            assert_eq!(state.pod_cidrs().expect("read"), [subnet]);
-        }
-    }
-
-    #[test]
-    fn damaged_file_of_what_cannot_be_learned_says_what_to_do() {
-        let dir = tempfile::tempdir().expect("tempdir");
-        let state = StateDir::open(dir.path()).expect("opens");
-        for name in [KEY, TOKEN, SECRETS] {
-            fs::write(dir.path().join(name), b"\xff\xfe\n").expect("written");
-        }
-        let said = [
-            state.node_key().expect_err("refused").to_string(),
-            state.token().expect_err("refused").to_string(),
-            state.keyring().expect_err("refused").to_string(),
-        ];
-        for (said, name) in said.iter().zip([KEY, TOKEN, SECRETS]) {
-            assert!(said.contains(name) && !said.contains("UTF-8"), "{said}");
-        }
-        assert!(said[0].contains("restore it") && said[2].contains("restore it"), "{said:?}");
-    }
-
-    #[test]
-    fn directory_that_is_only_looked_at_stays_as_it_is() {
-        let dir = tempfile::tempdir().expect("tempdir");
-        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).expect("chmod");
-        assert_eq!(StateDir::look(dir.path()).expect("looked at"), None);
-        assert_eq!(fs::read_dir(dir.path()).expect("readable").count(), 0);
-        let mode = fs::metadata(dir.path()).expect("metadata").permissions().mode();
-        assert_eq!(mode & 0o777, 0o755);
-        let state = StateDir::open(dir.path()).expect("opens");
-        state.save_node_key(&[7; 32]).expect("saved");
-        let error = StateDir::look(dir.path()).expect_err("held").to_string();
-        assert!(error.contains("another gossamer"), "{error}");
-        drop(state);
-        assert_eq!(StateDir::look(dir.path()).expect("looked at"), Some([7; 32]));
-        let other = tempfile::tempdir().expect("tempdir");
-        fs::write(other.path().join("token"), "theirs").expect("their token");
-        assert!(StateDir::look(other.path()).is_err());
-    }
-
-    #[test]
-    fn one_process_at_a_time_and_a_wipe_leaves_nothing_of_ours() {
-        let dir = tempfile::tempdir().expect("tempdir");
-        let state = StateDir::open(dir.path()).expect("opens");
-        let error = StateDir::open(dir.path()).expect_err("held").to_string();
-        let own = format!("in use by process {}: is another gossamer", std::process::id());
-        assert!(error.contains(&own), "{error}");
-        state.save_node_key(&[7; 32]).expect("saved");
-        let secret = crate::wire::Secret::new(vec![7; 32]).expect("long enough");
-        state.save_keyring(&Keyring::new(secret)).expect("saved");
-        state.save_underlay([192, 0, 2, 1].into(), 1450).expect("saved");
-        assert_eq!(state.underlay().expect("read"), Some(([192, 0, 2, 1].into(), 1450)));
-        assert_eq!(state.node_key().expect("read"), Some([7; 32]));
-        fs::create_dir(dir.path().join("db.damaged-1")).expect("made");
-        fs::write(dir.path().join("notes"), "not ours").expect("written");
-        state.wipe().expect("wiped");
-        let left: Vec<_> = fs::read_dir(dir.path())
-            .expect("readable")
-            .map(|entry| entry.expect("entry").file_name())
-            .collect();
-        assert_eq!(left, ["notes"]);
-    }
-}
+mod tests;

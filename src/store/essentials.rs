@@ -1,12 +1,13 @@
-//! The second copy of what makes a node: its cluster, its starts, its own record, its own slots and its pods.
+//! The second copy of the essential records: the node's cluster, its starts, its own member record, its own
+//! slots and its pods.
 //!
-//! A database that is damaged is usually replaced by what other members know. A node that knows no other
-//! member has this copy. It is written by the store's thread once a batch is durable and nothing else waits,
-//! so it may lack the last changes before a power cut. A copy that counts more batches than the database
-//! shows that the database has lost its end, which its engine does not notice.
+//! A damaged database is usually rebuilt from other members. A node that knows no other member uses this
+//! copy. The store's thread writes it once a batch is durable and no other batch waits, so it may lack the
+//! last changes before a power cut. If the copy counts more batches than the database, the database has lost
+//! its end; sled does not detect that.
 //!
-//! A text file of lines `KEY VALUE`, the value in hexadecimal digits with the checksum of its record, and a
-//! last line with the number of records and of batches.
+//! The copy is a text file of lines `KEY VALUE`. The value is the encoded record with its checksum, in
+//! hexadecimal digits. The last line has the number of records and of batches.
 
 use std::{collections::BTreeMap, io, path::PathBuf};
 
@@ -20,7 +21,7 @@ use crate::{
     wire::{Key, Record},
 };
 
-/// Larger copies are not read: no node has as many pods and slots.
+/// Maximum size of a copy that is read, in bytes. No node has as many pods and slots.
 const MAX_BYTES: u64 = 64 << 20;
 
 /// The file of the copy.
@@ -34,27 +35,30 @@ impl Essentials {
         Self { path }
     }
 
-    /// What the copy holds; nothing where there is none, or where its end is missing. A line that is damaged
-    /// is left out.
+    /// Reads the copy. Empty if the file does not exist or lacks its last line. Skips damaged lines.
     ///
     /// # Errors
-    /// Fails if there is a file that cannot be read.
-    pub fn read(&self) -> io::Result<Copied> {
+    /// If the file exists and cannot be read.
+    pub fn read(&self) -> io::Result<EssentialsContent> {
         let read = files::open(&self.path, OFlag::empty())
             .and_then(|file| files::read_bytes(file, MAX_BYTES));
         let bytes = match read {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Copied::default()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Ok(EssentialsContent::default());
+            }
             read => read?,
         };
         let text = String::from_utf8_lossy(&bytes);
         let mut lines: Vec<&str> = text.lines().collect();
         let last = lines.pop().unwrap_or_default();
-        let Some(batches) = batches_in(last, lines.len()) else { return Ok(Copied::default()) };
+        let Some(batches) = batches_in(last, lines.len()) else {
+            return Ok(EssentialsContent::default());
+        };
         let record = |line: &&str| {
             let (key, value) = line.split_once(' ')?;
             Record::decode(key.as_bytes(), &HEXLOWER.decode(value.as_bytes()).ok()?).ok()
         };
-        Ok(Copied { records: lines.iter().filter_map(record).collect(), batches })
+        Ok(EssentialsContent { records: lines.iter().filter_map(record).collect(), batches })
     }
 
     fn write(&self, records: &BTreeMap<Key, Vec<u8>>, batches: u64) -> io::Result<()> {
@@ -66,41 +70,45 @@ impl Essentials {
     }
 }
 
-/// What the copy holds.
+/// The content of the copy.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Copied {
+pub struct EssentialsContent {
+    /// The valid records.
     pub records: Vec<(Key, Record)>,
-    /// Batches that the database had when it was copied.
+    /// Number of the database's batches at the time of the copy.
     pub batches: u64,
 }
 
-/// With a checksum: a flipped bit must not make the copy newer than the database.
+/// Returns the last line. It has a checksum, because a flipped bit must not make the copy newer than the
+/// database.
 fn last_line(records: usize, batches: u64) -> String {
     let counts = format!("records {records} batches {batches}");
     let checksum = crc32fast::hash(counts.as_bytes());
     format!("{counts} {checksum:08x}")
 }
 
-/// Batches by the last line, if it is that of so many records.
+/// Returns the number of batches in the last line, if the line matches the number of records.
 fn batches_in(last: &str, records: usize) -> Option<u64> {
     let batches = last.split(' ').nth(3)?.parse().ok()?;
     (last_line(records, batches) == last).then_some(batches)
 }
 
-/// What is to be in the copy, kept up with what is written to the database.
+/// The content that the copy must have. Follows each batch written to the database.
 pub struct EssentialsCopy {
     file: Essentials,
     me: NodeId,
     records: BTreeMap<Key, Vec<u8>>,
+    /// Number of the database's batches.
     batches: u64,
+    /// Whether the file has this content.
     is_current: bool,
 }
 
 impl EssentialsCopy {
-    /// `batches` is the database's number of them, which has the records that are saved.
+    /// Creates the content from the database's records. `batches` is the database's number of batches.
     pub fn new(file: Essentials, me: NodeId, saved: &[(Key, Record)], batches: u64) -> Self {
         let mut copy = Self { file, me, records: BTreeMap::new(), batches, is_current: false };
-        // The records of other members are many.
+        // Most records are those of other members. Skip them before encoding.
         for (key, record) in saved.iter().filter(|(key, _)| is_essential(me, *key)) {
             copy.set(*key, &record.encode());
         }
@@ -115,8 +123,9 @@ impl EssentialsCopy {
         self.batches
     }
 
-    /// A batch is durable, the database's last of so many; an empty value has removed its record.
-    pub(super) fn follow(&mut self, written: &BTreeMap<Key, Vec<u8>>, batches: u64) {
+    /// Applies a durable batch. `batches` is the database's number of batches with it. An empty value removes
+    /// its record.
+    pub(super) fn apply_batch(&mut self, written: &BTreeMap<Key, Vec<u8>>, batches: u64) {
         self.batches = batches;
         written.iter().for_each(|(key, value)| self.set(*key, value));
     }
@@ -140,19 +149,20 @@ impl EssentialsCopy {
         self.is_current
     }
 
-    /// Brings the file up to date. What fails is tried again with the next change: the database has it all.
+    /// Writes the file. A failure is logged and repaired with the next change, because the database has all
+    /// records.
     pub(super) fn save(&mut self) {
         match self.file.write(&self.records, self.batches) {
             Ok(()) => {}
             Err(error) => {
-                tracing::warn!(%error, "the copy of the essential records was not written")
+                tracing::warn!(%error, "copy of essential records not written")
             }
         }
         self.is_current = true;
     }
 }
 
-/// Whether a record makes this node, as a whole or in part.
+/// Returns whether a record is essential for this node, at least in part.
 fn is_essential(me: NodeId, key: Key) -> bool {
     match key {
         Key::Cluster | Key::Starts | Key::Pod(_) | Key::Slots(_) => true,
@@ -161,6 +171,7 @@ fn is_essential(me: NodeId, key: Key) -> bool {
     }
 }
 
+/// Returns the encoded runs of this node's own slots; empty if there are none.
 fn own_slots(me: NodeId, key: Key, value: &[u8]) -> Vec<u8> {
     match Record::decode(key.to_string().as_bytes(), value) {
         Ok((_, Record::Slots(mut runs))) => {
@@ -184,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn copy_has_the_own_slots_alone_and_follows_what_is_written() {
+    fn copy_has_only_own_slots_and_follows_batches() {
         let dir = tempfile::tempdir().expect("tempdir");
         let file = Essentials::new(dir.path().join("essentials"));
         let (me, other) = (NodeId::from_bytes([1; 8]), NodeId::from_bytes([2; 8]));
@@ -198,22 +209,22 @@ mod tests {
             file.read().expect("read").records,
             [(Key::Starts, Record::Starts(3)), (Key::Slots(0), own)]
         );
-        // What concerns others changes nothing.
+        // Changes of other members' slots do not change the copy.
         let slots = Record::Slots(vec![run(1, me), run(3, other)]).encode();
-        copy.follow(&BTreeMap::from([(Key::Slots(0), slots)]), 2);
+        copy.apply_batch(&BTreeMap::from([(Key::Slots(0), slots)]), 2);
         assert!(copy.is_current());
         let slots = Record::Slots(vec![run(1, other)]).encode();
-        copy.follow(&BTreeMap::from([(Key::Slots(0), slots)]), 2);
+        copy.apply_batch(&BTreeMap::from([(Key::Slots(0), slots)]), 2);
         assert!(!copy.is_current());
         copy.save();
         assert_eq!(file.read().expect("read").records, [(Key::Starts, Record::Starts(3))]);
     }
 
     #[test]
-    fn copy_that_is_damaged_gives_no_wrong_record() {
+    fn damaged_copy_yields_no_wrong_record() {
         let dir = tempfile::tempdir().expect("tempdir");
         let file = Essentials::new(dir.path().join("essentials"));
-        assert_eq!(file.read().expect("read"), Copied::default());
+        assert_eq!(file.read().expect("read"), EssentialsContent::default());
         let saved = [(Key::Starts, Record::Starts(3))];
         EssentialsCopy::new(file.clone(), NodeId::from_bytes([1; 8]), &saved, 7).save();
         let whole = fs::read(&file.path).expect("read");
@@ -223,11 +234,11 @@ mod tests {
             fs::write(&file.path, damaged).expect("written");
             let read = file.read().expect("read");
             assert!(read.records.is_empty() || read.records == saved, "{read:?}");
-            assert!(read.batches == 7 || read == Copied::default(), "{read:?}");
+            assert!(read.batches == 7 || read == EssentialsContent::default(), "{read:?}");
         }
         for length in 0..whole.len() - 1 {
             fs::write(&file.path, &whole[..length]).expect("written");
-            assert_eq!(file.read().expect("read"), Copied::default());
+            assert_eq!(file.read().expect("read"), EssentialsContent::default());
         }
     }
 }

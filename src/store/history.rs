@@ -1,7 +1,8 @@
 //! The audit log: every change of a subnet's owner that this host has seen, as lines of JSON.
 //!
-//! For people and scripts, never read back by the agent. It is bounded: when the file is full it becomes
-//! `history.1`, in place of the one before. A line that cannot be written is said once and lost.
+//! It is for people and scripts; the agent does not read it. It is bounded: a full file is renamed to
+//! `history.1` and replaces the previous one. A line that cannot be written is lost, and the first failure is
+//! logged.
 
 use std::{
     fs, io,
@@ -17,11 +18,13 @@ use crate::files;
 pub(super) const FILE: &str = "history";
 pub(super) const OLDER: &str = "history.1";
 
-/// A full file; together with the older one this holds at least 1,000 changes.
+/// Size at which a file is full, in bytes. Together with the older file it holds at least 1,000 changes.
 const MAX_BYTES: u64 = 256 << 10;
-/// The last lines may have been written at once: those of a whole pool.
-const READ_MAX: u64 = 64 << 20;
+/// Maximum size of a file that is read, in bytes. One append may exceed [`MAX_BYTES`] by the lines of a whole
+/// pool.
+const MAX_READ_BYTES: u64 = 64 << 20;
 
+/// The audit log of a state directory.
 #[derive(Debug)]
 pub struct History {
     directory: PathBuf,
@@ -29,30 +32,32 @@ pub struct History {
 }
 
 impl History {
+    /// Returns the log in a state directory.
     pub fn new(directory: &Path) -> Self {
         Self { directory: directory.to_owned(), failing: false }
     }
 
+    /// Appends lines. Logs the first of successive failures.
     pub fn append(&mut self, lines: &[Value]) {
         if lines.is_empty() {
             return;
         }
         let written = self.try_append(lines);
         if let (Err(error), false) = (&written, self.failing) {
-            tracing::error!(%error, "the history cannot be written");
+            tracing::error!(%error, "history not written");
         }
         self.failing = written.is_err();
     }
 
-    /// All lines that are kept, the oldest first.
+    /// Returns all lines, the oldest first.
     ///
     /// # Errors
-    /// Of the file system.
+    /// If a file cannot be read.
     pub fn read(&self) -> io::Result<Vec<Value>> {
         let mut lines = Vec::new();
         for name in [OLDER, FILE] {
-            match files::read_text(&self.directory.join(name), READ_MAX) {
-                // A line that a crash cut off is no line.
+            match files::read_text(&self.directory.join(name), MAX_READ_BYTES) {
+                // Skips a line that a crash has truncated.
                 Ok(text) => lines.extend(text.lines().flat_map(serde_json::from_str)),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => return Err(error),
@@ -80,7 +85,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_newest_lines_are_kept_and_a_torn_one_is_skipped() {
+    fn newest_lines_are_kept_and_truncated_line_is_skipped() {
         let directory = tempfile::tempdir().expect("directory");
         let mut history = History::new(directory.path());
         let line = |number: usize| json!({ "number": number, "padding": "x".repeat(1000) });

@@ -1,38 +1,40 @@
-//! Which process holds the lock of a file.
+//! Finds the process that holds the lock of a file.
 
 use std::{fs, os::unix::fs::MetadataExt as _, path::Path};
 
 use nix::libc::SIGKILL;
 
-/// `PF_EXITING` of linux/sched.h.
+/// `PF_EXITING` (linux/sched.h).
 const EXITING: u64 = 0x4;
 
-/// The process that holds a file's `flock`; none where the kernel does not tell, as for one in another PID
-/// namespace.
+/// Returns the process that holds a file's `flock`. `None` if the kernel does not report it, for example for
+/// a process in another PID namespace.
 pub fn of(file: &Path) -> Option<u32> {
     let inode = fs::metadata(file).ok()?.ino();
-    in_locks(&fs::read_to_string("/proc/locks").ok()?, inode)
+    find_in_locks(&fs::read_to_string("/proc/locks").ok()?, inode)
 }
 
-/// Whether a process has ended or is about to, although it still has its files and sockets: a thread of it
-/// waits for a disk that hangs.
+/// Returns whether a process has ended or is about to. Such a process may still hold files and sockets while
+/// one of its threads waits for a disk that hangs.
 pub fn is_ending(pid: u32) -> bool {
     let read = |file: &str| fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
     is_ending_by(&read("stat"), &read("status"))
 }
 
-/// By the lines of proc(5): number, class, kind, access, process, and device with inode.
-fn in_locks(locks: &str, inode: u64) -> Option<u32> {
+/// Finds a lock in /proc/locks. Columns (proc(5)): number, class, kind, access, process, and device with
+/// inode.
+fn find_in_locks(locks: &str, inode: u64) -> Option<u32> {
     locks.lines().find_map(|line| {
         let words: Vec<&str> = line.split_whitespace().collect();
         let [_, "FLOCK", _, _, pid, place, ..] = words[..] else { return None };
-        let is_its = place.rsplit(':').next()?.parse() == Ok(inode);
-        pid.parse().ok().filter(|_| is_its)
+        let is_same_inode = place.rsplit(':').next()?.parse() == Ok(inode);
+        pid.parse().ok().filter(|_| is_same_inode)
     })
 }
 
+/// Decides from /proc/PID/stat and /proc/PID/status.
 fn is_ending_by(stat: &str, status: &str) -> bool {
-    // The name before that may hold anything.
+    // The name in parentheses may contain spaces and parentheses.
     let mut words = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
     let state = words.next().unwrap_or_default();
     let flags = words.nth(5).and_then(|word| word.parse::<u64>().ok()).unwrap_or_default();
@@ -60,11 +62,11 @@ mod tests {
         drop(lock);
         let locks = "1: POSIX  ADVISORY  WRITE 7 fd:00:99 0 EOF\n2: -> FLOCK  x\n\
                      3: FLOCK  ADVISORY  WRITE 8 fd:00:199 0 EOF\n";
-        assert_eq!((in_locks(locks, 99), in_locks(locks, 199)), (None, Some(8)));
+        assert_eq!((find_in_locks(locks, 99), find_in_locks(locks, 199)), (None, Some(8)));
     }
 
     #[test]
-    fn process_that_is_killed_or_a_zombie_is_ending() {
+    fn killed_process_and_zombie_are_ending() {
         assert!(!is_ending(std::process::id()));
         let mut child = std::process::Command::new("true").spawn().expect("a child");
         let begun = std::time::Instant::now();

@@ -1,18 +1,20 @@
-//! What a node remembers: its key, its token, and the records of its database.
+//! The node's persistent state: its key, its token, and the records of its database.
 //!
 //! The state directory (mode 0700) holds
 //!
-//! - `node.key`: the node's Ed25519 seed, outside the database so that a lost database is no new node
-//! - `token`: cluster id, secret and addresses of members, for restarts without flags and for the day on
-//!   which the database is lost
-//! - `boot`: which start of the host the pods are of
-//! - `pod-cidr`: the subnet that Kubernetes gave to this node, for the day on which it cannot be asked
+//! - `node.key`: the node's Ed25519 seed. It is outside the database, so that a node without its database
+//!   keeps its identity.
+//! - `token`: cluster id, secret and addresses of members, for restarts without flags and for a lost database
+//! - `secrets`: the secrets that the node accepts, if there was ever another one than the token's
+//! - `boot`: id of the host's boot to which the stored pods belong
+//! - `pod-cidr`: the subnet that Kubernetes assigned to this node, for starts without the API server
+//! - `underlay`: the last known underlay address and MTU
 //! - `history`: changes of ownership, for people
-//! - `lock`: held while a process runs here
-//! - `db/`: sled, the records of [`crate::wire::Record`]
-//! - `essentials`: a second copy of the records without which this node would be another one
+//! - `lock`: locked while a process uses the directory
+//! - `db/`: sled, with the records of [`crate::wire::Record`]
+//! - `essentials`: a second copy of the records that make up the node's identity and ownership
 //!
-//! Nothing here changes what a record means. A database that cannot be read is moved aside and named once.
+//! This module does not interpret records. It moves a database that cannot be read aside and reports it once.
 
 mod database;
 mod directory;
@@ -22,9 +24,9 @@ pub mod holder;
 mod replace;
 mod writer;
 
-pub use database::{Database, Opened, StoreError};
+pub use database::{Database, LoadedDatabase, StoreError};
 pub use directory::{StateDir, node_key, read_token};
-pub use essentials::{Copied, Essentials, EssentialsCopy};
+pub use essentials::{Essentials, EssentialsContent, EssentialsCopy};
 pub use history::History;
 pub use replace::{PRIVATE, PUBLIC, replace};
-pub use writer::{Writer, Written};
+pub use writer::{WriteEvent, Writer};

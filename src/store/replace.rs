@@ -1,4 +1,4 @@
-//! Files that are replaced as a whole.
+//! Atomic replacement of files.
 
 use std::{
     ffi::OsString,
@@ -8,18 +8,19 @@ use std::{
     path::Path,
 };
 
-/// For all users to read, as far as umask(2) lets them.
+/// Mode of a file that all users may read and write, before umask(2) applies.
 pub const PUBLIC: u32 = 0o666;
-/// For its owner alone.
+/// Mode of a file for its owner alone.
 pub const PRIVATE: u32 = 0o600;
 
-/// Puts `text` into a file, and makes its directory if need be. Readers see the old or the new one, never
-/// half of one; after a power cut, too, for the content is on the disk before it gets its name.
+/// Writes `text` to a file atomically, and creates its directory if it does not exist. Readers see the old or
+/// the new content. So do readers after a power cut, because the content is synced before the file gets its
+/// name.
 ///
-/// `mode` is that of the new file, less what umask(2) takes.
+/// `mode` is the mode of the new file, before umask(2) applies.
 ///
 /// # Errors
-/// Fails if the file cannot be written; the old one is there then.
+/// If the file cannot be written. The old file is unchanged then, unless only the last sync failed.
 pub fn replace(path: &Path, text: &str, mode: u32) -> io::Result<()> {
     let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty());
     if let Some(directory) = directory {
@@ -27,7 +28,7 @@ pub fn replace(path: &Path, text: &str, mode: u32) -> io::Result<()> {
     }
     let mut temporary = OsString::from(path);
     temporary.push(".new");
-    // One that is left may have another mode.
+    // A temporary file from an earlier failure may have another mode.
     match fs::remove_file(&temporary) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}

@@ -1,8 +1,8 @@
-//! The thread that writes: batches go in, numbers of durable ones come out, in order.
+//! The thread that writes to the database. It receives batches and reports the durable ones, in order.
 //!
-//! Batches that wait behind a slow disk are written as one: a later value of a key replaces the earlier
-//! one, so what waits is never more than the database itself. One that fails is tried again until it
-//! succeeds or the agent ends, because outputs of the node wait for it; the node itself goes on meanwhile.
+//! Batches that wait for a slow disk are merged: a later value of a key replaces the earlier one, so the
+//! queue is never larger than the database. A batch that fails is retried until it succeeds or the agent
+//! ends, because outputs of the node wait for it. The node itself continues in the meantime.
 
 use std::{
     collections::BTreeMap,
@@ -15,94 +15,102 @@ use std::{
 use super::{Database, EssentialsCopy, StoreError};
 use crate::{core::WriteSeq, wire::Key, worker::Thread};
 
-const RETRY: Duration = Duration::from_secs(1);
-/// Nothing was to be written for so long: the copy of the essential records is brought up to date.
-const COPY_AFTER: Duration = Duration::from_millis(200);
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
+/// Time without new batches after which the copy of the essential records is written.
+const COPY_IDLE_DELAY: Duration = Duration::from_millis(200);
 
-/// News from the writer.
+/// An event of the writer.
 #[derive(Debug)]
-pub enum Written {
-    /// Everything up to this write of the core's is on disk.
+pub enum WriteEvent {
+    /// All writes of the core up to this one are on disk.
     Durable(WriteSeq),
-    /// So is what was to be saved under this number.
+    /// The records saved by the shell under this number are on disk.
     Saved(u64),
-    /// The disk does not take it; it is tried again and again.
+    /// A write failed. It is retried. Has the reason.
     Failing(String),
-    /// It does again.
+    /// Writes succeed again.
     Recovered,
-    /// The database had to be restarted and is empty but for what waited to be written.
+    /// The database had to be reopened and is empty, except for the batches that wait.
     Emptied,
 }
 
+/// Encoded records. An empty value removes its record.
 type Records = Vec<(Key, Vec<u8>)>;
 
-/// On whose behalf something is written.
+/// The requester of a write.
 enum WriteOrigin {
     Core(WriteSeq),
     Shell(u64),
 }
 
+/// The writing thread and its queue.
 pub struct Writer {
     inbox: Inbox,
     thread: Thread,
 }
 
 impl Writer {
+    /// Starts the thread. `path` is the database's path, to reopen it after a failure. `report` receives the
+    /// events on the thread.
+    ///
     /// # Errors
-    /// The system gives no thread.
+    /// If the thread cannot be started.
     pub fn start(
         database: Database,
         path: PathBuf,
         copy: EssentialsCopy,
-        report: impl Fn(Written) + Send + 'static,
+        report: impl Fn(WriteEvent) + Send + 'static,
     ) -> Result<Self, StoreError> {
-        let waiting = Arc::new(Waiting::default());
+        let waiting = Arc::new(Queue::default());
         let outbox = waiting.clone();
         let thread = Thread::start("store", move || {
             let mut disk = Disk { path, database: Some(database), copy, is_emptied: false, report };
             loop {
-                let pause = (!disk.copy.is_current()).then_some(COPY_AFTER);
+                let pause = (!disk.copy.is_current()).then_some(COPY_IDLE_DELAY);
                 match outbox.take(pause) {
-                    Taken::Batch(pending) => disk.write(&outbox, pending),
-                    Taken::Nothing => disk.copy.save(),
-                    Taken::End => break,
+                    Step::Batch(pending) => disk.write(&outbox, pending),
+                    Step::Nothing => disk.copy.save(),
+                    Step::End => break,
                 }
             }
             if !disk.copy.is_current() && disk.database.is_some() {
                 disk.copy.save();
             }
         });
-        let thread =
-            thread.map_err(|error| StoreError::Database(format!("no thread for it: {error}")))?;
+        let thread = thread
+            .map_err(|error| StoreError::Database(format!("cannot start its thread: {error}")))?;
         Ok(Self { inbox: Inbox(waiting), thread })
     }
 
+    /// Queues records of the core.
     pub fn write(&self, records: Records, seq: WriteSeq) {
         self.inbox.add(records, WriteOrigin::Core(seq));
     }
 
-    /// Writes what is not the core's; an empty value removes its record.
+    /// Queues records of the shell.
     pub fn save(&self, records: Records, number: u64) {
         self.inbox.add(records, WriteOrigin::Shell(number));
     }
 
-    /// For how long the disk has neither taken the oldest change that waits nor refused it.
+    /// Returns for how long the disk has neither written nor refused the oldest waiting change. `None` if
+    /// nothing waits.
     pub fn silent_for(&self) -> Option<Duration> {
         self.inbox.0.lock().since.map(|since| since.elapsed())
     }
 
-    /// Whether its thread has ended, though nothing told it to.
+    /// Returns whether the thread has ended without [`Self::end`].
     pub fn has_ended(&self) -> bool {
         self.thread.has_ended()
     }
 
-    /// Ends it: what waits is written, unless the disk does not take it now, and the database is closed.
+    /// Ends the thread after it has written what waits and closed the database. It does not retry a failing
+    /// write.
     pub fn end(self) -> Thread {
         self.thread
     }
 }
 
-/// Batches on their way to the disk, as one.
+/// Merged batches that wait for the disk.
 #[derive(Default)]
 struct Pending {
     records: BTreeMap<Key, Vec<u8>>,
@@ -112,10 +120,10 @@ struct Pending {
 }
 
 impl Pending {
-    fn add(&mut self, records: Records, whose: WriteOrigin) {
+    fn add(&mut self, records: Records, origin: WriteOrigin) {
         self.records.extend(records);
         self.is_any = true;
-        match whose {
+        match origin {
             WriteOrigin::Core(seq) => self.seq = self.seq.max(Some(seq)),
             WriteOrigin::Shell(number) => self.saved.push(number),
         }
@@ -128,17 +136,19 @@ impl Pending {
     }
 }
 
-/// What the thread has to do next.
-enum Taken {
+/// The thread's next step.
+enum Step {
+    /// Write a batch.
     Batch(Pending),
-    /// There was nothing to write for a while.
+    /// No batch came within the pause.
     Nothing,
+    /// End the thread.
     End,
 }
 
-/// What waits for the thread. A disk that hangs makes it no larger than the database.
+/// The queue between the loop and the thread.
 #[derive(Default)]
-struct Waiting {
+struct Queue {
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -146,56 +156,57 @@ struct Waiting {
 #[derive(Default)]
 struct State {
     pending: Pending,
-    /// When the disk was last heard of, or the first change began to wait; none while nothing waits.
+    /// When the disk last finished or refused a batch, or the first change began to wait. `None` while
+    /// nothing waits.
     since: Option<Instant>,
     is_closed: bool,
 }
 
-impl Waiting {
-    /// A panic with the lock held leaves a state that is as good as before.
+impl Queue {
+    /// Locks the state. A panic with the lock held leaves the state consistent, so a poisoned lock is used.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The disk has taken a batch, or has refused it.
-    fn heard(&self) {
+    /// Records that the disk has written or refused a batch.
+    fn note_disk_response(&self) {
         let mut state = self.lock();
         state.since = state.pending.is_any.then(Instant::now);
     }
 
-    /// Waits for something to write, but not longer than `pause`, if there is one.
-    fn take(&self, pause: Option<Duration>) -> Taken {
+    /// Waits for a batch, at most for `pause`.
+    fn take(&self, pause: Option<Duration>) -> Step {
         let idle = |state: &mut State| !state.pending.is_any && !state.is_closed;
         let pause = pause.unwrap_or(Duration::MAX);
         let state = self.changed.wait_timeout_while(self.lock(), pause, idle);
         let (mut state, _) = state.unwrap_or_else(PoisonError::into_inner);
         if state.pending.is_any {
-            Taken::Batch(std::mem::take(&mut state.pending))
+            Step::Batch(std::mem::take(&mut state.pending))
         } else if state.is_closed {
-            Taken::End
+            Step::End
         } else {
-            Taken::Nothing
+            Step::Nothing
         }
     }
 
-    /// Gives what has come meanwhile, after a pause; nothing if the agent ends.
+    /// Waits before a retry. Returns the batches queued in the meantime; `None` if the agent ends.
     fn take_later(&self) -> Option<Pending> {
         let open = |state: &mut State| !state.is_closed;
-        let state = self.changed.wait_timeout_while(self.lock(), RETRY, open);
+        let state = self.changed.wait_timeout_while(self.lock(), RETRY_INTERVAL, open);
         let (mut state, _) = state.unwrap_or_else(PoisonError::into_inner);
         state.since = Some(Instant::now());
         (!state.is_closed).then(|| std::mem::take(&mut state.pending))
     }
 }
 
-/// The loop's end of it, which is closed with the writer.
-struct Inbox(Arc<Waiting>);
+/// The loop's end of the queue. Dropping it closes the queue.
+struct Inbox(Arc<Queue>);
 
 impl Inbox {
-    fn add(&self, records: Records, whose: WriteOrigin) {
+    fn add(&self, records: Records, origin: WriteOrigin) {
         let mut state = self.0.lock();
         state.since.get_or_insert_with(Instant::now);
-        state.pending.add(records, whose);
+        state.pending.add(records, origin);
         drop(state);
         self.0.changed.notify_one();
     }
@@ -208,46 +219,47 @@ impl Drop for Inbox {
     }
 }
 
-/// The database, which one failure makes unusable: sled remembers an error for as long as it is open.
+/// The database with its path. After one failure it must be reopened, because sled keeps an error until it is
+/// closed.
 struct Disk<R> {
     path: PathBuf,
     database: Option<Database>,
     copy: EssentialsCopy,
-    /// It was told that the database is empty, and nothing was written since.
+    /// Whether the database was reported as empty and has not been written since.
     is_emptied: bool,
     report: R,
 }
 
-impl<R: Fn(Written)> Disk<R> {
-    fn write(&mut self, waiting: &Waiting, mut pending: Pending) {
+impl<R: Fn(WriteEvent)> Disk<R> {
+    fn write(&mut self, waiting: &Queue, mut pending: Pending) {
         let mut failed = false;
         while let Err(why) = self.try_write(&pending) {
             if !failed {
-                (self.report)(Written::Failing(why.clone()));
+                (self.report)(WriteEvent::Failing(why.clone()));
             }
             failed = true;
-            waiting.heard();
+            waiting.note_disk_response();
             let Some(later) = waiting.take_later() else {
                 tracing::error!(
                     %why,
                     records = pending.records.len(),
-                    "the last changes were not written to the state directory"
+                    "last changes not written to the state directory"
                 );
                 return;
             };
             pending.merge(later);
         }
-        waiting.heard();
+        waiting.note_disk_response();
         if failed {
-            (self.report)(Written::Recovered);
+            (self.report)(WriteEvent::Recovered);
         }
         if let Some(seq) = pending.seq {
-            (self.report)(Written::Durable(seq));
+            (self.report)(WriteEvent::Durable(seq));
         }
-        pending.saved.into_iter().for_each(|number| (self.report)(Written::Saved(number)));
+        pending.saved.into_iter().for_each(|number| (self.report)(WriteEvent::Saved(number)));
     }
 
-    /// Writes to the open database, or to a newly opened one after a failure.
+    /// Writes to the open database, or reopens it after a failure.
     fn try_write(&mut self, pending: &Pending) -> Result<(), String> {
         let database = match self.database.take() {
             Some(database) => database,
@@ -258,10 +270,10 @@ impl<R: Fn(Written)> Disk<R> {
             let batches = database.batches();
             self.database = Some(database);
             self.is_emptied = false;
-            self.copy.follow(&pending.records, batches);
+            self.copy.apply_batch(&pending.records, batches);
             return Ok(());
         }
-        // Closing an engine that has failed may fail as well.
+        // After a failure, closing may panic as well.
         let _ = catch_unwind(AssertUnwindSafe(|| drop(database)));
         match written {
             Ok(Err(error)) => Err(error.to_string()),
@@ -274,9 +286,9 @@ impl<R: Fn(Written)> Disk<R> {
             Database::open(&self.path, self.copy.node()).map_err(|error| error.to_string())?;
         let is_empty = opened.quarantined.is_some() || opened.records.is_empty();
         if is_empty && !std::mem::replace(&mut self.is_emptied, true) {
-            (self.report)(Written::Emptied);
+            (self.report)(WriteEvent::Emptied);
         }
-        opened.database.count_on(self.copy.batches());
+        opened.database.raise_batches(self.copy.batches());
         Ok(opened.database)
     }
 }

@@ -222,7 +222,7 @@ fn what_cannot_be_connected_is_refused_and_leaves_nothing() {
         assert!(code == 4 && why.contains("/run/netns/nowhere"), "{code} {why}");
         std::fs::write("/run/netns/file", "")?;
         let (code, why) = runtime.refused("ADD", "file", &json!({}));
-        assert!(code == 4 && why.contains("that is none"), "{code} {why}");
+        assert!(code == 4 && why.contains("not a network namespace"), "{code} {why}");
         tool(&space, "ip link add eth0 type bridge");
         let (code, why) = runtime.refused("ADD", "a", &json!({}));
         assert!(code == 4 && why.contains("already"), "{code} {why}");

@@ -147,7 +147,7 @@ fn what_docker_cannot_have_is_refused_and_changes_nothing() {
             (
                 "NetworkDriver.CreateEndpoint",
                 json!({ "EndpointID": "e2", "Interface": { "Address": first, "MacAddress": group } }),
-                "not that of one interface",
+                "must be unicast",
             ),
             (
                 "NetworkDriver.CreateEndpoint",

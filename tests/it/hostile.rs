@@ -344,7 +344,7 @@ fn jump_of_a_counter_takes_no_subnet_and_no_member_away() {
         victim.version = Version { starts: 1, change: 1000 };
         let facts = Facts { members: vec![victim], ..Facts::default() };
         hostile.push(from, &cluster.hosts[0], facts);
-        let said = "records of this node were told that it never wrote";
+        let said = "records of this node were received that it never wrote";
         wait_until(said, TIMEOUT, || has_problem(&mut cluster.agents[1], said));
         eventually(&cluster.hosts[0].netns, "bridge fdb show dev gossamer.1", |fdb| {
             fdb.contains(&their_end) && !fdb.contains("10.99.0.250")

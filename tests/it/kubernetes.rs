@@ -63,7 +63,7 @@ fn nodes_have_the_subnets_that_they_were_given_and_a_double_one_is_named() {
 
         let again = ["--pod-cidr", "10.42.1.0/24"];
         let mut fourth = start(&hosts[3], &token, &hosts[0], &again)?;
-        let problem = "10.42.1.0/24 was given to this node and to n2";
+        let problem = "10.42.1.0/24 was assigned to this node and to n2";
         wait_until(problem, TIMEOUT, || has_problem(&mut fourth, problem));
         assert_eq!(subnet(&mut fourth), "");
         assert_eq!(subnet(&mut agents[1]), "10.42.1.0/24");

@@ -72,7 +72,7 @@ fn host_that_gives_no_threads_for_a_while_stops_neither_trials_for_good_nor_the_
         threads.limit("1")?;
         // It is made again, and enters a namespace for that.
         tool(host, "ip link del gsp.1");
-        says("skipped", "gives no thread");
+        says("skipped", "cannot start a thread");
         threads.limit("max")?;
         says("ok", "packets pass");
         tool(

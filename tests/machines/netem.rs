@@ -43,7 +43,7 @@ fn join(machine: &mut Machine, number: u8) -> anyhow::Result<f64> {
         let parts = time.split(['Z', ':']).take(3).map(str::parse);
         Ok(parts.collect::<Result<Vec<f64>, _>>()?.iter().fold(0.0, |sum, part| sum * 60.0 + part))
     };
-    let seconds = (moment("this node's subnet")? - moment("starting")?).rem_euclid(86_400.0);
+    let seconds = (moment("subnet leased")? - moment("starting")?).rem_euclid(86_400.0);
     if seconds > JOIN {
         say(&format!("h{number} took {seconds:.2} s to join:\n{log}"));
     }

@@ -1,4 +1,4 @@
-{{/* The variable of a setting, from `list KEY VALUE`. Numbers are written as they are in JSON, without exponents. */}}
+{{/* The variable of a setting, from `list KEY VALUE`. Numbers are written as in JSON, without exponents. */}}
 {{- define "gossamer.variable" -}}
 {{- $value := index . 1 -}}
 {{- if kindIs "slice" $value }}{{ $value = join "," $value }}{{ end -}}
@@ -6,7 +6,7 @@
 - {name: GOSSAMER_{{ index . 0 | upper }}, value: {{ toJson $value }}}
 {{- end }}
 
-{{/* A DaemonSet. `role` is empty where Kubernetes gives the subnets, else first or member. */}}
+{{/* A DaemonSet. `role` is empty if Kubernetes assigns the subnets, else first or member. */}}
 {{- define "gossamer.daemonset" -}}
 {{- $values := .root.Values -}}
 {{- $image := printf "%s:%s" $values.image.repository ($values.image.tag | default .root.Chart.AppVersion) -}}
@@ -35,7 +35,7 @@ spec:
       {{- end }}
     spec:
       {{- if .role }}
-      # It asks Kubernetes nothing.
+      # It does not use the Kubernetes API.
       automountServiceAccountToken: false
       {{- else }}
       serviceAccountName: gossamer
@@ -46,7 +46,7 @@ spec:
         - name: {{ . }}
         {{- end }}
       {{- end }}
-      # The overlay is the host's, and this pod must run before there is any other network.
+      # The overlay belongs to the host, and this pod must run before any pod network exists.
       hostNetwork: true
       priorityClassName: system-node-critical
       terminationGracePeriodSeconds: 5
@@ -103,10 +103,10 @@ spec:
             - {name: GOSSAMER_NETWORK6, value: {{ . | quote }}}
             {{- end }}
             {{- end }}
-            # From a volume, so that the agent starts again while the API server is away.
+            # From a volume, so that the agent can restart while the API server is down.
             - {name: GOSSAMER_TOKEN_FILE, value: /run/secrets/gossamer/token}
             {{- if not (or (hasKey $values.settings "iface") (hasKey $values.settings "iface_regex") (hasKey $values.settings "iface_can_reach")) }}
-            # The node's own address (kubelet's --node-ip) carries the tunnels.
+            # The node's own address (kubelet's --node-ip) is used for the tunnels.
             - name: GOSSAMER_IFACE
               valueFrom:
                 fieldRef: {fieldPath: status.hostIP}
@@ -128,13 +128,13 @@ spec:
           securityContext:
             allowPrivilegeEscalation: false
             readOnlyRootFilesystem: true
-            # Devices and routes; probes; to enter the namespaces of pods.
+            # Devices and routes; probes; entering network namespaces of pods.
             capabilities: {drop: [ALL], add: [NET_ADMIN, NET_RAW, SYS_ADMIN]}
           volumeMounts:
             - {name: secret, mountPath: /run/secrets/gossamer, readOnly: true}
             - {name: state, mountPath: /var/lib/gossamer}
             - {name: run, mountPath: /run/gossamer}
-            # Runtimes call one place by two names; what they mount there later must be seen here.
+            # Runtimes use one directory by two names. Mounts that they add later must be visible here.
             - {name: netns, mountPath: /run/netns, mountPropagation: HostToContainer}
             - {name: netns, mountPath: /var/run/netns, mountPropagation: HostToContainer}
       volumes:

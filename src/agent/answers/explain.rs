@@ -62,7 +62,7 @@ fn sentence(
     let causes = match (loss, checked) {
         (QueryLoss::Pod, Some(Err(_))) => return None,
         // Under another MAC than it was given: anti-spoofing drops that.
-        (_, Some(Err(WiringError::Lacks(what)))) => what,
+        (_, Some(Err(WiringError::Incomplete(what)))) => what,
         _ => causes(netlink, roster, [&link, &bridge], address, loss).join("; "),
     };
     let question = if address.is_ipv4() { "ARP" } else { "neighbor discovery" };

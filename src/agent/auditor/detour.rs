@@ -10,7 +10,7 @@ use crate::{
     netlink::{
         Netlink,
         link::Link,
-        route::{Entry, Found, Query},
+        route::{Entry, Query, RouteLookup},
     },
 };
 
@@ -49,7 +49,7 @@ pub struct Lead {
 pub fn around(
     netlink: &mut Netlink,
     query: &Query,
-    found: &Found,
+    found: &RouteLookup,
     networks: &[IpNet],
 ) -> Option<Detour> {
     let gateway = found.gateway.filter(|gateway| *gateway != query.to)?;
@@ -66,7 +66,7 @@ pub fn elsewhere(
     netlink: &mut Netlink,
     query: &Query,
     links: &[Link],
-    found: &Found,
+    found: &RouteLookup,
     underlay: u32,
 ) -> Option<Detour> {
     let link = |index: u32| links.iter().find(|link| link.index == index);
@@ -75,7 +75,7 @@ pub fn elsewhere(
     Some(Detour::By { interface: interface.name.clone(), lead: lead(netlink, query, found) })
 }
 
-fn lead(netlink: &mut Netlink, query: &Query, found: &Found) -> Lead {
+fn lead(netlink: &mut Netlink, query: &Query, found: &RouteLookup) -> Lead {
     // Kernels before 4.17 do not tell.
     let entry = netlink.route_entry(query).ok().filter(|entry| entry.table == found.table);
     let network = |entry: &Entry| {

@@ -94,7 +94,7 @@ impl Gateway {
     }
 
     fn ask(&mut self, ip: IpAddr) -> io::Result<()> {
-        self.netlink.forget_neighbour(self.link, ip)?;
+        self.netlink.remove_neighbor(self.link, ip)?;
         let mut sockets = self.addresses.iter().filter(|(gateway, _)| *gateway == ip);
         sockets.try_for_each(|(_, socket)| socket.send_to(&[], (ip, UNUSED)).map(drop))
     }

@@ -48,10 +48,10 @@ impl Stage {
     /// Whether all is still there as it should be.
     pub fn is(&self, netlink: &mut Netlink, shape: &Shape, with_mate: bool) -> io::Result<bool> {
         let has_mate = match &self.mate {
-            Some(mate) => with_mate && mate.is(netlink, shape)?,
+            Some(mate) => with_mate && mate.matches(netlink, shape)?,
             None => !with_mate || shape.mate.is_none(),
         };
-        Ok(has_mate && self.standin.is(netlink, shape)?)
+        Ok(has_mate && self.standin.matches(netlink, shape)?)
     }
 
     /// The inside of the first one.

@@ -23,7 +23,7 @@ use crate::{
     netlink::{
         Netlink,
         link::Link,
-        route::{Found, Query},
+        route::{Query, RouteLookup},
         xfrm,
     },
 };
@@ -90,7 +90,7 @@ pub enum Knocked {
 /// Interfaces of this host, and its ways to the peers.
 pub struct Ways {
     links: Vec<Link>,
-    found: BTreeMap<IpAddr, Found>,
+    found: BTreeMap<IpAddr, RouteLookup>,
 }
 
 impl Ways {
@@ -150,7 +150,7 @@ impl Ways {
     ) -> Option<Pinned> {
         let (address, link) = self.hop(address)?;
         let answering = answering(address);
-        let mac = netlink.pinned_neighbour(link.index, address).ok()??;
+        let mac = netlink.permanent_neighbor(link.index, address).ok()??;
         let is_other = !answering.is_empty() && !answering.contains(&mac);
         let interface = link.name.clone();
         is_other.then_some(Pinned { address, interface, mac, answering })

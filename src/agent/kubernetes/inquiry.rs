@@ -144,7 +144,7 @@ impl Source {
 impl Agent {
     /// Asks where it is time.
     pub(in crate::agent) fn ask_about_node(&mut self, now: Instant) {
-        let is_alone = !self.node.has_company();
+        let is_alone = !self.node.has_active_peer();
         if let Some(source) = self.source.as_mut().filter(|s| s.due.is_some_and(|due| due <= now)) {
             source.ask(is_alone);
         }

@@ -9,7 +9,7 @@ use std::{
 
 use super::{AttachResult, LOOK, Looked, Suspect};
 use crate::pods::{
-    bridge::{Mended, Tenants},
+    bridge::{RepairReport, Tenants},
     wiring::{Wiring, loose_end},
 };
 
@@ -21,7 +21,7 @@ pub(super) struct Fetched(pub(super) BTreeSet<String>);
 impl Fetched {
     /// Veth pairs that are of no container any more: those that are not there, and those with a loose end
     /// again.
-    pub(super) fn gone(&mut self, tenants: &Tenants, seen: &Mended) -> BTreeSet<String> {
+    pub(super) fn gone(&mut self, tenants: &Tenants, seen: &RepairReport) -> BTreeSet<String> {
         let is_fetched =
             |veth: &&String| !seen.absent.contains(*veth) && !seen.loose.contains(*veth);
         self.0.extend(tenants.keys().filter(is_fetched).cloned());

@@ -15,7 +15,7 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
         let (mut named, mut news) = (false, LinkUpdates::default());
         let read = self.monitor.read(|message| {
             named |= awaited.is_some_and(|bridge| bridge.is_named(&message));
-            self.wiring.hear(&self.tenants, message, &mut news);
+            self.wiring.record_update(&self.tenants, message, &mut news);
         });
         match read {
             Ok(overrun) => self.overruns.note(overrun),
@@ -24,7 +24,7 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
                 thread::sleep(GAP);
             }
         }
-        self.touched |= named || news.is_bad() || self.overruns.take(Instant::now());
+        self.touched |= named || news.needs_repair() || self.overruns.take(Instant::now());
         match self.tables.touched() {
             Ok(touched) => self.table_touched |= touched,
             Err(error) => tracing::debug!(%error, "cannot hear of changes of nftables"),

@@ -1,4 +1,4 @@
-//! What runtimes send, and what is wrong with it.
+//! Requests of runtimes, valid and invalid.
 
 use std::net::IpAddr;
 
@@ -35,9 +35,9 @@ fn config(more: Value) -> String {
     config.to_string()
 }
 
-fn wishes(arguments: &str, more: Value) -> Result<Wishes, CniError> {
+fn pod_options(arguments: &str, more: Value) -> Result<PodOptions, CniError> {
     match parse(&with("CNI_ARGS", arguments), &config(more)) {
-        Ok(CniRequest { asked: Asked::Add { wishes, .. }, .. }) => Ok(wishes),
+        Ok(CniRequest { operation: Operation::Add { pod_options, .. }, .. }) => Ok(pod_options),
         Ok(other) => panic!("{other:?}"),
         Err((error, _)) => Err(error),
     }
@@ -48,12 +48,12 @@ fn ip(text: &str) -> IpAddr {
 }
 
 #[test]
-fn a_whole_request_is_read() {
+fn complete_request_is_parsed() {
     let request = parse(&ADD, CONFIG).expect("a request");
     assert_eq!((request.version, request.loopback), ("1.1.0", false));
     assert_eq!(request.owner(), "cni/net");
     assert_eq!(request.socket(), Ok(PathBuf::from("/run/gossamer/gossamer.sock")));
-    let Asked::Add { attachment, netns, .. } = request.asked else { panic!("not ADD") };
+    let Operation::Add { attachment, netns, .. } = request.operation else { panic!("not ADD") };
     assert_eq!((attachment.container(), attachment.interface()), ("c1", "eth0"));
     assert_eq!(netns, Path::new("/run/netns/c1"));
     let request = parse(&ADD, &config(json!({ "instance": "blue" }))).expect("a request");
@@ -61,7 +61,7 @@ fn a_whole_request_is_read() {
 }
 
 #[test]
-fn addresses_and_macs_are_read_from_every_place_that_a_runtime_uses() {
+fn address_and_mac_are_read_from_each_source() {
     let mac = Some(Mac::from_bytes([2, 0, 0, 0, 0, 9]));
     let text = "02:00:00:00:00:09";
     for (arguments, more) in [
@@ -72,23 +72,27 @@ fn addresses_and_macs_are_read_from_every_place_that_a_runtime_uses() {
         ("IP=10.42.7.9", json!({ "mac": text })),
         ("IP=10.42.7.9;K8S_POD_NAME=a;IgnoreUnknown=1", json!({ "mac": text })),
     ] {
-        let wishes = wishes(arguments, more.clone()).expect("wishes");
-        assert_eq!((wishes.addresses, wishes.mac), (vec![ip("10.42.7.9")], mac), "{more}");
-        assert!(wishes.default_route);
+        let pod_options = pod_options(arguments, more.clone()).expect("wishes");
+        assert_eq!(
+            (pod_options.addresses, pod_options.mac),
+            (vec![ip("10.42.7.9")], mac),
+            "{more}"
+        );
+        assert!(pod_options.default_route);
     }
-    let both = wishes("IP=10.42.7.9,fd42::9", json!({ "isDefaultGateway": false }));
+    let both = pod_options("IP=10.42.7.9,fd42::9", json!({ "isDefaultGateway": false }));
     let both = both.expect("wishes");
     assert_eq!(both.addresses, [ip("10.42.7.9"), ip("fd42::9")]);
     assert_eq!((both.mac, both.default_route), (None, false));
-    // What is said of one pod goes before what is said of all.
+    // The pod's MAC overrides the network's.
     let both = json!({ "mac": "02:00:00:00:00:01", "runtimeConfig": { "mac": text } });
-    assert_eq!(wishes("", both).expect("wishes").mac, mac);
+    assert_eq!(pod_options("", both).expect("wishes").mac, mac);
 }
 
 #[test]
-fn dns_is_passed_on_and_what_the_runtime_says_goes_first() {
+fn dns_of_the_runtime_overrides_dns_of_the_network() {
     let network = json!({ "nameservers": ["10.0.0.1"], "domain": "a.test", "search": ["a.test"] });
-    let dns = |more| wishes("", more).expect("wishes").dns;
+    let dns = |more| pod_options("", more).expect("wishes").dns;
     assert_eq!(dns(json!({ "dns": network })), network);
     let runtime = json!({ "dns": { "servers": ["10.0.0.2"], "searches": ["b.test"] } });
     assert_eq!(
@@ -99,20 +103,20 @@ fn dns_is_passed_on_and_what_the_runtime_says_goes_first() {
 }
 
 #[test]
-fn null_and_unknown_keys_are_as_good_as_none() {
+fn null_and_unknown_keys_count_as_absent() {
     let nothing = json!({
         "name": null, "socket": null, "instance": null, "isDefaultGateway": null, "dns": null,
         "args": null, "prevResult": null, "mac": null, "capabilities": null,
         "runtimeConfig": { "ips": null, "mac": null, "bandwidth": null, "portMappings": [1] },
-        "somebody": { "else": ["s"] },
+        "unknown": { "else": ["s"] },
     });
-    let read = wishes("", nothing).expect("wishes");
-    assert_eq!(read, wishes("", json!({ "runtimeConfig": null })).expect("wishes"));
+    let read = pod_options("", nothing).expect("wishes");
+    assert_eq!(read, pod_options("", json!({ "runtimeConfig": null })).expect("wishes"));
     assert_eq!((read.addresses, read.mac, read.default_route), (vec![], None, true));
 }
 
-/// A configuration that has everything.
-fn whole() -> Value {
+/// Returns a configuration with every known key.
+fn full_config() -> Value {
     let mac = "02:00:00:00:00:09";
     json!({
         "cniVersion": "1.1.0", "name": "net", "type": "gossamer", "socket": "/run/a.sock",
@@ -139,7 +143,7 @@ fn whole() -> Value {
     })
 }
 
-/// Every value in it, by a pointer of RFC 6901.
+/// Collects a pointer (RFC 6901) to every value.
 fn pointers(value: &Value, at: &str, all: &mut Vec<String>) {
     let mut each = |key: &str, value: &Value| {
         let pointer = format!("{at}/{}", key.replace('/', "~1"));
@@ -156,31 +160,31 @@ fn pointers(value: &Value, at: &str, all: &mut Vec<String>) {
 }
 
 #[test]
-fn null_in_any_place_and_unknown_keys_in_any_object_are_read_by_every_verb() {
+fn null_at_any_place_and_unknown_keys_are_accepted_by_every_verb() {
     let mut all = Vec::new();
-    pointers(&whole(), "", &mut all);
+    pointers(&full_config(), "", &mut all);
     all.push(String::new());
     assert!(all.len() > 60, "{all:?}");
     let mut changed = Vec::new();
     for pointer in &all {
-        let mut config = whole();
+        let mut config = full_config();
         *config.pointer_mut(pointer).expect("a value") = Value::Null;
         if !pointer.is_empty() {
             changed.push((pointer.clone(), config));
         }
-        let mut config = whole();
+        let mut config = full_config();
         let place = config.pointer_mut(pointer).and_then(Value::as_object_mut);
-        // Whatever is asked for there is refused.
+        // Any key there requests bandwidth limits, which are refused.
         if let Some(place) = place.filter(|_| pointer != "/runtimeConfig/bandwidth") {
-            place.insert("somebody".to_owned(), json!({ "else": ["s", null] }));
-            changed.push((format!("{pointer}/somebody"), config));
+            place.insert("unknown".to_owned(), json!({ "else": ["s", null] }));
+            changed.push((format!("{pointer}/unknown"), config));
         }
     }
     for (pointer, config) in changed {
         for verb in ["ADD", "DEL", "CHECK", "GC", "STATUS", "VERSION"] {
-            // A null version is the first, which has fewer verbs.
+            // A null version means the first version, which lacks some verbs.
             let is_old = pointer == "/cniVersion" && !["ADD", "DEL", "VERSION"].contains(&verb);
-            // What names no container would have it removed.
+            // An attachment without a name would be removed.
             let is_name = ["/containerID", "/ifname"].iter().any(|key| pointer.ends_with(key));
             let is_nameless = verb == "GC" && is_name;
             let read = parse(&with("CNI_COMMAND", verb), &config.to_string())
@@ -199,7 +203,7 @@ fn null_in_any_place_and_unknown_keys_in_any_object_are_read_by_every_verb() {
 }
 
 #[test]
-fn what_cannot_be_honoured_is_named_with_the_specifications_number() {
+fn unsupported_and_invalid_pod_options_are_named_with_the_error_code() {
     for (arguments, more, code, words) in [
         ("", json!({ "runtimeConfig": { "ips": ["x"] } }), 7, "runtimeConfig.ips: \"x\""),
         ("", json!({ "runtimeConfig": { "ips": ["10.0.0.1/99"] } }), 7, "10.0.0.1/99"),
@@ -208,10 +212,10 @@ fn what_cannot_be_honoured_is_named_with_the_specifications_number() {
         ("", json!({ "args": { "cni": { "mac": "x" } } }), 7, "args.cni.mac"),
         ("", json!({ "isDefaultGateway": "no" }), 7, "isDefaultGateway"),
         ("", json!({ "dns": { "nameservers": "10.0.0.1" } }), 7, "dns.nameservers"),
-        // What is below cannot be read then.
-        ("", json!({ "dns": ["10.0.0.1"] }), 7, "dns: it is no JSON object"),
-        ("", json!({ "runtimeConfig": [] }), 7, "runtimeConfig: it is no JSON object"),
-        ("", json!({ "args": { "cni": "ips" } }), 7, "args.cni: it is no JSON object"),
+        // The keys below are not reachable.
+        ("", json!({ "dns": ["10.0.0.1"] }), 7, "dns: not a JSON object"),
+        ("", json!({ "runtimeConfig": [] }), 7, "runtimeConfig: not a JSON object"),
+        ("", json!({ "args": { "cni": "ips" } }), 7, "args.cni: not a JSON object"),
         ("", json!({ "runtimeConfig": { "bandwidth": { "ingressRate": 8 } } }), 2, "ingressRate"),
         (
             "",
@@ -225,22 +229,22 @@ fn what_cannot_be_honoured_is_named_with_the_specifications_number() {
             "MAC=02:00:00:00:00:01",
             json!({ "runtimeConfig": { "mac": "02:00:00:00:00:02" } }),
             4,
-            "says",
+            "contradicts",
         ),
         ("GATEWAY=10.0.0.1", json!({}), 4, "GATEWAY"),
-        ("IgnoreUnknown=0;A=b", json!({}), 4, "A is not known"),
+        ("IgnoreUnknown=0;A=b", json!({}), 4, "A is unknown"),
         ("IgnoreUnknown=perhaps", json!({}), 4, "IgnoreUnknown=perhaps"),
         ("IP", json!({}), 4, "KEY=VALUE"),
-        ("IP=10.42.7.9;IP=10.42.7.8", json!({}), 4, "IP is said twice: 10.42.7.9 and 10.42.7.8"),
+        ("IP=10.42.7.9;IP=10.42.7.8", json!({}), 4, "IP is set twice: 10.42.7.9 and 10.42.7.8"),
         ("", json!({ "runtimeConfig": { "ips": ["10.42.7.9", 7] } }), 7, "runtimeConfig.ips[1]: "),
     ] {
-        let error = wishes(arguments, more.clone()).expect_err(words);
+        let error = pod_options(arguments, more.clone()).expect_err(words);
         assert!(error.code == code && error.msg.contains(words), "{arguments} {more}: {error:?}");
     }
 }
 
 #[test]
-fn what_is_missing_or_wrong_is_named_by_the_specifications_number() {
+fn missing_and_invalid_variables_and_configurations_are_named_with_the_error_code() {
     for name in ["CNI_COMMAND", "CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME"] {
         for environment in [with(name, ""), ADD.into_iter().filter(|(n, _)| *n != name).collect()] {
             let (error, _) = parse(&environment, CONFIG).expect_err(name);
@@ -259,7 +263,7 @@ fn what_is_missing_or_wrong_is_named_by_the_specifications_number() {
             with("CNI_COMMAND", "GC"),
             r#"{"cniVersion": "1.0.0"}"#,
             code::INCOMPATIBLE_VERSION,
-            "CNI_COMMAND GC: cniVersion 1.0.0",
+            "CNI_COMMAND GC: not in cniVersion 1.0.0",
         ),
         (ADD.to_vec(), "{", code::UNDECODABLE, "stdin"),
         (ADD.to_vec(), "", code::UNDECODABLE, "stdin"),
@@ -272,18 +276,18 @@ fn what_is_missing_or_wrong_is_named_by_the_specifications_number() {
         let (error, _) = parse(&environment, config).expect_err(word);
         assert!(error.code == wanted && error.msg.contains(word), "{error:?}");
     }
-    let shouting = parse(&ADD, r#"{"cniVersion": "1.0.0", "instance": "Blue"}"#);
-    let error = shouting.expect("a request").socket().expect_err("no name");
+    let bad_instance = parse(&ADD, r#"{"cniVersion": "1.0.0", "instance": "Blue"}"#);
+    let error = bad_instance.expect("a request").socket().expect_err("no name");
     assert!(error.code == code::BAD_CONFIG && error.msg.contains("instance"), "{error:?}");
     let long = config(json!({ "name": "n".repeat(201) }));
     assert_eq!(parse(&ADD, &long).expect_err("long").0.code, code::BAD_CONFIG);
     let longest = config(json!({ "more": "n".repeat(INPUT_MAX as usize) }));
     let (error, _) = parse(&ADD, &longest).expect_err("too long");
-    assert!(error.code == code::UNDECODABLE && error.msg.contains("is longer"), "{error:?}");
+    assert!(error.code == code::UNDECODABLE && error.msg.contains("longer than"), "{error:?}");
 }
 
 #[test]
-fn a_socket_has_an_absolute_path_and_an_empty_one_is_none() {
+fn socket_must_be_absolute_and_empty_means_default() {
     let socket =
         |path: &str| parse(&ADD, &config(json!({ "socket": path }))).expect("read").socket();
     assert_eq!(socket(""), Ok(PathBuf::from("/run/gossamer/gossamer.sock")));
@@ -293,7 +297,7 @@ fn a_socket_has_an_absolute_path_and_an_empty_one_is_none() {
 }
 
 #[test]
-fn addresses_of_an_earlier_result_are_those_of_the_pods_interface() {
+fn addresses_of_prev_result_are_those_of_the_pods_interface() {
     let previous = json!({
         "interfaces": [
             { "name": "eth0" }, { "name": "eth0", "sandbox": "/n" }, { "name": "eth1", "sandbox": "/n" },
@@ -306,22 +310,22 @@ fn addresses_of_an_earlier_result_are_those_of_the_pods_interface() {
             { "address": "10.42.7.4/24", "interface": null }, { "address": "10.42.7.3/24", "interface": "1" },
         ],
     });
-    let of = |previous: Value| {
+    let addresses_of = |previous: Value| {
         let request = parse(&ADD, &config(json!({ "prevResult": previous }))).expect("a request");
         request.config.previous_addresses("eth0")
     };
-    assert_eq!(of(previous), [ip("10.42.7.9"), ip("fd42::9"), ip("10.42.7.5")]);
+    assert_eq!(addresses_of(previous), [ip("10.42.7.9"), ip("fd42::9"), ip("10.42.7.5")]);
     let without =
         json!({ "interfaces": null, "ips": [{ "address": "10.42.7.9/24", "interface": 0 }] });
     for nothing in
         [json!(null), json!([]), json!({}), json!({ "ips": 1 }), json!({ "ips": [] }), without]
     {
-        assert!(of(nothing).is_empty());
+        assert!(addresses_of(nothing).is_empty());
     }
 }
 
 #[test]
-fn deletion_needs_no_namespace_and_minds_nothing_that_is_for_adding() {
+fn del_ignores_missing_namespace_and_invalid_pod_options() {
     let more = json!({
         "runtimeConfig": { "ips": ["x"], "mac": 7, "bandwidth": { "a": 1 } },
         "isDefaultGateway": "no", "dns": 3, "args": [],
@@ -335,12 +339,12 @@ fn deletion_needs_no_namespace_and_minds_nothing_that_is_for_adding() {
             ("CNI_ARGS", arguments),
         ];
         let request = parse(&del, &config(more.clone())).expect("a request");
-        assert!(matches!(request.asked, Asked::Del { .. }), "{request:?}");
+        assert!(matches!(request.operation, Operation::Del { .. }), "{request:?}");
     }
 }
 
 #[test]
-fn variable_that_is_not_utf8_is_not_called_missing_and_keeps_no_pod_from_its_end() {
+fn variable_that_is_not_utf8_is_named_and_does_not_prevent_del() {
     use std::os::unix::ffi::OsStringExt as _;
     let answer = |verb: &str| {
         let mut environment: Environment =
@@ -354,15 +358,16 @@ fn variable_that_is_not_utf8_is_not_called_missing_and_keeps_no_pod_from_its_end
 }
 
 #[test]
-fn each_version_has_its_verbs_and_a_configuration_without_one_is_of_the_first() {
+fn version_decides_which_verbs_exist_and_defaults_to_the_first() {
     for (index, version) in VERSIONS.into_iter().enumerate() {
         for (verb, since) in
             [("ADD", 0), ("DEL", 0), ("VERSION", 0), ("CHECK", 4), ("GC", 6), ("STATUS", 6)]
         {
             let more = json!({ "cniVersion": version, "cni.dev/valid-attachments": [] });
             let answer = parse(&with("CNI_COMMAND", verb), &config(more));
-            let code =
-                answer.map(|request| request.version).map_err(|(error, of)| (error.code, of));
+            let code = answer
+                .map(|request| request.version)
+                .map_err(|(error, version)| (error.code, version));
             let wanted = if index >= since { Ok(version) } else { Err((1, version)) };
             assert_eq!(code, wanted, "{verb} {version}");
         }
@@ -370,14 +375,14 @@ fn each_version_has_its_verbs_and_a_configuration_without_one_is_of_the_first() 
     assert_eq!(parse(&ADD, "{}").expect("a request").version, "0.1.0");
     for input in ["", r#"{"cniVersion": "9.9"}"#, "{}"] {
         let version = parse(&[("CNI_COMMAND", "VERSION")], input).expect("a request");
-        assert!(matches!(version.asked, Asked::Version));
+        assert!(matches!(version.operation, Operation::Version));
     }
 }
 
 #[test]
-fn what_is_still_valid_is_read_under_both_keys_and_null_is_an_empty_list() {
+fn valid_attachments_are_read_from_both_keys_and_null_is_an_empty_list() {
     let valid = |more| match parse(&with("CNI_COMMAND", "GC"), &config(more)) {
-        Ok(CniRequest { asked: Asked::Gc { valid }, .. }) => Ok(valid.len()),
+        Ok(CniRequest { operation: Operation::Gc { valid }, .. }) => Ok(valid.len()),
         Ok(other) => panic!("{other:?}"),
         Err((error, _)) => Err(error.code),
     };
@@ -385,7 +390,7 @@ fn what_is_still_valid_is_read_under_both_keys_and_null_is_an_empty_list() {
     assert_eq!(valid(json!({ "cni.dev/valid-attachments": null })), Ok(0));
     assert_eq!(valid(json!({ "cni.dev/attachments": [] })), Ok(0));
     assert_eq!(valid(json!({ "cni.dev/attachments": one("a") })), Ok(1));
-    // If they differ, less is removed.
+    // If the keys differ, both are kept.
     let both = json!({ "cni.dev/attachments": one("a"), "cni.dev/valid-attachments": one("b") });
     assert_eq!(valid(both), Ok(2));
     assert_eq!(valid(json!({})), Err(7));
@@ -397,13 +402,13 @@ fn what_is_still_valid_is_read_under_both_keys_and_null_is_an_empty_list() {
 }
 
 #[test]
-fn cni_args_that_say_the_same_twice_and_unknown_ones_are_read() {
-    let wished = wishes("IP=10.42.7.9;IP=10.42.7.9;A=1;A=2;IgnoreUnknown=1", json!({}));
-    assert_eq!(wished.map(|wishes| wishes.addresses), Ok(vec![ip("10.42.7.9")]));
+fn cni_args_may_repeat_a_value_and_have_unknown_keys_if_ignored() {
+    let wished = pod_options("IP=10.42.7.9;IP=10.42.7.9;A=1;A=2;IgnoreUnknown=1", json!({}));
+    assert_eq!(wished.map(|pod_options| pod_options.addresses), Ok(vec![ip("10.42.7.9")]));
 }
 
 #[test]
-fn the_program_is_loopback_by_its_name_or_by_the_type_of_the_network() {
+fn loopback_is_selected_by_program_name_or_network_type() {
     let environment: Environment =
         ADD.iter().map(|(name, value)| ((*name).to_owned(), value.into())).collect();
     let loopback = |program, kind: &str| {

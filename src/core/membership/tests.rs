@@ -1,4 +1,4 @@
-//! Members that speak to each other in memory, without loss.
+//! Tests of members that exchange packets in memory, without loss.
 
 use rand::SeedableRng as _;
 
@@ -13,7 +13,7 @@ fn member(seed: u8) -> Membership {
     Membership::new(identity(seed), StdRng::from_seed([seed; 32]))
 }
 
-/// Runs timers and delivers packets between `members` without loss until `until`.
+/// Handles timers and delivers packets between `members` until `until`.
 fn run(members: &mut [Membership], until: Time) {
     loop {
         let Some(now) = members.iter().filter_map(Membership::next_timeout).min() else {
@@ -37,7 +37,7 @@ fn run(members: &mut [Membership], until: Time) {
 }
 
 #[test]
-fn one_introduction_is_enough_and_a_silent_member_goes_down() {
+fn introduced_members_find_each_other_and_silent_member_goes_down() {
     let mut members = vec![member(1), member(2)];
     members[0].introduce(Time::ZERO, [identity(2)].into_iter());
     run(&mut members, Time::ZERO + Duration::from_secs(3));
@@ -50,28 +50,28 @@ fn one_introduction_is_enough_and_a_silent_member_goes_down() {
 }
 
 #[test]
-fn who_was_frozen_accuses_nobody_of_its_own_silence() {
+fn frozen_process_does_not_hold_its_peers_as_down() {
     let mut members = vec![member(1), member(2)];
     members[0].introduce(Time::ZERO, [identity(2)].into_iter());
     run(&mut members, Time::ZERO + Duration::from_secs(3));
     let mut peer = members.pop().expect("two members");
-    // The peer is silent until it is suspected; then this process is frozen for longer than a suspicion
-    // lasts, and the refutation waits in its socket.
+    // The peer is silent until it is suspected. Then this process is frozen for longer than a suspicion
+    // lasts, with the refutation unread in its socket.
     run(&mut members, Time::ZERO + Duration::from_secs(7));
     assert_eq!(members[0].opinions()[&identity(2).node], Liveness::Suspect);
     let now = Time::ZERO + Duration::from_secs(30);
     members[0].handle_timeout(now);
     let suspicion = Suspicion { identity: peer.identity(), refutation: 0 };
     let alive = peer.refute(now, &suspicion);
-    members[0].absolve(now + Duration::from_millis(1), &alive);
+    members[0].clear_suspicion(now + Duration::from_millis(1), &alive);
     let mut both = vec![members.remove(0), peer];
     run(&mut both, now + Duration::from_secs(20));
     assert_eq!(both[0].opinions()[&identity(2).node], Liveness::Alive);
-    assert_eq!(both[1].identity(), identity(2), "nobody made it renew itself");
+    assert_eq!(both[1].identity(), identity(2), "the peer had no reason to renew its identity");
 }
 
 #[test]
-fn who_goes_on_under_a_new_identity_finds_out_who_is_dead_though_it_hears_nobody() {
+fn renewed_member_detects_dead_peers_without_receiving_a_packet() {
     let mut members = vec![member(1), member(2)];
     members[0].introduce(Time::ZERO, [identity(2)].into_iter());
     run(&mut members, Time::ZERO + Duration::from_secs(3));
@@ -83,7 +83,7 @@ fn who_goes_on_under_a_new_identity_finds_out_who_is_dead_though_it_hears_nobody
 }
 
 #[test]
-fn in_a_large_cluster_members_are_probed_more_slowly() {
+fn large_cluster_is_probed_more_slowly() {
     let mut member = member(0);
     let others = (0..1_000_u32).map(|number| Identity {
         node: NodeId::of_public_key(
@@ -110,7 +110,7 @@ fn in_a_large_cluster_members_are_probed_more_slowly() {
 }
 
 #[test]
-fn equal_views_have_equal_hashes_and_a_renewal_changes_them() {
+fn equal_views_have_equal_hashes_and_renewal_changes_them() {
     let (mut one, mut two) = (member(1), member(2));
     one.introduce(Time::ZERO, [identity(2)].into_iter());
     two.introduce(Time::ZERO, [identity(1)].into_iter());
@@ -121,7 +121,7 @@ fn equal_views_have_equal_hashes_and_a_renewal_changes_them() {
 }
 
 #[test]
-fn an_identity_costs_at_most_18_bytes_a_packet() {
+fn identity_takes_at_most_18_bytes_of_a_packet() {
     let newest = Incarnation { starts: u32::MAX, renewals: u32::MAX };
     let member = Member::alive(Identity { incarnation: newest, ..identity(1) });
     let mut bytes = Vec::new();

@@ -1,37 +1,40 @@
-//! Merging the records of others: one pass over both tables, however many runs a message brings.
+//! Merges a peer's records in one pass over both tables, however many runs a message holds.
 
 use std::{cmp::Reverse, collections::BTreeMap};
 
-use super::{Bug, Change, Contested, Run, SlotRecord, SlotTable, clip, planted, precedence};
+use super::{
+    Change, Contested, Mutation, Run, SlotRecord, SlotTable, clip, has_mutation, precedence,
+};
 use crate::model::Pool;
 
-/// Up to so many changes are made one by one; for more the table is rebuilt.
-const FEW: usize = 16;
+/// Up to this many changes are applied one by one; for more, the table is rebuilt.
+const MAX_SINGLE_CHANGES: usize = 16;
 
-/// What a merge did.
+/// The result of a merge.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Merged {
-    /// The parts that were new here, with what they replaced: disjoint, in slot order.
+    /// The runs that changed, with what they replaced: disjoint, in slot order.
     pub changed: Vec<Change>,
-    /// Slots with two records of one epoch: a promise was broken.
+    /// Ownership conflicts: runs whose slots have another record of the same epoch here.
     pub contested: Vec<Contested>,
 }
 
 impl SlotTable {
-    /// Takes over what is newer in `theirs`; parts outside the pool are ignored.
+    /// Takes over the newer records of `theirs`. Ignores slots outside the pool.
     pub fn merge(&mut self, theirs: &[Run]) -> Merged {
         let mut merged = Merged::default();
         for run in disjoint(theirs, &self.pool) {
             for (part, ours) in self.overlaps(run) {
                 match ours {
                     Some(ours)
-                        if planted(Bug::MergeByLowerEpoch) && ours.epoch > part.record.epoch =>
+                        if has_mutation(Mutation::MergeByLowerEpoch)
+                            && ours.epoch > part.record.epoch =>
                     {
                         merged.changed.push((part, Some(ours)));
                     }
                     Some(ours) if ours == part.record || ours.epoch > part.record.epoch => {}
                     Some(ours) if ours.epoch == part.record.epoch => {
-                        settle(part, ours, &mut merged);
+                        resolve_conflict(part, ours, &mut merged);
                     }
                     _ => merged.changed.push((part, ours)),
                 }
@@ -41,12 +44,12 @@ impl SlotTable {
         merged
     }
 
-    /// Sets runs that are disjoint and in order, none of which reaches over a border of ours.
+    /// Applies changes that are disjoint, in slot order, and each within one run or gap of this table.
     fn overwrite(&mut self, changes: &[Change]) {
-        if changes.len() <= FEW {
+        if changes.len() <= MAX_SINGLE_CHANGES {
             return changes.iter().for_each(|(run, _)| self.set(*run));
         }
-        let mut news = changes.iter().map(|(run, _)| *run).peekable();
+        let mut replacements = changes.iter().map(|(run, _)| *run).peekable();
         let before = std::mem::take(&mut self.runs);
         let mut runs: Vec<Run> = Vec::with_capacity(before.len() + changes.len());
         let mut add = |run: Run| match runs.last_mut() {
@@ -57,14 +60,14 @@ impl SlotTable {
         };
         for old in before {
             let mut at = old.start.0;
-            while let Some(new) = news.next_if(|new| new.start.0 < old.end()) {
+            while let Some(new) = replacements.next_if(|new| new.start.0 < old.end()) {
                 clip(&old, at, new.start.0).map(&mut add);
                 add(new);
                 at = at.max(new.end());
             }
             clip(&old, at, old.end()).map(&mut add);
         }
-        news.for_each(&mut add);
+        replacements.for_each(&mut add);
         self.hashes = Default::default();
         for run in &runs {
             self.toggle(run);
@@ -73,8 +76,8 @@ impl SlotTable {
     }
 }
 
-/// Two records of one epoch: all nodes keep the same one, whichever they saw first.
-fn settle(part: Run, ours: SlotRecord, merged: &mut Merged) {
+/// Resolves an ownership conflict. All nodes keep the same record, whichever they received first.
+fn resolve_conflict(part: Run, ours: SlotRecord, merged: &mut Merged) {
     merged.contested.push((part, ours));
     let theirs = part.record;
     let mut won: Option<Run> = None;
@@ -89,9 +92,9 @@ fn settle(part: Run, ours: SlotRecord, merged: &mut Merged) {
     merged.changed.extend(won.map(|run| (run, Some(ours))));
 }
 
-/// The runs of a message within the pool, in order. Where some overlap, as in several changes of one slot
-/// that travel together, the higher epoch holds, and of two with one epoch the first: the other one comes
-/// with the next comparison, if it was meant.
+/// Cuts a message's runs to the pool and returns them disjoint, in slot order. Of overlapping runs, such as
+/// successive changes of one slot in one message, the higher epoch holds; of two with equal epochs the first.
+/// If the other record is the right one, the next comparison brings it again.
 fn disjoint(theirs: &[Run], pool: &Pool) -> Vec<Run> {
     let (first, end) = (*pool.slots().start(), pool.slots().end() + 1);
     let mut runs: Vec<Run> = theirs.iter().filter_map(|run| clip(run, first, end)).collect();
@@ -99,7 +102,7 @@ fn disjoint(theirs: &[Run], pool: &Pool) -> Vec<Run> {
         return runs;
     }
     runs.sort_by_key(|run| Reverse(run.record.epoch));
-    // Ranges that have a record, by start; none touches another.
+    // Ranges that have a record, end by start; none touches another.
     let mut covered: BTreeMap<u32, u32> = BTreeMap::new();
     let mut parts = Vec::new();
     for run in runs {
@@ -151,15 +154,15 @@ mod tests {
         assert_eq!(parts, [(5, 5, 0), (10, 5, 1), (15, 10, 2), (25, 10, 0)]);
     }
 
-    /// 400 runs over the whole pool with one epoch made 100,000 lines of log, and took a second. As many as
-    /// these would take hours, slot by slot.
+    /// A message of 400 overlapping runs with one epoch once caused 100,000 log lines and took a second. This
+    /// one, resolved slot by slot, would take hours.
     #[test]
     fn merge_of_any_message_is_one_pass_over_both_tables() {
         let slots = pool().slot_count();
         let mut table = SlotTable::created_by(pool(), NodeId::from_bytes([9; 8]));
         let contradictions: Vec<Run> = (0..60_000).map(|n| run(0, slots + 1, 0, n)).collect();
         let merged = table.merge(&contradictions);
-        assert_eq!(merged.contested.len(), 1, "one run, however many say it");
+        assert_eq!(merged.contested.len(), 1, "one run, however many records contradict it");
         let singly: Vec<Run> = pool().slots().rev().map(|n| run(n, 1, 7, n)).collect();
         assert_eq!(table.merge(&singly).changed.len(), table.runs().len());
         let contested: Vec<Run> = pool().slots().rev().map(|n| run(n, 1, 7, n + 1)).collect();

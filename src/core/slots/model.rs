@@ -1,9 +1,10 @@
-//! Every state of a small cluster, without exception: three nodes, three slots, the production table.
+//! Model check: visits every reachable state of a small cluster that uses the production table: three nodes,
+//! three slots.
 //!
-//! The network is the set of all tables ever sent: each may arrive anywhere, any number of times, at any
-//! time, or never. A crash takes a node back to what it has flushed, and it grants nothing before it has
-//! compared with another. In no state that can be reached do two records of one slot and epoch differ, or
-//! two nodes have one slot in use by what is on their disks.
+//! The network is the set of all tables ever sent. Each may arrive at any node, any number of times, at any
+//! time, or never. A crash resets a node to its last flushed table; it then grants nothing until it has
+//! compared its state with another node. In no reachable state do two records of one slot and epoch differ,
+//! and in none do two nodes lease one slot according to their disks.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -14,7 +15,7 @@ use crate::{
 };
 
 const NODES: usize = 3;
-/// How often anybody may grant and crash on one path: what bounds the search.
+/// Limits of grants and crashes on one path; they bound the search.
 const MAX_GRANTS: u8 = 3;
 const MAX_CRASHES: u8 = 1;
 
@@ -22,20 +23,20 @@ const MAX_CRASHES: u8 = 1;
 struct Node {
     table: SlotTable,
     disk: SlotTable,
-    /// Since a crash, until it has compared with another.
-    doubts: bool,
+    /// True from a crash until the node has compared its state with another.
+    is_unverified: bool,
 }
 
 #[derive(Clone)]
 struct State {
     nodes: Vec<Node>,
-    /// Tables that are under way, for ever, by their encoding.
+    /// All tables ever sent, by their encoding; none is ever lost.
     sent: BTreeMap<Vec<u8>, Vec<Run>>,
     grants: u8,
     crashes: u8,
 }
 
-/// The rules that can be left out, to see that the search would notice.
+/// Rules that can be switched off, to show that the search detects it.
 #[derive(Clone, Copy)]
 struct Rules {
     flush_first: bool,
@@ -56,31 +57,31 @@ impl State {
     fn first() -> Self {
         let mut created = SlotTable::created_by(pool(), id(0));
         created.lease_own(id(0), None);
-        let creator = Node { table: created.clone(), disk: created, doubts: false };
+        let creator = Node { table: created.clone(), disk: created, is_unverified: false };
         let empty = SlotTable::empty(pool());
-        let non_member = Node { table: empty.clone(), disk: empty, doubts: false };
+        let non_member = Node { table: empty.clone(), disk: empty, is_unverified: false };
         let nodes = vec![creator, non_member.clone(), non_member];
         Self { nodes, sent: BTreeMap::new(), grants: 0, crashes: 0 }
     }
 
-    /// What tells states apart.
+    /// Returns a key that is unique per state.
     fn key(&self) -> Vec<u8> {
         let mut key = vec![self.grants, self.crashes];
         for node in &self.nodes {
             for table in [&node.table, &node.disk] {
                 key.extend(Record::Slots(table.runs().to_vec()).encode());
             }
-            key.push(u8::from(node.doubts));
+            key.push(u8::from(node.is_unverified));
         }
         key.extend(self.sent.keys().flatten());
         key
     }
 
-    fn say(&mut self, runs: &[Run]) {
+    fn send(&mut self, runs: &[Run]) {
         self.sent.insert(Record::Slots(runs.to_vec()).encode(), runs.to_vec());
     }
 
-    fn successors(&self, rules: Rules) -> Vec<Self> {
+    fn next_states(&self, rules: Rules) -> Vec<Self> {
         let mut next = Vec::new();
         let mut step = |change: &dyn Fn(&mut Self)| {
             let mut state = self.clone();
@@ -89,15 +90,15 @@ impl State {
         };
         for node in 0..NODES {
             step(&|state| {
-                // Everything that was decided is flushed, and only then said.
+                // All changes are flushed before they are sent.
                 state.nodes[node].disk = state.nodes[node].table.clone();
                 let runs = state.nodes[node].disk.runs().to_vec();
-                state.say(&runs);
+                state.send(&runs);
             });
             if self.crashes < MAX_CRASHES {
                 step(&|state| {
                     state.nodes[node].table = state.nodes[node].disk.clone();
-                    state.nodes[node].doubts = true;
+                    state.nodes[node].is_unverified = true;
                     state.crashes += 1;
                 });
             }
@@ -110,9 +111,9 @@ impl State {
                 step(&|state| {
                     let theirs = state.nodes[other].disk.runs().to_vec();
                     state.nodes[node].table.merge(&theirs);
-                    state.nodes[node].doubts = false;
+                    state.nodes[node].is_unverified = false;
                 });
-                if self.grants < MAX_GRANTS && !self.nodes[node].doubts {
+                if self.grants < MAX_GRANTS && !self.nodes[node].is_unverified {
                     step(&|state| state.grant(node, other, rules));
                 }
             }
@@ -132,7 +133,7 @@ impl State {
             }
         }
         if !rules.flush_first {
-            self.say(&runs);
+            self.send(&runs);
         }
     }
 
@@ -142,20 +143,21 @@ impl State {
         let records: BTreeSet<_> =
             all.flat_map(|run| run.slots().map(|slot| (slot, run.record))).collect();
         let mut known = BTreeSet::new();
-        let one_record_an_epoch =
+        let one_record_per_epoch =
             records.iter().all(|(slot, record)| known.insert((*slot, record.epoch)));
         let mut used = BTreeSet::new();
-        let one_user_a_slot = self.nodes.iter().enumerate().all(|(number, node)| {
+        let one_owner_per_slot = self.nodes.iter().enumerate().all(|(number, node)| {
             let own = |run: &&Run| {
                 run.record.owner == id(number) && run.record.state == SlotState::Leased
             };
             node.disk.runs().iter().filter(own).flat_map(Run::slots).all(|slot| used.insert(slot))
         });
-        one_record_an_epoch && one_user_a_slot
+        one_record_per_epoch && one_owner_per_slot
     }
 }
 
-/// Visits everything that can be reached; says how many states there are, and whether all are safe.
+/// Visits all reachable states. Returns how many it found and whether all of them are safe; stops at an
+/// unsafe one.
 fn explore(rules: Rules) -> (usize, bool) {
     let first = State::first();
     let mut seen = BTreeSet::from([state_hash(&first.key())]);
@@ -164,21 +166,21 @@ fn explore(rules: Rules) -> (usize, bool) {
         if !state.is_safe() {
             return (seen.len(), false);
         }
-        let next = state.successors(rules).into_iter();
+        let next = state.next_states(rules).into_iter();
         queue.extend(next.filter(|next| seen.insert(state_hash(&next.key()))));
     }
     (seen.len(), true)
 }
 
 #[test]
-fn no_reachable_state_has_two_owners_of_a_slot() {
+fn reachable_states_never_have_two_owners_of_a_slot() {
     let (states, safe) = explore(Rules { flush_first: true, raise_epoch: true });
     println!("{states} states");
     assert!(safe && states > 1_000, "{states} states");
 }
 
 #[test]
-fn leaving_out_a_rule_is_noticed() {
+fn search_without_a_rule_finds_an_unsafe_state() {
     assert!(!explore(Rules { flush_first: false, raise_epoch: true }).1);
     assert!(!explore(Rules { flush_first: true, raise_epoch: false }).1);
 }

@@ -1,4 +1,4 @@
-//! The ownership table against its laws, by example and by property.
+//! Tests of the slot table's rules, by example and by property.
 
 use proptest::prelude::*;
 
@@ -18,17 +18,17 @@ fn node(seed: u8) -> NodeId {
     NodeId::of_public_key(&[seed; 32])
 }
 
-/// How many slots have two records of one epoch.
+/// Counts the slots that have two records of one epoch.
 fn contested(merged: &Merged) -> u32 {
     merged.contested.iter().map(|(run, _)| run.len).sum()
 }
 
-/// A table as the plain map that it stands for.
+/// Returns the table's records by slot.
 fn as_map(table: &SlotTable) -> BTreeMap<u32, SlotRecord> {
     table.runs().iter().flat_map(|run| run.slots().map(|slot| (slot.0, run.record))).collect()
 }
 
-/// The runs that a grant names.
+/// Returns the runs that a grant names.
 fn granted(grant: Result<Grant, Refusal>) -> Vec<Run> {
     match grant.expect("a free slot") {
         Grant::New(changes) => changes.into_iter().map(|(run, _)| run).collect(),
@@ -42,11 +42,11 @@ fn assert_canonical(table: &SlotTable) {
         let touching = pair[0].end() == pair[1].start.0;
         assert!(!touching || pair[0].record != pair[1].record, "maximal: {pair:?}");
     }
-    assert_eq!(table.hashes(), rebuilt(table).hashes());
+    assert_eq!(table.hashes(), remerged(table).hashes());
 }
 
-/// The same table, by another way.
-fn rebuilt(table: &SlotTable) -> SlotTable {
+/// Returns a table with the same records, merged one by one in reverse order.
+fn remerged(table: &SlotTable) -> SlotTable {
     let mut other = SlotTable::empty(table.pool);
     let singly = table.runs().iter().flat_map(|run| run.slots().map(|start| (start, run.record)));
     let mut singly: Vec<_> = singly.map(|(start, record)| Run { start, len: 1, record }).collect();
@@ -56,7 +56,7 @@ fn rebuilt(table: &SlotTable) -> SlotTable {
 }
 
 #[test]
-fn a_grant_gives_one_lease_and_half_of_the_spares() {
+fn grant_gives_one_lease_and_half_of_the_free_slots() {
     let mut table = SlotTable::created_by(pool("10.42.0.0/16", 24), node(1));
     let (own, _) = table.lease_own(node(1), None).expect("a free slot");
     assert_eq!(own.record.state, SlotState::Leased);
@@ -69,7 +69,7 @@ fn a_grant_gives_one_lease_and_half_of_the_spares() {
 }
 
 #[test]
-fn asking_again_gives_the_same_answer_and_changes_nothing() {
+fn repeated_grant_request_returns_the_same_slots_and_changes_nothing() {
     let mut table = SlotTable::created_by(pool("10.42.0.0/16", 24), node(1));
     let first: u32 = granted(table.grant(node(1), node(2), None)).iter().map(|r| r.len).sum();
     let before = table.runs().to_vec();
@@ -79,19 +79,20 @@ fn asking_again_gives_the_same_answer_and_changes_nothing() {
 }
 
 #[test]
-fn a_preferred_slot_is_honoured_when_free_and_left_to_its_owner_otherwise() {
+fn preferred_slot_is_granted_when_free_and_refused_when_another_owner_has_it() {
     let mut table = SlotTable::created_by(pool("10.42.0.0/16", 24), node(1));
     table.grant(node(1), node(2), Some(Slot(9))).expect("free_slots");
     assert_eq!(table.leased_by(node(2)).collect::<Vec<_>>(), [Slot(9)]);
     let elsewhere = table.free_slots_of(node(2)).next().expect("node 2 has free slots").start;
-    let refusal = table.grant(node(1), node(3), Some(elsewhere)).expect_err("node 2 must be asked");
+    let refusal =
+        table.grant(node(1), node(3), Some(elsewhere)).expect_err("only node 2 may grant it");
     assert!(matches!(refusal, Refusal::NoFreeSlotHere { free_elsewhere } if free_elsewhere > 0));
-    table.grant(node(1), node(3), Some(Slot(9))).expect("taken, so another one is given");
+    table.grant(node(1), node(3), Some(Slot(9))).expect("it is leased, so another one is granted");
     assert_ne!(table.leased_by(node(3)).next(), Some(Slot(9)));
 }
 
 #[test]
-fn an_exhausted_pool_says_how_it_is_divided() {
+fn exhausted_pool_is_refused_with_its_slot_counts() {
     let mut table = SlotTable::created_by(pool("10.42.0.0/24", 26), node(1));
     for seed in 1..=3 {
         if seed == 1 {
@@ -106,7 +107,7 @@ fn an_exhausted_pool_says_how_it_is_divided() {
 }
 
 #[test]
-fn leaving_hands_everything_to_the_heir_as_spares() {
+fn hand_over_makes_all_slots_free_slots_of_the_successor() {
     let mut table = SlotTable::created_by(pool("10.42.0.0/16", 24), node(1));
     table.grant(node(1), node(2), None).expect("free_slots");
     let owned: u32 = table.runs_of(node(2)).map(|run| run.len).sum();
@@ -117,7 +118,7 @@ fn leaving_hands_everything_to_the_heir_as_spares() {
 }
 
 #[test]
-fn one_epoch_with_two_owners_is_reported_and_settled_alike_on_both_sides() {
+fn ownership_conflict_is_reported_and_resolved_alike_on_both_sides() {
     let pool = pool("10.42.0.0/24", 26);
     let mut one = SlotTable::created_by(pool, node(1));
     let mut two = SlotTable::created_by(pool, node(2));
@@ -139,7 +140,7 @@ fn records_outside_the_pool_are_ignored() {
 }
 
 #[test]
-fn buckets_cover_the_table_and_localise_a_difference() {
+fn bucket_hashes_cover_the_table_and_localize_a_difference() {
     let one = SlotTable::created_by(pool("10.42.0.0/16", 24), node(1));
     let covered: u32 = (0..Buckets::COUNT).flat_map(|b| one.bucket(b)).map(|run| run.len).sum();
     assert_eq!(covered, 255);
@@ -150,7 +151,7 @@ fn buckets_cover_the_table_and_localise_a_difference() {
     assert_eq!(differing, [one.bucket_of(Slot(100))]);
 }
 
-/// Runs as any sequence of faulty or honest nodes could send them.
+/// Generates runs as any mix of correct and faulty nodes could send them.
 fn any_runs() -> impl Strategy<Value = Vec<Run>> {
     let run = (0_u32..40, 1_u32..20, 0_u64..3, 0_u8..3, any::<bool>()).prop_map(
         |(start, len, epoch, owner, leased)| Run {
@@ -176,7 +177,7 @@ fn merged(parts: &[&[Run]]) -> BTreeMap<u32, SlotRecord> {
     as_map(&table)
 }
 
-/// A merge through another table, as it happens when a third node passes the records on.
+/// Returns the merged records as a third node would pass them on.
 fn relayed(parts: &[&[Run]]) -> Vec<Run> {
     let mut table = SlotTable::empty(pool("10.42.0.0/19", 24));
     for part in parts {
@@ -197,7 +198,7 @@ proptest! {
     }
 
     #[test]
-    fn what_changed_is_what_differs(a in any_runs(), b in any_runs()) {
+    fn reported_changes_are_exactly_the_differing_slots(a in any_runs(), b in any_runs()) {
         let mut table = SlotTable::empty(pool("10.42.0.0/19", 24));
         table.merge(&a);
         let before = as_map(&table);
@@ -211,7 +212,7 @@ proptest! {
     }
 
     #[test]
-    fn epochs_never_go_back(a in any_runs(), b in any_runs()) {
+    fn merge_never_lowers_an_epoch(a in any_runs(), b in any_runs()) {
         let mut table = SlotTable::empty(pool("10.42.0.0/19", 24));
         table.merge(&a);
         let before = as_map(&table);

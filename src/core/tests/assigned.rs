@@ -1,16 +1,16 @@
-//! Stories of nodes whose subnets somebody outside gives: Kubernetes.
+//! Tests of nodes with assigned subnets, as in Kubernetes.
 
 use super::*;
 
-/// Hosts that all know each other by name, with these subnets (by their third octets).
-fn cluster(given: &[u8]) -> World {
+/// Creates hosts with these assigned subnets (their third octets); each has all others as seeds.
+fn cluster(octets: &[u8]) -> World {
     let mut world = World::new(1, settings("10.42.0.0/16", 24));
-    // The judge knows of no authority outside the cluster.
+    // The oracle does not model assignments from outside the cluster.
     world.oracle.lenient = true;
-    for octet in given {
+    for octet in octets {
         add(&mut world, *octet);
     }
-    (0..given.len()).for_each(|host| world.start(host));
+    (0..octets.len()).for_each(|host| world.start(host));
     world
 }
 
@@ -28,7 +28,7 @@ fn has(world: &World, host: usize, octet: u8) -> bool {
 }
 
 #[test]
-fn everybody_has_the_subnet_that_was_given_to_it_and_knows_all_others() {
+fn nodes_lease_their_assigned_subnets_and_know_each_other() {
     let mut world = cluster(&[7, 3, 9]);
     world.run_for(seconds(5));
     for (host, octet) in [7, 3, 9].into_iter().enumerate() {
@@ -37,14 +37,14 @@ fn everybody_has_the_subnet_that_was_given_to_it_and_knows_all_others() {
         assert_eq!(world.node(host).view().expect("a view").peers.len(), 2);
     }
     assert_eq!(world.oracle.shared_subnets().count(), 0);
-    // Nobody asks anybody for it again.
+    // The nodes send no grant requests.
     world.restart(1);
     world.run_for(seconds(2));
     assert!(has(&world, 1, 3));
 }
 
 #[test]
-fn a_subnet_that_was_given_twice_stays_with_its_user_and_is_named() {
+fn subnet_assigned_twice_stays_with_its_user_and_is_a_problem() {
     let mut world = cluster(&[7, 3]);
     world.run_for(seconds(5));
     let third = add(&mut world, 7);
@@ -52,13 +52,13 @@ fn a_subnet_that_was_given_twice_stays_with_its_user_and_is_named() {
     world.run_for(seconds(10));
     assert!(has(&world, 0, 7) && world.subnet(third).is_none());
     let problem = world.problems(third);
-    assert!(problem.contains("10.42.7.0/24 was given to this node and to n0"), "{problem}");
+    assert!(problem.contains("10.42.7.0/24 was assigned to this node and to n0"), "{problem}");
     assert_eq!(world.oracle.shared_subnets().count(), 0);
-    // Once the other one is gone it is nobody else's.
+    // Once the user is down, another node claims the subnet.
     world.kill(0);
     world.run_for(seconds(20));
     assert!(has(&world, third, 7), "{}", world.problems(third));
-    // Who comes back finds it given to somebody else, and says so.
+    // The first user returns, finds the subnet in use, and reports it.
     world.start(0);
     world.run_for(seconds(5));
     assert!(world.subnet(0).is_none() && world.problems(0).contains("and to n2"));
@@ -66,18 +66,18 @@ fn a_subnet_that_was_given_twice_stays_with_its_user_and_is_named() {
 }
 
 #[test]
-fn a_subnet_that_is_given_at_once_to_two_is_used_by_one() {
+fn subnet_assigned_to_two_nodes_at_once_is_used_by_one() {
     let mut world = cluster(&[7, 7, 3]);
     world.run_for(seconds(10));
     let users = (0..2).filter(|host| has(&world, *host, 7)).count();
     assert_eq!(users, 1);
-    let named = (0..2).filter(|host| world.problems(*host).contains("was given to this node"));
+    let named = (0..2).filter(|host| world.problems(*host).contains("was assigned to this node"));
     assert_eq!(named.count(), 1);
     assert_eq!(world.oracle.shared_subnets().count(), 0);
 }
 
 #[test]
-fn who_wants_to_be_given_one_by_gossip_is_refused() {
+fn joiner_without_an_assigned_subnet_is_refused() {
     let mut world = cluster(&[7, 3]);
     world.run_for(seconds(5));
     let joiner = world.add_joiner(&[0]);

@@ -1,4 +1,4 @@
-//! Forgetting, and what comes of it.
+//! Tests of forgetting and reclaiming.
 
 use super::*;
 
@@ -8,7 +8,7 @@ impl World {
         self.node_mut(at).forget(now, whom, false)
     }
 
-    /// Gone for good: it answers nobody, and everybody has noticed.
+    /// Destroys a host, and waits until all members hold it as down.
     pub(super) fn lose(&mut self, host: usize) -> NodeId {
         self.destroy(host);
         self.run_for(seconds(20));
@@ -21,27 +21,28 @@ impl World {
     }
 }
 
-/// The third of three has left, and its successor is a joiner that the other two have never met. Gives the
-/// joiner and the leaver's record.
-fn a_leaver_and_its_heir() -> (World, usize, Vec<MemberRecord>) {
+/// Creates a world in which the third of three members has left, and its successor is a joiner that the
+/// other two do not know. Returns the joiner and the record of the member that left.
+fn member_left_to_unknown_successor() -> (World, usize, Vec<MemberRecord>) {
     let mut world = World::with_members(3);
     let joiner = world.add_joiner(&[2]);
     world.separate(&[0, 1], &[2, joiner]);
     world.start(joiner);
     world.run_for(seconds(3));
     assert!(world.subnet(joiner).is_some(), "granted");
-    // In their half only the joiner can be the successor; of it the others hear by one record alone.
+    // In its part of the network only the joiner can be the successor. The others learn of it from one
+    // record.
     world.run_for(seconds(30));
     world.command(2, Command::Leave);
     world.run_for(seconds(3));
     assert!(matches!(world.hosts[2].stopped, Some(Stop::Left { .. })));
     let record = world.node(joiner).directory.iter().find(|record| record.has_left());
-    let members = vec![record.expect("the leaver").clone()];
+    let members = vec![record.expect("the record of the member that left").clone()];
     (world, joiner, members)
 }
 
 #[test]
-fn a_forgotten_members_subnets_are_spares_again_and_it_is_in_no_view() {
+fn forgotten_member_loses_its_slots_and_is_in_no_view() {
     let mut world = World::with_members(4);
     let lost = world.lose(3);
     world.forget_lost(1, lost);
@@ -49,29 +50,29 @@ fn a_forgotten_members_subnets_are_spares_again_and_it_is_in_no_view() {
     let slots = world.node(0).status().slots;
     assert_eq!((slots.leased, slots.free), (3, 252));
     assert!(world.node(2).status().members.iter().any(|m| m.node == lost && m.forgotten));
-    world.assert_right();
+    world.assert_converged_and_safe();
 }
 
 #[test]
-fn nothing_is_reclaimed_before_every_member_has_acknowledged() {
+fn slots_are_reclaimed_only_after_every_member_has_acknowledged() {
     let mut world = World::with_members(4);
     let lost = world.lose(3);
     world.isolate(2..3);
     world.forget_lost(0, lost);
     world.run_for(seconds(30));
-    assert_eq!(world.leased(0), 4, "one member was not asked yet");
+    assert_eq!(world.leased(0), 4, "one member has not acknowledged");
     let reclaiming = &world.node(0).status().reclaiming[0];
     assert_eq!(reclaiming.waits_for, Some(vec!["n2".to_owned()]));
     world.network.mend();
     world.run_for(seconds(15));
     assert_eq!(world.leased(0), 3);
-    world.assert_right();
+    world.assert_converged_and_safe();
 }
 
 #[test]
-fn who_acknowledged_is_asked_again_when_one_who_had_not_is_gone() {
+fn acknowledged_member_is_asked_again_when_an_unacknowledged_one_is_gone() {
     let mut world = World::with_members(4);
-    // The third grants to a joiner that it and its neighbour alone have met, and dies.
+    // Host 2 grants to a joiner that only it and its neighbor know, and dies.
     let joiner = world.add_joiner(&[3]);
     world.separate(&[0, 1], &[2, 3, joiner]);
     world.start(joiner);
@@ -80,7 +81,7 @@ fn who_acknowledged_is_asked_again_when_one_who_had_not_is_gone() {
     let lost = world.lose(3);
     world.forget_lost(0, lost);
     world.run_for(seconds(5));
-    // Its neighbour tells one who has acknowledged already, and is gone before it could be asked itself.
+    // Its neighbor sends this to a member that has already acknowledged, and is gone before it is asked.
     world.network.mend();
     world.separate(&[0], &[1, 2, joiner]);
     world.run_for(seconds(15));
@@ -90,12 +91,12 @@ fn who_acknowledged_is_asked_again_when_one_who_had_not_is_gone() {
     world.network.mend();
     world.run_for(seconds(30));
     assert_eq!(world.subnet(joiner), Some(subnet));
-    world.assert_right();
+    world.assert_converged_and_safe();
 }
 
 #[test]
-fn a_leaver_names_who_knows_and_nothing_is_reclaimed_without_that_one() {
-    let (mut world, joiner, members) = a_leaver_and_its_heir();
+fn reclaim_waits_for_the_receiver_of_a_leaving_members_records() {
+    let (mut world, joiner, members) = member_left_to_unknown_successor();
     let subnet = world.subnet(joiner).expect("granted");
     world.push(1, 0, Facts { members, ..Facts::default() });
     world.run_for(seconds(20));
@@ -103,13 +104,13 @@ fn a_leaver_names_who_knows_and_nothing_is_reclaimed_without_that_one() {
     world.network.mend();
     world.run_for(seconds(30));
     assert_eq!(world.subnet(joiner), Some(subnet));
-    world.assert_right();
+    world.assert_converged_and_safe();
 }
 
 #[test]
-fn whom_only_a_leavers_record_names_can_be_forgotten() {
-    let (mut world, joiner, members) = a_leaver_and_its_heir();
-    // Nobody there has ever met it, and it dies.
+fn node_known_only_from_a_left_members_record_can_be_forgotten() {
+    let (mut world, joiner, members) = member_left_to_unknown_successor();
+    // The joiner dies before any other member knows it.
     let lost = world.hosts[joiner].key;
     world.destroy(joiner);
     world.push(1, 0, Facts { members, ..Facts::default() });
@@ -121,11 +122,11 @@ fn whom_only_a_leavers_record_names_can_be_forgotten() {
     world.forget_lost(0, lost);
     world.run_for(seconds(10));
     assert!(reclaims(&world) > 0);
-    world.assert_right();
+    world.assert_converged_and_safe();
 }
 
 #[test]
-fn right_after_a_start_nobody_is_known_to_be_gone() {
+fn forget_is_refused_right_after_a_start() {
     let mut world = World::with_members(2);
     world.kill(0);
     world.network.latency = (seconds(1), seconds(1));
@@ -134,7 +135,7 @@ fn right_after_a_start_nobody_is_known_to_be_gone() {
 }
 
 #[test]
-fn force_does_not_wait() {
+fn forced_forget_does_not_wait_for_acknowledgements() {
     let mut world = World::with_members(4);
     let lost = world.lose(3);
     world.isolate(2..3);
@@ -145,7 +146,7 @@ fn force_does_not_wait() {
 }
 
 #[test]
-fn who_is_there_or_unknown_is_not_forgotten() {
+fn forget_refuses_alive_and_unknown_members_and_itself() {
     let mut world = World::with_members(2);
     assert_eq!(world.forget_by_name(0, "n1"), Err(CannotForget::Alive("n1".to_owned())));
     assert_eq!(world.forget_by_name(0, "n0"), Err(CannotForget::Myself));
@@ -153,12 +154,12 @@ fn who_is_there_or_unknown_is_not_forgotten() {
 }
 
 #[test]
-fn a_forgotten_member_that_comes_back_is_told_and_joins_as_a_new_one() {
+fn forgotten_member_that_returns_is_expelled_and_joins_as_a_new_node() {
     let mut world = World::with_members(3);
     world.kill(2);
     world.run_for(seconds(20));
     let lost = world.hosts[2].key;
-    // The machine is off as well, or its kernel would use the subnet still.
+    // The host is powered off, because its kernel would still use the subnet otherwise.
     world.cut_power(2);
     world.forget_lost(0, lost);
     world.run_for(seconds(3));
@@ -166,14 +167,14 @@ fn a_forgotten_member_that_comes_back_is_told_and_joins_as_a_new_one() {
     world.run_for(seconds(3));
     assert_eq!(world.oracle.reached.get("expelled"), Some(&1));
     assert_ne!(world.hosts[2].key, lost);
-    world.assert_right();
+    world.assert_converged_and_safe();
 }
 
 #[test]
-fn an_heir_that_is_gone_itself_is_replaced() {
+fn successor_that_is_gone_is_replaced() {
     let mut world = World::with_members(4);
     let lost = world.lose(3);
-    // The successor hears from one member no more, and is gone before it could take over.
+    // The successor loses contact with one member, and is gone before it can reclaim.
     world.isolate(2..3);
     world.forget_lost(0, lost);
     world.run_for(seconds(2));
@@ -184,15 +185,15 @@ fn an_heir_that_is_gone_itself_is_replaced() {
     world.forget_lost(1, successor);
     world.run_for(seconds(30));
     assert_eq!(world.leased(1), 2, "{:?}", world.node(1).status().reclaiming);
-    world.assert_right();
+    world.assert_converged_and_safe();
 }
 
 #[test]
-fn what_a_forgotten_node_granted_late_goes_to_its_heir_unused() {
+fn late_grant_of_a_forgotten_node_goes_to_its_successor_unused() {
     let late_grant = |world: &World, lost: NodeId| {
-        let home = world.node(0).home.as_ref().expect("in a cluster");
+        let cluster_state = world.node(0).cluster_state.as_ref().expect("in a cluster");
         let mut free_slots =
-            home.slots.runs_of(lost).filter(|run| run.record.state == SlotState::Free);
+            cluster_state.slots.runs_of(lost).filter(|run| run.record.state == SlotState::Free);
         let free = *free_slots.next().expect("a free slot");
         let record = SlotRecord {
             epoch: free.record.epoch + 1,
@@ -202,7 +203,7 @@ fn what_a_forgotten_node_granted_late_goes_to_its_heir_unused() {
         };
         Run { start: free.start, len: 1, record }
     };
-    // Once the successor has reclaimed the slot, that alone outranks it ...
+    // A reclaim by the successor exceeds the grant's epoch.
     let mut world = World::with_members(3);
     let lost = world.lose(2);
     let run = late_grant(&world, lost);
@@ -210,7 +211,7 @@ fn what_a_forgotten_node_granted_late_goes_to_its_heir_unused() {
     world.run_for(seconds(3));
     let (now, facts) = (world.now, Facts { slots: vec![run], ..Facts::default() });
     assert!(world.node_mut(1).absorb(now, &facts, None).0.slots.is_empty());
-    // ... and before that, the grant is passed on.
+    // Before the reclaim, the receiver passes the granted slot on.
     let mut world = World::with_members(3);
     let lost = world.lose(2);
     let run = late_grant(&world, lost);
@@ -221,21 +222,21 @@ fn what_a_forgotten_node_granted_late_goes_to_its_heir_unused() {
     node.absorb(now, &Facts { forgets: vec![forget], ..Facts::default() }, None);
     node.absorb(now, &Facts { slots: vec![run], ..Facts::default() }, None);
     assert_eq!(node.counters.declined, 1);
-    let home = node.home.as_ref().expect("in a cluster");
-    assert_eq!(home.slots.record(run.start).expect("known").owner, successor);
+    let cluster_state = node.cluster_state.as_ref().expect("in a cluster");
+    assert_eq!(cluster_state.slots.record(run.start).expect("known").owner, successor);
 }
 
 #[test]
-fn a_node_made_anew_takes_its_predecessors_subnet() {
+fn re_created_node_takes_its_predecessors_subnet() {
     let mut world = World::with_members(3);
     let subnet = world.subnet(2);
     world.lose(2);
-    let anew = world.add_joiner(&[0]);
-    world.hosts[anew].name = "n2".to_owned();
-    world.hosts[anew].replaces = true;
-    world.start(anew);
+    let new = world.add_joiner(&[0]);
+    world.hosts[new].name = "n2".to_owned();
+    world.hosts[new].replaces = true;
+    world.start(new);
     world.run_for(seconds(20));
-    assert_eq!(world.subnet(anew), subnet);
-    assert_eq!(world.leased(0), 3, "the one it used meanwhile was given back");
-    world.assert_right();
+    assert_eq!(world.subnet(new), subnet);
+    assert_eq!(world.leased(0), 3, "the subnet that it used before was released");
+    world.assert_converged_and_safe();
 }

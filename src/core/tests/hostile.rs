@@ -1,4 +1,4 @@
-//! Members that err or lie, and members that are silent: none of them stops anybody else.
+//! Faulty, lying and silent members: none of them stops another member.
 
 use super::*;
 use crate::{
@@ -7,7 +7,7 @@ use crate::{
     wire::{Key, Record, Refusal},
 };
 
-/// A record of a member that does not run.
+/// Returns the record of a member that does not run.
 fn absent(number: u16) -> MemberRecord {
     let mut key = [0; 32];
     key[..2].copy_from_slice(&number.to_le_bytes());
@@ -24,7 +24,7 @@ fn absent(number: u16) -> MemberRecord {
     }
 }
 
-fn first_of(record: &MemberRecord) -> Identity {
+fn first_identity_of(record: &MemberRecord) -> Identity {
     Identity { node: record.node, incarnation: Incarnation { starts: 1, renewals: 0 } }
 }
 
@@ -33,8 +33,8 @@ fn non_member_with_seeds(seeds: usize) -> Node {
     Node::start(Time::ZERO, config, vec![]).expect("starts")
 }
 
-/// The greetings that a non-member sends until it has asked so many seeds.
-fn greetings(node: &mut Node, count: usize) -> Vec<CallId> {
+/// Runs a non-member until it has sent `count` hellos, and returns their calls.
+fn hello_calls(node: &mut Node, count: usize) -> Vec<CallId> {
     let mut calls = Vec::new();
     let mut now = Time::ZERO;
     while calls.len() < count {
@@ -53,46 +53,46 @@ fn refused(refusal: Refusal) -> Result<(NodeId, Vec<u8>), CallError> {
     Ok((NodeId::from_bytes([9; 8]), bytes.encode(ClusterId::from_bytes([5; 8]))))
 }
 
-fn stops(node: &mut Node) -> usize {
+fn count_stops(node: &mut Node) -> usize {
     outputs(node).filter(|output| matches!(output, Output::Stop(_))).count()
 }
 
 #[test]
-fn seed_of_another_cluster_stops_a_joiner_only_when_no_other_seed_may_be_right() {
+fn joiner_stops_only_when_all_seeds_refuse_for_good() {
     let mut node = non_member_with_seeds(2);
-    let calls = greetings(&mut node, 2);
+    let calls = hello_calls(&mut node, 2);
     let (ours, theirs) = (ClusterId::from_bytes([1; 8]), ClusterId::from_bytes([2; 8]));
     let other = || refused(Refusal::OtherCluster { ours, theirs });
     let now = Time::ZERO + seconds(1);
     node.handle(now, Input::Answer { call: calls[0], result: other() });
-    assert_eq!(stops(&mut node), 0);
+    assert_eq!(count_stops(&mut node), 0);
     let problems = node.status().problems.join("\n");
     assert!(problems.contains("seed 1: it refused: the node belongs to cluster"), "{problems}");
     node.handle(now, Input::Answer { call: calls[1], result: refused(Refusal::NotReady) });
-    assert_eq!(stops(&mut node), 0, "it may be let in there");
-    let again = greetings(&mut node, 2);
-    again.iter().for_each(|call| {
+    assert_eq!(count_stops(&mut node), 0, "the other seed may still admit it");
+    let retries = hello_calls(&mut node, 2);
+    retries.iter().for_each(|call| {
         node.handle(now, Input::Answer { call: *call, result: other() });
     });
-    assert!(stops(&mut node) > 0, "all of them have said no");
+    assert!(count_stops(&mut node) > 0, "all seeds have refused for good");
 }
 
 #[test]
-fn answer_to_a_seed_from_before_a_reload_is_not_that_of_a_new_seed() {
+fn answer_to_a_call_from_before_a_reload_is_not_taken_for_a_new_seed() {
     let mut node = non_member_with_seeds(2);
-    let calls = greetings(&mut node, 2);
+    let calls = hello_calls(&mut node, 2);
     let now = Time::ZERO + seconds(1);
     node.set_seeds(now, 1);
     for call in calls {
         let result = Err(CallError::Rejected("another secret".to_owned()));
         node.handle(now, Input::Answer { call, result });
     }
-    assert_eq!(stops(&mut node), 0, "the new seed has said nothing yet");
+    assert_eq!(count_stops(&mut node), 0, "the new seed has not answered yet");
     assert!(!node.status().problems.join("\n").contains("another secret"));
 }
 
 #[test]
-fn member_that_never_agrees_keeps_nobody_from_being_settled_and_is_named() {
+fn member_that_never_agrees_is_a_problem_and_the_others_are_settled() {
     let mut world = World::with_members(3);
     world.run_for(seconds(20));
     world.byzantine_host = Some(2);
@@ -101,16 +101,16 @@ fn member_that_never_agrees_keeps_nobody_from_being_settled_and_is_named() {
     for host in 0..2 {
         assert!(world.node(host).is_settled());
         let problems = world.problems(host);
-        let named =
-            problems.contains("tells what cannot be") || problems.contains("differs however");
+        let named = problems.contains("sends facts that cannot be true")
+            || problems.contains("still differs after");
         assert!(named && problems.contains("n2 ("), "{problems}");
     }
 }
 
-/// Rounds went on while a dead member was called, and each that could begin fell to that member again: for
-/// twelve minutes nothing was compared.
+/// Regression: while a dead member was being called, each round that could start chose it again, and no
+/// comparison succeeded for twelve minutes.
 #[test]
-fn dead_member_takes_no_more_than_its_share_of_the_comparisons() {
+fn dead_member_takes_only_its_share_of_the_comparisons() {
     let mut world = World::with_members(5);
     world.run_for(seconds(5));
     world.kill(4);
@@ -119,7 +119,7 @@ fn dead_member_takes_no_more_than_its_share_of_the_comparisons() {
     let same = |world: &World| world.node(0).status().counters.syncs_same;
     let before = same(&world);
     for _ in 0..120 {
-        // As where something is new all the time.
+        // As if facts changed all the time.
         let now = world.now;
         world.node_mut(0).sync.unsettle(now);
         world.run_for(seconds(1));
@@ -128,55 +128,55 @@ fn dead_member_takes_no_more_than_its_share_of_the_comparisons() {
 }
 
 #[test]
-fn gossip_is_told_of_many_members_in_slices() {
+fn many_members_reach_gossip_in_batches() {
     let mut world = World::with_members(2);
     let records: Vec<_> = (0..2_000).map(absent).collect();
-    let active: Vec<_> = records.iter().map(first_of).collect();
+    let active: Vec<_> = records.iter().map(first_identity_of).collect();
     let cluster = world.node(0).cluster_id().expect("in a cluster");
     let facts = Facts { members: records, active, ..Facts::default() };
     let bytes = Frame::Push(&Push { facts }.encode()).encode(cluster);
     let (from, now) = (world.hosts[1].key, world.now + seconds(1));
     let node = world.node_mut(0);
     node.handle(now, Input::Message { from, bytes });
-    let told = |node: &Node| node.opinions().len();
-    assert!(told(node) < 600, "one turn tells of {}", told(node));
-    let mut turns = 0;
-    while told(node) < 2_000 {
-        assert!(node.poll_timeout().is_some_and(|at| at <= now), "the next turn is due at once");
-        let before = told(node);
+    let known = |node: &Node| node.opinions().len();
+    assert!(known(node) < 600, "one step adds {}", known(node));
+    let mut steps = 0;
+    while known(node) < 2_000 {
+        assert!(node.poll_timeout().is_some_and(|at| at <= now), "the next step is due at once");
+        let before = known(node);
         node.handle(now, Input::Timeout);
-        assert!(told(node) - before <= 256);
-        turns += 1;
+        assert!(known(node) - before <= 256);
+        steps += 1;
     }
-    assert!(turns >= 5);
+    assert!(steps >= 5);
 }
 
 #[test]
 fn nodes_without_a_record_never_reach_gossip() {
     let mut world = World::with_members(3);
-    let active: Vec<_> = (0..1_000).map(|number| first_of(&absent(number))).collect();
+    let active: Vec<_> = (0..1_000).map(|number| first_identity_of(&absent(number))).collect();
     world.push(1, 0, Facts { active, ..Facts::default() });
     world.run_for(seconds(1));
     assert_eq!(world.node(0).opinions().len(), 2);
-    world.assert_right();
+    world.assert_converged_and_safe();
 }
 
 #[test]
-fn suspicion_of_more_refutations_than_there_were_is_not_answered() {
+fn suspicion_with_an_impossible_refutation_count_is_ignored() {
     let mut world = World::with_members(2);
     let now = world.now;
     let before = world.node(0).membership.identity();
     let node = world.node_mut(0);
-    let lie = Suspicion { identity: before, refutation: u16::MAX };
-    assert_eq!(node.membership.refute(now, &lie).identity, before);
-    assert_eq!(node.membership.identity(), before, "it would have used up its identity");
-    let fair = Suspicion { identity: before, refutation: node.membership.refutation() };
-    node.membership.refute(now, &fair);
-    assert!(node.membership.refutation() > fair.refutation || fair.refutation == 0);
+    let forged = Suspicion { identity: before, refutation: u16::MAX };
+    assert_eq!(node.membership.refute(now, &forged).identity, before);
+    assert_eq!(node.membership.identity(), before, "no identity was used up");
+    let valid = Suspicion { identity: before, refutation: node.membership.refutation() };
+    node.membership.refute(now, &valid);
+    assert!(node.membership.refutation() > valid.refutation || valid.refutation == 0);
 }
 
 #[test]
-fn records_that_an_earlier_release_took_are_left_out_at_the_start() {
+fn invalid_saved_records_are_ignored_at_the_start() {
     let mut world = World::with_members(3);
     world.run_for(seconds(3));
     world.kill(0);
@@ -202,11 +202,11 @@ fn records_that_an_earlier_release_took_are_left_out_at_the_start() {
     let mut node = node;
     let facts = Facts { members: vec![theirs], ..Facts::default() };
     let now = world.now;
-    assert!(node.learn(now, &facts, Some(world.hosts[2].key)).new, "the true one is taken");
+    assert!(node.learn(now, &facts, Some(world.hosts[2].key)).new, "the valid record is merged");
 }
 
 #[test]
-fn refused_entry_is_told_of_its_sender_and_passed_on_to_nobody() {
+fn refused_entry_is_a_problem_of_its_sender_and_not_passed_on() {
     let mut world = World::with_members(3);
     world.run_for(seconds(20));
     let mut record = world.node(2).me.clone();
@@ -220,11 +220,11 @@ fn refused_entry_is_told_of_its_sender_and_passed_on_to_nobody() {
     assert!(problems.contains("n2 (") && problems.contains("is link-local"), "{problems}");
     world.run_for(seconds(30));
     assert_eq!(world.node(1).status().counters.refused, 0);
-    assert_eq!(world.problems(0), "", "it has agreed since");
-    world.assert_right();
+    assert_eq!(world.problems(0), "", "the next comparison found no difference");
+    world.assert_converged_and_safe();
 }
 
-/// Each run of an answer was looked for in all runs of the question.
+/// Regression: each run of the response was searched in all runs of the request.
 #[test]
 fn exchange_of_large_tables_is_one_pass_over_them() {
     let bootstrap = Bootstrap::Create(settings("10.0.0.0/8", 24));
@@ -240,7 +240,7 @@ fn exchange_of_large_tables_is_one_pass_over_them() {
         })
         .collect();
     let facts = Facts { slots: runs, members: vec![from.clone()], ..Facts::default() };
-    let identity = first_of(&from);
+    let identity = first_identity_of(&from);
     let cluster = node.cluster_id().expect("created");
     for _ in 0..3 {
         let facts = facts.clone();

@@ -1,27 +1,27 @@
-//! From non-member to member with a subnet.
+//! Tests of joining, and of the comparisons that follow.
 
 use super::*;
 use crate::{model::MemberRecord, sim::host::Host};
 
 #[test]
-fn a_joiner_is_known_everywhere_within_a_few_round_trips() {
+fn joiner_is_known_everywhere_within_a_few_round_trips() {
     let mut world = World::with_members(10);
     world.join();
     world.run_for(LATENCY * 20);
-    world.assert_right();
+    world.assert_converged_and_safe();
 }
 
 #[test]
-fn all_at_once_gives_every_node_its_own_subnet() {
+fn simultaneous_joiners_get_different_subnets() {
     let mut world = World::created(settings("10.42.0.0/16", 24));
     (1..40).for_each(|_| _ = world.join());
     world.run_for(seconds(3));
-    world.assert_right();
-    assert_eq!(world.running(), 40, "nobody gave up");
+    world.assert_converged_and_safe();
+    assert_eq!(world.running(), 40, "all nodes still run");
 }
 
 #[test]
-fn a_quiet_cluster_settles_and_compares_by_hashes_only() {
+fn idle_cluster_settles_and_compares_by_hashes_only() {
     let mut world = World::with_members(8);
     world.run_for(seconds(30));
     let differing = |world: &World| -> u64 {
@@ -34,7 +34,7 @@ fn a_quiet_cluster_settles_and_compares_by_hashes_only() {
 }
 
 #[test]
-fn one_pair_that_never_reaches_each_other_stops_no_comparison() {
+fn pair_without_connection_does_not_stop_comparisons() {
     let mut world = World::with_members(6);
     let hidden = world.add_joiner(&[1]);
     world.separate(&[0], &[hidden]);
@@ -44,11 +44,11 @@ fn one_pair_that_never_reaches_each_other_stops_no_comparison() {
     world.start(joiner);
     world.run_for(seconds(10));
     assert!(world.all_settled());
-    world.assert_right();
+    world.assert_converged_and_safe();
 }
 
 #[test]
-fn no_node_ever_asks_to_be_woken_in_the_past() {
+fn timeout_is_never_due_in_the_past() {
     let mut world = World::with_members(4);
     world.isolate(1..2);
     world.command(2, Command::Leave);
@@ -63,24 +63,24 @@ fn no_node_ever_asks_to_be_woken_in_the_past() {
 }
 
 #[test]
-fn an_answer_that_is_lost_loses_no_slot() {
+fn lost_grant_response_loses_no_slot() {
     let mut world = World::with_members(3);
-    // Its question arrives, and the answer, which waits for the donor's disk, does not.
+    // Its request arrives; the response, which waits for the donor's disk, does not.
     let joiner = world.join();
     while world.leased(0) < 4 {
         world.run_for(Duration::from_micros(100));
     }
     world.isolate(joiner..joiner + 1);
     world.run_for(seconds(2));
-    assert_eq!(world.leased(0), 4, "granted, unknown to the joiner");
+    assert_eq!(world.leased(0), 4, "granted, but unknown to the joiner");
     assert_eq!(world.node(joiner).status().phase, Phase::Joining);
     world.network.mend();
     world.run_for(seconds(12));
-    world.assert_right();
-    assert_eq!(world.leased(0), 4, "asked again, got the same one");
+    world.assert_converged_and_safe();
+    assert_eq!(world.leased(0), 4, "the repeated request got the same slot");
 }
 
-/// Kills these members of ten, whose seed has no free slot any more, and has others join.
+/// Kills these members of ten whose seed has no free slot left, and lets further nodes join.
 fn join_after_the_death_of(killed: Range<usize>, prefers: impl Fn(&World) -> Option<IpNet>) {
     let mut world = World::created(settings("10.42.0.0/16", 24));
     for _ in 1..10 {
@@ -94,7 +94,7 @@ fn join_after_the_death_of(killed: Range<usize>, prefers: impl Fn(&World) -> Opt
         let host = world.add_joiner(&[0]);
         world.hosts[host].prefers = preferred.map(|subnet| subnet.addr()).filter(|_| number == 0);
         world.start(host);
-        // A preferred subnet is waited for until the call to its owner has failed.
+        // The joiner waits for a preferred subnet until the call to its owner has failed.
         let patience = if preferred.is_some() && number == 0 { seconds(6) } else { seconds(2) };
         while world.subnet(host).is_none() {
             world.run_for(Duration::from_millis(5));
@@ -104,18 +104,18 @@ fn join_after_the_death_of(killed: Range<usize>, prefers: impl Fn(&World) -> Opt
 }
 
 #[test]
-fn donors_that_died_a_moment_ago_do_not_hold_up_joiners() {
+fn recently_dead_donors_do_not_delay_joiners() {
     (1..4).for_each(|last| join_after_the_death_of(1..last + 1, |_| None));
 }
 
 #[test]
-fn joiner_takes_another_subnet_as_soon_as_the_owner_of_the_preferred_one_is_known_not_to_answer() {
+fn joiner_takes_another_subnet_when_the_owner_of_the_preferred_one_does_not_answer() {
     join_after_the_death_of(1..2, |world| {
-        let home = world.node(0).home.as_ref().expect("in a cluster");
+        let cluster_state = world.node(0).cluster_state.as_ref().expect("in a cluster");
         let owner = world.hosts[1].key;
-        let mut of_owner = home.slots.runs_of(owner);
+        let mut of_owner = cluster_state.slots.runs_of(owner);
         let free = of_owner.find(|run| run.record.state == SlotState::Free).expect("free_slots");
-        Some(home.cluster.settings.pool.subnet(free.start))
+        Some(cluster_state.cluster.settings.pool.subnet(free.start))
     });
 }
 
@@ -124,22 +124,22 @@ fn node_whose_only_peer_went_down_before_the_first_comparison_is_settled() {
     let mut world = World::created(settings("10.42.0.0/16", 24));
     world.run_for(seconds(2));
     let joiner = world.join();
-    while world.node(0).is_alone() || !world.node(0).has_company() {
+    while world.node(0).is_alone() || !world.node(0).has_active_peer() {
         world.run_for(Duration::from_millis(1));
     }
     world.kill(joiner);
-    assert!(!world.node(0).is_settled(), "the joiner's records are not compared yet");
+    assert!(!world.node(0).is_settled(), "no comparison with the joiner yet");
     world.run_for(seconds(60));
-    assert!(!world.node(0).has_company());
+    assert!(!world.node(0).has_active_peer());
     assert!(world.node(0).is_settled());
     world.start(joiner);
     world.run_for(seconds(30));
     assert!(world.all_settled());
-    world.assert_right();
+    world.assert_converged_and_safe();
 }
 
 #[test]
-fn restarted_node_without_an_answer_of_any_member_is_not_settled() {
+fn restarted_node_without_any_answer_is_not_settled() {
     let mut world = World::with_members(2);
     world.kill(1);
     world.restart(0);
@@ -151,7 +151,7 @@ fn restarted_node_without_an_answer_of_any_member_is_not_settled() {
 }
 
 #[test]
-fn down_members_keep_their_subnets_and_the_way_to_them() {
+fn down_members_keep_their_subnets_and_routes() {
     let mut world = World::with_members(4);
     world.isolate(3..4);
     world.run_for(seconds(60));
@@ -159,22 +159,23 @@ fn down_members_keep_their_subnets_and_the_way_to_them() {
     let status = world.node(0).status();
     let member = status.members.iter().find(|m| m.node == lost).expect("still listed");
     assert_eq!(member.liveness, Some(Liveness::Down));
-    world.assert_right();
+    world.assert_converged_and_safe();
     world.network.mend();
     world.run_for(seconds(30));
     assert!(world.all_settled(), "healed");
-    world.assert_right();
+    world.assert_converged_and_safe();
 }
 
 #[test]
-fn the_subnet_in_use_stays_when_a_second_one_turns_up() {
+fn present_subnet_is_kept_when_a_second_one_is_granted() {
     let mut world = World::with_members(3);
     let (id, creator) = (world.hosts[2].key, world.hosts[0].key);
     let subnet = world.subnet(2).expect("a subnet");
-    // A grant from long ago, by a seed whose answer never came: a lower slot than the one in use.
-    let home = world.node(0).home.as_ref().expect("in a cluster");
-    let free = home.slots.runs_of(creator).find(|run| {
-        run.record.state == SlotState::Free && home.cluster.settings.pool.subnet(run.start) < subnet
+    // An old grant of a lower slot, by a seed whose response never arrived.
+    let cluster_state = world.node(0).cluster_state.as_ref().expect("in a cluster");
+    let free = cluster_state.slots.runs_of(creator).find(|run| {
+        run.record.state == SlotState::Free
+            && cluster_state.cluster.settings.pool.subnet(run.start) < subnet
     });
     let free = *free.expect("a lower free slot");
     let record = SlotRecord {
@@ -187,13 +188,13 @@ fn the_subnet_in_use_stays_when_a_second_one_turns_up() {
     let run = Run { start: free.start, len: 1, record };
     world.push(0, 2, Facts { slots: vec![run], ..Facts::default() });
     world.run_for(seconds(5));
-    assert_eq!(world.subnet(2), Some(subnet), "pods live in it");
-    assert_eq!(world.leased(0), 3, "the other one was given back");
-    world.assert_right();
+    assert_eq!(world.subnet(2), Some(subnet), "pods have addresses in it");
+    assert_eq!(world.leased(0), 3, "the other one was released");
+    world.assert_converged_and_safe();
 }
 
 #[test]
-fn strangers_that_are_each_others_seeds_become_patient() {
+fn non_members_that_are_each_others_seeds_retry_ever_more_rarely() {
     let mut world = World::new(1, settings("10.42.0.0/16", 24));
     for seed in [1, 0] {
         let host = world.add_joiner(&[seed]);
@@ -211,7 +212,7 @@ fn strangers_that_are_each_others_seeds_become_patient() {
 }
 
 #[test]
-fn a_full_pool_is_said_and_a_freed_subnet_is_taken() {
+fn full_pool_is_a_problem_and_a_freed_subnet_is_leased() {
     let mut world = World::created(settings("10.42.0.0/24", 26));
     for _ in 1..4 {
         world.join();
@@ -223,11 +224,11 @@ fn a_full_pool_is_said_and_a_freed_subnet_is_taken() {
     world.command(1, Command::Leave);
     world.run_for(seconds(5));
     assert!(world.subnet(3).is_some());
-    world.assert_right();
+    world.assert_converged_and_safe();
 }
 
 #[test]
-fn what_reveals_a_grant_waits_for_the_write_that_holds_it() {
+fn outputs_that_reveal_a_grant_wait_for_its_write() {
     let bootstrap = Bootstrap::Create(settings("10.42.0.0/16", 24));
     let config = |index: u8, bootstrap| {
         let host = Host::new(usize::from(index), [index; 24]);
@@ -241,7 +242,7 @@ fn what_reveals_a_grant_waits_for_the_write_that_holds_it() {
         Output::Call { bytes, .. } => Some(bytes),
         _ => None,
     });
-    let bytes = hello.expect("a non-member greets its seed");
+    let bytes = hello.expect("a non-member sends a hello to its seed");
     let request = Input::Request { from: joiner.node, reply: ReplyId(1), bytes };
     node.handle(Time::ZERO + LATENCY, request);
     let mut durable = None;
@@ -262,7 +263,7 @@ fn what_reveals_a_grant_waits_for_the_write_that_holds_it() {
 }
 
 #[test]
-fn foreign_and_broken_messages_change_nothing() {
+fn foreign_and_malformed_messages_change_nothing() {
     let mut world = World::with_members(2);
     let from = world.hosts[1].key;
     let before = world.node(0).status().slots;
@@ -280,7 +281,7 @@ fn foreign_and_broken_messages_change_nothing() {
 }
 
 #[test]
-fn clusters_that_were_founded_apart_never_merge() {
+fn separately_created_clusters_never_merge() {
     let mut world = World::with_members(2);
     let other = World::new(2, settings("10.42.0.0/16", 24));
     let mut host = Host::new(7, [7; 24]);
@@ -303,16 +304,16 @@ fn clusters_that_were_founded_apart_never_merge() {
     let Some(Response::Refused(refusal)) = answer else { panic!("{answer:?}") };
     let said = refusal.to_string();
     assert!(said.contains(&mine.to_string()) && said.contains(&theirs.to_string()), "{said}");
-    assert_eq!(world.node(0).roots(), before, "nothing was taken over");
+    assert_eq!(world.node(0).roots(), before, "no fact was merged");
 }
 
 #[test]
-fn copies_that_start_in_one_moment_both_hear_of_each_other() {
+fn copies_that_start_at_once_both_report_a_duplicate_identity() {
     let mut world = World::with_members(3);
     world.run_for(seconds(2));
     world.oracle.lenient = true;
     world.kill(2);
-    // Their records have one version, and only the boot tells them apart.
+    // Their records have the same version and differ in the boot id only.
     world.copy_host(2);
     world.start(2);
     world.run_for(seconds(20));
@@ -323,10 +324,10 @@ fn copies_that_start_in_one_moment_both_hear_of_each_other() {
 }
 
 #[test]
-fn a_copied_state_directory_is_named_and_starts_no_race() {
+fn copied_state_directory_is_a_problem_and_starts_no_race() {
     let mut world = World::with_members(3);
     world.run_for(seconds(5));
-    // A second process with the same key and disk tells about itself, again and again.
+    // A second process with the same key and disk publishes its record again and again.
     for round in 0..20 {
         let me = world.node(2).me.clone();
         let starts = me.version.starts + 1;
@@ -335,9 +336,12 @@ fn a_copied_state_directory_is_named_and_starts_no_race() {
         world.push(0, 2, Facts { members: vec![clone], ..Facts::default() });
         assert_eq!(world.node(2).status().counters.duplicates, round + 1);
     }
-    assert!(world.node(2).me.version.starts < 10, "it went above the other once, not twenty times");
+    assert!(
+        world.node(2).me.version.starts < 10,
+        "it exceeded the other version once, not twenty times"
+    );
     assert!(world.problems(2).contains("was copied"));
-    // Its subnet may be in use on both hosts: nobody may be given it.
+    // Its subnet may be in use on both hosts, so it must not be handed over.
     world.command(2, Command::Leave);
     world.run_for(seconds(5));
     assert_eq!(world.node(2).status().phase, Phase::Member);
@@ -345,7 +349,7 @@ fn a_copied_state_directory_is_named_and_starts_no_race() {
 }
 
 #[test]
-fn joiner_whose_granted_subnet_leads_elsewhere_on_its_host_takes_a_spare_one() {
+fn joiner_whose_granted_subnet_is_routed_elsewhere_leases_a_free_slot() {
     let probe = World::with_members(2);
     let granted = probe.subnet(1).expect("a subnet");
     // The same world, in which that subnet is on another interface of the joiner's host.
@@ -356,20 +360,20 @@ fn joiner_whose_granted_subnet_leads_elsewhere_on_its_host_takes_a_spare_one() {
     world.run_for(seconds(30));
     let taken = world.subnet(joiner).expect("a subnet");
     assert_ne!(taken, granted);
-    assert_eq!(world.leased(0), 2, "the other one is free again");
-    world.assert_right();
-    // The whole pool leads elsewhere: any subnet is better than none.
+    assert_eq!(world.leased(0), 2, "the granted slot is free again");
+    world.assert_converged_and_safe();
+    // The host routes the whole pool elsewhere: any subnet is better than none.
     let joiner = world.add_joiner(&[0]);
     world.hosts[joiner].occupied = vec!["10.0.0.0/8".parse().expect("a network")];
     world.start(joiner);
     world.run_for(seconds(30));
     assert!(world.subnet(joiner).is_some());
-    world.assert_right();
-    probe.assert_right();
+    world.assert_converged_and_safe();
+    probe.assert_converged_and_safe();
 }
 
 #[test]
-fn restarted_node_whose_subnet_leads_elsewhere_by_now_moves_to_a_spare_one() {
+fn restarted_node_whose_subnet_is_routed_elsewhere_leases_a_free_slot() {
     let mut world = World::with_members(3);
     let before = world.subnet(2).expect("a subnet");
     world.kill(2);
@@ -378,5 +382,5 @@ fn restarted_node_whose_subnet_leads_elsewhere_by_now_moves_to_a_spare_one() {
     world.start(2);
     world.run_for(seconds(15));
     assert_ne!(world.subnet(2), Some(before));
-    world.assert_right();
+    world.assert_converged_and_safe();
 }

@@ -1,10 +1,10 @@
-//! What a node knows after a restart, and what it does before it can be sure of that.
+//! Tests of restarts: what a node remembers, and what it does with unverified memory.
 
 use super::*;
 use crate::sim::disk::Disk;
 
 #[test]
-fn a_restarted_node_has_its_subnet_at_once_and_alone() {
+fn restarted_node_uses_its_subnet_at_once_without_peers() {
     let mut world = World::with_members(3);
     world.run_for(seconds(2));
     let subnet = world.subnet(2);
@@ -15,16 +15,16 @@ fn a_restarted_node_has_its_subnet_at_once_and_alone() {
     assert_eq!(world.subnet(2), subnet);
     let view = world.node(2).view().expect("a view without any peer");
     assert_eq!(view.peers.len(), 2);
-    assert!(!view.unconfirmed.is_empty(), "an old database must not remove anybody");
-    assert_eq!(world.hosts[2].kernel.routes.len(), 3, "two peers' and its own");
+    assert!(!view.unconfirmed.is_empty(), "an old database must not remove a peer");
+    assert_eq!(world.hosts[2].kernel.routes.len(), 3, "routes of two peers and its own");
     world.network.mend();
     world.run_for(seconds(10));
     assert_eq!(world.node(2).view().expect("a view").unconfirmed, []);
-    world.assert_right();
+    world.assert_converged_and_safe();
 }
 
 #[test]
-fn a_lost_database_is_no_lost_subnet_while_a_peer_remembers() {
+fn node_with_a_lost_database_gets_its_subnet_back_from_a_peer() {
     let mut world = World::with_members(3);
     let subnet = world.subnet(2);
     world.run_for(seconds(20));
@@ -35,12 +35,12 @@ fn a_lost_database_is_no_lost_subnet_while_a_peer_remembers() {
     world.run_for(seconds(5));
     assert_eq!(world.subnet(2), subnet);
     world.run_for(seconds(20));
-    assert!(world.all_settled(), "the new start outranks the old one");
-    world.assert_right();
+    assert!(world.all_settled(), "the new start exceeds the old one");
+    world.assert_converged_and_safe();
 }
 
 #[test]
-fn nothing_is_granted_between_a_restart_and_the_first_comparison() {
+fn restarted_node_grants_nothing_before_its_first_comparison() {
     let mut world = World::with_members(2);
     world.kill(1);
     world.restart(0);
@@ -51,11 +51,11 @@ fn nothing_is_granted_between_a_restart_and_the_first_comparison() {
     assert!(problems.contains("has not compared its state"), "{problems}");
     world.start(1);
     world.run_for(seconds(8));
-    world.assert_right();
+    world.assert_converged_and_safe();
 }
 
 #[test]
-fn a_node_without_a_subnet_looks_for_one_again_after_a_restart() {
+fn restarted_node_without_a_subnet_searches_for_one() {
     let mut world = World::created(settings("10.42.0.0/24", 26));
     for _ in 1..4 {
         world.join();
@@ -67,21 +67,21 @@ fn a_node_without_a_subnet_looks_for_one_again_after_a_restart() {
     world.start(3);
     world.run_for(seconds(5));
     assert!(world.subnet(3).is_some());
-    world.assert_right();
+    world.assert_converged_and_safe();
 }
 
 #[test]
-fn a_node_that_lost_its_memory_grants_nothing_until_all_who_are_there_were_asked() {
+fn node_with_a_lost_database_grants_nothing_until_all_members_have_confirmed() {
     let mut world = World::with_members(4);
     world.run_for(seconds(12));
     world.oracle.lenient = true;
     world.kill(2);
     world.hosts[2].disk = Disk::default();
-    // One member hears nothing: it may know of a grant that nobody else has seen.
+    // One member is unreachable: it may know of a grant that no other member knows.
     world.isolate(3..4);
     world.start(2);
     world.run_for(seconds(3));
-    assert!(world.subnet(2).is_some(), "its own subnet is beyond doubt");
+    assert!(world.subnet(2).is_some(), "its own subnet needs no confirmation");
     assert!(!world.node(2).status().synced);
     world.network.mend();
     world.run_for(seconds(20));
@@ -89,7 +89,7 @@ fn a_node_that_lost_its_memory_grants_nothing_until_all_who_are_there_were_asked
 }
 
 #[test]
-fn a_joiner_that_came_after_the_restart_is_no_witness() {
+fn member_that_joined_after_the_restart_verifies_no_memory() {
     let mut world = World::with_members(2);
     world.kill(1);
     world.restart(0);
@@ -101,7 +101,7 @@ fn a_joiner_that_came_after_the_restart_is_no_witness() {
 }
 
 #[test]
-fn a_state_directory_that_was_rolled_back_is_noticed_by_what_peers_know() {
+fn rolled_back_state_directory_is_detected_from_peers_records() {
     let mut world = World::with_members(2);
     world.run_for(seconds(3));
     let old = world.hosts[0].disk.clone();
@@ -115,5 +115,5 @@ fn a_state_directory_that_was_rolled_back_is_noticed_by_what_peers_know() {
     assert!(world.node(0).status().counters.rollbacks > 0);
     let problems = world.problems(0);
     assert!(problems.contains("rolled back"), "{problems}");
-    world.assert_right();
+    world.assert_converged_and_safe();
 }

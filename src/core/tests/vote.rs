@@ -1,16 +1,16 @@
-//! Forgetting by time, where most of a few fixed voters agree.
+//! Tests of forgetting by a majority of voters.
 
 use super::*;
 use crate::model::Quorum;
 
-const AFTER: Duration = seconds(60);
+const FORGET_AFTER: Duration = seconds(60);
 
 fn quorum(names: &[&str]) -> Option<Quorum> {
     let names: Vec<_> = names.iter().map(|name| name.parse().expect("name")).collect();
-    Some(Quorum::new(AFTER, &names).expect("a quorum"))
+    Some(Quorum::new(FORGET_AFTER, &names).expect("a quorum"))
 }
 
-/// Five members, of whom the first three vote.
+/// Creates five members; the first three are voters.
 fn world() -> World {
     let mut world = World::new(1, settings("10.42.0.0/16", 24));
     world.quorum = quorum(&["n0", "n1", "n2"]);
@@ -18,70 +18,70 @@ fn world() -> World {
     (1..5).for_each(|_| _ = world.add_joiner(&[0]));
     (0..5).for_each(|host| world.start(host));
     world.run_for(seconds(4));
-    world.assert_right();
+    world.assert_converged_and_safe();
     world
 }
 
 #[test]
-fn who_is_missed_for_long_by_most_voters_is_forgotten() {
+fn member_missed_by_most_voters_is_forgotten() {
     let mut world = world();
     world.lose(4);
     world.kill(2);
-    world.run_for(AFTER - seconds(20));
+    world.run_for(FORGET_AFTER - seconds(20));
     assert_eq!(world.leased(0), 5, "not yet");
     world.start(2);
     world.run_for(seconds(60));
     assert_eq!(world.leased(0), 4);
-    world.assert_right();
+    world.assert_converged_and_safe();
 }
 
 #[test]
-fn a_minority_of_the_voters_forgets_nobody() {
+fn minority_of_voters_forgets_no_member() {
     let mut world = world();
-    // The other side has most of the members, and one voter.
+    // The other part has most of the members, but only one voter.
     world.isolate(0..1);
     world.isolate(1..2);
-    world.run_for(AFTER * 5);
+    world.run_for(FORGET_AFTER * 5);
     assert!((2..5).all(|host| world.node(host).status().counters.voted_gone == 0));
     world.network.mend();
     world.run_for(seconds(30));
     assert_eq!(world.leased(2), 5);
-    world.assert_right();
+    world.assert_converged_and_safe();
 }
 
 #[test]
-fn a_voter_counts_only_what_it_has_seen_itself() {
+fn restarted_voters_measure_absence_from_zero() {
     let mut world = world();
     world.lose(4);
-    world.run_for(AFTER - seconds(15));
+    world.run_for(FORGET_AFTER - seconds(15));
     (0..3).for_each(|voter| world.restart(voter));
-    world.run_for(AFTER - seconds(10));
-    assert_eq!(world.leased(0), 5, "they have begun again");
+    world.run_for(FORGET_AFTER - seconds(10));
+    assert_eq!(world.leased(0), 5, "the restarted voters measure from zero");
     world.run_for(seconds(40));
     assert_eq!(world.leased(0), 4);
-    world.assert_right();
+    world.assert_converged_and_safe();
 }
 
 #[test]
-fn a_voter_that_was_frozen_has_missed_nobody_meanwhile() {
+fn frozen_voter_does_not_count_that_time() {
     let mut world = world();
     (0..3).for_each(|voter| world.pause(voter));
-    world.run_for(AFTER * 3);
+    world.run_for(FORGET_AFTER * 3);
     (0..3).for_each(|voter| world.resume(voter));
     world.run_for(seconds(30));
     assert!((0..3).all(|host| world.node(host).status().counters.voted_gone == 0));
-    world.assert_right();
+    world.assert_converged_and_safe();
 }
 
 #[test]
-fn a_vote_by_another_rule_does_not_count_and_is_named() {
+fn vote_with_another_rule_does_not_count_and_is_a_problem() {
     let mut world = world();
     for voter in [1, 2] {
         world.hosts[voter].quorum = quorum(&["n0", "n1", "n3"]);
         world.restart(voter);
     }
     world.lose(4);
-    world.run_for(AFTER * 3);
+    world.run_for(FORGET_AFTER * 3);
     assert_eq!(world.leased(0), 5);
     let problems = world.problems(0);
     assert!(problems.contains("voter n1 has other voters"), "{problems}");

@@ -15,7 +15,7 @@ use crate::{
     dataplane::desired::ROUTE_PROTOCOL,
     netlink::{
         Netlink, Request,
-        neighbour::{Neighbor, passing, staying, without},
+        neighbour::{Neighbor, entry_removal, protected_entry, unprotected_entry},
     },
 };
 
@@ -57,7 +57,7 @@ impl NextHops {
                 None if self.asking.contains(&link) => None,
                 _ => continue,
             };
-            changes.push(staying(link, ip, mac, ROUTE_PROTOCOL));
+            changes.push(protected_entry(link, ip, mac, ROUTE_PROTOCOL));
         }
         let given_up = self.kept.difference(wanted).filter_map(|hop| there.get(hop));
         changes.extend(given_up.filter_map(|entry| given_back(entry)));
@@ -71,7 +71,9 @@ pub(super) fn given_back(entry: &Neighbor) -> Option<Request> {
     let Neighbor { link, ip, mac, stays, protocol, is_resolved } = *entry;
     let is_ours = stays && protocol == Some(ROUTE_PROTOCOL);
     let mac = mac.filter(|_| is_resolved);
-    is_ours.then(|| mac.map_or_else(|| without(link, ip), |mac| passing(link, ip, mac)))
+    is_ours.then(|| {
+        mac.map_or_else(|| entry_removal(link, ip), |mac| unprotected_entry(link, ip, mac))
+    })
 }
 
 #[cfg(test)]
@@ -95,7 +97,7 @@ mod tests {
     }
 
     fn keep((link, ip): Hop, mac: Option<Mac>) -> Request {
-        staying(link, ip, mac, ROUTE_PROTOCOL)
+        protected_entry(link, ip, mac, ROUTE_PROTOCOL)
     }
 
     #[test]
@@ -113,7 +115,7 @@ mod tests {
         assert_eq!(hops.changes(&wanted, &there), []);
         let (link, ip) = hop(1);
         let changes = hops.changes(&BTreeSet::from([hop(2)]), &there);
-        assert_eq!(changes, [passing(link, ip, MAC), without(link, hop(3).1)]);
+        assert_eq!(changes, [unprotected_entry(link, ip, MAC), entry_removal(link, hop(3).1)]);
         let of_another = Neighbor { protocol: None, ..kept(hop(2), true) };
         assert_eq!(hops.changes(&BTreeSet::new(), &[of_another]), []);
     }

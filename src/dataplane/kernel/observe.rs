@@ -23,12 +23,12 @@ use super::{
 use crate::{
     dataplane::{
         desired::{Device, Hop, ROUTE_PROTOCOL, Way},
-        overlap::{self, Foreign, ForeignKind},
+        overlap::{self, Foreign, ForeignKind, Overlay},
         plan::{Actual, Found},
     },
     model::{Mac, Pool},
     netlink::{
-        About, Netlink,
+        MessageSubject, Netlink,
         ethtool::TX_CHECKSUM,
         link::{Address, Link},
     },
@@ -58,7 +58,10 @@ impl Kernel {
             routes: self.our_routes(Some(link.index), pool)?,
             device: Some(self.found(&link)?),
         };
-        let of_ours = [About::Interface(link.index), About::Route { protocol: ROUTE_PROTOCOL }];
+        let of_ours = [
+            MessageSubject::Interface(link.index),
+            MessageSubject::Route { protocol: ROUTE_PROTOCOL },
+        ];
         let unreadable = self.netlink.take_unreadable();
         match unreadable.iter().find(|message| of_ours.contains(&message.about)) {
             Some(message) => Err(message.to_io().into()),
@@ -255,11 +258,12 @@ impl Kernel {
 }
 
 /// Addresses of this host that take packets away from pods, as sentences with what helps: given the overlay's
-/// networks, and this node's own subnets.
+/// networks, this node's own subnets, and whether each peer's subnet has a route.
 pub fn overlaps(
     netlink: &mut Netlink,
     networks: &[IpNet],
     own: &[IpNet],
+    has_all_routes: bool,
 ) -> io::Result<Vec<String>> {
     let (links, addresses) = (netlink.links()?, netlink.addresses()?);
     let in_own = |link: &Link| {
@@ -268,7 +272,8 @@ pub fn overlaps(
     };
     let pods = links.iter().find(|link| link.alias == ALIAS && in_own(link));
     let pods = pods.map(|link| link.name.as_str());
-    Ok(overlap::problems(&foreign_of(&links, &addresses), networks, own, pods))
+    let overlay = Overlay { networks, own, pods, has_all_routes };
+    Ok(overlap::problems(&foreign_of(&links, &addresses), &overlay))
 }
 
 /// Addresses of interfaces that are none of ours.

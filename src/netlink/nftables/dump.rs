@@ -1,21 +1,24 @@
-//! What the kernel shows of its tables.
+//! Dumps of tables.
 
 use std::io;
 
 use rtnetlink::packet_core::{NLM_F_DUMP, NLM_F_REQUEST};
 
 use super::{Kind, Nftables, Object, SUBSYSTEM, nfgenmsg};
-use crate::netlink::{DUMP_TRIES, attributes::Attributes, send_all};
+use crate::netlink::{MAX_DUMP_ATTEMPTS, attributes::Attributes, send_all};
 
 const ENOENT: i32 = 2;
-/// As much is kept of what the kernel shows at once.
-const MAX_DUMP: usize = 8 << 20;
+/// Maximum size of a dump that is kept, in bytes.
+const MAX_DUMP_BYTES: usize = 8 << 20;
 
 impl Nftables {
-    /// All objects that match, from one undisturbed pass; of a table that is not there, none. A host may have
-    /// any number of rules of others: of more than 8 MiB the first are given.
+    /// Returns all objects that match, from one consistent dump. Empty if the table does not exist. A host
+    /// may have any number of foreign rules, so a dump of more than 8 MiB is truncated.
+    ///
+    /// # Errors
+    /// If the kernel refuses or does not answer; `Interrupted` if the tables change too fast.
     pub fn dump(&mut self, kind: Kind, family: u8, filter: &Attributes) -> io::Result<Vec<Object>> {
-        for _ in 0..DUMP_TRIES {
+        for _ in 0..MAX_DUMP_ATTEMPTS {
             if let Some(found) = self.dump_once(kind, family, filter)? {
                 return Ok(found);
             }
@@ -23,7 +26,7 @@ impl Nftables {
         Err(io::Error::new(io::ErrorKind::Interrupted, "the tables of nftables change too fast"))
     }
 
-    /// None if something changed meanwhile.
+    /// Runs one dump. `None` if something changed during it.
     fn dump_once(
         &mut self,
         kind: Kind,
@@ -47,8 +50,9 @@ impl Nftables {
                     (Some(errno), _) => return Err(io::Error::from_raw_os_error(errno)),
                     (None, false) => {
                         size += message.attributes.len() + size_of::<Object>();
-                        // The rest is read all the same: the kernel takes no other question before.
-                        if size <= MAX_DUMP {
+                        // The rest of the dump has to be received, because the kernel accepts no other
+                        // request before.
+                        if size <= MAX_DUMP_BYTES {
                             let (family, attributes) = (message.own[0], message.attributes);
                             found.push(Object { family, attributes });
                         }

@@ -1,4 +1,4 @@
-//! What the kernel tells of tables by itself: changes, and what rules do with packets that are traced.
+//! Notifications about tables: changes, and the processing of traced packets.
 
 use std::{
     io,
@@ -7,7 +7,7 @@ use std::{
 
 use rtnetlink::sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
 
-use super::{INET, RECEIVE_BUFFER};
+use super::{INET, RECEIVE_BUFFER_BYTES};
 use crate::netlink::{
     attributes, drain,
     raw::{Answer, answers},
@@ -18,13 +18,17 @@ const GROUP: u32 = 7;
 /// `NFNLGRP_NFTRACE`.
 const TRACE_GROUP: u32 = 9;
 
-/// Hears of changes to tables.
+/// A socket that receives notifications about changes of tables.
 pub struct Changes {
     socket: Socket,
     buffer: Vec<u8>,
 }
 
 impl Changes {
+    /// Opens the socket.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
     pub fn open() -> io::Result<Self> {
         Self::open_group(GROUP)
     }
@@ -34,10 +38,13 @@ impl Changes {
         socket.bind(&SocketAddr::new(0, 0))?;
         socket.add_membership(group)?;
         socket.set_non_blocking(true)?;
-        Ok(Self { socket, buffer: Vec::with_capacity(RECEIVE_BUFFER) })
+        Ok(Self { socket, buffer: Vec::with_capacity(RECEIVE_BUFFER_BYTES) })
     }
 
-    /// Whether anything has changed in any table, or may have.
+    /// Returns whether any table has changed since the last call. True after an overrun.
+    ///
+    /// # Errors
+    /// If the socket fails.
     pub fn any(&mut self) -> io::Result<bool> {
         let mut any = false;
         let overrun = drain(&self.socket, &mut self.buffer, |_| {
@@ -47,19 +54,26 @@ impl Changes {
         Ok(any || overrun)
     }
 
-    /// Whether anything in this table of both families has changed, or may have.
+    /// Returns whether this `inet` table has changed since the last call. True after an overrun.
+    ///
+    /// # Errors
+    /// If the socket fails.
     pub fn touched(&mut self, table: &str) -> io::Result<bool> {
         self.touched_in(&[(INET, table.to_owned())], None)
     }
 
-    /// The same of tables by family and name, but for what a socket with this port has changed.
+    /// Like [`Self::touched`], for tables by family and name. Ignores changes made by the socket with the
+    /// port id `but_for`.
+    ///
+    /// # Errors
+    /// If the socket fails.
     pub fn touched_in(
         &mut self,
         tables: &[(u8, String)],
         but_for: Option<u32>,
     ) -> io::Result<bool> {
         let mut touched = false;
-        // In every kind of object the first attribute names the table.
+        // In every kind of object the first attribute is the name of the table.
         let of_table = |answer: Answer| {
             let name = attributes::find(&answer.attributes, 1).map(attributes::text);
             let is_it = |(family, table): &(u8, String)| {
@@ -75,15 +89,23 @@ impl Changes {
     }
 }
 
-/// Hears what rules do with packets that are traced.
+/// A socket that receives what rules do with traced packets.
 pub struct Traces(Changes);
 
 impl Traces {
+    /// Opens the socket.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
     pub fn open() -> io::Result<Self> {
         Changes::open_group(TRACE_GROUP).map(Self)
     }
 
-    /// What has been told since: the family of the rules, and `NFTA_TRACE_*`.
+    /// Passes the pending notifications to `each`: the family of the rules, and the `NFTA_TRACE_*`
+    /// attributes.
+    ///
+    /// # Errors
+    /// If the socket fails.
     pub fn read(&mut self, mut each: impl FnMut(u8, &[u8])) -> io::Result<()> {
         let Changes { socket, buffer } = &mut self.0;
         drain(socket, buffer, |bytes| {

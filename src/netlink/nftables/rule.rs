@@ -1,96 +1,122 @@
-//! What rules are made of: expressions that compare, look up, change and decide.
+//! Builds rules from expressions.
 
 use std::net::IpAddr;
 
 use super::{IFNAMSIZ, counter, name_bytes};
 use crate::netlink::attributes::{self, Attributes};
 
-/// Expressions of a rule, in order.
+/// The expressions of a rule, in order. Matching methods limit the rule to some packets; all must match.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Rule(Attributes);
 
-/// Where in a packet something is read.
+/// The header to which an offset in a packet is relative (`NFT_PAYLOAD_*_HEADER`).
 #[derive(Clone, Copy, Debug)]
 pub enum Base {
+    /// The link-layer header.
     Link = 0,
+    /// The IP header.
     Network = 1,
+    /// The transport header.
     Transport = 2,
 }
 
-/// What is compared with, in a packet's address.
+/// An address field of a packet.
 #[derive(Clone, Copy, Debug)]
 pub enum Field {
+    /// The source address.
     Source,
+    /// The destination address.
     Destination,
 }
 
-/// Interfaces between which a packet is; their names as `NFT_META_IIFNAME` and `NFT_META_OIFNAME`.
+/// The side of an interface, as the key of its name (`NFT_META_IIFNAME`, `NFT_META_OIFNAME`).
 #[derive(Clone, Copy, Debug)]
 pub enum Side {
+    /// The interface through which the packet came in.
     Input = 6,
+    /// The interface through which the packet leaves.
     Output = 7,
 }
 
+/// `NFT_REG_1` (16 bytes).
 const REGISTER: u32 = 1;
-/// The first of the registers of 32 bits (`NFT_REG32_00`); the first four are `REGISTER`.
+/// `NFT_REG32_00`, the first of the 32-bit registers. The first four of them overlap [`REGISTER`].
 const WORDS: u32 = 8;
+/// `NFT_META_PROTOCOL`.
 const META_PROTOCOL: u32 = 1;
 const META_IIFNAME: u32 = Side::Input as u32;
 const META_OIFNAME: u32 = Side::Output as u32;
-/// `NFT_LOOKUP_F_INV`
+/// `NFT_LOOKUP_F_INV`.
 const NOT_FOUND: u32 = 1;
+/// `NFT_CMP_EQ`.
 const EQUAL: u32 = 0;
+/// `NFT_CMP_NEQ`.
 const UNEQUAL: u32 = 1;
+/// `NFT_META_PRIORITY`.
 const META_PRIORITY: u32 = 2;
+/// `NFT_META_MARK`.
 const META_MARK: u32 = 3;
+/// `NFT_META_IIF`.
 const META_IIF: u32 = 4;
+/// `NFT_META_SKUID`.
 const META_SKUID: u32 = 10;
+/// `NFT_META_NFTRACE`.
 const META_NFTRACE: u32 = 12;
+/// Burst of [`Rule::limit`], in packets.
 const LIMIT_BURST: u32 = 5;
-/// Of every network namespace's `lo`.
+/// Index of `lo` in every network namespace.
 const LOOPBACK: u32 = 1;
+/// `NFT_META_NFPROTO`.
 const META_NFPROTO: u32 = 15;
+/// `NFT_META_L4PROTO`.
 const META_L4PROTO: u32 = 16;
+/// `NFT_META_PKTTYPE`.
 const META_PKTTYPE: u32 = 19;
-/// Of the input interface 26 (Linux 5.1).
+/// `NFT_META_OIFKIND` (Linux 5.1).
 const META_OIFKIND: u32 = 27;
-/// `PACKET_HOST` of linux/if_packet.h: to this host alone.
+/// `PACKET_HOST` (linux/if_packet.h): sent to this host only.
 const PACKET_HOST: u8 = 0;
-/// `NFT_REJECT_ICMPX_UNREACH`, `NFT_REJECT_ICMPX_HOST_UNREACH`
+/// `NFT_REJECT_ICMPX_UNREACH`.
 const BY_ICMP: u32 = 2;
+/// `NFT_REJECT_ICMPX_HOST_UNREACH`.
 const HOST_UNREACHABLE: u8 = 2;
+/// `NF_ACCEPT`.
 pub(super) const ACCEPT: u32 = 1;
+/// `NF_DROP`.
 const DROP: u32 = 0;
+/// `NFT_RETURN`.
 const RETURN: i32 = -5;
-/// `NF_NAT_RANGE_PROTO_RANDOM_FULLY`
+/// `NF_NAT_RANGE_PROTO_RANDOM_FULLY`.
 const RANDOM_FULLY: u32 = 1 << 4;
 
 impl Rule {
+    /// Returns a rule without expressions, which matches every packet.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Packets of the family of this address.
+    /// Matches packets of the family of this address.
     pub fn family_of(self, address: IpAddr) -> Self {
         let number = if address.is_ipv4() { 2 } else { 10 };
         self.meta(META_NFPROTO).compare(EQUAL, &[number])
     }
 
+    /// Matches UDP packets.
     pub fn udp(self) -> Self {
         self.meta(META_L4PROTO).compare(EQUAL, &[17])
     }
 
-    /// These bytes stand at this place.
+    /// Matches packets with these bytes at this offset.
     pub fn holds(self, base: Base, offset: u32, bytes: &[u8]) -> Self {
         self.load(base, offset, bytes.len() as u32).compare(EQUAL, bytes)
     }
 
-    /// Others stand there; a packet that ends before does not match.
+    /// Matches packets with other bytes at this offset. A packet that is too short does not match.
     pub fn lacks(self, base: Base, offset: u32, bytes: &[u8]) -> Self {
         self.load(base, offset, bytes.len() as u32).compare(UNEQUAL, bytes)
     }
 
-    /// The address is in the network, or is not.
+    /// Matches packets whose address is in the network, or is not.
     pub fn address(self, field: Field, network: ipnet::IpNet, inside: bool) -> Self {
         let value = attributes::octets(network.network());
         let mask = attributes::octets(network.netmask());
@@ -98,41 +124,42 @@ impl Rule {
         loaded.mask(&mask).compare(if inside { EQUAL } else { UNEQUAL }, &value)
     }
 
-    /// The source address is in this set, which holds addresses of the family of `like`.
+    /// Matches packets whose source address is in a set of addresses of the family of `like`.
     pub fn source_inside(self, set: &str, like: IpAddr) -> Self {
         let lookup = Attributes::new().text(1, set).be32(2, REGISTER);
         self.load_address(Field::Source, like).expression("lookup", &lookup)
     }
 
-    /// What stands at this place is in the set.
+    /// Matches packets whose bytes at this place are in the set. A place has base, offset and length in
+    /// bytes.
     pub fn inside(self, set: &str, (base, offset, length): (Base, u32, u32)) -> Self {
         let lookup = Attributes::new().text(1, set).be32(2, REGISTER);
         self.load(base, offset, length).expression("lookup", &lookup)
     }
 
-    /// By its number in the Ethernet header (IANA, IEEE 802).
+    /// Matches packets with this EtherType (IEEE 802).
     pub fn ether_type(self, number: u16) -> Self {
         self.meta(META_PROTOCOL).compare(EQUAL, &number.to_be_bytes())
     }
 
-    /// By the number of what follows the headers of IPv6.
+    /// Matches packets with this transport protocol, after any extension headers of IPv6.
     pub fn transport(self, number: u8) -> Self {
         self.meta(META_L4PROTO).compare(EQUAL, &[number])
     }
 
-    /// What stands there under this mask is, or is not, this.
+    /// Matches packets whose bytes at this offset, under the mask, equal the value, or differ from it.
     pub fn masked(self, base: Base, offset: u32, mask: &[u8], value: &[u8], same: bool) -> Self {
         let loaded = self.load(base, offset, mask.len() as u32).mask(mask);
         loaded.compare(if same { EQUAL } else { UNEQUAL }, value)
     }
 
-    /// The name of the input interface, with what stands at these places one after another, is in the set, or
-    /// is not. Each takes a multiple of four bytes there.
+    /// Matches packets for which the name of the input interface, concatenated with the bytes at these
+    /// places, is in the set, or is not. Each part is padded to a multiple of four bytes.
     pub fn input_with(self, set: &str, places: &[(Base, u32, u32)], found: bool) -> Self {
         self.named_with(set, &[Side::Input], places, found)
     }
 
-    /// The same with the names of the interfaces on these sides, one after another.
+    /// Like [`Self::input_with`], with the names of the interfaces on several sides.
     pub fn named_with(
         mut self,
         set: &str,
@@ -156,13 +183,13 @@ impl Rule {
         self.expression("lookup", &lookup)
     }
 
-    /// The destination is not in this set, which holds addresses of the family of `like`.
+    /// Matches packets whose destination is not in a set of addresses of the family of `like`.
     pub fn destination_outside(self, set: &str, like: IpAddr) -> Self {
         let lookup = Attributes::new().text(1, set).be32(2, REGISTER).be32(5, NOT_FOUND);
         self.load_address(Field::Destination, like).expression("lookup", &lookup)
     }
 
-    /// The network of the destination, with a prefix of this length, is not in this set.
+    /// Matches packets for which the destination's network, of this prefix length, is not in the set.
     pub fn destination_network_outside(self, set: &str, length: u8, like: IpAddr) -> Self {
         let lookup = Attributes::new().text(1, set).be32(2, REGISTER).be32(5, NOT_FOUND);
         let mask = ipnet::IpNet::new_assert(like, length).netmask();
@@ -170,17 +197,18 @@ impl Rule {
         network.expression("lookup", &lookup)
     }
 
-    /// What comes in by the interface of this name.
+    /// Matches packets that come in through this interface.
     pub fn from_interface(self, name: &str) -> Self {
         self.meta(META_IIFNAME).compare(EQUAL, &name_bytes(name))
     }
 
-    /// What goes out by the interface of this name.
+    /// Matches packets that leave through this interface.
     pub fn to_interface(self, name: &str) -> Self {
         self.meta(META_OIFNAME).compare(EQUAL, &name_bytes(name))
     }
 
-    /// What comes in by interfaces whose names begin like this and have at least so many bytes.
+    /// Matches packets that come in through an interface whose name starts with the prefix and has at least
+    /// this many bytes.
     pub fn from_interfaces(self, prefix: &str, bytes: usize) -> Self {
         let mut last = [0; IFNAMSIZ];
         last[bytes - 1] = 0xff;
@@ -188,50 +216,50 @@ impl Rule {
         named.meta(META_IIFNAME).mask(&last).compare(UNEQUAL, &[0; IFNAMSIZ])
     }
 
-    /// Packets that the link brought to others as well: by broadcast or multicast.
+    /// Matches packets that the link delivers to other hosts, too: broadcast and multicast.
     pub fn to_others(self) -> Self {
         self.meta(META_PKTTYPE).compare(UNEQUAL, &[PACKET_HOST])
     }
 
-    /// Packets of this host to itself.
+    /// Matches packets that come in through `lo`: those of this host to itself.
     pub fn from_loopback(self) -> Self {
         self.meta(META_IIF).compare(EQUAL, &LOOPBACK.to_ne_bytes())
     }
 
-    /// Packets with this mark, which only those with privileges can give them.
+    /// Matches packets with this mark. Only privileged processes can set a mark.
     pub fn marked(self, mark: u32) -> Self {
         self.meta(META_MARK).compare(EQUAL, &mark.to_ne_bytes())
     }
 
-    /// So many packets a second.
+    /// Matches this many packets per second.
     pub fn limit(self, packets: u64) -> Self {
         Self(self.0.nest(1, &limit(packets, LIMIT_BURST)))
     }
 
-    /// What leaves by an interface of this kind, as `ip -details link` calls it.
+    /// Matches packets that leave through an interface of this kind, as in `ip -details link`.
     pub fn to_kind(self, kind: &str) -> Self {
         self.meta(META_OIFKIND).compare(EQUAL, &name_bytes(kind))
     }
 
-    /// Matches what a socket of this network namespace sends that a user other than root has opened.
+    /// Matches packets of this network namespace's sockets that a user other than root has opened.
     pub fn of_user(self) -> Self {
         self.meta(META_SKUID).compare(UNEQUAL, &0_u32.to_ne_bytes())
     }
 
-    /// Whose priority has one of these bits, or none.
+    /// Matches packets whose priority has any of these bits, or none of them.
     pub fn prioritized(self, bits: u32, any: bool) -> Self {
         let masked = self.meta(META_PRIORITY).mask(&bits.to_ne_bytes());
         masked.compare(if any { UNEQUAL } else { EQUAL }, &0_u32.to_ne_bytes())
     }
 
-    /// Sets these bits of the priority, or clears them.
+    /// Sets or clears these bits of the packet's priority.
     pub fn prioritize(self, bits: u32, on: bool) -> Self {
         let set = if on { bits } else { 0 };
         let changed = self.meta(META_PRIORITY).bitwise(&(!bits).to_ne_bytes(), &set.to_ne_bytes());
         changed.expression("meta", &Attributes::new().be32(2, META_PRIORITY).be32(3, REGISTER))
     }
 
-    /// The kernel tells what all rules that follow do with the packet.
+    /// Turns on tracing for the packet: the kernel reports what all following rules do with it.
     pub fn trace(self) -> Self {
         let one = Attributes::new().put(1, &[1]);
         let loaded = Attributes::new().be32(1, REGISTER).nest(2, &one);
@@ -239,7 +267,7 @@ impl Rule {
         self.expression("immediate", &loaded).expression("meta", &set)
     }
 
-    /// Takes the mark away.
+    /// Clears the packet's mark.
     pub fn unmark(self) -> Self {
         let zero = Attributes::new().put(1, &0_u32.to_ne_bytes());
         let loaded = Attributes::new().be32(1, REGISTER).nest(2, &zero);
@@ -247,46 +275,54 @@ impl Rule {
         self.expression("immediate", &loaded).expression("meta", &set)
     }
 
+    /// Counts packets and bytes.
     pub fn count(self) -> Self {
         Self(self.0.nest(1, &counter()))
     }
 
+    /// Drops the packet.
     pub fn drop(self) -> Self {
         self.verdict(DROP)
     }
 
-    /// Drops it, and tells the sender that the host is unreachable.
+    /// Drops the packet and sends an ICMP "host unreachable" to its source.
     pub fn refuse(self) -> Self {
         let how = Attributes::new().be32(1, BY_ICMP).put(2, &[HOST_UNREACHABLE]);
         self.expression("reject", &how)
     }
 
+    /// Accepts the packet in this base chain.
     pub fn accept(self) -> Self {
         self.verdict(ACCEPT)
     }
 
+    /// Ends the processing of the packet in this chain.
     pub fn leave_chain(self) -> Self {
         self.verdict(RETURN.cast_unsigned())
     }
 
-    /// To the address of the interface by which the packet leaves, with a random port.
+    /// Replaces the source address by that of the output interface, with a random port.
     pub fn masquerade(self) -> Self {
         self.expression("masq", &Attributes::new().be32(1, RANDOM_FULLY))
     }
 
+    /// Returns the encoded expressions.
     pub const fn expressions(&self) -> &Attributes {
         &self.0
     }
 
+    /// Loads a property of the packet into [`REGISTER`].
     fn meta(self, key: u32) -> Self {
         self.expression("meta", &Attributes::new().be32(1, REGISTER).be32(2, key))
     }
 
+    /// Loads bytes of the packet into [`REGISTER`].
     fn load(self, base: Base, offset: u32, length: u32) -> Self {
         let place = Attributes::new().be32(1, REGISTER).be32(2, base as u32);
         self.expression("payload", &place.be32(3, offset).be32(4, length))
     }
 
+    /// Loads an address of the packet, of the family of `like`, into [`REGISTER`].
     fn load_address(self, field: Field, like: IpAddr) -> Self {
         let (offset, length) = match (like, field) {
             (IpAddr::V4(_), Field::Source) => (12, 4),
@@ -297,11 +333,12 @@ impl Rule {
         self.load(Base::Network, offset, length)
     }
 
+    /// Clears the bits that are not in the mask.
     fn mask(self, mask: &[u8]) -> Self {
         self.bitwise(mask, &vec![0; mask.len()])
     }
 
-    /// Keeps the bits of the mask, and flips those of the other.
+    /// Clears the bits that are not in the mask, then flips the bits in `flip`.
     fn bitwise(self, mask: &[u8], flip: &[u8]) -> Self {
         let value = |bytes: &[u8]| Attributes::new().put(1, bytes);
         let registers = Attributes::new().be32(1, REGISTER).be32(2, REGISTER);
@@ -309,6 +346,7 @@ impl Rule {
         self.expression("bitwise", &length.nest(4, &value(mask)).nest(5, &value(flip)))
     }
 
+    /// Compares [`REGISTER`] with a value.
     fn compare(self, operator: u32, value: &[u8]) -> Self {
         let value = Attributes::new().put(1, value);
         self.expression(
@@ -317,17 +355,19 @@ impl Rule {
         )
     }
 
+    /// Ends the rule with a verdict.
     fn verdict(self, code: u32) -> Self {
         let verdict = Attributes::new().nest(2, &Attributes::new().be32(1, code));
         self.expression("immediate", &Attributes::new().be32(1, 0).nest(2, &verdict))
     }
 
+    /// Appends an expression.
     fn expression(self, name: &str, data: &Attributes) -> Self {
         Self(self.0.nest(1, &Attributes::new().text(1, name).nest(2, data)))
     }
 }
 
-/// An expression that lets so many packets a second pass, and so many at once.
+/// Returns an expression that matches at most this many packets per second, and this many at once.
 pub fn limit(packets: u64, burst: u32) -> Attributes {
     let (rate, second) = (packets.to_be_bytes(), 1_u64.to_be_bytes());
     let data = Attributes::new().put(1, &rate).put(2, &second).be32(3, burst);

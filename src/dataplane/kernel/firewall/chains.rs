@@ -14,7 +14,7 @@ use crate::{
         attributes::{self, Attributes},
         nftables::{Base, Field, Kind, Rule, SET_EXPRESSION, Step, base_chain, counter},
     },
-    pods::{bridge::PREFIX, wiring::LINK_NAME},
+    pods::{bridge::PREFIX, wiring::LINK_NAME_LEN},
 };
 
 /// Of tunnel packets that the agent sends to its own host, to try whether they are forwarded.
@@ -194,7 +194,7 @@ pub(super) fn refuse_routers(table: &str, guard: &Guard, steps: &mut Vec<Step>) 
     // port, past the rules that hold pods to their addresses; and another program may have pulled a veth
     // pair out of the bridge. The names of veth pairs are longer than those of other interfaces that begin
     // alike: GSM modems are called gsm0.
-    let of_veths = Rule::new().from_interfaces(PREFIX, LINK_NAME).drop();
+    let of_veths = Rule::new().from_interfaces(PREFIX, LINK_NAME_LEN).drop();
     steps.push(append(table, ROUTERS_CHAIN, &of_veths));
 }
 
