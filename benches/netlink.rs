@@ -165,7 +165,7 @@ fn batch(desired: &Desired, directory: &std::path::Path) -> io::Result<Duration>
     for (mac, underlay) in &desired.tables.fdb {
         let _ = writeln!(fdb, "fdb replace {mac} dev {device} dst {underlay} self permanent");
     }
-    for (address, mac) in &desired.tables.neighbours {
+    for (address, mac) in &desired.tables.neighbors {
         let _ = writeln!(rest, "neigh replace {address} lladdr {mac} dev {device} nud permanent");
     }
     for (subnet, hop) in &desired.tables.routes {

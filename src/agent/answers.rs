@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     api::{CheckState, CheckStatus},
-    dataplane::answers::{Roll, Round},
+    dataplane::answers::{PodResults, Round},
     docker,
     model::{Mac, Pod, Subnets},
     netlink::{Netlink, link::Link},
@@ -120,7 +120,7 @@ struct PodAsker<F> {
     orders: Orders<Option<Roster>>,
     tell: F,
     roster: Option<Roster>,
-    roll: Roll,
+    results: PodResults,
     /// With the index of the bridge at which it asks.
     asker: Option<(u32, Asker)>,
     due: Instant,
@@ -137,7 +137,7 @@ impl<F: Fn(Answers)> PodAsker<F> {
             orders,
             tell,
             roster: None,
-            roll: Roll::default(),
+            results: PodResults::default(),
             asker: None,
             due: Instant::now(),
             explained: Explained::default(),
@@ -159,7 +159,7 @@ impl<F: Fn(Answers)> PodAsker<F> {
                     }
                     self.report(&roster);
                 }
-                self.due = now + self.roll.pause();
+                self.due = now + self.results.pause();
             }
             let pause = self.roster.as_ref().map(|_| self.due.saturating_duration_since(now));
             self.orders.sleeper.wait([], pause);
@@ -176,7 +176,7 @@ impl<F: Fn(Answers)> PodAsker<F> {
                     }
                     self.roster = roster;
                     let pods = self.roster.as_ref().map(|roster| &roster.pods);
-                    self.roll.keep(|port| pods.is_some_and(|pods| pods.contains_key(port)));
+                    self.results.retain(|port| pods.is_some_and(|pods| pods.contains_key(port)));
                     if let Some(roster) = self.roster.clone() {
                         self.report(&roster);
                     } else {
@@ -196,23 +196,23 @@ impl<F: Fn(Answers)> PodAsker<F> {
         };
         let mut asked: BTreeMap<IpAddr, (&str, Option<Mac>)> = BTreeMap::new();
         let mut ports = BTreeMap::new();
-        for name in self.roll.choose(roster.pods.keys()) {
+        for name in self.results.select_pods(roster.pods.keys()) {
             let link = self.netlink.link(&name)?.filter(|link| can_be_asked(link, &bridge));
             match (link, roster.pods.get_key_value(&name)) {
                 (Some(link), Some((name, Asked { pod, mac }))) => {
                     asked.insert(pod.addresses.first, (name, *mac));
                     ports.insert(pod.addresses.first, link.index);
                 }
-                _ => self.roll.pass_over(&name),
+                _ => self.results.clear_misses(&name),
             }
         }
         if asked.is_empty() {
             return Ok(());
         }
-        let watches_ports = asked.values().any(|(name, _)| self.roll.is_suspect(name));
+        let watches_ports = asked.values().any(|(name, _)| self.results.is_suspect(name));
         // One that has never answered may have another MAC than the one that is known here.
         for (name, mac) in asked.values_mut() {
-            mac.take_if(|_| self.roll.is_suspect(name) && !self.roll.has_answered(name));
+            mac.take_if(|_| self.results.is_suspect(name) && !self.results.has_answered(name));
         }
         // Answers go to the bridge that asks.
         let watched = bridge.mac.filter(|_| watches_ports);
@@ -231,10 +231,10 @@ impl<F: Fn(Answers)> PodAsker<F> {
             }
         }
         if taps.iter().any(Tap::has_missed) {
-            round.miss();
+            round.note_overflow();
         }
         for (address, (name, _)) in asked {
-            self.roll.note(name, round.reply(address, watched.is_some()));
+            self.results.note(name, round.reply(address, watched.is_some()));
         }
         Ok(())
     }
@@ -274,13 +274,13 @@ impl<F: Fn(Answers)> PodAsker<F> {
         let mut packets = 0;
         loop {
             for tap in taps {
-                while packets < PACKETS && tap.next(|packet| round.see(packet))?.is_some() {
+                while packets < PACKETS && tap.next(|packet| round.on_packet(packet))?.is_some() {
                     packets += 1;
                 }
             }
             let rest = until.saturating_duration_since(Instant::now());
             if packets >= PACKETS {
-                round.miss();
+                round.note_overflow();
             }
             if rest.is_zero() || round.is_over() {
                 return Ok(());
@@ -293,7 +293,7 @@ impl<F: Fn(Answers)> PodAsker<F> {
 
     fn report(&mut self, roster: &Roster) {
         let silent: Vec<_> =
-            self.roll.silent().map(|(port, loss)| (port.to_owned(), loss)).collect();
+            self.results.silent().map(|(port, loss)| (port.to_owned(), loss)).collect();
         let sentences =
             self.explained.sentences(&mut self.netlink, &mut self.wiring, roster, &silent);
         let warnings = self.ports.warnings(roster, silent.iter().map(|(port, _)| port.as_str()));
@@ -306,7 +306,7 @@ impl<F: Fn(Answers)> PodAsker<F> {
                  likely those of the others"
             ));
         }
-        self.tell_of(Answers { answering: self.roll.answering(), silent, problems, warnings });
+        self.tell_of(Answers { answering: self.results.answering(), silent, problems, warnings });
     }
 
     fn tell_of(&mut self, now: Answers) {

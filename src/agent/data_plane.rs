@@ -102,10 +102,10 @@ impl Agent {
                 if view
                     .peers
                     .values()
-                    .any(|peer| underlay.unusable_peer(peer.vtep.underlay).is_some())
+                    .any(|peer| underlay.unusable_peer_reason(peer.vtep.underlay).is_some())
                 {
                     let is_usable =
-                        |peer: &Peer| underlay.unusable_peer(peer.vtep.underlay).is_none();
+                        |peer: &Peer| underlay.unusable_peer_reason(peer.vtep.underlay).is_none();
                     usable.to_mut().peers.retain(|_, peer| is_usable(peer));
                 }
                 let bridge = self.config.bridge_name(view.settings.vni);
@@ -338,7 +338,7 @@ impl Agent {
         let peers = self.kernel.wanted.iter().flat_map(|view| &view.peers);
         let problem = |(node, peer): (&NodeId, &Peer)| {
             let address = peer.vtep.underlay;
-            let why = underlay.unusable_peer(address)?;
+            let why = underlay.unusable_peer_reason(address)?;
             let name = self.node.name_of(*node);
             Some(format!(
                 "packets to {name}: its tunnels end at {address}, {why}: correct its underlay address"
@@ -387,7 +387,7 @@ fn concerns(op: &Op, peer: &Peer) -> bool {
     };
     match op {
         Op::SetFdb(mac, _) | Op::RemoveFdb(mac, _) => *mac == peer.vtep.mac,
-        Op::SetNeighbour(address, _) | Op::Resolve(address, _) | Op::RemoveNeighbour(address) => {
+        Op::SetNeighbor(address, _) | Op::Resolve(address, _) | Op::RemoveNeighbor(address) => {
             contains(*address)
         }
         Op::AddRoute(subnet, _) | Op::ReplaceRoute(subnet, _) | Op::RemoveRoute(subnet, _) => {

@@ -23,7 +23,7 @@ use crate::{
     core::{Peer, ReplyId},
     dataplane::{
         desired::Way as Path,
-        forwarding::{FarLoss, FarOutput, FarPods, FarWay, Subject, Way, Witness},
+        forwarding::{ArrivalLog, FarLoss, FarOutput, FarPeer, FarPods, FarWay, Way},
     },
     model::{NodeId, PathState, Subnets},
     pods::{gateway, last_addresses, standin::Room},
@@ -38,7 +38,7 @@ const UNTIL_AGED: Duration = Duration::from_secs(120);
 /// Whom there is to try, and who may ask.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Setting {
-    subjects: Vec<Subject>,
+    subjects: Vec<FarPeer>,
     /// What this host drops itself.
     lost_here: Vec<Way>,
     /// For how long a peer is left alone after a trial in which all was well, if that has a price.
@@ -162,7 +162,7 @@ impl Far {
 /// Where it listens, and what came there.
 struct Place {
     sockets: RoomSockets,
-    witness: Witness,
+    witness: ArrivalLog,
 }
 
 struct Runner<F> {
@@ -211,12 +211,12 @@ impl<F: Fn(FarEvent)> Runner<F> {
                     let now = self.clock.now();
                     let is_its = |from| self.setting.may_be_of(from, node);
                     let place = self.place.as_ref();
-                    let told = place.map(|place| place.witness.testify(now, round, is_its));
+                    let told = place.map(|place| place.witness.arrivals(now, round, is_its));
                     (self.tell)(FarEvent::Testimony(reply, told));
                 }
                 Ok(Command::Arrivals(round, told)) => {
                     self.hear();
-                    self.far.on_arrivals_told(self.clock.now(), round, &told);
+                    self.far.on_arrivals_reported(self.clock.now(), round, &told);
                 }
                 Err(TryRecvError::Empty) => return true,
                 Err(TryRecvError::Disconnected) => return false,
@@ -232,7 +232,7 @@ impl<F: Fn(FarEvent)> Runner<F> {
         let Some(room) = room else { return };
         match RoomSockets::open(room, &self.setting.sources) {
             Ok(sockets) => {
-                self.place = Some(Place { sockets, witness: Witness::new(self.clock.now()) });
+                self.place = Some(Place { sockets, witness: ArrivalLog::new(self.clock.now()) });
             }
             Err(error) => tracing::debug!(%error, "pods of other hosts are not tried"),
         }
@@ -292,7 +292,7 @@ impl<F: Fn(FarEvent)> Runner<F> {
                         self.far.on_unsent(to, kind, number);
                     }
                 }
-                FarOutput::Ask(round, nodes) => (self.tell)(FarEvent::Ask(round, nodes)),
+                FarOutput::RequestReports(round, nodes) => (self.tell)(FarEvent::Ask(round, nodes)),
             }
         }
     }
@@ -301,9 +301,9 @@ impl<F: Fn(FarEvent)> Runner<F> {
         let now = FarState {
             closed: self.far.closed(),
             answering: self.far.answering(),
-            overrun: self.far.overrun(),
+            overrun: self.far.overloaded(),
             losses: self.far.losses(),
-            is_in_doubt: self.far.is_in_doubt(),
+            is_in_doubt: self.far.has_recent_loss(),
             losing_large: self.far.losing_large(),
         };
         if now != self.told {
@@ -340,7 +340,7 @@ impl Agent {
                 // A link on the way may carry less than before.
                 let clock = self.clock.now();
                 for node in state.losing_large.difference(&self.kernel.far.losing_large) {
-                    self.prober.paths.doubt_size(clock, *node);
+                    self.prober.paths.request_size_check(clock, *node);
                 }
                 self.kernel.far = state;
                 let now = words(self);
@@ -394,8 +394,8 @@ impl Agent {
         let underlay = self.underlay.with_mode(self.config.mode);
         let subject = |(node, state, _): (NodeId, PathState, Option<Duration>)| {
             // Firewalls may drop what is asked of a host, and none of its pods' packets.
-            let is_doubted = matches!(state, PathState::Unanswered | PathState::OneWay);
-            let is_usable = is_doubted
+            let is_suspect = matches!(state, PathState::Unanswered | PathState::OneWay);
+            let is_usable = is_suspect
                 || matches!(state, PathState::Ok | PathState::Asymmetric | PathState::MtuTooLarge);
             // Those in use that live are not asked: so little is known.
             let is_usable = is_usable || in_use.is_some() && state == PathState::Unknown;
@@ -407,12 +407,12 @@ impl Agent {
             let way = underlay.way(peer.vtep.underlay, subnets.first);
             let is_reached = is_in_use && is_usable && !is_diverted && self.node.is_active(node);
             let narrow = self.kernel.narrow.get(&node).copied();
-            let subject = Subject {
+            let subject = FarPeer {
                 node,
                 addresses: last_addresses(*subnets),
                 carried: narrow.unwrap_or(self.underlay.tunnel_mtu),
                 takes_large: state != PathState::MtuTooLarge || narrow.is_some(),
-                is_doubted,
+                is_suspect,
             };
             (is_reached && !matches!(way, Path::Unreachable)).then_some(subject)
         };

@@ -248,7 +248,7 @@ impl<F: Fn(Found)> Inquirer<F> {
         let begun = Instant::now();
         while begun.elapsed() < LISTEN && watch.claim().is_none() {
             let mut packets = 0;
-            while packets < PACKETS && tap.next(|packet| watch.see(packet))?.is_some() {
+            while packets < PACKETS && tap.next(|packet| watch.on_packet(packet))?.is_some() {
                 packets += 1;
             }
             let rest = LISTEN.saturating_sub(begun.elapsed());
@@ -266,9 +266,9 @@ impl<F: Fn(Found)> Inquirer<F> {
         let place = &case.place;
         let ways = Ways::find(&mut self.netlink, place, case.pinned, asked)?;
         let mut watch = Watch::new(place.local, place.port, ways.own_macs(), asked);
-        watch.recall(&self.duplicates);
+        watch.add_known_duplicates(&self.duplicates);
         let hops = ways.hops(place);
-        watch.expect(hops.iter().copied());
+        watch.expect_answers(hops.iter().copied());
         let questions = Questions::new(place, hops);
         let before = counted(case);
         let errors = congested(&mut self.netlink, &place.device);
@@ -447,7 +447,7 @@ impl<F: Fn(Found)> Inquirer<F> {
                 sent.into.extend(sent_to.map(|suspect| suspect.node));
                 questions.into_iter().for_each(Questions::ask);
             }
-            while packets < PACKETS && tap.next(|packet| watch.see(packet))?.is_some() {
+            while packets < PACKETS && tap.next(|packet| watch.on_packet(packet))?.is_some() {
                 packets += 1;
             }
             if let Some(trace) = &mut trace {

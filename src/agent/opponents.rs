@@ -10,7 +10,7 @@ use std::{
 };
 
 use crate::{
-    dataplane::fight::{Begun, Fights, Kind},
+    dataplane::fight::{FightStart, Fights, Kind},
     files,
     model::Time,
 };
@@ -94,7 +94,7 @@ impl Opponents {
 
     /// How long after the last repair the next one of this kind waits.
     pub fn pause(&self, kind: Kind) -> Duration {
-        self.fights.pause(kind)
+        self.fights.delay(kind)
     }
 
     /// Whether one of this kind is under way.
@@ -115,7 +115,7 @@ impl Opponents {
     }
 }
 
-fn sentence(kind: Kind, object: &str, begun: Begun, who: &Suspects) -> String {
+fn sentence(kind: Kind, object: &str, begun: FightStart, who: &Suspects) -> String {
     let (what, see) = match kind {
         Kind::Entries => ("gossamer's entries in the kernel", "ip monitor all"),
         Kind::Bridge => ("the pods' bridge and its ports", "ip monitor link address"),
@@ -125,7 +125,7 @@ fn sentence(kind: Kind, object: &str, begun: Begun, who: &Suspects) -> String {
         Kind::Spoofing => ("a table of nftables about pods' addresses", "nft monitor"),
         Kind::Sysctls => ("sysctls that gossamer sets", "grep -r net /etc/sysctl.d"),
     };
-    let Begun { repairs, within } = begun;
+    let FightStart { repairs, within } = begun;
     let seconds = within.as_secs().max(1);
     let who = match who {
         Suspects { managed: true, .. } => "systemd-networkd manages that interface: let it leave \
@@ -221,7 +221,7 @@ mod tests {
 
     #[test]
     fn a_fight_is_said_with_what_how_often_and_who() {
-        let begun = Begun { repairs: 10, within: Duration::from_secs(12) };
+        let begun = FightStart { repairs: 10, within: Duration::from_secs(12) };
         let say = |managed, running: &[&'static str]| {
             let who = Suspects { managed, running: running.to_vec() };
             sentence(Kind::Bridge, "port gsm1", begun, &who)

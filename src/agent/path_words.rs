@@ -43,13 +43,13 @@ impl Agent {
         let device = self.underlay.tunnel_mtu;
         let headers = overhead(self.underlay.local);
         let fits = |(node, peer): (&NodeId, &Peer)| {
-            let probed = self.prober.paths.narrower_by(*node);
+            let probed = self.prober.paths.mtu_reduction(*node);
             let probed = probed.map(|less| self.underlay.mtu.saturating_sub(less));
             let host = peer.vtep.underlay;
             // What a route of this host says needs no trial.
             let by_route = self.kernel.routing.path_mtus.get(&host).filter(|path| !path.learned);
             let by_route = by_route.map(|path| path.mtu);
-            let told = by_route.or_else(|| self.prober.reports.believed(host));
+            let told = by_route.or_else(|| self.prober.reports.correct_mtu(host));
             let told = told.map(|mtu| mtu.saturating_sub(headers));
             let fits = probed.into_iter().chain(told).min()?;
             (ROUTE_MTU_MIN..device).contains(&fits).then_some((*node, fits))
@@ -161,7 +161,7 @@ impl Agent {
         if is_silent && let Some(problem) = self.detour_problem(name, here, there, port) {
             return certain(problem);
         }
-        if let Some(told) = self.prober.reports.lasting(there) {
+        if let Some(told) = self.prober.reports.recurring_false_mtu(there) {
             return certain(false_report(name, there, told, self.underlay.carried));
         }
         let is_partly = state == PathState::PartlyLost;
@@ -276,7 +276,7 @@ impl Agent {
             }
             PathState::MtuTooLarge => {
                 let mtu = self.underlay.mtu;
-                let (arrive, smaller) = match self.prober.paths.narrower_by(node) {
+                let (arrive, smaller) = match self.prober.paths.mtu_reduction(node) {
                     Some(less) => {
                         let fits = mtu.saturating_sub(less);
                         (format!("those of {fits}"), format!("mtu = {fits}"))

@@ -17,9 +17,9 @@ use crate::{
     datagram,
     dataplane::{
         desired::Way,
-        offload::{Ask, Offload},
+        offload::{DatagramRequest, OffloadTrials},
         path_mtu_reports::Reports,
-        paths::{By, FLOWS, Kind, LOOK, Paths, Subject},
+        paths::{CHECK_INTERVAL, FLOWS, Kind, Paths, ProbedPeer, Responder},
     },
     icmp::{self, Family, IcmpEvent, IcmpKind, ProbeIdentity},
     model::NodeId,
@@ -38,7 +38,7 @@ pub(super) struct Prober {
     inet6: Option<Sockets>,
     pub(super) paths: Paths,
     pub(super) reports: Reports,
-    offload: Offload,
+    offload: OffloadTrials,
     look_at: Instant,
     /// The goal of the kernel, and the hash of gossip's opinions, that `paths` was told of.
     told: Option<(u64, u64)>,
@@ -87,7 +87,7 @@ impl Prober {
             inet6,
             paths,
             reports: Reports::default(),
-            offload: Offload::default(),
+            offload: OffloadTrials::default(),
             look_at: Instant::now(),
             told: None,
             hears_requests: true,
@@ -104,7 +104,7 @@ impl Prober {
 
     /// Packets whose checksums were left to the network card do not arrive.
     pub(super) const fn is_offload_guilty(&self) -> bool {
-        self.offload.is_guilty()
+        self.offload.is_broken()
     }
 
     pub(super) fn next_sequence(&mut self) -> u16 {
@@ -138,7 +138,7 @@ impl Prober {
 
     /// Hears what peers ask where that can tell something.
     fn listen(&mut self) {
-        let requests = !self.paths.are_calm();
+        let requests = !self.paths.are_healthy();
         if std::mem::replace(&mut self.hears_requests, requests) == requests {
             return;
         }
@@ -230,7 +230,7 @@ impl Agent {
     pub(super) fn probe(&mut self) {
         let now = Instant::now();
         if self.prober.look_at <= now {
-            self.prober.look_at = now + LOOK;
+            self.prober.look_at = now + CHECK_INTERVAL;
             self.update_paths();
             self.ask_other_witnesses();
             self.judge_offload();
@@ -277,7 +277,7 @@ impl Agent {
         if let Err(error) = self.prober.send_datagram(to, None, (sequence, 0), size) {
             tracing::trace!(%to, %error, "underlay not probed");
         }
-        self.prober.reports.on_asked(to.ip(), sequence);
+        self.prober.reports.on_sent(to.ip(), sequence);
     }
 
     pub(super) fn on_icmp_event(&mut self, heard: IcmpEvent) {
@@ -293,12 +293,24 @@ impl Agent {
             }
             IcmpKind::Request => self.prober.paths.on_packet(now, heard.from, elsewhere),
             IcmpKind::Arrival(sequence) => {
-                self.prober.reports.on_arrival(now, heard.from, sequence);
-                self.prober.paths.on_arrival(now, heard.from, sequence, By::Agent, elsewhere);
+                self.prober.reports.on_answer(now, heard.from, sequence);
+                self.prober.paths.on_arrival(
+                    now,
+                    heard.from,
+                    sequence,
+                    Responder::Agent,
+                    elsewhere,
+                );
             }
             IcmpKind::Refusal(sequence) => {
-                self.prober.reports.on_arrival(now, heard.from, sequence);
-                self.prober.paths.on_arrival(now, heard.from, sequence, By::Kernel, elsewhere);
+                self.prober.reports.on_answer(now, heard.from, sequence);
+                self.prober.paths.on_arrival(
+                    now,
+                    heard.from,
+                    sequence,
+                    Responder::Kernel,
+                    elsewhere,
+                );
             }
         }
         if !self.kernel.withdrawn_peers.is_empty() {
@@ -313,7 +325,7 @@ impl Agent {
         let in_use = self.kernel.demand.in_use.as_ref();
         let news = in_use.is_none().then(|| (self.kernel.requested, self.node.opinions_hash()));
         if news.is_some() && self.prober.told == news {
-            self.prober.paths.judge(now);
+            self.prober.paths.update_withdrawn(now);
             return self.follow_paths();
         }
         self.prober.told = news;
@@ -321,17 +333,17 @@ impl Agent {
         let peers = view.peers.iter().filter_map(|(node, peer)| {
             let (_, subnets) = peer.leases.first()?;
             let liveness = opinions.get(node).copied();
-            let subject = Subject {
+            let subject = ProbedPeer {
                 node: *node,
                 vtep: subnets.first.network(),
                 underlay: peer.vtep.underlay,
                 liveness,
                 // With entries on demand a question is a use, and would keep them for ever.
-                ask: in_use.is_none() || self.is_in_doubt(*node, liveness),
+                may_probe: in_use.is_none() || self.is_in_doubt(*node, liveness),
             };
             in_use.is_none_or(|macs| macs.contains(&peer.vtep.mac)).then_some(subject)
         });
-        let peers: Vec<Subject> = peers.collect();
+        let peers: Vec<ProbedPeer> = peers.collect();
         self.prober.paths.update(now, peers.into_iter());
         self.follow_paths();
     }
@@ -339,7 +351,8 @@ impl Agent {
     /// Looks for other signs of life of peers that do not answer: what their agents send over the underlay,
     /// and what comes from them through the tunnel.
     fn ask_other_witnesses(&mut self) {
-        let doubted: BTreeSet<NodeId> = self.prober.paths.doubted().map(|(node, _)| node).collect();
+        let doubted: BTreeSet<NodeId> =
+            self.prober.paths.suspects().map(|(node, _)| node).collect();
         let now = self.clock.now();
         self.prober.received.retain(|node, _| doubted.contains(node));
         for node in &doubted {
@@ -363,7 +376,7 @@ impl Agent {
         };
         let Some((_, counted)) = &self.prober.counted else { return };
         let came = |address: &IpAddr| Some(counted.get(address)? > before.get(address)?);
-        let heard = self.prober.paths.doubted().filter(|(_, address)| came(address) == Some(true));
+        let heard = self.prober.paths.suspects().filter(|(_, address)| came(address) == Some(true));
         let heard: Vec<(NodeId, IpAddr)> = heard.collect();
         let now = self.clock.now();
         for (node, address) in heard {
@@ -376,19 +389,19 @@ impl Agent {
     /// Where datagrams do not arrive through the tunnel, though echoes do, tries without checksum offload.
     fn judge_offload(&mut self) {
         let now = self.clock.now();
-        let mut deaf = self.prober.paths.deaf();
+        let mut deaf = self.prober.paths.losing_datagrams();
         deaf.retain(|node| self.has_tunnel(*node));
         // Unless the kernel has what was last ordered, it is not known how it is.
         let is_settled = self.kernel.answered == self.kernel.requested;
         let is_on = self.kernel.checksum_offload.filter(|_| is_settled);
         let Prober { offload, paths, .. } = &mut self.prober;
-        let (before, was_guilty) = (offload.wanted(), offload.is_guilty());
-        if let Some(Ask { peers, count }) =
-            offload.conclude(now, is_on, deaf, |node| paths.tally(node))
+        let (before, was_guilty) = (offload.wanted(), offload.is_broken());
+        if let Some(DatagramRequest { peers, count }) =
+            offload.advance(now, is_on, deaf, |node| paths.tally(node))
         {
-            paths.ask_datagrams(now, &peers, count);
+            paths.request_datagrams(now, &peers, count);
         }
-        let (wanted, is_guilty) = (offload.wanted(), offload.is_guilty());
+        let (wanted, is_guilty) = (offload.wanted(), offload.is_broken());
         if is_guilty != was_guilty {
             self.tell_of_offload(is_guilty);
         }

@@ -316,7 +316,7 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
             return;
         }
         self.demand.keep_peers(all);
-        let part = self.demand.part_of(all);
+        let part = self.demand.select(all);
         self.part_is_new |= self.part.as_ref().is_none_or(|before| **before != part);
         self.part = Some(Box::new(part));
     }
@@ -355,11 +355,10 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
             return Ok(());
         }
         let idle = self.kernel.idle(self.config.idle_after)?;
-        self.demand.age(idle.into_iter());
+        self.demand.remove_idle(idle.into_iter());
         // Those that let a first packet go, and those that nobody could answer: a pod that tries all
         // addresses must not fill the kernel's table.
-        let passing: Vec<Op> =
-            self.kernel.passing()?.into_iter().map(Op::RemoveNeighbour).collect();
+        let passing: Vec<Op> = self.kernel.passing()?.into_iter().map(Op::RemoveNeighbor).collect();
         self.kernel.answer(&passing)?;
         self.choose_part();
         self.tell_demand();

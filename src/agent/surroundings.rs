@@ -27,7 +27,7 @@ use crate::{
             tunnels::into_tunnels,
             users::UsersRule,
         },
-        toggled::{Setting, Toggled},
+        toggled::{ForwardingChanges, Setting},
     },
     model::Time,
     netlink::{Netlink, netconf::ForwardingMonitor, nftables::Changes},
@@ -70,7 +70,7 @@ pub struct Surroundings {
     kept: BTreeSet<String>,
     begun: Instant,
     switches: Option<ForwardingMonitor>,
-    toggled: Toggled,
+    forwarding_changes: ForwardingChanges,
     /// The device was closed to what comes out of it when last looked at.
     was_closed: bool,
     table_problem: Option<String>,
@@ -110,7 +110,7 @@ impl Surroundings {
             kept: BTreeSet::new(),
             begun: Instant::now(),
             switches: ForwardingMonitor::open().ok(),
-            toggled: Toggled::default(),
+            forwarding_changes: ForwardingChanges::default(),
             was_closed: false,
             table_problem: None,
             guarded: false,
@@ -275,11 +275,15 @@ impl Surroundings {
                     None => continue,
                 },
             };
-            self.toggled.note(now, Setting { interface, ipv4: switched.ipv4 }, switched.forwards);
+            self.forwarding_changes.note(
+                now,
+                Setting { interface, ipv4: switched.ipv4 },
+                switched.forwards,
+            );
         }
         // What is repaired each time is told as a fight.
         if !self.opponents.is_under_way(Kind::Sysctls) {
-            self.problems.extend(self.toggled.problems(now));
+            self.problems.extend(self.forwarding_changes.problems(now));
         }
     }
 

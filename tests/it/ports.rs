@@ -388,7 +388,7 @@ fn what_drops_packets_at_the_overlay_device_or_the_underlay_is_named() {
         let drop = filter(&cluster.hosts[1], "1,6 0 0 2,");
         let not_carried =
             "packets to n1 (10.99.0.10) are lost on this host: they are handed to gossamer.1";
-        let swallowed = "may be dropped by what hangs on gossamer.1";
+        let swallowed = "may be dropped by what is attached to gossamer.1";
         let not_leaving = "tunnel packets (UDP 8472) to n1 (10.99.0.10) do not leave this host";
         let filters = |device: &str, side: &str| {
             vec![

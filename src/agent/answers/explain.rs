@@ -10,7 +10,7 @@ use std::{
 use super::{Asked, Roster};
 use crate::{
     agent::hooks::{self, Side},
-    dataplane::answers::Loss,
+    dataplane::answers::QueryLoss,
     netlink::{Netlink, link::Link},
     pods::wiring::{Wiring, WiringError},
 };
@@ -22,7 +22,7 @@ const NAMED: usize = 3;
 
 /// Sentences about pods that do not answer, by the names of their interfaces on this host.
 #[derive(Default)]
-pub struct Explained(BTreeMap<String, (Loss, Instant, Option<String>)>);
+pub struct Explained(BTreeMap<String, (QueryLoss, Instant, Option<String>)>);
 
 impl Explained {
     /// A sentence about each of these, but for pods that are as they are by their own will.
@@ -31,7 +31,7 @@ impl Explained {
         netlink: &mut Netlink,
         wiring: &mut Wiring,
         roster: &Roster,
-        silent: &[(String, Loss)],
+        silent: &[(String, QueryLoss)],
     ) -> Vec<String> {
         self.0.retain(|port, (loss, at, _)| {
             at.elapsed() < READ && silent.iter().any(|(name, of)| name == port && of == loss)
@@ -52,15 +52,15 @@ fn sentence(
     roster: &Roster,
     Asked { pod, mac }: &Asked,
     port: &str,
-    loss: Loss,
+    loss: QueryLoss,
 ) -> Option<String> {
     // It may be on its way out.
     let link = netlink.link(port).ok()??;
     let bridge = netlink.link(&roster.bridge).ok()??;
     let address = pod.addresses.first;
-    let checked = (loss != Loss::Question).then(|| wiring.check(pod, None, *mac));
+    let checked = (loss != QueryLoss::Query).then(|| wiring.check(pod, None, *mac));
     let causes = match (loss, checked) {
-        (Loss::Pod, Some(Err(_))) => return None,
+        (QueryLoss::Pod, Some(Err(_))) => return None,
         // Under another MAC than it was given: anti-spoofing drops that.
         (_, Some(Err(WiringError::Incomplete(what)))) => what,
         _ => causes(netlink, roster, [&link, &bridge], address, loss).join("; "),
@@ -68,9 +68,11 @@ fn sentence(
     let question = if address.is_ipv4() { "ARP" } else { "neighbor discovery" };
     let interface = pod.attachment.interface();
     let place = match loss {
-        Loss::Question => format!("the question does not leave this host by {port}"),
-        Loss::Answer => format!("its answer comes in by {port}, and this host drops it"),
-        Loss::Pod => format!("the question leaves by {port}, and no answer comes from {interface}"),
+        QueryLoss::Query => format!("the question does not leave this host by {port}"),
+        QueryLoss::Answer => format!("its answer comes in by {port}, and this host drops it"),
+        QueryLoss::Pod => {
+            format!("the question leaves by {port}, and no answer comes from {interface}")
+        }
     };
     let name = &pod.attachment;
     Some(format!("pod {name} ({address}, {port}) does not answer {question}: {place}: {causes}"))
@@ -82,18 +84,18 @@ fn causes(
     roster: &Roster,
     links: [&Link; 2],
     address: IpAddr,
-    loss: Loss,
+    loss: QueryLoss,
 ) -> Vec<String> {
     let [port, _] = links;
     let name = &port.name;
-    let side = if loss == Loss::Question { Side::Egress } else { Side::Ingress };
+    let side = if loss == QueryLoss::Query { Side::Egress } else { Side::Ingress };
     let mut causes: Vec<String> = match loss {
         // A question has left both. An XDP program sees answers before they can be seen.
-        Loss::Pod if port.has_xdp() => hooks::at(netlink, port, side),
-        Loss::Pod => Vec::new(),
+        QueryLoss::Pod if port.has_xdp() => hooks::at(netlink, port, side),
+        QueryLoss::Pod => Vec::new(),
         _ => links.into_iter().flat_map(|link| hooks::at(netlink, link, side)).collect(),
     };
-    if loss == Loss::Pod {
+    if loss == QueryLoss::Pod {
         if causes.is_empty() {
             causes.push(
                 "something in the pod's network namespace drops it: look there at nft list ruleset, tc qdisc \

@@ -24,8 +24,8 @@ use crate::{
         raw_tcp,
     },
     dataplane::forwarding::{
-        FAR_DATA_PORT, FAR_PORT, Field, IS_SAID, Kind, NONCE_LEN, Probe, Said, Segment, Sort,
-        Transport, answer, answers_segment, far_segment, is_of_round, question, read,
+        FAR_DATA_PORT, FAR_PORT, Field, IS_MESSAGE, Kind, MessageType, NONCE_LEN, Probe, Segment,
+        Sort, Transport, answer, answers_segment, far_segment, is_of_round, question, read,
     },
     pods::standin::Room,
 };
@@ -208,7 +208,7 @@ impl RoomSockets {
                 let Some(mut rest) = self.buffer.get_mut(..length) else { continue };
                 loop {
                     let datagram = rest.len().min(segment.unwrap_or(length));
-                    let Some((Said::Question, kind, round)) = read(&rest[..datagram]) else {
+                    let Some((MessageType::Question, kind, round)) = read(&rest[..datagram]) else {
                         break;
                     };
                     let size = if kind.segments() > 1 { rest.len() } else { datagram };
@@ -227,7 +227,7 @@ impl RoomSockets {
             }
             for _ in 0..AT_ONCE {
                 let Ok((length, from)) = asking.recv_from(&mut self.buffer) else { break };
-                if let Some((Said::Answer, kind, round)) = read(&self.buffer[..length])
+                if let Some((MessageType::Answer, kind, round)) = read(&self.buffer[..length])
                     && from.port() == FAR_PORT
                 {
                     give(SocketEvent::Answer { from: from.ip(), round, kind });
@@ -285,7 +285,7 @@ impl FamilySockets {
         let question =
             |field| from.into_iter().chain([Condition::Field(field)]).collect::<Vec<_>>();
         let [to_port, from_port] = [2, 0].map(|at| Field::Half(at, FAR_PORT));
-        only_where(&self.echoes, Shown::Segment, &[&question(IS_SAID)])?;
+        only_where(&self.echoes, Shown::Segment, &[&question(IS_MESSAGE)])?;
         only_where(&self.listener, Shown::Segment, &[&question(to_port)])?;
         let to_data = question(Field::Half(2, FAR_DATA_PORT));
         only_where(self.guests.listener(), Shown::Segment, &[&to_data])?;
@@ -405,7 +405,7 @@ mod tests {
     fn buffer_that_had_no_room_is_noticed_and_dropped_garbage_is_not() {
         let [to, from] = [(); 2].map(|()| UdpSocket::bind("127.0.0.1:0").expect("a socket"));
         to.set_nonblocking(true).expect("a socket");
-        only(&to, Shown::Segment, &[IS_SAID]).expect("a filter");
+        only(&to, Shown::Segment, &[IS_MESSAGE]).expect("a filter");
         let mut taken = Taken::of(&to).expect("a buffer");
         let room = SockRef::from(&to).recv_buffer_size().expect("its size");
         let mut send_and_take = |payload: &[u8]| {

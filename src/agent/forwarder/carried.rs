@@ -7,7 +7,7 @@ use std::{
     net::IpAddr,
 };
 
-use crate::dataplane::forwarding::Seen;
+use crate::dataplane::forwarding::TrialResult;
 
 /// What was seen, by destination inside the tunnel.
 #[derive(Debug, Default)]
@@ -25,16 +25,16 @@ pub struct Carried {
 
 impl Carried {
     /// Where none of this host's own is seen either, something else takes them (IPsec), or there is no way.
-    pub fn seen(&self) -> Seen {
+    pub fn seen(&self) -> TrialResult {
         let mut comparable = self.own.iter().filter(|(to, _)| self.entered.contains(to)).peekable();
         if comparable.peek().is_none() && self.left.is_empty() {
-            return Seen::Unclear;
+            return TrialResult::Unclear;
         }
         let has_left = comparable.all(|(to, own)| {
             let left = self.left.get(to);
             left.is_some_and(|left| self.spread.contains(to) || !left.is_disjoint(own))
         });
-        if has_left { Seen::Passed } else { Seen::Lost }
+        if has_left { TrialResult::Passed } else { TrialResult::Lost }
     }
 
     /// The interface by which a packet of the pod has left, where this host's own leave by another.
@@ -59,11 +59,11 @@ mod tests {
             let entered = entered.iter().copied().collect();
             Carried { entered, left, own, spread: BTreeSet::new() }.seen()
         };
-        assert_eq!(seen(&[a, b], &[], &[]), Seen::Unclear);
-        assert_eq!(seen(&[a], &[], &[b]), Seen::Unclear);
-        assert_eq!(seen(&[a, b], &[b], &[b]), Seen::Passed);
-        assert_eq!(seen(&[a, b], &[a], &[]), Seen::Passed);
-        assert_eq!(seen(&[a, b], &[a], &[a, b]), Seen::Lost);
+        assert_eq!(seen(&[a, b], &[], &[]), TrialResult::Unclear);
+        assert_eq!(seen(&[a], &[], &[b]), TrialResult::Unclear);
+        assert_eq!(seen(&[a, b], &[b], &[b]), TrialResult::Passed);
+        assert_eq!(seen(&[a, b], &[a], &[]), TrialResult::Passed);
+        assert_eq!(seen(&[a, b], &[a], &[a, b]), TrialResult::Lost);
     }
 
     #[test]
@@ -74,10 +74,10 @@ mod tests {
             let spread = spread.then_some(to).into_iter().collect();
             Carried { entered: BTreeSet::from([to]), left: by(left), own: by(own), spread }.seen()
         };
-        assert_eq!(seen(&[3], &[2], false), Seen::Lost);
+        assert_eq!(seen(&[3], &[2], false), TrialResult::Lost);
         // A VLAN and the card below it, or the two cards of a bond.
-        assert_eq!(seen(&[5, 2], &[5, 2], false), Seen::Passed);
-        assert_eq!(seen(&[5, 3], &[5, 2], false), Seen::Passed);
-        assert_eq!(seen(&[3], &[2], true), Seen::Passed, "by the other next hop");
+        assert_eq!(seen(&[5, 2], &[5, 2], false), TrialResult::Passed);
+        assert_eq!(seen(&[5, 3], &[5, 2], false), TrialResult::Passed);
+        assert_eq!(seen(&[3], &[2], true), TrialResult::Passed, "by the other next hop");
     }
 }

@@ -19,7 +19,7 @@ use crate::{
     dataplane::{
         forwarding::{Direction, Transport, Way},
         kernel::{ClosedPort, FirewallTable, Lost, open_port},
-        silence::Culprit,
+        silence::DroppingRule,
     },
     netlink::{Netlink, link::Link},
 };
@@ -48,9 +48,9 @@ pub struct Reasons {
     /// What translates the source of pods' packets, by whether it is about IPv4.
     translating: BTreeMap<bool, String>,
     /// What drops this host's word that a packet was too large, by whether it is about IPv4.
-    pub(super) silencing: BTreeMap<bool, Culprit>,
+    pub(super) silencing: BTreeMap<bool, DroppingRule>,
     /// What drops tunnel packets with packets of pods.
-    pub(super) dropping: Option<Culprit>,
+    pub(super) dropping: Option<DroppingRule>,
     /// The same as a guess by rules of iptables-legacy, where nothing was traced.
     pub(super) legacy: Vec<String>,
     /// What leads tunnel packets with packets of pods elsewhere.
@@ -93,7 +93,7 @@ impl Reasons {
                 reasons.gateway.extend(sentence.map(|sentence| (*ipv4, sentence)));
                 continue;
             }
-            if *direction == Direction::Finding {
+            if *direction == Direction::NeighborDiscovery {
                 reasons.finding.insert(*ipv4, finding(setting, *ipv4));
                 continue;
             }
@@ -120,7 +120,7 @@ impl Reasons {
         };
         self.gateway.retain(|ipv4, _| is_closed(|way| way == Direction::Gateway, *ipv4));
         self.bridged.retain(|ipv4, _| is_closed(Direction::is_between, *ipv4));
-        self.finding.retain(|ipv4, _| is_closed(|way| way == Direction::Finding, *ipv4));
+        self.finding.retain(|ipv4, _| is_closed(|way| way == Direction::NeighborDiscovery, *ipv4));
         self.silencing.retain(|ipv4, _| is_closed(|way| way == Direction::TooLarge, *ipv4));
         if !closed.iter().any(|way| way.direction == Direction::Carried) {
             (self.dropping, self.stray) = (None, None);
@@ -138,7 +138,7 @@ impl Reasons {
         let is_known = |way: &Way| match way.direction {
             Direction::Gateway => self.gateway.contains_key(&way.ipv4),
             Direction::Between(_) => self.bridged.contains_key(&way.ipv4),
-            Direction::Finding => self.finding.contains_key(&way.ipv4),
+            Direction::NeighborDiscovery => self.finding.contains_key(&way.ipv4),
             Direction::Out(_) | Direction::In(_) | Direction::LargeOut => !self.rules.is_empty(),
             Direction::Carried => self.dropping.is_some() || !self.leading.is_empty(),
             Direction::TooLarge | Direction::ToHost | Direction::FromHost(_) => true,

@@ -16,7 +16,7 @@ use super::Setting;
 use crate::{
     agent::hooks::{self, Side},
     dataplane::{
-        forwarding::{Direction, Seen, Way},
+        forwarding::{Direction, TrialResult, Way},
         kernel::FirewallTable,
     },
     netlink::{Netlink, route::Query},
@@ -59,7 +59,7 @@ impl Gateway {
     }
 
     /// Waits by `wait`, which says whether to go on; gives nothing if not.
-    pub fn find(&mut self, mut wait: impl FnMut(Duration) -> bool) -> Vec<(Way, Seen)> {
+    pub fn find(&mut self, mut wait: impl FnMut(Duration) -> bool) -> Vec<(Way, TrialResult)> {
         let mut seen = Vec::new();
         let way = |ip: &IpAddr| Way { direction: Direction::Gateway, ipv4: ip.is_ipv4() };
         let mut open: Vec<IpAddr> = self.addresses.iter().map(|(ip, _)| *ip).collect();
@@ -67,7 +67,7 @@ impl Gateway {
             Ok(()) => true,
             Err(error) => {
                 tracing::debug!(%error, %ip, "the gateway was not asked for");
-                seen.push((way(ip), Seen::Unclear));
+                seen.push((way(ip), TrialResult::Unclear));
                 false
             }
         });
@@ -83,7 +83,7 @@ impl Gateway {
             });
             let left = until.saturating_duration_since(Instant::now());
             if open.is_empty() || left.is_zero() {
-                seen.extend(open.iter().map(|ip| (way(ip), Seen::Lost)));
+                seen.extend(open.iter().map(|ip| (way(ip), TrialResult::Lost)));
                 return seen;
             }
             if !wait(pause.min(left)) {
@@ -99,13 +99,13 @@ impl Gateway {
         sockets.try_for_each(|(_, socket)| socket.send_to(&[], (ip, UNUSED)).map(drop))
     }
 
-    fn look(&mut self, ip: IpAddr) -> Option<Seen> {
+    fn look(&mut self, ip: IpAddr) -> Option<TrialResult> {
         match self.netlink.neighbour(self.link, ip) {
-            Ok(Some(NeighbourState::Reachable)) => Some(Seen::Passed),
-            Ok(Some(NeighbourState::Failed)) => Some(Seen::Lost),
+            Ok(Some(NeighbourState::Reachable)) => Some(TrialResult::Passed),
+            Ok(Some(NeighbourState::Failed)) => Some(TrialResult::Lost),
             Ok(Some(NeighbourState::Incomplete)) => None,
-            Ok(_) => self.ask(ip).err().map(|_| Seen::Unclear),
-            Err(_) => Some(Seen::Unclear),
+            Ok(_) => self.ask(ip).err().map(|_| TrialResult::Unclear),
+            Err(_) => Some(TrialResult::Unclear),
         }
     }
 }

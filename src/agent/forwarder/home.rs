@@ -22,7 +22,7 @@ use crate::{
         start::random,
     },
     dataplane::{
-        forwarding::{Direction, NONCE_LEN, Probe, Seen, Transport, UNUSED, Way},
+        forwarding::{Direction, NONCE_LEN, Probe, Transport, TrialResult, UNUSED, Way},
         paths::FLOWS,
     },
     icmp::{Family, IcmpKind, ProbeIdentity, SMALL},
@@ -78,7 +78,7 @@ impl Home {
     pub fn run(
         &self,
         mut wait: impl FnMut(&[BorrowedFd<'_>], Duration) -> bool,
-    ) -> io::Result<Vec<(Way, Seen)>> {
+    ) -> io::Result<Vec<(Way, TrialResult)>> {
         let mut checks = self.0.iter().map(Check::begin).collect::<io::Result<Vec<_>>>()?;
         checks.iter().for_each(Check::send);
         let until = Instant::now() + TIMEOUT;
@@ -193,9 +193,9 @@ impl<'a> Check<'a> {
         self.heard && self.arrived.len() == Transport::ALL.len()
     }
 
-    fn seen(&self) -> Vec<(Way, Seen)> {
+    fn seen(&self) -> Vec<(Way, TrialResult)> {
         let ipv4 = self.ends.pod.is_ipv4();
-        let verdict = |is_there| if is_there { Seen::Passed } else { Seen::Lost };
+        let verdict = |is_there| if is_there { TrialResult::Passed } else { TrialResult::Lost };
         let from_host = Transport::ALL.map(|transport| {
             let arrived = verdict(self.arrived.contains(&transport));
             (Way { direction: Direction::FromHost(transport), ipv4 }, arrived)

@@ -184,7 +184,7 @@ mod tests {
     fn trial_whose_packets_the_kernel_refuses_says_so_and_one_that_finds_no_way_goes_on() {
         let refused = permitted(&Err(io::Error::from_raw_os_error(EPERM)));
         let said = refused.expect_err("no trial").to_string();
-        assert!(said.contains("refuses what the agent sends (EPERM)"), "{said}");
+        assert!(said.contains("refuses packets that the agent sends (EPERM)"), "{said}");
         assert!(permitted(&Err(io::Error::from_raw_os_error(101))).is_ok());
         assert!(permitted(&Ok(7)).is_ok());
     }

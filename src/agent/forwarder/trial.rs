@@ -22,8 +22,8 @@ use crate::{
     agent::start::random,
     dataplane::{
         forwarding::{
-            Direction, NONCE_LEN, Probe, Seen, Transport, Tunnelled, UNUSED, UNUSED_OUT, Way,
-            destination, echo, inner, number, parse,
+            Direction, NONCE_LEN, Probe, Transport, TrialResult, TunneledProbe, UNUSED, UNUSED_OUT,
+            Way, destination, echo, inner, number, parse,
         },
         paths::FLOWS,
     },
@@ -65,7 +65,7 @@ pub struct Trial<'a> {
 
 #[derive(Debug, Default)]
 pub struct Outcome {
-    pub seen: Vec<(Way, Seen)>,
+    pub seen: Vec<(Way, TrialResult)>,
     /// Which address packets leave under in place of the pod's, by whether it is IPv4.
     pub translated: BTreeMap<bool, IpAddr>,
     /// Which address packets arrive at the pod under in place of that of their sender; the same.
@@ -84,7 +84,7 @@ struct Check<'a> {
     /// Peers' addresses.
     asked: Vec<IpAddr>,
     /// To the pod, as if they came from one of the peers; none where no peer has a tunnel.
-    incoming: Vec<Tunnelled>,
+    incoming: Vec<TunneledProbe>,
     /// To all peers, and to the second pod; to nothing where that is not tried.
     outgoing: Vec<Probe>,
     beside: Vec<Probe>,
@@ -211,7 +211,7 @@ impl Trial<'_> {
             let through = chosen.iter().find(|(peer, _)| peer.tunnelled);
             let incoming = through.into_iter().flat_map(|(peer, vtep)| {
                 let ports = [[UNUSED, pod.port], [fresh, UNUSED]];
-                Transport::ALL.into_iter().zip(ports).map(|(transport, ports)| Tunnelled {
+                Transport::ALL.into_iter().zip(ports).map(|(transport, ports)| TunneledProbe {
                     vni: self.setting.vni,
                     macs: [peer.mac, self.setting.mac],
                     probe: probe(transport, *vtep, pod.address, ports, inwards),
@@ -372,8 +372,9 @@ impl Check<'_> {
         if self.incoming.iter().any(|packet| is_it(&packet.probe)) {
             self.come.insert(transport);
         }
-        let is_accepted =
-            |packet: &Tunnelled| from == packet.probe.to && packet.probe.is_accepted_by(segment);
+        let is_accepted = |packet: &TunneledProbe| {
+            from == packet.probe.to && packet.probe.is_accepted_by(segment)
+        };
         if self.incoming.iter().any(is_accepted) {
             self.arrived.insert(transport);
         }
@@ -397,7 +398,7 @@ impl Check<'_> {
 
     fn is_done(&self) -> bool {
         let all = |seen: &BTreeSet<Transport>| seen.len() == Transport::ALL.len();
-        if self.carried.as_ref().is_some_and(|carried| carried.seen() == Seen::Lost) {
+        if self.carried.as_ref().is_some_and(|carried| carried.seen() == TrialResult::Lost) {
             return false;
         }
         (self.too_large.is_none() || self.told)
@@ -408,7 +409,7 @@ impl Check<'_> {
                 || all(&self.arrived_beside) && self.found_beside == [true; 2])
     }
 
-    fn seen(&self) -> Vec<(Way, Seen)> {
+    fn seen(&self) -> Vec<(Way, TrialResult)> {
         let ipv4 = self.sockets.pod.address.is_ipv4();
         let mut seen = Vec::new();
         let mut note = |direction, verdict| seen.push((Way { direction, ipv4 }, verdict));
@@ -416,17 +417,17 @@ impl Check<'_> {
             let is_known =
                 self.fitting.is_some() && self.answered && self.left.contains(&Transport::Udp);
             let fits = match (self.fitting_left, is_known) {
-                (true, _) => Seen::Passed,
-                (false, true) => Seen::Lost,
-                (false, false) => Seen::Unclear,
+                (true, _) => TrialResult::Passed,
+                (false, true) => TrialResult::Lost,
+                (false, false) => TrialResult::Unclear,
             };
             note(Direction::LargeOut, fits);
         }
         if self.too_large.is_some() {
             let told = match (self.told, self.fitting_left) {
-                (true, _) => Seen::Passed,
-                (false, true) => Seen::Lost,
-                (false, false) => Seen::Unclear,
+                (true, _) => TrialResult::Passed,
+                (false, true) => TrialResult::Lost,
+                (false, false) => TrialResult::Unclear,
             };
             note(Direction::TooLarge, told);
         }
@@ -435,30 +436,33 @@ impl Check<'_> {
         }
         if !self.beside.is_empty() {
             let is_found = self.found_beside == [true; 2];
-            note(Direction::Finding, if is_found { Seen::Passed } else { Seen::Lost });
+            note(
+                Direction::NeighborDiscovery,
+                if is_found { TrialResult::Passed } else { TrialResult::Lost },
+            );
         }
         for transport in Transport::ALL {
             if !self.outgoing.is_empty() {
                 // A peer that does not answer this host either may be gone, or answer no echoes.
                 let out = match (self.left.contains(&transport), self.answered) {
-                    (true, _) => Seen::Passed,
-                    (false, true) => Seen::Lost,
-                    (false, false) => Seen::Unclear,
+                    (true, _) => TrialResult::Passed,
+                    (false, true) => TrialResult::Lost,
+                    (false, false) => TrialResult::Unclear,
                 };
                 note(Direction::Out(transport), out);
             }
             if !self.incoming.is_empty() {
                 let comes =
                     match (self.arrived.contains(&transport), self.come.contains(&transport)) {
-                        (true, _) => Seen::Passed,
-                        (false, true) => Seen::Lost,
-                        (false, false) => Seen::Unclear,
+                        (true, _) => TrialResult::Passed,
+                        (false, true) => TrialResult::Lost,
+                        (false, false) => TrialResult::Unclear,
                     };
                 note(Direction::In(transport), comes);
             }
             if !self.beside.is_empty() {
                 let has_arrived = self.arrived_beside.contains(&transport);
-                let between = if has_arrived { Seen::Passed } else { Seen::Lost };
+                let between = if has_arrived { TrialResult::Passed } else { TrialResult::Lost };
                 note(Direction::Between(transport), between);
             }
         }

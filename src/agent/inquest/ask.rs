@@ -17,7 +17,7 @@ use crate::{
     dataplane::{
         audit::EXDEV,
         kernel::FirewallTable,
-        silence::{Culprit, Diverted, OUT, Pinned, Place, Suspect, open_chain},
+        silence::{Diverted, DroppingRule, OUT, Pinned, Place, Suspect, open_chain},
     },
     model::{Mac, Transport},
     netlink::{
@@ -205,7 +205,7 @@ impl Ways {
         &self,
         netlink: &mut Netlink,
         vtep: IpAddr,
-        by: Culprit,
+        by: DroppingRule,
         at: u32,
     ) -> Option<Diverted> {
         let goes = netlink.route(&Query::to(vtep)).ok()?.link;

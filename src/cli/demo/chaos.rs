@@ -155,15 +155,15 @@ impl Fault {
     /// not know which peer the pod pings.
     fn entry_operations(self, actual: &Actual) -> Option<Vec<Op>> {
         let wrong_mac = Mac::from_bytes([2, 0, 0, 0, 0, 0x99]);
-        let (fdb, neighbours, routes) = (&actual.fdb, &actual.neighbours, &actual.routes);
+        let (fdb, neighbors, routes) = (&actual.fdb, &actual.neighbors, &actual.routes);
         Some(match self {
             Self::DeleteFdb => fdb.iter().map(|(mac, to)| Op::RemoveFdb(*mac, *to)).collect(),
             Self::WrongFdb => {
                 fdb.iter().map(|(mac, _)| Op::SetFdb(*mac, [10, 99, 255, 1].into())).collect()
             }
-            Self::DeleteNeighbour => neighbours.keys().map(|ip| Op::RemoveNeighbour(*ip)).collect(),
+            Self::DeleteNeighbour => neighbors.keys().map(|ip| Op::RemoveNeighbor(*ip)).collect(),
             Self::WrongNeighbour => {
-                neighbours.keys().map(|ip| Op::SetNeighbour(*ip, wrong_mac)).collect()
+                neighbors.keys().map(|ip| Op::SetNeighbor(*ip, wrong_mac)).collect()
             }
             Self::DeleteRoute => {
                 routes.iter().map(|(subnet, hop)| Op::RemoveRoute(*subnet, *hop)).collect()

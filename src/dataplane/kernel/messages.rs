@@ -114,7 +114,7 @@ pub(super) fn request(op: &Op, index: u32) -> Request {
         Op::RemoveFdb(mac, underlay) => {
             (RouteNetlinkMessage::DelNeighbour(fdb_message(index, *mac, *underlay)), 0)
         }
-        Op::SetNeighbour(address, mac) => (
+        Op::SetNeighbor(address, mac) => (
             RouteNetlinkMessage::NewNeighbour(neighbour_message(index, *address, Some(*mac))),
             replace,
         ),
@@ -123,7 +123,7 @@ pub(super) fn request(op: &Op, index: u32) -> Request {
             message.header.state = NeighbourState::Reachable;
             (RouteNetlinkMessage::NewNeighbour(message), replace)
         }
-        Op::RemoveNeighbour(address) => {
+        Op::RemoveNeighbor(address) => {
             (RouteNetlinkMessage::DelNeighbour(neighbour_message(index, *address, None)), 0)
         }
         Op::AddRoute(subnet, hop) => (

@@ -445,7 +445,7 @@ impl Op {
     }
 
     fn is_removal(&self) -> bool {
-        matches!(self, Self::RemoveRoute(..) | Self::RemoveNeighbour(_) | Self::RemoveFdb(..))
+        matches!(self, Self::RemoveRoute(..) | Self::RemoveNeighbor(_) | Self::RemoveFdb(..))
     }
 }
 

@@ -53,7 +53,7 @@ impl Kernel {
         // What was unreadable before does not concern this pass.
         self.netlink.take_unreadable();
         let actual = Actual {
-            neighbours: self.neighbours(link.index)?,
+            neighbors: self.neighbors(link.index)?,
             fdb: self.fdb(link.index)?,
             routes: self.our_routes(Some(link.index), pool)?,
             device: Some(self.found(&link)?),
@@ -159,7 +159,7 @@ impl Kernel {
         Ok(!links.iter().any(is_vrf))
     }
 
-    fn neighbours(&mut self, index: u32) -> io::Result<BTreeMap<IpAddr, Mac>> {
+    fn neighbors(&mut self, index: u32) -> io::Result<BTreeMap<IpAddr, Mac>> {
         let permanent = |entry: &NeighbourMessage| entry.header.state == NeighbourState::Permanent;
         let mut entries = self.dump_neighbours(AddressFamily::Inet, index)?;
         // A kernel without IPv6 has none of those.

@@ -245,7 +245,7 @@ fn is_right(entry: &NeighbourMessage, desired: &Desired, present: bool) -> bool 
         return wanted == present;
     }
     let Some(ip) = to else { return true };
-    match tables.neighbours.get(&ip) {
+    match tables.neighbors.get(&ip) {
         Some(wanted) => present && permanent && mac == Some(*wanted),
         None => !(present && permanent),
     }
