@@ -11,7 +11,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{connections::Connections, neighbor_tables::NeighborTables, opponents::Opponents};
+use super::{
+    conntrack::Conntrack, neighbor_tables::NeighborTables, repair_conflicts::RepairConflicts,
+};
 use crate::{
     dataplane::{
         desired::{Desired, Mode},
@@ -72,7 +74,7 @@ pub struct Surroundings {
     guarded: bool,
     /// The kernel would not have the masquerade.
     refused_at: Option<Instant>,
-    connections: Connections,
+    connections: Conntrack,
     neighbors: NeighborTables,
     netlink: io::Result<Netlink>,
     problems: Vec<String>,
@@ -84,7 +86,7 @@ pub struct Surroundings {
     /// Before this, packets are not counted again.
     count_at: Instant,
     /// Fights about the entries, the table and sysctls.
-    pub opponents: Opponents,
+    pub repair_conflicts: RepairConflicts,
     told: HostState,
 }
 
@@ -107,7 +109,7 @@ impl Surroundings {
             table_problem: None,
             guarded: false,
             refused_at: None,
-            connections: Connections::default(),
+            connections: Conntrack::default(),
             neighbors: NeighborTables::default(),
             netlink: Netlink::open(),
             problems: Vec::new(),
@@ -116,7 +118,7 @@ impl Surroundings {
             read_chains_at: Instant::now(),
             chain_problems: Vec::new(),
             count_at: Instant::now(),
-            opponents: Opponents::new(),
+            repair_conflicts: RepairConflicts::new(),
             told: HostState::default(),
         }
     }
@@ -147,7 +149,7 @@ impl Surroundings {
         });
         if matches!(kept, Ok(true)) {
             self.repaired.push("firewall");
-            self.opponents.note(Kind::Firewall, "ip rule 73", None);
+            self.repair_conflicts.note(Kind::Firewall, "ip rule 73", None);
         }
     }
 
@@ -162,7 +164,11 @@ impl Surroundings {
             self.dropped = self.dropped.max(pass.dropped);
             if pass.repaired {
                 self.repaired.push("firewall");
-                self.opponents.note(Kind::Firewall, &format!("inet {}", firewall.table), None);
+                self.repair_conflicts.note(
+                    Kind::Firewall,
+                    &format!("inet {}", firewall.table),
+                    None,
+                );
             }
         }
     }
@@ -193,9 +199,9 @@ impl Surroundings {
             self.read_chains_at = begun + begun.elapsed() * SHARE;
         }
         self.problems.clear();
-        self.problems.extend(self.connections.look());
+        self.problems.extend(self.connections.check());
         if let Ok(netlink) = &mut self.netlink {
-            match self.neighbors.look(netlink) {
+            match self.neighbors.check(netlink) {
                 Ok(problems) => self.problems.extend(problems),
                 Err(error) => tracing::debug!(%error, "tables of neighbors not looked at"),
             }
@@ -226,7 +232,7 @@ impl Surroundings {
         let opened = closed.set > 0 && self.was_closed;
         self.repaired.extend((kept || opened).then_some("sysctl"));
         if self.repaired.contains(&"sysctl") {
-            self.opponents.note(Kind::Sysctls, "forwarding and what goes with it", None);
+            self.repair_conflicts.note(Kind::Sysctls, "forwarding and what goes with it", None);
         }
         self.was_closed = closed.problems.is_empty();
         if !self.guarded {
@@ -257,7 +263,7 @@ impl Surroundings {
             self.toggled.note(now, Setting { interface, ipv4: switched.ipv4 }, switched.forwards);
         }
         // What is repaired each time is told as a fight.
-        if !self.opponents.is_under_way(Kind::Sysctls) {
+        if !self.repair_conflicts.is_under_way(Kind::Sysctls) {
             self.problems.extend(self.toggled.problems(now));
         }
     }
@@ -266,7 +272,7 @@ impl Surroundings {
     pub fn news(&mut self) -> Option<HostState> {
         let problems = self.table_problem.iter().chain(&self.users_problem);
         let problems = problems.chain(&self.chain_problems).chain(&self.problems);
-        let problems = problems.cloned().chain(self.opponents.problems());
+        let problems = problems.cloned().chain(self.repair_conflicts.problems());
         let state = HostState {
             problems: problems.collect(),
             is_table_full: self.connections.is_full(),
