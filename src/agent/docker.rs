@@ -231,7 +231,7 @@ impl Agent {
         let holder = self.pods.table.holder(*first).filter(|pod| pod.owner == OWNER);
         let holder = holder.ok_or_else(|| foreign_address(first))?;
         if let Some(other) =
-            addresses.iter().find(|ip| !holder.addresses.iter().any(|has| has == **ip))
+            addresses.iter().find(|ip| !holder.addresses.iter().any(|held| held == **ip))
         {
             return Err(foreign_address(other));
         }
@@ -244,9 +244,9 @@ impl Agent {
             return Ok(());
         }
         if let Some(pod) = self.pods.table.get(&attachment) {
-            let has = pod.addresses.first;
+            let present = pod.addresses.first;
             return Err(PodError::invalid(format!(
-                "endpoint {endpoint}: already has address {has}"
+                "endpoint {endpoint}: already has address {present}"
             )));
         }
         if !is_reservation(&held) {
@@ -322,8 +322,8 @@ impl Agent {
         })?;
         let routes = bridge.networks.iter().filter_map(|network| {
             let own = bridge.subnets.iter().find(|subnet| network.contains(subnet))?;
-            let has = pod.addresses.iter().any(|ip| network.contains(&ip));
-            has.then(|| (network, gateway(own)))
+            let has_address = pod.addresses.iter().any(|ip| network.contains(&ip));
+            has_address.then(|| (network, gateway(own)))
         });
         let routes = routes.collect();
         Ok((bridge, pod, routes))

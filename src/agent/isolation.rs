@@ -105,7 +105,7 @@ impl Agent {
         let first = *unreported.first()?;
         let gossip = self.node.address_of(first)?.port();
         let tunnels = self.kernel.wanted.as_ref().map(|view| view.settings.vxlan_port);
-        let both = tunnels.map_or(gossip.to_string(), |port| format!("{port} and {gossip}"));
+        let ports = tunnels.map_or(gossip.to_string(), |port| format!("{port} and {gossip}"));
         let why = match state(first) {
             Some(
                 PathState::Ok
@@ -120,14 +120,14 @@ impl Agent {
                 )
             }
             Some(PathState::OneWay) => format!(
-                "its tunnel packets arrive here, so the host runs: UDP {both} from this host are dropped \
+                "its tunnel packets arrive here, so the host runs: UDP {ports} from this host are dropped \
                  there or on the way (there: gossamer status), or its agent is stopped as well"
             ),
             _ => format!(
                 "either that host is off, its agent is stopped, or packets between the two hosts are lost: \
                  if it runs, its status may name the cause (there: gossamer status); or this host is cut \
                  off: check its network, its routes (ip route get ADDRESS; ip neigh), and whether firewalls \
-                 let UDP {both} pass"
+                 let UDP {ports} pass"
             ),
         };
         Some(format!(
@@ -139,11 +139,11 @@ impl Agent {
     /// Returns up to [`MAX_NAMED`] members with their addresses, and the number of the others.
     fn named(&self, members: impl Iterator<Item = NodeId>) -> String {
         let members: Vec<NodeId> = members.collect();
-        let shown = |node: &NodeId| {
+        let display = |node: &NodeId| {
             let name = self.node.name_of(*node);
             self.node.address_of(*node).map_or(name.to_owned(), |at| format!("{name} ({at})"))
         };
-        let mut named: Vec<String> = members.iter().take(MAX_NAMED).map(shown).collect();
+        let mut named: Vec<String> = members.iter().take(MAX_NAMED).map(display).collect();
         if members.len() > MAX_NAMED {
             named.push(format!("{} more", members.len() - MAX_NAMED));
         }

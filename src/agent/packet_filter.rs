@@ -80,10 +80,14 @@ pub enum Condition<'a> {
 ///
 /// # Errors
 /// Fails when the kernel refuses the filter.
-pub fn receive_only(socket: &impl AsFd, shown: FilterInput, fields: &[Field]) -> io::Result<()> {
-    let any: Vec<[Condition<'_>; 1]> =
+pub fn receive_only(socket: &impl AsFd, input: FilterInput, fields: &[Field]) -> io::Result<()> {
+    let alternatives: Vec<[Condition<'_>; 1]> =
         fields.iter().map(|field| [Condition::Field(*field)]).collect();
-    receive_only_where(socket, shown, &any.iter().map(<[_; 1]>::as_slice).collect::<Vec<_>>())
+    receive_only_where(
+        socket,
+        input,
+        &alternatives.iter().map(<[_; 1]>::as_slice).collect::<Vec<_>>(),
+    )
 }
 
 /// Lets the socket receive only packets that meet all conditions of at least one list.
@@ -92,20 +96,21 @@ pub fn receive_only(socket: &impl AsFd, shown: FilterInput, fields: &[Field]) ->
 /// Fails when the kernel refuses the filter.
 pub fn receive_only_where(
     socket: &impl AsFd,
-    shown: FilterInput,
-    any: &[&[Condition<'_>]],
+    input: FilterInput,
+    alternatives: &[&[Condition<'_>]],
 ) -> io::Result<()> {
-    SockRef::from(socket).attach_filter(&program(shown, any))
+    SockRef::from(socket).attach_filter(&program(input, alternatives))
 }
 
 /// Returns the program. It keeps the offset of the UDP or TCP header in the register X.
-fn program(shown: FilterInput, any: &[&[Condition<'_>]]) -> Vec<SockFilter> {
-    let mut program = vec![match shown {
+fn program(input: FilterInput, alternatives: &[&[Condition<'_>]]) -> Vec<SockFilter> {
+    let mut program = vec![match input {
         FilterInput::Segment => step(BPF_LDX | BPF_IMM, 0),
         FilterInput::Ipv4Packet => step(BPF_LDX | BPF_B | BPF_MSH, 0),
     }];
-    for all in any {
-        let mut steps: Vec<Step> = all.iter().flat_map(|condition| condition.steps()).collect();
+    for conditions in alternatives {
+        let mut steps: Vec<Step> =
+            conditions.iter().flat_map(|condition| condition.steps()).collect();
         steps.push(Step::Do(step(BPF_RET | BPF_K, u32::MAX)));
         let length = steps.len();
         program.extend(steps.into_iter().enumerate().map(|(at, next)| match next {
@@ -198,31 +203,31 @@ mod tests {
     #[test]
     fn receive_only_admits_packets_with_one_of_the_fields() {
         let ip_header = [&[0x46][..], &[7; 23]].concat();
-        for (shown, header) in
+        for (input, header) in
             [(FilterInput::Segment, &[][..]), (FilterInput::Ipv4Packet, &ip_header)]
         {
             let passes = |fields: &[Field], segment: &[u8]| {
                 let (to, from) = UnixDatagram::pair().expect("sockets");
                 from.set_nonblocking(true).expect("a socket");
-                receive_only(&from, shown, fields).expect("a filter");
+                receive_only(&from, input, fields).expect("a filter");
                 to.send(&[header, segment].concat()).is_ok() && from.recv(&mut [0; 64]).is_ok()
             };
             let fields = [Field::Half(2, 0x0304), Field::Word(4, 0x0506_0708)];
-            assert!(passes(&fields, &[9, 9, 3, 4, 9, 9, 9, 9]), "{shown:?}");
-            assert!(passes(&fields, &[9, 9, 9, 9, 5, 6, 7, 8]), "{shown:?}");
-            assert!(!passes(&fields, &[3, 4, 9, 9, 9, 6, 7, 8]), "{shown:?}");
-            assert!(!passes(&fields, &[9, 9, 9, 9, 5, 6, 7]), "{shown:?}");
-            assert!(!passes(&[], &[9, 9, 3, 4, 5, 6, 7, 8]), "{shown:?}");
+            assert!(passes(&fields, &[9, 9, 3, 4, 9, 9, 9, 9]), "{input:?}");
+            assert!(passes(&fields, &[9, 9, 9, 9, 5, 6, 7, 8]), "{input:?}");
+            assert!(!passes(&fields, &[3, 4, 9, 9, 9, 6, 7, 8]), "{input:?}");
+            assert!(!passes(&fields, &[9, 9, 9, 9, 5, 6, 7]), "{input:?}");
+            assert!(!passes(&[], &[9, 9, 3, 4, 5, 6, 7, 8]), "{input:?}");
         }
     }
 
     /// Returns whether a UDP socket with this filter receives a datagram from this address.
-    fn receives(from: &str, any: &[&[Condition<'_>]]) -> bool {
+    fn receives(from: &str, alternatives: &[&[Condition<'_>]]) -> bool {
         let from: IpAddr = from.parse().expect("an address");
         let sender = UdpSocket::bind((from, 0)).expect("a socket");
         let to = if from.is_ipv4() { "127.0.0.1:0" } else { "[::1]:0" };
         let socket = UdpSocket::bind(to).expect("a socket");
-        receive_only_where(&socket, FilterInput::Segment, any).expect("a filter");
+        receive_only_where(&socket, FilterInput::Segment, alternatives).expect("a filter");
         let payload = [1, 2, 3, 4];
         sender.send_to(&payload, socket.local_addr().expect("an address")).expect("sent");
         socket.set_nonblocking(true).expect("a socket");

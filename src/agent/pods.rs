@@ -136,9 +136,9 @@ impl PodState {
             );
         }
         let has_veth = |pod: &Pod| {
-            let is_it =
+            let is_same =
                 |veth: &Pod| veth.attachment == pod.attachment && veth.addresses == pod.addresses;
-            found.iter().any(is_it)
+            found.iter().any(is_same)
         };
         let pods = records.iter().filter_map(|(_, record)| match record {
             Record::Pod(pod) => Some(pod.clone()),

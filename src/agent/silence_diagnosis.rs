@@ -189,7 +189,8 @@ impl<F: Fn(SilenceFindings)> Diagnoser<F> {
                     }
                     let suspects = self.case.as_ref().map(|case| &case.suspects);
                     let is_silent = |node: &NodeId| {
-                        suspects.is_some_and(|all| all.iter().any(|one| one.node == *node))
+                        suspects
+                            .is_some_and(|list| list.iter().any(|suspect| suspect.node == *node))
                     };
                     self.duplicates.retain(|node, _| is_silent(node));
                     self.pause = FIRST_PAUSE;
@@ -331,8 +332,8 @@ impl<F: Fn(SilenceFindings)> Diagnoser<F> {
             let addresses: Vec<IpAddr> = doubtful.iter().map(|suspect| suspect.address).collect();
             let overlay: Vec<IpAddr> = doubtful.iter().map(|suspect| suspect.vtep).collect();
             let (device, interface) = (&place.device, &place.interface);
-            let begun = Trace::begin(device, interface, place.port, &addresses, &overlay);
-            let trace = begun.inspect_err(|error| tracing::debug!(%error, "packets not traced"));
+            let started = Trace::begin(device, interface, place.port, &addresses, &overlay);
+            let trace = started.inspect_err(|error| tracing::debug!(%error, "packets not traced"));
             let mut trace = trace.ok();
             if trace.is_some()
                 && self.capture(case, &doubtful, None, trace.as_mut(), &mut watch)?.is_none()

@@ -18,8 +18,8 @@ pub(super) fn cidrs(node: &Value, name: &str) -> Option<Result<Vec<IpNet>, Strin
     if node["kind"] != "Node" || node["metadata"]["name"] != name {
         return None;
     }
-    let both = node["spec"]["podCIDRs"].as_array().map(Vec::as_slice).unwrap_or_default();
-    let texts = if both.is_empty() { std::slice::from_ref(&node["spec"]["podCIDR"]) } else { both };
+    let list = node["spec"]["podCIDRs"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let texts = if list.is_empty() { std::slice::from_ref(&node["spec"]["podCIDR"]) } else { list };
     let texts = texts.iter().filter_map(Value::as_str).filter(|text| !text.is_empty());
     let parse = |text: &str| {
         let shown = shortened(text);
@@ -90,8 +90,9 @@ pub(super) fn fit(cidrs: &[IpNet], pool: &Pool) -> Result<IpAddr, String> {
     }
     let first = found.first().map(IpNet::network);
     let slot = first.and_then(|address| Some((address, pool.slot_at(address)?)));
-    let (address, slot) =
-        slot.ok_or_else(|| format!("{} is outside subnet_min to subnet_max", listed(&found)))?;
+    let (address, slot) = slot.ok_or_else(|| {
+        format!("{} is outside the range from subnet_min to subnet_max", listed(&found))
+    })?;
     if !pool.subnets(slot).iter().eq(found.iter().copied()) {
         let wanted: Vec<IpNet> = pool.subnets(slot).iter().collect();
         return Err(format!(

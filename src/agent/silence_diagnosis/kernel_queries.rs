@@ -207,18 +207,20 @@ impl PeerRoutes {
     }
 
     /// Returns the interface at which the reverse path filter drops packets from a peer. Considers the
-    /// interfaces `came` at which they arrive; if the underlay's is one of them, only that.
+    /// interfaces at which they arrive (`arrival_links`); if the underlay's is one of them, only that.
     pub fn filtered(
         &self,
         netlink: &mut Netlink,
         place: &Place,
         peer: IpAddr,
-        came: &BTreeSet<u32>,
+        arrival_links: &BTreeSet<u32>,
     ) -> Option<String> {
-        let came =
-            if came.contains(&place.link) { BTreeSet::from([place.link]) } else { came.clone() };
+        let considered = match arrival_links.contains(&place.link) {
+            true => BTreeSet::from([place.link]),
+            false => arrival_links.clone(),
+        };
         // The kernel attributes packets at a port to its bridge or bond.
-        let links = came.iter().filter_map(|index| {
+        let links = considered.iter().filter_map(|index| {
             self.links.iter().find(|link| link.index == *index && link.controller().is_none())
         });
         let mut links = links.filter(|link| {
@@ -237,10 +239,10 @@ impl PeerRoutes {
     /// Whether packets to a peer's pods go to the VXLAN device; a route of another program may take
     /// precedence.
     pub fn routes_to_device(&self, netlink: &mut Netlink, place: &Place, vtep: IpAddr) -> bool {
-        let goes = netlink.route(&Query::to(vtep)).map(|found| found.link);
+        let output_link = netlink.route(&Query::to(vtep)).map(|found| found.link);
         self.links
             .iter()
-            .any(|link| goes.as_ref().ok() == Some(&link.index) && link.name == place.device)
+            .any(|link| output_link.as_ref().ok() == Some(&link.index) && link.name == place.device)
     }
 
     /// Returns what drops packets of a peer's pods that arrive at one interface while those to them leave by
@@ -252,12 +254,12 @@ impl PeerRoutes {
         by: Culprit,
         at: u32,
     ) -> Option<Diverted> {
-        let goes = netlink.route(&Query::to(vtep)).ok()?.link;
+        let output_link = netlink.route(&Query::to(vtep)).ok()?.link;
         let name = |index: u32| {
             let link = self.links.iter().find(|link| link.index == index)?;
             Some(link.name.clone())
         };
-        let (came, goes) = (name(at)?, name(goes).filter(|_| goes != at)?);
+        let (came, goes) = (name(at)?, name(output_link).filter(|_| output_link != at)?);
         Some(Diverted { by, came, goes })
     }
 
