@@ -14,12 +14,12 @@ use ipnet::IpNet;
 
 use super::{
     Agent, Ending,
-    answers::Answers,
-    archive::Saved,
+    archive::SavedFile,
     auditor::Routing,
     far::FarState,
     forwarder::{ForwarderNews, Forwarding},
     kernel_event::{DemandState, KernelEvent, Outcome},
+    pod_answers::PodAnswers,
     programmer::{DesiredState, State},
     subnet_env::SubnetFile,
     surroundings::HostState,
@@ -79,7 +79,7 @@ pub(super) struct KernelState {
     /// Whether they come to pods of other hosts, and answers come back.
     pub(super) far: FarState,
     /// Whether pods of this host answer.
-    pub(super) answers: Answers,
+    pub(super) answers: PodAnswers,
     pub(super) demand: DemandState,
     /// Firewall and sysctls.
     pub(super) host: HostState,
@@ -147,7 +147,7 @@ impl Agent {
             }
             KernelEvent::Host(state) => self.on_host(state),
             KernelEvent::Demand(state) => self.on_demand(state),
-            KernelEvent::Counted(counted) => self.on_counted(counted),
+            KernelEvent::Counted(counted) => self.on_packet_counts(counted),
         }
     }
 
@@ -161,7 +161,7 @@ impl Agent {
                 self.kernel.operations += operations;
                 if repair && operations > 0 {
                     for (kind, count) in &report.done {
-                        self.note_repair(kind, *count);
+                        self.record_and_log_repair(kind, *count);
                     }
                 } else if operations > 0 {
                     tracing::debug!(operations, "kernel programmed");
@@ -208,7 +208,7 @@ impl Agent {
         let missed = now.answered.saturating_sub(before.answered);
         if now.in_use.is_none() && missed > 0 {
             // All peers are programmed, so an entry was gone and nobody had told.
-            self.count_repair("miss", missed);
+            self.record_repair("miss", missed);
         }
         if self.kernel.demand.in_use != before.in_use {
             self.update_paths();
@@ -219,7 +219,7 @@ impl Agent {
         let known = &self.kernel.host.problems;
         state.problems.iter().filter(|p| !known.contains(p)).for_each(|p| tracing::error!("{p}"));
         for kind in &state.repaired {
-            self.note_repair(kind, 1);
+            self.record_and_log_repair(kind, 1);
         }
         self.kernel.host = state;
     }
@@ -264,7 +264,7 @@ impl Agent {
             tracing::info!(underlay = what(now), "the network is there");
         }
         if before.local != now.local && self.config.advertise.is_none() {
-            self.company.on_move(before.local, now.local);
+            self.isolation.on_address_change(before.local, now.local);
         }
         self.save_underlay();
         let now = &self.underlay;
@@ -282,8 +282,8 @@ impl Agent {
     /// that members know, so that a start under another one is noticed.
     pub(super) fn save_underlay(&mut self) {
         let ChosenUnderlay { local, mtu, .. } = self.underlay;
-        let local = self.company.known_as().unwrap_or(local);
-        self.archive.save(Saved::Underlay(local, mtu));
+        let local = self.isolation.previous_address().unwrap_or(local);
+        self.archive.save(SavedFile::Underlay(local, mtu));
     }
 
     /// The core gives a subnet away only when the kernel does not use it any more.
@@ -375,7 +375,7 @@ impl Agent {
         let subnets = self.subnets_of_pods(view.own.subnets);
         let (mtu, masquerade) = (self.underlay.mtu, self.config.firewall.masquerade);
         let file = SubnetFile::new(networks, subnets, mtu, masquerade);
-        self.archive.save(Saved::Subnet(self.config.subnet_file.clone(), file));
+        self.archive.save(SavedFile::Subnet(self.config.subnet_file.clone(), file));
     }
 }
 

@@ -4,18 +4,15 @@
 //! core, and its outputs are executed. The loop owns everything; there is no lock. Decisions are the
 //! core's: here is only IO. SIGTERM ends the agent and leaves the kernel's state in place.
 
-mod answers;
 mod archive;
 mod arrivals;
 mod auditor;
 mod bridge;
 mod clock;
-mod company;
-mod connections;
+mod conntrack;
 mod data_plane;
-mod disk;
+mod disk_stall;
 mod docker;
-mod doors;
 mod ending;
 mod events;
 mod far;
@@ -23,20 +20,21 @@ mod forwarder;
 mod fragments;
 mod hooks;
 mod host_view;
-mod inquest;
+mod iptables_legacy;
+mod isolation;
 mod kernel_event;
-mod knock;
 mod kubernetes;
-mod legacy;
+mod lease_audit;
 mod limits;
+mod listeners;
 mod neighbor_tables;
-mod opponents;
 mod overruns;
-mod owners;
 mod packet_filter;
 mod path_words;
 mod ping;
 mod pod_address;
+mod pod_answers;
+mod pod_queries;
 mod pods;
 mod probe;
 mod programmer;
@@ -45,11 +43,14 @@ mod recall;
 mod receive_buffer;
 mod recent;
 mod reload;
+mod repair_conflicts;
 mod reports;
 mod routes;
 mod secrets;
+mod seed_check;
 mod service;
 mod signals;
+mod silence_diagnosis;
 mod start;
 mod status;
 mod subnet_env;
@@ -71,19 +72,18 @@ use std::{
 use tokio::sync::oneshot;
 
 use self::{
-    answers::Asking,
-    archive::{Archive, Kept},
+    archive::{Archive, ArchiveEvent},
     arrivals::{Arrival, Arrivals, LoopEvent},
     clock::Clock,
-    company::Company,
     data_plane::KernelState,
-    doors::{Closed, Doors},
     events::Journal,
     far::Far,
     forwarder::Forwarder,
-    inquest::Inquest,
-    kubernetes::Source,
-    ping::Round,
+    isolation::Isolation,
+    kubernetes::PodCidrSource,
+    listeners::{ListenerProblems, Listeners},
+    ping::PingRound,
+    pod_answers::PodAnswerCheck,
     pods::PodState,
     probe::Prober,
     programmer::Programmer,
@@ -91,6 +91,7 @@ use self::{
     secrets::Steps,
     service::Service,
     signals::Signals,
+    silence_diagnosis::SilenceDiagnosis,
     status::Waiter,
     survey::Surveys,
     underlay::ChosenUnderlay,
@@ -106,9 +107,9 @@ use crate::{
 };
 
 pub use ending::Ending;
-pub use knock::{is_own, knock, own_sentence};
 pub use limits::LACKS_IPV6;
 pub use reload::Reread;
+pub use seed_check::{check_seeds, is_own_address, own_address_problem};
 pub use signals::guard;
 pub use start::{StartFailure, random, run};
 pub use underlay::choose as choose_underlay;
@@ -130,11 +131,11 @@ struct Agent {
     programmer: Programmer,
     forwarder: Forwarder,
     far: Far,
-    asking: Asking,
-    inquest: Inquest,
+    answer_check: PodAnswerCheck,
+    silence_diagnosis: SilenceDiagnosis,
     kernel: KernelState,
     prober: Prober,
-    company: Company,
+    isolation: Isolation,
     unread: Unread,
     pods: PodState,
     wirer: Wirer,
@@ -154,16 +155,16 @@ struct Agent {
     /// Who waits for convergence, and for how many members.
     waiters: Vec<Waiter>,
     /// Pings that wait for answers.
-    rounds: Vec<Round>,
+    ping_rounds: Vec<PingRound>,
     leave_reply: Option<oneshot::Sender<Result<Option<String>, String>>>,
     store_failure: Option<String>,
     service: Service,
     journal: Journal,
     /// Where no questions come in that should.
-    closed: Closed,
+    listener_problems: ListenerProblems,
     surveys: Surveys,
     /// Where the subnet of this node is said, if that is outside the cluster.
-    source: Option<Source>,
+    source: Option<PodCidrSource>,
     /// Set when the kernel refuses the device of a node that has only just come.
     giving_up: Option<(String, Instant)>,
     /// Where threads that are started later tell what they find.
@@ -178,7 +179,7 @@ impl Agent {
         mut signals: Signals,
         mut arrivals: Arrivals,
         reread: &Reread,
-        doors: &Doors,
+        listeners: &Listeners,
     ) -> Ending {
         self.carry_out();
         self.catch_up();
@@ -204,19 +205,19 @@ impl Agent {
             self.carry_out();
             self.restore_paths();
             self.serve_waiters();
-            self.answer_early();
-            self.end_waiting_for_disk();
-            self.end_rounds();
+            self.answer_early_docker_requests();
+            self.fail_requests_on_disk_stall();
+            self.finish_pings();
             self.end_surveys(turn);
             self.report_to_service(turn);
-            self.watch(turn);
+            self.record_changes(turn);
             let took = turn.elapsed();
             if took > SLOW_TURN {
                 tracing::warn!(?took, "a turn of the event loop was slow");
             }
         }
         if self.ending == Some(Ending::Stopped) {
-            self.answer_docker_to_the_end(&mut arrivals, reread, doors).await;
+            self.answer_docker_to_the_end(&mut arrivals, reread, listeners).await;
         }
         self.finish().await
     }
@@ -226,9 +227,9 @@ impl Agent {
         &mut self,
         arrivals: &mut Arrivals,
         reread: &Reread,
-        doors: &Doors,
+        listeners: &Listeners,
     ) {
-        let mut answered = pin!(doors.close_plugin());
+        let mut answered = pin!(listeners.close_plugin());
         let mut deadline = pin!(tokio::time::sleep(LAST_ANSWERS));
         loop {
             let arrival = tokio::select! {
@@ -239,7 +240,7 @@ impl Agent {
             };
             self.on_arrival(arrival, Instant::now(), reread);
             self.carry_out();
-            self.answer_early();
+            self.answer_early_docker_requests();
         }
     }
 
@@ -257,7 +258,7 @@ impl Agent {
         let far = Instant::now() + Duration::from_secs(3600);
         let core = self.node.poll_timeout().map(|at| self.clock.instant(at));
         let waiters = self.waiters.iter().map(|waiter| waiter.deadline);
-        let rounds = self.rounds.iter().map(Round::deadline);
+        let ping_rounds = self.ping_rounds.iter().map(PingRound::deadline);
         let giving_up = self.giving_up.as_ref().map(|(_, until)| *until);
         core.into_iter()
             .chain(self.next_probe())
@@ -265,11 +266,11 @@ impl Agent {
             .chain([self.journal.next()])
             .chain(self.surveys.deadline())
             .chain(waiters)
-            .chain(rounds)
+            .chain(ping_rounds)
             .chain(giving_up)
             .chain(self.pods.catch_up_at)
-            .chain(self.end_of_waiting_for_disk())
-            .chain(self.source.iter().filter_map(Source::next))
+            .chain(self.disk_stall_deadline())
+            .chain(self.source.iter().filter_map(PodCidrSource::next))
             .fold(far, Instant::min)
     }
 
@@ -281,10 +282,10 @@ impl Agent {
             self.probe();
             self.update_forwarder();
             self.update_far();
-            self.look_for_pods();
-            self.update_inquest();
+            self.refresh_roster();
+            self.update_silence_diagnosis();
         }
-        self.ask_about_node(now);
+        self.poll_pod_cidrs(now);
         if self.pods.catch_up_at.is_some_and(|at| at <= now) {
             self.catch_up();
         }
@@ -325,14 +326,14 @@ impl Agent {
             LoopEvent::Kernel(told) => self.on_kernel_event(told),
             LoopEvent::Forwarding(news) => self.on_forwarding(news),
             LoopEvent::Far(told) => self.on_far(told),
-            LoopEvent::Answers(state) => self.on_answers(state),
-            LoopEvent::Found(found) => self.on_found(found),
+            LoopEvent::PodAnswers(state) => self.on_answers(state),
+            LoopEvent::SilenceFindings(findings) => self.on_silence_findings(findings),
             LoopEvent::Pods(wired) => self.on_attach_result(wired),
             LoopEvent::Api(request) => self.on_api(request),
             LoopEvent::Docker(request) => self.on_docker(request),
             // Who waits for convergence is served at the end of the turn.
-            LoopEvent::Kept(Kept::Subnet) => {}
-            LoopEvent::Kept(Kept::Secrets(result)) => self.on_secrets_kept(result),
+            LoopEvent::Archive(ArchiveEvent::SubnetFile) => {}
+            LoopEvent::Archive(ArchiveEvent::Secrets(result)) => self.on_secrets_saved(result),
             LoopEvent::Node(heard) => self.on_node_report(heard),
         }
     }
@@ -373,13 +374,13 @@ impl Agent {
             Output::Withdraw => {
                 self.kernel.wanted = None;
                 self.kernel.withdrawn = true;
-                if self.has_made_something() {
+                if self.may_have_kernel_state() {
                     self.program();
                 } else {
                     self.input(Input::KernelSubnet(None));
                 }
             }
-            Output::SlotsChanged(changes) => self.note_owners(&changes),
+            Output::SlotsChanged(changes) => self.record_owner_changes(&changes),
             Output::CannotLeave(why) => {
                 if let Some(reply) = self.leave_reply.take() {
                     let _ = reply.send(Err(why));

@@ -169,7 +169,7 @@ impl Agent {
         if (lost || is_partly) && self.kernel.host.is_table_full {
             return None;
         }
-        let found = self.inquest.found(node).filter(|_| is_silent || is_partly);
+        let found = self.silence_diagnosis.verdict(node).filter(|_| is_silent || is_partly);
         if let Some(cause) = found.and_then(|found| found.cause.clone()) {
             return certain(cause);
         }

@@ -231,7 +231,7 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
 
     /// Before this nothing of that kind is repaired once more.
     fn repair_at(&self, kind: Kind) -> Option<Instant> {
-        let gap = REPAIR_GAP.max(self.surroundings.opponents.pause(kind));
+        let gap = REPAIR_GAP.max(self.surroundings.repair_conflicts.pause(kind));
         self.worked.map(|worked| worked + gap)
     }
 
@@ -426,7 +426,11 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         let done = result.as_ref().ok().filter(|report| repair && !report.done.is_empty());
         if let Some(report) = done {
             let kinds: Vec<&str> = report.done.keys().copied().collect();
-            self.surroundings.opponents.note(Kind::Entries, &kinds.join(", "), report.device);
+            self.surroundings.repair_conflicts.note(
+                Kind::Entries,
+                &kinds.join(", "),
+                report.device,
+            );
         }
         (self.tell)(KernelEvent::Outcome(Outcome { number: *number, repair, result }));
         self.tell_host();

@@ -8,7 +8,7 @@ use std::collections::{BTreeSet, VecDeque};
 use serde_json::{Value, json};
 use tokio::sync::oneshot::Sender;
 
-use super::{Agent, archive::Saved, survey::Findings};
+use super::{Agent, archive::SavedFile, survey::Findings};
 use crate::{
     api::{EventKind, EventLevel, SecretStep},
     core::ReplyId,
@@ -54,7 +54,7 @@ impl Agent {
             return;
         }
         if let Some(token) = &token {
-            self.archive.save(Saved::Token(token.clone()));
+            self.archive.save(SavedFile::Token(token.clone()));
         }
         self.saved_token = token;
     }
@@ -230,7 +230,7 @@ impl Agent {
     }
 
     /// The secrets of the step that waits are on disk, or cannot be.
-    pub(super) fn on_secrets_kept(&mut self, kept: Result<[u8; 32], String>) {
+    pub(super) fn on_secrets_saved(&mut self, kept: Result<[u8; 32], String>) {
         let Some((keyring, order, then)) = self.steps.written.take() else { return };
         let done = kept.and_then(|seed| self.use_keyring(keyring, &order, seed));
         then(self, done);

@@ -7,7 +7,7 @@ use std::{
 
 use tokio::sync::oneshot;
 
-use super::{Agent, Source};
+use super::{Agent, PodCidrSource};
 use crate::{
     api::{AgentStatus, KernelStatus},
     core::Phase,
@@ -125,10 +125,10 @@ impl Agent {
         let mut problems = self.node.problems();
         let kernel = &self.kernel;
         problems.extend(kernel.problem.iter().chain(&kernel.underlay_problem).cloned());
-        problems.extend(self.closed.problems());
-        problems.extend(self.company_problem());
+        problems.extend(self.listener_problems.problems());
+        problems.extend(self.isolation_problem());
         problems.extend(self.ended.problems());
-        problems.extend(self.inquest.claim().cloned());
+        problems.extend(self.silence_diagnosis.claim().cloned());
         problems.extend(self.flood_problem().into_iter().chain(self.crowd_problem()));
         let capped = self.transport.receive_buffer().capped;
         problems.extend(self.unread.problem(self.node.address().port(), capped));
@@ -216,12 +216,12 @@ impl Agent {
             && self.node.is_settled()
             && self.is_in_sync()
             && !self.is_in_the_dark()
-            && self.archive.is_subnet_told()
+            && self.archive.is_subnet_file_current()
     }
 
     /// Whether there may be other nodes of which this one has not heard.
     fn is_in_the_dark(&self) -> bool {
-        self.node.is_alone() && self.source.as_ref().is_some_and(Source::lacks_list)
+        self.node.is_alone() && self.source.as_ref().is_some_and(PodCidrSource::lacks_list)
     }
 
     fn is_in_sync(&self) -> bool {

@@ -12,8 +12,8 @@ use std::{
 };
 
 use super::{
-    connections::Connections, fragments::Fragments, neighbor_tables::NeighborTables,
-    opponents::Opponents,
+    conntrack::Conntrack, fragments::Fragments, neighbor_tables::NeighborTables,
+    repair_conflicts::RepairConflicts,
 };
 use crate::{
     dataplane::{
@@ -78,7 +78,7 @@ pub struct Surroundings {
     guarded: bool,
     /// The kernel would not have the masquerade.
     refused_at: Option<Instant>,
-    connections: Connections,
+    connections: Conntrack,
     fragments: Fragments,
     neighbors: NeighborTables,
     netlink: io::Result<Netlink>,
@@ -91,7 +91,7 @@ pub struct Surroundings {
     /// Before this, packets are not counted again.
     count_at: Instant,
     /// Fights about the entries, the table and sysctls.
-    pub opponents: Opponents,
+    pub repair_conflicts: RepairConflicts,
     told: HostState,
 }
 
@@ -115,7 +115,7 @@ impl Surroundings {
             table_problem: None,
             guarded: false,
             refused_at: None,
-            connections: Connections::default(),
+            connections: Conntrack::default(),
             fragments: Fragments::default(),
             neighbors: NeighborTables::default(),
             netlink: Netlink::open(),
@@ -125,7 +125,7 @@ impl Surroundings {
             read_chains_at: Instant::now(),
             chain_problems: Vec::new(),
             count_at: Instant::now(),
-            opponents: Opponents::new(),
+            repair_conflicts: RepairConflicts::new(),
             told: HostState::default(),
         }
     }
@@ -156,7 +156,7 @@ impl Surroundings {
         });
         if matches!(kept, Ok(true)) {
             self.repaired.push("firewall");
-            self.opponents.note(Kind::Firewall, "ip rule 73", None);
+            self.repair_conflicts.note(Kind::Firewall, "ip rule 73", None);
         }
     }
 
@@ -175,7 +175,11 @@ impl Surroundings {
             self.dropped = self.dropped.max(pass.dropped);
             if pass.repaired {
                 self.repaired.push("firewall");
-                self.opponents.note(Kind::Firewall, &format!("inet {}", firewall.table), None);
+                self.repair_conflicts.note(
+                    Kind::Firewall,
+                    &format!("inet {}", firewall.table),
+                    None,
+                );
             }
         }
     }
@@ -213,10 +217,10 @@ impl Surroundings {
             self.read_chains_at = begun + begun.elapsed() * SHARE;
         }
         self.problems.clear();
-        self.problems.extend(self.connections.look());
+        self.problems.extend(self.connections.check());
         self.problems.extend(self.fragments.look());
         if let Ok(netlink) = &mut self.netlink {
-            match self.neighbors.look(netlink) {
+            match self.neighbors.check(netlink) {
                 Ok(problems) => self.problems.extend(problems),
                 Err(error) => tracing::debug!(%error, "tables of neighbors not looked at"),
             }
@@ -247,7 +251,7 @@ impl Surroundings {
         let opened = closed.set > 0 && self.was_closed;
         self.repaired.extend((kept || opened).then_some("sysctl"));
         if self.repaired.contains(&"sysctl") {
-            self.opponents.note(Kind::Sysctls, "forwarding and what goes with it", None);
+            self.repair_conflicts.note(Kind::Sysctls, "forwarding and what goes with it", None);
         }
         self.was_closed = closed.problems.is_empty();
         if !self.guarded {
@@ -282,7 +286,7 @@ impl Surroundings {
             );
         }
         // What is repaired each time is told as a fight.
-        if !self.opponents.is_under_way(Kind::Sysctls) {
+        if !self.repair_conflicts.is_under_way(Kind::Sysctls) {
             self.problems.extend(self.forwarding_changes.problems(now));
         }
     }
@@ -291,7 +295,7 @@ impl Surroundings {
     pub fn news(&mut self) -> Option<HostState> {
         let problems = self.table_problem.iter().chain(&self.users_problem);
         let problems = problems.chain(&self.chain_problems).chain(&self.problems);
-        let problems = problems.cloned().chain(self.opponents.problems());
+        let problems = problems.cloned().chain(self.repair_conflicts.problems());
         let state = HostState {
             problems: problems.collect(),
             is_table_full: self.connections.is_full(),

@@ -14,10 +14,10 @@ use std::{
 use tokio::sync::mpsc;
 
 use super::{
-    Agent, Asking, Ending, Far, Forwarder, Inquest, LoopEvent,
-    answers::Answers,
+    Agent, Ending, Far, Forwarder, LoopEvent, PodAnswerCheck, SilenceDiagnosis,
     far::{FarEvent, FarState},
     forwarder::{ForwarderNews, Forwarding},
+    pod_answers::PodAnswers,
 };
 use crate::api::{CheckState, CheckStatus};
 
@@ -29,8 +29,8 @@ const PAUSE: Duration = Duration::from_secs(20);
 pub(super) enum Watcher {
     Forwarding,
     FarPods,
-    Answers,
-    Inquest,
+    PodAnswers,
+    Silence,
 }
 
 /// Since when these do not run, or when they were last tried to be started.
@@ -78,15 +78,15 @@ impl Ended {
 }
 
 impl Watcher {
-    const ALL: [Self; 4] = [Self::Forwarding, Self::FarPods, Self::Answers, Self::Inquest];
+    const ALL: [Self; 4] = [Self::Forwarding, Self::FarPods, Self::PodAnswers, Self::Silence];
 
     /// What it finds out.
     const fn task(self) -> &'static str {
         match self {
             Self::Forwarding => "whether this host forwards packets of pods",
             Self::FarPods => "whether packets of pods come to pods of other hosts",
-            Self::Answers => "whether pods of this host answer",
-            Self::Inquest => "why peers are silent",
+            Self::PodAnswers => "whether pods of this host answer",
+            Self::Silence => "why peers are silent",
         }
     }
 }
@@ -102,12 +102,12 @@ pub(super) fn start_far(news: Sender) -> io::Result<Far> {
     Far::start(move |told| _ = news.send(LoopEvent::Far(told)))
 }
 
-pub(super) fn start_asking(news: Sender) -> io::Result<Asking> {
-    Asking::start(move |state| _ = news.send(LoopEvent::Answers(state)))
+pub(super) fn start_answer_check(news: Sender) -> io::Result<PodAnswerCheck> {
+    PodAnswerCheck::start(move |state| _ = news.send(LoopEvent::PodAnswers(state)))
 }
 
-pub(super) fn start_inquest(news: Sender) -> io::Result<Inquest> {
-    Inquest::start(move |found| _ = news.send(LoopEvent::Found(found)))
+pub(super) fn start_silence_diagnosis(news: Sender) -> io::Result<SilenceDiagnosis> {
+    SilenceDiagnosis::start(move |findings| _ = news.send(LoopEvent::SilenceFindings(findings)))
 }
 
 impl Agent {
@@ -142,8 +142,8 @@ impl Agent {
         match watcher {
             Watcher::Forwarding => self.forwarder.worker.has_ended(),
             Watcher::FarPods => self.far.worker.has_ended(),
-            Watcher::Answers => self.asking.worker.has_ended(),
-            Watcher::Inquest => self.inquest.worker.has_ended(),
+            Watcher::PodAnswers => self.answer_check.worker.has_ended(),
+            Watcher::Silence => self.silence_diagnosis.worker.has_ended(),
         }
     }
 
@@ -158,8 +158,8 @@ impl Agent {
                 self.on_forwarding(ForwarderNews::State(nothing));
             }
             Watcher::FarPods => self.on_far(FarEvent::State(FarState::default())),
-            Watcher::Answers => self.on_answers(Answers::default()),
-            Watcher::Inquest => self.inquest.forget(),
+            Watcher::PodAnswers => self.on_answers(PodAnswers::default()),
+            Watcher::Silence => self.silence_diagnosis.forget(),
         }
     }
 
@@ -171,8 +171,12 @@ impl Agent {
                 started.set_room(self.far.room());
                 self.far = started;
             }),
-            Watcher::Answers => start_asking(news).map(|started| self.asking = started),
-            Watcher::Inquest => start_inquest(news).map(|started| self.inquest = started),
+            Watcher::PodAnswers => {
+                start_answer_check(news).map(|started| self.answer_check = started)
+            }
+            Watcher::Silence => {
+                start_silence_diagnosis(news).map(|started| self.silence_diagnosis = started)
+            }
         };
         match revived {
             Ok(()) => {
@@ -180,7 +184,7 @@ impl Agent {
                 self.update_forwarder();
                 self.update_far();
                 self.update_roster();
-                self.update_inquest();
+                self.update_silence_diagnosis();
             }
             Err(error) => tracing::warn!(thread = ?watcher, %error, "thread not started again"),
         }

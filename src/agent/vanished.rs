@@ -15,7 +15,7 @@ use tokio::sync::oneshot::Sender;
 use super::{
     Agent,
     docker::{Join, Reservation},
-    pod_address::NotGiven,
+    pod_address::AddressError,
     pods::status_of,
     wirer::{Job, Looked, Suspect},
 };
@@ -71,7 +71,7 @@ impl Agent {
         self.pods.catch_up_at = Some(Instant::now() + NOTES_EVERY);
         let spool = Spool::beside(&self.config.socket);
         let mut notes = spool.read();
-        notes.retain(|note| !self.pods.carried_out.values().flatten().any(|other| other == note));
+        notes.retain(|note| !self.pods.applied_notes.values().flatten().any(|other| other == note));
         if notes.is_empty() {
             return;
         }
@@ -90,7 +90,7 @@ impl Agent {
         }
         // Behind all of them.
         let number = self.pods.next();
-        self.pods.carried_out.insert(number, notes);
+        self.pods.applied_notes.insert(number, notes);
         self.writer.save(Vec::new(), number);
     }
 
@@ -107,7 +107,7 @@ impl Agent {
 
     /// Drops notes when what they asked for is on disk.
     pub(super) fn drop_notes(&mut self, number: u64) {
-        let notes = self.pods.carried_out.remove(&number);
+        let notes = self.pods.applied_notes.remove(&number);
         let spool = Spool::beside(&self.config.socket);
         notes.iter().flatten().for_each(|note| spool.drop(note));
     }
@@ -162,16 +162,16 @@ impl Agent {
             }
             (Looking::Reserve(reservation), Ok(looked)) => {
                 self.take_back(&looked.gone);
-                self.reserve_again(reservation);
+                self.retry_reservation(reservation);
             }
             (Looking::Join(join), Ok(looked)) => {
                 self.take_back(&looked.gone);
-                self.join_now(join);
+                self.finish_join(join);
             }
             (Looking::Attach { request, netns, reply }, Ok(looked)) => {
                 self.take_back(&looked.gone);
-                match self.give_address(&request) {
-                    Err(NotGiven::Address(error)) => {
+                match self.assign_address(&request) {
+                    Err(AddressError::Address(error)) => {
                         let again = is_about_to_change(&error, &looked.going);
                         let error = PodError { again, ..error.into() };
                         let _ = reply.send(Err(error));

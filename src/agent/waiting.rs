@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 
 use super::{
     LoopEvent, StartFailure,
-    doors::Closed,
+    listeners::ListenerProblems,
     service::Service,
     signals::Signals,
     status::Waiter,
@@ -44,7 +44,7 @@ const TICK: Duration = Duration::from_millis(500);
 pub(super) struct Waiting<'a> {
     name: NodeName,
     node: NodeId,
-    closed: Closed,
+    closed: ListenerProblems,
     signals: &'a mut Signals,
     questions: &'a mut mpsc::UnboundedReceiver<LoopEvent>,
     service: Service,
@@ -58,7 +58,7 @@ pub(super) struct Waiting<'a> {
 impl<'a> Waiting<'a> {
     pub(super) fn new(
         name: NodeName,
-        closed: Closed,
+        closed: ListenerProblems,
         signals: &'a mut Signals,
         questions: &'a mut mpsc::UnboundedReceiver<LoopEvent>,
     ) -> Self {
@@ -75,7 +75,7 @@ impl<'a> Waiting<'a> {
     }
 
     /// Where no questions come in that should.
-    pub(super) fn closed(&self) -> Closed {
+    pub(super) fn closed(&self) -> ListenerProblems {
         self.closed.clone()
     }
 

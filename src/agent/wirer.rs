@@ -23,7 +23,7 @@ use std::{
 use tokio::sync::oneshot::Sender;
 
 use self::absent::{Fetched, look, note_absent};
-use super::{opponents::Opponents, overruns::Overruns};
+use super::{overruns::Overruns, repair_conflicts::RepairConflicts};
 use crate::{
     api::{PodError, PodStatus},
     dataplane::{fight::Kind, kernel::pod_tables::PodTables},
@@ -123,7 +123,7 @@ pub enum AttachResult {
     LookedAhead,
     /// Why no pod can be plugged in; none, when pods can be again.
     Refusal(Option<String>),
-    Mended {
+    RepairReport {
         /// How much of the bridge and its ports was not as it should be, or why that is not known.
         result: io::Result<RepairReport>,
         /// What is wrong with them in the long run.
@@ -174,7 +174,7 @@ impl Wirer {
                     looked: Instant::now(),
                     failing: None,
                     refusal: None,
-                    opponents: Opponents::new(),
+                    repair_conflicts: RepairConflicts::new(),
                     problems: Vec::new(),
                     open: Vec::new(),
                     guests: None,
@@ -228,7 +228,7 @@ struct PodWorker<'a, F> {
     failing: Option<String>,
     /// As last told.
     refusal: Option<String>,
-    opponents: Opponents,
+    repair_conflicts: RepairConflicts,
     /// As last told.
     problems: Vec<String>,
     /// As last told.
@@ -394,20 +394,20 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
             let gone = self.fetched.gone(&self.tenants, mended);
             note_absent(&mut self.absent, &gone, self.looked, self.report);
             if let Some((object, link)) = mended.object() {
-                self.opponents.note(Kind::Bridge, object, Some(link));
+                self.repair_conflicts.note(Kind::Bridge, object, Some(link));
             }
             if mended.sysctls > 0 {
-                self.opponents.note(Kind::Sysctls, &bridge.name, None);
+                self.repair_conflicts.note(Kind::Sysctls, &bridge.name, None);
             }
             is_news = mended.count() > 0;
             open.clone_from(&mended.open);
             guests = guests::warning(bridge, &mended.foreign_ports);
         }
         for table in rewritten.iter().filter(|_| as_before) {
-            self.opponents.note(Kind::Spoofing, table, None);
+            self.repair_conflicts.note(Kind::Spoofing, table, None);
         }
         problems.extend(self.tables.problems().cloned());
-        problems.extend(self.opponents.problems());
+        problems.extend(self.repair_conflicts.problems());
         is_news |= problems != self.problems || open != self.open || guests != self.guests;
         self.problems.clone_from(&problems);
         self.open.clone_from(&open);
@@ -417,7 +417,7 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
         is_news |= why.is_some() && why != self.failing && refusal.is_none();
         self.failing = why;
         if is_news {
-            (self.report)(AttachResult::Mended { result, problems, open, guests });
+            (self.report)(AttachResult::RepairReport { result, problems, open, guests });
         }
         self.tell_refusal(refusal);
     }
@@ -450,7 +450,8 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
 
     /// Between two looks at the bridge. One that another program fights about is looked at more rarely.
     fn pause(&self) -> Duration {
-        let after = |touched: bool, kind| touched.then(|| GAP.max(self.opponents.pause(kind)));
+        let after =
+            |touched: bool, kind| touched.then(|| GAP.max(self.repair_conflicts.pause(kind)));
         let bridge = after(self.touched, Kind::Bridge);
         let table = after(self.table_touched, Kind::Spoofing);
         bridge.into_iter().chain(table).min().unwrap_or(LOOK)

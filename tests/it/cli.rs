@@ -167,7 +167,7 @@ fn events_are_shown_as_they_happen_and_problems_come_first() {
             shown.starts_with("problem   ") && shown.contains("UDP 8472")
         });
         let past = text(&client(&cluster, 0, &["events"]));
-        assert!(past.contains("repair   put right"), "{past}");
+        assert!(past.contains("repair   repaired"), "{past}");
         cluster.agents.clear();
         Ok(())
     });

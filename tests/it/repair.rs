@@ -101,7 +101,7 @@ fn what_is_deleted_altered_or_renamed_is_put_right_at_once() {
             kinds.iter().all(|kind| status["kernel"]["repairs"][*kind].as_u64() > Some(0))
         });
         let log = cluster.agents[0].log();
-        assert!(log.contains("put right what another program had changed"), "{log}");
+        assert!(log.contains("repaired changes by another program"), "{log}");
         Ok(())
     });
 }

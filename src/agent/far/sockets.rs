@@ -20,7 +20,7 @@ use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use super::streams::{self, Calls, Event, Guests};
 use crate::{
     agent::{
-        packet_filter::{Condition, Shown, Sources, only, only_where},
+        packet_filter::{Condition, FilterInput, Sources, receive_only, receive_only_where},
         raw_tcp,
     },
     dataplane::forwarding::{
@@ -138,7 +138,7 @@ impl RoomSockets {
             for sockets in families {
                 sockets.calls.forget();
                 sockets.asking = datagrams(sockets.address, 0)?;
-                only(&sockets.asking, Shown::Segment, &[is_of_round(round)])?;
+                receive_only(&sockets.asking, FilterInput::Segment, &[is_of_round(round)])?;
                 sockets.admit(&self.sources, self.round)?;
             }
             Ok(())
@@ -285,15 +285,15 @@ impl FamilySockets {
         let question =
             |field| from.into_iter().chain([Condition::Field(field)]).collect::<Vec<_>>();
         let [to_port, from_port] = [2, 0].map(|at| Field::Half(at, FAR_PORT));
-        only_where(&self.echoes, Shown::Segment, &[&question(IS_MESSAGE)])?;
-        only_where(&self.listener, Shown::Segment, &[&question(to_port)])?;
+        receive_only_where(&self.echoes, FilterInput::Segment, &[&question(IS_MESSAGE)])?;
+        receive_only_where(&self.listener, FilterInput::Segment, &[&question(to_port)])?;
         let to_data = question(Field::Half(2, FAR_DATA_PORT));
-        only_where(self.guests.listener(), Shown::Segment, &[&to_data])?;
+        receive_only_where(self.guests.listener(), FilterInput::Segment, &[&to_data])?;
         let question = question(to_port);
         let answer = round.map(|round| [from_port, answers_segment(round)].map(Condition::Field));
         let answer = answer.as_ref().map(<[_; 2]>::as_slice);
         let any: Vec<_> = answer.into_iter().chain([question.as_slice()]).collect();
-        only_where(&self.segments, Shown::raw(self.address), &any)
+        receive_only_where(&self.segments, FilterInput::raw(self.address), &any)
     }
 
     fn first_segment(&self, to: IpAddr, round: u32) -> Vec<u8> {
@@ -324,7 +324,7 @@ fn listener(address: IpAddr) -> io::Result<Socket> {
 
 fn segments(address: IpAddr) -> io::Result<Socket> {
     let socket = raw_tcp::open(address)?;
-    only(&socket, Shown::raw(address), &[])?;
+    receive_only(&socket, FilterInput::raw(address), &[])?;
     Ok(socket)
 }
 
@@ -405,7 +405,7 @@ mod tests {
     fn buffer_that_had_no_room_is_noticed_and_dropped_garbage_is_not() {
         let [to, from] = [(); 2].map(|()| UdpSocket::bind("127.0.0.1:0").expect("a socket"));
         to.set_nonblocking(true).expect("a socket");
-        only(&to, Shown::Segment, &[IS_MESSAGE]).expect("a filter");
+        receive_only(&to, FilterInput::Segment, &[IS_MESSAGE]).expect("a filter");
         let mut taken = Taken::of(&to).expect("a buffer");
         let room = SockRef::from(&to).recv_buffer_size().expect("its size");
         let mut send_and_take = |payload: &[u8]| {

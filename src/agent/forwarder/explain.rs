@@ -12,9 +12,9 @@ use rtnetlink::packet_route::link::{InfoBridge, InfoData, LinkAttribute, LinkInf
 use super::{Setting, gateway, ipsec, marks, partial};
 use crate::{
     agent::{
-        connections, fragments,
+        conntrack, fragments,
         hooks::{self, Side},
-        legacy,
+        iptables_legacy,
     },
     dataplane::{
         forwarding::{Direction, Transport, Way},
@@ -84,7 +84,12 @@ impl Reasons {
             }
             if *direction == Direction::Carried {
                 let ipv4 = setting.local.is_ipv4();
-                reasons.legacy = legacy::around_tunnels(ipv4, legacy::Way::Out, setting.port, None);
+                reasons.legacy = iptables_legacy::around_tunnels(
+                    ipv4,
+                    iptables_legacy::Way::Out,
+                    setting.port,
+                    None,
+                );
                 reasons.leading = marks::of_tunnels(netlink, setting);
                 continue;
             }
@@ -334,7 +339,7 @@ fn suspects(
     closed: &[Way],
 ) -> (Vec<String>, bool) {
     // No rule is to blame for what the table drops.
-    if let Some(full) = connections::full() {
+    if let Some(full) = conntrack::full_table_problem() {
         return (vec![full], false);
     }
     let networks: Vec<IpNet> = setting.networks.iter().collect();
@@ -362,7 +367,7 @@ fn suspects(
     }
     reasons.extend(partial::shortening(netlink, setting));
     reasons.extend(ipsec::taking(&networks));
-    reasons.extend(networks.iter().flat_map(|network| legacy::around_pods(*network)));
+    reasons.extend(networks.iter().flat_map(|network| iptables_legacy::around_pods(*network)));
     let is_on_the_way = |link: &&Link| {
         link.index == setting.device
             || link.name == bridge_name(setting)

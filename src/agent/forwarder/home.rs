@@ -17,7 +17,7 @@ use socket2::Socket;
 use super::pod::{drain, only_with};
 use crate::{
     agent::{
-        packet_filter::{Shown, only},
+        packet_filter::{FilterInput, receive_only},
         raw_tcp,
         start::random,
     },
@@ -106,7 +106,7 @@ impl Ends {
         };
         let sender = raw_tcp::open(gateway)?;
         // It would be given each segment that comes to this host.
-        only(&sender, Shown::raw(gateway), &[])?;
+        receive_only(&sender, FilterInput::raw(gateway), &[])?;
         let outside = datagrams(gateway)?;
         standin.inside(|| {
             let echo = family.open()?;

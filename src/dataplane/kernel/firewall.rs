@@ -41,7 +41,7 @@ const MAX_TRANSACTION: usize = 300_000;
 /// The table, as it is in the kernel.
 pub struct FirewallTable {
     nftables: Nftables,
-    written: Option<Written>,
+    written: Option<WriteEvent>,
     /// Members that an earlier process let in and this one has not heard of.
     adopted: Option<BTreeSet<IpAddr>>,
     /// When last read.
@@ -62,7 +62,7 @@ pub struct Pass {
 }
 
 /// What was last put into the kernel, and how the kernel shows that.
-struct Written {
+struct WriteEvent {
     firewall: Firewall,
     elements: Elements,
     rules: usize,
@@ -112,7 +112,7 @@ impl FirewallTable {
                 self.rewrite(wanted, elements)
             }
             Ok(()) => {
-                self.written = Some(Written { firewall: wanted.clone(), elements, ..written });
+                self.written = Some(WriteEvent { firewall: wanted.clone(), elements, ..written });
                 Ok(())
             }
         }
@@ -268,7 +268,7 @@ impl FirewallTable {
             written => written?,
         }
         let rules = steps.iter().filter(|step| step.kind == Kind::NewRule).count();
-        self.written = Some(Written { firewall: wanted.clone(), elements, rules, shown: None });
+        self.written = Some(WriteEvent { firewall: wanted.clone(), elements, rules, shown: None });
         Ok(())
     }
 
@@ -296,7 +296,7 @@ impl Shown {
     }
 }
 
-impl Written {
+impl WriteEvent {
     /// What its sets hold now.
     fn present(&self, nftables: &mut Nftables) -> io::Result<Elements> {
         sets::keys_in(nftables, INET, &self.firewall.table, self.elements.keys().copied())

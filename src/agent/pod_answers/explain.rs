@@ -1,5 +1,7 @@
-//! What may drop the packets of a pod that does not answer: read, and never decided by. But a pod whose own
-//! end is not as it was made is not asked for more: its own administrator has changed it.
+//! What may drop the packets of a pod that does not answer. The result is read for operators; no decision
+//! depends on it.
+//!
+//! A pod whose own interface was changed by its administrator is not explained.
 
 use std::{
     collections::BTreeMap,
@@ -7,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Asked, Roster};
+use super::{PodRoster, RosterPod};
 use crate::{
     agent::hooks::{self, Side},
     dataplane::answers::QueryLoss,
@@ -15,73 +17,77 @@ use crate::{
     pods::wiring::{Wiring, WiringError},
 };
 
-/// What was read is read again after so long.
-const READ: Duration = Duration::from_secs(10);
-/// Chains that are named at once.
-const NAMED: usize = 3;
+/// Time after which an explanation is read again.
+const REREAD_INTERVAL: Duration = Duration::from_secs(10);
+/// Limit of chains named at once.
+const MAX_NAMED: usize = 3;
 
-/// Sentences about pods that do not answer, by the names of their interfaces on this host.
+/// Sentences about silent pods, by the name of their interface on this host: where the packets are lost, when
+/// that was read, and the sentence.
 #[derive(Default)]
-pub struct Explained(BTreeMap<String, (QueryLoss, Instant, Option<String>)>);
+pub struct Explanations(BTreeMap<String, (QueryLoss, Instant, Option<String>)>);
 
-impl Explained {
-    /// A sentence about each of these, but for pods that are as they are by their own will.
+impl Explanations {
+    /// Returns a sentence about each silent pod, except pods whose administrator has changed their interface.
     pub fn sentences(
         &mut self,
         netlink: &mut Netlink,
         wiring: &mut Wiring,
-        roster: &Roster,
+        roster: &PodRoster,
         silent: &[(String, QueryLoss)],
     ) -> Vec<String> {
         self.0.retain(|port, (loss, at, _)| {
-            at.elapsed() < READ && silent.iter().any(|(name, of)| name == port && of == loss)
+            at.elapsed() < REREAD_INTERVAL
+                && silent.iter().any(|(name, of)| name == port && of == loss)
         });
         for (port, loss) in silent {
-            let Some(asked) = roster.pods.get(port) else { continue };
+            let Some(pod) = roster.pods.get(port) else { continue };
             let read =
-                || (*loss, Instant::now(), sentence(netlink, wiring, roster, asked, port, *loss));
+                || (*loss, Instant::now(), sentence(netlink, wiring, roster, pod, port, *loss));
             self.0.entry(port.clone()).or_insert_with(read);
         }
         self.0.values().filter_map(|(.., sentence)| sentence.clone()).collect()
     }
 }
 
+/// Returns where the packets of a pod are lost, and why; `None` if its interface is gone or changed by its
+/// administrator.
 fn sentence(
     netlink: &mut Netlink,
     wiring: &mut Wiring,
-    roster: &Roster,
-    Asked { pod, mac }: &Asked,
+    roster: &PodRoster,
+    RosterPod { pod, mac }: &RosterPod,
     port: &str,
     loss: QueryLoss,
 ) -> Option<String> {
-    // It may be on its way out.
+    // The pod may be about to end.
     let link = netlink.link(port).ok()??;
     let bridge = netlink.link(&roster.bridge).ok()??;
     let address = pod.addresses.first;
     let checked = (loss != QueryLoss::Query).then(|| wiring.check(pod, None, *mac));
     let causes = match (loss, checked) {
         (QueryLoss::Pod, Some(Err(_))) => return None,
-        // Under another MAC than it was given: anti-spoofing drops that.
+        // Its MAC is not the assigned one, and anti-spoofing drops its packets.
         (_, Some(Err(WiringError::Incomplete(what)))) => what,
         _ => causes(netlink, roster, [&link, &bridge], address, loss).join("; "),
     };
-    let question = if address.is_ipv4() { "ARP" } else { "neighbor discovery" };
+    let protocol = if address.is_ipv4() { "ARP" } else { "neighbor discovery" };
     let interface = pod.attachment.interface();
     let place = match loss {
-        QueryLoss::Query => format!("the question does not leave this host by {port}"),
-        QueryLoss::Answer => format!("its answer comes in by {port}, and this host drops it"),
+        QueryLoss::Query => format!("the query does not leave this host by {port}"),
+        QueryLoss::Answer => format!("its answer arrives at {port}, and this host drops it"),
         QueryLoss::Pod => {
-            format!("the question leaves by {port}, and no answer comes from {interface}")
+            format!("the query leaves by {port}, and no answer comes from {interface}")
         }
     };
     let name = &pod.attachment;
-    Some(format!("pod {name} ({address}, {port}) does not answer {question}: {place}: {causes}"))
+    Some(format!("pod {name} ({address}, {port}) does not answer {protocol}: {place}: {causes}"))
 }
 
-/// What is in the way at the pod's interface, and at the bridge.
+/// Returns what may drop the packets at the pod's port and at the bridge.
 fn causes(
     netlink: &mut Netlink,
-    roster: &Roster,
+    roster: &PodRoster,
     links: [&Link; 2],
     address: IpAddr,
     loss: QueryLoss,
@@ -90,7 +96,7 @@ fn causes(
     let name = &port.name;
     let side = if loss == QueryLoss::Query { Side::Egress } else { Side::Ingress };
     let mut causes: Vec<String> = match loss {
-        // A question has left both. An XDP program sees answers before they can be seen.
+        // The query has left both interfaces. An XDP program sees answers before packet sockets do.
         QueryLoss::Pod if port.has_xdp() => hooks::at(netlink, port, side),
         QueryLoss::Pod => Vec::new(),
         _ => links.into_iter().flat_map(|link| hooks::at(netlink, link, side)).collect(),
@@ -98,7 +104,7 @@ fn causes(
     if loss == QueryLoss::Pod {
         if causes.is_empty() {
             causes.push(
-                "something in the pod's network namespace drops it: look there at nft list ruleset, tc qdisc \
+                "something in the pod's network namespace drops it: check there nft list ruleset, tc qdisc \
                  show, tc filter show and bpftool net"
                     .to_owned(),
             );
@@ -107,12 +113,12 @@ fn causes(
     }
     let subnet = roster.subnets.iter().find(|subnet| subnet.addr().is_ipv4() == address.is_ipv4());
     if let Some(subnet) = subnet {
-        // Rules of the family arp come later.
-        causes.extend(hooks::chains(subnet, &["bridge", "netdev"]).take(NAMED));
+        // nftables evaluates the family arp later, so it is not read here.
+        causes.extend(hooks::chains(subnet, &["bridge", "netdev"]).take(MAX_NAMED));
     }
     if causes.is_empty() {
         causes.push(format!(
-            "{}; look at ebtables-legacy -L, nft list ruleset (families netdev and bridge) and bridge fdb \
+            "{}; check ebtables-legacy -L, nft list ruleset (families netdev and bridge) and bridge fdb \
              show (the pod's MAC at another port)",
             hooks::nothing_found(name)
         ));
