@@ -36,7 +36,7 @@ fn main() -> ExitCode {
         return code;
     }
     let sizes: Vec<u32> = arguments.iter().filter_map(|a| a.parse().ok()).collect();
-    println!("ms, median of {ROUNDS}: FDB, neighbour and route of every peer");
+    println!("ms, median of {ROUNDS}: FDB, neighbor and route of every peer");
     println!(
         "peers    gossamer, from nothing   nothing to do   after the device was deleted   \
          bridge + ip -batch             encoded before, only sent"

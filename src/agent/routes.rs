@@ -34,7 +34,7 @@ impl Agent {
 fn row(key: Key, entry: Entry, names: &BTreeMap<Key, String>) -> KernelEntry {
     let (table, text) = match key {
         Key::Route(subnet) => ("route", subnet.to_string()),
-        Key::Neighbor(ip) => ("neighbour", ip.to_string()),
+        Key::Neighbor(ip) => ("neighbor", ip.to_string()),
         Key::Fdb(mac) => ("fdb", mac.to_string()),
     };
     let verdict = match entry.verdict() {

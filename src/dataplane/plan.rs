@@ -107,7 +107,7 @@ impl Op {
             | Self::SetUp => "device attribute",
             Self::AddAddress(_) | Self::RemoveAddress(..) => "address",
             Self::SetFdb(..) | Self::RemoveFdb(..) => "FDB entry",
-            Self::SetNeighbor(..) | Self::Resolve(..) | Self::RemoveNeighbor(_) => "neighbour",
+            Self::SetNeighbor(..) | Self::Resolve(..) | Self::RemoveNeighbor(_) => "neighbor",
             Self::AddRoute(..) | Self::ReplaceRoute(..) | Self::RemoveRoute(..) => "route",
         }
     }
@@ -343,7 +343,7 @@ pub(super) mod tests {
                 "SetUp",
                 "AddAddress",
                 "SetFdb",
-                "SetNeighbour",
+                "SetNeighbor",
                 "AddRoute",
                 "AddRoute"
             ]

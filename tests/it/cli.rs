@@ -88,7 +88,7 @@ fn what_is_known_of_one_member_and_of_the_kernel_is_shown() {
             "agent      10.99.0.11:8473 ",
             " ms, path ",
             "fdb ",
-            "neighbour ",
+            "neighbor ",
             "route ",
             "in the kernel",
             "0 problems, 2 of 2 paths ok",

@@ -96,8 +96,7 @@ fn what_is_deleted_altered_or_renamed_is_put_right_at_once() {
             assert_both_ways(&pods);
         }
         status_where(&mut cluster.agents[0], |status| {
-            let kinds =
-                ["FDB entry", "neighbour", "route", "address", "device", "device attribute"];
+            let kinds = ["FDB entry", "neighbor", "route", "address", "device", "device attribute"];
             kinds.iter().all(|kind| status["kernel"]["repairs"][*kind].as_u64() > Some(0))
         });
         let log = cluster.agents[0].log();

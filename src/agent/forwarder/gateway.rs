@@ -1,4 +1,4 @@
-//! Asks for the gateway from the pod that is the agent's own, as every pod has to: by ARP, or by neighbour
+//! Asks for the gateway from the pod that is the agent's own, as every pod has to: by ARP, or by neighbor
 //! discovery.
 //!
 //! What the pod has learned before is forgotten each time. It counts only as an answer what confirms the
@@ -116,7 +116,7 @@ pub fn sentence(netlink: &mut Netlink, setting: &Setting, ipv4: bool) -> Option<
     let subnet = shape.subnets.iter().find(|subnet| subnet.addr().is_ipv4() == ipv4)?;
     let pod = shape.addresses.iter().find(|ip| ip.is_ipv4() == ipv4)?;
     let (bridge, ip) = (&shape.bridge, gateway(subnet));
-    let question = if ipv4 { "ARP" } else { "neighbour discovery" };
+    let question = if ipv4 { "ARP" } else { "neighbor discovery" };
     let mut causes = causes(netlink, bridge, ip, pod).unwrap_or_default();
     let chains = FirewallTable::open().and_then(|mut table| table.chains_around_gateway(subnet));
     causes.extend(chains.iter().flatten().map(|chain| format!("{chain}: {}", chain.fix(subnet))));

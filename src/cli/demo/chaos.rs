@@ -39,8 +39,8 @@ const MAX_RENAME_ATTEMPTS: u32 = 100;
 enum Fault {
     DeleteFdb,
     WrongFdb,
-    DeleteNeighbour,
-    WrongNeighbour,
+    DeleteNeighbor,
+    WrongNeighbor,
     DeleteRoute,
     ForeignRoute,
     RemoveAddress,
@@ -55,8 +55,8 @@ enum Fault {
 const FAULTS: [(Fault, &str); 13] = [
     (Fault::DeleteFdb, "FDB entry of a peer deleted"),
     (Fault::WrongFdb, "FDB entry leads to another host"),
-    (Fault::DeleteNeighbour, "neighbour entry deleted"),
-    (Fault::WrongNeighbour, "neighbour entry with another MAC"),
+    (Fault::DeleteNeighbor, "neighbor entry deleted"),
+    (Fault::WrongNeighbor, "neighbor entry with another MAC"),
     (Fault::DeleteRoute, "route deleted"),
     (Fault::ForeignRoute, "route replaced by an unreachable one"),
     (Fault::RemoveAddress, "address of the device removed"),
@@ -161,8 +161,8 @@ impl Fault {
             Self::WrongFdb => {
                 fdb.iter().map(|(mac, _)| Op::SetFdb(*mac, [10, 99, 255, 1].into())).collect()
             }
-            Self::DeleteNeighbour => neighbors.keys().map(|ip| Op::RemoveNeighbor(*ip)).collect(),
-            Self::WrongNeighbour => {
+            Self::DeleteNeighbor => neighbors.keys().map(|ip| Op::RemoveNeighbor(*ip)).collect(),
+            Self::WrongNeighbor => {
                 neighbors.keys().map(|ip| Op::SetNeighbor(*ip, wrong_mac)).collect()
             }
             Self::DeleteRoute => {

@@ -97,7 +97,7 @@ const ARP_MAC: (Base, u32, u32) = (Base::Network, 8, 6);
 const ARP_ADDRESS: (Base, u32, u32) = (Base::Network, 14, 4);
 const SOURCE4: (Base, u32, u32) = (Base::Network, 12, 4);
 const SOURCE6: (Base, u32, u32) = (Base::Network, 8, 16);
-/// Of a neighbour solicitation or advertisement.
+/// Of a neighbor solicitation or advertisement.
 const TARGET: (Base, u32, u32) = (Base::Transport, 8, 16);
 
 const IPV4: u16 = 0x0800;

@@ -13,7 +13,7 @@ pub(super) fn open_for_answers(chain: &str, hops: &[IpAddr]) -> String {
     if hops.iter().any(IpAddr::is_ipv6) {
         let types = "{ nd-neighbor-solicit, nd-neighbor-advert }";
         return match chain {
-            "ip6 filter INPUT" => ["neighbour-solicitation", "neighbour-advertisement"]
+            "ip6 filter INPUT" => ["neighbor-solicitation", "neighbor-advertisement"]
                 .map(|kind| format!("ip6tables -I INPUT -p icmpv6 --icmpv6-type {kind} -j ACCEPT"))
                 .join("; "),
             _ => format!("nft insert rule {chain} icmpv6 type {types} accept"),
