@@ -1,10 +1,12 @@
-//! Whether the kernel sends packets where they should go: which packets it is asked about, and what follows
-//! from its answers.
+//! Checks whether the kernel routes the overlay's packets as desired: chooses the route lookups and
+//! evaluates their results.
 //!
-//! The entries of the data plane may all be right and lose: to a policy rule of a VPN, to a more specific
-//! route, to a VRF, to a reverse path filter. So nothing is inferred. The kernel is asked for the way of
-//! packets as pods send and receive them, for some peers at a time, and what disagrees is told by its cause.
-//! Pure: the asking is done elsewhere.
+//! All entries of the data plane may be correct and still lose to a VPN's policy rule, a more
+//! specific route, a VRF or a reverse path filter. The audit infers nothing from the presence of
+//! entries: it looks up routes for packets as pods send and receive them, for a part of the peers
+//! in each pass, and reports each deviation by its cause.
+//!
+//! Pure: `agent/auditor` executes the lookups.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -34,56 +36,65 @@ mod selected;
 #[cfg(test)]
 mod tests;
 
-/// Questions of one pass: at some 10 microseconds each.
-const QUESTIONS: usize = 512;
-/// About one subnet, but for addresses of which so many are asked where there are few subnets.
-const PER_SUBJECT: usize = 5;
-const ADDRESSES: usize = 8;
-/// Of addresses in them that are asked about in any case: of this node's own subnets, and of each of a peer.
-const HOME_SUSPECTS: usize = 32;
-const SUSPECTS: usize = 8;
-/// Subnets that are named in one sentence.
-const NAMED: usize = 3;
+/// Lookups per pass. One takes about 10 microseconds.
+const MAX_LOOKUPS: usize = 512;
+/// Lookups per peer subnet, without those for rotating addresses.
+const LOOKUPS_PER_SUBJECT: usize = 5;
+/// Upper limit of the rotating addresses that are looked up per peer subnet and pass. Few subnets
+/// get more addresses each.
+const MAX_ADDRESSES_PER_SUBJECT: usize = 8;
+/// Upper limit of the suspected addresses: of this node's own subnets together, and of each peer
+/// subnet.
+const MAX_HOME_SUSPECTS: usize = 32;
+const MAX_SUSPECTS_PER_SUBNET: usize = 8;
+/// Upper limit of the subnets that are listed in one sentence.
+const MAX_SUBNETS_NAMED: usize = 3;
 
-/// This host as the lookups need it.
+/// The state of this host that lookups depend on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ground {
     /// Index of the VXLAN device.
     pub device: u32,
     /// Index and address of the underlay interface.
     pub underlay: u32,
+    /// Underlay address of this host.
     pub local: IpAddr,
+    /// This node's own subnets.
     pub own: Vec<Own>,
-    /// Addresses of this host.
+    /// All addresses of this host.
     pub has: BTreeSet<IpAddr>,
-    /// Packets of pods to other networks have the address of their host.
+    /// Whether packets of pods to other networks get the address of their host.
     pub masquerade: bool,
-    /// What policy rules select that may be packets between pods.
+    /// Packets between pods that policy rules may select.
     pub selected: Vec<Selected>,
 }
 
-/// Packets that a policy rule selects.
+/// A class of packets that a policy rule selects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Selected {
+    /// What the rule matches.
     pub selector: Selector,
-    /// Index of the interface by which they come in.
+    /// Index of the input interface that the rule requires.
     pub input: Option<u32>,
+    /// Whether the rule is one of IPv4, otherwise of IPv6.
     pub ipv4: bool,
 }
 
 /// One of this node's own subnets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Own {
+    /// The subnet.
     pub subnet: IpNet,
-    /// Index of the interface behind which pods are; none before there are any.
+    /// Index of the interface that pods are behind; `None` while there is none.
     pub inside: Option<u32>,
-    /// An address as a pod could have it.
+    /// An address that a pod could have.
     pub pod: IpAddr,
 }
 
 impl Own {
-    /// Of a subnet on a host with these addresses, each on the interface with that index. What is on the
-    /// VXLAN device itself is the VTEP's.
+    /// Describes `subnet` on a host with the addresses `has`, each with the index of its interface.
+    /// An address on the VXLAN `device` belongs to the VTEP, not to pods. `inside` is the interface
+    /// that pods are behind if no address in the subnet shows another one.
     pub fn new(subnet: IpNet, device: u32, has: &[(u32, IpAddr)], inside: Option<u32>) -> Self {
         let mut within = has.iter().filter(|(link, ip)| *link != device && subnet.contains(ip));
         let inside = within.next().map(|(link, _)| *link).or(inside);
@@ -94,81 +105,85 @@ impl Own {
     }
 }
 
-/// Which packets are asked about.
+/// The direction of the packets that are looked up. The order is that of precedence in reports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
-    /// Of pods here to pods of a peer.
+    /// From pods of this host to pods of a peer.
     Out,
-    /// Of pods of a peer to pods here.
+    /// From pods of a peer to pods of this host.
     In,
-    /// Of this host itself to a peer's VTEP.
+    /// From this host itself to a peer's VTEP.
     Own,
-    /// Of pods of a peer to this host's own underlay address: they come without a tunnel.
+    /// From pods of a peer to this host's underlay address. They arrive outside the tunnel.
     PodsToHost,
-    /// Of a peer's underlay address to pods here: what a host sends itself.
+    /// From a peer's underlay address to pods of this host: packets that the peer's host itself
+    /// sends.
     HostsToPods,
-    /// To pods here, wherever they come from: all of this node's own subnet.
+    /// To pods of this host from anywhere; covers this node's whole own subnet.
     Home,
 }
 
 impl Kind {
-    /// Whether such packets are to leave by the interface behind which pods are.
+    /// Whether these packets have to leave by the interface that pods are behind.
     const fn is_to_pods_here(self) -> bool {
         matches!(self, Self::In | Self::Home)
     }
 }
 
-/// What the kernel is asked.
+/// One route lookup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Question {
+    /// The direction of the packet.
     pub kind: Kind,
-    /// The peer's subnet; of [`Kind::Home`] this node's own.
+    /// The peer's subnet; for [`Kind::Home`] this node's own subnet.
     pub subject: IpNet,
+    /// Source address; `None` lets the kernel choose.
     pub from: Option<IpAddr>,
+    /// Destination address.
     pub to: IpAddr,
-    /// Index of the interface by which the packet comes in.
+    /// Index of the interface that the packet arrives by; `None` if this host sends it.
     pub input: Option<u32>,
+    /// The correct result.
     pub expected: Expected,
-    /// The packet is one that a policy rule selects.
+    /// The policy rule's or route's selector that the packet was built to match.
     pub selector: Option<Selector>,
 }
 
+/// The correct result of a lookup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Expected {
-    /// It leaves by this interface, to this gateway if one is given.
+    /// The packet leaves by the interface with index `link`, to `gateway` if one is given.
     Way { link: u32, gateway: Option<IpAddr> },
-    /// Whoever sends it is told that it is unreachable.
+    /// The lookup fails: the sender receives an error.
     Nowhere,
-    /// Anything but being dropped by a reverse path filter.
+    /// Any result except rejection by a reverse path filter.
     Unfiltered,
 }
 
-/// What the kernel says.
+/// The kernel's result of a lookup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Answer {
-    Way {
-        link: u32,
-        gateway: Option<IpAddr>,
-        table: u32,
-    },
-    /// Number of the error.
+    /// The packet leaves by the interface with index `link`.
+    Way { link: u32, gateway: Option<IpAddr>, table: u32 },
+    /// The lookup failed with this errno.
     Refused(i32),
 }
 
-/// What the reverse path filter says; kernels since 6.14 say EINVAL instead, to this and to much else.
+/// Errno of the reverse path filter. Kernels since 6.14 return `EINVAL` instead, which has many
+/// other causes.
 pub const EXDEV: i32 = 18;
 const EINVAL: i32 = 22;
 
 impl Question {
-    /// The peer's end of the packet's way.
-    fn there(&self) -> IpAddr {
+    /// Returns the address of the packet that belongs to the peer.
+    fn remote(&self) -> IpAddr {
         match self.kind {
             Kind::Out | Kind::Own | Kind::Home => self.to,
             Kind::In | Kind::PodsToHost | Kind::HostsToPods => self.from.unwrap_or(self.to),
         }
     }
 
-    /// Whether the packet goes as it should.
+    /// Returns whether the result is the correct one.
     pub fn agrees(&self, answer: Answer) -> bool {
         match (self.expected, answer) {
             (Expected::Unfiltered, answer) => !matches!(answer, Answer::Refused(EXDEV | EINVAL)),
@@ -181,53 +196,62 @@ impl Question {
     }
 }
 
-/// What disagrees, by cause.
+/// The subnets that are affected by one cause.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Finding {
+    /// Why the packets are diverted or dropped.
     pub cause: Cause,
+    /// The affected direction of the highest precedence.
     pub kind: Kind,
+    /// The affected subnets.
     pub subjects: BTreeSet<IpNet>,
 }
 
-/// What is known by all lookups so far.
+/// The results of all lookups so far.
 #[derive(Debug, Default)]
 pub struct Audit {
     pass: u32,
     subjects: usize,
-    /// The subject after which the next pass begins.
-    after: Option<IpNet>,
-    /// Subjects that were not asked about since [`Audit::begin`].
-    rest: usize,
-    doubts: BTreeMap<IpNet, BTreeSet<(Cause, Kind)>>,
-    /// Of each subject addresses that are asked about in any case: they went diverted, one for each cause, or
-    /// have routes of their own.
+    /// The last subnet of the previous pass; the next pass continues behind it.
+    last_subject: Option<IpNet>,
+    /// Number of subnets that have not been looked up since [`Audit::begin`].
+    remaining: usize,
+    /// Deviations per subnet, as of the subnet's last lookups.
+    deviations: BTreeMap<IpNet, BTreeSet<(Cause, Kind)>>,
+    /// Per peer subnet, addresses that every pass looks up: one deviating address per cause, and
+    /// addresses that have routes of other programs.
     suspects: BTreeMap<IpNet, BTreeSet<IpAddr>>,
-    /// Addresses of this node's own subnets that are asked about in any case, one for each cause.
+    /// Addresses of this node's own subnets that every pass looks up: one deviating address per
+    /// cause.
     home: BTreeSet<IpAddr>,
-    /// Addresses to which another program has just made a route.
-    told: BTreeSet<IpAddr>,
-    /// Causes that the pass before had found: what is seen once may be a change that is under way.
-    before: BTreeSet<Cause>,
+    /// Addresses that were reported with [`Audit::suspect`] and wait for the next pass.
+    reported: BTreeSet<IpAddr>,
+    /// Causes that the previous pass found. A cause is reported only after two passes, because one
+    /// may see a change in progress.
+    previous_causes: BTreeSet<Cause>,
     findings: Vec<Finding>,
 }
 
 impl Audit {
-    /// Everything is to be asked again.
+    /// Starts over: all subnets are to be looked up.
     pub const fn begin(&mut self) {
-        self.rest = usize::MAX;
+        self.remaining = usize::MAX;
     }
 
-    /// Asks about these addresses, too: another program has made routes to them.
+    /// Adds addresses to the next pass, because another program has added routes to them.
     pub fn suspect(&mut self, addresses: impl IntoIterator<Item = IpAddr>) {
-        self.told.extend(addresses);
+        self.reported.extend(addresses);
     }
 
-    /// Whether a pass is to follow soon: not all has been asked, or something is not certain.
+    /// Whether another pass should follow soon: subnets remain, or the causes of the last two
+    /// passes differ.
     pub fn is_unfinished(&self) -> bool {
-        self.rest > 0 || !self.before.iter().eq(self.findings.iter().map(|finding| &finding.cause))
+        self.remaining > 0
+            || !self.previous_causes.iter().eq(self.findings.iter().map(|finding| &finding.cause))
     }
 
-    /// What is asked in this pass: about subjects in doubt, and in turn about all others.
+    /// Returns the lookups of the next pass: for subnets with deviations or suspected addresses,
+    /// and for the others in turn.
     pub fn questions(&mut self, desired: &Desired, ground: &Ground) -> Vec<Question> {
         self.pass = self.pass.wrapping_add(1);
         let own = |subnet: &IpNet| ground.own.iter().any(|own| own.subnet.contains(subnet));
@@ -237,7 +261,7 @@ impl Audit {
         let subjects: BTreeMap<IpNet, Hop> =
             desired.tables.routes.iter().filter(is_subject).map(|(s, hop)| (*s, *hop)).collect();
         self.subjects = subjects.len();
-        // Entries on demand have one route for all, which more specific ones outrank.
+        // With entries on demand, one route covers the whole pool; more specific routes outrank it.
         let is_outranked = |subject: IpNet, address: IpAddr| {
             own(&address.into())
                 || subject.prefix_len() < desired.pool.subnet_len()
@@ -246,66 +270,68 @@ impl Audit {
                     })
         };
         let is_own = |subject: &IpNet| ground.own.iter().any(|own| own.subnet == *subject);
-        self.doubts.retain(|subject, _| subjects.contains_key(subject) || is_own(subject));
+        self.deviations.retain(|subject, _| subjects.contains_key(subject) || is_own(subject));
         self.suspects.retain(|subject, _| subjects.contains_key(subject));
-        for address in std::mem::take(&mut self.told) {
+        for address in std::mem::take(&mut self.reported) {
             if own(&address.into()) {
-                if self.home.len() < HOME_SUSPECTS {
+                if self.home.len() < MAX_HOME_SUSPECTS {
                     self.home.insert(address);
                 }
             } else if let Some(subject) =
                 subjects.keys().rev().find(|subject| subject.contains(&address))
             {
-                self.suspect_in(*subject, address);
+                self.add_suspect(*subject, address);
             }
         }
-        let per_subject = PER_SUBJECT + 2 * ground.selected.len();
-        let addresses = (QUESTIONS / (subjects.len() * per_subject).max(1)).clamp(1, ADDRESSES);
-        let doubted: BTreeSet<IpNet> =
-            self.doubts.keys().chain(self.suspects.keys()).copied().collect();
-        let in_doubt = doubted.iter().filter_map(|subject| subjects.get_key_value(subject));
-        let later = subjects.iter().filter(|(subject, _)| Some(**subject) > self.after);
-        let earlier = subjects.iter().filter(|(subject, _)| Some(**subject) <= self.after);
+        let per_subject = LOOKUPS_PER_SUBJECT + 2 * ground.selected.len();
+        let addresses = (MAX_LOOKUPS / (subjects.len() * per_subject).max(1))
+            .clamp(1, MAX_ADDRESSES_PER_SUBJECT);
+        let priority: BTreeSet<IpNet> =
+            self.deviations.keys().chain(self.suspects.keys()).copied().collect();
+        let first = priority.iter().filter_map(|subject| subjects.get_key_value(subject));
+        let later = subjects.iter().filter(|(subject, _)| Some(**subject) > self.last_subject);
+        let earlier = subjects.iter().filter(|(subject, _)| Some(**subject) <= self.last_subject);
         let mut questions = Vec::new();
         for own in &ground.own {
             let is_of_family = |subject: &IpNet| is_ipv4(*subject) == is_ipv4(own.subnet);
             let peer = subjects.iter().find(|(subject, _)| is_of_family(subject));
-            self.ask_home(own, peer, ground, &mut questions);
+            self.add_home_lookups(own, peer, ground, &mut questions);
         }
-        let asked_at_home = questions.len();
-        for (subject, hop) in in_doubt {
-            if questions.len() - asked_at_home < QUESTIONS / 2 {
-                self.ask(*subject, *hop, ground, addresses, &mut questions);
+        let home_lookups = questions.len();
+        for (subject, hop) in first {
+            if questions.len() - home_lookups < MAX_LOOKUPS / 2 {
+                self.add_lookups(*subject, *hop, ground, addresses, &mut questions);
             }
         }
-        self.rest = self.rest.min(subjects.len());
+        self.remaining = self.remaining.min(subjects.len());
         let mut last = None;
         for (subject, hop) in later.chain(earlier) {
-            if questions.len() - asked_at_home >= QUESTIONS {
+            if questions.len() - home_lookups >= MAX_LOOKUPS {
                 break;
             }
             last = Some((*subject, *hop));
-            self.rest = self.rest.saturating_sub(1);
-            if !doubted.contains(subject) {
-                self.ask(*subject, *hop, ground, addresses, &mut questions);
+            self.remaining = self.remaining.saturating_sub(1);
+            if !priority.contains(subject) {
+                self.add_lookups(*subject, *hop, ground, addresses, &mut questions);
             }
         }
-        // What comes from a subnet that is unreachable is refused by design.
+        // Lookups of packets from an unreachable subnet fail by design.
         let answered = last.filter(|(_, hop)| hop.way != Way::Unreachable);
         if let Some(((subject, _), peer)) = answered.zip(desired.tables.fdb.values().next()) {
-            questions.extend(filters(subject, *peer, ground));
+            questions.extend(filter_lookups(subject, *peer, ground));
         }
-        self.after = last.map(|(subject, _)| subject);
+        self.last_subject = last.map(|(subject, _)| subject);
         questions.retain(|question| {
-            let there = question.there();
+            let remote = question.remote();
             question.kind == Kind::Home
-                || !question.subject.contains(&there)
-                || !is_outranked(question.subject, there)
+                || !question.subject.contains(&remote)
+                || !is_outranked(question.subject, remote)
         });
         questions
     }
+    /// Appends the lookups for one peer subnet.
 
-    fn ask(
+    fn add_lookups(
         &self,
         subject: IpNet,
         hop: Hop,
@@ -339,10 +365,10 @@ impl Audit {
         questions.push(Question { to: last_address(subject), ..question });
         let count = addresses as u32;
         let numbers = (0..count).map(|i| self.pass.wrapping_sub(1).wrapping_mul(count) + i + 1);
-        let between = numbers.map(|number| between(subject, number));
+        let spread_address = numbers.map(|number| spread_address(subject, number));
         let suspects = self.suspects.get(&subject).into_iter().flatten().copied();
-        let between: Vec<IpAddr> = between.chain(suspects).collect();
-        questions.extend(between.iter().map(|to| Question { to: *to, ..question }));
+        let spread_address: Vec<IpAddr> = spread_address.chain(suspects).collect();
+        questions.extend(spread_address.iter().map(|to| Question { to: *to, ..question }));
         if expected == Expected::Nowhere {
             return;
         }
@@ -350,7 +376,7 @@ impl Audit {
         if let Some(inside) = own.inside {
             let comes_in = Question {
                 kind: Kind::In,
-                from: between.last().copied(),
+                from: spread_address.last().copied(),
                 to: own.pod,
                 input: Some(comes_by),
                 expected: Expected::Way { link: inside, gateway: None },
@@ -364,43 +390,44 @@ impl Audit {
         }
     }
 
-    fn suspect_in(&mut self, subject: IpNet, address: IpAddr) {
+    fn add_suspect(&mut self, subject: IpNet, address: IpAddr) {
         let suspects = self.suspects.entry(subject).or_default();
-        if suspects.len() < SUSPECTS {
+        if suspects.len() < MAX_SUSPECTS_PER_SUBNET {
             suspects.insert(address);
         }
     }
 
-    /// What followed from the questions of a pass.
+    /// Evaluates the results of a pass. The cause of a result is `None` if it is correct.
     pub fn conclude(&mut self, results: impl IntoIterator<Item = (Question, Option<Cause>)>) {
         let mut asked: BTreeSet<IpNet> = BTreeSet::new();
         let mut home: BTreeMap<Cause, IpAddr> = BTreeMap::new();
-        let mut there: BTreeMap<(IpNet, Cause), IpAddr> = BTreeMap::new();
+        let mut remote: BTreeMap<(IpNet, Cause), IpAddr> = BTreeMap::new();
         for (question, cause) in results {
             if asked.insert(question.subject) {
-                self.doubts.remove(&question.subject);
+                self.deviations.remove(&question.subject);
                 self.suspects.remove(&question.subject);
             }
             if let Some(cause) = cause {
                 if question.kind == Kind::Home {
                     home.insert(cause.clone(), question.to);
-                } else if question.subject.contains(&question.there()) {
-                    // Of a host's own address nothing follows for the pods of its subnet.
-                    there.insert((question.subject, cause.clone()), question.there());
+                } else if question.subject.contains(&question.remote()) {
+                    // A deviation of a host's own address implies nothing for the pods in its
+                    // subnet.
+                    remote.insert((question.subject, cause.clone()), question.remote());
                 }
-                let doubts = self.doubts.entry(question.subject).or_default();
-                doubts.insert((cause, question.kind));
+                let deviations = self.deviations.entry(question.subject).or_default();
+                deviations.insert((cause, question.kind));
             }
         }
-        self.home = home.into_values().take(HOME_SUSPECTS).collect();
-        there.into_iter().for_each(|((subject, _), address)| self.suspect_in(subject, address));
+        self.home = home.into_values().take(MAX_HOME_SUSPECTS).collect();
+        remote.into_iter().for_each(|((subject, _), address)| self.add_suspect(subject, address));
         let mut found: BTreeMap<Cause, Finding> = BTreeMap::new();
-        for (subject, doubts) in &self.doubts {
-            for (cause, kind) in doubts {
+        for (subject, deviations) in &self.deviations {
+            for (cause, kind) in deviations {
                 let new =
                     || Finding { cause: cause.clone(), kind: *kind, subjects: BTreeSet::new() };
                 let finding = found.entry(cause.clone()).or_insert_with(new);
-                // What takes packets to peers as well is told as that.
+                // A cause that also affects packets to peers is reported for those only.
                 match (finding.kind, *kind) {
                     (Kind::Home, Kind::Home) => {}
                     (Kind::Home, _) => finding.subjects.clear(),
@@ -411,29 +438,28 @@ impl Audit {
                 finding.subjects.insert(*subject);
             }
         }
-        // What takes all packets is told as that.
+        // A cause that affects all packets is not reported again for selected ones.
         let all: BTreeSet<Cause> = found.keys().cloned().collect();
-        found.retain(|cause, _| !cause.is_told_by(&all));
+        found.retain(|cause, _| !cause.is_covered_by(&all));
         let now: BTreeSet<Cause> = found.keys().cloned().collect();
-        found.retain(|cause, _| self.before.contains(cause));
+        found.retain(|cause, _| self.previous_causes.contains(cause));
         self.findings = found.into_values().collect();
-        self.before = now;
+        self.previous_causes = now;
     }
 
-    /// Why packets do not go as they should, one sentence per cause.
+    /// Returns one sentence per cause of diverted or dropped packets.
     pub fn sentences(&self, networks: Subnets) -> Vec<String> {
         self.findings.iter().filter_map(|finding| finding.sentence(networks)).collect()
     }
 
-    /// Subnets of peers to or from which packets take a wrong way.
+    /// Returns the peer subnets to or from which packets are diverted.
     pub fn diverted(&self) -> BTreeSet<IpNet> {
-        let diverted =
-            |finding: &&Finding| finding.kind <= Kind::Own && finding.cause.leads_astray();
+        let diverted = |finding: &&Finding| finding.kind <= Kind::Own && finding.cause.diverts();
         let of_pods = self.findings.iter().filter(diverted);
         of_pods.flat_map(|finding| finding.subjects.iter().copied()).collect()
     }
 
-    /// How many subnets of peers there are to ask about.
+    /// Returns the number of peer subnets to look up.
     pub const fn subjects(&self) -> usize {
         self.subjects
     }
@@ -443,10 +469,14 @@ impl Finding {
     fn sentence(&self, networks: Subnets) -> Option<String> {
         let of_ipv4 = is_ipv4(*self.subjects.first()?);
         let network = networks.iter().find(|network| is_ipv4(*network) == of_ipv4)?;
-        let mut names: Vec<String> =
-            self.subjects.iter().take(NAMED).map(|subject| subject.to_string()).collect();
-        if self.subjects.len() > NAMED {
-            names.push(format!("{} more", self.subjects.len() - NAMED));
+        let mut names: Vec<String> = self
+            .subjects
+            .iter()
+            .take(MAX_SUBNETS_NAMED)
+            .map(|subject| subject.to_string())
+            .collect();
+        if self.subjects.len() > MAX_SUBNETS_NAMED {
+            names.push(format!("{} more", self.subjects.len() - MAX_SUBNETS_NAMED));
         }
         self.cause.sentence(self.kind, &names.join(", "), network)
     }
@@ -456,14 +486,15 @@ const fn is_ipv4(network: IpNet) -> bool {
     matches!(network, IpNet::V4(_))
 }
 
-/// IPv4 has a reverse path filter, which drops what comes by another interface than the one by which its
-/// sender is reached. Between pods and the hosts' own addresses that is so by design.
-fn filters(subject: IpNet, peer: IpAddr, ground: &Ground) -> Vec<Question> {
+/// Returns lookups that reveal a reverse path filter, which only IPv4 has. It drops a packet that
+/// arrives by another interface than the one that leads to its sender, as packets between pods and
+/// hosts' underlay addresses do by design.
+fn filter_lookups(subject: IpNet, peer: IpAddr, ground: &Ground) -> Vec<Question> {
     let own = ground.own.iter().find(|own| is_ipv4(own.subnet));
     let Some(own) = own.filter(|_| ground.local.is_ipv4() && is_ipv4(subject)) else {
         return Vec::new();
     };
-    // Under another address they are ordinary packets.
+    // Masqueraded packets have the host's address and pass the filter.
     if ground.masquerade {
         return Vec::new();
     }
@@ -486,9 +517,9 @@ fn filters(subject: IpNet, peer: IpAddr, ground: &Ground) -> Vec<Question> {
     [Some(question), to_pods].into_iter().flatten().collect()
 }
 
-/// An address inside a subnet: with each number another one, so that the first few halve it, quarter it and
-/// so on (van der Corput's sequence).
-fn between(subnet: IpNet, number: u32) -> IpAddr {
+/// Returns an address inside `subnet` for each `number`. Consecutive numbers halve the subnet,
+/// quarter it, and so on (van der Corput sequence).
+fn spread_address(subnet: IpNet, number: u32) -> IpAddr {
     let bits = u32::from(subnet.max_prefix_len() - subnet.prefix_len());
     let spread = u128::from(number.reverse_bits()) << 96;
     let offset = if bits == 0 { 0 } else { spread >> (128 - bits) };

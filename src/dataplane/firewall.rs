@@ -1,14 +1,16 @@
-//! What nftables should hold for a view: one table of our own, and nothing outside it.
+//! The desired state of gossamer's nftables table, computed from the view.
 //!
-//! - the guard: tunnel packets are taken from members' underlay addresses alone, for VXLAN has no secret of
-//!   its own and any host that may send to its port could speak into every pod; and this host takes no routes
-//!   from pods, for where /proc/sys is read-only its sysctls cannot see to that;
-//! - with peers programmed on demand, a refusal of packets to subnets without a lease: the kernel would ask
-//!   for each of their addresses, and keeps a bounded number of questions for all interfaces together;
-//! - masquerade, if wanted: pods speak to the outside under this host's address, and processes of this host
-//!   to remote pods under its overlay address, so that the answers come back.
+//! - Guard: accepts tunnel packets only from members' underlay addresses. VXLAN has no
+//!   authentication, so any host that can send to the port could inject packets to every pod. The
+//!   guard also drops router advertisements and redirects of pods, because sysctls cannot disable
+//!   them where /proc/sys is read-only.
+//! - Leases, with entries on demand: reject packets to subnets without a lease. The kernel would
+//!   otherwise try to resolve each of their addresses, and the number of pending resolutions is
+//!   limited for all interfaces together.
+//! - Masquerade, if enabled: packets of pods to other networks get this host's address, and packets
+//!   of this host's processes to remote pods get its overlay address, so that the answers return.
 //!
-//! Pure. Rules of others are neither read nor touched here.
+//! Pure. This module neither reads nor changes rules of other programs.
 
 use std::{collections::BTreeSet, net::IpAddr};
 
@@ -17,56 +19,69 @@ use ipnet::IpNet;
 use super::desired::device_name;
 use crate::core::View;
 
-/// What this host's operator wants of it.
+/// The settings of this host that determine the table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Policy {
+    /// Whether the guard is on.
     pub guard: bool,
+    /// Whether packets of pods to other networks are masqueraded.
     pub masquerade: bool,
-    /// One route leads the whole pool to the device.
+    /// Whether peers are programmed on demand: one route leads the whole pool to the device.
     pub on_demand: bool,
 }
 
-/// The table as it should be.
+/// The desired table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Firewall {
-    /// Called like the device, so that overlays on one host have one each.
+    /// Name of the table: that of the device, so that each overlay on a host has a table of its
+    /// own.
     pub table: String,
+    /// The guard, if it is on.
     pub guard: Option<Guard>,
-    /// UDP port of the tunnels: what pods send there is never masqueraded, or it would pass for a member's.
+    /// UDP port of the tunnels. Packets of pods to it are never masqueraded, because they would
+    /// then pass for this member's tunnel packets.
     pub port: u16,
-    /// Per family the overlay's network and this host's subnet in it; empty without masquerade.
+    /// Per family, the overlay's network and this host's subnet in it; empty without masquerade.
     pub masquerade: Vec<(IpNet, IpNet)>,
-    /// What may go out by the device, if that is not left to routes.
+    /// The accepted destinations behind the device; `None` if routes decide that.
     pub leases: Option<Leases>,
 }
 
 /// Subnets with a lease.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Leases {
-    /// The overlay's.
+    /// Name of the VXLAN device.
     pub device: String,
-    /// Per family the overlay's network, and the length of the prefix of each subnet in it.
+    /// Per family, the overlay's network and the prefix length of its subnets.
     pub networks: Vec<(IpNet, u8)>,
+    /// The subnets with a lease.
     pub subnets: BTreeSet<IpNet>,
 }
 
-/// Who may send to the VXLAN port.
+/// Rules about packets to the VXLAN port.
 #[derive(Clone, Debug, PartialEq, Eq)]
+/// UDP port of the tunnels.
 pub struct Guard {
+    /// VNI of the overlay.
     pub port: u16,
+    /// Underlay addresses of the members.
     pub vni: u32,
     pub members: BTreeSet<IpAddr>,
-    /// Addresses that were let in before stay: not everybody was heard who may know a member.
+    /// Whether addresses stay accepted although no known member has them, because an unconfirmed
+    /// slot's owner may know such a member.
     pub lenient: bool,
-    /// The device and the bridge: a host takes no router advertisements and no redirects from them.
+    /// The device and the bridge. The host accepts no router advertisements and redirects from
+    /// them.
     pub interfaces: [String; 2],
-    /// Where pods have their addresses, also on bridges of other programs.
+    /// The overlay's networks: pods have their addresses, also on bridges of other programs.
     pub networks: Vec<IpNet>,
-    /// Interfaces by which this host sends into tunnels at the port, of other programs as well.
+    /// Interfaces by which this host sends tunnel packets to the port, including those of other
+    /// programs.
     pub tunnels: BTreeSet<String>,
 }
 
 impl Firewall {
+    /// Computes the table from the view. `bridge` is the name of the pods' bridge.
     pub fn new(view: &View, policy: &Policy, bridge: &str) -> Self {
         let guard = policy.guard.then(|| Guard {
             port: view.settings.vxlan_port,
@@ -96,7 +111,7 @@ impl Firewall {
         }
     }
 
-    /// Whether there is anything to put into a table.
+    /// Whether the table would hold no rules.
     pub fn is_empty(&self) -> bool {
         self.guard.is_none() && self.masquerade.is_empty() && self.leases.is_none()
     }
@@ -108,7 +123,7 @@ mod tests {
     use crate::dataplane::plan::tests::dual_stack_view;
 
     #[test]
-    fn members_of_the_view_are_let_in_and_each_family_is_masqueraded() {
+    fn table_accepts_members_and_masquerades_each_family() {
         let view = dual_stack_view(&[(1, 9), (2, 7)]);
         let policy = Policy { guard: true, masquerade: true, on_demand: true };
         let firewall = Firewall::new(&view, &policy, "gsm0");

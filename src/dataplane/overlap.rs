@@ -1,8 +1,10 @@
-//! Networks that this host uses for something else and that are also the overlay's.
+//! Networks of this host that overlap with the overlay's networks.
 //!
-//! The kernel takes the most specific route, so an interface or a route inside the overlay's network takes
-//! packets away from pods, and the overlay takes them away from hosts of a network around it. Pure: the
-//! kernel is asked elsewhere.
+//! The kernel uses the most specific route. An interface or a route inside the overlay's network
+//! therefore diverts packets of pods, and the overlay diverts packets to hosts of a larger network
+//! around it.
+//!
+//! Pure: `dataplane/kernel/observe` queries the kernel.
 
 use std::net::IpAddr;
 
@@ -10,31 +12,32 @@ use ipnet::IpNet;
 
 use crate::model::Pool;
 
-/// A network that leads somewhere else on this host.
+/// A network that leads to an interface outside the overlay.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Foreign {
     /// An address with its prefix length, or a route's destination.
     pub network: IpNet,
-    /// The interface that it leads to; empty if it leads nowhere.
+    /// The interface that it leads to; empty if the route drops packets.
     pub interface: String,
+    /// Where the network comes from.
     pub kind: ForeignKind,
 }
 
-/// The origin of a network of others.
+/// The origin of a foreign network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ForeignKind {
     /// An address of an interface.
     Address,
-    /// An address of a bridge: the home of containers of this host, if it is in the host's own subnet and
-    /// no other bridge is that.
+    /// An address of a bridge. In the host's own subnet it is taken for the bridge of the host's
+    /// containers, unless another bridge is.
     Bridge,
     /// A route of another program.
     Route,
 }
 
 impl Foreign {
-    /// Whether a part of `network` leads elsewhere because of it. A route around the whole overlay, such as
-    /// the default route, does no harm.
+    /// Whether it diverts packets to a part of `network`. A route to a larger network than the
+    /// overlay's, such as the default route, does not.
     pub fn takes_from(&self, network: &IpNet) -> bool {
         match self.kind {
             ForeignKind::Route => network.contains(&self.network),
@@ -44,14 +47,14 @@ impl Foreign {
         }
     }
 
-    /// Whether a cluster with this network must not be created here: a part of one would be cut off by the
-    /// other.
+    /// Whether a cluster with this network must not be created here: one of the two networks would
+    /// lose a part of its addresses to the other.
     pub fn forbids(&self, network: &IpNet) -> bool {
         let is_around = self.kind != ForeignKind::Route && self.network.contains(network);
         is_around || self.takes_from(network)
     }
 
-    /// Whether it has some of these addresses of pods, or others of their subnets.
+    /// Whether it contains one of the pods' addresses, or lies in the subnet of one of them.
     pub fn is_among(&self, pods: &[IpAddr], pool: Option<&Pool>) -> bool {
         let slots = pool.map_or(0..0, |pool| pool.slots_in(&self.network));
         let is_in = |ip: &IpAddr| {
@@ -61,33 +64,36 @@ impl Foreign {
         pods.iter().any(is_in)
     }
 
+    /// Returns the address, or the first address of the route's destination.
     pub fn address(&self) -> IpAddr {
         self.network.addr()
     }
 }
 
-/// The overlay on this host.
+/// The overlay as far as overlaps depend on it.
 #[derive(Clone, Copy, Debug)]
 pub struct Overlay<'a> {
+    /// The overlay's networks.
     pub networks: &'a [IpNet],
     /// This node's own subnets.
     pub own: &'a [IpNet],
-    /// The bridge that gossamer has made for pods, if it has.
+    /// The pods' bridge of gossamer, if there is one.
     pub pods: Option<&'a str>,
-    /// Each peer's subnet has a route; otherwise one route is for all of them.
+    /// Whether each peer's subnet has a route of its own; otherwise one route covers all of them.
     pub has_all_routes: bool,
 }
 
-/// A sentence about each address of this host that takes packets away from pods.
+/// Returns a sentence for each address of this host that diverts packets of pods, or whose network
+/// the overlay takes packets from.
 pub fn problems(foreign: &[Foreign], overlay: &Overlay<'_>) -> Vec<String> {
     let Overlay { networks, own, pods, has_all_routes } = *overlay;
-    // Routes to subnets of nodes are more specific.
-    let is_outranked = |found: &Foreign| {
+    // Routes to nodes' subnets are more specific.
+    let overlay_outranks = |found: &Foreign| {
         let is_ipv4 = found.network.addr().is_ipv4();
         let mut own = own.iter().filter(|own| own.addr().is_ipv4() == is_ipv4);
         has_all_routes && own.any(|own| found.network.prefix_len() < own.prefix_len())
     };
-    let home_of = |subnet: &IpNet| {
+    let bridge_of = |subnet: &IpNet| {
         let mut bridges = foreign
             .iter()
             .filter(|found| found.kind == ForeignKind::Bridge && subnet.contains(&found.address()));
@@ -97,22 +103,22 @@ pub fn problems(foreign: &[Foreign], overlay: &Overlay<'_>) -> Vec<String> {
     named
         .filter_map(|found| {
             let subnet = own.iter().find(|own| own.contains(&found.address()));
-            if let Some((subnet, home)) = subnet.and_then(|subnet| Some((subnet, home_of(subnet)?)))
+            if let Some((subnet, bridge)) = subnet.and_then(|subnet| Some((subnet, bridge_of(subnet)?)))
             {
-                if found.interface == home {
+                if found.interface == bridge {
                     return None;
                 }
-                if !is_outranked(found) {
-                    return Some(rival(found, *subnet, home));
+                if !overlay_outranks(found) {
+                    return Some(second_interface_sentence(found, *subnet, bridge));
                 }
             }
             let network = networks.iter().find(|network| found.takes_from(network))?;
             let Foreign { network: around, interface, .. } = found;
             let (address, around) = (found.address(), around.trunc());
-            let what = match is_outranked(found) {
+            let what = match overlay_outranks(found) {
                 true => format!(
-                    "subnets of nodes come before {around}, so the overlay takes the packets to machines \
-                     behind {interface} that have addresses in these, and packets to a pod with the address \
+                    "routes to nodes' subnets are more specific than {around}, so packets to machines \
+                     behind {interface} in these subnets go into the overlay, and packets to a pod with the address \
                      {address} stay on this host"
                 ),
                 false => format!("packets for pods in {around} leave by that interface"),
@@ -125,19 +131,20 @@ pub fn problems(foreign: &[Foreign], overlay: &Overlay<'_>) -> Vec<String> {
         .collect()
 }
 
-/// One subnet cannot be behind two interfaces: the kernel takes the route that was there first.
-fn rival(found: &Foreign, subnet: IpNet, home: &str) -> String {
+/// Returns the sentence about an interface in this node's own subnet besides the pods' bridge. The
+/// kernel uses the older of two routes to the subnet.
+fn second_interface_sentence(found: &Foreign, subnet: IpNet, bridge: &str) -> String {
     let Foreign { network, interface, kind, .. } = found;
     let whole = match kind {
         ForeignKind::Bridge => {
             format!(
-                "; a bridge that is left over from another network goes as a whole: ip link del {interface}"
+                "; if it is a bridge of a network that no longer exists, remove it: ip link del {interface}"
             )
         }
         ForeignKind::Address | ForeignKind::Route => String::new(),
     };
     format!(
-        "{} on {interface} is in this node's own subnet {subnet}, of which {home} is the bridge: packets for \
+        "{} on {interface} is in this node's own subnet {subnet}, of which {bridge} is the bridge: packets for \
          pods leave by {interface} instead; remove it (ip addr del {network} dev {interface}){whole}",
         found.address()
     )
@@ -157,26 +164,30 @@ mod tests {
         Overlay { networks, own, pods, has_all_routes: true }
     }
 
-    /// As libvirt and others have it: the routes to subnets are more specific.
+    /// The routes to subnets are more specific than a route of a larger network, as libvirt may
+    /// have.
     #[test]
-    fn network_around_subnets_takes_nothing_from_them_and_that_is_not_said_of_it() {
+    fn larger_network_is_not_reported_as_diverting_packets_of_subnets() {
         let pool = ["10.42.0.0/16".parse().expect("a network")];
         let own = ["10.42.1.0/24".parse().expect("a network")];
         for network in ["10.42.0.1/16", "10.42.1.7/16", "10.42.7.1/8"] {
             let found = [foreign(network, ForeignKind::Bridge)];
             let overlay = overlay(&pool, &own, Some("gsm0"));
-            let said = problems(&found, &overlay);
+            let sentences = problems(&found, &overlay);
             let words = ["machines behind eth1", "stay on this host", "give it another network"];
-            assert!(said.len() == 1 && words.iter().all(|word| said[0].contains(word)), "{said:?}");
-            assert!(!said[0].contains("leave by"), "{said:?}");
-            // One route for all of the pool loses to it.
-            let said = problems(&found, &Overlay { has_all_routes: false, ..overlay });
-            assert!(said.len() == 1 && said[0].contains("leave by"), "{said:?}");
+            assert!(
+                sentences.len() == 1 && words.iter().all(|word| sentences[0].contains(word)),
+                "{sentences:?}"
+            );
+            assert!(!sentences[0].contains("leave by"), "{sentences:?}");
+            // The single route for the pool is less specific than that network.
+            let sentences = problems(&found, &Overlay { has_all_routes: false, ..overlay });
+            assert!(sentences.len() == 1 && sentences[0].contains("leave by"), "{sentences:?}");
         }
     }
 
     #[test]
-    fn networks_inside_and_around_the_overlays_forbid_it() {
+    fn network_inside_or_around_the_pool_forbids_the_pool() {
         let pool: IpNet = "10.42.0.0/16".parse().expect("a network");
         for (network, kind, takes, forbids) in [
             ("10.42.5.7/24", ForeignKind::Address, true, true),
@@ -197,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn network_in_the_subnet_of_pods_is_among_them_also_where_it_has_none() {
+    fn network_in_a_subnet_with_pods_is_among_them_also_without_pods_in_it() {
         let spec = PoolSpec::of("10.42.0.0/16".parse().expect("a network"));
         let pool = Pool::new(&spec).expect("a pool");
         let pod = [IpAddr::from([10, 42, 2, 2])];
@@ -213,43 +224,47 @@ mod tests {
             assert_eq!(found.is_among(&pod, Some(&pool)), is_among, "{network}");
             assert!(!found.is_among(&[], Some(&pool)), "{network}");
         }
-        // Of a cluster that is not known, only addresses are.
+        // Without the pool, only addresses can be compared.
         assert!(!foreign("10.42.2.64/26", ForeignKind::Route).is_among(&pod, None));
         assert!(foreign("10.42.2.0/26", ForeignKind::Route).is_among(&pod, None));
     }
 
     #[test]
-    fn bridge_in_the_own_subnet_is_the_home_of_pods_and_others_are_named() {
+    fn bridge_in_own_subnet_is_the_pods_bridge_and_other_interfaces_are_reported() {
         let pool = ["10.42.0.0/16".parse().expect("a network")];
         let own = ["10.42.1.0/24".parse().expect("a network")];
-        let said = |network, kind| problems(&[foreign(network, kind)], &overlay(&pool, &own, None));
-        assert!(said("10.42.1.1/24", ForeignKind::Bridge).is_empty());
-        assert!(said("10.42.1.7/24", ForeignKind::Address)[0].contains("10.42.1.7 on eth1"));
-        assert!(said("10.42.5.1/24", ForeignKind::Bridge)[0].contains("10.42.5.0/24"));
-        assert!(said("192.0.2.1/24", ForeignKind::Address).is_empty());
+        let sentences =
+            |network, kind| problems(&[foreign(network, kind)], &overlay(&pool, &own, None));
+        assert!(sentences("10.42.1.1/24", ForeignKind::Bridge).is_empty());
+        assert!(sentences("10.42.1.7/24", ForeignKind::Address)[0].contains("10.42.1.7 on eth1"));
+        assert!(sentences("10.42.5.1/24", ForeignKind::Bridge)[0].contains("10.42.5.0/24"));
+        assert!(sentences("192.0.2.1/24", ForeignKind::Address).is_empty());
     }
 
     #[test]
-    fn second_bridge_in_the_own_subnet_is_named_with_the_command_that_removes_it() {
+    fn second_bridge_in_own_subnet_is_reported_with_the_command_that_removes_it() {
         let pool = ["10.42.0.0/16".parse().expect("a network")];
         let own = ["10.42.1.0/24".parse().expect("a network")];
         let of = |interface: &str| Foreign {
             interface: interface.to_owned(),
             ..foreign("10.42.1.1/24", ForeignKind::Bridge)
         };
-        let said = problems(&[of("cni0")], &overlay(&pool, &own, Some("gsm0")));
-        assert_eq!(said.len(), 1, "{said:?}");
+        let sentences = problems(&[of("cni0")], &overlay(&pool, &own, Some("gsm0")));
+        assert_eq!(sentences.len(), 1, "{sentences:?}");
         for words in ["10.42.1.1 on cni0", "gsm0 is the bridge", "ip link del cni0"] {
-            assert!(said[0].contains(words), "{words}: {said:?}");
+            assert!(sentences[0].contains(words), "{words}: {sentences:?}");
         }
-        let said = problems(&[of("pods"), of("cni0")], &overlay(&pool, &own, None));
-        assert!(said.len() == 1 && said[0].contains("pods is the bridge"), "{said:?}");
-        // An address that is no bridge's, beside one.
-        let card = foreign("10.42.1.7/32", ForeignKind::Address);
-        let said = problems(&[of("pods"), card], &overlay(&pool, &own, None));
+        let sentences = problems(&[of("pods"), of("cni0")], &overlay(&pool, &own, None));
         assert!(
-            said.len() == 1 && said[0].contains("ip addr del 10.42.1.7/32 dev eth1"),
-            "{said:?}"
+            sentences.len() == 1 && sentences[0].contains("pods is the bridge"),
+            "{sentences:?}"
+        );
+        // An address of an interface besides the bridge.
+        let card = foreign("10.42.1.7/32", ForeignKind::Address);
+        let sentences = problems(&[of("pods"), card], &overlay(&pool, &own, None));
+        assert!(
+            sentences.len() == 1 && sentences[0].contains("ip addr del 10.42.1.7/32 dev eth1"),
+            "{sentences:?}"
         );
     }
 }

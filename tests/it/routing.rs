@@ -121,7 +121,7 @@ const FAULTS_AT_HOME: [(&str, &str, &str); 7] = [
         "ip route del 10.42.1.77/32 dev d0",
     ),
     (
-        "takes 10.42.1.9/32, which is of this node's own subnet",
+        "takes 10.42.1.9/32, a part of this node's own subnet",
         "ip addr add 192.168.77.1 peer 10.42.1.9 dev d0",
         "ip addr del 192.168.77.1 peer 10.42.1.9 dev d0",
     ),
@@ -136,7 +136,7 @@ const FAULTS_AT_HOME: [(&str, &str, &str); 7] = [
         "ip route del blackhole 10.42.1.32/27",
     ),
     (
-        "takes 10.42.1.128/25, which is of this node's own subnet",
+        "takes 10.42.1.128/25, a part of this node's own subnet",
         "ip route add 10.42.1.128/25 dev d0",
         "ip route del 10.42.1.128/25 dev d0",
     ),
@@ -247,7 +247,7 @@ fn route_that_a_plain_lookup_does_not_show_is_named_until_it_is_gone() {
 /// The same to pods here, one of them by a rule that leads to it.
 const FAULTS_BEHIND_PLAIN_LOOKUPS_AT_HOME: [(&str, &str, &str); 2] = [
     (
-        "takes 10.42.1.9/32 tos 0x8, which is of this node's own subnet; remove it (ip route del \
+        "takes 10.42.1.9/32 tos 0x8, a part of this node's own subnet; remove it (ip route del \
          10.42.1.9/32 tos 0x8 dev d0 metric 0)",
         "ip route add 10.42.1.9 tos 0x08 dev d0",
         "ip route del 10.42.1.9/32 tos 0x8 dev d0",

@@ -1,4 +1,5 @@
-//! Why the kernel sends a packet elsewhere: from what else it was asked to a sentence with what helps.
+//! Finds out why the kernel routes a packet differently, and formats that with the command that
+//! corrects it.
 
 use std::{collections::BTreeSet, net::IpAddr};
 
@@ -10,19 +11,20 @@ use crate::{
     model::{Condition, Selector},
 };
 
-/// `RT_TABLE_MAIN`, where our routes are.
+/// `RT_TABLE_MAIN`, which contains gossamer's routes.
 pub const MAIN: u32 = 254;
-/// Where the kernel's own rule about the main table is.
-const OF_MAIN: u32 = 32_766;
-/// `RT_TABLE_LOCAL`: addresses of this host.
+/// Priority of the kernel's default rule for the main table.
+const MAIN_RULE_PRIORITY: u32 = 32_766;
+/// `RT_TABLE_LOCAL`: routes to addresses of this host.
 const LOCAL: u32 = 255;
 
-/// Why a packet does not go as it should.
+/// Why a packet is not routed as desired.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Cause {
-    /// Another table wins, by a policy rule.
+    /// A policy rule leads to another table, whose route decides. `priority` is that of the rule.
     Table { table: u32, priority: Option<u32>, interface: String, ipv4: bool },
-    /// Another route of the same table wins.
+    /// Another route of the main table decides. `ours` is the metric of gossamer's route if both
+    /// have the same destination.
     Route {
         destination: IpNet,
         metric: u32,
@@ -30,21 +32,22 @@ pub enum Cause {
         ours: Option<u32>,
         condition: Condition,
     },
-    /// A route by which this host keeps packets for itself (type local).
+    /// A foreign route of type local delivers the packets to this host itself.
     Kept { destination: IpNet, interface: String },
-    /// This host has an address of that subnet itself, or an interface in it: told as an overlap.
+    /// This host has an address in that subnet, or an interface in it. Reported as an overlap.
     Address { address: IpAddr, interface: String },
-    /// The interface is in a VRF.
+    /// The input interface is in a VRF.
     Vrf { interface: String, vrf: String, table: u32 },
-    /// The reverse path filter of the interface drops it.
+    /// The reverse path filter of the interface drops the packet.
     Filter { interface: String },
-    /// The interface forwards nothing, though the host does.
+    /// Forwarding is off on the interface, though it is on for the host. `by_default`: new
+    /// interfaces start with forwarding off.
     Forwarding { interface: String, by_default: bool },
-    /// The host forwards nothing at all: that is told by the sysctl.
+    /// Forwarding is off on this host. Reported by the sysctl check.
     NoForwarding,
-    /// IPv6 is turned off on the interface.
+    /// IPv6 is disabled on the interface.
     NoIpv6 { interface: String },
-    /// A route that leads nowhere.
+    /// A foreign route rejects or drops the packet; `kind` is its type.
     Refused {
         destination: IpNet,
         kind: &'static str,
@@ -52,7 +55,8 @@ pub enum Cause {
         priority: Option<u32>,
         condition: Condition,
     },
-    /// A more specific route of another program leads to the same, and carries less.
+    /// A more specific route of another program leads to the same gateway, with an MTU of `mtu`
+    /// bytes instead of the overlay's `carried` bytes.
     Narrowed {
         destination: IpNet,
         metric: u32,
@@ -61,84 +65,86 @@ pub enum Cause {
         mtu: u32,
         carried: u32,
     },
-    /// A policy rule that drops packets.
+    /// A policy rule drops the packet.
     Rule { priority: u32, ipv4: bool },
     /// No policy rule leads all packets to the main table.
     NoMain { ipv4: bool },
-    /// There is no route, or none that is known.
+    /// The kernel returned `errno`, and no cause was found.
     Unknown { errno: i32 },
-    /// It concerns only the packets that a policy rule selects, or a route that asks for more than the
-    /// destination.
+    /// `cause` affects only packets that match the selector of a policy rule or of a route.
     Selected { selector: Selector, cause: Box<Self> },
 }
 
-/// What else was found out about a packet that goes elsewhere.
+/// What further requests found out about a packet that is not routed as desired.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Evidence {
-    /// The interface by which it comes in.
+    /// The input interface.
     pub input: Option<Fact>,
-    /// The interface by which it leaves.
+    /// The output interface.
     pub output: Option<Fact>,
-    /// The interface by which it should leave.
+    /// The interface that the packet should leave by.
     pub wanted: Option<Fact>,
-    /// Index of the interface by which this host reaches its sender.
+    /// Index of the interface by which this host reaches the packet's sender.
     pub back: Option<u32>,
-    /// The entry that has decided: destination and metric.
+    /// Destination and metric of the route that decided.
     pub entry: Option<(IpNet, u32)>,
-    /// What that entry selects packets by beside their destination.
+    /// What that route requires of a packet besides the destination.
     pub condition: Condition,
-    /// Its type is local.
+    /// Whether the type of that route is local.
     pub local: bool,
-    /// That of the entry for the sender's address follows from an address of this host: local, or broadcast.
+    /// Whether the route to the sender's address belongs to an address of this host: type local or
+    /// broadcast.
     pub from_local: bool,
-    /// That entry follows from an address of this host.
+    /// Whether the route that decided belongs to an address of this host.
     pub connected: bool,
-    /// Metric of our own route to the same subnet.
+    /// Metric of gossamer's route to the same subnet.
     pub ours: Option<u32>,
     /// Policy rules in their order: priority, table, and whether they drop.
     pub rules: Vec<(u32, u32, bool)>,
-    /// No policy rule leads all packets to the main table.
+    /// Whether no policy rule leads all packets to the main table.
     pub without_main: bool,
-    /// Routes that lead nowhere, are not ours, and whose condition the packet meets: destination, kind, table
-    /// and condition.
+    /// Foreign routes that reject or drop the packet and whose condition it meets: destination,
+    /// type, table and condition.
     pub refusals: Vec<(IpNet, &'static str, u32, Condition)>,
-    /// Whether the host forwards packets of this family.
+    /// Whether this host forwards packets of this family.
     pub forwards: bool,
-    /// New interfaces forward nothing.
+    /// Whether forwarding is off by default on new interfaces.
     pub default_off: bool,
 }
 
-/// What is known of an interface.
+/// The state of an interface.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Fact {
+    /// Its name.
     pub name: String,
-    /// Name and table of the VRF that it is in.
+    /// Name and table of its VRF.
     pub vrf: Option<(String, u32)>,
-    /// `net.ipv4.conf.NAME.forwarding`
+    /// `net.ipv4.conf.NAME.forwarding`.
     pub forwards: bool,
-    /// Something that is up is plugged into it.
+    /// Whether it has a carrier: for a bridge, whether a port is up.
     pub carrier: bool,
-    /// A strict reverse path filter is in force: the larger of `net.ipv4.conf.NAME.rp_filter` and that of all
-    /// interfaces is 1.
+    /// Whether strict reverse path filtering is in force: the larger of
+    /// `net.ipv4.conf.NAME.rp_filter` and `net.ipv4.conf.all.rp_filter` is 1.
     pub filters: bool,
-    /// `net.ipv6.conf.NAME.disable_ipv6`
+    /// `net.ipv6.conf.NAME.disable_ipv6`.
     pub without_ipv6: bool,
 }
 
 impl Cause {
-    /// Why an answer is not the expected one; none, if the packet was refused for a reason that was not asked
-    /// about.
+    /// Returns why the result differs from the expected one; `None` if the packet was refused for a
+    /// reason that the lookup is not about, or another lookup reports the cause.
     pub fn of(question: &Question, answer: Answer, evidence: &Evidence) -> Option<Self> {
         let cause = match answer {
             Answer::Refused(errno) => Self::of_refusal(question, errno, evidence),
             Answer::Way { table, .. } => Self::of_way(question, table, evidence),
         };
-        // A bridge without a pod on it may have no route, and nothing is lost.
+        // A bridge without pods may have no route, which loses nothing.
         let is_empty = evidence.wanted.as_ref().is_some_and(|wanted| !wanted.carrier);
         if question.kind.is_to_pods_here() && is_empty && matches!(cause, Self::Unknown { .. }) {
             return None;
         }
-        // What takes the sender's address is told by the packets that go there.
+        // A foreign route to the sender's address is reported by lookups of packets to that
+        // address.
         if evidence.from_local && answer == Answer::Refused(EINVAL) {
             return None;
         }
@@ -152,22 +158,22 @@ impl Cause {
         })
     }
 
-    /// Whether another of these says the same: of all packets, or of those that a rule selects where this is
-    /// of a route.
-    pub(super) fn is_told_by(&self, all: &BTreeSet<Self>) -> bool {
+    /// Whether another cause in `all` reports the same: for all packets, or, if this one is of a
+    /// route, for those that a rule or a lesser selector selects.
+    pub(super) fn is_covered_by(&self, all: &BTreeSet<Self>) -> bool {
         let Self::Selected { selector, cause } = self else { return false };
         let is_route = selector.priority.is_none();
-        let says_the_same = |other: &Self| match other {
+        let is_same = |other: &Self| match other {
             Self::Selected { selector: by, cause: same } => {
                 same == cause && (by.priority.is_some() || by < selector)
             }
             _ => false,
         };
-        all.contains(cause) || is_route && all.iter().any(says_the_same)
+        all.contains(cause) || is_route && all.iter().any(is_same)
     }
 
-    /// Whether packets do not get where they should.
-    pub(super) fn leads_astray(&self) -> bool {
+    /// Whether packets are diverted or dropped, not only limited in size.
+    pub(super) fn diverts(&self) -> bool {
         !matches!(self, Self::Narrowed { .. })
     }
 
@@ -195,19 +201,20 @@ impl Cause {
         }
         let reached = |table: u32| table == MAIN || evidence.priority(table).is_some();
         let refusals = evidence.refusals.iter();
-        let longest = refusals
+        let most_specific = refusals
             .filter(|(destination, _, table, _)| {
                 destination.contains(&question.to) && reached(*table)
             })
             .max_by_key(|(destination, .., condition)| (destination.prefix_len(), *condition));
-        // A default route that leads nowhere is what there is where nothing else leads.
-        if let Some(refusal) = longest.filter(|(to, ..)| to.prefix_len() > 0) {
+        // A default route that drops applies only if no other route does, so more specific causes
+        // come first.
+        if let Some(refusal) = most_specific.filter(|(to, ..)| to.prefix_len() > 0) {
             return Self::of_route_to_nowhere(*refusal, evidence);
         }
         if let Some(cause) = input.and_then(Self::of_vrf) {
             return cause;
         }
-        if let Some(refusal) = longest {
+        if let Some(refusal) = most_specific {
             return Self::of_route_to_nowhere(*refusal, evidence);
         }
         match evidence.rules.iter().find(|(_, _, refuses)| *refuses) {
@@ -265,7 +272,8 @@ impl Cause {
         Some(Self::Vrf { interface: input.name.clone(), vrf, table })
     }
 
-    /// What is wrong and what helps; nothing where another check tells it.
+    /// Returns a sentence with the cause and its remedy; `None` if another check reports it.
+    /// `subnets` lists the affected subnets, `network` is the overlay's network.
     pub fn sentence(&self, kind: Kind, subnets: &str, network: IpNet) -> Option<String> {
         let packets = match kind {
             Kind::Out => format!("packets of pods to {subnets}"),
@@ -295,24 +303,24 @@ impl Cause {
             Self::Table { table, priority: Some(priority), interface, ipv4 } => format!(
                 "{packets} leave by {interface}: table {table} has a route for them and comes before the \
                  main table (ip{} rule {priority}){}; let the overlay come first: {}",
-                six(*ipv4),
+                ip6_option(*ipv4),
                 likely_program(*table, interface)
                     .map(|program| format!(", probably of {program}"))
                     .unwrap_or_default(),
-                first_rule(network, *priority, *ipv4)
+                command_for_earlier_rule(network, *priority, *ipv4)
             ),
             Self::Table { table, priority: None, interface, ipv4 } => format!(
                 "{packets} leave by {interface}: table {table} has a route for them (see ip{} rule)",
-                six(*ipv4)
+                ip6_option(*ipv4)
             ),
             Self::Route { destination, metric, interface, condition, .. }
                 if kind.is_to_pods_here() && destination.prefix_len() > 0 =>
             {
                 format!(
                     "packets to pods here leave by {interface}: a route of another program in the main table \
-                     takes {destination}{condition}, which is of this node's own subnet; remove it \
+                     takes {destination}{condition}, a part of this node's own subnet; remove it \
                      (ip{} route del {destination}{condition} dev {interface} metric {metric})",
-                    six(destination.addr().is_ipv4())
+                    ip6_option(destination.addr().is_ipv4())
                 )
             }
             Self::Route { destination, metric, interface, condition, .. }
@@ -320,38 +328,38 @@ impl Cause {
             {
                 format!(
                     "another program's route takes the packets to {destination}{condition}, by {interface}, \
-                     because it asks for more than the overlay's: remove it (ip{} route del \
+                     because its conditions are more specific: remove it (ip{} route del \
                      {destination}{condition} dev {interface} metric {metric})",
-                    six(destination.addr().is_ipv4())
+                    ip6_option(destination.addr().is_ipv4())
                 )
             }
             Self::Route { destination, metric, interface, ours: Some(ours), .. } => format!(
                 "another program's route takes the packets to {destination}, by {interface}: its metric is \
                  {metric}, ours is {ours}; remove it (ip{} route del {destination} metric {metric})",
-                six(destination.addr().is_ipv4())
+                ip6_option(destination.addr().is_ipv4())
             ),
             Self::Route { destination, interface, .. } if destination.prefix_len() == 0 => format!(
                 "{packets} leave by {interface}, the default route: the overlay's own route is not found \
                  (ip{} route show proto 73)",
-                six(destination.addr().is_ipv4())
+                ip6_option(destination.addr().is_ipv4())
             ),
             Self::Route { destination, metric, interface, ours: None, .. } => format!(
                 "another program's route takes the packets to {destination}, by {interface}, because it is \
                  more specific than the overlay's: remove it (ip{} route del {destination} metric {metric})",
-                six(destination.addr().is_ipv4())
+                ip6_option(destination.addr().is_ipv4())
             ),
             Self::Kept { destination, interface } => format!(
                 "this host keeps packets to {destination} for itself, by another program's route of type \
                  local on {interface}: remove it (ip{} route del local {destination} dev {interface} table \
                  local)",
-                six(is_ipv4(destination))
+                ip6_option(is_ipv4(destination))
             ),
             Self::Vrf { interface, vrf, table } => format!(
-                "{packets} are looked up in table {table}, for {interface} is in VRF {vrf}, where the \
-                 overlay is not: ip link set {interface} nomaster"
+                "{packets} are routed by table {table}, because {interface} is in VRF {vrf}, which \
+                 has no routes of the overlay: ip link set {interface} nomaster"
             ),
             Self::Filter { interface } => format!(
-                "rp_filter of {interface} drops {packets}, which come by another way than the answers go: \
+                "rp_filter of {interface} drops {packets}, because their answers leave by another interface: \
                  sysctl -w net.ipv4.conf.{}.rp_filter=2 (and a file in /etc/sysctl.d)",
                 slashed(interface)
             ),
@@ -361,14 +369,14 @@ impl Cause {
                 slashed(interface)
             ),
             Self::Forwarding { interface, by_default: true } => format!(
-                "{packets} are dropped, because net.ipv4.conf.{0}.forwarding is 0; it was made with that, as \
-                 net.ipv4.conf.default.forwarding is 0: sysctl -w net.ipv4.conf.default.forwarding=1 \
+                "{packets} are dropped, because net.ipv4.conf.{0}.forwarding is 0, as on \
+                 new interfaces, because net.ipv4.conf.default.forwarding is 0: sysctl -w net.ipv4.conf.default.forwarding=1 \
                  net.ipv4.conf.{0}.forwarding=1 (and the first in a file in /etc/sysctl.d)",
                 slashed(interface)
             ),
             Self::NoForwarding | Self::Address { .. } | Self::Selected { .. } => return None,
             Self::NoIpv6 { interface } => format!(
-                "{packets} find no way, for IPv6 is turned off on {interface}: \
+                "{packets} have no route, because IPv6 is turned off on {interface}: \
                  sysctl -w net.ipv6.conf.{}.disable_ipv6=0",
                 slashed(interface)
             ),
@@ -377,7 +385,7 @@ impl Cause {
                     Some(priority) if *table != MAIN => {
                         format!(
                             " of table {table} (ip{} rule {priority})",
-                            six(is_ipv4(destination))
+                            ip6_option(is_ipv4(destination))
                         )
                     }
                     _ => String::new(),
@@ -386,7 +394,7 @@ impl Cause {
                 format!(
                     "{packets} are dropped by the {kind} route to {destination}{condition}{of_rule}: remove \
                      it (ip{} route del {kind} {destination}{condition}{table})",
-                    six(is_ipv4(destination))
+                    ip6_option(is_ipv4(destination))
                 )
             }
             Self::Narrowed { destination, metric, table, condition, mtu, carried } => {
@@ -394,24 +402,24 @@ impl Cause {
                     if *table == MAIN { String::new() } else { format!(" table {table}") };
                 format!(
                     "packets of pods to {destination}{condition} have to be small: another program's route \
-                     carries {mtu} bytes, where the overlay carries {carried}; remove it (ip{} route del \
+                     has the MTU {mtu}, the overlay {carried}; remove it (ip{} route del \
                      {destination}{condition} metric {metric}{of_table})",
-                    six(is_ipv4(destination))
+                    ip6_option(is_ipv4(destination))
                 )
             }
             Self::Rule { priority, ipv4 } => format!(
                 "{packets} are dropped by ip{} rule {priority}; let the overlay come first: {}",
-                six(*ipv4),
-                first_rule(network, *priority, *ipv4)
+                ip6_option(*ipv4),
+                command_for_earlier_rule(network, *priority, *ipv4)
             ),
             Self::NoMain { ipv4 } => format!(
-                "{packets} find no way here, for no ip{} rule leads to table main, where the overlay's \
+                "{packets} have no route here, because no ip{} rule leads to table main, where the overlay's \
                  routes are: {}",
-                six(*ipv4),
-                first_rule(network, OF_MAIN + 1, *ipv4)
+                ip6_option(*ipv4),
+                command_for_earlier_rule(network, MAIN_RULE_PRIORITY + 1, *ipv4)
             ),
             Self::Unknown { errno } => format!(
-                "{packets} find no way here: {} (ip route get ADDRESS from ADDRESS iif INTERFACE)",
+                "{packets} have no route here: {} (ip route get ADDRESS from ADDRESS iif INTERFACE)",
                 std::io::Error::from_raw_os_error(*errno)
             ),
         })
@@ -419,19 +427,21 @@ impl Cause {
 }
 
 impl Evidence {
-    /// The first rule that leads to a table.
+    /// Returns the priority of the first rule that leads to a table.
     fn priority(&self, table: u32) -> Option<u32> {
         let rule = self.rules.iter().find(|(_, of_rule, _)| *of_rule == table);
         rule.map(|(priority, ..)| *priority)
     }
 }
 
-fn first_rule(network: IpNet, priority: u32, ipv4: bool) -> String {
+/// Returns the command that adds a rule with the next lower priority number for the overlay's
+/// network.
+fn command_for_earlier_rule(network: IpNet, priority: u32, ipv4: bool) -> String {
     let before = priority.saturating_sub(1);
-    format!("ip{} rule add to {network} lookup main priority {before}", six(ipv4))
+    format!("ip{} rule add to {network} lookup main priority {before}", ip6_option(ipv4))
 }
 
-const fn six(ipv4: bool) -> &'static str {
+const fn ip6_option(ipv4: bool) -> &'static str {
     if ipv4 { "" } else { " -6" }
 }
 
@@ -439,7 +449,7 @@ const fn is_ipv4(network: &IpNet) -> bool {
     matches!(network, IpNet::V4(_))
 }
 
-/// As `sysctl` takes an interface's name that has dots.
+/// Returns the interface's name as `sysctl` takes it: with slashes for dots.
 fn slashed(interface: &str) -> String {
     interface.replace('.', "/")
 }

@@ -1,10 +1,9 @@
-//! Which program has probably made a table of routes or an interface: by the numbers and names that it
-//! chooses.
+//! Guesses which program made a routing table or an interface, by well-known numbers and names.
 
-/// Numbers of tables.
+/// Numbers of routing tables.
 const TABLES: [(u32, &str); 3] =
     [(52, "Tailscale"), (51_820, "WireGuard (wg-quick)"), (220, "strongSwan")];
-/// How names of interfaces begin, the longer before the shorter.
+/// Prefixes of interface names.
 const INTERFACES: [(&str, &str); 14] = [
     ("tailscale", "Tailscale"),
     ("nordlynx", "NordVPN"),
@@ -22,7 +21,9 @@ const INTERFACES: [(&str, &str); 14] = [
     ("ppp", "pppd"),
 ];
 
-/// The program, where it is one that is known. What follows the beginning of an interface's name is a number.
+/// Returns the program that probably made the routing table or else the interface, or `None` if
+/// neither is known. Except for ZeroTier and WireGuard, only digits and `-` may follow the prefix
+/// of an interface name.
 pub fn likely_program(table: u32, interface: &str) -> Option<&'static str> {
     let of_table = TABLES.iter().find(|(number, _)| *number == table).map(|(_, name)| *name);
     let is_of = |prefix: &str| {

@@ -1,19 +1,19 @@
-//! Questions about packets that policy rules select by addresses, protocol or ports: only some of a pod's
-//! packets may take a wrong way.
+//! Lookups of packets that policy rules select by address, protocol or port: a rule may divert only
+//! some of a pod's packets.
 
 use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::{Ground, Kind, Own, Question, Selected, between};
+use super::{Ground, Kind, Own, Question, Selected, spread_address};
 use crate::pods::gateway;
 
-/// Addresses of a network that are tried until one is a pod's.
-const TRIES: u32 = 4;
+/// Addresses of a network that are tried until one can be a pod's.
+const MAX_ADDRESSES_TRIED: u32 = 4;
 
 impl Selected {
-    /// A question about packets of pods, asked of those that the rule selects; none, if it selects none of
-    /// them.
+    /// Returns the lookup `question` with addresses that the rule selects, or `None` if the rule
+    /// selects no such packets.
     pub(super) fn of(&self, question: Question, own: &Own, ground: &Ground) -> Option<Question> {
         if self.ipv4 != question.to.is_ipv4()
             || self.input.is_some_and(|input| question.input != Some(input))
@@ -24,20 +24,20 @@ impl Selected {
             Kind::Out => (own.subnet, question.subject),
             _ => (question.subject, own.subnet),
         };
-        let of_pod = |within: IpNet, wanted: Option<IpNet>, asked: IpAddr| {
-            let Some(wanted) = wanted.filter(|wanted| !wanted.contains(&asked)) else {
-                return Some(asked);
+        let of_pod = |within: IpNet, wanted: Option<IpNet>, original: IpAddr| {
+            let Some(wanted) = wanted.filter(|wanted| !wanted.contains(&original)) else {
+                return Some(original);
             };
             let common = common(within, wanted)?;
             let is_of_pod = |ip: &IpAddr| {
                 !ground.has.contains(ip) && *ip != gateway(within) && *ip != within.network()
             };
-            (0..TRIES).map(|number| between(common, number)).find(is_of_pod)
+            (0..MAX_ADDRESSES_TRIED).map(|number| spread_address(common, number)).find(is_of_pod)
         };
         let selector = self.selector;
-        let asked = question.from?;
+        let original = question.from?;
         Some(Question {
-            from: Some(of_pod(from, selector.from, asked)?),
+            from: Some(of_pod(from, selector.from, original)?),
             to: of_pod(to, selector.to, question.to)?,
             selector: Some(selector),
             ..question
@@ -45,7 +45,7 @@ impl Selected {
     }
 }
 
-/// The smaller of two networks, one of which contains the other.
+/// Returns the smaller of two networks if one contains the other.
 fn common(one: IpNet, other: IpNet) -> Option<IpNet> {
     if one.contains(&other) { Some(other) } else { other.contains(&one).then_some(one) }
 }

@@ -1,4 +1,4 @@
-//! Which questions are asked, and what follows from the answers.
+//! Tests of which lookups are chosen, and of the causes that follow from the results.
 
 use super::*;
 use crate::{
@@ -38,7 +38,8 @@ fn cause(number: u32) -> Cause {
     Cause::Table { table: number, priority: Some(number), interface: "d0".to_owned(), ipv4: true }
 }
 
-/// One pass in which the packets of one kind to some subjects go diverted.
+/// Runs one pass in which `diverted` gives the cause of each deviation; returns the number of
+/// lookups.
 fn pass(
     audit: &mut Audit,
     desired: &Desired,
@@ -51,7 +52,7 @@ fn pass(
 }
 
 #[test]
-fn peers_are_asked_about_as_pods_send_and_receive() {
+fn lookups_are_of_packets_as_pods_send_and_receive_them() {
     let questions = Audit::default().questions(&desired(1), &ground(Some(BRIDGE)));
     let by_device = Expected::Way { link: DEVICE, gateway: Some([10, 42, 2, 0].into()) };
     let of = |kind: Kind| questions.iter().filter(move |q| q.kind == kind).collect::<Vec<_>>();
@@ -69,7 +70,7 @@ fn peers_are_asked_about_as_pods_send_and_receive() {
     let filtered = of(Kind::PodsToHost)[0];
     assert_eq!((filtered.input, filtered.to), (Some(2), [192, 0, 2, 1].into()));
     assert_eq!(of(Kind::HostsToPods)[0].from, Some([192, 0, 2, 2].into()));
-    // Without pods it is this host that sends, and nothing comes in.
+    // Without pods, this host itself is the sender, and no packet arrives for pods.
     let questions = Audit::default().questions(&desired(1), &ground(None));
     let comes_in = [Kind::In, Kind::HostsToPods, Kind::Home];
     assert!(questions.iter().all(|q| !comes_in.contains(&q.kind)));
@@ -77,7 +78,7 @@ fn peers_are_asked_about_as_pods_send_and_receive() {
 }
 
 #[test]
-fn address_of_a_host_that_is_filtered_is_not_asked_about_as_one_of_its_pods() {
+fn filtered_host_address_is_not_looked_up_as_a_pod_address() {
     let (desired, mut audit) = (desired(1), Audit::default());
     let filter = Cause::Filter { interface: "gossamer.1".to_owned() };
     for _ in 0..3 {
@@ -89,12 +90,15 @@ fn address_of_a_host_that_is_filtered_is_not_asked_about_as_one_of_its_pods() {
         let there = if question.kind == Kind::Out { Some(question.to) } else { question.from };
         assert!(there.is_some_and(|ip| net("10.42.2.0/24").contains(&ip)), "{question:?}");
     }
-    let said = audit.sentences(desired.pool.networks());
-    assert!(said[0].contains("packets of other nodes' own addresses to pods here"), "{said:?}");
+    let sentences = audit.sentences(desired.pool.networks());
+    assert!(
+        sentences[0].contains("packets of other nodes' own addresses to pods here"),
+        "{sentences:?}"
+    );
 }
 
 #[test]
-fn each_family_is_asked_about_and_direct_and_withdrawn_peers_have_ways_of_their_own() {
+fn lookups_cover_both_families_and_expect_the_ways_of_direct_and_withdrawn_peers() {
     let view = dual_stack_view(&[(1, 1), (2, 2), (3, 3)]);
     let withdrawn = view.peers.keys().take(1).copied().collect();
     let direct = Underlay { mode: crate::dataplane::desired::Mode::Direct, ..underlay() };
@@ -112,7 +116,7 @@ fn each_family_is_asked_about_and_direct_and_withdrawn_peers_have_ways_of_their_
 }
 
 #[test]
-fn a_cause_is_told_once_however_many_peers_it_concerns_and_only_if_it_lasts() {
+fn cause_is_reported_once_for_all_peers_and_only_after_two_passes() {
     let (desired, mut audit) = (desired(9), Audit::default());
     let networks = desired.pool.networks();
     let table = |q: &Question| (q.kind == Kind::Out).then(|| cause(52));
@@ -120,10 +124,10 @@ fn a_cause_is_told_once_however_many_peers_it_concerns_and_only_if_it_lasts() {
     assert!(audit.sentences(networks).is_empty(), "it may be a change that is under way");
     assert!(audit.is_unfinished());
     pass(&mut audit, &desired, table);
-    let said = audit.sentences(networks);
-    assert_eq!(said.len(), 1, "{said:?}");
+    let sentences = audit.sentences(networks);
+    assert_eq!(sentences.len(), 1, "{sentences:?}");
     for words in ["10.42.2.0/24, 10.42.3.0/24, 10.42.4.0/24, 6 more", "table 52", "ip rule 52"] {
-        assert!(said[0].contains(words), "{words}: {said:?}");
+        assert!(sentences[0].contains(words), "{words}: {sentences:?}");
     }
     assert_eq!(audit.diverted().len(), 9);
     assert!(!audit.is_unfinished());
@@ -132,22 +136,22 @@ fn a_cause_is_told_once_however_many_peers_it_concerns_and_only_if_it_lasts() {
 }
 
 #[test]
-fn a_thousand_peers_are_asked_in_turn_and_those_in_doubt_each_time() {
+fn many_peers_are_looked_up_in_turn_and_deviating_ones_in_each_pass() {
     let members: Vec<(u8, u32)> = (0..250).map(|n| (n as u8, n + 1)).collect();
     let desired = Desired::new(&view(&members), &underlay(), &BTreeSet::new());
     let mut audit = Audit::default();
     audit.begin();
-    let doubted = net("10.42.9.0/24");
+    let deviating = net("10.42.9.0/24");
     let mut asked = BTreeSet::new();
     let mut passes = 0;
     loop {
         passes += 1;
         let questions = audit.questions(&desired, &ground(Some(BRIDGE)));
         let about_peers = questions.iter().filter(|q| q.kind != Kind::Home).count();
-        assert!(about_peers < QUESTIONS + 10, "{about_peers}");
-        assert!(passes < 3 || questions.iter().any(|q| q.subject == doubted));
+        assert!(about_peers < MAX_LOOKUPS + 10, "{about_peers}");
+        assert!(passes < 3 || questions.iter().any(|q| q.subject == deviating));
         asked.extend(questions.iter().filter(|q| q.kind != Kind::Home).map(|q| q.subject));
-        let diverted = |q: &Question| (q.subject == doubted).then(|| cause(52));
+        let diverted = |q: &Question| (q.subject == deviating).then(|| cause(52));
         audit.conclude(questions.into_iter().map(|question| (question, diverted(&question))));
         if !audit.is_unfinished() {
             break;
@@ -155,14 +159,14 @@ fn a_thousand_peers_are_asked_in_turn_and_those_in_doubt_each_time() {
     }
     assert_eq!(asked.len(), 249);
     assert!((3..=4).contains(&passes), "{passes}");
-    // One that is gone is in doubt no more.
+    // A subnet that is gone has no deviations.
     let desired = Desired::new(&view(&[(1, 1), (2, 2)]), &underlay(), &BTreeSet::new());
     pass(&mut audit, &desired, |_| None);
     assert!(audit.diverted().is_empty());
 }
 
 #[test]
-fn one_route_for_all_is_asked_about_where_no_other_outranks_it() {
+fn pool_route_is_looked_up_where_no_other_route_outranks_it() {
     let mut desired = desired(2);
     let pool = net("10.42.0.0/16");
     desired.tables.routes.insert(pool, Hop::new(Way::Device, 1));
@@ -178,8 +182,7 @@ fn one_route_for_all_is_asked_about_where_no_other_outranks_it() {
 }
 
 #[test]
-fn the_own_subnet_is_asked_about_as_a_whole_and_what_takes_a_part_of_it_is_told_as_long_as_it_does()
-{
+fn own_subnet_is_covered_completely_and_a_foreign_route_is_reported_while_it_exists() {
     let (desired, mut audit) = (desired(1), Audit::default());
     let own = net("10.42.1.0/24");
     let mut asked = BTreeSet::new();
@@ -193,9 +196,9 @@ fn the_own_subnet_is_asked_about_as_a_whole_and_what_takes_a_part_of_it_is_told_
         asked.extend(home.iter().map(|q| q.to));
         audit.conclude(questions.into_iter().map(|question| (question, None)));
     }
-    // All but the network's address, the gateway's and that for broadcasts.
+    // All but the network's address, the gateway's and the broadcast address.
     assert_eq!(asked, own.hosts().skip(1).collect());
-    // A route that has just been made is asked about at once, and as long as it is there.
+    // A new foreign route is looked up at once, and in each pass while it exists.
     let stolen: [IpAddr; 2] = [[10, 42, 1, 5].into(), [10, 42, 1, 200].into()];
     audit.suspect(stolen);
     let route = |q: &Question| {
@@ -213,25 +216,28 @@ fn the_own_subnet_is_asked_about_as_a_whole_and_what_takes_a_part_of_it_is_told_
         if audit.is_unfinished() {
             continue;
         }
-        let said = audit.sentences(desired.pool.networks());
+        let sentences = audit.sentences(desired.pool.networks());
         assert!(
-            said.len() == 2 && said[0].contains("ip route del 10.42.1.5/32 dev d0"),
-            "{said:?}"
+            sentences.len() == 2 && sentences[0].contains("ip route del 10.42.1.5/32 dev d0"),
+            "{sentences:?}"
         );
     }
     assert!(audit.diverted().is_empty(), "peers have nothing to do with it");
     pass(&mut audit, &desired, |_| None);
     assert!(audit.sentences(desired.pool.networks()).is_empty());
-    // What takes packets to peers too is told as that.
+    // A cause that also affects packets to peers is reported for those.
     for _ in 0..2 {
         pass(&mut audit, &desired, |q| (q.input != Some(2)).then(|| cause(52)));
     }
-    let said = audit.sentences(desired.pool.networks());
-    assert!(said.len() == 1 && said[0].starts_with("packets of pods to 10.42.2.0/24 "), "{said:?}");
+    let sentences = audit.sentences(desired.pool.networks());
+    assert!(
+        sentences.len() == 1 && sentences[0].starts_with("packets of pods to 10.42.2.0/24 "),
+        "{sentences:?}"
+    );
 }
 
 #[test]
-fn an_own_ipv6_subnet_is_asked_about_where_pods_are() {
+fn own_ipv6_subnet_is_looked_up_where_pods_are() {
     let mut ground = ground(Some(BRIDGE));
     let own = net("fd42:0:0:1::/64");
     ground.own = vec![Own::new(own, DEVICE, &[], Some(BRIDGE))];
@@ -244,18 +250,18 @@ fn an_own_ipv6_subnet_is_asked_about_where_pods_are() {
 }
 
 #[test]
-fn addresses_in_turn_find_a_narrow_route_in_few_passes() {
+fn spread_addresses_find_a_narrow_route_in_few_passes() {
     let subnet = net("10.42.7.0/24");
     let narrow = net("10.42.7.64/27");
-    let found = (1..).find(|number| narrow.contains(&between(subnet, *number)));
+    let found = (1..).find(|number| narrow.contains(&spread_address(subnet, *number)));
     assert!(found.is_some_and(|pass| pass <= 8), "{found:?}");
     let six = net("fd42:0:0:7::/64");
-    assert!((1..99).all(|number| six.contains(&between(six, number))));
-    assert_eq!(between(net("10.42.7.1/32"), 3), net("10.42.7.1/32").addr());
+    assert!((1..99).all(|number| six.contains(&spread_address(six, number))));
+    assert_eq!(spread_address(net("10.42.7.1/32"), 3), net("10.42.7.1/32").addr());
 }
 
 #[test]
-fn an_address_that_went_astray_or_has_a_route_of_its_own_is_asked_about_again() {
+fn diverted_or_suspected_address_is_looked_up_again() {
     let (desired, mut audit) = (desired(9), Audit::default());
     let narrow: IpAddr = [10, 42, 3, 77].into();
     pass(&mut audit, &desired, |_| None);
@@ -270,7 +276,7 @@ fn an_address_that_went_astray_or_has_a_route_of_its_own_is_asked_about_again() 
 }
 
 #[test]
-fn what_wins_is_named_with_what_helps() {
+fn cause_is_reported_with_the_command_that_removes_it() {
     let question = Question {
         kind: Kind::Out,
         subject: net("10.42.2.0/24"),
@@ -348,7 +354,7 @@ fn what_wins_is_named_with_what_helps() {
             Evidence { rules: vec![(100, 0, true)], ..healthy.clone() },
             "dropped by ip rule 100; let the overlay come first",
         ),
-        (question, Answer::Refused(113), healthy.clone(), "find no way here: No route to host"),
+        (question, Answer::Refused(113), healthy.clone(), "have no route here: No route to host"),
         (
             question,
             Answer::Refused(101),
@@ -381,14 +387,17 @@ fn what_wins_is_named_with_what_helps() {
     for (question, answer, evidence, words) in cases {
         assert!(!question.agrees(answer), "{words}");
         let cause = Cause::of(&question, answer, &evidence).expect(words);
-        let said = cause.sentence(question.kind, "10.42.2.0/24", net("10.42.0.0/16"));
-        assert!(said.as_ref().is_some_and(|said| said.contains(words)), "{words}: {said:?}");
+        let sentences = cause.sentence(question.kind, "10.42.2.0/24", net("10.42.0.0/16"));
+        assert!(
+            sentences.as_ref().is_some_and(|sentences| sentences.contains(words)),
+            "{words}: {sentences:?}"
+        );
     }
-    // A route of a table to which no rule leads drops nothing.
+    // A route in a table to which no rule leads drops nothing.
     let others = Evidence { refusals: refusals[1..].to_vec(), ..healthy.clone() };
     let cause = Cause::of(&question, Answer::Refused(13), &others);
     assert_eq!(cause, Some(Cause::Unknown { errno: 13 }));
-    // What is told as an overlap or by a sysctl, and what has nothing to do with the question.
+    // Causes that other checks report, and causes that are irrelevant for the lookup.
     let connected = Evidence { connected: true, ..healthy.clone() };
     for cause in
         [Cause::of(&question, by(255), &healthy), Cause::of(&question, by(MAIN), &connected)]
@@ -403,10 +412,9 @@ fn what_wins_is_named_with_what_helps() {
     assert_eq!(Cause::of(&other, Answer::Refused(22), &healthy), None);
 }
 
-/// Packets that rules select are asked about with addresses and ports that the rules take, and with no
-/// address of the host itself.
+/// Lookups have addresses and ports that the rules select, and no address of the host itself.
 #[test]
-fn packets_that_rules_select_are_asked_about_as_rules_select_them() {
+fn lookups_of_selected_packets_match_the_selector() {
     let selector = |from: Option<&str>, to: Option<&str>, dport: Option<u16>| Selector {
         priority: Some(100),
         from: from.map(net),
@@ -438,15 +446,16 @@ fn packets_that_rules_select_are_asked_about_as_rules_select_them() {
     assert_eq!(asked(selector(Some("192.0.2.0/24"), None, None), None), [""; 0]);
 }
 
-/// A rule that takes all packets is told once; one that takes some is told with what it selects.
+/// A rule that affects all packets is reported once; a rule that affects some is reported with its
+/// selector.
 #[test]
-fn rule_that_takes_some_packets_is_told_with_what_it_selects() {
+fn rule_that_affects_some_packets_is_reported_with_its_selector() {
     let selector = Selector {
         priority: Some(100),
         destination: Some(Ports { first: 80, last: 90 }),
         ..Selector::default()
     };
-    let told = |some_only: bool| {
+    let report = |some_only: bool| {
         let (desired, mut audit) = (desired(1), Audit::default());
         let mut ground = ground(Some(BRIDGE));
         ground.selected = vec![Selected { selector, input: None, ipv4: true }];
@@ -465,11 +474,11 @@ fn rule_that_takes_some_packets_is_told_with_what_it_selects() {
         }
         audit.sentences(desired.pool.networks())
     };
-    let some = told(true);
+    let some = report(true);
     assert_eq!(some.len(), 1, "{some:?}");
     let words = "packets of pods to 10.42.2.0/24 that rule 100 selects (dport 80-90) leave by d0";
     assert!(some[0].starts_with(words), "{some:?}");
-    let all = told(false);
+    let all = report(false);
     assert_eq!(all.len(), 1, "{all:?}");
     assert!(all[0].starts_with("packets of pods to 10.42.2.0/24 leave by d0"), "{all:?}");
 }

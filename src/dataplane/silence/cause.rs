@@ -397,7 +397,7 @@ impl Cause {
                 let of = if *is_gateway { ", the gateway" } else { "" };
                 format!(
                     "no machine on {interface} answers {asked} for {address}{of}, so packets to {peers} do \
-                     not leave this host: is it off, or in another network segment (veth pair, VLAN, port \
+                     not leave this host: is it off, or in another network segment (cable, VLAN, port \
                      security)? (ip neigh show {address})"
                 )
             }
