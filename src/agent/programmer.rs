@@ -354,11 +354,12 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
         if self.demand.in_use().is_none() {
             return Ok(());
         }
-        let idle = self.kernel.idle(self.config.idle_after)?;
+        let idle = self.kernel.idle_macs(self.config.idle_after)?;
         self.demand.remove_idle(idle.into_iter());
         // Those that let a first packet go, and those that nobody could answer: a pod that tries all
         // addresses must not fill the kernel's table.
-        let passing: Vec<Op> = self.kernel.passing()?.into_iter().map(Op::RemoveNeighbor).collect();
+        let passing: Vec<Op> =
+            self.kernel.temporary_neighbors()?.into_iter().map(Op::RemoveNeighbor).collect();
         self.kernel.answer(&passing)?;
         self.choose_part();
         self.tell_demand();
@@ -444,7 +445,7 @@ impl<F: Fn(KernelEvent)> Reconciler<F> {
             Some(DesiredState { state: State::Overlay(all, _), .. }) => {
                 let report = self.kernel.reconcile(self.part.as_ref().unwrap_or(all))?;
                 // Without it only events tell of missing entries; on demand there would be none at all.
-                match self.kernel.be_asked() {
+                match self.kernel.request_misses() {
                     Err(error) if self.demand.in_use().is_some() => Err(error.into()),
                     _ => Ok(report),
                 }

@@ -343,9 +343,9 @@ impl<F: Fn(SilenceFindings)> Diagnoser<F> {
             for suspect in &doubtful {
                 let Some(facts) = facts.get_mut(&suspect.node) else { continue };
                 if let Some(trace) = &trace {
-                    facts.dropped = trace.told().dropped(place.local, suspect.address);
-                    facts.translating = trace.told().translating(suspect.address);
-                    let diverted = trace.told().dropped_at(suspect.vtep);
+                    facts.dropped = trace.report().dropped(place.local, suspect.address);
+                    facts.translating = trace.report().translating(suspect.address);
+                    let diverted = trace.report().dropped_at(suspect.vtep);
                     facts.diverted = diverted.and_then(|(by, at)| {
                         routes.diverted(&mut self.netlink, suspect.vtep, by, at)
                     });
@@ -425,7 +425,7 @@ impl<F: Fn(SilenceFindings)> Diagnoser<F> {
         }
         for (node, hop) in refused {
             let Some(facts) = facts.get_mut(&node) else { continue };
-            facts.refused = Some(trace.told().dropped_from(hop));
+            facts.refused = Some(trace.report().dropped_from(hop));
         }
         Ok(Some(()))
     }

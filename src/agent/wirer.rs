@@ -274,7 +274,7 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
             Job::Connect { number, bridge, pod, mac, end } => {
                 let veth = link_name(&pod.attachment);
                 let tenant = Tenant::new(&pod, mac);
-                self.tables.let_in(&bridge, &veth, &tenant, &self.tenants);
+                self.tables.admit(&bridge, &veth, &tenant, &self.tenants);
                 let result = self.wiring.connect(&bridge, &pod, mac, &end);
                 if result.is_ok() {
                     self.seen = Some(bridge.clone());
@@ -286,7 +286,7 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
                 if result.is_ok() {
                     self.tenants.insert(veth, tenant);
                 } else {
-                    self.tables.shut_out(&veth, &tenant);
+                    self.tables.revoke(&veth, &tenant);
                 }
                 let attachment = result.is_ok().then(|| pod.attachment.clone());
                 (self.report)(AttachResult::Connected { number, result });
@@ -298,7 +298,7 @@ impl<F: Fn(AttachResult)> PodWorker<'_, F> {
                 let veth = link_name(&attachment);
                 let tenant = self.tenants.remove(&veth);
                 if let Some(tenant) = &tenant {
-                    self.tables.shut_out(&veth, tenant);
+                    self.tables.revoke(&veth, tenant);
                     self.wiring.forget_neighbors(tenant.addresses);
                 }
                 // Its addresses are of the container's other veth pairs too.

@@ -36,11 +36,11 @@ impl Reasons {
         let pods = setting.shape.iter().flat_map(|shape| shape.addresses.iter());
         let pods: Vec<IpAddr> = pods.collect();
         for pod in &pods {
-            if let Some(by) = trace.told().dropped_to(*pod) {
+            if let Some(by) = trace.report().dropped_to(*pod) {
                 self.silencing.insert(pod.is_ipv4(), by);
             }
         }
-        let by = trace.told().dropped_beside(&pods);
+        let by = trace.report().dropped_to_others(&pods);
         self.dropping = by.or_else(|| self.dropping.take());
     }
 

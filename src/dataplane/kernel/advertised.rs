@@ -1,7 +1,8 @@
 //! Interfaces with routes and addresses that the kernel has learned from router advertisements.
 //!
-//! A kernel that forwards IPv6 drops such routes and takes no more advertisements, unless `accept_ra` is 2:
-//! a host that is turned into a router would lose its own default route.
+//! When forwarding of IPv6 is turned on, the kernel drops such routes and accepts no more
+//! advertisements, unless `accept_ra` is 2. A host that becomes a router would lose its own default
+//! route.
 
 use std::{collections::BTreeSet, io};
 
@@ -12,7 +13,7 @@ use rtnetlink::packet_route::{
 };
 
 use super::{
-    is_gossamers,
+    is_overlay_device,
     sysctl::{dotted, read, write},
 };
 use crate::{
@@ -20,27 +21,31 @@ use crate::{
     pods::bridge::ALIAS,
 };
 
-/// Kinds of interfaces that lead to routers; physical ones have none.
+/// Kinds of interfaces that may lead to routers; physical interfaces have the empty kind.
 const UPLINKS: [&str; 4] = ["", "bond", "team", "vlan"];
 
-/// Interfaces that take advertisements now and would not when this host forwards.
+/// Interfaces that accept advertisements, and would not once this host forwards.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Advertised {
-    /// They have routes or addresses from advertisements.
+    /// Names of interfaces that have routes or addresses from advertisements.
     pub learned: Vec<String>,
-    /// They may get some.
+    /// Names of interfaces that may get some.
     pub may_learn: Vec<String>,
 }
 
 impl Advertised {
-    /// Asks the kernel of this thread's network namespace. `underlay` is an uplink whatever its kind.
+    /// Lists the interfaces of this thread's network namespace. `underlay` counts as an uplink
+    /// whatever its kind.
+    ///
+    /// # Errors
+    /// When the kernel's tables cannot be read.
     pub fn find(underlay: &str) -> io::Result<Self> {
         let mut netlink = Netlink::open()?;
-        let learned = learned(&mut netlink)?;
+        let learned = learned_interfaces(&mut netlink)?;
         let mut found = Self::default();
         for link in netlink.links()? {
-            let ours = is_gossamers(&link) || link.alias == ALIAS;
-            if ours || link.loopback || !takes_them(&link.name) {
+            let ours = is_overlay_device(&link) || link.alias == ALIAS;
+            if ours || link.loopback || !accepts_advertisements(&link.name) {
                 continue;
             }
             if learned.contains(&link.index) {
@@ -52,63 +57,69 @@ impl Advertised {
         Ok(found)
     }
 
-    /// Makes all of them take advertisements from a host that forwards, too. Gives those that do now.
+    /// Lets all of them accept advertisements also while this host forwards. Returns the names of
+    /// the interfaces that were changed.
     ///
     /// # Errors
-    /// The interface whose routes would be lost, and the command that keeps them.
+    /// When `accept_ra` of an interface with learned routes cannot be set; the message contains the
+    /// command that does so.
     pub fn keep(&self) -> Result<BTreeSet<String>, String> {
         let mut kept = BTreeSet::new();
         for interface in &self.learned {
-            keep(interface).map_err(|error| {
+            set_accept_ra(interface).map_err(|error| {
                 format!(
                     "{interface} has routes or addresses from router advertisements, which the kernel would \
                      drop, and {} cannot be set to 2 ({error}): run sysctl -w {0}=2",
-                    dotted(&setting(interface))
+                    dotted(&accept_ra_path(interface))
                 )
             })?;
             kept.insert(interface.clone());
         }
-        kept.extend(self.may_learn.iter().filter(|name| keep(name).is_ok()).cloned());
+        kept.extend(self.may_learn.iter().filter(|name| set_accept_ra(name).is_ok()).cloned());
         Ok(kept)
     }
 
-    /// Arguments of `sysctl -w` that keep what was learned.
+    /// Returns the arguments of `sysctl -w` that preserve the learned routes.
     pub fn arguments(&self) -> String {
-        self.learned.iter().map(|name| format!("{}=2 ", dotted(&setting(name)))).collect()
+        self.learned.iter().map(|name| format!("{}=2 ", dotted(&accept_ra_path(name)))).collect()
     }
 }
 
-/// Makes an interface take advertisements again that has been re-created since.
-pub fn keep_again(interface: &str) -> bool {
-    takes_them_no_more(interface) && keep(interface).is_ok()
+/// Lets an interface that was re-created accept advertisements again; returns whether it was
+/// changed.
+pub fn restore_accept_ra(interface: &str) -> bool {
+    has_default_accept_ra(interface) && set_accept_ra(interface).is_ok()
 }
 
-fn keep(interface: &str) -> io::Result<()> {
-    write(&setting(interface), "2")
+fn set_accept_ra(interface: &str) -> io::Result<()> {
+    write(&accept_ra_path(interface), "2")
 }
 
-fn setting(interface: &str) -> String {
+fn accept_ra_path(interface: &str) -> String {
     format!("net/ipv6/conf/{interface}/accept_ra")
 }
 
-/// With 0 another program (systemd-networkd, NetworkManager) does it, or the operator wants none.
-fn takes_them(interface: &str) -> bool {
+/// Whether the kernel accepts advertisements on the interface. If `accept_ra` is 0, another program
+/// (systemd-networkd, NetworkManager) handles them, or the operator wants none.
+fn accepts_advertisements(interface: &str) -> bool {
     let is = |setting: &str, value: &str| {
         read(&format!("net/ipv6/conf/{interface}/{setting}")).is_some_and(|is| is == value)
     };
     is("accept_ra", "1") && is("forwarding", "0") && is("disable_ipv6", "0")
 }
 
-fn takes_them_no_more(interface: &str) -> bool {
-    read(&setting(interface)).is_some_and(|value| value == "1")
+/// Whether `accept_ra` is 1, which ends advertisements on a host that forwards.
+fn has_default_accept_ra(interface: &str) -> bool {
+    read(&accept_ra_path(interface)).is_some_and(|value| value == "1")
 }
 
 fn is_uplink(link: &Link) -> bool {
     UPLINKS.contains(&link.kind.as_str())
 }
 
-/// Indexes of interfaces.
-fn learned(netlink: &mut Netlink) -> io::Result<BTreeSet<u32>> {
+/// Returns the indexes of interfaces with routes or non-permanent global addresses from
+/// advertisements.
+fn learned_interfaces(netlink: &mut Netlink) -> io::Result<BTreeSet<u32>> {
     let mut filter = RouteMessage::default();
     filter.header.address_family = AddressFamily::Inet6;
     filter.header.protocol = RouteProtocol::Ra;

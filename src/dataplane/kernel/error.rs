@@ -1,4 +1,4 @@
-//! Why the kernel cannot be used as it is.
+//! Errors of the kernel that prevent the VXLAN device.
 
 use std::io;
 
@@ -6,14 +6,16 @@ use ipnet::IpNet;
 
 use super::ENOBUFS;
 
-/// Why the device cannot be made. The rest of the plan was not tried.
+/// Why the device cannot be created. The remaining operations of the plan are not executed.
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {
+    /// Another VXLAN device has the VNI and port.
     #[error(
         "VNI {vni} on UDP port {port} is in use by device {holder}: stop what made it \
          (is flannel running here?), or choose another vni or vxlan_port for the cluster"
     )]
     VniTaken { vni: u32, port: u16, holder: String },
+    /// The VXLAN device cannot open the UDP port.
     #[error(
         "UDP port {port} is taken by {}, so the VXLAN device {name} cannot listen on it: {}, or choose \
          another vxlan_port for the cluster",
@@ -23,28 +25,34 @@ pub enum KernelError {
     PortTaken {
         name: String,
         port: u16,
-        /// The other VXLAN device, if it is one.
+        /// The other VXLAN device; `None` if another kind of socket has the port.
         by: Option<String>,
     },
+    /// A device of another kind has the name.
     #[error(
         "the device name {name} is taken by a {kind} device: rename or remove that device, \
          or choose another vni for the cluster"
     )]
     NameTaken { name: String, kind: String },
+    /// A network of the overlay overlaps with an underlay address or another overlay.
     #[error(
         "network {network} of the overlay and {what} of interface {interface} overlap, so packets would take \
          the wrong way: choose another network for the cluster"
     )]
     Overlap { network: IpNet, what: IpNet, interface: String },
+    /// IPv6 addresses cannot be added to the device.
     #[error(
         "no IPv6 address can be given to {name}: IPv6 is turned off in this kernel (ipv6.disable, or \
          net.ipv6.conf.all.disable_ipv6); turn it on, or use a cluster without IPv6"
     )]
     NoIpv6 { name: String },
+    /// The kernel has no VXLAN module.
     #[error("the kernel cannot make VXLAN devices: load or build the vxlan module")]
     NoVxlan,
+    /// The process lacks `CAP_NET_ADMIN`.
     #[error("not permitted to change network settings: run as root or grant CAP_NET_ADMIN")]
     NotPermitted,
+    /// Another error of netlink.
     #[error("netlink: {0}")]
     Netlink(#[from] io::Error),
 }
@@ -65,7 +73,7 @@ fn release(device: Option<&str>) -> String {
 }
 
 impl KernelError {
-    /// Whether the kernel may take the same in a moment: it was busy, or short of memory.
+    /// Whether the same operation may succeed soon, because the kernel was busy or short of memory.
     pub fn is_transient(&self) -> bool {
         let Self::Netlink(error) = self else { return false };
         matches!(
@@ -84,7 +92,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn errors_of_a_busy_kernel_are_transient_and_no_others() {
+    fn only_errors_of_a_busy_kernel_are_transient() {
         let is_transient =
             |errno| KernelError::Netlink(io::Error::from_raw_os_error(errno)).is_transient();
         // EINTR, EAGAIN, ENOMEM, EBUSY, ENOBUFS, ETIMEDOUT

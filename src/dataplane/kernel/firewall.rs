@@ -1,8 +1,9 @@
-//! Our table in nftables: written in one transaction, compared with what was written, and put right.
+//! Writes gossamer's nftables table, compares it with what was written, and repairs it.
 //!
-//! The kernel gives rules back in a form of its own. So what is right is remembered as the kernel showed it
-//! after our own transaction, and anything else found later is somebody's change; the table is then written
-//! anew as a whole, which no packet notices. Members come and go one by one.
+//! The kernel returns rules in a form of its own. This module therefore stores the form that the
+//! kernel shows after a write, and treats any later difference as a change by another program. It
+//! then rewrites the whole table in one transaction, so that no packet passes without the rules.
+//! Changes of members only add and remove elements of sets.
 
 mod chains;
 
@@ -34,43 +35,46 @@ use crate::{
     },
 };
 
-/// `NFTA_SET_ELEM_EXPR`: what an element of a set does when it is found.
+/// `NFTA_SET_ELEM_EXPR`: the expression that is executed when an element is found.
 const ELEMENT_EXPRESSION: u16 = 7;
-/// Bytes: what a socket's buffer takes where nobody has raised its limit (`net.core.wmem_max`).
-const MAX_TRANSACTION: usize = 300_000;
-/// The table, as it is in the kernel.
+/// Upper limit of one transaction in bytes: what a socket's send buffer takes with the default
+/// `net.core.wmem_max`.
+const MAX_TRANSACTION_BYTES: usize = 300_000;
+/// The table in the kernel.
 pub struct FirewallTable {
     nftables: Nftables,
-    written: Option<WriteEvent>,
-    /// Members that an earlier process let in and this one has not heard of.
+    written: Option<Written>,
+    /// Members that an earlier process accepted and no view of this process has contained; `None`
+    /// until the set was read.
     adopted: Option<BTreeSet<IpAddr>>,
-    /// When last read.
+    /// Dropped packets as of the last read.
     dropped: u64,
-    /// Counted by rules that are gone.
+    /// Packets counted by rules of earlier versions of the table.
     dropped_before: u64,
-    /// A change of members was refused: the table was not as it should have been.
+    /// Whether the kernel refused a change of elements, because the table differed from what was
+    /// written.
     refused: bool,
 }
 
-/// What a pass over the table did.
+/// The result of one verification.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Pass {
-    /// Somebody else had changed the table.
+    /// Whether another program had changed the table.
     pub repaired: bool,
-    /// Tunnel packets of non-members that were dropped.
+    /// Dropped tunnel packets of non-members since the agent started.
     pub dropped: u64,
 }
 
-/// What was last put into the kernel, and how the kernel shows that.
-struct WriteEvent {
+/// What was last written, and the form in which the kernel shows it.
+struct Written {
     firewall: Firewall,
     elements: Elements,
     rules: usize,
-    /// Not known before it was read for the first time.
+    /// `None` until the table was read after the write.
     shown: Option<Shown>,
 }
 
-/// The table's parts that nobody but us may change, without counters.
+/// The parts of a table that only gossamer may change, without counters.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Shown {
     table: Vec<Vec<u8>>,
@@ -79,6 +83,10 @@ pub struct Shown {
 }
 
 impl FirewallTable {
+    /// Opens a netlink socket for nftables.
+    ///
+    /// # Errors
+    /// When the socket cannot be opened.
     pub fn open() -> io::Result<Self> {
         Ok(Self {
             nftables: Nftables::open()?,
@@ -90,8 +98,12 @@ impl FirewallTable {
         })
     }
 
-    /// Makes the table equal to `wanted`, on the assumption that it still holds what was last written. That
-    /// a new member waits for; whether the assumption is true, [`FirewallTable::verify`] finds out.
+    /// Makes the table equal to `wanted`, assuming that it still holds what was last written. This
+    /// way, a new member is accepted without delay; [`FirewallTable::verify`] checks the
+    /// assumption.
+    ///
+    /// # Errors
+    /// When the kernel refuses the table.
     pub fn write(&mut self, wanted: &Firewall) -> io::Result<()> {
         let elements = elements(wanted, &self.wanted_members(wanted)?);
         let Some(written) = self.written.take_if(|w| w.firewall.equals_but_for_elements(wanted))
@@ -112,40 +124,43 @@ impl FirewallTable {
                 self.rewrite(wanted, elements)
             }
             Ok(()) => {
-                self.written = Some(WriteEvent { firewall: wanted.clone(), elements, ..written });
+                self.written = Some(Written { firewall: wanted.clone(), elements, ..written });
                 Ok(())
             }
         }
     }
 
-    /// Whether it is still to be found out how the kernel shows what was written.
+    /// Whether the table has not been read since the last write.
     pub fn is_unread(&self) -> bool {
         self.written.as_ref().is_some_and(|written| written.shown.is_none())
     }
 
-    /// Reads the table, and writes it again if it is not as it was last written.
+    /// Reads the table, and rewrites it if it differs from what was last written.
+    ///
+    /// # Errors
+    /// When the table cannot be read or written, or another program changes it at the same time.
     pub fn verify(&mut self, wanted: &Firewall) -> io::Result<Pass> {
         self.write(wanted)?;
         let Some(written) = &mut self.written else { return Ok(Pass::default()) };
-        let (shown, counted) = look(&mut self.nftables, INET, &wanted.table)?;
+        let (shown, counted) = read_table(&mut self.nftables, INET, &wanted.table)?;
         let present = written.present(&mut self.nftables)?;
         self.dropped = self.dropped_before + counted.values().sum::<u64>();
-        let right = written.is_shown_by(&shown, &present);
-        if right {
+        let expected = written.is_shown_by(&shown, &present);
+        if expected {
             written.shown = Some(shown);
         } else {
             let members = self.wanted_members(wanted)?;
             self.rewrite(wanted, elements(wanted, &members))?;
             self.read_back(&wanted.table)?;
         }
-        let repaired = std::mem::take(&mut self.refused) || !right;
+        let repaired = std::mem::take(&mut self.refused) || !expected;
         Ok(Pass { repaired, dropped: self.dropped })
     }
 
-    /// Learns how the kernel shows what has just been written.
+    /// Stores the form in which the kernel shows the latest write.
     fn read_back(&mut self, table: &str) -> io::Result<()> {
         let Some(written) = &mut self.written else { return Ok(()) };
-        let (shown, _) = look(&mut self.nftables, INET, table)?;
+        let (shown, _) = read_table(&mut self.nftables, INET, table)?;
         let present = written.present(&mut self.nftables)?;
         if !written.is_shown_by(&shown, &present) {
             return Err(io::Error::other("another program changes the table at the same time"));
@@ -154,13 +169,14 @@ impl FirewallTable {
         Ok(())
     }
 
-    /// With partial knowledge, members that an earlier process let in stay. What has once been in a view of
-    /// this one is no longer in doubt, and whoever is put into the set by others is no member.
+    /// Returns the members to accept. While knowledge is partial, members that an earlier process
+    /// accepted stay accepted. An address that was in one of this process's views no longer counts
+    /// as adopted, and elements that other programs add later are not members.
     fn wanted_members(&mut self, wanted: &Firewall) -> io::Result<BTreeSet<IpAddr>> {
         let Some(guard) = &wanted.guard else { return Ok(BTreeSet::new()) };
         let mut adopted = match self.adopted.take() {
             Some(adopted) => adopted,
-            None if guard.lenient => members_in(&mut self.nftables, &wanted.table)?,
+            None if guard.lenient => read_members(&mut self.nftables, &wanted.table)?,
             None => BTreeSet::new(),
         };
         adopted.retain(|address| guard.lenient && !guard.members.contains(address));
@@ -169,23 +185,29 @@ impl FirewallTable {
         Ok(members)
     }
 
-    /// Removes a table and everything in it; one that is not there is no error.
+    /// Removes a table and everything in it. A missing table is no error.
+    ///
+    /// # Errors
+    /// When the kernel refuses the removal.
     pub fn remove(&mut self, table: &str) -> io::Result<()> {
         self.written = None;
-        // A table that is not there cannot be deleted, and one that is can be created again.
+        // The deletion of a missing table fails, but a table that exists can be created again.
         match self.nftables.transaction(&[create_table(table), delete_table(table)]) {
             Err(error) if is_missing(&error) => Ok(()),
             removed => removed,
         }
     }
 
-    /// How many tunnel packets have come from each member since its address is in the table. Empty where the
-    /// kernel does not count them (before 5.7), and without a guard.
+    /// Returns how many tunnel packets have arrived from each member since its address was added.
+    /// Empty without a guard, and before Linux 5.7, which does not count them.
+    ///
+    /// # Errors
+    /// When the sets cannot be read.
     pub fn packets_of_members(&mut self, table: &str) -> io::Result<BTreeMap<IpAddr, u64>> {
         let mut packets = BTreeMap::new();
         for set in MEMBERS {
             let counted = |key: &[u8], element: &[u8]| {
-                Some((attributes::address(key)?, packets_of(element)?))
+                Some((attributes::address(key)?, matched_packets(element)?))
             };
             let mut of_set = sets::read(&mut self.nftables, INET, (table, set), counted)?;
             packets.append(&mut of_set);
@@ -193,19 +215,29 @@ impl FirewallTable {
         Ok(packets)
     }
 
-    /// Tables of both families whose name is wanted.
+    /// Returns the names of the tables of family `inet` for which `wanted` holds.
+    ///
+    /// # Errors
+    /// When the tables cannot be listed.
     pub fn tables(&mut self, wanted: impl Fn(&str) -> bool) -> io::Result<Vec<String>> {
         let tables = self.nftables.dump(Kind::GetTable, INET, &Attributes::new())?;
         let names = tables.iter().map(|table| name_of(table, 1));
         Ok(names.filter(|name| wanted(name)).map(str::to_owned).collect())
     }
 
-    /// What others do with packets of these networks.
+    /// Returns what chains of other programs do with packets of these networks.
+    ///
+    /// # Errors
+    /// When the chains cannot be listed.
     pub fn foreign_chains(&mut self, networks: &[IpNet]) -> io::Result<ForeignChains> {
         ForeignChains::read(&mut self.nftables, networks, None)
     }
 
-    /// The same of packets that were lost: rules that certainly take none of them do not count.
+    /// Like [`FirewallTable::foreign_chains`], without rules that certainly match none of the
+    /// `lost` packets.
+    ///
+    /// # Errors
+    /// When the chains cannot be listed.
     pub fn chains_that_may_drop(
         &mut self,
         networks: &[IpNet],
@@ -214,32 +246,47 @@ impl FirewallTable {
         ForeignChains::read(&mut self.nftables, networks, Some(lost))
     }
 
-    /// Chains of others that may keep pods from finding the gateway of this subnet.
+    /// Returns foreign chains that may prevent pods from resolving the gateway of this subnet.
+    ///
+    /// # Errors
+    /// When chains or rules cannot be listed.
     pub fn chains_around_gateway(&mut self, network: IpNet) -> io::Result<Vec<Closing>> {
         ForeignChains::read_around_gateway(&mut self.nftables, network)
     }
 
-    /// Chains of others that may drop packets between this host itself and a network.
+    /// Returns foreign chains that may drop packets between this host itself and a network.
+    ///
+    /// # Errors
+    /// When chains or rules cannot be listed.
     pub fn chains_at(&mut self, at: OwnHook, network: IpNet) -> io::Result<Vec<Closing>> {
         ForeignChains::read_at(&mut self.nftables, at, network)
     }
 
-    /// Chains of others that translate the source of what leaves this host.
+    /// Returns foreign chains that translate the source of packets that leave this host.
+    ///
+    /// # Errors
+    /// When chains or rules cannot be listed.
     pub fn translating_chains(&mut self, ipv4: bool) -> io::Result<Vec<String>> {
         translating_chains(&mut self.nftables, ipv4)
     }
 
-    /// Chains of others that send what comes in to another address.
+    /// Returns foreign chains that give incoming packets another destination.
+    ///
+    /// # Errors
+    /// When chains or rules cannot be listed.
     pub fn redirecting_chains(&mut self, ipv4: bool) -> io::Result<Vec<String>> {
         redirecting_chains(&mut self.nftables, ipv4)
     }
 
-    /// Rules of others, with those of iptables-legacy.
+    /// Returns the rules of other programs, including those of iptables-legacy.
+    ///
+    /// # Errors
+    /// When chains or rules cannot be listed.
     pub fn foreign_rules(&mut self, legacy: Vec<LegacyTable>) -> io::Result<ForeignRules> {
         ForeignRules::read(&mut self.nftables, legacy)
     }
 
-    /// Rules of others that do something with some of these packets alone.
+    /// Returns foreign rules that affect only some of these packets.
     pub fn partial_rules(
         &mut self,
         rules: &mut ForeignRules,
@@ -248,12 +295,18 @@ impl FirewallTable {
         rules.partial(&mut self.nftables, traffic)
     }
 
-    /// Chains of others that give UDP packets to a port of this host another destination.
+    /// Returns foreign chains that give UDP packets to a port of this host another destination.
+    ///
+    /// # Errors
+    /// When chains or rules cannot be listed.
     pub fn redirected_port(&mut self, ipv4: bool, port: u16) -> io::Result<BTreeSet<String>> {
         redirected_port(&mut self.nftables, ipv4, port)
     }
 
-    /// Base chains of others, and those of these UDP ports that they drop.
+    /// Returns foreign base chains with those of the UDP `ports` that they close.
+    ///
+    /// # Errors
+    /// When chains or rules cannot be listed.
     pub fn closed_ports(&mut self, ports: &[u16]) -> io::Result<BTreeSet<ClosedPort>> {
         closed_ports(&mut self.nftables, ports)
     }
@@ -261,26 +314,26 @@ impl FirewallTable {
     fn rewrite(&mut self, wanted: &Firewall, elements: Elements) -> io::Result<()> {
         self.written = None;
         self.dropped_before = self.dropped;
-        let steps = steps_to(wanted, &elements);
+        let steps = replacing_steps(wanted, &elements);
         match self.carry_out(&steps) {
-            // A kernel without nftables holds nothing of ours.
+            // A kernel without nftables holds no table of gossamer.
             Err(error) if wanted.is_empty() && is_missing(&error) => return Ok(()),
             written => written?,
         }
         let rules = steps.iter().filter(|step| step.kind == Kind::NewRule).count();
-        self.written = Some(WriteEvent { firewall: wanted.clone(), elements, rules, shown: None });
+        self.written = Some(Written { firewall: wanted.clone(), elements, rules, shown: None });
         Ok(())
     }
 
-    /// One transaction, unless that is more than a socket's buffer takes: then the members come before the
-    /// chains that look them up.
+    /// Executes the steps in one transaction, or in several if they exceed
+    /// [`MAX_TRANSACTION_BYTES`]. The members then precede the chains that look them up.
     fn carry_out(&mut self, steps: &[Step]) -> io::Result<()> {
         let mut rest = steps;
         while !rest.is_empty() {
             let mut bytes = 0;
             let fits = rest.iter().take_while(|step| {
                 bytes += step.attributes.as_bytes().len();
-                bytes <= MAX_TRANSACTION
+                bytes <= MAX_TRANSACTION_BYTES
             });
             let (now, later) = rest.split_at(fits.count().max(1));
             self.nftables.transaction(now)?;
@@ -291,27 +344,31 @@ impl FirewallTable {
 }
 
 impl Shown {
+    /// Returns the number of rules.
     pub const fn rules(&self) -> usize {
         self.rules.len()
     }
 }
 
-impl WriteEvent {
-    /// What its sets hold now.
+impl Written {
+    /// Returns the present elements of the table's sets.
     fn present(&self, nftables: &mut Nftables) -> io::Result<Elements> {
         sets::keys_in(nftables, INET, &self.firewall.table, self.elements.keys().copied())
     }
 
+    /// Whether the table is as it was written; after a write that was not read yet, only the number
+    /// of rules is compared.
     fn is_shown_by(&self, shown: &Shown, elements: &Elements) -> bool {
-        let rules_are_right = match &self.shown {
+        let has_expected_rules = match &self.shown {
             Some(before) => before == shown,
             None => self.rules == shown.rules.len(),
         };
-        rules_are_right && self.elements == *elements
+        has_expected_rules && self.elements == *elements
     }
 }
 
 impl Firewall {
+    /// Whether both tables have the same chains, rules and sets, whatever the sets' elements.
     fn equals_but_for_elements(&self, other: &Self) -> bool {
         let networks = |leases: &Leases| (leases.device.clone(), leases.networks.clone());
         let place = |guard: &Guard| {
@@ -325,7 +382,8 @@ impl Firewall {
     }
 }
 
-fn steps_to(wanted: &Firewall, elements: &Elements) -> Vec<Step> {
+/// Returns the steps that replace the table.
+fn replacing_steps(wanted: &Firewall, elements: &Elements) -> Vec<Step> {
     let table = &wanted.table;
     let mut steps = vec![create_table(table), delete_table(table)];
     if !wanted.is_empty() {
@@ -347,8 +405,11 @@ fn steps_to(wanted: &Firewall, elements: &Elements) -> Vec<Step> {
     steps
 }
 
-/// The table as it is, and how many packets the rules of each chain have counted.
-pub fn look(
+/// Reads a table; also returns how many packets the rules of each chain have counted.
+///
+/// # Errors
+/// When the table cannot be read.
+pub fn read_table(
     nftables: &mut Nftables,
     family: u8,
     table: &str,
@@ -367,23 +428,24 @@ pub fn look(
     }
     let filter = Attributes::new().text(1, table);
     for object in nftables.dump(Kind::GetRule, family, &filter)?.iter().filter(|o| ours(o)) {
-        let (mut right, chain) = (Vec::new(), name_of(object, 2).to_owned());
+        let (mut content, chain) = (Vec::new(), name_of(object, 2).to_owned());
         let expressions = attributes::find(&object.attributes, 4).unwrap_or_default();
         for (_, expression) in attributes::read(expressions) {
             let name = attributes::find(expression, 1).map(attributes::text);
             if name == Some("counter") {
-                let packets = attributes::find(expression, 2).and_then(packets_in).unwrap_or(0);
+                let packets =
+                    attributes::find(expression, 2).and_then(counter_packets).unwrap_or(0);
                 *counted.entry(chain.clone()).or_default() += packets;
             } else {
-                right.extend(expression);
+                content.extend(expression);
             }
         }
-        shown.rules.push((chain, right));
+        shown.rules.push((chain, content));
     }
     Ok((shown, counted))
 }
 
-fn members_in(nftables: &mut Nftables, table: &str) -> io::Result<BTreeSet<IpAddr>> {
+fn read_members(nftables: &mut Nftables, table: &str) -> io::Result<BTreeSet<IpAddr>> {
     let mut members = BTreeSet::new();
     for set in MEMBERS {
         let addresses = sets::read(nftables, INET, (table, set), |key, _| attributes::address(key));
@@ -392,39 +454,44 @@ fn members_in(nftables: &mut Nftables, table: &str) -> io::Result<BTreeSet<IpAdd
     Ok(members)
 }
 
-/// How many packets the element has been looked up for; none, if the kernel does not count.
-fn packets_of(element: &[u8]) -> Option<u64> {
-    packets_in(attributes::find(attributes::find(element, ELEMENT_EXPRESSION)?, 2)?)
+/// Returns how many packets the element has matched; `None` if the kernel does not count.
+fn matched_packets(element: &[u8]) -> Option<u64> {
+    counter_packets(attributes::find(attributes::find(element, ELEMENT_EXPRESSION)?, 2)?)
 }
 
-/// As a counter shows them.
-fn packets_in(counter: &[u8]) -> Option<u64> {
+/// Returns the packets of a counter expression.
+fn counter_packets(counter: &[u8]) -> Option<u64> {
     Some(u64::from_be_bytes(*attributes::find(counter, 2)?.first_chunk()?))
 }
 
+/// Creates a table; no error if it exists.
 pub fn create_table(table: &str) -> Step {
     let attributes = Attributes::new().text(1, table).be32(2, 0);
     Step { kind: Kind::NewTable, flags: NLM_F_CREATE, attributes }
 }
 
+/// Deletes a table with everything in it.
 pub fn delete_table(table: &str) -> Step {
     Step { kind: Kind::DelTable, flags: 0, attributes: Attributes::new().text(1, table) }
 }
 
+/// Creates an object that must not exist.
 pub const fn create(kind: Kind, attributes: Attributes) -> Step {
     Step { kind, flags: NLM_F_CREATE | NLM_F_EXCL, attributes }
 }
 
+/// Appends a rule to a chain.
 pub fn append(table: &str, chain: &str, rule: &Rule) -> Step {
     let attributes = Attributes::new().text(1, table).text(2, chain).nest(4, rule.expressions());
     Step { kind: Kind::NewRule, flags: NLM_F_CREATE | NLM_F_APPEND, attributes }
 }
 
+/// Returns an attribute of an object as text.
 pub(super) fn name_of(object: &Object, kind: u16) -> &str {
     attributes::find(&object.attributes, kind).map(attributes::text).unwrap_or_default()
 }
 
-/// These attributes of an object, one after another.
+/// Returns the named attributes of an object, concatenated.
 fn parts(object: &Object, wanted: &[u16]) -> Vec<u8> {
     let all = attributes::read(&object.attributes);
     all.filter(|(kind, _)| wanted.contains(kind)).flat_map(|(_, bytes)| bytes.to_vec()).collect()

@@ -1,7 +1,8 @@
-//! Chains of others that may keep pods' packets from passing.
+//! Foreign chains that may drop packets of pods.
 //!
-//! Each base chain has to let a packet pass, so none of ours can open what one of theirs closes. They are
-//! only read, and reading explains: whether packets pass is tried (`dataplane::forwarding`).
+//! A packet has to pass every base chain, so gossamer's rules cannot accept what another program's
+//! rules drop. Foreign chains are only read, to explain a loss; trials show whether packets pass
+//! (`dataplane::forwarding`).
 
 mod lost;
 
@@ -32,7 +33,8 @@ const FORWARD: u32 = 2;
 const POSTROUTING: u32 = 4;
 /// `NF_INET_PRE_ROUTING`
 const PREROUTING: u32 = 0;
-/// Of the families `inet`, `ip` and `ip6`: what comes to this host itself, and what it sends.
+/// Hooks of the families `inet`, `ip` and `ip6` for packets to this host itself, and for packets
+/// that it sends.
 const OWN_PACKETS: [u32; 2] = [1, 3];
 const INET: u8 = 1;
 const IP: u8 = 2;
@@ -40,57 +42,62 @@ const ARP: u8 = 3;
 const NETDEV: u8 = 5;
 const BRIDGE: u8 = 7;
 const IP6: u8 = 10;
-/// Chains that are named at once.
-const NAMED: usize = 3;
+/// Upper limit of the chains in one message.
+const MAX_CHAINS_NAMED: usize = 3;
 
-/// What chains of others do with packets of pods, as far as it could be read.
+/// What foreign chains do with packets of pods, as far as their rules could be read.
 #[derive(Debug, Default)]
 pub struct ForeignChains {
-    /// Those that may drop what is forwarded, the likeliest first.
+    /// Chains that may drop forwarded packets, the most probable ones first.
     pub closing: Vec<Closing>,
-    /// See [`direct_access_drops`].
+    /// Chains that drop packets to single addresses; see [`direct_access_drops`].
     pub dropping: Vec<String>,
 }
 
-/// Where packets of this host itself may be dropped.
+/// The hook at which packets of this host itself may be dropped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OwnHook {
-    /// What comes to it.
+    /// For packets to this host.
     Input,
-    /// What it sends.
+    /// For packets from this host.
     Output,
 }
 
-/// A chain that may drop what is forwarded.
+/// A chain that may drop forwarded packets.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Closing {
+    /// In which way it drops them.
     pub how: How,
     /// Family, table and name, as `nft` takes them.
     pub chain: String,
     /// The base chain's hook.
     pub hook: &'static str,
-    /// No rule in it seems to let the overlay's networks pass.
+    /// Whether no rule in it seems to accept packets of the overlay's networks.
     pub is_likely: bool,
-    /// A rule hands packets to a program.
+    /// Whether a rule hands packets to a program.
     pub hands_over: bool,
-    /// What it accepts is not translated.
+    /// Whether it translates addresses; packets that its rules accept are not translated.
     pub is_nat: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+/// How a chain drops packets.
 pub enum How {
-    /// By a rule at its end that has no condition.
+    /// An unconditional rule at its end.
     LastRule,
-    /// By its policy.
+    /// Its policy.
     Policy,
-    /// By some rule, for some packets.
+    /// Some rule, for some packets.
     Rules,
-    /// By a program that packets are handed to.
+    /// A program that receives the packets.
     Program,
 }
 
 impl ForeignChains {
-    /// Without rules that are known to take none of what was lost.
+    /// Reads chains and rules. Rules that certainly match none of the `lost` packets are ignored.
+    ///
+    /// # Errors
+    /// When the chains cannot be listed.
     pub fn read(
         nftables: &mut Nftables,
         networks: &[IpNet],
@@ -104,24 +111,31 @@ impl ForeignChains {
         })
     }
 
-    /// Chains that may drop a pod's question for the MAC of its gateway, or the answer.
+    /// Returns the chains that may drop a pod's resolution request for its gateway, or the answer.
+    ///
+    /// # Errors
+    /// When chains or rules cannot be listed.
     pub fn read_around_gateway(
         nftables: &mut Nftables,
         network: IpNet,
     ) -> io::Result<Vec<Closing>> {
         let chains = nftables.dump(Kind::GetChain, ANY, &Attributes::new())?;
-        let is_around = |family: u8, base: &Base| match (family, network) {
+        let sees_resolution = |family: u8, base: &Base| match (family, network) {
             (BRIDGE | NETDEV, _) | (ARP, IpNet::V4(_)) => true,
-            // Neighbor discovery is of IPv6 itself.
+            // Neighbor discovery consists of IPv6 packets.
             (INET | IP6, IpNet::V6(_)) => base.hook != FORWARD,
             _ => false,
         };
-        let mut closing = closing_chains(nftables, &chains, (&[network], None), is_around)?;
-        closing.truncate(NAMED);
+        let mut closing = closing_chains(nftables, &chains, (&[network], None), sees_resolution)?;
+        closing.truncate(MAX_CHAINS_NAMED);
         Ok(closing)
     }
 
-    /// Chains that may drop packets between this host itself and addresses of a network.
+    /// Returns the chains that may drop packets between this host itself and addresses of a
+    /// network.
+    ///
+    /// # Errors
+    /// When chains or rules cannot be listed.
     pub fn read_at(
         nftables: &mut Nftables,
         at: OwnHook,
@@ -132,27 +146,28 @@ impl ForeignChains {
         let is_at =
             |family: u8, base: &Base| [INET, IP, IP6].contains(&family) && base.hook == hook;
         let mut closing = closing_chains(nftables, &chains, (&[network], None), is_at)?;
-        closing.truncate(NAMED);
+        closing.truncate(MAX_CHAINS_NAMED);
         Ok(closing)
     }
 
-    /// Base chains that drop whatever is forwarded unless a rule lets it pass, and have no rule that seems to
-    /// let these networks pass: a guess, for where it cannot be tried.
+    /// Returns the base chains that drop all forwarded packets except those that a rule accepts,
+    /// and have no rule that seems to accept these networks. A guess, for hosts on which a trial is
+    /// impossible.
     pub fn guess(&self) -> impl Iterator<Item = &Closing> {
         let closes =
             |chain: &&Closing| chain.is_likely && matches!(chain.how, How::LastRule | How::Policy);
         self.closing.iter().filter(closes)
     }
 
-    /// The likeliest chains to drop packets that do not pass.
+    /// Returns the chains that most probably drop packets that do not pass.
     pub fn suspects(&self) -> Vec<&Closing> {
-        let guess: Vec<&Closing> = self.guess().take(NAMED).collect();
-        if guess.is_empty() { self.closing.iter().take(NAMED).collect() } else { guess }
+        let guess: Vec<&Closing> = self.guess().take(MAX_CHAINS_NAMED).collect();
+        if guess.is_empty() { self.closing.iter().take(MAX_CHAINS_NAMED).collect() } else { guess }
     }
 }
 
 impl Closing {
-    /// The command that lets packets between this host itself and a network pass.
+    /// Returns the command that accepts packets between this host itself and a network.
     pub fn fix_at(&self, at: OwnHook, network: IpNet) -> String {
         let (side, name, field) = match at {
             OwnHook::Input => ("-s", "INPUT", "saddr"),
@@ -171,7 +186,7 @@ impl Closing {
         }
     }
 
-    /// The command that lets a network pass.
+    /// Returns the command that accepts packets of a network.
     pub fn fix(&self, network: IpNet) -> String {
         let words: Vec<&str> = self.chain.split(' ').collect();
         let iptables = |program: &str| {
@@ -191,7 +206,7 @@ impl Closing {
             ["netdev" | "bridge" | "arp", table, _] => {
                 format!("see nft list table {} {table}", words[0])
             }
-            // Other packets of pods have to be translated.
+            // Packets of pods to other networks still have to be translated.
             _ if self.is_nat => format!(
                 "nft insert rule {} {1} saddr {network} {1} daddr {network} accept",
                 self.chain,
@@ -207,6 +222,7 @@ impl Closing {
     }
 }
 
+/// Returns the network's family as `nft` calls it.
 const fn protocol(network: IpNet) -> &'static str {
     match network {
         IpNet::V4(_) => "ip",
@@ -232,7 +248,7 @@ impl fmt::Display for Closing {
     }
 }
 
-/// Chains of others through which what is forwarded goes, and which may drop it.
+/// Returns the foreign chains at hooks for which `is_concerned` holds that may drop packets.
 fn closing_chains(
     nftables: &mut Nftables,
     chains: &[Object],
@@ -250,8 +266,8 @@ fn closing_chains(
             IP6 => net.addr().is_ipv6(),
             _ => true,
         };
-        let ours: Vec<IpNet> = networks.iter().filter(concerned).copied().collect();
-        if is_own_table(table) || ours.is_empty() {
+        let concerned_networks: Vec<IpNet> = networks.iter().filter(concerned).copied().collect();
+        if is_own_table(table) || concerned_networks.is_empty() {
             continue;
         }
         let rules =
@@ -276,7 +292,7 @@ fn closing_chains(
             how,
             chain: format!("{} {table} {name}", family_name(chain.family)),
             hook: hook_name(chain.family, base.hook),
-            is_likely: base.hook == FORWARD && !ours.iter().all(accepts),
+            is_likely: base.hook == FORWARD && !concerned_networks.iter().all(accepts),
             hands_over,
             is_nat,
         });
@@ -285,8 +301,9 @@ fn closing_chains(
     Ok(closing)
 }
 
-/// Chains that packets come to from one of a table. A map of verdicts may lead to any other; those of chains
-/// that translate are taken to lead to others of that kind, which drop nothing.
+/// Returns the chains of a table to which packets get from the chain `from`. A verdict map may lead
+/// to any chain. Maps of translating chains are taken to lead to translating chains, which drop
+/// nothing.
 fn reached<'a>(
     rules: &'a [Object],
     from: &'a str,
@@ -311,18 +328,24 @@ fn reached<'a>(
     reached
 }
 
-/// Whether a base chain translates addresses: only the first packet of a connection comes to it.
+/// Whether a base chain translates addresses. Only the first packet of a connection passes it.
 fn is_nat(chain: &Object) -> bool {
     attributes::find(&chain.attributes, 7).map(attributes::text) == Some("nat")
 }
 
-/// Chains of others that translate the source of what leaves this host; where rules without a condition do
-/// so, only theirs.
+/// Returns foreign chains that translate the source of packets that leave this host. If
+/// unconditional rules do so, only their chains.
+///
+/// # Errors
+/// When chains or rules cannot be listed.
 pub fn translating_chains(nftables: &mut Nftables, ipv4: bool) -> io::Result<Vec<String>> {
     chains_with(nftables, ipv4, POSTROUTING, translates_source)
 }
 
-/// The same of those that send what comes in to another address.
+/// Like [`translating_chains`], for chains that give incoming packets another destination.
+///
+/// # Errors
+/// When chains or rules cannot be listed.
 pub fn redirecting_chains(nftables: &mut Nftables, ipv4: bool) -> io::Result<Vec<String>> {
     chains_with(nftables, ipv4, PREROUTING, translates_destination)
 }
@@ -331,7 +354,7 @@ fn chains_with(
     nftables: &mut Nftables,
     ipv4: bool,
     hook: u32,
-    is_it: impl Fn(&Object) -> bool,
+    matches: impl Fn(&Object) -> bool,
 ) -> io::Result<Vec<String>> {
     let families = [INET, if ipv4 { IP } else { IP6 }];
     let mut found = BTreeSet::new();
@@ -343,7 +366,7 @@ fn chains_with(
         }
         let filter = Attributes::new().text(1, table);
         for rule in nftables.dump(Kind::GetRule, chain.family, &filter)? {
-            if is_it(&rule) {
+            if matches(&rule) {
                 let name = format!("{} {table} {}", family_name(chain.family), name_of(&rule, 2));
                 found.insert((is_conditional(&rule), name));
             }
@@ -351,10 +374,10 @@ fn chains_with(
     }
     let first = found.first().is_some_and(|(is_conditional, _)| *is_conditional);
     let likeliest = found.into_iter().filter(|(is_conditional, _)| *is_conditional == first);
-    Ok(likeliest.map(|(_, name)| name).take(NAMED).collect())
+    Ok(likeliest.map(|(_, name)| name).take(MAX_CHAINS_NAMED).collect())
 }
 
-/// Packets that are forwarded pass all hooks but those of this host's own.
+/// Whether forwarded packets pass the hook: all except those for the host's own packets.
 fn is_on_the_way(family: u8, base: &Base) -> bool {
     match family {
         INET | IP | IP6 => !OWN_PACKETS.contains(&base.hook),
@@ -363,7 +386,8 @@ fn is_on_the_way(family: u8, base: &Base) -> bool {
     }
 }
 
-/// Unconditional rules decide in their order; those of chains that it leads to are taken as conditional.
+/// Returns how a base chain drops what no condition decides: by its first unconditional rule, or by
+/// its policy. Rules in chains that it leads to count as conditional.
 fn ends_closed(own: &[&Object], base: Base) -> Option<How> {
     let ends = |rule: &&&Object| {
         !is_conditional(rule) && matches!(effect(rule), Effect::Drops | Effect::Accepts)
@@ -375,8 +399,9 @@ fn ends_closed(own: &[&Object], base: Base) -> Option<How> {
     }
 }
 
-/// Base chains before routing in which packets to single addresses of these networks are dropped. Docker
-/// from version 28 on lets nobody but its own bridge speak to a container's address: `ip raw PREROUTING`.
+/// Returns base chains before routing that drop packets to single addresses of these networks.
+/// Since version 28, Docker allows only its own bridge to send to a container's address: `ip raw
+/// PREROUTING`.
 fn direct_access_drops(
     nftables: &mut Nftables,
     chains: &[Object],
@@ -406,8 +431,8 @@ fn drops_one_of(rule: &Object, networks: &[IpNet]) -> bool {
     named && effect(rule) == Effect::Drops
 }
 
-/// Whether a rule accepts packets of the network by name, or such as a set or nothing but their interface
-/// tells: what those hold is not read.
+/// Whether a rule accepts packets of the network: because it contains the network, or looks up a
+/// set, whose elements are not read.
 fn may_accept(rule: &Object, network: IpNet) -> bool {
     let octets = attributes::octets(network.network());
     let whole = &octets[..usize::from(network.prefix_len() / 8)];
@@ -419,7 +444,7 @@ fn may_accept(rule: &Object, network: IpNet) -> bool {
     named && effect(rule) == Effect::Accepts
 }
 
-/// What a comparison compares with.
+/// Returns the value that a comparison compares with.
 fn compared(expression: &[u8]) -> Option<&[u8]> {
     let is_comparison = attributes::find(expression, 1).map(attributes::text) == Some("cmp");
     let data = attributes::find(expression, 2).filter(|_| is_comparison)?;
@@ -431,7 +456,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn advice_about_a_chain_that_translates_leaves_out_packets_between_pods_alone() {
+    fn fix_of_a_translating_chain_exempts_only_packets_between_pods() {
         let network = "10.42.0.0/16".parse().expect("a network");
         let fix = |is_nat| {
             let closing = Closing {

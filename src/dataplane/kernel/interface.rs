@@ -1,16 +1,16 @@
-//! What an interface of ours must not do for whoever is behind it, by its own sysctls.
+//! Sysctls of gossamer's interfaces that protect the host from pods.
 //!
-//! A pod may send what it likes. Without these, or rules that drop it (`firewall`), the kernel would take a
-//! router advertisement or a redirect of a pod for that of a router, and give this host the routes in it
-//! (CVE-2020-10749). And it would answer for addresses of others on the pod's side.
+//! A pod may send any packet. Without these settings, or rules that drop such packets (`firewall`),
+//! the kernel would accept a pod's router advertisement or redirect and install the routes in it
+//! (CVE-2020-10749). It would also answer for other hosts' addresses on the pods' side.
 
 use std::io;
 
 use super::sysctl::{dotted, read, write};
 
-/// Family, setting and the value that is right. What an interface would send or proxy is off as well, as far
-/// as the setting of all interfaces does not turn it on.
-const CLOSED: [(&str, &str, &str); 7] = [
+/// Family, setting and its required value. Sending redirects and proxying are disabled as well, but
+/// the setting for all interfaces can still enable them.
+const REQUIRED_SETTINGS: [(&str, &str, &str); 7] = [
     ("ipv6", "accept_ra", "0"),
     ("ipv6", "accept_redirects", "0"),
     ("ipv6", "proxy_ndp", "0"),
@@ -20,26 +20,30 @@ const CLOSED: [(&str, &str, &str); 7] = [
     ("ipv4", "proxy_arp", "0"),
 ];
 
-/// Whether an interface has IPv6 addresses.
+/// Whether an interface may have IPv6 addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ipv6 {
+    /// IPv6 is to be enabled.
     On,
+    /// IPv6 is to be disabled.
     Off,
-    /// For something else to say.
+    /// `disable_ipv6` is not changed.
     AsItIs,
 }
 
-/// How an interface was found, and left.
+/// The result of [`close`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Closed {
-    /// Settings that were wrong and are right now.
+    /// Number of settings that were wrong and have been corrected.
     pub set: u64,
-    /// What is wrong and could not be changed, as sentences with the command that helps.
+    /// Sentences about settings that are wrong and could not be changed, with the command that
+    /// corrects them.
     pub problems: Vec<String>,
 }
 
-/// Closes an interface of the network namespace of this thread. Where the kernel has no such setting (no
-/// IPv6, or none on an interface this narrow) nothing is wrong.
+/// Applies the settings to an interface of this thread's network namespace. A setting that the
+/// kernel does not have is no problem: the kernel may lack IPv6, also for one interface with a
+/// small MTU.
 pub fn close(interface: &str, ipv6: Ipv6) -> Closed {
     let mut closed = Closed::default();
     let switch = match ipv6 {
@@ -47,12 +51,12 @@ pub fn close(interface: &str, ipv6: Ipv6) -> Closed {
         Ipv6::Off => Some(("ipv6", "disable_ipv6", "1")),
         Ipv6::AsItIs => None,
     };
-    for (family, setting, value) in CLOSED.into_iter().chain(switch) {
+    for (family, setting, value) in REQUIRED_SETTINGS.into_iter().chain(switch) {
         let name = format!("net/{family}/conf/{interface}/{setting}");
         let Some(is) = read(&name).filter(|is| is != value) else { continue };
         match write(&name, value) {
             Ok(()) => closed.set += 1,
-            Err(error) if matters(interface, family, setting) => {
+            Err(error) if has_effect(interface, family, setting) => {
                 closed.problems.push(problem(&name, &is, value, &error));
             }
             Err(_) => {}
@@ -61,21 +65,22 @@ pub fn close(interface: &str, ipv6: Ipv6) -> Closed {
     closed
 }
 
-/// What became of IPv6 on an interface.
+/// The result of [`switch_on_ipv6`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Switched {
+    /// IPv6 is enabled.
     On,
-    /// The kernel has no IPv6 at all.
+    /// The kernel has no IPv6.
     NoKernel,
-    /// It has none on this interface.
+    /// The interface has no IPv6, though the kernel has.
     NoInterface,
 }
 
-/// Lets an interface of the network namespace of this thread have IPv6 addresses, whatever is set for new
-/// ones.
+/// Enables IPv6 on an interface of this thread's network namespace, whatever the default for new
+/// interfaces is.
 ///
 /// # Errors
-/// Where it is off and may not be switched on.
+/// When IPv6 is disabled and the setting cannot be written.
 pub fn switch_on_ipv6(interface: &str) -> io::Result<Switched> {
     let name = format!("net/ipv6/conf/{interface}/disable_ipv6");
     match read(&name).as_deref() {
@@ -86,28 +91,29 @@ pub fn switch_on_ipv6(interface: &str) -> io::Result<Switched> {
     }
 }
 
-/// Lets an interface of the network namespace of this thread answer ARP for its own addresses alone. Where
-/// /proc/sys cannot be written it is as on every host with two interfaces in one network.
+/// Lets an interface of this thread's network namespace answer ARP only for its own addresses. If
+/// /proc/sys is read-only, it answers for all addresses of its host, which is the kernel's default.
 pub fn answer_for_own_addresses(interface: &str) {
     if let Err(error) = write(&format!("net/ipv4/conf/{interface}/arp_ignore"), "1") {
-        tracing::debug!(interface, %error, "arp_ignore was not set");
+        tracing::debug!(interface, %error, "could not set arp_ignore");
     }
 }
 
-/// Whether a setting that is wrong has any effect as the others are.
-fn matters(interface: &str, family: &str, setting: &str) -> bool {
+/// Whether a wrong setting has an effect, given the other settings.
+fn has_effect(interface: &str, family: &str, setting: &str) -> bool {
     let is = |name: &str, value: &str| {
         read(&format!("net/{family}/conf/{name}/{setting}")).is_some_and(|is| is == value)
     };
     let other = |setting: &str| read(&format!("net/{family}/conf/{interface}/{setting}"));
     let is_on = |setting: &str| other(setting).is_some_and(|is| is == "1");
     match (family, setting) {
-        // An interface that forwards takes advertisements only by 2, and no redirects.
+        // An interface that forwards accepts advertisements only if `accept_ra` is 2, and no
+        // redirects.
         ("ipv6", "accept_ra") => {
             !is_on("disable_ipv6") && (is(interface, "2") || !is_on("forwarding"))
         }
         ("ipv6", "accept_redirects") => !is_on("disable_ipv6") && !is_on("forwarding"),
-        // One that forwards takes redirects only if all do.
+        // An interface that forwards accepts redirects only if `all` does, too.
         ("ipv4", "accept_redirects") => !is_on("forwarding") || is("all", "1"),
         _ => false,
     }
@@ -116,7 +122,7 @@ fn matters(interface: &str, family: &str, setting: &str) -> bool {
 fn problem(name: &str, is: &str, value: &str, error: &io::Error) -> String {
     let name = dotted(name);
     format!(
-        "{name} is {is} and cannot be set to {value} ({error}): a pod can give this host routes; set \
-         guard = true, which drops what would, or run sysctl -w {name}={value}"
+        "{name} is {is} and cannot be set to {value} ({error}): pods can install routes on this host; set \
+         guard = true, which drops such packets, or run sysctl -w {name}={value}"
     )
 }

@@ -1,6 +1,6 @@
-//! Our entries and device as netlink messages, and back.
+//! Converts gossamer's device and entries to netlink messages and back.
 //!
-//! Shapes only: what is sent when, and what a refusal means, is said in the parent module.
+//! Only formats: the parent module decides what is sent when, and what a refusal means.
 
 use std::net::{IpAddr, Ipv4Addr};
 
@@ -33,11 +33,12 @@ use crate::{
     netlink::{Request, attributes, link::Link},
 };
 
-/// Bit of `RTAX_MTU` in the metrics that the kernel takes as they are (`RTAX_LOCK`).
+/// Bit of `RTAX_MTU` in `RTAX_LOCK`, which lists the metrics that the kernel must not adjust.
 const MTU_LOCK: u32 = 1 << 2;
 
-/// Neighbors on the device with this index are asked for in user space, three times, and nowhere else.
-pub(super) fn solicit_us(table: &str, index: u32) -> RouteNetlinkMessage {
+/// Returns the settings that make the kernel send solicitations for neighbors on this device to
+/// user space, three times, and not to the network.
+pub(super) fn user_space_solicitations(table: &str, index: u32) -> RouteNetlinkMessage {
     use NeighbourTableParameter as Parameter;
     let mut message = NeighbourTableMessage::default();
     message.header.family =
@@ -54,6 +55,7 @@ pub(super) fn solicit_us(table: &str, index: u32) -> RouteNetlinkMessage {
     RouteNetlinkMessage::SetNeighbourTable(message)
 }
 
+/// Returns the message that creates the device.
 pub(super) fn device_message(device: &Device) -> LinkMessage {
     let builder = LinkVxlan::new(&device.name, device.vni)
         .port(device.port)
@@ -70,7 +72,8 @@ pub(super) fn device_message(device: &Device) -> LinkMessage {
     .build()
 }
 
-/// (VNI, port), local address, underlay interface, and whether it is not a device as we make them.
+/// Returns (VNI, port), local address, underlay interface, and whether the device has attributes
+/// that gossamer never sets.
 pub(super) fn fixed_attributes(link: &Link) -> ((u32, u16), IpAddr, u32, bool) {
     let (mut vni, mut port, mut underlay, mut foreign) = (0, 0, 0, false);
     let mut local = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
@@ -93,7 +96,7 @@ pub(super) fn fixed_attributes(link: &Link) -> ((u32, u16), IpAddr, u32, bool) {
             InfoVxlan::CollectMetadata(on) => foreign |= *on,
             InfoVxlan::Group(ip) => foreign |= !ip.is_unspecified(),
             InfoVxlan::Group6(ip) => foreign |= !ip.is_unspecified(),
-            // What is not set when the device is made may be set later (`ip link set type vxlan`).
+            // These attributes can be changed after creation (`ip link set type vxlan`).
             InfoVxlan::Ttl(value) | InfoVxlan::Tos(value) => foreign |= *value != 0,
             InfoVxlan::TtlInherit(value) => foreign |= *value != 0,
             InfoVxlan::TtlInheritFlag => foreign = true,
@@ -105,6 +108,10 @@ pub(super) fn fixed_attributes(link: &Link) -> ((u32, u16), IpAddr, u32, bool) {
     ((vni, port), local, underlay, foreign)
 }
 
+/// Returns the request for an operation on entries of the device with this index.
+///
+/// # Panics
+/// If it is an operation on the device itself.
 pub(super) fn request(op: &Op, index: u32) -> Request {
     let replace = NLM_F_CREATE | NLM_F_REPLACE;
     let (message, flags) = match op {
@@ -192,7 +199,7 @@ fn route_message(index: u32, subnet: IpNet, hop: Hop) -> RouteMessage {
     message.header.flags = RouteFlags::Onlink;
     message.attributes.push(RouteAttribute::Oif(link));
     if let Some(mtu) = hop.mtu {
-        // IPv6 forwards by the MTU of the device, unless that of the route is locked. With IPv4 the lock
+        // IPv6 forwards with the device's MTU, unless the route's MTU is locked. With IPv4, a lock
         // would end path MTU discovery.
         let lock = subnet.addr().is_ipv6().then_some(RouteMetric::Lock(MTU_LOCK));
         let metrics = lock.into_iter().chain([RouteMetric::Mtu(mtu)]).collect();
@@ -212,7 +219,8 @@ const fn family_of(address: IpAddr) -> AddressFamily {
     }
 }
 
-/// A route of our protocol: over the device with this index, over another one, or leading nowhere.
+/// Returns destination and next hop of a route with gossamer's protocol number, and `None` for
+/// other routes. The route may lead to `device`, to another interface, or be `unreachable`.
 pub(super) fn our_route(route: &RouteMessage, device: Option<u32>) -> Option<(IpNet, Hop)> {
     let header = &route.header;
     if header.protocol != RouteProtocol::Other(ROUTE_PROTOCOL) {
@@ -267,7 +275,7 @@ fn mtu_of(route: &RouteMessage) -> Option<u32> {
     })
 }
 
-/// Where a route leads; none for a default route.
+/// Returns the destination of a route; `None` for a default route.
 pub(super) fn subnet_of(route: &RouteMessage) -> Option<IpNet> {
     let network = route.attributes.iter().find_map(|attribute| match attribute {
         RouteAttribute::Destination(RouteAddress::Inet(ip)) => Some(IpAddr::from(*ip)),
@@ -277,12 +285,12 @@ pub(super) fn subnet_of(route: &RouteMessage) -> Option<IpNet> {
     IpNet::new(network, route.header.destination_prefix_length).ok()
 }
 
-/// NDA_DST: of a neighbor its address, of an FDB entry the underlay address of the VTEP.
+/// Returns `NDA_DST`: the address of a neighbor, or the VTEP's underlay address of an FDB entry.
 pub(super) fn destination(entry: &NeighbourMessage) -> Option<IpAddr> {
     entry.attributes.iter().find_map(|attribute| match attribute {
         NeighbourAttribute::Destination(NeighbourAddress::Inet(ip)) => Some(IpAddr::V4(*ip)),
         NeighbourAttribute::Destination(NeighbourAddress::Inet6(ip)) => Some(IpAddr::V6(*ip)),
-        // The packet crate leaves those of FDB entries as bytes.
+        // The packet crate does not parse the addresses of FDB entries.
         NeighbourAttribute::Destination(NeighbourAddress::Other(bytes)) => {
             attributes::address(bytes)
         }
@@ -290,6 +298,7 @@ pub(super) fn destination(entry: &NeighbourMessage) -> Option<IpAddr> {
     })
 }
 
+/// Returns the MAC of an entry.
 pub(super) fn lladdr(entry: &NeighbourMessage) -> Option<Mac> {
     entry.attributes.iter().find_map(|attribute| match attribute {
         NeighbourAttribute::LinkLayerAddress(bytes) => {

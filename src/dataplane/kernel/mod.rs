@@ -1,8 +1,9 @@
-//! The real kernel: dumps what is there on our account and applies operations, by netlink.
+//! The kernel adapter: dumps gossamer's objects and applies operations, by netlink.
 //!
-//! Ours is what can be recognised without memory: the VXLAN device of our name, permanent neighbors and
-//! FDB entries on it, and routes with our protocol number. Objects of others are neither listed nor
-//! touched. A failing operation never stops the others; each failure is named.
+//! Objects of gossamer are recognizable without stored state: the VXLAN device by its name,
+//! permanent neighbors and FDB entries on that device, and routes by their protocol number. Objects
+//! of other programs are neither listed nor changed. A failed operation does not stop the others,
+//! and each failure is reported.
 
 mod advertised;
 mod error;
@@ -50,7 +51,7 @@ pub use self::{
 };
 use self::{
     interface::Ipv6,
-    messages::{device_message, fixed_attributes, request, solicit_us},
+    messages::{device_message, fixed_attributes, request, user_space_solicitations},
     watch::miss,
 };
 use super::{
@@ -68,7 +69,7 @@ use crate::{
     },
 };
 
-/// "There is no such thing" in its three spellings: what was to be removed is gone already.
+/// `ENOENT`, `ESRCH` and `ENODEV`: the object to remove is already gone.
 const GONE: [i32; 3] = [2, 3, 19];
 const EPERM: i32 = 1;
 const ENOMEM: i32 = 12;
@@ -79,60 +80,66 @@ const EADDRINUSE: i32 = 98;
 const ENETDOWN: i32 = 100;
 const ENOBUFS: i32 = 105;
 
-/// Questions that are answered in one turn; the kernel asks again.
+/// Upper limit of the misses that one read returns; the kernel repeats the rest.
 const MAX_MISSES: usize = 4_096;
 
-/// The kernel's tables of the network namespace in which it was opened.
+/// Netlink access to the network namespace in which it was opened.
 pub struct Kernel {
     netlink: Netlink,
     monitor: Monitor,
-    /// None where the kernel is too old for it.
+    /// `None` if the kernel does not support ethtool over netlink.
     ethtool: Option<Ethtool>,
-    /// The index that our device had when it was last seen.
+    /// Index of gossamer's device when it was last seen.
     device: Option<u32>,
-    /// Since they were last taken.
+    /// Changed routes of other programs since [`Kernel::take_foreign`].
     foreign: ForeignRoutes,
 }
 
-/// What the kernel has told.
+/// The kernel's notifications.
 #[derive(Debug, Default)]
 pub struct KernelEvents {
+    /// What has to be checked because of them.
     pub touched: Touched,
-    /// What it asks for.
+    /// Entries that the kernel lacks.
     pub misses: Vec<Miss>,
-    /// More happened than was told.
+    /// Whether notifications were lost, because the socket's buffer was full.
     pub overrun: bool,
 }
 
-/// What one pass over the kernel did.
+/// The result of [`Kernel::reconcile`].
 #[derive(Debug, Default)]
 pub struct Report {
-    /// Operations that were carried out, by what they changed.
+    /// Number of executed operations, by kind.
     pub done: BTreeMap<&'static str, u64>,
-    /// Entries that the kernel refused.
+    /// Operations on entries that the kernel refused.
     pub failed: Vec<RefusedEntry>,
-    /// Index of our device.
+    /// Index of gossamer's device.
     pub device: Option<u32>,
-    /// Whether checksums are left to it, as far as is known.
+    /// Whether the device uses checksum offload; `None` if unknown.
     pub checksum_offload: Option<bool>,
 }
 
 /// An entry that the kernel refused.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RefusedEntry {
+    /// The operation.
     pub op: Op,
+    /// The kernel's error number.
     pub errno: i32,
 }
 
 impl RefusedEntry {
-    /// Whether it is about this host and not about the entry: no such entry would have been taken.
+    /// Whether the cause is the host and not the entry: the kernel would have refused any entry.
     pub const fn is_of_host(&self) -> bool {
         matches!(self.errno, EPERM | ENOMEM | ENODEV | ENETDOWN | ENOBUFS)
     }
 }
 
 impl Kernel {
-    /// Opens the kernel of the present network namespace.
+    /// Opens sockets in the present network namespace.
+    ///
+    /// # Errors
+    /// When a netlink socket cannot be opened.
     pub fn open() -> io::Result<Self> {
         let (netlink, monitor) = (Netlink::open()?, Monitor::open()?);
         Ok(Self {
@@ -144,62 +151,75 @@ impl Kernel {
         })
     }
 
-    /// Routes of other programs that have changed.
+    /// Returns and clears the changed routes of other programs.
     pub fn take_foreign(&mut self) -> ForeignRoutes {
         std::mem::take(&mut self.foreign)
     }
 
-    /// The index of our device, once it has been seen.
+    /// Returns the index of gossamer's device, once it has been seen.
     pub const fn device(&self) -> Option<u32> {
         self.device
     }
 
-    /// Readable when something has changed somewhere.
+    /// Returns the socket that is readable when the kernel has sent notifications.
     pub fn changes(&self) -> BorrowedFd<'_> {
         self.monitor.as_fd()
     }
 
-    /// Reads what has changed, and says what of it is our business, and what the kernel asks for.
+    /// Reads the kernel's notifications; returns what concerns gossamer, and the entries that the
+    /// kernel lacks.
+    ///
+    /// # Errors
+    /// When the socket cannot be read.
     pub fn listen(&mut self, desired: Option<&Desired>) -> io::Result<KernelEvents> {
         let Self { monitor, foreign, device, .. } = self;
         let device = *device;
-        let mut heard = KernelEvents::default();
+        let mut events = KernelEvents::default();
         let overrun = monitor.read(|message| {
-            heard.touched.add(&message, desired, device);
+            events.touched.add(&message, desired, device);
             foreign.add(&message, desired);
-            if heard.misses.len() < MAX_MISSES {
-                heard.misses.extend(device.and_then(|device| miss(&message, device)));
+            if events.misses.len() < MAX_MISSES {
+                events.misses.extend(device.and_then(|device| miss(&message, device)));
             }
         })?;
-        heard.overrun = overrun;
-        // What was not told may be any.
+        events.overrun = overrun;
+        // Any route may have changed in a lost notification.
         self.foreign.has_conditional |= overrun;
-        Ok(heard)
+        Ok(events)
     }
 
-    /// Makes the kernel ask us for neighbors on our device instead of the network, where nobody would
-    /// answer.
-    pub fn be_asked(&mut self) -> io::Result<()> {
+    /// Makes the kernel report missing neighbors on gossamer's device to the agent. Nothing on the
+    /// network would answer its solicitations.
+    ///
+    /// # Errors
+    /// When the kernel refuses the setting for IPv4.
+    pub fn request_misses(&mut self) -> io::Result<()> {
         let Some(index) = self.device else { return Ok(()) };
         for table in ["arp_cache", "ndisc_cache"] {
-            let asked = self.netlink.apply_one(solicit_us(table, index), NLM_F_REPLACE);
+            let applied =
+                self.netlink.apply_one(user_space_solicitations(table, index), NLM_F_REPLACE);
             if table == "arp_cache" {
-                asked?;
+                applied?;
             }
         }
         Ok(())
     }
 
-    /// Carries out operations on entries, without looking first. What cannot be done is left to the next
-    /// [`Kernel::reconcile`].
+    /// Executes operations on entries without a dump. [`Kernel::reconcile`] repeats what fails.
+    ///
+    /// # Errors
+    /// When the messages cannot be sent.
     pub fn answer(&mut self, ops: &[Op]) -> io::Result<()> {
         let Some(index) = self.device.filter(|_| !ops.is_empty()) else { return Ok(()) };
         self.netlink.apply(requests(ops, index)).map(drop)
     }
 
-    /// Makes the kernel equal to `desired`: dump, difference, operations.
+    /// Makes the kernel equal to `desired`: dumps, computes the difference and executes it.
+    ///
+    /// # Errors
+    /// When a dump fails, or an operation on the device; refused entries are in the report.
     pub fn reconcile(&mut self, desired: &Desired) -> Result<Report, KernelError> {
-        self.take_the_name_back(&desired.device)?;
+        self.restore_device_name(&desired.device)?;
         let actual = self.observe(&desired.device.name, Some(&desired.pool))?;
         if actual.device.is_none() {
             self.refuse_overlap(&desired.device.name, desired.device.local, &desired.pool)?;
@@ -211,9 +231,12 @@ impl Kernel {
         Ok(report)
     }
 
-    /// Finds out, before anything is made, whether the device could be.
+    /// Checks whether the device can be created, before anything is.
+    ///
+    /// # Errors
+    /// The reason why it cannot.
     pub fn preflight(&mut self, name: &str, vni: u32, port: u16) -> Result<(), KernelError> {
-        // The kernel checks the permission before it looks what is to be changed, which is nothing.
+        // The kernel checks permissions before it looks for the changes, of which there are none.
         let lo = self.netlink.index_of("lo")?;
         if let Err(error) = self.netlink.set_link(LinkUnspec::new_with_index(lo))
             && error.raw_os_error() == Some(EPERM)
@@ -223,7 +246,7 @@ impl Kernel {
         let vxlans: Vec<Link> =
             self.netlink.links()?.into_iter().filter(|link| link.kind == "vxlan").collect();
         if let Some(holder) = vxlans.iter().find(|l| fixed_attributes(l).0 == (vni, port)) {
-            // One of our own name is left from an earlier life and will be taken over.
+            // A device with gossamer's name is from an earlier run and is reused.
             return if holder.name == name {
                 Ok(())
             } else {
@@ -231,7 +254,8 @@ impl Kernel {
             };
         }
         self.observe(name, None)?;
-        // VXLAN devices of one namespace share the kernel's socket; anybody else's blocks it.
+        // VXLAN devices of one namespace share the kernel's socket; any other socket blocks the
+        // port.
         let shared = vxlans.iter().any(|link| listens_on(link, port));
         match UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)) {
             Err(error) if error.kind() == io::ErrorKind::AddrInUse && !shared => {
@@ -241,7 +265,11 @@ impl Kernel {
         }
     }
 
-    /// Removes our device, every entry on it, and our routes into this pool's networks that are not on it.
+    /// Removes gossamer's device with its entries, and other routes of gossamer into the pool's
+    /// networks.
+    ///
+    /// # Errors
+    /// When the kernel refuses a removal.
     pub fn remove(&mut self, name: &str, pool: &Pool) -> Result<(), KernelError> {
         self.remove_device(name)?;
         let routes = self.our_routes(None, Some(pool))?.into_iter();
@@ -250,6 +278,7 @@ impl Kernel {
         Ok(())
     }
 
+    /// Removes the VXLAN device with this name, if there is one.
     fn remove_device(&mut self, name: &str) -> io::Result<()> {
         match self.netlink.link(name)? {
             Some(link) if link.kind == "vxlan" => self.netlink.delete_link(link.index),
@@ -257,8 +286,9 @@ impl Kernel {
         }
     }
 
-    /// Our device under another name is still the one that carries the pods' traffic.
-    fn take_the_name_back(&mut self, wanted: &Device) -> io::Result<()> {
+    /// Renames gossamer's device back if another program has renamed it: the device still carries
+    /// the pods' traffic.
+    fn restore_device_name(&mut self, wanted: &Device) -> io::Result<()> {
         if self.netlink.link(&wanted.name)?.is_some() {
             return Ok(());
         }
@@ -272,8 +302,11 @@ impl Kernel {
         self.netlink.rename_link(link.index, &wanted.name)
     }
 
-    /// The underlay's address must not be in a network of this overlay, nor may another overlay on this host
-    /// have a network in common with it.
+    /// Checks that neither an address of the underlay interface nor another overlay on this host
+    /// overlaps with the pool's networks.
+    ///
+    /// # Errors
+    /// When one does, or the kernel's tables cannot be read.
     pub fn refuse_overlap(
         &mut self,
         name: &str,
@@ -285,7 +318,7 @@ impl Kernel {
         let carrier = all.iter().find(|address| address.ip == underlay).map(|found| found.link);
         let of_underlay = all.iter().filter(|address| Some(address.link) == carrier);
         let addresses = of_underlay.map(|address| (IpNet::from(address.ip), address.link));
-        let others = links.iter().filter(|link| is_gossamers(link) && link.name != name);
+        let others = links.iter().filter(|link| is_overlay_device(link) && link.name != name);
         let networks = others
             .flat_map(|link| networks_in_alias(&link.alias).map(|network| (network, link.index)));
         for (what, holder) in addresses.chain(networks) {
@@ -299,6 +332,7 @@ impl Kernel {
         Ok(())
     }
 
+    /// Executes the operations; those on the device first, each of which must succeed.
     fn apply(&mut self, desired: &Desired, ops: Vec<Op>) -> Result<Report, KernelError> {
         let (device_ops, entry_ops): (Vec<_>, Vec<_>) = ops.into_iter().partition(Op::is_of_device);
         let mut report = Report::default();
@@ -332,10 +366,10 @@ impl Kernel {
         match op {
             Op::CreateDevice(device) => {
                 self.netlink.create_link(device_message(device))?;
-                // A device with an IPv6 address of its own would send router solicitations into the
-                // tunnel. Where the kernel has no IPv6 there is nothing to turn off.
+                // A device with a link-local IPv6 address would send router solicitations into the
+                // tunnel. A kernel without IPv6 has nothing to turn off.
                 let _ = self.set(name, |link| link.append_extra_attribute(no_ipv6_address()));
-                // Whatever cannot be set is named when the host's sysctls are looked at.
+                // The check of this host's sysctls reports what cannot be set.
                 interface::close(name, Ipv6::AsItIs);
                 Ok(())
             }
@@ -357,7 +391,8 @@ impl Kernel {
             Op::SetUp => self.set(name, |link| link.up()),
             Op::AddAddress(address) => {
                 if address.is_ipv6() {
-                    // Where new devices begin without IPv6; if it cannot be written, the address says so.
+                    // New devices may have IPv6 disabled. If this fails, adding the address reports
+                    // it.
                     let _ = sysctl::write(&format!("net/ipv6/conf/{name}/disable_ipv6"), "0");
                 }
                 let index = self.netlink.index_of(name)?;
@@ -371,6 +406,7 @@ impl Kernel {
         }
     }
 
+    /// Changes attributes of a link.
     fn set(
         &mut self,
         name: &str,
@@ -380,7 +416,8 @@ impl Kernel {
         self.netlink.set_link(change(LinkUnspec::new_with_index(index)))
     }
 
-    /// Finds the cause behind the kernel's number; a device that could not be brought up is removed.
+    /// Finds the cause behind the kernel's error number. Removes a device that could not be brought
+    /// up.
     fn explain(&mut self, desired: &Desired, op: &Op, error: io::Error) -> KernelError {
         let Device { name, vni, port, .. } = &desired.device;
         match error.raw_os_error() {
@@ -409,7 +446,7 @@ impl Kernel {
     }
 }
 
-/// Operations on entries as changes for a device with this index.
+/// Returns the requests for operations on entries of the device with this index.
 ///
 /// # Panics
 /// If one of them is an operation on the device itself.
@@ -417,13 +454,13 @@ pub fn requests(ops: &[Op], index: u32) -> Vec<Request> {
     ops.iter().map(|op| request(op, index)).collect()
 }
 
-/// Whether it is a VXLAN device for tunnel packets to this port.
+/// Whether it is a VXLAN device with this UDP port.
 fn listens_on(link: &Link, port: u16) -> bool {
     link.kind == "vxlan" && fixed_attributes(link).0.1 == port
 }
 
-/// Whether a device is named and made as gossamer does it.
-fn is_gossamers(link: &Link) -> bool {
+/// Whether a device has the kind and name of gossamer's devices.
+fn is_overlay_device(link: &Link) -> bool {
     link.kind == "vxlan" && is_device_name(&link.name)
 }
 

@@ -1,9 +1,10 @@
-//! Keeps the kernel's neighbor entries of next hops of tunnel packets when its tables are full.
+//! Protects the neighbor entries of next hops of tunnel packets when the kernel's tables are full.
 //!
-//! All namespaces and interfaces share one table of each family (`gc_thresh3`), and a pod can fill it by
-//! questions in its own namespace. The kernel then drops entries that are older than five seconds, and makes
-//! no new ones, so tunnels and gossip would end. Entries with `extern_learn` stay and take no place (Linux
-//! 5.0); unlike permanent ones they follow the MAC of their hosts.
+//! All namespaces and interfaces share one table per family (`gc_thresh3`), and a pod can fill it
+//! with requests in its own namespace. The kernel then drops entries that are older than five
+//! seconds and creates no new ones, so tunnels and gossip would fail. Entries with `extern_learn`
+//! are not dropped and not counted (Linux 5.0). Unlike permanent entries, they follow changes of
+//! the next hop's MAC.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -19,55 +20,61 @@ use crate::{
     },
 };
 
-/// Index of an interface, and an address behind it.
+/// Index of an interface, and an address that is reached by it.
 pub type Hop = (u32, IpAddr);
 
+/// The protected entries.
 #[derive(Debug, Default)]
 pub struct NextHops {
-    kept: BTreeSet<Hop>,
-    /// Interfaces by which MACs are asked for: on others an entry without one would keep packets back.
-    asking: BTreeSet<u32>,
+    /// Next hops whose entries are protected.
+    protected: BTreeSet<Hop>,
+    /// Interfaces on which the kernel resolves MACs. On others, an entry without a MAC would block
+    /// packets.
+    resolving: BTreeSet<u32>,
 }
 
 impl NextHops {
-    /// Keeps these, and no others that were kept before.
+    /// Protects the entries of the next hops `wanted`, and ends the protection of others.
     ///
     /// # Errors
-    /// The kernel does not show its entries.
+    /// When the kernel's entries cannot be listed.
     pub fn keep(&mut self, netlink: &mut Netlink, wanted: &BTreeSet<Hop>) -> io::Result<()> {
-        if wanted.is_empty() && self.kept.is_empty() {
+        if wanted.is_empty() && self.protected.is_empty() {
             return Ok(());
         }
-        let there = netlink.neighbors()?;
-        for refused in netlink.apply(self.changes(wanted, &there))? {
-            tracing::debug!(error = %refused.to_io(), "neighbor entry of a next hop not kept");
+        let present = netlink.neighbors()?;
+        for refused in netlink.apply(self.changes(wanted, &present))? {
+            tracing::debug!(error = %refused.to_io(), "could not protect the neighbor entry of a next hop");
         }
         Ok(())
     }
 
-    fn changes(&mut self, wanted: &BTreeSet<Hop>, there: &[Neighbor]) -> Vec<Request> {
-        let resolved = there.iter().filter(|entry| entry.is_resolved);
-        self.asking.extend(resolved.map(|entry| entry.link));
-        let there: BTreeMap<Hop, &Neighbor> =
-            there.iter().map(|entry| ((entry.link, entry.ip), entry)).collect();
+    /// Returns the requests that protect the wanted entries and release others. `present` lists the
+    /// present entries.
+    fn changes(&mut self, wanted: &BTreeSet<Hop>, present: &[Neighbor]) -> Vec<Request> {
+        let resolved = present.iter().filter(|entry| entry.is_resolved);
+        self.resolving.extend(resolved.map(|entry| entry.link));
+        let present: BTreeMap<Hop, &Neighbor> =
+            present.iter().map(|entry| ((entry.link, entry.ip), entry)).collect();
         let mut changes = Vec::new();
         for hop @ (link, ip) in wanted.iter().copied() {
-            let mac = match there.get(&hop) {
+            let mac = match present.get(&hop) {
                 Some(entry) if entry.is_resolved && !entry.stays => entry.mac,
-                None if self.asking.contains(&link) => None,
+                None if self.resolving.contains(&link) => None,
                 _ => continue,
             };
             changes.push(protected_entry(link, ip, mac, ROUTE_PROTOCOL));
         }
-        let given_up = self.kept.difference(wanted).filter_map(|hop| there.get(hop));
-        changes.extend(given_up.filter_map(|entry| given_back(entry)));
-        self.kept.clone_from(wanted);
+        let released = self.protected.difference(wanted).filter_map(|hop| present.get(hop));
+        changes.extend(released.filter_map(|entry| restoring_request(entry)));
+        self.protected.clone_from(wanted);
         changes
     }
 }
 
-/// What makes an entry as it would be without gossamer; none, if it is not of its making.
-pub(super) fn given_back(entry: &Neighbor) -> Option<Request> {
+/// Returns the request that restores an entry to its state without gossamer; `None` if gossamer
+/// does not protect it.
+pub(super) fn restoring_request(entry: &Neighbor) -> Option<Request> {
     let Neighbor { link, ip, mac, stays, protocol, is_resolved } = *entry;
     let is_ours = stays && protocol == Some(ROUTE_PROTOCOL);
     let mac = mac.filter(|_| is_resolved);
@@ -92,36 +99,36 @@ mod tests {
         Neighbor { link, ip, mac, is_resolved, stays: false, protocol: None }
     }
 
-    fn kept(hop: Hop, is_resolved: bool) -> Neighbor {
+    fn protected(hop: Hop, is_resolved: bool) -> Neighbor {
         Neighbor { stays: true, protocol: Some(ROUTE_PROTOCOL), ..entry(hop, is_resolved) }
     }
 
-    fn keep((link, ip): Hop, mac: Option<Mac>) -> Request {
+    fn protecting((link, ip): Hop, mac: Option<Mac>) -> Request {
         protected_entry(link, ip, mac, ROUTE_PROTOCOL)
     }
 
     #[test]
-    fn entries_of_next_hops_stay_as_long_as_they_are_wanted() {
+    fn entries_of_next_hops_are_protected_while_they_are_wanted() {
         let mut hops = NextHops::default();
         let wanted = BTreeSet::from([hop(1), hop(2), hop(3)]);
-        let there = [entry(hop(1), true), entry(hop(2), false), entry(hop(9), true)];
-        let changes = hops.changes(&wanted, &there);
+        let present = [entry(hop(1), true), entry(hop(2), false), entry(hop(9), true)];
+        let changes = hops.changes(&wanted, &present);
         assert_eq!(
             changes,
-            [keep(hop(1), Some(MAC)), keep(hop(3), None)],
-            "what is asked for is left"
+            [protecting(hop(1), Some(MAC)), protecting(hop(3), None)],
+            "an entry in resolution is left alone"
         );
-        let there = [kept(hop(1), true), kept(hop(2), false), kept(hop(3), false)];
-        assert_eq!(hops.changes(&wanted, &there), []);
+        let present = [protected(hop(1), true), protected(hop(2), false), protected(hop(3), false)];
+        assert_eq!(hops.changes(&wanted, &present), []);
         let (link, ip) = hop(1);
-        let changes = hops.changes(&BTreeSet::from([hop(2)]), &there);
+        let changes = hops.changes(&BTreeSet::from([hop(2)]), &present);
         assert_eq!(changes, [unprotected_entry(link, ip, MAC), entry_removal(link, hop(3).1)]);
-        let of_another = Neighbor { protocol: None, ..kept(hop(2), true) };
+        let of_another = Neighbor { protocol: None, ..protected(hop(2), true) };
         assert_eq!(hops.changes(&BTreeSet::new(), &[of_another]), []);
     }
 
     #[test]
-    fn entry_is_not_made_where_no_mac_is_asked_for() {
+    fn entry_is_not_created_on_an_interface_without_resolution() {
         let mut hops = NextHops::default();
         let tunnel = Neighbor { is_resolved: false, ..entry((8, [10, 99, 0, 9].into()), true) };
         assert_eq!(hops.changes(&BTreeSet::from([(8, [10, 99, 0, 1].into())]), &[tunnel]), []);

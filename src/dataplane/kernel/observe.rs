@@ -1,6 +1,6 @@
-//! What is there on our account: the device, and the entries of the three tables.
+//! Reads gossamer's objects from the kernel: the device, and the entries of the three tables.
 //!
-//! Reads only. What should be there is compared with it in `plan`.
+//! `dataplane/plan` compares them with the desired state.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -17,7 +17,7 @@ use rtnetlink::packet_route::{
 };
 
 use super::{
-    Kernel, KernelError, is_gossamers,
+    Kernel, KernelError, is_overlay_device,
     messages::{destination, fixed_attributes, lladdr, our_route, subnet_of},
 };
 use crate::{
@@ -35,11 +35,16 @@ use crate::{
     pods::bridge::ALIAS,
 };
 
-/// `USER_HZ` is 100 on every architecture that matters here.
+/// Milliseconds per tick of `USER_HZ`, which is 100 on all supported architectures.
 const MS_PER_TICK: u64 = 10;
 
 impl Kernel {
-    /// Everything on our account: on the device of this name, and routes of ours into this pool's networks.
+    /// Returns gossamer's objects: those on the device with this name, and its routes into the
+    /// pool's networks.
+    ///
+    /// # Errors
+    /// When a dump fails or an object of gossamer is unreadable, or a device of another kind has
+    /// the name.
     pub fn observe(&mut self, name: &str, pool: Option<&Pool>) -> Result<Actual, KernelError> {
         let Some(link) = self.netlink.link(name)? else {
             let routes = self.our_routes(None, pool)?;
@@ -50,13 +55,13 @@ impl Kernel {
             return Err(KernelError::NameTaken { name: name.to_owned(), kind });
         }
         self.device = Some(link.index);
-        // What was unreadable before does not concern this pass.
+        // Earlier unreadable messages do not concern this pass.
         self.netlink.take_unreadable();
         let actual = Actual {
             neighbors: self.neighbors(link.index)?,
             fdb: self.fdb(link.index)?,
             routes: self.our_routes(Some(link.index), pool)?,
-            device: Some(self.found(&link)?),
+            device: Some(self.device_state(&link)?),
         };
         let of_ours = [
             MessageSubject::Interface(link.index),
@@ -69,8 +74,11 @@ impl Kernel {
         }
     }
 
-    /// Networks of this host that are none of ours: addresses of interfaces, and routes of other programs
-    /// in the main table.
+    /// Returns the foreign networks of this host: addresses of interfaces, and routes of other
+    /// programs in the main table.
+    ///
+    /// # Errors
+    /// When the kernel's tables cannot be read.
     pub fn foreign_networks(&mut self) -> io::Result<Vec<Foreign>> {
         let links = self.netlink.links()?;
         let of = |index: u32| links.iter().find(|link| link.index == index);
@@ -95,7 +103,8 @@ impl Kernel {
         Ok(foreign)
     }
 
-    /// What `keep` gives for the routes of the main table, of both families; of one protocol or of all.
+    /// Returns what `keep` returns for the routes of the main table, of both families; `protocol`
+    /// selects routes.
     pub(super) fn main_routes<T>(
         &mut self,
         protocol: Option<u8>,
@@ -115,7 +124,7 @@ impl Kernel {
                 _ => None,
             });
             match found {
-                // A kernel without IPv6.
+                // A kernel without IPv6 refuses the dump.
                 Err(_) if family == AddressFamily::Inet6 => {}
                 found => routes.extend(found?),
             }
@@ -123,7 +132,8 @@ impl Kernel {
         Ok(routes)
     }
 
-    fn found(&mut self, link: &Link) -> io::Result<Found> {
+    /// Converts a VXLAN device to the form that the plan compares.
+    fn device_state(&mut self, link: &Link) -> io::Result<Found> {
         let ((vni, port), local, underlay, foreign) = fixed_attributes(link);
         let on_it = self.netlink.addresses()?.into_iter().filter(|a| a.link == link.index);
         let not_link_local = |ip: &IpAddr| match ip {
@@ -151,7 +161,8 @@ impl Kernel {
         Ok(Found { up: link.up, is_port, device, foreign, addresses })
     }
 
-    /// Whether it is a port of something. Packets of an interface in a VRF still come to this host.
+    /// Whether it is a port of a bridge or bond. Packets of an interface in a VRF still reach this
+    /// host.
     fn is_port(&mut self, link: &Link) -> io::Result<bool> {
         let Some(controller) = link.controller() else { return Ok(false) };
         let links = self.netlink.links()?;
@@ -162,7 +173,7 @@ impl Kernel {
     fn neighbors(&mut self, index: u32) -> io::Result<BTreeMap<IpAddr, Mac>> {
         let permanent = |entry: &NeighbourMessage| entry.header.state == NeighbourState::Permanent;
         let mut entries = self.dump_neighbors(AddressFamily::Inet, index)?;
-        // A kernel without IPv6 has none of those.
+        // A kernel without IPv6 has no such entries.
         entries.extend(self.dump_neighbors(AddressFamily::Inet6, index).unwrap_or_default());
         Ok(entries
             .iter()
@@ -171,8 +182,12 @@ impl Kernel {
             .collect())
     }
 
-    /// To which MACs on our device nothing was sent for so long.
-    pub fn idle(&mut self, after: Duration) -> io::Result<Vec<Mac>> {
+    /// Returns the MACs in the FDB of gossamer's device to which nothing was sent for at least
+    /// `after`.
+    ///
+    /// # Errors
+    /// When the FDB cannot be read.
+    pub fn idle_macs(&mut self, after: Duration) -> io::Result<Vec<Mac>> {
         let Some(index) = self.device else { return Ok(Vec::new()) };
         let entries = self.dump_neighbors(AddressFamily::Bridge, index)?;
         let unused = |entry: &NeighbourMessage| {
@@ -215,8 +230,8 @@ impl Kernel {
             .collect())
     }
 
-    /// Routes of our protocol over the device, and those into the pool's networks wherever they lead:
-    /// another instance on this host has a device and networks of its own.
+    /// Returns gossamer's routes over the device, and those into the pool's networks by any
+    /// interface. Another overlay on this host has a device and networks of its own.
     pub(super) fn our_routes(
         &mut self,
         device: Option<u32>,
@@ -234,8 +249,11 @@ impl Kernel {
             .collect();
         if routes.iter().any(|(_, hop)| matches!(hop.way, Way::Direct { .. })) {
             let links = self.netlink.links()?;
-            let others: Vec<u32> =
-                links.iter().filter(|link| is_gossamers(link)).map(|link| link.index).collect();
+            let others: Vec<u32> = links
+                .iter()
+                .filter(|link| is_overlay_device(link))
+                .map(|link| link.index)
+                .collect();
             routes.retain(
                 |(_, hop)| !matches!(hop.way, Way::Direct { link, .. } if others.contains(&link)),
             );
@@ -243,9 +261,12 @@ impl Kernel {
         Ok(routes)
     }
 
-    /// Neighbors on our device that are not permanent: answers that were needed once, and questions that
-    /// nobody could answer.
-    pub fn passing(&mut self) -> io::Result<Vec<IpAddr>> {
+    /// Returns neighbors on gossamer's device that are not permanent: outdated answers, and
+    /// requests that could not be answered.
+    ///
+    /// # Errors
+    /// When the neighbors cannot be listed.
+    pub fn temporary_neighbors(&mut self) -> io::Result<Vec<IpAddr>> {
         let Some(index) = self.device else { return Ok(Vec::new()) };
         let mut entries = self.dump_neighbors(AddressFamily::Inet, index)?;
         entries.extend(self.dump_neighbors(AddressFamily::Inet6, index).unwrap_or_default());
@@ -257,8 +278,12 @@ impl Kernel {
     }
 }
 
-/// Addresses of this host that take packets away from pods, as sentences with what helps: given the overlay's
-/// networks, this node's own subnets, and whether each peer's subnet has a route.
+/// Returns a sentence with a remedy for each address of this host that diverts packets of pods.
+/// `networks` are the overlay's, `own` this node's subnets; `has_all_routes` says whether each
+/// peer's subnet has a route of its own.
+///
+/// # Errors
+/// When links or addresses cannot be listed.
 pub fn overlaps(
     netlink: &mut Netlink,
     networks: &[IpNet],
@@ -276,7 +301,7 @@ pub fn overlaps(
     Ok(overlap::problems(&foreign_of(&links, &addresses), &overlay))
 }
 
-/// Addresses of interfaces that are none of ours.
+/// Returns the addresses of interfaces that are not gossamer's.
 fn foreign_of(links: &[Link], addresses: &[Address]) -> Vec<Foreign> {
     let foreign = addresses.iter().filter_map(|address| {
         let link = links.iter().find(|link| link.index == address.link)?;
@@ -288,7 +313,7 @@ fn foreign_of(links: &[Link], addresses: &[Address]) -> Vec<Foreign> {
     foreign.collect()
 }
 
-/// Devices of overlays, and bridges and ports of pods, say so in their aliases.
+/// Devices of overlays are recognized by name, bridges and ports of pods by their aliases.
 fn is_ours(link: &Link) -> bool {
-    is_gossamers(link) || link.alias.starts_with("gossamer ")
+    is_overlay_device(link) || link.alias.starts_with("gossamer ")
 }

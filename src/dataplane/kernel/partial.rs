@@ -1,9 +1,10 @@
-//! Rules of others that do something with some packets of pods: single ports or addresses, large packets,
-//! some by chance. They are only read, to say so.
+//! Foreign rules that affect only some packets of pods: single ports or addresses, large packets, a
+//! random share. They are only read, to report them.
 //!
-//! Whether packets pass at all is tried; what single ones meet would have to be guessed. So rules are
-//! followed from the base chains, and a rule counts only if nothing on the way to it leaves packets between
-//! pods out, as far as its form tells. What cannot be read leaves them out.
+//! Trials show whether packets pass at all; they cannot cover every port and address. Rules are
+//! therefore followed from the base chains. A rule counts only if, as far as its form shows,
+//! everything on the way to it lets packets between pods pass. A rule that cannot be read does not
+//! count.
 
 mod effects;
 mod lines;
@@ -24,7 +25,7 @@ use self::{
     reading::Marks,
     selection::{Selection, Side},
     sets::Library,
-    walk::{DEPTH, Rules, Walk},
+    walk::{MAX_DEPTH, Rules, Walk},
 };
 use super::{
     firewall::name_of,
@@ -38,29 +39,29 @@ use crate::{
     },
 };
 
-/// `NF_INET_*`; those of bridges have the same numbers.
+/// `NF_INET_*`; the numbers for bridges are the same.
 const PREROUTING: u32 = 0;
 const INPUT: u32 = 1;
 const FORWARD: u32 = 2;
 const OUTPUT: u32 = 3;
 const POSTROUTING: u32 = 4;
-/// `NF_INET_INGRESS`, and `NF_NETDEV_*`.
+/// `NF_INET_INGRESS`, and `NF_NETDEV_EGRESS`.
 const INET_INGRESS: u32 = 5;
 const NETDEV_EGRESS: u32 = 1;
 const IPV4: u8 = 2;
 const IPV6: u8 = 10;
-/// Rules looked at, for one kind of packets.
-const RULES: usize = 100_000;
-/// Passes until all marks of connections are known.
-const PASSES: usize = 3;
-/// Findings of one kind that are named at once.
-const NAMED: usize = 3;
-/// Tables of iptables in the order of packets (`NF_IP_PRI_*`).
-const LEGACY: [(&str, i32); 5] =
+/// Upper limit of the rules that are read for one kind of packets.
+const MAX_RULES: usize = 100_000;
+/// Upper limit of the passes until all marks of connections are known.
+const MAX_PASSES: usize = 3;
+/// Upper limit of the findings of one kind.
+const MAX_FINDINGS_PER_KIND: usize = 3;
+/// Tables of iptables in the order in which packets pass them (`NF_IP_PRI_*`).
+const LEGACY_TABLES: [(&str, i32); 5] =
     [("raw", -300), ("mangle", -150), ("nat", -100), ("filter", 0), ("security", 50)];
-/// The priority of translating sources, after filters.
+/// Priority of source translation, after the filters.
 const SOURCE_NAT: i32 = 100;
-const HOOKS: [(&str, u32); 5] = [
+const LEGACY_HOOKS: [(&str, u32); 5] = [
     ("PREROUTING", PREROUTING),
     ("INPUT", INPUT),
     ("FORWARD", FORWARD),
@@ -68,51 +69,54 @@ const HOOKS: [(&str, u32); 5] = [
     ("POSTROUTING", POSTROUTING),
 ];
 
-/// What becomes of the packets.
+/// What a rule does with the packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Act {
-    /// They get another destination: the only port.
+    /// Gives them another destination; their only destination port, if there is one.
     Redirects(Option<u16>),
+    /// Drops them.
     Drops,
+    /// Rejects them.
     Rejects,
-    /// They wait for a program that does not run.
+    /// Hands them to a program that is not running.
     Queues,
-    /// They get this mark, which may lead them elsewhere.
+    /// Sets a mark, which may change their route.
     Marks(u32),
-    /// They get another source.
+    /// Gives them another source.
     Translates,
-    /// They get so few hops (TTL, hop limit) that they do not arrive.
+    /// Sets a number of hops (TTL, hop limit) with which they do not arrive.
     Shortens(u8),
 }
 
 /// Rules of one chain that do the same with some packets of pods.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Partial {
+    /// What they do.
     pub act: Act,
-    /// The base chain, where packets can be exempted: family, table and name, with the program in the place
-    /// of the family where that is iptables-legacy.
+    /// The base chain, where packets can be exempted: family, table and name. For iptables-legacy,
+    /// the program replaces the family.
     pub base: String,
-    /// The chain that has the rules, as it is said.
+    /// The chain with the rules, in the words of a message.
     pub chain: String,
-    /// Which rule the first is.
+    /// Identifies the first rule.
     pub rule: String,
-    /// What the first takes.
+    /// What the first rule matches.
     pub what: String,
-    /// How many more there are.
+    /// Number of further rules.
     pub more: usize,
-    /// They are met before it is looked up where packets go.
+    /// Whether packets pass the chain before routing.
     pub is_early: bool,
 }
 
-/// What one rule is found under: rules that do alike in one chain are named together.
+/// Act, base chain and chain: such rules are reported together.
 type Key = (Act, String, String);
 
-/// Where a base chain sees packets.
+/// The hook and interfaces of a base chain.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Place {
-    /// By `NF_INET_*`: what is seen as packets enter at an interface counts as before routing.
+    /// One of `NF_INET_*`. Hooks where packets enter an interface count as before routing.
     hook: u32,
-    /// Interfaces of which it sees packets; none, if of all.
+    /// The interfaces whose packets it sees; `None` for all.
     at: Option<(Side, Vec<String>)>,
 }
 
@@ -122,13 +126,13 @@ impl Place {
     }
 }
 
-/// A chain in which packets begin.
+/// A base chain.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Base {
-    /// By the way of a packet: chains at interfaces before and after others, and then by priority.
+    /// Order in which packets pass: by hook and interface, then by priority.
     order: (u32, i32),
     place: Place,
-    /// Which of the tables.
+    /// Index of its table.
     table: usize,
     family: u8,
     /// Family and table, or program and table.
@@ -142,7 +146,7 @@ impl Base {
         format!("{} {chain}", self.prefix)
     }
 
-    /// As it is said.
+    /// Returns the chain's name in the words of a message.
     fn shown(&self, chain: &str) -> String {
         match (self.program, self.prefix.split_once(' ')) {
             (Some(program), Some((_, table))) => format!("{chain} of {program}'s table {table}"),
@@ -151,14 +155,14 @@ impl Base {
     }
 }
 
-/// A table of another program.
+/// A table of another program, with its rules.
 #[derive(Debug)]
 enum Table {
     Nft(u8, String, Vec<Object>),
     Legacy(LegacyTable),
 }
 
-/// All rules of other programs, as they were read.
+/// The rules of all other programs.
 #[derive(Debug)]
 pub struct ForeignRules {
     tables: Vec<Table>,
@@ -167,6 +171,10 @@ pub struct ForeignRules {
 }
 
 impl ForeignRules {
+    /// Reads all tables; `legacy` are those of iptables-legacy.
+    ///
+    /// # Errors
+    /// When chains or rules cannot be listed.
     pub fn read(nftables: &mut Nftables, legacy: Vec<LegacyTable>) -> io::Result<Self> {
         let mut tables: Vec<Table> = Vec::new();
         let mut known: BTreeMap<(u8, String), usize> = BTreeMap::new();
@@ -199,7 +207,7 @@ impl ForeignRules {
             let program = table.program;
             let of_table = |(chain, hook): &(&str, u32)| {
                 let place = Place { hook: *hook, at: None };
-                let (_, priority) = LEGACY.iter().find(|(name, _)| *name == table.name)?;
+                let (_, priority) = LEGACY_TABLES.iter().find(|(name, _)| *name == table.name)?;
                 let is_source = table.name == "nat" && *hook == POSTROUTING;
                 Some(Base {
                     order: (stage(&place), if is_source { SOURCE_NAT } else { *priority }),
@@ -211,25 +219,26 @@ impl ForeignRules {
                     program: Some(program),
                 })
             };
-            let is_there = |(chain, _): &&(&str, u32)| table.chains.contains_key(*chain);
-            bases.extend(HOOKS.iter().filter(is_there).filter_map(of_table));
+            let exists = |(chain, _): &&(&str, u32)| table.chains.contains_key(*chain);
+            bases.extend(LEGACY_HOOKS.iter().filter(exists).filter_map(of_table));
             tables.push(Table::Legacy(table));
         }
         bases.sort_by_key(|base| base.order);
         Ok(Self { tables, bases, library: Library::default() })
     }
 
-    /// The rules that do something with some of these packets, of which none before lets them pass.
+    /// Returns the rules that affect some of these packets, unless an earlier rule accepts those.
     pub fn partial(&mut self, nftables: &mut Nftables, traffic: &Traffic<'_>) -> Vec<Partial> {
         let Self { tables, bases, library } = self;
         let own_family = if traffic.is_ipv4() { IPV4 } else { IPV6 };
         let by_chain: Vec<Rules<'_>> = tables.iter().map(Table::by_chain).collect();
         let mut marks = Marks::default();
         let mut found = BTreeMap::new();
-        for _ in 0..PASSES {
+        for _ in 0..MAX_PASSES {
             found.clear();
-            let mut left = RULES;
-            // Marks of packets are of this pass, those of connections are there from the first packet on.
+            let mut left = MAX_RULES;
+            // Marks of packets belong to this pass, marks of connections exist from the first
+            // packet on.
             let known = marks.connections.clone();
             marks.packets.clear();
             for base in bases.iter() {
@@ -254,13 +263,13 @@ impl ForeignRules {
                     passes_established: 0,
                     found: &mut found,
                 };
-                walk.chain(&base.name, DEPTH, &Selection::of_ways(ways));
+                walk.chain(&base.name, MAX_DEPTH, &Selection::of_ways(ways));
             }
             if marks.connections == known {
                 break;
             }
         }
-        few(found)
+        limit_per_kind(found)
     }
 }
 
@@ -274,19 +283,20 @@ impl Table {
 }
 
 impl Place {
-    /// Ways of packets that this place sees, as bits.
+    /// Returns the ways of packets that this place sees, as bits.
     fn ways(&self, traffic: &Traffic<'_>) -> u8 {
-        let is_met = match (traffic.tunnel, traffic.is_own()) {
+        let sees_traffic = match (traffic.tunnel, traffic.is_own()) {
             (None, _) => [PREROUTING, FORWARD, POSTROUTING].contains(&self.hook),
             (Some(_), false) => [PREROUTING, INPUT].contains(&self.hook),
             (Some(_), true) => [OUTPUT, POSTROUTING].contains(&self.hook),
         };
         match &self.at {
-            _ if !is_met => 0,
+            _ if !sees_traffic => 0,
             None => traffic.all_ways(),
             Some((side, names)) => {
                 let direct = traffic.ways_by(*side, |(_, name)| names.contains(name));
-                // What enters at a pod's port goes out, what leaves there has come in.
+                // A packet that enters at a pod's port leaves by way 0, and one that leaves there
+                // arrived by way 1.
                 let is_port = traffic.ports.iter().any(|port| names.contains(port));
                 let of_ports = if *side == Side::Input { 1 } else { 2 };
                 direct | if is_port { of_ports } else { 0 }
@@ -295,7 +305,7 @@ impl Place {
     }
 }
 
-/// By which of its hooks a packet comes to a place first.
+/// Returns the position of the place on a packet's way.
 fn stage(place: &Place) -> u32 {
     match (place.hook, &place.at) {
         (PREROUTING, Some(_)) => 0,
@@ -304,7 +314,7 @@ fn stage(place: &Place) -> u32 {
     }
 }
 
-/// Where a base chain sees packets; none, if it is no base chain.
+/// Returns where a base chain sees packets; `None` for other chains.
 fn place_of(chain: &Object) -> Option<Place> {
     let hook = base_of(chain)?.hook;
     let attributes = attributes::find(&chain.attributes, 4)?;
@@ -321,22 +331,23 @@ fn place_of(chain: &Object) -> Option<Place> {
     })
 }
 
+/// Returns the priority of a base chain.
 fn priority(chain: &Object) -> i32 {
     let hook = attributes::find(&chain.attributes, 4).unwrap_or_default();
     number(attributes::find(hook, 2)).unwrap_or_default().cast_signed()
 }
 
-/// Some of each kind.
-fn few(found: BTreeMap<Key, Partial>) -> Vec<Partial> {
-    let mut few: Vec<Partial> = Vec::new();
+/// Returns up to [`MAX_FINDINGS_PER_KIND`] findings of each kind.
+fn limit_per_kind(found: BTreeMap<Key, Partial>) -> Vec<Partial> {
+    let mut kept: Vec<Partial> = Vec::new();
     for partial in found.into_values() {
         let kind = std::mem::discriminant(&partial.act);
-        let alike = few.iter().filter(|known| std::mem::discriminant(&known.act) == kind);
-        if alike.count() < NAMED {
-            few.push(partial);
+        let alike = kept.iter().filter(|known| std::mem::discriminant(&known.act) == kind);
+        if alike.count() < MAX_FINDINGS_PER_KIND {
+            kept.push(partial);
         }
     }
-    few
+    kept
 }
 
 fn by_chain(rules: &[Object]) -> Rules<'_> {

@@ -1,8 +1,8 @@
-//! Tables of nftables about the pods on one bridge: kept equal to which pods there are.
+//! Maintains the nftables tables about the pods on one bridge.
 //!
-//! What the tables hold is said by their shapes ([`spoofing`], [`unused`]). A pod is in their sets before it
-//! is answered. A table is written in one transaction, and what differs later from what the kernel then
-//! showed is a change of another program.
+//! The tables' contents are defined by their shapes ([`spoofing`], [`unused`]). A pod is in their
+//! sets before ADD is answered. A table is written in one transaction; a later difference from the
+//! form that the kernel then showed is a change by another program.
 
 use std::{
     collections::BTreeSet,
@@ -12,7 +12,7 @@ use std::{
 };
 
 use super::{
-    firewall::{Shown, append, create, create_table, delete_table, look, name_of},
+    firewall::{Shown, append, create, create_table, delete_table, name_of, read_table},
     rules::family_name,
     sets::{self, Elements},
     spoofing, unused,
@@ -29,37 +29,40 @@ use crate::{
     pods::bridge::{Bridge, Tenant, Tenants},
 };
 
-/// What the kernel refused is tried again after so long.
-const TRY_AGAIN: Duration = Duration::from_secs(60);
+/// Minimum time between attempts to write a table that the kernel refused.
+const RETRY_INTERVAL: Duration = Duration::from_secs(60);
 
-/// What a table is like.
+/// The definition of a table.
 pub(super) struct Shape {
+    /// Family of nftables.
     pub(super) family: u8,
-    /// Its name, by that of the overlay's device.
+    /// Returns the table's name, given that of the overlay's device.
     pub(super) name: fn(&str) -> String,
-    /// Sets with the length of their elements and their type as the `nft` program knows it.
+    /// Sets with the length of their elements in bytes, and their type as the `nft` program encodes
+    /// it.
     pub(super) sets: &'static [(&'static str, u32, u32)],
-    /// A set whose elements are found only so many times a second.
+    /// A set whose elements match only up to this number of times per second.
     pub(super) limited: Option<(&'static str, u64)>,
+    /// The alarm of the table, if it has one.
     pub(super) alarm: Option<Alarm>,
     /// Chains with their hooks and priorities.
     pub(super) chains: &'static [(&'static str, u32, i32)],
-    /// Chain and rule, from top to bottom.
+    /// Returns chains and rules, from top to bottom.
     pub(super) rules: fn(&Bridge) -> Vec<(&'static str, Rule)>,
-    /// By the bridge, its pods, and its ports of other programs.
+    /// Returns the elements, given the bridge, its pods, and its foreign ports.
     pub(super) elements: fn(&Bridge, &Tenants, &BTreeSet<String>) -> Elements,
-    /// Which of the elements go with a pod that is unplugged.
+    /// Returns the elements to remove with a pod's veth pair.
     pub(super) leaving: fn(&Bridge, &str, &Tenant, &Elements) -> Elements,
-    /// A set of veth pairs whose elements stay until the kernel has removed the veth pair.
+    /// A set of veth pairs whose elements stay until the kernel has removed the interface.
     pub(super) veths: Option<&'static str>,
-    /// What is so without the table, and what the table takes.
-    pub(super) without: (&'static str, &'static str),
+    /// The consequence of a missing table, and what the kernel needs for it.
+    pub(super) requirement: (&'static str, &'static str),
 }
 
-/// A chain that should count no packets, and what is told while it does.
+/// A chain that should count no packets, and the sentence that is reported when it does.
 pub(super) struct Alarm {
     pub(super) chain: &'static str,
-    pub(super) words: fn(&Bridge) -> String,
+    pub(super) sentence: fn(&Bridge) -> String,
 }
 
 /// The tables of one bridge.
@@ -68,31 +71,33 @@ pub struct PodTables {
     changes: Option<Changes>,
     spoofing: Table,
     unused: Table,
-    /// Ports of other programs on the bridge, as last seen.
+    /// The bridge's ports of other programs, as of the last check.
     foreign_ports: BTreeSet<String>,
 }
 
 struct Table {
     shape: &'static Shape,
-    written: Option<WriteEvent>,
+    written: Option<Written>,
     problem: Option<String>,
-    /// What the chain of the alarm had counted when the table was last read.
+    /// The counter of the alarm's chain as of the last read.
     counted: u64,
     alarm: Option<String>,
+    /// When the kernel last refused the table.
     refused_at: Option<Instant>,
-    /// It is not wanted, and what an earlier run has left was looked for.
+    /// Whether the table is not wanted and has been removed, including one of an earlier run.
     removed: bool,
 }
 
-struct WriteEvent {
+/// What was last written, and the form in which the kernel shows it.
+struct Written {
     bridge: Bridge,
     elements: Elements,
-    /// Not known before it was read for the first time.
+    /// `None` until the table was read after the write.
     shown: Option<Shown>,
 }
 
 impl PodTables {
-    /// Opens what it can; what it cannot is a problem once there are pods.
+    /// Opens the sockets. A socket that cannot be opened becomes a problem once there are pods.
     pub fn open() -> Self {
         Self {
             nftables: Nftables::open(),
@@ -103,12 +108,15 @@ impl PodTables {
         }
     }
 
-    /// Readable when some table of nftables has changed.
+    /// Returns the socket that is readable when a table of nftables has changed.
     pub fn changes(&self) -> Option<BorrowedFd<'_>> {
         self.changes.as_ref().map(|changes| changes.as_fd())
     }
 
-    /// Reads what has changed, and says whether another program was at one of the tables.
+    /// Reads notifications; returns whether another program has changed one of the tables.
+    ///
+    /// # Errors
+    /// When the socket cannot be read.
     pub fn touched(&mut self) -> io::Result<bool> {
         let own = self.nftables.as_ref().ok().and_then(|nftables| nftables.port().ok());
         let tables: Vec<(u8, String)> =
@@ -116,17 +124,17 @@ impl PodTables {
         self.changes.as_mut().map_or(Ok(false), |changes| changes.touched_in(&tables, own))
     }
 
-    /// What keeps the tables from being there, and what they have found out.
+    /// Returns the problems that prevent a table, and the alarms.
     pub fn problems(&self) -> impl Iterator<Item = &String> {
         let tables = [&self.spoofing, &self.unused];
         tables.into_iter().flat_map(|table| table.problem.iter().chain(&table.alarm))
     }
 
-    /// Lets a pod in by its veth pair, before it is answered.
+    /// Adds a pod's veth pair to the sets, before ADD is answered.
     ///
-    /// Whether addresses without a pod can be refused is known only after a look at the bridge's ports
-    /// ([`PodTables::keep`]).
-    pub fn let_in(&mut self, bridge: &Bridge, veth: &str, tenant: &Tenant, all: &Tenants) {
+    /// The table for unused addresses is created only by [`PodTables::keep`], which knows the
+    /// bridge's ports.
+    pub fn admit(&mut self, bridge: &Bridge, veth: &str, tenant: &Tenant, all: &Tenants) {
         if !bridge.anti_spoofing {
             self.spoofing.remove_once(&mut self.nftables, bridge);
             self.unused.remove_once(&mut self.nftables, bridge);
@@ -153,40 +161,45 @@ impl PodTables {
         }
     }
 
-    /// Takes back what a veth pair was allowed. Nothing that comes out of it passes any more.
-    pub fn shut_out(&mut self, veth: &str, tenant: &Tenant) {
+    /// Removes a veth pair's elements. No packet from it passes any more.
+    pub fn revoke(&mut self, veth: &str, tenant: &Tenant) {
         let tables = [&self.spoofing, &self.unused];
-        let gone = tables.map(|table| table.leaving(veth, tenant));
+        let removed_elements = tables.map(|table| table.leaving(veth, tenant));
         let steps: Vec<(u8, Step)> = tables
             .iter()
-            .zip(&gone)
-            .flat_map(|(table, gone)| table.element_steps(Kind::DelElements, gone))
+            .zip(&removed_elements)
+            .flat_map(|(table, removed_elements)| {
+                table.element_steps(Kind::DelElements, removed_elements)
+            })
             .collect();
-        let are_out = carry_out(&mut self.nftables, &steps);
-        for (table, gone) in [&mut self.spoofing, &mut self.unused].into_iter().zip(gone) {
-            table.shut_out(&mut self.nftables, &gone, are_out);
+        let are_removed = carry_out(&mut self.nftables, &steps);
+        for (table, removed_elements) in
+            [&mut self.spoofing, &mut self.unused].into_iter().zip(removed_elements)
+        {
+            table.revoke(&mut self.nftables, &removed_elements, are_removed);
         }
     }
 
-    /// Makes the tables what they should be, or removes them where they are not wanted. `foreign_ports` are
-    /// the bridge's ports of others, whose addresses are not known; none, where it was not looked at. `there`
-    /// lists the interfaces of this host. Names the tables that another program had changed.
+    /// Repairs the tables, or removes them if they are not wanted. `foreign_ports` are the bridge's
+    /// ports of other programs, whose addresses are unknown; `None` if the ports were not listed.
+    /// `present_interfaces` lists the interfaces of this host. Returns the names of the tables that another
+    /// program had changed.
     pub fn keep(
         &mut self,
         bridge: &Bridge,
         tenants: &Tenants,
         foreign_ports: Option<&BTreeSet<String>>,
-        there: impl FnOnce() -> io::Result<BTreeSet<String>>,
+        present_interfaces: impl FnOnce() -> io::Result<BTreeSet<String>>,
     ) -> Vec<String> {
         let tenants = match bridge.anti_spoofing {
             true => with_known_macs(&mut self.nftables, bridge, tenants),
             false => Tenants::new(),
         };
-        let mut there = Some(there);
+        let mut present_interfaces = Some(present_interfaces);
         if let Some(foreign_ports) = foreign_ports {
             self.foreign_ports.clone_from(foreign_ports);
         }
-        // What was not looked at may have ports of others.
+        // Without a list, the bridge may have foreign ports.
         let is_alone = foreign_ports.is_some_and(BTreeSet::is_empty);
         let wanted = [
             (&mut self.spoofing, bridge.anti_spoofing),
@@ -199,20 +212,26 @@ impl PodTables {
                 continue;
             }
             let elements = (table.shape.elements)(bridge, &tenants, &self.foreign_ports);
-            if table.keep(&mut self.nftables, bridge, elements, &mut there) {
+            if table.keep(&mut self.nftables, bridge, elements, &mut present_interfaces) {
                 changed.push(table.full_name(bridge));
             }
         }
         changed
     }
 
-    /// Removes the tables of the overlay with this device; one that is not there is no error.
+    /// Removes the tables of the overlay with this device. A missing table is no error.
+    ///
+    /// # Errors
+    /// When the kernel refuses a removal.
     pub fn remove(&mut self, device: &str) -> io::Result<()> {
         let spoofing = self.spoofing.remove(&mut self.nftables, device);
         self.unused.remove(&mut self.nftables, device).and(spoofing)
     }
 
-    /// Tables for bridges whose name is wanted.
+    /// Returns the names of bridge tables for which `wanted` holds.
+    ///
+    /// # Errors
+    /// When the tables cannot be listed.
     pub fn tables(&mut self, wanted: impl Fn(&str) -> bool) -> io::Result<Vec<String>> {
         let Ok(nftables) = &mut self.nftables else { return Ok(Vec::new()) };
         let mut names = tables_in(nftables, spoofing::SHAPE.family)?;
@@ -238,64 +257,71 @@ impl Table {
         (self.shape.name)(&bridge.table)
     }
 
-    /// As `nft` takes it.
+    /// Returns family and name as `nft` takes them.
     fn full_name(&self, bridge: &Bridge) -> String {
         format!("{} {}", family_name(self.shape.family), self.name(bridge))
     }
 
-    /// Family and name, where it was written.
+    /// Returns family and name; `None` if the table was not written.
     fn place(&self) -> Option<(u8, String)> {
         let written = self.written.as_ref()?;
         Some((self.shape.family, self.name(&written.bridge)))
     }
 
-    /// What belongs to some pods; none, if the table is not there for that.
+    /// Returns the elements of some pods; `None` if the table was not written for this bridge.
     fn joining(&self, bridge: &Bridge, tenants: &Tenants) -> Option<Elements> {
         let written = self.written.as_ref().filter(|written| written.bridge == *bridge);
         written.map(|_| (self.shape.elements)(bridge, tenants, &BTreeSet::new()))
     }
 
-    /// What goes with a pod.
+    /// Returns the elements that go with a pod.
     fn leaving(&self, veth: &str, tenant: &Tenant) -> Elements {
-        let of_written = |written: &WriteEvent| {
+        let of_written = |written: &Written| {
             (self.shape.leaving)(&written.bridge, veth, tenant, &written.elements)
         };
         self.written.as_ref().map(of_written).unwrap_or_default()
     }
 
-    /// Steps that add or remove elements of the table as it was written, with its family.
+    /// Returns the steps that add or remove elements of the table, with its family.
     fn element_steps(&self, kind: Kind, elements: &Elements) -> Vec<(u8, Step)> {
         let Some((family, name)) = self.place() else { return Vec::new() };
         sets::steps(&name, kind, elements).into_iter().map(|step| (family, step)).collect()
     }
 
-    /// Forgets elements that are gone, or removes them if they are not.
-    fn shut_out(&mut self, nftables: &mut io::Result<Nftables>, gone: &Elements, are_out: bool) {
-        if !are_out && !carry_out(nftables, &self.element_steps(Kind::DelElements, gone)) {
-            // It is not as it was written, and is written again when it is looked at.
+    /// Drops elements from the stored state that were removed, or removes them if they were not.
+    fn revoke(
+        &mut self,
+        nftables: &mut io::Result<Nftables>,
+        removed_elements: &Elements,
+        are_removed: bool,
+    ) {
+        if !are_removed
+            && !carry_out(nftables, &self.element_steps(Kind::DelElements, removed_elements))
+        {
+            // The table is not as it was written, and is rewritten at the next check.
             self.written = None;
         }
         let Some(written) = &mut self.written else { return };
-        for (set, keys) in gone {
+        for (set, keys) in removed_elements {
             if let Some(has) = written.elements.get_mut(set) {
                 has.retain(|key| !keys.contains(key));
             }
         }
     }
 
-    /// Says whether another program had changed it.
+    /// Checks and repairs the table; returns whether another program had changed it.
     fn keep(
         &mut self,
         nftables: &mut io::Result<Nftables>,
         bridge: &Bridge,
         mut wanted: Elements,
-        there: &mut Option<impl FnOnce() -> io::Result<BTreeSet<String>>>,
+        present_interfaces: &mut Option<impl FnOnce() -> io::Result<BTreeSet<String>>>,
     ) -> bool {
-        self.keep_dying(&mut wanted, there);
+        self.keep_disappearing_veths(&mut wanted, present_interfaces);
         let found = match (&mut *nftables, &self.written) {
             (Ok(nftables), Some(written)) => {
                 let (family, name) = (self.shape.family, self.name(&written.bridge));
-                look(nftables, family, &name)
+                read_table(nftables, family, &name)
                     .and_then(|(shown, counted)| {
                         Ok((shown, present(nftables, self.shape, &name)?, counted))
                     })
@@ -307,46 +333,49 @@ impl Table {
             }
         };
         let Some(written) = &mut self.written else { return false };
-        let is_right = found.is_some_and(|(shown, present, counted)| {
+        let is_unchanged = found.is_some_and(|(shown, present, counted)| {
             if let Some(alarm) = &self.shape.alarm {
                 let now = counted.get(alarm.chain).copied().unwrap_or_default();
-                self.alarm = (now > self.counted).then(|| (alarm.words)(bridge));
+                self.alarm = (now > self.counted).then(|| (alarm.sentence)(bridge));
                 self.counted = now;
             }
-            let rules_are_right = match &written.shown {
+            let has_expected_rules = match &written.shown {
                 Some(before) => *before == shown,
                 None => shown.rules() == (self.shape.rules)(&written.bridge).len(),
             };
-            if rules_are_right {
+            if has_expected_rules {
                 written.shown = Some(shown);
             }
-            rules_are_right && present == written.elements
+            has_expected_rules && present == written.elements
         });
-        if !is_right || written.bridge != *bridge || written.elements != wanted {
+        if !is_unchanged || written.bridge != *bridge || written.elements != wanted {
             self.write(nftables, bridge, wanted);
         }
-        !is_right
+        !is_unchanged
     }
 
-    /// Veth pairs that are being removed stay where they are.
-    fn keep_dying(
+    /// Keeps the elements of veth pairs that the kernel is still removing.
+    fn keep_disappearing_veths(
         &self,
         wanted: &mut Elements,
-        there: &mut Option<impl FnOnce() -> io::Result<BTreeSet<String>>>,
+        present_interfaces: &mut Option<impl FnOnce() -> io::Result<BTreeSet<String>>>,
     ) {
         let Some(set) = self.shape.veths else { return };
         let had = self.written.as_ref().and_then(|written| written.elements.get(set));
         let keep = wanted.entry(set).or_default();
         let stale: Vec<Vec<u8>> =
             had.into_iter().flat_map(|had| had.difference(keep)).cloned().collect();
-        let Some(there) = there.take_if(|_| !stale.is_empty()) else { return };
-        let there: BTreeSet<Vec<u8>> = match there() {
+        let Some(present_interfaces) = present_interfaces.take_if(|_| !stale.is_empty()) else {
+            return;
+        };
+        let present_interfaces: BTreeSet<Vec<u8>> = match present_interfaces() {
             Ok(names) => names.iter().map(|name| name_bytes(name).to_vec()).collect(),
             Err(_) => return,
         };
-        keep.extend(stale.into_iter().filter(|key| there.contains(key)));
+        keep.extend(stale.into_iter().filter(|key| present_interfaces.contains(key)));
     }
 
+    /// Writes the table for these pods.
     fn write_for(
         &mut self,
         nftables: &mut io::Result<Nftables>,
@@ -357,12 +386,12 @@ impl Table {
         self.write(nftables, bridge, (self.shape.elements)(bridge, tenants, foreign_ports));
     }
 
-    /// In one transaction, which no packet notices.
+    /// Rewrites the table in one transaction, so that no packet passes without it.
     fn write(&mut self, nftables: &mut io::Result<Nftables>, bridge: &Bridge, elements: Elements) {
-        if self.refused_at.is_some_and(|at| at.elapsed() < TRY_AGAIN) {
+        if self.refused_at.is_some_and(|at| at.elapsed() < RETRY_INTERVAL) {
             return;
         }
-        let Shape { family, sets, limited, chains, rules, without, .. } = self.shape;
+        let Shape { family, sets, limited, chains, rules, requirement, .. } = self.shape;
         let table = &self.name(bridge);
         let mut steps = vec![create_table(table), delete_table(table), create_table(table)];
         for (id, (set, length, kind)) in (1..).zip(*sets) {
@@ -389,13 +418,13 @@ impl Table {
             Ok(()) => {
                 (self.problem, self.refused_at, self.removed) = (None, None, false);
                 self.counted = 0;
-                self.written = Some(WriteEvent { bridge: bridge.clone(), elements, shown: None });
+                self.written = Some(Written { bridge: bridge.clone(), elements, shown: None });
             }
             Err(error) => {
                 self.refused_at = Some(Instant::now());
-                let (what, takes) = without;
+                let (what, takes) = requirement;
                 self.problem = Some(format!(
-                    "{what}: nftables, family {}: {error}: it takes a kernel with {takes}, or set \
+                    "{what}: nftables, family {}: {error}: use a kernel with {takes}, or set \
                      anti_spoofing = false",
                     family_name(*family)
                 ));
@@ -403,6 +432,7 @@ impl Table {
         }
     }
 
+    /// Removes the table from the kernel if it exists.
     fn remove(&mut self, nftables: &mut io::Result<Nftables>, device: &str) -> io::Result<()> {
         (self.written, self.alarm) = (None, None);
         let (family, name) = (self.shape.family, (self.shape.name)(device));
@@ -413,7 +443,8 @@ impl Table {
         nftables.transaction_in(family, &[delete_table(&name)])
     }
 
-    /// Removes what this run or an earlier one with other settings has left, which would hold up new pods.
+    /// Removes the table of this run or of an earlier one with other settings, which would block
+    /// new pods.
     fn remove_once(&mut self, nftables: &mut io::Result<Nftables>, bridge: &Bridge) {
         if std::mem::replace(&mut self.removed, true) {
             return;
@@ -426,7 +457,7 @@ impl Table {
     }
 }
 
-/// MACs that nobody knows any more are in the table that an earlier process has left.
+/// Completes missing MACs from the table that an earlier process has left.
 fn with_known_macs(
     nftables: &mut io::Result<Nftables>,
     bridge: &Bridge,
@@ -449,7 +480,8 @@ fn with_known_macs(
     tenants
 }
 
-/// Adds what belongs to some pods in one transaction; false for each table that is not as it was written.
+/// Adds the elements of some pods in one transaction. Returns, for each table, whether they were
+/// added.
 fn add(
     tables: [&mut Table; 2],
     nftables: &mut io::Result<Nftables>,
@@ -475,17 +507,19 @@ fn add(
     [added.next() == Some(true), added.next() == Some(true)]
 }
 
-/// Carries out steps on tables of the given families, all or none; says whether that was done.
+/// Executes steps on tables of the given families, all or none; returns whether they succeeded.
 fn carry_out(nftables: &mut io::Result<Nftables>, steps: &[(u8, Step)]) -> bool {
     let Ok(nftables) = nftables else { return false };
     let steps = steps.iter().map(|(family, step)| (*family, step));
     steps.len() == 0 || nftables.transaction_of(steps).is_ok()
 }
 
+/// Returns the present elements of a table's sets.
 fn present(nftables: &mut Nftables, shape: &Shape, table: &str) -> io::Result<Elements> {
     sets::keys_in(nftables, shape.family, table, shape.sets.iter().map(|(set, ..)| *set))
 }
 
+/// Returns the names of the tables of a family.
 fn tables_in(nftables: &mut Nftables, family: u8) -> io::Result<Vec<String>> {
     let tables = nftables.dump(Kind::GetTable, family, &Attributes::new())?;
     Ok(tables.iter().map(|table| name_of(table, 1).to_owned()).collect())

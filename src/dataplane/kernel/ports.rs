@@ -1,7 +1,7 @@
-//! UDP ports that chains of others close. They are only read, to say so.
+//! UDP ports that foreign chains close. Chains are only read, to report them.
 //!
-//! What is closed for some senders only is not told: a rule that compares addresses or looks into sets has a
-//! reason of its own.
+//! Ports that are closed for some senders only are not reported: a rule that compares addresses or
+//! looks up a set is taken to be intended.
 
 use std::{collections::BTreeSet, io};
 
@@ -23,39 +23,46 @@ const PREROUTING: u32 = 0;
 const INPUT: u32 = 1;
 /// `NFT_META_L4PROTO`
 const META_L4PROTO: u32 = 16;
-/// `NFT_PAYLOAD_TRANSPORT_HEADER`, and where ports of destinations are in it.
+/// `NFT_PAYLOAD_TRANSPORT_HEADER`, and the offset of the destination port in it.
 const TRANSPORT: u32 = 2;
 const DESTINATION: u32 = 2;
 const UDP: u8 = 17;
 
-/// What a rule does with all UDP packets to a port.
+/// What a rule does with UDP packets to a port.
 #[derive(Debug, PartialEq, Eq)]
 enum Effect {
+    /// Drops all of them.
     Drops {
-        /// The rule names it.
+        /// Whether the rule names the port.
         by_port: bool,
     },
-    /// It drops those that are more than so many in a time.
+    /// Drops those above a rate.
     Limits,
+    /// Accepts them.
     Accepts,
-    /// It leads into another chain, whose rules are of the same table.
+    /// Leads to another chain of the same table.
     Leads,
+    /// Does not decide.
     Nothing,
 }
 
-/// A chain that drops what comes to a port.
+/// A chain that drops packets to a port.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ClosedPort {
-    /// Family, table and name.
+    /// Family, table and name, as `nft` takes them.
     pub chain: String,
+    /// The UDP port.
     pub port: u16,
-    /// By a rule that names it, not by what becomes of the rest.
+    /// Whether a rule names the port; otherwise it is dropped like the remaining packets.
     pub by_port: bool,
-    /// Only what is more than so many packets in a time.
+    /// Whether only packets above a rate are dropped.
     pub limited: bool,
 }
 
-/// Base chains of input that drop what comes to one of these ports.
+/// Returns the input base chains that drop packets to one of these ports.
+///
+/// # Errors
+/// When chains or rules cannot be listed.
 pub fn closed_ports(nftables: &mut Nftables, ports: &[u16]) -> io::Result<BTreeSet<ClosedPort>> {
     let chains = nftables.dump(Kind::GetChain, ANY, &Attributes::new())?;
     let mut closed = BTreeSet::new();
@@ -82,8 +89,10 @@ pub fn closed_ports(nftables: &mut Nftables, ports: &[u16]) -> io::Result<BTreeS
     Ok(closed)
 }
 
-/// Chains with rules that give UDP packets to a port another destination, before it is known that they are
-/// for this host.
+/// Returns chains with rules that give UDP packets to a port another destination before routing.
+///
+/// # Errors
+/// When chains or rules cannot be listed.
 pub fn redirected_port(
     nftables: &mut Nftables,
     ipv4: bool,
@@ -111,7 +120,7 @@ pub fn redirected_port(
     Ok(found)
 }
 
-/// Whether a rule is for UDP to a port, or tells no protocol and port of its own.
+/// Whether a rule is for UDP to a port, or compares neither protocol nor port.
 fn may_concern(rule: &Object, port: u16) -> bool {
     let (mut is_protocol, mut is_port) = (false, false);
     for (name, data) in expressions(rule) {
@@ -141,7 +150,7 @@ fn may_concern(rule: &Object, port: u16) -> bool {
     true
 }
 
-/// The command that lets UDP to this port through a chain that [`closed_ports`] has named.
+/// Returns the command that accepts UDP to this port in a chain of [`closed_ports`].
 pub fn open_port(chain: &str, port: u16) -> String {
     match chain.split(' ').collect::<Vec<_>>()[..] {
         ["ip", "filter", "INPUT"] => format!("iptables -I INPUT -p udp --dport {port} -j ACCEPT"),
@@ -150,8 +159,8 @@ pub fn open_port(chain: &str, port: u16) -> String {
     }
 }
 
-/// The first rule of the chain that concerns the port decides; one that leads elsewhere may.
-/// Says whether it does so by a rule that names the port.
+/// Returns whether the chain drops packets to the port: `Some(true)` if by a rule that names the
+/// port. The first rule that concerns the port decides; a rule that leads to another chain may.
 fn how_closed(own: &[&Object], others: &[&Object], port: u16, by_default: bool) -> Option<bool> {
     for rule in own {
         match effect(rule, port) {
@@ -162,7 +171,8 @@ fn how_closed(own: &[&Object], others: &[&Object], port: u16, by_default: bool) 
                 if effects().any(|effect| effect == Effect::Accepts) {
                     return None;
                 }
-                // What drops everything there may be led to by something else.
+                // Rules there that drop everything may belong to a chain that other packets are led
+                // to.
                 if effects().any(|effect| effect == Effect::Drops { by_port: true }) {
                     return Some(true);
                 }
@@ -173,36 +183,37 @@ fn how_closed(own: &[&Object], others: &[&Object], port: u16, by_default: bool) 
     by_default.then_some(false)
 }
 
-/// Whether a rule drops some of what no rule before it has accepted.
+/// Whether a rule drops packets above a rate before any rule accepts them.
 fn is_limited(own: &[&Object], port: u16) -> bool {
     let mut effects = own.iter().map(|rule| effect(rule, port));
     let decisive = effects.find(|effect| matches!(effect, Effect::Limits | Effect::Accepts));
     decisive == Some(Effect::Limits)
 }
 
+/// Returns what a rule does with UDP packets to a port.
 fn effect(rule: &Object, port: u16) -> Effect {
-    let (mut about, mut narrowed, mut by_set, mut limited) = (false, false, false, false);
+    let (mut names_port, mut narrowed, mut by_set, mut limited) = (false, false, false, false);
     for (name, data) in expressions(rule) {
         match name {
             "cmp" => {
                 let value = attributes::find(data, 3).and_then(|data| attributes::find(data, 1));
                 match value.unwrap_or_default() {
-                    bytes if bytes == port.to_be_bytes() => about = true,
+                    bytes if bytes == port.to_be_bytes() => names_port = true,
                     // UDP, IPv4 or IPv6.
                     [17 | 2 | 10] => {}
                     _ => narrowed = true,
                 }
             }
-            // What of iptables has no expression of its own; see `struct xt_udp`. Any other, as `state` and
-            // `conntrack`, may match some packets and not others.
+            // Matches of iptables without an nftables expression; see `struct xt_udp`. Any other
+            // match, such as `state` or `conntrack`, may match only some packets.
             "match" => match udp_match(data) {
-                Some(range) if range.contains(&port) => about = true,
-                _ if multiport(data, port) == Some(true) => about = true,
+                Some(range) if range.contains(&port) => names_port = true,
+                _ if multiport(data, port) == Some(true) => names_port = true,
                 _ if text_of(data) == Some("comment") => {}
                 _ if matches!(text_of(data), Some("limit" | "hashlimit")) => limited = true,
                 _ => narrowed = true,
             },
-            // What a set holds is not read: it may be ports.
+            // The set's elements are not read; they may be ports.
             "lookup" => by_set = true,
             "limit" => limited = true,
             "range" | "ct" | "fib" | "socket" => narrowed = true,
@@ -210,35 +221,35 @@ fn effect(rule: &Object, port: u16) -> Effect {
         }
     }
     match rules::effect(rule) {
-        // Also what lets in some senders only: those it knows are members, hopefully.
-        rules::Effect::Accepts if about || by_set || !narrowed && !limited => Effect::Accepts,
+        // Also if it accepts some senders only: these may be the members.
+        rules::Effect::Accepts if names_port || by_set || !narrowed && !limited => Effect::Accepts,
         rules::Effect::Drops if limited && !narrowed && !by_set => Effect::Limits,
-        rules::Effect::Drops if !narrowed && !by_set => Effect::Drops { by_port: about },
+        rules::Effect::Drops if !narrowed && !by_set => Effect::Drops { by_port: names_port },
         rules::Effect::Leads => Effect::Leads,
         _ => Effect::Nothing,
     }
 }
 
-/// Whether `struct xt_multiport_v1` (linux/netfilter/xt_multiport.h) matches all packets to a port; none, if
-/// it is another match.
+/// Returns whether `struct xt_multiport_v1` (linux/netfilter/xt_multiport.h) matches all packets to
+/// a port; `None` if the match is another one.
 fn multiport(data: &[u8], port: u16) -> Option<bool> {
-    const MOST: usize = 15;
-    const OF_SOURCES: u8 = 0;
+    const MAX_PORTS: usize = 15;
+    const SOURCE_PORTS: u8 = 0;
     let info = attributes::find(data, 3).filter(|_| text_of(data) == Some("multiport"))?;
     let [kind, count] = *info.first_chunk()?;
     let ports = info.get(2..)?.chunks_exact(2).map(|port| u16::from_ne_bytes([port[0], port[1]]));
-    let ports: Vec<u16> = ports.take(usize::from(count).min(MOST)).collect();
+    let ports: Vec<u16> = ports.take(usize::from(count).min(MAX_PORTS)).collect();
     let is_set = |at: usize| info.get(at).is_some_and(|flag| *flag != 0);
-    let begins_range = |index: usize| is_set(2 + 2 * MOST + index);
-    let is_inverted = is_set(2 + 3 * MOST);
+    let begins_range = |index: usize| is_set(2 + 2 * MAX_PORTS + index);
+    let is_inverted = is_set(2 + 3 * MAX_PORTS);
     let holds = ports.iter().enumerate().any(|(index, first)| match ports.get(index + 1) {
         Some(last) if begins_range(index) => (*first..=*last).contains(&port),
         _ => *first == port,
     });
-    Some(kind != OF_SOURCES && holds && !is_inverted)
+    Some(kind != SOURCE_PORTS && holds && !is_inverted)
 }
 
-/// The destination ports of `struct xt_udp` (linux/netfilter/xt_tcpudp.h), in host order.
+/// Returns the destination ports of `struct xt_udp` (linux/netfilter/xt_tcpudp.h), in host order.
 fn udp_match(data: &[u8]) -> Option<std::ops::RangeInclusive<u16>> {
     let info = attributes::find(data, 3)?;
     let port = |at: usize| Some(u16::from_ne_bytes(*info.get(at..)?.first_chunk()?));

@@ -1,46 +1,55 @@
-//! What a rule of nftables does with packets, as far as its form tells: also of those that iptables makes,
-//! whose targets and matches have no expressions of their own.
+//! Interprets rules of nftables, as far as their form allows. This includes rules that iptables
+//! makes, whose targets and matches have no expressions of their own.
 
 use crate::netlink::{attributes, nftables::Object};
 
-/// Verdicts; negative ones lead into another chain (`NFT_JUMP`, `NFT_GOTO`), but for the one that goes back.
+/// Verdict codes (linux/netfilter.h, linux/netfilter/nf_tables.h). Negative codes lead to another
+/// chain, except `RETURN`.
 pub const DROP: i32 = 0;
+/// `NF_ACCEPT`.
 pub const ACCEPT: i32 = 1;
+/// `NFT_JUMP`.
 pub const JUMP: i32 = -3;
+/// `NFT_GOTO`.
 pub const GOTO: i32 = -4;
+/// `NFT_RETURN`.
 pub const RETURN: i32 = -5;
 
-/// Expressions that let a rule go on for some packets only. What they compare is not read here.
+/// Expressions that let only some packets continue. What they compare is not read here.
 const CONDITIONS: [&str; 7] = ["cmp", "lookup", "range", "match", "limit", "connlimit", "quota"];
-/// Matches of iptables that are none.
+/// A match of iptables that is no condition.
 const COMMENT: &str = "comment";
 
-/// What a base chain hangs on.
+/// The hook and policy of a base chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Base {
+    /// Number of the hook (`NF_INET_*`).
     pub hook: u32,
-    /// What no rule decides is dropped.
+    /// Whether the policy is to drop.
     pub drops: bool,
 }
 
-/// What becomes of packets that match all conditions of a rule.
+/// What happens to packets that match all conditions of a rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Effect {
+    /// They are dropped or rejected.
     Drops,
+    /// They are accepted.
     Accepts,
     /// They go through another chain of the same table.
     Leads,
-    /// They go on to the next rule.
+    /// They continue with the next rule.
     Nothing,
 }
 
-/// The hook and policy of a chain that is a base chain.
+/// Returns hook and policy of a base chain; `None` for other chains.
 pub fn base_of(chain: &Object) -> Option<Base> {
     let hook = number(attributes::find(attributes::find(&chain.attributes, 4)?, 1))?;
     let drops = number(attributes::find(&chain.attributes, 5)) == Some(0);
     Some(Base { hook, drops })
 }
 
+/// Returns the name of an nftables family.
 pub const fn family_name(family: u8) -> &'static str {
     match family {
         1 => "inet",
@@ -53,7 +62,7 @@ pub const fn family_name(family: u8) -> &'static str {
     }
 }
 
-/// As `nft` calls it.
+/// Returns the name of a hook as `nft` calls it.
 pub const fn hook_name(family: u8, hook: u32) -> &'static str {
     match (family, hook) {
         (5, 1) => "egress",
@@ -68,7 +77,7 @@ pub const fn hook_name(family: u8, hook: u32) -> &'static str {
     }
 }
 
-/// Names and data of a rule's expressions.
+/// Returns names and data of a rule's expressions.
 pub fn expressions(rule: &Object) -> impl Iterator<Item = (&str, &[u8])> {
     let list = attributes::find(&rule.attributes, 4).unwrap_or_default();
     attributes::read(list).filter_map(|(_, expression)| {
@@ -77,6 +86,7 @@ pub fn expressions(rule: &Object) -> impl Iterator<Item = (&str, &[u8])> {
     })
 }
 
+/// Returns what happens to packets that match all conditions of a rule.
 pub fn effect(rule: &Object) -> Effect {
     let mut effect = Effect::Nothing;
     for (name, data) in expressions(rule) {
@@ -92,7 +102,7 @@ pub fn effect(rule: &Object) -> Effect {
             }
             "reject" => effect = Effect::Drops,
             "target" if matches!(text_of(data), Some("REJECT" | "DROP")) => effect = Effect::Drops,
-            // A map of verdicts.
+            // A verdict map.
             "lookup" if number(attributes::find(data, 3)) == Some(0) => effect = Effect::Leads,
             _ => {}
         }
@@ -100,7 +110,7 @@ pub fn effect(rule: &Object) -> Effect {
     effect
 }
 
-/// The chain that packets which match all conditions of a rule are led to; none, by a map of verdicts.
+/// Returns the chain that a rule leads to; `None` for a verdict map.
 pub fn target_of(rule: &Object) -> Option<&str> {
     expressions(rule).filter(|(name, _)| *name == "immediate").find_map(|(_, data)| {
         let verdict = attributes::find(attributes::find(data, 2)?, 2)?;
@@ -108,13 +118,13 @@ pub fn target_of(rule: &Object) -> Option<&str> {
     })
 }
 
-/// Whether packets that match all conditions of a rule are handed to a program, which decides on them.
+/// Whether a rule hands matching packets to a program, which decides on them.
 pub fn hands_over(rule: &Object) -> bool {
     expressions(rule)
         .any(|(name, data)| name == "queue" || name == "target" && text_of(data) == Some("NFQUEUE"))
 }
 
-/// Whether packets that match all conditions of a rule get another source address.
+/// Whether a rule gives matching packets another source address.
 pub fn translates_source(rule: &Object) -> bool {
     /// `NFT_NAT_SNAT`
     const SOURCE: u32 = 0;
@@ -126,7 +136,7 @@ pub fn translates_source(rule: &Object) -> bool {
     })
 }
 
-/// Whether packets that match all conditions of a rule get another destination.
+/// Whether a rule gives matching packets another destination.
 pub fn translates_destination(rule: &Object) -> bool {
     /// `NFT_NAT_DNAT`
     const DESTINATION: u32 = 1;
@@ -138,23 +148,25 @@ pub fn translates_destination(rule: &Object) -> bool {
     })
 }
 
-/// Whether it leaves some packets alone.
+/// Whether a rule has a condition.
 pub fn is_conditional(rule: &Object) -> bool {
     expressions(rule)
         .any(|(name, data)| CONDITIONS.contains(&name) && text_of(data) != Some(COMMENT))
 }
 
-/// The name of a target or match of iptables.
+/// Returns the name of a target or match of iptables.
 pub fn text_of(data: &[u8]) -> Option<&str> {
     attributes::find(data, 1).map(attributes::text)
 }
 
+/// Returns the verdict code of an `immediate` expression.
 pub fn verdict_of(immediate: &[u8]) -> Option<i32> {
     let verdict = attributes::find(attributes::find(immediate, 2)?, 2)?;
     let code = attributes::find(verdict, 1)?;
     code.first_chunk().copied().map(i32::from_be_bytes)
 }
 
+/// Decodes a number in network order.
 pub fn number(payload: Option<&[u8]>) -> Option<u32> {
     payload?.first_chunk().copied().map(u32::from_be_bytes)
 }

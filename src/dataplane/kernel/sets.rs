@@ -1,4 +1,4 @@
-//! Elements of the sets in our own tables of nftables.
+//! Elements of the sets in gossamer's nftables tables.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -12,19 +12,19 @@ use crate::netlink::{
     nftables::{Kind, Nftables, Step},
 };
 
-/// Elements per message: an attribute holds no more than 65,531 bytes.
-const ELEMENTS: usize = 500;
+/// Elements per message: the payload of an attribute is limited to 65,531 bytes.
+const MAX_ELEMENTS_PER_MESSAGE: usize = 500;
 
-/// Elements of sets, by the sets' names.
+/// Elements of sets, by set name.
 pub(super) type Elements = BTreeMap<&'static str, BTreeSet<Vec<u8>>>;
 
-/// Steps that add or remove elements of a table's sets.
+/// Returns the steps that add or remove elements of a table's sets.
 pub(super) fn steps(table: &str, kind: Kind, elements: &Elements) -> Vec<Step> {
     let mut steps = Vec::new();
     let flags = if kind == Kind::NewElements { NLM_F_CREATE } else { 0 };
     for (set, keys) in elements {
         let keys: Vec<&Vec<u8>> = keys.iter().collect();
-        for some in keys.chunks(ELEMENTS) {
+        for some in keys.chunks(MAX_ELEMENTS_PER_MESSAGE) {
             let list = some.iter().fold(Attributes::new(), |list, key| {
                 let value = Attributes::new().put(1, key);
                 list.nest(1, &Attributes::new().nest(1, &value))
@@ -36,7 +36,7 @@ pub(super) fn steps(table: &str, kind: Kind, elements: &Elements) -> Vec<Step> {
     steps
 }
 
-/// Gives `what` makes of each element of a set: of its key, and of all its attributes.
+/// Returns what `what` makes of each element of a set, given the element's key and its attributes.
 pub(super) fn read<T: FromIterator<E>, E>(
     nftables: &mut Nftables,
     family: u8,
@@ -52,7 +52,7 @@ pub(super) fn read<T: FromIterator<E>, E>(
     Ok(elements.collect())
 }
 
-/// What these sets hold.
+/// Returns the present elements of these sets.
 pub(super) fn keys_in(
     nftables: &mut Nftables,
     family: u8,

@@ -1,21 +1,23 @@
-//! The table that holds pods to the addresses and the MAC that they were given, for what comes into their
-//! bridge from their veth pairs.
+//! The anti-spoofing table: restricts pods to their assigned addresses and MACs, at the ports of
+//! the pods' bridge.
 //!
-//! What comes from a veth pair that is in a set is dropped if the other sets do not hold it. So a veth pair
-//! is in the sets before its pod is answered, and its name stays until the kernel has removed it. What comes
-//! from a port of another program has addresses that are not known, and is dropped if they are a pod's, the
-//! gateway's, or those of the agent's own pod.
+//! Packets from a veth pair in the set of veth pairs are dropped unless the other sets contain
+//! their source. A veth pair is therefore added to the sets before ADD is answered, and its name
+//! stays in the set until the kernel has removed the interface. The source addresses behind a port
+//! of another program are unknown. Packets from there are dropped if they use an address of a pod,
+//! of the gateway or of the agent's own pod.
 //!
-//! A pod may bridge its own interfaces, or send back by one of them what comes in there. Frames would go
-//! round for ever: a broadcast comes back by its own port (hairpin mode, which services need) or by another
-//! one of the same container. So what leaves by such a port has to be for the pod itself, as what comes to it
-//! by a service is, and what the pod sends must not be. A limit ends a loop of broadcasts through several
-//! pods.
+//! A pod may bridge its own interfaces, or send back what it receives. Frames would then circulate:
+//! a broadcast returns by its own port (hairpin mode, which services need) or by another port of
+//! the same container. A frame that leaves by a port of the container that sent it therefore has to
+//! be for the pod itself, as packets through a service are, and a frame that the pod sends must not
+//! be. A rate limit ends loops of broadcasts through several pods.
 //!
-//! A frame to a MAC that the bridge does not know leaves by all of its ports. Pods that send it back under
-//! MACs of their own would have it go round as well, and any pod would see what is meant for another. So by a
-//! veth pair nothing leaves but what is for its pod, or for a group. The bridge goes on learning who is
-//! where: a port of another program gets what is for a machine behind it.
+//! The bridge floods a frame to an unknown MAC to all ports. Pods that send it back with a MAC of
+//! their own would make it circulate as well, and each pod would see frames for others. A frame
+//! therefore leaves by a veth pair only if it is for its pod or for a group. The bridge still
+//! learns the location of MACs, so a port of another program gets the frames for machines behind
+//! it.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -38,29 +40,31 @@ use crate::{
     },
 };
 
+/// For frames from veth pairs.
 const CHAIN: &str = "pods";
-/// About ports of other programs. Frames pass it first.
+/// For ports of other programs. Frames pass it first.
 const FOREIGN_PORTS_CHAIN: &str = "foreign-ports";
-/// About frames that one container sends and would receive.
+/// For frames that one container would both send and receive.
 const RETURNING_CHAIN: &str = "returning";
-/// About frames to several: what the rules for pods have let pass.
+/// For broadcasts and multicasts that the rules for pods have accepted.
 const GROUPS_CHAIN: &str = "groups";
-/// About frames that leave by veth pairs.
+/// For frames that leave by veth pairs.
 const RECEIVING_CHAIN: &str = "receiving";
-/// `NF_BR_PRE_ROUTING`; before the bridge learns who is where, and before Docker and kube-proxy change
-/// addresses (linux/netfilter_bridge.h).
+/// `NF_BR_PRE_ROUTING`, with a priority before the bridge learns MACs and before Docker and
+/// kube-proxy change addresses (linux/netfilter_bridge.h).
 const PREROUTING: u32 = 0;
-/// `NF_BR_FORWARD`
+/// `NF_BR_FORWARD`.
 const FORWARD: u32 = 2;
-/// `NF_BR_POST_ROUTING`: what the bridge forwards, and what this host sends by it.
+/// `NF_BR_POST_ROUTING`: frames that the bridge forwards, and frames that this host sends by it.
 const POSTROUTING: u32 = 4;
 const FIRST: i32 = -310;
 
-/// Sets with the length of their elements and their type as the `nft` program knows it: name of the veth
-/// pair, MAC, and address. Then names of ports of others, and what is used by pods, the gateway and the
-/// agent's own pod; pairs of veth pairs of one container, and MACs of the same container; and veth pairs
-/// that have not sent too much to groups.
-const VETHS: &str = "veth pairs";
+/// Sets with the length of their elements and their type as the `nft` program encodes it. Keys of
+/// the first four start with the name of the veth pair. Then the names of foreign ports; the MACs
+/// and addresses that pods, the gateway and the agent's own pod use; pairs of veth pairs of one
+/// container, and MACs of the same container; and veth pairs that are below the rate limit of
+/// groups.
+const VETHS: &str = "veths";
 pub(super) const MACS: &str = "macs";
 const ADDRESSES4: &str = "addresses4";
 const ADDRESSES6: &str = "addresses6";
@@ -70,7 +74,7 @@ const USED4: &str = "used4";
 const USED6: &str = "used6";
 const SIBLINGS: &str = "siblings";
 const SIBLING_MACS: &str = "sibling_macs";
-const CALM: &str = "calm";
+const BELOW_GROUP_RATE: &str = "below_rate";
 const SETS: [(&str, u32, u32); 11] = [
     (VETHS, 16, 41),
     (MACS, 24, 41 << 6 | 9),
@@ -82,14 +86,14 @@ const SETS: [(&str, u32, u32); 11] = [
     (USED6, 16, 8),
     (SIBLINGS, 32, 41 << 6 | 41),
     (SIBLING_MACS, 24, 41 << 6 | 9),
-    (CALM, 16, 41),
+    (BELOW_GROUP_RATE, 16, 41),
 ];
 
-/// Broadcasts and multicasts a second by one veth pair. Each of them costs this host a copy for each of its
-/// pods.
+/// Upper limit of broadcasts and multicasts per second by one veth pair. Each costs this host one
+/// copy per pod.
 const GROUP_RATE: u64 = 2_000;
 
-/// Places in a frame: offset and length.
+/// Fields of a frame: base, offset and length.
 const ETHER_DESTINATION: (Base, u32, u32) = (Base::Link, 0, 6);
 const ETHER_SOURCE: (Base, u32, u32) = (Base::Link, 6, 6);
 const ARP_KIND: u32 = 0;
@@ -97,21 +101,22 @@ const ARP_MAC: (Base, u32, u32) = (Base::Network, 8, 6);
 const ARP_ADDRESS: (Base, u32, u32) = (Base::Network, 14, 4);
 const SOURCE4: (Base, u32, u32) = (Base::Network, 12, 4);
 const SOURCE6: (Base, u32, u32) = (Base::Network, 8, 16);
-/// Of a neighbor solicitation or advertisement.
+/// The target of a neighbor solicitation or advertisement.
 const TARGET: (Base, u32, u32) = (Base::Transport, 8, 16);
 
 const IPV4: u16 = 0x0800;
 const ARP: u16 = 0x0806;
 const IPV6: u16 = 0x86dd;
-/// Tags of IEEE 802.1Q.
+/// Tags of IEEE 802.1Q and 802.1ad.
 const VLAN: u16 = 0x8100;
 const SERVICE_VLAN: u16 = 0x88a8;
 const ICMPV6: u8 = 58;
 const ROUTER_ADVERTISEMENT: u8 = 134;
-const NEIGHBOUR_SOLICITATION: u8 = 135;
-const NEIGHBOUR_ADVERTISEMENT: u8 = 136;
+const NEIGHBOR_SOLICITATION: u8 = 135;
+const NEIGHBOR_ADVERTISEMENT: u8 = 136;
 const REDIRECT: u8 = 137;
 
+/// The table's shape.
 pub(super) static SHAPE: Shape = Shape {
     family: BRIDGE,
     name: str::to_owned,
@@ -123,63 +128,65 @@ pub(super) static SHAPE: Shape = Shape {
         (RETURNING_CHAIN, FORWARD, FIRST),
         (RECEIVING_CHAIN, POSTROUTING, FIRST),
     ],
-    limited: Some((CALM, GROUP_RATE)),
-    alarm: Some(Alarm { chain: GROUPS_CHAIN, words: flooded }),
+    limited: Some((BELOW_GROUP_RATE, GROUP_RATE)),
+    alarm: Some(Alarm { chain: GROUPS_CHAIN, sentence: group_rate_alarm }),
     rules: |_| {
-        let of_non_members =
-            rules_for_foreign_ports().into_iter().map(|rule| (FOREIGN_PORTS_CHAIN, rule));
+        let at_foreign_ports =
+            foreign_port_rules().into_iter().map(|rule| (FOREIGN_PORTS_CHAIN, rule));
         let of_pods = rules().into_iter().map(|rule| (CHAIN, rule));
-        let to_groups = rules_for_groups().into_iter().map(|rule| (GROUPS_CHAIN, rule));
+        let to_groups = group_rules().into_iter().map(|rule| (GROUPS_CHAIN, rule));
         let to_itself = Rule::new()
             .named_with(SIBLINGS, &[Side::Input, Side::Output], &[], true)
             .named_with(SIBLING_MACS, &[Side::Output], &[ETHER_DESTINATION], false);
         let returning = std::iter::once((RETURNING_CHAIN, to_itself.count().drop()));
-        let to_pods = rules_for_receivers().into_iter().map(|rule| (RECEIVING_CHAIN, rule));
-        of_non_members.chain(of_pods).chain(to_groups).chain(returning).chain(to_pods).collect()
+        let to_pods = receiving_rules().into_iter().map(|rule| (RECEIVING_CHAIN, rule));
+        at_foreign_ports.chain(of_pods).chain(to_groups).chain(returning).chain(to_pods).collect()
     },
     elements: elements_of,
-    leaving: of_veth,
+    leaving: leaving_elements,
     veths: Some(VETHS),
-    without: (
+    requirement: (
         "pods can use addresses that they were not given",
         "nf_tables for bridges (CONFIG_NF_TABLES_BRIDGE)",
     ),
 };
 
+/// A rule for ICMPv6 of one type.
 fn icmpv6(kind: u8) -> Rule {
     Rule::new().ether_type(IPV6).transport(ICMPV6).holds(Base::Transport, 0, &[kind])
 }
 
-/// Ethernet and IPv4, with addresses of their lengths.
+/// A rule for ARP of Ethernet and IPv4, with addresses of their lengths.
 fn arp() -> Rule {
     let kind = [0, 1, 8, 0, 6, 4];
     Rule::new().ether_type(ARP).holds(Base::Network, ARP_KIND, &kind)
 }
 
-/// By a question without a source the kernel finds out whether its new address is another's. One that hears
-/// such a question about the address that it asks about itself gives that up (RFC 4862, 5.4.3).
-fn looks_for_duplicates() -> Rule {
+/// A rule for duplicate address detection. A host abandons an address if it receives a solicitation
+/// for it without a source while it checks the address itself (RFC 4862, 5.4.3).
+fn duplicate_address_detection() -> Rule {
     let (base, offset, _) = SOURCE6;
-    icmpv6(NEIGHBOUR_SOLICITATION).holds(base, offset, &[0; 16])
+    icmpv6(NEIGHBOR_SOLICITATION).holds(base, offset, &[0; 16])
 }
 
-fn flooded(bridge: &Bridge) -> String {
+/// Returns the sentence for the alarm of [`GROUPS_CHAIN`].
+fn group_rate_alarm(bridge: &Bridge) -> String {
     let (name, table) = (&bridge.name, &bridge.table);
     format!(
         "a pod sends more than {GROUP_RATE} broadcasts and multicasts a second to the pods' bridge {name}: \
-         the rest of them is dropped, and counted by nft list chain bridge {table} {GROUPS_CHAIN}; which one \
-         it is shows in tcpdump -eni {name} multicast (a pod that bridges its interfaces makes a loop)"
+         the excess is dropped and counted by nft list chain bridge {table} {GROUPS_CHAIN}; find \
+         the pod with tcpdump -eni {name} multicast (a pod that bridges its interfaces makes a loop)"
     )
 }
 
-/// Frames to a group, or to none.
+/// A rule for frames to a group, or for all others.
 fn to_group(is_one: bool) -> Rule {
     let (base, offset, _) = ETHER_DESTINATION;
     Rule::new().masked(base, offset, &[1], &[1], is_one)
 }
 
-/// From top to bottom; most frames need the first alone.
-fn rules_for_receivers() -> Vec<Rule> {
+/// Rules from top to bottom; most frames need only the first.
+fn receiving_rules() -> Vec<Rule> {
     let leaving = |set, places: &[_], found| {
         Rule::new().named_with(set, &[Side::Output], places, found).accept()
     };
@@ -191,27 +198,27 @@ fn rules_for_receivers() -> Vec<Rule> {
     ]
 }
 
-/// Without the limit, which the kernel knows since 5.7, all veth pairs are calm.
-fn rules_for_groups() -> Vec<Rule> {
+/// Before Linux 5.7, which introduced the limit, the set contains all veth pairs without one.
+fn group_rules() -> Vec<Rule> {
     vec![
         to_group(false).accept(),
         Rule::new().input_with(VETHS, &[], false).accept(),
-        Rule::new().input_with(CALM, &[], true).accept(),
+        Rule::new().input_with(BELOW_GROUP_RATE, &[], true).accept(),
         Rule::new().count().drop(),
     ]
 }
 
-/// From top to bottom; what none of them drops goes on.
-fn rules_for_foreign_ports() -> Vec<Rule> {
+/// Rules from top to bottom; a frame that none of them drops is accepted.
+fn foreign_port_rules() -> Vec<Rule> {
     let used = [
         Rule::new().inside(USED_MACS, ETHER_SOURCE),
         arp().inside(USED4, ARP_ADDRESS),
         Rule::new().ether_type(IPV4).inside(USED4, SOURCE4),
         Rule::new().ether_type(IPV6).inside(USED6, SOURCE6),
-        icmpv6(NEIGHBOUR_ADVERTISEMENT).inside(USED6, TARGET),
-        looks_for_duplicates().inside(USED6, TARGET),
-        // The kernel has taken the outer tag off. It would take this one off as well before a pod looks at
-        // what is behind it.
+        icmpv6(NEIGHBOR_ADVERTISEMENT).inside(USED6, TARGET),
+        duplicate_address_detection().inside(USED6, TARGET),
+        // The kernel has removed the outer tag, and would remove this one, too, before a pod checks
+        // the content.
         Rule::new().ether_type(VLAN),
         Rule::new().ether_type(SERVICE_VLAN),
     ];
@@ -219,19 +226,19 @@ fn rules_for_foreign_ports() -> Vec<Rule> {
     std::iter::once(of_others).chain(used.map(|rule| rule.count().drop())).collect()
 }
 
-/// From top to bottom; the first that matches decides.
+/// Rules from top to bottom; the first match decides.
 fn rules() -> Vec<Rule> {
     let link_local = |place: (Base, u32, u32), rule: Rule, same| {
         let (mask, value) = ([0xff, 0xc0], [0xfe, 0x80]);
         rule.masked(place.0, place.1, &mask, &value, same)
     };
-    let advertised = link_local(TARGET, icmpv6(NEIGHBOUR_ADVERTISEMENT), false);
+    let advertised = link_local(TARGET, icmpv6(NEIGHBOR_ADVERTISEMENT), false);
     vec![
         Rule::new().input_with(VETHS, &[], false).accept(),
         Rule::new().input_with(MACS, &[ETHER_SOURCE], false).count().drop(),
         Rule::new().input_with(SIBLING_MACS, &[ETHER_DESTINATION], true).count().drop(),
         arp().input_with(ADDRESSES4, &[ARP_MAC, ARP_ADDRESS], true).accept(),
-        // Who asks whether an address is free has none yet (RFC 5227).
+        // A probe for a free address has no source yet (RFC 5227).
         arp()
             .holds(ARP_ADDRESS.0, ARP_ADDRESS.1, &[0; 4])
             .input_with(MACS, &[ARP_MAC], true)
@@ -242,7 +249,7 @@ fn rules() -> Vec<Rule> {
             .accept(),
         icmpv6(ROUTER_ADVERTISEMENT).count().drop(),
         icmpv6(REDIRECT).count().drop(),
-        icmpv6(NEIGHBOUR_ADVERTISEMENT)
+        icmpv6(NEIGHBOR_ADVERTISEMENT)
             .inside(USED6, TARGET)
             .input_with(ADDRESSES6, &[ETHER_SOURCE, TARGET], false)
             .count()
@@ -254,11 +261,12 @@ fn rules() -> Vec<Rule> {
             .accept(),
         Rule::new().ether_type(IPV6).inside(USED6, SOURCE6).count().drop(),
         link_local(SOURCE6, Rule::new().ether_type(IPV6), true).accept(),
-        looks_for_duplicates()
+        duplicate_address_detection()
             .input_with(ADDRESSES6, &[ETHER_SOURCE, TARGET], false)
             .count()
             .drop(),
-        // Whether its own address is free, and what groups it is in.
+        // Duplicate address detection for the pod's own address, and reports of its multicast
+        // groups.
         Rule::new()
             .ether_type(IPV6)
             .transport(ICMPV6)
@@ -268,8 +276,8 @@ fn rules() -> Vec<Rule> {
     ]
 }
 
-/// A container with several veth pairs may answer by any of them for each of its addresses: which way its
-/// packets take is for its routes to say.
+/// Returns the elements for these pods. A container with several veth pairs may send from each of
+/// its addresses by any of them: its routes decide.
 fn elements_of(bridge: &Bridge, tenants: &Tenants, foreign_ports: &BTreeSet<String>) -> Elements {
     let mut containers: BTreeMap<&str, Vec<(&String, &Tenant)>> = BTreeMap::new();
     for (veth, tenant) in tenants {
@@ -290,7 +298,7 @@ fn elements_of(bridge: &Bridge, tenants: &Tenants, foreign_ports: &BTreeSet<Stri
     }
     for (veth, tenant) in tenants {
         add(VETHS, name_bytes(veth).to_vec());
-        add(CALM, name_bytes(veth).to_vec());
+        add(BELOW_GROUP_RATE, name_bytes(veth).to_vec());
         let of_container = containers.get(tenant.container.as_str());
         for (other, sibling) in of_container.into_iter().flatten() {
             add(SIBLINGS, [name_bytes(veth), name_bytes(other)].concat());
@@ -314,27 +322,31 @@ fn elements_of(bridge: &Bridge, tenants: &Tenants, foreign_ports: &BTreeSet<Stri
     elements
 }
 
+/// Returns a key of veth pair and MAC, padded to whole words.
 fn with_mac(veth: &str, mac: Mac) -> Vec<u8> {
     [&name_bytes(veth)[..], mac.as_bytes(), &[0; 2]].concat()
 }
 
-/// The address that kernels make of a MAC as a rule (RFC 4291, 2.5.6 and appendix A). Others that a pod uses
-/// are not known, and nothing else has them.
+/// Returns the link-local address that kernels usually derive from a MAC (RFC 4291, 2.5.6 and
+/// appendix A). Others that a pod uses are unknown, and nothing else has them.
 const fn link_local(mac: Mac) -> Ipv6Addr {
     let [a, b, c, d, e, f] = *mac.as_bytes();
     let bits = u64::from_be_bytes([a ^ 2, b, c, 0xff, 0xfe, d, e, f]);
     Ipv6Addr::from_bits((0xfe80 << 112) | bits as u128)
 }
 
+/// Returns the set of used addresses of the address's family.
 const fn used(ip: IpAddr) -> &'static str {
     if ip.is_ipv4() { USED4 } else { USED6 }
 }
 
-/// As long as the kernel has the veth pair it is looked at. What is used is taken back at the next look:
-/// other veth pairs of the container may have the same.
-fn of_veth(_: &Bridge, veth: &str, _: &Tenant, elements: &Elements) -> Elements {
+/// Returns the elements that go with a veth pair. Its name stays while the interface exists. The
+/// used addresses are removed at the next check, because other veth pairs of the container may have
+/// the same.
+fn leaving_elements(_: &Bridge, veth: &str, _: &Tenant, elements: &Elements) -> Elements {
     let is_its = |key: &&Vec<u8>| key.starts_with(&name_bytes(veth));
-    let others = [MACS, ADDRESSES4, ADDRESSES6, SIBLINGS, SIBLING_MACS, CALM].into_iter();
+    let others =
+        [MACS, ADDRESSES4, ADDRESSES6, SIBLINGS, SIBLING_MACS, BELOW_GROUP_RATE].into_iter();
     let kept = others.filter_map(|set| Some((set, elements.get(set)?)));
     kept.map(|(set, keys)| (set, keys.iter().filter(is_its).cloned().collect())).collect()
 }

@@ -1,33 +1,32 @@
-//! What the host's sysctls must be for pods to reach each other. Read and, if the operator wants that, set.
+//! The host's sysctls that pods need to reach each other. Read, and set if the operator wants that.
 //!
-//! Only what is named here is ever written, and only to what it says.
+//! Only settings that are named here are written.
 
 use std::{collections::BTreeSet, fs, io, path::Path};
 
 use ipnet::IpNet;
 
-use super::advertised::{Advertised, keep_again};
+use super::advertised::{Advertised, restore_accept_ra};
 use crate::dataplane::desired::Mode;
 
 /// Below `/proc/sys`.
 const ROOT: &str = "/proc/sys";
 
-/// One setting that has to be right.
+/// A setting with its required value.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sysctl {
-    /// With slashes.
+    /// Path below `/proc/sys`.
     name: String,
     value: &'static str,
-    /// The setting of all interfaces counts as well: the larger of the two is in force.
+    /// The same setting of `all` interfaces, if the larger of the two applies.
     all: Option<String>,
     wrong: &'static str,
     consequence: &'static str,
-    /// The underlay interface, if setting it would cost this host what it has learned from router
-    /// advertisements.
+    /// The underlay interface, if the new value would end router advertisements on it.
     ends_advertisements: Option<String>,
 }
 
-/// What has to be right for an overlay of these networks.
+/// Returns the settings that an overlay of these networks needs.
 pub fn wanted(networks: &[IpNet], device: &str, mode: Mode, underlay: &str) -> Vec<Sysctl> {
     let families = || networks.iter().map(|network| network.addr().is_ipv4());
     let forwarding = |ipv4| Sysctl {
@@ -42,13 +41,14 @@ pub fn wanted(networks: &[IpNet], device: &str, mode: Mode, underlay: &str) -> V
         },
         ends_advertisements: (!ipv4).then(|| underlay.to_owned()),
     };
-    // Where some packets take the tunnel and others do not, the answer may come by the other way.
+    // If only some packets use the tunnel, an answer may arrive by another interface than its
+    // request has left by.
     let loose = |interface: &str| Sysctl {
         name: format!("net/ipv4/conf/{interface}/rp_filter"),
         value: "2",
         all: Some("net/ipv4/conf/all/rp_filter".to_owned()),
         wrong: "1",
-        consequence: "packets that come by another way than they go are dropped",
+        consequence: "packets are dropped if their answers leave by another interface",
         ends_advertisements: None,
     };
     let mut wanted: Vec<Sysctl> = families().map(forwarding).collect();
@@ -59,37 +59,39 @@ pub fn wanted(networks: &[IpNet], device: &str, mode: Mode, underlay: &str) -> V
 }
 
 impl Sysctl {
+    /// Returns the path below `/proc/sys`.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// What is wrong with it as it is, and what helps; nothing, if it is right or not there.
+    /// Returns a sentence with the remedy; `None` if the setting is right or does not exist.
     pub fn problem(&self) -> Option<String> {
         let (is, consequence, command) = self.wrong()?;
         Some(format!("{is}: {consequence}; run {command}, or set set_sysctls = true here"))
     }
 
-    /// The same in three parts: how it is, what follows, the command that helps.
+    /// Like [`Sysctl::problem`], in three parts: state, consequence and command.
     pub fn wrong(&self) -> Option<(String, &'static str, String)> {
         let Self { name, value, all, wrong, consequence, .. } = self;
         let own = read(name)?;
         let in_force = all.as_deref().and_then(read).map_or(own.clone(), |all| all.max(own));
         let name = dotted(name);
         (in_force == *wrong).then(|| {
-            // In this order: once it forwards, what was learned is gone.
+            // In this order: forwarding would remove the learned routes.
             let first = self.advertised().map(|found| found.arguments()).unwrap_or_default();
             let command = format!("sysctl -w {first}{name}={value}");
             (format!("{name} is {in_force}"), *consequence, command)
         })
     }
 
-    /// Makes it right. Gives the interfaces whose advertisements are taken only because of that.
+    /// Sets the required value. Returns the interfaces that accept router advertisements only
+    /// because of this call.
     ///
     /// # Errors
-    /// Why it is left as it is.
+    /// When the setting or a setting for router advertisements cannot be written.
     pub fn set(&self) -> Result<BTreeSet<String>, String> {
         let name = dotted(&self.name);
-        let left = |why: String| format!("{name} is left as it is: {why}");
+        let left = |why: String| format!("{name} was not changed: {why}");
         let kept = match self.advertised() {
             Ok(found) => found.keep().map_err(left)?,
             Err(error) => return Err(left(format!("router advertisements: {error}"))),
@@ -104,12 +106,13 @@ impl Sysctl {
     }
 }
 
-/// Interfaces that this process has made take advertisements do so again where they were re-created.
+/// Lets interfaces that were re-created accept router advertisements again; returns whether one was
+/// changed.
 pub fn keep_advertisements(interfaces: &BTreeSet<String>) -> bool {
-    interfaces.iter().filter(|interface| keep_again(interface)).count() > 0
+    interfaces.iter().filter(|interface| restore_accept_ra(interface)).count() > 0
 }
 
-/// As the `sysctl` program writes names: an interface may have dots in its own.
+/// Converts a path to the form of the `sysctl` program, which exchanges dots and slashes.
 pub(super) fn dotted(name: &str) -> String {
     name.chars()
         .map(|c| {
@@ -124,11 +127,15 @@ pub(super) fn dotted(name: &str) -> String {
         .collect()
 }
 
-/// Writes a sysctl, called as its file below `/proc/sys`.
+/// Writes a sysctl; `name` is its path below `/proc/sys`.
+///
+/// # Errors
+/// When the file cannot be written.
 pub fn write(name: &str, value: &str) -> io::Result<()> {
     fs::write(Path::new(ROOT).join(name), value)
 }
 
+/// Reads a sysctl; `None` if it does not exist.
 pub(super) fn read(name: &str) -> Option<String> {
     Some(fs::read_to_string(Path::new(ROOT).join(name)).ok()?.trim().to_owned())
 }
@@ -142,7 +149,7 @@ mod tests {
     };
 
     #[test]
-    fn each_family_must_be_forwarded_and_mixed_ways_must_be_let_in() {
+    fn wanted_settings_forward_each_family_and_accept_mixed_paths() {
         let names = |view: View, mode| -> Vec<String> {
             let networks: Vec<IpNet> = view.settings.pool.networks().iter().collect();
             let wanted = wanted(&networks, "gossamer.1", mode, "eth0.5");
@@ -156,12 +163,18 @@ mod tests {
     }
 
     #[test]
-    fn family_that_is_not_forwarded_is_the_only_one_named() {
+    fn consequence_names_only_the_family_that_is_not_forwarded() {
         let networks: Vec<IpNet> =
             dual_stack_view(&[(1, 9)]).settings.pool.networks().iter().collect();
         let wanted = wanted(&networks, "gossamer.1", Mode::Vxlan, "eth0");
-        let said: Vec<&str> = wanted.iter().map(|sysctl| sysctl.consequence).collect();
-        assert!(said[0].contains("IPv4") && !said[0].contains("IPv6"), "{said:?}");
-        assert!(said[1].contains("IPv6") && !said[1].contains("IPv4"), "{said:?}");
+        let consequences: Vec<&str> = wanted.iter().map(|sysctl| sysctl.consequence).collect();
+        assert!(
+            consequences[0].contains("IPv4") && !consequences[0].contains("IPv6"),
+            "{consequences:?}"
+        );
+        assert!(
+            consequences[1].contains("IPv6") && !consequences[1].contains("IPv4"),
+            "{consequences:?}"
+        );
     }
 }

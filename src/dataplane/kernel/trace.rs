@@ -1,7 +1,8 @@
-//! What the rules of nftables do with single packets, as the kernel tells it (`nft monitor trace`).
+//! Traces what the rules of nftables do with single packets (`nft monitor trace`).
 //!
-//! For as long as a [`Trace`] lives, a few packets a second to and from some addresses are traced by tables
-//! of our own, which decide nothing. The kernel removes them with their socket, where it can (since 5.12).
+//! While a [`Trace`] exists, tables of gossamer mark a few packets per second to and from some
+//! addresses for tracing; they decide nothing. Since Linux 5.12 the kernel removes the tables with
+//! their socket.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -30,12 +31,12 @@ use crate::{
     },
 };
 
-/// Addresses that are traced at once.
-const ADDRESSES: usize = 8;
-/// Packets that are traced, of each address and way.
-const PER_SECOND: u64 = 5;
-/// Packets that are remembered.
-const PACKETS: usize = 1_024;
+/// Upper limit of the traced addresses.
+const MAX_ADDRESSES: usize = 8;
+/// Upper limit of the traced packets per second, per address and direction.
+const MAX_PACKETS_PER_SECOND: u64 = 5;
+/// Upper limit of the stored packets.
+const MAX_PACKETS: usize = 1_024;
 const ARP: u8 = 3;
 const ARP_INPUT: u32 = 0;
 const ICMPV6: u8 = 58;
@@ -43,15 +44,16 @@ const PREROUTING: u32 = 0;
 const OUTPUT: u32 = 3;
 const POSTROUTING: u32 = 4;
 const INGRESS: u32 = 0;
-/// Before all others.
-const FIRST: i32 = i32::MIN;
-/// The same in hooks where the kernel puts fragments together (at -400) first.
-const EARLY: i32 = -399;
+/// The first priority.
+const FIRST_PRIORITY: i32 = i32::MIN;
+/// The first priority at hooks where the kernel reassembles fragments, at -400.
+const FIRST_AFTER_DEFRAGMENTATION: i32 = -399;
+/// Offset of the destination port in the UDP header, in bytes.
 const PORT_OFFSET: u32 = 2;
-/// Headers of UDP, VXLAN and Ethernet, which stand before that of the packet inside.
-const AROUND: u32 = 8 + 8 + 14;
+/// Bytes of the UDP, VXLAN and Ethernet headers before the inner packet.
+const TUNNEL_HEADERS_LEN: u32 = 8 + 8 + 14;
 const UDP: u8 = 17;
-/// `NFT_TABLE_F_OWNER`
+/// `NFT_TABLE_F_OWNER`.
 const OWNED: u32 = 2;
 /// `NFTA_TRACE_*`
 const TABLE: u16 = 1;
@@ -72,29 +74,32 @@ const ACCEPT: u32 = 1;
 const STOLEN: u32 = 2;
 const QUEUE: u32 = 3;
 
-/// Tables that mark packets, and what is told of those.
+/// Tables that mark packets, and the results so far.
 pub struct Trace {
     nftables: Nftables,
     traces: Traces,
     table: String,
-    told: TraceReport,
+    report: TraceReport,
 }
 
-/// What was told, by source and destination of the packets.
+/// The results, by source and destination of the packets.
 #[derive(Debug, Default)]
 pub struct TraceReport {
-    /// Chains that change source addresses: family, table and name.
+    /// Chains that translate source addresses: family, table and name.
     translating: BTreeSet<String>,
     packets: BTreeMap<u32, (IpAddr, IpAddr)>,
     dropped: BTreeMap<(IpAddr, IpAddr), DroppingRule>,
     translated: BTreeMap<(IpAddr, IpAddr), String>,
-    /// Indexes of the interfaces at which packets came in, by their sources.
+    /// Indexes of the input interfaces, by the packets' sources.
     inputs: BTreeMap<IpAddr, u32>,
 }
 
 impl Trace {
-    /// Traces packets to this UDP port, to and from these addresses, and packets from those of peers in the
-    /// overlay. `device` is where those from there come in, `name` that of our device.
+    /// Traces packets to the UDP `port` to and from `addresses`, and all packets from the peers'
+    /// `overlay` addresses. `device` is the underlay interface, `name` the overlay's device.
+    ///
+    /// # Errors
+    /// When the tables cannot be created.
     pub fn begin(
         name: &str,
         device: &str,
@@ -104,20 +109,22 @@ impl Trace {
     ) -> io::Result<Self> {
         let mut nftables = Nftables::open()?;
         let traces = Traces::open()?;
-        let told =
+        let report =
             TraceReport { translating: translating(&mut nftables)?, ..TraceReport::default() };
         let table = format!("{name}-trace");
         let mut inet = Vec::new();
         for (chain, hook) in [("to", OUTPUT), ("from", PREROUTING)] {
-            let chain = base_chain(&table, chain, "filter", hook, EARLY);
+            let chain = base_chain(&table, chain, "filter", hook, FIRST_AFTER_DEFRAGMENTATION);
             inet.push(create(Kind::NewChain, chain));
         }
         let mut ingress = vec![create(Kind::NewChain, at_device(&table, "from", device))];
-        for address in addresses.iter().take(ADDRESSES) {
+        for address in addresses.iter().take(MAX_ADDRESSES) {
             let at_port =
                 |rule: Rule| rule.udp().holds(Base::Transport, PORT_OFFSET, &port.to_be_bytes());
             let is = |rule: Rule, field| {
-                rule.address(field, IpNet::from(*address), true).limit(PER_SECOND).trace()
+                rule.address(field, IpNet::from(*address), true)
+                    .limit(MAX_PACKETS_PER_SECOND)
+                    .trace()
             };
             let of_family = || at_port(Rule::new().family_of(*address));
             inet.push(append(&table, "to", &is(of_family(), Field::Destination)));
@@ -126,62 +133,69 @@ impl Trace {
             let framed = at_port(Rule::new().ether_type(ether_type));
             ingress.push(append(&table, "from", &is(framed, Field::Source)));
         }
-        for vtep in overlay.iter().take(ADDRESSES) {
+        for vtep in overlay.iter().take(MAX_ADDRESSES) {
             let from = Rule::new().family_of(*vtep).address(Field::Source, (*vtep).into(), true);
-            inet.push(append(&table, "from", &from.limit(PER_SECOND).trace()));
+            inet.push(append(&table, "from", &from.limit(MAX_PACKETS_PER_SECOND).trace()));
         }
         set_up(&mut nftables, INET, &table, inet)?;
-        // Without the hook at interfaces nothing is there to be traced.
+        // Without the ingress hook, no packet can be dropped there either.
         if let Err(error) = set_up(&mut nftables, NETDEV, &table, ingress) {
-            tracing::debug!(%error, device, "no trace at the interface");
+            tracing::debug!(%error, device, "could not trace at the interface");
         }
-        Ok(Self { nftables, traces, table, told })
+        Ok(Self { nftables, traces, table, report })
     }
 
-    /// Traces what this host says by ICMP of packets from these addresses: that they are unreachable, or too
-    /// large. Also tunnel packets with datagrams of a trial inside, if it is told of which family their outer
-    /// addresses are. `name` is that of our device.
+    /// Traces the ICMP errors that this host sends to these addresses: destination unreachable or
+    /// packet too big. If `tunnels` is given, also traces tunnel packets with a trial's datagram
+    /// inside; its family is that of the outer addresses. `name` is the overlay's device.
+    ///
+    /// # Errors
+    /// When the table cannot be created.
     pub fn of_trial(name: &str, addresses: &[IpAddr], tunnels: Option<IpAddr>) -> io::Result<Self> {
         let mut nftables = Nftables::open()?;
         let traces = Traces::open()?;
         let table = format!("{name}-trial");
-        let chain = base_chain(&table, "to", "filter", OUTPUT, EARLY);
+        let chain = base_chain(&table, "to", "filter", OUTPUT, FIRST_AFTER_DEFRAGMENTATION);
         let mut steps = vec![create(Kind::NewChain, chain)];
-        for address in addresses.iter().take(ADDRESSES) {
+        for address in addresses.iter().take(MAX_ADDRESSES) {
             let (icmp, kind) = if address.is_ipv4() { (1, 3) } else { (58, 2) };
             let rule = Rule::new().family_of(*address).transport(icmp);
             let rule = rule.holds(Base::Transport, 0, &[kind]);
             let rule = rule.address(Field::Destination, IpNet::from(*address), true);
-            steps.push(append(&table, "to", &rule.limit(PER_SECOND).trace()));
+            steps.push(append(&table, "to", &rule.limit(MAX_PACKETS_PER_SECOND).trace()));
         }
-        // The protocol and the length of the header inside: with IPv4, and with IPv6.
+        // Offset of the protocol field and length of the inner header, for IPv4 and IPv6.
         for (protocol_at, header) in [(9, 20), (6, 40)] {
             let Some(outer) = tunnels else { break };
             let rule = Rule::new().family_of(outer).udp();
-            let rule = rule.holds(Base::Transport, AROUND + protocol_at, &[UDP]);
-            let rule = rule.holds(Base::Transport, AROUND + header + 8, &MAGIC);
-            steps.push(append(&table, "to", &rule.limit(PER_SECOND).trace()));
+            let rule = rule.holds(Base::Transport, TUNNEL_HEADERS_LEN + protocol_at, &[UDP]);
+            let rule = rule.holds(Base::Transport, TUNNEL_HEADERS_LEN + header + 8, &MAGIC);
+            steps.push(append(&table, "to", &rule.limit(MAX_PACKETS_PER_SECOND).trace()));
         }
         set_up(&mut nftables, INET, &table, steps)?;
-        Ok(Self { nftables, traces, table, told: TraceReport::default() })
+        Ok(Self { nftables, traces, table, report: TraceReport::default() })
     }
 
-    /// Traces answers to ARP or neighbor discovery for these next hops. `device` is where they come in,
-    /// `name` that of our device.
+    /// Traces answers to ARP or neighbor discovery from these next hops. `device` is the interface
+    /// that they arrive by, `name` the overlay's device.
+    ///
+    /// # Errors
+    /// When a socket cannot be opened.
     pub fn of_answers(name: &str, device: &str, hops: &BTreeSet<IpAddr>) -> io::Result<Self> {
         let mut nftables = Nftables::open()?;
         let traces = Traces::open()?;
         let table = format!("{name}-trace");
         let (mut arp, mut inet, mut ingress) = (Vec::new(), Vec::new(), Vec::new());
-        let chain = |hook| base_chain(&table, "from", "filter", hook, EARLY);
+        let chain = |hook| base_chain(&table, "from", "filter", hook, FIRST_AFTER_DEFRAGMENTATION);
         arp.push(create(Kind::NewChain, chain(ARP_INPUT)));
         inet.push(create(Kind::NewChain, chain(PREROUTING)));
         ingress.push(create(Kind::NewChain, at_device(&table, "from", device)));
-        for hop in hops.iter().take(ADDRESSES) {
+        for hop in hops.iter().take(MAX_ADDRESSES) {
             let octets = attributes::octets(*hop);
-            let add = |rule: Rule| append(&table, "from", &rule.limit(PER_SECOND).trace());
+            let add =
+                |rule: Rule| append(&table, "from", &rule.limit(MAX_PACKETS_PER_SECOND).trace());
             if hop.is_ipv4() {
-                // Operation 2, and the sender's address (RFC 826).
+                // Operation 2 (reply), and the sender's address (RFC 826).
                 let answer = |rule: Rule| {
                     rule.holds(Base::Network, 6, &[0, 2]).holds(Base::Network, 14, &octets)
                 };
@@ -199,20 +213,24 @@ impl Trace {
         }
         for (family, content) in [(ARP, arp), (INET, inet), (NETDEV, ingress)] {
             if let Err(error) = set_up(&mut nftables, family, &table, content) {
-                tracing::debug!(%error, family, "answers are not traced");
+                tracing::debug!(%error, family, "could not trace answers");
             }
         }
-        Ok(Self { nftables, traces, table, told: TraceReport::default() })
+        Ok(Self { nftables, traces, table, report: TraceReport::default() })
     }
 
-    /// Takes note of what has been told since.
+    /// Reads the trace messages that have arrived.
+    ///
+    /// # Errors
+    /// When the socket cannot be read.
     pub fn read(&mut self) -> io::Result<()> {
-        let Self { traces, told, .. } = self;
-        traces.read(|family, attributes| _ = told.note(family, attributes))
+        let Self { traces, report, .. } = self;
+        traces.read(|family, attributes| _ = report.evaluate(family, attributes))
     }
 
-    pub const fn told(&self) -> &TraceReport {
-        &self.told
+    /// Returns the results so far.
+    pub const fn report(&self) -> &TraceReport {
+        &self.report
     }
 }
 
@@ -227,71 +245,72 @@ impl Drop for Trace {
         for family in [ARP, INET, NETDEV] {
             let removed = self.nftables.transaction_in(family, &[delete_table(&self.table)]);
             if let Err(error) = removed {
-                tracing::debug!(%error, family, "no table of traces removed");
+                tracing::debug!(%error, family, "could not remove a table of traces");
             }
         }
     }
 }
 
 impl TraceReport {
-    /// What drops packets to a host, and from it.
+    /// Returns what drops packets to a host, and packets from it.
     pub fn dropped(&self, local: IpAddr, peer: IpAddr) -> [Option<DroppingRule>; 2] {
         let mut dropped = [None, None];
-        // Under whatever address of this host.
+        // Whatever the source address of this host.
         dropped[OUT] = self.dropped_to(peer);
         dropped[IN] = self.dropped.get(&(peer, local)).cloned();
         dropped
     }
 
-    /// What drops packets of this host to an address, whatever their source.
+    /// Returns what drops packets of this host to an address, whatever their source.
     pub fn dropped_to(&self, to: IpAddr) -> Option<DroppingRule> {
         self.dropped.iter().find(|((_, end), _)| *end == to).map(|(_, by)| by.clone())
     }
 
-    /// What drops packets that come from an address, or answer for it.
+    /// Returns what drops packets from an address, or answers for it.
     pub fn dropped_from(&self, from: IpAddr) -> Option<DroppingRule> {
         self.dropped.iter().find(|((start, _), _)| *start == from).map(|(_, by)| by.clone())
     }
 
-    /// What drops packets that come from an address, and the index of the interface at which they come in.
+    /// Returns what drops packets from an address, with the index of the input interface.
     pub fn dropped_at(&self, from: IpAddr) -> Option<(DroppingRule, u32)> {
         self.dropped_from(from).zip(self.inputs.get(&from).copied())
     }
 
-    /// What drops packets of this host to any other address than these.
-    pub fn dropped_beside(&self, addresses: &[IpAddr]) -> Option<DroppingRule> {
+    /// Returns what drops packets of this host to an address other than these.
+    pub fn dropped_to_others(&self, addresses: &[IpAddr]) -> Option<DroppingRule> {
         let beside = self.dropped.iter().find(|((_, to), _)| !addresses.contains(to));
         beside.map(|(_, by)| by.clone())
     }
 
-    /// The chain that changes the source of packets to a host.
+    /// Returns the chain that translates the source of packets to a host.
     pub fn translating(&self, peer: IpAddr) -> Option<String> {
         let to_peer = self.translated.iter().find(|((_, to), _)| *to == peer);
         to_peer.map(|(_, chain)| chain.clone())
     }
 
-    fn note(&mut self, family: u8, told: &[u8]) -> Option<()> {
-        let id = number(attributes::find(told, ID))?;
-        // Only the first that is told of a packet shows it.
-        if let Some(ends) = attributes::find(told, NETWORK_HEADER).and_then(ends)
-            && self.packets.len() < PACKETS
+    /// Evaluates one trace message.
+    fn evaluate(&mut self, family: u8, report: &[u8]) -> Option<()> {
+        let id = number(attributes::find(report, ID))?;
+        // Only the first message about a packet contains its header.
+        if let Some(ends) = attributes::find(report, NETWORK_HEADER).and_then(ends)
+            && self.packets.len() < MAX_PACKETS
         {
             self.packets.entry(id).or_insert(ends);
-            if let Some(input) = number(attributes::find(told, INPUT)) {
+            if let Some(input) = number(attributes::find(report, INPUT)) {
                 self.inputs.insert(ends.0, input);
             }
         }
         let ends = *self.packets.get(&id)?;
-        let (verdict, handle) = match number(attributes::find(told, TYPE))? {
-            BY_POLICY => (number(attributes::find(told, POLICY))?, None),
+        let (verdict, handle) = match number(attributes::find(report, TYPE))? {
+            BY_POLICY => (number(attributes::find(report, POLICY))?, None),
             BY_RULE => {
-                let verdict = number(attributes::find(attributes::find(told, VERDICT)?, 1))?;
-                let handle = attributes::find(told, HANDLE)?.first_chunk()?;
+                let verdict = number(attributes::find(attributes::find(report, VERDICT)?, 1))?;
+                let handle = attributes::find(report, HANDLE)?.first_chunk()?;
                 (verdict, Some(u64::from_be_bytes(*handle)))
             }
             _ => return None,
         };
-        let name = |kind| attributes::find(told, kind).map(attributes::text);
+        let name = |kind| attributes::find(report, kind).map(attributes::text);
         let chain = format!("{} {} {}", family_name(family), name(TABLE)?, name(CHAIN)?);
         match verdict {
             DROP | STOLEN | QUEUE => {
@@ -307,13 +326,14 @@ impl TraceReport {
     }
 }
 
+/// Replaces a table; one that belongs to this socket, if the kernel supports that.
 fn set_up(nftables: &mut Nftables, family: u8, table: &str, content: Vec<Step>) -> io::Result<()> {
     let owned = Attributes::new().text(1, table).be32(2, OWNED);
     let owned = Step { kind: Kind::NewTable, flags: NLM_F_CREATE, attributes: owned };
     let mut made = Ok(());
     for first in [owned, create_table(table)] {
         let steps = [vec![first], content.clone()].concat();
-        // What an earlier process has left.
+        // Removes the table of an earlier process.
         let _ = nftables.transaction_in(family, &[delete_table(table)]);
         made = nftables.transaction_in(family, &steps);
         if made.is_ok() {
@@ -323,12 +343,14 @@ fn set_up(nftables: &mut Nftables, family: u8, table: &str, content: Vec<Step>) 
     made
 }
 
-/// A chain of packets that come in at one interface.
+/// A chain for packets that arrive at one interface.
 fn at_device(table: &str, name: &str, device: &str) -> Attributes {
-    let hook = Attributes::new().be32(1, INGRESS).be32(2, FIRST.cast_unsigned()).text(3, device);
+    let hook =
+        Attributes::new().be32(1, INGRESS).be32(2, FIRST_PRIORITY.cast_unsigned()).text(3, device);
     Attributes::new().text(1, table).text(3, name).nest(4, &hook).be32(5, ACCEPT).text(7, "filter")
 }
 
+/// Returns the base chains that translate source addresses.
 fn translating(nftables: &mut Nftables) -> io::Result<BTreeSet<String>> {
     let chains = nftables.dump(Kind::GetChain, ANY, &Attributes::new())?;
     let translating = chains.iter().filter(|chain| {
@@ -340,11 +362,11 @@ fn translating(nftables: &mut Nftables) -> io::Result<BTreeSet<String>> {
     Ok(names.collect())
 }
 
-/// Source and destination in an IP header, sender and target in ARP.
+/// Returns source and destination of an IP header, or sender and target of ARP.
 fn ends(header: &[u8]) -> Option<(IpAddr, IpAddr)> {
     let address = |at: usize, length: usize| attributes::address(header.get(at..at + length)?);
     match header.first()? >> 4 {
-        // The number of Ethernet.
+        // An ARP packet begins with the hardware type, 1 for Ethernet.
         0 => Some((address(14, 4)?, address(24, 4)?)),
         4 => Some((address(12, 4)?, address(16, 4)?)),
         6 => Some((address(8, 16)?, address(24, 16)?)),
@@ -363,12 +385,12 @@ mod tests {
         header
     }
 
-    fn told(id: u32, chain: &str, kind: u32) -> Attributes {
+    fn message(id: u32, chain: &str, kind: u32) -> Attributes {
         Attributes::new().be32(ID, id).be32(TYPE, kind).text(TABLE, "t").text(CHAIN, chain)
     }
 
     #[test]
-    fn packet_is_known_by_its_first_message_and_its_end_by_the_last() {
+    fn packet_is_identified_by_its_first_message_and_its_fate_by_the_last() {
         let (here, there) = (IpAddr::from([192, 0, 2, 1]), IpAddr::from([192, 0, 2, 2]));
         let handle = 7_u64.to_be_bytes();
         let by_rule = |attributes: Attributes, verdict| {
@@ -379,23 +401,23 @@ mod tests {
             translating: BTreeSet::from(["ip t nat".to_owned()]),
             ..TraceReport::default()
         };
-        let first = by_rule(told(1, "a", BY_RULE), u32::MAX).put(NETWORK_HEADER, &header());
-        all.note(1, first.as_bytes());
+        let first = by_rule(message(1, "a", BY_RULE), u32::MAX).put(NETWORK_HEADER, &header());
+        all.evaluate(1, first.as_bytes());
         assert_eq!(all.dropped(here, there), [None, None]);
-        all.note(2, by_rule(told(1, "nat", BY_RULE), ACCEPT).as_bytes());
+        all.evaluate(2, by_rule(message(1, "nat", BY_RULE), ACCEPT).as_bytes());
         assert_eq!(all.translating(there).as_deref(), Some("ip t nat"));
-        all.note(1, told(1, "b", BY_POLICY).be32(POLICY, DROP).as_bytes());
+        all.evaluate(1, message(1, "b", BY_POLICY).be32(POLICY, DROP).as_bytes());
         let [out, back] = all.dropped(here, there);
         assert_eq!(
             (out.map(|by| (by.chain, by.handle)), back),
             (Some(("inet t b".to_owned(), None)), None)
         );
-        // Of a packet that was not shown nothing follows.
-        all.note(1, told(2, "c", BY_POLICY).be32(POLICY, DROP).as_bytes());
+        // A packet whose header was not seen has no result.
+        all.evaluate(1, message(2, "c", BY_POLICY).be32(POLICY, DROP).as_bytes());
         let from_there = all.dropped(there, here);
-        assert_eq!(all.dropped_at(here), None, "it did not come in");
-        let came = told(3, "d", BY_POLICY).be32(POLICY, DROP).be32(INPUT, 7);
-        all.note(1, came.put(NETWORK_HEADER, &header()).as_bytes());
+        assert_eq!(all.dropped_at(here), None, "it has no input interface");
+        let came = message(3, "d", BY_POLICY).be32(POLICY, DROP).be32(INPUT, 7);
+        all.evaluate(1, came.put(NETWORK_HEADER, &header()).as_bytes());
         assert_eq!(
             all.dropped_at(here).map(|(by, at)| (by.chain, at)),
             Some(("inet t d".into(), 7))

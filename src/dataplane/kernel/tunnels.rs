@@ -1,4 +1,4 @@
-//! Interfaces by which this host sends into tunnels of VXLAN.
+//! Interfaces by which this host sends into VXLAN tunnels.
 
 use std::collections::BTreeSet;
 
@@ -7,13 +7,13 @@ use rtnetlink::packet_route::link::LinkAttribute;
 use super::listens_on;
 use crate::netlink::link::Link;
 
-/// Names of the VXLAN devices for this port, of whatever program, and of the interfaces on top of them:
-/// bridges and bonds that one is a port of, and VLANs, macvlans and the like.
+/// Returns the names of all VXLAN devices with this port, of any program, and of the interfaces
+/// above them: bridges and bonds with one as a port, VLANs, macvlans and the like.
 pub fn into_tunnels(links: &[Link], port: u16) -> BTreeSet<String> {
     let devices = links.iter().filter(|link| listens_on(link, port));
     let mut found: BTreeSet<u32> = devices.map(|link| link.index).collect();
     loop {
-        let is_new = |link: &&Link| !found.contains(&link.index) && is_on(link, &found, links);
+        let is_new = |link: &&Link| !found.contains(&link.index) && is_above(link, &found, links);
         let above: Vec<u32> = links.iter().filter(is_new).map(|link| link.index).collect();
         if above.is_empty() {
             break;
@@ -24,9 +24,9 @@ pub fn into_tunnels(links: &[Link], port: u16) -> BTreeSet<String> {
     found.map(|link| link.name.clone()).collect()
 }
 
-/// Whether an interface is on top of one of these. What leaves by a VRF leaves by one of its ports as well,
-/// and what comes out of a veth pair belongs to no user any more.
-fn is_on(link: &Link, those: &BTreeSet<u32>, links: &[Link]) -> bool {
+/// Whether an interface is above one of these. A packet that leaves by a VRF also leaves by one of
+/// its ports, and a packet that comes out of a veth pair no longer belongs to a user.
+fn is_above(link: &Link, those: &BTreeSet<u32>, links: &[Link]) -> bool {
     let has_lower = || {
         link.peer_namespace().is_none()
             && link.message.attributes.iter().any(
@@ -56,7 +56,7 @@ mod tests {
     }
 
     #[test]
-    fn interfaces_above_vxlan_devices_of_the_port_lead_into_tunnels_and_no_others() {
+    fn only_interfaces_above_vxlan_devices_of_the_port_lead_into_tunnels() {
         let vxlan = |index, name, port, more: &[_]| {
             let data = LinkInfo::Data(InfoData::Vxlan(vec![InfoVxlan::Port(port)]));
             link(index, name, vec![LinkInfo::Kind(InfoKind::Vxlan), data], more)

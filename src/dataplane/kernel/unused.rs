@@ -1,12 +1,13 @@
-//! The table that refuses packets to addresses of this host's subnet that no pod has.
+//! The table that rejects packets to addresses of this host's subnet that no pod has.
 //!
-//! Without it each such packet makes the kernel look for a neighbor on the pods' bridge. The kernel keeps a
-//! bounded number of questions without an answer (`net.ipv6.neigh.default.gc_thresh3`), for all interfaces
-//! and namespaces together, so anybody who may send to the subnet could keep pods and next hops from being
-//! found. The sender hears the same as without the table: the host is unreachable.
+//! Without it, each such packet makes the kernel resolve a neighbor on the pods' bridge. The number
+//! of unresolved neighbors is limited for all interfaces and namespaces together
+//! (`net.ipv6.neigh.default.gc_thresh3`), so any host that can send to the subnet could prevent the
+//! resolution of pods and next hops. The sender gets the same answer as without the table: host
+//! unreachable.
 //!
-//! It is right only where all addresses on the bridge are known: with anti-spoofing, and without ports of
-//! others.
+//! The table requires that all addresses on the bridge are known, that is, anti-spoofing and no
+//! foreign ports.
 
 use std::{collections::BTreeSet, net::IpAddr};
 
@@ -26,14 +27,15 @@ use crate::{
     },
 };
 
-/// `NF_INET_FORWARD` and `NF_INET_LOCAL_OUT`, at the priority of filters: other programs have given packets
-/// their destination by then.
+/// `NF_INET_FORWARD` and `NF_INET_LOCAL_OUT`, at the priority of filters, where other programs have
+/// already translated destinations.
 const CHAINS: [(&str, u32, i32); 2] = [("forward", 2, 0), ("output", 3, 0)];
 const SET4: &str = "pods4";
 const SET6: &str = "pods6";
-/// Length of the elements, and their type as the `nft` program knows it.
+/// Length of the elements in bytes, and their type as the `nft` program encodes it.
 const SETS: [(&str, u32, u32); 2] = [(SET4, 4, 7), (SET6, 16, 8)];
 
+/// The table's shape.
 pub(super) static SHAPE: Shape = Shape {
     family: INET,
     name: pods_table_name,
@@ -45,7 +47,7 @@ pub(super) static SHAPE: Shape = Shape {
     elements,
     leaving,
     veths: None,
-    without: (
+    requirement: (
         "packets to unused addresses of this host's subnet can fill the kernel's neighbor table",
         "reject of nf_tables (CONFIG_NFT_REJECT_INET)",
     ),
@@ -75,6 +77,7 @@ fn elements(bridge: &Bridge, tenants: &Tenants, _: &BTreeSet<String>) -> Element
     elements
 }
 
+/// Returns the pod's addresses, except those that are always used.
 fn leaving(bridge: &Bridge, _: &str, tenant: &Tenant, _: &Elements) -> Elements {
     let stay: Vec<IpAddr> = always_used(bridge).collect();
     let mut leaving = Elements::new();
@@ -84,7 +87,7 @@ fn leaving(bridge: &Bridge, _: &str, tenant: &Tenant, _: &Elements) -> Elements 
     leaving
 }
 
-/// Those of the agent's own pods, and where broadcasts go.
+/// Returns the addresses of the agent's own pods, and the broadcast addresses.
 fn always_used(bridge: &Bridge) -> impl Iterator<Item = IpAddr> {
     let own = [Some(last_addresses(bridge.subnets)), last_but_one(bridge.subnets)];
     let broadcasts = bridge.subnets.iter().filter_map(|subnet| match subnet {
@@ -129,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn addresses_of_the_agents_own_pods_and_broadcasts_outlive_a_pod_that_has_them() {
+    fn addresses_of_the_agents_pods_and_broadcasts_stay_when_a_pod_with_them_leaves() {
         let bridge = bridge();
         let has = |elements: &Elements, ip: &str| {
             let ip: IpAddr = ip.parse().expect("an address");

@@ -1,22 +1,25 @@
-//! Policy rules by which users of this host cannot send to the VXLAN port.
+//! Policy rules that prevent users of this host from sending to the VXLAN port.
 //!
-//! Any process may send UDP to that port of another host, and what it sends has this host's address, so the
-//! guards there take it for tunnel packets of a member. The kernel looks up a route with the user and the
-//! port of a datagram, and for the tunnel's own packets with no user, which is root. So rules part them:
+//! Any process may send UDP to that port of another host. Such a packet has this host's address, so
+//! guards of other hosts accept it as a member's tunnel packet. The kernel looks up a route with a
+//! datagram's user and port, and for tunnel packets with no user, which counts as root. Two rules
+//! use this difference:
 //!
 //! ```text
 //! 72: from all iif lo uidrange 1-4294967294 ipproto udp dport 8472 lookup 847273 proto 73
 //! 73: from all iif lo uidrange 1-4294967294 ipproto udp dport 8472 prohibit proto 73
 //! ```
 //!
-//! Any user may name the interface by which a datagram leaves (`IP_PKTINFO`, `IP_UNICAST_IF`,
-//! `SO_BINDTODEVICE`). When a rule refuses that, the kernel takes an IPv4 destination to be on the link, and
-//! sends. So table 847273 has a route of type local for each interface: what a user sends comes back to this
-//! host, where the guard drops and counts it. IPv6 needs no such table: there the refusal holds.
+//! A user may choose the interface of a datagram (`IP_PKTINFO`, `IP_UNICAST_IF`,
+//! `SO_BINDTODEVICE`). If a rule then refuses an IPv4 packet, the kernel assumes that the
+//! destination is on the link, and sends. Table 847273 therefore has a route of type local for each
+//! interface: a user's packet returns to this host, where the guard drops and counts it. For IPv6
+//! the refusal is sufficient.
 //!
-//! Rules hold for lookups alone. A socket that is connected to another port has got a route by that one, and
-//! may send to this one by the same: an IPv6 socket by `sendto`, any by what it has held back (`UDP_CORK`).
-//! So the guard's table drops what users send, too (`firewall::chains::refuse_users`).
+//! Rules apply to route lookups only. A socket that is connected to another port has cached the
+//! route for that port and may use it for this one: an IPv6 socket with `sendto`, any socket with
+//! delayed data (`UDP_CORK`). The guard's table therefore also drops packets of users
+//! (`firewall::chains::refuse_users`).
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -38,46 +41,50 @@ use crate::{
     netlink::{Netlink, Request, link::Link},
 };
 
-/// Before the rules of other programs, which may lead packets to other tables.
-const PRIORITY: u32 = 73;
-const BEFORE: u32 = PRIORITY - 1;
-/// Its routes bring packets back to this host. The number is one that hardly another program uses.
-const TABLE: u32 = 847_273;
-/// Older kernels pass over protocol and port: all packets of all users would be refused.
-const SINCE: (u32, u32) = (4, 17);
+/// Precedes the rules of other programs, which may lead packets to other tables.
+const REFUSAL_PRIORITY: u32 = 73;
+const RETURN_PRIORITY: u32 = REFUSAL_PRIORITY - 1;
+/// Table with routes that return packets to this host. Other programs are unlikely to use the
+/// number.
+const RETURN_TABLE: u32 = 847_273;
+/// Earlier kernels ignore protocol and port: the rules would refuse all packets of all users.
+const MIN_RELEASE: (u32, u32) = (4, 17);
 const EEXIST: i32 = 17;
-/// What the kernel says of a table that has never had a route, and of a route or an interface that is gone.
+/// Errors for a table that never had a route, and for a route or an interface that is gone.
 const ENOENT: i32 = 2;
+/// `ESRCH`, `ENODEV` and `ENETDOWN`.
 const GONE: [i32; 3] = [3, 19, 100];
 
 /// The rules of one overlay.
 #[derive(Debug)]
 pub struct UsersRule {
     netlink: io::Result<Netlink>,
-    /// None where there are no users but root, or the kernel cannot tell ports.
+    /// `None` if there are no users except root, or the kernel does not support rules with ports.
     users: Option<RuleUidRange>,
-    /// Families for which it was right when last looked at.
-    had: BTreeSet<Family>,
+    /// Families whose rules have been created before.
+    created: BTreeSet<Family>,
 }
 
-/// IPv4, or not.
+/// Whether the family is IPv4; otherwise IPv6.
 type Family = bool;
 
 impl UsersRule {
+    /// Reads the kernel's release and the range of users. A socket that cannot be opened is an
+    /// error of [`UsersRule::keep`].
     pub fn open() -> Self {
         let read = |path| fs::read_to_string(path).unwrap_or_default();
-        let users = match tells_ports(&read("/proc/sys/kernel/osrelease")) {
+        let users = match supports_ports(&read("/proc/sys/kernel/osrelease")) {
             true => users_of(&read("/proc/self/uid_map")),
             false => None,
         };
-        Self { netlink: Netlink::open(), users, had: BTreeSet::new() }
+        Self { netlink: Netlink::open(), users, created: BTreeSet::new() }
     }
 
-    /// Makes the rules what they should be for tunnels to these peers; whether another program had changed
-    /// one. A family without peers needs none, and keeps what it has.
+    /// Repairs the rules for tunnels to these peers; returns whether another program had changed
+    /// one. A family without peers needs no rules, and keeps those it has.
     ///
     /// # Errors
-    /// Why a rule is not there.
+    /// When a rule or route cannot be read or created.
     pub fn keep(&mut self, port: u16, peers: &BTreeSet<IpAddr>) -> io::Result<bool> {
         let Some(users) = self.users else { return Ok(false) };
         let netlink = match &mut self.netlink {
@@ -89,8 +96,9 @@ impl UsersRule {
         for ipv4 in families {
             let mut missing = wanted(ipv4, port, users);
             let mut wrong = Vec::new();
-            for rule in ours(netlink, ipv4)?.into_iter().filter(|rule| is_of_port(rule, port)) {
-                match missing.iter().position(|wanted| is_like(&rule, wanted)) {
+            for rule in own_rules(netlink, ipv4)?.into_iter().filter(|rule| is_of_port(rule, port))
+            {
+                match missing.iter().position(|wanted| matches(&rule, wanted)) {
                     Some(place) => _ = missing.swap_remove(place),
                     None => wrong.push(rule),
                 }
@@ -106,29 +114,32 @@ impl UsersRule {
                     _ => {}
                 }
             }
-            let is_new = self.had.insert(ipv4);
+            let is_new = self.created.insert(ipv4);
             repaired |= !is_right && !is_new;
             if ipv4 {
-                keep_routes(netlink)?;
+                maintain_return_routes(netlink)?;
             }
         }
         Ok(repaired)
     }
 
-    /// Removes those of every overlay on this host: others put theirs back.
+    /// Removes the rules of all overlays on this host; the other agents re-create theirs.
+    ///
+    /// # Errors
+    /// When the kernel refuses a removal.
     pub fn remove(&mut self) -> io::Result<()> {
-        self.had.clear();
+        self.created.clear();
         let Ok(netlink) = &mut self.netlink else { return Ok(()) };
-        let found = found(netlink)?;
+        let found = all_rules(netlink)?;
         remove(netlink, found)
     }
 }
 
-/// Gives each interface by which this host may send a route that brings packets back. Ports of bridges and
-/// bonds need none: no answer to ARP reaches them. What another program removes is put back in silence, for
-/// the kernel removes the routes of an interface that goes down.
-fn keep_routes(netlink: &mut Netlink) -> io::Result<()> {
-    let mut found: BTreeMap<u32, RouteMessage> = routes(netlink)?
+/// Gives each interface that can send a route that returns packets. Ports of bridges and bonds need
+/// none, because they receive no answers to ARP. Missing routes are re-created without a report,
+/// because the kernel itself removes the routes of an interface that goes down.
+fn maintain_return_routes(netlink: &mut Netlink) -> io::Result<()> {
+    let mut found: BTreeMap<u32, RouteMessage> = return_routes(netlink)?
         .into_iter()
         .map(|route| (interface(&route).unwrap_or_default(), route))
         .collect();
@@ -136,16 +147,16 @@ fn keep_routes(netlink: &mut Netlink) -> io::Result<()> {
     let mut changes = Vec::new();
     for link in links.iter().filter(|link| may_send(link, &links)) {
         if found.remove(&link.index).is_none() {
-            let message = RouteNetlinkMessage::NewRoute(route_back(link.index));
+            let message = RouteNetlinkMessage::NewRoute(return_route(link.index));
             changes.push(Request { message, flags: NLM_F_CREATE | NLM_F_EXCL });
         }
     }
     let removal = |route| Request { message: RouteNetlinkMessage::DelRoute(route), flags: 0 };
     changes.extend(found.into_values().map(removal));
     let refused = netlink.apply(changes)?;
-    // An interface may have come or gone meanwhile: the next pass sees it.
-    let passes = |errno| errno == EEXIST || GONE.contains(&errno);
-    let failure = refused.iter().find(|refused| !passes(refused.errno));
+    // An interface may have appeared or disappeared meanwhile; the next pass handles it.
+    let is_expected = |errno| errno == EEXIST || GONE.contains(&errno);
+    let failure = refused.iter().find(|refused| !is_expected(refused.errno));
     failure.map_or(Ok(()), |refused| Err(refused.to_io()))
 }
 
@@ -155,28 +166,29 @@ fn may_send(link: &Link, links: &[Link]) -> bool {
     link.up && !link.loopback && !is_port
 }
 
-fn route_back(interface: u32) -> RouteMessage {
+fn return_route(interface: u32) -> RouteMessage {
     let mut route = RouteMessage::default();
     route.header.address_family = AddressFamily::Inet;
     route.header.kind = RouteType::Local;
     route.header.scope = RouteScope::Host;
     route.header.protocol = RouteProtocol::Other(ROUTE_PROTOCOL);
     route.attributes = vec![
-        RouteAttribute::Table(TABLE),
+        RouteAttribute::Table(RETURN_TABLE),
         RouteAttribute::Oif(interface),
-        // Without a source of its own a packet would get its destination for that, and pass the guard.
+        // Without a preferred source, a packet would get its destination as source and pass the
+        // guard.
         RouteAttribute::PrefSource(RouteAddress::Inet(Ipv4Addr::LOCALHOST)),
-        // So that there can be one for each interface.
+        // Allows one route per interface.
         RouteAttribute::Priority(interface),
     ];
     route
 }
 
-/// Those of the table, whoever made them: no other program has a use for it.
-fn routes(netlink: &mut Netlink) -> io::Result<Vec<RouteMessage>> {
+/// Returns the routes of the table, whichever program made them.
+fn return_routes(netlink: &mut Netlink) -> io::Result<Vec<RouteMessage>> {
     let mut filter = RouteMessage::default();
     filter.header.address_family = AddressFamily::Inet;
-    filter.attributes.push(RouteAttribute::Table(TABLE));
+    filter.attributes.push(RouteAttribute::Table(RETURN_TABLE));
     let found = match netlink.dump(&RouteNetlinkMessage::GetRoute(filter)) {
         Err(error) if error.raw_os_error() == Some(ENOENT) => return Ok(Vec::new()),
         found => found?,
@@ -185,12 +197,12 @@ fn routes(netlink: &mut Netlink) -> io::Result<Vec<RouteMessage>> {
         RouteNetlinkMessage::NewRoute(route) => Some(route),
         _ => None,
     });
-    Ok(routes.filter(brings_back).collect())
+    Ok(routes.filter(is_return_route).collect())
 }
 
-/// Whether a route is one of that table.
-pub fn brings_back(route: &RouteMessage) -> bool {
-    route.attributes.contains(&RouteAttribute::Table(TABLE))
+/// Whether a route is in the table for returned packets.
+pub fn is_return_route(route: &RouteMessage) -> bool {
+    route.attributes.contains(&RouteAttribute::Table(RETURN_TABLE))
 }
 
 fn interface(route: &RouteMessage) -> Option<u32> {
@@ -200,30 +212,30 @@ fn interface(route: &RouteMessage) -> Option<u32> {
     })
 }
 
-/// Rules that gossamer has left on this host.
-pub(super) fn found(netlink: &mut Netlink) -> io::Result<Vec<RuleMessage>> {
-    let mut found = ours(netlink, true)?;
-    // A kernel without IPv6 has none.
-    found.extend(ours(netlink, false).unwrap_or_default());
+/// Returns the rules that gossamer has left on this host.
+pub(super) fn all_rules(netlink: &mut Netlink) -> io::Result<Vec<RuleMessage>> {
+    let mut found = own_rules(netlink, true)?;
+    // A kernel without IPv6 has no such rules.
+    found.extend(own_rules(netlink, false).unwrap_or_default());
     Ok(found)
 }
 
-/// Removes these rules, and the routes to which they lead.
+/// Removes these rules, and the routes that they lead to.
 pub(super) fn remove(netlink: &mut Netlink, rules: Vec<RuleMessage>) -> io::Result<()> {
     let removal = |message| Request { message, flags: 0 };
     let rules = rules.into_iter().map(RouteNetlinkMessage::DelRule);
     netlink.apply(rules.map(removal).collect())?;
-    let routes = routes(netlink)?.into_iter().map(RouteNetlinkMessage::DelRoute);
+    let routes = return_routes(netlink)?.into_iter().map(RouteNetlinkMessage::DelRoute);
     netlink.apply(routes.map(removal).collect()).map(drop)
 }
 
-/// Whether a rule is one of ours.
+/// Whether a rule has gossamer's protocol number.
 pub fn is_ours(rule: &RuleMessage) -> bool {
     let protocol = RuleAttribute::Protocol(RouteProtocol::Other(ROUTE_PROTOCOL));
     rule.attributes.contains(&protocol)
 }
 
-fn ours(netlink: &mut Netlink, ipv4: bool) -> io::Result<Vec<RuleMessage>> {
+fn own_rules(netlink: &mut Netlink, ipv4: bool) -> io::Result<Vec<RuleMessage>> {
     let mut filter = RuleMessage::default();
     filter.header.family = family(ipv4);
     let found = netlink.dump(&RouteNetlinkMessage::GetRule(filter))?;
@@ -234,23 +246,24 @@ fn ours(netlink: &mut Netlink, ipv4: bool) -> io::Result<Vec<RuleMessage>> {
     Ok(rules.filter(is_ours).collect())
 }
 
+/// Returns the rules for a family and port.
 fn wanted(ipv4: bool, port: u16, users: RuleUidRange) -> Vec<RuleMessage> {
-    let mut back = selecting(BEFORE, ipv4, port, users);
+    let mut back = rule_for_users(RETURN_PRIORITY, ipv4, port, users);
     back.header.action = RuleAction::ToTable;
-    back.attributes.push(RuleAttribute::Table(TABLE));
-    let mut refusing = selecting(PRIORITY, ipv4, port, users);
+    back.attributes.push(RuleAttribute::Table(RETURN_TABLE));
+    let mut refusing = rule_for_users(REFUSAL_PRIORITY, ipv4, port, users);
     refusing.header.action = RuleAction::Prohibit;
     if ipv4 { vec![back, refusing] } else { vec![refusing] }
 }
 
-/// A rule about what users send to the port.
-fn selecting(priority: u32, ipv4: bool, port: u16, users: RuleUidRange) -> RuleMessage {
+/// A rule that selects packets of users to the port.
+fn rule_for_users(priority: u32, ipv4: bool, port: u16, users: RuleUidRange) -> RuleMessage {
     let mut rule = RuleMessage::default();
     rule.header.family = family(ipv4);
     rule.attributes = vec![
         RuleAttribute::Priority(priority),
         RuleAttribute::Protocol(RouteProtocol::Other(ROUTE_PROTOCOL)),
-        // What this host sends itself.
+        // Packets that this host itself sends.
         RuleAttribute::Iifname("lo".to_owned()),
         RuleAttribute::UidRange(users),
         RuleAttribute::IpProtocol(IpProtocol::Udp),
@@ -263,12 +276,13 @@ const fn destination(port: u16) -> RuleAttribute {
     RuleAttribute::DestinationPortRange(RulePortRange { start: port, end: port })
 }
 
-/// Of another overlay on this host are those for other ports.
+/// Rules for other ports belong to other overlays on this host.
 fn is_of_port(rule: &RuleMessage, port: u16) -> bool {
     rule.attributes.contains(&destination(port))
 }
 
-fn is_like(rule: &RuleMessage, wanted: &RuleMessage) -> bool {
+/// Whether a rule has at least the wanted attributes, and no prefixes.
+fn matches(rule: &RuleMessage, wanted: &RuleMessage) -> bool {
     rule.header.action == wanted.header.action
         && (rule.header.dst_len, rule.header.src_len) == (0, 0)
         && wanted.attributes.iter().all(|attribute| rule.attributes.contains(attribute))
@@ -278,15 +292,15 @@ const fn family(ipv4: bool) -> AddressFamily {
     if ipv4 { AddressFamily::Inet } else { AddressFamily::Inet6 }
 }
 
-/// Whether a kernel of this release knows rules by protocol and port.
-fn tells_ports(release: &str) -> bool {
+/// Whether a kernel of this release supports rules with protocol and port.
+fn supports_ports(release: &str) -> bool {
     let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse::<u32>);
     let version = (numbers.next(), numbers.next());
-    matches!(version, (Some(Ok(major)), Some(Ok(minor))) if (major, minor) >= SINCE)
+    matches!(version, (Some(Ok(major)), Some(Ok(minor))) if (major, minor) >= MIN_RELEASE)
 }
 
-/// Users but root, by the lines of `/proc/self/uid_map`: first id inside, first id outside, count. The
-/// kernel takes a range only where it knows both ends.
+/// Returns the users except root, from the lines of `/proc/self/uid_map`: first id inside, first id
+/// outside, count. The kernel accepts a range only if both ends are mapped.
 fn users_of(map: &str) -> Option<RuleUidRange> {
     let ranges = map.lines().filter_map(|line| {
         let mut numbers = line.split_whitespace().map(|word| word.parse::<u32>().ok());
@@ -302,7 +316,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn users_are_those_of_the_largest_range_without_root() {
+    fn users_are_the_largest_range_without_root() {
         let range = |start, end| Some(RuleUidRange { start, end });
         let whole = "         0          0 4294967295\n";
         assert_eq!(users_of(whole), range(1, 4_294_967_294));
@@ -313,12 +327,12 @@ mod tests {
     }
 
     #[test]
-    fn kernels_that_pass_over_ports_get_no_rule() {
+    fn kernel_without_port_rules_gets_no_rule() {
         for new in ["4.17.0", "5.10.0-28-amd64", "6.18.44-fc-v657\n", "10.0"] {
-            assert!(tells_ports(new), "{new}");
+            assert!(supports_ports(new), "{new}");
         }
         for old in ["4.16.18", "3.10.0-1160.el7", "", "x.y", "4"] {
-            assert!(!tells_ports(old), "{old}");
+            assert!(!supports_ports(old), "{old}");
         }
     }
 }

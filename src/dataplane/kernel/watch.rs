@@ -1,7 +1,7 @@
-//! Whether a change that the kernel tells about is any of our business.
+//! Evaluates the kernel's change notifications.
 //!
-//! Our own changes are heard like everybody's, so an event counts only if it contradicts what should be
-//! there. What is to be done about it is found out by a dump, never from the event.
+//! The kernel also reports gossamer's own changes, so a notification counts only if it contradicts
+//! the desired state. The repair is derived from a dump, never from the notification.
 
 use std::{collections::BTreeSet, net::IpAddr};
 
@@ -26,25 +26,28 @@ use crate::{
     pods::wiring::is_link_name,
 };
 
-/// Routes of others that are remembered until their ways are asked for.
+/// Upper limit of the destinations of foreign routes that are stored until their routes are looked
+/// up.
 const MAX_FOREIGN: usize = 64;
 
-/// What has to be looked at again.
+/// What has to be checked again.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Touched {
-    /// Something on our account is not as it should be.
+    /// An object of gossamer may differ from the desired state.
     pub ours: bool,
-    /// An interface, address, route or rule of others: the underlay may be another one now.
+    /// A foreign interface, address, route or rule changed: the underlay may be another one now.
     pub underlay: bool,
-    /// An interface, address, route or rule of others: packets may take another way now.
+    /// A foreign interface, address, route or rule changed: packets may be routed differently now.
     pub routing: bool,
-    /// A policy rule of ours was removed.
+    /// The rules for users have to be checked.
     pub rules: bool,
 }
 
 impl Touched {
+    /// Everything has to be checked.
     pub const EVERYTHING: Self = Self { ours: true, underlay: true, routing: true, rules: true };
 
+    /// Adds what `more` contains.
     pub const fn merge(&mut self, more: Self) {
         self.ours |= more.ours;
         self.underlay |= more.underlay;
@@ -52,7 +55,7 @@ impl Touched {
         self.rules |= more.rules;
     }
 
-    /// Adds what `message` says, for the device with index `device`.
+    /// Adds what a notification implies; `device` is the index of gossamer's device.
     pub fn add(
         &mut self,
         message: &RouteNetlinkMessage,
@@ -60,15 +63,16 @@ impl Touched {
         device: Option<u32>,
     ) {
         use RouteNetlinkMessage as Message;
-        let is_of_others = may_lead_elsewhere(message, device);
-        self.underlay |= is_of_others;
-        self.routing |= is_of_others;
+        let is_foreign = may_affect_routing(message, device);
+        self.underlay |= is_foreign;
+        self.routing |= is_foreign;
         self.rules |= match message {
             Message::DelRule(rule) => users::is_ours(rule),
-            Message::DelRoute(route) => users::brings_back(route),
-            // Users may send by it. A bridge may lead into a tunnel as soon as it has this port.
+            Message::DelRoute(route) => users::is_return_route(route),
+            // Users may send by a new interface. A bridge may lead into a tunnel once a VXLAN
+            // device is its port.
             Message::NewLink(link) => {
-                is_of_others || Some(link.header.index) != device && is_vxlan(link)
+                is_foreign || Some(link.header.index) != device && is_vxlan(link)
             }
             _ => false,
         };
@@ -79,10 +83,10 @@ impl Touched {
             Message::NewAddress(address) => self.add_address(address, desired, device, true),
             Message::DelAddress(address) => self.add_address(address, desired, device, false),
             Message::NewNeighbour(entry) if Some(entry.header.ifindex) == device => {
-                self.ours |= !is_right(entry, desired, true);
+                self.ours |= !is_as_desired(entry, desired, true);
             }
             Message::DelNeighbour(entry) if Some(entry.header.ifindex) == device => {
-                self.ours |= !is_right(entry, desired, false);
+                self.ours |= !is_as_desired(entry, desired, false);
             }
             Message::NewRoute(route) => self.add_route(route, desired, device, true),
             Message::DelRoute(route) => self.add_route(route, desired, device, false),
@@ -99,13 +103,13 @@ impl Touched {
     ) {
         let wanted = &desired.device;
         let index = message.header.index;
-        // The kernel says nothing about the IPv4 routes that go with an interface.
+        // The kernel does not report the removal of IPv4 routes with their interface.
         self.ours |= desired.has_direct_by(index);
-        let has_its_name = message.attributes.iter().any(|attribute| match attribute {
+        let has_device_name = message.attributes.iter().any(|attribute| match attribute {
             LinkAttribute::IfName(name) => *name == wanted.name,
             _ => false,
         });
-        if Some(index) == device || has_its_name {
+        if Some(index) == device || has_device_name {
             let link = Link::from(message.clone());
             let right = present
                 && link.name == wanted.name
@@ -153,9 +157,6 @@ impl Touched {
     }
 }
 
-/// Whether packets may take another way because of a change: those of the underlay, and those of pods. What
-/// concerns our own device, and ports of bridges, which come and go with pods, does not lead them elsewhere.
-/// A veth pair is no port yet when the kernel first tells of it, and gets a route of multicast when it is up.
 fn is_vxlan(link: &LinkMessage) -> bool {
     let infos = link.attributes.iter().filter_map(|attribute| match attribute {
         LinkAttribute::LinkInfo(infos) => Some(infos),
@@ -164,7 +165,11 @@ fn is_vxlan(link: &LinkMessage) -> bool {
     infos.flatten().any(|info| *info == LinkInfo::Kind(InfoKind::Vxlan))
 }
 
-fn may_lead_elsewhere(message: &RouteNetlinkMessage, device: Option<u32>) -> bool {
+/// Whether a change may alter the routing of the underlay's or the pods' packets. Gossamer's own
+/// device does not, nor do ports of bridges, which come and go with pods. The first notifications
+/// about a veth pair precede its attachment to the bridge, and it gets a multicast route when it is
+/// up.
+fn may_affect_routing(message: &RouteNetlinkMessage, device: Option<u32>) -> bool {
     use RouteNetlinkMessage as Message;
     match message {
         Message::NewLink(link) | Message::DelLink(link) => {
@@ -190,17 +195,17 @@ fn may_lead_elsewhere(message: &RouteNetlinkMessage, device: Option<u32>) -> boo
     }
 }
 
-/// Other programs' routes that have changed.
+/// Changed routes of other programs.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct ForeignRoutes {
-    /// Addresses of the overlay to which there are new ones, of whatever table.
+    /// Addresses of the overlay to which routes were added, in any table.
     pub to: BTreeSet<IpAddr>,
-    /// Among those that came or went are some that select packets by more than their destination.
+    /// Whether a route was added or removed that selects packets by more than their destination.
     pub has_conditional: bool,
 }
 
 impl ForeignRoutes {
-    /// Adds what `message` says.
+    /// Adds what a notification implies.
     pub(super) fn add(&mut self, message: &RouteNetlinkMessage, desired: Option<&Desired>) {
         let (route, is_new) = match message {
             RouteNetlinkMessage::NewRoute(route) => (route, true),
@@ -221,10 +226,11 @@ impl ForeignRoutes {
     }
 }
 
-/// What the kernel asks for, if it is about the device with this index.
+/// Returns the entry that the kernel requests for the device with this index, if the message is
+/// such a request.
 pub fn miss(message: &RouteNetlinkMessage, device: u32) -> Option<Miss> {
     let RouteNetlinkMessage::GetNeighbour(asked) = message else { return None };
-    // A miss in the FDB comes without an address, and not as one of a bridge.
+    // A request for an FDB entry has no address, and not the bridge family.
     match (destination(asked), lladdr(asked)) {
         _ if asked.header.ifindex != device => None,
         (Some(address), _) => Some(Miss::Address(address)),
@@ -233,10 +239,10 @@ pub fn miss(message: &RouteNetlinkMessage, device: u32) -> Option<Miss> {
     }
 }
 
-/// Whether the appearance of this entry, or its end, leaves the tables as they should be.
-fn is_right(entry: &NeighbourMessage, desired: &Desired, present: bool) -> bool {
+/// Whether the addition or removal of this entry agrees with the desired state.
+fn is_as_desired(entry: &NeighbourMessage, desired: &Desired, present: bool) -> bool {
     let tables = &desired.tables;
-    // Dead and temporary entries of others come and go by themselves.
+    // Failed and temporary entries come and go without gossamer.
     let permanent = entry.header.state == NeighbourState::Permanent;
     let (to, mac) = (destination(entry), lladdr(entry));
     if entry.header.family == AddressFamily::Bridge {
@@ -258,17 +264,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn cables_of_pods_lead_nothing_elsewhere_and_other_interfaces_may() {
-        let told = |name: &str, controller: Option<u32>| {
+    fn veth_pairs_do_not_affect_routing_and_other_interfaces_may() {
+        let affects = |name: &str, controller: Option<u32>| {
             let mut link = LinkMessage::default();
             link.header.index = 9;
             link.attributes.push(LinkAttribute::IfName(name.to_owned()));
             link.attributes.extend(controller.map(LinkAttribute::Controller));
-            may_lead_elsewhere(&RouteNetlinkMessage::NewLink(link), Some(7))
+            may_affect_routing(&RouteNetlinkMessage::NewLink(link), Some(7))
         };
-        assert!(told("eth1", None) && told("gsm0", None) && told("eth1", Some(0)));
-        assert!(!told("veth1", Some(3)), "a port of a bridge");
-        assert!(!told("gsm43ba27666d", None), "a veth pair that is not plugged in yet");
+        assert!(affects("eth1", None) && affects("gsm0", None) && affects("eth1", Some(0)));
+        assert!(!affects("veth1", Some(3)), "a port of a bridge");
+        assert!(!affects("gsm43ba27666d", None), "a veth pair that is not attached yet");
         let route = |to: IpAddr, len| {
             let mut route = RouteMessage::default();
             route.header.destination_prefix_length = len;
@@ -278,10 +284,13 @@ mod tests {
                 IpAddr::V4(ip) => ip.into(),
                 IpAddr::V6(ip) => ip.into(),
             }));
-            may_lead_elsewhere(&RouteNetlinkMessage::NewRoute(route), Some(7))
+            may_affect_routing(&RouteNetlinkMessage::NewRoute(route), Some(7))
         };
         assert!(route([10, 0, 0, 0].into(), 8));
         assert!(route([0xfd00, 0, 0, 0, 0, 0, 0, 0].into(), 8));
-        assert!(!route([0xff00, 0, 0, 0, 0, 0, 0, 0].into(), 8), "of an interface that is up");
+        assert!(
+            !route([0xff00, 0, 0, 0, 0, 0, 0, 0].into(), 8),
+            "the multicast route of an interface that is up"
+        );
     }
 }

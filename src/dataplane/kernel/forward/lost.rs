@@ -1,5 +1,5 @@
-//! Packets of trials that were lost, and rules that certainly do not take them: those for another protocol,
-//! another port, addresses of others or other interfaces.
+//! Packets of trials that were lost, and a check for rules that certainly do not match them: rules
+//! for another protocol, port, address or interface.
 
 use std::collections::BTreeSet;
 
@@ -30,27 +30,28 @@ const TRANSPORT: u32 = 2;
 const EQUAL: u32 = 0;
 const TCP: u8 = 6;
 const UDP: u8 = 17;
-/// Errors may have to get through for large packets to do so.
+/// Protocols whose rules always count: large packets may need ICMP errors to pass.
 const ICMP: [u8; 2] = [1, 58];
-/// A name of an interface is compared with so many bytes, unless only its beginning is.
-const NAME: usize = 16;
+/// Length of an interface's name in a comparison, in bytes; a comparison with a prefix is shorter.
+const NAME_LEN: usize = 16;
 
-/// What was lost.
+/// The lost packets.
 #[derive(Clone, Debug)]
 pub struct Lost {
+    /// Their transport protocols.
     pub transports: BTreeSet<Transport>,
-    /// Where packets come from and go to: the overlay, and hosts of the underlay.
+    /// Their sources and destinations: the overlay's networks, and hosts of the underlay.
     pub networks: Vec<IpNet>,
-    /// Of tunnels.
+    /// UDP port of the tunnels.
     pub port: u16,
-    /// Names of interfaces on the way.
+    /// Names of the interfaces that they use.
     pub links: Vec<String>,
 }
 
-/// What a comparison is about.
+/// The part of a packet that a rule has loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Loaded {
-    /// By its name in the kernel, or by its number in Ethernet.
+    /// The family, as `NFPROTO` number or EtherType.
     Family,
     Protocol,
     Port,
@@ -59,8 +60,8 @@ enum Loaded {
 }
 
 impl Lost {
-    /// Whether a rule of a table of this family takes none of these packets, as its form tells. A rule of
-    /// which that is not known may take them.
+    /// Returns whether a rule in a table of this family certainly matches none of these packets. A
+    /// rule whose form is unknown may match them.
     pub fn misses(&self, family: u8, rule: &Object) -> bool {
         let mut is_ipv4 = match family {
             IP => Some(true),
@@ -88,7 +89,7 @@ impl Lost {
                     }
                 }
                 "cmp" | "counter" | "range" | "lookup" => {}
-                // It may have changed what was loaded.
+                // Another expression may have changed the register.
                 _ => last = None,
             }
         }
@@ -101,7 +102,7 @@ impl Lost {
             (Loaded::Protocol, [TCP]) => !self.transports.contains(&Transport::Tcp),
             (Loaded::Protocol, [UDP]) => !self.transports.contains(&Transport::Udp),
             (Loaded::Protocol, [other]) => !ICMP.contains(other),
-            // The other port is another one each time.
+            // The source port of a trial changes each time.
             (Loaded::Port, [high, low]) => {
                 let port = u16::from_be_bytes([*high, *low]);
                 ![UNUSED, UNUSED_OUT, FAR_PORT, FAR_DATA_PORT, self.port].contains(&port)
@@ -111,7 +112,7 @@ impl Lost {
                 let length = first.len().min(usize::from(network.prefix_len() / 8));
                 own.len() >= first.len() && own[..length] == first[..length]
             }),
-            (Loaded::Interface, name) if name.len() == NAME => {
+            (Loaded::Interface, name) if name.len() == NAME_LEN => {
                 let name = attributes::text(name);
                 !self.links.iter().any(|link| link == name)
             }
@@ -124,13 +125,13 @@ fn of_meta(family: u8, key: Option<u32>) -> Option<Loaded> {
     match key? {
         META_PROTOCOL | META_NFPROTO => Some(Loaded::Family),
         META_L4PROTO => Some(Loaded::Protocol),
-        // Elsewhere they are those of ports, too.
+        // In other families, the interfaces are ports of bridges.
         META_IIFNAME | META_OIFNAME if [INET, IP, IP6].contains(&family) => Some(Loaded::Interface),
         _ => None,
     }
 }
 
-/// By base, offset and length.
+/// Returns what a payload expression loads, by base, offset and length.
 fn of_payload(is_ipv4: Option<bool>, place: [u32; 3]) -> Option<Loaded> {
     match (is_ipv4, place) {
         (_, [TRANSPORT, 0 | 2, 2]) => Some(Loaded::Port),
@@ -142,6 +143,7 @@ fn of_payload(is_ipv4: Option<bool>, place: [u32; 3]) -> Option<Loaded> {
     }
 }
 
+/// Returns whether the value of a family stands for IPv4; `None` if it is neither family.
 fn of_family(value: &[u8]) -> Option<bool> {
     match value {
         [2] | [0x08, 0x00] => Some(true),
@@ -189,12 +191,12 @@ mod tests {
 
     fn name(text: &str) -> Vec<u8> {
         let mut bytes = text.as_bytes().to_vec();
-        bytes.resize(NAME, 0);
+        bytes.resize(NAME_LEN, 0);
         bytes
     }
 
     #[test]
-    fn rule_for_another_protocol_port_address_or_interface_takes_nothing_that_was_lost() {
+    fn rule_for_another_protocol_port_address_or_interface_misses_lost_packets() {
         let protocol = |number| [meta(META_L4PROTO), cmp(0, &[number])];
         let port = |port: u16| [payload(TRANSPORT, 2, 2), cmp(0, &port.to_be_bytes())];
         let from = |bytes: &[u8]| [payload(NETWORK, 12, bytes.len() as u32), cmp(0, bytes)];
@@ -212,7 +214,7 @@ mod tests {
             (IP, from(&[10]), false),
             (IP, from(&[10, 99, 0, 10]), false),
             (IP, from(&[10, 99, 0, 11]), true),
-            // It may be something else there.
+            // In family `inet` this offset may be something else than an address.
             (INET, from(&[192, 168]), false),
             (INET, by(&name("docker0")), true),
             (INET, by(&name("gsm0")), false),
@@ -224,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_certain_about_a_rule_does_not_leave_it_out() {
+    fn uncertain_rule_is_not_ruled_out() {
         let family = [meta(META_NFPROTO), cmp(0, &[2])];
         let outside = [payload(NETWORK, 12, 2), cmp(0, &[192, 168])];
         assert!(misses(INET, &[&family[..], &outside].concat()));

@@ -1,5 +1,5 @@
-//! What a rule of nftables does with the packets that it takes: also one that iptables has made, whose
-//! targets are structs of its headers (linux/netfilter/xt_*.h).
+//! What a rule of nftables does with matching packets. This includes rules that iptables makes,
+//! whose targets are structs of its headers (linux/netfilter/xt_*.h).
 
 use std::fs;
 
@@ -15,17 +15,17 @@ use super::{
 };
 use crate::netlink::{attributes, nftables::Object};
 
-/// `NFT_META_MARK` and `NFT_CT_MARK`
+/// `NFT_META_MARK` and `NFT_CT_MARK`.
 const META_MARK: u32 = 3;
 const CT_MARK: u32 = 3;
-/// `NFT_PAYLOAD_NETWORK_HEADER`, and where the number of hops stands in the headers.
+/// `NFT_PAYLOAD_NETWORK_HEADER`, and the offsets of TTL and hop limit in the headers.
 const NETWORK: u32 = 1;
 const TTL_AT: u32 = 8;
 const HOP_LIMIT_AT: u32 = 7;
-/// Listeners to queues of packets, in a table whose first column is the queue.
+/// Table of the queues that have a listener; the first column is the queue's number.
 const QUEUES: &str = "/proc/thread-self/net/netfilter/nfnetlink_queue";
 
-/// Where a verdict with this code leads.
+/// Converts a verdict code.
 pub fn verdict(code: i32, chain: Option<&str>) -> Option<Verdict> {
     let chain = chain.map(str::to_owned);
     Some(match code {
@@ -38,7 +38,7 @@ pub fn verdict(code: i32, chain: Option<&str>) -> Option<Verdict> {
     })
 }
 
-/// Where a rule leads that has no map of verdicts.
+/// Returns where a rule without a verdict map leads.
 pub fn of_rule(rule: &Object) -> Verdict {
     let mut found = Verdict::Next;
     for (name, data) in expressions(rule) {
@@ -48,7 +48,7 @@ pub fn of_rule(rule: &Object) -> Verdict {
                 verdict(code, attributes::find(inner, 2).map(attributes::text))
             }),
             "reject" => Some(Verdict::Reject),
-            // No other rule sees what is translated.
+            // No further rule of the hook sees a translated packet.
             "masq" | "nat" | "redir" => Some(Verdict::Accept),
             "queue" => {
                 let number = |attribute| {
@@ -69,6 +69,7 @@ pub fn of_rule(rule: &Object) -> Verdict {
     found
 }
 
+/// Returns where a target of iptables leads.
 fn target(name: Option<&str>, info: &[u8]) -> Option<Verdict> {
     match name? {
         "REJECT" => Some(Verdict::Reject),
@@ -82,8 +83,8 @@ fn target(name: Option<&str>, info: &[u8]) -> Option<Verdict> {
     }
 }
 
-/// What becomes of packets that are handed to one of so many queues, where one has no listener: they are
-/// lost, unless the rule lets them pass then.
+/// Returns [`Verdict::Queue`] if one of the queues has no listener and packets are then lost, not
+/// passed on (`bypass`).
 pub fn queued(first: u16, count: u16, bypasses: bool) -> Option<Verdict> {
     let table = fs::read_to_string(QUEUES).unwrap_or_default();
     let number = |line: &str| line.split_whitespace().next()?.parse::<u16>().ok();
@@ -93,9 +94,9 @@ pub fn queued(first: u16, count: u16, bypasses: bool) -> Option<Verdict> {
     is_lost.then_some(Verdict::Queue)
 }
 
-/// What a rule changes of the packets that it takes.
+/// Returns what a rule changes in matching packets.
 pub fn changes(context: &mut Context<'_>, rule: &Object) -> Vec<Change> {
-    let mut changes = of_registers(context, rule);
+    let mut changes = register_changes(context, rule);
     if translates_destination(rule) {
         changes.push(Change::Destination);
     }
@@ -112,7 +113,7 @@ pub fn changes(context: &mut Context<'_>, rule: &Object) -> Vec<Change> {
                 changes.extend(Change::marks(before, false, |old| old & !mask ^ mark));
             }
             Some("CONNMARK") => {
-                // The struct of the second revision has a shift before the mode.
+                // The second revision of the struct has a shift before the mode.
                 let is_second = number(attributes::find(data, 2)) == Some(2);
                 let mode = byte(info, if is_second { 14 } else { 12 }).unwrap_or_default();
                 changes.extend(connection_mark(context, mode, [word(0), word(4), word(8)]));
@@ -127,7 +128,8 @@ pub fn changes(context: &mut Context<'_>, rule: &Object) -> Vec<Change> {
     changes
 }
 
-/// Of `-j CONNMARK`: set (0), save (1) or restore (2), with the mark and the masks of both sides.
+/// Returns what `-j CONNMARK` changes: set (0), save (1) or restore (2), with the mark and both
+/// masks.
 pub fn connection_mark(
     context: &Context<'_>,
     mode: u8,
@@ -141,11 +143,11 @@ pub fn connection_mark(
     }
 }
 
-/// What is computed in registers, and then written to a mark or a header.
-fn of_registers(context: &mut Context<'_>, rule: &Object) -> Vec<Change> {
+/// Returns changes whose values a rule computes in registers and then writes to a mark or a header.
+fn register_changes(context: &mut Context<'_>, rule: &Object) -> Vec<Change> {
     let mut changes = Vec::new();
     let unmarked = || vec![Marked { mark: 0, what: Vec::new() }];
-    // What the last register that was written may hold.
+    // The possible values of the register that was written last.
     let mut held: Option<Vec<Marked>> = None;
     let mut bytes: Option<Vec<u8>> = None;
     for (name, data) in expressions(rule) {
@@ -172,7 +174,7 @@ fn of_registers(context: &mut Context<'_>, rule: &Object) -> Vec<Change> {
                 }
             }
             "payload" if get(5).is_some() => {
-                changes.extend(ttl_written((get(2), get(3), get(4)), bytes.as_deref()));
+                changes.extend(written_ttl((get(2), get(3), get(4)), bytes.as_deref()));
             }
             "meta" => {
                 let known = || [unmarked(), context.marks.packets.clone()].concat();
@@ -184,7 +186,7 @@ fn of_registers(context: &mut Context<'_>, rule: &Object) -> Vec<Change> {
             }
             "payload" => (bytes, held) = (None, None),
             "bitwise" => {
-                // What the mask lets through of a header is the rest of it.
+                // A mask on a header keeps the bits beside the new value.
                 bytes = value(attributes::find(data, 5)).map(<[u8]>::to_vec);
                 let change = |mut marked: Marked| {
                     marked.mark = marked.mark & word(4)? ^ word(5)?;
@@ -209,12 +211,13 @@ fn of_registers(context: &mut Context<'_>, rule: &Object) -> Vec<Change> {
     changes
 }
 
-/// The number of hops, where that is what is written to the header: alone, or with the byte after it.
-fn ttl_written(
+/// Returns the new number of hops, if it is written to the header, alone or with the following
+/// byte.
+fn written_ttl(
     (base, at, length): (Option<u32>, Option<u32>, Option<u32>),
     bytes: Option<&[u8]>,
 ) -> Option<Change> {
-    let is_it = base == Some(NETWORK)
+    let is_hop_count = base == Some(NETWORK)
         && matches!((at, length), (Some(TTL_AT), Some(1 | 2)) | (Some(HOP_LIMIT_AT), Some(1)));
-    bytes.filter(|_| is_it)?.first().map(|ttl| Change::Ttl(*ttl))
+    bytes.filter(|_| is_hop_count)?.first().map(|ttl| Change::Ttl(*ttl))
 }

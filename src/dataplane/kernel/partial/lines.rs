@@ -1,4 +1,4 @@
-//! Rules of iptables-legacy, as its own program prints them (`iptables-legacy-save`).
+//! Reads rules of iptables-legacy in the format of `iptables-legacy-save`.
 
 use std::{collections::BTreeMap, net::IpAddr};
 
@@ -17,7 +17,7 @@ use crate::netlink::attributes;
 const STATES: [(&str, u32); 5] =
     [("INVALID", 1), ("ESTABLISHED", 2), ("RELATED", 4), ("NEW", 8), ("UNTRACKED", 64)];
 /// Types of addresses (`RTN_*`).
-const TYPES: [(&str, u32); 9] = [
+const ADDRESS_TYPES: [(&str, u32); 9] = [
     ("UNSPEC", 0),
     ("UNICAST", 1),
     ("LOCAL", 2),
@@ -28,20 +28,22 @@ const TYPES: [(&str, u32); 9] = [
     ("UNREACHABLE", 7),
     ("PROHIBIT", 8),
 ];
-const FLAGS: [(&str, u8); 6] =
+const TCP_FLAGS: [(&str, u8); 6] =
     [("FIN", 1), ("SYN", 2), ("RST", 4), ("PSH", 8), ("ACK", 16), ("URG", 32)];
 
-/// A table, as the program prints it.
+/// A table of iptables-legacy.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LegacyTable {
-    /// `iptables-legacy` or `ip6tables-legacy`
+    /// `iptables-legacy` or `ip6tables-legacy`.
     pub program: &'static str,
+    /// The table's name.
     pub name: String,
-    /// Rules of each chain.
+    /// The rules of each chain, one line each.
     pub chains: BTreeMap<String, Vec<String>>,
 }
 
 impl LegacyTable {
+    /// Parses the output of `iptables-legacy-save` for one table.
     pub fn new(program: &'static str, name: &str, text: &str) -> Self {
         let mut chains: BTreeMap<String, Vec<String>> = BTreeMap::new();
         for line in text.lines() {
@@ -62,10 +64,11 @@ impl LegacyTable {
     }
 }
 
-/// An option with its values, and whether it is inverted.
+/// An option with its values.
 struct Word<'a> {
     name: &'a str,
     values: Vec<&'a str>,
+    /// Whether `!` precedes it.
     is_inverted: bool,
 }
 
@@ -75,8 +78,8 @@ impl<'a> Word<'a> {
     }
 }
 
-/// What a rule does with the packets that matter; none, if it leaves them out or cannot be read. `is_chain`
-/// says whether the table has a chain of this name.
+/// Returns what a rule does with the packets; `None` if it matches none of them or cannot be read.
+/// `is_chain` says whether the table has a chain of this name.
 pub fn read(
     context: &mut Context<'_>,
     line: &str,
@@ -94,7 +97,7 @@ pub fn read(
                 while let Some(option) = list.next_if(|other| other.name.starts_with("--")) {
                     options.push(option);
                 }
-                limit_by(context, &mut taken, word.first()?, &options)?;
+                limit_by_match(context, &mut taken, word.first()?, &options)?;
             }
             "-j" => {
                 let target = word.first()?;
@@ -105,7 +108,7 @@ pub fn read(
                 };
             }
             "-g" => verdict = Verdict::Goto(word.first()?.to_owned()),
-            _ => limit(context, &mut taken, word)?,
+            _ => limit_by_option(context, &mut taken, word)?,
         }
     }
     let taken = Selection::default().and(&taken)?;
@@ -113,7 +116,7 @@ pub fn read(
 }
 
 /// Narrows the selection by an option that belongs to no match.
-fn limit(context: &Context<'_>, taken: &mut Selection, word: &Word<'_>) -> Option<()> {
+fn limit_by_option(context: &Context<'_>, taken: &mut Selection, word: &Word<'_>) -> Option<()> {
     let (traffic, is_inverted) = (context.traffic, word.is_inverted);
     match word.name {
         "-s" | "-d" => {
@@ -145,7 +148,7 @@ fn limit(context: &Context<'_>, taken: &mut Selection, word: &Word<'_>) -> Optio
 }
 
 /// Narrows the selection by a match with its options.
-fn limit_by(
+fn limit_by_match(
     context: &mut Context<'_>,
     taken: &mut Selection,
     module: &str,
@@ -191,7 +194,7 @@ fn limit_by(
             for (name, of) in [("--src-type", UNICAST), ("--dst-type", traffic.destination_type())]
             {
                 let Some(word) = find(name) else { continue };
-                let is_it = |name: &str| TYPES.contains(&(name, of));
+                let is_it = |name: &str| ADDRESS_TYPES.contains(&(name, of));
                 (word.first()?.split(',').any(is_it) != word.is_inverted).then_some(())?;
             }
             if all.iter().any(|word| word.name.starts_with("--limit-iface")) {
@@ -250,7 +253,7 @@ fn limit_by(
     Some(())
 }
 
-/// Where a rule leads with this target, and what it changes.
+/// Returns where a rule with this target leads, and adds what it changes.
 fn of_target(
     context: &Context<'_>,
     target: &str,
@@ -315,7 +318,7 @@ fn of_target(
     Verdict::Next
 }
 
-/// The options of a line, with what follows each.
+/// Splits a line into options with their values.
 fn words(line: &str) -> Vec<Word<'_>> {
     let mut words: Vec<Word<'_>> = Vec::new();
     let mut is_inverted = false;
@@ -335,7 +338,8 @@ fn words(line: &str) -> Vec<Word<'_>> {
     words
 }
 
-/// A word, what follows it, and whether it was quoted; what a quoted one escapes is left as it is.
+/// Returns the next word, the rest, and whether the word was quoted. Escapes in a quoted word are
+/// kept.
 fn next_token(text: &str) -> (&str, &str, bool) {
     let Some(quoted) = text.strip_prefix('"') else {
         let (token, rest) = text.split_once(' ').unwrap_or((text, ""));
@@ -354,6 +358,7 @@ fn next_token(text: &str) -> (&str, &str, bool) {
     (quoted, "", true)
 }
 
+/// Parses an address, optionally with a prefix length or a netmask.
 fn network(text: &str) -> Option<IpNet> {
     let (address, mask) = text.split_once('/').unwrap_or((text, ""));
     let address: IpAddr = address.parse().ok()?;
@@ -365,14 +370,15 @@ fn network(text: &str) -> Option<IpNet> {
     }
 }
 
-/// `FIRST`, or `FIRST` and `LAST` with this between.
+/// Parses `FIRST`, or `FIRST` and `LAST` with the separator between them.
 fn range<T: std::str::FromStr + Copy>(text: &str, between: char) -> Option<(T, T)> {
     let (first, last) = text.split_once(between).unwrap_or((text, text));
     Some((first.parse().ok()?, last.parse().ok()?))
 }
 
+/// Parses names of TCP flags.
 fn flags(names: &str) -> Option<u8> {
-    let number = |name: &str| FLAGS.iter().find(|(known, _)| *known == name);
+    let number = |name: &str| TCP_FLAGS.iter().find(|(known, _)| *known == name);
     match names {
         "NONE" => Some(0),
         "ALL" => Some(0x3f),
@@ -380,7 +386,7 @@ fn flags(names: &str) -> Option<u8> {
     }
 }
 
-/// A mark and its mask, both in hexadecimal.
+/// Parses a mark and its mask, `MARK/MASK`.
 fn masked(text: &str) -> Option<(u32, u32)> {
     let number = |text: &str| match text.strip_prefix("0x") {
         Some(digits) => u32::from_str_radix(digits, 16).ok(),

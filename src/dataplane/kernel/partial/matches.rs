@@ -1,4 +1,4 @@
-//! Matches of iptables, whose parameters are structs of its headers (linux/netfilter/xt_*.h).
+//! Reads matches of iptables, whose parameters are structs of its headers (linux/netfilter/xt_*.h).
 
 use super::{
     reading::Context,
@@ -7,13 +7,14 @@ use super::{
 };
 use crate::netlink::attributes;
 
-/// `XT_TCP_INV_*`; those for ports are the same of `xt_udp`.
-const OTHER_SOURCE_PORT: u8 = 1;
-const OTHER_PORT: u8 = 2;
-const OTHER_FLAGS: u8 = 4;
-const OTHER_OPTION: u8 = 8;
+/// `XT_TCP_INV_*`; those for ports are the same as `XT_UDP_INV_*`.
+const INVERTED_SOURCE_PORT: u8 = 1;
+const INVERTED_PORT: u8 = 2;
+const INVERTED_FLAGS: u8 = 4;
+const INVERTED_OPTION: u8 = 8;
 
-/// Narrows the selection by a match; none, if it leaves all packets out that matter or cannot be read.
+/// Narrows the selection by a match. Returns `None` if it matches none of the packets or cannot be
+/// read.
 pub fn read(
     context: &mut Context<'_>,
     taken: &mut Selection,
@@ -31,15 +32,15 @@ pub fn read(
             taken.is_partial |= traffic.tunnel.is_none();
             let inverted = byte(info, if is_tcp { 11 } else { 8 })?;
             let ports = |at| Some([(half(info, at)?, half(info, at + 2)?)]);
-            taken.limit_ports(traffic, false, &ports(0)?, inverted & OTHER_SOURCE_PORT != 0)?;
-            taken.limit_ports(traffic, true, &ports(4)?, inverted & OTHER_PORT != 0)?;
+            taken.limit_ports(traffic, false, &ports(0)?, inverted & INVERTED_SOURCE_PORT != 0)?;
+            taken.limit_ports(traffic, true, &ports(4)?, inverted & INVERTED_PORT != 0)?;
             if is_tcp {
                 let (option, mask, flags) = (byte(info, 8)?, byte(info, 9)?, byte(info, 10)?);
-                if option != 0 || inverted & OTHER_OPTION != 0 {
+                if option != 0 || inverted & INVERTED_OPTION != 0 {
                     return None;
                 }
                 if mask != 0 {
-                    let is_inverted = inverted & OTHER_FLAGS != 0;
+                    let is_inverted = inverted & INVERTED_FLAGS != 0;
                     taken.limit_flags(mask, |found| (found == flags) != is_inverted);
                 }
             }
@@ -63,7 +64,7 @@ pub fn read(
         "conntrack" => {
             let (flags, inverted) = (half(info, 146)?, half(info, 148)?);
             let states = u32::from(half(info, 150)?);
-            // `XT_CONNTRACK_STATE` and `XT_CONNTRACK_STATE_ALIAS`
+            // `XT_CONNTRACK_STATE` and `XT_CONNTRACK_STATE_ALIAS`.
             if flags & !(1 | 1 << 13) != 0 {
                 return None;
             }
@@ -72,24 +73,24 @@ pub fn read(
         "length" => taken.limit_length(half(info, 0)?, half(info, 2)?, byte(info, 4)? != 0)?,
         "mark" | "connmark" => {
             let (mark, mask, inverts) = (word(info, 0)?, word(info, 4)?, byte(info, 8)? != 0);
-            let is_it = |known: u32| (known & mask == mark) != inverts;
+            let matches_mark = |known: u32| (known & mask == mark) != inverts;
             match name {
-                "mark" => taken.limit_mark(&context.marks.packets, is_it)?,
-                _ => taken.limit_mark(&context.marks.restored(), is_it)?,
+                "mark" => taken.limit_mark(&context.marks.packets, matches_mark)?,
+                _ => taken.limit_mark(&context.marks.restored(), matches_mark)?,
             }
         }
         "dscp" => {
             let (class, inverts) = (byte(info, 0)?, byte(info, 1)? != 0);
             taken.limit_classes(|known| (known == class) != inverts);
         }
-        // The upper bits are the class.
+        // The upper six bits are the class.
         "tos" => {
             let (mask, value, inverts) = (byte(info, 0)?, byte(info, 1)?, byte(info, 2)? != 0);
             taken.limit_classes(|known| (known << 2 & mask == value) != inverts);
         }
         "set" => {
             let (number, count, flags) = (half(info, 0)?, byte(info, 2)?, byte(info, 3)?);
-            // `IPSET_DIM_ONE_SRC` and those after it.
+            // `IPSET_DIM_ONE_SRC` and the following bits.
             let to: Vec<bool> = (1..=count.min(6)).map(|part| flags & 1 << part == 0).collect();
             let set = (context.sets)(&SetName::Number(number));
             set.limit(traffic, taken, &to, flags & 1 != 0)?;
@@ -112,8 +113,8 @@ pub fn read(
     Some(())
 }
 
-/// Takes packets of addresses in a list of `recent`, by the side that is looked up. One that only adds to
-/// the list takes all; one that counts takes what comes too often.
+/// Narrows the selection to addresses in a list of `recent`. A match that only adds to the list
+/// takes all packets; one that counts takes frequent ones.
 pub fn recent(
     context: &mut Context<'_>,
     taken: &mut Selection,
@@ -131,8 +132,8 @@ pub fn recent(
     Some(())
 }
 
-/// Whether `-m hashlimit` takes what exceeds the rate (`XT_HASHLIMIT_INVERT`), by the struct of its revision:
-/// a name, and the mode after other numbers.
+/// Whether `-m hashlimit` matches packets above the rate (`XT_HASHLIMIT_INVERT`). The offset of the
+/// mode depends on the struct's revision.
 fn is_above(info: &[u8]) -> bool {
     const INVERTED: u32 = 1 << 4;
     const SHORT: usize = 64;
@@ -140,7 +141,7 @@ fn is_above(info: &[u8]) -> bool {
     word(info, mode_at).is_some_and(|mode| mode & INVERTED != 0)
 }
 
-/// `struct xt_multiport_v1`
+/// Reads `struct xt_multiport_v1`.
 fn multiport(traffic: &Traffic<'_>, taken: &mut Selection, info: &[u8]) -> Option<()> {
     const SOURCE: u8 = 0;
     let (side, count) = (byte(info, 0)?, usize::from(byte(info, 1)?).min(15));
@@ -157,7 +158,8 @@ fn multiport(traffic: &Traffic<'_>, taken: &mut Selection, info: &[u8]) -> Optio
     taken.limit_ports(traffic, side != SOURCE, &ports, is_inverted)
 }
 
-/// Whether `struct xt_addrtype_info_v1` matches packets from other hosts to a destination of this type.
+/// Whether `struct xt_addrtype_info_v1` matches packets from other hosts to a destination of this
+/// type.
 fn is_of_type(info: &[u8], destination: u32) -> Option<bool> {
     const INVERTS: [u32; 2] = [1, 2];
     let flags = word(info, 4)?;
@@ -168,14 +170,17 @@ fn is_of_type(info: &[u8], destination: u32) -> Option<bool> {
     Some(matches(0, UNICAST)? && matches(1, destination)?)
 }
 
+/// Reads a byte of a struct.
 pub fn byte(info: &[u8], at: usize) -> Option<u8> {
     info.get(at).copied()
 }
 
+/// Reads a 16-bit number of a struct, in host order.
 pub fn half(info: &[u8], at: usize) -> Option<u16> {
     info.get(at..)?.first_chunk().copied().map(u16::from_ne_bytes)
 }
 
+/// Reads a 32-bit number of a struct, in host order.
 pub fn word(info: &[u8], at: usize) -> Option<u32> {
     info.get(at..)?.first_chunk().copied().map(u32::from_ne_bytes)
 }
@@ -185,7 +190,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn address_type_leaves_pods_out_where_it_names_this_hosts_own_addresses() {
+    fn address_type_local_does_not_match_packets_between_pods() {
         let matches = |types: u16, flags: u32| {
             let info = [&[0, 0][..], &types.to_ne_bytes(), &flags.to_ne_bytes()].concat();
             is_of_type(&info, UNICAST)

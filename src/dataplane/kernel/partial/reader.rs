@@ -1,4 +1,4 @@
-//! What a rule of nftables takes of the packets that matter, as far as its form tells.
+//! Reads which packets a rule of nftables matches, as far as its form shows.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use super::{
 };
 use crate::netlink::{attributes, nftables::Object};
 
-/// `NFT_META_*`
+/// `NFT_META_*`.
 const META_LEN: u32 = 0;
 const META_PROTOCOL: u32 = 1;
 const META_MARK: u32 = 3;
@@ -23,37 +23,37 @@ const META_NFPROTO: u32 = 15;
 const META_L4PROTO: u32 = 16;
 const META_RANDOM: u32 = 24;
 const META_TIMES: [u32; 3] = [26, 27, 28];
-/// `NFT_PAYLOAD_*`
+/// `NFT_PAYLOAD_*`.
 const LINK: u32 = 0;
 const NETWORK: u32 = 1;
 const TRANSPORT: u32 = 2;
 const INNER: u32 = 3;
-/// `NFT_CT_*`
+/// `NFT_CT_*`.
 const CT_STATE: u32 = 0;
 const CT_MARK: u32 = 3;
 const CT_PACKETS: u32 = 14;
 const CT_BYTES: u32 = 15;
 const CT_AVERAGE: u32 = 16;
-/// `NFT_FIB_RESULT_ADDRTYPE` and `NFTA_FIB_F_DADDR`
+/// `NFT_FIB_RESULT_ADDRTYPE` and `NFTA_FIB_F_DADDR`.
 const FIB_TYPE: u32 = 3;
 const FIB_DESTINATION: u32 = 2;
-/// `NFPROTO_IPV4` and `NFPROTO_IPV6`, and the types of Ethernet.
+/// `NFPROTO_IPV4` and `NFPROTO_IPV6`, each with its EtherType.
 const FAMILIES: [(u8, [u8; 2]); 2] = [(2, [0x08, 0x00]), (10, [0x86, 0xdd])];
 const TCP: u8 = 6;
 const UDP: u8 = 17;
-/// `NFT_CMP_*`
+/// `NFT_CMP_*`.
 const EQUAL: u32 = 0;
 const NOT_EQUAL: u32 = 1;
 const LESS: u32 = 2;
 const AT_MOST: u32 = 3;
 const MORE: u32 = 4;
 const AT_LEAST: u32 = 5;
-/// `NFT_OBJECT_COUNTER`
+/// `NFT_OBJECT_COUNTER`.
 const COUNTER: u32 = 1;
-/// `NFT_LIMIT_F_INV` and `NFT_LOOKUP_F_INV`
+/// `NFT_LIMIT_F_INV` and `NFT_LOOKUP_F_INV`.
 const INVERTED: u32 = 1;
 
-/// What a register holds.
+/// The meaning of a value in a register.
 #[derive(Clone)]
 enum Loaded {
     Unknown,
@@ -80,11 +80,11 @@ enum Loaded {
     Share,
     Amount,
     Time,
-    /// The class of service, with bits beside it.
+    /// The DSCP, with the bits beside it.
     Class,
 }
 
-/// A value in registers: how many bytes, and which of its bits matter.
+/// A value in registers: its length in bytes, and the mask that was applied.
 #[derive(Clone)]
 struct Value<'a> {
     loaded: Loaded,
@@ -92,7 +92,7 @@ struct Value<'a> {
     mask: Option<&'a [u8]>,
 }
 
-/// What has been loaded, by the number of the first word.
+/// The loaded values, by the number of their first word.
 #[derive(Default)]
 struct Registers<'a>(BTreeMap<usize, Value<'a>>);
 
@@ -108,7 +108,7 @@ impl<'a> Registers<'a> {
         self.0.get_mut(&word_of(register))
     }
 
-    /// Values that make up a key of so many bytes, with their places in it.
+    /// Returns the values that make up a key of this length, with their offsets in it.
     fn of_key(&self, register: u32, bytes: usize) -> Vec<(usize, &Value<'a>)> {
         let first = word_of(register);
         let words = first..first + bytes.div_ceil(4).max(1);
@@ -116,7 +116,8 @@ impl<'a> Registers<'a> {
     }
 }
 
-/// `NFT_REG_1` and so on have four words each; from 8 on each word has a number of its own.
+/// Returns the number of a register's first word: `NFT_REG_1` to `NFT_REG_4` have four words each,
+/// from 8 on each has one.
 const fn word_of(register: u32) -> usize {
     (match register {
         8.. => register - 8,
@@ -124,7 +125,7 @@ const fn word_of(register: u32) -> usize {
     }) as usize
 }
 
-/// What a rule does with the packets that matter; none, if it leaves them out or cannot be read.
+/// Returns what a rule does with the packets; `None` if it matches none of them or cannot be read.
 pub fn read(context: &mut Context<'_>, rule: &Object) -> Option<Reading> {
     let traffic = context.traffic;
     let mut registers = Registers::default();
@@ -134,14 +135,14 @@ pub fn read(context: &mut Context<'_>, rule: &Object) -> Option<Reading> {
     while let Some((name, data)) = list.next() {
         let get = |attribute| number(attributes::find(data, attribute));
         match name {
-            // Those that set something instead.
+            // With a source register, these expressions set something.
             "meta" if get(3).is_some() => {}
             "ct" if get(4).is_some() => {}
             "payload" if get(5).is_some() => {}
             "meta" | "payload" | "ct" | "fib" | "numgen" => {
                 registers.load(get(1)?, load(traffic, name, &get));
             }
-            // Of connections, which it takes by what looks like chance.
+            // A hash of the connection selects an apparently random share.
             "hash" => {
                 registers.load(get(2)?, Value { loaded: Loaded::Share, bytes: 4, mask: None });
             }
@@ -172,8 +173,8 @@ pub fn read(context: &mut Context<'_>, rule: &Object) -> Option<Reading> {
                         _ => ((found.to_vec(), vec![u8::MAX; found.len()]), false),
                     },
                     AT_MOST => ((vec![0; found.len()], found.to_vec()), false),
-                    LESS => ((vec![0; found.len()], neighbor(found, false)?), false),
-                    MORE => ((neighbor(found, true)?, vec![u8::MAX; found.len()]), false),
+                    LESS => ((vec![0; found.len()], adjacent_number(found, false)?), false),
+                    MORE => ((adjacent_number(found, true)?, vec![u8::MAX; found.len()]), false),
                     _ => return None,
                 };
                 let value = registers.value(get(1)?)?.clone();
@@ -191,7 +192,7 @@ pub fn read(context: &mut Context<'_>, rule: &Object) -> Option<Reading> {
                 let of = |context: &Context<'_>, element: &Element| {
                     key(context, &registers, get(2)?, element)
                 };
-                // A map of verdicts leads to another place by each element.
+                // A verdict map has a branch for each element.
                 if get(3) == Some(0) {
                     let branches = set.elements.iter().filter_map(|element| {
                         let Some(Data::Verdict(code, chain)) = &element.data else { return None };
@@ -253,8 +254,8 @@ pub fn read(context: &mut Context<'_>, rule: &Object) -> Option<Reading> {
     Some(Reading { branches, changes: effects::changes(context, rule) })
 }
 
-/// The next higher number of as many bytes, or the next lower one; none, beyond the last.
-pub fn neighbor(number: &[u8], is_higher: bool) -> Option<Vec<u8>> {
+/// Returns the next higher or lower number of the same length; `None` beyond the last.
+pub fn adjacent_number(number: &[u8], is_higher: bool) -> Option<Vec<u8>> {
     let mut number = number.to_vec();
     for byte in number.iter_mut().rev() {
         let (next, carries) =
@@ -267,12 +268,12 @@ pub fn neighbor(number: &[u8], is_higher: bool) -> Option<Vec<u8>> {
     None
 }
 
-/// Whether a limit matches what exceeds it.
+/// Whether a limit matches packets above the rate.
 fn is_above(limit: &[u8]) -> bool {
     number(attributes::find(limit, 5)).unwrap_or(0) & INVERTED != 0
 }
 
-/// The packets that an element of a set or a map stands for.
+/// Returns the packets that an element of a set or map stands for.
 fn key(
     context: &Context<'_>,
     registers: &Registers<'_>,
@@ -281,7 +282,7 @@ fn key(
 ) -> Option<Selection> {
     let mut taken = Selection::default();
     let Some((first, last)) = element.parts.first() else {
-        // All that no other element stands for.
+        // A catch-all element.
         taken.is_partial = true;
         return Some(taken);
     };
@@ -322,14 +323,17 @@ fn load<'a>(traffic: &Traffic<'_>, name: &str, get: &impl Fn(u16) -> Option<u32>
         ("fib", Some(FIB_TYPE)) if get(3) == Some(FIB_DESTINATION) => (Loaded::DestinationType, 4),
         ("numgen", _) => (Loaded::Share, 4),
         ("payload", Some(base)) => {
-            (payload(traffic, (base, get(3), get(4))), get(4).unwrap_or(0) as usize)
+            (payload_field(traffic, (base, get(3), get(4))), get(4).unwrap_or(0) as usize)
         }
         _ => (Loaded::Unknown, 4),
     };
     Value { loaded, bytes, mask: None }
 }
 
-fn payload(traffic: &Traffic<'_>, (base, at, length): (u32, Option<u32>, Option<u32>)) -> Loaded {
+fn payload_field(
+    traffic: &Traffic<'_>,
+    (base, at, length): (u32, Option<u32>, Option<u32>),
+) -> Loaded {
     let (Some(at), Some(length)) = (at, length) else { return Loaded::Unknown };
     let (source, octets, protocol) = if traffic.is_ipv4() { (12, 4, 9) } else { (8, 16, 6) };
     let class = if traffic.is_ipv4() { (1, 1) } else { (0, 2) };
@@ -349,7 +353,7 @@ fn payload(traffic: &Traffic<'_>, (base, at, length): (u32, Option<u32>, Option<
     }
 }
 
-/// Narrows the selection by a comparison; none, if it leaves all packets out that matter.
+/// Narrows the selection by a comparison; returns `None` if it matches none of the packets.
 fn compare(
     context: &Context<'_>,
     taken: &mut Selection,
@@ -361,7 +365,7 @@ fn compare(
     let family = FAMILIES[usize::from(!traffic.is_ipv4())];
     let is_any =
         |known: &[u8]| ranges.iter().any(|(first, last)| &first[..] <= known && known <= &last[..]);
-    let agrees = |is_it: bool| (is_it != is_inverted).then_some(());
+    let agrees = |holds: bool| (holds != is_inverted).then_some(());
     let native = |bytes: &[u8]| bytes.first_chunk().copied().map(u32::from_ne_bytes);
     match loaded {
         Loaded::Unknown => None,
@@ -372,8 +376,8 @@ fn compare(
             })
         }
         Loaded::Source | Loaded::Destination => {
-            let whole = |range| whole(range, *mask, traffic);
-            let ranges: Vec<Range> = ranges.iter().map(whole).collect();
+            let full_range = |range| full_range(range, *mask, traffic);
+            let ranges: Vec<Range> = ranges.iter().map(full_range).collect();
             let to = matches!(loaded, Loaded::Destination);
             taken.limit_addresses(traffic, to, &ranges, is_inverted)
         }
@@ -401,11 +405,11 @@ fn compare(
         }
         Loaded::Mark { of_connection } => {
             let mask = mask.and_then(native).unwrap_or(u32::MAX);
-            let is_it = |mark: u32| is_any(&(mark & mask).to_ne_bytes()) != is_inverted;
+            let holds = |mark: u32| is_any(&(mark & mask).to_ne_bytes()) != is_inverted;
             let marks = context.marks;
             match of_connection {
-                true => taken.limit_mark(&marks.restored(), is_it),
-                false => taken.limit_mark(&marks.packets, is_it),
+                true => taken.limit_mark(&marks.restored(), holds),
+                false => taken.limit_mark(&marks.packets, holds),
             }
         }
         Loaded::State => {
@@ -428,7 +432,7 @@ fn compare(
         }
         Loaded::Length => {
             let [(first, last)] = ranges else { return None };
-            // Ranges are compared in network order, single values are not.
+            // Ranges are compared in network order, single values in host order.
             let read = |bytes: &[u8]| {
                 let bytes = *bytes.first_chunk()?;
                 let length = if first == last {
@@ -457,22 +461,22 @@ fn compare(
             Some(())
         }
         Loaded::Class => {
-            // The bits below belong to ECN, and in IPv6 to the label of the flow.
+            // The lower bits are ECN, in IPv6 also the first bits of the flow label.
             let below = if traffic.is_ipv4() { 2 } else { 6 };
-            let shown = |class: u8| match traffic.is_ipv4() {
+            let encoded = |class: u8| match traffic.is_ipv4() {
                 true => vec![class << below],
                 false => (u16::from(class) << below).to_be_bytes().to_vec(),
             };
-            if mask.is_none_or(|mask| *mask != shown(0x3f)) {
+            if mask.is_none_or(|mask| *mask != encoded(0x3f)) {
                 return None;
             }
-            taken.limit_classes(|class| is_any(&shown(class)) != is_inverted);
+            taken.limit_classes(|class| is_any(&encoded(class)) != is_inverted);
             Some(())
         }
     }
 }
 
-/// Whether an interface has this name, or one that begins like this if nothing ends it.
+/// Whether an interface has this name; without a final zero byte, `wanted` is a prefix.
 fn is_named(wanted: &[u8], name: &str) -> bool {
     match wanted.iter().position(|byte| *byte == 0) {
         Some(end) => &wanted[..end] == name.as_bytes(),
@@ -480,8 +484,8 @@ fn is_named(wanted: &[u8], name: &str) -> bool {
     }
 }
 
-/// Addresses of which first bytes are compared, or those bits that the mask has.
-fn whole((first, last): &Range, mask: Option<&[u8]>, traffic: &Traffic<'_>) -> Range {
+/// Extends addresses that are compared by their first bytes, or with a mask.
+fn full_range((first, last): &Range, mask: Option<&[u8]>, traffic: &Traffic<'_>) -> Range {
     let length = if traffic.is_ipv4() { 4 } else { 16 };
     let (mut first, mut last) = (first.clone(), last.clone());
     for (byte, mask) in last.iter_mut().zip(mask.unwrap_or_default()) {
@@ -492,7 +496,7 @@ fn whole((first, last): &Range, mask: Option<&[u8]>, traffic: &Traffic<'_>) -> R
     (first, last)
 }
 
-/// What a comparison or a mask holds.
+/// Returns the value in a comparison or mask.
 pub fn value(data: Option<&[u8]>) -> Option<&[u8]> {
     attributes::find(data?, 1)
 }

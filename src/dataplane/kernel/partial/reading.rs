@@ -1,30 +1,33 @@
-//! What a rule of any program does, and with which packets.
+//! What a rule does, and with which packets, independent of the rule's format.
 
 use super::selection::{Marked, Selection, Traffic};
 use super::sets::Sets;
 
-/// All that the reading of a rule depends on.
+/// The state that the interpretation of a rule depends on.
 pub struct Context<'a> {
+    /// The packets that are followed.
     pub traffic: &'a Traffic<'a>,
+    /// Marks that earlier rules may have set.
     pub marks: &'a Marks,
+    /// Access to sets.
     pub sets: Sets<'a>,
 }
 
-/// Marks that packets may have by earlier rules.
+/// Marks that packets may have because of earlier rules.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Marks {
-    /// Of the packets themselves.
+    /// Marks of the packets themselves.
     pub packets: Vec<Marked>,
-    /// Of their connections.
+    /// Marks of their connections.
     pub connections: Vec<Marked>,
 }
 
 /// What a rule does.
 #[derive(Clone, Debug, Default)]
 pub struct Reading {
-    /// Where the packets go that it takes: several by a map of verdicts.
+    /// Where matching packets go; several branches for a verdict map.
     pub branches: Vec<(Selection, Verdict)>,
-    /// What else it does with all that it takes.
+    /// What it changes in all matching packets.
     pub changes: Vec<Change>,
 }
 
@@ -33,47 +36,49 @@ pub struct Reading {
 pub enum Verdict {
     /// To the next rule.
     Next,
+    /// They are accepted.
     Accept,
+    /// They are dropped.
     Drop,
+    /// They are rejected.
     Reject,
-    /// To a program that does not run.
+    /// To a program that is not running.
     Queue,
-    /// Back to the chain that has led to this one.
+    /// Back to the calling chain.
     Return,
-    /// Through a chain, and back.
+    /// Through a chain, and then to the next rule.
     Jump(String),
-    /// Through a chain, and back to the one before this.
+    /// Through a chain, and then back to the caller of this one.
     Goto(String),
 }
 
-/// How packets are changed.
+/// A change of packets.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
+    /// Another destination.
     Destination,
+    /// Another source.
     Source,
-    /// They, or their connections, get a mark; some of them by what they are, in words.
-    Mark {
-        marked: Marked,
-        of_connection: bool,
-    },
-    /// They live so many hops more.
+    /// A mark of the packets or of their connections.
+    Mark { marked: Marked, of_connection: bool },
+    /// The number of hops that remain.
     Ttl(u8),
 }
 
-/// As long as packets of pods live, by Linux's own setting.
-const USUAL_TTL: u8 = 64;
+/// Linux's default TTL, which packets of pods have.
+const DEFAULT_TTL: u8 = 64;
 
 impl Change {
-    /// By mode and number of `-j TTL` and `-j HL`: set, increase, decrease.
+    /// Interprets mode and number of `-j TTL` and `-j HL`: set (0), increase (1), decrease (2).
     pub fn ttl(mode: u8, number: u8) -> Option<Self> {
         match mode {
             0 => Some(Self::Ttl(number)),
-            2 => Some(Self::Ttl(USUAL_TTL.saturating_sub(number))),
+            2 => Some(Self::Ttl(DEFAULT_TTL.saturating_sub(number))),
             _ => None,
         }
     }
 
-    /// By what a mark was, and how it is changed.
+    /// Returns the marks that follow from `change`, given the marks that packets may have before.
     pub fn marks(before: &[Marked], of_connection: bool, change: impl Fn(u32) -> u32) -> Vec<Self> {
         let unmarked = Marked { mark: 0, what: Vec::new() };
         let all = [unmarked].into_iter().chain(before.iter().cloned());
@@ -84,20 +89,21 @@ impl Change {
 }
 
 impl Marks {
-    /// Marks that are known at once.
-    const MOST: usize = 16;
+    /// Upper limit of the stored marks.
+    const MAX_MARKS: usize = 16;
 
+    /// Stores a mark.
     pub fn add(&mut self, marked: Marked, of_connection: bool) {
         let known = if of_connection { &mut self.connections } else { &mut self.packets };
         if let Some(known) = known.iter_mut().find(|known| known.mark == marked.mark) {
-            // All packets have it, then.
+            // Once a rule marks all packets, the restriction no longer applies.
             known.what.retain(|_| !marked.what.is_empty());
-        } else if known.len() < Self::MOST {
+        } else if known.len() < Self::MAX_MARKS {
             known.push(marked);
         }
     }
 
-    /// Of connections, as packets get them.
+    /// Returns the marks of connections, as rules restore them to packets.
     pub fn restored(&self) -> Vec<Marked> {
         let restored = |Marked { mark, what }: &Marked| {
             let unnamed = || vec![format!("of connections with the mark {mark:#x}")];

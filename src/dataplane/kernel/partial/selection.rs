@@ -1,4 +1,4 @@
-//! Packets that matter, and those of them that a rule takes.
+//! The packets that are followed through foreign rules, and the part of them that a rule selects.
 
 use std::net::IpAddr;
 
@@ -6,58 +6,65 @@ use ipnet::IpNet;
 
 use crate::netlink::attributes;
 
-/// `RTN_UNICAST` and `RTN_LOCAL`
+/// `RTN_UNICAST` and `RTN_LOCAL`.
 pub const UNICAST: u32 = 1;
 const LOCAL: u32 = 2;
 /// States of connections as bits: new and established.
 pub const NEW: u32 = 8;
 pub const ESTABLISHED: u32 = 2;
-/// Flags of TCP that packets of a working connection have; a reset is no loss.
-const FLAGS: [u8; 5] = [0x02, 0x12, 0x10, 0x18, 0x11];
-/// Ports to which traceroute sends.
-const TRACEROUTE: std::ops::RangeInclusive<u16> = 33434..=33534;
-/// The smallest packet that carries something.
-const SMALL: u16 = 60;
-/// Ports or addresses that are named of one rule.
-const NAMED: usize = 3;
+/// TCP flags of packets of a working connection: SYN, SYN+ACK, ACK, PSH+ACK and FIN+ACK. A lost
+/// reset does no harm.
+const CONNECTION_FLAGS: [u8; 5] = [0x02, 0x12, 0x10, 0x18, 0x11];
+/// Ports that traceroute sends to.
+const TRACEROUTE_PORTS: std::ops::RangeInclusive<u16> = 33434..=33534;
+/// Length of the smallest packet with content, in bytes.
+const MIN_PACKET_BYTES: u16 = 60;
+/// Upper limit of the ports or addresses that are listed for one rule.
+const MAX_VALUES_NAMED: usize = 3;
 
-/// First and last of what is matched, of equal length.
+/// First and last value of a range, of equal length.
 pub type Range = (Vec<u8>, Vec<u8>);
 
-/// Packets that matter.
+/// The packets that are followed.
 pub struct Traffic<'a> {
+    /// Networks of their sources.
     pub sources: &'a [IpNet],
+    /// Networks of their destinations.
     pub destinations: &'a [IpNet],
-    /// Ways that they take through this host; of packets of pods the first leads out.
+    /// Their ways through this host. The first way of pods' packets leads out.
     pub ways: &'a [Way],
-    /// Names of the interfaces of single pods.
+    /// Names of the ports of single pods.
     pub ports: &'a [String],
-    /// The UDP port, if they are tunnel packets to this host or of it.
+    /// The UDP port, if they are tunnel packets to or from this host.
     pub tunnel: Option<u16>,
 }
 
-/// By which interfaces packets come in and leave: index and name of each.
+/// The interfaces by which packets arrive and leave: index and name.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+/// The input interface; `None` if this host sends them.
 pub struct Way {
+    /// The output interface; `None` if they are for this host.
     pub input: Option<(u32, String)>,
     pub output: Option<(u32, String)>,
 }
 
 impl Traffic<'_> {
+    /// Whether the packets are of IPv4.
     pub fn is_ipv4(&self) -> bool {
         self.sources.first().is_none_or(|network| network.addr().is_ipv4())
     }
 
-    /// They are packets of this host itself.
+    /// Whether this host sends the packets.
     pub(super) fn is_own(&self) -> bool {
         self.ways.iter().all(|way| way.input.is_none())
     }
 
+    /// Returns the type of the destination's address (`RTN_*`).
     pub(super) fn destination_type(&self) -> u32 {
         if self.tunnel.is_some() && !self.is_own() { LOCAL } else { UNICAST }
     }
 
-    /// Ways of which one side is one of these interfaces, as bits.
+    /// Returns the ways, as bits, that use one of these interfaces on the given side.
     pub(super) fn ways_by(&self, side: Side, is_it: impl Fn(&(u32, String)) -> bool) -> u8 {
         let of_side = |way: &Way| match side {
             Side::Input => way.input.as_ref().is_some_and(&is_it),
@@ -67,44 +74,49 @@ impl Traffic<'_> {
         bits.fold(0, |all, (at, _)| all | 1 << at)
     }
 
+    /// Returns all ways, as bits.
     pub(super) fn all_ways(&self) -> u8 {
         u8::MAX >> (8 - self.ways.len().min(8))
     }
 }
 
-/// Where packets come in, or where they leave.
+/// The side of a way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Side {
+    /// Where packets arrive.
     Input,
+    /// Where packets leave.
     Output,
 }
 
-/// A mark that some packets have, and which ones in words.
+/// A mark with the packets that have it, in words; no words means all packets.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Marked {
+    /// The mark.
     pub mark: u32,
+    /// The packets that have it.
     pub what: Vec<String>,
 }
 
-/// Packets of them that a rule takes.
+/// The packets that a rule selects.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Selection {
-    /// It takes some alone, by something else than their connection's state.
+    /// Whether it selects only some packets, by something else than the connection's state.
     pub is_partial: bool,
-    /// By how many they are.
+    /// Whether it selects packets up to a rate.
     pub is_limited: bool,
-    /// Those above a rate.
+    /// Whether it selects packets above a rate.
     pub is_above: bool,
-    /// Only those of connections that have been made.
+    /// Whether it selects only packets that no connection begins with.
     pub is_late: bool,
     /// The only destination port.
     pub port: Option<u16>,
-    /// By what it takes some alone that no trial has: in words.
+    /// In words, what it selects packets by that trials do not cover.
     pub what: Vec<String>,
-    /// Ways, as bits.
+    /// The ways, as bits.
     pub ways: u8,
     states: u32,
-    flags: [bool; FLAGS.len()],
+    flags: [bool; CONNECTION_FLAGS.len()],
 }
 
 impl Default for Selection {
@@ -118,18 +130,18 @@ impl Default for Selection {
             what: Vec::new(),
             ways: u8::MAX,
             states: u32::MAX,
-            flags: [true; FLAGS.len()],
+            flags: [true; CONNECTION_FLAGS.len()],
         }
     }
 }
 
 impl Selection {
-    /// All packets of some ways.
+    /// Selects all packets of some ways.
     pub fn of_ways(ways: u8) -> Self {
         Self { ways, ..Self::default() }
     }
 
-    /// Packets that both take; none, if no packet is left.
+    /// Returns the packets that both select; `None` if there are none.
     pub fn and(&self, other: &Self) -> Option<Self> {
         let mut both = self.clone();
         both.is_partial |= other.is_partial;
@@ -150,26 +162,27 @@ impl Selection {
         (!is_empty && (both.takes(NEW) || both.takes(ESTABLISHED))).then_some(both)
     }
 
+    /// Whether it selects packets of one of these states.
     pub const fn takes(&self, states: u32) -> bool {
         self.states & states != 0
     }
 
-    /// Whether it takes all packets of its ways.
+    /// Whether it selects all packets of its ways.
     pub const fn is_all(&self) -> bool {
         !self.is_partial && self.takes(NEW) && self.takes(ESTABLISHED)
     }
 
-    /// Ways of which it takes all packets of established connections.
+    /// Returns the ways of which it selects all packets of established connections.
     pub const fn settled(&self) -> u8 {
         if !self.is_partial && self.takes(ESTABLISHED) { self.ways } else { 0 }
     }
 
-    /// Whether it takes only packets that begin connections.
+    /// Whether it selects only packets that begin connections.
     pub fn is_of_beginnings(&self) -> bool {
         !self.takes(ESTABLISHED) || !self.flags[2..].contains(&true)
     }
 
-    /// Packets that any of several take; none, if they take no packet.
+    /// Returns the packets that any of `several` selects; `None` if none selects any.
     pub fn any(several: impl IntoIterator<Item = Self>) -> Option<Self> {
         let mut several = several.into_iter();
         let mut any = several.next()?;
@@ -181,7 +194,7 @@ impl Selection {
             if other.is_everything() {
                 return Some(other);
             }
-            // Which of them it is depends on the packet.
+            // Which of the selections applies depends on the packet.
             any.is_partial = true;
             any.is_limited |= other.is_limited;
             any.is_above |= other.is_above;
@@ -205,6 +218,7 @@ impl Selection {
         !self.is_partial && is_of_all && self.what.is_empty()
     }
 
+    /// Narrows the selection, with a description in words.
     fn narrow(&mut self, what: String) {
         self.is_partial = true;
         self.what.push(what);
@@ -216,12 +230,12 @@ impl Selection {
 
     pub(super) fn limit_flags(&mut self, mask: u8, is_taken: impl Fn(u8) -> bool) {
         self.is_partial = true;
-        for (flag, flags) in self.flags.iter_mut().zip(FLAGS) {
+        for (flag, flags) in self.flags.iter_mut().zip(CONNECTION_FLAGS) {
             *flag &= is_taken(flags & mask);
         }
     }
 
-    /// Takes packets of one side's ports.
+    /// Narrows the selection to packets of one side's ports.
     pub(super) fn limit_ports(
         &mut self,
         traffic: &Traffic<'_>,
@@ -233,7 +247,7 @@ impl Selection {
             ports.iter().any(|(first, last)| *first <= 1 && *last == u16::MAX)
         };
         if let Some(port) = traffic.tunnel {
-            // The sender chooses the other one.
+            // The sender chooses the source port of a tunnel packet.
             let is_in = ports.iter().any(|(first, last)| (*first..=*last).contains(&port));
             return (to && is_in != is_inverted || !to && all(ports) && !is_inverted).then_some(());
         }
@@ -244,8 +258,9 @@ impl Selection {
         if is_inverted {
             return Some(());
         }
-        let in_traceroute =
-            |(first, last): &(u16, u16)| TRACEROUTE.contains(first) && TRACEROUTE.contains(last);
+        let in_traceroute = |(first, last): &(u16, u16)| {
+            TRACEROUTE_PORTS.contains(first) && TRACEROUTE_PORTS.contains(last)
+        };
         if ports.is_empty() || to && ports.iter().all(in_traceroute) {
             return None;
         }
@@ -258,11 +273,11 @@ impl Selection {
             true => first.to_string(),
             false => format!("{first}-{last}"),
         });
-        self.narrow(format!("{} port {}", side(to), some(shown)));
+        self.narrow(format!("{} port {}", side(to), list(shown)));
         Some(())
     }
 
-    /// Takes packets of one side's addresses.
+    /// Narrows the selection to packets of one side's addresses.
     pub(super) fn limit_addresses(
         &mut self,
         traffic: &Traffic<'_>,
@@ -293,7 +308,7 @@ impl Selection {
                 let (first, last) = (first?, last?);
                 Some(if first == last { first.to_string() } else { format!("{first}-{last}") })
             });
-            self.narrow(format!("{} {}", side(to), some(shown)));
+            self.narrow(format!("{} {}", side(to), list(shown)));
         }
         Some(())
     }
@@ -305,17 +320,17 @@ impl Selection {
             (true, _) => (0, u16::MAX),
             (false, first) => (first, last),
         };
-        if last < SMALL {
+        if last < MIN_PACKET_BYTES {
             return None;
         }
-        if first > SMALL || last < u16::MAX {
-            self.is_late |= first > SMALL;
+        if first > MIN_PACKET_BYTES || last < u16::MAX {
+            self.is_late |= first > MIN_PACKET_BYTES;
             self.narrow(format!("of {first} to {last} bytes"));
         }
         Some(())
     }
 
-    /// Takes packets that come in or leave by some interfaces.
+    /// Narrows the selection to packets that use some interfaces.
     pub(super) fn limit_ways(
         &mut self,
         traffic: &Traffic<'_>,
@@ -328,7 +343,7 @@ impl Selection {
         (ways != 0).then_some(())
     }
 
-    /// Takes packets of TCP, of UDP, or both.
+    /// Narrows the selection to packets of TCP, of UDP, or of both.
     pub(super) fn limit_protocol(
         &mut self,
         traffic: &Traffic<'_>,
@@ -339,7 +354,7 @@ impl Selection {
         (udp || tcp && traffic.tunnel.is_none()).then_some(())
     }
 
-    /// Takes packets with some mark, of which all others than these have none.
+    /// Narrows the selection to packets with some mark. Packets without a known mark have mark 0.
     pub(super) fn limit_mark(
         &mut self,
         known: &[Marked],
@@ -355,7 +370,8 @@ impl Selection {
         Some(())
     }
 
-    /// Takes packets of some classes of service (DSCP, RFC 2474). Most have none.
+    /// Narrows the selection to some classes of service (DSCP, RFC 2474). Most packets have class
+    /// 0.
     pub(super) fn limit_classes(&mut self, is_it: impl Fn(u8) -> bool) {
         match is_it(0) {
             true => self.is_partial = true,
@@ -363,7 +379,7 @@ impl Selection {
         }
     }
 
-    /// Takes so many packets of a time, or those above a rate.
+    /// Narrows the selection to packets up to a rate, or above it.
     pub(super) const fn limit_rate(&mut self, is_above: bool) {
         self.is_partial = true;
         self.is_limited |= !is_above;
@@ -392,7 +408,7 @@ impl Selection {
     }
 }
 
-/// First and last address of a network.
+/// Returns the first and last address of a network.
 pub fn bounds(network: &IpNet) -> Range {
     let octets = |address: IpAddr| attributes::octets(address);
     (octets(network.network()), octets(network.broadcast()))
@@ -402,11 +418,11 @@ const fn side(to: bool) -> &'static str {
     if to { "to" } else { "from" }
 }
 
-/// The first of them, and how many more there are.
-fn some(shown: impl Iterator<Item = String>) -> String {
+/// Lists the first values, and the number of the others.
+fn list(shown: impl Iterator<Item = String>) -> String {
     let mut shown: Vec<String> = shown.collect();
-    let more = shown.len().saturating_sub(NAMED);
-    shown.truncate(NAMED);
+    let more = shown.len().saturating_sub(MAX_VALUES_NAMED);
+    shown.truncate(MAX_VALUES_NAMED);
     let first = shown.join(", ");
     if more == 0 { first } else { format!("{first} and {more} more") }
 }

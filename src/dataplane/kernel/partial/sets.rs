@@ -1,4 +1,4 @@
-//! What sets hold that rules look packets up in: those of nftables, of `ipset`, and lists of `recent`.
+//! Reads the sets that rules look up: those of nftables and `ipset`, and the lists of `recent`.
 
 use std::{collections::BTreeMap, io, net::IpAddr, rc::Rc};
 
@@ -16,49 +16,56 @@ use crate::{
     },
 };
 
-/// Elements of one set that are looked at.
-const ELEMENTS: usize = 100_000;
-/// Lists of addresses that a rule has seen (`-m recent`).
-const RECENT: &str = "/proc/thread-self/net/xt_recent";
+/// Upper limit of the elements that are read of one set.
+const MAX_ELEMENTS: usize = 100_000;
+/// Directory of the lists of addresses that rules have seen (`-m recent`).
+const RECENT_DIR: &str = "/proc/thread-self/net/xt_recent";
 
-/// Which set.
+/// The name of a set.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum SetName {
-    /// Of the rule's own table.
+    /// A set or map of the rule's table.
     OfTable(String),
-    /// Of `ipset`: its number, or its name.
+    /// An `ipset`, by number.
     Number(u16),
+    /// An `ipset`, by name.
     Ipset(String),
-    /// Of `recent`.
+    /// A list of `recent`.
     Recent(String),
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+/// The content of a set.
 pub struct Set {
-    /// What each part of an element is; none in sets of nftables, where a rule tells it.
+    /// What each part of an element is; empty for sets of nftables, whose rules define it.
     pub dimensions: Vec<Dimension>,
+    /// The elements.
     pub elements: Vec<Element>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+/// An element of a set.
 pub struct Element {
-    /// In sets of nftables one; none, if it stands for all that the others do not.
+    /// The ranges of its parts. A set of nftables has one part; none means all values without an
+    /// element.
     pub parts: Vec<Range>,
+    /// The value, if the set is a map.
     pub data: Option<Data>,
 }
 
-/// What a map gives for an element.
+/// The value that a map assigns to an element.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Data {
-    /// Code, and the chain that it leads to.
+    /// A verdict code, and the chain that it leads to.
     Verdict(i32, Option<String>),
+    /// Another value.
     Value(Vec<u8>),
 }
 
-/// Sets that have been read, as a rule of one table asks for them.
+/// Returns the content of a set, as rules of one table see it.
 pub type Sets<'a> = &'a mut dyn FnMut(&SetName) -> Rc<Set>;
 
-/// Reads each set once.
+/// Caches sets, so that each is read once.
 #[derive(Debug, Default)]
 pub struct Library {
     known: BTreeMap<(u8, String, SetName), Rc<Set>>,
@@ -66,7 +73,7 @@ pub struct Library {
 }
 
 impl Library {
-    /// What a set holds, as a rule of this table sees it; nothing where it cannot be read.
+    /// Returns the content of a set, as a rule of this table sees it; empty if it cannot be read.
     pub fn get(
         &mut self,
         nftables: &mut Nftables,
@@ -100,14 +107,15 @@ impl Library {
 }
 
 impl Set {
-    /// Elements of one part each.
+    /// Creates a set whose elements have one part.
     pub fn of(ranges: Vec<Range>, dimension: Option<Dimension>) -> Self {
         let element = |range| Element { parts: vec![range], data: None };
         let elements = ranges.into_iter().map(element).collect();
         Self { dimensions: dimension.into_iter().collect(), elements }
     }
 
-    /// Narrows the selection to what the set of `ipset` holds; `to` says of which side each part is.
+    /// Narrows the selection to elements of an `ipset`; `to` says for each part whether it is of
+    /// the destination.
     pub fn limit(
         &self,
         traffic: &Traffic<'_>,
@@ -138,7 +146,7 @@ impl Set {
     }
 }
 
-/// Narrows the selection to what any of these take, or to what none does.
+/// Narrows the selection to packets that any of `several` selects, or to those that none does.
 pub fn limit_to_any(
     taken: &mut Selection,
     several: impl Iterator<Item = Selection>,
@@ -158,51 +166,55 @@ pub fn limit_to_any(
     }
 }
 
-/// First and last port.
+/// Decodes a range of ports.
 pub fn port_range((first, last): &Range) -> Option<(u16, u16)> {
     let port = |bytes: &[u8]| <[u8; 2]>::try_from(bytes).ok().map(u16::from_be_bytes);
     Some((port(first)?, port(last)?))
 }
 
+/// Reads an `ipset`.
 fn of_ipset(name: &str) -> io::Result<Set> {
-    let ipset::Content { dimensions, entries } = ipset::content(name, ELEMENTS)?;
+    let ipset::Content { dimensions, entries } = ipset::content(name, MAX_ELEMENTS)?;
     let element = |Entry { parts }| Element { parts, data: None };
     Ok(Set { dimensions, elements: entries.into_iter().map(element).collect() })
 }
 
-/// Lines begin with the address: `src=192.0.2.7 ttl: 64 ...`.
+/// Reads a list of `recent`; its lines begin with the address: `src=192.0.2.7 ttl: 64 ...`.
 fn recent(list: &str) -> io::Result<Set> {
     let is_name = !list.is_empty() && !list.contains('/') && list != "..";
-    let path = std::path::Path::new(RECENT).join(list);
+    let path = std::path::Path::new(RECENT_DIR).join(list);
     let text = if is_name { files::read_text(&path, files::SMALL)? } else { String::new() };
     let address = |line: &str| line.split(' ').next()?.strip_prefix("src=")?.parse::<IpAddr>().ok();
-    let addresses = text.lines().filter_map(address).take(ELEMENTS).map(attributes::octets);
+    let addresses = text.lines().filter_map(address).take(MAX_ELEMENTS).map(attributes::octets);
     let ranges = addresses.map(|octets| (octets.clone(), octets)).collect();
     Ok(Set::of(ranges, Some(Dimension::Address)))
 }
 
-/// What a set or a map of nftables holds; ends of its intervals are elements of their own, or stand in the
-/// element.
+/// Reads a set or map of nftables. The end of an interval is an element of its own, or part of the
+/// first element.
 fn of_table(nftables: &mut Nftables, family: u8, table: &str, set: &str) -> io::Result<Set> {
     let filter = Attributes::new().text(1, table).text(2, set);
     let dumped = nftables.dump(Kind::GetElements, family, &filter)?;
     let lists = dumped.iter().filter_map(|object| attributes::find(&object.attributes, 3));
-    let shown = lists.flat_map(attributes::read).map(|(_, element)| shown(element));
-    Ok(Set { dimensions: Vec::new(), elements: elements_of(shown.take(ELEMENTS).collect()) })
+    let parsed = lists.flat_map(attributes::read).map(|(_, element)| parse(element));
+    Ok(Set { dimensions: Vec::new(), elements: elements_of(parsed.take(MAX_ELEMENTS).collect()) })
 }
 
-/// An element as the kernel shows it.
+/// An element in the kernel's form.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Shown {
+    /// The value, or the first one of an interval.
     pub key: Vec<u8>,
-    /// It begins an interval, or is one value.
+    /// Whether it is a value or begins an interval; otherwise it ends one.
     pub begins: bool,
-    /// Last value of the interval, where the same element has it.
+    /// The last value of the interval, if the same element contains it.
     pub end: Option<Vec<u8>>,
+    /// Verdict code, chain and value of a map.
     pub data: Option<(i32, Option<String>, Vec<u8>)>,
 }
 
-fn shown(element: &[u8]) -> Shown {
+/// Parses an element.
+fn parse(element: &[u8]) -> Shown {
     const IS_END: u32 = 1;
     let data = attributes::find(element, 2).map(|data| {
         let verdict = attributes::find(data, 2);
@@ -219,7 +231,7 @@ fn shown(element: &[u8]) -> Shown {
     }
 }
 
-/// The elements, of which some begin an interval, and the others end the one before.
+/// Combines elements that begin intervals with those that end them.
 pub fn elements_of(mut all: Vec<Shown>) -> Vec<Element> {
     all.sort();
     let has_ends = all.iter().any(|element| !element.begins);
@@ -227,7 +239,7 @@ pub fn elements_of(mut all: Vec<Shown>) -> Vec<Element> {
     let mut elements = Vec::new();
     let mut later: Option<&[u8]> = None;
     for element in all.iter().rev() {
-        // Of two with one key, what follows is after both.
+        // Of two elements with the same key, both are before the next key.
         if later != Some(&element.key[..]) {
             (next, later) = (later, Some(&element.key[..]));
         }
@@ -252,7 +264,7 @@ pub fn elements_of(mut all: Vec<Shown>) -> Vec<Element> {
     elements
 }
 
-/// The number before, in network order.
+/// Returns the preceding number, in network order.
 fn before(key: &[u8]) -> Vec<u8> {
     let mut key = key.to_vec();
     for byte in key.iter_mut().rev() {

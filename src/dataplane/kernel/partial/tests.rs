@@ -1,4 +1,4 @@
-//! Rules as the kernel shows them, and what the reader makes of them.
+//! Tests with rules in the kernel's form, and what the reader finds in them.
 
 mod programs;
 
@@ -41,7 +41,7 @@ fn states(states: u32) -> [Expression; 3] {
     [("ct", Attributes::new().be32(1, 1).be32(2, 0)), masked(&[mask]), cmp(1, &[0; 4])]
 }
 
-/// Of what is in the first register.
+/// Masks the value in the first register.
 fn masked(parts: &[Attributes]) -> Expression {
     let registers = Attributes::new().be32(1, 1).be32(2, 1);
     ("bitwise", joined(&[&[registers], parts].concat()))
@@ -85,7 +85,7 @@ fn base_at(hook: u32) -> Base {
     }
 }
 
-/// What is found in rules of a chain `base`, in words.
+/// Returns the findings in the rules of a chain `base`, in words.
 fn found_in(rules: &Rules<'_>, hook: u32, marks: &mut Marks) -> Vec<String> {
     let network = ["10.42.0.0/16".parse().expect("a network")];
     let [bridge, tunnel] = [(3, "gsm0".to_owned()), (4, "gossamer.1".to_owned())];
@@ -127,7 +127,7 @@ fn found_in(rules: &Rules<'_>, hook: u32, marks: &mut Marks) -> Vec<String> {
         };
         Rc::new(Set { dimensions: Vec::new(), elements })
     };
-    let (base, mut left, mut found) = (base_at(hook), RULES, BTreeMap::new());
+    let (base, mut left, mut found) = (base_at(hook), MAX_RULES, BTreeMap::new());
     let mut walk = Walk {
         rules,
         traffic: &traffic,
@@ -138,16 +138,16 @@ fn found_in(rules: &Rules<'_>, hook: u32, marks: &mut Marks) -> Vec<String> {
         passes_established: 0,
         found: &mut found,
     };
-    walk.chain("base", DEPTH, &Selection::of_ways(3));
+    walk.chain("base", MAX_DEPTH, &Selection::of_ways(3));
     let shown = |partial: &Partial| format!("{:?} {} +{}", partial.act, partial.what, partial.more);
-    few(found).iter().map(shown).collect()
+    limit_per_kind(found).iter().map(shown).collect()
 }
 
 fn found(rules: &[Object], hook: u32) -> Vec<String> {
     found_in(&by_chain(rules), hook, &mut Marks::default())
 }
 
-/// The same of rules as `iptables-legacy-save` prints them.
+/// Like [`found`], for lines of `iptables-legacy-save`.
 fn found_in_lines(lines: &[&str], hook: u32) -> Vec<String> {
     let text = format!(":base ACCEPT [0:0]\n:more - [0:0]\n{}\n", lines.join("\n"));
     let table = LegacyTable::new("iptables-legacy", "filter", &text);
@@ -159,7 +159,7 @@ fn one(expressions: &[&[Expression]]) -> Vec<String> {
 }
 
 #[test]
-fn rule_that_drops_some_packets_is_found_with_what_it_takes() {
+fn rule_that_drops_some_packets_is_found_with_its_selection() {
     assert_eq!(one(&[&port(443), &drop()]), ["Drops to port 443 +0"]);
     let bans = || ("lookup", Attributes::new().text(1, "bans").be32(2, 1));
     assert_eq!(one(&[&[payload(1, 12, 4), bans()], &drop()]), ["Drops from 10.42.1.2 +0"]);
@@ -181,7 +181,7 @@ fn rule_that_drops_some_packets_is_found_with_what_it_takes() {
 }
 
 #[test]
-fn rule_that_takes_packets_by_class_hash_or_amount_is_found() {
+fn rule_that_selects_by_class_hash_or_amount_is_found() {
     let class = |operator, class: u8| {
         [payload(1, 1, 1), masked(&[data(4, &[0xfc]), data(5, &[0])]), cmp(operator, &[class << 2])]
     };
@@ -200,13 +200,16 @@ fn rule_that_takes_packets_by_class_hash_or_amount_is_found() {
         let found = one(&[expressions, &drop()]);
         assert!(found.iter().any(|found| found.contains(words)), "{words}: {found:?}");
     }
-    assert_eq!(reader::neighbor(&[1, 255], true), Some(vec![2, 0]));
-    assert_eq!(reader::neighbor(&[2, 0], false), Some(vec![1, 255]));
-    assert_eq!((reader::neighbor(&[255], true), reader::neighbor(&[0], false)), (None, None));
+    assert_eq!(reader::adjacent_number(&[1, 255], true), Some(vec![2, 0]));
+    assert_eq!(reader::adjacent_number(&[2, 0], false), Some(vec![1, 255]));
+    assert_eq!(
+        (reader::adjacent_number(&[255], true), reader::adjacent_number(&[0], false)),
+        (None, None)
+    );
 }
 
 #[test]
-fn rule_that_leaves_packets_between_pods_alone_is_not_found() {
+fn rule_that_does_not_match_packets_between_pods_is_not_found() {
     let outside = [payload(1, 12, 4), cmp(0, &[203, 0, 113, 9])];
     assert!(one(&[&outside, &port(443), &drop()]).is_empty());
     assert!(one(&[&drop()]).is_empty(), "a trial finds it");
@@ -220,7 +223,7 @@ fn rule_that_leaves_packets_between_pods_alone_is_not_found() {
     assert!(one(&[&traceroute, &drop()]).is_empty());
     let local = ("fib", Attributes::new().be32(1, 1).be32(2, 3).be32(3, 2));
     assert!(one(&[&[local, cmp(0, &2u32.to_ne_bytes())], &port(443), &drop()]).is_empty());
-    // SYN and FIN; a new connection that begins with something else.
+    // SYN and FIN, and a new connection that begins with something else than SYN.
     let flags =
         |operator, value| [payload(2, 13, 1), masked(&[data(4, &[0x17])]), cmp(operator, &[value])];
     assert!(one(&[&flags(0, 3), &port(443), &drop()]).is_empty());
@@ -229,7 +232,7 @@ fn rule_that_leaves_packets_between_pods_alone_is_not_found() {
 }
 
 #[test]
-fn rule_after_one_that_accepts_is_found_only_if_packets_come_to_it() {
+fn rule_after_an_accepting_one_is_found_only_if_packets_reach_it() {
     let pods = || [payload(1, 12, 2), cmp(0, &[10, 42])];
     let accept = || [verdict(ACCEPT, None)];
     let dropping = || rule("base", &[&port(443), &drop()]);
@@ -286,12 +289,12 @@ fn lookup(set: &str, map: Option<u32>) -> Expression {
 }
 
 #[test]
-fn map_of_verdicts_is_followed_by_each_of_its_elements() {
+fn verdict_map_is_followed_for_each_element() {
     let by_port = || rule("base", &[&[payload(2, 2, 2), lookup("verdicts", Some(0))]]);
     let more = rule("more", &[&drop()]);
     assert_eq!(found(&[by_port(), more], FORWARD), ["Drops to port 443 +0", "Drops to port 80 +0"]);
     let after = [by_port(), rule("base", &[&port(22), &drop()])];
-    assert_eq!(found(&after, FORWARD), ["Drops to port 443 +0"], "port 22 is let pass");
+    assert_eq!(found(&after, FORWARD), ["Drops to port 443 +0"], "port 22 is accepted");
 }
 
 #[test]
@@ -306,7 +309,7 @@ fn set_of_addresses_with_ports_is_read_part_by_part() {
 }
 
 #[test]
-fn rate_that_packets_of_connections_exceed_is_found_and_one_of_new_connections_is_not() {
+fn limit_on_packets_is_found_and_limit_on_new_connections_is_not() {
     let limit = [("limit", Attributes::new().be32(5, 1))];
     assert_eq!(one(&[&limit, &drop()]), ["Drops above a certain rate +0"]);
     assert_eq!(one(&[&port(443), &limit, &drop()]), ["Drops to port 443 above a certain rate +0"]);
@@ -319,7 +322,7 @@ fn rate_that_packets_of_connections_exceed_is_found_and_one_of_new_connections_i
 }
 
 #[test]
-fn mark_is_followed_from_the_rule_that_sets_it_to_the_one_that_drops_by_it() {
+fn mark_is_followed_from_the_setting_rule_to_the_dropping_rule() {
     let set = |mark: u32| {
         let value = Attributes::new().nest(2, &Attributes::new().put(1, &mark.to_ne_bytes()));
         [("immediate", value), ("meta", Attributes::new().be32(2, META_MARK).be32(3, 1))]
@@ -332,7 +335,7 @@ fn mark_is_followed_from_the_rule_that_sets_it_to_the_one_that_drops_by_it() {
     let found_by = |mark| found(&[marking(), dropping(mark)], PREROUTING);
     assert_eq!(found_by(7), ["Drops to port 443 +0", "Marks(7) to port 443 +0"]);
     assert_eq!(found_by(8), ["Marks(7) to port 443 +0"]);
-    // By the connection, whose mark a rule further on sets.
+    // By the mark of the connection, which a later rule sets.
     let save = "-A base -p tcp -m tcp --dport 443 -j CONNMARK --set-xmark 0x7/0xffffffff";
     let restore = "-A base -j CONNMARK --restore-mark --nfmask 0xffffffff --ctmask 0xffffffff";
     let table = LegacyTable::new("iptables-legacy", "mangle", &[restore, save].join("\n"));
@@ -343,7 +346,7 @@ fn mark_is_followed_from_the_rule_that_sets_it_to_the_one_that_drops_by_it() {
 }
 
 #[test]
-fn hops_that_are_too_few_are_found_where_they_are_too_few() {
+fn too_small_ttl_is_found_where_packets_are_forwarded_further() {
     let write = ("payload", Attributes::new().be32(2, 1).be32(3, 8).be32(4, 2).be32(5, 1));
     let masked = masked(&[data(4, &[0, 255]), data(5, &[1, 0])]);
     let native = || rule("base", &[&[payload(1, 8, 2), masked.clone(), write.clone()]]);
@@ -356,7 +359,10 @@ fn hops_that_are_too_few_are_found_where_they_are_too_few() {
     assert!(of([0, 64]).is_empty() && of([1, 1]).is_empty() && of([2, 1]).is_empty());
     let lines = |line: &str, hook| found_in_lines(&[line], hook);
     assert_eq!(lines("-A base -o gossamer.1 -j TTL --ttl-set 1", POSTROUTING).len(), 1);
-    assert!(lines("-A base -o gsm0 -j TTL --ttl-set 1", POSTROUTING).is_empty(), "pods take them");
+    assert!(
+        lines("-A base -o gsm0 -j TTL --ttl-set 1", POSTROUTING).is_empty(),
+        "no host forwards them further"
+    );
     assert_eq!(lines("-A base -j TTL --ttl-set 2", PREROUTING).len(), 1, "here and there");
     assert!(lines("-A base -i gossamer.1 -j TTL --ttl-set 2", PREROUTING).is_empty());
 }
@@ -412,14 +418,14 @@ fn rule_of_iptables_legacy_is_read_by_its_options() {
     assert_eq!(lines(&["-A base -p tcp -j more", banned]), ["Drops from 10.42.1.2 +0"]);
     let exempt = "-A base -s 10.42.0.0/16 -d 10.42.0.0/16 -j ACCEPT";
     assert!(lines(&[exempt, "-A base -p tcp -j more", banned]).is_empty());
-    // What one way has been let pass is still met the other way.
+    // A packet that one way's rule accepts still passes the next rule on the other way.
     let one_way = ["-A base -i gsm0 -j ACCEPT", "-A base -p tcp -m tcp --dport 80 -j DROP"];
     assert_eq!(lines(&one_way).len(), 1);
     let both = [one_way[0], "-A base -o gsm0 -j ACCEPT", one_way[1]];
     assert!(lines(&both).is_empty());
 }
 
-/// CPU time of this thread, in hundredths of a second: fields 14 and 15 of proc(5).
+/// Returns the CPU time of this thread in hundredths of a second: fields 14 and 15 of proc(5).
 fn cpu_time() -> u64 {
     let stat = std::fs::read_to_string("/proc/thread-self/stat").expect("proc");
     let (_, fields) = stat.rsplit_once(") ").expect("a name in brackets");
@@ -427,7 +433,7 @@ fn cpu_time() -> u64 {
 }
 
 #[test]
-fn many_rules_and_chains_are_read_in_a_time_that_grows_with_their_number() {
+fn reading_time_grows_linearly_with_rules_and_chains() {
     let half = 20_000_u16;
     let accept = || [verdict(ACCEPT, None)];
     let pairs = (1..=half).flat_map(|at| {
@@ -438,7 +444,7 @@ fn many_rules_and_chains_are_read_in_a_time_that_grows_with_their_number() {
     let chains = names.iter().map(|name| rule("base", &[&[verdict(JUMP, Some(name.as_str()))]]));
     let ends = (1..).zip(&names).map(|(at, name)| rule(name, &[&port(at), &drop()]));
     let many: Vec<Object> = chains.chain(ends).collect();
-    for (rules, named) in [(&long, 1), (&many, NAMED)] {
+    for (rules, named) in [(&long, 1), (&many, MAX_FINDINGS_PER_KIND)] {
         let begun = cpu_time();
         assert_eq!(found(rules, FORWARD).len(), named);
         let taken = cpu_time() - begun;

@@ -1,4 +1,4 @@
-//! The way of packets through the chains of a table.
+//! Follows packets through the chains of a table.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,39 +10,50 @@ use super::{
 };
 use crate::netlink::nftables::Object;
 
-/// Chains led to one after another.
-pub const DEPTH: usize = 8;
+/// Upper limit of nested chains.
+pub const MAX_DEPTH: usize = 8;
 
-/// Rules of one table, by their chains.
+/// The rules of one table, by chain.
 pub enum Rules<'a> {
+    /// Rules of nftables.
     Nft(BTreeMap<&'a str, Vec<&'a Object>>),
+    /// Lines of iptables-legacy.
     Legacy(&'a BTreeMap<String, Vec<String>>),
 }
 
+/// The state of a walk from one base chain.
 pub struct Walk<'a> {
+    /// The rules of the table.
     pub rules: &'a Rules<'a>,
+    /// The packets that are followed.
     pub traffic: &'a Traffic<'a>,
+    /// Access to sets.
     pub sets: Sets<'a>,
+    /// Marks that rules may have set so far.
     pub marks: &'a mut Marks,
+    /// The base chain.
     pub base: &'a Base,
-    /// Rules that are still looked at.
+    /// Number of rules that may still be read.
     pub left: &'a mut usize,
-    /// Ways of which a rule has let packets of established connections pass.
+    /// Ways, as bits, whose established connections a rule has accepted.
     pub passes_established: u8,
+    /// The findings.
     pub found: &'a mut BTreeMap<Key, Partial>,
 }
 
 impl Walk<'_> {
-    /// Gives the ways of which some packets may come to what follows the chain.
+    /// Follows the packets `into` through a chain. Returns the ways, as bits, of which some packets
+    /// may reach what follows the chain.
     pub fn chain(&mut self, name: &str, depth: usize, into: &Selection) -> u8 {
         let rules = self.rules;
         let count = rules.count(name);
         let mut into = into.clone();
         let mut back = 0;
-        // What they take of which no packet comes further.
-        let mut gone: BTreeSet<Vec<String>> = BTreeSet::new();
-        // Ways of which no packet of an established connection does, of those that come to this chain.
-        let mut has_settled = 0;
+        // Selections, in words, of which no packet continues.
+        let mut ended: BTreeSet<Vec<String>> = BTreeSet::new();
+        // Ways of which no packet of an established connection continues, of those that reach this
+        // chain.
+        let mut settled_here = 0;
         for at in 0..count {
             if *self.left == 0 {
                 return 0;
@@ -55,13 +66,13 @@ impl Walk<'_> {
             };
             for (own, verdict) in branches {
                 let Some(all) = into.and(&own) else { continue };
-                let settled = self.passes_established | has_settled;
+                let settled = self.passes_established | settled_here;
                 let has_passed = all.is_late && all.ways & !settled == 0;
-                if !has_passed && !gone.contains(&own.what) {
+                if !has_passed && !ended.contains(&own.what) {
                     for act in self.acts(&verdict, &changes, &all) {
-                        self.note(act, (name, at));
+                        self.add_finding(act, (name, at));
                     }
-                    self.learn(&changes, &all);
+                    self.store_marks(&changes, &all);
                 }
                 // The ways of which it takes all packets.
                 let whole = if own.is_all() { all.ways } else { 0 };
@@ -79,15 +90,15 @@ impl Walk<'_> {
                     Verdict::Return => {
                         back |= whole;
                         into.ways &= !whole;
-                        has_settled |= own.settled();
-                        gone.extend(own.takes(NEW).then_some(own.what));
+                        settled_here |= own.settled();
+                        ended.extend(own.takes(NEW).then_some(own.what));
                     }
                     Verdict::Accept => {
-                        has_settled |= own.settled();
+                        settled_here |= own.settled();
                         if !all.is_partial && own.takes(ESTABLISHED) {
                             self.passes_established |= all.ways;
                         } else {
-                            gone.extend(own.takes(NEW).then_some(own.what));
+                            ended.extend(own.takes(NEW).then_some(own.what));
                         }
                         into.ways &= !whole;
                     }
@@ -101,14 +112,15 @@ impl Walk<'_> {
         back | into.ways
     }
 
-    fn note(&mut self, (act, what): (Act, Vec<String>), (name, at): (&str, usize)) {
+    /// Adds a finding.
+    fn add_finding(&mut self, (act, what): (Act, Vec<String>), (name, at): (&str, usize)) {
         let base = self.base;
         let (label, chain) = (base.label(&base.name), base.shown(name));
         let new = || Partial {
             act,
             base: label.clone(),
             chain: chain.clone(),
-            rule: self.rules.shown(name, at),
+            rule: self.rules.identify(name, at),
             what: what.join(" "),
             more: 0,
             is_early: base.place.is_early(),
@@ -120,8 +132,8 @@ impl Walk<'_> {
         }
     }
 
-    /// Remembers marks for the rules that follow.
-    fn learn(&mut self, changes: &[Change], taken: &Selection) {
+    /// Stores the marks that a rule sets, for the following rules.
+    fn store_marks(&mut self, changes: &[Change], taken: &Selection) {
         for change in changes {
             if let Change::Mark { marked: Marked { mark, what }, of_connection } = change {
                 let what = [taken.what.clone(), what.clone()].concat();
@@ -130,7 +142,8 @@ impl Walk<'_> {
         }
     }
 
-    /// What a rule does with these packets that no trial shows, with what it takes.
+    /// Returns what a rule does with these packets that a trial would not show, each with the
+    /// matched packets in words.
     fn acts(
         &self,
         verdict: &Verdict,
@@ -138,12 +151,12 @@ impl Walk<'_> {
         taken: &Selection,
     ) -> Vec<(Act, Vec<String>)> {
         let Place { hook, .. } = self.base.place;
-        let is_pod_conflict = self.traffic.tunnel.is_none();
+        let is_of_pods = self.traffic.tunnel.is_none();
         let mut what = taken.what.clone();
         let mut acts = Vec::new();
         for change in changes {
             match change {
-                Change::Destination if hook == PREROUTING && is_pod_conflict => {
+                Change::Destination if hook == PREROUTING && is_of_pods => {
                     acts.push((Act::Redirects(taken.port), what.clone()));
                 }
                 Change::Ttl(ttl) if *ttl <= self.hops_ahead(taken.ways) => {
@@ -167,14 +180,14 @@ impl Walk<'_> {
         };
         if !what.is_empty() {
             acts.extend(of_verdict.map(|act| (act, what.clone())));
-            if hook == POSTROUTING && is_pod_conflict && changes.contains(&Change::Source) {
+            if hook == POSTROUTING && is_of_pods && changes.contains(&Change::Source) {
                 acts.push((Act::Translates, what.clone()));
             }
         }
         for change in changes {
             if let Change::Mark { marked, of_connection: false } = change {
                 let what = [what.clone(), marked.what.clone()].concat();
-                if !what.is_empty() && is_pod_conflict {
+                if !what.is_empty() && is_of_pods {
                     acts.push((Act::Marks(marked.mark), what));
                 }
             }
@@ -182,11 +195,12 @@ impl Walk<'_> {
         acts
     }
 
-    /// So many hosts forward packets after this place; with as few hops left they do not arrive.
+    /// Returns the number of hosts that forward packets behind this place. Packets with at most
+    /// this number of remaining hops do not arrive.
     fn hops_ahead(&self, ways: u8) -> u8 {
         let leads_out = u8::from(ways & 1 != 0);
         match self.traffic.tunnel {
-            // This host forwards them, and out of the tunnel another does.
+            // This host, and the host at the other end of the tunnel.
             None => u8::from(self.base.place.is_early()) + leads_out,
             // A router.
             Some(_) => u8::from(self.traffic.is_own()),
@@ -212,8 +226,8 @@ impl Rules<'_> {
         }
     }
 
-    /// Which rule it is.
-    fn shown(&self, chain: &str, at: usize) -> String {
+    /// Identifies a rule in the words of a message.
+    fn identify(&self, chain: &str, at: usize) -> String {
         match self {
             Self::Nft(chains) => {
                 let rule = chains.get(chain).and_then(|rules| rules.get(at));

@@ -1,10 +1,10 @@
-//! Chains that programs for containers write.
+//! Chains that container programs write.
 
 use super::{super::FORWARD, found_in_lines};
 
-/// As kube-proxy, Docker, netavark, plugins of CNI, Calico and kube-router write them in the table filter:
-/// none takes packets between pods of the overlay.
-const OF_PROGRAMS: &str = "\
+/// The table `filter` as kube-proxy, Docker, netavark, CNI plugins, Calico and kube-router write
+/// it. None of the rules affects packets between pods of the overlay.
+const PROGRAM_CHAINS: &str = "\
 -A base -m comment --comment \"kubernetes forwarding rules\" -j KUBE-FORWARD
 -A base -m conntrack --ctstate NEW -j KUBE-SERVICES
 -A base -m conntrack --ctstate NEW -j KUBE-EXTERNAL-SERVICES
@@ -41,12 +41,15 @@ const OF_PROGRAMS: &str = "\
 -A KUBE-POD-FW-A -m mark ! --mark 0x10000/0x10000 -j REJECT";
 
 #[test]
-fn chains_of_other_programs_are_told_where_they_take_packets_of_pods_and_only_there() {
+fn chains_of_other_programs_are_reported_only_if_they_affect_packets_of_pods() {
     let with = |own: &[&str]| {
-        found_in_lines(&OF_PROGRAMS.lines().chain(own.iter().copied()).collect::<Vec<_>>(), FORWARD)
+        found_in_lines(
+            &PROGRAM_CHAINS.lines().chain(own.iter().copied()).collect::<Vec<_>>(),
+            FORWARD,
+        )
     };
     assert!(with(&[]).is_empty(), "{:?}", with(&[]));
-    // Policies of a program that is gone, with the mark that nothing sets any more.
+    // Policies of a program that is gone, with a mark that no rule sets any more.
     let policies = [
         "-A KUBE-ROUTER-FORWARD -d 10.42.2.2/32 -j KUBE-POD-FW-B",
         "-A KUBE-ROUTER-FORWARD -s 10.42.2.2/32 -j KUBE-POD-FW-B",
@@ -54,9 +57,9 @@ fn chains_of_other_programs_are_told_where_they_take_packets_of_pods_and_only_th
         "-A KUBE-POD-FW-B -m mark ! --mark 0x10000/0x10000 -j REJECT",
     ];
     assert_eq!(with(&policies), ["Rejects to 10.42.2.2 +1"]);
-    // The administrator's own.
+    // A rule of the administrator.
     let user = "-A DOCKER-USER -p tcp -m tcp --dport 8080 -j DROP";
-    let text = OF_PROGRAMS.replace("-A DOCKER-USER -j RETURN", user);
+    let text = PROGRAM_CHAINS.replace("-A DOCKER-USER -j RETURN", user);
     let lines: Vec<&str> = text.lines().collect();
     assert_eq!(found_in_lines(&lines, FORWARD), ["Drops to port 8080 +0"]);
     let calico = ["-A cali-FORWARD -d 10.42.2.2/32 -j DROP"];
